@@ -1,0 +1,27 @@
+package counter
+
+import (
+	"context"
+	"time"
+)
+
+// Count is the outcome of one sealed epoch. It is final: nobody is in flight
+// in the epoch any more.
+type Count struct {
+	Start    time.Time     // start of the window, UTC
+	Window   time.Duration // length of the window
+	Unique   uint64        // ids answered as new
+	Repeats  uint64        // ids answered as already seen
+	Complete bool          // this process served the whole window
+	Exact    bool          // false only where something known may have lost ids
+	SealedAt time.Time     // when the last request left the epoch, UTC
+}
+
+// Publisher takes the counts of sealed epochs, in order of their start.
+//
+// Publish returns nil only when the count can no longer be lost by a crash of
+// the process; it does not wait for the broker. It retries on its own what can
+// be retried and gives up only when ctx ends. One goroutine at a time calls it.
+type Publisher interface {
+	Publish(ctx context.Context, c Count) error
+}
