@@ -1,0 +1,182 @@
+package counter
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+const (
+	// maxTick bounds the ticker's sleep, so that a clock set forward on an idle
+	// server is noticed within it; a request notices at once.
+	maxTick = 100 * time.Millisecond
+
+	// Waiting for the last requests of an epoch starts at drainMin, the order
+	// of one request's stay, and backs off to drainMax.
+	drainMin = 20 * time.Microsecond
+	drainMax = 5 * time.Millisecond
+)
+
+// Run turns epochs that no request turns, and closes and publishes, in order,
+// those that were left. It returns nil after Seal, when the last count is
+// published, and the context's error if ctx ends first.
+func (c *Counter) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	var ticker sync.WaitGroup
+	ticker.Go(func() { c.tick(ctx) })
+	defer ticker.Wait()
+	defer stop()
+	for {
+		e, sealed := c.oldest()
+		if e == nil && sealed {
+			return nil
+		}
+		if e == nil {
+			select {
+			case <-c.wake:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			continue
+		}
+		if err := c.close(ctx, e); err != nil {
+			return err
+		}
+	}
+}
+
+// tick turns each epoch at its end and keeps the spare ready. It is apart from
+// the closing, which may wait for a disk.
+func (c *Counter) tick(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return
+		}
+		now := time.Now().UnixNano()
+		e := c.open.Load()
+		if e == nil {
+			return
+		}
+		if now >= e.end {
+			c.turn(now)
+			e = c.Last()
+		}
+		c.provide()
+		timer.Reset(min(time.Duration(e.end-now), maxTick))
+	}
+}
+
+// oldest returns the first epoch to close, and whether no more will come.
+func (c *Counter) oldest() (*Epoch, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.turned) == 0 {
+		return nil, c.open.Load() == nil
+	}
+	return c.turned[0], false
+}
+
+// close waits until nobody is in e, reads its count, publishes it and retires
+// e. It is the only reader of a sealed epoch.
+func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
+	began := time.Now()
+	count := Count{
+		Start:    e.Start(),
+		Window:   c.cfg.Window,
+		Complete: e.complete && !e.cut,
+		Exact:    true,
+	}
+	if c.cfg.OnClose != nil {
+		defer func() { c.cfg.OnClose(count, time.Since(began), err) }()
+	}
+
+	if err = drain(ctx, e); err != nil {
+		return err
+	}
+	// Sealed: e is not open and empty, so its sums are final.
+	count.Unique, count.Repeats = e.Unique(), e.Repeats()
+	count.SealedAt = time.Now().UTC()
+	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
+		return err
+	}
+	c.history.add(count)
+	c.cfg.Store.Retire(e)
+
+	c.mu.Lock()
+	c.turned = c.turned[1:]
+	c.closed.unique += count.Unique
+	c.closed.repeats += count.Repeats
+	c.mu.Unlock()
+
+	return c.publishSkipped(ctx, e)
+}
+
+func drain(ctx context.Context, e *Epoch) error {
+	for wait := drainMin; !e.idle(); wait = min(2*wait, drainMax) {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		time.Sleep(wait)
+	}
+	return nil
+}
+
+// publishSkipped publishes the epochs between e and the next opened: nobody
+// was there to be asked, so they are empty and not complete. Of a gap longer
+// than maxSkipped only the last ones are published; all are counted.
+func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
+	c.skipped.Add(uint64(e.skipped))
+	next := e.number + 1 + e.skipped
+	for n := max(e.number+1, next-maxSkipped); n < next; n++ {
+		count := Count{
+			Start:    time.Unix(0, n*int64(c.cfg.Window)).UTC(),
+			Window:   c.cfg.Window,
+			Exact:    true,
+			SealedAt: time.Now().UTC(),
+		}
+		err := c.cfg.Publish.Publish(ctx, count)
+		if c.cfg.OnClose != nil {
+			c.cfg.OnClose(count, 0, err)
+		}
+		if err != nil {
+			return err
+		}
+		c.history.add(count)
+	}
+	return nil
+}
+
+// history is a ring of the last counts.
+type history struct {
+	mu     sync.Mutex
+	counts []Count // grows to historySize, then next is the oldest
+	next   int
+}
+
+func (h *history) add(c Count) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.counts) < historySize {
+		h.counts = append(h.counts, c)
+		return
+	}
+	h.counts[h.next] = c
+	h.next = (h.next + 1) % historySize
+}
+
+// Recent returns up to limit counts of closed epochs, the newest first.
+func (c *Counter) Recent(limit int) []Count {
+	h := &c.history
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n := len(h.counts)
+	out := make([]Count, 0, min(limit, n))
+	for i := range min(limit, n) {
+		out = append(out, h.counts[(h.next+n-1-i)%n])
+	}
+	return out
+}

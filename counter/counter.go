@@ -1,0 +1,251 @@
+// Package counter counts unique ids per epoch, exactly and without a lock.
+//
+// A request enters the open epoch, asks the set whether its id is new in that
+// epoch, and leaves carrying what it counted. An epoch is sealed when the next
+// one is open and nobody is left inside; only then is its count read and
+// handed to the Publisher. So the counts of an epoch add up to the answers
+// given in it, whenever its turn comes and however long a request sleeps.
+//
+// The first request that arrives after an epoch's end turns it; a ticker does
+// so where no request comes. Neither waits for the closing of the old epoch.
+//
+// server calls Enter and Leave, dedup is told of each epoch as its Store, and
+// stream takes the counts as their Publisher.
+package counter
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	MinWindow = 50 * time.Millisecond
+	MaxWindow = time.Hour
+
+	// historySize is how many past counts Recent can show: a day of minutes.
+	historySize = 1440
+
+	// maxSkipped bounds the empty counts published for a gap in the epochs (a
+	// suspended machine, a clock set forward): a day of minutes. A longer gap
+	// is more likely a wrong clock than an outage worth a million records.
+	maxSkipped = 1440
+)
+
+// Store keeps the ids of the epochs. Open is called before the first request
+// can enter e, with a lock held that every turn needs: it must be quick. Retire
+// is called when the count of e is published and nobody can be in e any more.
+// The calls come in the order of the epochs.
+type Store interface {
+	Open(e *Epoch)
+	Retire(e *Epoch)
+}
+
+// Config of a Counter. The zero value of an optional field is its default.
+type Config struct {
+	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
+	Store     Store
+	Publish   Publisher
+	NotBefore time.Time                         // no epoch before this one's is opened: the last one published by an earlier process. Optional.
+	OnClose   func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
+}
+
+// Counter turns, closes and publishes epochs.
+type Counter struct {
+	cfg Config
+
+	// open is the epoch that requests may enter; nil after Seal. It never
+	// points to an epoch again that it has left.
+	open atomic.Pointer[Epoch]
+
+	mu     sync.Mutex
+	last   *Epoch        // the epoch opened last, also after Seal
+	turned []*Epoch      // left but not yet closed, oldest first
+	spare  *Epoch        // memory for the next epoch, made before it is needed
+	wake   chan struct{} // capacity 1: something was added to turned
+
+	history history
+	closed  struct{ unique, repeats uint64 } // over all closed epochs
+	skipped atomic.Uint64
+}
+
+// New opens the epoch of the present time. Run must be called to close epochs.
+func New(cfg Config) (*Counter, error) {
+	if cfg.Window < MinWindow || cfg.Window > MaxWindow {
+		return nil, fmt.Errorf("counter: Window %v is not between %v and %v", cfg.Window, MinWindow, MaxWindow)
+	}
+	if cfg.Store == nil || cfg.Publish == nil {
+		return nil, fmt.Errorf("counter: Store and Publish are required")
+	}
+	c := &Counter{cfg: cfg, wake: make(chan struct{}, 1)}
+	number := c.numberAt(time.Now().UnixNano())
+	if !cfg.NotBefore.IsZero() {
+		number = max(number, c.numberAt(cfg.NotBefore.UnixNano()))
+	}
+	e := c.newEpoch(nil, number)
+	cfg.Store.Open(e)
+	c.last = e
+	c.open.Store(e)
+	return c, nil
+}
+
+// Enter puts a request that arrived at now (Unix time, ns) into the open epoch,
+// turning it first if its time is over. It returns false after Seal. Requests
+// with different hints count in different cache lines: pass something that
+// stays with a core, such as the number of the connection.
+//
+// Safe for concurrent use; takes no lock but in the one call that turns.
+func (c *Counter) Enter(now int64, hint uint64) (Entry, bool) {
+	for {
+		e := c.open.Load()
+		if e == nil {
+			return Entry{}, false
+		}
+		if now >= e.end {
+			c.turn(now)
+			continue
+		}
+		s := &e.stripes[hint%stripeCount].stripe
+		s.word.Add(inFlightOne)
+		// The closer first moves c.open and then looks at the stripes; this
+		// first marks the stripe and then looks at c.open. One of the two sees
+		// the other: an Entry is either waited for or not given.
+		if c.open.Load() == e {
+			return Entry{e, s}, true
+		}
+		s.word.Add(exit)
+	}
+}
+
+// turn opens the epoch of now if the open one is over. A clock set back does
+// nothing: the open epoch stays until the clock has passed its end again.
+func (c *Counter) turn(now int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.open.Load()
+	if e == nil || now < e.end {
+		return // turned meanwhile
+	}
+	next := c.newEpoch(e, c.numberAt(now))
+	if next.number > e.number+1 {
+		e.cut = true
+		e.skipped = next.number - e.number - 1
+	}
+	c.cfg.Store.Open(next)
+	c.last = next
+	c.open.Store(next) // from here on nobody enters e
+	c.leave(e)
+}
+
+// Seal ends the open epoch before its time. Enter returns false from here on,
+// and Run ends when it has published what is left.
+func (c *Counter) Seal() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.open.Load()
+	if e == nil {
+		return
+	}
+	e.cut = true
+	c.open.Store(nil)
+	c.leave(e)
+}
+
+// leave hands e to the closer. c.mu is held.
+func (c *Counter) leave(e *Epoch) {
+	c.turned = append(c.turned, e)
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// newEpoch makes the epoch of a number that follows prev. c.mu is held, or
+// nobody else has c yet.
+func (c *Counter) newEpoch(prev *Epoch, number int64) *Epoch {
+	e := c.spare
+	if e == nil {
+		e = new(Epoch)
+	}
+	c.spare = nil
+	window := int64(c.cfg.Window)
+	e.number, e.serial = number, 1
+	e.start, e.end = number*window, (number+1)*window
+	if prev != nil {
+		e.serial = prev.serial + 1
+		e.complete = prev.number+1 == number
+	}
+	e.label = time.Unix(0, e.start).UTC().AppendFormat(e.label[:0], time.RFC3339Nano)
+	return e
+}
+
+// provide makes the spare, so that a turn allocates nothing.
+func (c *Counter) provide() {
+	c.mu.Lock()
+	have := c.spare != nil
+	c.mu.Unlock()
+	if have {
+		return
+	}
+	e := &Epoch{label: make([]byte, 0, len(time.RFC3339Nano))}
+	c.mu.Lock()
+	c.spare = e
+	c.mu.Unlock()
+}
+
+func (c *Counter) numberAt(ns int64) int64 {
+	w := int64(c.cfg.Window)
+	n := ns / w
+	if ns%w < 0 {
+		n-- // before 1970
+	}
+	return n
+}
+
+// Live returns the start of the epoch opened last and the unique ids counted
+// in it so far. After Seal that is the epoch that was sealed.
+func (c *Counter) Live() (start time.Time, unique uint64) {
+	e := c.Last()
+	return e.Start(), e.Unique()
+}
+
+// Last returns the epoch opened last: the open one until Seal.
+func (c *Counter) Last() *Epoch {
+	if e := c.open.Load(); e != nil {
+		return e
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.last
+}
+
+// Stats is a snapshot for the metrics.
+type Stats struct {
+	Unique   uint64 // answered as new, since the start of the process
+	Repeats  uint64 // answered as already seen, since the start of the process
+	Unclosed int    // epochs left but not yet published
+	Skipped  uint64 // epochs that passed while the process did not run
+}
+
+// Stats sums over the closed, the unclosed and the open epochs. The sums are
+// not a snapshot in one instant, and they never fall.
+func (c *Counter) Stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := Stats{
+		Unique:   c.closed.unique,
+		Repeats:  c.closed.repeats,
+		Unclosed: len(c.turned),
+		Skipped:  c.skipped.Load(),
+	}
+	for _, e := range c.turned {
+		s.Unique += e.Unique()
+		s.Repeats += e.Repeats()
+	}
+	if e := c.open.Load(); e != nil {
+		s.Unique += e.Unique()
+		s.Repeats += e.Repeats()
+	}
+	return s
+}

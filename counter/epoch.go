@@ -1,0 +1,139 @@
+package counter
+
+import (
+	"sync/atomic"
+	"time"
+	"unsafe"
+)
+
+const (
+	// stripeCount spreads the requests of an epoch over cache lines. 32 stripes
+	// keep the chance that two of a machine's cores meet in one below the cost
+	// of a miss up to some 16 cores; a sum over them takes under 100 ns.
+	stripeCount = 32
+
+	// A stripe's word holds the requests in flight above inFlightShift and the
+	// unique ids below it. 2^16 requests in flight a stripe is more than the
+	// connections a process can hold; 2^48 ids are more than it can answer.
+	inFlightShift = 48
+	inFlightOne   = uint64(1) << inFlightShift
+	uniqueMask    = inFlightOne - 1
+
+	// Added to a word: one request less in flight, and one unique id more.
+	exit       = ^(inFlightOne - 1)
+	exitUnique = exit + 1
+
+	// paddingSize is two cache lines: x86 fetches them in pairs.
+	paddingSize = 128
+)
+
+// Outcome is what a request did in its epoch.
+type Outcome uint8
+
+const (
+	Void   Outcome = iota // counted nothing
+	Unique                // the id was new
+	Repeat                // the id was there
+)
+
+// stripe is one share of an epoch's counters. word carries both the presence
+// of requests and what they counted, so that the last one to leave cannot be
+// seen to have gone before its count is there.
+type stripe struct {
+	word    atomic.Uint64 // in flight << inFlightShift | unique ids
+	repeats atomic.Uint64
+}
+
+type paddedStripe struct {
+	stripe
+	_ [paddingSize - unsafe.Sizeof(stripe{})%paddingSize]byte
+}
+
+// Epoch is one window of time and what was counted in it. Its fields are set
+// before it is opened and do not change while a request can be in it.
+type Epoch struct {
+	number   int64  // start / window
+	serial   uint64 // 1 for the first epoch of the process, without gaps
+	start    int64  // Unix time, ns
+	end      int64  // Unix time, ns
+	label    []byte // start, RFC 3339
+	complete bool   // opened at its start, from the epoch before
+
+	// Set, by the one who turns the epoch, before the closer sees it.
+	cut     bool  // ended before its time, or nobody was there at its end
+	skipped int64 // epochs between this one and the next opened
+
+	// State belongs to the Store: set in Open, let go in Retire.
+	State any
+
+	stripes [stripeCount]paddedStripe
+}
+
+// Number returns the number of the epoch: its start divided by the window.
+func (e *Epoch) Number() int64 { return e.number }
+
+// Serial counts the epochs this process opened, from 1, without gaps.
+func (e *Epoch) Serial() uint64 { return e.serial }
+
+// Start returns the start of the window, UTC.
+func (e *Epoch) Start() time.Time { return time.Unix(0, e.start).UTC() }
+
+// End returns the end of the window, UTC.
+func (e *Epoch) End() time.Time { return time.Unix(0, e.end).UTC() }
+
+// Label returns Start in RFC 3339 with as many digits as needed. Read only.
+func (e *Epoch) Label() []byte { return e.label }
+
+// Unique sums the unique ids. While requests are in flight it is not a
+// snapshot: it has counted every request that left before the call and may
+// have counted some that left during it.
+func (e *Epoch) Unique() uint64 {
+	var n uint64
+	for i := range e.stripes {
+		n += e.stripes[i].word.Load() & uniqueMask
+	}
+	return n
+}
+
+// Repeats sums the ids answered as already seen, with Unique's weak promise.
+func (e *Epoch) Repeats() uint64 {
+	var n uint64
+	for i := range e.stripes {
+		n += e.stripes[i].repeats.Load()
+	}
+	return n
+}
+
+// idle reports whether every stripe was seen with nobody in it. Once the epoch
+// is no longer the open one, a stripe seen empty stays without effect: who
+// enters it later finds the epoch turned and leaves Void.
+func (e *Epoch) idle() bool {
+	for i := range e.stripes {
+		if e.stripes[i].word.Load()>>inFlightShift != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// Entry is a request inside an epoch. The epoch is not sealed before Leave.
+type Entry struct {
+	*Epoch
+	stripe *stripe
+}
+
+// Leave counts the outcome and ends the request's stay in the epoch, in one
+// step. It must be called once for each Entry.
+func (e Entry) Leave(o Outcome) {
+	switch o {
+	case Unique:
+		// -1 in flight and +1 unique at once: passes the epoch on to the closer
+		// with the count inside.
+		e.stripe.word.Add(exitUnique)
+	case Repeat:
+		e.stripe.repeats.Add(1)
+		e.stripe.word.Add(exit)
+	default:
+		e.stripe.word.Add(exit)
+	}
+}

@@ -1,0 +1,56 @@
+package dedup
+
+import (
+	"fmt"
+	"sync/atomic"
+	"unsafe"
+)
+
+// arena hands out the memory of the tables and keeps to its limit.
+type arena struct {
+	heap bool   // from the Go heap, not from the system
+	max  uint64 // bytes, 0: no limit
+	used atomic.Uint64
+}
+
+// memory is what was handed out: the bytes, and whether the system gave them.
+type memory struct {
+	bytes  []byte
+	mapped bool
+}
+
+func (m memory) size() uint64 { return uint64(len(m.bytes)) }
+
+// populateMin is the smallest table whose pages are made resident at once.
+// Below it the faults of first use cost less than the pages nobody uses.
+const populateMin = 2 << 20
+
+// allocate returns n zeroed values of type B, which must not hold pointers,
+// aligned to their own cache lines. Large ones are resident when it returns:
+// a fault in a request costs more than the request.
+func allocate[B any](a *arena, n uint64) ([]B, memory, error) {
+	var b B
+	size := n * uint64(unsafe.Sizeof(b))
+	if used := a.used.Add(size); a.max > 0 && used > a.max {
+		a.used.Add(-size)
+		return nil, memory{}, fmt.Errorf("%w: %d bytes more would exceed %d", ErrFull, size, a.max)
+	}
+	if a.heap {
+		// No pointers inside: the garbage collector does not look into it.
+		values := make([]B, n)
+		return values, memory{bytes: unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), size)}, nil
+	}
+	bytes, err := mapMemory(size, size >= populateMin)
+	if err != nil {
+		a.used.Add(-size)
+		return nil, memory{}, fmt.Errorf("%w: %d bytes: %w", ErrFull, size, err)
+	}
+	return unsafe.Slice((*B)(unsafe.Pointer(&bytes[0])), n), memory{bytes: bytes, mapped: true}, nil
+}
+
+func (a *arena) free(m memory) {
+	a.used.Add(-m.size())
+	if m.mapped {
+		unmapMemory(m.bytes)
+	}
+}

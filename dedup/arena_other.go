@@ -1,0 +1,16 @@
+//go:build !linux
+
+package dedup
+
+// mapMemory is the plain fallback: memory from the Go heap, touched once.
+func mapMemory(size uint64, populate bool) ([]byte, error) {
+	b := make([]byte, size)
+	if populate {
+		for i := 0; i < len(b); i += 4096 {
+			b[i] = 0
+		}
+	}
+	return b, nil
+}
+
+func unmapMemory([]byte) {}

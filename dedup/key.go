@@ -1,0 +1,113 @@
+package dedup
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"math/bits"
+
+	"github.com/dchest/siphash"
+)
+
+// secret keys every placement and hash, so that nobody outside can choose ids
+// that fall together. It lives as long as the table whose words it made.
+type secret struct {
+	xor        [2]uint64
+	odd        [4]uint64 // odd: multiplication by them is a bijection
+	sip0, sip1 uint64
+}
+
+func newSecret() secret {
+	var b [8 * 8]byte
+	rand.Read(b[:]) // never fails: crypto/rand ends the process instead
+	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
+	return secret{
+		xor:  [2]uint64{word(0), word(1)},
+		odd:  [4]uint64{word(2) | 1, word(3) | 1, word(4) | 1, word(5) | 1},
+		sip0: word(6),
+		sip1: word(7),
+	}
+}
+
+// scatter maps 64 bits to 64 bits, one to one: xor with a secret and two
+// multiplications by secret odd numbers, with the high half folded down
+// between them so that every bit of the key reaches the high bits that choose
+// the bucket.
+func (s *secret) scatter(key uint64) uint64 {
+	x := (key ^ s.xor[0]) * s.odd[0]
+	x ^= x >> 32
+	return x * s.odd[1]
+}
+
+// scatter128 maps 128 bits to 128 bits, one to one: two rounds of a Feistel
+// network with scatter-like round functions. Either half of the key reaches
+// both halves of the result.
+func (s *secret) scatter128(hi, lo uint64) (uint64, uint64) {
+	f := (lo ^ s.xor[1]) * s.odd[2]
+	hi ^= f ^ f>>29
+	f = s.scatter(hi)
+	lo ^= f ^ f>>29
+	f = (lo ^ s.xor[0]) * s.odd[3]
+	hi ^= bits.RotateLeft64(f, 32)
+	return hi, lo
+}
+
+// hash maps any id to 128 bits by SipHash-2-4-128 (Aumasson, Bernstein, 2012),
+// a keyed hash whose collisions cannot be searched for without the key: the
+// chance of one among ten million ids is 1.5e-25.
+func (s *secret) hash(id []byte) (hi, lo uint64) {
+	return siphash.Hash128(s.sip0, s.sip1, id)
+}
+
+// decimal parses a canonical decimal up to 2^64-1: no sign, no leading zero.
+func decimal(id []byte) (uint64, bool) {
+	if len(id) == 0 || len(id) > 20 || id[0] == '0' && len(id) > 1 {
+		return 0, false
+	}
+	var n uint64
+	for i, c := range id {
+		d := uint64(c - '0')
+		if d > 9 {
+			return 0, false
+		}
+		if i == 19 { // only the twentieth digit can overflow
+			hi, lo := bits.Mul64(n, 10)
+			sum, carry := bits.Add64(lo, d, 0)
+			return sum, hi == 0 && carry == 0
+		}
+		n = n*10 + d
+	}
+	return n, true
+}
+
+const uuidLen = 36
+
+// unhex maps lower-case hexadecimal digits to their value, all else to 0xff.
+var unhex = func() (t [256]byte) {
+	for i := range t {
+		t[i] = 0xff
+	}
+	for i, c := range []byte("0123456789abcdef") {
+		t[c] = byte(i)
+	}
+	return t
+}()
+
+// uuid parses a UUID in its canonical text (RFC 9562, section 4): lower case,
+// with hyphens. Any other spelling is another id and is hashed.
+func uuid(id []byte) (hi, lo uint64, ok bool) {
+	if len(id) != uuidLen || id[8] != '-' || id[13] != '-' || id[18] != '-' || id[23] != '-' {
+		return 0, 0, false
+	}
+	var bad byte
+	hex := func(from, to int) (n uint64) {
+		for _, c := range id[from:to] {
+			d := unhex[c]
+			bad |= d
+			n = n<<4 | uint64(d&0xf)
+		}
+		return n
+	}
+	hi = hex(0, 8)<<32 | hex(9, 13)<<16 | hex(14, 18)
+	lo = hex(19, 23)<<48 | hex(24, 36)
+	return hi, lo, bad&0xf0 == 0
+}

@@ -1,0 +1,375 @@
+package dedup
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"verve/counter"
+)
+
+// Defaults of the cleaner: a table of 64 million slots is swept in about a
+// minute, at 1 ms of one core a step (BenchmarkSweep).
+const (
+	DefaultCleanupInterval = 250 * time.Millisecond
+	DefaultCleanupBatch    = 1 << 18
+)
+
+const (
+	// forecastEpochs is how many past epochs are remembered to size the next.
+	forecastEpochs = 8
+
+	// tightBelow is how far from MaxIDs adding becomes exact, under a lock: the
+	// sampled load is off by less, and so many requests are not in flight.
+	tightBelow = 1 << 16
+)
+
+// Config of a Memory. The zero value of a field is its default.
+type Config struct {
+	Expect     uint64 // canonical decimals expected in an epoch; more are taken too
+	ExpectWide uint64 // other ids expected in an epoch
+	MaxIDs     uint64 // ids an epoch may hold, 0: no limit
+	MaxBytes   uint64 // memory the tables may take, 0: no limit
+
+	CleanupInterval time.Duration // pause between two steps of the cleaner
+	CleanupBatch    int           // slots swept in a step
+
+	Heap bool // tables on the Go heap: the race detector sees only those
+}
+
+// Memory is the Set in this process's memory: two epoch-tagged tables, a
+// narrow one for canonical decimals, which are exact in 64 bits, and a wide
+// one for the rest, UUIDs by their own 128 bits and other ids by a keyed hash.
+//
+// Add takes no lock and allocates nothing while the ids of the epoch are below
+// MaxIDs and their table does not have to grow.
+type Memory struct {
+	cfg    Config
+	secret secret
+	arena  *arena
+
+	mu         sync.Mutex           // guards what follows; held for moments
+	narrow     *table[narrowBucket] // of the epochs to be opened
+	wide       *table[wideBucket]
+	nextNarrow *table[narrowBucket] // ready to take over at the next turn
+	nextWide   *table[wideBucket]
+	oldNarrow  []*table[narrowBucket] // replaced; freed when no epoch uses them
+	oldWide    []*table[wideBucket]
+	loads      [forecastEpochs]load // of the epochs retired last
+	retired    int
+	current    *view // of the epoch opened last
+	spare      *view
+	serial     uint64 // of the epoch opened last
+
+	check chan struct{} // capacity 1: a table may have to grow
+	sweep sweeper       // used by Run alone
+
+	grown, resized, reclaimed, fulls atomic.Uint64
+}
+
+// view is what an epoch knows of the tables. It stays the same from Open to
+// Retire but for its counters.
+type view struct {
+	tag    uint64
+	narrow *table[narrowBucket]
+	wide   *table[wideBucket]
+
+	// sampled new ids of each table: a load is sampleEvery times as large.
+	narrowSample, wideSample atomic.Uint64
+
+	// tight is set when MaxIDs is near: from then on adding is serial and exact.
+	tight atomic.Bool
+	mu    sync.Mutex // guards left
+	left  uint64
+}
+
+type load struct{ narrow, wide uint64 }
+
+func (v *view) load() load {
+	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery}
+}
+
+// NewMemory makes the tables for the ids expected.
+func NewMemory(cfg Config) (*Memory, error) {
+	if cfg.CleanupInterval < 0 || cfg.CleanupBatch < 0 {
+		return nil, errors.New("dedup: CleanupInterval and CleanupBatch must not be negative")
+	}
+	if cfg.CleanupInterval == 0 {
+		cfg.CleanupInterval = DefaultCleanupInterval
+	}
+	if cfg.CleanupBatch == 0 {
+		cfg.CleanupBatch = DefaultCleanupBatch
+	}
+	m := &Memory{
+		cfg:    cfg,
+		secret: newSecret(),
+		arena:  &arena{heap: cfg.Heap, max: cfg.MaxBytes},
+		check:  make(chan struct{}, 1),
+	}
+	var err error
+	if m.narrow, err = newTable[narrowBucket](cfg.Expect, m.arena); err != nil {
+		return nil, err
+	}
+	if m.wide, err = newTable[wideBucket](cfg.ExpectWide, m.arena); err != nil {
+		m.narrow.free(m.arena)
+		return nil, err
+	}
+	return m, nil
+}
+
+// Open gives e its view of the tables, those of the right size if the cleaner
+// has made such.
+func (m *Memory) Open(e *counter.Epoch) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.nextNarrow != nil {
+		m.oldNarrow = append(m.oldNarrow, m.narrow)
+		m.narrow, m.nextNarrow = m.nextNarrow, nil
+	}
+	if m.nextWide != nil {
+		m.oldWide = append(m.oldWide, m.wide)
+		m.wide, m.nextWide = m.nextWide, nil
+	}
+	v := m.spare
+	if v == nil {
+		v = new(view)
+	}
+	m.spare = nil
+	m.serial = e.Serial()
+	v.tag, v.narrow, v.wide = tagOf(m.serial), m.narrow, m.wide
+	v.narrow.refs++
+	v.wide.refs++
+	if m.cfg.MaxIDs > 0 && m.cfg.MaxIDs <= tightBelow {
+		v.left = m.cfg.MaxIDs
+		v.tight.Store(true)
+	}
+	m.current = v
+	e.State = v
+}
+
+// Retire learns from the load of e and lets go of its tables.
+func (m *Memory) Retire(e *counter.Epoch) {
+	v := e.State.(*view)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v.narrow.refs--
+	v.wide.refs--
+	m.loads[m.retired%forecastEpochs] = v.load()
+	m.retired++
+	if m.spare == nil {
+		m.spare = new(view)
+	}
+}
+
+// Add implements Set.
+func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
+	v := e.State.(*view)
+	if n, ok := decimal(id); ok {
+		x := m.secret.scatter(n)
+		if v.tight.Load() {
+			return m.addTight(e, v, func(look bool) (place, error) { return m.addNarrow(v, x, look) })
+		}
+		p, err := m.addNarrow(v, x, false)
+		if p == taken && x%sampleEvery == 0 {
+			m.sample(e, v, &v.narrowSample)
+		}
+		return verdict(p), err
+	}
+	hi, lo, ok := uuid(id)
+	if !ok {
+		hi, lo = m.secret.hash(id)
+	}
+	hi, lo = m.secret.scatter128(hi, lo)
+	if v.tight.Load() {
+		return m.addTight(e, v, func(look bool) (place, error) { return m.addWide(v, hi, lo, look) })
+	}
+	p, err := m.addWide(v, hi, lo, false)
+	if p == taken && lo%sampleEvery == 0 {
+		m.sample(e, v, &v.wideSample)
+	}
+	return verdict(p), err
+}
+
+func verdict(p place) Verdict {
+	switch p {
+	case taken:
+		return Unique
+	case turned:
+		return Turned
+	default:
+		return Repeat
+	}
+}
+
+func (m *Memory) addNarrow(v *view, x uint64, look bool) (place, error) {
+	for i := range v.narrow.levels {
+		l := v.narrow.levels[i].Load()
+		if l == nil {
+			if look {
+				return absent, nil
+			}
+			if err := grow(m, v.narrow, i, v.load().narrow); err != nil {
+				return full, err
+			}
+			l = v.narrow.levels[i].Load()
+		}
+		b, rest, next := l.choose(x)
+		p, slot := b.add(rest|v.tag, look)
+		if p != full {
+			if p == taken && slot >= nearlyFull {
+				crowding(m, v.narrow, i)
+			}
+			return p, nil
+		}
+		x = next
+	}
+	m.fulls.Add(1)
+	return full, ErrFull
+}
+
+func (m *Memory) addWide(v *view, hi, lo uint64, look bool) (place, error) {
+	for i := range v.wide.levels {
+		l := v.wide.levels[i].Load()
+		if l == nil {
+			if look {
+				return absent, nil
+			}
+			if err := grow(m, v.wide, i, v.load().wide); err != nil {
+				return full, err
+			}
+			l = v.wide.levels[i].Load()
+		}
+		b, rest, next := l.choose(hi)
+		p, slot := b.add(rest|v.tag, lo, look)
+		if p != full {
+			if p == taken && slot >= nearlyFull {
+				crowding(m, v.wide, i)
+			}
+			return p, nil
+		}
+		hi = next
+	}
+	m.fulls.Add(1)
+	return full, ErrFull
+}
+
+// grow adds a level because an id found the last one full.
+func grow[B any](m *Memory, t *table[B], have int, load uint64) error {
+	if err := t.grow(have, load, m.arena); err != nil {
+		m.fulls.Add(1)
+		return err
+	}
+	m.grown.Add(1)
+	return nil
+}
+
+// crowding asks the cleaner to make the next level ready if i is the last.
+func crowding[B any](m *Memory, t *table[B], i int) {
+	if i+1 < maxLevels && t.levels[i+1].Load() == nil && t.checking.CompareAndSwap(false, true) {
+		select {
+		case m.check <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// sample counts one new id for sampleEvery and sees MaxIDs coming.
+func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64) {
+	of.Add(1)
+	if m.cfg.MaxIDs == 0 {
+		return
+	}
+	l := v.load()
+	if l.narrow+l.wide+tightBelow < m.cfg.MaxIDs-m.cfg.MaxIDs/16 {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if !v.tight.Load() {
+		// The id of this request is in, but counted only when it leaves. Other
+		// requests between those two moments can exceed MaxIDs by their number.
+		if n := e.Unique() + 1; n < m.cfg.MaxIDs {
+			v.left = m.cfg.MaxIDs - n
+		}
+		v.tight.Store(true)
+	}
+}
+
+// addTight adds under the lock that guards what is left of MaxIDs.
+func (m *Memory) addTight(e *counter.Epoch, v *view, add func(look bool) (place, error)) (Verdict, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	p, err := add(v.left == 0)
+	switch {
+	case err != nil:
+		return Repeat, err
+	case p == absent:
+		m.fulls.Add(1)
+		return Repeat, ErrFull
+	case p == taken:
+		v.left--
+	}
+	return verdict(p), nil
+}
+
+// Stats implements Set.
+func (m *Memory) Stats() Stats {
+	m.mu.Lock()
+	narrow, wide := m.narrow, m.wide
+	m.mu.Unlock()
+	s := Stats{
+		Bytes:     m.arena.used.Load(),
+		Grown:     m.grown.Load(),
+		Resized:   m.resized.Load(),
+		Reclaimed: m.reclaimed.Load(),
+		Full:      m.fulls.Load(),
+	}
+	narrow.mu.Lock()
+	s.Slots, s.Levels = narrow.slots, narrow.depth
+	narrow.mu.Unlock()
+	wide.mu.Lock()
+	s.Slots, s.Levels = s.Slots+wide.slots, max(s.Levels, wide.depth)
+	wide.mu.Unlock()
+	return s
+}
+
+// Close gives all memory back.
+func (m *Memory) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, t := range append(m.oldNarrow, m.narrow, m.nextNarrow) {
+		if t != nil {
+			t.free(m.arena)
+		}
+	}
+	for _, t := range append(m.oldWide, m.wide, m.nextWide) {
+		if t != nil {
+			t.free(m.arena)
+		}
+	}
+	m.oldNarrow, m.oldWide = nil, nil
+	m.narrow, m.wide, m.nextNarrow, m.nextWide = nil, nil, nil, nil
+	return nil
+}
+
+// Run is the cleaner: it makes levels ready before they are needed, replaces
+// tables of the wrong size, and sweeps what retired epochs left.
+func (m *Memory) Run(ctx context.Context) error {
+	tick := time.NewTicker(m.cfg.CleanupInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.check:
+			m.growAhead()
+		case <-tick.C:
+			m.growAhead()
+			m.resize()
+			m.release()
+			m.reclaim()
+		}
+	}
+}

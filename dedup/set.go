@@ -1,0 +1,68 @@
+// Package dedup says whether an id is new in an epoch.
+//
+// A Set answers for every id of an epoch Unique exactly once, whatever number
+// of requests bring it and at whatever moment the epoch turns. The epoch is
+// part of the key: nothing is cleared at a turn, and what past epochs left is
+// reclaimed in the background.
+//
+// server calls Add between entering and leaving an epoch of package counter.
+package dedup
+
+import (
+	"context"
+	"errors"
+
+	"verve/counter"
+)
+
+// Verdict is a Set's answer.
+type Verdict uint8
+
+const (
+	// Unique: the id was not in the epoch and is now.
+	Unique Verdict = iota
+	// Repeat: the id was in the epoch before.
+	Repeat
+	// Turned: the epoch ended while the id was looked for, and its place is in
+	// use by a later one. Nothing was added; ask again in the open epoch.
+	Turned
+)
+
+// ErrFull says that there is no room for another id in this epoch. Ids already
+// in it are still found.
+var ErrFull = errors.New("dedup: full")
+
+// Set is the contract of every store of ids.
+//
+// All methods are safe for concurrent use, with one rule: Add is called only
+// by a request inside e, after Open(e) and before Retire(e).
+type Set interface {
+	// Store: Open prepares e before its first Add, Retire follows its last.
+	counter.Store
+
+	// Add adds id to e and says whether it was new. After an error the id was
+	// not added, as far as can be known, and the request must count nothing.
+	// It keeps no reference to id. It does not retry what failed.
+	Add(e *counter.Epoch, id []byte) (Verdict, error)
+
+	// Run does the work in the background until ctx ends: growing, resizing and
+	// reclaiming. A Set is complete without it, but slower and larger.
+	Run(ctx context.Context) error
+
+	// Stats returns a snapshot for the metrics.
+	Stats() Stats
+
+	// Close lets go of memory and connections. No Add may follow.
+	Close() error
+}
+
+// Stats describes a Set. What a store does not have is zero.
+type Stats struct {
+	Bytes     uint64 // resident memory of the ids
+	Slots     uint64 // room for ids, taken or free
+	Levels    int    // tables behind each other, the deepest
+	Grown     uint64 // levels added while an epoch ran
+	Resized   uint64 // tables replaced by one of the right size
+	Reclaimed uint64 // slots of retired epochs swept
+	Full      uint64 // ids refused with ErrFull
+}
