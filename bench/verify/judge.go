@@ -1,0 +1,215 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"text/tabwriter"
+	"time"
+
+	"verve/stream"
+)
+
+// verdict is what a run found out. Its JSON is the output of --json.
+type verdict struct {
+	Good       bool            `json:"good"`
+	Answers    uint64          `json:"answers"`
+	Accepted   uint64          `json:"ok"`
+	Repeated   uint64          `json:"failed"`
+	Refused    uint64          `json:"refused"`
+	Doubted    uint64          `json:"in_doubt"`  // requests that were never answered
+	Recovered  uint64          `json:"recovered"` // of these, how many the records count
+	Dials      uint64          `json:"connects"`
+	Kills      int             `json:"kills"`
+	Seconds    float64         `json:"seconds"`
+	PerSecond  float64         `json:"answers_per_second"`
+	Windows    int             `json:"windows"`
+	BadWindows int             `json:"bad_windows"`
+	Faults     faults          `json:"faults"`
+	Table      []windowVerdict `json:"table"` // the bad windows, or all with --verbose
+
+	newest int64 // the latest window that has a record
+}
+
+func (v *verdict) fault(what, format string, args ...any) {
+	v.Faults.add(what, format, args...)
+	v.Good = false
+}
+
+// windowVerdict compares the answers and the records of one window. Sum must
+// lie between Least and Most: the `ok` answers, and on top of them what the
+// requests in doubt can or must have added.
+type windowVerdict struct {
+	Start      string `json:"window_start"`
+	Accepted   uint64 `json:"ok"`
+	Repeated   uint64 `json:"failed"`
+	Doubtful   uint64 `json:"in_doubt"`
+	Least      uint64 `json:"least"`
+	Most       uint64 `json:"most"`
+	Records    int    `json:"records"`
+	Sum        uint64 `json:"sum"`
+	Difference int64  `json:"difference"` // sum less `ok` answers
+	Bad        string `json:"bad,omitempty"`
+}
+
+// judge compares windows, as finish gave them, with every record that could be
+// read. Records of windows before the first answer are other people's; with
+// skipFirst so is the first window. From there on nobody else may have called
+// the server.
+func judge(t *truth, windows []*windowTruth, records []stream.Record, skipFirst, verbose bool) verdict {
+	v := verdict{Answers: t.answers, Refused: t.refused, Doubted: t.doubted}
+	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines)}
+	for what, n := range t.faults.Kinds {
+		if v.Faults.Kinds == nil {
+			v.Faults.Kinds = make(map[string]uint64)
+		}
+		v.Faults.Kinds[what] = n
+	}
+	for _, w := range windows {
+		v.Accepted += w.accepted
+		v.Repeated += w.repeated
+	}
+	if len(windows) == 0 {
+		v.Faults.add("nothing to judge", "no request was answered ok or failed")
+		return v
+	}
+	first := windows[0].start
+	if skipFirst {
+		first++
+	}
+	rows := make(map[int64]*windowVerdict)
+	row := func(start int64) *windowVerdict {
+		r := rows[start]
+		if r == nil {
+			r = &windowVerdict{Start: label(start)}
+			rows[start] = r
+		}
+		return r
+	}
+	for _, w := range windows {
+		if w.start < first {
+			continue
+		}
+		r := row(w.start)
+		r.Accepted, r.Repeated, r.Doubtful = w.accepted, w.repeated, w.maybe
+		r.Least, r.Most = w.accepted+w.sure, w.accepted+w.maybe
+	}
+	for _, rec := range records {
+		start := rec.WindowStart.UnixMilli()
+		v.newest = max(v.newest, start)
+		if start < first {
+			continue
+		}
+		r := rows[start]
+		if r == nil {
+			r = row(start)
+			r.Doubtful = t.unanswered(start)
+			r.Most = r.Doubtful
+		}
+		r.Records++
+		r.Sum += rec.Unique
+	}
+	var over uint64
+	starts := make([]int64, 0, len(rows))
+	for start, r := range rows {
+		starts = append(starts, start)
+		r.Difference = int64(r.Sum - r.Accepted)
+		switch {
+		case r.Records == 0:
+			r.Bad = "no record"
+		case r.Sum < r.Least:
+			r.Bad = fmt.Sprintf("%d lost", r.Least-r.Sum)
+		case r.Sum > r.Most:
+			r.Bad = fmt.Sprintf("%d too many", r.Sum-r.Most)
+		default:
+			over += r.Sum - r.Accepted
+		}
+		if r.Bad != "" {
+			v.BadWindows++
+		}
+	}
+	// A request in doubt may fit into two windows; it has counted in one.
+	if over > t.doubted {
+		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", over, t.doubted)
+	}
+	v.Recovered = over
+	v.Windows = len(rows)
+	slices.Sort(starts)
+	for _, start := range starts {
+		if r := rows[start]; verbose || r.Bad != "" {
+			v.Table = append(v.Table, *r)
+		}
+	}
+	checkSequence(&v.Faults, records, first)
+	v.Good = v.BadWindows == 0 && v.Faults.Count == 0
+	return v
+}
+
+// checkSequence looks at what names the records from the window first on: no
+// record is visible twice, an instance numbers its records without gaps and in
+// the order of the windows, and a group has one record per window.
+func checkSequence(f *faults, records []stream.Record, first int64) {
+	type series struct {
+		scope           stream.Scope
+		group, instance string
+	}
+	bySeries := make(map[series][]stream.Record)
+	for _, r := range records {
+		if r.WindowStart.UnixMilli() >= first {
+			key := series{r.Scope, r.Group, r.Instance}
+			bySeries[key] = append(bySeries[key], r)
+		}
+	}
+	for key, list := range bySeries {
+		// Records of several partitions are read in no common order.
+		slices.SortFunc(list, func(a, b stream.Record) int {
+			return cmp.Or(cmp.Compare(a.Seq, b.Seq), a.WindowStart.Compare(b.WindowStart))
+		})
+		for i := 1; i < len(list); i++ {
+			before, r := list[i-1], list[i]
+			start, earlier := label(r.WindowStart.UnixMilli()), label(before.WindowStart.UnixMilli())
+			switch {
+			case key.scope == stream.ScopeGroup:
+				if start == earlier {
+					f.add("visible twice", "group %s has two records of %s", key.group, start)
+				}
+			case r.Seq == before.Seq:
+				f.add("visible twice", "%s/%s has two records with seq %d, of %s and %s",
+					key.group, key.instance, r.Seq, earlier, start)
+			case r.Seq != before.Seq+1:
+				f.add("gap in seq", "%s/%s goes from seq %d to %d at %s",
+					key.group, key.instance, before.Seq, r.Seq, start)
+			case r.WindowStart.Before(before.WindowStart):
+				f.add("order", "%s/%s: seq %d is of %s, after %s",
+					key.group, key.instance, r.Seq, start, earlier)
+			}
+		}
+	}
+}
+
+// print writes the verdict for people: bad windows (or all), faults, a summary.
+func (v *verdict) print(out io.Writer) {
+	if len(v.Table) > 0 {
+		tw := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+		fmt.Fprintln(tw, "window\tok answers\tin doubt\trecords\tsum\tdifference\t\t")
+		for _, r := range v.Table {
+			fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%+d\t%s\t\n", r.Start, r.Accepted, r.Doubtful, r.Records, r.Sum, r.Difference, r.Bad)
+		}
+		tw.Flush()
+	}
+	for _, line := range v.Faults.Lines {
+		fmt.Fprintln(out, line)
+	}
+	if hidden := v.Faults.Count - uint64(len(v.Faults.Lines)); hidden > 0 {
+		fmt.Fprintf(out, "... and %d more: %v\n", hidden, v.Faults.Kinds)
+	}
+	fmt.Fprintf(out, "%d answers in %s (%.0f a second): %d ok, %d failed, %d refused; %d requests in doubt, %d of them counted; %d connects, %d kills\n",
+		v.Answers, time.Duration(v.Seconds*float64(time.Second)).Round(10*time.Millisecond), v.PerSecond,
+		v.Accepted, v.Repeated, v.Refused, v.Doubted, v.Recovered, v.Dials, v.Kills)
+	if v.Good {
+		fmt.Fprintf(out, "GOOD: the records of all %d windows add up\n", v.Windows)
+	} else {
+		fmt.Fprintf(out, "BAD: %d of %d windows do not add up, %d faults\n", v.BadWindows, v.Windows, v.Faults.Count)
+	}
+}

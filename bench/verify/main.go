@@ -1,0 +1,262 @@
+// Verify drives a running verve over HTTP and says, window by window, whether
+// its records add up to its answers.
+//
+//	verve --window=1s --window-header
+//	go run ./bench/verify --duration=60s
+//
+// Its truth is what the server told its callers: each answer names the window
+// in which its id was judged (--window-header), so the sum of the records of a
+// window must be the number of ids answered `ok` in it, no more and no less.
+// Only requests that were never answered, because a connection broke, leave
+// room: those may have counted. Nobody else may call the server during a run.
+//
+// With --spawn it runs the server itself, and ends it with SIGTERM or SIGKILL
+// at random moments under full load.
+//
+// Exit status: 0 if everything adds up, 1 if not, 2 if it could not be tried.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/signal"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+)
+
+type flags struct {
+	URL         []string      `name:"url" default:"http://127.0.0.1:8080" help:"Server, or several instances that count as one."`
+	Duration    time.Duration `default:"60s" help:"How long to drive."`
+	Requests    uint64        `help:"Stop after so many requests (0: by time alone)."`
+	Connections int           `default:"64" help:"Keep-alive connections."`
+	Pipeline    int           `default:"1" help:"Requests in flight on each connection."`
+	Rate        float64       `help:"Requests a second in all (0: as fast as it goes)."`
+	Repeats     float64       `default:"0.1" help:"Share of requests that ask for a recent id once more."`
+	IDs         idForm        `name:"ids" default:"decimal" help:"Form of the ids: decimal, uuid or string."`
+	Seed        uint64        `help:"Of the ids and the repeats (0: drawn)."`
+	Timeout     time.Duration `default:"5s" help:"For one answer; then the request is in doubt."`
+	MinAnswers  uint64        `default:"1" help:"Fewer answers than this are a failure."`
+
+	DuplicateStatus int  `default:"409" help:"Status of repeats, as set on the server."`
+	SkipFirst       bool `help:"Do not judge the first window, in which others called the server too."`
+	Strict          bool `help:"Requests that were never answered must not have counted."`
+
+	CountsFile   []string      `type:"path" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
+	KafkaBrokers []string      `help:"Read the records from Kafka."`
+	KafkaTopic   string        `default:"verve.unique-ids" help:"The topic of the records."`
+	Wait         time.Duration `default:"75s" help:"How long the last records may take to appear."`
+
+	Spawn     string        `placeholder:"COMMAND" help:"Run this server, and stop it at the end."`
+	SpawnLog  string        `type:"path" help:"File for the output of the server (default: standard error)."`
+	KillEvery string        `placeholder:"MIN-MAX" help:"End the server after a random time between these, and start it again."`
+	Signal    string        `enum:"TERM,KILL" default:"TERM" help:"How the server is ended: ${enum}."`
+	Kills     int           `help:"End the run after so many kills (0: by time alone)."`
+	StopLimit time.Duration `default:"15s" help:"How long the server may take to exit after SIGTERM."`
+
+	JSON    bool `name:"json" help:"Print the verdict as one JSON object."`
+	Verbose bool `short:"v" help:"List all windows, not only the bad ones."`
+}
+
+func main() {
+	var f flags
+	kong.Parse(&f, kong.Name("verify"), kong.UsageOnError(),
+		kong.Description("Drives a running verve and says whether its records add up to its answers."))
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second interrupt ends the judging too
+	v, err := run(ctx, &f)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "verify:", err)
+		os.Exit(2)
+	}
+	if f.JSON {
+		if err := json.NewEncoder(os.Stdout).Encode(v); err != nil {
+			fmt.Fprintln(os.Stderr, "verify:", err)
+			os.Exit(2)
+		}
+	} else {
+		v.print(os.Stdout)
+	}
+	if !v.Good {
+		os.Exit(1)
+	}
+}
+
+// run drives, stops what it started, and reads the records until they are
+// final or the wait is over. An interrupt ends the driving, not the judging.
+func run(ctx context.Context, f *flags) (*verdict, error) {
+	d, err := newDriver(f)
+	if err != nil {
+		return nil, err
+	}
+	if len(f.CountsFile) > 0 && len(f.KafkaBrokers) > 0 {
+		// Each is a complete account; together they would count double.
+		return nil, errors.New("--counts-file and --kafka-brokers: give one of them")
+	}
+	drive, cancel := context.WithTimeout(ctx, f.Duration)
+	defer cancel()
+	var s *spawner
+	spawned := make(chan error, 1)
+	if f.Spawn != "" {
+		log, err := spawnLog(f.SpawnLog)
+		if err != nil {
+			return nil, err
+		}
+		defer log.Close()
+		if s, err = newSpawner(f, d, log); err != nil {
+			return nil, err
+		}
+		go func() {
+			spawned <- s.run(drive)
+			cancel() // the kills are used up, or there is no server to drive
+		}()
+	} else {
+		spawned <- nil
+	}
+	began := time.Now()
+	d.run(drive)
+	cancel()
+	seconds := time.Since(began).Seconds()
+	err = <-spawned
+	if s != nil {
+		s.end()
+	}
+	if err != nil {
+		return nil, err
+	}
+
+	windows := d.truth.finish()
+	v := d.await(context.WithoutCancel(ctx), f, newSource(f), windows)
+	v.Seconds, v.PerSecond = seconds, float64(v.Answers)/seconds
+	v.Dials = d.dials.Load()
+	if s != nil {
+		v.Kills = s.killed
+	}
+	if v.Answers < f.MinAnswers {
+		v.fault("too little", "%d answers, fewer than %d", v.Answers, f.MinAnswers)
+	}
+	return &v, nil
+}
+
+func newDriver(f *flags) (*driver, error) {
+	switch {
+	case f.Connections < 1:
+		return nil, errors.New("--connections: must be at least 1")
+	case f.Pipeline < 1 || f.Pipeline > 1024:
+		return nil, errors.New("--pipeline: must be 1 to 1024")
+	case f.Rate < 0:
+		return nil, errors.New("--rate: must not be negative")
+	case f.Repeats < 0 || f.Repeats > 1:
+		return nil, errors.New("--repeats: must be 0 to 1")
+	case f.Timeout <= 0:
+		return nil, errors.New("--timeout: must be above 0")
+	}
+	if err := f.IDs.check(); err != nil {
+		return nil, err
+	}
+	d := &driver{load: load{
+		Connections:     f.Connections,
+		Pipeline:        f.Pipeline,
+		Rate:            f.Rate,
+		Requests:        f.Requests,
+		Repeats:         f.Repeats,
+		IDs:             f.IDs,
+		Seed:            f.Seed,
+		Timeout:         f.Timeout,
+		DuplicateStatus: f.DuplicateStatus,
+	}}
+	if d.load.Seed == 0 {
+		d.load.Seed = rand.Uint64()
+	}
+	for _, raw := range f.URL {
+		t, err := newTarget(raw)
+		if err != nil {
+			return nil, err
+		}
+		d.targets = append(d.targets, t)
+	}
+	// A request is answered or given up within 1.25 timeouts, and one that was
+	// given up may be served within another: see conn.serve and load.lag.
+	d.truth = newTruth(len(d.targets), 4*f.Timeout, f.Strict)
+	return d, nil
+}
+
+func newSpawner(f *flags, d *driver, output io.Writer) (*spawner, error) {
+	s := &spawner{
+		command:   f.Spawn,
+		signal:    syscall.SIGTERM,
+		kills:     f.Kills,
+		stopLimit: f.StopLimit,
+		output:    output,
+		rng:       rand.New(rand.NewPCG(d.load.Seed, 0)),
+		truth:     d.truth,
+	}
+	if f.Signal == "KILL" {
+		s.signal = syscall.SIGKILL
+	}
+	if f.KillEvery != "" {
+		var err error
+		if s.min, s.max, err = parseEvery(f.KillEvery); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+func spawnLog(path string) (*os.File, error) {
+	if path == "" {
+		return os.Stderr, nil
+	}
+	return os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+}
+
+// await reads the records until they add up and no more can come, or for
+// --wait. No more can come for the windows of the run when there is a record
+// of a later one, or when no server answers any longer.
+func (d *driver) await(ctx context.Context, f *flags, read source, windows []*windowTruth) verdict {
+	deadline := time.Now().Add(f.Wait)
+	for {
+		gone := d.gone() // before the reading: what it wrote last is then read
+		records, invalid, err := read(ctx)
+		v := judge(d.truth, windows, records, f.SkipFirst, f.Verbose)
+		for _, line := range invalid {
+			v.fault("invalid record", "%s", line)
+		}
+		if err != nil {
+			v.fault("reading the records", "%v", err)
+		}
+		switch {
+		case len(windows) == 0 || !time.Now().Before(deadline):
+			return v
+		case gone && (err == nil || errors.Is(err, fs.ErrNotExist)):
+			return v
+		case v.Good && v.newest > windows[len(windows)-1].start:
+			return v
+		}
+		time.Sleep(rereadEvery)
+	}
+}
+
+// rereadEvery is far below the shortest wait that matters, a window, and far
+// above what reading a topic from its start costs.
+const rereadEvery = 250 * time.Millisecond
+
+// gone says whether no target takes connections any more.
+func (d *driver) gone() bool {
+	return !slices.ContainsFunc(d.targets, func(t target) bool {
+		nc, err := net.DialTimeout("tcp", t.addr, d.load.Timeout)
+		if err == nil {
+			nc.Close()
+		}
+		return err == nil
+	})
+}

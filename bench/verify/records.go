@@ -1,0 +1,54 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"iter"
+
+	"verve/stream"
+)
+
+// source reads every record there is, from the first one, each time it is
+// called. What is there but is no record, it returns as lines.
+//
+// Only the reading is shared with the server. Sums, repeats and gaps are judged
+// here, not by stream.Totals: a checker that adds up with the code under test
+// proves less.
+type source func(ctx context.Context) (records []stream.Record, invalid []string, err error)
+
+// defaultCountsFile is where a server without brokers writes, if it was started
+// in the same folder.
+const defaultCountsFile = "verve-data/counts.jsonl"
+
+func newSource(f *flags) source {
+	files := f.CountsFile
+	if len(files) == 0 && len(f.KafkaBrokers) == 0 {
+		files = []string{defaultCountsFile}
+	}
+	return func(ctx context.Context) (records []stream.Record, invalid []string, err error) {
+		collect := func(what string, seq iter.Seq2[stream.Record, error]) error {
+			for r, err := range seq {
+				switch {
+				case err == nil:
+					records = append(records, r)
+				case stream.IsInvalidRecord(err):
+					invalid = append(invalid, err.Error())
+				default:
+					return fmt.Errorf("%s: %w", what, err)
+				}
+			}
+			return nil
+		}
+		if len(f.KafkaBrokers) > 0 {
+			cfg := stream.KafkaConfig{Brokers: f.KafkaBrokers, Topic: f.KafkaTopic}
+			err = collect("kafka", stream.ReadTopic(ctx, cfg, false))
+			return records, invalid, err
+		}
+		for _, path := range files {
+			if err = collect(path, stream.ReadFile(ctx, path, false)); err != nil {
+				break
+			}
+		}
+		return records, invalid, err
+	}
+}

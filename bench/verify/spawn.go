@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// spawner runs the server under test itself, ends it at random moments, and
+// starts it again at once.
+type spawner struct {
+	command   string // for the shell, which gives its place to it
+	signal    syscall.Signal
+	min, max  time.Duration // life of a server; max 0: it is left alone
+	kills     int           // at most so many; 0: no bound
+	stopLimit time.Duration // for an exit after SIGTERM
+	output    io.Writer
+	rng       *rand.Rand
+	truth     *truth
+
+	killed int      // how often so far
+	server *process // the running one, or the last
+}
+
+// parseEvery reads MIN-MAX, or one duration for both.
+func parseEvery(s string) (low, high time.Duration, err error) {
+	from, to, both := strings.Cut(s, "-")
+	if !both {
+		to = from
+	}
+	if low, err = time.ParseDuration(from); err == nil {
+		high, err = time.ParseDuration(to)
+	}
+	if err != nil || low <= 0 || high < low {
+		return 0, 0, fmt.Errorf("--kill-every: %q is not MIN-MAX, such as 500ms-3s", s)
+	}
+	return low, high, nil
+}
+
+// run starts the server and ends it again and again, until ctx ends or the
+// kills are used up and one more life is over. The server is then still
+// running; end stops it. An exit that nobody asked for, and one after SIGTERM
+// that is late or not 0, is a fault of the run and ends it.
+func (s *spawner) run(ctx context.Context) error {
+	for {
+		if err := s.start(); err != nil {
+			return err
+		}
+		// With SIGTERM a life counts from the first answer, since a process
+		// that has not set its handlers yet dies of the signal. SIGKILL may
+		// fall into the start as well: that is the point of it.
+		if s.signal != syscall.SIGKILL {
+			s.awaitAnswer(ctx)
+		}
+		if !s.live(ctx) || ctx.Err() != nil || s.kills > 0 && s.killed == s.kills {
+			return nil
+		}
+		s.killed++
+		if s.signal == syscall.SIGKILL {
+			s.server.cmd.Process.Kill()
+			<-s.server.exited
+		} else if !s.end() {
+			return nil
+		}
+	}
+}
+
+type process struct {
+	cmd    *exec.Cmd
+	exited chan struct{}
+	err    error // after exited
+}
+
+func (s *spawner) start() error {
+	cmd := exec.Command("sh", "-c", "exec "+s.command)
+	cmd.Stdout, cmd.Stderr = s.output, s.output
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start the server: %w", err)
+	}
+	p := &process{cmd: cmd, exited: make(chan struct{})}
+	go func() {
+		p.err = cmd.Wait()
+		close(p.exited)
+	}()
+	s.server = p
+	return nil
+}
+
+// awaitAnswer waits until some connection has got an answer from this process.
+func (s *spawner) awaitAnswer(ctx context.Context) {
+	before := s.truth.progress()
+	poll := time.NewTicker(10 * time.Millisecond)
+	defer poll.Stop()
+	for s.truth.progress() == before {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.server.exited:
+			return // live reports it
+		case <-poll.C:
+		}
+	}
+}
+
+// live lets the server live for a drawn time, or until ctx ends. It says false
+// if the server ended by itself.
+func (s *spawner) live(ctx context.Context) bool {
+	var up <-chan time.Time
+	if s.max > 0 {
+		timer := time.NewTimer(s.min + time.Duration(s.rng.Int64N(int64(s.max-s.min)+1)))
+		defer timer.Stop()
+		up = timer.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-up:
+	case <-s.server.exited:
+		s.truth.fault("server exit", "the server ended by itself: %s", outcome(s.server.err))
+		return false
+	}
+	return true
+}
+
+// end stops the server with SIGTERM and says whether it ended in time with 0.
+// Without a running server it does nothing.
+func (s *spawner) end() bool {
+	server := s.server
+	if server == nil {
+		return true
+	}
+	select {
+	case <-server.exited:
+		return true
+	default:
+	}
+	server.cmd.Process.Signal(syscall.SIGTERM)
+	limit := time.NewTimer(s.stopLimit)
+	defer limit.Stop()
+	select {
+	case <-server.exited:
+		if server.err != nil {
+			s.truth.fault("server exit", "the server ended after SIGTERM with %s", outcome(server.err))
+		}
+		return server.err == nil
+	case <-limit.C:
+		server.cmd.Process.Kill()
+		<-server.exited
+		s.truth.fault("server exit", "the server did not end within %s of SIGTERM and was killed", s.stopLimit)
+		return false
+	}
+}
+
+func outcome(err error) string {
+	if err == nil {
+		return "exit status 0"
+	}
+	return err.Error()
+}

@@ -1,0 +1,339 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+)
+
+// truth is what the answers of a run say the records must say. Connections
+// report their answers in batches; the judge takes the windows at the end.
+//
+// Three promises are checked on the way, per window and per id:
+//   - an id is answered `ok` at most once;
+//   - an id is answered `failed` only if it was answered `ok` as well, to a
+//     request that was already on its way, or a request for it is in doubt
+//     (sent, never answered);
+//   - a window whose successors are long open gets no more answers.
+//
+// One mutex guards everything. It is taken once per batch for some 50 ns an
+// answer, a hundredth of what an answer costs over a socket; sharding it would
+// buy nothing and make "never twice" a matter of argument.
+type truth struct {
+	mu      sync.Mutex
+	windows map[int64]*windowTruth // by start, Unix milliseconds
+	last    *windowTruth           // the window of the last answer, to skip the map
+	newest  []int64                // per target, the latest window answered
+	doubts  []doubt                // all of the run, in the order in which they came
+	expired int                    // the first ones, which cover only settled windows
+	settled int64                  // windows before this one are settled
+	mark    int64                  // the latest window at the previous settleOld
+	ahead   int64                  // by how many milliseconds the server's clock is seen to lead
+
+	grace   time.Duration
+	strict  bool
+	now     func() int64 // the driver's clock, Unix milliseconds
+	answers uint64
+	refused uint64
+	doubted uint64
+	faults  faults
+}
+
+// grace is how long, in label time, a window stays open to late answers after
+// its successor began: longer than any request may stay unanswered.
+func newTruth(targets int, grace time.Duration, strict bool) *truth {
+	return &truth{
+		windows: make(map[int64]*windowTruth),
+		newest:  make([]int64, targets),
+		grace:   grace,
+		strict:  strict,
+		now:     func() int64 { return time.Now().UnixMilli() },
+	}
+}
+
+// windowTruth is one window as the answers tell it.
+type windowTruth struct {
+	start    int64
+	accepted uint64
+	repeated uint64
+
+	// Released when the window is settled. An answer `failed` may be read
+	// before the `ok` that explains it, which another connection has yet to
+	// read; early keeps when that happened, and there are few of them.
+	ok    bitmap
+	early map[uint64]time.Time
+
+	// Set by settle. An id in doubt that was answered `failed` and never `ok`
+	// must have been counted; one that was never answered may have been.
+	settled     bool
+	sure, maybe uint64
+}
+
+// doubt is a request that was sent and never answered. It may have counted in
+// any window from the newest one known when it was sent to the one that was
+// open when the connection was known to be gone.
+type doubt struct {
+	id         uint64
+	from, till int64
+}
+
+func (d doubt) covers(start int64) bool { return d.from <= start && start <= d.till }
+
+type kind uint8
+
+const (
+	answerOK kind = iota
+	answerRepeat
+	answerRefused
+)
+
+type answer struct {
+	id     uint64
+	window int64
+	kind   kind
+}
+
+// record takes the answers that one connection to a target got to a batch that
+// it had sent no earlier than the time given, and returns
+// the latest window that this target has answered in: no request sent from now
+// on can be judged in an earlier one.
+func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range batch {
+		t.answers++
+		if a.kind == answerRefused {
+			t.refused++
+			continue
+		}
+		w := t.last
+		if w == nil || w.start != a.window {
+			w = t.window(a.window)
+		}
+		if w.settled {
+			t.faults.add("late answer", "id #%d was judged in %s, long after that window ended", a.id, label(a.window))
+			continue
+		}
+		t.newest[target] = max(t.newest[target], a.window)
+		if a.kind == answerRepeat {
+			w.repeated++
+			if _, known := w.early[a.id]; !known && !w.ok.has(a.id) {
+				if w.early == nil {
+					w.early = make(map[uint64]time.Time)
+				}
+				w.early[a.id] = time.Now()
+			}
+			continue
+		}
+		w.accepted++
+		if w.ok.set(a.id) {
+			t.faults.add("ok twice", "id #%d was answered ok twice in %s", a.id, label(a.window))
+		}
+		if failed, known := w.early[a.id]; known && failed.Before(sent) {
+			t.faults.add("false duplicate", "id #%d was answered failed in %s and ok to a later request", a.id, label(a.window))
+		}
+	}
+	return t.newest[target]
+}
+
+func (t *truth) window(start int64) *windowTruth {
+	w := t.windows[start]
+	if w == nil {
+		w = &windowTruth{start: start}
+		// A window can be first heard of after its time was settled.
+		w.settled = start < t.settled
+		t.windows[start] = w
+		t.ahead = max(t.ahead, start-t.now())
+	}
+	t.last = w
+	return w
+}
+
+// broken takes the ids that a connection to a target was still waiting for
+// when it broke; from is what record returned before they were sent, and lag
+// how much longer the server may work on them (nothing if it is the server
+// that closed the connection).
+func (t *truth) broken(ids []uint64, from int64, lag time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	till := t.now() + t.ahead + lag.Milliseconds()
+	for _, id := range ids {
+		t.doubts = append(t.doubts, doubt{id, from, till})
+	}
+	t.doubted += uint64(len(ids))
+}
+
+func (t *truth) newestOf(target int) int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.newest[target]
+}
+
+func (t *truth) fault(what, format string, args ...any) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.faults.add(what, format, args...)
+}
+
+// progress is the number of answers so far, refusals included.
+func (t *truth) progress() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.answers
+}
+
+// settleOld settles the windows that no answer and no doubt can reach any more,
+// so that a run of hours needs the memory of seconds. It goes by the labels it
+// had seen at the previous call: after a suspend of this machine one connection
+// may see a new label while another still has old answers in its buffer.
+func (t *truth) settleOld() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	limit := t.mark - t.grace.Milliseconds()
+	t.mark = slices.Min(t.newest) // one instance's clock may run behind another's
+	starts := t.starts()
+	for i, start := range starts {
+		if i+1 == len(starts) || starts[i+1] > limit {
+			break
+		}
+		if w := t.windows[start]; !w.settled {
+			t.settle(w)
+			t.settled = starts[i+1]
+		}
+	}
+	for t.expired < len(t.doubts) && t.doubts[t.expired].till < t.settled {
+		t.expired++
+	}
+}
+
+// finish settles what is left and returns every window in order. Nothing may
+// be recorded afterwards.
+func (t *truth) finish() []*windowTruth {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := make([]*windowTruth, 0, len(t.windows))
+	for _, start := range t.starts() {
+		w := t.windows[start]
+		if !w.settled {
+			t.settle(w)
+		}
+		all = append(all, w)
+	}
+	return all
+}
+
+func (t *truth) starts() []int64 {
+	starts := make([]int64, 0, len(t.windows))
+	for start := range t.windows {
+		starts = append(starts, start)
+	}
+	slices.Sort(starts)
+	return starts
+}
+
+// settle draws the conclusions of a window: what the requests in doubt can
+// have added to it, and which `failed` answers nothing explains.
+func (t *truth) settle(w *windowTruth) {
+	var doubtful bitmap
+	for _, d := range t.doubts[t.expired:] {
+		if !d.covers(w.start) || doubtful.set(d.id) || w.ok.has(d.id) {
+			continue
+		}
+		w.maybe++
+		if _, failed := w.early[d.id]; failed {
+			w.sure++
+		}
+	}
+	for id := range w.early {
+		if w.ok.has(id) || (!t.strict && doubtful.has(id)) {
+			continue
+		}
+		t.faults.add("false duplicate", "id #%d was answered failed in %s and never ok", id, label(w.start))
+	}
+	if t.strict {
+		w.sure, w.maybe = 0, 0
+	}
+	w.ok, w.early, w.settled = bitmap{}, nil, true
+}
+
+// unanswered is how many ids in doubt may have counted in a window that was
+// never named in an answer. Called after finish.
+func (t *truth) unanswered(start int64) (maybe uint64) {
+	if t.strict {
+		return 0
+	}
+	var doubtful bitmap
+	for _, d := range t.doubts {
+		if d.covers(start) && !doubtful.set(d.id) {
+			maybe++
+		}
+	}
+	return maybe
+}
+
+func label(start int64) string {
+	return time.UnixMilli(start).UTC().Format("2006-01-02T15:04:05.999Z07:00")
+}
+
+// maxFaultLines bounds what a broken server can make a run remember and print;
+// every fault is counted.
+const maxFaultLines = 20
+
+type faults struct {
+	Count uint64            `json:"count"`
+	Kinds map[string]uint64 `json:"kinds,omitempty"`
+	Lines []string          `json:"lines,omitempty"`
+}
+
+func (f *faults) add(what, format string, args ...any) {
+	f.Count++
+	if f.Kinds == nil {
+		f.Kinds = make(map[string]uint64)
+	}
+	f.Kinds[what]++
+	if len(f.Lines) < maxFaultLines {
+		f.Lines = append(f.Lines, what+": "+fmt.Sprintf(format, args...))
+	}
+}
+
+// bitmap is a set of id numbers: pages of bits, because the ids of a window
+// are a dense stretch of the number line plus a few repeats from before it.
+// Not safe for concurrent use.
+type bitmap struct {
+	pages    map[uint64]*bitPage
+	lastPage *bitPage
+	lastKey  uint64
+}
+
+// A page spans 2^15 ids in 4 KiB: at 100,000 ids a second a window of 50 ms
+// fills a sixth of one, a window of a minute 183 of them.
+const pageBits = 15
+
+type bitPage [1 << pageBits / 64]uint64
+
+// set adds an id and says whether it was there.
+func (b *bitmap) set(id uint64) bool {
+	key := id >> pageBits
+	page := b.lastPage
+	if page == nil || b.lastKey != key {
+		page = b.pages[key]
+		if page == nil {
+			if b.pages == nil {
+				b.pages = make(map[uint64]*bitPage)
+			}
+			page = new(bitPage)
+			b.pages[key] = page
+		}
+		b.lastPage, b.lastKey = page, key
+	}
+	word, bit := &page[id%(1<<pageBits)/64], uint64(1)<<(id%64)
+	was := *word&bit != 0
+	*word |= bit
+	return was
+}
+
+func (b *bitmap) has(id uint64) bool {
+	page := b.pages[id>>pageBits]
+	return page != nil && page[id%(1<<pageBits)/64]&(1<<(id%64)) != 0
+}

@@ -1,0 +1,480 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"verve/stream"
+)
+
+// fakeServer keeps the contract of verve, but for one fault. Its window turns
+// after a number of answers, not with the clock, so that a run is the same on
+// a slow machine and a fast one.
+type fakeServer struct {
+	url   string
+	fault func(n int) faultStep // of the n-th request, from 0
+
+	mu      sync.Mutex
+	served  int
+	start   time.Time
+	seen    map[string]bool
+	unique  uint64
+	records []stream.Record
+	extra   int64 // added to the next record
+}
+
+type faultStep uint8
+
+const (
+	behave         faultStep = iota
+	okAgain                  // `ok`, whether the id is new or not, not counted
+	falseDuplicate           // `failed` for whatever it is, not counted
+	hangUpCounted            // count it and close the connection
+	hangUp                   // close the connection
+	refuse
+	loseOne   // count one less in the record of this window
+	doubleOne // count one more
+	noWindow
+	wrongBody
+	lateLabel // answer for a window of a minute ago
+)
+
+// answersPerWindow is small enough that a run of a few thousand requests sees
+// many turns.
+const answersPerWindow = 500
+
+func newFakeServer(t *testing.T, fault func(n int) faultStep) *fakeServer {
+	t.Helper()
+	s := &fakeServer{fault: fault, start: time.Now().UTC().Truncate(time.Second), seen: map[string]bool{}}
+	server := httptest.NewServer(s)
+	t.Cleanup(server.Close)
+	s.url = server.URL
+	return s
+}
+
+func (s *fakeServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	step := behave
+	if s.fault != nil {
+		step = s.fault(s.served)
+	}
+	s.served++
+	id := r.URL.Query().Get("id")
+	answer := func(status int, body string) {
+		if step != noWindow {
+			start := s.start
+			if step == lateLabel {
+				start = start.Add(-time.Minute)
+			}
+			w.Header().Set("Verve-Window", start.Format(time.RFC3339Nano))
+		}
+		w.Header().Set("Content-Type", "text/plain")
+		w.WriteHeader(status)
+		fmt.Fprint(w, body)
+	}
+	hang := func() {
+		nc, _, err := w.(http.Hijacker).Hijack()
+		if err == nil {
+			nc.Close()
+		}
+	}
+	isNew := !s.seen[id]
+	add := func() {
+		s.seen[id] = true
+		if isNew {
+			s.unique++
+		}
+	}
+	switch step {
+	case okAgain:
+		answer(200, "ok")
+	case falseDuplicate:
+		answer(409, "failed")
+	case hangUpCounted:
+		add()
+		hang()
+	case hangUp:
+		hang()
+	case refuse:
+		answer(503, "failed")
+	case wrongBody:
+		answer(200, "okay")
+	default:
+		if step == loseOne {
+			s.extra = -1
+		}
+		if step == doubleOne {
+			s.extra = 1
+		}
+		add()
+		if isNew {
+			answer(200, "ok")
+		} else {
+			answer(409, "failed")
+		}
+	}
+	if s.served%answersPerWindow == 0 {
+		s.turn()
+	}
+}
+
+func (s *fakeServer) turn() {
+	s.records = append(s.records, stream.Record{
+		WindowStart: s.start,
+		Unique:      uint64(int64(s.unique) + s.extra),
+		Scope:       stream.ScopeInstance,
+		Instance:    "fake",
+		Seq:         uint64(len(s.records) + 1),
+	})
+	s.start = s.start.Add(time.Second)
+	s.seen, s.unique, s.extra = map[string]bool{}, 0, 0
+}
+
+// drive sends requests to the server and judges its records.
+func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
+	t.Helper()
+	f := flags{
+		URL: []string{s.url}, Requests: 5000, Connections: 8, Pipeline: 1, Repeats: 0.3,
+		IDs: idsDecimal, Seed: 1, Timeout: 10 * time.Second, DuplicateStatus: 409,
+	}
+	for _, arg := range args {
+		arg(&f)
+	}
+	d, err := newDriver(&f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.run(t.Context())
+	windows := d.truth.finish()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.turn()
+	return judge(d.truth, windows, s.records, f.SkipFirst, f.Verbose)
+}
+
+// once gives one step to the n-th request and lets the server behave otherwise.
+func once(step faultStep, at int) func(int) faultStep {
+	return func(n int) faultStep {
+		if n == at {
+			return step
+		}
+		return behave
+	}
+}
+
+func TestCorrectServerIsFoundGood(t *testing.T) {
+	for _, ids := range []idForm{idsDecimal, idsUUID, idsString} {
+		for _, pipeline := range []int{1, 16} {
+			t.Run(fmt.Sprintf("%s/%d", ids, pipeline), func(t *testing.T) {
+				s := newFakeServer(t, nil)
+				v := s.drive(t, func(f *flags) { f.IDs, f.Pipeline = ids, pipeline })
+				if !v.Good {
+					t.Fatalf("got %+v, want a good verdict", v)
+				}
+				if v.Answers != 5000 || v.Accepted+v.Repeated != 5000 || v.Repeated == 0 || v.Doubted != 0 {
+					t.Errorf("got %d answers, %d ok, %d failed, %d in doubt; want 5000, all judged, some repeats, no doubt",
+						v.Answers, v.Accepted, v.Repeated, v.Doubted)
+				}
+				if want := 5000/answersPerWindow + 1; v.Windows != want {
+					t.Errorf("got %d windows, want %d", v.Windows, want)
+				}
+			})
+		}
+	}
+}
+
+func TestEveryFaultIsFound(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		fault func(int) faultStep
+		want  string // in the first bad window, or the kind of the fault
+	}{
+		{"one lost", once(loseOne, 1200), "1 lost"},
+		{"one too many", once(doubleOne, 1200), "1 too many"},
+		{"the last one lost", once(loseOne, 4999), "1 lost"},
+		{"ok twice", func(n int) faultStep {
+			// One answer may happen to go to a new id; of a hundred with 30 %
+			// repeats some do not.
+			if n >= 1200 && n < 1300 {
+				return okAgain
+			}
+			return behave
+		}, "ok twice"},
+		{"ok that is not counted", once(okAgain, 0), "1 lost"},
+		{"false duplicates", func(n int) faultStep {
+			if n >= 1200 && n < 1300 {
+				return falseDuplicate
+			}
+			return behave
+		}, "false duplicate"},
+		{"no window", once(noWindow, 1200), "protocol"},
+		{"other body", once(wrongBody, 1200), "protocol"},
+		{"wrong window", func(n int) faultStep {
+			if n >= 1200 && n < 1210 {
+				return lateLabel
+			}
+			return behave
+		}, "too many"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newFakeServer(t, test.fault)
+			v := s.drive(t)
+			found := v.Faults.Kinds[test.want] > 0
+			for _, row := range v.Table {
+				found = found || row.Bad != "" && strings.HasSuffix(row.Bad, test.want)
+			}
+			if v.Good || !found {
+				t.Errorf("got good=%t, %+v, %+v; want %q", v.Good, v.Table, v.Faults, test.want)
+			}
+		})
+	}
+}
+
+func TestRecordsAreVisibleOnceAndWithoutGaps(t *testing.T) {
+	at := time.UnixMilli(1_000_000)
+	instance := func(seconds int, unique, seq uint64) stream.Record {
+		return stream.Record{WindowStart: at.Add(time.Duration(seconds) * time.Second), Unique: unique, Scope: stream.ScopeInstance, Instance: "a", Seq: seq}
+	}
+	group := func(seconds int, unique uint64) stream.Record {
+		return stream.Record{WindowStart: at.Add(time.Duration(seconds) * time.Second), Unique: unique, Scope: stream.ScopeGroup}
+	}
+	truth := newTruth(1, time.Minute, false)
+	truth.record(0, time.Now(), []answer{{id: 1, window: at.UnixMilli(), kind: answerOK}})
+	for name, test := range map[string]struct {
+		records []stream.Record
+		fault   string
+	}{
+		"in order":            {[]stream.Record{instance(0, 1, 4), instance(1, 0, 5)}, ""},
+		"a partial one more":  {[]stream.Record{instance(0, 1, 4), instance(0, 0, 5)}, ""},
+		"twice, adds up":      {[]stream.Record{instance(0, 1, 4), instance(1, 0, 5), instance(1, 0, 5)}, "visible twice"},
+		"gap":                 {[]stream.Record{instance(0, 1, 4), instance(1, 0, 6)}, "gap in seq"},
+		"order":               {[]stream.Record{instance(0, 1, 4), instance(2, 0, 5), instance(1, 0, 6)}, "order"},
+		"one of a group":      {[]stream.Record{group(0, 1), group(1, 0)}, ""},
+		"two of a group":      {[]stream.Record{group(0, 1), group(0, 0)}, "visible twice"},
+		"older ones, ignored": {[]stream.Record{instance(-9, 7, 1), instance(0, 1, 4)}, ""},
+	} {
+		v := judge(truth, truth.finish(), test.records, false, false)
+		if test.fault == "" && !v.Good || test.fault != "" && (v.Good || v.Faults.Kinds[test.fault] != 1) {
+			t.Errorf("%s: got good=%t, %+v, %+v; want fault %q", name, v.Good, v.Table, v.Faults, test.fault)
+		}
+	}
+}
+
+// TestUnansweredRequestsMayCountOrNot breaks connections under load, with the
+// request counted and not: both are within the contract, a record that is off
+// by more than that is not.
+func TestUnansweredRequestsMayCountOrNot(t *testing.T) {
+	breaking := func(n int) faultStep {
+		switch n % 50 {
+		case 7:
+			return hangUp
+		case 33:
+			return hangUpCounted
+		}
+		return behave
+	}
+	for _, pipeline := range []int{1, 16} {
+		s := newFakeServer(t, breaking)
+		v := s.drive(t, func(f *flags) { f.Pipeline = pipeline })
+		if !v.Good || v.Doubted == 0 || v.Recovered == 0 || v.Recovered >= v.Doubted {
+			t.Errorf("pipeline %d: got %+v; want good, with some of the requests in doubt counted", pipeline, v)
+		}
+	}
+	s := newFakeServer(t, func(n int) faultStep {
+		if n == 1200 {
+			return doubleOne
+		}
+		return once(hangUp, 600)(n)
+	})
+	if v := s.drive(t); v.Good {
+		t.Errorf("got a good verdict for a window with one id too many, long after the doubt")
+	}
+}
+
+func TestStrictAllowsNoDoubt(t *testing.T) {
+	for _, test := range []struct {
+		step faultStep
+		good bool
+	}{{hangUp, true}, {hangUpCounted, false}} {
+		s := newFakeServer(t, once(test.step, 1200))
+		v := s.drive(t, func(f *flags) { f.Strict, f.Repeats = true, 0 })
+		if v.Good != test.good {
+			t.Errorf("step %d: got good=%t, %+v, %+v; want %t", test.step, v.Good, v.Table, v.Faults, test.good)
+		}
+	}
+}
+
+// TestRetryTellsWhatBecameOfTheRequest pins the sharper half of the interval:
+// a request in doubt whose id is then refused as a duplicate has counted, and
+// a record that lacks it is short although it equals the `ok` answers.
+func TestRetryTellsWhatBecameOfTheRequest(t *testing.T) {
+	truth := newTruth(1, time.Minute, false)
+	const window = 1_000_000
+	truth.now = func() int64 { return window + 10 }
+	from := truth.record(0, time.Now(), []answer{{id: 1, window: window, kind: answerOK}})
+	truth.broken([]uint64{2, 3, 4}, from, 0)
+	truth.record(0, time.Now(), []answer{{id: 2, window: window, kind: answerRepeat}, {id: 3, window: window, kind: answerOK}})
+	windows := truth.finish()
+	for sum, good := range map[uint64]bool{1: false, 2: false, 3: true, 4: true, 5: false} {
+		v := judge(truth, windows, []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}, false, false)
+		if v.Good != good {
+			t.Errorf("sum %d: got good=%t, %+v; want %t", sum, v.Good, v.Table, good)
+		}
+	}
+}
+
+// TestFailedBeforeOKIsOnlyARace: the two answers may be read in the wrong
+// order, but a request sent after `failed` was read cannot be the first one.
+func TestFailedBeforeOKIsOnlyARace(t *testing.T) {
+	for _, later := range []bool{false, true} {
+		truth := newTruth(1, time.Minute, false)
+		sent := time.Now()
+		truth.record(0, sent, []answer{{id: 1, window: 1000, kind: answerRepeat}})
+		if later {
+			sent = time.Now().Add(time.Second)
+		}
+		truth.record(0, sent, []answer{{id: 1, window: 1000, kind: answerOK}})
+		truth.finish()
+		if got := truth.faults.Kinds["false duplicate"] == 1; got != later {
+			t.Errorf("ok to a request sent later: %t; got faults %+v", later, truth.faults)
+		}
+	}
+}
+
+func TestRefusedRequestsCountNothing(t *testing.T) {
+	s := newFakeServer(t, func(n int) faultStep {
+		if n%10 == 3 {
+			return refuse
+		}
+		return behave
+	})
+	v := s.drive(t)
+	if !v.Good || v.Refused != 500 {
+		t.Errorf("got good=%t with %d refused, %+v; want good with 500", v.Good, v.Refused, v.Faults)
+	}
+}
+
+func TestOldWindowsAreSettledAndReleased(t *testing.T) {
+	truth := newTruth(1, 10*time.Second, false)
+	var clock int64
+	truth.now = func() int64 { return clock }
+	id := uint64(0)
+	for window := int64(0); window < 100; window++ {
+		clock = 1000 * window
+		truth.record(0, time.Now(), []answer{{id: id, window: clock, kind: answerOK}, {id: id, window: clock, kind: answerRepeat}})
+		id++
+		truth.settleOld()
+	}
+	open := 0
+	for _, w := range truth.windows {
+		if !w.settled {
+			open++
+		}
+	}
+	if open > 15 {
+		t.Errorf("got %d windows in memory, want at most 15: grace of 10, and the calls that trail", open)
+	}
+	if truth.faults.Count != 0 {
+		t.Errorf("got faults %+v, want none", truth.faults)
+	}
+	truth.record(0, time.Now(), []answer{{id: id, window: 1000, kind: answerOK}})
+	if truth.faults.Kinds["late answer"] != 1 {
+		t.Errorf("got faults %+v, want one late answer", truth.faults)
+	}
+}
+
+func TestNumbersAndIDsAreOneToOne(t *testing.T) {
+	for _, form := range []idForm{idsDecimal, idsUUID, idsString} {
+		seen := make(map[string]bool)
+		for n := range uint64(100_000) {
+			seen[string(form.append(nil, 42, n))] = true
+		}
+		if len(seen) != 100_000 {
+			t.Errorf("%s: got %d texts for 100000 numbers", form, len(seen))
+		}
+	}
+	got := string(appendUUID(nil, 0x0123456789abcdef, 0xffffffffffffffff))
+	if want := "01234567-89ab-4def-bfff-fffffffffffc"; got != want {
+		t.Errorf("got UUID %s, want %s", got, want)
+	}
+}
+
+func TestServerThatComesBackIsMetAgain(t *testing.T) {
+	s := newFakeServer(t, nil)
+	// The listener moves to where the driver looks only after its first tries.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	l.Close()
+	var f = flags{URL: []string{"http://" + addr}, Requests: 100, Connections: 4, Pipeline: 1, Seed: 1, IDs: idsDecimal, Timeout: time.Second, DuplicateStatus: 409}
+	d, err := newDriver(&f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	done := make(chan struct{})
+	go func() { d.run(ctx); close(done) }()
+	l, err = net.Listen("tcp", addr)
+	if err != nil {
+		t.Skipf("the port was taken meanwhile: %v", err)
+	}
+	server := &http.Server{Handler: s}
+	go server.Serve(l)
+	defer server.Close()
+	<-done
+	if got := d.truth.progress(); got != 100 {
+		t.Errorf("got %d answers, want 100", got)
+	}
+}
+
+func TestParseResponse(t *testing.T) {
+	full := "HTTP/1.1 200 OK\r\nServer: verve\r\nVerve-Window: 2026-11-22T06:36:00Z\r\ncontent-length: 2\r\nConnection: close\r\n\r\nok"
+	for i := range len(full) {
+		var a response
+		if _, err := parseResponse([]byte(full[:i]), &a); err != errShort {
+			t.Fatalf("cut at %d: got %v, want errShort", i, err)
+		}
+	}
+	var a response
+	n, err := parseResponse([]byte(full+"HTTP"), &a)
+	if err != nil || n != len(full) || a.status != 200 || string(a.body) != "ok" || string(a.window) != "2026-11-22T06:36:00Z" || !a.close {
+		t.Errorf("got %d, %v, %+v", n, err, a)
+	}
+	for _, bad := range []string{
+		"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+		"HTTP/1.1 2x0 OK\r\nContent-Length: 2\r\n\r\nok",
+		"HTTP/1.1 200 OK\r\n\r\nok",
+		"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
+		"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nok",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n",
+	} {
+		var a response
+		if n, err := parseResponse([]byte(bad), &a); err == nil || err == errShort {
+			t.Errorf("%q: got %d, %v; want an error", bad, n, err)
+		}
+	}
+}
+
+func FuzzParseResponse(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 409"))
+	f.Add([]byte("HTTP/1.1 503 x\r\nRetry-After:1\r\nContent-Length:6\r\n\r\nfailed"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var a response
+		n, err := parseResponse(b, &a)
+		if err == nil && (n <= 0 || n > len(b) || a.status < 0 || a.status > 999) {
+			t.Fatalf("got length %d of %d, status %d", n, len(b), a.status)
+		}
+	})
+}

@@ -1,0 +1,296 @@
+// Verve counts unique ids per minute, exactly.
+//
+// This file starts the parts in order and stops them in reverse; the settings
+// are in config.go, and the way of a request is told in DESIGN.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"verve/counter"
+	"verve/dedup"
+	"verve/server"
+	"verve/stream"
+)
+
+const (
+	exitFailed = 1
+	exitUsage  = 2
+
+	healthTimeout = 3 * time.Second
+)
+
+// version is set by the linker; else it is what the module system knows.
+var version = ""
+
+func main() {
+	err := run(os.Args[1:], os.Stdout, os.Stderr)
+	if err == nil {
+		return
+	}
+	fmt.Fprintf(os.Stderr, "verve: %v\n", err)
+	var usage usageError
+	if errors.As(err, &usage) {
+		os.Exit(exitUsage)
+	}
+	os.Exit(exitFailed)
+}
+
+func run(args []string, stdout, stderr *os.File) error {
+	cfg, command, err := parse(args, stdout)
+	if err != nil {
+		return err
+	}
+	switch command {
+	case "serve":
+		return serve(cfg, cfg.logger(stderr))
+	case "totals":
+		return totals(cfg, stdout, stderr)
+	case "healthcheck":
+		return healthcheck(cfg.AdminListen)
+	case "version":
+		fmt.Fprintln(stdout, "verve", versionText())
+	}
+	return nil // --help
+}
+
+func versionText() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// serve runs the server until a signal or a failure.
+func serve(cfg *config, log zerolog.Logger) (err error) {
+	secret, err := cfg.callbackSecret()
+	if err != nil {
+		return usageError{err}
+	}
+
+	// Addresses first: a second server on this machine should fail before it
+	// touches the data directory of the first.
+	public, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	defer public.Close()
+	adminLn, err := net.Listen("tcp", cfg.AdminListen)
+	if err != nil {
+		return fmt.Errorf("--admin-listen: %w", err)
+	}
+	defer adminLn.Close()
+
+	spool, err := stream.OpenSpool(stream.SpoolConfig{
+		Dir: cfg.spoolDir(), Group: cfg.Group, Instance: cfg.Instance, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer spool.Close()
+	records, err := stream.New(stream.Config{
+		Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: log,
+	}, spool)
+	if err != nil {
+		return usageError{err}
+	}
+	defer records.Close()
+
+	set, err := dedup.NewMemory(dedup.Config{
+		Expect: cfg.ExpectIDs, MaxIDs: cfg.MaxIDs, MaxBytes: tableBytes(),
+		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
+	})
+	if err != nil {
+		return err
+	}
+	defer set.Close()
+	lastWindow, _ := spool.LastWindow()
+	count, err := counter.New(counter.Config{
+		Window: cfg.Window, Store: set, Publish: records, NotBefore: lastWindow,
+	})
+	if err != nil {
+		return err
+	}
+	callbacks, err := server.NewCallbacks(server.CallbackConfig{
+		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
+		Timeout: cfg.CallbackTimeout, Secret: secret,
+		SelfAddrs: []string{public.Addr().String()}, AdminAddr: adminLn.Addr().String(),
+		Group: cfg.Group, Instance: spool.Instance(), Live: count.Live, Log: log,
+	})
+	if err != nil {
+		return usageError{err}
+	}
+	front, err := server.New(server.Config{
+		Counter: count, Set: set, Callbacks: callbacks, Log: log,
+		Uint64IDs: cfg.IDFormat == "uint64", DuplicateStatus: cfg.DuplicateStatus, WindowHeader: cfg.WindowHeader,
+		MaxConns: cfg.MaxConns, SlowTimeout: cfg.SlowTimeout, IdleTimeout: cfg.IdleTimeout,
+	}, public)
+	if err != nil {
+		return err
+	}
+	admin := server.NewAdmin(server.AdminConfig{
+		Server: front, Records: func() server.Records { return recordStats(records.Stats()) }, Delivered: records.Delivered,
+		Group: cfg.Group, Instance: spool.Instance(), Version: versionText(),
+	})
+
+	// Each part runs until its own stop; the first that fails stops all.
+	failed := make(chan error, 8)
+	var parts sync.WaitGroup
+	start := func(name string, part func(context.Context) error) (stop context.CancelFunc) {
+		ctx, cancel := context.WithCancel(context.Background())
+		parts.Go(func() {
+			if err := part(ctx); err != nil {
+				failed <- fmt.Errorf("%s: %w", name, err)
+			}
+		})
+		return cancel
+	}
+	stopStream := start("stream", records.Run)
+	stopSet := start("dedup", set.Run)
+	closed := make(chan struct{})
+	stopCounter := start("counter", func(ctx context.Context) error {
+		defer close(closed)
+		return count.Run(ctx)
+	})
+	stopCallbacks := start("callbacks", callbacks.Run)
+	start("admin", func(context.Context) error { return admin.Serve(adminLn) })
+	start("server", func(context.Context) error { return front.Serve() })
+
+	greet(log, public.Addr(), adminLn.Addr(), spool.Instance(), cfg)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	select {
+	case s := <-signals:
+		log.Info().Str("signal", s.String()).Msg("stopping")
+		go func() {
+			s := <-signals
+			log.Warn().Str("signal", s.String()).Msg("second signal: stopping at once")
+			os.Exit(exitFailed)
+		}()
+	case err = <-failed:
+		log.Error().Err(err).Msg("stopping after a failure")
+	}
+
+	// Not ready, no more ids, answer what was counted, send what was promised,
+	// publish, deliver. What cannot be done in time is said and kept or counted.
+	budget, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
+	defer cancel()
+	admin.NotReady()
+	count.Seal()
+	if err := front.Shutdown(budget); err != nil {
+		log.Warn().Err(err).Msg("requests not finished in time")
+	}
+	half, cancelHalf := context.WithTimeout(budget, cfg.ShutdownTimeout/2)
+	defer cancelHalf()
+	if dropped := callbacks.Drain(half); dropped > 0 {
+		log.Warn().Int("dropped", dropped).Msg("callbacks not sent in time")
+	}
+	stopCallbacks()
+	select {
+	case <-closed:
+	case <-budget.Done():
+		log.Error().Msg("the last record could not be written in time")
+		stopCounter()
+		<-closed
+	}
+	if err := records.Flush(budget); err != nil {
+		log.Warn().Err(err).Msg("records not delivered in time")
+	}
+	stopStream()
+	stopSet()
+	if err := admin.Shutdown(budget); err != nil {
+		log.Warn().Err(err).Msg("admin requests not finished in time")
+	}
+	parts.Wait()
+	stopCounter()
+	select {
+	case e := <-failed:
+		err = errors.Join(err, e)
+	default:
+	}
+	if err == nil {
+		log.Info().Msg("stopped")
+	}
+	return err
+}
+
+// greet says what runs where and how to try it.
+func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *config) {
+	to := "counts file " + cfg.countsFile()
+	if len(cfg.KafkaBrokers) > 0 {
+		to = "topic " + cfg.KafkaTopic + " at " + strings.Join(cfg.KafkaBrokers, ",")
+		if f := cfg.countsFile(); f != "" {
+			to += " and counts file " + f
+		}
+	}
+	log.Info().Str("version", versionText()).Str("listen", public.String()).Str("admin", admin.String()).
+		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", to).
+		Msg("listening")
+	url := "http://" + reachable(public)
+	log.Info().Msgf("try: curl '%s/api/verve/accept?id=42'", url)
+	log.Info().Msgf("try: curl '%s/api/verve/accept?id=43&endpoint=%s/test'", url, url)
+}
+
+// reachable is addr as a client on this machine would write it.
+func reachable(addr net.Addr) string {
+	host, port, err := net.SplitHostPort(addr.String())
+	if err != nil {
+		return addr.String()
+	}
+	if ip := net.ParseIP(host); ip == nil || ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, port)
+}
+
+func recordStats(s stream.Stats) server.Records {
+	r := server.Records{
+		Published: s.Published, Pending: s.Pending, Oldest: s.Oldest, Poison: s.Poison,
+		Conflicts: s.Conflicts, AppendFailures: s.AppendFailures, Blocked: s.AppendError,
+	}
+	if r.Blocked == "" {
+		r.Failing = s.LastError()
+	}
+	return r
+}
+
+// healthcheck asks the admin listener whether the server is alive.
+func healthcheck(adminListen string) error {
+	host, port, err := net.SplitHostPort(adminListen)
+	if err != nil {
+		return usageError{fmt.Errorf("--admin-listen: %w", err)}
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{Proxy: nil}}
+	resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+	if err != nil {
+		return fmt.Errorf("not alive: %w", err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10)); err != nil {
+		return fmt.Errorf("not alive: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("not alive: %s", resp.Status)
+	}
+	return nil
+}

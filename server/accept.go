@@ -1,0 +1,177 @@
+package server
+
+import (
+	"bytes"
+	"errors"
+
+	"github.com/valyala/fasthttp"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+var (
+	bodyOK     = []byte("ok")
+	bodyFailed = []byte("failed")
+	textPlain  = []byte("text/plain")
+	query1     = []byte("?")
+)
+
+// handle answers one request: the route by the path as it was sent, then the
+// method, then the rest. fasthttp reads the request before and writes the
+// answer after it.
+func (s *Server) handle(ctx *fasthttp.RequestCtx) {
+	defer s.recovered(ctx)
+	ctx.Response.Header.SetContentTypeBytes(textPlain)
+	target := ctx.Request.Header.RequestURI()
+	if len(target) > len(acceptPath) && string(target[:len(acceptPath)+1]) == acceptPath+"?" {
+		s.accept(ctx, target[len(acceptPath)+1:])
+		return
+	}
+	path, _, _ := bytes.Cut(target, query1)
+	switch string(path) {
+	case acceptPath:
+		s.accept(ctx, nil)
+	case testPath:
+		s.sink(ctx)
+	default:
+		s.refuse(ctx, fasthttp.StatusNotFound, reasonNotFound)
+	}
+}
+
+// accept counts the id of a GET request. Everything the request says is
+// checked, and a place for its callback reserved, before the set is touched: a
+// request refused with 4xx or 503 has counted nothing.
+func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
+	h := &ctx.Request.Header
+	switch {
+	case !h.IsGet():
+		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodGet)
+		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+		return
+	case len(h.Host()) == 0 && h.IsHTTP11(): // RFC 9112, section 3.2
+		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		return
+	case h.ContentLength() > 0 || h.ContentLength() == -1: // a body, or chunks
+		ctx.SetConnectionClose()
+		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		return
+	}
+
+	var callback Endpoint
+	var wanted bool // a callback
+	id, ok := plainID(raw)
+	if !ok {
+		q, err := parseQuery(raw, nil)
+		if err == nil && q.endpoint != nil {
+			callback, err = s.callbacks.Parse(q.endpoint)
+			wanted = len(h.Peek(callbackHeader)) == 0 // callbacks do not start callbacks
+			if err != nil {
+				err = errBadEndpoint
+			}
+		}
+		switch {
+		case errors.Is(err, errBadEndpoint):
+			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadEndpoint)
+			return
+		case err != nil:
+			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
+			return
+		}
+		id = q.id
+	}
+	if s.cfg.Uint64IDs && !canonicalUint64(id) {
+		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
+		return
+	}
+	if wanted && !s.callbacks.Reserve(callback) {
+		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		return
+	}
+
+	verdict, epoch, err := s.count(ctx, id)
+	if wanted {
+		if err == nil && verdict == dedup.Unique {
+			s.callbacks.Send(callback)
+		} else {
+			s.callbacks.Release(callback)
+		}
+	}
+	if err != nil {
+		s.refuseError(ctx, err)
+		return
+	}
+	if s.cfg.WindowHeader {
+		ctx.Response.Header.SetCanonical(headerWindow, epoch.Label())
+	}
+	if verdict == dedup.Repeat {
+		ctx.Response.SetStatusCode(s.cfg.DuplicateStatus)
+		ctx.Response.Header.SetCanonical(headerReason, valueDuplicate)
+		ctx.Response.SetBodyRaw(bodyFailed)
+		return
+	}
+	ctx.Response.SetBodyRaw(bodyOK)
+}
+
+// count asks the set about id in the open epoch and counts the verdict in the
+// same epoch. Where the epoch turned meanwhile it asks again in the next.
+func (s *Server) count(ctx *fasthttp.RequestCtx, id []byte) (dedup.Verdict, *counter.Epoch, error) {
+	now := ctx.Time().UnixNano() // of the end of the request's headers
+	for {
+		entry, open := s.cfg.Counter.Enter(now, ctx.ConnID())
+		if !open {
+			return 0, nil, errDraining
+		}
+		verdict, err := s.addAndLeave(entry, id)
+		if err != nil || verdict != dedup.Turned {
+			return verdict, entry.Epoch, err
+		}
+	}
+}
+
+// addAndLeave leaves the epoch whatever happens in the set: an entry never
+// left would keep its epoch from being sealed for ever.
+func (s *Server) addAndLeave(entry counter.Entry, id []byte) (verdict dedup.Verdict, err error) {
+	outcome := counter.Void
+	defer func() { entry.Leave(outcome) }()
+	verdict, err = s.cfg.Set.Add(entry.Epoch, id)
+	switch {
+	case err != nil:
+	case verdict == dedup.Unique:
+		outcome = counter.Unique
+	case verdict == dedup.Repeat:
+		outcome = counter.Repeat
+	}
+	return verdict, err
+}
+
+// sink is the built-in receiver of callbacks.
+func (s *Server) sink(ctx *fasthttp.RequestCtx) {
+	h := &ctx.Request.Header
+	switch {
+	case !h.IsPost():
+		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
+		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+	case len(h.Host()) == 0 && h.IsHTTP11():
+		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+	case twoFramings(h):
+		// fasthttp takes the chunks and ignores the length; another reader on
+		// the way may have done the opposite (RFC 9112, section 6.1).
+		ctx.SetConnectionClose()
+		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+	default:
+		s.sunk.Add(1)
+		ctx.Response.SetBodyRaw(bodyOK)
+	}
+}
+
+// twoFramings reports whether a request says in two ways where it ends.
+func twoFramings(h *fasthttp.RequestHeader) bool {
+	var length, encoding bool
+	for line := range bytes.Lines(h.RawHeaders()) {
+		key, _, _ := bytes.Cut(line, []byte(":"))
+		length = length || bytes.EqualFold(key, []byte(fasthttp.HeaderContentLength))
+		encoding = encoding || bytes.EqualFold(key, []byte(fasthttp.HeaderTransferEncoding))
+	}
+	return length && encoding
+}

@@ -1,0 +1,216 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	defaultWindows = 60   // of /api/windows
+	maxWindows     = 1440 // a day of minutes
+
+	adminHeaderTimeout = 5 * time.Second
+	adminIdleTimeout   = time.Minute
+)
+
+// Records is what the admin listener shows of the records' delivery.
+type Records struct {
+	Published      uint64    // acknowledged by every sink
+	Pending        int       // in the spool
+	Oldest         time.Time // when the oldest of them was sealed; zero without one
+	Poison         int       // set aside because a sink will never take them
+	Conflicts      uint64    // keys found with another value
+	AppendFailures uint64    // tries to make a record durable that failed
+	Blocked        string    // why records cannot be made durable now; empty if they can
+	Failing        string    // why a sink does not take them now; empty if it does
+}
+
+// AdminConfig of an Admin. All fields but Version are required.
+type AdminConfig struct {
+	Server    *Server
+	Records   func() Records
+	Delivered func(windowStart time.Time) string // "spooled", "delivered", or "" if unknown
+	Group     string
+	Instance  string
+	Version   string
+}
+
+// Admin serves what operators look at, apart from the public listener.
+type Admin struct {
+	cfg      AdminConfig
+	server   *Server
+	http     http.Server
+	stopping atomic.Bool
+}
+
+// NewAdmin makes the admin server.
+func NewAdmin(cfg AdminConfig) *Admin {
+	a := &Admin{cfg: cfg, server: cfg.Server}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", a.healthz)
+	mux.HandleFunc("GET /readyz", a.readyz)
+	mux.HandleFunc("GET /metrics", a.metrics)
+	mux.HandleFunc("GET /api/windows", a.windows)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("GET /{$}", a.index)
+	a.http = http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: adminHeaderTimeout,
+		IdleTimeout:       adminIdleTimeout,
+	}
+	return a
+}
+
+// Serve answers until Close.
+func (a *Admin) Serve(ln net.Listener) error {
+	if err := a.http.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// NotReady makes /readyz answer 503 from now on: the first thing at a stop.
+func (a *Admin) NotReady() { a.stopping.Store(true) }
+
+// Shutdown waits for the answers under way.
+func (a *Admin) Shutdown(ctx context.Context) error { return a.http.Shutdown(ctx) }
+
+func (a *Admin) healthz(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain")
+	_, _ = w.Write(bodyOK) // a peer that is gone is nobody's error
+}
+
+// check is the state of one dependency.
+type check struct {
+	OK     bool   `json:"ok"`
+	Reason string `json:"reason,omitempty"`
+}
+
+type readiness struct {
+	Ready   bool  `json:"ready"`
+	Server  check `json:"server"`
+	Spool   check `json:"spool"`
+	Records struct {
+		check
+		Pending   int     `json:"pending"`
+		OldestAge float64 `json:"oldest_age_seconds"`
+	} `json:"records"`
+}
+
+// readyz tells whether requests should be sent here. A broker that is away is
+// shown and does not count: accepts go on without it, and their records wait
+// in the spool. A spool that cannot be written does count.
+func (a *Admin) readyz(w http.ResponseWriter, _ *http.Request) {
+	var r readiness
+	r.Server.OK = !a.stopping.Load()
+	if !r.Server.OK {
+		r.Server.Reason = "shutting down"
+	}
+	rec := a.cfg.Records()
+	r.Spool = check{rec.Blocked == "", rec.Blocked}
+	r.Records.check = check{rec.Failing == "", rec.Failing}
+	r.Records.Pending = rec.Pending
+	r.Records.OldestAge = age(rec.Oldest)
+	r.Ready = r.Server.OK && r.Spool.OK
+	status := http.StatusOK
+	if !r.Ready {
+		status = http.StatusServiceUnavailable
+	}
+	writeJSON(w, status, r)
+}
+
+// window is one line of /api/windows.
+type window struct {
+	Start      time.Time `json:"window_start"`
+	MS         int64     `json:"window_ms"`
+	Unique     uint64    `json:"unique"`
+	Duplicates uint64    `json:"duplicates"`
+	Complete   bool      `json:"complete"`
+	Exact      bool      `json:"exact"`
+	State      string    `json:"state"` // open, sealed, spooled, delivered
+}
+
+// windows lists the open epoch and the last closed ones, the newest first.
+func (a *Admin) windows(w http.ResponseWriter, r *http.Request) {
+	limit := defaultWindows
+	if s := r.URL.Query().Get("limit"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > maxWindows {
+			writeJSON(w, http.StatusBadRequest, map[string]string{
+				"error": "limit must be a number from 1 to " + strconv.Itoa(maxWindows),
+			})
+			return
+		}
+		limit = n
+	}
+	c := a.server.cfg.Counter
+	open := c.Last()
+	out := struct {
+		Group    string   `json:"group"`
+		Instance string   `json:"instance"`
+		Open     window   `json:"open"`
+		Windows  []window `json:"windows"`
+	}{
+		Group:    a.cfg.Group,
+		Instance: a.cfg.Instance,
+		Open: window{
+			Start: open.Start(), MS: open.End().Sub(open.Start()).Milliseconds(),
+			Unique: open.Unique(), Duplicates: open.Repeats(), Exact: true, State: "open",
+		},
+		Windows: []window{},
+	}
+	for _, n := range c.Recent(limit) {
+		state := a.cfg.Delivered(n.Start)
+		if state == "" {
+			state = "sealed"
+		}
+		out.Windows = append(out.Windows, window{
+			Start: n.Start, MS: n.Window.Milliseconds(), Unique: n.Unique, Duplicates: n.Repeats,
+			Complete: n.Complete, Exact: n.Exact, State: state,
+		})
+	}
+	writeJSON(w, http.StatusOK, out)
+}
+
+func (a *Admin) metrics(w http.ResponseWriter, _ *http.Request) {
+	var page bytes.Buffer
+	a.writeMetrics(&page)
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	_, _ = w.Write(page.Bytes())
+}
+
+func (a *Admin) index(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	_, _ = w.Write([]byte(`<!doctype html><html lang="en"><meta charset="utf-8"><title>Verve</title>
+<h1>Verve</h1><ul>
+<li><a href="/api/windows">the last windows</a></li>
+<li><a href="/readyz">readiness</a></li>
+<li><a href="/metrics">metrics</a></li>
+<li><a href="/debug/pprof/">profiles</a></li>
+</ul></html>
+`))
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_, _ = w.Write(append(b, '\n'))
+}

@@ -1,0 +1,376 @@
+package server
+
+import (
+	"bytes"
+	"net/netip"
+	"strconv"
+)
+
+// maxEndpoint is the longest endpoint URL taken, in bytes: what browsers and
+// proxies agree on, and what bounds the memory of a waiting POST.
+const maxEndpoint = 2048
+
+// sinkPath is the built-in sink for callbacks, the one path of this server
+// that a callback may name.
+const sinkPath = "/test"
+
+// endpointError says which rule an endpoint URL breaks.
+type endpointError string
+
+func (e endpointError) Error() string { return "endpoint: " + string(e) }
+
+const (
+	errEndpointLength   endpointError = "longer than 2048 bytes"
+	errEndpointByte     endpointError = "a byte that has no place in a URL"
+	errEndpointEscape   endpointError = "bad percent-encoding"
+	errEndpointScheme   endpointError = "not http:// or https://"
+	errEndpointHost     endpointError = "malformed host"
+	errEndpointNumeric  endpointError = "numeric host that is no canonical address"
+	errEndpointPort     endpointError = "malformed port"
+	errEndpointPortList endpointError = "port not allowed"
+	errEndpointName     endpointError = "name of an internal network"
+	errEndpointAddr     endpointError = "address not allowed"
+)
+
+// destKind says by which rule a destination is allowed, and so what its
+// addresses may be and whether it is rate-limited.
+type destKind uint8
+
+const (
+	destPublic destKind = iota // default policy; addresses in an allow-listed CIDR:PORT too
+	destListed                 // named by an allow-list entry
+	destSelf                   // this server's own /test
+)
+
+// Endpoint is a callback URL that passed the check of its text. Nothing but
+// its parts goes into a request: the URL as it was given is not read again.
+//
+// The zero Endpoint is not a valid argument to any method of Callbacks.
+type Endpoint struct {
+	url    string // canonical, port always present: POSTs with the same url merge
+	origin string // url up to the target: scheme://host:port
+	host   string // canonical host, no brackets
+	target string // path and query as given, not decoded, not normalised
+	addr   netip.Addr
+	port   uint16
+	kind   destKind
+	tls    bool
+}
+
+// logURL is the endpoint as it may be written to a log: no query, which is
+// where callers keep tokens, and not the whole of an overlong path. A user
+// part cannot occur: such URLs are refused.
+func (ep Endpoint) logURL() string {
+	const longest = 200
+	path, cut := ep.target, ""
+	for i := range len(path) {
+		if path[i] == '?' {
+			path = path[:i]
+			break
+		}
+	}
+	if len(path) > longest {
+		path, cut = path[:longest], "..."
+	}
+	return ep.origin + path + cut
+}
+
+// parse checks raw, the percent-decoded value of the endpoint parameter, and
+// takes it apart. It asks no resolver: where a name leads is checked at the
+// dial. It is stricter than the URL grammar, so that no reader of the same
+// bytes (fasthttp, net/url, a proxy, a log viewer) sees another host in them.
+func (g *guard) parse(raw []byte) (Endpoint, error) {
+	if len(raw) > maxEndpoint {
+		return Endpoint{}, errEndpointLength
+	}
+	for _, b := range raw {
+		// '#' and '\' are where readers of URLs differ most; the quotes and
+		// angle brackets are the ones that RFC 3986 tells to encode because
+		// they delimit URLs in text.
+		if b <= ' ' || b >= 0x7f || b == '#' || b == '\\' || b == '"' || b == '<' || b == '>' || b == '`' {
+			return Endpoint{}, errEndpointByte
+		}
+	}
+
+	var ep Endpoint
+	rest, ok := cutPrefixFold(raw, "http://")
+	if !ok {
+		if rest, ok = cutPrefixFold(raw, "https://"); !ok {
+			return Endpoint{}, errEndpointScheme
+		}
+		ep.tls = true
+	}
+	authority, target := rest, []byte(nil)
+	if i := bytes.IndexAny(rest, "/?"); i >= 0 {
+		authority, target = rest[:i], rest[i:]
+	}
+	if !validEscapes(target) {
+		return Endpoint{}, errEndpointEscape
+	}
+
+	host, port, err := splitAuthority(authority, ep.tls)
+	if err != nil {
+		return Endpoint{}, err
+	}
+	ep.port = port
+	var buf [256]byte // a name has at most 253 bytes
+	name := buf[:0]
+	if host[0] == '[' {
+		// A v4 address in v6 clothes is another spelling of the address.
+		addr, err := netip.ParseAddr(string(host[1 : len(host)-1]))
+		if err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
+			return Endpoint{}, errEndpointHost
+		}
+		ep.addr = addr
+		name = addr.AppendTo(name)
+	} else {
+		name, err = appendName(name, host)
+		if err != nil {
+			return Endpoint{}, err
+		}
+		if endsInNumber(name) {
+			// A dot at the end would make it another spelling, too.
+			addr, err := netip.ParseAddr(string(host))
+			if err != nil || !addr.Is4() {
+				return Endpoint{}, errEndpointNumeric
+			}
+			ep.addr = addr
+		}
+	}
+
+	path := target
+	if i := bytes.IndexByte(target, '?'); i >= 0 {
+		path = target[:i]
+	}
+	switch {
+	case !ep.tls && string(path) == sinkPath && g.isSelf(name, ep.addr, port):
+		// All names of this server are one destination.
+		ep.kind, ep.addr = destSelf, netip.Addr{}
+		name = append(name[:0], "localhost"...)
+	case g.listed(name, port):
+		ep.kind = destListed
+	case ep.addr.IsValid():
+		if g.inAllowedNet(ep.addr, port) {
+			ep.kind = destListed
+		} else if !defaultPort(port) {
+			return Endpoint{}, errEndpointPortList
+		} else if g.publicAddr(ep.addr) != nil {
+			return Endpoint{}, errEndpointAddr
+		}
+	case g.allowedNetPort(port):
+		// Some CIDR:PORT entry has the port: its addresses may have any name,
+		// also an internal one, and the dial tells.
+	default:
+		if !defaultPort(port) {
+			return Endpoint{}, errEndpointPortList
+		}
+		if err := checkPublicName(name); err != nil {
+			return Endpoint{}, err
+		}
+	}
+	ep.assemble(name, target)
+	return ep, nil
+}
+
+// assemble builds the canonical URL; the other strings are parts of it.
+func (ep *Endpoint) assemble(name, target []byte) {
+	url := make([]byte, 0, len("https://[]:65535/")+len(name)+len(target))
+	url = append(url, "http"...)
+	if ep.tls {
+		url = append(url, 's')
+	}
+	url = append(url, "://"...)
+	v6 := ep.addr.Is6()
+	if v6 {
+		url = append(url, '[')
+	}
+	host := len(url)
+	url = append(url, name...)
+	hostEnd := len(url)
+	if v6 {
+		url = append(url, ']')
+	}
+	url = append(url, ':')
+	url = strconv.AppendUint(url, uint64(ep.port), 10)
+	origin := len(url)
+	if len(target) == 0 || target[0] != '/' {
+		url = append(url, '/')
+	}
+	ep.url = string(append(url, target...))
+	ep.origin, ep.target = ep.url[:origin], ep.url[origin:]
+	ep.host = ep.url[host:hostEnd]
+}
+
+// cutPrefixFold is bytes.CutPrefix for a lower-case ASCII prefix in any case.
+func cutPrefixFold(b []byte, prefix string) ([]byte, bool) {
+	if len(b) < len(prefix) {
+		return nil, false
+	}
+	for i := range len(prefix) {
+		if lower(b[i]) != prefix[i] {
+			return nil, false
+		}
+	}
+	return b[len(prefix):], true
+}
+
+func lower(b byte) byte {
+	if 'A' <= b && b <= 'Z' {
+		return b + 'a' - 'A'
+	}
+	return b
+}
+
+func validEscapes(b []byte) bool {
+	for i := 0; i < len(b); i++ {
+		if b[i] != '%' {
+			continue
+		}
+		if i+2 >= len(b) || !isHex(b[i+1]) || !isHex(b[i+2]) {
+			return false
+		}
+		i += 2
+	}
+	return true
+}
+
+func isDigit(b byte) bool { return '0' <= b && b <= '9' }
+
+func isHex(b byte) bool { return isDigit(b) || 'a' <= lower(b) && lower(b) <= 'f' }
+
+// splitAuthority takes host and port apart; the host keeps its brackets. A
+// user part has no place in either and is refused with them.
+func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, err error) {
+	host = authority
+	var digits []byte
+	hasPort := false
+	if len(authority) > 0 && authority[0] == '[' {
+		i := bytes.IndexByte(authority, ']')
+		if i < 0 {
+			return nil, 0, errEndpointHost
+		}
+		host = authority[:i+1]
+		if after := authority[i+1:]; len(after) > 0 {
+			if after[0] != ':' {
+				return nil, 0, errEndpointHost
+			}
+			digits, hasPort = after[1:], true
+		}
+	} else {
+		host, digits, hasPort = bytes.Cut(authority, []byte(":"))
+	}
+	if len(host) == 0 {
+		return nil, 0, errEndpointHost
+	}
+	if !hasPort {
+		if tls {
+			return host, 443, nil
+		}
+		return host, 80, nil
+	}
+	port, ok := parsePort(digits)
+	if !ok {
+		return nil, 0, errEndpointPort
+	}
+	return host, port, nil
+}
+
+// parsePort takes the one spelling of a port only: another one would be a
+// second queue for the same destination, or wrap around in a smaller integer.
+func parsePort[T string | []byte](digits T) (uint16, bool) {
+	if len(digits) == 0 || len(digits) > 5 || digits[0] == '0' {
+		return 0, false
+	}
+	n := 0
+	for i := range len(digits) {
+		if !isDigit(digits[i]) {
+			return 0, false
+		}
+		n = n*10 + int(digits[i]-'0')
+	}
+	return uint16(n), n <= 65535
+}
+
+// appendName appends the canonical form of host (lower case, no root dot) to
+// dst, if it is made of letters, digits, hyphens and underscores as names of
+// hosts are. dst is empty and holds the longest name.
+func appendName(dst, host []byte) ([]byte, error) {
+	if host[len(host)-1] == '.' {
+		host = host[:len(host)-1]
+	}
+	if len(host) == 0 || len(host) > 253 {
+		return nil, errEndpointHost
+	}
+	label := 0 // length of the current label
+	for i, b := range host {
+		b = lower(b)
+		switch {
+		case b == '.':
+			if label == 0 || host[i-1] == '-' {
+				return nil, errEndpointHost
+			}
+			label = -1
+		case b == '-':
+			if label == 0 {
+				return nil, errEndpointHost
+			}
+		case 'a' <= b && b <= 'z', isDigit(b), b == '_':
+		default:
+			return nil, errEndpointHost
+		}
+		if label++; label > 63 {
+			return nil, errEndpointHost
+		}
+		dst = append(dst, b)
+	}
+	if label == 0 || host[len(host)-1] == '-' {
+		return nil, errEndpointHost
+	}
+	return dst, nil
+}
+
+// endsInNumber reports whether the last label of name is a number, in which
+// case some resolver takes the whole for an IPv4 address in one of its many
+// old spellings (the rule of the WHATWG URL standard).
+func endsInNumber(name []byte) bool {
+	last := name[bytes.LastIndexByte(name, '.')+1:]
+	if len(last) >= 2 && last[0] == '0' && last[1] == 'x' {
+		for _, b := range last[2:] {
+			if !isHex(b) {
+				return false
+			}
+		}
+		return true
+	}
+	for _, b := range last {
+		if !isDigit(b) {
+			return false
+		}
+	}
+	return true
+}
+
+// internalSuffixes end names that the public DNS does not know: reserved by
+// RFC 2606, 6761, 6762, 7686, 8375 and 9476, by ICANN for private use, or in
+// common use inside networks. The dial would refuse most of what they lead
+// to; refusing the text tells the caller, and asks no resolver about them.
+var internalSuffixes = map[string]bool{
+	"localhost": true, "localdomain": true, "local": true, "internal": true,
+	"intranet": true, "private": true, "corp": true, "home": true, "lan": true,
+	"svc": true, "arpa": true, "test": true, "example": true, "invalid": true,
+	"onion": true, "alt": true,
+}
+
+// checkPublicName refuses names that cannot be those of public hosts.
+func checkPublicName(name []byte) error {
+	dot := bytes.LastIndexByte(name, '.')
+	if dot < 0 || internalSuffixes[string(name[dot+1:])] {
+		return errEndpointName
+	}
+	// Underscores occur in names given by container engines: good for the
+	// allow-list, not for public hosts.
+	if bytes.IndexByte(name, '_') >= 0 {
+		return errEndpointHost
+	}
+	return nil
+}

@@ -1,0 +1,411 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"code.dny.dev/ssrf"
+)
+
+// errRefused is returned by a dial whose destination leads to no address that
+// the policy allows. It is apart from a failed connection: nothing was sent.
+var errRefused = errors.New("callback address refused")
+
+// maxCandidates is how many addresses of a name are tried. Resolvers put the
+// best first; a name with hundreds of addresses must not buy hundreds of
+// connection attempts.
+const maxCandidates = 4
+
+// extraDenied4 are public-looking IPv4 addresses that serve the machine itself.
+// The rest of what must not be dialled is in the lists of package ssrf; what is
+// not in 2000::/3 is refused there as a whole (v4-compatible, NAT64, site-local,
+// SRv6, unique and link-local).
+var extraDenied4 = []netip.Prefix{
+	netip.MustParsePrefix("168.63.129.16/32"), // Azure's host agent
+}
+
+// neverByName are addresses that an allow-listed name may not lead to, though
+// it may lead to private ones: no name of a webhook receiver means them, and
+// behind some of them are the credentials of the machine. An entry that names
+// the address itself still allows it.
+var neverByName = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"),
+	netip.MustParsePrefix("169.254.0.0/16"),     // link-local, metadata of most clouds
+	netip.MustParsePrefix("168.63.129.16/32"),   // Azure
+	netip.MustParsePrefix("192.0.0.192/32"),     // Oracle
+	netip.MustParsePrefix("100.100.100.200/32"), // Alibaba
+	netip.MustParsePrefix("224.0.0.0/3"),        // multicast, reserved, broadcast
+	netip.MustParsePrefix("::/128"),
+	netip.MustParsePrefix("fe80::/10"),
+	netip.MustParsePrefix("fd00:ec2::254/128"), // AWS
+	netip.MustParsePrefix("fd20:ce::254/128"),  // Google
+	netip.MustParsePrefix("ff00::/8"),
+	netip.MustParsePrefix("64:ff9b::/96"), // any of the above through NAT64
+	netip.MustParsePrefix("64:ff9b:1::/48"),
+	netip.MustParsePrefix("::/96"), // and in v4-compatible form
+}
+
+// allowedNet is a CIDR:PORT entry of the allow-list.
+type allowedNet struct {
+	prefix netip.Prefix
+	port   uint16
+}
+
+// hostPort is a HOST:PORT entry of the allow-list, the host in canonical form.
+type hostPort struct {
+	host string
+	port uint16
+}
+
+// selfAddr is a public listen address of this server.
+type selfAddr struct {
+	host string // canonical; empty: all addresses
+	port uint16
+	dial []string // where the listener is reached, tried in order
+}
+
+// guard decides where callbacks may go: by the text of the URL (parse), and
+// again by the address of every connection at the moment it is made, so that
+// it does not matter what a resolver said before. It does not change once
+// built.
+type guard struct {
+	hosts    map[hostPort]bool
+	nets     []allowedNet
+	self     []selfAddr
+	ownPorts []uint16 // public and admin
+	base     *ssrf.Guardian
+	resolver *net.Resolver
+	tls      *tls.Config
+
+	// interfaces lists the addresses of this machine.
+	interfaces func() ([]net.Addr, error)
+	// connect makes the connection with the given dialer. Tests replace it to
+	// fail at once where the test machine has no route.
+	connect func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error)
+}
+
+func newGuard(cfg *CallbackConfig) (*guard, error) {
+	g := &guard{
+		hosts:      make(map[hostPort]bool),
+		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
+		resolver:   cfg.Resolver,
+		tls:        cfg.TLS,
+		interfaces: net.InterfaceAddrs,
+		connect: func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
+			return d.DialContext(ctx, "tcp", addr)
+		},
+	}
+	if g.resolver == nil {
+		g.resolver = net.DefaultResolver
+	}
+	for _, entry := range cfg.Allow {
+		if err := g.allow(entry); err != nil {
+			return nil, fmt.Errorf("callback-allow %q: %w", entry, err)
+		}
+	}
+	for _, addr := range cfg.SelfAddrs {
+		self, err := parseSelf(addr)
+		if err != nil {
+			return nil, fmt.Errorf("listen address %q: %w", addr, err)
+		}
+		g.self = append(g.self, self)
+		g.ownPorts = append(g.ownPorts, self.port)
+	}
+	if cfg.AdminAddr != "" {
+		admin, err := parseSelf(cfg.AdminAddr)
+		if err != nil {
+			return nil, fmt.Errorf("admin listen address %q: %w", cfg.AdminAddr, err)
+		}
+		g.ownPorts = append(g.ownPorts, admin.port)
+	}
+	return g, nil
+}
+
+// allow adds an entry of the allow-list: HOST:PORT or CIDR:PORT, v6 addresses
+// in brackets.
+func (g *guard) allow(entry string) error {
+	colon := strings.LastIndexByte(entry, ':')
+	if colon < 0 {
+		return errors.New("need HOST:PORT or CIDR:PORT")
+	}
+	host := entry[:colon]
+	port, ok := parsePort(entry[colon+1:])
+	if !ok {
+		return errors.New("bad port")
+	}
+	if strings.Contains(host, "/") {
+		// Both [fd00::/8]:80 and [fd00::]/8:80 are written.
+		prefix, err := netip.ParsePrefix(strings.NewReplacer("[", "", "]", "").Replace(host))
+		if err != nil {
+			return errors.New("bad CIDR")
+		}
+		if prefix != prefix.Masked() || prefix.Addr().Is4In6() {
+			return fmt.Errorf("bad CIDR, want the network address as in %v", prefix.Masked())
+		}
+		g.nets = append(g.nets, allowedNet{prefix, port})
+		return nil
+	}
+	name, err := canonicalHost(host)
+	if err != nil {
+		return err
+	}
+	g.hosts[hostPort{name, port}] = true
+	return nil
+}
+
+// canonicalHost returns a host of the configuration in the form in which parse
+// compares hosts.
+func canonicalHost(host string) (string, error) {
+	if inner, ok := strings.CutPrefix(host, "["); ok {
+		inner, ok = strings.CutSuffix(inner, "]")
+		addr, err := netip.ParseAddr(inner)
+		if !ok || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
+			return "", errors.New("bad IPv6 address")
+		}
+		return addr.String(), nil
+	}
+	if host == "" {
+		return "", errors.New("no host")
+	}
+	name, err := appendName(nil, []byte(host))
+	if err != nil {
+		return "", errors.New("bad host name")
+	}
+	if endsInNumber(name) {
+		if addr, err := netip.ParseAddr(host); err != nil || !addr.Is4() {
+			return "", errors.New("bad IPv4 address")
+		}
+	}
+	return string(name), nil
+}
+
+// parseSelf reads an own listen address. Listeners name all addresses in
+// several ways; those are reached over loopback.
+func parseSelf(listen string) (selfAddr, error) {
+	host, digits, err := net.SplitHostPort(listen)
+	if err != nil {
+		return selfAddr{}, err
+	}
+	port, ok := parsePort(digits)
+	if !ok {
+		return selfAddr{}, errors.New("bad port")
+	}
+	self := selfAddr{port: port, dial: []string{listen}}
+	if addr, err := netip.ParseAddr(host); err == nil {
+		if !addr.IsUnspecified() {
+			self.host = addr.Unmap().WithZone("").String()
+			return self, nil
+		}
+	} else if host != "" {
+		name, err := appendName(nil, []byte(host))
+		if err != nil {
+			return selfAddr{}, err
+		}
+		self.host = string(name)
+		return self, nil
+	}
+	// By address: without a hosts file, as in an empty container, the name
+	// localhost would be asked of the network.
+	self.dial = []string{net.JoinHostPort("127.0.0.1", digits), net.JoinHostPort("::1", digits)}
+	return self, nil
+}
+
+// isSelf reports whether host and port name this server's public listener.
+func (g *guard) isSelf(host []byte, addr netip.Addr, port uint16) bool {
+	for _, self := range g.self {
+		if self.port != port {
+			continue
+		}
+		if string(host) == "localhost" || string(host) == self.host ||
+			addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
+			return true
+		}
+	}
+	return false
+}
+
+func (g *guard) listed(host []byte, port uint16) bool {
+	return len(g.hosts) > 0 && g.hosts[hostPort{string(host), port}]
+}
+
+func (g *guard) inAllowedNet(addr netip.Addr, port uint16) bool {
+	for _, n := range g.nets {
+		if n.port == port && n.prefix.Contains(addr) {
+			return true
+		}
+	}
+	return false
+}
+
+func (g *guard) allowedNetPort(port uint16) bool {
+	return slices.ContainsFunc(g.nets, func(n allowedNet) bool { return n.port == port })
+}
+
+// publicAddr returns nil for an address that the default policy allows.
+func (g *guard) publicAddr(addr netip.Addr) error { return g.base.SafeAddr(addr) }
+
+// defaultPort reports whether the default policy allows the port.
+func defaultPort(port uint16) bool {
+	return port == 80 || port == 443 || port == 8080 || port == 8443
+}
+
+// permit returns nil if a connection to addr may be made for a destination of
+// that kind.
+func (g *guard) permit(d *destination, addr netip.Addr) error {
+	// Resolvers return v4 addresses in their v6 form, which no v4 rule matches.
+	addr = addr.Unmap()
+	switch {
+	case addr.Zone() != "":
+		return fmt.Errorf("%w: %v has a zone", errRefused, addr)
+	case g.own(addr, d.port):
+		return fmt.Errorf("%w: %v port %d is this server", errRefused, addr, d.port)
+	case g.inAllowedNet(addr, d.port):
+		return nil
+	case d.kind == destListed:
+		if d.addr == addr || addr.IsLoopback() {
+			return nil
+		}
+		for _, p := range neverByName {
+			if p.Contains(addr) {
+				return fmt.Errorf("%w: %v, not even by an allow-listed name", errRefused, addr)
+			}
+		}
+		return nil
+	case !defaultPort(d.port):
+		return fmt.Errorf("%w: %v port %d is in no allowed network", errRefused, addr, d.port)
+	}
+	if err := g.publicAddr(addr); err != nil {
+		return fmt.Errorf("%w: %w", errRefused, err)
+	}
+	return nil
+}
+
+// own reports whether addr and port may be this server: a callback there would
+// be a loop, or reach the admin listener. When the machine's addresses cannot
+// be had it says yes.
+func (g *guard) own(addr netip.Addr, port uint16) bool {
+	if !slices.Contains(g.ownPorts, port) {
+		return false
+	}
+	if addr.IsLoopback() || addr.IsUnspecified() {
+		return true
+	}
+	// Asked each time: addresses change, and public destinations on this
+	// server's own ports are few.
+	interfaces, err := g.interfaces()
+	if err != nil {
+		return true
+	}
+	return slices.ContainsFunc(interfaces, func(a net.Addr) bool {
+		ipNet, ok := a.(*net.IPNet)
+		if !ok {
+			return false
+		}
+		ip, ok := netip.AddrFromSlice(ipNet.IP)
+		return ok && ip.Unmap() == addr
+	})
+}
+
+// dial connects to d, with TLS if d asks for it, before ctx ends. Of a name's
+// addresses only those that the policy allows are tried.
+func (g *guard) dial(ctx context.Context, d *destination) (net.Conn, error) {
+	conn, err := g.dialTCP(ctx, d)
+	if err != nil || !d.tls {
+		return conn, err
+	}
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+	if g.tls != nil {
+		cfg = g.tls.Clone()
+	}
+	cfg.ServerName = d.host
+	secure := tls.Client(conn, cfg)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("tls handshake: %w", err)
+	}
+	return secure, nil
+}
+
+func (g *guard) dialTCP(ctx context.Context, d *destination) (net.Conn, error) {
+	if d.kind == destSelf {
+		return g.dialSelf(ctx, d.port)
+	}
+	candidates := []netip.Addr{d.addr}
+	if !d.addr.IsValid() {
+		name := d.host
+		if d.kind == destPublic && !g.allowedNetPort(d.port) {
+			// A full name: the search list of the resolver is for the names of
+			// the own network and could lead there.
+			name += "."
+		}
+		var err error
+		candidates, err = g.resolver.LookupNetIP(ctx, "ip", name)
+		if err != nil {
+			return nil, err
+		}
+	}
+	err := fmt.Errorf("%w: no address", errRefused)
+	allowed := candidates[:0]
+	for _, addr := range candidates {
+		if refused := g.permit(d, addr); refused != nil {
+			err = refused
+			continue
+		}
+		allowed = append(allowed, addr.Unmap())
+	}
+	allowed = allowed[:min(len(allowed), maxCandidates)]
+
+	dialer := &net.Dialer{
+		// The last word is at the socket: what is checked is what is dialled.
+		Control: func(_, address string, _ syscall.RawConn) error {
+			ap, err := netip.ParseAddrPort(address)
+			if err != nil || ap.Port() != d.port {
+				return fmt.Errorf("%w: %s", errRefused, address)
+			}
+			return g.permit(d, ap.Addr())
+		},
+	}
+	for i, addr := range allowed {
+		conn, dialErr := g.connectShare(ctx, dialer, addr, d.port, len(allowed)-i)
+		if dialErr == nil {
+			return conn, nil
+		}
+		err = dialErr
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, err
+}
+
+// dialSelf connects to this server's own listener, wherever that is: no name
+// and no address of the URL is used.
+func (g *guard) dialSelf(ctx context.Context, port uint16) (conn net.Conn, err error) {
+	i := slices.IndexFunc(g.self, func(s selfAddr) bool { return s.port == port })
+	for _, addr := range g.self[i].dial {
+		if conn, err = g.connect(ctx, &net.Dialer{}, addr); err == nil {
+			break
+		}
+	}
+	return conn, err
+}
+
+// connectShare tries one of the n addresses that are left, with its share of
+// the time that is left, so that one dead address does not hide the next.
+func (g *guard) connectShare(ctx context.Context, dialer *net.Dialer, addr netip.Addr, port uint16, n int) (net.Conn, error) {
+	if deadline, ok := ctx.Deadline(); ok && n > 1 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(n))
+		defer cancel()
+	}
+	return g.connect(ctx, dialer, net.JoinHostPort(addr.String(), strconv.Itoa(int(port))))
+}

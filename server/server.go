@@ -1,0 +1,157 @@
+// Package server is Verve's front: the accept route and the sink for
+// callbacks on the public listener, callbacks out, and the admin listener.
+//
+// A request is answered by handle in accept.go: parsed, put into the open
+// epoch of package counter, asked about in the Set of package dedup, and
+// answered. main starts a Server and stops it first.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/valyala/fasthttp"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+// Defaults of Config.
+const (
+	DefaultMaxConns    = 65536
+	DefaultSlowTimeout = 5 * time.Second
+	DefaultIdleTimeout = 75 * time.Second // longer than the common load balancers keep theirs
+)
+
+const (
+	// readBuffer bounds the request line and the headers: an endpoint of 2 KiB,
+	// percent-encoded, and an ordinary set of headers fit.
+	readBuffer = 8 << 10
+
+	// maxBody bounds the body of POST /test.
+	maxBody = 64 << 10
+
+	// answerGrace bounds the wait, at the stop, for answers that are on their
+	// way. A request that has sent half its headers holds it up so long.
+	answerGrace = 2 * time.Second
+)
+
+// Config of a Server. Counter, Set, Callbacks and Log are required.
+type Config struct {
+	Counter   *counter.Counter
+	Set       dedup.Set
+	Callbacks *Callbacks
+	Log       zerolog.Logger
+
+	Uint64IDs       bool // only canonical decimals up to 2^64-1 are ids
+	DuplicateStatus int  // status of a repeat; 409 if zero
+	WindowHeader    bool // answers say in which window the id was judged
+	MaxConns        int
+	SlowTimeout     time.Duration // for a request to arrive, for an answer to be taken
+	IdleTimeout     time.Duration // between the requests of a connection
+}
+
+// Server serves the public listener.
+type Server struct {
+	cfg       Config
+	callbacks *Callbacks
+	http      fasthttp.Server
+	ln        *listener
+	stopSweep chan struct{}
+
+	refused [reasons]atomic.Uint64
+	sunk    atomic.Uint64 // POSTs taken by the sink
+}
+
+// New checks cfg and makes a server for ln.
+func New(cfg Config, ln net.Listener) (*Server, error) {
+	if cfg.Counter == nil || cfg.Set == nil || cfg.Callbacks == nil {
+		return nil, errors.New("server: Counter, Set and Callbacks are required")
+	}
+	if cfg.DuplicateStatus == 0 {
+		cfg.DuplicateStatus = fasthttp.StatusConflict
+	}
+	if cfg.DuplicateStatus < 200 || cfg.DuplicateStatus > 599 || cfg.DuplicateStatus == fasthttp.StatusNoContent || cfg.DuplicateStatus == fasthttp.StatusNotModified {
+		return nil, fmt.Errorf("server: DuplicateStatus %d is not a status with a body", cfg.DuplicateStatus)
+	}
+	if cfg.MaxConns < 0 || cfg.SlowTimeout < 0 || cfg.IdleTimeout < 0 {
+		return nil, errors.New("server: MaxConns, SlowTimeout and IdleTimeout must not be negative")
+	}
+	if cfg.MaxConns == 0 {
+		cfg.MaxConns = DefaultMaxConns
+	}
+	if cfg.SlowTimeout == 0 {
+		cfg.SlowTimeout = DefaultSlowTimeout
+	}
+	if cfg.IdleTimeout == 0 {
+		cfg.IdleTimeout = DefaultIdleTimeout
+	}
+	s := &Server{
+		cfg:       cfg,
+		callbacks: cfg.Callbacks,
+		ln:        newListener(ln, cfg.MaxConns, cfg.SlowTimeout, cfg.IdleTimeout),
+		stopSweep: make(chan struct{}),
+	}
+	s.http = fasthttp.Server{
+		Handler:      s.handle,
+		ErrorHandler: s.refuseBroken,
+		Logger:       quiet{}, // what fasthttp has to say is counted in refused
+
+		Concurrency:        cfg.MaxConns + 1, // the listener has the last word, with a proper answer
+		ReadBufferSize:     readBuffer,
+		MaxRequestBodySize: maxBody,
+
+		NoDefaultServerHeader:        true,
+		SecureErrorLogMessage:        true,
+		DisablePreParseMultipartForm: true,
+		CloseOnShutdown:              true,
+	}
+	return s, nil
+}
+
+// quiet drops what fasthttp would print: bytes of strangers' requests.
+type quiet struct{}
+
+func (quiet) Printf(string, ...any) {}
+
+// Serve answers requests until Shutdown.
+func (s *Server) Serve() error {
+	go s.ln.sweep(s.stopSweep)
+	return s.http.Serve(s.ln)
+}
+
+// Shutdown lets every request that was counted be answered, then closes the
+// connections and the listener. The counter must be sealed before: what still
+// comes is answered 503 and counts nothing.
+func (s *Server) Shutdown(ctx context.Context) error {
+	defer close(s.stopSweep)
+	// fasthttp closes connections that it takes for idle, even if an answer to
+	// a pipelined request waits to be flushed; so they must be idle first.
+	grace, cancel := context.WithTimeout(ctx, answerGrace)
+	defer cancel()
+	s.await(grace, func() bool { return s.ln.busy() == 0 })
+	err := s.http.ShutdownWithContext(ctx)
+	if err != nil {
+		return fmt.Errorf("server: %d connections were still open: %w", s.ln.open(), err)
+	}
+	s.await(ctx, func() bool { return s.ln.open() == 0 }) // lingering closes
+	return nil
+}
+
+// await polls until done or the end of ctx.
+func (s *Server) await(ctx context.Context, done func() bool) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for !done() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}

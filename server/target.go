@@ -1,0 +1,177 @@
+package server
+
+import (
+	"bytes"
+	"errors"
+	"unicode/utf8"
+)
+
+const (
+	acceptPath = "/api/verve/accept"
+	testPath   = "/test" // the sink; also the one path of this server that a callback may name
+
+	// maxIDLen bounds an id after decoding, in bytes.
+	maxIDLen = 256
+)
+
+var (
+	errBadID       = errors.New("bad id")
+	errBadEndpoint = errors.New("bad endpoint")
+)
+
+// query is what a request asks of the accept route.
+type query struct {
+	id       []byte
+	endpoint []byte // nil: none
+}
+
+// plain marks the bytes that an id may hold without being decoded or looked at
+// twice: RFC 3986's unreserved characters.
+var plain = func() (t [256]bool) {
+	for c := byte('a'); c <= 'z'; c++ {
+		t[c], t[c-'a'+'A'] = true, true
+	}
+	for c := byte('0'); c <= '9'; c++ {
+		t[c] = true
+	}
+	for _, c := range []byte("-._~") {
+		t[c] = true
+	}
+	return t
+}()
+
+// plainID is the common case of parseQuery: a query that is exactly "id=" and
+// plain bytes is its own id. Anything else, good or bad, is parseQuery's.
+// FuzzPlainIDAgreesWithParseQuery holds the two together.
+func plainID(raw []byte) ([]byte, bool) {
+	const prefix = "id="
+	if len(raw) <= len(prefix) || len(raw) > len(prefix)+maxIDLen || string(raw[:len(prefix)]) != prefix {
+		return nil, false
+	}
+	id := raw[len(prefix):]
+	for _, c := range id {
+		if !plain[c] {
+			return nil, false
+		}
+	}
+	return id, true
+}
+
+// parseQuery reads the raw query of an accept request. scratch is reused for
+// what has to be decoded, and the result may point into raw or scratch.
+//
+// It is strict where two readers could disagree: exactly one id, at most one
+// endpoint, whatever way their keys are spelt; no bytes that a URI cannot
+// hold; no ";", which some readers take for "&". Other keys are ignored.
+func parseQuery(raw, scratch []byte) (query, error) {
+	var q query
+	var haveID bool
+	for _, c := range raw {
+		if c <= ' ' || c >= 0x7f || c == '#' || c == ';' {
+			return query{}, errBadID
+		}
+	}
+	for len(raw) > 0 {
+		var pair []byte
+		pair, raw, _ = bytes.Cut(raw, []byte("&"))
+		key, value, _ := bytes.Cut(pair, []byte("="))
+		var ok bool
+		if key, scratch, ok = unescape(key, scratch); !ok {
+			return query{}, errBadID // may have meant id
+		}
+		switch string(key) {
+		case "id":
+			if haveID {
+				return query{}, errBadID
+			}
+			haveID = true
+			if q.id, scratch, ok = unescape(value, scratch); !ok || !validID(q.id) {
+				return query{}, errBadID
+			}
+		case "endpoint":
+			if q.endpoint != nil {
+				return query{}, errBadEndpoint
+			}
+			if q.endpoint, scratch, ok = unescape(value, scratch); !ok || len(q.endpoint) == 0 {
+				return query{}, errBadEndpoint
+			}
+		}
+	}
+	if !haveID {
+		return query{}, errBadID
+	}
+	return q, nil
+}
+
+// validID checks an id after decoding.
+func validID(id []byte) bool {
+	if len(id) == 0 || len(id) > maxIDLen || id[0] == ' ' || id[len(id)-1] == ' ' {
+		return false
+	}
+	for _, c := range id {
+		if c < ' ' || c == 0x7f {
+			return false
+		}
+	}
+	return utf8.Valid(id)
+}
+
+// canonicalUint64 reports whether id is a decimal up to 2^64-1 in its only
+// spelling.
+func canonicalUint64(id []byte) bool {
+	const largest = "18446744073709551615"
+	if len(id) == 0 || len(id) > len(largest) || id[0] == '0' && len(id) > 1 {
+		return false
+	}
+	for _, c := range id {
+		if c < '0' || c > '9' {
+			return false
+		}
+	}
+	return len(id) < len(largest) || string(id) <= largest
+}
+
+// unescape decodes s once: "%XX" is a byte and "+" a space. Where there is
+// something to decode it appends to scratch, which must have room, or is made
+// anew: results of earlier calls stay valid.
+func unescape(s, scratch []byte) (out, rest []byte, ok bool) {
+	if bytes.IndexByte(s, '%') < 0 && bytes.IndexByte(s, '+') < 0 {
+		return s, scratch, true
+	}
+	if cap(scratch)-len(scratch) < len(s) {
+		scratch = make([]byte, 0, len(s))
+	}
+	from := len(scratch)
+	for i := 0; i < len(s); i++ {
+		switch c := s[i]; c {
+		case '+':
+			scratch = append(scratch, ' ')
+		case '%':
+			if i+2 >= len(s) {
+				return nil, scratch, false
+			}
+			hi, lo := unhexDigit(s[i+1]), unhexDigit(s[i+2])
+			if hi > 0xf || lo > 0xf {
+				return nil, scratch, false
+			}
+			scratch = append(scratch, hi<<4|lo)
+			i += 2
+		default:
+			scratch = append(scratch, c)
+		}
+	}
+	return scratch[from:len(scratch):len(scratch)], scratch, true
+}
+
+// unhexDigit returns the value of a hexadecimal digit, or more than 0xf.
+func unhexDigit(c byte) byte {
+	switch {
+	case '0' <= c && c <= '9':
+		return c - '0'
+	case 'a' <= c && c <= 'f':
+		return c - 'a' + 10
+	case 'A' <= c && c <= 'F':
+		return c - 'A' + 10
+	}
+	return 0xff
+}

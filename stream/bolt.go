@@ -1,0 +1,409 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+)
+
+// boltStore is the spool's file. bbolt is copy on write with two checksummed
+// meta pages: a kill or power loss leaves the last committed transaction. It
+// does not checksum data pages, so every value carries its own.
+//
+// A commit is two fdatasyncs. That is once per window for the append and once
+// per batch for each sink's acknowledgement, so no batching is built on top.
+type boltStore struct {
+	db       *bolt.DB
+	instance string // kept name when the file was opened
+
+	// beforeCommit, if set, runs in an append's transaction when everything is
+	// written and nothing is committed or synced.
+	beforeCommit func()
+}
+
+var (
+	bucketMeta    = []byte("meta")    // "version", "instance"
+	bucketSeries  = []byte("series")  // identity -> seq, start, unique
+	bucketCursors = []byte("cursors") // sink -> index
+	bucketRecords = []byte("records") // index -> record
+	bucketPoison  = []byte("poison")  // index, sink -> reason, record
+
+	keyVersion  = []byte("version")
+	keyInstance = []byte("instance")
+	keyHead     = []byte("head")
+)
+
+const (
+	spoolVersion = 1
+
+	// lockWait is how long a starting process waits for one that is ending to
+	// let go of the file.
+	lockWait = 2 * time.Second
+)
+
+var (
+	errDamaged = errors.New("spool file is damaged")
+	errNewer   = errors.New("was written by a newer version of this program")
+	castagnoli = crc32.MakeTable(crc32.Castagnoli)
+)
+
+// openBolt opens path, or sets it aside and starts a new one.
+func openBolt(path string) (b *boltStore, setAside string, err error) {
+	b, err = openBoltOnce(path)
+	if !errors.Is(err, errDamaged) {
+		return b, "", err
+	}
+	setAside = fmt.Sprintf("%s.damaged-%s", path, time.Now().UTC().Format("20060102T150405.000000000Z"))
+	if rerr := os.Rename(path, setAside); rerr != nil {
+		return nil, "", fmt.Errorf("%w; setting it aside: %w", err, rerr)
+	}
+	if b, err = openBoltOnce(path); err != nil {
+		return nil, setAside, err
+	}
+	return b, setAside, syncDir(filepath.Dir(path))
+}
+
+func openBoltOnce(path string) (b *boltStore, err error) {
+	// bbolt trusts its pages: it panics on one that makes no sense, and reads
+	// beyond the end of a file cut short fault. Both mean the same here. On
+	// this path the mapping and the descriptor of the damaged file may leak,
+	// once, which is the price of going on.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			b, err = nil, fmt.Errorf("%w: %v", errDamaged, r)
+		}
+	}()
+
+	info, statErr := os.Stat(path)
+	fresh := errors.Is(statErr, os.ErrNotExist)
+	if statErr == nil && info.Mode().IsRegular() && info.Size() > 0 && info.Size() < int64(2*os.Getpagesize()) {
+		// bbolt has no sentinel for it. An empty file is one that was created
+		// and not written before a crash: bbolt initialises it.
+		return nil, fmt.Errorf("%w: %d bytes do not hold its header", errDamaged, info.Size())
+	}
+	db, err := bolt.Open(path, 0o644, &bolt.Options{
+		Timeout:      lockWait,
+		FreelistType: bolt.FreelistMapType,
+		// The freelist stays synced: without it bbolt rebuilds it in a goroutine
+		// of its own, where a panic about a damaged page could not be caught.
+		NoFreelistSync: false,
+	})
+	switch {
+	case err == nil:
+	case errors.Is(err, berrors.ErrTimeout):
+		return nil, fmt.Errorf("%s is in use by another process", path)
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrVersionMismatch),
+		errors.Is(err, berrors.ErrChecksum), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return nil, fmt.Errorf("%w: %w", errDamaged, err)
+	default:
+		// Permissions, a full or read-only disk, a directory in the way: the
+		// file may be sound, so it is left alone.
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	b = &boltStore{db: db}
+	if err := b.init(); err != nil {
+		db.Close()
+		return nil, err
+	}
+	if fresh {
+		if err := syncDir(filepath.Dir(path)); err != nil {
+			db.Close()
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// init creates what a new file needs and reads every page that is in use, so
+// that damage shows here, where it can be dealt with, and not in the middle of a
+// run.
+func (b *boltStore) init() error {
+	empty := false
+	err := b.view(func(tx *bolt.Tx) error {
+		first, _ := tx.Cursor().First()
+		empty = first == nil
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if empty {
+		err := b.update(func(tx *bolt.Tx) error {
+			for _, name := range [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison} {
+				if _, err := tx.CreateBucket(name); err != nil {
+					return err
+				}
+			}
+			return put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion))
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return b.view(func(tx *bolt.Tx) error {
+		for _, name := range [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison} {
+			if tx.Bucket(name) == nil {
+				return fmt.Errorf("%w: no bucket %q", errDamaged, name)
+			}
+		}
+		meta := tx.Bucket(bucketMeta)
+		version, err := unsealUint(keyVersion, meta.Get(keyVersion))
+		switch {
+		case err != nil:
+			return err
+		case version == 0:
+			return fmt.Errorf("%w: no version", errDamaged)
+		case version > spoolVersion:
+			return fmt.Errorf("%s %w (format %d, this one reads %d)", b.db.Path(), errNewer, version, spoolVersion)
+		}
+		if v := meta.Get(keyInstance); v != nil {
+			name, err := unseal(keyInstance, v)
+			if err != nil {
+				return err
+			}
+			b.instance = string(name)
+		}
+		if _, err := loadState(tx); err != nil {
+			return err
+		}
+		want := uint64(0)
+		return tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
+			e, err := decodeEntry(k, v)
+			if err != nil {
+				return err
+			}
+			if want != 0 && e.index != want {
+				return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, want)
+			}
+			want = e.index + 1
+			return nil
+		})
+	})
+}
+
+// update turns a panic of bbolt about a page, or a fault of the mapping, into an
+// error: a disk that fails while running makes the spool unavailable, it does
+// not end the process.
+func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", errDamaged, r)
+		}
+	}()
+	return b.db.Update(fn)
+}
+
+func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", errDamaged, r)
+		}
+	}()
+	return b.db.View(fn)
+}
+
+func (b *boltStore) load() (st state, err error) {
+	err = b.view(func(tx *bolt.Tx) error {
+		st, err = loadState(tx)
+		return err
+	})
+	return st, err
+}
+
+func loadState(tx *bolt.Tx) (state, error) {
+	st := state{series: make(map[string]series), cursors: make(map[string]uint64)}
+	var err error
+	if st.head, err = unsealUint(keyHead, tx.Bucket(bucketMeta).Get(keyHead)); err != nil {
+		return st, err
+	}
+	err = tx.Bucket(bucketSeries).ForEach(func(k, v []byte) error {
+		v, err := unseal(k, v)
+		if err != nil {
+			return err
+		}
+		if len(v) != 24 {
+			return fmt.Errorf("%w: series %q has %d bytes", errDamaged, k, len(v))
+		}
+		st.series[string(k)] = series{
+			seq:    binary.BigEndian.Uint64(v),
+			start:  int64(binary.BigEndian.Uint64(v[8:])),
+			unique: binary.BigEndian.Uint64(v[16:]),
+		}
+		return nil
+	})
+	if err != nil {
+		return st, err
+	}
+	err = tx.Bucket(bucketCursors).ForEach(func(k, v []byte) error {
+		at, err := unsealUint(k, v)
+		if err != nil {
+			return err
+		}
+		if at > st.head {
+			return fmt.Errorf("%w: cursor %d beyond the head %d", errDamaged, at, st.head)
+		}
+		st.cursors[string(k)] = at
+		return nil
+	})
+	if err != nil {
+		return st, err
+	}
+	c := tx.Bucket(bucketRecords).Cursor()
+	if first, _ := c.First(); first != nil {
+		last, _ := c.Last()
+		if len(first) != 8 || len(last) != 8 || binary.BigEndian.Uint64(last) != st.head {
+			return st, fmt.Errorf("%w: the last record is not the head", errDamaged)
+		}
+		st.pending = int(st.head - binary.BigEndian.Uint64(first) + 1)
+	}
+	err = tx.Bucket(bucketPoison).ForEach(func(_, _ []byte) error { st.poison++; return nil })
+	return st, err
+}
+
+func (b *boltStore) keepInstance(name string) error {
+	return b.update(func(tx *bolt.Tx) error {
+		return put(tx.Bucket(bucketMeta), keyInstance, []byte(name))
+	})
+}
+
+func (b *boltStore) put(e entry, identity string, s series) error {
+	return b.update(func(tx *bolt.Tx) error {
+		if err := put(tx.Bucket(bucketRecords), beKey(e.index), e.value); err != nil {
+			return err
+		}
+		v := binary.BigEndian.AppendUint64(nil, s.seq)
+		v = binary.BigEndian.AppendUint64(v, uint64(s.start))
+		v = binary.BigEndian.AppendUint64(v, s.unique)
+		if err := put(tx.Bucket(bucketSeries), []byte(identity), v); err != nil {
+			return err
+		}
+		if err := put(tx.Bucket(bucketMeta), keyHead, beKey(e.index)); err != nil {
+			return err
+		}
+		if b.beforeCommit != nil {
+			b.beforeCommit()
+		}
+		return nil
+	})
+}
+
+func (b *boltStore) scan(after, upTo uint64, limit int) (out []entry, err error) {
+	err = b.view(func(tx *bolt.Tx) error {
+		c := tx.Bucket(bucketRecords).Cursor()
+		for k, v := c.Seek(beKey(after + 1)); k != nil && len(out) < limit; k, v = c.Next() {
+			e, err := decodeEntry(k, v)
+			if err != nil {
+				return err
+			}
+			if e.index > upTo {
+				break
+			}
+			out = append(out, e)
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (b *boltStore) advance(sink string, to, removeTo uint64, removed int) error {
+	return b.update(func(tx *bolt.Tx) error {
+		if sink != "" {
+			if err := put(tx.Bucket(bucketCursors), []byte(sink), beKey(to)); err != nil {
+				return err
+			}
+		}
+		if removed == 0 {
+			return nil
+		}
+		c := tx.Bucket(bucketRecords).Cursor()
+		for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= removeTo; k, _ = c.First() {
+			if err := c.Delete(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (b *boltStore) condemn(e entry, sink, reason string) error {
+	return b.update(func(tx *bolt.Tx) error {
+		v := append([]byte(reason), '\n')
+		return put(tx.Bucket(bucketPoison), append(beKey(e.index), sink...), append(v, e.value...))
+	})
+}
+
+func (b *boltStore) dropSink(sink string) error {
+	return b.update(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketCursors).Delete([]byte(sink))
+	})
+}
+
+func (b *boltStore) close() error { return b.db.Close() }
+
+// put stores a value behind a checksum over its key and itself.
+func put(b *bolt.Bucket, k, v []byte) error {
+	sum := crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v)
+	return b.Put(k, append(binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(v)), sum), v...))
+}
+
+// unseal returns the value that put stored under k. It is only valid within the
+// transaction.
+func unseal(k, v []byte) ([]byte, error) {
+	if len(v) < 4 || crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v[4:]) != binary.BigEndian.Uint32(v) {
+		return nil, fmt.Errorf("%w: checksum of %q", errDamaged, k)
+	}
+	return v[4:], nil
+}
+
+// unsealUint is unseal for a number; a key that is absent is 0.
+func unsealUint(k, v []byte) (uint64, error) {
+	if v == nil {
+		return 0, nil
+	}
+	v, err := unseal(k, v)
+	if err != nil {
+		return 0, err
+	}
+	if len(v) != 8 {
+		return 0, fmt.Errorf("%w: %q has %d bytes", errDamaged, k, len(v))
+	}
+	return binary.BigEndian.Uint64(v), nil
+}
+
+func decodeEntry(k, v []byte) (entry, error) {
+	if len(k) != 8 {
+		return entry{}, fmt.Errorf("%w: key of %d bytes", errDamaged, len(k))
+	}
+	index := binary.BigEndian.Uint64(k)
+	value, err := unseal(k, v)
+	if err != nil {
+		return entry{}, err
+	}
+	r, err := ParseRecord(value)
+	if err != nil {
+		return entry{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
+	}
+	return entry{index: index, record: r, value: append([]byte(nil), value...)}, nil
+}
+
+// syncDir makes a created or renamed name durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,195 @@
+package stream
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// fileSink appends records to the counts file, one a line, and syncs them.
+//
+// A kill between the write and the spool's acknowledgement leaves lines that the
+// next process would write again; one within the write leaves half a line. So a
+// half line is cut off before the next append (its record is still in the
+// spool), and records whose outcome is open are looked for in the file first.
+//
+// The file may be renamed or removed at any time, as log rotation does: it is
+// opened by its path again for every batch. Records that were written and not
+// acknowledged before a kill, and rotated away before the restart, are written
+// again. Several processes may share a file; each batch is appended under a
+// lock.
+//
+// On standard output nothing can be looked up: a kill there may write the last
+// batch again.
+type fileSink struct {
+	path   string
+	stdout io.Writer // not nil: the sink is standard output
+	step   func(string)
+
+	// unsure is the index up to which a record may be in the file although the
+	// spool does not say so.
+	unsure uint64
+}
+
+// tornPrefix is what a half line of ours begins with.
+var tornPrefix = []byte(`{"window_start":"`)
+
+func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)) *fileSink {
+	f := &fileSink{path: path, unsure: unsure, step: step}
+	if path == "-" {
+		if f.stdout = stdout; stdout == nil {
+			f.stdout = os.Stdout
+		}
+	}
+	return f
+}
+
+func (f *fileSink) name() string      { return "file" }
+func (f *fileSink) conflicts() uint64 { return 0 }
+func (f *fileSink) close()            {}
+
+func (f *fileSink) deliver(_ context.Context, batch []entry) (int, error) {
+	if f.stdout != nil {
+		for i := range batch {
+			if _, err := f.stdout.Write(append(batch[i].value, '\n')); err != nil {
+				return i, fmt.Errorf("standard output: %w", err)
+			}
+		}
+		f.step(stepProduced)
+		return len(batch), nil
+	}
+	if err := f.append(batch); err != nil {
+		f.unsure = max(f.unsure, batch[len(batch)-1].index)
+		return 0, fmt.Errorf("counts file: %w", err)
+	}
+	f.step(stepProduced)
+	return len(batch), nil
+}
+
+func (f *fileSink) append(batch []entry) (err error) {
+	file, created, err := f.open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	if err := lockFile(file); err != nil {
+		return err
+	}
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	regular := info.Mode().IsRegular() // a pipe or a device has no tail
+	if regular {
+		if err := repairTail(file, info.Size()); err != nil {
+			return err
+		}
+	}
+	var there map[string]bool
+	if regular && batch[0].index <= f.unsure {
+		if there, err = f.lookup(file, batch); err != nil {
+			return err
+		}
+	}
+	var lines []byte
+	for i := range batch {
+		if !there[string(batch[i].value)] {
+			lines = append(append(lines, batch[i].value...), '\n')
+		}
+	}
+	if len(lines) > 0 {
+		if _, err := file.Write(lines); err != nil {
+			return err
+		}
+	}
+	if !regular {
+		return nil
+	}
+	// Also when everything was there: the process that wrote it may have been
+	// killed before its sync.
+	if err := file.Sync(); err != nil {
+		return err
+	}
+	if created {
+		return syncDir(filepath.Dir(f.path))
+	}
+	return nil
+}
+
+func (f *fileSink) open() (file *os.File, created bool, err error) {
+	_, err = os.Stat(f.path)
+	if created = errors.Is(err, os.ErrNotExist); created {
+		if err := os.MkdirAll(filepath.Dir(f.path), 0o755); err != nil {
+			return nil, false, err
+		}
+	}
+	file, err = os.OpenFile(f.path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o644)
+	return file, created, err
+}
+
+// lookup returns which of the batch's unsure records are in the file. It reads
+// the file from its start: that happens once after a kill and takes a fraction
+// of a second per year of minutes, while any shorter rule would be a guess about
+// who else writes there.
+func (f *fileSink) lookup(file *os.File, batch []entry) (map[string]bool, error) {
+	want := make(map[string]bool)
+	for i := range batch {
+		if batch[i].index <= f.unsure {
+			want[string(batch[i].value)] = true
+		}
+	}
+	there := make(map[string]bool)
+	r := bufio.NewReaderSize(io.NewSectionReader(file, 0, 1<<62), 1<<16)
+	for {
+		line, err := r.ReadSlice('\n')
+		if err == nil && want[string(line[:len(line)-1])] {
+			there[string(line[:len(line)-1])] = true
+		}
+		for errors.Is(err, bufio.ErrBufferFull) { // not a record: longer than any
+			_, err = r.ReadSlice('\n')
+		}
+		if errors.Is(err, io.EOF) {
+			return there, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// repairTail makes the file end in a newline. What follows the last one is cut
+// off when it is a torn record or the zeros that a power loss leaves; anything
+// else is not ours and is ended with a newline instead.
+func repairTail(file *os.File, size int64) error {
+	const chunk = 4096
+	var tail []byte
+	start := size
+	for start > 0 && int64(len(tail)) < 64*chunk {
+		n := min(chunk, start)
+		b := make([]byte, n, n+int64(len(tail)))
+		if _, err := file.ReadAt(b, start-n); err != nil {
+			return err
+		}
+		if i := bytes.LastIndexByte(b, '\n'); i >= 0 {
+			tail = append(b[i+1:], tail...)
+			start -= n - int64(i) - 1
+			break
+		}
+		tail = append(b, tail...)
+		start -= n
+	}
+	if len(tail) == 0 {
+		return nil
+	}
+	torn := bytes.HasPrefix(tail, tornPrefix) || bytes.HasPrefix(tornPrefix, tail) || tail[0] == 0
+	if !torn {
+		_, err := file.Write([]byte{'\n'})
+		return err
+	}
+	return file.Truncate(start)
+}

@@ -1,0 +1,186 @@
+package stream
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func entries(t *testing.T, from, to int) []entry {
+	t.Helper()
+	var out []entry
+	for i := from; i < to; i++ {
+		r := record(i)
+		r.Seq = uint64(i + 1)
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, entry{index: r.Seq, record: r, value: b})
+	}
+	return out
+}
+
+func deliver(t *testing.T, k sink, batch []entry) {
+	t.Helper()
+	if n, err := k.deliver(context.Background(), batch); n != len(batch) || err != nil {
+		t.Fatalf("delivered %d of %d, %v", n, len(batch), err)
+	}
+}
+
+func TestCountsFileIsNotWrittenTwiceAfterALostAck(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sub", "counts.jsonl")
+	deliver(t, newFileSink(path, nil, 0, noStep), entries(t, 0, 5))
+	// The next process finds records 4 to 8 in the spool.
+	f := newFileSink(path, nil, 8, noStep)
+	deliver(t, f, entries(t, 3, 8))
+	deliver(t, f, entries(t, 8, 10))
+	wantWindows(t, readCounts(t, path), 10)
+}
+
+func TestCountsFileTornLineIsRepaired(t *testing.T) {
+	whole := entries(t, 0, 3)
+	line := append(append([]byte(nil), whole[2].value...), '\n')
+	for n := 1; n < len(line); n++ {
+		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		deliver(t, newFileSink(path, nil, 0, noStep), whole[:2])
+		appendFile(t, path, line[:n])
+		if got := readCounts(t, path); len(got) != 2 {
+			t.Fatalf("a torn line of %d bytes was read as a record", n)
+		}
+		deliver(t, newFileSink(path, nil, 3, noStep), whole[1:])
+		wantWindows(t, readCounts(t, path), 3)
+	}
+}
+
+func TestCountsFileZerosOfAPowerLossAreCutOff(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	deliver(t, newFileSink(path, nil, 0, noStep), entries(t, 0, 2))
+	appendFile(t, path, make([]byte, 10000))
+	deliver(t, newFileSink(path, nil, 3, noStep), entries(t, 1, 3))
+	wantWindows(t, readCounts(t, path), 3)
+}
+
+func TestCountsFileLeavesForeignTextAlone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	appendFile(t, path, []byte("note to self"))
+	deliver(t, newFileSink(path, nil, 0, noStep), entries(t, 0, 1))
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "note to self\n" + string(entries(t, 0, 1)[0].value) + "\n"; string(b) != want {
+		t.Errorf("got %q", b)
+	}
+	var records, invalid int
+	for _, err := range ReadFile(t.Context(), path, false) {
+		if IsInvalidRecord(err) {
+			invalid++
+		} else if err == nil {
+			records++
+		}
+	}
+	if records != 1 || invalid != 1 {
+		t.Errorf("%d records and %d invalid lines", records, invalid)
+	}
+}
+
+func appendFile(t *testing.T, path string, b []byte) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
+	if err == nil {
+		_, err = f.Write(b)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCountsFileFollowsRotation(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	f := newFileSink(path, nil, 0, noStep)
+	deliver(t, f, entries(t, 0, 2))
+	if err := os.Rename(path, path+".1"); err != nil {
+		t.Fatal(err)
+	}
+	deliver(t, f, entries(t, 2, 4))
+	wantWindows(t, append(readCounts(t, path+".1"), readCounts(t, path)...), 4)
+}
+
+func TestCountsFileIsSharedByProcesses(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	done := make(chan error)
+	for range 4 {
+		go func() {
+			f := newFileSink(path, nil, 0, noStep)
+			for range 25 {
+				if _, err := f.deliver(context.Background(), entries(t, 0, 20)); err != nil {
+					done <- err
+					return
+				}
+			}
+			done <- nil
+		}()
+	}
+	for range 4 {
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(readCounts(t, path)); n != 4*25*20 {
+		t.Errorf("%d whole records, want %d", n, 4*25*20)
+	}
+}
+
+func TestStandardOutputGetsTheSameLines(t *testing.T) {
+	var out bytes.Buffer
+	deliver(t, newFileSink("-", &out, 0, noStep), entries(t, 0, 2))
+	var want strings.Builder
+	for _, e := range entries(t, 0, 2) {
+		want.Write(e.value)
+		want.WriteByte('\n')
+	}
+	if out.String() != want.String() {
+		t.Errorf("got %q", out.String())
+	}
+}
+
+func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	all := entries(t, 0, 4)
+	deliver(t, newFileSink(path, nil, 0, noStep), all[:1])
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	later := func(batch []entry) {
+		f := newFileSink(path, nil, batch[0].index, noStep)
+		if _, err := f.deliver(ctx, batch); err != nil {
+			t.Error(err)
+		}
+	}
+	var got []Record
+	for r, err := range ReadFile(ctx, path, true) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, r)
+		switch len(got) {
+		case 1:
+			appendFile(t, path, all[1].value[:50]) // torn, and read half
+			go later(all[1:2])
+		case 2:
+			if err := os.Rename(path, path+".1"); err != nil {
+				t.Fatal(err)
+			}
+			go later(all[2:])
+		case 4:
+			cancel()
+		}
+	}
+	wantWindows(t, got, 4)
+}

@@ -1,0 +1,710 @@
+package stream
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
+	"github.com/twmb/franz-go/pkg/sasl"
+	"github.com/twmb/franz-go/pkg/sasl/plain"
+	"github.com/twmb/franz-go/pkg/sasl/scram"
+)
+
+// Why a record is visible once.
+//
+// A record is identified by its key. Two mechanisms together make at most one
+// record with it visible, and the spool makes it at least one:
+//
+//   - The fence. A session (one kgo client) begins with InitProducerID for a
+//     transactional id that belongs to whoever numbers the records: the group
+//     and instance, or the group alone in group scope. When that returns, every
+//     earlier transaction of the id is either committed or aborted, and no
+//     request of an earlier session, however late it arrives, can become
+//     visible any more. Idempotence alone cannot give that: it is per producer
+//     id, and a restarted process has a new one.
+//   - The look. Records whose outcome is open are searched in the topic after
+//     the fence and before they are produced. Behind the fence the answer stays
+//     true.
+//
+// The outcome is open for everything that was in the spool when the process
+// started and for a batch whose attempt failed in any way; then the session is
+// dropped, too. In group scope other processes publish the same records, so all
+// of them are looked for, every time.
+//
+// Where a kill can fall, and what follows:
+//
+//	before the append      the count is with the counter, which publishes it at the
+//	                       next start; the spool has nothing
+//	in the append,         bbolt's transaction is not committed: as above, and
+//	before its sync        the sequence number is given out again
+//	after the sync,        the record is in the spool; the next session looks, finds
+//	before the produce     nothing and produces
+//	after the produce,     the transaction is open: the fence aborts it, its copy is
+//	before the commit      never visible; the look finds nothing, one new copy
+//	in the commit          the coordinator decided or not: the fence waits until it
+//	                       is settled, and the look sees which it was
+//	after the commit,      the look finds the record, which is acknowledged without
+//	before the ack         being produced
+//	in or after the ack    bbolt's transaction is committed or not: as above, or the
+//	                       record is gone from the spool
+//
+// An acknowledgement that is lost on the way back, a leader that moves and a
+// broker that is killed are the same cases without a kill of ours: the client
+// retries under the same producer id and sequence number, which the broker
+// recognises; when an attempt is given up the session is dropped, and fence and
+// look start again.
+//
+// Group scope. The instances share one transactional id, so an instance that
+// begins a session fences the others. That is what is wanted: it makes the id a
+// lock around look and produce, and the loser finds the winner's record when it
+// looks again. To fence as rarely as possible an instance without a session looks
+// once without it, and publishing is once a window.
+//
+// Without transactions. A broker that refuses them (authorisation of the
+// transactional id, or not implemented) leaves idempotence and the look. Open
+// then is: a produce request of a killed process that the broker appends after
+// the next process has looked; and in group scope two instances that look and
+// produce in the same moments. `verve totals` names and does not count the copy
+// of either.
+//
+// How the look finds its place: a record's timestamp is the end of its window,
+// so the first offset at or after the oldest open record's timestamp is not
+// behind it, in whatever order the windows of several instances arrived; topics
+// that stamp with the time of appending stamp later, give or take lookMargin.
+// All partitions are read, as the number of them may have grown. They are read
+// to their end, uncommitted, and the commit and abort markers are followed by
+// hand: a transaction that another instance left open would hold back a
+// committed read until the broker times it out.
+//
+// Order: all records of an identity go to one partition, one batch at a time,
+// and the next batch follows only when the last one is visible. When the number
+// of partitions grows an identity moves to another at its next session.
+
+// KafkaConfig says how to reach the topic.
+type KafkaConfig struct {
+	Brokers []string // host:port
+	Topic   string
+
+	// TLS, if not nil, is used for every connection.
+	TLS *tls.Config
+
+	// SASL is empty, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512, in any case. The
+	// password is the content of PasswordFile without the line end. It is read
+	// for each connection, so a wrong or rotated one is put right by writing
+	// the file.
+	SASL         string
+	User         string
+	PasswordFile string
+
+	// dial replaces the network in tests.
+	dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// check names the setting that is wrong.
+func (c *KafkaConfig) check() error {
+	if len(c.Brokers) == 0 {
+		return errors.New("kafka brokers: none given")
+	}
+	for _, b := range c.Brokers {
+		host, _, err := net.SplitHostPort(b)
+		if err != nil || host == "" {
+			return fmt.Errorf("kafka brokers: %q is not host:port", b)
+		}
+	}
+	switch {
+	case c.Topic == "", len(c.Topic) > 249, c.Topic == ".", c.Topic == "..",
+		strings.Trim(c.Topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "":
+		return fmt.Errorf("kafka topic: %q is not a name Kafka allows", c.Topic)
+	case c.SASL == "" && (c.User != "" || c.PasswordFile != ""):
+		return errors.New("kafka sasl: user or password given, but no mechanism")
+	case c.SASL == "":
+		return nil
+	case c.User == "":
+		return errors.New("kafka user: missing, but a mechanism is given")
+	case c.PasswordFile == "":
+		return errors.New("kafka password file: missing, but a mechanism is given")
+	}
+	if _, err := c.mechanism(); err != nil {
+		return err
+	}
+	_, err := c.password()
+	return err
+}
+
+func (c *KafkaConfig) password() (string, error) {
+	b, err := os.ReadFile(c.PasswordFile)
+	if err != nil {
+		return "", fmt.Errorf("kafka password file: %w", err)
+	}
+	return strings.TrimRight(string(b), "\r\n"), nil
+}
+
+func (c *KafkaConfig) mechanism() (sasl.Mechanism, error) {
+	scramAuth := func(context.Context) (scram.Auth, error) {
+		p, err := c.password()
+		return scram.Auth{User: c.User, Pass: p}, err
+	}
+	switch strings.ToUpper(c.SASL) {
+	case "PLAIN":
+		return plain.Plain(func(context.Context) (plain.Auth, error) {
+			p, err := c.password()
+			return plain.Auth{User: c.User, Pass: p}, err
+		}), nil
+	case "SCRAM-SHA-256":
+		return scram.Sha256(scramAuth), nil
+	case "SCRAM-SHA-512":
+		return scram.Sha512(scramAuth), nil
+	}
+	return nil, fmt.Errorf("kafka sasl: %q is none of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512", c.SASL)
+}
+
+// client dials nothing yet.
+func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
+	opts := []kgo.Opt{
+		kgo.SeedBrokers(c.Brokers...),
+		kgo.ClientID("verve"),
+		// Each step of a session has a deadline of its own; within it the client
+		// tries as often as it likes.
+		kgo.RetryTimeout(stepWait),
+		kgo.DialTimeout(stepWait / 2),
+		// A topic that appears or a leader that moves is to be seen soon.
+		kgo.MetadataMinAge(250 * time.Millisecond),
+	}
+	switch {
+	case c.dial != nil:
+		opts = append(opts, kgo.Dialer(c.dial))
+	case c.TLS != nil:
+		opts = append(opts, kgo.DialTLSConfig(c.TLS))
+	}
+	if c.SASL != "" {
+		m, err := c.mechanism()
+		if err != nil {
+			return nil, err
+		}
+		opts = append(opts, kgo.SASL(m))
+	}
+	return kgo.NewClient(append(opts, more...)...)
+}
+
+const (
+	// stepWait bounds each step of a session: finding the topic, the fence, a
+	// produce. A broker that answers at all answers faster; a longer wait would
+	// only delay the error that says what is wrong.
+	stepWait = 10 * time.Second
+
+	// transactionTimeout is when the broker aborts a transaction whose process
+	// is gone, and readers of the partition see on. It has to outlast a produce
+	// and a commit, stepWait each.
+	transactionTimeout = 25 * time.Second
+
+	// stopWait is how much longer a commit that is on its way may take after the
+	// stop: giving it up would leave the outcome open for nothing.
+	stopWait = time.Second
+
+	// lookStall ends a read that makes no progress. A committed one waits for the
+	// broker to end the transaction of a process that was killed, which it looks
+	// for every ten seconds.
+	lookStall = transactionTimeout + 20*time.Second
+
+	// lookMargin covers the difference of the broker's clock to this one's on
+	// topics that stamp records with the time of appending.
+	lookMargin = time.Hour
+)
+
+// errUnsettled is an open transaction that holds a record that is looked for.
+var errUnsettled = errors.New("a transaction that is still open holds the record")
+
+// kafkaSink delivers to a topic.
+type kafkaSink struct {
+	cfg  KafkaConfig
+	log  zerolog.Logger
+	step func(string)
+
+	session *session // nil: the next delivery starts one
+
+	// unsure is the index up to which a record may be in the topic although the
+	// spool does not say so.
+	unsure uint64
+	// single is the index up to which records are sent one by one, to find the
+	// one that made a batch fail.
+	single uint64
+
+	refused  bool // transactions were refused at the last session
+	conflict atomic.Uint64
+	closing  sync.WaitGroup // clients on their way out
+}
+
+// session is a client whose producer id is the newest of its identity.
+type session struct {
+	client        *kgo.Client
+	identity      string
+	partition     int32
+	transactional bool
+}
+
+func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(string)) *kafkaSink {
+	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step}
+}
+
+func (k *kafkaSink) name() string      { return "kafka" }
+func (k *kafkaSink) conflicts() uint64 { return k.conflict.Load() }
+
+func (k *kafkaSink) close() {
+	k.drop()
+	k.closing.Wait()
+}
+
+// drop gives the session up. Closing fails what the client still buffers, which
+// is wanted, and may wait for a broker, which is not.
+func (k *kafkaSink) drop() {
+	if k.session == nil {
+		return
+	}
+	client := k.session.client
+	k.session = nil
+	k.closing.Go(client.Close)
+}
+
+func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
+	first := &batch[0].record
+	identity, group := first.identity(), first.Scope == ScopeGroup
+	for i := range batch {
+		if batch[i].record.identity() != identity || batch[i].record.Scope != first.Scope {
+			batch = batch[:i] // the name was changed between two starts
+			break
+		}
+	}
+	if batch[0].index <= k.single {
+		batch = batch[:1]
+	}
+	if k.session != nil && k.session.identity != identity {
+		k.drop()
+	}
+
+	if group && k.session == nil {
+		missing, err := k.look(ctx, batch)
+		if err == nil && len(missing) == 0 {
+			return len(batch), nil
+		}
+		// Not decisive: whatever went wrong shows again below.
+	}
+	if k.session == nil {
+		if err := k.open(ctx, identity); err != nil {
+			return 0, fmt.Errorf("begin a session with the broker: %w", err)
+		}
+	}
+	missing := batch
+	if group || batch[0].index <= k.unsure {
+		var err error
+		if missing, err = k.look(ctx, batch); err != nil {
+			k.drop()
+			return 0, fmt.Errorf("look for records that are there already: %w", err)
+		}
+	}
+	if len(missing) == 0 {
+		return len(batch), nil
+	}
+	err := k.produce(ctx, missing)
+	if err == nil {
+		return len(batch), nil
+	}
+
+	k.drop()
+	last := batch[len(batch)-1].index
+	k.unsure = max(k.unsure, last)
+	if poison(err) {
+		if len(missing) == 1 {
+			n := slices.IndexFunc(batch, func(e entry) bool { return e.index == missing[0].index })
+			return n, &poisonError{err}
+		}
+		k.single = last
+	}
+	if errors.Is(err, kerr.InvalidProducerEpoch) || errors.Is(err, kerr.ProducerFenced) {
+		err = fmt.Errorf("%w (another process publishes as %q, or the broker timed the transaction out)", err, identity)
+	}
+	return 0, err
+}
+
+// poison tells a record that is wrong for good from a broker that is: the
+// second, authorisation and unknown errors among it, can be put right.
+// INVALID_TIMESTAMP is a clock or a topic setting, not the record.
+func poison(err error) bool {
+	return errors.Is(err, kerr.MessageTooLarge) || errors.Is(err, kerr.RecordListTooLarge) || errors.Is(err, kerr.InvalidRecord)
+}
+
+// open starts a session: the topic is there, the fence is up.
+func (k *kafkaSink) open(ctx context.Context, identity string) error {
+	options := []kgo.Opt{
+		kgo.DefaultProduceTopic(k.cfg.Topic),
+		kgo.RecordPartitioner(kgo.ManualPartitioner()),
+		kgo.RequiredAcks(kgo.AllISRAcks()),
+		kgo.AllowAutoTopicCreation(),
+		kgo.UnknownTopicRetries(-1), // a missing topic is waited for
+		kgo.ProducerLinger(0),       // the batch is complete when it is handed over
+		// A record is a quarter of a kilobyte and there is one a minute.
+		kgo.ProducerBatchCompression(kgo.NoCompression()),
+	}
+	connect := func(more ...kgo.Opt) (*session, error) {
+		var last lastError
+		client, err := k.cfg.client(slices.Concat(options, more, []kgo.Opt{kgo.WithHooks(&last)})...)
+		if err != nil {
+			return nil, err
+		}
+		s := &session{client: client, identity: identity}
+		if s.partition, err = k.findPartition(ctx, client, identity); err == nil {
+			err = s.fence(ctx)
+		}
+		if err != nil {
+			k.closing.Go(client.Close)
+			return nil, last.explain(err)
+		}
+		return s, nil
+	}
+
+	s, err := connect(kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(transactionTimeout))
+	if err == nil {
+		s.transactional = true
+		if k.refused {
+			k.log.Info().Msg("broker accepts transactions again")
+		}
+		k.refused = false
+	} else if refusal(err) {
+		if !k.refused {
+			k.log.Warn().Err(err).Str("transactional_id", transactionalID(identity)).
+				Msg("broker refuses transactions: records are sent without, a copy of one is possible when a process is killed")
+		}
+		k.refused = true
+		s, err = connect()
+	}
+	k.session = s
+	return err
+}
+
+// transactionalID has a prefix so that one ACL can cover every instance.
+func transactionalID(identity string) string { return "verve/" + identity }
+
+// errNoTransactions is a broker that does not know InitProducerID.
+var errNoTransactions = errors.New("broker is too old for transactions")
+
+func refusal(err error) bool {
+	return errors.Is(err, kerr.TransactionalIDAuthorizationFailed) || errors.Is(err, kerr.UnsupportedVersion) ||
+		errors.Is(err, errNoTransactions)
+}
+
+// fence gets a producer id: for a transactional client that ends every earlier
+// session of the same transactional id.
+func (s *session) fence(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, stepWait)
+	defer cancel()
+	id, _, err := s.client.ProducerID(ctx)
+	switch {
+	case errors.Is(err, kerr.CoordinatorNotAvailable):
+		return fmt.Errorf("get a producer id: %w (with fewer brokers than transaction.state.log.replication.factor there is none)", err)
+	case err != nil:
+		return fmt.Errorf("get a producer id: %w", err)
+	case id < 0:
+		return errNoTransactions
+	}
+	return nil
+}
+
+// findPartition waits for the topic, which the broker may create because it is
+// asked for, and returns the identity's partition.
+func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, identity string) (int32, error) {
+	ctx, cancel := context.WithTimeout(ctx, stepWait)
+	defer cancel()
+	for {
+		req := kmsg.NewPtrMetadataRequest()
+		topic := kmsg.NewMetadataRequestTopic()
+		topic.Topic = kmsg.StringPtr(k.cfg.Topic)
+		req.Topics = append(req.Topics, topic)
+		req.AllowAutoTopicCreation = true
+		resp, err := req.RequestWith(ctx, client)
+		if err != nil {
+			return 0, fmt.Errorf("find topic %s: %w", k.cfg.Topic, err)
+		}
+		if len(resp.Topics) != 1 {
+			return 0, fmt.Errorf("find topic %s: broker answers about %d topics", k.cfg.Topic, len(resp.Topics))
+		}
+		t := &resp.Topics[0]
+		err = kerr.ErrorForCode(t.ErrorCode)
+		if err == nil && len(t.Partitions) > 0 {
+			return partitionFor(identity, len(t.Partitions)), nil
+		}
+		if err != nil && !kerr.IsRetriable(err) {
+			return 0, fmt.Errorf("find topic %s: %w", k.cfg.Topic, err)
+		}
+		// Missing, or on its way.
+		select {
+		case <-ctx.Done():
+			return 0, fmt.Errorf("find topic %s: %w", k.cfg.Topic, cmp.Or(err, ctx.Err()))
+		case <-time.After(250 * time.Millisecond):
+		}
+	}
+}
+
+// partitionFor gives every record of an identity the same partition.
+func partitionFor(identity string, partitions int) int32 {
+	h := fnv.New32a()
+	h.Write([]byte(identity))
+	return int32(h.Sum32() % uint32(partitions))
+}
+
+// produce makes the records visible, all or, on an error, with an open outcome.
+func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
+	s := k.session
+	if s.transactional {
+		if err := s.client.BeginTransaction(); err != nil {
+			return fmt.Errorf("begin a transaction: %w", err)
+		}
+	}
+	results := make(chan error, len(entries)) // as many as promises: none ever blocks
+	for i := range entries {
+		r := &entries[i].record
+		// The records' context is not ours: the client may not give a record up
+		// while its fate is open. The wait below is what is bounded.
+		s.client.Produce(context.Background(), &kgo.Record{
+			Topic:     k.cfg.Topic,
+			Partition: s.partition,
+			Key:       []byte(r.Key()),
+			Value:     entries[i].value,
+			Timestamp: r.end(),
+			Headers:   []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)}},
+		}, func(_ *kgo.Record, err error) { results <- err })
+	}
+	deadline := time.NewTimer(stepWait)
+	defer deadline.Stop()
+	var failed error
+	for range entries {
+		select {
+		case err := <-results:
+			// The first failure is the cause of those behind it, except that a
+			// record is refused for its own sake.
+			if failed == nil || (poison(err) && !poison(failed)) {
+				failed = cmp.Or(err, failed)
+			}
+		case <-deadline.C:
+			return fmt.Errorf("produce: no acknowledgement within %s", stepWait)
+		case <-ctx.Done():
+			return fmt.Errorf("produce: %w", ctx.Err())
+		}
+	}
+	if failed != nil {
+		return fmt.Errorf("produce: %w", failed)
+	}
+	k.step(stepProduced)
+	if s.transactional {
+		if err := s.commit(ctx); err != nil {
+			return fmt.Errorf("commit: %w", err)
+		}
+	}
+	k.step(stepCommitted)
+	return nil
+}
+
+func (s *session) commit(ctx context.Context) error {
+	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepWait)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() {
+		t := time.NewTimer(stopWait)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			cancel()
+		case <-cctx.Done():
+		}
+	})
+	defer stop()
+	return s.client.EndTransaction(cctx, kgo.TryCommit)
+}
+
+// look returns the entries that are not in the topic, each key once. Behind a
+// session's fence the answer is final for its identity.
+func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
+	oldest := batch[0].record.end()
+	for i := range batch {
+		if e := batch[i].record.end(); e.Before(oldest) {
+			oldest = e
+		}
+	}
+	want := make(map[string]bool, len(batch))
+	for i := range batch {
+		want[batch[i].record.Key()] = true
+	}
+	var last lastError
+	client, err := k.cfg.client(
+		kgo.WithHooks(&last),
+		kgo.KeepControlRecords(), // the markers
+		kgo.FetchIsolationLevel(kgo.ReadUncommitted()),
+		kgo.FetchMaxWait(250*time.Millisecond),
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer k.closing.Go(client.Close)
+
+	visible := make(map[string][]string) // key -> values
+	open := make(map[int64][]*kgo.Record)
+	show := func(r *kgo.Record) {
+		visible[string(r.Key)] = append(visible[string(r.Key)], string(r.Value))
+	}
+	err = readToEnd(ctx, client, k.cfg.Topic, oldest.Add(-lookMargin), func(r *kgo.Record) error {
+		switch {
+		case r.Attrs.IsControl():
+			// The key is a version and a type: 0 aborts, 1 commits.
+			if len(r.Key) >= 4 && binary.BigEndian.Uint16(r.Key[2:]) == 1 {
+				for _, data := range open[r.ProducerID] {
+					show(data)
+				}
+			}
+			delete(open, r.ProducerID)
+		case !want[string(r.Key)]:
+		case r.Attrs.IsTransactional():
+			open[r.ProducerID] = append(open[r.ProducerID], r)
+		default:
+			show(r)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, last.explain(err)
+	}
+	for _, data := range open {
+		// Behind the fence every transaction of our id is settled, so this is one
+		// that no fence covers: we look without a session, or the broker has come
+		// to refuse transactions. Only its end tells what it was.
+		return nil, fmt.Errorf("%w: %s", errUnsettled, data[0].Key)
+	}
+
+	var missing []entry
+	taken := make(map[string]bool)
+	for _, e := range batch {
+		key := e.record.Key()
+		values := visible[key]
+		same := slices.Contains(values, string(e.value))
+		if len(values) > 0 && !same {
+			if e.record.Scope == ScopeInstance || !sameCount(values[0], &e.record) {
+				k.conflict.Add(1)
+				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
+					Msg("topic has this key with another value: two processes use one name")
+			}
+			// The group's record of a window is one, whoever sealed it. An
+			// instance's belongs to a namesake, and ours still has to be counted.
+			same = e.record.Scope == ScopeGroup
+		}
+		if !same && !taken[key] {
+			taken[key] = true
+			missing = append(missing, e)
+		}
+	}
+	return missing, nil
+}
+
+// sameCount tells whether a group's record counts the same; who sealed it and
+// when may differ.
+func sameCount(value string, r *Record) bool {
+	there, err := ParseRecord([]byte(value))
+	return err == nil && there.Unique == r.Unique
+}
+
+// readToEnd calls fn with the records of all partitions from the first one that
+// is not older than since up to the ends as they are now.
+func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time.Time, fn func(*kgo.Record) error) error {
+	adm := kadm.NewClient(client)
+	bctx, cancel := context.WithTimeout(ctx, stepWait)
+	defer cancel()
+	ends, err := adm.ListEndOffsets(bctx, topic)
+	if err == nil {
+		err = ends.Error()
+	}
+	if err != nil {
+		return fmt.Errorf("list end offsets: %w", err)
+	}
+	var starts kadm.ListedOffsets
+	if since.IsZero() {
+		starts, err = adm.ListStartOffsets(bctx, topic)
+	} else {
+		starts, err = adm.ListOffsetsAfterMilli(bctx, since.UnixMilli(), topic)
+	}
+	if err == nil {
+		err = starts.Error()
+	}
+	if err != nil {
+		return fmt.Errorf("list start offsets: %w", err)
+	}
+	left := make(map[int32]int64) // partition -> end
+	from := make(map[int32]kgo.Offset)
+	ends.Each(func(end kadm.ListedOffset) {
+		start, ok := starts.Lookup(topic, end.Partition)
+		if ok && start.Offset >= 0 && start.Offset < end.Offset {
+			left[end.Partition] = end.Offset
+			from[end.Partition] = kgo.NewOffset().At(start.Offset)
+		}
+	})
+	if len(left) == 0 {
+		return nil
+	}
+	client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
+	for len(left) > 0 {
+		pctx, cancel := context.WithTimeout(ctx, lookStall)
+		fetches := client.PollFetches(pctx)
+		cancel()
+		if err := fetches.Err0(); err != nil {
+			return fmt.Errorf("read: %w", err)
+		}
+		for _, e := range fetches.Errors() {
+			return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
+		}
+		for it := fetches.RecordIter(); !it.Done(); {
+			r := it.Next()
+			if end, ok := left[r.Partition]; ok && r.Offset < end {
+				if err := fn(r); err != nil {
+					return err
+				}
+				if r.Offset == end-1 {
+					delete(left, r.Partition)
+				}
+			} else if ok {
+				delete(left, r.Partition)
+			}
+		}
+	}
+	return nil
+}
+
+// lastError is a hook that keeps what went wrong with a connection last. A step
+// that runs into its deadline knows only that it did.
+type lastError struct{ err atomic.Pointer[error] }
+
+var (
+	_ kgo.HookBrokerConnect = (*lastError)(nil)
+)
+
+func (l *lastError) OnBrokerConnect(_ kgo.BrokerMetadata, _ time.Duration, _ net.Conn, err error) {
+	if err != nil {
+		l.err.Store(&err)
+	}
+}
+
+func (l *lastError) explain(err error) error {
+	if last := l.err.Load(); last != nil && errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("%w (last: %w)", err, *last)
+	}
+	return err
+}

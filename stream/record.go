@@ -1,0 +1,161 @@
+package stream
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// Scope says what a record counts: the ids of one process, or those of all
+// processes that share a store.
+type Scope string
+
+const (
+	ScopeInstance Scope = "instance"
+	ScopeGroup    Scope = "group"
+)
+
+// Record is the published count of one epoch. It is final: it is never revised
+// and never sent with another value. The sum of Unique over all records of a
+// window is the number of ids that were answered as new in it.
+//
+// The order of the fields is the order of the bytes.
+type Record struct {
+	WindowStart time.Time `json:"window_start"`
+	WindowMS    int64     `json:"window_ms"`
+	Unique      uint64    `json:"unique"`
+	Scope       Scope     `json:"scope"`
+	Group       string    `json:"group"`
+	Instance    string    `json:"instance"` // empty in group scope
+	Seq         uint64    `json:"seq"`      // from 1 without gaps per instance; 0 in group scope
+	Complete    bool      `json:"complete"`
+	Exact       bool      `json:"exact"`
+	SealedAt    time.Time `json:"sealed_at"`
+}
+
+// The header every Kafka record carries, so that a consumer can tell a later
+// schema from this one without looking into the value.
+const (
+	schemaHeader  = "verve-schema"
+	schemaVersion = "1"
+)
+
+// maxName bounds group and instance: both go into the key, the transactional id
+// and the topic's every record. 249 is what Kafka allows a topic name.
+const maxName = 249
+
+// checkName accepts what can stand in a record key. A slash would make two
+// different (group, instance) pairs share one key.
+func checkName(what, s string) error {
+	switch {
+	case s == "":
+		return fmt.Errorf("%s is empty", what)
+	case len(s) > maxName:
+		return fmt.Errorf("%s is %d bytes long, the limit is %d", what, len(s), maxName)
+	case !utf8.ValidString(s):
+		return fmt.Errorf("%s %q is not valid UTF-8", what, s)
+	case strings.ContainsFunc(s, func(r rune) bool { return r < 0x20 || r == 0x7f || r == '/' }):
+		return fmt.Errorf("%s %q holds a slash or a control character", what, s)
+	}
+	return nil
+}
+
+func (r *Record) window() time.Duration { return time.Duration(r.WindowMS) * time.Millisecond }
+
+// end is the end of the window and the timestamp of the Kafka record.
+func (r *Record) end() time.Time { return r.WindowStart.Add(r.window()) }
+
+// check holds for every record that this package writes and every one that it
+// reads, so that a reader may rely on it.
+func (r *Record) check() error {
+	switch r.Scope {
+	case ScopeInstance:
+		if err := checkName("instance", r.Instance); err != nil {
+			return err
+		}
+		if r.Seq == 0 {
+			return errors.New("seq of an instance starts at 1")
+		}
+	case ScopeGroup:
+		if r.Instance != "" || r.Seq != 0 {
+			return errors.New("a group record has neither instance nor seq")
+		}
+	default:
+		return fmt.Errorf("unknown scope %q", r.Scope)
+	}
+	if r.WindowMS <= 0 || r.WindowMS > maxWindowMS {
+		return fmt.Errorf("window_ms %d is out of range", r.WindowMS)
+	}
+	if y := r.WindowStart.Year(); y < 1970 || y > 9999 {
+		return fmt.Errorf("window_start in year %d", y)
+	}
+	return checkName("group", r.Group)
+}
+
+// maxWindowMS is far above any window that the server accepts; it keeps
+// window() from overflowing.
+const maxWindowMS = int64(366 * 24 * time.Hour / time.Millisecond)
+
+// appendJSON appends the record's bytes, which are the same for the same record
+// wherever it is written: times are RFC 3339 in UTC with only as many fractional
+// digits as are needed, names are escaped only where JSON demands it.
+func (r *Record) appendJSON(b []byte) ([]byte, error) {
+	if err := r.check(); err != nil {
+		return b, err
+	}
+	c := *r
+	c.WindowStart, c.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC()
+	buf := bytes.NewBuffer(b)
+	enc := json.NewEncoder(buf)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(&c); err != nil {
+		return b, err
+	}
+	return bytes.TrimSuffix(buf.Bytes(), []byte{'\n'}), nil
+}
+
+// ParseRecord accepts exactly the bytes that a record is written as and nothing
+// else: unknown, missing, repeated or reordered fields, other spellings of a
+// time or a number, and trailing bytes are errors. A reader that sums counts
+// must not guess.
+func ParseRecord(b []byte) (Record, error) {
+	var r Record
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&r); err != nil {
+		return Record{}, fmt.Errorf("parse record: %w", err)
+	}
+	canonical, err := r.appendJSON(nil)
+	if err != nil {
+		return Record{}, fmt.Errorf("parse record: %w", err)
+	}
+	if !bytes.Equal(canonical, b) {
+		return Record{}, errors.New("parse record: not in canonical form")
+	}
+	r.WindowStart, r.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC()
+	return r, nil
+}
+
+// Key is the record's identity: at most one record with it is visible.
+func (r *Record) Key() string {
+	k := r.Group + "/" + r.WindowStart.UTC().Format(time.RFC3339Nano)
+	if r.Scope == ScopeGroup {
+		return k
+	}
+	return k + "/" + r.Instance + "/" + strconv.FormatUint(r.Seq, 10)
+}
+
+// identity names whoever numbers the record: GROUP/INSTANCE, or GROUP where the
+// whole group counts as one. The partition and the transactional id follow from
+// it.
+func (r *Record) identity() string {
+	if r.Scope == ScopeGroup {
+		return r.Group
+	}
+	return r.Group + "/" + r.Instance
+}

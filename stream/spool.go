@@ -1,0 +1,501 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+)
+
+// SpoolConfig configures a Spool.
+type SpoolConfig struct {
+	// Dir is the data directory; it is created if missing. Empty: the spool is
+	// in memory, survives nothing, and Publish is durable in name only.
+	Dir string
+	// Group and Instance name the series of records this process numbers. An
+	// empty Instance means the name kept in Dir, else the host name; what was
+	// chosen is kept in Dir.
+	Group    string
+	Instance string
+	// Log gets one line when a damaged file was set aside. The zero value is
+	// silent.
+	Log zerolog.Logger
+	// Limit is the number of undelivered records above which Append refuses.
+	// 0 means DefaultSpoolLimit on disk, DefaultMemoryLimit in memory.
+	Limit int
+}
+
+const (
+	// DefaultSpoolLimit is two years of one-minute windows, or twelve hours of
+	// the shortest (50ms), and about half a gigabyte of disk. Above it the spool
+	// refuses: dropping the oldest record would be a silent loss, while a
+	// refused one makes the server not ready with a reason and stays with the
+	// counter until there is room.
+	DefaultSpoolLimit = 1 << 20
+
+	// DefaultMemoryLimit is 45 days of one-minute windows in about 25 MB.
+	DefaultMemoryLimit = 1 << 16
+
+	// spoolFile is the name in the data directory.
+	spoolFile = "spool.db"
+)
+
+// ErrSpoolFull and ErrOutOfOrder are what Append refuses with. Publish retries
+// the first until there is room and returns the second at once: no later try
+// can make it right.
+var (
+	ErrSpoolFull  = errors.New("spool is full")
+	ErrOutOfOrder = errors.New("window is older than the last one published")
+)
+
+// Spool keeps records that not every sink has acknowledged. It numbers them and
+// makes them durable in one transaction, and hands them out in that order.
+//
+// One process owns the file: a lock refuses a second. All methods are safe for
+// concurrent use.
+type Spool struct {
+	group, instance string
+	limit           int
+	setAside        string // name of the damaged file, empty if none was found
+
+	// mu serialises changes: the store, the state below and the watchers move
+	// together. It is held over an fsync, so nothing on a request path may take
+	// it. Reading records does not take it.
+	mu      sync.Mutex
+	store   store
+	series  map[string]series // by identity; committed state only
+	head    uint64            // index of the last committed record
+	opened  uint64            // head when this process opened the spool
+	cursors map[string]uint64 // last index each sink acknowledged
+	sinks   []string
+	pending int
+	oldest  time.Time // sealed_at of the first pending record
+	poison  int       // records set aside in the store
+	changed chan struct{}
+
+	// recent maps the last windows to the index of their last record, for
+	// Delivered; recentOrder forgets the oldest.
+	recent      map[int64]uint64
+	recentOrder []int64
+}
+
+// recentWindows is how many windows Delivered remembers: a day of minutes.
+const recentWindows = 1440
+
+// series is the state of one identity's numbering.
+type series struct {
+	seq    uint64 // last assigned
+	start  int64  // last appended window, Unix nanoseconds
+	unique uint64 // sum of the records appended for that window
+}
+
+// entry is a record with its place in the spool. Indexes are never reused, also
+// not after the record was removed or the process restarted.
+type entry struct {
+	index  uint64
+	record Record
+	value  []byte // the record's bytes
+}
+
+// store is what a Spool needs of the medium. There are two: bbolt and memory.
+// Each call is atomic and, on disk, durable when it returns nil. A call that
+// fails may still have been stored (a failed fsync says nothing either way);
+// that is why every write carries its own keys and is safe to repeat.
+type store interface {
+	load() (state, error)
+	put(e entry, identity string, s series) error
+	// scan returns up to max entries with after < index <= upTo, in order.
+	scan(after, upTo uint64, max int) ([]entry, error)
+	// advance moves a sink's cursor and removes every record up to removeTo.
+	advance(sink string, to, removeTo uint64, removed int) error
+	// condemn sets the record aside for good, with the sink that refused it.
+	condemn(e entry, sink, reason string) error
+	dropSink(sink string) error
+	close() error
+}
+
+// state is what a store knows when it is opened.
+type state struct {
+	series  map[string]series
+	cursors map[string]uint64
+	head    uint64
+	pending int
+	poison  int
+}
+
+// OpenSpool opens or creates the spool. A file that is damaged is renamed, the
+// new name logged, and an empty spool started in its place: what it held cannot
+// be trusted, and refusing to start would turn a lost count into an outage. A
+// file of another process, of a newer version, or one that cannot be read or
+// written for reasons outside it is an error.
+func OpenSpool(cfg SpoolConfig) (*Spool, error) {
+	if err := checkName("group", cfg.Group); err != nil {
+		return nil, err
+	}
+	if cfg.Instance != "" {
+		if err := checkName("instance", cfg.Instance); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Limit < 0 {
+		return nil, fmt.Errorf("spool limit %d is negative", cfg.Limit)
+	}
+	s := &Spool{
+		group:   cfg.Group,
+		limit:   cfg.Limit,
+		changed: make(chan struct{}),
+		recent:  make(map[int64]uint64),
+	}
+	kept := ""
+	if cfg.Dir == "" {
+		s.store = &memoryStore{}
+		if s.limit == 0 {
+			s.limit = DefaultMemoryLimit
+		}
+	} else {
+		if s.limit == 0 {
+			s.limit = DefaultSpoolLimit
+		}
+		if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
+			return nil, fmt.Errorf("open spool: %w", err)
+		}
+		path := filepath.Join(cfg.Dir, spoolFile)
+		b, aside, err := openBolt(path)
+		if err != nil {
+			return nil, fmt.Errorf("open spool: %w", err)
+		}
+		if aside != "" {
+			s.setAside = aside
+			cfg.Log.Error().Str("file", path).Str("set_aside_as", aside).
+				Msg("spool was damaged and is set aside; a new one is started, records in the old one are not delivered")
+		}
+		s.store, kept = b, b.instance
+	}
+
+	st, err := s.store.load()
+	if err != nil {
+		s.store.close()
+		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
+	s.pending, s.poison = st.pending, st.poison
+
+	if s.instance = cfg.Instance; s.instance == "" {
+		s.instance = kept
+	}
+	if s.instance == "" {
+		if s.instance, err = os.Hostname(); err == nil {
+			err = checkName("host name", s.instance)
+		}
+		if err != nil {
+			s.store.close()
+			return nil, fmt.Errorf("open spool: no instance name: %w", err)
+		}
+	}
+	if b, ok := s.store.(*boltStore); ok && kept != s.instance {
+		if err := b.keepInstance(s.instance); err != nil {
+			b.close()
+			return nil, fmt.Errorf("open spool: keep the instance name: %w", err)
+		}
+	}
+	if err := s.refreshOldest(); err != nil {
+		s.store.close()
+		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	tail, err := s.store.scan(s.head-min(s.head, recentWindows), s.head, recentWindows)
+	if err != nil {
+		s.store.close()
+		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	for _, e := range tail {
+		s.remember(e.record.WindowStart, e.index)
+	}
+	return s, nil
+}
+
+// Instance is the name in use.
+func (s *Spool) Instance() string { return s.instance }
+
+// Group is the name of the group.
+func (s *Spool) Group() string { return s.group }
+
+// LastWindow returns the start of the last window this instance appended a
+// record for, and the sum of unique over its records of that window. A process
+// that restarts within a window, or does not know whether a count reached the
+// spool before it was killed, publishes the difference. The zero time: none.
+func (s *Spool) LastWindow() (start time.Time, unique uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	last, ok := s.series[s.group+"/"+s.instance]
+	if !ok {
+		return time.Time{}, 0
+	}
+	return time.Unix(0, last.start).UTC(), last.unique
+}
+
+// Close closes the file. What is pending stays in it.
+func (s *Spool) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.store.close()
+}
+
+// append numbers the record and makes it durable. On an error the record is not
+// appended: the next append takes the same number and the same place, which also
+// overwrites one that was stored although the disk said it was not.
+func (s *Spool) append(r *Record, step func(string)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	identity := r.identity()
+	next := s.series[identity]
+	start := r.WindowStart.UnixNano()
+	if r.Scope == ScopeInstance {
+		// Labels of an instance strictly increase. A second record for the same
+		// window is what a restart within it publishes.
+		if next.seq > 0 && start < next.start {
+			return fmt.Errorf("%w: %s after %s", ErrOutOfOrder,
+				r.WindowStart.UTC().Format(time.RFC3339Nano), time.Unix(0, next.start).UTC().Format(time.RFC3339Nano))
+		}
+		next.seq++
+		r.Seq = next.seq
+	}
+	if s.pending >= s.limit {
+		return fmt.Errorf("%w: %d records wait for delivery", ErrSpoolFull, s.pending)
+	}
+	if start != next.start {
+		next.start, next.unique = start, 0
+	}
+	next.unique += r.Unique
+	value, err := r.appendJSON(nil)
+	if err != nil {
+		return err
+	}
+	e := entry{index: s.head + 1, record: *r, value: value}
+	if b, ok := s.store.(*boltStore); ok {
+		b.beforeCommit = func() { step(stepAppended) }
+	}
+	if err := s.store.put(e, identity, next); err != nil {
+		return fmt.Errorf("append to the spool: %w", err)
+	}
+	s.series[identity] = next
+	s.head = e.index
+	s.pending++
+	if s.pending == 1 {
+		s.oldest = r.SealedAt
+	}
+	s.remember(r.WindowStart, e.index)
+	if len(s.sinks) == 0 {
+		// Nobody to deliver to: the record's own log line is all there is.
+		if err := s.store.advance("", e.index, e.index, s.pending); err == nil {
+			s.pending, s.oldest = 0, time.Time{}
+		}
+	}
+	s.broadcast()
+	return nil
+}
+
+func (s *Spool) remember(start time.Time, index uint64) {
+	k := start.UnixNano()
+	if _, ok := s.recent[k]; !ok {
+		s.recentOrder = append(s.recentOrder, k)
+		if len(s.recentOrder) > recentWindows {
+			delete(s.recent, s.recentOrder[0])
+			s.recentOrder = s.recentOrder[1:]
+		}
+	}
+	s.recent[k] = index
+}
+
+// attach names the sinks that have to acknowledge a record before it is
+// removed. A sink that is no longer configured no longer holds records back,
+// and one that comes back starts with what is there.
+func (s *Spool) attach(sinks []string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sinks = sinks
+	want := make(map[string]bool)
+	for _, name := range sinks {
+		want[name] = true
+	}
+	for name := range s.cursors {
+		if !want[name] {
+			if err := s.store.dropSink(name); err != nil {
+				return fmt.Errorf("forget sink %s: %w", name, err)
+			}
+			delete(s.cursors, name)
+		}
+	}
+	if s.pending > 0 && len(sinks) > 0 {
+		return s.settle(sinks[0])
+	}
+	return nil
+}
+
+// floor is the index up to which every sink has acknowledged.
+func (s *Spool) floor() uint64 {
+	if len(s.sinks) == 0 {
+		return s.head
+	}
+	low := s.head
+	for _, name := range s.sinks {
+		low = min(low, s.cursors[name])
+	}
+	return low
+}
+
+// settle writes a sink's cursor and removes what every sink has acknowledged.
+func (s *Spool) settle(sink string) error {
+	floor := s.floor()
+	first := s.head + 1 - uint64(s.pending)
+	removed := 0
+	if floor >= first {
+		removed = int(floor - first + 1)
+	}
+	if err := s.store.advance(sink, s.cursors[sink], floor, removed); err != nil {
+		return err
+	}
+	s.pending -= removed
+	return s.refreshOldest()
+}
+
+func (s *Spool) refreshOldest() error {
+	s.oldest = time.Time{}
+	if s.pending == 0 {
+		return nil
+	}
+	first, err := s.store.scan(s.head-uint64(s.pending), s.head, 1)
+	if err == nil && len(first) > 0 {
+		s.oldest = first[0].record.SealedAt
+	}
+	return err
+}
+
+// next returns the records that the sink has not acknowledged, oldest first.
+// Only committed records are seen: an append that failed may be in the file and
+// still be taken back.
+func (s *Spool) next(sink string, limit int) ([]entry, error) {
+	s.mu.Lock()
+	after, upTo, st := s.cursors[sink], s.head, s.store
+	s.mu.Unlock()
+	if after >= upTo {
+		return nil, nil
+	}
+	return st.scan(after, upTo, limit)
+}
+
+// ack moves the sink's cursor. It moves in memory even when the disk refuses, so
+// that this process does not deliver twice; the error is for the caller to
+// retry, and a restart before it is repaired looks at the sink's tail.
+func (s *Spool) ack(sink string, to uint64) (published int, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if to > s.cursors[sink] {
+		s.cursors[sink] = to
+	}
+	before := s.pending
+	err = s.settle(sink)
+	s.broadcast()
+	return before - s.pending, err
+}
+
+// condemn sets a record aside that a sink will never take.
+func (s *Spool) condemn(sink string, e entry, reason string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.store.condemn(e, sink, reason); err != nil {
+		return err
+	}
+	s.poison++
+	return nil
+}
+
+// broadcast wakes everyone who waits on watch. mu is held.
+func (s *Spool) broadcast() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// watch returns the number of pending records and a channel that is closed at
+// the next change after it was counted.
+func (s *Spool) watch() (pending int, changed <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pending, s.changed
+}
+
+func (s *Spool) delivered(start time.Time) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	index, ok := s.recent[start.UnixNano()]
+	switch {
+	case !ok:
+		return ""
+	case index <= s.floor():
+		return StateDelivered
+	default:
+		return StateSpooled
+	}
+}
+
+// memoryStore is the store of --data-dir=none.
+type memoryStore struct {
+	mu       sync.Mutex // guards entries against scan, which does not hold the spool's
+	entries  []entry
+	poisoned []entry
+}
+
+func (m *memoryStore) load() (state, error) {
+	return state{series: make(map[string]series), cursors: make(map[string]uint64)}, nil
+}
+
+func (m *memoryStore) put(e entry, _ string, _ series) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.entries = append(m.entries, e)
+	return nil
+}
+
+func (m *memoryStore) scan(after, upTo uint64, limit int) ([]entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []entry
+	if len(m.entries) == 0 {
+		return nil, nil
+	}
+	skip := uint64(0)
+	if first := m.entries[0].index; after >= first {
+		skip = after - first + 1 // indexes are consecutive
+	}
+	for i := skip; i < uint64(len(m.entries)) && len(out) < limit && m.entries[i].index <= upTo; i++ {
+		out = append(out, m.entries[i])
+	}
+	return out, nil
+}
+
+func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := 0
+	for n < len(m.entries) && m.entries[n].index <= removeTo {
+		m.entries[n] = entry{} // the slice keeps its array; let the record go
+		n++
+	}
+	m.entries = m.entries[n:]
+	return nil
+}
+
+func (m *memoryStore) condemn(e entry, _, _ string) error {
+	m.poisoned = append(m.poisoned, e)
+	return nil
+}
+
+func (m *memoryStore) dropSink(string) error { return nil }
+func (m *memoryStore) close() error          { return nil }
+
+// beKey orders bbolt's keys by number.
+func beKey(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }

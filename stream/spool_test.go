@@ -1,0 +1,362 @@
+package stream
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+func noStep(string) {}
+
+func record(i int) Record {
+	w := window(i)
+	return Record{
+		WindowStart: w.Start, WindowMS: w.Window.Milliseconds(), Unique: w.Unique, Scope: ScopeInstance,
+		Group: "verve", Instance: "host-1", Complete: true, Exact: true, SealedAt: w.SealedAt,
+	}
+}
+
+func appendTo(t *testing.T, sp *Spool, from, to int) {
+	t.Helper()
+	for i := from; i < to; i++ {
+		r := record(i)
+		if err := sp.append(&r, noStep); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func drain(t *testing.T, sp *Spool, sink string) []Record {
+	t.Helper()
+	var out []Record
+	for {
+		batch, err := sp.next(sink, batchSize)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(batch) == 0 {
+			return out
+		}
+		for _, e := range batch {
+			out = append(out, e.record)
+		}
+		if _, err := sp.ack(sink, batch[len(batch)-1].index); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestSpoolHandsOutInOrderAndForgetsWhatAllSinksHave(t *testing.T) {
+	for name, dir := range map[string]string{"disk": t.TempDir(), "memory": ""} {
+		t.Run(name, func(t *testing.T) {
+			sp := testSpool(t, dir)
+			defer sp.Close()
+			if err := sp.attach([]string{"a", "b"}); err != nil {
+				t.Fatal(err)
+			}
+			appendTo(t, sp, 0, 600) // more than two batches
+			wantWindows(t, drain(t, sp, "a"), 600)
+			if pending, _ := sp.watch(); pending != 600 {
+				t.Errorf("%d pending while b has none, want 600", pending)
+			}
+			wantWindows(t, drain(t, sp, "b"), 600)
+			if pending, _ := sp.watch(); pending != 0 || !sp.oldest.IsZero() {
+				t.Errorf("%d pending, oldest %s", pending, sp.oldest)
+			}
+			if left, err := sp.store.scan(0, 1<<62, 10); len(left) != 0 || err != nil {
+				t.Errorf("%d records left, %v", len(left), err)
+			}
+			appendTo(t, sp, 600, 601)
+			if got := drain(t, sp, "a"); len(got) != 1 || got[0].Seq != 601 {
+				t.Errorf("after an empty spool: %+v", got)
+			}
+		})
+	}
+}
+
+func TestSpoolNumbersWithoutGapsAcrossRestarts(t *testing.T) {
+	dir := t.TempDir()
+	var got []Record
+	for i := range 5 {
+		sp := testSpool(t, dir)
+		if err := sp.attach([]string{"a"}); err != nil {
+			t.Fatal(err)
+		}
+		at, _ := sp.LastWindow()
+		if i > 0 && !at.Equal(window(2*i-1).Start) {
+			t.Errorf("last window %s after %d records", at, 2*i)
+		}
+		appendTo(t, sp, 2*i, 2*i+2)
+		if i%2 == 0 { // every other run delivers
+			got = append(got, drain(t, sp, "a")...)
+		}
+		sp.Close()
+	}
+	wantWindows(t, got, 10)
+}
+
+func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("10,080 synced transactions")
+	}
+	dir := t.TempDir()
+	sp := testSpool(t, dir)
+	// What is tested is the keeping; 10,080 single syncs would take longer than
+	// the rest of the package together.
+	sp.store.(*boltStore).db.NoSync = true
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Fatal(err)
+	}
+	appendTo(t, sp, 0, 7*24*60)
+	sp.Close()
+	sp = testSpool(t, dir)
+	defer sp.Close()
+	sp.store.(*boltStore).db.NoSync = true
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Fatal(err)
+	}
+	wantWindows(t, drain(t, sp, "a"), 7*24*60)
+}
+
+func TestSpoolKeepsTheInstanceName(t *testing.T) {
+	dir := t.TempDir()
+	testSpool(t, dir).Close()
+	sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sp.Instance() != "host-1" {
+		t.Errorf("instance %q, want the kept host-1", sp.Instance())
+	}
+	sp.Close()
+
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sp, err = OpenSpool(SpoolConfig{Group: "verve"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sp.Instance() != host {
+		t.Errorf("instance %q, want the host name %q", sp.Instance(), host)
+	}
+}
+
+func TestSpoolHasOneOwner(t *testing.T) {
+	dir := t.TempDir()
+	sp := testSpool(t, dir)
+	defer sp.Close()
+	_, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve"})
+	if err == nil || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("second owner: %v", err)
+	}
+}
+
+// A commit that fails may have been stored: the next append takes the same place
+// and the same number.
+func TestSpoolRepeatsAFailedAppendInPlace(t *testing.T) {
+	dir := t.TempDir()
+	sp := testSpool(t, dir)
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Fatal(err)
+	}
+	appendTo(t, sp, 0, 1)
+	disk := sp.store
+	for _, stored := range []bool{false, true} {
+		sp.store = &failing{store: disk, stored: stored}
+		r := record(1)
+		if err := sp.append(&r, noStep); !errors.Is(err, errDisk) {
+			t.Fatalf("append: %v", err)
+		}
+		if batch, err := sp.next("a", 10); err != nil || len(batch) != 1 {
+			t.Fatalf("a record that was not appended is handed out: %d, %v", len(batch), err)
+		}
+	}
+	sp.store = disk
+	appendTo(t, sp, 1, 3)
+	sp.Close()
+	sp = testSpool(t, dir)
+	defer sp.Close()
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Fatal(err)
+	}
+	wantWindows(t, drain(t, sp, "a"), 3)
+}
+
+var errDisk = errors.New("no space left on device")
+
+// failing fails each write, stored or not.
+type failing struct {
+	store
+	stored bool
+}
+
+func (f *failing) put(e entry, identity string, s series) error {
+	if f.stored {
+		if err := f.store.put(e, identity, s); err != nil {
+			return err
+		}
+	}
+	return errDisk
+}
+
+// damageable returns the bytes of a spool file with ten records, closed.
+func damageable(t *testing.T) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	sp := testSpool(t, dir)
+	appendWithSink(t, sp)
+	sp.Close()
+	b, err := os.ReadFile(filepath.Join(dir, spoolFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func appendWithSink(t *testing.T, sp *Spool) {
+	t.Helper()
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Fatal(err)
+	}
+	appendTo(t, sp, 0, 10)
+}
+
+// openDamaged opens the bytes and checks what must hold of any damage: no crash,
+// and either all records as they were or the file set aside.
+func openDamaged(t *testing.T, dir, what string, b []byte) (setAside bool) {
+	t.Helper()
+	path := filepath.Join(dir, spoolFile)
+	if err := os.WriteFile(path, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve", Instance: "host-1"})
+	if err != nil {
+		t.Errorf("%s: %v", what, err)
+		return true
+	}
+	defer os.Remove(path)
+	defer sp.Close()
+	if sp.setAside != "" {
+		kept, err := os.ReadFile(sp.setAside)
+		if err != nil || len(kept) != len(b) {
+			t.Errorf("%s: set aside %d bytes of %d, %v", what, len(kept), len(b), err)
+		}
+		os.Remove(sp.setAside)
+		setAside = true
+	}
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Errorf("%s: %v", what, err)
+		return setAside
+	}
+	got := drain(t, sp, "a")
+	for i, r := range got {
+		if want := record(i); r.Unique != want.Unique || r.Seq != uint64(i+1) {
+			t.Errorf("%s: record %d is %+v", what, i, r)
+		}
+	}
+	// The next record must go in, whatever was found.
+	appendTo(t, sp, 10, 11)
+	return setAside
+}
+
+func TestSpoolCutShortIsSetAside(t *testing.T) {
+	whole := damageable(t)
+	dir := t.TempDir()
+	if openDamaged(t, dir, "whole", whole) {
+		t.Fatal("a sound file was set aside")
+	}
+	aside := 0
+	for n := 512; n < len(whole); n += 512 {
+		if openDamaged(t, dir, fmt.Sprintf("cut at %d of %d", n, len(whole)), whole[:n]) {
+			aside++
+		}
+	}
+	if aside == 0 {
+		t.Error("no cut was found")
+	}
+	t.Logf("%d of %d cuts set aside, the others lost nothing", aside, len(whole)/512-1)
+}
+
+func TestSpoolWithAFlippedBitIsNeverMisread(t *testing.T) {
+	whole := damageable(t)
+	dir := t.TempDir()
+	const header = 80 // page header and meta of each of the two meta pages
+	var offsets []int
+	for page := range 2 {
+		for i := range header {
+			offsets = append(offsets, page*os.Getpagesize()+i)
+		}
+	}
+	for i := 2 * os.Getpagesize(); i < len(whole); i += 331 { // a sample of the rest
+		offsets = append(offsets, i)
+	}
+	for _, i := range offsets {
+		b := append([]byte(nil), whole...)
+		b[i] ^= 1 << (i % 8)
+		openDamaged(t, dir, fmt.Sprintf("bit flipped at %d", i), b)
+	}
+}
+
+func TestSpoolRefusesANewerFormatAndLeavesItAlone(t *testing.T) {
+	dir := t.TempDir()
+	sp := testSpool(t, dir)
+	err := sp.store.(*boltStore).update(func(tx *bolt.Tx) error {
+		return put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion+1))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sp.Close()
+	_, err = OpenSpool(SpoolConfig{Dir: dir, Group: "verve"})
+	if !errors.Is(err, errNewer) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, spoolFile)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSpoolRefusesWhatIsNotItsFaultToRepair(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, spoolFile), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve"}); err == nil {
+		t.Error("a directory in the way was opened")
+	}
+	if _, err := OpenSpool(SpoolConfig{Dir: "/proc/nowhere", Group: "verve"}); err == nil {
+		t.Error("a directory that cannot be made was opened")
+	}
+}
+
+func TestSpoolForeignFileIsSetAside(t *testing.T) {
+	if !openDamaged(t, t.TempDir(), "foreign", []byte(strings.Repeat("not a database\n", 4096))) {
+		t.Error("a foreign file was used")
+	}
+}
+
+func TestSpoolSetsPoisonAside(t *testing.T) {
+	dir := t.TempDir()
+	sp := testSpool(t, dir)
+	appendWithSink(t, sp)
+	batch, err := sp.next("a", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sp.condemn("a", batch[0], "too large"); err != nil {
+		t.Fatal(err)
+	}
+	sp.Close()
+	sp = testSpool(t, dir)
+	defer sp.Close()
+	if sp.poison != 1 {
+		t.Errorf("%d records set aside, want 1", sp.poison)
+	}
+}

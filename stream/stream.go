@@ -1,0 +1,520 @@
+// Package stream takes the count of every sealed epoch and brings it to its
+// readers: a Kafka topic, a counts file, or both.
+//
+// What it guarantees: once Publish has returned nil the record is on disk; it is
+// delivered to every sink, in the order of its sequence number, retried for as
+// long as it takes, and visible once, also over kills, restarts and lost
+// acknowledgements. The reasoning is at the head of kafka.go.
+//
+// counter calls Publish, main calls the rest. franz-go is used here and nowhere
+// else.
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"verve/counter"
+)
+
+// Config configures a Stream. Group and instance come from the spool.
+type Config struct {
+	// Scope is ScopeInstance unless the ids of the group are counted in one
+	// shared store; then the record of a window is the same whoever publishes
+	// it, and is made visible once for the whole group.
+	Scope Scope
+
+	// Kafka is where records go. No brokers: nowhere.
+	Kafka KafkaConfig
+
+	// CountsFile is the path of the counts file, "-" for Stdout, empty for none.
+	CountsFile string
+	// Stdout is what "-" means; nil is os.Stdout.
+	Stdout io.Writer
+
+	// Log gets one line per published window and the failures of the sinks,
+	// sampled. The zero value is silent.
+	Log zerolog.Logger
+}
+
+// Delivery states of a window and of a sink.
+const (
+	StateSpooled   = "spooled"   // on disk, at least one sink has not acknowledged it
+	StateDelivered = "delivered" // every sink has acknowledged it
+
+	StateIdle       = "idle"       // nothing waits for this sink
+	StateDelivering = "delivering" // records wait and the last attempt did not fail
+	StateFailing    = "failing"    // the last attempt failed; the next one follows
+)
+
+// The steps of a record's way, as the kill tests name them. A kill between two
+// of them is one of the cases argued in kafka.go.
+const (
+	stepBefore    = "before-append"
+	stepAppended  = "after-append" // written, neither committed nor synced
+	stepSynced    = "after-fsync"
+	stepProduced  = "after-produce" // Kafka: acknowledged by the broker, not committed; file: synced
+	stepCommitted = "after-commit"
+	stepAcked     = "after-ack" // the spool knows
+)
+
+const (
+	// batchSize is how many records a sink is given at once: a week of minutes
+	// in 40 batches, 90 KB each, well below any broker's message limit.
+	batchSize = 256
+
+	// Retries wait between these, doubling, with jitter so that instances that
+	// lost the same broker do not return in step. Five seconds leaves a broker
+	// that came back found well within half a minute.
+	minBackoff = 100 * time.Millisecond
+	maxBackoff = 5 * time.Second
+
+	// failureLogEvery samples the log of a failure that repeats.
+	failureLogEvery = 30 * time.Second
+
+	// closeWait bounds Close: a client that has requests in flight to a broker
+	// that does not answer is left behind.
+	closeWait = 3 * time.Second
+)
+
+// Stream publishes counts. It fulfils counter.Publisher.
+type Stream struct {
+	cfg   Config
+	spool *Spool
+	sinks []*worker
+
+	published atomic.Uint64 // records acknowledged by every sink
+
+	// mu guards what Stats reports about appending.
+	mu             sync.Mutex
+	appendErr      error // nil unless the last append failed
+	appendFailures uint64
+
+	// testStep, if set, is called at every step constant above.
+	testStep func(step string)
+}
+
+var _ counter.Publisher = (*Stream)(nil)
+
+// sink is where records go: Kafka or a file. One goroutine calls it.
+type sink interface {
+	name() string
+	// deliver hands over records in order and returns how many of them, from
+	// the front, are durably there, which includes those that turn out to have
+	// been there before. It may do less than all without an error. The error is
+	// about the record behind those; a *poisonError says that no retry will
+	// help it. Any other leaves the outcome open: the sink remembers that, and
+	// on the next call it looks before it writes.
+	deliver(ctx context.Context, batch []entry) (n int, err error)
+	conflicts() uint64
+	close()
+}
+
+// poisonError marks a record that a sink will never accept.
+type poisonError struct{ err error }
+
+func (e *poisonError) Error() string { return e.err.Error() }
+func (e *poisonError) Unwrap() error { return e.err }
+
+// New checks the configuration and attaches its sinks to the spool. Nothing is
+// dialled or written before Run. The spool stays the caller's to close, after
+// Close.
+func New(cfg Config, spool *Spool) (*Stream, error) {
+	switch {
+	case spool == nil:
+		return nil, errors.New("stream: no spool")
+	case cfg.Scope != ScopeInstance && cfg.Scope != ScopeGroup:
+		return nil, fmt.Errorf("stream: scope %q is neither %q nor %q", cfg.Scope, ScopeInstance, ScopeGroup)
+	}
+	s := &Stream{cfg: cfg, spool: spool}
+	var names []string
+	add := func(k sink) {
+		s.sinks = append(s.sinks, &worker{sink: k, stream: s})
+		names = append(names, k.name())
+	}
+	if len(cfg.Kafka.Brokers) > 0 {
+		if err := cfg.Kafka.check(); err != nil {
+			return nil, fmt.Errorf("stream: %w", err)
+		}
+		add(newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step))
+	}
+	if cfg.CountsFile != "" {
+		add(newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step))
+	}
+	if err := spool.attach(names); err != nil {
+		return nil, fmt.Errorf("stream: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Stream) step(name string) {
+	if s.testStep != nil {
+		s.testStep(name)
+	}
+}
+
+// Publish makes the record of a sealed epoch durable and returns; delivery is
+// Run's. The sinks cannot slow it beyond the moment their own acknowledgement
+// holds the spool's file. A disk that refuses, or a spool that is full, is
+// retried until ctx ends and meanwhile shows in Stats.
+//
+// When Publish returns an error the count is with the caller. Whether it is in
+// the spool all the same, after a failed fsync, Spool.LastWindow tells the next
+// process.
+func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
+	r := Record{
+		WindowStart: c.Start.UTC(),
+		WindowMS:    c.Window.Milliseconds(),
+		Unique:      c.Unique,
+		Scope:       s.cfg.Scope,
+		Group:       s.spool.group,
+		Complete:    c.Complete,
+		Exact:       c.Exact,
+		// Nothing below a millisecond is of use to a reader.
+		SealedAt: c.SealedAt.UTC().Truncate(time.Millisecond),
+	}
+	if c.Window%time.Millisecond != 0 {
+		return fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", r.WindowStart.Format(time.RFC3339Nano), c.Window)
+	}
+	if s.cfg.Scope == ScopeInstance {
+		r.Instance = s.spool.instance
+	}
+	s.step(stepBefore)
+	var wait backoff
+	var log sampler
+	for {
+		err := s.spool.append(&r, s.step)
+		s.mu.Lock()
+		s.appendErr = err
+		if err != nil {
+			s.appendFailures++
+		}
+		s.mu.Unlock()
+		if err == nil {
+			break
+		}
+		if errors.Is(err, ErrOutOfOrder) {
+			return fmt.Errorf("publish: %w", err)
+		}
+		if hidden, ok := log.sample(time.Now()); ok {
+			s.cfg.Log.Error().Err(err).Time("window_start", r.WindowStart).Int("hidden", hidden).
+				Msg("record is not in the spool yet, trying again")
+		}
+		if werr := wait.sleep(ctx); werr != nil {
+			return fmt.Errorf("publish %s: %w (%w)", r.WindowStart.Format(time.RFC3339Nano), err, werr)
+		}
+	}
+	s.step(stepSynced)
+	if len(s.sinks) == 0 {
+		s.published.Add(1)
+	}
+	s.cfg.Log.Info().
+		Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).
+		Uint64("unique", r.Unique).
+		Uint64("repeats", c.Repeats).
+		Bool("complete", r.Complete).
+		Bool("exact", r.Exact).
+		Uint64("seq", r.Seq).
+		Msg("window published")
+	return nil
+}
+
+// Run delivers until ctx ends. The sinks are independent of each other: each has
+// its own place in the spool, and a record is removed when all have it.
+func (s *Stream) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for _, w := range s.sinks {
+		wg.Go(func() { w.run(ctx) })
+	}
+	wg.Wait()
+	return nil
+}
+
+// Flush waits until every record is delivered. It needs Run to be running: stop
+// Run after it. When ctx ends first the records stay in the spool and the error
+// says how many.
+func (s *Stream) Flush(ctx context.Context) error {
+	for {
+		pending, changed := s.spool.watch()
+		if pending == 0 {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			kept := "on disk for the next start"
+			if _, memory := s.spool.store.(*memoryStore); memory {
+				kept = "in memory only and lost with the process"
+			}
+			return fmt.Errorf("%d records not delivered, they are %s: %w", pending, kept, ctx.Err())
+		}
+	}
+}
+
+// Close lets go of the sinks, after Run has returned. It does not wait longer
+// than closeWait and does not flush.
+func (s *Stream) Close() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, w := range s.sinks {
+			w.sink.close()
+		}
+	}()
+	t := time.NewTimer(closeWait)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+		s.cfg.Log.Warn().Dur("after", closeWait).Msg("a sink did not close in time and is left behind")
+	}
+}
+
+// Stats is what a Stream knows about itself. The fields are read one after the
+// other while records move: together they are not a snapshot of one moment.
+type Stats struct {
+	Published uint64    // records acknowledged by every sink, since the start
+	Pending   int       // records in the spool
+	Oldest    time.Time // when the oldest of them was sealed; zero without one
+	Poison    int       // records set aside because a sink will never take them, ever
+	Conflicts uint64    // keys found with another value: two processes share a name
+
+	// AppendError is why records cannot be made durable right now, empty when
+	// they can. While it is set, Publish waits.
+	AppendError    string
+	AppendFailures uint64
+
+	SetAside string // name of the damaged spool file found at the start
+	Sinks    []SinkStats
+}
+
+// SinkStats is the state of one sink.
+type SinkStats struct {
+	Name         string // "kafka" or "file"
+	State        string
+	LastError    string // also after it was overcome
+	FailingSince time.Time
+	Delivered    uint64 // records acknowledged, since the start
+}
+
+// LastError is the reason to show first: what keeps records from the spool, else
+// what keeps the first failing sink. Empty when nothing fails.
+func (s Stats) LastError() string {
+	if s.AppendError != "" {
+		return s.AppendError
+	}
+	for _, k := range s.Sinks {
+		if k.State == StateFailing {
+			return k.Name + ": " + k.LastError
+		}
+	}
+	return ""
+}
+
+// OldestAge is how long the oldest undelivered record has waited at now.
+func (s Stats) OldestAge(now time.Time) time.Duration {
+	if s.Oldest.IsZero() {
+		return 0
+	}
+	return max(0, now.Sub(s.Oldest))
+}
+
+// Stats returns the current state.
+func (s *Stream) Stats() Stats {
+	st := Stats{Published: s.published.Load(), SetAside: s.spool.setAside}
+	s.spool.mu.Lock()
+	st.Pending, st.Oldest, st.Poison = s.spool.pending, s.spool.oldest, s.spool.poison
+	head := s.spool.head
+	cursors := make([]uint64, len(s.sinks))
+	for i, w := range s.sinks {
+		cursors[i] = s.spool.cursors[w.sink.name()]
+	}
+	s.spool.mu.Unlock()
+	s.mu.Lock()
+	st.AppendFailures = s.appendFailures
+	if s.appendErr != nil {
+		st.AppendError = s.appendErr.Error()
+	}
+	s.mu.Unlock()
+	for i, w := range s.sinks {
+		st.Conflicts += w.sink.conflicts()
+		st.Sinks = append(st.Sinks, w.stats(cursors[i] < head))
+	}
+	return st
+}
+
+// Delivered returns StateSpooled or StateDelivered for a recent window, or an
+// empty string for one it knows nothing about.
+func (s *Stream) Delivered(windowStart time.Time) string { return s.spool.delivered(windowStart) }
+
+// worker brings records from the spool to one sink.
+type worker struct {
+	sink   sink
+	stream *Stream
+
+	// mu guards what Stats reports.
+	mu           sync.Mutex
+	lastErr      error
+	failingSince time.Time // zero while the sink works
+	delivered    uint64
+}
+
+func (w *worker) run(ctx context.Context) {
+	var wait backoff
+	var log sampler
+	name, spool := w.sink.name(), w.stream.spool
+	for ctx.Err() == nil {
+		_, changed := spool.watch()
+		batch, err := spool.next(name, batchSize)
+		if err == nil && len(batch) == 0 {
+			select {
+			case <-changed:
+			case <-ctx.Done():
+			}
+			continue
+		}
+		n := 0
+		if err == nil {
+			n, err = w.sink.deliver(ctx, batch)
+		}
+		poison, isPoison := errors.AsType[*poisonError](err)
+		if isPoison {
+			e := batch[n]
+			if err = w.condemn(e, poison.err); err == nil {
+				n++
+			}
+		}
+		if n > 0 {
+			if aerr := w.ack(ctx, batch[n-1].index, n, isPoison && err == nil); aerr != nil && err == nil {
+				err = aerr
+			}
+			wait = backoff{} // what moves is worth trying again at once
+		}
+		if err == nil {
+			w.recovered(name)
+			wait, log = backoff{}, sampler{}
+			continue
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		w.failed(err)
+		if hidden, ok := log.sample(time.Now()); ok {
+			w.stream.cfg.Log.Warn().Str("sink", name).Err(err).Int("hidden", hidden).
+				Msg("records are not delivered, trying again")
+		}
+		if wait.sleep(ctx) != nil {
+			return
+		}
+	}
+}
+
+// ack records progress. The disk may refuse; then what is delivered is known to
+// this process only, and a restart finds out by looking at the sink.
+func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) error {
+	w.mu.Lock()
+	w.delivered += uint64(n)
+	if lastIsPoison {
+		w.delivered--
+	}
+	w.mu.Unlock()
+	var wait backoff
+	for {
+		published, err := w.stream.spool.ack(w.sink.name(), to)
+		w.stream.published.Add(uint64(max(0, published)))
+		if err == nil {
+			w.stream.step(stepAcked)
+			return nil
+		}
+		err = fmt.Errorf("acknowledge in the spool: %w", err)
+		w.failed(err)
+		if wait.sleep(ctx) != nil {
+			return err
+		}
+	}
+}
+
+func (w *worker) condemn(e entry, reason error) error {
+	name := w.sink.name()
+	if err := w.stream.spool.condemn(name, e, reason.Error()); err != nil {
+		return fmt.Errorf("set a refused record aside: %w", err)
+	}
+	w.stream.cfg.Log.Error().Str("sink", name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
+		Msg("record is refused for good and set aside, its count is missing at this sink")
+	return nil
+}
+
+func (w *worker) failed(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.lastErr = err
+	if w.failingSince.IsZero() {
+		w.failingSince = time.Now()
+	}
+}
+
+func (w *worker) recovered(name string) {
+	w.mu.Lock()
+	since := w.failingSince
+	w.failingSince = time.Time{}
+	w.mu.Unlock()
+	if !since.IsZero() {
+		w.stream.cfg.Log.Info().Str("sink", name).Dur("after", time.Since(since)).Msg("records are delivered again")
+	}
+}
+
+func (w *worker) stats(waiting bool) SinkStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	st := SinkStats{Name: w.sink.name(), State: StateIdle, FailingSince: w.failingSince, Delivered: w.delivered}
+	if waiting {
+		st.State = StateDelivering
+	}
+	if !w.failingSince.IsZero() {
+		st.State = StateFailing
+	}
+	if w.lastErr != nil {
+		st.LastError = w.lastErr.Error()
+	}
+	return st
+}
+
+// backoff waits longer each time. The zero value starts at minBackoff.
+type backoff struct{ next time.Duration }
+
+func (b *backoff) sleep(ctx context.Context) error {
+	d := min(max(b.next, minBackoff), maxBackoff)
+	b.next = 2 * d
+	t := time.NewTimer(d/2 + rand.N(d/2))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// sampler lets the first of a row of failures through and then one in
+// failureLogEvery, with the number of those it kept back.
+type sampler struct {
+	last   time.Time
+	hidden int
+}
+
+func (s *sampler) sample(now time.Time) (hidden int, ok bool) {
+	if !s.last.IsZero() && now.Sub(s.last) < failureLogEvery {
+		s.hidden++
+		return 0, false
+	}
+	hidden, s.hidden, s.last = s.hidden, 0, now
+	return hidden, true
+}

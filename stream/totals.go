@@ -1,0 +1,345 @@
+package stream
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// errInvalidRecord marks what a reader yields for a line or a Kafka record that
+// is not one of ours; reading goes on behind it. Any other error ends it.
+var errInvalidRecord = errors.New("not a record of this program")
+
+// IsInvalidRecord tells an error about one record from one about the source.
+func IsInvalidRecord(err error) bool { return errors.Is(err, errInvalidRecord) }
+
+// followEvery is how often a followed file is looked at.
+const followEvery = 200 * time.Millisecond
+
+// ReadFile yields the records of a counts file in its order. A last line without
+// its end is being written, or was torn and is written again: it is not yielded.
+// With follow it goes on with what is appended, also when the file is replaced,
+// until ctx ends.
+func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
+	return func(yield func(Record, error) bool) {
+		file, err := os.Open(path)
+		if err != nil {
+			yield(Record{}, fmt.Errorf("read counts file: %w", err))
+			return
+		}
+		defer func() { file.Close() }()
+		r := bufio.NewReaderSize(file, 1<<16)
+		var line []byte
+		var offset int64
+		for number := 1; ; {
+			part, err := r.ReadBytes('\n')
+			line = append(line, part...)
+			offset += int64(len(part))
+			if err == nil {
+				record, perr := ParseRecord(bytes.TrimSuffix(line, []byte{'\n'}))
+				if perr != nil {
+					perr = fmt.Errorf("%s line %d: %w: %w", path, number, errInvalidRecord, perr)
+				}
+				line = line[:0]
+				number++
+				if !yield(record, perr) || ctx.Err() != nil {
+					return
+				}
+				continue
+			}
+			if !errors.Is(err, io.EOF) {
+				yield(Record{}, fmt.Errorf("read counts file: %w", err))
+				return
+			}
+			if !follow {
+				return
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(followEvery):
+			}
+			replaced, cut := fileMoved(file, path, offset)
+			switch {
+			case replaced != nil:
+				file.Close()
+				file, line, offset, number = replaced, line[:0], 0, 1
+				r.Reset(file)
+			case cut > 0:
+				// The torn tail that was read is gone; its record comes whole.
+				if _, err := file.Seek(cut, io.SeekStart); err != nil {
+					yield(Record{}, fmt.Errorf("read counts file: %w", err))
+					return
+				}
+				line, offset = line[:0], cut
+				r.Reset(file)
+			}
+		}
+	}
+}
+
+// fileMoved tells what happened to a followed file at its end: another one took
+// its name (returned open), or it was cut shorter than what was read (returned
+// as the new end).
+func fileMoved(file *os.File, path string, read int64) (replaced *os.File, cut int64) {
+	here, err := file.Stat()
+	if err != nil {
+		return nil, 0
+	}
+	if here.Size() < read {
+		cut = here.Size()
+	}
+	named, err := os.Stat(path)
+	if err != nil || os.SameFile(here, named) {
+		return nil, cut
+	}
+	if replaced, err = os.Open(path); err != nil {
+		return nil, cut
+	}
+	return replaced, cut
+}
+
+// ReadTopic yields the records of the topic, in order within an instance. It
+// reads committed records up to the end that the topic has when it starts; where
+// a transaction is open it waits for its end. With follow it goes on until ctx
+// ends.
+func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Record, error] {
+	return func(yield func(Record, error) bool) {
+		if err := cfg.check(); err != nil {
+			yield(Record{}, err)
+			return
+		}
+		var last lastError
+		client, err := cfg.client(
+			kgo.WithHooks(&last),
+			kgo.FetchIsolationLevel(kgo.ReadCommitted()),
+			kgo.KeepControlRecords(), // they carry the position over what is not yielded
+			kgo.FetchMaxWait(250*time.Millisecond),
+		)
+		if err != nil {
+			yield(Record{}, err)
+			return
+		}
+		defer client.Close()
+		stopped := errors.New("stopped")
+		emit := func(r *kgo.Record) error {
+			if r.Attrs.IsControl() {
+				return nil
+			}
+			record, err := parseKafka(r)
+			if err != nil {
+				err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
+			}
+			if !yield(record, err) {
+				return stopped
+			}
+			return nil
+		}
+		if follow {
+			client.AddConsumeTopics(cfg.Topic)
+			for ctx.Err() == nil {
+				fetches := client.PollFetches(ctx)
+				for _, e := range fetches.Errors() {
+					if ctx.Err() == nil && !yield(Record{}, fmt.Errorf("read %s: %w", cfg.Topic, e.Err)) {
+						return
+					}
+				}
+				for it := fetches.RecordIter(); !it.Done(); {
+					if emit(it.Next()) != nil {
+						return
+					}
+				}
+			}
+			return
+		}
+		err = readToEnd(ctx, client, cfg.Topic, time.Time{}, emit)
+		if err != nil && !errors.Is(err, stopped) {
+			yield(Record{}, fmt.Errorf("read %s: %w", cfg.Topic, last.explain(err)))
+		}
+	}
+}
+
+// parseKafka checks what goes beside the value, too.
+func parseKafka(r *kgo.Record) (Record, error) {
+	for _, h := range r.Headers {
+		if h.Key == schemaHeader && string(h.Value) != schemaVersion {
+			return Record{}, fmt.Errorf("schema %q, this program reads %s", h.Value, schemaVersion)
+		}
+	}
+	record, err := ParseRecord(r.Value)
+	if err == nil && record.Key() != string(r.Key) {
+		err = fmt.Errorf("key %q belongs to %q", r.Key, record.Key())
+	}
+	return record, err
+}
+
+// Totals sums records per window over all instances. The zero value is ready. It
+// keeps one small entry per record; it is not safe for concurrent use.
+type Totals struct {
+	windows map[int64]*WindowTotal
+	seen    map[string]Record
+	series  map[string]*seriesTotal
+	repeats []Repeat
+}
+
+// WindowTotal is the sum of one window.
+type WindowTotal struct {
+	Start    time.Time
+	Window   time.Duration
+	Unique   uint64
+	Records  int
+	Complete bool // every record of it is
+	Exact    bool // every record of it is
+}
+
+// Gap is what is missing in the records of one instance, or of a group. Windows
+// in which the server did not run are missing, too: a gap in the windows is for
+// the reader to judge, one in the sequence is a record that is not there.
+type Gap struct {
+	Series string // GROUP/INSTANCE, or GROUP
+
+	// Either a run of windows, the first and last of them, both missing,
+	FirstWindow, LastWindow time.Time
+	// or a run of sequence numbers. Zero: the gap is one of windows.
+	FirstSeq, LastSeq uint64
+}
+
+func (g Gap) String() string {
+	if g.FirstSeq != 0 {
+		return fmt.Sprintf("%s: records %d to %d are missing", g.Series, g.FirstSeq, g.LastSeq)
+	}
+	return fmt.Sprintf("%s: windows %s to %s are missing", g.Series,
+		g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano))
+}
+
+// Repeat is a record that should not be there.
+type Repeat struct {
+	First, Again Record
+	// Same: a copy, counted once. Otherwise one number with two values, as two
+	// processes under one name produce them; both are counted.
+	Same bool
+}
+
+func (r Repeat) String() string {
+	what := "is there twice"
+	if !r.Same {
+		what = fmt.Sprintf("shares its number with %s", r.Again.Key())
+	}
+	return fmt.Sprintf("%s %s (unique %d and %d)", r.First.Key(), what, r.First.Unique, r.Again.Unique)
+}
+
+type seriesTotal struct {
+	windows map[int64]int64 // start -> length, nanoseconds
+	seqs    map[uint64]Record
+}
+
+// Add takes one record, in any order.
+func (t *Totals) Add(r Record) {
+	if t.windows == nil {
+		t.windows = make(map[int64]*WindowTotal)
+		t.seen = make(map[string]Record)
+		t.series = make(map[string]*seriesTotal)
+	}
+	r.WindowStart, r.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC() // comparable
+	key := r.Key()
+	if first, ok := t.seen[key]; ok {
+		same := first == r || r.Scope == ScopeGroup && first.Unique == r.Unique
+		t.repeats = append(t.repeats, Repeat{First: first, Again: r, Same: same})
+		if same {
+			return
+		}
+	} else {
+		t.seen[key] = r
+	}
+	s := t.series[r.identity()]
+	if s == nil {
+		s = &seriesTotal{windows: make(map[int64]int64), seqs: make(map[uint64]Record)}
+		t.series[r.identity()] = s
+	}
+	s.windows[r.WindowStart.UnixNano()] = int64(r.window())
+	if r.Scope == ScopeInstance {
+		if first, ok := s.seqs[r.Seq]; !ok {
+			s.seqs[r.Seq] = r
+		} else if first.Key() != key { // the same key is reported above
+			t.repeats = append(t.repeats, Repeat{First: first, Again: r})
+		}
+	}
+	w := t.windows[r.WindowStart.UnixNano()]
+	if w == nil {
+		w = &WindowTotal{Start: r.WindowStart, Window: r.window(), Complete: true, Exact: true}
+		t.windows[r.WindowStart.UnixNano()] = w
+	}
+	w.Unique += r.Unique
+	w.Records++
+	w.Complete = w.Complete && r.Complete
+	w.Exact = w.Exact && r.Exact
+}
+
+// Windows returns the sums in order of their start.
+func (t *Totals) Windows() []WindowTotal {
+	out := make([]WindowTotal, 0, len(t.windows))
+	for _, w := range t.windows {
+		out = append(out, *w)
+	}
+	slices.SortFunc(out, func(a, b WindowTotal) int { return a.Start.Compare(b.Start) })
+	return out
+}
+
+// Window returns one sum.
+func (t *Totals) Window(start time.Time) (WindowTotal, bool) {
+	w := t.windows[start.UnixNano()]
+	if w == nil {
+		return WindowTotal{}, false
+	}
+	return *w, true
+}
+
+// Repeats returns them in the order they were added.
+func (t *Totals) Repeats() []Repeat { return t.repeats }
+
+// Gaps returns what is missing between the first and the last record of each
+// series, windows first.
+func (t *Totals) Gaps() []Gap {
+	var out []Gap
+	for name, s := range t.series {
+		starts := make([]int64, 0, len(s.windows))
+		for start := range s.windows {
+			starts = append(starts, start)
+		}
+		slices.Sort(starts)
+		for i := 1; i < len(starts); i++ {
+			expected := starts[i-1] + s.windows[starts[i-1]]
+			if starts[i] > expected {
+				out = append(out, Gap{
+					Series:      name,
+					FirstWindow: time.Unix(0, expected).UTC(),
+					LastWindow:  time.Unix(0, max(expected, starts[i]-s.windows[starts[i]])).UTC(),
+				})
+			}
+		}
+		seqs := make([]uint64, 0, len(s.seqs))
+		for seq := range s.seqs {
+			seqs = append(seqs, seq)
+		}
+		slices.Sort(seqs)
+		for i := 1; i < len(seqs); i++ {
+			if seqs[i] != seqs[i-1]+1 {
+				out = append(out, Gap{Series: name, FirstSeq: seqs[i-1] + 1, LastSeq: seqs[i] - 1})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b Gap) int {
+		return cmp.Or(cmp.Compare(a.Series, b.Series), cmp.Compare(a.FirstSeq, b.FirstSeq), a.FirstWindow.Compare(b.FirstWindow))
+	})
+	return out
+}
