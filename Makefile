@@ -1,8 +1,7 @@
 # Thin names for commands; the checks themselves are in .ci/run.
-STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME ?= 60s
 
-.PHONY: check test race lint bench fuzz
+.PHONY: check test race lint fuzz bench
 
 check:
 	.ci/run
@@ -14,16 +13,10 @@ race:
 	go test -race ./...
 
 lint:
-	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
-	go vet ./...
-	go run $(STATICCHECK) ./...
+	.ci/run lint
+
+fuzz:
+	FUZZTIME=$(FUZZTIME) .ci/run fuzz
 
 bench:
 	go test -run '^$$' -bench . -benchmem ./...
-
-# go test fuzzes one target at a time.
-fuzz:
-	@go test -list '^Fuzz' ./... | awk '/^Fuzz/ { f[++n] = $$1 } /^ok/ { for (i = 1; i <= n; i++) print $$2, f[i]; n = 0 }' | \
-	while read -r package target; do \
-		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" || exit 1; \
-	done

@@ -39,6 +39,16 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	}
 }
 
+// expect answers a request with "Expect: 100-continue" without asking for its
+// body, unless it goes to the sink. fasthttp writes the answer and closes.
+func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
+	if ctx.IsPost() && string(ctx.Request.Header.RequestURI()) == testPath {
+		return fasthttp.StatusContinue
+	}
+	s.handle(ctx)
+	return ctx.Response.StatusCode()
+}
+
 // accept counts the id of a GET request. Everything the request says is
 // checked, and a place for its callback reserved, before the set is touched: a
 // request refused with 4xx or 503 has counted nothing.
@@ -52,7 +62,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
 	case len(h.Host()) == 0 && h.IsHTTP11(): // RFC 9112, section 3.2
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
-	case h.ContentLength() > 0 || h.ContentLength() == -1: // a body, or chunks
+	case h.ContentLength() != noBody && hasBody(h):
 		ctx.SetConnectionClose()
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
@@ -89,13 +99,13 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
 		return
 	}
 
-	verdict, epoch, err := s.count(ctx, id)
+	var verdict dedup.Verdict
+	var epoch *counter.Epoch
+	var err error
 	if wanted {
-		if err == nil && verdict == dedup.Unique {
-			s.callbacks.Send(callback)
-		} else {
-			s.callbacks.Release(callback)
-		}
+		verdict, epoch, err = s.countAndCall(ctx, id, callback)
+	} else {
+		verdict, epoch, err = s.count(ctx, id)
 	}
 	if err != nil {
 		s.refuseError(ctx, err)
@@ -127,6 +137,23 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, id []byte) (dedup.Verdict, *cou
 			return verdict, entry.Epoch, err
 		}
 	}
+}
+
+// countAndCall is count for a request with a reserved callback: it is sent for
+// a new id, and its place is given back otherwise, also after a panic.
+func (s *Server) countAndCall(ctx *fasthttp.RequestCtx, id []byte, callback Endpoint) (dedup.Verdict, *counter.Epoch, error) {
+	sent := false
+	defer func() {
+		if !sent {
+			s.callbacks.Release(callback)
+		}
+	}()
+	verdict, epoch, err := s.count(ctx, id)
+	if err == nil && verdict == dedup.Unique {
+		sent = true
+		s.callbacks.Send(callback)
+	}
+	return verdict, epoch, err
 }
 
 // addAndLeave leaves the epoch whatever happens in the set: an entry never
@@ -165,13 +192,29 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	}
 }
 
+// noBody is fasthttp's content length of a request that says nothing of a body.
+const noBody = -2
+
+// hasBody reports whether a request brought a body, or chunks, even if they
+// were empty.
+func hasBody(h *fasthttp.RequestHeader) bool {
+	_, encoding := framings(h)
+	return encoding || h.ContentLength() > 0
+}
+
 // twoFramings reports whether a request says in two ways where it ends.
 func twoFramings(h *fasthttp.RequestHeader) bool {
-	var length, encoding bool
+	length, encoding := framings(h)
+	return length && encoding
+}
+
+// framings reports which of the two headers that say where a request ends were
+// sent. fasthttp drops one of them while it parses.
+func framings(h *fasthttp.RequestHeader) (length, encoding bool) {
 	for line := range bytes.Lines(h.RawHeaders()) {
 		key, _, _ := bytes.Cut(line, []byte(":"))
 		length = length || bytes.EqualFold(key, []byte(fasthttp.HeaderContentLength))
 		encoding = encoding || bytes.EqualFold(key, []byte(fasthttp.HeaderTransferEncoding))
 	}
-	return length && encoding
+	return length, encoding
 }

@@ -146,10 +146,10 @@ type CallbackStats struct {
 // Send cannot fail. A fixed number of workers (Run) takes POSTs from the
 // destinations that have some, in turn, so that none waits for another one's
 // slowness: a destination holds at most Concurrency workers, and all those
-// that are not known to answer quickly (newcomers, and whoever let a POST run
-// into a timeout) hold at most three quarters of the workers and of the table.
-// Names are cheap; any number of tarpits leaves the rest to destinations that
-// answer.
+// together that are not known to answer quickly (newcomers, and those whose
+// last POST failed or took long) hold at most three quarters of the workers
+// and of the table. Names are cheap; any number of tarpits leaves the rest to
+// destinations that answer.
 type Callbacks struct {
 	cfg      CallbackConfig
 	guard    *guard
@@ -239,7 +239,7 @@ type destination struct {
 	unproven         bool // not known to answer quickly
 
 	state     destState
-	listed    int // index in ready while destReady
+	readyIn   int // index in ready while destReady
 	prevD     *destination
 	nextD     *destination
 	warmConns int // pooled connections, counted when it became warm
@@ -507,11 +507,11 @@ func (c *Callbacks) schedule(d *destination) {
 }
 
 func (c *Callbacks) pushReady(d *destination) {
-	d.state, d.listed = destReady, 0
+	d.state, d.readyIn = destReady, 0
 	if d.unproven {
-		d.listed = 1
+		d.readyIn = 1
 	}
-	c.ready[d.listed].push(d)
+	c.ready[d.readyIn].push(d)
 	c.work.Signal()
 }
 
@@ -718,7 +718,7 @@ func (c *Callbacks) prove(d *destination, quick bool) {
 		c.unprovenSlots += d.entries
 	}
 	if d.state == destReady {
-		c.ready[d.listed].remove(d)
+		c.ready[d.readyIn].remove(d)
 		c.pushReady(d)
 	}
 }

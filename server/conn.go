@@ -97,8 +97,12 @@ func (c *conn) phase() (p phase, since time.Duration) {
 	return phase(s & phaseMask), time.Duration(s &^ phaseMask)
 }
 
-// Read marks the beginning of a request with its first byte.
+// Read marks the beginning of a request with its first byte. A reader that has
+// not its whole buffer to fill holds the first part of a pipelined request.
 func (c *conn) Read(p []byte) (int, error) {
+	if len(p) < readBuffer && phase(c.state.Load()&phaseMask) == phaseIdle {
+		c.enter(phaseReading)
+	}
 	n, err := c.Conn.Read(p)
 	if n > 0 && phase(c.state.Load()&phaseMask) != phaseReading {
 		c.enter(phaseReading)

@@ -10,10 +10,6 @@ import (
 // proxies agree on, and what bounds the memory of a waiting POST.
 const maxEndpoint = 2048
 
-// sinkPath is the built-in sink for callbacks, the one path of this server
-// that a callback may name.
-const sinkPath = "/test"
-
 // endpointError says which rule an endpoint URL breaks.
 type endpointError string
 
@@ -143,7 +139,7 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 		path = target[:i]
 	}
 	switch {
-	case !ep.tls && string(path) == sinkPath && g.isSelf(name, ep.addr, port):
+	case !ep.tls && string(path) == testPath && g.isSelf(name, ep.addr, port):
 		// All names of this server are one destination.
 		ep.kind, ep.addr = destSelf, netip.Addr{}
 		name = append(name[:0], "localhost"...)

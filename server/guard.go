@@ -341,14 +341,8 @@ func (g *guard) dialTCP(ctx context.Context, d *destination) (net.Conn, error) {
 	}
 	candidates := []netip.Addr{d.addr}
 	if !d.addr.IsValid() {
-		name := d.host
-		if d.kind == destPublic && !g.allowedNetPort(d.port) {
-			// A full name: the search list of the resolver is for the names of
-			// the own network and could lead there.
-			name += "."
-		}
 		var err error
-		candidates, err = g.resolver.LookupNetIP(ctx, "ip", name)
+		candidates, err = g.resolver.LookupNetIP(ctx, "ip", g.lookupName(d))
 		if err != nil {
 			return nil, err
 		}
@@ -385,6 +379,16 @@ func (g *guard) dialTCP(ctx context.Context, d *destination) (net.Conn, error) {
 		}
 	}
 	return nil, err
+}
+
+// lookupName returns the name to resolve for d. A public one gets a dot at its
+// end: the search list of the resolver is for the names of the own network,
+// and would lead there.
+func (g *guard) lookupName(d *destination) string {
+	if d.kind == destPublic && !g.allowedNetPort(d.port) {
+		return d.host + "."
+	}
+	return d.host
 }
 
 // dialSelf connects to this server's own listener, wherever that is: no name

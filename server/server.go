@@ -98,9 +98,10 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		stopSweep: make(chan struct{}),
 	}
 	s.http = fasthttp.Server{
-		Handler:      s.handle,
-		ErrorHandler: s.refuseBroken,
-		Logger:       quiet{}, // what fasthttp has to say is counted in refused
+		Handler:       s.handle,
+		ExpectHandler: s.expect,
+		ErrorHandler:  s.refuseBroken,
+		Logger:        quiet{}, // what fasthttp has to say is counted in refused
 
 		Concurrency:        cfg.MaxConns + 1, // the listener has the last word, with a proper answer
 		ReadBufferSize:     readBuffer,
@@ -136,6 +137,9 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	defer cancel()
 	s.await(grace, func() bool { return s.ln.busy() == 0 })
 	err := s.http.ShutdownWithContext(ctx)
+	// Where Serve has not reached fasthttp yet, fasthttp knows no listener to
+	// close, and would serve on.
+	_ = s.ln.Close()
 	if err != nil {
 		return fmt.Errorf("server: %d connections were still open: %w", s.ln.open(), err)
 	}

@@ -149,6 +149,12 @@ func (c *conn) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		c.answered = false
 		nc, err := dialer.DialContext(ctx, "tcp", c.d.targets[c.target].addr)
+		if err == nil && nc.LocalAddr().String() == nc.RemoteAddr().String() {
+			// With the server away, a port of the range that the kernel draws
+			// from can be connected to itself, and would answer with the request.
+			nc.Close()
+			err = errSelf
+		}
 		if err == nil {
 			c.d.dials.Add(1)
 			done := c.serve(ctx, nc)
@@ -171,6 +177,8 @@ func (c *conn) run(ctx context.Context) {
 		backoff = min(2*backoff, maxBackoff)
 	}
 }
+
+var errSelf = errors.New("connected to itself")
 
 // serve uses one connection until it breaks. It says true when there is
 // nothing left to do.

@@ -69,8 +69,12 @@ type flags struct {
 
 func main() {
 	var f flags
-	kong.Parse(&f, kong.Name("verify"), kong.UsageOnError(),
+	parser := kong.Must(&f, kong.Name("verify"),
 		kong.Description("Drives a running verve and says whether its records add up to its answers."))
+	if _, err := parser.Parse(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "verify:", err)
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second interrupt ends the judging too
 	v, err := run(ctx, &f)

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// TestSIGTERMUnderLoadLosesNothing runs the whole program against the server
+// of this tree: built, started, ended in the middle of the load, started again,
+// and its counts file read back.
+func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	dir := t.TempDir()
+	server := filepath.Join(dir, "verve")
+	if out, err := exec.Command("go", "build", "-o", server, "verve").CombinedOutput(); err != nil {
+		t.Fatalf("build the server: %v\n%s", err, out)
+	}
+	listen, admin := freeAddr(t), freeAddr(t)
+	data := filepath.Join(dir, "data")
+	v, err := run(t.Context(), &flags{
+		URL: []string{"http://" + listen}, Connections: 8, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409,
+		Duration: time.Minute, Timeout: 10 * time.Second, Wait: 10 * time.Second, MinAnswers: 1000,
+		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
+		Spawn: server + " --listen=" + listen + " --admin-listen=" + admin +
+			" --window=200ms --window-header --data-dir=" + data,
+		SpawnLog: filepath.Join(dir, "server.log"),
+		Signal:   "TERM", KillEvery: "100ms-700ms", Kills: 4, StopLimit: 30 * time.Second,
+		// A request that broke was not answered, so it was not counted. And no
+		// repeats: what a new process knows of the ids of the last one is not
+		// what this test is about.
+		Strict: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !v.Good || v.Kills != 4 || v.Windows < 3 {
+		t.Errorf("got good=%t, %d kills, %d windows, %+v, %+v; want 4 kills and every window to add up",
+			v.Good, v.Kills, v.Windows, v.Table, v.Faults)
+	}
+}
+
+// freeAddr is an address that was free a moment ago: the server is started anew
+// several times and must come back where the driver looks for it. The port lies
+// below those that the kernel gives to outgoing connections, which would else
+// take it while the server is away.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	for {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
+	}
+}

@@ -1,0 +1,125 @@
+package server
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+func newAdminSite(t *testing.T, records *Records) (*site, *Admin) {
+	s := newSite(t, nil)
+	return s, NewAdmin(AdminConfig{
+		Server: s.Server, Records: func() Records { return *records },
+		Delivered: func(time.Time) string { return "spooled" },
+		Group:     "verve", Instance: "test", Version: "v1.2.3",
+	})
+}
+
+func (a *Admin) get(path string) *httptest.ResponseRecorder {
+	w := httptest.NewRecorder()
+	a.http.Handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+	return w
+}
+
+// TestReadyzSaysWhyNot: a broker that is away is shown and keeps the server
+// ready; a spool that cannot be written, and a stop, do not.
+func TestReadyzSaysWhyNot(t *testing.T) {
+	var records Records
+	_, a := newAdminSite(t, &records)
+	for _, c := range []struct {
+		name   string
+		change func()
+		status int
+		want   string // a part of the answer
+	}{
+		{"in order", func() {}, 200, `{"ready":true,"server":{"ok":true},"spool":{"ok":true},"records":{"ok":true,"pending":0,`},
+		{"broker away", func() { records = Records{Pending: 3, Failing: "kafka: refused"} }, 200, `"records":{"ok":false,"reason":"kafka: refused","pending":3,`},
+		{"disk full", func() { records = Records{Blocked: "disk full"} }, 503, `"spool":{"ok":false,"reason":"disk full"}`},
+		{"stopping", func() { records = Records{}; a.NotReady() }, 503, `"server":{"ok":false,"reason":"shutting down"}`},
+	} {
+		c.change()
+		w := a.get("/readyz")
+		if w.Code != c.status || !strings.Contains(w.Body.String(), c.want) || w.Header().Get("Content-Type") != "application/json" {
+			t.Errorf("%s: got %d %s, want %d with %s", c.name, w.Code, w.Body, c.status, c.want)
+		}
+		if w := a.get("/healthz"); w.Code != 200 || w.Body.String() != "ok" {
+			t.Errorf("%s: not alive: %d %s", c.name, w.Code, w.Body)
+		}
+	}
+}
+
+func TestWindowsShowTheOpenEpochAndTheLastOnes(t *testing.T) {
+	s, a := newAdminSite(t, new(Records))
+	s.ask(get("id=1"))
+	s.ask(get("id=1"))
+	type answer struct {
+		Open    window   `json:"open"`
+		Windows []window `json:"windows"`
+	}
+	var open, closed answer
+	if err := json.Unmarshal(a.get("/api/windows").Body.Bytes(), &open); err != nil {
+		t.Fatal(err)
+	}
+	if o := open.Open; o.Unique != 1 || o.Duplicates != 1 || o.State != "open" || o.MS != 3600000 || len(open.Windows) != 0 {
+		t.Errorf("got %+v", open)
+	}
+	s.stop()
+	if err := json.Unmarshal(a.get("/api/windows?limit=1").Body.Bytes(), &closed); err != nil {
+		t.Fatal(err)
+	}
+	if len(closed.Windows) != 1 || closed.Windows[0].Unique != 1 || closed.Windows[0].State != "spooled" {
+		t.Errorf("got %+v", closed)
+	}
+	for _, limit := range []string{"0", "-1", "x", "1441"} {
+		if w := a.get("/api/windows?limit=" + limit); w.Code != 400 {
+			t.Errorf("limit %s: got %d, want 400", limit, w.Code)
+		}
+	}
+}
+
+// TestMetricsKeepTheirNames holds the names that the contract fixes, and the
+// form of every line.
+func TestMetricsKeepTheirNames(t *testing.T) {
+	s, a := newAdminSite(t, &Records{Published: 7, Pending: 2})
+	s.ask(get("id=1"))
+	s.ask(get("id=1"))
+	s.ask(get("id="))
+	s.ask(get("id=2&endpoint=nothing"))
+	page := a.get("/metrics").Body.String()
+	for _, want := range []string{
+		`verve_accept_total{result="ok"} 1`,
+		`verve_accept_total{result="duplicate"} 1`,
+		`verve_accept_total{result="bad_id"} 1`,
+		`verve_accept_total{result="bad_endpoint"} 1`,
+		`verve_accept_total{result="unavailable"} 0`,
+		`verve_accept_total{result="full"} 0`,
+		`verve_accept_total{result="busy"} 0`,
+		`verve_accept_total{result="draining"} 0`,
+		`verve_unique_ids 1`,
+		`verve_records_published_total 7`,
+		`verve_records_pending 2`,
+		`verve_callbacks_total{result="delivered"} 0`,
+		`verve_build_info{version="v1.2.3",go="go`,
+	} {
+		if !strings.Contains(page, "\n"+want) && !strings.HasPrefix(page, want) {
+			t.Errorf("no line %s", want)
+		}
+	}
+	line := regexp.MustCompile(`^(# .*|[a-z_]+(\{[A-Za-z]+="[^"]*"(,[A-Za-z]+="[^"]*")*\})? -?[0-9.e+-]+)$`)
+	seen := map[string]bool{}
+	for l := range strings.Lines(page) {
+		l = strings.TrimSuffix(l, "\n")
+		if !line.MatchString(l) {
+			t.Errorf("not a metric: %q", l)
+		}
+		if name, _, ok := strings.Cut(l, " "); ok && name != "#" && seen[name] {
+			t.Errorf("twice: %q", l)
+		} else {
+			seen[name] = true
+		}
+	}
+}

@@ -1,0 +1,1158 @@
+package server
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+	"go.uber.org/goleak"
+)
+
+// patience is how long a test waits for what must happen; no assertion
+// depends on how soon it does.
+const patience = 20 * time.Second
+
+// startCallbacks runs Callbacks until the test ends, and checks then that no
+// goroutine is left and every Send has been accounted for.
+func startCallbacks(t *testing.T, cfg CallbackConfig) *Callbacks {
+	t.Helper()
+	current := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, current) })
+	if cfg.Live == nil {
+		cfg.Live = func() (time.Time, uint64) { return time.Unix(0, 0), 1 }
+	}
+	c, err := NewCallbacks(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, c)
+	return c
+}
+
+func run(t *testing.T, c *Callbacks) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = c.Run(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+}
+
+// send does what the request handler does for a new id.
+func send(t testing.TB, c *Callbacks, url string) {
+	t.Helper()
+	ep, err := c.Parse([]byte(url))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.Reserve(ep) {
+		t.Fatalf("no place for %s", url)
+	}
+	c.Send(ep)
+}
+
+func await(t testing.TB, c *Callbacks, what string, cond func(CallbackStats) bool) CallbackStats {
+	t.Helper()
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		s := c.Stats()
+		if cond(s) {
+			return s
+		}
+		if time.Since(start) > patience {
+			t.Fatalf("waited in vain for %s: %+v", what, s)
+		}
+	}
+}
+
+// sends returns the number of Sends that s accounts for.
+func (s CallbackStats) sends() uint64 {
+	return s.Delivered + s.failed() + s.Merged + s.Dropped + uint64(s.Waiting) + uint64(s.InFlight)
+}
+
+func (s CallbackStats) failed() uint64 {
+	return s.FailedStatus + s.FailedRedirect + s.FailedTimeout + s.FailedResolve + s.FailedConnect +
+		s.FailedRefused + s.FailedAnswer + s.FailedBreaker
+}
+
+// receiver is an HTTP server that a test's callbacks go to.
+func receiver(t testing.TB, handler http.HandlerFunc) (url, hostport string) {
+	t.Helper()
+	s := httptest.NewServer(handler)
+	t.Cleanup(s.Close)
+	return s.URL, s.Listener.Addr().String()
+}
+
+// rawReceiver serves each connection by serve, in a goroutine of its own, and
+// closes it after.
+func rawReceiver(t testing.TB, serve func(conn net.Conn, r *bufio.Reader)) (url, hostport string) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var conns []net.Conn
+	wg.Go(func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			conns = append(conns, conn)
+			mu.Unlock()
+			wg.Go(func() {
+				defer conn.Close()
+				serve(conn, bufio.NewReader(conn))
+			})
+		}
+	})
+	t.Cleanup(func() {
+		_ = ln.Close()
+		mu.Lock()
+		for _, conn := range conns {
+			_ = conn.Close()
+		}
+		mu.Unlock()
+		wg.Wait()
+	})
+	return "http://" + ln.Addr().String(), ln.Addr().String()
+}
+
+// newGate returns a channel on which a receiver waits, and what opens it. It
+// is opened at the end of the test in any case: a receiver does not close
+// before its handlers have returned.
+func newGate() (gate <-chan struct{}, open func()) {
+	ch := make(chan struct{})
+	return ch, sync.OnceFunc(func() { close(ch) })
+}
+
+// readPOST reads a request to its end.
+func readPOST(r *bufio.Reader) (*http.Request, error) {
+	req, err := http.ReadRequest(r)
+	if err == nil {
+		_, err = io.Copy(io.Discard, req.Body)
+	}
+	return req, err
+}
+
+const okAnswer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+func TestCallbackRequestIsExact(t *testing.T) {
+	wire := make(chan string, 1)
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		var raw strings.Builder
+		_, _ = readPOST(bufio.NewReader(io.TeeReader(r, &raw)))
+		wire <- raw.String()
+		_, _ = io.WriteString(conn, okAnswer)
+	})
+	c := startCallbacks(t, CallbackConfig{
+		Allow: []string{hostport}, Group: "verve", Instance: "host-1",
+		Live: func() (time.Time, uint64) {
+			return time.Date(2026, 11, 22, 7, 36, 0, 0, time.FixedZone("", 3600)), 48211
+		},
+	})
+	send(t, c, url+"//a/../%0d%0aX:%201?q=%20a+b&u=http://x/?")
+	want := "POST //a/../%0d%0aX:%201?q=%20a+b&u=http://x/? HTTP/1.1\r\n" +
+		"User-Agent: verve\r\nHost: " + hostport + "\r\nContent-Type: application/json\r\nContent-Length: 89\r\nVerve-Callback: 1\r\n\r\n" +
+		`{"window_start":"2026-11-22T06:36:00Z","unique":48211,"group":"verve","instance":"host-1"}`
+	want = strings.Replace(want, "Content-Length: 89", fmt.Sprintf("Content-Length: %d", len(want)-strings.Index(want, "{")), 1)
+	if got := <-wire; got != want {
+		t.Fatalf("request\n%q, want\n%q", got, want)
+	}
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 1 })
+}
+
+func TestCallbackBodyIsJSONForAnyName(t *testing.T) {
+	for _, tc := range []struct{ group, start string }{
+		{`a"b\c`, "2026-11-22T06:36:00.05Z"},
+		{"\n\x01<&>", "2026-11-22T06:36:00.000000001Z"},
+		{"ü€𝄞\u2028", "2026-11-22T06:36:00Z"},
+	} {
+		start, _ := time.Parse(time.RFC3339Nano, tc.start)
+		c, err := NewCallbacks(CallbackConfig{Group: tc.group, Instance: tc.group + "'", Live: func() (time.Time, uint64) { return start, 1<<64 - 1 }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		body := c.appendBody(nil, start, 1<<64-1)
+		var got struct {
+			WindowStart string `json:"window_start"`
+			Unique      uint64 `json:"unique"`
+			Group       string `json:"group"`
+			Instance    string `json:"instance"`
+		}
+		if err := json.Unmarshal(body, &got); err != nil {
+			t.Fatalf("%s: %v", body, err)
+		}
+		if got.WindowStart != tc.start || got.Unique != 1<<64-1 || got.Group != tc.group || got.Instance != tc.group+"'" {
+			t.Errorf("body %s of %q", body, tc.group)
+		}
+	}
+}
+
+func TestCallbackMergesWhatWaitsForTheSameEndpoint(t *testing.T) {
+	gate, open := newGate()
+	var live atomic.Uint64
+	bodies := make(chan string, 10)
+	url, hostport := receiver(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		bodies <- string(body)
+		<-gate
+	})
+	c := startCallbacks(t, CallbackConfig{
+		Allow: []string{hostport}, Concurrency: 1,
+		Live: func() (time.Time, uint64) { return time.Unix(0, 0), live.Load() },
+	})
+	t.Cleanup(open)
+	live.Store(1)
+	send(t, c, url+"/x")
+	first := <-bodies
+	for n := range uint64(100) {
+		live.Store(2 + n)
+		send(t, c, url+"/x")
+	}
+	if s := c.Stats(); s.Merged != 99 || s.Waiting != 1 || s.InFlight != 1 {
+		t.Fatalf("stats %+v", s)
+	}
+	open()
+	second := <-bodies
+	if !strings.Contains(first, `"unique":1,`) || !strings.Contains(second, `"unique":101,`) {
+		t.Fatalf("bodies %s, %s", first, second)
+	}
+	s := await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 2 })
+	if s.sends() != 101 || s.Reserved != 0 {
+		t.Fatalf("stats %+v", s)
+	}
+}
+
+func TestCallbackConcurrencyIsPerDestination(t *testing.T) {
+	const limit, posts = 3, 12
+	type busy struct{ now, most int }
+	var mu sync.Mutex
+	load := map[string]*busy{}
+	gate, open := newGate()
+	handler := func(_ http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		b := load[r.Host]
+		if b == nil {
+			b = &busy{}
+			load[r.Host] = b
+		}
+		b.now++
+		b.most = max(b.most, b.now)
+		mu.Unlock()
+		<-gate
+		mu.Lock()
+		b.now--
+		mu.Unlock()
+	}
+	url1, hostport1 := receiver(t, handler)
+	url2, hostport2 := receiver(t, handler)
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport1, hostport2}, Concurrency: limit})
+	t.Cleanup(open)
+	for n := range posts {
+		send(t, c, fmt.Sprintf("%s/%d", url1, n))
+		send(t, c, fmt.Sprintf("%s/%d", url2, n))
+	}
+	await(t, c, "both at their limit", func(CallbackStats) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return load[hostport1] != nil && load[hostport2] != nil && load[hostport1].now == limit && load[hostport2].now == limit
+	})
+	if s := c.Stats(); s.InFlight != 2*limit || s.Waiting != 2*(posts-limit) {
+		t.Fatalf("stats %+v", s)
+	}
+	open()
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 2*posts })
+	if load[hostport1].most != limit || load[hostport2].most != limit {
+		t.Fatalf("most in flight: %+v, %+v", load[hostport1], load[hostport2])
+	}
+}
+
+func TestCallbackRateHoldsForDestinationsNotListed(t *testing.T) {
+	const rate, posts = 100, 30
+	var mu sync.Mutex
+	var arrived []time.Time
+	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) {
+		mu.Lock()
+		arrived = append(arrived, time.Now())
+		mu.Unlock()
+	})
+	// The own sink is subject to the rate as public destinations are.
+	c := startCallbacks(t, CallbackConfig{SelfAddrs: []string{hostport}, Rate: rate})
+	for n := range posts {
+		send(t, c, fmt.Sprintf("%s/test?%d", url, n))
+	}
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == posts })
+	mu.Lock()
+	defer mu.Unlock()
+	// The one that makes up for a late wake-up comes on top of the first.
+	if took, least := arrived[posts-1].Sub(arrived[0]), (posts-2)*time.Second/rate; took < least-least/10 {
+		t.Errorf("%d POSTs in %v, want at least %v", posts, took, least)
+	}
+}
+
+func TestCallbackRateSparesListedDestinations(t *testing.T) {
+	const posts = 100
+	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) {})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Rate: 0.001})
+	for n := range posts {
+		send(t, c, fmt.Sprintf("%s/%d", url, n))
+	}
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == posts })
+}
+
+func TestCallbackFullTableRefusesBeforeAnythingIsCounted(t *testing.T) {
+	c, err := NewCallbacks(CallbackConfig{
+		Allow: []string{"a.lan:1", "b.lan:1"}, MaxWaiting: 4, MaxWaitingPerDestination: 2,
+		Live: func() (time.Time, uint64) { return time.Time{}, 0 },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	parse := func(url string) Endpoint {
+		ep, err := c.Parse([]byte(url))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ep
+	}
+	reserve := func(url string, want bool) {
+		t.Helper()
+		if got := c.Reserve(parse(url)); got != want {
+			t.Fatalf("Reserve(%s) = %v, want %v", url, got, want)
+		}
+	}
+	reserve("http://a.lan:1/1", true)
+	reserve("http://a.lan:1/2", true)
+	reserve("http://a.lan:1/3", false) // the destination's share
+	reserve("http://A.lan.:1/2", true) // has a place already
+	reserve("http://b.lan:1/1", true)
+	reserve("http://b.lan:1/2", true)
+	reserve("http://b.lan:1/1", true)
+	reserve("http://c.example.com/", false) // full
+	c.Release(parse("http://a.lan:1/2"))
+	reserve("http://a.lan:1/3", false) // still reserved by the other one
+	c.Release(parse("http://a.lan:1/2"))
+	reserve("http://a.lan:1/3", true)
+	c.Send(parse("http://a.lan:1/3"))
+	c.Release(parse("http://b.lan:1/2"))
+	c.Release(parse("http://b.lan:1/1"))
+	c.Release(parse("http://b.lan:1/1"))
+	c.Release(parse("http://a.lan:1/1"))
+	s := c.Stats()
+	if s.Reserved != 1 || s.Waiting != 1 || s.Busy != 3 || s.Destinations != 1 || s.sends() != 1 {
+		t.Fatalf("stats %+v", s)
+	}
+}
+
+func TestCallbackNewcomersLeaveAQuarterOfTheTable(t *testing.T) {
+	c, err := NewCallbacks(CallbackConfig{
+		Allow: []string{"a.lan:1"}, MaxWaiting: 8, Live: func() (time.Time, uint64) { return time.Time{}, 0 },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 6 {
+		send(t, c, fmt.Sprintf("http://h%d.example.com/", n))
+	}
+	ep, _ := c.Parse([]byte("http://h6.example.com/"))
+	if c.Reserve(ep) {
+		t.Fatal("newcomers fill the table")
+	}
+	send(t, c, "http://a.lan:1/")
+}
+
+func TestCallbackTarpitHoldsUpNobodyElse(t *testing.T) {
+	const others, posts = 19, 25
+	var trapped atomic.Int64
+	tarpit, tarpitAddr := rawReceiver(t, func(_ net.Conn, r *bufio.Reader) {
+		_, _ = readPOST(r)
+		trapped.Add(1)
+		_, _ = r.ReadByte() // never answers
+	})
+	allow, urls := []string{tarpitAddr}, []string{}
+	for range others {
+		url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) {})
+		allow, urls = append(allow, hostport), append(urls, url)
+	}
+	c := startCallbacks(t, CallbackConfig{Allow: allow, Concurrency: 4, Workers: 5, Timeout: time.Hour})
+	for n := range posts {
+		send(t, c, fmt.Sprintf("%s/%d", tarpit, n))
+	}
+	await(t, c, "a full tarpit", func(CallbackStats) bool { return trapped.Load() == 4 })
+	for n := range posts {
+		for _, url := range urls {
+			send(t, c, fmt.Sprintf("%s/%d", url, n))
+		}
+	}
+	s := await(t, c, "the others", func(s CallbackStats) bool { return s.Delivered == others*posts })
+	if s.InFlight != 4 || s.Waiting != posts-4 || s.failed() != 0 {
+		t.Fatalf("tarpit is not held at its limit: %+v", s)
+	}
+}
+
+// Names cost nothing: any number of tarpits leaves workers and places to the
+// destinations that have answered.
+func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
+	const tarpits, posts = 40, 50
+	var mu sync.Mutex
+	var delivered []string
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		for {
+			req, err := readPOST(r)
+			if err != nil {
+				return
+			}
+			if !strings.HasPrefix(req.Host, "good.") {
+				_, _ = r.ReadByte()
+				return
+			}
+			mu.Lock()
+			delivered = append(delivered, req.URL.Path)
+			mu.Unlock()
+			_, _ = io.WriteString(conn, okAnswer)
+		}
+	})
+	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("127.0.0.1") })
+	_, port, _ := net.SplitHostPort(hostport)
+	_ = url
+	c := startCallbacks(t, CallbackConfig{
+		Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, Rate: 1e6, Timeout: time.Hour,
+		Workers: 8, Concurrency: 2, MaxWaiting: 40, MaxWaitingPerDestination: 10,
+	})
+	send(t, c, "http://good.example.com:"+port+"/first")
+	await(t, c, "proof", func(s CallbackStats) bool { return s.Delivered == 1 })
+	refused := 0
+	for n := range tarpits {
+		ep, _ := c.Parse(fmt.Appendf(nil, "http://tarpit%d.example.com:%s/", n, port))
+		if !c.Reserve(ep) {
+			refused++
+			continue
+		}
+		c.Send(ep)
+	}
+	await(t, c, "tarpits to hold their share", func(s CallbackStats) bool { return s.InFlight == 6 })
+	if s := c.Stats(); refused == 0 || s.Reserved > 30 {
+		t.Fatalf("tarpits filled the table: %d refused, %+v", refused, s)
+	}
+	for n := range posts {
+		send(t, c, fmt.Sprintf("http://good.example.com:%s/%d", port, n))
+		await(t, c, "the proven destination", func(s CallbackStats) bool { return s.Delivered == uint64(n)+2 })
+	}
+	if s := c.Stats(); s.InFlight != 6 || len(delivered) != posts+1 {
+		t.Fatalf("delivered %d, %+v", len(delivered), s)
+	}
+}
+
+func TestCallbackRedirectIsNotFollowed(t *testing.T) {
+	var followed atomic.Int64
+	trap, trapAddr := receiver(t, func(http.ResponseWriter, *http.Request) { followed.Add(1) })
+	for _, status := range []int{301, 302, 303, 307, 308} {
+		t.Run(strconv.Itoa(status), func(t *testing.T) {
+			url, hostport := receiver(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/" {
+					followed.Add(1)
+				}
+				w.Header().Set("Location", trap+"/x")
+				w.WriteHeader(status)
+			})
+			c := startCallbacks(t, CallbackConfig{Allow: []string{hostport, trapAddr}})
+			send(t, c, url)
+			s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+			if s.FailedRedirect != 1 {
+				t.Errorf("%+v", s)
+			}
+		})
+	}
+	if n := followed.Load(); n != 0 {
+		t.Fatalf("%d redirects followed", n)
+	}
+}
+
+// forever writes s until the connection is closed.
+func forever(conn net.Conn, s string) {
+	chunk := strings.Repeat(s, 1+4096/len(s))
+	for {
+		if _, err := io.WriteString(conn, chunk); err != nil {
+			return
+		}
+	}
+}
+
+// drip writes s byte by byte, each long before the last could time out.
+func drip(conn net.Conn, s string) {
+	for i := 0; ; i++ {
+		if _, err := io.WriteString(conn, s[i%len(s):i%len(s)+1]); err != nil {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func TestCallbackHostileAnswersAreBounded(t *testing.T) {
+	const head = "HTTP/1.1 200 OK\r\n"
+	for _, tc := range []struct {
+		name   string
+		answer func(net.Conn)
+		failed func(*CallbackStats) uint64
+	}{
+		{"ten gigabytes", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head+"Content-Length: 10737418240\r\n\r\n")
+			forever(conn, "x")
+		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless chunks", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\n\r\n")
+			forever(conn, "4\r\nxxxx\r\n")
+		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"one huge chunk", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n")
+			forever(conn, "x")
+		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless body to the close", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head+"Connection: close\r\n\r\n")
+			forever(conn, "x")
+		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless trailer", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\nTrailer: X\r\n\r\n0\r\n")
+			forever(conn, "X: y\r\n")
+		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless headers", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head)
+			forever(conn, "X: y\r\n")
+		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless status line", func(conn net.Conn) { forever(conn, "H") },
+			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless 100", func(conn net.Conn) { forever(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
+			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"endless 103", func(conn net.Conn) { forever(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n") },
+			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"dripping 1xx", func(conn net.Conn) { drip(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
+			func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+		{"another protocol", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
+			forever(conn, "x")
+		}, func(s *CallbackStats) uint64 { return s.FailedStatus }},
+		{"dripping body", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head+"Content-Length: 60000\r\n\r\n")
+			drip(conn, "x")
+		}, func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+		{"dripping header", func(conn net.Conn) { drip(conn, head+strings.Repeat("X: y\r\n", 1000)) },
+			func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+		{"silence", func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) },
+			func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+		{"not HTTP", func(conn net.Conn) { _, _ = io.WriteString(conn, "220 mail ESMTP\r\n\r\n") },
+			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"cut short", func(conn net.Conn) { _, _ = io.WriteString(conn, head+"Content-Length: 5\r\n\r\nok") },
+			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"close at once", func(net.Conn) {},
+			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		{"an error", func(conn net.Conn) {
+			_, _ = io.WriteString(conn, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+		},
+			func(s *CallbackStats) uint64 { return s.FailedStatus }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var posts atomic.Int64
+			closed := make(chan struct{})
+			url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+				_, _ = readPOST(r)
+				if posts.Add(1) == 1 {
+					defer close(closed)
+				}
+				tc.answer(conn)
+			})
+			c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Timeout: 200 * time.Millisecond})
+			send(t, c, url)
+			s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+			if tc.failed(&s) != 1 || s.sends() != 1 || s.Retried != 0 {
+				t.Errorf("stats %+v", s)
+			}
+			// The receiver writes until its connection is closed: it was.
+			select {
+			case <-closed:
+			case <-time.After(patience):
+				t.Error("connection is still open")
+			}
+			if n := posts.Load(); n != 1 {
+				t.Errorf("%d POSTs, want 1: a fresh connection is no reason to try again", n)
+			}
+		})
+	}
+}
+
+func TestCallbackInterimAnswerIsNotTheAnswer(t *testing.T) {
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		_, _ = readPOST(r)
+		_, _ = io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+	})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	send(t, c, url)
+	await(t, c, "the status of the answer", func(s CallbackStats) bool { return s.FailedStatus == 1 })
+}
+
+// A peer that restarts leaves dead connections in the pool; one retry, on a
+// new connection, gets around all of them.
+func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
+	const pooled = 4
+	var mu sync.Mutex
+	var conns []net.Conn
+	var ids []string
+	arrived := make(chan struct{}, 10)
+	gate, open := newGate()
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		mu.Lock()
+		conns = append(conns, conn)
+		mu.Unlock()
+		for {
+			req, err := readPOST(r)
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			ids = append(ids, req.Header.Get("Webhook-Id"))
+			mu.Unlock()
+			arrived <- struct{}{}
+			<-gate
+			_, _ = io.WriteString(conn, okAnswer)
+		}
+	})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Secret: []byte("0123456789abcdef01234567")})
+	t.Cleanup(open)
+	for n := range pooled {
+		send(t, c, fmt.Sprintf("%s/%d", url, n))
+	}
+	for range pooled {
+		<-arrived
+	}
+	open()
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == pooled })
+	mu.Lock()
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+	mu.Unlock()
+	send(t, c, url+"/after")
+	s := await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == pooled+1 })
+	mu.Lock()
+	defer mu.Unlock()
+	if s.Retried != 1 || s.failed() != 0 || len(conns) != pooled+1 || len(ids) != pooled+1 {
+		t.Fatalf("%d connections, %d POSTs, %+v", len(conns), len(ids), s)
+	}
+}
+
+// Bytes after an answer would be taken for the answer to the next POST.
+func TestCallbackConnectionWithSurplusBytesIsNotUsedAgain(t *testing.T) {
+	var conns atomic.Int64
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		conns.Add(1)
+		for {
+			if _, err := readPOST(r); err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, okAnswer+"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+		}
+	})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	for n := range uint64(3) {
+		send(t, c, url)
+		await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == n+1 })
+	}
+	if n := conns.Load(); n != 3 {
+		t.Fatalf("%d connections, want 3", n)
+	}
+}
+
+func TestCallbackConnectionIsKeptForTheNext(t *testing.T) {
+	var conns atomic.Int64
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		conns.Add(1)
+		for {
+			if _, err := readPOST(r); err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, okAnswer)
+		}
+	})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	for n := range uint64(5) {
+		send(t, c, url)
+		await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == n+1 })
+	}
+	if n := conns.Load(); n != 1 {
+		t.Fatalf("%d connections, want 1", n)
+	}
+}
+
+func TestCallbackBreakerOpensAndCloses(t *testing.T) {
+	const failures = 3
+	var healthy atomic.Bool
+	var posts atomic.Int64
+	url, hostport := receiver(t, func(w http.ResponseWriter, _ *http.Request) {
+		posts.Add(1)
+		if !healthy.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	c := startCallbacks(t, CallbackConfig{
+		Allow: []string{hostport}, Concurrency: 1, BreakerFailures: failures, BreakerOpen: 100 * time.Millisecond,
+	})
+	for n := range failures + 5 {
+		send(t, c, fmt.Sprintf("%s/%d", url, n))
+	}
+	s := await(t, c, "an open breaker", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.FailedStatus != failures || s.FailedBreaker != 5 || s.BreakersOpen != 1 || posts.Load() != failures {
+		t.Fatalf("%d POSTs, %+v", posts.Load(), s)
+	}
+	healthy.Store(true)
+	for start := time.Now(); c.Stats().Delivered == 0; time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			t.Fatalf("breaker does not close: %+v", c.Stats())
+		}
+		send(t, c, url+"/again")
+	}
+	if s := await(t, c, "a closed breaker", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 }); s.BreakersOpen != 0 {
+		t.Fatalf("%+v", s)
+	}
+	for n := range 10 {
+		send(t, c, fmt.Sprintf("%s/%d", url, n))
+	}
+	before := s.failed()
+	s = await(t, c, "delivery", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.FailedStatus != failures || s.Delivered < 11 {
+		t.Fatalf("failed %d before, %+v", before, s)
+	}
+}
+
+func TestCallbackDrainDeliversWhatWaits(t *testing.T) {
+	const posts = 10
+	gate, open := newGate()
+	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) { <-gate })
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Concurrency: 1})
+	t.Cleanup(open)
+	late, _ := c.Parse([]byte(url + "/late"))
+	if !c.Reserve(late) {
+		t.Fatal("no place")
+	}
+	for n := range posts {
+		send(t, c, fmt.Sprintf("%s/%d", url, n))
+	}
+	dropped := make(chan int)
+	go func() { dropped <- c.Drain(context.Background()) }()
+	other, _ := c.Parse([]byte(url + "/other"))
+	for start := time.Now(); c.Reserve(other); time.Sleep(time.Millisecond) {
+		c.Release(other)
+		if time.Since(start) > patience {
+			t.Fatal("takes reservations while draining")
+		}
+	}
+	open()
+	await(t, c, "what waited", func(s CallbackStats) bool { return s.Delivered == posts })
+	c.Send(late) // its request was answered before the drain
+	if n := <-dropped; n != 0 {
+		t.Fatalf("dropped %d", n)
+	}
+	if s := c.Stats(); s.Delivered != posts+1 || s.sends() != posts+1 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+func TestCallbackDrainCountsWhatIsDropped(t *testing.T) {
+	arrived := make(chan struct{}, 10)
+	gate, open := newGate()
+	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) { arrived <- struct{}{}; <-gate })
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Concurrency: 2, Timeout: time.Hour})
+	t.Cleanup(open)
+	for n := range 7 {
+		send(t, c, fmt.Sprintf("%s/%d", url, n))
+	}
+	<-arrived
+	<-arrived
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if n := c.Drain(ctx); n != 7 {
+		t.Errorf("dropped %d, want 7", n)
+	}
+	if s := c.Stats(); s.Dropped != 7 || s.sends() != 7 || s.InFlight != 0 {
+		t.Errorf("%+v", s)
+	}
+	open()
+}
+
+func TestCallbackDrainWithoutRunDropsAll(t *testing.T) {
+	c := endpointPolicy(t, nil)
+	send(t, c, "http://hooks.example.com/")
+	ep, _ := c.Parse([]byte("http://hooks.example.com/late"))
+	c.Reserve(ep)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if n := c.Drain(ctx); n != 1 {
+		t.Fatalf("dropped %d, want 1", n)
+	}
+	c.Send(ep)
+	if s := c.Stats(); s.Dropped != 2 || s.Reserved != 0 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+func TestCallbackIsSigned(t *testing.T) {
+	key := []byte("0123456789abcdef01234567")
+	type post struct{ id, timestamp, signature, body string }
+	posts := make(chan post, 2)
+	url, hostport := receiver(t, func(_ http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		posts <- post{r.Header.Get("webhook-id"), r.Header.Get("webhook-timestamp"), r.Header.Get("webhook-signature"), string(body)}
+	})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Secret: key})
+	send(t, c, url+"/1")
+	send(t, c, url+"/2")
+	first, second := <-posts, <-posts
+	for _, p := range []post{first, second} {
+		if p.id == "" || strings.Contains(p.id, ".") || !verifyWebhook(key, p.id, p.timestamp, p.signature, p.body) {
+			t.Errorf("does not verify: %+v", p)
+		}
+	}
+	if first.id == second.id {
+		t.Error("two messages have one id")
+	}
+}
+
+func TestCallbackTLSIsVerified(t *testing.T) {
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	server.Config.ErrorLog = log.New(io.Discard, "", 0) // says that the handshake failed, as it should
+	server.StartTLS()
+	defer server.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(server.Certificate())
+	hostport := server.Listener.Addr().String()
+
+	t.Run("known root", func(t *testing.T) {
+		c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, TLS: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}})
+		for n := range uint64(2) { // the second on the pooled connection
+			send(t, c, server.URL)
+			await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == n+1 })
+		}
+	})
+	t.Run("unknown root", func(t *testing.T) {
+		c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+		send(t, c, server.URL)
+		await(t, c, "refusal", func(s CallbackStats) bool { return s.FailedConnect == 1 })
+	})
+}
+
+func TestCallbackFailuresAreToldApart(t *testing.T) {
+	_, resolver := newNameServer(t, func(name string, _ int64) []netip.Addr {
+		if name == "inside.example.com" {
+			return addrs("10.0.0.1", "127.0.0.1")
+		}
+		return nil
+	})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := ln.Addr().String()
+	_ = ln.Close()
+	c := startCallbacks(t, CallbackConfig{Allow: []string{nobody}, Resolver: resolver})
+	send(t, c, "http://inside.example.com/")
+	send(t, c, "http://nowhere.example.com/")
+	send(t, c, "http://"+nobody+"/")
+	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.FailedRefused != 1 || s.FailedResolve != 1 || s.FailedConnect != 1 || s.sends() != 3 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// lockedBuffer is a log that is read while it is written.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
+	const secret, posts = "0123456789abcdef01234567", 60
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		for {
+			req, err := readPOST(r)
+			if err != nil {
+				return
+			}
+			switch n := req.URL.Path[len(req.URL.Path)-1]; n % 3 {
+			case 0:
+				_, _ = io.WriteString(conn, okAnswer)
+			case 1:
+				_, _ = io.WriteString(conn, "HTTP/1.1 404 tok3n\r\nContent-Length: 0\r\n\r\n")
+			default:
+				_, _ = io.WriteString(conn, "tok3n tok3n\r\n\r\n")
+				return
+			}
+		}
+	})
+	var logged lockedBuffer
+	c, err := NewCallbacks(CallbackConfig{
+		Allow: []string{hostport}, Secret: []byte(secret), BreakerFailures: 1000, Log: zerolog.New(&logged),
+		Live: func() (time.Time, uint64) { return time.Unix(0, 0), 1 },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = c.Run(ctx) }()
+	for n := range posts {
+		send(t, c, fmt.Sprintf("%s/path/%d?key=tok3n", url, n))
+	}
+	await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	cancel()
+	<-done
+
+	out, told, paths := logged.String(), uint64(0), 0
+	for line := range strings.Lines(out) {
+		var rec struct {
+			URL    string
+			Hidden uint64
+		}
+		if err := json.Unmarshal([]byte(line), &rec); err != nil {
+			t.Fatalf("%v: %s", err, line)
+		}
+		told += rec.Hidden
+		if rec.URL != "" {
+			told++
+			if strings.HasPrefix(rec.URL, url+"/path/") {
+				paths++
+			}
+		}
+	}
+	if strings.Contains(out, "tok3n") || strings.Contains(out, secret) || strings.Contains(fmt.Sprintf("%+v", c.cfg), secret) {
+		t.Errorf("log tells a secret:\n%s", out)
+	}
+	if s := c.Stats(); told != posts || s.Delivered+s.failed() != posts || paths == 0 {
+		t.Errorf("log tells of %d results (%d with a path), want %d; %+v", told, paths, posts, s)
+	}
+}
+
+func TestCallbackDestinationsAreForgotten(t *testing.T) {
+	c, err := NewCallbacks(CallbackConfig{Live: func() (time.Time, uint64) { return time.Time{}, 0 }, BreakerFailures: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.guard.connect = func(context.Context, *net.Dialer, string) (net.Conn, error) { return nil, errNoRoute }
+	run(t, c)
+	const destinations = 3 * maxResting
+	for n := range destinations {
+		ep, err := c.Parse(fmt.Appendf(nil, "http://93.%d.%d.%d/", n>>16, n>>8&255, n&255))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for !c.Reserve(ep) {
+			time.Sleep(100 * time.Microsecond)
+		}
+		c.Send(ep)
+	}
+	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.FailedConnect != destinations || s.Destinations > maxResting || s.BreakersOpen > maxResting || s.BreakersOpen == 0 {
+		t.Fatalf("%+v", s)
+	}
+	// Repeats reserve and release; that must not push out what is remembered.
+	for n := range destinations {
+		ep, _ := c.Parse(fmt.Appendf(nil, "http://94.%d.%d.%d/", n>>16, n>>8&255, n&255))
+		c.Reserve(ep)
+		c.Release(ep)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.dests) != s.Destinations || c.cold.n != s.Destinations || len(c.table) != 0 || c.unprovenSlots != 0 {
+		t.Fatalf("%d destinations, %d cold, %d in the table", len(c.dests), c.cold.n, len(c.table))
+	}
+}
+
+func TestCallbackIdleConnectionsAreBoundedAndClosed(t *testing.T) {
+	var open atomic.Int64
+	_, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		open.Add(1)
+		defer open.Add(-1)
+		for {
+			if _, err := readPOST(r); err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, okAnswer)
+		}
+	})
+	_, port, _ := net.SplitHostPort(hostport)
+	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("127.0.0.1") })
+	// Few workers: the name server's socket holds some hundred queries.
+	c := startCallbacks(t, CallbackConfig{Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, Workers: 16})
+	const destinations = maxIdleConns + 100
+	for n := range destinations {
+		send(t, c, fmt.Sprintf("http://h%d.example.com:%s/", n, port))
+	}
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == destinations })
+	await(t, c, "closed connections", func(CallbackStats) bool { return open.Load() <= maxIdleConns })
+	c.mu.Lock()
+	warm := c.warmConn
+	victims := c.trim(time.Now().Add(time.Hour), time.Time{})
+	c.mu.Unlock()
+	closeIdle(victims)
+	if warm != maxIdleConns {
+		t.Errorf("%d idle connections are kept, want %d", warm, maxIdleConns)
+	}
+	await(t, c, "closed connections", func(CallbackStats) bool { return open.Load() == 0 })
+}
+
+// Under the race detector this is also the test of the locking.
+func TestCallbackEverySendIsAccountedFor(t *testing.T) {
+	const senders, each = 8, 400
+	var n atomic.Int64
+	healthy, healthyAddr := receiver(t, func(http.ResponseWriter, *http.Request) {})
+	flaky, flakyAddr := receiver(t, func(w http.ResponseWriter, _ *http.Request) {
+		switch n.Add(1) % 4 {
+		case 0:
+			w.WriteHeader(http.StatusInternalServerError)
+		case 1:
+			panic(http.ErrAbortHandler)
+		}
+	})
+	self, selfAddr := receiver(t, func(http.ResponseWriter, *http.Request) {})
+	c := startCallbacks(t, CallbackConfig{
+		Allow: []string{healthyAddr, flakyAddr}, SelfAddrs: []string{selfAddr}, Rate: 500,
+		Workers: 12, Concurrency: 4, MaxWaiting: 64, BreakerFailures: 3, BreakerOpen: 20 * time.Millisecond,
+	})
+	var sent atomic.Uint64
+	var wg sync.WaitGroup
+	for s := range senders {
+		wg.Go(func() {
+			for i := range each {
+				url := []string{healthy + "/x", flaky + "/x", self + "/test"}[(s+i)%3]
+				ep, err := c.Parse(fmt.Appendf(nil, "%s?%d", url, i%20))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				switch {
+				case !c.Reserve(ep):
+				case i%5 == 0:
+					c.Release(ep)
+				default:
+					c.Send(ep)
+					sent.Add(1)
+				}
+				if i%50 == 0 {
+					time.Sleep(5 * time.Millisecond) // lets breakers turn over
+				}
+			}
+		})
+	}
+	wg.Wait()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	dropped := c.Drain(ctx)
+	s := c.Stats()
+	if dropped != 0 || s.sends() != sent.Load() || s.Waiting+s.InFlight+s.Reserved != 0 {
+		t.Fatalf("sent %d, dropped %d, accounted for %d: %+v", sent.Load(), dropped, s.sends(), s)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.unprovenSlots != 0 || c.unprovenBusy != 0 {
+		t.Fatalf("unproven: %d places, %d workers", c.unprovenSlots, c.unprovenBusy)
+	}
+}
+
+func TestCallbackBadSettingIsNamed(t *testing.T) {
+	live := func() (time.Time, uint64) { return time.Time{}, 0 }
+	for _, tc := range []struct {
+		cfg  CallbackConfig
+		name string
+	}{
+		{CallbackConfig{}, "live"},
+		{CallbackConfig{Live: live, Concurrency: -1}, "callback-concurrency"},
+		{CallbackConfig{Live: live, Rate: -1}, "callback-rate"},
+		{CallbackConfig{Live: live, Timeout: -1}, "callback-timeout"},
+		{CallbackConfig{Live: live, Secret: []byte{}}, "callback-secret"},
+		{CallbackConfig{Live: live, Allow: []string{"x"}}, "callback-allow"},
+		{CallbackConfig{Live: live, SelfAddrs: []string{"x"}}, "listen"},
+		{CallbackConfig{Live: live, AdminAddr: "x"}, "admin"},
+		{CallbackConfig{Live: live, Workers: 8}, "workers"},
+		{CallbackConfig{Live: live, MaxWaiting: -1}, "table"},
+		{CallbackConfig{Live: live, BreakerFailures: -1}, "breaker"},
+		{CallbackConfig{Live: live, BreakerOpen: -1}, "breaker"},
+	} {
+		if _, err := NewCallbacks(tc.cfg); err == nil || !strings.Contains(err.Error(), tc.name) {
+			t.Errorf("error %v, want one that names %q", err, tc.name)
+		}
+	}
+}
+
+// Of equals, each is served once before any is served twice.
+func TestCallbackServesDestinationsInTurn(t *testing.T) {
+	c := endpointPolicy(t, nil, "a.lan:1", "b.lan:1", "c.lan:1")
+	for n := range 3 {
+		send(t, c, fmt.Sprintf("http://a.lan:1/%d", n))
+	}
+	for n := range 3 {
+		send(t, c, fmt.Sprintf("http://b.lan:1/%d", n))
+		send(t, c, fmt.Sprintf("http://c.lan:1/%d", n))
+	}
+	var order []string
+	for range 9 {
+		j, _ := c.take()
+		order = append(order, j.ep.host+j.ep.target)
+	}
+	want := strings.Fields("a.lan/0 b.lan/0 c.lan/0 a.lan/1 b.lan/1 c.lan/1 a.lan/2 b.lan/2 c.lan/2")
+	if !slices.Equal(order, want) {
+		t.Fatalf("order %v, want %v", order, want)
+	}
+}
+
+func BenchmarkCallbackReserveSend(b *testing.B) {
+	for _, endpoints := range []int{1, 1000} {
+		b.Run(fmt.Sprintf("endpoints=%d", endpoints), func(b *testing.B) {
+			c := endpointPolicy(b, nil, "a.lan:1")
+			raw := make([][]byte, endpoints)
+			for i := range raw {
+				raw[i] = fmt.Appendf(nil, "http://a.lan:1/hook?n=%d", i)
+			}
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for i := 0; pb.Next(); i++ {
+					ep, err := c.Parse(raw[i%endpoints])
+					if err != nil {
+						b.Error(err)
+						return
+					}
+					if c.Reserve(ep) {
+						c.Send(ep)
+					}
+				}
+			})
+		})
+	}
+}
