@@ -93,6 +93,10 @@ func (e usageError) Unwrap() error { return e.err }
 func parse(args []string, stdout io.Writer) (cfg *config, command string, err error) {
 	cfg = new(config)
 	helped := false
+	file, err := readSettings(configPath(args))
+	if err != nil {
+		return nil, "", usageError{err}
+	}
 	k, err := kong.New(cfg,
 		kong.Name("verve"),
 		kong.Description("Counts unique ids per minute, exactly: GET /api/verve/accept?id=... is ok the first time in a minute and failed for a repeat.\n\n"+
@@ -101,7 +105,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 		kong.Writers(stdout, io.Discard),
 		kong.Exit(func(int) { helped = true }),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
-		kong.Resolvers(&settingsFile{path: configPath(args)}),
+		kong.Resolvers(file),
 		kong.Vars{
 			"cleanupInterval": dedup.DefaultCleanupInterval.String(),
 			"cleanupBatch":    fmt.Sprint(dedup.DefaultCleanupBatch),
@@ -146,20 +150,25 @@ type settingsFile struct {
 	values map[string]any
 }
 
-// Validate implements kong.Resolver. It reads the file and refuses keys that
-// are no flags.
-func (f *settingsFile) Validate(app *kong.Application) error {
-	if f.path == "" {
-		return nil
+// readSettings reads the file at path; no path is a file without settings.
+func readSettings(path string) (*settingsFile, error) {
+	f := &settingsFile{path: path}
+	if path == "" {
+		return f, nil
 	}
-	b, err := os.ReadFile(f.path)
+	b, err := os.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("--config: %w", err)
+		return nil, fmt.Errorf("--config: %w", err)
 	}
 	if err := yaml.Unmarshal(b, &f.values); err != nil {
 		first, _, _ := strings.Cut(err.Error(), "\n")
-		return fmt.Errorf("--config: %s: %s", f.path, first)
+		return nil, fmt.Errorf("--config: %s: %s", path, first)
 	}
+	return f, nil
+}
+
+// Validate implements kong.Resolver: it refuses keys that are no flags.
+func (f *settingsFile) Validate(app *kong.Application) error {
 	known := map[string]bool{}
 	for _, flag := range app.Flags {
 		known[flag.Name] = true

@@ -32,6 +32,10 @@ const (
 	exitUsage  = 2
 
 	healthTimeout = 3 * time.Second
+
+	// signalEcho is longer than one signal takes to arrive twice and shorter
+	// than a hand takes to press a key twice.
+	signalEcho = 200 * time.Millisecond
 )
 
 // version is set by the linker; else it is what the module system knows.
@@ -80,6 +84,10 @@ func versionText() string {
 
 // serve runs the server until a signal or a failure.
 func serve(cfg *config, log zerolog.Logger) (err error) {
+	// From here on a signal stops in order, also in the middle of the start.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+
 	secret, err := cfg.callbackSecret()
 	if err != nil {
 		return usageError{err}
@@ -174,16 +182,11 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	start("server", func(context.Context) error { return front.Serve() })
 
 	greet(log, public.Addr(), adminLn.Addr(), spool.Instance(), cfg)
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	select {
 	case s := <-signals:
+		admin.NotReady()
 		log.Info().Str("signal", s.String()).Msg("stopping")
-		go func() {
-			s := <-signals
-			log.Warn().Str("signal", s.String()).Msg("second signal: stopping at once")
-			os.Exit(exitFailed)
-		}()
+		go stopAtOnce(signals, time.Now(), log)
 	case err = <-failed:
 		log.Error().Err(err).Msg("stopping after a failure")
 	}
@@ -229,6 +232,19 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 		log.Info().Msg("stopped")
 	}
 	return err
+}
+
+// stopAtOnce ends the process at the second signal. What follows the first
+// within signalEcho is the same one: timeout(1) and terminals send it to the
+// process and to its group.
+func stopAtOnce(signals <-chan os.Signal, first time.Time, log zerolog.Logger) {
+	for s := range signals {
+		if time.Since(first) < signalEcho {
+			continue
+		}
+		log.Warn().Str("signal", s.String()).Msg("second signal: stopping at once")
+		os.Exit(exitFailed)
+	}
 }
 
 // greet says what runs where and how to try it.

@@ -2,6 +2,7 @@ package counter
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 )
@@ -107,7 +108,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	c.cfg.Store.Retire(e)
 
 	c.mu.Lock()
-	c.turned = c.turned[1:]
+	c.turned = slices.Delete(c.turned, 0, 1) // keeps the room: a turn allocates nothing
 	c.closed.unique += count.Unique
 	c.closed.repeats += count.Repeats
 	c.mu.Unlock()
@@ -116,7 +117,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 }
 
 func drain(ctx context.Context, e *Epoch) error {
-	for wait := drainMin; !e.idle(); wait = min(2*wait, drainMax) {
+	for wait := drainMin; !e.Idle(); wait = min(2*wait, drainMax) {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -174,8 +175,9 @@ func (c *Counter) Recent(limit int) []Count {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	n := len(h.counts)
-	out := make([]Count, 0, min(limit, n))
-	for i := range min(limit, n) {
+	limit = max(0, min(limit, n))
+	out := make([]Count, 0, limit)
+	for i := range limit {
 		out = append(out, h.counts[(h.next+n-1-i)%n])
 	}
 	return out

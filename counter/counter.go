@@ -47,7 +47,7 @@ type Config struct {
 	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
 	Store     Store
 	Publish   Publisher
-	NotBefore time.Time                         // no epoch before this one's is opened: the last one published by an earlier process. Optional.
+	NotBefore time.Time                         // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
 	OnClose   func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 }
 
@@ -81,7 +81,7 @@ func New(cfg Config) (*Counter, error) {
 	c := &Counter{cfg: cfg, wake: make(chan struct{}, 1)}
 	number := c.numberAt(time.Now().UnixNano())
 	if !cfg.NotBefore.IsZero() {
-		number = max(number, c.numberAt(cfg.NotBefore.UnixNano()))
+		number = max(number, c.firstFrom(cfg.NotBefore.UnixNano()))
 	}
 	e := c.newEpoch(nil, number)
 	cfg.Store.Open(e)
@@ -199,6 +199,17 @@ func (c *Counter) numberAt(ns int64) int64 {
 	n := ns / w
 	if ns%w < 0 {
 		n-- // before 1970
+	}
+	return n
+}
+
+// firstFrom returns the number of the first epoch that starts at ns or later.
+// It is not the epoch around ns: an earlier process may have had a shorter
+// window, and the longer one around its last start begins before it.
+func (c *Counter) firstFrom(ns int64) int64 {
+	n := c.numberAt(ns)
+	if n*int64(c.cfg.Window) < ns {
+		n++
 	}
 	return n
 }

@@ -13,9 +13,10 @@ const (
 	stripeCount = 32
 
 	// A stripe's word holds the requests in flight above inFlightShift and the
-	// unique ids below it. 2^16 requests in flight a stripe is more than the
-	// connections a process can hold; 2^48 ids are more than it can answer.
-	inFlightShift = 48
+	// unique ids below it. 2^24 requests in flight are more than the connections
+	// a process can hold, even if all came with the same hint; 2^40 ids are more
+	// than it can answer in MaxWindow.
+	inFlightShift = 40
 	inFlightOne   = uint64(1) << inFlightShift
 	uniqueMask    = inFlightOne - 1
 
@@ -66,6 +67,9 @@ type Epoch struct {
 	// State belongs to the Store: set in Open, let go in Retire.
 	State any
 
+	// Every request reads end and State, and every request of the first stripe
+	// writes there: they must not share a cache line.
+	_       [paddingSize]byte
 	stripes [stripeCount]paddedStripe
 }
 
@@ -104,10 +108,12 @@ func (e *Epoch) Repeats() uint64 {
 	return n
 }
 
-// idle reports whether every stripe was seen with nobody in it. Once the epoch
-// is no longer the open one, a stripe seen empty stays without effect: who
-// enters it later finds the epoch turned and leaves Void.
-func (e *Epoch) idle() bool {
+// Idle reports whether every stripe was seen with nobody in it. It means
+// something only once the epoch is no longer the open one: then a stripe seen
+// empty stays so, for who enters it later finds the epoch turned and gets no
+// Entry. For a Store that is the case of every epoch opened before the one
+// before last: Open comes before its epoch can be entered.
+func (e *Epoch) Idle() bool {
 	for i := range e.stripes {
 		if e.stripes[i].word.Load()>>inFlightShift != 0 {
 			return false

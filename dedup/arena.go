@@ -31,9 +31,13 @@ const populateMin = 2 << 20
 func allocate[B any](a *arena, n uint64) ([]B, memory, error) {
 	var b B
 	size := n * uint64(unsafe.Sizeof(b))
+	if err := a.room(size); err != nil {
+		return nil, memory{}, err
+	}
+	// Two that ask for the last room at the same time can both be refused.
 	if used := a.used.Add(size); a.max > 0 && used > a.max {
 		a.used.Add(-size)
-		return nil, memory{}, fmt.Errorf("%w: %d bytes more would exceed %d", ErrFull, size, a.max)
+		return nil, memory{}, errNoRoom
 	}
 	if a.heap {
 		// No pointers inside: the garbage collector does not look into it.
@@ -46,6 +50,17 @@ func allocate[B any](a *arena, n uint64) ([]B, memory, error) {
 		return nil, memory{}, fmt.Errorf("%w: %d bytes: %w", ErrFull, size, err)
 	}
 	return unsafe.Slice((*B)(unsafe.Pointer(&bytes[0])), n), memory{bytes: bytes, mapped: true}, nil
+}
+
+// errNoRoom is made once: with the tables full it answers every request.
+var errNoRoom = fmt.Errorf("%w: more would exceed the memory allowed", ErrFull)
+
+// room reports an error if size more bytes would exceed the limit.
+func (a *arena) room(size uint64) error {
+	if a.max > 0 && a.used.Load()+size > a.max {
+		return errNoRoom
+	}
+	return nil
 }
 
 func (a *arena) free(m memory) {

@@ -19,7 +19,7 @@ func (m *Memory) growAhead() {
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64) {
-	t.checking.Store(false)
+	t.checking.Store(false) // before the look: who takes a slot after it asks again
 	if depth, yes := t.crowded(load); yes {
 		// An error means that memory has run out: the ids that find no room
 		// are refused and counted, each with its own error.
@@ -106,71 +106,95 @@ func unused[B any](tables []*table[B]) (used, free []*table[B]) {
 	return used, free
 }
 
-// sweeper is the place of the next step in the tables.
-type sweeper struct {
-	narrow, wide position
-	serial       uint64 // of the open epoch at the last step
+// sweeper is the place of the next step in the tables. Run alone uses it.
+type sweeper struct{ narrow, wide position }
+
+type position struct {
+	level, bucket int
+	floor         uint64 // of the pass: words of epochs up to it are cleared
+	clean         uint64 // floor of the last pass that was finished
 }
 
-type position struct{ level, bucket int }
+// behind reports whether so many epochs turned since the last step that the
+// next should not wait for its interval.
+func (m *Memory) behind() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.serial-m.swept >= passTurns/4
+}
 
 // reclaim sweeps a batch of slots: it empties those whose epoch lies so far
-// back that its tag would come round. One pass over a table takes less than
-// staleAge epochs, however short they are, so no tag is ever taken for that of
-// a later epoch.
+// back that its tag would come round, and that no request is left in. A request
+// still inside keeps its epoch and all later ones from being swept.
 func (m *Memory) reclaim() {
 	m.mu.Lock()
-	narrow, wide, serial := m.narrow, m.wide, m.serial
+	narrow, wide := m.narrow, m.wide
+	serial, admitted, turns := m.serial, m.admitted, m.serial-m.swept
+	m.swept = serial
+	m.settle()
+	floor := less(serial, staleAge)
+	if len(m.busy) > 0 {
+		floor = min(floor, m.busy[0].Serial()-1)
+	}
 	m.mu.Unlock()
-	turns := serial - m.sweep.serial
-	m.sweep.serial = serial
-	now := tagOf(serial)
-	n := sweepTable(narrow, &m.sweep.narrow, batch(m.cfg.CleanupBatch, turns, narrow), func(b *narrowBucket) int {
-		return sweepWords(b[:], now)
+
+	n := sweepTable(narrow, &m.sweep.narrow, floor, batch(m.cfg.CleanupBatch, turns, narrow), func(b *narrowBucket, floor uint64) int {
+		return sweepWords(b[:], admitted, floor)
 	})
-	n += sweepTable(wide, &m.sweep.wide, batch(m.cfg.CleanupBatch, turns, wide), func(b *wideBucket) int {
-		return sweepWords(b.first[:], now)
+	n += sweepTable(wide, &m.sweep.wide, floor, batch(m.cfg.CleanupBatch, turns, wide), func(b *wideBucket, floor uint64) int {
+		return sweepWords(b.first[:], admitted, floor)
 	})
 	m.reclaimed.Add(uint64(n))
+
+	m.mu.Lock()
+	m.clean = min(m.sweep.narrow.clean, m.sweep.wide.clean)
+	m.mu.Unlock()
 }
 
 // batch returns how many slots of t to sweep: at least so many that a pass
-// takes half of staleAge epochs.
+// takes passTurns.
 func batch[B any](least int, turns uint64, t *table[B]) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return int(min(t.slots, max(uint64(least), t.slots/(staleAge/2)*turns)))
+	return int(min(t.slots, max(uint64(least), (t.slots/passTurns+slotsPerBucket)*turns)))
 }
 
-func sweepTable[B any](t *table[B], p *position, slots int, sweep func(*B) int) (n int) {
+// sweepTable sweeps the next slots of t. A pass that began in a table, or with
+// a level, that was replaced or added since goes on in the new one: that has
+// words of later epochs only.
+func sweepTable[B any](t *table[B], p *position, floor uint64, slots int, sweep func(b *B, floor uint64) int) (n int) {
 	for ; slots > 0; slots -= slotsPerBucket {
-		var l *level[B]
-		if p.level < maxLevels {
-			l = t.levels[p.level].Load()
+		if p.level == 0 && p.bucket == 0 {
+			if floor <= p.clean {
+				return n // nothing to clear
+			}
+			p.floor = floor
 		}
-		if l == nil {
-			*p = position{}
-			l = t.levels[0].Load()
+		l := t.levels[p.level].Load()
+		if l != nil && p.bucket < len(l.buckets) {
+			n += sweep(&l.buckets[p.bucket], p.floor)
+			p.bucket++
 		}
-		if p.bucket >= len(l.buckets) { // the table was replaced by a smaller one
-			*p = position{level: p.level + 1}
-			continue
+		if l == nil || p.bucket >= len(l.buckets) {
+			p.level, p.bucket = p.level+1, 0
 		}
-		n += sweep(&l.buckets[p.bucket])
-		if p.bucket++; p.bucket == len(l.buckets) {
-			*p = position{level: p.level + 1}
+		if p.level == maxLevels || t.levels[p.level].Load() == nil {
+			p.level, p.bucket, p.clean = 0, 0, p.floor
 		}
 	}
 	return n
 }
 
-// sweepWords empties the words of epochs that are stale at the epoch of tag
-// now, and says how many. A word being written is not of a stale epoch.
-func sweepWords(words []atomic.Uint64, now uint64) (n int) {
+// sweepWords empties the words of epochs up to floor and says how many. All
+// words are of epochs less than half a lap before admitted, or of later ones
+// that were opened meanwhile. Nobody can be writing a word of an epoch up to
+// floor.
+func sweepWords(words []atomic.Uint64, admitted, floor uint64) (n int) {
+	now := tagOf(admitted)
 	for i := range words {
 		w := words[i].Load()
 		t := w & tagMask &^ pending
-		if t == 0 || w&pending != 0 || newer(t, now) || age(t, now) < staleAge {
+		if t == 0 || newer(t, now) || admitted-age(t, now) > floor {
 			continue
 		}
 		if words[i].CompareAndSwap(w, 0) {

@@ -12,30 +12,38 @@ import (
 // that fall together. It lives as long as the table whose words it made.
 type secret struct {
 	xor        [2]uint64
-	odd        [4]uint64 // odd: multiplication by them is a bijection
+	odd        [5]uint64 // odd: multiplication by them is a bijection
 	sip0, sip1 uint64
 }
 
 func newSecret() secret {
-	var b [8 * 8]byte
+	var b [9 * 8]byte
 	rand.Read(b[:]) // never fails: crypto/rand ends the process instead
 	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
 	return secret{
 		xor:  [2]uint64{word(0), word(1)},
-		odd:  [4]uint64{word(2) | 1, word(3) | 1, word(4) | 1, word(5) | 1},
-		sip0: word(6),
-		sip1: word(7),
+		odd:  [5]uint64{word(2) | 1, word(3) | 1, word(4) | 1, word(5) | 1, word(6) | 1},
+		sip0: word(7),
+		sip1: word(8),
 	}
 }
 
-// scatter maps 64 bits to 64 bits, one to one: xor with a secret and two
-// multiplications by secret odd numbers, with the high half folded down
-// between them so that every bit of the key reaches the high bits that choose
-// the bucket.
+// scatter maps 64 bits to 64 bits, one to one: xor with a secret and three
+// multiplications by secret odd numbers, with the high half folded down between
+// them.
+//
+// A multiplication moves what differs only upwards, and of ids that differ only
+// in their high bits it makes an arithmetic progression. Two of them are not
+// enough: of ids k<<40 the first fold leaves the lowest bits alike, so that all
+// or none were sampled for the load, and the second progression filled some
+// buckets three times over for one secret in six. With three no family of ids
+// in TestFloodingChangesNeitherMemoryNorLevels can be told from random ones.
 func (s *secret) scatter(key uint64) uint64 {
 	x := (key ^ s.xor[0]) * s.odd[0]
 	x ^= x >> 32
-	return x * s.odd[1]
+	x *= s.odd[1]
+	x ^= x >> 32
+	return x * s.odd[4]
 }
 
 // scatter128 maps 128 bits to 128 bits, one to one: two rounds of a Feistel

@@ -3,6 +3,8 @@ package dedup
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,6 +26,10 @@ const (
 	// tightBelow is how far from MaxIDs adding becomes exact, under a lock: the
 	// sampled load is off by less, and so many requests are not in flight.
 	tightBelow = 1 << 16
+
+	// maxExpect keeps sizes far from overflowing; it is more than any machine's
+	// memory.
+	maxExpect = 1 << 40
 )
 
 // Config of a Memory. The zero value of a field is its default.
@@ -63,7 +69,15 @@ type Memory struct {
 	spare      *view
 	serial     uint64 // of the epoch opened last
 
-	check chan struct{} // capacity 1: a table may have to grow
+	// What keeps words of different epochs less than half a lap apart. No word
+	// of an epoch up to clean is in narrow or wide, and no request is left that
+	// could add one; none later than admitted has been let in.
+	clean    uint64
+	admitted uint64
+	swept    uint64           // serial at the last step of the cleaner
+	busy     []*counter.Epoch // that may have requests in them, oldest first
+
+	check chan struct{} // capacity 1: a table may have to grow, or be swept
 	sweep sweeper       // used by Run alone
 
 	grown, resized, reclaimed, fulls atomic.Uint64
@@ -80,10 +94,14 @@ type view struct {
 	narrowSample, wideSample atomic.Uint64
 
 	// tight is set when MaxIDs is near: from then on adding is serial and exact.
-	tight atomic.Bool
-	mu    sync.Mutex // guards left
-	left  uint64
+	tight   atomic.Bool
+	refused bool       // no id gets in; set in Open together with tight
+	mu      sync.Mutex // guards left
+	left    uint64
 }
+
+// errBehind answers the ids of a refused epoch.
+var errBehind = fmt.Errorf("%w: ids of epochs long past are not reclaimed yet", ErrFull)
 
 type load struct{ narrow, wide uint64 }
 
@@ -95,6 +113,9 @@ func (v *view) load() load {
 func NewMemory(cfg Config) (*Memory, error) {
 	if cfg.CleanupInterval < 0 || cfg.CleanupBatch < 0 {
 		return nil, errors.New("dedup: CleanupInterval and CleanupBatch must not be negative")
+	}
+	if cfg.Expect > maxExpect || cfg.ExpectWide > maxExpect {
+		return nil, fmt.Errorf("dedup: Expect and ExpectWide must not exceed %d", uint64(maxExpect))
 	}
 	if cfg.CleanupInterval == 0 {
 		cfg.CleanupInterval = DefaultCleanupInterval
@@ -121,6 +142,11 @@ func NewMemory(cfg Config) (*Memory, error) {
 
 // Open gives e its view of the tables, those of the right size if the cleaner
 // has made such.
+//
+// If words or requests of an epoch half a lap ago are still there, e gets none
+// of its ids in: they would be taken for ids of a later epoch, or be overwritten
+// by them. It takes a cleaner or a request that stood still for a thousand
+// epochs; with the shortest window that is 51 seconds.
 func (m *Memory) Open(e *counter.Epoch) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -145,8 +171,38 @@ func (m *Memory) Open(e *counter.Epoch) {
 		v.left = m.cfg.MaxIDs
 		v.tight.Store(true)
 	}
+	m.settle()
+	m.busy = append(m.busy, e)
+	if m.serial-m.clean > halfLap {
+		v.refused = true
+		v.tight.Store(true)
+	} else {
+		m.admitted = m.serial
+	}
+	if m.serial-m.swept >= passTurns/4 {
+		m.nudge() // the interval is long for such windows
+	}
 	m.current = v
 	e.State = v
+}
+
+// settle forgets the epochs that nobody can be in any more. The last one may be
+// just about to be entered, and until it is, the one before it is open. m.mu is
+// held.
+func (m *Memory) settle() {
+	n := 0
+	for n+2 < len(m.busy) && m.busy[n].Idle() {
+		n++
+	}
+	m.busy = slices.Delete(m.busy, 0, n)
+}
+
+// nudge wakes the cleaner before its interval is over.
+func (m *Memory) nudge() {
+	select {
+	case m.check <- struct{}{}:
+	default:
+	}
 }
 
 // Retire learns from the load of e and lets go of its tables.
@@ -156,16 +212,27 @@ func (m *Memory) Retire(e *counter.Epoch) {
 	defer m.mu.Unlock()
 	v.narrow.refs--
 	v.wide.refs--
-	m.loads[m.retired%forecastEpochs] = v.load()
-	m.retired++
+	if !v.refused { // else its load says nothing
+		m.loads[m.retired%forecastEpochs] = v.load()
+		m.retired++
+	}
 	if m.spare == nil {
 		m.spare = new(view)
 	}
+	e.State = nil // an Add against the rules fails here, not in freed memory
 }
 
 // Add implements Set.
 func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
 	v := e.State.(*view)
+	verdict, err := m.add(e, v, id)
+	if err != nil {
+		m.fulls.Add(1)
+	}
+	return verdict, err
+}
+
+func (m *Memory) add(e *counter.Epoch, v *view, id []byte) (Verdict, error) {
 	if n, ok := decimal(id); ok {
 		x := m.secret.scatter(n)
 		if v.tight.Load() {
@@ -225,7 +292,6 @@ func (m *Memory) addNarrow(v *view, x uint64, look bool) (place, error) {
 		}
 		x = next
 	}
-	m.fulls.Add(1)
 	return full, ErrFull
 }
 
@@ -251,27 +317,22 @@ func (m *Memory) addWide(v *view, hi, lo uint64, look bool) (place, error) {
 		}
 		hi = next
 	}
-	m.fulls.Add(1)
 	return full, ErrFull
 }
 
-// grow adds a level because an id found the last one full.
+// grow adds a level because an id found the last one full, or soon would.
 func grow[B any](m *Memory, t *table[B], have int, load uint64) error {
-	if err := t.grow(have, load, m.arena); err != nil {
-		m.fulls.Add(1)
-		return err
+	grown, err := t.grow(have, load, m.arena)
+	if grown {
+		m.grown.Add(1)
 	}
-	m.grown.Add(1)
-	return nil
+	return err
 }
 
 // crowding asks the cleaner to make the next level ready if i is the last.
 func crowding[B any](m *Memory, t *table[B], i int) {
 	if i+1 < maxLevels && t.levels[i+1].Load() == nil && t.checking.CompareAndSwap(false, true) {
-		select {
-		case m.check <- struct{}{}:
-		default:
-		}
+		m.nudge()
 	}
 }
 
@@ -299,6 +360,9 @@ func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64) {
 
 // addTight adds under the lock that guards what is left of MaxIDs.
 func (m *Memory) addTight(e *counter.Epoch, v *view, add func(look bool) (place, error)) (Verdict, error) {
+	if v.refused {
+		return Repeat, errBehind
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	p, err := add(v.left == 0)
@@ -306,7 +370,6 @@ func (m *Memory) addTight(e *counter.Epoch, v *view, add func(look bool) (place,
 	case err != nil:
 		return Repeat, err
 	case p == absent:
-		m.fulls.Add(1)
 		return Repeat, ErrFull
 	case p == taken:
 		v.left--
@@ -335,23 +398,26 @@ func (m *Memory) Stats() Stats {
 	return s
 }
 
-// Close gives all memory back.
+// Close gives the memory back, but for the tables of epochs that are not
+// retired: a request may still be in one, and the process, if it ends, takes
+// that memory with it. No Open and no Run may follow.
 func (m *Memory) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, t := range append(m.oldNarrow, m.narrow, m.nextNarrow) {
-		if t != nil {
-			t.free(m.arena)
-		}
-	}
-	for _, t := range append(m.oldWide, m.wide, m.nextWide) {
-		if t != nil {
-			t.free(m.arena)
-		}
-	}
+	closeTables(m.arena, append(m.oldNarrow, m.narrow, m.nextNarrow))
+	closeTables(m.arena, append(m.oldWide, m.wide, m.nextWide))
 	m.oldNarrow, m.oldWide = nil, nil
-	m.narrow, m.wide, m.nextNarrow, m.nextWide = nil, nil, nil, nil
+	m.narrow, m.wide = new(table[narrowBucket]), new(table[wideBucket])
+	m.nextNarrow, m.nextWide = nil, nil
 	return nil
+}
+
+func closeTables[B any](a *arena, tables []*table[B]) {
+	for _, t := range tables {
+		if t != nil && t.refs == 0 {
+			t.free(a)
+		}
+	}
 }
 
 // Run is the cleaner: it makes levels ready before they are needed, replaces
@@ -365,6 +431,9 @@ func (m *Memory) Run(ctx context.Context) error {
 			return nil
 		case <-m.check:
 			m.growAhead()
+			if m.behind() {
+				m.reclaim()
+			}
 		case <-tick.C:
 			m.growAhead()
 			m.resize()

@@ -46,13 +46,14 @@ type Set interface {
 	Add(e *counter.Epoch, id []byte) (Verdict, error)
 
 	// Run does the work in the background until ctx ends: growing, resizing and
-	// reclaiming. A Set is complete without it, but slower and larger.
+	// reclaiming. Without it a Set is slower and larger, and may after many
+	// epochs answer ErrFull, but never wrongly.
 	Run(ctx context.Context) error
 
 	// Stats returns a snapshot for the metrics.
 	Stats() Stats
 
-	// Close lets go of memory and connections. No Add may follow.
+	// Close lets go of memory and connections. No Open, Add or Run may follow.
 	Close() error
 }
 

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 )
 
 // The table is an epoch-tagged hash table without locks.
@@ -38,10 +39,14 @@ const (
 	pending = 1 << (tagBits - 1)
 	lap     = pending - 1
 
-	// A tag up to half a lap ahead is newer, the rest are older. The cleaner
-	// clears words before they are staleAge old, far from that half.
-	halfLap  = lap / 2
-	staleAge = lap / 4
+	// A tag up to half a lap ahead is newer, the rest are older. So the words of
+	// a table, and the requests that can still add some, must be less than half
+	// a lap apart; an epoch further than that is refused (Memory.Open). To stay
+	// far from it the cleaner clears words of staleAge and more, in passes of
+	// passTurns turns: a word gets no older than staleAge + 2*passTurns.
+	halfLap   = lap / 2
+	staleAge  = lap / 8
+	passTurns = lap / 8
 
 	// maxLevels bounds the chain that an id may walk. Ordinary growth adds
 	// three quarters each time: eight levels hold 40 times what was expected.
@@ -64,6 +69,9 @@ const (
 
 // tagOf returns the tag of the n-th epoch opened, n from 1.
 func tagOf(serial uint64) uint64 { return (serial-1)%lap + 1 }
+
+// less is a-b, or 0 where there is nothing left.
+func less(a, b uint64) uint64 { return a - min(a, b) }
 
 // age returns how many epochs the tag t lies behind now, 0 to lap-1.
 func age(t, now uint64) uint64 {
@@ -230,17 +238,18 @@ func (t *table[B]) extend(n uint64, from *arena) error {
 // grows by three quarters: after any growth it is then at least 45 % used, and
 // ten times the expected ids fit in six levels. Else a few buckets are crowded
 // by chance or by malice, and a level of the smallest size serves.
-func (t *table[B]) grow(have int, load uint64, from *arena) error {
+func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.depth > have {
-		return nil
+		return false, nil
 	}
 	n := uint64(minBuckets)
 	if load > t.slots/2 {
 		n = max(n, t.slots*3/4/slotsPerBucket)
 	}
-	return t.extend(n, from)
+	err = t.extend(n, from)
+	return err == nil, err
 }
 
 // crowded reports whether a new level should be made ready. At 78 % of all
@@ -253,9 +262,18 @@ func (t *table[B]) crowded(load uint64) (depth int, yes bool) {
 
 func newTable[B any](expect uint64, from *arena) (*table[B], error) {
 	t := &table[B]{expect: expect}
-	err := t.extend(buckets(expect, firstShare), from)
-	if err == nil && buckets(expect, secondShare) > minBuckets {
-		err = t.extend(buckets(expect, secondShare), from)
+	first, second := buckets(expect, firstShare), buckets(expect, secondShare)
+	if second <= minBuckets {
+		second = 0
+	}
+	// Asked before the large level is made resident for nothing: the cleaner
+	// tries again at every interval.
+	err := from.room((first + second) * uint64(unsafe.Sizeof(*new(B))))
+	if err == nil {
+		err = t.extend(first, from)
+	}
+	if err == nil && second > 0 {
+		err = t.extend(second, from)
 	}
 	if err != nil {
 		t.free(from)

@@ -109,7 +109,7 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 			t.Errorf("no line %s", want)
 		}
 	}
-	line := regexp.MustCompile(`^(# .*|[a-z_]+(\{[A-Za-z]+="[^"]*"(,[A-Za-z]+="[^"]*")*\})? -?[0-9.e+-]+)$`)
+	line := regexp.MustCompile(`^(# .*|[a-z_]+(\{[a-zA-Z]+="[^"]*"(, ?[a-zA-Z]+="[^"]*")*\})? -?[0-9.e+-]+)$`)
 	seen := map[string]bool{}
 	for l := range strings.Lines(page) {
 		l = strings.TrimSuffix(l, "\n")

@@ -1,0 +1,25 @@
+-- Every request brings an id that no request of any thread or run brought
+-- before: a decimal of the run, the thread and a counter.
+--
+--   wrk -t2 -c64 -d10s -s bench/wrk/unique.lua http://127.0.0.1:8080 -- [RUN]
+--
+-- RUN is a number of up to seven digits; the time serves if there is none.
+
+local threads = 0
+
+function setup(thread)
+  threads = threads + 1
+  thread:set("number", threads)
+end
+
+function init(args)
+  local run = args[1] or 1000000 + os.time() % 1000000
+  head = string.format("GET /api/verve/accept?id=%d%02d", run, number)
+  tail = " HTTP/1.1\r\nHost: verve\r\n\r\n"
+  n = 1000000000
+end
+
+function request()
+  n = n + 1
+  return head .. n .. tail
+end

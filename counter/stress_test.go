@@ -1,0 +1,133 @@
+package counter
+
+import (
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestCountsOfEpochsAreTheAnswersGivenInThem has writers enter and leave while
+// the epochs turn under them, some of them staying until well after the turn,
+// and the counter sealed in the middle. Each published count is what the writers
+// counted in that epoch: nothing lost, nothing in a wrong epoch.
+func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		speed int64 // of the clock that requests see
+		turns int
+	}{
+		// At real speed the ticker and the requests race for each turn. A clock
+		// that runs faster is one that the ticker is always too late for.
+		{"ticker and requests turn", 1, 20},
+		{"requests turn every 2.5 ms", 20, 600},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			const writers = 4
+			l := &ledger{t: t}
+			c, err := New(Config{Window: MinWindow, Store: l, Publish: l})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- c.Run(t.Context()) }()
+
+			type sums struct{ unique, repeats uint64 }
+			answers := make([]map[int64]sums, writers)
+			var late, total atomic.Int64
+			began := time.Now()
+			clock := func() int64 { return began.UnixNano() + tt.speed*int64(time.Since(began)) }
+			var group sync.WaitGroup
+			for w := range writers {
+				answers[w] = map[int64]sums{}
+				group.Go(func() {
+					rnd := rand.New(rand.NewPCG(uint64(w), 3))
+					for {
+						in, ok := c.Enter(clock(), rnd.Uint64N(2*writers))
+						if !ok {
+							return
+						}
+						switch rnd.IntN(2000) {
+						case 0, 1:
+							runtime.Gosched()
+						case 2: // stay until the next epoch is open, or all is over
+							for c.open.Load() == in.Epoch {
+								runtime.Gosched()
+							}
+							late.Add(1)
+						}
+						o := Outcome(rnd.IntN(3))
+						s := answers[w][in.Number()]
+						switch o {
+						case Unique:
+							s.unique++
+						case Repeat:
+							s.repeats++
+						}
+						answers[w][in.Number()] = s
+						total.Add(1)
+						in.Leave(o)
+					}
+				})
+			}
+			// A reader of the sums: they never fall.
+			watching := make(chan struct{})
+			group.Go(func() {
+				var last Stats
+				for {
+					select {
+					case <-watching:
+						return
+					default:
+					}
+					s := c.Stats()
+					if s.Unique < last.Unique || s.Repeats < last.Repeats {
+						t.Errorf("Stats fell from %+v to %+v", last, s)
+					}
+					last = s
+					c.Live()
+					c.Recent(2)
+					time.Sleep(50 * time.Microsecond)
+				}
+			})
+
+			for c.Last().Serial() <= uint64(tt.turns) {
+				time.Sleep(time.Millisecond)
+			}
+			c.Seal()
+			if err := <-ended; err != nil {
+				t.Fatal(err)
+			}
+			close(watching)
+			group.Wait()
+
+			want := map[int64]sums{}
+			for _, m := range answers {
+				for n, s := range m {
+					sum := want[n]
+					want[n] = sums{sum.unique + s.unique, sum.repeats + s.repeats}
+				}
+			}
+			var all sums
+			for _, p := range l.counts() {
+				n := p.Start.UnixNano() / int64(MinWindow)
+				got := sums{p.Unique, p.Repeats}
+				if got != want[n] {
+					t.Errorf("epoch %d: published %+v, answered %+v", n, got, want[n])
+				}
+				delete(want, n)
+				all.unique += got.unique
+				all.repeats += got.repeats
+			}
+			if len(want) > 0 {
+				t.Errorf("%d epochs with answers were not published", len(want))
+			}
+			if s := c.Stats(); s.Unique != all.unique || s.Repeats != all.repeats || s.Unclosed != 0 {
+				t.Errorf("Stats %+v, want %+v and nothing unclosed", s, all)
+			}
+			t.Logf("%d requests in %d epochs, %d left after the turn", total.Load(), len(l.opened), late.Load())
+		})
+	}
+}

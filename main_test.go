@@ -1,0 +1,362 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestMain lets the test binary be verve itself: what is tested is the program,
+// with its signals and exit codes.
+func TestMain(m *testing.M) {
+	if os.Getenv("VERVE_TEST_BE_VERVE") == "1" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// verve returns the command, not yet started, in a directory of its own.
+func verve(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), exe, args...)
+	cmd.Dir = t.TempDir()
+	cmd.Env = append(os.Environ(), "VERVE_TEST_BE_VERVE=1")
+	return cmd
+}
+
+// instance is a verve that serves.
+type instance struct {
+	*exec.Cmd
+	t             *testing.T
+	public, admin string
+	log           *bufio.Scanner
+	lines         []string // of the log, as far as read
+}
+
+func start(t *testing.T, args ...string) *instance {
+	t.Helper()
+	cmd := verve(t, append([]string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json"}, args...)...)
+	return startCmd(t, cmd)
+}
+
+func startCmd(t *testing.T, cmd *exec.Cmd) *instance {
+	t.Helper()
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	v := &instance{Cmd: cmd, t: t, log: bufio.NewScanner(stderr)}
+	var listening struct{ Listen, Admin string }
+	v.until(`"message":"listening"`)
+	if err := json.Unmarshal([]byte(v.lines[len(v.lines)-1]), &listening); err != nil {
+		t.Fatal(err)
+	}
+	v.public, v.admin = "http://"+listening.Listen, "http://"+listening.Admin
+	return v
+}
+
+// until reads the log up to a line that holds part.
+func (v *instance) until(part string) string {
+	v.t.Helper()
+	for v.log.Scan() {
+		v.lines = append(v.lines, v.log.Text())
+		if strings.Contains(v.log.Text(), part) {
+			return v.log.Text()
+		}
+	}
+	v.t.Fatalf("the log ended without %s:\n%s", part, strings.Join(v.lines, "\n"))
+	return ""
+}
+
+// stop sends SIGTERM and returns the exit code.
+func (v *instance) stop() int {
+	v.t.Helper()
+	if err := v.Process.Signal(syscall.SIGTERM); err != nil {
+		v.t.Fatal(err)
+	}
+	for v.log.Scan() { // to its end: a full pipe would hold the process
+		v.lines = append(v.lines, v.log.Text())
+	}
+	var exit *exec.ExitError
+	if err := v.Wait(); err != nil && !errors.As(err, &exit) {
+		v.t.Fatal(err)
+	}
+	return v.ProcessState.ExitCode()
+}
+
+// signalUntilEnd repeats SIGTERM until the log ends, as a first repeat can come
+// too soon to be taken for a second signal.
+func (v *instance) signalUntilEnd() int {
+	v.t.Helper()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for v.log.Scan() {
+		}
+	}()
+	for {
+		_ = v.Process.Signal(syscall.SIGTERM) // may have ended
+		select {
+		case <-ended:
+			_ = v.Wait() // the exit code says it
+			return v.ProcessState.ExitCode()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (v *instance) get(url string) (int, string) {
+	v.t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+type recordLine struct {
+	Start    time.Time `json:"window_start"`
+	Unique   int       `json:"unique"`
+	Instance string    `json:"instance"`
+	Seq      int       `json:"seq"`
+	Complete bool      `json:"complete"`
+}
+
+func records(t *testing.T, file string) (out []recordLine) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for l := range bytes.Lines(b) {
+		var r recordLine
+		if err := json.Unmarshal(l, &r); err != nil {
+			t.Fatalf("%s: %v", l, err)
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// TestFirstMinute is the README's: the first lines say how to try it, and what
+// they say works.
+func TestFirstMinute(t *testing.T) {
+	v := start(t, "--window=1h")
+	var urls []string
+	for range 2 {
+		line := v.until(`"message":"try: curl`)
+		m := regexp.MustCompile(`curl '([^']+)'`).FindStringSubmatch(line)
+		if m == nil {
+			t.Fatalf("no curl command in %s", line)
+		}
+		urls = append(urls, m[1])
+	}
+	for _, url := range urls {
+		if status, body := v.get(url); status != 200 || body != "ok" {
+			t.Errorf("%s: first got %d %q", url, status, body)
+		}
+		if status, body := v.get(url); status != 409 || body != "failed" {
+			t.Errorf("%s: again got %d %q", url, status, body)
+		}
+	}
+	health := verve(t, "healthcheck", "--admin-listen="+strings.TrimPrefix(v.admin, "http://"))
+	if out, err := health.CombinedOutput(); err != nil {
+		t.Errorf("healthcheck: %v %s", err, out)
+	}
+	if code := v.stop(); code != 0 {
+		t.Errorf("exit code %d after SIGTERM\n%s", code, strings.Join(v.lines, "\n"))
+	}
+	got := records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
+	if len(got) != 1 || got[0].Unique != 2 || got[0].Complete || got[0].Seq != 1 {
+		t.Errorf("records: %+v, want one with 2 ids, not complete", got)
+	}
+	health = verve(t, "healthcheck", "--admin-listen="+strings.TrimPrefix(v.admin, "http://"))
+	if err := health.Run(); err == nil || health.ProcessState.ExitCode() != 1 {
+		t.Errorf("healthcheck of a stopped server: %v", err)
+	}
+}
+
+// TestRestartKeepsNameAndSequence: the data directory, not the host, is the
+// instance; its records are numbered without a gap.
+func TestRestartKeepsNameAndSequence(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 3 {
+		args := []string{"--window=1h", "--data-dir=" + dir}
+		if i == 0 {
+			args = append(args, "--instance=first-name")
+		}
+		v := start(t, args...)
+		v.get(v.public + "/api/verve/accept?id=" + fmt.Sprint(i))
+		if code := v.stop(); code != 0 {
+			t.Fatalf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+		}
+	}
+	got := records(t, filepath.Join(dir, "counts.jsonl"))
+	if len(got) != 3 {
+		t.Fatalf("got %d records, want 3", len(got))
+	}
+	for i, r := range got {
+		if r.Seq != i+1 || r.Instance != "first-name" || r.Unique != 1 {
+			t.Errorf("record %d: %+v", i, r)
+		}
+	}
+	totals := verve(t, "totals", "--data-dir="+dir)
+	out, err := totals.Output()
+	if err != nil || bytes.Count(out, []byte("\n")) > 2 || !bytes.Contains(out, []byte(`"records":`)) {
+		t.Errorf("totals: %v\n%s", err, out)
+	}
+}
+
+func TestSecondProcessDoesNotTouchTheDataDirectory(t *testing.T) {
+	v := start(t, "--window=1h")
+	second := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--data-dir="+filepath.Join(v.Dir, "verve-data"))
+	out, err := second.CombinedOutput()
+	if err == nil || second.ProcessState.ExitCode() != 1 || bytes.Count(out, []byte("\n")) != 1 {
+		t.Errorf("got %v, exit %d:\n%s", err, second.ProcessState.ExitCode(), out)
+	}
+	if code := v.stop(); code != 0 {
+		t.Errorf("the first: exit code %d", code)
+	}
+}
+
+// TestBadSettingsStopTheStart: one line that names the setting, exit code 2,
+// wherever it came from.
+func TestBadSettingsStopTheStart(t *testing.T) {
+	file := func(text string) string {
+		path := filepath.Join(t.TempDir(), "settings.yaml")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	for _, c := range []struct {
+		name string
+		args []string
+		env  string
+		want string
+	}{
+		{"unknown flag", []string{"--windw=1m"}, "", "--windw"},
+		{"not a duration", []string{"--window=fast"}, "", "--window"},
+		{"window too short", []string{"--window=49ms"}, "", "--window"},
+		{"window too long", []string{"--window=61m"}, "", "--window"},
+		{"bad format", []string{"--id-format=hex"}, "", "--id-format"},
+		{"bad status", []string{"--duplicate-status=99"}, "", "--duplicate-status"},
+		{"status without a body", []string{"--duplicate-status=204"}, "", "--duplicate-status"},
+		{"bad address", []string{"--listen=nowhere"}, "", "--listen"},
+		{"bad callback", []string{"--callback-allow=nowhere"}, "", "callback-allow"},
+		{"bad broker", []string{"--kafka-brokers=nowhere"}, "", "kafka"},
+		{"bad topic", []string{"--kafka-brokers=127.0.0.1:9", "--kafka-topic=a b"}, "", "topic"},
+		{"bad sasl", []string{"--kafka-brokers=127.0.0.1:9", "--kafka-sasl=MD5", "--kafka-user=u", "--kafka-password-file=/dev/null"}, "", "MD5"},
+		{"nowhere to publish", []string{"--data-dir=none"}, "", "--counts-file"},
+		{"environment", nil, "VERVE_WINDOW=fast", "--window"},
+		{"secret file", []string{"--callback-secret-file=/nonexistent"}, "", "--callback-secret-file"},
+		{"no file", []string{"--config=/nonexistent"}, "", "--config"},
+		{"unknown key", []string{"--config", file("windw: 1m")}, "", `"windw"`},
+		{"bad value in file", []string{"--config", file("window: fast")}, "", "--window"},
+		{"not YAML", []string{"--config", file("a: b: c")}, "", "--config"},
+		{"unknown command", []string{"sevre"}, "", "sevre"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := verve(t, append([]string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0"}, c.args...)...)
+			if c.env != "" {
+				cmd.Env = append(cmd.Env, c.env)
+			}
+			kill := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() }) // it served instead
+			defer kill.Stop()
+			out, err := cmd.CombinedOutput()
+			if err == nil || cmd.ProcessState.ExitCode() != exitUsage {
+				t.Errorf("got %v, want exit %d", err, exitUsage)
+			}
+			if bytes.Count(out, []byte("\n")) != 1 || !bytes.Contains(out, []byte(c.want)) {
+				t.Errorf("want one line with %s, got:\n%s", c.want, out)
+			}
+		})
+	}
+}
+
+// TestFlagOverEnvironmentOverFile holds the order of the settings' sources.
+func TestFlagOverEnvironmentOverFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "settings.json")
+	if err := os.WriteFile(path, []byte(`{"window": "3s", "group": "file", "instance": "file", "max-ids": 5, "callback-allow": ["a.example.com:1", "b.example.com:2"]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("VERVE_CONFIG", path)
+	t.Setenv("VERVE_GROUP", "env")
+	t.Setenv("VERVE_INSTANCE", "env")
+	c, command, err := parse([]string{"--instance=flag"}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprint(command, " ", c.Window, c.Group, c.Instance, c.MaxIDs, c.CallbackAllow, c.KafkaTopic)
+	if want := "serve 3senvflag5 [a.example.com:1 b.example.com:2]verve.unique-ids"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// TestHelpNamesEverySetting with its environment variable.
+func TestHelpNamesEverySetting(t *testing.T) {
+	out, err := verve(t, "--help").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"--window", "VERVE_WINDOW", "--kafka-brokers", "VERVE_CALLBACK_ALLOW", "totals", "healthcheck", "version"} {
+		if !bytes.Contains(out, []byte(want)) {
+			t.Errorf("no %s in\n%s", want, out)
+		}
+	}
+	out, err = verve(t, "version").Output()
+	if err != nil || !strings.HasPrefix(string(out), "verve ") {
+		t.Errorf("version: %v %s", err, out)
+	}
+}
+
+// TestSecondSignalStopsAtOnce: a stop that waits for a broker can be cut short.
+func TestSecondSignalStopsAtOnce(t *testing.T) {
+	v := start(t, "--window=1h", "--kafka-brokers=127.0.0.1:9", "--shutdown-timeout=1h")
+	v.get(v.public + "/api/verve/accept?id=1")
+	if err := v.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	v.until(`"message":"stopping"`)
+	if status, body := v.get(v.admin + "/readyz"); status != 503 || !strings.Contains(body, "shutting down") {
+		t.Errorf("while stopping, readyz is %d %s", status, body)
+	}
+	if code := v.signalUntilEnd(); code != exitFailed {
+		t.Errorf("exit code %d, want %d", code, exitFailed)
+	}
+	// The record is in the spool: the next start delivers it.
+	next := start(t, "--window=1h", "--data-dir="+filepath.Join(v.Dir, "verve-data"), "--counts-file="+filepath.Join(v.Dir, "late.jsonl"))
+	if code := next.stop(); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	got := records(t, filepath.Join(v.Dir, "late.jsonl"))
+	if len(got) != 2 || got[0].Unique != 1 || got[1].Unique != 0 {
+		t.Errorf("records: %+v", got)
+	}
+}
