@@ -1,0 +1,342 @@
+package server
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/valyala/fasthttp"
+)
+
+// resultKind is how a POST ended.
+type resultKind uint8
+
+const (
+	resultDelivered resultKind = iota
+	resultStatus
+	resultRedirect
+	resultTimeout
+	resultResolve
+	resultConnect
+	resultRefused
+	resultAnswer
+	resultCut
+)
+
+var resultNames = [...]string{"delivered", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "cut"}
+
+func (k resultKind) counter(s *CallbackStats) *uint64 {
+	return [...]*uint64{
+		&s.Delivered, &s.FailedStatus, &s.FailedRedirect, &s.FailedTimeout, &s.FailedResolve,
+		&s.FailedConnect, &s.FailedRefused, &s.FailedAnswer, &s.Dropped,
+	}[k]
+}
+
+type result struct {
+	kind   resultKind
+	status int // of the answer, if there was one
+	err    error
+	took   time.Duration
+}
+
+var (
+	errCut       = errors.New("cut off by the stop")
+	errUnhealthy = errors.New("unhealthy destination")
+)
+
+// breakerErr is what the breaker is told. A destination that answers is up,
+// unless it answers that it is not.
+func (r result) breakerErr() error {
+	switch {
+	case r.kind == resultCut:
+		return errCut
+	case r.kind == resultDelivered, r.kind == resultRedirect,
+		r.kind == resultStatus && r.status < 500 && r.status != fasthttp.StatusTooManyRequests:
+		return nil
+	}
+	return errUnhealthy
+}
+
+// worker holds what one worker uses again for each POST.
+type worker struct {
+	req    fasthttp.Request
+	resp   fasthttp.Response
+	body   []byte
+	signer *signer
+}
+
+// post does one exchange.
+func (c *Callbacks) post(w *worker, j job) result {
+	start := time.Now()
+	windowStart, unique := c.cfg.Live()
+	w.body = c.appendBody(w.body[:0], windowStart, unique)
+
+	req := &w.req
+	req.Reset()
+	setRequest(req, j.dest, j.ep)
+	req.SetBodyRaw(w.body)
+	if w.signer != nil {
+		w.signer.sign(start, w.body, req.Header.Set)
+	}
+
+	// Do, not Post: no redirect is followed.
+	err := j.client.DoTimeout(req, &w.resp, c.cfg.Timeout)
+	defer w.resp.Reset() // the body of the answer is not kept until the next one
+	r := result{err: err, took: time.Since(start)}
+	// The error first: a failed call leaves a status of 200 behind.
+	if err != nil {
+		r.kind = classify(err)
+		if c.exchanges.Err() != nil {
+			r.kind = resultCut
+		}
+		return r
+	}
+	r.status = w.resp.StatusCode()
+	switch r.status / 100 {
+	case 2:
+		r.kind = resultDelivered
+	case 3:
+		r.kind = resultRedirect
+	default: // 101 too: nobody asked for another protocol
+		r.kind = resultStatus
+	}
+	return r
+}
+
+// setRequest fills an empty request, the body and its signature aside, from
+// the parts that were checked.
+func setRequest(req *fasthttp.Request, d *destination, ep Endpoint) {
+	req.Header.SetMethod(fasthttp.MethodPost)
+	req.Header.SetContentType("application/json")
+	req.Header.Set(callbackHeader, "1")
+	uri := req.URI()
+	uri.SetScheme("http")
+	if d.tls {
+		uri.SetScheme("https")
+	}
+	uri.SetHost(d.hostHeader)
+	// The target goes out as it came in, query and all: nothing is decoded and
+	// encoded again (the client has DisablePathNormalizing).
+	uri.SetPath(ep.target)
+}
+
+func classify(err error) resultKind {
+	var (
+		dnsErr  *net.DNSError
+		dialErr dialError
+		timeout interface{ Timeout() bool }
+	)
+	switch {
+	case errors.Is(err, errRefused):
+		return resultRefused
+	case errors.As(err, &dnsErr):
+		return resultResolve
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return resultTimeout
+	case errors.As(err, &dialErr):
+		return resultConnect
+	}
+	return resultAnswer
+}
+
+// bodyTail returns the end of the body. The strings are escaped once, here.
+func bodyTail(group, instance string) ([]byte, error) {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	err := enc.Encode(struct {
+		Group    string `json:"group"`
+		Instance string `json:"instance"`
+	}{group, instance})
+	// The opening brace becomes the comma after what goes before.
+	tail := bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+	tail[0] = ','
+	return tail, err
+}
+
+// appendBody appends the body of a POST. RFC3339Nano drops trailing zeros.
+func (c *Callbacks) appendBody(dst []byte, windowStart time.Time, unique uint64) []byte {
+	dst = append(dst, `{"window_start":"`...)
+	dst = windowStart.UTC().AppendFormat(dst, time.RFC3339Nano)
+	dst = append(dst, `","unique":`...)
+	dst = strconv.AppendUint(dst, unique, 10)
+	return append(dst, c.bodyTail...)
+}
+
+// dialError marks an error of the dial, so that it is told apart from one of
+// the exchange.
+type dialError struct{ err error }
+
+func (e dialError) Error() string { return e.err.Error() }
+func (e dialError) Unwrap() error { return e.err }
+
+// newClient returns the client of d. One per destination, not one
+// fasthttp.Client for all: that one keeps a map and a goroutine of its own.
+func (c *Callbacks) newClient(d *destination) *fasthttp.HostClient {
+	client := &fasthttp.HostClient{
+		Addr:  net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
+		IsTLS: d.tls,
+		// Not by Addr but by d, and TLS is done in there, too: within the time
+		// of the exchange. A connection of type *tls.Conn is taken as it is.
+		DialTimeout: func(_ string, timeout time.Duration) (net.Conn, error) {
+			ctx, cancel := context.WithTimeout(c.exchanges, timeout)
+			defer cancel()
+			conn, err := c.guard.dial(ctx, d)
+			if err != nil {
+				return nil, dialError{err}
+			}
+			return conn, nil
+		},
+		Transport:                 (*transport)(c),
+		Name:                      "verve",
+		MaxConns:                  c.cfg.Concurrency,
+		MaxIdemponentCallAttempts: 2,
+		MaxResponseBodySize:       maxAnswer,
+		DisablePathNormalizing:    true,
+		SecureErrorLogMessage:     true,
+	}
+	client.RetryIfErr = func(*fasthttp.Request, int, error) (resetTimeout, retry bool) {
+		// The transport asks for a retry on a dead pooled connection only. The
+		// others of the pool are as old: the peer restarted, most likely.
+		client.CloseIdleConnections()
+		c.retried.Add(1)
+		return false, true
+	}
+	return client
+}
+
+// transport does an exchange over a connection of the client's pool. It
+// replaces fasthttp's for three reasons: it knows whether the connection came
+// from the pool, which decides about a retry; it ends exchanges when the
+// server stops; and it keeps the client from starting a goroutine per
+// destination that cleans the pool, which trim does for all.
+type transport Callbacks
+
+func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
+	deadline := time.Now().Add(req.GetTimeOut())
+	// As if the connection was to be closed after use: no cleaner.
+	const connectionClose = true
+	cc, err := hc.AcquireConn(req.GetTimeOut(), connectionClose)
+	if err != nil {
+		return false, err
+	}
+	conn, pooled := cc.Conn(), !cc.LastUseTime().IsZero()
+	// One deadline for all: a peer that drips bytes gains no time by it.
+	if err := conn.SetDeadline(deadline); err != nil {
+		hc.CloseConn(cc)
+		return pooled, err
+	}
+	stop := context.AfterFunc(t.exchanges, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+
+	bw := t.writers.Get().(*bufio.Writer)
+	bw.Reset(conn)
+	err = req.Write(bw)
+	if err == nil {
+		err = bw.Flush()
+	}
+	bw.Reset(nil)
+	t.writers.Put(bw)
+	if err != nil {
+		hc.CloseConn(cc)
+		return pooled && connectionDead(err), err
+	}
+
+	br := t.readers.Get().(*bufio.Reader)
+	br.Reset(conn)
+	err = resp.ReadLimitBody(br, hc.MaxResponseBodySize)
+	surplus := br.Buffered() > 0
+	br.Reset(nil)
+	t.readers.Put(br)
+	if err != nil {
+		hc.CloseConn(cc)
+		return pooled && connectionDead(err), err
+	}
+
+	// What follows an answer unasked would be taken for the next one.
+	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(cc.CreatedTime()) > maxConnAge {
+		hc.CloseConn(cc)
+	} else {
+		hc.ReleaseConn(cc)
+	}
+	return false, nil
+}
+
+// connectionDead reports whether err is that of a connection which the peer
+// had closed before it saw the request, as far as one can tell: no byte of an
+// answer came. fasthttp turns errors at the first byte into io.EOF.
+func connectionDead(err error) bool {
+	return err == io.EOF || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)
+}
+
+// logSampler lets some lines per second through and counts the others.
+type logSampler struct {
+	perSecond int
+
+	mu     sync.Mutex
+	second int64
+	lines  int
+	hidden uint64
+}
+
+// allow reports whether a line may be written now, and how many were hidden
+// since the last one.
+func (s *logSampler) allow(now time.Time) (hidden uint64, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if second := now.Unix(); second != s.second {
+		s.second, s.lines = second, 0
+	}
+	if s.lines++; s.lines > s.perSecond {
+		s.hidden++
+		return 0, false
+	}
+	hidden, s.hidden = s.hidden, 0
+	return hidden, true
+}
+
+func (s *logSampler) takeHidden() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	hidden := s.hidden
+	s.hidden = 0
+	return hidden
+}
+
+func (c *Callbacks) logResult(ep Endpoint, r result) {
+	sampler, level := &c.failLog, zerolog.WarnLevel
+	if r.kind == resultDelivered {
+		sampler, level = &c.okLog, zerolog.InfoLevel
+	}
+	hidden, ok := sampler.allow(time.Now())
+	if !ok {
+		return
+	}
+	line := c.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", resultNames[r.kind]).Dur("took", r.took)
+	if r.status != 0 {
+		line = line.Int("status", r.status)
+	}
+	if hidden > 0 {
+		line = line.Uint64("hidden", hidden)
+	}
+	line.Err(r.err).Msg("callback")
+}
+
+// logHidden says how many results were not logged, when none follows to say it.
+func (c *Callbacks) logHidden() {
+	if n := c.okLog.takeHidden(); n > 0 {
+		c.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callbacks not logged one by one")
+	}
+	if n := c.failLog.takeHidden(); n > 0 {
+		c.cfg.Log.Warn().Uint64("hidden", n).Str("result", "failed").Msg("callbacks not logged one by one")
+	}
+}
