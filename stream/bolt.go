@@ -22,16 +22,11 @@ import (
 // A commit is two fdatasyncs. That is once per window for the append and once
 // per batch for each sink's acknowledgement, so no batching is built on top.
 type boltStore struct {
-	db       *bolt.DB
-	instance string // kept name when the file was opened
-
-	// beforeCommit, if set, runs in an append's transaction when everything is
-	// written and nothing is committed or synced.
-	beforeCommit func()
+	db *bolt.DB
 }
 
 var (
-	bucketMeta    = []byte("meta")    // "version", "instance"
+	bucketMeta    = []byte("meta")    // the keys below
 	bucketSeries  = []byte("series")  // identity -> seq, start, unique
 	bucketCursors = []byte("cursors") // sink -> index
 	bucketRecords = []byte("records") // index -> record
@@ -166,13 +161,6 @@ func (b *boltStore) init() error {
 		case version > spoolVersion:
 			return fmt.Errorf("%s %w (format %d, this one reads %d)", b.db.Path(), errNewer, version, spoolVersion)
 		}
-		if v := meta.Get(keyInstance); v != nil {
-			name, err := unseal(keyInstance, v)
-			if err != nil {
-				return err
-			}
-			b.instance = string(name)
-		}
 		if _, err := loadState(tx); err != nil {
 			return err
 		}
@@ -224,9 +212,17 @@ func (b *boltStore) load() (st state, err error) {
 
 func loadState(tx *bolt.Tx) (state, error) {
 	st := state{series: make(map[string]series), cursors: make(map[string]uint64)}
+	meta := tx.Bucket(bucketMeta)
 	var err error
-	if st.head, err = unsealUint(keyHead, tx.Bucket(bucketMeta).Get(keyHead)); err != nil {
+	if st.head, err = unsealUint(keyHead, meta.Get(keyHead)); err != nil {
 		return st, err
+	}
+	if v := meta.Get(keyInstance); v != nil {
+		name, err := unseal(keyInstance, v)
+		if err != nil {
+			return st, err
+		}
+		st.instance = string(name)
 	}
 	err = tx.Bucket(bucketSeries).ForEach(func(k, v []byte) error {
 		v, err := unseal(k, v)
@@ -278,7 +274,7 @@ func (b *boltStore) keepInstance(name string) error {
 	})
 }
 
-func (b *boltStore) put(e entry, identity string, s series) error {
+func (b *boltStore) put(e entry, identity string, s series, beforeCommit func()) error {
 	return b.update(func(tx *bolt.Tx) error {
 		if err := put(tx.Bucket(bucketRecords), beKey(e.index), e.value); err != nil {
 			return err
@@ -292,9 +288,7 @@ func (b *boltStore) put(e entry, identity string, s series) error {
 		if err := put(tx.Bucket(bucketMeta), keyHead, beKey(e.index)); err != nil {
 			return err
 		}
-		if b.beforeCommit != nil {
-			b.beforeCommit()
-		}
+		beforeCommit()
 		return nil
 	})
 }
@@ -396,14 +390,4 @@ func decodeEntry(k, v []byte) (entry, error) {
 		return entry{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
 	}
 	return entry{index: index, record: r, value: append([]byte(nil), value...)}, nil
-}
-
-// syncDir makes a created or renamed name durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -22,3 +22,12 @@ func lockFile(f *os.File) error {
 		return err
 	}
 }
+
+// syncDir makes a created or renamed name durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -61,6 +62,7 @@ var (
 type Spool struct {
 	group, instance string
 	limit           int
+	durable         bool   // false: in memory
 	setAside        string // name of the damaged file, empty if none was found
 
 	// mu serialises changes: the store, the state below and the watchers move
@@ -74,6 +76,7 @@ type Spool struct {
 	cursors map[string]uint64 // last index each sink acknowledged
 	sinks   []string
 	pending int
+	removed uint64    // records every sink has acknowledged, since the start
 	oldest  time.Time // sealed_at of the first pending record
 	poison  int       // records set aside in the store
 	changed chan struct{}
@@ -108,7 +111,10 @@ type entry struct {
 // that is why every write carries its own keys and is safe to repeat.
 type store interface {
 	load() (state, error)
-	put(e entry, identity string, s series) error
+	// put calls beforeCommit when everything is written and nothing is
+	// committed or synced.
+	put(e entry, identity string, s series, beforeCommit func()) error
+	keepInstance(name string) error
 	// scan returns up to max entries with after < index <= upTo, in order.
 	scan(after, upTo uint64, max int) ([]entry, error)
 	// advance moves a sink's cursor and removes every record up to removeTo.
@@ -121,11 +127,12 @@ type store interface {
 
 // state is what a store knows when it is opened.
 type state struct {
-	series  map[string]series
-	cursors map[string]uint64
-	head    uint64
-	pending int
-	poison  int
+	instance string // empty: none was kept
+	series   map[string]series
+	cursors  map[string]uint64
+	head     uint64
+	pending  int
+	poison   int
 }
 
 // OpenSpool opens or creates the spool. A file that is damaged is renamed, the
@@ -148,10 +155,10 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{
 		group:   cfg.Group,
 		limit:   cfg.Limit,
+		durable: cfg.Dir != "",
 		changed: make(chan struct{}),
 		recent:  make(map[int64]uint64),
 	}
-	kept := ""
 	if cfg.Dir == "" {
 		s.store = &memoryStore{}
 		if s.limit == 0 {
@@ -174,48 +181,48 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 			cfg.Log.Error().Str("file", path).Str("set_aside_as", aside).
 				Msg("spool was damaged and is set aside; a new one is started, records in the old one are not delivered")
 		}
-		s.store, kept = b, b.instance
+		s.store = b
 	}
-
-	st, err := s.store.load()
-	if err != nil {
+	if err := s.load(cfg.Instance); err != nil {
 		s.store.close()
 		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	return s, nil
+}
+
+// load takes over what the store knows and settles the instance's name.
+func (s *Spool) load(instance string) error {
+	st, err := s.store.load()
+	if err != nil {
+		return err
 	}
 	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
 	s.pending, s.poison = st.pending, st.poison
 
-	if s.instance = cfg.Instance; s.instance == "" {
-		s.instance = kept
-	}
-	if s.instance == "" {
+	if s.instance = cmp.Or(instance, st.instance); s.instance == "" {
 		if s.instance, err = os.Hostname(); err == nil {
 			err = checkName("host name", s.instance)
 		}
 		if err != nil {
-			s.store.close()
-			return nil, fmt.Errorf("open spool: no instance name: %w", err)
+			return fmt.Errorf("no instance name: %w", err)
 		}
 	}
-	if b, ok := s.store.(*boltStore); ok && kept != s.instance {
-		if err := b.keepInstance(s.instance); err != nil {
-			b.close()
-			return nil, fmt.Errorf("open spool: keep the instance name: %w", err)
+	if st.instance != s.instance {
+		if err := s.store.keepInstance(s.instance); err != nil {
+			return fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
 	if err := s.refreshOldest(); err != nil {
-		s.store.close()
-		return nil, fmt.Errorf("open spool: %w", err)
+		return err
 	}
 	tail, err := s.store.scan(s.head-min(s.head, recentWindows), s.head, recentWindows)
 	if err != nil {
-		s.store.close()
-		return nil, fmt.Errorf("open spool: %w", err)
+		return err
 	}
 	for _, e := range tail {
 		s.remember(e.record.WindowStart, e.index)
 	}
-	return s, nil
+	return nil
 }
 
 // Instance is the name in use.
@@ -276,10 +283,7 @@ func (s *Spool) append(r *Record, step func(string)) error {
 		return err
 	}
 	e := entry{index: s.head + 1, record: *r, value: value}
-	if b, ok := s.store.(*boltStore); ok {
-		b.beforeCommit = func() { step(stepAppended) }
-	}
-	if err := s.store.put(e, identity, next); err != nil {
+	if err := s.store.put(e, identity, next, func() { step(stepAppended) }); err != nil {
 		return fmt.Errorf("append to the spool: %w", err)
 	}
 	s.series[identity] = next
@@ -292,6 +296,7 @@ func (s *Spool) append(r *Record, step func(string)) error {
 	if len(s.sinks) == 0 {
 		// Nobody to deliver to: the record's own log line is all there is.
 		if err := s.store.advance("", e.index, e.index, s.pending); err == nil {
+			s.removed += uint64(s.pending)
 			s.pending, s.oldest = 0, time.Time{}
 		}
 	}
@@ -313,7 +318,8 @@ func (s *Spool) remember(start time.Time, index uint64) {
 
 // attach names the sinks that have to acknowledge a record before it is
 // removed. A sink that is no longer configured no longer holds records back,
-// and one that comes back starts with what is there.
+// and one that comes back starts with what is there. Without any sink a record is
+// removed when it is appended, with all that were there before.
 func (s *Spool) attach(sinks []string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -360,6 +366,7 @@ func (s *Spool) settle(sink string) error {
 		return err
 	}
 	s.pending -= removed
+	s.removed += uint64(removed)
 	return s.refreshOldest()
 }
 
@@ -391,16 +398,12 @@ func (s *Spool) next(sink string, limit int) ([]entry, error) {
 // ack moves the sink's cursor. It moves in memory even when the disk refuses, so
 // that this process does not deliver twice; the error is for the caller to
 // retry, and a restart before it is repaired looks at the sink's tail.
-func (s *Spool) ack(sink string, to uint64) (published int, err error) {
+func (s *Spool) ack(sink string, to uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if to > s.cursors[sink] {
-		s.cursors[sink] = to
-	}
-	before := s.pending
-	err = s.settle(sink)
-	s.broadcast()
-	return before - s.pending, err
+	s.cursors[sink] = max(s.cursors[sink], to)
+	defer s.broadcast()
+	return s.settle(sink)
 }
 
 // condemn sets a record aside that a sink will never take.
@@ -453,7 +456,8 @@ func (m *memoryStore) load() (state, error) {
 	return state{series: make(map[string]series), cursors: make(map[string]uint64)}, nil
 }
 
-func (m *memoryStore) put(e entry, _ string, _ series) error {
+func (m *memoryStore) put(e entry, _ string, _ series, beforeCommit func()) error {
+	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.entries = append(m.entries, e)
@@ -494,8 +498,9 @@ func (m *memoryStore) condemn(e entry, _, _ string) error {
 	return nil
 }
 
-func (m *memoryStore) dropSink(string) error { return nil }
-func (m *memoryStore) close() error          { return nil }
+func (m *memoryStore) keepInstance(string) error { return nil }
+func (m *memoryStore) dropSink(string) error     { return nil }
+func (m *memoryStore) close() error              { return nil }
 
 // beKey orders bbolt's keys by number.
 func beKey(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }

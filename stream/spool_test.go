@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -17,7 +18,7 @@ func record(i int) Record {
 	w := window(i)
 	return Record{
 		WindowStart: w.Start, WindowMS: w.Window.Milliseconds(), Unique: w.Unique, Scope: ScopeInstance,
-		Group: "verve", Instance: "host-1", Complete: true, Exact: true, SealedAt: w.SealedAt,
+		Group: "verve", Instance: "host-1", Complete: true, Exact: true, SealedAt: w.SealedAt.Truncate(time.Millisecond),
 	}
 }
 
@@ -45,7 +46,7 @@ func drain(t *testing.T, sp *Spool, sink string) []Record {
 		for _, e := range batch {
 			out = append(out, e.record)
 		}
-		if _, err := sp.ack(sink, batch[len(batch)-1].index); err != nil {
+		if err := sp.ack(sink, batch[len(batch)-1].index); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -197,9 +198,9 @@ type failing struct {
 	stored bool
 }
 
-func (f *failing) put(e entry, identity string, s series) error {
+func (f *failing) put(e entry, identity string, s series, beforeCommit func()) error {
 	if f.stored {
-		if err := f.store.put(e, identity, s); err != nil {
+		if err := f.store.put(e, identity, s, beforeCommit); err != nil {
 			return err
 		}
 	}
@@ -260,6 +261,11 @@ func openDamaged(t *testing.T, dir, what string, b []byte) (setAside bool) {
 		if want := record(i); r.Unique != want.Unique || r.Seq != uint64(i+1) {
 			t.Errorf("%s: record %d is %+v", what, i, r)
 		}
+	}
+	// A flipped bit in the newer of the two meta pages looks like a commit that
+	// a crash cut short: bbolt goes on with the older one.
+	if !setAside && len(got) < 9 {
+		t.Errorf("%s: %d records and no word about the others", what, len(got))
 	}
 	// The next record must go in, whatever was found.
 	appendTo(t, sp, 10, 11)

@@ -17,7 +17,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -91,8 +90,6 @@ type Stream struct {
 	spool *Spool
 	sinks []*worker
 
-	published atomic.Uint64 // records acknowledged by every sink
-
 	// mu guards what Stats reports about appending.
 	mu             sync.Mutex
 	appendErr      error // nil unless the last append failed
@@ -152,6 +149,9 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	if err := spool.attach(names); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
 	}
+	if pending, _ := spool.watch(); pending > 0 && len(names) == 0 {
+		cfg.Log.Warn().Int("records", pending).Msg("spooled records have neither a broker nor a counts file to go to, the next window drops them")
+	}
 	return s, nil
 }
 
@@ -184,8 +184,14 @@ func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 	if c.Window%time.Millisecond != 0 {
 		return fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", r.WindowStart.Format(time.RFC3339Nano), c.Window)
 	}
+	valid := r
 	if s.cfg.Scope == ScopeInstance {
 		r.Instance = s.spool.instance
+		valid = r
+		valid.Seq = 1 // the spool gives the real one
+	}
+	if err := valid.check(); err != nil {
+		return fmt.Errorf("publish: %w", err)
 	}
 	s.step(stepBefore)
 	var wait backoff
@@ -213,9 +219,6 @@ func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 		}
 	}
 	s.step(stepSynced)
-	if len(s.sinks) == 0 {
-		s.published.Add(1)
-	}
 	s.cfg.Log.Info().
 		Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).
 		Uint64("unique", r.Unique).
@@ -251,7 +254,7 @@ func (s *Stream) Flush(ctx context.Context) error {
 		case <-changed:
 		case <-ctx.Done():
 			kept := "on disk for the next start"
-			if _, memory := s.spool.store.(*memoryStore); memory {
+			if !s.spool.durable {
 				kept = "in memory only and lost with the process"
 			}
 			return fmt.Errorf("%d records not delivered, they are %s: %w", pending, kept, ctx.Err())
@@ -329,8 +332,9 @@ func (s Stats) OldestAge(now time.Time) time.Duration {
 
 // Stats returns the current state.
 func (s *Stream) Stats() Stats {
-	st := Stats{Published: s.published.Load(), SetAside: s.spool.setAside}
+	st := Stats{SetAside: s.spool.setAside}
 	s.spool.mu.Lock()
+	st.Published = s.spool.removed
 	st.Pending, st.Oldest, st.Poison = s.spool.pending, s.spool.oldest, s.spool.poison
 	head := s.spool.head
 	cursors := make([]uint64, len(s.sinks))
@@ -428,8 +432,7 @@ func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) e
 	w.mu.Unlock()
 	var wait backoff
 	for {
-		published, err := w.stream.spool.ack(w.sink.name(), to)
-		w.stream.published.Add(uint64(max(0, published)))
+		err := w.stream.spool.ack(w.sink.name(), to)
 		if err == nil {
 			w.stream.step(stepAcked)
 			return nil

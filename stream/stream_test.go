@@ -269,6 +269,9 @@ func TestWindowOlderThanTheLastIsRefusedAtOnce(t *testing.T) {
 	if err := s.Publish(t.Context(), window(4)); err == nil {
 		t.Error("an older window was published")
 	}
+	if err := s.Publish(t.Context(), counter.Count{Start: window(9).Start}); err == nil {
+		t.Error("a window without a length was published")
+	}
 	// A restart within the window publishes what is new in it.
 	s.publish(t, 5, 6)
 	if at, unique := s.spool.LastWindow(); !at.Equal(window(5).Start) || unique != 2*window(5).Unique {
