@@ -218,7 +218,9 @@ func (c *config) check() error {
 		want string
 	}{
 		{"window", c.Window < counter.MinWindow || c.Window > counter.MaxWindow, "50ms to 1h"},
-		{"group", c.Group == "", "a name"},
+		{"window", c.Window%time.Millisecond != 0, "whole milliseconds"},
+		{"group", c.Group == "" || strings.Contains(c.Group, "/"), "a name without slashes"},
+		{"instance", strings.Contains(c.Instance, "/"), "a name without slashes"},
 		{"data-dir", c.DataDir == "", "a directory, or none"},
 		{"duplicate-status", c.DuplicateStatus < 200 || c.DuplicateStatus > 599 || c.DuplicateStatus == 204 || c.DuplicateStatus == 205 || c.DuplicateStatus == 304, "an HTTP status with a body, 200 to 599"},
 		{"cleanup-interval", c.CleanupInterval <= 0, "a duration above 0"},

@@ -265,6 +265,8 @@ func TestBadSettingsStopTheStart(t *testing.T) {
 		{"not a duration", []string{"--window=fast"}, "", "--window"},
 		{"window too short", []string{"--window=49ms"}, "", "--window"},
 		{"window too long", []string{"--window=61m"}, "", "--window"},
+		{"window with a fraction", []string{"--window=50500us"}, "", "--window"},
+		{"group with a slash", []string{"--group=a/b"}, "", "--group"},
 		{"bad format", []string{"--id-format=hex"}, "", "--id-format"},
 		{"bad status", []string{"--duplicate-status=99"}, "", "--duplicate-status"},
 		{"status without a body", []string{"--duplicate-status=204"}, "", "--duplicate-status"},

@@ -42,6 +42,10 @@ type listener struct {
 	slow time.Duration // for a request to arrive, for an answer to be taken
 	idle time.Duration // between requests
 
+	// ahead is called with what was just read from a connection, before it is
+	// parsed. Optional.
+	ahead func(received []byte)
+
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	mu    sync.Mutex
@@ -109,6 +113,9 @@ func (c *conn) Read(p []byte) (int, error) {
 	}
 	if err != nil {
 		c.ended.Store(true)
+	}
+	if c.owner.ahead != nil && n > 0 {
+		c.owner.ahead(p[:n])
 	}
 	return n, err
 }

@@ -97,6 +97,9 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ln:        newListener(ln, cfg.MaxConns, cfg.SlowTimeout, cfg.IdleTimeout),
 		stopSweep: make(chan struct{}),
 	}
+	if set, ok := cfg.Set.(dedup.Prefetcher); ok {
+		s.ln.ahead = func(received []byte) { s.prefetch(set, received) }
+	}
 	s.http = fasthttp.Server{
 		Handler:       s.handle,
 		ExpectHandler: s.expect,

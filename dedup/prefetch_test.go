@@ -1,0 +1,71 @@
+package dedup
+
+import (
+	"fmt"
+	"strconv"
+	"testing"
+
+	"verve/counter"
+)
+
+// TestPrefetchChangesNothing: ids brought near are as new as before, whatever
+// they look like and however many there are.
+func TestPrefetchChangesNothing(t *testing.T) {
+	m, err := NewMemory(Config{Heap: raceEnabled})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	e := newEpochs(t, m)
+	ids := [][]byte{nil, {}}
+	for _, id := range alike {
+		ids = append(ids, []byte(id))
+	}
+	in, _ := e.Enter(e.at(0), 0)
+	for i := range ids {
+		m.Prefetch(in.Epoch, ids[i:])
+		m.Prefetch(in.Epoch, ids[:i])
+	}
+	in.Leave(counter.Void)
+	for _, id := range alike {
+		e.want(t, m, 0, id, Unique)
+	}
+}
+
+// BenchmarkPrefetch adds batches of new ids to a large table, as a pipelining
+// client brings them, with and without bringing their places near first.
+func BenchmarkPrefetch(b *testing.B) {
+	const ids = 10_000_000
+	for _, prefetch := range []bool{false, true} {
+		b.Run(fmt.Sprint(prefetch), func(b *testing.B) {
+			m, err := NewMemory(Config{Expect: ids})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer m.Close()
+			e := newEpochs(b, m)
+			batch := make([][]byte, PrefetchMax)
+			n, window := 0, 0
+			for i := 0; b.Loop(); i++ {
+				if i%PrefetchMax == 0 {
+					if n += PrefetchMax; n > ids {
+						n, window = 0, window+1
+					}
+					for j := range batch {
+						batch[j] = strconv.AppendUint(batch[j][:0], uint64(n+j)*7, 10)
+					}
+					if prefetch {
+						in, _ := e.Enter(e.at(window), 0)
+						m.Prefetch(in.Epoch, batch)
+						in.Leave(counter.Void)
+					}
+				}
+				in, _ := e.Enter(e.at(window), 0)
+				if v, err := m.Add(in.Epoch, batch[i%PrefetchMax]); v != Unique || err != nil {
+					b.Fatal(v, err)
+				}
+				in.Leave(counter.Unique)
+			}
+		})
+	}
+}
