@@ -1,0 +1,56 @@
+// Package bench measures Verve beside what else one could write.
+//
+// Each Design is a set of ids keyed by the minute, written as its own author
+// would write it. All pass the same suite of tests, and the benchmarks stop at
+// a wrong answer, so that speed is never bought with exactness. README.md says
+// how to run them and what they gave.
+//
+// The commands beside it: http compares servers over HTTP, report makes the
+// tables and plots, verify checks a running server's records against its
+// answers.
+package bench
+
+// Design is a set of ids of the open epoch.
+type Design interface {
+	// Add says whether id is new in the open epoch, and counts it there if so.
+	// It keeps no reference to id. writer numbers the calling goroutine from 0.
+	// Safe for concurrent use.
+	Add(id []byte, writer int) bool
+
+	// Turn ends the open epoch and opens the next. Only Verve promises exact
+	// counts for a Turn during an Add; the others are spared what that costs.
+	Turn()
+
+	// Settle returns when what turned epochs left is reclaimed, as far as the
+	// design does so itself, and returns the sum of the ids they counted. It is
+	// not called beside Add or Turn.
+	Settle() uint64
+
+	// Close ends the design's goroutines. No Add may follow.
+	Close()
+}
+
+// Sizes are the unique ids that a design is told to expect in an epoch.
+type Sizes struct {
+	Numbers int // canonical decimals
+	Others  int
+}
+
+// Maker makes a design by name.
+type Maker struct {
+	Name string
+	New  func(Sizes) Design
+
+	// Keeps is set where memory of one epoch serves the next: such a design
+	// gets a window to warm up.
+	Keeps bool
+}
+
+// Makers lists the designs in the order they are measured.
+var Makers = []Maker{
+	{Name: "verve", New: func(s Sizes) Design { return NewVerve(s) }, Keeps: true},
+	{Name: "seed", New: func(Sizes) Design { return NewSeed(DefaultCleanup) }},
+	{Name: "gomaps", New: func(s Sizes) Design { return NewMaps(s) }, Keeps: true},
+	{Name: "xsync", New: func(s Sizes) Design { return NewXsync(s) }, Keeps: true},
+	{Name: "swiss", New: func(s Sizes) Design { return NewSwiss(s) }, Keeps: true},
+}

@@ -1,0 +1,284 @@
+// Http compares servers over HTTP by the CPU time that a request costs them.
+//
+//	go run ./bench/http
+//
+// It builds the server of this repository and starts it with its default
+// settings and tables of the size that it would have learnt. Beside it run a
+// bare fasthttp handler that answers `ok` to everything, which is the limit,
+// and the seed design on fasthttp and on net/http. wrk drives them one after
+// another, round by round, so that a ratio is between neighbours in time; each
+// server runs on one core and wrk on another. What a request costs is the
+// server process's own CPU time, user and system.
+//
+// It runs on Linux, from anywhere in the repository, and needs wrk.
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+
+	"github.com/alecthomas/kong"
+)
+
+// run holds the settings of a comparison.
+type run struct {
+	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
+	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
+	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined" help:"What is sent: ${enum}."`
+	Servers  []string `default:"bare,verve,seed,nethttp" enum:"bare,verve,seed,nethttp" help:"What is driven: ${enum}."`
+	Conns    int      `default:"64" help:"Connections."`
+	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
+	Expect   int      `name:"expect-ids" default:"12000000" help:"Ids a window that Verve makes room for, as it would have learnt from windows before: 12 million are what these scenarios bring it at most. 0: nothing, as in the first window after a start."`
+	Flags    []string `name:"verve-flag" sep:"none" placeholder:"FLAG" help:"One more flag for Verve, such as --window-header. Repeatable."`
+	Binary   string   `type:"existingfile" help:"Verve to measure, instead of building it."`
+	JSON     string   `name:"json" placeholder:"FILE" help:"Write the results there too."`
+}
+
+// serve is a server to be driven, as a process of its own.
+type serve struct {
+	Design string `arg:"" enum:"bare,seed,nethttp"`
+	Listen string `arg:""`
+}
+
+type cli struct {
+	Run   run   `cmd:"" default:"withargs" help:"Compare (the default)."`
+	Serve serve `cmd:"" hidden:""`
+}
+
+func main() {
+	var c cli
+	k := kong.Parse(&c, kong.Name("http"), kong.UsageOnError(),
+		kong.Description("Compares servers over HTTP by the CPU time that a request costs them."))
+	var err error
+	if strings.HasPrefix(k.Command(), "serve") {
+		err = c.Serve.run()
+	} else {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		err = c.Run.run(ctx, os.Stdout)
+		stop()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "http:", err)
+		os.Exit(1)
+	}
+}
+
+// results is the JSON file: report reads it.
+type results struct {
+	Conns   int      `json:"conns"`
+	Seconds int      `json:"seconds"`
+	Flags   []string `json:"verve_flags"`
+	Samples []sample `json:"samples"`
+}
+
+// sample is one server driven in one round.
+type sample struct {
+	Scenario string  `json:"scenario"`
+	Round    int     `json:"round"`
+	Server   string  `json:"server"`
+	Requests uint64  `json:"requests"`
+	Failed   uint64  `json:"failed"` // answered with a status above 399
+	CPU      float64 `json:"cpu_us"` // a request
+	PerSec   float64 `json:"requests_per_second"`
+	P99      float64 `json:"p99_ms"`
+}
+
+func (r *run) run(ctx context.Context, out io.Writer) error {
+	if r.Rounds < 1 || r.Seconds < 1 || r.Conns < 1 || r.WarmUp < 1 {
+		return errors.New("--rounds, --seconds, --warm-up and --conns must be above 0")
+	}
+	root, err := repository()
+	if err != nil {
+		return err
+	}
+	if _, err := exec.LookPath("wrk"); err != nil {
+		return errors.New("wrk is not installed")
+	}
+	dir, err := os.MkdirTemp("", "verve-bench")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if slices.Contains(r.Servers, "verve") && r.Binary == "" {
+		r.Binary = filepath.Join(dir, "verve")
+		build := exec.CommandContext(ctx, "go", "build", "-o", r.Binary, ".")
+		build.Dir, build.Stdout, build.Stderr = root, os.Stderr, os.Stderr
+		if err := build.Run(); err != nil {
+			return fmt.Errorf("build: %w", err)
+		}
+	}
+
+	if r.Expect > 0 {
+		r.Flags = append(r.Flags, "--expect-ids="+strconv.Itoa(r.Expect))
+	}
+	res := results{Conns: r.Conns, Seconds: r.Seconds, Flags: r.Flags}
+	for _, scenario := range r.Scenario {
+		w := wrk{
+			script: filepath.Join(root, "bench", "wrk", scenario+".lua"),
+			conns:  r.Conns,
+		}
+		// New processes for each scenario: none starts with the heap of another.
+		samples, err := r.compare(ctx, out, scenario, w, dir)
+		res.Samples = append(res.Samples, samples...)
+		if err != nil {
+			return err
+		}
+	}
+	if r.JSON == "" {
+		return nil
+	}
+	b, err := json.MarshalIndent(res, "", "\t")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(r.JSON, append(b, '\n'), 0o644)
+}
+
+// compare drives the servers with one scenario.
+func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk, dir string) (samples []sample, err error) {
+	var servers []*process
+	defer func() {
+		for _, p := range servers {
+			err = errors.Join(err, p.end())
+		}
+	}()
+	for _, name := range r.Servers {
+		p, err := start(name, r.Binary, filepath.Join(dir, scenario+"-"+name), r.Flags)
+		if err != nil {
+			return nil, err
+		}
+		servers = append(servers, p)
+	}
+	for _, p := range servers {
+		if _, err := w.drive(ctx, p.addr, r.WarmUp); err != nil {
+			return nil, fmt.Errorf("%s: %w", p.name, err)
+		}
+	}
+
+	fmt.Fprintf(out, "%s: CPU of the server for a request, us\n", scenario)
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	row := func(head string, cell func(server string) string) {
+		fmt.Fprint(table, head, "\t")
+		for _, s := range r.Servers {
+			fmt.Fprint(table, cell(s), "\t")
+		}
+		fmt.Fprintln(table)
+	}
+	row("round", func(s string) string { return s })
+	for round := range r.Rounds {
+		// Each is the first one in its turn: being driven after a certain
+		// other is no advantage.
+		for i := range servers {
+			p := servers[(round+i)%len(servers)]
+			s, err := measure(ctx, w, p, r.Seconds)
+			if err != nil {
+				return samples, fmt.Errorf("%s: %w", p.name, err)
+			}
+			if err := plausible(scenario, s); err != nil {
+				return samples, err
+			}
+			s.Scenario, s.Round = scenario, round+1
+			samples = append(samples, s)
+		}
+		this := samples[len(samples)-len(servers):]
+		row(fmt.Sprint(round+1), func(name string) string {
+			i := slices.IndexFunc(this, func(s sample) bool { return s.Server == name })
+			return fmt.Sprintf("%.3f", this[i].CPU)
+		})
+	}
+	row("median", func(name string) string { return fmt.Sprintf("%.3f", median(column(samples, name, cpu))) })
+	row("requests/s", func(name string) string { return fmt.Sprintf("%.0f", median(column(samples, name, perSec))) })
+	if slices.Contains(r.Servers, "verve") {
+		// A ratio of each round, then the median of those.
+		row("server/verve", func(name string) string {
+			v, o := column(samples, "verve", cpu), column(samples, name, cpu)
+			for i := range o {
+				o[i] /= v[i]
+			}
+			return fmt.Sprintf("%.3f", median(o))
+		})
+	}
+	table.Flush()
+	fmt.Fprintln(out)
+	return samples, nil
+}
+
+// measure drives p and takes its CPU time.
+func measure(ctx context.Context, w wrk, p *process, seconds int) (sample, error) {
+	before, err := p.cpuTime()
+	if err != nil {
+		return sample{}, err
+	}
+	s, err := w.drive(ctx, p.addr, seconds)
+	if err != nil {
+		return s, err
+	}
+	after, err := p.cpuTime()
+	if err != nil {
+		return s, err
+	}
+	s.Server = p.name
+	s.CPU = float64((after - before).Microseconds()) / float64(s.Requests)
+	return s, nil
+}
+
+// plausible refuses a sample whose answers are not those of the scenario.
+func plausible(scenario string, s sample) error {
+	failed := float64(s.Failed) / float64(s.Requests)
+	want := 0.0
+	if scenario == "duplicates" && s.Server != "bare" {
+		want = 0.9
+	}
+	// At a minute's turn repeats are new again, and wrk ends between the
+	// sending of a request and its answer.
+	if failed < want-0.05 || failed > want+0.01 {
+		return fmt.Errorf("%s, %s: %.1f %% of the answers failed, want %.0f %%", s.Server, scenario, 100*failed, 100*want)
+	}
+	return nil
+}
+
+func cpu(s sample) float64    { return s.CPU }
+func perSec(s sample) float64 { return s.PerSec }
+
+// column returns a value of the server's samples, in order of the rounds.
+func column(samples []sample, server string, value func(sample) float64) (c []float64) {
+	for _, s := range samples {
+		if s.Server == server {
+			c = append(c, value(s))
+		}
+	}
+	return c
+}
+
+func median(v []float64) float64 {
+	v = slices.Clone(v)
+	slices.SortFunc(v, cmp.Compare)
+	n := len(v)
+	return (v[(n-1)/2] + v[n/2]) / 2
+}
+
+// repository returns the root of the module.
+func repository() (string, error) {
+	mod, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Dir(strings.TrimSpace(string(mod)))
+	if _, err := os.Stat(filepath.Join(dir, "bench", "wrk")); err != nil {
+		return "", errors.New("run it in the repository")
+	}
+	return dir, nil
+}

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+const (
+	serverCore = "0"
+	wrkCore    = "1"
+
+	startLimit = 10 * time.Second
+	stopLimit  = 15 * time.Second
+)
+
+// process is a server that was started.
+type process struct {
+	name string
+	addr string
+	cmd  *exec.Cmd
+	done chan error // the outcome, once
+}
+
+// start runs a server and waits until it takes connections. dir is its own.
+func start(name, verve, dir string, flags []string) (*process, error) {
+	p := &process{name: name, done: make(chan error, 1)}
+	var err error
+	if p.addr, err = freeAddr(); err != nil {
+		return nil, err
+	}
+	if name == "verve" {
+		admin, err := freeAddr()
+		if err != nil {
+			return nil, err
+		}
+		args := append([]string{"--listen=" + p.addr, "--admin-listen=" + admin, "--data-dir=" + dir, "--log-level=error"}, flags...)
+		p.cmd = pinned(serverCore, verve, args...)
+		p.cmd.Stderr = os.Stderr // the others log their counts there
+	} else {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		p.cmd = pinned(serverCore, self, "serve", name, p.addr)
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	go func() { p.done <- p.cmd.Wait() }()
+	for deadline := time.Now().Add(startLimit); ; time.Sleep(10 * time.Millisecond) {
+		select {
+		case err := <-p.done:
+			return nil, fmt.Errorf("%s ended: %v", name, err)
+		default:
+		}
+		if c, err := net.Dial("tcp", p.addr); err == nil {
+			c.Close()
+			return p, nil
+		}
+		if time.Now().After(deadline) {
+			p.kill()
+			return nil, fmt.Errorf("%s does not take connections", name)
+		}
+	}
+}
+
+// pinned returns a command bound to a core, where that can be done and there
+// is another one left. taskset replaces itself by the command, so the process
+// is the server's own.
+func pinned(core, name string, args ...string) *exec.Cmd {
+	if _, err := exec.LookPath("taskset"); err != nil || runtime.NumCPU() < 2 {
+		return exec.Command(name, args...)
+	}
+	return exec.Command("taskset", append([]string{"-c", core, name}, args...)...)
+}
+
+// cpuTime is the CPU time of the process so far, user and system, in the
+// kernel's steps of 10 ms.
+func (p *process) cpuTime() (time.Duration, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	// The second field is the command's name in brackets and may hold spaces.
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 13 {
+		return 0, errors.New("/proc/PID/stat is cut short")
+	}
+	user, err := strconv.ParseInt(string(fields[11]), 10, 64)
+	if err != nil {
+		return 0, err
+	}
+	system, err := strconv.ParseInt(string(fields[12]), 10, 64)
+	if err != nil {
+		return 0, err
+	}
+	const hertz = 100 // USER_HZ is fixed in Linux's interface
+	return time.Duration(user+system) * time.Second / hertz, nil
+}
+
+// end stops the server and waits for it.
+func (p *process) end() error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("%s: %w", p.name, err)
+	}
+	select {
+	case err := <-p.done:
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok && !exit.Exited() {
+			return nil // by the signal: only Verve has a stop of its own
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+		return nil
+	case <-time.After(stopLimit):
+		p.kill()
+		return fmt.Errorf("%s did not stop", p.name)
+	}
+}
+
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill() // has ended already if it fails
+	<-p.done
+}
+
+// freeAddr returns an address that nobody listens on.
+func freeAddr() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer ln.Close()
+	return ln.Addr().String(), nil
+}

@@ -1,0 +1,75 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+// wrk drives a server with a script.
+type wrk struct {
+	script string
+	conns  int
+}
+
+var (
+	wrkRequests = regexp.MustCompile(`(\d+) requests in `)
+	wrkFailed   = regexp.MustCompile(`Non-2xx or 3xx responses: (\d+)`)
+	wrkErrors   = regexp.MustCompile(`Socket errors: .*`)
+	wrkPerSec   = regexp.MustCompile(`Requests/sec:\s+([\d.]+)`)
+	wrkP99      = regexp.MustCompile(`\s99%\s+([\d.]+)(us|ms|s)`)
+)
+
+// runs numbers the runs of wrk, so that ids are new over all of them.
+var runs = 1_000_000 + time.Now().Unix()%1_000_000
+
+// drive sends for some seconds with one thread, which is what one core can use.
+func (w wrk) drive(ctx context.Context, addr string, seconds int) (s sample, err error) {
+	runs++
+	cmd := pinned(wrkCore, "wrk", "-t1", "-c", strconv.Itoa(w.conns), "-d", strconv.Itoa(seconds), "--latency",
+		"-s", w.script, "http://"+addr, "--", strconv.FormatInt(runs, 10))
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return s, fmt.Errorf("wrk: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGINT) })
+	err = cmd.Wait()
+	stop()
+	if ctx.Err() != nil {
+		return s, ctx.Err()
+	}
+	if err != nil {
+		return s, fmt.Errorf("wrk: %w\n%s", err, &out)
+	}
+	if e := wrkErrors.Find(out.Bytes()); e != nil {
+		return s, fmt.Errorf("wrk: %s", e)
+	}
+	number := func(re *regexp.Regexp) float64 {
+		m := re.FindSubmatch(out.Bytes())
+		if m == nil {
+			return 0
+		}
+		f, _ := strconv.ParseFloat(string(m[1]), 64) // the expression lets only numbers through
+		return f
+	}
+	s.Requests, s.Failed = uint64(number(wrkRequests)), uint64(number(wrkFailed))
+	s.PerSec, s.P99 = number(wrkPerSec), number(wrkP99)
+	if m := wrkP99.FindSubmatch(out.Bytes()); m != nil {
+		switch string(m[2]) {
+		case "us":
+			s.P99 /= 1000
+		case "s":
+			s.P99 *= 1000
+		}
+	}
+	if s.Requests == 0 {
+		return s, errors.New("wrk: no request was answered")
+	}
+	return s, nil
+}
