@@ -13,11 +13,7 @@ import (
 func BenchmarkAdd(b *testing.B) {
 	for _, ids := range []int{50_000, 1_000_000, 10_000_000} {
 		b.Run(strconv.Itoa(ids), func(b *testing.B) {
-			m, err := NewMemory(Config{Expect: uint64(ids)})
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer m.Close()
+			m := newMemory(b, Config{Expect: uint64(ids)})
 			e := newEpochs(b, m)
 			n := 0
 			id := make([]byte, 0, 20)
@@ -28,6 +24,7 @@ func BenchmarkAdd(b *testing.B) {
 				if i == ids {
 					i = 0
 					n++
+					m.reclaim() // the cleaner's part
 				}
 				id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
 				in, _ := e.Enter(e.at(n), 0)
@@ -38,6 +35,17 @@ func BenchmarkAdd(b *testing.B) {
 				in.Leave(counter.Unique)
 			}
 			b.ReportMetric(float64(m.arena.used.Load())/float64(ids), "B/id")
+		})
+	}
+}
+
+func BenchmarkDecimal(b *testing.B) {
+	for _, id := range []string{"7", "1234567", "12345678901", "18446744073709551615"} {
+		b.Run(strconv.Itoa(len(id)), func(b *testing.B) {
+			raw := []byte(id)
+			for b.Loop() {
+				decimal(raw)
+			}
 		})
 	}
 }

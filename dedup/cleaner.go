@@ -19,7 +19,9 @@ func (m *Memory) growAhead() {
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64) {
-	t.checking.Store(false) // before the look: who takes a slot after it asks again
+	if !t.checking.Swap(false) { // before the look: who takes a slot after it asks again
+		return
+	}
 	if depth, yes := t.crowded(load); yes {
 		// An error means that memory has run out: the ids that find no room
 		// are refused and counted, each with its own error.
@@ -58,16 +60,20 @@ func (m *Memory) resize() {
 	}
 }
 
-// resized returns a table to replace t, or nil if t serves.
+// resized returns a table to replace t, or nil if t serves. What decides about
+// shrinking is the room that t takes, whether it was made or grown so large.
 func resized[B any](m *Memory, t *table[B], peak, least uint64, sure bool) *table[B] {
 	if t == nil {
 		return nil
 	}
 	want := max(least, peak+peak/4) // a quarter more than the largest seen
-	have := max(t.expect, minBuckets*slotsPerBucket/4*3)
+	t.mu.Lock()
+	slots := t.slots
+	t.mu.Unlock()
+	first, second := firstLevels(want)
 	switch {
-	case peak > have:
-	case sure && want < have/4 && t.expect > least:
+	case peak > max(t.expect, minBuckets*slotsPerBucket/4*3):
+	case sure && (first+second)*slotsPerBucket < slots/3:
 	default:
 		return nil
 	}

@@ -2,6 +2,7 @@ package dedup
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"math/bits"
 	"math/rand/v2"
@@ -26,10 +27,17 @@ func families() map[string]func(i uint64) []byte {
 			hi, lo := halves(i)
 			binary.BigEndian.PutUint64(b[:], hi)
 			binary.BigEndian.PutUint64(b[8:], lo)
-			return fmt.Appendf(nil, "%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+			id := make([]byte, 0, uuidLen)
+			for i, part := range [][]byte{b[:4], b[4:6], b[6:8], b[8:10], b[10:]} {
+				if i > 0 {
+					id = append(id, '-')
+				}
+				id = hex.AppendEncode(id, part)
+			}
+			return id
 		}
 	}
-	for shift := 0; shift <= 64-floodBits; shift += 3 {
+	for shift := 0; shift <= 64-floodBits; shift += 4 {
 		decimal(fmt.Sprintf("i<<%02d", shift), func(i uint64) uint64 { return i << shift })
 		uuid(fmt.Sprintf("i<<%02d, 0", shift), func(i uint64) (uint64, uint64) { return i << shift, 0 })
 		uuid(fmt.Sprintf("0, i<<%02d", shift), func(i uint64) (uint64, uint64) { return 0, i << shift })
@@ -123,11 +131,9 @@ func TestFloodingChangesNeitherMemoryNorLevels(t *testing.T) {
 	for name, id := range families() {
 		kind, _, _ := strings.Cut(name, "/")
 		want := random[kind]
-		for range 2 { // two secrets
-			got := flood(t, id)
-			if got.deep > 1.3*want.deep || got.levels > want.levels || got.bytes > want.bytes || got.load < 0.85 || got.load > 1.15 {
-				t.Errorf("%s: got %+v, random ids %+v", name, got, want)
-			}
+		got := flood(t, id)
+		if got.deep > 1.3*want.deep || got.levels > want.levels || got.bytes > want.bytes || got.load < 0.85 || got.load > 1.15 {
+			t.Errorf("%s: got %+v, random ids %+v", name, got, want)
 		}
 	}
 }

@@ -72,12 +72,20 @@ func decimal(id []byte) (uint64, bool) {
 		return 0, false
 	}
 	var n uint64
-	for i, c := range id {
+	rest := id
+	for len(rest) >= 8 {
+		d, ok := decimal8(binary.LittleEndian.Uint64(rest))
+		if !ok {
+			return 0, false
+		}
+		n, rest = n*1e8+d, rest[8:]
+	}
+	for i, c := range rest {
 		d := uint64(c - '0')
 		if d > 9 {
 			return 0, false
 		}
-		if i == 19 { // only the twentieth digit can overflow
+		if len(id)-len(rest)+i == 19 { // only the twentieth digit can overflow
 			hi, lo := bits.Mul64(n, 10)
 			sum, carry := bits.Add64(lo, d, 0)
 			return sum, hi == 0 && carry == 0
@@ -85,6 +93,26 @@ func decimal(id []byte) (uint64, bool) {
 		n = n*10 + d
 	}
 	return n, true
+}
+
+// decimal8 parses eight digits at once, the first in the lowest byte: pairs,
+// then fours, then all eight are put together by a multiplication each (Langdale
+// and Lemire, "Quickly parsing eight digits", 2018). Digit by digit took longer
+// than finding the bucket (BenchmarkDecimal).
+func decimal8(b uint64) (uint64, bool) {
+	const (
+		zeros = 0x3030303030303030
+		highs = 0xf0f0f0f0f0f0f0f0
+		sixes = 0x0606060606060606
+	)
+	// A digit has the high half 3, also after adding 6.
+	if b&highs != zeros || (b+sixes)&highs != zeros {
+		return 0, false
+	}
+	b -= zeros
+	b = b*10 + b>>8
+	const pairs = 0x000000ff000000ff
+	return (b&pairs*(100+1_000_000<<32) + b>>16&pairs*(1+10_000<<32)) >> 32, true
 }
 
 const uuidLen = 36

@@ -282,7 +282,7 @@ func (m *Memory) addNarrow(v *view, x uint64, look bool) (place, error) {
 			}
 			l = v.narrow.levels[i].Load()
 		}
-		b, rest, next := l.choose(x)
+		b, rest := l.choose(x)
 		p, slot := b.add(rest|v.tag, look)
 		if p != full {
 			if p == taken && slot >= nearlyFull {
@@ -290,7 +290,7 @@ func (m *Memory) addNarrow(v *view, x uint64, look bool) (place, error) {
 			}
 			return p, nil
 		}
-		x = next
+		x = l.next(x)
 	}
 	return full, ErrFull
 }
@@ -307,7 +307,7 @@ func (m *Memory) addWide(v *view, hi, lo uint64, look bool) (place, error) {
 			}
 			l = v.wide.levels[i].Load()
 		}
-		b, rest, next := l.choose(hi)
+		b, rest := l.choose(hi)
 		p, slot := b.add(rest|v.tag, lo, look)
 		if p != full {
 			if p == taken && slot >= nearlyFull {
@@ -315,7 +315,7 @@ func (m *Memory) addWide(v *view, hi, lo uint64, look bool) (place, error) {
 			}
 			return p, nil
 		}
-		hi = next
+		hi = l.next(hi)
 	}
 	return full, ErrFull
 }
@@ -349,12 +349,14 @@ func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if !v.tight.Load() {
-		// The id of this request is in, but counted only when it leaves. Other
-		// requests between those two moments can exceed MaxIDs by their number.
+		// First the flag, so that from here on whoever looks at it waits for
+		// left, then the count. The id of this request is in, but counted only
+		// when it leaves. Other requests between those two moments can exceed
+		// MaxIDs by their number.
+		v.tight.Store(true)
 		if n := e.Unique() + 1; n < m.cfg.MaxIDs {
 			v.left = m.cfg.MaxIDs - n
 		}
-		v.tight.Store(true)
 	}
 }
 

@@ -1,7 +1,6 @@
 package dedup
 
 import (
-	"math/bits"
 	"sync/atomic"
 
 	"verve/counter"
@@ -18,19 +17,31 @@ type Prefetcher interface {
 	Prefetch(e *counter.Epoch, ids [][]byte)
 }
 
-// Prefetch loads the first bucket of each decimal. Adding ids one by one waits
-// for one cache miss after the other; here the misses overlap
-// (BenchmarkPrefetch).
+// Prefetch loads the home of each decimal in the largest levels; the small ones
+// are near anyway, or hold few ids. Adding ids one by one waits for one cache
+// miss after the other; here the misses overlap (BenchmarkPrefetch).
 func (m *Memory) Prefetch(e *counter.Epoch, ids [][]byte) {
 	v := e.State.(*view)
-	l := v.narrow.levels[0].Load()
-	var words [PrefetchMax]*atomic.Uint64
+	half := len(v.narrow.levels[v.narrow.largest.Load()].Load().buckets) / 2
+	var words [2 * PrefetchMax]*atomic.Uint64
 	n := 0
 	for _, id := range ids[:min(len(ids), PrefetchMax)] {
-		if key, ok := decimal(id); ok {
-			i, _ := bits.Mul64(m.secret.scatter(key), uint64(len(l.buckets)))
-			words[n] = &l.buckets[i][0]
-			n++
+		key, ok := decimal(id)
+		if !ok {
+			continue
+		}
+		x := m.secret.scatter(key)
+		for i := range v.narrow.levels {
+			l := v.narrow.levels[i].Load()
+			if l == nil || n == len(words) {
+				break
+			}
+			if len(l.buckets) >= half {
+				b, rest := l.choose(x)
+				words[n] = &b[home(rest)]
+				n++
+			}
+			x = l.next(x)
 		}
 	}
 	for _, w := range words[:n] {

@@ -11,11 +11,7 @@ import (
 // TestPrefetchChangesNothing: ids brought near are as new as before, whatever
 // they look like and however many there are.
 func TestPrefetchChangesNothing(t *testing.T) {
-	m, err := NewMemory(Config{Heap: raceEnabled})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
+	m := newMemory(t, Config{})
 	e := newEpochs(t, m)
 	ids := [][]byte{nil, {}}
 	for _, id := range alike {
@@ -38,11 +34,7 @@ func BenchmarkPrefetch(b *testing.B) {
 	const ids = 10_000_000
 	for _, prefetch := range []bool{false, true} {
 		b.Run(fmt.Sprint(prefetch), func(b *testing.B) {
-			m, err := NewMemory(Config{Expect: ids})
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer m.Close()
+			m := newMemory(b, Config{Expect: ids})
 			e := newEpochs(b, m)
 			batch := make([][]byte, PrefetchMax)
 			n, window := 0, 0

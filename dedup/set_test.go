@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,27 +15,18 @@ import (
 	"verve/counter"
 )
 
-// newSets are the stores that fulfil the contract of Set.
+// newSets are the stores that fulfil the contract of Set. Each closes its Set
+// when the test is over.
 var newSets = map[string]func(t testing.TB, maxIDs uint64) Set{
 	"memory": func(t testing.TB, maxIDs uint64) Set {
-		m, err := NewMemory(Config{MaxIDs: maxIDs, Heap: raceEnabled})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return m
+		return newMemory(t, Config{MaxIDs: maxIDs})
 	},
 }
 
 func eachSet(t *testing.T, f func(t *testing.T, s Set)) {
 	for name, newSet := range newSets {
 		t.Run(name, func(t *testing.T) {
-			s := newSet(t, 0)
-			t.Cleanup(func() {
-				if err := s.Close(); err != nil {
-					t.Error(err)
-				}
-			})
-			f(t, s)
+			f(t, newSet(t, 0))
 		})
 	}
 }
@@ -55,15 +47,24 @@ type epochs struct {
 	base int64
 }
 
+// newEpochs seals the counter when the test is over, and waits until every
+// epoch is retired: the Set that was made before can then be closed.
 func newEpochs(t testing.TB, s Set) epochs {
 	c, err := counter.New(counter.Config{Window: time.Hour, Store: s, Publish: nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(t.Context())
-	var run sync.WaitGroup
-	run.Go(func() { c.Run(ctx) })
-	t.Cleanup(func() { stop(); run.Wait() })
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(ctx) }()
+	t.Cleanup(func() {
+		c.Seal()
+		// A test that failed may have left a request inside.
+		defer time.AfterFunc(5*time.Second, stop).Stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
 	return epochs{c, c.Last().Start().UnixNano()}
 }
 
@@ -177,7 +178,6 @@ func TestSetRefusesBeyondMaxIDsAndStillFindsRepeats(t *testing.T) {
 		for name, newSet := range newSets {
 			t.Run(fmt.Sprint(name, maxIDs), func(t *testing.T) {
 				s := newSet(t, uint64(maxIDs))
-				defer s.Close()
 				e := newEpochs(t, s)
 				for n := range 2 {
 					for i := range maxIDs {
@@ -195,145 +195,198 @@ func TestSetRefusesBeyondMaxIDsAndStillFindsRepeats(t *testing.T) {
 }
 
 // TestSetIsExactWhileEpochsTurn has writers bring the same ids to the same
-// epochs at the same time, while the epochs turn under them: each id is Unique
-// once per epoch, and the counts of the epochs are the numbers of those.
+// epochs at the same time, while the epochs turn under them and some requests
+// sleep inside: each id is Unique once in each epoch that it is answered in, and
+// the counts of the epochs are the numbers of those.
 func TestSetIsExactWhileEpochsTurn(t *testing.T) {
-	const (
-		writers = 4
-		turns   = 100
-		window  = counter.MinWindow
-		ids     = 400
-	)
-	span := time.Duration(turns) * window / 2
-	eachSet(t, func(t *testing.T, s Set) {
-		counts := make(chan counter.Count, 10*turns)
-		c, err := counter.New(counter.Config{Window: window, Store: s, Publish: nobody{counts}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		bg, stop := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() { s.Run(bg) })
-		defer running.Wait()
-		defer stop()
-		closed := make(chan error, 1)
-		go func() { closed <- c.Run(t.Context()) }()
+	const window = counter.MinWindow
+	for _, tt := range []struct {
+		name         string
+		writers, ids int
+		turns        int
+		speed        time.Duration // how fast the clock runs, in fifths of real time
+		id           func(i int) []byte
+	}{
+		{"turns of 20 ms", 4, 400, 100, 12, func(i int) []byte {
+			id := strconv.AppendInt(nil, int64(i), 10)
+			if i%2 == 0 {
+				id = append(id, "-text"...)
+			}
+			return id
+		}},
+		// Every id is brought by all writers in the first moments of an epoch.
+		{"turns of 1 ms, few UUIDs and texts", 8, 10, 1000, 250, func(i int) []byte {
+			if i%2 == 0 {
+				return fmt.Appendf(nil, "text %d", i)
+			}
+			return fmt.Appendf(nil, "3f333df6-90a4-4fda-8dd3-9485d27ce%03d", i)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			eachSet(t, func(t *testing.T, s Set) {
+				counts := make(chan counter.Count, 100*tt.turns)
+				c, err := counter.New(counter.Config{Window: window, Store: s, Publish: nobody{counts}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				run(t, s)
+				closed := make(chan error, 1)
+				go func() { closed <- c.Run(t.Context()) }()
 
-		// ok[w] counts, for writer w, the Unique answers by epoch and id.
-		type answer struct {
-			epoch int64
-			id    int
-		}
-		ok := make([]map[answer]int, writers)
-		var stale atomic.Int64
-		var group sync.WaitGroup
-		began := time.Now()
-		for w := range writers {
-			ok[w] = map[answer]int{}
-			group.Go(func() {
-				rnd := rand.New(rand.NewPCG(uint64(w), 9))
-				for time.Since(began) < span {
-					// The clock runs twice as fast as real time: turns of half a window.
-					now := began.UnixNano() + 2*int64(time.Since(began))
-					i := rnd.IntN(ids)
-					id := fmt.Append(nil, i)
-					if i%2 == 0 {
-						id = append(id, "-text"...)
-					}
-					for {
-						in, open := c.Enter(now, uint64(w))
-						if !open {
-							t.Error("sealed while writing")
-							return
+				type answer struct {
+					epoch int64
+					id    int
+				}
+				type answers struct{ unique, repeat int }
+				given := make([]map[answer]answers, tt.writers)
+				var stale atomic.Int64
+				var group sync.WaitGroup
+				began := time.Now()
+				ids := make([][]byte, tt.ids)
+				for i := range ids {
+					ids[i] = tt.id(i)
+				}
+				for w := range tt.writers {
+					given[w] = map[answer]answers{}
+					group.Go(func() {
+						rnd := rand.New(rand.NewPCG(uint64(w), 9))
+						for {
+							now := began.UnixNano() + int64(time.Since(began)*tt.speed/5)
+							i := rnd.IntN(tt.ids)
+							for again := true; again; {
+								in, open := c.Enter(now, uint64(w))
+								if !open {
+									return
+								}
+								switch rnd.IntN(4096) {
+								case 0:
+									time.Sleep(window * 5 / tt.speed) // until the next epoch
+								case 1, 2, 3, 4:
+									runtime.Gosched()
+								}
+								v, err := s.Add(in.Epoch, ids[i])
+								if err != nil {
+									t.Error(err)
+								}
+								again = v == Turned
+								k := answer{in.Number(), i}
+								a := given[w][k]
+								switch v {
+								case Unique:
+									a.unique++
+									in.Leave(counter.Unique)
+								case Repeat:
+									a.repeat++
+									in.Leave(counter.Repeat)
+								case Turned:
+									stale.Add(1)
+									in.Leave(counter.Void)
+								}
+								given[w][k] = a
+							}
 						}
-						if rnd.IntN(64) == 0 {
-							runtime.Gosched() // sleep inside the epoch
-						}
-						v, err := s.Add(in.Epoch, id)
-						if err != nil {
-							t.Error(err)
-						}
-						switch v {
-						case Unique:
-							ok[w][answer{in.Number(), i}]++
-							in.Leave(counter.Unique)
-						case Repeat:
-							in.Leave(counter.Repeat)
-						case Turned:
-							stale.Add(1)
-							in.Leave(counter.Void)
-							continue
-						}
-						break
+					})
+				}
+				for c.Last().Serial() <= uint64(tt.turns) {
+					time.Sleep(time.Millisecond)
+				}
+				c.Seal()
+				group.Wait()
+				if err := <-closed; err != nil {
+					t.Fatal(err)
+				}
+				close(counts)
+
+				all := map[answer]answers{}
+				for _, m := range given {
+					for k, a := range m {
+						sum := all[k]
+						all[k] = answers{sum.unique + a.unique, sum.repeat + a.repeat}
 					}
 				}
+				type sums struct{ unique, repeats uint64 }
+				want := map[int64]sums{}
+				for k, a := range all {
+					if a.unique != 1 && a.unique+a.repeat > 0 {
+						t.Errorf("id %s in epoch %d: %d times unique, %d times a repeat", ids[k.id], k.epoch, a.unique, a.repeat)
+					}
+					s := want[k.epoch]
+					want[k.epoch] = sums{s.unique + uint64(a.unique), s.repeats + uint64(a.repeat)}
+				}
+				var total sums
+				n, last := 0, int64(0)
+				for p := range counts {
+					number := p.Start.UnixNano() / int64(window)
+					if number <= last {
+						t.Errorf("epoch %d was published after %d", number, last)
+					}
+					last = number
+					got := sums{p.Unique, p.Repeats}
+					if got != want[number] {
+						t.Errorf("epoch %d: published %+v, answered %+v", number, got, want[number])
+					}
+					delete(want, number)
+					total.unique += got.unique
+					total.repeats += got.repeats
+					n++
+				}
+				for number, s := range want {
+					if s != (sums{}) {
+						t.Errorf("epoch %d was answered %+v and not published", number, s)
+					}
+				}
+				t.Logf("%d epochs, %+v, %d adds met a later epoch", n, total, stale.Load())
 			})
-		}
-		group.Wait()
-		c.Seal()
-		if err := <-closed; err != nil {
-			t.Fatal(err)
-		}
-		close(counts)
-
-		want := map[int64]uint64{}
-		twice := map[answer]int{}
-		for _, m := range ok {
-			for a, n := range m {
-				want[a.epoch] += uint64(n)
-				if twice[a] += n; twice[a] > 1 {
-					t.Errorf("id %d was unique %d times in epoch %d", a.id, twice[a], a.epoch)
-				}
-			}
-		}
-		var got, total uint64
-		last := int64(0)
-		n := 0
-		for cnt := range counts {
-			number := cnt.Start.UnixNano() / int64(window)
-			if number <= last {
-				t.Errorf("epoch %d was published after %d", number, last)
-			}
-			last = number
-			if cnt.Unique != want[number] {
-				t.Errorf("epoch %d: published %d, answered %d", number, cnt.Unique, want[number])
-			}
-			got += cnt.Unique
-			n++
-		}
-		for _, u := range want {
-			total += u
-		}
-		if got != total || n < turns {
-			t.Errorf("published %d in %d epochs, answered %d; want as many, in at least %d", got, n, total, turns)
-		}
-		t.Logf("%d epochs, %d unique, %d adds met a later epoch", n, total, stale.Load())
-	})
+		})
+	}
 }
 
-// TestCleanerReclaimsBeforeTagsComeRound leaves ids of one epoch behind and
-// turns until its tag is used again: they must not be taken for ids of today.
-func TestCleanerReclaimsBeforeTagsComeRound(t *testing.T) {
-	const ids = 1000
-	m, err := NewMemory(Config{CleanupBatch: 1, Heap: raceEnabled})
-	if err != nil {
-		t.Fatal(err)
+// TestSetKeepsLateRequestsOutOfLaterEpochs has a request sleep in an epoch
+// while the next ones fill. What it then brings to its own epoch neither takes
+// anything from a later one nor shows there.
+func TestSetKeepsLateRequestsOutOfLaterEpochs(t *testing.T) {
+	const ids = 20_000
+	id := func(i int) string {
+		if i%2 == 0 {
+			return strconv.Itoa(i)
+		}
+		return "text " + strconv.Itoa(i)
 	}
-	defer m.Close()
-	e := newEpochs(t, m)
-	for i := range ids {
-		e.want(t, m, 0, fmt.Sprint(i), Unique)
-		e.want(t, m, 0, fmt.Sprint("text", i), Unique)
-	}
-	for n := 1; n < lap; n++ {
-		e.want(t, m, n, "only this one", Unique)
-		m.reclaim()
-	}
-	if got := m.Stats().Reclaimed; got < 2*ids-1 {
-		t.Errorf("reclaimed %d slots, want about %d", got, 2*ids)
-	}
-	for i := range ids {
-		e.want(t, m, lap, fmt.Sprint(i), Unique)
-		e.want(t, m, lap, fmt.Sprint("text", i), Unique)
-	}
+	eachSet(t, func(t *testing.T, s Set) {
+		e := newEpochs(t, s)
+		for i := range ids / 2 {
+			e.want(t, s, 0, id(i), Unique)
+		}
+		in, _ := e.Enter(e.at(0), 1)
+		defer in.Leave(counter.Void)
+		late := map[int]bool{}
+		for n := 1; n < 4; n++ {
+			for i := 0; i < ids; i += 2 + n {
+				e.want(t, s, n, id(i), Unique)
+			}
+			// Late: ids that are in its epoch, and others.
+			for i := 0; i < ids; i += 3 {
+				switch v, err := s.Add(in.Epoch, []byte(id(i))); {
+				case err != nil:
+					t.Fatal(err)
+				case v == Unique:
+					if i < ids/2 || late[i] {
+						t.Fatalf("id %s is unique in epoch 0 for a second time", id(i))
+					}
+					late[i] = true
+				case v == Repeat:
+					if i >= ids/2 && !late[i] {
+						t.Fatalf("id %s was never in epoch 0 and is a repeat there", id(i))
+					}
+				}
+			}
+			for i := range ids {
+				want := Unique
+				if i%(2+n) == 0 {
+					want = Repeat
+				}
+				e.want(t, s, n, id(i), want)
+			}
+		}
+	})
 }

@@ -19,9 +19,9 @@ import (
 // the table is exact at 8 bytes a slot.
 //
 // A word with the tag of another epoch is an empty slot. An id takes the first
-// empty slot of its bucket, by compare-and-swap; slots are never emptied within
-// an epoch, so whoever brings the same id meets it before any slot that could
-// be taken. A bucket without an empty slot stays full for the rest of the
+// empty slot of its bucket from its home on, by compare-and-swap; slots are never
+// emptied within an epoch, so whoever brings the same id, and begins at the same
+// home, meets it before any slot that could be taken. A bucket without an empty slot stays full for the rest of the
 // epoch, and its further ids go to the next level, a table of its own size.
 // Growing adds a level and moves nothing.
 //
@@ -48,8 +48,8 @@ const (
 	staleAge  = lap / 8
 	passTurns = lap / 8
 
-	// maxLevels bounds the chain that an id may walk. Ordinary growth adds
-	// three quarters each time: eight levels hold 40 times what was expected.
+	// maxLevels bounds the chain that an id may walk: eight hold 40 times what
+	// was expected.
 	maxLevels = 24
 
 	// Of the slots for n expected ids the first level gets firstShare and the
@@ -58,9 +58,16 @@ const (
 	firstShare  = 1.34
 	secondShare = 0.10
 
-	// nearlyFull is the slot of a bucket that, taken in the last level, makes
-	// the cleaner look whether the table should grow.
-	nearlyFull = slotsPerBucket - 3
+	// smallTable is the number of slots up to which a table grows by much at
+	// once: 16 MB of narrow ones, and 128 MB after it.
+	smallTable = 2 << 20
+
+	// nearlyFull is how far from its home an id that takes a slot in the last
+	// level makes the cleaner look whether the table should grow. With three
+	// slots left every tenth id comes that far, with five every eightieth; any
+	// further, and the first full bucket is met before the cleaner is asked
+	// (TestGrowthIsAskedForAgain).
+	nearlyFull = slotsPerBucket / 2
 
 	// sampleEvery is the share of the new ids, chosen by bits of the scattered
 	// key, that add to the load: exact counting would make one word hot.
@@ -98,34 +105,40 @@ type (
 type place uint8
 
 const (
-	taken  place = iota // put in: slot is its place
+	taken  place = iota // put in, so many slots from its home
 	found               // was there
 	turned              // met a later epoch
 	full                // no slot left
 	absent              // not there, and nothing was to be put in
 )
 
+// home returns the slot of a bucket where the search for a word begins, by bits
+// that tell the bucket's keys apart: the search goes round from there. Beginning
+// at the first slot all ids would read what is taken before they find room.
+func home(word uint64) uint64 { return word >> (64 - 4) }
+
 // add puts word into the bucket. With look it only looks.
 func (b *narrowBucket) add(word uint64, look bool) (place, int) {
 	tag := word & tagMask
-	for i := range b {
+	for n := range uint64(slotsPerBucket) {
+		slot := &b[(home(word)+n)%slotsPerBucket]
 		for {
-			w := b[i].Load()
+			w := slot.Load()
 			if w == word {
-				return found, i
+				return found, int(n)
 			}
 			t := w & tagMask
 			if t == tag {
 				break // another id of this epoch
 			}
 			if newer(t, tag) {
-				return turned, i
+				return turned, int(n)
 			}
 			if look {
-				return absent, i
+				return absent, int(n)
 			}
-			if b[i].CompareAndSwap(w, word) {
-				return taken, i
+			if slot.CompareAndSwap(w, word) {
+				return taken, int(n)
 			}
 			// Lost the slot: to this id, to another one or to a later epoch.
 		}
@@ -140,7 +153,8 @@ func (b *narrowBucket) add(word uint64, look bool) (place, int) {
 // either word: an older epoch's pending word is waited for, not taken.
 func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 	tag := word & tagMask
-	for i := range b.first {
+	for n := range uint64(slotsPerBucket) {
+		i := (home(word) + n) % slotsPerBucket
 		for wait := 0; ; {
 			w := b.first[i].Load()
 			t := w & tagMask &^ pending
@@ -148,7 +162,7 @@ func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 			case t == tag && w&^pending != word:
 				// Another id of this epoch, written or being written.
 			case newer(t, tag):
-				return turned, i
+				return turned, int(n)
 			case w&pending != 0:
 				// Very likely this very id, or the slot of an epoch that is
 				// ending: its writer is two stores away from clearing the bit.
@@ -161,17 +175,17 @@ func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 					continue // taken over by the next epoch between the loads
 				}
 				if s == second {
-					return found, i
+					return found, int(n)
 				}
 			case look:
-				return absent, i
+				return absent, int(n)
 			default:
 				if !b.first[i].CompareAndSwap(w, word|pending) {
 					continue
 				}
 				b.second[i].Store(second)
 				b.first[i].Store(word) // hands the slot to the readers
-				return taken, i
+				return taken, int(n)
 			}
 			break
 		}
@@ -207,13 +221,24 @@ type table[B any] struct {
 	slots uint64     // in all levels
 	bytes uint64     // of all levels
 
-	checking atomic.Bool // the cleaner was asked to look at the load
-	refs     int         // epochs that use the table; guarded by Memory.mu
+	largest  atomic.Int32 // level with the most buckets, for Prefetch
+	checking atomic.Bool  // the cleaner was asked to look at the load
+	refs     int          // epochs that use the table; guarded by Memory.mu
 }
 
 // buckets returns the number of buckets with room for share*ids slots.
 func buckets(ids uint64, share float64) uint64 {
 	return max(minBuckets, uint64(float64(ids)*share)/slotsPerBucket+1)
+}
+
+// firstLevels returns the numbers of buckets that a table for so many ids
+// begins with. Where the second level would be of the smallest size it can wait
+// until it is needed.
+func firstLevels(ids uint64) (first, second uint64) {
+	if second = buckets(ids, secondShare); second <= minBuckets {
+		second = 0
+	}
+	return buckets(ids, firstShare), second
 }
 
 // extend appends a level of n buckets. t.mu is held, or nobody else has t yet.
@@ -227,6 +252,9 @@ func (t *table[B]) extend(n uint64, from *arena) error {
 	}
 	l := &level[B]{buckets: buckets, odd: newSecret().odd[0], memory: memory}
 	t.levels[t.depth].Store(l)
+	if largest := t.levels[t.largest.Load()].Load(); len(l.buckets) > len(largest.buckets) {
+		t.largest.Store(int32(t.depth))
+	}
 	t.depth++
 	t.slots += n * slotsPerBucket
 	t.bytes += l.memory.size()
@@ -234,38 +262,55 @@ func (t *table[B]) extend(n uint64, from *arena) error {
 }
 
 // grow makes sure that there is a level after the first have ones. load is the
-// number of ids in the table. Where the load explains the need, the table
-// grows by three quarters: after any growth it is then at least 45 % used, and
-// ten times the expected ids fit in six levels. Else a few buckets are crowded
-// by chance or by malice, and a level of the smallest size serves.
+// number of ids in the table. Where the load explains the need, a small table
+// grows to nine times its size and a large one by three quarters: ten times the
+// expected ids fit in four levels, and a table that knew nothing of what would
+// come walks few. Else a few buckets are crowded by chance or by malice, and a
+// level of the smallest size serves.
 func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.depth > have {
 		return false, nil
 	}
-	n := uint64(minBuckets)
+	least, n := uint64(minBuckets), uint64(minBuckets)
 	if load > t.slots/2 {
-		n = max(n, t.slots*3/4/slotsPerBucket)
+		least = max(least, t.slots*3/4/slotsPerBucket)
+		n = least
+		if t.slots <= smallTable {
+			n = t.slots * 8 / slotsPerBucket
+		}
 	}
-	err = t.extend(n, from)
+	if err = t.extend(n, from); err != nil && n > least {
+		err = t.extend(least, from) // no memory for so many
+	}
 	return err == nil, err
 }
 
-// crowded reports whether a new level should be made ready. At 78 % of all
-// slots the last level still has room for the time that takes.
+// crowded reports whether a new level should be made ready, now that a bucket
+// of the last one is nearly full. The first bucket fills long before the level
+// does, the sooner the more buckets there are: at 66 % of all slots or later, or
+// before half load, where a small level helps. The small second level of a
+// table of the expected size holds out until 104 % of those ids; there the load
+// must not ask at 100 %, which is 69 % of the slots.
 func (t *table[B]) crowded(load uint64) (depth int, yes bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.depth, load > t.slots/100*78
+	last := uint64(len(t.levels[t.depth-1].Load().buckets)) * slotsPerBucket
+	percent := load / (t.slots/100 + 1)
+	switch {
+	case t.depth == 1 || percent < 50:
+		return t.depth, true
+	case t.depth == 2 && last < t.slots/8:
+		return t.depth, percent >= 72
+	default:
+		return t.depth, percent >= 62
+	}
 }
 
 func newTable[B any](expect uint64, from *arena) (*table[B], error) {
 	t := &table[B]{expect: expect}
-	first, second := buckets(expect, firstShare), buckets(expect, secondShare)
-	if second <= minBuckets {
-		second = 0
-	}
+	first, second := firstLevels(expect)
 	// Asked before the large level is made resident for nothing: the cleaner
 	// tries again at every interval.
 	err := from.room((first + second) * uint64(unsafe.Sizeof(*new(B))))
@@ -289,9 +334,11 @@ func (t *table[B]) free(to *arena) {
 	}
 }
 
-// choose returns the bucket of x in l, the bits that tell x apart in it, and
-// the x of the next level.
-func (l *level[B]) choose(x uint64) (b *B, rest, next uint64) {
+// choose returns the bucket of x in l, and the bits that tell x apart in it.
+func (l *level[B]) choose(x uint64) (b *B, rest uint64) {
 	hi, lo := bits.Mul64(x, uint64(len(l.buckets)))
-	return &l.buckets[hi], lo &^ tagMask, bits.RotateLeft64(x, 32) * l.odd
+	return &l.buckets[hi], lo &^ tagMask
 }
+
+// next returns the x of the level after l: the ids of one bucket part there.
+func (l *level[B]) next(x uint64) uint64 { return bits.RotateLeft64(x, 32) * l.odd }
