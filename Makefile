@@ -19,4 +19,4 @@ fuzz:
 	FUZZTIME=$(FUZZTIME) .ci/run fuzz
 
 bench:
-	go test -run '^$$' -bench . -benchmem ./...
+	bench/run --quick

@@ -281,8 +281,12 @@ func recordStats(s stream.Stats) server.Records {
 		Published: s.Published, Pending: s.Pending, Oldest: s.Oldest, Poison: s.Poison,
 		Conflicts: s.Conflicts, AppendFailures: s.AppendFailures, Blocked: s.AppendError,
 	}
-	if r.Blocked == "" {
-		r.Failing = s.LastError()
+	for _, k := range s.Sinks {
+		sink := server.Sink{Name: k.Name}
+		if k.State == stream.StateFailing {
+			sink.Failing = k.LastError
+		}
+		r.Sinks = append(r.Sinks, sink)
 	}
 	return r
 }

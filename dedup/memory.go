@@ -77,6 +77,8 @@ type Memory struct {
 	swept    uint64           // serial at the last step of the cleaner
 	busy     []*counter.Epoch // that may have requests in them, oldest first
 
+	latest atomic.Pointer[view] // current, for Prefetch, which takes no lock
+
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
 	sweep sweeper       // used by Run alone
 
@@ -183,6 +185,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 		m.nudge() // the interval is long for such windows
 	}
 	m.current = v
+	m.latest.Store(v)
 	e.State = v
 }
 

@@ -17,12 +17,10 @@ func TestPrefetchChangesNothing(t *testing.T) {
 	for _, id := range alike {
 		ids = append(ids, []byte(id))
 	}
-	in, _ := e.Enter(e.at(0), 0)
 	for i := range ids {
-		m.Prefetch(in.Epoch, ids[i:])
-		m.Prefetch(in.Epoch, ids[:i])
+		m.Prefetch(ids[i:])
+		m.Prefetch(ids[:i])
 	}
-	in.Leave(counter.Void)
 	for _, id := range alike {
 		e.want(t, m, 0, id, Unique)
 	}
@@ -47,9 +45,7 @@ func BenchmarkPrefetch(b *testing.B) {
 						batch[j] = strconv.AppendUint(batch[j][:0], uint64(n+j)*7, 10)
 					}
 					if prefetch {
-						in, _ := e.Enter(e.at(window), 0)
-						m.Prefetch(in.Epoch, batch)
-						in.Leave(counter.Void)
+						m.Prefetch(batch)
 					}
 				}
 				in, _ := e.Enter(e.at(window), 0)

@@ -66,4 +66,5 @@ type Stats struct {
 	Resized   uint64 // tables replaced by one of the right size
 	Reclaimed uint64 // slots of retired epochs swept
 	Full      uint64 // ids refused with ErrFull
+	Problem   string // why no id can be judged now; empty if they can
 }

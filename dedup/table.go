@@ -62,6 +62,12 @@ const (
 	// once: 16 MB of narrow ones, and 128 MB after it.
 	smallTable = 2 << 20
 
+	// In percent of all slots: above needed, a full bucket says that the table
+	// has outgrown its size; at crowdedAt a level is made ready before that, while
+	// the last one still has room for the time it takes.
+	needed    = 70
+	crowdedAt = 78
+
 	// nearlyFull is how far from its home an id that takes a slot in the last
 	// level makes the cleaner look whether the table should grow. With three
 	// slots left every tenth id comes that far, with five every eightieth; any
@@ -265,8 +271,8 @@ func (t *table[B]) extend(n uint64, from *arena) error {
 // number of ids in the table. Where the load explains the need, a small table
 // grows to nine times its size and a large one by three quarters: ten times the
 // expected ids fit in four levels, and a table that knew nothing of what would
-// come walks few. Else a few buckets are crowded by chance or by malice, and a
-// level of the smallest size serves.
+// come walks few. Else some buckets are full by chance, as with any load, or by
+// malice, and a level of the smallest size serves.
 func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -274,7 +280,7 @@ func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err err
 		return false, nil
 	}
 	least, n := uint64(minBuckets), uint64(minBuckets)
-	if load > t.slots/2 {
+	if load > t.slots/100*needed {
 		least = max(least, t.slots*3/4/slotsPerBucket)
 		n = least
 		if t.slots <= smallTable {

@@ -30,7 +30,13 @@ type Records struct {
 	Conflicts      uint64    // keys found with another value
 	AppendFailures uint64    // tries to make a record durable that failed
 	Blocked        string    // why records cannot be made durable now; empty if they can
-	Failing        string    // why a sink does not take them now; empty if it does
+	Sinks          []Sink
+}
+
+// Sink is where records are delivered to.
+type Sink struct {
+	Name    string // "kafka", "file"
+	Failing string // why it does not take records now; empty if it does
 }
 
 // AdminConfig of an Admin. All fields but Version are required.
@@ -98,32 +104,35 @@ type check struct {
 	Reason string `json:"reason,omitempty"`
 }
 
+// readiness is the answer of /readyz.
 type readiness struct {
-	Ready   bool  `json:"ready"`
-	Server  check `json:"server"`
-	Spool   check `json:"spool"`
-	Records struct {
-		check
-		Pending   int     `json:"pending"`
-		OldestAge float64 `json:"oldest_age_seconds"`
-	} `json:"records"`
+	Ready     bool             `json:"ready"`
+	Checks    map[string]check `json:"checks"`
+	Pending   int              `json:"records_pending"`
+	OldestAge float64          `json:"records_oldest_age_seconds"`
 }
 
-// readyz tells whether requests should be sent here. A broker that is away is
-// shown and does not count: accepts go on without it, and their records wait
-// in the spool. A spool that cannot be written does count.
+// readyz tells whether requests should be sent here, and why not. A sink that
+// is away is shown and does not count: accepts go on without it, and their
+// records wait in the spool. What accepts or the spool need does count.
 func (a *Admin) readyz(w http.ResponseWriter, _ *http.Request) {
-	var r readiness
-	r.Server.OK = !a.stopping.Load()
-	if !r.Server.OK {
-		r.Server.Reason = "shutting down"
-	}
 	rec := a.cfg.Records()
-	r.Spool = check{rec.Blocked == "", rec.Blocked}
-	r.Records.check = check{rec.Failing == "", rec.Failing}
-	r.Records.Pending = rec.Pending
-	r.Records.OldestAge = age(rec.Oldest)
-	r.Ready = r.Server.OK && r.Spool.OK
+	needed := map[string]string{
+		"dedup":  a.server.cfg.Set.Stats().Problem,
+		"server": "",
+		"spool":  rec.Blocked,
+	}
+	if a.stopping.Load() {
+		needed["server"] = "shutting down"
+	}
+	r := readiness{Ready: true, Checks: map[string]check{}, Pending: rec.Pending, OldestAge: age(rec.Oldest)}
+	for name, reason := range needed {
+		r.Checks[name] = check{reason == "", reason}
+		r.Ready = r.Ready && reason == ""
+	}
+	for _, k := range rec.Sinks {
+		r.Checks[k.Name] = check{k.Failing == "", k.Failing}
+	}
 	status := http.StatusOK
 	if !r.Ready {
 		status = http.StatusServiceUnavailable

@@ -36,8 +36,9 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 		status int
 		want   string // a part of the answer
 	}{
-		{"in order", func() {}, 200, `{"ready":true,"server":{"ok":true},"spool":{"ok":true},"records":{"ok":true,"pending":0,`},
-		{"broker away", func() { records = Records{Pending: 3, Failing: "kafka: refused"} }, 200, `"records":{"ok":false,"reason":"kafka: refused","pending":3,`},
+		{"in order", func() {}, 200, `{"ready":true,"checks":{"dedup":{"ok":true},"server":{"ok":true},"spool":{"ok":true}},"records_pending":0,"records_oldest_age_seconds":0}`},
+		{"broker away", func() { records = Records{Pending: 3, Sinks: []Sink{{"file", ""}, {"kafka", "refused"}}} }, 200,
+			`"file":{"ok":true},"kafka":{"ok":false,"reason":"refused"},`},
 		{"disk full", func() { records = Records{Blocked: "disk full"} }, 503, `"spool":{"ok":false,"reason":"disk full"}`},
 		{"stopping", func() { records = Records{}; a.NotReady() }, 503, `"server":{"ok":false,"reason":"shutting down"}`},
 	} {

@@ -3,7 +3,6 @@ package server
 import (
 	"bytes"
 
-	"verve/counter"
 	"verve/dedup"
 )
 
@@ -13,9 +12,9 @@ var (
 )
 
 // prefetch looks for the ids of pipelined requests in what was received, and
-// has the set bring their places near: answered one after the other, each
-// request would wait for memory by itself. A guess at what follows; the parsing
-// is done by those who answer. Where only one request came it does nothing.
+// has the set bring their places near while the first is parsed. A guess at what
+// follows: those who answer parse for themselves. For a single request it does
+// nothing: finding its id costs what waiting for its place does.
 func (s *Server) prefetch(set dedup.Prefetcher, received []byte) {
 	end := bytes.Index(received, headersEnd)
 	if end < 0 || end+len(headersEnd) == len(received) {
@@ -37,9 +36,5 @@ func (s *Server) prefetch(set dedup.Prefetcher, received []byte) {
 			end = bytes.Index(received, headersEnd)
 		}
 	}
-	// The time 0 turns no epoch: that is for the requests themselves.
-	if in, open := s.cfg.Counter.Enter(0, uint64(n)); open {
-		set.Prefetch(in.Epoch, ids[:n])
-		in.Leave(counter.Void)
-	}
+	set.Prefetch(ids[:n])
 }
