@@ -58,6 +58,10 @@ const (
 	firstShare  = 1.34
 	secondShare = 0.10
 
+	// tenfoldShare is the room, for an expected id, in which ten times as many
+	// are just not crowded: 13.3 bytes for each of those.
+	tenfoldShare = 16.6
+
 	// smallTable is the number of slots up to which a table grows by much at
 	// once: 16 MB of narrow ones, and 128 MB after it.
 	smallTable = 2 << 20
@@ -269,9 +273,9 @@ func (t *table[B]) extend(n uint64, from *arena) error {
 
 // grow makes sure that there is a level after the first have ones. load is the
 // number of ids in the table. Where the load explains the need, a small table
-// grows to nine times its size and a large one by three quarters: ten times the
-// expected ids fit in four levels, and a table that knew nothing of what would
-// come walks few. Else some buckets are full by chance, as with any load, or by
+// grows to hold ten times the expected ids, then to nine times its size, and a
+// large one by three quarters: a table that knew little of what would come walks
+// few levels. Else some buckets are full by chance, as with any load, or by
 // malice, and a level of the smallest size serves.
 func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
@@ -285,6 +289,10 @@ func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err err
 		n = least
 		if t.slots <= smallTable {
 			n = t.slots * 8 / slotsPerBucket
+			tenfold := buckets(max(t.expect, minBuckets*slotsPerBucket/2), tenfoldShare)
+			if have := t.slots / slotsPerBucket; tenfold > 2*have {
+				n = tenfold - have
+			}
 		}
 	}
 	if err = t.extend(n, from); err != nil && n > least {
