@@ -325,6 +325,20 @@ func tableBytes() uint64 {
 	return limit / 2
 }
 
+// expectIDs is the room for canonical decimals at the start. Where nothing is
+// said it is what a busy server fills in seconds, unless memory is scarce: 12 MB
+// spare the first window from growing through many small tables.
+func (c *config) expectIDs(tableBytes uint64) uint64 {
+	const unsaid, bytesPerID, scarce = 1 << 20, 12, 32
+	if c.ExpectIDs > 0 {
+		return c.ExpectIDs
+	}
+	if tableBytes == 0 {
+		return unsaid
+	}
+	return min(unsaid, tableBytes/bytesPerID/scarce)
+}
+
 // logger writes to w as the settings say.
 func (c *config) logger(w *os.File) zerolog.Logger {
 	level, err := zerolog.ParseLevel(c.LogLevel)

@@ -121,8 +121,9 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	}
 	defer records.Close()
 
+	limit := tableBytes()
 	set, err := dedup.NewMemory(dedup.Config{
-		Expect: cfg.ExpectIDs, MaxIDs: cfg.MaxIDs, MaxBytes: tableBytes(),
+		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
 		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
 	})
 	if err != nil {
