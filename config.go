@@ -265,6 +265,14 @@ func (c *config) spoolDir() string {
 	return c.DataDir
 }
 
+// epochsDir is where the ids of the running epoch are kept, empty for nowhere.
+func (c *config) epochsDir() string {
+	if c.DataDir == noDataDir {
+		return ""
+	}
+	return filepath.Join(c.DataDir, "epochs")
+}
+
 // countsFile resolves the default, and off to the empty path.
 func (c *config) countsFile() string {
 	switch {

@@ -121,18 +121,15 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	}
 	defer records.Close()
 
-	limit := tableBytes()
-	set, err := dedup.NewMemory(dedup.Config{
-		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
-		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-	})
+	set, err := openSet(cfg, log)
 	if err != nil {
 		return err
 	}
 	defer set.Close()
-	lastWindow, _ := spool.LastWindow()
+	lastWindow, lastSum := spool.LastWindow()
 	count, err := counter.New(counter.Config{
-		Window: cfg.Window, Store: set, Publish: records, NotBefore: lastWindow,
+		Window: cfg.Window, Store: set, Publish: records,
+		NotBefore: lastWindow, Past: set.Past(lastWindow, lastSum),
 	})
 	if err != nil {
 		return err
@@ -233,6 +230,31 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 		log.Info().Msg("stopped")
 	}
 	return err
+}
+
+// openSet makes the set, with the ids that the last process left in the data
+// directory. On a system that cannot keep them there it does without.
+func openSet(cfg *config, log zerolog.Logger) (*dedup.Memory, error) {
+	limit := tableBytes()
+	c := dedup.Config{
+		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
+		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
+		Dir: cfg.epochsDir(),
+		OnSetAside: func(name string, reason error) {
+			log.Error().Err(reason).Str("set_aside_as", name).
+				Msg("the ids of the last epoch were damaged and are set aside; the present window counts without them and is not exact")
+		},
+		OnFailure: func(err error) {
+			log.Error().Err(err).Msg("ids cannot be kept on disk: every id is refused until the disk is repaired and the server restarted")
+		},
+	}
+	set, err := dedup.NewMemory(c)
+	if errors.Is(err, errors.ErrUnsupported) {
+		log.Warn().Err(err).Msg("ids are kept in memory only: a crash forgets those of the running window")
+		c.Dir = ""
+		set, err = dedup.NewMemory(c)
+	}
+	return set, err
 }
 
 // stopAtOnce ends the process at the second signal. What follows the first

@@ -87,9 +87,9 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	began := time.Now()
 	count := Count{
 		Start:    e.Start(),
-		Window:   c.cfg.Window,
+		Window:   time.Duration(e.end - e.start), // of an earlier process it may differ
 		Complete: e.complete && !e.cut,
-		Exact:    true,
+		Exact:    e.Exact(),
 	}
 	if c.cfg.OnClose != nil {
 		defer func() { c.cfg.OnClose(count, time.Since(began), err) }()
@@ -99,7 +99,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 		return err
 	}
 	// Sealed: e is not open and empty, so its sums are final.
-	count.Unique, count.Repeats = e.Unique(), e.Repeats()
+	count.Unique, count.Repeats, count.Exact = e.Unique(), e.Repeats(), e.Exact()
 	count.SealedAt = time.Now().UTC()
 	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
 		return err
@@ -109,8 +109,10 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 
 	c.mu.Lock()
 	c.turned = slices.Delete(c.turned, 0, 1) // keeps the room: a turn allocates nothing
-	c.closed.unique += count.Unique
-	c.closed.repeats += count.Repeats
+	if !e.left {
+		c.closed.unique += count.Unique
+		c.closed.repeats += count.Repeats
+	}
 	c.mu.Unlock()
 
 	return c.publishSkipped(ctx, e)

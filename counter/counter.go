@@ -48,7 +48,35 @@ type Config struct {
 	Store     Store
 	Publish   Publisher
 	NotBefore time.Time                         // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
+	Past      Past                              // what earlier processes left. Optional.
 	OnClose   func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
+}
+
+// Past is what earlier processes left, as the Store has kept it. The zero value
+// is that of a Store that keeps nothing.
+type Past struct {
+	// Left are the counts that were not published, in order of their start.
+	// They are published first, each followed by Retire.
+	Left []Left
+
+	// Serial, Start and Window are those of the epoch opened last. Unless it is
+	// Over, it goes on if it is the present one, under the same serial; any other
+	// gets the next. No epoch before it is opened.
+	Serial uint64
+	Start  time.Time
+	Window time.Duration
+	Over   bool
+}
+
+// Left is the count of an epoch that an earlier process opened and did not
+// publish, or what is missing in its records.
+type Left struct {
+	Serial uint64
+	Start  time.Time
+	Window time.Duration
+	Unique uint64
+	Exact  bool
+	State  any // for the Store, as Epoch.State
 }
 
 // Counter turns, closes and publishes epochs.
@@ -83,7 +111,26 @@ func New(cfg Config) (*Counter, error) {
 	if !cfg.NotBefore.IsZero() {
 		number = max(number, c.firstFrom(cfg.NotBefore.UnixNano()))
 	}
+	serial, past := uint64(1), cfg.Past
+	if past.Serial > 0 {
+		after := past.Start
+		if past.Over {
+			after = after.Add(past.Window)
+		}
+		number = max(number, c.firstFrom(after.UnixNano()))
+		serial = past.Serial + 1
+		if !past.Over && past.Window == cfg.Window && number*int64(cfg.Window) == past.Start.UnixNano() {
+			serial = past.Serial
+		}
+	}
+	for _, l := range past.Left {
+		if l.Serial == serial && l.Unique == 0 {
+			continue // it goes on, and will have a record
+		}
+		c.turned = append(c.turned, newLeft(l))
+	}
 	e := c.newEpoch(nil, number)
+	e.serial = serial
 	cfg.Store.Open(e)
 	c.last = e
 	c.open.Store(e)
@@ -180,6 +227,19 @@ func (c *Counter) newEpoch(prev *Epoch, number int64) *Epoch {
 	return e
 }
 
+// newLeft makes the sealed epoch of a count that was left.
+func newLeft(l Left) *Epoch {
+	start := l.Start.UnixNano()
+	e := &Epoch{
+		number: start / int64(l.Window), serial: l.Serial, left: true, State: l.State,
+		start: start, end: start + int64(l.Window),
+		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano),
+	}
+	e.inexact.Store(!l.Exact)
+	e.stripes[0].word.Store(l.Unique)
+	return e
+}
+
 // provide makes the spare, so that a turn allocates nothing.
 func (c *Counter) provide() {
 	c.mu.Lock()
@@ -251,8 +311,10 @@ func (c *Counter) Stats() Stats {
 		Skipped:  c.skipped.Load(),
 	}
 	for _, e := range c.turned {
-		s.Unique += e.Unique()
-		s.Repeats += e.Repeats()
+		if !e.left {
+			s.Unique += e.Unique()
+			s.Repeats += e.Repeats()
+		}
 	}
 	if e := c.open.Load(); e != nil {
 		s.Unique += e.Unique()

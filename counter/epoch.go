@@ -54,11 +54,16 @@ type paddedStripe struct {
 // before it is opened and do not change while a request can be in it.
 type Epoch struct {
 	number   int64  // start / window
-	serial   uint64 // 1 for the first epoch of the process, without gaps
+	serial   uint64 // 1 for the first epoch, without gaps in a process
 	start    int64  // Unix time, ns
 	end      int64  // Unix time, ns
 	label    []byte // start, RFC 3339
 	complete bool   // opened at its start, from the epoch before
+	left     bool   // counted by an earlier process
+
+	// inexact is set by whoever learns that ids of the epoch may be lost, and
+	// read when its count is final.
+	inexact atomic.Bool
 
 	// Set, by the one who turns the epoch, before the closer sees it.
 	cut     bool  // ended before its time, or nobody was there at its end
@@ -76,7 +81,7 @@ type Epoch struct {
 // Number returns the number of the epoch: its start divided by the window.
 func (e *Epoch) Number() int64 { return e.number }
 
-// Serial counts the epochs this process opened, from 1, without gaps.
+// Serial counts the epochs opened, without gaps: from 1, or on from the Past.
 func (e *Epoch) Serial() uint64 { return e.serial }
 
 // Start returns the start of the window, UTC.
@@ -87,6 +92,14 @@ func (e *Epoch) End() time.Time { return time.Unix(0, e.end).UTC() }
 
 // Label returns Start in RFC 3339 with as many digits as needed. Read only.
 func (e *Epoch) Label() []byte { return e.label }
+
+// MarkInexact says that ids of the epoch may have been lost or forgotten: its
+// count will say so. A Store that knows of it when the epoch opens calls it in
+// Open.
+func (e *Epoch) MarkInexact() { e.inexact.Store(true) }
+
+// Exact reports whether nobody has called MarkInexact.
+func (e *Epoch) Exact() bool { return !e.inexact.Load() }
 
 // Unique sums the unique ids. While requests are in flight it is not a
 // snapshot: it has counted every request that left before the call and may

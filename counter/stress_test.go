@@ -136,3 +136,71 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 		})
 	}
 }
+
+// TestEntriesGivenInTheMomentOfATurnAreCounted has more threads than cores do
+// nothing but enter and leave, while the epochs turn: the system stops some of
+// them just before they are seen in the epoch they found open. An Entry given
+// there all the same would be missing in the published count.
+func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
+	const writers = 6
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(writers + 4))
+	l := &ledger{t: t}
+	c, err := New(Config{Window: MaxWindow, Store: l, Publish: l})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(t.Context()) }()
+	var clock atomic.Int64
+	clock.Store(c.Last().start)
+	counted := make([]map[int64]uint64, writers)
+	var group sync.WaitGroup
+	for w := range writers {
+		counted[w] = map[int64]uint64{}
+		group.Go(func() {
+			now, number, n := clock.Load(), c.Last().Number(), uint64(0)
+			for i := 0; ; i++ {
+				if i%64 == 0 {
+					now = clock.Load()
+				}
+				in, ok := c.Enter(now, uint64(w))
+				if !ok || in.Number() != number {
+					counted[w][number] += n
+					n = 0
+				}
+				if !ok {
+					return
+				}
+				number = in.Number()
+				n++
+				in.Leave(Unique)
+			}
+		})
+	}
+	for began := time.Now(); time.Since(began) < 1500*time.Millisecond; {
+		if in, ok := c.Enter(clock.Add(int64(MaxWindow)), 0); ok {
+			in.Leave(Void)
+		}
+		time.Sleep(100 * time.Microsecond) // the length of an epoch
+	}
+	c.Seal()
+	group.Wait()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	want := map[int64]uint64{}
+	for _, m := range counted {
+		for number, n := range m {
+			want[number] += n
+		}
+	}
+	var total uint64
+	for _, p := range l.counts() {
+		number := p.Start.UnixNano() / int64(MaxWindow)
+		if p.Unique != want[number] {
+			t.Errorf("epoch %d: published %d, counted %d", number, p.Unique, want[number])
+		}
+		total += want[number]
+	}
+	t.Logf("%d entries in %d epochs", total, len(l.counts()))
+}

@@ -153,7 +153,7 @@ func (m *Memory) reclaim() {
 	m.reclaimed.Add(uint64(n))
 
 	m.mu.Lock()
-	m.clean = min(m.sweep.narrow.clean, m.sweep.wide.clean)
+	m.clean = max(m.clean, min(m.sweep.narrow.clean, m.sweep.wide.clean))
 	m.mu.Unlock()
 }
 

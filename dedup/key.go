@@ -28,6 +28,15 @@ func newSecret() secret {
 	}
 }
 
+// words are the secret as it is kept on disk.
+func (s *secret) words() []uint64 {
+	return []uint64{s.xor[0], s.xor[1], s.odd[0], s.odd[1], s.odd[2], s.odd[3], s.odd[4], s.sip0, s.sip1}
+}
+
+func secretOf(w []uint64) secret {
+	return secret{xor: [2]uint64(w[:2]), odd: [5]uint64(w[2:7]), sip0: w[7], sip1: w[8]}
+}
+
 // scatter maps 64 bits to 64 bits, one to one: xor with a secret and three
 // multiplications by secret odd numbers, with the high half folded down between
 // them.

@@ -32,6 +32,7 @@ var canonicalUUID = regexp.MustCompile(`\A[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0
 func FuzzUUID(f *testing.F) {
 	for _, id := range append(alike, "3f333df6-90a4-4fda-8dd3-9485d27cee3", "3f333df6-90a4-4fda-8dd3-9485d27cee3g",
 		"3f333df6-90a4-4fda-8dd3-9485d27cee3\n", "3f333df6-90a4-4fda-8dd3-9485d27cee3\xff", "3f333df6-90a4-4fda-8dd3--485d27cee36",
+		"3f333df6-90a4-4fda48dd3-9485d27cee36", "3f333df6-90a4-4fda-8dd349485d27cee36", "3f333df6-90a444fda-8dd3-9485d27cee36",
 		"3f333df6490a4-4fda-8dd3-9485d27cee36", "3f333df-690a4-4fda-8dd3-9485d27cee36", "------------------------------------") {
 		f.Add([]byte(id))
 	}

@@ -43,6 +43,22 @@ type Config struct {
 	CleanupBatch    int           // slots swept in a step
 
 	Heap bool // tables on the Go heap: the race detector sees only those
+
+	// Dir is where the ids of the running epoch and the counts not published are
+	// kept for the next process. It is made if missing. Empty: nothing is kept.
+	Dir string
+	// OnSetAside is told the new name of a Dir that was damaged, and why. A new
+	// one was made in its place.
+	OnSetAside func(name string, reason error)
+	// OnFailure is told, once, why nothing can be kept in Dir any more: from then
+	// on every Add fails with ErrUnavailable. It may be called from Add.
+	OnFailure func(error)
+
+	// For tests: the boot of the machine, the size of a segment, and what is
+	// called between the stores of a slot.
+	boot          uint32
+	segmentChunks int
+	step          func()
 }
 
 // Memory is the Set in this process's memory: two epoch-tagged tables, a
@@ -52,9 +68,10 @@ type Config struct {
 // Add takes no lock and allocates nothing while the ids of the epoch are below
 // MaxIDs and their table does not have to grow.
 type Memory struct {
-	cfg    Config
-	secret secret
-	arena  *arena
+	cfg     Config
+	secret  secret
+	arena   *arena
+	journal *journal // nil: nothing is kept
 
 	mu         sync.Mutex           // guards what follows; held for moments
 	narrow     *table[narrowBucket] // of the epochs to be opened
@@ -65,6 +82,7 @@ type Memory struct {
 	oldWide    []*table[wideBucket]
 	loads      [forecastEpochs]load // of the epochs retired last
 	retired    int
+	unretired  int   // epochs opened and not retired
 	current    *view // of the epoch opened last
 	spare      *view
 	serial     uint64 // of the epoch opened last
@@ -95,9 +113,13 @@ type view struct {
 	// sampled new ids of each table: a load is sampleEvery times as large.
 	narrowSample, wideSample atomic.Uint64
 
+	serial uint64
+	kept   slotOf // in the journal
+	before load   // ids that an earlier process has added
+
 	// tight is set when MaxIDs is near: from then on adding is serial and exact.
 	tight   atomic.Bool
-	refused bool       // no id gets in; set in Open together with tight
+	refused error      // why no id gets in; set in Open together with tight
 	mu      sync.Mutex // guards left
 	left    uint64
 }
@@ -106,6 +128,8 @@ type view struct {
 var errBehind = fmt.Errorf("%w: ids of epochs long past are not reclaimed yet", ErrFull)
 
 type load struct{ narrow, wide uint64 }
+
+func (l load) sum() uint64 { return l.narrow + l.wide }
 
 func (v *view) load() load {
 	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery}
@@ -131,15 +155,37 @@ func NewMemory(cfg Config) (*Memory, error) {
 		arena:  &arena{heap: cfg.Heap, max: cfg.MaxBytes},
 		check:  make(chan struct{}, 1),
 	}
-	var err error
-	if m.narrow, err = newTable[narrowBucket](cfg.Expect, m.arena); err != nil {
+	var peak load
+	if cfg.Dir != "" {
+		if err := m.openJournal(); err != nil {
+			return nil, err
+		}
+		peak = m.journal.peak()
+	}
+	err := m.makeTables(max(cfg.Expect, peak.narrow+peak.narrow/4), max(cfg.ExpectWide, peak.wide+peak.wide/4))
+	if err != nil && peak != (load{}) {
+		err = m.makeTables(cfg.Expect, cfg.ExpectWide) // smaller ones that grow
+	}
+	if err != nil {
+		if m.journal != nil {
+			m.journal.release()
+		}
 		return nil, err
 	}
-	if m.wide, err = newTable[wideBucket](cfg.ExpectWide, m.arena); err != nil {
-		m.narrow.free(m.arena)
-		return nil, err
+	if m.journal != nil {
+		m.recall()
 	}
 	return m, nil
+}
+
+func (m *Memory) makeTables(narrow, wide uint64) (err error) {
+	if m.narrow, err = newTable[narrowBucket](narrow, m.arena); err != nil {
+		return err
+	}
+	if m.wide, err = newTable[wideBucket](wide, m.arena); err != nil {
+		m.narrow.free(m.arena)
+	}
+	return err
 }
 
 // Open gives e its view of the tables, those of the right size if the cleaner
@@ -165,21 +211,33 @@ func (m *Memory) Open(e *counter.Epoch) {
 		v = new(view)
 	}
 	m.spare = nil
+	if m.serial == 0 {
+		m.startAt(e.Serial())
+	}
 	m.serial = e.Serial()
-	v.tag, v.narrow, v.wide = tagOf(m.serial), m.narrow, m.wide
+	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow, m.wide
 	v.narrow.refs++
 	v.wide.refs++
-	if m.cfg.MaxIDs > 0 && m.cfg.MaxIDs <= tightBelow {
-		v.left = m.cfg.MaxIDs
+	m.unretired++
+	if m.journal != nil {
+		v.kept, v.refused = m.journal.begin(e)
+		v.before = m.journal.resumed(e.Serial())
+		v.narrowSample.Store(v.before.narrow / sampleEvery)
+		v.wideSample.Store(v.before.wide / sampleEvery)
+	}
+	if before := v.before.sum(); m.cfg.MaxIDs > 0 && m.cfg.MaxIDs <= before+tightBelow {
+		v.left = less(m.cfg.MaxIDs, before)
 		v.tight.Store(true)
 	}
 	m.settle()
 	m.busy = append(m.busy, e)
 	if m.serial-m.clean > halfLap {
-		v.refused = true
-		v.tight.Store(true)
+		v.refused = errBehind
 	} else {
 		m.admitted = m.serial
+	}
+	if v.refused != nil {
+		v.tight.Store(true)
 	}
 	if m.serial-m.swept >= passTurns/4 {
 		m.nudge() // the interval is long for such windows
@@ -210,12 +268,20 @@ func (m *Memory) nudge() {
 
 // Retire learns from the load of e and lets go of its tables.
 func (m *Memory) Retire(e *counter.Epoch) {
-	v := e.State.(*view)
+	v, here := e.State.(*view)
+	if !here { // counted by an earlier process
+		m.journal.end(e.State.(slotOf))
+		return
+	}
+	if m.journal != nil {
+		m.journal.end(v.kept)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	v.narrow.refs--
 	v.wide.refs--
-	if !v.refused { // else its load says nothing
+	m.unretired--
+	if v.refused == nil { // else its load says nothing
 		m.loads[m.retired%forecastEpochs] = v.load()
 		m.retired++
 	}
@@ -228,38 +294,66 @@ func (m *Memory) Retire(e *counter.Epoch) {
 // Add implements Set.
 func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
 	v := e.State.(*view)
-	verdict, err := m.add(e, v, id)
-	if err != nil {
-		m.fulls.Add(1)
+	var p place
+	var err error
+	if n, ok := decimal(id); ok {
+		p, err = m.addKey(e, v, narrowKind, 0, m.secret.scatter(n))
+	} else {
+		hi, lo, ok := uuid(id)
+		if !ok {
+			hi, lo = m.secret.hash(id)
+		}
+		hi, lo = m.secret.scatter128(hi, lo)
+		p, err = m.addKey(e, v, wideKind, hi, lo)
 	}
-	return verdict, err
+	if err != nil {
+		if !errors.Is(err, ErrUnavailable) {
+			m.fulls.Add(1)
+		}
+		return Repeat, err
+	}
+	return verdict(p), nil
 }
 
-func (m *Memory) add(e *counter.Epoch, v *view, id []byte) (Verdict, error) {
-	if n, ok := decimal(id); ok {
-		x := m.secret.scatter(n)
-		if v.tight.Load() {
-			return m.addTight(e, v, func(look bool) (place, error) { return m.addNarrow(v, x, look) })
-		}
-		p, err := m.addNarrow(v, x, false)
-		if p == taken && x%sampleEvery == 0 {
+// addKey adds a scattered key. With a journal it has room there before it goes
+// into the table, and is there when it is answered: a kill in between is one of
+// a request that nobody has an answer to.
+func (m *Memory) addKey(e *counter.Epoch, v *view, kind int, hi, lo uint64) (place, error) {
+	j := m.journal
+	if j == nil {
+		return m.insert(e, v, kind, hi, lo)
+	}
+	w := j.writers.Get().(*writer)
+	c, err := j.reserve(w, v.serial, kind)
+	if err != nil {
+		j.writers.Put(w)
+		return full, err
+	}
+	p, err := m.insert(e, v, kind, hi, lo)
+	if p == taken {
+		err = j.append(c, kind, hi, lo)
+	}
+	j.writers.Put(w)
+	return p, err
+}
+
+// insert adds a scattered key to its table.
+func (m *Memory) insert(e *counter.Epoch, v *view, kind int, hi, lo uint64) (place, error) {
+	if v.tight.Load() {
+		return m.insertTight(v, kind, hi, lo)
+	}
+	if kind == narrowKind {
+		p, err := m.addNarrow(v, lo, false)
+		if p == taken && lo%sampleEvery == 0 {
 			m.sample(e, v, &v.narrowSample)
 		}
-		return verdict(p), err
-	}
-	hi, lo, ok := uuid(id)
-	if !ok {
-		hi, lo = m.secret.hash(id)
-	}
-	hi, lo = m.secret.scatter128(hi, lo)
-	if v.tight.Load() {
-		return m.addTight(e, v, func(look bool) (place, error) { return m.addWide(v, hi, lo, look) })
+		return p, err
 	}
 	p, err := m.addWide(v, hi, lo, false)
 	if p == taken && lo%sampleEvery == 0 {
 		m.sample(e, v, &v.wideSample)
 	}
-	return verdict(p), err
+	return p, err
 }
 
 func verdict(p place) Verdict {
@@ -357,35 +451,40 @@ func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64) {
 		// when it leaves. Other requests between those two moments can exceed
 		// MaxIDs by their number.
 		v.tight.Store(true)
-		if n := e.Unique() + 1; n < m.cfg.MaxIDs {
-			v.left = m.cfg.MaxIDs - n
-		}
+		v.left = less(m.cfg.MaxIDs, v.before.sum()+e.Unique()+1)
 	}
 }
 
-// addTight adds under the lock that guards what is left of MaxIDs.
-func (m *Memory) addTight(e *counter.Epoch, v *view, add func(look bool) (place, error)) (Verdict, error) {
-	if v.refused {
-		return Repeat, errBehind
+// insertTight adds under the lock that guards what is left of MaxIDs.
+func (m *Memory) insertTight(v *view, kind int, hi, lo uint64) (p place, err error) {
+	if v.refused != nil {
+		return full, v.refused
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	p, err := add(v.left == 0)
-	switch {
-	case err != nil:
-		return Repeat, err
-	case p == absent:
-		return Repeat, ErrFull
-	case p == taken:
+	look := v.left == 0
+	if kind == narrowKind {
+		p, err = m.addNarrow(v, lo, look)
+	} else {
+		p, err = m.addWide(v, hi, lo, look)
+	}
+	switch p {
+	case absent:
+		err = ErrFull
+	case taken:
 		v.left--
 	}
-	return verdict(p), nil
+	return p, err
 }
 
 // Stats implements Set.
 func (m *Memory) Stats() Stats {
 	m.mu.Lock()
 	narrow, wide := m.narrow, m.wide
+	var refused error
+	if m.current != nil {
+		refused = m.current.refused
+	}
 	m.mu.Unlock()
 	s := Stats{
 		Bytes:     m.arena.used.Load(),
@@ -393,6 +492,12 @@ func (m *Memory) Stats() Stats {
 		Resized:   m.resized.Load(),
 		Reclaimed: m.reclaimed.Load(),
 		Full:      m.fulls.Load(),
+	}
+	if m.journal != nil {
+		s.Kept, s.Problem = m.journal.bytes(), m.journal.problem()
+	}
+	if s.Problem == "" && refused != nil {
+		s.Problem = refused.Error()
 	}
 	narrow.mu.Lock()
 	s.Slots, s.Levels = narrow.slots, narrow.depth
@@ -414,6 +519,9 @@ func (m *Memory) Close() error {
 	m.oldNarrow, m.oldWide = nil, nil
 	m.narrow, m.wide = new(table[narrowBucket]), new(table[wideBucket])
 	m.nextNarrow, m.nextWide = nil, nil
+	if m.journal != nil {
+		return m.journal.close(m.unretired == 0)
+	}
 	return nil
 }
 
@@ -426,8 +534,14 @@ func closeTables[B any](a *arena, tables []*table[B]) {
 }
 
 // Run is the cleaner: it makes levels ready before they are needed, replaces
-// tables of the wrong size, and sweeps what retired epochs left.
+// tables of the wrong size, and sweeps what retired epochs left. Beside it the
+// journal is synced.
 func (m *Memory) Run(ctx context.Context) error {
+	if m.journal != nil {
+		var syncing sync.WaitGroup
+		syncing.Go(func() { m.journal.run(ctx) })
+		defer syncing.Wait()
+	}
 	tick := time.NewTicker(m.cfg.CleanupInterval)
 	defer tick.Stop()
 	for {
@@ -436,11 +550,17 @@ func (m *Memory) Run(ctx context.Context) error {
 			return nil
 		case <-m.check:
 			m.growAhead()
+			if m.journal != nil {
+				m.journal.prepare()
+			}
 			if m.behind() {
 				m.reclaim()
 			}
 		case <-tick.C:
 			m.growAhead()
+			if m.journal != nil {
+				m.journal.prepare()
+			}
 			m.resize()
 			m.release()
 			m.reclaim()

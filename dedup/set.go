@@ -32,6 +32,9 @@ const (
 // in it are still found.
 var ErrFull = errors.New("dedup: full")
 
+// ErrUnavailable says that ids can neither be added nor looked for now.
+var ErrUnavailable = errors.New("dedup: unavailable")
+
 // Set is the contract of every store of ids.
 //
 // All methods are safe for concurrent use, with one rule: Add is called only
@@ -41,7 +44,8 @@ type Set interface {
 	counter.Store
 
 	// Add adds id to e and says whether it was new. After an error the id was
-	// not added, as far as can be known, and the request must count nothing.
+	// not added, as far as can be known, and the request must count nothing:
+	// ErrFull, ErrUnavailable, or either with its reason.
 	// It keeps no reference to id. It does not retry what failed.
 	Add(e *counter.Epoch, id []byte) (Verdict, error)
 
@@ -66,5 +70,6 @@ type Stats struct {
 	Resized   uint64 // tables replaced by one of the right size
 	Reclaimed uint64 // slots of retired epochs swept
 	Full      uint64 // ids refused with ErrFull
-	Problem   string // why no id can be judged now; empty if they can
+	Kept      uint64 // bytes of the files that outlive the process
+	Problem   string // why ids are refused, whatever they are; empty if they are not
 }

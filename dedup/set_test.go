@@ -131,7 +131,10 @@ func TestSetAgreesWithMap(t *testing.T) {
 		m, _ := s.(*Memory)
 		for n := range turns {
 			seen := map[string]bool{}
-			for range 40 {
+			for i := range 40 {
+				if m != nil && n%8 == 0 && i == 20 {
+					m.reclaim() // leaves the open epoch alone
+				}
 				id := fmt.Sprint(rnd.IntN(50))
 				if rnd.IntN(2) == 0 {
 					id = fmt.Sprintf("%08x-0000-4000-8000-%012x", rnd.IntN(5), rnd.IntN(5))
@@ -142,9 +145,6 @@ func TestSetAgreesWithMap(t *testing.T) {
 				}
 				e.want(t, s, n, id, want)
 				seen[id] = true
-			}
-			if m != nil && n%8 == 0 {
-				m.reclaim()
 			}
 		}
 	})

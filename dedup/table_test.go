@@ -2,7 +2,9 @@ package dedup
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -214,4 +216,57 @@ func TestBucketsUnderWritersOfTwoEpochs(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestWideSlotTakenOverBetweenTwoLoads has readers of an old epoch look for an
+// id that is there while its slot is taken over by the next epoch. One that has
+// seen its own first word and reads the second of the other id must not go on
+// and take the id in a second time.
+func TestWideSlotTakenOverBetweenTwoLoads(t *testing.T) {
+	const readers = 2
+	rounds := 200_000
+	if raceEnabled {
+		rounds = 20_000
+	}
+	const old, next, id, other = 1<<tagBits | 5, 2<<tagBits | 6, 1234, 4321
+	buckets := make([]wideBucket, rounds)
+	for i := range buckets {
+		if p, _ := buckets[i].add(old, id, false); p != taken {
+			t.Fatalf("the first id of a bucket: got %d", p)
+		}
+	}
+	var at [readers]atomic.Int64 // the bucket that each reader looks at
+	var group sync.WaitGroup
+	for r := range readers {
+		group.Go(func() {
+			for i := range buckets {
+				at[r].Store(int64(i))
+				for tries := 0; ; tries++ {
+					p, _ := buckets[i].add(old, id, false)
+					if p == turned {
+						break
+					}
+					if p != found {
+						t.Errorf("round %d: an id that was there: got %d, want found or turned", i, p)
+						return
+					}
+					if tries%1000 == 999 {
+						runtime.Gosched()
+					}
+				}
+			}
+		})
+	}
+	for i := range buckets {
+		for at[0].Load() < int64(i) && at[1].Load() < int64(i) && !t.Failed() {
+			runtime.Gosched()
+		}
+		for range i % 50 { // at another moment each time
+			at[0].Load()
+		}
+		if p, _ := buckets[i].add(next, other, false); p != taken {
+			t.Fatalf("round %d: an id of the next epoch: got %d, want taken", i, p)
+		}
+	}
+	group.Wait()
 }

@@ -1,0 +1,140 @@
+package counter
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// pastLedger is a ledger that begins where another process ended.
+type pastLedger struct {
+	*ledger
+	inexact bool // what Open finds
+	retired []any
+}
+
+func (l *pastLedger) Open(e *Epoch) {
+	l.opened = append(l.opened, e)
+	e.State = "here"
+	if l.inexact && len(l.opened) == 1 {
+		e.MarkInexact()
+	}
+}
+
+func (l *pastLedger) Retire(e *Epoch) {
+	if !e.Idle() {
+		l.t.Errorf("epoch %d was retired with a request in it", e.Number())
+	}
+	l.retired = append(l.retired, e.State)
+}
+
+// TestFirstEpochGoesOnFromThePast: the same epoch under its serial if it is the
+// present one and its ids are there, else the next serial; and never one that
+// starts before the last.
+func TestFirstEpochGoesOnFromThePast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		now := time.Now() // midnight
+		const minute = time.Minute
+		for _, tt := range []struct {
+			name      string
+			past      Past
+			notBefore time.Time
+			start     time.Time
+			serial    uint64
+		}{
+			{"no past", Past{}, time.Time{}, now, 1},
+			{"the present epoch", Past{Serial: 7, Start: now, Window: minute}, now, now, 7},
+			{"the present epoch, over", Past{Serial: 7, Start: now, Window: minute, Over: true}, now, now.Add(minute), 8},
+			{"the last epoch", Past{Serial: 7, Start: now.Add(-minute), Window: minute, Over: true}, now.Add(-minute), now, 8},
+			{"long ago", Past{Serial: 7, Start: now.Add(-time.Hour), Window: minute, Over: true}, time.Time{}, now, 8},
+			{"the clock was set back", Past{Serial: 7, Start: now.Add(time.Hour), Window: minute}, now.Add(time.Hour), now.Add(time.Hour), 7},
+			{"another window", Past{Serial: 7, Start: now, Window: time.Second}, now, now, 8},
+			{"a later epoch was published", Past{Serial: 7, Start: now, Window: minute}, now.Add(minute), now.Add(minute), 8},
+		} {
+			l := &pastLedger{ledger: &ledger{t: t}}
+			c, err := New(Config{Window: minute, Store: l, Publish: l, NotBefore: tt.notBefore, Past: tt.past})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e := c.Last(); !e.Start().Equal(tt.start) || e.Serial() != tt.serial {
+				t.Errorf("%s: opened %v, serial %d; want %v, %d", tt.name, e.Start(), e.Serial(), tt.start, tt.serial)
+			}
+			next, _ := c.Enter(c.Last().end, 0)
+			if next.Serial() != tt.serial+1 {
+				t.Errorf("%s: the second epoch has serial %d, want %d", tt.name, next.Serial(), tt.serial+1)
+			}
+			next.Leave(Void)
+		}
+	})
+}
+
+// TestLeftCountsArePublishedFirst, not complete, under their own windows, and
+// are not counted as this process's answers.
+func TestLeftCountsArePublishedFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		now := time.Now()
+		for _, tt := range []struct {
+			name string
+			last Left
+			want string
+		}{
+			{"the present epoch goes on", Left{Serial: 7, Start: now, Window: time.Minute, Unique: 4, Exact: true, State: "left"}, "-2:5-? -1:0- 0:4- 0:1-?"},
+			{"and had nothing new", Left{Serial: 7, Start: now, Window: time.Minute, Exact: true, State: "left"}, "-2:5-? -1:0- 0:1-?"},
+		} {
+			l := &pastLedger{ledger: &ledger{t: t, fault: func(Count) (error, bool) { return nil, true }}, inexact: true}
+			c, err := New(Config{Window: time.Minute, Store: l, Publish: l, Past: Past{
+				Left: []Left{
+					{Serial: 5, Start: now.Add(-2 * time.Minute), Window: time.Minute, Unique: 5, State: "left"},
+					{Serial: 6, Start: now.Add(-time.Minute), Window: time.Minute, Exact: true, State: "left"},
+					tt.last,
+				},
+				Serial: 7, Start: now, Window: time.Minute,
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- c.Run(t.Context()) }()
+			enter(t, c, now, 1, Unique)
+			if s := c.Stats(); s.Unique != 1 {
+				t.Errorf("%s: Stats has %d unique ids before they are published, want 1", tt.name, s.Unique)
+			}
+			c.Seal()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+			if got := show(now, l.counts()); got != tt.want {
+				t.Errorf("%s: published %q, want %q", tt.name, got, tt.want)
+			}
+			if s := c.Stats(); s.Unique != 1 || s.Unclosed != 0 {
+				t.Errorf("%s: Stats %+v, want 1 unique id", tt.name, s)
+			}
+			if n := len(l.retired); n != len(l.counts()) || l.retired[0] != "left" || l.retired[n-1] != "here" {
+				t.Errorf("%s: retired %v", tt.name, l.retired)
+			}
+		}
+	})
+}
+
+// TestLeftCountsKeepTheirWindow where this process has another.
+func TestLeftCountsKeepTheirWindow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &pastLedger{ledger: &ledger{t: t}}
+		start := time.Now().Add(-90 * time.Second)
+		c, err := New(Config{Window: time.Hour, Store: l, Publish: l, Past: Past{
+			Left:   []Left{{Serial: 3, Start: start, Window: 30 * time.Second, Unique: 2, Exact: true}},
+			Serial: 3, Start: start, Window: 30 * time.Second, Over: true,
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Seal()
+		if err := c.Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		got := l.counts()
+		if len(got) != 2 || got[0].Window != 30*time.Second || !got[0].Start.Equal(start) || got[0].Unique != 2 || got[1].Window != time.Hour {
+			t.Errorf("published %+v", got)
+		}
+	})
+}

@@ -1,0 +1,17 @@
+//go:build unix && !linux
+
+package dedup
+
+import (
+	"os"
+	"time"
+)
+
+func reserve(f *os.File, size int) error { return writeZeros(f, size) }
+
+func touch([]byte) {}
+
+// bootID is not known here: what survives a loss of power is taken as it is.
+func bootID() uint32 { return 0 }
+
+func bootTime() time.Time { return time.Time{} }

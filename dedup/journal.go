@@ -1,0 +1,816 @@
+package dedup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"verve/counter"
+)
+
+// journal keeps, in files, what the next process needs where this one is
+// killed: which epochs were opened and not yet published, and their ids. It
+// takes no system call to keep an id: the files are mapped and shared, and what
+// was stored in them is there after a kill -9. Once a second they are synced,
+// which bounds what a loss of power costs.
+//
+// The table itself in a mapped file was the plainer way. A table is written at
+// random, so each id dirties a page of its own, which every sync writes back
+// and protects: at 100,000 ids a second a store took 1 to 2 us and up to 14 ms,
+// and the disk 130 to 480 MB/s (DESIGN.md). A journal is written in order.
+//
+// The directory holds
+//
+//	lock       whose lock the process has, and its number
+//	state      the secret, the epochs (slots), and which segments there are
+//	ids-NNNNN  segments: the ids
+type journal struct {
+	dir           string
+	segmentChunks int
+	boot          uint32
+	nudge         func()      // wakes the one who calls prepare
+	onFailure     func(error) // is told what broken becomes
+	step          func()      // tests: called between the stores of a slot
+
+	writers sync.Pool // of *writer
+
+	lock   *os.File
+	state  []byte
+	slots  []slot   // in state
+	marks  []uint64 // in state: the segments that must be there
+	secret secret
+
+	// broken is set when the files cannot be trusted to take a store or to keep
+	// it: from then on nothing is added in this process.
+	broken atomic.Pointer[error]
+
+	making  sync.Mutex // held while a segment is made
+	shortAt time.Time  // when that failed last; guarded by making
+
+	mu       sync.Mutex // guards what follows, and the order of stores in state
+	segments []*segment // by index; nil: there is none
+	current  *segment   // chunks are taken from
+	ready    []*segment // with chunks left, in the order of their use
+	known    [slotCount]known
+	newest   opened // the epoch opened last
+	short    error  // why no segment could be made, if that was so the last time
+	inUse    [forecastEpochs]int
+
+	// What was found at the start, for Past and the first Open.
+	counts    map[uint64]load // records by serial
+	aside     bool            // a damaged directory was replaced
+	cut       bool            // power was lost since
+	resumable bool            // the newest epoch goes on: its ids are in the tables
+	first     firstEpoch
+}
+
+const (
+	journalMagic   = 0x5354415453565256 // "VRVSTATS"
+	journalVersion = 1
+
+	// The state file: a header, the slots, the marks.
+	headerWords = 64
+	slotsAt     = 4096
+	slotWords   = 8
+	marksAt     = slotsAt + slotCount*slotWords*8
+	stateBytes  = marksAt + maxSegments*8
+
+	// slotCount epochs may wait to be published: 17 hours of minutes. Above that
+	// ids are refused. The last few are for processes that start then, as theirs
+	// go on to the publisher at once.
+	slotCount  = 1024
+	startSlots = 8
+
+	// maxSegments of 4 MiB are two billion ids.
+	maxSegments = 4096
+
+	stateName = "state"
+	lockName  = "lock"
+	tmpSuffix = ".tmp"
+
+	damagedSuffix = ".damaged-" // of a directory that was set aside, and the time
+
+	maxSegmentChunks = 1 << 20
+)
+
+// The header of the state file, in words. The check is its last, in every
+// version: so a damaged header is told from one of another version.
+const (
+	headerMagicAt = iota
+	headerVersionAt
+	headerSlotsAt
+	headerSegmentsAt
+	headerChunksAt // in a segment
+	headerSecretAt
+	headerCheckAt = headerWords - 1
+)
+
+// slot is the place of an epoch in the state file. It is written in this order:
+// id 0, the rest, id. So a kill between two stores leaves it free or whole. Only
+// ended changes later, in one store. A flipped bit fails the check, and no
+// single one frees a slot.
+type slot struct {
+	id        uint64 // serial<<8 | slotMark; 0: free
+	number    uint64
+	window    uint64
+	logged    uint64 // records of the epoch that published covers
+	published uint64 // sum of the window's records, as the publisher knew it then
+	meta      uint64 // generation<<33 | inexact<<32 | boot
+	check     uint64 // of the words before it
+	ended     uint64 // 0, or endedMark or syncedMark of the serial
+}
+
+const (
+	slotMark   = 0xa5
+	endedMark  = 0x6465646e65767276 // published, or nothing was missing
+	syncedMark = 0x6465636e79737672 // and all of it is on the disk
+	markMagic  = 0x6d67657365767276
+)
+
+// opened is what a slot says.
+type opened struct {
+	serial            uint64
+	number            int64
+	window            time.Duration
+	logged, published uint64
+	generation        uint32 // counts the processes that went on with the epoch
+	inexact           bool
+	boot              uint32
+	ended, synced     bool
+	slot              int
+}
+
+func (o *opened) start() time.Time { return time.Unix(0, o.number*int64(o.window)).UTC() }
+func (o *opened) end() time.Time   { return o.start().Add(o.window) }
+
+// known mirrors a slot: its file may go away under the process.
+type known struct {
+	serial uint64 // 0: free
+	ended  bool
+}
+
+// firstEpoch is what the first epoch of this process goes on from.
+type firstEpoch struct {
+	told              bool      // by Past
+	logged, published uint64    // if it is the newest one
+	serial            uint64    // of the newest one, once it goes on
+	load              load      // what it had
+	start             time.Time // the last window that has records, or will have when Past.Left is published
+	sum               uint64    // of those records
+	settled           bool      // of the newest one nothing is missing, but it was not ended
+	unfit             error     // the ids to be resumed do not fit the tables
+}
+
+// damagedError says that what is in the directory cannot be trusted.
+type damagedError struct{ reason string }
+
+func (e *damagedError) Error() string { return e.reason }
+
+func damaged(format string, args ...any) error {
+	return &damagedError{fmt.Sprintf(format, args...)}
+}
+
+// openJournal opens or makes the directory. One that is damaged is renamed and
+// told to setAside, and a new one is made.
+func openJournal(j *journal, setAside func(name string, reason error)) (*journal, error) {
+	j.writers.New = func() any { return new(writer) }
+	err := j.open()
+	var damage *damagedError
+	if errors.As(err, &damage) {
+		name := j.dir + damagedSuffix + time.Now().UTC().Format("20060102T150405.000000000")
+		if err := os.Rename(j.dir, name); err != nil {
+			j.release()
+			return nil, fmt.Errorf("dedup: %s is damaged (%w) and cannot be set aside: %w", j.dir, damage, err)
+		}
+		j.release()
+		if setAside != nil {
+			setAside(name, damage)
+		}
+		fresh := &journal{dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, nudge: j.nudge, onFailure: j.onFailure, step: j.step}
+		fresh.writers.New = j.writers.New
+		j = fresh
+		err = j.open()
+	}
+	if err == nil && len(j.ready) == 0 {
+		err = j.extend()
+	}
+	if err != nil {
+		j.release()
+		return nil, fmt.Errorf("dedup: %w", err)
+	}
+	return j, nil
+}
+
+func (j *journal) open() error {
+	if err := os.MkdirAll(j.dir, 0o755); err != nil {
+		return err
+	}
+	if err := j.takeLock(); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(j.dir)
+	if err != nil {
+		return err
+	}
+	have := map[int]bool{}
+	hasState := false
+	for _, entry := range entries {
+		name := entry.Name()
+		var index int
+		if strings.HasSuffix(name, tmpSuffix) {
+			if err := os.Remove(filepath.Join(j.dir, name)); err != nil {
+				return err
+			}
+		} else if n, err := fmt.Sscanf(name, "ids-%05d", &index); err == nil && n == 1 && name == segmentName(index) && index < maxSegments {
+			have[index] = true
+		}
+		hasState = hasState || name == stateName
+	}
+	if !hasState {
+		if len(have) > 0 {
+			return damaged("the state file is missing")
+		}
+		if err := j.create(); err != nil {
+			return err
+		}
+		// What this one replaces may be damaged, also where the process that set
+		// it aside was killed then.
+		beside, err := os.ReadDir(filepath.Dir(j.dir))
+		if err != nil {
+			return err
+		}
+		j.aside = slices.ContainsFunc(beside, func(e os.DirEntry) bool {
+			return strings.HasPrefix(e.Name(), filepath.Base(j.dir)+damagedSuffix)
+		})
+	}
+	return j.load(have)
+}
+
+// takeLock makes this process the owner of the directory.
+func (j *journal) takeLock() error {
+	f, err := os.OpenFile(filepath.Join(j.dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	taken, err := lockFile(f)
+	if err != nil {
+		_ = f.Close()
+		return err
+	}
+	if !taken {
+		owner := make([]byte, 64)
+		n, _ := f.ReadAt(owner, 0)
+		_ = f.Close()
+		return fmt.Errorf("%s is in use by process %s", j.dir, strings.TrimSpace(string(owner[:n])))
+	}
+	j.lock = f
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	return err
+}
+
+// create makes the state file, complete before it has its name.
+func (j *journal) create() (err error) {
+	path := filepath.Join(j.dir, stateName)
+	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	header := make([]uint64, headerWords)
+	header[headerMagicAt], header[headerVersionAt] = journalMagic, journalVersion
+	header[headerSlotsAt], header[headerSegmentsAt], header[headerChunksAt] = slotCount, maxSegments, uint64(j.segmentChunks)
+	secret := newSecret()
+	copy(header[headerSecretAt:], secret.words())
+	header[headerCheckAt] = checkOf(header[:headerCheckAt])
+	if err := reserve(f, stateBytes); err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(bytesOf(header), 0); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := os.Rename(path+tmpSuffix, path); err != nil {
+		return err
+	}
+	return errors.Join(syncDir(j.dir), syncDir(filepath.Dir(j.dir)))
+}
+
+// load reads the state and the segments that are there.
+func (j *journal) load(have map[int]bool) (err error) {
+	defer damagedByFault(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	if err := j.loadState(); err != nil {
+		return err
+	}
+	all, err := j.loadSlots()
+	if err != nil {
+		return err
+	}
+	needed := map[uint64]bool{}
+	for _, o := range all {
+		if !o.ended || o.serial == j.newest.serial {
+			needed[o.serial] = true
+		}
+	}
+	j.segments = make([]*segment, maxSegments)
+	j.counts = map[uint64]load{}
+	for index := range j.marks {
+		switch mark := atomic.LoadUint64(&j.marks[index]); {
+		case mark != 0 && mark != markOf(index):
+			return damaged("the mark of segment %d is bad", index)
+		case mark == 0 && !have[index]:
+			continue
+		}
+		s, err := j.openSegment(index)
+		if err != nil {
+			return err
+		}
+		j.segments[index] = s
+		if err := s.scan(j.newest.serial, needed, j.counts); err != nil {
+			return err
+		}
+		// Without a mark: the last process was killed making or removing it.
+		atomic.StoreUint64(&j.marks[index], markOf(index))
+		if s.next < len(s.chunks) {
+			j.ready = append(j.ready, s)
+		}
+	}
+	j.cut = j.lost(&j.newest) && !j.newest.synced
+	return nil
+}
+
+// damagedByFault is deferred where files are first read: a part that cannot be
+// read is as good as a bad one.
+func damagedByFault(err *error) {
+	if p := recover(); p != nil {
+		fault, ok := p.(interface{ Addr() uintptr })
+		if !ok {
+			panic(p)
+		}
+		*err = damaged("fault at %#x: a file cannot be read", fault.Addr())
+	}
+}
+
+func (j *journal) loadState() error {
+	f, err := os.OpenFile(filepath.Join(j.dir, stateName), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	header := make([]uint64, headerWords)
+	if n, err := f.ReadAt(bytesOf(header), 0); n < headerWords*8 {
+		return damaged("the state file ends in its header: %v", err)
+	}
+	switch {
+	case header[headerCheckAt] != checkOf(header[:headerCheckAt]) || header[headerMagicAt] != journalMagic:
+		return damaged("the state file has a bad header")
+	case header[headerVersionAt] > journalVersion:
+		return fmt.Errorf("%s has the format %d of a newer version; this one knows %d", f.Name(), header[headerVersionAt], journalVersion)
+	case header[headerVersionAt] != journalVersion || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
+		header[headerChunksAt] < 2 || header[headerChunksAt] > maxSegmentChunks:
+		return damaged("the state file has a header that no version writes")
+	}
+	if j.state, err = mapWhole(f, stateBytes); err != nil {
+		return err
+	}
+	touch(j.state)
+	j.segmentChunks = int(header[headerChunksAt])
+	j.secret = secretOf(header[headerSecretAt:])
+	j.slots = unsafe.Slice((*slot)(unsafe.Pointer(&j.state[slotsAt])), slotCount)
+	j.marks = unsafe.Slice((*uint64)(unsafe.Pointer(&j.state[marksAt])), maxSegments)
+	return nil
+}
+
+// loadSlots returns the epochs of the slots, the oldest first, and sets newest.
+func (j *journal) loadSlots() ([]opened, error) {
+	bySerial := map[uint64]opened{}
+	for i := range j.slots {
+		o, ok := j.slots[i].read()
+		if !ok {
+			return nil, damaged("slot %d of the state file is bad", i)
+		}
+		if o.serial == 0 {
+			continue
+		}
+		o.slot = i
+		// Two of one epoch: killed between going on with it and freeing the
+		// slot it had.
+		if other, twice := bySerial[o.serial]; twice {
+			if other.generation == o.generation {
+				return nil, damaged("slots %d and %d of the state file are of one epoch", i, other.slot)
+			}
+			if other.generation > o.generation {
+				o, other = other, o
+			}
+			j.free(other.slot)
+		}
+		bySerial[o.serial] = o
+	}
+	all := make([]opened, 0, len(bySerial))
+	for _, o := range bySerial {
+		all = append(all, o)
+		j.known[o.slot] = known{o.serial, o.ended}
+		if o.serial > j.newest.serial {
+			j.newest = o
+		}
+	}
+	slices.SortFunc(all, func(a, b opened) int { return int(int64(a.serial - b.serial)) })
+	return all, nil
+}
+
+// lost reports whether power may have been lost since o was written.
+func (j *journal) lost(o *opened) bool {
+	return o.serial > 0 && o.boot != j.boot && o.boot != 0 && j.boot != 0
+}
+
+// owner tells the segments of this directory from those of another, and says
+// nothing of the secret.
+func (j *journal) owner() uint64 { return checkOf(j.secret.words()) }
+
+// read returns what the slot says; serial 0 if it is free.
+func (s *slot) read() (o opened, ok bool) {
+	id := atomic.LoadUint64(&s.id)
+	if id == 0 {
+		return o, true
+	}
+	o = opened{
+		serial: id >> 8, number: int64(s.number), window: time.Duration(s.window),
+		logged: s.logged, published: s.published,
+		generation: uint32(s.meta >> 33), inexact: s.meta>>32&1 != 0, boot: uint32(s.meta),
+		ended: s.ended != 0, synced: s.ended == syncedMark^id,
+	}
+	return o, id&0xff == slotMark && s.check == checkOf(s.words()) &&
+		o.serial > 0 && o.serial < 1<<serialBits && o.window > 0 &&
+		(s.ended == 0 || s.ended == endedMark^id || o.synced)
+}
+
+// words are those under the check.
+func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 6) }
+
+// write puts o into a free slot. j.mu is held.
+func (j *journal) write(i int, o *opened) {
+	meta := uint64(o.generation)<<33 | uint64(o.boot)
+	if o.inexact {
+		meta |= 1 << 32
+	}
+	to := &j.slots[i]
+	whole := slot{
+		id: o.serial<<8 | slotMark, number: uint64(o.number), window: uint64(o.window),
+		logged: o.logged, published: o.published, meta: meta,
+	}
+	store := func(to *uint64, v uint64) {
+		atomic.StoreUint64(to, v) // in this order
+		if j.step != nil {
+			j.step()
+		}
+	}
+	store(&to.id, 0)
+	store(&to.ended, 0)
+	store(&to.number, whole.number)
+	store(&to.window, whole.window)
+	store(&to.logged, whole.logged)
+	store(&to.published, whole.published)
+	store(&to.meta, whole.meta)
+	store(&to.check, checkOf(whole.words()))
+	store(&to.id, whole.id) // from here on the slot counts
+	j.known[i] = known{o.serial, false}
+}
+
+func (j *journal) free(i int) {
+	atomic.StoreUint64(&j.slots[i].id, 0)
+	if j.step != nil {
+		j.step()
+	}
+	j.known[i] = known{}
+}
+
+// errWaiting answers the ids of an epoch that got no slot.
+var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable, slotCount-startSlots)
+
+// begin keeps that e was opened, and returns its place, which is for end. Its
+// ids may be added only if there is no error.
+func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
+	if broken := j.broken.Load(); broken != nil {
+		return of, *broken
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	o := opened{serial: e.Serial(), number: e.Number(), window: e.End().Sub(e.Start()), boot: j.boot}
+	first := j.counts != nil
+	goesOn := first && j.resumable && j.first.told && o.serial == j.newest.serial
+	switch {
+	case goesOn:
+		if j.first.unfit != nil {
+			return j.newest.of(), j.first.unfit
+		}
+		o.generation = j.newest.generation + 1
+		o.logged, o.published = j.first.logged, j.first.published
+		o.inexact = j.newest.inexact || j.cut
+	case o.serial <= j.newest.serial:
+		return of, fmt.Errorf("%w: epoch %d was opened by an earlier process", ErrUnavailable, o.serial)
+	case first:
+		if e.Start().Equal(j.first.start) {
+			o.published = j.first.sum
+			o.inexact = true // its ids are gone: the records say that it had some
+		}
+		o.inexact = o.inexact || j.aside || j.cut && e.Start().Before(bootTime())
+	}
+	i, free := 0, 0
+	for n, k := range &j.known {
+		if k.serial == 0 || k.ended && k.serial != j.newest.serial {
+			i, free = n, free+1
+		}
+	}
+	if free == 0 || free <= startSlots && !first {
+		return of, errWaiting
+	}
+	before := j.newest
+	if goesOn {
+		j.first.serial, j.first.load = o.serial, j.counts[o.serial]
+	}
+	j.write(i, &o)
+	o.slot = i
+	j.newest, j.counts = o, nil
+	switch {
+	case goesOn:
+		j.free(before.slot)
+	case first && j.first.settled: // its time was over before it could go on
+		j.endLocked(before.of())
+	}
+	if o.inexact {
+		e.MarkInexact()
+	}
+	return o.of(), nil
+}
+
+// end keeps that nothing of an epoch is left to be published. Where this process
+// has gone on with it since, that is no longer for its old slot to say.
+func (j *journal) end(o slotOf) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var err error
+	defer j.caught(&err) // it is kept in broken
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	j.endLocked(o)
+}
+
+func (j *journal) endLocked(o slotOf) {
+	k := &j.known[o.slot]
+	if o.serial == 0 || k.serial != o.serial {
+		return
+	}
+	k.ended = true
+	atomic.StoreUint64(&j.slots[o.slot].ended, endedMark^(o.serial<<8|slotMark))
+	j.recycle()
+}
+
+// slotOf names an epoch in its slot.
+type slotOf struct {
+	slot   int
+	serial uint64
+}
+
+func (o *opened) of() slotOf { return slotOf{o.slot, o.serial} }
+
+// past says what was left at the start; last and unique are what the publisher
+// has: its last window, and the sum of its records for that.
+//
+// Of an epoch the records in the journal beyond logged, less what was published
+// beyond published, are missing. Both are of one moment, so it does not matter
+// whether the last process was killed before or after its last record was
+// published.
+func (j *journal) past(last time.Time, unique uint64) counter.Past {
+	var err error
+	defer j.caught(&err) // it is kept in broken
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	var all []opened
+	for i := range j.slots {
+		if j.known[i].serial > 0 && (!j.known[i].ended || j.known[i].serial == j.newest.serial) {
+			if o, ok := j.slots[i].read(); ok {
+				o.slot = i
+				all = append(all, o)
+			}
+		}
+	}
+	slices.SortFunc(all, func(a, b opened) int { return int(int64(a.serial - b.serial)) })
+	past := counter.Past{Serial: j.newest.serial}
+	j.first.told = true
+	j.first.start, j.first.sum = last, unique
+	for _, o := range all {
+		var sum uint64 // of the records for its window
+		recorded := o.start().Equal(j.first.start)
+		if recorded {
+			sum = j.first.sum
+		}
+		l := j.counts[o.serial]
+		have := l.sum()
+		// Less than was published: by another name, or to a spool that was lost.
+		missing := less(less(have, o.logged), less(sum, o.published))
+		over := !j.first.start.IsZero() && o.start().Before(j.first.start)
+		if o.ended || over {
+			missing = 0
+		}
+		newest := o.serial == j.newest.serial
+		if newest {
+			past.Start, past.Window, past.Over = o.start(), o.window, !j.resumable
+			j.first.logged, j.first.published = have-missing, sum
+		}
+		switch {
+		case o.ended:
+		case over, recorded && missing == 0:
+			if newest && j.resumable {
+				j.first.settled = true
+			} else {
+				j.end(o.of())
+			}
+		default:
+			past.Left = append(past.Left, counter.Left{
+				Serial: o.serial, Start: o.start(), Window: o.window, Unique: missing,
+				Exact: !o.inexact && !j.lost(&o), State: o.of(),
+			})
+			if !recorded {
+				j.first.start, j.first.sum = o.start(), 0
+			}
+			j.first.sum += missing
+		}
+	}
+	return past
+}
+
+// caught is deferred where mapped memory is stored to: a fault there, as of a
+// disk that fails or a file that was cut short, is an error from then on.
+func (j *journal) caught(err *error) {
+	p := recover()
+	if p == nil {
+		return
+	}
+	fault, ok := p.(interface{ Addr() uintptr })
+	if !ok {
+		panic(p)
+	}
+	*err = j.fail(fmt.Errorf("fault at %#x: a file in %s cannot be written", fault.Addr(), j.dir))
+}
+
+// fail makes the journal refuse from now on, with the first reason.
+func (j *journal) fail(reason error) error {
+	err := fmt.Errorf("%w: %w", ErrUnavailable, reason)
+	if j.broken.CompareAndSwap(nil, &err) && j.onFailure != nil {
+		j.onFailure(err)
+	}
+	return *j.broken.Load()
+}
+
+// problem says why ids cannot be kept now; empty if they can.
+func (j *journal) problem() string {
+	if broken := j.broken.Load(); broken != nil {
+		return (*broken).Error()
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.short != nil && len(j.ready) == 0 && (j.current == nil || j.current.next == len(j.current.chunks)) {
+		return j.short.Error()
+	}
+	return ""
+}
+
+// bytes is the size of the files.
+func (j *journal) bytes() uint64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := uint64(len(j.state))
+	for _, s := range j.segments {
+		if s != nil {
+			n += uint64(len(s.memory))
+		}
+	}
+	return n
+}
+
+// sync returns when what was kept before the call is on the disk. It is not
+// called together with trim. What is clean already costs a microsecond.
+func (j *journal) sync() error {
+	if broken := j.broken.Load(); broken != nil {
+		return *broken
+	}
+	j.mu.Lock()
+	var maps [][]byte
+	for _, s := range j.segments {
+		if s != nil && s.last > 0 {
+			maps = append(maps, s.memory[:s.next*chunkBytes])
+		}
+	}
+	j.mu.Unlock()
+	for _, b := range append(maps, j.state) {
+		if err := syncMapped(b); err != nil {
+			return j.fail(fmt.Errorf("sync %s: %w", j.dir, err))
+		}
+	}
+	return nil
+}
+
+// syncEvery bounds what a loss of power costs.
+const syncEvery = time.Second
+
+// run syncs until ctx ends, and removes segments that are not needed.
+func (j *journal) run(ctx context.Context) {
+	tick := time.NewTicker(syncEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if j.sync() == nil {
+				_ = j.trim() // a file too many; a fault is kept in broken
+			}
+		}
+	}
+}
+
+// close syncs and lets go of the lock, and of the memory if nobody is in an
+// epoch any more.
+func (j *journal) close(idle bool) error {
+	err := j.sync()
+	if err == nil {
+		err = j.markSynced()
+	}
+	if idle {
+		j.release()
+	} else if e := j.lock.Close(); err == nil {
+		err = e
+	}
+	return err
+}
+
+// markSynced says that after a loss of power from here on all is there.
+func (j *journal) markSynced() (err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	if n := j.newest; n.serial > 0 && j.known[n.slot].ended {
+		atomic.StoreUint64(&j.slots[n.slot].ended, syncedMark^(n.serial<<8|slotMark))
+		if err := syncMapped(j.state); err != nil {
+			return fmt.Errorf("sync %s: %w", j.dir, err)
+		}
+	}
+	return nil
+}
+
+// release gives up the mappings and the lock. Nobody may use j any more.
+func (j *journal) release() {
+	for _, s := range j.segments {
+		if s != nil {
+			unmapFile(s.memory)
+		}
+	}
+	if j.state != nil {
+		unmapFile(j.state)
+	}
+	if j.lock != nil {
+		_ = j.lock.Close() // nothing was written that matters
+	}
+	j.segments, j.state, j.lock = nil, nil, nil
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// checkOf is a CRC of words, which finds every flipped bit, and its inverse.
+func checkOf(words []uint64) uint64 {
+	c := crc32.Checksum(bytesOf(words), castagnoli)
+	return uint64(^c)<<32 | uint64(c)
+}
+
+func bytesOf(words []uint64) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), len(words)*8)
+}
+
+func markOf(index int) uint64 { return markMagic ^ uint64(index)<<8 }
+
+// writeZeros gives a file its size where the system cannot allocate.
+func writeZeros(f *os.File, size int) error {
+	zeros := make([]byte, 1<<20)
+	for at := 0; at < size; at += len(zeros) {
+		if _, err := f.WriteAt(zeros[:min(len(zeros), size-at)], int64(at)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

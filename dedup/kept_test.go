@@ -1,0 +1,1397 @@
+//go:build unix
+
+package dedup
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"verve/counter"
+)
+
+// The whole suite of a Set is passed with a journal too.
+func init() {
+	newSets["kept"] = func(t testing.TB, maxIDs uint64) Set {
+		return newMemory(t, Config{MaxIDs: maxIDs, Dir: t.TempDir()})
+	}
+}
+
+// ledger stands for the spool: what it has been given outlives the lives of a
+// test.
+type ledger struct {
+	t    testing.TB
+	last time.Time
+	sum  uint64 // of the records of last
+
+	mu      sync.Mutex
+	records map[int64][]counter.Count // by start, ns
+
+	// With block, Publish holds every count but the next allowed ones until its
+	// context ends: before it is stored, or after, as a kill between that and
+	// Retire would.
+	block, after bool
+	allowed      int
+}
+
+func newLedger(t testing.TB) *ledger { return &ledger{t: t, records: map[int64][]counter.Count{}} }
+
+func (l *ledger) Publish(ctx context.Context, c counter.Count) error {
+	l.mu.Lock()
+	block, after := l.block && l.allowed == 0, l.after
+	l.allowed = max(0, l.allowed-1)
+	l.mu.Unlock()
+	if block && !after {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	l.mu.Lock()
+	if c.Start.Before(l.last) {
+		l.t.Errorf("%v was published after %v", c.Start, l.last)
+	}
+	if !c.Start.Equal(l.last) {
+		l.last, l.sum = c.Start, 0
+	}
+	l.sum += c.Unique
+	l.records[c.Start.UnixNano()] = append(l.records[c.Start.UnixNano()], c)
+	l.mu.Unlock()
+	if block {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return nil
+}
+
+func (l *ledger) total(start time.Time) (sum uint64, records int, exact bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	exact = true
+	for _, c := range l.records[start.UnixNano()] {
+		sum, records, exact = sum+c.Unique, records+1, exact && c.Exact
+	}
+	return sum, records, exact
+}
+
+// life is one process: from New to a kill or a clean stop.
+type life struct {
+	t     testing.TB
+	m     *Memory
+	c     *counter.Counter
+	stop  context.CancelFunc
+	ended chan error
+}
+
+func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
+	t.Helper()
+	m, err := NewMemory(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.last, l.sum)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	p := &life{t: t, m: m, c: c, stop: stop, ended: make(chan error, 1)}
+	go func() { p.ended <- c.Run(ctx) }()
+	return p
+}
+
+// kill drops everything where it stands. Requests that are inside stay so.
+func (p *life) kill() {
+	p.stop()
+	<-p.ended
+	p.m.abandon()
+}
+
+// abandon lets go of memory, mappings and lock as the end of a process does.
+func (m *Memory) abandon() {
+	for _, t := range append(m.oldNarrow, m.narrow, m.nextNarrow) {
+		if t != nil {
+			t.free(m.arena)
+		}
+	}
+	for _, t := range append(m.oldWide, m.wide, m.nextWide) {
+		if t != nil {
+			t.free(m.arena)
+		}
+	}
+	m.journal.release()
+}
+
+// close stops in order: everything is published.
+func (p *life) close() {
+	p.t.Helper()
+	p.c.Seal()
+	if err := <-p.ended; err != nil {
+		p.t.Error(err)
+	}
+	p.stop()
+	for _, k := range p.m.journal.known {
+		if k.serial > 0 && !k.ended {
+			p.t.Errorf("epoch %d is not said to be published", k.serial)
+		}
+	}
+	if err := p.m.Close(); err != nil {
+		p.t.Error(err)
+	}
+}
+
+// add brings id at now and returns its epoch's start.
+func (p *life) add(now time.Time, id string) (Verdict, time.Time, error) {
+	p.t.Helper()
+	in, ok := p.c.Enter(now.UnixNano(), 0)
+	if !ok {
+		p.t.Fatal("sealed")
+	}
+	v, err := p.m.Add(in.Epoch, []byte(id))
+	o := counter.Void
+	switch {
+	case err != nil:
+	case v == Unique:
+		o = counter.Unique
+	case v == Repeat:
+		o = counter.Repeat
+	}
+	in.Leave(o)
+	return v, in.Start(), err
+}
+
+func (p *life) want(now time.Time, id string, want Verdict) {
+	p.t.Helper()
+	if v, _, err := p.add(now, id); v != want || err != nil {
+		p.t.Fatalf("id %s: got %v, %v; want %v", id, v, err, want)
+	}
+}
+
+// fastDir is a directory in memory where there is one: what is tested is what
+// the page cache keeps, not the disk.
+func fastDir(t testing.TB) string {
+	if dir, err := os.MkdirTemp("/dev/shm", "verve-test-"); err == nil {
+		t.Cleanup(func() { _ = os.RemoveAll(dir) })
+		return dir
+	}
+	return t.TempDir()
+}
+
+func small(dir string) Config {
+	return Config{Dir: filepath.Join(dir, "epochs"), segmentChunks: 16, Heap: raceEnabled}
+}
+
+// In a bubble the clock starts at midnight, the start of a window.
+
+// TestRestartsAgreeWithAModel runs random schedules of ids, time, steps of the
+// clock, requests that stay inside, publishers that hang, kills and stops
+// against a plain model: an id is new once in a window over all lives, and the
+// records of each window add up to the answers, with those that nobody got.
+func TestRestartsAgreeWithAModel(t *testing.T) {
+	schedules := 10_000
+	if raceEnabled {
+		schedules = 200
+	}
+	if testing.Short() {
+		schedules /= 10
+	}
+	dir := fastDir(t)
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for w := range 4 {
+		workers.Go(func() {
+			for !t.Failed() {
+				seed := uint64(next.Add(1))
+				if seed > uint64(schedules) {
+					return
+				}
+				own := filepath.Join(dir, strconv.Itoa(w))
+				synctest.Test(t, func(t *testing.T) { restartSchedule(t, seed, own) })
+				if err := os.RemoveAll(own); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	workers.Wait()
+}
+
+func restartSchedule(t *testing.T, seed uint64, dir string) {
+	rnd := rand.New(rand.NewPCG(seed, 7))
+	var p *life
+	const window = time.Second // short: in a bubble every tick of the counter is work
+	space := 6                 // ids; few, as a new table costs a page for each
+	if seed%32 == 0 {
+		space = 150 // more than a chunk, and in time more than a segment
+	}
+	defer func() {
+		if t.Failed() {
+			t.Logf("failing seed: %d", seed)
+		}
+		p.stop()
+	}()
+	type epoch struct {
+		ids map[string]bool
+		n   uint64 // new ids, answered or not
+	}
+	model := map[int64]*epoch{}
+	l := newLedger(t)
+	cfg := small(dir)
+	cfg.segmentChunks = []int{2, 3, 16}[rnd.IntN(3)] // in the first two every chunk is a segment, or nearly
+	p = live(t, cfg, window, l)
+	var latest time.Time // start of the last window seen
+	var skew time.Duration
+	type stay struct {
+		counter.Entry
+		v Verdict
+	}
+	var inside []stay
+	opened := func(start time.Time) *epoch {
+		if start.Before(latest) {
+			t.Fatalf("the epoch of %v is open after that of %v", start, latest)
+		}
+		latest = start
+		k := start.UnixNano()
+		if model[k] == nil {
+			model[k] = &epoch{ids: map[string]bool{}}
+		}
+		return model[k]
+	}
+	again := func() {
+		// The clock of the new process is the right one again.
+		skew = 0
+		if l.block = rnd.IntN(4) == 0; l.block {
+			l.allowed = rnd.IntN(4)
+		}
+		p = live(t, cfg, window, l)
+		opened(p.c.Last().Start())
+	}
+	opened(p.c.Last().Start())
+	for range 10 + rnd.IntN(30) {
+		switch n := rnd.IntN(24); n {
+		case 0: // kill
+			p.kill()
+			inside = nil
+			again()
+		case 1: // stop
+			for _, s := range inside {
+				s.Leave(outcome(s.v))
+			}
+			inside = nil
+			l.mu.Lock()
+			stuck := l.block
+			l.mu.Unlock()
+			if stuck {
+				continue
+			}
+			p.close()
+			if rnd.IntN(2) == 0 {
+				time.Sleep(time.Duration(rnd.Int64N(int64(2 * window))))
+			}
+			again()
+		case 2: // killed while nothing runs for a while
+			p.kill()
+			inside = nil
+			time.Sleep(time.Duration(rnd.Int64N(int64(3 * window))))
+			again()
+		case 3:
+			skew = time.Duration(rnd.IntN(9)-4) * window / 2
+		case 4, 5:
+			time.Sleep(time.Duration(rnd.Int64N(int64(window))))
+		case 6:
+			synctest.Wait()
+			time.Sleep(10 * time.Millisecond)
+			synctest.Wait()
+		case 7:
+			l.mu.Lock()
+			l.block, l.after, l.allowed = true, rnd.IntN(2) == 0, rnd.IntN(4)
+			l.mu.Unlock()
+		case 8:
+			p.m.reclaim()
+			p.m.resize()
+			p.m.release()
+			p.m.journal.prepare()
+			if err := p.m.journal.trim(); err != nil {
+				t.Fatal(err)
+			}
+		case 9:
+			if len(inside) > 0 {
+				i := rnd.IntN(len(inside))
+				inside[i].Leave(outcome(inside[i].v))
+				inside[i] = inside[len(inside)-1]
+				inside = inside[:len(inside)-1]
+			}
+		default:
+			for range 1 + rnd.IntN(space) {
+				id := strconv.Itoa(rnd.IntN(space))
+				if rnd.IntN(2) == 0 {
+					id = "id-" + id
+				}
+				in, ok := p.c.Enter(time.Now().Add(skew).UnixNano(), rnd.Uint64())
+				if !ok {
+					t.Fatal("sealed")
+				}
+				e := opened(in.Start())
+				v, err := p.m.Add(in.Epoch, []byte(id))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if want := map[bool]Verdict{false: Unique, true: Repeat}[e.ids[id]]; v != want {
+					t.Fatalf("id %s in %v: got %v, want %v", id, in.Start(), v, want)
+				}
+				if !e.ids[id] {
+					e.n++
+				}
+				e.ids[id] = true
+				if rnd.IntN(50) == 0 {
+					inside = append(inside, stay{in, v}) // its answer comes later, or never
+				} else {
+					in.Leave(outcome(v))
+				}
+			}
+		}
+	}
+	for _, s := range inside {
+		s.Leave(outcome(s.v))
+	}
+	for l.block { // the publisher hangs: the next life says the rest
+		p.kill()
+		again()
+	}
+	p.close()
+	for k, e := range model {
+		start := time.Unix(0, k).UTC()
+		sum, records, exact := l.total(start)
+		if sum != e.n || records == 0 || !exact {
+			t.Errorf("%v: %d records add up to %d, exact %t; want %d", start, records, sum, exact, e.n)
+		}
+	}
+}
+
+func outcome(v Verdict) counter.Outcome {
+	if v == Unique {
+		return counter.Unique
+	}
+	return counter.Repeat
+}
+
+// TestEveryStepOfASlotLeavesTheOldOrTheNew copies the files between every two
+// stores that open and end epochs, and starts from each copy.
+func TestEveryStepOfASlotLeavesTheOldOrTheNew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := fastDir(t)
+		type copied struct {
+			dir  string
+			last time.Time
+			sum  uint64
+		}
+		var copies []copied
+		l := newLedger(t)
+		cfg := small(dir)
+		cfg.step = func() {
+			to := filepath.Join(dir, fmt.Sprint("copy", len(copies)))
+			copyDir(t, cfg.Dir, to)
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			copies = append(copies, copied{to, l.last, l.sum})
+		}
+		base := time.Now()
+		answered := map[int64]uint64{}
+		var lives []*life
+		for range 3 { // a fresh start, a restart in the window, and turns in each
+			p := live(t, cfg, time.Minute, l)
+			lives = append(lives, p)
+			for n := range 2 {
+				now := time.Now()
+				for i := range 5 {
+					id := fmt.Sprint(len(lives), n, i)
+					p.want(now, id, Unique)
+					answered[now.Truncate(time.Minute).UnixNano()]++
+				}
+				if n == 0 {
+					time.Sleep(time.Minute)
+					synctest.Wait()
+				}
+			}
+			if len(lives) == 2 {
+				p.close()
+			} else {
+				p.kill()
+			}
+		}
+		if len(copies) < 40 {
+			t.Fatalf("only %d copies", len(copies))
+		}
+		for i, c := range copies {
+			l := newLedger(t)
+			l.last, l.sum = c.last, c.sum
+			cfg := small(dir)
+			cfg.Dir = c.dir
+			cfg.OnSetAside = func(_ string, reason error) { t.Errorf("copy %d: set aside: %v", i, reason) }
+			p := live(t, cfg, time.Minute, l)
+			p.close()
+			if p.c.Last().Start().Before(base) {
+				t.Errorf("copy %d: the epoch of %v is open", i, p.c.Last().Start())
+			}
+			for k := range l.records {
+				sum, _, exact := l.total(time.Unix(0, k))
+				if !exact || sum > answered[k] {
+					t.Errorf("copy %d: %v has %d ids, exact %t; at most %d were answered", i, time.Unix(0, k).UTC(), sum, exact, answered[k])
+				}
+			}
+		}
+	})
+}
+
+func copyDir(t testing.TB, from, to string) {
+	t.Helper()
+	entries, err := os.ReadDir(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(to, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(from, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(to, e.Name()), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// killed makes a directory that a kill left in mid-window, with ids 0 to n-1 and
+// as many texts, and returns the ledger that goes with it.
+func killed(t testing.TB, dir string, n int) *ledger {
+	t.Helper()
+	l := newLedger(t)
+	p := live(t, small(dir), time.Hour, l)
+	for i := range n {
+		p.want(time.Now(), strconv.Itoa(i), Unique)
+		p.want(time.Now(), fmt.Sprint("text ", i), Unique)
+	}
+	p.kill()
+	return l
+}
+
+// TestDamageIsSetAsideAndSaid: whatever part of the files is cut off or
+// changed, the start either has every id, or says that it has not: the directory
+// is set aside and the window is not exact.
+func TestDamageIsSetAsideAndSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := fastDir(t)
+		const ids = 300
+		killed(t, dir, ids)
+		from := small(dir).Dir
+		tries := 0
+		try := func(name string, change func(dir string)) {
+			if tries++; raceEnabled && tries%20 != 0 {
+				return
+			}
+			work := filepath.Join(dir, "work")
+			copyDir(t, from, filepath.Join(work, "epochs"))
+			change(filepath.Join(work, "epochs"))
+			cfg := small(work)
+			aside := ""
+			cfg.OnSetAside = func(name string, reason error) {
+				if aside = name; reason == nil {
+					t.Errorf("%s: set aside without a reason", name)
+				}
+			}
+			l := newLedger(t)
+			p := live(t, cfg, time.Hour, l)
+			want := Repeat
+			if aside != "" {
+				want = Unique
+				if _, err := os.Stat(aside); err != nil {
+					t.Errorf("%s: what was set aside is not there: %v", name, err)
+				}
+				if p.c.Last().Exact() {
+					t.Errorf("%s: set aside, and the window is exact", name)
+				}
+			}
+			if v, _, err := p.add(time.Now(), strconv.Itoa(ids-1)); v != want || err != nil {
+				t.Errorf("%s: an id seen before: got %v, %v; want %v", name, v, err, want)
+			}
+			p.close()
+			if sum, _, exact := l.total(p.c.Last().Start()); aside == "" && (sum != 2*ids || !exact) {
+				t.Errorf("%s: the records add up to %d, exact %t; want %d", name, sum, exact, 2*ids)
+			}
+			if err := os.RemoveAll(work); err != nil {
+				t.Fatal(err)
+			}
+		}
+
+		try("unchanged", func(string) {})
+		files, err := filepath.Glob(filepath.Join(from, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range files {
+			name := filepath.Base(path)
+			if name == lockName {
+				continue
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for size := 0; size < len(b); size += 512 {
+				try(fmt.Sprint(name, " cut to ", size), func(dir string) {
+					if err := os.Truncate(filepath.Join(dir, name), int64(size)); err != nil {
+						t.Fatal(err)
+					}
+				})
+			}
+			try(name+" missing", func(dir string) {
+				if err := os.Remove(filepath.Join(dir, name)); err != nil {
+					t.Fatal(err)
+				}
+			})
+			try(name+" longer", func(dir string) {
+				if err := os.Truncate(filepath.Join(dir, name), int64(len(b)+512)); err != nil {
+					t.Fatal(err)
+				}
+			})
+			flip := func(at, bit int) {
+				try(fmt.Sprintf("%s bit %d of byte %d", name, bit, at), func(dir string) {
+					changed := bytes.Clone(b)
+					changed[at] ^= 1 << bit
+					if err := os.WriteFile(filepath.Join(dir, name), changed, 0o600); err != nil {
+						t.Fatal(err)
+					}
+				})
+			}
+			var headers [][2]int // from, to
+			if name == stateName {
+				headers = [][2]int{{0, 80}, {headerCheckAt * 8, headerWords * 8}, {slotsAt, slotsAt + 3*64}, {marksAt, marksAt + 64}}
+			} else {
+				headers = [][2]int{{0, 32}, {chunkBytes, chunkBytes + 8}, {2 * chunkBytes, 2*chunkBytes + 8}}
+			}
+			for _, h := range headers {
+				for at := h[0]; at < h[1]; at++ {
+					for bit := range 8 {
+						flip(at, bit)
+					}
+				}
+			}
+		}
+		t.Logf("%d damages", tries)
+	})
+}
+
+// TestForeignAndNewerFiles: a stranger's file is damage, a newer version's is
+// not this one's to touch.
+func TestForeignAndNewerFiles(t *testing.T) {
+	header := func(change func(h []uint64)) func(dir string) {
+		return func(dir string) {
+			path := filepath.Join(dir, stateName)
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h := make([]uint64, headerWords)
+			copy(bytesOf(h), b)
+			change(h)
+			h[headerCheckAt] = checkOf(h[:headerCheckAt])
+			copy(b, bytesOf(h))
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name   string
+		change func(dir string)
+		aside  bool
+		err    string
+	}{
+		{"newer", header(func(h []uint64) { h[headerVersionAt]++ }), false, "newer version"},
+		{"older than the first", header(func(h []uint64) { h[headerVersionAt]-- }), true, ""},
+		{"other geometry", header(func(h []uint64) { h[headerSlotsAt]++ }), true, ""},
+		{"no chunks", header(func(h []uint64) { h[headerChunksAt] = 0 }), true, ""},
+		{"other secret", header(func(h []uint64) { h[headerSecretAt]++ }), true, ""},
+		{"foreign", func(dir string) {
+			if err := os.WriteFile(filepath.Join(dir, stateName), bytes.Repeat([]byte("hello\n"), stateBytes/6+1)[:stateBytes], 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, true, ""},
+		{"a directory in its place", func(dir string) {
+			if err := errors.Join(os.Remove(filepath.Join(dir, stateName)), os.Mkdir(filepath.Join(dir, stateName), 0o755)); err != nil {
+				t.Fatal(err)
+			}
+		}, false, stateName},
+		{"a stranger's file beside them", func(dir string) {
+			if err := os.WriteFile(filepath.Join(dir, "ids-1"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, false, ""},
+		{"half made files", func(dir string) {
+			for _, name := range []string{stateName, segmentName(7)} {
+				if err := os.WriteFile(filepath.Join(dir, name+tmpSuffix), []byte("half"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}, false, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := fastDir(t)
+			killed(t, dir, 10)
+			tt.change(small(dir).Dir)
+			cfg := small(dir)
+			aside := false
+			cfg.OnSetAside = func(string, error) { aside = true }
+			m, err := NewMemory(cfg)
+			if aside != tt.aside {
+				t.Errorf("set aside: %t, want %t", aside, tt.aside)
+			}
+			if tt.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.err) || !strings.Contains(err.Error(), cfg.Dir) {
+					t.Errorf("got %v, want an error with %q and the directory", err, tt.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestSecondProcessIsToldOfTheFirst(t *testing.T) {
+	dir := fastDir(t)
+	m := newMemory(t, small(dir))
+	_, err := NewMemory(small(dir))
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprint("process ", os.Getpid())) {
+		t.Errorf("got %v, want an error with this process's number", err)
+	}
+	if m.Stats().Problem != "" {
+		t.Errorf("the first has a problem: %s", m.Stats().Problem)
+	}
+}
+
+// TestReadOnlyDirectoryIsAClearError mounts what cannot be written.
+func TestReadOnlyDirectoryIsAClearError(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", unix.MS_RDONLY, ""); err != nil {
+		t.Skip("mounting is not allowed: ", err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	_, err := NewMemory(small(dir))
+	if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("got %v, want EROFS and the directory", err)
+	}
+}
+
+// TestFullDiskRefusesIdsAndRecovers fills a small disk: ids that find no room
+// are refused as full and counted nowhere, those kept are found, and with room
+// again it goes on. A start without room is a clear error.
+func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=192k"); err != nil {
+		t.Skip("mounting is not allowed: ", err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	stuffing := filepath.Join(dir, "stuffing")
+	if err := os.WriteFile(stuffing, make([]byte, 190<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := NewMemory(small(dir)); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("a start on a full disk: got %v, want ENOSPC and the directory", err)
+	}
+	if err := os.Truncate(stuffing, 40<<10); err != nil {
+		t.Fatal(err)
+	}
+	l := newLedger(t)
+	p := live(t, small(dir), time.Hour, l)
+	n := 0
+	for ; ; n++ {
+		v, _, err := p.add(time.Now(), strconv.Itoa(n))
+		if errors.Is(err, ErrFull) {
+			break
+		}
+		if v != Unique || err != nil || n > 100_000 {
+			t.Fatalf("id %d: %v, %v", n, v, err)
+		}
+	}
+	if problem := p.m.Stats().Problem; !strings.Contains(problem, "no space") {
+		t.Errorf("the problem is %q, want that there is no space", problem)
+	}
+	if err := os.Remove(stuffing); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(retryExtend)
+	p.want(time.Now(), strconv.Itoa(n), Unique)
+	p.want(time.Now(), strconv.Itoa(n), Repeat)
+	if problem := p.m.Stats().Problem; problem != "" {
+		t.Errorf("with room again the problem is %q", problem)
+	}
+	p.close()
+	if sum, _, exact := l.total(p.c.Last().Start()); sum != uint64(n+1) || !exact {
+		t.Errorf("the record has %d, exact %t; want %d", sum, exact, n+1)
+	}
+}
+
+// TestFileCutShortUnderTheProcessIsAnError: the fault of a store into a file
+// that is no longer there becomes an error, for this and every later id.
+func TestFileCutShortUnderTheProcessIsAnError(t *testing.T) {
+	for _, name := range []string{segmentName(0), stateName} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir := fastDir(t)
+				l := newLedger(t)
+				cfg := small(dir)
+				failures := 0
+				cfg.OnFailure = func(err error) {
+					if failures++; !errors.Is(err, ErrUnavailable) {
+						t.Errorf("told of %v", err)
+					}
+				}
+				p := live(t, cfg, time.Minute, l)
+				p.want(time.Now(), "1", Unique)
+				if err := os.Truncate(filepath.Join(small(dir).Dir, name), 0); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Minute) // the slot of the next epoch, and a chunk for it
+				synctest.Wait()
+				for i := range 3 {
+					if v, _, err := p.add(time.Now(), fmt.Sprint("new ", i)); !errors.Is(err, ErrUnavailable) {
+						t.Errorf("got %v, %v; want ErrUnavailable", v, err)
+					}
+				}
+				if p.m.Stats().Problem == "" || failures != 1 {
+					t.Errorf("Stats tells of the problem %q, and %d times it was told", p.m.Stats().Problem, failures)
+				}
+				p.m.journal.prepare()
+				_ = p.m.journal.trim()
+				_ = p.m.journal.sync()
+				p.c.Seal()
+				if err := <-p.ended; err != nil {
+					t.Error(err)
+				}
+				_ = p.m.Close() // says what failed
+				if sum, _, _ := l.total(time.Unix(0, p.c.Last().Number()*int64(time.Minute))); sum != 0 {
+					t.Errorf("%d refused ids were counted", sum)
+				}
+			})
+		})
+	}
+}
+
+// TestLossOfPowerIsSaid: after a reboot what the disk has is used, and every
+// record that may be short says so.
+func TestLossOfPowerIsSaid(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		clean bool
+		zero  bool // pages that were not written
+		exact bool
+	}{
+		{"killed", false, false, false},
+		{"pages lost", false, true, false},
+		{"stopped", true, false, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir := fastDir(t)
+				l := newLedger(t)
+				cfg := small(dir)
+				cfg.boot = 1
+				p := live(t, cfg, time.Hour, l)
+				for i := range 200 {
+					p.want(time.Now(), strconv.Itoa(i), Unique)
+				}
+				if tt.clean {
+					p.close()
+				} else {
+					p.kill()
+				}
+				if tt.zero {
+					f, err := os.OpenFile(filepath.Join(cfg.Dir, segmentName(0)), os.O_RDWR, 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if _, err := f.WriteAt(make([]byte, 4096), chunkBytes); err != nil {
+						t.Fatal(err)
+					}
+					f.Close()
+				}
+				for boot := uint32(2); boot < 4; boot++ { // the second start is in the same boot as the third
+					cfg.boot = 2
+					p = live(t, cfg, time.Hour, l)
+					p.want(time.Now(), fmt.Sprint("in boot ", boot), Unique)
+					want := Repeat
+					if tt.zero && boot == 2 {
+						want = Unique // forgotten
+					}
+					p.want(time.Now(), "0", want)
+					if got := p.c.Last().Exact(); got != tt.exact {
+						t.Errorf("exact is %t, want %t", got, tt.exact)
+					}
+					p.kill()
+				}
+				p = live(t, cfg, time.Hour, l)
+				p.close()
+				if sum, _, exact := l.total(p.c.Last().Start()); exact != tt.exact || !tt.zero && sum != 202 || tt.zero && sum > 203 {
+					t.Errorf("the records add up to %d, exact %t; want 202, %t", sum, exact, tt.exact)
+				}
+				// A window that began after the boot knows nothing of it.
+				time.Sleep(time.Hour)
+				p = live(t, cfg, time.Hour, l)
+				if !p.c.Last().Exact() {
+					t.Error("the next window is not exact")
+				}
+				p.close()
+			})
+		})
+	}
+}
+
+// TestSlotLostWithThePower: the disk has ids of an epoch whose slot it never
+// got. They are nobody's: not of the next epoch that has its serial either.
+func TestSlotLostWithThePower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLedger(t)
+		cfg := small(fastDir(t))
+		cfg.boot = 1
+		p := live(t, cfg, time.Minute, l)
+		p.want(time.Now(), "1", Unique)
+		state := filepath.Join(cfg.Dir, stateName)
+		old, err := os.ReadFile(state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		for i := range 200 {
+			p.want(time.Now(), strconv.Itoa(i), Unique)
+		}
+		p.kill()
+		if err := os.WriteFile(state, old, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cfg.boot = 2
+		cfg.OnSetAside = func(_ string, reason error) { t.Error(reason) }
+		for range 2 {
+			p = live(t, cfg, time.Minute, l)
+			p.kill()
+		}
+		p = live(t, cfg, time.Minute, l)
+		p.want(time.Now(), "1", Unique)
+		p.want(time.Now(), "new", Unique)
+		p.kill()
+		p = live(t, cfg, time.Minute, l)
+		p.want(time.Now(), "new", Repeat)
+		p.close()
+		if sum, _, _ := l.total(p.c.Last().Start()); sum != 2 {
+			t.Errorf("the records add up to %d, want 2", sum)
+		}
+	})
+}
+
+// TestKillWhileSettingAsideIsNotForgotten: the window is not exact either where
+// the process that set the damaged directory aside did not come further.
+func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := fastDir(t)
+		killed(t, dir, 10)
+		cfg := small(dir)
+		if err := os.Rename(cfg.Dir, cfg.Dir+damagedSuffix+"then"); err != nil {
+			t.Fatal(err)
+		}
+		for _, exact := range []bool{false, true} { // of this window, and of the next
+			p := live(t, cfg, time.Hour, newLedger(t))
+			if got := p.c.Last().Exact(); got != exact {
+				t.Errorf("exact is %t, want %t", got, exact)
+			}
+			p.close()
+			time.Sleep(time.Hour)
+		}
+	})
+}
+
+// TestOtherWindowGoesOnFromTheLast: a process with windows of another length
+// publishes what the last one left, and begins its own.
+func TestOtherWindowGoesOnFromTheLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := time.Now()
+		dir := fastDir(t)
+		l := newLedger(t)
+		lengths := []time.Duration{time.Minute, time.Hour, time.Minute, time.Second, time.Minute}
+		for i, window := range lengths {
+			p := live(t, small(dir), window, l)
+			p.want(time.Now(), "the same", Unique)
+			p.want(time.Now(), fmt.Sprint("other ", i), Unique)
+			p.kill()
+			p = live(t, small(dir), window, l)
+			p.want(time.Now(), "the same", Repeat)
+			if i%2 == 0 {
+				synctest.Wait() // until what was left is published
+			}
+			p.kill()
+		}
+		p := live(t, small(dir), time.Hour, l)
+		p.close()
+		var sum uint64
+		for k := range l.records {
+			n, _, _ := l.total(time.Unix(0, k))
+			sum += n
+		}
+		if want := uint64(2 * len(lengths)); sum != want {
+			t.Errorf("the records since %v add up to %d, want %d", base, sum, want)
+		}
+	})
+}
+
+// TestEpochsThatCannotBePublishedAreBounded: with every slot waiting, ids are
+// refused, and with the publisher back nothing is missing.
+func TestEpochsThatCannotBePublishedAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := fastDir(t)
+		l := newLedger(t)
+		l.block = true
+		p := live(t, small(dir), time.Minute, l)
+		var sum uint64
+		refused := 0
+		const waiting = slotCount - startSlots
+		for n := range waiting + 5 {
+			v, _, err := p.add(time.Now(), strconv.Itoa(n))
+			switch {
+			case errors.Is(err, ErrUnavailable) && n >= waiting:
+				refused++
+			case v != Unique || err != nil:
+				t.Fatalf("epoch %d: %v, %v", n, v, err)
+			default:
+				sum++
+			}
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			p.m.reclaim()
+		}
+		if refused != 5 {
+			t.Errorf("%d ids were refused, want 5", refused)
+		}
+		p.kill()
+		l.block = false
+		p = live(t, small(dir), time.Minute, l)
+		p.want(time.Now(), "again", Unique)
+		p.close()
+		var got uint64
+		for k := range l.records {
+			n, _, _ := l.total(time.Unix(0, k))
+			got += n
+		}
+		if got != sum+1 || len(l.records) < waiting {
+			t.Errorf("%d windows add up to %d, want %d and %d", len(l.records), got, waiting, sum+1)
+		}
+	})
+}
+
+// TestWaitingEpochsKeepTheirIds: that an earlier epoch was published does not
+// free what a later one, not published yet, has in the files.
+func TestWaitingEpochsKeepTheirIds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := time.Now()
+		cfg := small(fastDir(t))
+		cfg.segmentChunks = 2 // a chunk each
+		l := newLedger(t)
+		for allowed := range 4 { // the publisher takes so many records and hangs
+			l.block, l.allowed = true, allowed
+			p := live(t, cfg, time.Minute, l)
+			held, _ := p.c.Enter(time.Now().UnixNano(), 0) // no epoch is published before all are there
+			for range 5 {
+				for i := range 200 {
+					p.want(time.Now(), strconv.Itoa(i), Unique)
+				}
+				time.Sleep(time.Minute)
+				synctest.Wait()
+			}
+			held.Leave(counter.Void)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			for i := range 200 {
+				p.want(time.Now(), strconv.Itoa(i), Unique)
+			}
+			p.kill()
+			time.Sleep(time.Minute)
+		}
+		l.block = false
+		p := live(t, cfg, time.Minute, l)
+		p.close()
+		for n := range 4 * 6 {
+			if sum, _, _ := l.total(base.Add(time.Duration(n) * time.Minute)); sum != 200 {
+				t.Errorf("the records of minute %d add up to %d, want 200", n, sum)
+			}
+		}
+	})
+}
+
+// TestFilesStayAsLargeAsTheEpochs: the segments of epochs that were published
+// are used again, and those of a large one removed in time.
+func TestFilesStayAsLargeAsTheEpochs(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector has a sync.Pool forget writers, and so their chunks")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		dir := fastDir(t)
+		l := newLedger(t)
+		p := live(t, small(dir), time.Minute, l)
+		var most, last uint64
+		for n := range 60 {
+			ids := 300
+			if n == 5 {
+				ids = 20_000
+			}
+			for i := range ids {
+				p.want(time.Now(), strconv.Itoa(i), Unique)
+			}
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			time.Sleep(time.Second)
+			synctest.Wait()
+			for range 3 {
+				if err := p.m.journal.trim(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			last = p.m.Stats().Kept - stateBytes
+			most = max(most, last)
+		}
+		if most < 20_000*8 || most > 20_000*12 || last > 5*16*chunkBytes {
+			t.Errorf("the files took up to %d and in the end %d bytes", most, last)
+		}
+		files, err := filepath.Glob(filepath.Join(small(dir).Dir, "ids-*"))
+		if err != nil || uint64(len(files)) != last/(16*chunkBytes) {
+			t.Errorf("%d files, %v; want %d", len(files), err, last/(16*chunkBytes))
+		}
+		p.close()
+	})
+}
+
+// TestMaxIDsHoldsOverRestarts: the ids of all lives of an epoch count.
+func TestMaxIDsHoldsOverRestarts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, maxIDs := range []int{20, 2 * tightBelow} {
+			dir := fastDir(t)
+			l := newLedger(t)
+			cfg := small(dir)
+			cfg.MaxIDs = uint64(maxIDs)
+			for n := range 4 {
+				p := live(t, cfg, time.Hour, l)
+				for i := n * maxIDs / 4; i < (n+1)*maxIDs/4; i++ {
+					p.want(time.Now(), strconv.Itoa(i), Unique)
+				}
+				p.kill()
+			}
+			p := live(t, cfg, time.Hour, l)
+			p.want(time.Now(), "0", Repeat)
+			if v, _, err := p.add(time.Now(), "x"); !errors.Is(err, ErrFull) {
+				t.Errorf("one too many: %v, %v", v, err)
+			}
+			p.close()
+			if sum, _, _ := l.total(p.c.Last().Start()); sum != uint64(maxIDs) {
+				t.Errorf("counted %d, want %d", sum, maxIDs)
+			}
+		}
+	})
+}
+
+// TestIdsThatDoNotFitAreRefusedNotForgotten: a process with less memory than
+// the last cannot answer for the running window, and does for the next.
+func TestIdsThatDoNotFitAreRefusedNotForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := fastDir(t)
+		l := newLedger(t)
+		const ids = 200_000
+		cfg := small(dir)
+		p := live(t, cfg, time.Minute, l)
+		for i := range ids {
+			p.want(time.Now(), strconv.Itoa(i), Unique)
+		}
+		p.kill()
+		cfg.MaxBytes = 1536<<10 + 1<<19 // the smallest tables, and a level
+		p = live(t, cfg, time.Minute, l)
+		if v, _, err := p.add(time.Now(), "0"); !errors.Is(err, ErrFull) {
+			t.Errorf("got %v, %v; want ErrFull", v, err)
+		}
+		window := p.c.Last().Start()
+		time.Sleep(time.Minute)
+		p.want(time.Now(), "0", Unique)
+		p.close()
+		if sum, _, exact := l.total(window); sum != ids || !exact {
+			t.Errorf("the records add up to %d, exact %t; want %d", sum, exact, ids)
+		}
+	})
+}
+
+func TestKeptAddAllocatesNothing(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	dir := fastDir(t)
+	m := newMemory(t, Config{Dir: dir, Expect: 100_000, ExpectWide: 100_000})
+	e := newEpochs(t, m)
+	in, _ := e.Enter(e.at(0), 0)
+	defer in.Leave(counter.Void)
+	for name, format := range map[string]string{"decimal": "1%d", "text": "text %d"} {
+		ids := make([][]byte, 20_000)
+		for i := range ids {
+			ids[i] = fmt.Appendf(nil, format, i)
+		}
+		n := 0
+		if got := testing.AllocsPerRun(len(ids)-1, func() {
+			if v, err := m.Add(in.Epoch, ids[n]); v != Unique || err != nil {
+				t.Fatal(v, err)
+			}
+			n++
+		}); got != 0 {
+			t.Errorf("%s: Add allocates %v times, want 0", name, got)
+		}
+	}
+}
+
+// TestFlippedHeadsAreFound: every bit of a chunk's head.
+func TestFlippedHeadsAreFound(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 1))
+	for range 2000 {
+		kind := rnd.Uint64N(2)
+		body := (1+rnd.Uint64N(1<<rnd.IntN(serialBits)))<<8 | kind<<kindShift | rnd.Uint64N(chunkRoom[kind]+1)
+		head := headOf(body)
+		serial, k, n, ok := parseHead(head)
+		if !ok || serial != body>>8 || uint64(k) != kind || n != body&recordMask {
+			t.Fatalf("head %x: %d, %d, %d, %t", head, serial, k, n, ok)
+		}
+		for bit := range 64 {
+			if _, _, _, ok := parseHead(head ^ 1<<bit); ok {
+				t.Fatalf("bit %d of head %x", bit, head)
+			}
+		}
+	}
+}
+
+// TestKilledProcessesLoseNothing kills processes under load. Whatever they
+// answered holds in the next: an id that got ok in a window gets it in no later
+// life, and the records of each window add up to the answers, and at most one
+// for each writer of a killed process more.
+func TestKilledProcessesLoseNothing(t *testing.T) {
+	if dir := os.Getenv("VERVE_TEST_LIFE"); dir != "" {
+		liveUntilKilled(dir)
+		return
+	}
+	for _, tt := range []struct {
+		window  time.Duration
+		rounds  int
+		answers int // of a life, at most
+	}{
+		{time.Hour, 30, 8000},                // lives of one window
+		{50 * time.Millisecond, 10, 80_000},  // windows of one life
+		{200 * time.Millisecond, 15, 40_000}, // both
+	} {
+		t.Run(tt.window.String(), func(t *testing.T) {
+			if raceEnabled || testing.Short() {
+				tt.rounds /= 5
+			}
+			dir := fastDir(t)
+			rnd := rand.New(rand.NewPCG(3, uint64(tt.window)))
+			oks := map[string]bool{}
+			answered := map[int64]uint64{} // ok, by window
+			var total int
+			for round := range tt.rounds {
+				last := round == tt.rounds-1
+				cmd := exec.Command(os.Args[0], "-test.run=^TestKilledProcessesLoseNothing$")
+				cmd.Env = append(os.Environ(), "VERVE_TEST_LIFE="+dir, fmt.Sprint("VERVE_TEST_WINDOW=", tt.window), fmt.Sprint("VERVE_TEST_ROUND=", round))
+				cmd.Stderr = os.Stderr
+				stdin, err := cmd.StdinPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				out, err := cmd.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() }) // it hangs
+				limit := 200 + rnd.IntN(tt.answers)
+				lines := bufio.NewReader(out)
+				for n := 0; ; n++ {
+					if n == limit {
+						if last {
+							stdin.Close()
+						} else if err := cmd.Process.Kill(); err != nil {
+							t.Fatal(err)
+						}
+					}
+					line, err := lines.ReadString('\n') // what was written before the kill is still read
+					if err != nil {
+						break
+					}
+					var window int64
+					var id, verdict string
+					if _, err := fmt.Sscan(line, &window, &id, &verdict); err != nil || verdict == "error" {
+						if verdict != "error" {
+							continue // the test framework's
+						}
+						t.Fatalf("round %d: %s", round, line)
+					}
+					total++
+					key := fmt.Sprint(window, " ", id)
+					if verdict == "ok" {
+						if oks[key] {
+							t.Fatalf("round %d: id %s got ok twice in window %d", round, id, window)
+						}
+						oks[key] = true
+						answered[window]++
+					}
+				}
+				_ = cmd.Wait() // killed
+			}
+			sums := map[int64]uint64{}
+			readRecords(t, dir, func(window int64, unique uint64, exact bool) {
+				sums[window] += unique
+				if !exact {
+					t.Errorf("window %d is not exact", window)
+				}
+			})
+			var more uint64
+			for window, n := range answered {
+				if sums[window] < n {
+					t.Errorf("window %d: records add up to %d, %d were answered", window, sums[window], n)
+				}
+			}
+			for window, n := range sums {
+				more += n - min(n, answered[window])
+			}
+			if most := uint64(lifeWriters * (tt.rounds - 1)); more > most {
+				t.Errorf("%d ids were counted and not answered, want at most %d", more, most)
+			}
+			t.Logf("%d answers, %d ok in %d windows, %d lives, %d counted and not answered", total, len(oks), len(sums), tt.rounds, more)
+		})
+	}
+}
+
+const lifeWriters = 3
+
+func readRecords(t testing.TB, dir string, f func(window int64, unique uint64, exact bool)) {
+	b, err := os.ReadFile(filepath.Join(dir, "records"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		if t == nil {
+			panic(err)
+		}
+		t.Fatal(err)
+	}
+	for line := range bytes.Lines(b) {
+		var window int64
+		var unique uint64
+		var exact bool
+		if _, err := fmt.Sscan(string(line), &window, &unique, &exact); err != nil {
+			panic(fmt.Sprintf("%q: %v", line, err))
+		}
+		f(window, unique, exact)
+	}
+}
+
+// recordsFile publishes by appending to a file, which outlives a kill.
+type recordsFile struct{ *os.File }
+
+func (f recordsFile) Publish(_ context.Context, c counter.Count) error {
+	_, err := f.Write(fmt.Appendf(nil, "%d %d %t\n", c.Start.UnixNano(), c.Unique, c.Exact))
+	return err
+}
+
+func liveUntilKilled(dir string) {
+	check := func(err error) {
+		if err != nil {
+			fmt.Println(0, err, "error")
+			os.Exit(1)
+		}
+	}
+	window, err := time.ParseDuration(os.Getenv("VERVE_TEST_WINDOW"))
+	check(err)
+	var last, sum int64
+	readRecords(nil, dir, func(window int64, unique uint64, _ bool) {
+		if window != last {
+			last, sum = window, 0
+		}
+		sum += int64(unique)
+	})
+	var lastStart time.Time
+	if last != 0 {
+		lastStart = time.Unix(0, last).UTC()
+	}
+	cfg := small(dir)
+	cfg.CleanupInterval = 10 * time.Millisecond
+	cfg.OnSetAside = func(_ string, reason error) { check(reason) }
+	m, err := NewMemory(cfg)
+	check(err)
+	f, err := os.OpenFile(filepath.Join(dir, "records"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	check(err)
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: recordsFile{f}, NotBefore: lastStart, Past: m.Past(lastStart, uint64(sum))})
+	check(err)
+	var running sync.WaitGroup
+	ctx, stop := context.WithCancel(context.Background())
+	go m.Run(ctx)
+	running.Go(func() { check(c.Run(context.Background())) })
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		c.Seal()
+	}()
+	round, err := strconv.Atoi(os.Getenv("VERVE_TEST_ROUND"))
+	check(err)
+	for w := range lifeWriters {
+		running.Go(func() {
+			rnd := rand.New(rand.NewPCG(uint64(round), uint64(w)))
+			var line []byte
+			for {
+				// Ids of this and of earlier lives.
+				id := strconv.Itoa(rnd.IntN(1500 * (round + 1)))
+				if rnd.IntN(2) == 0 {
+					id = "t" + id
+				}
+				in, ok := c.Enter(time.Now().UnixNano(), uint64(w))
+				if !ok {
+					return
+				}
+				v, err := m.Add(in.Epoch, []byte(id))
+				check(err)
+				word := "failed"
+				switch v {
+				case Unique:
+					word = "ok"
+					in.Leave(counter.Unique)
+				case Repeat:
+					in.Leave(counter.Repeat)
+				default:
+					in.Leave(counter.Void)
+					continue
+				}
+				line = fmt.Appendf(line[:0], "%d %s %s\n", in.Start().UnixNano(), id, word)
+				if _, err := os.Stdout.Write(line); err != nil {
+					return
+				}
+			}
+		})
+	}
+	running.Wait()
+	stop()
+	check(m.Close())
+}

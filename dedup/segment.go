@@ -1,0 +1,409 @@
+package dedup
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"sync/atomic"
+	"time"
+	"unsafe"
+)
+
+// A segment is a file of chunks, mapped and allocated whole. Every request that
+// finds its id new leaves the id in a chunk before it answers: a store into
+// memory that outlives the process.
+//
+// A chunk belongs to one writer of one epoch and is written from its front. Its
+// first word, the head, says whose it is and how many records follow: a record
+// is there when the head counts it. So a kill between any two stores leaves the
+// chunk with or without the record, and a chunk needs no clearing for reuse.
+const (
+	chunkWords = 64 // half a kilobyte: few are cut short by a turn, and 1.6 % is heads
+	chunkBytes = chunkWords * 8
+
+	// segmentChunks makes 4 MiB, half a million decimals: at a million a second
+	// the next is made ready in time, and a small server has few to spare.
+	segmentChunks = 8192
+
+	// A head is check<<48 | serial<<8 | kind<<7 | records. A flipped bit does not
+	// pass the check: checkFactor has no 16 equal bits in a row.
+	serialBits  = 40
+	kindShift   = 7
+	recordMask  = 1<<kindShift - 1
+	checkShift  = 48
+	checkFactor = 0x9e3779b97f4a7c15
+)
+
+// Kinds of records: a scattered decimal in one word, or the scattered halves of
+// another id in two.
+const (
+	narrowKind = 0
+	wideKind   = 1
+)
+
+var chunkRoom = [2]uint64{narrowKind: chunkWords - 1, wideKind: (chunkWords - 1) / 2}
+
+type chunk [chunkWords]uint64
+
+func headOf(body uint64) uint64 { return body*checkFactor>>checkShift<<checkShift | body }
+
+// parseHead splits a head; ok is false for one that no writer wrote.
+func parseHead(head uint64) (serial uint64, kind int, records uint64, ok bool) {
+	body := head & (1<<checkShift - 1)
+	serial, kind, records = body>>8, int(body>>kindShift&1), body&recordMask
+	return serial, kind, records, headOf(body) == head && serial > 0 && records <= chunkRoom[kind]
+}
+
+// segment is one mapped file. journal.mu guards its fields.
+type segment struct {
+	index  int
+	path   string
+	memory []byte
+	chunks []chunk // the first holds the header
+	next   int     // the first chunk not handed out since the segment was free
+	last   uint64  // the newest epoch that has chunks before next; 0: the segment is free
+}
+
+// The header of a segment, in words of its first chunk.
+const segmentMagic = 0x5347534449565256 // "VRVIDSGS"
+
+const (
+	segmentMagicAt = iota
+	segmentIndexAt
+	segmentOwnerAt // tells the segments of one directory from those of another
+	segmentCheckAt
+)
+
+func segmentName(index int) string { return fmt.Sprintf("ids-%05d", index) }
+
+// newSegment makes the file under a temporary name: what has a final name is
+// complete, on the disk and all there.
+func (j *journal) newSegment(index int) (_ *segment, err error) {
+	path := filepath.Join(j.dir, segmentName(index))
+	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		_ = f.Close() // synced, or given up
+		if err != nil {
+			_ = os.Remove(path + tmpSuffix) // else the next start does
+		}
+	}()
+	size := j.segmentChunks * chunkBytes
+	if err = reserve(f, size); err != nil {
+		return nil, err
+	}
+	header := make([]uint64, chunkWords)
+	header[segmentMagicAt], header[segmentIndexAt], header[segmentOwnerAt] = segmentMagic, uint64(index), j.owner()
+	header[segmentCheckAt] = checkOf(header[:segmentCheckAt])
+	if _, err = f.WriteAt(bytesOf(header), 0); err != nil {
+		return nil, err
+	}
+	if err = f.Sync(); err != nil {
+		return nil, err
+	}
+	memory, err := mapFile(f, size)
+	if err != nil {
+		return nil, err
+	}
+	if err = os.Rename(path+tmpSuffix, path); err == nil {
+		err = syncDir(j.dir)
+	}
+	if err != nil {
+		unmapFile(memory)
+		return nil, err
+	}
+	touch(memory)
+	return &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1}, nil
+}
+
+// openSegment maps a segment of an earlier process and checks its header.
+func (j *journal) openSegment(index int) (*segment, error) {
+	path := filepath.Join(j.dir, segmentName(index))
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, damaged("%s is missing", segmentName(index))
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	memory, err := mapWhole(f, j.segmentChunks*chunkBytes)
+	if err != nil {
+		return nil, err
+	}
+	s := &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1}
+	header := s.chunks[0][:]
+	if header[segmentMagicAt] != segmentMagic || header[segmentIndexAt] != uint64(index) ||
+		header[segmentOwnerAt] != j.owner() || header[segmentCheckAt] != checkOf(header[:segmentCheckAt]) {
+		unmapFile(memory)
+		return nil, damaged("%s has a bad header", segmentName(index))
+	}
+	return s, nil
+}
+
+// mapWhole maps a file that must have this size.
+func mapWhole(f *os.File, size int) ([]byte, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() != int64(size) {
+		return nil, damaged("%s has %d bytes, not %d", filepath.Base(f.Name()), info.Size(), size)
+	}
+	return mapFile(f, size)
+}
+
+func chunksOf(memory []byte) []chunk {
+	return unsafe.Slice((*chunk)(unsafe.Pointer(&memory[0])), len(memory)/chunkBytes)
+}
+
+// scan tells what epochs have records in s, and finds the place from which s
+// can go on: behind the chunks of needed epochs.
+//
+// Chunks of epochs after the newest are of one whose slot was lost with the
+// power. Its serial will be used again, so they are cleared.
+func (s *segment) scan(newest uint64, needed map[uint64]bool, counts map[uint64]load) error {
+	for i := 1; i < len(s.chunks); i++ {
+		head := s.chunks[i][0]
+		if head == 0 {
+			continue
+		}
+		serial, kind, records, ok := parseHead(head)
+		if !ok {
+			return damaged("%s has a bad chunk %d", filepath.Base(s.path), i)
+		}
+		if serial > newest {
+			atomic.StoreUint64(&s.chunks[i][0], 0)
+			continue
+		}
+		l := counts[serial]
+		if kind == narrowKind {
+			l.narrow += records
+		} else {
+			l.wide += records
+		}
+		counts[serial] = l
+		if needed[serial] {
+			s.next, s.last = i+1, max(s.last, serial)
+		}
+	}
+	return nil
+}
+
+// records calls batch with the records of each chunk of an epoch.
+func (s *segment) records(serial uint64, batch func(kind int, words []uint64) error) error {
+	for i := range s.chunks[1:] {
+		c := &s.chunks[1+i]
+		of, kind, records, ok := parseHead(c[0])
+		if !ok || of != serial {
+			continue
+		}
+		if err := batch(kind, c[1:1+records*uint64(1+kind)]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writer is where requests leave the ids they found new: a chunk of each kind
+// for the open epoch and for the one before it, whose last requests may still
+// be under way. One request at a time has it.
+type writer struct {
+	of [2]struct {
+		serial  uint64
+		cursors [2]cursor
+	}
+}
+
+// cursor is a chunk being written.
+type cursor struct {
+	chunk *chunk
+	body  uint64 // of its head
+}
+
+// reserve returns a writer's cursor with room for one record of the epoch, so
+// that no id enters the table that could not be kept.
+func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
+	if broken := j.broken.Load(); broken != nil {
+		return nil, *broken
+	}
+	of := &w.of[serial&1]
+	if of.serial != serial {
+		of.serial = serial
+		of.cursors = [2]cursor{}
+	}
+	c := &of.cursors[kind]
+	if c.chunk == nil || c.body&recordMask == chunkRoom[kind] {
+		if err := j.hand(c, serial, kind); err != nil {
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+// append adds the record. It is kept when append returns nil.
+//
+// The stores are plain ones: nobody reads them while this process lives, one
+// into a chunk is not moved past another by the compiler, which cannot tell that
+// they do not meet, and a thread is killed between two instructions, with all
+// stores before that done. An atomic store cost 6 ns more (BenchmarkAddKept).
+func (j *journal) append(c *cursor, kind int, hi, lo uint64) (err error) {
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	n := c.body & recordMask
+	if kind == narrowKind {
+		c.chunk[1+n] = lo
+	} else {
+		c.chunk[1+2*n], c.chunk[2+2*n] = hi, lo
+	}
+	c.body++
+	c.chunk[0] = headOf(c.body) // from here on the record counts
+	return nil
+}
+
+// hand gives c the next free chunk.
+func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	for j.current == nil || j.current.next == len(j.current.chunks) {
+		if len(j.ready) > 0 {
+			j.current = j.ready[0]
+			j.ready = slices.Delete(j.ready, 0, 1)
+			continue
+		}
+		j.mu.Unlock()
+		err := j.extend()
+		j.mu.Lock()
+		if err != nil {
+			return err
+		}
+	}
+	s := j.current
+	body := serial<<8 | uint64(kind)<<kindShift
+	atomic.StoreUint64(&s.chunks[s.next][0], headOf(body))
+	*c = cursor{&s.chunks[s.next], body}
+	s.next++
+	s.last = max(s.last, serial)
+	if len(j.ready) == 0 && s.next == len(s.chunks)/2 {
+		j.nudge()
+	}
+	return nil
+}
+
+// retryExtend is the pause after a segment could not be made: on a full disk
+// every request would try.
+const retryExtend = 200 * time.Millisecond
+
+// extend makes a segment ready if none is.
+func (j *journal) extend() (err error) {
+	j.making.Lock()
+	defer j.making.Unlock()
+	j.mu.Lock()
+	index, ready, short := slices.Index(j.segments, nil), len(j.ready), j.short
+	j.mu.Unlock()
+	switch {
+	case ready > 0:
+		return nil
+	case short != nil && time.Since(j.shortAt) < retryExtend:
+		return short
+	case index < 0:
+		return errNoRoom // two billion ids later
+	}
+	s, err := j.newSegment(index)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	if err != nil {
+		j.shortAt = time.Now()
+		j.short = fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
+		return j.short
+	}
+	j.short = nil
+	j.segments[index] = s
+	atomic.StoreUint64(&j.marks[index], markOf(index))
+	j.ready = append(j.ready, s)
+	return nil
+}
+
+// prepare makes the next segment ready when the present one is half full, off
+// the request path.
+func (j *journal) prepare() {
+	j.mu.Lock()
+	low := len(j.ready) == 0 && (j.current == nil || j.current.next >= len(j.current.chunks)/2)
+	j.mu.Unlock()
+	if low {
+		_ = j.extend() // who finds no room asks again and has the error
+	}
+}
+
+// recycle makes the segments free that have no records of an epoch that is
+// needed: one not published, or the last. j.mu is held.
+func (j *journal) recycle() {
+	floor := j.newest.serial
+	for i := range j.slots {
+		if k := &j.known[i]; k.serial > 0 && !k.ended {
+			floor = min(floor, k.serial)
+		}
+	}
+	inUse := &j.inUse[j.newest.serial%forecastEpochs]
+	*inUse = 0
+	for _, s := range j.segments {
+		if s == nil || s.last == 0 {
+			continue
+		}
+		*inUse++
+		if s.last >= floor {
+			continue
+		}
+		s.next, s.last = 1, 0
+		if s != j.current && !slices.Contains(j.ready, s) {
+			j.ready = append(j.ready, s)
+		}
+	}
+}
+
+// trim removes a segment if more are free than the last epochs needed.
+func (j *journal) trim() (err error) {
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	s := j.spareSegment()
+	if s == nil {
+		return nil
+	}
+	// Who still points into it has chunks of epochs that are over, and will not
+	// write: nobody is in them.
+	atomic.StoreUint64(&j.marks[s.index], 0)
+	unmapFile(s.memory)
+	err = os.Remove(s.path)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.segments[s.index] = nil // the index is free from here on
+	return err
+}
+
+// spareSegment takes a free segment out, if there is one to spare.
+func (j *journal) spareSegment() *segment {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	have := 0
+	for _, s := range j.segments {
+		if s != nil {
+			have++
+		}
+	}
+	i := slices.IndexFunc(j.ready, func(s *segment) bool { return s.last == 0 })
+	if i < 0 || have <= slices.Max(j.inUse[:])+2 { // one to go on with, one ready
+		return nil
+	}
+	s := j.ready[i]
+	j.ready = slices.Delete(j.ready, i, i+1)
+	return s
+}
