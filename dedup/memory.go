@@ -344,13 +344,13 @@ func (m *Memory) insert(e *counter.Epoch, v *view, kind int, hi, lo uint64) (pla
 	}
 	if kind == narrowKind {
 		p, err := m.addNarrow(v, lo, false)
-		if p == taken && lo%sampleEvery == 0 {
+		if p == taken && sampled(lo) {
 			m.sample(e, v, &v.narrowSample)
 		}
 		return p, err
 	}
 	p, err := m.addWide(v, hi, lo, false)
-	if p == taken && lo%sampleEvery == 0 {
+	if p == taken && sampled(lo) {
 		m.sample(e, v, &v.wideSample)
 	}
 	return p, err

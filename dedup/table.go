@@ -84,6 +84,14 @@ const (
 	sampleEvery = 64
 )
 
+// sampled chooses one key in sampleEvery. Of ids that differ only in their high
+// bits the lowest bits of the scattered key are not even enough for some secrets;
+// the highest of one more product are.
+func sampled(x uint64) bool {
+	const golden = 0x9e3779b97f4a7c15 // 2^64 / golden ratio: any odd number with many bits serves
+	return x*golden>>(64-6) == 0
+}
+
 // tagOf returns the tag of the n-th epoch opened, n from 1.
 func tagOf(serial uint64) uint64 { return (serial-1)%lap + 1 }
 
