@@ -178,6 +178,10 @@ func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 		})
 	}
 	for began := time.Now(); time.Since(began) < 1500*time.Millisecond; {
+		if c.Stats().Unclosed > 64 {
+			time.Sleep(time.Millisecond) // on a busy machine the closer falls behind
+			continue
+		}
 		if in, ok := c.Enter(clock.Add(int64(MaxWindow)), 0); ok {
 			in.Leave(Void)
 		}

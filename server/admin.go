@@ -176,7 +176,7 @@ func (a *Admin) windows(w http.ResponseWriter, r *http.Request) {
 		Instance: a.cfg.Instance,
 		Open: window{
 			Start: open.Start(), MS: open.End().Sub(open.Start()).Milliseconds(),
-			Unique: open.Unique(), Duplicates: open.Repeats(), Exact: true, State: "open",
+			Unique: open.Unique(), Duplicates: open.Repeats(), Exact: open.Exact(), State: "open",
 		},
 		Windows: []window{},
 	}
