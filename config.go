@@ -34,12 +34,13 @@ const noDataDir = "none"
 type config struct {
 	Config string `help:"File of settings in YAML or JSON, keyed by flag names without the dashes." placeholder:"FILE" group:"General"`
 
-	Listen      string        `default:":8080" help:"Address of the public listener." group:"General"`
-	AdminListen string        `default:"127.0.0.1:8081" help:"Address of the admin listener: health, metrics, windows, profiles." group:"General"`
-	Window      time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
-	Group       string        `default:"verve" help:"Name of the instances that count together." group:"General"`
-	Instance    string        `help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
-	DataDir     string        `default:"verve-data" help:"Directory for the spool and the counts file; none: nothing on disk." group:"General"`
+	Listen       string        `default:":8080" help:"Address of the public listener." group:"General"`
+	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: health, metrics, windows, profiles." group:"General"`
+	Window       time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
+	MaxClockSkew time.Duration `default:"2s" help:"How far the clock may be set, or be behind the open window, before this instance is not ready. 0: it is not watched." group:"General"`
+	Group        string        `default:"verve" help:"Name of the instances that count together." group:"General"`
+	Instance     string        `help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
+	DataDir      string        `default:"verve-data" help:"Directory for the spool and the counts file; none: nothing on disk." group:"General"`
 
 	Dedup           string        `default:"memory" enum:"memory" help:"Where ids are kept: ${enum}." group:"Ids"`
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`
@@ -219,6 +220,7 @@ func (c *config) check() error {
 	}{
 		{"window", c.Window < counter.MinWindow || c.Window > counter.MaxWindow, "50ms to 1h"},
 		{"window", c.Window%time.Millisecond != 0, "whole milliseconds"},
+		{"max-clock-skew", c.MaxClockSkew < 0, "a duration, or 0"},
 		{"group", c.Group == "" || strings.Contains(c.Group, "/"), "a name without slashes"},
 		{"instance", strings.Contains(c.Instance, "/"), "a name without slashes"},
 		{"data-dir", c.DataDir == "", "a directory, or none"},

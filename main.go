@@ -130,6 +130,12 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	count, err := counter.New(counter.Config{
 		Window: cfg.Window, Store: set, Publish: records,
 		NotBefore: lastWindow, Past: set.Past(lastWindow, lastSum),
+		MaxSkew: cfg.MaxClockSkew,
+		OnClock: func(problem string) { logClock(log, problem) },
+		OnPause: func(absent time.Duration) {
+			log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
+				Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
+		},
 	})
 	if err != nil {
 		return err
@@ -255,6 +261,15 @@ func openSet(cfg *config, log zerolog.Logger) (*dedup.Memory, error) {
 		set, err = dedup.NewMemory(c)
 	}
 	return set, err
+}
+
+// logClock says why this instance is not ready, and that it is again.
+func logClock(log zerolog.Logger, problem string) {
+	if problem == "" {
+		log.Info().Msg("the clock agrees with the open window and runs evenly")
+		return
+	}
+	log.Error().Str("problem", problem).Msg("not ready because of the clock; ids are counted on, once each, and no window is opened again")
 }
 
 // stopAtOnce ends the process at the second signal. What follows the first

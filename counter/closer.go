@@ -57,17 +57,19 @@ func (c *Counter) tick(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		now := time.Now().UnixNano()
+		now := c.cfg.clocks()
 		e := c.open.Load()
 		if e == nil {
 			return
 		}
-		if now >= e.end {
-			c.turn(now)
+		if now.wall >= e.end {
+			c.turn(now.wall)
 			e = c.Last()
 		}
 		c.provide()
-		timer.Reset(min(time.Duration(e.end-now), maxTick))
+		sleep := min(time.Duration(e.end-now.wall), maxTick)
+		c.watch(now, sleep)
+		timer.Reset(sleep)
 	}
 }
 
@@ -100,7 +102,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	}
 	// Sealed: e is not open and empty, so its sums are final.
 	count.Unique, count.Repeats, count.Exact = e.Unique(), e.Repeats(), e.Exact()
-	count.SealedAt = time.Now().UTC()
+	count.SealedAt = c.wall()
 	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
 		return err
 	}
@@ -117,6 +119,9 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 
 	return c.publishSkipped(ctx, e)
 }
+
+// wall is the present time, UTC.
+func (c *Counter) wall() time.Time { return time.Unix(0, c.cfg.clocks().wall).UTC() }
 
 func drain(ctx context.Context, e *Epoch) error {
 	for wait := drainMin; !e.Idle(); wait = min(2*wait, drainMax) {
@@ -139,7 +144,7 @@ func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
 			Start:    time.Unix(0, n*int64(c.cfg.Window)).UTC(),
 			Window:   c.cfg.Window,
 			Exact:    true,
-			SealedAt: time.Now().UTC(),
+			SealedAt: c.wall(),
 		}
 		err := c.cfg.Publish.Publish(ctx, count)
 		if c.cfg.OnClose != nil {

@@ -31,6 +31,10 @@ const (
 	// suspended machine, a clock set forward): a day of minutes. A longer gap
 	// is more likely a wrong clock than an outage worth a million records.
 	maxSkipped = 1440
+
+	// startWait is how long after New the caller may take to call Run, without
+	// being told that the process did not run.
+	startWait = time.Minute
 )
 
 // Store keeps the ids of the epochs. Open is called before the first request
@@ -50,6 +54,14 @@ type Config struct {
 	NotBefore time.Time                         // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
 	Past      Past                              // what earlier processes left. Optional.
 	OnClose   func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
+
+	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or
+	// the process not run, before Stats tells of it. 0: the clock is not watched.
+	MaxSkew time.Duration
+	OnClock func(problem string)       // is told a Problem of the clock, and with an empty one that it is over. Optional.
+	OnPause func(absent time.Duration) // is told that the process did not run for so long. Optional.
+
+	clocks func() reading // for tests
 }
 
 // Past is what earlier processes left, as the Store has kept it. The zero value
@@ -92,6 +104,7 @@ type Counter struct {
 	turned []*Epoch      // left but not yet closed, oldest first
 	spare  *Epoch        // memory for the next epoch, made before it is needed
 	wake   chan struct{} // capacity 1: something was added to turned
+	clock  clockWatch
 
 	history history
 	closed  struct{ unique, repeats uint64 } // over all closed epochs
@@ -106,8 +119,16 @@ func New(cfg Config) (*Counter, error) {
 	if cfg.Store == nil || cfg.Publish == nil {
 		return nil, fmt.Errorf("counter: Store and Publish are required")
 	}
+	if cfg.MaxSkew < 0 {
+		return nil, fmt.Errorf("counter: MaxSkew must not be negative")
+	}
+	if cfg.clocks == nil {
+		cfg.clocks = readClocks
+	}
 	c := &Counter{cfg: cfg, wake: make(chan struct{}, 1)}
-	number := c.numberAt(time.Now().UnixNano())
+	c.clock.skew = int64(cfg.MaxSkew)
+	now := cfg.clocks()
+	number := c.numberAt(now.wall)
 	if !cfg.NotBefore.IsZero() {
 		number = max(number, c.firstFrom(cfg.NotBefore.UnixNano()))
 	}
@@ -134,6 +155,7 @@ func New(cfg Config) (*Counter, error) {
 	cfg.Store.Open(e)
 	c.last = e
 	c.open.Store(e)
+	c.watch(now, startWait)
 	return c, nil
 }
 
@@ -178,6 +200,12 @@ func (c *Counter) turn(now int64) {
 	if next.number > e.number+1 {
 		e.cut = true
 		e.skipped = next.number - e.number - 1
+	}
+	if c.clock.skew > 0 { // the ticker may see it only after both
+		if step, pause := c.clock.irregular(c.cfg.clocks()); step != 0 || pause > 0 {
+			e.cut = true
+			next.cut = now-next.start > c.clock.skew
+		}
 	}
 	c.cfg.Store.Open(next)
 	c.last = next
@@ -297,6 +325,7 @@ type Stats struct {
 	Repeats  uint64 // answered as already seen, since the start of the process
 	Unclosed int    // epochs left but not yet published
 	Skipped  uint64 // epochs that passed while the process did not run
+	Clock    Clock
 }
 
 // Stats sums over the closed, the unclosed and the open epochs. The sums are
@@ -309,6 +338,7 @@ func (c *Counter) Stats() Stats {
 		Repeats:  c.closed.repeats,
 		Unclosed: len(c.turned),
 		Skipped:  c.skipped.Load(),
+		Clock:    c.clock.seen,
 	}
 	for _, e := range c.turned {
 		if !e.left {

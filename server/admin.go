@@ -114,10 +114,12 @@ type readiness struct {
 
 // readyz tells whether requests should be sent here, and why not. A sink that
 // is away is shown and does not count: accepts go on without it, and their
-// records wait in the spool. What accepts or the spool need does count.
+// records wait in the spool. What accepts or the spool need does count, and a clock
+// that cannot be trusted: other instances would count the ids in other windows.
 func (a *Admin) readyz(w http.ResponseWriter, _ *http.Request) {
 	rec := a.cfg.Records()
 	needed := map[string]string{
+		"clock":  a.server.cfg.Counter.Stats().Clock.Problem,
 		"dedup":  a.server.cfg.Set.Stats().Problem,
 		"server": "",
 		"spool":  rec.Blocked,

@@ -36,7 +36,7 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 		status int
 		want   string // a part of the answer
 	}{
-		{"in order", func() {}, 200, `{"ready":true,"checks":{"dedup":{"ok":true},"server":{"ok":true},"spool":{"ok":true}},"records_pending":0,"records_oldest_age_seconds":0}`},
+		{"in order", func() {}, 200, `{"ready":true,"checks":{"clock":{"ok":true},"dedup":{"ok":true},"server":{"ok":true},"spool":{"ok":true}},"records_pending":0,"records_oldest_age_seconds":0}`},
 		{"broker away", func() { records = Records{Pending: 3, Sinks: []Sink{{"file", ""}, {"kafka", "refused"}}} }, 200,
 			`"file":{"ok":true},"kafka":{"ok":false,"reason":"refused"},`},
 		{"disk full", func() { records = Records{Blocked: "disk full"} }, 503, `"spool":{"ok":false,"reason":"disk full"}`},

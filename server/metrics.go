@@ -51,6 +51,12 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	gauge(w, "verve_epochs_unclosed", uint64(c.Unclosed))
 	counter(w, "verve_epochs_skipped_total", c.Skipped)
 
+	metrics.WriteGaugeFloat64(w, "verve_clock_behind_seconds", c.Clock.Behind.Seconds())
+	counter(w, `verve_clock_steps_total{direction="forward"}`, c.Clock.Forward)
+	counter(w, `verve_clock_steps_total{direction="back"}`, c.Clock.Back)
+	counter(w, "verve_process_pauses_total", c.Clock.Pauses)
+	metrics.WriteCounterFloat64(w, "verve_process_paused_seconds_total", c.Clock.Paused.Seconds())
+
 	d := s.cfg.Set.Stats()
 	gauge(w, "verve_dedup_bytes", d.Bytes)
 	gauge(w, "verve_dedup_slots", d.Slots)

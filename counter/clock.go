@@ -1,0 +1,126 @@
+package counter
+
+import (
+	"fmt"
+	"time"
+)
+
+// clockSettle is how long after a step the wall clock counts as not to be
+// trusted: whoever sets a clock often sets it twice, and a load balancer that
+// asks every few seconds should see it. It is bounded because the step may well
+// have put the clock right: then there is nothing more to wait for.
+const clockSettle = 10 * time.Second
+
+// reading is one moment by two clocks, in ns.
+type reading struct {
+	wall int64 // Unix time, which can be set
+	even int64 // since some moment; never set, and also runs while the machine is suspended, where the system has such a clock
+}
+
+var began = time.Now()
+
+// monotonic is t by the clock of the process, which is never set.
+func monotonic(t time.Time) int64 { return int64(t.Sub(began)) }
+
+// Clock is what is known of the wall clock, and of the time this process did
+// not run. Without MaxSkew it is zero.
+type Clock struct {
+	Behind  time.Duration // how far it is behind the start of the open epoch; 0 if it is not
+	Forward uint64        // steps by more than MaxSkew
+	Back    uint64
+	Pauses  uint64        // times the process did not run for more than MaxSkew: stopped, suspended, or starved
+	Paused  time.Duration // all of them together
+
+	// Problem says why epochs cannot be trusted to be those of the time; empty
+	// if they can. It is over when the wall clock has come to the open epoch and
+	// has run evenly for clockSettle.
+	Problem string
+}
+
+// clockWatch compares the clocks at every tick. Counter.mu guards it.
+type clockWatch struct {
+	skew    int64   // ns; 0: nothing is watched
+	last    reading // of the last tick
+	due     int64   // by the even clock: the next tick
+	stepped reading // when the last step was seen
+	by      int64   // that step, ns
+	seen    Clock
+}
+
+// irregular says by how much the wall clock was set since the last tick, and how
+// long the process did not run, if either is more than the skew allowed.
+func (w *clockWatch) irregular(now reading) (step, pause int64) {
+	if w.skew == 0 || w.last == (reading{}) {
+		return 0, 0
+	}
+	if d := (now.wall - w.last.wall) - (now.even - w.last.even); d > w.skew || d < -w.skew {
+		step = d
+	}
+	if d := now.even - w.due; d > w.skew {
+		pause = d
+	}
+	return step, pause
+}
+
+// look takes the reading of a tick, the next of which is in sleep. It returns
+// what was irregular since the last one, and whether Problem has come or gone.
+func (w *clockWatch) look(now reading, e *Epoch, sleep time.Duration) (step, pause int64, changed bool) {
+	if w.skew == 0 {
+		return 0, 0, false
+	}
+	step, pause = w.irregular(now)
+	w.last, w.due = now, now.even+int64(sleep)
+	if step > 0 {
+		w.seen.Forward++
+	} else if step < 0 {
+		w.seen.Back++
+	}
+	if step != 0 {
+		w.stepped, w.by = now, step
+	}
+	if pause > 0 {
+		w.seen.Pauses++
+		w.seen.Paused += time.Duration(pause)
+	}
+	w.seen.Behind = time.Duration(max(0, e.start-now.wall))
+	was := w.seen.Problem
+	w.seen.Problem = ""
+	switch {
+	case int64(w.seen.Behind) > w.skew:
+		w.seen.Problem = fmt.Sprintf("the clock says %s, %v before the start of the open window: it was set back, or was ahead before; ids count in the window of %s until the clock has passed its end",
+			clockTime(now.wall), round(w.seen.Behind), clockTime(e.start))
+	case w.by != 0 && now.even-w.stepped.even < int64(clockSettle):
+		how, by := "forward", time.Duration(w.by)
+		if by < 0 {
+			how, by = "back", -by
+		}
+		w.seen.Problem = fmt.Sprintf("the clock was set %s by %v, to %s; ready again when it has run evenly for %v",
+			how, round(by), clockTime(w.stepped.wall), clockSettle)
+	}
+	return step, pause, (was == "") != (w.seen.Problem == "")
+}
+
+func clockTime(ns int64) string {
+	return time.Unix(0, ns).UTC().Truncate(time.Millisecond).Format(time.RFC3339Nano)
+}
+
+func round(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
+
+// watch looks at the clocks for the ticker, which sleeps next, and tells of what
+// has changed. An epoch in which the clock was set, or the process did not run,
+// was not served whole.
+func (c *Counter) watch(now reading, sleep time.Duration) {
+	c.mu.Lock()
+	step, pause, changed := c.clock.look(now, c.last, sleep)
+	if e := c.open.Load(); e != nil && (step != 0 || pause > 0 && now.wall-e.start > c.clock.skew) {
+		e.cut = true
+	}
+	problem := c.clock.seen.Problem
+	c.mu.Unlock()
+	if pause > 0 && c.cfg.OnPause != nil {
+		c.cfg.OnPause(time.Duration(pause))
+	}
+	if changed && c.cfg.OnClock != nil {
+		c.cfg.OnClock(problem)
+	}
+}
