@@ -17,6 +17,18 @@ type Count struct {
 	SealedAt time.Time     // when the last request left the epoch, UTC
 }
 
+// Span is a window of time: which epoch, whoever counts it.
+type Span struct {
+	Start  time.Time     // UTC
+	Window time.Duration // length
+}
+
+// End returns the end of the window.
+func (s Span) End() time.Time { return s.Start.Add(s.Window) }
+
+// Span returns the window that c counts.
+func (c Count) Span() Span { return Span{c.Start, c.Window} }
+
 // Publisher takes the counts of sealed epochs, in order of their start.
 //
 // Publish returns nil only when the count can no longer be lost by a crash of

@@ -196,7 +196,29 @@ func (c *Counter) turn(now int64) {
 	if e == nil || now < e.end {
 		return // turned meanwhile
 	}
-	next := c.newEpoch(e, c.numberAt(now))
+	c.advance(e, c.numberAt(now))
+}
+
+// TurnFrom opens the epoch after e if e is still the open one: its Store has
+// answered that e is over. Instances that count into one store may have clocks
+// that differ; the one that lags learns so that the others have sealed e. The
+// label of the next epoch is then ahead of this clock, until the clock is there.
+//
+// Safe for concurrent use. It does nothing once e was left or after Seal.
+func (c *Counter) TurnFrom(e *Epoch) {
+	if c.open.Load() != e {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.open.Load() == e {
+		c.advance(e, e.number+1)
+	}
+}
+
+// advance opens the epoch of a number behind e, the open one. c.mu is held.
+func (c *Counter) advance(e *Epoch, number int64) {
+	next := c.newEpoch(e, number)
 	if next.number > e.number+1 {
 		e.cut = true
 		e.skipped = next.number - e.number - 1

@@ -191,6 +191,33 @@ func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 	})
 }
 
+// TestEpochThatTheGroupSealedIsLeftOnce: the clock of this process lags, and the
+// Store says so. What comes with the lagging clock counts in the next epoch, and
+// labels go on increasing when the clock is there.
+func TestEpochThatTheGroupSealedIsLeftOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := time.Now()
+		c, stop := start(t, &ledger{t: t}, time.Minute)
+		first := enter(t, c, base, 2, Unique)
+		var both sync.WaitGroup
+		for range 8 {
+			both.Go(func() { c.TurnFrom(first) }) // only the first of them turns
+		}
+		both.Wait()
+		if e := enter(t, c, base.Add(59*time.Second), 3, Unique); e.Number() != first.Number()+1 {
+			t.Errorf("after the turn epoch %d is open, want %d", e.Number(), first.Number()+1)
+		}
+		c.TurnFrom(first) // long left
+		enter(t, c, base.Add(time.Minute), 5, Unique)
+		enter(t, c, base.Add(2*time.Minute), 7, Unique)
+		wantCounts(t, base, stop(), "0:2- 1:8 2:7-")
+		c.TurnFrom(c.Last())
+		if _, open := c.Enter(base.Add(3*time.Minute).UnixNano(), 0); open {
+			t.Error("TurnFrom opened an epoch after Seal")
+		}
+	})
+}
+
 func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()

@@ -136,6 +136,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, id []byte) (dedup.Verdict, *cou
 		if err != nil || verdict != dedup.Turned {
 			return verdict, entry.Epoch, err
 		}
+		s.cfg.Counter.TurnFrom(entry.Epoch)
 	}
 }
 
