@@ -196,7 +196,7 @@ func (c *Counter) turn(now int64) {
 	if e == nil || now < e.end {
 		return // turned meanwhile
 	}
-	c.advance(e, c.numberAt(now))
+	c.advance(e, c.numberAt(now), now)
 }
 
 // TurnFrom opens the epoch after e if e is still the open one: its Store has
@@ -212,12 +212,13 @@ func (c *Counter) TurnFrom(e *Epoch) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open.Load() == e {
-		c.advance(e, e.number+1)
+		c.advance(e, e.number+1, e.end)
 	}
 }
 
-// advance opens the epoch of a number behind e, the open one. c.mu is held.
-func (c *Counter) advance(e *Epoch, number int64) {
+// advance opens the epoch of a number behind e, the open one, at the time now.
+// c.mu is held.
+func (c *Counter) advance(e *Epoch, number, now int64) {
 	next := c.newEpoch(e, number)
 	if next.number > e.number+1 {
 		e.cut = true
