@@ -3,9 +3,14 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"io"
+	"maps"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -62,28 +67,41 @@ func imageSettings(t *testing.T) map[string]string {
 // The containers are configured by names that nothing else checks: an unknown
 // variable of the environment is no error.
 func TestContainersUseSettingsThatExist(t *testing.T) {
-	settings := imageSettings(t)
-	for name, value := range readCompose(t).Services["verve"].Environment {
-		settings[name] = value
+	for name, settings := range map[string]map[string]string{
+		"compose":    readCompose(t).Services["verve"].Environment,
+		"kubernetes": podSettings(t),
+		"systemd":    unitSettings(t),
+	} {
+		t.Run(name, func(t *testing.T) {
+			all := imageSettings(t)
+			maps.Copy(all, settings)
+			parseSettings(t, all)
+		})
 	}
+}
+
+// parseSettings reads the settings as the server would from its environment.
+func parseSettings(t *testing.T, settings map[string]string) *config {
+	t.Helper()
 	var help bytes.Buffer
 	if _, _, err := parse([]string{"--help"}, &help); err != nil {
 		t.Fatal(err)
 	}
-	known := regexp.MustCompile(`\$(VERVE_[A-Z_]+)`).FindAllStringSubmatch(help.String(), -1)
+	var known []string
+	for _, m := range regexp.MustCompile(`\$(VERVE_[A-Z_]+)`).FindAllStringSubmatch(help.String(), -1) {
+		known = append(known, m[1])
+	}
 	for name, value := range settings {
-		found := false
-		for _, k := range known {
-			found = found || k[1] == name
-		}
-		if !found {
+		if !slices.Contains(known, name) {
 			t.Errorf("%s is no setting of the server", name)
 		}
 		t.Setenv(name, value)
 	}
-	if _, _, err := parse(nil, io.Discard); err != nil {
-		t.Errorf("the settings of the container are refused: %v", err)
+	cfg, _, err := parse(nil, io.Discard)
+	if err != nil {
+		t.Fatalf("the settings are refused: %v", err)
 	}
+	return cfg
 }
 
 func TestContainerHasTimeToStop(t *testing.T) {
@@ -92,13 +110,7 @@ func TestContainerHasTimeToStop(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, value := range service.Environment {
-		t.Setenv(name, value)
-	}
-	cfg, _, err := parse(nil, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	cfg := parseSettings(t, service.Environment)
 	if grace <= cfg.ShutdownTimeout {
 		t.Errorf("got %s until the engine kills the server, want more than its own %s", grace, cfg.ShutdownTimeout)
 	}
@@ -125,5 +137,204 @@ func TestContainersArePinnedAndConfined(t *testing.T) {
 	}
 	if !f.Services["verve"].ReadOnly {
 		t.Error("verve: the root file system can be written to")
+	}
+}
+
+// manifest is what the tests look at of a Kubernetes object; that all of it is
+// valid is for .ci/run, which has the schemas.
+type manifest struct {
+	Kind     string
+	Metadata struct{ Name string }
+	Spec     struct {
+		Replicas       int
+		ServiceName    string `yaml:"serviceName"`
+		MaxUnavailable int    `yaml:"maxUnavailable"`
+		Template       struct {
+			Spec struct {
+				Grace           int             `yaml:"terminationGracePeriodSeconds"`
+				SecurityContext securityContext `yaml:"securityContext"`
+				Containers      []container
+			}
+		}
+	}
+}
+
+type container struct {
+	Env []struct{ Name, Value string }
+
+	StartupProbe   probe `yaml:"startupProbe"`
+	LivenessProbe  probe `yaml:"livenessProbe"`
+	ReadinessProbe probe `yaml:"readinessProbe"`
+	Lifecycle      struct {
+		PreStop struct {
+			Sleep struct{ Seconds int }
+		} `yaml:"preStop"`
+	}
+	SecurityContext securityContext `yaml:"securityContext"`
+	VolumeMounts    []struct {
+		MountPath string `yaml:"mountPath"`
+	} `yaml:"volumeMounts"`
+}
+
+type probe struct {
+	HTTPGet struct{ Path, Port string } `yaml:"httpGet"`
+}
+
+type securityContext struct {
+	RunAsNonRoot             bool  `yaml:"runAsNonRoot"`
+	RunAsUser                int   `yaml:"runAsUser"`
+	ReadOnlyRootFilesystem   bool  `yaml:"readOnlyRootFilesystem"`
+	AllowPrivilegeEscalation *bool `yaml:"allowPrivilegeEscalation"`
+	Capabilities             struct{ Drop []string }
+}
+
+// manifests are the objects of deploy/kubernetes/base by kind.
+func manifests(t *testing.T) map[string][]manifest {
+	t.Helper()
+	files, err := filepath.Glob("deploy/kubernetes/base/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no manifests: %v", err)
+	}
+	objects := make(map[string][]manifest)
+	for _, file := range files {
+		if filepath.Base(file) == "kustomization.yaml" {
+			continue
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for docs := yaml.NewDecoder(bytes.NewReader(b)); ; {
+			var m manifest
+			if err := docs.Decode(&m); errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatalf("%s: %v", file, err)
+			}
+			objects[m.Kind] = append(objects[m.Kind], m)
+		}
+	}
+	return objects
+}
+
+// podSettings are the environment of the pod: the config map's and its own.
+func podSettings(t *testing.T) map[string]string {
+	t.Helper()
+	b, err := os.ReadFile("deploy/kubernetes/base/kustomization.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var k struct {
+		ConfigMaps []struct{ Literals []string } `yaml:"configMapGenerator"`
+	}
+	if err := yaml.Unmarshal(b, &k); err != nil {
+		t.Fatal(err)
+	}
+	settings := make(map[string]string)
+	for _, m := range k.ConfigMaps {
+		for _, literal := range m.Literals {
+			name, value, _ := strings.Cut(literal, "=")
+			settings[name] = value
+		}
+	}
+	for _, e := range manifests(t)["StatefulSet"][0].Spec.Template.Spec.Containers[0].Env {
+		settings[e.Name] = e.Value
+	}
+	return settings
+}
+
+func TestPodIsConfinedAndStopsInOrder(t *testing.T) {
+	objects := manifests(t)
+	for _, kind := range []string{"StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy"} {
+		if len(objects[kind]) == 0 {
+			t.Errorf("there is no %s", kind)
+		}
+	}
+	set := objects["StatefulSet"][0].Spec
+	pod, c := set.Template.Spec, set.Template.Spec.Containers[0]
+	cfg := parseSettings(t, podSettings(t))
+
+	own := int(cfg.ShutdownTimeout.Seconds()) + c.Lifecycle.PreStop.Sleep.Seconds
+	if c.Lifecycle.PreStop.Sleep.Seconds == 0 || pod.Grace <= own {
+		t.Errorf("got %d s until the kubelet kills the server, want more than its own %d s after a pause before SIGTERM", pod.Grace, own)
+	}
+	for path, p := range map[string]probe{"/healthz": c.LivenessProbe, "/readyz": c.ReadinessProbe} {
+		if p.HTTPGet.Path != path || p.HTTPGet.Port != "admin" {
+			t.Errorf("got a probe of %+v, want %s of admin", p.HTTPGet, path)
+		}
+	}
+	if !pod.SecurityContext.RunAsNonRoot || pod.SecurityContext.RunAsUser == 0 {
+		t.Error("the pod may run as root")
+	}
+	s := c.SecurityContext
+	if !s.ReadOnlyRootFilesystem || s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation || !slices.Equal(s.Capabilities.Drop, []string{"ALL"}) {
+		t.Errorf("the container is not confined: %+v", s)
+	}
+	if len(c.VolumeMounts) != 1 || c.VolumeMounts[0].MountPath != cfg.DataDir {
+		t.Errorf("the data directory %s is on no volume", cfg.DataDir)
+	}
+	if set.Replicas != 1 && cfg.Dedup == "memory" {
+		t.Errorf("%d instances that know nothing of each other behind one service", set.Replicas)
+	}
+	if b := objects["PodDisruptionBudget"][0].Spec; b.MaxUnavailable != 1 {
+		t.Errorf("maxUnavailable is %d: nodes could not be drained, or lose all instances at once", b.MaxUnavailable)
+	}
+	if !slices.ContainsFunc(objects["Service"], func(m manifest) bool { return m.Metadata.Name == set.ServiceName }) {
+		t.Errorf("there is no service %s", set.ServiceName)
+	}
+}
+
+// unit are the last values of the settings in deploy/systemd/verve.service.
+func unit(t *testing.T) map[string]string {
+	t.Helper()
+	return assignments(t, "deploy/systemd/verve.service")
+}
+
+// assignments are the lines NAME=VALUE of a file.
+func assignments(t *testing.T, file string) map[string]string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := make(map[string]string)
+	for line := range strings.Lines(string(b)) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {
+			values[name] = value
+		}
+	}
+	return values
+}
+
+// unitSettings are the environment of the systemd unit, with those of its file
+// that are commented out.
+func unitSettings(t *testing.T) map[string]string {
+	t.Helper()
+	name, value, _ := strings.Cut(unit(t)["Environment"], "=")
+	settings := map[string]string{name: value}
+	b, err := os.ReadFile("deploy/systemd/verve.env")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`(?m)^#?(VERVE_[A-Z_]+)=(.*)$`).FindAllStringSubmatch(string(b), -1) {
+		settings[m[1]] = m[2]
+	}
+	return settings
+}
+
+func TestUnitRestartsAndStopsInOrder(t *testing.T) {
+	u := unit(t)
+	cfg := parseSettings(t, unitSettings(t))
+	if grace, err := time.ParseDuration(u["TimeoutStopSec"]); err != nil || grace <= cfg.ShutdownTimeout {
+		t.Errorf("got %v until systemd kills the server, %v, want more than its own %v", grace, err, cfg.ShutdownTimeout)
+	}
+	if files, err := strconv.Atoi(u["LimitNOFILE"]); err != nil || files <= cfg.MaxConns {
+		t.Errorf("got %d descriptors, %v, want more than %d connections", files, err, cfg.MaxConns)
+	}
+	if u["Restart"] != "on-failure" || u["RestartPreventExitStatus"] != strconv.Itoa(exitUsage) {
+		t.Errorf("got Restart=%s, but for status %s: want one after a failure that is no bad setting", u["Restart"], u["RestartPreventExitStatus"])
+	}
+	if u["StateDirectory"] == "" || cfg.DataDir != "%S/"+u["StateDirectory"] {
+		t.Errorf("the data directory %s is not the state directory %s", cfg.DataDir, u["StateDirectory"])
 	}
 }
