@@ -1,0 +1,264 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/goccy/go-yaml"
+	"github.com/santhosh-tekuri/jsonschema/v6"
+)
+
+const openapiFile = "docs/openapi.yaml"
+
+// openapi is the document that others make their clients from. Schemas of
+// OpenAPI 3.1 are JSON Schemas, so a validator of these reads it as it is.
+type openapi struct {
+	Paths map[string]map[string]struct {
+		Responses map[string]struct {
+			Headers map[string]struct {
+				Ref      string `json:"$ref"`
+				Required bool
+			}
+			Content map[string]json.RawMessage
+		}
+	}
+	schemas  *jsonschema.Compiler
+	answered map[string]bool // operations with statuses: "GET /readyz 200"
+}
+
+func readOpenAPI(t *testing.T) *openapi {
+	t.Helper()
+	b, err := os.ReadFile(openapiFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err = yaml.YAMLToJSON(b); err != nil {
+		t.Fatal(err)
+	}
+	d := &openapi{schemas: jsonschema.NewCompiler(), answered: make(map[string]bool)}
+	var document struct {
+		Paths map[string]map[string]json.RawMessage
+	}
+	if err := json.Unmarshal(b, &document); err != nil {
+		t.Fatal(err)
+	}
+	for _, item := range document.Paths {
+		delete(item, "servers") // the rest are operations
+	}
+	operations, err := json.Marshal(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(operations, d); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := jsonschema.UnmarshalJSON(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.schemas.AssertFormat()
+	if err := d.schemas.AddResource(openapiFile, whole); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// valid holds a value against the schema at a place in the document, given by
+// the names on the way there.
+func (d *openapi) valid(t *testing.T, value []byte, isJSON bool, place ...string) {
+	t.Helper()
+	pointer := ""
+	for _, name := range place {
+		pointer += "/" + strings.NewReplacer("~", "~0", "/", "~1", "*", "%2A").Replace(name)
+	}
+	schema, err := d.schemas.Compile(openapiFile + "#" + pointer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var instance any = string(value)
+	if isJSON {
+		if instance, err = jsonschema.UnmarshalJSON(bytes.NewReader(value)); err != nil {
+			t.Errorf("%s: %v: %s", pointer, err, value)
+			return
+		}
+	}
+	if err := schema.Validate(instance); err != nil {
+		t.Errorf("%s\nhas %s\n%v", pointer, value, err)
+	}
+}
+
+// ask sends a request and holds the answer against the document.
+func (d *openapi) ask(t *testing.T, server, method, target string, status int, body io.Reader) []byte {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, server+target, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	got, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := method + " " + target
+	if resp.StatusCode != status {
+		t.Errorf("%s: got %d %q, want %d", name, resp.StatusCode, got, status)
+		return got
+	}
+	path, verb, code := req.URL.Path, strings.ToLower(method), fmt.Sprint(status)
+	answer, ok := d.Paths[path][verb].Responses[code]
+	if !ok {
+		t.Errorf("%s: the answer %d is not in %s", name, status, openapiFile)
+		return got
+	}
+	d.answered[method+" "+path+" "+code] = true
+
+	for header, h := range answer.Headers {
+		value := resp.Header.Get(header)
+		if h.Required && value == "" {
+			t.Errorf("%s: no %s in the answer %d", name, header, status)
+		}
+		if value == "" {
+			continue
+		}
+		place := []string{"paths", path, verb, "responses", code, "headers", header, "schema"}
+		if h.Ref != "" {
+			place = append(strings.Split(strings.TrimPrefix(h.Ref, "#/"), "/"), "schema")
+		}
+		d.valid(t, []byte(value), false, place...)
+	}
+	for header := range resp.Header {
+		if _, ok := answer.Headers[header]; !ok && (strings.HasPrefix(header, "Verve-") || header == "Retry-After") {
+			t.Errorf("%s: the answer %d has %s, which is not in %s", name, status, header, openapiFile)
+		}
+	}
+	media, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	if _, ok := answer.Content[media]; !ok || err != nil {
+		t.Errorf("%s: the answer %d is of type %q, which is not in %s", name, status, media, openapiFile)
+		return got
+	}
+	d.valid(t, got, media == "application/json", "paths", path, verb, "responses", code, "content", media, "schema")
+	return got
+}
+
+// TestOpenAPIDescribesTheServer holds the document against real answers, of
+// each operation with each status, and against the routes in the source.
+func TestOpenAPIDescribesTheServer(t *testing.T) {
+	d := readOpenAPI(t)
+	received := make(chan []byte, 1)
+	endpoint := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		b, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		received <- b
+	}))
+	defer endpoint.Close()
+
+	v := start(t, "--window=1h", "--window-header", "--max-ids=2", "--shutdown-timeout=1m",
+		"--callback-allow="+strings.TrimPrefix(endpoint.URL, "http://"))
+	const accept = "/api/verve/accept"
+	for _, c := range []struct {
+		server, method, target string
+		status                 int
+		body                   io.Reader
+	}{
+		{v.public, "GET", accept + "?id=42", 200, nil},
+		{v.public, "GET", accept + "?id=42", 409, nil},
+		{v.public, "GET", accept + "?id=", 400, nil},
+		{v.public, "GET", accept + "?id=1&endpoint=http://10.0.0.1/", 400, nil},
+		{v.public, "GET", accept + "?id=1", 400, strings.NewReader("a body")},
+		{v.public, "GET", accept + "?id=43&endpoint=" + endpoint.URL, 200, nil},
+		{v.public, "GET", accept + "?id=44", 503, nil},
+		{v.public, "POST", "/test", 200, strings.NewReader("{}")},
+		{v.public, "POST", "/test", 413, strings.NewReader(strings.Repeat("x", 64<<10+1))},
+		{v.admin, "GET", "/healthz", 200, nil},
+		{v.admin, "GET", "/readyz", 200, nil},
+		{v.admin, "GET", "/metrics", 200, nil},
+		{v.admin, "GET", "/api/windows", 200, nil},
+		{v.admin, "GET", "/api/windows?limit=1440", 200, nil},
+		{v.admin, "GET", "/api/windows?limit=1441", 400, nil},
+		{v.admin, "GET", "/", 200, nil},
+	} {
+		d.ask(t, c.server, c.method, c.target, c.status, c.body)
+	}
+	d.valid(t, <-received, true, "components", "schemas", "Callback")
+
+	// The other methods are those that the document does not have.
+	for path, allowed := range map[string]string{accept: "GET", "/test": "POST"} {
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "DELETE"} {
+			if _, ok := d.Paths[path][strings.ToLower(method)]; ok != (method == allowed) {
+				t.Errorf("%s %s: in %s is %v", method, path, openapiFile, ok)
+			}
+		}
+	}
+
+	if code := v.stop(); code != 0 {
+		t.Fatalf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+	}
+	lines, err := os.ReadFile(filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range bytes.Lines(lines) {
+		d.valid(t, line, true, "components", "schemas", "Record")
+	}
+
+	// A record that nobody takes holds up the stop, so that it can be looked at.
+	v = start(t, "--window=1h", "--kafka-brokers=127.0.0.1:9", "--shutdown-timeout=1h")
+	v.get(v.public + accept + "?id=1")
+	if err := v.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	v.until(`"message":"stopping"`)
+	d.ask(t, v.admin, "GET", "/readyz", 503, nil)
+	v.signalUntilEnd()
+
+	for path, operations := range d.Paths {
+		for verb, operation := range operations {
+			for code := range operation.Responses {
+				if name := strings.ToUpper(verb) + " " + path + " " + code; !d.answered[name] {
+					t.Errorf("%s is in %s and was not seen", name, openapiFile)
+				}
+			}
+		}
+	}
+	for _, route := range adminRoutes(t) {
+		if _, ok := d.Paths[route]["get"]; !ok {
+			t.Errorf("GET %s is served and not in %s", route, openapiFile)
+		}
+	}
+}
+
+// adminRoutes are the paths that the admin listener serves, but for those of
+// the Go profiler.
+func adminRoutes(t *testing.T) (routes []string) {
+	t.Helper()
+	b, err := os.ReadFile("server/admin.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`HandleFunc\("GET (/[^"]*)"`).FindAllSubmatch(b, -1) {
+		if path := strings.TrimSuffix(string(m[1]), "{$}"); !strings.HasPrefix(path, "/debug/") {
+			routes = append(routes, path)
+		}
+	}
+	if !slices.Contains(routes, "/readyz") {
+		t.Fatalf("read only %q from server/admin.go", routes)
+	}
+	return routes
+}
