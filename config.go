@@ -10,7 +10,9 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,7 +34,8 @@ const noDataDir = "none"
 // config holds every setting and the command. The tags are the documentation
 // that --help prints; the defaults are part of the contract.
 type config struct {
-	Config string `help:"File of settings in YAML or JSON, keyed by flag names without the dashes." placeholder:"FILE" group:"General"`
+	Config      string `help:"File of settings in YAML or JSON, keyed by flag names without the dashes." placeholder:"FILE" group:"General"`
+	PrintConfig bool   `help:"Print the settings in force and where each comes from, as a --config file, and exit." group:"General"`
 
 	Listen       string        `default:":8080" help:"Address of the public listener." group:"General"`
 	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: health, metrics, windows, profiles." group:"General"`
@@ -41,6 +44,10 @@ type config struct {
 	Group        string        `default:"verve" help:"Name of the instances that count together." group:"General"`
 	Instance     string        `help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
 	DataDir      string        `default:"verve-data" help:"Directory for the spool and the counts file; none: nothing on disk." group:"General"`
+
+	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener, with its chain, in PEM; it is read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
+	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
+	AdminTokenFile string `help:"File that holds the bearer token which the admin listener asks for, but for /healthz. Default: none is asked for." placeholder:"FILE" group:"General"`
 
 	Dedup           string        `default:"memory" enum:"memory" help:"Where ids are kept: ${enum}." group:"Ids"`
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`
@@ -65,13 +72,16 @@ type config struct {
 	CallbackTimeout     time.Duration `default:"5s" help:"Time for a whole exchange." group:"Callbacks"`
 	CallbackSecretFile  string        `help:"File that holds the secret to sign callbacks by the Standard Webhooks scheme." placeholder:"FILE" group:"Callbacks"`
 
-	MaxConns        int           `default:"${maxConns}" help:"Connections open at once; more are answered 503." group:"Limits"`
-	SlowTimeout     time.Duration `default:"${slowTimeout}" help:"Time for a request to arrive and for an answer to be taken." group:"Limits"`
-	IdleTimeout     time.Duration `default:"${idleTimeout}" help:"Time between two requests of a connection." group:"Limits"`
-	ShutdownTimeout time.Duration `default:"10s" help:"Time to stop: answer requests, send callbacks, deliver records." group:"Limits"`
+	MaxConns           int           `default:"${maxConns}" help:"Connections open at once; more are answered 503." group:"Limits"`
+	MaxConnsPerAddress int           `default:"0" help:"Of them, those of one client address, for IPv6 of one /64 network; 0: no limit, as is right behind a load balancer." group:"Limits"`
+	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Time for a request to arrive and for an answer to be taken." group:"Limits"`
+	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Time between two requests of a connection." group:"Limits"`
+	ShutdownTimeout    time.Duration `default:"10s" help:"Time to stop: answer requests, send callbacks, deliver records." group:"Limits"`
 
 	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Least level logged: ${enum}." group:"Log"`
 	LogFormat string `default:"auto" enum:"auto,console,json" help:"console, json, or auto: console on a terminal, JSON elsewhere." group:"Log"`
+
+	settings []setting `kong:"-"` // of all of the above
 
 	Serve       struct{}  `cmd:"" default:"withargs" help:"Run the server (the default)."`
 	Totals      totalsCmd `cmd:"" help:"Print the total per window over all instances, from the topic or the counts file; name gaps and repeats."`
@@ -128,6 +138,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 	if err := cfg.check(); err != nil {
 		return nil, "", usageError{err}
 	}
+	cfg.settings = settings(k, ctx, file)
 	return cfg, ctx.Command(), nil
 }
 
@@ -189,10 +200,8 @@ func (f *settingsFile) Resolve(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (
 	if !ok {
 		return nil, nil
 	}
-	for _, env := range flag.Envs {
-		if _, ok := os.LookupEnv(env); ok {
-			return nil, nil
-		}
+	if _, ok := fromEnvironment(flag); ok {
+		return nil, nil
 	}
 	switch v := v.(type) {
 	case []any:
@@ -210,6 +219,85 @@ func (f *settingsFile) Resolve(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (
 	}
 	return fmt.Sprint(v), nil
 }
+
+// fromEnvironment returns the variable that sets flag, if there is one.
+func fromEnvironment(flag *kong.Flag) (name string, ok bool) {
+	for _, env := range flag.Envs {
+		if _, ok := os.LookupEnv(env); ok {
+			return env, true
+		}
+	}
+	return "", false
+}
+
+// setting is one flag with its value and where that comes from.
+type setting struct {
+	name   string
+	value  reflect.Value
+	source string
+}
+
+// settings lists those of the server, in the order of their declaration.
+func settings(k *kong.Kong, ctx *kong.Context, file *settingsFile) (all []setting) {
+	for _, flag := range k.Model.Flags {
+		if flag.Name == "help" || flag.Name == "config" || flag.Name == "print-config" {
+			continue
+		}
+		s := setting{flag.Name, flag.Target, "default"}
+		if _, ok := file.values[flag.Name]; ok {
+			s.source = file.path
+		}
+		if env, ok := fromEnvironment(flag); ok {
+			s.source = env
+		}
+		if slices.ContainsFunc(ctx.Path, func(p *kong.Path) bool { return p.Flag == flag && !p.Resolved }) {
+			s.source = "--" + flag.Name
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// print writes the settings in force as a --config file; those that are empty,
+// or hold a password, as comments. Other secrets are in files, which are named
+// and not read.
+func (c *config) print(w io.Writer) error {
+	for _, s := range c.settings {
+		value := s.value.Interface()
+		shown := true
+		switch v := value.(type) {
+		case time.Duration:
+			value = v.String()
+		case string:
+			hidden := withoutPassword(v)
+			value, shown = hidden, v != "" && v == hidden
+		case []string:
+			list := make([]string, len(v)) // nil would be printed as null
+			for i := range v {
+				list[i] = withoutPassword(v[i])
+			}
+			value, shown = list, len(v) > 0 && slices.Equal(v, list)
+		}
+		b, err := yaml.MarshalWithOptions(value, yaml.Flow(true))
+		if err != nil {
+			return fmt.Errorf("--%s: %w", s.name, err)
+		}
+		line := fmt.Sprintf("%s: %s", s.name, strings.TrimSpace(string(b)))
+		if !shown {
+			line = "# " + line
+		}
+		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, s.source); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// userInfo is what stands before the host in a URL, however badly it is escaped.
+var userInfo = regexp.MustCompile(`://.*@`)
+
+// withoutPassword returns s without user and password, if it is a URL with some.
+func withoutPassword(s string) string { return userInfo.ReplaceAllString(s, "://hidden@") }
 
 // check refuses what the flags' types let through, and names the flag.
 func (c *config) check() error {
@@ -231,6 +319,9 @@ func (c *config) check() error {
 		{"callback-rate", !(c.CallbackRate > 0), "a number above 0"},
 		{"callback-timeout", c.CallbackTimeout <= 0, "a duration above 0"},
 		{"max-conns", c.MaxConns <= 0, "a number above 0"},
+		{"max-conns-per-address", c.MaxConnsPerAddress < 0, "a number, or 0 for no limit"},
+		{"tls-key-file", c.TLSCertFile != "" && c.TLSKeyFile == "", "the key of --tls-cert-file"},
+		{"tls-cert-file", c.TLSKeyFile != "" && c.TLSCertFile == "", "the certificate of --tls-key-file"},
 		{"slow-timeout", c.SlowTimeout <= 0, "a duration above 0"},
 		{"idle-timeout", c.IdleTimeout <= 0, "a duration above 0"},
 		{"shutdown-timeout", c.ShutdownTimeout <= 0, "a duration above 0"},
@@ -300,19 +391,31 @@ func (c *config) kafka() stream.KafkaConfig {
 	return k
 }
 
-// callbackSecret reads the file of the signing secret.
-func (c *config) callbackSecret() ([]byte, error) {
-	if c.CallbackSecretFile == "" {
+// secretFile reads the secret that a flag names the file of; none without one.
+func secretFile(flag, path string) ([]byte, error) {
+	if path == "" {
 		return nil, nil
 	}
-	b, err := os.ReadFile(c.CallbackSecretFile)
+	b, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("--callback-secret-file: %w", err)
+		return nil, fmt.Errorf("--%s: %w", flag, err)
 	}
 	if b = []byte(strings.TrimRight(string(b), "\r\n")); len(b) == 0 {
-		return nil, fmt.Errorf("--callback-secret-file: %s is empty", c.CallbackSecretFile)
+		return nil, fmt.Errorf("--%s: %s is empty", flag, path)
 	}
 	return b, nil
+}
+
+// certificate loads that of the public listener; nil: plain HTTP.
+func (c *config) certificate(log zerolog.Logger) (*server.Certificate, error) {
+	if c.TLSCertFile == "" {
+		return nil, nil
+	}
+	cert, err := server.LoadCertificate(c.TLSCertFile, c.TLSKeyFile, log)
+	if err != nil {
+		return nil, fmt.Errorf("--tls-cert-file: %w", err)
+	}
+	return cert, nil
 }
 
 // tableBytes is how much memory the ids may take: half of the limit set for

@@ -135,6 +135,14 @@ func TestContainersArePinnedAndConfined(t *testing.T) {
 			}
 		}
 	}
+	image, err := os.ReadFile("Dockerfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// By number, and not root's: what runAsNonRoot of Kubernetes asks for.
+	if !regexp.MustCompile(`(?m)^USER [1-9][0-9]*:[1-9][0-9]*$`).Match(image) {
+		t.Error("verve: the image does not run as a user of its own")
+	}
 	if !f.Services["verve"].ReadOnly {
 		t.Error("verve: the root file system can be written to")
 	}

@@ -56,8 +56,11 @@ func main() {
 
 func run(args []string, stdout, stderr *os.File) error {
 	cfg, command, err := parse(args, stdout)
-	if err != nil {
+	if err != nil || cfg == nil { // --help
 		return err
+	}
+	if cfg.PrintConfig {
+		return cfg.print(stdout)
 	}
 	switch command {
 	case "serve":
@@ -69,7 +72,7 @@ func run(args []string, stdout, stderr *os.File) error {
 	case "version":
 		fmt.Fprintln(stdout, "verve", versionText())
 	}
-	return nil // --help
+	return nil
 }
 
 func versionText() string {
@@ -88,7 +91,15 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 
-	secret, err := cfg.callbackSecret()
+	secret, err := secretFile("callback-secret-file", cfg.CallbackSecretFile)
+	if err != nil {
+		return usageError{err}
+	}
+	token, err := secretFile("admin-token-file", cfg.AdminTokenFile)
+	if err != nil {
+		return usageError{err}
+	}
+	certificate, err := cfg.certificate(log)
 	if err != nil {
 		return usageError{err}
 	}
@@ -143,7 +154,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	callbacks, err := server.NewCallbacks(server.CallbackConfig{
 		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
 		Timeout: cfg.CallbackTimeout, Secret: secret,
-		SelfAddrs: []string{public.Addr().String()}, AdminAddr: adminLn.Addr().String(),
+		SelfAddrs: []string{public.Addr().String()}, SelfTLS: certificate, AdminAddr: adminLn.Addr().String(),
 		Group: cfg.Group, Instance: spool.Instance(), Live: count.Live, Log: log,
 	})
 	if err != nil {
@@ -152,14 +163,14 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	front, err := server.New(server.Config{
 		Counter: count, Set: set, Callbacks: callbacks, Log: log,
 		Uint64IDs: cfg.IDFormat == "uint64", DuplicateStatus: cfg.DuplicateStatus, WindowHeader: cfg.WindowHeader,
-		MaxConns: cfg.MaxConns, SlowTimeout: cfg.SlowTimeout, IdleTimeout: cfg.IdleTimeout,
+		MaxConns: cfg.MaxConns, MaxConnsPerAddress: cfg.MaxConnsPerAddress, TLS: certificate, SlowTimeout: cfg.SlowTimeout, IdleTimeout: cfg.IdleTimeout,
 	}, public)
 	if err != nil {
 		return err
 	}
 	admin := server.NewAdmin(server.AdminConfig{
 		Server: front, Records: func() server.Records { return recordStats(records.Stats()) }, Delivered: records.Delivered,
-		Group: cfg.Group, Instance: spool.Instance(), Version: versionText(),
+		Group: cfg.Group, Instance: spool.Instance(), Version: versionText(), Token: string(token),
 	})
 
 	// Each part runs until its own stop; the first that fails stops all.
@@ -183,6 +194,10 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	})
 	stopCallbacks := start("callbacks", callbacks.Run)
 	start("admin", func(context.Context) error { return admin.Serve(adminLn) })
+	stopCertificate := context.CancelFunc(func() {})
+	if certificate != nil {
+		stopCertificate = start("certificate", certificate.Run)
+	}
 	start("server", func(context.Context) error { return front.Serve() })
 
 	greet(log, public.Addr(), adminLn.Addr(), spool.Instance(), cfg)
@@ -222,6 +237,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	}
 	stopStream()
 	stopSet()
+	stopCertificate()
 	if err := admin.Shutdown(budget); err != nil {
 		log.Warn().Err(err).Msg("admin requests not finished in time")
 	}
@@ -297,9 +313,16 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 	log.Info().Str("version", versionText()).Str("listen", public.String()).Str("admin", admin.String()).
 		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", to).
 		Msg("listening")
-	url := "http://" + reachable(public)
-	log.Info().Msgf("try: curl '%s/api/verve/accept?id=42'", url)
-	log.Info().Msgf("try: curl '%s/api/verve/accept?id=43&endpoint=%s/test'", url, url)
+	if addr, ok := admin.(*net.TCPAddr); ok && !addr.IP.IsLoopback() && cfg.AdminTokenFile == "" {
+		log.Warn().Str("admin", admin.String()).
+			Msg("whoever reaches the admin listener can read metrics, profiles and counts: set --admin-token-file, or see to it that only friends reach it")
+	}
+	curl, url := "curl", "http://"+reachable(public)
+	if cfg.TLSCertFile != "" {
+		curl, url = "curl -k", "https://"+reachable(public) // the certificate is of another name
+	}
+	log.Info().Msgf("try: %s '%s/api/verve/accept?id=42'", curl, url)
+	log.Info().Msgf("try: %s '%s/api/verve/accept?id=43&endpoint=%s/test'", curl, url, url)
 }
 
 // reachable is addr as a client on this machine would write it.

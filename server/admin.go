@@ -3,6 +3,8 @@ package server
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"net"
@@ -39,7 +41,7 @@ type Sink struct {
 	Failing string // why it does not take records now; empty if it does
 }
 
-// AdminConfig of an Admin. All fields but Version are required.
+// AdminConfig of an Admin. All fields but Version and Token are required.
 type AdminConfig struct {
 	Server    *Server
 	Records   func() Records
@@ -47,6 +49,10 @@ type AdminConfig struct {
 	Group     string
 	Instance  string
 	Version   string
+
+	// Token is asked of every request but that for /healthz, as a bearer token
+	// or, for browsers, as the password of any user. Empty: none is.
+	Token string
 }
 
 // Admin serves what operators look at, apart from the public listener.
@@ -72,11 +78,35 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	mux.HandleFunc("GET /{$}", a.index)
 	a.http = http.Server{
-		Handler:           mux,
+		Handler:           guarded(cfg.Token, mux),
 		ReadHeaderTimeout: adminHeaderTimeout,
 		IdleTimeout:       adminIdleTimeout,
 	}
 	return a
+}
+
+// guarded answers 401 to requests without the token. Probes need none to ask
+// whether the process is alive.
+func guarded(token string, next http.Handler) http.Handler {
+	if token == "" {
+		return next
+	}
+	want := sha256.Sum256([]byte(token))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		given, isBearer := cutPrefixFold([]byte(r.Header.Get("Authorization")), "bearer ")
+		if !isBearer {
+			_, password, _ := r.BasicAuth()
+			given = []byte(password)
+		}
+		// Of the same length always, so that the time taken tells nothing.
+		got := sha256.Sum256(given)
+		if subtle.ConstantTimeCompare(got[:], want[:]) == 1 || r.URL.Path == "/healthz" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		w.Header()["Www-Authenticate"] = []string{`Bearer realm="verve"`, `Basic realm="verve", charset="UTF-8"`}
+		http.Error(w, "the admin token is wanted", http.StatusUnauthorized)
+	})
 }
 
 // Serve answers until Close.

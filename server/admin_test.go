@@ -124,3 +124,42 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 		}
 	}
 }
+
+// TestAdminTokenIsAskedForEverythingButLife: probes go on without it.
+func TestAdminTokenIsAskedForEverythingButLife(t *testing.T) {
+	s, _ := newAdminSite(t, new(Records))
+	a := NewAdmin(AdminConfig{
+		Server: s.Server, Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },
+		Token: "open sesame",
+	})
+	ask := func(path string, header ...string) *httptest.ResponseRecorder {
+		r := httptest.NewRequest(http.MethodGet, path, nil)
+		for _, h := range header {
+			r.Header.Set("Authorization", h)
+		}
+		w := httptest.NewRecorder()
+		a.http.Handler.ServeHTTP(w, r)
+		return w
+	}
+	basic := func(user, password string) string {
+		r := httptest.NewRequest(http.MethodGet, "/", nil)
+		r.SetBasicAuth(user, password)
+		return r.Header.Get("Authorization")
+	}
+	for _, path := range []string{"/", "/readyz", "/metrics", "/api/windows", "/debug/pprof/", "/debug/pprof/cmdline", "/nowhere", "/healthz/", "/x/../healthz", "//healthz"} {
+		for _, bad := range [][]string{nil, {""}, {"Bearer"}, {"Bearer "}, {"Bearer open"}, {"Bearer open sesame "}, {"Bearer Open Sesame"}, {"open sesame"}, {basic("open sesame", "")}, {basic("", "x")}} {
+			w := ask(path, bad...)
+			if w.Code != http.StatusUnauthorized || len(w.Header()["Www-Authenticate"]) != 2 {
+				t.Errorf("%s with %q: got %d %v, want 401", path, bad, w.Code, w.Header())
+			}
+		}
+		for _, good := range []string{"Bearer open sesame", "bearer open sesame", basic("me", "open sesame")} {
+			if w := ask(path, good); w.Code == http.StatusUnauthorized {
+				t.Errorf("%s with %q: got 401", path, good)
+			}
+		}
+	}
+	if w := ask("/healthz"); w.Code != 200 || w.Body.String() != "ok" {
+		t.Errorf("/healthz without a token: got %d", w.Code)
+	}
+}

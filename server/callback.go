@@ -84,6 +84,8 @@ type CallbackConfig struct {
 	// SelfAddrs are the addresses on which this server listens for the public:
 	// its own /test may be named there, nothing else is reached on their ports.
 	SelfAddrs []string
+	// SelfTLS is the certificate of those addresses; nil: they speak plain HTTP.
+	SelfTLS *Certificate
 	// AdminAddr is the admin listen address; never reached by a callback.
 	AdminAddr string
 	// Group and Instance go into the body.

@@ -1,8 +1,11 @@
 package server
 
 import (
+	"crypto/tls"
+	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +21,14 @@ const (
 	// a reset can overtake the answer.
 	lingerTime  = 250 * time.Millisecond
 	lingerBytes = 256 << 10
+
+	// maxTurnedAway bounds the connections over the limit that are read on like
+	// that. Above it they are closed at once, and some clients see a reset.
+	maxTurnedAway = 1024
+
+	// prefix6 is the part of an IPv6 address that stands for a caller: whoever
+	// has one has the rest of its network, too.
+	prefix6 = 64
 )
 
 // phase is what a connection is doing. It is kept in the two lowest bits of
@@ -38,9 +49,11 @@ const (
 // write call, where a deadline per request costs 12 % of the CPU.
 type listener struct {
 	net.Listener
-	max  int
-	slow time.Duration // for a request to arrive, for an answer to be taken
-	idle time.Duration // between requests
+	max     int
+	maxAddr int           // of one address; 0: no limit
+	slow    time.Duration // for a request to arrive, for an answer to be taken
+	idle    time.Duration // between requests
+	tls     *tls.Config   // nil: plain
 
 	// ahead is called with what was just read from a connection, before it is
 	// parsed. Optional.
@@ -48,50 +61,126 @@ type listener struct {
 
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
-	mu    sync.Mutex
-	conns map[*conn]struct{}
+	mu         sync.Mutex
+	conns      map[*conn]struct{}
+	perAddr    map[netip.Addr]int // of conns; only with maxAddr
+	turnedAway int                // connections over the limit that are read on
 
-	rejected, slowClosed, idleClosed atomic.Uint64
+	rejected, rejectedAddr, slowClosed, idleClosed, badHandshakes atomic.Uint64
 }
 
 type conn struct {
-	net.Conn
-	owner *listener
-	state atomic.Int64 // phase and its beginning; written by the serving goroutine
-	ended atomic.Bool  // the peer is gone, or the sweeper has ended it
-	close sync.Once
+	net.Conn            // with TLS, if the listener has it
+	raw      net.Conn   // the socket
+	from     netip.Addr // counted in perAddr; not valid without that limit
+	owner    *listener
+	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
+	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
+	close    sync.Once
 }
 
-func newListener(ln net.Listener, maxConns int, slow, idle time.Duration) *listener {
-	return &listener{Listener: ln, max: maxConns, slow: slow, idle: idle, conns: map[*conn]struct{}{}}
+func newListener(ln net.Listener, cfg *Config) *listener {
+	l := &listener{
+		Listener: ln, max: cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, slow: cfg.SlowTimeout, idle: cfg.IdleTimeout,
+		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
+	}
+	if cfg.TLS != nil {
+		l.tls = cfg.TLS.serverConfig()
+	}
+	return l
 }
 
 var tooManyConns = []byte("HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n" +
 	"Content-Length: 6\r\nRetry-After: " + retryAfter + "\r\nVerve-Reason: busy\r\nConnection: close\r\n\r\nfailed")
 
-// Accept returns the next connection within the limit. Those over it get 503.
+// Accept returns the next connection within the limits. Those over one get 503.
 func (l *listener) Accept() (net.Conn, error) {
 	for {
 		nc, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
 		}
-		c := &conn{Conn: nc, owner: l}
+		c := &conn{Conn: nc, raw: nc, owner: l}
+		if l.tls != nil {
+			c.Conn = tls.Server(nc, l.tls) // shakes hands at the first Read
+		}
 		c.enter(phaseNew)
-		l.mu.Lock()
-		over := len(l.conns) >= l.max
-		if !over {
-			l.conns[c] = struct{}{}
+		if refused := l.admit(c); refused != nil {
+			refused.Add(1)
+			l.turnAway(c)
+			continue
 		}
-		l.mu.Unlock()
-		if !over {
-			return c, nil
-		}
-		l.rejected.Add(1)
-		// An empty send buffer takes so few bytes without blocking.
-		_, _ = nc.Write(tooManyConns)
-		_ = nc.Close()
+		return c, nil
 	}
+}
+
+// admit takes c in, or returns the counter of the limit that it is over.
+func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
+	if l.maxAddr > 0 {
+		c.from = caller(c.raw.RemoteAddr())
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case len(l.conns) >= l.max:
+		return &l.rejected
+	case l.maxAddr > 0 && l.perAddr[c.from] >= l.maxAddr:
+		return &l.rejectedAddr
+	}
+	l.conns[c] = struct{}{}
+	if l.maxAddr > 0 {
+		l.perAddr[c.from]++
+	}
+	return nil
+}
+
+// caller is the part of an address that counts as one client.
+func caller(addr net.Addr) netip.Addr {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok {
+		return netip.Addr{}
+	}
+	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
+	if ip.Is6() {
+		ip = netip.PrefixFrom(ip, prefix6).Masked().Addr()
+	}
+	return ip
+}
+
+// turnAway answers a connection over the limit, and closes it.
+func (l *listener) turnAway(c *conn) {
+	if l.tls != nil {
+		_ = c.raw.Close() // a handshake for no more than a refusal costs too much
+		return
+	}
+	l.mu.Lock()
+	readOn := l.turnedAway < maxTurnedAway
+	if readOn {
+		l.turnedAway++
+	}
+	l.mu.Unlock()
+	// An empty send buffer takes so few bytes without blocking.
+	_, _ = c.raw.Write(tooManyConns)
+	if !readOn {
+		_ = c.raw.Close()
+		return
+	}
+	go func() {
+		linger(c.raw)
+		l.mu.Lock()
+		l.turnedAway--
+		l.mu.Unlock()
+	}()
+}
+
+// linger closes a connection whose last answer is written, when the client has
+// closed it, too, or has had time to read.
+func linger(raw net.Conn) {
+	if half, ok := raw.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
+		_ = raw.SetReadDeadline(time.Now().Add(lingerTime))
+		_, _ = io.CopyN(io.Discard, raw, lingerBytes)
+	}
+	_ = raw.Close() // nothing can be done about a failed close
 }
 
 func (c *conn) enter(p phase) { c.state.Store(c.owner.now.Load()&^phaseMask | int64(p)) }
@@ -113,6 +202,9 @@ func (c *conn) Read(p []byte) (int, error) {
 	}
 	if err != nil {
 		c.ended.Store(true)
+		if c.owner.tls != nil {
+			c.handshakeFailed(err)
+		}
 	}
 	if c.owner.ahead != nil && n > 0 {
 		c.owner.ahead(p[:n])
@@ -131,17 +223,40 @@ func (c *conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
+var plainOnTLS = []byte("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n" +
+	"Content-Length: 6\r\nVerve-Reason: bad-request\r\nConnection: close\r\n\r\nfailed")
+
+// handshakeFailed counts a connection that did not come to speak TLS, and tells
+// a client which spoke plain HTTP so in its own language.
+func (c *conn) handshakeFailed(err error) {
+	if secure, ok := c.Conn.(*tls.Conn); !ok || secure.ConnectionState().HandshakeComplete {
+		return
+	}
+	c.owner.badHandshakes.Add(1)
+	var notTLS tls.RecordHeaderError
+	if !errors.As(err, &notTLS) || notTLS.Conn == nil {
+		return
+	}
+	for _, b := range notTLS.RecordHeader { // the first letters of a method and a space
+		if (b < 'A' || b > 'Z') && b != ' ' && b != '/' {
+			return
+		}
+	}
+	_, _ = c.raw.Write(plainOnTLS)
+}
+
 // Close lets the client read its last answer before the connection goes.
 func (c *conn) Close() error {
 	c.close.Do(func() {
-		half, ok := c.Conn.(interface{ CloseWrite() error })
-		if c.ended.Load() || !ok || half.CloseWrite() != nil {
+		if secure, ok := c.Conn.(*tls.Conn); ok {
+			_ = secure.CloseWrite() // says to the client that this was all
+		}
+		if c.ended.Load() {
 			c.remove()
 			return
 		}
 		go func() {
-			_ = c.Conn.SetReadDeadline(time.Now().Add(lingerTime))
-			_, _ = io.CopyN(io.Discard, c.Conn, lingerBytes)
+			linger(c.raw)
 			c.remove()
 		}()
 	})
@@ -149,10 +264,16 @@ func (c *conn) Close() error {
 }
 
 func (c *conn) remove() {
-	_ = c.Conn.Close() // nothing can be done about a failed close
-	c.owner.mu.Lock()
-	delete(c.owner.conns, c)
-	c.owner.mu.Unlock()
+	_ = c.raw.Close() // nothing can be done about a failed close
+	l := c.owner
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.conns, c)
+	if l.maxAddr > 0 {
+		if l.perAddr[c.from]--; l.perAddr[c.from] == 0 {
+			delete(l.perAddr, c.from)
+		}
+	}
 }
 
 // sweep ends the connections whose phase has lasted too long, until stop.
@@ -184,7 +305,7 @@ func (c *conn) sweep(now time.Duration) {
 		l.idleClosed.Add(c.end())
 	case p == phaseWriting && lasted > l.slow:
 		l.slowClosed.Add(c.end())
-		_ = c.Conn.Close() // unblocks the write: the client does not read
+		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.slow:
 		l.slowClosed.Add(c.end())
 	}
@@ -193,7 +314,7 @@ func (c *conn) sweep(now time.Duration) {
 // end makes the next read fail: a request begun is answered 408, an idle
 // connection is closed. It returns 1 the first time.
 func (c *conn) end() uint64 {
-	_ = c.Conn.SetReadDeadline(time.Unix(1, 0)) // long ago
+	_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // long ago
 	if c.ended.Swap(true) {
 		return 0
 	}
@@ -215,5 +336,5 @@ func (l *listener) busy() (n int) {
 func (l *listener) open() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.conns)
+	return len(l.conns) + l.turnedAway
 }

@@ -139,7 +139,7 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 		path = target[:i]
 	}
 	switch {
-	case !ep.tls && string(path) == testPath && g.isSelf(name, ep.addr, port):
+	case ep.tls == (g.selfTLS != nil) && string(path) == testPath && g.isSelf(name, ep.addr, port):
 		// All names of this server are one destination.
 		ep.kind, ep.addr = destSelf, netip.Addr{}
 		name = append(name[:0], "localhost"...)

@@ -82,6 +82,7 @@ type guard struct {
 	nets     []allowedNet
 	self     []selfAddr
 	ownPorts []uint16 // public and admin
+	selfTLS  *Certificate
 	base     *ssrf.Guardian
 	resolver *net.Resolver
 	tls      *tls.Config
@@ -99,6 +100,7 @@ func newGuard(cfg *CallbackConfig) (*guard, error) {
 		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
 		resolver:   cfg.Resolver,
 		tls:        cfg.TLS,
+		selfTLS:    cfg.SelfTLS,
 		interfaces: net.InterfaceAddrs,
 		connect: func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
 			return d.DialContext(ctx, "tcp", addr)
@@ -322,9 +324,14 @@ func (g *guard) dial(ctx context.Context, d *destination) (net.Conn, error) {
 	if err != nil || !d.tls {
 		return conn, err
 	}
-	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
-	if g.tls != nil {
+	var cfg *tls.Config
+	switch {
+	case d.kind == destSelf:
+		cfg = g.selfTLS.ownConfig()
+	case g.tls != nil:
 		cfg = g.tls.Clone()
+	default:
+		cfg = &tls.Config{MinVersion: tls.VersionTLS12}
 	}
 	cfg.ServerName = d.host
 	secure := tls.Client(conn, cfg)

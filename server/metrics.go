@@ -100,10 +100,16 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	gauge(w, "verve_callback_breakers_open", uint64(cb.BreakersOpen))
 
 	gauge(w, "verve_connections", uint64(s.ln.open()))
-	counter(w, "verve_connections_rejected_total", s.ln.rejected.Load())
+	counter(w, `verve_connections_rejected_total{limit="all"}`, s.ln.rejected.Load())
+	counter(w, `verve_connections_rejected_total{limit="address"}`, s.ln.rejectedAddr.Load())
 	counter(w, `verve_connections_ended_total{reason="slow"}`, s.ln.slowClosed.Load())
 	counter(w, `verve_connections_ended_total{reason="idle"}`, s.ln.idleClosed.Load())
 	counter(w, "verve_test_posts_total", s.sunk.Load())
+	if cert := s.cfg.TLS; cert != nil {
+		counter(w, "verve_tls_handshake_failures_total", s.ln.badHandshakes.Load())
+		counter(w, "verve_tls_reload_failures_total", cert.failures.Load())
+		gauge(w, "verve_tls_certificate_not_after_seconds", uint64(cert.notAfter().Unix()))
+	}
 
 	gauge(w, fmt.Sprintf("verve_build_info{version=%q,go=%q}", a.cfg.Version, runtime.Version()), 1)
 	metrics.WriteProcessMetrics(w)

@@ -52,8 +52,15 @@ type Config struct {
 	DuplicateStatus int  // status of a repeat; 409 if zero
 	WindowHeader    bool // answers say in which window the id was judged
 	MaxConns        int
-	SlowTimeout     time.Duration // for a request to arrive, for an answer to be taken
-	IdleTimeout     time.Duration // between the requests of a connection
+
+	// MaxConnsPerAddress bounds the connections of one client address (of one
+	// /64 network of IPv6); 0: no bound. All callers behind a load balancer or a
+	// proxy have one address.
+	MaxConnsPerAddress int
+
+	SlowTimeout time.Duration // for a request to arrive, for an answer to be taken
+	IdleTimeout time.Duration // between the requests of a connection
+	TLS         *Certificate  // the listener speaks TLS; nil: plain HTTP
 }
 
 // Server serves the public listener.
@@ -79,8 +86,8 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	if cfg.DuplicateStatus < 200 || cfg.DuplicateStatus > 599 || cfg.DuplicateStatus == fasthttp.StatusNoContent || cfg.DuplicateStatus == fasthttp.StatusNotModified {
 		return nil, fmt.Errorf("server: DuplicateStatus %d is not a status with a body", cfg.DuplicateStatus)
 	}
-	if cfg.MaxConns < 0 || cfg.SlowTimeout < 0 || cfg.IdleTimeout < 0 {
-		return nil, errors.New("server: MaxConns, SlowTimeout and IdleTimeout must not be negative")
+	if cfg.MaxConns < 0 || cfg.MaxConnsPerAddress < 0 || cfg.SlowTimeout < 0 || cfg.IdleTimeout < 0 {
+		return nil, errors.New("server: MaxConns, MaxConnsPerAddress, SlowTimeout and IdleTimeout must not be negative")
 	}
 	if cfg.MaxConns == 0 {
 		cfg.MaxConns = DefaultMaxConns
@@ -94,7 +101,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	s := &Server{
 		cfg:       cfg,
 		callbacks: cfg.Callbacks,
-		ln:        newListener(ln, cfg.MaxConns, cfg.SlowTimeout, cfg.IdleTimeout),
+		ln:        newListener(ln, &cfg),
 		stopSweep: make(chan struct{}),
 	}
 	if set, ok := cfg.Set.(dedup.Prefetcher); ok {

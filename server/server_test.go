@@ -70,16 +70,17 @@ func newSite(t testing.TB, change func(*Config)) *site {
 		t.Fatal(err)
 	}
 	go func() { s.closed <- count.Run(context.Background()) }()
+	cfg := Config{Counter: count, Set: set, Log: zerolog.Nop()}
+	if change != nil {
+		change(&cfg)
+	}
 	callbacks, err := NewCallbacks(CallbackConfig{
-		SelfAddrs: []string{s.addr}, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
+		SelfAddrs: []string{s.addr}, SelfTLS: cfg.TLS, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := Config{Counter: count, Set: set, Callbacks: callbacks, Log: zerolog.Nop()}
-	if change != nil {
-		change(&cfg)
-	}
+	cfg.Callbacks = callbacks
 	if s.Server, err = New(cfg, ln); err != nil {
 		t.Fatal(err)
 	}
@@ -666,6 +667,75 @@ func TestConnectionsOverTheLimitGet503(t *testing.T) {
 		}
 	}
 	t.Error("no room after a connection was closed")
+}
+
+// TestConnectionsOfOneAddressAreLimited: one client does not take the places of
+// all; the others go on.
+func TestConnectionsOfOneAddressAreLimited(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.MaxConns, c.MaxConnsPerAddress = 100, 3 })
+	from := func(ip string) (net.Conn, *bufio.Reader) {
+		t.Helper()
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}
+		c, err := d.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(10 * time.Second))
+		return c, bufio.NewReader(c)
+	}
+	status := func(c net.Conn, r *bufio.Reader) int {
+		t.Helper()
+		if _, err := io.WriteString(c, get(fmt.Sprint("id=", rand.Uint64()))); err != nil {
+			t.Fatal(err)
+		}
+		resp, _, err := answer(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode
+	}
+	var greedy []net.Conn
+	for range 3 {
+		c, r := from("127.0.0.2")
+		if got := status(c, r); got != 200 {
+			t.Fatalf("within the limit: got %d", got)
+		}
+		greedy = append(greedy, c)
+	}
+	if got := status(from("127.0.0.2")); got != 503 {
+		t.Errorf("over the limit: got %d, want 503", got)
+	}
+	if got := status(from("127.0.0.3")); got != 200 {
+		t.Errorf("another address: got %d, want 200", got)
+	}
+	greedy[0].Close()
+	for start := time.Now(); status(from("127.0.0.2")) != 200; {
+		if time.Since(start) > patience {
+			t.Fatal("no room after a connection was closed")
+		}
+	}
+	for _, c := range greedy {
+		c.Close()
+	}
+	s.stop()
+	if n := len(s.ln.perAddr); n != 0 {
+		t.Errorf("%d addresses are still counted", n)
+	}
+	if s.ln.rejectedAddr.Load() == 0 || s.ln.rejected.Load() != 0 {
+		t.Errorf("rejected %d by address, %d in all", s.ln.rejectedAddr.Load(), s.ln.rejected.Load())
+	}
+}
+
+func TestCallerIsAnAddressOrANetwork(t *testing.T) {
+	for addr, want := range map[string]string{
+		"192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7",
+		"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::", "fe80::1": "fe80::",
+	} {
+		if got := caller(&net.TCPAddr{IP: net.ParseIP(addr), Port: 9}).String(); got != want {
+			t.Errorf("%s: got %s, want %s", addr, got, want)
+		}
+	}
 }
 
 func TestHalfClosedRequestIsAnswered(t *testing.T) {

@@ -1,0 +1,124 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+)
+
+// certificatePoll is how often the files of a certificate are read. Reading
+// notices every way of replacing a file, which watching its name does not
+// (a mounted secret is a link to a link).
+const certificatePoll = 5 * time.Second
+
+// Certificate is a TLS certificate with its key, from files that are read again
+// when they change. It is safe for concurrent use.
+type Certificate struct {
+	certFile, keyFile string
+	log               zerolog.Logger
+	poll              time.Duration
+
+	current  atomic.Pointer[tls.Certificate]
+	seen     [sha256.Size]byte // of what was in the files when last looked at; Run's
+	failures atomic.Uint64     // changes that were not taken
+}
+
+// LoadCertificate reads a certificate, with its chain, and its key, both in PEM.
+func LoadCertificate(certFile, keyFile string, log zerolog.Logger) (*Certificate, error) {
+	c := &Certificate{certFile: certFile, keyFile: keyFile, log: log, poll: certificatePoll}
+	_, err := c.load()
+	return c, err
+}
+
+// load reads the files, and reports whether they hold something new.
+func (c *Certificate) load() (changed bool, err error) {
+	cert, err := os.ReadFile(c.certFile)
+	if err != nil {
+		return false, err
+	}
+	key, err := os.ReadFile(c.keyFile)
+	if err != nil {
+		return false, err
+	}
+	hash := sha256.New()
+	fmt.Fprintln(hash, len(cert))
+	hash.Write(cert)
+	hash.Write(key)
+	sum := [sha256.Size]byte(hash.Sum(nil))
+	if sum == c.seen {
+		return false, nil
+	}
+	c.seen = sum
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return false, fmt.Errorf("%s and %s: %w", c.certFile, c.keyFile, err)
+	}
+	if time.Now().After(pair.Leaf.NotAfter) {
+		c.log.Warn().Time("not_after", pair.Leaf.NotAfter).Str("file", c.certFile).Msg("the TLS certificate has expired")
+	}
+	c.current.Store(&pair)
+	return true, nil
+}
+
+// Run takes over new files until ctx ends. What cannot be used, such as a new
+// certificate whose key is still to come, is logged once, and the old pair
+// stays.
+func (c *Certificate) Run(ctx context.Context) error {
+	tick := time.NewTicker(c.poll)
+	defer tick.Stop()
+	var last string
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		changed, err := c.load()
+		switch {
+		case err != nil && err.Error() != last:
+			last = err.Error()
+			c.failures.Add(1)
+			c.log.Error().Err(err).Msg("the TLS certificate is not replaced")
+		case changed:
+			last = ""
+			c.log.Info().Str("file", c.certFile).Time("not_after", c.current.Load().Leaf.NotAfter).Msg("new TLS certificate")
+		}
+	}
+}
+
+// notAfter is when the certificate in use expires.
+func (c *Certificate) notAfter() time.Time { return c.current.Load().Leaf.NotAfter }
+
+func (c *Certificate) serverConfig() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"http/1.1"},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return c.current.Load(), nil
+		},
+	}
+}
+
+// ownConfig is for connections to this server itself, by its address: whatever
+// names the certificate has, it must be the one that is served here.
+func (c *Certificate) ownConfig() *tls.Config {
+	before := c.current.Load()
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS12,
+		InsecureSkipVerify: true, // compared below, byte by byte
+		VerifyConnection: func(state tls.ConnectionState) error {
+			got := state.PeerCertificates[0].Raw
+			if bytes.Equal(got, before.Leaf.Raw) || bytes.Equal(got, c.current.Load().Leaf.Raw) {
+				return nil
+			}
+			return fmt.Errorf("own listener: another certificate than %s", c.certFile)
+		},
+	}
+}
