@@ -1,0 +1,775 @@
+package dedup
+
+import (
+	"context"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+
+	"verve/counter"
+)
+
+const (
+	// beatEvery is how often a member says that it is alive. Each beat is one
+	// small script, and it writes again what the ledger must know of this member,
+	// so that a Redis that lost its data has it back within one.
+	beatEvery = time.Second
+
+	// memberTTL is when a member that says nothing is taken for dead. It bounds
+	// how long a record waits for a member that was killed; one that was only
+	// slow finds its epoch sealed, which is never wrong.
+	memberTTL = 3 * beatEvery
+
+	// leadLease is how long the publisher of the group stays it without a beat.
+	leadLease = memberTTL
+
+	// settleWait is how long the seal waits, behind the last moment at which it
+	// would have come, for members that hold ids Redis does not have.
+	settleWait = 5 * time.Second
+
+	// sealLock keeps the members from sealing the same epoch at once, and a
+	// member whose try failed from the next one. All would come to the same sum:
+	// it saves work, nothing depends on it.
+	sealLock = time.Second
+
+	// ledgerWait bounds one exchange with Redis.
+	ledgerWait = 2 * time.Second
+
+	// keepUndelivered is how long an epoch waits for somebody to publish it.
+	keepUndelivered = 7 * 24 * time.Hour
+
+	// What is kept of a delivered epoch says to a member that comes back with a
+	// copy in its spool that it was delivered: keepDelivered windows of it, an
+	// hour at least, no longer than keepUndelivered.
+	keepDelivered    = 10_000
+	minKeepDelivered = time.Hour
+
+	// doubtMember is how long, where members decide alone while Redis is away
+	// (fail open), one that fell silent may have done so. It makes the records of
+	// those windows not exact.
+	doubtMember = 10 * time.Minute
+)
+
+// ledgerConfig of a Ledger. All fields but FailOpen are required.
+type ledgerConfig struct {
+	Client   rueidis.Client
+	Group    string
+	Member   string // unique for each process
+	Window   time.Duration
+	MaxSkew  time.Duration // the clocks of the members differ by less, as a rule
+	FailOpen bool
+
+	// Seal seals the ids of an epoch and counts them: the same sum whoever asks,
+	// however often. Exact is false where some of them may have been lost.
+	Seal func(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error)
+	// Unsettled is the start of the oldest epoch of which this process holds ids
+	// that Redis may not have.
+	Unsettled func() (start time.Time, some bool)
+}
+
+// Ledger is what the members of a group know together of their epochs: who is
+// alive, which epochs are open, when one is sealed, what it came to, who
+// publishes, and what was published. It is kept in Redis, under one hash tag, so
+// that each step is one atomic script. Time is Redis's own. Every step may be
+// repeated, whatever became of the first try.
+//
+// An epoch goes through it like this: a member that opens it registers it;
+// one that has left it reports so; when all who are alive have, or the last clock
+// must have turned, one of them seals the ids and decides the count, which is
+// from then on the same for everybody; the leader publishes it and marks it as
+// delivered.
+//
+// All methods are safe for concurrent use.
+type Ledger struct {
+	cfg  ledgerConfig
+	keys ledgerKeys
+	wake chan struct{} // capacity 1: an epoch was opened
+
+	beating sync.Mutex // one beat at a time
+	left    atomic.Bool
+
+	// mu guards what follows.
+	mu       sync.Mutex
+	epochs   []ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
+	lead     time.Time     // until then this member publishes
+	others   int           // members alive beside this one
+	offset   time.Duration // how far the clock of Redis is ahead of this one
+	unsure   time.Duration // of offset
+	odd      string        // a member with another window
+	beatErr  error         // of the last beat
+	lastBeat time.Time
+}
+
+// ledgerEpoch is an epoch that this process has opened or sealed.
+type ledgerEpoch struct {
+	span       counter.Span
+	registered bool
+	decided    *counter.Count // what it came to, as far as this process knows
+}
+
+// maxLedgerEpochs bounds what each beat writes again. A backlog of more, a
+// broker that is away for a day, is in Redis alone; its loss then is one.
+const maxLedgerEpochs = 512
+
+func openLedger(cfg ledgerConfig) *Ledger {
+	return &Ledger{cfg: cfg, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1)}
+}
+
+// ledgerKeys are the keys of a group's ledger, all with one hash tag.
+type ledgerKeys struct {
+	prefix                                                    string
+	members, unsettled, windows, leader, epochs, epoch, leave string
+}
+
+func newLedgerKeys(group string) ledgerKeys {
+	// Escaped, so that no brace in the name ends the tag.
+	p := "verve:{" + url.QueryEscape(group) + "}:"
+	return ledgerKeys{
+		prefix:    p,
+		members:   p + "members",   // sorted set: last beat, Unix ms
+		unsettled: p + "unsettled", // hash: member -> start of its oldest unsettled epoch, Unix ms
+		windows:   p + "windows",   // hash: member -> length of its windows, ms
+		leader:    p + "leader",    // string with an expiry: who publishes
+		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
+	}
+}
+
+// ofEpoch is a hash: complete and inexact as reported, then unique, exact and
+// sealed as decided, then delivered.
+func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
+
+// ofLeft is the set of the members that have left the epoch.
+func (k *ledgerKeys) ofLeft(s counter.Span) string { return k.prefix + "left:" + spanName(s) }
+
+func spanName(s counter.Span) string {
+	return strconv.FormatInt(s.Start.UnixMilli(), 10) + ":" + strconv.FormatInt(s.Window.Milliseconds(), 10)
+}
+
+func parseSpan(name string) (counter.Span, error) {
+	start, window, _ := strings.Cut(name, ":")
+	from, err := strconv.ParseInt(start, 10, 64)
+	if err != nil {
+		return counter.Span{}, fmt.Errorf("ledger: epoch %q", name)
+	}
+	length, err := strconv.ParseInt(window, 10, 64)
+	if err != nil {
+		return counter.Span{}, fmt.Errorf("ledger: epoch %q", name)
+	}
+	return counter.Span{Start: time.UnixMilli(from).UTC(), Window: time.Duration(length) * time.Millisecond}, nil
+}
+
+func ms(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
+func unixMS(t time.Time) string { return strconv.FormatInt(t.UnixMilli(), 10) }
+
+func flag(b bool) string {
+	if b {
+		return "1"
+	}
+	return "0"
+}
+
+const luaNow = `
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+`
+
+// beatScript says that the member is alive, writes again what it knows of its
+// epochs, and takes the lead if nobody has it. Per epoch it answers 0, or 2 where
+// the epoch is delivered.
+var beatScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local lease, lead, unsettled, window = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+redis.call('ZADD', KEYS[1], now, me)
+redis.call('HSET', KEYS[3], me, window)
+if unsettled == '' then
+  redis.call('HDEL', KEYS[2], me)
+else
+  redis.call('HSET', KEYS[2], me, unsettled)
+end
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt)) do
+  redis.call('ZREM', KEYS[1], gone)
+  redis.call('HDEL', KEYS[2], gone)
+  redis.call('HDEL', KEYS[3], gone)
+end
+local states = {}
+local arg = 9
+for i = 6, #KEYS do
+  local name, ends, unique, complete, exact, sealed = unpack(ARGV, arg, arg + 5)
+  arg = arg + 6
+  if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
+    states[#states + 1] = 2
+  else
+    states[#states + 1] = 0
+    redis.call('ZADD', KEYS[5], ends, name)
+    if unique ~= '' and redis.call('HEXISTS', KEYS[i], 'unique') == 0 then
+      redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed)
+      redis.call('PEXPIRE', KEYS[i], keep)
+    end
+  end
+end
+for i = 1, 5 do
+  if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
+end
+local leader = redis.call('GET', KEYS[4])
+if leader == me or (not leader and lead == '1') then
+  redis.call('SET', KEYS[4], me, 'PX', lease)
+  leader = me
+end
+local others, odd = 0, ''
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if m ~= me then
+    others = others + 1
+    local w = redis.call('HGET', KEYS[3], m)
+    if w and w ~= window then odd = m .. ' ' .. w end
+  end
+end
+return {now, leader == me and 1 or 0, others, odd, states}
+`)
+
+// reportScript says that the member has left the epoch: nothing of it comes any
+// more.
+var reportScript = rueidis.NewLuaScriptRetryable(`
+local me, keep, name, ends, complete, exact = unpack(ARGV)
+if redis.call('HEXISTS', KEYS[2], 'delivered') == 1 then return 0 end
+redis.call('ZADD', KEYS[1], ends, name)
+redis.call('PEXPIRE', KEYS[1], keep)
+if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
+  if complete == '1' then redis.call('HSET', KEYS[2], 'complete', 1) end
+  if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
+  redis.call('SADD', KEYS[3], me)
+  redis.call('PEXPIRE', KEYS[2], keep)
+  redis.call('PEXPIRE', KEYS[3], keep)
+end
+return 1
+`)
+
+// sealScript answers whether the epoch may be sealed now: {0, the decided
+// count}, {1, ms to wait at most} or {2}: seal it.
+//
+// It may when every member that is alive has left it, and not before its end, but
+// for the skew, by the clock of Redis: a single member with a wild clock must not
+// seal the future. A member that is silent, or has not left, is waited for until
+// the last clock must have turned. One that holds ids that Redis does not have is
+// waited for longer; after that, and where it is dead, the record is not exact.
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local skew, settle, lock, open = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked')
+if h[1] then return {0, h[1], h[2], h[3], h[4]} end
+if now < ends - skew then return {1, ends - skew - now} end
+local function left(m) return redis.call('SISMEMBER', KEYS[4], m) == 1 end
+local inexact = false
+local wait = 0
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if not left(m) then wait = math.max(wait, ends + skew - now) end
+  local from = tonumber(redis.call('HGET', KEYS[2], m) or '')
+  if from and from <= start then
+    inexact = true
+    wait = math.max(wait, ends + skew + settle - now)
+  end
+end
+if wait > 0 then return {1, wait} end
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. (now - ttl))) do
+  local from = tonumber(redis.call('HGET', KEYS[2], m) or '')
+  if from and from <= start or open == '1' and not left(m) then inexact = true end
+end
+if h[5] and tonumber(h[5]) > now then return {1, tonumber(h[5]) - now} end
+redis.call('HSET', KEYS[3], 'locked', now + lock)
+if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
+redis.call('PEXPIRE', KEYS[3], ARGV[8])
+return {2}
+`)
+
+// decideScript writes what the epoch came to, once, and answers it.
+var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local unique, exact, keep, name, ends = unpack(ARGV)
+local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
+if h[1] then return {0, h[1], h[2], h[3], h[4]} end
+if h[5] then exact = '0' end
+local complete = h[2] or '0'
+redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now)
+redis.call('HDEL', KEYS[2], 'locked', 'inexact')
+redis.call('PEXPIRE', KEYS[2], keep)
+redis.call('ZADD', KEYS[1], ends, name)
+redis.call('UNLINK', KEYS[3])
+return {0, unique, complete, exact, tostring(now)}
+`)
+
+// unpublishedScript lists the epochs that are over and not delivered.
+var unpublishedScript = rueidis.NewLuaScriptRetryable(luaNow + `
+if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
+`)
+
+// deliverScript answers 2 where the epoch is delivered, 1 where this member is
+// the one to do it, as it is the leader or takes the lead, and 0 where another is.
+var deliverScript = rueidis.NewLuaScriptRetryable(`
+if redis.call('HEXISTS', KEYS[1], 'delivered') == 1 then return 2 end
+local leader = redis.call('GET', KEYS[2])
+if leader and leader ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return 1
+`)
+
+// deliveredScript marks the epoch.
+var deliveredScript = rueidis.NewLuaScriptRetryable(`
+redis.call('HSET', KEYS[2], 'delivered', 1)
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('UNLINK', KEYS[3])
+return 1
+`)
+
+// othersScript answers how many members are alive beside this one, and how many
+// ms ago one of them was heard last. With ARGV[3] this one leaves; the lead goes
+// to the others.
+var othersScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local me, ttl = ARGV[1], tonumber(ARGV[2])
+if ARGV[3] == '1' then
+  redis.call('ZREM', KEYS[1], me)
+  redis.call('HDEL', KEYS[3], me)
+  if ARGV[4] == '' then redis.call('HDEL', KEYS[2], me) end
+end
+local others, last = 0, 0
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if m ~= me then
+    others = others + 1
+    last = math.max(last, tonumber(redis.call('ZSCORE', KEYS[1], m)))
+  end
+end
+if ARGV[3] == '1' and others > 0 and redis.call('GET', KEYS[4]) == me then redis.call('DEL', KEYS[4]) end
+return {others, now - last}
+`)
+
+// exec runs a script with a bounded wait.
+func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) ([]rueidis.RedisMessage, error) {
+	ctx, cancel := context.WithTimeout(ctx, ledgerWait)
+	defer cancel()
+	m, err := s.Exec(ctx, l.cfg.Client, keys, args).ToMessage()
+	if err != nil {
+		return nil, err
+	}
+	if m.IsArray() {
+		return m.ToArray()
+	}
+	return []rueidis.RedisMessage{m}, nil
+}
+
+// Run beats until ctx ends or the member has left.
+func (l *Ledger) Run(ctx context.Context) error {
+	tick := time.NewTicker(beatEvery)
+	defer tick.Stop()
+	for !l.left.Load() {
+		_ = l.beat(ctx) // Problem tells
+		select {
+		case <-tick.C:
+		case <-l.wake:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	return nil
+}
+
+// Opened notes an epoch that requests may enter; the next beat registers it. It
+// takes no time.
+func (l *Ledger) Opened(s counter.Span) {
+	l.note(s)
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// note returns the place of an epoch, which it makes if there is none. l.mu must
+// not be held.
+func (l *Ledger) note(s counter.Span) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.find(s) == nil {
+		l.epochs = append(l.epochs, ledgerEpoch{span: s})
+		if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
+			l.epochs = slices.Delete(l.epochs, 0, n)
+		}
+	}
+}
+
+// find returns the epoch, or nil. l.mu is held.
+func (l *Ledger) find(s counter.Span) *ledgerEpoch {
+	for i := len(l.epochs) - 1; i >= 0; i-- {
+		if e := &l.epochs[i]; e.span.Window == s.Window && e.span.Start.Equal(s.Start) {
+			return e
+		}
+	}
+	return nil
+}
+
+// Register makes sure that Redis knows the epoch: from then on it is published
+// whatever becomes of this process. No id of the epoch may be answered before.
+func (l *Ledger) Register(ctx context.Context, s counter.Span) error {
+	l.note(s)
+	if l.registered(s) {
+		return nil
+	}
+	return l.beat(ctx)
+}
+
+func (l *Ledger) registered(s counter.Span) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.find(s)
+	return e == nil || e.registered // not there any more: delivered
+}
+
+func (l *Ledger) beat(ctx context.Context) error {
+	l.beating.Lock()
+	defer l.beating.Unlock()
+	if l.left.Load() {
+		return nil
+	}
+	keys := []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs}
+	args := []string{
+		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
+		ms(leadLease), "1", l.unsettled(), ms(l.cfg.Window),
+	}
+	l.mu.Lock()
+	sent := make([]counter.Span, 0, len(l.epochs))
+	for _, e := range l.epochs {
+		keys = append(keys, l.keys.ofEpoch(e.span))
+		args = append(args, spanName(e.span), unixMS(e.span.End()))
+		if d := e.decided; d != nil {
+			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt))
+		} else {
+			args = append(args, "", "", "", "")
+		}
+		sent = append(sent, e.span)
+	}
+	l.mu.Unlock()
+
+	began := time.Now()
+	out, err := l.exec(ctx, beatScript, keys, args)
+	took := time.Since(began)
+	var now, leads, others int64
+	var odd string
+	var states []int64
+	if err == nil {
+		now, leads, others, odd, states, err = parseBeat(out, len(sent))
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.beatErr = err; err != nil {
+		return fmt.Errorf("ledger: %w", err)
+	}
+	l.lastBeat = began
+	// Redis read its clock at some moment of the exchange, and cut it to ms.
+	l.offset = time.UnixMilli(now).Sub(began.Add(took / 2))
+	l.unsure = took/2 + time.Millisecond
+	l.others, l.odd = int(others), odd
+	l.lead = time.Time{}
+	if leads == 1 {
+		l.lead = began.Add(leadLease)
+	}
+	for i, s := range sent {
+		if e := l.find(s); e != nil {
+			e.registered = true
+			if states[i] == 2 {
+				*e = ledgerEpoch{} // taken out below
+			}
+		}
+	}
+	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
+	return nil
+}
+
+func parseBeat(out []rueidis.RedisMessage, epochs int) (now, leads, others int64, odd string, states []int64, err error) {
+	if len(out) != 5 {
+		return 0, 0, 0, "", nil, fmt.Errorf("%d answers to a beat", len(out))
+	}
+	now, err = out[0].AsInt64()
+	if err == nil {
+		leads, err = out[1].AsInt64()
+	}
+	if err == nil {
+		others, err = out[2].AsInt64()
+	}
+	if err == nil {
+		odd, err = out[3].ToString()
+	}
+	if err == nil {
+		states, err = out[4].AsIntSlice()
+	}
+	if err == nil && len(states) != epochs {
+		err = fmt.Errorf("%d states of %d epochs", len(states), epochs)
+	}
+	return now, leads, others, odd, states, err
+}
+
+// unsettled is the start of the oldest unsettled epoch, or empty.
+func (l *Ledger) unsettled() string {
+	if start, some := l.cfg.Unsettled(); some {
+		return unixMS(start)
+	}
+	return ""
+}
+
+// Report says what this process knows of an epoch that it has left for good:
+// whether it served the whole of it, and whether no id was lost.
+func (l *Ledger) Report(ctx context.Context, c counter.Count) error {
+	s := c.Span()
+	l.note(s)
+	_, err := l.exec(ctx, reportScript,
+		[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)},
+		[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact)})
+	if err != nil {
+		return fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	}
+	return nil
+}
+
+// Seal waits until the epoch may be sealed, seals it, and returns what it came
+// to: the same for every member, for as long as Redis keeps it. An error is for
+// the caller to retry.
+func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
+	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
+	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.ofLeft(s)}
+	args := []string{
+		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
+		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), flag(l.cfg.FailOpen), ms(keepUndelivered),
+	}
+	fail := func(err error) (counter.Count, error) {
+		return counter.Count{}, fmt.Errorf("ledger: seal %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	}
+	if c, ok := l.decided(s); ok {
+		return c, nil
+	}
+	for {
+		out, err := l.exec(ctx, sealScript, keys, args)
+		if err != nil {
+			return fail(err)
+		}
+		what, err := out[0].AsInt64()
+		if err != nil {
+			return fail(err)
+		}
+		switch what {
+		case 0:
+			c, err := l.decision(s, out)
+			if err != nil {
+				return fail(err)
+			}
+			return c, nil
+		case 1:
+			wait, err := out[1].AsInt64()
+			if err != nil {
+				return fail(err)
+			}
+			t := time.NewTimer(min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll))
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				t.Stop()
+				return fail(ctx.Err())
+			}
+			continue
+		}
+		unique, exact, err := l.cfg.Seal(ctx, s)
+		if err != nil {
+			return fail(err)
+		}
+		out, err = l.exec(ctx, decideScript,
+			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)},
+			[]string{strconv.FormatUint(unique, 10), flag(exact), ms(keepUndelivered), spanName(s), unixMS(s.End())})
+		if err != nil {
+			return fail(err)
+		}
+		c, err := l.decision(s, out)
+		if err != nil {
+			return fail(err)
+		}
+		return c, nil
+	}
+}
+
+// decided returns what this process knows the epoch came to.
+func (l *Ledger) decided(s counter.Span) (counter.Count, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.find(s); e != nil && e.decided != nil {
+		return *e.decided, true
+	}
+	return counter.Count{}, false
+}
+
+// decision reads {0, unique, complete, exact, sealed} and keeps it: should Redis
+// lose it before it is delivered, the next beat writes it again.
+func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (counter.Count, error) {
+	if len(out) != 5 {
+		return counter.Count{}, fmt.Errorf("a decision of %d parts", len(out))
+	}
+	var text [4]string
+	for i := range text {
+		var err error
+		if text[i], err = out[1+i].ToString(); err != nil {
+			return counter.Count{}, err
+		}
+	}
+	unique, err := strconv.ParseUint(text[0], 10, 64)
+	if err != nil {
+		return counter.Count{}, err
+	}
+	sealed, err := strconv.ParseInt(text[3], 10, 64)
+	if err != nil {
+		return counter.Count{}, err
+	}
+	c := counter.Count{
+		Start: s.Start.UTC(), Window: s.Window, Unique: unique,
+		Complete: text[1] == "1", Exact: text[2] == "1", SealedAt: time.UnixMilli(sealed).UTC(),
+	}
+	l.note(s)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.find(s); e != nil {
+		e.decided = &c
+	}
+	return c, nil
+}
+
+// Unpublished returns the epochs of the group that are over and whose records
+// are not delivered, whoever opened them, oldest first; with open those that are
+// not over as well.
+func (l *Ledger) Unpublished(ctx context.Context, open bool) ([]counter.Span, error) {
+	out, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)})
+	if err != nil {
+		return nil, fmt.Errorf("ledger: list epochs: %w", err)
+	}
+	spans := make([]counter.Span, 0, len(out))
+	for _, m := range out {
+		name, err := m.ToString()
+		if err != nil {
+			return nil, fmt.Errorf("ledger: list epochs: %w", err)
+		}
+		s, err := parseSpan(name)
+		if err != nil {
+			return nil, err
+		}
+		spans = append(spans, s)
+	}
+	slices.SortFunc(spans, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
+	return spans, nil
+}
+
+// Leading reports whether this member is the one to publish, as of its last beat.
+func (l *Ledger) Leading() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Now().Before(l.lead)
+}
+
+// MayDeliver asks, right before a record is written, whether it has been
+// delivered, and whether this member is the one to do it; the lead of a member
+// that is gone is taken.
+func (l *Ledger) MayDeliver(ctx context.Context, s counter.Span) (mine, delivered bool, err error) {
+	out, err := l.exec(ctx, deliverScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
+	if err != nil {
+		return false, false, fmt.Errorf("ledger: %w", err)
+	}
+	what, err := out[0].AsInt64()
+	if err != nil {
+		return false, false, fmt.Errorf("ledger: %w", err)
+	}
+	return what == 1, what == 2, nil
+}
+
+// Delivered marks the record of the epoch as visible for good.
+func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
+	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
+	_, err := l.exec(ctx, deliveredScript,
+		[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)}, []string{spanName(s), ms(keep)})
+	if err != nil {
+		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool {
+		return e.span.Window == s.Window && e.span.Start.Equal(s.Start)
+	})
+	return nil
+}
+
+// Leave takes this member out of the group: nobody waits for it any more. It
+// returns how many others are alive, and how long ago one was heard.
+func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
+	l.left.Store(true) // no beat undoes it
+	l.beating.Lock()
+	defer l.beating.Unlock()
+	l.mu.Lock()
+	l.lead = time.Time{}
+	l.mu.Unlock()
+	return l.whoIsThere(ctx, true)
+}
+
+// Others returns what Leave does, and leaves nothing.
+func (l *Ledger) Others(ctx context.Context) (others int, heard time.Duration, err error) {
+	return l.whoIsThere(ctx, false)
+}
+
+func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration, error) {
+	out, err := l.exec(ctx, othersScript,
+		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader},
+		[]string{l.cfg.Member, ms(memberTTL), flag(leave), l.unsettled()})
+	if err != nil {
+		return 0, 0, fmt.Errorf("ledger: %w", err)
+	}
+	n, err := out[0].AsInt64()
+	if err != nil {
+		return 0, 0, fmt.Errorf("ledger: %w", err)
+	}
+	heard, err := out[1].AsInt64()
+	if err != nil {
+		return 0, 0, fmt.Errorf("ledger: %w", err)
+	}
+	return int(n), time.Duration(heard) * time.Millisecond, nil
+}
+
+// LedgerStats describes the group as this member sees it.
+type LedgerStats struct {
+	Members int           // alive, this one among them
+	Leading bool          // this one publishes
+	Offset  time.Duration // how far the clock of Redis is ahead of this one
+	Waiting int           // epochs this one knows of and has not heard to be delivered, the open one among them
+
+	// Problem says why this instance should get no requests: its clock or its
+	// windows are not those of the group. Empty if they are.
+	Problem string
+}
+
+// Stats returns what the last beat told.
+func (l *Ledger) Stats() LedgerStats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := LedgerStats{Members: l.others + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
+	if l.lastBeat.IsZero() {
+		return s
+	}
+	off := l.offset.Abs() - l.unsure
+	switch {
+	case l.odd != "":
+		member, window, _ := strings.Cut(l.odd, " ")
+		s.Problem = fmt.Sprintf("instance %s of this group has windows of %sms, this one of %sms", member, window, ms(l.cfg.Window))
+	case l.cfg.MaxSkew > 0 && off > l.cfg.MaxSkew:
+		which := "behind"
+		if l.offset < 0 {
+			which = "ahead of"
+		}
+		s.Problem = fmt.Sprintf("the clock is %v %s that of Redis, %v are allowed", off.Round(time.Millisecond), which, l.cfg.MaxSkew)
+	}
+	return s
+}

@@ -1,0 +1,421 @@
+package dedup
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/redis/rueidis"
+
+	"verve/counter"
+)
+
+// group is a Redis of its own with the members that a test makes.
+type group struct {
+	t       *testing.T
+	client  rueidis.Client
+	counted atomic.Uint64 // what sealing an epoch comes to
+	seals   atomic.Int64  // how often one was sealed
+}
+
+func newGroup(t *testing.T) *group {
+	t.Helper()
+	exe, err := exec.LookPath("redis-server")
+	if err != nil {
+		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), "redis") {
+			t.Fatalf("VERVE_TEST_REQUIRE asks for redis: %v", err)
+		}
+		t.Skipf("no redis-server here: %v", err)
+	}
+	// On a socket, which needs no free port.
+	dir, err := os.MkdirTemp("", "verve-redis-") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := dir + "/s"
+	cmd := exec.Command(exe, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", dir)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		_ = os.RemoveAll(dir)
+	})
+	g := &group{t: t}
+	eventually(t, "redis-server answers", func() bool {
+		g.client, err = rueidis.NewClient(rueidis.ClientOption{
+			InitAddress: []string{socket}, DisableCache: true, ForceSingleClient: true,
+			DialCtxFn: func(ctx context.Context, _ string, d *net.Dialer, _ *tls.Config) (net.Conn, error) {
+				return d.DialContext(ctx, "unix", socket)
+			},
+		})
+		return err == nil
+	})
+	t.Cleanup(g.client.Close)
+	return g
+}
+
+// eventually polls for what other processes and goroutines bring about.
+func eventually(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain: %s", what)
+		}
+	}
+}
+
+func (g *group) member(name string, change ...func(*ledgerConfig)) *Ledger {
+	cfg := ledgerConfig{
+		Client: g.client, Group: "a {b}", Member: name, Window: time.Minute, MaxSkew: time.Second,
+		Seal: func(context.Context, counter.Span) (uint64, bool, error) {
+			g.seals.Add(1)
+			return g.counted.Load(), true, nil
+		},
+		Unsettled: func() (time.Time, bool) { return time.Time{}, false },
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	return openLedger(cfg)
+}
+
+// span is a minute that ended so long ago; negative: it is to come.
+func spanEnded(ago time.Duration) counter.Span {
+	return counter.Span{Start: time.Now().Add(-ago - time.Minute).Truncate(time.Millisecond).UTC(), Window: time.Minute}
+}
+
+func (g *group) do(f func(context.Context) error) {
+	g.t.Helper()
+	if err := f(g.t.Context()); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+func (g *group) beat(members ...*Ledger) {
+	g.t.Helper()
+	for _, m := range members {
+		g.do(m.beat)
+	}
+}
+
+func (g *group) report(s counter.Span, complete bool, members ...*Ledger) {
+	g.t.Helper()
+	for _, m := range members {
+		g.do(func(ctx context.Context) error {
+			return m.Report(ctx, counter.Count{Start: s.Start, Window: s.Window, Complete: complete, Exact: true})
+		})
+	}
+}
+
+func (g *group) seal(m *Ledger, s counter.Span) counter.Count {
+	g.t.Helper()
+	ctx, cancel := context.WithTimeout(g.t.Context(), 30*time.Second)
+	defer cancel()
+	c, err := m.Seal(ctx, s)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return c
+}
+
+// notYet is what Seal says within a moment.
+func (g *group) notYet(m *Ledger, s counter.Span, why string) {
+	g.t.Helper()
+	ctx, cancel := context.WithTimeout(g.t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if c, err := m.Seal(ctx, s); err == nil {
+		g.t.Errorf("sealed as %+v, although %s", c, why)
+	}
+}
+
+func (g *group) unpublished(m *Ledger) []counter.Span {
+	g.t.Helper()
+	spans, err := m.Unpublished(g.t.Context(), false)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return spans
+}
+
+// TestEveryMemberGetsTheSameCount: whoever seals an epoch, and however many at
+// once, its count is decided once, and stays when the ids are counted again and
+// would be more.
+func TestEveryMemberGetsTheSameCount(t *testing.T) {
+	g := newGroup(t)
+	a, b, c := g.member("a"), g.member("b"), g.member("c")
+	s := spanEnded(0)
+	g.beat(a, b, c)
+	g.report(s, false, a)
+	g.report(s, true, b)
+	g.report(s, false, c)
+	g.counted.Store(48211)
+	counts := make([]counter.Count, 9)
+	var all sync.WaitGroup
+	for i := range counts {
+		all.Go(func() { counts[i] = g.seal([]*Ledger{a, b, c}[i%3], s) })
+	}
+	all.Wait()
+	g.counted.Store(99999)
+	counts = append(counts, g.seal(g.member("late"), s))
+	for _, got := range counts {
+		if got != counts[0] {
+			t.Errorf("got %+v and %+v of one epoch", counts[0], got)
+		}
+	}
+	if got := counts[0]; got.Unique != 48211 || !got.Complete || !got.Exact || !got.Start.Equal(s.Start) || got.Window != s.Window ||
+		time.Since(got.SealedAt) > time.Minute || time.Until(got.SealedAt) > time.Minute {
+		t.Errorf("got %+v", got)
+	}
+	if n := g.seals.Load(); n != 1 {
+		t.Errorf("the ids were sealed %d times", n)
+	}
+}
+
+// TestSealWaitsForEveryClock: while a member that is alive has not left the
+// epoch, only the skew allowed ends the waiting; one that left does not delay it,
+// and a dead one no longer than that.
+func TestSealWaitsForEveryClock(t *testing.T) {
+	g := newGroup(t)
+	hour := func(c *ledgerConfig) { c.MaxSkew = time.Hour }
+	a, b := g.member("a", hour), g.member("b", hour)
+	s := spanEnded(time.Second)
+	g.beat(a, b)
+	g.report(s, true, a)
+	g.notYet(a, s, "b is in the epoch")
+	g.report(s, true, b)
+	g.seal(a, s)
+
+	// The clock of b is wild, and it is alone.
+	for _, m := range []*Ledger{a, b} {
+		if _, _, err := m.Leave(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	alone := g.member("alone")
+	future := spanEnded(-time.Hour)
+	g.beat(alone)
+	g.report(future, true, alone)
+	g.notYet(alone, future, "it has not begun")
+
+	// One that was killed.
+	dead := g.member("dead")
+	past := spanEnded(2 * time.Second)
+	g.beat(dead)
+	g.report(past, true, alone)
+	g.seal(alone, past)
+	if n := g.seals.Load(); n != 2 {
+		t.Errorf("%d epochs were sealed, want 2", n)
+	}
+}
+
+// TestRecordIsNotExactWhereIdsMayBeMissing: members that hold ids that Redis does
+// not have are waited for; where that is in vain the record says so.
+func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
+	g := newGroup(t)
+	s := spanEnded(2 * time.Second)
+	var held atomic.Bool
+	holds := func(c *ledgerConfig) {
+		c.Unsettled = func() (time.Time, bool) { return s.Start, held.Load() }
+	}
+	a, b := g.member("a"), g.member("b", holds)
+	held.Store(true)
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.notYet(a, s, "b holds ids")
+	held.Store(false)
+	g.beat(b)
+	if c := g.seal(a, s); !c.Exact {
+		t.Errorf("b has settled, and the record is %+v", c)
+	}
+
+	s = spanEnded(2*time.Second + settleWait)
+	held.Store(true)
+	g.beat(b)
+	g.report(s, true, a, b)
+	if c := g.seal(a, s); c.Exact {
+		t.Errorf("b has not settled, and the record is %+v", c)
+	}
+}
+
+// TestEpochsOutliveTheirMembers: what dead members opened is found, in order, by
+// one that comes later, and once it is delivered by nobody any more.
+func TestEpochsOutliveTheirMembers(t *testing.T) {
+	g := newGroup(t)
+	dead := g.member("dead")
+	var want []counter.Span
+	for _, ago := range []time.Duration{3 * time.Hour, 2 * time.Hour, time.Hour} {
+		want = append(want, spanEnded(ago))
+	}
+	for _, i := range []int{2, 0, 1} {
+		g.do(func(ctx context.Context) error { return dead.Register(ctx, want[i]) })
+	}
+	g.do(func(ctx context.Context) error { return dead.Register(ctx, spanEnded(-time.Minute)) }) // is open
+	later := g.member("later")
+	if got := g.unpublished(later); !slices.Equal(got, want) {
+		t.Fatalf("got %v, want %v", got, want)
+	}
+	if c := g.seal(later, want[0]); c.Complete {
+		t.Errorf("nobody served the whole of it, and the record is %+v", c)
+	}
+	g.do(func(ctx context.Context) error { return later.Delivered(ctx, want[0]) })
+	g.beat(dead) // knows of it still
+	if got := g.unpublished(later); !slices.Equal(got, want[1:]) {
+		t.Errorf("got %v, want %v", got, want[1:])
+	}
+	if _, delivered, err := dead.MayDeliver(t.Context(), want[0]); err != nil || !delivered {
+		t.Errorf("delivered: %t, %v", delivered, err)
+	}
+}
+
+// TestOneMemberPublishes: the lead stays with a member until it is silent for the
+// lease, or leaves.
+func TestOneMemberPublishes(t *testing.T) {
+	g := newGroup(t)
+	a, b := g.member("a"), g.member("b")
+	s := spanEnded(0)
+	for range 3 {
+		g.beat(a, b)
+	}
+	if !a.Leading() || b.Leading() {
+		t.Fatalf("leading: a %t, b %t", a.Leading(), b.Leading())
+	}
+	mine, delivered, err := b.MayDeliver(t.Context(), s)
+	if mine || delivered || err != nil {
+		t.Errorf("b may deliver: %t, %t, %v", mine, delivered, err)
+	}
+	others, _, err := a.Leave(t.Context())
+	if others != 1 || err != nil {
+		t.Errorf("a left %d others, %v", others, err)
+	}
+	g.beat(b)
+	if !b.Leading() || a.Leading() {
+		t.Errorf("after a left: leading a %t, b %t", a.Leading(), b.Leading())
+	}
+	// b is killed: its lease ends with the key.
+	g.do(func(ctx context.Context) error {
+		return g.client.Do(ctx, g.client.B().Del().Key(b.keys.leader).Build()).Error()
+	})
+	c := g.member("c")
+	if mine, _, err := c.MayDeliver(t.Context(), s); !mine || err != nil {
+		t.Errorf("c may deliver: %t, %v", mine, err)
+	}
+	g.beat(b, c)
+	if b.Leading() || !c.Leading() {
+		t.Errorf("after b's lease: leading b %t, c %t", b.Leading(), c.Leading())
+	}
+}
+
+// TestLastMemberKnowsThatItIs: of members that leave at once, one is told that it
+// is the last.
+func TestLastMemberKnowsThatItIs(t *testing.T) {
+	g := newGroup(t)
+	var members []*Ledger
+	for i := range 8 {
+		members = append(members, g.member(fmt.Sprint(i)))
+	}
+	g.beat(members...)
+	var last atomic.Int64
+	var all sync.WaitGroup
+	for _, m := range members {
+		all.Go(func() {
+			others, _, err := m.Leave(context.Background())
+			if err != nil {
+				t.Error(err)
+			}
+			if others == 0 {
+				last.Add(1)
+			}
+		})
+	}
+	all.Wait()
+	if n := last.Load(); n != 1 {
+		t.Errorf("%d of them were the last", n)
+	}
+	g.beat(members...) // beats no more
+	if others, _, err := g.member("x").Others(t.Context()); others != 0 || err != nil {
+		t.Errorf("%d are alive, %v", others, err)
+	}
+}
+
+// TestLostLedgerComesBack: after a FLUSHALL the next beat of any member that
+// knows brings back the epochs and, above all, the counts that were decided, as
+// the ids they came from are gone.
+func TestLostLedgerComesBack(t *testing.T) {
+	g := newGroup(t)
+	a, b := g.member("a"), g.member("b")
+	sealed, over := spanEnded(2*time.Second), spanEnded(time.Second)
+	g.beat(a, b)
+	g.report(sealed, true, a, b)
+	g.counted.Store(7)
+	want := g.seal(a, sealed)
+	g.do(func(ctx context.Context) error { return b.Register(ctx, over) })
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.counted.Store(0)
+	g.beat(a, b)
+	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{sealed, over}) {
+		t.Errorf("got %v, want %v", got, []counter.Span{sealed, over})
+	}
+	if got := g.seal(g.member("c"), sealed); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// TestMemberThatCountsOtherWindowsSaysSo: two windows in one group would count an
+// id twice.
+func TestMemberThatCountsOtherWindowsSaysSo(t *testing.T) {
+	g := newGroup(t)
+	a := g.member("a")
+	b := g.member("b", func(c *ledgerConfig) { c.Window = time.Second })
+	g.beat(a, b, a)
+	for _, m := range []*Ledger{a, b} {
+		if p := m.Stats().Problem; !strings.Contains(p, "windows of") {
+			t.Errorf("got problem %q", p)
+		}
+	}
+	if _, _, err := b.Leave(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.beat(a)
+	if s := a.Stats(); s.Problem != "" || s.Members != 1 {
+		t.Errorf("got %+v", s)
+	}
+}
+
+// TestLedgerLeavesNothingForEver: every key of it expires by itself.
+func TestLedgerLeavesNothingForEver(t *testing.T) {
+	g := newGroup(t)
+	a := g.member("a", func(c *ledgerConfig) { c.Unsettled = func() (time.Time, bool) { return time.Now(), true } })
+	open, sealed, delivered := spanEnded(time.Hour), spanEnded(time.Minute), spanEnded(time.Second)
+	g.do(func(ctx context.Context) error { return a.Register(ctx, open) })
+	g.beat(a)
+	g.report(open, true, a)
+	for _, s := range []counter.Span{sealed, delivered} {
+		g.report(s, true, a)
+		g.seal(a, s)
+	}
+	g.do(func(ctx context.Context) error { return a.Delivered(ctx, delivered) })
+	keys, err := g.client.Do(t.Context(), g.client.B().Keys().Pattern("*").Build()).AsStrSlice()
+	if err != nil || len(keys) < 7 {
+		t.Fatalf("got keys %v, %v", keys, err)
+	}
+	for _, k := range keys {
+		ttl, err := g.client.Do(t.Context(), g.client.B().Pttl().Key(k).Build()).AsInt64()
+		if err != nil || ttl <= 0 {
+			t.Errorf("%s lives for %d ms, %v", k, ttl, err)
+		}
+		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:") {
+			t.Errorf("%s has another hash tag", k)
+		}
+	}
+}
