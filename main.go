@@ -90,6 +90,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	// From here on a signal stops in order, also in the middle of the start.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	ignoreFileSize()
 
 	secret, err := secretFile("callback-secret-file", cfg.CallbackSecretFile)
 	if err != nil {
@@ -267,8 +268,9 @@ func openSet(cfg *config, log zerolog.Logger) (*dedup.Memory, error) {
 				Msg("the ids of the last epoch were damaged and are set aside; the present window counts without them and is not exact")
 		},
 		OnFailure: func(err error) {
-			log.Error().Err(err).Msg("ids cannot be kept on disk: every id is refused until the disk is repaired and the server restarted")
+			log.Error().Err(err).Msg("ids cannot be kept on disk: every id is refused until the disk takes writes again, and the window is over and published")
 		},
+		OnRepair: func() { log.Info().Msg("ids are kept on disk again") },
 	}
 	set, err := dedup.NewMemory(c)
 	if errors.Is(err, errors.ErrUnsupported) {

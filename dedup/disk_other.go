@@ -22,5 +22,6 @@ func syncMapped([]byte) error               { return errors.ErrUnsupported }
 func syncDir(string) error                  { return errors.ErrUnsupported }
 func reserve(*os.File, int) error           { return errors.ErrUnsupported }
 func touch([]byte)                          {}
+func noSpace(error) bool                    { return false }
 func bootID() uint32                        { return 0 }
 func bootTime() time.Time                   { return time.Time{} }

@@ -43,6 +43,12 @@ func lockFile(f *os.File) (taken bool, err error) {
 	return true, nil
 }
 
+// noSpace reports whether err says that there is no room for more on the disk, or
+// for this user, or in a file: what is there is sound.
+func noSpace(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
+}
+
 // syncDir makes a created, renamed or removed name durable.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)

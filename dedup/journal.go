@@ -1,7 +1,6 @@
 package dedup
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -41,6 +40,7 @@ type journal struct {
 	nudge         func()      // wakes the one who calls prepare
 	onFailure     func(error) // is told what broken becomes
 	step          func()      // tests: called between the stores of a slot
+	msync         func([]byte) error
 
 	writers sync.Pool // of *writer
 
@@ -51,8 +51,10 @@ type journal struct {
 	secret secret
 
 	// broken is set when the files cannot be trusted to take a store or to keep
-	// it: from then on nothing is added in this process.
+	// it: from then on no journal of theirs adds anything (see renew.go).
 	broken atomic.Pointer[error]
+	failed chan struct{} // capacity 1: wakes the one who keeps, then
+	moved  bool          // out of the way of the next, which the one who keeps alone asks
 
 	making  sync.Mutex // held while a segment is made
 	shortAt time.Time  // when that failed last; guarded by making
@@ -127,12 +129,13 @@ type slot struct {
 	published uint64 // sum of the window's records, as the publisher knew it then
 	meta      uint64 // generation<<33 | inexact<<32 | boot
 	check     uint64 // of the words before it
-	ended     uint64 // 0, or endedMark or syncedMark of the serial
+	ended     uint64 // 0, or a mark below with the serial
 }
 
 const (
 	slotMark   = 0xa5
 	endedMark  = 0x6465646e65767276 // published, or nothing was missing
+	doubtMark  = 0x7462756f64767276 // not published, and ids may be missing: the disk failed
 	syncedMark = 0x6465636e79737672 // and all of it is on the disk
 	markMagic  = 0x6d67657365767276
 )
@@ -184,6 +187,7 @@ func damaged(format string, args ...any) error {
 // told to setAside, and a new one is made.
 func openJournal(j *journal, setAside func(name string, reason error)) (*journal, error) {
 	j.writers.New = func() any { return new(writer) }
+	j.failed = make(chan struct{}, 1)
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
@@ -196,9 +200,7 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 		if setAside != nil {
 			setAside(name, damage)
 		}
-		fresh := &journal{dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, nudge: j.nudge, onFailure: j.onFailure, step: j.step}
-		fresh.writers.New = j.writers.New
-		j = fresh
+		j = j.again()
 		err = j.open()
 	}
 	if err == nil && len(j.ready) == 0 {
@@ -211,6 +213,14 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 	return j, nil
 }
 
+// again is a journal, not yet opened, of the same settings.
+func (j *journal) again() *journal {
+	next := &journal{dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, nudge: j.nudge, onFailure: j.onFailure, step: j.step, msync: j.msync}
+	next.writers.New = j.writers.New
+	next.failed = make(chan struct{}, 1)
+	return next
+}
+
 func (j *journal) open() error {
 	if err := os.MkdirAll(j.dir, 0o755); err != nil {
 		return err
@@ -218,6 +228,7 @@ func (j *journal) open() error {
 	if err := j.takeLock(); err != nil {
 		return err
 	}
+	j.removeReplaced() // what it holds was published
 	entries, err := os.ReadDir(j.dir)
 	if err != nil {
 		return err
@@ -274,6 +285,14 @@ func (j *journal) takeLock() error {
 		return fmt.Errorf("%s is in use by process %s", j.dir, strings.TrimSpace(string(owner[:n])))
 	}
 	j.lock = f
+	// The owner before may have renamed the directory between the two calls.
+	mine, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if there, err := os.Stat(f.Name()); err != nil || !os.SameFile(mine, there) {
+		return fmt.Errorf("%s is in use by another process", j.dir)
+	}
 	if err := f.Truncate(0); err != nil {
 		return err
 	}
@@ -292,8 +311,10 @@ func (j *journal) create() (err error) {
 	header := make([]uint64, headerWords)
 	header[headerMagicAt], header[headerVersionAt] = journalMagic, journalVersion
 	header[headerSlotsAt], header[headerSegmentsAt], header[headerChunksAt] = slotCount, maxSegments, uint64(j.segmentChunks)
-	secret := newSecret()
-	copy(header[headerSecretAt:], secret.words())
+	if j.secret == (secret{}) {
+		j.secret = newSecret()
+	}
+	copy(header[headerSecretAt:], j.secret.words())
 	header[headerCheckAt] = checkOf(header[:headerCheckAt])
 	if err := reserve(f, stateBytes); err != nil {
 		return err
@@ -452,11 +473,20 @@ func (s *slot) read() (o opened, ok bool) {
 		serial: id >> 8, number: int64(s.number), window: time.Duration(s.window),
 		logged: s.logged, published: s.published,
 		generation: uint32(s.meta >> 33), inexact: s.meta>>32&1 != 0, boot: uint32(s.meta),
-		ended: s.ended != 0, synced: s.ended == syncedMark^id,
+	}
+	switch s.ended {
+	case 0:
+	case endedMark ^ id:
+		o.ended = true
+	case syncedMark ^ id:
+		o.ended, o.synced = true, true
+	case doubtMark ^ id:
+		o.inexact = true
+	default:
+		return o, false
 	}
 	return o, id&0xff == slotMark && s.check == checkOf(s.words()) &&
-		o.serial > 0 && o.serial < 1<<serialBits && o.window > 0 &&
-		(s.ended == 0 || s.ended == endedMark^id || o.synced)
+		o.serial > 0 && o.serial < 1<<serialBits && o.window > 0
 }
 
 // words are those under the check.
@@ -505,11 +535,11 @@ var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable
 // begin keeps that e was opened, and returns its place, which is for end. Its
 // ids may be added only if there is no error.
 func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
-	if broken := j.broken.Load(); broken != nil {
-		return of, *broken
-	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if broken := j.broken.Load(); broken != nil {
+		return of, *broken // meanwhile, and may be closed
+	}
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	o := opened{serial: e.Serial(), number: e.Number(), window: e.End().Sub(e.Start()), boot: j.boot}
@@ -545,8 +575,9 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	if goesOn {
 		j.first.serial, j.first.load = o.serial, j.counts[o.serial]
 	}
-	j.write(i, &o)
 	o.slot = i
+	of = o.of() // from here on it is for end, also after a fault
+	j.write(i, &o)
 	j.newest, j.counts = o, nil
 	switch {
 	case goesOn:
@@ -557,7 +588,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	if o.inexact {
 		e.MarkInexact()
 	}
-	return o.of(), nil
+	return of, nil
 }
 
 // end keeps that nothing of an epoch is left to be published. Where this process
@@ -577,6 +608,9 @@ func (j *journal) endLocked(o slotOf) {
 		return
 	}
 	k.ended = true
+	if j.state == nil {
+		return // closed
+	}
 	atomic.StoreUint64(&j.slots[o.slot].ended, endedMark^(o.serial<<8|slotMark))
 	j.recycle()
 }
@@ -671,8 +705,11 @@ func (j *journal) caught(err *error) {
 // fail makes the journal refuse from now on, with the first reason.
 func (j *journal) fail(reason error) error {
 	err := fmt.Errorf("%w: %w", ErrUnavailable, reason)
-	if j.broken.CompareAndSwap(nil, &err) && j.onFailure != nil {
-		j.onFailure(err)
+	if j.broken.CompareAndSwap(nil, &err) {
+		j.failed <- struct{}{}
+		if j.onFailure != nil {
+			j.onFailure(err)
+		}
 	}
 	return *j.broken.Load()
 }
@@ -718,30 +755,11 @@ func (j *journal) sync() error {
 	}
 	j.mu.Unlock()
 	for _, b := range append(maps, j.state) {
-		if err := syncMapped(b); err != nil {
+		if err := j.msync(b); err != nil {
 			return j.fail(fmt.Errorf("sync %s: %w", j.dir, err))
 		}
 	}
 	return nil
-}
-
-// syncEvery bounds what a loss of power costs.
-const syncEvery = time.Second
-
-// run syncs until ctx ends, and removes segments that are not needed.
-func (j *journal) run(ctx context.Context) {
-	tick := time.NewTicker(syncEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			if j.sync() == nil {
-				_ = j.trim() // a file too many; a fault is kept in broken
-			}
-		}
-	}
 }
 
 // close syncs and lets go of the lock, and of the memory if nobody is in an
@@ -767,15 +785,18 @@ func (j *journal) markSynced() (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	if n := j.newest; n.serial > 0 && j.known[n.slot].ended {
 		atomic.StoreUint64(&j.slots[n.slot].ended, syncedMark^(n.serial<<8|slotMark))
-		if err := syncMapped(j.state); err != nil {
+		if err := j.msync(j.state); err != nil {
 			return fmt.Errorf("sync %s: %w", j.dir, err)
 		}
 	}
 	return nil
 }
 
-// release gives up the mappings and the lock. Nobody may use j any more.
+// release gives up the mappings and the lock. Nobody may be in an epoch that was
+// begun in j any more; calls that come late find it broken.
 func (j *journal) release() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	for _, s := range j.segments {
 		if s != nil {
 			unmapFile(s.memory)
@@ -787,7 +808,8 @@ func (j *journal) release() {
 	if j.lock != nil {
 		_ = j.lock.Close() // nothing was written that matters
 	}
-	j.segments, j.state, j.lock = nil, nil, nil
+	j.segments, j.ready, j.current = nil, nil, nil
+	j.slots, j.marks, j.state, j.lock = nil, nil, nil, nil
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

@@ -736,6 +736,10 @@ func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
 	if problem := p.m.Stats().Problem; !strings.Contains(problem, "no space") {
 		t.Errorf("the problem is %q, want that there is no space", problem)
 	}
+	p.want(time.Now(), "0", Repeat)
+	if v, _, err := p.add(time.Now(), "a text"); !errors.Is(err, ErrFull) {
+		t.Errorf("a text: got %v, %v; want ErrFull", v, err)
+	}
 	if err := os.Remove(stuffing); err != nil {
 		t.Fatal(err)
 	}

@@ -50,15 +50,19 @@ type Config struct {
 	// OnSetAside is told the new name of a Dir that was damaged, and why. A new
 	// one was made in its place.
 	OnSetAside func(name string, reason error)
-	// OnFailure is told, once, why nothing can be kept in Dir any more: from then
-	// on every Add fails with ErrUnavailable. It may be called from Add.
+	// OnFailure is told why nothing can be kept in Dir any more: from then on
+	// every Add fails with ErrUnavailable, until OnRepair, which comes when Dir
+	// takes writes again and the epoch that failed is published. They may be
+	// called from Add, and must not call the Memory.
 	OnFailure func(error)
+	OnRepair  func()
 
-	// For tests: the boot of the machine, the size of a segment, and what is
-	// called between the stores of a slot.
+	// For tests: the boot of the machine, the size of a segment, what is called
+	// between the stores of a slot, and what syncs memory to the disk.
 	boot          uint32
 	segmentChunks int
 	step          func()
+	msync         func([]byte) error
 }
 
 // Memory is the Set in this process's memory: two epoch-tagged tables, a
@@ -68,12 +72,12 @@ type Config struct {
 // Add takes no lock and allocates nothing while the ids of the epoch are below
 // MaxIDs and their table does not have to grow.
 type Memory struct {
-	cfg     Config
-	secret  secret
-	arena   *arena
-	journal *journal // nil: nothing is kept
+	cfg    Config
+	secret secret
+	arena  *arena
 
 	mu         sync.Mutex           // guards what follows; held for moments
+	journal    *journal             // of the epochs to be opened; nil: nothing is kept
 	narrow     *table[narrowBucket] // of the epochs to be opened
 	wide       *table[wideBucket]
 	nextNarrow *table[narrowBucket] // ready to take over at the next turn
@@ -113,9 +117,10 @@ type view struct {
 	// sampled new ids of each table: a load is sampleEvery times as large.
 	narrowSample, wideSample atomic.Uint64
 
-	serial uint64
-	kept   slotOf // in the journal
-	before load   // ids that an earlier process has added
+	serial  uint64
+	journal atomic.Pointer[journal] // nil: nothing is kept. It is replaced where nothing could be.
+	kept    slotOf                  // in the journal; guarded by Memory.mu
+	before  load                    // ids that an earlier process has added
 
 	// tight is set when MaxIDs is near: from then on adding is serial and exact.
 	tight   atomic.Bool
@@ -220,7 +225,10 @@ func (m *Memory) Open(e *counter.Epoch) {
 	v.wide.refs++
 	m.unretired++
 	if m.journal != nil {
-		v.kept, v.refused = m.journal.begin(e)
+		v.journal.Store(m.journal)
+		if v.kept, v.refused = m.journal.begin(e); m.journal.broken.Load() != nil {
+			v.refused = nil // the journal refuses, until it is replaced
+		}
 		v.before = m.journal.resumed(e.Serial())
 		v.narrowSample.Store(v.before.narrow / sampleEvery)
 		v.wideSample.Store(v.before.wide / sampleEvery)
@@ -269,15 +277,15 @@ func (m *Memory) nudge() {
 // Retire learns from the load of e and lets go of its tables.
 func (m *Memory) Retire(e *counter.Epoch) {
 	v, here := e.State.(*view)
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if !here { // counted by an earlier process
 		m.journal.end(e.State.(slotOf))
 		return
 	}
-	if m.journal != nil {
-		m.journal.end(v.kept)
+	if j := v.journal.Load(); j != nil {
+		j.end(v.kept)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	v.narrow.refs--
 	v.wide.refs--
 	m.unretired--
@@ -319,7 +327,7 @@ func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
 // into the table, and is there when it is answered: a kill in between is one of
 // a request that nobody has an answer to.
 func (m *Memory) addKey(e *counter.Epoch, v *view, kind int, hi, lo uint64) (place, error) {
-	j := m.journal
+	j := v.journal.Load()
 	if j == nil {
 		return m.insert(e, v, kind, hi, lo)
 	}
@@ -327,7 +335,7 @@ func (m *Memory) addKey(e *counter.Epoch, v *view, kind int, hi, lo uint64) (pla
 	c, err := j.reserve(w, v.serial, kind)
 	if err != nil {
 		j.writers.Put(w)
-		return full, err
+		return m.lookFull(v, kind, hi, lo, err)
 	}
 	p, err := m.insert(e, v, kind, hi, lo)
 	if p == taken {
@@ -485,6 +493,7 @@ func (m *Memory) Stats() Stats {
 	if m.current != nil {
 		refused = m.current.refused
 	}
+	j := m.journal
 	m.mu.Unlock()
 	s := Stats{
 		Bytes:     m.arena.used.Load(),
@@ -493,8 +502,8 @@ func (m *Memory) Stats() Stats {
 		Reclaimed: m.reclaimed.Load(),
 		Full:      m.fulls.Load(),
 	}
-	if m.journal != nil {
-		s.Kept, s.Problem = m.journal.bytes(), m.journal.problem()
+	if j != nil {
+		s.Kept, s.Problem = j.bytes(), j.problem()
 	}
 	if s.Problem == "" && refused != nil {
 		s.Problem = refused.Error()
@@ -537,10 +546,10 @@ func closeTables[B any](a *arena, tables []*table[B]) {
 // tables of the wrong size, and sweeps what retired epochs left. Beside it the
 // journal is synced.
 func (m *Memory) Run(ctx context.Context) error {
-	if m.journal != nil {
-		var syncing sync.WaitGroup
-		syncing.Go(func() { m.journal.run(ctx) })
-		defer syncing.Wait()
+	if m.kept() != nil {
+		var keeping sync.WaitGroup
+		keeping.Go(func() { m.keep(ctx) })
+		defer keeping.Wait()
 	}
 	tick := time.NewTicker(m.cfg.CleanupInterval)
 	defer tick.Stop()
@@ -550,17 +559,13 @@ func (m *Memory) Run(ctx context.Context) error {
 			return nil
 		case <-m.check:
 			m.growAhead()
-			if m.journal != nil {
-				m.journal.prepare()
-			}
+			m.kept().prepare()
 			if m.behind() {
 				m.reclaim()
 			}
 		case <-tick.C:
 			m.growAhead()
-			if m.journal != nil {
-				m.journal.prepare()
-			}
+			m.kept().prepare()
 			m.resize()
 			m.release()
 			m.reclaim()

@@ -14,6 +14,9 @@ import (
 
 // openJournal opens the journal of cfg.Dir.
 func (m *Memory) openJournal() error {
+	if m.cfg.msync == nil {
+		m.cfg.msync = syncMapped
+	}
 	j, err := openJournal(&journal{
 		dir:           m.cfg.Dir,
 		segmentChunks: cmp.Or(m.cfg.segmentChunks, segmentChunks),
@@ -21,6 +24,7 @@ func (m *Memory) openJournal() error {
 		nudge:         m.nudge,
 		onFailure:     m.cfg.OnFailure,
 		step:          m.cfg.step,
+		msync:         m.cfg.msync,
 	}, m.cfg.OnSetAside)
 	if err != nil {
 		return err

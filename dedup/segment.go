@@ -272,6 +272,9 @@ func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	defer j.mu.Unlock()
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	if broken := j.broken.Load(); broken != nil {
+		return *broken
+	}
 	for j.current == nil || j.current.next == len(j.current.chunks) {
 		if len(j.ready) > 0 {
 			j.current = j.ready[0]
@@ -308,7 +311,10 @@ func (j *journal) extend() (err error) {
 	j.mu.Lock()
 	index, ready, short := slices.Index(j.segments, nil), len(j.ready), j.short
 	j.mu.Unlock()
+	broken := j.broken.Load()
 	switch {
+	case broken != nil:
+		return *broken
 	case ready > 0:
 		return nil
 	case short != nil && time.Since(j.shortAt) < retryExtend:
@@ -322,9 +328,17 @@ func (j *journal) extend() (err error) {
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	if err != nil {
+		kind := ErrUnavailable
+		if noSpace(err) {
+			kind = ErrFull
+		}
 		j.shortAt = time.Now()
-		j.short = fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
+		j.short = fmt.Errorf("%w: keeping ids on disk: %w", kind, err)
 		return j.short
+	}
+	if broken := j.broken.Load(); broken != nil {
+		unmapFile(s.memory)
+		return *broken
 	}
 	j.short = nil
 	j.segments[index] = s
@@ -336,6 +350,9 @@ func (j *journal) extend() (err error) {
 // prepare makes the next segment ready when the present one is half full, off
 // the request path.
 func (j *journal) prepare() {
+	if j == nil {
+		return // nothing is kept
+	}
 	j.mu.Lock()
 	low := len(j.ready) == 0 && (j.current == nil || j.current.next >= len(j.current.chunks)/2)
 	j.mu.Unlock()
@@ -381,6 +398,11 @@ func (j *journal) trim() (err error) {
 	// Who still points into it has chunks of epochs that are over, and will not
 	// write: nobody is in them.
 	atomic.StoreUint64(&j.marks[s.index], 0)
+	// A mark on the disk without its file is damage; the removal may be there
+	// before what is only in the page cache.
+	if err := j.msync(j.state); err != nil {
+		return j.fail(fmt.Errorf("sync %s: %w", j.dir, err))
+	}
 	unmapFile(s.memory)
 	err = os.Remove(s.path)
 	j.mu.Lock()

@@ -1,0 +1,161 @@
+package dedup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// A journal whose files failed once is never trusted again. What it holds is
+// needed until its epochs are published, from memory, by this process; after that a
+// new one takes its place, in files of its own. The epoch in which it failed is
+// refused to its end: ids that it was given ok for may be missing in the files.
+
+const (
+	// syncEvery bounds what a loss of power costs.
+	syncEvery = time.Second
+
+	replacedSuffix = ".replaced-" // of a directory that is about to be removed
+)
+
+// kept is the journal of the epochs to be opened.
+func (m *Memory) kept() *journal {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.journal
+}
+
+// keep syncs the journal until ctx ends, removes segments that are not needed,
+// and replaces a journal that failed.
+func (m *Memory) keep(ctx context.Context) {
+	tick := time.NewTicker(syncEvery)
+	defer tick.Stop()
+	for {
+		j := m.kept()
+		select {
+		case <-ctx.Done():
+			return
+		case <-j.failed:
+			j.doubt()
+		case <-tick.C:
+			if j.broken.Load() != nil {
+				m.renew(j)
+			} else if j.sync() == nil {
+				_ = j.trim() // a file too many; a fault is kept in broken
+			}
+		}
+	}
+}
+
+// doubt says in the slots of a journal that failed that ids may be missing, for
+// a process that starts before they are published.
+func (j *journal) doubt() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var err error
+	defer j.caught(&err) // the files are broken, as is known
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	for i, k := range &j.known {
+		if k.serial > 0 && !k.ended && j.state != nil {
+			atomic.StoreUint64(&j.slots[i].ended, doubtMark^(k.serial<<8|slotMark))
+		}
+	}
+}
+
+// settled reports whether every epoch of j is published.
+func (j *journal) settled() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, k := range &j.known {
+		if k.serial > 0 && !k.ended {
+			return false
+		}
+	}
+	return true
+}
+
+// renew replaces j, which failed, if nothing of it is needed any more and its
+// place takes writes again: making the new files, each synced, is the trial.
+//
+// A kill after the renaming leaves no directory, which is as a first start: all
+// that was in it is with the publisher.
+func (m *Memory) renew(j *journal) {
+	if !j.settled() {
+		return
+	}
+	err := os.Rename(j.dir, j.dir+replacedSuffix+time.Now().UTC().Format("20060102T150405.000000000"))
+	if err != nil && !(j.moved && errors.Is(err, fs.ErrNotExist)) {
+		return // the next tick tries again
+	}
+	j.moved = true
+	j.release() // its space may be all there is
+	next := j.again()
+	next.secret = m.secret
+	if err := next.renewed(); err != nil {
+		next.release()
+		return
+	}
+
+	m.mu.Lock()
+	m.journal = next
+	if v := m.current; v != nil && v.kept == (slotOf{}) && v.refused == nil && m.busy[len(m.busy)-1].State == v {
+		// Nobody could add to the present epoch: it begins now.
+		var refused error
+		if v.kept, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {
+			v.journal.Store(next) // opens it for requests
+		}
+	}
+	m.mu.Unlock()
+	if m.cfg.OnRepair != nil {
+		m.cfg.OnRepair()
+	}
+}
+
+// renewed opens a new directory in the place of one that failed.
+func (j *journal) renewed() error {
+	if err := j.open(); err != nil {
+		return err
+	}
+	if j.newest.serial != 0 {
+		return fmt.Errorf("%s has epochs of another process", j.dir)
+	}
+	j.counts, j.aside, j.cut = nil, false, false // it is not of a process that begins
+	return j.extend()
+}
+
+// removeReplaced removes what journals that were replaced have left.
+func (j *journal) removeReplaced() {
+	beside, err := os.ReadDir(filepath.Dir(j.dir))
+	if err != nil {
+		return // no more than space is lost, and the next start tries again
+	}
+	for _, e := range beside {
+		if strings.HasPrefix(e.Name(), filepath.Base(j.dir)+replacedSuffix) {
+			_ = os.RemoveAll(filepath.Join(filepath.Dir(j.dir), e.Name()))
+		}
+	}
+}
+
+// lookFull answers an id that there is no room for in the journal: if it is in
+// the table it is a repeat all the same.
+func (m *Memory) lookFull(v *view, kind int, hi, lo uint64, refused error) (p place, err error) {
+	if !errors.Is(refused, ErrFull) {
+		return full, refused
+	}
+	if kind == narrowKind {
+		p, err = m.addNarrow(v, lo, true)
+	} else {
+		p, err = m.addWide(v, hi, lo, true)
+	}
+	if p == found || p == turned {
+		return p, err
+	}
+	return full, refused
+}

@@ -1,0 +1,293 @@
+//go:build linux
+
+package dedup
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// disk is one whose syncs can be made to fail.
+type disk struct {
+	failing  atomic.Bool
+	failures atomic.Int64 // told
+	repairs  atomic.Int64
+}
+
+func (d *disk) config(dir string) Config {
+	cfg := small(dir)
+	cfg.msync = func(b []byte) error {
+		if d.failing.Load() {
+			return unix.EIO
+		}
+		return syncMapped(b)
+	}
+	cfg.OnFailure = func(error) { d.failures.Add(1) }
+	cfg.OnRepair = func() { d.repairs.Add(1) }
+	return cfg
+}
+
+// keep runs the keeping of a life's journal until the life is over.
+func (p *life) keep() {
+	ctx, stop := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { p.m.keep(ctx) })
+	end := p.stop
+	p.stop = func() { end(); stop(); running.Wait() }
+}
+
+// TestFailedJournalIsReplaced: a disk that fails makes every id of the window
+// refused, whatever it is, and what was answered is published. When it is back the
+// next window takes ids, and keeps them: without a restart.
+func TestFailedJournalIsReplaced(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		fail func(d *disk, cfg Config)
+	}{
+		{"sync", func(d *disk, _ Config) { d.failing.Store(true) }},
+		{"ids", func(_ *disk, cfg Config) {
+			segments, _ := filepath.Glob(filepath.Join(cfg.Dir, "ids-*"))
+			for _, path := range segments {
+				_ = os.Truncate(path, 0)
+			}
+		}},
+		{"state", func(_ *disk, cfg Config) { _ = os.Truncate(filepath.Join(cfg.Dir, stateName), 0) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var d disk
+				dir := fastDir(t)
+				cfg := d.config(filepath.Join(dir, "data"))
+				base := time.Now()
+				l := newLedger(t)
+				p := live(t, cfg, time.Minute, l)
+				p.keep()
+				for i := range 100 {
+					p.want(time.Now(), strconv.Itoa(i), Unique)
+				}
+				tt.fail(&d, cfg)
+				answered := uint64(100)
+				for i := 100; ; i++ { // a chunk has room, and the sync comes in time
+					if v, _, err := p.add(time.Now(), strconv.Itoa(i)); err != nil {
+						break
+					} else if v == Unique {
+						answered++
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				refused := func(when string) {
+					t.Helper()
+					for _, id := range []string{"0", "new", "7777"} {
+						if v, _, err := p.add(time.Now(), id); !errors.Is(err, ErrUnavailable) {
+							t.Errorf("%s, id %s: got %v, %v; want ErrUnavailable", when, id, v, err)
+						}
+					}
+					if p.m.Stats().Problem == "" {
+						t.Errorf("%s there is no problem", when)
+					}
+				}
+				refused("failed")
+				d.failing.Store(false) // the disk works again, and what was lost is lost
+				time.Sleep(10 * time.Second)
+				refused("in the same window")
+
+				parent := filepath.Dir(cfg.Dir)
+				if err := os.Rename(parent, parent+".away"); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Until(base.Add(time.Minute + 10*time.Second)))
+				refused("in the next window, without a disk")
+				if err := os.Rename(parent+".away", parent); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(syncEvery)
+				synctest.Wait()
+				p.want(time.Now(), "0", Unique)
+				p.want(time.Now(), "0", Repeat)
+				if s := p.m.Stats(); s.Problem != "" || s.Kept == 0 || d.failures.Load() != 1 || d.repairs.Load() != 1 {
+					t.Errorf("problem %q, %d bytes kept, told %d times of failure, %d of repair", s.Problem, s.Kept, d.failures.Load(), d.repairs.Load())
+				}
+				p.kill() // what was kept since is there
+
+				p = live(t, cfg, time.Minute, l)
+				p.want(time.Now(), "0", Repeat)
+				p.want(time.Now(), "1", Unique)
+				if left, err := filepath.Glob(cfg.Dir + ".*"); len(left) > 0 || err != nil {
+					t.Errorf("left beside the directory: %v, %v", left, err)
+				}
+				p.close()
+				for n, want := range []uint64{answered, 2} {
+					if sum, _, exact := l.total(base.Add(time.Duration(n) * time.Minute)); sum != want || !exact {
+						t.Errorf("minute %d: the records add up to %d, exact %t; want %d", n, sum, exact, want)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestFailedAgainIsReplacedAgain, and the windows that waited for the publisher
+// keep the old files until they are published.
+func TestFailedAgainIsReplacedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var d disk
+		cfg := d.config(fastDir(t))
+		base := time.Now()
+		l := newLedger(t)
+		p := live(t, cfg, time.Minute, l)
+		p.keep()
+		want := map[int]uint64{}
+		for round := range 4 {
+			p.want(time.Now(), "a", Unique)
+			want[int(time.Since(base)/time.Minute)]++
+			held, _ := p.c.Enter(time.Now().UnixNano(), 0)
+			d.failing.Store(true)
+			time.Sleep(2 * syncEvery)
+			d.failing.Store(false)
+			time.Sleep(2 * time.Minute) // the window is over, and not published
+			if v, _, err := p.add(time.Now(), "b"); !errors.Is(err, ErrUnavailable) {
+				t.Fatalf("round %d: %v, %v while the files are needed", round, v, err)
+			}
+			if state, err := os.Stat(filepath.Join(cfg.Dir, stateName)); err != nil || state.Size() == 0 {
+				t.Errorf("round %d: the files that are needed are gone: %v", round, err)
+			}
+			held.Leave(outcome(Repeat))
+			time.Sleep(2 * syncEvery)
+			synctest.Wait()
+			if got := d.repairs.Load(); got != int64(round+1) {
+				t.Errorf("round %d: %d repairs", round, got)
+			}
+		}
+		p.stop()
+		p.c.Seal()
+		<-p.ended
+		if err := p.m.Close(); err != nil {
+			t.Error(err)
+		}
+		for minute, n := range want {
+			if sum, _, _ := l.total(base.Add(time.Duration(minute) * time.Minute)); sum != n && minute < 6 {
+				t.Errorf("minute %d: %d, want %d", minute, sum, n)
+			}
+		}
+	})
+}
+
+// TestKillAfterAFailureIsNotExact: what the files then have is not certain.
+func TestKillAfterAFailureIsNotExact(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var d disk
+		cfg := d.config(fastDir(t))
+		l := newLedger(t)
+		p := live(t, cfg, time.Minute, l)
+		p.keep()
+		p.want(time.Now(), "1", Unique)
+		start := p.c.Last().Start()
+		d.failing.Store(true)
+		time.Sleep(syncEvery)
+		synctest.Wait()
+		p.kill()
+		d.failing.Store(false)
+		p = live(t, cfg, time.Minute, l)
+		if p.c.Last().Exact() {
+			t.Error("the window is exact")
+		}
+		p.want(time.Now(), "1", Repeat)
+		p.close()
+		if sum, _, exact := l.total(start); sum != 1 || exact {
+			t.Errorf("the records add up to %d, exact %t; want 1, not exact", sum, exact)
+		}
+	})
+}
+
+// TestMarkIsSyncedBeforeItsFileIsRemoved: after a loss of power between the two
+// a mark without its file would be damage.
+func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := small(fastDir(t))
+		var j *journal
+		synced := map[string]bool{} // files that were there when their mark was synced as cleared
+		cfg.msync = func(b []byte) error {
+			if j != nil && len(b) == stateBytes {
+				for index, mark := range j.marks {
+					path := filepath.Join(cfg.Dir, segmentName(index))
+					if _, err := os.Stat(path); mark == 0 && err == nil {
+						synced[path] = true
+					}
+				}
+			}
+			return syncMapped(b)
+		}
+		p := live(t, cfg, time.Minute, newLedger(t))
+		j = p.m.journal
+		for i := range 20_000 {
+			p.want(time.Now(), strconv.Itoa(i), Unique)
+		}
+		before, err := filepath.Glob(filepath.Join(cfg.Dir, "ids-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 20 {
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			for range 3 {
+				if err := p.m.journal.trim(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		removed := 0
+		for _, path := range before {
+			if _, err := os.Stat(path); err == nil {
+				continue
+			}
+			if removed++; !synced[path] {
+				t.Errorf("%s was removed before its mark was synced", path)
+			}
+		}
+		if removed == 0 {
+			t.Error("nothing was removed")
+		}
+		p.close()
+	})
+}
+
+// TestSegmentThatCannotBeMadeRefusesIds, those that find no room: as unavailable
+// where the disk is not full, and until it can be made.
+func TestSegmentThatCannotBeMadeRefusesIds(t *testing.T) {
+	dir := fastDir(t)
+	cfg := small(dir)
+	cfg.segmentChunks = 2
+	p := live(t, cfg, time.Hour, newLedger(t))
+	if err := os.Rename(cfg.Dir, cfg.Dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	n := 0
+	for ; err == nil && n < 10_000; n++ {
+		_, _, err = p.add(time.Now(), strconv.Itoa(n))
+	}
+	if !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrFull) || !strings.Contains(p.m.Stats().Problem, "no such file") {
+		t.Errorf("after %d ids: %v; the problem is %q", n, err, p.m.Stats().Problem)
+	}
+	if err := os.Rename(cfg.Dir+".away", cfg.Dir); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(retryExtend)
+	p.want(time.Now(), strconv.Itoa(n), Unique)
+	p.want(time.Now(), "0", Repeat)
+	if problem := p.m.Stats().Problem; problem != "" {
+		t.Errorf("the problem is %q", problem)
+	}
+	p.close()
+}
