@@ -47,7 +47,7 @@ type config struct {
 
 	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener, with its chain, in PEM; it is read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
 	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
-	AdminTokenFile string `help:"File that holds the bearer token which the admin listener asks for, but for /healthz. Default: none is asked for." placeholder:"FILE" group:"General"`
+	AdminTokenFile string `help:"File that holds the bearer token which the admin listener asks for; probes of /healthz and /readyz need none. Default: nobody does." placeholder:"FILE" group:"General"`
 
 	Dedup           string        `default:"memory" enum:"memory" help:"Where ids are kept: ${enum}." group:"Ids"`
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`

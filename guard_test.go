@@ -111,7 +111,7 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 	v.get(v.public + "/api/verve/accept?id=" + query + "&endpoint=http://me:" + query + "@hooks.example.com/")
 	var said strings.Builder
 	for _, path := range []string{"/", "/readyz", "/metrics", "/api/windows", "/debug/pprof/", "/debug/pprof/cmdline", "/debug/pprof/goroutine?debug=2"} {
-		if status, _ := v.get(v.admin + path); status != http.StatusUnauthorized {
+		if status, _ := v.get(v.admin + path); status != http.StatusUnauthorized && path != "/readyz" {
 			t.Errorf("%s without the token: got %d", path, status)
 		}
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, v.admin+path, nil)

@@ -50,8 +50,8 @@ type AdminConfig struct {
 	Instance  string
 	Version   string
 
-	// Token is asked of every request but that for /healthz, as a bearer token
-	// or, for browsers, as the password of any user. Empty: none is.
+	// Token is asked of every request but probes, as a bearer token or, for
+	// browsers, as the password of any user. Empty: none is.
 	Token string
 }
 
@@ -85,8 +85,12 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	return a
 }
 
-// guarded answers 401 to requests without the token. Probes need none to ask
-// whether the process is alive.
+// stranger is set in the context of a request that came without the token.
+type stranger struct{}
+
+// guarded answers 401 to requests without the token. Probes and load balancers
+// have none: they are told whether the process is alive, and whether it is
+// ready, but not why not.
 func guarded(token string, next http.Handler) http.Handler {
 	if token == "" {
 		return next
@@ -100,8 +104,12 @@ func guarded(token string, next http.Handler) http.Handler {
 		}
 		// Of the same length always, so that the time taken tells nothing.
 		got := sha256.Sum256(given)
-		if subtle.ConstantTimeCompare(got[:], want[:]) == 1 || r.URL.Path == "/healthz" {
+		switch {
+		case subtle.ConstantTimeCompare(got[:], want[:]) == 1:
 			next.ServeHTTP(w, r)
+			return
+		case r.URL.Path == "/healthz", r.URL.Path == "/readyz":
+			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), stranger{}, true)))
 			return
 		}
 		w.Header()["Www-Authenticate"] = []string{`Bearer realm="verve"`, `Basic realm="verve", charset="UTF-8"`}
@@ -146,7 +154,7 @@ type readiness struct {
 // is away is shown and does not count: accepts go on without it, and their
 // records wait in the spool. What accepts or the spool need does count, and a clock
 // that cannot be trusted: other instances would count the ids in other windows.
-func (a *Admin) readyz(w http.ResponseWriter, _ *http.Request) {
+func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	rec := a.cfg.Records()
 	needed := map[string]string{
 		"clock":  a.server.cfg.Counter.Stats().Clock.Problem,
@@ -168,6 +176,10 @@ func (a *Admin) readyz(w http.ResponseWriter, _ *http.Request) {
 	status := http.StatusOK
 	if !r.Ready {
 		status = http.StatusServiceUnavailable
+	}
+	if req.Context().Value(stranger{}) != nil {
+		writeJSON(w, status, map[string]bool{"ready": r.Ready})
+		return
 	}
 	writeJSON(w, status, r)
 }

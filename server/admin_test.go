@@ -125,8 +125,8 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 	}
 }
 
-// TestAdminTokenIsAskedForEverythingButLife: probes go on without it.
-func TestAdminTokenIsAskedForEverythingButLife(t *testing.T) {
+// TestAdminTokenIsAskedForEverythingButProbes: they are told no reasons.
+func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
 	s, _ := newAdminSite(t, new(Records))
 	a := NewAdmin(AdminConfig{
 		Server: s.Server, Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },
@@ -146,7 +146,7 @@ func TestAdminTokenIsAskedForEverythingButLife(t *testing.T) {
 		r.SetBasicAuth(user, password)
 		return r.Header.Get("Authorization")
 	}
-	for _, path := range []string{"/", "/readyz", "/metrics", "/api/windows", "/debug/pprof/", "/debug/pprof/cmdline", "/nowhere", "/healthz/", "/x/../healthz", "//healthz"} {
+	for _, path := range []string{"/", "/readyz/", "/metrics", "/api/windows", "/debug/pprof/", "/debug/pprof/cmdline", "/nowhere", "/healthz/", "/x/../healthz", "//healthz"} {
 		for _, bad := range [][]string{nil, {""}, {"Bearer"}, {"Bearer "}, {"Bearer open"}, {"Bearer open sesame "}, {"Bearer Open Sesame"}, {"open sesame"}, {basic("open sesame", "")}, {basic("", "x")}} {
 			w := ask(path, bad...)
 			if w.Code != http.StatusUnauthorized || len(w.Header()["Www-Authenticate"]) != 2 {
@@ -161,5 +161,15 @@ func TestAdminTokenIsAskedForEverythingButLife(t *testing.T) {
 	}
 	if w := ask("/healthz"); w.Code != 200 || w.Body.String() != "ok" {
 		t.Errorf("/healthz without a token: got %d", w.Code)
+	}
+	if w := ask("/readyz"); w.Code != 200 || w.Body.String() != `{"ready":true}`+"\n" {
+		t.Errorf("/readyz without a token: got %d %s", w.Code, w.Body)
+	}
+	if w := ask("/readyz", "Bearer open sesame"); w.Code != 200 || !strings.Contains(w.Body.String(), `"spool"`) {
+		t.Errorf("/readyz with the token: got %d %s", w.Code, w.Body)
+	}
+	a.NotReady()
+	if w := ask("/readyz"); w.Code != 503 || w.Body.String() != `{"ready":false}`+"\n" {
+		t.Errorf("/readyz without a token while stopping: got %d %s", w.Code, w.Body)
 	}
 }
