@@ -126,9 +126,12 @@ type CallbackStats struct {
 	FailedRefused  uint64 // the name leads where callbacks may not go
 	FailedAnswer   uint64 // connection lost, or an answer malformed or too large
 	FailedBreaker  uint64 // not tried: the breaker of the destination is open
+	FailedLimited  uint64 // the address is at its limits, and too many wait for it
 
 	Retried uint64 // second tries after a dead pooled connection
 	Busy    uint64 // Reserve returned false
+
+	Deferred uint64 // tries that found the address at its limits
 
 	Waiting      int // endpoints with a POST waiting
 	Reserved     int // endpoints in the table, waiting or just reserved
@@ -178,6 +181,8 @@ type Callbacks struct {
 	warm     destList    // at rest, with pooled connections; oldest first
 	warmConn int         // pooled connections of warm
 	cold     destList    // at rest, without; oldest first
+	peers    map[netip.Addr]*peer
+	dueAt    peerHeap // peers where some wait, and could go but for the rate
 	paceWake chan struct{}
 
 	stats         CallbackStats
@@ -206,11 +211,12 @@ type destKey struct {
 type destState uint8
 
 const (
-	destNone  destState = iota
-	destReady           // Callbacks.ready
-	destLater           // Callbacks.later
-	destWarm            // Callbacks.warm
-	destCold            // Callbacks.cold
+	destNone    destState = iota
+	destReady             // Callbacks.ready
+	destLater             // Callbacks.later
+	destWarm              // Callbacks.warm
+	destCold              // Callbacks.cold
+	destWaiting           // waitsAt.waiting
 )
 
 // destination is a scheme, host and port that endpoints name.
@@ -232,9 +238,12 @@ type destination struct {
 	inFlight         int
 	next             time.Time // rate: when the next POST is due at the earliest
 	restSince        time.Time
-	used             bool // a POST was sent
-	open             bool // breaker not closed; kept by its OnStateChange
-	unproven         bool // not known to answer quickly
+	used             bool       // a POST was sent
+	peer             netip.Addr // where it was last found; not valid: nowhere yet, or without limits there
+	waitsAt          *peer      // while destWaiting
+	promises         int        // places kept for its next POSTs at peer
+	open             bool       // breaker not closed; kept by its OnStateChange
+	unproven         bool       // not known to answer quickly
 
 	state     destState
 	readyIn   int // index in ready while destReady
@@ -257,6 +266,7 @@ func NewCallbacks(cfg CallbackConfig) (*Callbacks, error) {
 		guard:    g,
 		table:    make(map[string]*entry),
 		dests:    make(map[destKey]*destination),
+		peers:    make(map[netip.Addr]*peer),
 		paceWake: make(chan struct{}, 1),
 		okLog:    logSampler{perSecond: 1},
 		failLog:  logSampler{perSecond: 4},
@@ -354,6 +364,7 @@ func (c *Callbacks) reserve(ep Endpoint) bool {
 	d := c.dests[key]
 	unproven := ep.kind == destPublic && (d == nil || d.unproven)
 	if d != nil && d.entries >= c.cfg.MaxWaitingPerDestination ||
+		d != nil && d.state == destWaiting && d.waitsAt.entries >= c.cfg.MaxWaitingPerDestination ||
 		unproven && c.unprovenSlots >= unprovenShare(c.cfg.MaxWaiting) {
 		return false
 	}
@@ -361,12 +372,20 @@ func (c *Callbacks) reserve(ep Endpoint) bool {
 		d = c.newDestination(ep)
 	}
 	c.rouse(d)
-	d.entries++
-	if d.unproven {
-		c.unprovenSlots++
-	}
+	c.countEntry(d, 1)
 	c.table[ep.url] = &entry{ep: ep, dest: d, refs: 1}
 	return true
+}
+
+// countEntry adds n to the places that d has in the table.
+func (c *Callbacks) countEntry(d *destination, n int) {
+	d.entries += n
+	if d.unproven {
+		c.unprovenSlots += n
+	}
+	if d.state == destWaiting {
+		d.waitsAt.entries += n
+	}
 }
 
 // unprovenShare is the part of n workers or places that destinations may hold
@@ -420,10 +439,7 @@ func (c *Callbacks) unreserve(e *entry) {
 	}
 	d := e.dest
 	delete(c.table, e.ep.url)
-	d.entries--
-	if d.unproven {
-		c.unprovenSlots--
-	}
+	c.countEntry(d, -1)
 	c.rest(d)
 	c.noticeEmpty()
 }
@@ -486,8 +502,8 @@ func (c *Callbacks) countOpen(open bool) {
 	}
 }
 
-// schedule puts d where its next POST is found: in turn, or when its rate
-// allows. Nothing happens if it is there, has no POST, or is at its limit of
+// schedule puts d where its next POST is found: in turn, or when its rate or
+// that of its address allows. Nothing happens if it is there, has no POST, or is at its limit of
 // concurrency; a POST that ends schedules again.
 func (c *Callbacks) schedule(d *destination) {
 	if d.state != destNone || d.queue == nil || d.inFlight >= c.cfg.Concurrency {
@@ -501,7 +517,9 @@ func (c *Callbacks) schedule(d *destination) {
 		}
 		return
 	}
-	c.pushReady(d)
+	if c.promise(d) {
+		c.pushReady(d)
+	}
 }
 
 func (c *Callbacks) pushReady(d *destination) {
@@ -628,17 +646,20 @@ func (c *Callbacks) take() (job, bool) {
 			continue
 		}
 		if d.queue == nil {
+			c.keepPromises(d, d.users())
 			c.rest(d)
 			continue
 		}
 		done, err := d.breaker.Allow()
 		if err == gobreaker.ErrOpenState {
+			c.keepPromises(d, d.users())
 			c.failWaiting(d)
 			continue
 		}
 		if err != nil {
 			// Half open, and the POST that tries is in flight: its end
 			// schedules the rest or fails it.
+			c.keepPromises(d, d.users())
 			continue
 		}
 		if d.client == nil {
@@ -651,13 +672,7 @@ func (c *Callbacks) take() (job, bool) {
 			c.unprovenBusy++
 		}
 		if d.kind != destListed {
-			// A late wake-up may be made up for by one POST, so that the rate
-			// is met; idle time is not saved.
-			interval, now := c.cfg.interval(), time.Now()
-			if earliest := now.Add(-interval); d.next.Before(earliest) {
-				d.next = earliest
-			}
-			d.next = d.next.Add(interval)
+			d.next = c.cfg.after(d.next, time.Now())
 		}
 		j := job{ep: c.dequeue(d), dest: d, client: d.client, done: done, unproven: d.unproven}
 		c.schedule(d)
@@ -676,15 +691,26 @@ func (c *Callbacks) failWaiting(d *destination) {
 	c.rest(d)
 }
 
-// finish books the end of a POST.
-func (c *Callbacks) finish(j job, r result) {
-	d := j.dest
-	c.mu.Lock()
-	d.inFlight--
+// ended takes j out of what is in flight.
+func (c *Callbacks) ended(j job) {
+	j.dest.inFlight--
 	c.stats.InFlight--
 	if j.unproven {
 		c.unprovenBusy--
 	}
+}
+
+// finish books the end of a POST.
+func (c *Callbacks) finish(j job, r result) {
+	if r.kind == resultLimited {
+		if addr, _ := busyPeer(r.err); !c.postpone(j, addr) {
+			c.logResult(j.ep, r)
+		}
+		return
+	}
+	d := j.dest
+	c.mu.Lock()
+	c.ended(j)
 	*r.kind.counter(&c.stats)++
 	j.done(r.breakerErr())
 	if d.kind == destPublic && r.kind != resultCut {
@@ -695,6 +721,7 @@ func (c *Callbacks) finish(j job, r result) {
 	if d.open && d.breaker.State() == gobreaker.StateOpen {
 		c.failWaiting(d)
 	}
+	c.keepPromises(d, d.users())
 	c.schedule(d)
 	c.rest(d)
 	victims := c.trim(time.Time{}, time.Time{})
@@ -776,14 +803,19 @@ func (c *Callbacks) pace(ctx context.Context) {
 			c.schedule(d)
 			c.rest(d)
 		}
+		c.release(now)
 		swept := !now.Before(sweep)
 		if swept {
+			c.forgetPeers(len(c.peers))
 			victims = c.trim(now.Add(-idleConnTimeout), now.Add(-remember))
 			sweep = now.Add(callbackSweep)
 		}
 		wake := sweep
 		if len(c.later) > 0 && c.later[0].next.Before(wake) {
 			wake = c.later[0].next
+		}
+		if len(c.dueAt) > 0 && c.dueAt[0].next.Before(wake) {
+			wake = c.dueAt[0].next
 		}
 		c.mu.Unlock()
 		closeIdle(victims)

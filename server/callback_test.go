@@ -87,7 +87,7 @@ func (s CallbackStats) sends() uint64 {
 
 func (s CallbackStats) failed() uint64 {
 	return s.FailedStatus + s.FailedRedirect + s.FailedTimeout + s.FailedResolve + s.FailedConnect +
-		s.FailedRefused + s.FailedAnswer + s.FailedBreaker
+		s.FailedRefused + s.FailedAnswer + s.FailedBreaker + s.FailedLimited
 }
 
 // receiver is an HTTP server that a test's callbacks go to.

@@ -317,10 +317,13 @@ func (g *guard) own(addr netip.Addr, port uint16) bool {
 	})
 }
 
+// dialFunc connects to addr, which is address with the port, with the dialer.
+type dialFunc func(ctx context.Context, d *net.Dialer, addr netip.Addr, address string) (net.Conn, error)
+
 // dial connects to d, with TLS if d asks for it, before ctx ends. Of a name's
-// addresses only those that the policy allows are tried.
-func (g *guard) dial(ctx context.Context, d *destination) (net.Conn, error) {
-	conn, err := g.dialTCP(ctx, d)
+// addresses only those that the policy allows are tried, each by connect.
+func (g *guard) dial(ctx context.Context, d *destination, connect dialFunc) (net.Conn, error) {
+	conn, err := g.dialTCP(ctx, d, connect)
 	if err != nil || !d.tls {
 		return conn, err
 	}
@@ -342,7 +345,7 @@ func (g *guard) dial(ctx context.Context, d *destination) (net.Conn, error) {
 	return secure, nil
 }
 
-func (g *guard) dialTCP(ctx context.Context, d *destination) (net.Conn, error) {
+func (g *guard) dialTCP(ctx context.Context, d *destination, connect dialFunc) (net.Conn, error) {
 	if d.kind == destSelf {
 		return g.dialSelf(ctx, d.port)
 	}
@@ -376,11 +379,13 @@ func (g *guard) dialTCP(ctx context.Context, d *destination) (net.Conn, error) {
 		},
 	}
 	for i, addr := range allowed {
-		conn, dialErr := g.connectShare(ctx, dialer, addr, d.port, len(allowed)-i)
+		conn, dialErr := connectShare(ctx, connect, dialer, addr, d.port, len(allowed)-i)
 		if dialErr == nil {
 			return conn, nil
 		}
-		err = dialErr
+		if _, busy := busyPeer(err); !busy { // else it is worth another try
+			err = dialErr
+		}
 		if ctx.Err() != nil {
 			break
 		}
@@ -412,11 +417,11 @@ func (g *guard) dialSelf(ctx context.Context, port uint16) (conn net.Conn, err e
 
 // connectShare tries one of the n addresses that are left, with its share of
 // the time that is left, so that one dead address does not hide the next.
-func (g *guard) connectShare(ctx context.Context, dialer *net.Dialer, addr netip.Addr, port uint16, n int) (net.Conn, error) {
+func connectShare(ctx context.Context, connect dialFunc, dialer *net.Dialer, addr netip.Addr, port uint16, n int) (net.Conn, error) {
 	if deadline, ok := ctx.Deadline(); ok && n > 1 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(n))
 		defer cancel()
 	}
-	return g.connect(ctx, dialer, net.JoinHostPort(addr.String(), strconv.Itoa(int(port))))
+	return connect(ctx, dialer, addr, net.JoinHostPort(addr.String(), strconv.Itoa(int(port))))
 }

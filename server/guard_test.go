@@ -137,6 +137,13 @@ func noRoute(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) 
 	return d.DialContext(ctx, "tcp", addr)
 }
 
+// anyRate connects as the workers do, but for the limits of the address.
+func (c *Callbacks) anyRate() dialFunc {
+	return func(ctx context.Context, d *net.Dialer, _ netip.Addr, address string) (net.Conn, error) {
+		return c.guard.connect(ctx, d, address)
+	}
+}
+
 func destinationOf(t testing.TB, c *Callbacks, url string) *destination {
 	t.Helper()
 	ep, err := c.Parse([]byte(url))
@@ -178,7 +185,7 @@ func TestGuardRebindingNameNeverReachesLoopback(t *testing.T) {
 				wg.Go(func() {
 					for range tries / at {
 						ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-						conn, err := c.guard.dial(ctx, d)
+						conn, err := c.guard.dial(ctx, d, c.anyRate())
 						cancel()
 						if err == nil {
 							_ = conn.Close()
@@ -212,7 +219,7 @@ func TestGuardChecksTheAddressAtTheSocket(t *testing.T) {
 			return d.DialContext(ctx, "tcp", elsewhere)
 		}
 		d := destinationOf(t, c, fmt.Sprintf("http://rebind.example.com:%d/", trap.Port()))
-		if _, err := c.guard.dial(t.Context(), d); !errors.Is(err, errRefused) {
+		if _, err := c.guard.dial(t.Context(), d, c.anyRate()); !errors.Is(err, errRefused) {
 			t.Errorf("dial of %s: %v, want refused", elsewhere, err)
 		}
 	}
@@ -330,7 +337,7 @@ func TestGuardTriesTheNextAddress(t *testing.T) {
 		tried = append(tried, addr)
 		return nil, errNoRoute
 	}
-	_, err := c.guard.dial(t.Context(), destinationOf(t, c, "http://hooks.example.com/"))
+	_, err := c.guard.dial(t.Context(), destinationOf(t, c, "http://hooks.example.com/"), c.anyRate())
 	if !errors.Is(err, errNoRoute) || len(tried) != maxCandidates {
 		t.Fatalf("tried %v: %v", tried, err)
 	}
@@ -354,7 +361,7 @@ func TestGuardDialsOwnSinkAtOwnListenerOnly(t *testing.T) {
 			dialled = append(dialled, addr)
 			return nil, errNoRoute
 		}
-		_, _ = c.guard.dial(t.Context(), destinationOf(t, c, "http://localhost:8080/test"))
+		_, _ = c.guard.dial(t.Context(), destinationOf(t, c, "http://localhost:8080/test"), c.anyRate())
 		if got := strings.Join(dialled, " "); got != tc.dialled {
 			t.Errorf("listening at %s: dialled %s, want %s", tc.listen, got, tc.dialled)
 		}

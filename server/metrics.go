@@ -90,10 +90,12 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		{"refused", cb.FailedRefused},
 		{"answer", cb.FailedAnswer},
 		{"breaker", cb.FailedBreaker},
+		{"limited", cb.FailedLimited},
 	} {
 		counter(w, fmt.Sprintf("verve_callbacks_total{result=%q}", m.result), m.n)
 	}
 	counter(w, "verve_callbacks_retried_total", cb.Retried)
+	counter(w, "verve_callbacks_deferred_total", cb.Deferred)
 	gauge(w, "verve_callbacks_waiting", uint64(cb.Waiting))
 	gauge(w, "verve_callbacks_in_flight", uint64(cb.InFlight))
 	gauge(w, "verve_callback_destinations", uint64(cb.Destinations))

@@ -30,14 +30,15 @@ const (
 	resultRefused
 	resultAnswer
 	resultCut
+	resultLimited // its address is at its limit: the POST has to wait, or is given up
 )
 
-var resultNames = [...]string{"delivered", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "cut"}
+var resultNames = [...]string{"delivered", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "cut", "limited"}
 
 func (k resultKind) counter(s *CallbackStats) *uint64 {
 	return [...]*uint64{
 		&s.Delivered, &s.FailedStatus, &s.FailedRedirect, &s.FailedTimeout, &s.FailedResolve,
-		&s.FailedConnect, &s.FailedRefused, &s.FailedAnswer, &s.Dropped,
+		&s.FailedConnect, &s.FailedRefused, &s.FailedAnswer, &s.Dropped, &s.FailedLimited,
 	}[k]
 }
 
@@ -135,6 +136,9 @@ func classify(err error) resultKind {
 		dialErr dialError
 		timeout interface{ Timeout() bool }
 	)
+	if _, busy := busyPeer(err); busy {
+		return resultLimited
+	}
 	switch {
 	case errors.Is(err, errRefused):
 		return resultRefused
@@ -182,6 +186,7 @@ func (e dialError) Unwrap() error { return e.err }
 // newClient returns the client of d. One per destination, not one
 // fasthttp.Client for all: that one keeps a map and a goroutine of its own.
 func (c *Callbacks) newClient(d *destination) *fasthttp.HostClient {
+	connect := c.through(d)
 	client := &fasthttp.HostClient{
 		Addr:  net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
 		IsTLS: d.tls,
@@ -190,7 +195,7 @@ func (c *Callbacks) newClient(d *destination) *fasthttp.HostClient {
 		DialTimeout: func(_ string, timeout time.Duration) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(c.exchanges, timeout)
 			defer cancel()
-			conn, err := c.guard.dial(ctx, d)
+			conn, err := c.guard.dial(ctx, d, connect)
 			if err != nil {
 				return nil, dialError{err}
 			}
@@ -230,6 +235,13 @@ func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, re
 		return false, err
 	}
 	conn, pooled := cc.Conn(), !cc.LastUseTime().IsZero()
+	peer := peerConnOf(conn)
+	if peer != nil {
+		if err := peer.enter(); err != nil {
+			hc.ReleaseConn(cc)
+			return false, err
+		}
+	}
 	// One deadline for all: a peer that drips bytes gains no time by it.
 	if err := conn.SetDeadline(deadline); err != nil {
 		hc.CloseConn(cc)
@@ -265,9 +277,12 @@ func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, re
 	// What follows an answer unasked would be taken for the next one.
 	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(cc.CreatedTime()) > maxConnAge {
 		hc.CloseConn(cc)
-	} else {
-		hc.ReleaseConn(cc)
+		return false, nil
 	}
+	if peer != nil {
+		peer.leave() // before another POST may use it
+	}
+	hc.ReleaseConn(cc)
 	return false, nil
 }
 

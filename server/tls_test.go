@@ -275,7 +275,7 @@ func TestCallbackReachesOwnSinkOverTLS(t *testing.T) {
 	files.replace(files.cert, cert)
 	files.replace(files.key, key)
 	s.callbacks.guard.selfTLS = files.load(zerolog.Nop())
-	conn, err := s.callbacks.guard.dial(t.Context(), destinationOf(t, s.callbacks, "https://"+s.addr+"/test"))
+	conn, err := s.callbacks.guard.dial(t.Context(), destinationOf(t, s.callbacks, "https://"+s.addr+"/test"), s.callbacks.anyRate())
 	if err == nil {
 		conn.Close()
 		t.Error("a stranger's certificate was taken for the own")
