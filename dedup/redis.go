@@ -1,0 +1,417 @@
+package dedup
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
+
+	"verve/counter"
+)
+
+// Defaults of RedisConfig.
+const (
+	// DefaultRedisTimeout lets a request that fails be answered within 250 ms.
+	DefaultRedisTimeout = 200 * time.Millisecond
+
+	// DefaultRedisPending is more than the connections of an instance, so that
+	// only a flood of pipelined requests reaches it. 20 MB.
+	DefaultRedisPending = 1 << 17
+
+	// DefaultRedisLog holds the ids of some 16 million answers.
+	DefaultRedisLog = 256 << 20
+)
+
+// RedisConfig configures a Redis. The zero value of an optional field is its
+// default.
+type RedisConfig struct {
+	// URLs of one server, of nodes of a cluster, or of Sentinels:
+	// redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, unix:///SOCKET, and
+	// redis-sentinel://HOST:PORT?master_set=NAME (or rediss-sentinel). With several
+	// of them all but host and port are those of the first.
+	URLs []string
+
+	Group   string        // instances with one name count together
+	Session string        // unique among all processes that ever ran; default: random
+	Window  time.Duration // length of an epoch
+
+	// Local knows the ids that this process has answered for, so that a repeat
+	// takes no trip. Optional, but with FailOpen, where it answers while Redis is
+	// away. It must keep nothing on disk, and is closed with the Redis.
+	Local *Memory
+
+	// FailOpen lets Local answer while Redis is away. Otherwise ids that are not
+	// known in Local get ErrUnavailable.
+	FailOpen bool
+
+	MaxIDs   uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
+	Timeout  time.Duration // longest wait of an Add
+	Pending  int           // ids that may wait for an answer at once; more get ErrUnavailable
+	LogBytes int64         // memory for the ids that would have to be added again after a loss
+
+	Log zerolog.Logger // what fails and when it works again, sampled
+}
+
+// Redis is the Set that instances of a group share: an id is Unique once in
+// all of them. DESIGN.md, "Many instances: Redis", has the protocol.
+//
+// Its goroutines run from NewRedis to Close.
+type Redis struct {
+	cfg    RedisConfig
+	option rueidis.ClientOption
+	secret secret // keys what is pending
+	hash   [2]uint64
+
+	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
+	script atomic.Bool                    // functions are refused: scripts take their place
+
+	lanes [lanes]lane
+
+	mu     sync.Mutex
+	epochs []*redisEpoch // opened and not retired, oldest first
+	latest atomic.Pointer[redisEpoch]
+
+	now      atomic.Int64 // ns since start, a tick old at most
+	start    time.Time
+	pending  atomic.Int64 // ids waiting for an answer
+	logBytes atomic.Int64
+
+	health  health
+	counts  redisCounts
+	closing chan struct{}
+	life    context.Context // ends when Close gives up waiting
+	end     context.CancelFunc
+	running sync.WaitGroup
+}
+
+// redisCounts are for the metrics.
+type redisCounts struct {
+	batches, retries, untold, twice, replayed, dropped, fulls atomic.Uint64
+}
+
+// redisEpoch is the state of an epoch in this process.
+type redisEpoch struct {
+	start time.Time
+	key   string // start and window, in ms
+	end   int64  // ns since the start of the Redis, of when the epoch was to end
+	view  *view  // in Local
+	lanes [lanes]laneEpoch
+}
+
+// NewRedis checks cfg and starts to connect. That Redis is away is no error.
+func NewRedis(cfg RedisConfig) (*Redis, error) {
+	option, err := redisOption(cfg.URLs)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case cfg.Group == "":
+		return nil, errors.New("dedup: Group is required")
+	case cfg.Window < counter.MinWindow || cfg.Window > counter.MaxWindow:
+		return nil, fmt.Errorf("dedup: Window %v is not between %v and %v", cfg.Window, counter.MinWindow, counter.MaxWindow)
+	case cfg.FailOpen && cfg.Local == nil:
+		return nil, errors.New("dedup: FailOpen needs Local")
+	case cfg.Local != nil && cfg.Local.journal != nil:
+		return nil, errors.New("dedup: Local must keep nothing on disk")
+	case cfg.Timeout < 0 || cfg.Pending < 0 || cfg.LogBytes < 0:
+		return nil, errors.New("dedup: Timeout, Pending and LogBytes must not be negative")
+	}
+	if cfg.Session == "" {
+		var b [12]byte
+		rand.Read(b[:]) // never fails
+		cfg.Session = hex.EncodeToString(b[:])
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = DefaultRedisTimeout
+	}
+	if cfg.Pending == 0 {
+		cfg.Pending = DefaultRedisPending
+	}
+	if cfg.LogBytes == 0 {
+		cfg.LogBytes = DefaultRedisLog
+	}
+	r := &Redis{
+		cfg: cfg, option: option, hash: laneKey(cfg.Group),
+		start: time.Now(), closing: make(chan struct{}),
+	}
+	if cfg.Local != nil {
+		r.secret = cfg.Local.secret
+	} else {
+		r.secret = newSecret()
+	}
+	r.life, r.end = context.WithCancel(context.Background())
+	for i := range r.lanes {
+		r.lanes[i].init(r, i)
+	}
+	r.running.Go(r.connect)
+	r.running.Go(r.sweep)
+	return r, nil
+}
+
+// redisOption makes the client's settings of the URLs.
+func redisOption(urls []string) (rueidis.ClientOption, error) {
+	var option rueidis.ClientOption
+	if len(urls) == 0 {
+		return option, errors.New("dedup: no Redis URL")
+	}
+	for i, s := range urls {
+		u, err := url.Parse(s)
+		if err != nil {
+			// The error of url.Parse quotes the URL, and so the password.
+			return option, fmt.Errorf("dedup: Redis URL %d is malformed", i+1)
+		}
+		sentinel := false
+		switch u.Scheme {
+		case "redis-sentinel":
+			u.Scheme, sentinel = "redis", true
+		case "rediss-sentinel":
+			u.Scheme, sentinel = "rediss", true
+		}
+		o, err := rueidis.ParseURL(u.String())
+		switch {
+		case err != nil:
+			return option, fmt.Errorf("dedup: Redis URL %s: %w", u.Redacted(), err)
+		case sentinel && o.Sentinel.MasterSet == "":
+			return option, fmt.Errorf("dedup: Redis URL %s: want ?master_set=NAME", u.Redacted())
+		case u.Hostname() == "" && u.Scheme != "unix":
+			return option, fmt.Errorf("dedup: Redis URL %s: want a host", u.Redacted())
+		}
+		if i == 0 {
+			option = o
+		} else {
+			option.InitAddress = append(option.InitAddress, o.InitAddress...)
+		}
+	}
+	if option.Sentinel.MasterSet != "" {
+		// A missed event would leave the client with the old master for good.
+		option.Sentinel.TopologyRefreshInterval = time.Second
+		option.Sentinel.Username, option.Sentinel.Password = option.Username, option.Password
+		option.Sentinel.TLSConfig = option.TLSConfig
+		option.Sentinel.Dialer.Timeout = dialTimeout
+	}
+	option.Dialer.Timeout = dialTimeout
+	option.ConnWriteTimeout = replyTimeout
+	option.PipelineMultiplex = -1 // one connection: batches are already large
+	option.MaxFlushDelay = flushDelay
+	option.DisableRetry = true // a batch is repeated here, where that is safe
+	option.DisableCache = true
+	option.ClientName = "verve"
+	option.ClusterOption.ShardsRefreshInterval = time.Second
+	option.ClusterOption.MaxMovedRedirections = 3
+	return option, nil
+}
+
+const (
+	// replyTimeout is the longest wait for a reply before the connection is given
+	// up. Requests are answered long before; this is about what became of a batch.
+	replyTimeout = time.Second
+	dialTimeout  = time.Second
+
+	// flushDelay lets batches of several lanes share a system call.
+	flushDelay = 100 * time.Microsecond
+
+	// tick is the precision of the waiting time of an Add.
+	tick = 5 * time.Millisecond
+
+	// closeWait bounds what Close waits for the outcome of batches under way.
+	closeWait = time.Second
+)
+
+// connect makes the client, then starts the lanes and watches the health of
+// the servers.
+func (r *Redis) connect() {
+	wait := 20 * time.Millisecond
+	for {
+		client, err := rueidis.NewClient(r.option)
+		if err == nil {
+			r.client.Store(&client)
+			break
+		}
+		r.health.failed(r, err)
+		for i := range r.lanes {
+			r.lanes[i].absent()
+		}
+		select {
+		case <-r.closing:
+			return
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, time.Second)
+	}
+	for i := range r.lanes {
+		r.running.Go(r.lanes[i].run)
+	}
+	r.watch()
+}
+
+// conn returns the client, or an error until the first connection is made.
+func (r *Redis) conn() (rueidis.Client, error) {
+	if c := r.client.Load(); c != nil {
+		return *c, nil
+	}
+	return nil, r.unavailable()
+}
+
+// unavailable is ErrUnavailable with the reason known.
+func (r *Redis) unavailable() error {
+	if reason := r.health.reason(); reason != "" {
+		return fmt.Errorf("%w: %s", ErrUnavailable, reason)
+	}
+	return ErrUnavailable
+}
+
+// Open implements Set.
+func (r *Redis) Open(e *counter.Epoch) {
+	s := &redisEpoch{
+		start: e.Start(),
+		key:   epochKey(e.Start(), r.cfg.Window),
+		end:   int64(e.End().Sub(r.start)),
+	}
+	if r.cfg.Local != nil {
+		r.cfg.Local.Open(e)
+		s.view = e.State.(*view)
+	}
+	e.State = s
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.epochs = append(r.epochs, s)
+	r.latest.Store(s)
+}
+
+// epochKey names an epoch in Redis. Groups that were given different windows
+// by mistake do not mix them up.
+func epochKey(start time.Time, window time.Duration) string {
+	return fmt.Sprintf("%d-%d", start.UnixMilli(), window.Milliseconds())
+}
+
+// Retire implements Set.
+func (r *Redis) Retire(e *counter.Epoch) {
+	s := e.State.(*redisEpoch)
+	r.mu.Lock()
+	if i := slices.Index(r.epochs, s); i >= 0 {
+		r.epochs = slices.Delete(r.epochs, i, i+1)
+	}
+	r.mu.Unlock()
+	unsent := 0
+	for i := range r.lanes {
+		unsent += r.lanes[i].retire(s)
+	}
+	if unsent > 0 {
+		r.counts.dropped.Add(uint64(unsent))
+		r.cfg.Log.Error().Time("window_start", s.start).Int("ids", unsent).
+			Msg("the window was sealed without ids that were answered as new while Redis was away")
+	}
+	e.State = nil
+	if r.cfg.Local != nil {
+		e.State = s.view
+		r.cfg.Local.Retire(e)
+	}
+}
+
+// Add implements Set.
+func (r *Redis) Add(e *counter.Epoch, id []byte) (Verdict, error) {
+	s := e.State.(*redisEpoch)
+	k := r.key(id)
+	if s.view != nil && r.cfg.Local.knows(s.view, k) {
+		return Repeat, nil
+	}
+	var en encoded
+	h := en.encode(r.hash, k.kind, id)
+	v, err := r.lanes[h>>60].add(e, s, k, &en)
+	if errors.Is(err, ErrFull) {
+		r.counts.fulls.Add(1)
+	}
+	return v, err
+}
+
+// Run implements Set: it runs Local's cleaner. The rest runs without it.
+func (r *Redis) Run(ctx context.Context) error {
+	if r.cfg.Local != nil {
+		return r.cfg.Local.Run(ctx)
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// Prefetch implements Prefetcher.
+func (r *Redis) Prefetch(ids [][]byte) {
+	if r.cfg.Local != nil {
+		r.cfg.Local.Prefetch(ids)
+	}
+}
+
+// Stats implements Set.
+func (r *Redis) Stats() Stats {
+	var s Stats
+	if r.cfg.Local != nil {
+		s = r.cfg.Local.Stats()
+	}
+	s.Full += r.counts.fulls.Load()
+	if ready, reason := r.Health(); !ready {
+		s.Problem = reason
+	}
+	return s
+}
+
+// Live returns the unique ids of the whole group in the epoch opened last, as
+// this process has heard last.
+func (r *Redis) Live() uint64 {
+	if s := r.latest.Load(); s != nil {
+		return s.live()
+	}
+	return 0
+}
+
+func (s *redisEpoch) live() (n uint64) {
+	for i := range s.lanes {
+		n += s.lanes[i].n.Load()
+	}
+	return n
+}
+
+// Close lets every batch under way come to its end, for a second at most, and
+// takes this session out of Redis.
+func (r *Redis) Close() error {
+	close(r.closing)
+	give := time.AfterFunc(closeWait, r.end)
+	r.running.Wait()
+	give.Stop()
+	r.end()
+	if c := r.client.Load(); c != nil {
+		(*c).Close()
+	}
+	for i := range r.lanes {
+		r.lanes[i].fail()
+	}
+	if r.cfg.Local != nil {
+		return r.cfg.Local.Close()
+	}
+	return nil
+}
+
+// sweep ends the waiting of requests whose time is over.
+func (r *Redis) sweep() {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-r.closing:
+			return
+		case <-t.C:
+		}
+		now := int64(time.Since(r.start))
+		r.now.Store(now)
+		for i := range r.lanes {
+			r.lanes[i].expire(now)
+		}
+	}
+}

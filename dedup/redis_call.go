@@ -1,0 +1,158 @@
+package dedup
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/redis/rueidis"
+)
+
+//go:embed redis.lua
+var redisLua string
+
+// The same code is a function where the server takes functions, and else a
+// script. The name follows from the code, so that versions do not meet.
+var (
+	functionName = func() string {
+		sum := sha256.Sum256([]byte(redisLua))
+		return "verve_" + hex.EncodeToString(sum[:6])
+	}()
+	functionLibrary = "#!lua name=" + functionName + "\n" + redisLua +
+		"\nredis.register_function('" + functionName + "', main)\n"
+	redisScript = rueidis.NewLuaScript(redisLua + "\nreturn main(KEYS, ARGV)\n")
+)
+
+// Statuses of an answer.
+const (
+	statusOK      = "ok"
+	statusSealed  = "sealed"  // the epoch is
+	statusGap     = "gap"     // writes of this session are missing
+	statusOld     = "old"     // a later batch of this session is there
+	statusLost    = "lost"    // the epoch was begun again since
+	statusHold    = "hold"    // others are adding again what was lost
+	statusMissing = "missing" // keys are gone or on the move
+)
+
+// answer is what redis.lua returns.
+type answer struct {
+	status string
+	codes  string
+	gen    string
+	n      uint64 // ids of the epoch in this lane; the last sequence where status is gap, lost or old
+	exact  bool
+}
+
+// errRefused is an answer that says that nothing was done. Any other error
+// leaves that open.
+type errRefused struct{ err error }
+
+func (e errRefused) Error() string { return e.err.Error() }
+func (e errRefused) Unwrap() error { return e.err }
+
+// call runs an operation of redis.lua on a lane.
+func (r *Redis) call(ctx context.Context, key string, args ...string) (answer, error) {
+	c := r.client.Load()
+	if c == nil {
+		return answer{}, errRefused{ErrUnavailable}
+	}
+	for attempt := 0; ; attempt++ {
+		var res rueidis.RedisResult
+		if r.script.Load() {
+			res = redisScript.Exec(ctx, *c, []string{key}, args)
+		} else {
+			res = (*c).Do(ctx, (*c).B().Fcall().Function(functionName).Numkeys(1).Key(key).Arg(args...).Build())
+		}
+		err := res.Error()
+		if err == nil {
+			return parseAnswer(res)
+		}
+		var refused *rueidis.RedisError
+		if !errors.As(err, &refused) {
+			return answer{}, err
+		}
+		// Loaded for the first time, or lost with FLUSHALL, a restart, or a node
+		// that is new to the cluster.
+		if attempt == 0 && !r.script.Load() && functionMissing(refused) {
+			if err := r.load(ctx, *c); err != nil {
+				return answer{}, errRefused{err}
+			}
+			continue
+		}
+		return answer{}, errRefused{err}
+	}
+}
+
+func functionMissing(err error) bool {
+	s := strings.ToLower(err.Error())
+	return strings.Contains(s, "function not found") || strings.Contains(s, "unknown command") || strings.HasPrefix(s, "noperm")
+}
+
+// load brings the functions to every server, or turns to scripts where they
+// are refused.
+func (r *Redis) load(ctx context.Context, c rueidis.Client) error {
+	loaded := false
+	var last error
+	for _, node := range c.Nodes() {
+		err := node.Do(ctx, node.B().FunctionLoad().Replace().FunctionCode(functionLibrary).Build()).Error()
+		var refused *rueidis.RedisError
+		switch {
+		case err == nil:
+			loaded = true
+		case errors.As(err, &refused) && (strings.Contains(err.Error(), "unknown command") || strings.HasPrefix(err.Error(), "NOPERM")):
+			if !r.script.Swap(true) {
+				r.cfg.Log.Info().Msg("Redis takes no functions here (" + firstLine(err) + "): scripts are used instead")
+			}
+			return nil
+		case errors.As(err, &refused) && strings.HasPrefix(err.Error(), "READONLY"):
+			// A replica: it gets them from its master.
+			last = err
+		default:
+			last = err
+		}
+	}
+	if loaded {
+		return nil
+	}
+	if last == nil {
+		last = ErrUnavailable
+	}
+	return fmt.Errorf("loading the functions: %w", last)
+}
+
+func firstLine(err error) string {
+	s, _, _ := strings.Cut(err.Error(), "\n")
+	return s
+}
+
+func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
+	parts, err := res.ToArray()
+	if err != nil || len(parts) == 0 {
+		return a, fmt.Errorf("unexpected answer: %w", err)
+	}
+	if a.status, err = parts[0].ToString(); err != nil {
+		return a, err
+	}
+	if a.status == statusSealed && len(parts) == 3 {
+		if a.n, err = parts[1].AsUint64(); err != nil {
+			return a, err
+		}
+		exact, err := parts[2].AsUint64()
+		a.exact = exact == 1
+		return a, err
+	}
+	if len(parts) == 4 {
+		if a.codes, err = parts[1].ToString(); err != nil {
+			return a, err
+		}
+		if a.gen, err = parts[2].ToString(); err != nil {
+			return a, err
+		}
+		a.n, err = parts[3].AsUint64()
+	}
+	return a, err
+}

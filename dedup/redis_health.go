@@ -1,0 +1,248 @@
+package dedup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+const (
+	watchEvery = time.Second
+
+	// logEvery samples the log of what goes on failing.
+	logEvery = 10 * time.Second
+)
+
+// health is what is known of the servers.
+type health struct {
+	refused atomic.Bool // by policy: see watch
+
+	mu      sync.Mutex
+	policy  string // why ids cannot be trusted to Redis; empty if they can
+	failure string // of the last attempt that failed; empty if the last did not
+	since   time.Time
+	said    map[string]*saying
+	blind   bool // the policy cannot be read
+}
+
+// saying is a line of the log that repeats.
+type saying struct {
+	at     time.Time
+	hidden int
+}
+
+// refuses reports whether ids may not be trusted to Redis.
+func (h *health) refuses() bool { return h.refused.Load() }
+
+func (h *health) reason() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.policy != "" {
+		return h.policy
+	}
+	return h.failure
+}
+
+// due reports whether a line may be logged now, and how many were not. h.mu is
+// held.
+func (h *health) due(line string) (bool, int) {
+	if h.said == nil || len(h.said) > 100 {
+		h.said = map[string]*saying{}
+	}
+	s := h.said[line]
+	if s == nil {
+		s = &saying{}
+		h.said[line] = s
+	}
+	if !s.at.IsZero() && time.Since(s.at) < logEvery {
+		s.hidden++
+		return false, 0
+	}
+	hidden := s.hidden
+	s.at, s.hidden = time.Now(), 0
+	return true, hidden
+}
+
+// failed notes an error of Redis or of the way to it.
+func (h *health) failed(r *Redis, err error) {
+	text := explain(err)
+	h.mu.Lock()
+	if h.failure == "" {
+		h.since = time.Now()
+	}
+	h.failure = text
+	due, hidden := h.due(text)
+	h.mu.Unlock()
+	if due {
+		what := "ids get 503 until it works again"
+		if r.cfg.FailOpen {
+			what = "ids are judged by this instance alone until it works again"
+		}
+		r.cfg.Log.Error().Err(err).Int("hidden", hidden).Msg(text + "; " + what)
+	}
+}
+
+// succeeded notes that Redis answers.
+func (h *health) succeeded(r *Redis) {
+	h.mu.Lock()
+	failure, since := h.failure, h.since
+	h.failure = ""
+	clear(h.said)
+	h.mu.Unlock()
+	if failure != "" {
+		r.cfg.Log.Info().Str("was", failure).Dur("for", time.Since(since)).Msg("Redis works again")
+	}
+}
+
+// note logs a line, sampled.
+func (h *health) note(r *Redis, line string) {
+	h.mu.Lock()
+	due, hidden := h.due(line)
+	h.mu.Unlock()
+	if due {
+		r.cfg.Log.Warn().Int("hidden", hidden).Msg(line)
+	}
+}
+
+// explanations of what Redis answers, by the first word of it.
+var explanations = map[string]string{
+	"OOM":         "Redis is out of memory",
+	"READONLY":    "this Redis is a replica and takes no ids",
+	"LOADING":     "Redis is loading its data",
+	"CLUSTERDOWN": "the Redis cluster does not serve these ids",
+	"MASTERDOWN":  "the master of this Redis is away",
+	"MISCONF":     "Redis cannot write to its disk and takes no ids",
+	"NOREPLICAS":  "Redis has too few replicas and takes no ids",
+	"NOAUTH":      "Redis wants a password",
+	"WRONGPASS":   "Redis refuses the user or the password",
+	"NOPERM":      "the Redis user lacks a permission",
+	"BUSY":        "Redis is busy with a script",
+	"TRYAGAIN":    "a Redis slot is on the move",
+	"MOVED":       "a Redis slot is on the move",
+	"ASK":         "a Redis slot is on the move",
+}
+
+// explain says in few words what an error means.
+func explain(err error) string {
+	var refused *rueidis.RedisError
+	if errors.As(err, &refused) {
+		word, _, _ := strings.Cut(refused.Error(), " ")
+		if s, ok := explanations[strings.ToUpper(word)]; ok {
+			return s
+		}
+		return "Redis refuses"
+	}
+	return "Redis is out of reach"
+}
+
+// Health reports whether ids can be answered, and why not: to be shown to who
+// routes requests to this instance.
+func (r *Redis) Health() (ready bool, reason string) {
+	r.health.mu.Lock()
+	policy, failure := r.health.policy, r.health.failure
+	r.health.mu.Unlock()
+	if policy != "" {
+		return false, policy
+	}
+	if r.client.Load() == nil {
+		if failure == "" {
+			failure = "Redis is not connected yet"
+		}
+		return r.cfg.FailOpen, failure
+	}
+	down := 0
+	for i := range r.lanes {
+		l := &r.lanes[i]
+		l.mu.Lock()
+		if l.down {
+			down++
+			if l.err != nil {
+				failure = explain(l.err)
+			}
+		}
+		l.mu.Unlock()
+	}
+	switch {
+	case down == 0:
+		return true, ""
+	case failure == "":
+		failure = "Redis does not answer"
+	}
+	if down < lanes {
+		// Other instances reach no more: it is a part of the cluster that is away.
+		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, lanes)
+	}
+	return r.cfg.FailOpen, failure
+}
+
+const noEviction = "noeviction"
+
+var policyLine = regexp.MustCompile(`(?m)^maxmemory_policy:(\S+)`)
+
+// watch looks whether every server keeps what it was given: with any other
+// policy than noeviction it may drop ids that were answered for, silently.
+func (r *Redis) watch() {
+	t := time.NewTicker(watchEvery)
+	defer t.Stop()
+	for {
+		r.checkPolicy()
+		select {
+		case <-r.closing:
+			return
+		case <-t.C:
+		}
+	}
+}
+
+func (r *Redis) checkPolicy() {
+	ctx, cancel := context.WithTimeout(r.life, watchEvery)
+	defer cancel()
+	bad, blind := "", false
+	for addr, node := range (*r.client.Load()).Nodes() {
+		policy, err := evictionPolicy(ctx, node)
+		var refused *rueidis.RedisError
+		switch {
+		case err == nil && policy != noEviction:
+			bad = fmt.Sprintf("maxmemory-policy of Redis at %s is %s, want %s", addr, policy, noEviction)
+		case errors.As(err, &refused):
+			blind = true
+		}
+	}
+	h := &r.health
+	h.mu.Lock()
+	was, wasBlind := h.policy, h.blind
+	h.policy, h.blind = bad, blind
+	h.mu.Unlock()
+	h.refused.Store(bad != "")
+	switch {
+	case bad != "" && bad != was:
+		r.cfg.Log.Error().Msg(bad + ": ids could be dropped silently, so none are taken until it is changed")
+	case bad == "" && was != "":
+		r.cfg.Log.Info().Msg("maxmemory-policy of Redis is " + noEviction + " again")
+	}
+	if blind && !wasBlind {
+		r.cfg.Log.Warn().Msg("the Redis user may read neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
+	}
+}
+
+func evictionPolicy(ctx context.Context, node rueidis.Client) (string, error) {
+	m, err := node.Do(ctx, node.B().ConfigGet().Parameter("maxmemory-policy").Build()).AsStrMap()
+	if policy := m["maxmemory-policy"]; err == nil && policy != "" {
+		return policy, nil
+	}
+	info, err := node.Do(ctx, node.B().Info().Section("memory").Build()).ToString()
+	if err != nil {
+		return "", err
+	}
+	if m := policyLine.FindStringSubmatch(info); m != nil {
+		return m[1], nil
+	}
+	return noEviction, nil // such a server evicts nothing
+}

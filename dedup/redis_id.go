@@ -1,0 +1,98 @@
+package dedup
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+
+	"github.com/dchest/siphash"
+
+	"verve/counter"
+)
+
+// idKey tells ids apart in this process: exactly, but for texts, which are told
+// apart by a keyed hash of 128 bits.
+type idKey struct {
+	hi, lo uint64 // scattered; hi is 0 for decimals
+	kind   uint8
+}
+
+func (r *Redis) key(id []byte) idKey {
+	if n, ok := decimal(id); ok {
+		return idKey{lo: r.secret.scatter(n), kind: narrowKind}
+	}
+	hi, lo, ok := uuid(id)
+	if !ok {
+		hi, lo = r.secret.hash(id)
+	}
+	hi, lo = r.secret.scatter128(hi, lo)
+	return idKey{hi, lo, wideKind}
+}
+
+// knows reports whether the id is in v. Nothing is added.
+func (m *Memory) knows(v *view, k idKey) bool {
+	var p place
+	if k.kind == narrowKind {
+		p, _ = m.addNarrow(v, k.lo, true)
+	} else {
+		p, _ = m.addWide(v, k.hi, k.lo, true)
+	}
+	return p == found
+}
+
+// learn adds the id to v. What does not fit is not known later.
+func (m *Memory) learn(e *counter.Epoch, v *view, k idKey) (place, error) {
+	return m.insert(e, v, int(k.kind), k.hi, k.lo)
+}
+
+// How ids stand in Redis. Each has one form, and the kinds have keys of their
+// own, so that none is taken for another.
+const (
+	kindDecimal = 'd' // canonical decimals below 2^63, as text: Redis keeps them as integers
+	kindUUID    = 'u' // the 16 bytes of a UUID
+	kindText    = 't' // other ids as they are
+	kindDigest  = 'h' // SHA-256 of ids longer than maxText
+
+	maxText   = 40
+	headerLen = 4 // kind, length, two bytes of hash that choose the bucket
+)
+
+// encoded is an id as it stands in a blob: header and bytes.
+type encoded struct {
+	n    uint8
+	data [headerLen + maxText]byte
+}
+
+func (en *encoded) bytes() []byte { return en.data[:en.n] }
+
+// encode returns the hash that chooses the lane by its highest bits. All
+// instances of a group must agree on it, so its key cannot be a secret: who
+// knows it can make one lane busier than the others, no more.
+func (en *encoded) encode(key [2]uint64, kind uint8, id []byte) uint64 {
+	body := en.data[headerLen:headerLen]
+	if kind == narrowKind && (len(id) < 19 || len(id) == 19 && string(id) <= "9223372036854775807") {
+		en.data[0] = kindDecimal
+		body = append(body, id...)
+	} else if hi, lo, ok := uuid(id); ok {
+		en.data[0] = kindUUID
+		body = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(body, hi), lo)
+	} else if len(id) <= maxText {
+		en.data[0] = kindText
+		body = append(body, id...)
+	} else {
+		en.data[0] = kindDigest
+		sum := sha256.Sum256(id)
+		body = append(body, sum[:]...)
+	}
+	en.data[1] = byte(len(body))
+	en.n = uint8(headerLen + len(body))
+	en.data[2], en.data[3] = 0, 0
+	h := siphash.Hash(key[0], key[1]^uint64(en.data[0]), body)
+	en.data[2], en.data[3] = byte(h>>8), byte(h)
+	return h
+}
+
+// laneKey is the key of the hash that chooses lanes and buckets.
+func laneKey(group string) [2]uint64 {
+	sum := sha256.Sum256([]byte("verve lane\x00" + group))
+	return [2]uint64{binary.LittleEndian.Uint64(sum[:]), binary.LittleEndian.Uint64(sum[8:])}
+}

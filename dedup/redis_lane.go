@@ -1,0 +1,808 @@
+package dedup
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"verve/counter"
+)
+
+const (
+	// lanes is how many parts the ids are spread over, each with a batcher here
+	// and a hash slot there. Sixteen keep a few masters evenly busy.
+	lanes = 16
+
+	// batchSize bounds a batch, and so the time Redis does nothing else: 256 ids
+	// take it some 0.3 ms.
+	batchSize = 256
+
+	// ackDelay is how long the ids of a last batch may stay in doubt for others
+	// when nothing follows it.
+	ackDelay = 5 * time.Millisecond
+
+	// beatEvery is how soon a silent lane notices a loss, and says that the
+	// session lives.
+	beatEvery = time.Second
+
+	// Attempts that fail wait between these, doubling.
+	minRetry = 2 * time.Millisecond
+	maxRetry = 250 * time.Millisecond
+
+	// holdRetry is the wait where Redis asks for patience.
+	holdRetry = 10 * time.Millisecond
+
+	// missingFor is how long keys may be missing before they are taken for lost:
+	// longer than a slot takes to move.
+	missingFor = 5 * time.Second
+
+	// seqSkip leaves behind, after a loss, every sequence that a batch still on
+	// its way can have.
+	seqSkip = 1000
+
+	// idsTTL is how long ids live that nobody seals.
+	idsTTL = 7 * 24 * time.Hour
+
+	// holdFor is how long an epoch that lost ids admits no new ones after
+	// somebody has added some again: others may still have to find out.
+	holdFor = 1500 * time.Millisecond
+)
+
+// laneTags choose hash slots evenly: slot 512 + 1024 i for the i-th.
+var laneTags = [lanes]string{
+	"04s", "003", "pt6", "4x6", "0ay", "0e9", "4mt", "4i4",
+	"265", "22u", "c0h", "6zp", "gio", "5f", "6o2", "6kr",
+}
+
+// lane is one part of the ids: what of them waits for an answer, and the batch
+// that is under way. One batch at a time, each with the next sequence of this
+// session: a batch sent again is recognised by it, whatever became of the reply.
+type lane struct {
+	r    *Redis
+	i    int
+	key  string // of the hash of sessions; the prefix of all others
+	wake chan struct{}
+
+	mu      sync.Mutex // guards what follows
+	pending map[pendingKey]*entry
+	queue   []*entry // to be sent, oldest first
+	doubt   []*entry // to be sent again, a moment later
+	untold  []*entry // added, and nobody is left to be told: to be taken back
+	oldest  *ask     // those who wait, by the time they began
+	newest  *ask
+	job     *job // under way
+	down    bool // no new ids: the last attempts failed for longer than a request waits
+	failing int64
+	err     error
+	lost    []*redisEpoch // to be added again from the log
+	asked   []*question
+	closed  bool
+
+	// run alone uses these.
+	seq     uint64
+	unacked bool // ids of the last batch are in doubt for others
+	timer   *time.Timer
+}
+
+type pendingKey struct {
+	epoch *redisEpoch
+	id    idKey
+}
+
+// laneEpoch is what a lane knows of an epoch. The lane's mu guards it.
+type laneEpoch struct {
+	gen     string        // of the epoch in Redis, as last heard
+	n       atomic.Uint64 // ids in it, as last heard
+	sealed  bool
+	retired bool
+	lost    bool // to be added again
+	log     replayLog
+}
+
+// State of an entry.
+const (
+	queued  = iota
+	flying  // in the batch under way
+	untold  // added, nobody told; to be taken back
+	taking  // is being taken back
+	settled // out of the lane
+)
+
+// entry is an id that waits for its outcome.
+type entry struct {
+	key   pendingKey
+	enc   encoded
+	state uint8
+	told  bool // was answered as new without Redis
+	asks  *ask // those who wait, the first at the head
+	last  *ask
+}
+
+// ask is a request that waits for the outcome of an entry.
+type ask struct {
+	of         *entry
+	e          *counter.Epoch
+	at         int64 // ns since the start of the Redis
+	prev, next *ask  // by time
+	beside     *ask  // of the same entry
+	done       chan reply
+}
+
+type reply struct {
+	verdict Verdict
+	err     error
+}
+
+var asks = sync.Pool{New: func() any { return &ask{done: make(chan reply, 1)} }}
+
+// question is somebody who waits until a lane has been heard about an epoch.
+type question struct {
+	epoch *redisEpoch
+	done  chan error // capacity 1
+}
+
+// job is a batch. Once its outcome is unknown it is sent until it is known.
+type job struct {
+	mode    string
+	epoch   *redisEpoch
+	entries []*entry
+	blob    string
+	bytes   int // of the log, where it is a replay
+	asked   []*question
+	unknown bool
+	missing time.Time
+}
+
+// Modes of a batch, as in redis.lua.
+const (
+	modeAdd    = "a"
+	modeLook   = "l"
+	modeTake   = "r"
+	modeReplay = "p"
+	modeLocal  = "f"
+	modeBeat   = "b"
+)
+
+func (l *lane) init(r *Redis, i int) {
+	l.r, l.i = r, i
+	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":sessions"
+	l.wake = make(chan struct{}, 1)
+	l.pending = map[pendingKey]*entry{}
+}
+
+func (l *lane) nudge() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// add brings an id to the lane and waits for the outcome.
+func (l *lane) add(e *counter.Epoch, s *redisEpoch, k idKey, enc *encoded) (Verdict, error) {
+	r := l.r
+	key := pendingKey{s, k}
+	now := r.now.Load()
+	l.mu.Lock()
+	en := l.pending[key]
+	switch le := &s.lanes[l.i]; {
+	case l.closed:
+		l.mu.Unlock()
+		return Repeat, ErrUnavailable
+	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
+		l.mu.Unlock()
+		return Turned, nil
+	case en != nil && en.state == untold:
+		l.tell(e, en)
+		l.mu.Unlock()
+		return Unique, nil
+	case en != nil && en.told:
+		l.mu.Unlock()
+		return Repeat, nil
+	case l.down || r.health.refuses():
+		v, err := l.decide(e, key, en, enc)
+		l.mu.Unlock()
+		return v, err
+	case en == nil:
+		if r.pending.Add(1) > int64(r.cfg.Pending) {
+			r.pending.Add(-1)
+			l.mu.Unlock()
+			return Repeat, errPending
+		}
+		en = &entry{key: key, enc: *enc}
+		l.pending[key] = en
+		l.queue = append(l.queue, en)
+	}
+	a := asks.Get().(*ask)
+	a.of, a.e, a.at = en, e, now
+	l.wait(a)
+	l.mu.Unlock()
+	l.nudge()
+	out := <-a.done
+	a.of, a.e = nil, nil
+	asks.Put(a)
+	return out.verdict, out.err
+}
+
+var errPending = fmt.Errorf("%w: too many ids wait for Redis", ErrUnavailable)
+
+// tell answers for an entry that was added and not told about: the request that
+// brings it again is the one that is told. l.mu is held.
+func (l *lane) tell(e *counter.Epoch, en *entry) {
+	i := slices.Index(l.untold, en)
+	l.untold = slices.Delete(l.untold, i, i+1)
+	l.done(en)
+	l.known(e, en.key)
+	en.key.epoch.lanes[l.i].applied(l.r, l.seq, en)
+}
+
+// decide answers without Redis. en is what is under way for the id, or nil.
+// l.mu is held.
+func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded) (Verdict, error) {
+	r, s := l.r, key.epoch
+	if !r.cfg.FailOpen {
+		return Repeat, r.unavailable()
+	}
+	le := &s.lanes[l.i]
+	if !le.log.room(r) {
+		return Repeat, errLog
+	}
+	p, err := r.cfg.Local.learn(e, s.view, key.id)
+	switch {
+	case err != nil || p != taken:
+		return verdict(p), err
+	case en == nil || en.state == queued:
+		le.log.unsent(r, enc.bytes())
+		if en != nil {
+			l.drop(en)
+		}
+	default:
+		en.told = true // goes into the log when its outcome is known
+	}
+	return Unique, nil
+}
+
+var errLog = fmt.Errorf("%w: no room for more ids that Redis has not seen", ErrUnavailable)
+
+// known makes a repeat of the id cost no trip. l.mu is held, so that whoever
+// finds it no more pending finds it there.
+func (l *lane) known(e *counter.Epoch, key pendingKey) {
+	if v := key.epoch.view; v != nil {
+		l.r.cfg.Local.learn(e, v, key.id)
+	}
+}
+
+// wait adds a to those who wait. l.mu is held.
+func (l *lane) wait(a *ask) {
+	a.beside, a.next, a.prev = nil, nil, l.newest
+	if l.newest != nil {
+		l.newest.next = a
+	} else {
+		l.oldest = a
+	}
+	l.newest = a
+	if en := a.of; en.asks == nil {
+		en.asks, en.last = a, a
+	} else {
+		en.last.beside = a
+		en.last = a
+	}
+}
+
+// answer ends the waiting of a. Its entry has been told to forget it. l.mu is
+// held.
+func (l *lane) answer(a *ask, v Verdict, err error) {
+	if a.prev != nil {
+		a.prev.next = a.next
+	} else {
+		l.oldest = a.next
+	}
+	if a.next != nil {
+		a.next.prev = a.prev
+	} else {
+		l.newest = a.prev
+	}
+	a.done <- reply{v, err}
+}
+
+// answerAll answers first to the first who waits for en and then to the others.
+// l.mu is held.
+func (l *lane) answerAll(en *entry, first, then Verdict, err error) {
+	v := first
+	for a := en.asks; a != nil; {
+		beside := a.beside
+		l.answer(a, v, err)
+		a, v = beside, then
+	}
+	en.asks, en.last = nil, nil
+}
+
+// done lets go of en. l.mu is held.
+func (l *lane) done(en *entry) {
+	en.state = settled
+	delete(l.pending, en.key)
+	l.r.pending.Add(-1)
+}
+
+// drop takes a queued entry, for which nobody waits any more, out of the lane.
+// The queue passes over it. l.mu is held.
+func (l *lane) drop(en *entry) {
+	l.done(en)
+}
+
+// expire answers those who have waited for too long, and notices that the job
+// under way has.
+func (l *lane) expire(now int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for a := l.oldest; a != nil && now-a.at >= int64(l.r.cfg.Timeout); a = l.oldest {
+		en := a.of
+		if l.failing == 0 && l.job != nil {
+			l.failing = a.at // no error yet, and no answer either
+		}
+		// It is the first of its entry: they began in this order.
+		en.asks = a.beside
+		if en.asks == nil {
+			en.last = nil
+		}
+		v, err := Repeat, error(nil)
+		if en.told {
+			// Answered as new to another request.
+		} else if l.r.cfg.FailOpen {
+			v, err = l.decide(a.e, en.key, en, &en.enc)
+		} else {
+			err = l.r.unavailable()
+		}
+		l.answer(a, v, err)
+		switch {
+		case en.state == settled: // decided here, whoever else waits has a repeat
+			l.answerAll(en, Repeat, Repeat, nil)
+		case en.state == queued && en.asks == nil:
+			l.drop(en)
+		}
+	}
+	if l.failing != 0 && now-l.failing >= int64(l.r.cfg.Timeout)/2 {
+		l.down = true
+	}
+}
+
+// fail answers everybody, at the end.
+func (l *lane) fail() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	for l.oldest != nil {
+		en := l.oldest.of
+		l.answerAll(en, Repeat, Repeat, ErrUnavailable)
+	}
+	for _, q := range l.asked {
+		q.done <- ErrUnavailable
+	}
+	l.asked = nil
+}
+
+// run sends batches until Close, and then until nothing is left open.
+func (l *lane) run() {
+	l.timer = time.NewTimer(beatEvery)
+	defer l.timer.Stop()
+	wait := minRetry
+	for {
+		j := l.pick()
+		if j == nil {
+			if !l.idle() {
+				break
+			}
+			continue
+		}
+		switch pause := l.perform(j, wait); {
+		case pause < 0: // done
+			wait = minRetry
+		case !l.sleep(pause):
+			return // closing took too long
+		default:
+			wait = min(2*wait, maxRetry)
+		}
+	}
+	l.r.call(l.r.life, l.key, "bye", l.r.cfg.Session)
+}
+
+// idle waits for something to do. It returns false when the lane is to end.
+func (l *lane) idle() bool {
+	select {
+	case <-l.r.closing:
+		return false
+	default:
+	}
+	d := beatEvery
+	l.mu.Lock()
+	switch {
+	case l.failing != 0:
+		d = maxRetry
+	case l.unacked:
+		d = ackDelay
+	case len(l.doubt) > 0:
+		d = minRetry
+	}
+	l.mu.Unlock()
+	l.timer.Reset(d)
+	select {
+	case <-l.wake:
+	case <-l.r.closing:
+	case <-l.timer.C:
+		l.mu.Lock()
+		if len(l.doubt) > 0 {
+			l.queue = append(l.queue, l.doubt...)
+			l.doubt = l.doubt[:0]
+		} else if l.job == nil {
+			l.job = l.beat()
+		}
+		l.mu.Unlock()
+	}
+	return true
+}
+
+// beat is the batch that says that the session lives. l.mu is held.
+func (l *lane) beat() *job {
+	s := l.r.latest.Load()
+	if s == nil {
+		return nil
+	}
+	return &job{mode: modeBeat, epoch: s}
+}
+
+// sleep waits for d, or less when the Redis is closed for too long.
+func (l *lane) sleep(d time.Duration) bool {
+	l.timer.Reset(d)
+	select {
+	case <-l.timer.C:
+		return true
+	case <-l.r.life.Done():
+		return false
+	}
+}
+
+// pick returns the next batch: first the one under way, then what a loss makes
+// necessary, then what must be taken back, then whatever waits.
+func (l *lane) pick() *job {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.job == nil {
+		l.job = l.choose()
+	}
+	return l.job
+}
+
+// choose makes the next batch. l.mu is held.
+func (l *lane) choose() *job {
+	if len(l.lost) > 0 {
+		s := l.lost[0]
+		le := &s.lanes[l.i]
+		if le.retired || le.sealed || !le.lost && le.log.left() == 0 {
+			l.lost = slices.Delete(l.lost, 0, 1)
+			return l.choose()
+		}
+		j := &job{mode: modeLocal, epoch: s}
+		if le.lost {
+			j.mode = modeReplay
+		}
+		j.blob, j.bytes = le.log.next(batchSize)
+		return j
+	}
+	if len(l.untold) > 0 {
+		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
+		l.untold = l.fill(j, l.untold, taking)
+		return j
+	}
+	if l.failing == 0 {
+		l.down = false
+	}
+	if len(l.doubt) > 0 && len(l.queue) > 0 {
+		l.queue = append(l.queue, l.doubt...)
+		l.doubt = l.doubt[:0]
+	}
+	for len(l.queue) > 0 && l.queue[0].state == settled {
+		l.queue = l.queue[1:]
+	}
+	if len(l.queue) > 0 {
+		j := &job{mode: modeAdd, epoch: l.queue[0].key.epoch}
+		l.queue = l.fill(j, l.queue, flying)
+		return j
+	}
+	l.queue = nil
+	if len(l.asked) > 0 {
+		j := &job{mode: modeBeat, epoch: l.asked[0].epoch}
+		l.asked = slices.DeleteFunc(l.asked, func(q *question) bool {
+			if q.epoch == j.epoch {
+				j.asked = append(j.asked, q)
+			}
+			return q.epoch == j.epoch
+		})
+		return j
+	}
+	return nil // where the last attempt failed, idle sends a beat to find out
+}
+
+// fill moves entries of the job's epoch into it and returns the rest. l.mu is
+// held.
+func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
+	size := batchSize
+	if limit := l.r.cfg.MaxIDs; limit > 0 && j.mode == modeAdd {
+		// Near the limit the lanes add little at a time, at it they only look.
+		left := less(limit, j.epoch.live())
+		if left == 0 {
+			j.mode = modeLook
+		}
+		size = int(min(uint64(size), max(1, left/lanes)))
+	}
+	blob := make([]byte, 0, 16*min(size, len(from)))
+	n := 0
+	for n < len(from) && len(j.entries) < size {
+		en := from[n]
+		if en.state != settled {
+			if en.key.epoch != j.epoch {
+				break
+			}
+			en.state = state
+			j.entries = append(j.entries, en)
+			blob = append(blob, en.enc.bytes()...)
+		}
+		n++
+	}
+	j.blob = string(blob)
+	return from[n:]
+}
+
+// perform sends the job once. It returns how long to wait before the next
+// attempt, or less than 0 where the job is done or given up.
+func (l *lane) perform(j *job, wait time.Duration) time.Duration {
+	le := &j.epoch.lanes[l.i]
+	l.mu.Lock()
+	gen := le.gen
+	whole := "1"
+	if le.log.cut {
+		whole = "0"
+	}
+	l.mu.Unlock()
+	l.r.counts.batches.Add(1)
+	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, j.blob,
+		seconds(idsTTL), strconv.FormatFloat(holdFor.Seconds(), 'f', -1, 64), whole)
+	if err != nil {
+		l.r.counts.retries.Add(1)
+		var refused errRefused
+		if !errors.As(err, &refused) {
+			j.unknown = true
+		}
+		return l.failed(j, err, wait)
+	}
+	l.succeeded()
+	switch a.status {
+	case statusOK:
+		l.seq++
+		l.unacked = j.mode == modeAdd
+		l.resolve(j, a)
+		return -1
+	case statusSealed:
+		l.turn(j)
+		return -1
+	case statusGap, statusOld, statusLost:
+		return l.recover(j, a, wait)
+	case statusMissing:
+		if j.missing.IsZero() {
+			j.missing = time.Now()
+		} else if time.Since(j.missing) > missingFor {
+			j.missing = time.Time{}
+			return l.recover(j, a, wait)
+		}
+		l.r.health.note(l.r, "keys of the open window are missing in Redis, or on the move to another node: ids wait")
+		l.dissolve(j)
+		return holdRetry
+	case statusHold:
+		l.r.health.note(l.r, "ids lost in Redis are being added again: new ones wait")
+		l.dissolve(j)
+		return holdRetry
+	}
+	j.unknown = true
+	return l.failed(j, errors.New("unexpected answer "+a.status), wait)
+}
+
+func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
+
+// failed notes that an attempt failed.
+func (l *lane) failed(j *job, err error, wait time.Duration) time.Duration {
+	l.r.health.failed(l.r, err)
+	l.mu.Lock()
+	if l.failing == 0 {
+		l.failing = max(1, int64(time.Since(l.r.start)))
+	}
+	l.err = err
+	l.mu.Unlock()
+	l.dissolve(j)
+	return wait
+}
+
+// absent notes that there is no connection yet.
+func (l *lane) absent() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failing == 0 {
+		l.failing = max(1, int64(time.Since(l.r.start)))
+	}
+}
+
+func (l *lane) succeeded() {
+	l.mu.Lock()
+	was := l.failing != 0
+	l.failing, l.err = 0, nil
+	l.mu.Unlock()
+	if was {
+		l.r.health.succeeded(l.r)
+	}
+}
+
+// dissolve puts the entries of a job back, unless it may have been done: then
+// it stays as it is, for its sequence must never mean anything else.
+func (l *lane) dissolve(j *job) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if j.unknown {
+		return
+	}
+	l.job = nil
+	switch j.mode {
+	case modeAdd, modeLook:
+		back := make([]*entry, 0, len(j.entries)+len(l.queue))
+		for _, en := range j.entries {
+			l.requeue(en, &back)
+		}
+		l.queue = append(back, l.queue...)
+	case modeTake:
+		for _, en := range j.entries {
+			en.state = untold
+		}
+		l.untold = append(j.entries, l.untold...)
+	}
+	l.asked = append(l.asked, j.asked...)
+}
+
+// requeue appends an entry that was not added to the queue, if anybody waits
+// for it. l.mu is held.
+func (l *lane) requeue(en *entry, queue *[]*entry) {
+	switch {
+	case en.told:
+		l.done(en)
+		l.missed(en)
+	case en.asks == nil:
+		l.done(en)
+	default:
+		en.state = queued
+		*queue = append(*queue, en)
+	}
+}
+
+// missed logs an id that was answered as new and is not in Redis. l.mu is held.
+func (l *lane) missed(en *entry) {
+	s := en.key.epoch
+	s.lanes[l.i].log.unsent(l.r, en.enc.bytes())
+	l.flush(s)
+}
+
+// flush has what the log of s holds, and Redis does not, added. l.mu is held.
+func (l *lane) flush(s *redisEpoch) {
+	if !slices.Contains(l.lost, s) {
+		l.lost = append(l.lost, s)
+	}
+}
+
+// turn answers the entries of a job whose epoch is sealed.
+func (l *lane) turn(j *job) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.job = nil
+	le := &j.epoch.lanes[l.i]
+	le.sealed = true
+	for _, en := range j.entries {
+		if en.told {
+			le.log.unsent(l.r, en.enc.bytes()) // Retire says so
+		}
+		l.answerAll(en, Turned, Turned, nil)
+		l.done(en)
+	}
+	for _, en := range l.untold { // too late to take them back
+		if en.key.epoch == j.epoch {
+			l.done(en)
+		}
+	}
+	l.untold = slices.DeleteFunc(l.untold, func(en *entry) bool { return en.state == settled })
+	for _, q := range j.asked {
+		q.done <- nil
+	}
+}
+
+// resolve answers the entries of a job that was done.
+func (l *lane) resolve(j *job, a answer) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.job = nil
+	le := &j.epoch.lanes[l.i]
+	le.gen = a.gen
+	le.n.Store(a.n)
+	switch j.mode {
+	case modeReplay, modeLocal:
+		if le.retired {
+			break
+		}
+		n := le.log.sent(l.seq, j.bytes)
+		l.r.counts.replayed.Add(uint64(n))
+		for _, c := range []byte(a.codes) {
+			if c == '0' {
+				l.r.counts.twice.Add(1)
+			}
+		}
+		if le.log.left() == 0 {
+			le.lost = false
+		}
+	case modeTake:
+		for _, en := range j.entries {
+			if en.asks == nil {
+				l.done(en)
+				continue
+			}
+			en.state = queued // brought again meanwhile
+			l.queue = append(l.queue, en)
+		}
+		l.r.counts.untold.Add(uint64(len(j.entries)))
+	case modeAdd, modeLook:
+		for i, en := range j.entries {
+			code := byte('3')
+			if i < len(a.codes) {
+				code = a.codes[i]
+			}
+			l.settle(en, le, code)
+		}
+	}
+	for _, q := range j.asked {
+		q.done <- nil
+	}
+}
+
+// settle gives an entry its outcome. l.mu is held.
+func (l *lane) settle(en *entry, le *laneEpoch, code byte) {
+	switch code {
+	case '1':
+		switch {
+		case en.told:
+			le.applied(l.r, l.seq, en)
+			l.done(en)
+			l.answerAll(en, Repeat, Repeat, nil)
+		case en.asks == nil:
+			en.state = untold
+			l.untold = append(l.untold, en)
+		default:
+			le.applied(l.r, l.seq, en)
+			l.known(en.asks.e, en.key)
+			l.done(en)
+			l.answerAll(en, Unique, Repeat, nil)
+		}
+	case '0':
+		if en.told {
+			l.done(en)
+			l.missed(en) // finds it there, which marks the epoch
+			return
+		}
+		if en.asks != nil {
+			l.known(en.asks.e, en.key)
+		}
+		l.done(en)
+		l.answerAll(en, Repeat, Repeat, nil)
+	case '2':
+		l.requeue(en, &l.doubt)
+	case '4':
+		l.done(en)
+		l.answerAll(en, Repeat, Repeat, ErrFull)
+	default:
+		l.requeue(en, &l.doubt)
+	}
+}

@@ -1,0 +1,234 @@
+package dedup
+
+import (
+	"context"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// replayLog holds the ids of an epoch and a lane that this process has answered
+// as new, as they stand in blobs: those that Redis has taken, with the sequence
+// of their batch, and those that it has not or has lost.
+type replayLog struct {
+	have  []byte
+	marks []mark
+	todo  []byte
+	cut   bool // not all of them could be kept
+}
+
+// mark says that the batch of a sequence ends at a length of have.
+type mark struct {
+	seq uint64
+	end int
+}
+
+func (g *replayLog) room(r *Redis) bool { return r.logBytes.Load() < r.cfg.LogBytes }
+
+// applied logs an id that Redis has taken in the batch seq.
+func (le *laneEpoch) applied(r *Redis, seq uint64, en *entry) {
+	g, b := &le.log, en.enc.bytes()
+	if le.retired {
+		return
+	}
+	if !g.room(r) {
+		g.cut = true
+		return
+	}
+	r.logBytes.Add(int64(len(b)))
+	g.have = append(g.have, b...)
+	if n := len(g.marks); n > 0 && g.marks[n-1].seq == seq {
+		g.marks[n-1].end = len(g.have)
+		return
+	}
+	g.marks = append(g.marks, mark{seq, len(g.have)})
+}
+
+// unsent adds an id that Redis has not taken. It is kept whatever its size: the
+// caller has asked for room, or it is one of a batch.
+func (g *replayLog) unsent(r *Redis, b []byte) {
+	r.logBytes.Add(int64(len(b)))
+	g.todo = append(g.todo, b...)
+}
+
+// rewind makes what was taken after the batch seq be sent again.
+func (g *replayLog) rewind(seq uint64) {
+	i := len(g.marks)
+	for i > 0 && g.marks[i-1].seq > seq {
+		i--
+	}
+	from := 0
+	if i > 0 {
+		from = g.marks[i-1].end
+	}
+	g.todo = append(slices.Clone(g.have[from:]), g.todo...)
+	g.have, g.marks = g.have[:from], g.marks[:i]
+}
+
+func (g *replayLog) left() int { return len(g.todo) }
+
+// ids counts the ids that are left.
+func (g *replayLog) ids() (n int) {
+	for b := g.todo; len(b) > 0; n++ {
+		b = b[headerLen+int(b[1]):]
+	}
+	return n
+}
+
+// next returns up to n ids that are left, and their bytes.
+func (g *replayLog) next(n int) (string, int) {
+	size := 0
+	for ; n > 0 && size < len(g.todo); n-- {
+		size += headerLen + int(g.todo[size+1])
+	}
+	return string(g.todo[:size]), size
+}
+
+// sent moves the first bytes of what was left to what Redis has.
+func (g *replayLog) sent(seq uint64, bytes int) (n int) {
+	for b := g.todo[:bytes]; len(b) > 0; n++ {
+		b = b[headerLen+int(b[1]):]
+	}
+	g.have = append(g.have, g.todo[:bytes]...)
+	g.todo = g.todo[bytes:]
+	if len(g.todo) == 0 {
+		g.todo = nil
+	}
+	if bytes > 0 {
+		g.marks = append(g.marks, mark{seq, len(g.have)})
+	}
+	return n
+}
+
+// recover goes on after a loss: Redis knows nothing of the last batches of this
+// session, or of an epoch, and what it forgot is added again before anything
+// else. The job stays as it is: whatever it did is forgotten too.
+func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
+	r := l.r
+	seq := l.seq + seqSkip
+	h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), seconds(idsTTL))
+	for ; err == nil && h.status == statusGap; h, err = r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(h.n, 10), strconv.FormatUint(seq, 10), seconds(idsTTL)) {
+		a.n = min(a.n, h.n) // lost more meanwhile
+	}
+	if err != nil {
+		return l.failed(j, err, wait)
+	}
+	kept := a.n // batches up to this one are there
+	if a.status == statusLost || a.status == statusMissing {
+		kept = 0
+	}
+	r.mu.Lock()
+	epochs := slices.Clone(r.epochs)
+	r.mu.Unlock()
+	again := 0
+	l.mu.Lock()
+	l.seq = seq
+	for _, s := range epochs {
+		le := &s.lanes[l.i]
+		if le.sealed || le.retired || kept == 0 && a.status != statusGap && a.status != statusOld && s != j.epoch {
+			continue
+		}
+		le.log.rewind(kept)
+		if kept == 0 {
+			le.gen = ""
+		}
+		le.lost = true
+		again += le.log.left()
+		l.flush(s)
+	}
+	// What the job did is lost with the rest: its ids are as good as new.
+	j.unknown = false
+	l.mu.Unlock()
+	l.dissolve(j)
+	r.health.note(r, "Redis has lost ids of the open window (FLUSHALL, a restart or a failover): they are added again from memory")
+	return -1
+}
+
+// retire lets go of an epoch and returns how many ids of it Redis never got.
+func (l *lane) retire(s *redisEpoch) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	le := &s.lanes[l.i]
+	le.retired = true
+	unsent := 0
+	if !le.lost || le.sealed {
+		unsent = le.log.ids()
+	}
+	l.r.logBytes.Add(-int64(len(le.log.have) + len(le.log.todo)))
+	le.log = replayLog{}
+	return unsent
+}
+
+// unsettled returns the start of the oldest epoch of which ids that this process
+// has answered as new, or may, are not in Redis for certain, or others are that
+// nobody was told about.
+func (r *Redis) unsettled() (start time.Time, some bool) {
+	see := func(s *redisEpoch) {
+		if !some || s.start.Before(start) {
+			start, some = s.start, true
+		}
+	}
+	for i := range r.lanes {
+		l := &r.lanes[i]
+		l.mu.Lock()
+		if l.job != nil && l.job.mode != modeBeat && l.job.mode != modeLook {
+			see(l.job.epoch)
+		}
+		for _, s := range l.lost {
+			if le := &s.lanes[i]; !le.sealed && !le.retired {
+				see(s)
+			}
+		}
+		for _, list := range [][]*entry{l.untold, l.queue, l.doubt} {
+			for _, en := range list {
+				if en.state != settled {
+					see(en.key.epoch)
+				}
+			}
+		}
+		l.mu.Unlock()
+	}
+	return start, some
+}
+
+// settle asks every lane of Redis about the epoch that starts at start, so that
+// a loss is noticed of which this process has not heard. What unsettled says
+// after it is true of that moment.
+func (r *Redis) settle(ctx context.Context, start time.Time) error {
+	r.mu.Lock()
+	i := slices.IndexFunc(r.epochs, func(s *redisEpoch) bool { return s.start.Equal(start) })
+	if i < 0 {
+		r.mu.Unlock()
+		return nil // never opened here: there is nothing to be lost
+	}
+	s := r.epochs[i]
+	r.mu.Unlock()
+	done := make(chan error, lanes)
+	for i := range r.lanes {
+		l := &r.lanes[i]
+		q := &question{epoch: s, done: make(chan error, 1)}
+		l.mu.Lock()
+		if l.closed {
+			l.mu.Unlock()
+			return ErrUnavailable
+		}
+		l.asked = append(l.asked, q)
+		l.mu.Unlock()
+		l.nudge()
+		go func() {
+			select {
+			case err := <-q.done:
+				done <- err
+			case <-ctx.Done():
+				done <- ctx.Err()
+			}
+		}()
+	}
+	var first error
+	for range r.lanes {
+		if err := <-done; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}

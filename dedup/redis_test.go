@@ -1,0 +1,296 @@
+package dedup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
+)
+
+// redisServer is a real Redis of the tests.
+type redisServer struct {
+	t    testing.TB
+	addr string
+	dir  string
+	args []string
+	cmd  *exec.Cmd
+}
+
+// redisAt starts a Redis on a free port, or on the one given.
+func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		if strings.Contains(os.Getenv("VERVE_TEST_REQUIRE"), "redis") {
+			t.Fatal(err)
+		}
+		t.Skip("no redis-server is installed: ", err)
+	}
+	s := &redisServer{t: t, addr: freeAddr(t), dir: t.TempDir(), args: args}
+	s.start()
+	t.Cleanup(s.kill)
+	return s
+}
+
+func freeAddr(t testing.TB) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+// start starts the server, again after kill, and waits until it answers.
+func (s *redisServer) start() {
+	s.t.Helper()
+	host, port, _ := net.SplitHostPort(s.addr)
+	args := append([]string{"--bind", host, "--port", port, "--save", "", "--dir", s.dir, "--enable-debug-command", "yes", "--logfile", filepath.Join(s.dir, "log")}, s.args...)
+	s.cmd = exec.Command("redis-server", args...)
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		c, err := net.DialTimeout("tcp", s.addr, time.Second)
+		if err == nil {
+			c.SetDeadline(time.Now().Add(time.Second))
+			fmt.Fprint(c, "PING\r\n")
+			var b [64]byte
+			n, _ := c.Read(b[:])
+			c.Close()
+			if n > 0 && !bytes.Contains(b[:n], []byte("LOADING")) {
+				return
+			}
+		}
+		if time.Now().After(deadline) {
+			log, _ := os.ReadFile(filepath.Join(s.dir, "log"))
+			s.t.Fatalf("redis-server does not answer: %v\n%s", err, log)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func (s *redisServer) kill() {
+	if s.cmd != nil {
+		s.cmd.Process.Kill()
+		s.cmd.Wait()
+		s.cmd = nil
+	}
+}
+
+// pause stops the process, so that it answers nothing, until resume.
+func (s *redisServer) pause()  { s.cmd.Process.Signal(syscall.SIGSTOP) }
+func (s *redisServer) resume() { s.cmd.Process.Signal(syscall.SIGCONT) }
+
+// do runs a command on a connection of its own and returns its answer as text.
+func (s *redisServer) do(args ...string) string {
+	s.t.Helper()
+	c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{s.addr}, ForceSingleClient: true, DisableCache: true})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer c.Close()
+	m, err := c.Do(context.Background(), c.B().Arbitrary(args...).Build()).ToMessage()
+	if err != nil {
+		return err.Error()
+	}
+	if m.IsArray() {
+		list, _ := m.AsStrSlice()
+		return strings.Join(list, "\n")
+	}
+	if n, err := m.AsInt64(); err == nil {
+		return fmt.Sprint(n)
+	}
+	text, _ := m.ToString()
+	return text
+}
+
+// stored is the number of keys.
+func (s *redisServer) keys() []string {
+	s.t.Helper()
+	all := s.do("KEYS", "*")
+	if all == "" {
+		return nil
+	}
+	return strings.Split(all, "\n")
+}
+
+// lines is a log that a test can look into.
+type lines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// newRedis makes a Redis with a front cache that is connected when it returns.
+func newRedis(t testing.TB, addr string, change ...func(*RedisConfig)) *Redis {
+	t.Helper()
+	r := newRedisAway(t, addr, change...)
+	until(t, "the store is ready", func() bool {
+		ready, _ := r.Health()
+		return ready && r.client.Load() != nil
+	})
+	return r
+}
+
+// newRedisAway does not wait for a connection.
+func newRedisAway(t testing.TB, addr string, change ...func(*RedisConfig)) *Redis {
+	t.Helper()
+	local, err := NewMemory(Config{Expect: 1000, Heap: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := RedisConfig{URLs: []string{"redis://" + addr}, Group: "test", Window: time.Hour, Local: local, Log: zerolog.New(zerolog.NewTestWriter(t))}
+	for _, f := range change {
+		f(&cfg)
+	}
+	r, err := NewRedis(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// until waits for something that must come to pass.
+func until(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !done() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not in time: %s", what)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// sealed seals the n-th epoch and returns its count.
+func (e epochs) sealed(t testing.TB, r *Redis, n int) (unique uint64, exact bool) {
+	t.Helper()
+	unique, exact, err := r.sealIDs(t.Context(), time.Unix(0, e.at(n)), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return unique, exact
+}
+
+func init() {
+	newSets["redis"] = func(t testing.TB, maxIDs uint64) Set {
+		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) { c.MaxIDs = maxIDs })
+	}
+	newSets["redis, no front cache"] = func(t testing.TB, maxIDs uint64) Set {
+		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) {
+			c.MaxIDs = maxIDs
+			c.Local.Close()
+			c.Local = nil
+		})
+	}
+}
+
+// TestRedisInstancesCountAsOne has three instances bring the same ids at the
+// same moments: each id is unique at one of them, and the sealed count is the
+// number of ids.
+func TestRedisInstancesCountAsOne(t *testing.T) {
+	server := startRedis(t)
+	const instances, writers, ids = 3, 8, 5000
+	var sets [instances]*Redis
+	var at [instances]epochs
+	for i := range sets {
+		sets[i] = newRedis(t, server.addr)
+		at[i] = newEpochs(t, sets[i])
+	}
+	var mu sync.Mutex
+	unique := map[string]int{}
+	var group sync.WaitGroup
+	for i := range sets {
+		for w := range writers {
+			group.Go(func() {
+				for n := range ids {
+					id := fmt.Sprint(n)
+					if n%3 == 1 {
+						id = fmt.Sprintf("%08x-0000-4000-8000-000000000000", n)
+					} else if n%3 == 2 {
+						id = fmt.Sprint("text ", n, strings.Repeat("x", n%60))
+					}
+					v, err := at[i].add(t, sets[i], 0, id)
+					if err != nil || v == Turned {
+						t.Errorf("id %s at instance %d, writer %d: %v, %v", id, i, w, v, err)
+						return
+					}
+					if v == Unique {
+						mu.Lock()
+						unique[id]++
+						mu.Unlock()
+					}
+				}
+			})
+		}
+	}
+	group.Wait()
+	if len(unique) != ids {
+		t.Errorf("%d ids were unique, want %d", len(unique), ids)
+	}
+	for id, n := range unique {
+		if n != 1 {
+			t.Errorf("id %s was unique %d times", id, n)
+		}
+	}
+	for i := range sets {
+		if n, exact := at[i].sealed(t, sets[i], 0); n != ids || !exact {
+			t.Errorf("instance %d: sealed %d, exact %v; want %d, true", i, n, exact, ids)
+		}
+	}
+	if v, err := at[0].add(t, sets[0], 0, "after the seal"); v != Turned || err != nil {
+		t.Errorf("after the seal: %v, %v; want Turned", v, err)
+	}
+}
+
+// TestRedisIsAwayAtTheStart: an instance can start before its Redis.
+func TestRedisIsAwayAtTheStart(t *testing.T) {
+	server := startRedis(t)
+	server.kill()
+	r := newRedisAway(t, server.addr)
+	e := newEpochs(t, r)
+	until(t, "ids are refused", func() bool {
+		_, err := e.add(t, r, 0, "1")
+		return errors.Is(err, ErrUnavailable)
+	})
+	if ready, reason := r.Health(); ready || reason == "" {
+		t.Errorf("health: %v, %q; want a reason", ready, reason)
+	}
+	server.start()
+	until(t, "ids are taken", func() bool {
+		v, err := e.add(t, r, 0, "1")
+		return v == Unique && err == nil
+	})
+	if n, exact := e.sealed(t, r, 0); n != 1 || !exact {
+		t.Errorf("sealed %d, exact %v; want 1, true", n, exact)
+	}
+}
