@@ -25,9 +25,9 @@ const (
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
 
-	// beatEvery is how soon a silent lane notices a loss, and says that the
+	// laneBeat is how soon a silent lane notices a loss, and says that the
 	// session lives.
-	beatEvery = time.Second
+	laneBeat = time.Second
 
 	// Attempts that fail wait between these, doubling.
 	minRetry = 2 * time.Millisecond
@@ -386,7 +386,7 @@ func (l *lane) fail() {
 
 // run sends batches until Close, and then until nothing is left open.
 func (l *lane) run() {
-	l.timer = time.NewTimer(beatEvery)
+	l.timer = time.NewTimer(laneBeat)
 	defer l.timer.Stop()
 	wait := minRetry
 	for {
@@ -416,7 +416,7 @@ func (l *lane) idle() bool {
 		return false
 	default:
 	}
-	d := beatEvery
+	d := laneBeat
 	l.mu.Lock()
 	switch {
 	case l.failing != 0:
