@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -139,6 +140,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	}
 	defer set.Close()
 	lastWindow, lastSum := spool.LastWindow()
+	var admin *server.Admin // there before the counter runs
 	count, err := counter.New(counter.Config{
 		Window: cfg.Window, Store: set, Publish: records,
 		NotBefore: lastWindow, Past: set.Past(lastWindow, lastSum),
@@ -147,6 +149,10 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 		OnPause: func(absent time.Duration) {
 			log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
 				Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
+		},
+		OnClose: func(c counter.Count, took time.Duration, err error) {
+			admin.EpochClosed(c, took)
+			logWindow(log, c, took, records.Stats().Pending, err)
 		},
 	})
 	if err != nil {
@@ -169,7 +175,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	admin := server.NewAdmin(server.AdminConfig{
+	admin = server.NewAdmin(server.AdminConfig{
 		Server: front, Records: func() server.Records { return recordStats(records.Stats()) }, Delivered: records.Delivered,
 		Group: cfg.Group, Instance: spool.Instance(), Version: versionText(), Token: string(token),
 	})
@@ -337,6 +343,28 @@ func reachable(addr net.Addr) string {
 		host = "127.0.0.1"
 	}
 	return net.JoinHostPort(host, port)
+}
+
+// logWindow is the line of a closed window: what was counted, at what rate, how
+// late its last request left, and how long waiting for it and publishing took.
+func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, pending int, err error) {
+	line := log.Info()
+	if err != nil {
+		line = log.Error().Err(err)
+	}
+	line = line.Str("window_start", c.Start.Format(time.RFC3339Nano)).
+		Uint64("unique", c.Unique).Uint64("duplicates", c.Repeats).
+		Float64("per_second", math.Round(float64(c.Unique+c.Repeats)/c.Window.Seconds()*10)/10).
+		Bool("complete", c.Complete).Bool("exact", c.Exact).Int("pending", pending)
+	if c.Complete && !c.SealedAt.IsZero() {
+		line = line.Dur("late", c.SealedAt.Sub(c.Start.Add(c.Window)))
+	}
+	line = line.Dur("took", took)
+	if err != nil {
+		line.Msg("window not published")
+		return
+	}
+	line.Msg("window published")
 }
 
 func recordStats(s stream.Stats) server.Records {

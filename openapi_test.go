@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/goccy/go-yaml"
@@ -198,6 +199,26 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	}
 	d.valid(t, <-received, true, "components", "schemas", "Callback")
 
+	// A stream ends with the server; as many as may be open leave no place.
+	var stream sync.WaitGroup
+	stream.Go(func() { d.ask(t, v.admin, "GET", "/api/live", 200, nil) })
+	defer stream.Wait()
+	for open := 0; open < 1; {
+		_, page := v.get(v.admin + "/metrics")
+		if _, err := fmt.Sscanf(page[strings.Index(page, "\nverve_live_pages "):], "\nverve_live_pages %d", &open); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for full := false; !full; {
+		resp, err := http.Get(v.admin + "/api/live")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		full = resp.StatusCode == 503
+	}
+	d.ask(t, v.admin, "GET", "/api/live", 503, nil)
+
 	// The other methods are those that the document does not have.
 	for path, allowed := range map[string]string{accept: "GET", "/test": "POST"} {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "DELETE"} {
@@ -210,6 +231,7 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	if code := v.stop(); code != 0 {
 		t.Fatalf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
 	}
+	stream.Wait()
 	lines, err := os.ReadFile(filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
 	if err != nil {
 		t.Fatal(err)

@@ -11,8 +11,11 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
+
+	"verve/counter"
 )
 
 const (
@@ -57,20 +60,28 @@ type AdminConfig struct {
 
 // Admin serves what operators look at, apart from the public listener.
 type Admin struct {
-	cfg      AdminConfig
-	server   *Server
-	http     http.Server
+	cfg    AdminConfig
+	server *Server
+	http   http.Server
+	live   *live
+
+	sealDelay, closeTook histogram // of epochs
+
 	stopping atomic.Bool
 }
 
 // NewAdmin makes the admin server.
 func NewAdmin(cfg AdminConfig) *Admin {
 	a := &Admin{cfg: cfg, server: cfg.Server}
+	a.live = newLive(a)
+	a.sealDelay = newHistogram("verve_epoch_seal_delay_seconds", epochBuckets)
+	a.closeTook = newHistogram("verve_epoch_close_duration_seconds", epochBuckets)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", a.healthz)
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /api/windows", a.windows)
+	mux.HandleFunc("GET /api/live", a.live.stream)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
@@ -82,6 +93,8 @@ func NewAdmin(cfg AdminConfig) *Admin {
 		ReadHeaderTimeout: adminHeaderTimeout,
 		IdleTimeout:       adminIdleTimeout,
 	}
+	// Streams do not end by themselves, and Shutdown waits for every answer.
+	a.http.RegisterOnShutdown(a.live.end)
 	return a
 }
 
@@ -117,12 +130,26 @@ func guarded(token string, next http.Handler) http.Handler {
 	})
 }
 
-// Serve answers until Close.
+// Serve answers until Shutdown.
 func (a *Admin) Serve(ln net.Listener) error {
+	ctx, stop := context.WithCancel(context.Background())
+	var telling sync.WaitGroup
+	telling.Go(func() { a.live.run(ctx) })
+	defer telling.Wait()
+	defer stop()
 	if err := a.http.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
+}
+
+// EpochClosed takes the outcome of an epoch into the metrics: its count, and how
+// long it took to wait for its last requests and to publish it.
+func (a *Admin) EpochClosed(c counter.Count, took time.Duration) {
+	if c.Complete && !c.SealedAt.IsZero() { // else it did not run to its end, or nobody was there to see it
+		a.sealDelay.observe(max(0, c.SealedAt.Sub(c.Start.Add(c.Window))))
+	}
+	a.closeTook.observe(took)
 }
 
 // NotReady makes /readyz answer 503 from now on: the first thing at a stop.
@@ -150,11 +177,25 @@ type readiness struct {
 	OldestAge float64          `json:"records_oldest_age_seconds"`
 }
 
-// readyz tells whether requests should be sent here, and why not. A sink that
-// is away is shown and does not count: accepts go on without it, and their
-// records wait in the spool. What accepts or the spool need does count, and a clock
-// that cannot be trusted: other instances would count the ids in other windows.
+// readyz tells whether requests should be sent here, and why not.
 func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
+	r := a.readiness()
+	status := http.StatusOK
+	if !r.Ready {
+		status = http.StatusServiceUnavailable
+	}
+	if req.Context().Value(stranger{}) != nil {
+		writeJSON(w, status, map[string]bool{"ready": r.Ready})
+		return
+	}
+	writeJSON(w, status, r)
+}
+
+// readiness asks every dependency. A sink that is away is shown and does not
+// count: accepts go on without it, and their records wait in the spool. What
+// accepts or the spool need does count, and a clock that cannot be trusted: other
+// instances would count the ids in other windows.
+func (a *Admin) readiness() readiness {
 	rec := a.cfg.Records()
 	needed := map[string]string{
 		"clock":  a.server.cfg.Counter.Stats().Clock.Problem,
@@ -173,15 +214,7 @@ func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	for _, k := range rec.Sinks {
 		r.Checks[k.Name] = check{k.Failing == "", k.Failing}
 	}
-	status := http.StatusOK
-	if !r.Ready {
-		status = http.StatusServiceUnavailable
-	}
-	if req.Context().Value(stranger{}) != nil {
-		writeJSON(w, status, map[string]bool{"ready": r.Ready})
-		return
-	}
-	writeJSON(w, status, r)
+	return r
 }
 
 // window is one line of /api/windows.
@@ -208,14 +241,21 @@ func (a *Admin) windows(w http.ResponseWriter, r *http.Request) {
 		}
 		limit = n
 	}
+	writeJSON(w, http.StatusOK, a.recent(limit))
+}
+
+// recentWindows is the answer of /api/windows.
+type recentWindows struct {
+	Group    string   `json:"group"`
+	Instance string   `json:"instance"`
+	Open     window   `json:"open"`
+	Windows  []window `json:"windows"`
+}
+
+func (a *Admin) recent(limit int) recentWindows {
 	c := a.server.cfg.Counter
 	open := c.Last()
-	out := struct {
-		Group    string   `json:"group"`
-		Instance string   `json:"instance"`
-		Open     window   `json:"open"`
-		Windows  []window `json:"windows"`
-	}{
+	out := recentWindows{
 		Group:    a.cfg.Group,
 		Instance: a.cfg.Instance,
 		Open: window{
@@ -234,7 +274,7 @@ func (a *Admin) windows(w http.ResponseWriter, r *http.Request) {
 			Complete: n.Complete, Exact: n.Exact, State: state,
 		})
 	}
-	writeJSON(w, http.StatusOK, out)
+	return out
 }
 
 func (a *Admin) metrics(w http.ResponseWriter, _ *http.Request) {
@@ -242,18 +282,6 @@ func (a *Admin) metrics(w http.ResponseWriter, _ *http.Request) {
 	a.writeMetrics(&page)
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	_, _ = w.Write(page.Bytes())
-}
-
-func (a *Admin) index(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	_, _ = w.Write([]byte(`<!doctype html><html lang="en"><meta charset="utf-8"><title>Verve</title>
-<h1>Verve</h1><ul>
-<li><a href="/api/windows">the last windows</a></li>
-<li><a href="/readyz">readiness</a></li>
-<li><a href="/metrics">metrics</a></li>
-<li><a href="/debug/pprof/">profiles</a></li>
-</ul></html>
-`))
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

@@ -166,6 +166,7 @@ type Callbacks struct {
 	cut       context.CancelFunc
 
 	okLog, failLog logSampler
+	took           histogram // of whole exchanges
 
 	// mu guards what follows and all fields of destinations and entries that
 	// are not constant; it is never held over I/O. Breakers are called with it
@@ -268,6 +269,7 @@ func NewCallbacks(cfg CallbackConfig) (*Callbacks, error) {
 		dests:    make(map[destKey]*destination),
 		peers:    make(map[netip.Addr]*peer),
 		paceWake: make(chan struct{}, 1),
+		took:     newHistogram("verve_callback_duration_seconds", callbackBuckets),
 		okLog:    logSampler{perSecond: 1},
 		failLog:  logSampler{perSecond: 4},
 	}
@@ -728,6 +730,7 @@ func (c *Callbacks) finish(j job, r result) {
 	c.noticeEmpty()
 	c.mu.Unlock()
 	closeIdle(victims)
+	c.took.observe(r.took)
 	c.logResult(j.ep, r)
 }
 

@@ -29,6 +29,10 @@ const (
 	// prefix6 is the part of an IPv6 address that stands for a caller: whoever
 	// has one has the rest of its network, too.
 	prefix6 = 64
+
+	// sampleEvery is how many reads from a connection pass until one is timed.
+	// Two looks at the clock, 150 ns, are then 10 ns a read, of 7,000 and more.
+	sampleEvery = 16
 )
 
 // phase is what a connection is doing. It is kept in the two lowest bits of
@@ -61,10 +65,13 @@ type listener struct {
 
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
+	took histogram // from receiving a request to handing over its answer
+
 	mu         sync.Mutex
 	conns      map[*conn]struct{}
 	perAddr    map[netip.Addr]int // of conns; only with maxAddr
 	turnedAway int                // connections over the limit that are read on
+	admitted   uint32
 
 	rejected, rejectedAddr, slowClosed, idleClosed, badHandshakes atomic.Uint64
 }
@@ -77,12 +84,18 @@ type conn struct {
 	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
 	close    sync.Once
+
+	// For the serving goroutine alone: the reads so far, and when the one that is
+	// timed returned; zero while none is.
+	reads uint32
+	timed time.Time
 }
 
 func newListener(ln net.Listener, cfg *Config) *listener {
 	l := &listener{
 		Listener: ln, max: cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, slow: cfg.SlowTimeout, idle: cfg.IdleTimeout,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
+		took: newHistogram("verve_request_duration_seconds", requestBuckets),
 	}
 	if cfg.TLS != nil {
 		l.tls = cfg.TLS.serverConfig()
@@ -128,6 +141,8 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 		return &l.rejectedAddr
 	}
 	l.conns[c] = struct{}{}
+	l.admitted++
+	c.reads = l.admitted // so that connections of one request are sampled alike
 	if l.maxAddr > 0 {
 		l.perAddr[c.from]++
 	}
@@ -206,6 +221,10 @@ func (c *conn) Read(p []byte) (int, error) {
 			c.handshakeFailed(err)
 		}
 	}
+	// A request in several parts is timed from its last.
+	if c.reads++; c.reads%sampleEvery == 0 || !c.timed.IsZero() {
+		c.timed = time.Now()
+	}
 	if c.owner.ahead != nil && n > 0 {
 		c.owner.ahead(p[:n])
 	}
@@ -217,6 +236,10 @@ func (c *conn) Write(p []byte) (int, error) {
 	c.enter(phaseWriting)
 	n, err := c.Conn.Write(p)
 	c.enter(phaseIdle)
+	if !c.timed.IsZero() {
+		c.owner.took.observe(time.Since(c.timed))
+		c.timed = time.Time{}
+	}
 	if err != nil {
 		c.ended.Store(true)
 	}

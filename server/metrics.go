@@ -1,26 +1,83 @@
 package server
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"runtime"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// writeMetrics writes all metrics as Prometheus text. It alone knows their
-// names, and no label ever comes from a caller.
-func (a *Admin) writeMetrics(w io.Writer) {
-	s, c := a.server, a.server.cfg.Counter.Stats()
-	counter := metrics.WriteCounterUint64
-	gauge := metrics.WriteGaugeUint64
-	refused := func(r reason) uint64 { return s.refused[r.index].Load() }
+// Buckets of the histograms, in seconds. A request takes microseconds here and
+// up to the slow timeout with a client that does not read its answer; a callback
+// takes its network and ends at its timeout; an epoch is published by an fsync.
+var (
+	requestBuckets  = []float64{1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
+	callbackBuckets = []float64{5e-4, 1e-3, 2.5e-3, 5e-3, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+	epochBuckets    = []float64{5e-4, 1e-3, 2.5e-3, 5e-3, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
+)
 
-	for _, m := range []struct {
-		result string
-		n      uint64
-	}{
+// histogram is one with classic buckets. Each is a set of its own: only sets
+// are written as text.
+type histogram struct {
+	set *metrics.Set
+	*metrics.PrometheusHistogram
+}
+
+func newHistogram(name string, buckets []float64) histogram {
+	set := metrics.NewSet()
+	return histogram{set, set.NewPrometheusHistogramExt(name, buckets)}
+}
+
+func (h histogram) observe(d time.Duration) { h.Update(d.Seconds()) }
+
+// exposition writes families of metrics in the text format of Prometheus.
+type exposition struct{ w io.Writer }
+
+func (e exposition) family(name, kind, help string) {
+	fmt.Fprintf(e.w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+func (e exposition) counter(name, help string, n uint64) {
+	e.family(name, "counter", help)
+	metrics.WriteCounterUint64(e.w, name, n)
+}
+
+func (e exposition) counters(name, help, label string, values []resultCount) {
+	e.family(name, "counter", help)
+	for _, v := range values {
+		metrics.WriteCounterUint64(e.w, name+"{"+label+"="+strconv.Quote(v.Result)+"}", v.Count)
+	}
+}
+
+func (e exposition) gauge(name, help string, v float64) {
+	e.family(name, "gauge", help)
+	e.value(name, v)
+}
+
+// value writes whole numbers as such, however large.
+func (e exposition) value(name string, v float64) {
+	fmt.Fprintf(e.w, "%s %s\n", name, strconv.FormatFloat(v, 'f', -1, 64))
+}
+
+func (e exposition) histogram(name, help string, h histogram) {
+	e.family(name, "histogram", help)
+	h.set.WritePrometheus(e.w)
+}
+
+// acceptResults are the answers of the accept route; the names are part of the
+// contract.
+func (s *Server) acceptResults() []resultCount {
+	c := s.cfg.Counter.Stats()
+	refused := func(r reason) uint64 { return s.refused[r.index].Load() }
+	return []resultCount{
 		{"ok", c.Unique},
 		{"duplicate", c.Repeats},
 		{"bad_id", refused(reasonBadID)},
@@ -29,56 +86,32 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		{"full", refused(reasonFull)},
 		{"busy", refused(reasonBusy)},
 		{"draining", refused(reasonDraining)},
-	} {
-		counter(w, fmt.Sprintf("verve_accept_total{result=%q}", m.result), m.n)
 	}
-	for _, m := range []struct {
-		reason string
-		n      uint64
-	}{
+}
+
+// otherRefusals are requests refused whatever they wanted.
+func (s *Server) otherRefusals() []resultCount {
+	refused := func(r reason) uint64 { return s.refused[r.index].Load() }
+	return []resultCount{
 		{"bad_request", refused(reasonBadRequest)},
 		{"method", refused(reasonMethod)},
 		{"not_found", refused(reasonNotFound)},
 		{"too_large", refused(reasonTooLarge)},
 		{"too_slow", refused(reasonTooSlow)},
 		{"panic", refused(reasonPanic)},
-	} {
-		counter(w, fmt.Sprintf("verve_http_refused_total{reason=%q}", m.reason), m.n)
 	}
+}
 
-	_, live := s.cfg.Counter.Live()
-	gauge(w, "verve_unique_ids", live)
-	gauge(w, "verve_epochs_unclosed", uint64(c.Unclosed))
-	counter(w, "verve_epochs_skipped_total", c.Skipped)
+// refusals is how many requests were refused, for any reason.
+func (s *Server) refusals() (n uint64) {
+	for i := range s.refused {
+		n += s.refused[i].Load()
+	}
+	return n
+}
 
-	metrics.WriteGaugeFloat64(w, "verve_clock_behind_seconds", c.Clock.Behind.Seconds())
-	counter(w, `verve_clock_steps_total{direction="forward"}`, c.Clock.Forward)
-	counter(w, `verve_clock_steps_total{direction="back"}`, c.Clock.Back)
-	counter(w, "verve_process_pauses_total", c.Clock.Pauses)
-	metrics.WriteCounterFloat64(w, "verve_process_paused_seconds_total", c.Clock.Paused.Seconds())
-
-	d := s.cfg.Set.Stats()
-	gauge(w, "verve_dedup_bytes", d.Bytes)
-	gauge(w, "verve_dedup_slots", d.Slots)
-	gauge(w, "verve_dedup_levels", uint64(d.Levels))
-	counter(w, "verve_dedup_grown_total", d.Grown)
-	counter(w, "verve_dedup_resized_total", d.Resized)
-	counter(w, "verve_dedup_reclaimed_total", d.Reclaimed)
-	counter(w, "verve_dedup_full_total", d.Full)
-
-	r := a.cfg.Records()
-	counter(w, "verve_records_published_total", r.Published)
-	gauge(w, "verve_records_pending", uint64(r.Pending))
-	metrics.WriteGaugeFloat64(w, "verve_records_oldest_age_seconds", age(r.Oldest))
-	gauge(w, "verve_records_poison", uint64(r.Poison))
-	counter(w, "verve_records_conflicts_total", r.Conflicts)
-	counter(w, "verve_spool_append_failures_total", r.AppendFailures)
-
-	cb := s.callbacks.Stats()
-	for _, m := range []struct {
-		result string
-		n      uint64
-	}{
+func callbackResults(cb CallbackStats) []resultCount {
+	return []resultCount{
 		{"delivered", cb.Delivered},
 		{"merged", cb.Merged},
 		{"dropped", cb.Dropped},
@@ -91,30 +124,171 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		{"answer", cb.FailedAnswer},
 		{"breaker", cb.FailedBreaker},
 		{"limited", cb.FailedLimited},
-	} {
-		counter(w, fmt.Sprintf("verve_callbacks_total{result=%q}", m.result), m.n)
 	}
-	counter(w, "verve_callbacks_retried_total", cb.Retried)
-	counter(w, "verve_callbacks_deferred_total", cb.Deferred)
-	gauge(w, "verve_callbacks_waiting", uint64(cb.Waiting))
-	gauge(w, "verve_callbacks_in_flight", uint64(cb.InFlight))
-	gauge(w, "verve_callback_destinations", uint64(cb.Destinations))
-	gauge(w, "verve_callback_breakers_open", uint64(cb.BreakersOpen))
+}
 
-	gauge(w, "verve_connections", uint64(s.ln.open()))
-	counter(w, `verve_connections_rejected_total{limit="all"}`, s.ln.rejected.Load())
-	counter(w, `verve_connections_rejected_total{limit="address"}`, s.ln.rejectedAddr.Load())
-	counter(w, `verve_connections_ended_total{reason="slow"}`, s.ln.slowClosed.Load())
-	counter(w, `verve_connections_ended_total{reason="idle"}`, s.ln.idleClosed.Load())
-	counter(w, "verve_test_posts_total", s.sunk.Load())
+// writeMetrics writes all metrics as Prometheus text. It alone knows their
+// names, and no label ever comes from a caller.
+func (a *Admin) writeMetrics(w io.Writer) {
+	e, s := exposition{w}, a.server
+	e.counters("verve_accept_total", "Answers to requests with an id, by result.", "result", s.acceptResults())
+	e.counters("verve_http_refused_total", "Other requests refused, by reason.", "reason", s.otherRefusals())
+	e.histogram("verve_request_duration_seconds",
+		fmt.Sprintf("Time from receiving a request to handing over its answer; of every %dth read from a connection.", sampleEvery), s.ln.took)
+
+	c := s.cfg.Counter.Stats()
+	recent := a.recent(1)
+	e.gauge("verve_unique_ids", "Unique ids in the open window.", float64(recent.Open.Unique))
+	e.gauge("verve_window_seconds", "Length of the open window.", float64(recent.Open.MS)/1e3)
+	var last window
+	if len(recent.Windows) > 0 {
+		last = recent.Windows[0]
+	}
+	e.gauge("verve_last_window_unique_ids", "Unique ids in the window closed last.", float64(last.Unique))
+	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the window closed last, Unix time; 0 before the first.", unixSeconds(last.Start))
+	e.gauge("verve_epochs_unclosed", "Epochs that ended and are not published.", float64(c.Unclosed))
+	e.counter("verve_epochs_skipped_total", "Epochs that passed while the process did not run.", c.Skipped)
+	e.gauge("verve_clock_behind_seconds", "How far the clock is behind the start of the open epoch.", c.Clock.Behind.Seconds())
+	e.counters("verve_clock_steps_total", "Steps of the clock, by direction.", "direction", []resultCount{
+		{"forward", c.Clock.Forward}, {"back", c.Clock.Back},
+	})
+	e.counter("verve_process_pauses_total", "Times that the process did not run for a while.", c.Clock.Pauses)
+	e.family("verve_process_paused_seconds_total", "counter", "Time in those.")
+	e.value("verve_process_paused_seconds_total", c.Clock.Paused.Seconds())
+	e.histogram("verve_epoch_seal_delay_seconds", "Time from the end of an epoch to its last request having left.", a.sealDelay)
+	e.histogram("verve_epoch_close_duration_seconds", "Time to wait for an epoch's last requests and publish its count.", a.closeTook)
+
+	d := s.cfg.Set.Stats()
+	e.gauge("verve_dedup_bytes", "Memory of the ids.", float64(d.Bytes))
+	e.gauge("verve_dedup_slots", "Room for ids, taken or free.", float64(d.Slots))
+	e.gauge("verve_dedup_levels", "Tables behind each other, the deepest.", float64(d.Levels))
+	e.gauge("verve_dedup_kept_bytes", "Files that keep the ids of the open epoch over a crash.", float64(d.Kept))
+	e.counter("verve_dedup_grown_total", "Tables added while an epoch ran.", d.Grown)
+	e.counter("verve_dedup_resized_total", "Tables replaced by one of the right size.", d.Resized)
+	e.counter("verve_dedup_reclaimed_total", "Slots of past epochs reclaimed.", d.Reclaimed)
+	e.counter("verve_dedup_full_total", "Ids for which there was no room.", d.Full)
+
+	ready := a.readiness()
+	e.gauge("verve_ready", "1 if requests should be sent here.", flag(ready.Ready))
+	e.family("verve_dependency_up", "gauge", "1 if the dependency works.")
+	for _, name := range slices.Sorted(maps.Keys(ready.Checks)) {
+		e.value("verve_dependency_up{dependency="+strconv.Quote(name)+"}", flag(ready.Checks[name].OK))
+	}
+	r := a.cfg.Records()
+	e.counter("verve_records_published_total", "Records acknowledged by every sink.", r.Published)
+	e.gauge("verve_records_pending", "Records in the spool.", float64(r.Pending))
+	e.gauge("verve_records_oldest_age_seconds", "Age of the oldest record in the spool.", age(r.Oldest))
+	e.gauge("verve_records_poison", "Records set aside because a sink will never take them.", float64(r.Poison))
+	e.counter("verve_records_conflicts_total", "Record keys found with another value: two processes share a name.", r.Conflicts)
+	e.counter("verve_spool_append_failures_total", "Tries to make a record durable that failed.", r.AppendFailures)
+
+	cb := s.callbacks.Stats()
+	e.counters("verve_callbacks_total", "Callbacks, by result.", "result", callbackResults(cb))
+	e.histogram("verve_callback_duration_seconds", "Time of a callback's whole exchange.", s.callbacks.took)
+	e.counter("verve_callbacks_retried_total", "Callbacks sent again after a pooled connection had died.", cb.Retried)
+	e.counter("verve_callbacks_deferred_total", "Tries put off because the address was at its limits.", cb.Deferred)
+	e.gauge("verve_callbacks_waiting", "Endpoints with a POST waiting.", float64(cb.Waiting))
+	e.gauge("verve_callbacks_in_flight", "POSTs in flight.", float64(cb.InFlight))
+	e.gauge("verve_callback_destinations", "Destinations known.", float64(cb.Destinations))
+	e.gauge("verve_callback_breakers_open", "Destinations given a rest after failures.", float64(cb.BreakersOpen))
+
+	e.gauge("verve_connections", "Connections open on the public listener.", float64(s.ln.open()))
+	e.counters("verve_connections_rejected_total", "Connections over a limit: of all, or of an address.", "limit", []resultCount{
+		{"all", s.ln.rejected.Load()}, {"address", s.ln.rejectedAddr.Load()},
+	})
+	e.counters("verve_connections_ended_total", "Connections ended by the server, by reason.", "reason", []resultCount{
+		{"slow", s.ln.slowClosed.Load()}, {"idle", s.ln.idleClosed.Load()},
+	})
+	e.counter("verve_test_posts_total", "POSTs taken by /test.", s.sunk.Load())
+
 	if cert := s.cfg.TLS; cert != nil {
-		counter(w, "verve_tls_handshake_failures_total", s.ln.badHandshakes.Load())
-		counter(w, "verve_tls_reload_failures_total", cert.failures.Load())
-		gauge(w, "verve_tls_certificate_not_after_seconds", uint64(cert.notAfter().Unix()))
+		e.counter("verve_tls_handshake_failures_total", "Connections that did not come to speak TLS.", s.ln.badHandshakes.Load())
+		e.counter("verve_tls_reload_failures_total", "Tries to load a changed certificate that failed.", cert.failures.Load())
+		e.gauge("verve_tls_certificate_not_after_seconds", "End of the certificate's validity, Unix time.", float64(cert.notAfter().Unix()))
 	}
 
-	gauge(w, fmt.Sprintf("verve_build_info{version=%q,go=%q}", a.cfg.Version, runtime.Version()), 1)
-	metrics.WriteProcessMetrics(w)
+	pages, dropped, refused := a.live.stats()
+	e.gauge("verve_live_pages", "Live pages that are open.", float64(pages))
+	e.counters("verve_live_pages_ended_total", "Live pages not served, by reason.", "reason", []resultCount{
+		{"slow", dropped}, {"limit", refused},
+	})
+
+	e.family("verve_build_info", "gauge", "1, with the version and what built it.")
+	e.value(fmt.Sprintf("verve_build_info{version=%q,go=%q}", a.cfg.Version, runtime.Version()), 1)
+	writeProcess(w)
+}
+
+// processHelp are the families that are shown of the process and the Go
+// runtime, under the names that Prometheus' own clients gave them.
+var processHelp = map[string]struct{ kind, help string }{
+	"go_gc_cpu_seconds_total":                       {"counter", "CPU time of the garbage collector."},
+	"go_gc_duration_seconds":                        {"summary", "Pauses of the garbage collector."},
+	"go_gomaxprocs":                                 {"gauge", "Processors that run Go code at once."},
+	"go_goroutines":                                 {"gauge", "Goroutines."},
+	"go_memlimit_bytes":                             {"gauge", "Soft limit of the Go runtime's memory."},
+	"go_memstats_alloc_bytes":                       {"gauge", "Heap in use."},
+	"go_memstats_alloc_bytes_total":                 {"counter", "Bytes allocated on the heap."},
+	"go_memstats_heap_objects":                      {"gauge", "Objects on the heap."},
+	"go_memstats_mallocs_total":                     {"counter", "Objects allocated on the heap."},
+	"go_memstats_next_gc_bytes":                     {"gauge", "Size of the heap that starts the next collection."},
+	"go_memstats_sys_bytes":                         {"gauge", "Memory the Go runtime has from the system."},
+	"go_sched_latencies_seconds":                    {"histogram", "Time goroutines waited to run."},
+	"go_threads":                                    {"gauge", "Threads."},
+	"process_cpu_seconds_total":                     {"counter", "CPU time, user and system."},
+	"process_io_storage_read_bytes_total":           {"counter", "Bytes read from storage."},
+	"process_io_storage_written_bytes_total":        {"counter", "Bytes written to storage."},
+	"process_major_pagefaults_total":                {"counter", "Page faults that waited for storage."},
+	"process_max_fds":                               {"gauge", "Limit of open file descriptors."},
+	"process_open_fds":                              {"gauge", "Open file descriptors."},
+	"process_pressure_cpu_waiting_seconds_total":    {"counter", "Time some task of the container waited for a CPU."},
+	"process_pressure_io_waiting_seconds_total":     {"counter", "Time some task of the container waited for storage."},
+	"process_pressure_memory_waiting_seconds_total": {"counter", "Time some task of the container waited for memory."},
+	"process_resident_memory_anon_bytes":            {"gauge", "Resident memory that is no file's."},
+	"process_resident_memory_bytes":                 {"gauge", "Resident memory."},
+	"process_start_time_seconds":                    {"gauge", "Start of the process, Unix time."},
+	"process_virtual_memory_bytes":                  {"gauge", "Virtual memory."},
+}
+
+// writeProcess writes the families of processHelp. What the library has beside
+// them goes by names and types that the conventions do not allow.
+func writeProcess(w io.Writer) {
+	var all bytes.Buffer
+	metrics.WriteProcessMetrics(&all)
+	metrics.WriteFDMetrics(&all)
+	last := ""
+	for lines := bufio.NewScanner(&all); lines.Scan(); {
+		line := lines.Text()
+		name := line[:max(0, strings.IndexAny(line, "{ "))]
+		family, known := name, false
+		for _, suffix := range []string{"", "_bucket", "_sum", "_count"} {
+			if f, ok := strings.CutSuffix(name, suffix); ok && !known {
+				family = f
+				_, known = processHelp[f]
+			}
+		}
+		if !known {
+			continue
+		}
+		if family != last {
+			exposition{w}.family(family, processHelp[family].kind, processHelp[family].help)
+			last = family
+		}
+		fmt.Fprintln(w, line)
+	}
+}
+
+func flag(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func unixSeconds(t time.Time) float64 {
+	if t.IsZero() {
+		return 0
+	}
+	return float64(t.UnixMilli()) / 1e3
 }
 
 // age is how long ago t was, in seconds; 0 for the zero time.

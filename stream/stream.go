@@ -39,8 +39,8 @@ type Config struct {
 	// Stdout is what "-" means; nil is os.Stdout.
 	Stdout io.Writer
 
-	// Log gets one line per published window and the failures of the sinks,
-	// sampled. The zero value is silent.
+	// Log gets the failures of the spool and the sinks, sampled. The zero value is
+	// silent.
 	Log zerolog.Logger
 }
 
@@ -219,14 +219,7 @@ func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 		}
 	}
 	s.step(stepSynced)
-	s.cfg.Log.Info().
-		Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).
-		Uint64("unique", r.Unique).
-		Uint64("repeats", c.Repeats).
-		Bool("complete", r.Complete).
-		Bool("exact", r.Exact).
-		Uint64("seq", r.Seq).
-		Msg("window published")
+	s.cfg.Log.Debug().Str("key", r.Key()).Uint64("unique", r.Unique).Msg("record is in the spool")
 	return nil
 }
 

@@ -200,7 +200,7 @@ func TestPublishIsNotSlowedByASink(t *testing.T) {
 	})
 }
 
-func TestPublishLogsOneLinePerWindow(t *testing.T) {
+func TestPublishLogsTheKeyOfEachRecord(t *testing.T) {
 	var out bytes.Buffer
 	s := start(t, "", Config{Log: zerolog.New(&out)})
 	s.publish(t, 0, 1)
@@ -208,8 +208,8 @@ func TestPublishLogsOneLinePerWindow(t *testing.T) {
 	if err := json.Unmarshal(out.Bytes(), &line); err != nil {
 		t.Fatalf("%v in %s", err, out.String())
 	}
-	got := fmt.Sprintln(line["window_start"], line["unique"], line["repeats"], line["complete"], line["exact"], line["seq"])
-	if want := "2026-11-01T00:00:00Z 1000 7 true true 1\n"; got != want {
+	got := fmt.Sprintln(line["level"], line["key"], line["unique"])
+	if want := "debug verve/2026-11-01T00:00:00Z/host-1/1 1000\n"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	// Without a sink the line is all there is.

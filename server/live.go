@@ -1,0 +1,381 @@
+package server
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// liveTick is how often a page is told: as often as a number that climbs can
+	// be read.
+	liveTick = 250 * time.Millisecond
+
+	// liveRate is how often the rates are sampled, and liveRates how many samples
+	// are kept for a page that is opened later.
+	liveRate  = time.Second
+	liveRates = 120
+
+	liveWindows = 60
+
+	// liveMaxStreams bounds the pages open at once: each costs a goroutine and,
+	// four times a second, 2 KB.
+	liveMaxStreams = 32
+
+	// A reader that is liveBacklog messages behind, or takes longer than
+	// liveWriteTimeout for one, is dropped: its page connects again and is told
+	// everything anew.
+	liveBacklog      = 8
+	liveWriteTimeout = 5 * time.Second
+)
+
+// The page, in its parts. They are put together once, so that what is sent is
+// one file that needs nothing else.
+var (
+	//go:embed live/index.html
+	liveHTML string
+	//go:embed live/live.css
+	liveCSS string
+	//go:embed live/live.js
+	liveJS string
+	//go:embed live/uplot/uPlot.iife.min.js
+	uplotJS string
+	//go:embed live/uplot/uPlot.min.css
+	uplotCSS string
+	//go:embed live/uplot/LICENSE
+	uplotLicence string
+)
+
+// page is a document with its headers.
+type page struct {
+	body, gzipped []byte
+	policy, etag  string
+}
+
+// livePage puts the page together. Its policy lets run what is in it and
+// nothing else: the scripts and styles are named by their digests.
+var livePage = sync.OnceValue(func() page {
+	styles, stylesPolicy := inline("style", uplotCSS, liveCSS)
+	scripts, scriptsPolicy := inline("script", uplotJS, liveJS)
+	licence := "<!-- The charts are drawn by uPlot, https://github.com/leeoniya/uPlot\n\n" + uplotLicence + "-->\n"
+	body := []byte(strings.NewReplacer("<!--styles-->", licence+styles, "<!--scripts-->", scripts).Replace(liveHTML))
+	var gz bytes.Buffer
+	z, _ := gzip.NewWriterLevel(&gz, gzip.BestCompression) // the level is valid
+	_, _ = z.Write(body)
+	_ = z.Close() // memory takes everything
+	sum := sha256.Sum256(body)
+	return page{
+		body: body, gzipped: gz.Bytes(),
+		policy: "default-src 'none'; script-src " + scriptsPolicy + "; style-src " + stylesPolicy +
+			"; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+		etag: `"` + base64.RawURLEncoding.EncodeToString(sum[:12]) + `"`,
+	}
+})
+
+// inline returns the elements for parts and their digests for the policy.
+func inline(element string, parts ...string) (html, policy string) {
+	var digests []string
+	for _, p := range parts {
+		sum := sha256.Sum256([]byte(p))
+		digests = append(digests, "'sha256-"+base64.StdEncoding.EncodeToString(sum[:])+"'")
+		html += "<" + element + ">" + p + "</" + element + ">\n"
+	}
+	return html, strings.Join(digests, " ")
+}
+
+// index answers the live page.
+func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
+	p := livePage()
+	h := w.Header()
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("Content-Security-Policy", p.policy)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Referrer-Policy", "no-referrer")
+	h.Set("Cross-Origin-Opener-Policy", "same-origin")
+	h.Set("Cache-Control", "no-cache") // kept, but asked about
+	h.Set("Vary", "Accept-Encoding")
+	h.Set("ETag", p.etag)
+	if r.Header.Get("If-None-Match") == p.etag {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
+	body := p.body
+	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+		h.Set("Content-Encoding", "gzip")
+		body = p.gzipped
+	}
+	_, _ = w.Write(body) // a peer that is gone is nobody's error
+}
+
+// liveMessage is what a page is told. What the page knows already is left out.
+type liveMessage struct {
+	Time       int64     `json:"time"` // Unix ms; the page's own clock may be wrong
+	All        bool      `json:"all,omitempty"`
+	Group      string    `json:"group"`
+	Instance   string    `json:"instance"`
+	Version    string    `json:"version"`
+	Started    int64     `json:"started"` // Unix ms
+	PublicPort int       `json:"public_port,omitempty"`
+	PublicTLS  bool      `json:"public_tls,omitempty"`
+	Ready      readiness `json:"ready"`
+	Open       window    `json:"open"`
+
+	// Windows are all that are shown, the newest first; missing where none was
+	// closed and none changed its state since the last message.
+	Windows []window `json:"windows,omitempty"`
+
+	// Rates are samples that the page does not have: Unix s, then unique,
+	// duplicate and refused requests per second.
+	Rates     [][4]float64 `json:"rates,omitempty"`
+	RatesKept int          `json:"rates_kept"`
+
+	Answers           []resultCount `json:"answers"`
+	Callbacks         []resultCount `json:"callbacks"`
+	CallbacksWaiting  int           `json:"callbacks_waiting"`
+	CallbacksInFlight int           `json:"callbacks_in_flight"`
+	BreakersOpen      int           `json:"breakers_open"`
+	Connections       int           `json:"connections"`
+}
+
+// live tells the pages that are open what happens.
+type live struct {
+	admin      *Admin
+	tick       time.Duration
+	maxStreams int
+	started    time.Time
+
+	// mu guards what follows: a message goes to all streams or is part of the
+	// first one of a stream that joins, so that none misses a sample.
+	mu      sync.Mutex
+	streams map[*liveStream]struct{}
+	ended   bool
+	rates   [][4]float64 // the last liveRates
+	fresh   [][4]float64 // of them, those not yet in a message
+	windows []byte       // the JSON of the windows last sent
+	dropped uint64       // streams whose reader was too slow
+	refused uint64       // streams over the limit
+
+	// Of the sample before, for run alone.
+	sampled time.Time
+	last    [3]uint64
+}
+
+// liveStream is one page. The channel is closed by whoever takes the stream out
+// of live.streams.
+type liveStream struct{ messages chan []byte }
+
+// What a page is told instead of figures.
+const (
+	liveEnded = "The server is stopping."
+	liveFull  = "Too many pages of this server are open."
+)
+
+func newLive(a *Admin) *live {
+	return &live{admin: a, tick: liveTick, maxStreams: liveMaxStreams, started: time.Now(), streams: map[*liveStream]struct{}{}}
+}
+
+// run samples the rates and tells the pages until ctx ends.
+func (l *live) run(ctx context.Context) {
+	tick := time.NewTicker(l.tick)
+	defer tick.Stop()
+	l.sample(time.Now())
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			if now.Sub(l.sampled) >= liveRate-l.tick/2 {
+				l.sample(now)
+			}
+			l.broadcast(now)
+		}
+	}
+}
+
+// sample adds the rates since the last sample.
+func (l *live) sample(now time.Time) {
+	c := l.admin.server.cfg.Counter.Stats()
+	sums := [3]uint64{c.Unique, c.Repeats, l.admin.server.refusals()}
+	if !l.sampled.IsZero() {
+		seconds := now.Sub(l.sampled).Seconds()
+		rate := [4]float64{float64(now.Unix())}
+		for i := range sums {
+			rate[i+1] = float64(sums[i]-l.last[i]) / seconds
+		}
+		l.mu.Lock()
+		if len(l.rates) == liveRates {
+			l.rates = append(l.rates[:0], l.rates[1:]...)
+		}
+		l.rates = append(l.rates, rate)
+		l.fresh = append(l.fresh, rate)
+		l.mu.Unlock()
+	}
+	l.sampled, l.last = now, sums
+}
+
+// broadcast tells all streams what is new, and drops those that are behind.
+func (l *live) broadcast(now time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	fresh := l.fresh
+	l.fresh = nil
+	if len(l.streams) == 0 {
+		return
+	}
+	m := l.message(now)
+	m.Rates = fresh
+	windows, err := json.Marshal(m.Windows)
+	if err == nil && bytes.Equal(windows, l.windows) {
+		m.Windows = nil
+	}
+	l.windows = windows
+	event := m.event()
+	for s := range l.streams {
+		select {
+		case s.messages <- event:
+		default:
+			l.dropped++
+			l.remove(s)
+		}
+	}
+}
+
+// message is everything but the rates.
+func (l *live) message(now time.Time) liveMessage {
+	a := l.admin
+	cb := a.server.callbacks.Stats()
+	w := a.recent(liveWindows)
+	m := liveMessage{
+		Time: now.UnixMilli(), Group: w.Group, Instance: w.Instance, Version: a.cfg.Version,
+		Started: l.started.UnixMilli(), Ready: a.readiness(), Open: w.Open, Windows: w.Windows, RatesKept: liveRates,
+		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
+		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
+		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(),
+	}
+	if addr, ok := a.server.ln.Addr().(*net.TCPAddr); ok {
+		m.PublicPort, m.PublicTLS = addr.Port, a.server.cfg.TLS != nil
+	}
+	return m
+}
+
+// event is m as a server-sent event.
+func (m liveMessage) event() []byte {
+	b, err := json.Marshal(m)
+	if err != nil {
+		b = fmt.Appendf(nil, "{%q:%q}", "error", err.Error())
+	}
+	return append(append([]byte("data: "), b...), "\n\n"...)
+}
+
+// join adds a stream, whose first message holds everything, or says why not.
+func (l *live) join() (s *liveStream, refusal string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.ended:
+		return nil, liveEnded
+	case len(l.streams) >= l.maxStreams:
+		l.refused++
+		return nil, liveFull
+	}
+	s = &liveStream{make(chan []byte, liveBacklog)}
+	m := l.message(time.Now())
+	m.All = true
+	// Those not yet broadcast are left to the next message.
+	m.Rates = l.rates[:len(l.rates)-min(len(l.fresh), len(l.rates))]
+	s.messages <- m.event()
+	l.streams[s] = struct{}{}
+	return s, ""
+}
+
+func (l *live) leave(s *liveStream) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.streams[s]; ok {
+		l.remove(s)
+	}
+}
+
+// remove ends a stream of l.streams. l.mu is held.
+func (l *live) remove(s *liveStream) {
+	delete(l.streams, s)
+	close(s.messages)
+}
+
+// end ends all streams; no other may join.
+func (l *live) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ended = true
+	for s := range l.streams {
+		l.remove(s)
+	}
+}
+
+// stats returns the streams open, and those dropped and refused so far.
+func (l *live) stats() (open int, dropped, refused uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.streams), l.dropped, l.refused
+}
+
+// stream answers server-sent events until the reader goes, falls behind, or the
+// server stops.
+func (l *live) stream(w http.ResponseWriter, r *http.Request) {
+	s, refusal := l.join()
+	if s == nil {
+		w.Header().Set("Retry-After", retryAfter)
+		http.Error(w, refusal, http.StatusServiceUnavailable)
+		return
+	}
+	defer l.leave(s)
+	h := w.Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Accel-Buffering", "no") // nginx would hold it back
+	control := http.NewResponseController(w)
+	send := func(event []byte) error {
+		// Without a deadline (no such writer outside of tests) it is the backlog
+		// that ends a slow reader.
+		_ = control.SetWriteDeadline(time.Now().Add(liveWriteTimeout))
+		if _, err := w.Write(event); err != nil {
+			return err
+		}
+		return control.Flush()
+	}
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case event, ok := <-s.messages:
+			if !ok {
+				l.mu.Lock()
+				ended := l.ended
+				l.mu.Unlock()
+				if ended {
+					_ = send([]byte("event: end\ndata: " + liveEnded + "\n\n"))
+				}
+				return
+			}
+			if send(event) != nil {
+				return
+			}
+		}
+	}
+}
+
+// resultCount is one line of a table of outcomes.
+type resultCount struct {
+	Result string `json:"result"`
+	Count  uint64 `json:"count"`
+}

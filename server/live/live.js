@@ -1,0 +1,436 @@
+"use strict";
+(() => {
+  // The server speaks every quarter of a second; so long a silence is a broken
+  // connection, even where nothing says so.
+  const silence = 3000;
+  const firstRetry = 1000, lastRetry = 10000; // ms
+  const slots = 60; // windows shown
+
+  const $ = (id) => document.getElementById(id);
+  const whole = new Intl.NumberFormat("en");
+  const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+  const text = (id, s) => { const e = $(id); if (e.textContent !== s) e.textContent = s; };
+  const at = (ms) => new Date(ms).toISOString();
+
+  // clock is the time of day, with what a window shorter than a second needs.
+  const clock = (ms) => at(ms).slice(11, ms % 1000 ? 23 : 19);
+  const rate = (n) => n >= 10000 ? short.format(n) : n >= 10 || n === Math.round(n) ? whole.format(Math.round(n)) : n.toFixed(1);
+  const remaining = (ms) => {
+    const s = Math.ceil(ms / 1000);
+    return s >= 120 ? Math.floor(s / 60) + ":" + String(s % 60).padStart(2, "0") : s + " s";
+  };
+  const span = (s) => {
+    if (s < 1) return Math.round(s * 1000) + " ms";
+    if (s < 120) return Math.round(s) + " s";
+    if (s < 7200) return Math.round(s / 60) + " min";
+    return s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " days";
+  };
+
+  // What is shown: the last message, and what the messages brought so far.
+  let now = null;
+  let windows = []; // oldest first, the open one last
+  let samples = []; // [unix seconds, unique, duplicate, refused], each per second
+
+  // ---- figures
+
+  function show(m) {
+    now = m;
+    if (m.rates) {
+      if (m.all) samples = [];
+      samples = samples.concat(m.rates).slice(-m.rates_kept);
+    }
+    const closed = m.windows ? m.windows.slice().reverse() : m.all ? [] : windows.slice(0, -1);
+    const turned = windows.length > 0 && m.windows;
+    windows = closed.slice(-(slots - 1)).concat([m.open]);
+
+    const o = m.open;
+    const start = Date.parse(o.window_start), end = start + o.window_ms;
+    const left = Math.max(0, end - m.time);
+    const n = whole.format(o.unique);
+    text("unique", n);
+    $("unique").classList.toggle("long", n.length > 9);
+    text("window", clock(start) + " to " + clock(end) + (o.exact ? "" : ", not exact"));
+    text("left", left === 0 ? "turning" : o.window_ms < 10000 ? (left / 1000).toFixed(1) + " s left" : remaining(left) + " left");
+    const passed = Math.min(1, Math.max(0, (m.time - start) / o.window_ms));
+    $("progress").firstElementChild.style.transform = "scaleX(" + passed.toFixed(4) + ")";
+    $("progress").setAttribute("aria-valuenow", String(Math.floor(passed * 100)));
+    $("progress").setAttribute("aria-valuetext", $("left").textContent);
+    text("duplicates", whole.format(o.duplicates));
+    text("last", closed.length ? whole.format(closed[closed.length - 1].unique) : "–");
+    text("pending", whole.format(m.ready.records_pending));
+    text("connections", whole.format(m.connections));
+    text("who", m.group + " / " + m.instance);
+    text("up", "Up " + span((m.time - m.started) / 1000) + ", version " + m.version + ".");
+    document.title = n + " · Verve";
+
+    const counted = m.answers.some((a) => a.count > 0);
+    $("hint").hidden = counted || windows.some((w) => w.unique > 0);
+    if (!counted && m.public_port) {
+      const host = location.hostname.includes(":") ? "[" + location.hostname.replace(/[[\]]/g, "") + "]" : location.hostname;
+      $("hint").querySelector("code").textContent = (m.public_tls ? "curl -k 'https://" : "curl 'http://") + host + ":" + m.public_port + "/api/verve/accept?id=42'";
+    }
+
+    const s = samples[samples.length - 1];
+    if (s) ["unique", "duplicate", "refused"].forEach((name, i) => text("rate-" + name, rate(s[i + 1])));
+
+    checks(m.ready);
+    results("answers", m.answers, ["ok", "duplicate"]);
+    results("callbacks", m.callbacks, ["delivered", "merged"]);
+    text("callbacks-now", m.callbacks_waiting + " waiting, " + m.callbacks_in_flight + " in flight" +
+      (m.breakers_open ? ", " + m.breakers_open + (m.breakers_open === 1 ? " destination" : " destinations") + " given a rest after failures" : "") + ".");
+    draw();
+    if (turned) say(closed[closed.length - 1]);
+  }
+
+  // say tells who cannot see the page of a closed window, not of every number.
+  function say(w) {
+    if (w && w.window_ms >= 10000) text("said", "Window " + clock(Date.parse(w.window_start)) + " closed with " + whole.format(w.unique) + " unique ids.");
+  }
+
+  const shapes = {
+    good: ["M10 1a9 9 0 1 0 0 18a9 9 0 1 0 0-18z", "M5.8 10.3l2.9 2.9 5.5-6"],
+    warn: ["M10 1.4L19.4 18.4H.6z", "M10 7.4v5M10 15.4v.1"],
+    bad: ["M6.3 1h7.4L19 6.3v7.4L13.7 19H6.3L1 13.7V6.3z", "M6.8 6.8l6.4 6.4M13.2 6.8l-6.4 6.4"],
+  };
+  const names = { dedup: "Ids", server: "Server", spool: "Spool", kafka: "Kafka", file: "Counts file", redis: "Redis", clock: "Clock" };
+
+  let checksShown = "";
+  function checks(r) {
+    const made = JSON.stringify([r.ready, r.checks]);
+    if (made !== checksShown) {
+      checksShown = made;
+      $("checks").replaceChildren(...Object.entries(r.checks).map(([name, c]) => {
+        // What accepts do not need is a warning: its records wait.
+        const light = c.ok ? "good" : r.ready ? "warn" : "bad";
+        const li = document.createElement("li");
+        li.dataset.light = light;
+        li.dataset.check = name;
+        const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+        icon.setAttribute("viewBox", "0 0 20 20");
+        icon.setAttribute("aria-hidden", "true");
+        shapes[light].forEach((d, i) => {
+          const p = document.createElementNS("http://www.w3.org/2000/svg", "path");
+          p.setAttribute("d", d);
+          p.setAttribute("class", i ? "sign" : "shape");
+          icon.append(p);
+        });
+        const line = document.createElement("div");
+        const title = document.createElement("b"), state = document.createElement("em");
+        title.textContent = names[name] || name;
+        state.textContent = c.ok ? "ready" : r.ready ? "failing" : "down";
+        line.append(title, state);
+        li.append(icon, line);
+        if (c.reason) {
+          const why = document.createElement("p");
+          why.textContent = c.reason;
+          li.append(why);
+        }
+        return li;
+      }));
+    }
+    text("records", r.records_pending === 0 ? "Every record is delivered." :
+      whole.format(r.records_pending) + (r.records_pending === 1 ? " record waits" : " records wait") + " in the spool, the oldest for " + span(r.records_oldest_age_seconds) + ".");
+  }
+
+  // results fills a table with the results that happened, and the usual ones.
+  function results(id, list, usual) {
+    const rows = list.filter((r) => r.count > 0 || usual.includes(r.result));
+    const body = $(id);
+    while (body.rows.length > rows.length) body.deleteRow(-1);
+    rows.forEach((r, i) => {
+      let row = body.rows[i];
+      if (!row) {
+        row = body.insertRow();
+        const th = document.createElement("th");
+        th.scope = "row";
+        row.append(th, document.createElement("td"));
+      }
+      row.dataset.result = r.result;
+      row.className = usual.includes(r.result) ? "" : "fault";
+      const words = r.result.replaceAll("_", " "), count = whole.format(r.count);
+      if (row.cells[0].textContent !== words) row.cells[0].textContent = words;
+      if (row.cells[1].textContent !== count) row.cells[1].textContent = count;
+    });
+  }
+
+  // ---- charts
+
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const font = "12px system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
+
+  function axis(extra) {
+    return Object.assign({ stroke: css("--soft"), font, grid: { stroke: css("--grid"), width: 1 }, ticks: { show: false } }, extra);
+  }
+
+  // texture is the filling of a bar, told apart without its colour.
+  function texture(state) {
+    const colour = css("--" + state);
+    if (state === "delivered") return colour;
+    const d = Math.max(1, Math.round(devicePixelRatio)), size = (state === "open" ? 4 : 6) * d;
+    const c = document.createElement("canvas");
+    c.width = c.height = size;
+    const g = c.getContext("2d");
+    g.strokeStyle = g.fillStyle = colour;
+    g.globalAlpha = .16;
+    g.fillRect(0, 0, size, size);
+    g.globalAlpha = 1;
+    if (state === "open") g.fillRect(0, 0, size, 2 * d);
+    if (state === "spooled") {
+      g.lineWidth = 2 * d;
+      for (const x of [-size, 0, size]) {
+        g.beginPath();
+        g.moveTo(x - d, size + d);
+        g.lineTo(x + size + d, -d);
+        g.stroke();
+      }
+    }
+    return g.createPattern(c, "repeat");
+  }
+
+  let charts = null;
+
+  function build() {
+    const fills = {}, strokes = {};
+    for (const state of ["open", "sealed", "spooled", "delivered"]) {
+      fills[state] = texture(state);
+      strokes[state] = css("--" + state);
+    }
+    const each = (of) => ({ unit: 3, values: () => padded((w) => of[w.state] || of.sealed) });
+    const label = (i) => { const w = windows[i - first()]; return w ? clock(Date.parse(w.window_start)) : ""; };
+    // Counts are whole, and so are the marks beside them.
+    const marks = [];
+    for (let p = 1; p < 1e15; p *= 10) marks.push(p, 2 * p, 5 * p);
+    const upright = (extra) => axis(Object.assign({ size: 48, space: 36, incrs: marks, values: (u, ticks) => ticks.map((v) => short.format(v)) }, extra));
+    const across = (extra) => axis(Object.assign({ size: 30, grid: { show: false } }, extra));
+    const common = (id) => ({
+      ...room(id),
+      legend: { show: false },
+      padding: [8, 28, 0, 0],
+    });
+
+    const bars = new uPlot(Object.assign(common("windows"), {
+      cursor: { y: false, points: { show: false }, drag: { x: false, y: false } },
+      scales: { x: { time: false, range: [-.6, slots - .4] }, y: { range: (u, lo, hi) => [0, Math.max(4, hi) * 1.06] } },
+      axes: [
+        across({ space: 84, incrs: [1, 2, 5, 10, 15, 20, 30], values: (u, ticks) => ticks.map(label) }),
+        upright(),
+      ],
+      series: [{}, { width: 1.5, stroke: strokes.open, paths: uPlot.paths.bars({ size: [.72], disp: { fill: each(fills), stroke: each(strokes) } }), points: { show: false } }],
+      hooks: { setCursor: [() => read("windows")] },
+    }), barData(), $("windows"));
+
+    const line = (name, dash) => ({ stroke: css("--" + name), width: 2, dash, points: { show: false } });
+    const lines = new uPlot(Object.assign(common("rates"), {
+      cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
+      tzDate: (s) => uPlot.tzDate(new Date(s * 1e3), "Etc/UTC"),
+      scales: { x: { range: (u, lo, hi) => [hi - 120, hi] }, y: { range: (u, lo, hi) => [0, Math.max(4, hi) * 1.08] } },
+      axes: [
+        across({ space: 76, values: (u, ticks) => ticks.map((s) => clock(s * 1e3)) }),
+        upright(),
+      ],
+      series: [{}, line("unique"), line("duplicate", [7, 4]), line("refused", [2, 3])],
+      hooks: { setCursor: [() => read("rates")] },
+    }), lineData(), $("rates"));
+    charts = { windows: bars, rates: lines };
+  }
+
+  const room = (id) => ({ width: Math.max(120, $(id).clientWidth), height: Math.max(120, $(id).clientHeight) });
+
+  // The bars stand at the right end, so that a new one appears where the eye is;
+  // before the first there are empty slots.
+  const first = () => slots - windows.length;
+  const padded = (of) => new Array(first()).fill(null).concat(windows.map(of));
+
+  function barData() {
+    return [Array.from({ length: slots }, (_, i) => i), padded((w) => w.unique)];
+  }
+
+  function lineData() {
+    // With one sample there is no line yet, and no time to place it in.
+    const s = samples.length ? samples : [[Math.floor(now.time / 1000), null, null, null]];
+    return [0, 1, 2, 3].map((k) => s.map((v) => v[k]));
+  }
+
+  let tableShown = null;
+
+  function draw() {
+    if (!charts) build();
+    charts.windows.setData(barData());
+    charts.rates.setData(lineData());
+    for (const [id, list] of [["windows", windows], ["rates", samples]]) {
+      $(id).setAttribute("aria-valuemax", String(Math.max(0, list.length - 1)));
+      read(id);
+    }
+    for (const li of document.querySelectorAll(".legend li")) {
+      const n = String(windows.filter((w) => w.state === li.dataset.state).length);
+      if (li.lastElementChild.textContent !== n) li.lastElementChild.textContent = n;
+    }
+    table();
+  }
+
+  function describe(id, i) {
+    const list = id === "windows" ? windows : samples, v = list[i];
+    if (!v) return "";
+    if (id === "rates") return clock(v[0] * 1e3) + ": " + rate(v[1]) + " unique, " + rate(v[2]) + " duplicate, " + rate(v[3]) + " refused per second";
+    return clock(Date.parse(v.window_start)) + ": " + whole.format(v.unique) + " unique, " + whole.format(v.duplicates) + " duplicate, " + v.state + notes(v);
+  }
+
+  // pointed is what the cursor is at, or the newest.
+  function pointed(id) {
+    const last = (id === "windows" ? windows : samples).length - 1;
+    const i = charts && charts[id].cursor.idx;
+    return typeof i === "number" ? Math.min(last, Math.max(0, i - (id === "windows" ? first() : 0))) : last;
+  }
+
+  function read(id) {
+    const i = pointed(id);
+    const s = describe(id, i);
+    text(id + "-read", s);
+    $(id).setAttribute("aria-valuenow", String(Math.max(0, i)));
+    $(id).setAttribute("aria-valuetext", s || "nothing yet");
+  }
+
+  function notes(w) {
+    const n = [];
+    if (w.state !== "open" && !w.complete) n.push("partial");
+    if (!w.exact) n.push("not exact");
+    return n.length ? ", " + n.join(", ") : "";
+  }
+
+  function table() {
+    if (!$("table").open) return;
+    const made = JSON.stringify(windows);
+    if (made === tableShown) return;
+    tableShown = made;
+    $("table").querySelector("tbody").replaceChildren(...windows.slice().reverse().map((w) => {
+      const tr = document.createElement("tr");
+      const start = Date.parse(w.window_start);
+      const day = at(start).slice(0, 10);
+      for (const s of [(day === at(now.time).slice(0, 10) ? "" : day + " ") + clock(start), whole.format(w.unique), whole.format(w.duplicates), w.state, notes(w).slice(2)]) {
+        const td = document.createElement("td");
+        td.textContent = s;
+        tr.append(td);
+      }
+      tr.cells[3].dataset.state = w.state;
+      const mark = document.createElement("i");
+      mark.setAttribute("aria-hidden", "true");
+      tr.cells[3].prepend(mark);
+      return tr;
+    }));
+  }
+
+  for (const id of ["windows", "rates"]) {
+    $(id).addEventListener("keydown", (e) => {
+      const last = (id === "windows" ? windows : samples).length - 1, i = pointed(id);
+      if (!charts || last < 0) return;
+      const to = { ArrowLeft: i - 1, ArrowRight: i + 1, ArrowDown: i - 1, ArrowUp: i + 1, PageUp: i + 10, PageDown: i - 10, Home: 0, End: last, Escape: null }[e.key];
+      if (to === undefined) return;
+      e.preventDefault();
+      const u = charts[id], at = Math.max(0, Math.min(last, to)) + (id === "windows" ? first() : 0);
+      u.setCursor(to === null ? { left: -10, top: -10 } : { left: u.valToPos(u.data[0][at], "x"), top: 10 });
+    });
+  }
+  $("table").addEventListener("toggle", table);
+
+  const resized = new ResizeObserver(() => {
+    for (const id in charts) {
+      const u = charts[id], size = room(id);
+      if (u.width !== size.width || u.height !== size.height) u.setSize(size);
+    }
+  });
+  for (const id of ["windows", "rates"]) resized.observe($(id));
+
+  function restyle() {
+    if (!charts) return;
+    for (const id in charts) charts[id].destroy();
+    build();
+  }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
+
+  // ---- the connection
+
+  let heard = 0, tries = 0, stream = null, retryAt = 0, ended = "";
+
+  function live() {
+    heard = performance.now();
+    tries = 0;
+    ended = "";
+    if ($("link").dataset.state === "live") return;
+    $("link").dataset.state = "live";
+    $("link").querySelector("b").textContent = "live";
+    if (!$("lost").hidden) text("said", "Connected again.");
+    $("lost").hidden = true;
+    $("lost-why").textContent = "";
+    $("main").classList.remove("stale");
+  }
+
+  function lost(why) {
+    if (stream) stream.abort();
+    stream = null;
+    const wait = Math.min(firstRetry * 2 ** tries++, lastRetry);
+    retryAt = performance.now() + wait;
+    $("link").dataset.state = "lost";
+    $("link").querySelector("b").textContent = "not connected";
+    $("lost").hidden = false;
+    text("lost-why", ended || why);
+    $("main").classList.toggle("stale", now !== null);
+    document.title = "not connected · Verve";
+    countdown();
+  }
+
+  function countdown() {
+    const s = Math.max(0, Math.ceil((retryAt - performance.now()) / 1000));
+    text("lost-when", (now ? "The figures below are those of " + clock(Math.floor(now.time / 1000) * 1000) + ". " : "") + (s ? "Trying again in " + s + " s." : "Trying again."));
+  }
+
+  // connect reads server-sent events by fetch: unlike EventSource it says why a
+  // server refuses.
+  async function connect() {
+    if (stream) stream.abort();
+    const mine = stream = new AbortController();
+    retryAt = 0;
+    heard = performance.now();
+    let why = now ? "Connection lost." : "No connection to the server.";
+    try {
+      const answer = await fetch("api/live", { signal: mine.signal, cache: "no-store", headers: { Accept: "text/event-stream" } });
+      if (!answer.ok) {
+        why = answer.status === 503 ? (await answer.text()).trim() : "The server answers " + answer.status + ".";
+        throw new Error(why);
+      }
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let buffer = ""; ;) {
+        const { value, done } = await reader.read();
+        if (done) break;
+        const events = (buffer + value).split("\n\n");
+        buffer = events.pop();
+        for (const event of events) {
+          if (mine !== stream) return;
+          const field = (name) => event.split("\n").filter((l) => l.startsWith(name + ": ")).map((l) => l.slice(name.length + 2)).join("\n");
+          const data = field("data");
+          if (field("event") === "end") ended = data;
+          else if (data) { show(JSON.parse(data)); live(); }
+        }
+      }
+    } catch (e) {
+      if (!(e instanceof TypeError) && e.name !== "AbortError" && e.message !== why) console.error(e);
+    }
+    if (mine === stream) lost(why);
+  }
+
+  setInterval(() => {
+    if (document.hidden) return;
+    if (stream && performance.now() - heard > silence) lost("Connection lost.");
+    else if (!stream && retryAt) {
+      countdown();
+      if (performance.now() >= retryAt) connect();
+    }
+  }, 250);
+
+  $("again").addEventListener("click", () => { tries = 0; connect(); });
+  // A page that nobody looks at leaves its place to others.
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden) connect();
+    else if (stream) { stream.abort(); stream = null; retryAt = 0; }
+  });
+  connect();
+})();
