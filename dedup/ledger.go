@@ -34,6 +34,8 @@ const (
 	// would have come, for members that hold ids Redis does not have.
 	settleWait = 5 * time.Second
 
+	settlePoll = 10 * time.Millisecond
+
 	// sealLock keeps the members from sealing the same epoch at once, and a
 	// member whose try failed from the next one. All would come to the same sum:
 	// it saves work, nothing depends on it.
@@ -59,7 +61,7 @@ const (
 
 // ledgerConfig of a Ledger. All fields but FailOpen are required.
 type ledgerConfig struct {
-	Client   rueidis.Client
+	Client   func() (rueidis.Client, error)
 	Group    string
 	Member   string // unique for each process
 	Window   time.Duration
@@ -69,6 +71,9 @@ type ledgerConfig struct {
 	// Seal seals the ids of an epoch and counts them: the same sum whoever asks,
 	// however often. Exact is false where some of them may have been lost.
 	Seal func(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error)
+	// Settle looks whether Redis has lost ids of this process since it was last
+	// asked; Unsettled then knows.
+	Settle func(ctx context.Context, start time.Time) error
 	// Unsettled is the start of the oldest epoch of which this process holds ids
 	// that Redis may not have.
 	Unsettled func() (start time.Time, some bool)
@@ -111,6 +116,8 @@ type Ledger struct {
 type ledgerEpoch struct {
 	span       counter.Span
 	registered bool
+	reported   *counter.Count // what this process has said of it
+	reportedAt time.Time
 	decided    *counter.Count // what it came to, as far as this process knows
 }
 
@@ -237,7 +244,11 @@ return {now, leader == me and 1 or 0, others, odd, states}
 // reportScript says that the member has left the epoch: nothing of it comes any
 // more.
 var reportScript = rueidis.NewLuaScriptRetryable(`
-local me, keep, name, ends, complete, exact = unpack(ARGV)
+local me, keep, name, ends, complete, exact, unsettled = unpack(ARGV)
+if unsettled ~= '' then
+  redis.call('HSET', KEYS[4], me, unsettled)
+  redis.call('PEXPIRE', KEYS[4], keep)
+end
 if redis.call('HEXISTS', KEYS[2], 'delivered') == 1 then return 0 end
 redis.call('ZADD', KEYS[1], ends, name)
 redis.call('PEXPIRE', KEYS[1], keep)
@@ -309,13 +320,21 @@ if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
-// deliverScript answers 2 where the epoch is delivered, 1 where this member is
-// the one to do it, as it is the leader or takes the lead, and 0 where another is.
-var deliverScript = rueidis.NewLuaScriptRetryable(`
-if redis.call('HEXISTS', KEYS[1], 'delivered') == 1 then return 2 end
+// mayWriteScript answers 2 where the line is written, 1 where this member is the
+// one to do it, as it is the leader or takes the lead, and 0 where another is.
+var mayWriteScript = rueidis.NewLuaScriptRetryable(`
+local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
+if h[1] or h[2] then return 2 end
 local leader = redis.call('GET', KEYS[2])
 if leader and leader ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return 1
+`)
+
+// writtenScript marks the line.
+var writtenScript = rueidis.NewLuaScriptRetryable(`
+redis.call('HSET', KEYS[1], 'written', 1)
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1
 `)
 
@@ -353,7 +372,11 @@ return {others, now - last}
 func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) ([]rueidis.RedisMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, ledgerWait)
 	defer cancel()
-	m, err := s.Exec(ctx, l.cfg.Client, keys, args).ToMessage()
+	client, err := l.cfg.Client()
+	if err != nil {
+		return nil, err
+	}
+	m, err := s.Exec(ctx, client, keys, args).ToMessage()
 	if err != nil {
 		return nil, err
 	}
@@ -521,17 +544,63 @@ func (l *Ledger) unsettled() string {
 }
 
 // Report says what this process knows of an epoch that it has left for good:
-// whether it served the whole of it, and whether no id was lost.
+// whether it served the whole of it, and whether no id was lost. Ids of it that
+// Redis has lost are first put back, if that takes no longer than settleWait.
 func (l *Ledger) Report(ctx context.Context, c counter.Count) error {
 	s := c.Span()
 	l.note(s)
-	_, err := l.exec(ctx, reportScript,
-		[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)},
-		[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact)})
+	err := l.settle(ctx, s)
+	if err == nil {
+		_, err = l.exec(ctx, reportScript,
+			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s), l.keys.unsettled},
+			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled()})
+	}
 	if err != nil {
 		return fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.find(s); e != nil {
+		e.reported, e.reportedAt = &c, time.Now()
+	}
 	return nil
+}
+
+// settle asks for losses and waits until they are made good.
+func (l *Ledger) settle(ctx context.Context, s counter.Span) error {
+	if err := l.cfg.Settle(ctx, s.Start); err != nil {
+		return err
+	}
+	deadline := time.Now().Add(settleWait)
+	for {
+		start, some := l.cfg.Unsettled()
+		if !some || start.After(s.Start) || time.Now().After(deadline) {
+			return nil
+		}
+		t := time.NewTimer(settlePoll)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		}
+	}
+}
+
+// reportAgain repeats a report that Redis may have lost since, now and then.
+func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
+	l.mu.Lock()
+	e := l.find(s)
+	due := e != nil && e.reported != nil && time.Since(e.reportedAt) > beatEvery
+	var c counter.Count
+	if due {
+		c = *e.reported
+	}
+	l.mu.Unlock()
+	if !due {
+		return nil
+	}
+	return l.Report(ctx, c)
 }
 
 // Seal waits until the epoch may be sealed, seals it, and returns what it came
@@ -577,6 +646,9 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 			case <-ctx.Done():
 				t.Stop()
 				return fail(ctx.Err())
+			}
+			if err := l.reportAgain(ctx, s); err != nil {
+				return fail(err)
 			}
 			continue
 		}
@@ -673,11 +745,11 @@ func (l *Ledger) Leading() bool {
 	return time.Now().Before(l.lead)
 }
 
-// MayDeliver asks, right before a record is written, whether it has been
-// delivered, and whether this member is the one to do it; the lead of a member
-// that is gone is taken.
-func (l *Ledger) MayDeliver(ctx context.Context, s counter.Span) (mine, delivered bool, err error) {
-	out, err := l.exec(ctx, deliverScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
+// MayWrite asks, right before the line of a record is written to a counts file,
+// whether the group has one, and whether this member is the one to write it; the
+// lead of a member that is gone is taken.
+func (l *Ledger) MayWrite(ctx context.Context, s counter.Span) (mine, written bool, err error) {
+	out, err := l.exec(ctx, mayWriteScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
 	if err != nil {
 		return false, false, fmt.Errorf("ledger: %w", err)
 	}
@@ -686,6 +758,15 @@ func (l *Ledger) MayDeliver(ctx context.Context, s counter.Span) (mine, delivere
 		return false, false, fmt.Errorf("ledger: %w", err)
 	}
 	return what == 1, what == 2, nil
+}
+
+// Written says that the line is in a counts file of the group.
+func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
+	_, err := l.exec(ctx, writtenScript, []string{l.keys.ofEpoch(s)}, []string{ms(keepUndelivered)})
+	if err != nil {
+		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	}
+	return nil
 }
 
 // Delivered marks the record of the epoch as visible for good.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 )
 
 // fileSink appends records to the counts file, one a line, and syncs them.
@@ -26,21 +27,26 @@ import (
 //
 // On standard output nothing can be looked up: a kill there may write the last
 // batch again.
+//
+// The instances of a group write one line per window into all their files
+// together: the ledger is asked right before it is written, and told right after.
 type fileSink struct {
 	path   string
 	stdout io.Writer // not nil: the sink is standard output
 	step   func(string)
+	ledger Ledger // nil: this instance counts for itself
 
 	// unsure is the index up to which a record may be in the file although the
-	// spool does not say so.
-	unsure uint64
+	// spool does not say so. It only grows.
+	unsure atomic.Uint64
 }
 
 // tornPrefix is what a half line of ours begins with.
 var tornPrefix = []byte(`{"window_start":"`)
 
 func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)) *fileSink {
-	f := &fileSink{path: path, unsure: unsure, step: step}
+	f := &fileSink{path: path, step: step}
+	f.doubt(unsure)
 	if path == "-" {
 		if f.stdout = stdout; stdout == nil {
 			f.stdout = os.Stdout
@@ -53,7 +59,47 @@ func (f *fileSink) name() string      { return "file" }
 func (f *fileSink) conflicts() uint64 { return 0 }
 func (f *fileSink) close()            {}
 
-func (f *fileSink) deliver(_ context.Context, batch []entry) (int, error) {
+// doubt raises unsure.
+func (f *fileSink) doubt(upTo uint64) {
+	for {
+		was := f.unsure.Load()
+		if was >= upTo || f.unsure.CompareAndSwap(was, upTo) {
+			return
+		}
+	}
+}
+
+func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
+	if f.ledger == nil || batch[0].record.Scope != ScopeGroup {
+		for i := range batch {
+			if f.ledger != nil && batch[i].record.Scope == ScopeGroup {
+				batch = batch[:i] // what was before the instance joined a group
+				break
+			}
+		}
+		return f.write(batch)
+	}
+	s := batch[0].record.span()
+	mine, written, err := f.ledger.MayWrite(ctx, s)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("counts file: %w", err)
+	case written:
+		return 1, nil
+	case !mine:
+		return 0, errElsewhere
+	}
+	if n, err := f.write(batch[:1]); err != nil {
+		return n, err
+	}
+	if err := f.ledger.Written(ctx, s); err != nil {
+		f.doubt(batch[0].index) // it is there
+		return 0, fmt.Errorf("counts file: %w", err)
+	}
+	return 1, nil
+}
+
+func (f *fileSink) write(batch []entry) (int, error) {
 	if f.stdout != nil {
 		for i := range batch {
 			if _, err := f.stdout.Write(append(batch[i].value, '\n')); err != nil {
@@ -64,7 +110,7 @@ func (f *fileSink) deliver(_ context.Context, batch []entry) (int, error) {
 		return len(batch), nil
 	}
 	if err := f.append(batch); err != nil {
-		f.unsure = max(f.unsure, batch[len(batch)-1].index)
+		f.doubt(batch[len(batch)-1].index)
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
 	f.step(stepProduced)
@@ -91,7 +137,7 @@ func (f *fileSink) append(batch []entry) (err error) {
 		}
 	}
 	var there map[string]bool
-	if regular && batch[0].index <= f.unsure {
+	if regular && batch[0].index <= f.unsure.Load() {
 		if there, err = f.lookup(file, batch); err != nil {
 			return err
 		}
@@ -139,7 +185,7 @@ func (f *fileSink) open() (file *os.File, created bool, err error) {
 func (f *fileSink) lookup(file *os.File, batch []entry) (map[string]bool, error) {
 	want := make(map[string]bool)
 	for i := range batch {
-		if batch[i].index <= f.unsure {
+		if batch[i].index <= f.unsure.Load() {
 			want[string(batch[i].value)] = true
 		}
 	}

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"verve/counter"
 )
 
 // Scope says what a record counts: the ids of one process, or those of all
@@ -66,6 +68,8 @@ func checkName(what, s string) error {
 }
 
 func (r *Record) window() time.Duration { return time.Duration(r.WindowMS) * time.Millisecond }
+
+func (r *Record) span() counter.Span { return counter.Span{Start: r.WindowStart, Window: r.window()} }
 
 // end is the end of the window and the timestamp of the Kafka record.
 func (r *Record) end() time.Time { return r.WindowStart.Add(r.window()) }

@@ -431,6 +431,20 @@ func (s *Spool) watch() (pending int, changed <-chan struct{}) {
 	return s.pending, s.changed
 }
 
+// deliveredTo is the place up to which every sink has acknowledged.
+func (s *Spool) deliveredTo() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.floor()
+}
+
+// pendingRange returns how many records are pending, the last of them at head.
+func (s *Spool) pendingRange() (pending, head uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return uint64(s.pending), s.head
+}
+
 func (s *Spool) delivered(start time.Time) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -31,6 +31,11 @@ type Config struct {
 	// it, and is made visible once for the whole group.
 	Scope Scope
 
+	// Ledger is that of the group whose windows are counted together. With it
+	// Publish gets the counts of one instance, and the records are those of the
+	// group; Scope is ScopeGroup.
+	Ledger Ledger
+
 	// Kafka is where records go. No brokers: nowhere.
 	Kafka KafkaConfig
 
@@ -89,6 +94,7 @@ type Stream struct {
 	cfg   Config
 	spool *Spool
 	sinks []*worker
+	group *group // nil without a Ledger
 
 	// mu guards what Stats reports about appending.
 	mu             sync.Mutex
@@ -131,6 +137,9 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	case cfg.Scope != ScopeInstance && cfg.Scope != ScopeGroup:
 		return nil, fmt.Errorf("stream: scope %q is neither %q nor %q", cfg.Scope, ScopeInstance, ScopeGroup)
 	}
+	if cfg.Ledger != nil && cfg.Scope != ScopeGroup {
+		return nil, fmt.Errorf("stream: a ledger is for scope %q", ScopeGroup)
+	}
 	s := &Stream{cfg: cfg, spool: spool}
 	var names []string
 	add := func(k sink) {
@@ -144,13 +153,21 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		add(newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step))
 	}
 	if cfg.CountsFile != "" {
-		add(newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step))
+		f := newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step)
+		f.ledger = cfg.Ledger
+		add(f)
 	}
 	if err := spool.attach(names); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
 	}
 	if pending, _ := spool.watch(); pending > 0 && len(names) == 0 {
 		cfg.Log.Warn().Int("records", pending).Msg("spooled records have neither a broker nor a counts file to go to, the next window drops them")
+	}
+	if cfg.Ledger != nil {
+		var err error
+		if s.group, err = newGroup(s, cfg.Ledger); err != nil {
+			return nil, fmt.Errorf("stream: %w", err)
+		}
 	}
 	return s, nil
 }
@@ -169,7 +186,22 @@ func (s *Stream) step(name string) {
 // When Publish returns an error the count is with the caller. Whether it is in
 // the spool all the same, after a failed fsync, Spool.LastWindow tells the next
 // process.
+//
+// In a group it waits until the epoch is sealed for all instances: then its count
+// is in the Ledger, and the one of them that leads publishes it.
 func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
+	if c.Window%time.Millisecond != 0 {
+		return fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", c.Start.UTC().Format(time.RFC3339Nano), c.Window)
+	}
+	if s.group != nil {
+		return s.group.publish(ctx, c)
+	}
+	_, err := s.store(ctx, c)
+	return err
+}
+
+// store makes the record of a count durable and returns its place in the spool.
+func (s *Stream) store(ctx context.Context, c counter.Count) (index uint64, err error) {
 	r := Record{
 		WindowStart: c.Start.UTC(),
 		WindowMS:    c.Window.Milliseconds(),
@@ -181,9 +213,6 @@ func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 		// Nothing below a millisecond is of use to a reader.
 		SealedAt: c.SealedAt.UTC().Truncate(time.Millisecond),
 	}
-	if c.Window%time.Millisecond != 0 {
-		return fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", r.WindowStart.Format(time.RFC3339Nano), c.Window)
-	}
 	valid := r
 	if s.cfg.Scope == ScopeInstance {
 		r.Instance = s.spool.instance
@@ -191,7 +220,7 @@ func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 		valid.Seq = 1 // the spool gives the real one
 	}
 	if err := valid.check(); err != nil {
-		return fmt.Errorf("publish: %w", err)
+		return 0, fmt.Errorf("publish: %w", err)
 	}
 	s.step(stepBefore)
 	var wait backoff
@@ -208,19 +237,20 @@ func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 			break
 		}
 		if errors.Is(err, ErrOutOfOrder) {
-			return fmt.Errorf("publish: %w", err)
+			return 0, fmt.Errorf("publish: %w", err)
 		}
 		if hidden, ok := log.sample(time.Now()); ok {
 			s.cfg.Log.Error().Err(err).Time("window_start", r.WindowStart).Int("hidden", hidden).
 				Msg("record is not in the spool yet, trying again")
 		}
 		if werr := wait.sleep(ctx); werr != nil {
-			return fmt.Errorf("publish %s: %w (%w)", r.WindowStart.Format(time.RFC3339Nano), err, werr)
+			return 0, fmt.Errorf("publish %s: %w (%w)", r.WindowStart.Format(time.RFC3339Nano), err, werr)
 		}
 	}
 	s.step(stepSynced)
 	s.cfg.Log.Debug().Str("key", r.Key()).Uint64("unique", r.Unique).Msg("record is in the spool")
-	return nil
+	_, head := s.spool.pendingRange() // one goroutine appends
+	return head, nil
 }
 
 // Run delivers until ctx ends. The sinks are independent of each other: each has
@@ -229,6 +259,9 @@ func (s *Stream) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, w := range s.sinks {
 		wg.Go(func() { w.run(ctx) })
+	}
+	if s.group != nil {
+		wg.Go(func() { s.group.run(ctx) })
 	}
 	wg.Wait()
 	return nil
@@ -241,7 +274,7 @@ func (s *Stream) Flush(ctx context.Context) error {
 	for {
 		pending, changed := s.spool.watch()
 		if pending == 0 {
-			return nil
+			return s.markDelivered(ctx)
 		}
 		select {
 		case <-changed:
@@ -253,6 +286,16 @@ func (s *Stream) Flush(ctx context.Context) error {
 			return fmt.Errorf("%d records not delivered, they are %s: %w", pending, kept, ctx.Err())
 		}
 	}
+}
+
+// markDelivered tells the group what Flush has seen delivered.
+func (s *Stream) markDelivered(ctx context.Context) error {
+	if s.group == nil {
+		return nil
+	}
+	s.group.mu.Lock()
+	defer s.group.mu.Unlock()
+	return s.group.mark(ctx)
 }
 
 // Close lets go of the sinks, after Run has returned. It does not wait longer

@@ -1,0 +1,398 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"verve/counter"
+)
+
+// Ledger is what the instances of a group know together of their epochs: an
+// atomic, shared memory with one clock. Each call is atomic and may be repeated
+// after an error, whatever became of it.
+type Ledger interface {
+	// Report says that this instance has left the epoch for good, whether it
+	// served all of it, and whether ids may be lost.
+	Report(ctx context.Context, c counter.Count) error
+	// Seal waits until the epoch may be sealed and returns what it came to: the
+	// same to every instance.
+	Seal(ctx context.Context, s counter.Span) (counter.Count, error)
+	// Unpublished lists the epochs of the group, whoever opened them, that are not
+	// delivered, oldest first: those that are over, or all.
+	Unpublished(ctx context.Context, open bool) ([]counter.Span, error)
+	// Leading reports whether this instance is the one that publishes.
+	Leading() bool
+	// MayWrite reports whether the line of an epoch is in a counts file of the
+	// group, and else whether this instance is the one to write it.
+	MayWrite(ctx context.Context, s counter.Span) (mine, written bool, err error)
+	// Written says that the line is in a counts file.
+	Written(ctx context.Context, s counter.Span) error
+	// Delivered says that all sinks have the record.
+	Delivered(ctx context.Context, s counter.Span) error
+	// Leave takes this instance out of the group. It and Others return how many
+	// others are alive, and how long ago one of them was heard.
+	Leave(ctx context.Context) (others int, heard time.Duration, err error)
+	Others(ctx context.Context) (others int, heard time.Duration, err error)
+}
+
+// Why a window of a group has one record, whoever of it dies when.
+//
+// An instance that has left an epoch reports so and waits until it is sealed.
+// What it came to is decided in the ledger, once. So any instance can publish it,
+// with the same bytes, and it need not have been in the epoch. One at a time
+// does, the leader, so that instances do not fence each other at the broker for
+// each window; when it is gone another takes the lead.
+//
+//	killed before the report     the epoch is in the ledger since it was opened. Nobody
+//	                             waits for the dead longer than the skew of the clocks
+//	killed after the decision,   the next leader finds the epoch undelivered and
+//	before the spool             publishes it
+//	killed with the record in    the next leader publishes it, too. When the dead
+//	its spool                    instance is back it has a copy: the topic is looked
+//	                             into, as ever; for the file the ledger is asked
+//	killed after a sink took it, Kafka: the next leader looks and finds it. File: the
+//	before the ledger knows      line is there twice, in two files, the same; verve
+//	                             totals counts it once and names it
+//	all are killed               the first instance that starts is the leader
+//
+// A leader that slept through its lease meets its successor where they can harm:
+// at the broker in the fence, and at the file in MayWrite, right before the line
+// is written. Between that and the write nothing holds it: the same line twice.
+//
+// The record is in the leader's spool as any record is, so a broker may be away
+// for days, and Redis may lose everything meanwhile.
+type group struct {
+	stream *Stream
+	ledger Ledger
+	wake   chan struct{} // capacity 1: an epoch was sealed
+
+	leaving chan struct{} // closed: the process stops
+	once    sync.Once
+
+	// mu guards spooled, the records of epochs that are in the spool, or were, and
+	// that the ledger does not know as delivered yet: their place. It is held over
+	// exchanges with the ledger, so that a record is appended once.
+	mu      sync.Mutex
+	spooled map[counter.Span]uint64
+	term    bool           // this instance was leading at the last look
+	done    []counter.Span // marked last, should the ledger come to forget it
+}
+
+const (
+	// groupEvery is how often the leader looks for epochs that others left.
+	groupEvery = time.Second
+
+	// maxDone is more than the epochs that instances write into the ledger again.
+	maxDone = 1024
+
+	// leavePoll is how often one who leaves looks whether another is alive, and
+	// leaveTry how long it tries to say that it leaves.
+	leavePoll = 50 * time.Millisecond
+	leaveTry  = 2 * time.Second
+
+	// leaveMargin is what one who leaves as the last wants to have left, of the
+	// time to stop in, after the end of the open window: to publish it.
+	leaveMargin = time.Second
+)
+
+// errElsewhere keeps a record in the spool until the leader has published it.
+var errElsewhere = errors.New("another instance of the group publishes, this record is left to it")
+
+func newGroup(s *Stream, l Ledger) (*group, error) {
+	g := &group{
+		stream: s, ledger: l,
+		wake: make(chan struct{}, 1), leaving: make(chan struct{}),
+		spooled: make(map[counter.Span]uint64),
+	}
+	pending, head := s.spool.pendingRange()
+	for after := head - pending; after < head; {
+		batch, err := s.spool.store.scan(after, head, batchSize)
+		if err != nil {
+			return nil, fmt.Errorf("read the spool: %w", err)
+		}
+		if len(batch) == 0 {
+			break
+		}
+		for _, e := range batch {
+			if e.record.Scope == ScopeGroup && e.record.Group == s.spool.group {
+				g.spooled[e.record.span()] = e.index
+			}
+		}
+		after = batch[len(batch)-1].index
+	}
+	return g, nil
+}
+
+// publish reports an epoch that this instance has left and waits for its seal. A
+// stop does not wait: the epoch goes on without this instance, and leave, or
+// another, publishes it.
+func (g *group) publish(ctx context.Context, c counter.Count) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) error {
+		return g.ledger.Report(ctx, c)
+	}); err != nil {
+		return g.orLeft(c, err)
+	}
+	sealing, stop := context.WithCancel(ctx)
+	defer stop()
+	defer g.onLeaving(0, stop)()
+	if err := g.try(sealing, "an epoch is not sealed yet, trying again", func(ctx context.Context) error {
+		_, err := g.ledger.Seal(ctx, c.Span())
+		return err
+	}); err != nil {
+		return g.orLeft(c, err)
+	}
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// orLeft is the outcome of a publish that failed with err. When the process stops
+// that is none: the ids of the epoch are in the ledger's keeping.
+func (g *group) orLeft(c counter.Count, err error) error {
+	select {
+	case <-g.leaving:
+		g.stream.cfg.Log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
+			Msg("window is left to the group")
+		return nil
+	default:
+		return fmt.Errorf("publish %s: %w", c.Start.Format(time.RFC3339Nano), err)
+	}
+}
+
+// onLeaving calls f when, or soon after, the process stops. The func it returns
+// takes that back.
+func (g *group) onLeaving(after time.Duration, f func()) (cancel func()) {
+	done := make(chan struct{})
+	go func() {
+		select {
+		case <-g.leaving:
+		case <-done:
+			return
+		}
+		t := time.NewTimer(after)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			f()
+		case <-done:
+		}
+	}()
+	return sync.OnceFunc(func() { close(done) })
+}
+
+// try calls f until it succeeds or ctx ends, which a stop brings about within
+// leaveTry.
+func (g *group) try(ctx context.Context, message string, f func(context.Context) error) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer g.onLeaving(leaveTry, stop)()
+	var wait backoff
+	var log sampler
+	for {
+		err := f(ctx)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if hidden, ok := log.sample(time.Now()); ok {
+			g.stream.cfg.Log.Warn().Err(err).Int("hidden", hidden).Msg(message)
+		}
+		if werr := wait.sleep(ctx); werr != nil {
+			return errors.Join(err, werr)
+		}
+	}
+}
+
+// run publishes for the group while this instance is the leader, until ctx ends.
+func (g *group) run(ctx context.Context) {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer g.onLeaving(0, stop)() // leave goes on
+	tick := time.NewTicker(groupEvery)
+	defer tick.Stop()
+	var log sampler
+	for {
+		_, changed := g.stream.spool.watch()
+		if err := g.round(ctx); err != nil && ctx.Err() == nil {
+			if hidden, ok := log.sample(time.Now()); ok {
+				g.stream.cfg.Log.Warn().Err(err).Int("hidden", hidden).Msg("the records of the group are not published, trying again")
+			}
+		}
+		select {
+		case <-g.wake:
+		case <-changed:
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// round marks what was delivered and, where this instance leads, takes into the
+// spool what is over.
+func (g *group) round(ctx context.Context) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.mark(ctx); err != nil {
+		return err
+	}
+	if !g.ledger.Leading() {
+		g.term = false
+		return nil
+	}
+	spans, err := g.ledger.Unpublished(ctx, false)
+	if err != nil {
+		return err
+	}
+	for _, s := range spans {
+		if !g.ledger.Leading() {
+			return nil
+		}
+		if err := g.take(ctx, s, len(spans)); err != nil {
+			return err
+		}
+	}
+	g.term = true
+	return nil
+}
+
+// take seals an epoch and puts its record into the spool. g.mu is held.
+func (g *group) take(ctx context.Context, s counter.Span, left int) error {
+	if _, there := g.spooled[s]; there {
+		return nil
+	}
+	if slices.Contains(g.done, s) {
+		return g.ledger.Delivered(ctx, s)
+	}
+	c, err := g.ledger.Seal(ctx, s)
+	if err != nil {
+		return err
+	}
+	if !g.term {
+		// An earlier leader may have written it and not said so. What it has not
+		// left undelivered now, nobody can have written before this one.
+		g.stream.doubt(uint64(left))
+	}
+	index, err := g.stream.store(ctx, c)
+	if err != nil {
+		return err
+	}
+	g.spooled[s] = index
+	return nil
+}
+
+// mark tells the ledger of the records that all sinks have. g.mu is held.
+func (g *group) mark(ctx context.Context) error {
+	floor := g.stream.spool.deliveredTo()
+	var done []counter.Span
+	for s, index := range g.spooled {
+		if index <= floor {
+			done = append(done, s)
+		}
+	}
+	slices.SortFunc(done, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
+	for _, s := range done {
+		if err := g.ledger.Delivered(ctx, s); err != nil {
+			return err
+		}
+		delete(g.spooled, s)
+		if g.done = append(g.done, s); len(g.done) > maxDone {
+			g.done = slices.Delete(g.done, 0, 1)
+		}
+	}
+	return nil
+}
+
+// leave takes the instance out of the group. If no other is alive it finishes
+// what is left, also the open epoch where its end is within the time given: there
+// is one record per window and group, and whoever starts again within the window
+// goes on with its ids, so it cannot be published before its end.
+func (g *group) leave(ctx context.Context) error {
+	others, heard, err := g.ledger.Leave(ctx)
+	// One that was heard before this one left may be dead, or leave as well.
+	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
+		if err = sleep(ctx, leavePoll); err == nil {
+			others, heard, err = g.ledger.Others(ctx)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("leave the group: what is not published is in Redis for the other instances or the next start: %w", err)
+	}
+	if others > 0 {
+		return nil
+	}
+	spans, err := g.ledger.Unpublished(ctx, true)
+	if err != nil {
+		return err
+	}
+	deadline, bounded := ctx.Deadline()
+	for _, s := range spans {
+		wait := time.Until(s.End())
+		if bounded && wait > 0 && time.Until(deadline) < wait+leaveMargin {
+			g.stream.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Str("over_in", wait.Round(time.Millisecond).String()).
+				Msg("last instance of the group stops within a window: it stays open in Redis, and the next start goes on with it and publishes it")
+			continue
+		}
+		if wait > 0 {
+			if err := sleep(ctx, wait); err != nil {
+				return err
+			}
+		}
+		g.mu.Lock()
+		g.term = false
+		err := g.take(ctx, s, len(spans))
+		g.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Leaving says that the process stops: Publish no longer waits for an epoch that
+// goes on without this instance. Call it before the counter is sealed.
+func (s *Stream) Leaving() {
+	if s.group != nil {
+		s.group.once.Do(func() { close(s.group.leaving) })
+	}
+}
+
+// Leave takes this instance out of its group when the counter has stopped. The
+// last one to leave puts what the group has not published into the spool; Flush
+// follows. Without a group it does nothing.
+func (s *Stream) Leave(ctx context.Context) error {
+	if s.group == nil {
+		return nil
+	}
+	s.Leaving()
+	return s.group.leave(ctx)
+}
+
+// doubt says that the next n records may be in a counts file although nobody has
+// said so.
+func (s *Stream) doubt(n uint64) {
+	_, head := s.spool.pendingRange()
+	for _, w := range s.sinks {
+		if f, ok := w.sink.(*fileSink); ok {
+			f.doubt(head + n)
+		}
+	}
+}

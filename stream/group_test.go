@@ -1,0 +1,507 @@
+package stream
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"verve/counter"
+)
+
+// sharedLedger is what the instances of a test share: the rules of the ledger,
+// on the test's clock. An epoch is sealed when it is over and all members have
+// reported it.
+type sharedLedger struct {
+	mu      sync.Mutex
+	away    bool            // every call fails
+	members map[string]bool // alive
+	dead    map[string]bool
+	leader  string
+	epochs  map[counter.Span]*sharedEpoch
+}
+
+type sharedEpoch struct {
+	reported           map[string]counter.Count
+	decided            *counter.Count
+	written, delivered bool
+}
+
+// memberLedger is the view of one member.
+type memberLedger struct {
+	*sharedLedger
+	name string
+}
+
+var errAway = errors.New("ledger is away")
+
+func newSharedLedger() *sharedLedger {
+	return &sharedLedger{members: map[string]bool{}, dead: map[string]bool{}, epochs: map[counter.Span]*sharedEpoch{}}
+}
+
+func (l *sharedLedger) join(name string) memberLedger {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.members[name] = true
+	delete(l.dead, name)
+	return memberLedger{l, name}
+}
+
+// killed is what the others see when a lease ends.
+func (l *sharedLedger) killed(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.members, name)
+	l.dead[name] = true
+	if l.leader == name {
+		l.leader = ""
+	}
+}
+
+func (l *sharedLedger) isDead(name string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.dead[name]
+}
+
+// set changes the ledger under its lock.
+func (l *sharedLedger) set(f func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f()
+}
+
+func (l *sharedLedger) epoch(s counter.Span) *sharedEpoch {
+	if l.epochs[s] == nil {
+		l.epochs[s] = &sharedEpoch{reported: map[string]counter.Count{}}
+	}
+	return l.epochs[s]
+}
+
+func (m memberLedger) locked() (unlock func(), err error) {
+	m.mu.Lock()
+	if m.away || m.dead[m.name] {
+		m.mu.Unlock()
+		return nil, errAway
+	}
+	return m.mu.Unlock, nil
+}
+
+func (m memberLedger) Report(_ context.Context, c counter.Count) error {
+	unlock, err := m.locked()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	m.epoch(c.Span()).reported[m.name] = c
+	return nil
+}
+
+func (m memberLedger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
+	for ; ; time.Sleep(time.Millisecond) {
+		if ctx.Err() != nil {
+			return counter.Count{}, ctx.Err()
+		}
+		unlock, err := m.locked()
+		if err != nil {
+			return counter.Count{}, err
+		}
+		e := m.epoch(s)
+		ready := e.decided != nil
+		if !ready {
+			c := counter.Count{Start: s.Start, Window: s.Window, Exact: true, SealedAt: s.End()}
+			ready = !s.End().After(time.Now())
+			for name := range m.members {
+				_, left := e.reported[name]
+				ready = ready && left
+			}
+			for _, r := range e.reported {
+				c.Unique += r.Unique
+				c.Complete = c.Complete || r.Complete
+			}
+			if ready {
+				e.decided = &c
+			}
+		}
+		c := e.decided
+		unlock()
+		if ready {
+			return *c, nil
+		}
+	}
+}
+
+func (m memberLedger) Unpublished(_ context.Context, open bool) ([]counter.Span, error) {
+	unlock, err := m.locked()
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	var out []counter.Span
+	for s, e := range m.epochs {
+		if !e.delivered && (open || !s.End().After(time.Now())) {
+			out = append(out, s)
+		}
+	}
+	slices.SortFunc(out, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
+	return out, nil
+}
+
+func (m memberLedger) Leading() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.leader == "" && m.members[m.name] {
+		m.leader = m.name
+	}
+	return m.leader == m.name
+}
+
+func (m memberLedger) MayWrite(_ context.Context, s counter.Span) (mine, written bool, err error) {
+	unlock, err := m.locked()
+	if err != nil {
+		return false, false, err
+	}
+	defer unlock()
+	if e := m.epoch(s); e.written || e.delivered {
+		return false, true, nil
+	}
+	if m.leader == "" {
+		m.leader = m.name
+	}
+	return m.leader == m.name, false, nil
+}
+
+func (m memberLedger) Written(_ context.Context, s counter.Span) error {
+	unlock, err := m.locked()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	m.epoch(s).written = true
+	return nil
+}
+
+func (m memberLedger) Delivered(_ context.Context, s counter.Span) error {
+	unlock, err := m.locked()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	m.epoch(s).delivered = true
+	return nil
+}
+
+func (m memberLedger) Leave(ctx context.Context) (int, time.Duration, error) {
+	m.mu.Lock()
+	delete(m.members, m.name)
+	if m.leader == m.name && len(m.members) > 0 {
+		m.leader = ""
+	}
+	m.mu.Unlock()
+	return m.Others(ctx)
+}
+
+func (m memberLedger) Others(context.Context) (int, time.Duration, error) {
+	unlock, err := m.locked()
+	if err != nil {
+		return 0, 0, err
+	}
+	defer unlock()
+	return len(m.members), 0, nil
+}
+
+// in starts an instance of the group that writes to its own file.
+func (l *sharedLedger) in(t *testing.T, name, dir string) running {
+	return start(t, "", Config{
+		Scope: ScopeGroup, Ledger: l.join(name), CountsFile: filepath.Join(dir, name+".jsonl"),
+	})
+}
+
+// lines are those of all counts files in dir.
+func lines(t *testing.T, dir string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for l := range bytes.Lines(b) {
+			out = append(out, string(bytes.TrimSuffix(l, []byte{'\n'})))
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// groupLine is the record of the i-th window with the sum of n instances.
+func groupLine(t *testing.T, i, n int) string {
+	t.Helper()
+	w := window(i)
+	r := Record{
+		WindowStart: w.Start, WindowMS: w.Window.Milliseconds(), Unique: w.Unique * uint64(n),
+		Scope: ScopeGroup, Group: "verve", Complete: true, Exact: true, SealedAt: w.Start.Add(w.Window),
+	}
+	b, err := r.appendJSON(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func wantLines(t *testing.T, got []string, windows, instances int) {
+	t.Helper()
+	var want []string
+	for i := range windows {
+		want = append(want, groupLine(t, i, instances))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %d lines:\n%v\nwant one for each of %d windows:\n%v", len(got), got, windows, want)
+	}
+}
+
+// inGroupBubble runs a test at a time long after the windows of window.
+func inGroupBubble(t *testing.T, f func(t *testing.T)) {
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(time.Until(origin.Add(24 * time.Hour)))
+		f(t)
+	})
+}
+
+// TestGroupWritesOneRecordPerWindow whatever number of instances counted in it;
+// its bytes are those that any of them would write.
+func TestGroupWritesOneRecordPerWindow(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		const instances, windows = 3, 20
+		var all []running
+		for i := range instances {
+			all = append(all, l.in(t, fmt.Sprint("i", i), dir))
+		}
+		var publishing sync.WaitGroup
+		for _, r := range all {
+			publishing.Go(func() { r.publish(t, 0, windows) })
+		}
+		publishing.Wait()
+		time.Sleep(2 * groupEvery)
+		wantLines(t, lines(t, dir), windows, instances)
+		for _, r := range all {
+			if p := r.Stats().Pending; p != 0 {
+				t.Errorf("%d records are pending", p)
+			}
+			r.stop()
+		}
+		for s, e := range l.epochs {
+			if !e.delivered {
+				t.Errorf("%v is not marked as delivered", s)
+			}
+		}
+	})
+}
+
+// TestRecordIsPublishedAlthoughItsPublisherIsKilled at every step of the way. Only
+// a kill between the write and the ledger's knowing it leaves the line twice, the
+// same.
+func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
+	for _, step := range []string{"", stepBefore, stepAppended, stepSynced, stepProduced, stepAcked} {
+		t.Run(step, func(t *testing.T) {
+			inGroupBubble(t, func(t *testing.T) {
+				dir, l := t.TempDir(), newSharedLedger()
+				a := l.in(t, "a", dir)
+				if a.Publish(t.Context(), window(0)) != nil || a.group.round(t.Context()) != nil {
+					t.Fatal("window 0 is not published")
+				}
+				b := l.in(t, "b", dir)
+				a.flush(t, time.Minute)
+				time.Sleep(2 * groupEvery)
+				a.testStep = func(at string) {
+					if at == step {
+						l.killed("a")
+					}
+					if l.isDead("a") {
+						runtime.Goexit()
+					}
+				}
+				if step == "" {
+					l.killed("a") // before it reported
+				}
+				for _, r := range []running{a, b} {
+					go func() { _ = r.Publish(t.Context(), window(1)) }()
+				}
+				time.Sleep(3 * groupEvery)
+				if !l.isDead("a") {
+					t.Fatal("a did not come to the step")
+				}
+				instances := 2
+				if step == "" {
+					instances = 1
+				}
+				got := lines(t, dir)
+				if step == stepProduced {
+					if len(got) != 3 {
+						t.Errorf("got %d lines, want the last one twice", len(got))
+					}
+					var sums Totals
+					for _, l := range got {
+						r, err := ParseRecord([]byte(l))
+						if err != nil {
+							t.Fatal(err)
+						}
+						sums.Add(r)
+					}
+					if w, ok := sums.Window(window(1).Start); !ok || w.Unique != 2*window(1).Unique || len(sums.Repeats()) != 1 || !sums.Repeats()[0].Same {
+						t.Errorf("totals: %+v, repeats %v", w, sums.Repeats())
+					}
+					got = slices.Compact(got)
+				}
+				want := []string{groupLine(t, 0, 1), groupLine(t, 1, instances)}
+				if !slices.Equal(got, want) {
+					t.Errorf("got\n%v\nwant\n%v", got, want)
+				}
+			})
+		})
+	}
+}
+
+// TestKilledPublisherWritesNothingAgain: its spool has the record that another
+// instance has published meanwhile.
+func TestKilledPublisherWritesNothingAgain(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		spool := t.TempDir()
+		sp := testSpool(t, spool)
+		s, err := New(Config{Scope: ScopeGroup, Ledger: l.join("a"), CountsFile: filepath.Join(dir, "a.jsonl")}, sp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Publish(t.Context(), window(0)); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.group.round(t.Context()); err != nil { // into the spool, and no further
+			t.Fatal(err)
+		}
+		l.killed("a")
+		sp.Close()
+		b := l.in(t, "b", dir)
+		time.Sleep(2 * groupEvery)
+		wantLines(t, lines(t, dir), 1, 1)
+		a := start(t, spool, Config{Scope: ScopeGroup, Ledger: l.join("a"), CountsFile: filepath.Join(dir, "a.jsonl")})
+		a.flush(t, time.Minute)
+		wantLines(t, lines(t, dir), 1, 1)
+		a.stop()
+		b.stop()
+	})
+}
+
+// TestLedgerAwayLosesNoRecord: what was left unsaid is said when it is back.
+func TestLedgerAwayLosesNoRecord(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		r := l.in(t, "a", dir)
+		l.set(func() { l.away = true })
+		published := make(chan error, 1)
+		go func() {
+			for i := range 3 {
+				if err := r.Publish(context.Background(), window(i)); err != nil {
+					published <- err
+				}
+			}
+			close(published)
+		}()
+		time.Sleep(time.Minute)
+		wantLines(t, lines(t, dir), 0, 1)
+		l.set(func() { l.away = false })
+		if err := <-published; err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * groupEvery)
+		wantLines(t, lines(t, dir), 3, 1)
+		r.stop()
+	})
+}
+
+// TestLedgerThatForgotGetsNoSecondLine: an instance that has not heard of the
+// delivery brings the epoch back into a Redis that lost everything.
+func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		r := l.in(t, "a", dir)
+		r.publish(t, 0, 3)
+		time.Sleep(2 * groupEvery)
+		l.set(func() {
+			for _, e := range l.epochs {
+				e.written, e.delivered = false, false
+			}
+		})
+		time.Sleep(2 * groupEvery)
+		wantLines(t, lines(t, dir), 3, 1)
+		for s := range maps.Keys(l.epochs) {
+			if !l.epochs[s].delivered {
+				t.Errorf("%v is not marked again", s)
+			}
+		}
+		r.stop()
+	})
+}
+
+// TestLeavingLeavesTheWindowToTheOthers, and the last one publishes it at its end
+// if it may wait so long, and else leaves it to the next start.
+func TestLeavingLeavesTheWindowToTheOthers(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		a, b := l.in(t, "a", dir), l.in(t, "b", dir)
+		now := time.Now()
+		open := counter.Count{Start: now.Add(-30 * time.Second), Window: time.Minute, Unique: 5, Exact: true}
+		leave := func(r running, within time.Duration) {
+			t.Helper()
+			ctx, cancel := context.WithTimeout(t.Context(), within)
+			defer cancel()
+			r.Leaving()
+			if err := r.Publish(ctx, open); err != nil { // the counter is sealed
+				t.Fatal(err)
+			}
+			if err := r.Leave(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Flush(ctx); err != nil {
+				t.Fatal(err)
+			}
+			r.stop()
+		}
+		leave(a, 10*time.Second)
+		if took := time.Since(now); took > time.Second {
+			t.Errorf("took %v to leave", took)
+		}
+		leave(b, 10*time.Second)
+		if took := time.Since(now); took > 2*time.Second {
+			t.Errorf("took %v to leave, and the window cannot be awaited", took)
+		}
+		wantLines(t, lines(t, dir), 0, 1)
+
+		c := l.in(t, "c", dir)
+		leave(c, time.Minute)
+		if took := time.Since(now); took < 30*time.Second || took > 35*time.Second {
+			t.Errorf("left after %v, the window was over after 30s", took)
+		}
+		got := lines(t, dir)
+		if len(got) != 1 {
+			t.Fatalf("got %d lines", len(got))
+		}
+		if r, err := ParseRecord([]byte(got[0])); err != nil || r.Unique != 15 || r.Complete {
+			t.Errorf("got %+v, %v", r, err)
+		}
+	})
+}
