@@ -26,16 +26,22 @@ const openapiFile = "docs/openapi.yaml"
 // OpenAPI 3.1 are JSON Schemas, so a validator of these reads it as it is.
 type openapi struct {
 	Paths map[string]map[string]struct {
-		Responses map[string]struct {
-			Headers map[string]struct {
-				Ref      string `json:"$ref"`
-				Required bool
-			}
-			Content map[string]json.RawMessage
-		}
+		Responses map[string]apiResponse
+	}
+	Components struct {
+		Responses map[string]apiResponse
 	}
 	schemas  *jsonschema.Compiler
 	answered map[string]bool // operations with statuses: "GET /readyz 200"
+}
+
+type apiResponse struct {
+	Ref     string `json:"$ref"`
+	Headers map[string]struct {
+		Ref      string `json:"$ref"`
+		Required bool
+	}
+	Content map[string]json.RawMessage
 }
 
 func readOpenAPI(t *testing.T) *openapi {
@@ -49,7 +55,8 @@ func readOpenAPI(t *testing.T) *openapi {
 	}
 	d := &openapi{schemas: jsonschema.NewCompiler(), answered: make(map[string]bool)}
 	var document struct {
-		Paths map[string]map[string]json.RawMessage
+		Paths      map[string]map[string]json.RawMessage
+		Components json.RawMessage
 	}
 	if err := json.Unmarshal(b, &document); err != nil {
 		t.Fatal(err)
@@ -127,6 +134,11 @@ func (d *openapi) ask(t *testing.T, server, method, target string, status int, b
 		return got
 	}
 	d.answered[method+" "+path+" "+code] = true
+	here := []string{"paths", path, verb, "responses", code}
+	if name, ok := strings.CutPrefix(answer.Ref, "#/components/responses/"); ok {
+		answer = d.Components.Responses[name]
+		here = []string{"components", "responses", name}
+	}
 
 	for header, h := range answer.Headers {
 		value := resp.Header.Get(header)
@@ -136,7 +148,7 @@ func (d *openapi) ask(t *testing.T, server, method, target string, status int, b
 		if value == "" {
 			continue
 		}
-		place := []string{"paths", path, verb, "responses", code, "headers", header, "schema"}
+		place := append(slices.Clone(here), "headers", header, "schema")
 		if h.Ref != "" {
 			place = append(strings.Split(strings.TrimPrefix(h.Ref, "#/"), "/"), "schema")
 		}
@@ -152,7 +164,7 @@ func (d *openapi) ask(t *testing.T, server, method, target string, status int, b
 		t.Errorf("%s: the answer %d is of type %q, which is not in %s", name, status, media, openapiFile)
 		return got
 	}
-	d.valid(t, got, media == "application/json", "paths", path, verb, "responses", code, "content", media, "schema")
+	d.valid(t, got, media == "application/json", append(slices.Clone(here), "content", media, "schema")...)
 	return got
 }
 
@@ -238,6 +250,23 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	}
 	for line := range bytes.Lines(lines) {
 		d.valid(t, line, true, "components", "schemas", "Record")
+	}
+
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte(strings.Repeat("secret", 8)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v = start(t, "--window=1h", "--admin-token-file="+token)
+	for _, route := range adminRoutes(t) {
+		switch route {
+		case "/healthz", "/readyz":
+			d.ask(t, v.admin, "GET", route, 200, nil)
+		default:
+			d.ask(t, v.admin, "GET", route, 401, nil)
+		}
+	}
+	if code := v.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 
 	// A record that nobody takes holds up the stop, so that it can be looked at.

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// pages are what users read.
+func pages(t *testing.T) map[string]string {
+	t.Helper()
+	files, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := make(map[string]string)
+	for _, file := range append(files, "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "DESIGN.md", "bench/README.md") {
+		b, err := os.ReadFile(file)
+		if err != nil && file != "SECURITY.md" {
+			t.Fatal(err)
+		}
+		texts[file] = string(b)
+	}
+	return texts
+}
+
+func help(t *testing.T, args ...string) string {
+	t.Helper()
+	var out bytes.Buffer
+	if _, _, err := parse(append(args, "--help"), &out); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+var flagName = regexp.MustCompile(`--([a-z][a-z0-9-]+)`)
+
+// TestReadmeHasEverySetting, and none that is gone.
+func TestReadmeHasEverySetting(t *testing.T) {
+	readme := pages(t)["README.md"]
+	_, table, ok := strings.Cut(readme, "\n| flag |")
+	if !ok {
+		t.Fatal("there is no table of settings")
+	}
+	table, _, _ = strings.Cut(table, "\n\n")
+	flags := func(text string) (names []string) {
+		for _, m := range flagName.FindAllStringSubmatch(text, -1) {
+			names = append(names, m[1])
+		}
+		return names
+	}
+	told, have := flags(table), flags(help(t))
+	for _, name := range have {
+		if !slices.Contains(told, name) && !slices.Contains([]string{"help", "config", "print-config"}, name) {
+			t.Errorf("--%s is not in the table of settings", name)
+		}
+	}
+	for _, name := range told {
+		if !slices.Contains(have, name) {
+			t.Errorf("--%s is in the table of settings and there is no such flag", name)
+		}
+	}
+}
+
+// TestPagesNameWhatThereIs: flags in code spans, metrics, and files that are
+// linked to.
+func TestPagesNameWhatThereIs(t *testing.T) {
+	v := start(t, "--window=1h")
+	_, metrics := v.get(v.admin + "/metrics")
+	if code := v.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	flags := help(t) + help(t, "totals")
+	span := regexp.MustCompile("`(--[a-z][^`]*)`")
+	metric := regexp.MustCompile(`\bverve_[a-z_]+\b`)
+	link := regexp.MustCompile(`\]\(([^)#]+)(#[^)]*)?\)`)
+	for file, text := range pages(t) {
+		for _, m := range span.FindAllStringSubmatch(text, -1) {
+			for _, f := range flagName.FindAllStringSubmatch(m[1], -1) {
+				if !strings.Contains(flags, "--"+f[1]) && !slices.Contains(otherFlags, f[1]) {
+					t.Errorf("%s: there is no --%s", file, f[1])
+				}
+			}
+		}
+		for _, name := range metric.FindAllString(text, -1) {
+			family := regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+			if !strings.Contains(metrics, "# TYPE "+name+" ") && !strings.Contains(metrics, "# TYPE "+family+" ") && !slices.Contains(otherMetrics, name) {
+				t.Errorf("%s: there is no metric %s", file, name)
+			}
+		}
+		for _, m := range link.FindAllStringSubmatch(text, -1) {
+			if strings.Contains(m[1], "://") || m[1] == "SECURITY.md" {
+				continue
+			}
+			if _, err := os.Stat(filepath.Join(filepath.Dir(file), m[1])); err != nil {
+				t.Errorf("%s: the link to %s leads nowhere", file, m[1])
+			}
+		}
+	}
+}
+
+// What belongs to others: flags of go test, metrics of the k6 scripts and those
+// that are there only in some modes.
+var (
+	otherFlags   = []string{"profile"}
+	otherMetrics = []string{"verve_ok", "verve_duplicate", "verve_wrong_answer"}
+)
