@@ -241,6 +241,32 @@ local function hello(skey, a)
   return {'ok'}
 end
 
+-- drop deletes the ids of an epoch.
+local function drop(prefix, touched)
+  try('UNLINK', prefix .. ':u', prefix .. ':t', prefix .. ':h')
+  local gone = {}
+  for i = 1, #(touched or '') do
+    if byte(touched, i) == 49 then gone[#gone + 1] = prefix .. ':d' .. (i - 1) end
+    if #gone == 500 then
+      try('UNLINK', unpack(gone))
+      gone = {}
+    end
+  end
+  if #gone > 0 then try('UNLINK', unpack(gone)) end
+end
+
+-- reset: epoch, generation. Some of its keys are lost: better all of them are,
+-- for that every session notices, and adds its own again.
+local function reset(skey, a)
+  local prefix = sub(skey, 1, -9) .. a[2]
+  local m = call('HMGET', prefix .. ':meta', 'gen', 'sealed', 'touched')
+  if m[1] == a[3] and not m[2] then
+    drop(prefix, m[3])
+    call('DEL', prefix .. ':meta')
+  end
+  return {'ok'}
+end
+
 -- seal: epoch, seconds to keep the seal, seconds since which a session must have
 -- been heard to be waited for. Answers the count and whether it is exact.
 local function seal(skey, a)
@@ -283,16 +309,7 @@ local function seal(skey, a)
   call('HDEL', mkey, 'touched')
   local wide = (m[9] or 0) + (m[10] or 0) + (m[11] or 0)
   call('SET', P .. 'size', n - wide, 'EX', 604800)
-  try('UNLINK', P .. epoch .. ':u', P .. epoch .. ':t', P .. epoch .. ':h')
-  local touched, gone = m[13] or '', {}
-  for i = 1, #touched do
-    if byte(touched, i) == 49 then gone[#gone + 1] = P .. epoch .. ':d' .. (i - 1) end
-    if #gone == 500 then
-      try('UNLINK', unpack(gone))
-      gone = {}
-    end
-  end
-  if #gone > 0 then try('UNLINK', unpack(gone)) end
+  drop(P .. epoch, m[13])
   return {'sealed', n, exact}
 end
 
@@ -316,6 +333,8 @@ local function main(keys, a)
     return redis.error_reply(tostring(res))
   elseif op == 'seal' then
     return seal(keys[1], a)
+  elseif op == 'reset' then
+    return reset(keys[1], a)
   elseif op == 'hello' then
     return hello(keys[1], a)
   elseif op == 'bye' then

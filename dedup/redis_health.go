@@ -94,7 +94,6 @@ func (h *health) succeeded(r *Redis) {
 	h.mu.Lock()
 	failure, since := h.failure, h.since
 	h.failure = ""
-	clear(h.said)
 	h.mu.Unlock()
 	if failure != "" {
 		r.cfg.Log.Info().Str("was", failure).Dur("for", time.Since(since)).Msg("Redis works again")

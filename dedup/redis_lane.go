@@ -84,7 +84,8 @@ type lane struct {
 
 	// run alone uses these.
 	seq     uint64
-	unacked bool // ids of the last batch are in doubt for others
+	unacked bool      // ids of the last batch are in doubt for others
+	missing time.Time // since when keys are
 	timer   *time.Timer
 }
 
@@ -154,7 +155,6 @@ type job struct {
 	bytes   int // of the log, where it is a replay
 	asked   []*question
 	unknown bool
-	missing time.Time
 }
 
 // Modes of a batch, as in redis.lua.
@@ -256,6 +256,7 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded)
 		return verdict(p), err
 	case en == nil || en.state == queued:
 		le.log.unsent(r, enc.bytes())
+		l.flush(s)
 		if en != nil {
 			l.drop(en)
 		}
@@ -581,6 +582,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	switch a.status {
 	case statusOK:
 		l.seq++
+		l.missing = time.Time{}
 		l.unacked = j.mode == modeAdd
 		l.resolve(j, a)
 		return -1
@@ -590,11 +592,13 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	case statusGap, statusOld, statusLost:
 		return l.recover(j, a, wait)
 	case statusMissing:
-		if j.missing.IsZero() {
-			j.missing = time.Now()
-		} else if time.Since(j.missing) > missingFor {
-			j.missing = time.Time{}
-			return l.recover(j, a, wait)
+		if l.missing.IsZero() {
+			l.missing = time.Now()
+		} else if time.Since(l.missing) > missingFor {
+			if _, err := l.r.call(l.r.life, l.key, "reset", j.epoch.key, gen); err != nil {
+				return l.failed(j, err, wait)
+			}
+			l.missing = time.Time{}
 		}
 		l.r.health.note(l.r, "keys of the open window are missing in Redis, or on the move to another node: ids wait")
 		l.dissolve(j)

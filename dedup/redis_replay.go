@@ -114,7 +114,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		return l.failed(j, err, wait)
 	}
 	kept := a.n // batches up to this one are there
-	if a.status == statusLost || a.status == statusMissing {
+	if a.status == statusLost {
 		kept = 0
 	}
 	r.mu.Lock()

@@ -1,0 +1,660 @@
+package dedup
+
+import (
+	"net"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/rs/zerolog"
+	"go.uber.org/goleak"
+
+	"verve/counter"
+
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// bring has callers bring ids that are brought by nobody else, each again until
+// it is answered: at the next instance each time. It returns how often a caller
+// was told that it is not the first, and how often an attempt failed.
+func bring(t *testing.T, sets []*Redis, at []epochs, callers, each int, id func(n int) string) (repeats, failures int64) {
+	t.Helper()
+	var repeat, failed atomic.Int64
+	var group sync.WaitGroup
+	for c := range callers {
+		group.Go(func() {
+			for n := range each {
+				deadline := time.Now().Add(30 * time.Second)
+				for i := c; ; i++ {
+					v, err := at[i%len(at)].add(t, sets[i%len(sets)], 0, id(c*each+n))
+					if err == nil {
+						if v != Unique {
+							repeat.Add(1)
+						}
+						break
+					}
+					failed.Add(1)
+					if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
+						t.Errorf("id %s: %v", id(c*each+n), err)
+						return
+					}
+					time.Sleep(time.Millisecond)
+				}
+			}
+		})
+	}
+	group.Wait()
+	return repeat.Load(), failed.Load()
+}
+
+// TestRedisLostRepliesAreNoRepeats has the replies of Redis thrown away and the
+// connections cut, again and again, in the middle of batches that are applied.
+// No caller takes its own first try for somebody else's, none is told twice
+// that it is the first, also when the next try goes to the other instance.
+func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
+	const callers = 200
+	each, cuts := 300, 100
+	if testing.Short() {
+		each, cuts = 50, 10
+	}
+	for _, instances := range []int{1, 2} {
+		t.Run(fmt.Sprint(instances, " instances"), func(t *testing.T) {
+			server := startRedis(t)
+			var sets []*Redis
+			var at []epochs
+			var ways []*proxy
+			for range instances {
+				p := startProxy(t, server.addr)
+				r := newRedis(t, p.addr())
+				sets, at, ways = append(sets, r), append(at, newEpochs(t, r)), append(ways, p)
+			}
+			stop := make(chan struct{})
+			var cutting sync.WaitGroup
+			// Every round brings other ids until there were enough cuts.
+			cutting.Go(func() {
+				for i := 0; ; i++ {
+					select {
+					case <-stop:
+						return
+					case <-time.After(5 * time.Millisecond):
+					}
+					if p := ways[i%instances]; i%4 < 2 {
+						p.cut(time.Millisecond)
+					} else {
+						p.cutInReply()
+					}
+				}
+			})
+			done := func() (n int) {
+				for _, p := range ways {
+					p.mu.Lock()
+					n += p.cuts
+					p.mu.Unlock()
+				}
+				return n
+			}
+			var repeats, failures int64
+			ids := 0
+			for round := 0; ids < callers*each || done() < cuts; round++ {
+				a, b := bring(t, sets, at, callers, each, func(n int) string { return fmt.Sprint(round, "-", n) })
+				repeats, failures, ids = repeats+a, failures+b, ids+callers*each
+			}
+			close(stop)
+			cutting.Wait()
+			t.Logf("%d ids, %d cuts, %d tries failed, %d batches sent again, %d ids taken back", ids, done(), failures,
+				sets[0].counts.retries.Load(), sets[0].counts.untold.Load())
+			if repeats > 0 {
+				t.Errorf("%d callers were told that somebody had brought their id before", repeats)
+			}
+			other := newRedis(t, server.addr)
+			e := newEpochs(t, other)
+			var missing atomic.Int64
+			var group sync.WaitGroup
+			for c := range callers {
+				group.Go(func() {
+					for n := range each {
+						if v, err := e.add(t, other, 0, fmt.Sprint("0-", c*each+n)); v != Repeat || err != nil {
+							missing.Add(1)
+						}
+					}
+				})
+			}
+			group.Wait()
+			if missing.Load() > 0 {
+				t.Errorf("%d ids that were answered as new are not there", missing.Load())
+			}
+			if n, exact := e.sealed(t, other, 0); n != uint64(ids) || !exact {
+				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, ids)
+			}
+		})
+	}
+}
+
+// TestRedisIDsNobodyWasToldAboutAreNobodys: an id is in Redis, its reply never
+// came, and its caller had to be sent away. Elsewhere it is neither new nor a
+// repeat as long as that is so; when its instance hears of it, it is the next
+// caller's, wherever he comes.
+func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
+	for _, here := range []bool{true, false} {
+		t.Run(fmt.Sprint("asked again at the same instance: ", here), func(t *testing.T) {
+			server := startRedis(t)
+			way := startProxy(t, server.addr)
+			a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+			ea, eb := newEpochs(t, a), newEpochs(t, b)
+			ea.want(t, a, 0, "before", Unique)
+
+			way.deaf.Store(true)
+			if v, err := ea.add(t, a, 0, "42"); !errors.Is(err, ErrUnavailable) {
+				t.Fatalf("without a reply: %v, %v", v, err)
+			}
+			until(t, "the id is in Redis", func() bool {
+				return strings.Contains(strings.Join(server.keys(), "\n"), ":d")
+			})
+			if v, err := eb.add(t, b, 0, "42"); !errors.Is(err, ErrUnavailable) {
+				t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
+			}
+			if start, some := a.unsettled(); !some || start.UnixNano() != ea.at(0) {
+				t.Errorf("unsettled: %v, %v; want the epoch", start, some)
+			}
+			way.deaf.Store(false)
+			way.cut(0)
+			if here {
+				until(t, "the instance is told", func() bool {
+					v, err := ea.add(t, a, 0, "42")
+					if err == nil && v != Unique {
+						t.Fatalf("at the same instance: %v", v)
+					}
+					return err == nil
+				})
+				eb.want(t, b, 0, "42", Repeat)
+			} else {
+				until(t, "the other instance is told", func() bool {
+					v, err := eb.add(t, b, 0, "42")
+					if err == nil && v != Unique {
+						t.Fatalf("at the other instance: %v", v)
+					}
+					return err == nil
+				})
+				ea.want(t, a, 0, "42", Repeat)
+			}
+			until(t, "all is settled", func() bool {
+				_, some := a.unsettled()
+				return !some
+			})
+			if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+				t.Errorf("sealed %d, %v; want 2, true", n, exact)
+			}
+		})
+	}
+}
+
+// TestRedisIDsNobodyAsksForAgainAreNotCounted: the count is that of the answers.
+func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.addr)
+	r := newRedis(t, way.addr())
+	e := newEpochs(t, r)
+	for _, id := range alike {
+		e.want(t, r, 0, id+"told", Unique)
+	}
+	way.deaf.Store(true)
+	var group sync.WaitGroup
+	for i, id := range alike {
+		group.Go(func() {
+			if _, err := e.add(t, r, 0, id); !errors.Is(err, ErrUnavailable) {
+				t.Errorf("id %d without a reply: %v", i, err)
+			}
+		})
+	}
+	group.Wait()
+	way.deaf.Store(false)
+	way.cut(0)
+	until(t, "all is settled", func() bool {
+		_, some := r.unsettled()
+		return !some
+	})
+	if n, exact := e.sealed(t, r, 0); n != uint64(len(alike)) || !exact {
+		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, len(alike))
+	}
+}
+
+// TestRedisFailures has Redis refuse in one way after the other. Each is said in
+// the log and in the reason for not being ready, ids get ErrUnavailable, soon,
+// and when it is over everything goes on and the count is right.
+func TestRedisFailures(t *testing.T) {
+	set := func(s *redisServer, key, value string) {
+		if got := s.do("CONFIG", "SET", key, value); got != "OK" {
+			s.t.Fatalf("CONFIG SET %s %s: %s", key, value, got)
+		}
+	}
+	for _, tt := range []struct {
+		name, say  string
+		begin, end func(s *redisServer)
+	}{
+		{"out of memory", "Redis is out of memory",
+			func(s *redisServer) { set(s, "maxmemory", "1") },
+			func(s *redisServer) { set(s, "maxmemory", "0") }},
+		{"a replica", "this Redis is a replica",
+			func(s *redisServer) { s.do("REPLICAOF", "127.0.0.1", "1") },
+			func(s *redisServer) { s.do("REPLICAOF", "NO", "ONE") }},
+		{"disk failed", "Redis has too few replicas",
+			func(s *redisServer) { set(s, "min-replicas-to-write", "1") },
+			func(s *redisServer) { set(s, "min-replicas-to-write", "0") }},
+		{"killed", "Redis is out of reach",
+			func(s *redisServer) { s.do("SAVE"); s.kill() },
+			func(s *redisServer) { s.start() }},
+		{"answers nothing", "Redis is out of reach",
+			func(s *redisServer) { s.pause() },
+			func(s *redisServer) { s.resume() }},
+		{"wants a password", "Redis wants a password",
+			func(s *redisServer) {
+				s.do("ACL", "SETUSER", "admin", "on", ">x", "+@all", "~*")
+				set(s, "requirepass", "secret")
+			},
+			nil},
+		{"eviction", "maxmemory-policy",
+			func(s *redisServer) { set(s, "maxmemory-policy", "allkeys-lru") },
+			func(s *redisServer) { set(s, "maxmemory-policy", "noeviction") }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server := startRedis(t)
+			var log lines
+			r := newRedis(t, server.addr, func(c *RedisConfig) { c.Log = zerolog.New(&log) })
+			e := newEpochs(t, r)
+			ids := 0
+			for ; ids < 100; ids++ {
+				e.want(t, r, 0, fmt.Sprint(ids), Unique)
+			}
+			tt.begin(server)
+			if tt.end == nil {
+				// Present connections stay: end them.
+				c, err := net.Dial("tcp", server.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				fmt.Fprint(c, "AUTH secret\r\nCLIENT KILL TYPE normal SKIPME yes\r\n")
+				tt.end = func(*redisServer) {
+					fmt.Fprint(c, "CONFIG SET requirepass \"\"\r\n")
+				}
+			}
+			until(t, "not ready", func() bool {
+				began := time.Now()
+				v, err := e.add(t, r, 0, fmt.Sprint(ids))
+				if took := time.Since(began); took > 5*time.Second {
+					t.Fatalf("an answer took %v", took)
+				}
+				if err == nil {
+					if v != Unique {
+						t.Fatalf("id %d: %v", ids, v)
+					}
+					ids++
+				} else if !errors.Is(err, ErrUnavailable) {
+					t.Fatalf("id %d: %v", ids, err)
+				}
+				ready, _ := r.Health()
+				return !ready
+			})
+			if _, reason := r.Health(); !strings.Contains(reason, tt.say) {
+				t.Errorf("not ready because %q; want %q", reason, tt.say)
+			}
+			if !strings.Contains(log.String(), tt.say) {
+				t.Errorf("want a line with %q in the log, got\n%s", tt.say, log.String())
+			}
+			if _, err := e.add(t, r, 0, "refused"); !errors.Is(err, ErrUnavailable) {
+				t.Errorf("while not ready: %v", err)
+			}
+			e.want(t, r, 0, "0", Repeat) // known here
+			tt.end(server)
+			until(t, "ready again", func() bool {
+				ready, _ := r.Health()
+				return ready
+			})
+			until(t, "ids are taken again", func() bool {
+				v, err := e.add(t, r, 0, "after")
+				if err == nil && v != Unique {
+					t.Fatalf("afterwards: %v", v)
+				}
+				return err == nil
+			})
+			e.want(t, r, 0, "0", Repeat)
+			until(t, "all is settled", func() bool {
+				_, some := r.unsettled()
+				return !some
+			})
+			if n, exact := e.sealed(t, r, 0); n != uint64(ids+1) || !exact {
+				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, ids+1)
+			}
+		})
+	}
+}
+
+// TestRedisLosesItsData: what this instance has answered as new is added again,
+// from memory, before anything else, and the count is right. No id is new for a
+// second time.
+func TestRedisLosesItsData(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		lose func(s *redisServer)
+	}{
+		{"FLUSHALL", func(s *redisServer) { s.do("FLUSHALL") }},
+		{"restart", func(s *redisServer) { s.kill(); s.start() }},
+		{"functions", func(s *redisServer) { s.do("FUNCTION", "FLUSH") }},
+		{"an epoch", func(s *redisServer) {
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":sessions") })...)...)
+		}},
+		{"some keys", func(s *redisServer) {
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":t") })...)...)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server := startRedis(t)
+			a, b := newRedis(t, server.addr), newRedis(t, server.addr)
+			ea, eb := newEpochs(t, a), newEpochs(t, b)
+			const each = 2000
+			add := func(e epochs, r *Redis, from int) {
+				var group sync.WaitGroup
+				for w := range 20 {
+					group.Go(func() {
+						for n := w; n < each; n += 20 {
+							id := fmt.Sprint(from + n)
+							if n%2 == 0 {
+								id = "text " + id
+							}
+							until(t, "id "+id+" is answered", func() bool {
+								v, err := e.add(t, r, 0, id)
+								if err == nil && v != Unique {
+									t.Errorf("id %s: %v", id, v)
+								}
+								return err == nil
+							})
+						}
+					})
+				}
+				group.Wait()
+			}
+			add(ea, a, 0)
+			add(eb, b, each)
+			tt.lose(server)
+			add(ea, a, 2*each)
+			for _, x := range []struct {
+				r *Redis
+				e epochs
+			}{{a, ea}, {b, eb}} {
+				if err := x.r.settle(t.Context(), time.Unix(0, x.e.at(0))); err != nil {
+					t.Fatal(err)
+				}
+				until(t, "all is settled", func() bool {
+					_, some := x.r.unsettled()
+					return !some
+				})
+			}
+			for n := range each {
+				if id := fmt.Sprint(n); n%2 == 1 {
+					until(t, "id "+id+" is answered", func() bool {
+						v, err := eb.add(t, b, 0, id)
+						if err == nil && v != Repeat {
+							t.Errorf("id %s of the other instance: %v", id, v)
+						}
+						return err == nil
+					})
+				}
+			}
+			if n, exact := ea.sealed(t, a, 0); n != 3*each || !exact {
+				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, 3*each)
+			}
+		})
+	}
+}
+
+// TestRedisSaysWhatItMayHaveGivenTwice: after a loss another instance takes an
+// id as new before the one that had answered for it can add it again.
+func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.addr)
+	a := newRedis(t, way.addr())
+	ea := newEpochs(t, a)
+	ea.want(t, a, 0, "42", Unique)
+	way.refusing.Store(true)
+	way.cut(0)
+	server.do("FLUSHALL")
+	b := newRedis(t, server.addr) // knows nothing of a loss
+	eb := newEpochs(t, b)
+	eb.want(t, b, 0, "42", Unique)
+	way.refusing.Store(false)
+	if err := a.settle(t.Context(), time.Unix(0, ea.at(0))); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "all is settled", func() bool {
+		_, some := a.unsettled()
+		return !some
+	})
+	if n, exact := eb.sealed(t, b, 0); n != 1 || exact {
+		t.Errorf("sealed %d, exact %v; want 1, false", n, exact)
+	}
+}
+
+// TestRedisFailOpen: while Redis is away each instance judges alone, and says so
+// where it shows.
+func TestRedisFailOpen(t *testing.T) {
+	for _, same := range []bool{false, true} {
+		t.Run(fmt.Sprint("the same ids at both: ", same), func(t *testing.T) {
+			server := startRedis(t)
+			open := func(c *RedisConfig) { c.FailOpen = true }
+			sets := []*Redis{newRedis(t, server.addr, open), newRedis(t, server.addr, open)}
+			var at []epochs
+			for i, r := range sets {
+				at = append(at, newEpochs(t, r))
+				at[i].want(t, r, 0, fmt.Sprint("before ", i), Unique)
+			}
+			server.do("SAVE")
+			server.kill()
+			const ids = 1000
+			for i, r := range sets {
+				for n := range ids {
+					id := fmt.Sprint(i, "-", n)
+					if same && n == 500 {
+						id = "500"
+					}
+					at[i].want(t, r, 0, id, Unique)
+				}
+				for n := range ids / 2 {
+					at[i].want(t, r, 0, fmt.Sprint(i, "-", n), Repeat)
+				}
+				if ready, reason := r.Health(); !ready || reason == "" {
+					t.Errorf("health while open: %v, %q", ready, reason)
+				}
+				if _, some := r.unsettled(); !some {
+					t.Error("nothing is unsettled")
+				}
+			}
+			server.start()
+			for _, r := range sets {
+				until(t, "all is settled", func() bool {
+					_, some := r.unsettled()
+					return !some
+				})
+			}
+			want := uint64(2*ids + 2)
+			if same {
+				want--
+			}
+			if n, exact := at[0].sealed(t, sets[0], 0); n != want || exact == same {
+				t.Errorf("sealed %d, exact %v; want %d, %v", n, exact, want, !same)
+			}
+		})
+	}
+}
+
+// TestRedisAnswersSoonWhileItIsAway: waiting is bounded, and once Redis is known
+// to be away there is none.
+func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.addr, func(c *RedisConfig) { c.Pending = 1000 })
+	e := newEpochs(t, r)
+	e.want(t, r, 0, "1", Unique)
+	server.pause()
+	defer server.resume()
+	var group sync.WaitGroup
+	for i := range 2000 { // more than may wait
+		group.Go(func() {
+			if v, err := e.add(t, r, 0, fmt.Sprint("x", i)); !errors.Is(err, ErrUnavailable) {
+				t.Errorf("id %d: %v, %v", i, v, err)
+			}
+		})
+	}
+	group.Wait()
+	until(t, "it is known", func() bool {
+		ready, _ := r.Health()
+		e.add(t, r, 0, "2")
+		return !ready
+	})
+	began := time.Now()
+	for range 1000 {
+		if _, err := e.add(t, r, 0, "2"); !errors.Is(err, ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(began); took > r.cfg.Timeout*10 {
+		t.Errorf("a thousand refusals took %v", took)
+	}
+	if n := r.pending.Load(); n > 1000 {
+		t.Errorf("%d ids wait", n)
+	}
+}
+
+// TestRedisScriptsTakeThePlaceOfFunctions where the user may not load them.
+func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
+	server := startRedis(t)
+	server.do("ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "-function", "-fcall", "+info")
+	r := newRedis(t, server.addr, func(c *RedisConfig) { c.URLs = []string{"redis://plain:pw@" + server.addr} })
+	e := newEpochs(t, r)
+	e.want(t, r, 0, "42", Unique)
+	e.want(t, r, 0, "42", Repeat)
+	if !r.script.Load() {
+		t.Error("functions are used")
+	}
+	server.do("SCRIPT", "FLUSH")
+	e.want(t, r, 0, "43", Unique)
+	if n, exact := e.sealed(t, r, 0); n != 2 || !exact {
+		t.Errorf("sealed %d, exact %v", n, exact)
+	}
+}
+
+// TestRedisKeysGoAway: ids at the seal, sessions at the end, the rest by itself.
+func TestRedisKeysGoAway(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.addr)
+	e := newEpochs(t, r)
+	for i, id := range alike {
+		e.want(t, r, 0, id, Unique)
+		e.want(t, r, 0, fmt.Sprint(1000+i), Unique)
+		e.want(t, r, 0, strings.Repeat(id, 50), Unique)
+	}
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:\d+-3600000:(meta|d\d+|u|t|h)$`)
+	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(sessions|size)$`)
+	kinds := map[byte]bool{}
+	for _, k := range server.keys() {
+		if !ids.MatchString(k) && !rest.MatchString(k) {
+			t.Errorf("key %q", k)
+		}
+		if ids.MatchString(k) {
+			kinds[k[strings.LastIndexByte(k, ':')+1]] = true
+		}
+		if server.do("TTL", k) == "-1" {
+			t.Errorf("key %q stays for ever", k)
+		}
+	}
+	if len(kinds) != 5 {
+		t.Errorf("kinds of keys: %v", kinds)
+	}
+	e.sealed(t, r, 0)
+	for _, k := range server.keys() {
+		if ids.MatchString(k) && !strings.HasSuffix(k, ":meta") {
+			t.Errorf("key %q is there after the seal", k)
+		}
+	}
+	for _, k := range server.keys() {
+		if strings.HasSuffix(k, ":sessions") {
+			if n := server.do("HLEN", k); n != "1" {
+				t.Errorf("%s sessions in %s", n, k)
+			}
+		}
+	}
+}
+
+// TestRedisCloseEndsEverything: goroutines, connections and the session.
+func TestRedisCloseEndsEverything(t *testing.T) {
+	server := startRedis(t)
+	before := goleak.IgnoreCurrent()
+	local, err := NewMemory(Config{Heap: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := NewRedis(RedisConfig{URLs: []string{"redis://" + server.addr}, Group: "test", Window: time.Hour, Local: local})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publish: nobody{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "an id is taken", func() bool {
+		in, _ := c.Enter(c.Last().Start().UnixNano(), 0)
+		defer in.Leave(counter.Void)
+		_, err := r.Add(in.Epoch, []byte("42"))
+		return err == nil
+	})
+	c.Seal()
+	if err := c.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range server.keys() {
+		if strings.HasSuffix(k, ":sessions") {
+			t.Errorf("key %s is left", k)
+		}
+	}
+	goleak.VerifyNone(t, before)
+}
+
+func TestRedisConfig(t *testing.T) {
+	good := RedisConfig{URLs: []string{"redis://127.0.0.1:1"}, Group: "g", Window: time.Minute}
+	for _, tt := range []struct {
+		change func(*RedisConfig)
+		want   string // in the error
+	}{
+		{func(c *RedisConfig) { c.URLs = nil }, "no Redis URL"},
+		{func(c *RedisConfig) { c.URLs = []string{"http://h:1"} }, "scheme"},
+		{func(c *RedisConfig) { c.URLs = []string{"redis://u:pass word@h:x"} }, "malformed"},
+		{func(c *RedisConfig) { c.URLs = []string{"redis://u:secret@"} }, "host"},
+		{func(c *RedisConfig) { c.URLs = []string{"redis-sentinel://u:secret@h:1"} }, "master_set"},
+		{func(c *RedisConfig) { c.URLs = []string{"redis://u:secret@h:1/x"} }, "database"},
+		{func(c *RedisConfig) { c.Group = "" }, "Group"},
+		{func(c *RedisConfig) { c.Window = time.Millisecond }, "Window"},
+		{func(c *RedisConfig) { c.FailOpen = true }, "Local"},
+		{func(c *RedisConfig) { c.Pending = -1 }, "Pending"},
+	} {
+		c := good
+		tt.change(&c)
+		r, err := NewRedis(c)
+		if err == nil {
+			r.Close()
+			t.Errorf("%+v is taken", c)
+			continue
+		}
+		if !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("got %q, want %q in it", err, tt.want)
+		}
+		if strings.Contains(err.Error(), "secret") || strings.Contains(err.Error(), "pass word") {
+			t.Errorf("the password is in %q", err)
+		}
+	}
+}
