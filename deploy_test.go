@@ -117,7 +117,7 @@ func TestContainerHasTimeToStop(t *testing.T) {
 }
 
 func TestContainersArePinnedAndConfined(t *testing.T) {
-	pinned := regexp.MustCompile(`^[a-z]+(/[a-z]+)?:[0-9]+\.[0-9]+\.[0-9]+(-[a-z0-9.]+)?$`)
+	pinned := regexp.MustCompile(`^[a-z]+(/[a-z]+)?:v?[0-9]+\.[0-9]+\.[0-9]+(-[a-z0-9.]+)?$`)
 	f := readCompose(t)
 	for name, s := range f.Services {
 		if s.Build == "" && !pinned.MatchString(s.Image) {

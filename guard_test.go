@@ -173,16 +173,16 @@ func TestOpenAdminListenerIsWarnedOf(t *testing.T) {
 	}
 }
 
-// TestServesTLSFromFiles: the program with the flags, and the pages of the
-// admin listener about it.
-func TestServesTLSFromFiles(t *testing.T) {
+// selfSigned makes a certificate and returns the flags that use it.
+func selfSigned(t *testing.T, name string) (flags []string, der []byte) {
+	t.Helper()
 	dir := t.TempDir()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"verve.example.com"}, NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{name}, NotAfter: time.Now().Add(time.Hour)}
+	der, err = x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,7 +197,14 @@ func TestServesTLSFromFiles(t *testing.T) {
 		}
 		return path
 	}
-	v := start(t, "--window=1h", "--tls-cert-file="+write("crt", "CERTIFICATE", der), "--tls-key-file="+write("key", "PRIVATE KEY", pkcs8))
+	return []string{"--tls-cert-file=" + write("crt", "CERTIFICATE", der), "--tls-key-file=" + write("key", "PRIVATE KEY", pkcs8)}, der
+}
+
+// TestServesTLSFromFiles: the program with the flags, and the pages of the
+// admin listener about it.
+func TestServesTLSFromFiles(t *testing.T) {
+	flags, der := selfSigned(t, "verve.example.com")
+	v := start(t, append(flags, "--window=1h")...)
 	if line := v.until(`"message":"try: curl`); !strings.Contains(line, "curl -k 'https://") {
 		t.Errorf("the log says %s", line)
 	}
