@@ -262,6 +262,39 @@ func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
 	})
 }
 
+// TestLargeTablesAreRecalledWhole: sorted by their place, in groups, each kind,
+// and where there is no memory to sort them.
+func TestLargeTablesAreRecalledWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for name, maxBytes := range map[string]uint64{"sorted": 0, "no room to sort": 52 << 20} {
+			cfg := small(fastDir(t))
+			cfg.Expect, cfg.ExpectWide, cfg.MaxBytes = 1_000_000, 1_000_000, maxBytes
+			ids := 60_000 // more than replaySegments hold
+			if raceEnabled {
+				ids = 4000
+			}
+			l := newLedger(t)
+			p := live(t, cfg, time.Hour, l)
+			for i := range ids {
+				p.want(time.Now(), strconv.Itoa(i), Unique)
+				p.want(time.Now(), "text "+strconv.Itoa(i), Unique)
+			}
+			p.kill()
+			p = live(t, cfg, time.Hour, l)
+			for i := range ids {
+				p.want(time.Now(), strconv.Itoa(i), Repeat)
+				p.want(time.Now(), "text "+strconv.Itoa(i), Repeat)
+			}
+			p.want(time.Now(), strconv.Itoa(ids), Unique)
+			start := p.c.Last().Start()
+			p.close()
+			if sum, _, exact := l.total(start); sum != uint64(2*ids+1) || !exact {
+				t.Errorf("%s: the records add up to %d, exact %t; want %d", name, sum, exact, 2*ids+1)
+			}
+		}
+	})
+}
+
 // TestSegmentThatCannotBeMadeRefusesIds, those that find no room: as unavailable
 // where the disk is not full, and until it can be made.
 func TestSegmentThatCannotBeMadeRefusesIds(t *testing.T) {
