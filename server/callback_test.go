@@ -3,6 +3,7 @@ package server
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,6 +15,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -595,6 +598,175 @@ func TestCallbackHostileAnswersAreBounded(t *testing.T) {
 				t.Errorf("%d POSTs, want 1: a fresh connection is no reason to try again", n)
 			}
 		})
+	}
+}
+
+// TestCallbackCompressedAnswerIsNotUnpacked: it is counted as it came, and
+// nothing in it is looked at.
+func TestCallbackCompressedAnswerIsNotUnpacked(t *testing.T) {
+	var bomb bytes.Buffer
+	zw := gzip.NewWriter(&bomb)
+	zeros := make([]byte, 1<<20)
+	for range 50 { // 50 MiB in 50 KiB
+		zw.Write(zeros)
+	}
+	zw.Close()
+	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		_, _ = readPOST(r)
+		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%s", bomb.Len(), bomb.Bytes())
+	})
+	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	send(t, c, url)
+	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 1 })
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 4<<20 {
+		t.Errorf("%d bytes allocated for an answer of %d", n, bomb.Len())
+	}
+}
+
+// TestCallbackPeerThatRestartsIsFoundAgain: on the same address, once and again.
+func TestCallbackPeerThatRestartsIsFoundAgain(t *testing.T) {
+	var posts atomic.Int64
+	serve := func(addr string) (string, func()) {
+		var ln net.Listener
+		for start := time.Now(); ; time.Sleep(time.Millisecond) {
+			var err error
+			if ln, err = net.Listen("tcp", addr); err == nil {
+				break
+			} else if time.Since(start) > patience {
+				t.Fatal(err)
+			}
+		}
+		server := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { posts.Add(1) })}
+		done := make(chan struct{})
+		go func() { defer close(done); _ = server.Serve(ln) }()
+		return ln.Addr().String(), func() { _ = server.Close(); <-done }
+	}
+	addr, stop := serve("127.0.0.1:0")
+	c := startCallbacks(t, CallbackConfig{Allow: []string{addr}})
+	for round := range uint64(5) {
+		for n := range 3 {
+			send(t, c, fmt.Sprintf("http://%s/%d/%d", addr, round, n))
+		}
+		s := await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 3*(round+1) })
+		if s.failed() != 0 {
+			t.Fatalf("round %d: %+v", round, s)
+		}
+		stop()
+		_, stop = serve(addr)
+	}
+	stop()
+	if n := posts.Load(); n != 15 {
+		t.Errorf("%d POSTs, want 15: none twice, none lost", n)
+	}
+}
+
+// TestCallbackFloodForOneVictimIsMergedAndSlow: any number of accepts that name
+// one endpoint are a POST each time that the rate allows one.
+func TestCallbackFloodForOneVictimIsMergedAndSlow(t *testing.T) {
+	const flood, rate = 200_000, 50
+	var hits atomic.Int64
+	_, victim := receiver(t, func(http.ResponseWriter, *http.Request) { hits.Add(1) })
+	c := startPublicCallbacks(t, CallbackConfig{Rate: rate}, victim, victim)
+	ep, err := c.Parse([]byte("http://a.victim.example.com/"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	for range flood {
+		if !c.Reserve(ep) {
+			t.Fatal("no place for the endpoint that waits already")
+		}
+		c.Send(ep)
+	}
+	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	most := time.Since(began).Seconds()*rate + 2
+	if n := hits.Load(); float64(n) > most || uint64(n) != s.Delivered || s.Delivered+s.Merged != flood {
+		t.Errorf("the victim was hit %d times, want at most %.0f; %+v", n, most, s)
+	}
+}
+
+// TestLoopOverTwoServersEndsAtDepthOne: a callback that names the accept of a
+// server, with a callback back in it, is a POST, which accept does not take; and
+// what bears the mark of a callback starts none.
+func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
+	a, b := newSite(t, nil), newSite(t, nil)
+	for _, s := range []*site{a, b} { // as if the operator had allowed both
+		for _, other := range []*site{a, b} {
+			if err := s.callbacks.guard.allow(other.addr); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	back := "http://" + a.addr + "/api/verve/accept?id=2&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=3")
+	resp, _ := a.ask(get("id=1&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=1&endpoint="+url.QueryEscape(back))))
+	if resp.StatusCode != 200 {
+		t.Fatalf("got %v", resp)
+	}
+	await(t, a.callbacks, "the callback", func(s CallbackStats) bool { return s.FailedStatus == 1 })
+	if n := b.refused[reasonMethod.index].Load(); n != 1 {
+		t.Errorf("the other server refused %d POSTs, want 1", n)
+	}
+	if s := b.callbacks.Stats(); s.sends() != 0 {
+		t.Errorf("the other server started callbacks: %+v", s)
+	}
+	if a.cfg.Counter.Stats().Unique != 1 || b.cfg.Counter.Stats().Unique != 0 {
+		t.Error("a callback has counted an id")
+	}
+	// Its own accept is not even dialled, by whatever name.
+	self := "http://" + a.addr + "/api/verve/accept?id=9"
+	if resp, _ := a.ask(get("id=4&endpoint=" + url.QueryEscape(self))); resp.StatusCode != 200 {
+		t.Fatalf("got %v", resp)
+	}
+	await(t, a.callbacks, "refusal", func(s CallbackStats) bool { return s.FailedRefused == 1 })
+}
+
+// TestCallbackMemoryIsBoundedForAnyNumberOfDestinations names a hundred thousand
+// of them, each of another address.
+func TestCallbackMemoryIsBoundedForAnyNumberOfDestinations(t *testing.T) {
+	const destinations = 100_000
+	c := startCallbacks(t, CallbackConfig{Workers: 16})
+	c.guard.connect = func(context.Context, *net.Dialer, string) (net.Conn, error) { return nil, errNoRoute }
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before, goroutines := heap(), runtime.NumGoroutine()
+	path := strings.Repeat("x", 1900) // at their longest
+	var most, refused uint64
+	for n := range destinations {
+		ep, err := c.Parse(fmt.Appendf(nil, "http://93.%d.%d.%d/%s", n>>16, n>>8&255, n&255, path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Reserve(ep) {
+			c.Send(ep)
+		} else {
+			refused++
+		}
+		if n%10_000 == 0 {
+			most = max(most, heap())
+		}
+	}
+	most = max(most, heap())
+	if running := runtime.NumGoroutine(); running > goroutines+20 {
+		t.Errorf("%d goroutines, %d before", running, goroutines)
+	}
+	// The table at its fullest, and what is remembered of destinations and addresses.
+	limit := uint64(callbackMaxWaiting*(maxEndpoint+1024) + maxResting*2048 + maxPeers*512)
+	if most > before+limit {
+		t.Errorf("the heap grew by %d MiB, want at most %d", (most-before)>>20, limit>>20)
+	}
+	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.sends()+refused != destinations || s.Destinations > maxResting {
+		t.Errorf("%d refused, %+v", refused, s)
+	}
+	if after := heap(); after > before+32<<20 {
+		t.Errorf("%d MiB are kept", (after-before)>>20)
 	}
 }
 
