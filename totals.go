@@ -1,13 +1,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -20,8 +24,14 @@ import (
 // errIncomplete makes verve totals exit 1: it has said what is missing.
 var errIncomplete = errors.New("the records are not all there, or not all once")
 
+// totalsSettle is how long records may come one after the other before the
+// windows that they changed are printed: those of several instances, and a whole
+// topic that is read from its beginning, then give each window one line.
+const totalsSettle = 300 * time.Millisecond
+
 // totalLine is one window as verve totals prints it into a pipe.
 type totalLine struct {
+	Group    string    `json:"group"`
 	Start    time.Time `json:"window_start"`
 	MS       int64     `json:"window_ms"`
 	Unique   uint64    `json:"unique"`
@@ -45,67 +55,172 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 	default:
 		records = stream.ReadFile(ctx, file, follow)
 	}
+	r := totalsReport{out: newTotalsPrinter(stdout, isatty.IsTerminal(stdout.Fd())), err: stderr}
+	if follow {
+		return r.follow(ctx, records)
+	}
+	return r.whole(ctx, records)
+}
 
-	print, flush := printer(stdout)
-	var sums stream.Totals
-	bad := false
+// totalsReport reads records and says what they add up to and what is wrong.
+type totalsReport struct {
+	sums stream.Totals
+	out  *totalsPrinter
+	err  io.Writer
+	bad  bool
+}
+
+func (t *totalsReport) complain(format string, args ...any) {
+	t.bad = true
+	fmt.Fprintf(t.err, format+"\n", args...)
+}
+
+// read names a record that is none, and returns what ends the reading.
+func (t *totalsReport) read(ctx context.Context, err error) (skip bool, end error) {
+	switch {
+	case stream.IsInvalidRecord(err):
+		t.complain("invalid: %v", err)
+		return true, nil
+	case err != nil && ctx.Err() != nil:
+		return true, nil // told to stop
+	}
+	return false, err
+}
+
+func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error]) error {
 	for r, err := range records {
-		switch {
-		case stream.IsInvalidRecord(err):
-			bad = true
-			fmt.Fprintf(stderr, "verve: %v\n", err)
-			continue
-		case err != nil && ctx.Err() != nil:
-			continue // told to stop
-		case err != nil:
+		skip, err := t.read(ctx, err)
+		if err != nil {
 			return err
 		}
-		sums.Add(r)
-		if follow {
-			if w, ok := sums.Window(r.WindowStart); ok {
-				print(w)
+		if !skip {
+			t.sums.Add(r)
+		}
+	}
+	t.out.print(t.sums.Windows())
+	for _, g := range t.sums.Gaps() {
+		t.complain("gap: %v", g)
+	}
+	for _, r := range t.sums.Repeats() {
+		t.complain("repeat: %v", r)
+	}
+	return t.verdict()
+}
+
+// follow prints each window when its records stop coming, again if another one
+// comes, and names what is wrong when it sees it.
+func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Record, error]) error {
+	type read struct {
+		record stream.Record
+		err    error
+	}
+	reads := make(chan read)
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		defer close(reads)
+		for r, err := range records {
+			select {
+			case reads <- read{r, err}:
+			case <-done:
+				return
+			}
+		}
+	}()
+
+	type window struct {
+		group string
+		start time.Time
+	}
+	changed := map[window]bool{}
+	flush := func() {
+		var sums []stream.WindowTotal
+		for w := range changed {
+			if s, ok := t.sums.Window(w.group, w.start); ok {
+				sums = append(sums, s)
+			}
+		}
+		slices.SortFunc(sums, func(a, b stream.WindowTotal) int {
+			return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group))
+		})
+		t.out.print(sums)
+		clear(changed)
+	}
+	var settled <-chan time.Time
+	repeats := 0
+	for {
+		select {
+		case <-settled:
+			flush()
+			settled = nil
+		case r, ok := <-reads:
+			if !ok {
 				flush()
+				t.bad = t.bad || len(t.sums.Gaps()) > 0
+				return t.verdict()
+			}
+			skip, err := t.read(ctx, r.err)
+			if err != nil {
+				flush()
+				return err
+			}
+			if skip {
+				continue
+			}
+			for _, g := range t.sums.Before(r.record) {
+				t.complain("gap: %v", g)
+			}
+			t.sums.Add(r.record)
+			for ; repeats < len(t.sums.Repeats()); repeats++ {
+				t.complain("repeat: %v", t.sums.Repeats()[repeats])
+			}
+			changed[window{r.record.Group, r.record.WindowStart.UTC()}] = true
+			if settled == nil {
+				settled = time.After(totalsSettle)
 			}
 		}
 	}
-	if !follow {
-		for _, w := range sums.Windows() {
-			print(w)
-		}
-		flush()
-	}
-	for _, g := range sums.Gaps() {
-		bad = true
-		fmt.Fprintf(stderr, "gap: %v\n", g)
-	}
-	for _, r := range sums.Repeats() {
-		bad = true
-		fmt.Fprintf(stderr, "repeat: %v\n", r)
-	}
-	if bad {
+}
+
+func (t *totalsReport) verdict() error {
+	if t.bad {
 		return errIncomplete
 	}
 	return nil
 }
 
-// printer returns how to print a window to out and how to end a batch of them.
-func printer(out *os.File) (print func(stream.WindowTotal), flush func()) {
-	if !isatty.IsTerminal(out.Fd()) {
-		enc := json.NewEncoder(out)
-		return func(w stream.WindowTotal) {
-			_ = enc.Encode(totalLine{w.Start, w.Window.Milliseconds(), w.Unique, w.Records, w.Complete, w.Exact})
-		}, func() {}
+// totalsPrinter writes windows as a table or as JSON Lines.
+type totalsPrinter struct {
+	json  *json.Encoder // nil: a table
+	table *tabwriter.Writer
+}
+
+func newTotalsPrinter(out io.Writer, table bool) *totalsPrinter {
+	if !table {
+		return &totalsPrinter{json: json.NewEncoder(out)}
 	}
-	t := tabwriter.NewWriter(out, 22, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "WINDOW\tUNIQUE\tRECORDS\t")
-	return func(w stream.WindowTotal) {
-		note := ""
+	t := &totalsPrinter{table: tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)}
+	fmt.Fprintf(t.table, "%-20s\t%-8s\t%12s\t%7s\t%s\n", "WINDOW", "GROUP", "UNIQUE", "RECORDS", "NOTE")
+	return t
+}
+
+func (p *totalsPrinter) print(windows []stream.WindowTotal) {
+	for _, w := range windows {
+		if p.json != nil {
+			_ = p.json.Encode(totalLine{w.Group, w.Start, w.Window.Milliseconds(), w.Unique, w.Records, w.Complete, w.Exact})
+			continue
+		}
+		var notes []string
 		if !w.Complete {
-			note = "not complete"
+			notes = append(notes, "partial")
 		}
 		if !w.Exact {
-			note += " not exact"
+			notes = append(notes, "not exact")
 		}
-		fmt.Fprintf(t, "%s\t%d\t%d\t%s\n", w.Start.Format(time.RFC3339Nano), w.Unique, w.Records, note)
-	}, func() { _ = t.Flush() }
+		// Padded, as rows that are printed later should stand below each other.
+		fmt.Fprintf(p.table, "%-20s\t%-8s\t%12d\t%7d\t%s\n", w.Start.Format(time.RFC3339Nano), w.Group, w.Unique, w.Records, strings.Join(notes, ", "))
+	}
+	if p.table != nil {
+		_ = p.table.Flush()
+	}
 }

@@ -183,17 +183,24 @@ func parseKafka(r *kgo.Record) (Record, error) {
 	return record, err
 }
 
-// Totals sums records per window over all instances. The zero value is ready. It
-// keeps one small entry per record; it is not safe for concurrent use.
+// Totals sums records per window over all instances of a group. Groups count
+// apart, also in one topic. The zero value is ready. It keeps one small entry per
+// record; it is not safe for concurrent use.
 type Totals struct {
-	windows map[int64]*WindowTotal
+	windows map[windowKey]*WindowTotal
 	seen    map[string]Record
 	series  map[string]*seriesTotal
 	repeats []Repeat
 }
 
-// WindowTotal is the sum of one window.
+type windowKey struct {
+	group string
+	start int64
+}
+
+// WindowTotal is the sum of one window of a group.
 type WindowTotal struct {
+	Group    string
 	Start    time.Time
 	Window   time.Duration
 	Unique   uint64
@@ -215,38 +222,50 @@ type Gap struct {
 }
 
 func (g Gap) String() string {
-	if g.FirstSeq != 0 {
+	first, last := g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano)
+	switch {
+	case g.FirstSeq != 0 && g.FirstSeq == g.LastSeq:
+		return fmt.Sprintf("%s: record %d is missing", g.Series, g.FirstSeq)
+	case g.FirstSeq != 0:
 		return fmt.Sprintf("%s: records %d to %d are missing", g.Series, g.FirstSeq, g.LastSeq)
+	case first == last:
+		return fmt.Sprintf("%s: window %s is missing", g.Series, first)
 	}
-	return fmt.Sprintf("%s: windows %s to %s are missing", g.Series,
-		g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano))
+	return fmt.Sprintf("%s: windows %s to %s are missing", g.Series, first, last)
 }
 
 // Repeat is a record that should not be there.
 type Repeat struct {
 	First, Again Record
 	// Same: a copy, counted once. Otherwise one number with two values, as two
-	// processes under one name produce them; both are counted.
+	// processes under one name produce them; both are counted. Of a whole group
+	// there is one record: its first is counted.
 	Same bool
 }
 
 func (r Repeat) String() string {
-	what := "is there twice"
-	if !r.Same {
-		what = fmt.Sprintf("shares its number with %s", r.Again.Key())
+	first, again := r.First.Key(), r.Again.Key()
+	switch {
+	case r.Same:
+		return fmt.Sprintf("%s is there twice and counted once (unique %d)", first, r.First.Unique)
+	case first != again:
+		return fmt.Sprintf("%s shares its number with %s (unique %d and %d)", first, again, r.First.Unique, r.Again.Unique)
+	case r.First.Scope == ScopeGroup:
+		return fmt.Sprintf("%s is there with two values, the first is counted (unique %d and %d)", first, r.First.Unique, r.Again.Unique)
 	}
-	return fmt.Sprintf("%s %s (unique %d and %d)", r.First.Key(), what, r.First.Unique, r.Again.Unique)
+	return fmt.Sprintf("%s is there with two values, both are counted (unique %d and %d)", first, r.First.Unique, r.Again.Unique)
 }
 
 type seriesTotal struct {
 	windows map[int64]int64 // start -> length, nanoseconds
 	seqs    map[uint64]Record
+	last    Record // the one with the latest window
 }
 
 // Add takes one record, in any order.
 func (t *Totals) Add(r Record) {
 	if t.windows == nil {
-		t.windows = make(map[int64]*WindowTotal)
+		t.windows = make(map[windowKey]*WindowTotal)
 		t.seen = make(map[string]Record)
 		t.series = make(map[string]*seriesTotal)
 	}
@@ -255,7 +274,7 @@ func (t *Totals) Add(r Record) {
 	if first, ok := t.seen[key]; ok {
 		same := first == r || r.Scope == ScopeGroup && first.Unique == r.Unique
 		t.repeats = append(t.repeats, Repeat{First: first, Again: r, Same: same})
-		if same {
+		if same || r.Scope == ScopeGroup {
 			return
 		}
 	} else {
@@ -267,6 +286,9 @@ func (t *Totals) Add(r Record) {
 		t.series[r.identity()] = s
 	}
 	s.windows[r.WindowStart.UnixNano()] = int64(r.window())
+	if !r.WindowStart.Before(s.last.WindowStart) {
+		s.last = r
+	}
 	if r.Scope == ScopeInstance {
 		if first, ok := s.seqs[r.Seq]; !ok {
 			s.seqs[r.Seq] = r
@@ -274,10 +296,11 @@ func (t *Totals) Add(r Record) {
 			t.repeats = append(t.repeats, Repeat{First: first, Again: r})
 		}
 	}
-	w := t.windows[r.WindowStart.UnixNano()]
+	at := windowKey{r.Group, r.WindowStart.UnixNano()}
+	w := t.windows[at]
 	if w == nil {
-		w = &WindowTotal{Start: r.WindowStart, Window: r.window(), Complete: true, Exact: true}
-		t.windows[r.WindowStart.UnixNano()] = w
+		w = &WindowTotal{Group: r.Group, Start: r.WindowStart, Window: r.window(), Complete: true, Exact: true}
+		t.windows[at] = w
 	}
 	w.Unique += r.Unique
 	w.Records++
@@ -285,19 +308,34 @@ func (t *Totals) Add(r Record) {
 	w.Exact = w.Exact && r.Exact
 }
 
-// Windows returns the sums in order of their start.
+// Before returns what is missing between the last record of r's series and r,
+// which was not added yet: for records that come in order, as they come.
+func (t *Totals) Before(r Record) []Gap {
+	s := t.series[r.identity()]
+	if s == nil {
+		return nil
+	}
+	var two Totals
+	two.Add(s.last)
+	two.Add(r)
+	return two.Gaps()
+}
+
+// Windows returns the sums in order of their start, then of their group.
 func (t *Totals) Windows() []WindowTotal {
 	out := make([]WindowTotal, 0, len(t.windows))
 	for _, w := range t.windows {
 		out = append(out, *w)
 	}
-	slices.SortFunc(out, func(a, b WindowTotal) int { return a.Start.Compare(b.Start) })
+	slices.SortFunc(out, func(a, b WindowTotal) int {
+		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group))
+	})
 	return out
 }
 
 // Window returns one sum.
-func (t *Totals) Window(start time.Time) (WindowTotal, bool) {
-	w := t.windows[start.UnixNano()]
+func (t *Totals) Window(group string, start time.Time) (WindowTotal, bool) {
+	w := t.windows[windowKey{group, start.UnixNano()}]
 	if w == nil {
 		return WindowTotal{}, false
 	}

@@ -3,6 +3,7 @@ package stream
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,9 +17,15 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 		r.Instance, r.Seq, r.Unique = instance, seq, unique
 		return r
 	}
+	// One record for a whole group, from two publishers; and one that lies.
 	group := record(2)
-	group.Scope, group.Instance, group.Seq = ScopeGroup, "", 0
-	group.Group = "other"
+	group.Scope, group.Instance, group.Seq, group.Group = ScopeGroup, "", 0, "other"
+	copied := group
+	copied.SealedAt = copied.SealedAt.Add(time.Second)
+	lying := group
+	lying.Unique++
+	later := group
+	later.WindowStart = group.WindowStart.Add(2 * time.Minute)
 
 	var totals Totals
 	for _, r := range []Record{
@@ -29,22 +36,24 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 		at("a", 2, 1, 7), // a copy
 		at("a", 2, 1, 9), // the same key, another value
 		at("a", 5, 3, 2), // the same number for another window
-		group,
+		group, copied, lying, later,
 	} {
 		totals.Add(r)
 	}
 	var sums string
 	for _, w := range totals.Windows() {
-		sums += fmt.Sprint(w.Start.Sub(origin), "=", w.Unique, "/", w.Records, " ")
+		sums += fmt.Sprint(w.Group, " ", w.Start.Sub(origin), "=", w.Unique, "/", w.Records, "; ")
 	}
-	if want := "0s=15/2 1m0s=16/2 2m0s=1005/2 3m0s=2/1 4m0s=1/1 "; sums != want {
+	want := "verve 0s=15/2; verve 1m0s=16/2; other 2m0s=1002/1; verve 2m0s=3/1; verve 3m0s=2/1; other 4m0s=1002/1; verve 4m0s=1/1; "
+	if sums != want {
 		t.Errorf("sums %s\nwant %s", sums, want)
 	}
 	var gaps string
 	for _, g := range totals.Gaps() {
 		gaps += g.String() + "\n"
 	}
-	want := "verve/a: records 3 to 4 are missing\nverve/b: windows 2026-11-01T00:01:00Z to 2026-11-01T00:03:00Z are missing\n"
+	want = "other: window 2026-11-01T00:03:00Z is missing\n" +
+		"verve/a: records 3 to 4 are missing\nverve/b: windows 2026-11-01T00:01:00Z to 2026-11-01T00:03:00Z are missing\n"
 	if gaps != want {
 		t.Errorf("gaps %s\nwant %s", gaps, want)
 	}
@@ -52,17 +61,43 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 	for _, r := range totals.Repeats() {
 		repeats += r.String() + "\n"
 	}
-	want = "verve/2026-11-01T00:01:00Z/a/2 is there twice (unique 7 and 7)\n" +
-		"verve/2026-11-01T00:01:00Z/a/2 shares its number with verve/2026-11-01T00:01:00Z/a/2 (unique 7 and 9)\n" +
-		"verve/2026-11-01T00:02:00Z/a/5 shares its number with verve/2026-11-01T00:03:00Z/a/5 (unique 3 and 2)\n"
+	want = "verve/2026-11-01T00:01:00Z/a/2 is there twice and counted once (unique 7)\n" +
+		"verve/2026-11-01T00:01:00Z/a/2 is there with two values, both are counted (unique 7 and 9)\n" +
+		"verve/2026-11-01T00:02:00Z/a/5 shares its number with verve/2026-11-01T00:03:00Z/a/5 (unique 3 and 2)\n" +
+		"other/2026-11-01T00:02:00Z is there twice and counted once (unique 1002)\n" +
+		"other/2026-11-01T00:02:00Z is there with two values, the first is counted (unique 1002 and 1003)\n"
 	if repeats != want {
 		t.Errorf("repeats %s\nwant %s", repeats, want)
 	}
-	if w, ok := totals.Window(window(4).Start); !ok || w.Unique != 1 {
+	if w, ok := totals.Window("verve", window(4).Start); !ok || w.Unique != 1 {
 		t.Errorf("window 4: %+v, %v", w, ok)
 	}
-	if _, ok := totals.Window(window(9).Start); ok {
+	if _, ok := totals.Window("verve", window(9).Start); ok {
 		t.Error("window 9 is there")
+	}
+}
+
+// TestGapsAreKnownAsTheyCome: what is missing is named with the record behind it.
+func TestGapsAreKnownAsTheyCome(t *testing.T) {
+	var totals Totals
+	var got []string
+	for _, at := range []struct {
+		minute int
+		seq    uint64
+	}{{0, 1}, {1, 2}, {1, 2}, {2, 5}, {4, 6}} {
+		r := record(at.minute)
+		r.Seq = at.seq
+		for _, g := range totals.Before(r) {
+			got = append(got, g.String())
+		}
+		totals.Add(r)
+	}
+	want := []string{
+		"verve/host-1: records 3 to 4 are missing",
+		"verve/host-1: window 2026-11-01T00:03:00Z is missing",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
 	}
 }
 

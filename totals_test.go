@@ -1,0 +1,167 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"verve/stream"
+)
+
+// countsLine is a record of an instance as it stands in a counts file.
+func countsLine(minute int, unique int, instance string, seq int) string {
+	return fmt.Sprintf(`{"window_start":"2026-11-22T06:%02d:00Z","window_ms":60000,"unique":%d,"scope":"instance","group":"verve","instance":%q,"seq":%d,"complete":true,"exact":true,"sealed_at":"2026-11-22T06:%02d:00.012Z"}`+"\n",
+		minute, unique, instance, seq, minute+1)
+}
+
+// groupCountsLine is a record of a whole group.
+func groupCountsLine(minute, unique int) string {
+	return fmt.Sprintf(`{"window_start":"2026-11-22T06:%02d:00Z","window_ms":60000,"unique":%d,"scope":"group","group":"shop","instance":"","seq":0,"complete":true,"exact":true,"sealed_at":"2026-11-22T06:%02d:02Z"}`+"\n",
+		minute, unique, minute+1)
+}
+
+func exitCode(err error) int {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.ExitCode()
+	}
+	return 0
+}
+
+// TestTotalsNameWhatIsMissing, and exit 1 for it; what is in order exits 0.
+func TestTotalsNameWhatIsMissing(t *testing.T) {
+	for _, c := range []struct {
+		name, records string
+		stdout        []string // parts of its lines
+		stderr        string
+		code          int
+	}{
+		{"in order", countsLine(1, 5, "a", 1) + countsLine(1, 7, "b", 1) + countsLine(2, 3, "a", 2) + countsLine(2, 0, "b", 2),
+			[]string{`{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"unique":12,"records":2,"complete":true,"exact":true}`, `"unique":3,"records":2`}, "", 0},
+		{"empty", "", nil, "", 0},
+		{"a record", countsLine(1, 5, "a", 1) + countsLine(3, 4, "a", 3),
+			[]string{`06:01:00Z`, `06:03:00Z`}, "gap: verve/a: window 2026-11-22T06:02:00Z is missing\ngap: verve/a: record 2 is missing\n", 1},
+		{"a window in which nobody ran", countsLine(1, 5, "a", 1) + countsLine(4, 4, "a", 2),
+			[]string{`06:01:00Z`, `06:04:00Z`}, "gap: verve/a: windows 2026-11-22T06:02:00Z to 2026-11-22T06:03:00Z are missing\n", 1},
+		{"a copy", countsLine(1, 5, "a", 1) + countsLine(1, 5, "a", 1),
+			[]string{`"unique":5,"records":1`}, "repeat: verve/2026-11-22T06:01:00Z/a/1 is there twice and counted once (unique 5)\n", 1},
+		{"a copy of a group's", groupCountsLine(1, 5) + groupCountsLine(1, 5) + groupCountsLine(2, 6),
+			[]string{`{"group":"shop","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"unique":5,"records":1`, `"unique":6`}, "repeat: shop/2026-11-22T06:01:00Z is there twice and counted once (unique 5)\n", 1},
+		{"groups count apart", groupCountsLine(1, 5) + countsLine(1, 7, "a", 1),
+			[]string{`{"group":"shop"`, `{"group":"verve"`}, "", 0},
+		{"a line that is none", countsLine(1, 5, "a", 1) + "{}\n" + countsLine(2, 6, "a", 2),
+			[]string{`"unique":5`, `"unique":6`}, "invalid: ", 1},
+	} {
+		file := filepath.Join(t.TempDir(), "counts.jsonl")
+		if err := os.WriteFile(file, []byte(c.records), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		cmd := verve(t, "totals", "--counts-file="+file)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if code := exitCode(err); code != c.code {
+			t.Errorf("%s: exit code %d, want %d", c.name, code, c.code)
+		}
+		lines := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
+		if len(out) == 0 {
+			lines = nil
+		}
+		if len(lines) != len(c.stdout) {
+			t.Errorf("%s: got %d lines, want %d\n%s", c.name, len(lines), len(c.stdout), out)
+			continue
+		}
+		for i, want := range c.stdout {
+			if !strings.Contains(lines[i], want) {
+				t.Errorf("%s: line %s\nwithout %s", c.name, lines[i], want)
+			}
+		}
+		got, _, _ := strings.Cut(stderr.String(), "verve: ")
+		if !strings.HasPrefix(got, c.stderr) || c.stderr == "" && got != "" {
+			t.Errorf("%s: said %q, want %q", c.name, got, c.stderr)
+		}
+	}
+	if out, err := verve(t, "totals", "--counts-file=nowhere").CombinedOutput(); exitCode(err) != 1 || !bytes.Contains(out, []byte("nowhere")) {
+		t.Errorf("a file that is not there: exit code %d, %s", exitCode(err), out)
+	}
+}
+
+// TestTotalsFollow: a window once for what is there, again when another instance
+// adds to it; gaps when they are seen, and exit 1 for them at the end.
+func TestTotalsFollow(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "counts.jsonl")
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	write := func(lines ...string) {
+		t.Helper()
+		if _, err := f.WriteString(strings.Join(lines, "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(countsLine(1, 5, "a", 1), countsLine(1, 7, "b", 1), countsLine(2, 3, "a", 2))
+	cmd := verve(t, "totals", "--follow", "--counts-file="+file)
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	out, complaints := bufio.NewScanner(stdout), bufio.NewScanner(stderr)
+	next := func(lines *bufio.Scanner, want string) {
+		t.Helper()
+		if !lines.Scan() || !strings.Contains(lines.Text(), want) {
+			t.Errorf("got %q, want %q in it", lines.Text(), want)
+		}
+	}
+	next(out, `06:01:00Z","window_ms":60000,"unique":12,"records":2`)
+	next(out, `06:02:00Z","window_ms":60000,"unique":3,"records":1`)
+	write(countsLine(2, 4, "b", 2))
+	next(out, `06:02:00Z","window_ms":60000,"unique":7,"records":2`)
+	write(countsLine(4, 1, "a", 4))
+	next(complaints, "gap: verve/a: window 2026-11-22T06:03:00Z is missing")
+	next(complaints, "gap: verve/a: record 3 is missing")
+	next(out, `06:04:00Z","window_ms":60000,"unique":1,"records":1`)
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	next(complaints, errIncomplete.Error())
+	for out.Scan() {
+		t.Errorf("after the end: %s", out.Text())
+	}
+	if code := exitCode(cmd.Wait()); code != exitFailed {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// TestTotalsAreATableOnATerminal, whose rows stand below each other, also those
+// that come later.
+func TestTotalsAreATableOnATerminal(t *testing.T) {
+	var out bytes.Buffer
+	p := newTotalsPrinter(&out, true)
+	at := time.Date(2026, 11, 22, 6, 36, 0, 0, time.UTC)
+	p.print([]stream.WindowTotal{{Group: "verve", Start: at, Window: time.Minute, Unique: 48211, Records: 2, Complete: true, Exact: true}})
+	p.print([]stream.WindowTotal{{Group: "verve", Start: at.Add(time.Minute), Window: time.Minute, Unique: 7, Records: 12}})
+	want := "" +
+		"WINDOW                GROUP           UNIQUE  RECORDS  NOTE\n" +
+		"2026-11-22T06:36:00Z  verve            48211        2  \n" +
+		"2026-11-22T06:37:00Z  verve                7       12  partial, not exact\n"
+	if out.String() != want {
+		t.Errorf("got\n%s\nwant\n%s", out.String(), want)
+	}
+}
