@@ -85,7 +85,7 @@ type ledgerConfig struct {
 // that each step is one atomic script. Time is Redis's own. Every step may be
 // repeated, whatever became of the first try.
 //
-// An epoch goes through it like this: a member that opens it registers it;
+// An epoch goes through it like this: a member that opens it writes it down;
 // one that has left it reports so; when all who are alive have, or the last clock
 // must have turned, one of them seals the ids and decides the count, which is
 // from then on the same for everybody; the leader publishes it and marks it as
@@ -115,7 +115,8 @@ type Ledger struct {
 // ledgerEpoch is an epoch that this process has opened or sealed.
 type ledgerEpoch struct {
 	span       counter.Span
-	registered bool
+	known      chan struct{}  // closed when Redis has been told of it
+	registered bool           // it has
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
 	decided    *counter.Count // what it came to, as far as this process knows
@@ -386,43 +387,49 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 	return []rueidis.RedisMessage{m}, nil
 }
 
-// Run beats until ctx ends or the member has left.
-func (l *Ledger) Run(ctx context.Context) error {
+// run beats until stop is closed or the member has left.
+func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
-	for !l.left.Load() {
-		_ = l.beat(ctx) // Problem tells
+	for whole := true; !l.left.Load(); {
+		// Without a connection nothing is sent; Stats tells of what fails.
+		_ = l.tell(ctx, whole)
 		select {
 		case <-tick.C:
+			whole = true
 		case <-l.wake:
-		case <-ctx.Done():
-			return nil
+			whole = false
+		case <-stop:
+			return
 		}
 	}
-	return nil
 }
 
-// Opened notes an epoch that requests may enter; the next beat registers it. It
-// takes no time.
-func (l *Ledger) Opened(s counter.Span) {
-	l.note(s)
+// Opened notes an epoch that requests may enter; the next beat registers it, and
+// closes what is returned. It takes no time.
+func (l *Ledger) Opened(s counter.Span) (registered <-chan struct{}) {
+	e := l.note(s)
 	select {
 	case l.wake <- struct{}{}:
 	default:
 	}
+	return e
 }
 
-// note returns the place of an epoch, which it makes if there is none. l.mu must
-// not be held.
-func (l *Ledger) note(s counter.Span) {
+// note makes a place for the epoch, if there is none, and returns what is closed
+// when Redis knows of it.
+func (l *Ledger) note(s counter.Span) <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.find(s) == nil {
-		l.epochs = append(l.epochs, ledgerEpoch{span: s})
-		if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
-			l.epochs = slices.Delete(l.epochs, 0, n)
-		}
+	if e := l.find(s); e != nil {
+		return e.known
 	}
+	e := ledgerEpoch{span: s, known: make(chan struct{})}
+	l.epochs = append(l.epochs, e)
+	if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
+		l.epochs = slices.Delete(l.epochs, 0, n)
+	}
+	return e.known
 }
 
 // find returns the epoch, or nil. l.mu is held.
@@ -435,24 +442,11 @@ func (l *Ledger) find(s counter.Span) *ledgerEpoch {
 	return nil
 }
 
-// Register makes sure that Redis knows the epoch: from then on it is published
-// whatever becomes of this process. No id of the epoch may be answered before.
-func (l *Ledger) Register(ctx context.Context, s counter.Span) error {
-	l.note(s)
-	if l.registered(s) {
-		return nil
-	}
-	return l.beat(ctx)
-}
+// beat tells Redis all that it must know of this member.
+func (l *Ledger) beat(ctx context.Context) error { return l.tell(ctx, true) }
 
-func (l *Ledger) registered(s counter.Span) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.find(s)
-	return e == nil || e.registered // not there any more: delivered
-}
-
-func (l *Ledger) beat(ctx context.Context) error {
+// tell beats, with all epochs or those only that Redis has not been told of.
+func (l *Ledger) tell(ctx context.Context, all bool) error {
 	l.beating.Lock()
 	defer l.beating.Unlock()
 	if l.left.Load() {
@@ -466,6 +460,9 @@ func (l *Ledger) beat(ctx context.Context) error {
 	l.mu.Lock()
 	sent := make([]counter.Span, 0, len(l.epochs))
 	for _, e := range l.epochs {
+		if e.registered && !all {
+			continue
+		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
 		if d := e.decided; d != nil {
@@ -502,7 +499,10 @@ func (l *Ledger) beat(ctx context.Context) error {
 	}
 	for i, s := range sent {
 		if e := l.find(s); e != nil {
-			e.registered = true
+			if !e.registered {
+				e.registered = true
+				close(e.known)
+			}
 			if states[i] == 2 {
 				*e = ledgerEpoch{} // taken out below
 			}

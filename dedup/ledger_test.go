@@ -260,9 +260,11 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 		want = append(want, spanEnded(ago))
 	}
 	for _, i := range []int{2, 0, 1} {
-		g.do(func(ctx context.Context) error { return dead.Register(ctx, want[i]) })
+		dead.Opened(want[i])
 	}
-	g.do(func(ctx context.Context) error { return dead.Register(ctx, spanEnded(-time.Minute)) }) // is open
+	known := dead.Opened(spanEnded(-time.Minute)) // is open
+	g.beat(dead)
+	<-known
 	later := g.member("later")
 	if got := g.unpublished(later); !slices.Equal(got, want) {
 		t.Fatalf("got %v, want %v", got, want)
@@ -365,7 +367,8 @@ func TestLostLedgerComesBack(t *testing.T) {
 	g.report(sealed, true, a, b)
 	g.counted.Store(7)
 	want := g.seal(a, sealed)
-	g.do(func(ctx context.Context) error { return b.Register(ctx, over) })
+	b.Opened(over)
+	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 	g.counted.Store(0)
 	g.beat(a, b)
@@ -403,7 +406,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 	g := newGroup(t)
 	a := g.member("a", func(c *ledgerConfig) { c.Unsettled = func() (time.Time, bool) { return time.Now(), true } })
 	open, sealed, delivered := spanEnded(time.Hour), spanEnded(time.Minute), spanEnded(time.Second)
-	g.do(func(ctx context.Context) error { return a.Register(ctx, open) })
+	a.Opened(open)
 	g.beat(a)
 	g.report(open, true, a)
 	for _, s := range []counter.Span{sealed, delivered} {

@@ -27,6 +27,9 @@ const (
 	// only a flood of pipelined requests reaches it. 20 MB.
 	DefaultRedisPending = 1 << 17
 
+	// DefaultMaxSkew is far more than clocks that are kept by NTP differ.
+	DefaultMaxSkew = 2 * time.Second
+
 	// DefaultRedisLog holds the ids of some 16 million answers.
 	DefaultRedisLog = 256 << 20
 )
@@ -40,9 +43,14 @@ type RedisConfig struct {
 	// of them all but host and port are those of the first.
 	URLs []string
 
-	Group   string        // instances with one name count together
-	Session string        // unique among all processes that ever ran; default: random
-	Window  time.Duration // length of an epoch
+	Group    string        // instances with one name count together
+	Instance string        // shown to other instances; optional
+	Session  string        // unique among all processes that ever ran; default: random
+	Window   time.Duration // length of an epoch
+
+	// MaxSkew is how far the clocks of instances may differ: so long a record
+	// waits for instances that have not left its epoch. 0 is DefaultMaxSkew.
+	MaxSkew time.Duration
 
 	// Local knows the ids that this process has answered for, so that a repeat
 	// takes no trip. Optional, but with FailOpen, where it answers while Redis is
@@ -74,7 +82,8 @@ type Redis struct {
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 	script atomic.Bool                    // functions are refused: scripts take their place
 
-	lanes [lanes]lane
+	lanes  [lanes]lane
+	ledger *Ledger
 
 	mu     sync.Mutex
 	epochs []*redisEpoch // opened and not retired, oldest first
@@ -105,6 +114,9 @@ type redisEpoch struct {
 	end   int64  // ns since the start of the Redis, of when the epoch was to end
 	view  *view  // in Local
 	lanes [lanes]laneEpoch
+
+	opened     time.Time
+	registered <-chan struct{} // closed when the ledger knows of it
 }
 
 // NewRedis checks cfg and starts to connect. That Redis is away is no error.
@@ -122,6 +134,8 @@ func NewRedis(cfg RedisConfig) (*Redis, error) {
 		return nil, errors.New("dedup: FailOpen needs Local")
 	case cfg.Local != nil && cfg.Local.journal != nil:
 		return nil, errors.New("dedup: Local must keep nothing on disk")
+	case cfg.MaxSkew < 0:
+		return nil, errors.New("dedup: MaxSkew must not be negative")
 	case cfg.Timeout < 0 || cfg.Pending < 0 || cfg.LogBytes < 0:
 		return nil, errors.New("dedup: Timeout, Pending and LogBytes must not be negative")
 	}
@@ -129,6 +143,9 @@ func NewRedis(cfg RedisConfig) (*Redis, error) {
 		var b [12]byte
 		rand.Read(b[:]) // never fails
 		cfg.Session = hex.EncodeToString(b[:])
+	}
+	if cfg.MaxSkew == 0 {
+		cfg.MaxSkew = DefaultMaxSkew
 	}
 	if cfg.Timeout == 0 {
 		cfg.Timeout = DefaultRedisTimeout
@@ -152,8 +169,17 @@ func NewRedis(cfg RedisConfig) (*Redis, error) {
 	for i := range r.lanes {
 		r.lanes[i].init(r, i)
 	}
+	r.ledger = openLedger(ledgerConfig{
+		Client: r.conn, Group: cfg.Group, Member: cfg.Instance + "/" + cfg.Session,
+		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen,
+		Seal: func(ctx context.Context, s counter.Span) (uint64, bool, error) {
+			return r.sealIDs(ctx, s.Start, s.Window)
+		},
+		Settle: r.settle, Unsettled: r.unsettled,
+	})
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
+	r.running.Go(func() { r.ledger.run(r.life, r.closing) })
 	return r, nil
 }
 
@@ -216,6 +242,10 @@ const (
 	replyTimeout = time.Second
 	dialTimeout  = time.Second
 
+	// registerWait is how long the first ids of an epoch wait for the ledger to
+	// know it: one exchange takes a fraction of it.
+	registerWait = 50 * time.Millisecond
+
 	// flushDelay lets batches of several lanes share a system call.
 	flushDelay = 100 * time.Microsecond
 
@@ -272,9 +302,10 @@ func (r *Redis) unavailable() error {
 // Open implements Set.
 func (r *Redis) Open(e *counter.Epoch) {
 	s := &redisEpoch{
-		start: e.Start(),
-		key:   epochKey(e.Start(), r.cfg.Window),
-		end:   int64(e.End().Sub(r.start)),
+		opened: time.Now(),
+		start:  e.Start(),
+		key:    epochKey(e.Start(), r.cfg.Window),
+		end:    int64(e.End().Sub(r.start)),
 	}
 	if r.cfg.Local != nil {
 		r.cfg.Local.Open(e)
@@ -285,7 +316,30 @@ func (r *Redis) Open(e *counter.Epoch) {
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
 	r.latest.Store(s)
+	s.registered = r.ledger.Opened(counter.Span{Start: s.start, Window: r.cfg.Window})
 }
+
+// await gives the ledger a moment to learn of the epoch before an id of it is
+// answered: then it is published whatever becomes of this process. Where the
+// ledger is away, in a part of the cluster that fails, ids are answered all the
+// same; the next beat that gets through tells it.
+func (r *Redis) await(s *redisEpoch) {
+	select {
+	case <-s.registered:
+		return
+	default:
+	}
+	t := time.NewTimer(time.Until(s.opened.Add(registerWait)))
+	defer t.Stop()
+	select {
+	case <-s.registered:
+	case <-t.C:
+	case <-r.life.Done():
+	}
+}
+
+// Ledger returns the ledger of the group.
+func (r *Redis) Ledger() *Ledger { return r.ledger }
 
 // epochKey names an epoch in Redis. Groups that were given different windows
 // by mistake do not mix them up.
@@ -358,6 +412,8 @@ func (r *Redis) Stats() Stats {
 	s.Full += r.counts.fulls.Load()
 	if ready, reason := r.Health(); !ready {
 		s.Problem = reason
+	} else if s.Problem == "" {
+		s.Problem = r.ledger.Stats().Problem
 	}
 	return s
 }

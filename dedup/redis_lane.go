@@ -567,6 +567,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		whole = "0"
 	}
 	l.mu.Unlock()
+	l.r.await(j.epoch)
 	l.r.counts.batches.Add(1)
 	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, j.blob,
 		seconds(idsTTL), strconv.FormatFloat(holdFor.Seconds(), 'f', -1, 64), whole)
