@@ -40,7 +40,7 @@ type config struct {
 	Listen       string        `default:":8080" help:"Address of the public listener." group:"General"`
 	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: health, metrics, windows, profiles." group:"General"`
 	Window       time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
-	MaxClockSkew time.Duration `default:"2s" help:"How far the clock may be set, or be behind the open window, before this instance is not ready. 0: it is not watched." group:"General"`
+	MaxClockSkew time.Duration `default:"2s" help:"How far the clock may be set, be behind the open window, or with --dedup=redis differ from other instances', before this instance is not ready. 0: it is not watched." group:"General"`
 	Group        string        `default:"verve" help:"Name of the instances that count together." group:"General"`
 	Instance     string        `help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
 	DataDir      string        `default:"verve-data" help:"Directory for the spool and the counts file; none: nothing on disk." group:"General"`
@@ -49,7 +49,7 @@ type config struct {
 	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
 	AdminTokenFile string `help:"File that holds the bearer token which the admin listener asks for; probes of /healthz and /readyz need none. Default: nobody does." placeholder:"FILE" group:"General"`
 
-	Dedup           string        `default:"memory" enum:"memory" help:"Where ids are kept: ${enum}." group:"Ids"`
+	Dedup           string        `default:"memory" enum:"memory,redis" help:"Where ids are kept: ${enum}. With redis all instances of a group count together." group:"Ids"`
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`
 	WindowHeader    bool          `help:"Say in each answer, as Verve-Window, the start of the window that the id was judged in." group:"Ids"`
 	DuplicateStatus int           `default:"409" help:"Status of the answer to an id already seen." group:"Ids"`
@@ -57,6 +57,9 @@ type config struct {
 	MaxIDs          uint64        `name:"max-ids" help:"Unique ids a window may hold; more are answered 503 full. Default: what fits half of the memory limit." group:"Ids"`
 	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of reclaiming retired epochs." group:"Ids"`
 	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots looked at in one step of reclaiming." group:"Ids"`
+
+	RedisURL  []string `name:"redis-url" default:"redis://127.0.0.1:6379" help:"Redis of the group: redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, redis-sentinel://HOST:PORT?master_set=NAME. Repeatable: nodes of a cluster, or Sentinels." placeholder:"URL" group:"Ids"`
+	RedisFail string   `default:"closed" enum:"closed,open" help:"What becomes of ids while Redis is away: 503 (closed), or this instance decides alone, and the record says so where that shows (open)." group:"Ids"`
 
 	KafkaBrokers      []string `help:"Brokers to send the records to, HOST:PORT,... Default: none, the records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
 	KafkaTopic        string   `default:"verve.unique-ids" help:"Topic of the records." group:"Records"`

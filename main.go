@@ -126,43 +126,71 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 		return err
 	}
 	defer spool.Close()
-	records, err := stream.New(stream.Config{
-		Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: log,
-	}, spool)
+	to := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: log}
+	var shared *dedup.Redis // the set, if it is the group's
+	if cfg.Dedup == dedupRedis {
+		if shared, err = openShared(cfg, spool.Instance(), log); err != nil {
+			return err
+		}
+		defer shared.Close()
+		to.Scope, to.Ledger = stream.ScopeGroup, shared.Ledger()
+	}
+	records, err := stream.New(to, spool)
 	if err != nil {
 		return usageError{err}
 	}
 	defer records.Close()
 
-	set, err := openSet(cfg, log)
+	counting := counter.Config{Window: cfg.Window, Publish: records, MaxSkew: cfg.MaxClockSkew}
+	var set dedup.Set
+	if shared != nil {
+		set = shared
+	} else {
+		own, err := openSet(cfg, log)
+		if err != nil {
+			return err
+		}
+		defer own.Close()
+		lastWindow, lastSum := spool.LastWindow()
+		counting.NotBefore, counting.Past = lastWindow, own.Past(lastWindow, lastSum)
+		set = own
+	}
+	var admin *server.Admin // there before the counter runs
+	counting.Store = set
+	counting.OnClock = func(problem string) { logClock(log, problem) }
+	counting.OnPause = func(absent time.Duration) {
+		log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
+			Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
+	}
+	counting.OnClose = func(c counter.Count, took time.Duration, err error) {
+		admin.EpochClosed(c, took)
+		logWindow(log, c, took, records.Stats().Pending, shared != nil, err)
+	}
+	count, err := counter.New(counting)
 	if err != nil {
 		return err
 	}
-	defer set.Close()
-	lastWindow, lastSum := spool.LastWindow()
-	var admin *server.Admin // there before the counter runs
-	count, err := counter.New(counter.Config{
-		Window: cfg.Window, Store: set, Publish: records,
-		NotBefore: lastWindow, Past: set.Past(lastWindow, lastSum),
-		MaxSkew: cfg.MaxClockSkew,
-		OnClock: func(problem string) { logClock(log, problem) },
-		OnPause: func(absent time.Duration) {
-			log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
-				Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
-		},
-		OnClose: func(c counter.Count, took time.Duration, err error) {
-			admin.EpochClosed(c, took)
-			logWindow(log, c, took, records.Stats().Pending, err)
-		},
-	})
-	if err != nil {
-		return err
+	live, delivered := count.Live, records.Delivered
+	var group func() dedup.GroupStats
+	if shared != nil {
+		group = shared.Group
+		live = func() (time.Time, uint64) {
+			start, here := count.Live()
+			return start, max(here, shared.Live())
+		}
+		delivered = func(start time.Time) string {
+			state := records.Delivered(start)
+			if state == "" && shared.Ledger().IsDelivered(counter.Span{Start: start, Window: cfg.Window}) {
+				state = stream.StateDelivered
+			}
+			return state
+		}
 	}
 	callbacks, err := server.NewCallbacks(server.CallbackConfig{
 		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
 		Timeout: cfg.CallbackTimeout, Secret: secret,
 		SelfAddrs: []string{public.Addr().String()}, SelfTLS: certificate, AdminAddr: adminLn.Addr().String(),
-		Group: cfg.Group, Instance: spool.Instance(), Live: count.Live, Log: log,
+		Group: cfg.Group, Instance: spool.Instance(), Live: live, Log: log,
 	})
 	if err != nil {
 		return usageError{err}
@@ -176,7 +204,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 		return err
 	}
 	admin = server.NewAdmin(server.AdminConfig{
-		Server: front, Records: func() server.Records { return recordStats(records.Stats()) }, Delivered: records.Delivered,
+		Server: front, Records: func() server.Records { return recordStats(records.Stats()) }, Delivered: delivered, Shared: group,
 		Group: cfg.Group, Instance: spool.Instance(), Version: versionText(), Token: string(token),
 	})
 
@@ -222,6 +250,7 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	budget, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
 	defer cancel()
 	admin.NotReady()
+	records.Leaving()
 	count.Seal()
 	if err := front.Shutdown(budget); err != nil {
 		log.Warn().Err(err).Msg("requests not finished in time")
@@ -238,6 +267,9 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 		log.Error().Msg("the last record could not be written in time")
 		stopCounter()
 		<-closed
+	}
+	if err := records.Leave(budget); err != nil {
+		log.Warn().Err(err).Msg("this instance could not leave its group in order")
 	}
 	if err := records.Flush(budget); err != nil {
 		log.Warn().Err(err).Msg("records not delivered in time")
@@ -285,6 +317,31 @@ func openSet(cfg *config, log zerolog.Logger) (*dedup.Memory, error) {
 		set, err = dedup.NewMemory(c)
 	}
 	return set, err
+}
+
+// dedupRedis as --dedup counts with the other instances of the group.
+const dedupRedis = "redis"
+
+// openShared makes the set that the group shares. What this instance has learnt
+// of its ids stays in memory, as Redis keeps them.
+func openShared(cfg *config, instance string, log zerolog.Logger) (*dedup.Redis, error) {
+	limit := tableBytes()
+	local, err := dedup.NewMemory(dedup.Config{
+		Expect: cfg.expectIDs(limit), MaxBytes: limit,
+		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
+	})
+	if err != nil {
+		return nil, err
+	}
+	set, err := dedup.NewRedis(dedup.RedisConfig{
+		URLs: cfg.RedisURL, Group: cfg.Group, Instance: instance, Window: cfg.Window, MaxSkew: cfg.MaxClockSkew,
+		Local: local, FailOpen: cfg.RedisFail == "open", MaxIDs: cfg.MaxIDs, Log: log,
+	})
+	if err != nil {
+		_ = local.Close()
+		return nil, usageError{fmt.Errorf("--redis-url: %w", err)}
+	}
+	return set, nil
 }
 
 // logClock says why this instance is not ready, and that it is again.
@@ -347,7 +404,9 @@ func reachable(addr net.Addr) string {
 
 // logWindow is the line of a closed window: what was counted, at what rate, how
 // late its last request left, and how long waiting for it and publishing took.
-func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, pending int, err error) {
+//
+// What the group counted in it is in the line of the instance that publishes it.
+func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, pending int, shared bool, err error) {
 	line := log.Info()
 	if err != nil {
 		line = log.Error().Err(err)
@@ -362,6 +421,10 @@ func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, pending 
 	line = line.Dur("took", took)
 	if err != nil {
 		line.Msg("window not published")
+		return
+	}
+	if shared {
+		line.Msg("window closed here")
 		return
 	}
 	line.Msg("window published")

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/dedup"
 )
 
 const (
@@ -44,7 +45,8 @@ type Sink struct {
 	Failing string // why it does not take records now; empty if it does
 }
 
-// AdminConfig of an Admin. All fields but Version and Token are required.
+// AdminConfig of an Admin. All fields but Version, Shared and Token
+// are required.
 type AdminConfig struct {
 	Server    *Server
 	Records   func() Records
@@ -52,6 +54,9 @@ type AdminConfig struct {
 	Group     string
 	Instance  string
 	Version   string
+
+	// Shared is the state of the group's Redis; nil where ids are in memory.
+	Shared func() dedup.GroupStats
 
 	// Token is asked of every request but probes, as a bearer token or, for
 	// browsers, as the password of any user. Empty: none is.
@@ -213,6 +218,11 @@ func (a *Admin) readiness() readiness {
 	}
 	for _, k := range rec.Sinks {
 		r.Checks[k.Name] = check{k.Failing == "", k.Failing}
+	}
+	if a.cfg.Shared != nil { // where ids are answered without it, it is shown and does not count
+		g := a.cfg.Shared()
+		r.Checks["redis"] = check{g.Away == "", g.Away}
+		r.Ready = r.Ready && g.Ready
 	}
 	return r
 }

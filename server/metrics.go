@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"verve/dedup"
 )
 
 // Buckets of the histograms, in seconds. A request takes microseconds here and
@@ -216,6 +218,32 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.family("verve_build_info", "gauge", "1, with the version and what built it.")
 	e.value(fmt.Sprintf("verve_build_info{version=%q,go=%q}", a.cfg.Version, runtime.Version()), 1)
 	writeProcess(w)
+	if a.cfg.Shared != nil {
+		e.group(a.cfg.Shared())
+	}
+}
+
+// group writes what is known of the group's Redis.
+func (e exposition) group(g dedup.GroupStats) {
+	boolean := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	e.gauge("verve_group_unique_ids", "Unique ids of the whole group in the open window, as last heard.", float64(g.Unique))
+	e.gauge("verve_group_members", "Instances of the group that are alive, this one among them.", float64(g.Members))
+	e.gauge("verve_group_leader", "1 where this instance publishes the records of the group.", boolean(g.Leading))
+	e.gauge("verve_group_epochs_waiting", "Windows that this instance knows of and has not heard to be delivered, the open one among them.", float64(g.Waiting))
+	e.gauge("verve_group_clock_offset_seconds", "How far the clock of Redis is ahead of this one.", g.Offset.Seconds())
+	e.gauge("verve_redis_up", "0 while something is wrong with Redis; /readyz says what.", boolean(g.Away == ""))
+	e.gauge("verve_redis_pending_ids", "Ids that wait for an answer of Redis.", float64(g.Pending))
+	e.counter("verve_redis_batches_total", "Batches of ids sent to Redis.", g.Batches)
+	e.counter("verve_redis_failures_total", "Batches of ids that failed, and were sent again.", g.Retries)
+	e.counter("verve_redis_ids_taken_back_total", "Ids added to Redis too late for anybody to be told, and taken back.", g.Untold)
+	e.counter("verve_redis_ids_given_twice_total", "Ids found to have been answered ok by several instances while Redis was away.", g.Twice)
+	e.counter("verve_redis_ids_replayed_total", "Ids added again after Redis had lost them.", g.Replayed)
+	e.counter("verve_redis_ids_dropped_total", "Ids answered ok that are in no record, as the window was sealed without them.", g.Dropped)
 }
 
 // processHelp are the families that are shown of the process and the Go

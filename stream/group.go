@@ -285,6 +285,8 @@ func (g *group) take(ctx context.Context, s counter.Span, left int) error {
 		return err
 	}
 	g.spooled[s] = index
+	g.stream.cfg.Log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
+		Bool("complete", c.Complete).Bool("exact", c.Exact).Msg("window published for the group")
 	return nil
 }
 

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// redisServer is a real Redis of a test.
+type redisServer struct {
+	*exec.Cmd
+	t    *testing.T
+	addr string
+	dir  string
+	args []string
+}
+
+// needs skips a test that needs a program that is not here, or fails it where
+// VERVE_TEST_REQUIRE names what it belongs to.
+func needs(t *testing.T, program, requirement string) string {
+	t.Helper()
+	for _, dir := range []string{"", "/usr/sbin/"} { // not in everybody's PATH
+		if path, err := exec.LookPath(dir + program); err == nil {
+			return path
+		}
+	}
+	if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), requirement) {
+		t.Fatalf("VERVE_TEST_REQUIRE asks for %s, and there is no %s", requirement, program)
+	}
+	t.Skipf("no %s here", program)
+	return ""
+}
+
+func startRedis(t *testing.T, args ...string) *redisServer {
+	t.Helper()
+	needs(t, "redis-server", "redis")
+	r := &redisServer{t: t, addr: freeAddr(t), dir: t.TempDir(), args: args}
+	r.start()
+	t.Cleanup(r.kill)
+	return r
+}
+
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func (r *redisServer) start() {
+	r.t.Helper()
+	host, port, err := net.SplitHostPort(r.addr)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.Cmd = exec.Command("redis-server", append([]string{
+		"--bind", host, "--port", port, "--save", "", "--dir", r.dir, "--logfile", filepath.Join(r.dir, "log"),
+	}, r.args...)...)
+	if err := r.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	within(r.t, 20*time.Second, "redis-server answers", func() bool {
+		return strings.HasPrefix(ask(r.addr, "PING"), "+") || strings.HasPrefix(ask(r.addr, "PING"), "-NOAUTH")
+	})
+}
+
+func (r *redisServer) kill() {
+	if r.Process != nil {
+		_ = r.Process.Kill()
+		_ = r.Wait()
+		r.Process = nil
+	}
+}
+
+// ask sends a command and returns what comes first, as it comes.
+func ask(addr string, command ...string) string {
+	c, err := net.DialTimeout("tcp", addr, time.Second)
+	if err != nil {
+		return ""
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+	if _, err := fmt.Fprintf(c, "%s\r\n", strings.Join(command, " ")); err != nil {
+		return ""
+	}
+	b := make([]byte, 1<<16)
+	n, _ := c.Read(b) // an empty answer says it
+	return string(b[:n])
+}
+
+// within polls for what other processes bring about.
+func within(t *testing.T, limit time.Duration, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", limit, what)
+		}
+	}
+}
+
+// member starts an instance of a group.
+func member(t *testing.T, name, dir, redis string, args ...string) *instance {
+	t.Helper()
+	v := start(t, append([]string{
+		"--dedup=redis", "--redis-url=redis://" + redis, "--instance=" + name, "--data-dir=" + filepath.Join(dir, name),
+	}, args...)...)
+	return v
+}
+
+// groupRecords are the lines of all counts files below dir, by their window.
+func groupRecords(t *testing.T, dir string) map[time.Time][]recordLine {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*", "counts.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[time.Time][]recordLine{}
+	for _, f := range files {
+		for _, r := range records(t, f) {
+			out[r.Start] = append(out[r.Start], r)
+		}
+	}
+	return out
+}
+
+// wantOnce fails for a window that has two records, or one that is not of the
+// group, and returns the sum.
+func wantOnce(t *testing.T, windows map[time.Time][]recordLine) (sum int) {
+	t.Helper()
+	for start, rs := range windows {
+		if len(rs) != 1 {
+			t.Errorf("window %v has %d records: %+v", start, len(rs), rs)
+		}
+		for _, r := range rs {
+			if r.Instance != "" || r.Seq != 0 {
+				t.Errorf("record of an instance: %+v", r)
+			}
+			sum += r.Unique
+		}
+	}
+	return sum
+}
+
+// TestTwoInstancesCountAsOne: of two requests for one id at two instances at the
+// same moment one is ok; the group's window has one record, published although
+// both stop within it.
+func TestTwoInstancesCountAsOne(t *testing.T) {
+	redis, dir := startRedis(t), t.TempDir()
+	a, b := member(t, "a", dir, redis.addr, "--window=3s"), member(t, "b", dir, redis.addr, "--window=3s")
+	const ids = 200
+	var ok, failed int
+	for i := range ids {
+		var answers [2]string
+		var both sync.WaitGroup
+		for k, v := range []*instance{a, b} {
+			both.Go(func() { _, answers[k] = v.get(v.public + "/api/verve/accept?id=n" + strconv.Itoa(i)) })
+		}
+		both.Wait()
+		for _, answer := range answers {
+			switch answer {
+			case "ok":
+				ok++
+			case "failed":
+				failed++
+			}
+		}
+	}
+	// The requests of one id may fall into two windows.
+	if ok+failed != 2*ids || ok < ids || ok > ids+2 {
+		t.Errorf("%d were ok and %d failed of %d ids sent twice", ok, failed, ids)
+	}
+	var stopping sync.WaitGroup
+	for _, v := range []*instance{a, b} {
+		stopping.Go(func() {
+			if code := v.stop(); code != 0 {
+				t.Errorf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+			}
+		})
+	}
+	stopping.Wait()
+	if sum := wantOnce(t, groupRecords(t, dir)); sum != ok {
+		t.Errorf("the records add up to %d, and %d were ok\n%s\n%s", sum, ok, strings.Join(a.lines, "\n"), strings.Join(b.lines, "\n"))
+	}
+}
