@@ -325,23 +325,23 @@ func (c *conn) sweep(now time.Duration) {
 	lasted := now - since
 	switch l := c.owner; {
 	case p == phaseIdle && lasted > l.idle:
-		l.idleClosed.Add(c.end())
+		c.end(&l.idleClosed)
 	case p == phaseWriting && lasted > l.slow:
-		l.slowClosed.Add(c.end())
+		c.end(&l.slowClosed)
 		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.slow:
-		l.slowClosed.Add(c.end())
+		c.end(&l.slowClosed)
 	}
 }
 
 // end makes the next read fail: a request begun is answered 408, an idle
-// connection is closed. It returns 1 the first time.
-func (c *conn) end() uint64 {
-	_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // long ago
-	if c.ended.Swap(true) {
-		return 0
+// connection is closed. It is counted the first time, and before its client can
+// know.
+func (c *conn) end(count *atomic.Uint64) {
+	if !c.ended.Swap(true) {
+		count.Add(1)
 	}
-	return 1
+	_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // long ago
 }
 
 // busy counts the connections whose answer is not yet with the kernel.

@@ -2,7 +2,6 @@ package server
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -23,16 +22,11 @@ import (
 // requests made by chance do not go out into the world.
 func newLonelySite(t testing.TB, change func(*Config)) *site {
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("93.184.216.34") })
-	s := newSite(t, change)
-	s.callbacks.cfg.Rate = 1e6
-	s.callbacks.guard.resolver = resolver
-	s.callbacks.guard.connect = func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
-		if addr != s.addr {
-			return nil, errNoRoute
-		}
-		return d.DialContext(ctx, "tcp", addr)
-	}
-	return s
+	return newSiteWith(t, change, func(c *Callbacks) {
+		c.cfg.Rate = 1e6
+		c.guard.resolver = resolver
+		c.guard.connect = noRoute
+	})
 }
 
 // requestSeeds are requests to begin with: the cases, the forms of smuggling,

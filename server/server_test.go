@@ -54,7 +54,10 @@ type site struct {
 	stopped bool
 }
 
-func newSite(t testing.TB, change func(*Config)) *site {
+func newSite(t testing.TB, change func(*Config)) *site { return newSiteWith(t, change, nil) }
+
+// newSiteWith is newSite with a change to the callbacks before they run.
+func newSiteWith(t testing.TB, change func(*Config), calls func(*Callbacks)) *site {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -81,6 +84,9 @@ func newSite(t testing.TB, change func(*Config)) *site {
 		t.Fatal(err)
 	}
 	cfg.Callbacks = callbacks
+	if calls != nil {
+		calls(callbacks)
+	}
 	if s.Server, err = New(cfg, ln); err != nil {
 		t.Fatal(err)
 	}
