@@ -103,6 +103,35 @@ func TestPagesNameWhatThereIs(t *testing.T) {
 	}
 }
 
+// TestEveryAlertHasItsPlaceInOperations: who is woken by one finds what to do.
+func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
+	rules, err := os.ReadFile("deploy/prometheus/verve.rules.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	operations := pages(t)["docs/operations.md"]
+	alerts := regexp.MustCompile(`- alert: (\w+)`).FindAllSubmatch(rules, -1)
+	if len(alerts) == 0 {
+		t.Fatal("no alerts")
+	}
+	for _, m := range alerts {
+		if !strings.Contains(operations, "`"+string(m[1])+"`") {
+			t.Errorf("%s is not in docs/operations.md", m[1])
+		}
+	}
+	// Its own headings are where it sends the reader.
+	anchors := make(map[string]bool)
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(operations, -1) {
+		kept := regexp.MustCompile(`[^a-z0-9 -]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		anchors[strings.ReplaceAll(kept, " ", "-")] = true
+	}
+	for _, m := range regexp.MustCompile(`\]\(#([^)]+)\)`).FindAllStringSubmatch(operations, -1) {
+		if !anchors[m[1]] {
+			t.Errorf("docs/operations.md has no heading for #%s", m[1])
+		}
+	}
+}
+
 // What belongs to others: flags of go test, metrics of the k6 scripts and those
 // that are there only in some modes.
 var (
