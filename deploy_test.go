@@ -69,7 +69,8 @@ func imageSettings(t *testing.T) map[string]string {
 func TestContainersUseSettingsThatExist(t *testing.T) {
 	for name, settings := range map[string]map[string]string{
 		"compose":    readCompose(t).Services["verve"].Environment,
-		"kubernetes": podSettings(t),
+		"kubernetes": podSettings(t, "base"),
+		"instances":  podSettings(t, "base", "instances"),
 		"systemd":    unitSettings(t),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -225,24 +226,27 @@ func manifests(t *testing.T) map[string][]manifest {
 	return objects
 }
 
-// podSettings are the environment of the pod: the config map's and its own.
-func podSettings(t *testing.T) map[string]string {
+// podSettings are the environment of the pod: its own, and that of the config
+// map as the layers put it together.
+func podSettings(t *testing.T, layers ...string) map[string]string {
 	t.Helper()
-	b, err := os.ReadFile("deploy/kubernetes/base/kustomization.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var k struct {
-		ConfigMaps []struct{ Literals []string } `yaml:"configMapGenerator"`
-	}
-	if err := yaml.Unmarshal(b, &k); err != nil {
-		t.Fatal(err)
-	}
 	settings := make(map[string]string)
-	for _, m := range k.ConfigMaps {
-		for _, literal := range m.Literals {
-			name, value, _ := strings.Cut(literal, "=")
-			settings[name] = value
+	for _, layer := range layers {
+		b, err := os.ReadFile("deploy/kubernetes/" + layer + "/kustomization.yaml")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var k struct {
+			ConfigMaps []struct{ Literals []string } `yaml:"configMapGenerator"`
+		}
+		if err := yaml.Unmarshal(b, &k); err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range k.ConfigMaps {
+			for _, literal := range m.Literals {
+				name, value, _ := strings.Cut(literal, "=")
+				settings[name] = value
+			}
 		}
 	}
 	for _, e := range manifests(t)["StatefulSet"][0].Spec.Template.Spec.Containers[0].Env {
@@ -260,7 +264,7 @@ func TestPodIsConfinedAndStopsInOrder(t *testing.T) {
 	}
 	set := objects["StatefulSet"][0].Spec
 	pod, c := set.Template.Spec, set.Template.Spec.Containers[0]
-	cfg := parseSettings(t, podSettings(t))
+	cfg := parseSettings(t, podSettings(t, "base"))
 
 	own := int(cfg.ShutdownTimeout.Seconds()) + c.Lifecycle.PreStop.Sleep.Seconds
 	if c.Lifecycle.PreStop.Sleep.Seconds == 0 || pod.Grace <= own {

@@ -388,6 +388,7 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 	}
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=42'", curl, url)
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=43&endpoint=%s/test'", curl, url, url)
+	log.Info().Msgf("watch: http://%s/", reachable(admin))
 }
 
 // reachable is addr as a client on this machine would write it.
