@@ -327,6 +327,47 @@ func TestFlagOverEnvironmentOverFile(t *testing.T) {
 	}
 }
 
+// TestEachWindowIsOneLine of the log, with what matters of it.
+func TestEachWindowIsOneLine(t *testing.T) {
+	v := start(t, "--window=200ms")
+	for range 3 {
+		v.get(v.public + "/api/verve/accept?id=1")
+	}
+	var windows []string
+	var sum uint64
+	for len(windows) < 4 {
+		line := v.until(`"message":"window published"`)
+		var w struct {
+			Start      string `json:"window_start"`
+			Unique     uint64
+			Duplicates uint64
+			PerSecond  float64 `json:"per_second"`
+			Complete   bool
+			Exact      bool
+			Pending    *int
+			Late, Took *float64
+		}
+		if err := json.Unmarshal([]byte(line), &w); err != nil {
+			t.Fatal(err)
+		}
+		if w.Pending == nil || w.Took == nil || *w.Took < 0 || !w.Exact || w.Complete != (w.Late != nil) ||
+			w.PerSecond != float64(w.Unique+w.Duplicates)*5 {
+			t.Errorf("the line says %s", line)
+		}
+		sum += w.Unique + w.Duplicates
+		windows = append(windows, w.Start)
+	}
+	for _, start := range windows {
+		if n := strings.Count(strings.Join(v.lines, "\n"), `"window_start":"`+start+`"`); n != 1 {
+			t.Errorf("%d lines name the window %s, want 1", n, start)
+		}
+	}
+	if sum != 3 {
+		t.Errorf("the lines tell of %d requests, want 3", sum)
+	}
+	v.stop()
+}
+
 // TestHelpNamesEverySetting with its environment variable.
 func TestHelpNamesEverySetting(t *testing.T) {
 	out, err := verve(t, "--help").CombinedOutput()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"runtime/debug"
+	"time"
 
 	"github.com/valyala/fasthttp"
 
@@ -100,7 +101,10 @@ func (s *Server) recovered(ctx *fasthttp.RequestCtx) {
 	if p == nil {
 		return
 	}
-	s.cfg.Log.Error().Interface("panic", p).Bytes("stack", debug.Stack()).Msg("a request panicked")
+	// Whoever finds a request that panics will send more of them.
+	if hidden, ok := s.panicLog.allow(time.Now()); ok {
+		s.cfg.Log.Error().Interface("panic", p).Bytes("stack", debug.Stack()).Uint64("hidden", hidden).Msg("a request panicked")
+	}
 	ctx.Response.Reset()
 	ctx.SetConnectionClose()
 	s.refuse(ctx, fasthttp.StatusInternalServerError, reasonPanic)

@@ -71,8 +71,9 @@ type Server struct {
 	ln        *listener
 	stopSweep chan struct{}
 
-	refused [reasons]atomic.Uint64
-	sunk    atomic.Uint64 // POSTs taken by the sink
+	refused  [reasons]atomic.Uint64
+	sunk     atomic.Uint64 // POSTs taken by the sink
+	panicLog logSampler
 }
 
 // New checks cfg and makes a server for ln.
@@ -103,6 +104,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		callbacks: cfg.Callbacks,
 		ln:        newListener(ln, &cfg),
 		stopSweep: make(chan struct{}),
+		panicLog:  logSampler{perSecond: 1},
 	}
 	if set, ok := cfg.Set.(dedup.Prefetcher); ok {
 		s.ln.ahead = func(received []byte) { s.prefetch(set, received) }
