@@ -42,7 +42,7 @@ type config struct {
 	Window       time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
 	MaxClockSkew time.Duration `default:"2s" help:"How far the clock may be set, be behind the open window, or with --dedup=redis differ from other instances', before this instance is not ready. 0: it is not watched." group:"General"`
 	Group        string        `default:"verve" help:"Name of the instances that count together." group:"General"`
-	Instance     string        `help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
+	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
 	DataDir      string        `default:"verve-data" help:"Directory for the spool and the counts file; none: nothing on disk." group:"General"`
 
 	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener, with its chain, in PEM; it is read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
@@ -53,8 +53,8 @@ type config struct {
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`
 	WindowHeader    bool          `help:"Say in each answer, as Verve-Window, the start of the window that the id was judged in." group:"Ids"`
 	DuplicateStatus int           `default:"409" help:"Status of the answer to an id already seen." group:"Ids"`
-	ExpectIDs       uint64        `name:"expect-ids" help:"Unique ids per window to make room for at the start. Default: learnt from the last windows." group:"Ids"`
-	MaxIDs          uint64        `name:"max-ids" help:"Unique ids a window may hold; more are answered 503 full. Default: what fits half of the memory limit." group:"Ids"`
+	ExpectIDs       uint64        `name:"expect-ids" placeholder:"N" help:"Unique ids per window to make room for at the start. Default: learnt from the last windows." group:"Ids"`
+	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Unique ids a window may hold; more are answered 503 full. Default: what fits half of the memory limit." group:"Ids"`
 	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of reclaiming retired epochs." group:"Ids"`
 	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots looked at in one step of reclaiming." group:"Ids"`
 
@@ -64,8 +64,8 @@ type config struct {
 	KafkaBrokers      []string `help:"Brokers to send the records to, HOST:PORT,... Default: none, the records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
 	KafkaTopic        string   `default:"verve.unique-ids" help:"Topic of the records." group:"Records"`
 	KafkaTLS          bool     `name:"kafka-tls" help:"Connect to the brokers by TLS, checked against the system's roots." group:"Records"`
-	KafkaSASL         string   `name:"kafka-sasl" help:"PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512. Default: no authentication." group:"Records"`
-	KafkaUser         string   `help:"User for --kafka-sasl." group:"Records"`
+	KafkaSASL         string   `name:"kafka-sasl" placeholder:"MECHANISM" help:"PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512. Default: no authentication." group:"Records"`
+	KafkaUser         string   `placeholder:"NAME" help:"User for --kafka-sasl." group:"Records"`
 	KafkaPasswordFile string   `help:"File that holds the password for --kafka-sasl." placeholder:"FILE" group:"Records"`
 	CountsFile        string   `help:"File that records are appended to as JSON Lines, - for standard output, off. Default: counts.jsonl in the data directory without brokers, off with them." placeholder:"FILE" group:"Records"`
 
@@ -84,12 +84,16 @@ type config struct {
 	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Least level logged: ${enum}." group:"Log"`
 	LogFormat string `default:"auto" enum:"auto,console,json" help:"console, json, or auto: console on a terminal, JSON elsewhere." group:"Log"`
 
-	settings []setting `kong:"-"` // of all of the above
+	settings []setting         `kong:"-"` // of all of the above
+	model    *kong.Application `kong:"-"`
 
 	Serve       struct{}  `cmd:"" default:"withargs" help:"Run the server (the default)."`
 	Totals      totalsCmd `cmd:"" help:"Print the total per window over all instances, from the topic or the counts file; name gaps and repeats."`
 	Healthcheck struct{}  `cmd:"" help:"Exit 0 if the server on this machine is alive, else 1."`
 	Version     struct{}  `cmd:"" help:"Print the version."`
+	Completion  struct {
+		Shell string `arg:"" enum:"bash,zsh,fish" help:"bash, zsh or fish."`
+	} `cmd:"" help:"Print a script that completes commands and flags in a shell."`
 }
 
 type totalsCmd struct {
@@ -113,8 +117,8 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 	}
 	k, err := kong.New(cfg,
 		kong.Name("verve"),
-		kong.Description("Counts unique ids per minute, exactly: GET /api/verve/accept?id=... is ok the first time in a minute and failed for a repeat.\n\n"+
-			"Every setting is a flag, an environment variable (VERVE_ and its name in upper snake case) or a key of the --config file, in this order."),
+		kong.Description(description),
+		kong.Help(printHelp),
 		kong.DefaultEnvars("VERVE"),
 		kong.Writers(stdout, io.Discard),
 		kong.Exit(func(int) { helped = true }),
@@ -141,7 +145,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 	if err := cfg.check(); err != nil {
 		return nil, "", usageError{err}
 	}
-	cfg.settings = settings(k, ctx, file)
+	cfg.settings, cfg.model = settings(k, ctx, file), k.Model
 	return cfg, ctx.Command(), nil
 }
 

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/alecthomas/kong"
+)
+
+const description = `Counts unique ids per window, exactly: GET /api/verve/accept?id=ID is ok the first time in a minute, and failed for a repeat. The count of each minute goes to a Kafka topic, or to a file.
+
+Each setting is a flag, an environment variable (in brackets below) or a key of the --config file; the first that is given counts, in this order.
+
+Examples:
+
+	verve                                 Count. The live page is at http://127.0.0.1:8081,
+	                                      the counts are in verve-data/counts.jsonl.
+	verve --kafka-brokers=kafka:9092      Send them to a topic.
+	verve --window=2s                     See what happens without waiting for a minute.
+	verve --config=/etc/verve.yaml --print-config
+	                                      Show which settings are in force, and why.
+	verve totals --follow                 Show the total of each window as it comes.
+	source <(verve completion bash)       Complete flags and commands with the tab key.
+
+Exit codes: 0 after a clean stop, 1 after a failure, 2 on a bad setting.`
+
+// relevant are the settings that a command other than serve reads.
+var relevant = map[string][]string{
+	"totals": {"config", "print-config", "data-dir", "counts-file", "kafka-brokers", "kafka-topic", "kafka-tls",
+		"kafka-sasl", "kafka-user", "kafka-password-file"},
+	"healthcheck": {"config", "admin-listen"},
+	"version":     {},
+	"completion":  {},
+}
+
+// printHelp shows the flags that the command reads.
+func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
+	command, _, _ := strings.Cut(ctx.Command(), " ")
+	if read, ok := relevant[command]; ok {
+		for _, f := range ctx.Model.Flags {
+			f.Hidden = f.Hidden || f.Name != "help" && !slices.Contains(read, f.Name)
+		}
+	}
+	return kong.DefaultHelpPrinter(options, ctx)
+}
+
+// files and directories are the settings whose values are such.
+var (
+	files       = []string{"config", "counts-file", "tls-cert-file", "tls-key-file", "admin-token-file", "kafka-password-file", "callback-secret-file"}
+	directories = []string{"data-dir"}
+)
+
+// writeCompletion writes a script that makes a shell complete the commands and
+// flags of the model. kong's companions would bring five modules and start the
+// program at each press of the tab key.
+func writeCompletion(out io.Writer, shell string, model *kong.Application) {
+	var commands []*kong.Node
+	for _, n := range model.Children {
+		if !n.Hidden {
+			commands = append(commands, n)
+		}
+	}
+	flags := slices.Clone(model.Flags)
+	for _, c := range commands {
+		flags = append(flags, c.Flags...)
+	}
+	var names []string
+	for _, c := range commands {
+		names = append(names, c.Name)
+	}
+	words := strings.Join(names, " ")
+	switch shell {
+	case "bash":
+		var cases strings.Builder
+		for _, f := range flags {
+			words += " --" + f.Name
+			if !f.IsBool() {
+				words += "="
+			}
+			switch {
+			case f.Enum != "":
+				fmt.Fprintf(&cases, "\t--%s) COMPREPLY=($(compgen -W '%s' -- \"$cur\")); return ;;\n", f.Name, strings.ReplaceAll(f.Enum, ",", " "))
+			case slices.Contains(files, f.Name):
+				fmt.Fprintf(&cases, "\t--%s) compopt -o filenames; COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n", f.Name)
+			case slices.Contains(directories, f.Name):
+				fmt.Fprintf(&cases, "\t--%s) compopt -o filenames; COMPREPLY=($(compgen -d -- \"$cur\")); return ;;\n", f.Name)
+			case !f.IsBool():
+				fmt.Fprintf(&cases, "\t--%s) return ;;\n", f.Name)
+			}
+		}
+		fmt.Fprintf(out, `_verve() {
+	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}
+	# --flag=value is three words here.
+	if [[ $cur == = ]]; then cur=; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
+	case $prev in
+%s	completion) COMPREPLY=($(compgen -W 'bash zsh fish' -- "$cur")); return ;;
+	esac
+	COMPREPLY=($(compgen -W '%s' -- "$cur"))
+	if [[ ${COMPREPLY[0]} == *= ]]; then compopt -o nospace; fi
+}
+complete -F _verve verve
+`, cases.String(), words)
+	case "zsh":
+		plain := strings.NewReplacer("[", "(", "]", ")", ":", " -", "'", "", "`", "")
+		fmt.Fprintf(out, "#compdef verve\n_verve() {\n\t_arguments \\\n")
+		for _, f := range flags {
+			help := plain.Replace(f.Help)
+			switch {
+			case f.IsBool():
+				fmt.Fprintf(out, "\t\t'--%s[%s]' \\\n", f.Name, help)
+			case f.Enum != "":
+				fmt.Fprintf(out, "\t\t'--%s=[%s]:value:(%s)' \\\n", f.Name, help, strings.ReplaceAll(f.Enum, ",", " "))
+			case slices.Contains(files, f.Name):
+				fmt.Fprintf(out, "\t\t'--%s=[%s]:file:_files' \\\n", f.Name, help)
+			case slices.Contains(directories, f.Name):
+				fmt.Fprintf(out, "\t\t'--%s=[%s]:directory:_files -/' \\\n", f.Name, help)
+			default:
+				fmt.Fprintf(out, "\t\t'--%s=[%s]:value: ' \\\n", f.Name, help)
+			}
+		}
+		fmt.Fprintf(out, "\t\t'1:command:(%s)' '2:shell:(bash zsh fish)'\n}\ncompdef _verve verve\n", strings.Join(names, " "))
+	case "fish":
+		plain := strings.NewReplacer("'", "", `\`, "")
+		fmt.Fprintln(out, "complete -c verve -f")
+		for _, c := range commands {
+			fmt.Fprintf(out, "complete -c verve -n __fish_use_subcommand -a %s -d '%s'\n", c.Name, plain.Replace(c.Help))
+		}
+		fmt.Fprintln(out, "complete -c verve -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'")
+		for _, f := range flags {
+			fmt.Fprintf(out, "complete -c verve -l %s -d '%s'", f.Name, plain.Replace(f.Help))
+			switch {
+			case f.IsBool():
+			case f.Enum != "":
+				fmt.Fprintf(out, " -x -a '%s'", strings.ReplaceAll(f.Enum, ",", " "))
+			case slices.Contains(files, f.Name):
+				fmt.Fprint(out, " -r -F")
+			case slices.Contains(directories, f.Name):
+				fmt.Fprint(out, " -x -a '(__fish_complete_directories)'")
+			default:
+				fmt.Fprint(out, " -x")
+			}
+			fmt.Fprintln(out)
+		}
+	}
+}
