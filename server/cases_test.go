@@ -134,7 +134,7 @@ func TestEveryHTTPCase(t *testing.T) {
 				}
 				s := newSite(t, func(cfg *Config) {
 					cfg.Uint64IDs = format == "uint64"
-					cfg.SlowTimeout = 300 * time.Millisecond
+					cfg.SlowTimeout = time.Second
 				})
 				for round := range 4 {
 					if got := s.converse(row.raw, want, round > 0); !oneOf(got, want) {

@@ -220,6 +220,12 @@ func (c *conn) Read(p []byte) (int, error) {
 		if c.owner.tls != nil {
 			c.handshakeFailed(err)
 		}
+		// At an io.EOF before a body fasthttp drops the answers to the requests
+		// before it, if they are not flushed. At any other error it answers it
+		// behind them.
+		if err == io.EOF && phase(c.state.Load()&phaseMask) == phaseReading {
+			err = io.ErrUnexpectedEOF
+		}
 	}
 	// A request in several parts is timed from its last.
 	if c.reads++; c.reads%sampleEvery == 0 || !c.timed.IsZero() {

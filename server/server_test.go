@@ -308,7 +308,7 @@ func TestEachKindOfRequestIsAnsweredAsTheContractSays(t *testing.T) {
 				}
 				s := newSite(t, func(cfg *Config) {
 					cfg.Uint64IDs = format == "uint64"
-					cfg.SlowTimeout = 300 * time.Millisecond
+					cfg.SlowTimeout = time.Second
 				})
 				for round := range 3 {
 					got := s.converse(c.raw, want, round > 0)
@@ -673,6 +673,43 @@ func TestConnectionsOverTheLimitGet503(t *testing.T) {
 		}
 	}
 	t.Error("no room after a connection was closed")
+}
+
+// TestAnswersBeforeAnIncompleteRequestAreSent: what was counted is answered,
+// also when the next request of the client ends in the middle with its
+// connection.
+func TestAnswersBeforeAnIncompleteRequestAreSent(t *testing.T) {
+	s := newSite(t, nil)
+	for i, incomplete := range []string{
+		"\r\n", "G", "GET /api/verve/accept?id=2 HTTP/1.1\r\nHost: x\r\n",
+		"POST /test HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n",
+		"POST /test HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhe",
+		"POST /test HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+		"POST /test HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+		"POST /test HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n",
+	} {
+		for _, before := range []int{0, 1, 3} {
+			var raw string
+			for n := range before {
+				raw += get(fmt.Sprintf("id=%d-%d-%d", i, before, n))
+			}
+			got, err := exchange(s.addr, []byte(raw+incomplete), func(n int) int { return n })
+			if err != nil {
+				t.Errorf("%q: %v", incomplete, err)
+			}
+			ok, err := countOK(got)
+			if err != nil || ok != uint64(before) {
+				t.Errorf("%d requests and %q: %d answers of ok, %v: %q", before, incomplete, ok, err, got)
+			}
+		}
+	}
+	if _, err := exchange(s.addr, nil, nil); err != nil {
+		t.Error(err)
+	}
+	before := s.refused[reasonBadRequest.index].Load()
+	if got, err := exchange(s.addr, nil, nil); err != nil || len(got) > 0 || s.refused[reasonBadRequest.index].Load() != before {
+		t.Errorf("a connection for nothing, as of a probe, got %q, %v", got, err)
+	}
 }
 
 // TestConnectionsOfOneAddressAreLimited: one client does not take the places of
