@@ -176,14 +176,14 @@ func (c *Counter) Enter(now int64, hint uint64) (Entry, bool) {
 			continue
 		}
 		s := &e.stripes[hint%stripeCount].stripe
-		s.word.Add(inFlightOne)
+		s.entered.Add(1)
 		// The closer first moves c.open and then looks at the stripes; this
 		// first marks the stripe and then looks at c.open. One of the two sees
 		// the other: an Entry is either waited for or not given.
 		if c.open.Load() == e {
 			return Entry{e, s}, true
 		}
-		s.word.Add(exit)
+		s.void.Add(1)
 	}
 }
 
@@ -287,7 +287,8 @@ func newLeft(l Left) *Epoch {
 		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano),
 	}
 	e.inexact.Store(!l.Exact)
-	e.stripes[0].word.Store(l.Unique)
+	e.stripes[0].entered.Store(l.Unique)
+	e.stripes[0].unique.Store(l.Unique)
 	return e
 }
 

@@ -12,18 +12,6 @@ const (
 	// of a miss up to some 16 cores; a sum over them takes under 100 ns.
 	stripeCount = 32
 
-	// A stripe's word holds the requests in flight above inFlightShift and the
-	// unique ids below it. 2^24 requests in flight are more than the connections
-	// a process can hold, even if all came with the same hint; 2^40 ids are more
-	// than it can answer in MaxWindow.
-	inFlightShift = 40
-	inFlightOne   = uint64(1) << inFlightShift
-	uniqueMask    = inFlightOne - 1
-
-	// Added to a word: one request less in flight, and one unique id more.
-	exit       = ^(inFlightOne - 1)
-	exitUnique = exit + 1
-
 	// paddingSize is two cache lines: x86 fetches them in pairs.
 	paddingSize = 128
 )
@@ -37,12 +25,22 @@ const (
 	Repeat                // the id was there
 )
 
-// stripe is one share of an epoch's counters. word carries both the presence
-// of requests and what they counted, so that the last one to leave cannot be
-// seen to have gone before its count is there.
+// stripe is one share of an epoch's counters. A request counts twice: as entered,
+// and then, as what it did. So what it counted is also that it has left: the
+// last one cannot be seen to have gone before its count is there.
 type stripe struct {
-	word    atomic.Uint64 // in flight << inFlightShift | unique ids
-	repeats atomic.Uint64
+	entered atomic.Uint64
+	unique  atomic.Uint64 // left with a new id
+	repeats atomic.Uint64 // left with an id already seen
+	void    atomic.Uint64 // left and counted nothing
+}
+
+// idle reports whether nobody was in the stripe at one moment of the call. Who
+// has left is read first: no count ever falls and nobody leaves before entering,
+// so if as many had entered afterwards, all of them had left before.
+func (s *stripe) idle() bool {
+	left := s.unique.Load() + s.repeats.Load() + s.void.Load()
+	return s.entered.Load() == left
 }
 
 type paddedStripe struct {
@@ -107,7 +105,7 @@ func (e *Epoch) Exact() bool { return !e.inexact.Load() }
 func (e *Epoch) Unique() uint64 {
 	var n uint64
 	for i := range e.stripes {
-		n += e.stripes[i].word.Load() & uniqueMask
+		n += e.stripes[i].unique.Load()
 	}
 	return n
 }
@@ -128,7 +126,7 @@ func (e *Epoch) Repeats() uint64 {
 // before last: Open comes before its epoch can be entered.
 func (e *Epoch) Idle() bool {
 	for i := range e.stripes {
-		if e.stripes[i].word.Load()>>inFlightShift != 0 {
+		if !e.stripes[i].idle() {
 			return false
 		}
 	}
@@ -141,18 +139,15 @@ type Entry struct {
 	stripe *stripe
 }
 
-// Leave counts the outcome and ends the request's stay in the epoch, in one
-// step. It must be called once for each Entry.
+// Leave counts the outcome, and by that ends the request's stay in the epoch.
+// It must be called once for each Entry.
 func (e Entry) Leave(o Outcome) {
 	switch o {
 	case Unique:
-		// -1 in flight and +1 unique at once: passes the epoch on to the closer
-		// with the count inside.
-		e.stripe.word.Add(exitUnique)
+		e.stripe.unique.Add(1)
 	case Repeat:
 		e.stripe.repeats.Add(1)
-		e.stripe.word.Add(exit)
 	default:
-		e.stripe.word.Add(exit)
+		e.stripe.void.Add(1)
 	}
 }

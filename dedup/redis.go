@@ -397,9 +397,9 @@ func (r *Redis) Run(ctx context.Context) error {
 }
 
 // Prefetch implements Prefetcher.
-func (r *Redis) Prefetch(ids [][]byte) {
+func (r *Redis) Prefetch(id []byte) {
 	if r.cfg.Local != nil {
-		r.cfg.Local.Prefetch(ids)
+		r.cfg.Local.Prefetch(id)
 	}
 }
 

@@ -59,10 +59,6 @@ type listener struct {
 	idle    time.Duration // between requests
 	tls     *tls.Config   // nil: plain
 
-	// ahead is called with what was just read from a connection, before it is
-	// parsed. Optional.
-	ahead func(received []byte)
-
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	took histogram // from receiving a request to handing over its answer
@@ -230,9 +226,6 @@ func (c *conn) Read(p []byte) (int, error) {
 	// A request in several parts is timed from its last.
 	if c.reads++; c.reads%sampleEvery == 0 || !c.timed.IsZero() {
 		c.timed = time.Now()
-	}
-	if c.owner.ahead != nil && n > 0 {
-		c.owner.ahead(p[:n])
 	}
 	return n, err
 }

@@ -69,6 +69,7 @@ type Server struct {
 	callbacks *Callbacks
 	http      fasthttp.Server
 	ln        *listener
+	near      dedup.Prefetcher // cfg.Set, if it can; else nil
 	stopSweep chan struct{}
 
 	refused  [reasons]atomic.Uint64
@@ -106,14 +107,13 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		stopSweep: make(chan struct{}),
 		panicLog:  logSampler{perSecond: 1},
 	}
-	if set, ok := cfg.Set.(dedup.Prefetcher); ok {
-		s.ln.ahead = func(received []byte) { s.prefetch(set, received) }
-	}
+	s.near, _ = cfg.Set.(dedup.Prefetcher)
 	s.http = fasthttp.Server{
-		Handler:       s.handle,
-		ExpectHandler: s.expect,
-		ErrorHandler:  s.refuseBroken,
-		Logger:        quiet{}, // what fasthttp has to say is counted in refused
+		HeaderReceived: s.announce,
+		Handler:        s.handle,
+		ExpectHandler:  s.expect,
+		ErrorHandler:   s.refuseBroken,
+		Logger:         quiet{}, // what fasthttp has to say is counted in refused
 
 		Concurrency:        cfg.MaxConns + 1, // the listener has the last word, with a proper answer
 		ReadBufferSize:     readBuffer,
