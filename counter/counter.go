@@ -32,6 +32,11 @@ const (
 	// is more likely a wrong clock than an outage worth a million records.
 	maxSkipped = 1440
 
+	// maxWaiting epochs are kept for a publisher that stands still, 4 KB each; of
+	// more only those that counted something. A Store on disk refuses ids before
+	// (dedup has 1,016 slots).
+	maxWaiting = 2048
+
 	// startWait is how long after New the caller may take to call Run, without
 	// being told that the process did not run.
 	startWait = time.Minute
@@ -40,7 +45,8 @@ const (
 // Store keeps the ids of the epochs. Open is called before the first request
 // can enter e, with a lock held that every turn needs: it must be quick. Retire
 // is called when the count of e is published and nobody can be in e any more.
-// The calls come in the order of the epochs.
+// The calls come in the order of the epochs, but that Retire of one in which
+// nothing was counted may come early, with the lock of Open held.
 type Store interface {
 	Open(e *Epoch)
 	Retire(e *Epoch)
@@ -233,6 +239,15 @@ func (c *Counter) advance(e *Epoch, number, now int64) {
 	c.cfg.Store.Open(next)
 	c.last = next
 	c.open.Store(next) // from here on nobody enters e
+	if n := len(c.turned); n >= maxWaiting && e.Idle() && e.Unique()+e.Repeats() == 0 {
+		// The publisher has stood still for so long that the Store refuses ids, or
+		// nobody sent any. The window becomes part of the gap after the last one
+		// that waits, which is not being closed: it is not the first.
+		c.turned[n-1].skipped += 1 + e.skipped
+		c.turned[n-1].cut = true
+		c.cfg.Store.Retire(e)
+		return
+	}
 	c.leave(e)
 }
 

@@ -412,6 +412,71 @@ func TestSealPublishesTheLastEpochAsPartial(t *testing.T) {
 	})
 }
 
+// TestStuckPublisherKeepsWhatCountsAlone: while nothing can be published, epochs
+// that counted nothing take no memory beyond a bound, and none that counted is
+// lost. What they were is said: empty and not complete.
+func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := time.Now()
+		l := &stuckLedger{ledger: &ledger{t: t}, stuck: make(chan struct{})}
+		c, err := New(Config{Window: time.Minute, Store: l, Publish: l})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- c.Run(t.Context()) }()
+		const turns = maxWaiting + 500
+		want := map[int]uint64{0: 1, maxWaiting + 100: 5, turns: 7}
+		for n := range turns + 1 {
+			enter(t, c, base.Add(time.Duration(n)*time.Minute), int(want[n]), Unique)
+			if want[n] == 0 { // somebody asks, and is refused
+				enter(t, c, base.Add(time.Duration(n)*time.Minute), 1, Void)
+			}
+		}
+		if got := c.Stats().Unclosed; got > maxWaiting+2 {
+			t.Errorf("%d epochs wait, want %d at most", got, maxWaiting+2)
+		}
+		close(l.stuck)
+		c.Seal()
+		if err := <-ended; err != nil {
+			t.Fatal(err)
+		}
+		got := l.counts()
+		for i, g := range got {
+			if n := int(g.Start.Sub(base) / time.Minute); n != i || g.Unique != want[i] {
+				t.Fatalf("record %d is of minute %d with %d, want %d", i, n, g.Unique, want[i])
+			}
+			if g.Complete && i >= maxWaiting && want[i] == 0 {
+				t.Errorf("minute %d is complete", i)
+			}
+		}
+		if len(got) != turns+1 || len(l.opened) != l.retiredAll {
+			t.Errorf("%d records, want %d; %d of %d epochs were retired", len(got), turns+1, l.retiredAll, len(l.opened))
+		}
+	})
+}
+
+// stuckLedger publishes nothing until stuck is closed.
+type stuckLedger struct {
+	*ledger
+	stuck      chan struct{}
+	retiredAll int
+}
+
+func (l *stuckLedger) Publish(ctx context.Context, c Count) error {
+	<-l.stuck
+	return l.ledger.Publish(ctx, c)
+}
+
+func (l *stuckLedger) Retire(e *Epoch) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.retiredAll++
+	if !e.Idle() {
+		l.t.Errorf("epoch %d was retired with a request in it", e.Number())
+	}
+}
+
 // TestHeldEntryDelaysOnlyPublishing holds one request in an epoch for over a
 // minute of one-second windows.
 func TestHeldEntryDelaysOnlyPublishing(t *testing.T) {
