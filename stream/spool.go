@@ -81,6 +81,10 @@ type Spool struct {
 	poison  int       // records set aside in the store
 	changed chan struct{}
 
+	// mark follows series in a file of its own; no path: in memory only.
+	mark     mark
+	markPath string
+
 	// recent maps the last windows to the index of their last record, for
 	// Delivered; recentOrder forgets the oldest.
 	recent      map[int64]uint64
@@ -179,9 +183,11 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		if aside != "" {
 			s.setAside = aside
 			cfg.Log.Error().Str("file", path).Str("set_aside_as", aside).
-				Msg("spool was damaged and is set aside; a new one is started, records in the old one are not delivered")
+				Msg("spool was damaged and is set aside; a new one is started, records in the old one are not delivered, and numbers go on behind theirs")
 		}
 		s.store = b
+		s.markPath = filepath.Join(cfg.Dir, markFile)
+		s.mark = readMark(s.markPath)
 	}
 	if err := s.load(cfg.Instance); err != nil {
 		s.store.close()
@@ -199,7 +205,7 @@ func (s *Spool) load(instance string) error {
 	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
 	s.pending, s.poison = st.pending, st.poison
 
-	if s.instance = cmp.Or(instance, st.instance); s.instance == "" {
+	if s.instance = cmp.Or(instance, st.instance, s.mark.Instance); s.instance == "" {
 		if s.instance, err = os.Hostname(); err == nil {
 			err = checkName("host name", s.instance)
 		}
@@ -211,6 +217,13 @@ func (s *Spool) load(instance string) error {
 		if err := s.store.keepInstance(s.instance); err != nil {
 			return fmt.Errorf("keep the instance name: %w", err)
 		}
+	}
+	identity := s.group + "/" + s.instance
+	if own := s.series[identity]; s.mark.Identity == identity && s.mark.Seq > own.seq {
+		// The spool that had it was damaged or taken away.
+		s.series[identity] = series{seq: s.mark.Seq, start: s.mark.Start, unique: s.mark.Unique}
+	} else if own.seq > 0 {
+		s.keepMark(identity, own)
 	}
 	if err := s.refreshOldest(); err != nil {
 		return err
@@ -287,6 +300,9 @@ func (s *Spool) append(r *Record, step func(string)) error {
 		return fmt.Errorf("append to the spool: %w", err)
 	}
 	s.series[identity] = next
+	if r.Scope == ScopeInstance {
+		s.keepMark(identity, next)
+	}
 	s.head = e.index
 	s.pending++
 	if s.pending == 1 {
@@ -302,6 +318,18 @@ func (s *Spool) append(r *Record, step func(string)) error {
 	}
 	s.broadcast()
 	return nil
+}
+
+// keepMark follows a record of an instance. That it cannot be written matters
+// where the spool is damaged as well, so nothing waits for it: the next append
+// tries again.
+func (s *Spool) keepMark(identity string, at series) {
+	if s.markPath == "" || s.mark.Identity == identity && s.mark.Seq == at.seq {
+		return
+	}
+	s.mark.Identity, s.mark.Instance = identity, s.instance
+	s.mark.Seq, s.mark.Start, s.mark.Unique = at.seq, at.start, at.unique
+	_ = s.mark.write(s.markPath)
 }
 
 func (s *Spool) remember(start time.Time, index uint64) {

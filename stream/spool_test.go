@@ -109,7 +109,7 @@ func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
 	sp := testSpool(t, dir)
 	// What is tested is the keeping; 10,080 single syncs would take longer than
 	// the rest of the package together.
-	sp.store.(*boltStore).db.NoSync = true
+	sp.store.(*boltStore).db.NoSync, sp.markPath = true, ""
 	if err := sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +117,7 @@ func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
 	sp.Close()
 	sp = testSpool(t, dir)
 	defer sp.Close()
-	sp.store.(*boltStore).db.NoSync = true
+	sp.store.(*boltStore).db.NoSync, sp.markPath = true, ""
 	if err := sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)
 	}
