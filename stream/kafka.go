@@ -229,6 +229,11 @@ const (
 	// lookMargin covers the difference of the broker's clock to this one's on
 	// topics that stamp records with the time of appending.
 	lookMargin = time.Hour
+
+	// timestampWait is how long a timestamp that the broker refuses may be a
+	// clock's fault: brokers take those up to an hour ahead of theirs
+	// (message.timestamp.after.max.ms).
+	timestampWait = time.Hour
 )
 
 // errUnsettled is an open transaction that holds a record that is looked for.
@@ -248,6 +253,12 @@ type kafkaSink struct {
 	// single is the index up to which records are sent one by one, to find the
 	// one that made a batch fail.
 	single uint64
+
+	// early is the record whose timestamp the broker refuses, and since when.
+	early struct {
+		index uint64
+		since time.Time
+	}
 
 	refused  bool // transactions were refused at the last session
 	conflict atomic.Uint64
@@ -332,12 +343,13 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 	k.drop()
 	last := batch[len(batch)-1].index
 	k.unsure = max(k.unsure, last)
-	if poison(err) {
-		if len(missing) == 1 {
+	if refusedRecord, ok := errors.AsType[*poisonError](err); ok {
+		if len(missing) == 1 && k.hopeless(&missing[0], refusedRecord.err) {
 			n := slices.IndexFunc(batch, func(e entry) bool { return e.index == missing[0].index })
-			return n, &poisonError{err}
+			return n, err
 		}
 		k.single = last
+		err = refusedRecord.err // of which record, or whether for good, is to be found out
 	}
 	if errors.Is(err, kerr.InvalidProducerEpoch) || errors.Is(err, kerr.ProducerFenced) {
 		err = fmt.Errorf("%w (another process publishes as %q, or the broker timed the transaction out)", err, identity)
@@ -347,9 +359,24 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 
 // poison tells a record that is wrong for good from a broker that is: the
 // second, authorisation and unknown errors among it, can be put right.
-// INVALID_TIMESTAMP is a clock or a topic setting, not the record.
 func poison(err error) bool {
-	return errors.Is(err, kerr.MessageTooLarge) || errors.Is(err, kerr.RecordListTooLarge) || errors.Is(err, kerr.InvalidRecord)
+	return errors.Is(err, kerr.MessageTooLarge) || errors.Is(err, kerr.RecordListTooLarge) || errors.Is(err, kerr.InvalidRecord) ||
+		errors.Is(err, kerr.InvalidTimestamp)
+}
+
+// hopeless reports whether a record that is refused by itself will be for ever.
+// Only a timestamp may become right: one that is ahead of the broker's clock,
+// because one of the two is wrong, in time. So a record of the last hour, or of the
+// future, is tried for an hour; one that is older is older than the topic takes
+// (message.timestamp.before.max.ms) and only gets more so.
+func (k *kafkaSink) hopeless(e *entry, err error) bool {
+	if !errors.Is(err, kerr.InvalidTimestamp) || time.Since(e.record.end()) > timestampWait {
+		return true
+	}
+	if k.early.index != e.index {
+		k.early.index, k.early.since = e.index, time.Now()
+	}
+	return time.Since(k.early.since) > timestampWait
 }
 
 // open starts a session: the topic is there, the fence is up.
@@ -511,7 +538,11 @@ func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
 		}
 	}
 	if failed != nil {
-		return fmt.Errorf("produce: %w", failed)
+		failed = fmt.Errorf("produce: %w", failed)
+		if poison(failed) {
+			return &poisonError{failed}
+		}
+		return failed
 	}
 	k.step(stepProduced)
 	if s.transactional {
