@@ -28,8 +28,8 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 		URL: []string{"http://" + listen}, Connections: 8, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409,
 		Duration: time.Minute, Timeout: 10 * time.Second, Wait: 10 * time.Second, MinAnswers: 1000,
 		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
-		Spawn: server + " --listen=" + listen + " --admin-listen=" + admin +
-			" --window=200ms --window-header --data-dir=" + data,
+		Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + admin +
+			" --window=200ms --window-header --data-dir=" + data},
 		SpawnLog: filepath.Join(dir, "server.log"),
 		Signal:   "TERM", KillEvery: "100ms-700ms", Kills: 4, StopLimit: 30 * time.Second,
 		// A request that broke was not answered, so it was not counted. And no

@@ -26,6 +26,7 @@ type verdict struct {
 	PerSecond  float64         `json:"answers_per_second"`
 	Windows    int             `json:"windows"`
 	BadWindows int             `json:"bad_windows"`
+	Inexact    int             `json:"inexact_windows"` // whose sum was not judged
 	Faults     faults          `json:"faults"`
 	Table      []windowVerdict `json:"table"` // the bad windows, or all with --verbose
 
@@ -50,14 +51,22 @@ type windowVerdict struct {
 	Records    int    `json:"records"`
 	Sum        uint64 `json:"sum"`
 	Difference int64  `json:"difference"` // sum less `ok` answers
+	Inexact    bool   `json:"inexact,omitempty"`
 	Bad        string `json:"bad,omitempty"`
+}
+
+// judging is how strict a judge is.
+type judging struct {
+	skipFirst    bool // the first window is not judged
+	allowInexact bool // nor are the sums of windows whose record says so
+	verbose      bool // all windows are listed
 }
 
 // judge compares windows, as finish gave them, with every record that could be
 // read. Records of windows before the first answer are other people's; with
 // skipFirst so is the first window. From there on nobody else may have called
 // the server.
-func judge(t *truth, windows []*windowTruth, records []stream.Record, skipFirst, verbose bool) verdict {
+func judge(t *truth, windows []*windowTruth, records []stream.Record, how judging) verdict {
 	v := verdict{Answers: t.answers, Refused: t.refused, Doubted: t.doubted}
 	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines)}
 	for what, n := range t.faults.Kinds {
@@ -75,7 +84,7 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, skipFirst,
 		return v
 	}
 	first := windows[0].start
-	if skipFirst {
+	if how.skipFirst {
 		first++
 	}
 	rows := make(map[int64]*windowVerdict)
@@ -109,6 +118,7 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, skipFirst,
 		}
 		r.Records++
 		r.Sum += rec.Unique
+		r.Inexact = r.Inexact || !rec.Exact
 	}
 	var over uint64
 	starts := make([]int64, 0, len(rows))
@@ -118,6 +128,8 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, skipFirst,
 		switch {
 		case r.Records == 0:
 			r.Bad = "no record"
+		case r.Inexact && how.allowInexact:
+			v.Inexact++
 		case r.Sum < r.Least:
 			r.Bad = fmt.Sprintf("%d lost", r.Least-r.Sum)
 		case r.Sum > r.Most:
@@ -137,7 +149,7 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, skipFirst,
 	v.Windows = len(rows)
 	slices.Sort(starts)
 	for _, start := range starts {
-		if r := rows[start]; verbose || r.Bad != "" {
+		if r := rows[start]; how.verbose || r.Bad != "" {
 			v.Table = append(v.Table, *r)
 		}
 	}
@@ -208,7 +220,11 @@ func (v *verdict) print(out io.Writer) {
 		v.Answers, time.Duration(v.Seconds*float64(time.Second)).Round(10*time.Millisecond), v.PerSecond,
 		v.Accepted, v.Repeated, v.Refused, v.Doubted, v.Recovered, v.Dials, v.Kills)
 	if v.Good {
-		fmt.Fprintf(out, "GOOD: the records of all %d windows add up\n", v.Windows)
+		fmt.Fprintf(out, "GOOD: the records of all %d windows add up", v.Windows)
+		if v.Inexact > 0 {
+			fmt.Fprintf(out, ", %d of them say that they are not exact", v.Inexact)
+		}
+		fmt.Fprintln(out)
 	} else {
 		fmt.Fprintf(out, "BAD: %d of %d windows do not add up, %d faults\n", v.BadWindows, v.Windows, v.Faults.Count)
 	}

@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -50,17 +51,18 @@ type flags struct {
 	DuplicateStatus int  `default:"409" help:"Status of repeats, as set on the server."`
 	SkipFirst       bool `help:"Do not judge the first window, in which others called the server too."`
 	Strict          bool `help:"Requests that were never answered must not have counted."`
+	AllowInexact    bool `help:"The sum of a window whose record says that it is not exact is not judged."`
 
 	CountsFile   []string      `type:"path" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
 	KafkaBrokers []string      `help:"Read the records from Kafka."`
 	KafkaTopic   string        `default:"verve.unique-ids" help:"The topic of the records."`
 	Wait         time.Duration `default:"75s" help:"How long the last records may take to appear."`
 
-	Spawn     string        `placeholder:"COMMAND" help:"Run this server, and stop it at the end."`
+	Spawn     []string      `sep:"none" placeholder:"COMMAND" help:"Run this server, and stop it at the end. Repeatable: instances of a group, in the order of --url."`
 	SpawnLog  string        `type:"path" help:"File for the output of the server (default: standard error)."`
 	KillEvery string        `placeholder:"MIN-MAX" help:"End the server after a random time between these, and start it again."`
 	Signal    string        `enum:"TERM,KILL" default:"TERM" help:"How the server is ended: ${enum}."`
-	Kills     int           `help:"End the run after so many kills (0: by time alone)."`
+	Kills     int           `help:"End the run after so many kills of each server (0: by time alone)."`
 	StopLimit time.Duration `default:"15s" help:"How long the server may take to exit after SIGTERM."`
 
 	JSON    bool `name:"json" help:"Print the verdict as one JSON object."`
@@ -108,19 +110,23 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	}
 	drive, cancel := context.WithTimeout(ctx, f.Duration)
 	defer cancel()
-	var s *spawner
 	spawned := make(chan error, 1)
-	if f.Spawn != "" {
+	var spawners []*spawner
+	if len(f.Spawn) > 0 {
 		log, err := spawnLog(f.SpawnLog)
 		if err != nil {
 			return nil, err
 		}
 		defer log.Close()
-		if s, err = newSpawner(f, d, log); err != nil {
-			return nil, err
+		for i := range f.Spawn {
+			s, err := newSpawner(f, i, d, log)
+			if err != nil {
+				return nil, err
+			}
+			spawners = append(spawners, s)
 		}
 		go func() {
-			spawned <- s.run(drive)
+			spawned <- runAll(drive, spawners)
 			cancel() // the kills are used up, or there is no server to drive
 		}()
 	} else {
@@ -131,19 +137,19 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	cancel()
 	seconds := time.Since(began).Seconds()
 	err = <-spawned
-	if s != nil {
-		s.end()
-	}
+	endAll(spawners)
 	if err != nil {
 		return nil, err
 	}
 
 	windows := d.truth.finish()
-	v := d.await(context.WithoutCancel(ctx), f, newSource(f), windows)
+	// A load balancer before the servers takes connections on.
+	over := func() bool { return len(spawners) > 0 || d.gone() }
+	v := d.await(context.WithoutCancel(ctx), f, newSource(f), windows, over)
 	v.Seconds, v.PerSecond = seconds, float64(v.Answers)/seconds
 	v.Dials = d.dials.Load()
-	if s != nil {
-		v.Kills = s.killed
+	for _, s := range spawners {
+		v.Kills += s.killed
 	}
 	if v.Answers < f.MinAnswers {
 		v.fault("too little", "%d answers, fewer than %d", v.Answers, f.MinAnswers)
@@ -194,15 +200,45 @@ func newDriver(f *flags) (*driver, error) {
 	return d, nil
 }
 
-func newSpawner(f *flags, d *driver, output io.Writer) (*spawner, error) {
+// runAll runs every spawner until its end, or until one has nothing to run.
+func runAll(ctx context.Context, spawners []*spawner) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, len(spawners))
+	for _, s := range spawners {
+		go func() { ended <- s.run(ctx) }()
+	}
+	var first error
+	for range spawners {
+		if err := <-ended; err != nil && first == nil {
+			first = err
+			cancel()
+		}
+	}
+	return first
+}
+
+// endAll stops all servers at once, as whoever stops a group does.
+func endAll(spawners []*spawner) {
+	var ending sync.WaitGroup
+	for _, s := range spawners {
+		ending.Go(func() { s.end() })
+	}
+	ending.Wait()
+}
+
+func newSpawner(f *flags, i int, d *driver, output io.Writer) (*spawner, error) {
 	s := &spawner{
-		command:   f.Spawn,
+		command:   f.Spawn[i],
 		signal:    syscall.SIGTERM,
 		kills:     f.Kills,
 		stopLimit: f.StopLimit,
 		output:    output,
-		rng:       rand.New(rand.NewPCG(d.load.Seed, 0)),
+		rng:       rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
 		truth:     d.truth,
+	}
+	if len(f.Spawn) > 1 && len(d.targets) == len(f.Spawn) {
+		s.addr = d.targets[i].addr
 	}
 	if f.Signal == "KILL" {
 		s.signal = syscall.SIGKILL
@@ -226,12 +262,12 @@ func spawnLog(path string) (*os.File, error) {
 // await reads the records until they add up and no more can come, or for
 // --wait. No more can come for the windows of the run when there is a record
 // of a later one, or when no server answers any longer.
-func (d *driver) await(ctx context.Context, f *flags, read source, windows []*windowTruth) verdict {
+func (d *driver) await(ctx context.Context, f *flags, read source, windows []*windowTruth, over func() bool) verdict {
 	deadline := time.Now().Add(f.Wait)
 	for {
-		gone := d.gone() // before the reading: what it wrote last is then read
+		gone := over() // before the reading: what it wrote last is then read
 		records, invalid, err := read(ctx)
-		v := judge(d.truth, windows, records, f.SkipFirst, f.Verbose)
+		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.AllowInexact, f.Verbose})
 		for _, line := range invalid {
 			v.fault("invalid record", "%s", line)
 		}

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 
 	"verve/stream"
@@ -44,10 +46,18 @@ func newSource(f *flags) source {
 			err = collect("kafka", stream.ReadTopic(ctx, cfg, false))
 			return records, invalid, err
 		}
+		var missing error
 		for _, path := range files {
-			if err = collect(path, stream.ReadFile(ctx, path, false)); err != nil {
+			err = collect(path, stream.ReadFile(ctx, path, false))
+			if err != nil && len(files) > 1 && errors.Is(err, fs.ErrNotExist) {
+				missing, err = err, nil // an instance that has published nothing yet
+			}
+			if err != nil {
 				break
 			}
+		}
+		if err == nil && len(records) == 0 {
+			err = missing
 		}
 		return records, invalid, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 // starts it again at once.
 type spawner struct {
 	command   string // for the shell, which gives its place to it
+	addr      string // where it alone answers; empty: where all the answers come from
 	signal    syscall.Signal
 	min, max  time.Duration // life of a server; max 0: it is left alone
 	kills     int           // at most so many; 0: no bound
@@ -91,12 +93,13 @@ func (s *spawner) start() error {
 	return nil
 }
 
-// awaitAnswer waits until some connection has got an answer from this process.
+// awaitAnswer waits until some connection has got an answer from this process,
+// or, where others answer too, until it listens.
 func (s *spawner) awaitAnswer(ctx context.Context) {
 	before := s.truth.progress()
 	poll := time.NewTicker(10 * time.Millisecond)
 	defer poll.Stop()
-	for s.truth.progress() == before {
+	for !s.answers(before) {
 		select {
 		case <-ctx.Done():
 			return
@@ -105,6 +108,18 @@ func (s *spawner) awaitAnswer(ctx context.Context) {
 		case <-poll.C:
 		}
 	}
+}
+
+func (s *spawner) answers(before uint64) bool {
+	if s.addr == "" {
+		return s.truth.progress() != before
+	}
+	nc, err := net.DialTimeout("tcp", s.addr, time.Second)
+	if err != nil {
+		return false
+	}
+	defer nc.Close()
+	return nc.LocalAddr().String() != nc.RemoteAddr().String() // see errSelf
 }
 
 // live lets the server live for a drawn time, or until ctx ends. It says false

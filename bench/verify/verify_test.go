@@ -157,7 +157,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turn()
-	return judge(d.truth, windows, s.records, f.SkipFirst, f.Verbose)
+	return judge(d.truth, windows, s.records, judging{skipFirst: f.SkipFirst, verbose: f.Verbose})
 }
 
 // once gives one step to the n-th request and lets the server behave otherwise.
@@ -261,7 +261,7 @@ func TestRecordsAreVisibleOnceAndWithoutGaps(t *testing.T) {
 		"two of a group":      {[]stream.Record{group(0, 1), group(0, 0)}, "visible twice"},
 		"older ones, ignored": {[]stream.Record{instance(-9, 7, 1), instance(0, 1, 4)}, ""},
 	} {
-		v := judge(truth, truth.finish(), test.records, false, false)
+		v := judge(truth, truth.finish(), test.records, judging{})
 		if test.fault == "" && !v.Good || test.fault != "" && (v.Good || v.Faults.Kinds[test.fault] != 1) {
 			t.Errorf("%s: got good=%t, %+v, %+v; want fault %q", name, v.Good, v.Table, v.Faults, test.fault)
 		}
@@ -324,7 +324,7 @@ func TestRetryTellsWhatBecameOfTheRequest(t *testing.T) {
 	truth.record(0, time.Now(), []answer{{id: 2, window: window, kind: answerRepeat}, {id: 3, window: window, kind: answerOK}})
 	windows := truth.finish()
 	for sum, good := range map[uint64]bool{1: false, 2: false, 3: true, 4: true, 5: false} {
-		v := judge(truth, windows, []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}, false, false)
+		v := judge(truth, windows, []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}, judging{})
 		if v.Good != good {
 			t.Errorf("sum %d: got good=%t, %+v; want %t", sum, v.Good, v.Table, good)
 		}

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// needs skips a test that needs a program that is not here, or fails it where
+// VERVE_TEST_REQUIRE says that it has to be.
+func needs(t *testing.T, program, requirement string) string {
+	t.Helper()
+	for _, dir := range []string{"", "/usr/sbin/"} { // not in everybody's PATH
+		if path, err := exec.LookPath(dir + program); err == nil {
+			return path
+		}
+	}
+	if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), requirement) {
+		t.Fatalf("VERVE_TEST_REQUIRE asks for %s, and there is no %s", requirement, program)
+	}
+	t.Skipf("no %s here", program)
+	return ""
+}
+
+// daemon runs a program until the end of the test, and waits until it listens.
+func daemon(t *testing.T, addr, program string, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(program, args...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+			return cmd
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s does not listen: %v", program, err)
+		}
+	}
+}
+
+func startRedis(t *testing.T, args ...string) (addr string) {
+	t.Helper()
+	exe := needs(t, "redis-server", "redis")
+	addr = freeAddr(t)
+	_, port, _ := net.SplitHostPort(addr)
+	daemon(t, addr, exe, append([]string{"--bind", "127.0.0.1", "--port", port, "--save", "", "--dir", t.TempDir(), "--logfile", "log"}, args...)...)
+	return addr
+}
+
+func buildServer(t *testing.T) string {
+	t.Helper()
+	server := filepath.Join(t.TempDir(), "verve")
+	if out, err := exec.Command("go", "build", "-o", server, "verve").CombinedOutput(); err != nil {
+		t.Fatalf("build the server: %v\n%s", err, out)
+	}
+	return server
+}
+
+// groupOf makes the flags of a run over n instances that share a Redis.
+func groupOf(t *testing.T, n int, redis, window string, more ...string) *flags {
+	t.Helper()
+	server, dir := buildServer(t), t.TempDir()
+	f := &flags{
+		Connections: 4 * n, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
+		Timeout: 10 * time.Second, Wait: 20 * time.Second, StopLimit: 30 * time.Second,
+		SpawnLog: filepath.Join(dir, "servers.log"), MinAnswers: 1000,
+	}
+	for i := range n {
+		listen, data := freeAddr(t), filepath.Join(dir, fmt.Sprint("data-", i))
+		f.URL = append(f.URL, "http://"+listen)
+		f.CountsFile = append(f.CountsFile, filepath.Join(data, "counts.jsonl"))
+		f.Spawn = append(f.Spawn, strings.Join(append([]string{
+			server, "--listen=" + listen, "--admin-listen=" + freeAddr(t), "--window-header", "--window=" + window,
+			"--data-dir=" + data, "--instance=i" + fmt.Sprint(i), "--dedup=redis", "--redis-url=redis://" + redis,
+		}, more...), " "))
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			b, _ := os.ReadFile(f.SpawnLog)
+			t.Logf("the servers said:\n%s", b[max(0, len(b)-20000):])
+		}
+	})
+	return f
+}
+
+func wantGood(t *testing.T, f *flags, kills, windows int) {
+	t.Helper()
+	v, err := run(t.Context(), f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d answers, %d ok, %d failed, %d refused, %d kills, %d windows", v.Answers, v.Accepted, v.Repeated, v.Refused, v.Kills, v.Windows)
+	if !v.Good || v.Kills != kills || v.Windows < windows {
+		t.Errorf("got good=%t, %d kills, %d windows, %+v, %+v; want %d kills, at least %d windows, and every one to add up",
+			v.Good, v.Kills, v.Windows, v.Table, v.Faults, kills, windows)
+	}
+}
+
+// TestKilledInstancesLoseNothing: instances of a group are killed in the middle of
+// windows under load and started again; every window is published once, and its
+// sum is right.
+func TestKilledInstancesLoseNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	f := groupOf(t, 2, startRedis(t), "300ms")
+	f.Duration, f.Signal, f.KillEvery, f.Kills = time.Minute, "KILL", "200ms-1500ms", 4
+	wantGood(t, f, 8, 3)
+}
+
+// TestInstancesThatStopLoseNothing: the same with SIGTERM, which counts nothing
+// that was not answered.
+func TestInstancesThatStopLoseNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	f := groupOf(t, 2, startRedis(t), "300ms")
+	f.Duration, f.Signal, f.KillEvery, f.Kills = time.Minute, "TERM", "200ms-1500ms", 3
+	wantGood(t, f, 6, 3)
+}
+
+// TestFiveInstancesOverManyWindows publish each of them once, with the sum of all.
+func TestFiveInstancesOverManyWindows(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	f := groupOf(t, 5, startRedis(t), "50ms")
+	f.Duration, f.Rate = 12*time.Second, 4000
+	wantGood(t, f, 0, 200)
+}
+
+// TestLoadBalancerBeforeTheGroup: two instances behind nginx answer as one.
+func TestLoadBalancerBeforeTheGroup(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	nginx := needs(t, "nginx", "nginx")
+	f := groupOf(t, 2, startRedis(t), "1s")
+	dir, front := t.TempDir(), freeAddr(t)
+	conf := filepath.Join(dir, "nginx.conf")
+	servers := ""
+	for _, url := range f.URL {
+		servers += "server " + strings.TrimPrefix(url, "http://") + ";\n"
+	}
+	// As docs/instances.md says: a request that may have been counted is not sent
+	// to another instance, which would answer that it was.
+	if err := os.WriteFile(conf, []byte(`daemon off; pid `+dir+`/pid; error_log `+dir+`/error.log;
+events {}
+http {
+  access_log off;
+  client_body_temp_path `+dir+`/a; proxy_temp_path `+dir+`/b; fastcgi_temp_path `+dir+`/c; uwsgi_temp_path `+dir+`/d; scgi_temp_path `+dir+`/e;
+  upstream verve { `+servers+` keepalive 32; }
+  server {
+    listen `+front+`;
+    location / {
+      proxy_pass http://verve;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $http_host;
+      proxy_next_upstream off;
+    }
+  }
+}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	instances := f.URL
+	f.URL = []string{"http://" + front}
+	f.Duration, f.Pipeline = 6*time.Second, 1
+	// Not started by the driver: the balancer must find them there.
+	spawns := f.Spawn
+	f.Spawn = nil
+	for i, command := range spawns {
+		addr := strings.TrimPrefix(instances[i], "http://")
+		parts := strings.Fields(command)
+		daemon(t, addr, parts[0], parts[1:]...)
+	}
+	daemon(t, front, nginx, "-c", conf)
+	wantGood(t, f, 0, 5)
+}
