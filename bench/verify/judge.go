@@ -18,8 +18,9 @@ type verdict struct {
 	Accepted   uint64          `json:"ok"`
 	Repeated   uint64          `json:"failed"`
 	Refused    uint64          `json:"refused"`
-	Doubted    uint64          `json:"in_doubt"`  // requests that were never answered
-	Recovered  uint64          `json:"recovered"` // of these, how many the records count
+	RefusedP99 float64         `json:"refused_p99_ms"` // of those sent one at a time
+	Doubted    uint64          `json:"in_doubt"`       // requests that were never answered
+	Recovered  uint64          `json:"recovered"`      // of these, how many the records count
 	Dials      uint64          `json:"connects"`
 	Kills      int             `json:"kills"`
 	Seconds    float64         `json:"seconds"`
@@ -119,6 +120,11 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, how judgin
 		r.Records++
 		r.Sum += rec.Unique
 		r.Inexact = r.Inexact || !rec.Exact
+	}
+	for _, w := range windows {
+		if r := rows[w.start]; r != nil && t.lenient && w.twice > 0 && !r.Inexact {
+			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record says that it is exact", w.twice, r.Start)
+		}
 	}
 	var over uint64
 	starts := make([]int64, 0, len(rows))

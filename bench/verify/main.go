@@ -51,7 +51,7 @@ type flags struct {
 	DuplicateStatus int  `default:"409" help:"Status of repeats, as set on the server."`
 	SkipFirst       bool `help:"Do not judge the first window, in which others called the server too."`
 	Strict          bool `help:"Requests that were never answered must not have counted."`
-	AllowInexact    bool `help:"The sum of a window whose record says that it is not exact is not judged."`
+	AllowInexact    bool `help:"A window whose record says that it is not exact may not add up, or have an id ok twice."`
 
 	CountsFile   []string      `type:"path" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
 	KafkaBrokers []string      `help:"Read the records from Kafka."`
@@ -148,6 +148,7 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	v := d.await(context.WithoutCancel(ctx), f, newSource(f), windows, over)
 	v.Seconds, v.PerSecond = seconds, float64(v.Answers)/seconds
 	v.Dials = d.dials.Load()
+	v.RefusedP99 = float64(d.truth.refusedWithin(0.99)) / float64(time.Millisecond)
 	for _, s := range spawners {
 		v.Kills += s.killed
 	}
@@ -197,6 +198,7 @@ func newDriver(f *flags) (*driver, error) {
 	// A request is answered or given up within 1.25 timeouts, and one that was
 	// given up may be served within another: see conn.serve and load.lag.
 	d.truth = newTruth(len(d.targets), 4*f.Timeout, f.Strict)
+	d.truth.lenient = f.AllowInexact
 	return d, nil
 }
 

@@ -33,12 +33,20 @@ type truth struct {
 
 	grace   time.Duration
 	strict  bool
+	lenient bool         // an id may be ok twice in a window whose record is not exact
 	now     func() int64 // the driver's clock, Unix milliseconds
 	answers uint64
 	refused uint64
 	doubted uint64
 	faults  faults
+
+	// waits are how long the first maxWaits refused requests took, of those that
+	// were sent one at a time.
+	waits []time.Duration
 }
+
+// maxWaits bounds what a server that refuses everything makes a run remember.
+const maxWaits = 1 << 20
 
 // grace is how long, in label time, a window stays open to late answers after
 // its successor began: longer than any request may stay unanswered.
@@ -57,6 +65,7 @@ type windowTruth struct {
 	start    int64
 	accepted uint64
 	repeated uint64
+	twice    uint64 // of accepted, ids that were accepted before
 
 	// Released when the window is settled. An answer `failed` may be read
 	// before the `ok` that explains it, which another connection has yet to
@@ -105,6 +114,9 @@ func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 		t.answers++
 		if a.kind == answerRefused {
 			t.refused++
+			if len(batch) == 1 && len(t.waits) < maxWaits {
+				t.waits = append(t.waits, time.Since(sent))
+			}
 			continue
 		}
 		w := t.last
@@ -128,6 +140,9 @@ func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 		}
 		w.accepted++
 		if w.ok.set(a.id) {
+			if w.twice++; t.lenient {
+				continue // the judge decides, who has the records
+			}
 			t.faults.add("ok twice", "id #%d was answered ok twice in %s", a.id, label(a.window))
 		}
 		if failed, known := w.early[a.id]; known && failed.Before(sent) {
@@ -221,6 +236,18 @@ func (t *truth) finish() []*windowTruth {
 		all = append(all, w)
 	}
 	return all
+}
+
+// refusedWithin returns how long the given share of the refused requests took at
+// most.
+func (t *truth) refusedWithin(share float64) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.waits) == 0 {
+		return 0
+	}
+	slices.Sort(t.waits)
+	return t.waits[min(len(t.waits)-1, int(share*float64(len(t.waits))))]
 }
 
 func (t *truth) starts() []int64 {
