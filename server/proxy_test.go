@@ -26,7 +26,7 @@ var proxies = []struct {
 	args         []string // DIR is the directory of the configuration
 }{
 	{"nginx", `
-daemon off; worker_processes 1; pid DIR/pid; error_log DIR/log;
+daemon off; master_process off; pid DIR/pid; error_log DIR/log;
 events { worker_connections 256; }
 http {
 	access_log off;
