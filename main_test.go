@@ -409,3 +409,53 @@ func TestSecondSignalStopsAtOnce(t *testing.T) {
 		t.Errorf("records: %+v", got)
 	}
 }
+
+// FuzzSettings: whatever is in a --config file is taken or refused with one line,
+// and what is taken is printed as a file with the same effect.
+func FuzzSettings(f *testing.F) {
+	for _, s := range []string{
+		"", "window: 2s", "group: x\nkafka-brokers: [a:1, b:2]\n", `{"window": "3s", "max-ids": 5}`, "callback-allow:\n  - a.lan:1\n  - 10.0.0.0/8:2\n",
+		"window: 1e3", "a: b: c", "max-ids: -1", "max-ids: 18446744073709551615", "callback-rate: .nan", "group: {a: b}", "group: &a [*a]", "window: !!binary eA==", "listen: :0\nwindow-header: yes",
+		"group: \"\\u0000\"", "instance: ' x '", "kafka-brokers: \"a,b\"", "callback-allow: [\"a,b:1\"]", "log-level: debug # x", "group: # nothing",
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, file []byte) {
+		path := filepath.Join(t.TempDir(), "settings.yaml")
+		read := func(text []byte) (*config, error) {
+			if err := os.WriteFile(path, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c, _, err := parse([]string{"--config=" + path}, io.Discard)
+			return c, err
+		}
+		first, err := read(file)
+		if err != nil {
+			var usage usageError
+			if !errors.As(err, &usage) || strings.Contains(err.Error(), "\n") {
+				t.Fatalf("%q: %T %v", file, err, err)
+			}
+			return
+		}
+		var printed, again bytes.Buffer
+		if err := first.print(&printed); err != nil {
+			t.Fatalf("%q: %v", file, err)
+		}
+		if strings.Contains(printed.String(), "hidden@") {
+			return // not meant to be read back
+		}
+		second, err := read(printed.Bytes())
+		if err != nil {
+			t.Fatalf("%q is printed as\n%s\nwhich is refused: %v", file, printed.String(), err)
+		}
+		if err := second.print(&again); err != nil {
+			t.Fatal(err)
+		}
+		values := func(b *bytes.Buffer) string {
+			return regexp.MustCompile(`(?m) +# \S+$`).ReplaceAllString(b.String(), "") // the sources differ
+		}
+		if values(&printed) != values(&again) {
+			t.Fatalf("%q is printed as\n%s\nand read back as\n%s", file, printed.String(), again.String())
+		}
+	})
+}
