@@ -1,7 +1,7 @@
 # Thin names for commands; the checks themselves are in .ci/run.
 FUZZTIME ?= 60s
 
-.PHONY: check test race lint fuzz bench
+.PHONY: check test race lint fuzz soak bench
 
 check:
 	.ci/run
@@ -17,6 +17,9 @@ lint:
 
 fuzz:
 	FUZZTIME=$(FUZZTIME) .ci/run fuzz
+
+soak:
+	.ci/run soak
 
 bench:
 	bench/run --quick

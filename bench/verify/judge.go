@@ -13,23 +13,24 @@ import (
 
 // verdict is what a run found out. Its JSON is the output of --json.
 type verdict struct {
-	Good       bool            `json:"good"`
-	Answers    uint64          `json:"answers"`
-	Accepted   uint64          `json:"ok"`
-	Repeated   uint64          `json:"failed"`
-	Refused    uint64          `json:"refused"`
-	RefusedP99 float64         `json:"refused_p99_ms"` // of those sent one at a time
-	Doubted    uint64          `json:"in_doubt"`       // requests that were never answered
-	Recovered  uint64          `json:"recovered"`      // of these, how many the records count
-	Dials      uint64          `json:"connects"`
-	Kills      int             `json:"kills"`
-	Seconds    float64         `json:"seconds"`
-	PerSecond  float64         `json:"answers_per_second"`
-	Windows    int             `json:"windows"`
-	BadWindows int             `json:"bad_windows"`
-	Inexact    int             `json:"inexact_windows"` // whose sum was not judged
-	Faults     faults          `json:"faults"`
-	Table      []windowVerdict `json:"table"` // the bad windows, or all with --verbose
+	Good       bool             `json:"good"`
+	Answers    uint64           `json:"answers"`
+	Accepted   uint64           `json:"ok"`
+	Repeated   uint64           `json:"failed"`
+	Refused    uint64           `json:"refused"`
+	RefusedP99 float64          `json:"refused_p99_ms"` // of those sent one at a time
+	Doubted    uint64           `json:"in_doubt"`       // requests that were never answered
+	Recovered  uint64           `json:"recovered"`      // of these, how many the records count
+	Dials      uint64           `json:"connects"`
+	Kills      int              `json:"kills"`
+	Seconds    float64          `json:"seconds"`
+	PerSecond  float64          `json:"answers_per_second"`
+	Windows    int              `json:"windows"`
+	BadWindows int              `json:"bad_windows"`
+	Inexact    int              `json:"inexact_windows"` // whose sum was not judged
+	Faults     faults           `json:"faults"`
+	Levels     map[string]level `json:"levels,omitempty"` // what the server took, with --admin
+	Table      []windowVerdict  `json:"table"`            // the bad windows, or all with --verbose
 
 	newest int64 // the latest window that has a record
 }
@@ -222,6 +223,7 @@ func (v *verdict) print(out io.Writer) {
 	if hidden := v.Faults.Count - uint64(len(v.Faults.Lines)); hidden > 0 {
 		fmt.Fprintf(out, "... and %d more: %v\n", hidden, v.Faults.Kinds)
 	}
+	v.printLevels(out)
 	fmt.Fprintf(out, "%d answers in %s (%.0f a second): %d ok, %d failed, %d refused; %d requests in doubt, %d of them counted; %d connects, %d kills\n",
 		v.Answers, time.Duration(v.Seconds*float64(time.Second)).Round(10*time.Millisecond), v.PerSecond,
 		v.Accepted, v.Repeated, v.Refused, v.Doubted, v.Recovered, v.Dials, v.Kills)

@@ -65,6 +65,9 @@ type flags struct {
 	Kills     int           `help:"End the run after so many kills of each server (0: by time alone)."`
 	StopLimit time.Duration `default:"15s" help:"How long the server may take to exit after SIGTERM."`
 
+	Admin   string `placeholder:"URL" help:"Admin listener of the server: memory, goroutines and descriptors are sampled, and must stay level."`
+	DataDir string `type:"path" help:"The server's data directory: with --admin, its files must stay level too."`
+
 	JSON    bool `name:"json" help:"Print the verdict as one JSON object."`
 	Verbose bool `short:"v" help:"List all windows, not only the bad ones."`
 }
@@ -132,9 +135,16 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	} else {
 		spawned <- nil
 	}
+	var level *steady
+	var sampling sync.WaitGroup
+	if f.Admin != "" {
+		level = &steady{admin: f.Admin, dir: f.DataDir}
+		sampling.Go(func() { level.run(drive, f.Duration) })
+	}
 	began := time.Now()
 	d.run(drive)
 	cancel()
+	sampling.Wait()
 	seconds := time.Since(began).Seconds()
 	err = <-spawned
 	endAll(spawners)
@@ -148,6 +158,9 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	v := d.await(context.WithoutCancel(ctx), f, newSource(f), windows, over)
 	v.Seconds, v.PerSecond = seconds, float64(v.Answers)/seconds
 	v.Dials = d.dials.Load()
+	if level != nil {
+		level.judge(&v)
+	}
 	v.RefusedP99 = float64(d.truth.refusedWithin(0.99)) / float64(time.Millisecond)
 	for _, s := range spawners {
 		v.Kills += s.killed

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// steady samples what a server takes while it is driven, and judges whether that
+// stays level: a leak of a few bytes a window shows after many windows.
+type steady struct {
+	admin string // URL of the admin listener
+	dir   string // the server's data directory; empty: not looked at
+
+	samples map[string][]float64 // by what is sampled
+	failed  error                // of the first sample that could not be taken
+}
+
+// steadySamples of a run are taken, however long it is.
+const steadySamples = 120
+
+// levels are the metrics that must stay level, with how much more the last
+// quarter of a run may have than the second, beside a tenth: what the garbage
+// collector, a connection more, or a segment more makes.
+var levels = []struct {
+	name, metric string
+	slack        float64
+}{
+	{"heap", "go_memstats_alloc_bytes", 8 << 20},
+	{"memory", "process_resident_memory_bytes", 32 << 20},
+	{"ids", "verve_dedup_bytes", 1 << 20},
+	{"goroutines", "go_goroutines", 16},
+	{"descriptors", "process_open_fds", 8},
+	{"disk", "", 9 << 20},
+}
+
+// run samples until ctx ends, or for about so long.
+func (s *steady) run(ctx context.Context, about time.Duration) {
+	s.samples = make(map[string][]float64)
+	tick := time.NewTicker(max(about/steadySamples, 100*time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := s.sample(ctx); err != nil && ctx.Err() == nil && s.failed == nil {
+			s.failed = err
+		}
+	}
+}
+
+func (s *steady) sample(ctx context.Context) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(s.admin, "/")+"/metrics", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", req.URL, resp.Status)
+	}
+	found := 0
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		metric, value, _ := strings.Cut(lines.Text(), " ")
+		for _, l := range levels {
+			if l.metric == metric && metric != "" {
+				n, err := strconv.ParseFloat(value, 64)
+				if err != nil {
+					return fmt.Errorf("%s: %w", metric, err)
+				}
+				s.samples[l.name] = append(s.samples[l.name], n)
+				found++
+			}
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return err
+	}
+	if found != len(levels)-1 {
+		return fmt.Errorf("%s has %d of the %d metrics", req.URL, found, len(levels)-1)
+	}
+	if s.dir == "" {
+		return nil
+	}
+	size, err := sizeOf(s.dir)
+	if err == nil {
+		s.samples["disk"] = append(s.samples["disk"], size)
+	}
+	return err
+}
+
+// sizeOf sums the files in dir but the records themselves, which only grow.
+func sizeOf(dir string) (sum float64, err error) {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || strings.HasSuffix(path, ".jsonl") {
+			return ignoreMissing(err)
+		}
+		info, err := d.Info()
+		if err == nil {
+			sum += float64(info.Size())
+		}
+		return ignoreMissing(err)
+	})
+	return sum, err
+}
+
+// ignoreMissing: files come and go.
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// level is what of one thing the server took: the medians of the second and the
+// last quarter of the run, and the most.
+type level struct {
+	Second float64 `json:"second_quarter"`
+	Last   float64 `json:"last_quarter"`
+	Most   float64 `json:"most"`
+}
+
+// judge adds what was found to v.
+func (s *steady) judge(v *verdict) {
+	if s.failed != nil {
+		v.fault("sampling", "%v", s.failed)
+	}
+	v.Levels = make(map[string]level)
+	for _, l := range levels {
+		n := s.samples[l.name]
+		if len(n) < 8 {
+			if l.metric != "" || s.dir != "" {
+				v.fault("sampling", "%d samples of %s are too few", len(n), l.name)
+			}
+			continue
+		}
+		found := level{median(n[len(n)/4 : len(n)/2]), median(n[len(n)*3/4:]), slices.Max(n)}
+		v.Levels[l.name] = found
+		if found.Last > found.Second*1.1+l.slack {
+			v.fault("grows", "%s: %.0f in the second quarter of the run, %.0f in the last", l.name, found.Second, found.Last)
+		}
+	}
+}
+
+func median(n []float64) float64 {
+	n = slices.Sorted(slices.Values(n))
+	return n[len(n)/2]
+}
+
+// printLevels writes the levels for people.
+func (v *verdict) printLevels(out io.Writer) {
+	for _, l := range levels {
+		if found, ok := v.Levels[l.name]; ok {
+			fmt.Fprintf(out, "%s: %.0f in the second quarter, %.0f in the last, %.0f at most\n", l.name, found.Second, found.Last, found.Most)
+		}
+	}
+}
