@@ -69,6 +69,8 @@ func imageSettings(t *testing.T) map[string]string {
 func TestContainersUseSettingsThatExist(t *testing.T) {
 	for name, settings := range map[string]map[string]string{
 		"compose":    readCompose(t).Services["verve"].Environment,
+		"instance-1": readCompose(t).Services["instance-1"].Environment,
+		"instance-2": readCompose(t).Services["instance-2"].Environment,
 		"kubernetes": podSettings(t, "base"),
 		"instances":  podSettings(t, "base", "instances"),
 		"systemd":    unitSettings(t),
