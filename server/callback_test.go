@@ -1331,3 +1331,65 @@ func BenchmarkCallbackReserveSend(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkCallbackBesideATarpit tells what a POST waits, from Send to its
+// arrival, for 99 destinations in turn: alone, and with one beside them that
+// never answers and is named as often.
+func BenchmarkCallbackBesideATarpit(b *testing.B) {
+	const destinations = 99
+	run := func(b *testing.B, tarpit bool) (p50, p99 time.Duration) {
+		arrived := make(chan struct{}, 1)
+		_, good := rawReceiver(b, func(conn net.Conn, r *bufio.Reader) {
+			for {
+				if _, err := readPOST(r); err != nil {
+					return
+				}
+				arrived <- struct{}{}
+				_, _ = io.WriteString(conn, okAnswer)
+			}
+		})
+		_, trap := rawReceiver(b, func(_ net.Conn, r *bufio.Reader) { _, _ = io.Copy(io.Discard, r) })
+		c, err := NewCallbacks(CallbackConfig{Rate: 1e6, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.guard.connect = func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
+			to := good
+			if strings.HasPrefix(addr, victimAddr+":") {
+				to = trap
+			}
+			return new(net.Dialer).DialContext(ctx, "tcp", to)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() { defer close(done); _ = c.Run(ctx) }()
+		defer func() { cancel(); <-done }()
+		post := func(n int) time.Duration {
+			if tarpit {
+				ep, _ := c.Parse(fmt.Appendf(nil, "http://%s/%d", victimAddr, n))
+				if c.Reserve(ep) { // or its share is full, which is as well
+					c.Send(ep)
+				}
+			}
+			began := time.Now()
+			send(b, c, fmt.Sprintf("http://93.184.217.%d/", n%destinations))
+			<-arrived
+			return time.Since(began)
+		}
+		for n := range 2 * destinations { // connections are made
+			post(n)
+		}
+		took := make([]time.Duration, max(b.N, 1000))
+		for n := range took {
+			took[n] = post(n)
+		}
+		slices.Sort(took)
+		return took[len(took)/2], took[len(took)*99/100]
+	}
+	alone50, alone99 := run(b, false)
+	beside50, beside99 := run(b, true)
+	b.ReportMetric(float64(alone99.Microseconds()), "us-p99-alone")
+	b.ReportMetric(float64(beside99.Microseconds()), "us-p99-beside")
+	b.ReportMetric(float64(beside50)/float64(alone50), "p50-ratio")
+	b.ReportMetric(float64(beside99)/float64(alone99), "p99-ratio")
+}
