@@ -38,7 +38,8 @@ const (
 
 	// missingFor is how long keys may be missing before they are taken for lost:
 	// longer than a slot takes to move.
-	missingFor = 5 * time.Second
+	missingFor   = 5 * time.Second
+	missingPause = time.Second
 
 	// seqSkip leaves behind, after a loss, every sequence that a batch still on
 	// its way can have.
@@ -84,8 +85,8 @@ type lane struct {
 
 	// run alone uses these.
 	seq     uint64
-	unacked bool      // ids of the last batch are in doubt for others
-	missing time.Time // since when keys are
+	unacked bool                            // ids of the last batch are in doubt for others
+	missing struct{ first, last time.Time } // that keys were found to be, without a pause
 	timer   *time.Timer
 }
 
@@ -583,7 +584,6 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	switch a.status {
 	case statusOK:
 		l.seq++
-		l.missing = time.Time{}
 		l.unacked = j.mode == modeAdd
 		l.resolve(j, a)
 		return -1
@@ -593,13 +593,14 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	case statusGap, statusOld, statusLost:
 		return l.recover(j, a, wait)
 	case statusMissing:
-		if l.missing.IsZero() {
-			l.missing = time.Now()
-		} else if time.Since(l.missing) > missingFor {
+		// Batches that need none of those keys are answered in between.
+		if now := time.Now(); now.Sub(l.missing.last) > missingPause {
+			l.missing.first, l.missing.last = now, now
+		} else if l.missing.last = now; now.Sub(l.missing.first) > missingFor {
 			if _, err := l.r.call(l.r.life, l.key, "reset", j.epoch.key, gen); err != nil {
 				return l.failed(j, err, wait)
 			}
-			l.missing = time.Time{}
+			l.missing.first = now
 		}
 		l.r.health.note(l.r, "keys of the open window are missing in Redis, or on the move to another node: ids wait")
 		l.dissolve(j)
