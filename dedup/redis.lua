@@ -6,18 +6,18 @@
 --
 --   sessions      hash: session -> what its last batch was answered, packed
 --   size          decimals of the epoch sealed last, to size the next by
---   EPOCH:meta    hash: gen, run, n, nu, nt, nh, buckets, touched, hold, lost,
---                 twice; sealed and exact once the epoch is sealed
---   EPOCH:dN      set of integers: bucket N of the canonical decimals
---   EPOCH:u :t :h sets: UUIDs, short texts, digests of long texts
+--   EPOCH:meta    hash: gen, run, n, nd, nu, nt, nh, buckets, touched, hold,
+--                 lost, partly, twice; sealed and exact once the epoch is sealed
+--   EPOCH:d :u    sets: canonical decimals, UUIDs,
+--         :t :h   short texts, digests of long texts
+--   EPOCH:dN      compact decimals: bucket N, small enough to be kept as integers
 --
--- A blob is a row of ids, each: kind, length, two bytes of hash, the id.
--- Codes answer them, one byte each: 0 was there, 1 done, 2 in doubt, 3 failed
--- and not done, 4 is not there.
+-- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
+-- doubt, 3 failed and not done, 4 is not there.
 
 -- Set by main: a library that is being loaded sees none of these.
 local byte, sub, find, concat, call, try
-local DECIMAL = 100 -- 'd'
+local KINDS = {'d', 'u', 't', 'h'}
 
 -- A session that has not been heard for so long does not keep others in doubt.
 local LAPSE = 10
@@ -33,13 +33,24 @@ local function run_id()
   return string.match(call('INFO', 'server'), 'run_id:(%x+)') or ''
 end
 
-local META = {'gen', 'sealed', 'n', 'buckets', 'touched', 'nu', 'nt', 'nh', 'hold', 'lost', 'twice'}
+local META = {'gen', 'sealed', 'n', 'buckets', 'touched', 'nd', 'nu', 'nt', 'nh', 'hold', 'twice'}
 
--- begin makes the meta of an epoch nobody has written to in this lane.
-local function begin(P, mkey, gen, ttl)
-  local last = tonumber(call('GET', P .. 'size') or 0)
-  local buckets = 256
-  while buckets < 4096 and buckets * 200 < last do buckets = buckets * 2 end
+-- SEP stands between the ids that are in doubt.
+local SEP = '\0\255'
+
+-- begin makes the meta of an epoch nobody has written to in this lane. Compact,
+-- decimals go to so many buckets that each holds some 200, as far as the last
+-- epoch tells: a set of up to 512 integers is an array of them. Prime, so that no
+-- step between ids fills a few only.
+local function begin(P, mkey, gen, ttl, compact)
+  local buckets = 0
+  if compact then
+    local last = tonumber(call('GET', P .. 'size') or 0)
+    for _, prime in ipairs({1021, 2039, 4093, 8191, 16381}) do
+      buckets = prime
+      if prime * 200 >= last then break end
+    end
+  end
   call('HSET', mkey, 'gen', gen, 'run', run_id(), 'n', 0, 'buckets', buckets)
   call('EXPIRE', mkey, ttl)
   return buckets
@@ -60,13 +71,98 @@ local function doubts(skey, session, epoch, now)
   return found
 end
 
--- batch: session, sequence, mode, epoch, generation expected, blob, ttl, hold,
--- whether the session still has all ids that it would have to add again.
+-- The way of one kind of ids, a[from] to a[to], in the set of key: answers go to
+-- codes, and what was added to undo. It returns how many ids there are more.
+local ways = {}
+
+function ways.l(key, a, from, to, codes, at)
+  local there = call('SMISMEMBER', key, unpack(a, from, to))
+  for i = 1, #there do codes[at + i] = there[i] == 1 and '0' or '4' end
+  return 0
+end
+
+function ways.r(key, a, from, to, codes, at)
+  local gone = call('SREM', key, unpack(a, from, to))
+  for i = 1, to - from + 1 do codes[at + i] = '1' end
+  return -gone
+end
+
+function ways.a(key, a, from, to, codes, at, undo)
+  local there = call('SMISMEMBER', key, unpack(a, from, to))
+  local new, count = {}, 0
+  for i = 1, #there do
+    if there[i] == 0 then
+      codes[at + i] = '1'
+      count = count + 1
+      new[count] = a[from + i - 1]
+    else
+      codes[at + i] = '0'
+    end
+  end
+  if count > 0 then
+    undo[#undo + 1] = {key, new}
+    call('SADD', key, unpack(new))
+  end
+  return count
+end
+
+-- buckets is the way of compact decimals. It returns how many there are more,
+-- and what is known then of which buckets there are; or nothing where one is
+-- missing.
+local function spread(mode, dkey, a, from, to, codes, at, undo, buckets, touched, ttl, replay)
+  local keys, slot, there, marks = {}, {}, {}, {}
+  for i = from, to do
+    local b = tonumber(sub(a[i], -9)) % buckets
+    keys[i], slot[i] = dkey .. b, b + 1
+    if byte(touched, b + 1) == 49 then there[#there + 1] = keys[i] end
+  end
+  if not replay and #there > 0 and try('EXISTS', unpack(there)) ~= #there then return end
+  local more = 0
+  for i = from, to do
+    local code = '3'
+    if mode == 'l' then
+      local r = try('SISMEMBER', keys[i], a[i])
+      code = r == 1 and '0' or r == 0 and '4' or '3'
+    elseif mode == 'r' then
+      local r = call('SREM', keys[i], a[i])
+      more = more - r
+      code = '1'
+      if r == 1 and call('EXISTS', keys[i]) == 0 then marks[slot[i]] = '0' end
+    else
+      local r = try('SADD', keys[i], a[i])
+      if r == 1 then
+        code = '1'
+        more = more + 1
+        undo[#undo + 1] = {keys[i], {a[i]}}
+        local s = slot[i]
+        if byte(touched, s) ~= 49 and marks[s] ~= '1' then
+          marks[s] = '1'
+          call('EXPIRE', keys[i], ttl)
+        end
+      elseif r == 0 then
+        code = '0'
+      end
+    end
+    codes[at + i - from + 1] = code
+  end
+  if next(marks) then
+    local map = {}
+    for i = 1, buckets do map[i] = marks[i] or sub(touched, i, i) end
+    touched = concat(map)
+  end
+  return more, touched
+end
+
+-- batch: session, sequence, mode, epoch, generation expected, seconds to live,
+-- seconds to hold, whether the session has all ids that it would have to add
+-- again, whether a new epoch is to be compact, then how many ids of each kind,
+-- and the ids.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
+local IDS = 15
 local function batch(skey, a, undo)
-  local session, seq, mode, epoch, expect, blob = a[2], tonumber(a[3]), a[4], a[5], a[6], a[7]
-  local ttl, hold = tonumber(a[8]), tonumber(a[9])
+  local session, seq, mode, epoch, expect = a[2], tonumber(a[3]), a[4], a[5], a[6]
+  local ttl = a[7]
   local P = sub(skey, 1, -9)
   local state = call('HGET', skey, session)
   local last, _, codes0, gen0, n0 = 0
@@ -80,12 +176,12 @@ local function batch(skey, a, undo)
   local now = clock()
   local mkey = P .. epoch .. ':meta'
   local m = call('HMGET', mkey, unpack(META))
-  local gen, n, buckets = m[1], tonumber(m[3] or 0), tonumber(m[4])
-  if m[2] and mode ~= 'b' then return {'sealed'} end
+  local gen, n, buckets, touched = m[1], tonumber(m[3] or 0), tonumber(m[4]), m[5] or ''
   local replay = mode == 'p' or mode == 'f'
+  if m[2] and mode ~= 'b' then return {'sealed'} end
   if not replay then
     if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
-    if mode ~= 'b' and m[9] and now < tonumber(m[9]) then return {'hold'} end
+    if mode ~= 'b' and m[10] and now < tonumber(m[10]) then return {'hold'} end
   end
 
   if mode == 'b' then
@@ -94,137 +190,80 @@ local function batch(skey, a, undo)
     return {'ok', '', gen or '', n}
   end
 
-  local fields = {}
   if not gen then
     gen = session .. ':' .. seq .. ':' .. now
-    buckets = begin(P, mkey, gen, ttl)
-    call('EXPIRE', skey, ttl)
+    buckets = begin(P, mkey, gen, ttl, a[10] == '1')
   end
+  local fields = {}
   if mode == 'p' then
-    fields = {'lost', 1, 'hold', now + hold}
-    if a[10] == '0' then fields[5], fields[6] = 'partly', 1 end
+    fields = {'lost', 1, 'hold', now + tonumber(a[8])}
+    if a[9] == '0' then fields[5], fields[6] = 'partly', 1 end
   end
 
-  -- What the blob says, and which keys must be there.
-  local touched = m[5] or ''
-  if touched == '' then touched = string.rep('0', buckets) end
-  local ids, keys, kinds, from, slot = {}, {}, {}, {}, {}
-  local there, used, pos, count = {}, {}, 1, 0
-  local dkey = P .. epoch .. ':d'
-  local wide = {[117] = P .. epoch .. ':u', [116] = P .. epoch .. ':t', [104] = P .. epoch .. ':h'}
-  local held = {[117] = tonumber(m[6] or 0), [116] = tonumber(m[7] or 0), [104] = tonumber(m[8] or 0)}
-  local size = #blob
-  while pos <= size do
-    local kind, len, h1, h2 = byte(blob, pos, pos + 3)
-    count = count + 1
-    from[count], kinds[count] = pos, kind
-    ids[count] = sub(blob, pos + 4, pos + 3 + len)
-    if kind == DECIMAL then
-      local b = (h1 * 256 + h2) % buckets
-      local key = dkey .. b
-      keys[count], slot[count] = key, b + 1
-      if byte(touched, b + 1) == 49 then there[#there + 1] = key end
-    else
-      keys[count] = wide[kind]
-      used[kind] = true
-    end
-    pos = pos + 4 + len
-  end
-
-  -- A key that should be there and is not was evicted, deleted, or its slot is
-  -- on the move to or from here: nothing may be judged without it.
-  if not replay then
-    if #there > 0 and try('EXISTS', unpack(there)) ~= #there then return {'missing'} end
-    for kind in pairs(used) do
-      if try('SCARD', wide[kind]) ~= held[kind] then return {'missing'} end
-    end
-  end
-
-  local codes, new = {}, 0
-  if mode == 'l' then
-    for i = 1, count do
-      local r = try('SISMEMBER', keys[i], ids[i])
-      codes[i] = r == 1 and '0' or r == 0 and '4' or '3'
-    end
-  elseif mode == 'r' then
-    for i = 1, count do
-      local r = try('SREM', keys[i], ids[i])
-      codes[i] = r == 1 and '1' or r == 0 and '0' or '3'
-      if r == 1 then
-        new = new - 1
-        if kinds[i] ~= DECIMAL then
-          held[kinds[i]] = held[kinds[i]] - 1
-        elseif call('EXISTS', keys[i]) == 0 then
-          local s = slot[i]
-          touched = sub(touched, 1, s - 1) .. '0' .. sub(touched, s + 1)
+  local codes, from, more = {}, IDS, 0
+  local way = ways[mode] or ways.a
+  for k = 1, 4 do
+    local count = tonumber(a[10 + k])
+    if count > 0 then
+      local kind, to, at, held, added = KINDS[k], from + count - 1, from - IDS, tonumber(m[5 + k] or 0)
+      local key = P .. epoch .. ':' .. kind
+      if k == 1 and buckets > 0 then
+        if touched == '' then touched = string.rep('0', buckets) end
+        local now_touched
+        added, now_touched = spread(mode, key, a, from, to, codes, at, undo, buckets, touched, ttl, replay)
+        if not added then return {'missing'} end
+        if now_touched ~= touched then
+          fields[#fields + 1], fields[#fields + 2] = 'touched', now_touched
         end
-      end
-    end
-  else
-    local fresh = {}
-    for i = 1, count do
-      local r = try('SADD', keys[i], ids[i])
-      if r == 1 then
-        codes[i] = '1'
-        new = new + 1
-        undo[new * 2 - 1], undo[new * 2] = keys[i], ids[i]
-        local kind, s = kinds[i], slot[i]
-        if kind ~= DECIMAL then
-          if held[kind] == 0 then call('EXPIRE', keys[i], ttl) end
-          held[kind] = held[kind] + 1
-        elseif byte(touched, s) ~= 49 and not fresh[s] then
-          fresh[s] = true
-          call('EXPIRE', keys[i], ttl)
-        end
-      elseif r == 0 then
-        codes[i] = '0'
       else
-        codes[i] = '3'
+        -- A key that should be there and is not was evicted, deleted, or its slot
+        -- is on the move to or from here: nothing may be judged without it.
+        if not replay and try('SCARD', key) ~= held then
+          undo.missing = true
+          error('missing')
+        end
+        added = way(key, a, from, to, codes, at, undo)
+        if held == 0 and added > 0 then call('EXPIRE', key, ttl) end
       end
-    end
-    if next(fresh) then
-      local map = {}
-      for i = 1, #touched do
-        map[i] = fresh[i] and '1' or sub(touched, i, i)
+      if added ~= 0 then
+        more = more + added
+        fields[#fields + 1], fields[#fields + 2] = 'n' .. kind, held + added
       end
-      touched = concat(map)
+      from = to + 1
     end
   end
-  n = n + new
+  local total = from - IDS
+  n = n + more
 
   local doubt = ''
-  if mode == 'a' and new == count then
-    doubt = blob
+  if mode == 'a' and more == total then
+    doubt = SEP .. concat(a, SEP, IDS, from - 1) .. SEP
   elseif mode == 'a' then
     local mine, others = {}
-    for i = 1, count do
+    for i = 1, total do
       if codes[i] == '1' then
-        mine[#mine + 1] = sub(blob, from[i], from[i] + 3 + #ids[i])
+        mine[#mine + 1] = a[IDS + i - 1]
       elseif codes[i] == '0' then
         others = others or doubts(skey, session, epoch, now)
         for j = 1, #others do
-          if find(others[j], sub(blob, from[i], from[i] + 3 + #ids[i]), 1, true) then
+          if find(others[j], SEP .. a[IDS + i - 1] .. SEP, 1, true) then
             codes[i] = '2'
             break
           end
         end
       end
     end
-    doubt = concat(mine)
+    if #mine > 0 then doubt = SEP .. concat(mine, SEP) .. SEP end
   end
-  if replay and new < count then
-    local twice = tonumber(m[11] or 0)
-    for i = 1, count do
-      if codes[i] == '0' then twice = twice + 1 end
-    end
-    fields[#fields + 1], fields[#fields + 2] = 'twice', twice
+  if replay and more < total then
+    fields[#fields + 1], fields[#fields + 2] = 'twice', tonumber(m[11] or 0) + total - more
   end
 
   local answer = concat(codes)
-  if new ~= 0 or #fields > 0 then
-    call('HSET', mkey, 'n', n, 'touched', touched, 'nu', held[117], 'nt', held[116], 'nh', held[104], unpack(fields))
-  end
+  if more ~= 0 then fields[#fields + 1], fields[#fields + 2] = 'n', n end
+  if #fields > 0 then call('HSET', mkey, unpack(fields)) end
   call('HSET', skey, session, cmsgpack.pack(seq, now, answer, gen, n, epoch, doubt))
+  if not state then call('EXPIRE', skey, ttl) end
   return {'ok', answer, gen, n}
 end
 
@@ -243,7 +282,7 @@ end
 
 -- drop deletes the ids of an epoch.
 local function drop(prefix, touched)
-  try('UNLINK', prefix .. ':u', prefix .. ':t', prefix .. ':h')
+  for k = 1, 4 do try('UNLINK', prefix .. ':' .. KINDS[k]) end
   local gone = {}
   for i = 1, #(touched or '') do
     if byte(touched, i) == 49 then gone[#gone + 1] = prefix .. ':d' .. (i - 1) end
@@ -272,7 +311,7 @@ end
 local function seal(skey, a)
   local P, epoch = sub(skey, 1, -9), a[2]
   local mkey = P .. epoch .. ':meta'
-  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'n', 'run', 'switched', 'twice', 'lost', 'nu', 'nt', 'nh', 'buckets', 'touched', 'hold', 'partly')
+  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'n', 'run', 'switched', 'twice', 'lost', 'nd', 'nu', 'nt', 'nh', 'touched', 'hold', 'partly')
   if m[1] then return {'sealed', m[1], m[2]} end
   local now, n, exact = clock(), tonumber(m[4] or 0), 1
   if m[14] and now < tonumber(m[14]) then return {'hold'} end
@@ -307,8 +346,7 @@ local function seal(skey, a)
   call('HSET', mkey, 'sealed', n, 'exact', exact)
   call('EXPIRE', mkey, tonumber(a[3]))
   call('HDEL', mkey, 'touched')
-  local wide = (m[9] or 0) + (m[10] or 0) + (m[11] or 0)
-  call('SET', P .. 'size', n - wide, 'EX', 604800)
+  call('SET', P .. 'size', m[9] or 0, 'EX', 604800)
   drop(P .. epoch, m[13])
   return {'sealed', n, exact}
 end
@@ -328,7 +366,8 @@ local function main(keys, a)
     local undo = {}
     local ok, res = pcall(batch, keys[1], a, undo)
     if ok then return res end
-    for i = 1, #undo, 2 do try('SREM', undo[i], undo[i + 1]) end
+    for i = 1, #undo do try('SREM', undo[i][1], unpack(undo[i][2])) end
+    if undo.missing then return {'missing'} end
     if type(res) == 'table' then return res end
     return redis.error_reply(tostring(res))
   elseif op == 'seal' then

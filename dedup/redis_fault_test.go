@@ -153,7 +153,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 				t.Fatalf("without a reply: %v, %v", v, err)
 			}
 			until(t, "the id is in Redis", func() bool {
-				return strings.Contains(strings.Join(server.keys(), "\n"), ":d")
+				return strings.Contains(strings.Join(server.keys(), "\n"), "-3600000:d")
 			})
 			if v, err := eb.add(t, b, 0, "42"); !errors.Is(err, ErrUnavailable) {
 				t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
@@ -556,8 +556,8 @@ func TestRedisKeysGoAway(t *testing.T) {
 		e.want(t, r, 0, fmt.Sprint(1000+i), Unique)
 		e.want(t, r, 0, strings.Repeat(id, 50), Unique)
 	}
-	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:\d+-3600000:(meta|d\d+|u|t|h)$`)
-	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(sessions|size)$`)
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:\d+-3600000:(meta|d|u|t|h)$`)
+	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(sessions|size|lanes)$`)
 	kinds := map[byte]bool{}
 	for _, k := range server.keys() {
 		if !ids.MatchString(k) && !rest.MatchString(k) {
@@ -656,5 +656,22 @@ func TestRedisConfig(t *testing.T) {
 		if strings.Contains(err.Error(), "secret") || strings.Contains(err.Error(), "pass word") {
 			t.Errorf("the password is in %q", err)
 		}
+	}
+}
+
+// TestRedisInstancesMustAgreeOnTheLanes: with ids spread in two ways, each could
+// be new twice.
+func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
+	server := startRedis(t)
+	a := newRedis(t, server.addr)
+	ea := newEpochs(t, a)
+	ea.want(t, a, 0, "42", Unique)
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "16")
+	until(t, "not ready", func() bool {
+		ready, reason := a.Health()
+		return !ready && strings.Contains(reason, "lanes")
+	})
+	if v, err := ea.add(t, a, 0, "43"); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("got %v, %v; want ErrUnavailable", v, err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -174,9 +175,9 @@ func (r *Redis) Health() (ready bool, reason string) {
 	case failure == "":
 		failure = "Redis does not answer"
 	}
-	if down < lanes {
+	if down < len(r.lanes) {
 		// Other instances reach no more: it is a part of the cluster that is away.
-		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, lanes)
+		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, len(r.lanes))
 	}
 	return r.cfg.FailOpen, failure
 }
@@ -214,6 +215,9 @@ func (r *Redis) checkPolicy() {
 			blind = true
 		}
 	}
+	if n, err := r.agreedLanes(ctx); err == nil && n != len(r.lanes) {
+		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all of them the same --redis-url", n, len(r.lanes))
+	}
 	h := &r.health
 	h.mu.Lock()
 	was, wasBlind := h.policy, h.blind
@@ -222,14 +226,41 @@ func (r *Redis) checkPolicy() {
 	h.refused.Store(bad != "")
 	switch {
 	case bad != "" && bad != was:
-		r.cfg.Log.Error().Msg(bad + ": ids could be dropped silently, so none are taken until it is changed")
+		r.cfg.Log.Error().Msg(bad + "; no ids are taken until it is changed")
 	case bad == "" && was != "":
-		r.cfg.Log.Info().Msg("maxmemory-policy of Redis is " + noEviction + " again")
+		r.cfg.Log.Info().Str("was", was).Msg("Redis can be trusted again")
 	}
 	if blind && !wasBlind {
 		r.cfg.Log.Warn().Msg("the Redis user may read neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
 	}
 }
+
+// agreedLanes is over how many lanes the group spreads its ids: what the first
+// of its instances said.
+func (r *Redis) agreedLanes(ctx context.Context) (int, error) {
+	c := *r.client.Load()
+	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
+	mine := strconv.Itoa(len(r.lanes))
+	err := c.Do(ctx, c.B().Set().Key(key).Value(mine).Nx().ExSeconds(lanesTTL).Build()).Error()
+	if err == nil {
+		return len(r.lanes), nil
+	}
+	if !rueidis.IsRedisNil(err) {
+		return 0, err
+	}
+	said, err := c.Do(ctx, c.B().Get().Key(key).Build()).ToString()
+	if err != nil {
+		return 0, err
+	}
+	if said == mine {
+		c.Do(ctx, c.B().Expire().Key(key).Seconds(lanesTTL).Build())
+	}
+	return strconv.Atoi(said)
+}
+
+// lanesTTL is how many seconds, after the last instance has stopped, the group
+// may come back with another number of lanes.
+const lanesTTL = 60
 
 func evictionPolicy(ctx context.Context, node rueidis.Client) (string, error) {
 	m, err := node.Do(ctx, node.B().ConfigGet().Parameter("maxmemory-policy").Build()).AsStrMap()

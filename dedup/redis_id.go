@@ -3,6 +3,8 @@ package dedup
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"strings"
+	"unsafe"
 
 	"github.com/dchest/siphash"
 
@@ -51,12 +53,13 @@ const (
 	kindUUID    = 'u' // the 16 bytes of a UUID
 	kindText    = 't' // other ids as they are
 	kindDigest  = 'h' // SHA-256 of ids longer than maxText
+	kinds       = "duth"
 
 	maxText   = 40
-	headerLen = 4 // kind, length, two bytes of hash that choose the bucket
+	headerLen = 2 // kind and length
 )
 
-// encoded is an id as it stands in a blob: header and bytes.
+// encoded is an id as Redis holds it, behind a header that tells where it ends.
 type encoded struct {
 	n    uint8
 	data [headerLen + maxText]byte
@@ -85,11 +88,15 @@ func (en *encoded) encode(key [2]uint64, kind uint8, id []byte) uint64 {
 	}
 	en.data[1] = byte(len(body))
 	en.n = uint8(headerLen + len(body))
-	en.data[2], en.data[3] = 0, 0
-	h := siphash.Hash(key[0], key[1]^uint64(en.data[0]), body)
-	en.data[2], en.data[3] = byte(h>>8), byte(h)
-	return h
+	return siphash.Hash(key[0], key[1]^uint64(en.data[0]), body)
 }
+
+// kind numbers the kinds as redis.lua does.
+func (en *encoded) kind() int { return strings.IndexByte(kinds, en.data[0]) }
+
+// body is the id without its header. It stays valid as long as en is not
+// changed, which is never.
+func (en *encoded) body() string { return unsafe.String(&en.data[headerLen], int(en.n)-headerLen) }
 
 // laneKey is the key of the hash that chooses lanes and buckets.
 func laneKey(group string) [2]uint64 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -75,13 +76,22 @@ func (g *replayLog) ids() (n int) {
 	return n
 }
 
-// next returns up to n ids that are left, and their bytes.
-func (g *replayLog) next(n int) (string, int) {
-	size := 0
+// next returns up to n ids that are left, by kind, and how many bytes of the
+// log they take.
+func (g *replayLog) next(n int) (ids []string, counts [len(kinds)]int, size int) {
+	var byKind [len(kinds)][]string
 	for ; n > 0 && size < len(g.todo); n-- {
-		size += headerLen + int(g.todo[size+1])
+		b := g.todo[size:]
+		end := headerLen + int(b[1])
+		k := strings.IndexByte(kinds, b[0])
+		byKind[k] = append(byKind[k], string(b[headerLen:end]))
+		size += end
 	}
-	return string(g.todo[:size]), size
+	for k, list := range byKind {
+		counts[k] = len(list)
+		ids = append(ids, list...)
+	}
+	return ids, counts, size
 }
 
 // sent moves the first bytes of what was left to what Redis has.
@@ -106,14 +116,17 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	r := l.r
 	seq := l.seq + seqSkip
-	h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), seconds(idsTTL))
-	for ; err == nil && h.status == statusGap; h, err = r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(h.n, 10), strconv.FormatUint(seq, 10), seconds(idsTTL)) {
-		a.n = min(a.n, h.n) // lost more meanwhile
-	}
-	if err != nil {
-		return l.failed(j, err, wait)
-	}
 	kept := a.n // batches up to this one are there
+	for last := a.n; ; {
+		h, err := r.call(r.life, l.key, []string{"hello", r.cfg.Session, strconv.FormatUint(last, 10), strconv.FormatUint(seq, 10), idsTTL}, nil)
+		if err != nil {
+			return l.failed(j, err, wait)
+		}
+		if h.status == statusOK {
+			break
+		}
+		last, kept = h.n, min(kept, h.n) // lost more meanwhile
+	}
 	if a.status == statusLost {
 		kept = 0
 	}
@@ -203,7 +216,7 @@ func (r *Redis) settle(ctx context.Context, start time.Time) error {
 	}
 	s := r.epochs[i]
 	r.mu.Unlock()
-	done := make(chan error, lanes)
+	done := make(chan error, len(r.lanes))
 	for i := range r.lanes {
 		l := &r.lanes[i]
 		q := &question{epoch: s, done: make(chan error, 1)}

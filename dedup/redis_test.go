@@ -205,6 +205,9 @@ func init() {
 	newSets["redis"] = func(t testing.TB, maxIDs uint64) Set {
 		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) { c.MaxIDs = maxIDs })
 	}
+	newSets["redis, compact"] = func(t testing.TB, maxIDs uint64) Set {
+		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) { c.MaxIDs, c.Compact = maxIDs, true })
+	}
 	newSets["redis, no front cache"] = func(t testing.TB, maxIDs uint64) Set {
 		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) {
 			c.MaxIDs = maxIDs
