@@ -179,6 +179,9 @@ func newRedisAway(t testing.TB, addr string, change ...func(*RedisConfig)) *Redi
 	return r
 }
 
+// patient is for tests in which Redis answers, however busy the machine is.
+func patient(c *RedisConfig) { c.Timeout = 10 * time.Second }
+
 // until waits for something that must come to pass.
 func until(t testing.TB, what string, done func() bool) {
 	t.Helper()
@@ -203,13 +206,13 @@ func (e epochs) sealed(t testing.TB, r *Redis, n int) (unique uint64, exact bool
 
 func init() {
 	newSets["redis"] = func(t testing.TB, maxIDs uint64) Set {
-		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) { c.MaxIDs = maxIDs })
+		return newRedis(t, startRedis(t).addr, patient, func(c *RedisConfig) { c.MaxIDs = maxIDs })
 	}
 	newSets["redis, compact"] = func(t testing.TB, maxIDs uint64) Set {
-		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) { c.MaxIDs, c.Compact = maxIDs, true })
+		return newRedis(t, startRedis(t).addr, patient, func(c *RedisConfig) { c.MaxIDs, c.Compact = maxIDs, true })
 	}
 	newSets["redis, no front cache"] = func(t testing.TB, maxIDs uint64) Set {
-		return newRedis(t, startRedis(t).addr, func(c *RedisConfig) {
+		return newRedis(t, startRedis(t).addr, patient, func(c *RedisConfig) {
 			c.MaxIDs = maxIDs
 			c.Local.Close()
 			c.Local = nil
@@ -226,7 +229,7 @@ func TestRedisInstancesCountAsOne(t *testing.T) {
 	var sets [instances]*Redis
 	var at [instances]epochs
 	for i := range sets {
-		sets[i] = newRedis(t, server.addr)
+		sets[i] = newRedis(t, server.addr, patient)
 		at[i] = newEpochs(t, sets[i])
 	}
 	var mu sync.Mutex
