@@ -108,14 +108,18 @@ func parseSettings(t *testing.T, settings map[string]string) *config {
 }
 
 func TestContainerHasTimeToStop(t *testing.T) {
-	service := readCompose(t).Services["verve"]
-	grace, err := time.ParseDuration(service.StopGracePeriod)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := parseSettings(t, service.Environment)
-	if grace <= cfg.ShutdownTimeout {
-		t.Errorf("got %s until the engine kills the server, want more than its own %s", grace, cfg.ShutdownTimeout)
+	for _, name := range []string{"verve", "instance-1", "instance-2"} {
+		t.Run(name, func(t *testing.T) {
+			service := readCompose(t).Services[name]
+			grace, err := time.ParseDuration(service.StopGracePeriod)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg := parseSettings(t, service.Environment)
+			if grace <= cfg.ShutdownTimeout {
+				t.Errorf("got %s until the engine kills the server, want more than its own %s", grace, cfg.ShutdownTimeout)
+			}
+		})
 	}
 }
 
