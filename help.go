@@ -21,7 +21,7 @@ Examples:
 	verve --window=2s                     See what happens without waiting for a minute.
 	verve --config=/etc/verve.yaml --print-config
 	                                      Show which settings are in force, and why.
-	verve totals --follow                 Show the total of each window as it comes.
+	verve totals                          Add up the records, and name what is missing.
 	source <(verve completion bash)       Complete flags and commands with the tab key.
 
 Exit codes: 0 after a clean stop, 1 after a failure, 2 on a bad setting.`

@@ -33,20 +33,29 @@ func promtool(t *testing.T, stdin string, args ...string) {
 	}
 }
 
-// metricsPage is the page of a server that has something to show of everything.
-func metricsPage(t *testing.T) string {
+// metricsPage is the page of a server with something to show of everything that
+// it has; which is more with a certificate, and in a group.
+func metricsPage(t *testing.T, flags ...string) string {
 	t.Helper()
-	flags, _ := selfSigned(t, "localhost")
-	v := start(t, append(flags, "--window=1h", "--kafka-brokers=127.0.0.1:9")...)
+	certificate, _ := selfSigned(t, "localhost")
+	v := start(t, slices.Concat(certificate, flags, []string{"--window=1h", "--kafka-brokers=127.0.0.1:9"})...)
 	_, page := v.get(v.admin + "/metrics")
 	v.signalUntilEnd()
 	return page
 }
 
+// ofGroup is a group whose Redis is away.
+var ofGroup = []string{"--dedup=redis", "--redis-url=redis://127.0.0.1:9"}
+
 // TestMetricsAreByTheConventions of Prometheus, as its own checker has them:
 // help and type of each family, base units, names that say what is counted.
 func TestMetricsAreByTheConventions(t *testing.T) {
-	page := metricsPage(t)
+	for name, flags := range map[string][]string{"alone": nil, "in a group": ofGroup} {
+		t.Run(name, func(t *testing.T) { testConventions(t, metricsPage(t, flags...)) })
+	}
+}
+
+func testConventions(t *testing.T, page string) {
 	families := map[string]bool{}
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+) `).FindAllStringSubmatch(page, -1) {
 		if families[m[1]] {
@@ -84,7 +93,7 @@ var (
 
 // TestDashboardAndAlertsUseMetricsThatExist, with labels and values that exist.
 func TestDashboardAndAlertsUseMetricsThatExist(t *testing.T) {
-	page := metricsPage(t)
+	page := metricsPage(t) + metricsPage(t, ofGroup...)
 	for where, expr := range expressions(t) {
 		for _, name := range metricName.FindAllString(expr, -1) {
 			if strings.HasPrefix(name, "process_pressure_") || runtime.GOOS != "linux" && !strings.HasPrefix(name, "verve_") {

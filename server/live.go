@@ -130,6 +130,9 @@ type liveMessage struct {
 	Ready      readiness `json:"ready"`
 	Open       window    `json:"open"`
 
+	// Shared is there where the group counts as one.
+	Shared *liveGroup `json:"shared,omitempty"`
+
 	// Windows are all that are shown, the newest first; missing where none was
 	// closed and none changed its state since the last message.
 	Windows []window `json:"windows,omitempty"`
@@ -145,6 +148,13 @@ type liveMessage struct {
 	CallbacksInFlight int           `json:"callbacks_in_flight"`
 	BreakersOpen      int           `json:"breakers_open"`
 	Connections       int           `json:"connections"`
+}
+
+// liveGroup is what an instance knows of its group.
+type liveGroup struct {
+	Unique  uint64 `json:"unique"` // in the open window, as last heard
+	Members int    `json:"members"`
+	Leading bool   `json:"leading"` // this instance publishes the records
 }
 
 // live tells the pages that are open what happens.
@@ -261,6 +271,10 @@ func (l *live) message(now time.Time) liveMessage {
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
 		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(),
+	}
+	if a.cfg.Shared != nil {
+		g := a.cfg.Shared()
+		m.Shared = &liveGroup{max(g.Unique, w.Open.Unique), int(g.Members), g.Leading}
 	}
 	if addr, ok := a.server.ln.Addr().(*net.TCPAddr); ok {
 		m.PublicPort, m.PublicTLS = addr.Port, a.server.cfg.TLS != nil

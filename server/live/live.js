@@ -46,7 +46,7 @@
     const o = m.open;
     const start = Date.parse(o.window_start), end = start + o.window_ms;
     const left = Math.max(0, end - m.time);
-    const n = whole.format(o.unique);
+    const n = whole.format(m.shared ? m.shared.unique : o.unique);
     text("unique", n);
     $("unique").classList.toggle("long", n.length > 9);
     text("window", clock(start) + " to " + clock(end) + (o.exact ? "" : ", not exact"));
@@ -60,6 +60,13 @@
     text("pending", whole.format(m.ready.records_pending));
     text("connections", whole.format(m.connections));
     text("who", m.group + " / " + m.instance);
+    $("shared").hidden = !m.shared;
+    if (m.shared) {
+      text("now-title", "Unique ids in the open window, of the whole group");
+      text("windows-title", "Unique ids per window, answered by this instance");
+      text("shared", whole.format(o.unique) + " of them were answered here. " + (m.shared.members > 1 ? m.shared.members + " instances count as one" : "This is the only instance of the group that is alive") +
+        (m.shared.leading ? "; this one publishes the records." : "."));
+    }
     text("up", "Up " + span((m.time - m.started) / 1000) + ", version " + m.version + ".");
     document.title = n + " · Verve";
 

@@ -425,6 +425,87 @@ func TestPageSaysWhatFails(t *testing.T) {
 	p.shot("kafka-away")
 }
 
+// TestPageShowsTheGroup: where instances count as one, the count is the group's,
+// and the page says how much of it is this instance's.
+func TestPageShowsTheGroup(t *testing.T) {
+	path, err := exec.LookPath("redis-server")
+	if err != nil {
+		if strings.Contains(os.Getenv("VERVE_TEST_REQUIRE"), "redis") {
+			t.Fatal("redis-server is not installed, and VERVE_TEST_REQUIRE wants it")
+		}
+		t.Skip("redis-server is not installed")
+	}
+	address := freePort(t)
+	host, port, _ := net.SplitHostPort(address)
+	redis := exec.Command(path, "--bind", host, "--port", port, "--save", "", "--dir", t.TempDir())
+	if err := redis.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = redis.Process.Kill(); _ = redis.Wait() })
+	flags := []string{"--window=1h", "--dedup=redis", "--redis-url=redis://" + address}
+	one := startServer(t, flags...)
+	other := startServer(t, append(flags, "--instance=host-2")...)
+	for _, s := range []*server{one, other} {
+		waitReady(t, s)
+	}
+	p := open(t, one, 1280, 900, "light")
+	// accept sends an id, again where Redis was too slow for an answer.
+	accept := func(s *server, id string) int64 {
+		for range 400 {
+			resp, err := http.Get("http://" + s.public + "/api/verve/accept?id=" + id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			switch resp.StatusCode {
+			case 200:
+				return 1
+			case 409:
+				return 0
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		t.Fatalf("id %s is not answered", id)
+		return 0
+	}
+	var told int64
+	for i := range 60 {
+		told += accept(one, fmt.Sprint("shared-", i))
+		told += accept(other, fmt.Sprint("shared-", i))
+		told += accept(other, fmt.Sprint("other-", i))
+	}
+	if told != 120 {
+		t.Fatalf("%d callers were told ok, want 120", told)
+	}
+	// The ids are in parts; of each this instance hears when it adds to it.
+	for i := 0; p.number("#unique") != told; i++ {
+		if i > 200 {
+			t.Fatalf("the page shows %d, %d callers were told ok", p.number("#unique"), told)
+		}
+		told += accept(one, fmt.Sprint("more-", i))
+		time.Sleep(300 * time.Millisecond)
+	}
+	p.until(`/2 instances count as one/.test(document.querySelector("#shared").textContent)`)
+	p.until(`document.querySelector('[data-check="redis"]')?.dataset.light === "good"`)
+	p.shot("group")
+}
+
+func waitReady(t *testing.T, s *server) {
+	t.Helper()
+	for range 400 {
+		resp, err := http.Get("http://" + s.admin + "/readyz")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode == 200 {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Fatal("the server does not get ready")
+}
+
 // TestPageSaysWhenTheConnectionIsLost, keeps the last figures marked as old, and
 // connects again by itself.
 func TestPageSaysWhenTheConnectionIsLost(t *testing.T) {
