@@ -193,3 +193,80 @@ func TestTwoInstancesCountAsOne(t *testing.T) {
 		t.Errorf("the records add up to %d, and %d were ok\n%s\n%s", sum, ok, strings.Join(a.lines, "\n"), strings.Join(b.lines, "\n"))
 	}
 }
+
+// TestWindowOfDeadInstancesIsPublished: every instance is killed in the middle of
+// a window. One that starts later, with nothing of theirs, goes on with the ids
+// if the window still runs, and publishes it.
+func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
+	redis, dir := startRedis(t), t.TempDir()
+	const window, ids = 4 * time.Second, 100
+	time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start
+	accept := func(v *instance, want string) {
+		t.Helper()
+		for i := range ids {
+			if _, got := v.get(v.public + "/api/verve/accept?id=" + strconv.Itoa(i)); got != want {
+				t.Fatalf("id %d: got %q, want %q", i, got, want)
+			}
+		}
+	}
+	a, b := member(t, "a", dir, redis.addr, "--window=4s"), member(t, "b", dir, redis.addr, "--window=4s")
+	began := time.Now().Truncate(window).UTC()
+	accept(a, "ok")
+	accept(b, "failed")
+	for _, v := range []*instance{a, b} {
+		if err := v.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = v.Wait() // killed
+	}
+	c := member(t, "c", dir, redis.addr, "--window=4s")
+	if time.Now().Truncate(window).Equal(began) {
+		if _, got := c.get(c.public + "/api/verve/accept?id=7"); got != "failed" && time.Now().Truncate(window).Equal(began) {
+			t.Errorf("an id that was ok is %q at another instance", got)
+		}
+	}
+	within(t, 30*time.Second, "the window is published", func() bool {
+		if _, err := os.Stat(filepath.Join(dir, "c", "counts.jsonl")); err != nil {
+			return false
+		}
+		return len(groupRecords(t, dir)[began]) > 0
+	})
+	windows := groupRecords(t, dir)
+	wantOnce(t, windows)
+	if rs := windows[began]; len(rs) != 1 || rs[0].Unique != ids || rs[0].Complete {
+		t.Errorf("got %+v, want one record of %d ids, not complete", rs, ids)
+	}
+	if status, body := c.get(c.admin + "/readyz"); status != 200 || !strings.Contains(body, `"redis":{"ok":true}`) {
+		t.Errorf("readyz is %d %s", status, body)
+	}
+	redis.kill()
+	within(t, 20*time.Second, "not ready without Redis", func() bool {
+		status, body := c.get(c.admin + "/readyz")
+		return status == 503 && strings.Contains(body, `"redis":{"ok":false,"reason":"`)
+	})
+	redis.start()
+	within(t, 20*time.Second, "ready again", func() bool {
+		status, _ := c.get(c.admin + "/readyz")
+		return status == 200
+	})
+	if code := c.stop(); code != 0 {
+		t.Errorf("exit code %d\n%s", code, strings.Join(c.lines, "\n"))
+	}
+}
+
+// TestRedisPasswordIsNotShown: a wrong URL stops the start with one line that
+// names the setting, and neither it nor the log tells the password.
+func TestRedisPasswordIsNotShown(t *testing.T) {
+	for _, url := range []string{"redis://u:hunter2@", "http://u:hunter2@h:1", "redis://u:hunter2@h:port", "redis-sentinel://u:hunter2@h:1"} {
+		out, err := verve(t, "--dedup=redis", "--redis-url="+url, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "--redis-url") || strings.Count(string(out), "\n") != 1 {
+			t.Errorf("%s: %v\n%s", url, err, out)
+		}
+		if strings.Contains(string(out), "hunter2") {
+			t.Errorf("%s: the password is in\n%s", url, out)
+		}
+	}
+	if out, err := verve(t, "--redis-fail=ajar").CombinedOutput(); err == nil || !strings.Contains(string(out), "--redis-fail") {
+		t.Errorf("--redis-fail=ajar: %v\n%s", err, out)
+	}
+}

@@ -22,7 +22,7 @@ func faultSeconds() time.Duration {
 	if n, err := strconv.Atoi(os.Getenv("VERVE_TEST_FAULT_SECONDS")); err == nil {
 		return time.Duration(n) * time.Second
 	}
-	return 2 * time.Second
+	return time.Second
 }
 
 // faultyProxy stands before a server and does to its connections what networks

@@ -117,8 +117,9 @@ func TestKilledInstancesLoseNothing(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	f := groupOf(t, 2, startRedis(t), "300ms")
-	f.Duration, f.Signal, f.KillEvery, f.Kills = time.Minute, "KILL", "200ms-1500ms", 4
+	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 6000, "KILL", "200ms-1500ms", 4
 	wantGood(t, f, 8, 3)
 }
 
@@ -128,8 +129,9 @@ func TestInstancesThatStopLoseNothing(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	f := groupOf(t, 2, startRedis(t), "300ms")
-	f.Duration, f.Signal, f.KillEvery, f.Kills = time.Minute, "TERM", "200ms-1500ms", 3
+	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 6000, "TERM", "200ms-1500ms", 3
 	wantGood(t, f, 6, 3)
 }
 
@@ -138,6 +140,7 @@ func TestFiveInstancesOverManyWindows(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	f := groupOf(t, 5, startRedis(t), "50ms")
 	f.Duration, f.Rate = 12*time.Second, 4000
 	wantGood(t, f, 0, 200)
@@ -148,6 +151,7 @@ func TestLoadBalancerBeforeTheGroup(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	nginx := needs(t, "nginx", "nginx")
 	f := groupOf(t, 2, startRedis(t), "1s")
 	dir, front := t.TempDir(), freeAddr(t)
@@ -180,7 +184,7 @@ http {
 	}
 	instances := f.URL
 	f.URL = []string{"http://" + front}
-	f.Duration, f.Pipeline = 6*time.Second, 1
+	f.Duration, f.Rate, f.Pipeline = 6*time.Second, 6000, 1
 	// Not started by the driver: the balancer must find them there.
 	spawns := f.Spawn
 	f.Spawn = nil
