@@ -132,8 +132,8 @@ func openLedger(cfg ledgerConfig) *Ledger {
 
 // ledgerKeys are the keys of a group's ledger, all with one hash tag.
 type ledgerKeys struct {
-	prefix                                                    string
-	members, unsettled, windows, leader, epochs, epoch, leave string
+	prefix                                      string
+	members, unsettled, windows, leader, epochs string
 }
 
 func newLedgerKeys(group string) ledgerKeys {
