@@ -324,12 +324,12 @@ func (r *Redis) Open(e *counter.Epoch) {
 		r.cfg.Local.Open(e)
 		s.view = e.State.(*view)
 	}
+	s.registered = r.ledger.Opened(counter.Span{Start: s.start, Window: r.cfg.Window})
 	e.State = s
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
 	r.latest.Store(s)
-	s.registered = r.ledger.Opened(counter.Span{Start: s.start, Window: r.cfg.Window})
 }
 
 // await gives the ledger a moment to learn of the epoch before an id of it is

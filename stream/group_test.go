@@ -51,6 +51,9 @@ func newSharedLedger() *sharedLedger {
 func (l *sharedLedger) join(name string) memberLedger {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if !l.members[l.leader] {
+		l.leader = "" // its lease is over
+	}
 	l.members[name] = true
 	delete(l.dead, name)
 	return memberLedger{l, name}
