@@ -446,10 +446,11 @@ func tableBytes() uint64 {
 }
 
 // expectIDs is the room for canonical decimals at the start. Where nothing is
-// said it is what a busy server fills in seconds, unless memory is scarce: 12 MB
-// spare the first window from growing through many small tables.
+// said it is what a busy server fills in its first window, unless memory is
+// scarce: in a table that had to grow a new id is sought at every level, each a
+// cache miss or two. What is not needed is given back after some windows.
 func (c *config) expectIDs(tableBytes uint64) uint64 {
-	const unsaid, bytesPerID, scarce = 1 << 20, 12, 32
+	const unsaid, bytesPerID, scarce = 8 << 20, 12, 32
 	if c.ExpectIDs > 0 {
 		return c.ExpectIDs
 	}
