@@ -16,11 +16,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/twmb/franz-go/pkg/kmsg"
 	"golang.org/x/sys/unix"
 
 	"verve/counter"
@@ -43,6 +43,8 @@ type ledger struct {
 	mu      sync.Mutex
 	records map[int64][]counter.Count // by start, ns
 
+	topic *topic // if not nil, the records go on to there
+
 	// With block, Publish holds every count but the next allowed ones until its
 	// context ends: before it is stored, or after, as a kill between that and
 	// Retire would.
@@ -60,6 +62,11 @@ func (l *ledger) Publish(ctx context.Context, c counter.Count) error {
 	if block && !after {
 		<-ctx.Done()
 		return ctx.Err()
+	}
+	if l.topic != nil {
+		if err := l.topic.stream.Publish(ctx, c); err != nil {
+			return err
+		}
 	}
 	l.mu.Lock()
 	if c.Start.Before(l.last) {
@@ -93,6 +100,7 @@ type life struct {
 	t     testing.TB
 	m     *Memory
 	c     *counter.Counter
+	topic *topic
 	stop  context.CancelFunc
 	ended chan error
 }
@@ -103,20 +111,29 @@ func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if l.topic != nil {
+		l.topic.open(l.last, l.sum)
+	}
 	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.last, l.sum)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	p := &life{t: t, m: m, c: c, stop: stop, ended: make(chan error, 1)}
+	p := &life{t: t, m: m, c: c, topic: l.topic, stop: stop, ended: make(chan error, 1)}
 	go func() { p.ended <- c.Run(ctx) }()
 	return p
 }
 
 // kill drops everything where it stands. Requests that are inside stay so.
 func (p *life) kill() {
+	if p.topic != nil {
+		p.topic.setAway(true) // nothing leaves the process any more
+	}
 	p.stop()
 	<-p.ended
+	if p.topic != nil {
+		p.topic.close()
+	}
 	p.m.abandon()
 }
 
@@ -143,6 +160,10 @@ func (p *life) close() {
 		p.t.Error(err)
 	}
 	p.stop()
+	if p.topic != nil {
+		p.topic.flush()
+		p.topic.close()
+	}
 	for _, k := range p.m.journal.known {
 		if k.serial > 0 && !k.ended {
 			p.t.Errorf("epoch %d is not said to be published", k.serial)
@@ -200,6 +221,10 @@ func small(dir string) Config {
 // clock, requests that stay inside, publishers that hang, kills and stops
 // against a plain model: an id is new once in a window over all lives, and the
 // records of each window add up to the answers, with those that nobody got.
+//
+// One of topicEvery schedules goes on through spool and stream to a topic, whose
+// broker is away at times and loses answers, with a kill right after it has done
+// what was asked.
 func TestRestartsAgreeWithAModel(t *testing.T) {
 	schedules := 10_000
 	if raceEnabled {
@@ -209,16 +234,24 @@ func TestRestartsAgreeWithAModel(t *testing.T) {
 		schedules /= 10
 	}
 	dir := fastDir(t)
-	var next atomic.Int64
+	seeds := make(chan uint64)
+	go func() {
+		defer close(seeds)
+		for _, seed := range failedSeeds(t) {
+			seeds <- seed
+		}
+		for seed := range uint64(schedules) {
+			seeds <- seed + 1
+		}
+	}()
 	var workers sync.WaitGroup
 	for w := range 4 {
 		workers.Go(func() {
-			for !t.Failed() {
-				seed := uint64(next.Add(1))
-				if seed > uint64(schedules) {
-					return
+			own := filepath.Join(dir, strconv.Itoa(w))
+			for seed := range seeds {
+				if t.Failed() {
+					continue
 				}
-				own := filepath.Join(dir, strconv.Itoa(w))
 				synctest.Test(t, func(t *testing.T) { restartSchedule(t, seed, own) })
 				if err := os.RemoveAll(own); err != nil {
 					t.Error(err)
@@ -229,6 +262,31 @@ func TestRestartsAgreeWithAModel(t *testing.T) {
 	workers.Wait()
 }
 
+// failedSeeds are those of schedules that have failed before.
+func failedSeeds(t *testing.T) (seeds []uint64) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", "failed-schedules"))
+	if err != nil {
+		t.Error(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		line, _, _ = strings.Cut(line, "#")
+		if line = strings.TrimSpace(line); line == "" {
+			continue
+		}
+		seed, err := strconv.ParseUint(line, 10, 64)
+		if err != nil {
+			t.Error(err)
+		}
+		seeds = append(seeds, seed)
+	}
+	return seeds
+}
+
+// topicEvery is how many schedules there are for one that goes as far as the
+// topic, which takes as long as five others.
+const topicEvery = 4
+
 func restartSchedule(t *testing.T, seed uint64, dir string) {
 	rnd := rand.New(rand.NewPCG(seed, 7))
 	var p *life
@@ -237,18 +295,27 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 	if seed%32 == 0 {
 		space = 150 // more than a chunk, and in time more than a segment
 	}
+	l := newLedger(t)
+	if seed%topicEvery == 0 {
+		l.topic = newTopic(t, dir)
+		l.topic.patience = window
+	}
 	defer func() {
 		if t.Failed() {
-			t.Logf("failing seed: %d", seed)
+			t.Logf("failing seed, for testdata/failed-schedules: %d", seed)
 		}
-		p.stop()
+		if p != nil {
+			p.stop()
+		}
+		if t.Failed() && l.topic != nil {
+			l.topic.abandon() // else the bubble waits for it for ever
+		}
 	}()
 	type epoch struct {
 		ids map[string]bool
 		n   uint64 // new ids, answered or not
 	}
 	model := map[int64]*epoch{}
-	l := newLedger(t)
 	cfg := small(dir)
 	cfg.segmentChunks = []int{2, 3, 16}[rnd.IntN(3)] // in the first two every chunk is a segment, or nearly
 	p = live(t, cfg, window, l)
@@ -276,12 +343,15 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 		if l.block = rnd.IntN(4) == 0; l.block {
 			l.allowed = rnd.IntN(4)
 		}
+		if l.topic != nil {
+			l.topic.setAway(rnd.IntN(3) == 0)
+		}
 		p = live(t, cfg, window, l)
 		opened(p.c.Last().Start())
 	}
 	opened(p.c.Last().Start())
 	for range 10 + rnd.IntN(30) {
-		switch n := rnd.IntN(24); n {
+		switch rnd.IntN(28) {
 		case 0: // kill
 			p.kill()
 			inside = nil
@@ -334,6 +404,25 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 				inside[i] = inside[len(inside)-1]
 				inside = inside[:len(inside)-1]
 			}
+		case 10, 11, 12, 13:
+			if l.topic == nil {
+				continue
+			}
+			request := []kmsg.Key{kmsg.Produce, kmsg.EndTxn, kmsg.InitProducerID}[rnd.IntN(3)]
+			switch rnd.IntN(4) {
+			case 0:
+				l.topic.setAway(rnd.IntN(2) == 0)
+			case 1: // its answer is lost, and perhaps the broker
+				l.topic.loseAnswer(request, rnd.IntN(2) == 0)
+			default: // killed when the broker has done what was asked
+				l.topic.setAway(false)
+				l.topic.loseAnswer(request, true)
+				if l.topic.lost(2 * window) {
+					p.kill()
+					inside = nil
+					again()
+				}
+			}
 		default:
 			for range 1 + rnd.IntN(space) {
 				id := strconv.Itoa(rnd.IntN(space))
@@ -371,13 +460,22 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 		p.kill()
 		again()
 	}
+	if l.topic != nil {
+		l.topic.setAway(false)
+		l.topic.patience = time.Hour
+	}
 	p.close()
+	want := map[int64]uint64{}
 	for k, e := range model {
+		want[k] = e.n
 		start := time.Unix(0, k).UTC()
 		sum, records, exact := l.total(start)
 		if sum != e.n || records == 0 || !exact {
 			t.Errorf("%v: %d records add up to %d, exact %t; want %d", start, records, sum, exact, e.n)
 		}
+	}
+	if l.topic != nil {
+		l.topic.check(want)
 	}
 }
 

@@ -115,8 +115,8 @@ type KafkaConfig struct {
 	User         string
 	PasswordFile string
 
-	// dial replaces the network in tests.
-	dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Dial opens the connections to the brokers; nil: TCP, or TLS with TLS.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 // check names the setting that is wrong.
@@ -191,8 +191,8 @@ func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.MetadataMinAge(250 * time.Millisecond),
 	}
 	switch {
-	case c.dial != nil:
-		opts = append(opts, kgo.Dialer(c.dial))
+	case c.Dial != nil:
+		opts = append(opts, kgo.Dialer(c.Dial))
 	case c.TLS != nil:
 		opts = append(opts, kgo.DialTLSConfig(c.TLS))
 	}

@@ -40,7 +40,7 @@ func inBubble(t *testing.T, fn func(t *testing.T, c *kfake.Cluster, cfg KafkaCon
 			t.Fatal(err)
 		}
 		t.Cleanup(c.Close)
-		fn(t, c, KafkaConfig{Brokers: c.ListenAddrs(), Topic: topic, dial: network.DialContext})
+		fn(t, c, KafkaConfig{Brokers: c.ListenAddrs(), Topic: topic, Dial: network.DialContext})
 	})
 }
 
@@ -231,9 +231,9 @@ func TestKafkaLostReplyMakesNoCopy(t *testing.T) {
 		for _, times := range []int{1, 4} {
 			t.Run(fmt.Sprintf("%s/%d", key.Name(), times), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
-					cut := &cutter{dial: cfg.dial, key: key, left: times}
+					cut := &cutter{dial: cfg.Dial, key: key, left: times}
 					cutCfg := cfg
-					cutCfg.dial = cut.DialContext
+					cutCfg.Dial = cut.DialContext
 					s := start(t, t.TempDir(), Config{Kafka: cutCfg})
 					for i := range 6 {
 						s.publish(t, i, i+1)
@@ -300,8 +300,8 @@ func TestKafkaBrokerAwayForHours(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		var mu sync.Mutex
 		away := true
-		dial := cfg.dial
-		cfg.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		dial := cfg.Dial
+		cfg.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			if away {
@@ -337,7 +337,7 @@ func TestKafkaBrokerAwayForHours(t *testing.T) {
 func TestKafkaStopWithoutABrokerKeepsTheRecords(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		dead := cfg
-		dead.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		dead.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			<-ctx.Done() // a host that drops packets
 			return nil, ctx.Err()
 		}
