@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -18,10 +17,7 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	dir := t.TempDir()
-	server := filepath.Join(dir, "verve")
-	if out, err := exec.Command("go", "build", "-o", server, "verve").CombinedOutput(); err != nil {
-		t.Fatalf("build the server: %v\n%s", err, out)
-	}
+	server := buildServer(t)
 	listen, admin := freeAddr(t), freeAddr(t)
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
@@ -43,6 +39,34 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 	if !v.Good || v.Kills != 4 || v.Windows < 3 {
 		t.Errorf("got good=%t, %d kills, %d windows, %+v, %+v; want 4 kills and every window to add up",
 			v.Good, v.Kills, v.Windows, v.Table, v.Faults)
+	}
+}
+
+// TestServerHasEveryMetricThatMustStayLevel: the soak asks the server for them by
+// name.
+func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	dir := t.TempDir()
+	listen, admin := freeAddr(t), freeAddr(t)
+	data := filepath.Join(dir, "data")
+	v, err := run(t.Context(), &flags{
+		URL: []string{"http://" + listen}, Connections: 2, Pipeline: 1, IDs: idsUUID, DuplicateStatus: 409, Rate: 1000,
+		Duration: 3 * time.Second, Timeout: 10 * time.Second, Wait: 10 * time.Second,
+		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
+		Spawn: []string{buildServer(t) + " --listen=" + listen + " --admin-listen=" + admin +
+			" --window=200ms --window-header --data-dir=" + data},
+		SpawnLog: filepath.Join(dir, "server.log"), StopLimit: 30 * time.Second,
+		Admin: "http://" + admin, DataDir: data,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range levels {
+		if v.Levels[l.name].Most == 0 {
+			t.Errorf("no samples of %s (%s): %+v", l.name, l.metric, v.Faults)
+		}
 	}
 }
 
