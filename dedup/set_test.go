@@ -161,7 +161,7 @@ func TestSetGrowsFarBeyondWhatWasExpected(t *testing.T) {
 	eachSet(t, func(t *testing.T, s Set) {
 		ids := ids
 		if _, far := s.(*Redis); far {
-			ids = 50_000 // each takes a trip
+			ids = 10_000 // each takes a trip
 		}
 		e := newEpochs(t, s)
 		in, _ := e.Enter(e.at(0), 0)
@@ -355,7 +355,6 @@ func TestSetIsExactWhileEpochsTurn(t *testing.T) {
 // while the next ones fill. What it then brings to its own epoch neither takes
 // anything from a later one nor shows there.
 func TestSetKeepsLateRequestsOutOfLaterEpochs(t *testing.T) {
-	const ids = 20_000
 	id := func(i int) string {
 		if i%2 == 0 {
 			return strconv.Itoa(i)
@@ -363,6 +362,10 @@ func TestSetKeepsLateRequestsOutOfLaterEpochs(t *testing.T) {
 		return "text " + strconv.Itoa(i)
 	}
 	eachSet(t, func(t *testing.T, s Set) {
+		ids := 20_000
+		if _, far := s.(*Redis); far {
+			ids = 4_000 // each takes a trip
+		}
 		e := newEpochs(t, s)
 		for i := range ids / 2 {
 			e.want(t, s, 0, id(i), Unique)
