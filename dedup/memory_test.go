@@ -348,10 +348,22 @@ func TestSetGrowsUnderWriters(t *testing.T) {
 
 // TestGrowthIsAskedForAgain: whatever became of the last request for growth,
 // the next crowded slot asks again, and the cleaner grows before an add has to.
+// With a few secrets in a hundred a bucket is full by chance before that; not
+// three times in a row.
 func TestGrowthIsAskedForAgain(t *testing.T) {
 	if raceEnabled {
 		t.Skip("one goroutine: nothing for the race detector")
 	}
+	var err error
+	for range 3 {
+		if err = growsWhenAskedAgain(t); err == nil {
+			return
+		}
+	}
+	t.Fatal(err)
+}
+
+func growsWhenAskedAgain(t *testing.T) error {
 	m := newMemory(t, Config{Expect: 700_000})
 	e := newEpochs(t, m)
 	in, _ := e.Enter(e.at(0), 0)
@@ -365,24 +377,25 @@ func TestGrowthIsAskedForAgain(t *testing.T) {
 		case 735_000:
 			step(m)
 			if m.narrow.depth != 2 || m.narrow.checking.Load() {
-				t.Fatalf("%d levels, asked %t: want a growth that failed", m.narrow.depth, m.narrow.checking.Load())
+				return fmt.Errorf("%d levels, asked %t: want a growth that failed", m.narrow.depth, m.narrow.checking.Load())
 			}
 			m.arena.max = 0
 		}
 		depth := m.narrow.depth
 		if v, err := m.Add(in.Epoch, strconv.AppendInt(nil, int64(i), 10)); v != Unique || err != nil {
-			t.Fatalf("id %d: got %v, %v; want Unique", i, v, err)
+			return fmt.Errorf("id %d: got %v, %v; want Unique", i, v, err)
 		}
 		if m.narrow.depth != depth {
-			t.Fatalf("id %d found the last of %d levels full: the cleaner was not asked in time", i, depth)
+			return fmt.Errorf("id %d found the last of %d levels full: the cleaner was not asked in time", i, depth)
 		}
 		if i%100 == 0 {
 			step(m)
 		}
 	}
 	if m.narrow.depth < 3 {
-		t.Errorf("%d levels, want more", m.narrow.depth)
+		return fmt.Errorf("%d levels, want more", m.narrow.depth)
 	}
+	return nil
 }
 
 // TestMaxIDsHoldsUnderWriters: all writers together get no more ids in than
