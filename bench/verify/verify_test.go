@@ -273,6 +273,11 @@ func TestRecordsAreVisibleOnceAndWithoutGaps(t *testing.T) {
 // by more than that is not.
 func TestUnansweredRequestsMayCountOrNot(t *testing.T) {
 	breaking := func(n int) faultStep {
+		// Windows of this server run ahead of the clock. By how much the driver
+		// learns from the first answer in each, which is among these.
+		if n%answersPerWindow < 200 {
+			return behave
+		}
 		switch n % 50 {
 		case 7:
 			return hangUp
