@@ -31,6 +31,7 @@ type openapi struct {
 	Components struct {
 		Responses map[string]apiResponse
 	}
+	mu       sync.Mutex // a stream is asked beside the rest; guards what follows
 	schemas  *jsonschema.Compiler
 	answered map[string]bool // operations with statuses: "GET /readyz 200"
 }
@@ -127,6 +128,8 @@ func (d *openapi) ask(t *testing.T, server, method, target string, status int, b
 		t.Errorf("%s: got %d %q, want %d", name, resp.StatusCode, got, status)
 		return got
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	path, verb, code := req.URL.Path, strings.ToLower(method), fmt.Sprint(status)
 	answer, ok := d.Paths[path][verb].Responses[code]
 	if !ok {
