@@ -111,12 +111,13 @@ func (c childSpec) run() error {
 		return err
 	}
 	var came atomic.Int64
-	s.testStep = func(step string) {
+	stepHook := func(step string) {
 		if step == c.Step && came.Add(1) == c.Nth {
 			syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}
 	}
+	s.testStep.Store(&stepHook)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	done := make(chan struct{})

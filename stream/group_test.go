@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -330,7 +329,7 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 				b := l.in(t, "b", dir)
 				a.flush(t, time.Minute)
 				time.Sleep(2 * groupEvery)
-				a.testStep = func(at string) {
+				stepHook := func(at string) {
 					if at == step {
 						l.killed("a")
 					}
@@ -338,6 +337,7 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 						runtime.Goexit()
 					}
 				}
+				a.testStep.Store(&stepHook)
 				if step == "" {
 					l.killed("a") // before it reported
 				}
@@ -451,11 +451,13 @@ func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
 		})
 		time.Sleep(2 * groupEvery)
 		wantLines(t, lines(t, dir), 3, 1)
-		for s := range maps.Keys(l.epochs) {
-			if !l.epochs[s].delivered {
-				t.Errorf("%v is not marked again", s)
+		l.set(func() {
+			for s, e := range l.epochs {
+				if !e.delivered {
+					t.Errorf("%v is not marked again", s)
+				}
 			}
-		}
+		})
 		r.stop()
 	})
 }

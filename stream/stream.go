@@ -17,6 +17,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -102,7 +103,7 @@ type Stream struct {
 	appendFailures uint64
 
 	// testStep, if set, is called at every step constant above.
-	testStep func(step string)
+	testStep atomic.Pointer[func(step string)]
 }
 
 var _ counter.Publisher = (*Stream)(nil)
@@ -173,8 +174,8 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 }
 
 func (s *Stream) step(name string) {
-	if s.testStep != nil {
-		s.testStep(name)
+	if hook := s.testStep.Load(); hook != nil {
+		(*hook)(name)
 	}
 }
 
