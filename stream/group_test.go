@@ -370,6 +370,9 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 					}
 					got = slices.Compact(got)
 				}
+				if step == stepSynced {
+					got = slices.Compact(got) // the sink may have written it just before
+				}
 				want := []string{groupLine(t, 0, 1), groupLine(t, 1, instances)}
 				if !slices.Equal(got, want) {
 					t.Errorf("got\n%v\nwant\n%v", got, want)
