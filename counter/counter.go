@@ -171,7 +171,11 @@ func New(cfg Config) (*Counter, error) {
 // stays with a core, such as the number of the connection.
 //
 // Safe for concurrent use; takes no lock but in the one call that turns.
-func (c *Counter) Enter(now int64, hint uint64) (Entry, bool) {
+func (c *Counter) Enter(now int64, hint uint64) (Entry, bool) { return c.EnterMany(now, hint, 1) }
+
+// EnterMany is Enter for n requests that arrived together, at the price of one.
+// They are in the same epoch, and leave it together by LeaveMany.
+func (c *Counter) EnterMany(now int64, hint, n uint64) (Entry, bool) {
 	for {
 		e := c.open.Load()
 		if e == nil {
@@ -182,14 +186,14 @@ func (c *Counter) Enter(now int64, hint uint64) (Entry, bool) {
 			continue
 		}
 		s := &e.stripes[hint%stripeCount].stripe
-		s.entered.Add(1)
+		s.entered.Add(n)
 		// The closer first moves c.open and then looks at the stripes; this
 		// first marks the stripe and then looks at c.open. One of the two sees
 		// the other: an Entry is either waited for or not given.
 		if c.open.Load() == e {
 			return Entry{e, s}, true
 		}
-		s.void.Add(1)
+		s.void.Add(n)
 	}
 }
 

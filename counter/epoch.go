@@ -140,7 +140,7 @@ type Entry struct {
 }
 
 // Leave counts the outcome, and by that ends the request's stay in the epoch.
-// It must be called once for each Entry.
+// It must be called once for each Entry of one request.
 func (e Entry) Leave(o Outcome) {
 	switch o {
 	case Unique:
@@ -149,5 +149,19 @@ func (e Entry) Leave(o Outcome) {
 		e.stripe.repeats.Add(1)
 	default:
 		e.stripe.void.Add(1)
+	}
+}
+
+// LeaveMany is Leave for the requests of an Entry by EnterMany, which must add up
+// to as many.
+func (e Entry) LeaveMany(unique, repeats, void uint64) {
+	if unique > 0 {
+		e.stripe.unique.Add(unique)
+	}
+	if repeats > 0 {
+		e.stripe.repeats.Add(repeats)
+	}
+	if void > 0 {
+		e.stripe.void.Add(void)
 	}
 }

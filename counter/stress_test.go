@@ -163,7 +163,8 @@ func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 				if i%64 == 0 {
 					now = clock.Load()
 				}
-				in, ok := c.Enter(now, uint64(w))
+				many := uint64(1 + i%3)
+				in, ok := c.EnterMany(now, uint64(w), many)
 				if !ok || in.Number() != number {
 					counted[w][number] += n
 					n = 0
@@ -173,7 +174,11 @@ func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 				}
 				number = in.Number()
 				n++
-				in.Leave(Unique)
+				if many == 1 {
+					in.Leave(Unique)
+				} else {
+					in.LeaveMany(1, many-2, 1)
+				}
 			}
 		})
 	}

@@ -103,6 +103,7 @@ type life struct {
 	topic *topic
 	stop  context.CancelFunc
 	ended chan error
+	adds  int
 }
 
 func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
@@ -174,14 +175,21 @@ func (p *life) close() {
 	}
 }
 
-// add brings id at now and returns its epoch's start.
+// add brings id at now, every other time in a batch, and returns its epoch's
+// start.
 func (p *life) add(now time.Time, id string) (Verdict, time.Time, error) {
 	p.t.Helper()
 	in, ok := p.c.Enter(now.UnixNano(), 0)
 	if !ok {
 		p.t.Fatal("sealed")
 	}
-	v, err := p.m.Add(in.Epoch, []byte(id))
+	var v Verdict
+	var err error
+	if p.adds++; p.adds%2 == 0 {
+		v, err = twice{p.m, p.t}.Add(in.Epoch, []byte(id))
+	} else {
+		v, err = p.m.Add(in.Epoch, []byte(id))
+	}
 	o := counter.Void
 	switch {
 	case err != nil:

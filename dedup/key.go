@@ -75,6 +75,25 @@ func (s *secret) hash(id []byte) (hi, lo uint64) {
 	return siphash.Hash128(s.sip0, s.sip1, id)
 }
 
+// idKey tells ids apart in this process: exactly, but for texts, which are told
+// apart by a keyed hash of 128 bits.
+type idKey struct {
+	hi, lo uint64 // scattered; hi is 0 for decimals
+	kind   uint8  // narrowKind, wideKind
+}
+
+func (s *secret) key(id []byte) idKey {
+	if n, ok := decimal(id); ok {
+		return idKey{lo: s.scatter(n), kind: narrowKind}
+	}
+	hi, lo, ok := uuid(id)
+	if !ok {
+		hi, lo = s.hash(id)
+	}
+	hi, lo = s.scatter128(hi, lo)
+	return idKey{hi, lo, wideKind}
+}
+
 // decimal parses a canonical decimal up to 2^64-1: no sign, no leading zero.
 func decimal(id []byte) (uint64, bool) {
 	if len(id) == 0 || len(id) > 20 || id[0] == '0' && len(id) > 1 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -98,8 +99,6 @@ type Memory struct {
 	admitted uint64
 	swept    uint64           // serial at the last step of the cleaner
 	busy     []*counter.Epoch // that may have requests in them, oldest first
-
-	latest atomic.Pointer[view] // current, for Prefetch, which takes no lock
 
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
 	sweep sweeper       // used by Run alone
@@ -251,7 +250,6 @@ func (m *Memory) Open(e *counter.Epoch) {
 		m.nudge() // the interval is long for such windows
 	}
 	m.current = v
-	m.latest.Store(v)
 	e.State = v
 }
 
@@ -301,65 +299,129 @@ func (m *Memory) Retire(e *counter.Epoch) {
 
 // Add implements Set.
 func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
+	var verdict [1]Verdict
+	keys := [1]idKey{m.secret.key(id)}
+	n, err := m.addKeys(e, e.State.(*view), keys[:], verdict[:], 0)
+	switch {
+	case err != nil:
+		return Repeat, m.refused(err)
+	case n == 0:
+		return Turned, nil
+	}
+	return verdict[0], nil
+}
+
+// nearSize is how many ids AddMany brings near together. A client that
+// pipelines sends about so many; and no processor waits for more lines at once.
+const nearSize = 16
+
+// AddMany implements Batcher. The place of an id in a large table is a cache
+// miss, and most of the time that an add takes: those of a batch are waited for
+// together (BenchmarkAddMany).
+func (m *Memory) AddMany(e *counter.Epoch, ids [][]byte, verdicts []Verdict) (judged int, err error) {
 	v := e.State.(*view)
-	var p place
-	var err error
-	if n, ok := decimal(id); ok {
-		p, err = m.addKey(e, v, narrowKind, 0, m.secret.scatter(n))
-	} else {
-		hi, lo, ok := uuid(id)
-		if !ok {
-			hi, lo = m.secret.hash(id)
+	var keys [nearSize]idKey
+	fresh := uint64(0)
+	for judged < len(ids) {
+		n := min(len(ids)-judged, nearSize)
+		for i := range n {
+			keys[i] = m.secret.key(ids[judged+i])
+			if len(ids) > 1 {
+				v.prefetch(keys[i])
+			}
 		}
-		hi, lo = m.secret.scatter128(hi, lo)
-		p, err = m.addKey(e, v, wideKind, hi, lo)
-	}
-	if err != nil {
-		if !errors.Is(err, ErrUnavailable) {
-			m.fulls.Add(1)
+		done, err := m.addKeys(e, v, keys[:n], verdicts[judged:], fresh)
+		for _, verdict := range verdicts[judged : judged+done] {
+			if verdict == Unique {
+				fresh++
+			}
 		}
-		return Repeat, err
+		judged += done
+		if err != nil {
+			return judged, m.refused(err)
+		}
+		if done < n {
+			break
+		}
 	}
-	return verdict(p), nil
+	return judged, nil
 }
 
-// addKey adds a scattered key. With a journal it has room there before it goes
-// into the table, and is there when it is answered: a kill in between is one of
-// a request that nobody has an answer to.
-func (m *Memory) addKey(e *counter.Epoch, v *view, kind int, hi, lo uint64) (place, error) {
-	j := v.journal.Load()
-	if j == nil {
-		return m.insert(e, v, kind, hi, lo)
+// refused counts an id that there was no room for.
+func (m *Memory) refused(err error) error {
+	if !errors.Is(err, ErrUnavailable) {
+		m.fulls.Add(1)
 	}
-	w := j.writers.Get().(*writer)
-	c, err := j.reserve(w, v.serial, kind)
-	if err != nil {
+	return err
+}
+
+// addKeys adds keys until one meets a later epoch or cannot be added, and
+// returns how many those are before it. fresh ids of the same requests are in
+// the table and not counted yet.
+func (m *Memory) addKeys(e *counter.Epoch, v *view, keys []idKey, verdicts []Verdict, fresh uint64) (int, error) {
+	if j := v.journal.Load(); j != nil {
+		w := j.writers.Get().(*writer)
+		n, err := m.addKept(e, v, j, w, keys, verdicts, fresh)
 		j.writers.Put(w)
-		return m.lookFull(v, kind, hi, lo, err)
+		return n, err
 	}
-	p, err := m.insert(e, v, kind, hi, lo)
-	if p == taken {
-		err = j.append(c, kind, hi, lo)
+	for i, k := range keys {
+		p, err := m.insert(e, v, k, fresh)
+		if err != nil || p == turned {
+			return i, err
+		}
+		if verdicts[i] = verdict(p); p == taken {
+			fresh++
+		}
 	}
-	j.writers.Put(w)
-	return p, err
+	return len(keys), nil
 }
 
-// insert adds a scattered key to its table.
-func (m *Memory) insert(e *counter.Epoch, v *view, kind int, hi, lo uint64) (place, error) {
-	if v.tight.Load() {
-		return m.insertTight(v, kind, hi, lo)
+// addKept is addKeys with a journal. A key has room there before it goes into
+// the table, and is there before the next one is looked at, and so before it is
+// answered: a kill in between is one of a request that nobody has an answer to.
+//
+// The journal is mapped memory, and faults as the disk under it fails. To be
+// ready for that costs as much as a record: a batch pays it once.
+func (m *Memory) addKept(e *counter.Epoch, v *view, j *journal, w *writer, keys []idKey, verdicts []Verdict, fresh uint64) (n int, err error) {
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	for ; n < len(keys); n++ {
+		k := keys[n]
+		var p place
+		c, err := j.reserve(w, v.serial, int(k.kind))
+		if err == nil {
+			p, err = m.insert(e, v, k, fresh)
+		} else {
+			p, err = m.lookFull(v, int(k.kind), k.hi, k.lo, err)
+		}
+		if err != nil || p == turned {
+			return n, err
+		}
+		if p == taken {
+			c.append(k)
+			fresh++
+		}
+		verdicts[n] = verdict(p)
 	}
-	if kind == narrowKind {
-		p, err := m.addNarrow(v, lo, false)
-		if p == taken && sampled(lo) {
-			m.sample(e, v, &v.narrowSample)
+	return n, nil
+}
+
+// insert adds a key to its table. fresh is as in addKeys.
+func (m *Memory) insert(e *counter.Epoch, v *view, k idKey, fresh uint64) (place, error) {
+	if v.tight.Load() {
+		return m.insertTight(v, int(k.kind), k.hi, k.lo)
+	}
+	if k.kind == narrowKind {
+		p, err := m.addNarrow(v, k.lo, false)
+		if p == taken && sampled(k.lo) {
+			m.sample(e, v, &v.narrowSample, fresh+1)
 		}
 		return p, err
 	}
-	p, err := m.addWide(v, hi, lo, false)
-	if p == taken && sampled(lo) {
-		m.sample(e, v, &v.wideSample)
+	p, err := m.addWide(v, k.hi, k.lo, false)
+	if p == taken && sampled(k.lo) {
+		m.sample(e, v, &v.wideSample, fresh+1)
 	}
 	return p, err
 }
@@ -441,8 +503,10 @@ func crowding[B any](m *Memory, t *table[B], i int) {
 	}
 }
 
-// sample counts one new id for sampleEvery and sees MaxIDs coming.
-func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64) {
+// sample counts one new id for sampleEvery and sees MaxIDs coming. fresh ids of
+// its own request, or of those that arrived with it, are in and not counted: they
+// are when they leave.
+func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64, fresh uint64) {
 	of.Add(1)
 	if m.cfg.MaxIDs == 0 {
 		return
@@ -455,11 +519,10 @@ func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64) {
 	defer v.mu.Unlock()
 	if !v.tight.Load() {
 		// First the flag, so that from here on whoever looks at it waits for
-		// left, then the count. The id of this request is in, but counted only
-		// when it leaves. Other requests between those two moments can exceed
-		// MaxIDs by their number.
+		// left, then the count. Other requests between those two moments can
+		// exceed MaxIDs by their number.
 		v.tight.Store(true)
-		v.left = less(m.cfg.MaxIDs, v.before.sum()+e.Unique()+1)
+		v.left = less(m.cfg.MaxIDs, v.before.sum()+e.Unique()+fresh)
 	}
 }
 

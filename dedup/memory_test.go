@@ -554,6 +554,78 @@ func TestAddAllocatesNothing(t *testing.T) {
 	}
 }
 
+// TestAddManyAgreesWithAdd brings the same ids, of all kinds and with repeats
+// within a batch, one by one to one store and in batches to another.
+func TestAddManyAgreesWithAdd(t *testing.T) {
+	for _, maxIDs := range []uint64{0, 3000, 1 << 20} {
+		one, many := newMemory(t, Config{MaxIDs: maxIDs}), newMemory(t, Config{MaxIDs: maxIDs, Dir: fastDir(t)})
+		e, f := newEpochs(t, one), newEpochs(t, many)
+		rnd := rand.New(rand.NewPCG(5, maxIDs))
+		for turn := range 3 {
+			for range 1000 {
+				ids := make([][]byte, rnd.IntN(40))
+				for i := range ids {
+					n := rnd.IntN(5000)
+					switch rnd.IntN(3) {
+					case 0:
+						ids[i] = strconv.AppendInt(nil, int64(n), 10)
+					case 1:
+						ids[i] = fmt.Appendf(nil, "3f333df6-90a4-4fda-8dd3-9485d27ce%03d", n%1000)
+					default:
+						ids[i] = fmt.Appendf(nil, "text %d", n)
+					}
+				}
+				in, _ := f.EnterMany(f.at(turn), 0, uint64(len(ids)))
+				verdicts := make([]Verdict, len(ids)+1)
+				n, err := many.AddMany(in.Epoch, ids, verdicts)
+				var left [2]uint64
+				for i := range n {
+					left[verdicts[i]]++
+					e.want(t, one, turn, string(ids[i]), verdicts[i])
+				}
+				in.LeaveMany(left[Unique], left[Repeat], uint64(len(ids)-n))
+				if n == len(ids) {
+					if err != nil {
+						t.Fatal(err)
+					}
+					continue
+				}
+				if _, want := e.add(t, one, turn, string(ids[n])); !errors.Is(err, ErrFull) || !errors.Is(want, ErrFull) {
+					t.Fatalf("id %q: AddMany says %v, Add %v", ids[n], err, want)
+				}
+			}
+			if a, b := e.Last().Unique(), f.Last().Unique(); a != b || a == 0 {
+				t.Errorf("turn %d: %d unique by Add, %d by AddMany", turn, a, b)
+			}
+		}
+	}
+}
+
+func TestAddManyAllocatesNothing(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	for _, dir := range []string{"", fastDir(t)} {
+		m := newMemory(t, Config{Expect: 100_000, Dir: dir})
+		e := newEpochs(t, m)
+		ids, verdicts := make([][]byte, 20), make([]Verdict, 20)
+		n := uint64(0)
+		if got := testing.AllocsPerRun(2000, func() {
+			for i := range ids {
+				n++
+				ids[i] = strconv.AppendUint(ids[i][:0], n, 10)
+			}
+			in, _ := e.EnterMany(e.at(0), 0, 20)
+			if n, err := m.AddMany(in.Epoch, ids, verdicts); n != 20 || err != nil {
+				t.Fatal(n, err)
+			}
+			in.LeaveMany(20, 0, 0)
+		}); got != 0 {
+			t.Errorf("with directory %q: %v allocations, want 0", dir, got)
+		}
+	}
+}
+
 // TestOpenAllocatesNothing turns while the epochs before are retired in time.
 func TestOpenAllocatesNothing(t *testing.T) {
 	if raceEnabled {

@@ -387,7 +387,7 @@ func (r *Redis) Retire(e *counter.Epoch) {
 // Add implements Set.
 func (r *Redis) Add(e *counter.Epoch, id []byte) (Verdict, error) {
 	s := e.State.(*redisEpoch)
-	k := r.key(id)
+	k := r.secret.key(id)
 	if s.view != nil && r.cfg.Local.knows(s.view, k) {
 		return Repeat, nil
 	}
@@ -407,13 +407,6 @@ func (r *Redis) Run(ctx context.Context) error {
 	}
 	<-ctx.Done()
 	return nil
-}
-
-// Prefetch implements Prefetcher.
-func (r *Redis) Prefetch(id []byte) {
-	if r.cfg.Local != nil {
-		r.cfg.Local.Prefetch(id)
-	}
 }
 
 // Stats implements Set.

@@ -11,25 +11,6 @@ import (
 	"verve/counter"
 )
 
-// idKey tells ids apart in this process: exactly, but for texts, which are told
-// apart by a keyed hash of 128 bits.
-type idKey struct {
-	hi, lo uint64 // scattered; hi is 0 for decimals
-	kind   uint8
-}
-
-func (r *Redis) key(id []byte) idKey {
-	if n, ok := decimal(id); ok {
-		return idKey{lo: r.secret.scatter(n), kind: narrowKind}
-	}
-	hi, lo, ok := uuid(id)
-	if !ok {
-		hi, lo = r.secret.hash(id)
-	}
-	hi, lo = r.secret.scatter128(hi, lo)
-	return idKey{hi, lo, wideKind}
-}
-
 // knows reports whether the id is in v. Nothing is added.
 func (m *Memory) knows(v *view, k idKey) bool {
 	var p place
@@ -43,7 +24,7 @@ func (m *Memory) knows(v *view, k idKey) bool {
 
 // learn adds the id to v. What does not fit is not known later.
 func (m *Memory) learn(e *counter.Epoch, v *view, k idKey) (place, error) {
-	return m.insert(e, v, int(k.kind), k.hi, k.lo)
+	return m.insert(e, v, k, 0)
 }
 
 // How ids stand in Redis. Each has one form, and the kinds have keys of their

@@ -61,6 +61,18 @@ type Set interface {
 	Close() error
 }
 
+// Batcher is a Set that takes ids which arrive together faster than one by one.
+type Batcher interface {
+	Set
+
+	// AddMany adds ids in their order, as so many calls of Add would, and puts
+	// what it says of each into verdicts, which is at least as long. It returns
+	// how many ids it has judged. If those are not all, of the next one Add would
+	// have said the error that is returned, or with none Turned; that id and those
+	// after it were not added. Of a verdict not yet judged it writes nothing.
+	AddMany(e *counter.Epoch, ids [][]byte, verdicts []Verdict) (judged int, err error)
+}
+
 // Stats describes a Set. What a store does not have is zero.
 type Stats struct {
 	Bytes     uint64 // resident memory of the ids

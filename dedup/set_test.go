@@ -21,6 +21,28 @@ var newSets = map[string]func(t testing.TB, maxIDs uint64) Set{
 	"memory": func(t testing.TB, maxIDs uint64) Set {
 		return newMemory(t, Config{MaxIDs: maxIDs})
 	},
+	"memory, in batches": func(t testing.TB, maxIDs uint64) Set {
+		return twice{newMemory(t, Config{MaxIDs: maxIDs}), t}
+	},
+}
+
+// twice brings each id two times in one batch: the second is a repeat of the
+// first, whatever that is.
+type twice struct {
+	*Memory
+	t testing.TB
+}
+
+func (s twice) Add(e *counter.Epoch, id []byte) (Verdict, error) {
+	verdicts := [2]Verdict{Turned, Turned}
+	n, err := s.AddMany(e, [][]byte{id, id}, verdicts[:])
+	if n == 0 {
+		return Turned, err // Turned, if there is no error
+	}
+	if n == 2 && verdicts[1] != Repeat {
+		s.t.Errorf("id %q twice: %v", id, verdicts)
+	}
+	return verdicts[0], nil // whatever happened to the second
 }
 
 func eachSet(t *testing.T, f func(t *testing.T, s Set)) {
@@ -131,7 +153,13 @@ func TestSetAgreesWithMap(t *testing.T) {
 		}
 		rnd := rand.New(rand.NewPCG(1, 2))
 		e := newEpochs(t, s)
-		m, _ := s.(*Memory)
+		var m *Memory
+		switch s := s.(type) {
+		case *Memory:
+			m = s
+		case twice:
+			m = s.Memory
+		}
 		for n := range turns {
 			seen := map[string]bool{}
 			for i := range 40 {

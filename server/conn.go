@@ -58,6 +58,7 @@ type listener struct {
 	slow    time.Duration // for a request to arrive, for an answer to be taken
 	idle    time.Duration // between requests
 	tls     *tls.Config   // nil: plain
+	fast    *fastPath     // nil: every request is fasthttp's
 
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
@@ -85,6 +86,12 @@ type conn struct {
 	// timed returned; zero while none is.
 	reads uint32
 	timed time.Time
+
+	// For the fastPath, and the serving goroutine alone: whether fasthttp is
+	// between two requests, and what followed the id in a plain one.
+	between bool
+	tail    []byte
+	number  uint64
 }
 
 func newListener(ln net.Listener, cfg *Config) *listener {
@@ -139,6 +146,7 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	l.conns[c] = struct{}{}
 	l.admitted++
 	c.reads = l.admitted // so that connections of one request are sampled alike
+	c.number = uint64(l.admitted)
 	if l.maxAddr > 0 {
 		l.perAddr[c.from]++
 	}
@@ -201,9 +209,17 @@ func (c *conn) phase() (p phase, since time.Duration) {
 	return phase(s & phaseMask), time.Duration(s &^ phaseMask)
 }
 
-// Read marks the beginning of a request with its first byte. A reader that has
-// not its whole buffer to fill holds the first part of a pipelined request.
+// Read brings fasthttp what the fastPath does not answer.
 func (c *conn) Read(p []byte) (int, error) {
+	if c.between && len(c.tail) > 0 {
+		return c.owner.fast.read(c, p)
+	}
+	return c.receive(p)
+}
+
+// receive marks the beginning of a request with its first byte. A reader that has
+// not its whole buffer to fill holds the first part of a pipelined request.
+func (c *conn) receive(p []byte) (int, error) {
 	if len(p) < readBuffer && phase(c.state.Load()&phaseMask) == phaseIdle {
 		c.enter(phaseReading)
 	}

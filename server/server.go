@@ -69,7 +69,6 @@ type Server struct {
 	callbacks *Callbacks
 	http      fasthttp.Server
 	ln        *listener
-	near      dedup.Prefetcher // cfg.Set, if it can; else nil
 	stopSweep chan struct{}
 
 	refused  [reasons]atomic.Uint64
@@ -107,13 +106,15 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		stopSweep: make(chan struct{}),
 		panicLog:  logSampler{perSecond: 1},
 	}
-	s.near, _ = cfg.Set.(dedup.Prefetcher)
+	if set, ok := cfg.Set.(dedup.Batcher); ok {
+		s.ln.fast = newFastPath(s, set)
+	}
 	s.http = fasthttp.Server{
-		HeaderReceived: s.announce,
-		Handler:        s.handle,
-		ExpectHandler:  s.expect,
-		ErrorHandler:   s.refuseBroken,
-		Logger:         quiet{}, // what fasthttp has to say is counted in refused
+		Handler:       s.handle,
+		ExpectHandler: s.expect,
+		ErrorHandler:  s.refuseBroken,
+		ConnState:     connState,
+		Logger:        quiet{}, // what fasthttp has to say is counted in refused
 
 		Concurrency:        cfg.MaxConns + 1, // the listener has the last word, with a proper answer
 		ReadBufferSize:     readBuffer,

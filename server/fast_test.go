@@ -1,0 +1,551 @@
+package server
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+// oneByOne hides that a Set can take ids together: there is no fastPath.
+type oneByOne struct{ dedup.Set }
+
+// witness counts how ids reach the Set.
+type witness struct {
+	dedup.Batcher
+	single, together atomic.Int64
+}
+
+func (w *witness) Add(e *counter.Epoch, id []byte) (dedup.Verdict, error) {
+	w.single.Add(1)
+	return w.Batcher.Add(e, id)
+}
+
+func (w *witness) AddMany(e *counter.Epoch, ids [][]byte, verdicts []dedup.Verdict) (int, error) {
+	w.together.Add(int64(len(ids)))
+	return w.Batcher.AddMany(e, ids, verdicts)
+}
+
+// sendPieces writes raw in random pieces.
+func sendPieces(t testing.TB, c net.Conn, rnd *rand.Rand, raw string) {
+	for len(raw) > 0 {
+		n := 1 + rnd.IntN(len(raw))
+		if rnd.IntN(2) == 0 {
+			n = min(n, 1+rnd.IntN(100))
+		}
+		if _, err := io.WriteString(c, raw[:n]); err != nil {
+			t.Error(err)
+			return
+		}
+		raw = raw[n:]
+	}
+}
+
+// TestFastPathAnswersInOrder sends bursts of requests, of which some are the fast
+// path's and some are not, in random pieces: every answer is the one to its
+// request, and of the plain ones most do not go through fasthttp.
+func TestFastPathAnswersInOrder(t *testing.T) {
+	w := &witness{}
+	s := newSite(t, func(c *Config) {
+		w.Batcher = c.Set.(dedup.Batcher)
+		c.Set = w
+		c.Uint64IDs = true
+	})
+	rnd := rand.New(rand.NewPCG(1, 2))
+	c, r := s.dial()
+	seen := map[int]bool{}
+	plain := 0
+	for range 400 {
+		var burst strings.Builder
+		var want []string
+		for range 1 + rnd.IntN(300)*rnd.IntN(2) {
+			id := rnd.IntN(3000)
+			status := "200"
+			switch target := fmt.Sprintf("%s?id=%d", acceptPath, id); rnd.IntN(2000) {
+			case 0: // another tail, which is then the remembered one
+				fmt.Fprintf(&burst, "GET %s HTTP/1.1\r\nHost: x\r\nX-Request-Id: %d\r\n\r\n", target, id)
+			case 1: // a body, with something in it that looks like a request
+				body := strings.Repeat(get("id=77777"), 1+rnd.IntN(200))
+				fmt.Fprintf(&burst, "POST /test HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+				want = append(want, status)
+				continue
+			case 2:
+				fmt.Fprintf(&burst, "GET %s&x=1 HTTP/1.1\r\nHost: x\r\n\r\n", target)
+			case 3:
+				burst.WriteString(get("id=0" + strconv.Itoa(id)))
+				want = append(want, "400")
+				continue
+			default:
+				plain++
+				burst.WriteString(get("id=" + strconv.Itoa(id)))
+			}
+			if seen[id] {
+				status = "409"
+			}
+			seen[id] = true
+			want = append(want, status)
+		}
+		go sendPieces(t, c, rnd, burst.String())
+		for i, want := range want {
+			resp, body, err := answer(r)
+			if err != nil {
+				t.Fatalf("answer %d: %v", i, err)
+			}
+			if got := strconv.Itoa(resp.StatusCode); got != want || (want == "200") != (body == "ok") {
+				t.Fatalf("answer %d: got %s %q, want %s", i, got, body, want)
+			}
+		}
+	}
+	if n := s.cfg.Counter.Stats(); n.Unique != uint64(len(seen)) {
+		t.Errorf("%d ids counted, want %d", n.Unique, len(seen))
+	}
+	if n := int(w.together.Load()); n < plain/2 {
+		t.Errorf("%d ids of %d plain requests went the fast path, and %d did not", n, plain, w.single.Load())
+	}
+}
+
+// pairOfSites are a server with the fast path and one without, each with ids of
+// its own and no callbacks into the world.
+func pairOfSites(t testing.TB, change func(*Config)) (fast, slow *site) {
+	fast = newLonelySite(t, change)
+	slow = newLonelySite(t, func(c *Config) {
+		if change != nil {
+			change(c)
+		}
+		c.Set = oneByOne{c.Set}
+	})
+	if fast.ln.fast == nil || slow.ln.fast != nil {
+		t.Fatal("which of the two has the fast path?")
+	}
+	return fast, slow
+}
+
+var dateLine = regexp.MustCompile(`Date: [^\r]*\r\n`)
+
+// agree sends raw to both sites, on a connection that has had the answer to a
+// plain request, whose tail it may have, and compares all that they answer.
+func agree(t testing.TB, fast, slow *site, raw []byte, cut func(n int) int) {
+	t.Helper()
+	var answers [2]string
+	for i, s := range []*site{fast, slow} {
+		c, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(patience))
+		r := bufio.NewReader(c)
+		io.WriteString(c, get("id=first"))
+		if _, _, err := answer(r); err != nil {
+			t.Fatal(err)
+		}
+		for rest := raw; len(rest) > 0; {
+			n := cut(len(rest))
+			if _, err := c.Write(rest[:n]); err != nil {
+				break // refused before its end
+			}
+			rest = rest[n:]
+		}
+		_ = c.(*net.TCPConn).CloseWrite() // may be closed already
+		got, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatalf("%q: %v after %q", raw, err, got)
+		}
+		answers[i] = dateLine.ReplaceAllString(string(got), "")
+	}
+	if answers[0] != answers[1] {
+		t.Fatalf("%q:\nfast %q\nslow %q", raw, answers[0], answers[1])
+	}
+	a, b := fast.cfg.Counter.Stats(), slow.cfg.Counter.Stats()
+	if a.Unique != b.Unique || a.Repeats != b.Repeats {
+		t.Fatalf("%q: counted %d and %d on the fast path, %d and %d on the slow one", raw, a.Unique, a.Repeats, b.Unique, b.Repeats)
+	}
+}
+
+// FuzzFastPathAnswersAsFasthttp: whatever comes on a connection, in whatever
+// pieces, the answers and the counts are those of a server without the fast path.
+func FuzzFastPathAnswersAsFasthttp(f *testing.F) {
+	fast, slow := pairOfSites(f, nil)
+	for i, raw := range requestSeeds(f, fast) {
+		if bytes.Contains(raw, []byte(url.QueryEscape(fast.addr))) {
+			continue // the other one has another address
+		}
+		f.Add(raw, byte(i))
+		f.Add(bytes.Join([][]byte{[]byte(get("id=1")), raw, []byte(get("id=2"))}, nil), byte(3*i))
+	}
+	f.Fuzz(func(t *testing.T, raw []byte, split byte) {
+		if len(raw) > 1<<20 {
+			return
+		}
+		agree(t, fast, slow, raw, func(n int) int { return min(n, 1+int(split)) })
+	})
+}
+
+// TestFastPathAgreesWithFasthttp does the same with mutations that are likely to
+// concern it: of series of plain requests.
+func TestFastPathAgreesWithFasthttp(t *testing.T) {
+	rounds := 1500
+	if testing.Short() || raceEnabled {
+		rounds = 300
+	}
+	for name, change := range map[string]func(*Config){
+		"default": nil,
+		"uint64, window header, duplicates as 200": func(c *Config) {
+			c.Uint64IDs, c.WindowHeader, c.DuplicateStatus = true, true, 200
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fast, slow := pairOfSites(t, change)
+			rnd := rand.New(rand.NewPCG(3, 4))
+			seeds := requestSeeds(t, fast)
+			for range rounds {
+				var raw []byte
+				for range rnd.IntN(40) {
+					id := strconv.Itoa(rnd.IntN(1 << rnd.IntN(20)))
+					if rnd.IntN(50) == 0 {
+						id = strings.Repeat("7", maxIDLen-2+rnd.IntN(5))
+					}
+					raw = append(raw, get("id="+id)...)
+				}
+				if len(raw) > 0 && rnd.IntN(4) > 0 {
+					raw = mutate(rnd, raw, seeds)
+				}
+				agree(t, fast, slow, raw, func(n int) int {
+					if rnd.IntN(2) == 0 {
+						return n
+					}
+					return 1 + rnd.IntN(min(n, 200))
+				})
+			}
+		})
+	}
+}
+
+// TestFastPathRemembersOnlyWhatKeepsTheConnection: requests after which
+// something else follows than after a plain one are no model for others.
+func TestFastPathRemembersOnlyWhatKeepsTheConnection(t *testing.T) {
+	for _, tail := range []string{
+		" HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n",
+		" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+		" HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n",
+		" HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", maxTail) + "\r\n\r\n",
+		"&x=1 HTTP/1.1\r\nHost: x\r\n\r\n",
+	} {
+		w := &witness{}
+		s := newSite(t, func(c *Config) {
+			w.Batcher = c.Set.(dedup.Batcher)
+			c.Set = w
+		})
+		c, r := s.dial()
+		for i := range 3 {
+			if _, err := fmt.Fprintf(c, "GET %s?id=%d%s", acceptPath, i, tail); err != nil {
+				break // closed
+			}
+			if _, _, err := answer(r); err != nil {
+				break
+			}
+		}
+		if n := w.together.Load(); n > 0 {
+			t.Errorf("%q was taken for plain", tail)
+		}
+		s.stop()
+	}
+}
+
+// halting is a Batcher that stops in the middle of a batch: at some ids it says
+// Turned once, or an error, or panics.
+type halting struct {
+	dedup.Batcher
+	turned atomic.Bool
+}
+
+func (h *halting) Add(e *counter.Epoch, id []byte) (dedup.Verdict, error) {
+	return panicky{h.Batcher}.Add(e, id)
+}
+
+func (h *halting) AddMany(e *counter.Epoch, ids [][]byte, verdicts []dedup.Verdict) (int, error) {
+	for i, id := range ids {
+		switch string(id) {
+		case "panic":
+			panic("a bug in the set")
+		case "error":
+			return i, errors.New("out of reach")
+		case "turn":
+			if !h.turned.Swap(true) {
+				return i, nil
+			}
+		}
+		if n, err := h.Batcher.AddMany(e, ids[i:i+1], verdicts[i:]); n == 0 || err != nil {
+			return i, err
+		}
+	}
+	return len(ids), nil
+}
+
+// TestFastPathGoesOnWhereABatchEnds: ids before an error, a panic or a turn are
+// answered and counted in their epoch, the one it happened to as the handler
+// would, and those after it, too.
+func TestFastPathGoesOnWhereABatchEnds(t *testing.T) {
+	s := newSite(t, func(c *Config) {
+		c.Set = &halting{Batcher: c.Set.(dedup.Batcher)}
+		c.WindowHeader = true
+	})
+	ask := func(ids ...string) (got []string, windows []string) {
+		c, r := s.dial()
+		var raw strings.Builder
+		for _, id := range ids {
+			raw.WriteString(get("id=" + id))
+		}
+		io.WriteString(c, get("id=1")) // for its tail
+		if _, _, err := answer(r); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, raw.String())
+		for range ids {
+			resp, _, err := answer(r)
+			if err != nil {
+				break
+			}
+			got = append(got, fmt.Sprint(resp.StatusCode, " ", resp.Header.Get("Verve-Reason")))
+			windows = append(windows, resp.Header.Get("Verve-Window"))
+			if resp.Close {
+				break
+			}
+		}
+		return got, windows
+	}
+	first := string(s.cfg.Counter.Last().Label())
+	if got, _ := ask("a", "b", "error", "a", "c"); fmt.Sprint(got) != "[200  200  503 unavailable 409 duplicate 200 ]" {
+		t.Errorf("error: %q", got)
+	}
+	if got, _ := ask("d", "panic", "e"); fmt.Sprint(got) != "[200  500 ]" {
+		t.Errorf("panic: %q", got)
+	}
+	got, windows := ask("f", "turn", "f")
+	second := string(s.cfg.Counter.Last().Label())
+	if fmt.Sprint(got) != "[200  200  200 ]" || fmt.Sprint(windows) != fmt.Sprint([]string{first, second, second}) || first == second {
+		t.Errorf("turn: %q in %q, from %s to %s", got, windows, first, second)
+	}
+	s.stop()
+	if got := s.records.sum(); got != 8 { // 1, a to d and f; then turn and f again
+		t.Errorf("records say %d, want 8", got)
+	}
+}
+
+// replaceSet makes set, and a counter for it, those of a site.
+func replaceSet(t testing.TB, c *Config, set *dedup.Memory) {
+	c.Counter.Seal() // that of the other set
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: &published{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Set, c.Counter = set, count
+	closed := make(chan error, 1)
+	go func() { closed <- count.Run(context.Background()) }()
+	t.Cleanup(func() {
+		if err := <-closed; err != nil {
+			t.Error(err)
+		}
+		set.Close()
+	})
+}
+
+// TestFastPathAtTheLimitAndTheStop: what the set has no room for is refused, and
+// so is what comes when nothing is counted any more.
+func TestFastPathAtTheLimitAndTheStop(t *testing.T) {
+	set, err := dedup.NewMemory(dedup.Config{Heap: true, MaxIDs: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t, func(c *Config) { replaceSet(t, c, set) })
+	c, r := s.dial()
+	want := func(status int, reason string) {
+		t.Helper()
+		resp, _, err := answer(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode != status || resp.Header.Get("Verve-Reason") != reason {
+			t.Errorf("got %d %q, want %d %q", resp.StatusCode, resp.Header.Get("Verve-Reason"), status, reason)
+		}
+	}
+	for i := range 8 {
+		io.WriteString(c, get("id="+strconv.Itoa(i)))
+	}
+	io.WriteString(c, get("id=2"))
+	for range 5 {
+		want(200, "")
+	}
+	for range 3 {
+		want(503, "full")
+	}
+	want(409, "duplicate")
+	if n := s.refused[reasonFull.index].Load(); n != 3 {
+		t.Errorf("%d refusals counted, want 3", n)
+	}
+	s.cfg.Counter.Seal()
+	io.WriteString(c, get("id=2"))
+	want(503, "draining")
+}
+
+// TestFastPathEndsSlowRequests: a plain request that stops in the middle is
+// ended as any other, behind the answers to those before it.
+func TestFastPathEndsSlowRequests(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
+	for _, rest := range []string{"GET /api", get("id=3")[:28], get("id=3")[:40]} {
+		c, r := s.dial()
+		io.WriteString(c, get("id=1"))
+		if _, _, err := answer(r); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, get("id=1")+rest)
+		got, err := io.ReadAll(r)
+		if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 409") || !strings.Contains(string(got), "HTTP/1.1 408") {
+			t.Errorf("%q: got %q, %v", rest, got, err)
+		}
+	}
+}
+
+// pipe is a connection that brings the same requests over and over, with ids that
+// count up, until there were enough.
+type pipe struct {
+	net.Conn
+	requests []byte
+	ids      []int // where the ids are in it
+	id, left int
+}
+
+const pipeID = "10000000000"
+
+func newPipe(depth int) *pipe {
+	p := &pipe{id: 1e10}
+	for range depth {
+		p.ids = append(p.ids, len(p.requests)+strings.Index(get("id="+pipeID), pipeID))
+		p.requests = append(p.requests, get("id="+pipeID)...)
+	}
+	return p
+}
+
+func (p *pipe) Read(b []byte) (int, error) {
+	if p.left <= 0 {
+		return 0, io.EOF
+	}
+	for _, at := range p.ids {
+		p.id++
+		strconv.AppendInt(p.requests[at:at], int64(p.id), 10)
+	}
+	p.left -= len(p.ids)
+	return copy(b, p.requests), nil
+}
+
+func (p *pipe) Write(b []byte) (int, error) { return len(b), nil }
+func (p *pipe) Close() error                { return nil }
+func (p *pipe) RemoteAddr() net.Addr        { return &net.TCPAddr{} }
+func (p *pipe) LocalAddr() net.Addr         { return &net.TCPAddr{} }
+
+// BenchmarkServer is what a new id costs without the kernel: on the fast path, by
+// fasthttp and the handler alone, and, as the limit of that, by fasthttp with a
+// handler that answers ok to everything.
+func BenchmarkServer(b *testing.B) {
+	for _, depth := range []int{1, 16} {
+		for _, way := range []string{"fast", "fasthttp", "bare"} {
+			b.Run(fmt.Sprintf("%s/depth=%d", way, depth), func(b *testing.B) {
+				set, err := dedup.NewMemory(dedup.Config{Expect: 10_000_000})
+				if err != nil {
+					b.Fatal(err)
+				}
+				s := newSite(b, func(c *Config) {
+					replaceSet(b, c, set)
+					if way == "fasthttp" {
+						c.Set = oneByOne{c.Set}
+					}
+				})
+				http := &s.http
+				if way == "bare" {
+					http = &fasthttp.Server{Handler: func(ctx *fasthttp.RequestCtx) { ctx.SetBodyString("ok") }}
+				}
+				p := newPipe(depth)
+				p.left = b.N
+				var c net.Conn = &conn{Conn: p, raw: p, owner: s.ln, number: 1}
+				if way == "bare" {
+					c = p
+				}
+				b.ReportAllocs()
+				if err := http.ServeConn(c); err != nil {
+					b.Fatal(err)
+				}
+			})
+		}
+	}
+}
+
+// TestFastPathAllocatesNothing but once a second, for the Date of the answers.
+func TestFastPathAllocatesNothing(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	s := newSite(t, nil)
+	p := newPipe(16)
+	p.left = 1
+	c := &conn{Conn: p, raw: p, owner: s.ln}
+	if err := s.http.ServeConn(c); err != nil || len(c.tail) == 0 {
+		t.Fatalf("%v, tail %q", err, c.tail)
+	}
+	requests := bytes.Clone(p.requests)
+	least := 1e9
+	for range 5 { // a second may begin in some
+		least = min(least, testing.AllocsPerRun(200, func() {
+			if rest, like, err := s.ln.fast.serve(c, requests); len(rest) > 0 || like != begun || err != nil {
+				t.Fatal(string(rest), like, err)
+			}
+		}))
+	}
+	if least != 0 {
+		t.Errorf("a read of 16 requests allocates %v times, want 0", least)
+	}
+}
+
+// TestFastPathAnswersLookLikeFasthttps: byte by byte, but for the second.
+func TestFastPathAnswersLookLikeFasthttps(t *testing.T) {
+	s := newSite(t, nil)
+	c, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	r := bufio.NewReader(c)
+	head := func(id string) string {
+		io.WriteString(c, get("id="+id))
+		var b strings.Builder
+		resp, err := http.ReadResponse(bufio.NewReader(io.TeeReader(r, &b)), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if date, err := http.ParseTime(resp.Header.Get("Date")); err != nil || time.Since(date).Abs() > 5*time.Second {
+			t.Errorf("Date %q, %v", resp.Header.Get("Date"), err)
+		}
+		return dateLine.ReplaceAllString(b.String(), "Date: x\r\n")
+	}
+	first, second := head("1"), head("2")
+	if first != second || !strings.Contains(first, "Date: x") || !strings.HasSuffix(first, "\r\n\r\nok") {
+		t.Errorf("fasthttp answers %q, the fast path %q", first, second)
+	}
+}
