@@ -37,7 +37,7 @@ func sizes(b *testing.B) (sizes []int) {
 // of a run are between neighbours.
 func eachMaker(b *testing.B, ids int, name string, f func(*testing.B, Maker)) {
 	for _, m := range Makers {
-		if ids > baselineMax && m.Name != "verve" {
+		if ids > baselineMax && !strings.HasPrefix(m.Name, "verve") {
 			continue
 		}
 		b.Run(fmt.Sprintf("design=%s/ids=%d%s", m.Name, ids, name), func(b *testing.B) {
@@ -125,8 +125,18 @@ func addRepeats(b *testing.B, d Design, before, t *tape, writers int) {
 func fill(b *testing.B, d Design, t *tape, writers int) {
 	var fresh atomic.Int64
 	write := func(w int) {
-		n := 0
-		for i := t.length * w / writers; i < t.length*(w+1)/writers; i++ {
+		n, i, end := 0, t.length*w/writers, t.length*(w+1)/writers
+		if many, ok := d.(Batcher); ok {
+			ids := make([][]byte, together)
+			for ; i < end; i += len(ids) {
+				ids = ids[:min(together, end-i)]
+				for j := range ids {
+					ids[j] = t.at(i + j)
+				}
+				n += many.AddMany(ids, w)
+			}
+		}
+		for ; i < end; i++ {
 			if d.Add(t.at(i), w) {
 				n++
 			}
@@ -165,6 +175,9 @@ func BenchmarkResident(b *testing.B) {
 			}{{"right", ids}, {"under", ids / 10}} {
 				eachMaker(b, ids, fmt.Sprintf("/kind=%s/expect=%s", k, expect.name), func(b *testing.B, maker Maker) {
 					_, t := shelf.get(k, unique, ids)
+					if maker.AddsOnly {
+						b.Skip("has the memory of another")
+					}
 					for b.Loop() {
 						rss, heap := resident(b), heapAlloc()
 						d := maker.New(k.sizes(expect.ids))
@@ -200,6 +213,9 @@ func BenchmarkGC(b *testing.B) {
 	defer shelf.clear()
 	for _, ids := range sizes(b) {
 		eachMaker(b, ids, "", func(b *testing.B, maker Maker) {
+			if maker.AddsOnly {
+				b.Skip("has the memory of another")
+			}
 			_, t := shelf.get(decimal, unique, ids)
 			d := maker.New(decimal.sizes(ids))
 			defer d.Close()

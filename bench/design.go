@@ -30,6 +30,18 @@ type Design interface {
 	Close()
 }
 
+// Batcher is a Design that takes ids which arrive together, too.
+type Batcher interface {
+	Design
+
+	// AddMany adds ids in their order and returns how many were new.
+	AddMany(ids [][]byte, writer int) (fresh int)
+}
+
+// together is how many ids a Batcher is brought at once: as many requests as
+// clients that pipeline have in flight.
+const together = 16
+
 // Sizes are the unique ids that a design is told to expect in an epoch.
 type Sizes struct {
 	Numbers int // canonical decimals
@@ -44,11 +56,15 @@ type Maker struct {
 	// Keeps is set where memory of one epoch serves the next: such a design
 	// gets a window to warm up.
 	Keeps bool
+
+	// AddsOnly is set where all but the adds is as another design's.
+	AddsOnly bool
 }
 
 // Makers lists the designs in the order they are measured.
 var Makers = []Maker{
 	{Name: "verve", New: func(s Sizes) Design { return NewVerve(s) }, Keeps: true},
+	{Name: "verve16", New: func(s Sizes) Design { return Together{NewVerve(s)} }, Keeps: true, AddsOnly: true},
 	{Name: "seed", New: func(Sizes) Design { return NewSeed(DefaultCleanup) }},
 	{Name: "gomaps", New: func(s Sizes) Design { return NewMaps(s) }, Keeps: true},
 	{Name: "xsync", New: func(s Sizes) Design { return NewXsync(s) }, Keeps: true},

@@ -3,7 +3,8 @@
 //	go run ./bench/http
 //
 // It builds the server of this repository and starts it with its default
-// settings and tables of the size that it would have learnt. Beside it run a
+// settings and tables of the size that it would have learnt, and once more without
+// a data directory. Beside it run a
 // bare fasthttp handler that answers `ok` to everything, which is the limit,
 // and the seed design on fasthttp and on net/http. wrk drives them one after
 // another, round by round, so that a ratio is between neighbours in time; each
@@ -38,7 +39,7 @@ type run struct {
 	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
 	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
 	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined" help:"What is sent: ${enum}."`
-	Servers  []string `default:"bare,verve,seed,nethttp" enum:"bare,verve,seed,nethttp" help:"What is driven: ${enum}."`
+	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
 	Expect   int      `name:"expect-ids" default:"12000000" help:"Ids a window that Verve makes room for, as it would have learnt from windows before: 12 million are what these scenarios bring it at most. 0: nothing, as in the first window after a start."`
@@ -112,7 +113,7 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	if slices.Contains(r.Servers, "verve") && r.Binary == "" {
+	if r.Binary == "" {
 		r.Binary = filepath.Join(dir, "verve")
 		build := exec.CommandContext(ctx, "go", "build", "-o", r.Binary, ".")
 		build.Dir, build.Stdout, build.Stderr = root, os.Stderr, os.Stderr

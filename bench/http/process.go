@@ -36,7 +36,10 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 	if p.addr, err = freeAddr(); err != nil {
 		return nil, err
 	}
-	if name == "verve" {
+	if name == "verve" || name == "memory" {
+		if name == "memory" {
+			dir = "none"
+		}
 		admin, err := freeAddr()
 		if err != nil {
 			return nil, err

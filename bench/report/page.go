@@ -129,7 +129,7 @@ var (
 	whenNames = map[string]string{"steady": "before", "turn": "100 ms after"}
 	quantiles = []string{"p50", "p99", "p99.9", "p99.99", "max"}
 	scenarios = []string{"unique", "duplicates", "pipelined"}
-	servers   = []string{"bare", "verve", "seed", "nethttp"}
+	servers   = []string{"bare", "verve", "memory", "seed", "nethttp"}
 )
 
 // machine says where and of what the figures are.
@@ -147,7 +147,7 @@ func machine(b *strings.Builder, m *measurements) {
 
 // order puts the designs in the order that they are told in.
 func order(designs []string) []string {
-	rank := []string{"verve", "seed", "gomaps", "xsync", "swiss"}
+	rank := []string{"verve", "verve16", "seed", "gomaps", "xsync", "swiss"}
 	slices.SortFunc(designs, func(a, b string) int { return slices.Index(rank, a) - slices.Index(rank, b) })
 	return designs
 }

@@ -29,7 +29,7 @@ type group struct {
 	values []float64
 }
 
-var colours = []string{"#0b7285", "#e8590c", "#868e96", "#5c940d", "#862e9c"}
+var colours = []string{"#0b7285", "#e8590c", "#868e96", "#5c940d", "#862e9c", "#c92a2a"}
 
 // svg draws the chart.
 func (c chart) svg() []byte {

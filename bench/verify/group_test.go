@@ -162,7 +162,7 @@ func TestLoadBalancerBeforeTheGroup(t *testing.T) {
 	}
 	// As docs/instances.md says: a request that may have been counted is not sent
 	// to another instance, which would answer that it was.
-	if err := os.WriteFile(conf, []byte(`daemon off; pid `+dir+`/pid; error_log `+dir+`/error.log;
+	if err := os.WriteFile(conf, []byte(`daemon off; master_process off; pid `+dir+`/pid; error_log `+dir+`/error.log;
 events {}
 http {
   access_log off;
