@@ -299,16 +299,21 @@ func (m *Memory) Retire(e *counter.Epoch) {
 
 // Add implements Set.
 func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
-	var verdict [1]Verdict
-	keys := [1]idKey{m.secret.key(id)}
-	n, err := m.addKeys(e, e.State.(*view), keys[:], verdict[:], 0)
-	switch {
-	case err != nil:
-		return Repeat, m.refused(err)
-	case n == 0:
-		return Turned, nil
+	v := e.State.(*view)
+	k := m.secret.key(id)
+	if v.journal.Load() == nil {
+		p, err := m.insert(e, v, k, 0)
+		if err != nil {
+			return Repeat, m.refused(err)
+		}
+		return verdict(p), nil
 	}
-	return verdict[0], nil
+	answer := [1]Verdict{Turned}
+	_, err := m.addKeys(e, v, []idKey{k}, answer[:], 0)
+	if err != nil {
+		return Repeat, m.refused(err)
+	}
+	return answer[0], nil
 }
 
 // nearSize is how many ids AddMany brings near together. A client that
