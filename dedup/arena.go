@@ -11,6 +11,10 @@ type arena struct {
 	heap bool   // from the Go heap, not from the system
 	max  uint64 // bytes, 0: no limit
 	used atomic.Uint64
+
+	// workers populate what is handed out: one, when 0, of a server that answers
+	// requests meanwhile, and all processors at the start.
+	workers int
 }
 
 // memory is what was handed out: the bytes, and whether the system gave them.
@@ -44,7 +48,11 @@ func allocate[B any](a *arena, n uint64) ([]B, memory, error) {
 		values := make([]B, n)
 		return values, memory{bytes: unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), size)}, nil
 	}
-	bytes, err := mapMemory(size, size >= populateMin)
+	workers := 0
+	if size >= populateMin {
+		workers = max(1, a.workers)
+	}
+	bytes, err := mapMemory(size, workers)
 	if err != nil {
 		a.used.Add(-size)
 		return nil, memory{}, fmt.Errorf("%w: %d bytes: %w", ErrFull, size, err)

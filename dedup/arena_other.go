@@ -3,9 +3,9 @@
 package dedup
 
 // mapMemory is the plain fallback: memory from the Go heap, touched once.
-func mapMemory(size uint64, populate bool) ([]byte, error) {
+func mapMemory(size uint64, populate int) ([]byte, error) {
 	b := make([]byte, size)
-	if populate {
+	if populate > 0 {
 		for i := 0; i < len(b); i += 4096 {
 			b[i] = 0
 		}

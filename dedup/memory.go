@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -156,7 +157,7 @@ func NewMemory(cfg Config) (*Memory, error) {
 	m := &Memory{
 		cfg:    cfg,
 		secret: newSecret(),
-		arena:  &arena{heap: cfg.Heap, max: cfg.MaxBytes},
+		arena:  &arena{heap: cfg.Heap, max: cfg.MaxBytes, workers: runtime.GOMAXPROCS(0)},
 		check:  make(chan struct{}, 1),
 	}
 	var peak load
@@ -179,6 +180,7 @@ func NewMemory(cfg Config) (*Memory, error) {
 	if m.journal != nil {
 		m.recall()
 	}
+	m.arena.workers = 1 // from here on requests need the others
 	return m, nil
 }
 
