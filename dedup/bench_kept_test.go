@@ -92,6 +92,9 @@ func BenchmarkStart(b *testing.B) {
 				}
 				past := m.Past(l.last, l.sum)
 				slots, found = m.Stats().Slots, past.Left[0].Unique
+				if past.Over {
+					b.Fatal("the hour is over: nothing is put back")
+				}
 				b.StopTimer()
 				m.abandon()
 				b.StartTimer()

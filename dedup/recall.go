@@ -2,6 +2,7 @@ package dedup
 
 import (
 	"cmp"
+	"errors"
 	"math/bits"
 	"runtime"
 	"runtime/debug"
@@ -54,38 +55,126 @@ func (m *Memory) recall() {
 	}
 	j.resumable = true
 	v := &view{tag: tagOf(j.newest.serial), narrow: m.narrow, wide: m.wide}
-	v.narrowSample.Store(j.counts[j.newest.serial].narrow / sampleEvery) // what a level that is added is sized by
-	v.wideSample.Store(j.counts[j.newest.serial].wide / sampleEvery)
+	had := j.counts[j.newest.serial]
+	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
+	v.wideSample.Store(had.wide / sampleEvery)
 	var segments []*segment
 	for _, s := range j.segments {
 		if s != nil && s.last > 0 {
 			segments = append(segments, s)
 		}
 	}
-	narrow, wide := v.narrow.levels[0].Load(), v.wide.levels[0].Load()
-	err := m.replay(segments, narrowKind, uint64(len(narrow.buckets))*uint64(unsafe.Sizeof(narrowBucket{})), func(words []uint64) error {
-		for i, x := range words {
-			b, rest := narrow.choose(words[min(i+replayAhead, len(words)-1)])
-			prefetch(unsafe.Pointer(&b[home(rest)]))
-			if _, err := m.addNarrow(v, x, false); err != nil {
-				return err
+	j.first.unfit = m.replay(segments, m.narrowFiller(v, had.narrow))
+	if j.first.unfit == nil {
+		j.first.unfit = m.replay(segments, m.wideFiller(v, had.wide))
+	}
+}
+
+// filler brings the records of a kind into a table that nobody else has yet.
+type filler struct {
+	kind    int
+	records uint64 // how many there are
+
+	// Of the first level:
+	table                []byte
+	buckets, bucketBytes uint64
+
+	// add adds records as a request would. fill adds those of buckets that no
+	// other call of it has at the same time, to a first level that was empty
+	// before and that fill alone has written to since: a bit of occupied is a
+	// slot of it. It finds no repeats, of which the journal has none.
+	add  func(words []uint64) error
+	fill func(words []uint64, occupied []uint16) error
+}
+
+func (m *Memory) narrowFiller(v *view, records uint64) filler {
+	first := v.narrow.levels[0].Load()
+	return filler{
+		kind: narrowKind, records: records,
+		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
+		add: func(words []uint64) error {
+			for i, x := range words {
+				b, rest := first.choose(words[min(i+replayAhead, len(words)-1)])
+				prefetch(unsafe.Pointer(&b[home(rest)]))
+				if _, err := m.addNarrow(v, x, false); err != nil {
+					return err
+				}
 			}
-		}
-		return nil
-	})
-	if err == nil {
-		err = m.replay(segments, wideKind, uint64(len(wide.buckets))*uint64(unsafe.Sizeof(wideBucket{})), func(words []uint64) error {
+			return nil
+		},
+		fill: func(words []uint64, occupied []uint16) error {
+			far := 0
+			for _, x := range words {
+				bucket, low := bits.Mul64(x, uint64(len(first.buckets))) // as level.choose
+				slot, n := takeFree(&occupied[bucket], low)
+				if n == slotsPerBucket {
+					if _, err := m.addNarrow(v, x, false); err != nil {
+						return err
+					}
+					continue
+				}
+				far = max(far, n)
+				b := (*[slotsPerBucket]uint64)(unsafe.Pointer(&first.buckets[bucket]))
+				b[slot] = low&^tagMask | v.tag
+			}
+			if far >= nearlyFull {
+				crowding(m, v.narrow, 0)
+			}
+			return nil
+		},
+	}
+}
+
+func (m *Memory) wideFiller(v *view, records uint64) filler {
+	first := v.wide.levels[0].Load()
+	return filler{
+		kind: wideKind, records: records,
+		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
+		add: func(words []uint64) error {
 			for i := 0; i < len(words); i += 2 {
-				b, rest := wide.choose(words[min(i+2*replayAhead, len(words)-2)])
+				b, rest := first.choose(words[min(i+2*replayAhead, len(words)-2)])
 				prefetch(unsafe.Pointer(&b.first[home(rest)]))
 				if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
 					return err
 				}
 			}
 			return nil
-		})
+		},
+		fill: func(words []uint64, occupied []uint16) error {
+			far := 0
+			for i := 0; i+1 < len(words); i += 2 {
+				bucket, low := bits.Mul64(words[i], uint64(len(first.buckets))) // as level.choose
+				slot, n := takeFree(&occupied[bucket], low)
+				if n == slotsPerBucket {
+					if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
+						return err
+					}
+					continue
+				}
+				far = max(far, n)
+				b := (*[2][slotsPerBucket]uint64)(unsafe.Pointer(&first.buckets[bucket]))
+				b[0][slot], b[1][slot] = low&^tagMask|v.tag, words[i+1]
+			}
+			if far >= nearlyFull {
+				crowding(m, v.wide, 0)
+			}
+			return nil
+		},
 	}
-	j.first.unfit = err
+}
+
+// takeFree takes the slot of a bucket that its add would, the first free one from
+// the word's home on, which is n slots from there. n is slotsPerBucket where there
+// is none. A bit for a slot is looked at instead of the words, which takes no
+// loop whose end is guessed wrong, and waits for no line of the table.
+func takeFree(occupied *uint16, word uint64) (slot uint64, n int) {
+	first := int(home(word))
+	n = bits.TrailingZeros16(bits.RotateLeft16(^*occupied, -first))
+	slot = uint64(first+n) % slotsPerBucket
+	if n < slotsPerBucket {
+		*occupied |= 1 << slot
+	}
+	return slot, n
 }
 
 const (
@@ -94,8 +183,12 @@ const (
 	partBytes = 1 << 19
 
 	// maxParts bounds the places that a worker writes to in turns: their lines
-	// stay in the first cache.
-	maxParts = 1 << 10
+	// stay in its own cache.
+	maxParts = 1 << 11
+
+	// blockWords of a part are put one behind the other: few blocks are left half
+	// full, and 1 KiB is long enough to be read in order.
+	blockWords = 1 << 7
 
 	// replaySegments at a time are sorted, which takes as much memory as they
 	// have on the disk, 128 MiB; fewer where that is not to be had.
@@ -106,156 +199,163 @@ const (
 	replayAhead = 24
 )
 
-// replay calls add with the records of a kind that the newest epoch has in the
-// segments, on all processors. In the order they came in, each id costs a miss or
+// replay brings the records that the newest epoch has in the segments into a
+// table, on all processors. In the order they came in, each id costs a miss or
 // two of a large table: 1.7 s for 46 million on two cores. So they are sorted by
-// their place first, and a part of the table is filled at a time (BenchmarkStart).
-func (m *Memory) replay(segments []*segment, kind int, tableBytes uint64, add func(words []uint64) error) error {
-	words := m.journal.counts[m.journal.newest.serial].narrow
-	if kind == wideKind {
-		words = 2 * m.journal.counts[m.journal.newest.serial].wide
-	}
-	if words == 0 {
+// their place first, and a part of the table is filled at a time, by one worker
+// (BenchmarkStart).
+func (m *Memory) replay(segments []*segment, f filler) error {
+	if f.records == 0 {
 		return nil
 	}
-	r := replayer{m: m, kind: kind, add: add, parts: int(min(tableBytes/partBytes, maxParts)), workers: runtime.GOMAXPROCS(0)}
-	group := 0 // segments at a time; 0: no sorting
-	if r.parts > 1 {
-		group = replaySegments
+	r := replayer{filler: f, arena: m.arena, j: m.journal, serial: m.journal.newest.serial}
+	r.shift = bits.Len64(partBytes/f.bucketBytes) - 1
+	for (f.buckets-1)>>r.shift >= maxParts {
+		r.shift++
 	}
-	for ; group > 0; group /= 2 {
-		most := uint64(min(group, len(segments)) * m.journal.segmentChunks * chunkWords)
-		buffer, memory, err := allocate[uint64](m.arena, min(most, words))
-		if err == nil {
-			defer m.arena.free(memory)
-			r.buffer = buffer
-			break
-		}
-	}
-	if group == 0 {
-		return r.asTheyCame(segments)
-	}
-	for some := range slices.Chunk(segments, group) {
-		if err := r.sorted(some); err != nil {
+	if r.parts = int((f.buckets-1)>>r.shift) + 1; r.parts > 1 {
+		// Where there is no room to sort, or not for a level that the table needs
+		// beside it, what is in the table by then is found there.
+		if err := r.byPlace(segments); !errors.Is(err, ErrFull) {
 			return err
 		}
 	}
-	return nil
+	return r.chunks(segments, func(_ int, words []uint64) error { return r.add(words) })
 }
 
-// replayer adds records to a table.
+// replayer is one replay.
 type replayer struct {
-	m      *Memory
-	kind   int
-	add    func(words []uint64) error
-	parts  int // of the table
-	buffer []uint64
+	filler
+	arena  *arena
+	j      *journal
+	serial uint64
 
-	workers int
+	parts, shift int // of the table: bucket>>shift is the part
+
+	blocks [][blockWords]uint64
+	before []uint32 // by block: 1 + the one before it in its chain
 }
 
-// each calls visit, on all processors, with the records of each chunk of the
-// segments, with the same worker for the same segment each time.
-func (r *replayer) each(segments []*segment, visit func(worker int, words []uint64) error) error {
-	serial := r.m.journal.newest.serial
-	return r.parallel(func(worker int) error {
-		for i := worker; i < len(segments); i += r.workers {
-			err := segments[i].records(serial, func(kind int, words []uint64) error {
-				if kind != r.kind {
-					return nil
-				}
-				return visit(worker, words)
-			})
-			if err != nil {
+// chunks calls visit with the records of each chunk of the segments.
+func (r *replayer) chunks(segments []*segment, visit func(worker int, words []uint64) error) error {
+	return each(len(segments), r.j.caught, func(worker, i int) error {
+		return segments[i].records(r.serial, func(kind int, words []uint64) error {
+			if kind != r.kind {
+				return nil
+			}
+			return visit(worker, words)
+		})
+	})
+}
+
+// byPlace fills the table with the records of so many segments at a time as there
+// is memory to sort.
+func (r *replayer) byPlace(segments []*segment) error {
+	occupied, memory, err := allocate[uint16](r.arena, r.buckets)
+	if err != nil {
+		return err
+	}
+	defer r.arena.free(memory)
+	for group := replaySegments; group > 0; group /= 2 {
+		words := min(uint64(min(group, len(segments))*r.j.segmentChunks*chunkWords), r.records*uint64(1+r.kind))
+		n := words/blockWords + uint64(workers()*r.parts) // the last of each may have few
+		blocks, memory, err := allocate[[blockWords]uint64](r.arena, n)
+		if err != nil {
+			continue
+		}
+		defer r.arena.free(memory)
+		r.blocks, r.before = blocks, make([]uint32, n)
+		for some := range slices.Chunk(segments, group) {
+			if err := r.sorted(some, occupied); err != nil {
 				return err
+			}
+		}
+		return nil
+	}
+	return errNoRoom
+}
+
+// chain is what a worker has of a part: blocks, of which the last is not full.
+type chain struct {
+	next uint32 // word to be written, if not the first of a block
+	last uint32 // 1 + the last block
+}
+
+// sorted puts the records of the segments into blocks, each of one part, and
+// fills the table with them.
+func (r *replayer) sorted(segments []*segment, occupied []uint16) error {
+	chains := make([][]chain, workers())
+	for w := range chains {
+		chains[w] = make([]chain, r.parts)
+	}
+	var used atomic.Uint32 // blocks
+	buffer := unsafe.Slice(&r.blocks[0][0], len(r.blocks)*blockWords)
+	width := 1 + r.kind
+	err := r.chunks(segments, func(worker int, words []uint64) error {
+		mine := chains[worker]
+		for i := 0; i+width <= len(words); i += width {
+			bucket, _ := bits.Mul64(words[i], r.buckets) // as level.choose
+			c := &mine[bucket>>r.shift]
+			if c.next%blockWords == 0 {
+				block := used.Add(1)
+				r.before[block-1], c.last = c.last, block
+				c.next = (block - 1) * blockWords
+			}
+			buffer[c.next] = words[i]
+			if width > 1 {
+				buffer[c.next+1] = words[i+1]
+			}
+			c.next += uint32(width)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	partBytes := int(r.bucketBytes) << r.shift
+	return each(r.parts, r.j.caught, func(_, part int) error {
+		bytes := r.table[part*partBytes : min((part+1)*partBytes, len(r.table))]
+		for i := 0; i < len(bytes); i += 64 {
+			prefetch(unsafe.Pointer(&bytes[i]))
+		}
+		for _, mine := range chains {
+			c := mine[part]
+			words := (c.next-1)%blockWords + 1 // of the last block
+			for block := c.last; block > 0; block = r.before[block-1] {
+				if err := r.fill(r.blocks[block-1][:words], occupied); err != nil {
+					return err
+				}
+				words = blockWords
 			}
 		}
 		return nil
 	})
 }
 
-// parallel runs work on each processor and returns an error of one of them. A
-// fault is one.
-func (r *replayer) parallel(work func(worker int) error) error {
-	errs := make([]error, r.workers)
+// workers is how many work at the start, when no request does.
+func workers() int { return runtime.GOMAXPROCS(0) }
+
+// each calls visit with the numbers below n, on all processors, until one of them
+// has an error, and returns that. caught makes one of a fault.
+func each(n int, caught func(*error), visit func(worker, i int) error) error {
+	errs := make([]error, min(n, workers()))
+	var taken atomic.Int64
 	var running sync.WaitGroup
 	for w := range errs {
 		running.Go(func() {
-			defer r.m.journal.caught(&errs[w])
+			defer caught(&errs[w])
 			defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-			errs[w] = work(w)
+			for errs[w] == nil {
+				i := int(taken.Add(1)) - 1
+				if i >= n {
+					return
+				}
+				errs[w] = visit(w, i)
+			}
 		})
 	}
 	running.Wait()
 	return cmp.Or(errs...)
-}
-
-func (r *replayer) asTheyCame(segments []*segment) error {
-	return r.each(segments, func(_ int, words []uint64) error { return r.add(words) })
-}
-
-// sorted counts the records of each part, puts them into the buffer part by part,
-// and adds them.
-func (r *replayer) sorted(segments []*segment) error {
-	width := 1 + r.kind
-	partOf := func(x uint64) int { // in the order of level.choose
-		part, _ := bits.Mul64(x, uint64(r.parts))
-		return int(part)
-	}
-	at := make([][]int, r.workers) // by worker and part
-	for w := range at {
-		at[w] = make([]int, r.parts)
-	}
-	err := r.each(segments, func(worker int, words []uint64) error {
-		counts := at[worker]
-		for i := 0; i < len(words); i += width {
-			counts[partOf(words[i])] += width
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	ends := make([]int, r.parts)
-	n := 0
-	for part := range r.parts {
-		for w := range at {
-			n, at[w][part] = n+at[w][part], n
-		}
-		ends[part] = n
-	}
-	err = r.each(segments, func(worker int, words []uint64) error {
-		next := at[worker]
-		for i := 0; i < len(words); i += width {
-			part := partOf(words[i])
-			to := next[part]
-			next[part] = to + width
-			r.buffer[to] = words[i]
-			if width > 1 {
-				r.buffer[to+1] = words[i+1]
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	var taken atomic.Int64
-	return r.parallel(func(int) error {
-		for {
-			part := int(taken.Add(1)) - 1
-			if part >= r.parts {
-				return nil
-			}
-			from := 0
-			if part > 0 {
-				from = ends[part-1]
-			}
-			if err := r.add(r.buffer[from:ends[part]]); err != nil {
-				return err
-			}
-		}
-	})
 }
 
 // startAt prepares for the first epoch of this process: the tables have words

@@ -5,6 +5,7 @@ package dedup
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -16,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"verve/counter"
 )
 
 // disk is one whose syncs can be made to fail.
@@ -296,6 +299,76 @@ func TestLargeTablesAreRecalledWhole(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestSortingLeavesRoomForTheIds: memory that serves to put them back quickly is
+// not what a table lacks that has to grow meanwhile.
+func TestSortingLeavesRoomForTheIds(t *testing.T) {
+	if raceEnabled {
+		t.Skip("half a million ids take the race detector long")
+	}
+	const ids, expect = 550_000, 200_000
+	cfg := Config{Dir: filepath.Join(fastDir(t), "epochs"), Heap: raceEnabled, Expect: expect}
+	l := newLedger(t)
+	p := live(t, cfg, counter.MaxWindow, l)
+	now := p.c.Last().Start()
+	for i := range ids {
+		p.want(now, strconv.Itoa(i), Unique)
+	}
+	p.kill()
+	cfg.MaxBytes = 8_300_000 // neither for a table made for so many nor for growing beside what sorts them
+	p = live(t, cfg, counter.MaxWindow, l)
+	for i := range ids {
+		p.want(now, strconv.Itoa(i), Repeat)
+	}
+	p.kill()
+}
+
+// TestFaultWhileRecallingIsAnError: a part of a segment that cannot be read, in
+// whatever way it is.
+func TestFaultWhileRecallingIsAnError(t *testing.T) {
+	for _, expect := range []uint64{0, 1_000_000} { // as they came, and sorted
+		cfg := small(fastDir(t))
+		cfg.Expect = expect
+		p := live(t, cfg, time.Hour, newLedger(t))
+		for i := range 100 {
+			p.want(time.Now(), strconv.Itoa(i), Unique)
+		}
+		p.kill()
+		m := &Memory{cfg: cfg, arena: &arena{heap: cfg.Heap}}
+		if err := m.openJournal(); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.makeTables(cfg.Expect, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(filepath.Join(cfg.Dir, segmentName(0)), 0); err != nil {
+			t.Fatal(err)
+		}
+		m.recall()
+		if unfit := m.journal.first.unfit; !errors.Is(unfit, ErrUnavailable) || !strings.Contains(unfit.Error(), "fault") {
+			t.Errorf("expecting %d: got %v", expect, unfit)
+		}
+		m.abandon()
+	}
+}
+
+// TestRecalledIdsStandWhereAddedOnesWould, in a bucket of any load.
+func TestRecalledIdsStandWhereAddedOnesWould(t *testing.T) {
+	const tag = 5
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for range 1000 {
+		var b narrowBucket
+		var occupied uint16
+		for range slotsPerBucket + 2 {
+			word := rnd.Uint64()&^tagMask | tag
+			p, n := b.add(word, false)
+			slot, m := takeFree(&occupied, word)
+			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && b[slot].Load() != word {
+				t.Fatalf("add put %#x %d slots from its home (%v), takeFree %d", word, n, p, m)
+			}
+		}
+	}
 }
 
 // TestSegmentThatCannotBeMadeRefusesIds, those that find no room: as unavailable
