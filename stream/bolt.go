@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -23,6 +24,11 @@ import (
 // per batch for each sink's acknowledgement, so no batching is built on top.
 type boltStore struct {
 	db *bolt.DB
+
+	// broken is set where a write ended in a panic: bbolt then takes back what it
+	// did by reading the same file, and may fault there again, with its lock held.
+	// Who came next waited for ever, and with it readiness and metrics.
+	broken atomic.Pointer[error]
 }
 
 var (
@@ -181,12 +187,18 @@ func (b *boltStore) init() error {
 
 // update turns a panic of bbolt about a page, or a fault of the mapping, into an
 // error: a disk that fails while running makes the spool unavailable, it does
-// not end the process.
+// not end the process. It stays unavailable until the next start, which sets a
+// damaged file aside.
 func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
+	if broken := b.broken.Load(); broken != nil {
+		return *broken
+	}
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", errDamaged, r)
+			broken := fmt.Errorf("%w: %v", errDamaged, r)
+			b.broken.Store(&broken)
+			err = broken
 		}
 	}()
 	return b.db.Update(fn)
@@ -344,7 +356,13 @@ func (b *boltStore) dropSink(sink string) error {
 	})
 }
 
-func (b *boltStore) close() error { return b.db.Close() }
+// close leaves a broken file to the end of the process: bbolt may hold its lock.
+func (b *boltStore) close() error {
+	if broken := b.broken.Load(); broken != nil {
+		return *broken
+	}
+	return b.db.Close()
+}
 
 // put stores a value behind a checksum over its key and itself.
 func put(b *bolt.Bucket, k, v []byte) error {

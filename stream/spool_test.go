@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -205,6 +206,41 @@ func (f *failing) put(e entry, identity string, s series, beforeCommit func()) e
 		}
 	}
 	return errDisk
+}
+
+// TestSpoolCutShortUnderTheProcessIsAnError, again and again, and nobody waits for
+// it: readiness and metrics say why, and the process can end.
+func TestSpoolCutShortUnderTheProcessIsAnError(t *testing.T) {
+	dir := t.TempDir()
+	s := start(t, dir, Config{CountsFile: filepath.Join(dir, "counts.jsonl")})
+	s.publish(t, 0, 3)
+	s.flush(t, 10*time.Second)
+	if err := os.Truncate(filepath.Join(dir, spoolFile), 4096); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 2 {
+			ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+			if err := s.Publish(ctx, window(3)); !errors.Is(err, errDamaged) {
+				t.Errorf("publish: %v", err)
+			}
+			cancel()
+		}
+		if st := s.Stats(); !strings.Contains(st.AppendError, errDamaged.Error()) {
+			t.Errorf("the reason is %q", st.AppendError)
+		}
+		s.stop()
+	}()
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Fatal("somebody waits")
+	}
+	if m := readMark(filepath.Join(dir, markFile)); m.Seq != 3 {
+		t.Errorf("the next process goes on behind record %d, want 3", m.Seq)
+	}
 }
 
 // damageable returns the bytes of a spool file with ten records, closed.
