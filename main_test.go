@@ -240,6 +240,9 @@ func TestSecondProcessDoesNotTouchTheDataDirectory(t *testing.T) {
 	if err == nil || second.ProcessState.ExitCode() != 1 || bytes.Count(out, []byte("\n")) != 1 {
 		t.Errorf("got %v, exit %d:\n%s", err, second.ProcessState.ExitCode(), out)
 	}
+	if first := fmt.Sprintf("in use by process %d\n", v.Process.Pid); !bytes.Contains(out, []byte(first)) {
+		t.Errorf("want %q; got %s", first, out)
+	}
 	if code := v.stop(); code != 0 {
 		t.Errorf("the first: exit code %d", code)
 	}

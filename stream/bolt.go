@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -45,6 +46,9 @@ var (
 
 const (
 	spoolVersion = 1
+
+	// ownerSuffix is of the file that names the process which has the spool.
+	ownerSuffix = ".owner"
 
 	// lockWait is how long a starting process waits for one that is ending to
 	// let go of the file.
@@ -102,7 +106,7 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, berrors.ErrTimeout):
-		return nil, fmt.Errorf("%s is in use by another process", path)
+		return nil, fmt.Errorf("%s is in use by %s", path, owner(path+ownerSuffix))
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrVersionMismatch),
 		errors.Is(err, berrors.ErrChecksum), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, fmt.Errorf("%w: %w", errDamaged, err)
@@ -122,7 +126,17 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 			return nil, err
 		}
 	}
+	// For a message only: where it cannot be written, that names nobody.
+	_ = os.WriteFile(path+ownerSuffix, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644)
 	return b, nil
+}
+
+// owner is the process that the file names.
+func owner(path string) string {
+	if b, err := os.ReadFile(path); err == nil && len(b) > 0 {
+		return "process " + strings.TrimSpace(string(b))
+	}
+	return "another process"
 }
 
 // init creates what a new file needs and reads every page that is in use, so
