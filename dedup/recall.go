@@ -208,7 +208,7 @@ func (m *Memory) replay(segments []*segment, f filler) error {
 	if f.records == 0 {
 		return nil
 	}
-	r := replayer{filler: f, arena: m.arena, j: m.journal, serial: m.journal.newest.serial}
+	r := replayer{filler: f, arena: m.arena, j: m.journal, serial: m.journal.newest.serial, workers: runtime.GOMAXPROCS(0)}
 	r.shift = bits.Len64(partBytes/f.bucketBytes) - 1
 	for (f.buckets-1)>>r.shift >= maxParts {
 		r.shift++
@@ -226,9 +226,10 @@ func (m *Memory) replay(segments []*segment, f filler) error {
 // replayer is one replay.
 type replayer struct {
 	filler
-	arena  *arena
-	j      *journal
-	serial uint64
+	arena   *arena
+	j       *journal
+	serial  uint64
+	workers int // asked for once: Go follows the container's limit while it runs
 
 	parts, shift int // of the table: bucket>>shift is the part
 
@@ -238,7 +239,7 @@ type replayer struct {
 
 // chunks calls visit with the records of each chunk of the segments.
 func (r *replayer) chunks(segments []*segment, visit func(worker int, words []uint64) error) error {
-	return each(len(segments), r.j.caught, func(worker, i int) error {
+	return each(r.workers, len(segments), r.j.caught, func(worker, i int) error {
 		return segments[i].records(r.serial, func(kind int, words []uint64) error {
 			if kind != r.kind {
 				return nil
@@ -258,7 +259,7 @@ func (r *replayer) byPlace(segments []*segment) error {
 	defer r.arena.free(memory)
 	for group := replaySegments; group > 0; group /= 2 {
 		words := min(uint64(min(group, len(segments))*r.j.segmentChunks*chunkWords), r.records*uint64(1+r.kind))
-		n := words/blockWords + uint64(workers()*r.parts) // the last of each may have few
+		n := words/blockWords + uint64(r.workers*r.parts) // the last of each may have few
 		blocks, memory, err := allocate[[blockWords]uint64](r.arena, n)
 		if err != nil {
 			continue
@@ -284,7 +285,7 @@ type chain struct {
 // sorted puts the records of the segments into blocks, each of one part, and
 // fills the table with them.
 func (r *replayer) sorted(segments []*segment, occupied []uint16) error {
-	chains := make([][]chain, workers())
+	chains := make([][]chain, r.workers)
 	for w := range chains {
 		chains[w] = make([]chain, r.parts)
 	}
@@ -313,7 +314,7 @@ func (r *replayer) sorted(segments []*segment, occupied []uint16) error {
 		return err
 	}
 	partBytes := int(r.bucketBytes) << r.shift
-	return each(r.parts, r.j.caught, func(_, part int) error {
+	return each(r.workers, r.parts, r.j.caught, func(_, part int) error {
 		bytes := r.table[part*partBytes : min((part+1)*partBytes, len(r.table))]
 		for i := 0; i < len(bytes); i += 64 {
 			prefetch(unsafe.Pointer(&bytes[i]))
@@ -332,13 +333,10 @@ func (r *replayer) sorted(segments []*segment, occupied []uint16) error {
 	})
 }
 
-// workers is how many work at the start, when no request does.
-func workers() int { return runtime.GOMAXPROCS(0) }
-
-// each calls visit with the numbers below n, on all processors, until one of them
+// each has so many workers call visit with the numbers below n, until one of them
 // has an error, and returns that. caught makes one of a fault.
-func each(n int, caught func(*error), visit func(worker, i int) error) error {
-	errs := make([]error, min(n, workers()))
+func each(workers, n int, caught func(*error), visit func(worker, i int) error) error {
+	errs := make([]error, workers)
 	var taken atomic.Int64
 	var running sync.WaitGroup
 	for w := range errs {
