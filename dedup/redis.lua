@@ -4,19 +4,26 @@
 -- The only key named is the hash "sessions" of a lane; all others are its
 -- neighbours, under the same prefix and so in the same slot:
 --
---   sessions      hash: session -> what its last batch was answered, packed
+--   sessions      hash: SESSION -> what its last batch was answered, packed, and
+--                 "SESSION ids" -> the ids it has added, which are in doubt
 --   size          decimals of the epoch sealed last, to size the next by
---   EPOCH:meta    hash: gen, run, n, nd, nu, nt, nh, buckets, touched, hold,
---                 lost, partly, twice; sealed and exact once the epoch is sealed
+--   EPOCH:meta    hash: gen, run, counts (of the ids of each kind, packed),
+--                 buckets, touched, hold, lost, partly, twice; sealed and exact
+--                 once the epoch is sealed
 --   EPOCH:d :u    sets: canonical decimals, UUIDs,
 --         :t :h   short texts, digests of long texts
 --   EPOCH:dN      compact decimals: bucket N, small enough to be kept as integers
+--
+-- Lua hashes every byte of every string that is made, and a number in a command is
+-- printed with 17 digits. Therefore ids come and stay in lists that are one string
+-- each (MessagePack, one raw after another), and counts are packed.
 --
 -- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
 -- doubt, 3 failed and not done, 4 is not there.
 
 -- Set by main: a library that is being loaded sees none of these.
-local byte, sub, find, concat, call, try
+local byte, sub, find, rep, concat, call, try
+local pack, parse
 local KINDS = {'d', 'u', 't', 'h'}
 
 -- A session that has not been heard for so long does not keep others in doubt.
@@ -33,10 +40,18 @@ local function run_id()
   return string.match(call('INFO', 'server'), 'run_id:(%x+)') or ''
 end
 
-local META = {'gen', 'sealed', 'n', 'buckets', 'touched', 'nd', 'nu', 'nt', 'nh', 'hold', 'twice'}
+local META = {'gen', 'sealed', 'counts', 'buckets', 'touched', 'hold', 'twice'}
 
--- SEP stands between the ids that are in doubt.
-local SEP = '\0\255'
+-- counts are how many ids of each kind there are, and of all.
+local function counts(packed)
+  local held, n = {0, 0, 0, 0}, 0
+  if packed then held = {parse(packed)} end
+  for k = 1, 4 do n = n + held[k] end
+  return held, n
+end
+
+-- IDS makes the name of the field that holds a session's ids in doubt.
+local IDS = ' ids'
 
 -- begin makes the meta of an epoch nobody has written to in this lane. Compact,
 -- decimals go to so many buckets that each holds some 200, as far as the last
@@ -51,89 +66,107 @@ local function begin(P, mkey, gen, ttl, compact)
       if prime * 200 >= last then break end
     end
   end
-  call('HSET', mkey, 'gen', gen, 'run', run_id(), 'n', 0, 'buckets', buckets)
+  call('HSET', mkey, 'gen', gen, 'run', run_id(), 'buckets', buckets)
   call('EXPIRE', mkey, ttl)
   return buckets
 end
 
--- doubts are the ids that other sessions have added to the epoch in their last
--- batches and may not have told anybody about.
+-- remember keeps what the batch of a session was answered, for the case that it
+-- comes again, and which ids are in doubt for the others until the next one.
+local function remember(skey, session, doubt, ...)
+  call('HSET', skey, session, pack(...), session .. IDS, doubt)
+end
+
+-- doubts are the lists of ids that other sessions have added to the epoch in
+-- their last batches and may not have told anybody about.
 local function doubts(skey, session, epoch, now)
-  local all, found = call('HGETALL', skey), {}
-  for i = 1, #all, 2 do
-    if all[i] ~= session then
-      local _, at, _, _, _, in_epoch, doubt = cmsgpack.unpack(all[i + 1])
-      if in_epoch == epoch and doubt ~= '' and now - at < LAPSE then
-        found[#found + 1] = doubt
+  local fields, found = call('HKEYS', skey), {}
+  for i = 1, #fields do
+    local other = sub(fields[i], 1, -#IDS - 1)
+    if other ~= session and sub(fields[i], -#IDS) == IDS then
+      local state = call('HGET', skey, other)
+      if state then
+        local _, at, _, _, _, in_epoch = parse(state)
+        if in_epoch == epoch and now - at < LAPSE then found[#found + 1] = call('HGET', skey, fields[i]) end
       end
     end
   end
   return found
 end
 
--- The way of one kind of ids, a[from] to a[to], in the set of key: answers go to
--- codes, and what was added to undo. It returns how many ids there are more.
+-- among tells whether an id is in one of the lists. That it takes the middle of
+-- another id for it would make it wait, no more.
+local function among(lists, id)
+  local packed = pack(id)
+  for i = 1, #lists do
+    if find(lists[i], packed, 1, true) then return true end
+  end
+  return false
+end
+
+-- The way of one kind of ids in the set of key: what was added goes to undo. It
+-- returns how many ids there are more, and the codes; no codes where all are 1.
 local ways = {}
 
-function ways.l(key, a, from, to, codes, at)
-  local there = call('SMISMEMBER', key, unpack(a, from, to))
-  for i = 1, #there do codes[at + i] = there[i] == 1 and '0' or '4' end
-  return 0
+function ways.l(key, ids)
+  local codes = call('SMISMEMBER', key, unpack(ids))
+  for i = 1, #codes do codes[i] = codes[i] == 1 and '0' or '4' end
+  return 0, codes
 end
 
-function ways.r(key, a, from, to, codes, at)
-  local gone = call('SREM', key, unpack(a, from, to))
-  for i = 1, to - from + 1 do codes[at + i] = '1' end
-  return -gone
+function ways.r(key, ids)
+  return -call('SREM', key, unpack(ids))
 end
 
-function ways.a(key, a, from, to, codes, at, undo)
-  local there = call('SMISMEMBER', key, unpack(a, from, to))
-  local new, count = {}, 0
-  for i = 1, #there do
-    if there[i] == 0 then
-      codes[at + i] = '1'
-      count = count + 1
-      new[count] = a[from + i - 1]
-    else
-      codes[at + i] = '0'
+function ways.a(key, ids, undo)
+  local there, repeats = call('SMISMEMBER', key, unpack(ids)), 0
+  for i = 1, #there do repeats = repeats + there[i] end
+  local new, codes = ids
+  if repeats > 0 then
+    new, codes = {}, {}
+    for i = 1, #there do
+      if there[i] == 0 then
+        codes[i] = '1'
+        new[#new + 1] = ids[i]
+      else
+        codes[i] = '0'
+      end
     end
+    if #new == 0 then return 0, codes end
   end
-  if count > 0 then
-    undo[#undo + 1] = {key, new}
-    call('SADD', key, unpack(new))
-  end
-  return count
+  undo[#undo + 1] = {key, new}
+  call('SADD', key, unpack(new))
+  return #new, codes
 end
 
--- buckets is the way of compact decimals. It returns how many there are more,
--- and what is known then of which buckets there are; or nothing where one is
--- missing.
-local function spread(mode, dkey, a, from, to, codes, at, undo, buckets, touched, ttl, replay)
-  local keys, slot, there, marks = {}, {}, {}, {}
-  for i = from, to do
-    local b = tonumber(sub(a[i], -9)) % buckets
+-- spread is the way of compact decimals. It returns how many there are more,
+-- the codes, and what is known then of which buckets there are; or nothing where
+-- one is missing.
+local function spread(mode, dkey, ids, undo, buckets, touched, ttl, replay)
+  local keys, slot, there, marks, codes = {}, {}, {}, {}, {}
+  for i = 1, #ids do
+    local b = tonumber(sub(ids[i], -9)) % buckets
     keys[i], slot[i] = dkey .. b, b + 1
     if byte(touched, b + 1) == 49 then there[#there + 1] = keys[i] end
   end
   if not replay and #there > 0 and try('EXISTS', unpack(there)) ~= #there then return end
   local more = 0
-  for i = from, to do
+  for i = 1, #ids do
     local code = '3'
     if mode == 'l' then
-      local r = try('SISMEMBER', keys[i], a[i])
+      local r = try('SISMEMBER', keys[i], ids[i])
       code = r == 1 and '0' or r == 0 and '4' or '3'
     elseif mode == 'r' then
-      local r = call('SREM', keys[i], a[i])
+      local r = call('SREM', keys[i], ids[i])
       more = more - r
       code = '1'
       if r == 1 and call('EXISTS', keys[i]) == 0 then marks[slot[i]] = '0' end
     else
-      local r = try('SADD', keys[i], a[i])
+      local r = try('SADD', keys[i], ids[i])
       if r == 1 then
         code = '1'
         more = more + 1
-        undo[#undo + 1] = {keys[i], {a[i]}}
+        undo[#undo + 1] = {keys[i], {ids[i]}}
         local s = slot[i]
         if byte(touched, s) ~= 49 and marks[s] ~= '1' then
           marks[s] = '1'
@@ -143,23 +176,21 @@ local function spread(mode, dkey, a, from, to, codes, at, undo, buckets, touched
         code = '0'
       end
     end
-    codes[at + i - from + 1] = code
+    codes[i] = code
   end
   if next(marks) then
     local map = {}
     for i = 1, buckets do map[i] = marks[i] or sub(touched, i, i) end
     touched = concat(map)
   end
-  return more, touched
+  return more, codes, touched
 end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, whether a new epoch is to be compact, then how many ids of each kind,
--- and the ids.
+-- again, whether a new epoch is to be compact, and a list of ids of each kind.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
-local IDS = 15
 local function batch(skey, a, undo)
   local session, seq, mode, epoch, expect = a[2], tonumber(a[3]), a[4], a[5], a[6]
   local ttl = a[7]
@@ -167,7 +198,7 @@ local function batch(skey, a, undo)
   local state = call('HGET', skey, session)
   local last, _, codes0, gen0, n0 = 0
   if state then
-    last, _, codes0, gen0, n0 = cmsgpack.unpack(state)
+    last, _, codes0, gen0, n0 = parse(state)
     if seq == last then return {'ok', codes0, gen0, n0} end
   end
   if seq < last then return {'old', '', '', last} end
@@ -176,16 +207,17 @@ local function batch(skey, a, undo)
   local now = clock()
   local mkey = P .. epoch .. ':meta'
   local m = call('HMGET', mkey, unpack(META))
-  local gen, n, buckets, touched = m[1], tonumber(m[3] or 0), tonumber(m[4]), m[5] or ''
+  local gen, buckets, touched = m[1], tonumber(m[4]), m[5] or ''
+  local held, n = counts(m[3])
   local replay = mode == 'p' or mode == 'f'
   if m[2] and mode ~= 'b' then return {'sealed'} end
   if not replay then
     if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
-    if mode ~= 'b' and m[10] and now < tonumber(m[10]) then return {'hold'} end
+    if mode ~= 'b' and m[6] and now < tonumber(m[6]) then return {'hold'} end
   end
 
   if mode == 'b' then
-    call('HSET', skey, session, cmsgpack.pack(seq, now, '', gen or '', n, epoch, ''))
+    remember(skey, session, '', seq, now, '', gen or '', n, epoch)
     call('EXPIRE', skey, ttl)
     return {'ok', '', gen or '', n}
   end
@@ -200,17 +232,16 @@ local function batch(skey, a, undo)
     if a[9] == '0' then fields[5], fields[6] = 'partly', 1 end
   end
 
-  local codes, from, more = {}, IDS, 0
+  local lists, parts, total, more = {}, {}, 0, 0
   local way = ways[mode] or ways.a
   for k = 1, 4 do
-    local count = tonumber(a[10 + k])
-    if count > 0 then
-      local kind, to, at, held, added = KINDS[k], from + count - 1, from - IDS, tonumber(m[5 + k] or 0)
-      local key = P .. epoch .. ':' .. kind
+    if a[10 + k] ~= '' then
+      local key, ids = P .. epoch .. ':' .. KINDS[k], {parse(a[10 + k])}
+      local added, codes
       if k == 1 and buckets > 0 then
-        if touched == '' then touched = string.rep('0', buckets) end
+        if touched == '' then touched = rep('0', buckets) end
         local now_touched
-        added, now_touched = spread(mode, key, a, from, to, codes, at, undo, buckets, touched, ttl, replay)
+        added, codes, now_touched = spread(mode, key, ids, undo, buckets, touched, ttl, replay)
         if not added then return {'missing'} end
         if now_touched ~= touched then
           fields[#fields + 1], fields[#fields + 2] = 'touched', now_touched
@@ -218,51 +249,47 @@ local function batch(skey, a, undo)
       else
         -- A key that should be there and is not was evicted, deleted, or its slot
         -- is on the move to or from here: nothing may be judged without it.
-        if not replay and try('SCARD', key) ~= held then
+        if not replay and try('SCARD', key) ~= held[k] then
           undo.missing = true
           error('missing')
         end
-        added = way(key, a, from, to, codes, at, undo)
-        if held == 0 and added > 0 then call('EXPIRE', key, ttl) end
+        added, codes = way(key, ids, undo)
+        if held[k] == 0 and added > 0 then call('EXPIRE', key, ttl) end
       end
-      if added ~= 0 then
-        more = more + added
-        fields[#fields + 1], fields[#fields + 2] = 'n' .. kind, held + added
-      end
-      from = to + 1
+      held[k] = held[k] + added
+      total, more = total + #ids, more + added
+      lists[#lists + 1], parts[#parts + 1] = ids, codes or false
     end
   end
-  local total = from - IDS
   n = n + more
 
   local doubt = ''
   if mode == 'a' and more == total then
-    doubt = SEP .. concat(a, SEP, IDS, from - 1) .. SEP
+    doubt = a[11] .. a[12] .. a[13] .. a[14]
   elseif mode == 'a' then
     local mine, others = {}
-    for i = 1, total do
-      if codes[i] == '1' then
-        mine[#mine + 1] = a[IDS + i - 1]
-      elseif codes[i] == '0' then
-        others = others or doubts(skey, session, epoch, now)
-        for j = 1, #others do
-          if find(others[j], SEP .. a[IDS + i - 1] .. SEP, 1, true) then
-            codes[i] = '2'
-            break
-          end
+    for p, ids in ipairs(lists) do
+      local codes = parts[p]
+      for i = 1, #ids do
+        if not codes or codes[i] == '1' then
+          mine[#mine + 1] = pack(ids[i])
+        elseif codes[i] == '0' then
+          others = others or doubts(skey, session, epoch, now)
+          if among(others, ids[i]) then codes[i] = '2' end
         end
       end
     end
-    if #mine > 0 then doubt = SEP .. concat(mine, SEP) .. SEP end
+    doubt = concat(mine)
   end
   if replay and more < total then
-    fields[#fields + 1], fields[#fields + 2] = 'twice', tonumber(m[11] or 0) + total - more
+    fields[#fields + 1], fields[#fields + 2] = 'twice', tonumber(m[7] or 0) + total - more
   end
 
-  local answer = concat(codes)
-  if more ~= 0 then fields[#fields + 1], fields[#fields + 2] = 'n', n end
+  for p, codes in ipairs(parts) do parts[p] = codes and concat(codes) or rep('1', #lists[p]) end
+  local answer = concat(parts)
+  if more ~= 0 then fields[#fields + 1], fields[#fields + 2] = 'counts', pack(unpack(held)) end
   if #fields > 0 then call('HSET', mkey, unpack(fields)) end
-  call('HSET', skey, session, cmsgpack.pack(seq, now, answer, gen, n, epoch, doubt))
+  remember(skey, session, doubt, seq, now, answer, gen, n, epoch)
   if not state then call('EXPIRE', skey, ttl) end
   return {'ok', answer, gen, n}
 end
@@ -272,10 +299,10 @@ end
 local function hello(skey, a)
   local session, expect, seq = a[2], tonumber(a[3]), tonumber(a[4])
   local state, last = call('HGET', skey, session), 0
-  if state then last = cmsgpack.unpack(state) end
+  if state then last = parse(state) end
   if last == seq then return {'ok'} end
   if last ~= expect then return {'gap', '', '', last} end
-  call('HSET', skey, session, cmsgpack.pack(seq, clock(), '', '', 0, '', ''))
+  remember(skey, session, '', seq, clock(), '', '', 0, '')
   call('EXPIRE', skey, tonumber(a[5]))
   return {'ok'}
 end
@@ -311,11 +338,20 @@ end
 local function seal(skey, a)
   local P, epoch = sub(skey, 1, -9), a[2]
   local mkey = P .. epoch .. ':meta'
-  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'n', 'run', 'switched', 'twice', 'lost', 'nd', 'nu', 'nt', 'nh', 'touched', 'hold', 'partly')
+  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'counts', 'run', 'switched', 'twice', 'touched', 'hold', 'partly')
   if m[1] then return {'sealed', m[1], m[2]} end
-  local now, n, exact = clock(), tonumber(m[4] or 0), 1
-  if m[14] and now < tonumber(m[14]) then return {'hold'} end
-  if tonumber(m[7] or 0) > 0 or m[15] then exact = 0 end
+  local now, exact = clock(), 1
+  local held, n = counts(m[4])
+  if m[9] and now < tonumber(m[9]) then return {'hold'} end
+  if tonumber(m[7] or 0) > 0 or m[10] then exact = 0 end
+
+  local heard, all = {}, call('HGETALL', skey)
+  for i = 1, #all, 2 do
+    if sub(all[i], -#IDS) ~= IDS then
+      local _, at = parse(all[i + 1])
+      heard[all[i]] = at
+    end
+  end
 
   -- Another process than the one that began the epoch answers: a failover or a
   -- restart may have lost the last writes. Every session has to be heard again
@@ -326,9 +362,7 @@ local function seal(skey, a)
       call('HSET', mkey, 'switched', now)
     end
     local since, began = tonumber(m[6]), tonumber(string.match(epoch, '^%d+')) / 1000
-    local all = call('HGETALL', skey)
-    for i = 1, #all, 2 do
-      local _, at = cmsgpack.unpack(all[i + 1])
+    for _, at in pairs(heard) do
       if at < since and at > began - LAPSE then
         if now - since < tonumber(a[4]) then return {'hold'} end
         exact = 0
@@ -337,28 +371,27 @@ local function seal(skey, a)
   end
 
   -- Sessions that ended without a word leave their last batch behind.
-  local sessions = call('HGETALL', skey)
-  for i = 1, #sessions, 2 do
-    local _, at = cmsgpack.unpack(sessions[i + 1])
-    if now - at > FORGET then call('HDEL', skey, sessions[i]) end
+  for session, at in pairs(heard) do
+    if now - at > FORGET then call('HDEL', skey, session, session .. IDS) end
   end
 
   call('HSET', mkey, 'sealed', n, 'exact', exact)
   call('EXPIRE', mkey, tonumber(a[3]))
   call('HDEL', mkey, 'touched')
-  call('SET', P .. 'size', m[9] or 0, 'EX', 604800)
-  drop(P .. epoch, m[13])
+  call('SET', P .. 'size', held[1], 'EX', 604800)
+  drop(P .. epoch, m[8])
   return {'sealed', n, exact}
 end
 
 -- bye: session. It has nothing left to be asked about.
 local function bye(skey, a)
-  call('HDEL', skey, a[2])
+  call('HDEL', skey, a[2], a[2] .. IDS)
   return {'ok'}
 end
 
 local function main(keys, a)
-  byte, sub, find, concat = string.byte, string.sub, string.find, table.concat
+  byte, sub, find, rep, concat = string.byte, string.sub, string.find, string.rep, table.concat
+  pack, parse = cmsgpack.pack, cmsgpack.unpack
   call, try = redis.call, redis.pcall
   local op = a[1]
   if op == 'batch' then

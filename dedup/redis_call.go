@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/redis/rueidis"
@@ -56,7 +55,7 @@ func (e errRefused) Error() string { return e.err.Error() }
 func (e errRefused) Unwrap() error { return e.err }
 
 // call runs an operation of redis.lua on a lane.
-func (r *Redis) call(ctx context.Context, key string, head, ids []string) (answer, error) {
+func (r *Redis) call(ctx context.Context, key string, args ...string) (answer, error) {
 	c := r.client.Load()
 	if c == nil {
 		return answer{}, errRefused{ErrUnavailable}
@@ -64,9 +63,9 @@ func (r *Redis) call(ctx context.Context, key string, head, ids []string) (answe
 	for attempt := 0; ; attempt++ {
 		var res rueidis.RedisResult
 		if r.script.Load() {
-			res = redisScript.Exec(ctx, *c, []string{key}, append(slices.Clip(head), ids...))
+			res = redisScript.Exec(ctx, *c, []string{key}, args)
 		} else {
-			res = (*c).Do(ctx, (*c).B().Fcall().Function(functionName).Numkeys(1).Key(key).Arg(head...).Arg(ids...).Build())
+			res = (*c).Do(ctx, (*c).B().Fcall().Function(functionName).Numkeys(1).Key(key).Arg(args...).Build())
 		}
 		err := res.Error()
 		if err == nil {

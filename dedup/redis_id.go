@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"strings"
-	"unsafe"
 
 	"github.com/dchest/siphash"
 
@@ -75,9 +74,20 @@ func (en *encoded) encode(key [2]uint64, kind uint8, id []byte) uint64 {
 // kind numbers the kinds as redis.lua does.
 func (en *encoded) kind() int { return strings.IndexByte(kinds, en.data[0]) }
 
-// body is the id without its header. It stays valid as long as en is not
-// changed, which is never.
-func (en *encoded) body() string { return unsafe.String(&en.data[headerLen], int(en.n)-headerLen) }
+// lists are ids on their way to redis.lua, a list of each kind: MessagePack, one
+// raw after another.
+type lists [len(kinds)]string
+
+// appendPacked adds an id to such a list.
+func appendPacked(list, id []byte) []byte {
+	body := id[headerLen:]
+	if len(body) < 32 {
+		list = append(list, 0xa0|byte(len(body)))
+	} else {
+		list = append(list, 0xd9, byte(len(body)))
+	}
+	return append(list, body...)
+}
 
 // laneKey is the key of the hash that chooses lanes and buckets.
 func laneKey(group string) [2]uint64 {

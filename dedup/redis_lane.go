@@ -155,9 +155,8 @@ type job struct {
 	mode    string
 	epoch   *redisEpoch
 	entries []*entry // by kind
-	ids     []string // of them, or of the log
-	counts  [len(kinds)]int
-	bytes   int // of the log, where it is a replay
+	lists   lists    // of the ids of the entries, or of the log
+	bytes   int      // of the log, where it is a replay
 	asked   []*question
 	unknown bool
 }
@@ -412,7 +411,7 @@ func (l *lane) run() {
 			wait = min(2*wait, maxRetry)
 		}
 	}
-	l.r.call(l.r.life, l.key, []string{"bye", l.r.cfg.Session}, nil)
+	l.r.call(l.r.life, l.key, "bye", l.r.cfg.Session)
 }
 
 // idle waits for something to do. It returns false when the lane is to end.
@@ -494,7 +493,7 @@ func (l *lane) choose() *job {
 		if le.lost {
 			j.mode = modeReplay
 		}
-		j.ids, j.counts, j.bytes = le.log.next(batchSize)
+		j.lists, j.bytes = le.log.next(batchSize)
 		return j
 	}
 	if len(l.untold) > 0 {
@@ -559,16 +558,16 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 		n++
 	}
 	for k, list := range byKind {
-		j.counts[k] = len(list)
 		if taken == len(list) {
 			j.entries = list
 		} else {
 			j.entries = append(j.entries, list...)
 		}
-	}
-	j.ids = make([]string, taken)
-	for i, en := range j.entries {
-		j.ids[i] = en.enc.body()
+		var packed []byte
+		for _, en := range list {
+			packed = appendPacked(packed, en.enc.bytes())
+		}
+		j.lists[k] = string(packed)
 	}
 	return from[n:]
 }
@@ -586,9 +585,8 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.mu.Unlock()
 	l.r.await(j.epoch)
 	l.r.counts.batches.Add(1)
-	head := [...]string{"batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, l.r.compact(),
-		strconv.Itoa(j.counts[0]), strconv.Itoa(j.counts[1]), strconv.Itoa(j.counts[2]), strconv.Itoa(j.counts[3])}
-	a, err := l.r.call(l.r.life, l.key, head[:], j.ids)
+	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, l.r.compact(),
+		j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	if err != nil {
 		l.r.counts.retries.Add(1)
 		var refused errRefused
@@ -614,7 +612,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		if now := time.Now(); now.Sub(l.missing.last) > missingPause {
 			l.missing.first, l.missing.last = now, now
 		} else if l.missing.last = now; now.Sub(l.missing.first) > missingFor {
-			if _, err := l.r.call(l.r.life, l.key, []string{"reset", j.epoch.key, gen}, nil); err != nil {
+			if _, err := l.r.call(l.r.life, l.key, "reset", j.epoch.key, gen); err != nil {
 				return l.failed(j, err, wait)
 			}
 			l.missing.first = now

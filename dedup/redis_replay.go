@@ -76,22 +76,21 @@ func (g *replayLog) ids() (n int) {
 	return n
 }
 
-// next returns up to n ids that are left, by kind, and how many bytes of the
-// log they take.
-func (g *replayLog) next(n int) (ids []string, counts [len(kinds)]int, size int) {
-	var byKind [len(kinds)][]string
+// next returns up to n ids that are left, and how many bytes of the log they
+// take.
+func (g *replayLog) next(n int) (ids lists, size int) {
+	var packed [len(kinds)][]byte
 	for ; n > 0 && size < len(g.todo); n-- {
 		b := g.todo[size:]
-		end := headerLen + int(b[1])
+		b = b[:headerLen+int(b[1])]
 		k := strings.IndexByte(kinds, b[0])
-		byKind[k] = append(byKind[k], string(b[headerLen:end]))
-		size += end
+		packed[k] = appendPacked(packed[k], b)
+		size += len(b)
 	}
-	for k, list := range byKind {
-		counts[k] = len(list)
-		ids = append(ids, list...)
+	for k, list := range packed {
+		ids[k] = string(list)
 	}
-	return ids, counts, size
+	return ids, size
 }
 
 // sent moves the first bytes of what was left to what Redis has.
@@ -118,7 +117,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	seq := l.seq + seqSkip
 	kept := a.n // batches up to this one are there
 	for last := a.n; ; {
-		h, err := r.call(r.life, l.key, []string{"hello", r.cfg.Session, strconv.FormatUint(last, 10), strconv.FormatUint(seq, 10), idsTTL}, nil)
+		h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(last, 10), strconv.FormatUint(seq, 10), idsTTL)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}

@@ -56,7 +56,7 @@ func (r *Redis) sealIDs(ctx context.Context, start time.Time, window time.Durati
 
 func (r *Redis) sealLane(ctx context.Context, l *lane, epoch string, window time.Duration) (answer, error) {
 	for {
-		a, err := r.call(ctx, l.key, []string{"seal", epoch, seconds(keepSeal(window)), switchWait}, nil)
+		a, err := r.call(ctx, l.key, "seal", epoch, seconds(keepSeal(window)), switchWait)
 		if err != nil || a.status == statusSealed {
 			return a, err
 		}
