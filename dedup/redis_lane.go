@@ -24,6 +24,9 @@ const (
 	// take it some 0.3 ms.
 	batchSize = 256
 
+	// maxSpares bounds the entries that a lane keeps for reuse.
+	maxSpares = 4 * batchSize
+
 	// ackDelay is how long the ids of a last batch may stay in doubt for others
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
@@ -72,7 +75,7 @@ type lane struct {
 	wake chan struct{}
 
 	mu      sync.Mutex // guards what follows
-	pending map[pendingKey]*entry
+	pending pendingIDs
 	queue   []*entry // to be sent, oldest first
 	doubt   []*entry // to be sent again, a moment later
 	untold  []*entry // added, and nobody is left to be told: to be taken back
@@ -85,6 +88,15 @@ type lane struct {
 	lost    []*redisEpoch // to be added again from the log
 	asked   []*question
 	closed  bool
+
+	// Those that unlock has to wake, the first and the last.
+	woken, lastWoken *ask
+
+	// What batches leave behind for the next ones, which then allocate little.
+	spare   *entry   // chained
+	spares  int      // of them
+	entries []*entry // empty
+	packed  []byte
 
 	// run alone uses these.
 	seq     uint64
@@ -125,6 +137,7 @@ type entry struct {
 	told  bool // was answered as new without Redis
 	asks  *ask // those who wait, the first at the head
 	last  *ask
+	chain *entry // of pendingIDs, or of what is spare
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -132,17 +145,15 @@ type ask struct {
 	of         *entry
 	e          *counter.Epoch
 	at         int64 // ns since the start of the Redis
-	prev, next *ask  // by time
+	prev, next *ask  // by time; next is also the next to be woken
 	beside     *ask  // of the same entry
-	done       chan reply
-}
 
-type reply struct {
 	verdict Verdict
 	err     error
+	done    chan struct{} // capacity 1; verdict and err are there
 }
 
-var asks = sync.Pool{New: func() any { return &ask{done: make(chan reply, 1)} }}
+var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)} }}
 
 // question is somebody who waits until a lane has been heard about an epoch.
 type question struct {
@@ -175,7 +186,6 @@ func (l *lane) init(r *Redis, i int) {
 	l.r, l.i = r, i
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":sessions"
 	l.wake = make(chan struct{}, 1)
-	l.pending = map[pendingKey]*entry{}
 }
 
 func (l *lane) nudge() {
@@ -191,7 +201,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k idKey, enc *encoded) (Verd
 	key := pendingKey{s, k}
 	now := r.now.Load()
 	l.mu.Lock()
-	en := l.pending[key]
+	en := l.pending.find(key)
 	switch le := &s.lanes[l.i]; {
 	case l.closed:
 		l.mu.Unlock()
@@ -216,19 +226,58 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k idKey, enc *encoded) (Verd
 			l.mu.Unlock()
 			return Repeat, errPending
 		}
-		en = &entry{key: key, enc: *enc}
-		l.pending[key] = en
-		l.queue = append(l.queue, en)
+		en = l.enter(key, enc)
 	}
 	a := asks.Get().(*ask)
 	a.of, a.e, a.at = en, e, now
 	l.wait(a)
+	first := len(l.queue) == 1
 	l.mu.Unlock()
-	l.nudge()
-	out := <-a.done
-	a.of, a.e = nil, nil
+	if first {
+		l.nudge() // else somebody did, or a batch is under way
+	}
+	<-a.done
+	v, err := a.verdict, a.err
+	a.of, a.e, a.err = nil, nil, nil
 	asks.Put(a)
-	return out.verdict, out.err
+	return v, err
+}
+
+// enter queues an entry for an id. l.mu is held.
+func (l *lane) enter(key pendingKey, enc *encoded) *entry {
+	en := l.spare
+	if en != nil {
+		l.spare, en.chain = en.chain, nil
+		l.spares--
+	} else {
+		en = new(entry)
+	}
+	en.key, en.enc, en.state, en.told = key, *enc, queued, false
+	l.pending.add(en)
+	l.queue = append(l.queue, en)
+	return en
+}
+
+// reuse takes back an entry that is settled and in no list. l.mu is held.
+func (l *lane) reuse(en *entry) {
+	if l.spares < maxSpares {
+		en.key.epoch = nil
+		l.spare, en.chain = en, l.spare
+		l.spares++
+	}
+}
+
+// unlock lets go of l.mu and wakes those who were answered meanwhile. They would
+// run into the lock if it were still held.
+func (l *lane) unlock() {
+	a := l.woken
+	l.woken, l.lastWoken = nil, nil
+	l.mu.Unlock()
+	for a != nil {
+		next := a.next // a is not ours any more once it is woken
+		a.done <- struct{}{}
+		a = next
+	}
 }
 
 var errPending = fmt.Errorf("%w: too many ids wait for Redis", ErrUnavailable)
@@ -297,8 +346,8 @@ func (l *lane) wait(a *ask) {
 	}
 }
 
-// answer ends the waiting of a. Its entry has been told to forget it. l.mu is
-// held.
+// answer ends the waiting of a, once l.mu is let go of by unlock. Its entry has
+// been told to forget it. l.mu is held.
 func (l *lane) answer(a *ask, v Verdict, err error) {
 	if a.prev != nil {
 		a.prev.next = a.next
@@ -310,7 +359,14 @@ func (l *lane) answer(a *ask, v Verdict, err error) {
 	} else {
 		l.newest = a.prev
 	}
-	a.done <- reply{v, err}
+	a.verdict, a.err = v, err
+	a.next, a.prev = nil, nil
+	if l.lastWoken != nil {
+		l.lastWoken.next = a
+	} else {
+		l.woken = a
+	}
+	l.lastWoken = a
 }
 
 // answerAll answers first to the first who waits for en and then to the others.
@@ -328,7 +384,7 @@ func (l *lane) answerAll(en *entry, first, then Verdict, err error) {
 // done lets go of en. l.mu is held.
 func (l *lane) done(en *entry) {
 	en.state = settled
-	delete(l.pending, en.key)
+	l.pending.remove(en)
 	l.r.pending.Add(-1)
 }
 
@@ -342,7 +398,7 @@ func (l *lane) drop(en *entry) {
 // under way has.
 func (l *lane) expire(now int64) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	defer l.unlock()
 	for a := l.oldest; a != nil && now-a.at >= int64(l.r.cfg.Timeout); a = l.oldest {
 		en := a.of
 		if l.failing == 0 && l.job != nil {
@@ -377,7 +433,7 @@ func (l *lane) expire(now int64) {
 // fail answers everybody, at the end.
 func (l *lane) fail() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	defer l.unlock()
 	l.closed = true
 	for l.oldest != nil {
 		en := l.oldest.of
@@ -508,15 +564,12 @@ func (l *lane) choose() *job {
 		l.queue = append(l.queue, l.doubt...)
 		l.doubt = l.doubt[:0]
 	}
-	for len(l.queue) > 0 && l.queue[0].state == settled {
-		l.queue = l.queue[1:]
-	}
-	if len(l.queue) > 0 {
-		j := &job{mode: modeAdd, epoch: l.queue[0].key.epoch}
+	if i := slices.IndexFunc(l.queue, func(en *entry) bool { return en.state != settled }); i >= 0 {
+		j := &job{mode: modeAdd, epoch: l.queue[i].key.epoch}
 		l.queue = l.fill(j, l.queue, flying)
 		return j
 	}
-	l.queue = nil
+	l.queue = l.queue[:0]
 	if len(l.asked) > 0 {
 		j := &job{mode: modeBeat, epoch: l.asked[0].epoch}
 		l.asked = slices.DeleteFunc(l.asked, func(q *question) bool {
@@ -542,7 +595,7 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 		}
 		size = int(min(uint64(size), max(1, left/uint64(len(l.r.lanes)))))
 	}
-	var byKind [len(kinds)][]*entry
+	var counts [len(kinds)]int
 	n, taken := 0, 0
 	for n < len(from) && taken < size {
 		en := from[n]
@@ -551,25 +604,26 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 				break
 			}
 			en.state = state
-			k := en.enc.kind()
-			byKind[k] = append(byKind[k], en)
+			counts[en.enc.kind()]++
 			taken++
 		}
 		n++
 	}
-	for k, list := range byKind {
-		if taken == len(list) {
-			j.entries = list
-		} else {
-			j.entries = append(j.entries, list...)
+	j.entries, l.entries = l.entries, nil
+	for k, count := range counts {
+		if count == 0 {
+			continue
 		}
-		var packed []byte
-		for _, en := range list {
-			packed = appendPacked(packed, en.enc.bytes())
+		l.packed = l.packed[:0]
+		for _, en := range from[:n] {
+			if en.state == state && en.enc.kind() == k {
+				j.entries = append(j.entries, en)
+				l.packed = appendPacked(l.packed, en.enc.bytes())
+			}
 		}
-		j.lists[k] = string(packed)
+		j.lists[k] = string(l.packed)
 	}
-	return from[n:]
+	return slices.Delete(from, 0, n)
 }
 
 // perform sends the job once. It returns how long to wait before the next
@@ -728,7 +782,7 @@ func (l *lane) flush(s *redisEpoch) {
 // turn answers the entries of a job whose epoch is sealed.
 func (l *lane) turn(j *job) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	defer l.unlock()
 	l.job = nil
 	le := &j.epoch.lanes[l.i]
 	le.sealed = true
@@ -753,7 +807,7 @@ func (l *lane) turn(j *job) {
 // resolve answers the entries of a job that was done.
 func (l *lane) resolve(j *job, a answer) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	defer l.unlock()
 	l.job = nil
 	le := &j.epoch.lanes[l.i]
 	le.gen = a.gen
@@ -790,7 +844,12 @@ func (l *lane) resolve(j *job, a answer) {
 				code = a.codes[i]
 			}
 			l.settle(en, le, code)
+			if en.state == settled {
+				l.reuse(en)
+			}
 		}
+		clear(j.entries)
+		l.entries = j.entries[:0]
 	}
 	for _, q := range j.asked {
 		q.done <- nil

@@ -1,0 +1,66 @@
+package dedup
+
+import "math/bits"
+
+// pendingIDs finds the entries of a lane by their ids. It is a map without what a
+// Go map does for each of them: ids are scattered already and need no hash, and
+// entries are chained without a copy of their keys. The Go map took 0.15 us of the
+// 1.6 that an id took the client.
+type pendingIDs struct {
+	buckets []*entry // heads of chains; a power of two of them
+	shift   int      // of a hash, to the number of its bucket
+	n       int
+}
+
+// pendingMin is a few batches.
+const pendingMin = 1024
+
+func (p *pendingIDs) bucket(k *idKey) **entry {
+	// The high bits of what scatter makes are its best.
+	return &p.buckets[k.lo>>p.shift]
+}
+
+func (p *pendingIDs) find(key pendingKey) *entry {
+	if p.n == 0 {
+		return nil
+	}
+	for en := *p.bucket(&key.id); en != nil; en = en.chain {
+		if en.key == key {
+			return en
+		}
+	}
+	return nil
+}
+
+func (p *pendingIDs) add(en *entry) {
+	if p.n >= len(p.buckets) {
+		p.grow()
+	}
+	p.n++
+	head := p.bucket(&en.key.id)
+	en.chain, *head = *head, en
+}
+
+// remove takes out en, which is in it.
+func (p *pendingIDs) remove(en *entry) {
+	p.n--
+	at := p.bucket(&en.key.id)
+	for *at != en {
+		at = &(*at).chain
+	}
+	*at, en.chain = en.chain, nil
+}
+
+func (p *pendingIDs) grow() {
+	old := p.buckets
+	p.buckets = make([]*entry, max(pendingMin, 2*len(old)))
+	p.shift = 64 - bits.TrailingZeros(uint(len(p.buckets)))
+	for _, en := range old {
+		for en != nil {
+			next := en.chain
+			head := p.bucket(&en.key.id)
+			en.chain, *head = *head, en
+			en = next
+		}
+	}
+}
