@@ -238,7 +238,6 @@ func redisOption(urls []string) (rueidis.ClientOption, error) {
 	option.Dialer.Timeout = dialTimeout
 	option.ConnWriteTimeout = replyTimeout
 	option.PipelineMultiplex = -1 // one connection: batches are already large
-	option.MaxFlushDelay = flushDelay
 	option.DisableRetry = true // a batch is repeated here, where that is safe
 	option.DisableCache = true
 	option.ClientName = "verve"
@@ -256,9 +255,6 @@ const (
 	// registerWait is how long the first ids of an epoch wait for the ledger to
 	// know it: one exchange takes a fraction of it.
 	registerWait = 50 * time.Millisecond
-
-	// flushDelay lets batches of several lanes share a system call.
-	flushDelay = 100 * time.Microsecond
 
 	// tick is the precision of the waiting time of an Add.
 	tick = 5 * time.Millisecond

@@ -3,7 +3,6 @@ package dedup
 import (
 	"crypto/sha256"
 	"encoding/binary"
-	"strings"
 
 	"github.com/dchest/siphash"
 
@@ -72,7 +71,19 @@ func (en *encoded) encode(key [2]uint64, kind uint8, id []byte) uint64 {
 }
 
 // kind numbers the kinds as redis.lua does.
-func (en *encoded) kind() int { return strings.IndexByte(kinds, en.data[0]) }
+func (en *encoded) kind() int { return kindOf(en.data[0]) }
+
+func kindOf(header byte) int {
+	switch header {
+	case kindDecimal:
+		return 0
+	case kindUUID:
+		return 1
+	case kindText:
+		return 2
+	}
+	return 3
+}
 
 // lists are ids on their way to redis.lua, a list of each kind: MessagePack, one
 // raw after another.

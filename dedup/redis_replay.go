@@ -4,7 +4,6 @@ import (
 	"context"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -83,7 +82,7 @@ func (g *replayLog) next(n int) (ids lists, size int) {
 	for ; n > 0 && size < len(g.todo); n-- {
 		b := g.todo[size:]
 		b = b[:headerLen+int(b[1])]
-		k := strings.IndexByte(kinds, b[0])
+		k := kindOf(b[0])
 		packed[k] = appendPacked(packed[k], b)
 		size += len(b)
 	}
