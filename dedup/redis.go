@@ -238,7 +238,7 @@ func redisOption(urls []string) (rueidis.ClientOption, error) {
 	option.Dialer.Timeout = dialTimeout
 	option.ConnWriteTimeout = replyTimeout
 	option.PipelineMultiplex = -1 // one connection: batches are already large
-	option.DisableRetry = true // a batch is repeated here, where that is safe
+	option.DisableRetry = true    // a batch is repeated here, where that is safe
 	option.DisableCache = true
 	option.ClientName = "verve"
 	option.ClusterOption.ShardsRefreshInterval = time.Second

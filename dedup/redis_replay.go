@@ -11,10 +11,50 @@ import (
 // as new, as they stand in blobs: those that Redis has taken, with the sequence
 // of their batch, and those that it has not or has lost.
 type replayLog struct {
-	have  []byte
+	have  blocks
 	marks []mark
 	todo  []byte
 	cut   bool // not all of them could be kept
+}
+
+// blocks are bytes that are appended to and never moved: to copy a hundred
+// megabytes of log would hold the lane for as long.
+type blocks struct {
+	list [][]byte // each full, but for the last
+	len  int
+}
+
+// blockBytes is some 1,400 decimals.
+const blockBytes = 16 << 10
+
+func (bs *blocks) append(b []byte) {
+	bs.len += len(b)
+	for len(b) > 0 {
+		last := len(bs.list) - 1
+		if last < 0 || len(bs.list[last]) == blockBytes {
+			bs.list = append(bs.list, make([]byte, 0, blockBytes))
+			last++
+		}
+		n := min(len(b), blockBytes-len(bs.list[last]))
+		bs.list[last] = append(bs.list[last], b[:n]...)
+		b = b[n:]
+	}
+}
+
+// cut takes off and returns what is behind the first n bytes.
+func (bs *blocks) cut(n int) []byte {
+	first, rest := n/blockBytes, n%blockBytes
+	bs.len = n
+	if first == len(bs.list) {
+		return nil
+	}
+	off := slices.Clone(bs.list[first][rest:])
+	for _, b := range bs.list[first+1:] {
+		off = append(off, b...)
+	}
+	bs.list[first] = bs.list[first][:rest]
+	bs.list = slices.Delete(bs.list, first+1, len(bs.list))
+	return off
 }
 
 // mark says that the batch of a sequence ends at a length of have.
@@ -36,12 +76,12 @@ func (le *laneEpoch) applied(r *Redis, seq uint64, en *entry) {
 		return
 	}
 	r.logBytes.Add(int64(len(b)))
-	g.have = append(g.have, b...)
+	g.have.append(b)
 	if n := len(g.marks); n > 0 && g.marks[n-1].seq == seq {
-		g.marks[n-1].end = len(g.have)
+		g.marks[n-1].end = g.have.len
 		return
 	}
-	g.marks = append(g.marks, mark{seq, len(g.have)})
+	g.marks = append(g.marks, mark{seq, g.have.len})
 }
 
 // unsent adds an id that Redis has not taken. It is kept whatever its size: the
@@ -61,8 +101,8 @@ func (g *replayLog) rewind(seq uint64) {
 	if i > 0 {
 		from = g.marks[i-1].end
 	}
-	g.todo = append(slices.Clone(g.have[from:]), g.todo...)
-	g.have, g.marks = g.have[:from], g.marks[:i]
+	g.todo = append(g.have.cut(from), g.todo...)
+	g.marks = g.marks[:i]
 }
 
 func (g *replayLog) left() int { return len(g.todo) }
@@ -97,13 +137,13 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 	for b := g.todo[:bytes]; len(b) > 0; n++ {
 		b = b[headerLen+int(b[1]):]
 	}
-	g.have = append(g.have, g.todo[:bytes]...)
+	g.have.append(g.todo[:bytes])
 	g.todo = g.todo[bytes:]
 	if len(g.todo) == 0 {
 		g.todo = nil
 	}
 	if bytes > 0 {
-		g.marks = append(g.marks, mark{seq, len(g.have)})
+		g.marks = append(g.marks, mark{seq, g.have.len})
 	}
 	return n
 }
@@ -165,7 +205,7 @@ func (l *lane) retire(s *redisEpoch) int {
 	if !le.lost || le.sealed {
 		unsent = le.log.ids()
 	}
-	l.r.logBytes.Add(-int64(len(le.log.have) + len(le.log.todo)))
+	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
 	le.log = replayLog{}
 	return unsent
 }
