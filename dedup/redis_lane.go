@@ -260,7 +260,8 @@ func (l *lane) enter(key pendingKey, enc *encoded) *entry {
 	return en
 }
 
-// reuse takes back an entry that is settled and in no list. l.mu is held.
+// reuse takes back an entry that is settled and in no list, and that nobody waits
+// for. l.mu is held.
 func (l *lane) reuse(en *entry) {
 	if l.spares < maxSpares {
 		en.key.epoch = nil
@@ -735,7 +736,7 @@ func (l *lane) succeeded() {
 // it stays as it is, for its sequence must never mean anything else.
 func (l *lane) dissolve(j *job) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	defer l.unlock()
 	if j.unknown {
 		return
 	}
@@ -763,6 +764,7 @@ func (l *lane) requeue(en *entry, queue *[]*entry) {
 	case en.told:
 		l.done(en)
 		l.missed(en)
+		l.answerAll(en, Repeat, Repeat, nil)
 	case en.asks == nil:
 		l.done(en)
 	default:
@@ -884,6 +886,7 @@ func (l *lane) settle(en *entry, le *laneEpoch, code byte) {
 		if en.told {
 			l.done(en)
 			l.missed(en) // finds it there, which marks the epoch
+			l.answerAll(en, Repeat, Repeat, nil)
 			return
 		}
 		if en.asks != nil {
