@@ -223,9 +223,13 @@ func startCluster(t *testing.T, nodeTimeout time.Duration) (masters, replicas []
 }
 
 // redisRole is what a node says of itself, empty if it does not answer.
-func redisRole(addr string) string {
+func redisRole(addr, password string) string {
 	host, port, _ := net.SplitHostPort(addr)
-	out, _ := exec.Command("redis-cli", "-h", host, "-p", port, "ROLE").Output()
+	cmd := exec.Command("redis-cli", "-h", host, "-p", port, "ROLE")
+	if password != "" {
+		cmd.Env = append(os.Environ(), "REDISCLI_AUTH="+password)
+	}
+	out, _ := cmd.Output()
 	return string(out)
 }
 
@@ -254,6 +258,45 @@ func unavailableAt(admin string) (n uint64) {
 	return n
 }
 
+// unavailableAtAll sums that up over the servers of a run.
+func unavailableAtAll(f *flags) func() uint64 {
+	var admins []string
+	for _, command := range f.Spawn {
+		admins = append(admins, regexp.MustCompile(`--admin-listen=(\S+)`).FindStringSubmatch(command)[1])
+	}
+	return func() (n uint64) {
+		for _, a := range admins {
+			n += unavailableAt(a)
+		}
+		return n
+	}
+}
+
+// outage is what a failover was for those who brought ids.
+type outage struct {
+	taken  time.Duration // until the replica was the master
+	lasted time.Duration // until the last id that failed
+	failed uint64
+}
+
+// watchOutage measures one that begins now, by the number of ids that have failed,
+// until none has for the time of calm.
+func watchOutage(failed func() uint64, before uint64, taken func() bool, calm time.Duration) (o outage) {
+	began := time.Now()
+	for last := before; time.Since(began) < 9*time.Second; time.Sleep(50 * time.Millisecond) {
+		if o.taken == 0 && taken() {
+			o.taken = time.Since(began)
+		}
+		if now := failed(); now != last {
+			last, o.lasted, o.failed = now, time.Since(began), now-before
+		}
+		if o.taken > 0 && time.Since(began)-o.lasted > calm {
+			break
+		}
+	}
+	return o
+}
+
 var calls = regexp.MustCompile(`cmdstat_(?:fcall|evalsha):calls=(\d+)`)
 
 // TestClusterThatLosesAMaster: ids are spread evenly over the masters; when one is
@@ -269,26 +312,10 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 	f := groupOf(t, 2, masters[0], "1s", more...)
 	f.Duration, f.Rate, f.Pipeline, f.Connections = 14*time.Second, 3000, 1, 64
 	f.AllowInexact = true
-	var admins []string
-	for _, command := range f.Spawn {
-		admins = append(admins, regexp.MustCompile(`--admin-listen=(\S+)`).FindStringSubmatch(command)[1])
-	}
-	sum := func() (n uint64) {
-		for _, a := range admins {
-			n += unavailableAt(a)
-		}
-		return n
-	}
-	type outage struct {
-		spread []int
-		taken  time.Duration // until the replica was the master
-		lasted time.Duration // until the last id that failed
-		failed uint64
-	}
+	sum := unavailableAtAll(f)
+	var spread []int
 	seen := make(chan outage, 1)
 	go func() {
-		var o outage
-		defer func() { seen <- o }()
 		time.Sleep(4 * time.Second)
 		for _, m := range masters {
 			n := 0
@@ -298,22 +325,11 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 					n += k
 				}
 			}
-			o.spread = append(o.spread, n)
+			spread = append(spread, n)
 		}
 		before := sum()
 		_ = processes[1].Process.Kill()
-		killed := time.Now()
-		for last := before; time.Since(killed) < 9*time.Second; time.Sleep(50 * time.Millisecond) {
-			if o.taken == 0 && strings.Contains(redisRole(replicas[1]), "master") {
-				o.taken = time.Since(killed)
-			}
-			if now := sum(); now != last {
-				last, o.lasted, o.failed = now, time.Since(killed), now-before
-			}
-			if o.taken > 0 && time.Since(killed)-o.lasted > time.Second {
-				return // what fails later is this machine's being busy
-			}
-		}
+		seen <- watchOutage(sum, before, func() bool { return strings.Contains(redisRole(replicas[1], ""), "master") }, time.Second) // what fails later is this machine's being busy
 	}()
 	v, err := run(t.Context(), f)
 	if err != nil {
@@ -321,13 +337,13 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 	}
 	o := <-seen
 	t.Logf("%d answers: %d ok, %d failed, %d refused, p99 of those %.0f ms; batches at the masters %v; the replica took over after %v; %d failed after the kill, for %v; %d of %d windows say that they are not exact",
-		v.Answers, v.Accepted, v.Repeated, v.Refused, v.RefusedP99, o.spread, o.taken.Round(10*time.Millisecond), o.failed, o.lasted.Round(10*time.Millisecond), v.Inexact, v.Windows)
+		v.Answers, v.Accepted, v.Repeated, v.Refused, v.RefusedP99, spread, o.taken.Round(10*time.Millisecond), o.failed, o.lasted.Round(10*time.Millisecond), v.Inexact, v.Windows)
 	if !v.Good || v.Windows < 10 {
 		t.Errorf("%+v, %+v", v.Table, v.Faults)
 	}
-	for _, n := range o.spread {
-		if n*2 < o.spread[0] || n > o.spread[0]*2 {
-			t.Errorf("batches at the masters: %v", o.spread)
+	for _, n := range spread {
+		if n*2 < spread[0] || n > spread[0]*2 {
+			t.Errorf("batches at the masters: %v", spread)
 		}
 	}
 	// On a busy machine the nodes take longer to agree.

@@ -70,10 +70,14 @@ func buildServer(t *testing.T) string {
 	return server
 }
 
-// groupOf makes the flags of a run over n instances that share a Redis.
+// groupOf makes the flags of a run over n instances that share a Redis: its
+// address, or the URL by which it is found.
 func groupOf(t *testing.T, n int, redis, window string, more ...string) *flags {
 	t.Helper()
 	server, dir := buildServer(t), t.TempDir()
+	if !strings.Contains(redis, "://") {
+		redis = "redis://" + redis
+	}
 	f := &flags{
 		Connections: 4 * n, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
 		Timeout: 10 * time.Second, Wait: 20 * time.Second, StopLimit: 30 * time.Second,
@@ -85,7 +89,7 @@ func groupOf(t *testing.T, n int, redis, window string, more ...string) *flags {
 		f.CountsFile = append(f.CountsFile, filepath.Join(data, "counts.jsonl"))
 		f.Spawn = append(f.Spawn, strings.Join(append([]string{
 			server, "--listen=" + listen, "--admin-listen=" + freeAddr(t), "--window-header", "--window=" + window,
-			"--data-dir=" + data, "--instance=i" + fmt.Sprint(i), "--dedup=redis", "--redis-url=redis://" + redis,
+			"--data-dir=" + data, "--instance=i" + fmt.Sprint(i), "--dedup=redis", "--redis-url=" + redis,
 		}, more...), " "))
 	}
 	t.Cleanup(func() {
