@@ -37,14 +37,16 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 		return nil, err
 	}
 	if name == "verve" || name == "memory" {
-		if name == "memory" {
-			dir = "none"
-		}
 		admin, err := freeAddr()
 		if err != nil {
 			return nil, err
 		}
-		args := append([]string{"--listen=" + p.addr, "--admin-listen=" + admin, "--data-dir=" + dir, "--log-level=error"}, flags...)
+		args := append([]string{"--listen=" + p.addr, "--admin-listen=" + admin, "--log-level=error"}, flags...)
+		if name == "memory" {
+			args = append(args, "--data-dir=none", "--counts-file=off")
+		} else {
+			args = append(args, "--data-dir="+dir)
+		}
 		p.cmd = pinned(serverCore, verve, args...)
 		p.cmd.Stderr = os.Stderr // the others log their counts there
 	} else {
