@@ -17,10 +17,10 @@ const (
 	// Lanes are the parts the ids are spread over, each with a batcher here and a
 	// hash slot there. Sixteen keep the masters of a cluster evenly busy. One
 	// server does one thing at a time anyhow, and of few lanes the batches are
-	// larger: with 16 it takes half as many ids a second. Of two it has the batch
-	// of one while that of the other is answered here (bench/redis).
+	// larger: with 16 it takes half as many ids a second, and with 2 a tenth more
+	// CPU an id than with one (bench/redis).
 	clusterLanes = 16
-	serverLanes  = 2
+	serverLanes  = 1
 
 	// batchSize bounds a batch, and so the time Redis does nothing else: 512 ids
 	// take it some 0.5 ms.
@@ -91,7 +91,7 @@ type lane struct {
 	asked   []*question
 	closed  bool
 
-	// Those that unlock has to wake, the first and the last.
+	// Those who are answered and not woken yet, the first and the last.
 	woken, lastWoken *ask
 
 	// What batches leave behind for the next ones, which then allocate little.
@@ -273,9 +273,19 @@ func (l *lane) reuse(en *entry) {
 // unlock lets go of l.mu and wakes those who were answered meanwhile. They would
 // run into the lock if it were still held.
 func (l *lane) unlock() {
+	a := l.awake()
+	l.mu.Unlock()
+	wake(a)
+}
+
+// awake takes those who were answered out of the lane, to be woken. l.mu is held.
+func (l *lane) awake() *ask {
 	a := l.woken
 	l.woken, l.lastWoken = nil, nil
-	l.mu.Unlock()
+	return a
+}
+
+func wake(a *ask) {
 	for a != nil {
 		next := a.next // a is not ours any more once it is woken
 		a.done <- struct{}{}
@@ -464,10 +474,7 @@ func (l *lane) run() {
 		switch pause := l.perform(j, wait); {
 		case pause < 0: // done
 			wait = minRetry
-			// Those just answered come first, with the next ids of their callers: the
-			// next batch is half as large without. Where nothing else is to be run
-			// this takes no time.
-			runtime.Gosched()
+			l.rouse()
 		case !l.sleep(pause):
 			return // closing took too long
 		default:
@@ -475,6 +482,22 @@ func (l *lane) run() {
 		}
 	}
 	l.r.call(l.r.life, l.key, "bye", l.r.cfg.Session)
+}
+
+// rouse wakes those whom a batch has answered.
+func (l *lane) rouse() {
+	l.mu.Lock()
+	woken, full := l.awake(), len(l.queue) >= batchSize
+	l.mu.Unlock()
+	if full {
+		// The next batch will not get larger: Redis is to have it meanwhile.
+		l.r.running.Go(func() { wake(woken) })
+		return
+	}
+	wake(woken)
+	// They come first, with their next ids: the next batch is half as large without.
+	// Where nothing else is to be run this takes no time.
+	runtime.Gosched()
 }
 
 // idle waits for something to do. It returns false when the lane is to end.
@@ -812,10 +835,10 @@ func (l *lane) turn(j *job) {
 	}
 }
 
-// resolve answers the entries of a job that was done.
+// resolve answers the entries of a job that was done. It is for rouse to wake them.
 func (l *lane) resolve(j *job, a answer) {
 	l.mu.Lock()
-	defer l.unlock()
+	defer l.mu.Unlock()
 	l.job = nil
 	le := &j.epoch.lanes[l.i]
 	le.gen = a.gen
