@@ -56,14 +56,14 @@ local IDS = ' ids'
 -- begin makes the meta of an epoch nobody has written to in this lane. Compact,
 -- decimals go to so many buckets that each holds some 200, as far as the last
 -- epoch tells: a set of up to 512 integers is an array of them. Prime, so that no
--- step between ids fills a few only.
-local function begin(P, mkey, gen, ttl, compact)
+-- step between ids fills a few only. least is 0 where it is not to be compact.
+local function begin(P, mkey, gen, ttl, least)
   local buckets = 0
-  if compact then
+  if least > 0 then
     local last = tonumber(call('GET', P .. 'size') or 0)
-    for _, prime in ipairs({1021, 2039, 4093, 8191, 16381}) do
+    for _, prime in ipairs({1021, 2039, 4093, 8191, 16381, 32749, 65521}) do
       buckets = prime
-      if prime * 200 >= last then break end
+      if prime >= least and prime * 200 >= last then break end
     end
   end
   call('HSET', mkey, 'gen', gen, 'run', run_id(), 'buckets', buckets)
@@ -188,7 +188,8 @@ end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, whether a new epoch is to be compact, and a list of ids of each kind.
+-- again, into how many buckets a new epoch is to spread decimals at least, and a
+-- list of ids of each kind.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
 local function batch(skey, a, undo)
@@ -224,7 +225,7 @@ local function batch(skey, a, undo)
 
   if not gen then
     gen = session .. ':' .. seq .. ':' .. now
-    buckets = begin(P, mkey, gen, ttl, a[10] == '1')
+    buckets = begin(P, mkey, gen, ttl, tonumber(a[10]))
   end
   local fields = {}
   if mode == 'p' then

@@ -669,7 +669,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.mu.Unlock()
 	l.r.await(j.epoch)
 	l.r.counts.batches.Add(1)
-	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, l.r.compact(),
+	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, l.r.buckets(),
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	if err != nil {
 		l.r.counts.retries.Add(1)
@@ -713,10 +713,15 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	return l.failed(j, errors.New("unexpected answer "+a.status), wait)
 }
 
-// compact is the wish for epochs that this session begins.
-func (r *Redis) compact() string {
+// compactBuckets is over how many buckets all lanes together spread the decimals
+// of an epoch of which nothing is known: a million of them fit.
+const compactBuckets = 4000
+
+// buckets is the wish for epochs that this session begins, of each lane; 0 where
+// they are not to be compact.
+func (r *Redis) buckets() string {
 	if r.cfg.Compact {
-		return "1"
+		return strconv.Itoa(compactBuckets / len(r.lanes))
 	}
 	return "0"
 }
