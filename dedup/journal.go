@@ -208,7 +208,7 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 	}
 	if err != nil {
 		j.release()
-		return nil, fmt.Errorf("dedup: %w", err)
+		return nil, fmt.Errorf("open %s: %w", j.dir, err)
 	}
 	return j, nil
 }
