@@ -344,11 +344,8 @@ func (m *Memory) AddMany(e *counter.Epoch, ids [][]byte, verdicts []Verdict) (ju
 			}
 		}
 		judged += done
-		if err != nil {
-			return judged, m.refused(err)
-		}
-		if done < n {
-			break
+		if err != nil || done < n {
+			return judged, err
 		}
 	}
 	return judged, nil

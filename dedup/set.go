@@ -69,7 +69,7 @@ type Batcher interface {
 	// what it says of each into verdicts, which is at least as long. It returns
 	// how many ids it has judged. If those are not all, of the next one Add would
 	// have said the error that is returned, or with none Turned; that id and those
-	// after it were not added. Of a verdict not yet judged it writes nothing.
+	// after it were not added, and are for the caller to bring again. Of a verdict not yet judged it writes nothing.
 	AddMany(e *counter.Epoch, ids [][]byte, verdicts []Verdict) (judged int, err error)
 }
 

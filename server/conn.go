@@ -41,9 +41,9 @@ type phase int64
 
 const (
 	phaseNew     phase = iota // nothing received yet
-	phaseReading              // bytes of a request came; it is not answered yet
-	phaseWriting              // an answer is being handed to the kernel
-	phaseIdle                 // answered, waiting for the next request
+	phaseReading              // bytes of a request came; it is not answered yet, or its answer waits to be written
+	phaseWriting              // answers are being handed to the kernel
+	phaseIdle                 // all are answered, waiting for the next request
 
 	phaseMask = 3
 )
@@ -92,6 +92,10 @@ type conn struct {
 	between bool
 	tail    []byte
 	number  uint64
+
+	// serving is set while the fastPath has requests: fasthttp takes the connection
+	// for idle then. Close leaves a connection to who serves it.
+	serving atomic.Bool
 }
 
 func newListener(ln net.Listener, cfg *Config) *listener {
@@ -211,18 +215,17 @@ func (c *conn) phase() (p phase, since time.Duration) {
 
 // Read brings fasthttp what the fastPath does not answer.
 func (c *conn) Read(p []byte) (int, error) {
-	if c.between && len(c.tail) > 0 {
-		return c.owner.fast.read(c, p)
+	if c.between {
+		if len(c.tail) > 0 {
+			return c.owner.fast.read(c, p)
+		}
+		c.enter(phaseIdle)
 	}
 	return c.receive(p)
 }
 
-// receive marks the beginning of a request with its first byte. A reader that has
-// not its whole buffer to fill holds the first part of a pipelined request.
+// receive marks the beginning of a request with its first byte.
 func (c *conn) receive(p []byte) (int, error) {
-	if len(p) < readBuffer && phase(c.state.Load()&phaseMask) == phaseIdle {
-		c.enter(phaseReading)
-	}
 	n, err := c.Conn.Read(p)
 	if n > 0 && phase(c.state.Load()&phaseMask) != phaseReading {
 		c.enter(phaseReading)
@@ -246,11 +249,13 @@ func (c *conn) receive(p []byte) (int, error) {
 	return n, err
 }
 
-// Write marks the end of a request with its answer.
+// Write marks the end of a request with its answer. The connection is not idle
+// before more is read: fasthttp writes when its buffer is full, too, with the
+// answers to the requests after these still to come.
 func (c *conn) Write(p []byte) (int, error) {
 	c.enter(phaseWriting)
 	n, err := c.Conn.Write(p)
-	c.enter(phaseIdle)
+	c.enter(phaseReading)
 	if !c.timed.IsZero() {
 		c.owner.took.observe(time.Since(c.timed))
 		c.timed = time.Time{}
@@ -283,9 +288,16 @@ func (c *conn) handshakeFailed(err error) {
 	_, _ = c.raw.Write(plainOnTLS)
 }
 
-// Close lets the client read its last answer before the connection goes.
+// Close lets the client read its last answer before the connection goes. At the
+// stop fasthttp closes what it takes for idle. What is not idle, as the fastPath is
+// answering, ends at its next read, and is closed again when it has ended.
 func (c *conn) Close() error {
+	if c.serving.Load() {
+		_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // long ago
+		return nil
+	}
 	c.close.Do(func() {
+		c.enter(phaseIdle) // nothing of it is waited for
 		if secure, ok := c.Conn.(*tls.Conn); ok {
 			_ = secure.CloseWrite() // says to the client that this was all
 		}

@@ -27,7 +27,13 @@ const (
 	// maxTogether bounds the requests that are put into the set at once, and with
 	// that how long their epoch waits for them.
 	maxTogether = 16
+
+	// enoughOut is how many bytes of answers are written at once, unless fewer are
+	// all there are: what fasthttp's own writer holds.
+	enoughOut = 4 << 10
 )
+
+var crlfcrlf = []byte("\r\n\r\n")
 
 // fastPath answers a plain request that differs from one before it on the same
 // connection in nothing but its id, without having fasthttp read it again. That
@@ -86,10 +92,11 @@ func connState(nc net.Conn, state fasthttp.ConnState) {
 }
 
 // learn remembers the tail of a plain request that fasthttp has read and that
-// leaves the connection open.
+// leaves the connection open. Headers that end in another way than with an empty
+// line between two CRLF are read by what follows them, too.
 func (c *conn) learn(h *fasthttp.RequestHeader) {
 	headers := h.RawHeaders()
-	if len(plainProtocol)+len(headers) > maxTail ||
+	if !bytes.HasSuffix(headers, crlfcrlf) || len(plainProtocol)+len(headers) > maxTail ||
 		len(c.tail) > 0 && string(c.tail[len(plainProtocol):]) == string(headers) {
 		return
 	}
@@ -141,21 +148,22 @@ func (c *conn) cut(b []byte) (id, rest []byte, like likeness) {
 func (f *fastPath) read(c *conn, p []byte) (int, error) {
 	have := 0
 	for {
+		if have == 0 {
+			c.enter(phaseIdle)
+		}
 		n, err := c.receive(p[have:])
 		have += n
 		like := begun
 		if n > 0 {
-			var rest []byte
-			var failed error
-			if rest, like, failed = f.serve(c, p[:have]); failed != nil {
+			c.serving.Store(true)
+			rest, as, failed := f.serve(c, p[:have])
+			c.serving.Store(false)
+			if failed != nil {
 				return 0, failed
 			}
-			have = copy(p, rest)
+			have, like = copy(p, rest), as
 		}
 		if err != nil || like == other {
-			if have > 0 {
-				c.enter(phaseReading)
-			}
 			return have, err
 		}
 	}
@@ -182,19 +190,18 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 			rest, end = after, len(b)-len(after)
 			w.ids[n], w.ends[n] = id, end
 		}
-		if n == 0 {
-			break
-		}
-		judged := f.count(c, w, n, now)
-		if judged < n {
+		if judged := f.count(c, w, n, now); judged < n {
 			if like, end = other, 0; judged > 0 {
 				end = w.ends[judged-1]
 			}
 		}
 		b = b[end:]
-	}
-	if len(w.out) > 0 {
-		_, err = c.Write(w.out)
+		if len(w.out) > 0 && (like != whole || len(w.out) >= enoughOut) {
+			if _, err = c.Write(w.out); err != nil {
+				break
+			}
+			w.out = w.out[:0]
+		}
 	}
 	return b, like, err
 }

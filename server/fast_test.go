@@ -397,8 +397,8 @@ func TestFastPathAtTheLimitAndTheStop(t *testing.T) {
 		want(503, "full")
 	}
 	want(409, "duplicate")
-	if n := s.refused[reasonFull.index].Load(); n != 3 {
-		t.Errorf("%d refusals counted, want 3", n)
+	if n, m := s.refused[reasonFull.index].Load(), set.Stats().Full; n != 3 || m != 3 {
+		t.Errorf("%d refusals counted, %d by the set, want 3", n, m)
 	}
 	s.cfg.Counter.Seal()
 	io.WriteString(c, get("id=2"))
@@ -420,6 +420,55 @@ func TestFastPathEndsSlowRequests(t *testing.T) {
 		if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 409") || !strings.Contains(string(got), "HTTP/1.1 408") {
 			t.Errorf("%q: got %q, %v", rest, got, err)
 		}
+	}
+}
+
+// TestFastPathLeavesASlowRequestNoMoreTime than fasthttp would: one that begins
+// like a plain one, and goes on as another just before its time is over.
+func TestFastPathLeavesASlowRequestNoMoreTime(t *testing.T) {
+	const slow = time.Second
+	s := newSite(t, func(c *Config) { c.SlowTimeout = slow })
+	c, r := s.dial()
+	io.WriteString(c, get("id=1"))
+	if _, _, err := answer(r); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	io.WriteString(c, "GET /api/verve/accept?i")
+	time.Sleep(slow * 8 / 10) // the slowness under test
+	io.WriteString(c, "x")
+	resp, _, err := answer(r)
+	if err != nil || resp.StatusCode != 408 {
+		t.Fatal(resp, err)
+	}
+	if took := time.Since(began); took > slow*16/10 {
+		t.Errorf("ended after %v, want some %v", took, slow)
+	}
+}
+
+// TestFastPathTakesNoTailThatIsReadByWhatFollows: fasthttp looks for the end of
+// headers behind two bare line feeds, too, if there is more.
+func TestFastPathTakesNoTailThatIsReadByWhatFollows(t *testing.T) {
+	fast, slow, _ := pairOfSites(t, nil)
+	var got [2]string
+	for i, s := range []*site{fast, slow} {
+		c, r := s.dial()
+		io.WriteString(c, "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\n\nGET /nope HTTP/1.1\r\nHost: x\r\n\r\n")
+		for range 2 {
+			if _, _, err := answer(r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		io.WriteString(c, "GET /api/verve/accept?id=2 HTTP/1.1\r\nHost: x\n\n")
+		_ = c.(*net.TCPConn).CloseWrite() // fails where ReadAll does
+		b, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[i] = dateLine.ReplaceAllString(string(b), "")
+	}
+	if got[0] != got[1] {
+		t.Errorf("fast %q, slow %q", got[0], got[1])
 	}
 }
 

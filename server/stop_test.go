@@ -1,0 +1,203 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/valyala/fasthttp"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+// flood has a client send plain requests and not read until the server is blocked
+// in a write.
+func (s *site) flood(c net.Conn) {
+	s.t.Helper()
+	io.WriteString(c, get("id=first")) // for its tail
+	var b [512]byte
+	n, err := c.Read(b[:])
+	if err != nil || !strings.HasSuffix(string(b[:n]), "ok") {
+		s.t.Fatalf("%q, %v", b[:n], err)
+	}
+	blocked := func() bool {
+		s.ln.mu.Lock()
+		defer s.ln.mu.Unlock()
+		for c := range s.ln.conns {
+			if p, _ := c.phase(); p != phaseWriting {
+				return false
+			}
+		}
+		return true
+	}
+	for i := 0; ; i += 100 {
+		var burst strings.Builder
+		for k := range 100 {
+			burst.WriteString(get(fmt.Sprint("id=", i+k)))
+		}
+		if _, err := io.WriteString(c, burst.String()); err != nil {
+			s.t.Fatal(err)
+		}
+		for start := time.Now(); s.cfg.Counter.Stats().Unique < uint64(i+101); time.Sleep(50 * time.Microsecond) {
+			if !blocked() {
+				start = time.Now()
+			}
+			if time.Since(start) > 300*time.Millisecond {
+				return
+			}
+		}
+	}
+}
+
+// shutdown is the stop with a budget for the server.
+func (s *site) shutdown(budget time.Duration) <-chan error {
+	s.stopped = true
+	s.cfg.Counter.Seal()
+	done := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), budget)
+		defer cancel()
+		done <- s.Shutdown(ctx)
+	}()
+	return done
+}
+
+// TestStopWaitsForAClientThatReadsLate: answers that the client takes only after
+// the grace, and within the stop's time, are all there.
+func TestStopWaitsForAClientThatReadsLate(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.SlowTimeout = 20 * time.Second })
+	c, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.(*net.TCPConn).SetReadBuffer(64 << 10)
+	s.flood(c)
+	done := s.shutdown(20 * time.Second)
+	time.Sleep(answerGrace + 300*time.Millisecond) // the lateness under test
+	c.SetDeadline(time.Now().Add(patience))
+	got, err := io.ReadAll(c)
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	told := strings.Count(string(got), "HTTP/1.1 200") + 1
+	if n := s.cfg.Counter.Stats().Unique; uint64(told) != n {
+		t.Errorf("%d counted, %d told ok", n, told)
+	}
+}
+
+// TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead, whose connection cannot be
+// closed in order while a write holds it.
+func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
+	files := newKeyFiles(t)
+	cert, key := newKeyPair(t, "verve.test")
+	files.replace(files.cert, cert)
+	files.replace(files.key, key)
+	s := newSite(t, func(c *Config) {
+		c.TLS = files.load(zerolog.Nop())
+		c.SlowTimeout = 12 * time.Second
+	})
+	raw, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	raw.(*net.TCPConn).SetReadBuffer(64 << 10)
+	s.flood(tls.Client(raw, &tls.Config{InsecureSkipVerify: true}))
+	const budget = answerGrace + 500*time.Millisecond
+	began := time.Now()
+	if err := <-s.shutdown(budget); err == nil {
+		t.Error("a client that does not read was waited for in vain, and the stop does not say so")
+	}
+	if took := time.Since(began); took > budget+2*time.Second {
+		t.Errorf("with %v for it the stop took %v", budget, took)
+	}
+	raw.Close()
+	<-s.closed
+	<-s.done
+}
+
+// looking has a look before each add.
+type looking struct {
+	dedup.Set
+	look func()
+}
+
+func (l *looking) Add(e *counter.Epoch, id []byte) (dedup.Verdict, error) {
+	l.look()
+	return l.Set.Add(e, id)
+}
+
+// TestConnectionIsBusyUntilItsAnswersAreWritten, and not only up to the first
+// write: fasthttp's buffer is full before the last of these is answered.
+func TestConnectionIsBusyUntilItsAnswersAreWritten(t *testing.T) {
+	l := &looking{}
+	s := newSite(t, func(c *Config) { l.Set, c.Set = c.Set, l })
+	idle := 0
+	l.look = func() {
+		if s.ln.busy() == 0 {
+			idle++
+		}
+	}
+	c, r := s.dial()
+	for i := range 100 {
+		io.WriteString(c, get(fmt.Sprint("id=", i)))
+	}
+	for range 100 {
+		if _, _, err := answer(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if idle > 0 {
+		t.Errorf("taken for idle before %d of 100 requests, with answers not written", idle)
+	}
+	for start := time.Now(); s.ln.busy() > 0; time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			t.Fatal("busy with everything answered")
+		}
+	}
+}
+
+// TestStopBetweenTwoPipelinedRequests comes when fasthttp has answered one, and
+// neither written the answer nor begun with the next.
+func TestStopBetweenTwoPipelinedRequests(t *testing.T) {
+	s := newSite(t, nil)
+	n := 0
+	stopped := make(chan (<-chan error), 1)
+	s.http.ConnState = func(nc net.Conn, state fasthttp.ConnState) {
+		connState(nc, state)
+		if state != fasthttp.StateIdle {
+			return
+		}
+		if n++; n == 60 {
+			stopped <- s.shutdown(patience)
+			time.Sleep(300 * time.Millisecond) // off its core
+		}
+	}
+	c, r := s.dial()
+	var burst strings.Builder
+	for i := range 100 {
+		burst.WriteString(get(fmt.Sprint("id=", i)))
+	}
+	io.WriteString(c, burst.String())
+	got, err := io.ReadAll(r)
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-<-stopped; err != nil {
+		t.Error(err)
+	}
+	if told, n := strings.Count(string(got), "HTTP/1.1 200"), s.cfg.Counter.Stats().Unique; uint64(told) != n {
+		t.Errorf("%d counted, %d told ok", n, told)
+	}
+}
