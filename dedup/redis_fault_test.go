@@ -223,6 +223,219 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	}
 }
 
+// leaveUntold has r hold an id as one that the batch seq has added and that
+// nobody is left to be told about.
+func leaveUntold(r *Redis, e epochs, id string, seq uint64) {
+	s, k := e.Last().State.(*redisEpoch), r.secret.key([]byte(id))
+	var enc encoded
+	h := enc.encode(r.hash, k.kind, []byte(id))
+	l := &r.lanes[h>>r.shift]
+	l.mu.Lock()
+	r.pending.Add(1)
+	en := l.enter(pendingKey{s, k}, &enc)
+	l.queue = l.queue[:len(l.queue)-1]
+	en.state, en.seq = untold, seq
+	l.untold = append(l.untold, en)
+	l.mu.Unlock()
+	l.nudge()
+}
+
+// lastSeq is the sequence of the last batch of the first lane.
+func (r *Redis) lastSeq() uint64 {
+	l := &r.lanes[0]
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.seq
+}
+
+func untilSettled(t *testing.T, r *Redis) {
+	t.Helper()
+	until(t, "all is settled", func() bool {
+		_, some := r.unsettled()
+		return !some
+	})
+}
+
+// TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce: it is asked for while the
+// loss is known and not yet mended.
+func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+	ea, eb := newEpochs(t, a), newEpochs(t, b)
+	ea.want(t, a, 0, "before", Unique)
+	server.kill() // nothing is saved
+	leaveUntold(a, ea, "42", a.lastSeq())
+	way.latency.Store(int64(300 * time.Millisecond))
+	server.start()
+	until(t, "the loss is known", func() bool {
+		l := &a.lanes[0]
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.lost) > 0
+	})
+	v, err := ea.add(t, a, 0, "42")
+	way.latency.Store(0)
+	until(t, "the id is answered", func() bool {
+		if err != nil {
+			v, err = ea.add(t, a, 0, "42")
+		}
+		return err == nil
+	})
+	if v != Unique {
+		t.Errorf("where nobody was told: %v", v)
+	}
+	untilSettled(t, a)
+	until(t, "the other instance answers", func() bool {
+		v, err = eb.add(t, b, 0, "42")
+		return err == nil
+	})
+	if v != Repeat {
+		t.Errorf("at the other instance: %v", v)
+	}
+	if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
+	}
+}
+
+// TestRedisTakesBackNothingThatOthersWereGiven: of the ids that nobody was told
+// about a loss leaves one and takes the other, and that one another instance gives
+// before this one finds out.
+func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+	ea, eb := newEpochs(t, a), newEpochs(t, b)
+	ea.want(t, a, 0, "before", Unique)
+	eb.want(t, b, 0, "left", Unique) // stands for what a batch of a has added
+	saved := a.lastSeq()
+	if got := server.do("SAVE"); got != "OK" {
+		t.Fatal("SAVE: ", got)
+	}
+	ea.want(t, a, 0, "later", Unique)
+	way.refusing.Store(true)
+	server.kill()
+	leaveUntold(a, ea, "left", saved)
+	leaveUntold(a, ea, "lost", a.lastSeq())
+	server.start()
+	until(t, "the other instance gives it", func() bool {
+		v, err := eb.add(t, b, 0, "lost")
+		if err == nil && v != Unique {
+			t.Fatalf("at the other instance: %v", v)
+		}
+		return err == nil
+	})
+	way.refusing.Store(false)
+	if err := a.settle(t.Context(), time.Unix(0, ea.at(0))); err != nil {
+		t.Fatal(err)
+	}
+	untilSettled(t, a)
+	if n := a.counts.untold.Load(); n != 1 {
+		t.Errorf("%d ids were taken back, want 1", n)
+	}
+	if n, exact := eb.sealed(t, b, 0); n != 3 || !exact {
+		t.Errorf("sealed %d, exact %v; want 3, true", n, exact)
+	}
+}
+
+// TestRedisIDsAskedForWhileTheyAreTakenBack are given once and counted, whether
+// they can be taken back or not.
+func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
+	for _, open := range []bool{false, true} {
+		for _, refused := range []bool{false, true} {
+			t.Run(fmt.Sprintf("open %v, refused %v", open, refused), func(t *testing.T) {
+				server := startRedis(t)
+				way := startProxy(t, server.addr)
+				// Open, a waits for less long than the reply takes.
+				a := newRedis(t, way.addr(), func(c *RedisConfig) {
+					if c.FailOpen = open; !open {
+						c.Timeout = 20 * time.Second
+					}
+				})
+				b := newRedis(t, server.addr)
+				ea, eb := newEpochs(t, a), newEpochs(t, b)
+				ea.want(t, a, 0, "before", Unique)
+				eb.want(t, b, 0, "42", Unique) // stands for what a batch of a has added
+				if refused {
+					server.do("CONFIG", "SET", "min-replicas-to-write", "1")
+				}
+				way.latency.Store(int64(500 * time.Millisecond))
+				leaveUntold(a, ea, "42", a.lastSeq())
+				until(t, "it is being taken back", func() bool {
+					l := &a.lanes[0]
+					l.mu.Lock()
+					defer l.mu.Unlock()
+					return l.job != nil && l.job.mode == modeTake
+				})
+				var unique, repeat atomic.Int32
+				var group sync.WaitGroup
+				began := time.Now()
+				for range 3 {
+					group.Go(func() {
+						switch v, err := ea.add(t, a, 0, "42"); {
+						case err != nil:
+							t.Error(err)
+						case v == Unique:
+							unique.Add(1)
+						default:
+							repeat.Add(1)
+						}
+					})
+				}
+				group.Wait()
+				if unique.Load() != 1 || repeat.Load() != 2 {
+					t.Errorf("%d were told that it is new, and %d that it is not; want 1, 2", unique.Load(), repeat.Load())
+				}
+				if took := time.Since(began); took > a.cfg.Timeout/2 && !open {
+					t.Errorf("the answers took %v", took)
+				}
+				way.latency.Store(0)
+				server.do("CONFIG", "SET", "min-replicas-to-write", "0")
+				untilSettled(t, a)
+				if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+					t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
+				}
+			})
+		}
+	}
+}
+
+// TestRedisIDsGivenAtTheLimitAreCounted: Redis only looks for them, and takes so
+// long that they are answered without it.
+func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.addr)
+	r := newRedis(t, way.addr(), func(c *RedisConfig) { c.FailOpen, c.MaxIDs = true, 1 })
+	e := newEpochs(t, r)
+	e.want(t, r, 0, "1", Unique)
+	way.latency.Store(int64(500 * time.Millisecond))
+	e.want(t, r, 0, "42", Unique)
+	way.latency.Store(0)
+	until(t, "it is added", func() bool { return r.counts.replayed.Load() == 1 })
+	if n, exact := e.sealed(t, r, 0); n != 2 || !exact {
+		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
+	}
+}
+
+// TestRedisSequenceIsReadWhileBatchesAreDone, as whoever is told of an id does.
+// The race detector judges.
+func TestRedisSequenceIsReadWhileBatchesAreDone(t *testing.T) {
+	r := newRedis(t, startRedis(t).addr, patient)
+	e := newEpochs(t, r)
+	var stop atomic.Bool
+	var group sync.WaitGroup
+	group.Go(func() {
+		for !stop.Load() {
+			r.lastSeq()
+		}
+	})
+	for i := range 1000 {
+		e.want(t, r, 0, fmt.Sprint(i), Unique)
+	}
+	stop.Store(true)
+	group.Wait()
+}
+
 // TestRedisFailures has Redis refuse in one way after the other. Each is said in
 // the log and in the reason for not being ready, ids get ErrUnavailable, soon,
 // and when it is over everything goes on and the count is right.

@@ -94,6 +94,10 @@ type lane struct {
 	// Those who are answered and not woken yet, the first and the last.
 	woken, lastWoken *ask
 
+	// seq is that of the last batch that was done. run alone changes it, and so
+	// may read it without mu.
+	seq uint64
+
 	// What batches leave behind for the next ones, which then allocate little.
 	spare   *entry   // chained
 	spares  int      // of them
@@ -101,7 +105,6 @@ type lane struct {
 	packed  []byte
 
 	// run alone uses these.
-	seq     uint64
 	unacked bool                            // ids of the last batch are in doubt for others
 	missing struct{ first, last time.Time } // that keys were found to be, without a pause
 	timer   *time.Timer
@@ -136,8 +139,9 @@ type entry struct {
 	key   pendingKey
 	enc   encoded
 	state uint8
-	told  bool // was answered as new without Redis
-	asks  *ask // those who wait, the first at the head
+	told  bool   // was answered as new without Redis
+	seq   uint64 // of the batch that added it, where it is untold or taking
+	asks  *ask   // those who wait, the first at the head
 	last  *ask
 	chain *entry // of pendingIDs, or of what is spare
 }
@@ -682,7 +686,6 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.succeeded()
 	switch a.status {
 	case statusOK:
-		l.seq++
 		l.unacked = j.mode == modeAdd
 		l.resolve(j, a)
 		return -1
@@ -778,21 +781,38 @@ func (l *lane) dissolve(j *job) {
 		l.queue = append(back, l.queue...)
 	case modeTake:
 		for _, en := range j.entries {
-			en.state = untold
+			l.added(en)
 		}
-		l.untold = append(j.entries, l.untold...)
 	}
 	l.asked = append(l.asked, j.asked...)
 }
 
-// requeue appends an entry that was not added to the queue, if anybody waits
+// added settles an entry that is in Redis, if there is anybody to be told.
+// l.mu is held.
+func (l *lane) added(en *entry) {
+	le := &en.key.epoch.lanes[l.i]
+	switch {
+	case en.told:
+		le.applied(l.r, l.seq, en)
+		l.done(en)
+		l.answerAll(en, Repeat, Repeat, nil)
+	case en.asks == nil:
+		en.state = untold
+		l.untold = append(l.untold, en)
+	default:
+		le.applied(l.r, l.seq, en)
+		l.known(en.asks.e, en.key)
+		l.done(en)
+		l.answerAll(en, Unique, Repeat, nil)
+	}
+}
+
+// requeue appends an entry that is not in Redis to the queue, if anybody waits
 // for it. l.mu is held.
 func (l *lane) requeue(en *entry, queue *[]*entry) {
 	switch {
 	case en.told:
-		l.done(en)
 		l.missed(en)
-		l.answerAll(en, Repeat, Repeat, nil)
 	case en.asks == nil:
 		l.done(en)
 	default:
@@ -801,11 +821,14 @@ func (l *lane) requeue(en *entry, queue *[]*entry) {
 	}
 }
 
-// missed logs an id that was answered as new and is not in Redis. l.mu is held.
+// missed settles an entry that was answered as new and that this session has not
+// added: it is logged, to be added. l.mu is held.
 func (l *lane) missed(en *entry) {
 	s := en.key.epoch
 	s.lanes[l.i].log.unsent(l.r, en.enc.bytes())
 	l.flush(s)
+	l.done(en)
+	l.answerAll(en, Repeat, Repeat, nil)
 }
 
 // flush has what the log of s holds, and Redis does not, added. l.mu is held.
@@ -845,6 +868,7 @@ func (l *lane) resolve(j *job, a answer) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.job = nil
+	l.seq++
 	le := &j.epoch.lanes[l.i]
 	le.gen = a.gen
 	le.n.Store(a.n)
@@ -865,12 +889,7 @@ func (l *lane) resolve(j *job, a answer) {
 		}
 	case modeTake:
 		for _, en := range j.entries {
-			if en.asks == nil {
-				l.done(en)
-				continue
-			}
-			en.state = queued // brought again meanwhile
-			l.queue = append(l.queue, en)
+			l.requeue(en, &l.queue) // where it was brought again meanwhile
 		}
 		l.r.counts.untold.Add(uint64(len(j.entries)))
 	case modeAdd, modeLook:
@@ -879,7 +898,7 @@ func (l *lane) resolve(j *job, a answer) {
 			if i < len(a.codes) {
 				code = a.codes[i]
 			}
-			l.settle(en, le, code)
+			l.settle(en, code)
 			if en.state == settled {
 				l.reuse(en)
 			}
@@ -892,42 +911,27 @@ func (l *lane) resolve(j *job, a answer) {
 	}
 }
 
-// settle gives an entry its outcome. l.mu is held.
-func (l *lane) settle(en *entry, le *laneEpoch, code byte) {
+// settle gives an entry the outcome that the batch under l.seq had for it. l.mu
+// is held.
+func (l *lane) settle(en *entry, code byte) {
+	if en.told && code != '1' {
+		l.missed(en) // where another has added it, that is found, and marks the epoch
+		return
+	}
 	switch code {
 	case '1':
-		switch {
-		case en.told:
-			le.applied(l.r, l.seq, en)
-			l.done(en)
-			l.answerAll(en, Repeat, Repeat, nil)
-		case en.asks == nil:
-			en.state = untold
-			l.untold = append(l.untold, en)
-		default:
-			le.applied(l.r, l.seq, en)
-			l.known(en.asks.e, en.key)
-			l.done(en)
-			l.answerAll(en, Unique, Repeat, nil)
-		}
+		en.seq = l.seq
+		l.added(en)
 	case '0':
-		if en.told {
-			l.done(en)
-			l.missed(en) // finds it there, which marks the epoch
-			l.answerAll(en, Repeat, Repeat, nil)
-			return
-		}
 		if en.asks != nil {
 			l.known(en.asks.e, en.key)
 		}
 		l.done(en)
 		l.answerAll(en, Repeat, Repeat, nil)
-	case '2':
-		l.requeue(en, &l.doubt)
 	case '4':
 		l.done(en)
 		l.answerAll(en, Repeat, Repeat, ErrFull)
-	default:
+	default: // in doubt, or failed
 		l.requeue(en, &l.doubt)
 	}
 }

@@ -171,12 +171,13 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	r.mu.Lock()
 	epochs := slices.Clone(r.epochs)
 	r.mu.Unlock()
+	hit := func(s *redisEpoch) bool { return a.status != statusLost || s == j.epoch }
 	again := 0
 	l.mu.Lock()
 	l.seq = seq
 	for _, s := range epochs {
 		le := &s.lanes[l.i]
-		if le.sealed || le.retired || kept == 0 && a.status != statusGap && a.status != statusOld && s != j.epoch {
+		if le.sealed || le.retired || !hit(s) {
 			continue
 		}
 		le.log.rewind(kept)
@@ -186,6 +187,19 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		le.lost = true
 		again += le.log.left()
 		l.flush(s)
+	}
+	// An id that nobody was told about is in no log. Where it is lost, to take it
+	// back would take it from whom it was given to since.
+	gone := func(en *entry) bool {
+		lost := hit(en.key.epoch) && en.seq > kept
+		if lost {
+			l.requeue(en, &l.queue)
+		}
+		return lost
+	}
+	l.untold = slices.DeleteFunc(l.untold, gone)
+	if j.mode == modeTake {
+		j.entries = slices.DeleteFunc(j.entries, gone)
 	}
 	// What the job did is lost with the rest: its ids are as good as new.
 	j.unknown = false
