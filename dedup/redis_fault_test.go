@@ -338,6 +338,57 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	}
 }
 
+// TestRedisALossIsRememberedUntilItIsMended: the reply to the hello of a session
+// that goes on after a loss is lost itself.
+func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
+	for _, all := range []bool{true, false} {
+		t.Run(fmt.Sprint("all is lost: ", all), func(t *testing.T) {
+			server := startRedis(t)
+			way := startProxy(t, server.addr)
+			a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+			ea, eb := newEpochs(t, a), newEpochs(t, b)
+			ea.want(t, a, 0, "1", Unique)
+			if got := server.do("SAVE"); got != "OK" {
+				t.Fatal("SAVE: ", got)
+			}
+			ea.want(t, a, 0, "2", Unique)
+			last := a.lastSeq()
+			way.refusing.Store(true)
+			way.cut(0)
+			server.kill()
+			server.start()
+			if all {
+				server.do("FLUSHALL")
+			}
+			way.latency.Store(int64(300 * time.Millisecond))
+			way.refusing.Store(false)
+			until(t, "the hello is done", func() bool {
+				var seq uint64
+				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.Session), &seq)
+				return seq > last
+			})
+			way.cut(0) // its reply is on its way
+			way.latency.Store(0)
+			if err := a.settle(t.Context(), time.Unix(0, ea.at(0))); err != nil {
+				t.Fatal(err)
+			}
+			untilSettled(t, a)
+			for _, id := range []string{"1", "2"} {
+				until(t, "the other instance answers", func() bool {
+					v, err := eb.add(t, b, 0, id)
+					if err == nil && v != Repeat {
+						t.Errorf("id %s at the other instance: %v", id, v)
+					}
+					return err == nil
+				})
+			}
+			if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+				t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
+			}
+		})
+	}
+}
+
 // TestRedisIDsAskedForWhileTheyAreTakenBack are given once and counted, whether
 // they can be taken back or not.
 func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {

@@ -106,6 +106,7 @@ type lane struct {
 
 	// run alone uses these.
 	unacked bool                            // ids of the last batch are in doubt for others
+	losses  map[*redisEpoch]uint64          // heard of, not mended yet: what came after a batch, or all
 	missing struct{ first, last time.Time } // that keys were found to be, without a pause
 	timer   *time.Timer
 }
@@ -192,6 +193,7 @@ func (l *lane) init(r *Redis, i int) {
 	l.r, l.i = r, i
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":sessions"
 	l.wake = make(chan struct{}, 1)
+	l.losses = map[*redisEpoch]uint64{}
 }
 
 func (l *lane) nudge() {
@@ -687,6 +689,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	switch a.status {
 	case statusOK:
 		l.unacked = j.mode == modeAdd
+		clear(l.losses) // where there was one, a server without it has come back
 		l.resolve(j, a)
 		return -1
 	case statusSealed:

@@ -154,30 +154,24 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	r := l.r
 	seq := l.seq + seqSkip
-	kept := a.n // batches up to this one are there
-	for last := a.n; ; {
-		h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(last, 10), strconv.FormatUint(seq, 10), idsTTL)
+	for {
+		l.lose(j.epoch, a)
+		h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}
 		if h.status == statusOK {
 			break
 		}
-		last, kept = h.n, min(kept, h.n) // lost more meanwhile
+		a = h // lost more meanwhile
 	}
-	if a.status == statusLost {
-		kept = 0
-	}
-	r.mu.Lock()
-	epochs := slices.Clone(r.epochs)
-	r.mu.Unlock()
-	hit := func(s *redisEpoch) bool { return a.status != statusLost || s == j.epoch }
-	again := 0
+	epochs := r.opened()
 	l.mu.Lock()
 	l.seq = seq
 	for _, s := range epochs {
 		le := &s.lanes[l.i]
-		if le.sealed || le.retired || !hit(s) {
+		kept, some := l.losses[s]
+		if !some || le.sealed || le.retired {
 			continue
 		}
 		le.log.rewind(kept)
@@ -185,13 +179,13 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 			le.gen = ""
 		}
 		le.lost = true
-		again += le.log.left()
 		l.flush(s)
 	}
 	// An id that nobody was told about is in no log. Where it is lost, to take it
 	// back would take it from whom it was given to since.
 	gone := func(en *entry) bool {
-		lost := hit(en.key.epoch) && en.seq > kept
+		kept, some := l.losses[en.key.epoch]
+		lost := some && en.seq > kept
 		if lost {
 			l.requeue(en, &l.queue)
 		}
@@ -201,12 +195,35 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	if j.mode == modeTake {
 		j.entries = slices.DeleteFunc(j.entries, gone)
 	}
+	clear(l.losses)
 	// What the job did is lost with the rest: its ids are as good as new.
 	j.unknown = false
 	l.mu.Unlock()
 	l.dissolve(j)
 	r.health.note(r, "Redis has lost ids of the open window (FLUSHALL, a restart or a failover): they are added again from memory")
 	return -1
+}
+
+// lose notes what an answer about the epoch s says is lost. That a sequence is old
+// says only that a hello was done and its reply lost: of what, is noted already.
+func (l *lane) lose(s *redisEpoch, a answer) {
+	switch a.status {
+	case statusLost:
+		l.losses[s] = 0
+	case statusGap:
+		for _, s := range l.r.opened() {
+			if kept, some := l.losses[s]; !some || a.n < kept {
+				l.losses[s] = a.n
+			}
+		}
+	}
+}
+
+// opened returns the epochs that are opened and not retired, oldest first.
+func (r *Redis) opened() []*redisEpoch {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.epochs)
 }
 
 // retire lets go of an epoch and returns how many ids of it Redis never got.
