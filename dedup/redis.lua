@@ -212,10 +212,8 @@ local function batch(skey, a, undo)
   local held, n = counts(m[3])
   local replay = mode == 'p' or mode == 'f'
   if m[2] and mode ~= 'b' then return {'sealed'} end
-  if not replay then
-    if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
-    if mode ~= 'b' and m[6] and now < tonumber(m[6]) then return {'hold'} end
-  end
+  if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
+  if not replay and mode ~= 'b' and m[6] and now < tonumber(m[6]) then return {'hold'} end
 
   if mode == 'b' then
     remember(skey, session, '', seq, now, '', gen or '', n, epoch)

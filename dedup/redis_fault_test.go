@@ -389,6 +389,37 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 	}
 }
 
+// TestRedisLosesAnEpochWhileIDsAreDecidedHere: those that are added late do not
+// hide that the others are lost.
+func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.addr, func(c *RedisConfig) { c.FailOpen = true })
+	e := newEpochs(t, r)
+	const before = 100
+	for i := range before {
+		e.want(t, r, 0, fmt.Sprint("before ", i), Unique)
+	}
+	s, l := e.Last().State.(*redisEpoch), &r.lanes[0]
+	l.mu.Lock()
+	var enc encoded
+	enc.encode(r.hash, wideKind, []byte("late"))
+	s.lanes[0].log.unsent(r, enc.bytes()) // as decide does where a request has waited for too long
+	l.flush(s)
+	for _, k := range server.keys() {
+		if strings.Contains(k, "-3600000:") {
+			server.do("DEL", k)
+		}
+	}
+	l.mu.Unlock()
+	if err := r.settle(t.Context(), time.Unix(0, e.at(0))); err != nil {
+		t.Fatal(err)
+	}
+	untilSettled(t, r)
+	if n, exact := e.sealed(t, r, 0); n != before+1 || !exact {
+		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, before+1)
+	}
+}
+
 // TestRedisIDsAskedForWhileTheyAreTakenBack are given once and counted, whether
 // they can be taken back or not.
 func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
