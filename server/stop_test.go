@@ -172,30 +172,51 @@ func TestConnectionIsBusyUntilItsAnswersAreWritten(t *testing.T) {
 // neither written the answer nor begun with the next.
 func TestStopBetweenTwoPipelinedRequests(t *testing.T) {
 	s := newSite(t, nil)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := New(s.cfg, ln) // before it serves
+	if err != nil {
+		t.Fatal(err)
+	}
 	n := 0
-	stopped := make(chan (<-chan error), 1)
-	s.http.ConnState = func(nc net.Conn, state fasthttp.ConnState) {
+	ended := make(chan error, 2) // of Shutdown and Serve
+	server.http.ConnState = func(nc net.Conn, state fasthttp.ConnState) {
 		connState(nc, state)
 		if state != fasthttp.StateIdle {
 			return
 		}
 		if n++; n == 60 {
-			stopped <- s.shutdown(patience)
+			s.cfg.Counter.Seal()
+			go func() {
+				ctx, cancel := context.WithTimeout(context.Background(), patience)
+				defer cancel()
+				ended <- server.Shutdown(ctx)
+			}()
 			time.Sleep(300 * time.Millisecond) // off its core
 		}
 	}
-	c, r := s.dial()
+	go func() { ended <- server.Serve() }()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
 	var burst strings.Builder
 	for i := range 100 {
 		burst.WriteString(get(fmt.Sprint("id=", i)))
 	}
 	io.WriteString(c, burst.String())
-	got, err := io.ReadAll(r)
+	got, err := io.ReadAll(c)
 	if err != nil {
 		t.Error(err)
 	}
-	if err := <-<-stopped; err != nil {
-		t.Error(err)
+	for range 2 {
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
 	}
 	if told, n := strings.Count(string(got), "HTTP/1.1 200"), s.cfg.Counter.Stats().Unique; uint64(told) != n {
 		t.Errorf("%d counted, %d told ok", n, told)
