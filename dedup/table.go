@@ -239,7 +239,7 @@ type table[B any] struct {
 	slots uint64     // in all levels
 	bytes uint64     // of all levels
 
-	largest  atomic.Int32 // level with the most buckets, for Prefetch
+	largest  atomic.Int32 // level with the most buckets, for view.prefetch
 	checking atomic.Bool  // the cleaner was asked to look at the load
 	refs     int          // epochs that use the table; guarded by Memory.mu
 }

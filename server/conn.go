@@ -293,7 +293,7 @@ func (c *conn) handshakeFailed(err error) {
 // answering, ends at its next read, and is closed again when it has ended.
 func (c *conn) Close() error {
 	if c.serving.Load() {
-		_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // long ago
+		c.stopReading()
 		return nil
 	}
 	c.close.Do(func() {
@@ -368,8 +368,11 @@ func (c *conn) end(count *atomic.Uint64) {
 	if !c.ended.Swap(true) {
 		count.Add(1)
 	}
-	_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // long ago
+	c.stopReading()
 }
+
+// stopReading makes the read that waits, or the next one, fail.
+func (c *conn) stopReading() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) } // long ago
 
 // busy counts the connections whose answer is not yet with the kernel.
 func (l *listener) busy() (n int) {
