@@ -1,6 +1,7 @@
 package dedup
 
 import (
+	"math/rand/v2"
 	"strconv"
 	"testing"
 	"time"
@@ -39,14 +40,39 @@ func BenchmarkAdd(b *testing.B) {
 	}
 }
 
+// BenchmarkDecimal parses numbers of so many digits, and random ones of 64 bits,
+// beside the standard library, which does not ask whether they are canonical.
 func BenchmarkDecimal(b *testing.B) {
-	for _, id := range []string{"7", "1234567", "12345678901", "18446744073709551615"} {
-		b.Run(strconv.Itoa(len(id)), func(b *testing.B) {
-			raw := []byte(id)
-			for b.Loop() {
-				decimal(raw)
+	parsers := []struct {
+		name  string
+		parse func([]byte) (uint64, bool)
+	}{
+		{"verve", decimal},
+		{"strconv", func(id []byte) (uint64, bool) {
+			n, err := strconv.ParseUint(string(id), 10, 64)
+			return n, err == nil
+		}},
+	}
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for _, length := range []int{1, 3, 7, 11, 16, 20, 0} {
+		ids, name := make([][]byte, 4096), strconv.Itoa(length)
+		for i := range ids {
+			if length == 0 {
+				ids[i], name = strconv.AppendUint(nil, rnd.Uint64(), 10), "random"
+				continue
 			}
-		})
+			ids[i] = append(ids[i], "1234567890123456789"[:length-1]...)
+			ids[i] = append(ids[i], '0'+byte(rnd.IntN(10)))
+		}
+		for _, p := range parsers {
+			b.Run(name+"/"+p.name, func(b *testing.B) {
+				for i := 0; b.Loop(); i++ {
+					if _, ok := p.parse(ids[i%len(ids)]); !ok {
+						b.Fatalf("%s is a number", ids[i%len(ids)])
+					}
+				}
+			})
+		}
 	}
 }
 

@@ -16,6 +16,17 @@ func FuzzDecimal(f *testing.F) {
 		"19999999999999999999", "99999999999999999999", "100000000000000000000", "9999999999999999999", "1e3", "1_0", "-1", "0:", "/") {
 		f.Add([]byte(id))
 	}
+	for length := 1; length <= 21; length++ { // each is read by words of its own
+		id := []byte("987654321098765432109"[:length])
+		f.Add(id)
+		for i := range id {
+			for _, c := range []byte{'0', '/', ':', 'p', 0xb0, 0xff} {
+				other := bytes.Clone(id)
+				other[i] = c
+				f.Add(other)
+			}
+		}
+	}
 	f.Fuzz(func(t *testing.T, id []byte) {
 		n, ok := decimal(id)
 		want, err := strconv.ParseUint(string(id), 10, 64)
