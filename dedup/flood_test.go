@@ -71,7 +71,7 @@ func families() map[string]func(i uint64) []byte {
 	return f
 }
 
-const floodBits = 16 // of i: 65536 ids
+const floodBits = 17 // of i: 131072 ids, more than get room twice (nearSlots)
 
 // flooded is the state of a table after an epoch of one family.
 type flooded struct {

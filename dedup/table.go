@@ -58,6 +58,11 @@ const (
 	firstShare  = 1.34
 	secondShare = 0.10
 
+	// A first level of up to nearSlots slots, 1 MB of narrow ones, stays in a
+	// core's second cache. It gets up to twice its share: with more of them free,
+	// an id is more often found where its search begins.
+	nearSlots = 1 << 17
+
 	// tenfoldShare is the room, for an expected id, in which ten times as many
 	// are just not crowded: 13.3 bytes for each of those.
 	tenfoldShare = 16.6
@@ -135,11 +140,18 @@ const (
 // at the first slot all ids would read what is taken before they find room.
 func home(word uint64) uint64 { return word >> (64 - 4) }
 
+// wordAt returns the i-th word of a bucket. Before b[i] of a pointer to an array Go
+// reads b[0], to see that b is not nil: of a bucket of two cache lines both would
+// be brought from memory where the search needs one.
+func wordAt(bucket unsafe.Pointer, i uint64) *atomic.Uint64 {
+	return (*atomic.Uint64)(unsafe.Add(bucket, i*8))
+}
+
 // add puts word into the bucket. With look it only looks.
 func (b *narrowBucket) add(word uint64, look bool) (place, int) {
 	tag := word & tagMask
 	for n := range uint64(slotsPerBucket) {
-		slot := &b[(home(word)+n)%slotsPerBucket]
+		slot := wordAt(unsafe.Pointer(b), (home(word)+n)%slotsPerBucket)
 		for {
 			w := slot.Load()
 			if w == word {
@@ -173,8 +185,9 @@ func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 	tag := word & tagMask
 	for n := range uint64(slotsPerBucket) {
 		i := (home(word) + n) % slotsPerBucket
+		slot, other := wordAt(unsafe.Pointer(b), i), wordAt(unsafe.Pointer(b), slotsPerBucket+i)
 		for wait := 0; ; {
-			w := b.first[i].Load()
+			w := slot.Load()
 			t := w & tagMask &^ pending
 			switch {
 			case t == tag && w&^pending != word:
@@ -188,8 +201,8 @@ func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 				wait++
 				continue
 			case w == word:
-				s := b.second[i].Load()
-				if b.first[i].Load() != w {
+				s := other.Load()
+				if slot.Load() != w {
 					continue // taken over by the next epoch between the loads
 				}
 				if s == second {
@@ -198,11 +211,11 @@ func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 			case look:
 				return absent, int(n)
 			default:
-				if !b.first[i].CompareAndSwap(w, word|pending) {
+				if !slot.CompareAndSwap(w, word|pending) {
 					continue
 				}
-				b.second[i].Store(second)
-				b.first[i].Store(word) // hands the slot to the readers
+				other.Store(second)
+				slot.Store(word) // hands the slot to the readers
 				return taken, int(n)
 			}
 			break
@@ -256,7 +269,8 @@ func firstLevels(ids uint64) (first, second uint64) {
 	if second = buckets(ids, secondShare); second <= minBuckets {
 		second = 0
 	}
-	return buckets(ids, firstShare), second
+	first = max(buckets(ids, firstShare), min(buckets(ids, 2*firstShare), nearSlots/slotsPerBucket))
+	return first, second
 }
 
 // extend appends a level of n buckets. t.mu is held, or nobody else has t yet.
