@@ -83,7 +83,7 @@ func (s *skewed) accept(id string) (window time.Time, unique bool, err error) {
 		if !open {
 			return time.Time{}, false, errors.New("sealed")
 		}
-		v, err := s.set.Add(in.Epoch, []byte(id))
+		v, err := s.set.Add(in.Epoch, []byte(id), s.set.Key([]byte(id)))
 		outcome := counter.Void
 		if err == nil && v == dedup.Unique {
 			outcome = counter.Unique

@@ -59,13 +59,17 @@ type Maker struct {
 
 	// AddsOnly is set where all but the adds is as another design's.
 	AddsOnly bool
+
+	// MaxIDs is how many ids in an epoch a machine of 24 GB has memory for. 0: as
+	// many as are measured.
+	MaxIDs int
 }
 
 // Makers lists the designs in the order they are measured.
 var Makers = []Maker{
 	{Name: "verve", New: func(s Sizes) Design { return NewVerve(s) }, Keeps: true},
 	{Name: "verve16", New: func(s Sizes) Design { return Together{NewVerve(s)} }, Keeps: true, AddsOnly: true},
-	{Name: "seed", New: func(Sizes) Design { return NewSeed(DefaultCleanup) }},
+	{Name: "seed", New: func(Sizes) Design { return NewSeed(DefaultCleanup) }, MaxIDs: 10_000_000},
 	{Name: "gomaps", New: func(s Sizes) Design { return NewMaps(s) }, Keeps: true},
 	{Name: "xsync", New: func(s Sizes) Design { return NewXsync(s) }, Keeps: true},
 	{Name: "swiss", New: func(s Sizes) Design { return NewSwiss(s) }, Keeps: true},

@@ -49,12 +49,13 @@ func NewVerve(expect Sizes) *Verve {
 
 // Add is the counting part of the server's handler.
 func (v *Verve) Add(id []byte, writer int) bool {
+	key := v.set.Key(id)
 	for {
 		in, open := v.count.Enter(v.now.Load(), uint64(writer))
 		if !open {
 			panic("bench: Add after Close")
 		}
-		verdict, err := v.set.Add(in.Epoch, id)
+		verdict, err := v.set.Add(in.Epoch, id, key)
 		switch {
 		case err != nil:
 			in.Leave(counter.Void)
@@ -75,13 +76,17 @@ type Together struct{ *Verve }
 
 // AddMany is the counting part of the server's fast path.
 func (v Together) AddMany(ids [][]byte, writer int) (fresh int) {
+	var made [together]dedup.Key
 	var verdicts [together]dedup.Verdict
-	for len(ids) > 0 {
-		in, open := v.count.EnterMany(v.now.Load(), uint64(writer), uint64(len(ids)))
+	for i, id := range ids {
+		made[i] = v.set.Key(id)
+	}
+	for keys := made[:len(ids)]; len(keys) > 0; {
+		in, open := v.count.EnterMany(v.now.Load(), uint64(writer), uint64(len(keys)))
 		if !open {
 			panic("bench: AddMany after Close")
 		}
-		n, err := v.set.AddMany(in.Epoch, ids, verdicts[:])
+		n, err := v.set.AddMany(in.Epoch, keys, verdicts[:])
 		if err != nil {
 			panic(err) // no limit is set
 		}
@@ -89,9 +94,9 @@ func (v Together) AddMany(ids [][]byte, writer int) (fresh int) {
 		for _, verdict := range verdicts[:n] {
 			left[verdict]++
 		}
-		in.LeaveMany(left[dedup.Unique], left[dedup.Repeat], uint64(len(ids)-n))
+		in.LeaveMany(left[dedup.Unique], left[dedup.Repeat], uint64(len(keys)-n))
 		fresh += int(left[dedup.Unique])
-		ids = ids[n:] // if the epoch turned, the others ask in the next
+		keys = keys[n:] // if the epoch turned, the others ask in the next
 	}
 	return fresh
 }

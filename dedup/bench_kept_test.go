@@ -51,7 +51,7 @@ func BenchmarkAddKept(b *testing.B) {
 					}
 					id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
 					in, _ := e.Enter(e.at(n), 0)
-					if v, err := m.Add(in.Epoch, id); v != Unique || err != nil {
+					if v, err := addTo(m, in.Epoch, id); v != Unique || err != nil {
 						b.Fatal(v, err)
 					}
 					in.Leave(counter.Unique)
@@ -75,7 +75,7 @@ func BenchmarkStart(b *testing.B) {
 					var id []byte
 					for i := w; i < ids; i += 2 {
 						id = strconv.AppendInt(id[:0], int64(i)*7, 10)
-						if v, err := p.m.Add(p.c.Last(), id); v != Unique || err != nil {
+						if v, err := addTo(p.m, p.c.Last(), id); v != Unique || err != nil {
 							b.Errorf("id %s: %v, %v", id, v, err)
 							return
 						}

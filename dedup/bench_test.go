@@ -29,7 +29,7 @@ func BenchmarkAdd(b *testing.B) {
 				}
 				id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
 				in, _ := e.Enter(e.at(n), 0)
-				v, err := m.Add(in.Epoch, id)
+				v, err := addTo(m, in.Epoch, id)
 				if v != Unique || err != nil {
 					b.Fatal(v, err)
 				}

@@ -8,7 +8,7 @@ import (
 // memory is resident before a request stands in front of a full bucket.
 func (m *Memory) growAhead() {
 	m.mu.Lock()
-	v := m.current
+	v := m.current.Load()
 	m.mu.Unlock()
 	if v == nil {
 		return

@@ -96,17 +96,17 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 	e := c.Last()
 	defer m.Retire(e)
 	for i := range uint64(ids) {
-		if v, err := m.Add(e, id(i)); v != Unique || err != nil {
+		if v, err := addTo(m, e, id(i)); v != Unique || err != nil {
 			t.Fatalf("id %s: got %v, %v; want Unique", id(i), v, err)
 		}
 	}
-	s, l := m.Stats(), m.current.load()
+	s, l := m.Stats(), m.current.Load().load()
 	inFirst := 0
 	for i := range m.narrow.levels[0].Load().buckets {
-		inFirst += tagged(m.narrow.levels[0].Load().buckets[i][:], m.current.tag)
+		inFirst += tagged(m.narrow.levels[0].Load().buckets[i][:], m.current.Load().tag)
 	}
 	for i := range m.wide.levels[0].Load().buckets {
-		inFirst += tagged(m.wide.levels[0].Load().buckets[i].first[:], m.current.tag)
+		inFirst += tagged(m.wide.levels[0].Load().buckets[i].first[:], m.current.Load().tag)
 	}
 	return flooded{1 - float64(inFirst)/ids, s.Levels, s.Bytes, float64(l.narrow+l.wide) / ids}
 }

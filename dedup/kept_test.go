@@ -186,9 +186,9 @@ func (p *life) add(now time.Time, id string) (Verdict, time.Time, error) {
 	var v Verdict
 	var err error
 	if p.adds++; p.adds%2 == 0 {
-		v, err = twice{p.m, p.t}.Add(in.Epoch, []byte(id))
+		v, err = addTo(twice{p.m, p.t}, in.Epoch, []byte(id))
 	} else {
-		v, err = p.m.Add(in.Epoch, []byte(id))
+		v, err = addTo(p.m, in.Epoch, []byte(id))
 	}
 	o := counter.Void
 	switch {
@@ -442,7 +442,7 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 					t.Fatal("sealed")
 				}
 				e := opened(in.Start())
-				v, err := p.m.Add(in.Epoch, []byte(id))
+				v, err := addTo(p.m, in.Epoch, []byte(id))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -1268,7 +1268,7 @@ func TestKeptAddAllocatesNothing(t *testing.T) {
 		}
 		n := 0
 		if got := testing.AllocsPerRun(len(ids)-1, func() {
-			if v, err := m.Add(in.Epoch, ids[n]); v != Unique || err != nil {
+			if v, err := addTo(m, in.Epoch, ids[n]); v != Unique || err != nil {
 				t.Fatal(v, err)
 			}
 			n++
@@ -1481,7 +1481,7 @@ func liveUntilKilled(dir string) {
 				if !ok {
 					return
 				}
-				v, err := m.Add(in.Epoch, []byte(id))
+				v, err := addTo(m, in.Epoch, []byte(id))
 				check(err)
 				word := "failed"
 				switch v {

@@ -75,23 +75,24 @@ func (s *secret) hash(id []byte) (hi, lo uint64) {
 	return siphash.Hash128(s.sip0, s.sip1, id)
 }
 
-// idKey tells ids apart in this process: exactly, but for texts, which are told
-// apart by a keyed hash of 128 bits.
-type idKey struct {
+// Key is what a Set tells ids apart by, whatever the epoch: exactly, but for texts,
+// which are told apart by a keyed hash of 128 bits. Sets of one process have keys of
+// their own.
+type Key struct {
 	hi, lo uint64 // scattered; hi is 0 for decimals
 	kind   uint8  // narrowKind, wideKind
 }
 
-func (s *secret) key(id []byte) idKey {
+func (s *secret) key(id []byte) Key {
 	if n, ok := decimal(id); ok {
-		return idKey{lo: s.scatter(n), kind: narrowKind}
+		return Key{lo: s.scatter(n), kind: narrowKind}
 	}
 	hi, lo, ok := uuid(id)
 	if !ok {
 		hi, lo = s.hash(id)
 	}
 	hi, lo = s.scatter128(hi, lo)
-	return idKey{hi, lo, wideKind}
+	return Key{hi, lo, wideKind}
 }
 
 // decimal parses a canonical decimal up to 2^64-1: no sign, no leading zero.

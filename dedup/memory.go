@@ -88,10 +88,11 @@ type Memory struct {
 	oldWide    []*table[wideBucket]
 	loads      [forecastEpochs]load // of the epochs retired last
 	retired    int
-	unretired  int   // epochs opened and not retired
-	current    *view // of the epoch opened last
+	unretired  int // epochs opened and not retired
 	spare      *view
 	serial     uint64 // of the epoch opened last
+
+	current atomic.Pointer[view] // of the epoch opened last; stored with mu held
 
 	// What keeps words of different epochs less than half a lap apart. No word
 	// of an epoch up to clean is in narrow or wide, and no request is left that
@@ -251,7 +252,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 	if m.serial-m.swept >= passTurns/4 {
 		m.nudge() // the interval is long for such windows
 	}
-	m.current = v
+	m.current.Store(v)
 	e.State = v
 }
 
@@ -299,10 +300,24 @@ func (m *Memory) Retire(e *counter.Epoch) {
 	e.State = nil // an Add against the rules fails here, not in freed memory
 }
 
-// Add implements Set.
-func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
-	v := e.State.(*view)
+// Key implements Set. The place of an id in a large table is a cache miss, and most
+// of the time that an add takes: what happens between Key and Add happens meanwhile,
+// the misses of other ids above all (BenchmarkAddMany).
+func (m *Memory) Key(id []byte) Key {
 	k := m.secret.key(id)
+	if v := m.current.Load(); k.kind == narrowKind {
+		if far := v.narrow.far.Load(); far > 0 {
+			v.narrow.prefetch(k.lo, far)
+		}
+	} else if far := v.wide.far.Load(); far > 0 {
+		v.wide.prefetch(k.hi, far)
+	}
+	return k
+}
+
+// Add implements Set.
+func (m *Memory) Add(e *counter.Epoch, _ []byte, k Key) (Verdict, error) {
+	v := e.State.(*view)
 	if v.journal.Load() == nil {
 		p, err := m.insert(e, v, k, 0)
 		if err != nil {
@@ -311,64 +326,23 @@ func (m *Memory) Add(e *counter.Epoch, id []byte) (Verdict, error) {
 		return verdict(p), nil
 	}
 	answer := [1]Verdict{Turned}
-	_, err := m.addKeys(e, v, []idKey{k}, answer[:], 0)
-	if err != nil {
+	if _, err := m.AddMany(e, []Key{k}, answer[:]); err != nil {
 		return Repeat, m.refused(err)
 	}
 	return answer[0], nil
 }
 
-// nearSize is how many ids AddMany brings near together. A client that
-// pipelines sends about so many; and no processor waits for more lines at once.
-const nearSize = 16
-
-// AddMany implements Batcher. The place of an id in a large table is a cache
-// miss, and most of the time that an add takes: those of a batch are waited for
-// together (BenchmarkAddMany).
-func (m *Memory) AddMany(e *counter.Epoch, ids [][]byte, verdicts []Verdict) (judged int, err error) {
+// AddMany implements Batcher. An id that there is no room for is counted when Add
+// is asked for it.
+func (m *Memory) AddMany(e *counter.Epoch, keys []Key, verdicts []Verdict) (judged int, err error) {
 	v := e.State.(*view)
-	var keys [nearSize]idKey
-	fresh := uint64(0)
-	for judged < len(ids) {
-		n := min(len(ids)-judged, nearSize)
-		for i := range n {
-			keys[i] = m.secret.key(ids[judged+i])
-			if len(ids) > 1 {
-				v.prefetch(keys[i])
-			}
-		}
-		done, err := m.addKeys(e, v, keys[:n], verdicts[judged:], fresh)
-		for _, verdict := range verdicts[judged : judged+done] {
-			if verdict == Unique {
-				fresh++
-			}
-		}
-		judged += done
-		if err != nil || done < n {
-			return judged, err
-		}
-	}
-	return judged, nil
-}
-
-// refused counts an id that there was no room for.
-func (m *Memory) refused(err error) error {
-	if !errors.Is(err, ErrUnavailable) {
-		m.fulls.Add(1)
-	}
-	return err
-}
-
-// addKeys adds keys until one meets a later epoch or cannot be added, and
-// returns how many those are before it. fresh ids of the same requests are in
-// the table and not counted yet.
-func (m *Memory) addKeys(e *counter.Epoch, v *view, keys []idKey, verdicts []Verdict, fresh uint64) (int, error) {
 	if j := v.journal.Load(); j != nil {
 		w := j.writers.Get().(*writer)
-		n, err := m.addKept(e, v, j, w, keys, verdicts, fresh)
+		judged, err = m.addKept(e, v, j, w, keys, verdicts)
 		j.writers.Put(w)
-		return n, err
+		return judged, err
 	}
+	fresh := uint64(0)
 	for i, k := range keys {
 		p, err := m.insert(e, v, k, fresh)
 		if err != nil || p == turned {
@@ -381,15 +355,24 @@ func (m *Memory) addKeys(e *counter.Epoch, v *view, keys []idKey, verdicts []Ver
 	return len(keys), nil
 }
 
-// addKept is addKeys with a journal. A key has room there before it goes into
+// refused counts an id that there was no room for.
+func (m *Memory) refused(err error) error {
+	if !errors.Is(err, ErrUnavailable) {
+		m.fulls.Add(1)
+	}
+	return err
+}
+
+// addKept is AddMany with a journal. A key has room there before it goes into
 // the table, and is there before the next one is looked at, and so before it is
 // answered: a kill in between is one of a request that nobody has an answer to.
 //
 // The journal is mapped memory, and faults as the disk under it fails. To be
 // ready for that costs as much as a record: a batch pays it once.
-func (m *Memory) addKept(e *counter.Epoch, v *view, j *journal, w *writer, keys []idKey, verdicts []Verdict, fresh uint64) (n int, err error) {
+func (m *Memory) addKept(e *counter.Epoch, v *view, j *journal, w *writer, keys []Key, verdicts []Verdict) (n int, err error) {
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	fresh := uint64(0)
 	for ; n < len(keys); n++ {
 		k := keys[n]
 		var p place
@@ -411,8 +394,9 @@ func (m *Memory) addKept(e *counter.Epoch, v *view, j *journal, w *writer, keys 
 	return n, nil
 }
 
-// insert adds a key to its table. fresh is as in addKeys.
-func (m *Memory) insert(e *counter.Epoch, v *view, k idKey, fresh uint64) (place, error) {
+// insert adds a key to its table. fresh ids that came with it are in there and not
+// counted yet.
+func (m *Memory) insert(e *counter.Epoch, v *view, k Key, fresh uint64) (place, error) {
 	if v.tight.Load() {
 		return m.insertTight(v, int(k.kind), k.hi, k.lo)
 	}
@@ -557,8 +541,8 @@ func (m *Memory) Stats() Stats {
 	m.mu.Lock()
 	narrow, wide := m.narrow, m.wide
 	var refused error
-	if m.current != nil {
-		refused = m.current.refused
+	if v := m.current.Load(); v != nil {
+		refused = v.refused
 	}
 	j := m.journal
 	m.mu.Unlock()

@@ -50,7 +50,7 @@ func fill(t testing.TB, e epochs, m *Memory, k, from, n int) {
 	for i := from; i < from+n; i++ {
 		id := strconv.AppendInt(b[:0], int64(i), 10)
 		for range 2 {
-			if v, err := m.Add(in.Epoch, id); v != Unique || err != nil {
+			if v, err := addTo(m, in.Epoch, id); v != Unique || err != nil {
 				t.Fatalf("epoch %d, id %s: got %v, %v; want Unique", k, id, v, err)
 			}
 			id = append(id, 'x')
@@ -171,7 +171,7 @@ func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 		// and one of both.
 		for _, id := range []int{(n + 1) % ids, k} {
 			for _, suffix := range []string{"", "x"} {
-				if v, err := m.Add(in.Epoch, fmt.Appendf(nil, "%d%s", id, suffix)); v == Unique || err != nil {
+				if v, err := addTo(m, in.Epoch, fmt.Appendf(nil, "%d%s", id, suffix)); v == Unique || err != nil {
 					t.Fatalf("after %d epochs id %d%s is %v, %v in the first one; want Repeat or Turned", n, id, suffix, v, err)
 				}
 			}
@@ -284,7 +284,7 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 	}
 	for _, id := range []string{"7", "text"} {
 		for _, want := range []Verdict{Unique, Repeat} {
-			if v, err := m.Add(in.Epoch, []byte(id)); v != want || err != nil {
+			if v, err := addTo(m, in.Epoch, []byte(id)); v != want || err != nil {
 				t.Errorf("late id %s: got %v, %v; want %v", id, v, err, want)
 			}
 		}
@@ -324,7 +324,7 @@ func TestSetGrowsUnderWriters(t *testing.T) {
 				if i%4 == 0 {
 					id = append(id, "text"...)
 				}
-				switch v, err := m.Add(in.Epoch, id); {
+				switch v, err := addTo(m, in.Epoch, id); {
 				case err != nil || v == Turned:
 					t.Errorf("id %s: got %v, %v", id, v, err)
 					return
@@ -382,7 +382,7 @@ func growsWhenAskedAgain(t *testing.T) error {
 			m.arena.max = 0
 		}
 		depth := m.narrow.depth
-		if v, err := m.Add(in.Epoch, strconv.AppendInt(nil, int64(i), 10)); v != Unique || err != nil {
+		if v, err := addTo(m, in.Epoch, strconv.AppendInt(nil, int64(i), 10)); v != Unique || err != nil {
 			return fmt.Errorf("id %d: got %v, %v; want Unique", i, v, err)
 		}
 		if m.narrow.depth != depth {
@@ -511,7 +511,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, id := range []string{"42", "text"} {
-		if v, err := m.Add(in.Epoch, []byte(id)); v != Unique || err != nil {
+		if v, err := addTo(m, in.Epoch, []byte(id)); v != Unique || err != nil {
 			t.Errorf("id %s: got %v, %v; want Unique", id, v, err)
 		}
 	}
@@ -542,7 +542,7 @@ func TestAddAllocatesNothing(t *testing.T) {
 		} {
 			if n := testing.AllocsPerRun(2000, func() {
 				in, _ := e.Enter(e.at(0), 0)
-				v, err := m.Add(in.Epoch, id())
+				v, err := addTo(m, in.Epoch, id())
 				if err != nil || v == Turned {
 					t.Error(v, err)
 				}
@@ -577,7 +577,11 @@ func TestAddManyAgreesWithAdd(t *testing.T) {
 				}
 				in, _ := f.EnterMany(f.at(turn), 0, uint64(len(ids)))
 				verdicts := make([]Verdict, len(ids)+1)
-				n, err := many.AddMany(in.Epoch, ids, verdicts)
+				keys := make([]Key, len(ids))
+				for i, id := range ids {
+					keys[i] = many.Key(id)
+				}
+				n, err := many.AddMany(in.Epoch, keys, verdicts)
 				var left [2]uint64
 				for i := range n {
 					left[verdicts[i]]++
@@ -608,15 +612,16 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 	for _, dir := range []string{"", fastDir(t)} {
 		m := newMemory(t, Config{Expect: 100_000, Dir: dir})
 		e := newEpochs(t, m)
-		ids, verdicts := make([][]byte, 20), make([]Verdict, 20)
+		id, keys, verdicts := make([]byte, 0, 20), make([]Key, 20), make([]Verdict, 20)
 		n := uint64(0)
 		if got := testing.AllocsPerRun(2000, func() {
-			for i := range ids {
+			for i := range keys {
 				n++
-				ids[i] = strconv.AppendUint(ids[i][:0], n, 10)
+				id = strconv.AppendUint(id[:0], n, 10)
+				keys[i] = m.Key(id)
 			}
 			in, _ := e.EnterMany(e.at(0), 0, 20)
-			if n, err := m.AddMany(in.Epoch, ids, verdicts); n != 20 || err != nil {
+			if n, err := m.AddMany(in.Epoch, keys, verdicts); n != 20 || err != nil {
 				t.Fatal(n, err)
 			}
 			in.LeaveMany(20, 0, 0)
@@ -709,7 +714,7 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 		for _, e := range es[first:] {
 			m.Open(e)
 			for _, want := range []Verdict{Unique, Repeat} {
-				if v, err := m.Add(e, []byte("42")); v != want || err != nil {
+				if v, err := addTo(m, e, []byte("42")); v != want || err != nil {
 					t.Fatalf("first serial %d, serial %d: got %v, %v; want %v", first+1, e.Serial(), v, err, want)
 				}
 			}

@@ -14,7 +14,7 @@ func BenchmarkAddMany(b *testing.B) {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			m := newMemory(b, Config{Expect: ids})
 			e := newEpochs(b, m)
-			batch, verdicts := make([][]byte, size), make([]Verdict, size)
+			id, keys, verdicts := make([]byte, 0, 20), make([]Key, size), make([]Verdict, size)
 			n, window := 0, 0
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
@@ -24,11 +24,12 @@ func BenchmarkAddMany(b *testing.B) {
 				if n += size; n > ids {
 					n, window = 0, window+1
 				}
-				for j := range batch {
-					batch[j] = strconv.AppendUint(batch[j][:0], uint64(n+j)*7, 10)
+				for j := range keys {
+					id = strconv.AppendUint(id[:0], uint64(n+j)*7, 10)
+					keys[j] = m.Key(id)
 				}
 				in, _ := e.EnterMany(e.at(window), 0, uint64(size))
-				if n, err := m.AddMany(in.Epoch, batch, verdicts); n != size || err != nil || verdicts[0] != Unique {
+				if n, err := m.AddMany(in.Epoch, keys, verdicts); n != size || err != nil || verdicts[0] != Unique {
 					b.Fatal(n, err, verdicts)
 				}
 				in.LeaveMany(uint64(size), 0, 0)

@@ -380,10 +380,17 @@ func (r *Redis) Retire(e *counter.Epoch) {
 	}
 }
 
+// Key implements Set.
+func (r *Redis) Key(id []byte) Key {
+	if r.cfg.Local != nil {
+		return r.cfg.Local.Key(id)
+	}
+	return r.secret.key(id)
+}
+
 // Add implements Set.
-func (r *Redis) Add(e *counter.Epoch, id []byte) (Verdict, error) {
+func (r *Redis) Add(e *counter.Epoch, id []byte, k Key) (Verdict, error) {
 	s := e.State.(*redisEpoch)
-	k := r.secret.key(id)
 	if s.view != nil && r.cfg.Local.knows(s.view, k) {
 		return Repeat, nil
 	}

@@ -900,7 +900,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 	until(t, "an id is taken", func() bool {
 		in, _ := c.Enter(c.Last().Start().UnixNano(), 0)
 		defer in.Leave(counter.Void)
-		_, err := r.Add(in.Epoch, []byte("42"))
+		_, err := addTo(r, in.Epoch, []byte("42"))
 		return err == nil
 	})
 	c.Seal()

@@ -10,7 +10,7 @@ import (
 )
 
 // knows reports whether the id is in v. Nothing is added.
-func (m *Memory) knows(v *view, k idKey) bool {
+func (m *Memory) knows(v *view, k Key) bool {
 	var p place
 	if k.kind == narrowKind {
 		p, _ = m.addNarrow(v, k.lo, true)
@@ -21,7 +21,7 @@ func (m *Memory) knows(v *view, k idKey) bool {
 }
 
 // learn adds the id to v. What does not fit is not known later.
-func (m *Memory) learn(e *counter.Epoch, v *view, k idKey) (place, error) {
+func (m *Memory) learn(e *counter.Epoch, v *view, k Key) (place, error) {
 	return m.insert(e, v, k, 0)
 }
 

@@ -113,7 +113,7 @@ type lane struct {
 
 type pendingKey struct {
 	epoch *redisEpoch
-	id    idKey
+	id    Key
 }
 
 // laneEpoch is what a lane knows of an epoch. The lane's mu guards it.
@@ -204,7 +204,7 @@ func (l *lane) nudge() {
 }
 
 // add brings an id to the lane and waits for the outcome.
-func (l *lane) add(e *counter.Epoch, s *redisEpoch, k idKey, enc *encoded) (Verdict, error) {
+func (l *lane) add(e *counter.Epoch, s *redisEpoch, k Key, enc *encoded) (Verdict, error) {
 	r := l.r
 	key := pendingKey{s, k}
 	now := r.now.Load()

@@ -15,7 +15,7 @@ type pendingIDs struct {
 // pendingMin is a few batches.
 const pendingMin = 1024
 
-func (p *pendingIDs) bucket(k *idKey) **entry {
+func (p *pendingIDs) bucket(k *Key) **entry {
 	// The high bits of what scatter makes are its best.
 	return &p.buckets[k.lo>>p.shift]
 }

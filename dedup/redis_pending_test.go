@@ -11,9 +11,9 @@ func TestPendingIDsAreAMap(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	epochs := []*redisEpoch{{}, {}}
 	random := func() pendingKey {
-		k := idKey{lo: rnd.Uint64N(3000), kind: narrowKind} // high bits alike: one chain
+		k := Key{lo: rnd.Uint64N(3000), kind: narrowKind} // high bits alike: one chain
 		if n := rnd.IntN(3000); n%3 > 0 {
-			k = idKey{hi: uint64(n % 7), lo: uint64(n) * 0x9e3779b97f4a7c15, kind: wideKind}
+			k = Key{hi: uint64(n % 7), lo: uint64(n) * 0x9e3779b97f4a7c15, kind: wideKind}
 		}
 		return pendingKey{epochs[rnd.IntN(2)], k}
 	}

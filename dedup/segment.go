@@ -252,7 +252,7 @@ func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
 // into a chunk is not moved past another by the compiler, which cannot tell that
 // they do not meet, and a thread is killed between two instructions, with all
 // stores before that done. An atomic store cost 6 ns more (BenchmarkAddKept).
-func (c *cursor) append(k idKey) {
+func (c *cursor) append(k Key) {
 	n := c.body & recordMask
 	if k.kind == narrowKind {
 		c.chunk[1+n] = k.lo

@@ -43,11 +43,16 @@ type Set interface {
 	// Store: Open prepares e before its first Add, Retire follows its last.
 	counter.Store
 
-	// Add adds id to e and says whether it was new. After an error the id was
-	// not added, as far as can be known, and the request must count nothing:
-	// ErrFull, ErrUnavailable, or either with its reason.
+	// Key returns the key of id, and has what Add will look at brought near: that is
+	// under way while the caller enters an epoch, or asks for other keys. It may be
+	// called outside of an epoch, once one was opened.
+	Key(id []byte) Key
+
+	// Add adds id, of which k is the key, to e and says whether it was new. After
+	// an error it was not added, as far as can be known, and the request must
+	// count nothing: ErrFull, ErrUnavailable, or either with its reason.
 	// It keeps no reference to id. It does not retry what failed.
-	Add(e *counter.Epoch, id []byte) (Verdict, error)
+	Add(e *counter.Epoch, id []byte, k Key) (Verdict, error)
 
 	// Run does the work in the background until ctx ends: growing, resizing and
 	// reclaiming. Without it a Set is slower and larger, and may after many
@@ -65,12 +70,13 @@ type Set interface {
 type Batcher interface {
 	Set
 
-	// AddMany adds ids in their order, as so many calls of Add would, and puts
-	// what it says of each into verdicts, which is at least as long. It returns
-	// how many ids it has judged. If those are not all, of the next one Add would
-	// have said the error that is returned, or with none Turned; that id and those
-	// after it were not added, and are for the caller to bring again. Of a verdict not yet judged it writes nothing.
-	AddMany(e *counter.Epoch, ids [][]byte, verdicts []Verdict) (judged int, err error)
+	// AddMany adds the ids of keys in their order, as so many calls of Add would,
+	// and puts what it says of each into verdicts, which is at least as long. It
+	// returns how many it has judged. If those are not all, of the next one Add
+	// would have said the error that is returned, or with none Turned; that id and
+	// those after it were not added, and are for the caller to bring again. Of a
+	// verdict not yet judged it writes nothing.
+	AddMany(e *counter.Epoch, keys []Key, verdicts []Verdict) (judged int, err error)
 }
 
 // Stats describes a Set. What a store does not have is zero.

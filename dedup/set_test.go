@@ -33,9 +33,9 @@ type twice struct {
 	t testing.TB
 }
 
-func (s twice) Add(e *counter.Epoch, id []byte) (Verdict, error) {
+func (s twice) Add(e *counter.Epoch, id []byte, k Key) (Verdict, error) {
 	verdicts := [2]Verdict{Turned, Turned}
-	n, err := s.AddMany(e, [][]byte{id, id}, verdicts[:])
+	n, err := s.AddMany(e, []Key{k, k}, verdicts[:])
 	if n == 0 {
 		return Turned, err // Turned, if there is no error
 	}
@@ -44,6 +44,9 @@ func (s twice) Add(e *counter.Epoch, id []byte) (Verdict, error) {
 	}
 	return verdicts[0], nil // whatever happened to the second
 }
+
+// addTo makes the key of id and adds it.
+func addTo(s Set, e *counter.Epoch, id []byte) (Verdict, error) { return s.Add(e, id, s.Key(id)) }
 
 func eachSet(t *testing.T, f func(t *testing.T, s Set)) {
 	for name, newSet := range newSets {
@@ -99,7 +102,7 @@ func (e epochs) add(t testing.TB, s Set, n int, id string) (Verdict, error) {
 	if !ok {
 		t.Fatal("the counter is sealed")
 	}
-	v, err := s.Add(in.Epoch, []byte(id))
+	v, err := addTo(s, in.Epoch, []byte(id))
 	switch {
 	case err != nil || v == Turned:
 		in.Leave(counter.Void)
@@ -200,7 +203,7 @@ func TestSetGrowsFarBeyondWhatWasExpected(t *testing.T) {
 				if id = fmt.Append(id, i); i%4 == 0 {
 					id = append(id, 'x')
 				}
-				if v, err := s.Add(in.Epoch, id); v != want || err != nil {
+				if v, err := addTo(s, in.Epoch, id); v != want || err != nil {
 					t.Fatalf("pass %d, id %s: got %v, %v; want %v", pass, id, v, err, want)
 				}
 			}
@@ -302,7 +305,7 @@ func TestSetIsExactWhileEpochsTurn(t *testing.T) {
 								case 1, 2, 3, 4:
 									runtime.Gosched()
 								}
-								v, err := s.Add(in.Epoch, ids[i])
+								v, err := addTo(s, in.Epoch, ids[i])
 								if err != nil {
 									t.Error(err)
 								}
@@ -407,7 +410,7 @@ func TestSetKeepsLateRequestsOutOfLaterEpochs(t *testing.T) {
 			}
 			// Late: ids that are in its epoch, and others.
 			for i := 0; i < ids; i += 3 {
-				switch v, err := s.Add(in.Epoch, []byte(id(i))); {
+				switch v, err := addTo(s, in.Epoch, []byte(id(i))); {
 				case err != nil:
 					t.Fatal(err)
 				case v == Unique:

@@ -252,9 +252,9 @@ type table[B any] struct {
 	slots uint64     // in all levels
 	bytes uint64     // of all levels
 
-	largest  atomic.Int32 // level with the most buckets, for view.prefetch
-	checking atomic.Bool  // the cleaner was asked to look at the load
-	refs     int          // epochs that use the table; guarded by Memory.mu
+	far      atomic.Uint64 // buckets from which on a level is worth a prefetch; 0: none is
+	checking atomic.Bool   // the cleaner was asked to look at the load
+	refs     int           // epochs that use the table; guarded by Memory.mu
 }
 
 // buckets returns the number of buckets with room for share*ids slots.
@@ -284,8 +284,8 @@ func (t *table[B]) extend(n uint64, from *arena) error {
 	}
 	l := &level[B]{buckets: buckets, odd: newSecret().odd[0], memory: memory}
 	t.levels[t.depth].Store(l)
-	if largest := t.levels[t.largest.Load()].Load(); len(l.buckets) > len(largest.buckets) {
-		t.largest.Store(int32(t.depth))
+	if n > nearSlots/slotsPerBucket {
+		t.far.Store(max(t.far.Load(), n/2))
 	}
 	t.depth++
 	t.slots += n * slotsPerBucket

@@ -131,12 +131,13 @@ func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *coun
 // same epoch. Where the epoch turned meanwhile it asks again in the next.
 func (s *Server) count(ctx *fasthttp.RequestCtx, id []byte) (dedup.Verdict, *counter.Epoch, error) {
 	now := ctx.Time().UnixNano() // of the end of the request's headers
+	key := s.cfg.Set.Key(id)
 	for {
 		entry, open := s.cfg.Counter.Enter(now, ctx.ConnID())
 		if !open {
 			return 0, nil, errDraining
 		}
-		verdict, err := s.addAndLeave(entry, id)
+		verdict, err := s.addAndLeave(entry, id, key)
 		if err != nil || verdict != dedup.Turned {
 			return verdict, entry.Epoch, err
 		}
@@ -163,10 +164,10 @@ func (s *Server) countAndCall(ctx *fasthttp.RequestCtx, id []byte, callback Endp
 
 // addAndLeave leaves the epoch whatever happens in the set: an entry never
 // left would keep its epoch from being sealed for ever.
-func (s *Server) addAndLeave(entry counter.Entry, id []byte) (verdict dedup.Verdict, err error) {
+func (s *Server) addAndLeave(entry counter.Entry, id []byte, key dedup.Key) (verdict dedup.Verdict, err error) {
 	outcome := counter.Void
 	defer func() { entry.Leave(outcome) }()
-	verdict, err = s.cfg.Set.Add(entry.Epoch, id)
+	verdict, err = s.cfg.Set.Add(entry.Epoch, id, key)
 	switch {
 	case err != nil:
 	case verdict == dedup.Unique:

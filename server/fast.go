@@ -66,8 +66,8 @@ type fastPath struct {
 
 // batch is the memory for the requests of one read.
 type batch struct {
-	ids      [maxTogether][]byte // in the buffer read into
-	ends     [maxTogether]int    // of their requests in it
+	keys     [maxTogether]dedup.Key // of ids in the buffer read into
+	ends     [maxTogether]int       // of their requests in it
 	verdicts [maxTogether]dedup.Verdict
 	out      []byte
 }
@@ -188,7 +188,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 				break
 			}
 			rest, end = after, len(b)-len(after)
-			w.ids[n], w.ends[n] = id, end
+			w.keys[n], w.ends[n] = f.set.Key(id), end
 		}
 		if judged := f.count(c, w, n, now); judged < n {
 			if like, end = other, 0; judged > 0 {
@@ -216,7 +216,7 @@ func (f *fastPath) count(c *conn, w *batch, n int, now time.Time) (judged int) {
 			break
 		}
 		verdicts := w.verdicts[judged:n]
-		done, err := f.addAndLeave(entry, w.ids[judged:n], verdicts)
+		done, err := f.addAndLeave(entry, w.keys[judged:n], verdicts)
 		a := f.answers(now.Unix(), entry.Epoch)
 		for _, v := range verdicts[:done] {
 			w.out = append(w.out, a.of[v]...)
@@ -234,7 +234,7 @@ func (f *fastPath) count(c *conn, w *batch, n int, now time.Time) (judged int) {
 
 // addAndLeave is Server.addAndLeave for many. A panic in the set ends what can be
 // judged: the handler meets it again, and answers for it.
-func (f *fastPath) addAndLeave(entry counter.Entry, ids [][]byte, verdicts []dedup.Verdict) (judged int, err error) {
+func (f *fastPath) addAndLeave(entry counter.Entry, keys []dedup.Key, verdicts []dedup.Verdict) (judged int, err error) {
 	for i := range verdicts {
 		verdicts[i] = dedup.Turned // not judged
 	}
@@ -246,9 +246,9 @@ func (f *fastPath) addAndLeave(entry counter.Entry, ids [][]byte, verdicts []ded
 		for judged = 0; judged < len(verdicts) && verdicts[judged] != dedup.Turned; judged++ {
 			left[verdicts[judged]]++
 		}
-		entry.LeaveMany(left[dedup.Unique], left[dedup.Repeat], uint64(len(ids)-judged))
+		entry.LeaveMany(left[dedup.Unique], left[dedup.Repeat], uint64(len(keys)-judged))
 	}()
-	return f.set.AddMany(entry.Epoch, ids, verdicts)
+	return f.set.AddMany(entry.Epoch, keys, verdicts)
 }
 
 // answers returns what the handler would answer in the present second.

@@ -501,14 +501,14 @@ func TestCallbacksDoNotStartCallbacks(t *testing.T) {
 // panicky is a Set that fails the hard way for one id.
 type panicky struct{ dedup.Set }
 
-func (p panicky) Add(e *counter.Epoch, id []byte) (dedup.Verdict, error) {
+func (p panicky) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
 	switch string(id) {
 	case "panic":
 		panic("a bug in the set")
 	case "error":
 		return 0, errors.New("out of reach")
 	}
-	return p.Set.Add(e, id)
+	return p.Set.Add(e, id, k)
 }
 
 func TestPanicCostsOneRequestAndTheEpochIsStillSealed(t *testing.T) {

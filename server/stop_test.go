@@ -133,9 +133,9 @@ type looking struct {
 	look func()
 }
 
-func (l *looking) Add(e *counter.Epoch, id []byte) (dedup.Verdict, error) {
+func (l *looking) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
 	l.look()
-	return l.Set.Add(e, id)
+	return l.Set.Add(e, id, k)
 }
 
 // TestConnectionIsBusyUntilItsAnswersAreWritten, and not only up to the first

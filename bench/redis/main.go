@@ -327,7 +327,7 @@ func verve(name string, front, compact bool, id func(i int) []byte, n int) (m me
 	in, _ := count.Enter(count.Last().Start().UnixNano(), 0)
 	defer in.Leave(counter.Void)
 	add := func(id []byte) error {
-		_, err := set.Add(in.Epoch, id)
+		_, err := set.Add(in.Epoch, id, set.Key(id))
 		return err
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
