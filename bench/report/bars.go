@@ -160,12 +160,12 @@ func judge(m *measurements) (bars []bar) {
 		{"unique", "seed", 1.15}, {"pipelined", "seed", 2.4},
 	} {
 		least(fmt.Sprintf("HTTP, CPU per request, %s/verve, %s", c.server, c.scenario), c.want, "x", func(worst func(float64, bool)) {
-			worst(m.ratio("http/"+c.scenario+"/"+c.server, "http/"+c.scenario+"/verve", "cpu-us"))
+			worst(m.httpRatio(c.scenario, c.server, "verve"))
 		})
 	}
 	for _, scenario := range []string{"unique", "pipelined"} {
 		most("HTTP, CPU per request, with/without the data directory, "+scenario, 1.03, "x", func(worst func(float64, bool)) {
-			worst(m.ratio("http/"+scenario+"/verve", "http/"+scenario+"/memory", "cpu-us"))
+			worst(m.httpRatio(scenario, "verve", "memory"))
 		})
 	}
 	return bars

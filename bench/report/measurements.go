@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -19,7 +20,8 @@ type measurements struct {
 }
 
 // key names what was measured: a benchmark's name without the number of
-// cores, or http/SCENARIO/SERVER.
+// cores, http/SCENARIO/SERVER, or close/SCENARIO/SERVER where the servers that
+// differ by little had rounds of their own.
 type key struct{ name, unit string }
 
 func newMeasurements() *measurements {
@@ -37,7 +39,11 @@ func (m *measurements) read(file string) error {
 		return err
 	}
 	if strings.HasSuffix(file, ".json") {
-		return m.readHTTP(b)
+		of := "http/"
+		if filepath.Base(file) == "close.json" {
+			of = "close/"
+		}
+		return m.readHTTP(b, of)
 	}
 	lines := bufio.NewScanner(bytes.NewReader(b))
 	for lines.Scan() {
@@ -69,7 +75,7 @@ func (m *measurements) readLine(line string) {
 	}
 }
 
-func (m *measurements) readHTTP(b []byte) error {
+func (m *measurements) readHTTP(b []byte, of string) error {
 	var r struct {
 		Samples []struct {
 			Scenario string
@@ -84,7 +90,7 @@ func (m *measurements) readHTTP(b []byte) error {
 	}
 	for _, s := range r.Samples {
 		for unit, v := range map[string]float64{"cpu-us": s.CPU, "requests/s": s.PerSec, "p99-ms": s.P99} {
-			k := key{"http/" + s.Scenario + "/" + s.Server, unit}
+			k := key{of + s.Scenario + "/" + s.Server, unit}
 			m.samples[k] = append(m.samples[k], v)
 		}
 	}
@@ -104,6 +110,15 @@ func (m *measurements) ratio(a, b, unit string) (float64, bool) {
 		ratios[i] = va[i] / vb[i]
 	}
 	return median(ratios)
+}
+
+// httpRatio is the ratio of a server's CPU to another's, by the rounds in which
+// they were closest in time.
+func (m *measurements) httpRatio(scenario, a, b string) (float64, bool) {
+	if r, ok := m.ratio("close/"+scenario+"/"+a, "close/"+scenario+"/"+b, "cpu-us"); ok {
+		return r, true
+	}
+	return m.ratio("http/"+scenario+"/"+a, "http/"+scenario+"/"+b, "cpu-us")
 }
 
 // values returns the different values that a part of the names of a benchmark

@@ -72,6 +72,26 @@ func TestBarsAreJudgedByMediansOfRatios(t *testing.T) {
 	}
 }
 
+// TestServersThatAreCloseAreJudgedByTheirOwnRounds, and tables are of the rounds in
+// which all servers took part.
+func TestServersThatAreCloseAreJudgedByTheirOwnRounds(t *testing.T) {
+	m := newMeasurements()
+	own := strings.ReplaceAll(httpOutput, `"verve","cpu_us":10`, `"verve","cpu_us":11`)
+	for _, f := range []string{write(t, "http.json", httpOutput), write(t, "close.json", own)} {
+		if err := m.read(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, b := range judge(m) {
+		if b.what == "HTTP, CPU per request, bare/verve, unique" && b.got != 0.9 {
+			t.Errorf("got %v, want 0.9", b.got)
+		}
+	}
+	if v, _ := m.median("http/unique/verve", "cpu-us"); v != 10 {
+		t.Errorf("the table has %v us, want 10", v)
+	}
+}
+
 func TestReportReplacesOnlyItsPart(t *testing.T) {
 	readme := write(t, "README.md", "before\n"+beginMarker+"\nold\n"+endMarker+"\nafter\n")
 	plots := t.TempDir()
