@@ -7,9 +7,7 @@ import (
 // growAhead adds a level to a table that will soon need one, so that the
 // memory is resident before a request stands in front of a full bucket.
 func (m *Memory) growAhead() {
-	m.mu.Lock()
 	v := m.current.Load()
-	m.mu.Unlock()
 	if v == nil {
 		return
 	}

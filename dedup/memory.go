@@ -315,7 +315,8 @@ func (m *Memory) Key(id []byte) Key {
 	return k
 }
 
-// Add implements Set.
+// Add implements Set. Where nothing is kept, a batch of one would cost a sixth more
+// (BenchmarkAdd of bench, 50,000 ids).
 func (m *Memory) Add(e *counter.Epoch, _ []byte, k Key) (Verdict, error) {
 	v := e.State.(*view)
 	if v.journal.Load() == nil {

@@ -605,6 +605,33 @@ func TestAddManyAgreesWithAdd(t *testing.T) {
 	}
 }
 
+// TestKeyMayComeAfterTheTablesAreLetGo, as a request at the stop may: it asks for
+// places that are not mapped any more.
+func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
+	m, err := NewMemory(Config{Expect: 1_000_000, ExpectWide: 1_000_000, Heap: raceEnabled})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: nobody{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := []string{"42", "3f333df6-90a4-4fda-8dd3-9485d27cee36", "text"}
+	before := make([]Key, len(ids))
+	for i, id := range ids {
+		before[i] = m.Key([]byte(id))
+	}
+	m.Retire(c.Last())
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for i, id := range ids {
+		if k := m.Key([]byte(id)); k != before[i] {
+			t.Errorf("id %q: %v, want %v as before", id, k, before[i])
+		}
+	}
+}
+
 func TestAddManyAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")

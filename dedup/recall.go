@@ -94,8 +94,7 @@ func (m *Memory) narrowFiller(v *view, records uint64) filler {
 		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
 		add: func(words []uint64) error {
 			for i, x := range words {
-				b, rest := first.choose(words[min(i+replayAhead, len(words)-1)])
-				prefetch(unsafe.Pointer(&b[home(rest)]))
+				v.narrow.prefetch(words[min(i+replayAhead, len(words)-1)], uint64(len(first.buckets)))
 				if _, err := m.addNarrow(v, x, false); err != nil {
 					return err
 				}
@@ -132,8 +131,7 @@ func (m *Memory) wideFiller(v *view, records uint64) filler {
 		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
 		add: func(words []uint64) error {
 			for i := 0; i < len(words); i += 2 {
-				b, rest := first.choose(words[min(i+2*replayAhead, len(words)-2)])
-				prefetch(unsafe.Pointer(&b.first[home(rest)]))
+				v.wide.prefetch(words[min(i+2*replayAhead, len(words)-2)], uint64(len(first.buckets)))
 				if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
 					return err
 				}

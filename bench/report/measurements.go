@@ -20,8 +20,8 @@ type measurements struct {
 }
 
 // key names what was measured: a benchmark's name without the number of
-// cores, http/SCENARIO/SERVER, or close/SCENARIO/SERVER where the servers that
-// differ by little had rounds of their own.
+// cores, or FILE/SCENARIO/SERVER: http has all servers, close those that differ by
+// little, in rounds of their own.
 type key struct{ name, unit string }
 
 func newMeasurements() *measurements {
@@ -39,11 +39,7 @@ func (m *measurements) read(file string) error {
 		return err
 	}
 	if strings.HasSuffix(file, ".json") {
-		of := "http/"
-		if filepath.Base(file) == "close.json" {
-			of = "close/"
-		}
-		return m.readHTTP(b, of)
+		return m.readHTTP(b, strings.TrimSuffix(filepath.Base(file), ".json"))
 	}
 	lines := bufio.NewScanner(bytes.NewReader(b))
 	for lines.Scan() {
@@ -75,6 +71,7 @@ func (m *measurements) readLine(line string) {
 	}
 }
 
+// readHTTP takes the results of bench/http; of begins their names.
 func (m *measurements) readHTTP(b []byte, of string) error {
 	var r struct {
 		Samples []struct {
@@ -90,7 +87,7 @@ func (m *measurements) readHTTP(b []byte, of string) error {
 	}
 	for _, s := range r.Samples {
 		for unit, v := range map[string]float64{"cpu-us": s.CPU, "requests/s": s.PerSec, "p99-ms": s.P99} {
-			k := key{of + s.Scenario + "/" + s.Server, unit}
+			k := key{of + "/" + s.Scenario + "/" + s.Server, unit}
 			m.samples[k] = append(m.samples[k], v)
 		}
 	}
