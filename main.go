@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -89,12 +90,72 @@ func versionText() string {
 }
 
 // serve runs the server until a signal or a failure.
-func serve(cfg *config, log zerolog.Logger) (err error) {
+func serve(cfg *config, log zerolog.Logger) error {
 	// From here on a signal stops in order, also in the middle of the start.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	ignoreFileSize()
 
+	p := &program{cfg: cfg, log: log, failed: make(chan error, 8)}
+	defer p.close()
+	if err := p.open(); err != nil {
+		return err
+	}
+	p.run()
+	greet(log, p.public.Addr(), p.private.Addr(), p.spool.Instance(), cfg)
+
+	var err error
+	select {
+	case s := <-signals:
+		p.admin.NotReady()
+		log.Info().Str("signal", s.String()).Msg("stopping")
+		go stopAtOnce(signals, time.Now(), log)
+	case err = <-p.failed:
+		log.Error().Err(err).Msg("stopping after a failure")
+	}
+	p.stop()
+	select {
+	case e := <-p.failed:
+		err = errors.Join(err, e)
+	default:
+	}
+	if err == nil {
+		log.Info().Msg("stopped")
+	}
+	return err
+}
+
+// program is the parts of the server. open makes them in the order of the fields,
+// run starts them, stop ends them, and close releases what open acquired.
+type program struct {
+	cfg *config
+	log zerolog.Logger
+
+	public      net.Listener
+	private     net.Listener // the admin listener
+	certificate *server.Certificate
+	spool       *stream.Spool
+	shared      *dedup.Redis // the group's set; nil in memory mode
+	records     *stream.Stream
+	set         dedup.Set // shared, or one in memory
+	counter     *counter.Counter
+	callbacks   *server.Callbacks
+	front       *server.Server
+	admin       *server.Admin
+
+	// A part that ends with an error sends it here; the first one stops the program.
+	failed  chan error
+	running sync.WaitGroup
+	closed  chan struct{} // closed when the counter has published the last record
+
+	stopStream, stopSet, stopCounter, stopCallbacks, stopCertificate context.CancelFunc
+
+	closers []func() // of what open acquired, in that order
+}
+
+// open makes every part. After an error, close releases what was made.
+func (p *program) open() error {
+	cfg, log := p.cfg, p.log
 	secret, err := secretFile("callback-secret-file", cfg.CallbackSecretFile)
 	if err != nil {
 		return usageError{err}
@@ -103,196 +164,256 @@ func serve(cfg *config, log zerolog.Logger) (err error) {
 	if err != nil {
 		return usageError{err}
 	}
-	certificate, err := cfg.certificate(log)
+	if p.certificate, err = cfg.certificate(log); err != nil {
+		return usageError{err}
+	}
+	// Addresses first: a second server on this machine should fail before it
+	// touches the data directory of the first.
+	if err := p.listen(); err != nil {
+		return err
+	}
+	if err := p.openRecords(); err != nil {
+		return err
+	}
+	if err := p.openCounter(); err != nil {
+		return err
+	}
+	p.callbacks, err = server.NewCallbacks(server.CallbackConfig{
+		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
+		Timeout: cfg.CallbackTimeout, Secret: secret,
+		SelfAddrs: []string{p.public.Addr().String()}, SelfTLS: p.certificate, AdminAddr: p.private.Addr().String(),
+		Group: cfg.Group, Instance: p.spool.Instance(), Live: p.live, Log: log,
+	})
 	if err != nil {
 		return usageError{err}
 	}
-
-	// Addresses first: a second server on this machine should fail before it
-	// touches the data directory of the first.
-	public, err := net.Listen("tcp", cfg.Listen)
+	p.front, err = server.New(server.Config{
+		Counter: p.counter, Set: p.set, Callbacks: p.callbacks, Log: log,
+		Uint64IDs: cfg.IDFormat == "uint64", DuplicateStatus: cfg.DuplicateStatus, WindowHeader: cfg.WindowHeader,
+		MaxConns: cfg.MaxConns, MaxConnsPerAddress: cfg.MaxConnsPerAddress, TLS: p.certificate, SlowTimeout: cfg.SlowTimeout, IdleTimeout: cfg.IdleTimeout,
+	}, p.public)
 	if err != nil {
+		return err
+	}
+	var group func() dedup.GroupStats
+	if p.shared != nil {
+		group = p.shared.Group
+	}
+	p.admin = server.NewAdmin(server.AdminConfig{
+		Server: p.front, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
+		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(token),
+	})
+	return nil
+}
+
+// listen opens both addresses.
+func (p *program) listen() (err error) {
+	if p.public, err = net.Listen("tcp", p.cfg.Listen); err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	defer public.Close()
-	adminLn, err := net.Listen("tcp", cfg.AdminListen)
-	if err != nil {
+	p.closers = append(p.closers, func() { _ = p.public.Close() })
+	if p.private, err = net.Listen("tcp", p.cfg.AdminListen); err != nil {
 		return fmt.Errorf("--admin-listen: %w", err)
 	}
-	defer adminLn.Close()
+	p.closers = append(p.closers, func() { _ = p.private.Close() })
+	return nil
+}
 
-	spool, err := stream.OpenSpool(stream.SpoolConfig{
-		Dir: cfg.spoolDir(), Group: cfg.Group, Instance: cfg.Instance, Log: log,
+// openRecords makes the spool, the group's set if there is one, and the stream of
+// records into Kafka and the counts file.
+func (p *program) openRecords() (err error) {
+	cfg := p.cfg
+	p.spool, err = stream.OpenSpool(stream.SpoolConfig{
+		Dir: cfg.spoolDir(), Group: cfg.Group, Instance: cfg.Instance, Log: p.log,
 	})
 	if err != nil {
 		return err
 	}
-	defer spool.Close()
-	to := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: log}
-	var shared *dedup.Redis // the set, if it is the group's
+	p.closers = append(p.closers, func() { _ = p.spool.Close() })
+	to := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: p.log}
 	if cfg.Dedup == dedupRedis {
-		if shared, err = openShared(cfg, spool.Instance(), log); err != nil {
+		if p.shared, err = openShared(cfg, p.spool.Instance(), p.log); err != nil {
 			return err
 		}
-		defer shared.Close()
-		to.Scope, to.Ledger = stream.ScopeGroup, shared.Ledger()
+		p.closers = append(p.closers, func() { _ = p.shared.Close() })
+		to.Scope, to.Ledger = stream.ScopeGroup, p.shared.Ledger()
 	}
-	records, err := stream.New(to, spool)
-	if err != nil {
+	if p.records, err = stream.New(to, p.spool); err != nil {
 		return usageError{err}
 	}
-	defer records.Close()
+	p.closers = append(p.closers, p.records.Close)
+	return nil
+}
 
-	counting := counter.Config{Window: cfg.Window, Publish: records, MaxSkew: cfg.MaxClockSkew}
-	var set dedup.Set
-	if shared != nil {
-		set = shared
+// openCounter makes the counter and, in memory mode, the set that it counts in.
+func (p *program) openCounter() (err error) {
+	counting := counter.Config{
+		Window: p.cfg.Window, Publish: p.records, MaxSkew: p.cfg.MaxClockSkew,
+		OnClock: p.clockChanged, OnPause: p.paused, OnClose: p.windowClosed,
+	}
+	if p.shared != nil {
+		p.set = p.shared
 	} else {
-		own, err := openSet(cfg, log)
+		own, err := openSet(p.cfg, p.log)
 		if err != nil {
 			return err
 		}
-		defer own.Close()
-		lastWindow, lastSum := spool.LastWindow()
+		p.closers = append(p.closers, func() { _ = own.Close() })
+		lastWindow, lastSum := p.spool.LastWindow()
 		counting.NotBefore, counting.Past = lastWindow, own.Past(lastWindow, lastSum)
-		set = own
+		p.set = own
 	}
-	var admin *server.Admin // there before the counter runs
-	counting.Store = set
-	counting.OnClock = func(problem string) { logClock(log, problem) }
-	counting.OnPause = func(absent time.Duration) {
-		log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
-			Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
-	}
-	counting.OnClose = func(c counter.Count, took time.Duration, err error) {
-		admin.EpochClosed(c, took)
-		logWindow(log, c, took, records.Stats().Pending, shared != nil, err)
-	}
-	count, err := counter.New(counting)
-	if err != nil {
-		return err
-	}
-	live, delivered := count.Live, records.Delivered
-	var group func() dedup.GroupStats
-	if shared != nil {
-		group = shared.Group
-		live = func() (time.Time, uint64) {
-			start, here := count.Live()
-			return start, max(here, shared.Live())
-		}
-		delivered = func(start time.Time) string {
-			state := records.Delivered(start)
-			if state == "" && shared.Ledger().IsDelivered(counter.Span{Start: start, Window: cfg.Window}) {
-				state = stream.StateDelivered
-			}
-			return state
-		}
-	}
-	callbacks, err := server.NewCallbacks(server.CallbackConfig{
-		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
-		Timeout: cfg.CallbackTimeout, Secret: secret,
-		SelfAddrs: []string{public.Addr().String()}, SelfTLS: certificate, AdminAddr: adminLn.Addr().String(),
-		Group: cfg.Group, Instance: spool.Instance(), Live: live, Log: log,
-	})
-	if err != nil {
-		return usageError{err}
-	}
-	front, err := server.New(server.Config{
-		Counter: count, Set: set, Callbacks: callbacks, Log: log,
-		Uint64IDs: cfg.IDFormat == "uint64", DuplicateStatus: cfg.DuplicateStatus, WindowHeader: cfg.WindowHeader,
-		MaxConns: cfg.MaxConns, MaxConnsPerAddress: cfg.MaxConnsPerAddress, TLS: certificate, SlowTimeout: cfg.SlowTimeout, IdleTimeout: cfg.IdleTimeout,
-	}, public)
-	if err != nil {
-		return err
-	}
-	admin = server.NewAdmin(server.AdminConfig{
-		Server: front, Records: func() server.Records { return recordStats(records.Stats()) }, Delivered: delivered, Shared: group,
-		Group: cfg.Group, Instance: spool.Instance(), Version: versionText(), Token: string(token),
-	})
-
-	// Each part runs until its own stop; the first that fails stops all.
-	failed := make(chan error, 8)
-	var parts sync.WaitGroup
-	start := func(name string, part func(context.Context) error) (stop context.CancelFunc) {
-		ctx, cancel := context.WithCancel(context.Background())
-		parts.Go(func() {
-			if err := part(ctx); err != nil {
-				failed <- fmt.Errorf("%s: %w", name, err)
-			}
-		})
-		return cancel
-	}
-	stopStream := start("stream", records.Run)
-	stopSet := start("dedup", set.Run)
-	closed := make(chan struct{})
-	stopCounter := start("counter", func(ctx context.Context) error {
-		defer close(closed)
-		return count.Run(ctx)
-	})
-	stopCallbacks := start("callbacks", callbacks.Run)
-	start("admin", func(context.Context) error { return admin.Serve(adminLn) })
-	stopCertificate := context.CancelFunc(func() {})
-	if certificate != nil {
-		stopCertificate = start("certificate", certificate.Run)
-	}
-	start("server", func(context.Context) error { return front.Serve() })
-
-	greet(log, public.Addr(), adminLn.Addr(), spool.Instance(), cfg)
-	select {
-	case s := <-signals:
-		admin.NotReady()
-		log.Info().Str("signal", s.String()).Msg("stopping")
-		go stopAtOnce(signals, time.Now(), log)
-	case err = <-failed:
-		log.Error().Err(err).Msg("stopping after a failure")
-	}
-
-	// Not ready, no more ids, answer what was counted, send what was promised,
-	// publish, deliver. What cannot be done in time is said and kept or counted.
-	budget, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
-	defer cancel()
-	admin.NotReady()
-	records.Leaving()
-	count.Seal()
-	if err := front.Shutdown(budget); err != nil {
-		log.Warn().Err(err).Msg("requests not finished in time")
-	}
-	half, cancelHalf := context.WithTimeout(budget, cfg.ShutdownTimeout/2)
-	defer cancelHalf()
-	if dropped := callbacks.Drain(half); dropped > 0 {
-		log.Warn().Int("dropped", dropped).Msg("callbacks not sent in time")
-	}
-	stopCallbacks()
-	select {
-	case <-closed:
-	case <-budget.Done():
-		log.Error().Msg("the last record could not be written in time")
-		stopCounter()
-		<-closed
-	}
-	if err := records.Leave(budget); err != nil {
-		log.Warn().Err(err).Msg("this instance could not leave its group in order")
-	}
-	if err := records.Flush(budget); err != nil {
-		log.Warn().Err(err).Msg("records not delivered in time")
-	}
-	stopStream()
-	stopSet()
-	stopCertificate()
-	if err := admin.Shutdown(budget); err != nil {
-		log.Warn().Err(err).Msg("admin requests not finished in time")
-	}
-	parts.Wait()
-	stopCounter()
-	select {
-	case e := <-failed:
-		err = errors.Join(err, e)
-	default:
-	}
-	if err == nil {
-		log.Info().Msg("stopped")
-	}
+	counting.Store = p.set
+	p.counter, err = counter.New(counting)
 	return err
+}
+
+// live returns the open window and its count: of the whole group if ids are shared.
+func (p *program) live() (time.Time, uint64) {
+	start, here := p.counter.Live()
+	if p.shared != nil {
+		return start, max(here, p.shared.Live())
+	}
+	return start, here
+}
+
+// delivered returns the state of a window's record, "" if it is not known.
+func (p *program) delivered(start time.Time) string {
+	state := p.records.Delivered(start)
+	if state == "" && p.shared != nil && p.shared.Ledger().IsDelivered(counter.Span{Start: start, Window: p.cfg.Window}) {
+		state = stream.StateDelivered
+	}
+	return state
+}
+
+// run starts every part in a goroutine of its own.
+func (p *program) run() {
+	p.closed = make(chan struct{})
+	p.stopStream = p.start("stream", p.records.Run)
+	p.stopSet = p.start("dedup", p.set.Run)
+	p.stopCounter = p.start("counter", func(ctx context.Context) error {
+		defer close(p.closed)
+		return p.counter.Run(ctx)
+	})
+	p.stopCallbacks = p.start("callbacks", p.callbacks.Run)
+	p.start("admin", func(context.Context) error { return p.admin.Serve(p.private) })
+	p.stopCertificate = func() {}
+	if p.certificate != nil {
+		p.stopCertificate = p.start("certificate", p.certificate.Run)
+	}
+	p.start("server", func(context.Context) error { return p.front.Serve() })
+}
+
+// start runs a part until the returned function is called or the part ends.
+func (p *program) start(name string, part func(context.Context) error) (stop context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	p.running.Go(func() {
+		if err := part(ctx); err != nil {
+			p.failed <- fmt.Errorf("%s: %w", name, err)
+		}
+	})
+	return cancel
+}
+
+// stop ends the parts in order, within the shutdown timeout. A step that cannot be
+// finished in time is logged; records that it leaves stay in the spool.
+func (p *program) stop() {
+	budget, cancel := context.WithTimeout(context.Background(), p.cfg.ShutdownTimeout)
+	defer cancel()
+	half, cancelHalf := context.WithTimeout(budget, p.cfg.ShutdownTimeout/2)
+	defer cancelHalf()
+
+	steps := []struct {
+		failed string // the log line if do returns an error
+		do     func() error
+	}{
+		// Load balancers should send requests elsewhere before any is refused.
+		{"", p.notReady},
+		// From here on ids are answered 503: the last record has every id that was answered ok.
+		{"", p.seal},
+		// Requests that were counted get their answers and start their callbacks.
+		{"requests not finished in time", func() error { return p.front.Shutdown(budget) }},
+		// No request can start another callback. The records need the other half of the time.
+		{"callbacks not sent in time", func() error { return p.drainCallbacks(half) }},
+		// Everybody has left the sealed epoch: the counter publishes it as partial.
+		{"the last record could not be written in time", func() error { return p.awaitClosed(budget) }},
+		// The instance has reported everything: its group need not wait for it.
+		{"this instance could not leave its group in order", func() error { return p.records.Leave(budget) }},
+		// What is not delivered stays in the spool for the next start.
+		{"records not delivered in time", func() error { return p.records.Flush(budget) }},
+		// Nothing is left for them to do.
+		{"", p.endParts},
+		// Last, so that operators can watch the stop.
+		{"admin requests not finished in time", func() error { return p.admin.Shutdown(budget) }},
+	}
+	for _, step := range steps {
+		if err := step.do(); err != nil {
+			p.log.Warn().Err(err).Msg(step.failed)
+		}
+	}
+	p.running.Wait()
+	p.stopCounter()
+}
+
+func (p *program) notReady() error {
+	p.admin.NotReady()
+	p.records.Leaving()
+	return nil
+}
+
+func (p *program) seal() error {
+	p.counter.Seal()
+	return nil
+}
+
+func (p *program) drainCallbacks(ctx context.Context) error {
+	dropped := p.callbacks.Drain(ctx)
+	p.stopCallbacks()
+	if dropped > 0 {
+		return fmt.Errorf("%d dropped", dropped)
+	}
+	return nil
+}
+
+// awaitClosed waits until the last record is published or spooled.
+func (p *program) awaitClosed(ctx context.Context) error {
+	select {
+	case <-p.closed:
+		return nil
+	case <-ctx.Done():
+		p.stopCounter()
+		<-p.closed
+		return ctx.Err()
+	}
+}
+
+func (p *program) endParts() error {
+	p.stopStream()
+	p.stopSet()
+	p.stopCertificate()
+	return nil
+}
+
+// close releases what open acquired, in reverse order. The errors of closing are
+// ignored: the process ends, and everything that must last was synced before.
+func (p *program) close() {
+	for _, release := range slices.Backward(p.closers) {
+		release()
+	}
+}
+
+func (p *program) clockChanged(problem string) { logClock(p.log, problem) }
+
+func (p *program) paused(absent time.Duration) {
+	p.log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
+		Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
+}
+
+// windowClosed reports a closed epoch. The counter calls it while it runs, which is
+// after open has made the admin server.
+func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
+	p.admin.EpochClosed(c, took)
+	logWindow(p.log, c, took, p.records.Stats().Pending, p.shared != nil, err)
 }
 
 // openSet makes the set, with the ids that the last process left in the data
