@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,7 +106,7 @@ func TestDashboardAndAlertsUseMetricsThatExist(t *testing.T) {
 		}
 		for _, s := range selector.FindAllStringSubmatch(expr, -1) {
 			for _, m := range matcher.FindAllStringSubmatch(s[2], -1) {
-				if m[1] == "job" || m[1] == "instance" {
+				if m[1] == "job" || m[1] == "instance" || strings.HasPrefix(m[3], "$") {
 					continue // given by Prometheus
 				}
 				for value := range strings.SplitSeq(m[3], "|") {
@@ -187,7 +188,7 @@ func TestDashboardQueriesAreValid(t *testing.T) {
 		Name  string `json:"name"`
 		Rules []rule `json:"rules"`
 	}
-	fill := strings.NewReplacer("$__rate_interval", "1m", "$job", ".+", "$instance", ".+")
+	fill := strings.NewReplacer("$__rate_interval", "1m", "$job", ".+", "$group", ".+", "$instance", ".+")
 	var g group
 	for where, expr := range expressions(t) {
 		if strings.Contains(where, "/grafana/") && !strings.Contains(where, ": variable ") {
@@ -257,5 +258,58 @@ func TestObserveProfileFindsItsFiles(t *testing.T) {
 	}
 	if !bytes.Contains(providers, []byte("path: /etc/grafana/dashboards\n")) || inside["/etc/grafana/dashboards"] == "" {
 		t.Error("Grafana looks for dashboards where there are none")
+	}
+}
+
+// TestPrometheusScrapesEveryInstanceOfCompose, as listed targets: one that is
+// discovered by its name is no target any more when its container is gone, and
+// then no alert fires. What only a profile starts may be absent.
+func TestPrometheusScrapesEveryInstanceOfCompose(t *testing.T) {
+	var compose struct {
+		Services map[string]struct {
+			Build    any
+			Profiles []string
+		}
+	}
+	var prometheus struct {
+		ScrapeConfigs []struct {
+			JobName       string `yaml:"job_name"`
+			StaticConfigs []struct {
+				Targets []string
+				Labels  map[string]string
+			} `yaml:"static_configs"`
+		} `yaml:"scrape_configs"`
+	}
+	for path, into := range map[string]any{"docker-compose.yml": &compose, "deploy/prometheus/prometheus.yml": &prometheus} {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := yaml.Unmarshal(b, into); err != nil {
+			t.Fatal(err)
+		}
+	}
+	optional := map[string]string{} // target -> its label
+	for _, c := range prometheus.ScrapeConfigs {
+		for _, s := range c.StaticConfigs {
+			for _, target := range s.Targets {
+				if c.JobName == "verve" {
+					optional[target] = s.Labels["optional"]
+				}
+			}
+		}
+	}
+	want := map[string]string{}
+	for name, s := range compose.Services {
+		if s.Build == nil {
+			continue
+		}
+		want[name+":8081"] = ""
+		if len(s.Profiles) > 0 {
+			want[name+":8081"] = "true"
+		}
+	}
+	if len(want) < 3 || !maps.Equal(optional, want) {
+		t.Errorf("Prometheus scrapes %v, want the instances of Compose %v", optional, want)
 	}
 }

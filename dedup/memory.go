@@ -549,11 +549,13 @@ func (m *Memory) Stats() Stats {
 	m.mu.Unlock()
 	s := Stats{
 		Bytes:     m.arena.used.Load(),
+		MaxBytes:  m.cfg.MaxBytes,
 		Grown:     m.grown.Load(),
 		Resized:   m.resized.Load(),
 		Reclaimed: m.reclaimed.Load(),
 		Full:      m.fulls.Load(),
 	}
+	s.Fit, s.Estimated = m.fit()
 	if j != nil {
 		s.Kept, s.Problem = j.bytes(), j.problem()
 	}
@@ -567,6 +569,31 @@ func (m *Memory) Stats() Stats {
 	s.Slots, s.Levels = s.Slots+wide.slots, max(s.Levels, wide.depth)
 	wide.mu.Unlock()
 	return s
+}
+
+// Bytes of memory per id, in tables that grew from one ten times too small
+// (docs/operations.md, Sizing).
+const narrowBytes, wideBytes = 14, 28
+
+// fit returns the most ids that an epoch can hold: MaxIDs, or fewer if the memory
+// allowed has no room for as many of the kinds in the open epoch.
+func (m *Memory) fit() (ids uint64, estimated bool) {
+	if m.cfg.MaxBytes == 0 {
+		return m.cfg.MaxIDs, false
+	}
+	var l load
+	if v := m.current.Load(); v != nil {
+		l = v.load()
+	}
+	wide := 0.0
+	if n := l.sum(); n > 0 {
+		wide = float64(l.wide) / float64(n)
+	}
+	ids = max(l.sum(), uint64(float64(m.cfg.MaxBytes)/(narrowBytes*(1-wide)+wideBytes*wide)))
+	if m.cfg.MaxIDs > 0 && m.cfg.MaxIDs <= ids {
+		return m.cfg.MaxIDs, false
+	}
+	return ids, true
 }
 
 // Close gives the memory back, but for the tables of epochs that are not

@@ -750,3 +750,49 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 		}
 	}
 }
+
+// TestStatsTellHowManyIDsFit: MaxIDs, or what the memory allowed has room for, by
+// the kinds of ids that come.
+func TestStatsTellHowManyIDsFit(t *testing.T) {
+	for _, c := range []struct {
+		name      string
+		cfg       Config
+		fit       uint64
+		estimated bool
+	}{
+		{"nothing set", Config{}, 0, false},
+		{"ids", Config{MaxIDs: 1000}, 1000, false},
+		{"memory", Config{MaxBytes: 14 << 20}, 1 << 20, true},
+		{"both, the ids are fewer", Config{MaxIDs: 1000, MaxBytes: 14 << 20}, 1000, false},
+		{"both, the memory is less", Config{MaxIDs: 2 << 20, MaxBytes: 14 << 20}, 1 << 20, true},
+	} {
+		c.cfg.Heap = true
+		m, err := NewMemory(c.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := m.Stats(); s.Fit != c.fit || s.Estimated != c.estimated {
+			t.Errorf("%s: got %d, estimated %v, want %d, %v", c.name, s.Fit, s.Estimated, c.fit, c.estimated)
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	m, err := NewMemory(Config{Heap: true, MaxBytes: 28 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	e := new(counter.Epoch)
+	m.Open(e)
+	for i := range 100_000 {
+		id := fmt.Appendf(nil, "text %d", i)
+		if _, err := m.Add(e, id, m.Key(id)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := m.Stats(); s.Fit != 1<<20 || !s.Estimated {
+		t.Errorf("of text got %d, estimated %v, want %d", s.Fit, s.Estimated, 1<<20)
+	}
+	m.Retire(e)
+}

@@ -418,6 +418,7 @@ func (r *Redis) Stats() Stats {
 	if r.cfg.Local != nil {
 		s = r.cfg.Local.Stats()
 	}
+	s.Fit, s.Estimated = r.cfg.MaxIDs, false // what else fits is for Redis to know
 	s.Full += r.counts.fulls.Load()
 	if ready, reason := r.Health(); !ready {
 		s.Problem = reason

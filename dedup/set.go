@@ -89,5 +89,8 @@ type Stats struct {
 	Reclaimed uint64 // slots of retired epochs swept
 	Full      uint64 // ids refused with ErrFull
 	Kept      uint64 // bytes of the files that outlive the process
+	MaxBytes  uint64 // memory the ids may take, 0: no limit
+	Fit       uint64 // most ids that an epoch can hold, 0: not known
+	Estimated bool   // Fit follows from MaxBytes, and is about right
 	Problem   string // why ids are refused, whatever they are; empty if they are not
 }

@@ -131,7 +131,7 @@ func guarded(token string, next http.Handler) http.Handler {
 			return
 		}
 		w.Header()["Www-Authenticate"] = []string{`Bearer realm="verve"`, `Basic realm="verve", charset="UTF-8"`}
-		http.Error(w, "the admin token is wanted", http.StatusUnauthorized)
+		http.Error(w, "admin token required", http.StatusUnauthorized)
 	})
 }
 
@@ -155,6 +155,14 @@ func (a *Admin) EpochClosed(c counter.Count, took time.Duration) {
 		a.sealDelay.observe(max(0, c.SealedAt.Sub(c.Start.Add(c.Window))))
 	}
 	a.closeTook.observe(took)
+}
+
+// dedup is the value of --dedup.
+func (a *Admin) dedup() string {
+	if a.cfg.Shared != nil {
+		return "redis"
+	}
+	return "memory"
 }
 
 // NotReady makes /readyz answer 503 from now on: the first thing at a stop.

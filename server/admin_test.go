@@ -105,6 +105,8 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 		`verve_records_pending 2`,
 		`verve_callbacks_total{result="delivered"} 0`,
 		`verve_build_info{version="v1.2.3",go="go`,
+		`verve_info{group="verve",instance="test",dedup="memory"} 1`,
+		`verve_max_ids 0`, // neither a limit nor a bound of memory is set
 	} {
 		if !strings.Contains(page, "\n"+want) && !strings.HasPrefix(page, want) {
 			t.Errorf("no line %s", want)
@@ -121,6 +123,18 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 			t.Errorf("twice: %q", l)
 		} else {
 			seen[name] = true
+		}
+	}
+}
+
+// TestLabelsAreQuotedAsTheTextFormatHasIt: --group and --instance may hold any
+// character but control characters and slashes, and the format knows three escapes.
+func TestLabelsAreQuotedAsTheTextFormatHasIt(t *testing.T) {
+	for in, want := range map[string]string{
+		`verve`: `"verve"`, `a"b`: `"a\"b"`, `a\b`: `"a\\b"`, "a\nb": `"a\nb"`, "é\u200b\u00a0": "\"é\u200b\u00a0\"",
+	} {
+		if got := labelValue(in); got != want {
+			t.Errorf("%q: got %s, want %s", in, got, want)
 		}
 	}
 }

@@ -69,6 +69,12 @@ func (e exposition) value(name string, v float64) {
 	fmt.Fprintf(e.w, "%s %s\n", name, strconv.FormatFloat(v, 'f', -1, 64))
 }
 
+// labelValue quotes a value as the text format has it, which knows fewer escapes
+// than Go.
+func labelValue(s string) string {
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(s) + `"`
+}
+
 func (e exposition) histogram(name, help string, h histogram) {
 	e.family(name, "histogram", help)
 	h.set.WritePrometheus(e.w)
@@ -133,10 +139,10 @@ func callbackResults(cb CallbackStats) []resultCount {
 // names, and no label ever comes from a caller.
 func (a *Admin) writeMetrics(w io.Writer) {
 	e, s := exposition{w}, a.server
-	e.counters("verve_accept_total", "Answers to requests with an id, by result.", "result", s.acceptResults())
-	e.counters("verve_http_refused_total", "Other requests refused, by reason.", "reason", s.otherRefusals())
+	e.counters("verve_accept_total", "Ids answered, by result.", "result", s.acceptResults())
+	e.counters("verve_http_refused_total", "Requests refused before an id was judged, by reason.", "reason", s.otherRefusals())
 	e.histogram("verve_request_duration_seconds",
-		fmt.Sprintf("Time from receiving a request to handing over its answer; of every %dth read from a connection.", sampleEvery), s.ln.took)
+		fmt.Sprintf("Time from receiving a request to handing its answer to the kernel, sampled at every %dth read from a connection.", sampleEvery), s.ln.took)
 
 	c := s.cfg.Counter.Stats()
 	recent := a.recent(1)
@@ -146,32 +152,33 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	if len(recent.Windows) > 0 {
 		last = recent.Windows[0]
 	}
-	e.gauge("verve_last_window_unique_ids", "Unique ids in the window closed last.", float64(last.Unique))
-	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the window closed last, Unix time; 0 before the first.", unixSeconds(last.Start))
-	e.gauge("verve_epochs_unclosed", "Epochs that ended and are not published.", float64(c.Unclosed))
+	e.gauge("verve_last_window_unique_ids", "Unique ids in the last closed window.", float64(last.Unique))
+	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", unixSeconds(last.Start))
+	e.gauge("verve_epochs_unclosed", "Epochs that have ended and are not yet published.", float64(c.Unclosed))
 	e.counter("verve_epochs_skipped_total", "Epochs that passed while the process did not run.", c.Skipped)
 	e.gauge("verve_clock_behind_seconds", "How far the clock is behind the start of the open epoch.", c.Clock.Behind.Seconds())
 	e.counters("verve_clock_steps_total", "Steps of the clock, by direction.", "direction", []resultCount{
 		{"forward", c.Clock.Forward}, {"back", c.Clock.Back},
 	})
-	e.counter("verve_process_pauses_total", "Times that the process did not run for a while.", c.Clock.Pauses)
-	e.family("verve_process_paused_seconds_total", "counter", "Time in those.")
+	e.counter("verve_process_pauses_total", "Pauses of the process longer than --max-clock-skew.", c.Clock.Pauses)
+	e.family("verve_process_paused_seconds_total", "counter", "Total time the process was paused, in seconds.")
 	e.value("verve_process_paused_seconds_total", c.Clock.Paused.Seconds())
-	e.histogram("verve_epoch_seal_delay_seconds", "Time from the end of an epoch to its last request having left.", a.sealDelay)
-	e.histogram("verve_epoch_close_duration_seconds", "Time to wait for an epoch's last requests and publish its count.", a.closeTook)
+	e.histogram("verve_epoch_seal_delay_seconds", "Delay from the end of an epoch until it was sealed.", a.sealDelay)
+	e.histogram("verve_epoch_close_duration_seconds", "Time to drain an epoch's last requests and publish its count.", a.closeTook)
 
 	d := s.cfg.Set.Stats()
-	e.gauge("verve_dedup_bytes", "Memory of the ids.", float64(d.Bytes))
-	e.gauge("verve_dedup_slots", "Room for ids, taken or free.", float64(d.Slots))
-	e.gauge("verve_dedup_levels", "Tables behind each other, the deepest.", float64(d.Levels))
-	e.gauge("verve_dedup_kept_bytes", "Files that keep the ids of the open epoch over a crash.", float64(d.Kept))
+	e.gauge("verve_max_ids", "Most ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
+	e.gauge("verve_dedup_bytes", "Memory of the tables of ids.", float64(d.Bytes))
+	e.gauge("verve_dedup_slots", "Slots in the tables of ids, taken or free.", float64(d.Slots))
+	e.gauge("verve_dedup_levels", "Depth of the deepest chain of tables.", float64(d.Levels))
+	e.gauge("verve_dedup_kept_bytes", "Size of the files that keep the ids of unpublished epochs for the next start.", float64(d.Kept))
 	e.counter("verve_dedup_grown_total", "Tables added while an epoch ran.", d.Grown)
-	e.counter("verve_dedup_resized_total", "Tables replaced by one of the right size.", d.Resized)
+	e.counter("verve_dedup_resized_total", "Tables replaced by one of a better size.", d.Resized)
 	e.counter("verve_dedup_reclaimed_total", "Slots of past epochs reclaimed.", d.Reclaimed)
-	e.counter("verve_dedup_full_total", "Ids for which there was no room.", d.Full)
+	e.counter("verve_dedup_full_total", "Ids refused because there was no room.", d.Full)
 
 	ready := a.readiness()
-	e.gauge("verve_ready", "1 if requests should be sent here.", flag(ready.Ready))
+	e.gauge("verve_ready", "1 if /readyz answers 200, 0 if it answers 503.", flag(ready.Ready))
 	e.family("verve_dependency_up", "gauge", "1 if the dependency works.")
 	for _, name := range slices.Sorted(maps.Keys(ready.Checks)) {
 		e.value("verve_dependency_up{dependency="+strconv.Quote(name)+"}", flag(ready.Checks[name].OK))
@@ -179,44 +186,46 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	r := a.cfg.Records()
 	e.counter("verve_records_published_total", "Records acknowledged by every sink.", r.Published)
 	e.gauge("verve_records_pending", "Records in the spool.", float64(r.Pending))
-	e.gauge("verve_records_oldest_age_seconds", "Age of the oldest record in the spool.", age(r.Oldest))
-	e.gauge("verve_records_poison", "Records set aside because a sink will never take them.", float64(r.Poison))
-	e.counter("verve_records_conflicts_total", "Record keys found with another value: two processes share a name.", r.Conflicts)
-	e.counter("verve_spool_append_failures_total", "Tries to make a record durable that failed.", r.AppendFailures)
+	e.gauge("verve_records_oldest_age_seconds", "Time since the oldest record in the spool was sealed.", age(r.Oldest))
+	e.gauge("verve_records_poison", "Records set aside because a sink refuses them for good.", float64(r.Poison))
+	e.counter("verve_records_conflicts_total", "Records whose key a sink already holds with another value: two processes share a name.", r.Conflicts)
+	e.counter("verve_spool_append_failures_total", "Failed attempts to write a record to the spool.", r.AppendFailures)
 
 	cb := s.callbacks.Stats()
 	e.counters("verve_callbacks_total", "Callbacks, by result.", "result", callbackResults(cb))
-	e.histogram("verve_callback_duration_seconds", "Time of a callback's whole exchange.", s.callbacks.took)
-	e.counter("verve_callbacks_retried_total", "Callbacks sent again after a pooled connection had died.", cb.Retried)
-	e.counter("verve_callbacks_deferred_total", "Tries put off because the address was at its limits.", cb.Deferred)
-	e.gauge("verve_callbacks_waiting", "Endpoints with a POST waiting.", float64(cb.Waiting))
+	e.histogram("verve_callback_duration_seconds", "Time from dialling a callback's endpoint to the end of its answer.", s.callbacks.took)
+	e.counter("verve_callbacks_retried_total", "Callbacks sent again because a pooled connection was dead.", cb.Retried)
+	e.counter("verve_callbacks_deferred_total", "Callbacks postponed because their address was at its limits.", cb.Deferred)
+	e.gauge("verve_callbacks_waiting", "Endpoints with a waiting POST.", float64(cb.Waiting))
 	e.gauge("verve_callbacks_in_flight", "POSTs in flight.", float64(cb.InFlight))
-	e.gauge("verve_callback_destinations", "Destinations known.", float64(cb.Destinations))
-	e.gauge("verve_callback_breakers_open", "Destinations given a rest after failures.", float64(cb.BreakersOpen))
+	e.gauge("verve_callback_destinations", "Destinations that the server keeps state for.", float64(cb.Destinations))
+	e.gauge("verve_callback_breakers_open", "Destinations whose circuit breaker is open.", float64(cb.BreakersOpen))
 
 	e.gauge("verve_connections", "Connections open on the public listener.", float64(s.ln.open()))
-	e.counters("verve_connections_rejected_total", "Connections over a limit: of all, or of an address.", "limit", []resultCount{
+	e.counters("verve_connections_rejected_total", "Connections rejected, by limit: of all connections, or of one client address.", "limit", []resultCount{
 		{"all", s.ln.rejected.Load()}, {"address", s.ln.rejectedAddr.Load()},
 	})
-	e.counters("verve_connections_ended_total", "Connections ended by the server, by reason.", "reason", []resultCount{
+	e.counters("verve_connections_ended_total", "Connections closed by the server, by reason.", "reason", []resultCount{
 		{"slow", s.ln.slowClosed.Load()}, {"idle", s.ln.idleClosed.Load()},
 	})
-	e.counter("verve_test_posts_total", "POSTs taken by /test.", s.sunk.Load())
+	e.counter("verve_test_posts_total", "POSTs answered by /test.", s.sunk.Load())
 
 	if cert := s.cfg.TLS; cert != nil {
-		e.counter("verve_tls_handshake_failures_total", "Connections that did not come to speak TLS.", s.ln.badHandshakes.Load())
-		e.counter("verve_tls_reload_failures_total", "Tries to load a changed certificate that failed.", cert.failures.Load())
+		e.counter("verve_tls_handshake_failures_total", "Failed TLS handshakes.", s.ln.badHandshakes.Load())
+		e.counter("verve_tls_reload_failures_total", "Failed attempts to load a changed certificate.", cert.failures.Load())
 		e.gauge("verve_tls_certificate_not_after_seconds", "End of the certificate's validity, Unix time.", float64(cert.notAfter().Unix()))
 	}
 
 	pages, dropped, refused := a.live.stats()
 	e.gauge("verve_live_pages", "Live pages that are open.", float64(pages))
-	e.counters("verve_live_pages_ended_total", "Live pages not served, by reason.", "reason", []resultCount{
+	e.counters("verve_live_pages_ended_total", "Live pages disconnected because they read too slowly, or refused at the limit, by reason.", "reason", []resultCount{
 		{"slow", dropped}, {"limit", refused},
 	})
 
-	e.family("verve_build_info", "gauge", "1, with the version and what built it.")
-	e.value(fmt.Sprintf("verve_build_info{version=%q,go=%q}", a.cfg.Version, runtime.Version()), 1)
+	e.family("verve_build_info", "gauge", "Always 1; the labels are the version and the Go release that built it.")
+	e.value("verve_build_info{version="+labelValue(a.cfg.Version)+",go="+labelValue(runtime.Version())+"}", 1)
+	e.family("verve_info", "gauge", "Always 1; the labels are --group, the name of the instance, and --dedup.")
+	e.value("verve_info{group="+labelValue(a.cfg.Group)+",instance="+labelValue(a.cfg.Instance)+",dedup="+labelValue(a.dedup())+"}", 1)
 	writeProcess(w)
 	if a.cfg.Shared != nil {
 		e.group(a.cfg.Shared())
@@ -225,55 +234,49 @@ func (a *Admin) writeMetrics(w io.Writer) {
 
 // group writes what is known of the group's Redis.
 func (e exposition) group(g dedup.GroupStats) {
-	boolean := func(b bool) float64 {
-		if b {
-			return 1
-		}
-		return 0
-	}
-	e.gauge("verve_group_unique_ids", "Unique ids of the whole group in the open window, as last heard.", float64(g.Unique))
-	e.gauge("verve_group_members", "Instances of the group that are alive, this one among them.", float64(g.Members))
-	e.gauge("verve_group_leader", "1 where this instance publishes the records of the group.", boolean(g.Leading))
-	e.gauge("verve_group_epochs_waiting", "Windows that this instance knows of and has not heard to be delivered, the open one among them.", float64(g.Waiting))
-	e.gauge("verve_group_clock_offset_seconds", "How far the clock of Redis is ahead of this one.", g.Offset.Seconds())
-	e.gauge("verve_redis_up", "0 while something is wrong with Redis; /readyz says what.", boolean(g.Away == ""))
-	e.gauge("verve_redis_pending_ids", "Ids that wait for an answer of Redis.", float64(g.Pending))
+	e.gauge("verve_group_unique_ids", "Unique ids of the whole group in the open window, as last reported by Redis.", float64(g.Unique))
+	e.gauge("verve_group_members", "Live instances of the group, including this one.", float64(g.Members))
+	e.gauge("verve_group_leader", "1 if this instance publishes the records of the group.", flag(g.Leading))
+	e.gauge("verve_group_epochs_waiting", "Windows not known to be delivered, including the open one.", float64(g.Waiting))
+	e.gauge("verve_group_clock_offset_seconds", "How far the clock of Redis is ahead of the clock of this machine.", g.Offset.Seconds())
+	e.gauge("verve_redis_up", "1 if Redis works, else 0; /readyz has the reason.", flag(g.Away == ""))
+	e.gauge("verve_redis_pending_ids", "Ids waiting for an answer from Redis.", float64(g.Pending))
 	e.counter("verve_redis_batches_total", "Batches of ids sent to Redis.", g.Batches)
-	e.counter("verve_redis_failures_total", "Batches of ids that failed, and were sent again.", g.Retries)
-	e.counter("verve_redis_ids_taken_back_total", "Ids added to Redis too late for anybody to be told, and taken back.", g.Untold)
-	e.counter("verve_redis_ids_given_twice_total", "Ids found to have been answered ok by several instances while Redis was away.", g.Twice)
-	e.counter("verve_redis_ids_replayed_total", "Ids added again after Redis had lost them.", g.Replayed)
-	e.counter("verve_redis_ids_dropped_total", "Ids answered ok that are in no record, as the window was sealed without them.", g.Dropped)
+	e.counter("verve_redis_failures_total", "Batches of ids that failed and were sent again.", g.Retries)
+	e.counter("verve_redis_ids_taken_back_total", "Ids removed from Redis because their requests had already been answered 503.", g.Untold)
+	e.counter("verve_redis_ids_given_twice_total", "Ids that several instances answered with ok while Redis was unreachable.", g.Twice)
+	e.counter("verve_redis_ids_replayed_total", "Ids added again after Redis lost them.", g.Replayed)
+	e.counter("verve_redis_ids_dropped_total", "Ids answered with ok that are in no record, because the window was sealed without them.", g.Dropped)
 }
 
 // processHelp are the families that are shown of the process and the Go
 // runtime, under the names that Prometheus' own clients gave them.
 var processHelp = map[string]struct{ kind, help string }{
 	"go_gc_cpu_seconds_total":                       {"counter", "CPU time of the garbage collector."},
-	"go_gc_duration_seconds":                        {"summary", "Pauses of the garbage collector."},
-	"go_gomaxprocs":                                 {"gauge", "Processors that run Go code at once."},
-	"go_goroutines":                                 {"gauge", "Goroutines."},
-	"go_memlimit_bytes":                             {"gauge", "Soft limit of the Go runtime's memory."},
+	"go_gc_duration_seconds":                        {"summary", "Pauses caused by the garbage collector."},
+	"go_gomaxprocs":                                 {"gauge", "Number of threads that may run Go code at the same time."},
+	"go_goroutines":                                 {"gauge", "Number of goroutines."},
+	"go_memlimit_bytes":                             {"gauge", "Soft memory limit of the Go runtime."},
 	"go_memstats_alloc_bytes":                       {"gauge", "Heap in use."},
 	"go_memstats_alloc_bytes_total":                 {"counter", "Bytes allocated on the heap."},
 	"go_memstats_heap_objects":                      {"gauge", "Objects on the heap."},
 	"go_memstats_mallocs_total":                     {"counter", "Objects allocated on the heap."},
-	"go_memstats_next_gc_bytes":                     {"gauge", "Size of the heap that starts the next collection."},
-	"go_memstats_sys_bytes":                         {"gauge", "Memory the Go runtime has from the system."},
-	"go_sched_latencies_seconds":                    {"histogram", "Time goroutines waited to run."},
-	"go_threads":                                    {"gauge", "Threads."},
+	"go_memstats_next_gc_bytes":                     {"gauge", "Heap size at which the next garbage collection starts."},
+	"go_memstats_sys_bytes":                         {"gauge", "Memory obtained from the operating system."},
+	"go_sched_latencies_seconds":                    {"histogram", "Time that goroutines waited to run."},
+	"go_threads":                                    {"gauge", "Number of operating system threads."},
 	"process_cpu_seconds_total":                     {"counter", "CPU time, user and system."},
 	"process_io_storage_read_bytes_total":           {"counter", "Bytes read from storage."},
 	"process_io_storage_written_bytes_total":        {"counter", "Bytes written to storage."},
-	"process_major_pagefaults_total":                {"counter", "Page faults that waited for storage."},
-	"process_max_fds":                               {"gauge", "Limit of open file descriptors."},
+	"process_major_pagefaults_total":                {"counter", "Page faults that read from storage."},
+	"process_max_fds":                               {"gauge", "Limit on open file descriptors."},
 	"process_open_fds":                              {"gauge", "Open file descriptors."},
-	"process_pressure_cpu_waiting_seconds_total":    {"counter", "Time some task of the container waited for a CPU."},
-	"process_pressure_io_waiting_seconds_total":     {"counter", "Time some task of the container waited for storage."},
-	"process_pressure_memory_waiting_seconds_total": {"counter", "Time some task of the container waited for memory."},
-	"process_resident_memory_anon_bytes":            {"gauge", "Resident memory that is no file's."},
+	"process_pressure_cpu_waiting_seconds_total":    {"counter", "Time during which a task of the container waited for a CPU."},
+	"process_pressure_io_waiting_seconds_total":     {"counter", "Time during which a task of the container waited for storage."},
+	"process_pressure_memory_waiting_seconds_total": {"counter", "Time during which a task of the container waited for memory."},
+	"process_resident_memory_anon_bytes":            {"gauge", "Resident memory that is not backed by files."},
 	"process_resident_memory_bytes":                 {"gauge", "Resident memory."},
-	"process_start_time_seconds":                    {"gauge", "Start of the process, Unix time."},
+	"process_start_time_seconds":                    {"gauge", "Start time of the process, Unix time."},
 	"process_virtual_memory_bytes":                  {"gauge", "Virtual memory."},
 }
 
