@@ -5,6 +5,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -12,72 +13,102 @@ import (
 	"testing"
 )
 
-// TestImportsPointOneWay holds the layout of DESIGN.md: the packages know each
-// other in one direction, and each large library has one home.
+// TestImportsPointOneWay holds the layout of DESIGN.md in every folder: the packages
+// know each other in one direction, and each large library has one home. Tests may
+// use what lies beside or below the product, so only product files are read.
 func TestImportsPointOneWay(t *testing.T) {
-	allowed := map[string][]string{ // of this module's packages
-		"counter": {},
-		"dedup":   {"verve/counter"},
-		"server":  {"verve/counter", "verve/dedup"},
-		"stream":  {"verve/counter"},
-		".":       {"verve/counter", "verve/dedup", "verve/server", "verve/stream"},
+	allowed := map[string][]string{ // by folder: the packages of this module that it may import
+		".":               {"counter", "dedup", "internal/", "server", "server/callback", "stream"},
+		"counter":         {},
+		"dedup":           {"counter", "internal/"},
+		"internal":        {},
+		"server":          {"counter", "dedup", "internal/", "server/callback"},
+		"server/callback": {"internal/"},
+		"stream":          {"counter", "internal/"},
+		"bench":           {"bench", "counter", "dedup", "internal/", "stream"},
 	}
-	homes := map[string]string{
-		"github.com/valyala/fasthttp": "server",
-		"github.com/redis/rueidis":    "dedup",
-		"github.com/twmb/franz-go":    "stream",
-		"go.etcd.io/bbolt":            "stream",
-		"github.com/alecthomas/kong":  ".",
+	homes := map[string][]string{ // by library: the folders that may import it
+		"github.com/valyala/fasthttp": {"server", "bench"},
+		"github.com/redis/rueidis":    {"dedup", "bench"},
+		"github.com/twmb/franz-go":    {"stream", "bench"},
+		"go.etcd.io/bbolt":            {"stream"},
+		"github.com/alecthomas/kong":  {".", "bench"},
 	}
-	for dir, ours := range allowed {
-		files, err := filepath.Glob(filepath.Join(dir, "*.go"))
-		if err != nil || len(files) == 0 {
-			t.Fatalf("%s: no files, %v", dir, err)
-		}
-		for _, file := range files {
-			if strings.HasSuffix(file, "_test.go") {
-				continue
+	forEachProductFile(t, parser.ImportsOnly, func(path string, f *ast.File) {
+		dir := filepath.ToSlash(filepath.Dir(path))
+		room := dir // the nearest folder with a rule
+		for allowed[room] == nil {
+			if room == "." {
+				t.Errorf("%s is in a folder that has no place in the layout", path)
+				return
 			}
-			f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+			room = filepath.ToSlash(filepath.Dir(room))
+			if room == "." {
+				t.Errorf("%s is in a folder that has no place in the layout", path)
+				return
+			}
+		}
+		for _, spec := range f.Imports {
+			imported, err := strconv.Unquote(spec.Path.Value)
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, spec := range f.Imports {
-				path, err := strconv.Unquote(spec.Path.Value)
-				if err != nil {
-					t.Fatal(err)
+			if ours, is := strings.CutPrefix(imported, "verve/"); is {
+				fits := func(a string) bool {
+					return ours == a || strings.HasSuffix(a, "/") && strings.HasPrefix(ours, a) ||
+						a == "bench" && strings.HasPrefix(ours, "bench/")
 				}
-				if strings.HasPrefix(path, "verve/") && !slices.Contains(ours, path) {
-					t.Errorf("%s imports %s", file, path)
-				}
-				for library, home := range homes {
-					if strings.HasPrefix(path, library) && dir != home {
-						t.Errorf("%s imports %s, whose home is %s", file, path, home)
-					}
-				}
-				if dir == "counter" && strings.Contains(path, ".") {
-					t.Errorf("%s imports %s: counter uses the standard library only", file, path)
+				if !slices.ContainsFunc(allowed[room], fits) {
+					t.Errorf("%s imports %s", path, imported)
 				}
 			}
+			for library, folders := range homes {
+				within := func(home string) bool { return room == home || strings.HasPrefix(room, home+"/") }
+				if strings.HasPrefix(imported, library) && !slices.ContainsFunc(folders, within) {
+					t.Errorf("%s imports %s, whose home is %s", path, imported, folders[0])
+				}
+			}
+			if room == "counter" && strings.Contains(imported, ".") {
+				t.Errorf("%s imports %s: counter uses the standard library only", path, imported)
+			}
 		}
+	})
+}
+
+// forEachProductFile parses every Go file of this module that is no test.
+func forEachProductFile(t *testing.T, mode parser.Mode, f func(path string, file *ast.File)) {
+	t.Helper()
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != ".":
+			return fs.SkipDir
+		case d.IsDir():
+			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil && path != "." {
+				return fs.SkipDir // a module of its own
+			}
+			return nil
+		case filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go"):
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, mode)
+		if err != nil {
+			return err
+		}
+		f(path, file)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
 // TestOnlyConfigReadsTheEnvironment: settings come from one place.
 func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
-	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if d.IsDir() && (path == "bench" || strings.HasPrefix(d.Name(), ".") && path != ".") {
-			return fs.SkipDir
-		}
-		if filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") || path == "config.go" {
-			return nil
-		}
-		f, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
-		if err != nil {
-			return err
+	forEachProductFile(t, 0, func(path string, f *ast.File) {
+		if path == "config.go" || strings.HasPrefix(path, "bench"+string(filepath.Separator)) {
+			return
 		}
 		ast.Inspect(f, func(n ast.Node) bool {
 			if call, ok := n.(*ast.SelectorExpr); ok {
@@ -88,9 +119,5 @@ func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
 			}
 			return true
 		})
-		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }

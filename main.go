@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -26,6 +27,7 @@ import (
 	"verve/counter"
 	"verve/dedup"
 	"verve/server"
+	"verve/server/callback"
 	"verve/stream"
 )
 
@@ -96,7 +98,7 @@ func serve(cfg *config, log zerolog.Logger) error {
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	ignoreFileSize()
 
-	p := &program{cfg: cfg, log: log, failed: make(chan error, 8)}
+	p := &program{cfg: cfg, log: log, times: server.NewTimes(), failed: make(chan error, 8)}
 	defer p.close()
 	if err := p.open(); err != nil {
 		return err
@@ -131,6 +133,7 @@ type program struct {
 	cfg *config
 	log zerolog.Logger
 
+	times       *server.Times
 	public      net.Listener
 	private     net.Listener // the admin listener
 	certificate *server.Certificate
@@ -139,7 +142,7 @@ type program struct {
 	records     *stream.Stream
 	set         dedup.Set // shared, or one in memory
 	counter     *counter.Counter
-	callbacks   *server.Callbacks
+	callbacks   *callback.Sender
 	front       *server.Server
 	admin       *server.Admin
 
@@ -178,11 +181,15 @@ func (p *program) open() error {
 	if err := p.openCounter(); err != nil {
 		return err
 	}
-	p.callbacks, err = server.NewCallbacks(server.CallbackConfig{
+	var selfTLS func() *tls.Config
+	if p.certificate != nil {
+		selfTLS = p.certificate.OwnConfig
+	}
+	p.callbacks, err = callback.New(callback.Config{
 		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
 		Timeout: cfg.CallbackTimeout, Secret: secret,
-		SelfAddrs: []string{p.public.Addr().String()}, SelfTLS: p.certificate, AdminAddr: p.private.Addr().String(),
-		Group: cfg.Group, Instance: p.spool.Instance(), Live: p.live, Log: log,
+		SelfAddrs: []string{p.public.Addr().String()}, SelfPath: server.SinkPath, SelfTLS: selfTLS, AdminAddr: p.private.Addr().String(),
+		Group: cfg.Group, Instance: p.spool.Instance(), Live: p.live, Took: p.times.CallbackEnded, Log: log,
 	})
 	if err != nil {
 		return usageError{err}
@@ -200,7 +207,7 @@ func (p *program) open() error {
 		group = p.shared.Group
 	}
 	p.admin = server.NewAdmin(server.AdminConfig{
-		Server: p.front, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
+		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
 		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(token),
 	})
 	return nil
@@ -409,10 +416,9 @@ func (p *program) paused(absent time.Duration) {
 		Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
 }
 
-// windowClosed reports a closed epoch. The counter calls it while it runs, which is
-// after open has made the admin server.
+// windowClosed reports a closed epoch.
 func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
-	p.admin.EpochClosed(c, took)
+	p.times.EpochClosed(c, took)
 	logWindow(p.log, c, took, p.records.Stats().Pending, p.shared != nil, err)
 }
 

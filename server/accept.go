@@ -8,6 +8,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/server/callback"
 )
 
 var (
@@ -27,7 +28,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	switch string(path) {
 	case acceptPath:
 		s.accept(ctx, raw)
-	case testPath:
+	case SinkPath:
 		s.sink(ctx)
 	default:
 		s.refuse(ctx, fasthttp.StatusNotFound, reasonNotFound)
@@ -37,7 +38,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 // expect answers a request with "Expect: 100-continue" without asking for its
 // body, unless it goes to the sink. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
-	if ctx.IsPost() && string(ctx.Request.Header.RequestURI()) == testPath {
+	if ctx.IsPost() && string(ctx.Request.Header.RequestURI()) == SinkPath {
 		return fasthttp.StatusContinue
 	}
 	s.handle(ctx)
@@ -63,14 +64,14 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
 		return
 	}
 
-	var callback Endpoint
+	var endpoint callback.Endpoint
 	var wanted bool // a callback
 	id, simple := plainID(raw)
 	if !simple {
 		q, err := parseQuery(raw, nil)
 		if err == nil && q.endpoint != nil {
-			callback, err = s.callbacks.Parse(q.endpoint)
-			wanted = len(h.Peek(callbackHeader)) == 0 // callbacks do not start callbacks
+			endpoint, err = s.callbacks.Parse(q.endpoint)
+			wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
 			if err != nil {
 				err = errBadEndpoint
 			}
@@ -89,7 +90,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
 		return
 	}
-	if wanted && !s.callbacks.Reserve(callback) {
+	if wanted && !s.callbacks.Reserve(endpoint) {
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
@@ -98,7 +99,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
 	var epoch *counter.Epoch
 	var err error
 	if wanted {
-		verdict, epoch, err = s.countAndCall(ctx, id, callback)
+		verdict, epoch, err = s.countAndCall(ctx, id, endpoint)
 	} else {
 		verdict, epoch, err = s.count(ctx, id)
 	}
@@ -147,17 +148,17 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, id []byte) (dedup.Verdict, *cou
 
 // countAndCall is count for a request with a reserved callback: it is sent for
 // a new id, and its place is given back otherwise, also after a panic.
-func (s *Server) countAndCall(ctx *fasthttp.RequestCtx, id []byte, callback Endpoint) (dedup.Verdict, *counter.Epoch, error) {
+func (s *Server) countAndCall(ctx *fasthttp.RequestCtx, id []byte, endpoint callback.Endpoint) (dedup.Verdict, *counter.Epoch, error) {
 	sent := false
 	defer func() {
 		if !sent {
-			s.callbacks.Release(callback)
+			s.callbacks.Release(endpoint)
 		}
 	}()
 	verdict, epoch, err := s.count(ctx, id)
 	if err == nil && verdict == dedup.Unique {
 		sent = true
-		s.callbacks.Send(callback)
+		s.callbacks.Send(endpoint)
 	}
 	return verdict, epoch, err
 }

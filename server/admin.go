@@ -11,11 +11,11 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"verve/counter"
 	"verve/dedup"
 )
 
@@ -49,6 +49,7 @@ type Sink struct {
 // are required.
 type AdminConfig struct {
 	Server    *Server
+	Times     *Times
 	Records   func() Records
 	Delivered func(windowStart time.Time) string // "spooled", "delivered", or "" if unknown
 	Group     string
@@ -70,8 +71,6 @@ type Admin struct {
 	http   http.Server
 	live   *live
 
-	sealDelay, closeTook histogram // of epochs
-
 	stopping atomic.Bool
 }
 
@@ -79,8 +78,6 @@ type Admin struct {
 func NewAdmin(cfg AdminConfig) *Admin {
 	a := &Admin{cfg: cfg, server: cfg.Server}
 	a.live = newLive(a)
-	a.sealDelay = newHistogram("verve_epoch_seal_delay_seconds", epochBuckets)
-	a.closeTook = newHistogram("verve_epoch_close_duration_seconds", epochBuckets)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", a.healthz)
 	mux.HandleFunc("GET /readyz", a.readyz)
@@ -115,13 +112,12 @@ func guarded(token string, next http.Handler) http.Handler {
 	}
 	want := sha256.Sum256([]byte(token))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		given, isBearer := cutPrefixFold([]byte(r.Header.Get("Authorization")), "bearer ")
-		if !isBearer {
-			_, password, _ := r.BasicAuth()
-			given = []byte(password)
+		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		if !strings.EqualFold(scheme, "bearer") {
+			_, given, _ = r.BasicAuth()
 		}
 		// Of the same length always, so that the time taken tells nothing.
-		got := sha256.Sum256(given)
+		got := sha256.Sum256([]byte(given))
 		switch {
 		case subtle.ConstantTimeCompare(got[:], want[:]) == 1:
 			next.ServeHTTP(w, r)
@@ -146,15 +142,6 @@ func (a *Admin) Serve(ln net.Listener) error {
 		return err
 	}
 	return nil
-}
-
-// EpochClosed takes the outcome of an epoch into the metrics: its count, and how
-// long it took to wait for its last requests and to publish it.
-func (a *Admin) EpochClosed(c counter.Count, took time.Duration) {
-	if c.Complete && !c.SealedAt.IsZero() { // else it did not run to its end, or nobody was there to see it
-		a.sealDelay.observe(max(0, c.SealedAt.Sub(c.Start.Add(c.Window))))
-	}
-	a.closeTook.observe(took)
 }
 
 // dedup is the value of --dedup.

@@ -13,7 +13,7 @@ import (
 func newAdminSite(t *testing.T, records *Records) (*site, *Admin) {
 	s := newSite(t, nil)
 	return s, NewAdmin(AdminConfig{
-		Server: s.Server, Records: func() Records { return *records },
+		Server: s.Server, Times: NewTimes(), Records: func() Records { return *records },
 		Delivered: func(time.Time) string { return "spooled" },
 		Group:     "verve", Instance: "test", Version: "v1.2.3",
 	})
@@ -143,7 +143,7 @@ func TestLabelsAreQuotedAsTheTextFormatHasIt(t *testing.T) {
 func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
 	s, _ := newAdminSite(t, new(Records))
 	a := NewAdmin(AdminConfig{
-		Server: s.Server, Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },
+		Server: s.Server, Times: NewTimes(), Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },
 		Token: "open sesame",
 	})
 	ask := func(path string, header ...string) *httptest.ResponseRecorder {

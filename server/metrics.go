@@ -14,7 +14,9 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 
+	"verve/counter"
 	"verve/dedup"
+	"verve/server/callback"
 )
 
 // Buckets of the histograms, in seconds. A request takes microseconds here and
@@ -39,6 +41,31 @@ func newHistogram(name string, buckets []float64) histogram {
 }
 
 func (h histogram) observe(d time.Duration) { h.Update(d.Seconds()) }
+
+// Times are the histograms of what other packages measure. They exist before the
+// parts that fill them. Safe for concurrent use.
+type Times struct{ sealDelay, closeTook, callback histogram }
+
+// NewTimes makes empty histograms.
+func NewTimes() *Times {
+	return &Times{
+		sealDelay: newHistogram("verve_epoch_seal_delay_seconds", epochBuckets),
+		closeTook: newHistogram("verve_epoch_close_duration_seconds", epochBuckets),
+		callback:  newHistogram("verve_callback_duration_seconds", callbackBuckets),
+	}
+}
+
+// EpochClosed records how long the epoch of c took to drain and publish, and how
+// late it was sealed: unknown for one that did not run to its end.
+func (t *Times) EpochClosed(c counter.Count, took time.Duration) {
+	if c.Complete && !c.SealedAt.IsZero() {
+		t.sealDelay.observe(max(0, c.SealedAt.Sub(c.Start.Add(c.Window))))
+	}
+	t.closeTook.observe(took)
+}
+
+// CallbackEnded records the duration of a callback's exchange.
+func (t *Times) CallbackEnded(took time.Duration) { t.callback.observe(took) }
 
 // exposition writes families of metrics in the text format of Prometheus.
 type exposition struct{ w io.Writer }
@@ -118,7 +145,7 @@ func (s *Server) refusals() (n uint64) {
 	return n
 }
 
-func callbackResults(cb CallbackStats) []resultCount {
+func callbackResults(cb callback.Stats) []resultCount {
 	return []resultCount{
 		{"delivered", cb.Delivered},
 		{"merged", cb.Merged},
@@ -163,8 +190,8 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.counter("verve_process_pauses_total", "Pauses of the process longer than --max-clock-skew.", c.Clock.Pauses)
 	e.family("verve_process_paused_seconds_total", "counter", "Total time the process was paused, in seconds.")
 	e.value("verve_process_paused_seconds_total", c.Clock.Paused.Seconds())
-	e.histogram("verve_epoch_seal_delay_seconds", "Delay from the end of an epoch until it was sealed.", a.sealDelay)
-	e.histogram("verve_epoch_close_duration_seconds", "Time to drain an epoch's last requests and publish its count.", a.closeTook)
+	e.histogram("verve_epoch_seal_delay_seconds", "Delay from the end of an epoch until it was sealed.", a.cfg.Times.sealDelay)
+	e.histogram("verve_epoch_close_duration_seconds", "Time to drain an epoch's last requests and publish its count.", a.cfg.Times.closeTook)
 
 	d := s.cfg.Set.Stats()
 	e.gauge("verve_max_ids", "Most ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
@@ -193,9 +220,8 @@ func (a *Admin) writeMetrics(w io.Writer) {
 
 	cb := s.callbacks.Stats()
 	e.counters("verve_callbacks_total", "Callbacks, by result.", "result", callbackResults(cb))
-	e.histogram("verve_callback_duration_seconds", "Time from dialling a callback's endpoint to the end of its answer.", s.callbacks.took)
+	e.histogram("verve_callback_duration_seconds", "Time from dialling a callback's endpoint to the end of its answer.", a.cfg.Times.callback)
 	e.counter("verve_callbacks_retried_total", "Callbacks sent again because a pooled connection was dead.", cb.Retried)
-	e.counter("verve_callbacks_deferred_total", "Callbacks postponed because their address was at its limits.", cb.Deferred)
 	e.gauge("verve_callbacks_waiting", "Endpoints with a waiting POST.", float64(cb.Waiting))
 	e.gauge("verve_callbacks_in_flight", "POSTs in flight.", float64(cb.InFlight))
 	e.gauge("verve_callback_destinations", "Destinations that the server keeps state for.", float64(cb.Destinations))

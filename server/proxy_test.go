@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
 // proxies are those that people put in front, set to keep and share connections
@@ -100,7 +102,7 @@ func startProxy(t *testing.T, name, config string, args []string, server string)
 		args[i] = in.Replace(args[i])
 	}
 	cmd := exec.Command(exe, args...)
-	var out lockedBuffer
+	var out testproc.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

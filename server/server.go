@@ -19,6 +19,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/server/callback"
 )
 
 // Defaults of Config.
@@ -45,7 +46,7 @@ const (
 type Config struct {
 	Counter   *counter.Counter
 	Set       dedup.Set
-	Callbacks *Callbacks
+	Callbacks *callback.Sender
 	Log       zerolog.Logger
 
 	Uint64IDs       bool // only canonical decimals up to 2^64-1 are ids
@@ -66,7 +67,7 @@ type Config struct {
 // Server serves the public listener.
 type Server struct {
 	cfg       Config
-	callbacks *Callbacks
+	callbacks *callback.Sender
 	http      fasthttp.Server
 	ln        *listener
 	stopSweep chan struct{}

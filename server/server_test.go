@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +20,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/server/callback"
 )
 
 // published collects what the counter publishes.
@@ -57,7 +59,7 @@ type site struct {
 func newSite(t testing.TB, change func(*Config)) *site { return newSiteWith(t, change, nil) }
 
 // newSiteWith is newSite with a change to the callbacks before they run.
-func newSiteWith(t testing.TB, change func(*Config), calls func(*Callbacks)) *site {
+func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config)) *site {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -77,16 +79,20 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*Callbacks)) *si
 	if change != nil {
 		change(&cfg)
 	}
-	callbacks, err := NewCallbacks(CallbackConfig{
-		SelfAddrs: []string{s.addr}, SelfTLS: cfg.TLS, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
-	})
+	callbackCfg := callback.Config{
+		SelfAddrs: []string{s.addr}, SelfPath: SinkPath, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
+	}
+	if cfg.TLS != nil {
+		callbackCfg.SelfTLS = cfg.TLS.OwnConfig
+	}
+	if calls != nil {
+		calls(&callbackCfg)
+	}
+	callbacks, err := callback.New(callbackCfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg.Callbacks = callbacks
-	if calls != nil {
-		calls(callbacks)
-	}
 	if s.Server, err = New(cfg, ln); err != nil {
 		t.Fatal(err)
 	}
@@ -101,6 +107,19 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*Callbacks)) *si
 		set.Close()
 	})
 	return s
+}
+
+// patience is how long a test waits for what must happen; no assertion depends on
+// how soon it does.
+const patience = 20 * time.Second
+
+func awaitCallbacks(t testing.TB, s *callback.Sender, done func(callback.Stats) bool) {
+	t.Helper()
+	for start := time.Now(); !done(s.Stats()); time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			t.Fatalf("waited in vain for callbacks: %+v", s.Stats())
+		}
+	}
 }
 
 // stop goes the way main goes.
@@ -484,6 +503,35 @@ func TestAcceptPostsTheCountToTheEndpoint(t *testing.T) {
 	if got := s.sunk.Load(); got != 1 {
 		t.Errorf("/test received %d POSTs, want 1", got)
 	}
+}
+
+// TestLoopOverTwoServersEndsAtDepthOne: a callback that names the accept of a
+// server, with a callback back in it, is a POST, which accept does not take; and
+// what bears the mark of a callback starts none.
+func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
+	b := newSite(t, nil)
+	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddrs[0]} })
+	back := "http://" + a.addr + "/api/verve/accept?id=2&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=3")
+	resp, _ := a.ask(get("id=1&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=1&endpoint="+url.QueryEscape(back))))
+	if resp.StatusCode != 200 {
+		t.Fatalf("got %v", resp)
+	}
+	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedStatus == 1 })
+	if n := b.refused[reasonMethod.index].Load(); n != 1 {
+		t.Errorf("the other server refused %d POSTs, want 1", n)
+	}
+	if s := b.callbacks.Stats(); s.Reserved+s.InFlight != 0 || s.Delivered+s.FailedConnect+s.FailedRefused+s.FailedStatus != 0 {
+		t.Errorf("the other server started callbacks: %+v", s)
+	}
+	if a.cfg.Counter.Stats().Unique != 1 || b.cfg.Counter.Stats().Unique != 0 {
+		t.Error("a callback has counted an id")
+	}
+	// Its own accept is not even dialled, by whatever name.
+	self := "http://" + a.addr + "/api/verve/accept?id=9"
+	if resp, _ := a.ask(get("id=4&endpoint=" + url.QueryEscape(self))); resp.StatusCode != 200 {
+		t.Fatalf("got %v", resp)
+	}
+	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedRefused == 1 })
 }
 
 // TestCallbacksDoNotStartCallbacks: a loop over two servers ends at depth one.

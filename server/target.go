@@ -8,7 +8,7 @@ import (
 
 const (
 	acceptPath = "/api/verve/accept"
-	testPath   = "/test" // the sink; also the one path of this server that a callback may name
+	SinkPath   = "/test" // the built-in receiver of callbacks
 
 	// maxIDLen bounds an id after decoding, in bytes.
 	maxIDLen = 256

@@ -106,9 +106,9 @@ func (c *Certificate) serverConfig() *tls.Config {
 	}
 }
 
-// ownConfig is for connections to this server itself, by its address: whatever
+// OwnConfig is for connections to this server itself, by its address: whatever
 // names the certificate has, it must be the one that is served here.
-func (c *Certificate) ownConfig() *tls.Config {
+func (c *Certificate) OwnConfig() *tls.Config {
 	before := c.current.Load()
 	return &tls.Config{
 		MinVersion:         tls.VersionTLS12,

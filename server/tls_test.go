@@ -24,6 +24,9 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"verve/internal/testproc"
+	"verve/server/callback"
 )
 
 // newKeyPair makes a certificate for a name, signed by itself, and its key.
@@ -260,7 +263,7 @@ func TestCallbackReachesOwnSinkOverTLS(t *testing.T) {
 	if resp, _ := s.askTLS(get("id=1&endpoint=https%3A%2F%2F" + s.addr + "%2Ftest")); resp.StatusCode != 200 {
 		t.Fatalf("got %v", resp)
 	}
-	await(t, s.callbacks, "delivery", func(st CallbackStats) bool { return st.Delivered == 1 })
+	awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Delivered == 1 })
 	if s.sunk.Load() != 1 {
 		t.Errorf("/test received %d POSTs, want 1", s.sunk.Load())
 	}
@@ -274,8 +277,7 @@ func TestCallbackReachesOwnSinkOverTLS(t *testing.T) {
 	cert, key := newKeyPair(t, "verve.example.com")
 	files.replace(files.cert, cert)
 	files.replace(files.key, key)
-	s.callbacks.guard.selfTLS = files.load(zerolog.Nop())
-	conn, err := s.callbacks.guard.dial(t.Context(), destinationOf(t, s.callbacks, "https://"+s.addr+"/test"), s.callbacks.anyRate())
+	conn, err := tls.Dial("tcp", s.addr, files.load(zerolog.Nop()).OwnConfig())
 	if err == nil {
 		conn.Close()
 		t.Error("a stranger's certificate was taken for the own")
@@ -303,7 +305,7 @@ func TestCertificateIsReplacedWhenTheFilesChange(t *testing.T) {
 	cert, key := newKeyPair(t, "verve.example.com")
 	files.replace(files.cert, cert)
 	files.replace(files.key, key)
-	var log lockedBuffer
+	var log testproc.Buffer
 	var certificate *Certificate
 	s := newSite(t, func(c *Config) {
 		certificate = files.load(zerolog.New(&log))

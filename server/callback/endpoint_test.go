@@ -1,4 +1,4 @@
-package server
+package callback
 
 import (
 	"bufio"
@@ -17,13 +17,13 @@ import (
 	"github.com/valyala/fasthttp"
 )
 
-// endpointPolicy returns Callbacks that parse but never run.
-func endpointPolicy(t testing.TB, self []string, allow ...string) *Callbacks {
+// endpointPolicy returns Sender that parse but never run.
+func endpointPolicy(t testing.TB, self []string, allow ...string) *Sender {
 	t.Helper()
-	c, err := NewCallbacks(CallbackConfig{
+	c, err := New(Config{
 		Allow:     allow,
-		SelfAddrs: self,
-		Live:      func() (time.Time, uint64) { return time.Time{}, 0 },
+		SelfAddrs: self, SelfPath: sinkPath,
+		Live: func() (time.Time, uint64) { return time.Time{}, 0 },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +78,7 @@ func TestEndpointVerdictOfEveryCase(t *testing.T) {
 	}
 	// Allowed by their text; what bounds them has tests of its own.
 	bounded := map[string]func(*testing.T){
-		"self":       TestLoopOverTwoServersEndsAtDepthOne,
+		"self":       TestEndpointOwnSinkIsTheOnlyOwnPath,
 		"victim":     TestCallbackFloodForOneVictimIsMergedAndSlow,
 		"tarpit":     TestCallbackTarpitHoldsUpNobodyElse,
 		"bomb":       TestCallbackHostileAnswersAreBounded,
@@ -277,7 +277,7 @@ func TestEndpointAllowListLiftsWhatItNames(t *testing.T) {
 		"10.0.0.0/8", "10.0.0.1/8:80", "10.0.0.0/33:80", "10.0.0/8:80", "::ffff:10.0.0.0/104:80", "fd00::1:80", "[fd00::1:80", "[10.0.0.1]:80",
 		"127.1:80", "256.1.1.1:80", "a..b:80", "user@hooks.lan:80", "*.lan:80",
 	} {
-		_, err := NewCallbacks(CallbackConfig{Allow: []string{entry}, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
+		_, err := New(Config{Allow: []string{entry}, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
 		if err == nil || !strings.Contains(err.Error(), strconv.Quote(entry)) {
 			t.Errorf("entry %q: error %v, want one that names it", entry, err)
 		}

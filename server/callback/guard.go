@@ -1,4 +1,4 @@
-package server
+package callback
 
 import (
 	"context"
@@ -82,29 +82,33 @@ type guard struct {
 	nets     []allowedNet
 	self     []selfAddr
 	ownPorts []uint16 // public and admin
-	selfTLS  *Certificate
+	selfTLS  func() *tls.Config
+	selfPath string
 	base     *ssrf.Guardian
 	resolver *net.Resolver
 	tls      *tls.Config
 
 	// interfaces lists the addresses of this machine.
 	interfaces func() ([]net.Addr, error)
-	// connect makes the connection with the given dialer. Tests replace it to
-	// fail at once where the test machine has no route.
+	// connect makes the connection with the given dialer.
 	connect func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error)
 }
 
-func newGuard(cfg *CallbackConfig) (*guard, error) {
+func newGuard(cfg *Config) (*guard, error) {
 	g := &guard{
 		hosts:      make(map[hostPort]bool),
 		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
 		resolver:   cfg.Resolver,
-		tls:        cfg.TLS,
+		tls:        cfg.tls,
 		selfTLS:    cfg.SelfTLS,
+		selfPath:   cfg.SelfPath,
 		interfaces: net.InterfaceAddrs,
-		connect: func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
+		connect:    cfg.Connect,
+	}
+	if g.connect == nil {
+		g.connect = func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
 			return d.DialContext(ctx, "tcp", addr)
-		},
+		}
 	}
 	if g.resolver == nil {
 		g.resolver = net.DefaultResolver
@@ -285,7 +289,7 @@ func (g *guard) permit(d *destination, addr netip.Addr) error {
 	case !defaultPort(d.port):
 		return fmt.Errorf("%w: %v port %d is in no allowed network", errRefused, addr, d.port)
 	}
-	if err := g.publicAddr(addr); err != nil {
+	if err := g.base.SafeAddr(addr); err != nil {
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	return nil
@@ -330,7 +334,7 @@ func (g *guard) dial(ctx context.Context, d *destination, connect dialFunc) (net
 	var cfg *tls.Config
 	switch {
 	case d.kind == destSelf:
-		cfg = g.selfTLS.ownConfig()
+		cfg = g.selfTLS()
 	case g.tls != nil:
 		cfg = g.tls.Clone()
 	default:
@@ -383,9 +387,7 @@ func (g *guard) dialTCP(ctx context.Context, d *destination, connect dialFunc) (
 		if dialErr == nil {
 			return conn, nil
 		}
-		if _, busy := busyPeer(err); !busy { // else it is worth another try
-			err = dialErr
-		}
+		err = dialErr
 		if ctx.Err() != nil {
 			break
 		}

@@ -1,4 +1,4 @@
-package server
+package callback
 
 import (
 	"bufio"
@@ -30,12 +30,12 @@ const (
 	resultRefused
 	resultAnswer
 	resultCut
-	resultLimited // its address is at its limit: the POST has to wait, or is given up
+	resultLimited // its address is at its limits
 )
 
 var resultNames = [...]string{"delivered", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "cut", "limited"}
 
-func (k resultKind) counter(s *CallbackStats) *uint64 {
+func (k resultKind) counter(s *Stats) *uint64 {
 	return [...]*uint64{
 		&s.Delivered, &s.FailedStatus, &s.FailedRedirect, &s.FailedTimeout, &s.FailedResolve,
 		&s.FailedConnect, &s.FailedRefused, &s.FailedAnswer, &s.Dropped, &s.FailedLimited,
@@ -50,7 +50,7 @@ type result struct {
 }
 
 var (
-	errCut       = errors.New("cut off by the stop")
+	errNotTried  = errors.New("not tried") // or cut off by the stop: excluded by the breaker
 	errUnhealthy = errors.New("unhealthy destination")
 )
 
@@ -58,8 +58,8 @@ var (
 // unless it answers that it is not.
 func (r result) breakerErr() error {
 	switch {
-	case r.kind == resultCut:
-		return errCut
+	case r.kind == resultCut, r.kind == resultLimited:
+		return errNotTried
 	case r.kind == resultDelivered, r.kind == resultRedirect,
 		r.kind == resultStatus && r.status < 500 && r.status != fasthttp.StatusTooManyRequests:
 		return nil
@@ -76,10 +76,10 @@ type worker struct {
 }
 
 // post does one exchange.
-func (c *Callbacks) post(w *worker, j job) result {
+func (s *Sender) post(w *worker, j job) result {
 	start := time.Now()
-	windowStart, unique := c.cfg.Live()
-	w.body = c.appendBody(w.body[:0], windowStart, unique)
+	windowStart, unique := s.cfg.Live()
+	w.body = s.appendBody(w.body[:0], windowStart, unique)
 
 	req := &w.req
 	req.Reset()
@@ -90,13 +90,13 @@ func (c *Callbacks) post(w *worker, j job) result {
 	}
 
 	// Do, not Post: no redirect is followed.
-	err := j.client.DoTimeout(req, &w.resp, c.cfg.Timeout)
+	err := j.client.DoTimeout(req, &w.resp, s.cfg.Timeout)
 	defer w.resp.Reset() // the body of the answer is not kept until the next one
 	r := result{err: err, took: time.Since(start)}
 	// The error first: a failed call leaves a status of 200 behind.
 	if err != nil {
 		r.kind = classify(err)
-		if c.exchanges.Err() != nil {
+		if s.exchanges.Err() != nil {
 			r.kind = resultCut
 		}
 		return r
@@ -118,7 +118,7 @@ func (c *Callbacks) post(w *worker, j job) result {
 func setRequest(req *fasthttp.Request, d *destination, ep Endpoint) {
 	req.Header.SetMethod(fasthttp.MethodPost)
 	req.Header.SetContentType("application/json")
-	req.Header.Set(callbackHeader, "1")
+	req.Header.Set(Header, "1")
 	uri := req.URI()
 	uri.SetScheme("http")
 	if d.tls {
@@ -134,12 +134,12 @@ func classify(err error) resultKind {
 	var (
 		dnsErr  *net.DNSError
 		dialErr dialError
+		limited limitedError
 		timeout interface{ Timeout() bool }
 	)
-	if _, busy := busyPeer(err); busy {
-		return resultLimited
-	}
 	switch {
+	case errors.As(err, &limited):
+		return resultLimited
 	case errors.Is(err, errRefused):
 		return resultRefused
 	case errors.As(err, &dnsErr):
@@ -168,12 +168,12 @@ func bodyTail(group, instance string) ([]byte, error) {
 }
 
 // appendBody appends the body of a POST. RFC3339Nano drops trailing zeros.
-func (c *Callbacks) appendBody(dst []byte, windowStart time.Time, unique uint64) []byte {
+func (s *Sender) appendBody(dst []byte, windowStart time.Time, unique uint64) []byte {
 	dst = append(dst, `{"window_start":"`...)
 	dst = windowStart.UTC().AppendFormat(dst, time.RFC3339Nano)
 	dst = append(dst, `","unique":`...)
 	dst = strconv.AppendUint(dst, unique, 10)
-	return append(dst, c.bodyTail...)
+	return append(dst, s.bodyTail...)
 }
 
 // dialError marks an error of the dial, so that it is told apart from one of
@@ -185,25 +185,25 @@ func (e dialError) Unwrap() error { return e.err }
 
 // newClient returns the client of d. One per destination, not one
 // fasthttp.Client for all: that one keeps a map and a goroutine of its own.
-func (c *Callbacks) newClient(d *destination) *fasthttp.HostClient {
-	connect := c.through(d)
+func (s *Sender) newClient(d *destination) *fasthttp.HostClient {
+	connect := s.limitedDial(d)
 	client := &fasthttp.HostClient{
 		Addr:  net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
 		IsTLS: d.tls,
 		// Not by Addr but by d, and TLS is done in there, too: within the time
 		// of the exchange. A connection of type *tls.Conn is taken as it is.
 		DialTimeout: func(_ string, timeout time.Duration) (net.Conn, error) {
-			ctx, cancel := context.WithTimeout(c.exchanges, timeout)
+			ctx, cancel := context.WithTimeout(s.exchanges, timeout)
 			defer cancel()
-			conn, err := c.guard.dial(ctx, d, connect)
+			conn, err := s.guard.dial(ctx, d, connect)
 			if err != nil {
 				return nil, dialError{err}
 			}
 			return conn, nil
 		},
-		Transport:                 (*transport)(c),
+		Transport:                 (*transport)(s),
 		Name:                      "verve",
-		MaxConns:                  c.cfg.Concurrency,
+		MaxConns:                  s.cfg.Concurrency,
 		MaxIdemponentCallAttempts: 2,
 		MaxResponseBodySize:       maxAnswer,
 		DisablePathNormalizing:    true,
@@ -213,7 +213,7 @@ func (c *Callbacks) newClient(d *destination) *fasthttp.HostClient {
 		// The transport asks for a retry on a dead pooled connection only. The
 		// others of the pool are as old: the peer restarted, most likely.
 		client.CloseIdleConnections()
-		c.retried.Add(1)
+		s.retried.Add(1)
 		return false, true
 	}
 	return client
@@ -224,7 +224,7 @@ func (c *Callbacks) newClient(d *destination) *fasthttp.HostClient {
 // from the pool, which decides about a retry; it ends exchanges when the
 // server stops; and it keeps the client from starting a goroutine per
 // destination that cleans the pool, which trim does for all.
-type transport Callbacks
+type transport Sender
 
 func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
 	deadline := time.Now().Add(req.GetTimeOut())
@@ -235,9 +235,9 @@ func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, re
 		return false, err
 	}
 	conn, pooled := cc.Conn(), !cc.LastUseTime().IsZero()
-	peer := peerConnOf(conn)
-	if peer != nil {
-		if err := peer.enter(); err != nil {
+	counted := addressConnOf(conn)
+	if counted != nil {
+		if err := counted.acquire(); err != nil {
 			hc.ReleaseConn(cc)
 			return false, err
 		}
@@ -279,8 +279,8 @@ func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, re
 		hc.CloseConn(cc)
 		return false, nil
 	}
-	if peer != nil {
-		peer.leave() // before another POST may use it
+	if counted != nil {
+		counted.release() // before another POST may use it
 	}
 	hc.ReleaseConn(cc)
 	return false, nil
@@ -327,16 +327,16 @@ func (s *logSampler) takeHidden() uint64 {
 	return hidden
 }
 
-func (c *Callbacks) logResult(ep Endpoint, r result) {
-	sampler, level := &c.failLog, zerolog.WarnLevel
+func (s *Sender) logResult(ep Endpoint, r result) {
+	sampler, level := &s.failLog, zerolog.WarnLevel
 	if r.kind == resultDelivered {
-		sampler, level = &c.okLog, zerolog.InfoLevel
+		sampler, level = &s.okLog, zerolog.InfoLevel
 	}
 	hidden, ok := sampler.allow(time.Now())
 	if !ok {
 		return
 	}
-	line := c.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", resultNames[r.kind]).Dur("took", r.took)
+	line := s.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", resultNames[r.kind]).Dur("took", r.took)
 	if r.status != 0 {
 		line = line.Int("status", r.status)
 	}
@@ -347,11 +347,11 @@ func (c *Callbacks) logResult(ep Endpoint, r result) {
 }
 
 // logHidden says how many results were not logged, when none follows to say it.
-func (c *Callbacks) logHidden() {
-	if n := c.okLog.takeHidden(); n > 0 {
-		c.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callbacks not logged one by one")
+func (s *Sender) logHidden() {
+	if n := s.okLog.takeHidden(); n > 0 {
+		s.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callbacks not logged one by one")
 	}
-	if n := c.failLog.takeHidden(); n > 0 {
-		c.cfg.Log.Warn().Uint64("hidden", n).Str("result", "failed").Msg("callbacks not logged one by one")
+	if n := s.failLog.takeHidden(); n > 0 {
+		s.cfg.Log.Warn().Uint64("hidden", n).Str("result", "failed").Msg("callbacks not logged one by one")
 	}
 }

@@ -1,4 +1,4 @@
-package server
+package callback
 
 import (
 	"bytes"
@@ -41,7 +41,7 @@ const (
 // Endpoint is a callback URL that passed the check of its text. Nothing but
 // its parts goes into a request: the URL as it was given is not read again.
 //
-// The zero Endpoint is not a valid argument to any method of Callbacks.
+// The zero Endpoint is not a valid argument to any method of Sender.
 type Endpoint struct {
 	url    string // canonical, port always present: POSTs with the same url merge
 	origin string // url up to the target: scheme://host:port
@@ -139,7 +139,7 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 		path = target[:i]
 	}
 	switch {
-	case ep.tls == (g.selfTLS != nil) && string(path) == testPath && g.isSelf(name, ep.addr, port):
+	case ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(name, ep.addr, port):
 		// All names of this server are one destination.
 		ep.kind, ep.addr = destSelf, netip.Addr{}
 		name = append(name[:0], "localhost"...)
@@ -150,7 +150,7 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 			ep.kind = destListed
 		} else if !defaultPort(port) {
 			return Endpoint{}, errEndpointPortList
-		} else if g.publicAddr(ep.addr) != nil {
+		} else if g.base.SafeAddr(ep.addr) != nil {
 			return Endpoint{}, errEndpointAddr
 		}
 	case g.allowedNetPort(port):

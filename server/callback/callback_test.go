@@ -1,4 +1,4 @@
-package server
+package callback
 
 import (
 	"bufio"
@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"net/url"
 	"runtime"
 	"slices"
 	"strconv"
@@ -27,22 +26,26 @@ import (
 
 	"github.com/rs/zerolog"
 	"go.uber.org/goleak"
+
+	"verve/internal/testproc"
 )
 
 // patience is how long a test waits for what must happen; no assertion
 // depends on how soon it does.
 const patience = 20 * time.Second
 
-// startCallbacks runs Callbacks until the test ends, and checks then that no
+const sinkPath = "/test"
+
+// startCallbacks runs Sender until the test ends, and checks then that no
 // goroutine is left and every Send has been accounted for.
-func startCallbacks(t *testing.T, cfg CallbackConfig) *Callbacks {
+func startCallbacks(t *testing.T, cfg Config) *Sender {
 	t.Helper()
 	current := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, current) })
 	if cfg.Live == nil {
 		cfg.Live = func() (time.Time, uint64) { return time.Unix(0, 0), 1 }
 	}
-	c, err := NewCallbacks(cfg)
+	c, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +53,7 @@ func startCallbacks(t *testing.T, cfg CallbackConfig) *Callbacks {
 	return c
 }
 
-func run(t *testing.T, c *Callbacks) {
+func run(t *testing.T, c *Sender) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = c.Run(ctx) }()
@@ -58,7 +61,7 @@ func run(t *testing.T, c *Callbacks) {
 }
 
 // send does what the request handler does for a new id.
-func send(t testing.TB, c *Callbacks, url string) {
+func send(t testing.TB, c *Sender, url string) {
 	t.Helper()
 	ep, err := c.Parse([]byte(url))
 	if err != nil {
@@ -70,7 +73,7 @@ func send(t testing.TB, c *Callbacks, url string) {
 	c.Send(ep)
 }
 
-func await(t testing.TB, c *Callbacks, what string, cond func(CallbackStats) bool) CallbackStats {
+func await(t testing.TB, c *Sender, what string, cond func(Stats) bool) Stats {
 	t.Helper()
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		s := c.Stats()
@@ -84,11 +87,11 @@ func await(t testing.TB, c *Callbacks, what string, cond func(CallbackStats) boo
 }
 
 // sends returns the number of Sends that s accounts for.
-func (s CallbackStats) sends() uint64 {
-	return s.Delivered + s.failed() + s.Merged + s.Dropped + uint64(s.Waiting) + uint64(s.InFlight)
+func sends(s Stats) uint64 {
+	return s.Delivered + failed(s) + s.Merged + s.Dropped + uint64(s.Waiting) + uint64(s.InFlight)
 }
 
-func (s CallbackStats) failed() uint64 {
+func failed(s Stats) uint64 {
 	return s.FailedStatus + s.FailedRedirect + s.FailedTimeout + s.FailedResolve + s.FailedConnect +
 		s.FailedRefused + s.FailedAnswer + s.FailedBreaker + s.FailedLimited
 }
@@ -166,7 +169,7 @@ func TestCallbackRequestIsExact(t *testing.T) {
 		wire <- raw.String()
 		_, _ = io.WriteString(conn, okAnswer)
 	})
-	c := startCallbacks(t, CallbackConfig{
+	c := startCallbacks(t, Config{
 		Allow: []string{hostport}, Group: "verve", Instance: "host-1",
 		Live: func() (time.Time, uint64) {
 			return time.Date(2026, 11, 22, 7, 36, 0, 0, time.FixedZone("", 3600)), 48211
@@ -180,7 +183,7 @@ func TestCallbackRequestIsExact(t *testing.T) {
 	if got := <-wire; got != want {
 		t.Fatalf("request\n%q, want\n%q", got, want)
 	}
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 1 })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 1 })
 }
 
 func TestCallbackBodyIsJSONForAnyName(t *testing.T) {
@@ -190,7 +193,7 @@ func TestCallbackBodyIsJSONForAnyName(t *testing.T) {
 		{"ü€𝄞\u2028", "2026-11-22T06:36:00Z"},
 	} {
 		start, _ := time.Parse(time.RFC3339Nano, tc.start)
-		c, err := NewCallbacks(CallbackConfig{Group: tc.group, Instance: tc.group + "'", Live: func() (time.Time, uint64) { return start, 1<<64 - 1 }})
+		c, err := New(Config{Group: tc.group, Instance: tc.group + "'", Live: func() (time.Time, uint64) { return start, 1<<64 - 1 }})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -219,7 +222,7 @@ func TestCallbackMergesWhatWaitsForTheSameEndpoint(t *testing.T) {
 		bodies <- string(body)
 		<-gate
 	})
-	c := startCallbacks(t, CallbackConfig{
+	c := startCallbacks(t, Config{
 		Allow: []string{hostport}, Concurrency: 1,
 		Live: func() (time.Time, uint64) { return time.Unix(0, 0), live.Load() },
 	})
@@ -239,8 +242,8 @@ func TestCallbackMergesWhatWaitsForTheSameEndpoint(t *testing.T) {
 	if !strings.Contains(first, `"unique":1,`) || !strings.Contains(second, `"unique":101,`) {
 		t.Fatalf("bodies %s, %s", first, second)
 	}
-	s := await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 2 })
-	if s.sends() != 101 || s.Reserved != 0 {
+	s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 2 })
+	if sends(s) != 101 || s.Reserved != 0 {
 		t.Fatalf("stats %+v", s)
 	}
 }
@@ -268,13 +271,13 @@ func TestCallbackConcurrencyIsPerDestination(t *testing.T) {
 	}
 	url1, hostport1 := receiver(t, handler)
 	url2, hostport2 := receiver(t, handler)
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport1, hostport2}, Concurrency: limit})
+	c := startCallbacks(t, Config{Allow: []string{hostport1, hostport2}, Concurrency: limit})
 	t.Cleanup(open)
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/%d", url1, n))
 		send(t, c, fmt.Sprintf("%s/%d", url2, n))
 	}
-	await(t, c, "both at their limit", func(CallbackStats) bool {
+	await(t, c, "both at their limit", func(Stats) bool {
 		mu.Lock()
 		defer mu.Unlock()
 		return load[hostport1] != nil && load[hostport2] != nil && load[hostport1].now == limit && load[hostport2].now == limit
@@ -283,7 +286,7 @@ func TestCallbackConcurrencyIsPerDestination(t *testing.T) {
 		t.Fatalf("stats %+v", s)
 	}
 	open()
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 2*posts })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 2*posts })
 	if load[hostport1].most != limit || load[hostport2].most != limit {
 		t.Fatalf("most in flight: %+v, %+v", load[hostport1], load[hostport2])
 	}
@@ -299,11 +302,11 @@ func TestCallbackRateHoldsForDestinationsNotListed(t *testing.T) {
 		mu.Unlock()
 	})
 	// The own sink is subject to the rate as public destinations are.
-	c := startCallbacks(t, CallbackConfig{SelfAddrs: []string{hostport}, Rate: rate})
+	c := startCallbacks(t, Config{SelfAddrs: []string{hostport}, SelfPath: sinkPath, Rate: rate})
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/test?%d", url, n))
 	}
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == posts })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == posts })
 	mu.Lock()
 	defer mu.Unlock()
 	// The one that makes up for a late wake-up comes on top of the first.
@@ -315,16 +318,16 @@ func TestCallbackRateHoldsForDestinationsNotListed(t *testing.T) {
 func TestCallbackRateSparesListedDestinations(t *testing.T) {
 	const posts = 100
 	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) {})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Rate: 0.001})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Rate: 0.001})
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
 	}
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == posts })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == posts })
 }
 
 func TestCallbackFullTableRefusesBeforeAnythingIsCounted(t *testing.T) {
-	c, err := NewCallbacks(CallbackConfig{
-		Allow: []string{"a.lan:1", "b.lan:1"}, MaxWaiting: 4, MaxWaitingPerDestination: 2,
+	c, err := New(Config{
+		Allow: []string{"a.lan:1", "b.lan:1"}, maxWaiting: 4, maxWaitingPerDestination: 2,
 		Live: func() (time.Time, uint64) { return time.Time{}, 0 },
 	})
 	if err != nil {
@@ -361,14 +364,14 @@ func TestCallbackFullTableRefusesBeforeAnythingIsCounted(t *testing.T) {
 	c.Release(parse("http://b.lan:1/1"))
 	c.Release(parse("http://a.lan:1/1"))
 	s := c.Stats()
-	if s.Reserved != 1 || s.Waiting != 1 || s.Busy != 3 || s.Destinations != 1 || s.sends() != 1 {
+	if s.Reserved != 1 || s.Waiting != 1 || s.Busy != 3 || s.Destinations != 1 || sends(s) != 1 {
 		t.Fatalf("stats %+v", s)
 	}
 }
 
 func TestCallbackNewcomersLeaveAQuarterOfTheTable(t *testing.T) {
-	c, err := NewCallbacks(CallbackConfig{
-		Allow: []string{"a.lan:1"}, MaxWaiting: 8, Live: func() (time.Time, uint64) { return time.Time{}, 0 },
+	c, err := New(Config{
+		Allow: []string{"a.lan:1"}, maxWaiting: 8, Live: func() (time.Time, uint64) { return time.Time{}, 0 },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -396,18 +399,18 @@ func TestCallbackTarpitHoldsUpNobodyElse(t *testing.T) {
 		url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) {})
 		allow, urls = append(allow, hostport), append(urls, url)
 	}
-	c := startCallbacks(t, CallbackConfig{Allow: allow, Concurrency: 4, Workers: 5, Timeout: time.Hour})
+	c := startCallbacks(t, Config{Allow: allow, Concurrency: 4, workers: 5, Timeout: time.Hour})
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/%d", tarpit, n))
 	}
-	await(t, c, "a full tarpit", func(CallbackStats) bool { return trapped.Load() == 4 })
+	await(t, c, "a full tarpit", func(Stats) bool { return trapped.Load() == 4 })
 	for n := range posts {
 		for _, url := range urls {
 			send(t, c, fmt.Sprintf("%s/%d", url, n))
 		}
 	}
-	s := await(t, c, "the others", func(s CallbackStats) bool { return s.Delivered == others*posts })
-	if s.InFlight != 4 || s.Waiting != posts-4 || s.failed() != 0 {
+	s := await(t, c, "the others", func(s Stats) bool { return s.Delivered == others*posts })
+	if s.InFlight != 4 || s.Waiting != posts-4 || failed(s) != 0 {
 		t.Fatalf("tarpit is not held at its limit: %+v", s)
 	}
 }
@@ -437,12 +440,12 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("127.0.0.1") })
 	_, port, _ := net.SplitHostPort(hostport)
 	_ = url
-	c := startCallbacks(t, CallbackConfig{
+	c := startCallbacks(t, Config{
 		Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, Rate: 1e6, Timeout: time.Hour,
-		Workers: 8, Concurrency: 2, MaxWaiting: 40, MaxWaitingPerDestination: 10,
+		workers: 8, Concurrency: 2, maxWaiting: 40, maxWaitingPerDestination: 10,
 	})
 	send(t, c, "http://good.example.com:"+port+"/first")
-	await(t, c, "proof", func(s CallbackStats) bool { return s.Delivered == 1 })
+	await(t, c, "proof", func(s Stats) bool { return s.Delivered == 1 })
 	refused := 0
 	for n := range tarpits {
 		ep, _ := c.Parse(fmt.Appendf(nil, "http://tarpit%d.example.com:%s/", n, port))
@@ -452,13 +455,13 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 		}
 		c.Send(ep)
 	}
-	await(t, c, "tarpits to hold their share", func(s CallbackStats) bool { return s.InFlight == 6 })
+	await(t, c, "tarpits to hold their share", func(s Stats) bool { return s.InFlight == 6 })
 	if s := c.Stats(); refused == 0 || s.Reserved > 30 {
 		t.Fatalf("tarpits filled the table: %d refused, %+v", refused, s)
 	}
 	for n := range posts {
 		send(t, c, fmt.Sprintf("http://good.example.com:%s/%d", port, n))
-		await(t, c, "the proven destination", func(s CallbackStats) bool { return s.Delivered == uint64(n)+2 })
+		await(t, c, "the proven destination", func(s Stats) bool { return s.Delivered == uint64(n)+2 })
 	}
 	if s := c.Stats(); s.InFlight != 6 || len(delivered) != posts+1 {
 		t.Fatalf("delivered %d, %+v", len(delivered), s)
@@ -477,9 +480,9 @@ func TestCallbackRedirectIsNotFollowed(t *testing.T) {
 				w.Header().Set("Location", trap+"/x")
 				w.WriteHeader(status)
 			})
-			c := startCallbacks(t, CallbackConfig{Allow: []string{hostport, trapAddr}})
+			c := startCallbacks(t, Config{Allow: []string{hostport, trapAddr}})
 			send(t, c, url)
-			s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+			s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
 			if s.FailedRedirect != 1 {
 				t.Errorf("%+v", s)
 			}
@@ -515,62 +518,62 @@ func TestCallbackHostileAnswersAreBounded(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		answer func(net.Conn)
-		failed func(*CallbackStats) uint64
+		failed func(*Stats) uint64
 	}{
 		{"ten gigabytes", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Content-Length: 10737418240\r\n\r\n")
 			forever(conn, "x")
-		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		}, func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless chunks", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\n\r\n")
 			forever(conn, "4\r\nxxxx\r\n")
-		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		}, func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"one huge chunk", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n")
 			forever(conn, "x")
-		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		}, func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless body to the close", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Connection: close\r\n\r\n")
 			forever(conn, "x")
-		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		}, func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless trailer", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\nTrailer: X\r\n\r\n0\r\n")
 			forever(conn, "X: y\r\n")
-		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		}, func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless headers", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head)
 			forever(conn, "X: y\r\n")
-		}, func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+		}, func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless status line", func(conn net.Conn) { forever(conn, "H") },
-			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+			func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless 100", func(conn net.Conn) { forever(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
-			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+			func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"endless 103", func(conn net.Conn) { forever(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n") },
-			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+			func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"dripping 1xx", func(conn net.Conn) { drip(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
-			func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+			func(s *Stats) uint64 { return s.FailedTimeout }},
 		{"another protocol", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
 			forever(conn, "x")
-		}, func(s *CallbackStats) uint64 { return s.FailedStatus }},
+		}, func(s *Stats) uint64 { return s.FailedStatus }},
 		{"dripping body", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Content-Length: 60000\r\n\r\n")
 			drip(conn, "x")
-		}, func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+		}, func(s *Stats) uint64 { return s.FailedTimeout }},
 		{"dripping header", func(conn net.Conn) { drip(conn, head+strings.Repeat("X: y\r\n", 1000)) },
-			func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+			func(s *Stats) uint64 { return s.FailedTimeout }},
 		{"silence", func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) },
-			func(s *CallbackStats) uint64 { return s.FailedTimeout }},
+			func(s *Stats) uint64 { return s.FailedTimeout }},
 		{"not HTTP", func(conn net.Conn) { _, _ = io.WriteString(conn, "220 mail ESMTP\r\n\r\n") },
-			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+			func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"cut short", func(conn net.Conn) { _, _ = io.WriteString(conn, head+"Content-Length: 5\r\n\r\nok") },
-			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+			func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"close at once", func(net.Conn) {},
-			func(s *CallbackStats) uint64 { return s.FailedAnswer }},
+			func(s *Stats) uint64 { return s.FailedAnswer }},
 		{"an error", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 		},
-			func(s *CallbackStats) uint64 { return s.FailedStatus }},
+			func(s *Stats) uint64 { return s.FailedStatus }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var posts atomic.Int64
@@ -582,10 +585,10 @@ func TestCallbackHostileAnswersAreBounded(t *testing.T) {
 				}
 				tc.answer(conn)
 			})
-			c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Timeout: 200 * time.Millisecond})
+			c := startCallbacks(t, Config{Allow: []string{hostport}, Timeout: 200 * time.Millisecond})
 			send(t, c, url)
-			s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
-			if tc.failed(&s) != 1 || s.sends() != 1 || s.Retried != 0 {
+			s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
+			if tc.failed(&s) != 1 || sends(s) != 1 || s.Retried != 0 {
 				t.Errorf("stats %+v", s)
 			}
 			// The receiver writes until its connection is closed: it was.
@@ -615,11 +618,11 @@ func TestCallbackCompressedAnswerIsNotUnpacked(t *testing.T) {
 		_, _ = readPOST(r)
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%s", bomb.Len(), bomb.Bytes())
 	})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	send(t, c, url)
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 1 })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 1 })
 	runtime.ReadMemStats(&after)
 	if n := after.TotalAlloc - before.TotalAlloc; n > 4<<20 {
 		t.Errorf("%d bytes allocated for an answer of %d", n, bomb.Len())
@@ -645,13 +648,13 @@ func TestCallbackPeerThatRestartsIsFoundAgain(t *testing.T) {
 		return ln.Addr().String(), func() { _ = server.Close(); <-done }
 	}
 	addr, stop := serve("127.0.0.1:0")
-	c := startCallbacks(t, CallbackConfig{Allow: []string{addr}})
+	c := startCallbacks(t, Config{Allow: []string{addr}})
 	for round := range uint64(5) {
 		for n := range 3 {
 			send(t, c, fmt.Sprintf("http://%s/%d/%d", addr, round, n))
 		}
-		s := await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == 3*(round+1) })
-		if s.failed() != 0 {
+		s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 3*(round+1) })
+		if failed(s) != 0 {
 			t.Fatalf("round %d: %+v", round, s)
 		}
 		stop()
@@ -669,7 +672,7 @@ func TestCallbackFloodForOneVictimIsMergedAndSlow(t *testing.T) {
 	const flood, rate = 200_000, 50
 	var hits atomic.Int64
 	_, victim := receiver(t, func(http.ResponseWriter, *http.Request) { hits.Add(1) })
-	c := startPublicCallbacks(t, CallbackConfig{Rate: rate}, victim, victim)
+	c := startPublicCallbacks(t, Config{Rate: rate}, victim, victim)
 	ep, err := c.Parse([]byte("http://a.victim.example.com/"))
 	if err != nil {
 		t.Fatal(err)
@@ -681,46 +684,11 @@ func TestCallbackFloodForOneVictimIsMergedAndSlow(t *testing.T) {
 		}
 		c.Send(ep)
 	}
-	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
 	most := time.Since(began).Seconds()*rate + 2
 	if n := hits.Load(); float64(n) > most || uint64(n) != s.Delivered || s.Delivered+s.Merged != flood {
 		t.Errorf("the victim was hit %d times, want at most %.0f; %+v", n, most, s)
 	}
-}
-
-// TestLoopOverTwoServersEndsAtDepthOne: a callback that names the accept of a
-// server, with a callback back in it, is a POST, which accept does not take; and
-// what bears the mark of a callback starts none.
-func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
-	a, b := newSite(t, nil), newSite(t, nil)
-	for _, s := range []*site{a, b} { // as if the operator had allowed both
-		for _, other := range []*site{a, b} {
-			if err := s.callbacks.guard.allow(other.addr); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	back := "http://" + a.addr + "/api/verve/accept?id=2&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=3")
-	resp, _ := a.ask(get("id=1&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=1&endpoint="+url.QueryEscape(back))))
-	if resp.StatusCode != 200 {
-		t.Fatalf("got %v", resp)
-	}
-	await(t, a.callbacks, "the callback", func(s CallbackStats) bool { return s.FailedStatus == 1 })
-	if n := b.refused[reasonMethod.index].Load(); n != 1 {
-		t.Errorf("the other server refused %d POSTs, want 1", n)
-	}
-	if s := b.callbacks.Stats(); s.sends() != 0 {
-		t.Errorf("the other server started callbacks: %+v", s)
-	}
-	if a.cfg.Counter.Stats().Unique != 1 || b.cfg.Counter.Stats().Unique != 0 {
-		t.Error("a callback has counted an id")
-	}
-	// Its own accept is not even dialled, by whatever name.
-	self := "http://" + a.addr + "/api/verve/accept?id=9"
-	if resp, _ := a.ask(get("id=4&endpoint=" + url.QueryEscape(self))); resp.StatusCode != 200 {
-		t.Fatalf("got %v", resp)
-	}
-	await(t, a.callbacks, "refusal", func(s CallbackStats) bool { return s.FailedRefused == 1 })
 }
 
 // TestCallbackMemoryIsBoundedForAnyNumberOfDestinations names a hundred thousand
@@ -730,7 +698,7 @@ func TestCallbackMemoryIsBoundedForAnyNumberOfDestinations(t *testing.T) {
 	if raceEnabled {
 		destinations /= 10 // each costs ten times as much
 	}
-	c := startCallbacks(t, CallbackConfig{Workers: 16})
+	c := startCallbacks(t, Config{workers: 16})
 	c.guard.connect = func(context.Context, *net.Dialer, string) (net.Conn, error) { return nil, errNoRoute }
 	heap := func() uint64 {
 		var m runtime.MemStats
@@ -760,12 +728,12 @@ func TestCallbackMemoryIsBoundedForAnyNumberOfDestinations(t *testing.T) {
 		t.Errorf("%d goroutines, %d before", running, goroutines)
 	}
 	// The table at its fullest, and what is remembered of destinations and addresses.
-	limit := uint64(callbackMaxWaiting*(maxEndpoint+1024) + maxResting*2048 + maxPeers*512)
+	limit := uint64(maxWaiting*(maxEndpoint+1024) + maxParked*2048 + maxAddresses*512)
 	if most > before+limit {
 		t.Errorf("the heap grew by %d MiB, want at most %d", (most-before)>>20, limit>>20)
 	}
-	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.sends()+refused != uint64(destinations) || s.Destinations > maxResting {
+	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
+	if sends(s)+refused != uint64(destinations) || s.Destinations > maxParked {
 		t.Errorf("%d refused, %+v", refused, s)
 	}
 	if after := heap(); after > before+32<<20 {
@@ -778,9 +746,9 @@ func TestCallbackInterimAnswerIsNotTheAnswer(t *testing.T) {
 		_, _ = readPOST(r)
 		_, _ = io.WriteString(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
 	})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	send(t, c, url)
-	await(t, c, "the status of the answer", func(s CallbackStats) bool { return s.FailedStatus == 1 })
+	await(t, c, "the status of the answer", func(s Stats) bool { return s.FailedStatus == 1 })
 }
 
 // A peer that restarts leaves dead connections in the pool; one retry, on a
@@ -809,7 +777,7 @@ func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
 			_, _ = io.WriteString(conn, okAnswer)
 		}
 	})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Secret: []byte("0123456789abcdef01234567")})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Secret: []byte("0123456789abcdef01234567")})
 	t.Cleanup(open)
 	for n := range pooled {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
@@ -818,17 +786,17 @@ func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
 		<-arrived
 	}
 	open()
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == pooled })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == pooled })
 	mu.Lock()
 	for _, conn := range conns {
 		_ = conn.Close()
 	}
 	mu.Unlock()
 	send(t, c, url+"/after")
-	s := await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == pooled+1 })
+	s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == pooled+1 })
 	mu.Lock()
 	defer mu.Unlock()
-	if s.Retried != 1 || s.failed() != 0 || len(conns) != pooled+1 || len(ids) != pooled+1 {
+	if s.Retried != 1 || failed(s) != 0 || len(conns) != pooled+1 || len(ids) != pooled+1 {
 		t.Fatalf("%d connections, %d POSTs, %+v", len(conns), len(ids), s)
 	}
 }
@@ -845,10 +813,10 @@ func TestCallbackConnectionWithSurplusBytesIsNotUsedAgain(t *testing.T) {
 			_, _ = io.WriteString(conn, okAnswer+"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
 		}
 	})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	for n := range uint64(3) {
 		send(t, c, url)
-		await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == n+1 })
+		await(t, c, "delivery", func(s Stats) bool { return s.Delivered == n+1 })
 	}
 	if n := conns.Load(); n != 3 {
 		t.Fatalf("%d connections, want 3", n)
@@ -866,10 +834,10 @@ func TestCallbackConnectionIsKeptForTheNext(t *testing.T) {
 			_, _ = io.WriteString(conn, okAnswer)
 		}
 	})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	for n := range uint64(5) {
 		send(t, c, url)
-		await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == n+1 })
+		await(t, c, "delivery", func(s Stats) bool { return s.Delivered == n+1 })
 	}
 	if n := conns.Load(); n != 1 {
 		t.Fatalf("%d connections, want 1", n)
@@ -886,13 +854,13 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 	})
-	c := startCallbacks(t, CallbackConfig{
-		Allow: []string{hostport}, Concurrency: 1, BreakerFailures: failures, BreakerOpen: 100 * time.Millisecond,
+	c := startCallbacks(t, Config{
+		Allow: []string{hostport}, Concurrency: 1, breakerFailures: failures, breakerOpen: 100 * time.Millisecond,
 	})
 	for n := range failures + 5 {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
 	}
-	s := await(t, c, "an open breaker", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	s := await(t, c, "an open breaker", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
 	if s.FailedStatus != failures || s.FailedBreaker != 5 || s.BreakersOpen != 1 || posts.Load() != failures {
 		t.Fatalf("%d POSTs, %+v", posts.Load(), s)
 	}
@@ -903,14 +871,14 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 		}
 		send(t, c, url+"/again")
 	}
-	if s := await(t, c, "a closed breaker", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 }); s.BreakersOpen != 0 {
+	if s := await(t, c, "a closed breaker", func(s Stats) bool { return s.InFlight+s.Waiting == 0 }); s.BreakersOpen != 0 {
 		t.Fatalf("%+v", s)
 	}
 	for n := range 10 {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
 	}
-	before := s.failed()
-	s = await(t, c, "delivery", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	before := failed(s)
+	s = await(t, c, "delivery", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
 	if s.FailedStatus != failures || s.Delivered < 11 {
 		t.Fatalf("failed %d before, %+v", before, s)
 	}
@@ -920,7 +888,7 @@ func TestCallbackDrainDeliversWhatWaits(t *testing.T) {
 	const posts = 10
 	gate, open := newGate()
 	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) { <-gate })
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Concurrency: 1})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Concurrency: 1})
 	t.Cleanup(open)
 	late, _ := c.Parse([]byte(url + "/late"))
 	if !c.Reserve(late) {
@@ -939,12 +907,12 @@ func TestCallbackDrainDeliversWhatWaits(t *testing.T) {
 		}
 	}
 	open()
-	await(t, c, "what waited", func(s CallbackStats) bool { return s.Delivered == posts })
+	await(t, c, "what waited", func(s Stats) bool { return s.Delivered == posts })
 	c.Send(late) // its request was answered before the drain
 	if n := <-dropped; n != 0 {
 		t.Fatalf("dropped %d", n)
 	}
-	if s := c.Stats(); s.Delivered != posts+1 || s.sends() != posts+1 {
+	if s := c.Stats(); s.Delivered != posts+1 || sends(s) != posts+1 {
 		t.Fatalf("%+v", s)
 	}
 }
@@ -953,7 +921,7 @@ func TestCallbackDrainCountsWhatIsDropped(t *testing.T) {
 	arrived := make(chan struct{}, 10)
 	gate, open := newGate()
 	url, hostport := receiver(t, func(http.ResponseWriter, *http.Request) { arrived <- struct{}{}; <-gate })
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Concurrency: 2, Timeout: time.Hour})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Concurrency: 2, Timeout: time.Hour})
 	t.Cleanup(open)
 	for n := range 7 {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
@@ -965,7 +933,7 @@ func TestCallbackDrainCountsWhatIsDropped(t *testing.T) {
 	if n := c.Drain(ctx); n != 7 {
 		t.Errorf("dropped %d, want 7", n)
 	}
-	if s := c.Stats(); s.Dropped != 7 || s.sends() != 7 || s.InFlight != 0 {
+	if s := c.Stats(); s.Dropped != 7 || sends(s) != 7 || s.InFlight != 0 {
 		t.Errorf("%+v", s)
 	}
 	open()
@@ -995,7 +963,7 @@ func TestCallbackIsSigned(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		posts <- post{r.Header.Get("webhook-id"), r.Header.Get("webhook-timestamp"), r.Header.Get("webhook-signature"), string(body)}
 	})
-	c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, Secret: key})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Secret: key})
 	send(t, c, url+"/1")
 	send(t, c, url+"/2")
 	first, second := <-posts, <-posts
@@ -1019,16 +987,16 @@ func TestCallbackTLSIsVerified(t *testing.T) {
 	hostport := server.Listener.Addr().String()
 
 	t.Run("known root", func(t *testing.T) {
-		c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}, TLS: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}})
+		c := startCallbacks(t, Config{Allow: []string{hostport}, tls: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}})
 		for n := range uint64(2) { // the second on the pooled connection
 			send(t, c, server.URL)
-			await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == n+1 })
+			await(t, c, "delivery", func(s Stats) bool { return s.Delivered == n+1 })
 		}
 	})
 	t.Run("unknown root", func(t *testing.T) {
-		c := startCallbacks(t, CallbackConfig{Allow: []string{hostport}})
+		c := startCallbacks(t, Config{Allow: []string{hostport}})
 		send(t, c, server.URL)
-		await(t, c, "refusal", func(s CallbackStats) bool { return s.FailedConnect == 1 })
+		await(t, c, "refusal", func(s Stats) bool { return s.FailedConnect == 1 })
 	})
 }
 
@@ -1045,32 +1013,14 @@ func TestCallbackFailuresAreToldApart(t *testing.T) {
 	}
 	nobody := ln.Addr().String()
 	_ = ln.Close()
-	c := startCallbacks(t, CallbackConfig{Allow: []string{nobody}, Resolver: resolver})
+	c := startCallbacks(t, Config{Allow: []string{nobody}, Resolver: resolver})
 	send(t, c, "http://inside.example.com/")
 	send(t, c, "http://nowhere.example.com/")
 	send(t, c, "http://"+nobody+"/")
-	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.FailedRefused != 1 || s.FailedResolve != 1 || s.FailedConnect != 1 || s.sends() != 3 {
+	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.FailedRefused != 1 || s.FailedResolve != 1 || s.FailedConnect != 1 || sends(s) != 3 {
 		t.Fatalf("%+v", s)
 	}
-}
-
-// lockedBuffer is a log that is read while it is written.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
@@ -1092,9 +1042,9 @@ func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
 			}
 		}
 	})
-	var logged lockedBuffer
-	c, err := NewCallbacks(CallbackConfig{
-		Allow: []string{hostport}, Secret: []byte(secret), BreakerFailures: 1000, Log: zerolog.New(&logged),
+	var logged testproc.Buffer
+	c, err := New(Config{
+		Allow: []string{hostport}, Secret: []byte(secret), breakerFailures: 1000, Log: zerolog.New(&logged),
 		Live: func() (time.Time, uint64) { return time.Unix(0, 0), 1 },
 	})
 	if err != nil {
@@ -1106,7 +1056,7 @@ func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/path/%d?key=tok3n", url, n))
 	}
-	await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
+	await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
 	cancel()
 	<-done
 
@@ -1130,19 +1080,19 @@ func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
 	if strings.Contains(out, "tok3n") || strings.Contains(out, secret) || strings.Contains(fmt.Sprintf("%+v", c.cfg), secret) {
 		t.Errorf("log tells a secret:\n%s", out)
 	}
-	if s := c.Stats(); told != posts || s.Delivered+s.failed() != posts || paths == 0 {
+	if s := c.Stats(); told != posts || s.Delivered+failed(s) != posts || paths == 0 {
 		t.Errorf("log tells of %d results (%d with a path), want %d; %+v", told, paths, posts, s)
 	}
 }
 
 func TestCallbackDestinationsAreForgotten(t *testing.T) {
-	c, err := NewCallbacks(CallbackConfig{Live: func() (time.Time, uint64) { return time.Time{}, 0 }, BreakerFailures: 1})
+	c, err := New(Config{Live: func() (time.Time, uint64) { return time.Time{}, 0 }, breakerFailures: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.guard.connect = func(context.Context, *net.Dialer, string) (net.Conn, error) { return nil, errNoRoute }
 	run(t, c)
-	const destinations = 3 * maxResting
+	const destinations = 3 * maxParked
 	for n := range destinations {
 		ep, err := c.Parse(fmt.Appendf(nil, "http://93.%d.%d.%d/", n>>16, n>>8&255, n&255))
 		if err != nil {
@@ -1153,8 +1103,8 @@ func TestCallbackDestinationsAreForgotten(t *testing.T) {
 		}
 		c.Send(ep)
 	}
-	s := await(t, c, "an end", func(s CallbackStats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.FailedConnect != destinations || s.Destinations > maxResting || s.BreakersOpen > maxResting || s.BreakersOpen == 0 {
+	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
+	if s.FailedConnect != destinations || s.Destinations > maxParked || s.BreakersOpen > maxParked || s.BreakersOpen == 0 {
 		t.Fatalf("%+v", s)
 	}
 	// Repeats reserve and release; that must not push out what is remembered.
@@ -1185,13 +1135,13 @@ func TestCallbackIdleConnectionsAreBoundedAndClosed(t *testing.T) {
 	_, port, _ := net.SplitHostPort(hostport)
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("127.0.0.1") })
 	// Few workers: the name server's socket holds some hundred queries.
-	c := startCallbacks(t, CallbackConfig{Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, Workers: 16})
+	c := startCallbacks(t, Config{Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, workers: 16})
 	const destinations = maxIdleConns + 100
 	for n := range destinations {
 		send(t, c, fmt.Sprintf("http://h%d.example.com:%s/", n, port))
 	}
-	await(t, c, "delivery", func(s CallbackStats) bool { return s.Delivered == destinations })
-	await(t, c, "closed connections", func(CallbackStats) bool { return open.Load() <= maxIdleConns })
+	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == destinations })
+	await(t, c, "closed connections", func(Stats) bool { return open.Load() <= maxIdleConns })
 	c.mu.Lock()
 	warm := c.warmConn
 	victims := c.trim(time.Now().Add(time.Hour), time.Time{})
@@ -1200,7 +1150,7 @@ func TestCallbackIdleConnectionsAreBoundedAndClosed(t *testing.T) {
 	if warm != maxIdleConns {
 		t.Errorf("%d idle connections are kept, want %d", warm, maxIdleConns)
 	}
-	await(t, c, "closed connections", func(CallbackStats) bool { return open.Load() == 0 })
+	await(t, c, "closed connections", func(Stats) bool { return open.Load() == 0 })
 }
 
 // Under the race detector this is also the test of the locking.
@@ -1217,9 +1167,9 @@ func TestCallbackEverySendIsAccountedFor(t *testing.T) {
 		}
 	})
 	self, selfAddr := receiver(t, func(http.ResponseWriter, *http.Request) {})
-	c := startCallbacks(t, CallbackConfig{
-		Allow: []string{healthyAddr, flakyAddr}, SelfAddrs: []string{selfAddr}, Rate: 500,
-		Workers: 12, Concurrency: 4, MaxWaiting: 64, BreakerFailures: 3, BreakerOpen: 20 * time.Millisecond,
+	c := startCallbacks(t, Config{
+		Allow: []string{healthyAddr, flakyAddr}, SelfAddrs: []string{selfAddr}, SelfPath: sinkPath, Rate: 500,
+		workers: 12, Concurrency: 4, maxWaiting: 64, breakerFailures: 3, breakerOpen: 20 * time.Millisecond,
 	})
 	var sent atomic.Uint64
 	var wg sync.WaitGroup
@@ -1251,8 +1201,8 @@ func TestCallbackEverySendIsAccountedFor(t *testing.T) {
 	defer cancel()
 	dropped := c.Drain(ctx)
 	s := c.Stats()
-	if dropped != 0 || s.sends() != sent.Load() || s.Waiting+s.InFlight+s.Reserved != 0 {
-		t.Fatalf("sent %d, dropped %d, accounted for %d: %+v", sent.Load(), dropped, s.sends(), s)
+	if dropped != 0 || sends(s) != sent.Load() || s.Waiting+s.InFlight+s.Reserved != 0 {
+		t.Fatalf("sent %d, dropped %d, accounted for %d: %+v", sent.Load(), dropped, sends(s), s)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -1264,23 +1214,23 @@ func TestCallbackEverySendIsAccountedFor(t *testing.T) {
 func TestCallbackBadSettingIsNamed(t *testing.T) {
 	live := func() (time.Time, uint64) { return time.Time{}, 0 }
 	for _, tc := range []struct {
-		cfg  CallbackConfig
+		cfg  Config
 		name string
 	}{
-		{CallbackConfig{}, "live"},
-		{CallbackConfig{Live: live, Concurrency: -1}, "callback-concurrency"},
-		{CallbackConfig{Live: live, Rate: -1}, "callback-rate"},
-		{CallbackConfig{Live: live, Timeout: -1}, "callback-timeout"},
-		{CallbackConfig{Live: live, Secret: []byte{}}, "callback-secret"},
-		{CallbackConfig{Live: live, Allow: []string{"x"}}, "callback-allow"},
-		{CallbackConfig{Live: live, SelfAddrs: []string{"x"}}, "listen"},
-		{CallbackConfig{Live: live, AdminAddr: "x"}, "admin"},
-		{CallbackConfig{Live: live, Workers: 8}, "workers"},
-		{CallbackConfig{Live: live, MaxWaiting: -1}, "table"},
-		{CallbackConfig{Live: live, BreakerFailures: -1}, "breaker"},
-		{CallbackConfig{Live: live, BreakerOpen: -1}, "breaker"},
+		{Config{}, "live"},
+		{Config{Live: live, Concurrency: -1}, "callback-concurrency"},
+		{Config{Live: live, Rate: -1}, "callback-rate"},
+		{Config{Live: live, Timeout: -1}, "callback-timeout"},
+		{Config{Live: live, Secret: []byte{}}, "callback-secret"},
+		{Config{Live: live, Allow: []string{"x"}}, "callback-allow"},
+		{Config{Live: live, SelfAddrs: []string{"x"}}, "listen"},
+		{Config{Live: live, AdminAddr: "x"}, "admin"},
+		{Config{Live: live, workers: 8}, "workers"},
+		{Config{Live: live, maxWaiting: -1}, "table"},
+		{Config{Live: live, breakerFailures: -1}, "breaker"},
+		{Config{Live: live, breakerOpen: -1}, "breaker"},
 	} {
-		if _, err := NewCallbacks(tc.cfg); err == nil || !strings.Contains(err.Error(), tc.name) {
+		if _, err := New(tc.cfg); err == nil || !strings.Contains(err.Error(), tc.name) {
 			t.Errorf("error %v, want one that names %q", err, tc.name)
 		}
 	}
@@ -1349,7 +1299,7 @@ func BenchmarkCallbackBesideATarpit(b *testing.B) {
 			}
 		})
 		_, trap := rawReceiver(b, func(_ net.Conn, r *bufio.Reader) { _, _ = io.Copy(io.Discard, r) })
-		c, err := NewCallbacks(CallbackConfig{Rate: 1e6, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
+		c, err := New(Config{Rate: 1e6, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-package server
+package callback
 
 import (
 	"context"
@@ -138,13 +138,13 @@ func noRoute(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) 
 }
 
 // anyRate connects as the workers do, but for the limits of the address.
-func (c *Callbacks) anyRate() dialFunc {
+func (c *Sender) anyRate() dialFunc {
 	return func(ctx context.Context, d *net.Dialer, _ netip.Addr, address string) (net.Conn, error) {
 		return c.guard.connect(ctx, d, address)
 	}
 }
 
-func destinationOf(t testing.TB, c *Callbacks, url string) *destination {
+func destinationOf(t testing.TB, c *Sender, url string) *destination {
 	t.Helper()
 	ep, err := c.Parse([]byte(url))
 	if err != nil {
@@ -367,7 +367,7 @@ func TestGuardDialsOwnSinkAtOwnListenerOnly(t *testing.T) {
 		}
 	}
 	for _, listen := range []string{"", "8080", ":0", ":http", "a b:80"} {
-		_, err := NewCallbacks(CallbackConfig{SelfAddrs: []string{listen}, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
+		_, err := New(Config{SelfAddrs: []string{listen}, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
 		if err == nil || !strings.Contains(err.Error(), strconv.Quote(listen)) {
 			t.Errorf("listen address %q: error %v, want one that names it", listen, err)
 		}

@@ -1,0 +1,642 @@
+package callback
+
+import (
+	"bufio"
+	"cmp"
+	"container/heap"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/sony/gobreaker/v2"
+	"github.com/valyala/fasthttp"
+)
+
+// Header marks the requests of callbacks. A server that receives it
+// starts no callback, which ends a loop over several servers at depth one.
+const Header = "Verve-Callback"
+
+const (
+	defaultConcurrency = 8
+	defaultRate        = 50
+	defaultTimeout     = 5 * time.Second
+	maxWaiting         = 1 << 14 // 32 MiB of endpoints at their longest
+	workers            = 256     // at 200 ms an exchange, 1280 POSTs a second
+	breakerFailures    = 5
+	breakerOpen        = 10 * time.Second
+
+	// destinationShare is the part of the table, 1/n, that the endpoints of one
+	// destination may take: someone who names a slow host with a new path each
+	// time must not turn the callers of all others away.
+	destinationShare = 8
+
+	// maxAnswer bounds the body of an answer, of which nothing is used;
+	// maxAnswerHeader its header, and is the size of the read buffer.
+	maxAnswer       = 64 << 10
+	maxAnswerHeader = 8 << 10
+
+	// Connections are kept for the next POST to the same destination, but not
+	// for long and not many: names are re-resolved, and descriptors are the
+	// server's first of all.
+	maxConnAge      = time.Minute
+	idleConnTimeout = 10 * time.Second
+	maxIdleConns    = 512
+
+	// maxParked is how many destinations without work are remembered, for
+	// their breakers and their rates; about 1 KiB each. Whoever wants one
+	// forgotten, to get around its rate, must have as many others POSTed to
+	// first: at 10,000 POSTs a second that is 2 a second to the victim.
+	maxParked = 4096
+
+	// rememberFor is how long one is remembered, space permitting, if its breaker
+	// or its rate does not need longer.
+	rememberFor = time.Minute
+
+	// sweepInterval paces the closing of idle connections.
+	sweepInterval = time.Second
+)
+
+// Config configures Sender. Zero values stand for the defaults.
+type Config struct {
+	// Allow lifts the default policy for what its entries name: HOST:PORT (URLs
+	// with just that host and port) or CIDR:PORT (addresses, whatever the name
+	// that leads to them). IPv6 addresses are in brackets.
+	Allow []string
+	// Concurrency bounds the POSTs in flight per destination.
+	Concurrency int
+	// Rate bounds the POSTs per second per destination that no HOST:PORT entry
+	// names, nor a CIDR:PORT entry by its literal address.
+	Rate float64
+	// Timeout bounds the whole exchange: resolving, connecting, TLS, request,
+	// answer and the one retry.
+	Timeout time.Duration
+	// Secret signs the POSTs by the Standard Webhooks scheme: whsec_ and
+	// base64, or the bytes themselves. Nil: unsigned.
+	Secret []byte
+	// SelfAddrs are the addresses on which this server listens for the public:
+	// its own /test may be named there, nothing else is reached on their ports.
+	SelfAddrs []string
+	// SelfPath is the path of the sink there, the only one that a callback may name.
+	SelfPath string
+	// SelfTLS configures a connection to those addresses; nil: they speak plain HTTP.
+	SelfTLS func() *tls.Config
+	// AdminAddr is the admin listen address; never reached by a callback.
+	AdminAddr string
+	// Group and Instance go into the body.
+	Group, Instance string
+	// Took is called with the duration of each exchange. Optional.
+	Took func(time.Duration)
+	// Live returns start and count of the open epoch. Required.
+	Live func() (windowStart time.Time, unique uint64)
+	Log  zerolog.Logger
+
+	// Resolver resolves names; nil: net.DefaultResolver.
+	Resolver *net.Resolver
+	// Connect makes a TCP connection to addr with the dialer, whose Control checks
+	// the address once more; nil: the dialer does. Tests stay off the network by it.
+	Connect func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error)
+
+	maxWaiting               int           // endpoints in the table
+	maxWaitingPerDestination int           // of them of one destination
+	workers                  int           // POSTs in flight in all
+	breakerFailures          int           // in a row open the breaker of a destination,
+	breakerOpen              time.Duration // for this long; then one POST tries
+	tls                      *tls.Config   // of https, without the server name; nil: the system's roots, TLS 1.2
+}
+
+// Stats is a snapshot. Every call of Send ends in exactly one of
+// Delivered, Merged, Dropped or a Failed field, or is still Waiting or InFlight.
+type Stats struct {
+	Delivered uint64 // answered 2xx
+	Merged    uint64 // joined a POST that was waiting for the same endpoint
+	Dropped   uint64 // not sent, or cut off, at the stop
+
+	FailedStatus   uint64 // answered, but neither 2xx nor 3xx
+	FailedRedirect uint64 // answered 3xx; not followed
+	FailedTimeout  uint64
+	FailedResolve  uint64 // the name has no address
+	FailedConnect  uint64 // TCP or TLS
+	FailedRefused  uint64 // the name leads where callbacks may not go
+	FailedAnswer   uint64 // connection lost, or an answer malformed or too large
+	FailedBreaker  uint64 // not tried: the breaker of the destination is open
+	FailedLimited  uint64 // the address is at its limits
+
+	Retried uint64 // second tries after a dead pooled connection
+	Busy    uint64 // Reserve returned false
+
+	Waiting      int // endpoints with a POST waiting
+	Reserved     int // endpoints in the table, waiting or just reserved
+	InFlight     int
+	Destinations int
+	BreakersOpen int // destinations whose breaker is open, or waits for the POST that tries
+}
+
+// Sender sends the callbacks.
+//
+// The request handler calls Parse, Reserve, and then Send or Release. A
+// reservation keeps the place of a waiting POST before anything is counted;
+// Send cannot fail. A fixed number of workers (Run) takes POSTs from the
+// destinations that have some, in turn, so that none waits for another one's
+// slowness: a destination holds at most Concurrency workers, and all those
+// together that are not known to answer quickly (newcomers, and those whose
+// last POST failed or took long) hold at most three quarters of the workers
+// and of the table. Names are cheap; any number of tarpits leaves the rest to
+// destinations that answer.
+type Sender struct {
+	cfg      Config
+	guard    *guard
+	key      []byte // signs; nil: unsigned
+	bodyTail []byte // the body from "group" on, which never changes
+	retried  atomic.Uint64
+
+	// buffers of connections in use; per worker, not per destination.
+	readers, writers sync.Pool
+
+	// exchanges ends when exchanges in flight are to be cut off.
+	exchanges context.Context
+	cut       context.CancelFunc
+
+	okLog, failLog logSampler
+
+	// mu guards what follows and all fields of destinations and entries that
+	// are not constant; it is never held over I/O. Breakers are called with it
+	// held, so that their state changes arrive under it. Request handlers take
+	// it twice per accept with an endpoint, for two map look-ups at most.
+	mu        sync.Mutex
+	work      sync.Cond // ready destinations, or closed
+	table     map[string]*entry
+	dests     map[destKey]*destination
+	ready     [2]destList // with a POST to send, in turn; [unproven]
+	turn      int         // list of ready that is served next
+	later     laterHeap   // with a POST to send, but above their rate
+	warm      destList    // at rest, with pooled connections; oldest first
+	warmConn  int         // pooled connections of warm
+	cold      destList    // at rest, without; oldest first
+	addresses map[netip.Addr]*address
+	paceWake  chan struct{}
+
+	stats         Stats
+	unprovenSlots int // entries of unproven destinations
+	unprovenBusy  int // workers held by unproven destinations
+	draining      bool
+	closed        bool
+	emptied       chan struct{} // closed when draining and nothing is left; nil: nobody waits
+}
+
+// New checks cfg; errors name the bad setting.
+func New(cfg Config) (*Sender, error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	g, err := newGuard(&cfg)
+	if err != nil {
+		return nil, err
+	}
+	c := &Sender{
+		cfg:       cfg,
+		guard:     g,
+		table:     make(map[string]*entry),
+		dests:     make(map[destKey]*destination),
+		addresses: make(map[netip.Addr]*address),
+		paceWake:  make(chan struct{}, 1),
+		okLog:     logSampler{perSecond: 1},
+		failLog:   logSampler{perSecond: 4},
+	}
+	if cfg.Secret != nil {
+		if c.key, err = parseSecret(cfg.Secret); err != nil {
+			return nil, fmt.Errorf("callback-secret: %w", err)
+		}
+		c.cfg.Secret = nil
+	}
+	if c.bodyTail, err = bodyTail(cfg.Group, cfg.Instance); err != nil {
+		return nil, err
+	}
+	c.work.L = &c.mu
+	c.readers.New = func() any { return bufio.NewReaderSize(nil, maxAnswerHeader) }
+	c.writers.New = func() any { return bufio.NewWriter(nil) }
+	c.exchanges, c.cut = context.WithCancel(context.Background())
+	return c, nil
+}
+
+// complete sets defaults and checks the rest.
+func (cfg *Config) complete() error {
+	cfg.Concurrency = cmp.Or(cfg.Concurrency, defaultConcurrency)
+	cfg.Rate = cmp.Or(cfg.Rate, defaultRate)
+	cfg.Timeout = cmp.Or(cfg.Timeout, defaultTimeout)
+	cfg.maxWaiting = cmp.Or(cfg.maxWaiting, maxWaiting)
+	cfg.maxWaitingPerDestination = cmp.Or(cfg.maxWaitingPerDestination, max(cfg.maxWaiting/destinationShare, 1))
+	cfg.workers = cmp.Or(cfg.workers, max(workers, 4*cfg.Concurrency))
+	cfg.breakerFailures = cmp.Or(cfg.breakerFailures, breakerFailures)
+	cfg.breakerOpen = cmp.Or(cfg.breakerOpen, breakerOpen)
+	if cfg.Took == nil {
+		cfg.Took = func(time.Duration) {}
+	}
+	switch {
+	case cfg.Live == nil:
+		return errors.New("callbacks: no source of the live count")
+	case cfg.Concurrency < 1:
+		return fmt.Errorf("callback-concurrency %d: must be positive", cfg.Concurrency)
+	case !(cfg.Rate >= 0.001 && cfg.Rate <= 1e6): // not a number fails, too
+		return fmt.Errorf("callback-rate %v: want 0.001 to 1000000", cfg.Rate)
+	case cfg.Timeout < 0:
+		return fmt.Errorf("callback-timeout %v: must be positive", cfg.Timeout)
+	case cfg.maxWaiting < 1:
+		return fmt.Errorf("callback table size %d: must be positive", cfg.maxWaiting)
+	case cfg.maxWaitingPerDestination < 1:
+		return fmt.Errorf("callback table share %d: must be positive", cfg.maxWaitingPerDestination)
+	case cfg.workers < 2 || cfg.workers <= cfg.Concurrency:
+		return fmt.Errorf("callback workers %d: one destination may hold %d", cfg.workers, cfg.Concurrency)
+	case cfg.breakerFailures < 1:
+		return fmt.Errorf("callback breaker failures %d: must be positive", cfg.breakerFailures)
+	case cfg.breakerOpen < 0:
+		return fmt.Errorf("callback breaker time %v: must be positive", cfg.breakerOpen)
+	}
+	return nil
+}
+
+// interval is the time between two POSTs to a destination with a rate.
+func (cfg *Config) interval() time.Duration {
+	return time.Duration(float64(time.Second) / cfg.Rate)
+}
+
+// after is when the next POST is due if one is sent now. A late wake-up may be
+// made up for by one POST, so that the rate is met; idle time is not saved.
+func (cfg *Config) after(next, now time.Time) time.Time {
+	interval := cfg.interval()
+	if earliest := now.Add(-interval); next.Before(earliest) {
+		next = earliest
+	}
+	return next.Add(interval)
+}
+
+// Parse checks raw, the percent-decoded value of the endpoint parameter, by
+// its text. It does not keep raw.
+func (s *Sender) Parse(raw []byte) (Endpoint, error) { return s.guard.parse(raw) }
+
+// Reserve keeps a place for a POST to ep, to be filled by Send or given back
+// by Release. False: the table is full, or this destination's share of it is,
+// or the server stops; nothing is kept.
+func (s *Sender) Reserve(ep Endpoint) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ok := s.reserve(ep)
+	if !ok {
+		s.stats.Busy++
+	}
+	return ok
+}
+
+func (s *Sender) reserve(ep Endpoint) bool {
+	if s.draining || s.closed {
+		return false
+	}
+	if e := s.table[ep.url]; e != nil {
+		e.refs++
+		return true
+	}
+	if len(s.table) >= s.cfg.maxWaiting {
+		return false
+	}
+	key := destKey{ep.origin, ep.kind == destSelf}
+	d := s.dests[key]
+	unproven := ep.kind == destPublic && (d == nil || d.unproven)
+	if d != nil && d.entries >= s.cfg.maxWaitingPerDestination ||
+		unproven && s.unprovenSlots >= unprovenShare(s.cfg.maxWaiting) {
+		return false
+	}
+	if d == nil {
+		d = s.newDestination(ep)
+	}
+	s.activate(d)
+	s.countEntry(d, 1)
+	s.table[ep.url] = &entry{ep: ep, dest: d, refs: 1}
+	return true
+}
+
+// countEntry adds n to the places that d has in the table.
+func (s *Sender) countEntry(d *destination, n int) {
+	d.entries += n
+	if d.unproven {
+		s.unprovenSlots += n
+	}
+}
+
+// unprovenShare is the part of n workers or places that destinations may hold
+// which are not known to answer quickly.
+func unprovenShare(n int) int { return max(n-n/4, 1) }
+
+// Send turns a reservation into a waiting POST, or merges it with one that
+// waits already: the count is the newest when the body is built.
+func (s *Sender) Send(ep Endpoint) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.table[ep.url]
+	d := e.dest
+	e.refs--
+	switch {
+	case e.queued:
+		s.stats.Merged++
+		return
+	case s.closed:
+		s.stats.Dropped++
+	case d.open && d.breaker.State() == gobreaker.StateOpen:
+		s.stats.FailedBreaker++
+	default:
+		e.queued = true
+		s.stats.Waiting++
+		if d.queue == nil {
+			d.queue = e
+		} else {
+			d.queueTail.next = e
+		}
+		d.queueTail = e
+		s.schedule(d)
+		return
+	}
+	s.unreserve(e)
+}
+
+// Release gives a reservation back.
+func (s *Sender) Release(ep Endpoint) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.table[ep.url]
+	e.refs--
+	s.unreserve(e)
+}
+
+// unreserve takes e out of the table if nothing needs its place any more.
+func (s *Sender) unreserve(e *entry) {
+	if e.refs > 0 || e.queued {
+		return
+	}
+	d := e.dest
+	delete(s.table, e.ep.url)
+	s.countEntry(d, -1)
+	s.park(d)
+	s.noticeEmpty()
+}
+
+// dequeue takes the first waiting entry of d; there is one.
+func (s *Sender) dequeue(d *destination) Endpoint {
+	e := d.queue
+	d.queue, e.next = e.next, nil
+	e.queued = false
+	s.stats.Waiting--
+	ep := e.ep
+	// The place in the table is free again before the exchange: what comes in
+	// meanwhile for the same endpoint has a newer count and waits for its own.
+	s.unreserve(e)
+	return ep
+}
+
+// job is a POST that a worker has taken.
+type job struct {
+	ep       Endpoint
+	dest     *destination
+	client   *fasthttp.HostClient
+	done     func(error) // tells the breaker
+	unproven bool        // counted in unprovenBusy
+}
+
+// take waits for a POST to send. False: closed.
+func (s *Sender) take() (job, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.closed {
+		d := s.popReady()
+		if d == nil {
+			s.work.Wait()
+			continue
+		}
+		if d.queue == nil {
+			s.park(d)
+			continue
+		}
+		done, err := d.breaker.Allow()
+		if err == gobreaker.ErrOpenState {
+			s.failWaiting(d)
+			continue
+		}
+		if err != nil {
+			// Half open, and the POST that tries is in flight: its end
+			// schedules the rest or fails it.
+			continue
+		}
+		if d.client == nil {
+			d.client = s.newClient(d)
+		}
+		d.used = true
+		d.inFlight++
+		s.stats.InFlight++
+		if d.unproven {
+			s.unprovenBusy++
+		}
+		if d.kind != destListed {
+			d.next = s.cfg.after(d.next, time.Now())
+		}
+		j := job{ep: s.dequeue(d), dest: d, client: d.client, done: done, unproven: d.unproven}
+		s.schedule(d)
+		return j, true
+	}
+	return job{}, false
+}
+
+// ended takes j out of what is in flight.
+func (s *Sender) ended(j job) {
+	j.dest.inFlight--
+	s.stats.InFlight--
+	if j.unproven {
+		s.unprovenBusy--
+	}
+}
+
+// finish books the end of a POST.
+func (s *Sender) finish(j job, r result) {
+	d := j.dest
+	s.mu.Lock()
+	s.ended(j)
+	*r.kind.counter(&s.stats)++
+	j.done(r.breakerErr())
+	if d.kind == destPublic && r.breakerErr() != errNotTried {
+		// A fifth of the time allowed is quick: it takes five such POSTs to
+		// hold a worker as long as one that times out.
+		s.prove(d, r.breakerErr() == nil && r.took <= s.cfg.Timeout/5)
+	}
+	if d.open && d.breaker.State() == gobreaker.StateOpen {
+		s.failWaiting(d)
+	}
+	s.schedule(d)
+	s.park(d)
+	victims := s.trim(time.Time{}, time.Time{})
+	s.noticeEmpty()
+	s.mu.Unlock()
+	closeIdle(victims)
+	s.cfg.Took(r.took)
+	s.logResult(j.ep, r)
+}
+
+// Run sends until ctx ends, and returns when the last worker has: exchanges in
+// flight are cut off then, and what waits is dropped, so Drain goes first. It
+// is called once.
+func (s *Sender) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for range s.cfg.workers {
+		wg.Go(func() {
+			var w worker
+			if s.key != nil {
+				w.signer = newSigner(s.key)
+			}
+			for {
+				j, ok := s.take()
+				if !ok {
+					return
+				}
+				s.finish(j, s.post(&w, j))
+			}
+		})
+	}
+	wg.Go(func() { s.pace(ctx) })
+	<-ctx.Done()
+	s.close()
+	wg.Wait()
+
+	s.mu.Lock()
+	var idle []*fasthttp.HostClient
+	for _, d := range s.dests {
+		if d.client != nil {
+			idle = append(idle, d.client)
+		}
+	}
+	s.mu.Unlock()
+	closeIdle(idle)
+	s.logHidden()
+	return nil
+}
+
+// pace makes destinations ready when their rate allows, and clears out what
+// is idle, until ctx ends.
+func (s *Sender) pace(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	sweep := time.Now()
+	remember := max(rememberFor, 2*s.cfg.breakerOpen, 2*s.cfg.interval())
+	for {
+		now := time.Now()
+		var victims []*fasthttp.HostClient
+		s.mu.Lock()
+		for len(s.later) > 0 && !s.later[0].next.After(now) {
+			d := heap.Pop(&s.later).(*destination)
+			d.state = destNone
+			s.schedule(d)
+			s.park(d)
+		}
+		swept := !now.Before(sweep)
+		if swept {
+			s.evictAddresses(len(s.addresses))
+			victims = s.trim(now.Add(-idleConnTimeout), now.Add(-remember))
+			sweep = now.Add(sweepInterval)
+		}
+		wake := sweep
+		if len(s.later) > 0 && s.later[0].next.Before(wake) {
+			wake = s.later[0].next
+		}
+		s.mu.Unlock()
+		closeIdle(victims)
+		if swept {
+			s.logHidden()
+		}
+
+		timer.Reset(time.Until(wake))
+		select {
+		case <-timer.C:
+		case <-s.paceWake:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *Sender) wakePace() {
+	select {
+	case s.paceWake <- struct{}{}:
+	default: // it has not looked since the last one
+	}
+}
+
+// Drain refuses new reservations and waits until all POSTs are sent, those of
+// reservations already made included. When ctx ends first, it drops what waits
+// and cuts off what is in flight. It returns how many were lost in one of
+// these ways. Run must go on meanwhile.
+func (s *Sender) Drain(ctx context.Context) (dropped int) {
+	s.mu.Lock()
+	before := s.stats.Dropped
+	s.draining = true
+	empty := s.awaitEmpty()
+	s.mu.Unlock()
+	select {
+	case <-empty:
+	case <-ctx.Done():
+	}
+	s.close()
+	// Exchanges end at once when they are cut off.
+	s.mu.Lock()
+	empty = s.awaitEmpty()
+	s.mu.Unlock()
+	<-empty
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return int(s.stats.Dropped - before)
+}
+
+// awaitEmpty returns a channel that is closed when nothing waits or is in
+// flight, and, before close, nothing is reserved.
+func (s *Sender) awaitEmpty() <-chan struct{} {
+	if s.emptied == nil {
+		s.emptied = make(chan struct{})
+	}
+	empty := s.emptied
+	s.noticeEmpty()
+	return empty
+}
+
+func (s *Sender) noticeEmpty() {
+	if s.emptied != nil && s.stats.InFlight == 0 && s.stats.Waiting == 0 && (s.closed || len(s.table) == 0) {
+		close(s.emptied)
+		s.emptied = nil
+	}
+}
+
+// close drops what waits and cuts off what is in flight. Workers return.
+func (s *Sender) close() {
+	s.mu.Lock()
+	s.closed = true
+	for _, d := range s.dests {
+		for d.queue != nil {
+			s.stats.Dropped++
+			s.dequeue(d)
+		}
+	}
+	s.work.Broadcast()
+	s.noticeEmpty()
+	s.mu.Unlock()
+	s.cut()
+}
+
+// Stats returns a snapshot.
+func (s *Sender) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.stats
+	st.Retried = s.retried.Load()
+	st.Reserved = len(s.table)
+	st.Destinations = len(s.dests)
+	return st
+}

@@ -1,0 +1,309 @@
+package callback
+
+import (
+	"container/heap"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sony/gobreaker/v2"
+	"github.com/valyala/fasthttp"
+)
+
+// entry is an endpoint in the table: reserved, waiting, or both.
+type entry struct {
+	ep     Endpoint
+	dest   *destination
+	next   *entry // in dest.queue
+	refs   int    // reservations
+	queued bool   // in dest.queue
+}
+
+type destKey struct {
+	origin string
+	self   bool
+}
+
+// destState says which list a destination is in.
+type destState uint8
+
+const (
+	destNone  destState = iota
+	destReady           // Sender.ready
+	destLater           // Sender.later
+	destWarm            // Sender.warm
+	destCold            // Sender.cold
+)
+
+// destination is a scheme, host and port that endpoints name.
+type destination struct {
+	// Constant.
+	key        destKey
+	host       string
+	hostHeader string
+	addr       netip.Addr // of a literal host
+	port       uint16
+	kind       destKind
+	tls        bool
+	breaker    *gobreaker.TwoStepCircuitBreaker[struct{}]
+
+	client *fasthttp.HostClient // nil until used, and again at rest without connections
+
+	queue, queueTail *entry
+	entries          int // in the table
+	inFlight         int
+	next             time.Time // rate: when the next POST is due at the earliest
+	idleSince        time.Time
+	used             bool // a POST was sent
+	open             bool // breaker not closed; kept by its OnStateChange
+	unproven         bool // not known to answer quickly
+
+	state     destState
+	readyIn   int // index in ready while destReady
+	prevD     *destination
+	nextD     *destination
+	warmConns int // pooled connections, counted when it became warm
+}
+
+// newDestination adds the destination of ep.
+func (s *Sender) newDestination(ep Endpoint) *destination {
+	d := &destination{
+		// Cloned: the strings of ep are parts of the whole URL, which the
+		// destination outlives.
+		key:      destKey{strings.Clone(ep.origin), ep.kind == destSelf},
+		host:     strings.Clone(ep.host),
+		addr:     ep.addr,
+		port:     ep.port,
+		kind:     ep.kind,
+		tls:      ep.tls,
+		unproven: ep.kind == destPublic,
+	}
+	d.hostHeader = d.host
+	if ep.addr.Is6() {
+		d.hostHeader = "[" + d.host + "]"
+	}
+	if !(d.tls && d.port == 443 || !d.tls && d.port == 80) {
+		d.hostHeader += ":" + strconv.Itoa(int(d.port))
+	}
+	d.breaker = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
+		Timeout: s.cfg.breakerOpen,
+		ReadyToTrip: func(counts gobreaker.Counts) bool {
+			return int64(counts.ConsecutiveFailures) >= int64(s.cfg.breakerFailures)
+		},
+		OnStateChange: func(_ string, _, to gobreaker.State) {
+			if open := to != gobreaker.StateClosed; open != d.open {
+				d.open = open
+				s.countOpen(open)
+			}
+		},
+		IsExcluded: func(err error) bool { return err == errNotTried },
+	})
+	s.dests[d.key] = d
+	return d
+}
+
+func (s *Sender) countOpen(open bool) {
+	if open {
+		s.stats.BreakersOpen++
+	} else {
+		s.stats.BreakersOpen--
+	}
+}
+
+// schedule puts d where its next POST is found: in turn, or when its rate allows.
+// Nothing happens if it is there, has no POST, or is at its limit of concurrency; a
+// POST that ends schedules again.
+func (s *Sender) schedule(d *destination) {
+	if d.state != destNone || d.queue == nil || d.inFlight >= s.cfg.Concurrency {
+		return
+	}
+	if d.kind != destListed && time.Until(d.next) > 0 {
+		d.state = destLater
+		heap.Push(&s.later, d)
+		if s.later[0] == d {
+			s.wakePace()
+		}
+		return
+	}
+	s.pushReady(d)
+}
+
+func (s *Sender) pushReady(d *destination) {
+	d.state, d.readyIn = destReady, 0
+	if d.unproven {
+		d.readyIn = 1
+	}
+	s.ready[d.readyIn].push(d)
+	s.work.Signal()
+}
+
+// popReady takes the next destination in turn. Proven and unproven ones
+// alternate, so that a crowd of newcomers costs the others half at most.
+func (s *Sender) popReady() *destination {
+	for range 2 {
+		list := &s.ready[s.turn]
+		skip := s.turn == 1 && s.unprovenBusy >= unprovenShare(s.cfg.workers)
+		s.turn = 1 - s.turn
+		if d := list.head; d != nil && !skip {
+			list.remove(d)
+			d.state = destNone
+			return d
+		}
+	}
+	return nil
+}
+
+// park puts a destination without work aside. One that never sent anything is
+// forgotten at once: repeated ids reserve and release any number of them.
+func (s *Sender) park(d *destination) {
+	if d.state != destNone || d.entries > 0 || d.inFlight > 0 {
+		return
+	}
+	if !d.used {
+		s.drop(d)
+		return
+	}
+	d.idleSince = time.Now()
+	d.warmConns = 0
+	if d.client != nil {
+		d.warmConns = d.client.IdleConnsCount()
+	}
+	if d.warmConns > 0 {
+		d.state = destWarm
+		s.warm.push(d)
+		s.warmConn += d.warmConns
+		return
+	}
+	s.evictConns(d)
+}
+
+// evictConns puts d, which has no connections, to those remembered only for their
+// breaker and rate.
+func (s *Sender) evictConns(d *destination) {
+	d.client = nil
+	d.state = destCold
+	s.cold.push(d)
+	if s.cold.n > maxParked {
+		s.drop(s.cold.head)
+	}
+}
+
+// activate takes d out of rest.
+func (s *Sender) activate(d *destination) {
+	switch d.state {
+	case destWarm:
+		s.warm.remove(d)
+		s.warmConn -= d.warmConns
+	case destCold:
+		s.cold.remove(d)
+	default:
+		return
+	}
+	d.state = destNone
+}
+
+func (s *Sender) drop(d *destination) {
+	s.activate(d)
+	if d.open {
+		s.countOpen(false)
+	}
+	delete(s.dests, d.key)
+}
+
+// trim gives up connections and destinations at rest: those beyond the limits
+// and those at rest since before. The caller closes the idle connections of
+// what it returns, without the lock.
+func (s *Sender) trim(warmBefore, coldBefore time.Time) []*fasthttp.HostClient {
+	var victims []*fasthttp.HostClient
+	for d := s.warm.head; d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = s.warm.head {
+		victims = append(victims, d.client)
+		s.activate(d)
+		s.evictConns(d)
+	}
+	for d := s.cold.head; d != nil && d.idleSince.Before(coldBefore); d = s.cold.head {
+		s.drop(d)
+	}
+	return victims
+}
+
+func closeIdle(clients []*fasthttp.HostClient) {
+	for _, client := range clients {
+		client.CloseIdleConnections()
+	}
+}
+
+// failWaiting fails all that waits for d: its breaker is open. Waiting for it
+// to close would fill d's share of the table and turn callers away.
+func (s *Sender) failWaiting(d *destination) {
+	for d.queue != nil {
+		s.stats.FailedBreaker++
+		s.dequeue(d)
+	}
+	s.park(d)
+}
+
+// prove notes whether d answers quickly, and moves what is counted by that.
+func (s *Sender) prove(d *destination, quick bool) {
+	if d.unproven == !quick {
+		return
+	}
+	d.unproven = !quick
+	if quick {
+		s.unprovenSlots -= d.entries
+	} else {
+		s.unprovenSlots += d.entries
+	}
+	if d.state == destReady {
+		s.ready[d.readyIn].remove(d)
+		s.pushReady(d)
+	}
+}
+
+// destList is a list of destinations through prevD and nextD; each is in one
+// list at most.
+type destList struct {
+	head, tail *destination
+	n          int
+}
+
+func (l *destList) push(d *destination) {
+	d.prevD, d.nextD = l.tail, nil
+	if l.tail == nil {
+		l.head = d
+	} else {
+		l.tail.nextD = d
+	}
+	l.tail = d
+	l.n++
+}
+
+func (l *destList) remove(d *destination) {
+	if d.prevD == nil {
+		l.head = d.nextD
+	} else {
+		d.prevD.nextD = d.nextD
+	}
+	if d.nextD == nil {
+		l.tail = d.prevD
+	} else {
+		d.nextD.prevD = d.prevD
+	}
+	d.prevD, d.nextD = nil, nil
+	l.n--
+}
+
+// laterHeap orders destinations by when their rate allows the next POST.
+type laterHeap []*destination
+
+func (h laterHeap) Len() int           { return len(h) }
+func (h laterHeap) Less(i, j int) bool { return h[i].next.Before(h[j].next) }
+func (h laterHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *laterHeap) Push(d any)        { *h = append(*h, d.(*destination)) }
+func (h *laterHeap) Pop() any {
+	old := *h
+	d := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	return d
+}
