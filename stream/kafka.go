@@ -230,10 +230,15 @@ const (
 	// topics that stamp records with the time of appending.
 	lookMargin = time.Hour
 
-	// timestampWait is how long a timestamp that the broker refuses may be a
-	// clock's fault: brokers take those up to an hour ahead of theirs
-	// (message.timestamp.after.max.ms).
-	timestampWait = time.Hour
+	// minTransactionTimeout is the shortest that is tried where the broker's
+	// transaction.max.timeout.ms is below transactionTimeout. A transaction that
+	// the broker ends because it took longer is one whose outcome is open: fence
+	// and look settle it.
+	minTransactionTimeout = time.Second
+
+	// rightsWait is how long the look into the rights of the Kafka user takes,
+	// where the broker does not refuse at once.
+	rightsWait = time.Second
 )
 
 // errUnsettled is an open transaction that holds a record that is looked for.
@@ -254,13 +259,10 @@ type kafkaSink struct {
 	// one that made a batch fail.
 	single uint64
 
-	// early is the record whose timestamp the broker refuses, and since when.
-	early struct {
-		index uint64
-		since time.Time
-	}
+	present present // which records are sent with the present time as their timestamp
 
-	refused  bool // transactions were refused at the last session
+	refused  bool          // transactions were refused at the last session
+	timeout  time.Duration // of transactions: what the broker allows of transactionTimeout
 	conflict atomic.Uint64
 	closing  sync.WaitGroup // clients on their way out
 }
@@ -274,7 +276,7 @@ type session struct {
 }
 
 func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(string)) *kafkaSink {
-	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step}
+	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, timeout: transactionTimeout}
 }
 
 func (k *kafkaSink) name() string      { return "kafka" }
@@ -297,31 +299,62 @@ func (k *kafkaSink) drop() {
 }
 
 func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
-	first := &batch[0].record
-	identity, group := first.identity(), first.Scope == ScopeGroup
+	identity, scope := batch[0].record.identity(), batch[0].record.Scope
 	for i := range batch {
-		if batch[i].record.identity() != identity || batch[i].record.Scope != first.Scope {
+		if batch[i].record.identity() != identity || batch[i].record.Scope != scope {
 			batch = batch[:i] // the name was changed between two starts
 			break
 		}
 	}
-	if batch[0].index <= k.single {
-		batch = batch[:1]
+	for proved := false; ; {
+		if batch[0].index <= k.single {
+			batch = batch[:1]
+		}
+		err := k.send(ctx, batch, identity, scope == ScopeGroup)
+		if err == nil {
+			if k.present.used(batch, time.Now()) {
+				k.log.Warn().Str("key", batch[0].record.Key()).Int("records", len(batch)).
+					Msg("broker refused the time of records, the end of their window, as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): they have the time of sending instead")
+			}
+			k.present.ahead = false
+			return len(batch), nil
+		}
+		last := batch[len(batch)-1].index
+		_, refused := errors.AsType[*poisonError](err)
+		switch {
+		case !refused || ctx.Err() != nil:
+			return 0, err
+		case errors.Is(err, kerr.InvalidTimestamp) && k.present.widen(batch, time.Now()):
+		case errors.Is(err, kerr.InvalidTimestamp) && !proved:
+			if proved = k.takesPresent(ctx, identity); proved {
+				continue // once more, now that no clock can be the cause
+			}
+			return 0, fmt.Errorf("%w, with the present time: its clock and the one here differ by more than the topic allows (message.timestamp.before.max.ms, message.timestamp.after.max.ms)", errors.Unwrap(err))
+		case len(batch) == 1:
+			return 0, err
+		default:
+			k.single = last // one of them is at fault: each by itself
+		}
 	}
+}
+
+// send makes the records of one identity visible. On an error the session is
+// dropped and the outcome open, also where a *poisonError says that the broker
+// refuses one of them.
+func (k *kafkaSink) send(ctx context.Context, batch []entry, identity string, group bool) error {
 	if k.session != nil && k.session.identity != identity {
 		k.drop()
 	}
-
 	if group && k.session == nil {
 		missing, err := k.look(ctx, batch)
 		if err == nil && len(missing) == 0 {
-			return len(batch), nil
+			return nil
 		}
 		// Not decisive: whatever went wrong shows again below.
 	}
 	if k.session == nil {
 		if err := k.open(ctx, identity); err != nil {
-			return 0, fmt.Errorf("begin a session with the broker: %w", err)
+			return fmt.Errorf("begin a session with the broker: %w", err)
 		}
 	}
 	missing := batch
@@ -329,32 +362,22 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 		var err error
 		if missing, err = k.look(ctx, batch); err != nil {
 			k.drop()
-			return 0, fmt.Errorf("look for records that are there already: %w", err)
+			return fmt.Errorf("look for records that are there already: %w", err)
 		}
 	}
 	if len(missing) == 0 {
-		return len(batch), nil
+		return nil
 	}
 	err := k.produce(ctx, missing)
 	if err == nil {
-		return len(batch), nil
+		return nil
 	}
-
 	k.drop()
-	last := batch[len(batch)-1].index
-	k.unsure = max(k.unsure, last)
-	if refusedRecord, ok := errors.AsType[*poisonError](err); ok {
-		if len(missing) == 1 && k.hopeless(&missing[0], refusedRecord.err) {
-			n := slices.IndexFunc(batch, func(e entry) bool { return e.index == missing[0].index })
-			return n, err
-		}
-		k.single = last
-		err = refusedRecord.err // of which record, or whether for good, is to be found out
-	}
+	k.unsure = max(k.unsure, batch[len(batch)-1].index)
 	if errors.Is(err, kerr.InvalidProducerEpoch) || errors.Is(err, kerr.ProducerFenced) {
 		err = fmt.Errorf("%w (another process publishes as %q, or the broker timed the transaction out)", err, identity)
 	}
-	return 0, err
+	return err
 }
 
 // poison tells a record that is wrong for good from a broker that is: the
@@ -364,19 +387,61 @@ func poison(err error) bool {
 		errors.Is(err, kerr.InvalidTimestamp)
 }
 
-// hopeless reports whether a record that is refused by itself will be for ever.
-// Only a timestamp may become right: one that is ahead of the broker's clock,
-// because one of the two is wrong, in time. So a record of the last hour, or of the
-// future, is tried for an hour; one that is older is older than the topic takes
-// (message.timestamp.before.max.ms) and only gets more so.
-func (k *kafkaSink) hopeless(e *entry, err error) bool {
-	if !errors.Is(err, kerr.InvalidTimestamp) || time.Since(e.record.end()) > timestampWait {
-		return true
+// present says which records are sent with the present time as their timestamp,
+// as the broker refuses the end of their windows. A timestamp that is too old only
+// gets older, and one that a wrong clock has put far ahead would hold up all that
+// follow, so neither is tried again.
+type present struct {
+	upTo  uint64 // records up to this index
+	ahead bool   // and those whose window ends in the future
+}
+
+func (p *present) time(e *entry, now time.Time) time.Time {
+	end := e.record.end()
+	if e.index <= p.upTo || p.ahead && end.After(now) {
+		return now
 	}
-	if k.early.index != e.index {
-		k.early.index, k.early.since = e.index, time.Now()
+	return end
+}
+
+func (p *present) used(batch []entry, now time.Time) bool {
+	return batch[0].index <= p.upTo || p.ahead && batch[len(batch)-1].record.end().After(now)
+}
+
+// widen gives more records of a refused batch the present time: first those that
+// end in the future, then the older half of the rest, so that a few attempts find
+// the first one that the broker takes as it is. False: all of them had it.
+func (p *present) widen(batch []entry, now time.Time) bool {
+	var rest []uint64
+	for i := range batch {
+		if end := batch[i].record.end(); batch[i].index > p.upTo && !(p.ahead && end.After(now)) {
+			if end.After(now) {
+				p.ahead = true
+				return true
+			}
+			rest = append(rest, batch[i].index)
+		}
 	}
-	return time.Since(k.early.since) > timestampWait
+	if len(rest) == 0 {
+		return false
+	}
+	p.upTo = rest[(len(rest)-1)/2]
+	return true
+}
+
+// takesPresent reports whether the topic takes a record with the present time, by
+// one that is not committed. If so, a record that is refused with that time is at
+// fault itself, and else one of the clocks is.
+func (k *kafkaSink) takesPresent(ctx context.Context, identity string) bool {
+	defer k.drop()
+	if k.session == nil && k.open(ctx, identity) != nil || !k.session.transactional || k.session.client.BeginTransaction() != nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, stepWait)
+	defer cancel()
+	s := k.session
+	err := s.client.ProduceSync(ctx, &kgo.Record{Topic: k.cfg.Topic, Partition: s.partition, Timestamp: time.Now()}).FirstErr()
+	return err == nil && s.client.EndTransaction(ctx, kgo.TryAbort) == nil
 }
 
 // open starts a session: the topic is there, the fence is up.
@@ -408,7 +473,17 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		return s, nil
 	}
 
-	s, err := connect(kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(transactionTimeout))
+	inTransactions := func() (*session, error) {
+		return connect(kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(k.timeout))
+	}
+	s, err := inTransactions()
+	for errors.Is(err, kerr.InvalidTransactionTimeout) && k.timeout > minTransactionTimeout {
+		k.timeout = max(k.timeout/2, minTransactionTimeout)
+		if s, err = inTransactions(); err == nil {
+			k.log.Info().Str("timeout", k.timeout.String()).Str("wanted", transactionTimeout.String()).
+				Msg("broker allows shorter transactions only (transaction.max.timeout.ms): they have this timeout")
+		}
+	}
 	if err == nil {
 		s.transactional = true
 		if k.refused {
@@ -417,14 +492,56 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		k.refused = false
 	} else if refusal(err) {
 		if !k.refused {
-			k.log.Warn().Err(err).Str("transactional_id", transactionalID(identity)).
+			k.log.Warn().Err(k.lacks("", err)).Str("transactional_id", transactionalID(identity)).
 				Msg("broker refuses transactions: records are sent without, a copy of one is possible when a process is killed")
 		}
 		k.refused = true
 		s, err = connect()
 	}
 	k.session = s
+	return k.lacks("Describe, and Create if it is missing,", err)
+}
+
+// lacks adds to an error by which the broker refuses a right the ACL that would
+// grant it; operation is the one on the topic.
+func (k *kafkaSink) lacks(operation string, err error) error {
+	switch {
+	case errors.Is(err, kerr.TopicAuthorizationFailed):
+		return fmt.Errorf("%w (the Kafka user lacks the ACL %s on topic %s)", err, operation, k.cfg.Topic)
+	case errors.Is(err, kerr.TransactionalIDAuthorizationFailed):
+		return fmt.Errorf("%w (the Kafka user lacks the ACLs Write and Describe on transactional ids with the prefix %s)", err, transactionalID(""))
+	case errors.Is(err, kerr.ClusterAuthorizationFailed):
+		return fmt.Errorf("%w (the Kafka user lacks the ACL IdempotentWrite on the cluster)", err)
+	}
 	return err
+}
+
+// prepare does early what the first record would need: it begins the session of an
+// identity, but in a group, where that would disturb the others, and looks whether
+// the user may read the topic. That right is needed only where the outcome of a
+// delivery is open, perhaps after weeks, and then nothing goes on without it.
+func (k *kafkaSink) prepare(ctx context.Context, identity string, group bool) error {
+	if !group {
+		if err := k.open(ctx, identity); err != nil {
+			return fmt.Errorf("begin a session with the broker: %w", err)
+		}
+	}
+	client, err := k.cfg.client(kgo.FetchMaxWait(250*time.Millisecond), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
+		k.cfg.Topic: {0: kgo.NewOffset().AtEnd()},
+	}))
+	if err != nil {
+		return err
+	}
+	defer k.closing.Go(client.Close)
+	ctx, cancel := context.WithTimeout(ctx, rightsWait)
+	defer cancel()
+	for _, e := range client.PollFetches(ctx).Errors() {
+		if errors.Is(e.Err, kerr.TopicAuthorizationFailed) {
+			k.log.Warn().Err(k.lacks("Read", e.Err)).
+				Msg("the topic cannot be read: records are delivered, but after a kill, or a reply of the broker that is lost, delivery stops until the right is granted")
+		}
+	}
+	return nil
 }
 
 // transactionalID has a prefix so that one ACL can cover every instance.
@@ -435,7 +552,7 @@ var errNoTransactions = errors.New("broker is too old for transactions")
 
 func refusal(err error) bool {
 	return errors.Is(err, kerr.TransactionalIDAuthorizationFailed) || errors.Is(err, kerr.UnsupportedVersion) ||
-		errors.Is(err, errNoTransactions)
+		errors.Is(err, errNoTransactions) || errors.Is(err, kerr.InvalidTransactionTimeout)
 }
 
 // fence gets a producer id: for a transactional client that ends every earlier
@@ -507,6 +624,7 @@ func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
 		}
 	}
 	results := make(chan error, len(entries)) // as many as promises: none ever blocks
+	now := time.Now()
 	for i := range entries {
 		r := &entries[i].record
 		// The records' context is not ours: the client may not give a record up
@@ -516,7 +634,7 @@ func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
 			Partition: s.partition,
 			Key:       []byte(r.Key()),
 			Value:     entries[i].value,
-			Timestamp: r.end(),
+			Timestamp: k.present.time(&entries[i], now),
 			Headers:   []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)}},
 		}, func(_ *kgo.Record, err error) { results <- err })
 	}
@@ -538,7 +656,7 @@ func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
 		}
 	}
 	if failed != nil {
-		failed = fmt.Errorf("produce: %w", failed)
+		failed = k.lacks("Write", fmt.Errorf("produce: %w", failed))
 		if poison(failed) {
 			return &poisonError{failed}
 		}
@@ -582,11 +700,18 @@ func (s *session) commit(ctx context.Context) error {
 // look returns the entries that are not in the topic, each key once. Behind a
 // session's fence the answer is final for its identity.
 func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
-	oldest := batch[0].record.end()
+	oldest, now := batch[0].record.end(), time.Now()
 	for i := range batch {
-		if e := batch[i].record.end(); e.Before(oldest) {
+		e := batch[i].record.end()
+		if e.After(now) {
+			e = time.Time{} // it may be there with any time up to the present
+		}
+		if e.Before(oldest) {
 			oldest = e
 		}
+	}
+	if !oldest.IsZero() {
+		oldest = oldest.Add(-lookMargin)
 	}
 	want := make(map[string]bool, len(batch))
 	for i := range batch {
@@ -605,30 +730,38 @@ func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
 	defer k.closing.Go(client.Close)
 
 	visible := make(map[string][]string) // key -> values
-	open := make(map[int64][]*kgo.Record)
+	// Transactions end on each partition by itself, with a marker of their producer:
+	// one producer may have data on two partitions, once the number of those has
+	// grown, and the marker of one says nothing about the data of the other.
+	type writer struct {
+		partition int32
+		producer  int64
+	}
+	open := make(map[writer][]*kgo.Record)
 	show := func(r *kgo.Record) {
 		visible[string(r.Key)] = append(visible[string(r.Key)], string(r.Value))
 	}
-	err = readToEnd(ctx, client, k.cfg.Topic, oldest.Add(-lookMargin), func(r *kgo.Record) error {
+	err = readToEnd(ctx, client, k.cfg.Topic, oldest, func(r *kgo.Record) error {
+		of := writer{r.Partition, r.ProducerID}
 		switch {
 		case r.Attrs.IsControl():
 			// The key is a version and a type: 0 aborts, 1 commits.
 			if len(r.Key) >= 4 && binary.BigEndian.Uint16(r.Key[2:]) == 1 {
-				for _, data := range open[r.ProducerID] {
+				for _, data := range open[of] {
 					show(data)
 				}
 			}
-			delete(open, r.ProducerID)
+			delete(open, of)
 		case !want[string(r.Key)]:
 		case r.Attrs.IsTransactional():
-			open[r.ProducerID] = append(open[r.ProducerID], r)
+			open[of] = append(open[of], r)
 		default:
 			show(r)
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, last.explain(err)
+		return nil, k.lacks("Read", last.explain(err))
 	}
 	for _, data := range open {
 		// Behind the fence every transaction of our id is settled, so this is one

@@ -3,15 +3,18 @@ package stream
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"verve/counter"
@@ -140,27 +143,33 @@ func containsKey(r kmsg.Request, key string) bool {
 	return bytes.Contains(r.(*kmsg.ProduceRequest).Topics[0].Partitions[0].Records, []byte(key))
 }
 
-// TestKafkaTimestampThatIsRefused: too old for the topic, it is set aside at once;
-// ahead of the broker's clock, when it has not become right for an hour. The
-// records behind it come through.
-func TestKafkaTimestampThatIsRefused(t *testing.T) {
+// TestKafkaTimeThatIsRefused: a record whose window ended too long ago for the
+// topic, or ends too far ahead, is sent with the present time, at once and in its
+// place. One that is refused with that time, too, is set aside at once. Neither
+// holds up the records behind it.
+func TestKafkaTimeThatIsRefused(t *testing.T) {
 	for _, tt := range []struct {
-		name  string
-		start time.Duration // of the window, from now
-		after time.Duration // it is set aside between this and a minute later
+		name    string
+		start   time.Duration // of the window, from now
+		ever    bool          // it is refused with any time
+		records int           // in the topic, of 5
 	}{
-		{"days ago", -48 * time.Hour, 0},
-		{"a minute ago", -time.Minute, time.Hour},
-		{"in a year", 365 * 24 * time.Hour, time.Hour},
+		{"days ago", -48 * time.Hour, false, 5},
+		{"a minute ago", -time.Minute, false, 5},
+		{"in a year", 365 * 24 * time.Hour, false, 5},
+		{"a minute ago, for ever", -time.Minute, true, 4},
+		{"in a year, for ever", 365 * 24 * time.Hour, true, 4},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
-				refused := 2 // of 5
 				first := time.Now().Add(tt.start).Truncate(time.Minute).UTC()
+				const refused = 2 // of 5
+				end := first.Add((refused + 1) * time.Minute)
+				key := fmt.Sprint("verve/", first.Add(refused*time.Minute).Format(time.RFC3339), "/host-1/", refused+1)
 				c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.InvalidTimestamp, Count: -1, When: func(r kmsg.Request) bool {
-					key := fmt.Sprint("verve/", first.Add(time.Duration(refused)*time.Minute).Format(time.RFC3339), "/host-1/", refused+1)
-					return containsKey(r, key)
+					return containsKey(r, key) && (tt.ever || slices.Contains(timesOf(t, r), end.UnixMilli()))
 				}})
+				began := time.Now()
 				s := start(t, t.TempDir(), Config{Kafka: cfg})
 				for i := range 5 {
 					at := first.Add(time.Duration(i) * time.Minute)
@@ -168,22 +177,107 @@ func TestKafkaTimestampThatIsRefused(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if tt.after > 0 {
-					time.Sleep(tt.after - time.Minute)
-					if st := s.Stats(); st.Poison != 0 || st.LastError() == "" {
-						t.Errorf("before %v: stats %+v", tt.after, st)
-					}
-					time.Sleep(time.Minute)
-				}
 				s.flush(t, time.Minute)
-				if st := s.Stats(); st.Poison != 1 || st.LastError() != "" {
-					t.Errorf("stats %+v", st)
+				if took := time.Since(began); took > 10*time.Second {
+					t.Errorf("delivered after %v", took)
+				}
+				if st := s.Stats(); st.Poison != 5-tt.records || st.LastError() != "" {
+					t.Errorf("stats %+v, want %d set aside", st, 5-tt.records)
 				}
 				s.stop()
-				if got := readTopic(t, cfg); len(got) != 4 {
-					t.Errorf("%d records, want 4: %v", len(got), got)
+				got := readTopic(t, cfg)
+				if len(got) != tt.records || !slices.IsSortedFunc(got, func(a, b Record) int { return int(a.Seq) - int(b.Seq) }) {
+					t.Errorf("%d records, want %d in their order: %v", len(got), tt.records, got)
 				}
 			})
 		})
 	}
+}
+
+// timesOf are the timestamps of the records of a produce request, in ms.
+func timesOf(t *testing.T, r kmsg.Request) (times []int64) {
+	t.Helper()
+	var b kmsg.RecordBatch
+	if err := b.ReadFrom(r.(*kmsg.ProduceRequest).Topics[0].Partitions[0].Records); err != nil {
+		t.Fatal(err)
+	}
+	for records := b.Records; len(records) > 0; {
+		var one kmsg.Record
+		n, size := binary.Varint(records)
+		if err := one.ReadFrom(records[:size+int(n)]); err != nil {
+			t.Fatal(err)
+		}
+		times, records = append(times, b.FirstTimestamp+one.TimestampDelta64), records[size+int(n):]
+	}
+	return times
+}
+
+// TestKafkaOutageLongerThanTheTopicTakesRecords: the topic takes records of the
+// last ten minutes, and the broker was away for twenty. All of them arrive, and
+// only those that were too old by then have another time than the end of their
+// window.
+func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		const away, limit, windows = 20 * time.Minute, 10 * time.Minute, 2 * 60
+		began := time.Now()
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.KafkaStorageError, Count: -1, When: func(r kmsg.Request) bool {
+			return time.Since(began) < away
+		}})
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.InvalidTimestamp, Count: -1, When: func(r kmsg.Request) bool {
+			return time.Since(began) >= away && time.Since(time.UnixMilli(slices.Min(timesOf(t, r)))) > limit
+		}})
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		for range windows {
+			at := time.Now().Truncate(time.Minute).UTC()
+			time.Sleep(time.Minute)
+			if err := s.Publish(t.Context(), counter.Count{Start: at, Window: time.Minute, Unique: 1, Exact: true, SealedAt: at.Add(time.Minute)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.flush(t, time.Minute)
+		if st := s.Stats(); st.Poison != 0 || st.LastError() != "" {
+			t.Errorf("stats %+v", st)
+		}
+		s.stop()
+		if n := len(readTopic(t, cfg)); n != windows {
+			t.Errorf("in the topic: %d of %d records", n, windows)
+		}
+		client, err := cfg.client(kgo.KeepControlRecords())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		other := 0
+		if err := readToEnd(t.Context(), client, topic, time.Time{}, func(r *kgo.Record) error {
+			if record, err := ParseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
+				other++
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if other == 0 || other > 20 {
+			t.Errorf("%d records have another time than the end of their window", other)
+		}
+	})
+}
+
+// TestKafkaClockThatTheTopicRefuses: no record is set aside where the topic refuses
+// the present time; all arrive when the clocks agree again.
+func TestKafkaClockThatTheTopicRefuses(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		began := time.Now()
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.InvalidTimestamp, Count: -1, When: func(r kmsg.Request) bool {
+			return time.Since(began) < 3*time.Hour
+		}})
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		s.publish(t, 0, 3)
+		time.Sleep(2 * time.Hour)
+		if st := s.Stats(); st.Poison != 0 || !strings.Contains(st.LastError(), "clock") {
+			t.Errorf("stats %+v", st)
+		}
+		s.flush(t, 2*time.Hour)
+		s.stop()
+		wantWindows(t, readTopic(t, cfg), 3)
+	})
 }

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
 )
 
 // broker is an Apache Kafka broker and controller in one process, from the jars
@@ -303,6 +305,28 @@ func TestRealKafka(t *testing.T) {
 				t.Errorf("record %d is %s", i, r.Key())
 			}
 		}
+	})
+
+	t.Run("TopicTakesOnlyRecentTimes", func(t *testing.T) {
+		cfg := b.config("recent")
+		client, err := cfg.client()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		limit := "3000"
+		if _, err := kadm.NewClient(client).CreateTopic(t.Context(), 1, 1, map[string]*string{
+			"message.timestamp.before.max.ms": &limit, "message.timestamp.after.max.ms": &limit,
+		}, cfg.Topic); err != nil {
+			t.Fatal(err)
+		}
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		s.publish(t, 0, 60)
+		s.flush(t, 30*time.Second)
+		if n := s.Stats().Poison; n != 0 {
+			t.Errorf("%d records are set aside", n)
+		}
+		wantWindows(t, readTopic(t, cfg), 60)
 	})
 
 	t.Run("Kill", func(t *testing.T) { killAtEveryStep(t, []string{b.plain}, rounds(t)) })

@@ -151,7 +151,11 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		if err := cfg.Kafka.check(); err != nil {
 			return nil, fmt.Errorf("stream: %w", err)
 		}
-		add(newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step))
+		k := newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
+		add(k)
+		s.sinks[0].prepare = func(ctx context.Context) error {
+			return k.prepare(ctx, spool.group+"/"+spool.instance, cfg.Scope == ScopeGroup)
+		}
 	}
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step)
@@ -401,6 +405,10 @@ type worker struct {
 	sink   sink
 	stream *Stream
 
+	// prepare, if there is one, is called until it succeeds or there is a record:
+	// so what will keep records from the sink shows before the first one.
+	prepare func(ctx context.Context) error
+
 	// mu guards what Stats reports.
 	mu           sync.Mutex
 	lastErr      error
@@ -412,19 +420,26 @@ func (w *worker) run(ctx context.Context) {
 	var wait backoff
 	var log sampler
 	name, spool := w.sink.name(), w.stream.spool
+	prepare := w.prepare
 	for ctx.Err() == nil {
 		_, changed := spool.watch()
 		batch, err := spool.next(name, batchSize)
-		if err == nil && len(batch) == 0 {
+		n := 0
+		switch {
+		case err != nil:
+		case len(batch) > 0:
+			prepare = nil // the delivery meets the same
+			n, err = w.sink.deliver(ctx, batch)
+		case prepare != nil:
+			if err = prepare(ctx); err == nil {
+				prepare = nil
+			}
+		default:
 			select {
 			case <-changed:
 			case <-ctx.Done():
 			}
 			continue
-		}
-		n := 0
-		if err == nil {
-			n, err = w.sink.deliver(ctx, batch)
 		}
 		poison, isPoison := errors.AsType[*poisonError](err)
 		if isPoison {
