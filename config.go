@@ -79,6 +79,7 @@ type config struct {
 	MaxConnsPerAddress int           `default:"0" help:"Of them, those of one client address, for IPv6 of one /64 network; 0: no limit, as is right behind a load balancer." group:"Limits"`
 	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Time for a request to arrive and for an answer to be taken." group:"Limits"`
 	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Time between two requests of a connection." group:"Limits"`
+	ShutdownDelay      time.Duration `default:"0s" help:"Time at a stop in which /readyz says no and ids are still counted, so that load balancers send requests elsewhere before any is refused. It comes before --shutdown-timeout." group:"Limits"`
 	ShutdownTimeout    time.Duration `default:"10s" help:"Time to stop: answer requests, send callbacks, deliver records." group:"Limits"`
 
 	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Least level logged: ${enum}." group:"Log"`
@@ -331,6 +332,7 @@ func (c *config) check() error {
 		{"tls-cert-file", c.TLSKeyFile != "" && c.TLSCertFile == "", "the certificate of --tls-key-file"},
 		{"slow-timeout", c.SlowTimeout <= 0, "a duration above 0"},
 		{"idle-timeout", c.IdleTimeout <= 0, "a duration above 0"},
+		{"shutdown-delay", c.ShutdownDelay < 0, "a duration, or 0"},
 		{"shutdown-timeout", c.ShutdownTimeout <= 0, "a duration above 0"},
 		{"counts-file", c.CountsFile == "" && c.DataDir == noDataDir && len(c.KafkaBrokers) == 0, "a file, - or off, as there is neither a data directory nor a broker"},
 	} {

@@ -116,8 +116,8 @@ func TestContainerHasTimeToStop(t *testing.T) {
 				t.Fatal(err)
 			}
 			cfg := parseSettings(t, service.Environment)
-			if grace <= cfg.ShutdownTimeout {
-				t.Errorf("got %s until the engine kills the server, want more than its own %s", grace, cfg.ShutdownTimeout)
+			if own := cfg.ShutdownDelay + cfg.ShutdownTimeout; grace <= own {
+				t.Errorf("got %s until the engine kills the server, want more than its own %s", grace, own)
 			}
 		})
 	}
@@ -343,8 +343,17 @@ func unitSettings(t *testing.T) map[string]string {
 func TestUnitRestartsAndStopsInOrder(t *testing.T) {
 	u := unit(t)
 	cfg := parseSettings(t, unitSettings(t))
-	if grace, err := time.ParseDuration(u["TimeoutStopSec"]); err != nil || grace <= cfg.ShutdownTimeout {
-		t.Errorf("got %v until systemd kills the server, %v, want more than its own %v", grace, err, cfg.ShutdownTimeout)
+	own := cfg.ShutdownDelay + cfg.ShutdownTimeout
+	if grace, err := time.ParseDuration(u["TimeoutStopSec"]); err != nil || grace <= own {
+		t.Errorf("got %v until systemd kills the server, %v, want more than its own %v", grace, err, own)
+	}
+	// systemctl start waits for READY=1, and the socket outlives the service.
+	socket := assignments(t, "deploy/systemd/verve.socket")
+	if u["Type"] != "notify" || u["Requires"] != "verve.socket" || socket["FileDescriptorName"] != "public" {
+		t.Errorf("got Type=%s, Requires=%s, FileDescriptorName=%s, want notify, verve.socket, public", u["Type"], u["Requires"], socket["FileDescriptorName"])
+	}
+	if ":"+socket["ListenStream"] != cfg.Listen {
+		t.Errorf("got a socket at port %s, want the usual %s", socket["ListenStream"], cfg.Listen)
 	}
 	if files, err := strconv.Atoi(u["LimitNOFILE"]); err != nil || files <= cfg.MaxConns {
 		t.Errorf("got %d descriptors, %v, want more than %d connections", files, err, cfg.MaxConns)

@@ -105,13 +105,17 @@ func serve(cfg *config, log zerolog.Logger) error {
 	}
 	p.run()
 	greet(log, p.public.Addr(), p.private.Addr(), p.spool.Instance(), cfg)
+	stopping := make(chan struct{})
+	go notifySystemd(stopping, log)
 
 	var err error
 	select {
 	case s := <-signals:
 		p.admin.NotReady()
+		close(stopping)
 		log.Info().Str("signal", s.String()).Msg("stopping")
 		go stopAtOnce(signals, time.Now(), log)
+		p.sendElsewhere()
 	case err = <-p.failed:
 		log.Error().Err(err).Msg("stopping after a failure")
 	}
@@ -136,6 +140,7 @@ type program struct {
 	times       *server.Times
 	public      net.Listener
 	private     net.Listener // the admin listener
+	handedOver  bool         // public is a socket that systemd holds open, too
 	certificate *server.Certificate
 	spool       *stream.Spool
 	shared      *dedup.Redis // the group's set; nil in memory mode
@@ -213,16 +218,28 @@ func (p *program) open() error {
 	return nil
 }
 
-// listen opens both addresses.
-func (p *program) listen() (err error) {
-	if p.public, err = net.Listen("tcp", p.cfg.Listen); err != nil {
+// listen opens both addresses, or takes the sockets that systemd hands over in
+// their place.
+func (p *program) listen() error {
+	sockets, err := handedOver()
+	if err != nil {
+		return usageError{err}
+	}
+	open := func(name, address string, to *net.Listener) (handed bool, err error) {
+		if ln := sockets[name]; ln != nil {
+			*to, handed = ln, true
+		} else if *to, err = net.Listen("tcp", address); err != nil {
+			return false, err
+		}
+		p.closers = append(p.closers, func() { _ = (*to).Close() })
+		return handed, nil
+	}
+	if p.handedOver, err = open("public", p.cfg.Listen, &p.public); err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	p.closers = append(p.closers, func() { _ = p.public.Close() })
-	if p.private, err = net.Listen("tcp", p.cfg.AdminListen); err != nil {
+	if _, err = open("admin", p.cfg.AdminListen, &p.private); err != nil {
 		return fmt.Errorf("--admin-listen: %w", err)
 	}
-	p.closers = append(p.closers, func() { _ = p.private.Close() })
 	return nil
 }
 
@@ -336,6 +353,8 @@ func (p *program) stop() {
 	}{
 		// Load balancers should send requests elsewhere before any is refused.
 		{"", p.notReady},
+		// Connections not accepted yet wait for the next process, which can count their ids.
+		{"", func() error { return p.leaveSocket(budget) }},
 		// From here on ids are answered 503: the last record has every id that was answered ok.
 		{"", p.seal},
 		// Requests that were counted get their answers and start their callbacks.
@@ -360,6 +379,26 @@ func (p *program) stop() {
 	}
 	p.running.Wait()
 	p.stopCounter()
+}
+
+// sendElsewhere counts on for the shutdown delay, and meanwhile makes every answer
+// the last of its connection: load balancers learn that this instance is not ready
+// before it refuses anything.
+func (p *program) sendElsewhere() {
+	p.front.LastAnswers()
+	select {
+	case <-time.After(p.cfg.ShutdownDelay):
+	case err := <-p.failed:
+		p.failed <- err // for serve
+	}
+}
+
+// leaveSocket stops accepting from a socket that stays open without this process.
+func (p *program) leaveSocket(ctx context.Context) error {
+	if p.handedOver {
+		p.front.StopAccepting(ctx)
+	}
+	return nil
 }
 
 func (p *program) notReady() error {

@@ -23,6 +23,9 @@ var (
 // answer after it.
 func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	defer s.recovered(ctx)
+	if s.leaving.Load() {
+		ctx.SetConnectionClose()
+	}
 	ctx.Response.Header.SetContentTypeBytes(textPlain)
 	path, raw, _ := bytes.Cut(ctx.Request.Header.RequestURI(), query1)
 	switch string(path) {

@@ -60,6 +60,8 @@ type listener struct {
 	tls     *tls.Config   // nil: plain
 	fast    *fastPath     // nil: every request is fasthttp's
 
+	closing sync.Once
+
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	took histogram // from receiving a request to handing over its answer
@@ -132,6 +134,13 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		return c, nil
 	}
+}
+
+// Close closes the socket of this process. StopAccepting, Shutdown and fasthttp do
+// so one after the other: the first one has the result.
+func (l *listener) Close() (err error) {
+	l.closing.Do(func() { err = l.Listener.Close() })
+	return err
 }
 
 // admit takes c in, or returns the counter of the limit that it is over.

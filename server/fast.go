@@ -154,7 +154,9 @@ func (f *fastPath) read(c *conn, p []byte) (int, error) {
 		n, err := c.receive(p[have:])
 		have += n
 		like := begun
-		if n > 0 {
+		if n > 0 && f.server.leaving.Load() {
+			like = other // fasthttp closes the connection after its answer
+		} else if n > 0 {
 			c.serving.Store(true)
 			rest, as, failed := f.serve(c, p[:have])
 			c.serving.Store(false)

@@ -40,6 +40,11 @@ const (
 	// answerGrace bounds the wait, at the stop, for answers that are on their
 	// way. A request that has sent half its headers holds it up so long.
 	answerGrace = 2 * time.Second
+
+	// nextRequestGrace is how long StopAccepting lets clients send what is on its
+	// way: the first request of a connection accepted just now, or the next one of a
+	// connection between two requests. Their answers close their connections.
+	nextRequestGrace = 250 * time.Millisecond
 )
 
 // Config of a Server. Counter, Set, Callbacks and Log are required.
@@ -68,6 +73,7 @@ type Config struct {
 type Server struct {
 	cfg       Config
 	callbacks *callback.Sender
+	leaving   atomic.Bool // every answer is the last of its connection; read by each request
 	http      fasthttp.Server
 	ln        *listener
 	stopSweep chan struct{}
@@ -138,6 +144,21 @@ func (quiet) Printf(string, ...any) {}
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
 	return s.http.Serve(s.ln)
+}
+
+// LastAnswers makes every answer from now on the last of its connection, so that
+// clients and load balancers open their next one elsewhere. Ids are still counted.
+func (s *Server) LastAnswers() { s.leaving.Store(true) }
+
+// StopAccepting closes the listener, and returns when the connections that it had
+// accepted are answered and gone, or have had nextRequestGrace for that. Where
+// another process holds the same socket open, the kernel keeps every connection
+// that was not accepted here for the process that accepts next.
+func (s *Server) StopAccepting(ctx context.Context) {
+	_ = s.ln.Close() // nothing can be done about a failed close
+	grace, cancel := context.WithTimeout(ctx, nextRequestGrace)
+	defer cancel()
+	s.await(grace, func() bool { return s.ln.open() == 0 })
 }
 
 // Shutdown lets every request that was counted be answered, then closes the
