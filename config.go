@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -13,8 +15,10 @@ import (
 	"regexp"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/alecthomas/kong"
@@ -24,7 +28,9 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/setting"
 	"verve/server"
+	"verve/server/callback"
 	"verve/stream"
 )
 
@@ -36,6 +42,8 @@ const noDataDir = "none"
 type config struct {
 	Config      string `help:"File of settings in YAML or JSON, keyed by flag names without the dashes." placeholder:"FILE" group:"General"`
 	PrintConfig bool   `help:"Print the settings in force and where each comes from, as a --config file, and exit." group:"General"`
+
+	ShowVersion kong.VersionFlag `name:"version" short:"v" env:"-" help:"Print the version and exit." group:"General"`
 
 	Listen       string        `default:":8080" help:"Address of the public listener." group:"General"`
 	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: health, metrics, windows, profiles." group:"General"`
@@ -85,8 +93,10 @@ type config struct {
 	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Least level logged: ${enum}." group:"Log"`
 	LogFormat string `default:"auto" enum:"auto,console,json" help:"console, json, or auto: console on a terminal, JSON elsewhere." group:"Log"`
 
-	settings []setting         `kong:"-"` // of all of the above
-	model    *kong.Application `kong:"-"`
+	sources *setting.Sources  `kong:"-"` // of all of the above
+	model   *kong.Application `kong:"-"`
+
+	callbackSecret, adminToken []byte // what the files hold
 
 	Serve       struct{}  `cmd:"" default:"withargs" help:"Run the server (the default)."`
 	Totals      totalsCmd `cmd:"" help:"Print the total per window over all instances, from the topic or the counts file; name gaps and repeats."`
@@ -108,24 +118,26 @@ func (e usageError) Error() string { return e.err.Error() }
 func (e usageError) Unwrap() error { return e.err }
 
 // parse reads the settings: flags over environment over --config file over
-// defaults. It returns the command to run, or none after --help.
+// defaults, and judges them. It returns the command to run, or none after --help
+// and --version. An error is one line that names the setting, its value and where
+// that comes from; nothing was opened, written or listened to.
 func parse(args []string, stdout io.Writer) (cfg *config, command string, err error) {
-	cfg = new(config)
-	helped := false
-	file, err := readSettings(configPath(args))
-	if err != nil {
-		return nil, "", usageError{err}
+	if len(args) > 0 && args[0] == "help" {
+		args = append(slices.Clone(args[1:]), "--help")
 	}
+	cfg = new(config)
+	done := false // --help or --version has printed what was asked for
 	k, err := kong.New(cfg,
 		kong.Name("verve"),
 		kong.Description(description),
 		kong.Help(printHelp),
-		kong.DefaultEnvars("VERVE"),
+		kong.DefaultEnvars(strings.TrimSuffix(setting.Prefix, "_")),
 		kong.Writers(stdout, io.Discard),
-		kong.Exit(func(int) { helped = true }),
+		kong.Exit(func(int) { done = true }),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
-		kong.Resolvers(file),
+		kong.Resolvers(cfg),
 		kong.Vars{
+			"version":         "verve " + versionText(),
 			"cleanupInterval": dedup.DefaultCleanupInterval.String(),
 			"cleanupBatch":    fmt.Sprint(dedup.DefaultCleanupBatch),
 			"maxConns":        fmt.Sprint(server.DefaultMaxConns),
@@ -136,141 +148,211 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 	if err != nil {
 		return nil, "", err // a mistake in the tags above
 	}
+	k.Model.Name = "verve" // however the file is called
+	cfg.model = k.Model
+	cfg.sources = setting.New(args, os.Environ(), cfg.flags())
+	fileErr := cfg.sources.ReadFile("config")
 	ctx, err := k.Parse(args)
-	if helped {
+	if done {
 		return nil, "", nil
 	}
+	if err == nil {
+		command, _, _ = strings.Cut(ctx.Command(), " ")
+		err = cfg.judge(command, fileErr)
+	}
 	if err != nil {
-		return nil, "", usageError{err}
+		return nil, "", cfg.explain(err)
 	}
-	if err := cfg.check(); err != nil {
-		return nil, "", usageError{err}
-	}
-	cfg.settings, cfg.model = settings(k, ctx, file), k.Model
-	return cfg, ctx.Command(), nil
+	return cfg, command, nil
 }
 
-// configPath finds the settings file before the other flags are read, as their
-// values may come from it.
-func configPath(args []string) string {
-	path := os.Getenv("VERVE_CONFIG")
-	for i, a := range args {
-		if v, ok := strings.CutPrefix(a, "--config="); ok {
-			path = v
-		} else if a == "--config" && i+1 < len(args) {
-			path = args[i+1]
+// flags are those of all commands, as the sources need to know them. From here on
+// the sources read the environment, and kong only shows the variables' names.
+func (c *config) flags() []setting.Flag {
+	var all []setting.Flag
+	add := func(flags []*kong.Flag, file bool) {
+		for _, f := range flags {
+			s := setting.Flag{Name: f.Name, Bool: f.IsBool(), List: f.IsSlice(), File: file && len(f.Envs) > 0 && f.Name != "config"}
+			if len(f.Envs) > 0 {
+				s.Env = f.Envs[0]
+			}
+			f.Tag.Envs = nil
+			all = append(all, s)
 		}
 	}
-	return path
+	add(c.model.Flags, true)
+	for _, command := range c.model.Children {
+		add(command.Flags, false)
+	}
+	return all
 }
 
-// settingsFile resolves flags from a YAML or JSON file.
-type settingsFile struct {
-	path   string
-	values map[string]any
-}
-
-// readSettings reads the file at path; no path is a file without settings.
-func readSettings(path string) (*settingsFile, error) {
-	f := &settingsFile{path: path}
-	if path == "" {
-		return f, nil
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("--config: %w", err)
-	}
-	if err := yaml.Unmarshal(b, &f.values); err != nil {
-		first, _, _ := strings.Cut(err.Error(), "\n")
-		return nil, fmt.Errorf("--config: %s: %s", path, first)
-	}
-	return f, nil
-}
-
-// Validate implements kong.Resolver: it refuses keys that are no flags.
-func (f *settingsFile) Validate(app *kong.Application) error {
-	known := map[string]bool{}
-	for _, flag := range app.Flags {
-		known[flag.Name] = true
-	}
-	for key := range f.values {
-		if !known[key] || key == "config" || key == "help" {
-			return fmt.Errorf("--config: %s: unknown key %q", f.path, key)
-		}
-	}
-	return nil
-}
-
-// Resolve implements kong.Resolver. The environment, which kong would let the
-// file override, goes before it.
-func (f *settingsFile) Resolve(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (any, error) {
-	v, ok := f.values[flag.Name]
-	if !ok {
+// Resolve implements kong.Resolver with the environment and the settings file.
+func (c *config) Resolve(ctx *kong.Context, _ *kong.Path, flag *kong.Flag) (any, error) {
+	if !reads(ctx.Command(), flag.Name) {
 		return nil, nil
 	}
-	if _, ok := fromEnvironment(flag); ok {
-		return nil, nil
+	if text, _, ok := c.sources.Lookup(flag.Name); ok {
+		return text, nil
 	}
-	switch v := v.(type) {
-	case []any:
-		parts := make([]string, len(v))
-		for i, p := range v {
-			parts[i] = fmt.Sprint(p)
-		}
-		return strings.Join(parts, ","), nil
-	case map[string]any, nil:
-		return nil, errors.New("a single value is wanted")
-	case float64:
-		if v == math.Trunc(v) && math.Abs(v) < 1<<53 {
-			return fmt.Sprint(int64(v)), nil
-		}
-	}
-	return fmt.Sprint(v), nil
+	return nil, nil
 }
 
-// fromEnvironment returns the variable that sets flag, if there is one.
-func fromEnvironment(flag *kong.Flag) (name string, ok bool) {
-	for _, env := range flag.Envs {
-		if _, ok := os.LookupEnv(env); ok {
-			return env, true
+// Validate implements kong.Resolver; judge does it.
+func (c *config) Validate(*kong.Application) error { return nil }
+
+// judge refuses what cannot work of the settings that the command reads.
+func (c *config) judge(command string, fileErr error) error {
+	if !reads(command, "config") {
+		return nil
+	}
+	if fileErr != nil {
+		return fileErr
+	}
+	if err := c.sources.CheckVariables(); err != nil {
+		return err
+	}
+	for _, list := range []*[]string{&c.RedisURL, &c.KafkaBrokers, &c.CallbackAllow} {
+		for i, element := range *list {
+			(*list)[i] = strings.TrimSpace(element)
 		}
 	}
-	return "", false
+	switch command {
+	case "healthcheck":
+		return checkAddress("admin-listen", c.AdminListen)
+	case "totals":
+		return c.checkKafka()
+	}
+	return c.check()
 }
 
-// setting is one flag with its value and where that comes from.
-type setting struct {
-	name   string
-	value  reflect.Value
-	source string
+// explain makes the one line of an error: the setting that it is about, with its
+// value and where that comes from.
+func (c *config) explain(err error) error {
+	var bad *setting.Error
+	why := err.Error()
+	name := ""
+	if errors.As(err, &bad) {
+		name, why = bad.Name, bad.Why
+	} else if m := regexp.MustCompile(`^--([a-z0-9-]+)(:| must)`).FindStringSubmatch(why); m != nil {
+		name, why = m[1], "want "+c.wanted(m[1]) // kong could not read it
+	} else if word, ok := strings.CutPrefix(why, "unexpected argument "); ok && !strings.Contains(word, ",") {
+		var commands []string
+		for _, command := range c.model.Children {
+			commands = append(commands, command.Name)
+		}
+		why += cmp.Or(setting.Nearest(word, commands), ", the commands are "+strings.Join(commands, ", "))
+	}
+	if name != "" {
+		text, from, ok := c.sources.Lookup(name)
+		switch {
+		case ok:
+			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, text), from.Phrase(), why)
+		case from.String() != "default":
+			why = fmt.Sprintf("--%s (%s): the value is missing, %s", name, from.Phrase(), why)
+		default:
+			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase(), why)
+		}
+	}
+	return usageError{errors.New(strings.Map(printable, why))}
+}
+
+// printable keeps an error in one line.
+func printable(r rune) rune {
+	if unicode.IsControl(r) {
+		return ' '
+	}
+	return r
+}
+
+// wanted says what values the flag takes.
+func (c *config) wanted(name string) string {
+	for _, s := range c.settings() {
+		if s.name != name {
+			continue
+		}
+		if s.enum != "" {
+			return "one of " + strings.ReplaceAll(s.enum, ",", ", ")
+		}
+		switch v := s.value.Interface().(type) {
+		case time.Duration:
+			return "a duration such as 500ms, 90s or 1h30m"
+		case uint64:
+			return "a whole number, 0 or more"
+		case int:
+			return "a whole number"
+		case float64:
+			return "a number"
+		case bool:
+			return "true or false"
+		case []string:
+			return "a list with commas between its elements"
+		default:
+			return fmt.Sprintf("a %T", v)
+		}
+	}
+	return "a value"
+}
+
+// Of a value that holds credentials, and of a secret that stands in the place of
+// its file's name, nothing is shown.
+var (
+	credentials = regexp.MustCompile(`^(.*?://)?.*@`)
+	secretFiles = []string{"admin-token-file", "callback-secret-file", "kafka-password-file"}
+)
+
+// shown is a value as it may stand in a message.
+func (c *config) shown(name, value string) string {
+	const longest = 200
+	looksLikePath := strings.HasPrefix(value, "/") || strings.Contains(value, ".") || len(value) < 16
+	switch {
+	case slices.Contains(secretFiles, name) && (strings.HasPrefix(value, "whsec_") || !looksLikePath):
+		return "(not shown, as it may be the secret itself)"
+	case slices.Contains([]string{"redis-url", "kafka-brokers", "callback-allow", "listen", "admin-listen"}, name):
+		value = credentials.ReplaceAllString(value, "${1}hidden@")
+	}
+	if len(value) > longest {
+		value = value[:longest] + "..."
+	}
+	return strconv.Quote(value)
+}
+
+// oneSetting is a flag with its value.
+type oneSetting struct {
+	name  string
+	enum  string
+	value reflect.Value
 }
 
 // settings lists those of the server, in the order of their declaration.
-func settings(k *kong.Kong, ctx *kong.Context, file *settingsFile) (all []setting) {
-	for _, flag := range k.Model.Flags {
-		if flag.Name == "help" || flag.Name == "config" || flag.Name == "print-config" {
-			continue
+func (c *config) settings() (all []oneSetting) {
+	for _, flag := range c.model.Flags {
+		if !slices.Contains([]string{"help", "version", "config", "print-config"}, flag.Name) {
+			all = append(all, oneSetting{flag.Name, flag.Enum, flag.Target})
 		}
-		s := setting{flag.Name, flag.Target, "default"}
-		if _, ok := file.values[flag.Name]; ok {
-			s.source = file.path
-		}
-		if env, ok := fromEnvironment(flag); ok {
-			s.source = env
-		}
-		if slices.ContainsFunc(ctx.Path, func(p *kong.Path) bool { return p.Flag == flag && !p.Resolved }) {
-			s.source = "--" + flag.Name
-		}
-		all = append(all, s)
 	}
 	return all
+}
+
+// value is the value in force as text.
+func (c *config) value(name string) string {
+	for _, s := range c.settings() {
+		if s.name == name {
+			if list, ok := s.value.Interface().([]string); ok {
+				return strings.Join(list, ",")
+			}
+			return fmt.Sprint(s.value.Interface())
+		}
+	}
+	return ""
 }
 
 // print writes the settings in force as a --config file; those that are empty,
 // or hold a password, as comments. Other secrets are in files, which are named
 // and not read.
 func (c *config) print(w io.Writer) error {
-	for _, s := range c.settings {
+	for _, s := range c.settings() {
+		_, source, _ := c.sources.Lookup(s.name)
 		value := s.value.Interface()
 		shown := true
 		switch v := value.(type) {
@@ -294,7 +376,7 @@ func (c *config) print(w io.Writer) error {
 		if !shown {
 			line = "# " + line
 		}
-		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, s.source); err != nil {
+		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, source); err != nil {
 			return err
 		}
 	}
@@ -307,56 +389,127 @@ var userInfo = regexp.MustCompile(`://.*@`)
 // withoutPassword returns s without user and password, if it is a URL with some.
 func withoutPassword(s string) string { return userInfo.ReplaceAllString(s, "://hidden@") }
 
-// check refuses what the flags' types let through, and names the flag.
-func (c *config) check() error {
+// check asks each package about its part of the settings: the bounds are theirs.
+// The secrets that files hold are kept for later.
+func (c *config) check() (err error) {
 	for _, f := range []struct {
 		name string
-		bad  bool
-		want string
+		none bool // 0 is the default in the packages, and no value that a user means
 	}{
-		{"window", c.Window < counter.MinWindow || c.Window > counter.MaxWindow, "50ms to 1h"},
-		{"window", c.Window%time.Millisecond != 0, "whole milliseconds"},
-		{"max-clock-skew", c.MaxClockSkew < 0, "a duration, or 0"},
-		{"group", c.Group == "" || strings.Contains(c.Group, "/"), "a name without slashes"},
-		{"instance", strings.Contains(c.Instance, "/"), "a name without slashes"},
-		{"data-dir", c.DataDir == "", "a directory, or none"},
-		{"duplicate-status", c.DuplicateStatus < 200 || c.DuplicateStatus > 599 || c.DuplicateStatus == 204 || c.DuplicateStatus == 205 || c.DuplicateStatus == 304, "an HTTP status with a body, 200 to 599"},
-		{"cleanup-interval", c.CleanupInterval <= 0, "a duration above 0"},
-		{"cleanup-batch", c.CleanupBatch <= 0, "a number above 0"},
-		{"callback-concurrency", c.CallbackConcurrency <= 0, "a number above 0"},
-		{"callback-rate", !(c.CallbackRate > 0), "a number above 0"},
-		{"callback-timeout", c.CallbackTimeout <= 0, "a duration above 0"},
-		{"max-conns", c.MaxConns <= 0, "a number above 0"},
-		{"max-conns-per-address", c.MaxConnsPerAddress < 0, "a number, or 0 for no limit"},
-		{"tls-key-file", c.TLSCertFile != "" && c.TLSKeyFile == "", "the key of --tls-cert-file"},
-		{"tls-cert-file", c.TLSKeyFile != "" && c.TLSCertFile == "", "the certificate of --tls-key-file"},
-		{"slow-timeout", c.SlowTimeout <= 0, "a duration above 0"},
-		{"idle-timeout", c.IdleTimeout <= 0, "a duration above 0"},
-		{"shutdown-delay", c.ShutdownDelay < 0, "a duration, or 0"},
-		{"shutdown-timeout", c.ShutdownTimeout <= 0, "a duration above 0"},
-		{"counts-file", c.CountsFile == "" && c.DataDir == noDataDir && len(c.KafkaBrokers) == 0, "a file, - or off, as there is neither a data directory nor a broker"},
+		{"duplicate-status", c.DuplicateStatus == 0},
+		{"cleanup-interval", c.CleanupInterval == 0},
+		{"cleanup-batch", c.CleanupBatch == 0},
+		{"callback-concurrency", c.CallbackConcurrency == 0},
+		{"callback-rate", c.CallbackRate == 0},
+		{"callback-timeout", c.CallbackTimeout == 0},
+		{"max-conns", c.MaxConns == 0},
+		{"slow-timeout", c.SlowTimeout == 0},
+		{"idle-timeout", c.IdleTimeout == 0},
+		{"shutdown-timeout", c.ShutdownTimeout == 0},
 	} {
-		if f.bad {
-			return fmt.Errorf("--%s: want %s, got %q", f.name, f.want, c.value(f.name))
+		if f.none {
+			return setting.Errorf(f.name, "want more than 0")
 		}
 	}
-	for _, f := range []struct{ name, addr string }{{"listen", c.Listen}, {"admin-listen", c.AdminListen}} {
-		if _, _, err := net.SplitHostPort(f.addr); err != nil {
-			return fmt.Errorf("--%s: %w", f.name, err)
+	if err := cmp.Or(setting.CheckTimeout("shutdown-timeout", c.ShutdownTimeout), setting.CheckTimeout("shutdown-delay", c.ShutdownDelay)); err != nil {
+		return err
+	}
+	if err := counter.CheckWindow(c.Window); err != nil {
+		return setting.Errorf("window", "%v", err)
+	}
+	if err := c.checkFiles(); err != nil {
+		return err
+	}
+	redis, spool, records := c.redis(), c.spool(), stream.Config{CountsFile: c.countsFile()}
+	memory := dedup.Config{Expect: c.ExpectIDs, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch}
+	callbacks, front := c.callbacks(), c.front()
+	for _, part := range []interface{ Check() error }{&spool, &records, &memory, &redis, &callbacks, &front} {
+		if err := part.Check(); err != nil {
+			return err
 		}
+	}
+	if err := c.checkKafka(); err != nil {
+		return err
+	}
+	return c.checkAddresses()
+}
+
+// checkKafka is apart, as verve totals reads these settings, too. They are judged
+// whether there are brokers or not.
+func (c *config) checkKafka() error {
+	k := c.kafka()
+	return k.Check()
+}
+
+// checkFiles reads the files that settings name, and judges pairs of them.
+func (c *config) checkFiles() (err error) {
+	switch {
+	case c.TLSCertFile != "" && c.TLSKeyFile == "":
+		return setting.Errorf("tls-cert-file", "--tls-key-file with its key is missing")
+	case c.TLSKeyFile != "" && c.TLSCertFile == "":
+		return setting.Errorf("tls-key-file", "--tls-cert-file with its certificate is missing")
+	case c.CountsFile == "" && c.DataDir == noDataDir && len(c.KafkaBrokers) == 0:
+		return setting.Errorf("data-dir", "there is neither a data directory nor a broker: set --counts-file to a file, to - or to off")
+	case c.DataDir == "":
+		return setting.Errorf("data-dir", "want a directory, or none")
+	}
+	if c.TLSCertFile != "" {
+		if _, err := c.certificate(zerolog.Nop()); err != nil {
+			return err
+		}
+	}
+	if c.callbackSecret, err = secretFile("callback-secret-file", c.CallbackSecretFile); err != nil {
+		return err
+	}
+	if c.adminToken, err = secretFile("admin-token-file", c.AdminTokenFile); err != nil {
+		return err
+	}
+	return server.CheckToken(c.adminToken)
+}
+
+// checkAddresses refuses those that can never be listened on. A port in use, or an
+// address that the machine does not have yet, may work later: that is for the
+// start to find out.
+func (c *config) checkAddresses() error {
+	var public, admin *net.TCPAddr
+	for _, f := range []struct {
+		name, addr string
+		resolved   **net.TCPAddr
+	}{{"listen", c.Listen, &public}, {"admin-listen", c.AdminListen, &admin}} {
+		if err := checkAddress(f.name, f.addr); err != nil {
+			return err
+		}
+		addr, err := net.ResolveTCPAddr("tcp", f.addr)
+		if err != nil {
+			return setting.Errorf(f.name, "the host has no address: %v", err)
+		}
+		*f.resolved = addr
+	}
+	if public.Port == 0 || public.Port != admin.Port {
+		return nil
+	}
+	// An address of all interfaces of one family overlaps with each of its own;
+	// without a host it is of both families.
+	everywhere := func(a *net.TCPAddr) bool { return a.IP == nil || a.IP.IsUnspecified() }
+	family := func(a *net.TCPAddr) bool { return a.IP.To4() != nil }
+	bothFamilies := public.IP == nil || admin.IP == nil
+	if public.IP.Equal(admin.IP) && public.Zone == admin.Zone ||
+		(everywhere(public) || everywhere(admin)) && (bothFamilies || family(public) == family(admin)) {
+		return setting.Errorf("admin-listen", "the port is that of --listen=%s", c.Listen)
 	}
 	return nil
 }
 
-// value is the flag's value as text, for messages.
-func (c *config) value(flag string) string {
-	v := reflect.ValueOf(c).Elem()
-	for i := range v.NumField() {
-		if strings.EqualFold(v.Type().Field(i).Name, strings.ReplaceAll(flag, "-", "")) {
-			return fmt.Sprint(v.Field(i).Interface())
-		}
+// checkAddress refuses what is no address to listen on; it asks no resolver.
+func checkAddress(name, addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || strings.ContainsAny(host, " \"'/") {
+		return setting.Errorf(name, "want HOST:PORT or :PORT, an IPv6 address in brackets")
 	}
-	return ""
+	if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
+		return setting.Errorf(name, "want a port from 0 to 65535")
+	}
+	return nil
 }
 
 // spoolDir is the directory of the spool, empty for memory.
@@ -387,9 +540,6 @@ func (c *config) countsFile() string {
 }
 
 func (c *config) kafka() stream.KafkaConfig {
-	if len(c.KafkaBrokers) == 0 {
-		return stream.KafkaConfig{}
-	}
 	k := stream.KafkaConfig{
 		Brokers: c.KafkaBrokers, Topic: c.KafkaTopic,
 		SASL: c.KafkaSASL, User: c.KafkaUser, PasswordFile: c.KafkaPasswordFile,
@@ -400,6 +550,33 @@ func (c *config) kafka() stream.KafkaConfig {
 	return k
 }
 
+// redis, spool, callbacks and front are the settings of the parts. What is
+// made at the start is added by main.go.
+func (c *config) redis() dedup.RedisConfig {
+	return dedup.RedisConfig{
+		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,
+		FailOpen: c.RedisFail == "open", MaxIDs: c.MaxIDs,
+	}
+}
+
+func (c *config) spool() stream.SpoolConfig {
+	return stream.SpoolConfig{Dir: c.spoolDir(), Group: c.Group, Instance: c.Instance}
+}
+
+func (c *config) callbacks() callback.Config {
+	return callback.Config{
+		Allow: c.CallbackAllow, Concurrency: c.CallbackConcurrency, Rate: c.CallbackRate,
+		Timeout: c.CallbackTimeout, Secret: c.callbackSecret, Group: c.Group,
+	}
+}
+
+func (c *config) front() server.Config {
+	return server.Config{
+		Uint64IDs: c.IDFormat == "uint64", DuplicateStatus: c.DuplicateStatus, WindowHeader: c.WindowHeader,
+		MaxConns: c.MaxConns, MaxConnsPerAddress: c.MaxConnsPerAddress, SlowTimeout: c.SlowTimeout, IdleTimeout: c.IdleTimeout,
+	}
+}
+
 // secretFile reads the secret that a flag names the file of; none without one.
 func secretFile(flag, path string) ([]byte, error) {
 	if path == "" {
@@ -407,10 +584,10 @@ func secretFile(flag, path string) ([]byte, error) {
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("--%s: %w", flag, err)
+		return nil, setting.Errorf(flag, "%v", setting.Cause(err))
 	}
-	if b = []byte(strings.TrimRight(string(b), "\r\n")); len(b) == 0 {
-		return nil, fmt.Errorf("--%s: %s is empty", flag, path)
+	if b = bytes.TrimRight(b, "\r\n"); len(b) == 0 {
+		return nil, setting.Errorf(flag, "the file is empty")
 	}
 	return b, nil
 }
@@ -420,9 +597,14 @@ func (c *config) certificate(log zerolog.Logger) (*server.Certificate, error) {
 	if c.TLSCertFile == "" {
 		return nil, nil
 	}
+	for _, f := range []struct{ name, path string }{{"tls-cert-file", c.TLSCertFile}, {"tls-key-file", c.TLSKeyFile}} {
+		if _, err := os.ReadFile(f.path); err != nil {
+			return nil, setting.Errorf(f.name, "%v", setting.Cause(err))
+		}
+	}
 	cert, err := server.LoadCertificate(c.TLSCertFile, c.TLSKeyFile, log)
 	if err != nil {
-		return nil, fmt.Errorf("--tls-cert-file: %w", err)
+		return nil, setting.Errorf("tls-cert-file", "%v", err)
 	}
 	return cert, nil
 }

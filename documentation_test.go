@@ -53,7 +53,7 @@ func TestReadmeHasEverySetting(t *testing.T) {
 		t.Fatal(err)
 	}
 	var have []string
-	for _, setting := range cfg.settings {
+	for _, setting := range cfg.settings() {
 		have = append(have, setting.name)
 		if !strings.Contains(table, "`--"+setting.name+"`") {
 			t.Errorf("--%s is not in the table of settings", setting.name)

@@ -100,7 +100,7 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 		}
 		return path
 	}
-	const signing, token, password, query = "signing-s3cret-0123456789", "admin-s3cret", "kafka-s3cret", "query-s3cret"
+	const signing, token, password, query = "c2lnbmluZy1zM2NyZXQtMDEyMzQ1Njc4OQ==", "admin-s3cret", "kafka-s3cret", "query-s3cret"
 	args := []string{
 		"--window=1h", "--log-level=debug", "--shutdown-timeout=300ms", "--kafka-brokers=127.0.0.1:9",
 		"--callback-secret-file=" + secret("signing", signing), "--admin-token-file=" + secret("token", token),

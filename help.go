@@ -35,12 +35,25 @@ var relevant = map[string][]string{
 	"completion":  {},
 }
 
+// reads reports whether the command reads the setting. Flags of a single command
+// are in no list.
+func reads(command, name string) bool {
+	command, _, _ = strings.Cut(command, " ")
+	read, limited := relevant[command]
+	return !limited || slices.Contains(read, name)
+}
+
 // printHelp shows the flags that the command reads.
 func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
 	command, _, _ := strings.Cut(ctx.Command(), " ")
 	if read, ok := relevant[command]; ok {
 		for _, f := range ctx.Model.Flags {
 			f.Hidden = f.Hidden || f.Name != "help" && !slices.Contains(read, f.Name)
+		}
+	}
+	for _, flags := range ctx.Model.AllFlags(false) {
+		for _, f := range flags {
+			f.Tag.Envs = f.Envs // taken away for the sources
 		}
 	}
 	return kong.DefaultHelpPrinter(options, ctx)

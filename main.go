@@ -6,7 +6,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -73,7 +72,7 @@ func run(args []string, stdout, stderr *os.File) error {
 		return totals(cfg, stdout, stderr)
 	case "healthcheck":
 		return healthcheck(cfg.AdminListen)
-	case "completion <shell>":
+	case "completion":
 		writeCompletion(stdout, cfg.Completion.Shell, cfg.model)
 	case "version":
 		fmt.Fprintln(stdout, "verve", versionText())
@@ -164,16 +163,9 @@ type program struct {
 // open makes every part. After an error, close releases what was made.
 func (p *program) open() error {
 	cfg, log := p.cfg, p.log
-	secret, err := secretFile("callback-secret-file", cfg.CallbackSecretFile)
-	if err != nil {
-		return usageError{err}
-	}
-	token, err := secretFile("admin-token-file", cfg.AdminTokenFile)
-	if err != nil {
-		return usageError{err}
-	}
+	var err error
 	if p.certificate, err = cfg.certificate(log); err != nil {
-		return usageError{err}
+		return cfg.explain(err)
 	}
 	// Addresses first: a second server on this machine should fail before it
 	// touches the data directory of the first.
@@ -186,25 +178,18 @@ func (p *program) open() error {
 	if err := p.openCounter(); err != nil {
 		return err
 	}
-	var selfTLS func() *tls.Config
+	callbacks := cfg.callbacks()
+	callbacks.SelfAddrs, callbacks.SelfPath, callbacks.AdminAddr = []string{p.public.Addr().String()}, server.SinkPath, p.private.Addr().String()
 	if p.certificate != nil {
-		selfTLS = p.certificate.OwnConfig
+		callbacks.SelfTLS = p.certificate.OwnConfig
 	}
-	p.callbacks, err = callback.New(callback.Config{
-		Allow: cfg.CallbackAllow, Concurrency: cfg.CallbackConcurrency, Rate: cfg.CallbackRate,
-		Timeout: cfg.CallbackTimeout, Secret: secret,
-		SelfAddrs: []string{p.public.Addr().String()}, SelfPath: server.SinkPath, SelfTLS: selfTLS, AdminAddr: p.private.Addr().String(),
-		Group: cfg.Group, Instance: p.spool.Instance(), Live: p.live, Took: p.times.CallbackEnded, Log: log,
-	})
-	if err != nil {
-		return usageError{err}
+	callbacks.Instance, callbacks.Live, callbacks.Took, callbacks.Log = p.spool.Instance(), p.live, p.times.CallbackEnded, log
+	if p.callbacks, err = callback.New(callbacks); err != nil {
+		return err
 	}
-	p.front, err = server.New(server.Config{
-		Counter: p.counter, Set: p.set, Callbacks: p.callbacks, Log: log,
-		Uint64IDs: cfg.IDFormat == "uint64", DuplicateStatus: cfg.DuplicateStatus, WindowHeader: cfg.WindowHeader,
-		MaxConns: cfg.MaxConns, MaxConnsPerAddress: cfg.MaxConnsPerAddress, TLS: p.certificate, SlowTimeout: cfg.SlowTimeout, IdleTimeout: cfg.IdleTimeout,
-	}, p.public)
-	if err != nil {
+	front := cfg.front()
+	front.Counter, front.Set, front.Callbacks, front.TLS, front.Log = p.counter, p.set, p.callbacks, p.certificate, log
+	if p.front, err = server.New(front, p.public); err != nil {
 		return err
 	}
 	var group func() dedup.GroupStats
@@ -213,7 +198,7 @@ func (p *program) open() error {
 	}
 	p.admin = server.NewAdmin(server.AdminConfig{
 		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
-		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(token),
+		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(cfg.adminToken),
 	})
 	return nil
 }
@@ -247,10 +232,9 @@ func (p *program) listen() error {
 // records into Kafka and the counts file.
 func (p *program) openRecords() (err error) {
 	cfg := p.cfg
-	p.spool, err = stream.OpenSpool(stream.SpoolConfig{
-		Dir: cfg.spoolDir(), Group: cfg.Group, Instance: cfg.Instance, Log: p.log,
-	})
-	if err != nil {
+	spool := cfg.spool()
+	spool.Log = p.log
+	if p.spool, err = stream.OpenSpool(spool); err != nil {
 		return err
 	}
 	p.closers = append(p.closers, func() { _ = p.spool.Close() })
@@ -263,7 +247,7 @@ func (p *program) openRecords() (err error) {
 		to.Scope, to.Ledger = stream.ScopeGroup, p.shared.Ledger()
 	}
 	if p.records, err = stream.New(to, p.spool); err != nil {
-		return usageError{err}
+		return err
 	}
 	p.closers = append(p.closers, p.records.Close)
 	return nil
@@ -501,13 +485,12 @@ func openShared(cfg *config, instance string, log zerolog.Logger) (*dedup.Redis,
 	if err != nil {
 		return nil, err
 	}
-	set, err := dedup.NewRedis(dedup.RedisConfig{
-		URLs: cfg.RedisURL, Group: cfg.Group, Instance: instance, Window: cfg.Window, MaxSkew: cfg.MaxClockSkew,
-		Local: local, FailOpen: cfg.RedisFail == "open", MaxIDs: cfg.MaxIDs, Log: log,
-	})
+	c := cfg.redis()
+	c.Instance, c.Local, c.Log = instance, local, log
+	set, err := dedup.NewRedis(c)
 	if err != nil {
 		_ = local.Close()
-		return nil, usageError{fmt.Errorf("--redis-url: %w", err)}
+		return nil, err
 	}
 	return set, nil
 }

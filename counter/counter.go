@@ -117,10 +117,19 @@ type Counter struct {
 	skipped atomic.Uint64
 }
 
+// CheckWindow refuses lengths of a window that cannot be counted, or not be
+// published: records have milliseconds.
+func CheckWindow(window time.Duration) error {
+	if window < MinWindow || window > MaxWindow || window%time.Millisecond != 0 {
+		return fmt.Errorf("want %v to %v, in whole milliseconds", MinWindow, MaxWindow)
+	}
+	return nil
+}
+
 // New opens the epoch of the present time. Run must be called to close epochs.
 func New(cfg Config) (*Counter, error) {
-	if cfg.Window < MinWindow || cfg.Window > MaxWindow {
-		return nil, fmt.Errorf("counter: Window %v is not between %v and %v", cfg.Window, MinWindow, MaxWindow)
+	if err := CheckWindow(cfg.Window); err != nil {
+		return nil, fmt.Errorf("counter: Window %v: %w", cfg.Window, err)
 	}
 	if cfg.Store == nil || cfg.Publish == nil {
 		return nil, fmt.Errorf("counter: Store and Publish are required")

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/internal/setting"
 )
 
 // Defaults of the cleaner: a table of 64 million slots is swept in about a
@@ -32,6 +33,12 @@ const (
 	// maxExpect keeps sizes far from overflowing; it is more than any machine's
 	// memory.
 	maxExpect = 1 << 40
+
+	// A shorter pause would keep a core busy for nothing; after a longer one, or
+	// in larger steps, retired ids would stay for hours or hold up the epoch.
+	minCleanupInterval = time.Millisecond
+	maxCleanupInterval = time.Hour
+	maxCleanupBatch    = 1 << 30
 )
 
 // Config of a Memory. The zero value of a field is its default.
@@ -141,13 +148,23 @@ func (v *view) load() load {
 	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery}
 }
 
+// Check refuses values out of bounds. 0 is the default of each.
+func (cfg *Config) Check() error {
+	switch {
+	case cfg.CleanupInterval != 0 && (cfg.CleanupInterval < minCleanupInterval || cfg.CleanupInterval > maxCleanupInterval):
+		return setting.Errorf("cleanup-interval", "want %v to %v", minCleanupInterval, maxCleanupInterval)
+	case cfg.CleanupBatch < 0 || cfg.CleanupBatch > maxCleanupBatch:
+		return setting.Errorf("cleanup-batch", "want 1 to %d", maxCleanupBatch)
+	case cfg.Expect > maxExpect || cfg.ExpectWide > maxExpect:
+		return setting.Errorf("expect-ids", "want %d at most", uint64(maxExpect))
+	}
+	return nil
+}
+
 // NewMemory makes the tables for the ids expected.
 func NewMemory(cfg Config) (*Memory, error) {
-	if cfg.CleanupInterval < 0 || cfg.CleanupBatch < 0 {
-		return nil, errors.New("dedup: CleanupInterval and CleanupBatch must not be negative")
-	}
-	if cfg.Expect > maxExpect || cfg.ExpectWide > maxExpect {
-		return nil, fmt.Errorf("dedup: Expect and ExpectWide must not exceed %d", uint64(maxExpect))
+	if err := cfg.Check(); err != nil {
+		return nil, fmt.Errorf("dedup: %w", err)
 	}
 	if cfg.CleanupInterval == 0 {
 		cfg.CleanupInterval = DefaultCleanupInterval

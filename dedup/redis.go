@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
-	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,6 +16,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"verve/counter"
+	"verve/internal/setting"
 )
 
 // Defaults of RedisConfig.
@@ -125,23 +125,37 @@ type redisEpoch struct {
 	registered <-chan struct{} // closed when the ledger knows of it
 }
 
+// Check refuses what can never work, without a connection.
+func (cfg *RedisConfig) Check() error {
+	if _, err := redisOption(cfg.URLs); err != nil {
+		return err
+	}
+	if cfg.Group == "" {
+		return setting.Errorf("group", "want a name")
+	}
+	if err := counter.CheckWindow(cfg.Window); err != nil {
+		return setting.Errorf("window", "%v", err)
+	}
+	if cfg.MaxSkew < 0 {
+		return setting.Errorf("max-clock-skew", "want 0 or more")
+	}
+	return nil
+}
+
 // NewRedis checks cfg and starts to connect. That Redis is away is no error.
 func NewRedis(cfg RedisConfig) (*Redis, error) {
+	if err := cfg.Check(); err != nil {
+		return nil, fmt.Errorf("dedup: %w", err)
+	}
 	option, err := redisOption(cfg.URLs)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("dedup: %w", err)
 	}
 	switch {
-	case cfg.Group == "":
-		return nil, errors.New("dedup: Group is required")
-	case cfg.Window < counter.MinWindow || cfg.Window > counter.MaxWindow:
-		return nil, fmt.Errorf("dedup: Window %v is not between %v and %v", cfg.Window, counter.MinWindow, counter.MaxWindow)
 	case cfg.FailOpen && cfg.Local == nil:
 		return nil, errors.New("dedup: FailOpen needs Local")
 	case cfg.Local != nil && cfg.Local.journal != nil:
 		return nil, errors.New("dedup: Local must keep nothing on disk")
-	case cfg.MaxSkew < 0:
-		return nil, errors.New("dedup: MaxSkew must not be negative")
 	case cfg.Timeout < 0 || cfg.Pending < 0 || cfg.LogBytes < 0:
 		return nil, errors.New("dedup: Timeout, Pending and LogBytes must not be negative")
 	}
@@ -192,58 +206,6 @@ func NewRedis(cfg RedisConfig) (*Redis, error) {
 	r.running.Go(r.sweep)
 	r.running.Go(func() { r.ledger.run(r.life, r.closing) })
 	return r, nil
-}
-
-// redisOption makes the client's settings of the URLs.
-func redisOption(urls []string) (rueidis.ClientOption, error) {
-	var option rueidis.ClientOption
-	if len(urls) == 0 {
-		return option, errors.New("dedup: no Redis URL")
-	}
-	for i, s := range urls {
-		u, err := url.Parse(s)
-		if err != nil {
-			// The error of url.Parse quotes the URL, and so the password.
-			return option, fmt.Errorf("dedup: Redis URL %d is malformed", i+1)
-		}
-		sentinel := false
-		switch u.Scheme {
-		case "redis-sentinel":
-			u.Scheme, sentinel = "redis", true
-		case "rediss-sentinel":
-			u.Scheme, sentinel = "rediss", true
-		}
-		o, err := rueidis.ParseURL(u.String())
-		switch {
-		case err != nil:
-			return option, fmt.Errorf("dedup: Redis URL %s: %w", u.Redacted(), err)
-		case sentinel && o.Sentinel.MasterSet == "":
-			return option, fmt.Errorf("dedup: Redis URL %s: want ?master_set=NAME", u.Redacted())
-		case u.Hostname() == "" && u.Scheme != "unix":
-			return option, fmt.Errorf("dedup: Redis URL %s: want a host", u.Redacted())
-		}
-		if i == 0 {
-			option = o
-		} else {
-			option.InitAddress = append(option.InitAddress, o.InitAddress...)
-		}
-	}
-	if option.Sentinel.MasterSet != "" {
-		// A missed event would leave the client with the old master for good.
-		option.Sentinel.TopologyRefreshInterval = time.Second
-		option.Sentinel.Username, option.Sentinel.Password = option.Username, option.Password
-		option.Sentinel.TLSConfig = option.TLSConfig
-		option.Sentinel.Dialer.Timeout = dialTimeout
-	}
-	option.Dialer.Timeout = dialTimeout
-	option.ConnWriteTimeout = replyTimeout
-	option.PipelineMultiplex = -1 // one connection: batches are already large
-	option.DisableRetry = true    // a batch is repeated here, where that is safe
-	option.DisableCache = true
-	option.ClientName = "verve"
-	option.ClusterOption.ShardsRefreshInterval = time.Second
-	option.ClusterOption.MaxMovedRedirections = 3
-	return option, nil
 }
 
 const (

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"verve/dedup"
+	"verve/internal/setting"
 )
 
 const (
@@ -98,6 +99,17 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	// Streams do not end by themselves, and Shutdown waits for every answer.
 	a.http.RegisterOnShutdown(a.live.end)
 	return a
+}
+
+// CheckToken refuses a token that no client could send; none is fine. Its errors
+// do not quote the token.
+func CheckToken(token []byte) error {
+	for _, b := range token {
+		if b <= ' ' || b >= 0x7f {
+			return setting.Errorf("admin-token-file", "want printable ASCII without space, as from: openssl rand -hex 32")
+		}
+	}
+	return nil
 }
 
 // stranger is set in the context of a request that came without the token.

@@ -19,6 +19,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/setting"
 	"verve/server/callback"
 )
 
@@ -36,6 +37,9 @@ const (
 
 	// maxBody bounds the body of POST /test.
 	maxBody = 64 << 10
+
+	// maxMaxConns is more than any system has descriptors for.
+	maxMaxConns = 1 << 30
 
 	// answerGrace bounds the wait, at the stop, for answers that are on their
 	// way. A request that has sent half its headers holds it up so long.
@@ -83,19 +87,35 @@ type Server struct {
 	panicLog logSampler
 }
 
+// Check refuses values out of bounds. 0 is the default of each.
+func (cfg *Config) Check() error {
+	switch s := cfg.DuplicateStatus; {
+	case s == 0:
+	case s < 200 || s > 599 || s == fasthttp.StatusNoContent || s == fasthttp.StatusResetContent || s == fasthttp.StatusNotModified:
+		return setting.Errorf("duplicate-status", "want an HTTP status with a body, 200 to 599")
+	}
+	if cfg.MaxConns < 0 || cfg.MaxConns > maxMaxConns {
+		return setting.Errorf("max-conns", "want 1 to %d", maxMaxConns)
+	}
+	if cfg.MaxConnsPerAddress < 0 || cfg.MaxConnsPerAddress > maxMaxConns {
+		return setting.Errorf("max-conns-per-address", "want 1 to %d, or 0 for no limit", maxMaxConns)
+	}
+	if err := setting.CheckTimeout("slow-timeout", cfg.SlowTimeout); err != nil {
+		return err
+	}
+	return setting.CheckTimeout("idle-timeout", cfg.IdleTimeout)
+}
+
 // New checks cfg and makes a server for ln.
 func New(cfg Config, ln net.Listener) (*Server, error) {
 	if cfg.Counter == nil || cfg.Set == nil || cfg.Callbacks == nil {
 		return nil, errors.New("server: Counter, Set and Callbacks are required")
 	}
+	if err := cfg.Check(); err != nil {
+		return nil, fmt.Errorf("server: %w", err)
+	}
 	if cfg.DuplicateStatus == 0 {
 		cfg.DuplicateStatus = fasthttp.StatusConflict
-	}
-	if cfg.DuplicateStatus < 200 || cfg.DuplicateStatus > 599 || cfg.DuplicateStatus == fasthttp.StatusNoContent || cfg.DuplicateStatus == fasthttp.StatusNotModified {
-		return nil, fmt.Errorf("server: DuplicateStatus %d is not a status with a body", cfg.DuplicateStatus)
-	}
-	if cfg.MaxConns < 0 || cfg.MaxConnsPerAddress < 0 || cfg.SlowTimeout < 0 || cfg.IdleTimeout < 0 {
-		return nil, errors.New("server: MaxConns, MaxConnsPerAddress, SlowTimeout and IdleTimeout must not be negative")
 	}
 	if cfg.MaxConns == 0 {
 		cfg.MaxConns = DefaultMaxConns

@@ -24,6 +24,8 @@ import (
 	"github.com/twmb/franz-go/pkg/sasl"
 	"github.com/twmb/franz-go/pkg/sasl/plain"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
+
+	"verve/internal/setting"
 )
 
 // Why a record is visible once.
@@ -119,35 +121,41 @@ type KafkaConfig struct {
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// check names the setting that is wrong.
-func (c *KafkaConfig) check() error {
-	if len(c.Brokers) == 0 {
-		return errors.New("kafka brokers: none given")
-	}
-	for _, b := range c.Brokers {
-		host, _, err := net.SplitHostPort(b)
-		if err != nil || host == "" {
-			return fmt.Errorf("kafka brokers: %q is not host:port", b)
-		}
+// Check refuses what no broker can make work; it is fine without brokers.
+func (c *KafkaConfig) Check() error {
+	if err := checkBrokers(c.Brokers); err != nil {
+		return err
 	}
 	switch {
+	case c.Topic == "" && len(c.Brokers) == 0: // nothing is sent anywhere
 	case c.Topic == "", len(c.Topic) > 249, c.Topic == ".", c.Topic == "..",
 		strings.Trim(c.Topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "":
-		return fmt.Errorf("kafka topic: %q is not a name Kafka allows", c.Topic)
-	case c.SASL == "" && (c.User != "" || c.PasswordFile != ""):
-		return errors.New("kafka sasl: user or password given, but no mechanism")
+		return setting.Errorf("kafka-topic", "Kafka allows 1 to 249 letters, digits, dots, underscores and hyphens, and neither . nor ..")
+	}
+	switch {
+	case c.SASL == "" && c.User != "":
+		return setting.Errorf("kafka-user", "it is used with --kafka-sasl only, which is missing")
+	case c.SASL == "" && c.PasswordFile != "":
+		return setting.Errorf("kafka-password-file", "it is used with --kafka-sasl only, which is missing")
 	case c.SASL == "":
 		return nil
-	case c.User == "":
-		return errors.New("kafka user: missing, but a mechanism is given")
-	case c.PasswordFile == "":
-		return errors.New("kafka password file: missing, but a mechanism is given")
 	}
 	if _, err := c.mechanism(); err != nil {
 		return err
 	}
-	_, err := c.password()
-	return err
+	switch {
+	case c.User == "":
+		return setting.Errorf("kafka-sasl", "--kafka-user is missing")
+	case c.PasswordFile == "":
+		return setting.Errorf("kafka-sasl", "--kafka-password-file is missing")
+	}
+	switch p, err := c.password(); {
+	case err != nil:
+		return setting.Errorf("kafka-password-file", "%v", setting.Cause(err))
+	case p == "":
+		return setting.Errorf("kafka-password-file", "the file is empty")
+	}
+	return nil
 }
 
 func (c *KafkaConfig) password() (string, error) {
@@ -174,7 +182,7 @@ func (c *KafkaConfig) mechanism() (sasl.Mechanism, error) {
 	case "SCRAM-SHA-512":
 		return scram.Sha512(scramAuth), nil
 	}
-	return nil, fmt.Errorf("kafka sasl: %q is none of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512", c.SASL)
+	return nil, setting.Errorf("kafka-sasl", "want PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
 }
 
 // client dials nothing yet.

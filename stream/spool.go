@@ -31,6 +31,23 @@ type SpoolConfig struct {
 	Limit int
 }
 
+// Check refuses names that cannot stand in a record's key, and a Dir that cannot
+// become a directory. It makes nothing.
+func (cfg *SpoolConfig) Check() error {
+	if err := checkSettingName("group", cfg.Group); err != nil {
+		return err
+	}
+	if cfg.Instance != "" {
+		if err := checkSettingName("instance", cfg.Instance); err != nil {
+			return err
+		}
+	}
+	if cfg.Dir == "" {
+		return nil
+	}
+	return checkDir("data-dir", cfg.Dir)
+}
+
 const (
 	// DefaultSpoolLimit is two years of one-minute windows, or twelve hours of
 	// the shortest (50ms), and about half a gigabyte of disk. Above it the spool
@@ -145,13 +162,8 @@ type state struct {
 // file of another process, of a newer version, or one that cannot be read or
 // written for reasons outside it is an error.
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
-	if err := checkName("group", cfg.Group); err != nil {
+	if err := cfg.Check(); err != nil {
 		return nil, err
-	}
-	if cfg.Instance != "" {
-		if err := checkName("instance", cfg.Instance); err != nil {
-			return nil, err
-		}
 	}
 	if cfg.Limit < 0 {
 		return nil, fmt.Errorf("spool limit %d is negative", cfg.Limit)

@@ -148,7 +148,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		names = append(names, k.name())
 	}
 	if len(cfg.Kafka.Brokers) > 0 {
-		if err := cfg.Kafka.check(); err != nil {
+		if err := cfg.Kafka.Check(); err != nil {
 			return nil, fmt.Errorf("stream: %w", err)
 		}
 		k := newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)

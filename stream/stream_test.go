@@ -134,7 +134,7 @@ func TestNewNamesTheBadSetting(t *testing.T) {
 		"topic":         {Scope: ScopeGroup, Kafka: KafkaConfig{Brokers: []string{"h:1"}, Topic: "a b"}},
 		"sasl":          {Scope: ScopeGroup, Kafka: KafkaConfig{Brokers: []string{"h:1"}, Topic: "t", User: "u"}},
 		"user":          {Scope: ScopeGroup, Kafka: KafkaConfig{Brokers: []string{"h:1"}, Topic: "t", SASL: "plain"}},
-		"password file": {Scope: ScopeGroup, Kafka: KafkaConfig{Brokers: []string{"h:1"}, Topic: "t", SASL: "plain", User: "u"}},
+		"password-file": {Scope: ScopeGroup, Kafka: KafkaConfig{Brokers: []string{"h:1"}, Topic: "t", SASL: "plain", User: "u"}},
 		"SCRAM-SHA-512": {Scope: ScopeGroup, Kafka: KafkaConfig{Brokers: []string{"h:1"}, Topic: "t", SASL: "gssapi", User: "u", PasswordFile: "p"}},
 	} {
 		if _, err := New(cfg, sp); err == nil || !strings.Contains(err.Error(), want) {

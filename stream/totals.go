@@ -115,7 +115,7 @@ func fileMoved(file *os.File, path string, read int64) (replaced *os.File, cut i
 // ends.
 func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Record, error] {
 	return func(yield func(Record, error) bool) {
-		if err := cfg.check(); err != nil {
+		if err := cfg.Check(); err != nil {
 			yield(Record{}, err)
 			return
 		}

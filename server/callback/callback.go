@@ -17,6 +17,8 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/sony/gobreaker/v2"
 	"github.com/valyala/fasthttp"
+
+	"verve/internal/setting"
 )
 
 // Header marks the requests of callbacks. A server that receives it
@@ -25,6 +27,7 @@ const Header = "Verve-Callback"
 
 const (
 	defaultConcurrency = 8
+	maxConcurrency     = 10_000 // four workers each
 	defaultRate        = 50
 	defaultTimeout     = 5 * time.Second
 	maxWaiting         = 1 << 14 // 32 MiB of endpoints at their longest
@@ -77,8 +80,8 @@ type Config struct {
 	// Timeout bounds the whole exchange: resolving, connecting, TLS, request,
 	// answer and the one retry.
 	Timeout time.Duration
-	// Secret signs the POSTs by the Standard Webhooks scheme: whsec_ and
-	// base64, or the bytes themselves. Nil: unsigned.
+	// Secret signs the POSTs by the Standard Webhooks scheme: 24 to 64 bytes in
+	// base64, with or without whsec_ before them. Nil: unsigned.
 	Secret []byte
 	// SelfAddrs are the addresses on which this server listens for the public:
 	// its own /test may be named there, nothing else is reached on their ports.
@@ -192,6 +195,9 @@ type Sender struct {
 
 // New checks cfg; errors name the bad setting.
 func New(cfg Config) (*Sender, error) {
+	if cfg.Live == nil {
+		return nil, errors.New("callbacks: no source of the live count")
+	}
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
@@ -211,7 +217,7 @@ func New(cfg Config) (*Sender, error) {
 	}
 	if cfg.Secret != nil {
 		if c.key, err = parseSecret(cfg.Secret); err != nil {
-			return nil, fmt.Errorf("callback-secret: %w", err)
+			return nil, err
 		}
 		c.cfg.Secret = nil
 	}
@@ -239,14 +245,10 @@ func (cfg *Config) complete() error {
 		cfg.Took = func(time.Duration) {}
 	}
 	switch {
-	case cfg.Live == nil:
-		return errors.New("callbacks: no source of the live count")
-	case cfg.Concurrency < 1:
-		return fmt.Errorf("callback-concurrency %d: must be positive", cfg.Concurrency)
+	case cfg.Concurrency < 1 || cfg.Concurrency > maxConcurrency:
+		return setting.Errorf("callback-concurrency", "want 1 to %d", maxConcurrency)
 	case !(cfg.Rate >= 0.001 && cfg.Rate <= 1e6): // not a number fails, too
-		return fmt.Errorf("callback-rate %v: want 0.001 to 1000000", cfg.Rate)
-	case cfg.Timeout < 0:
-		return fmt.Errorf("callback-timeout %v: must be positive", cfg.Timeout)
+		return setting.Errorf("callback-rate", "want 0.001 to 1000000")
 	case cfg.maxWaiting < 1:
 		return fmt.Errorf("callback table size %d: must be positive", cfg.maxWaiting)
 	case cfg.maxWaitingPerDestination < 1:
@@ -258,7 +260,24 @@ func (cfg *Config) complete() error {
 	case cfg.breakerOpen < 0:
 		return fmt.Errorf("callback breaker time %v: must be positive", cfg.breakerOpen)
 	}
-	return nil
+	return setting.CheckTimeout("callback-timeout", cfg.Timeout)
+}
+
+// Check refuses what can never work, before there is a listener or a count. Its
+// errors do not quote the secret.
+func (cfg *Config) Check() error {
+	c := *cfg // defaults stay out of cfg
+	if err := c.complete(); err != nil {
+		return err
+	}
+	if err := new(guard).allowAll(cfg.Allow); err != nil {
+		return err
+	}
+	if cfg.Secret == nil {
+		return nil
+	}
+	_, err := parseSecret(cfg.Secret)
+	return err
 }
 
 // interval is the time between two POSTs to a destination with a rate.

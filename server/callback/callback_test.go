@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -777,7 +778,7 @@ func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
 			_, _ = io.WriteString(conn, okAnswer)
 		}
 	})
-	c := startCallbacks(t, Config{Allow: []string{hostport}, Secret: []byte("0123456789abcdef01234567")})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Secret: []byte("MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3")})
 	t.Cleanup(open)
 	for n := range pooled {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
@@ -963,7 +964,7 @@ func TestCallbackIsSigned(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		posts <- post{r.Header.Get("webhook-id"), r.Header.Get("webhook-timestamp"), r.Header.Get("webhook-signature"), string(body)}
 	})
-	c := startCallbacks(t, Config{Allow: []string{hostport}, Secret: key})
+	c := startCallbacks(t, Config{Allow: []string{hostport}, Secret: []byte("whsec_" + base64.StdEncoding.EncodeToString(key))})
 	send(t, c, url+"/1")
 	send(t, c, url+"/2")
 	first, second := <-posts, <-posts
@@ -1024,7 +1025,7 @@ func TestCallbackFailuresAreToldApart(t *testing.T) {
 }
 
 func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
-	const secret, posts = "0123456789abcdef01234567", 60
+	const secret, posts = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3", 60
 	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
 		for {
 			req, err := readPOST(r)

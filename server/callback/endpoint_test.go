@@ -278,8 +278,8 @@ func TestEndpointAllowListLiftsWhatItNames(t *testing.T) {
 		"127.1:80", "256.1.1.1:80", "a..b:80", "user@hooks.lan:80", "*.lan:80",
 	} {
 		_, err := New(Config{Allow: []string{entry}, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
-		if err == nil || !strings.Contains(err.Error(), strconv.Quote(entry)) {
-			t.Errorf("entry %q: error %v, want one that names it", entry, err)
+		if err == nil || !strings.Contains(err.Error(), "callback-allow") {
+			t.Errorf("entry %q: error %v, want one that names the setting", entry, err)
 		}
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"code.dny.dev/ssrf"
+
+	"verve/internal/setting"
 )
 
 // errRefused is returned by a dial whose destination leads to no address that
@@ -96,7 +98,6 @@ type guard struct {
 
 func newGuard(cfg *Config) (*guard, error) {
 	g := &guard{
-		hosts:      make(map[hostPort]bool),
 		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
 		resolver:   cfg.Resolver,
 		tls:        cfg.tls,
@@ -113,10 +114,8 @@ func newGuard(cfg *Config) (*guard, error) {
 	if g.resolver == nil {
 		g.resolver = net.DefaultResolver
 	}
-	for _, entry := range cfg.Allow {
-		if err := g.allow(entry); err != nil {
-			return nil, fmt.Errorf("callback-allow %q: %w", entry, err)
-		}
+	if err := g.allowAll(cfg.Allow); err != nil {
+		return nil, err
 	}
 	for _, addr := range cfg.SelfAddrs {
 		self, err := parseSelf(addr)
@@ -136,17 +135,38 @@ func newGuard(cfg *Config) (*guard, error) {
 	return g, nil
 }
 
+// allowAll takes the allow-list.
+func (g *guard) allowAll(entries []string) error {
+	g.hosts = make(map[hostPort]bool)
+	for i, entry := range entries {
+		err := g.allow(entry)
+		switch {
+		case err == nil:
+		case len(entries) > 1:
+			return setting.Errorf("callback-allow", "entry %d: %v", i+1, err)
+		default:
+			return setting.Errorf("callback-allow", "%v", err)
+		}
+	}
+	return nil
+}
+
 // allow adds an entry of the allow-list: HOST:PORT or CIDR:PORT, v6 addresses
 // in brackets.
 func (g *guard) allow(entry string) error {
 	colon := strings.LastIndexByte(entry, ':')
-	if colon < 0 {
-		return errors.New("need HOST:PORT or CIDR:PORT")
+	switch {
+	case colon < 0:
+		return errors.New("want HOST:PORT or CIDR:PORT")
+	case strings.Contains(entry, "://"):
+		return errors.New("want HOST:PORT or CIDR:PORT, without a scheme")
+	case strings.ContainsAny(entry, "\"'`"):
+		return errors.New("there is a quote in it: env files keep the quotes around a value")
 	}
 	host := entry[:colon]
 	port, ok := parsePort(entry[colon+1:])
 	if !ok {
-		return errors.New("bad port")
+		return errors.New("bad port, want 1 to 65535")
 	}
 	if strings.Contains(host, "/") {
 		// Both [fd00::/8]:80 and [fd00::]/8:80 are written.

@@ -6,35 +6,52 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"hash"
 	"strconv"
 	"time"
+
+	"verve/internal/setting"
 )
 
-// minSecret is the shortest webhook secret taken, in bytes: the lower end of
-// what the Standard Webhooks specification asks for.
-const minSecret = 24
+// The length of a webhook key in bytes, as the Standard Webhooks specification has
+// it.
+const minSecret, maxSecret = 24, 64
 
-// parseSecret returns the key in a webhook secret: what follows "whsec_",
-// decoded, or the bytes as they are. Space around it is what text editors
-// leave at the end of a file. Errors do not quote the secret.
+// parseSecret returns the key in a webhook secret: base64 in the alphabet with +
+// and /, with its padding, with or without whsec_ before it. That is what every
+// reference library takes for the same key. Another form, which some of them
+// decode to other bytes, is refused: the receiver would refuse each POST.
+//
+// Space, line ends and a byte order mark around it are what editors leave in a
+// file. Errors do not quote the secret.
 func parseSecret(secret []byte) ([]byte, error) {
-	secret = bytes.TrimSpace(secret)
-	key := secret
-	if encoded, ok := bytes.CutPrefix(secret, []byte("whsec_")); ok {
-		key = make([]byte, base64.StdEncoding.DecodedLen(len(encoded)))
-		n, err := base64.StdEncoding.Strict().Decode(key, encoded)
-		if err != nil {
-			return nil, errors.New("not base64 after whsec_")
-		}
-		key = key[:n]
+	refuse := func(why string) ([]byte, error) {
+		return nil, setting.Errorf("callback-secret-file", "%s; want 24 to 64 bytes in base64, with or without whsec_ before them, as from: openssl rand -base64 32", why)
 	}
-	if len(key) < minSecret {
-		return nil, fmt.Errorf("%d bytes, need %d", len(key), minSecret)
+	encoded := bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(secret), []byte("\ufeff")))
+	encoded = bytes.TrimPrefix(encoded, []byte("whsec_"))
+	switch {
+	case len(encoded) == 0:
+		return refuse("the file has no secret")
+	case bytes.ContainsAny(encoded, "\"'`"):
+		return refuse("there are quotes in the file")
+	case bytes.ContainsAny(encoded, " \t\r\n"):
+		return refuse("the file has more than one word")
+	case bytes.ContainsAny(encoded, "-_"):
+		return refuse("- and _ are not in the base64 of webhook secrets, which has + and / in their place")
+	case len(encoded)%4 != 0 && !bytes.ContainsRune(encoded, '='):
+		return refuse("the padding (= at the end) is missing, or it is not base64")
 	}
-	return bytes.Clone(key), nil
+	key := make([]byte, base64.StdEncoding.DecodedLen(len(encoded)))
+	n, err := base64.StdEncoding.Strict().Decode(key, encoded)
+	switch {
+	case err != nil:
+		return refuse("it is not base64")
+	case n < minSecret || n > maxSecret:
+		return refuse(fmt.Sprintf("it has %d bytes", n))
+	}
+	return key[:n], nil
 }
 
 // signer signs webhooks by the Standard Webhooks scheme, version 1: HMAC-SHA256

@@ -31,26 +31,87 @@ func verifyWebhook(key []byte, id, timestamp, signature, body string) bool {
 	return signature == "v1,"+base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
-func TestWebhookSecretForms(t *testing.T) {
-	const raw = "0123456789abcdef01234567"
-	encoded := base64.StdEncoding.EncodeToString([]byte(raw))
-	for _, tc := range []struct{ secret, key string }{
-		{raw, raw},
-		{raw + "\n", raw},
-		{"whsec_" + encoded, raw},
-		{" whsec_" + encoded + "\r\n", raw},
-		{encoded, encoded}, // without the prefix the bytes are the key
+// referenceKeys are what the reference libraries take for the key in a secret, as
+// it would be pasted into their constructor: the strict decoder of Go, Java, Rust
+// and JavaScript, and the one of Python, which skips what is not in the alphabet.
+func referenceKeys(secret string) (strict, lenient string, ok bool) {
+	secret = strings.TrimPrefix(secret, "whsec_")
+	key, err := base64.StdEncoding.DecodeString(secret)
+	if err != nil {
+		return "", "", false
+	}
+	kept := strings.Map(func(r rune) rune {
+		if r == '=' || strings.ContainsRune("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", r) {
+			return r
+		}
+		return -1
+	}, secret)
+	skipping, err := base64.StdEncoding.DecodeString(kept)
+	return string(key), string(skipping), err == nil
+}
+
+// TestEachFormOfASecretVerifiesOrIsRefused: a secret that is taken signs with the
+// key that the reference libraries have.
+func TestEachFormOfASecretVerifiesOrIsRefused(t *testing.T) {
+	raw := []byte("\xfb\xff\xfe0123456789abcdef0123456789abc") // has + and / in base64
+	encoded := base64.StdEncoding.EncodeToString(raw)
+	taken := 0
+	for _, c := range []struct {
+		secret string
+		take   bool
+	}{
+		{encoded, true},
+		{"whsec_" + encoded, true},
+		{"whsec_" + encoded + "\n", true},
+		{encoded + "\r\n", true},
+		{" \t" + encoded + " \n\n", true},
+		{"\ufeffwhsec_" + encoded + "\r\n", true},
+		{strings.Repeat("0123456789abcdef", 4), true}, // hexadecimal is base64 to everybody
+		{base64.StdEncoding.EncodeToString(raw[:24]), true},
+		{base64.StdEncoding.EncodeToString([]byte(strings.Repeat("x", 64))), true},
+
+		{base64.StdEncoding.EncodeToString([]byte(strings.Repeat("x", 65))), false},
+		{base64.StdEncoding.EncodeToString(raw[:23]), false},
+		{strings.TrimRight(encoded, "="), false},
+		{base64.URLEncoding.EncodeToString(raw), false},
+		{"whsec_" + base64.URLEncoding.EncodeToString(raw), false},
+		{`"whsec_` + encoded + `"`, false},
+		{"'" + encoded + "'", false},
+		{"WHSEC_" + encoded, false},
+		{"whsec_whsec_" + encoded, false},
+		{"whpk_" + encoded, false},
+		{"whsec_ " + encoded, false},
+		{encoded[:20] + "\n" + encoded[20:], false},
+		{encoded + " " + encoded, false},
+		{"SECRET=" + encoded, false},
+		{encoded + "==", false},
+		{"0123456789abcdef01234567", false}, // 18 bytes to everybody
+		{"correct horse battery staple, and then some", false},
+		{"signing-s3cret-0123456789-0123456789", false},
+		{"\xff\xfew\x00h\x00s\x00", false},
+		{"whsec_c2hvcnQ=", false},
+		{"whsec_", false},
+		{"\ufeff\n", false},
+		{"", false},
 	} {
-		key, err := parseSecret([]byte(tc.secret))
-		if err != nil || string(key) != tc.key {
-			t.Errorf("parseSecret(%q) = %q, %v, want %q", tc.secret, key, err, tc.key)
+		key, err := parseSecret([]byte(c.secret))
+		if (err == nil) != c.take {
+			t.Errorf("parseSecret(%q): %v, want taken %v", c.secret, err, c.take)
+		}
+		if err != nil {
+			if part := strings.TrimSpace(c.secret); len(part) > 16 && strings.Contains(err.Error(), part[8:16]) {
+				t.Errorf("the error quotes the secret: %v", err)
+			}
+			continue
+		}
+		taken++
+		pasted := strings.TrimSpace(strings.TrimPrefix(c.secret, "\ufeff"))
+		strict, lenient, ok := referenceKeys(pasted)
+		if !ok || strict != string(key) || lenient != string(key) {
+			t.Errorf("%q: the key is %q; the libraries have %q and %q", c.secret, key, strict, lenient)
 		}
 	}
-	for _, secret := range []string{"", "\n", "tooshort", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64 but long enough to be one"} {
-		if _, err := parseSecret([]byte(secret)); err == nil {
-			t.Errorf("parseSecret(%q) took it", secret)
-		} else if len(secret) > 8 && strings.Contains(err.Error(), secret[6:]) {
-			t.Errorf("error quotes the secret: %v", err)
-		}
+	if taken != 9 {
+		t.Errorf("%d forms were taken, want 9", taken)
 	}
 }

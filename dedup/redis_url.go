@@ -1,0 +1,205 @@
+package dedup
+
+import (
+	"net"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/rueidis"
+
+	"verve/internal/setting"
+)
+
+// redisParameters are the query parameters of a URL that have an effect here.
+// Others that rueidis knows are set by this program.
+var redisParameters = []string{"addr", "db", "master_set", "protocol", "skip_verify"}
+
+// redisOption makes the client's settings of the URLs. Its errors quote nothing
+// that may be a password.
+func redisOption(urls []string) (rueidis.ClientOption, error) {
+	var option rueidis.ClientOption
+	if len(urls) == 0 {
+		return option, setting.Errorf("redis-url", "want a URL")
+	}
+	var first *url.URL
+	seen := make(map[string]bool)
+	for i, s := range urls {
+		u, o, why := redisURL(s)
+		if why == "" && i == 0 {
+			first, option = u, o
+		} else if why == "" {
+			why = differs(first, u)
+			option.InitAddress = append(option.InitAddress, o.InitAddress...)
+		}
+		for _, address := range o.InitAddress {
+			if seen[address] && why == "" {
+				why = "the address is there twice"
+			}
+			seen[address] = true
+		}
+		if why != "" && len(urls) > 1 {
+			why = "URL " + strconv.Itoa(i+1) + ": " + why
+		}
+		if why != "" {
+			return option, setting.Errorf("redis-url", "%s", why)
+		}
+	}
+	if len(option.InitAddress) > 1 && option.Sentinel.MasterSet == "" && option.SelectDB != 0 {
+		return option, setting.Errorf("redis-url", "a cluster has the database 0 only")
+	}
+	if option.Sentinel.MasterSet != "" {
+		// A missed event would leave the client with the old master for good.
+		option.Sentinel.TopologyRefreshInterval = time.Second
+		option.Sentinel.Username, option.Sentinel.Password = option.Username, option.Password
+		option.Sentinel.TLSConfig = option.TLSConfig
+		option.Sentinel.Dialer.Timeout = dialTimeout
+	}
+	option.Dialer.Timeout = dialTimeout
+	option.ConnWriteTimeout = replyTimeout
+	option.PipelineMultiplex = -1 // one connection: batches are already large
+	option.DisableRetry = true    // a batch is repeated here, where that is safe
+	option.DisableCache = true
+	option.ClientName = "verve"
+	option.ClusterOption.ShardsRefreshInterval = time.Second
+	option.ClusterOption.MaxMovedRedirections = 3
+	return option, nil
+}
+
+// redisURL parses one URL, or says why it cannot work.
+func redisURL(s string) (u *url.URL, o rueidis.ClientOption, why string) {
+	u, err := url.Parse(s)
+	switch {
+	case strings.ContainsAny(s, "\"'`"):
+		return nil, o, "there is a quote in it: env files keep the quotes around a value; in a password it is written %22 or %27"
+	case err != nil, strings.Contains(u.Path+u.RawQuery+u.Fragment, "@") && u.Scheme != "unix":
+		// The error of url.Parse quotes the URL, and so the password.
+		return nil, o, "malformed: in a user and a password each of / ? # @ : [ ] and % is written as %2F and the like"
+	case u.Fragment != "" || u.Opaque != "":
+		return nil, o, "want SCHEME://HOST:PORT"
+	}
+	plain := *u
+	sentinel := strings.HasSuffix(u.Scheme, "-sentinel")
+	plain.Scheme = strings.TrimSuffix(u.Scheme, "-sentinel")
+	switch plain.Scheme {
+	case "unix":
+		if u.Path == "" || u.Host != "" || sentinel {
+			return nil, o, "want unix:///PATH"
+		}
+	case "redis", "rediss", "valkey", "valkeys":
+		if why := badAddress(u.Host); why != "" {
+			return nil, o, why
+		}
+	default:
+		return nil, o, "want a scheme of redis, rediss (TLS), redis-sentinel, rediss-sentinel or unix"
+	}
+	if why := badParameters(&plain, sentinel); why != "" {
+		return nil, o, why
+	}
+	if o, err = rueidis.ParseURL(plain.String()); err != nil {
+		return nil, o, "malformed" // what it quotes may be part of a password; all that can be wrong is judged above
+	}
+	return u, o, ""
+}
+
+// badAddress says why HOST or HOST:PORT cannot be one, or "".
+func badAddress(address string) string {
+	host, port := address, "6379"
+	if colon := strings.LastIndexByte(address, ':'); colon > strings.LastIndexByte(address, ']') {
+		host, port = address[:colon], address[colon+1:]
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return "want a port from 1 to 65535"
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	if host == "" {
+		return "want a host"
+	}
+	if _, err := netip.ParseAddr(host); err == nil {
+		return ""
+	}
+	last := host[strings.LastIndexByte(host, '.')+1:]
+	if strings.ContainsAny(host, " :,;<>()|*\\") || strings.Trim(last, "0123456789") == "" && last != "" {
+		return "the host is neither a name nor an address"
+	}
+	return ""
+}
+
+// badParameters says what is wrong with path and query, or "".
+func badParameters(u *url.URL, sentinel bool) string {
+	q, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return "malformed parameters"
+	}
+	for name, values := range q {
+		switch {
+		case !slices.Contains(redisParameters, name):
+			return "an unknown parameter: there are " + strings.Join(redisParameters, ", ")
+		case len(values) > 1 && name != "addr":
+			return name + " is there twice"
+		}
+	}
+	tls := u.Scheme == "rediss" || u.Scheme == "valkeys"
+	db := strings.TrimPrefix(u.Path, "/")
+	if u.Scheme == "unix" {
+		db = ""
+	}
+	if q.Has("db") {
+		if db != "" && db != q.Get("db") {
+			return "the path and db name two databases"
+		}
+		db = q.Get("db")
+	}
+	if n, err := strconv.Atoi(db); db != "" && (err != nil || n < 0) || q.Has("db") && db == "" {
+		return "want a number of the database, 0 or more"
+	}
+	if skip := q.Get("skip_verify"); q.Has("skip_verify") {
+		if _, err := strconv.ParseBool(skip); skip != "" && err != nil {
+			return "want skip_verify=true or false"
+		}
+		if !tls {
+			return "skip_verify is for rediss"
+		}
+	}
+	if p := q.Get("protocol"); q.Has("protocol") && p != "2" && p != "3" {
+		return "want protocol=2 or 3"
+	}
+	if q.Get("master_set") == "" && (sentinel || q.Has("master_set")) {
+		return "want ?master_set=NAME"
+	}
+	for _, address := range q["addr"] {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return "want addr=HOST:PORT"
+		}
+		if why := badAddress(address); why != "" {
+			return "addr: " + why
+		}
+	}
+	return ""
+}
+
+// differs says in what a further URL contradicts the first, or "". But for the
+// address it may be silent: the first one's settings are for all.
+func differs(first, u *url.URL) string {
+	const but = " differs from that of the first URL, which is for all"
+	db := func(u *url.URL) string { return strings.TrimPrefix(u.Path, "/") + u.Query().Get("db") }
+	switch {
+	case u.Scheme == "unix" || first.Scheme == "unix":
+		return "a socket is one server: want no further URL"
+	case u.Scheme != first.Scheme:
+		return "the scheme" + but
+	case u.User != nil && (first.User == nil || u.User.String() != first.User.String()):
+		return "the user or the password" + but
+	case db(u) != "" && db(u) != db(first):
+		return "the database" + but
+	}
+	for _, name := range []string{"master_set", "protocol", "skip_verify"} {
+		if u.Query().Has(name) && u.Query().Get(name) != first.Query().Get(name) {
+			return name + but
+		}
+	}
+	return ""
+}

@@ -1,0 +1,216 @@
+package setting
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"math"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+)
+
+// Flag is what Sources need to know of a flag.
+type Flag struct {
+	Name, Env string
+	Bool      bool // needs no value
+	List      bool // takes several values
+	File      bool // is a key of the settings file
+}
+
+// Sources are what the settings are read from: the command line over the
+// environment over the settings file. A variable that is empty is not set.
+type Sources struct {
+	flags     map[string]Flag
+	args      []string
+	variables map[string]string
+	path      string // of the settings file; "": there is none
+	file      map[string]any
+}
+
+// New takes what was given to the program. ReadFile and Check come next.
+func New(args, environ []string, flags []Flag) *Sources {
+	s := &Sources{flags: make(map[string]Flag), args: args}
+	known := make(map[string]bool)
+	for _, f := range flags {
+		s.flags[f.Name] = f
+		if f.Env != "" {
+			known[f.Env] = true
+		}
+	}
+	s.variables = variables(environ, known)
+	return s
+}
+
+// ReadFile reads the settings file that the flag called name points to, in YAML or
+// JSON, and refuses keys that are no flags and values of another kind.
+func (s *Sources) ReadFile(name string) error {
+	s.path, _, _ = s.Lookup(name)
+	if s.path == "" {
+		return nil
+	}
+	b, err := os.ReadFile(s.path)
+	if err != nil {
+		return Errorf(name, "%v", Cause(err))
+	}
+	if err := yaml.Unmarshal(b, &s.file); err != nil {
+		first, _, _ := strings.Cut(err.Error(), "\n")
+		return Errorf(name, "%s", first)
+	}
+	var keys []string
+	for _, f := range s.flags {
+		if f.File {
+			keys = append(keys, f.Name)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(s.file)) {
+		if !slices.Contains(keys, key) {
+			return Errorf(name, "unknown key %q%s", key, Nearest(key, keys))
+		}
+		if _, err := s.fileText(key); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Cause is err without the path and the operation of a file's error.
+func Cause(err error) error {
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		return path.Err
+	}
+	return err
+}
+
+// CheckVariables refuses a variable that looks like a setting and is none.
+func (s *Sources) CheckVariables() error {
+	var known []string
+	for _, f := range s.flags {
+		known = append(known, f.Env)
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.variables)) {
+		if !slices.Contains(known, name) {
+			return fmt.Errorf("environment: unknown variable %q%s", name, Nearest(name, known))
+		}
+	}
+	return nil
+}
+
+// Source is where a value comes from.
+type Source struct {
+	flag, variable, file, key string
+}
+
+// String is a short name of the source: the flag, the variable, or the file.
+func (s Source) String() string {
+	switch {
+	case s.flag != "":
+		return "--" + s.flag
+	case s.variable != "":
+		return s.variable
+	case s.file != "":
+		return s.file
+	}
+	return "default"
+}
+
+// Phrase is the source as it stands in a sentence.
+func (s Source) Phrase() string {
+	switch {
+	case s.flag != "":
+		return "from the command line"
+	case s.variable != "":
+		return "from " + s.variable
+	case s.file != "":
+		return fmt.Sprintf("from %s, key %s", s.file, s.key)
+	}
+	return "the default"
+}
+
+// Lookup returns the text that sets the flag called name and where it stands; of a
+// flag that is repeated the last one. A list has its values joined by commas. Not
+// ok: nothing sets it, or it stands on the command line without a value.
+func (s *Sources) Lookup(name string) (text string, from Source, ok bool) {
+	if text, given, ok := s.argument(name); given {
+		return text, Source{flag: name}, ok
+	}
+	if v, ok := s.variables[s.flags[name].Env]; ok {
+		return v, Source{variable: s.flags[name].Env}, true
+	}
+	if _, ok := s.file[name]; ok {
+		text, err := s.fileText(name)
+		return text, Source{file: s.path, key: name}, err == nil
+	}
+	return "", Source{}, false
+}
+
+// argument looks for the flag on the command line.
+func (s *Sources) argument(name string) (text string, given, ok bool) {
+	var all []string
+	for i := 0; i < len(s.args) && s.args[i] != "--"; i++ {
+		flag, value, joined := strings.Cut(s.args[i], "=")
+		if !strings.HasPrefix(flag, "--") {
+			continue
+		}
+		this := flag == "--"+name
+		given = given || this
+		if !joined && !s.flags[flag[2:]].Bool {
+			if i+1 == len(s.args) || strings.HasPrefix(s.args[i+1], "--") {
+				continue // the value is missing
+			}
+			i++
+			value = s.args[i]
+		}
+		if this {
+			all = append(all, value)
+		}
+	}
+	if len(all) == 0 {
+		return "", given, false
+	}
+	if s.flags[name].List {
+		return strings.Join(all, ","), given, true
+	}
+	return all[len(all)-1], given, true
+}
+
+// fileText is the value of a key as it would stand on the command line.
+func (s *Sources) fileText(key string) (string, error) {
+	list, isList := s.file[key].([]any)
+	if !isList {
+		list = []any{s.file[key]}
+	} else if !s.flags[key].List {
+		return "", Errorf(key, "want one value, not a list")
+	}
+	parts := make([]string, len(list))
+	for i, v := range list {
+		text, err := scalarText(v)
+		if err != nil {
+			return "", Errorf(key, "%v", err)
+		}
+		if isList { // a comma within a value does not end it
+			text = strings.ReplaceAll(text, ",", `\,`)
+		}
+		parts[i] = text
+	}
+	return strings.Join(parts, ","), nil
+}
+
+func scalarText(v any) (string, error) {
+	switch v := v.(type) {
+	case nil:
+		return "", errors.New("the key has no value")
+	case float64:
+		if v == math.Trunc(v) && math.Abs(v) < 1<<53 {
+			return fmt.Sprint(int64(v)), nil
+		}
+		return fmt.Sprint(v), nil
+	case string, bool, int64, uint64:
+		return fmt.Sprint(v), nil
+	}
+	return "", errors.New("want text, a number, true or false")
+}

@@ -1,0 +1,132 @@
+package stream
+
+import (
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"unicode"
+
+	"verve/internal/setting"
+)
+
+// checkSettingName is checkName for a name that a user gives, where space at the
+// ends and invisible characters are mistakes.
+func checkSettingName(name, value string) error {
+	switch {
+	case checkName(name, value) != nil:
+		return setting.Errorf(name, "want a name of 1 to %d bytes in UTF-8, without slashes and control characters", maxName)
+	case strings.TrimSpace(value) != value:
+		return setting.Errorf(name, "there is space at its beginning or end")
+	case strings.ContainsFunc(value, func(r rune) bool { return !unicode.IsPrint(r) }):
+		return setting.Errorf(name, "it has a character that cannot be printed")
+	}
+	return nil
+}
+
+// checkDir refuses a path that is no directory and where none can be made.
+func checkDir(name, path string) error {
+	for {
+		info, err := os.Stat(path)
+		switch {
+		case err == nil && info.IsDir():
+			return nil
+		case err == nil:
+			return setting.Errorf(name, "%s is not a directory", path)
+		case errors.Is(err, fs.ErrNotExist) && filepath.Dir(path) != path:
+			path = filepath.Dir(path) // the rest of it will be made
+		case errors.Is(err, fs.ErrPermission):
+			return nil // may be given before the file is needed
+		default:
+			return setting.Errorf(name, "%v", setting.Cause(err))
+		}
+	}
+}
+
+// Check refuses a counts file that cannot be written to.
+func (cfg *Config) Check() error {
+	if cfg.CountsFile == "" || cfg.CountsFile == "-" {
+		return nil
+	}
+	if info, err := os.Stat(cfg.CountsFile); err == nil && info.IsDir() || strings.HasSuffix(cfg.CountsFile, "/") {
+		return setting.Errorf("counts-file", "want a file, not a directory")
+	}
+	return checkDir("counts-file", filepath.Dir(cfg.CountsFile))
+}
+
+// checkBrokers wants HOST:PORT of each. Messages name a broker by its place in the
+// list, as what stands there may be a password.
+func checkBrokers(brokers []string) error {
+	seen := make(map[string]bool)
+	for i, b := range brokers {
+		why := badBroker(b)
+		if why == "" && seen[b] {
+			why = "it is there twice"
+		}
+		seen[b] = true
+		if why != "" && len(brokers) > 1 {
+			why = "broker " + strconv.Itoa(i+1) + ": " + why
+		}
+		if why != "" {
+			return setting.Errorf("kafka-brokers", "%s", why)
+		}
+	}
+	return nil
+}
+
+// badBroker says why a broker cannot be one, or "".
+func badBroker(b string) string {
+	colon := strings.LastIndexByte(b, ':')
+	switch {
+	case b == "":
+		return "it is empty"
+	case strings.ContainsAny(b, "\"'`"):
+		return "there is a quote in it: env files keep the quotes around a value"
+	case strings.ContainsFunc(b, unicode.IsSpace):
+		return "there is space in it: brokers are separated by commas"
+	case strings.Contains(b, "://"):
+		return "want HOST:PORT without a scheme"
+	case strings.Contains(b, "@"):
+		return "want HOST:PORT without a user, which --kafka-user is for"
+	case colon < 0:
+		return "want HOST:PORT, the port is missing"
+	}
+	port, err := strconv.ParseUint(b[colon+1:], 10, 16)
+	if err != nil || port == 0 || b[colon+1] == '+' {
+		return "want a port from 1 to 65535 after the colon"
+	}
+	return badHost(b[:colon])
+}
+
+// badHost says why host is neither a name nor an address, or "".
+func badHost(host string) string {
+	if inner, ok := strings.CutPrefix(host, "["); ok {
+		inner, ok = strings.CutSuffix(inner, "]")
+		if addr, err := netip.ParseAddr(inner); !ok || err != nil || !addr.Is6() {
+			return "want an IPv6 address in the brackets"
+		}
+		return ""
+	}
+	if strings.Contains(host, ":") {
+		return "want one HOST:PORT, an IPv6 address in brackets"
+	}
+	name := strings.TrimSuffix(host, ".")
+	if name == "" || len(name) > 253 {
+		return "want a host before the colon"
+	}
+	labels := strings.Split(name, ".")
+	for _, label := range labels {
+		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") != "" {
+			return "the host is not the name of one"
+		}
+	}
+	if last := labels[len(labels)-1]; strings.Trim(last, "0123456789") == "" {
+		if addr, err := netip.ParseAddr(name); err != nil || !addr.Is4() {
+			return "the host is not an IPv4 address"
+		}
+	}
+	return ""
+}
