@@ -479,13 +479,16 @@ func (c *config) checkAddresses() error {
 		if err := checkAddress(f.name, f.addr); err != nil {
 			return err
 		}
+		if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
+			continue // systemd hands over sockets in the place of addresses
+		}
 		addr, err := net.ResolveTCPAddr("tcp", f.addr)
 		if err != nil {
 			return setting.Errorf(f.name, "the host has no address: %v", err)
 		}
 		*f.resolved = addr
 	}
-	if public.Port == 0 || public.Port != admin.Port {
+	if public == nil || public.Port == 0 || public.Port != admin.Port {
 		return nil
 	}
 	// An address of all interfaces of one family overlaps with each of its own;
