@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
 	"math"
 	"net"
 	"net/http"
@@ -96,6 +97,7 @@ func serve(cfg *config, log zerolog.Logger) error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	ignoreFileSize()
+	logLibraries(log)
 
 	p := &program{cfg: cfg, log: log, times: server.NewTimes(), failed: make(chan error, 8)}
 	defer p.close()
@@ -493,6 +495,12 @@ func openShared(cfg *config, instance string, log zerolog.Logger) (*dedup.Redis,
 		return nil, err
 	}
 	return set, nil
+}
+
+// logLibraries makes what a library prints by Go's standard logger a line of log.
+func logLibraries(log zerolog.Logger) {
+	stdlog.SetFlags(0)
+	stdlog.SetOutput(log.With().Str("level", "warn").Logger())
 }
 
 // logClock says why this instance is not ready, and that it is again.

@@ -16,7 +16,6 @@ import (
 
 	"github.com/rs/zerolog"
 	"github.com/sony/gobreaker/v2"
-	"github.com/valyala/fasthttp"
 
 	"verve/internal/setting"
 )
@@ -420,7 +419,7 @@ func (s *Sender) dequeue(d *destination) Endpoint {
 type job struct {
 	ep       Endpoint
 	dest     *destination
-	client   *fasthttp.HostClient
+	client   *client
 	done     func(error) // tells the breaker
 	unproven bool        // counted in unprovenBusy
 }
@@ -528,7 +527,7 @@ func (s *Sender) Run(ctx context.Context) error {
 	wg.Wait()
 
 	s.mu.Lock()
-	var idle []*fasthttp.HostClient
+	var idle []*client
 	for _, d := range s.dests {
 		if d.client != nil {
 			idle = append(idle, d.client)
@@ -549,7 +548,7 @@ func (s *Sender) pace(ctx context.Context) {
 	remember := max(rememberFor, 2*s.cfg.breakerOpen, 2*s.cfg.interval())
 	for {
 		now := time.Now()
-		var victims []*fasthttp.HostClient
+		var victims []*client
 		s.mu.Lock()
 		for len(s.later) > 0 && !s.later[0].next.After(now) {
 			d := heap.Pop(&s.later).(*destination)

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/sony/gobreaker/v2"
-	"github.com/valyala/fasthttp"
 )
 
 // entry is an endpoint in the table: reserved, waiting, or both.
@@ -48,7 +47,7 @@ type destination struct {
 	tls        bool
 	breaker    *gobreaker.TwoStepCircuitBreaker[struct{}]
 
-	client *fasthttp.HostClient // nil until used, and again at rest without connections
+	client *client // nil until used, and again at rest without connections
 
 	queue, queueTail *entry
 	entries          int // in the table
@@ -167,7 +166,7 @@ func (s *Sender) park(d *destination) {
 	d.idleSince = time.Now()
 	d.warmConns = 0
 	if d.client != nil {
-		d.warmConns = d.client.IdleConnsCount()
+		d.warmConns = d.client.idleConns()
 	}
 	if d.warmConns > 0 {
 		d.state = destWarm
@@ -214,8 +213,8 @@ func (s *Sender) drop(d *destination) {
 // trim gives up connections and destinations at rest: those beyond the limits
 // and those at rest since before. The caller closes the idle connections of
 // what it returns, without the lock.
-func (s *Sender) trim(warmBefore, coldBefore time.Time) []*fasthttp.HostClient {
-	var victims []*fasthttp.HostClient
+func (s *Sender) trim(warmBefore, coldBefore time.Time) []*client {
+	var victims []*client
 	for d := s.warm.head; d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = s.warm.head {
 		victims = append(victims, d.client)
 		s.activate(d)
@@ -227,9 +226,9 @@ func (s *Sender) trim(warmBefore, coldBefore time.Time) []*fasthttp.HostClient {
 	return victims
 }
 
-func closeIdle(clients []*fasthttp.HostClient) {
+func closeIdle(clients []*client) {
 	for _, client := range clients {
-		client.CloseIdleConnections()
+		client.closeIdle()
 	}
 }
 

@@ -183,25 +183,33 @@ type dialError struct{ err error }
 func (e dialError) Error() string { return e.err.Error() }
 func (e dialError) Unwrap() error { return e.err }
 
-// newClient returns the client of d. One per destination, not one
-// fasthttp.Client for all: that one keeps a map and a goroutine of its own.
-func (s *Sender) newClient(d *destination) *fasthttp.HostClient {
-	connect := s.limitedDial(d)
-	client := &fasthttp.HostClient{
-		Addr:  net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
-		IsTLS: d.tls,
-		// Not by Addr but by d, and TLS is done in there, too: within the time
-		// of the exchange. A connection of type *tls.Conn is taken as it is.
-		DialTimeout: func(_ string, timeout time.Duration) (net.Conn, error) {
-			ctx, cancel := context.WithTimeout(s.exchanges, timeout)
-			defer cancel()
-			conn, err := s.guard.dial(ctx, d, connect)
-			if err != nil {
-				return nil, dialError{err}
-			}
-			return conn, nil
-		},
-		Transport:                 (*transport)(s),
+// client sends the POSTs of one destination. fasthttp's HostClient bounds the
+// time of a POST and repeats it; the connections are the client's own, because
+// HostClient starts a goroutine that cleans its pool, for each destination. Here
+// trim does that for all.
+type client struct {
+	fasthttp.HostClient
+	sender  *Sender
+	dest    *destination
+	connect dialFunc
+
+	mu   sync.Mutex
+	idle []*pooled // the one used last is at the end; guarded by mu
+}
+
+// pooled is a connection of a client.
+type pooled struct {
+	net.Conn
+	made time.Time
+	used bool // by an exchange before: its peer may have closed it meanwhile
+}
+
+func (s *Sender) newClient(d *destination) *client {
+	h := &client{sender: s, dest: d, connect: s.limitedDial(d)}
+	h.HostClient = fasthttp.HostClient{
+		Addr:                      net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
+		IsTLS:                     d.tls,
+		Transport:                 h,
 		Name:                      "verve",
 		MaxConns:                  s.cfg.Concurrency,
 		MaxIdemponentCallAttempts: 2,
@@ -209,80 +217,121 @@ func (s *Sender) newClient(d *destination) *fasthttp.HostClient {
 		DisablePathNormalizing:    true,
 		SecureErrorLogMessage:     true,
 	}
-	client.RetryIfErr = func(*fasthttp.Request, int, error) (resetTimeout, retry bool) {
-		// The transport asks for a retry on a dead pooled connection only. The
-		// others of the pool are as old: the peer restarted, most likely.
-		client.CloseIdleConnections()
+	h.RetryIfErr = func(*fasthttp.Request, int, error) (resetTimeout, retry bool) {
+		// RoundTrip asks for a retry on a dead idle connection only. The others
+		// are as old: the peer restarted, most likely.
+		h.closeIdle()
 		s.retried.Add(1)
 		return false, true
 	}
-	return client
+	return h
 }
 
-// transport does an exchange over a connection of the client's pool. It
-// replaces fasthttp's for three reasons: it knows whether the connection came
-// from the pool, which decides about a retry; it ends exchanges when the
-// server stops; and it keeps the client from starting a goroutine per
-// destination that cleans the pool, which trim does for all.
-type transport Sender
+// get returns the idle connection that was used last, or dials. TLS is done by
+// the dial, within the time of the exchange.
+func (h *client) get(timeout time.Duration) (*pooled, error) {
+	h.mu.Lock()
+	if n := len(h.idle); n > 0 {
+		conn := h.idle[n-1]
+		h.idle[n-1] = nil
+		h.idle = h.idle[:n-1]
+		h.mu.Unlock()
+		return conn, nil
+	}
+	h.mu.Unlock()
+	ctx, cancel := context.WithTimeout(h.sender.exchanges, timeout)
+	defer cancel()
+	conn, err := h.sender.guard.dial(ctx, h.dest, h.connect)
+	if err != nil {
+		return nil, dialError{err}
+	}
+	return &pooled{Conn: conn, made: time.Now()}, nil
+}
 
-func (t *transport) RoundTrip(hc *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
+func (h *client) put(conn *pooled) {
+	conn.used = true
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.idle = append(h.idle, conn)
+}
+
+func (h *client) idleConns() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.idle)
+}
+
+func (h *client) closeIdle() {
+	h.mu.Lock()
+	idle := h.idle
+	h.idle = nil
+	h.mu.Unlock()
+	for _, conn := range idle {
+		_ = conn.Close()
+	}
+}
+
+// RoundTrip does one exchange. It replaces fasthttp's because it knows whether
+// the connection was used before, which decides about a retry, and because it
+// ends when the server stops.
+func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
+	s := h.sender
 	deadline := time.Now().Add(req.GetTimeOut())
-	// As if the connection was to be closed after use: no cleaner.
-	const connectionClose = true
-	cc, err := hc.AcquireConn(req.GetTimeOut(), connectionClose)
+	conn, err := h.get(req.GetTimeOut())
 	if err != nil {
 		return false, err
 	}
-	conn, pooled := cc.Conn(), !cc.LastUseTime().IsZero()
-	counted := addressConnOf(conn)
+	counted := addressConnOf(conn.Conn)
 	if counted != nil {
 		if err := counted.acquire(); err != nil {
-			hc.ReleaseConn(cc)
+			h.put(conn)
 			return false, err
 		}
 	}
+	keep := false
+	defer func() {
+		if !keep {
+			_ = conn.Close()
+		}
+	}()
 	// One deadline for all: a peer that drips bytes gains no time by it.
 	if err := conn.SetDeadline(deadline); err != nil {
-		hc.CloseConn(cc)
-		return pooled, err
+		return conn.used, err
 	}
-	stop := context.AfterFunc(t.exchanges, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(s.exchanges, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
-	bw := t.writers.Get().(*bufio.Writer)
+	bw := s.writers.Get().(*bufio.Writer)
 	bw.Reset(conn)
 	err = req.Write(bw)
 	if err == nil {
 		err = bw.Flush()
 	}
 	bw.Reset(nil)
-	t.writers.Put(bw)
+	s.writers.Put(bw)
 	if err != nil {
-		hc.CloseConn(cc)
-		return pooled && connectionDead(err), err
+		return conn.used && connectionDead(err), err
 	}
 
-	br := t.readers.Get().(*bufio.Reader)
+	br := s.readers.Get().(*bufio.Reader)
 	br.Reset(conn)
-	err = resp.ReadLimitBody(br, hc.MaxResponseBodySize)
+	err = resp.ReadLimitBody(br, h.MaxResponseBodySize)
 	surplus := br.Buffered() > 0
 	br.Reset(nil)
-	t.readers.Put(br)
+	s.readers.Put(br)
 	if err != nil {
-		hc.CloseConn(cc)
-		return pooled && connectionDead(err), err
+		return conn.used && connectionDead(err), err
 	}
 
 	// What follows an answer unasked would be taken for the next one.
-	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(cc.CreatedTime()) > maxConnAge {
-		hc.CloseConn(cc)
+	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(conn.made) > maxConnAge {
 		return false, nil
 	}
 	if counted != nil {
 		counted.release() // before another POST may use it
 	}
-	hc.ReleaseConn(cc)
+	keep = true
+	h.put(conn)
 	return false, nil
 }
 

@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/chromedp/cdproto/accessibility"
+	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/log"
 	"github.com/chromedp/cdproto/network"
@@ -197,13 +198,14 @@ func open(t *testing.T, s *server, width, height int64, scheme string) *page {
 	ctx, cancel = chromedp.NewContext(ctx)
 	t.Cleanup(cancel)
 	p := &page{t: t, ctx: ctx}
-	chromedp.ListenTarget(ctx, p.listen("http://"+s.admin+"/"))
-	p.do(
-		log.Enable(), network.Enable(),
-		chromedp.EmulateViewport(width, height, chromedp.EmulateScale(1)),
-		emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}),
-		chromedp.Navigate("http://"+s.admin+"/"),
-	)
+	if err := chromedp.Listen(ctx, p.listen("http://"+s.admin+"/")); err != nil { // starts the browser
+		t.Fatal(err)
+	}
+	call(p, log.Enable, cdp.Empty{})
+	call(p, network.Enable, network.EnableParams{})
+	p.do(chromedp.EmulateViewport(width, height, chromedp.EmulateScale(1)))
+	p.prefer(scheme)
+	p.do(chromedp.Navigate("http://" + s.admin + "/"))
 	p.until(`document.getElementById("link").dataset.state === "live"`)
 	t.Cleanup(func() {
 		p.mu.Lock()
@@ -225,11 +227,14 @@ func (p *page) listen(origin string) func(any) {
 		defer p.mu.Unlock()
 		switch e := event.(type) {
 		case *runtime.EventExceptionThrown:
-			fault("%s", e.ExceptionDetails.Error())
+			fault("%s", e.ExceptionDetails.Text)
+			if thrown := e.ExceptionDetails.Exception; thrown != nil {
+				fault("%s", thrown.Description)
+			}
 		case *runtime.EventConsoleAPICalled:
 			fault("console.%s %s", e.Type, e.Args[0].Value)
 		case *log.EventEntryAdded:
-			if !p.offline || e.Entry.Source != log.SourceNetwork {
+			if !p.offline || e.Entry.Source != log.EntrySourceNetwork {
 				fault("%s: %s", e.Entry.Level, e.Entry.Text)
 			}
 		case *network.EventRequestWillBeSent:
@@ -248,39 +253,55 @@ func (p *page) connectionMayFail() {
 	p.offline = true
 }
 
-func (p *page) do(actions ...chromedp.Action) {
+// run returns what an action gives on the page.
+func run[T any](p *page, action chromedp.Action[T]) T {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
 	defer cancel()
-	// The first call starts the browser, which must not end with this timeout.
-	if err := chromedp.Run(p.ctx); err != nil {
+	v, err := chromedp.Run(ctx, action)
+	if err != nil {
 		p.t.Fatal(err)
 	}
-	if err := chromedp.Run(ctx, actions...); err != nil {
-		p.t.Fatal(err)
-	}
+	return v
+}
+
+// call runs a command of the protocol.
+func call[P, R any](p *page, command cdp.Command[P, R], params P) R {
+	p.t.Helper()
+	return run(p, func(ctx context.Context, t *chromedp.Target) (R, error) {
+		return cdp.Call(ctx, t, command, params)
+	})
+}
+
+func (p *page) do(actions ...chromedp.Action[chromedp.Void]) {
+	p.t.Helper()
+	run(p, chromedp.Steps(actions...))
+}
+
+// prefer sets the colour scheme that the reader prefers.
+func (p *page) prefer(scheme string) {
+	p.t.Helper()
+	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
+		Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}},
+	})
 }
 
 // until waits for a condition on the page.
 func (p *page) until(condition string) {
 	p.t.Helper()
-	var text string
 	ctx, cancel := context.WithTimeout(p.ctx, patience)
 	defer cancel()
-	if err := chromedp.Run(p.ctx); err != nil {
-		p.t.Fatal(err)
-	}
-	if err := chromedp.Run(ctx, chromedp.Poll(condition, nil, chromedp.WithPollingInterval(50*time.Millisecond), chromedp.WithPollingTimeout(0))); err != nil {
-		_ = chromedp.Run(p.ctx, chromedp.Evaluate(`document.body.innerText`, &text))
+	poll := chromedp.Poll[chromedp.Void](condition, chromedp.WithPollingInterval(50*time.Millisecond), chromedp.WithPollingTimeout(0))
+	if _, err := chromedp.Run(ctx, poll); err != nil {
+		text, _ := chromedp.Run(p.ctx, chromedp.Evaluate[string](`document.body.innerText`))
 		p.t.Fatalf("not so: %s: %v\n%s", condition, err, text)
 	}
 }
 
 // value is what an expression gives on the page.
-func value[T any](p *page, expression string) (v T) {
+func value[T any](p *page, expression string) T {
 	p.t.Helper()
-	p.do(chromedp.Evaluate(expression, &v))
-	return v
+	return run(p, chromedp.Evaluate[T](expression))
 }
 
 // number is an element's text as a number.
@@ -301,8 +322,7 @@ func (p *page) shot(name string) {
 	if dir == "" {
 		return
 	}
-	var png []byte
-	p.do(chromedp.FullScreenshot(&png, 100))
+	png := run(p, chromedp.FullScreenshot(100))
 	if err := os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644); err != nil {
 		p.t.Fatal(err)
 	}
@@ -386,7 +406,7 @@ func TestPageShowsTheTrueNumbersUnderLoad(t *testing.T) {
 func TestPageShowsEachWindowWithItsState(t *testing.T) {
 	s := startServer(t, "--window=1s")
 	p := open(t, s, 1280, 900, "dark")
-	p.do(chromedp.Click("summary", chromedp.ByQuery))
+	p.do(chromedp.Click(chromedp.CSS("summary")))
 	l := s.load(time.Millisecond)
 	p.until(`[...document.querySelectorAll("#table tbody tr")].filter(r => r.cells[3].textContent === "delivered").length >= 4`)
 	l.stop()
@@ -543,7 +563,7 @@ func TestPageSaysWhenTheConnectionIsLost(t *testing.T) {
 	p.until(`!document.querySelector("#lost").hidden && /The server is stopping/.test(document.querySelector("#lost-why").textContent)`)
 	// The button spares the wait.
 	s.start()
-	p.do(chromedp.Click("#again", chromedp.ByQuery))
+	p.do(chromedp.Click(chromedp.CSS("#again")))
 	p.until(`document.querySelector("#lost").hidden`)
 }
 
@@ -555,7 +575,7 @@ func TestPageFitsAPhone(t *testing.T) {
 	p := open(t, s, 360, 740, "dark")
 	p.until(`document.querySelectorAll(".checks p").length > 0`)
 	p.until(`+document.querySelector('.legend [data-state="spooled"] span').textContent >= 5`)
-	p.do(chromedp.Click("summary", chromedp.ByQuery))
+	p.do(chromedp.Click(chromedp.CSS("summary")))
 	p.shot("phone")
 	check := func() {
 		t.Helper()
@@ -571,7 +591,7 @@ func TestPageFitsAPhone(t *testing.T) {
 	}
 	check()
 	// The largest count there is still fits.
-	p.do(chromedp.Evaluate(`document.querySelector("#unique").classList.add("long"); document.querySelector("#unique").textContent = "9,999,999,999"`, nil))
+	p.do(chromedp.Evaluate[chromedp.Void](`document.querySelector("#unique").classList.add("long"); document.querySelector("#unique").textContent = "9,999,999,999"`))
 	check()
 	for _, e := range value[[]string](p, `[...document.querySelectorAll("a, button, summary")].filter(e => {
 		const r = e.getBoundingClientRect();
@@ -641,7 +661,7 @@ func TestPageReadsInDarkAndLight(t *testing.T) {
 	// A change while the page is open is followed, by the charts too.
 	ink := func() string { return value[string](light, `getComputedStyle(document.body).color`) }
 	before := ink()
-	light.do(emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: "dark"}}))
+	light.prefer("dark")
 	light.until(`getComputedStyle(document.body).color !== ` + strconv.Quote(before))
 	if n := value[int](light, `document.querySelectorAll(".uplot").length`); n != 2 {
 		t.Errorf("%d charts after the change", n)
@@ -675,7 +695,7 @@ func TestPageNeedsNoMouse(t *testing.T) {
 	}
 
 	for _, id := range []string{"windows", "rates"} {
-		p.do(chromedp.Focus("#"+id, chromedp.ByQuery))
+		p.do(chromedp.Focus(chromedp.CSS("#" + id)))
 		said := func() string {
 			return value[string](p, `document.querySelector("#`+id+`").getAttribute("aria-valuetext")`)
 		}
@@ -687,16 +707,11 @@ func TestPageNeedsNoMouse(t *testing.T) {
 			t.Errorf("%s: the arrow leads from %q to %q", id, first, second)
 		}
 	}
-	p.do(chromedp.Focus("summary", chromedp.ByQuery), chromedp.KeyEvent(kb.Enter))
+	p.do(chromedp.Focus(chromedp.CSS("summary")), chromedp.KeyEvent(kb.Enter))
 	p.until(`document.querySelectorAll("#table tbody tr").length > 3`)
 
-	var nodes []*accessibility.Node
-	p.do(chromedp.ActionFunc(func(ctx context.Context) (err error) {
-		nodes, err = accessibility.GetFullAXTree().Do(ctx)
-		return err
-	}))
 	sliders := 0
-	for _, n := range nodes {
+	for _, n := range call(p, accessibility.GetFullAXTree, accessibility.GetFullAXTreeParams{}).Nodes {
 		var role, name string
 		if n.Role != nil {
 			_ = json.Unmarshal(n.Role.Value, &role)
