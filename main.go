@@ -274,8 +274,14 @@ func (p *program) openCounter() (err error) {
 		p.set = own
 	}
 	counting.Store = p.set
-	p.counter, err = counter.New(counting)
-	return err
+	if p.counter, err = counter.New(counting); err != nil {
+		return err
+	}
+	if old, until, changes := p.counter.Change(); changes {
+		p.log.Warn().Str("window", old.String()).Str("until", until.Format(time.RFC3339Nano)).Str("then", p.cfg.Window.String()).
+			Msg("another --window was in use before: windows keep that length until the first one of the new length begins")
+	}
+	return nil
 }
 
 // live returns the open window and its count: of the whole group if ids are shared.

@@ -145,6 +145,7 @@ func (v *instance) get(url string) (int, string) {
 
 type recordLine struct {
 	Start    time.Time `json:"window_start"`
+	MS       int64     `json:"window_ms"`
 	Unique   int       `json:"unique"`
 	Instance string    `json:"instance"`
 	Seq      int       `json:"seq"`

@@ -2,10 +2,12 @@ package main
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestKilledServerGoesOn: after a kill -9 the ids of the running window are
@@ -69,5 +71,58 @@ func TestDamagedEpochsAreSetAside(t *testing.T) {
 	}
 	if code := v.stop(); code != 0 {
 		t.Errorf("exit code %d", code)
+	}
+}
+
+// TestAnotherWindowIsServedAtOnce: on a data directory that was used with another
+// --window, longer or shorter, the server is ready within 3 seconds, ids are counted
+// in windows that have their time, and the labels increase.
+func TestAnotherWindowIsServedAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	ok := 0
+	for life, window := range []string{"2s", "1h", "1m", "50ms", "1h", "777ms", "10m"} {
+		began := time.Now()
+		v := start(t, "--window="+window, "--data-dir="+dir, "--window-header")
+		for status, body := 0, ""; status != 200; time.Sleep(20 * time.Millisecond) {
+			if status, body = v.get(v.admin + "/readyz"); time.Since(began) > 3*time.Second {
+				t.Fatalf("--window=%s: not ready after 3 s: %s", window, body)
+			}
+		}
+		for i := range 20 {
+			resp, err := http.Get(v.public + fmt.Sprintf("/api/verve/accept?id=%d-%d", life, i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			at, err := time.Parse(time.RFC3339, resp.Header.Get("Verve-Window"))
+			if err != nil || resp.StatusCode != 200 || at.After(time.Now()) {
+				t.Errorf("--window=%s: status %d in the window of %v (%v)", window, resp.StatusCode, at, err)
+			}
+			ok++
+		}
+		if life%2 == 0 {
+			if code := v.stop(); code != 0 {
+				t.Errorf("--window=%s: exit code %d", window, code)
+			}
+		} else {
+			if err := v.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			_ = v.Wait() // killed
+		}
+		if log := strings.Join(v.lines, "\n"); strings.Contains(log, "clock") {
+			t.Errorf("--window=%s: the log: %s", window, log)
+		}
+	}
+	var last recordLine
+	for _, r := range records(t, filepath.Join(dir, "counts.jsonl")) {
+		if r.Start.Before(last.Start) || r.Start.Equal(last.Start) && r.MS != last.MS || r.Start.UnixMilli()%r.MS != 0 {
+			t.Errorf("the window %v of %d ms follows %v of %d", r.Start, r.MS, last.Start, last.MS)
+		}
+		ok -= r.Unique
+		last = r
+	}
+	if ok != 0 {
+		t.Errorf("the records lack %d of the answers", ok)
 	}
 }

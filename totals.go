@@ -18,6 +18,7 @@ import (
 
 	"github.com/mattn/go-isatty"
 
+	"verve/counter"
 	"verve/stream"
 )
 
@@ -130,18 +131,18 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 
 	type window struct {
 		group string
-		start time.Time
+		counter.Span
 	}
 	changed := map[window]bool{}
 	flush := func() {
 		var sums []stream.WindowTotal
 		for w := range changed {
-			if s, ok := t.sums.Window(w.group, w.start); ok {
+			if s, ok := t.sums.Window(w.group, w.Span); ok {
 				sums = append(sums, s)
 			}
 		}
 		slices.SortFunc(sums, func(a, b stream.WindowTotal) int {
-			return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group))
+			return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
 		})
 		t.out.print(sums)
 		clear(changed)
@@ -174,7 +175,7 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 			for ; repeats < len(t.sums.Repeats()); repeats++ {
 				t.complain("repeat: %v", t.sums.Repeats()[repeats])
 			}
-			changed[window{r.record.Group, r.record.WindowStart.UTC()}] = true
+			changed[window{r.record.Group, r.record.Span()}] = true
 			if settled == nil {
 				settled = time.After(totalsSettle)
 			}

@@ -89,7 +89,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	began := time.Now()
 	count := Count{
 		Start:    e.Start(),
-		Window:   time.Duration(e.end - e.start), // of an earlier process it may differ
+		Window:   e.Window(),
 		Complete: e.complete && !e.cut,
 		Exact:    e.Exact(),
 	}
@@ -137,12 +137,20 @@ func drain(ctx context.Context, e *Epoch) error {
 // was there to be asked, so they are empty and not complete. Of a gap longer
 // than maxSkipped only the last ones are published; all are counted.
 func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
-	c.skipped.Add(uint64(e.skipped))
-	next := e.number + 1 + e.skipped
-	for n := max(e.number+1, next-maxSkipped); n < next; n++ {
+	if e.gap == 0 {
+		return nil
+	}
+	skipped := c.epochsBetween(e.end, e.gap)
+	c.skipped.Add(uint64(skipped))
+	at := e.end
+	if skipped > maxSkipped {
+		at = max(at, e.gap-maxSkipped*int64(c.cfg.Window))
+	}
+	for at < e.gap {
+		start, window := c.epochAt(at)
 		count := Count{
-			Start:    time.Unix(0, n*int64(c.cfg.Window)).UTC(),
-			Window:   c.cfg.Window,
+			Start:    time.Unix(0, start).UTC(),
+			Window:   time.Duration(window),
 			Exact:    true,
 			SealedAt: c.wall(),
 		}
@@ -154,6 +162,7 @@ func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
 			return err
 		}
 		c.history.add(count)
+		at = c.endOf(start, window)
 	}
 	return nil
 }

@@ -58,6 +58,7 @@ type Config struct {
 	Store     Store
 	Publish   Publisher
 	NotBefore time.Time                         // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
+	LastLen   time.Duration                     // the length of that one. Optional: it is guessed.
 	Past      Past                              // what earlier processes left. Optional.
 	OnClose   func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 
@@ -112,6 +113,8 @@ type Counter struct {
 	wake   chan struct{} // capacity 1: something was added to turned
 	clock  clockWatch
 
+	change change // of the window's length; fixed in New
+
 	history history
 	closed  struct{ unique, repeats uint64 } // over all closed epochs
 	skipped atomic.Uint64
@@ -143,19 +146,11 @@ func New(cfg Config) (*Counter, error) {
 	c := &Counter{cfg: cfg, wake: make(chan struct{}, 1)}
 	c.clock.skew = int64(cfg.MaxSkew)
 	now := cfg.clocks()
-	number := c.numberAt(now.wall)
-	if !cfg.NotBefore.IsZero() {
-		number = max(number, c.firstFrom(cfg.NotBefore.UnixNano()))
-	}
+	start, window := c.first(now.wall)
 	serial, past := uint64(1), cfg.Past
 	if past.Serial > 0 {
-		after := past.Start
-		if past.Over {
-			after = after.Add(past.Window)
-		}
-		number = max(number, c.firstFrom(after.UnixNano()))
 		serial = past.Serial + 1
-		if !past.Over && past.Window == cfg.Window && number*int64(cfg.Window) == past.Start.UnixNano() {
+		if !past.Over && int64(past.Window) == window && past.Start.UnixNano() == start {
 			serial = past.Serial
 		}
 	}
@@ -165,7 +160,7 @@ func New(cfg Config) (*Counter, error) {
 		}
 		c.turned = append(c.turned, newLeft(l))
 	}
-	e := c.newEpoch(nil, number)
+	e := c.newEpoch(nil, start, window)
 	e.serial = serial
 	cfg.Store.Open(e)
 	c.last = e
@@ -215,7 +210,7 @@ func (c *Counter) turn(now int64) {
 	if e == nil || now < e.end {
 		return // turned meanwhile
 	}
-	c.advance(e, c.numberAt(now), now)
+	c.advance(e, now, now)
 }
 
 // TurnFrom opens the epoch after e if e is still the open one: its Store has
@@ -231,17 +226,18 @@ func (c *Counter) TurnFrom(e *Epoch) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open.Load() == e {
-		c.advance(e, e.number+1, e.end)
+		c.advance(e, e.end, e.end)
 	}
 }
 
-// advance opens the epoch of a number behind e, the open one, at the time now.
+// advance opens the epoch of the time at, behind e, the open one, at the time now.
 // c.mu is held.
-func (c *Counter) advance(e *Epoch, number, now int64) {
-	next := c.newEpoch(e, number)
-	if next.number > e.number+1 {
+func (c *Counter) advance(e *Epoch, at, now int64) {
+	start, window := c.epochAt(at)
+	next := c.newEpoch(e, start, window)
+	if next.start > e.end {
 		e.cut = true
-		e.skipped = next.number - e.number - 1
+		e.gap = next.start
 	}
 	if c.clock.skew > 0 { // the ticker may see it only after both
 		if step, pause := c.clock.irregular(c.cfg.clocks()); step != 0 || pause > 0 {
@@ -256,7 +252,7 @@ func (c *Counter) advance(e *Epoch, number, now int64) {
 		// The publisher has stood still for so long that the Store refuses ids, or
 		// nobody sent any. The window becomes part of the gap after the last one
 		// that waits, which is not being closed: it is not the first.
-		c.turned[n-1].skipped += 1 + e.skipped
+		c.turned[n-1].gap = next.start
 		c.turned[n-1].cut = true
 		c.cfg.Store.Retire(e)
 		return
@@ -287,20 +283,22 @@ func (c *Counter) leave(e *Epoch) {
 	}
 }
 
-// newEpoch makes the epoch of a number that follows prev. c.mu is held, or
+// newEpoch makes the epoch that starts at start and follows prev. c.mu is held, or
 // nobody else has c yet.
-func (c *Counter) newEpoch(prev *Epoch, number int64) *Epoch {
+func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	e := c.spare
 	if e == nil {
 		e = new(Epoch)
 	}
 	c.spare = nil
-	window := int64(c.cfg.Window)
-	e.number, e.serial = number, 1
-	e.start, e.end = number*window, (number+1)*window
+	e.number, e.serial = floor(start, window), 1
+	e.start, e.end, e.window = start, start+window, window
+	if end := c.endOf(start, window); end < e.end {
+		e.end, e.cut = end, true
+	}
 	if prev != nil {
 		e.serial = prev.serial + 1
-		e.complete = prev.number+1 == number
+		e.complete = prev.end == start
 	}
 	e.label = time.Unix(0, e.start).UTC().AppendFormat(e.label[:0], time.RFC3339Nano)
 	return e
@@ -311,7 +309,7 @@ func newLeft(l Left) *Epoch {
 	start := l.Start.UnixNano()
 	e := &Epoch{
 		number: start / int64(l.Window), serial: l.Serial, left: true, State: l.State,
-		start: start, end: start + int64(l.Window),
+		start: start, end: start + int64(l.Window), window: int64(l.Window),
 		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano),
 	}
 	e.inexact.Store(!l.Exact)
@@ -332,26 +330,6 @@ func (c *Counter) provide() {
 	c.mu.Lock()
 	c.spare = e
 	c.mu.Unlock()
-}
-
-func (c *Counter) numberAt(ns int64) int64 {
-	w := int64(c.cfg.Window)
-	n := ns / w
-	if ns%w < 0 {
-		n-- // before 1970
-	}
-	return n
-}
-
-// firstFrom returns the number of the first epoch that starts at ns or later.
-// It is not the epoch around ns: an earlier process may have had a shorter
-// window, and the longer one around its last start begins before it.
-func (c *Counter) firstFrom(ns int64) int64 {
-	n := c.numberAt(ns)
-	if n*int64(c.cfg.Window) < ns {
-		n++
-	}
-	return n
 }
 
 // Live returns the start of the epoch opened last and the unique ids counted

@@ -54,7 +54,8 @@ type Epoch struct {
 	number   int64  // start / window
 	serial   uint64 // 1 for the first epoch, without gaps in a process
 	start    int64  // Unix time, ns
-	end      int64  // Unix time, ns
+	end      int64  // Unix time, ns: when the next one is due
+	window   int64  // its length, ns; it ends before that where the length changes
 	label    []byte // start, RFC 3339
 	complete bool   // opened at its start, from the epoch before
 	left     bool   // counted by an earlier process
@@ -64,8 +65,8 @@ type Epoch struct {
 	inexact atomic.Bool
 
 	// Set, by the one who turns the epoch, before the closer sees it.
-	cut     bool  // ended before its time, or nobody was there at its end
-	skipped int64 // epochs between this one and the next opened
+	cut bool  // ended before its time, or nobody was there at its end
+	gap int64 // the start of the next one opened, if there are epochs between; Unix time, ns
 
 	// State belongs to the Store: set in Open, let go in Retire.
 	State any
@@ -85,7 +86,11 @@ func (e *Epoch) Serial() uint64 { return e.serial }
 // Start returns the start of the window, UTC.
 func (e *Epoch) Start() time.Time { return time.Unix(0, e.start).UTC() }
 
-// End returns the end of the window, UTC.
+// Window returns the length of the window.
+func (e *Epoch) Window() time.Duration { return time.Duration(e.window) }
+
+// End returns when the next epoch is due, UTC: the end of the window, or before it
+// where the length of the windows changes.
 func (e *Epoch) End() time.Time { return time.Unix(0, e.end).UTC() }
 
 // Label returns Start in RFC 3339 with as many digits as needed. Read only.

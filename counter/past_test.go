@@ -48,7 +48,8 @@ func TestFirstEpochGoesOnFromThePast(t *testing.T) {
 			{"the last epoch", Past{Serial: 7, Start: now.Add(-minute), Window: minute, Over: true}, now.Add(-minute), now, 8},
 			{"long ago", Past{Serial: 7, Start: now.Add(-time.Hour), Window: minute, Over: true}, time.Time{}, now, 8},
 			{"the clock was set back", Past{Serial: 7, Start: now.Add(time.Hour), Window: minute}, now.Add(time.Hour), now.Add(time.Hour), 7},
-			{"another window", Past{Serial: 7, Start: now, Window: time.Second}, now, now, 8},
+			{"another window goes on", Past{Serial: 7, Start: now, Window: time.Second}, now, now, 7},
+			{"another window, over", Past{Serial: 7, Start: now.Add(-time.Second), Window: time.Second, Over: true}, now.Add(-time.Second), now, 8},
 			{"a later epoch was published", Past{Serial: 7, Start: now, Window: minute}, now.Add(minute), now.Add(minute), 8},
 		} {
 			l := &pastLedger{ledger: &ledger{t: t}}

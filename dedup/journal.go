@@ -542,7 +542,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	}
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	o := opened{serial: e.Serial(), number: e.Number(), window: e.End().Sub(e.Start()), boot: j.boot}
+	o := opened{serial: e.Serial(), number: e.Number(), window: e.Window(), boot: j.boot}
 	first := j.counts != nil
 	goesOn := first && j.resumable && j.first.told && o.serial == j.newest.serial
 	switch {

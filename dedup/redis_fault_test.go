@@ -956,7 +956,7 @@ func TestRedisConfig(t *testing.T) {
 // be new twice.
 func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	server := startRedis(t)
-	a := newRedis(t, server.addr)
+	a := newRedis(t, server.addr, patient)
 	ea := newEpochs(t, a)
 	ea.want(t, a, 0, "42", Unique)
 	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "16")

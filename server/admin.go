@@ -276,7 +276,7 @@ func (a *Admin) recent(limit int) recentWindows {
 		Group:    a.cfg.Group,
 		Instance: a.cfg.Instance,
 		Open: window{
-			Start: open.Start(), MS: open.End().Sub(open.Start()).Milliseconds(),
+			Start: open.Start(), MS: open.Window().Milliseconds(),
 			Unique: open.Unique(), Duplicates: open.Repeats(), Exact: open.Exact(), State: "open",
 		},
 		Windows: []window{},

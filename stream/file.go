@@ -79,7 +79,7 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 		}
 		return f.write(batch)
 	}
-	s := batch[0].record.span()
+	s := batch[0].record.Span()
 	mine, written, err := f.ledger.MayWrite(ctx, s)
 	switch {
 	case err != nil:

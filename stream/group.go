@@ -119,7 +119,7 @@ func newGroup(s *Stream, l Ledger) (*group, error) {
 		}
 		for _, e := range batch {
 			if e.record.Scope == ScopeGroup && e.record.Group == s.spool.group {
-				g.spooled[e.record.span()] = e.index
+				g.spooled[e.record.Span()] = e.index
 			}
 		}
 		after = batch[len(batch)-1].index

@@ -365,7 +365,7 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 						}
 						sums.Add(r)
 					}
-					if w, ok := sums.Window("verve", window(1).Start); !ok || w.Unique != 2*window(1).Unique || len(sums.Repeats()) != 1 || !sums.Repeats()[0].Same {
+					if w, ok := sums.Window("verve", window(1).Span()); !ok || w.Unique != 2*window(1).Unique || len(sums.Repeats()) != 1 || !sums.Repeats()[0].Same {
 						t.Errorf("totals: %+v, repeats %v", w, sums.Repeats())
 					}
 					got = slices.Compact(got)

@@ -630,7 +630,7 @@ func TestKafkaNamesakeIsReported(t *testing.T) {
 		for _, r := range readTopic(t, cfg) {
 			totals.Add(r)
 		}
-		w, _ := totals.Window("verve", window(0).Start)
+		w, _ := totals.Window("verve", window(0).Span())
 		if r := totals.Repeats(); w.Unique != window(0).Unique+5 || len(r) != 1 || r[0].Same {
 			t.Errorf("unique %d, repeats %v", w.Unique, r)
 		}

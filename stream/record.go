@@ -69,7 +69,10 @@ func checkName(what, s string) error {
 
 func (r *Record) window() time.Duration { return time.Duration(r.WindowMS) * time.Millisecond }
 
-func (r *Record) span() counter.Span { return counter.Span{Start: r.WindowStart, Window: r.window()} }
+// Span returns the window that r counts.
+func (r *Record) Span() counter.Span {
+	return counter.Span{Start: r.WindowStart.UTC(), Window: r.window()}
+}
 
 // end is the end of the window and the timestamp of the Kafka record.
 func (r *Record) end() time.Time { return r.WindowStart.Add(r.window()) }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"verve/counter"
 )
 
 // errInvalidRecord marks what a reader yields for a line or a Kafka record that
@@ -193,9 +195,12 @@ type Totals struct {
 	repeats []Repeat
 }
 
+// windowKey has the length, as another --window may have had a window with the
+// same start.
 type windowKey struct {
-	group string
-	start int64
+	group  string
+	start  int64
+	length int64 // ms
 }
 
 // WindowTotal is the sum of one window of a group.
@@ -296,7 +301,7 @@ func (t *Totals) Add(r Record) {
 			t.repeats = append(t.repeats, Repeat{First: first, Again: r})
 		}
 	}
-	at := windowKey{r.Group, r.WindowStart.UnixNano()}
+	at := windowKey{r.Group, r.WindowStart.UnixNano(), r.WindowMS}
 	w := t.windows[at]
 	if w == nil {
 		w = &WindowTotal{Group: r.Group, Start: r.WindowStart, Window: r.window(), Complete: true, Exact: true}
@@ -328,14 +333,14 @@ func (t *Totals) Windows() []WindowTotal {
 		out = append(out, *w)
 	}
 	slices.SortFunc(out, func(a, b WindowTotal) int {
-		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group))
+		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
 	})
 	return out
 }
 
 // Window returns one sum.
-func (t *Totals) Window(group string, start time.Time) (WindowTotal, bool) {
-	w := t.windows[windowKey{group, start.UnixNano()}]
+func (t *Totals) Window(group string, s counter.Span) (WindowTotal, bool) {
+	w := t.windows[windowKey{group, s.Start.UnixNano(), s.Window.Milliseconds()}]
 	if w == nil {
 		return WindowTotal{}, false
 	}

@@ -69,10 +69,10 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 	if repeats != want {
 		t.Errorf("repeats %s\nwant %s", repeats, want)
 	}
-	if w, ok := totals.Window("verve", window(4).Start); !ok || w.Unique != 1 {
+	if w, ok := totals.Window("verve", window(4).Span()); !ok || w.Unique != 1 {
 		t.Errorf("window 4: %+v, %v", w, ok)
 	}
-	if _, ok := totals.Window("verve", window(9).Start); ok {
+	if _, ok := totals.Window("verve", window(9).Span()); ok {
 		t.Error("window 9 is there")
 	}
 }
