@@ -332,7 +332,7 @@ func (r *Redis) Retire(e *counter.Epoch) {
 	}
 	if unsent > 0 {
 		r.counts.dropped.Add(uint64(unsent))
-		r.cfg.Log.Error().Time("window_start", s.start).Int("ids", unsent).
+		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
 			Msg("the window was sealed without ids that were answered as new while Redis was away")
 	}
 	e.State = nil

@@ -97,7 +97,7 @@ func (h *health) succeeded(r *Redis) {
 	h.failure = ""
 	h.mu.Unlock()
 	if failure != "" {
-		r.cfg.Log.Info().Str("was", failure).Dur("for", time.Since(since)).Msg("Redis works again")
+		r.cfg.Log.Info().Str("was", failure).Dur("after_ms", time.Since(since)).Msg("Redis works again")
 	}
 }
 

@@ -3,6 +3,7 @@ package stream
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 )
 
 // fileSink appends records to the counts file, one a line, and syncs them.
@@ -36,10 +38,19 @@ type fileSink struct {
 	step   func(string)
 	ledger Ledger // nil: this instance counts for itself
 
+	// rest is what a write to standard output left of the line of the record at
+	// restOf: the next one goes on there.
+	rest   []byte
+	restOf uint64
+
 	// unsure is the index up to which a record may be in the file although the
 	// spool does not say so. It only grows.
 	unsure atomic.Uint64
 }
+
+// filePatience is far above what a write and a sync take on a disk that works, and
+// so short that a reader who stalls is seen within a few of the shorter windows.
+const filePatience = 2 * time.Second
 
 // tornPrefix is what a half line of ours begins with.
 var tornPrefix = []byte(`{"window_start":"`)
@@ -55,9 +66,10 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 	return f
 }
 
-func (f *fileSink) name() string      { return "file" }
-func (f *fileSink) conflicts() uint64 { return 0 }
-func (f *fileSink) close()            {}
+func (f *fileSink) name() string            { return "file" }
+func (f *fileSink) patience() time.Duration { return filePatience }
+func (f *fileSink) conflicts() uint64       { return 0 }
+func (f *fileSink) close()                  {}
 
 // doubt raises unsure.
 func (f *fileSink) doubt(upTo uint64) {
@@ -77,7 +89,7 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 				break
 			}
 		}
-		return f.write(batch)
+		return f.write(ctx, batch)
 	}
 	s := batch[0].record.Span()
 	mine, written, err := f.ledger.MayWrite(ctx, s)
@@ -89,7 +101,7 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 	case !mine:
 		return 0, errElsewhere
 	}
-	if n, err := f.write(batch[:1]); err != nil {
+	if n, err := f.write(ctx, batch[:1]); err != nil {
 		return n, err
 	}
 	if err := f.ledger.Written(ctx, s); err != nil {
@@ -99,22 +111,67 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 	return 1, nil
 }
 
-func (f *fileSink) write(batch []entry) (int, error) {
+func (f *fileSink) write(ctx context.Context, batch []entry) (int, error) {
 	if f.stdout != nil {
 		for i := range batch {
-			if _, err := f.stdout.Write(append(batch[i].value, '\n')); err != nil {
+			if err := f.print(ctx, batch[i]); err != nil {
 				return i, fmt.Errorf("standard output: %w", err)
 			}
 		}
 		f.step(stepProduced)
 		return len(batch), nil
 	}
-	if err := f.append(batch); err != nil {
+	err, over := unlessOver(ctx, func() error { return f.append(batch) })
+	if err = cmp.Or(err, over); err != nil {
 		f.doubt(batch[len(batch)-1].index)
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
 	f.step(stepProduced)
 	return len(batch), nil
+}
+
+// print writes a record's line to standard output. A pipe takes it whole or not at
+// all; of what takes a part of it, as a file on a full disk does, the next call
+// writes the rest.
+func (f *fileSink) print(ctx context.Context, e entry) error {
+	if f.rest == nil || f.restOf != e.index {
+		f.rest, f.restOf = append(bytes.Clone(e.value), '\n'), e.index
+	}
+	type outcome struct {
+		n   int
+		err error
+	}
+	rest := f.rest
+	o, over := unlessOver(ctx, func() outcome {
+		n, err := f.stdout.Write(rest)
+		return outcome{n, err}
+	})
+	if over != nil {
+		return over
+	}
+	if f.rest = rest[o.n:]; o.err == nil {
+		f.rest = nil
+	}
+	return o.err
+}
+
+// unlessOver returns what do returns. When ctx ends first it leaves do behind and
+// returns the error of ctx: a write to a pipe whose reader stalls, or to a file
+// system that hangs, cannot be interrupted, and must not hold up a stop.
+func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) {
+	done := make(chan T, 1)
+	go func() { done <- do() }()
+	select {
+	case result = <-done:
+		return result, nil
+	case <-ctx.Done():
+	}
+	select {
+	case result = <-done: // both at once
+		return result, nil
+	default:
+		return result, ctx.Err()
+	}
 }
 
 func (f *fileSink) append(batch []entry) (err error) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/internal/logline"
 )
 
 // Ledger is what the instances of a group know together of their epochs: an
@@ -195,14 +196,14 @@ func (g *group) try(ctx context.Context, message string, f func(context.Context)
 	defer stop()
 	defer g.onLeaving(leaveTry, stop)()
 	var wait backoff
-	var log sampler
+	log := logline.Sampler{Every: failureLogEvery}
 	for {
 		err := f(ctx)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		if hidden, ok := log.sample(time.Now()); ok {
-			g.stream.cfg.Log.Warn().Err(err).Int("hidden", hidden).Msg(message)
+		if hidden, ok := log.Allow(time.Now()); ok {
+			g.stream.cfg.Log.Warn().Err(err).Uint64("hidden", hidden).Msg(message)
 		}
 		if werr := wait.sleep(ctx); werr != nil {
 			return errors.Join(err, werr)
@@ -217,12 +218,12 @@ func (g *group) run(ctx context.Context) {
 	defer g.onLeaving(0, stop)() // leave goes on
 	tick := time.NewTicker(groupEvery)
 	defer tick.Stop()
-	var log sampler
+	log := logline.Sampler{Every: failureLogEvery}
 	for {
 		_, changed := g.stream.spool.watch()
 		if err := g.round(ctx); err != nil && ctx.Err() == nil {
-			if hidden, ok := log.sample(time.Now()); ok {
-				g.stream.cfg.Log.Warn().Err(err).Int("hidden", hidden).Msg("the records of the group are not published, trying again")
+			if hidden, ok := log.Allow(time.Now()); ok {
+				g.stream.cfg.Log.Warn().Err(err).Uint64("hidden", hidden).Msg("the records of the group are not published, trying again")
 			}
 		}
 		select {

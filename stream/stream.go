@@ -23,6 +23,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"verve/counter"
+	"verve/internal/logline"
 )
 
 // Config configures a Stream. Group and instance come from the spool.
@@ -87,7 +88,7 @@ const (
 
 	// closeWait bounds Close: a client that has requests in flight to a broker
 	// that does not answer is left behind.
-	closeWait = 3 * time.Second
+	closeWait = time.Second
 )
 
 // Stream publishes counts. It fulfils counter.Publisher.
@@ -118,6 +119,9 @@ type sink interface {
 	// help it. Any other leaves the outcome open: the sink remembers that, and
 	// on the next call it looks before it writes.
 	deliver(ctx context.Context, batch []entry) (n int, err error)
+	// patience is how long a delivery may take until it is reported as failing; 0:
+	// the sink has timeouts of its own, whose errors say more.
+	patience() time.Duration
 	conflicts() uint64
 	close()
 }
@@ -144,7 +148,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	s := &Stream{cfg: cfg, spool: spool}
 	var names []string
 	add := func(k sink) {
-		s.sinks = append(s.sinks, &worker{sink: k, stream: s})
+		s.sinks = append(s.sinks, &worker{sink: k, stream: s, log: logline.Sampler{Every: failureLogEvery}})
 		names = append(names, k.name())
 	}
 	if len(cfg.Kafka.Brokers) > 0 {
@@ -229,7 +233,7 @@ func (s *Stream) store(ctx context.Context, c counter.Count) (index uint64, err 
 	}
 	s.step(stepBefore)
 	var wait backoff
-	var log sampler
+	log := logline.Sampler{Every: failureLogEvery}
 	for {
 		err := s.spool.append(&r, s.step)
 		s.mu.Lock()
@@ -244,8 +248,8 @@ func (s *Stream) store(ctx context.Context, c counter.Count) (index uint64, err 
 		if errors.Is(err, ErrOutOfOrder) {
 			return 0, fmt.Errorf("publish: %w", err)
 		}
-		if hidden, ok := log.sample(time.Now()); ok {
-			s.cfg.Log.Error().Err(err).Time("window_start", r.WindowStart).Int("hidden", hidden).
+		if hidden, ok := log.Allow(time.Now()); ok {
+			s.cfg.Log.Error().Err(err).Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).Uint64("hidden", hidden).
 				Msg("record is not in the spool yet, trying again")
 		}
 		if werr := wait.sleep(ctx); werr != nil {
@@ -318,7 +322,7 @@ func (s *Stream) Close() {
 	select {
 	case <-done:
 	case <-t.C:
-		s.cfg.Log.Warn().Dur("after", closeWait).Msg("a sink did not close in time and is left behind")
+		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("a sink did not close in time and is left behind")
 	}
 }
 
@@ -404,6 +408,7 @@ func (s *Stream) Delivered(windowStart time.Time) string { return s.spool.delive
 type worker struct {
 	sink   sink
 	stream *Stream
+	log    logline.Sampler // of failures; begins anew when the sink works again
 
 	// prepare, if there is one, is called until it succeeds or there is a record:
 	// so what will keep records from the sink shows before the first one.
@@ -411,6 +416,7 @@ type worker struct {
 
 	// mu guards what Stats reports.
 	mu           sync.Mutex
+	delivery     uint64 // number of the one under way, or of the next one
 	lastErr      error
 	failingSince time.Time // zero while the sink works
 	delivered    uint64
@@ -418,7 +424,6 @@ type worker struct {
 
 func (w *worker) run(ctx context.Context) {
 	var wait backoff
-	var log sampler
 	name, spool := w.sink.name(), w.stream.spool
 	prepare := w.prepare
 	for ctx.Err() == nil {
@@ -429,7 +434,7 @@ func (w *worker) run(ctx context.Context) {
 		case err != nil:
 		case len(batch) > 0:
 			prepare = nil // the delivery meets the same
-			n, err = w.sink.deliver(ctx, batch)
+			n, err = w.deliver(ctx, batch)
 		case prepare != nil:
 			if err = prepare(ctx); err == nil {
 				prepare = nil
@@ -456,20 +461,55 @@ func (w *worker) run(ctx context.Context) {
 		}
 		if err == nil {
 			w.recovered(name)
-			wait, log = backoff{}, sampler{}
+			wait = backoff{}
 			continue
 		}
 		if ctx.Err() != nil {
 			return
 		}
 		w.failed(err)
-		if hidden, ok := log.sample(time.Now()); ok {
-			w.stream.cfg.Log.Warn().Str("sink", name).Err(err).Int("hidden", hidden).
-				Msg("records are not delivered, trying again")
-		}
+		w.logFailure(err)
 		if wait.sleep(ctx) != nil {
 			return
 		}
+	}
+}
+
+// deliver hands a batch to the sink. While that takes longer than the sink's
+// patience it is reported as failing: a write that does not return has no error.
+func (w *worker) deliver(ctx context.Context, batch []entry) (int, error) {
+	patience := w.sink.patience()
+	if patience == 0 {
+		return w.sink.deliver(ctx, batch)
+	}
+	w.mu.Lock()
+	number := w.delivery
+	w.mu.Unlock()
+	late := time.AfterFunc(patience, func() {
+		err := fmt.Errorf("a write has not returned for %s: its reader stalls, or its file system hangs", patience)
+		w.mu.Lock()
+		current := w.delivery == number
+		if current {
+			w.fail(err)
+		}
+		w.mu.Unlock()
+		if current {
+			w.logFailure(err)
+		}
+	})
+	defer late.Stop()
+	defer func() {
+		w.mu.Lock()
+		w.delivery++
+		w.mu.Unlock()
+	}()
+	return w.sink.deliver(ctx, batch)
+}
+
+func (w *worker) logFailure(err error) {
+	if hidden, ok := w.log.Allow(time.Now()); ok {
+		w.stream.cfg.Log.Warn().Str("sink", w.sink.name()).Err(err).Uint64("hidden", hidden).
+			Msg("records are not delivered, trying again")
 	}
 }
 
@@ -510,6 +550,11 @@ func (w *worker) condemn(e entry, reason error) error {
 func (w *worker) failed(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.fail(err)
+}
+
+// fail notes an error of the sink. w.mu is held.
+func (w *worker) fail(err error) {
 	w.lastErr = err
 	if w.failingSince.IsZero() {
 		w.failingSince = time.Now()
@@ -522,7 +567,8 @@ func (w *worker) recovered(name string) {
 	w.failingSince = time.Time{}
 	w.mu.Unlock()
 	if !since.IsZero() {
-		w.stream.cfg.Log.Info().Str("sink", name).Dur("after", time.Since(since)).Msg("records are delivered again")
+		w.log.Reset()
+		w.stream.cfg.Log.Info().Str("sink", name).Dur("after_ms", time.Since(since)).Msg("records are delivered again")
 	}
 }
 
@@ -556,20 +602,4 @@ func (b *backoff) sleep(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-}
-
-// sampler lets the first of a row of failures through and then one in
-// failureLogEvery, with the number of those it kept back.
-type sampler struct {
-	last   time.Time
-	hidden int
-}
-
-func (s *sampler) sample(now time.Time) (hidden int, ok bool) {
-	if !s.last.IsZero() && now.Sub(s.last) < failureLogEvery {
-		s.hidden++
-		return 0, false
-	}
-	hidden, s.hidden, s.last = s.hidden, 0, now
-	return hidden, true
 }

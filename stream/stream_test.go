@@ -152,9 +152,10 @@ func TestNewNamesTheBadSetting(t *testing.T) {
 // stuck is a sink that never comes back before its context ends.
 type stuck struct{}
 
-func (stuck) name() string      { return "stuck" }
-func (stuck) conflicts() uint64 { return 0 }
-func (stuck) close()            {}
+func (stuck) name() string            { return "stuck" }
+func (stuck) patience() time.Duration { return 0 }
+func (stuck) conflicts() uint64       { return 0 }
+func (stuck) close()                  {}
 func (stuck) deliver(ctx context.Context, _ []entry) (int, error) {
 	<-ctx.Done()
 	return 0, ctx.Err()
