@@ -28,6 +28,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/logline"
 	"verve/internal/setting"
 	"verve/server"
 	"verve/server/callback"
@@ -647,15 +648,31 @@ func (c *config) expectIDs(tableBytes uint64) uint64 {
 	return min(unsaid, tableBytes/bytesPerID/scarce)
 }
 
-// logger writes to w as the settings say.
-func (c *config) logger(w *os.File) zerolog.Logger {
+// goroutinesField is the field of a log line that holds a dump of goroutines.
+const goroutinesField = "goroutines"
+
+// logger writes to w as the settings say, by way of the queue that it returns.
+func (c *config) logger(w *os.File) (zerolog.Logger, *logline.Writer) {
 	level, err := zerolog.ParseLevel(c.LogLevel)
 	if err != nil {
 		level = zerolog.InfoLevel // cannot be: the flag is an enum
 	}
+	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00" // windows may be 50 ms long
 	var out io.Writer = w
 	if c.LogFormat == "console" || c.LogFormat == "auto" && isatty.IsTerminal(w.Fd()) {
-		out = zerolog.ConsoleWriter{Out: w, TimeFormat: "15:04:05.000", NoColor: !isatty.IsTerminal(w.Fd())}
+		out = zerolog.ConsoleWriter{
+			Out: w, TimeFormat: "15:04:05.000", NoColor: !isatty.IsTerminal(w.Fd()),
+			FieldsExclude: []string{goroutinesField}, FormatExtra: writeGoroutines,
+		}
 	}
-	return zerolog.New(out).Level(level).With().Timestamp().Logger()
+	lines := logline.NewWriter(out)
+	return zerolog.New(lines).Level(level).With().Timestamp().Logger(), lines
+}
+
+// writeGoroutines shows a dump on a terminal as lines.
+func writeGoroutines(fields map[string]any, line *bytes.Buffer) error {
+	if dump, ok := fields[goroutinesField].(string); ok {
+		line.WriteString("\n" + dump)
+	}
+	return nil
 }

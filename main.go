@@ -14,18 +14,19 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/logline"
 	"verve/server"
 	"verve/server/callback"
 	"verve/stream"
@@ -40,6 +41,14 @@ const (
 	// signalEcho is longer than one signal takes to arrive twice and shorter
 	// than a hand takes to press a key twice.
 	signalEcho = 200 * time.Millisecond
+
+	// stopGrace is what a stop may take beyond --shutdown-timeout, for what is under
+	// way then: a commit at a broker that does not answer, the closing of files. Then
+	// the process ends, whatever hangs.
+	stopGrace = 5 * time.Second
+
+	// logPatience is how long an exit waits for the reader of its last lines.
+	logPatience = 500 * time.Millisecond
 )
 
 // version is set by the linker; else it is what the module system knows.
@@ -50,7 +59,9 @@ func main() {
 	if err == nil {
 		return
 	}
-	fmt.Fprintf(os.Stderr, "verve: %v\n", err)
+	last := logline.NewWriter(os.Stderr)
+	fmt.Fprintf(last, "verve: %v\n", err)
+	last.Flush(logPatience)
 	var usage usageError
 	if errors.As(err, &usage) {
 		os.Exit(exitUsage)
@@ -68,7 +79,9 @@ func run(args []string, stdout, stderr *os.File) error {
 	}
 	switch command {
 	case "serve":
-		return serve(cfg, cfg.logger(stderr))
+		log, lines := cfg.logger(stderr)
+		defer lines.Flush(logPatience)
+		return serve(cfg, log, lines)
 	case "totals":
 		return totals(cfg, stdout, stderr)
 	case "healthcheck":
@@ -92,14 +105,12 @@ func versionText() string {
 }
 
 // serve runs the server until a signal or a failure.
-func serve(cfg *config, log zerolog.Logger) error {
-	// From here on a signal stops in order, also in the middle of the start.
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
-	ignoreFileSize()
+func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 	logLibraries(log)
 
-	p := &program{cfg: cfg, log: log, times: server.NewTimes(), failed: make(chan error, 8)}
+	p := &program{cfg: cfg, log: log, lines: lines, times: server.NewTimes(), failed: make(chan error, 8)}
+	// From here on a signal stops in order, also in the middle of the start.
+	stop := p.catchSignals()
 	defer p.close()
 	if err := p.open(); err != nil {
 		return err
@@ -111,14 +122,13 @@ func serve(cfg *config, log zerolog.Logger) error {
 
 	var err error
 	select {
-	case s := <-signals:
+	case <-stop:
 		p.admin.NotReady()
 		close(stopping)
-		log.Info().Str("signal", s.String()).Msg("stopping")
-		go stopAtOnce(signals, time.Now(), log)
 		p.sendElsewhere()
 	case err = <-p.failed:
 		log.Error().Err(err).Msg("stopping after a failure")
+		p.limitStop()
 	}
 	p.stop()
 	select {
@@ -135,8 +145,9 @@ func serve(cfg *config, log zerolog.Logger) error {
 // program is the parts of the server. open makes them in the order of the fields,
 // run starts them, stop ends them, and close releases what open acquired.
 type program struct {
-	cfg *config
-	log zerolog.Logger
+	cfg   *config
+	log   zerolog.Logger
+	lines *logline.Writer // of log
 
 	times       *server.Times
 	public      net.Listener
@@ -158,6 +169,11 @@ type program struct {
 	closed  chan struct{} // closed when the counter has published the last record
 
 	stopStream, stopSet, stopCounter, stopCallbacks, stopCertificate context.CancelFunc
+
+	// While the stop is limited, unfinished is what it waits for, for the last line
+	// of a process that has to end without it.
+	limited    sync.Once
+	unfinished atomic.Value // string
 
 	closers []func() // of what open acquired, in that order
 }
@@ -201,6 +217,7 @@ func (p *program) open() error {
 	p.admin = server.NewAdmin(server.AdminConfig{
 		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
 		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(cfg.adminToken),
+		LogDropped: p.lines.Dropped,
 	})
 	return nil
 }
@@ -360,15 +377,17 @@ func (p *program) stop() {
 		// What is not delivered stays in the spool for the next start.
 		{"records not delivered in time", func() error { return p.records.Flush(budget) }},
 		// Nothing is left for them to do.
-		{"", p.endParts},
+		{"a part did not end in time", p.endParts},
 		// Last, so that operators can watch the stop.
 		{"admin requests not finished in time", func() error { return p.admin.Shutdown(budget) }},
 	}
 	for _, step := range steps {
+		p.unfinished.Store(step.failed)
 		if err := step.do(); err != nil {
 			p.log.Warn().Err(err).Msg(step.failed)
 		}
 	}
+	p.unfinished.Store("a part did not end in time")
 	p.running.Wait()
 	p.stopCounter()
 }
@@ -443,14 +462,18 @@ func (p *program) close() {
 func (p *program) clockChanged(problem string) { logClock(p.log, problem) }
 
 func (p *program) paused(absent time.Duration) {
-	p.log.Warn().Str("absent", absent.Round(time.Millisecond).String()).
+	p.log.Warn().Int64("absent_ms", absent.Milliseconds()).
 		Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
 }
 
 // windowClosed reports a closed epoch.
 func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 	p.times.EpochClosed(c, took)
-	logWindow(p.log, c, took, p.records.Stats().Pending, p.shared != nil, err)
+	waiting := p.records.Stats().Pending
+	if err == nil && p.shared == nil {
+		waiting = max(0, waiting-1) // the record of this window is on its way, which is no backlog
+	}
+	logWindow(p.log, c, took, waiting, p.shared != nil, err)
 }
 
 // openSet makes the set, with the ids that the last process left in the data
@@ -518,17 +541,69 @@ func logClock(log zerolog.Logger, problem string) {
 	log.Error().Str("problem", problem).Msg("not ready because of the clock; ids are counted on, once each, and no window is opened again")
 }
 
-// stopAtOnce ends the process at the second signal. What follows the first
+// catchSignals acts on every signal as signalActs says, until the process ends.
+// The first one that stops the server is sent to the channel returned. A second
+// SIGTERM, SIGINT or SIGQUIT ends the process at once; what follows the first
 // within signalEcho is the same one: timeout(1) and terminals send it to the
 // process and to its group.
-func stopAtOnce(signals <-chan os.Signal, first time.Time, log zerolog.Logger) {
-	for s := range signals {
-		if time.Since(first) < signalEcho {
-			continue
+func (p *program) catchSignals() (stop <-chan os.Signal) {
+	signals, first := make(chan os.Signal, 64), make(chan os.Signal, 1)
+	notifySignals(signals)
+	go func() {
+		stopping := false
+		var asked time.Time // when somebody asked for the stop
+		for s := range signals {
+			act := actOf(s)
+			if act.dump {
+				p.dump(act.name)
+			}
+			if !act.stop {
+				p.log.Info().Str("signal", act.name).Msg("the signal is ignored")
+				continue
+			}
+			if !stopping {
+				stopping = true
+				p.log.Info().Str("signal", act.name).Msg("stopping")
+				p.limitStop()
+				first <- s
+			}
+			switch {
+			case !act.insist:
+			case asked.IsZero():
+				asked = time.Now()
+			case time.Since(asked) >= signalEcho:
+				p.log.Warn().Str("signal", act.name).Msg("second signal: stopping at once")
+				p.exit()
+			}
 		}
-		log.Warn().Str("signal", s.String()).Msg("second signal: stopping at once")
-		os.Exit(exitFailed)
-	}
+	}()
+	return first
+}
+
+// limitStop ends the process when the stop, or a start that a signal interrupts,
+// takes longer than it may: a file system that hangs has no timeout.
+func (p *program) limitStop() {
+	p.limited.Do(func() {
+		p.unfinished.CompareAndSwap(nil, "the start was not finished in time")
+		time.AfterFunc(p.cfg.ShutdownDelay+p.cfg.ShutdownTimeout+stopGrace, func() {
+			p.log.Error().Any("unfinished", p.unfinished.Load()).
+				Msg("the stop takes longer than --shutdown-timeout: ending without it; what is on disk is published at the next start")
+			p.exit()
+		})
+	})
+}
+
+// exit ends the process without waiting for anything but the log, briefly.
+func (p *program) exit() {
+	p.lines.Flush(logPatience)
+	os.Exit(exitFailed)
+}
+
+// dump logs what every goroutine does.
+func (p *program) dump(signal string) {
+	const most = 1 << 20 // some thousand goroutines
+	text := make([]byte, most)
+	p.log.Info().Str("signal", signal).Bytes(goroutinesField, text[:runtime.Stack(text, true)]).Msg("goroutines")
 }
 
 // greet says what runs where and how to try it.
@@ -569,10 +644,11 @@ func reachable(addr net.Addr) string {
 }
 
 // logWindow is the line of a closed window: what was counted, at what rate, how
-// late its last request left, and how long waiting for it and publishing took.
+// late its last request left, how long waiting for it and publishing took, and how
+// many records of earlier windows wait for delivery.
 //
 // What the group counted in it is in the line of the instance that publishes it.
-func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, pending int, shared bool, err error) {
+func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, waiting int, shared bool, err error) {
 	line := log.Info()
 	if err != nil {
 		line = log.Error().Err(err)
@@ -580,11 +656,11 @@ func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, pending 
 	line = line.Str("window_start", c.Start.Format(time.RFC3339Nano)).
 		Uint64("unique", c.Unique).Uint64("duplicates", c.Repeats).
 		Float64("per_second", math.Round(float64(c.Unique+c.Repeats)/c.Window.Seconds()*10)/10).
-		Bool("complete", c.Complete).Bool("exact", c.Exact).Int("pending", pending)
+		Bool("complete", c.Complete).Bool("exact", c.Exact).Int("earlier_pending", waiting)
 	if c.Complete && !c.SealedAt.IsZero() {
-		line = line.Dur("late", c.SealedAt.Sub(c.Start.Add(c.Window)))
+		line = line.Dur("late_ms", c.SealedAt.Sub(c.Start.Add(c.Window)))
 	}
-	line = line.Dur("took", took)
+	line = line.Dur("took_ms", took)
 	if err != nil {
 		line.Msg("window not published")
 		return

@@ -65,18 +65,34 @@ func startCmd(t *testing.T, cmd *exec.Cmd) *instance {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+	v := &instance{Cmd: cmd, t: t}
+	v.begin(stderr)
+	v.awaitListening()
+	return v
+}
+
+// begin starts the process, whose log comes from stderr.
+func (v *instance) begin(stderr io.Reader) {
+	v.t.Helper()
+	if err := v.Start(); err != nil {
+		v.t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
-	v := &instance{Cmd: cmd, t: t, log: bufio.NewScanner(stderr)}
+	v.t.Cleanup(func() { _ = v.Process.Kill() })
+	if w, ok := v.Stderr.(*os.File); ok {
+		_ = w.Close() // the process has it
+	}
+	v.log = bufio.NewScanner(stderr)
+	v.log.Buffer(nil, 2<<20) // a line may be a dump of all goroutines
+}
+
+// awaitListening reads the log up to the addresses.
+func (v *instance) awaitListening() {
+	v.t.Helper()
 	var listening struct{ Listen, Admin string }
-	v.until(`"message":"listening"`)
-	if err := json.Unmarshal([]byte(v.lines[len(v.lines)-1]), &listening); err != nil {
-		t.Fatal(err)
+	if err := json.Unmarshal([]byte(v.until(`"message":"listening"`)), &listening); err != nil {
+		v.t.Fatal(err)
 	}
 	v.public, v.admin = "http://"+listening.Listen, "http://"+listening.Admin
-	return v
 }
 
 // until reads the log up to a line that holds part.
@@ -375,13 +391,14 @@ func TestEachWindowIsOneLine(t *testing.T) {
 			PerSecond  float64 `json:"per_second"`
 			Complete   bool
 			Exact      bool
-			Pending    *int
-			Late, Took *float64
+			Waiting    *int     `json:"earlier_pending"`
+			Late       *float64 `json:"late_ms"`
+			Took       *float64 `json:"took_ms"`
 		}
 		if err := json.Unmarshal([]byte(line), &w); err != nil {
 			t.Fatal(err)
 		}
-		if w.Pending == nil || w.Took == nil || *w.Took < 0 || !w.Exact || w.Complete != (w.Late != nil) ||
+		if w.Waiting == nil || *w.Waiting != 0 || w.Took == nil || *w.Took < 0 || !w.Exact || w.Complete != (w.Late != nil) ||
 			w.PerSecond != float64(w.Unique+w.Duplicates)*5 {
 			t.Errorf("the line says %s", line)
 		}

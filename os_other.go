@@ -2,8 +2,21 @@
 
 package main
 
-import "net"
+import (
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+)
 
-func ignoreFileSize() {}
+// signalAct is what a signal does to a server: see os_unix.go.
+type signalAct struct {
+	name               string
+	stop, insist, dump bool
+}
+
+func actOf(s os.Signal) signalAct { return signalAct{name: s.String(), stop: true, insist: true} }
+
+func notifySignals(c chan<- os.Signal) { signal.Notify(c, syscall.SIGTERM, os.Interrupt) }
 
 func accepts(*net.TCPListener) bool { return true }

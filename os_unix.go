@@ -3,14 +3,104 @@
 package main
 
 import (
+	"fmt"
 	"net"
+	"os"
 	"os/signal"
+	"slices"
 	"syscall"
+
+	"github.com/mattn/go-isatty"
+	"golang.org/x/sys/unix"
 )
 
-// ignoreFileSize makes a write beyond RLIMIT_FSIZE an error like that of a full
-// disk, instead of the end of the process.
-func ignoreFileSize() { signal.Ignore(syscall.SIGXFSZ) }
+// signalAct is what a signal does to a server. A signal that is neither in
+// signalActs nor in signalsLeft is ignored, with a line in the log.
+type signalAct struct {
+	name   string // as unix.SignalName has it
+	stop   bool   // the server stops in order
+	insist bool   // a second one of these ends the process at once
+	dump   bool   // what every goroutine does is logged
+	silent bool   // ignored without a line
+}
+
+// signalActs is the table of docs/operations.md, which says the reason for each.
+var signalActs = []signalAct{
+	{name: "SIGTERM", stop: true, insist: true},
+	{name: "SIGINT", stop: true, insist: true},
+	{name: "SIGQUIT", stop: true, insist: true, dump: true},
+	{name: "SIGABRT", stop: true, dump: true},
+	{name: "SIGHUP"}, // stops a server that was started at a terminal: see actOf
+	{name: "SIGPWR", stop: true},
+	{name: "SIGXCPU", stop: true},
+	{name: sigrtmin3, stop: true},
+	{name: "SIGILL", stop: true},
+	{name: "SIGBUS", stop: true},
+	{name: "SIGFPE", stop: true},
+	{name: "SIGSEGV", stop: true},
+	// A write to a pipe without a reader, or of a file beyond RLIMIT_FSIZE, returns an
+	// error; one to a terminal by a server in its background is done.
+	{name: "SIGPIPE", silent: true},
+	{name: "SIGXFSZ", silent: true},
+	{name: "SIGTSTP", silent: true},
+	{name: "SIGTTIN", silent: true},
+	{name: "SIGTTOU", silent: true},
+}
+
+// signalsLeft are those that cannot be caught, that the Go runtime needs for
+// itself, or that nobody means to act on the server.
+var signalsLeft = []string{"SIGKILL", "SIGSTOP", "SIGURG", "SIGPROF", "SIGCHLD", "SIGCONT", "SIGWINCH", "SIGINFO"}
+
+// sigrtmin3 is what systemd in a container takes for a request to halt, and
+// container runtimes send to stop such an image. Signals from 32 on have no names.
+const (
+	sigrtmin3   = "SIGRTMIN+3"
+	lastSignal  = 64
+	realTimeMin = 34
+)
+
+func signalName(s os.Signal) string {
+	n, _ := s.(syscall.Signal)
+	if name := unix.SignalName(n); name != "" {
+		return name
+	}
+	if n >= realTimeMin {
+		return fmt.Sprintf("SIGRTMIN+%d", n-realTimeMin)
+	}
+	return fmt.Sprintf("signal %d", n)
+}
+
+// actOf returns what the signal does.
+func actOf(s os.Signal) signalAct {
+	name := signalName(s)
+	for _, a := range signalActs {
+		if a.name == name {
+			// Log rotation sends it to daemons; a terminal sends it as it is closed.
+			a.stop = a.stop || s == syscall.SIGHUP && atTerminal
+			return a
+		}
+	}
+	return signalAct{name: name}
+}
+
+// atTerminal is whether the server was started at a terminal. When that is closed
+// it is a terminal no more.
+var atTerminal = isatty.IsTerminal(os.Stdin.Fd()) || isatty.IsTerminal(os.Stderr.Fd())
+
+// notifySignals sends the signals that are not silent to c.
+func notifySignals(c chan<- os.Signal) {
+	nohup := signal.Ignored(syscall.SIGHUP)
+	for n := syscall.Signal(1); n <= lastSignal; n++ {
+		name := signalName(n)
+		switch {
+		case slices.Contains(signalsLeft, name), n == syscall.SIGHUP && nohup:
+		case actOf(n).silent:
+			signal.Ignore(n)
+		default:
+			signal.Notify(c, n)
+		}
+	}
+}
 
 // accepts reports whether connections can be accepted from ln: a socket that was
 // handed over may be connected, or bound and no more.

@@ -57,6 +57,9 @@ type AdminConfig struct {
 	Instance  string
 	Version   string
 
+	// LogDropped is how many lines of the log were dropped. Optional.
+	LogDropped func() uint64
+
 	// Shared is the state of the group's Redis; nil where ids are in memory.
 	Shared func() dedup.GroupStats
 

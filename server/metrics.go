@@ -248,6 +248,9 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		{"slow", dropped}, {"limit", refused},
 	})
 
+	if a.cfg.LogDropped != nil {
+		e.counter("verve_log_lines_dropped_total", "Log lines dropped because the reader of standard error was too slow or gone.", a.cfg.LogDropped())
+	}
 	e.family("verve_build_info", "gauge", "Always 1; the labels are the version and the Go release that built it.")
 	e.value("verve_build_info{version="+labelValue(a.cfg.Version)+",go="+labelValue(runtime.Version())+"}", 1)
 	e.family("verve_info", "gauge", "Always 1; the labels are --group, the name of the instance, and --dedup.")

@@ -1,0 +1,268 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// smallPipe is one that a few lines fill.
+func smallPipe(t *testing.T, r *os.File) {
+	t.Helper()
+	if _, err := unix.FcntlInt(r.Fd(), unix.F_SETPIPE_SZ, 4096); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// exited waits for the end of the process, whose log nobody reads.
+func (v *instance) exited() int {
+	v.t.Helper()
+	hung := time.AfterFunc(time.Minute, func() { _ = v.Process.Kill() })
+	defer hung.Stop()
+	_ = v.Wait() // the exit code says it
+	return v.ProcessState.ExitCode()
+}
+
+// TestStalledLogStopsNothing: nobody reads the log any more, and records go on, ids
+// are answered, and the first SIGTERM stops in order. The timeout is too long to be
+// what ends it.
+func TestStalledLogStopsNothing(t *testing.T) {
+	v, stderr := unstarted(t, "--window=50ms", "--shutdown-timeout=1h")
+	smallPipe(t, stderr)
+	v.begin(stderr)
+	v.awaitListening() // and reads no further
+	v.awaitRecords(100)
+	for _, want := range []int{200, 409} {
+		if status, body := v.get(v.public + "/api/verve/accept?id=1"); status != want && status != 200 { // the window may turn
+			t.Errorf("got %d %s, want %d", status, body, want)
+		}
+	}
+	v.signal(syscall.SIGTERM)
+	if code := v.exited(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	sum := 0
+	for i, r := range records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl")) {
+		if sum += r.Unique; r.Seq != i+1 {
+			t.Errorf("record %d: %+v", i+1, r)
+		}
+	}
+	if sum != 1 && sum != 2 {
+		t.Errorf("the records have %d ids, want 1 or 2", sum)
+	}
+}
+
+// TestSecondSignalWithAStalledLog: a stop that waits for a broker can be cut short
+// although "stopping" was not written.
+func TestSecondSignalWithAStalledLog(t *testing.T) {
+	v, stderr := unstarted(t, "--window=50ms", "--kafka-brokers=127.0.0.1:9", "--counts-file=verve-data/counts.jsonl", "--shutdown-timeout=1h")
+	smallPipe(t, stderr)
+	v.begin(stderr)
+	v.awaitListening()
+	v.awaitRecords(40)
+	v.signal(syscall.SIGTERM)
+	for {
+		if status, body := v.get(v.admin + "/readyz"); status == 503 && strings.Contains(body, "shutting down") {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ended := make(chan struct{})
+	go func() {
+		for {
+			_ = v.Process.Signal(syscall.SIGTERM) // may have ended
+			select {
+			case <-ended:
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}()
+	code := v.exited()
+	close(ended)
+	if code != exitFailed {
+		t.Errorf("exit code %d, want %d", code, exitFailed)
+	}
+}
+
+// TestDroppedLinesAreReported when the reader of the log is back.
+func TestDroppedLinesAreReported(t *testing.T) {
+	v, stderr := unstarted(t, "--window=50ms", "--log-level=debug")
+	smallPipe(t, stderr)
+	v.begin(stderr)
+	v.awaitListening()
+	deadline := time.Now().Add(2 * time.Minute)
+	for {
+		if _, page := v.get(v.admin + "/metrics"); !strings.Contains(page, "\nverve_log_lines_dropped_total 0\n") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no lines are dropped")
+		}
+		// Each is logged: quicker than waiting for windows.
+		for range 20 {
+			v.signal(syscall.SIGUSR1)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	var report struct{ Dropped int }
+	if err := json.Unmarshal([]byte(v.until(`"dropped":`)), &report); err != nil || report.Dropped < 1 {
+		t.Errorf("%+v, %v", report, err)
+	}
+	if code := v.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// TestStalledStandardOutput: with --counts-file=- a reader that stalls does not stop
+// counting, shows on /readyz, does not hold up the stop, and misses nothing.
+func TestStalledStandardOutput(t *testing.T) {
+	dir := t.TempDir()
+	serve := func() (*instance, *os.File) {
+		v, stderr := unstarted(t, "--window=50ms", "--counts-file=-", "--data-dir="+dir, "--shutdown-timeout=200ms")
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		smallPipe(t, r)
+		v.Stdout = w
+		v.begin(stderr)
+		_ = w.Close()
+		v.awaitListening()
+		go func() { // the log has its reader
+			for v.log.Scan() {
+			}
+		}()
+		return v, r
+	}
+	await := func(v *instance, want string) {
+		t.Helper()
+		deadline := time.Now().Add(time.Minute)
+		for {
+			_, body := v.get(v.admin + "/readyz")
+			if strings.Contains(body, want) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("readyz does not say %s but %s", want, body)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	var text bytes.Buffer
+	v, stdout := serve()
+	await(v, `"file":{"ok":false,"reason":"a write has not returned`)
+	if status, body := v.get(v.public + "/api/verve/accept?id=1"); status != 200 {
+		t.Errorf("got %d %s", status, body)
+	}
+	v.signal(syscall.SIGTERM)
+	if code := v.exited(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if _, err := text.ReadFrom(stdout); err != nil { // what the pipe holds
+		t.Fatal(err)
+	}
+
+	// The reader of the next process goes away.
+	v, stdout = serve()
+	lines := bufio.NewReader(stdout)
+	for range 50 {
+		line, err := lines.ReadBytes('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		text.Write(line)
+	}
+	v.signal(syscall.SIGSTOP) // so that the pipe can be emptied before it is closed
+	drain(t, stdout, lines, &text)
+	_ = stdout.Close()
+	v.signal(syscall.SIGCONT)
+	await(v, `broken pipe`)
+	v.signal(syscall.SIGTERM)
+	if code := v.exited(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+
+	// The third one delivers what is left.
+	v, stdout = serve()
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		_, _ = text.ReadFrom(stdout)
+	}()
+	await(v, `"file":{"ok":true}`)
+	v.signal(syscall.SIGTERM)
+	if code := v.exited(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	<-read
+	sum, last := 0, 0
+	for line := range bytes.Lines(text.Bytes()) {
+		var r recordLine
+		if err := json.Unmarshal(line, &r); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		if r.Seq != last+1 {
+			t.Errorf("record %d follows %d", r.Seq, last)
+		}
+		sum, last = sum+r.Unique, r.Seq
+	}
+	if sum != 1 {
+		t.Errorf("the records have %d ids, want 1", sum)
+	}
+}
+
+// drain takes what is in a pipe that nobody writes to at the moment.
+func drain(t *testing.T, r *os.File, buffered *bufio.Reader, text *bytes.Buffer) {
+	t.Helper()
+	n, err := unix.IoctlGetInt(int(r.Fd()), unix.TIOCINQ)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, buffered.Buffered()+n)
+	for have := 0; have < len(b); {
+		n, err := buffered.Read(b[have:])
+		if have += n; err != nil {
+			t.Fatal(err)
+		}
+	}
+	text.Write(b)
+}
+
+// TestClosedTerminalStopsInOrder: the server in the foreground of a terminal that is
+// closed publishes its window.
+func TestClosedTerminalStopsInOrder(t *testing.T) {
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Skipf("no terminals here: %v", err)
+	}
+	defer master.Close()
+	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	slave, err := unix.IoctlRetInt(int(master.Fd()), unix.TIOCGPTPEER)
+	if err != nil {
+		t.Skipf("no terminals here: %v", err)
+	}
+	terminal := os.NewFile(uintptr(slave), "terminal")
+	v, stderr := unstarted(t, "--window=1h")
+	v.Stdin = terminal
+	v.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0}
+	v.begin(stderr)
+	_ = terminal.Close()
+	v.awaitListening()
+	v.get(v.public + "/api/verve/accept?id=1")
+	_ = master.Close()
+	if code := v.ended(); code != 0 {
+		t.Errorf("exit code %d (%v)", code, v.ProcessState)
+	}
+	v.wantOneRecord(1)
+}
