@@ -82,7 +82,7 @@ type config struct {
 	CallbackConcurrency int           `default:"8" help:"POSTs in flight to one destination." group:"Callbacks"`
 	CallbackRate        float64       `default:"50" help:"POSTs per second to a destination that is not allowed by name." group:"Callbacks"`
 	CallbackTimeout     time.Duration `default:"5s" help:"Time for a whole exchange." group:"Callbacks"`
-	CallbackSecretFile  string        `help:"File that holds the secret to sign callbacks by the Standard Webhooks scheme." placeholder:"FILE" group:"Callbacks"`
+	CallbackSecretFile  string        `help:"File that holds the secret to sign callbacks by the Standard Webhooks scheme: 24 to 64 bytes in base64, with or without whsec_ before them." placeholder:"FILE" group:"Callbacks"`
 
 	MaxConns           int           `default:"${maxConns}" help:"Connections open at once; more are answered 503." group:"Limits"`
 	MaxConnsPerAddress int           `default:"0" help:"Of them, those of one client address, for IPv6 of one /64 network; 0: no limit, as is right behind a load balancer." group:"Limits"`
@@ -466,6 +466,21 @@ func (c *config) checkFiles() (err error) {
 		return err
 	}
 	return server.CheckToken(c.adminToken)
+}
+
+// doubtful are settings that work and are probably not meant, one line each.
+func (c *config) doubtful() (lines []string) {
+	if len(c.KafkaBrokers) == 0 {
+		for _, name := range []string{"kafka-topic", "kafka-tls", "kafka-sasl"} {
+			if _, from, ok := c.sources.Lookup(name); ok {
+				lines = append(lines, fmt.Sprintf("--%s (%s) has no effect: there are no --kafka-brokers, and the records go to the counts file", name, from.Phrase()))
+			}
+		}
+	}
+	if len(c.KafkaBrokers) > 0 && strings.EqualFold(c.KafkaSASL, "PLAIN") && !c.KafkaTLS {
+		lines = append(lines, "--kafka-sasl=PLAIN without --kafka-tls sends the password unencrypted")
+	}
+	return lines
 }
 
 // checkAddresses refuses those that can never be listened on. A port in use, or an

@@ -11,7 +11,7 @@ import (
 
 const description = `Counts unique ids per window, exactly: GET /api/verve/accept?id=ID is ok the first time in a minute, and failed for a repeat. The count of each minute goes to a Kafka topic, or to a file.
 
-Each setting is a flag, an environment variable (in brackets below) or a key of the --config file; the first that is given counts, in this order.
+Each setting is a flag, an environment variable (in brackets below) or a key of the --config file; the first that is given counts, in this order. A variable that is empty is not set. A value that can never work, and a variable or key that is no setting, stop the start before anything is written.
 
 Examples:
 

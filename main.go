@@ -622,6 +622,9 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 		log.Warn().Str("admin", admin.String()).
 			Msg("whoever reaches the admin listener can read metrics, profiles and counts: set --admin-token-file, or see to it that only friends reach it")
 	}
+	for _, line := range cfg.doubtful() {
+		log.Warn().Msg(line)
+	}
 	curl, url := "curl", "http://"+reachable(public)
 	if cfg.TLSCertFile != "" {
 		curl, url = "curl -k", "https://"+reachable(public) // the certificate is of another name

@@ -292,69 +292,6 @@ func TestLibrariesPrintNoLinesOfTheirOwn(t *testing.T) {
 	}
 }
 
-// TestBadSettingsStopTheStart: one line that names the setting, exit code 2,
-// wherever it came from.
-func TestBadSettingsStopTheStart(t *testing.T) {
-	file := func(text string) string {
-		path := filepath.Join(t.TempDir(), "settings.yaml")
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	for _, c := range []struct {
-		name string
-		args []string
-		env  string
-		want string
-	}{
-		{"unknown flag", []string{"--windw=1m"}, "", "--windw"},
-		{"not a duration", []string{"--window=fast"}, "", "--window"},
-		{"window too short", []string{"--window=49ms"}, "", "--window"},
-		{"window too long", []string{"--window=61m"}, "", "--window"},
-		{"window with a fraction", []string{"--window=50500us"}, "", "--window"},
-		{"group with a slash", []string{"--group=a/b"}, "", "--group"},
-		{"bad format", []string{"--id-format=hex"}, "", "--id-format"},
-		{"bad status", []string{"--duplicate-status=99"}, "", "--duplicate-status"},
-		{"status without a body", []string{"--duplicate-status=204"}, "", "--duplicate-status"},
-		{"bad address", []string{"--listen=nowhere"}, "", "--listen"},
-		{"bad callback", []string{"--callback-allow=nowhere"}, "", "callback-allow"},
-		{"bad broker", []string{"--kafka-brokers=nowhere"}, "", "kafka"},
-		{"bad topic", []string{"--kafka-brokers=127.0.0.1:9", "--kafka-topic=a b"}, "", "topic"},
-		{"bad sasl", []string{"--kafka-brokers=127.0.0.1:9", "--kafka-sasl=MD5", "--kafka-user=u", "--kafka-password-file=/dev/null"}, "", "MD5"},
-		{"nowhere to publish", []string{"--data-dir=none"}, "", "--counts-file"},
-		{"environment", nil, "VERVE_WINDOW=fast", "--window"},
-		{"key without certificate", []string{"--tls-key-file=x"}, "", "--tls-cert-file"},
-		{"certificate without key", []string{"--tls-cert-file=x"}, "", "--tls-key-file"},
-		{"certificate file", []string{"--tls-cert-file=/nonexistent", "--tls-key-file=/nonexistent"}, "", "--tls-cert-file"},
-		{"token file", []string{"--admin-token-file=/nonexistent"}, "", "--admin-token-file"},
-		{"empty token file", []string{"--admin-token-file=/dev/null"}, "", "--admin-token-file"},
-		{"limit below zero", []string{"--max-conns-per-address=-1"}, "", "--max-conns-per-address"},
-		{"secret file", []string{"--callback-secret-file=/nonexistent"}, "", "--callback-secret-file"},
-		{"no file", []string{"--config=/nonexistent"}, "", "--config"},
-		{"unknown key", []string{"--config", file("windw: 1m")}, "", `"windw"`},
-		{"bad value in file", []string{"--config", file("window: fast")}, "", "--window"},
-		{"not YAML", []string{"--config", file("a: b: c")}, "", "--config"},
-		{"unknown command", []string{"sevre"}, "", "sevre"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			cmd := verve(t, append([]string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0"}, c.args...)...)
-			if c.env != "" {
-				cmd.Env = append(cmd.Env, c.env)
-			}
-			kill := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() }) // it served instead
-			defer kill.Stop()
-			out, err := cmd.CombinedOutput()
-			if err == nil || cmd.ProcessState.ExitCode() != exitUsage {
-				t.Errorf("got %v, want exit %d", err, exitUsage)
-			}
-			if bytes.Count(out, []byte("\n")) != 1 || !bytes.Contains(out, []byte(c.want)) {
-				t.Errorf("want one line with %s, got:\n%s", c.want, out)
-			}
-		})
-	}
-}
-
 // TestFlagOverEnvironmentOverFile holds the order of the settings' sources.
 func TestFlagOverEnvironmentOverFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "settings.json")

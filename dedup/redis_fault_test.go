@@ -924,14 +924,14 @@ func TestRedisConfig(t *testing.T) {
 		change func(*RedisConfig)
 		want   string // in the error
 	}{
-		{func(c *RedisConfig) { c.URLs = nil }, "no Redis URL"},
+		{func(c *RedisConfig) { c.URLs = nil }, "redis-url"},
 		{func(c *RedisConfig) { c.URLs = []string{"http://h:1"} }, "scheme"},
 		{func(c *RedisConfig) { c.URLs = []string{"redis://u:pass word@h:x"} }, "malformed"},
 		{func(c *RedisConfig) { c.URLs = []string{"redis://u:secret@"} }, "host"},
 		{func(c *RedisConfig) { c.URLs = []string{"redis-sentinel://u:secret@h:1"} }, "master_set"},
 		{func(c *RedisConfig) { c.URLs = []string{"redis://u:secret@h:1/x"} }, "database"},
-		{func(c *RedisConfig) { c.Group = "" }, "Group"},
-		{func(c *RedisConfig) { c.Window = time.Millisecond }, "Window"},
+		{func(c *RedisConfig) { c.Group = "" }, "group"},
+		{func(c *RedisConfig) { c.Window = time.Millisecond }, "window"},
 		{func(c *RedisConfig) { c.FailOpen = true }, "Local"},
 		{func(c *RedisConfig) { c.Pending = -1 }, "Pending"},
 	} {

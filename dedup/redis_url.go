@@ -28,7 +28,7 @@ func redisOption(urls []string) (rueidis.ClientOption, error) {
 	var first *url.URL
 	seen := make(map[string]bool)
 	for i, s := range urls {
-		u, o, why := redisURL(s)
+		u, o, why := redisURL(s, i == 0)
 		if why == "" && i == 0 {
 			first, option = u, o
 		} else if why == "" {
@@ -69,8 +69,9 @@ func redisOption(urls []string) (rueidis.ClientOption, error) {
 	return option, nil
 }
 
-// redisURL parses one URL, or says why it cannot work.
-func redisURL(s string) (u *url.URL, o rueidis.ClientOption, why string) {
+// redisURL parses one URL, or says why it cannot work. The first names the master
+// set of Sentinels.
+func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why string) {
 	u, err := url.Parse(s)
 	switch {
 	case strings.ContainsAny(s, "\"'`"):
@@ -96,7 +97,7 @@ func redisURL(s string) (u *url.URL, o rueidis.ClientOption, why string) {
 	default:
 		return nil, o, "want a scheme of redis, rediss (TLS), redis-sentinel, rediss-sentinel or unix"
 	}
-	if why := badParameters(&plain, sentinel); why != "" {
+	if why := badParameters(&plain, sentinel && first); why != "" {
 		return nil, o, why
 	}
 	if o, err = rueidis.ParseURL(plain.String()); err != nil {
@@ -129,7 +130,7 @@ func badAddress(address string) string {
 }
 
 // badParameters says what is wrong with path and query, or "".
-func badParameters(u *url.URL, sentinel bool) string {
+func badParameters(u *url.URL, needsMaster bool) string {
 	q, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
 		return "malformed parameters"
@@ -167,7 +168,7 @@ func badParameters(u *url.URL, sentinel bool) string {
 	if p := q.Get("protocol"); q.Has("protocol") && p != "2" && p != "3" {
 		return "want protocol=2 or 3"
 	}
-	if q.Get("master_set") == "" && (sentinel || q.Has("master_set")) {
+	if q.Get("master_set") == "" && (needsMaster || q.Has("master_set")) {
 		return "want ?master_set=NAME"
 	}
 	for _, address := range q["addr"] {

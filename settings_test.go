@@ -1,0 +1,401 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// badSetting is a value that can never work.
+type badSetting struct {
+	name, value string
+	shown       string   // of the value, if not all of it
+	with        []string // other flags that the case needs
+}
+
+// badSettings are of every setting that can be wrong. files holds paths.
+func badSettings(t *testing.T) []badSetting {
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	plain, password := file("plain", "x"), file("password", "secret")
+	var all []badSetting
+	add := func(name string, values ...string) {
+		for _, v := range values {
+			all = append(all, badSetting{name: name, value: v})
+		}
+	}
+	add("listen", "nowhere", "localhost:99999", "unix:/x", "no-such-host.invalid:80", ":-1", ":x", "127.0.0.1", "::1:80", "http://127.0.0.1:80", "127.0.0.1:80:80", "'127.0.0.1:80'")
+	add("admin-listen", "nowhere", "localhost:99999", "unix:/x", "no-such-host.invalid:80")
+	add("window", "fast", "1", "49ms", "61m", "50500us", "-1m", "0", "99999999999h")
+	add("max-clock-skew", "-1s", "2")
+	add("group", "a/b", " a", "a ", "a\u202eb", strings.Repeat("g", 250))
+	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
+	add("data-dir", plain, filepath.Join(plain, "below"))
+	add("counts-file", dir, filepath.Join(plain, "counts.jsonl"), "new/")
+	add("id-format", "hex", "OPAQUE")
+	add("dedup", "disk", "memory,redis")
+	add("redis-fail", "maybe")
+	add("log-level", "loud")
+	add("log-format", "xml")
+	add("window-header", "perhaps", "2")
+	add("kafka-tls", "perhaps")
+	add("duplicate-status", "99", "600", "204", "205", "304", "0", "x", "-200", "40.9")
+	add("expect-ids", "-1", "many", "1.5", "99999999999999999999", "9999999999999999")
+	add("max-ids", "-1", "1.5", "18446744073709551616")
+	add("cleanup-interval", "0", "-1s", "1ns", "2h", "soon")
+	add("cleanup-batch", "0", "-1", "99999999999", "x")
+	add("callback-concurrency", "0", "-1", "10001", "9223372036854775807")
+	add("callback-rate", "0", "-1", "NaN", "+Inf", "1e9", "x")
+	add("callback-timeout", "0", "-1s", "1ns", "25h", "5")
+	add("max-conns", "0", "-1", "9223372036854775807", "9223372036854775808")
+	add("max-conns-per-address", "-1", "x")
+	add("slow-timeout", "0", "-1s", "1us", "1000h")
+	add("idle-timeout", "0", "-1s", "1us")
+	add("shutdown-timeout", "0", "-1s", "x")
+	add("shutdown-delay", "-1s")
+	add("kafka-brokers", "kafka", "kafka:http", "kafka:99999", "kafka:0", "kafka:-1", "kafka:", ":9092", "a:1,,b:2", "a:1,a:1", ",", "kafka :9092", "a:1;b:2", "a:1 b:2",
+		"PLAINTEXT://kafka:9092", "::1:9092", "[::1]", "[::1", "[1.2.3.4]:9092", "1.2.3:9092", "256.1.1.1:9092", "a..b:9092", "ka\\fka:1", "kafka:9092/topic")
+	all = append(all,
+		badSetting{name: "kafka-brokers", value: `"a:1,b:2"`, shown: `\"a:1,b:2\"`},
+		badSetting{name: "kafka-brokers", value: `'a:1'`, shown: `'a:1'`},
+		badSetting{name: "kafka-brokers", value: "me:s3cret@kafka:9092", shown: "hidden@kafka:9092"},
+	)
+	add("kafka-topic", "a b", ".", "..", "a/b", "ä", strings.Repeat("t", 250))
+	add("kafka-sasl", "MD5", "PLAIN", "scram-sha-256")
+	add("kafka-user", "me")
+	add("kafka-password-file", password)
+	for _, v := range []string{filepath.Join(dir, "none"), dir, file("empty", "\n")} {
+		all = append(all, badSetting{name: "kafka-password-file", value: v, with: []string{"--kafka-sasl=PLAIN", "--kafka-user=me"}})
+	}
+	add("redis-url", "h", "h:6379", "http://h", "redis://", "redis://:6379", "redis://h:99999", "redis://h:0", "redis://h:x", "redis://h/x", "redis://h/-1", "redis://h/1/2", "redis://h?db=x", "redis://h/1?db=2",
+		"redis://h?db=1&db=2", "redis://h#x", "redis://h?mastre_set=x", "redis://h?skip_verify=true", "rediss://h?skip_verify=perhaps", "redis://h?protocol=1", "redis://h?addr=x", "redis://h?addr=x:99999",
+		"redis://h?master_set=", "redis-sentinel://h:26379", "unix://", "unix://h/x", "unix-sentinel:///x?master_set=m", "redis://a b", "redis://1.2.3", "redis:h",
+		"redis://a,rediss://b", "redis://a,redis://a", "redis://a,redis://a:6379", "redis://a/1,redis://b", "redis://a,redis://b/1", "unix:///a,unix:///b", "redis://a,,redis://b",
+		"redis-sentinel://a?master_set=m,redis-sentinel://b?master_set=n")
+	for _, v := range []string{"redis://u:s3cret@h:99999", "redis://u:s3cret/x@h", "redis://u:s3cret#x@h", "redis://u:s3cret?x@h", "redis://u:s3cret%@h", "redis://u:s3cret@h/x", "redis://u:s3cret@a,redis://u:s4cret@b"} {
+		all = append(all, badSetting{name: "redis-url", value: v, shown: "redis://hidden@" + v[strings.LastIndexByte(v, '@')+1:]})
+	}
+	add("callback-allow", "foo", "foo:", ":80", "foo:0", "foo:65536", "foo:http", "http://foo:80", "10.0.0.0/33:80", "10.0.0.1/8:80", "10.0.0.0/8", "*.lan:80", "127.1:80", "a.lan:1,b", "'a.lan:1'")
+	all = append(all, badSetting{name: "callback-allow", value: "me:s3cret@foo:80", shown: "hidden@foo:80"})
+	short := base64.StdEncoding.EncodeToString([]byte("s3cret"))
+	for i, text := range []string{"", "\n", "whsec_", "s3cret s3cret s3cret s3cret s3cret", "whsec_" + short, short, `"whsec_` + base64.StdEncoding.EncodeToString(make([]byte, 32)) + `"`} {
+		add("callback-secret-file", file(fmt.Sprint("secret-", i), text))
+	}
+	add("callback-secret-file", filepath.Join(dir, "none"), dir)
+	all = append(all, badSetting{name: "callback-secret-file", value: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", shown: "not shown"},
+		badSetting{name: "admin-token-file", value: "0123456789abcdef0123456789abcdef", shown: "not shown"})
+	add("admin-token-file", filepath.Join(dir, "none"), dir, file("no-token", ""), file("two-words", "s3cret s3cret"), file("marked", "\ufeffs3cret"))
+	add("tls-cert-file", plain)
+	add("tls-key-file", plain)
+	all = append(all,
+		badSetting{name: "tls-cert-file", value: filepath.Join(dir, "none"), with: []string{"--tls-key-file=" + plain}},
+		badSetting{name: "tls-cert-file", value: plain, with: []string{"--tls-key-file=" + plain}},
+		badSetting{name: "tls-key-file", value: filepath.Join(dir, "none"), with: []string{"--tls-cert-file=" + plain}},
+		badSetting{name: "admin-listen", value: "127.0.0.1:20001", with: []string{"--listen=127.0.0.1:20001"}},
+		badSetting{name: "admin-listen", value: ":20001", with: []string{"--listen=127.0.0.1:20001"}},
+		badSetting{name: "admin-listen", value: "localhost:20001", with: []string{"--listen=0.0.0.0:20001"}},
+		badSetting{name: "data-dir", value: "none", with: []string{"--counts-file="}},
+	)
+	return all
+}
+
+// TestBadSettingsAreNamedBeforeAnythingIsTouched: whatever can never work stops the
+// start with one line that has the flag, the value and where it comes from; exit
+// code 2; and there is no file that was not there before.
+func TestBadSettingsAreNamedBeforeAnythingIsTouched(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	for i, bad := range badSettings(t) {
+		what := fmt.Sprintf("%d: %s=%q", i, bad.name, bad.value)
+		if bad.shown == "" {
+			bad.shown = strings.Trim(strconv.Quote(bad.value), `"`)
+			bad.shown = bad.shown[:min(len(bad.shown), 190)]
+		}
+		// The program, by the command line; the other sources in this process.
+		wantRefused(t, verve(t, append(bad.with, "--"+bad.name+"="+bad.value)...), what, "--"+bad.name, bad.shown, "from the command line")
+
+		variable := "VERVE_" + strings.ToUpper(strings.ReplaceAll(bad.name, "-", "_"))
+		t.Setenv(variable, bad.value)
+		_, _, err := parse(bad.with, io.Discard)
+		wantNamed(t, err, what, "--"+bad.name, bad.shown, "from "+variable)
+		if err := os.Unsetenv(variable); err != nil {
+			t.Fatal(err)
+		}
+
+		text, err := json.Marshal(map[string]string{bad.name: bad.value})
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(t.TempDir(), "settings.json")
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = parse(append(bad.with, "--config="+path), io.Discard)
+		wantNamed(t, err, what, "--"+bad.name, bad.shown, "from "+path+", key "+bad.name)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("it left %v, %v", left, err)
+	}
+}
+
+// wantNamed checks the error of a bad setting, of which main makes the line and the
+// exit code.
+func wantNamed(t *testing.T, err error, what string, parts ...string) {
+	t.Helper()
+	var usage usageError
+	if !errors.As(err, &usage) {
+		t.Errorf("%s: got %v, want a bad setting", what, err)
+		return
+	}
+	for _, part := range parts {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%s: no %s in %v", what, part, err)
+		}
+	}
+	if text := err.Error(); strings.Contains(text, "\n") || strings.Contains(text, "s3cret") || strings.Contains(text, "s4cret") {
+		t.Errorf("%s: more than a line, or a secret: %s", what, text)
+	}
+}
+
+// wantRefused runs a start that can never work.
+func wantRefused(t *testing.T, cmd *exec.Cmd, what string, parts ...string) {
+	t.Helper()
+	kill := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() }) // it served instead
+	defer kill.Stop()
+	out, err := cmd.CombinedOutput()
+	if code := exitCode(err); code != exitUsage {
+		t.Errorf("%s: exit code %d, want %d\n%s", what, code, exitUsage, out)
+	}
+	if bytes.Count(out, []byte("\n")) != 1 || !bytes.HasSuffix(out, []byte("\n")) {
+		t.Errorf("%s: want one line, got:\n%s", what, out)
+	}
+	for _, part := range parts {
+		if !bytes.Contains(out, []byte(part)) {
+			t.Errorf("%s: no %s in %s", what, part, out)
+		}
+	}
+	if bytes.Contains(out, []byte("s3cret")) || bytes.Contains(out, []byte("s4cret")) {
+		t.Errorf("%s: the line has the secret: %s", what, out)
+	}
+	if left, err := os.ReadDir(cmd.Dir); err != nil || len(left) != 0 {
+		t.Errorf("%s: it left %v, %v", what, left, err)
+	}
+}
+
+// TestGoodSettingsAreTaken: what people write and what works, next to what is
+// refused above.
+func TestGoodSettingsAreTaken(t *testing.T) {
+	dir := t.TempDir()
+	for _, arg := range []string{
+		"--kafka-brokers=a:1, b:2", "--kafka-brokers= a:1 ,b:2 ", "--kafka-brokers=[::1]:9092,[fe80::1%eth0]:9092", "--kafka-brokers=my_kafka.lan.:9092", "--kafka-brokers=10.1.2.3:9092", "--kafka-brokers=",
+		"--redis-url=redis://h", "--redis-url=rediss://u:p%40w@h:6380/3?skip_verify=true&protocol=2", "--redis-url=redis://:p@h", "--redis-url=redis://u:p@a,redis://b", "--redis-url=redis://[::1]:6379",
+		"--redis-url=redis-sentinel://u:p@a:26379/1?master_set=m,redis-sentinel://b:26379", "--redis-url=redis://a:26379?master_set=m", "--redis-url=unix:///run/redis.sock?db=1", "--redis-url=redis://a?addr=b:1&addr=c:2", "--redis-url=valkey://a",
+		"--callback-allow=a.lan:1, 10.0.0.0/8:2", "--callback-allow=[fd00::/8]:80", "--callback-allow=[::1]:80",
+		"--group=größe {x}", "--instance=host-1.example.com", "--instance=",
+		"--listen=[::1]:0", "--listen=localhost:http", "--listen=:8081", "--window=50ms", "--window=1h", "--max-clock-skew=0", "--max-ids=0", "--duplicate-status=200",
+		"--counts-file=" + filepath.Join(dir, "new", "counts.jsonl"), "--counts-file=-", "--counts-file=off", "--data-dir=" + filepath.Join(dir, "a", "b"), "--data-dir=none --counts-file=off",
+		"--kafka-topic=Verve_1.unique-ids", "--dedup=redis",
+	} {
+		args := []string{"--admin-listen=127.0.0.1:0", arg}
+		if first, second, two := strings.Cut(arg, " --"); two {
+			args = append(args[:1], first, "--"+second)
+		}
+		if _, _, err := parse(args, io.Discard); err != nil {
+			t.Errorf("%s: %v", arg, err)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("parse left %v, %v", left, err)
+	}
+	c, _, err := parse([]string{"--kafka-brokers=a:1, b:2"}, io.Discard)
+	if err != nil || fmt.Sprint(len(c.KafkaBrokers), c.KafkaBrokers) != "2 [a:1 b:2]" {
+		t.Errorf("brokers with space after the comma: %q, %v", c.KafkaBrokers, err)
+	}
+}
+
+// TestDoubtfulSettingsAreReported: they work, and have no effect or a bad one.
+func TestDoubtfulSettingsAreReported(t *testing.T) {
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sasl := "--kafka-sasl=PLAIN --kafka-user=u --kafka-password-file=" + password
+	for args, want := range map[string][]string{
+		"":                                {},
+		"--kafka-topic=counts":            {"--kafka-topic (from the command line) has no effect"},
+		"--kafka-tls " + sasl:             {"--kafka-tls", "--kafka-sasl"},
+		"--kafka-brokers=a:1 " + sasl:     {"--kafka-sasl=PLAIN without --kafka-tls"},
+		"--kafka-brokers=a:1 --kafka-tls": {},
+	} {
+		c, _, err := parse(strings.Fields(args), io.Discard)
+		if err != nil {
+			t.Fatalf("%s: %v", args, err)
+		}
+		got := c.doubtful()
+		if len(got) != len(want) {
+			t.Errorf("%s: got %q, want %d lines", args, got, len(want))
+			continue
+		}
+		for i := range want {
+			if !strings.HasPrefix(got[i], want[i]) {
+				t.Errorf("%s: got %q, want %q", args, got[i], want[i])
+			}
+		}
+	}
+}
+
+// TestBusyPortIsNoBadSetting: it may be free at the next try, so a service manager
+// should try again.
+func TestBusyPortIsNoBadSetting(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	cmd := verve(t, "--listen="+ln.Addr().String(), "--admin-listen=127.0.0.1:0")
+	out, err := cmd.CombinedOutput()
+	if code := exitCode(err); code != exitFailed || bytes.Count(out, []byte("\n")) != 1 || !bytes.Contains(out, []byte("--listen")) || !bytes.Contains(out, []byte(ln.Addr().String())) {
+		t.Errorf("exit code %d, want %d and one line with --listen and the address; got\n%s", code, exitFailed, out)
+	}
+	if left, err := os.ReadDir(cmd.Dir); err != nil || len(left) != 0 {
+		t.Errorf("it left %v, %v", left, err)
+	}
+}
+
+// TestUnknownVariablesStopTheStart, with a hint; those that Kubernetes and Docker
+// make for a service with the name of the program do not, and mean nothing.
+func TestUnknownVariablesStopTheStart(t *testing.T) {
+	for variable, hint := range map[string]string{
+		"VERVE_WINDWO=2s":                     `did you mean "VERVE_WINDOW"?`,
+		"VERVE_KAFKA_BROKER=kafka:9092":       `did you mean "VERVE_KAFKA_BROKERS"?`,
+		"VERVE_REDIS_URLS=redis://:s3cret@h":  `did you mean "VERVE_REDIS_URL"?`,
+		"VERVE_PORT=8080":                     "",
+		"VERVE_SERVICE_HOST=nowhere":          "",
+		"VERVE_SERVICE_PORT=http":             "",
+		"VERVE_PORT_8080_TCP_PROTO=http":      "",
+		"VERVE_SOMETHING_COMPLETELY_ELSE=yes": "",
+		"VERVE_=x":                            "",
+	} {
+		cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
+		cmd.Env = append(cmd.Env, variable)
+		name, _, _ := strings.Cut(variable, "=")
+		wantRefused(t, cmd, variable, strconv.Quote(name), hint)
+	}
+	for _, variable := range []string{
+		"VERVE_SERVICE_HOST=10.96.0.12", "VERVE_SERVICE_HOST=fd00::12", "VERVE_SERVICE_PORT=8080", "VERVE_SERVICE_PORT_HTTP=8080", "VERVE_PORT=tcp://10.96.0.12:8080", "VERVE_PORT=udp://[fd00::12]:53",
+		"VERVE_PORT_8080_TCP=tcp://10.96.0.12:8080", "VERVE_PORT_8080_TCP_PROTO=tcp", "VERVE_PORT_8080_TCP_PORT=8080", "VERVE_PORT_8080_TCP_ADDR=10.96.0.12",
+		"VERVE_ADMIN_SERVICE_HOST=10.96.0.13", "VERVE_ADMIN_SERVICE_PORT_METRICS=8081", "VERVE_HEADLESS_PORT_8081_TCP_ADDR=10.96.0.14", "VERVE_MY_REDIS_PORT=tcp://10.96.0.15:6379",
+		"VERVE_NAME=/web/verve", "VERVE_ENV_PATH=/bin", "VERVE_PORT_8080_TCP_START=tcp://172.17.0.2:8080",
+		"VERVE_LISTEN=tcp://10.96.0.12:8080",                                                             // a flag's name, and not its value
+		"VERVE_WINDOW=", "VERVE_DEDUP=", "VERVE_KAFKA_BROKERS=", "VERVE_CONFIG=", "VERVE_NO_SUCH_THING=", // empty is not set
+		"VERVE_TEST_X=1", "VERVES=1", "verve_window=fast",
+	} {
+		name, value, _ := strings.Cut(variable, "=")
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(name, value)
+			c, _, err := parse(nil, io.Discard)
+			if err != nil {
+				t.Fatalf("%s: %v", variable, err)
+			}
+			if c.Listen != ":8080" || c.Window != time.Minute || c.Dedup != "memory" {
+				t.Errorf("%s changed a setting: %s %s %s", variable, c.Listen, c.Window, c.Dedup)
+			}
+		})
+	}
+}
+
+// TestBadSettingsFiles: of the file itself, named with the source of its name.
+func TestBadSettingsFiles(t *testing.T) {
+	dir := t.TempDir()
+	for _, c := range []struct{ text, want string }{
+		{"windwo: 1m", `unknown key "windwo", did you mean "window"?`},
+		{"config: x", `unknown key "config"`},
+		{"version: true", `unknown key "version"`},
+		{"follow: true", `unknown key "follow"`},
+		{"a: b: c", "[1:"},
+		{"- window", ""},
+		{"window", ""},
+		{"window: 1m\nwindow: 2m", `"window"`},
+		{"window: [1m]", "--window"},
+		{"window: {a: 1m}", "--window"},
+		{"window:", "--window"},
+		{"kafka-brokers: [{a: 1}]", "--kafka-brokers"},
+		{"kafka-brokers: [[a:1]]", "--kafka-brokers"},
+		{"callback-allow: [\"a.lan:1,b.lan:2\"]", "--callback-allow"}, // one element, not two
+	} {
+		path := filepath.Join(dir, "settings.yaml")
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		wantRefused(t, verve(t, "--config="+path), c.text, path, c.want)
+	}
+	for _, path := range []string{dir, filepath.Join(dir, "none")} {
+		wantRefused(t, verve(t, "--config="+path), path, "--config", path, "from the command line")
+		cmd := verve(t)
+		cmd.Env = append(cmd.Env, "VERVE_CONFIG="+path)
+		wantRefused(t, cmd, path, "--config", path, "from VERVE_CONFIG")
+	}
+}
+
+// TestUnknownCommandsAndFlags have a hint, and a flag without its value is named.
+func TestUnknownCommandsAndFlags(t *testing.T) {
+	for _, c := range []struct {
+		args string
+		want []string
+	}{
+		{"--windwo=1m", []string{"--windwo", `did you mean "--window"?`}},
+		{"sevre", []string{"sevre", `did you mean "serve"?`}},
+		{"help totls", []string{"totls", `did you mean "totals"?`}},
+		{"x", []string{"the commands are serve, totals, healthcheck, version, completion"}},
+		{"totals --folow", []string{"--folow", `"--follow"`}},
+		{"serve extra", []string{"extra"}},
+		{"completion tcsh", []string{"bash", "tcsh"}},
+		{"completion", []string{"shell"}},
+		{"-x", []string{"-x"}},
+		{"--window", []string{"--window", "the value is missing", "90s"}},
+		{"--window --group=a", []string{"--window", "the value is missing"}},
+		{"--config", []string{"--config", "the value is missing"}},
+		{"--kafka-brokers", []string{"--kafka-brokers", "the value is missing"}},
+		{"healthcheck --admin-listen=nowhere", []string{"--admin-listen", "nowhere"}},
+		{"totals --kafka-brokers=nowhere", []string{"--kafka-brokers", "nowhere"}},
+	} {
+		wantRefused(t, verve(t, strings.Fields(c.args)...), c.args, c.want...)
+	}
+	cmd := verve(t, "--no\nsuch\tflag")
+	wantRefused(t, cmd, "control characters")
+}
+
+// TestVersionAndHelpAlwaysWork, whatever the settings are.
+func TestVersionAndHelpAlwaysWork(t *testing.T) {
+	for args, want := range map[string]string{
+		"--version": "verve ", "-v": "verve ", "version": "verve ",
+		"help": "Usage: verve <command>", "--help": "Usage: verve <command>", "-h": "Usage: verve <command>", "help totals": "Usage: verve totals", "totals --help": "Usage: verve totals",
+		"help healthcheck": "Usage: verve healthcheck", "help version": "Usage: verve version", "help completion": "Usage: verve completion", "help serve": "Usage: verve serve", "completion bash": "_verve()",
+	} {
+		cmd := verve(t, strings.Fields(args)...)
+		cmd.Env = append(cmd.Env, "VERVE_WINDOW=fast", "VERVE_WINDWO=1m", "VERVE_CONFIG=/nonexistent")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		err := cmd.Run()
+		if exitCode(err) != 0 || !strings.Contains(stdout.String(), want) || stderr.Len() > 0 {
+			t.Errorf("verve %s: exit code %d, stderr %q, stdout\n%s", args, exitCode(err), stderr.String(), stdout.String())
+		}
+	}
+}
