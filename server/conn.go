@@ -22,10 +22,6 @@ const (
 	lingerTime  = 250 * time.Millisecond
 	lingerBytes = 256 << 10
 
-	// maxTurnedAway bounds the connections over the limit that are read on like
-	// that. Above it they are closed at once, and some clients see a reset.
-	maxTurnedAway = 1024
-
 	// prefix6 is the part of an IPv6 address that stands for a caller: whoever
 	// has one has the rest of its network, too.
 	prefix6 = 64
@@ -48,21 +44,24 @@ const (
 	phaseMask = 3
 )
 
-// listener wraps the public listener: it bounds the number of connections and
-// ends those that are slow or idle. The stamp costs two stores per read or
-// write call, where a deadline per request costs 12 % of the CPU.
+// listener wraps the public listener: it bounds the number of connections, parks
+// those that are idle (park.go) and ends those that are slow, or idle for long. The
+// stamp costs two stores per read or write call, where a deadline per request costs
+// 12 % of the CPU.
 type listener struct {
-	net.Listener
+	*patientListener
 	max     int
 	maxAddr int           // of one address; 0: no limit
+	maxAway int           // connections over the limit that are read on; more are closed at once, and may see a reset
 	slow    time.Duration // for a request to arrive, for an answer to be taken
 	idle    time.Duration // between requests
 	tls     *tls.Config   // nil: plain
 	fast    *fastPath     // nil: every request is fasthttp's
 
-	closing sync.Once
-
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
+
+	served  chan struct{} // one for each connection that fasthttp serves; its capacity is the limit
+	waiting atomic.Int32  // connections with a request that wait for a place in served
 
 	took histogram // from receiving a request to handing over its answer
 
@@ -71,6 +70,14 @@ type listener struct {
 	perAddr    map[netip.Addr]int // of conns; only with maxAddr
 	turnedAway int                // connections over the limit that are read on
 	admitted   uint32
+	stopping   atomic.Bool // set under mu, so that every connection is either refused or ended
+
+	parked atomic.Uint64 // connections parked so far
+
+	// For the sweeper alone: parked at its last look and when it last gave memory
+	// back, and when that was.
+	parkedSeen, parkedGone uint64
+	gaveBack               time.Duration
 
 	rejected, rejectedAddr, slowClosed, idleClosed, badHandshakes atomic.Uint64
 }
@@ -83,6 +90,18 @@ type conn struct {
 	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
 	close    sync.Once
+
+	// A read of the socket is ended by a deadline in the past. What for is said
+	// before: to park the connection, or for good.
+	nudged, stopped atomic.Bool
+
+	parking atomic.Bool // fasthttp is leaving the connection, which stays open
+	inside  atomic.Bool // fasthttp has it
+
+	// For attend and then for the serving goroutine: the first byte of a request,
+	// not yet read by fasthttp.
+	first [1]byte
+	ahead bool
 
 	// For the serving goroutine alone: the reads so far, and when the one that is
 	// timed returned; zero while none is.
@@ -102,7 +121,9 @@ type conn struct {
 
 func newListener(ln net.Listener, cfg *Config) *listener {
 	l := &listener{
-		Listener: ln, max: cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, slow: cfg.SlowTimeout, idle: cfg.IdleTimeout,
+		patientListener: newPatientListener(ln, "public", cfg.Log),
+		max:             cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, maxAway: cfg.MaxTurnedAway, served: make(chan struct{}, cfg.MaxServed),
+		slow: cfg.SlowTimeout, idle: cfg.IdleTimeout,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
 		took: newHistogram("verve_request_duration_seconds", requestBuckets),
 	}
@@ -115,16 +136,16 @@ func newListener(ln net.Listener, cfg *Config) *listener {
 var tooManyConns = []byte("HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n" +
 	"Content-Length: 6\r\nRetry-After: " + retryAfter + "\r\nVerve-Reason: busy\r\nConnection: close\r\n\r\nfailed")
 
-// Accept returns the next connection within the limits. Those over one get 503.
-func (l *listener) Accept() (net.Conn, error) {
+// accept returns the next connection within the limits. Those over one get 503.
+func (l *listener) accept() (*conn, error) {
 	for {
-		nc, err := l.Listener.Accept()
+		nc, err := l.Accept()
 		if err != nil {
 			return nil, err
 		}
 		c := &conn{Conn: nc, raw: nc, owner: l}
 		if l.tls != nil {
-			c.Conn = tls.Server(nc, l.tls) // shakes hands at the first Read
+			c.Conn = tls.Server(beneath{nc, c}, l.tls) // shakes hands at the first Read
 		}
 		c.enter(phaseNew)
 		if refused := l.admit(c); refused != nil {
@@ -136,13 +157,6 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// Close closes the socket of this process. StopAccepting, Shutdown and fasthttp do
-// so one after the other: the first one has the result.
-func (l *listener) Close() (err error) {
-	l.closing.Do(func() { err = l.Listener.Close() })
-	return err
-}
-
 // admit takes c in, or returns the counter of the limit that it is over.
 func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	if l.maxAddr > 0 {
@@ -151,6 +165,8 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
+	case l.stopping.Load():
+		return &l.rejected
 	case len(l.conns) >= l.max:
 		return &l.rejected
 	case l.maxAddr > 0 && l.perAddr[c.from] >= l.maxAddr:
@@ -186,7 +202,7 @@ func (l *listener) turnAway(c *conn) {
 		return
 	}
 	l.mu.Lock()
-	readOn := l.turnedAway < maxTurnedAway
+	readOn := l.turnedAway < l.maxAway
 	if readOn {
 		l.turnedAway++
 	}
@@ -230,12 +246,22 @@ func (c *conn) Read(p []byte) (int, error) {
 		}
 		c.enter(phaseIdle)
 	}
-	return c.receive(p)
+	return c.receive(p, c.between)
 }
 
-// receive marks the beginning of a request with its first byte.
-func (c *conn) receive(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
+// receive marks the beginning of a request with its first byte. Between two requests
+// it may return errParked instead.
+func (c *conn) receive(p []byte, between bool) (int, error) {
+	if between && c.owner.waiting.Load() > 0 {
+		return 0, c.park()
+	}
+	n, err := c.take(p)
+	for err != nil && c.nudged.Swap(false) && n == 0 && c.goesOn(err) {
+		if between {
+			return 0, c.park()
+		}
+		n, err = c.take(p)
+	}
 	if n > 0 && phase(c.state.Load()&phaseMask) != phaseReading {
 		c.enter(phaseReading)
 	}
@@ -300,7 +326,12 @@ func (c *conn) handshakeFailed(err error) {
 // Close lets the client read its last answer before the connection goes. At the
 // stop fasthttp closes what it takes for idle. What is not idle, as the fastPath is
 // answering, ends at its next read, and is closed again when it has ended.
+//
+// A connection that is being parked stays open.
 func (c *conn) Close() error {
+	if c.parking.Load() {
+		return nil
+	}
 	if c.serving.Load() {
 		c.stopReading()
 		return nil
@@ -353,6 +384,7 @@ func (l *listener) sweep(stop <-chan struct{}) {
 			c.sweep(now)
 		}
 		l.mu.Unlock()
+		l.giveBack(now)
 	}
 }
 
@@ -367,6 +399,8 @@ func (c *conn) sweep(now time.Duration) {
 		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.slow:
 		c.end(&l.slowClosed)
+	case p == phaseIdle && c.inside.Load() && (lasted > parkAfter || l.waiting.Load() > 0) && !c.nudged.Swap(true):
+		c.interrupt()
 	}
 }
 
@@ -381,7 +415,12 @@ func (c *conn) end(count *atomic.Uint64) {
 }
 
 // stopReading makes the read that waits, or the next one, fail.
-func (c *conn) stopReading() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) } // long ago
+func (c *conn) stopReading() {
+	c.stopped.Store(true)
+	c.interrupt()
+}
+
+func (c *conn) interrupt() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) } // long ago
 
 // busy counts the connections whose answer is not yet with the kernel.
 func (l *listener) busy() (n int) {

@@ -88,7 +88,9 @@ func newFastPath(s *Server, set dedup.Batcher) *fastPath {
 // connState tells a connection that fasthttp is done with a request. If it then
 // reads, it has nothing left in its buffers, in or out.
 func connState(nc net.Conn, state fasthttp.ConnState) {
-	nc.(*conn).between = state == fasthttp.StateIdle
+	if state != fasthttp.StateClosed { // then the connection may be parked, and another's
+		nc.(*conn).between = state == fasthttp.StateIdle
+	}
 }
 
 // learn remembers the tail of a plain request that fasthttp has read and that
@@ -151,7 +153,7 @@ func (f *fastPath) read(c *conn, p []byte) (int, error) {
 		if have == 0 {
 			c.enter(phaseIdle)
 		}
-		n, err := c.receive(p[have:])
+		n, err := c.receive(p[have:], have == 0)
 		have += n
 		like := begun
 		if n > 0 && f.server.leaving.Load() {

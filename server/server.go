@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"sync/atomic"
 	"time"
@@ -41,6 +42,9 @@ const (
 	// maxMaxConns is more than any system has descriptors for.
 	maxMaxConns = 1 << 30
 
+	// defaultTurnedAway bounds what Config.MaxTurnedAway does.
+	defaultTurnedAway = 1024
+
 	// answerGrace bounds the wait, at the stop, for answers that are on their
 	// way. A request that has sent half its headers holds it up so long.
 	answerGrace = 2 * time.Second
@@ -61,7 +65,12 @@ type Config struct {
 	Uint64IDs       bool // only canonical decimals up to 2^64-1 are ids
 	DuplicateStatus int  // status of a repeat; 409 if zero
 	WindowHeader    bool // answers say in which window the id was judged
-	MaxConns        int
+
+	// MaxConns bounds the connections that are open, MaxServed those among them that
+	// have a request under way: others wait for a place. MaxTurnedAway bounds the
+	// connections over MaxConns that are read on, so that they see their answer. Zero:
+	// DefaultMaxConns, as many as MaxConns, defaultTurnedAway. See LimitsFor.
+	MaxConns, MaxServed, MaxTurnedAway int
 
 	// MaxConnsPerAddress bounds the connections of one client address (of one
 	// /64 network of IPv6); 0: no bound. All callers behind a load balancer or a
@@ -80,6 +89,7 @@ type Server struct {
 	leaving   atomic.Bool // every answer is the last of its connection; read by each request
 	http      fasthttp.Server
 	ln        *listener
+	door      *door
 	stopSweep chan struct{}
 
 	refused  [reasons]atomic.Uint64
@@ -120,6 +130,12 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	if cfg.MaxConns == 0 {
 		cfg.MaxConns = DefaultMaxConns
 	}
+	if cfg.MaxServed == 0 {
+		cfg.MaxServed = cfg.MaxConns
+	}
+	if cfg.MaxTurnedAway == 0 {
+		cfg.MaxTurnedAway = defaultTurnedAway
+	}
 	if cfg.SlowTimeout == 0 {
 		cfg.SlowTimeout = DefaultSlowTimeout
 	}
@@ -130,6 +146,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		cfg:       cfg,
 		callbacks: cfg.Callbacks,
 		ln:        newListener(ln, &cfg),
+		door:      &door{shut: make(chan struct{})},
 		stopSweep: make(chan struct{}),
 		panicLog:  logSampler{perSecond: 1},
 	}
@@ -143,7 +160,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ConnState:     connState,
 		Logger:        quiet{}, // what fasthttp has to say is counted in refused
 
-		Concurrency:        cfg.MaxConns + 1, // the listener has the last word, with a proper answer
+		Concurrency:        math.MaxInt32, // the listener bounds it
 		ReadBufferSize:     readBuffer,
 		MaxRequestBodySize: maxBody,
 
@@ -160,10 +177,19 @@ type quiet struct{}
 
 func (quiet) Printf(string, ...any) {}
 
-// Serve answers requests until Shutdown.
+// Serve answers requests until Shutdown, or until the listener is closed.
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
-	return s.http.Serve(s.ln)
+	doored := make(chan error, 1)
+	go func() { doored <- s.http.Serve(s.door) }()
+	for {
+		c, err := s.ln.accept()
+		if err != nil { // the listener is closed
+			_ = s.door.Close()
+			return <-doored
+		}
+		go s.attend(c)
+	}
 }
 
 // LastAnswers makes every answer from now on the last of its connection, so that
@@ -191,10 +217,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	grace, cancel := context.WithTimeout(ctx, answerGrace)
 	defer cancel()
 	s.await(grace, func() bool { return s.ln.busy() == 0 })
+	s.ln.stopAccepting()
 	err := s.http.ShutdownWithContext(ctx)
-	// Where Serve has not reached fasthttp yet, fasthttp knows no listener to
-	// close, and would serve on.
-	_ = s.ln.Close()
+	// Where fasthttp's Serve has not begun yet, it knows no listener to close.
+	_ = s.door.Close()
 	if err != nil {
 		return fmt.Errorf("server: %d connections were still open: %w", s.ln.open(), err)
 	}

@@ -1,0 +1,193 @@
+package server
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"time"
+)
+
+const (
+	// parkAfter is how long a connection is idle until fasthttp gives it back. A
+	// client that asks once in a while then pays for a goroutine and the reading of
+	// its headers, some 10 us, each time; one under load never does.
+	parkAfter = time.Second
+
+	// stopGrace is how long a parked connection may wait for a request that is on
+	// its way when the server stops.
+	stopGrace = 50 * time.Millisecond
+
+	// After giveBackParked parkings, of 20 KB each, and with none since the last
+	// sweep, memory goes back to the system, at most once in giveBackPause: without
+	// requests there is no garbage collection for two minutes.
+	giveBackParked = 256
+	giveBackPause  = 10 * time.Second
+)
+
+// errParked ends fasthttp's work on a connection that stays open.
+var errParked = errors.New("server: the connection is parked")
+
+// attend waits for the first byte of a request and has fasthttp serve the connection
+// until it is idle for a while. That gives back what fasthttp needs for it: buffers of
+// 12 KiB and a stack of 8 KiB. What a waiting connection costs is a goroutine with the
+// smallest stack. So a connection without a request costs little, however many there
+// are, and the memory of those with one is bounded by l.served.
+func (s *Server) attend(c *conn) {
+	l := s.ln
+	if err := c.await(); err != nil {
+		_ = c.Close()
+		return
+	}
+	if !l.takePlace() {
+		c.refuseBusy()
+		return
+	}
+	c.inside.Store(true)
+	_ = s.http.ServeConn(c) // its errors are counted in s.refused
+	c.inside.Store(false)
+	<-l.served
+	if c.parking.Swap(false) {
+		go s.attend(c) // the stack of this goroutine is large by now
+	}
+}
+
+// await returns when a request begins, or when a connection that never sent one is to
+// be told so. It reads one byte: that the socket has some cannot be known otherwise on
+// every system.
+func (c *conn) await() error {
+	if c.owner.stopping.Load() {
+		_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
+	}
+	n, err := c.raw.Read(c.first[:])
+	if n > 0 {
+		c.ahead = true
+		c.enter(phaseReading)
+		return nil
+	}
+	if p, _ := c.phase(); p == phaseNew && c.ended.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil // fasthttp's read fails, too, and it answers 408
+	}
+	c.ended.Store(true)
+	return err
+}
+
+// takePlace takes a place in l.served. It waits for one as long as a request may take to
+// arrive; meanwhile the connections that are idle are parked.
+func (l *listener) takePlace() bool {
+	select {
+	case l.served <- struct{}{}:
+		return true
+	default:
+	}
+	l.waiting.Add(1)
+	defer l.waiting.Add(-1)
+	patience := time.NewTimer(l.slow)
+	defer patience.Stop()
+	select {
+	case l.served <- struct{}{}:
+		return true
+	case <-patience.C:
+		return false
+	}
+}
+
+// refuseBusy answers 503 to a connection whose request could not be read in time, as
+// too many others are being read.
+func (c *conn) refuseBusy() {
+	c.owner.rejected.Add(1)
+	if c.owner.tls == nil {
+		_, _ = c.raw.Write(tooManyConns) // an empty send buffer takes so few bytes without blocking
+	}
+	_ = c.Close()
+}
+
+// take reads from the connection, first what await has read.
+func (c *conn) take(p []byte) (int, error) {
+	if c.owner.tls == nil {
+		return c.takeRaw(p)
+	}
+	return c.Conn.Read(p)
+}
+
+func (c *conn) takeRaw(p []byte) (int, error) {
+	if c.ahead && len(p) > 0 {
+		c.ahead = false
+		return copy(p, c.first[:]), nil
+	}
+	return c.raw.Read(p)
+}
+
+// beneath is the socket under TLS.
+type beneath struct {
+	net.Conn
+	c *conn
+}
+
+func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
+
+// goesOn reports whether a read that was ended for parking alone may be taken up
+// again. The deadline goes first: who stops the connection for good says so, and then
+// sets the deadline again.
+func (c *conn) goesOn(err error) bool {
+	_ = c.raw.SetReadDeadline(time.Time{})
+	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load() && !c.owner.stopping.Load()
+}
+
+// park makes fasthttp leave the connection. What is known of its requests goes.
+func (c *conn) park() error {
+	c.parking.Store(true)
+	c.owner.parked.Add(1)
+	c.tail, c.between = nil, false
+	return errParked
+}
+
+// giveBack returns the memory of many parked connections to the system.
+func (l *listener) giveBack(now time.Duration) {
+	parked := l.parked.Load()
+	quiet := parked == l.parkedSeen
+	l.parkedSeen = parked
+	if !quiet || parked-l.parkedGone < giveBackParked || now-l.gaveBack < giveBackPause {
+		return
+	}
+	l.parkedGone, l.gaveBack = parked, now
+	go func() {
+		runtime.GC()         // what pools hold is free after the second
+		debug.FreeOSMemory() // which is this
+	}()
+}
+
+// stopAccepting closes the listener, and the connections without a request.
+func (l *listener) stopAccepting() {
+	_ = l.Close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stopping.Store(true)
+	for c := range l.conns {
+		if p, _ := c.phase(); p != phaseReading && p != phaseWriting {
+			_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
+		}
+	}
+}
+
+// door is a listener for fasthttp, which stops only what it has a listener for. No
+// connection comes through it.
+type door struct {
+	shut chan struct{}
+	once sync.Once
+}
+
+func (d *door) Accept() (net.Conn, error) {
+	<-d.shut
+	return nil, io.EOF
+}
+
+func (d *door) Close() error {
+	d.once.Do(func() { close(d.shut) })
+	return nil
+}
+
+func (*door) Addr() net.Addr { return nil }
