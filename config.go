@@ -84,7 +84,7 @@ type config struct {
 	CallbackTimeout     time.Duration `default:"5s" help:"Time for a whole exchange." group:"Callbacks"`
 	CallbackSecretFile  string        `help:"File that holds the secret to sign callbacks by the Standard Webhooks scheme: 24 to 64 bytes in base64, with or without whsec_ before them." placeholder:"FILE" group:"Callbacks"`
 
-	MaxConns           int           `default:"${maxConns}" help:"Connections open at once; more are answered 503." group:"Limits"`
+	MaxConns           int           `placeholder:"N" help:"Connections open at once; more are answered 503. Default: what the limits of descriptors and of memory allow, at most ${maxConns}." group:"Limits"`
 	MaxConnsPerAddress int           `default:"0" help:"Of them, those of one client address, for IPv6 of one /64 network; 0: no limit, as is right behind a load balancer." group:"Limits"`
 	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Time for a request to arrive and for an answer to be taken." group:"Limits"`
 	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Time between two requests of a connection." group:"Limits"`
@@ -403,7 +403,6 @@ func (c *config) check() (err error) {
 		{"callback-concurrency", c.CallbackConcurrency == 0},
 		{"callback-rate", c.CallbackRate == 0},
 		{"callback-timeout", c.CallbackTimeout == 0},
-		{"max-conns", c.MaxConns == 0},
 		{"slow-timeout", c.SlowTimeout == 0},
 		{"idle-timeout", c.IdleTimeout == 0},
 		{"shutdown-timeout", c.ShutdownTimeout == 0},
@@ -628,10 +627,11 @@ func (c *config) certificate(log zerolog.Logger) (*server.Certificate, error) {
 	return cert, nil
 }
 
-// tableBytes is how much memory the ids may take: half of the limit set for
-// the process (GOMEMLIMIT), its container, or the machine. The other half is for
-// connections, the Go heap and, with a data directory, the page cache.
-func tableBytes() uint64 {
+// memoryLimit is how much memory the process may take: the limit set for it
+// (GOMEMLIMIT), its container, or the machine; 0 if that is not known. Half of it is
+// for ids. The other half is for connections, the Go heap and, with a data directory,
+// the page cache.
+func memoryLimit() uint64 {
 	limit := uint64(math.MaxUint64)
 	if n, err := memlimit.FromSystem(); err == nil {
 		limit = n
@@ -645,7 +645,15 @@ func tableBytes() uint64 {
 	if limit == math.MaxUint64 {
 		return 0
 	}
-	return limit / 2
+	return limit
+}
+
+// limitGoMemory has the garbage collector work harder before Go's own memory, which
+// the tables of ids are no part of, is more than its share of limit.
+func limitGoMemory(limit uint64) {
+	if limit > 0 {
+		debug.SetMemoryLimit(int64(limit / 16 * 7))
+	}
 }
 
 // expectIDs is the room for canonical decimals at the start. Where nothing is

@@ -149,6 +149,9 @@ type program struct {
 	log   zerolog.Logger
 	lines *logline.Writer // of log
 
+	memory uint64        // that the process may take, in bytes; 0: not known
+	limits server.Limits // of connections
+
 	times       *server.Times
 	public      net.Listener
 	private     net.Listener // the admin listener
@@ -181,6 +184,8 @@ type program struct {
 // open makes every part. After an error, close releases what was made.
 func (p *program) open() error {
 	cfg, log := p.cfg, p.log
+	p.memory = memoryLimit()
+	limitGoMemory(p.memory)
 	var err error
 	if p.certificate, err = cfg.certificate(log); err != nil {
 		return cfg.explain(err)
@@ -207,6 +212,12 @@ func (p *program) open() error {
 	}
 	front := cfg.front()
 	front.Counter, front.Set, front.Callbacks, front.TLS, front.Log = p.counter, p.set, p.callbacks, p.certificate, log
+	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil})
+	if cfg.MaxConns > 0 && p.limits.Lowered != "" {
+		log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", p.limits.MaxConns).Str("reason", p.limits.Lowered).
+			Msg("--max-conns is more than there is room for")
+	}
+	front.MaxConns, front.MaxServed, front.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
 	if p.front, err = server.New(front, p.public); err != nil {
 		return err
 	}
@@ -217,7 +228,7 @@ func (p *program) open() error {
 	p.admin = server.NewAdmin(server.AdminConfig{
 		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
 		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(cfg.adminToken),
-		LogDropped: p.lines.Dropped,
+		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
 	})
 	return nil
 }
@@ -259,7 +270,7 @@ func (p *program) openRecords() (err error) {
 	p.closers = append(p.closers, func() { _ = p.spool.Close() })
 	to := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: p.log}
 	if cfg.Dedup == dedupRedis {
-		if p.shared, err = openShared(cfg, p.spool.Instance(), p.log); err != nil {
+		if p.shared, err = openShared(cfg, p.memory, p.spool.Instance(), p.log); err != nil {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = p.shared.Close() })
@@ -281,7 +292,7 @@ func (p *program) openCounter() (err error) {
 	if p.shared != nil {
 		p.set = p.shared
 	} else {
-		own, err := openSet(p.cfg, p.log)
+		own, err := openSet(p.cfg, p.memory, p.log)
 		if err != nil {
 			return err
 		}
@@ -478,8 +489,8 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 
 // openSet makes the set, with the ids that the last process left in the data
 // directory. On a system that cannot keep them there it does without.
-func openSet(cfg *config, log zerolog.Logger) (*dedup.Memory, error) {
-	limit := tableBytes()
+func openSet(cfg *config, memory uint64, log zerolog.Logger) (*dedup.Memory, error) {
+	limit := memory / 2
 	c := dedup.Config{
 		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
 		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
@@ -507,8 +518,8 @@ const dedupRedis = "redis"
 
 // openShared makes the set that the group shares. What this instance has learnt
 // of its ids stays in memory, as Redis keeps them.
-func openShared(cfg *config, instance string, log zerolog.Logger) (*dedup.Redis, error) {
-	limit := tableBytes()
+func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*dedup.Redis, error) {
+	limit := memory / 2
 	local, err := dedup.NewMemory(dedup.Config{
 		Expect: cfg.expectIDs(limit), MaxBytes: limit,
 		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,

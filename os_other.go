@@ -20,3 +20,5 @@ func actOf(s os.Signal) signalAct { return signalAct{name: s.String(), stop: tru
 func notifySignals(c chan<- os.Signal) { signal.Notify(c, syscall.SIGTERM, os.Interrupt) }
 
 func accepts(*net.TCPListener) bool { return true }
+
+func descriptorLimit() uint64 { return 0 }

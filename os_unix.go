@@ -117,3 +117,13 @@ func accepts(ln *net.TCPListener) bool {
 	}
 	return err == nil && listening != 0
 }
+
+// descriptorLimit is how many files the process may open at once; 0 if that is not
+// known. Go has raised the soft limit to the hard one at the start.
+func descriptorLimit() uint64 {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 0
+	}
+	return uint64(limit.Cur) // an int64 on some systems
+}

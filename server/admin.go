@@ -60,6 +60,9 @@ type AdminConfig struct {
 	// LogDropped is how many lines of the log were dropped. Optional.
 	LogDropped func() uint64
 
+	// MaxConns bounds the connections of the admin listener; adminConns if zero.
+	MaxConns int
+
 	// Shared is the state of the group's Redis; nil where ids are in memory.
 	Shared func() dedup.GroupStats
 

@@ -1,0 +1,79 @@
+package server
+
+import "fmt"
+
+// What a connection costs, measured with 8,000 of them in a memory cgroup, the
+// kernel's share among it (docs/operations.md, Sizing).
+const (
+	idleBytes    = 5 << 10  // parked: 3.7 KB of the process, 1.4 KB of the kernel
+	idleTLSBytes = 24 << 10 // parked, with the state of TLS
+	servedBytes  = 64 << 10 // with a request: buffers, a stack, 8 KiB of headers twice, most of a body
+
+	// fixedBytes is what the process takes without ids and connections: the Go
+	// runtime, the metrics, and the pages of the binary that are always in use.
+	fixedBytes = 10 << 20
+
+	// leastConns keeps a server usable that has almost nothing.
+	leastConns = 16
+)
+
+// Descriptors that are not for connections: data directory, brokers, Redis; the
+// workers and the kept connections of callbacks.
+const (
+	fileDescriptors     = 64
+	callbackDescriptors = 768
+	adminConns          = 64
+)
+
+// Room is what the process may use. Zero: not known, or no limit.
+type Room struct {
+	Descriptors uint64
+	Memory      uint64 // bytes; half of it is for ids
+	TLS         bool   // connections of the public listener speak it
+}
+
+// Limits are the bounds of connections that keep the process within a Room.
+type Limits struct {
+	MaxConns      int // open at once on the public listener
+	MaxServed     int // of them, with a request under way
+	MaxTurnedAway int // over MaxConns, that are read on
+	MaxAdmin      int // on the admin listener
+
+	// Lowered says why MaxConns is less than was wanted; empty if it is not.
+	Lowered string
+}
+
+// LimitsFor returns the limits for a number of connections that is wanted; 0 stands
+// for DefaultMaxConns.
+func LimitsFor(wanted int, room Room) Limits {
+	l := Limits{MaxConns: wanted, MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns}
+	if wanted == 0 {
+		l.MaxConns = DefaultMaxConns
+	}
+	if room.Descriptors > 0 && room.Descriptors < 1<<30 {
+		all := int(room.Descriptors)
+		l.MaxTurnedAway = max(1, min(l.MaxTurnedAway, all/20))
+		l.MaxAdmin = min(l.MaxAdmin, max(4, all/8))
+		kept := min(all/2, fileDescriptors+l.MaxAdmin+min(callbackDescriptors, all/8)) + l.MaxTurnedAway
+		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
+	}
+	l.MaxServed = l.MaxConns
+	if room.Memory > 0 {
+		// Idle connections have three quarters, those with a request the rest.
+		quarter := (max(room.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 4
+		each := uint64(idleBytes)
+		if room.TLS {
+			each = idleTLSBytes
+		}
+		l.lower(int(min(3*quarter/each, DefaultMaxConns<<4)),
+			fmt.Sprintf("the memory limit is %d MiB, half of it for ids, and a connection takes %d KiB", room.Memory>>20, each>>10))
+		l.MaxServed = max(leastConns, min(l.MaxConns, int(min(quarter/servedBytes, 1<<30))))
+	}
+	return l
+}
+
+func (l *Limits) lower(to int, why string) {
+	if to = max(to, leastConns); to < l.MaxConns {
+		l.MaxConns, l.Lowered = to, why
+	}
+}
