@@ -652,7 +652,7 @@ func memoryLimit() uint64 {
 // the tables of ids are no part of, is more than its share of limit.
 func limitGoMemory(limit uint64) {
 	if limit > 0 {
-		debug.SetMemoryLimit(int64(limit / 16 * 7))
+		debug.SetMemoryLimit(int64(limit / 32 * 11))
 	}
 }
 

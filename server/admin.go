@@ -221,6 +221,9 @@ func (a *Admin) readiness() readiness {
 		"server": "",
 		"spool":  rec.Blocked,
 	}
+	if p := a.server.ln.problem(); p != "" {
+		needed["server"] = p
+	}
 	if a.stopping.Load() {
 		needed["server"] = "shutting down"
 	}

@@ -22,6 +22,9 @@ const (
 	lingerTime  = 250 * time.Millisecond
 	lingerBytes = 256 << 10
 
+	// lingerBuffer is small, for all connections may be closed at once.
+	lingerBuffer = 512
+
 	// prefix6 is the part of an IPv6 address that stands for a caller: whoever
 	// has one has the rest of its network, too.
 	prefix6 = 64
@@ -226,7 +229,14 @@ func (l *listener) turnAway(c *conn) {
 func linger(raw net.Conn) {
 	if half, ok := raw.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
 		_ = raw.SetReadDeadline(time.Now().Add(lingerTime))
-		_, _ = io.CopyN(io.Discard, raw, lingerBytes)
+		var b [lingerBuffer]byte
+		for read := 0; read < lingerBytes; {
+			n, err := raw.Read(b[:])
+			if err != nil {
+				break
+			}
+			read += n
+		}
 	}
 	_ = raw.Close() // nothing can be done about a failed close
 }

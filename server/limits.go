@@ -9,9 +9,13 @@ const (
 	idleTLSBytes = 24 << 10 // parked, with the state of TLS
 	servedBytes  = 64 << 10 // with a request: buffers, a stack, 8 KiB of headers twice, most of a body
 
+	// turnedAwayBytes lets those that are turned away take half of what those with a
+	// request may.
+	turnedAwayBytes = 16 << 10
+
 	// fixedBytes is what the process takes without ids and connections: the Go
 	// runtime, the metrics, and the pages of the binary that are always in use.
-	fixedBytes = 10 << 20
+	fixedBytes = 16 << 20
 
 	// leastConns keeps a server usable that has almost nothing.
 	leastConns = 16
@@ -57,17 +61,20 @@ func LimitsFor(wanted int, room Room) Limits {
 		kept := min(all/2, fileDescriptors+l.MaxAdmin+min(callbackDescriptors, all/8)) + l.MaxTurnedAway
 		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
 	}
-	l.MaxServed = l.MaxConns
 	if room.Memory > 0 {
-		// Idle connections have three quarters, those with a request the rest.
-		quarter := (max(room.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 4
+		// Idle connections have five parts of six, those with a request the rest.
+		sixth := (max(room.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 6
 		each := uint64(idleBytes)
 		if room.TLS {
 			each = idleTLSBytes
 		}
-		l.lower(int(min(3*quarter/each, DefaultMaxConns<<4)),
+		l.lower(int(min(5*sixth/each, DefaultMaxConns<<4)),
 			fmt.Sprintf("the memory limit is %d MiB, half of it for ids, and a connection takes %d KiB", room.Memory>>20, each>>10))
-		l.MaxServed = max(leastConns, min(l.MaxConns, int(min(quarter/servedBytes, 1<<30))))
+		l.MaxTurnedAway = min(l.MaxTurnedAway, max(leastConns, int(min(sixth/turnedAwayBytes, defaultTurnedAway))))
+		l.MaxServed = int(min(sixth/servedBytes, DefaultMaxConns<<4))
+	}
+	if l.MaxServed == 0 || l.MaxServed > l.MaxConns {
+		l.MaxServed = l.MaxConns
 	}
 	return l
 }

@@ -228,6 +228,10 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_callback_breakers_open", "Destinations whose circuit breaker is open.", float64(cb.BreakersOpen))
 
 	e.gauge("verve_connections", "Connections open on the public listener.", float64(s.ln.open()))
+	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.ln.max))
+	e.gauge("verve_connections_served", "Connections with a request, or without one for less than a second.", float64(len(s.ln.served)))
+	e.gauge("verve_connections_served_limit", "Connections that may have a request at once; others wait.", float64(cap(s.ln.served)))
+	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", a.acceptErrors())
 	e.counters("verve_connections_rejected_total", "Connections rejected, by limit: of all connections, or of one client address.", "limit", []resultCount{
 		{"all", s.ln.rejected.Load()}, {"address", s.ln.rejectedAddr.Load()},
 	})
