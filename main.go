@@ -390,7 +390,7 @@ func (p *program) stop() {
 		// Nothing is left for them to do.
 		{"a part did not end in time", p.endParts},
 		// Last, so that operators can watch the stop.
-		{"admin requests not finished in time", func() error { return p.admin.Shutdown(budget) }},
+		{"admin requests not ended", func() error { return p.admin.Shutdown(budget) }},
 	}
 	for _, step := range steps {
 		p.unfinished.Store(step.failed)

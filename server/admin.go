@@ -25,7 +25,17 @@ const (
 	maxWindows     = 1440 // a day of minutes
 
 	adminHeaderTimeout = 5 * time.Second
+	adminReadTimeout   = 10 * time.Second
+	adminWriteTimeout  = 10 * time.Second // the live page and profiles have their own
 	adminIdleTimeout   = time.Minute
+	adminMaxHeader     = 16 << 10
+
+	// adminGrace is what answers under way get when all else has stopped.
+	adminGrace = 500 * time.Millisecond
+
+	// maxProfiles bounds the profiles that are being made: some take as long as their
+	// request says.
+	maxProfiles = 8
 )
 
 // Records is what the admin listener shows of the records' delivery.
@@ -77,13 +87,23 @@ type Admin struct {
 	server *Server
 	http   http.Server
 	live   *live
+	crowd  *adminCrowd
+	ln     atomic.Pointer[patientListener] // nil before Serve
+
+	profiles chan struct{} // one for each that is being made
 
 	stopping atomic.Bool
 }
 
 // NewAdmin makes the admin server.
 func NewAdmin(cfg AdminConfig) *Admin {
-	a := &Admin{cfg: cfg, server: cfg.Server}
+	if cfg.MaxConns == 0 {
+		cfg.MaxConns = adminConns
+	}
+	a := &Admin{
+		cfg: cfg, server: cfg.Server, profiles: make(chan struct{}, maxProfiles),
+		crowd: &adminCrowd{max: cfg.MaxConns, conns: map[net.Conn]adminConn{}},
+	}
 	a.live = newLive(a)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", a.healthz)
@@ -91,15 +111,19 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /api/windows", a.windows)
 	mux.HandleFunc("GET /api/live", a.live.stream)
-	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
-	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("GET /debug/pprof/", a.profile(pprof.Index))
+	mux.HandleFunc("GET /debug/pprof/cmdline", a.profile(pprof.Cmdline))
+	mux.HandleFunc("GET /debug/pprof/profile", a.profile(pprof.Profile))
+	mux.HandleFunc("GET /debug/pprof/symbol", a.profile(pprof.Symbol))
+	mux.HandleFunc("GET /debug/pprof/trace", a.profile(pprof.Trace))
 	mux.HandleFunc("GET /{$}", a.index)
 	a.http = http.Server{
-		Handler:           guarded(cfg.Token, mux),
+		Handler:           bodiless(guarded(cfg.Token, mux)),
+		ConnState:         a.crowd.changed,
+		MaxHeaderBytes:    adminMaxHeader,
 		ReadHeaderTimeout: adminHeaderTimeout,
+		ReadTimeout:       adminReadTimeout,
+		WriteTimeout:      adminWriteTimeout,
 		IdleTimeout:       adminIdleTimeout,
 	}
 	// Streams do not end by themselves, and Shutdown waits for every answer.
@@ -116,6 +140,34 @@ func CheckToken(token []byte) error {
 		}
 	}
 	return nil
+}
+
+// bodiless answers a request with a body, which no route has a use for, without
+// waiting for it, and closes the connection.
+func bodiless(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// profile answers with a profile, which may take as long as the request says. pprof
+// sets the deadline of the write; one for a read that passed would end the profile.
+func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case a.profiles <- struct{}{}:
+			defer func() { <-a.profiles }()
+		default:
+			w.Header().Set("Retry-After", retryAfter)
+			http.Error(w, "too many profiles are being made", http.StatusServiceUnavailable)
+			return
+		}
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // tests have no deadlines
+		make(w, r)
+	}
 }
 
 // stranger is set in the context of a request that came without the token.
@@ -156,7 +208,9 @@ func (a *Admin) Serve(ln net.Listener) error {
 	telling.Go(func() { a.live.run(ctx) })
 	defer telling.Wait()
 	defer stop()
-	if err := a.http.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	patient := newPatientListener(ln, "admin", a.server.cfg.Log)
+	a.ln.Store(patient)
+	if err := a.http.Serve(patient); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
@@ -173,8 +227,24 @@ func (a *Admin) dedup() string {
 // NotReady makes /readyz answer 503 from now on: the first thing at a stop.
 func (a *Admin) NotReady() { a.stopping.Store(true) }
 
-// Shutdown waits for the answers under way.
-func (a *Admin) Shutdown(ctx context.Context) error { return a.http.Shutdown(ctx) }
+// Shutdown ends the listener. Answers under way have adminGrace.
+func (a *Admin) Shutdown(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, adminGrace)
+	defer cancel()
+	if err := a.http.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return a.http.Close() // nobody waits for what is left
+}
+
+// acceptErrors counts the failed accepts of both listeners.
+func (a *Admin) acceptErrors() []resultCount {
+	n := []resultCount{{"public", a.server.ln.failed.Load()}, {"admin", 0}}
+	if ln := a.ln.Load(); ln != nil {
+		n[1].Count = ln.failed.Load()
+	}
+	return n
+}
 
 func (a *Admin) healthz(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")

@@ -8,9 +8,11 @@ import (
 	_ "embed"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -298,7 +300,7 @@ func (l *live) join() (s *liveStream, refusal string) {
 	switch {
 	case l.ended:
 		return nil, liveEnded
-	case len(l.streams) >= l.maxStreams:
+	case len(l.streams) >= l.maxStreams && !l.dropSlowest():
 		l.refused++
 		return nil, liveFull
 	}
@@ -310,6 +312,34 @@ func (l *live) join() (s *liveStream, refusal string) {
 	s.messages <- m.event()
 	l.streams[s] = struct{}{}
 	return s, ""
+}
+
+// dropSlowest makes room by ending the stream whose reader is the furthest behind, if
+// one is. l.mu is held.
+func (l *live) dropSlowest() bool {
+	var slowest *liveStream
+	behind := 1 // one message may be on its way
+	for s := range l.streams {
+		if n := len(s.messages); n > behind {
+			slowest, behind = s, n
+		}
+	}
+	if slowest == nil {
+		return false
+	}
+	l.dropped++
+	l.remove(slowest)
+	return true
+}
+
+// drop ends a stream whose reader takes too long for a message.
+func (l *live) drop(s *liveStream) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.streams[s]; ok {
+		l.dropped++
+		l.remove(s)
+	}
 }
 
 func (l *live) leave(s *liveStream) {
@@ -358,6 +388,7 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Accel-Buffering", "no") // nginx would hold it back
 	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Time{}) // it would end the stream
 	send := func(event []byte) error {
 		// Without a deadline (no such writer outside of tests) it is the backlog
 		// that ends a slow reader.
@@ -381,7 +412,10 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 				}
 				return
 			}
-			if send(event) != nil {
+			if err := send(event); errors.Is(err, os.ErrDeadlineExceeded) {
+				l.drop(s)
+				return
+			} else if err != nil {
 				return
 			}
 		}

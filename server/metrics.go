@@ -231,6 +231,9 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.ln.max))
 	e.gauge("verve_connections_served", "Connections with a request, or without one for less than a second.", float64(len(s.ln.served)))
 	e.gauge("verve_connections_served_limit", "Connections that may have a request at once; others wait.", float64(cap(s.ln.served)))
+	adminOpen, adminEnded := a.crowd.stats()
+	e.gauge("verve_admin_connections", "Connections open on the admin listener.", float64(adminOpen))
+	e.counter("verve_admin_connections_ended_total", "Connections closed because the admin listener had too many.", adminEnded)
 	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", a.acceptErrors())
 	e.counters("verve_connections_rejected_total", "Connections rejected, by limit: of all connections, or of one client address.", "limit", []resultCount{
 		{"all", s.ln.rejected.Load()}, {"address", s.ln.rejectedAddr.Load()},
