@@ -305,6 +305,11 @@ func (a *Admin) readiness() readiness {
 	for _, k := range rec.Sinks {
 		r.Checks[k.Name] = check{k.Failing == "", k.Failing}
 	}
+	if ln := a.ln.Load(); ln != nil {
+		if p := ln.problem(); p != "" { // who reads this was accepted
+			r.Checks["admin"] = check{false, p}
+		}
+	}
 	if a.cfg.Shared != nil { // where ids are answered without it, it is shown and does not count
 		g := a.cfg.Shared()
 		r.Checks["redis"] = check{g.Away == "", g.Away}

@@ -17,8 +17,8 @@ const (
 	// its headers, some 10 us, each time; one under load never does.
 	parkAfter = time.Second
 
-	// stopGrace is how long a parked connection may wait for a request that is on
-	// its way when the server stops.
+	// stopGrace is how long a connection without a request is open after the server
+	// has stopped accepting: one may be on its way.
 	stopGrace = 50 * time.Millisecond
 
 	// After giveBackParked parkings, of 20 KB each, and with none since the last

@@ -218,6 +218,9 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	defer cancel()
 	s.await(grace, func() bool { return s.ln.busy() == 0 })
 	s.ln.stopAccepting()
+	late, cancelLate := context.WithTimeout(ctx, 2*stopGrace)
+	defer cancelLate()
+	s.await(late, func() bool { return s.ln.open() == 0 })
 	err := s.http.ShutdownWithContext(ctx)
 	// Where fasthttp's Serve has not begun yet, it knows no listener to close.
 	_ = s.door.Close()

@@ -1,0 +1,171 @@
+package server
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// awaitParked waits until n connections were parked.
+func (s *site) awaitParked(n uint64) {
+	s.t.Helper()
+	for start := time.Now(); s.ln.parked.Load() < n; time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			s.t.Fatalf("%d connections were parked, want %d", s.ln.parked.Load(), n)
+		}
+	}
+}
+
+// TestParkedConnectionIsServedAgain, and again on the fast path, whether the next
+// request comes whole, in parts, or with others behind it.
+func TestParkedConnectionIsServedAgain(t *testing.T) {
+	for name, site := range map[string]*site{"plain": newSite(t, nil), "TLS": newTLSSite(t, nil)} {
+		t.Run(name, func(t *testing.T) {
+			var c net.Conn
+			var r *bufio.Reader
+			if name == "TLS" {
+				c, r = site.dialTLS()
+			} else {
+				c, r = site.dial()
+			}
+			ask := func(requests ...string) {
+				t.Helper()
+				for _, part := range requests {
+					io.WriteString(c, part)
+				}
+				for range strings.Count(strings.Join(requests, ""), "GET ") {
+					if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+						t.Fatalf("%q: got %v %q, %v", requests, resp, body, err)
+					}
+				}
+			}
+			ask(get("id=1"))
+			for i, next := range [][]string{{get("id=2"), get("id=3")}, {"G", get("id=4")[1:]}, {get("id=5") + get("id=6") + get("id=7")}, {get("id=8")}} {
+				site.awaitParked(uint64(i + 1))
+				ask(next...)
+			}
+			if n := site.cfg.Counter.Stats().Unique; n != 8 {
+				t.Errorf("%d ids counted, want 8", n)
+			}
+		})
+	}
+}
+
+// TestParkingLeavesTheIdleTimeoutAlone: it counts from the last answer.
+func TestParkingLeavesTheIdleTimeoutAlone(t *testing.T) {
+	const idle = 2 * parkAfter
+	s := newSite(t, func(c *Config) { c.IdleTimeout = idle })
+	c, r := s.dial()
+	io.WriteString(c, get("id=1"))
+	answer(r)
+	began := time.Now()
+	s.awaitParked(1)
+	if b, err := io.ReadAll(r); err != nil || len(b) > 0 {
+		t.Errorf("got %q, %v", b, err)
+	}
+	if took := time.Since(began); took < idle-2*sweepInterval || took > idle+parkAfter/2 && !testing.Short() {
+		t.Errorf("ended after %v, want %v", took, idle)
+	}
+	if n := s.ln.idleClosed.Load(); n != 1 {
+		t.Errorf("%d ended as idle, want 1", n)
+	}
+}
+
+// TestStopEndsParkedConnections, those that never sent a request, and answers the
+// request that arrives with the stop.
+func TestStopEndsParkedConnections(t *testing.T) {
+	s := newSite(t, nil)
+	silent, _ := s.dial()
+	parked, r := s.dial()
+	io.WriteString(parked, get("id=1"))
+	answer(r)
+	s.awaitParked(1)
+	late, lateR := s.dial()
+	io.WriteString(late, get("id=2"))
+	answer(lateR)
+	s.cfg.Counter.Seal()
+	io.WriteString(late, get("id=3"))
+	done := s.shutdown(patience)
+	if resp, _, err := answer(lateR); err != nil || resp.StatusCode != 503 || !resp.Close {
+		t.Errorf("the request that came with the stop: got %v, %v", resp, err)
+	}
+	for name, c := range map[string]net.Conn{"silent": silent, "parked": parked} {
+		if b, err := io.ReadAll(c); err != nil || len(b) > 0 {
+			t.Errorf("%s: got %q, %v, want the end", name, b, err)
+		}
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	<-s.closed
+	if err := <-s.done; err != nil {
+		t.Error(err)
+	}
+	if n := s.cfg.Counter.Stats().Unique; n != 2 {
+		t.Errorf("%d counted, want 2", n)
+	}
+}
+
+// TestRequestsTakeTurnsWithinMaxServed: many connections that are kept alive share a
+// few places, and every request is answered.
+func TestRequestsTakeTurnsWithinMaxServed(t *testing.T) {
+	const conns, rounds, places = 40, 5, 2
+	s := newSite(t, func(c *Config) { c.MaxServed = places })
+	var crowd sync.WaitGroup
+	for i := range conns {
+		c, r := s.dial()
+		crowd.Go(func() {
+			for k := range rounds {
+				io.WriteString(c, get(fmt.Sprintf("id=%d-%d", i, k)))
+				if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+					t.Errorf("connection %d, request %d: got %v %q, %v", i, k, resp, body, err)
+					return
+				}
+			}
+		})
+	}
+	crowd.Wait()
+	if n := s.cfg.Counter.Stats().Unique; n != conns*rounds {
+		t.Errorf("%d counted, want %d", n, conns*rounds)
+	}
+	if s.ln.parked.Load() == 0 {
+		t.Error("no connection gave its place to another")
+	}
+}
+
+// TestHalfSentRequestsTakeNoMoreThanMaxServed: the others wait as long as a request
+// may take, and are answered 503.
+func TestHalfSentRequestsTakeNoMoreThanMaxServed(t *testing.T) {
+	const conns, places = 20, 4
+	s := newSite(t, func(c *Config) { c.MaxServed, c.SlowTimeout = places, time.Second })
+	var slow, busy int
+	var all []*bufio.Reader
+	for range conns {
+		c, r := s.dial()
+		io.WriteString(c, "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\n")
+		all = append(all, r)
+	}
+	for _, r := range all {
+		switch resp, _, err := answer(r); {
+		case err != nil:
+			t.Error(err)
+		case resp.StatusCode == 408:
+			slow++
+		case resp.StatusCode == 503 && resp.Header.Get("Retry-After") != "" && resp.Close:
+			busy++
+		default:
+			t.Errorf("got %v", resp)
+		}
+	}
+	if slow < places || slow+busy != conns {
+		t.Errorf("%d answered 408, %d 503, want %d or more, and the rest", slow, busy, places)
+	}
+	if resp, body := s.ask(get("id=2")); resp.StatusCode != 200 {
+		t.Errorf("afterwards: got %v %q", resp, body)
+	}
+}
