@@ -109,7 +109,8 @@ type config struct {
 }
 
 type totalsCmd struct {
-	Follow bool `help:"Go on with the records that come."`
+	Follow bool   `help:"Go on with the records that come."`
+	Since  string `placeholder:"TIME" help:"Only windows that start at this time or later, as 2026-11-22T06:36:00Z, or so long ago, as 2h."`
 }
 
 // usageError is a mistake in the settings: exit code 2.
@@ -222,7 +223,8 @@ func (c *config) judge(command string, fileErr error) error {
 	case "healthcheck":
 		return checkAddress("admin-listen", c.AdminListen)
 	case "totals":
-		return c.checkKafka()
+		_, err := c.Totals.start(time.Time{})
+		return cmp.Or(err, c.checkKafka())
 	}
 	return c.check()
 }

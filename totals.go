@@ -19,6 +19,7 @@ import (
 	"github.com/mattn/go-isatty"
 
 	"verve/counter"
+	"verve/internal/setting"
 	"verve/stream"
 )
 
@@ -41,13 +42,29 @@ type totalLine struct {
 	Exact    bool      `json:"exact"`
 }
 
+// start is the time that --since means: RFC 3339, or so long before now.
+func (c totalsCmd) start(now time.Time) (time.Time, error) {
+	if c.Since == "" {
+		return time.Time{}, nil
+	}
+	if at, err := time.Parse(time.RFC3339, c.Since); err == nil {
+		return at, nil
+	}
+	if ago, err := time.ParseDuration(c.Since); err == nil && ago >= 0 {
+		return now.Add(-ago), nil
+	}
+	return time.Time{}, setting.Errorf("since", "want a time as 2026-11-22T06:36:00Z, or a duration as 2h")
+}
+
 // totals prints the sum of each window: a table on a terminal, JSON Lines in a
-// pipe. Gaps and repeats go to stderr and make it fail.
+// pipe. Gaps and repeats go to stderr and make it fail; pauses in which nothing
+// ran go to stderr only.
 func totals(cfg *config, stdout, stderr *os.File) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	follow := cfg.Totals.Follow
 	var records iter.Seq2[stream.Record, error]
+	from := "topic " + cfg.KafkaTopic
 	switch file := cfg.countsFile(); {
 	case len(cfg.KafkaBrokers) > 0:
 		records = stream.ReadTopic(ctx, cfg.kafka(), follow)
@@ -55,8 +72,10 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 		return usageError{errors.New("--counts-file: name the file to read, or --kafka-brokers")}
 	default:
 		records = stream.ReadFile(ctx, file, follow)
+		from = file
 	}
-	r := totalsReport{out: newTotalsPrinter(stdout, isatty.IsTerminal(stdout.Fd())), err: stderr}
+	since, _ := cfg.Totals.start(time.Now()) // judged by config.judge
+	r := totalsReport{from: from, since: since, out: newTotalsPrinter(stdout, isatty.IsTerminal(stdout.Fd())), err: stderr}
 	if follow {
 		return r.follow(ctx, records)
 	}
@@ -65,6 +84,10 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 
 // totalsReport reads records and says what they add up to and what is wrong.
 type totalsReport struct {
+	from  string    // what is read, for messages
+	since time.Time // windows that start before are left out
+	any   bool      // record was added
+
 	sums stream.Totals
 	out  *totalsPrinter
 	err  io.Writer
@@ -76,8 +99,30 @@ func (t *totalsReport) complain(format string, args ...any) {
 	fmt.Fprintf(t.err, format+"\n", args...)
 }
 
-// read names a record that is none, and returns what ends the reading.
-func (t *totalsReport) read(ctx context.Context, err error) (skip bool, end error) {
+// gap names what is missing, and what is not because nothing ran.
+func (t *totalsReport) gap(g stream.Gap) {
+	if g.Idle {
+		fmt.Fprintf(t.err, "idle: %v\n", g)
+		return
+	}
+	t.complain("gap: %v", g)
+}
+
+// empty says that there was nothing to add up.
+func (t *totalsReport) empty() {
+	if t.any {
+		return
+	}
+	after := ""
+	if !t.since.IsZero() {
+		after = " of windows since " + t.since.UTC().Format(time.RFC3339)
+	}
+	fmt.Fprintf(t.err, "no records%s in %s\n", after, t.from)
+}
+
+// read names a record that is none, leaves out those of earlier windows, and
+// returns what ends the reading.
+func (t *totalsReport) read(ctx context.Context, r stream.Record, err error) (skip bool, end error) {
 	switch {
 	case stream.IsInvalidRecord(err):
 		t.complain("invalid: %v", err)
@@ -85,12 +130,17 @@ func (t *totalsReport) read(ctx context.Context, err error) (skip bool, end erro
 	case err != nil && ctx.Err() != nil:
 		return true, nil // told to stop
 	}
-	return false, err
+	if err != nil {
+		return false, err
+	}
+	skip = r.WindowStart.Before(t.since)
+	t.any = t.any || !skip
+	return skip, nil
 }
 
 func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error]) error {
 	for r, err := range records {
-		skip, err := t.read(ctx, err)
+		skip, err := t.read(ctx, r, err)
 		if err != nil {
 			return err
 		}
@@ -98,9 +148,10 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 			t.sums.Add(r)
 		}
 	}
+	t.empty()
 	t.out.print(t.sums.Windows())
 	for _, g := range t.sums.Gaps() {
-		t.complain("gap: %v", g)
+		t.gap(g)
 	}
 	for _, r := range t.sums.Repeats() {
 		t.complain("repeat: %v", r)
@@ -157,10 +208,11 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 		case r, ok := <-reads:
 			if !ok {
 				flush()
-				t.bad = t.bad || len(t.sums.Gaps()) > 0
+				t.empty()
+				t.bad = t.bad || slices.ContainsFunc(t.sums.Gaps(), func(g stream.Gap) bool { return !g.Idle })
 				return t.verdict()
 			}
-			skip, err := t.read(ctx, r.err)
+			skip, err := t.read(ctx, r.record, r.err)
 			if err != nil {
 				flush()
 				return err
@@ -169,7 +221,7 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 				continue
 			}
 			for _, g := range t.sums.Before(r.record) {
-				t.complain("gap: %v", g)
+				t.gap(g)
 			}
 			t.sums.Add(r.record)
 			for ; repeats < len(t.sums.Repeats()); repeats++ {

@@ -3,11 +3,13 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,6 +30,11 @@ func groupCountsLine(minute, unique int) string {
 		minute, unique, minute+1)
 }
 
+// partial is a record of a window that its server did not serve wholly.
+func partial(line string) string {
+	return strings.Replace(line, `"complete":true`, `"complete":false`, 1)
+}
+
 func exitCode(err error) int {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -46,11 +53,21 @@ func TestTotalsNameWhatIsMissing(t *testing.T) {
 	}{
 		{"in order", countsLine(1, 5, "a", 1) + countsLine(1, 7, "b", 1) + countsLine(2, 3, "a", 2) + countsLine(2, 0, "b", 2),
 			[]string{`{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"unique":12,"records":2,"complete":true,"exact":true}`, `"unique":3,"records":2`}, "", 0},
-		{"empty", "", nil, "", 0},
+		{"empty", "", nil, "no records in FILE\n", 0},
 		{"a record", countsLine(1, 5, "a", 1) + countsLine(3, 4, "a", 3),
 			[]string{`06:01:00Z`, `06:03:00Z`}, "gap: verve/a: window 2026-11-22T06:02:00Z is missing\ngap: verve/a: record 2 is missing\n", 1},
 		{"a window in which nobody ran", countsLine(1, 5, "a", 1) + countsLine(4, 4, "a", 2),
-			[]string{`06:01:00Z`, `06:04:00Z`}, "gap: verve/a: windows 2026-11-22T06:02:00Z to 2026-11-22T06:03:00Z are missing\n", 1},
+			[]string{`06:01:00Z`, `06:04:00Z`}, "idle: verve/a: nothing ran in the windows 2026-11-22T06:02:00Z to 2026-11-22T06:03:00Z\n", 0},
+		{"a start and a stop in a window, then nobody ran", countsLine(1, 5, "a", 1) + countsLine(1, 4, "a", 2) + countsLine(3, 4, "a", 3),
+			[]string{`"unique":9,"records":2`, `06:03:00Z`}, "idle: verve/a: nothing ran in the window 2026-11-22T06:02:00Z\n", 0},
+		{"a record before the pause", countsLine(1, 5, "a", 1) + countsLine(4, 4, "a", 3),
+			[]string{`06:01:00Z`, `06:04:00Z`}, "gap: verve/a: windows 2026-11-22T06:02:00Z to 2026-11-22T06:03:00Z are missing\ngap: verve/a: record 2 is missing\n", 1},
+		{"a group that did not run", partial(groupCountsLine(1, 5)) + partial(groupCountsLine(4, 5)),
+			[]string{`06:01:00Z`, `06:04:00Z`}, "idle: shop: nothing ran in the windows 2026-11-22T06:02:00Z to 2026-11-22T06:03:00Z\n", 0},
+		{"a record of a group", groupCountsLine(1, 5) + groupCountsLine(3, 5),
+			[]string{`06:01:00Z`, `06:03:00Z`}, "gap: shop: window 2026-11-22T06:02:00Z is missing\n", 1},
+		{"windows of two lengths", countsLine(0, 5, "a", 1) + strings.ReplaceAll(countsLine(0, 4, "b", 1), `"window_ms":60000`, `"window_ms":3600000`),
+			[]string{`06:00:00Z","window_ms":60000,"unique":5`, `06:00:00Z","window_ms":3600000,"unique":4`}, "", 0},
 		{"a copy", countsLine(1, 5, "a", 1) + countsLine(1, 5, "a", 1),
 			[]string{`"unique":5,"records":1`}, "repeat: verve/2026-11-22T06:01:00Z/a/1 is there twice and counted once (unique 5)\n", 1},
 		{"a copy of a group's", groupCountsLine(1, 5) + groupCountsLine(1, 5) + groupCountsLine(2, 6),
@@ -84,13 +101,61 @@ func TestTotalsNameWhatIsMissing(t *testing.T) {
 				t.Errorf("%s: line %s\nwithout %s", c.name, lines[i], want)
 			}
 		}
-		got, _, _ := strings.Cut(stderr.String(), "verve: ")
+		got, _, _ := strings.Cut(strings.ReplaceAll(stderr.String(), file, "FILE"), "verve: ")
 		if !strings.HasPrefix(got, c.stderr) || c.stderr == "" && got != "" {
 			t.Errorf("%s: said %q, want %q", c.name, got, c.stderr)
 		}
 	}
 	if out, err := verve(t, "totals", "--counts-file=nowhere").CombinedOutput(); exitCode(err) != 1 || !bytes.Contains(out, []byte("nowhere")) {
 		t.Errorf("a file that is not there: exit code %d, %s", exitCode(err), out)
+	}
+}
+
+// TestTotalsSince leaves out earlier windows, by a time or by a duration.
+func TestTotalsSince(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "counts.jsonl")
+	long := func(lines string) string { return strings.ReplaceAll(lines, "2026-", "2016-") } // ago
+	recent := time.Now().UTC().Truncate(time.Minute).Add(-3 * time.Minute).Format(time.RFC3339)
+	text := long(countsLine(1, 5, "a", 1) + countsLine(2, 6, "a", 2) + countsLine(5, 7, "a", 7) + countsLine(6, 8, "a", 8)) +
+		strings.ReplaceAll(long(countsLine(7, 9, "b", 1)), "2016-11-22T06:07:00Z", recent)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		since  string
+		unique []int
+		stderr string
+		code   int
+	}{
+		{"2016-11-22T06:01:00Z", []int{5, 6, 7, 8, 9}, "gap: verve/a: windows", 1},
+		{"2016-11-22T06:02:00+00:00", []int{6, 7, 8, 9}, "gap: verve/a: windows", 1},
+		{"2016-11-22T06:02:01Z", []int{7, 8, 9}, "", 0},
+		{"2016-11-22T07:06:00+01:00", []int{8, 9}, "", 0},
+		{"5m", []int{9}, "", 0},
+		{"0s", nil, "no records of windows since", 0},
+		{"9999-01-01T00:00:00Z", nil, "no records of windows since 9999-01-01T00:00:00Z in " + file, 0},
+		{"yesterday", nil, `verve: --since="yesterday" (from the command line): want a time`, 2},
+		{"-2h", nil, `--since="-2h"`, 2},
+		{"2016-11-22", nil, `--since="2016-11-22"`, 2},
+	} {
+		cmd := verve(t, "totals", "--since="+c.since, "--counts-file="+file)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if code := exitCode(err); code != c.code || !strings.Contains(stderr.String(), c.stderr) || c.stderr == "" && stderr.Len() > 0 {
+			t.Errorf("--since=%s: exit code %d, want %d; got %q, want %q", c.since, code, c.code, stderr.String(), c.stderr)
+		}
+		var unique []int
+		for l := range bytes.Lines(out) {
+			var r recordLine
+			if err := json.Unmarshal(l, &r); err != nil {
+				t.Fatalf("%s: %v", l, err)
+			}
+			unique = append(unique, r.Unique)
+		}
+		if !slices.Equal(unique, c.unique) {
+			t.Errorf("--since=%s: got windows with %v ids, want %v", c.since, unique, c.unique)
+		}
 	}
 }
 

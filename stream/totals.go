@@ -214,11 +214,15 @@ type WindowTotal struct {
 	Exact    bool // every record of it is
 }
 
-// Gap is what is missing in the records of one instance, or of a group. Windows
-// in which the server did not run are missing, too: a gap in the windows is for
-// the reader to judge, one in the sequence is a record that is not there.
+// Gap is what is missing in the records of one instance, or of a group.
 type Gap struct {
 	Series string // GROUP/INSTANCE, or GROUP
+
+	// Idle: nothing is missing, the server did not run in these windows. Of an
+	// instance that is certain, as the numbers of the records around them follow
+	// each other. The records of a group have no numbers: there the window before
+	// was cut by the stop and the one behind by the start, and both say so.
+	Idle bool
 
 	// Either a run of windows, the first and last of them, both missing,
 	FirstWindow, LastWindow time.Time
@@ -229,6 +233,10 @@ type Gap struct {
 func (g Gap) String() string {
 	first, last := g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano)
 	switch {
+	case g.Idle && first == last:
+		return fmt.Sprintf("%s: nothing ran in the window %s", g.Series, first)
+	case g.Idle:
+		return fmt.Sprintf("%s: nothing ran in the windows %s to %s", g.Series, first, last)
 	case g.FirstSeq != 0 && g.FirstSeq == g.LastSeq:
 		return fmt.Sprintf("%s: record %d is missing", g.Series, g.FirstSeq)
 	case g.FirstSeq != 0:
@@ -262,9 +270,24 @@ func (r Repeat) String() string {
 }
 
 type seriesTotal struct {
-	windows map[int64]int64 // start -> length, nanoseconds
+	windows map[int64]*seriesWindow // by start, Unix nanoseconds
 	seqs    map[uint64]Record
 	last    Record // the one with the latest window
+}
+
+// seriesWindow is what the records of a window say about the windows around it.
+type seriesWindow struct {
+	length            time.Duration
+	firstSeq, lastSeq uint64
+	complete          bool // every record is
+}
+
+// before reports whether nothing ran between two windows.
+func (w *seriesWindow) before(next *seriesWindow) bool {
+	if w.lastSeq == 0 { // of a group
+		return !w.complete && !next.complete
+	}
+	return w.lastSeq+1 == next.firstSeq
 }
 
 // Add takes one record, in any order.
@@ -287,10 +310,14 @@ func (t *Totals) Add(r Record) {
 	}
 	s := t.series[r.identity()]
 	if s == nil {
-		s = &seriesTotal{windows: make(map[int64]int64), seqs: make(map[uint64]Record)}
+		s = &seriesTotal{windows: make(map[int64]*seriesWindow), seqs: make(map[uint64]Record)}
 		t.series[r.identity()] = s
 	}
-	s.windows[r.WindowStart.UnixNano()] = int64(r.window())
+	if in := s.windows[r.WindowStart.UnixNano()]; in == nil {
+		s.windows[r.WindowStart.UnixNano()] = &seriesWindow{r.window(), r.Seq, r.Seq, r.Complete}
+	} else {
+		*in = seriesWindow{max(in.length, r.window()), min(in.firstSeq, r.Seq), max(in.lastSeq, r.Seq), in.complete && r.Complete}
+	}
 	if !r.WindowStart.Before(s.last.WindowStart) {
 		s.last = r
 	}
@@ -361,12 +388,14 @@ func (t *Totals) Gaps() []Gap {
 		}
 		slices.Sort(starts)
 		for i := 1; i < len(starts); i++ {
-			expected := starts[i-1] + s.windows[starts[i-1]]
+			before, next := s.windows[starts[i-1]], s.windows[starts[i]]
+			expected := starts[i-1] + int64(before.length)
 			if starts[i] > expected {
 				out = append(out, Gap{
 					Series:      name,
+					Idle:        before.before(next),
 					FirstWindow: time.Unix(0, expected).UTC(),
-					LastWindow:  time.Unix(0, max(expected, starts[i]-s.windows[starts[i]])).UTC(),
+					LastWindow:  time.Unix(0, max(expected, starts[i]-int64(next.length))).UTC(),
 				})
 			}
 		}

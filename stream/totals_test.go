@@ -31,7 +31,7 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 	for _, r := range []Record{
 		at("a", 1, 0, 10), at("b", 1, 0, 5),
 		at("a", 2, 1, 7),
-		at("b", 2, 4, 1), // windows 1 to 3 are missing for b
+		at("b", 2, 4, 1), // b did not run in the windows 1 to 3
 		at("a", 5, 2, 3), // records 3 and 4 of a
 		at("a", 2, 1, 7), // a copy
 		at("a", 2, 1, 9), // the same key, another value
@@ -53,7 +53,7 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 		gaps += g.String() + "\n"
 	}
 	want = "other: window 2026-11-01T00:03:00Z is missing\n" +
-		"verve/a: records 3 to 4 are missing\nverve/b: windows 2026-11-01T00:01:00Z to 2026-11-01T00:03:00Z are missing\n"
+		"verve/a: records 3 to 4 are missing\nverve/b: nothing ran in the windows 2026-11-01T00:01:00Z to 2026-11-01T00:03:00Z\n"
 	if gaps != want {
 		t.Errorf("gaps %s\nwant %s", gaps, want)
 	}
@@ -94,7 +94,7 @@ func TestGapsAreKnownAsTheyCome(t *testing.T) {
 	}
 	want := []string{
 		"verve/host-1: records 3 to 4 are missing",
-		"verve/host-1: window 2026-11-01T00:03:00Z is missing",
+		"verve/host-1: nothing ran in the window 2026-11-01T00:03:00Z",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q\nwant %q", got, want)
