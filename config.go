@@ -548,6 +548,14 @@ func (c *config) epochsDir() string {
 	return filepath.Join(c.DataDir, "epochs")
 }
 
+// historyFile keeps the windows that the live page shows, empty for nowhere.
+func (c *config) historyFile() string {
+	if c.DataDir == noDataDir {
+		return ""
+	}
+	return filepath.Join(c.DataDir, "windows.jsonl")
+}
+
 // countsFile resolves the default, and off to the empty path.
 func (c *config) countsFile() string {
 	switch {

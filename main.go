@@ -221,16 +221,25 @@ func (p *program) open() error {
 	if p.front, err = server.New(front, p.public); err != nil {
 		return err
 	}
-	var group func() dedup.GroupStats
-	if p.shared != nil {
-		group = p.shared.Group
-	}
-	p.admin = server.NewAdmin(server.AdminConfig{
-		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered, Shared: group,
-		Group: cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(cfg.adminToken),
-		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
-	})
+	p.openAdmin()
 	return nil
+}
+
+// openAdmin makes what operators look at.
+func (p *program) openAdmin() {
+	cfg := server.AdminConfig{
+		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered,
+		Group: p.cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(p.cfg.adminToken), History: p.cfg.historyFile(),
+		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
+	}
+	if p.shared != nil {
+		cfg.Shared, cfg.Sealed = p.shared.Group, p.records.Sealed
+	}
+	if cfg.History != "" && p.records.Stats().SetAside != "" {
+		// Which of its windows were delivered is not known any more.
+		_ = os.Remove(cfg.History) // what is not there need not be removed
+	}
+	p.admin = server.NewAdmin(cfg)
 }
 
 // listen opens both addresses, or takes the sockets that systemd hands over in
@@ -477,9 +486,13 @@ func (p *program) paused(absent time.Duration) {
 		Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
 }
 
-// windowClosed reports a closed epoch.
+// windowClosed reports a closed epoch. The counter calls it while it runs, which is
+// after open has made the admin server.
 func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 	p.times.EpochClosed(c, took)
+	if err == nil {
+		p.admin.WindowClosed(c)
+	}
 	waiting := p.records.Stats().Pending
 	if err == nil && p.shared == nil {
 		waiting = max(0, waiting-1) // the record of this window is on its way, which is no backlog
@@ -692,7 +705,7 @@ func recordStats(s stream.Stats) server.Records {
 		Conflicts: s.Conflicts, AppendFailures: s.AppendFailures, Blocked: s.AppendError,
 	}
 	for _, k := range s.Sinks {
-		sink := server.Sink{Name: k.Name}
+		sink := server.Sink{Name: k.Name, Target: k.Target}
 		if k.State == stream.StateFailing {
 			sink.Failing = k.LastError
 		}

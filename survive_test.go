@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
@@ -124,5 +125,67 @@ func TestAnotherWindowIsServedAtOnce(t *testing.T) {
 	}
 	if ok != 0 {
 		t.Errorf("the records lack %d of the answers", ok)
+	}
+}
+
+// shownWindow is a window of /api/windows.
+type shownWindow struct {
+	Start      time.Time `json:"window_start"`
+	Unique     int       `json:"unique"`
+	Duplicates int       `json:"duplicates"`
+	State      string    `json:"state"`
+}
+
+func (v *instance) windows() (out []shownWindow) {
+	v.t.Helper()
+	var answer struct{ Windows []shownWindow }
+	_, body := v.get(v.admin + "/api/windows?limit=60")
+	if err := json.Unmarshal([]byte(body), &answer); err != nil {
+		v.t.Fatalf("%v in %s", err, body)
+	}
+	return answer.Windows
+}
+
+// TestWindowsAreShownAfterARestart, also after a kill -9, with their counts and
+// the state of their records, wherever those go.
+func TestWindowsAreShownAfterARestart(t *testing.T) {
+	for _, c := range []struct{ name, flag, state string }{
+		{"counts file", "--log-level=info", "delivered"},
+		{"a broker that is down", "--kafka-brokers=127.0.0.1:9", "spooled"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			v := start(t, "--window=500ms", "--data-dir="+dir, c.flag)
+			counted := func() (n int) {
+				for _, w := range v.windows() {
+					if w.Unique > 0 && w.State == c.state {
+						n++
+					}
+				}
+				return n
+			}
+			within(t, 30*time.Second, "three windows with ids", func() bool {
+				for i := range 5 {
+					v.get(fmt.Sprint(v.public, "/api/verve/accept?id=", i))
+				}
+				return counted() >= 3
+			})
+			before := v.windows()
+			if err := v.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			_ = v.Wait() // killed
+			v = start(t, "--window=500ms", "--data-dir="+dir, c.flag)
+			after := map[time.Time]shownWindow{}
+			for _, w := range v.windows() {
+				after[w.Start] = w
+			}
+			for _, w := range before {
+				if w.State = c.state; after[w.Start] != w {
+					t.Errorf("the window is shown as %+v, want %+v", after[w.Start], w)
+				}
+			}
+			v.signalUntilEnd()
+		})
 	}
 }

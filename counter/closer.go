@@ -106,7 +106,6 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
 		return err
 	}
-	c.history.add(count)
 	c.cfg.Store.Retire(e)
 
 	c.mu.Lock()
@@ -161,40 +160,7 @@ func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
 		if err != nil {
 			return err
 		}
-		c.history.add(count)
 		at = c.endOf(start, window)
 	}
 	return nil
-}
-
-// history is a ring of the last counts.
-type history struct {
-	mu     sync.Mutex
-	counts []Count // grows to historySize, then next is the oldest
-	next   int
-}
-
-func (h *history) add(c Count) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if len(h.counts) < historySize {
-		h.counts = append(h.counts, c)
-		return
-	}
-	h.counts[h.next] = c
-	h.next = (h.next + 1) % historySize
-}
-
-// Recent returns up to limit counts of closed epochs, the newest first.
-func (c *Counter) Recent(limit int) []Count {
-	h := &c.history
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	n := len(h.counts)
-	limit = max(0, min(limit, n))
-	out := make([]Count, 0, limit)
-	for i := range limit {
-		out = append(out, h.counts[(h.next+n-1-i)%n])
-	}
-	return out
 }

@@ -24,9 +24,6 @@ const (
 	MinWindow = 50 * time.Millisecond
 	MaxWindow = time.Hour
 
-	// historySize is how many past counts Recent can show: a day of minutes.
-	historySize = 1440
-
 	// maxSkipped bounds the empty counts published for a gap in the epochs (a
 	// suspended machine, a clock set forward): a day of minutes. A longer gap
 	// is more likely a wrong clock than an outage worth a million records.
@@ -115,7 +112,6 @@ type Counter struct {
 
 	change change // of the window's length; fixed in New
 
-	history history
 	closed  struct{ unique, repeats uint64 } // over all closed epochs
 	skipped atomic.Uint64
 }

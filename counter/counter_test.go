@@ -690,24 +690,3 @@ func TestNewNamesTheBadSetting(t *testing.T) {
 		}
 	}
 }
-
-func TestRecentReturnsTheNewestFirst(t *testing.T) {
-	c := new(Counter)
-	if got := c.Recent(5); len(got) != 0 {
-		t.Errorf("Recent of nothing returned %d counts", len(got))
-	}
-	for n := range historySize + 10 {
-		c.history.add(Count{Unique: uint64(n)})
-		newest := c.Recent(3)
-		for i, got := range newest {
-			if got.Unique != uint64(n-i) {
-				t.Fatalf("after %d counts Recent(3) is %v", n+1, newest)
-			}
-		}
-	}
-	for limit, want := range map[int]int{-1: 0, 0: 0, 1: 1, historySize: historySize, 1 << 30: historySize} {
-		if got := len(c.Recent(limit)); got != want {
-			t.Errorf("Recent(%d) returned %d counts, want %d", limit, got, want)
-		}
-	}
-}

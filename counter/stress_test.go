@@ -89,7 +89,6 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 					}
 					last = s
 					c.Live()
-					c.Recent(2)
 					time.Sleep(50 * time.Microsecond)
 				}
 			})

@@ -10,12 +10,14 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"verve/counter"
 	"verve/dedup"
 	"verve/internal/setting"
 )
@@ -53,11 +55,12 @@ type Records struct {
 // Sink is where records are delivered to.
 type Sink struct {
 	Name    string // "kafka", "file"
+	Target  string // the topic and its brokers, or the path of the file
 	Failing string // why it does not take records now; empty if it does
 }
 
-// AdminConfig of an Admin. All fields but Version, Shared and Token
-// are required.
+// AdminConfig of an Admin. All fields but Version, Shared, Sealed, History and
+// Token are required.
 type AdminConfig struct {
 	Server    *Server
 	Times     *Times
@@ -73,8 +76,15 @@ type AdminConfig struct {
 	// MaxConns bounds the connections of the admin listener; adminConns if zero.
 	MaxConns int
 
-	// Shared is the state of the group's Redis; nil where ids are in memory.
+	// Shared is the state of the group's Redis, and Sealed what a window that was
+	// just closed came to in the whole group, if that is known. Both are nil if ids
+	// are in memory.
 	Shared func() dedup.GroupStats
+	Sealed func(counter.Span) (counter.Count, bool)
+
+	// History is the file that keeps the last windows for the next start. Empty:
+	// they are shown until the process ends.
+	History string
 
 	// Token is asked of every request but probes, as a bearer token or, for
 	// browsers, as the password of any user. Empty: none is.
@@ -87,6 +97,7 @@ type Admin struct {
 	server *Server
 	http   http.Server
 	live   *live
+	closed *history
 	crowd  *adminCrowd
 	ln     atomic.Pointer[patientListener] // nil before Serve
 
@@ -105,6 +116,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 		crowd: &adminCrowd{max: cfg.MaxConns, conns: map[net.Conn]adminConn{}},
 	}
 	a.live = newLive(a)
+	a.closed = openHistory(cfg.History, cfg.Group, cfg.Instance, cfg.Server.cfg.Log)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", a.healthz)
 	mux.HandleFunc("GET /readyz", a.readyz)
@@ -216,6 +228,20 @@ func (a *Admin) Serve(ln net.Listener) error {
 	return nil
 }
 
+// WindowClosed adds the count of a published epoch to the windows that are shown.
+func (a *Admin) WindowClosed(c counter.Count) {
+	w := window{
+		Start: c.Start, MS: c.Window.Milliseconds(), Unique: c.Unique, Duplicates: c.Repeats,
+		Complete: c.Complete, Exact: c.Exact,
+	}
+	if a.cfg.Sealed != nil {
+		if g, ok := a.cfg.Sealed(c.Span()); ok {
+			w.WholeGroup = &groupWindow{g.Unique, g.Complete, g.Exact}
+		}
+	}
+	a.closed.add(w)
+}
+
 // dedup is the value of --dedup.
 func (a *Admin) dedup() string {
 	if a.cfg.Shared != nil {
@@ -229,6 +255,9 @@ func (a *Admin) NotReady() { a.stopping.Store(true) }
 
 // Shutdown ends the listener. Answers under way have adminGrace.
 func (a *Admin) Shutdown(ctx context.Context) error {
+	a.closed.mu.Lock()
+	a.closed.close()
+	a.closed.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, adminGrace)
 	defer cancel()
 	if err := a.http.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -263,6 +292,23 @@ type readiness struct {
 	Checks    map[string]check `json:"checks"`
 	Pending   int              `json:"records_pending"`
 	OldestAge float64          `json:"records_oldest_age_seconds"`
+
+	// Names of the checks that fail, sorted: those that make this instance not
+	// ready, and the others.
+	blocking, failing []string
+}
+
+// add takes the outcome of a check. needed: without it the instance is not ready.
+func (r *readiness) add(name, reason string, needed bool) {
+	r.Checks[name] = check{reason == "", reason}
+	switch {
+	case reason == "":
+	case needed:
+		r.Ready = false
+		r.blocking = append(r.blocking, name)
+	default:
+		r.failing = append(r.failing, name)
+	}
 }
 
 // readyz tells whether requests should be sent here, and why not.
@@ -279,42 +325,40 @@ func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	writeJSON(w, status, r)
 }
 
-// readiness asks every dependency. A sink that is away is shown and does not
-// count: accepts go on without it, and their records wait in the spool. What
-// accepts or the spool need does count, and a clock that cannot be trusted: other
+// readiness asks every dependency. A sink that fails is shown and does not count:
+// ids are answered without it, and their records wait in the spool. What answering
+// ids or the spool need does count, and a clock that cannot be trusted: other
 // instances would count the ids in other windows.
 func (a *Admin) readiness() readiness {
 	rec := a.cfg.Records()
-	needed := map[string]string{
-		"clock":  a.server.cfg.Counter.Stats().Clock.Problem,
-		"dedup":  a.server.cfg.Set.Stats().Problem,
-		"server": "",
-		"spool":  rec.Blocked,
-	}
-	if p := a.server.ln.problem(); p != "" {
-		needed["server"] = p
-	}
-	if a.stopping.Load() {
-		needed["server"] = "shutting down"
-	}
 	r := readiness{Ready: true, Checks: map[string]check{}, Pending: rec.Pending, OldestAge: age(rec.Oldest)}
-	for name, reason := range needed {
-		r.Checks[name] = check{reason == "", reason}
-		r.Ready = r.Ready && reason == ""
+	problem := a.server.ln.problem()
+	if a.stopping.Load() {
+		problem = "shutting down"
 	}
+	r.add("server", problem, true)
+	r.add("clock", a.server.cfg.Counter.Stats().Clock.Problem, true)
+	r.add("dedup", a.server.cfg.Set.Stats().Problem, true)
+	r.add("spool", rec.Blocked, true)
 	for _, k := range rec.Sinks {
-		r.Checks[k.Name] = check{k.Failing == "", k.Failing}
+		r.add(k.Name, k.Failing, false)
 	}
 	if ln := a.ln.Load(); ln != nil {
-		if p := ln.problem(); p != "" { // who reads this was accepted
-			r.Checks["admin"] = check{false, p}
+		if p := ln.problem(); p != "" {
+			r.add("admin", p, false) // this very request was accepted
 		}
 	}
-	if a.cfg.Shared != nil { // where ids are answered without it, it is shown and does not count
+	if a.cfg.Shared != nil { // if ids are answered without it, it does not count
 		g := a.cfg.Shared()
-		r.Checks["redis"] = check{g.Away == "", g.Away}
+		r.add("redis", g.Away, !g.Ready)
 		r.Ready = r.Ready && g.Ready
 	}
+	// Ids that are refused because of Redis are one fault.
+	if r.Checks["dedup"] == r.Checks["redis"] {
+		r.blocking = slices.DeleteFunc(r.blocking, func(name string) bool { return name == "dedup" && slices.Contains(r.blocking, "redis") })
+	}
+	slices.Sort(r.blocking)
+	slices.Sort(r.failing)
 	return r
 }
 
@@ -326,7 +370,21 @@ type window struct {
 	Duplicates uint64    `json:"duplicates"`
 	Complete   bool      `json:"complete"`
 	Exact      bool      `json:"exact"`
-	State      string    `json:"state"` // open, sealed, spooled, delivered
+	State      string    `json:"state,omitempty"` // open, sealed, spooled, delivered; given when it is shown
+
+	// WholeGroup is there if the ids of the group are counted together: the other
+	// figures are those of this instance.
+	WholeGroup *groupWindow `json:"whole_group,omitempty"`
+
+	restored bool // an earlier process closed it
+}
+
+// groupWindow is what a window came to in the whole group; of the open one, what
+// is known of it so far.
+type groupWindow struct {
+	Unique   uint64 `json:"unique"`
+	Complete bool   `json:"complete"`
+	Exact    bool   `json:"exact"`
 }
 
 // windows lists the open epoch and the last closed ones, the newest first.
@@ -363,19 +421,29 @@ func (a *Admin) recent(limit int) recentWindows {
 			Start: open.Start(), MS: open.Window().Milliseconds(),
 			Unique: open.Unique(), Duplicates: open.Repeats(), Exact: open.Exact(), State: "open",
 		},
-		Windows: []window{},
+		Windows: a.closed.last(limit),
 	}
-	for _, n := range c.Recent(limit) {
-		state := a.cfg.Delivered(n.Start)
-		if state == "" {
-			state = "sealed"
-		}
-		out.Windows = append(out.Windows, window{
-			Start: n.Start, MS: n.Window.Milliseconds(), Unique: n.Unique, Duplicates: n.Repeats,
-			Complete: n.Complete, Exact: n.Exact, State: state,
-		})
+	if a.cfg.Shared != nil {
+		out.Open.WholeGroup = &groupWindow{Unique: max(a.cfg.Shared().Unique, out.Open.Unique), Exact: out.Open.Exact}
+	}
+	for i := range out.Windows {
+		out.Windows[i].State = a.state(&out.Windows[i])
 	}
 	return out
+}
+
+// state is that of a closed window's record. The spool of an earlier process has
+// forgotten the records that were delivered; in a group another instance may have
+// those that were not.
+func (a *Admin) state(w *window) string {
+	state := a.cfg.Delivered(w.Start)
+	switch {
+	case w.restored && a.cfg.Shared == nil && state == "":
+		return "delivered"
+	case state == "", w.restored && a.cfg.Shared != nil && state == "delivered":
+		return "sealed"
+	}
+	return state
 }
 
 func (a *Admin) metrics(w http.ResponseWriter, _ *http.Request) {

@@ -8,15 +8,19 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"verve/dedup"
 )
 
 func newAdminSite(t *testing.T, records *Records) (*site, *Admin) {
 	s := newSite(t, nil)
-	return s, NewAdmin(AdminConfig{
+	a := NewAdmin(AdminConfig{
 		Server: s.Server, Times: NewTimes(), Records: func() Records { return *records },
 		Delivered: func(time.Time) string { return "spooled" },
 		Group:     "verve", Instance: "test", Version: "v1.2.3",
 	})
+	s.admin.Store(a)
+	return s, a
 }
 
 func (a *Admin) get(path string) *httptest.ResponseRecorder {
@@ -37,7 +41,9 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 		want   string // a part of the answer
 	}{
 		{"in order", func() {}, 200, `{"ready":true,"checks":{"clock":{"ok":true},"dedup":{"ok":true},"server":{"ok":true},"spool":{"ok":true}},"records_pending":0,"records_oldest_age_seconds":0}`},
-		{"broker away", func() { records = Records{Pending: 3, Sinks: []Sink{{"file", ""}, {"kafka", "refused"}}} }, 200,
+		{"broker away", func() {
+			records = Records{Pending: 3, Sinks: []Sink{{Name: "file"}, {Name: "kafka", Failing: "refused"}}}
+		}, 200,
 			`"file":{"ok":true},"kafka":{"ok":false,"reason":"refused"},`},
 		{"disk full", func() { records = Records{Blocked: "disk full"} }, 503, `"spool":{"ok":false,"reason":"disk full"}`},
 		{"stopping", func() { records = Records{}; a.NotReady() }, 503, `"server":{"ok":false,"reason":"shutting down"}`},
@@ -78,6 +84,35 @@ func TestWindowsShowTheOpenEpochAndTheLastOnes(t *testing.T) {
 	for _, limit := range []string{"0", "-1", "x", "1441"} {
 		if w := a.get("/api/windows?limit=" + limit); w.Code != 400 {
 			t.Errorf("limit %s: got %d, want 400", limit, w.Code)
+		}
+	}
+}
+
+// TestRestoredWindowsHaveNoStateThatIsNotKnown: the record of a window of an
+// earlier process is delivered if the spool does not have it; in a group another
+// instance may.
+func TestRestoredWindowsHaveNoStateThatIsNotKnown(t *testing.T) {
+	_, a := newAdminSite(t, new(Records))
+	group := func() dedup.GroupStats { return dedup.GroupStats{} }
+	for _, c := range []struct {
+		delivered string
+		shared    func() dedup.GroupStats
+		restored  bool
+		want      string
+	}{
+		{"", nil, false, "sealed"},
+		{"spooled", nil, false, "spooled"},
+		{"", nil, true, "delivered"},
+		{"spooled", nil, true, "spooled"},
+		{"", group, true, "sealed"},
+		{"spooled", group, true, "spooled"},
+		{"delivered", group, true, "sealed"},
+		{"delivered", group, false, "delivered"},
+	} {
+		a.cfg.Delivered = func(time.Time) string { return c.delivered }
+		a.cfg.Shared = c.shared
+		if got := a.state(&window{restored: c.restored}); got != c.want {
+			t.Errorf("%+v: got %q", c, got)
 		}
 	}
 }

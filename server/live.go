@@ -13,8 +13,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -132,6 +134,11 @@ type liveMessage struct {
 	Ready      readiness `json:"ready"`
 	Open       window    `json:"open"`
 
+	// Blocking are the checks because of which /readyz answers 503, Failing the
+	// others that fail.
+	Blocking []string `json:"blocking,omitempty"`
+	Failing  []string `json:"failing,omitempty"`
+
 	// Shared is there where the group counts as one.
 	Shared *liveGroup `json:"shared,omitempty"`
 
@@ -144,6 +151,16 @@ type liveMessage struct {
 	Rates     [][4]float64 `json:"rates,omitempty"`
 	RatesKept int          `json:"rates_kept"`
 
+	// Sinks are where the records go.
+	Sinks []liveSink `json:"sinks"`
+
+	// MaxIDs is how many ids the open window can hold, 0 if that is not known.
+	MaxIDs          uint64 `json:"max_ids"`
+	MaxIDsEstimated bool   `json:"max_ids_estimated,omitempty"`
+	IDBytes         uint64 `json:"id_bytes"`
+	MaxIDBytes      uint64 `json:"max_id_bytes,omitempty"`
+	Resident        uint64 `json:"resident_bytes,omitempty"` // memory of the process; 0 if the system does not tell
+
 	Answers           []resultCount `json:"answers"`
 	Callbacks         []resultCount `json:"callbacks"`
 	CallbacksWaiting  int           `json:"callbacks_waiting"`
@@ -154,9 +171,14 @@ type liveMessage struct {
 
 // liveGroup is what an instance knows of its group.
 type liveGroup struct {
-	Unique  uint64 `json:"unique"` // in the open window, as last heard
-	Members int    `json:"members"`
-	Leading bool   `json:"leading"` // this instance publishes the records
+	Members int  `json:"members"`
+	Leading bool `json:"leading"` // this instance publishes the records
+}
+
+// liveSink is where records go.
+type liveSink struct {
+	Name   string `json:"name"`
+	Target string `json:"target"`
 }
 
 // live tells the pages that are open what happens.
@@ -176,6 +198,8 @@ type live struct {
 	windows []byte       // the JSON of the windows last sent
 	dropped uint64       // streams whose reader was too slow
 	refused uint64       // streams over the limit
+
+	resident atomic.Uint64 // memory of the process at the last sample
 
 	// Of the sample before, for run alone.
 	sampled time.Time
@@ -233,6 +257,7 @@ func (l *live) sample(now time.Time) {
 		l.mu.Unlock()
 	}
 	l.sampled, l.last = now, sums
+	l.resident.Store(residentBytes())
 }
 
 // broadcast tells all streams what is new, and drops those that are behind.
@@ -267,21 +292,43 @@ func (l *live) message(now time.Time) liveMessage {
 	a := l.admin
 	cb := a.server.callbacks.Stats()
 	w := a.recent(liveWindows)
+	r := a.readiness()
+	ids := a.server.cfg.Set.Stats()
 	m := liveMessage{
 		Time: now.UnixMilli(), Group: w.Group, Instance: w.Instance, Version: a.cfg.Version,
-		Started: l.started.UnixMilli(), Ready: a.readiness(), Open: w.Open, Windows: w.Windows, RatesKept: liveRates,
+		Started: l.started.UnixMilli(), Ready: r, Blocking: r.blocking, Failing: r.failing,
+		Open: w.Open, Windows: w.Windows, RatesKept: liveRates, Sinks: []liveSink{},
+		MaxIDs: ids.Fit, MaxIDsEstimated: ids.Estimated, IDBytes: ids.Bytes, MaxIDBytes: ids.MaxBytes, Resident: l.resident.Load(),
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
 		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(),
 	}
 	if a.cfg.Shared != nil {
 		g := a.cfg.Shared()
-		m.Shared = &liveGroup{max(g.Unique, w.Open.Unique), int(g.Members), g.Leading}
+		m.Shared = &liveGroup{g.Members, g.Leading}
+	}
+	for _, k := range a.cfg.Records().Sinks {
+		m.Sinks = append(m.Sinks, liveSink{k.Name, k.Target})
 	}
 	if addr, ok := a.server.ln.Addr().(*net.TCPAddr); ok {
 		m.PublicPort, m.PublicTLS = addr.Port, a.server.cfg.TLS != nil
 	}
 	return m
+}
+
+// residentBytes is the memory of the process that is in RAM; 0 if the system does
+// not tell.
+func residentBytes() uint64 {
+	b, err := os.ReadFile("/proc/self/statm") // pages: all, resident, shared, ...
+	if err != nil {
+		return 0
+	}
+	fields := bytes.Fields(b)
+	if len(fields) < 2 {
+		return 0
+	}
+	pages, _ := strconv.ParseUint(string(fields[1]), 10, 64) // 0 if it is no number
+	return pages * uint64(os.Getpagesize())
 }
 
 // event is m as a server-sent event.

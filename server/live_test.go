@@ -152,7 +152,7 @@ func events(resp *http.Response) func(func(string) bool) {
 // TestLiveStreamTellsEverythingOnce: the first message holds all, windows and
 // samples are not told twice, and the counts are those of the counter.
 func TestLiveStreamTellsEverythingOnce(t *testing.T) {
-	s, a := newAdminSite(t, &Records{Pending: 3, Sinks: []Sink{{"kafka", "refused"}}})
+	s, a := newAdminSite(t, &Records{Pending: 3, Sinks: []Sink{{Name: "kafka", Failing: "refused"}}})
 	a.live.tick = time.Millisecond
 	s.ask(get("id=1"))
 	s.ask(get("id=1"))

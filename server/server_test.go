@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,8 +52,9 @@ type site struct {
 	t       testing.TB
 	addr    string
 	records *published
-	closed  chan error // of the counter's Run
-	done    chan error // of Serve
+	admin   atomic.Pointer[Admin] // is told of closed windows
+	closed  chan error            // of the counter's Run
+	done    chan error            // of Serve
 	stopped bool
 }
 
@@ -70,7 +72,12 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config
 		t.Fatal(err)
 	}
 	s := &site{t: t, addr: ln.Addr().String(), records: &published{}, closed: make(chan error, 1), done: make(chan error, 1)}
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: s.records})
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: s.records,
+		OnClose: func(c counter.Count, _ time.Duration, err error) {
+			if a := s.admin.Load(); a != nil && err == nil {
+				a.WindowClosed(c)
+			}
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"verve/counter"
@@ -68,6 +69,10 @@ type Ledger interface {
 // for days, and Redis may lose everything meanwhile.
 type group struct {
 	stream *Stream
+
+	// sealed is what the epoch that was published last came to.
+	sealed atomic.Pointer[counter.Count]
+
 	ledger Ledger
 	wake   chan struct{} // capacity 1: an epoch was sealed
 
@@ -143,7 +148,10 @@ func (g *group) publish(ctx context.Context, c counter.Count) error {
 	defer stop()
 	defer g.onLeaving(0, stop)()
 	if err := g.try(sealing, "an epoch is not sealed yet, trying again", func(ctx context.Context) error {
-		_, err := g.ledger.Seal(ctx, c.Span())
+		sum, err := g.ledger.Seal(ctx, c.Span())
+		if err == nil {
+			g.sealed.Store(&sum)
+		}
 		return err
 	}); err != nil {
 		return g.orLeft(c, err)
@@ -153,6 +161,19 @@ func (g *group) publish(ctx context.Context, c counter.Count) error {
 	default:
 	}
 	return nil
+}
+
+// Sealed returns what an epoch came to in the whole group, if it is the last one
+// that Publish has returned for.
+func (s *Stream) Sealed(span counter.Span) (counter.Count, bool) {
+	if s.group == nil {
+		return counter.Count{}, false
+	}
+	sum := s.group.sealed.Load()
+	if sum == nil || sum.Span() != span {
+		return counter.Count{}, false
+	}
+	return *sum, true
 }
 
 // orLeft is the outcome of a publish that failed with err. When the process stops

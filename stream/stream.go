@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -147,8 +148,8 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	}
 	s := &Stream{cfg: cfg, spool: spool}
 	var names []string
-	add := func(k sink) {
-		s.sinks = append(s.sinks, &worker{sink: k, stream: s, log: logline.Sampler{Every: failureLogEvery}})
+	add := func(k sink, target string) {
+		s.sinks = append(s.sinks, &worker{sink: k, target: target, stream: s, log: logline.Sampler{Every: failureLogEvery}})
 		names = append(names, k.name())
 	}
 	if len(cfg.Kafka.Brokers) > 0 {
@@ -156,7 +157,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 			return nil, fmt.Errorf("stream: %w", err)
 		}
 		k := newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
-		add(k)
+		add(k, "topic "+cfg.Kafka.Topic+" at "+strings.Join(cfg.Kafka.Brokers, ", "))
 		s.sinks[0].prepare = func(ctx context.Context) error {
 			return k.prepare(ctx, spool.group+"/"+spool.instance, cfg.Scope == ScopeGroup)
 		}
@@ -164,7 +165,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step)
 		f.ledger = cfg.Ledger
-		add(f)
+		add(f, cfg.CountsFile)
 	}
 	if err := spool.attach(names); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
@@ -347,6 +348,7 @@ type Stats struct {
 // SinkStats is the state of one sink.
 type SinkStats struct {
 	Name         string // "kafka" or "file"
+	Target       string // the topic and its brokers, or the path of the file
 	State        string
 	LastError    string // also after it was overcome
 	FailingSince time.Time
@@ -407,6 +409,7 @@ func (s *Stream) Delivered(windowStart time.Time) string { return s.spool.delive
 // worker brings records from the spool to one sink.
 type worker struct {
 	sink   sink
+	target string // for people
 	stream *Stream
 	log    logline.Sampler // of failures; begins anew when the sink works again
 
@@ -575,7 +578,7 @@ func (w *worker) recovered(name string) {
 func (w *worker) stats(waiting bool) SinkStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	st := SinkStats{Name: w.sink.name(), State: StateIdle, FailingSince: w.failingSince, Delivered: w.delivered}
+	st := SinkStats{Name: w.sink.name(), Target: w.target, State: StateIdle, FailingSince: w.failingSince, Delivered: w.delivered}
 	if waiting {
 		st.State = StateDelivering
 	}

@@ -1,0 +1,159 @@
+package server
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"sync"
+
+	"github.com/rs/zerolog"
+)
+
+// history is the windows that were closed last. With a path it outlives the
+// process: each window is appended to that file, which is read at the start.
+//
+// It is for people who look, and no count depends on it: the file is not synced,
+// a line that cannot be read is skipped, and one that cannot be written is missing
+// after the next start.
+type history struct {
+	path            string // empty: in memory only
+	group, instance string // windows of others in the file are ignored
+	log             zerolog.Logger
+
+	mu      sync.Mutex
+	windows []window // oldest first; the last maxWindows of them are shown
+	lines   int      // in the file
+	file    *os.File // open for appending; nil: without a path, or after a failure
+	failed  bool     // the log has it
+}
+
+// historyLine is a line of the file.
+type historyLine struct {
+	Group    string `json:"group"`
+	Instance string `json:"instance"`
+	window
+}
+
+// openHistory reads what earlier processes of this instance have left.
+func openHistory(path, group, instance string, log zerolog.Logger) *history {
+	h := &history{path: path, group: group, instance: instance, log: log}
+	if path == "" {
+		return h
+	}
+	old, err := os.ReadFile(path)
+	if err != nil && !os.IsNotExist(err) {
+		h.failure(err)
+		return h
+	}
+	for line := range bytes.Lines(old) {
+		var l historyLine
+		if json.Unmarshal(line, &l) != nil || l.Group != group || l.Instance != instance || l.Start.IsZero() {
+			continue
+		}
+		l.restored = true
+		h.windows = append(h.windows, l.window)
+	}
+	h.windows = h.windows[max(0, len(h.windows)-maxWindows):]
+	h.rewrite()
+	return h
+}
+
+// add appends a closed window.
+func (h *history) add(w window) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.windows = append(h.windows, w)
+	if len(h.windows) > 2*maxWindows {
+		h.windows = append(h.windows[:0], h.windows[len(h.windows)-maxWindows:]...)
+	}
+	switch {
+	case h.path == "":
+	case h.file == nil || h.lines >= 2*maxWindows:
+		h.rewrite()
+	default:
+		if _, err := h.file.Write(h.line(w)); err != nil {
+			h.failure(err)
+			return
+		}
+		h.lines++
+	}
+}
+
+// line is w in the file. It begins with the newline: half a line before it, of a
+// write that was cut short, spoils only itself.
+func (h *history) line(w window) []byte {
+	b, _ := json.Marshal(historyLine{h.group, h.instance, w}) // it can be
+	return append([]byte{'\n'}, b...)
+}
+
+// rewrite replaces the file by one with the windows that are shown. h.mu is held,
+// or nobody else has h yet.
+func (h *history) rewrite() {
+	h.close()
+	var all []byte
+	shown := h.windows[max(0, len(h.windows)-maxWindows):]
+	for _, w := range shown {
+		all = append(all, h.line(w)...)
+	}
+	next := h.path + ".new"
+	err := os.WriteFile(next, all, 0o644)
+	if err == nil {
+		err = os.Rename(next, h.path)
+	}
+	if err == nil {
+		h.file, err = os.OpenFile(h.path, os.O_WRONLY|os.O_APPEND, 0o644)
+	}
+	if err != nil {
+		h.failure(err)
+		return
+	}
+	h.lines, h.failed = len(shown), false
+}
+
+// failure reports the first of a row of errors. The next window tries again.
+func (h *history) failure(err error) {
+	h.close()
+	if !h.failed {
+		h.failed = true
+		h.log.Warn().Err(err).Msg("the windows shown by the live page and /api/windows are not kept for the next start")
+	}
+}
+
+func (h *history) close() {
+	if h.file != nil {
+		_ = h.file.Close() // nothing was promised
+		h.file = nil
+	}
+}
+
+// last returns up to limit windows, the newest first. A window that was closed
+// more than once, because the process was started again within it, is one: what
+// was counted adds up.
+func (h *history) last(limit int) []window {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	out := make([]window, 0, min(limit, len(h.windows)))
+	for i := len(h.windows) - 1; i >= 0; i-- {
+		w := h.windows[i]
+		if n := len(out); n > 0 && out[n-1].Start.Equal(w.Start) && out[n-1].MS == w.MS {
+			out[n-1].include(w)
+			continue
+		}
+		if len(out) == limit {
+			break
+		}
+		out = append(out, w)
+	}
+	return out
+}
+
+// include adds an earlier part of the same window.
+func (w *window) include(part window) {
+	w.Unique += part.Unique
+	w.Duplicates += part.Duplicates
+	w.Complete = w.Complete && part.Complete
+	w.Exact = w.Exact && part.Exact
+	if w.WholeGroup == nil {
+		w.WholeGroup = part.WholeGroup // a count of the whole group is not a part
+	}
+}
