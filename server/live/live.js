@@ -5,6 +5,7 @@
   const silence = 3000;
   const firstRetry = 1000, lastRetry = 10000; // ms
   const slots = 60; // windows shown
+  const fewest = 12; // the chart has room for so many, and for more as they come
 
   const $ = (id) => document.getElementById(id);
   const whole = new Intl.NumberFormat("en");
@@ -26,6 +27,8 @@
     return s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " days";
   };
 
+  const length = (ms) => ms % 3600000 === 0 ? ms / 3600000 + " h" : ms % 60000 === 0 ? ms / 60000 + " min" : ms >= 1000 ? ms / 1000 + " s" : ms + " ms";
+
   // What is shown: the last message, and what the messages brought so far.
   let now = null;
   let windows = []; // oldest first, the open one last
@@ -44,31 +47,34 @@
     windows = closed.slice(-(slots - 1)).concat([m.open]);
 
     const o = m.open;
+    for (const e of document.querySelectorAll(".scope")) e.hidden = !m.shared;
     const start = Date.parse(o.window_start), end = start + o.window_ms;
     const left = Math.max(0, end - m.time);
-    const n = whole.format(m.shared ? m.shared.unique : o.unique);
+    const n = whole.format(unique(o));
     text("unique", n);
     $("unique").classList.toggle("long", n.length > 9);
     text("window", clock(start) + " to " + clock(end) + (o.exact ? "" : ", not exact"));
+    $("left").title = left === 0 ? "The window is over. The next one opens with the next request, or a moment later without one." : "";
     text("left", left === 0 ? "turning" : o.window_ms < 10000 ? (left / 1000).toFixed(1) + " s left" : remaining(left) + " left");
     const passed = Math.min(1, Math.max(0, (m.time - start) / o.window_ms));
     $("progress").firstElementChild.style.transform = "scaleX(" + passed.toFixed(4) + ")";
     $("progress").setAttribute("aria-valuenow", String(Math.floor(passed * 100)));
     $("progress").setAttribute("aria-valuetext", $("left").textContent);
     text("duplicates", whole.format(o.duplicates));
-    text("last", closed.length ? whole.format(closed[closed.length - 1].unique) : "–");
+    text("last", closed.length ? figure(unique(closed[closed.length - 1])) : "–");
+    text("length", length(o.window_ms));
     text("pending", whole.format(m.ready.records_pending));
     text("connections", whole.format(m.connections));
     text("who", m.group + " / " + m.instance);
     $("shared").hidden = !m.shared;
     if (m.shared) {
-      text("now-title", "Unique ids in the open window, of the whole group");
-      text("windows-title", "Unique ids per window, answered by this instance");
-      text("shared", whole.format(o.unique) + " of them were answered here. " + (m.shared.members > 1 ? m.shared.members + " instances count as one" : "This is the only instance of the group that is alive") +
+      text("shared", "This instance answered ok to " + whole.format(o.unique) + " of them. " + (m.shared.members > 1 ? m.shared.members + " instances count as one" : "No other instance of the group is alive") +
         (m.shared.leading ? "; this one publishes the records." : "."));
     }
+    room(m);
+    memory(m);
     text("up", "Up " + span((m.time - m.started) / 1000) + ", version " + m.version + ".");
-    document.title = n + " · Verve";
+    readiness(m, n);
 
     const counted = m.answers.some((a) => a.count > 0);
     $("hint").hidden = counted || windows.some((w) => w.unique > 0);
@@ -80,7 +86,7 @@
     const s = samples[samples.length - 1];
     if (s) ["unique", "duplicate", "refused"].forEach((name, i) => text("rate-" + name, rate(s[i + 1])));
 
-    checks(m.ready);
+    checks(m);
     results("answers", m.answers, ["ok", "duplicate"]);
     results("callbacks", m.callbacks, ["delivered", "merged"]);
     text("callbacks-now", m.callbacks_waiting + " waiting, " + m.callbacks_in_flight + " in flight" +
@@ -89,9 +95,64 @@
     if (turned) say(closed[closed.length - 1]);
   }
 
-  // say tells who cannot see the page of a closed window, not of every number.
+  // unique is the count of a window: that of the whole group if its instances count
+  // as one, null if this instance does not know it.
+  const unique = (w) => !now.shared ? w.unique : w.whole_group ? w.whole_group.unique : null;
+  const figure = (n) => n === null ? "–" : whole.format(n);
+
+  // say announces a closed window to screen readers, and not every number.
   function say(w) {
-    if (w && w.window_ms >= 10000) text("said", "Window " + clock(Date.parse(w.window_start)) + " closed with " + whole.format(w.unique) + " unique ids.");
+    if (w && w.window_ms >= 10000 && unique(w) !== null) text("said", "Window " + clock(Date.parse(w.window_start)) + " closed with " + figure(unique(w)) + " unique ids.");
+  }
+
+  // room shows how many of the ids that fit the open window has.
+  function room(m) {
+    const used = unique(m.open), share = m.max_ids ? Math.min(1, used / m.max_ids) : 0;
+    const percent = share === 0 ? "0" : share < .001 ? "under 0.1" : share < .1 ? (share * 100).toFixed(1) : String(Math.floor(share * 100));
+    text("room-text", !m.max_ids ? (m.shared ? "as many as fit into Redis" : "no limit is known") :
+      percent + " % of " + (m.max_ids_estimated ? "about " + short.format(m.max_ids) + " that fit into memory" : whole.format(m.max_ids) + " (--max-ids)"));
+    const bar = $("room");
+    bar.hidden = !m.max_ids;
+    bar.firstElementChild.style.transform = "scaleX(" + share.toFixed(4) + ")";
+    bar.dataset.light = share >= .95 ? "bad" : share >= .8 ? "warn" : "good";
+    bar.setAttribute("aria-valuenow", String(Math.floor(share * 100)));
+    bar.setAttribute("aria-valuetext", $("room-text").textContent);
+  }
+
+  const bytes = (n) => n < 1e9 ? Math.round(n / 1e6) + " MB" : (n / 1e9).toFixed(1) + " GB";
+
+  function memory(m) {
+    const ids = bytes(m.id_bytes) + " for ids" + (m.max_id_bytes ? ", at most " + bytes(m.max_id_bytes) : "");
+    const made = (m.resident_bytes ? bytes(m.resident_bytes) : "") + "|" + ids;
+    if ($("memory").dataset.made === made) return;
+    $("memory").dataset.made = made;
+    const small = document.createElement("small");
+    small.textContent = ids;
+    $("memory").replaceChildren(...(m.resident_bytes ? [bytes(m.resident_bytes) + " "] : []), small);
+  }
+
+  // readiness shows in the header, in a banner, in the title and in the icon whether
+  // requests should be sent here, and what fails.
+  function readiness(m, n) {
+    const list = (checks) => (checks || []).map((c) => names[c] || c).join(", ");
+    const blocking = m.ready.ready ? "" : list(m.blocking) || "unknown reason", failing = list(m.failing);
+    const state = blocking ? "bad" : failing ? "warn" : "live";
+    const what = blocking ? "not ready: " + blocking : failing ? failing + " failing" : "";
+    $("link").dataset.state = state;
+    text("link-text", what || "live");
+    document.title = (what ? what + " · " : "") + n + " · Verve";
+    icon(state);
+    $("alarm").hidden = !what;
+    $("alarm").dataset.level = state;
+    text("alarm-what", what && (blocking ? "This instance is not ready: " + blocking + ". /readyz answers 503." : what + ". This instance is ready" + (m.sinks.some((s) => (m.failing || []).includes(s.name)) ? ", and its records wait in the spool." : ".")));
+    const why = (blocking ? m.blocking || [] : m.failing || []).map((c) => (names[c] || c) + ": " + m.ready.checks[c].reason);
+    text("alarm-why", why.join(" · "));
+  }
+
+  function icon(state) {
+    const colour = { live: "0b5fce", warn: "a85800", bad: "b3203a", lost: "545c66" }[state];
+    const href = $("icon").getAttribute("href").replace(/fill='%23[0-9a-f]{6}'/, "fill='%23" + colour + "'");
+    if ($("icon").getAttribute("href") !== href) $("icon").setAttribute("href", href);
   }
 
   const shapes = {
@@ -99,16 +160,16 @@
     warn: ["M10 1.4L19.4 18.4H.6z", "M10 7.4v5M10 15.4v.1"],
     bad: ["M6.3 1h7.4L19 6.3v7.4L13.7 19H6.3L1 13.7V6.3z", "M6.8 6.8l6.4 6.4M13.2 6.8l-6.4 6.4"],
   };
-  const names = { dedup: "Ids", server: "Server", spool: "Spool", kafka: "Kafka", file: "Counts file", redis: "Redis", clock: "Clock" };
+  const names = { dedup: "Ids", server: "Server", spool: "Spool", kafka: "Kafka", file: "Counts file", redis: "Redis", clock: "Clock", connections: "Connections" };
 
   let checksShown = "";
-  function checks(r) {
-    const made = JSON.stringify([r.ready, r.checks]);
+  function checks(m) {
+    const r = m.ready, made = JSON.stringify([r.ready, r.checks, m.sinks]);
     if (made !== checksShown) {
       checksShown = made;
       $("checks").replaceChildren(...Object.entries(r.checks).map(([name, c]) => {
-        // What accepts do not need is a warning: its records wait.
-        const light = c.ok ? "good" : r.ready ? "warn" : "bad";
+        // What answering ids does not need is a warning.
+        const light = c.ok ? "good" : (m.failing || []).includes(name) ? "warn" : "bad";
         const li = document.createElement("li");
         li.dataset.light = light;
         li.dataset.check = name;
@@ -124,18 +185,22 @@
         const line = document.createElement("div");
         const title = document.createElement("b"), state = document.createElement("em");
         title.textContent = names[name] || name;
-        state.textContent = c.ok ? "ready" : r.ready ? "failing" : "down";
+        state.textContent = c.ok ? "ready" : light === "warn" ? "failing" : "down";
         line.append(title, state);
         li.append(icon, line);
-        if (c.reason) {
-          const why = document.createElement("p");
-          why.textContent = c.reason;
-          li.append(why);
+        const sink = m.sinks.find((s) => s.name === name);
+        for (const [kind, words] of [["target", sink && sink.target && "Records go to " + sink.target], ["", c.reason]]) {
+          if (!words) continue;
+          const p = document.createElement("p");
+          p.className = kind;
+          p.textContent = words;
+          li.append(p);
         }
         return li;
       }));
     }
-    text("records", r.records_pending === 0 ? "Every record is delivered." :
+    text("records", !m.sinks.length ? "Records go nowhere: no broker and no counts file is set." :
+      r.records_pending === 0 ? (m.shared ? "No record waits in the spool of this instance." : "Every record is delivered.") :
       whole.format(r.records_pending) + (r.records_pending === 1 ? " record waits" : " records wait") + " in the spool, the oldest for " + span(r.records_oldest_age_seconds) + ".");
   }
 
@@ -202,27 +267,27 @@
       fills[state] = texture(state);
       strokes[state] = css("--" + state);
     }
-    const each = (of) => ({ unit: 3, values: () => padded((w) => of[w.state] || of.sealed) });
-    const label = (i) => { const w = windows[i - first()]; return w ? clock(Date.parse(w.window_start)) : ""; };
+    const each = (of) => ({ unit: 3, values: () => windows.map((w) => of[w.state] || of.sealed) });
+    const label = (i) => { const w = windows[i]; return w ? clock(Date.parse(w.window_start)) : ""; };
     // Counts are whole, and so are the marks beside them.
     const marks = [];
     for (let p = 1; p < 1e15; p *= 10) marks.push(p, 2 * p, 5 * p);
     const upright = (extra) => axis(Object.assign({ size: 48, space: 36, incrs: marks, values: (u, ticks) => ticks.map((v) => short.format(v)) }, extra));
     const across = (extra) => axis(Object.assign({ size: 30, grid: { show: false } }, extra));
     const common = (id) => ({
-      ...room(id),
+      ...size(id),
       legend: { show: false },
       padding: [8, 28, 0, 0],
     });
 
     const bars = new uPlot(Object.assign(common("windows"), {
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false } },
-      scales: { x: { time: false, range: [-.6, slots - .4] }, y: { range: (u, lo, hi) => [0, Math.max(4, hi) * 1.06] } },
+      scales: { x: { time: false, range: () => [-.6, Math.max(fewest, windows.length) - .4] }, y: { range: (u, lo, hi) => [0, Math.max(4, hi) * 1.06] } },
       axes: [
         across({ space: 84, incrs: [1, 2, 5, 10, 15, 20, 30], values: (u, ticks) => ticks.map(label) }),
         upright(),
       ],
-      series: [{}, { width: 1.5, stroke: strokes.open, paths: uPlot.paths.bars({ size: [.72], disp: { fill: each(fills), stroke: each(strokes) } }), points: { show: false } }],
+      series: [{}, { width: 1.5, stroke: strokes.open, paths: uPlot.paths.bars({ size: [.72, 72], disp: { fill: each(fills), stroke: each(strokes) } }), points: { show: false } }],
       hooks: { setCursor: [() => read("windows")] },
     }), barData(), $("windows"));
 
@@ -230,7 +295,7 @@
     const lines = new uPlot(Object.assign(common("rates"), {
       cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
       tzDate: (s) => uPlot.tzDate(new Date(s * 1e3), "Etc/UTC"),
-      scales: { x: { range: (u, lo, hi) => [hi - 120, hi] }, y: { range: (u, lo, hi) => [0, Math.max(4, hi) * 1.08] } },
+      scales: { x: { range: (u, lo, hi) => [Math.max(lo, hi - 120), Math.max(hi, lo + 20)] }, y: { range: (u, lo, hi) => [0, Math.max(4, hi) * 1.08] } },
       axes: [
         across({ space: 76, values: (u, ticks) => ticks.map((s) => clock(s * 1e3)) }),
         upright(),
@@ -241,15 +306,10 @@
     charts = { windows: bars, rates: lines };
   }
 
-  const room = (id) => ({ width: Math.max(120, $(id).clientWidth), height: Math.max(120, $(id).clientHeight) });
-
-  // The bars stand at the right end, so that a new one appears where the eye is;
-  // before the first there are empty slots.
-  const first = () => slots - windows.length;
-  const padded = (of) => new Array(first()).fill(null).concat(windows.map(of));
+  const size = (id) => ({ width: Math.max(120, $(id).clientWidth), height: Math.max(120, $(id).clientHeight) });
 
   function barData() {
-    return [Array.from({ length: slots }, (_, i) => i), padded((w) => w.unique)];
+    return [windows.map((_, i) => i), windows.map(unique)];
   }
 
   function lineData() {
@@ -279,14 +339,16 @@
     const list = id === "windows" ? windows : samples, v = list[i];
     if (!v) return "";
     if (id === "rates") return clock(v[0] * 1e3) + ": " + rate(v[1]) + " unique, " + rate(v[2]) + " duplicate, " + rate(v[3]) + " refused per second";
-    return clock(Date.parse(v.window_start)) + ": " + whole.format(v.unique) + " unique, " + whole.format(v.duplicates) + " duplicate, " + v.state + notes(v);
+    const here = whole.format(v.unique) + " unique, " + whole.format(v.duplicates) + " duplicate";
+    const counts = now.shared ? figure(unique(v)) + " unique in the whole group; by this instance " + here : here;
+    return clock(Date.parse(v.window_start)) + ": " + counts + ", " + v.state + notes(v);
   }
 
   // pointed is what the cursor is at, or the newest.
   function pointed(id) {
     const last = (id === "windows" ? windows : samples).length - 1;
     const i = charts && charts[id].cursor.idx;
-    return typeof i === "number" ? Math.min(last, Math.max(0, i - (id === "windows" ? first() : 0))) : last;
+    return typeof i === "number" ? Math.min(last, Math.max(0, i)) : last;
   }
 
   function read(id) {
@@ -298,9 +360,9 @@
   }
 
   function notes(w) {
-    const n = [];
-    if (w.state !== "open" && !w.complete) n.push("partial");
-    if (!w.exact) n.push("not exact");
+    const n = [], of = now.shared && w.whole_group || w;
+    if (w.state !== "open" && !of.complete) n.push("partial");
+    if (!of.exact) n.push("not exact");
     return n.length ? ", " + n.join(", ") : "";
   }
 
@@ -309,19 +371,26 @@
     const made = JSON.stringify(windows);
     if (made === tableShown) return;
     tableShown = made;
+    const columns = ["window (UTC)", ...(now.shared ? ["unique, whole group", "unique, this instance", "duplicates, this instance"] : ["unique", "duplicates"]), "record", "notes"];
+    $("table").querySelector("thead tr").replaceChildren(...columns.map((name) => {
+      const th = document.createElement("th");
+      th.scope = "col";
+      th.textContent = name;
+      return th;
+    }));
     $("table").querySelector("tbody").replaceChildren(...windows.slice().reverse().map((w) => {
       const tr = document.createElement("tr");
       const start = Date.parse(w.window_start);
       const day = at(start).slice(0, 10);
-      for (const s of [(day === at(now.time).slice(0, 10) ? "" : day + " ") + clock(start), whole.format(w.unique), whole.format(w.duplicates), w.state, notes(w).slice(2)]) {
+      for (const s of [(day === at(now.time).slice(0, 10) ? "" : day + " ") + clock(start), ...(now.shared ? [figure(unique(w))] : []), whole.format(w.unique), whole.format(w.duplicates), w.state, notes(w).slice(2)]) {
         const td = document.createElement("td");
         td.textContent = s;
         tr.append(td);
       }
-      tr.cells[3].dataset.state = w.state;
-      const mark = document.createElement("i");
+      const record = tr.cells[columns.length - 2], mark = document.createElement("i");
+      record.dataset.state = w.state;
       mark.setAttribute("aria-hidden", "true");
-      tr.cells[3].prepend(mark);
+      record.prepend(mark);
       return tr;
     }));
   }
@@ -333,7 +402,7 @@
       const to = { ArrowLeft: i - 1, ArrowRight: i + 1, ArrowDown: i - 1, ArrowUp: i + 1, PageUp: i + 10, PageDown: i - 10, Home: 0, End: last, Escape: null }[e.key];
       if (to === undefined) return;
       e.preventDefault();
-      const u = charts[id], at = Math.max(0, Math.min(last, to)) + (id === "windows" ? first() : 0);
+      const u = charts[id], at = Math.max(0, Math.min(last, to));
       u.setCursor(to === null ? { left: -10, top: -10 } : { left: u.valToPos(u.data[0][at], "x"), top: 10 });
     });
   }
@@ -341,8 +410,8 @@
 
   const resized = new ResizeObserver(() => {
     for (const id in charts) {
-      const u = charts[id], size = room(id);
-      if (u.width !== size.width || u.height !== size.height) u.setSize(size);
+      const u = charts[id], to = size(id);
+      if (u.width !== to.width || u.height !== to.height) u.setSize(to);
     }
   });
   for (const id of ["windows", "rates"]) resized.observe($(id));
@@ -362,9 +431,6 @@
     heard = performance.now();
     tries = 0;
     ended = "";
-    if ($("link").dataset.state === "live") return;
-    $("link").dataset.state = "live";
-    $("link").querySelector("b").textContent = "live";
     if (!$("lost").hidden) text("said", "Connected again.");
     $("lost").hidden = true;
     $("lost-why").textContent = "";
@@ -377,7 +443,10 @@
     const wait = Math.min(firstRetry * 2 ** tries++, lastRetry);
     retryAt = performance.now() + wait;
     $("link").dataset.state = "lost";
-    $("link").querySelector("b").textContent = "not connected";
+    text("link-text", "not connected");
+    icon("lost");
+    $("alarm").hidden = true;
+    text("alarm-what", "");
     $("lost").hidden = false;
     text("lost-why", ended || why);
     $("main").classList.toggle("stale", now !== null);

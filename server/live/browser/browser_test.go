@@ -206,7 +206,7 @@ func open(t *testing.T, s *server, width, height int64, scheme string) *page {
 	p.do(chromedp.EmulateViewport(width, height, chromedp.EmulateScale(1)))
 	p.prefer(scheme)
 	p.do(chromedp.Navigate("http://" + s.admin + "/"))
-	p.until(`document.getElementById("link").dataset.state === "live"`)
+	p.until(`["live", "warn", "bad"].includes(document.getElementById("link").dataset.state)`)
 	t.Cleanup(func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -328,26 +328,31 @@ func (p *page) shot(name string) {
 	}
 }
 
-// windowsOf is what /api/windows says of closed windows.
-func (s *server) windowsOf() map[string]uint64 {
+// closedWindow is one of /api/windows.
+type closedWindow struct {
+	Start      time.Time `json:"window_start"`
+	Unique     uint64    `json:"unique"`
+	Duplicates uint64    `json:"duplicates"`
+	WholeGroup *struct {
+		Unique uint64 `json:"unique"`
+	} `json:"whole_group"`
+}
+
+// windowsOf is what /api/windows says of closed windows, by the time of day.
+func (s *server) windowsOf() map[string]closedWindow {
 	s.t.Helper()
 	resp, err := http.Get("http://" + s.admin + "/api/windows")
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	var answer struct {
-		Windows []struct {
-			Start  time.Time `json:"window_start"`
-			Unique uint64    `json:"unique"`
-		}
-	}
+	var answer struct{ Windows []closedWindow }
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
 		s.t.Fatal(err)
 	}
-	out := map[string]uint64{}
+	out := map[string]closedWindow{}
 	for _, w := range answer.Windows {
-		out[w.Start.Format("15:04:05")] = w.Unique
+		out[w.Start.Format("15:04:05")] = w
 	}
 	return out
 }
@@ -419,8 +424,8 @@ func TestPageShowsEachWindowWithItsState(t *testing.T) {
 			continue // older or newer than what was asked for
 		}
 		compared++
-		if got := strings.ReplaceAll(r[1], ",", ""); got != fmt.Sprint(want) {
-			t.Errorf("window %s: the page shows %s, want %d", r[0], got, want)
+		if got := strings.ReplaceAll(r[1], ",", ""); got != fmt.Sprint(want.Unique) {
+			t.Errorf("window %s: the page shows %s, want %d", r[0], got, want.Unique)
 		}
 	}
 	if compared < 3 {
@@ -441,13 +446,26 @@ func TestPageSaysWhatFails(t *testing.T) {
 		t.Errorf("the page says of Kafka: %q", why)
 	}
 	p.until(`+document.querySelector('.legend [data-state="spooled"] span').textContent >= 2`)
+	if got := value[string](p, `[document.querySelector("#link").dataset.state, document.querySelector("#link").innerText, document.title.replace(/ · .*/, ""), document.querySelector("#alarm").dataset.level, document.querySelector("#alarm-what").textContent].join("|")`); got != "warn|Kafka failing|Kafka failing|warn|Kafka failing. This instance is ready, and its records wait in the spool." {
+		t.Errorf("the head of the page says %q", got)
+	}
+	if target := value[string](p, `document.querySelector('[data-check="kafka"] .target').textContent`); !strings.HasPrefix(target, "Records go to topic verve.unique-ids at 127.0.0.1:") {
+		t.Errorf("the page says %q", target)
+	}
 	p.until(`/records wait in the spool/.test(document.querySelector("#records").textContent)`)
 	p.shot("kafka-away")
 }
 
-// TestPageShowsTheGroup: where instances count as one, the count is the group's,
-// and the page says how much of it is this instance's.
-func TestPageShowsTheGroup(t *testing.T) {
+// redis is a server that the instances of a group share.
+type redis struct {
+	t             *testing.T
+	path, address string
+	cmd           *exec.Cmd
+}
+
+// newRedis has an address, and does not run until start.
+func newRedis(t *testing.T) *redis {
+	t.Helper()
 	path, err := exec.LookPath("redis-server")
 	if err != nil {
 		if strings.Contains(os.Getenv("VERVE_TEST_REQUIRE"), "redis") {
@@ -455,37 +473,181 @@ func TestPageShowsTheGroup(t *testing.T) {
 		}
 		t.Skip("redis-server is not installed")
 	}
-	address := freePort(t)
-	host, port, _ := net.SplitHostPort(address)
-	redis := exec.Command(path, "--bind", host, "--port", port, "--save", "", "--dir", t.TempDir())
-	if err := redis.Start(); err != nil {
-		t.Fatal(err)
+	r := &redis{t: t, path: path, address: freePort(t)}
+	t.Cleanup(r.end)
+	return r
+}
+
+func (r *redis) start() {
+	r.t.Helper()
+	host, port, _ := net.SplitHostPort(r.address)
+	r.cmd = exec.Command(r.path, "--bind", host, "--port", port, "--save", "", "--dir", r.t.TempDir())
+	if err := r.cmd.Start(); err != nil {
+		r.t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = redis.Process.Kill(); _ = redis.Wait() })
-	flags := []string{"--window=1h", "--dedup=redis", "--redis-url=redis://" + address}
+}
+
+func (r *redis) end() {
+	if r.cmd != nil {
+		_ = r.cmd.Process.Kill()
+		_ = r.cmd.Wait()
+		r.cmd = nil
+	}
+}
+
+// accept sends an id, again if Redis was too slow for an answer, and returns
+// whether the answer was ok.
+func (s *server) accept(id string) bool {
+	s.t.Helper()
+	for range 400 {
+		resp, err := http.Get("http://" + s.public + "/api/verve/accept?id=" + id)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		resp.Body.Close()
+		switch resp.StatusCode {
+		case 200:
+			return true
+		case 409:
+			return false
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	s.t.Fatalf("id %s is not answered", id)
+	return false
+}
+
+// TestPageSaysThatTheInstanceIsNotReady, and why, where it is seen at once: in the
+// header, in a banner that is announced, in the title and in the icon. All of it is
+// over when /readyz answers 200 again.
+func TestPageSaysThatTheInstanceIsNotReady(t *testing.T) {
+	r := newRedis(t)
+	s := startServer(t, "--window=1h", "--dedup=redis", "--redis-url=redis://"+r.address)
+	p := open(t, s, 1280, 900, "light")
+	ready := value[string](p, `document.querySelector("#icon").href`)
+	type header struct{ State, Pill, Title, Alarm, Role, Icon string }
+	shown := func() header {
+		return value[header](p, `(() => {
+			const alarm = document.querySelector("#alarm"), r = alarm.getBoundingClientRect();
+			return {
+				State: document.querySelector("#link").dataset.state, Pill: document.querySelector("#link").innerText, Title: document.title,
+				Alarm: alarm.checkVisibility() && r.top >= 0 && r.bottom <= innerHeight && scrollY === 0 ? alarm.innerText : "",
+				Role: document.querySelector("#alarm-what").getAttribute("role"), Icon: document.querySelector("#icon").href,
+			};
+		})()`)
+	}
+	p.until(`document.querySelector("#link").dataset.state === "bad"`)
+	h := shown()
+	for what, got := range map[string]string{"the header": h.Pill, "the title": h.Title, "the banner": h.Alarm} {
+		if !strings.Contains(got, "not ready: Redis") || strings.Contains(got, "live") {
+			t.Errorf("while Redis is down %s says %q", what, got)
+		}
+	}
+	if h.Role != "alert" || !strings.Contains(h.Alarm, "Redis: ") {
+		t.Errorf("the banner has role %q and says %q", h.Role, h.Alarm)
+	}
+	if !strings.Contains(h.Icon, "b3203a") {
+		t.Errorf("the icon is %s", h.Icon)
+	}
+	if light := value[string](p, `document.querySelector('[data-check="redis"]').dataset.light`); light != "bad" {
+		t.Errorf("the dependency is shown as %q", light)
+	}
+	for _, bad := range value[[]string](p, contrasts) {
+		t.Errorf("too little contrast: %s", bad)
+	}
+	p.shot("not-ready")
+	r.start()
+	p.until(`document.querySelector("#link").dataset.state === "live"`)
+	if h := shown(); h.Pill != "live" || h.Alarm != "" || h.Title != "0 · Verve" || strings.Contains(h.Icon, "b3203a") {
+		t.Errorf("with Redis back the page shows %+v, before %s", h, ready)
+	}
+	r.end()
+	p.until(`document.querySelector("#link").dataset.state === "bad" && !document.querySelector("#alarm").hidden`)
+}
+
+// TestPageTellsTheGroupsFiguresFromItsOwn: each figure of a group's page has a label
+// that says whose it is, and those of closed windows are what the group counted.
+func TestPageTellsTheGroupsFiguresFromItsOwn(t *testing.T) {
+	r := newRedis(t)
+	r.start()
+	flags := []string{"--window=2s", "--dedup=redis", "--redis-url=redis://" + r.address}
 	one := startServer(t, flags...)
 	other := startServer(t, append(flags, "--instance=host-2")...)
 	for _, s := range []*server{one, other} {
 		waitReady(t, s)
 	}
 	p := open(t, one, 1280, 900, "light")
-	// accept sends an id, again where Redis was too slow for an answer.
-	accept := func(s *server, id string) int64 {
-		for range 400 {
-			resp, err := http.Get("http://" + s.public + "/api/verve/accept?id=" + id)
-			if err != nil {
-				t.Fatal(err)
+	p.do(chromedp.Click(chromedp.CSS("summary")))
+	unlabelled := value[[]string](p, `[...document.querySelectorAll("h2, dt")].filter(e => {
+		const scope = e.querySelector(".scope");
+		return !(scope && scope.checkVisibility()) && !e.closest(".rates") && e.nextElementSibling?.id !== "length";
+	}).map(e => e.textContent)`)
+	if len(unlabelled) > 0 {
+		t.Errorf("it is not said whose these are: %q", unlabelled)
+	}
+	if head := value[string](p, `document.querySelector("#table thead").innerText`); strings.Join(strings.Fields(head), " ") != "window (UTC) unique, whole group unique, this instance duplicates, this instance record notes" {
+		t.Errorf("the table is headed %q", head)
+	}
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stop.Store(true)
+	for i, s := range []*server{one, other} {
+		wg.Go(func() {
+			for n := 0; !stop.Load(); n++ {
+				s.accept(fmt.Sprint(i, "-", n))
+				time.Sleep(10 * time.Millisecond)
 			}
-			resp.Body.Close()
-			switch resp.StatusCode {
-			case 200:
-				return 1
-			case 409:
-				return 0
-			}
-			time.Sleep(50 * time.Millisecond)
+		})
+	}
+	// Closed windows that both have counted in.
+	const both = `[...document.querySelectorAll("#table tbody tr")].slice(1).map(r => [...r.cells].map(c => c.textContent.replaceAll(",", ""))).filter(r => +r[1] > +r[2] && +r[2] > 0)`
+	p.until(both + `.length >= 3`)
+	truth := one.windowsOf()
+	compared := 0
+	for _, row := range value[[][]string](p, both) {
+		w, ok := truth[row[0][len(row[0])-len("15:04:05"):]]
+		if !ok || w.WholeGroup == nil {
+			continue
 		}
-		t.Fatalf("id %s is not answered", id)
+		compared++
+		if row[1] != fmt.Sprint(w.WholeGroup.Unique) || row[2] != fmt.Sprint(w.Unique) {
+			t.Errorf("the page shows %v, want %d and %d", row, w.WholeGroup.Unique, w.Unique)
+		}
+		if told := other.windowsOf()[row[0][len(row[0])-len("15:04:05"):]]; told.WholeGroup != nil && *told.WholeGroup != *w.WholeGroup {
+			t.Errorf("the instances tell %+v and %+v of one window", told.WholeGroup, w.WholeGroup)
+		}
+	}
+	if compared == 0 {
+		t.Error("no window of the page is one of the server's")
+	}
+	p.until(`(() => {
+		const last = [...document.querySelectorAll("#table tbody tr")][1].cells[1].textContent;
+		return last !== "–" && document.querySelector("#last").textContent === last;
+	})()`)
+	p.do(chromedp.Focus(chromedp.CSS("#windows")), chromedp.KeyEvent(kb.Home))
+	if said := value[string](p, `document.querySelector("#windows").getAttribute("aria-valuetext")`); !strings.Contains(said, " unique in the whole group; by this instance ") {
+		t.Errorf("the chart says %q", said)
+	}
+}
+
+// TestPageShowsTheGroup: where instances count as one, the count is the group's,
+// and the page says how much of it is this instance's.
+func TestPageShowsTheGroup(t *testing.T) {
+	r := newRedis(t)
+	r.start()
+	flags := []string{"--window=1h", "--dedup=redis", "--redis-url=redis://" + r.address}
+	one := startServer(t, flags...)
+	other := startServer(t, append(flags, "--instance=host-2")...)
+	for _, s := range []*server{one, other} {
+		waitReady(t, s)
+	}
+	p := open(t, one, 1280, 900, "light")
+	// accept returns how many callers were told ok.
+	accept := func(s *server, id string) int64 {
+		if s.accept(id) {
+			return 1
+		}
 		return 0
 	}
 	var told int64
@@ -508,6 +670,82 @@ func TestPageShowsTheGroup(t *testing.T) {
 	p.until(`/2 instances count as one/.test(document.querySelector("#shared").textContent)`)
 	p.until(`document.querySelector('[data-check="redis"]')?.dataset.light === "good"`)
 	p.shot("group")
+}
+
+// TestPageShowsTheRoomThatIsLeft, where records go, and how long a window is.
+func TestPageShowsTheRoomThatIsLeft(t *testing.T) {
+	s := startServer(t, "--window=1h", "--max-ids=200")
+	p := open(t, s, 1280, 900, "light")
+	room := func(percent int, light string) {
+		t.Helper()
+		p.until(fmt.Sprintf(`document.querySelector("#room-text").textContent === "%d %% of 200 (--max-ids)" && document.querySelector("#room").dataset.light === %q`, percent, light))
+		if width := value[float64](p, `document.querySelector("#room div").getBoundingClientRect().width / document.querySelector("#room").clientWidth * 100`); math.Abs(width-float64(percent)) > 1 {
+			t.Errorf("the bar is at %v %%, want %d", width, percent)
+		}
+	}
+	room(0, "good")
+	for i := range 200 {
+		s.accept(fmt.Sprint(i))
+		if i == 99 {
+			room(50, "good")
+		}
+	}
+	room(100, "bad")
+	if resp, err := http.Get("http://" + s.public + "/api/verve/accept?id=one-too-many"); err != nil || resp.StatusCode != 503 {
+		t.Fatal(resp, err)
+	}
+	for selector, want := range map[string]string{
+		"#length":                            "1 h",
+		`[data-check="file"] .target`:        "Records go to " + filepath.Join(s.dir, "counts.jsonl"),
+		`#answers tr[data-result="full"] th`: "full",
+	} {
+		p.until(fmt.Sprintf(`document.querySelector(%q)?.textContent === %q`, selector, want))
+	}
+	if memory := value[string](p, `document.querySelector("#memory").textContent`); !strings.Contains(memory, " MB") || !strings.Contains(memory, " for ids") {
+		t.Errorf("memory is shown as %q", memory)
+	}
+}
+
+// TestPageShowsTheWindowsOfEarlierRuns, and the first bars stand at the left of
+// the chart, not at the far end of an empty one.
+func TestPageShowsTheWindowsOfEarlierRuns(t *testing.T) {
+	s := startServer(t, "--window=1s")
+	p := open(t, s, 1280, 900, "light")
+	p.do(chromedp.Click(chromedp.CSS("summary")))
+	l := s.load(time.Millisecond)
+	p.until(`[...document.querySelectorAll("#table tbody tr")].slice(1).filter(r => r.cells[1].textContent > "0").length >= 1`)
+	// The first bar with ids, and where it begins, both as the place of a window
+	// in a chart that has room for twelve.
+	const firstBar = `(() => {
+		const c = document.querySelector("#windows canvas"), plot = document.querySelector("#windows .u-over");
+		const scale = c.width / c.clientWidth, left = plot.offsetLeft * scale, width = Math.floor(plot.clientWidth * scale);
+		const y = Math.floor((plot.offsetTop + plot.clientHeight - 3) * scale), row = c.getContext("2d").getImageData(left, y, width, 1).data;
+		const counts = [...document.querySelectorAll("#table tbody tr")].map(r => +r.cells[1].textContent.replaceAll(",", "")).reverse();
+		const coloured = (x) => row[4 * x + 3] > 100 && Math.max(...row.slice(4 * x, 4 * x + 3)) - Math.min(...row.slice(4 * x, 4 * x + 3)) > 60;
+		let x = 0;
+		while (x < width && !coloured(x)) x++;
+		return [counts.findIndex(n => n > Math.max(...counts) / 10), x / width * 12, counts.length];
+	})()`
+	if at := value[[3]float64](p, firstBar); at[2] > 12 || at[1] < at[0]-.5 || at[1] > at[0]+1 {
+		t.Errorf("the bar of window %v of %v begins at place %.2f of 12", at[0], at[2], at[1])
+	}
+	p.until(`document.querySelectorAll("#table tbody tr").length >= 5`)
+	l.stop()
+	p.connectionMayFail()
+	before := s.windowsOf()
+	s.end(syscall.SIGKILL)
+	p.until(`!document.querySelector("#lost").hidden`)
+	s.start()
+	p.until(`document.querySelector("#lost").hidden`)
+	shown := map[string][]string{}
+	for _, r := range value[[][]string](p, `[...document.querySelectorAll("#table tbody tr")].slice(1).map(r => [...r.cells].map(c => c.textContent.replaceAll(",", "")))`) {
+		shown[r[0][len(r[0])-len("15:04:05"):]] = r
+	}
+	for at, w := range before {
+		if r := shown[at]; r == nil || r[1] != fmt.Sprint(w.Unique) || r[2] != fmt.Sprint(w.Duplicates) || r[3] != "delivered" {
+			t.Errorf("after the restart window %s is shown as %v, want %+v", at, r, w)
+		}
+	}
 }
 
 func waitReady(t *testing.T, s *server) {
@@ -689,7 +927,7 @@ func TestPageNeedsNoMouse(t *testing.T) {
 			t.Errorf("%s does not show that it has the focus", at)
 		}
 	}
-	want := "Skip to the figures|rates|windows|The same as a table|windows|readiness|metrics|profiles"
+	want := "Skip to the figures|rates|windows|Show these windows as a table|windows|readiness|metrics|profiles"
 	if got := strings.Join(order, "|"); got != want {
 		t.Errorf("the keys lead to\n%s\nwant\n%s", got, want)
 	}
