@@ -160,7 +160,7 @@
     warn: ["M10 1.4L19.4 18.4H.6z", "M10 7.4v5M10 15.4v.1"],
     bad: ["M6.3 1h7.4L19 6.3v7.4L13.7 19H6.3L1 13.7V6.3z", "M6.8 6.8l6.4 6.4M13.2 6.8l-6.4 6.4"],
   };
-  const names = { dedup: "Ids", server: "Server", spool: "Spool", kafka: "Kafka", file: "Counts file", redis: "Redis", clock: "Clock", connections: "Connections" };
+  const names = { dedup: "Ids", server: "Server", spool: "Spool", kafka: "Kafka", file: "Counts file", redis: "Redis", clock: "Clock", admin: "Admin listener" };
 
   let checksShown = "";
   function checks(m) {
