@@ -139,6 +139,49 @@ func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
 	}
 }
 
+// TestPagesHaveOneVersion: of the changelog's newest entry, the HTTP interface and
+// the image that the manifests name.
+func TestPagesHaveOneVersion(t *testing.T) {
+	found := make(map[string]string)
+	for file, version := range map[string]string{
+		"CHANGELOG.md":      `(?m)^## \[(\d\S*)\]|It becomes (\d+\.\d+\.\d+)\.`,
+		"docs/openapi.yaml": `(?m)^  version: (\S+)$`,
+		"deploy/kubernetes/base/kustomization.yaml": `(?m)^ +newTag: (\S+)`,
+	} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := regexp.MustCompile(version).FindStringSubmatch(string(b))
+		if m == nil {
+			t.Fatalf("%s names no version", file)
+		}
+		found[file] = strings.Join(m[1:], "")
+	}
+	for file, version := range found {
+		if version != found["CHANGELOG.md"] {
+			t.Errorf("%s has version %s, CHANGELOG.md has %s", file, version, found["CHANGELOG.md"])
+		}
+	}
+}
+
+// TestEveryPictureIsShown: by a page, or it is in the way.
+func TestEveryPictureIsShown(t *testing.T) {
+	pictures, err := filepath.Glob("docs/*.png")
+	if err != nil || len(pictures) == 0 {
+		t.Fatalf("no pictures: %v", err)
+	}
+	for _, picture := range pictures {
+		shown := false
+		for _, text := range pages(t) {
+			shown = shown || strings.Contains(text, filepath.Base(picture))
+		}
+		if !shown {
+			t.Errorf("no page shows %s", picture)
+		}
+	}
+}
+
 // What belongs to others: flags of go test and metrics of the k6 scripts.
 var (
 	otherFlags   = []string{"profile"}

@@ -79,31 +79,36 @@ func writeCompletion(out io.Writer, shell string, model *kong.Application) {
 	for _, c := range commands {
 		flags = append(flags, c.Flags...)
 	}
-	var names []string
-	for _, c := range commands {
-		names = append(names, c.Name)
-	}
-	words := strings.Join(names, " ")
 	switch shell {
 	case "bash":
-		var cases strings.Builder
-		for _, f := range flags {
-			words += " --" + f.Name
-			if !f.IsBool() {
-				words += "="
-			}
-			switch {
-			case f.Enum != "":
-				fmt.Fprintf(&cases, "\t--%s) COMPREPLY=($(compgen -W '%s' -- \"$cur\")); return ;;\n", f.Name, strings.ReplaceAll(f.Enum, ",", " "))
-			case slices.Contains(files, f.Name):
-				fmt.Fprintf(&cases, "\t--%s) compopt -o filenames; COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n", f.Name)
-			case slices.Contains(directories, f.Name):
-				fmt.Fprintf(&cases, "\t--%s) compopt -o filenames; COMPREPLY=($(compgen -d -- \"$cur\")); return ;;\n", f.Name)
-			case !f.IsBool():
-				fmt.Fprintf(&cases, "\t--%s) return ;;\n", f.Name)
-			}
+		completeBash(out, commands, flags)
+	case "zsh":
+		completeZsh(out, commands, flags)
+	case "fish":
+		completeFish(out, commands, flags)
+	}
+}
+
+func completeBash(out io.Writer, commands []*kong.Node, flags []*kong.Flag) {
+	words := strings.Join(names(commands), " ")
+	var cases strings.Builder
+	for _, f := range flags {
+		words += " --" + f.Name
+		if !f.IsBool() {
+			words += "="
 		}
-		fmt.Fprintf(out, `_verve() {
+		switch {
+		case f.Enum != "":
+			fmt.Fprintf(&cases, "\t--%s) COMPREPLY=($(compgen -W '%s' -- \"$cur\")); return ;;\n", f.Name, strings.ReplaceAll(f.Enum, ",", " "))
+		case slices.Contains(files, f.Name):
+			fmt.Fprintf(&cases, "\t--%s) compopt -o filenames; COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n", f.Name)
+		case slices.Contains(directories, f.Name):
+			fmt.Fprintf(&cases, "\t--%s) compopt -o filenames; COMPREPLY=($(compgen -d -- \"$cur\")); return ;;\n", f.Name)
+		case !f.IsBool():
+			fmt.Fprintf(&cases, "\t--%s) return ;;\n", f.Name)
+		}
+	}
+	fmt.Fprintf(out, `_verve() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}
 	# --flag=value is three words here.
 	if [[ $cur == = ]]; then cur=; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
@@ -115,46 +120,56 @@ func writeCompletion(out io.Writer, shell string, model *kong.Application) {
 }
 complete -F _verve verve
 `, cases.String(), words)
-	case "zsh":
-		plain := strings.NewReplacer("[", "(", "]", ")", ":", " -", "'", "", "`", "")
-		fmt.Fprintf(out, "#compdef verve\n_verve() {\n\t_arguments \\\n")
-		for _, f := range flags {
-			help := plain.Replace(f.Help)
-			switch {
-			case f.IsBool():
-				fmt.Fprintf(out, "\t\t'--%s[%s]' \\\n", f.Name, help)
-			case f.Enum != "":
-				fmt.Fprintf(out, "\t\t'--%s=[%s]:value:(%s)' \\\n", f.Name, help, strings.ReplaceAll(f.Enum, ",", " "))
-			case slices.Contains(files, f.Name):
-				fmt.Fprintf(out, "\t\t'--%s=[%s]:file:_files' \\\n", f.Name, help)
-			case slices.Contains(directories, f.Name):
-				fmt.Fprintf(out, "\t\t'--%s=[%s]:directory:_files -/' \\\n", f.Name, help)
-			default:
-				fmt.Fprintf(out, "\t\t'--%s=[%s]:value: ' \\\n", f.Name, help)
-			}
-		}
-		fmt.Fprintf(out, "\t\t'1:command:(%s)' '2:shell:(bash zsh fish)'\n}\ncompdef _verve verve\n", strings.Join(names, " "))
-	case "fish":
-		plain := strings.NewReplacer("'", "", `\`, "")
-		fmt.Fprintln(out, "complete -c verve -f")
-		for _, c := range commands {
-			fmt.Fprintf(out, "complete -c verve -n __fish_use_subcommand -a %s -d '%s'\n", c.Name, plain.Replace(c.Help))
-		}
-		fmt.Fprintln(out, "complete -c verve -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'")
-		for _, f := range flags {
-			fmt.Fprintf(out, "complete -c verve -l %s -d '%s'", f.Name, plain.Replace(f.Help))
-			switch {
-			case f.IsBool():
-			case f.Enum != "":
-				fmt.Fprintf(out, " -x -a '%s'", strings.ReplaceAll(f.Enum, ",", " "))
-			case slices.Contains(files, f.Name):
-				fmt.Fprint(out, " -r -F")
-			case slices.Contains(directories, f.Name):
-				fmt.Fprint(out, " -x -a '(__fish_complete_directories)'")
-			default:
-				fmt.Fprint(out, " -x")
-			}
-			fmt.Fprintln(out)
+}
+
+func completeZsh(out io.Writer, commands []*kong.Node, flags []*kong.Flag) {
+	plain := strings.NewReplacer("[", "(", "]", ")", ":", " -", "'", "", "`", "")
+	fmt.Fprintf(out, "#compdef verve\n_verve() {\n\t_arguments \\\n")
+	for _, f := range flags {
+		help := plain.Replace(f.Help)
+		switch {
+		case f.IsBool():
+			fmt.Fprintf(out, "\t\t'--%s[%s]' \\\n", f.Name, help)
+		case f.Enum != "":
+			fmt.Fprintf(out, "\t\t'--%s=[%s]:value:(%s)' \\\n", f.Name, help, strings.ReplaceAll(f.Enum, ",", " "))
+		case slices.Contains(files, f.Name):
+			fmt.Fprintf(out, "\t\t'--%s=[%s]:file:_files' \\\n", f.Name, help)
+		case slices.Contains(directories, f.Name):
+			fmt.Fprintf(out, "\t\t'--%s=[%s]:directory:_files -/' \\\n", f.Name, help)
+		default:
+			fmt.Fprintf(out, "\t\t'--%s=[%s]:value: ' \\\n", f.Name, help)
 		}
 	}
+	fmt.Fprintf(out, "\t\t'1:command:(%s)' '2:shell:(bash zsh fish)'\n}\ncompdef _verve verve\n", strings.Join(names(commands), " "))
+}
+
+func completeFish(out io.Writer, commands []*kong.Node, flags []*kong.Flag) {
+	plain := strings.NewReplacer("'", "", `\`, "")
+	fmt.Fprintln(out, "complete -c verve -f")
+	for _, c := range commands {
+		fmt.Fprintf(out, "complete -c verve -n __fish_use_subcommand -a %s -d '%s'\n", c.Name, plain.Replace(c.Help))
+	}
+	fmt.Fprintln(out, "complete -c verve -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'")
+	for _, f := range flags {
+		fmt.Fprintf(out, "complete -c verve -l %s -d '%s'", f.Name, plain.Replace(f.Help))
+		switch {
+		case f.IsBool():
+		case f.Enum != "":
+			fmt.Fprintf(out, " -x -a '%s'", strings.ReplaceAll(f.Enum, ",", " "))
+		case slices.Contains(files, f.Name):
+			fmt.Fprint(out, " -r -F")
+		case slices.Contains(directories, f.Name):
+			fmt.Fprint(out, " -x -a '(__fish_complete_directories)'")
+		default:
+			fmt.Fprint(out, " -x")
+		}
+		fmt.Fprintln(out)
+	}
+}
+
+func names(commands []*kong.Node) (all []string) {
+	for _, c := range commands {
+		all = append(all, c.Name)
+	}
+	return all
 }

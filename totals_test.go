@@ -116,7 +116,7 @@ func TestTotalsSince(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "counts.jsonl")
 	long := func(lines string) string { return strings.ReplaceAll(lines, "2026-", "2016-") } // ago
 	recent := time.Now().UTC().Truncate(time.Minute).Add(-3 * time.Minute).Format(time.RFC3339)
-	text := long(countsLine(1, 5, "a", 1) + countsLine(2, 6, "a", 2) + countsLine(5, 7, "a", 7) + countsLine(6, 8, "a", 8)) +
+	text := long(countsLine(1, 5, "a", 1)+countsLine(2, 6, "a", 2)+countsLine(5, 7, "a", 7)+countsLine(6, 8, "a", 8)) +
 		strings.ReplaceAll(long(countsLine(7, 9, "b", 1)), "2016-11-22T06:07:00Z", recent)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
