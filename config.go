@@ -28,6 +28,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/dedup/redis"
 	"verve/internal/logline"
 	"verve/internal/setting"
 	"verve/server"
@@ -580,8 +581,8 @@ func (c *config) kafka() stream.KafkaConfig {
 
 // redis, spool, callbacks and front are the settings of the parts. What is
 // made at the start is added by main.go.
-func (c *config) redis() dedup.RedisConfig {
-	return dedup.RedisConfig{
+func (c *config) redis() redis.Config {
+	return redis.Config{
 		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,
 		FailOpen: c.RedisFail == "open", MaxIDs: c.MaxIDs,
 	}

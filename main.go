@@ -26,6 +26,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/dedup/redis"
 	"verve/internal/logline"
 	"verve/server"
 	"verve/server/callback"
@@ -158,9 +159,10 @@ type program struct {
 	handedOver  bool         // public is a socket that systemd holds open, too
 	certificate *server.Certificate
 	spool       *stream.Spool
-	shared      *dedup.Redis // the group's set; nil in memory mode
+	shared      *redis.Set // the group's set; nil in memory mode
 	records     *stream.Stream
-	set         dedup.Set // shared, or one in memory
+	group       *redis.Group // nil in memory mode
+	set         dedup.Set    // shared, or one in memory
 	counter     *counter.Counter
 	callbacks   *callback.Sender
 	front       *server.Server
@@ -171,7 +173,7 @@ type program struct {
 	running sync.WaitGroup
 	closed  chan struct{} // closed when the counter has published the last record
 
-	stopStream, stopSet, stopCounter, stopCallbacks, stopCertificate context.CancelFunc
+	stopStream, stopGroup, stopSet, stopCounter, stopCallbacks, stopCertificate context.CancelFunc
 
 	// While the stop is limited, unfinished is what it waits for, for the last line
 	// of a process that has to end without it.
@@ -233,7 +235,7 @@ func (p *program) openAdmin() {
 		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
 	}
 	if p.shared != nil {
-		cfg.Shared, cfg.Sealed = p.shared.Group, p.records.Sealed
+		cfg.Shared, cfg.Sealed = p.shared.Group, p.group.Sealed
 	}
 	if cfg.History != "" && p.records.Stats().SetAside != "" {
 		// Which of its windows were delivered is not known any more.
@@ -283,23 +285,26 @@ func (p *program) openRecords() (err error) {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = p.shared.Close() })
-		to.Scope, to.Ledger = stream.ScopeGroup, p.shared.Ledger()
+		to.Scope, to.Claims = stream.ScopeGroup, p.shared.Ledger()
 	}
 	if p.records, err = stream.New(to, p.spool); err != nil {
 		return err
 	}
 	p.closers = append(p.closers, p.records.Close)
-	return nil
+	if p.shared != nil {
+		p.group, err = redis.NewGroup(p.shared.Ledger(), p.records, p.log)
+	}
+	return err
 }
 
 // openCounter makes the counter and, in memory mode, the set that it counts in.
 func (p *program) openCounter() (err error) {
 	counting := counter.Config{
-		Window: p.cfg.Window, Publish: p.records, MaxSkew: p.cfg.MaxClockSkew,
+		Window: p.cfg.Window, MaxSkew: p.cfg.MaxClockSkew,
 		OnClock: p.clockChanged, OnPause: p.paused, OnClose: p.windowClosed,
 	}
 	if p.shared != nil {
-		p.set = p.shared
+		p.set, counting.Publish = p.shared, p.group
 	} else {
 		own, err := openSet(p.cfg, p.memory, p.log)
 		if err != nil {
@@ -308,7 +313,7 @@ func (p *program) openCounter() (err error) {
 		p.closers = append(p.closers, func() { _ = own.Close() })
 		lastWindow, lastSum := p.spool.LastWindow()
 		counting.NotBefore, counting.Past = lastWindow, own.Past(lastWindow, lastSum)
-		p.set = own
+		p.set, counting.Publish = own, p.records
 	}
 	counting.Store = p.set
 	if p.counter, err = counter.New(counting); err != nil {
@@ -343,6 +348,10 @@ func (p *program) delivered(start time.Time) string {
 func (p *program) run() {
 	p.closed = make(chan struct{})
 	p.stopStream = p.start("stream", p.records.Run)
+	p.stopGroup = func() {}
+	if p.group != nil {
+		p.stopGroup = p.start("group", p.group.Run)
+	}
 	p.stopSet = p.start("dedup", p.set.Run)
 	p.stopCounter = p.start("counter", func(ctx context.Context) error {
 		defer close(p.closed)
@@ -393,9 +402,9 @@ func (p *program) stop() {
 		// Everybody has left the sealed epoch: the counter publishes it as partial.
 		{"the last record could not be written in time", func() error { return p.awaitClosed(budget) }},
 		// The instance has reported everything: its group need not wait for it.
-		{"this instance could not leave its group in order", func() error { return p.records.Leave(budget) }},
+		{"this instance could not leave its group in order", func() error { return p.leaveGroup(budget) }},
 		// What is not delivered stays in the spool for the next start.
-		{"records not delivered in time", func() error { return p.records.Flush(budget) }},
+		{"records not delivered in time", func() error { return p.flush(budget) }},
 		// Nothing is left for them to do.
 		{"a part did not end in time", p.endParts},
 		// Last, so that operators can watch the stop.
@@ -434,7 +443,9 @@ func (p *program) leaveSocket(ctx context.Context) error {
 
 func (p *program) notReady() error {
 	p.admin.NotReady()
-	p.records.Leaving()
+	if p.group != nil {
+		p.group.Leaving()
+	}
 	return nil
 }
 
@@ -464,8 +475,25 @@ func (p *program) awaitClosed(ctx context.Context) error {
 	}
 }
 
+func (p *program) leaveGroup(ctx context.Context) error {
+	if p.group == nil {
+		return nil
+	}
+	return p.group.Leave(ctx)
+}
+
+// flush waits until every record is delivered, and reports those of the group.
+func (p *program) flush(ctx context.Context) error {
+	err := p.records.Flush(ctx)
+	if err == nil && p.group != nil {
+		err = p.group.Mark(ctx)
+	}
+	return err
+}
+
 func (p *program) endParts() error {
 	p.stopStream()
+	p.stopGroup()
 	p.stopSet()
 	p.stopCertificate()
 	return nil
@@ -531,7 +559,7 @@ const dedupRedis = "redis"
 
 // openShared makes the set that the group shares. What this instance has learnt
 // of its ids stays in memory, as Redis keeps them.
-func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*dedup.Redis, error) {
+func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*redis.Set, error) {
 	limit := memory / 2
 	local, err := dedup.NewMemory(dedup.Config{
 		Expect: cfg.expectIDs(limit), MaxBytes: limit,
@@ -542,7 +570,7 @@ func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger)
 	}
 	c := cfg.redis()
 	c.Instance, c.Local, c.Log = instance, local, log
-	set, err := dedup.NewRedis(c)
+	set, err := redis.New(c)
 	if err != nil {
 		_ = local.Close()
 		return nil, err

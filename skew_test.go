@@ -10,8 +10,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"verve/counter"
 	"verve/dedup"
+	"verve/dedup/redis"
 	"verve/stream"
 )
 
@@ -19,19 +22,19 @@ import (
 // ahead of the machine's.
 type skewed struct {
 	ahead   time.Duration
-	set     *dedup.Redis
+	set     *redis.Set
 	count   *counter.Counter
 	records *stream.Stream
 }
 
-func startSkewed(t *testing.T, name, dir, redis string, window, ahead time.Duration) *skewed {
+func startSkewed(t *testing.T, name, dir, addr string, window, ahead time.Duration) *skewed {
 	t.Helper()
 	local, err := dedup.NewMemory(dedup.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	set, err := dedup.NewRedis(dedup.RedisConfig{
-		URLs: []string{"redis://" + redis}, Group: "skew", Instance: name, Window: window, Local: local, Timeout: 10 * time.Second,
+	set, err := redis.New(redis.Config{
+		URLs: []string{"redis://" + addr}, Group: "skew", Instance: name, Window: window, Local: local, Timeout: 10 * time.Second,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -41,12 +44,16 @@ func startSkewed(t *testing.T, name, dir, redis string, window, ahead time.Durat
 		t.Fatal(err)
 	}
 	records, err := stream.New(stream.Config{
-		Scope: stream.ScopeGroup, Ledger: set.Ledger(), CountsFile: filepath.Join(dir, name, "counts.jsonl"),
+		Scope: stream.ScopeGroup, Claims: set.Ledger(), CountsFile: filepath.Join(dir, name, "counts.jsonl"),
 	}, spool)
 	if err != nil {
 		t.Fatal(err)
 	}
-	count, err := counter.New(counter.Config{Window: window, Store: set, Publish: records})
+	group, err := redis.NewGroup(set.Ledger(), records, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	count, err := counter.New(counter.Config{Window: window, Store: set, Publish: group})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,15 +62,16 @@ func startSkewed(t *testing.T, name, dir, redis string, window, ahead time.Durat
 	var parts sync.WaitGroup
 	closed := make(chan struct{})
 	parts.Go(func() { _ = records.Run(ctx) })
+	parts.Go(func() { _ = group.Run(ctx) })
 	parts.Go(func() { _ = set.Run(ctx) })
 	parts.Go(func() { defer close(closed); _ = count.Run(ctx) })
 	t.Cleanup(func() {
 		leaving, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
-		records.Leaving()
+		group.Leaving()
 		count.Seal()
 		<-closed
-		if err := errors.Join(records.Leave(leaving), records.Flush(leaving)); err != nil {
+		if err := errors.Join(group.Leave(leaving), records.Flush(leaving), group.Mark(leaving)); err != nil {
 			t.Error(err)
 		}
 		stop()
@@ -100,7 +108,7 @@ func (s *skewed) accept(id string) (window time.Time, unique bool, err error) {
 // window apart. Every window's record is the number of ids that were ok in it,
 // each once, wherever it was asked.
 func TestClocksThatDifferChangeNoSum(t *testing.T) {
-	redis, dir := startRedis(t), t.TempDir()
+	server, dir := startRedis(t), t.TempDir()
 	const window = 400 * time.Millisecond
 	type key struct {
 		window time.Time
@@ -111,8 +119,8 @@ func TestClocksThatDifferChangeNoSum(t *testing.T) {
 	sums := map[time.Time]int{}
 	t.Run("", func(t *testing.T) { // its cleanup stops the instances
 		instances := []*skewed{
-			startSkewed(t, "a", dir, redis.addr, window, 0),
-			startSkewed(t, "b", dir, redis.addr, window, 700*time.Millisecond),
+			startSkewed(t, "a", dir, server.addr, window, 0),
+			startSkewed(t, "b", dir, server.addr, window, 700*time.Millisecond),
 		}
 		var asking sync.WaitGroup
 		until := time.Now().Add(15 * window)

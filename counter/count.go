@@ -29,6 +29,14 @@ func (s Span) End() time.Time { return s.Start.Add(s.Window) }
 // Span returns the window that c counts.
 func (c Count) Span() Span { return Span{c.Start, c.Window} }
 
+// Claim is a group's answer to the question who writes the line of a window into a
+// counts file: exactly one of its instances does.
+type Claim struct {
+	Mine    bool // this instance writes the line
+	Written bool // the line is in a counts file of the group: nobody writes it
+	Doubt   bool // an earlier writer may have written it here without reporting it
+}
+
 // Publisher takes the counts of sealed epochs, in order of their start.
 //
 // Publish returns nil only when the count can no longer be lost by a crash of

@@ -1,10 +1,6 @@
 package dedup
 
-import (
-	"time"
-
-	"verve/counter"
-)
+import "time"
 
 // GroupStats describes the Redis and the group as this instance sees them.
 type GroupStats struct {
@@ -26,27 +22,14 @@ type GroupStats struct {
 	Pending  uint64 // ids that wait for an answer
 }
 
-// Group returns a snapshot for the metrics.
-func (r *Redis) Group() GroupStats {
-	s := GroupStats{
-		LedgerStats: r.ledger.Stats(),
-		Unique:      r.Live(),
-		Batches:     r.counts.batches.Load(),
-		Retries:     r.counts.retries.Load(),
-		Untold:      r.counts.untold.Load(),
-		Twice:       r.counts.twice.Load(),
-		Replayed:    r.counts.replayed.Load(),
-		Dropped:     r.counts.dropped.Load(),
-		Pending:     uint64(max(0, r.pending.Load())),
-	}
-	s.Ready, s.Away = r.Health()
-	return s
-}
+// LedgerStats describes the group as one of its members sees it.
+type LedgerStats struct {
+	Members int           // alive, this one among them
+	Leading bool          // this one publishes
+	Offset  time.Duration // how far the clock of Redis is ahead of this one
+	Waiting int           // epochs this one knows of and has not heard to be delivered, the open one among them
 
-// IsDelivered reports whether the record of an epoch that this instance has left
-// is known to be delivered, by whichever instance.
-func (l *Ledger) IsDelivered(s counter.Span) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.find(s) == nil && time.Since(s.End()) > 0
+	// Problem says why this instance should get no requests: its clock or its
+	// windows are not those of the group. Empty if they are.
+	Problem string
 }

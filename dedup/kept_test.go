@@ -26,13 +26,6 @@ import (
 	"verve/counter"
 )
 
-// The whole suite of a Set is passed with a journal too.
-func init() {
-	newSets["kept"] = func(t testing.TB, maxIDs uint64) Set {
-		return newMemory(t, Config{MaxIDs: maxIDs, Dir: t.TempDir()})
-	}
-}
-
 // ledger stands for the spool: what it has been given outlives the lives of a
 // test.
 type ledger struct {

@@ -83,11 +83,17 @@ type Key struct {
 	kind   uint8  // narrowKind, wideKind
 }
 
+// IsDecimal reports whether the id was a canonical decimal up to 2^64-1.
+func (k Key) IsDecimal() bool { return k.kind == narrowKind }
+
+// Hash returns 64 bits of the key, of which the highest are the most even.
+func (k Key) Hash() uint64 { return k.lo }
+
 func (s *secret) key(id []byte) Key {
 	if n, ok := decimal(id); ok {
 		return Key{lo: s.scatter(n), kind: narrowKind}
 	}
-	hi, lo, ok := uuid(id)
+	hi, lo, ok := ParseUUID(id)
 	if !ok {
 		hi, lo = s.hash(id)
 	}
@@ -163,9 +169,9 @@ var unhex = func() (t [256]byte) {
 	return t
 }()
 
-// uuid parses a UUID in its canonical text (RFC 9562, section 4): lower case,
+// ParseUUID parses a UUID in its canonical text (RFC 9562, section 4): lower case,
 // with hyphens. Any other spelling is another id and is hashed.
-func uuid(id []byte) (hi, lo uint64, ok bool) {
+func ParseUUID(id []byte) (hi, lo uint64, ok bool) {
 	if len(id) != uuidLen || id[8] != '-' || id[13] != '-' || id[18] != '-' || id[23] != '-' {
 		return 0, 0, false
 	}

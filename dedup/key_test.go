@@ -48,7 +48,7 @@ func FuzzUUID(f *testing.F) {
 		f.Add([]byte(id))
 	}
 	f.Fuzz(func(t *testing.T, id []byte) {
-		hi, lo, ok := uuid(id)
+		hi, lo, ok := ParseUUID(id)
 		if want := canonicalUUID.Match(id); ok != want {
 			t.Fatalf("uuid(%q) is %t, want %t", id, ok, want)
 		}

@@ -96,10 +96,10 @@ type Memory struct {
 	loads      [forecastEpochs]load // of the epochs retired last
 	retired    int
 	unretired  int // epochs opened and not retired
-	spare      *view
+	spare      *View
 	serial     uint64 // of the epoch opened last
 
-	current atomic.Pointer[view] // of the epoch opened last; stored with mu held
+	current atomic.Pointer[View] // of the epoch opened last; stored with mu held
 
 	// What keeps words of different epochs less than half a lap apart. No word
 	// of an epoch up to clean is in narrow or wide, and no request is left that
@@ -115,9 +115,9 @@ type Memory struct {
 	grown, resized, reclaimed, fulls atomic.Uint64
 }
 
-// view is what an epoch knows of the tables. It stays the same from Open to
+// View is what an epoch knows of the tables. It stays the same from Open to
 // Retire but for its counters.
-type view struct {
+type View struct {
 	tag    uint64
 	narrow *table[narrowBucket]
 	wide   *table[wideBucket]
@@ -144,7 +144,7 @@ type load struct{ narrow, wide uint64 }
 
 func (l load) sum() uint64 { return l.narrow + l.wide }
 
-func (v *view) load() load {
+func (v *View) load() load {
 	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery}
 }
 
@@ -232,7 +232,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 	}
 	v := m.spare
 	if v == nil {
-		v = new(view)
+		v = new(View)
 	}
 	m.spare = nil
 	if m.serial == 0 {
@@ -294,7 +294,7 @@ func (m *Memory) nudge() {
 
 // Retire learns from the load of e and lets go of its tables.
 func (m *Memory) Retire(e *counter.Epoch) {
-	v, here := e.State.(*view)
+	v, here := e.State.(*View)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !here { // counted by an earlier process
@@ -312,7 +312,7 @@ func (m *Memory) Retire(e *counter.Epoch) {
 		m.retired++
 	}
 	if m.spare == nil {
-		m.spare = new(view)
+		m.spare = new(View)
 	}
 	e.State = nil // an Add against the rules fails here, not in freed memory
 }
@@ -335,7 +335,7 @@ func (m *Memory) Key(id []byte) Key {
 // Add implements Set. Where nothing is kept, a batch of one would cost a sixth more
 // (BenchmarkAdd of bench, 50,000 ids).
 func (m *Memory) Add(e *counter.Epoch, _ []byte, k Key) (Verdict, error) {
-	v := e.State.(*view)
+	v := e.State.(*View)
 	if v.journal.Load() == nil {
 		p, err := m.insert(e, v, k, 0)
 		if err != nil {
@@ -353,7 +353,7 @@ func (m *Memory) Add(e *counter.Epoch, _ []byte, k Key) (Verdict, error) {
 // AddMany implements Batcher. An id that there is no room for is counted when Add
 // is asked for it.
 func (m *Memory) AddMany(e *counter.Epoch, keys []Key, verdicts []Verdict) (judged int, err error) {
-	v := e.State.(*view)
+	v := e.State.(*View)
 	if j := v.journal.Load(); j != nil {
 		w := j.writers.Get().(*writer)
 		judged, err = m.addKept(e, v, j, w, keys, verdicts)
@@ -387,7 +387,7 @@ func (m *Memory) refused(err error) error {
 //
 // The journal is mapped memory, and faults as the disk under it fails. To be
 // ready for that costs as much as a record: a batch pays it once.
-func (m *Memory) addKept(e *counter.Epoch, v *view, j *journal, w *writer, keys []Key, verdicts []Verdict) (n int, err error) {
+func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, keys []Key, verdicts []Verdict) (n int, err error) {
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	fresh := uint64(0)
@@ -414,7 +414,7 @@ func (m *Memory) addKept(e *counter.Epoch, v *view, j *journal, w *writer, keys 
 
 // insert adds a key to its table. fresh ids that came with it are in there and not
 // counted yet.
-func (m *Memory) insert(e *counter.Epoch, v *view, k Key, fresh uint64) (place, error) {
+func (m *Memory) insert(e *counter.Epoch, v *View, k Key, fresh uint64) (place, error) {
 	if v.tight.Load() {
 		return m.insertTight(v, int(k.kind), k.hi, k.lo)
 	}
@@ -443,7 +443,7 @@ func verdict(p place) Verdict {
 	}
 }
 
-func (m *Memory) addNarrow(v *view, x uint64, look bool) (place, error) {
+func (m *Memory) addNarrow(v *View, x uint64, look bool) (place, error) {
 	for i := range v.narrow.levels {
 		l := v.narrow.levels[i].Load()
 		if l == nil {
@@ -468,7 +468,7 @@ func (m *Memory) addNarrow(v *view, x uint64, look bool) (place, error) {
 	return full, ErrFull
 }
 
-func (m *Memory) addWide(v *view, hi, lo uint64, look bool) (place, error) {
+func (m *Memory) addWide(v *View, hi, lo uint64, look bool) (place, error) {
 	for i := range v.wide.levels {
 		l := v.wide.levels[i].Load()
 		if l == nil {
@@ -512,7 +512,7 @@ func crowding[B any](m *Memory, t *table[B], i int) {
 // sample counts one new id for sampleEvery and sees MaxIDs coming. fresh ids of
 // its own request, or of those that arrived with it, are in and not counted: they
 // are when they leave.
-func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64, fresh uint64) {
+func (m *Memory) sample(e *counter.Epoch, v *View, of *atomic.Uint64, fresh uint64) {
 	of.Add(1)
 	if m.cfg.MaxIDs == 0 {
 		return
@@ -533,7 +533,7 @@ func (m *Memory) sample(e *counter.Epoch, v *view, of *atomic.Uint64, fresh uint
 }
 
 // insertTight adds under the lock that guards what is left of MaxIDs.
-func (m *Memory) insertTight(v *view, kind int, hi, lo uint64) (p place, err error) {
+func (m *Memory) insertTight(v *View, kind int, hi, lo uint64) (p place, err error) {
 	if v.refused != nil {
 		return full, v.refused
 	}
@@ -552,6 +552,25 @@ func (m *Memory) insertTight(v *view, kind int, hi, lo uint64) (p place, err err
 		v.left--
 	}
 	return p, err
+}
+
+// Knows reports whether an id is in v. Nothing is added. Safe for concurrent use
+// between Open and Retire of v's epoch.
+func (m *Memory) Knows(v *View, k Key) bool {
+	var p place
+	if k.kind == narrowKind {
+		p, _ = m.addNarrow(v, k.lo, true)
+	} else {
+		p, _ = m.addWide(v, k.hi, k.lo, true)
+	}
+	return p == found
+}
+
+// Learn adds an id to v, the View of e, beside the journal. An id that finds no room
+// is not known later: Knows answers false, and the error says why.
+func (m *Memory) Learn(e *counter.Epoch, v *View, k Key) (Verdict, error) {
+	p, err := m.insert(e, v, k, 0)
+	return verdict(p), err
 }
 
 // Stats implements Set.

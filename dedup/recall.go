@@ -54,7 +54,7 @@ func (m *Memory) recall() {
 		return
 	}
 	j.resumable = true
-	v := &view{tag: tagOf(j.newest.serial), narrow: m.narrow, wide: m.wide}
+	v := &View{tag: tagOf(j.newest.serial), narrow: m.narrow, wide: m.wide}
 	had := j.counts[j.newest.serial]
 	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
 	v.wideSample.Store(had.wide / sampleEvery)
@@ -87,7 +87,7 @@ type filler struct {
 	fill func(words []uint64, occupied []uint16) error
 }
 
-func (m *Memory) narrowFiller(v *view, records uint64) filler {
+func (m *Memory) narrowFiller(v *View, records uint64) filler {
 	first := v.narrow.levels[0].Load()
 	return filler{
 		kind: narrowKind, records: records,
@@ -124,7 +124,7 @@ func (m *Memory) narrowFiller(v *view, records uint64) filler {
 	}
 }
 
-func (m *Memory) wideFiller(v *view, records uint64) filler {
+func (m *Memory) wideFiller(v *View, records uint64) filler {
 	first := v.wide.levels[0].Load()
 	return filler{
 		kind: wideKind, records: records,

@@ -145,7 +145,7 @@ func (j *journal) removeReplaced() {
 
 // lookFull answers an id that there is no room for in the journal: if it is in
 // the table it is a repeat all the same.
-func (m *Memory) lookFull(v *view, kind int, hi, lo uint64, refused error) (p place, err error) {
+func (m *Memory) lookFull(v *View, kind int, hi, lo uint64, refused error) (p place, err error) {
 	if !errors.Is(refused, ErrFull) {
 		return full, refused
 	}

@@ -10,8 +10,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
+
+	"verve/counter"
 )
 
 // fileSink appends records to the counts file, one a line, and syncs them.
@@ -31,12 +34,13 @@ import (
 // batch again.
 //
 // The instances of a group write one line per window into all their files
-// together: the ledger is asked right before it is written, and told right after.
+// together: each line is claimed right before it is written, and reported as
+// written right after.
 type fileSink struct {
 	path   string
 	stdout io.Writer // not nil: the sink is standard output
 	step   func(string)
-	ledger Ledger // nil: this instance counts for itself
+	claims Claims // nil: this instance counts for itself
 
 	// rest is what a write to standard output left of the line of the record at
 	// restOf: the next one goes on there.
@@ -81,31 +85,50 @@ func (f *fileSink) doubt(upTo uint64) {
 	}
 }
 
+// Claims is the one question that a counts file asks a group: who writes a line?
+type Claims interface {
+	// Claim is called right before the line of a window is written. An error leaves
+	// the line to a later try.
+	Claim(ctx context.Context, s counter.Span) (counter.Claim, error)
+	// Written reports that the line is in a counts file of the group.
+	Written(ctx context.Context, s counter.Span) error
+}
+
+// errElsewhere keeps a record in the spool until its writer has reported it.
+var errElsewhere = errors.New("another instance of the group publishes, this record is left to it")
+
 func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
-	if f.ledger == nil || batch[0].record.Scope != ScopeGroup {
-		for i := range batch {
-			if f.ledger != nil && batch[i].record.Scope == ScopeGroup {
-				batch = batch[:i] // what was before the instance joined a group
-				break
-			}
-		}
-		return f.write(ctx, batch)
+	if batch[0].record.Scope == ScopeGroup && f.claims != nil {
+		return f.deliverClaimed(ctx, batch[:1])
 	}
-	s := batch[0].record.Span()
-	mine, written, err := f.ledger.MayWrite(ctx, s)
+	// What was counted alone comes before the instance joined a group.
+	if i := slices.IndexFunc(batch, func(e entry) bool { return e.record.Scope == ScopeGroup }); i > 0 && f.claims != nil {
+		batch = batch[:i]
+	}
+	return f.write(ctx, batch)
+}
+
+// deliverClaimed writes the line of one record of a group, if it is this
+// instance's to write.
+func (f *fileSink) deliverClaimed(ctx context.Context, one []entry) (int, error) {
+	s := one[0].record.Span()
+	claim, err := f.claims.Claim(ctx, s)
 	switch {
 	case err != nil:
 		return 0, fmt.Errorf("counts file: %w", err)
-	case written:
+	case claim.Written:
 		return 1, nil
-	case !mine:
+	case !claim.Mine:
 		return 0, errElsewhere
 	}
-	if n, err := f.write(ctx, batch[:1]); err != nil {
+	if claim.Doubt {
+		f.doubt(one[0].index)
+	}
+	if n, err := f.write(ctx, one); err != nil {
 		return n, err
 	}
-	if err := f.ledger.Written(ctx, s); err != nil {
-		f.doubt(batch[0].index) // it is there
+	if err := f.claims.Written(ctx, s); err != nil {
+		f.doubt(one[0].index) // it is there
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
 	return 1, nil

@@ -14,7 +14,10 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"verve/counter"
+	"verve/dedup/redis"
 )
 
 // sharedLedger is what the instances of a test share: the rules of the ledger,
@@ -27,6 +30,7 @@ type sharedLedger struct {
 	dead    map[string]bool
 	leader  string
 	epochs  map[counter.Span]*sharedEpoch
+	doubts  map[string]time.Time // by member
 }
 
 type sharedEpoch struct {
@@ -41,10 +45,13 @@ type memberLedger struct {
 	name string
 }
 
-var errAway = errors.New("ledger is away")
+var errAway = errors.New("ledger is down")
+
+// groupRound is how often the leader of a group looks for epochs to publish.
+const groupRound = time.Second
 
 func newSharedLedger() *sharedLedger {
-	return &sharedLedger{members: map[string]bool{}, dead: map[string]bool{}, epochs: map[counter.Span]*sharedEpoch{}}
+	return &sharedLedger{members: map[string]bool{}, dead: map[string]bool{}, epochs: map[counter.Span]*sharedEpoch{}, doubts: map[string]time.Time{}}
 }
 
 func (l *sharedLedger) join(name string) memberLedger {
@@ -167,20 +174,25 @@ func (m memberLedger) Leading() bool {
 	return m.leader == m.name
 }
 
-func (m memberLedger) MayWrite(_ context.Context, s counter.Span) (mine, written bool, err error) {
+func (m memberLedger) Claim(_ context.Context, s counter.Span) (claim counter.Claim, err error) {
 	unlock, err := m.locked()
 	if err != nil {
-		return false, false, err
+		return claim, err
 	}
 	defer unlock()
+	claim.Doubt = !s.End().After(m.doubts[m.name])
 	if e := m.epoch(s); e.written || e.delivered {
-		return false, true, nil
+		claim.Written = true
+		return claim, nil
 	}
 	if m.leader == "" {
 		m.leader = m.name
 	}
-	return m.leader == m.name, false, nil
+	claim.Mine = m.leader == m.name
+	return claim, nil
 }
+
+func (m memberLedger) Doubt(upTo time.Time) { m.set(func() { m.doubts[m.name] = upTo }) }
 
 func (m memberLedger) Written(_ context.Context, s counter.Span) error {
 	unlock, err := m.locked()
@@ -221,11 +233,40 @@ func (m memberLedger) Others(context.Context) (int, time.Duration, error) {
 	return len(m.members), 0, nil
 }
 
+// member is an instance of a group of a test.
+type member struct {
+	running
+	group *redis.Group
+}
+
 // in starts an instance of the group that writes to its own file.
-func (l *sharedLedger) in(t *testing.T, name, dir string) running {
-	return start(t, "", Config{
-		Scope: ScopeGroup, Ledger: l.join(name), CountsFile: filepath.Join(dir, name+".jsonl"),
-	})
+func (l *sharedLedger) in(t *testing.T, name, dir string) member { return l.startIn(t, name, dir, "") }
+
+// startIn is in with the directory of a spool.
+func (l *sharedLedger) startIn(t *testing.T, name, dir, spool string) member {
+	t.Helper()
+	ledger := l.join(name)
+	r := start(t, spool, Config{Scope: ScopeGroup, Claims: ledger, CountsFile: filepath.Join(dir, name+".jsonl")})
+	g, err := redis.NewGroup(ledger, r.Stream, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = g.Run(ctx) }()
+	stop := r.stop
+	r.stop = func() { cancel(); <-done; stop() }
+	t.Cleanup(r.stop)
+	return member{r, g}
+}
+
+func (m member) publish(t *testing.T, from, to int) {
+	t.Helper()
+	for i := from; i < to; i++ {
+		if err := m.group.Publish(context.Background(), window(i)); err != nil {
+			t.Fatalf("publish window %d: %v", i, err)
+		}
+	}
 }
 
 // lines are those of all counts files in dir.
@@ -289,7 +330,7 @@ func TestGroupWritesOneRecordPerWindow(t *testing.T) {
 	inGroupBubble(t, func(t *testing.T) {
 		dir, l := t.TempDir(), newSharedLedger()
 		const instances, windows = 3, 20
-		var all []running
+		var all []member
 		for i := range instances {
 			all = append(all, l.in(t, fmt.Sprint("i", i), dir))
 		}
@@ -298,7 +339,7 @@ func TestGroupWritesOneRecordPerWindow(t *testing.T) {
 			publishing.Go(func() { r.publish(t, 0, windows) })
 		}
 		publishing.Wait()
-		time.Sleep(2 * groupEvery)
+		time.Sleep(2 * groupRound)
 		wantLines(t, lines(t, dir), windows, instances)
 		for _, r := range all {
 			if p := r.Stats().Pending; p != 0 {
@@ -323,12 +364,11 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 			inGroupBubble(t, func(t *testing.T) {
 				dir, l := t.TempDir(), newSharedLedger()
 				a := l.in(t, "a", dir)
-				if a.Publish(t.Context(), window(0)) != nil || a.group.round(t.Context()) != nil {
-					t.Fatal("window 0 is not published")
-				}
+				a.publish(t, 0, 1)
+				time.Sleep(2 * groupRound)
 				b := l.in(t, "b", dir)
 				a.flush(t, time.Minute)
-				time.Sleep(2 * groupEvery)
+				time.Sleep(2 * groupRound)
 				stepHook := func(at string) {
 					if at == step {
 						l.killed("a")
@@ -341,10 +381,10 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 				if step == "" {
 					l.killed("a") // before it reported
 				}
-				for _, r := range []running{a, b} {
-					go func() { _ = r.Publish(t.Context(), window(1)) }()
+				for _, r := range []member{a, b} {
+					go func() { _ = r.group.Publish(t.Context(), window(1)) }()
 				}
-				time.Sleep(3 * groupEvery)
+				time.Sleep(3 * groupRound)
 				if !l.isDead("a") {
 					t.Fatal("a did not come to the step")
 				}
@@ -389,22 +429,30 @@ func TestKilledPublisherWritesNothingAgain(t *testing.T) {
 		dir, l := t.TempDir(), newSharedLedger()
 		spool := t.TempDir()
 		sp := testSpool(t, spool)
-		s, err := New(Config{Scope: ScopeGroup, Ledger: l.join("a"), CountsFile: filepath.Join(dir, "a.jsonl")}, sp)
+		ledger := l.join("a")
+		s, err := New(Config{Scope: ScopeGroup, Claims: ledger, CountsFile: filepath.Join(dir, "a.jsonl")}, sp)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Publish(t.Context(), window(0)); err != nil {
+		g, err := redis.NewGroup(ledger, s, zerolog.Nop())
+		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.group.round(t.Context()); err != nil { // into the spool, and no further
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { _ = g.Run(ctx) }) // into the spool, and no further: s does not run
+		if err := g.Publish(t.Context(), window(0)); err != nil {
 			t.Fatal(err)
 		}
+		time.Sleep(2 * groupRound)
+		stop()
+		running.Wait()
 		l.killed("a")
 		sp.Close()
 		b := l.in(t, "b", dir)
-		time.Sleep(2 * groupEvery)
+		time.Sleep(2 * groupRound)
 		wantLines(t, lines(t, dir), 1, 1)
-		a := start(t, spool, Config{Scope: ScopeGroup, Ledger: l.join("a"), CountsFile: filepath.Join(dir, "a.jsonl")})
+		a := l.startIn(t, "a", dir, spool)
 		a.flush(t, time.Minute)
 		wantLines(t, lines(t, dir), 1, 1)
 		a.stop()
@@ -421,7 +469,7 @@ func TestLedgerAwayLosesNoRecord(t *testing.T) {
 		published := make(chan error, 1)
 		go func() {
 			for i := range 3 {
-				if err := r.Publish(context.Background(), window(i)); err != nil {
+				if err := r.group.Publish(context.Background(), window(i)); err != nil {
 					published <- err
 				}
 			}
@@ -433,7 +481,7 @@ func TestLedgerAwayLosesNoRecord(t *testing.T) {
 		if err := <-published; err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(2 * groupEvery)
+		time.Sleep(2 * groupRound)
 		wantLines(t, lines(t, dir), 3, 1)
 		r.stop()
 	})
@@ -446,13 +494,13 @@ func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
 		dir, l := t.TempDir(), newSharedLedger()
 		r := l.in(t, "a", dir)
 		r.publish(t, 0, 3)
-		time.Sleep(2 * groupEvery)
+		time.Sleep(2 * groupRound)
 		l.set(func() {
 			for _, e := range l.epochs {
 				e.written, e.delivered = false, false
 			}
 		})
-		time.Sleep(2 * groupEvery)
+		time.Sleep(2 * groupRound)
 		wantLines(t, lines(t, dir), 3, 1)
 		l.set(func() {
 			for s, e := range l.epochs {
@@ -473,15 +521,15 @@ func TestLeavingLeavesTheWindowToTheOthers(t *testing.T) {
 		a, b := l.in(t, "a", dir), l.in(t, "b", dir)
 		now := time.Now()
 		open := counter.Count{Start: now.Add(-30 * time.Second), Window: time.Minute, Unique: 5, Exact: true}
-		leave := func(r running, within time.Duration) {
+		leave := func(r member, within time.Duration) {
 			t.Helper()
 			ctx, cancel := context.WithTimeout(t.Context(), within)
 			defer cancel()
-			r.Leaving()
-			if err := r.Publish(ctx, open); err != nil { // the counter is sealed
+			r.group.Leaving()
+			if err := r.group.Publish(ctx, open); err != nil { // the counter is sealed
 				t.Fatal(err)
 			}
-			if err := r.Leave(ctx); err != nil {
+			if err := r.group.Leave(ctx); err != nil {
 				t.Fatal(err)
 			}
 			if err := r.Flush(ctx); err != nil {

@@ -15,7 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,6 +24,7 @@ import (
 
 	"verve/counter"
 	"verve/internal/logline"
+	"verve/internal/retry"
 )
 
 // Config configures a Stream. Group and instance come from the spool.
@@ -34,10 +34,9 @@ type Config struct {
 	// it, and is made visible once for the whole group.
 	Scope Scope
 
-	// Ledger is that of the group whose windows are counted together. With it
-	// Publish gets the counts of one instance, and the records are those of the
-	// group; Scope is ScopeGroup.
-	Ledger Ledger
+	// Claims is asked, in ScopeGroup, before a line is written to the counts file.
+	// Required if there is a counts file then.
+	Claims Claims
 
 	// Kafka is where records go. No brokers: nowhere.
 	Kafka KafkaConfig
@@ -78,12 +77,6 @@ const (
 	// in 40 batches, 90 KB each, well below any broker's message limit.
 	batchSize = 256
 
-	// Retries wait between these, doubling, with jitter so that instances that
-	// lost the same broker do not return in step. Five seconds leaves a broker
-	// that came back found well within half a minute.
-	minBackoff = 100 * time.Millisecond
-	maxBackoff = 5 * time.Second
-
 	// failureLogEvery samples the log of a failure that repeats.
 	failureLogEvery = 30 * time.Second
 
@@ -97,7 +90,6 @@ type Stream struct {
 	cfg   Config
 	spool *Spool
 	sinks []*worker
-	group *group // nil without a Ledger
 
 	// mu guards what Stats reports about appending.
 	mu             sync.Mutex
@@ -143,8 +135,8 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	case cfg.Scope != ScopeInstance && cfg.Scope != ScopeGroup:
 		return nil, fmt.Errorf("stream: scope %q is neither %q nor %q", cfg.Scope, ScopeInstance, ScopeGroup)
 	}
-	if cfg.Ledger != nil && cfg.Scope != ScopeGroup {
-		return nil, fmt.Errorf("stream: a ledger is for scope %q", ScopeGroup)
+	if cfg.Scope == ScopeGroup && cfg.CountsFile != "" && cfg.Claims == nil {
+		return nil, errors.New("stream: a counts file of a group needs Claims")
 	}
 	s := &Stream{cfg: cfg, spool: spool}
 	var names []string
@@ -164,7 +156,9 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	}
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step)
-		f.ledger = cfg.Ledger
+		if cfg.Scope == ScopeGroup {
+			f.claims = cfg.Claims
+		}
 		add(f, cfg.CountsFile)
 	}
 	if err := spool.attach(names); err != nil {
@@ -172,12 +166,6 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	}
 	if pending, _ := spool.watch(); pending > 0 && len(names) == 0 {
 		cfg.Log.Warn().Int("records", pending).Msg("spooled records have neither a broker nor a counts file to go to, the next window drops them")
-	}
-	if cfg.Ledger != nil {
-		var err error
-		if s.group, err = newGroup(s, cfg.Ledger); err != nil {
-			return nil, fmt.Errorf("stream: %w", err)
-		}
 	}
 	return s, nil
 }
@@ -196,22 +184,17 @@ func (s *Stream) step(name string) {
 // When Publish returns an error the count is with the caller. Whether it is in
 // the spool all the same, after a failed fsync, Spool.LastWindow tells the next
 // process.
-//
-// In a group it waits until the epoch is sealed for all instances: then its count
-// is in the Ledger, and the one of them that leads publishes it.
 func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
-	if c.Window%time.Millisecond != 0 {
-		return fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", c.Start.UTC().Format(time.RFC3339Nano), c.Window)
-	}
-	if s.group != nil {
-		return s.group.publish(ctx, c)
-	}
-	_, err := s.store(ctx, c)
+	_, err := s.Append(ctx, c)
 	return err
 }
 
-// store makes the record of a count durable and returns its place in the spool.
-func (s *Stream) store(ctx context.Context, c counter.Count) (index uint64, err error) {
+// Append is Publish, and returns the place of the record in the spool: places are
+// never reused, and records are delivered in their order (DeliveredTo).
+func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err error) {
+	if c.Window%time.Millisecond != 0 {
+		return 0, fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", c.Start.UTC().Format(time.RFC3339Nano), c.Window)
+	}
 	r := Record{
 		WindowStart: c.Start.UTC(),
 		WindowMS:    c.Window.Milliseconds(),
@@ -233,7 +216,7 @@ func (s *Stream) store(ctx context.Context, c counter.Count) (index uint64, err 
 		return 0, fmt.Errorf("publish: %w", err)
 	}
 	s.step(stepBefore)
-	var wait backoff
+	var wait retry.Backoff
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
 		err := s.spool.append(&r, s.step)
@@ -253,7 +236,7 @@ func (s *Stream) store(ctx context.Context, c counter.Count) (index uint64, err 
 			s.cfg.Log.Error().Err(err).Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).Uint64("hidden", hidden).
 				Msg("record is not in the spool yet, trying again")
 		}
-		if werr := wait.sleep(ctx); werr != nil {
+		if werr := wait.Sleep(ctx); werr != nil {
 			return 0, fmt.Errorf("publish %s: %w (%w)", r.WindowStart.Format(time.RFC3339Nano), err, werr)
 		}
 	}
@@ -270,9 +253,6 @@ func (s *Stream) Run(ctx context.Context) error {
 	for _, w := range s.sinks {
 		wg.Go(func() { w.run(ctx) })
 	}
-	if s.group != nil {
-		wg.Go(func() { s.group.run(ctx) })
-	}
 	wg.Wait()
 	return nil
 }
@@ -284,7 +264,7 @@ func (s *Stream) Flush(ctx context.Context) error {
 	for {
 		pending, changed := s.spool.watch()
 		if pending == 0 {
-			return s.markDelivered(ctx)
+			return nil
 		}
 		select {
 		case <-changed:
@@ -298,14 +278,34 @@ func (s *Stream) Flush(ctx context.Context) error {
 	}
 }
 
-// markDelivered tells the group what Flush has seen delivered.
-func (s *Stream) markDelivered(ctx context.Context) error {
-	if s.group == nil {
-		return nil
+// DeliveredTo returns the place up to which every sink has the records, and a
+// channel that is closed when a record was appended or delivered since.
+func (s *Stream) DeliveredTo() (place uint64, changed <-chan struct{}) {
+	_, changed = s.spool.watch()
+	return s.spool.deliveredTo(), changed
+}
+
+// Undelivered returns the places of the records of this group, in ScopeGroup, that
+// not every sink has.
+func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
+	spooled := make(map[counter.Span]uint64)
+	pending, head := s.spool.pendingRange()
+	for after := head - pending; after < head; {
+		batch, err := s.spool.store.scan(after, head, batchSize)
+		if err != nil {
+			return nil, fmt.Errorf("read the spool: %w", err)
+		}
+		if len(batch) == 0 {
+			break
+		}
+		for _, e := range batch {
+			if e.record.Scope == ScopeGroup && e.record.Group == s.spool.group {
+				spooled[e.record.Span()] = e.index
+			}
+		}
+		after = batch[len(batch)-1].index
 	}
-	s.group.mu.Lock()
-	defer s.group.mu.Unlock()
-	return s.group.mark(ctx)
+	return spooled, nil
 }
 
 // Close lets go of the sinks, after Run has returned. It does not wait longer
@@ -426,7 +426,7 @@ type worker struct {
 }
 
 func (w *worker) run(ctx context.Context) {
-	var wait backoff
+	var wait retry.Backoff
 	name, spool := w.sink.name(), w.stream.spool
 	prepare := w.prepare
 	for ctx.Err() == nil {
@@ -460,11 +460,11 @@ func (w *worker) run(ctx context.Context) {
 			if aerr := w.ack(ctx, batch[n-1].index, n, isPoison && err == nil); aerr != nil && err == nil {
 				err = aerr
 			}
-			wait = backoff{} // what moves is worth trying again at once
+			wait = retry.Backoff{} // what moves is worth trying again at once
 		}
 		if err == nil {
 			w.recovered(name)
-			wait = backoff{}
+			wait = retry.Backoff{}
 			continue
 		}
 		if ctx.Err() != nil {
@@ -472,7 +472,7 @@ func (w *worker) run(ctx context.Context) {
 		}
 		w.failed(err)
 		w.logFailure(err)
-		if wait.sleep(ctx) != nil {
+		if wait.Sleep(ctx) != nil {
 			return
 		}
 	}
@@ -525,7 +525,7 @@ func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) e
 		w.delivered--
 	}
 	w.mu.Unlock()
-	var wait backoff
+	var wait retry.Backoff
 	for {
 		err := w.stream.spool.ack(w.sink.name(), to)
 		if err == nil {
@@ -534,7 +534,7 @@ func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) e
 		}
 		err = fmt.Errorf("acknowledge in the spool: %w", err)
 		w.failed(err)
-		if wait.sleep(ctx) != nil {
+		if wait.Sleep(ctx) != nil {
 			return err
 		}
 	}
@@ -589,20 +589,4 @@ func (w *worker) stats(waiting bool) SinkStats {
 		st.LastError = w.lastErr.Error()
 	}
 	return st
-}
-
-// backoff waits longer each time. The zero value starts at minBackoff.
-type backoff struct{ next time.Duration }
-
-func (b *backoff) sleep(ctx context.Context) error {
-	d := min(max(b.next, minBackoff), maxBackoff)
-	b.next = 2 * d
-	t := time.NewTimer(d/2 + rand.N(d/2))
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }

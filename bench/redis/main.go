@@ -30,6 +30,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/dedup/redis"
 )
 
 var (
@@ -86,13 +87,13 @@ func run() error {
 	}
 	for range *rounds {
 		if *only == "verve" {
-			if err := note(verve("verve", false, false, decimalIDs(*ids), *ids)); err != nil {
+			if err := note(verve("verve", decimalIDs(*ids), *ids)); err != nil {
 				return err
 			}
 		}
 		if *only == "" || *only == "speed" {
 			for _, f := range []func() (measurement, error){
-				func() (measurement, error) { return verve("verve", false, false, decimalIDs(*ids), *ids) },
+				func() (measurement, error) { return verve("verve", decimalIDs(*ids), *ids) },
 				goRedis, rueidisSetNX, redisBenchmark,
 			} {
 				if err := note(f()); err != nil {
@@ -103,22 +104,17 @@ func run() error {
 		if *only == "" || *only == "repeats" {
 			// Ten times each id, in random order.
 			again := repeated(*ids)
-			for name, front := range map[string]bool{"verve, 90 % repeats": true, "verve, 90 % repeats, no front cache": false} {
-				if err := note(verve(name, front, false, again, *ids)); err != nil {
-					return err
-				}
+			if err := note(verve("verve, 90 % repeats", again, *ids)); err != nil {
+				return err
 			}
 		}
 	}
 	if *only == "" || *only == "memory" {
 		for _, f := range []func() (measurement, error){
 			func() (measurement, error) {
-				return verve("verve, decimals", false, false, decimalIDs(*stored), *stored)
+				return verve("verve, decimals", decimalIDs(*stored), *stored)
 			},
-			func() (measurement, error) {
-				return verve("verve, decimals, compact", false, true, decimalIDs(*stored), *stored)
-			},
-			func() (measurement, error) { return verve("verve, UUIDs", false, false, uuids(*stored), *stored) },
+			func() (measurement, error) { return verve("verve, UUIDs", uuids(*stored), *stored) },
 			func() (measurement, error) { return keyPerID("key per id, decimals", decimalIDs(*stored), *stored) },
 			func() (measurement, error) { return keyPerID("key per id, UUIDs", uuids(*stored), *stored) },
 		} {
@@ -189,12 +185,11 @@ func report(all []measurement, m map[string]measurement) error {
 	bar("CPU per id, client and Redis, verve / go-redis SETNX", 1./6, false, v.cpu(), m["go-redis SETNX"].cpu())
 	bar("the same, verve / rueidis SET NX EX", 1./3, false, v.cpu(), m["rueidis SET NX EX"].cpu())
 	bar("ids/s, verve / redis-benchmark -P 64 SADD", 0.5, true, v.PerSecond, m["redis-benchmark -P 64 SADD"].PerSecond)
-	front, far := m["verve, 90 % repeats"], m["verve, 90 % repeats, no front cache"]
-	bar("90 % repeats: throughput with / without front cache", 2.5, true, front.PerSecond, far.PerSecond)
-	bar("90 % repeats: CPU of Redis with / without front cache", 0.2, false, front.RedisUS, far.RedisUS)
+	repeats := m["verve, 90 % repeats"]
+	bar("throughput, 90 % repeats / new ids", 2.5, true, repeats.PerSecond, v.PerSecond)
+	bar("CPU of Redis per id, 90 % repeats / new ids", 0.2, false, repeats.RedisUS, v.RedisUS)
 	bar("Redis bytes per UUID / key per id", 0.7, false, m["verve, UUIDs"].Bytes, m["key per id, UUIDs"].Bytes)
 	bar("Redis bytes per decimal / key per id", 0.7, false, m["verve, decimals"].Bytes, m["key per id, decimals"].Bytes)
-	bar("Redis bytes per decimal, compact / key per id", 0.15, false, m["verve, decimals, compact"].Bytes, m["key per id, decimals"].Bytes)
 	if missed && *check {
 		return fmt.Errorf("a bar is missed")
 	}
@@ -302,18 +297,18 @@ type discard struct{}
 func (discard) Publish(context.Context, counter.Count) error { return nil }
 
 // verve measures the store of this project, by its own interface.
-func verve(name string, front, compact bool, id func(i int) []byte, n int) (m measurement, err error) {
+func verve(name string, id func(i int) []byte, n int) (m measurement, err error) {
 	m.Name = name
 	if err := flush(); err != nil {
 		return m, err
 	}
-	cfg := dedup.RedisConfig{URLs: []string{"redis://" + addr}, Group: "bench", Window: time.Hour, Timeout: 10 * time.Second, Compact: compact}
-	if front {
-		if cfg.Local, err = dedup.NewMemory(dedup.Config{Expect: uint64(n)}); err != nil {
-			return m, err
-		}
+	local, err := dedup.NewMemory(dedup.Config{Expect: uint64(n)})
+	if err != nil {
+		return m, err
 	}
-	set, err := dedup.NewRedis(cfg)
+	set, err := redis.New(redis.Config{
+		URLs: []string{"redis://" + addr}, Group: "bench", Window: time.Hour, Timeout: 10 * time.Second, Local: local,
+	})
 	if err != nil {
 		return m, err
 	}

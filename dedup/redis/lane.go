@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"errors"
@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/dedup"
 )
 
 const (
@@ -71,7 +72,7 @@ var laneTags = [clusterLanes]string{
 // that is under way. One batch at a time, each with the next sequence of this
 // session: a batch sent again is recognised by it, whatever became of the reply.
 type lane struct {
-	r    *Redis
+	r    *Set
 	i    int
 	key  string // of the hash of sessions; the prefix of all others
 	wake chan struct{}
@@ -113,7 +114,7 @@ type lane struct {
 
 type pendingKey struct {
 	epoch *redisEpoch
-	id    Key
+	id    dedup.Key
 }
 
 // laneEpoch is what a lane knows of an epoch. The lane's mu guards it.
@@ -155,7 +156,7 @@ type ask struct {
 	prev, next *ask  // by time; next is also the next to be woken
 	beside     *ask  // of the same entry
 
-	verdict Verdict
+	verdict dedup.Verdict
 	err     error
 	done    chan struct{} // capacity 1; verdict and err are there
 }
@@ -179,7 +180,7 @@ type job struct {
 	unknown bool
 }
 
-// Modes of a batch, as in redis.lua.
+// Modes of a batch, as in function.lua.
 const (
 	modeAdd    = "a"
 	modeLook   = "l"
@@ -189,7 +190,7 @@ const (
 	modeBeat   = "b"
 )
 
-func (l *lane) init(r *Redis, i int) {
+func (l *lane) init(r *Set, i int) {
 	l.r, l.i = r, i
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":sessions"
 	l.wake = make(chan struct{}, 1)
@@ -204,7 +205,7 @@ func (l *lane) nudge() {
 }
 
 // add brings an id to the lane and waits for the outcome.
-func (l *lane) add(e *counter.Epoch, s *redisEpoch, k Key, enc *encoded) (Verdict, error) {
+func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (dedup.Verdict, error) {
 	r := l.r
 	key := pendingKey{s, k}
 	now := r.now.Load()
@@ -213,17 +214,17 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k Key, enc *encoded) (Verdic
 	switch le := &s.lanes[l.i]; {
 	case l.closed:
 		l.mu.Unlock()
-		return Repeat, ErrUnavailable
+		return dedup.Repeat, dedup.ErrUnavailable
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		l.mu.Unlock()
-		return Turned, nil
+		return dedup.Turned, nil
 	case en != nil && en.state == untold:
 		l.tell(e, en)
 		l.mu.Unlock()
-		return Unique, nil
+		return dedup.Unique, nil
 	case en != nil && en.told:
 		l.mu.Unlock()
-		return Repeat, nil
+		return dedup.Repeat, nil
 	case l.down || r.health.refuses():
 		v, err := l.decide(e, key, en, enc)
 		l.mu.Unlock()
@@ -232,7 +233,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k Key, enc *encoded) (Verdic
 		if r.pending.Add(1) > int64(r.cfg.Pending) {
 			r.pending.Add(-1)
 			l.mu.Unlock()
-			return Repeat, errPending
+			return dedup.Repeat, errPending
 		}
 		en = l.enter(key, enc)
 	}
@@ -299,7 +300,7 @@ func wake(a *ask) {
 	}
 }
 
-var errPending = fmt.Errorf("%w: too many ids wait for Redis", ErrUnavailable)
+var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
 
 // tell answers for an entry that was added and not told about: the request that
 // brings it again is the one that is told. l.mu is held.
@@ -313,19 +314,19 @@ func (l *lane) tell(e *counter.Epoch, en *entry) {
 
 // decide answers without Redis. en is what is under way for the id, or nil.
 // l.mu is held.
-func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded) (Verdict, error) {
+func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
-		return Repeat, r.unavailable()
+		return dedup.Repeat, r.unavailable()
 	}
 	le := &s.lanes[l.i]
 	if !le.log.room(r) {
-		return Repeat, errLog
+		return dedup.Repeat, errLog
 	}
-	p, err := r.cfg.Local.learn(e, s.view, key.id)
+	v, err := r.cfg.Local.Learn(e, s.view, key.id)
 	switch {
-	case err != nil || p != taken:
-		return verdict(p), err
+	case err != nil || v != dedup.Unique:
+		return v, err
 	case en == nil || en.state == queued:
 		le.log.unsent(r, enc.bytes())
 		l.flush(s)
@@ -335,17 +336,15 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded)
 	default:
 		en.told = true // goes into the log when its outcome is known
 	}
-	return Unique, nil
+	return dedup.Unique, nil
 }
 
-var errLog = fmt.Errorf("%w: no room for more ids that Redis has not seen", ErrUnavailable)
+var errLog = fmt.Errorf("%w: no room for more ids that Redis has not seen", dedup.ErrUnavailable)
 
 // known makes a repeat of the id cost no trip. l.mu is held, so that whoever
 // finds it no more pending finds it there.
 func (l *lane) known(e *counter.Epoch, key pendingKey) {
-	if v := key.epoch.view; v != nil {
-		l.r.cfg.Local.learn(e, v, key.id)
-	}
+	_, _ = l.r.cfg.Local.Learn(e, key.epoch.view, key.id) // an id without room takes a trip next time
 }
 
 // wait adds a to those who wait. l.mu is held.
@@ -367,7 +366,7 @@ func (l *lane) wait(a *ask) {
 
 // answer ends the waiting of a, once l.mu is let go of by unlock. Its entry has
 // been told to forget it. l.mu is held.
-func (l *lane) answer(a *ask, v Verdict, err error) {
+func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	if a.prev != nil {
 		a.prev.next = a.next
 	} else {
@@ -390,7 +389,7 @@ func (l *lane) answer(a *ask, v Verdict, err error) {
 
 // answerAll answers first to the first who waits for en and then to the others.
 // l.mu is held.
-func (l *lane) answerAll(en *entry, first, then Verdict, err error) {
+func (l *lane) answerAll(en *entry, first, then dedup.Verdict, err error) {
 	v := first
 	for a := en.asks; a != nil; {
 		beside := a.beside
@@ -428,7 +427,7 @@ func (l *lane) expire(now int64) {
 		if en.asks == nil {
 			en.last = nil
 		}
-		v, err := Repeat, error(nil)
+		v, err := dedup.Repeat, error(nil)
 		if en.told {
 			// Answered as new to another request.
 		} else if l.r.cfg.FailOpen {
@@ -439,7 +438,7 @@ func (l *lane) expire(now int64) {
 		l.answer(a, v, err)
 		switch {
 		case en.state == settled: // decided here, whoever else waits has a repeat
-			l.answerAll(en, Repeat, Repeat, nil)
+			l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
 		case en.state == queued && en.asks == nil:
 			l.drop(en)
 		}
@@ -456,10 +455,10 @@ func (l *lane) fail() {
 	l.closed = true
 	for l.oldest != nil {
 		en := l.oldest.of
-		l.answerAll(en, Repeat, Repeat, ErrUnavailable)
+		l.answerAll(en, dedup.Repeat, dedup.Repeat, dedup.ErrUnavailable)
 	}
 	for _, q := range l.asked {
-		q.done <- ErrUnavailable
+		q.done <- dedup.ErrUnavailable
 	}
 	l.asked = nil
 }
@@ -625,7 +624,7 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 	size := batchSize
 	if limit := l.r.cfg.MaxIDs; limit > 0 && j.mode == modeAdd {
 		// Near the limit the lanes add little at a time, at it they only look.
-		left := less(limit, j.epoch.live())
+		left := limit - min(limit, j.epoch.live())
 		if left == 0 {
 			j.mode = modeLook
 		}
@@ -675,7 +674,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.mu.Unlock()
 	l.r.await(j.epoch)
 	l.r.counts.batches.Add(1)
-	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, l.r.buckets(),
+	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole,
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	if err != nil {
 		l.r.counts.retries.Add(1)
@@ -717,19 +716,6 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	}
 	j.unknown = true
 	return l.failed(j, errors.New("unexpected answer "+a.status), wait)
-}
-
-// compactBuckets is over how many buckets all lanes together spread the decimals
-// of an epoch of which nothing is known: a million of them fit.
-const compactBuckets = 4000
-
-// buckets is the wish for epochs that this session begins, of each lane; 0 where
-// they are not to be compact.
-func (r *Redis) buckets() string {
-	if r.cfg.Compact {
-		return strconv.Itoa(compactBuckets / len(r.lanes))
-	}
-	return "0"
 }
 
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
@@ -798,7 +784,7 @@ func (l *lane) added(en *entry) {
 	case en.told:
 		le.applied(l.r, l.seq, en)
 		l.done(en)
-		l.answerAll(en, Repeat, Repeat, nil)
+		l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
 	case en.asks == nil:
 		en.state = untold
 		l.untold = append(l.untold, en)
@@ -806,7 +792,7 @@ func (l *lane) added(en *entry) {
 		le.applied(l.r, l.seq, en)
 		l.known(en.asks.e, en.key)
 		l.done(en)
-		l.answerAll(en, Unique, Repeat, nil)
+		l.answerAll(en, dedup.Unique, dedup.Repeat, nil)
 	}
 }
 
@@ -831,7 +817,7 @@ func (l *lane) missed(en *entry) {
 	s.lanes[l.i].log.unsent(l.r, en.enc.bytes())
 	l.flush(s)
 	l.done(en)
-	l.answerAll(en, Repeat, Repeat, nil)
+	l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
 }
 
 // flush has what the log of s holds, and Redis does not, added. l.mu is held.
@@ -852,7 +838,7 @@ func (l *lane) turn(j *job) {
 		if en.told {
 			le.log.unsent(l.r, en.enc.bytes()) // Retire says so
 		}
-		l.answerAll(en, Turned, Turned, nil)
+		l.answerAll(en, dedup.Turned, dedup.Turned, nil)
 		l.done(en)
 	}
 	for _, en := range l.untold { // too late to take them back
@@ -930,10 +916,10 @@ func (l *lane) settle(en *entry, code byte) {
 			l.known(en.asks.e, en.key)
 		}
 		l.done(en)
-		l.answerAll(en, Repeat, Repeat, nil)
+		l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
 	case '4':
 		l.done(en)
-		l.answerAll(en, Repeat, Repeat, ErrFull)
+		l.answerAll(en, dedup.Repeat, dedup.Repeat, dedup.ErrFull)
 	default: // in doubt, or failed
 		l.requeue(en, &l.doubt)
 	}

@@ -1,10 +1,12 @@
-package dedup
+package redis
 
 import (
 	"context"
 	"slices"
 	"strconv"
 	"time"
+
+	"verve/dedup"
 )
 
 // replayLog holds the ids of an epoch and a lane that this process has answered
@@ -63,10 +65,10 @@ type mark struct {
 	end int
 }
 
-func (g *replayLog) room(r *Redis) bool { return r.logBytes.Load() < r.cfg.LogBytes }
+func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.LogBytes }
 
 // applied logs an id that Redis has taken in the batch seq.
-func (le *laneEpoch) applied(r *Redis, seq uint64, en *entry) {
+func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 	g, b := &le.log, en.enc.bytes()
 	if le.retired {
 		return
@@ -86,7 +88,7 @@ func (le *laneEpoch) applied(r *Redis, seq uint64, en *entry) {
 
 // unsent adds an id that Redis has not taken. It is kept whatever its size: the
 // caller has asked for room, or it is one of a batch.
-func (g *replayLog) unsent(r *Redis, b []byte) {
+func (g *replayLog) unsent(r *Set, b []byte) {
 	r.logBytes.Add(int64(len(b)))
 	g.todo = append(g.todo, b...)
 }
@@ -220,7 +222,7 @@ func (l *lane) lose(s *redisEpoch, a answer) {
 }
 
 // opened returns the epochs that are opened and not retired, oldest first.
-func (r *Redis) opened() []*redisEpoch {
+func (r *Set) opened() []*redisEpoch {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.epochs)
@@ -244,7 +246,7 @@ func (l *lane) retire(s *redisEpoch) int {
 // unsettled returns the start of the oldest epoch of which ids that this process
 // has answered as new, or may, are not in Redis for certain, or others are that
 // nobody was told about.
-func (r *Redis) unsettled() (start time.Time, some bool) {
+func (r *Set) unsettled() (start time.Time, some bool) {
 	see := func(s *redisEpoch) {
 		if !some || s.start.Before(start) {
 			start, some = s.start, true
@@ -276,7 +278,7 @@ func (r *Redis) unsettled() (start time.Time, some bool) {
 // settle asks every lane of Redis about the epoch that starts at start, so that
 // a loss is noticed of which this process has not heard. What unsettled says
 // after it is true of that moment.
-func (r *Redis) settle(ctx context.Context, start time.Time) error {
+func (r *Set) settle(ctx context.Context, start time.Time) error {
 	r.mu.Lock()
 	i := slices.IndexFunc(r.epochs, func(s *redisEpoch) bool { return s.start.Equal(start) })
 	if i < 0 {
@@ -292,7 +294,7 @@ func (r *Redis) settle(ctx context.Context, start time.Time) error {
 		l.mu.Lock()
 		if l.closed {
 			l.mu.Unlock()
-			return ErrUnavailable
+			return dedup.ErrUnavailable
 		}
 		l.asked = append(l.asked, q)
 		l.mu.Unlock()

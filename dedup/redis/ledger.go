@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"context"
@@ -14,6 +14,7 @@ import (
 	"github.com/redis/rueidis"
 
 	"verve/counter"
+	"verve/dedup"
 )
 
 const (
@@ -61,22 +62,27 @@ const (
 
 // ledgerConfig of a Ledger. All fields but FailOpen are required.
 type ledgerConfig struct {
-	Client   func() (rueidis.Client, error)
 	Group    string
 	Member   string // unique for each process
 	Window   time.Duration
 	MaxSkew  time.Duration // the clocks of the members differ by less, as a rule
 	FailOpen bool
+	IDs      groupIDs
+}
 
-	// Seal seals the ids of an epoch and counts them: the same sum whoever asks,
+// groupIDs is what a Ledger needs of a Set.
+type groupIDs interface {
+	// conn returns the client, or why there is none.
+	conn() (rueidis.Client, error)
+	// sealIDs seals the ids of an epoch and counts them: the same sum whoever asks,
 	// however often. Exact is false where some of them may have been lost.
-	Seal func(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error)
-	// Settle looks whether Redis has lost ids of this process since it was last
-	// asked; Unsettled then knows.
-	Settle func(ctx context.Context, start time.Time) error
-	// Unsettled is the start of the oldest epoch of which this process holds ids
+	sealIDs(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error)
+	// settle looks whether Redis has lost ids of this process since it was last
+	// asked; unsettled then knows.
+	settle(ctx context.Context, start time.Time) error
+	// unsettled is the start of the oldest epoch of which this process holds ids
 	// that Redis may not have.
-	Unsettled func() (start time.Time, some bool)
+	unsettled() (start time.Time, some bool)
 }
 
 // Ledger is what the members of a group know together of their epochs: who is
@@ -108,6 +114,7 @@ type Ledger struct {
 	offset   time.Duration // how far the clock of Redis is ahead of this one
 	unsure   time.Duration // of offset
 	odd      string        // a member with another window
+	doubt    time.Time     // of Doubt
 	beatErr  error         // of the last beat
 	lastBeat time.Time
 }
@@ -321,9 +328,9 @@ if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
-// mayWriteScript answers 2 where the line is written, 1 where this member is the
+// claimScript answers 2 where the line is written, 1 where this member is the
 // one to do it, as it is the leader or takes the lead, and 0 where another is.
-var mayWriteScript = rueidis.NewLuaScriptRetryable(`
+var claimScript = rueidis.NewLuaScriptRetryable(`
 local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
 if h[1] or h[2] then return 2 end
 local leader = redis.call('GET', KEYS[2])
@@ -373,7 +380,7 @@ return {others, now - last}
 func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) ([]rueidis.RedisMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, ledgerWait)
 	defer cancel()
-	client, err := l.cfg.Client()
+	client, err := l.cfg.IDs.conn()
 	if err != nil {
 		return nil, err
 	}
@@ -393,7 +400,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	defer tick.Stop()
 	for whole := true; !l.left.Load(); {
 		// Without a connection nothing is sent; Stats tells of what fails.
-		_ = l.tell(ctx, whole)
+		_ = l.beat(ctx, whole)
 		select {
 		case <-tick.C:
 			whole = true
@@ -442,11 +449,9 @@ func (l *Ledger) find(s counter.Span) *ledgerEpoch {
 	return nil
 }
 
-// beat tells Redis all that it must know of this member.
-func (l *Ledger) beat(ctx context.Context) error { return l.tell(ctx, true) }
-
-// tell beats, with all epochs or those only that Redis has not been told of.
-func (l *Ledger) tell(ctx context.Context, all bool) error {
+// beat writes to Redis what it must know of this member: with all epochs, or with
+// those only that it does not know yet.
+func (l *Ledger) beat(ctx context.Context, all bool) error {
 	l.beating.Lock()
 	defer l.beating.Unlock()
 	if l.left.Load() {
@@ -537,7 +542,7 @@ func parseBeat(out []rueidis.RedisMessage, epochs int) (now, leads, others int64
 
 // unsettled is the start of the oldest unsettled epoch, or empty.
 func (l *Ledger) unsettled() string {
-	if start, some := l.cfg.Unsettled(); some {
+	if start, some := l.cfg.IDs.unsettled(); some {
 		return unixMS(start)
 	}
 	return ""
@@ -568,12 +573,12 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) error {
 
 // settle asks for losses and waits until they are made good.
 func (l *Ledger) settle(ctx context.Context, s counter.Span) error {
-	if err := l.cfg.Settle(ctx, s.Start); err != nil {
+	if err := l.cfg.IDs.settle(ctx, s.Start); err != nil {
 		return err
 	}
 	deadline := time.Now().Add(settleWait)
 	for {
-		start, some := l.cfg.Unsettled()
+		start, some := l.cfg.IDs.unsettled()
 		if !some || start.After(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
@@ -652,7 +657,7 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 			}
 			continue
 		}
-		unique, exact, err := l.cfg.Seal(ctx, s)
+		unique, exact, err := l.cfg.IDs.sealIDs(ctx, s)
 		if err != nil {
 			return fail(err)
 		}
@@ -745,19 +750,29 @@ func (l *Ledger) Leading() bool {
 	return time.Now().Before(l.lead)
 }
 
-// MayWrite asks, right before the line of a record is written to a counts file,
-// whether the group has one, and whether this member is the one to write it; the
-// lead of a member that is gone is taken.
-func (l *Ledger) MayWrite(ctx context.Context, s counter.Span) (mine, written bool, err error) {
-	out, err := l.exec(ctx, mayWriteScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
+// Claim asks, right before the line of a record is written to a counts file, whether
+// the group has the line, and else whether this member writes it: the lead of a
+// member that is gone is taken.
+func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
+	out, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
 	if err != nil {
-		return false, false, fmt.Errorf("ledger: %w", err)
+		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}
 	what, err := out[0].AsInt64()
 	if err != nil {
-		return false, false, fmt.Errorf("ledger: %w", err)
+		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}
-	return what == 1, what == 2, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return counter.Claim{Mine: what == 1, Written: what == 2, Doubt: !s.End().After(l.doubt)}, nil
+}
+
+// Doubt makes Claim say of epochs that ended at or before upTo that an earlier
+// leader may have written their lines without reporting it.
+func (l *Ledger) Doubt(upTo time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.doubt = upTo
 }
 
 // Written says that the line is in a counts file of the group.
@@ -820,23 +835,11 @@ func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration
 	return int(n), time.Duration(heard) * time.Millisecond, nil
 }
 
-// LedgerStats describes the group as this member sees it.
-type LedgerStats struct {
-	Members int           // alive, this one among them
-	Leading bool          // this one publishes
-	Offset  time.Duration // how far the clock of Redis is ahead of this one
-	Waiting int           // epochs this one knows of and has not heard to be delivered, the open one among them
-
-	// Problem says why this instance should get no requests: its clock or its
-	// windows are not those of the group. Empty if they are.
-	Problem string
-}
-
 // Stats returns what the last beat told.
-func (l *Ledger) Stats() LedgerStats {
+func (l *Ledger) Stats() dedup.LedgerStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := LedgerStats{Members: l.others + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
+	s := dedup.LedgerStats{Members: l.others + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
 	if l.lastBeat.IsZero() {
 		return s
 	}
@@ -853,4 +856,12 @@ func (l *Ledger) Stats() LedgerStats {
 		s.Problem = fmt.Sprintf("the clock is %v %s that of Redis, %v are allowed", off.Round(time.Millisecond), which, l.cfg.MaxSkew)
 	}
 	return s
+}
+
+// IsDelivered reports whether the record of an epoch that this instance has left
+// is known to be delivered, by whichever instance.
+func (l *Ledger) IsDelivered(s counter.Span) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.find(s) == nil && time.Since(s.End()) > 0
 }

@@ -1,4 +1,4 @@
-package stream
+package redis
 
 import (
 	"context"
@@ -9,14 +9,16 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"verve/counter"
 	"verve/internal/logline"
+	"verve/internal/retry"
 )
 
-// Ledger is what the instances of a group know together of their epochs: an
-// atomic, shared memory with one clock. Each call is atomic and may be repeated
-// after an error, whatever became of it.
-type Ledger interface {
+// epochLedger is what a Group needs of a Ledger. Each call is atomic and may be
+// repeated after an error, whatever became of it.
+type epochLedger interface {
 	// Report says that this instance has left the epoch for good, whether it
 	// served all of it, and whether ids may be lost.
 	Report(ctx context.Context, c counter.Count) error
@@ -28,11 +30,9 @@ type Ledger interface {
 	Unpublished(ctx context.Context, open bool) ([]counter.Span, error)
 	// Leading reports whether this instance is the one that publishes.
 	Leading() bool
-	// MayWrite reports whether the line of an epoch is in a counts file of the
-	// group, and else whether this instance is the one to write it.
-	MayWrite(ctx context.Context, s counter.Span) (mine, written bool, err error)
-	// Written says that the line is in a counts file.
-	Written(ctx context.Context, s counter.Span) error
+	// Doubt says that lines of epochs that ended at or before upTo may be in a
+	// counts file although nobody has said so.
+	Doubt(upTo time.Time)
 	// Delivered says that all sinks have the record.
 	Delivered(ctx context.Context, s counter.Span) error
 	// Leave takes this instance out of the group. It and Others return how many
@@ -41,7 +41,23 @@ type Ledger interface {
 	Others(ctx context.Context) (others int, heard time.Duration, err error)
 }
 
-// Why a window of a group has one record, whoever of it dies when.
+// Records is where the records of the group go: the spool of this instance, as
+// package stream has it. All calls are safe for concurrent use.
+type Records interface {
+	// Append makes the record of a count durable and returns its place. It retries
+	// until ctx ends.
+	Append(ctx context.Context, c counter.Count) (place uint64, err error)
+	// Undelivered returns the places of the group's records that not every sink has.
+	Undelivered() (map[counter.Span]uint64, error)
+	// DeliveredTo returns the place up to which every sink has the records, and a
+	// channel that is closed when a record was appended or delivered since.
+	DeliveredTo() (place uint64, changed <-chan struct{})
+}
+
+// Group publishes the windows of a group: it is the counter's Publisher in place of
+// the stream of records, and puts the records of the group there.
+//
+// Why a window of a group has one record, whichever instance dies when.
 //
 // An instance that has left an epoch reports so and waits until it is sealed.
 // What it came to is decided in the ledger, once. So any instance can publish it,
@@ -62,19 +78,19 @@ type Ledger interface {
 //	all are killed               the first instance that starts is the leader
 //
 // A leader that slept through its lease meets its successor where they can harm:
-// at the broker in the fence, and at the file in MayWrite, right before the line
+// at the broker in the fence, and at the file in Claim, right before the line
 // is written. Between that and the write nothing holds it: the same line twice.
 //
 // The record is in the leader's spool as any record is, so a broker may be away
 // for days, and Redis may lose everything meanwhile.
-type group struct {
-	stream *Stream
+type Group struct {
+	ledger  epochLedger
+	records Records
+	log     zerolog.Logger
+	wake    chan struct{} // capacity 1: an epoch was sealed
 
 	// sealed is what the epoch that was published last came to.
 	sealed atomic.Pointer[counter.Count]
-
-	ledger Ledger
-	wake   chan struct{} // capacity 1: an epoch was sealed
 
 	leaving chan struct{} // closed: the process stops
 	once    sync.Once
@@ -95,6 +111,9 @@ const (
 	// maxDone is more than the epochs that instances write into the ledger again.
 	maxDone = 1024
 
+	// failureLogEvery samples the log of a failure that repeats.
+	failureLogEvery = 30 * time.Second
+
 	// leavePoll is how often one who leaves looks whether another is alive, and
 	// leaveTry how long it tries to say that it leaves.
 	leavePoll = 50 * time.Millisecond
@@ -105,38 +124,24 @@ const (
 	leaveMargin = time.Second
 )
 
-// errElsewhere keeps a record in the spool until the leader has published it.
-var errElsewhere = errors.New("another instance of the group publishes, this record is left to it")
-
-func newGroup(s *Stream, l Ledger) (*group, error) {
-	g := &group{
-		stream: s, ledger: l,
+// NewGroup makes the Group of an instance. Run must be called. That records of an
+// earlier process are still in the spool is learnt here.
+func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error) {
+	spooled, err := records.Undelivered()
+	if err != nil {
+		return nil, fmt.Errorf("group: %w", err)
+	}
+	return &Group{
+		ledger: l, records: records, log: log,
 		wake: make(chan struct{}, 1), leaving: make(chan struct{}),
-		spooled: make(map[counter.Span]uint64),
-	}
-	pending, head := s.spool.pendingRange()
-	for after := head - pending; after < head; {
-		batch, err := s.spool.store.scan(after, head, batchSize)
-		if err != nil {
-			return nil, fmt.Errorf("read the spool: %w", err)
-		}
-		if len(batch) == 0 {
-			break
-		}
-		for _, e := range batch {
-			if e.record.Scope == ScopeGroup && e.record.Group == s.spool.group {
-				g.spooled[e.record.Span()] = e.index
-			}
-		}
-		after = batch[len(batch)-1].index
-	}
-	return g, nil
+		spooled: spooled,
+	}, nil
 }
 
-// publish reports an epoch that this instance has left and waits for its seal. A
+// Publish reports an epoch that this instance has left and waits for its seal. A
 // stop does not wait: the epoch goes on without this instance, and leave, or
 // another, publishes it.
-func (g *group) publish(ctx context.Context, c counter.Count) error {
+func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) error {
@@ -165,11 +170,8 @@ func (g *group) publish(ctx context.Context, c counter.Count) error {
 
 // Sealed returns what an epoch came to in the whole group, if it is the last one
 // that Publish has returned for.
-func (s *Stream) Sealed(span counter.Span) (counter.Count, bool) {
-	if s.group == nil {
-		return counter.Count{}, false
-	}
-	sum := s.group.sealed.Load()
+func (g *Group) Sealed(span counter.Span) (counter.Count, bool) {
+	sum := g.sealed.Load()
 	if sum == nil || sum.Span() != span {
 		return counter.Count{}, false
 	}
@@ -178,10 +180,10 @@ func (s *Stream) Sealed(span counter.Span) (counter.Count, bool) {
 
 // orLeft is the outcome of a publish that failed with err. When the process stops
 // that is none: the ids of the epoch are in the ledger's keeping.
-func (g *group) orLeft(c counter.Count, err error) error {
+func (g *Group) orLeft(c counter.Count, err error) error {
 	select {
 	case <-g.leaving:
-		g.stream.cfg.Log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
+		g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
 			Msg("window is left to the group")
 		return nil
 	default:
@@ -191,7 +193,7 @@ func (g *group) orLeft(c counter.Count, err error) error {
 
 // onLeaving calls f when, or soon after, the process stops. The func it returns
 // takes that back.
-func (g *group) onLeaving(after time.Duration, f func()) (cancel func()) {
+func (g *Group) onLeaving(after time.Duration, f func()) (cancel func()) {
 	done := make(chan struct{})
 	go func() {
 		select {
@@ -212,11 +214,11 @@ func (g *group) onLeaving(after time.Duration, f func()) (cancel func()) {
 
 // try calls f until it succeeds or ctx ends, which a stop brings about within
 // leaveTry.
-func (g *group) try(ctx context.Context, message string, f func(context.Context) error) error {
+func (g *Group) try(ctx context.Context, message string, f func(context.Context) error) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	defer g.onLeaving(leaveTry, stop)()
-	var wait backoff
+	var wait retry.Backoff
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
 		err := f(ctx)
@@ -224,16 +226,16 @@ func (g *group) try(ctx context.Context, message string, f func(context.Context)
 			return err
 		}
 		if hidden, ok := log.Allow(time.Now()); ok {
-			g.stream.cfg.Log.Warn().Err(err).Uint64("hidden", hidden).Msg(message)
+			g.log.Warn().Err(err).Uint64("hidden", hidden).Msg(message)
 		}
-		if werr := wait.sleep(ctx); werr != nil {
+		if werr := wait.Sleep(ctx); werr != nil {
 			return errors.Join(err, werr)
 		}
 	}
 }
 
-// run publishes for the group while this instance is the leader, until ctx ends.
-func (g *group) run(ctx context.Context) {
+// Run publishes for the group while this instance is the leader, until ctx ends.
+func (g *Group) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	defer g.onLeaving(0, stop)() // leave goes on
@@ -241,10 +243,10 @@ func (g *group) run(ctx context.Context) {
 	defer tick.Stop()
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
-		_, changed := g.stream.spool.watch()
+		_, changed := g.records.DeliveredTo()
 		if err := g.round(ctx); err != nil && ctx.Err() == nil {
 			if hidden, ok := log.Allow(time.Now()); ok {
-				g.stream.cfg.Log.Warn().Err(err).Uint64("hidden", hidden).Msg("the records of the group are not published, trying again")
+				g.log.Warn().Err(err).Uint64("hidden", hidden).Msg("the records of the group are not published, trying again")
 			}
 		}
 		select {
@@ -252,14 +254,14 @@ func (g *group) run(ctx context.Context) {
 		case <-changed:
 		case <-tick.C:
 		case <-ctx.Done():
-			return
+			return nil
 		}
 	}
 }
 
 // round marks what was delivered and, where this instance leads, takes into the
 // spool what is over.
-func (g *group) round(ctx context.Context) error {
+func (g *Group) round(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.mark(ctx); err != nil {
@@ -277,7 +279,7 @@ func (g *group) round(ctx context.Context) error {
 		if !g.ledger.Leading() {
 			return nil
 		}
-		if err := g.take(ctx, s, len(spans)); err != nil {
+		if err := g.take(ctx, s, spans[len(spans)-1].End()); err != nil {
 			return err
 		}
 	}
@@ -286,7 +288,7 @@ func (g *group) round(ctx context.Context) error {
 }
 
 // take seals an epoch and puts its record into the spool. g.mu is held.
-func (g *group) take(ctx context.Context, s counter.Span, left int) error {
+func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error {
 	if _, there := g.spooled[s]; there {
 		return nil
 	}
@@ -300,21 +302,21 @@ func (g *group) take(ctx context.Context, s counter.Span, left int) error {
 	if !g.term {
 		// An earlier leader may have written it and not said so. What it has not
 		// left undelivered now, nobody can have written before this one.
-		g.stream.doubt(uint64(left))
+		g.ledger.Doubt(upTo)
 	}
-	index, err := g.stream.store(ctx, c)
+	index, err := g.records.Append(ctx, c)
 	if err != nil {
 		return err
 	}
 	g.spooled[s] = index
-	g.stream.cfg.Log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
+	g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
 		Bool("complete", c.Complete).Bool("exact", c.Exact).Msg("window published for the group")
 	return nil
 }
 
 // mark tells the ledger of the records that all sinks have. g.mu is held.
-func (g *group) mark(ctx context.Context) error {
-	floor := g.stream.spool.deliveredTo()
+func (g *Group) mark(ctx context.Context) error {
+	floor, _ := g.records.DeliveredTo()
 	var done []counter.Span
 	for s, index := range g.spooled {
 		if index <= floor {
@@ -334,15 +336,15 @@ func (g *group) mark(ctx context.Context) error {
 	return nil
 }
 
-// leave takes the instance out of the group. If no other is alive it finishes
+// leave ends the membership. If no other is alive it finishes
 // what is left, also the open epoch where its end is within the time given: there
 // is one record per window and group, and whoever starts again within the window
 // goes on with its ids, so it cannot be published before its end.
-func (g *group) leave(ctx context.Context) error {
+func (g *Group) leave(ctx context.Context) error {
 	others, heard, err := g.ledger.Leave(ctx)
 	// One that was heard before this one left may be dead, or leave as well.
 	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
-		if err = sleep(ctx, leavePoll); err == nil {
+		if err = retry.Sleep(ctx, leavePoll); err == nil {
 			others, heard, err = g.ledger.Others(ctx)
 		}
 	}
@@ -360,18 +362,18 @@ func (g *group) leave(ctx context.Context) error {
 	for _, s := range spans {
 		wait := time.Until(s.End())
 		if bounded && wait > 0 && time.Until(deadline) < wait+leaveMargin {
-			g.stream.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Str("over_in", wait.Round(time.Millisecond).String()).
+			g.log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Str("over_in", wait.Round(time.Millisecond).String()).
 				Msg("last instance of the group stops within a window: it stays open in Redis, and the next start goes on with it and publishes it")
 			continue
 		}
 		if wait > 0 {
-			if err := sleep(ctx, wait); err != nil {
+			if err := retry.Sleep(ctx, wait); err != nil {
 				return err
 			}
 		}
 		g.mu.Lock()
 		g.term = false
-		err := g.take(ctx, s, len(spans))
+		err := g.take(ctx, s, spans[len(spans)-1].End())
 		g.mu.Unlock()
 		if err != nil {
 			return err
@@ -380,43 +382,22 @@ func (g *group) leave(ctx context.Context) error {
 	return nil
 }
 
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
 // Leaving says that the process stops: Publish no longer waits for an epoch that
 // goes on without this instance. Call it before the counter is sealed.
-func (s *Stream) Leaving() {
-	if s.group != nil {
-		s.group.once.Do(func() { close(s.group.leaving) })
-	}
+func (g *Group) Leaving() { g.once.Do(func() { close(g.leaving) }) }
+
+// Leave takes this instance out of its group when the counter has stopped. The last
+// one to leave puts what the group has not published into the spool. Mark follows
+// when that is delivered.
+func (g *Group) Leave(ctx context.Context) error {
+	g.Leaving()
+	return g.leave(ctx)
 }
 
-// Leave takes this instance out of its group when the counter has stopped. The
-// last one to leave puts what the group has not published into the spool; Flush
-// follows. Without a group it does nothing.
-func (s *Stream) Leave(ctx context.Context) error {
-	if s.group == nil {
-		return nil
-	}
-	s.Leaving()
-	return s.group.leave(ctx)
-}
-
-// doubt says that the next n records may be in a counts file although nobody has
-// said so.
-func (s *Stream) doubt(n uint64) {
-	_, head := s.spool.pendingRange()
-	for _, w := range s.sinks {
-		if f, ok := w.sink.(*fileSink); ok {
-			f.doubt(head + n)
-		}
-	}
+// Mark reports to the group which records are delivered: what Run does, once more
+// after it.
+func (g *Group) Mark(ctx context.Context) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.mark(ctx)
 }

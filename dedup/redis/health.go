@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"context"
@@ -72,7 +72,7 @@ func (h *health) due(line string) (bool, int) {
 }
 
 // failed notes an error of Redis or of the way to it.
-func (h *health) failed(r *Redis, err error) {
+func (h *health) failed(r *Set, err error) {
 	text := explain(err)
 	h.mu.Lock()
 	if h.failure == "" {
@@ -91,7 +91,7 @@ func (h *health) failed(r *Redis, err error) {
 }
 
 // succeeded notes that Redis answers.
-func (h *health) succeeded(r *Redis) {
+func (h *health) succeeded(r *Set) {
 	h.mu.Lock()
 	failure, since := h.failure, h.since
 	h.failure = ""
@@ -102,7 +102,7 @@ func (h *health) succeeded(r *Redis) {
 }
 
 // note logs a line, sampled.
-func (h *health) note(r *Redis, line string) {
+func (h *health) note(r *Set, line string) {
 	h.mu.Lock()
 	due, hidden := h.due(line)
 	h.mu.Unlock()
@@ -144,7 +144,7 @@ func explain(err error) string {
 
 // Health reports whether ids can be answered, and why not: to be shown to who
 // routes requests to this instance.
-func (r *Redis) Health() (ready bool, reason string) {
+func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
 	policy, failure := r.health.policy, r.health.failure
 	r.health.mu.Unlock()
@@ -188,7 +188,7 @@ var policyLine = regexp.MustCompile(`(?m)^maxmemory_policy:(\S+)`)
 
 // watch looks whether every server keeps what it was given: with any other
 // policy than noeviction it may drop ids that were answered for, silently.
-func (r *Redis) watch() {
+func (r *Set) watch() {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
 	for {
@@ -201,7 +201,7 @@ func (r *Redis) watch() {
 	}
 }
 
-func (r *Redis) checkPolicy() {
+func (r *Set) checkPolicy() {
 	ctx, cancel := context.WithTimeout(r.life, watchEvery)
 	defer cancel()
 	bad, blind := "", false
@@ -237,7 +237,7 @@ func (r *Redis) checkPolicy() {
 
 // agreedLanes is over how many lanes the group spreads its ids: what the first
 // of its instances said.
-func (r *Redis) agreedLanes(ctx context.Context) (int, error) {
+func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	c := *r.client.Load()
 	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
 	mine := strconv.Itoa(len(r.lanes))

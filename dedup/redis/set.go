@@ -1,4 +1,13 @@
-package dedup
+// Package redis is the set of ids that the instances of a group share, and the group:
+// which of its windows are open, when one is sealed, and which instance publishes it.
+//
+// It guarantees that an id is Unique once in the whole group, and that a window has
+// one record, whichever instance publishes it. DESIGN.md, "Many instances: Redis",
+// has the protocol; function.lua is its part in Redis.
+//
+// server adds ids to a Set, package counter reports epochs to a Group as its
+// Publisher, and the Group hands the records of the group to package stream.
+package redis
 
 import (
 	"context"
@@ -16,10 +25,11 @@ import (
 	"github.com/rs/zerolog"
 
 	"verve/counter"
+	"verve/dedup"
 	"verve/internal/setting"
 )
 
-// Defaults of RedisConfig.
+// Defaults of Config.
 const (
 	// DefaultRedisTimeout lets a request that fails be answered within 250 ms.
 	DefaultRedisTimeout = 200 * time.Millisecond
@@ -35,9 +45,9 @@ const (
 	DefaultRedisLog = 256 << 20
 )
 
-// RedisConfig configures a Redis. The zero value of an optional field is its
+// Config configures a Set. The zero value of an optional field is its
 // default.
-type RedisConfig struct {
+type Config struct {
 	// URLs of one server, of two or more nodes of a cluster, or of Sentinels:
 	// redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, unix:///SOCKET, and
 	// redis-sentinel://HOST:PORT?master_set=NAME (or rediss-sentinel). With several
@@ -54,17 +64,13 @@ type RedisConfig struct {
 	MaxSkew time.Duration
 
 	// Local knows the ids that this process has answered for, so that a repeat
-	// takes no trip. Optional, but with FailOpen, where it answers while Redis is
-	// away. It must keep nothing on disk, and is closed with the Redis.
-	Local *Memory
+	// takes no trip; with FailOpen it answers while Redis is down. It must keep
+	// nothing on disk, and is closed with the Set.
+	Local *dedup.Memory
 
 	// FailOpen lets Local answer while Redis is away. Otherwise ids that are not
 	// known in Local get ErrUnavailable.
 	FailOpen bool
-
-	// Compact keeps decimals in a sixth of the memory of Redis, for half as much
-	// CPU more. It holds for epochs that this instance is the first to write to.
-	Compact bool
 
 	MaxIDs   uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
 	Timeout  time.Duration // longest wait of an Add
@@ -74,14 +80,13 @@ type RedisConfig struct {
 	Log zerolog.Logger // what fails and when it works again, sampled
 }
 
-// Redis is the Set that instances of a group share: an id is Unique once in
+// Set is the dedup.Set that the instances of a group share: an id is Unique once in
 // all of them. DESIGN.md, "Many instances: Redis", has the protocol.
 //
 // Its goroutines run from NewRedis to Close.
-type Redis struct {
-	cfg    RedisConfig
+type Set struct {
+	cfg    Config
 	option rueidis.ClientOption
-	secret secret // keys what is pending
 	hash   [2]uint64
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
@@ -116,9 +121,9 @@ type redisCounts struct {
 // redisEpoch is the state of an epoch in this process.
 type redisEpoch struct {
 	start time.Time
-	key   string // start and window, in ms
-	end   int64  // ns since the start of the Redis, of when the epoch was to end
-	view  *view  // in Local
+	key   string      // start and window, in ms
+	end   int64       // ns since the start of the Redis, of when the epoch was to end
+	view  *dedup.View // in Local
 	lanes []laneEpoch
 
 	opened     time.Time
@@ -126,7 +131,7 @@ type redisEpoch struct {
 }
 
 // Check refuses what can never work, without a connection.
-func (cfg *RedisConfig) Check() error {
+func (cfg *Config) Check() error {
 	if _, err := redisOption(cfg.URLs); err != nil {
 		return err
 	}
@@ -142,20 +147,18 @@ func (cfg *RedisConfig) Check() error {
 	return nil
 }
 
-// NewRedis checks cfg and starts to connect. That Redis is away is no error.
-func NewRedis(cfg RedisConfig) (*Redis, error) {
+// New checks cfg and starts to connect. That Redis is down is no error.
+func New(cfg Config) (*Set, error) {
 	if err := cfg.Check(); err != nil {
-		return nil, fmt.Errorf("dedup: %w", err)
+		return nil, fmt.Errorf("redis: %w", err)
 	}
 	option, err := redisOption(cfg.URLs)
 	if err != nil {
 		return nil, fmt.Errorf("dedup: %w", err)
 	}
 	switch {
-	case cfg.FailOpen && cfg.Local == nil:
-		return nil, errors.New("dedup: FailOpen needs Local")
-	case cfg.Local != nil && cfg.Local.journal != nil:
-		return nil, errors.New("dedup: Local must keep nothing on disk")
+	case cfg.Local == nil:
+		return nil, errors.New("redis: Local is required")
 	case cfg.Timeout < 0 || cfg.Pending < 0 || cfg.LogBytes < 0:
 		return nil, errors.New("dedup: Timeout, Pending and LogBytes must not be negative")
 	}
@@ -176,14 +179,9 @@ func NewRedis(cfg RedisConfig) (*Redis, error) {
 	if cfg.LogBytes == 0 {
 		cfg.LogBytes = DefaultRedisLog
 	}
-	r := &Redis{
+	r := &Set{
 		cfg: cfg, option: option, hash: laneKey(cfg.Group),
 		start: time.Now(), closing: make(chan struct{}),
-	}
-	if cfg.Local != nil {
-		r.secret = cfg.Local.secret
-	} else {
-		r.secret = newSecret()
 	}
 	r.life, r.end = context.WithCancel(context.Background())
 	n := serverLanes
@@ -195,12 +193,8 @@ func NewRedis(cfg RedisConfig) (*Redis, error) {
 		r.lanes[i].init(r, i)
 	}
 	r.ledger = openLedger(ledgerConfig{
-		Client: r.conn, Group: cfg.Group, Member: cfg.Instance + "/" + cfg.Session,
-		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen,
-		Seal: func(ctx context.Context, s counter.Span) (uint64, bool, error) {
-			return r.sealIDs(ctx, s.Start, s.Window)
-		},
-		Settle: r.settle, Unsettled: r.unsettled,
+		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.Session,
+		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, IDs: r,
 	})
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
@@ -227,7 +221,7 @@ const (
 
 // connect makes the client, then starts the lanes and watches the health of
 // the servers.
-func (r *Redis) connect() {
+func (r *Set) connect() {
 	wait := 20 * time.Millisecond
 	for {
 		client, err := rueidis.NewClient(r.option)
@@ -254,7 +248,7 @@ func (r *Redis) connect() {
 }
 
 // conn returns the client, or an error until the first connection is made.
-func (r *Redis) conn() (rueidis.Client, error) {
+func (r *Set) conn() (rueidis.Client, error) {
 	if c := r.client.Load(); c != nil {
 		return *c, nil
 	}
@@ -262,15 +256,15 @@ func (r *Redis) conn() (rueidis.Client, error) {
 }
 
 // unavailable is ErrUnavailable with the reason known.
-func (r *Redis) unavailable() error {
+func (r *Set) unavailable() error {
 	if reason := r.health.reason(); reason != "" {
-		return fmt.Errorf("%w: %s", ErrUnavailable, reason)
+		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)
 	}
-	return ErrUnavailable
+	return dedup.ErrUnavailable
 }
 
 // Open implements Set.
-func (r *Redis) Open(e *counter.Epoch) {
+func (r *Set) Open(e *counter.Epoch) {
 	s := &redisEpoch{
 		opened: time.Now(),
 		start:  e.Start(),
@@ -278,10 +272,8 @@ func (r *Redis) Open(e *counter.Epoch) {
 		end:    int64(e.End().Sub(r.start)),
 		lanes:  make([]laneEpoch, len(r.lanes)),
 	}
-	if r.cfg.Local != nil {
-		r.cfg.Local.Open(e)
-		s.view = e.State.(*view)
-	}
+	r.cfg.Local.Open(e)
+	s.view = e.State.(*dedup.View)
 	s.registered = r.ledger.Opened(counter.Span{Start: s.start, Window: r.cfg.Window})
 	e.State = s
 	r.mu.Lock()
@@ -294,7 +286,7 @@ func (r *Redis) Open(e *counter.Epoch) {
 // answered: then it is published whatever becomes of this process. Where the
 // ledger is away, in a part of the cluster that fails, ids are answered all the
 // same; the next beat that gets through tells it.
-func (r *Redis) await(s *redisEpoch) {
+func (r *Set) await(s *redisEpoch) {
 	select {
 	case <-s.registered:
 		return
@@ -310,7 +302,7 @@ func (r *Redis) await(s *redisEpoch) {
 }
 
 // Ledger returns the ledger of the group.
-func (r *Redis) Ledger() *Ledger { return r.ledger }
+func (r *Set) Ledger() *Ledger { return r.ledger }
 
 // epochKey names an epoch in Redis. Groups that were given different windows
 // by mistake do not mix them up.
@@ -319,7 +311,7 @@ func epochKey(start time.Time, window time.Duration) string {
 }
 
 // Retire implements Set.
-func (r *Redis) Retire(e *counter.Epoch) {
+func (r *Set) Retire(e *counter.Epoch) {
 	s := e.State.(*redisEpoch)
 	r.mu.Lock()
 	if i := slices.Index(r.epochs, s); i >= 0 {
@@ -335,51 +327,38 @@ func (r *Redis) Retire(e *counter.Epoch) {
 		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
 			Msg("the window was sealed without ids that were answered as new while Redis was away")
 	}
-	e.State = nil
-	if r.cfg.Local != nil {
-		e.State = s.view
-		r.cfg.Local.Retire(e)
-	}
+	e.State = s.view
+	r.cfg.Local.Retire(e)
 }
 
 // Key implements Set.
-func (r *Redis) Key(id []byte) Key {
-	if r.cfg.Local != nil {
-		return r.cfg.Local.Key(id)
-	}
-	return r.secret.key(id)
+func (r *Set) Key(id []byte) dedup.Key {
+	return r.cfg.Local.Key(id)
 }
 
 // Add implements Set.
-func (r *Redis) Add(e *counter.Epoch, id []byte, k Key) (Verdict, error) {
+func (r *Set) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
 	s := e.State.(*redisEpoch)
-	if s.view != nil && r.cfg.Local.knows(s.view, k) {
-		return Repeat, nil
+	if r.cfg.Local.Knows(s.view, k) {
+		return dedup.Repeat, nil
 	}
 	var en encoded
-	h := en.encode(r.hash, k.kind, id)
+	h := en.encode(r.hash, k.IsDecimal(), id)
 	v, err := r.lanes[h>>r.shift].add(e, s, k, &en)
-	if errors.Is(err, ErrFull) {
+	if errors.Is(err, dedup.ErrFull) {
 		r.counts.fulls.Add(1)
 	}
 	return v, err
 }
 
 // Run implements Set: it runs Local's cleaner. The rest runs without it.
-func (r *Redis) Run(ctx context.Context) error {
-	if r.cfg.Local != nil {
-		return r.cfg.Local.Run(ctx)
-	}
-	<-ctx.Done()
-	return nil
+func (r *Set) Run(ctx context.Context) error {
+	return r.cfg.Local.Run(ctx)
 }
 
 // Stats implements Set.
-func (r *Redis) Stats() Stats {
-	var s Stats
-	if r.cfg.Local != nil {
-		s = r.cfg.Local.Stats()
-	}
+func (r *Set) Stats() dedup.Stats {
+	s := r.cfg.Local.Stats()
 	s.Fit, s.Estimated = r.cfg.MaxIDs, false // what else fits is for Redis to know
 	s.Full += r.counts.fulls.Load()
 	if ready, reason := r.Health(); !ready {
@@ -392,7 +371,7 @@ func (r *Redis) Stats() Stats {
 
 // Live returns the unique ids of the whole group in the epoch opened last, as
 // this process has heard last.
-func (r *Redis) Live() uint64 {
+func (r *Set) Live() uint64 {
 	if s := r.latest.Load(); s != nil {
 		return s.live()
 	}
@@ -406,9 +385,26 @@ func (s *redisEpoch) live() (n uint64) {
 	return n
 }
 
+// Group returns a snapshot for the metrics.
+func (r *Set) Group() dedup.GroupStats {
+	s := dedup.GroupStats{
+		LedgerStats: r.ledger.Stats(),
+		Unique:      r.Live(),
+		Batches:     r.counts.batches.Load(),
+		Retries:     r.counts.retries.Load(),
+		Untold:      r.counts.untold.Load(),
+		Twice:       r.counts.twice.Load(),
+		Replayed:    r.counts.replayed.Load(),
+		Dropped:     r.counts.dropped.Load(),
+		Pending:     uint64(max(0, r.pending.Load())),
+	}
+	s.Ready, s.Away = r.Health()
+	return s
+}
+
 // Close lets every batch under way come to its end, for a second at most, and
 // takes this session out of Redis.
-func (r *Redis) Close() error {
+func (r *Set) Close() error {
 	close(r.closing)
 	give := time.AfterFunc(closeWait, r.end)
 	r.running.Wait()
@@ -420,14 +416,11 @@ func (r *Redis) Close() error {
 	for i := range r.lanes {
 		r.lanes[i].fail()
 	}
-	if r.cfg.Local != nil {
-		return r.cfg.Local.Close()
-	}
-	return nil
+	return r.cfg.Local.Close()
 }
 
 // sweep ends the waiting of requests whose time is over.
-func (r *Redis) sweep() {
+func (r *Set) sweep() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	for {

@@ -1,6 +1,10 @@
-package dedup
+package redis
 
-import "math/bits"
+import (
+	"math/bits"
+
+	"verve/dedup"
+)
 
 // pendingIDs finds the entries of a lane by their ids. It is a map without what a
 // Go map does for each of them: ids are scattered already and need no hash, and
@@ -15,16 +19,16 @@ type pendingIDs struct {
 // pendingMin is a few batches.
 const pendingMin = 1024
 
-func (p *pendingIDs) bucket(k *Key) **entry {
+func (p *pendingIDs) bucket(k dedup.Key) **entry {
 	// The high bits of what scatter makes are its best.
-	return &p.buckets[k.lo>>p.shift]
+	return &p.buckets[k.Hash()>>p.shift]
 }
 
 func (p *pendingIDs) find(key pendingKey) *entry {
 	if p.n == 0 {
 		return nil
 	}
-	for en := *p.bucket(&key.id); en != nil; en = en.chain {
+	for en := *p.bucket(key.id); en != nil; en = en.chain {
 		if en.key == key {
 			return en
 		}
@@ -37,14 +41,14 @@ func (p *pendingIDs) add(en *entry) {
 		p.grow()
 	}
 	p.n++
-	head := p.bucket(&en.key.id)
+	head := p.bucket(en.key.id)
 	en.chain, *head = *head, en
 }
 
 // remove takes out en, which is in it.
 func (p *pendingIDs) remove(en *entry) {
 	p.n--
-	at := p.bucket(&en.key.id)
+	at := p.bucket(en.key.id)
 	for *at != en {
 		at = &(*at).chain
 	}
@@ -58,7 +62,7 @@ func (p *pendingIDs) grow() {
 	for _, en := range old {
 		for en != nil {
 			next := en.chain
-			head := p.bucket(&en.key.id)
+			head := p.bucket(en.key.id)
 			en.chain, *head = *head, en
 			en = next
 		}

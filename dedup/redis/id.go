@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"crypto/sha256"
@@ -6,24 +6,8 @@ import (
 
 	"github.com/dchest/siphash"
 
-	"verve/counter"
+	"verve/dedup"
 )
-
-// knows reports whether the id is in v. Nothing is added.
-func (m *Memory) knows(v *view, k Key) bool {
-	var p place
-	if k.kind == narrowKind {
-		p, _ = m.addNarrow(v, k.lo, true)
-	} else {
-		p, _ = m.addWide(v, k.hi, k.lo, true)
-	}
-	return p == found
-}
-
-// learn adds the id to v. What does not fit is not known later.
-func (m *Memory) learn(e *counter.Epoch, v *view, k Key) (place, error) {
-	return m.insert(e, v, k, 0)
-}
 
 // How ids stand in Redis. Each has one form, and the kinds have keys of their
 // own, so that none is taken for another.
@@ -49,12 +33,12 @@ func (en *encoded) bytes() []byte { return en.data[:en.n] }
 // encode returns the hash that chooses the lane by its highest bits. All
 // instances of a group must agree on it, so its key cannot be a secret: who
 // knows it can make one lane busier than the others, no more.
-func (en *encoded) encode(key [2]uint64, kind uint8, id []byte) uint64 {
+func (en *encoded) encode(key [2]uint64, decimal bool, id []byte) uint64 {
 	body := en.data[headerLen:headerLen]
-	if kind == narrowKind && (len(id) < 19 || len(id) == 19 && string(id) <= "9223372036854775807") {
+	if decimal && (len(id) < 19 || len(id) == 19 && string(id) <= "9223372036854775807") {
 		en.data[0] = kindDecimal
 		body = append(body, id...)
-	} else if hi, lo, ok := uuid(id); ok {
+	} else if hi, lo, ok := dedup.ParseUUID(id); ok {
 		en.data[0] = kindUUID
 		body = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(body, hi), lo)
 	} else if len(id) <= maxText {
@@ -70,7 +54,7 @@ func (en *encoded) encode(key [2]uint64, kind uint8, id []byte) uint64 {
 	return siphash.Hash(key[0], key[1]^uint64(en.data[0]), body)
 }
 
-// kind numbers the kinds as redis.lua does.
+// kind numbers the kinds as function.lua does.
 func (en *encoded) kind() int { return kindOf(en.data[0]) }
 
 func kindOf(header byte) int {
@@ -85,7 +69,7 @@ func kindOf(header byte) int {
 	return 3
 }
 
-// lists are ids on their way to redis.lua, a list of each kind: MessagePack, one
+// lists are ids on their way to function.lua, a list of each kind: MessagePack, one
 // raw after another.
 type lists [len(kinds)]string
 
@@ -100,7 +84,7 @@ func appendPacked(list, id []byte) []byte {
 	return append(list, body...)
 }
 
-// laneKey is the key of the hash that chooses lanes and buckets.
+// laneKey is the key of the hash that chooses lanes.
 func laneKey(group string) [2]uint64 {
 	sum := sha256.Sum256([]byte("verve lane\x00" + group))
 	return [2]uint64{binary.LittleEndian.Uint64(sum[:]), binary.LittleEndian.Uint64(sum[8:])}

@@ -1,9 +1,11 @@
-package dedup
+package redis
 
 import (
 	"context"
 	"fmt"
 	"time"
+
+	"verve/counter"
 )
 
 const (
@@ -26,16 +28,16 @@ func keepSeal(window time.Duration) time.Duration {
 //
 // It waits while ids that were lost are being added again. An error leaves some
 // lanes sealed and others not; calling it again goes on.
-func (r *Redis) sealIDs(ctx context.Context, start time.Time, window time.Duration) (unique uint64, exact bool, err error) {
+func (r *Set) sealIDs(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error) {
 	type part struct {
 		answer
 		err error
 	}
 	parts := make(chan part, len(r.lanes))
-	epoch := epochKey(start, window)
+	epoch := epochKey(s.Start, s.Window)
 	for i := range r.lanes {
 		go func() {
-			a, err := r.sealLane(ctx, &r.lanes[i], epoch, window)
+			a, err := r.sealLane(ctx, &r.lanes[i], epoch, s.Window)
 			parts <- part{a, err}
 		}()
 	}
@@ -49,12 +51,12 @@ func (r *Redis) sealIDs(ctx context.Context, start time.Time, window time.Durati
 		exact = exact && p.exact
 	}
 	if err != nil {
-		return 0, false, fmt.Errorf("sealing %s: %w", start.UTC().Format(time.RFC3339Nano), err)
+		return 0, false, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
 	}
 	return unique, exact, nil
 }
 
-func (r *Redis) sealLane(ctx context.Context, l *lane, epoch string, window time.Duration) (answer, error) {
+func (r *Set) sealLane(ctx context.Context, l *lane, epoch string, window time.Duration) (answer, error) {
 	for {
 		a, err := r.call(ctx, l.key, "seal", epoch, seconds(keepSeal(window)), switchWait)
 		if err != nil || a.status == statusSealed {

@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"net"
@@ -17,12 +17,14 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"verve/dedup"
+	"verve/internal/settest"
 )
 
 // bring has callers bring ids that are brought by nobody else, each again until
 // it is answered: at the next instance each time. It returns how often a caller
 // was told that it is not the first, and how often an attempt failed.
-func bring(t *testing.T, sets []*Redis, at []epochs, callers, each int, id func(n int) string) (repeats, failures int64) {
+func bring(t *testing.T, sets []*Set, at []settest.Epochs, callers, each int, id func(n int) string) (repeats, failures int64) {
 	t.Helper()
 	var repeat, failed atomic.Int64
 	var group sync.WaitGroup
@@ -31,15 +33,15 @@ func bring(t *testing.T, sets []*Redis, at []epochs, callers, each int, id func(
 			for n := range each {
 				deadline := time.Now().Add(30 * time.Second)
 				for i := c; ; i++ {
-					v, err := at[i%len(at)].add(t, sets[i%len(sets)], 0, id(c*each+n))
+					v, err := at[i%len(at)].Add(t, sets[i%len(sets)], 0, id(c*each+n))
 					if err == nil {
-						if v != Unique {
+						if v != dedup.Unique {
 							repeat.Add(1)
 						}
 						break
 					}
 					failed.Add(1)
-					if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
+					if !errors.Is(err, dedup.ErrUnavailable) || time.Now().After(deadline) {
 						t.Errorf("id %s: %v", id(c*each+n), err)
 						return
 					}
@@ -65,13 +67,13 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 	for _, instances := range []int{1, 2} {
 		t.Run(fmt.Sprint(instances, " instances"), func(t *testing.T) {
 			server := startRedis(t)
-			var sets []*Redis
-			var at []epochs
+			var sets []*Set
+			var at []settest.Epochs
 			var ways []*proxy
 			for range instances {
 				p := startProxy(t, server.addr)
 				r := newRedis(t, p.addr())
-				sets, at, ways = append(sets, r), append(at, newEpochs(t, r)), append(ways, p)
+				sets, at, ways = append(sets, r), append(at, settest.NewEpochs(t, r)), append(ways, p)
 			}
 			stop := make(chan struct{})
 			var cutting sync.WaitGroup
@@ -112,13 +114,13 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 				t.Errorf("%d callers were told that somebody had brought their id before", repeats)
 			}
 			other := newRedis(t, server.addr)
-			e := newEpochs(t, other)
+			e := settest.NewEpochs(t, other)
 			var missing atomic.Int64
 			var group sync.WaitGroup
 			for c := range callers {
 				group.Go(func() {
 					for n := range each {
-						if v, err := e.add(t, other, 0, fmt.Sprint("0-", c*each+n)); v != Repeat || err != nil {
+						if v, err := e.Add(t, other, 0, fmt.Sprint("0-", c*each+n)); v != dedup.Repeat || err != nil {
 							missing.Add(1)
 						}
 					}
@@ -128,7 +130,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			if missing.Load() > 0 {
 				t.Errorf("%d ids that were answered as new are not there", missing.Load())
 			}
-			if n, exact := e.sealed(t, other, 0); n != uint64(ids) || !exact {
+			if n, exact := sealed(t, e, other, 0); n != uint64(ids) || !exact {
 				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, ids)
 			}
 		})
@@ -145,48 +147,48 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			server := startRedis(t)
 			way := startProxy(t, server.addr)
 			a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
-			ea, eb := newEpochs(t, a), newEpochs(t, b)
-			ea.want(t, a, 0, "before", Unique)
+			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+			ea.Want(t, a, 0, "before", dedup.Unique)
 
 			way.deaf.Store(true)
-			if v, err := ea.add(t, a, 0, "42"); !errors.Is(err, ErrUnavailable) {
+			if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("without a reply: %v, %v", v, err)
 			}
 			until(t, "the id is in Redis", func() bool {
 				return strings.Contains(strings.Join(server.keys(), "\n"), "-3600000:d")
 			})
-			if v, err := eb.add(t, b, 0, "42"); !errors.Is(err, ErrUnavailable) {
+			if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
 			}
-			if start, some := a.unsettled(); !some || start.UnixNano() != ea.at(0) {
+			if start, some := a.unsettled(); !some || start.UnixNano() != ea.At(0) {
 				t.Errorf("unsettled: %v, %v; want the epoch", start, some)
 			}
 			way.deaf.Store(false)
 			way.cut(0)
 			if here {
 				until(t, "the instance is told", func() bool {
-					v, err := ea.add(t, a, 0, "42")
-					if err == nil && v != Unique {
+					v, err := ea.Add(t, a, 0, "42")
+					if err == nil && v != dedup.Unique {
 						t.Fatalf("at the same instance: %v", v)
 					}
 					return err == nil
 				})
-				eb.want(t, b, 0, "42", Repeat)
+				eb.Want(t, b, 0, "42", dedup.Repeat)
 			} else {
 				until(t, "the other instance is told", func() bool {
-					v, err := eb.add(t, b, 0, "42")
-					if err == nil && v != Unique {
+					v, err := eb.Add(t, b, 0, "42")
+					if err == nil && v != dedup.Unique {
 						t.Fatalf("at the other instance: %v", v)
 					}
 					return err == nil
 				})
-				ea.want(t, a, 0, "42", Repeat)
+				ea.Want(t, a, 0, "42", dedup.Repeat)
 			}
 			until(t, "all is settled", func() bool {
 				_, some := a.unsettled()
 				return !some
 			})
-			if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+			if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
 				t.Errorf("sealed %d, %v; want 2, true", n, exact)
 			}
 		})
@@ -198,15 +200,15 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.addr)
 	r := newRedis(t, way.addr())
-	e := newEpochs(t, r)
-	for _, id := range alike {
-		e.want(t, r, 0, id+"told", Unique)
+	e := settest.NewEpochs(t, r)
+	for _, id := range settest.Alike {
+		e.Want(t, r, 0, id+"told", dedup.Unique)
 	}
 	way.deaf.Store(true)
 	var group sync.WaitGroup
-	for i, id := range alike {
+	for i, id := range settest.Alike {
 		group.Go(func() {
-			if _, err := e.add(t, r, 0, id); !errors.Is(err, ErrUnavailable) {
+			if _, err := e.Add(t, r, 0, id); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Errorf("id %d without a reply: %v", i, err)
 			}
 		})
@@ -218,17 +220,17 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 		_, some := r.unsettled()
 		return !some
 	})
-	if n, exact := e.sealed(t, r, 0); n != uint64(len(alike)) || !exact {
-		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, len(alike))
+	if n, exact := sealed(t, e, r, 0); n != uint64(len(settest.Alike)) || !exact {
+		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, len(settest.Alike))
 	}
 }
 
 // leaveUntold has r hold an id as one that the batch seq has added and that
 // nobody is left to be told about.
-func leaveUntold(r *Redis, e epochs, id string, seq uint64) {
-	s, k := e.Last().State.(*redisEpoch), r.secret.key([]byte(id))
+func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
+	s, k := e.Last().State.(*redisEpoch), r.Key([]byte(id))
 	var enc encoded
-	h := enc.encode(r.hash, k.kind, []byte(id))
+	h := enc.encode(r.hash, k.IsDecimal(), []byte(id))
 	l := &r.lanes[h>>r.shift]
 	l.mu.Lock()
 	r.pending.Add(1)
@@ -241,14 +243,14 @@ func leaveUntold(r *Redis, e epochs, id string, seq uint64) {
 }
 
 // lastSeq is the sequence of the last batch of the first lane.
-func (r *Redis) lastSeq() uint64 {
+func lastSeq(r *Set) uint64 {
 	l := &r.lanes[0]
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.seq
 }
 
-func untilSettled(t *testing.T, r *Redis) {
+func untilSettled(t *testing.T, r *Set) {
 	t.Helper()
 	until(t, "all is settled", func() bool {
 		_, some := r.unsettled()
@@ -262,10 +264,10 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
-	ea, eb := newEpochs(t, a), newEpochs(t, b)
-	ea.want(t, a, 0, "before", Unique)
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	ea.Want(t, a, 0, "before", dedup.Unique)
 	server.kill() // nothing is saved
-	leaveUntold(a, ea, "42", a.lastSeq())
+	leaveUntold(a, ea, "42", lastSeq(a))
 	way.latency.Store(int64(300 * time.Millisecond))
 	server.start()
 	until(t, "the loss is known", func() bool {
@@ -274,26 +276,26 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 		defer l.mu.Unlock()
 		return len(l.lost) > 0
 	})
-	v, err := ea.add(t, a, 0, "42")
+	v, err := ea.Add(t, a, 0, "42")
 	way.latency.Store(0)
 	until(t, "the id is answered", func() bool {
 		if err != nil {
-			v, err = ea.add(t, a, 0, "42")
+			v, err = ea.Add(t, a, 0, "42")
 		}
 		return err == nil
 	})
-	if v != Unique {
+	if v != dedup.Unique {
 		t.Errorf("where nobody was told: %v", v)
 	}
 	untilSettled(t, a)
 	until(t, "the other instance answers", func() bool {
-		v, err = eb.add(t, b, 0, "42")
+		v, err = eb.Add(t, b, 0, "42")
 		return err == nil
 	})
-	if v != Repeat {
+	if v != dedup.Repeat {
 		t.Errorf("at the other instance: %v", v)
 	}
-	if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+	if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
 		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 	}
 }
@@ -305,35 +307,35 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
-	ea, eb := newEpochs(t, a), newEpochs(t, b)
-	ea.want(t, a, 0, "before", Unique)
-	eb.want(t, b, 0, "left", Unique) // stands for what a batch of a has added
-	saved := a.lastSeq()
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	ea.Want(t, a, 0, "before", dedup.Unique)
+	eb.Want(t, b, 0, "left", dedup.Unique) // stands for what a batch of a has added
+	saved := lastSeq(a)
 	if got := server.do("SAVE"); got != "OK" {
 		t.Fatal("SAVE: ", got)
 	}
-	ea.want(t, a, 0, "later", Unique)
+	ea.Want(t, a, 0, "later", dedup.Unique)
 	way.refusing.Store(true)
 	server.kill()
 	leaveUntold(a, ea, "left", saved)
-	leaveUntold(a, ea, "lost", a.lastSeq())
+	leaveUntold(a, ea, "lost", lastSeq(a))
 	server.start()
 	until(t, "the other instance gives it", func() bool {
-		v, err := eb.add(t, b, 0, "lost")
-		if err == nil && v != Unique {
+		v, err := eb.Add(t, b, 0, "lost")
+		if err == nil && v != dedup.Unique {
 			t.Fatalf("at the other instance: %v", v)
 		}
 		return err == nil
 	})
 	way.refusing.Store(false)
-	if err := a.settle(t.Context(), time.Unix(0, ea.at(0))); err != nil {
+	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
 	}
 	untilSettled(t, a)
 	if n := a.counts.untold.Load(); n != 1 {
 		t.Errorf("%d ids were taken back, want 1", n)
 	}
-	if n, exact := eb.sealed(t, b, 0); n != 3 || !exact {
+	if n, exact := sealed(t, eb, b, 0); n != 3 || !exact {
 		t.Errorf("sealed %d, exact %v; want 3, true", n, exact)
 	}
 }
@@ -346,13 +348,13 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			server := startRedis(t)
 			way := startProxy(t, server.addr)
 			a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
-			ea, eb := newEpochs(t, a), newEpochs(t, b)
-			ea.want(t, a, 0, "1", Unique)
+			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+			ea.Want(t, a, 0, "1", dedup.Unique)
 			if got := server.do("SAVE"); got != "OK" {
 				t.Fatal("SAVE: ", got)
 			}
-			ea.want(t, a, 0, "2", Unique)
-			last := a.lastSeq()
+			ea.Want(t, a, 0, "2", dedup.Unique)
+			last := lastSeq(a)
 			way.refusing.Store(true)
 			way.cut(0)
 			server.kill()
@@ -369,20 +371,20 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			})
 			way.cut(0) // its reply is on its way
 			way.latency.Store(0)
-			if err := a.settle(t.Context(), time.Unix(0, ea.at(0))); err != nil {
+			if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 				t.Fatal(err)
 			}
 			untilSettled(t, a)
 			for _, id := range []string{"1", "2"} {
 				until(t, "the other instance answers", func() bool {
-					v, err := eb.add(t, b, 0, id)
-					if err == nil && v != Repeat {
+					v, err := eb.Add(t, b, 0, id)
+					if err == nil && v != dedup.Repeat {
 						t.Errorf("id %s at the other instance: %v", id, v)
 					}
 					return err == nil
 				})
 			}
-			if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+			if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
 				t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 			}
 		})
@@ -393,16 +395,16 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 // hide that the others are lost.
 func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.addr, func(c *RedisConfig) { c.FailOpen = true })
-	e := newEpochs(t, r)
+	r := newRedis(t, server.addr, func(c *Config) { c.FailOpen = true })
+	e := settest.NewEpochs(t, r)
 	const before = 100
 	for i := range before {
-		e.want(t, r, 0, fmt.Sprint("before ", i), Unique)
+		e.Want(t, r, 0, fmt.Sprint("before ", i), dedup.Unique)
 	}
 	s, l := e.Last().State.(*redisEpoch), &r.lanes[0]
 	l.mu.Lock()
 	var enc encoded
-	enc.encode(r.hash, wideKind, []byte("late"))
+	enc.encode(r.hash, false, []byte("late"))
 	s.lanes[0].log.unsent(r, enc.bytes()) // as decide does where a request has waited for too long
 	l.flush(s)
 	for _, k := range server.keys() {
@@ -411,11 +413,11 @@ func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 		}
 	}
 	l.mu.Unlock()
-	if err := r.settle(t.Context(), time.Unix(0, e.at(0))); err != nil {
+	if err := r.settle(t.Context(), time.Unix(0, e.At(0))); err != nil {
 		t.Fatal(err)
 	}
 	untilSettled(t, r)
-	if n, exact := e.sealed(t, r, 0); n != before+1 || !exact {
+	if n, exact := sealed(t, e, r, 0); n != before+1 || !exact {
 		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, before+1)
 	}
 }
@@ -429,20 +431,20 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 				server := startRedis(t)
 				way := startProxy(t, server.addr)
 				// Open, a waits for less long than the reply takes.
-				a := newRedis(t, way.addr(), func(c *RedisConfig) {
+				a := newRedis(t, way.addr(), func(c *Config) {
 					if c.FailOpen = open; !open {
 						c.Timeout = 20 * time.Second
 					}
 				})
 				b := newRedis(t, server.addr)
-				ea, eb := newEpochs(t, a), newEpochs(t, b)
-				ea.want(t, a, 0, "before", Unique)
-				eb.want(t, b, 0, "42", Unique) // stands for what a batch of a has added
+				ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+				ea.Want(t, a, 0, "before", dedup.Unique)
+				eb.Want(t, b, 0, "42", dedup.Unique) // stands for what a batch of a has added
 				if refused {
 					server.do("CONFIG", "SET", "min-replicas-to-write", "1")
 				}
 				way.latency.Store(int64(500 * time.Millisecond))
-				leaveUntold(a, ea, "42", a.lastSeq())
+				leaveUntold(a, ea, "42", lastSeq(a))
 				until(t, "it is being taken back", func() bool {
 					l := &a.lanes[0]
 					l.mu.Lock()
@@ -454,10 +456,10 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 				began := time.Now()
 				for range 3 {
 					group.Go(func() {
-						switch v, err := ea.add(t, a, 0, "42"); {
+						switch v, err := ea.Add(t, a, 0, "42"); {
 						case err != nil:
 							t.Error(err)
-						case v == Unique:
+						case v == dedup.Unique:
 							unique.Add(1)
 						default:
 							repeat.Add(1)
@@ -474,7 +476,7 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 				way.latency.Store(0)
 				server.do("CONFIG", "SET", "min-replicas-to-write", "0")
 				untilSettled(t, a)
-				if n, exact := eb.sealed(t, b, 0); n != 2 || !exact {
+				if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
 					t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 				}
 			})
@@ -487,14 +489,14 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.addr)
-	r := newRedis(t, way.addr(), func(c *RedisConfig) { c.FailOpen, c.MaxIDs = true, 1 })
-	e := newEpochs(t, r)
-	e.want(t, r, 0, "1", Unique)
+	r := newRedis(t, way.addr(), func(c *Config) { c.FailOpen, c.MaxIDs = true, 1 })
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "1", dedup.Unique)
 	way.latency.Store(int64(500 * time.Millisecond))
-	e.want(t, r, 0, "42", Unique)
+	e.Want(t, r, 0, "42", dedup.Unique)
 	way.latency.Store(0)
 	until(t, "it is added", func() bool { return r.counts.replayed.Load() == 1 })
-	if n, exact := e.sealed(t, r, 0); n != 2 || !exact {
+	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
 		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 	}
 }
@@ -503,16 +505,16 @@ func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
 // The race detector judges.
 func TestRedisSequenceIsReadWhileBatchesAreDone(t *testing.T) {
 	r := newRedis(t, startRedis(t).addr, patient)
-	e := newEpochs(t, r)
+	e := settest.NewEpochs(t, r)
 	var stop atomic.Bool
 	var group sync.WaitGroup
 	group.Go(func() {
 		for !stop.Load() {
-			r.lastSeq()
+			lastSeq(r)
 		}
 	})
 	for i := range 1000 {
-		e.want(t, r, 0, fmt.Sprint(i), Unique)
+		e.Want(t, r, 0, fmt.Sprint(i), dedup.Unique)
 	}
 	stop.Store(true)
 	group.Wait()
@@ -559,11 +561,11 @@ func TestRedisFailures(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			server := startRedis(t)
 			var log lines
-			r := newRedis(t, server.addr, func(c *RedisConfig) { c.Log = zerolog.New(&log) })
-			e := newEpochs(t, r)
+			r := newRedis(t, server.addr, func(c *Config) { c.Log = zerolog.New(&log) })
+			e := settest.NewEpochs(t, r)
 			ids := 0
 			for ; ids < 100; ids++ {
-				e.want(t, r, 0, fmt.Sprint(ids), Unique)
+				e.Want(t, r, 0, fmt.Sprint(ids), dedup.Unique)
 			}
 			tt.begin(server)
 			if tt.end == nil {
@@ -580,44 +582,44 @@ func TestRedisFailures(t *testing.T) {
 			}
 			until(t, "not ready, with "+tt.say+" as the reason and in the log", func() bool {
 				began := time.Now()
-				v, err := e.add(t, r, 0, fmt.Sprint(ids))
+				v, err := e.Add(t, r, 0, fmt.Sprint(ids))
 				if took := time.Since(began); took > 5*time.Second {
 					t.Fatalf("an answer took %v", took)
 				}
 				if err == nil {
-					if v != Unique {
+					if v != dedup.Unique {
 						t.Fatalf("id %d: %v", ids, v)
 					}
 					ids++
-				} else if !errors.Is(err, ErrUnavailable) {
+				} else if !errors.Is(err, dedup.ErrUnavailable) {
 					t.Fatalf("id %d: %v", ids, err)
 				}
 				// That Redis does not answer is known before the attempt is given up.
 				ready, reason := r.Health()
 				return !ready && strings.Contains(reason, tt.say) && strings.Contains(log.String(), tt.say)
 			})
-			if _, err := e.add(t, r, 0, "refused"); !errors.Is(err, ErrUnavailable) {
+			if _, err := e.Add(t, r, 0, "refused"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Errorf("while not ready: %v", err)
 			}
-			e.want(t, r, 0, "0", Repeat) // known here
+			e.Want(t, r, 0, "0", dedup.Repeat) // known here
 			tt.end(server)
 			until(t, "ready again", func() bool {
 				ready, _ := r.Health()
 				return ready
 			})
 			until(t, "ids are taken again", func() bool {
-				v, err := e.add(t, r, 0, "after")
-				if err == nil && v != Unique {
+				v, err := e.Add(t, r, 0, "after")
+				if err == nil && v != dedup.Unique {
 					t.Fatalf("afterwards: %v", v)
 				}
 				return err == nil
 			})
-			e.want(t, r, 0, "0", Repeat)
+			e.Want(t, r, 0, "0", dedup.Repeat)
 			until(t, "all is settled", func() bool {
 				_, some := r.unsettled()
 				return !some
 			})
-			if n, exact := e.sealed(t, r, 0); n != uint64(ids+1) || !exact {
+			if n, exact := sealed(t, e, r, 0); n != uint64(ids+1) || !exact {
 				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, ids+1)
 			}
 		})
@@ -645,9 +647,9 @@ func TestRedisLosesItsData(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			server := startRedis(t)
 			a, b := newRedis(t, server.addr), newRedis(t, server.addr)
-			ea, eb := newEpochs(t, a), newEpochs(t, b)
+			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 			const each = 2000
-			add := func(e epochs, r *Redis, from int) {
+			add := func(e settest.Epochs, r *Set, from int) {
 				var group sync.WaitGroup
 				for w := range 20 {
 					group.Go(func() {
@@ -657,8 +659,8 @@ func TestRedisLosesItsData(t *testing.T) {
 								id = "text " + id
 							}
 							until(t, "id "+id+" is answered", func() bool {
-								v, err := e.add(t, r, 0, id)
-								if err == nil && v != Unique {
+								v, err := e.Add(t, r, 0, id)
+								if err == nil && v != dedup.Unique {
 									t.Errorf("id %s: %v", id, v)
 								}
 								return err == nil
@@ -673,10 +675,10 @@ func TestRedisLosesItsData(t *testing.T) {
 			tt.lose(server)
 			add(ea, a, 2*each)
 			for _, x := range []struct {
-				r *Redis
-				e epochs
+				r *Set
+				e settest.Epochs
 			}{{a, ea}, {b, eb}} {
-				if err := x.r.settle(t.Context(), time.Unix(0, x.e.at(0))); err != nil {
+				if err := x.r.settle(t.Context(), time.Unix(0, x.e.At(0))); err != nil {
 					t.Fatal(err)
 				}
 				until(t, "all is settled", func() bool {
@@ -687,15 +689,15 @@ func TestRedisLosesItsData(t *testing.T) {
 			for n := range each {
 				if id := fmt.Sprint(n); n%2 == 1 {
 					until(t, "id "+id+" is answered", func() bool {
-						v, err := eb.add(t, b, 0, id)
-						if err == nil && v != Repeat {
+						v, err := eb.Add(t, b, 0, id)
+						if err == nil && v != dedup.Repeat {
 							t.Errorf("id %s of the other instance: %v", id, v)
 						}
 						return err == nil
 					})
 				}
 			}
-			if n, exact := ea.sealed(t, a, 0); n != 3*each || !exact {
+			if n, exact := sealed(t, ea, a, 0); n != 3*each || !exact {
 				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, 3*each)
 			}
 		})
@@ -708,23 +710,23 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.addr)
 	a := newRedis(t, way.addr())
-	ea := newEpochs(t, a)
-	ea.want(t, a, 0, "42", Unique)
+	ea := settest.NewEpochs(t, a)
+	ea.Want(t, a, 0, "42", dedup.Unique)
 	way.refusing.Store(true)
 	way.cut(0)
 	server.do("FLUSHALL")
 	b := newRedis(t, server.addr) // knows nothing of a loss
-	eb := newEpochs(t, b)
-	eb.want(t, b, 0, "42", Unique)
+	eb := settest.NewEpochs(t, b)
+	eb.Want(t, b, 0, "42", dedup.Unique)
 	way.refusing.Store(false)
-	if err := a.settle(t.Context(), time.Unix(0, ea.at(0))); err != nil {
+	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "all is settled", func() bool {
 		_, some := a.unsettled()
 		return !some
 	})
-	if n, exact := eb.sealed(t, b, 0); n != 1 || exact {
+	if n, exact := sealed(t, eb, b, 0); n != 1 || exact {
 		t.Errorf("sealed %d, exact %v; want 1, false", n, exact)
 	}
 }
@@ -735,12 +737,12 @@ func TestRedisFailOpen(t *testing.T) {
 	for _, same := range []bool{false, true} {
 		t.Run(fmt.Sprint("the same ids at both: ", same), func(t *testing.T) {
 			server := startRedis(t)
-			open := func(c *RedisConfig) { c.FailOpen = true }
-			sets := []*Redis{newRedis(t, server.addr, open), newRedis(t, server.addr, open)}
-			var at []epochs
+			open := func(c *Config) { c.FailOpen = true }
+			sets := []*Set{newRedis(t, server.addr, open), newRedis(t, server.addr, open)}
+			var at []settest.Epochs
 			for i, r := range sets {
-				at = append(at, newEpochs(t, r))
-				at[i].want(t, r, 0, fmt.Sprint("before ", i), Unique)
+				at = append(at, settest.NewEpochs(t, r))
+				at[i].Want(t, r, 0, fmt.Sprint("before ", i), dedup.Unique)
 			}
 			server.do("SAVE")
 			server.kill()
@@ -751,10 +753,10 @@ func TestRedisFailOpen(t *testing.T) {
 					if same && n == 500 {
 						id = "500"
 					}
-					at[i].want(t, r, 0, id, Unique)
+					at[i].Want(t, r, 0, id, dedup.Unique)
 				}
 				for n := range ids / 2 {
-					at[i].want(t, r, 0, fmt.Sprint(i, "-", n), Repeat)
+					at[i].Want(t, r, 0, fmt.Sprint(i, "-", n), dedup.Repeat)
 				}
 				if ready, reason := r.Health(); !ready || reason == "" {
 					t.Errorf("health while open: %v, %q", ready, reason)
@@ -774,7 +776,7 @@ func TestRedisFailOpen(t *testing.T) {
 			if same {
 				want--
 			}
-			if n, exact := at[0].sealed(t, sets[0], 0); n != want || exact == same {
+			if n, exact := sealed(t, at[0], sets[0], 0); n != want || exact == same {
 				t.Errorf("sealed %d, exact %v; want %d, %v", n, exact, want, !same)
 			}
 		})
@@ -785,15 +787,15 @@ func TestRedisFailOpen(t *testing.T) {
 // to be away there is none.
 func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.addr, func(c *RedisConfig) { c.Pending = 1000 })
-	e := newEpochs(t, r)
-	e.want(t, r, 0, "1", Unique)
+	r := newRedis(t, server.addr, func(c *Config) { c.Pending = 1000 })
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "1", dedup.Unique)
 	server.pause()
 	defer server.resume()
 	var group sync.WaitGroup
 	for i := range 2000 { // more than may wait
 		group.Go(func() {
-			if v, err := e.add(t, r, 0, fmt.Sprint("x", i)); !errors.Is(err, ErrUnavailable) {
+			if v, err := e.Add(t, r, 0, fmt.Sprint("x", i)); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Errorf("id %d: %v, %v", i, v, err)
 			}
 		})
@@ -801,12 +803,12 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	group.Wait()
 	until(t, "it is known", func() bool {
 		ready, _ := r.Health()
-		e.add(t, r, 0, "2")
+		e.Add(t, r, 0, "2")
 		return !ready
 	})
 	began := time.Now()
 	for range 1000 {
-		if _, err := e.add(t, r, 0, "2"); !errors.Is(err, ErrUnavailable) {
+		if _, err := e.Add(t, r, 0, "2"); !errors.Is(err, dedup.ErrUnavailable) {
 			t.Fatal(err)
 		}
 	}
@@ -822,16 +824,16 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
 	server := startRedis(t)
 	server.do("ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "-function", "-fcall", "+info")
-	r := newRedis(t, server.addr, func(c *RedisConfig) { c.URLs = []string{"redis://plain:pw@" + server.addr} })
-	e := newEpochs(t, r)
-	e.want(t, r, 0, "42", Unique)
-	e.want(t, r, 0, "42", Repeat)
+	r := newRedis(t, server.addr, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.addr} })
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "42", dedup.Unique)
+	e.Want(t, r, 0, "42", dedup.Repeat)
 	if !r.script.Load() {
 		t.Error("functions are used")
 	}
 	server.do("SCRIPT", "FLUSH")
-	e.want(t, r, 0, "43", Unique)
-	if n, exact := e.sealed(t, r, 0); n != 2 || !exact {
+	e.Want(t, r, 0, "43", dedup.Unique)
+	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
 		t.Errorf("sealed %d, exact %v", n, exact)
 	}
 }
@@ -840,11 +842,11 @@ func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
 func TestRedisKeysGoAway(t *testing.T) {
 	server := startRedis(t)
 	r := newRedis(t, server.addr)
-	e := newEpochs(t, r)
-	for i, id := range alike {
-		e.want(t, r, 0, id, Unique)
-		e.want(t, r, 0, fmt.Sprint(1000+i), Unique)
-		e.want(t, r, 0, strings.Repeat(id, 50), Unique)
+	e := settest.NewEpochs(t, r)
+	for i, id := range settest.Alike {
+		e.Want(t, r, 0, id, dedup.Unique)
+		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
+		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
 	}
 	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:\d+-3600000:(meta|d|u|t|h)$`)
 	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(sessions|size|lanes)$`)
@@ -866,7 +868,7 @@ func TestRedisKeysGoAway(t *testing.T) {
 	if len(kinds) != 5 {
 		t.Errorf("kinds of keys: %v", kinds)
 	}
-	e.sealed(t, r, 0)
+	sealed(t, e, r, 0)
 	for _, k := range server.keys() {
 		if ids.MatchString(k) && !strings.HasSuffix(k, ":meta") {
 			t.Errorf("key %q is there after the seal", k)
@@ -885,22 +887,22 @@ func TestRedisKeysGoAway(t *testing.T) {
 func TestRedisCloseEndsEverything(t *testing.T) {
 	server := startRedis(t)
 	before := goleak.IgnoreCurrent()
-	local, err := NewMemory(Config{Heap: true})
+	local, err := dedup.NewMemory(dedup.Config{Heap: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := NewRedis(RedisConfig{URLs: []string{"redis://" + server.addr}, Group: "test", Window: time.Hour, Local: local})
+	r, err := New(Config{URLs: []string{"redis://" + server.addr}, Group: "test", Window: time.Hour, Local: local})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publish: nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publish: settest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	until(t, "an id is taken", func() bool {
 		in, _ := c.Enter(c.Last().Start().UnixNano(), 0)
 		defer in.Leave(counter.Void)
-		_, err := addTo(r, in.Epoch, []byte("42"))
+		_, err := settest.AddTo(r, in.Epoch, []byte("42"))
 		return err == nil
 	})
 	c.Seal()
@@ -919,25 +921,25 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 }
 
 func TestRedisConfig(t *testing.T) {
-	good := RedisConfig{URLs: []string{"redis://127.0.0.1:1"}, Group: "g", Window: time.Minute}
+	good := Config{URLs: []string{"redis://127.0.0.1:1"}, Group: "g", Window: time.Minute, Local: new(dedup.Memory)}
 	for _, tt := range []struct {
-		change func(*RedisConfig)
+		change func(*Config)
 		want   string // in the error
 	}{
-		{func(c *RedisConfig) { c.URLs = nil }, "redis-url"},
-		{func(c *RedisConfig) { c.URLs = []string{"http://h:1"} }, "scheme"},
-		{func(c *RedisConfig) { c.URLs = []string{"redis://u:pass word@h:x"} }, "malformed"},
-		{func(c *RedisConfig) { c.URLs = []string{"redis://u:secret@"} }, "host"},
-		{func(c *RedisConfig) { c.URLs = []string{"redis-sentinel://u:secret@h:1"} }, "master_set"},
-		{func(c *RedisConfig) { c.URLs = []string{"redis://u:secret@h:1/x"} }, "database"},
-		{func(c *RedisConfig) { c.Group = "" }, "group"},
-		{func(c *RedisConfig) { c.Window = time.Millisecond }, "window"},
-		{func(c *RedisConfig) { c.FailOpen = true }, "Local"},
-		{func(c *RedisConfig) { c.Pending = -1 }, "Pending"},
+		{func(c *Config) { c.URLs = nil }, "redis-url"},
+		{func(c *Config) { c.URLs = []string{"http://h:1"} }, "scheme"},
+		{func(c *Config) { c.URLs = []string{"redis://u:pass word@h:x"} }, "malformed"},
+		{func(c *Config) { c.URLs = []string{"redis://u:secret@"} }, "host"},
+		{func(c *Config) { c.URLs = []string{"redis-sentinel://u:secret@h:1"} }, "master_set"},
+		{func(c *Config) { c.URLs = []string{"redis://u:secret@h:1/x"} }, "database"},
+		{func(c *Config) { c.Group = "" }, "group"},
+		{func(c *Config) { c.Window = time.Millisecond }, "window"},
+		{func(c *Config) { c.Local = nil }, "Local"},
+		{func(c *Config) { c.Pending = -1 }, "Pending"},
 	} {
 		c := good
 		tt.change(&c)
-		r, err := NewRedis(c)
+		r, err := New(c)
 		if err == nil {
 			r.Close()
 			t.Errorf("%+v is taken", c)
@@ -957,14 +959,14 @@ func TestRedisConfig(t *testing.T) {
 func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	server := startRedis(t)
 	a := newRedis(t, server.addr, patient)
-	ea := newEpochs(t, a)
-	ea.want(t, a, 0, "42", Unique)
+	ea := settest.NewEpochs(t, a)
+	ea.Want(t, a, 0, "42", dedup.Unique)
 	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "16")
 	until(t, "not ready", func() bool {
 		ready, reason := a.Health()
 		return !ready && strings.Contains(reason, "lanes")
 	})
-	if v, err := ea.add(t, a, 0, "43"); !errors.Is(err, ErrUnavailable) {
+	if v, err := ea.Add(t, a, 0, "43"); !errors.Is(err, dedup.ErrUnavailable) {
 		t.Errorf("got %v, %v; want ErrUnavailable", v, err)
 	}
 }

@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"bytes"
@@ -17,6 +17,9 @@ import (
 
 	"github.com/redis/rueidis"
 	"github.com/rs/zerolog"
+	"verve/counter"
+	"verve/dedup"
+	"verve/internal/settest"
 )
 
 // redisServer is a real Redis of the tests.
@@ -146,7 +149,7 @@ func (l *lines) String() string {
 }
 
 // newRedis makes a Redis with a front cache that is connected when it returns.
-func newRedis(t testing.TB, addr string, change ...func(*RedisConfig)) *Redis {
+func newRedis(t testing.TB, addr string, change ...func(*Config)) *Set {
 	t.Helper()
 	r := newRedisAway(t, addr, change...)
 	until(t, "the store is ready", func() bool {
@@ -157,17 +160,17 @@ func newRedis(t testing.TB, addr string, change ...func(*RedisConfig)) *Redis {
 }
 
 // newRedisAway does not wait for a connection.
-func newRedisAway(t testing.TB, addr string, change ...func(*RedisConfig)) *Redis {
+func newRedisAway(t testing.TB, addr string, change ...func(*Config)) *Set {
 	t.Helper()
-	local, err := NewMemory(Config{Expect: 1000, Heap: true})
+	local, err := dedup.NewMemory(dedup.Config{Expect: 1000, Heap: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := RedisConfig{URLs: []string{"redis://" + addr}, Group: "test", Window: time.Hour, Local: local, Log: zerolog.New(zerolog.NewTestWriter(t))}
+	cfg := Config{URLs: []string{"redis://" + addr}, Group: "test", Window: time.Hour, Local: local, Log: zerolog.New(zerolog.NewTestWriter(t))}
 	for _, f := range change {
 		f(&cfg)
 	}
-	r, err := NewRedis(cfg)
+	r, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +183,7 @@ func newRedisAway(t testing.TB, addr string, change ...func(*RedisConfig)) *Redi
 }
 
 // patient is for tests in which Redis answers, however busy the machine is.
-func patient(c *RedisConfig) { c.Timeout = 10 * time.Second }
+func patient(c *Config) { c.Timeout = 10 * time.Second }
 
 // until waits for something that must come to pass.
 func until(t testing.TB, what string, done func() bool) {
@@ -195,29 +198,19 @@ func until(t testing.TB, what string, done func() bool) {
 }
 
 // sealed seals the n-th epoch and returns its count.
-func (e epochs) sealed(t testing.TB, r *Redis, n int) (unique uint64, exact bool) {
+func sealed(t testing.TB, e settest.Epochs, r *Set, n int) (unique uint64, exact bool) {
 	t.Helper()
-	unique, exact, err := r.sealIDs(t.Context(), time.Unix(0, e.at(n)), time.Hour)
+	unique, exact, err := r.sealIDs(t.Context(), counter.Span{Start: time.Unix(0, e.At(n)), Window: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return unique, exact
 }
 
-func init() {
-	newSets["redis"] = func(t testing.TB, maxIDs uint64) Set {
-		return newRedis(t, startRedis(t).addr, patient, func(c *RedisConfig) { c.MaxIDs = maxIDs })
-	}
-	newSets["redis, compact"] = func(t testing.TB, maxIDs uint64) Set {
-		return newRedis(t, startRedis(t).addr, patient, func(c *RedisConfig) { c.MaxIDs, c.Compact = maxIDs, true })
-	}
-	newSets["redis, no front cache"] = func(t testing.TB, maxIDs uint64) Set {
-		return newRedis(t, startRedis(t).addr, patient, func(c *RedisConfig) {
-			c.MaxIDs = maxIDs
-			c.Local.Close()
-			c.Local = nil
-		})
-	}
+func TestSet(t *testing.T) {
+	settest.Run(t, settest.Config{New: func(t testing.TB, maxIDs uint64) dedup.Set {
+		return newRedis(t, startRedis(t).addr, patient, func(c *Config) { c.MaxIDs = maxIDs })
+	}})
 }
 
 // TestRedisInstancesCountAsOne has three instances bring the same ids at the
@@ -226,11 +219,11 @@ func init() {
 func TestRedisInstancesCountAsOne(t *testing.T) {
 	server := startRedis(t)
 	const instances, writers, ids = 3, 8, 5000
-	var sets [instances]*Redis
-	var at [instances]epochs
+	var sets [instances]*Set
+	var at [instances]settest.Epochs
 	for i := range sets {
 		sets[i] = newRedis(t, server.addr, patient)
-		at[i] = newEpochs(t, sets[i])
+		at[i] = settest.NewEpochs(t, sets[i])
 	}
 	var mu sync.Mutex
 	unique := map[string]int{}
@@ -245,12 +238,12 @@ func TestRedisInstancesCountAsOne(t *testing.T) {
 					} else if n%3 == 2 {
 						id = fmt.Sprint("text ", n, strings.Repeat("x", n%60))
 					}
-					v, err := at[i].add(t, sets[i], 0, id)
-					if err != nil || v == Turned {
+					v, err := at[i].Add(t, sets[i], 0, id)
+					if err != nil || v == dedup.Turned {
 						t.Errorf("id %s at instance %d, writer %d: %v, %v", id, i, w, v, err)
 						return
 					}
-					if v == Unique {
+					if v == dedup.Unique {
 						mu.Lock()
 						unique[id]++
 						mu.Unlock()
@@ -269,11 +262,11 @@ func TestRedisInstancesCountAsOne(t *testing.T) {
 		}
 	}
 	for i := range sets {
-		if n, exact := at[i].sealed(t, sets[i], 0); n != ids || !exact {
+		if n, exact := sealed(t, at[i], sets[i], 0); n != ids || !exact {
 			t.Errorf("instance %d: sealed %d, exact %v; want %d, true", i, n, exact, ids)
 		}
 	}
-	if v, err := at[0].add(t, sets[0], 0, "after the seal"); v != Turned || err != nil {
+	if v, err := at[0].Add(t, sets[0], 0, "after the seal"); v != dedup.Turned || err != nil {
 		t.Errorf("after the seal: %v, %v; want Turned", v, err)
 	}
 }
@@ -283,20 +276,20 @@ func TestRedisIsAwayAtTheStart(t *testing.T) {
 	server := startRedis(t)
 	server.kill()
 	r := newRedisAway(t, server.addr)
-	e := newEpochs(t, r)
+	e := settest.NewEpochs(t, r)
 	until(t, "ids are refused", func() bool {
-		_, err := e.add(t, r, 0, "1")
-		return errors.Is(err, ErrUnavailable)
+		_, err := e.Add(t, r, 0, "1")
+		return errors.Is(err, dedup.ErrUnavailable)
 	})
 	if ready, reason := r.Health(); ready || reason == "" {
 		t.Errorf("health: %v, %q; want a reason", ready, reason)
 	}
 	server.start()
 	until(t, "ids are taken", func() bool {
-		v, err := e.add(t, r, 0, "1")
-		return v == Unique && err == nil
+		v, err := e.Add(t, r, 0, "1")
+		return v == dedup.Unique && err == nil
 	})
-	if n, exact := e.sealed(t, r, 0); n != 1 || !exact {
+	if n, exact := sealed(t, e, r, 0); n != 1 || !exact {
 		t.Errorf("sealed %d, exact %v; want 1, true", n, exact)
 	}
 }

@@ -1,21 +1,30 @@
-package dedup
+package redis
 
 import (
 	"math/rand/v2"
+	"strconv"
 	"testing"
+
+	"verve/dedup"
+	"verve/internal/settest"
 )
 
 // TestPendingIDsAreAMap compares them with one, through growth, with ids that
 // share a bucket and with one id in two epochs.
 func TestPendingIDsAreAMap(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
+	local, err := dedup.NewMemory(dedup.Config{Heap: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	settest.NewEpochs(t, local) // opens the epoch that Key looks at
 	epochs := []*redisEpoch{{}, {}}
 	random := func() pendingKey {
-		k := Key{lo: rnd.Uint64N(3000), kind: narrowKind} // high bits alike: one chain
-		if n := rnd.IntN(3000); n%3 > 0 {
-			k = Key{hi: uint64(n % 7), lo: uint64(n) * 0x9e3779b97f4a7c15, kind: wideKind}
+		id := strconv.Itoa(rnd.IntN(6000))
+		if rnd.IntN(2) == 0 {
+			id += "-text"
 		}
-		return pendingKey{epochs[rnd.IntN(2)], k}
+		return pendingKey{epochs[rnd.IntN(2)], local.Key([]byte(id))}
 	}
 	var p pendingIDs
 	want := map[pendingKey]*entry{}

@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"context"
@@ -10,9 +10,11 @@ import (
 	"strings"
 
 	"github.com/redis/rueidis"
+
+	"verve/dedup"
 )
 
-//go:embed redis.lua
+//go:embed function.lua
 var redisLua string
 
 // The same code is a function where the server takes functions, and else a
@@ -38,7 +40,7 @@ const (
 	statusMissing = "missing" // keys are gone or on the move
 )
 
-// answer is what redis.lua returns.
+// answer is what function.lua returns.
 type answer struct {
 	status string
 	codes  string
@@ -54,11 +56,11 @@ type errRefused struct{ err error }
 func (e errRefused) Error() string { return e.err.Error() }
 func (e errRefused) Unwrap() error { return e.err }
 
-// call runs an operation of redis.lua on a lane.
-func (r *Redis) call(ctx context.Context, key string, args ...string) (answer, error) {
+// call runs an operation of function.lua on a lane.
+func (r *Set) call(ctx context.Context, key string, args ...string) (answer, error) {
 	c := r.client.Load()
 	if c == nil {
-		return answer{}, errRefused{ErrUnavailable}
+		return answer{}, errRefused{dedup.ErrUnavailable}
 	}
 	for attempt := 0; ; attempt++ {
 		var res rueidis.RedisResult
@@ -94,7 +96,7 @@ func functionMissing(err error) bool {
 
 // load brings the functions to every server, or turns to scripts where they
 // are refused.
-func (r *Redis) load(ctx context.Context, c rueidis.Client) error {
+func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 	loaded := false
 	var last error
 	for _, node := range c.Nodes() {
@@ -119,7 +121,7 @@ func (r *Redis) load(ctx context.Context, c rueidis.Client) error {
 		return nil
 	}
 	if last == nil {
-		last = ErrUnavailable
+		last = dedup.ErrUnavailable
 	}
 	return fmt.Errorf("loading the functions: %w", last)
 }

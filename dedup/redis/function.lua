@@ -6,13 +6,10 @@
 --
 --   sessions      hash: SESSION -> what its last batch was answered, packed, and
 --                 "SESSION ids" -> the ids it has added, which are in doubt
---   size          decimals of the epoch sealed last, to size the next by
---   EPOCH:meta    hash: gen, run, counts (of the ids of each kind, packed),
---                 buckets, touched, hold, lost, partly, twice; sealed and exact
---                 once the epoch is sealed
+--   EPOCH:meta    hash: gen, run, counts (of the ids of each kind, packed), hold,
+--                 lost, partly, twice; sealed and exact once the epoch is sealed
 --   EPOCH:d :u    sets: canonical decimals, UUIDs,
 --         :t :h   short texts, digests of long texts
---   EPOCH:dN      compact decimals: bucket N, small enough to be kept as integers
 --
 -- Lua hashes every byte of every string that is made, and a number in a command is
 -- printed with 17 digits. Therefore ids come and stay in lists that are one string
@@ -22,7 +19,7 @@
 -- doubt, 3 failed and not done, 4 is not there.
 
 -- Set by main: a library that is being loaded sees none of these.
-local byte, sub, find, rep, concat, call, try
+local sub, find, rep, concat, call, try
 local pack, parse
 local KINDS = {'d', 'u', 't', 'h'}
 
@@ -40,7 +37,7 @@ local function run_id()
   return string.match(call('INFO', 'server'), 'run_id:(%x+)') or ''
 end
 
-local META = {'gen', 'sealed', 'counts', 'buckets', 'touched', 'hold', 'twice'}
+local META = {'gen', 'sealed', 'counts', 'hold', 'twice'}
 
 -- counts are how many ids of each kind there are, and of all.
 local function counts(packed)
@@ -53,22 +50,10 @@ end
 -- IDS makes the name of the field that holds a session's ids in doubt.
 local IDS = ' ids'
 
--- begin makes the meta of an epoch nobody has written to in this lane. Compact,
--- decimals go to so many buckets that each holds some 200, as far as the last
--- epoch tells: a set of up to 512 integers is an array of them. Prime, so that no
--- step between ids fills a few only. least is 0 where it is not to be compact.
-local function begin(P, mkey, gen, ttl, least)
-  local buckets = 0
-  if least > 0 then
-    local last = tonumber(call('GET', P .. 'size') or 0)
-    for _, prime in ipairs({1021, 2039, 4093, 8191, 16381, 32749, 65521}) do
-      buckets = prime
-      if prime >= least and prime * 200 >= last then break end
-    end
-  end
-  call('HSET', mkey, 'gen', gen, 'run', run_id(), 'buckets', buckets)
+-- begin makes the meta of an epoch that nobody has written to in this lane.
+local function begin(mkey, gen, ttl)
+  call('HSET', mkey, 'gen', gen, 'run', run_id())
   call('EXPIRE', mkey, ttl)
-  return buckets
 end
 
 -- remember keeps what the batch of a session was answered, for the case that it
@@ -139,57 +124,9 @@ function ways.a(key, ids, undo)
   return #new, codes
 end
 
--- spread is the way of compact decimals. It returns how many there are more,
--- the codes, and what is known then of which buckets there are; or nothing where
--- one is missing.
-local function spread(mode, dkey, ids, undo, buckets, touched, ttl, replay)
-  local keys, slot, there, marks, codes = {}, {}, {}, {}, {}
-  for i = 1, #ids do
-    local b = tonumber(sub(ids[i], -9)) % buckets
-    keys[i], slot[i] = dkey .. b, b + 1
-    if byte(touched, b + 1) == 49 then there[#there + 1] = keys[i] end
-  end
-  if not replay and #there > 0 and try('EXISTS', unpack(there)) ~= #there then return end
-  local more = 0
-  for i = 1, #ids do
-    local code = '3'
-    if mode == 'l' then
-      local r = try('SISMEMBER', keys[i], ids[i])
-      code = r == 1 and '0' or r == 0 and '4' or '3'
-    elseif mode == 'r' then
-      local r = call('SREM', keys[i], ids[i])
-      more = more - r
-      code = '1'
-      if r == 1 and call('EXISTS', keys[i]) == 0 then marks[slot[i]] = '0' end
-    else
-      local r = try('SADD', keys[i], ids[i])
-      if r == 1 then
-        code = '1'
-        more = more + 1
-        undo[#undo + 1] = {keys[i], {ids[i]}}
-        local s = slot[i]
-        if byte(touched, s) ~= 49 and marks[s] ~= '1' then
-          marks[s] = '1'
-          call('EXPIRE', keys[i], ttl)
-        end
-      elseif r == 0 then
-        code = '0'
-      end
-    end
-    codes[i] = code
-  end
-  if next(marks) then
-    local map = {}
-    for i = 1, buckets do map[i] = marks[i] or sub(touched, i, i) end
-    touched = concat(map)
-  end
-  return more, codes, touched
-end
-
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, into how many buckets a new epoch is to spread decimals at least, and a
--- list of ids of each kind.
+-- again, and a list of ids of each kind.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
 local function batch(skey, a, undo)
@@ -208,12 +145,12 @@ local function batch(skey, a, undo)
   local now = clock()
   local mkey = P .. epoch .. ':meta'
   local m = call('HMGET', mkey, unpack(META))
-  local gen, buckets, touched = m[1], tonumber(m[4]), m[5] or ''
+  local gen = m[1]
   local held, n = counts(m[3])
   local replay = mode == 'p' or mode == 'f'
   if m[2] and mode ~= 'b' then return {'sealed'} end
   if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
-  if not replay and mode ~= 'b' and m[6] and now < tonumber(m[6]) then return {'hold'} end
+  if not replay and mode ~= 'b' and m[4] and now < tonumber(m[4]) then return {'hold'} end
 
   if mode == 'b' then
     remember(skey, session, '', seq, now, '', gen or '', n, epoch)
@@ -223,7 +160,7 @@ local function batch(skey, a, undo)
 
   if not gen then
     gen = session .. ':' .. seq .. ':' .. now
-    buckets = begin(P, mkey, gen, ttl, tonumber(a[10]))
+    begin(mkey, gen, ttl)
   end
   local fields = {}
   if mode == 'p' then
@@ -234,27 +171,16 @@ local function batch(skey, a, undo)
   local lists, parts, total, more = {}, {}, 0, 0
   local way = ways[mode] or ways.a
   for k = 1, 4 do
-    if a[10 + k] ~= '' then
-      local key, ids = P .. epoch .. ':' .. KINDS[k], {parse(a[10 + k])}
-      local added, codes
-      if k == 1 and buckets > 0 then
-        if touched == '' then touched = rep('0', buckets) end
-        local now_touched
-        added, codes, now_touched = spread(mode, key, ids, undo, buckets, touched, ttl, replay)
-        if not added then return {'missing'} end
-        if now_touched ~= touched then
-          fields[#fields + 1], fields[#fields + 2] = 'touched', now_touched
-        end
-      else
-        -- A key that should be there and is not was evicted, deleted, or its slot
-        -- is on the move to or from here: nothing may be judged without it.
-        if not replay and try('SCARD', key) ~= held[k] then
-          undo.missing = true
-          error('missing')
-        end
-        added, codes = way(key, ids, undo)
-        if held[k] == 0 and added > 0 then call('EXPIRE', key, ttl) end
+    if a[9 + k] ~= '' then
+      local key, ids = P .. epoch .. ':' .. KINDS[k], {parse(a[9 + k])}
+      -- A key that should be there and is not was evicted, deleted, or its slot
+      -- is on the move to or from here: nothing may be judged without it.
+      if not replay and try('SCARD', key) ~= held[k] then
+        undo.missing = true
+        error('missing')
       end
+      local added, codes = way(key, ids, undo)
+      if held[k] == 0 and added > 0 then call('EXPIRE', key, ttl) end
       held[k] = held[k] + added
       total, more = total + #ids, more + added
       lists[#lists + 1], parts[#parts + 1] = ids, codes or false
@@ -264,7 +190,7 @@ local function batch(skey, a, undo)
 
   local doubt = ''
   if mode == 'a' and more == total then
-    doubt = a[11] .. a[12] .. a[13] .. a[14]
+    doubt = a[10] .. a[11] .. a[12] .. a[13]
   elseif mode == 'a' then
     local mine, others = {}
     for p, ids in ipairs(lists) do
@@ -281,7 +207,7 @@ local function batch(skey, a, undo)
     doubt = concat(mine)
   end
   if replay and more < total then
-    fields[#fields + 1], fields[#fields + 2] = 'twice', tonumber(m[7] or 0) + total - more
+    fields[#fields + 1], fields[#fields + 2] = 'twice', tonumber(m[5] or 0) + total - more
   end
 
   for p, codes in ipairs(parts) do parts[p] = codes and concat(codes) or rep('1', #lists[p]) end
@@ -307,26 +233,17 @@ local function hello(skey, a)
 end
 
 -- drop deletes the ids of an epoch.
-local function drop(prefix, touched)
+local function drop(prefix)
   for k = 1, 4 do try('UNLINK', prefix .. ':' .. KINDS[k]) end
-  local gone = {}
-  for i = 1, #(touched or '') do
-    if byte(touched, i) == 49 then gone[#gone + 1] = prefix .. ':d' .. (i - 1) end
-    if #gone == 500 then
-      try('UNLINK', unpack(gone))
-      gone = {}
-    end
-  end
-  if #gone > 0 then try('UNLINK', unpack(gone)) end
 end
 
 -- reset: epoch, generation. Some of its keys are lost: better all of them are,
 -- for that every session notices, and adds its own again.
 local function reset(skey, a)
   local prefix = sub(skey, 1, -9) .. a[2]
-  local m = call('HMGET', prefix .. ':meta', 'gen', 'sealed', 'touched')
+  local m = call('HMGET', prefix .. ':meta', 'gen', 'sealed')
   if m[1] == a[3] and not m[2] then
-    drop(prefix, m[3])
+    drop(prefix)
     call('DEL', prefix .. ':meta')
   end
   return {'ok'}
@@ -337,12 +254,12 @@ end
 local function seal(skey, a)
   local P, epoch = sub(skey, 1, -9), a[2]
   local mkey = P .. epoch .. ':meta'
-  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'counts', 'run', 'switched', 'twice', 'touched', 'hold', 'partly')
+  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'counts', 'run', 'switched', 'twice', 'hold', 'partly')
   if m[1] then return {'sealed', m[1], m[2]} end
   local now, exact = clock(), 1
-  local held, n = counts(m[4])
-  if m[9] and now < tonumber(m[9]) then return {'hold'} end
-  if tonumber(m[7] or 0) > 0 or m[10] then exact = 0 end
+  local _, n = counts(m[4])
+  if m[8] and now < tonumber(m[8]) then return {'hold'} end
+  if tonumber(m[7] or 0) > 0 or m[9] then exact = 0 end
 
   local heard, all = {}, call('HGETALL', skey)
   for i = 1, #all, 2 do
@@ -376,9 +293,7 @@ local function seal(skey, a)
 
   call('HSET', mkey, 'sealed', n, 'exact', exact)
   call('EXPIRE', mkey, tonumber(a[3]))
-  call('HDEL', mkey, 'touched')
-  call('SET', P .. 'size', held[1], 'EX', 604800)
-  drop(P .. epoch, m[8])
+  drop(P .. epoch)
   return {'sealed', n, exact}
 end
 
@@ -389,7 +304,7 @@ local function bye(skey, a)
 end
 
 local function main(keys, a)
-  byte, sub, find, rep, concat = string.byte, string.sub, string.find, string.rep, table.concat
+  sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
   pack, parse = cmsgpack.pack, cmsgpack.unpack
   call, try = redis.call, redis.pcall
   local op = a[1]

@@ -1,4 +1,4 @@
-package dedup
+package redis
 
 import (
 	"context"
@@ -75,18 +75,37 @@ func eventually(t *testing.T, what string, done func() bool) {
 	}
 }
 
-func (g *group) member(name string, change ...func(*ledgerConfig)) *Ledger {
-	cfg := ledgerConfig{
-		Client: func() (rueidis.Client, error) { return g.client, nil }, Group: "a {b}", Member: name, Window: time.Minute, MaxSkew: time.Second,
-		Seal: func(context.Context, counter.Span) (uint64, bool, error) {
-			g.seals.Add(1)
-			return g.counted.Load(), true, nil
-		},
-		Settle:    func(context.Context, time.Time) error { return nil },
-		Unsettled: func() (time.Time, bool) { return time.Time{}, false },
+// fakeIDs are the ids of a member of a test's group.
+type fakeIDs struct {
+	*group
+	sealed func() (unique uint64, exact bool) // nil: what the group has counted
+	oldest func() (time.Time, bool)           // unsettled; nil: none
+}
+
+func (f *fakeIDs) conn() (rueidis.Client, error)           { return f.client, nil }
+func (f *fakeIDs) settle(context.Context, time.Time) error { return nil }
+
+func (f *fakeIDs) sealIDs(context.Context, counter.Span) (uint64, bool, error) {
+	f.seals.Add(1)
+	if f.sealed != nil {
+		unique, exact := f.sealed()
+		return unique, exact, nil
 	}
+	return f.counted.Load(), true, nil
+}
+
+func (f *fakeIDs) unsettled() (time.Time, bool) {
+	if f.oldest != nil {
+		return f.oldest()
+	}
+	return time.Time{}, false
+}
+
+func (g *group) member(name string, change ...func(*ledgerConfig, *fakeIDs)) *Ledger {
+	ids := &fakeIDs{group: g}
+	cfg := ledgerConfig{Group: "a {b}", Member: name, Window: time.Minute, MaxSkew: time.Second, IDs: ids}
 	for _, f := range change {
-		f(&cfg)
+		f(&cfg, ids)
 	}
 	return openLedger(cfg)
 }
@@ -106,7 +125,7 @@ func (g *group) do(f func(context.Context) error) {
 func (g *group) beat(members ...*Ledger) {
 	g.t.Helper()
 	for _, m := range members {
-		g.do(m.beat)
+		g.do(func(ctx context.Context) error { return m.beat(ctx, true) })
 	}
 }
 
@@ -188,7 +207,7 @@ func TestEveryMemberGetsTheSameCount(t *testing.T) {
 // and a dead one no longer than that.
 func TestSealWaitsForEveryClock(t *testing.T) {
 	g := newGroup(t)
-	hour := func(c *ledgerConfig) { c.MaxSkew = time.Hour }
+	hour := func(c *ledgerConfig, _ *fakeIDs) { c.MaxSkew = time.Hour }
 	a, b := g.member("a", hour), g.member("b", hour)
 	s := spanEnded(time.Second)
 	g.beat(a, b)
@@ -226,8 +245,8 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 	g := newGroup(t)
 	s := spanEnded(2 * time.Second)
 	var held atomic.Bool
-	holds := func(c *ledgerConfig) {
-		c.Unsettled = func() (time.Time, bool) { return s.Start, held.Load() }
+	holds := func(_ *ledgerConfig, ids *fakeIDs) {
+		ids.oldest = func() (time.Time, bool) { return s.Start, held.Load() }
 	}
 	a, b := g.member("a"), g.member("b", holds)
 	held.Store(true)
@@ -277,8 +296,8 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	if got := g.unpublished(later); !slices.Equal(got, want[1:]) {
 		t.Errorf("got %v, want %v", got, want[1:])
 	}
-	if _, written, err := dead.MayWrite(t.Context(), want[0]); err != nil || !written {
-		t.Errorf("written: %t, %v", written, err)
+	if claim, err := dead.Claim(t.Context(), want[0]); err != nil || !claim.Written {
+		t.Errorf("written: %t, %v", claim.Written, err)
 	}
 }
 
@@ -294,7 +313,8 @@ func TestOneMemberPublishes(t *testing.T) {
 	if !a.Leading() || b.Leading() {
 		t.Fatalf("leading: a %t, b %t", a.Leading(), b.Leading())
 	}
-	mine, written, err := b.MayWrite(t.Context(), s)
+	claim, err := b.Claim(t.Context(), s)
+	mine, written := claim.Mine, claim.Written
 	if mine || written || err != nil {
 		t.Errorf("b may write: %t, %t, %v", mine, written, err)
 	}
@@ -311,11 +331,11 @@ func TestOneMemberPublishes(t *testing.T) {
 		return g.client.Do(ctx, g.client.B().Del().Key(b.keys.leader).Build()).Error()
 	})
 	c := g.member("c")
-	if mine, _, err := c.MayWrite(t.Context(), s); !mine || err != nil {
+	if claim, err := c.Claim(t.Context(), s); !claim.Mine || err != nil {
 		t.Errorf("c may write: %t, %v", mine, err)
 	}
 	g.do(func(ctx context.Context) error { return c.Written(ctx, s) })
-	if mine, written, err := c.MayWrite(t.Context(), s); mine || !written || err != nil {
+	if claim, err := c.Claim(t.Context(), s); claim.Mine || !claim.Written || err != nil {
 		t.Errorf("c may write again: %t, %t, %v", mine, written, err)
 	}
 	g.beat(b, c)
@@ -385,7 +405,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 func TestMemberThatCountsOtherWindowsSaysSo(t *testing.T) {
 	g := newGroup(t)
 	a := g.member("a")
-	b := g.member("b", func(c *ledgerConfig) { c.Window = time.Second })
+	b := g.member("b", func(c *ledgerConfig, _ *fakeIDs) { c.Window = time.Second })
 	g.beat(a, b, a)
 	for _, m := range []*Ledger{a, b} {
 		if p := m.Stats().Problem; !strings.Contains(p, "windows of") {
@@ -404,7 +424,7 @@ func TestMemberThatCountsOtherWindowsSaysSo(t *testing.T) {
 // TestLedgerLeavesNothingForEver: every key of it expires by itself.
 func TestLedgerLeavesNothingForEver(t *testing.T) {
 	g := newGroup(t)
-	a := g.member("a", func(c *ledgerConfig) { c.Unsettled = func() (time.Time, bool) { return time.Now(), true } })
+	a := g.member("a", func(_ *ledgerConfig, ids *fakeIDs) { ids.oldest = func() (time.Time, bool) { return time.Now(), true } })
 	open, sealed, delivered := spanEnded(time.Hour), spanEnded(time.Minute), spanEnded(time.Second)
 	a.Opened(open)
 	g.beat(a)

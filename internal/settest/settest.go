@@ -1,0 +1,429 @@
+// Package settest is the suite that every dedup.Set passes.
+package settest
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+// Config describes the Set under test.
+type Config struct {
+	// New makes a Set that closes when the test is over. maxIDs is its bound for an
+	// epoch, 0: none.
+	New func(t testing.TB, maxIDs uint64) dedup.Set
+
+	Many    int               // ids that the Set takes in seconds; 0: each takes a trip
+	Turns   int               // epochs after which what is kept of them comes round; 0: never
+	Reclaim func(s dedup.Set) // reclaims what past epochs left; nil: Run alone does
+}
+
+// Run runs the suite.
+func Run(t *testing.T, c Config) {
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, Config)
+	}{
+		{"AnswersUniqueOncePerEpoch", answersUniqueOncePerEpoch},
+		{"AgreesWithMap", agreesWithMap},
+		{"GrowsFarBeyondWhatWasExpected", growsFarBeyondWhatWasExpected},
+		{"RefusesBeyondMaxIDsAndStillFindsRepeats", refusesBeyondMaxIDsAndStillFindsRepeats},
+		{"IsExactWhileEpochsTurn", isExactWhileEpochsTurn},
+		{"KeepsLateRequestsOutOfLaterEpochs", keepsLateRequestsOutOfLaterEpochs},
+	} {
+		t.Run(test.name, func(t *testing.T) { test.run(t, c) })
+	}
+}
+
+// each runs f with a Set without a bound.
+func (c Config) each(t *testing.T, f func(t *testing.T, s dedup.Set)) { f(t, c.New(t, 0)) }
+
+// AddTo makes the key of id and adds it.
+func AddTo(s dedup.Set, e *counter.Epoch, id []byte) (dedup.Verdict, error) {
+	return s.Add(e, id, s.Key(id))
+}
+
+// runSet runs the background work of s until the test is over.
+func runSet(t testing.TB, s dedup.Set) {
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Nobody publishes nothing: the tests read the counts of the epochs themselves.
+type Nobody struct{ counts chan counter.Count }
+
+func (n Nobody) Publish(_ context.Context, c counter.Count) error {
+	if n.counts != nil {
+		n.counts <- c
+	}
+	return nil
+}
+
+// Epochs lets a test turn epochs by hand: At(n) is a time inside the n-th.
+type Epochs struct {
+	*counter.Counter
+	base int64
+}
+
+// NewEpochs seals the counter when the test is over, and waits until every
+// epoch is retired: the Set that was made before can then be closed.
+func NewEpochs(t testing.TB, s dedup.Set) Epochs {
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: s, Publish: Nobody{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(ctx) }()
+	t.Cleanup(func() {
+		c.Seal()
+		// A test that failed may have left a request inside.
+		defer time.AfterFunc(5*time.Second, stop).Stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return Epochs{c, c.Last().Start().UnixNano()}
+}
+
+// At is a time inside the n-th epoch, in Unix ns.
+func (e Epochs) At(n int) int64 { return e.base + int64(n)*int64(time.Hour) }
+
+// Add brings id to the n-th epoch.
+func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict, error) {
+	t.Helper()
+	in, ok := e.Enter(e.At(n), 0)
+	if !ok {
+		t.Fatal("the counter is sealed")
+	}
+	v, err := AddTo(s, in.Epoch, []byte(id))
+	switch {
+	case err != nil || v == dedup.Turned:
+		in.Leave(counter.Void)
+	case v == dedup.Unique:
+		in.Leave(counter.Unique)
+	default:
+		in.Leave(counter.Repeat)
+	}
+	return v, err
+}
+
+// Want fails the test unless the n-th epoch answers want to id.
+func (e Epochs) Want(t testing.TB, s dedup.Set, n int, id string, want dedup.Verdict) {
+	t.Helper()
+	if got, err := e.Add(t, s, n, id); got != want || err != nil {
+		t.Fatalf("epoch %d, id %q: got %v, %v; want %v", n, id, got, err, want)
+	}
+}
+
+// Alike are ids that a careless set takes for one another.
+var Alike = []string{
+	"0", "00", "42", "042", "+42", " 42", "42.0", "0x2a", "٤٢",
+	"18446744073709551615", "18446744073709551616", "9223372036854775807",
+	"3f333df6-90a4-4fda-8dd3-9485d27cee36", "3F333DF6-90A4-4FDA-8DD3-9485D27CEE36",
+	"3f333df690a44fda8dd39485d27cee36", "{3f333df6-90a4-4fda-8dd3-9485d27cee36}",
+	"00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff",
+	"00000000-0000-0000-0000-00000000002a",
+	"a", "A", "\u00e9", "e\u0301", "a\x00", "a\x00\x00",
+}
+
+func answersUniqueOncePerEpoch(t *testing.T, c Config) {
+	c.each(t, func(t *testing.T, s dedup.Set) {
+		e := NewEpochs(t, s)
+		for n := range 3 {
+			for _, id := range Alike {
+				e.Want(t, s, n, id, dedup.Unique)
+			}
+			for _, id := range Alike {
+				e.Want(t, s, n, id, dedup.Repeat)
+			}
+		}
+	})
+}
+
+// agreesWithMap runs random adds of few ids over many epochs, more than
+// there are tags, against a plain map.
+func agreesWithMap(t *testing.T, c Config) {
+	c.each(t, func(t *testing.T, s dedup.Set) {
+		turns := cmp.Or(c.Turns, 100)
+		rnd := rand.New(rand.NewPCG(1, 2))
+		e := NewEpochs(t, s)
+		for n := range turns {
+			seen := map[string]bool{}
+			for i := range 40 {
+				if c.Reclaim != nil && n%8 == 0 && i == 20 {
+					c.Reclaim(s) // leaves the open epoch alone
+				}
+				id := fmt.Sprint(rnd.IntN(50))
+				if rnd.IntN(2) == 0 {
+					id = fmt.Sprintf("%08x-0000-4000-8000-%012x", rnd.IntN(5), rnd.IntN(5))
+				}
+				want := dedup.Unique
+				if seen[id] {
+					want = dedup.Repeat
+				}
+				e.Want(t, s, n, id, want)
+				seen[id] = true
+			}
+		}
+	})
+}
+
+func growsFarBeyondWhatWasExpected(t *testing.T, c Config) {
+	ids := cmp.Or(c.Many, 10_000)
+	c.each(t, func(t *testing.T, s dedup.Set) {
+		e := NewEpochs(t, s)
+		in, _ := e.Enter(e.At(0), 0)
+		defer in.Leave(counter.Void)
+		for pass, want := range []dedup.Verdict{dedup.Unique, dedup.Repeat} {
+			for i := range ids {
+				var id []byte
+				if id = fmt.Append(id, i); i%4 == 0 {
+					id = append(id, 'x')
+				}
+				if v, err := AddTo(s, in.Epoch, id); v != want || err != nil {
+					t.Fatalf("pass %d, id %s: got %v, %v; want %v", pass, id, v, err, want)
+				}
+			}
+		}
+	})
+}
+
+func refusesBeyondMaxIDsAndStillFindsRepeats(t *testing.T, c Config) {
+	for _, maxIDs := range []int{0 + 1, 100, 200_000} {
+		if maxIDs > cmp.Or(c.Many, 1000) {
+			continue // each id takes a trip
+		}
+		{
+			t.Run(fmt.Sprint(maxIDs), func(t *testing.T) {
+				s := c.New(t, uint64(maxIDs))
+				e := NewEpochs(t, s)
+				for n := range 2 {
+					for i := range maxIDs {
+						e.Want(t, s, n, fmt.Sprint(i), dedup.Unique)
+					}
+					if v, err := e.Add(t, s, n, "one too many"); !errors.Is(err, dedup.ErrFull) {
+						t.Fatalf("got %v, %v; want dedup.ErrFull", v, err)
+					}
+					e.Want(t, s, n, fmt.Sprint(maxIDs-1), dedup.Repeat)
+					e.Want(t, s, n, "0", dedup.Repeat)
+				}
+			})
+		}
+	}
+}
+
+// isExactWhileEpochsTurn has writers bring the same ids to the same
+// epochs at the same time, while the epochs turn under them and some requests
+// sleep inside: each id is Unique once in each epoch that it is answered in, and
+// the counts of the epochs are the numbers of those.
+func isExactWhileEpochsTurn(t *testing.T, c Config) {
+	const window = counter.MinWindow
+	for _, tt := range []struct {
+		name         string
+		writers, ids int
+		turns        int
+		speed        time.Duration // how fast the clock runs, in fifths of real time
+		id           func(i int) []byte
+	}{
+		{"turns of 20 ms", 4, 400, 100, 12, func(i int) []byte {
+			id := strconv.AppendInt(nil, int64(i), 10)
+			if i%2 == 0 {
+				id = append(id, "-text"...)
+			}
+			return id
+		}},
+		// Every id is brought by all writers in the first moments of an epoch.
+		{"turns of 1 ms, few UUIDs and texts", 8, 10, 1000, 250, func(i int) []byte {
+			if i%2 == 0 {
+				return fmt.Appendf(nil, "text %d", i)
+			}
+			return fmt.Appendf(nil, "3f333df6-90a4-4fda-8dd3-9485d27ce%03d", i)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c.each(t, func(t *testing.T, s dedup.Set) {
+				counts := make(chan counter.Count, 100*tt.turns)
+				count, err := counter.New(counter.Config{Window: window, Store: s, Publish: Nobody{counts}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				runSet(t, s)
+				closed := make(chan error, 1)
+				go func() { closed <- count.Run(t.Context()) }()
+
+				type answer struct {
+					epoch int64
+					id    int
+				}
+				type answers struct{ unique, repeat int }
+				given := make([]map[answer]answers, tt.writers)
+				var stale atomic.Int64
+				var group sync.WaitGroup
+				began := time.Now()
+				ids := make([][]byte, tt.ids)
+				for i := range ids {
+					ids[i] = tt.id(i)
+				}
+				for w := range tt.writers {
+					given[w] = map[answer]answers{}
+					group.Go(func() {
+						rnd := rand.New(rand.NewPCG(uint64(w), 9))
+						for {
+							now := began.UnixNano() + int64(time.Since(began)*tt.speed/5)
+							i := rnd.IntN(tt.ids)
+							for again := true; again; {
+								in, open := count.Enter(now, uint64(w))
+								if !open {
+									return
+								}
+								switch rnd.IntN(4096) {
+								case 0:
+									time.Sleep(window * 5 / tt.speed) // until the next epoch
+								case 1, 2, 3, 4:
+									runtime.Gosched()
+								}
+								v, err := AddTo(s, in.Epoch, ids[i])
+								if err != nil {
+									t.Error(err)
+								}
+								again = v == dedup.Turned
+								k := answer{in.Number(), i}
+								a := given[w][k]
+								switch v {
+								case dedup.Unique:
+									a.unique++
+									in.Leave(counter.Unique)
+								case dedup.Repeat:
+									a.repeat++
+									in.Leave(counter.Repeat)
+								case dedup.Turned:
+									stale.Add(1)
+									in.Leave(counter.Void)
+								}
+								given[w][k] = a
+							}
+						}
+					})
+				}
+				for count.Last().Serial() <= uint64(tt.turns) {
+					time.Sleep(time.Millisecond)
+				}
+				count.Seal()
+				group.Wait()
+				if err := <-closed; err != nil {
+					t.Fatal(err)
+				}
+				close(counts)
+
+				all := map[answer]answers{}
+				for _, m := range given {
+					for k, a := range m {
+						sum := all[k]
+						all[k] = answers{sum.unique + a.unique, sum.repeat + a.repeat}
+					}
+				}
+				type sums struct{ unique, repeats uint64 }
+				want := map[int64]sums{}
+				for k, a := range all {
+					if a.unique != 1 && a.unique+a.repeat > 0 {
+						t.Errorf("id %s in epoch %d: %d times unique, %d times a repeat", ids[k.id], k.epoch, a.unique, a.repeat)
+					}
+					s := want[k.epoch]
+					want[k.epoch] = sums{s.unique + uint64(a.unique), s.repeats + uint64(a.repeat)}
+				}
+				var total sums
+				n, last := 0, int64(0)
+				for p := range counts {
+					number := p.Start.UnixNano() / int64(window)
+					if number <= last {
+						t.Errorf("epoch %d was published after %d", number, last)
+					}
+					last = number
+					got := sums{p.Unique, p.Repeats}
+					if got != want[number] {
+						t.Errorf("epoch %d: published %+v, answered %+v", number, got, want[number])
+					}
+					delete(want, number)
+					total.unique += got.unique
+					total.repeats += got.repeats
+					n++
+				}
+				for number, s := range want {
+					if s != (sums{}) {
+						t.Errorf("epoch %d was answered %+v and not published", number, s)
+					}
+				}
+				t.Logf("%d epochs, %+v, %d adds met a later epoch", n, total, stale.Load())
+			})
+		})
+	}
+}
+
+// keepsLateRequestsOutOfLaterEpochs has a request sleep in an epoch
+// while the next ones fill. What it then brings to its own epoch neither takes
+// anything from a later one nor shows there.
+func keepsLateRequestsOutOfLaterEpochs(t *testing.T, c Config) {
+	id := func(i int) string {
+		if i%2 == 0 {
+			return strconv.Itoa(i)
+		}
+		return "text " + strconv.Itoa(i)
+	}
+	c.each(t, func(t *testing.T, s dedup.Set) {
+		ids := min(cmp.Or(c.Many, 4_000), 20_000)
+		e := NewEpochs(t, s)
+		for i := range ids / 2 {
+			e.Want(t, s, 0, id(i), dedup.Unique)
+		}
+		in, _ := e.Enter(e.At(0), 1)
+		defer in.Leave(counter.Void)
+		late := map[int]bool{}
+		for n := 1; n < 4; n++ {
+			for i := 0; i < ids; i += 2 + n {
+				e.Want(t, s, n, id(i), dedup.Unique)
+			}
+			// Late: ids that are in its epoch, and others.
+			for i := 0; i < ids; i += 3 {
+				switch v, err := AddTo(s, in.Epoch, []byte(id(i))); {
+				case err != nil:
+					t.Fatal(err)
+				case v == dedup.Unique:
+					if i < ids/2 || late[i] {
+						t.Fatalf("id %s is unique in epoch 0 for a second time", id(i))
+					}
+					late[i] = true
+				case v == dedup.Repeat:
+					if i >= ids/2 && !late[i] {
+						t.Fatalf("id %s was never in epoch 0 and is a repeat there", id(i))
+					}
+				}
+			}
+			for i := range ids {
+				want := dedup.Unique
+				if i%(2+n) == 0 {
+					want = dedup.Repeat
+				}
+				e.Want(t, s, n, id(i), want)
+			}
+		}
+	})
+}
