@@ -1,7 +1,6 @@
 package server
 
 import (
-	"bytes"
 	"errors"
 
 	"github.com/valyala/fasthttp"
@@ -15,7 +14,6 @@ var (
 	bodyOK     = []byte("ok")
 	bodyFailed = []byte("failed")
 	textPlain  = []byte("text/plain")
-	query1     = []byte("?")
 )
 
 // handle answers one request: the route by the path as it was sent, then the
@@ -26,11 +24,20 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	if s.leaving.Load() {
 		ctx.SetConnectionClose()
 	}
-	ctx.Response.Header.SetContentTypeBytes(textPlain)
-	path, raw, _ := bytes.Cut(ctx.Request.Header.RequestURI(), query1)
+	h := &ctx.Request.Header
+	if !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0" {
+		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
+		return
+	}
+	lines, ok := inspect(h)
+	path, raw, known := splitTarget(h.RequestURI())
+	if !ok || !known {
+		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		return
+	}
 	switch string(path) {
 	case acceptPath:
-		s.accept(ctx, raw)
+		s.accept(ctx, raw, lines)
 	case SinkPath:
 		s.sink(ctx)
 	default:
@@ -41,29 +48,25 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 // expect answers a request with "Expect: 100-continue" without asking for its
 // body, unless it goes to the sink. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
-	if ctx.IsPost() && string(ctx.Request.Header.RequestURI()) == SinkPath {
+	if path, _, _ := splitTarget(ctx.Request.Header.RequestURI()); ctx.IsPost() && string(path) == SinkPath {
 		return fasthttp.StatusContinue
 	}
 	s.handle(ctx)
 	return ctx.Response.StatusCode()
 }
 
-// accept counts the id of a GET request. Everything the request says is
-// checked, and a place for its callback reserved, before the set is touched: a
-// request refused with 4xx or 503 has counted nothing.
-func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
+// accept counts the id of a request. Everything the request says is checked, and a
+// place for its callback reserved, before the set is touched: a request refused
+// with 4xx or 503 has counted nothing.
+func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) {
 	h := &ctx.Request.Header
 	switch {
-	case !h.IsGet():
-		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodGet)
+	case !h.IsGet() && !h.IsPost():
+		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, POST")
 		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
 		return
-	case len(h.Host()) == 0 && h.IsHTTP11(): // RFC 9112, section 3.2
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
-		return
-	case h.ContentLength() != noBody && hasBody(h):
-		ctx.SetConnectionClose()
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+	case lines.encoding || h.ContentLength() > 0: // a body, or chunks, even if they were empty
+		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
 	}
 
@@ -111,14 +114,14 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte) {
 		return
 	}
 	s.answer(&ctx.Response, verdict, epoch)
-	if simple && s.ln.fast != nil && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
+	if simple && s.ln.fast != nil && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
 }
 
 // answer says what the set has said of an id in an epoch.
 func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *counter.Epoch) {
-	r.Header.SetContentTypeBytes(textPlain)
+	setHead(r)
 	if s.cfg.WindowHeader {
 		r.Header.SetCanonical(headerWindow, epoch.Label())
 	}
@@ -189,42 +192,12 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	case !h.IsPost():
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
 		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
-	case len(h.Host()) == 0 && h.IsHTTP11():
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
-	case twoFramings(h):
-		// fasthttp takes the chunks and ignores the length; another reader on
-		// the way may have done the opposite (RFC 9112, section 6.1).
-		ctx.SetConnectionClose()
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 	default:
 		s.sunk.Add(1)
+		setHead(&ctx.Response)
 		ctx.Response.SetBodyRaw(bodyOK)
 	}
 }
 
 // noBody is fasthttp's content length of a request that says nothing of a body.
 const noBody = -2
-
-// hasBody reports whether a request brought a body, or chunks, even if they
-// were empty.
-func hasBody(h *fasthttp.RequestHeader) bool {
-	_, encoding := framings(h)
-	return encoding || h.ContentLength() > 0
-}
-
-// twoFramings reports whether a request says in two ways where it ends.
-func twoFramings(h *fasthttp.RequestHeader) bool {
-	length, encoding := framings(h)
-	return length && encoding
-}
-
-// framings reports which of the two headers that say where a request ends were
-// sent. fasthttp drops one of them while it parses.
-func framings(h *fasthttp.RequestHeader) (length, encoding bool) {
-	for line := range bytes.Lines(h.RawHeaders()) {
-		key, _, _ := bytes.Cut(line, []byte(":"))
-		length = length || bytes.EqualFold(key, []byte(fasthttp.HeaderContentLength))
-		encoding = encoding || bytes.EqualFold(key, []byte(fasthttp.HeaderTransferEncoding))
-	}
-	return length, encoding
-}

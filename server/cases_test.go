@@ -79,14 +79,15 @@ func TestEveryHTTPCase(t *testing.T) {
 		"unicode NFD e-acute": "200;400", "raw UTF-8 in target": "400", "257-byte id": "400", "256 bytes after decoding": "200;400",
 		"8 KiB query": "431 close", "10 MiB query": "431 close", "semicolon separator": "400", "ampersand run": "200", "equals in value": "200;400",
 		"fragment in target": "400", "second question mark": "200;400", "tab in target": "400 close", "trailing slash": "404", "dot segments": "404",
-		"upper-case path": "404", "path params": "404", "root": "404", "POST accept": "405", "OPTIONS": "405", "OPTIONS *": "404", "TRACE": "405",
-		"CONNECT": "404", "lower-case method": "405", "unknown method": "405", "HTTP/0.9": "400 close", "HTTP/1.9": "200 close",
+		"upper-case path": "404", "path params": "404", "root": "404", "POST accept": "200", "POST batch broken": "400 close",
+		"POST batch empty": "400", "HTTP/2.0 request line": "505 close", "absolute-form": "200", "OPTIONS": "405", "OPTIONS *": "404", "TRACE": "405",
+		"CONNECT": "404", "lower-case method": "405", "unknown method": "405", "HTTP/0.9": "400 close", "HTTP/1.9": "505 close",
 		"TLS hello to plain port": "400 close|408 close", "no Host 1.1": "400 close", "bad Host": "400 close", "GET with CL body": "400 close",
 		"CL plus sign": "400 close", "CL list 5,5": "400 close", "CL hex": "400 close", "CL overflow": "400 close", "CL twice differing": "400 close",
 		"CL.TE": "400 close", "TE.CL": "400 close|408 close", "TE.TE obfuscated xchunked": "400 close", "TE space before colon": "400 close",
 		"TE twice": "400 close", "TE list gzip, chunked": "400 close", "TE vertical tab": "400 close", "TE in HTTP/1.0": "400 close",
 		"bad chunk size": "400 close", "chunk size overflow": "400 close", "chunk ext bare LF": "400 close",
-		"obs-fold":            "200", // the known deviation
+		"obs-fold":            "400 close",
 		"NUL in header value": "400 close", "header with no colon": "400 close", "empty header name": "400 close", "giant header 64 KiB": "431 close",
 		"header flood 5000 lines": "431 close", "leading blank lines": "200", "5 MB of blank lines": "close", "Expect 100 no body": "200 close",
 		"Expect unknown": "200", "pipelined 3": "200 200 200", "pipelined good+bad": "200 400 close", "pipelined + partial tail": "200 408 close",
@@ -140,6 +141,38 @@ func TestEveryHTTPCase(t *testing.T) {
 					if got := s.converse(row.raw, want, round > 0); !oneOf(got, want) {
 						t.Errorf("%s, round %d: got %q, want %q", format, round, got, want)
 					}
+				}
+			}
+		})
+	}
+}
+
+// TestEveryFormOfARequestIsUnderstoodOrRefused sends the rows of probe_cases.tsv: what
+// a conformance suite tries, legal spellings of a header or a target, and queries
+// with other parameters. Each is a name, the bytes and the answers.
+func TestEveryFormOfARequestIsUnderstoodOrRefused(t *testing.T) {
+	file, err := os.ReadFile("testdata/probe_cases.tsv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(file)) {
+		f := strings.Split(strings.TrimSuffix(line, "\n"), "\t")
+		if len(f) != 3 {
+			t.Fatalf("row %q", line)
+		}
+		raw, err := strconv.Unquote(f[1])
+		if err != nil {
+			t.Fatalf("%s: %v", f[0], err)
+		}
+		t.Run(f[0], func(t *testing.T) {
+			t.Parallel()
+			for _, split := range []bool{false, true} {
+				if split && strings.HasPrefix(raw, h2Preface) {
+					continue // clients send it at once
+				}
+				s := newSite(t, func(cfg *Config) { cfg.SlowTimeout = time.Second })
+				if got := s.converse(raw, f[2], split); got != f[2] {
+					t.Errorf("split %v: got %q, want %q", split, got, f[2])
 				}
 			}
 		})

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -9,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/valyala/fasthttp"
 )
 
 const (
@@ -28,6 +31,13 @@ const (
 	// prefix6 is the part of an IPv6 address that stands for a caller: whoever
 	// has one has the rest of its network, too.
 	prefix6 = 64
+
+	// maxTaken bounds what is read for an answer: a body in chunks of a byte takes
+	// six, and the headers of this request and those read before it come on top.
+	maxTaken = 8*maxBody + 2*readBuffer
+
+	// h2Preface begins a connection of HTTP/2 (RFC 9113, section 3.4).
+	h2Preface = "PRI * HTTP/2"
 
 	// sampleEvery is how many reads from a connection pass until one is timed.
 	// Two looks at the clock, 150 ns, are then 10 ns a read, of 7,000 and more.
@@ -111,6 +121,11 @@ type conn struct {
 	reads uint32
 	timed time.Time
 
+	// For the serving goroutine alone: the bytes received since an answer, and
+	// whether they began as those of HTTP/2.
+	taken int
+	h2    bool
+
 	// For the fastPath, and the serving goroutine alone: whether fasthttp is
 	// between two requests, and what followed the id in a plain one.
 	between bool
@@ -137,7 +152,7 @@ func newListener(ln net.Listener, cfg *Config) *listener {
 }
 
 var tooManyConns = []byte("HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n" +
-	"Content-Length: 6\r\nRetry-After: " + retryAfter + "\r\nVerve-Reason: busy\r\nConnection: close\r\n\r\nfailed")
+	"Cache-Control: no-store\r\nContent-Length: 6\r\nRetry-After: " + retryAfter + "\r\nVerve-Reason: busy\r\nConnection: close\r\n\r\nfailed")
 
 // accept returns the next connection within the limits. Those over one get 503.
 func (l *listener) accept() (*conn, error) {
@@ -248,13 +263,19 @@ func (c *conn) phase() (p phase, since time.Duration) {
 	return phase(s & phaseMask), time.Duration(s &^ phaseMask)
 }
 
+// await is before the first byte of a request.
+func (c *conn) await() {
+	c.enter(phaseIdle)
+	c.taken = 0
+}
+
 // Read brings fasthttp what the fastPath does not answer.
 func (c *conn) Read(p []byte) (int, error) {
 	if c.between {
 		if len(c.tail) > 0 {
 			return c.owner.fast.read(c, p)
 		}
-		c.enter(phaseIdle)
+		c.await()
 	}
 	return c.receive(p, c.between)
 }
@@ -274,6 +295,12 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	}
 	if n > 0 && phase(c.state.Load()&phaseMask) != phaseReading {
 		c.enter(phaseReading)
+		c.h2 = p[0] == h2Preface[0] && bytes.HasPrefix(p[:n], []byte(h2Preface))
+	}
+	// What has no end is ended here: fasthttp bounds a body, but not the extensions
+	// and trailers of its chunks.
+	if c.taken += n; c.taken > maxTaken {
+		err = fasthttp.ErrBodyTooLarge
 	}
 	if err != nil {
 		c.ended.Store(true)
@@ -301,6 +328,7 @@ func (c *conn) Write(p []byte) (int, error) {
 	c.enter(phaseWriting)
 	n, err := c.Conn.Write(p)
 	c.enter(phaseReading)
+	c.taken = 0
 	if !c.timed.IsZero() {
 		c.owner.took.observe(time.Since(c.timed))
 		c.timed = time.Time{}
@@ -312,7 +340,7 @@ func (c *conn) Write(p []byte) (int, error) {
 }
 
 var plainOnTLS = []byte("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n" +
-	"Content-Length: 6\r\nVerve-Reason: bad-request\r\nConnection: close\r\n\r\nfailed")
+	"Cache-Control: no-store\r\nContent-Length: 6\r\nVerve-Reason: bad-request\r\nConnection: close\r\n\r\nfailed")
 
 // handshakeFailed counts a connection that did not come to speak TLS, and tells
 // a client which spoke plain HTTP so in its own language.

@@ -148,7 +148,7 @@ func countOK(got []byte) (ok uint64, err error) {
 		case "200":
 			ok++
 			body = "ok"
-		case "400", "404", "405", "408", "409", "413", "431":
+		case "400", "404", "405", "408", "409", "413", "431", "505":
 		case "503":
 			if header["Retry-After"] == "" {
 				return ok, fmt.Errorf("503 without Retry-After: %.200q", head)
@@ -156,7 +156,7 @@ func countOK(got []byte) (ok uint64, err error) {
 		default:
 			return ok, fmt.Errorf("status %s: %.200q", status, head)
 		}
-		if status == "405" && header["Allow"] == "" || header["Content-Type"] != "text/plain" || header["Content-Length"] != strconv.Itoa(len(body)) {
+		if status == "405" && header["Allow"] == "" || header["Cache-Control"] != "no-store" || header["Content-Type"] != "text/plain" || header["Content-Length"] != strconv.Itoa(len(body)) {
 			return ok, fmt.Errorf("headers: %.300q", head)
 		}
 		var has bool

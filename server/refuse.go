@@ -12,6 +12,8 @@ import (
 )
 
 var (
+	headerCache    = []byte(fasthttp.HeaderCacheControl)
+	valueNoStore   = []byte("no-store")
 	headerReason   = []byte("Verve-Reason")
 	headerWindow   = []byte("Verve-Window")
 	valueDuplicate = []byte("duplicate") // the reason of a repeat, which is counted in its epoch
@@ -37,24 +39,32 @@ var (
 	reasonBadID       = reason{0, "bad-id"}
 	reasonBadEndpoint = reason{1, "bad-endpoint"}
 	reasonBadRequest  = reason{2, "bad-request"}
+	reasonVersion     = reason{2, ""} // the status says it all
 	reasonMethod      = reason{3, "method"}
 	reasonNotFound    = reason{4, "not-found"}
 	reasonFull        = reason{5, "full"}
 	reasonUnavailable = reason{6, "unavailable"}
 	reasonBusy        = reason{7, "busy"}
 	reasonDraining    = reason{8, "draining"}
-	reasonTooLarge    = reason{9, ""} // the status says it all
+	reasonTooLarge    = reason{9, ""} // as the next ones
 	reasonTooSlow     = reason{10, ""}
 	reasonPanic       = reason{11, ""}
 )
 
 const reasons = 12
 
+// setHead sets what all answers have. A cache that stored one would give it to
+// other callers, whose ids would not be counted.
+func setHead(r *fasthttp.Response) {
+	r.Header.SetContentTypeBytes(textPlain)
+	r.Header.SetCanonical(headerCache, valueNoStore)
+}
+
 // refuse answers failed and counts why.
 func (s *Server) refuse(ctx *fasthttp.RequestCtx, status int, r reason) {
 	s.refused[r.index].Add(1)
 	ctx.Response.SetStatusCode(status)
-	ctx.Response.Header.SetContentTypeBytes(textPlain)
+	setHead(&ctx.Response)
 	if r.value != "" {
 		ctx.Response.Header.SetCanonical(headerReason, []byte(r.value))
 	}
@@ -77,12 +87,20 @@ func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
 	}
 }
 
+// refuseAndClose answers a request behind which nothing can be relied on to be one.
+func (s *Server) refuseAndClose(ctx *fasthttp.RequestCtx, status int, r reason) {
+	ctx.SetConnectionClose()
+	s.refuse(ctx, status, r)
+}
+
 // refuseBroken answers what fasthttp could not read as a request. It closes the
 // connection after the answer.
 func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error
 	switch {
+	case ctx.Conn().(*conn).h2: // every connection comes from s.ln
+		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
 	case errors.As(err, &small):
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):

@@ -211,7 +211,7 @@ func TestEachKindOfRequestIsAnsweredAsTheContractSays(t *testing.T) {
 		{"id twice the same", get("id=1&id=1"), "400", ""},
 		{"id key encoded", get("%69%64=7"), "200", ""},
 		{"id and its encoded twin", get("id=1&%69d=2"), "400", ""},
-		{"key with bad encoding", get("id=1&%zz=2"), "400", ""},
+		{"key with bad encoding", get("id=1&%zz=2"), "200", ""},
 		{"unknown parameters", get("id=7&utm=1&x="), "200", ""},
 		{"upper-case key", get("ID=7"), "400", ""},
 		{"NUL", get("id=a%00b"), "400", ""},
@@ -261,9 +261,7 @@ func TestEachKindOfRequestIsAnsweredAsTheContractSays(t *testing.T) {
 		{"encoded slash", "GET /api%2Fverve/accept?id=1 HTTP/1.1\r\n" + host, "404", ""},
 		{"upper-case path", "GET /API/VERVE/ACCEPT?id=1 HTTP/1.1\r\n" + host, "404", ""},
 		{"path parameters", "GET /api/verve/accept;jsessionid=1?id=1 HTTP/1.1\r\n" + host, "404", ""},
-		{"absolute form", "GET http://x/api/verve/accept?id=1 HTTP/1.1\r\n" + host, "404", ""},
 		{"root", "GET / HTTP/1.1\r\n" + host, "404", ""},
-		{"POST accept", "POST /api/verve/accept?id=1 HTTP/1.1\r\nContent-Length: 0\r\n" + host, "405", ""},
 		{"PUT accept", "PUT /api/verve/accept?id=1 HTTP/1.1\r\nContent-Length: 0\r\n" + host, "405", ""},
 		{"OPTIONS", "OPTIONS /api/verve/accept HTTP/1.1\r\n" + host, "405", ""},
 		{"OPTIONS *", "OPTIONS * HTTP/1.1\r\n" + host, "404", ""},
@@ -428,8 +426,8 @@ func TestRefusalsSayWhy(t *testing.T) {
 		{get("id=seen"), 409, map[string]string{"Verve-Reason": "duplicate"}},
 		{get("id="), 400, map[string]string{"Verve-Reason": "bad-id"}},
 		{get("id=1&endpoint=x"), 400, map[string]string{"Verve-Reason": "bad-endpoint"}},
-		{"HEAD /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405, map[string]string{"Verve-Reason": "method", "Allow": "GET"}},
-		{"POST /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 405, map[string]string{"Verve-Reason": "method", "Allow": "GET"}},
+		{"HEAD /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405, map[string]string{"Verve-Reason": "method", "Allow": "GET, POST"}},
+		{"PUT /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 405, map[string]string{"Verve-Reason": "method", "Allow": "GET, POST"}},
 		{"GET /test HTTP/1.1\r\nHost: x\r\n\r\n", 405, map[string]string{"Verve-Reason": "method", "Allow": "POST"}},
 		{"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 404, map[string]string{"Verve-Reason": "not-found"}},
 		{"GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx", 400, map[string]string{"Verve-Reason": "bad-request"}},
@@ -513,8 +511,7 @@ func TestAcceptPostsTheCountToTheEndpoint(t *testing.T) {
 }
 
 // TestLoopOverTwoServersEndsAtDepthOne: a callback that names the accept of a
-// server, with a callback back in it, is a POST, which accept does not take; and
-// what bears the mark of a callback starts none.
+// server, with a callback back in it, has a body that is no list of ids; and what bears the mark of a callback starts none.
 func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 	b := newSite(t, nil)
 	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddrs[0]} })
@@ -524,7 +521,7 @@ func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 		t.Fatalf("got %v", resp)
 	}
 	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedStatus == 1 })
-	if n := b.refused[reasonMethod.index].Load(); n != 1 {
+	if n := b.refused[reasonBadRequest.index].Load(); n != 1 {
 		t.Errorf("the other server refused %d POSTs, want 1", n)
 	}
 	if s := b.callbacks.Stats(); s.Reserved+s.InFlight != 0 || s.Delivered+s.FailedConnect+s.FailedRefused+s.FailedStatus != 0 {

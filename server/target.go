@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"errors"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -57,31 +58,53 @@ func plainID(raw []byte) ([]byte, bool) {
 	return id, true
 }
 
+// splitTarget returns the path and the query of a request's target as they were
+// sent. An absolute-form target (RFC 9112, section 3.2.2) has them behind its
+// authority; ok is false if that is no host.
+func splitTarget(target []byte) (path, query []byte, ok bool) {
+	for _, scheme := range []string{"http://", "https://"} {
+		if len(target) == 0 || target[0] == '/' {
+			break
+		}
+		if len(target) < len(scheme) || !strings.EqualFold(string(target[:len(scheme)]), scheme) {
+			continue
+		}
+		host := target[len(scheme):]
+		target = nil
+		if end := bytes.IndexAny(host, "/?#"); end >= 0 {
+			host, target = host[:end], host[end:]
+		}
+		if !validHost(host) {
+			return nil, nil, false
+		}
+	}
+	if i := bytes.IndexByte(target, '?'); i >= 0 {
+		return target[:i], target[i+1:], true
+	}
+	return target, nil, true
+}
+
 // parseQuery reads the raw query of an accept request. scratch is reused for
 // what has to be decoded, and the result may point into raw or scratch.
 //
 // It is strict where two readers could disagree: exactly one id, at most one
-// endpoint, whatever way their keys are spelt; no bytes that a URI cannot
-// hold; no ";", which some readers take for "&". Other keys are ignored.
+// endpoint, whatever way their keys are spelt; and in their values no bytes that a
+// URI cannot hold, and no ";", which some readers take for "&". Other parameters
+// are ignored, whatever is in them.
 func parseQuery(raw, scratch []byte) (query, error) {
 	var q query
 	var haveID bool
-	for _, c := range raw {
-		if c <= ' ' || c >= 0x7f || c == '#' || c == ';' {
-			return query{}, errBadID
-		}
-	}
 	for len(raw) > 0 {
 		var pair []byte
 		pair, raw, _ = bytes.Cut(raw, []byte("&"))
 		key, value, _ := bytes.Cut(pair, []byte("="))
 		var ok bool
 		if key, scratch, ok = unescape(key, scratch); !ok {
-			return query{}, errBadID // may have meant id
+			continue // another parameter: no escape is missing in ours
 		}
 		switch string(key) {
 		case "id":
-			if haveID {
+			if haveID || !validValue(value) {
 				return query{}, errBadID
 			}
 			haveID = true
@@ -89,7 +112,7 @@ func parseQuery(raw, scratch []byte) (query, error) {
 				return query{}, errBadID
 			}
 		case "endpoint":
-			if q.endpoint != nil {
+			if q.endpoint != nil || !validValue(value) {
 				return query{}, errBadEndpoint
 			}
 			if q.endpoint, scratch, ok = unescape(value, scratch); !ok || len(q.endpoint) == 0 {
@@ -101,6 +124,16 @@ func parseQuery(raw, scratch []byte) (query, error) {
 		return query{}, errBadID
 	}
 	return q, nil
+}
+
+// validValue checks a value before decoding.
+func validValue(value []byte) bool {
+	for _, c := range value {
+		if c <= ' ' || c >= 0x7f || c == '#' || c == ';' {
+			return false
+		}
+	}
+	return true
 }
 
 // validID checks an id after decoding.
