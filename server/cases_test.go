@@ -167,9 +167,6 @@ func TestEveryFormOfARequestIsUnderstoodOrRefused(t *testing.T) {
 		t.Run(f[0], func(t *testing.T) {
 			t.Parallel()
 			for _, split := range []bool{false, true} {
-				if split && strings.HasPrefix(raw, h2Preface) {
-					continue // clients send it at once
-				}
 				s := newSite(t, func(cfg *Config) { cfg.SlowTimeout = time.Second })
 				if got := s.converse(raw, f[2], split); got != f[2] {
 					t.Errorf("split %v: got %q, want %q", split, got, f[2])

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"bytes"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -263,8 +262,8 @@ func (c *conn) phase() (p phase, since time.Duration) {
 	return phase(s & phaseMask), time.Duration(s &^ phaseMask)
 }
 
-// await is before the first byte of a request.
-func (c *conn) await() {
+// idle is before the first byte of a request.
+func (c *conn) idle() {
 	c.enter(phaseIdle)
 	c.taken = 0
 }
@@ -275,7 +274,7 @@ func (c *conn) Read(p []byte) (int, error) {
 		if len(c.tail) > 0 {
 			return c.owner.fast.read(c, p)
 		}
-		c.await()
+		c.idle()
 	}
 	return c.receive(p, c.between)
 }
@@ -295,7 +294,10 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	}
 	if n > 0 && phase(c.state.Load()&phaseMask) != phaseReading {
 		c.enter(phaseReading)
-		c.h2 = p[0] == h2Preface[0] && bytes.HasPrefix(p[:n], []byte(h2Preface))
+	}
+	if c.taken < len(h2Preface) {
+		next := h2Preface[c.taken:min(c.taken+n, len(h2Preface))]
+		c.h2 = (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
 	}
 	// What has no end is ended here: fasthttp bounds a body, but not the extensions
 	// and trailers of its chunks.

@@ -151,7 +151,7 @@ func (f *fastPath) read(c *conn, p []byte) (int, error) {
 	have := 0
 	for {
 		if have == 0 {
-			c.await()
+			c.idle()
 		}
 		n, err := c.receive(p[have:], have == 0)
 		have += n

@@ -93,13 +93,19 @@ func (s *Server) refuseAndClose(ctx *fasthttp.RequestCtx, status int, r reason) 
 	s.refuse(ctx, status, r)
 }
 
+// overHTTP2 reports whether a connection begins as one of HTTP/2.
+func overHTTP2(nc net.Conn) bool {
+	c, ok := nc.(*conn)
+	return ok && c.h2 && c.taken >= len(h2Preface)
+}
+
 // refuseBroken answers what fasthttp could not read as a request. It closes the
 // connection after the answer.
 func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error
 	switch {
-	case ctx.Conn().(*conn).h2: // every connection comes from s.ln
+	case overHTTP2(ctx.Conn()):
 		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
 	case errors.As(err, &small):
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
