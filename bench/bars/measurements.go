@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -16,7 +15,6 @@ import (
 // measurements are all samples by name and unit, in order of the runs.
 type measurements struct {
 	samples map[key][]float64
-	machine map[string][]string // what the outputs say of it, in order
 }
 
 // key names what was measured: a benchmark's name without the number of
@@ -25,13 +23,10 @@ type measurements struct {
 type key struct{ name, unit string }
 
 func newMeasurements() *measurements {
-	return &measurements{samples: map[key][]float64{}, machine: map[string][]string{}}
+	return &measurements{samples: map[key][]float64{}}
 }
 
-var (
-	configLine = regexp.MustCompile(`^([a-z][a-z-]*): +(.*)$`)
-	coresTail  = regexp.MustCompile(`-\d+$`)
-)
+var coresTail = regexp.MustCompile(`-\d+$`)
 
 func (m *measurements) read(file string) error {
 	b, err := os.ReadFile(file)
@@ -50,12 +45,6 @@ func (m *measurements) read(file string) error {
 
 // readLine takes a line of the Go benchmark format.
 func (m *measurements) readLine(line string) {
-	if c := configLine.FindStringSubmatch(line); c != nil {
-		if !slices.Contains(m.machine[c[1]], c[2]) {
-			m.machine[c[1]] = append(m.machine[c[1]], c[2])
-		}
-		return
-	}
 	fields := strings.Fields(line)
 	if len(fields) < 4 || !strings.HasPrefix(fields[0], "Benchmark") {
 		return
@@ -94,11 +83,6 @@ func (m *measurements) readHTTP(b []byte, of string) error {
 	return nil
 }
 
-// median of what was measured, if it was.
-func (m *measurements) median(name, unit string) (float64, bool) {
-	return median(m.samples[key{name, unit}])
-}
-
 // ratio of a to b: of each run, then the median.
 func (m *measurements) ratio(a, b, unit string) (float64, bool) {
 	va, vb := m.samples[key{a, unit}], m.samples[key{b, unit}]
@@ -109,34 +93,31 @@ func (m *measurements) ratio(a, b, unit string) (float64, bool) {
 	return median(ratios)
 }
 
-// httpRatio is the ratio of a server's CPU to another's, by the rounds in which
-// they were closest in time.
-func (m *measurements) httpRatio(scenario, a, b string) (float64, bool) {
-	if r, ok := m.ratio("close/"+scenario+"/"+a, "close/"+scenario+"/"+b, "cpu-us"); ok {
-		return r, true
+// worst returns the figure of a bar in the case where it is worst.
+func (m *measurements) worst(b bar) (worst float64, known bool) {
+	pattern := strings.ReplaceAll(regexp.QuoteMeta(b.pattern), `\*`, `.+`)
+	fits := regexp.MustCompile(`^` + strings.Replace(pattern, "DESIGN", regexp.QuoteMeta(b.design), 1) + `$`)
+	take := func(v float64, ok bool) {
+		if ok && (!known || b.atLeast && v < worst || !b.atLeast && v > worst) {
+			worst, known = v, true
+		}
 	}
-	return m.ratio("http/"+scenario+"/"+a, "http/"+scenario+"/"+b, "cpu-us")
-}
-
-// values returns the different values that a part of the names of a benchmark
-// has, such as the designs, those that are numbers in their order.
-func (m *measurements) values(benchmark, part string) (values []string) {
 	for k := range m.samples {
-		if !strings.HasPrefix(k.name, benchmark+"/") {
+		if k.unit != b.unit || !fits.MatchString(k.name) {
 			continue
 		}
-		for p := range strings.SplitSeq(k.name, "/") {
-			if v, ok := strings.CutPrefix(p, part+"="); ok && !slices.Contains(values, v) {
-				values = append(values, v)
+		if len(b.against) == 0 {
+			take(median(m.samples[k]))
+		}
+		for _, other := range b.against {
+			than := strings.Replace(k.name, b.design, other, 1)
+			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m.samples[key{"close/" + of, k.unit}] != nil {
+				continue // these two have rounds of their own
 			}
+			take(m.ratio(than, k.name, b.unit))
 		}
 	}
-	slices.SortFunc(values, func(a, b string) int {
-		na, _ := strconv.Atoi(a) // 0 for names, which are compared next
-		nb, _ := strconv.Atoi(b)
-		return cmp.Or(cmp.Compare(na, nb), cmp.Compare(a, b))
-	})
-	return values
+	return worst, known
 }
 
 func median(v []float64) (float64, bool) {
