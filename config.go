@@ -191,8 +191,8 @@ func (c *config) flags() []setting.Flag {
 }
 
 // Resolve implements kong.Resolver with the environment and the settings file.
-func (c *config) Resolve(ctx *kong.Context, _ *kong.Path, flag *kong.Flag) (any, error) {
-	if !reads(ctx.Command(), flag.Name) {
+func (c *config) Resolve(ctx *kong.Context, of *kong.Path, flag *kong.Flag) (any, error) {
+	if of.Command == nil && !reads(ctx.Command(), flag.Name) {
 		return nil, nil
 	}
 	if text, _, ok := c.sources.Lookup(flag.Name); ok {
@@ -234,7 +234,7 @@ func (c *config) judge(command string, fileErr error) error {
 // value and where that comes from.
 func (c *config) explain(err error) error {
 	var bad *setting.Error
-	why := err.Error()
+	why := withoutPassword(err.Error())
 	name := ""
 	if errors.As(err, &bad) {
 		name, why = bad.Name, bad.Why

@@ -35,8 +35,7 @@ var relevant = map[string][]string{
 	"completion":  {},
 }
 
-// reads reports whether the command reads the setting. Flags of a single command
-// are in no list.
+// reads reports whether the command reads the setting, which is one of the server.
 func reads(command, name string) bool {
 	command, _, _ = strings.Cut(command, " ")
 	read, limited := relevant[command]

@@ -276,7 +276,7 @@ func (p *program) openRecords() (err error) {
 	spool := cfg.spool()
 	spool.Log = p.log
 	if p.spool, err = stream.OpenSpool(spool); err != nil {
-		return err
+		return fmt.Errorf("--data-dir=%s: %w", cfg.DataDir, err)
 	}
 	p.closers = append(p.closers, func() { _ = p.spool.Close() })
 	to := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: p.log}

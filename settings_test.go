@@ -375,6 +375,8 @@ func TestUnknownCommandsAndFlags(t *testing.T) {
 		{"--kafka-brokers", []string{"--kafka-brokers", "the value is missing"}},
 		{"healthcheck --admin-listen=nowhere", []string{"--admin-listen", "nowhere"}},
 		{"totals --kafka-brokers=nowhere", []string{"--kafka-brokers", "nowhere"}},
+		{"totals --counts-file=-", []string{`--counts-file="-" (from the command line)`}},
+		{"redis://u:s3cret@h", []string{"redis://hidden@h"}},
 	} {
 		wantRefused(t, verve(t, strings.Fields(c.args)...), c.args, c.want...)
 	}

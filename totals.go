@@ -69,7 +69,7 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 	case len(cfg.KafkaBrokers) > 0:
 		records = stream.ReadTopic(ctx, cfg.kafka(), follow)
 	case file == "" || file == "-":
-		return usageError{errors.New("--counts-file: name the file to read, or --kafka-brokers")}
+		return cfg.explain(setting.Errorf("counts-file", "there is no file to read: name one, or set --kafka-brokers"))
 	default:
 		records = stream.ReadFile(ctx, file, follow)
 		from = file

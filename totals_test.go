@@ -121,6 +121,11 @@ func TestTotalsSince(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	cmd := verve(t, "totals", "--counts-file="+file)
+	cmd.Env = append(cmd.Env, "VERVE_SINCE=tomorrow")
+	if out, err := cmd.CombinedOutput(); exitCode(err) != exitUsage || !bytes.Contains(out, []byte(`--since="tomorrow" (from VERVE_SINCE)`)) {
+		t.Errorf("exit code %d: %s", exitCode(err), out)
+	}
 	for _, c := range []struct {
 		since  string
 		unique []int
@@ -139,6 +144,7 @@ func TestTotalsSince(t *testing.T) {
 		{"2016-11-22", nil, `--since="2016-11-22"`, 2},
 	} {
 		cmd := verve(t, "totals", "--since="+c.since, "--counts-file="+file)
+		cmd.Env = append(cmd.Env, "VERVE_SINCE=1h") // the flag goes before it
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
 		out, err := cmd.Output()
