@@ -424,7 +424,8 @@ func (c *config) check() (err error) {
 		return err
 	}
 	redis, spool, records := c.redis(), c.spool(), stream.Config{CountsFile: c.countsFile()}
-	memory := dedup.Config{Expect: c.ExpectIDs, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch}
+	limit := memoryLimit() / 2
+	memory := dedup.Config{Expect: c.expectIDs(limit), MaxBytes: limit, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch}
 	callbacks, front := c.callbacks(), c.front()
 	for _, part := range []interface{ Check() error }{&spool, &records, &memory, &redis, &callbacks, &front} {
 		if err := part.Check(); err != nil {

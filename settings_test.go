@@ -57,14 +57,14 @@ func badSettings(t *testing.T) []badSetting {
 	add("window-header", "perhaps", "2")
 	add("kafka-tls", "perhaps")
 	add("duplicate-status", "99", "600", "204", "205", "304", "0", "x", "-200", "40.9")
-	add("expect-ids", "-1", "many", "1.5", "99999999999999999999", "9999999999999999")
+	add("expect-ids", "-1", "many", "1.5", "99999999999999999999", "9999999999999999", "900000000000")
 	add("max-ids", "-1", "1.5", "18446744073709551616")
 	add("cleanup-interval", "0", "-1s", "1ns", "2h", "soon")
 	add("cleanup-batch", "0", "-1", "99999999999", "x")
 	add("callback-concurrency", "0", "-1", "10001", "9223372036854775807")
 	add("callback-rate", "0", "-1", "NaN", "+Inf", "1e9", "x")
 	add("callback-timeout", "0", "-1s", "1ns", "25h", "5")
-	add("max-conns", "0", "-1", "9223372036854775807", "9223372036854775808")
+	add("max-conns", "-1", "9223372036854775807", "9223372036854775808")
 	add("max-conns-per-address", "-1", "x")
 	add("slow-timeout", "0", "-1s", "1us", "1000h")
 	add("idle-timeout", "0", "-1s", "1us")
@@ -177,8 +177,9 @@ func wantNamed(t *testing.T, err error, what string, parts ...string) {
 // wantRefused runs a start that can never work.
 func wantRefused(t *testing.T, cmd *exec.Cmd, what string, parts ...string) {
 	t.Helper()
-	kill := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() }) // it served instead
+	kill := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() })
 	defer kill.Stop()
+	cmd.Env = append(cmd.Env, "VERVE_LISTEN=127.0.0.1:0", "VERVE_ADMIN_LISTEN=127.0.0.1:0") // if it does serve
 	out, err := cmd.CombinedOutput()
 	if code := exitCode(err); code != exitUsage {
 		t.Errorf("%s: exit code %d, want %d\n%s", what, code, exitUsage, out)

@@ -158,6 +158,9 @@ func (cfg *Config) Check() error {
 	case cfg.Expect > maxExpect || cfg.ExpectWide > maxExpect:
 		return setting.Errorf("expect-ids", "want %d at most", uint64(maxExpect))
 	}
+	if size := tableSize[narrowBucket](cfg.Expect) + tableSize[wideBucket](cfg.ExpectWide); cfg.MaxBytes > 0 && size > cfg.MaxBytes {
+		return setting.Errorf("expect-ids", "room for so many takes %d MiB, and ids may take %d MiB, half of the memory limit", size>>20, cfg.MaxBytes>>20)
+	}
 	return nil
 }
 

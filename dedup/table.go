@@ -344,12 +344,18 @@ func (t *table[B]) crowded(load uint64) (depth int, yes bool) {
 	}
 }
 
+// tableSize is how many bytes a table for the ids expected takes at first.
+func tableSize[B any](expect uint64) uint64 {
+	first, second := firstLevels(expect)
+	return (first + second) * uint64(unsafe.Sizeof(*new(B)))
+}
+
 func newTable[B any](expect uint64, from *arena) (*table[B], error) {
 	t := &table[B]{expect: expect}
 	first, second := firstLevels(expect)
 	// Asked before the large level is made resident for nothing: the cleaner
 	// tries again at every interval.
-	err := from.room((first + second) * uint64(unsafe.Sizeof(*new(B))))
+	err := from.room(tableSize[B](expect))
 	if err == nil {
 		err = t.extend(first, from)
 	}
