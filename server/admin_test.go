@@ -222,3 +222,33 @@ func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
 		t.Errorf("/readyz without a token while stopping: got %d %s", w.Code, w.Body)
 	}
 }
+
+// TestReadinessTellsWhatBlocksFromWhatFails: the page shows the first in red and the
+// second in amber, and a fault of Redis once.
+func TestReadinessTellsWhatBlocksFromWhatFails(t *testing.T) {
+	var records Records
+	_, a := newAdminSite(t, &records)
+	var group dedup.GroupStats
+	for _, c := range []struct {
+		name              string
+		change            func()
+		blocking, failing string
+	}{
+		{"in order", func() {}, "", ""},
+		{"a sink", func() { records.Sinks = []Sink{{Name: "kafka", Failing: "refused"}, {Name: "file"}} }, "", "kafka"},
+		{"a sink and the spool", func() { records.Blocked = "disk full" }, "spool", "kafka"},
+		{"Redis, while ids are answered without it", func() {
+			records = Records{}
+			a.cfg.Shared = func() dedup.GroupStats { return group }
+			group = dedup.GroupStats{Away: "unreachable", Ready: true}
+		}, "", "redis"},
+		{"Redis", func() { group.Ready = false }, "redis", ""},
+		{"the stop", func() { a.NotReady() }, "redis,server", ""},
+	} {
+		c.change()
+		r := a.readiness()
+		if blocking, failing := strings.Join(r.blocking, ","), strings.Join(r.failing, ","); blocking != c.blocking || failing != c.failing || r.Ready != (blocking == "") {
+			t.Errorf("%s: ready %v, blocked by %q, failing %q, want %q, %q", c.name, r.Ready, blocking, failing, c.blocking, c.failing)
+		}
+	}
+}

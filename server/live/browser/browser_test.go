@@ -89,9 +89,10 @@ func startServer(t *testing.T, args ...string) *server {
 func (s *server) start() {
 	s.t.Helper()
 	s.cmd = exec.Command(program, append([]string{
-		"--listen=" + s.public, "--admin-listen=" + s.admin, "--data-dir=" + s.dir, "--log-format=json",
+		"--listen=" + s.public, "--admin-listen=" + s.admin, "--data-dir=verve-data", "--log-format=json",
 		"--shutdown-timeout=2s", "--instance=host-1",
 	}, s.args...)...)
+	s.cmd.Dir = s.dir
 	stderr, err := s.cmd.StderrPipe()
 	if err != nil {
 		s.t.Fatal(err)
@@ -696,7 +697,7 @@ func TestPageShowsTheRoomThatIsLeft(t *testing.T) {
 	}
 	for selector, want := range map[string]string{
 		"#length":                            "1 h",
-		`[data-check="file"] .target`:        "Records go to " + filepath.Join(s.dir, "counts.jsonl"),
+		`[data-check="file"] .target`:        "Records go to verve-data/counts.jsonl",
 		`#answers tr[data-result="full"] th`: "full",
 	} {
 		p.until(fmt.Sprintf(`document.querySelector(%q)?.textContent === %q`, selector, want))
@@ -981,7 +982,7 @@ func TestPictures(t *testing.T) {
 	if os.Getenv("VERVE_TEST_SHOTS") == "" {
 		t.Skip("no pictures are wanted")
 	}
-	s := startServer(t, "--window=1s")
+	s := startServer(t, "--window=1s", "--max-ids=10000")
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	defer func() { stop.Store(true); wg.Wait() }()
