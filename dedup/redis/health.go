@@ -117,7 +117,7 @@ var explanations = map[string]string{
 	"READONLY":    "this Redis is a replica and takes no ids",
 	"LOADING":     "Redis is loading its data",
 	"CLUSTERDOWN": "the Redis cluster does not serve these ids",
-	"MASTERDOWN":  "the master of this Redis is away",
+	"MASTERDOWN":  "the master of this Redis is unreachable",
 	"MISCONF":     "Redis cannot write to its disk and takes no ids",
 	"NOREPLICAS":  "Redis has too few replicas and takes no ids",
 	"NOAUTH":      "Redis wants a password",
@@ -139,7 +139,7 @@ func explain(err error) string {
 		}
 		return "Redis refuses"
 	}
-	return "Redis is out of reach"
+	return "Redis is unreachable"
 }
 
 // Health reports whether ids can be answered, and why not: to be shown to who
