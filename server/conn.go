@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/valyala/fasthttp"
+
+	"verve/internal/logline"
 )
 
 const (
@@ -92,6 +94,8 @@ type listener struct {
 	gaveBack               time.Duration
 
 	rejected, rejectedAddr, slowClosed, idleClosed, badHandshakes atomic.Uint64
+
+	rejections logline.Sampler // of the log
 }
 
 type conn struct {
@@ -142,7 +146,8 @@ func newListener(ln net.Listener, cfg *Config) *listener {
 		max:             cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, maxAway: cfg.MaxTurnedAway, served: make(chan struct{}, cfg.MaxServed),
 		slow: cfg.SlowTimeout, idle: cfg.IdleTimeout,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
-		took: newHistogram("verve_request_duration_seconds", requestBuckets),
+		took:       newHistogram("verve_request_duration_seconds", requestBuckets),
+		rejections: logline.Sampler{Every: refusalsEvery},
 	}
 	if cfg.TLS != nil {
 		l.tls = cfg.TLS.serverConfig()
@@ -167,6 +172,7 @@ func (l *listener) accept() (*conn, error) {
 		c.enter(phaseNew)
 		if refused := l.admit(c); refused != nil {
 			refused.Add(1)
+			l.logRejection(refused)
 			l.turnAway(c)
 			continue
 		}
@@ -197,6 +203,20 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 		l.perAddr[c.from]++
 	}
 	return nil
+}
+
+// logRejection logs the first connection over a limit in a while.
+func (l *listener) logRejection(limit *atomic.Uint64) {
+	if l.stopping.Load() {
+		return
+	}
+	name := "max-conns"
+	if limit == &l.rejectedAddr {
+		name = "max-conns-per-address"
+	}
+	if hidden, ok := l.rejections.Allow(time.Now()); ok {
+		l.log.Warn().Str("reason", reasonBusy.name).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
+	}
 }
 
 // caller is the part of an address that counts as one client.

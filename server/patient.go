@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"verve/internal/logline"
 )
 
 const (
@@ -34,7 +36,7 @@ type patientListener struct {
 	stop   chan struct{} // ends a wait
 	closed sync.Once
 	failed atomic.Uint64
-	lines  logSampler
+	lines  logline.Sampler
 
 	mu     sync.Mutex
 	since  time.Time // of the first of the failures with no success between; zero: none
@@ -43,7 +45,7 @@ type patientListener struct {
 }
 
 func newPatientListener(ln net.Listener, name string, log zerolog.Logger) *patientListener {
-	return &patientListener{Listener: ln, name: name, log: log, stop: make(chan struct{}), lines: logSampler{perSecond: 1}}
+	return &patientListener{Listener: ln, name: name, log: log, stop: make(chan struct{}), lines: logline.Sampler{Every: time.Second}}
 }
 
 // Accept returns the next connection, or net.ErrClosed after Close.
@@ -82,8 +84,8 @@ func (l *patientListener) report(err error, wait time.Duration) {
 	}
 	l.last, l.reason = now, err.Error()
 	l.mu.Unlock()
-	if hidden, ok := l.lines.allow(now); ok {
-		l.log.Error().Err(err).Str("listener", l.name).Stringer("wait", wait).Uint64("hidden", hidden).
+	if hidden, ok := l.lines.Allow(now); ok {
+		l.log.Error().Err(err).Str("listener", l.name).Dur("wait_ms", wait).Uint64("hidden", hidden).
 			Msg("a connection could not be accepted: new ones wait, those that are open are served")
 	}
 }

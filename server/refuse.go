@@ -6,6 +6,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/rs/zerolog"
 	"github.com/valyala/fasthttp"
 
 	"verve/dedup"
@@ -23,35 +24,44 @@ const (
 	// retryAfter is what a refused caller is asked to wait, in seconds: the
 	// least the header can say. Overload passes sooner.
 	retryAfter = "1"
+
+	// refusalsEvery samples the log of refusals, cause by cause.
+	refusalsEvery = 10 * time.Second
 )
 
 // errDraining says that the counter takes no more requests.
 var errDraining = errors.New("draining")
 
-// reason is one value of the Verve-Reason header and its place in refused.
+// reason is why requests are refused, and its place in refused.
 type reason struct {
 	index int
-	value string
+	value string // of the Verve-Reason header; empty where the status says it all
+	name  string // in the log
 }
 
 // The reasons of refusals. Their values are part of the contract.
 var (
-	reasonBadID       = reason{0, "bad-id"}
-	reasonBadEndpoint = reason{1, "bad-endpoint"}
-	reasonBadRequest  = reason{2, "bad-request"}
-	reasonVersion     = reason{2, ""} // the status says it all
-	reasonMethod      = reason{3, "method"}
-	reasonNotFound    = reason{4, "not-found"}
-	reasonFull        = reason{5, "full"}
-	reasonUnavailable = reason{6, "unavailable"}
-	reasonBusy        = reason{7, "busy"}
-	reasonDraining    = reason{8, "draining"}
-	reasonTooLarge    = reason{9, ""} // as the next ones
-	reasonTooSlow     = reason{10, ""}
-	reasonPanic       = reason{11, ""}
+	reasonBadID       = reason{0, "bad-id", "bad-id"}
+	reasonBadEndpoint = reason{1, "bad-endpoint", "bad-endpoint"}
+	reasonBadRequest  = reason{2, "bad-request", "bad-request"}
+	reasonVersion     = reason{2, "", "bad-request"} // the status says it all
+	reasonMethod      = reason{3, "method", "method"}
+	reasonNotFound    = reason{4, "not-found", "not-found"}
+	reasonFull        = reason{5, "full", "full"}
+	reasonUnavailable = reason{6, "unavailable", "unavailable"}
+	reasonBusy        = reason{7, "busy", "busy"}
+	reasonDraining    = reason{8, "draining", "draining"}
+	reasonTooLarge    = reason{9, "", "too-large"}
+	reasonTooSlow     = reason{10, "", "too-slow"}
+	reasonPanic       = reason{11, "", "panic"}
 )
 
 const reasons = 12
+
+var allReasons = [reasons]reason{
+	reasonBadID, reasonBadEndpoint, reasonBadRequest, reasonMethod, reasonNotFound, reasonFull,
+	reasonUnavailable, reasonBusy, reasonDraining, reasonTooLarge, reasonTooSlow, reasonPanic,
+}
 
 // setHead sets what all answers have. A cache that stored one would give it to
 // other callers, whose ids would not be counted.
@@ -62,7 +72,13 @@ func setHead(r *fasthttp.Response) {
 
 // refuse answers failed and counts why.
 func (s *Server) refuse(ctx *fasthttp.RequestCtx, status int, r reason) {
+	s.refuseBecause(ctx, status, r, nil)
+}
+
+// refuseBecause is refuse with the error that is behind it.
+func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, cause error) {
 	s.refused[r.index].Add(1)
+	s.logRefusal(status, r, cause)
 	ctx.Response.SetStatusCode(status)
 	setHead(&ctx.Response)
 	if r.value != "" {
@@ -74,6 +90,56 @@ func (s *Server) refuse(ctx *fasthttp.RequestCtx, status int, r reason) {
 	ctx.Response.SetBodyRaw(bodyFailed)
 }
 
+// logRefusal logs the first refusal of a cause in a while. What the request holds is
+// not logged: it is a stranger's.
+func (s *Server) logRefusal(status int, r reason, cause error) {
+	if r == reasonPanic {
+		return // has a line of its own
+	}
+	hidden, ok := s.refusalLogs[r.index].Allow(time.Now())
+	if !ok {
+		return
+	}
+	s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
+}
+
+// logHiddenRefusals says how many refusals were not logged, when none follows to
+// say it.
+func (s *Server) logHiddenRefusals() {
+	for _, r := range allReasons {
+		if n := s.refusalLogs[r.index].TakeHidden(); n > 0 {
+			s.refusalLine(r).Uint64("hidden", n).Msg("requests were refused, not logged one by one")
+		}
+	}
+	if n := s.ln.rejections.TakeHidden(); n > 0 {
+		s.refusalLine(reasonBusy).Uint64("hidden", n).Msg("connections over the limit were refused, not logged one by one")
+	}
+}
+
+// refusalLine is a warning if the server is the cause: the request may be as good as
+// any.
+func (s *Server) refusalLine(r reason) *zerolog.Event {
+	level := zerolog.InfoLevel
+	if r == reasonFull || r == reasonUnavailable || r == reasonBusy {
+		level = zerolog.WarnLevel
+	}
+	return s.cfg.Log.WithLevel(level).Str("reason", r.name)
+}
+
+// tellRefusals keeps the log up to date while the server serves.
+func (s *Server) tellRefusals(stop <-chan struct{}) {
+	tick := time.NewTicker(refusalsEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+			s.logHiddenRefusals()
+		}
+	}
+}
+
 // refuseError answers a request that the set could not judge.
 func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
 	switch {
@@ -83,7 +149,7 @@ func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
 	case errors.Is(err, dedup.ErrFull):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonFull)
 	default:
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonUnavailable)
+		s.refuseBecause(ctx, fasthttp.StatusServiceUnavailable, reasonUnavailable, err)
 	}
 }
 
@@ -126,7 +192,7 @@ func (s *Server) recovered(ctx *fasthttp.RequestCtx) {
 		return
 	}
 	// Whoever finds a request that panics will send more of them.
-	if hidden, ok := s.panicLog.allow(time.Now()); ok {
+	if hidden, ok := s.panicLog.Allow(time.Now()); ok {
 		s.cfg.Log.Error().Interface("panic", p).Bytes("stack", debug.Stack()).Uint64("hidden", hidden).Msg("a request panicked")
 	}
 	ctx.Response.Reset()

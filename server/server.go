@@ -20,6 +20,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/logline"
 	"verve/internal/setting"
 	"verve/server/callback"
 )
@@ -92,9 +93,10 @@ type Server struct {
 	door      *door
 	stopSweep chan struct{}
 
-	refused  [reasons]atomic.Uint64
-	sunk     atomic.Uint64 // POSTs taken by the sink
-	panicLog logSampler
+	refused     [reasons]atomic.Uint64
+	sunk        atomic.Uint64 // POSTs taken by the sink
+	refusalLogs [reasons]logline.Sampler
+	panicLog    logline.Sampler
 }
 
 // Check refuses values out of bounds. 0 is the default of each.
@@ -148,7 +150,10 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ln:        newListener(ln, &cfg),
 		door:      &door{shut: make(chan struct{})},
 		stopSweep: make(chan struct{}),
-		panicLog:  logSampler{perSecond: 1},
+		panicLog:  logline.Sampler{Every: time.Second},
+	}
+	for i := range s.refusalLogs {
+		s.refusalLogs[i].Every = refusalsEvery
 	}
 	if set, ok := cfg.Set.(dedup.Batcher); ok {
 		s.ln.fast = newFastPath(s, set)
@@ -180,6 +185,7 @@ func (quiet) Printf(string, ...any) {}
 // Serve answers requests until Shutdown, or until the listener is closed.
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
+	go s.tellRefusals(s.stopSweep)
 	doored := make(chan error, 1)
 	go func() { doored <- s.http.Serve(s.door) }()
 	for {
@@ -211,6 +217,7 @@ func (s *Server) StopAccepting(ctx context.Context) {
 // connections and the listener. The counter must be sealed before: what still
 // comes is answered 503 and counts nothing.
 func (s *Server) Shutdown(ctx context.Context) error {
+	defer s.logHiddenRefusals()
 	defer close(s.stopSweep)
 	// fasthttp closes connections that it takes for idle, even if an answer to
 	// a pipelined request waits to be flushed; so they must be idle first.

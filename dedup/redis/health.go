@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+
+	"verve/internal/logline"
 )
 
 const (
@@ -29,14 +31,8 @@ type health struct {
 	policy  string // why ids cannot be trusted to Redis; empty if they can
 	failure string // of the last attempt that failed; empty if the last did not
 	since   time.Time
-	said    map[string]*saying
-	blind   bool // the policy cannot be read
-}
-
-// saying is a line of the log that repeats.
-type saying struct {
-	at     time.Time
-	hidden int
+	said    map[string]*logline.Sampler // of each line that repeats
+	blind   bool                        // the policy cannot be read
 }
 
 // refuses reports whether ids may not be trusted to Redis.
@@ -53,22 +49,16 @@ func (h *health) reason() string {
 
 // due reports whether a line may be logged now, and how many were not. h.mu is
 // held.
-func (h *health) due(line string) (bool, int) {
+func (h *health) due(line string) (hidden uint64, ok bool) {
 	if h.said == nil || len(h.said) > 100 {
-		h.said = map[string]*saying{}
+		h.said = map[string]*logline.Sampler{}
 	}
 	s := h.said[line]
 	if s == nil {
-		s = &saying{}
+		s = &logline.Sampler{Every: logEvery}
 		h.said[line] = s
 	}
-	if !s.at.IsZero() && time.Since(s.at) < logEvery {
-		s.hidden++
-		return false, 0
-	}
-	hidden := s.hidden
-	s.at, s.hidden = time.Now(), 0
-	return true, hidden
+	return s.Allow(time.Now())
 }
 
 // failed notes an error of Redis or of the way to it.
@@ -79,14 +69,14 @@ func (h *health) failed(r *Set, err error) {
 		h.since = time.Now()
 	}
 	h.failure = text
-	due, hidden := h.due(text)
+	hidden, due := h.due(text)
 	h.mu.Unlock()
 	if due {
 		what := "ids get 503 until it works again"
 		if r.cfg.FailOpen {
 			what = "ids are judged by this instance alone until it works again"
 		}
-		r.cfg.Log.Error().Err(err).Int("hidden", hidden).Msg(text + "; " + what)
+		r.cfg.Log.Error().Err(err).Uint64("hidden", hidden).Msg(text + "; " + what)
 	}
 }
 
@@ -104,10 +94,10 @@ func (h *health) succeeded(r *Set) {
 // note logs a line, sampled.
 func (h *health) note(r *Set, line string) {
 	h.mu.Lock()
-	due, hidden := h.due(line)
+	hidden, due := h.due(line)
 	h.mu.Unlock()
 	if due {
-		r.cfg.Log.Warn().Int("hidden", hidden).Msg(line)
+		r.cfg.Log.Warn().Uint64("hidden", hidden).Msg(line)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/sony/gobreaker/v2"
 
+	"verve/internal/logline"
 	"verve/internal/setting"
 )
 
@@ -165,7 +166,7 @@ type Sender struct {
 	exchanges context.Context
 	cut       context.CancelFunc
 
-	okLog, failLog logSampler
+	okLog, failLog logline.Sampler
 
 	// mu guards what follows and all fields of destinations and entries that
 	// are not constant; it is never held over I/O. Breakers are called with it
@@ -211,8 +212,8 @@ func New(cfg Config) (*Sender, error) {
 		dests:     make(map[destKey]*destination),
 		addresses: make(map[netip.Addr]*address),
 		paceWake:  make(chan struct{}, 1),
-		okLog:     logSampler{perSecond: 1},
-		failLog:   logSampler{perSecond: 4},
+		okLog:     logline.Sampler{Lines: 1, Every: time.Second},
+		failLog:   logline.Sampler{Lines: 4, Every: time.Second},
 	}
 	if cfg.Secret != nil {
 		if c.key, err = parseSecret(cfg.Secret); err != nil {

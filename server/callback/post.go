@@ -342,50 +342,16 @@ func connectionDead(err error) bool {
 	return err == io.EOF || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)
 }
 
-// logSampler lets some lines per second through and counts the others.
-type logSampler struct {
-	perSecond int
-
-	mu     sync.Mutex
-	second int64
-	lines  int
-	hidden uint64
-}
-
-// allow reports whether a line may be written now, and how many were hidden
-// since the last one.
-func (s *logSampler) allow(now time.Time) (hidden uint64, ok bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if second := now.Unix(); second != s.second {
-		s.second, s.lines = second, 0
-	}
-	if s.lines++; s.lines > s.perSecond {
-		s.hidden++
-		return 0, false
-	}
-	hidden, s.hidden = s.hidden, 0
-	return hidden, true
-}
-
-func (s *logSampler) takeHidden() uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	hidden := s.hidden
-	s.hidden = 0
-	return hidden
-}
-
 func (s *Sender) logResult(ep Endpoint, r result) {
 	sampler, level := &s.failLog, zerolog.WarnLevel
 	if r.kind == resultDelivered {
 		sampler, level = &s.okLog, zerolog.InfoLevel
 	}
-	hidden, ok := sampler.allow(time.Now())
+	hidden, ok := sampler.Allow(time.Now())
 	if !ok {
 		return
 	}
-	line := s.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", resultNames[r.kind]).Dur("took", r.took)
+	line := s.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", resultNames[r.kind]).Dur("took_ms", r.took)
 	if r.status != 0 {
 		line = line.Int("status", r.status)
 	}
@@ -397,10 +363,10 @@ func (s *Sender) logResult(ep Endpoint, r result) {
 
 // logHidden says how many results were not logged, when none follows to say it.
 func (s *Sender) logHidden() {
-	if n := s.okLog.takeHidden(); n > 0 {
+	if n := s.okLog.TakeHidden(); n > 0 {
 		s.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callbacks not logged one by one")
 	}
-	if n := s.failLog.takeHidden(); n > 0 {
+	if n := s.failLog.TakeHidden(); n > 0 {
 		s.cfg.Log.Warn().Uint64("hidden", n).Str("result", "failed").Msg("callbacks not logged one by one")
 	}
 }
