@@ -132,7 +132,7 @@ type conn struct {
 	// For the fastPath, and the serving goroutine alone: whether fasthttp is
 	// between two requests, and what followed the id in a plain one.
 	between bool
-	tail    []byte
+	tail    tail
 	number  uint64
 
 	// serving is set while the fastPath has requests: fasthttp takes the connection
@@ -291,7 +291,7 @@ func (c *conn) idle() {
 // Read brings fasthttp what the fastPath does not answer.
 func (c *conn) Read(p []byte) (int, error) {
 	if c.between {
-		if len(c.tail) > 0 {
+		if len(c.tail.bytes) > 0 {
 			return c.owner.fast.read(c, p)
 		}
 		c.idle()

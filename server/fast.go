@@ -24,6 +24,11 @@ const (
 	// into readBuffer several times over.
 	maxTail = 1 << 10
 
+	// maxBegun bounds a plain request that has no end yet: with values other than
+	// those remembered it may be longer than they are, and it must fit into
+	// readBuffer.
+	maxBegun = 4 << 10
+
 	// maxTogether bounds the requests that are put into the set at once, and with
 	// that how long their epoch waits for them.
 	maxTogether = 16
@@ -36,15 +41,18 @@ const (
 var crlfcrlf = []byte("\r\n\r\n")
 
 // fastPath answers a plain request that differs from one before it on the same
-// connection in nothing but its id, without having fasthttp read it again. That
-// is what clients send: all but the first request of a load test, and of most
-// that keep their connections.
+// connection in its id, and in the values of headers that decide nothing, without
+// having fasthttp read it again. That is what clients send: all but the first request
+// of a load test, and of most that keep their connections; and, with an id and a
+// time of its own for each request, what proxies send.
 //
 // fasthttp reads the first request and whatever is not plain. Where the handler
 // has answered a plain one it leaves the tail with the connection (accept,
 // conn.learn). The bytes that follow an id decide alone how fasthttp reads them,
 // so a request with the same tail would be read, and answered, the same way: no
-// header is parsed here, and none can be read otherwise than by fasthttp. Of the
+// header is parsed here, and none can be read otherwise than by fasthttp. The same
+// names in the same order, with another value of visible bytes where neither fasthttp
+// nor the handler looks at the value, are read in the same way, too. Of the
 // requests that arrived together the ids go into the set together, where their
 // cache misses are waited for at once, and the answers into one write.
 //
@@ -93,16 +101,115 @@ func connState(nc net.Conn, state fasthttp.ConnState) {
 	}
 }
 
+// tail is what followed the id in a plain request: the protocol and the headers.
+type tail struct {
+	bytes  []byte
+	values []span // of bytes: what may differ, in order
+}
+
+type span struct{ from, to uint16 }
+
 // learn remembers the tail of a plain request that fasthttp has read and that
 // leaves the connection open. Headers that end in another way than with an empty
 // line between two CRLF are read by what follows them, too.
 func (c *conn) learn(h *fasthttp.RequestHeader) {
 	headers := h.RawHeaders()
+	t := &c.tail
 	if !bytes.HasSuffix(headers, crlfcrlf) || len(plainProtocol)+len(headers) > maxTail ||
-		len(c.tail) > 0 && string(c.tail[len(plainProtocol):]) == string(headers) {
+		len(t.bytes) > 0 && string(t.bytes[len(plainProtocol):]) == string(headers) {
 		return
 	}
-	c.tail = append(append(c.tail[:0], plainProtocol...), headers...)
+	t.bytes = append(append(t.bytes[:0], plainProtocol...), headers...)
+	t.values = t.values[:0]
+	for at := len(plainProtocol); ; {
+		end := at + bytes.IndexByte(t.bytes[at:], '\n')
+		line := t.bytes[at:end]
+		at = end + 1
+		if at == len(t.bytes) {
+			return // the empty line
+		}
+		if line[len(line)-1] != '\r' {
+			t.values = t.values[:0] // a line that readers end in different places
+			return
+		}
+		if colon := bytes.IndexByte(line, ':'); mayDiffer(line[:colon]) {
+			t.values = append(t.values, span{uint16(end - len(line) + colon + 1), uint16(end - 1)})
+		}
+	}
+}
+
+// mayDiffer reports whether a request may have another value for a header than the
+// one before it, and still be read and answered in the same way. It may not for what
+// fasthttp acts upon, for what the handler looks at, and for what says how a message
+// is framed, is to be answered, or is passed on.
+func mayDiffer(name []byte) bool {
+	var lower [32]byte
+	if len(name) > len(lower) {
+		return true // longer than each of those
+	}
+	for i, c := range name {
+		if 'A' <= c && c <= 'Z' {
+			c |= 0x20
+		}
+		lower[i] = c
+	}
+	switch string(lower[:len(name)]) {
+	case "connection", "expect", "host", "http2-settings", "idempotency-key", "keep-alive", "origin",
+		"te", "trailer", "transfer-encoding", "upgrade":
+		return false
+	}
+	for _, prefix := range []string{"access-control-", "content-", "proxy-", "verve-"} {
+		if bytes.HasPrefix(lower[:len(name)], []byte(prefix)) {
+			return false
+		}
+	}
+	return true
+}
+
+// visible marks the bytes that a value which differs may hold: those of which all
+// readers think the same.
+var visible = func() (t [256]bool) {
+	for c := ' '; c <= '~'; c++ {
+		t[c] = true
+	}
+	return t
+}()
+
+// match reports whether b begins with the tail, and how long it is there: the values
+// that may differ may have another length.
+func (t *tail) match(b []byte) (n int, like likeness) {
+	if bytes.HasPrefix(b, t.bytes) {
+		return len(t.bytes), whole
+	}
+	at := 0
+	for _, v := range t.values {
+		from, to := int(v.from), int(v.to)
+		if like = begins(b[n:], t.bytes[at:from]); like != whole {
+			return 0, like
+		}
+		n += from - at
+		// With the CR behind it: else it is the beginning of a longer one.
+		if begins(b[n:], t.bytes[from:to+1]) == whole {
+			n += to - from
+		} else {
+			for n < len(b) && visible[b[n]] {
+				n++
+			}
+		}
+		at = to
+	}
+	return n + len(t.bytes) - at, begins(b[n:], t.bytes[at:])
+}
+
+// begins reports whether b begins with what, or is the beginning of it.
+func begins(b, what []byte) likeness {
+	switch {
+	case len(b) >= len(what) && string(b[:len(what)]) == string(what):
+		return whole
+	case len(b) < len(what) && string(b) == string(what[:len(b)]):
+		return begun
+	}
+	return other
 }
 
 // likeness is how far some bytes are like a plain request.
@@ -131,18 +238,17 @@ func (c *conn) cut(b []byte) (id, rest []byte, like likeness) {
 	for n < len(b) && plain[b[n]] {
 		n++
 	}
-	switch rest = b[n:]; {
-	case n > maxIDLen || n == 0 && len(rest) > 0:
-		return nil, nil, other
-	case len(rest) < len(c.tail):
-		if bytes.HasPrefix(c.tail, rest) {
-			return nil, nil, begun
-		}
-		return nil, nil, other
-	case !bytes.HasPrefix(rest, c.tail):
+	rest = b[n:]
+	if n > maxIDLen || n == 0 && len(rest) > 0 {
 		return nil, nil, other
 	}
-	return b[:n], rest[len(c.tail):], whole
+	switch length, like := c.tail.match(rest); {
+	case like == whole:
+		return b[:n], rest[length:], whole
+	case like == begun && len(b) < maxBegun:
+		return nil, nil, begun
+	}
+	return nil, nil, other
 }
 
 // read is conn.Read when a request may begin. It returns when there is something

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -143,9 +144,16 @@ func pairOfSites(t testing.TB, change func(*Config)) (fast, slow *site, seeds []
 
 var dateLine = regexp.MustCompile(`Date: [^\r]*\r\n`)
 
-// agree sends raw to both sites, on a connection that has had the answer to a
-// plain request, whose tail it may have, and compares all that they answer.
-func agree(t testing.TB, fast, slow *site, raw []byte, cut func(n int) int) {
+// proxied is a plain request with the headers that proxies add, of which some differ
+// in each.
+func proxied(id, trace string) string {
+	return "GET " + acceptPath + "?id=" + id + " HTTP/1.1\r\nHost: x\r\nUser-Agent: test\r\nX-Forwarded-For: 10.0.0." + id +
+		"\r\nX-Request-Id: " + trace + "\r\ntraceparent: 00-" + trace + "-" + id + "-01\r\nX-Empty:\r\nAccept: */*\r\n\r\n"
+}
+
+// agree sends raw to both sites, on a connection that has had the answer to first, a
+// plain request whose tail it may have, and compares all that they answer.
+func agree(t testing.TB, fast, slow *site, first string, raw []byte, cut func(n int) int) {
 	t.Helper()
 	var answers [2]string
 	for i, s := range []*site{fast, slow} {
@@ -156,7 +164,7 @@ func agree(t testing.TB, fast, slow *site, raw []byte, cut func(n int) int) {
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(patience))
 		r := bufio.NewReader(c)
-		io.WriteString(c, get("id=first"))
+		io.WriteString(c, first)
 		if _, _, err := answer(r); err != nil {
 			t.Fatal(err)
 		}
@@ -190,12 +198,18 @@ func FuzzFastPathAnswersAsFasthttp(f *testing.F) {
 	for i, raw := range seeds {
 		f.Add(raw, byte(i))
 		f.Add(bytes.Join([][]byte{[]byte(get("id=1")), raw, []byte(get("id=2"))}, nil), byte(3*i))
+		f.Add(bytes.Join([][]byte{[]byte(proxied("1", "a")), raw, []byte(proxied("2", "bc"))}, nil), byte(3*i))
+	}
+	for i, value := range []string{"", " ", "a b", "\t", "a\x00", "a\x80", "a\r", "a\n", "a\r\n b", "a\r\nConnection: close", "a\r\nHost: y", "a:b", strings.Repeat("v", maxBegun)} {
+		f.Add([]byte(proxied("1", "a")+proxied("2", value)+proxied("3", "c")), byte(255-i))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte, split byte) {
 		if len(raw) > 1<<20 {
 			return
 		}
-		agree(t, fast, slow, raw, func(n int) int { return min(n, 1+int(split)) })
+		for _, first := range []string{get("id=first"), proxied("first", "0")} {
+			agree(t, fast, slow, first, raw, func(n int) int { return min(n, 1+int(split)) })
+		}
 	})
 }
 
@@ -203,8 +217,11 @@ func FuzzFastPathAnswersAsFasthttp(f *testing.F) {
 // concern it: of series of plain requests.
 func TestFastPathAgreesWithFasthttp(t *testing.T) {
 	rounds := 1500
+	if n, err := strconv.Atoi(os.Getenv("VERVE_TEST_ROUNDS")); err == nil {
+		rounds = n
+	}
 	if testing.Short() || raceEnabled {
-		rounds = 300
+		rounds = min(rounds, 300)
 	}
 	for name, change := range map[string]func(*Config){
 		"default": nil,
@@ -216,18 +233,31 @@ func TestFastPathAgreesWithFasthttp(t *testing.T) {
 			fast, slow, seeds := pairOfSites(t, change)
 			rnd := rand.New(rand.NewPCG(3, 4))
 			for range rounds {
+				first := get("id=first")
+				differ := rnd.IntN(2) == 0
+				if differ {
+					first = proxied("first", "0")
+				}
 				var raw []byte
 				for range rnd.IntN(40) {
 					id := strconv.Itoa(rnd.IntN(1 << rnd.IntN(20)))
 					if rnd.IntN(50) == 0 {
 						id = strings.Repeat("7", maxIDLen-2+rnd.IntN(5))
 					}
-					raw = append(raw, get("id="+id)...)
+					if differ && rnd.IntN(20) > 0 {
+						trace := strconv.FormatUint(rnd.Uint64()>>rnd.IntN(64), 36)
+						if rnd.IntN(200) == 0 {
+							trace = strings.Repeat(trace, rnd.IntN(600))
+						}
+						raw = append(raw, proxied(id, trace)...)
+					} else {
+						raw = append(raw, get("id="+id)...)
+					}
 				}
 				if len(raw) > 0 && rnd.IntN(4) > 0 {
 					raw = mutate(rnd, raw, seeds)
 				}
-				agree(t, fast, slow, raw, func(n int) int {
+				agree(t, fast, slow, first, raw, func(n int) int {
 					if rnd.IntN(2) == 0 {
 						return n
 					}
@@ -266,6 +296,66 @@ func TestFastPathRemembersOnlyWhatKeepsTheConnection(t *testing.T) {
 			t.Errorf("%q was taken for plain", tail)
 		}
 		s.stop()
+	}
+}
+
+// TestFastPathTakesRequestsWhoseHeadersDiffer in what decides nothing, and no other:
+// of a burst whose headers differ in each request all but those that learn go into the
+// set together, and where a header that decides something differs, none.
+func TestFastPathTakesRequestsWhoseHeadersDiffer(t *testing.T) {
+	const burst = 20
+	for _, c := range []struct {
+		name, first, then string // headers; %d is another number in each request
+		fast              bool
+	}{
+		{"a request id", "X-Request-Id: 1", "X-Request-Id: a-%d", true},
+		{"several", "traceparent: 00-1-2-03\r\nCookie: a=b\r\nForwarded: for=x", "traceparent: 00-%[1]d-2-03\r\nCookie: a=%[1]d; b=c\r\nForwarded: for=\"%[1]d\"", true},
+		{"a value that was empty", "X:", "X: %d", true},
+		{"a value that is empty", "X: 1", "X:\r\nY: %d", false},
+		{"a name", "X: 1", "Y: %d", false},
+		{"the case of a name", "X-A: 1", "x-a: %d", false},
+		{"one more header", "X: 1", "X: %[1]d\r\nY: %[1]d", false},
+		{"bytes above ASCII", "X: \u00e9", "X: \u00e9%d", false},
+		{"a tab", "X: a\tb", "X: a\tb%d", false},
+		{"a line that ends with LF", "X: 1\nY: 0", "X: 1\nY: %d", false},
+		{"Connection", "Connection: TE", "Connection: x%d", false},
+		{"Expect", "Expect: x", "Expect: x%d", false},
+		{"TE", "TE: x", "TE: x%d", false},
+		{"Upgrade", "upgrade: x", "upgrade: x%d", false},
+		{"Idempotency-Key", "Idempotency-Key: x", "Idempotency-Key: x%d", false},
+		{"Proxy-Connection", "Proxy-Connection: x", "Proxy-Connection: x%d", false},
+		{"Content-Type", "Content-Type: x", "Content-Type: x%d", false},
+		{"Verve-Callback", "Verve-Callback: x", "Verve-Callback: x%d", false},
+		{"Origin", "Origin: http://x", "Origin: http://x%d", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := &witness{}
+			s := newSite(t, func(c *Config) {
+				w.Batcher = c.Set.(dedup.Batcher)
+				c.Set = w
+			})
+			conn, r := s.dial()
+			request := func(id int, headers string) string {
+				return fmt.Sprintf("GET %s?id=%d HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", acceptPath, id, headers)
+			}
+			for i := range burst {
+				headers := c.first
+				if i%2 == 1 {
+					headers = fmt.Sprintf(c.then, i)
+				}
+				io.WriteString(conn, request(i, headers))
+				if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 || body != "ok" {
+					t.Fatalf("request %d: %v %q, %v", i, resp, body, err)
+				}
+			}
+			want := int64(0)
+			if c.fast {
+				want = burst - 1
+			}
+			if got := w.together.Load(); got != want {
+				t.Errorf("%d of %d requests went the fast path, want %d", got, burst, want)
+			}
+		})
 	}
 }
 
@@ -560,8 +650,8 @@ func TestFastPathAllocatesNothing(t *testing.T) {
 	p := newPipe(16)
 	p.left = 1
 	c := &conn{Conn: p, raw: p, owner: s.ln}
-	if err := s.http.ServeConn(c); err != nil || len(c.tail) == 0 {
-		t.Fatalf("%v, tail %q", err, c.tail)
+	if err := s.http.ServeConn(c); err != nil || len(c.tail.bytes) == 0 {
+		t.Fatalf("%v, tail %q", err, c.tail.bytes)
 	}
 	requests := bytes.Clone(p.requests)
 	least := 1e9

@@ -141,7 +141,7 @@ func (c *conn) goesOn(err error) bool {
 func (c *conn) park() error {
 	c.parking.Store(true)
 	c.owner.parked.Add(1)
-	c.tail, c.between = nil, false
+	c.tail, c.between = tail{}, false
 	return errParked
 }
 

@@ -38,13 +38,14 @@ import (
 type run struct {
 	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
 	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
-	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined" help:"What is sent: ${enum}."`
-	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none."`
+	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers" help:"What is sent: ${enum}."`
+	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,before,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none, before that of --before."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
 	Expect   int      `name:"expect-ids" default:"12000000" help:"Ids a window that Verve makes room for, as it would have learnt from windows before: 12 million are what these scenarios bring it at most. 0: nothing, as in the first window after a start."`
 	Flags    []string `name:"verve-flag" sep:"none" placeholder:"FLAG" help:"One more flag for Verve, such as --window-header. Repeatable."`
 	Binary   string   `type:"existingfile" help:"Verve to measure, instead of building it."`
+	Before   string   `type:"existingfile" help:"Another build of Verve, to compare with."`
 	JSON     string   `name:"json" placeholder:"FILE" help:"Write the results there too."`
 }
 
@@ -157,7 +158,11 @@ func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk
 		}
 	}()
 	for _, name := range r.Servers {
-		p, err := start(name, r.Binary, filepath.Join(dir, scenario+"-"+name), r.Flags)
+		binary := r.Binary
+		if name == "before" {
+			binary = r.Before
+		}
+		p, err := start(name, binary, filepath.Join(dir, scenario+"-"+name), r.Flags)
 		if err != nil {
 			return nil, err
 		}

@@ -36,7 +36,7 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 	if p.addr, err = freeAddr(); err != nil {
 		return nil, err
 	}
-	if name == "verve" || name == "memory" {
+	if name == "verve" || name == "before" || name == "memory" {
 		admin, err := freeAddr()
 		if err != nil {
 			return nil, err
