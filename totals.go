@@ -88,10 +88,11 @@ type totalsReport struct {
 	since time.Time // windows that start before are left out
 	any   bool      // record was added
 
-	sums stream.Totals
-	out  *totalsPrinter
-	err  io.Writer
-	bad  bool
+	sums    stream.Totals
+	changed map[groupWindow]bool // by records that were taken and not printed
+	out     *totalsPrinter
+	err     io.Writer
+	bad     bool
 }
 
 func (t *totalsReport) complain(format string, args ...any) {
@@ -162,77 +163,87 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 // follow prints each window when its records stop coming, again if another one
 // comes, and names what is wrong when it sees it.
 func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Record, error]) error {
-	type read struct {
-		record stream.Record
-		err    error
-	}
-	reads := make(chan read)
+	reads := make(chan readRecord)
 	done := make(chan struct{})
 	defer close(done)
 	go func() {
 		defer close(reads)
 		for r, err := range records {
 			select {
-			case reads <- read{r, err}:
+			case reads <- readRecord{r, err}:
 			case <-done:
 				return
 			}
 		}
 	}()
-
-	type window struct {
-		group string
-		counter.Span
-	}
-	changed := map[window]bool{}
-	flush := func() {
-		var sums []stream.WindowTotal
-		for w := range changed {
-			if s, ok := t.sums.Window(w.group, w.Span); ok {
-				sums = append(sums, s)
-			}
-		}
-		slices.SortFunc(sums, func(a, b stream.WindowTotal) int {
-			return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
-		})
-		t.out.print(sums)
-		clear(changed)
-	}
+	t.changed = make(map[groupWindow]bool)
 	var settled <-chan time.Time
-	repeats := 0
 	for {
 		select {
 		case <-settled:
-			flush()
+			t.printChanged()
 			settled = nil
 		case r, ok := <-reads:
 			if !ok {
-				flush()
+				t.printChanged()
 				t.empty()
 				t.bad = t.bad || slices.ContainsFunc(t.sums.Gaps(), func(g stream.Gap) bool { return !g.Idle })
 				return t.verdict()
 			}
-			skip, err := t.read(ctx, r.record, r.err)
-			if err != nil {
-				flush()
+			if err := t.take(ctx, r); err != nil {
+				t.printChanged()
 				return err
 			}
-			if skip {
-				continue
-			}
-			for _, g := range t.sums.Before(r.record) {
-				t.gap(g)
-			}
-			t.sums.Add(r.record)
-			for ; repeats < len(t.sums.Repeats()); repeats++ {
-				t.complain("repeat: %v", t.sums.Repeats()[repeats])
-			}
-			changed[window{r.record.Group, r.record.Span()}] = true
-			if settled == nil {
+			if settled == nil && len(t.changed) > 0 {
 				settled = time.After(totalsSettle)
 			}
 		}
 	}
+}
+
+// readRecord is what a reader of records yields.
+type readRecord struct {
+	stream.Record
+	err error
+}
+
+// groupWindow is a window of a group.
+type groupWindow struct {
+	group string
+	counter.Span
+}
+
+// take adds a record that comes in order, and names what is missing before it.
+func (t *totalsReport) take(ctx context.Context, r readRecord) error {
+	skip, err := t.read(ctx, r.Record, r.err)
+	if skip || err != nil {
+		return err
+	}
+	for _, g := range t.sums.Before(r.Record) {
+		t.gap(g)
+	}
+	known := len(t.sums.Repeats())
+	t.sums.Add(r.Record)
+	for _, again := range t.sums.Repeats()[known:] {
+		t.complain("repeat: %v", again)
+	}
+	t.changed[groupWindow{r.Group, r.Span()}] = true
+	return nil
+}
+
+// printChanged prints the windows that were added to since it was last called.
+func (t *totalsReport) printChanged() {
+	var sums []stream.WindowTotal
+	for w := range t.changed {
+		if s, ok := t.sums.Window(w.group, w.Span); ok {
+			sums = append(sums, s)
+		}
+	}
+	slices.SortFunc(sums, func(a, b stream.WindowTotal) int {
+		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
+	})
+	t.out.print(sums)
+	clear(t.changed)
 }
 
 func (t *totalsReport) verdict() error {

@@ -1,6 +1,7 @@
 package redis
 
 import (
+	"cmp"
 	"net"
 	"net/netip"
 	"net/url"
@@ -143,33 +144,20 @@ func badParameters(u *url.URL, needsMaster bool) string {
 			return name + " is there twice"
 		}
 	}
-	tls := u.Scheme == "rediss" || u.Scheme == "valkeys"
-	db := strings.TrimPrefix(u.Path, "/")
-	if u.Scheme == "unix" {
-		db = ""
-	}
-	if q.Has("db") {
-		if db != "" && db != q.Get("db") {
-			return "the path and db name two databases"
-		}
-		db = q.Get("db")
-	}
-	if n, err := strconv.Atoi(db); db != "" && (err != nil || n < 0) || q.Has("db") && db == "" {
-		return "want a number of the database, 0 or more"
-	}
-	if skip := q.Get("skip_verify"); q.Has("skip_verify") {
-		if _, err := strconv.ParseBool(skip); skip != "" && err != nil {
-			return "want skip_verify=true or false"
-		}
-		if !tls {
-			return "skip_verify is for rediss"
-		}
-	}
-	if p := q.Get("protocol"); q.Has("protocol") && p != "2" && p != "3" {
+	skip, protocol := q.Get("skip_verify"), q.Get("protocol")
+	_, notBool := strconv.ParseBool(skip)
+	switch {
+	case skip != "" && notBool != nil:
+		return "want skip_verify=true or false"
+	case q.Has("skip_verify") && u.Scheme != "rediss" && u.Scheme != "valkeys":
+		return "skip_verify is for rediss"
+	case q.Has("protocol") && protocol != "2" && protocol != "3":
 		return "want protocol=2 or 3"
-	}
-	if q.Get("master_set") == "" && (needsMaster || q.Has("master_set")) {
+	case q.Get("master_set") == "" && (needsMaster || q.Has("master_set")):
 		return "want ?master_set=NAME"
+	}
+	if why := badDatabase(u, q); why != "" {
+		return why
 	}
 	for _, address := range q["addr"] {
 		if _, _, err := net.SplitHostPort(address); err != nil {
@@ -182,11 +170,30 @@ func badParameters(u *url.URL, needsMaster bool) string {
 	return ""
 }
 
+// badDatabase says what is wrong with the number of the database, or "".
+func badDatabase(u *url.URL, q url.Values) string {
+	db := strings.TrimPrefix(u.Path, "/")
+	if u.Scheme == "unix" {
+		db = "" // the path is the socket's
+	}
+	if q.Has("db") {
+		if db != "" && db != q.Get("db") {
+			return "the path and db name two databases"
+		}
+		db = q.Get("db")
+	}
+	if n, err := strconv.Atoi(db); (db != "" || q.Has("db")) && (err != nil || n < 0) {
+		return "want a number of the database, 0 or more"
+	}
+	return ""
+}
+
 // differs says in what a further URL contradicts the first, or "". But for the
 // address it may be silent: the first one's settings are for all.
 func differs(first, u *url.URL) string {
 	const but = " differs from that of the first URL, which is for all"
-	db := func(u *url.URL) string { return strings.TrimPrefix(u.Path, "/") + u.Query().Get("db") }
+	db := func(u *url.URL) string { return cmp.Or(strings.TrimPrefix(u.Path, "/"), u.Query().Get("db"), "0") }
+	silent := strings.Trim(u.Path, "/") == "" && !u.Query().Has("db")
 	switch {
 	case u.Scheme == "unix" || first.Scheme == "unix":
 		return "a socket is one server: want no further URL"
@@ -194,7 +201,7 @@ func differs(first, u *url.URL) string {
 		return "the scheme" + but
 	case u.User != nil && (first.User == nil || u.User.String() != first.User.String()):
 		return "the user or the password" + but
-	case db(u) != "" && db(u) != db(first):
+	case !silent && db(u) != db(first):
 		return "the database" + but
 	}
 	for _, name := range []string{"master_set", "protocol", "skip_verify"} {
