@@ -39,55 +39,83 @@ func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, e
 			yield(Record{}, fmt.Errorf("read counts file: %w", err))
 			return
 		}
-		defer func() { file.Close() }()
-		r := bufio.NewReaderSize(file, 1<<16)
-		var line []byte
-		var offset int64
-		for number := 1; ; {
-			part, err := r.ReadBytes('\n')
-			line = append(line, part...)
-			offset += int64(len(part))
-			if err == nil {
-				record, perr := ParseRecord(bytes.TrimSuffix(line, []byte{'\n'}))
-				if perr != nil {
-					perr = fmt.Errorf("%s line %d: %w: %w", path, number, errInvalidRecord, perr)
+		lines := &countsLines{path: path, file: file, r: bufio.NewReaderSize(file, 1<<16)}
+		defer func() { lines.file.Close() }()
+		for {
+			line, err := lines.next()
+			switch {
+			case err == nil:
+				record, err := ParseRecord(line)
+				if err != nil {
+					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
 				}
-				line = line[:0]
-				number++
-				if !yield(record, perr) || ctx.Err() != nil {
+				if !yield(record, err) || ctx.Err() != nil {
 					return
 				}
 				continue
+			case errors.Is(err, io.EOF) && !follow:
+				return
+			case errors.Is(err, io.EOF):
+				select {
+				case <-ctx.Done():
+					return
+				case <-time.After(followEvery):
+					err = lines.catchUp()
+				}
 			}
-			if !errors.Is(err, io.EOF) {
+			if err != nil {
 				yield(Record{}, fmt.Errorf("read counts file: %w", err))
 				return
 			}
-			if !follow {
-				return
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(followEvery):
-			}
-			replaced, cut := fileMoved(file, path, offset)
-			switch {
-			case replaced != nil:
-				file.Close()
-				file, line, offset, number = replaced, line[:0], 0, 1
-				r.Reset(file)
-			case cut > 0:
-				// The torn tail that was read is gone; its record comes whole.
-				if _, err := file.Seek(cut, io.SeekStart); err != nil {
-					yield(Record{}, fmt.Errorf("read counts file: %w", err))
-					return
-				}
-				line, offset = line[:0], cut
-				r.Reset(file)
-			}
 		}
 	}
+}
+
+// countsLines reads a counts file line by line.
+type countsLines struct {
+	path   string
+	file   *os.File
+	r      *bufio.Reader
+	line   []byte // as far as read
+	offset int64  // read so far
+	number int    // of the last whole line
+}
+
+// next returns the next whole line, valid until the next call; io.EOF if it is not
+// there yet.
+func (c *countsLines) next() ([]byte, error) {
+	part, err := c.r.ReadBytes('\n')
+	c.line = append(c.line, part...)
+	c.offset += int64(len(part))
+	if err != nil {
+		return nil, err
+	}
+	line := bytes.TrimSuffix(c.line, []byte{'\n'})
+	c.line = c.line[:0]
+	c.number++
+	return line, nil
+}
+
+// catchUp turns to the file that has the name now, or to the new end of one that
+// was cut.
+func (c *countsLines) catchUp() error {
+	replaced, cut := fileMoved(c.file, c.path, c.offset)
+	switch {
+	case replaced != nil:
+		c.file.Close()
+		c.file, c.offset, c.number = replaced, 0, 0
+	case cut > 0:
+		// The torn tail that was read is gone; its record comes whole.
+		if _, err := c.file.Seek(cut, io.SeekStart); err != nil {
+			return err
+		}
+		c.offset = cut
+	default:
+		return nil
+	}
+	c.line = c.line[:0]
+	c.r.Reset(c.file)
+	return nil
 }
 
 // fileMoved tells what happened to a followed file at its end: another one took
@@ -148,25 +176,31 @@ func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Reco
 			return nil
 		}
 		if follow {
-			client.AddConsumeTopics(cfg.Topic)
-			for ctx.Err() == nil {
-				fetches := client.PollFetches(ctx)
-				for _, e := range fetches.Errors() {
-					if ctx.Err() == nil && !yield(Record{}, fmt.Errorf("read %s: %w", cfg.Topic, e.Err)) {
-						return
-					}
-				}
-				for it := fetches.RecordIter(); !it.Done(); {
-					if emit(it.Next()) != nil {
-						return
-					}
-				}
-			}
+			followTopic(ctx, client, cfg.Topic, emit, yield)
 			return
 		}
 		err = readToEnd(ctx, client, cfg.Topic, time.Time{}, emit)
 		if err != nil && !errors.Is(err, stopped) {
 			yield(Record{}, fmt.Errorf("read %s: %w", cfg.Topic, last.explain(err)))
+		}
+	}
+}
+
+// followTopic calls emit with the records of the topic, and yield with what fails,
+// until one of them or ctx ends it.
+func followTopic(ctx context.Context, client *kgo.Client, topic string, emit func(*kgo.Record) error, yield func(Record, error) bool) {
+	client.AddConsumeTopics(topic)
+	for ctx.Err() == nil {
+		fetches := client.PollFetches(ctx)
+		for _, e := range fetches.Errors() {
+			if ctx.Err() == nil && !yield(Record{}, fmt.Errorf("read %s: %w", topic, e.Err)) {
+				return
+			}
+		}
+		for it := fetches.RecordIter(); !it.Done(); {
+			if emit(it.Next()) != nil {
+				return
+			}
 		}
 	}
 }
