@@ -154,19 +154,28 @@ func CheckToken(token []byte) error {
 	return nil
 }
 
-// bodiless answers a request with a body, which no route has a use for, without
-// waiting for it, and closes the connection.
+// bodiless answers a request with a body, for which no route has a use, without
+// waiting for the body, and closes the connection.
 func bodiless(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength != 0 {
 			w.Header().Set("Connection", "close")
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now()) // else what is left is read first
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
+// takeTime clears the read deadline of a request whose answer takes longer: when it
+// passes, the request's context ends.
+func takeTime(w http.ResponseWriter, r *http.Request) {
+	if r.ContentLength == 0 {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // tests have no deadlines
+	}
+}
+
 // profile answers with a profile, which may take as long as the request says. pprof
-// sets the deadline of the write; one for a read that passed would end the profile.
+// sets the deadline of the write.
 func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		select {
@@ -177,7 +186,7 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 			http.Error(w, "too many profiles are being made", http.StatusServiceUnavailable)
 			return
 		}
-		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // tests have no deadlines
+		takeTime(w, r)
 		make(w, r)
 	}
 }

@@ -435,7 +435,7 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Accel-Buffering", "no") // nginx would hold it back
 	control := http.NewResponseController(w)
-	_ = control.SetReadDeadline(time.Time{}) // it would end the stream
+	takeTime(w, r)
 	send := func(event []byte) error {
 		// Without a deadline (no such writer outside of tests) it is the backlog
 		// that ends a slow reader.

@@ -1,0 +1,221 @@
+package server
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// adminServer is an Admin that serves on an address.
+type adminServer struct {
+	*Admin
+	t    *testing.T
+	addr string
+}
+
+func listenAdmin(t *testing.T, change func(*Admin)) *adminServer {
+	t.Helper()
+	_, a := newAdminSite(t, new(Records))
+	if change != nil {
+		change(a)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- a.Serve(ln) }()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := a.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return &adminServer{a, t, ln.Addr().String()}
+}
+
+// send opens a connection and sends a request, or a part of one.
+func (a *adminServer) send(raw string) (net.Conn, *bufio.Reader) {
+	a.t.Helper()
+	c, err := net.Dial("tcp", a.addr)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	a.t.Cleanup(func() { c.Close() })
+	c.(*net.TCPConn).SetReadBuffer(4 << 10)
+	c.SetDeadline(time.Now().Add(patience))
+	io.WriteString(c, raw)
+	return c, bufio.NewReader(c)
+}
+
+func adminGet(path string) string { return "GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n" }
+
+func TestAdminAnswersWithoutTheBodyOfARequest(t *testing.T) {
+	a := listenAdmin(t, func(a *Admin) { a.http.ReadTimeout = 0 })
+	for _, framing := range []string{"Content-Length: 10", "Transfer-Encoding: chunked"} {
+		for _, path := range []string{"/healthz", "/metrics", "/", "/nowhere"} {
+			_, r := a.send("GET " + path + " HTTP/1.1\r\nHost: x\r\n" + framing + "\r\n\r\n")
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil || !resp.Close {
+				t.Errorf("%s with %s: got %v, %v, want an answer and the end", path, framing, resp, err)
+				continue
+			}
+			if _, err := io.ReadAll(r); err != nil {
+				t.Errorf("%s with %s: %v, want the end", path, framing, err)
+			}
+		}
+	}
+}
+
+func TestAdminBoundsTheHeadersOfARequest(t *testing.T) {
+	a := listenAdmin(t, nil)
+	_, r := a.send("GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 2*adminMaxHeader))
+	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("got %v, %v", resp, err)
+	}
+}
+
+// TestAdminKeepsRoomForAProbe beside connections that send nothing, or no end.
+func TestAdminKeepsRoomForAProbe(t *testing.T) {
+	const most = 4
+	a := listenAdmin(t, func(a *Admin) { a.crowd.max = most })
+	for i := range 5 * most {
+		a.send([]string{"", "GET /healthz HTTP/1.1\r\nHost", adminGet("/healthz")}[i%3])
+	}
+	_, r := a.send(adminGet("/healthz"))
+	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("got %v, %v", resp, err)
+	}
+	if open, ended := a.crowd.stats(); open > most || ended < 4*most {
+		t.Errorf("%d open, %d ended, want %d at most, and %d or more", open, ended, most, 4*most)
+	}
+}
+
+// TestAdminEndsClientsThatDoNotRead: of 200 answers to pipelined requests none is
+// taken.
+func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
+	a := listenAdmin(t, func(a *Admin) { a.http.WriteTimeout = 300 * time.Millisecond })
+	a.send(strings.Repeat(adminGet("/metrics"), 200))
+	seen := false
+	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		open, _ := a.crowd.stats()
+		seen = seen || open > 0
+		if seen && open == 0 {
+			return
+		}
+		if time.Since(start) > patience {
+			t.Fatalf("%d connections are held", open)
+		}
+	}
+}
+
+// TestLivePageIsNotLockedOutByReadersThatDoNotRead: a few of its messages fill what
+// the kernel holds for them, and they make room.
+func TestLivePageIsNotLockedOutByReadersThatDoNotRead(t *testing.T) {
+	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick = 4, time.Millisecond })
+	var stuck []*bufio.Reader
+	for range 4 {
+		_, r := a.send(adminGet("/api/live"))
+		stuck = append(stuck, r)
+	}
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		if open, _, _ := a.live.stats(); open == 4 {
+			break
+		}
+		if time.Since(start) > patience {
+			t.Fatal("the streams do not begin")
+		}
+	}
+	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		c, r := a.send(adminGet("/api/live"))
+		resp, err := http.ReadResponse(r, nil)
+		c.Close()
+		if err == nil && resp.StatusCode == 200 {
+			break
+		}
+		if time.Since(start) > patience {
+			t.Fatalf("got %v, %v", resp, err)
+		}
+	}
+	if _, dropped, _ := a.live.stats(); dropped == 0 {
+		t.Error("no reader was dropped")
+	}
+	// Whoever was dropped had little waiting.
+	least := 1 << 30
+	for _, r := range stuck {
+		n, _ := io.Copy(io.Discard, io.LimitReader(r, 1<<20))
+		least = min(least, int(n))
+	}
+	if least > 512<<10 {
+		t.Errorf("a reader that did not read had %d bytes waiting", least)
+	}
+}
+
+// TestLongAnswersOutlastTheDeadlines: the live page and a profile go on.
+func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
+	a := listenAdmin(t, func(a *Admin) {
+		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = 200*time.Millisecond, 200*time.Millisecond, 200*time.Millisecond
+		a.live.tick = 10 * time.Millisecond
+	})
+	_, live := a.send(adminGet("/api/live"))
+	resp, err := http.ReadResponse(live, nil)
+	if err != nil || resp.StatusCode != 200 {
+		t.Fatalf("live: got %v, %v", resp, err)
+	}
+	lines := bufio.NewReader(resp.Body)
+	for range 150 { // two an event
+		if _, err := lines.ReadString('\n'); err != nil {
+			t.Fatalf("live: %v", err)
+		}
+	}
+	began := time.Now()
+	_, trace := a.send(adminGet("/debug/pprof/trace?seconds=1"))
+	if resp, err = http.ReadResponse(trace, nil); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("trace: got %v, %v", resp, err)
+	}
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || time.Since(began) < time.Second {
+		t.Errorf("trace: ended after %v, %v, want a second", time.Since(began), err)
+	}
+}
+
+// TestOpenAdminRequestsDoNotDelayTheStop, of whatever kind they are.
+func TestOpenAdminRequestsDoNotDelayTheStop(t *testing.T) {
+	a := listenAdmin(t, nil)
+	a.send("")
+	a.send("GET /healthz HTTP/1.1\r\nHost")
+	a.send(strings.Repeat(adminGet("/metrics"), 200))
+	for _, path := range []string{"/api/live", "/debug/pprof/profile?seconds=3600", "/debug/pprof/trace?seconds=3600", "/debug/pprof/heap?seconds=3600"} {
+		a.send(adminGet(path))
+	}
+	for start := time.Now(); len(a.profiles) < 3; time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			t.Fatal("the profiles are not being made")
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := a.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+	if ctx.Err() != nil {
+		t.Error("all the time for the stop was used")
+	}
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		open, _ := a.crowd.stats()
+		if open == 0 {
+			break
+		}
+		if time.Since(start) > patience {
+			t.Fatalf("%d connections are open", open)
+		}
+	}
+}
