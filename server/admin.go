@@ -166,16 +166,8 @@ func bodiless(next http.Handler) http.Handler {
 	})
 }
 
-// takeTime clears the read deadline of a request whose answer takes longer: when it
-// passes, the request's context ends.
-func takeTime(w http.ResponseWriter, r *http.Request) {
-	if r.ContentLength == 0 {
-		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // tests have no deadlines
-	}
-}
-
-// profile answers with a profile, which may take as long as the request says. pprof
-// sets the deadline of the write.
+// profile answers with a profile, which may take as long as the request says: pprof
+// sets the deadline of the write, and net/http clears that of the read.
 func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		select {
@@ -186,7 +178,6 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 			http.Error(w, "too many profiles are being made", http.StatusServiceUnavailable)
 			return
 		}
-		takeTime(w, r)
 		make(w, r)
 	}
 }

@@ -435,7 +435,6 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Accel-Buffering", "no") // nginx would hold it back
 	control := http.NewResponseController(w)
-	takeTime(w, r)
 	send := func(event []byte) error {
 		// Without a deadline (no such writer outside of tests) it is the backlog
 		// that ends a slow reader.
