@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -217,5 +218,96 @@ func TestOverloadIsShedAndPasses(t *testing.T) {
 	got := records(t, v.Dir+"/verve-data/counts.jsonl")
 	if len(got) != 1 || got[0].Unique != limit+1 {
 		t.Errorf("records: %+v, want %d ids: those turned away have counted nothing", got, limit+1)
+	}
+}
+
+// startWithin starts a server that may open so many files.
+func startWithin(t *testing.T, files int, args ...string) *instance {
+	t.Helper()
+	sh, err := exec.LookPath("sh")
+	if err != nil {
+		t.Skip("no shell to set a limit with")
+	}
+	cmd := verve(t, append([]string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h"}, args...)...)
+	cmd.Path, cmd.Args = sh, append([]string{sh, "-c", fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, files)}, cmd.Args...)
+	return startCmd(t, cmd)
+}
+
+// TestMoreConnectionsThanDescriptors: those that are open are served, and so is who
+// comes when the others have gone.
+func TestMoreConnectionsThanDescriptors(t *testing.T) {
+	const files = 200
+	for _, args := range [][]string{nil, {"--max-conns=150"}, {"--max-conns=10000"}} {
+		v := startWithin(t, files, args...)
+		first := dialPublic(t, v)
+		defer first.Close()
+		r := bufio.NewReader(first)
+		if resp, err := accept(first, r, "first"); err != nil || resp.StatusCode != 200 {
+			t.Fatalf("%v: got %v, %v", args, resp, err)
+		}
+		var crowd []net.Conn
+		for range 2 * files {
+			crowd = append(crowd, dialPublic(t, v))
+		}
+		if resp, err := accept(first, r, "second"); err != nil || resp.StatusCode != 200 {
+			t.Errorf("%v: the connection that was there: got %v, %v", args, resp, err)
+		}
+		if code, body := v.get(v.admin + "/readyz"); code != 200 {
+			t.Errorf("%v: /readyz: got %d %s", args, code, body)
+		}
+		for _, c := range crowd {
+			_ = c.Close()
+		}
+		for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+			c := dialPublic(t, v)
+			resp, err := accept(c, bufio.NewReader(c), "third")
+			_ = c.Close()
+			if err == nil && resp.StatusCode != 503 {
+				break
+			}
+			if time.Since(start) > time.Minute {
+				t.Fatalf("%v: when the others have gone: got %v, %v", args, resp, err)
+			}
+		}
+		if code := v.stop(); code != 0 {
+			t.Errorf("%v: exit code %d", args, code)
+		}
+		lowered := strings.Contains(strings.Join(v.lines, "\n"), `"reason":"the process may open 200 files (ulimit -n)`)
+		if lowered != (len(args) > 0) {
+			t.Errorf("%v: a line says that --max-conns is lowered: %v", args, lowered)
+		}
+	}
+}
+
+// TestIdleConnectionCostsLessThan8KiB, whether it has sent a request or not.
+func TestIdleConnectionCostsLessThan8KiB(t *testing.T) {
+	const conns, each = 4000, 8 << 10
+	v := start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--expect-ids=10000")
+	before := resident(v)
+	if before == 0 {
+		t.Skip("the system does not tell how much memory a process has")
+	}
+	for i := range conns {
+		c := dialPublic(t, v)
+		defer c.Close()
+		if i%2 == 0 {
+			continue
+		}
+		if resp, err := accept(c, bufio.NewReaderSize(c, 512), fmt.Sprint(i)); err != nil || resp.StatusCode != 200 {
+			t.Fatalf("connection %d: got %v, %v", i, resp, err)
+		}
+	}
+	for start := time.Now(); ; time.Sleep(100 * time.Millisecond) {
+		got := (int64(resident(v)) - int64(before)) / conns
+		if got < each {
+			t.Logf("%d bytes a connection after %v", got, time.Since(start))
+			break
+		}
+		if time.Since(start) > time.Minute {
+			t.Fatalf("%d bytes a connection, want less than %d", got, each)
+		}
+	}
+	if code := v.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
