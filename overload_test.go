@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -281,6 +282,9 @@ func TestMoreConnectionsThanDescriptors(t *testing.T) {
 
 // TestIdleConnectionCostsLessThan8KiB, whether it has sent a request or not.
 func TestIdleConnectionCostsLessThan8KiB(t *testing.T) {
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		t.Skip("the race detector takes memory of its own")
+	}
 	const conns, each = 4000, 8 << 10
 	v := start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--expect-ids=10000")
 	before := resident(v)
