@@ -6,6 +6,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"verve/internal/durable"
 )
 
 // hugePage is the size that the pages of large tables have where the system
@@ -16,7 +18,11 @@ const hugePage = 2 << 20
 // system allows them: a table is read at random, and small pages would cost a
 // miss of the translation buffer with each read. So many workers populate it.
 func mapMemory(size uint64, populate int) ([]byte, error) {
-	b, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	var b []byte
+	err := durable.Retry(func() (err error) {
+		b, err = unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -24,7 +30,7 @@ func mapMemory(size uint64, populate int) ([]byte, error) {
 		return b, nil
 	}
 	// Advice: where it is not taken the table works with small pages.
-	_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
+	_ = advise(b, unix.MADV_HUGEPAGE)
 	populateMemory(b, populate)
 	return b, nil
 }
@@ -57,7 +63,7 @@ func populateMemory(b []byte, workers int) {
 }
 
 func touchMemory(b []byte) {
-	if unix.Madvise(b, unix.MADV_POPULATE_WRITE) != nil {
+	if advise(b, unix.MADV_POPULATE_WRITE) != nil {
 		for i := 0; i < len(b); i += 4096 { // before Linux 5.14
 			b[i] = 0
 		}
@@ -66,5 +72,5 @@ func touchMemory(b []byte) {
 
 func unmapMemory(b []byte) {
 	// Fails only for memory that was not mapped by mapMemory.
-	_ = unix.Munmap(b)
+	_ = durable.Retry(func() error { return unix.Munmap(b) })
 }

@@ -1,32 +1,24 @@
 package dedup
 
 import (
-	"errors"
 	"hash/crc32"
 	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// reserve gives an open file its size on the disk: a store into a mapped hole
-// of a full disk would be a fault.
-func reserve(f *os.File, size int) error {
-	err := unix.Fallocate(int(f.Fd()), 0, 0, int64(size))
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
-		return writeZeros(f, size)
-	}
-	if err != nil {
-		return &os.PathError{Op: "allocate", Path: f.Name(), Err: err}
-	}
-	return nil
-}
+	"verve/internal/durable"
+)
 
 // touch makes mapped pages resident and writable, so that no request does.
 func touch(b []byte) {
-	if unix.Madvise(b, unix.MADV_POPULATE_WRITE) != nil {
-		_ = unix.Madvise(b, unix.MADV_WILLNEED) // before Linux 5.14: advice is all there is
+	if advise(b, unix.MADV_POPULATE_WRITE) != nil {
+		_ = advise(b, unix.MADV_WILLNEED) // before Linux 5.14: advice is all there is
 	}
+}
+
+func advise(b []byte, advice int) error {
+	return durable.Retry(func() error { return unix.Madvise(b, advice) })
 }
 
 // bootID tells the boots of the machine apart; 0 if it cannot.
@@ -41,7 +33,7 @@ func bootID() uint32 {
 // bootTime is when the machine was started, by the present clock.
 func bootTime() time.Time {
 	var up unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) != nil {
+	if durable.Retry(func() error { return unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) }) != nil {
 		return time.Now()
 	}
 	return time.Now().Add(-time.Duration(up.Nano()))

@@ -15,6 +15,7 @@ import (
 	"unsafe"
 
 	"verve/counter"
+	"verve/internal/durable"
 )
 
 // journal keeps, in files, what the next process needs where this one is
@@ -100,8 +101,6 @@ const (
 	lockName  = "lock"
 	tmpSuffix = ".tmp"
 
-	damagedSuffix = ".damaged-" // of a directory that was set aside, and the time
-
 	maxSegmentChunks = 1 << 20
 )
 
@@ -183,16 +182,28 @@ func damaged(format string, args ...any) error {
 	return &damagedError{fmt.Sprintf(format, args...)}
 }
 
+// cannotKeep makes an error about what the system or the file system does not have
+// one that says so in one word: the caller may do without a journal.
+func cannotKeep(err error) error {
+	if durable.Unsupported(err) {
+		return fmt.Errorf("ids cannot be kept on disk: %w: %w", errors.ErrUnsupported, err)
+	}
+	return err
+}
+
 // openJournal opens or makes the directory. One that is damaged is renamed and
 // told to setAside, and a new one is made.
 func openJournal(j *journal, setAside func(name string, reason error)) (*journal, error) {
+	if !mappable {
+		return nil, cannotKeep(errors.ErrUnsupported)
+	}
 	j.writers.New = func() any { return new(writer) }
 	j.failed = make(chan struct{}, 1)
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
-		name := j.dir + damagedSuffix + time.Now().UTC().Format("20060102T150405.000000000")
-		if err := os.Rename(j.dir, name); err != nil {
+		name, err := durable.SetAside(j.dir)
+		if err != nil {
 			j.release()
 			return nil, fmt.Errorf("dedup: %s is damaged (%w) and cannot be set aside: %w", j.dir, damage, err)
 		}
@@ -222,7 +233,7 @@ func (j *journal) again() *journal {
 }
 
 func (j *journal) open() error {
-	if err := os.MkdirAll(j.dir, 0o755); err != nil {
+	if err := durable.MkdirAll(j.dir); err != nil {
 		return err
 	}
 	if err := j.takeLock(); err != nil {
@@ -261,7 +272,7 @@ func (j *journal) open() error {
 			return err
 		}
 		j.aside = slices.ContainsFunc(beside, func(e os.DirEntry) bool {
-			return strings.HasPrefix(e.Name(), filepath.Base(j.dir)+damagedSuffix)
+			return strings.HasPrefix(e.Name(), filepath.Base(j.dir)+durable.DamagedSuffix)
 		})
 	}
 	return j.load(have)
@@ -273,7 +284,7 @@ func (j *journal) takeLock() error {
 	if err != nil {
 		return err
 	}
-	taken, err := lockFile(f)
+	taken, err := durable.TryLock(f)
 	if err != nil {
 		_ = f.Close()
 		return err
@@ -316,7 +327,7 @@ func (j *journal) create() (err error) {
 	}
 	copy(header[headerSecretAt:], j.secret.words())
 	header[headerCheckAt] = checkOf(header[:headerCheckAt])
-	if err := reserve(f, stateBytes); err != nil {
+	if err := durable.Allocate(f, stateBytes); err != nil {
 		return err
 	}
 	if _, err := f.WriteAt(bytesOf(header), 0); err != nil {
@@ -328,7 +339,7 @@ func (j *journal) create() (err error) {
 	if err := os.Rename(path+tmpSuffix, path); err != nil {
 		return err
 	}
-	return errors.Join(syncDir(j.dir), syncDir(filepath.Dir(j.dir)))
+	return errors.Join(durable.SyncDir(j.dir), durable.SyncDir(filepath.Dir(j.dir)))
 }
 
 // load reads the state and the segments that are there.
@@ -812,11 +823,9 @@ func (j *journal) release() {
 	j.slots, j.marks, j.state, j.lock = nil, nil, nil, nil
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 // checkOf is a CRC of words, which finds every flipped bit, and its inverse.
 func checkOf(words []uint64) uint64 {
-	c := crc32.Checksum(bytesOf(words), castagnoli)
+	c := crc32.Checksum(bytesOf(words), durable.Castagnoli)
 	return uint64(^c)<<32 | uint64(c)
 }
 
@@ -825,14 +834,3 @@ func bytesOf(words []uint64) []byte {
 }
 
 func markOf(index int) uint64 { return markMagic ^ uint64(index)<<8 }
-
-// writeZeros gives a file its size where the system cannot allocate.
-func writeZeros(f *os.File, size int) error {
-	zeros := make([]byte, 1<<20)
-	for at := 0; at < size; at += len(zeros) {
-		if _, err := f.WriteAt(zeros[:min(len(zeros), size-at)], int64(at)); err != nil {
-			return err
-		}
-	}
-	return nil
-}

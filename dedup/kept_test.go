@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"verve/counter"
+	"verve/internal/durable"
 )
 
 // ledger stands for the spool: what it has been given outlives the lives of a
@@ -1017,7 +1018,7 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 		dir := fastDir(t)
 		killed(t, dir, 10)
 		cfg := small(dir)
-		if err := os.Rename(cfg.Dir, cfg.Dir+damagedSuffix+"then"); err != nil {
+		if err := os.Rename(cfg.Dir, cfg.Dir+durable.DamagedSuffix+"then"); err != nil {
 			t.Fatal(err)
 		}
 		for _, exact := range []bool{false, true} { // of this window, and of the next

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"verve/internal/durable"
 )
 
 // A journal whose files failed once is never trusted again. What it holds is
@@ -90,7 +92,7 @@ func (m *Memory) renew(j *journal) {
 	if !j.settled() {
 		return
 	}
-	err := os.Rename(j.dir, j.dir+replacedSuffix+time.Now().UTC().Format("20060102T150405.000000000"))
+	err := os.Rename(j.dir, durable.Aside(j.dir, replacedSuffix))
 	if err != nil && !(j.moved && errors.Is(err, fs.ErrNotExist)) {
 		return // the next tick tries again
 	}

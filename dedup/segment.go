@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 	"unsafe"
+
+	"verve/internal/durable"
 )
 
 // A segment is a file of chunks, mapped and allocated whole. Every request that
@@ -94,7 +96,7 @@ func (j *journal) newSegment(index int) (_ *segment, err error) {
 		}
 	}()
 	size := j.segmentChunks * chunkBytes
-	if err = reserve(f, size); err != nil {
+	if err = durable.Allocate(f, size); err != nil {
 		return nil, err
 	}
 	header := make([]uint64, chunkWords)
@@ -111,7 +113,7 @@ func (j *journal) newSegment(index int) (_ *segment, err error) {
 		return nil, err
 	}
 	if err = os.Rename(path+tmpSuffix, path); err == nil {
-		err = syncDir(j.dir)
+		err = durable.SyncDir(j.dir)
 	}
 	if err != nil {
 		unmapFile(memory)
@@ -326,7 +328,7 @@ func (j *journal) extend() (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	if err != nil {
 		kind := ErrUnavailable
-		if noSpace(err) {
+		if durable.NoSpace(err) {
 			kind = ErrFull
 		}
 		j.shortAt = time.Now()

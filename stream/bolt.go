@@ -11,10 +11,13 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
+
+	"verve/internal/durable"
 )
 
 // boltStore is the spool's file. bbolt is copy on write with two checksummed
@@ -53,12 +56,16 @@ const (
 	// lockWait is how long a starting process waits for one that is ending to
 	// let go of the file.
 	lockWait = 2 * time.Second
+
+	// mapped is how much of the file is mapped from the start: 100,000 records. It
+	// grows by growBy: a record takes 300 bytes or so.
+	mapped = 64 << 20
+	growBy = 64 << 10
 )
 
 var (
 	errDamaged = errors.New("spool file is damaged")
 	errNewer   = errors.New("was written by a newer version of this program")
-	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 )
 
 // openBolt opens path, or sets it aside and starts a new one.
@@ -67,14 +74,12 @@ func openBolt(path string) (b *boltStore, setAside string, err error) {
 	if !errors.Is(err, errDamaged) {
 		return b, "", err
 	}
-	setAside = fmt.Sprintf("%s.damaged-%s", path, time.Now().UTC().Format("20060102T150405.000000000Z"))
-	if rerr := os.Rename(path, setAside); rerr != nil {
+	setAside, rerr := durable.SetAside(path)
+	if rerr != nil {
 		return nil, "", fmt.Errorf("%w; setting it aside: %w", err, rerr)
 	}
-	if b, err = openBoltOnce(path); err != nil {
-		return nil, setAside, err
-	}
-	return b, setAside, syncDir(filepath.Dir(path))
+	b, err = openBoltOnce(path)
+	return b, setAside, err
 }
 
 func openBoltOnce(path string) (b *boltStore, err error) {
@@ -96,12 +101,19 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 		// and not written before a crash: bbolt initialises it.
 		return nil, fmt.Errorf("%w: %d bytes do not hold its header", errDamaged, info.Size())
 	}
-	db, err := bolt.Open(path, 0o644, &bolt.Options{
-		Timeout:      lockWait,
-		FreelistType: bolt.FreelistMapType,
-		// The freelist stays synced: without it bbolt rebuilds it in a goroutine
-		// of its own, where a panic about a damaged page could not be caught.
-		NoFreelistSync: false,
+	var db *bolt.DB
+	err = durable.Retry(func() (err error) {
+		db, err = bolt.Open(path, 0o644, &bolt.Options{
+			Timeout:      lockWait,
+			FreelistType: bolt.FreelistMapType,
+			// The freelist stays synced: without it bbolt rebuilds it in a goroutine
+			// of its own, where a panic about a damaged page could not be caught.
+			NoFreelistSync: false,
+			// A file that outgrows its mapping is mapped anew, and where that is
+			// interrupted bbolt has none. Address space costs nothing.
+			InitialMmapSize: mapped,
+		})
+		return interrupted(err)
 	})
 	switch {
 	case err == nil:
@@ -115,13 +127,14 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 		// file may be sound, so it is left alone.
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
+	db.AllocSize = growBy
 	b = &boltStore{db: db}
 	if err := b.init(); err != nil {
 		db.Close()
 		return nil, err
 	}
 	if fresh {
-		if err := syncDir(filepath.Dir(path)); err != nil {
+		if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 			db.Close()
 			return nil, err
 		}
@@ -215,7 +228,17 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 			err = broken
 		}
 	}()
-	return b.db.Update(fn)
+	// bbolt does not repeat a sync that was interrupted. What was written then may
+	// be there or not, as after any error, and is written again.
+	return durable.Retry(func() error { return interrupted(b.db.Update(fn)) })
+}
+
+// interrupted gives back the error that bbolt has made text of, of an advice.
+func interrupted(err error) error {
+	if err != nil && strings.HasSuffix(err.Error(), syscall.EINTR.Error()) {
+		return syscall.EINTR
+	}
+	return err
 }
 
 func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
@@ -380,14 +403,14 @@ func (b *boltStore) close() error {
 
 // put stores a value behind a checksum over its key and itself.
 func put(b *bolt.Bucket, k, v []byte) error {
-	sum := crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v)
+	sum := crc32.Update(crc32.Checksum(k, durable.Castagnoli), durable.Castagnoli, v)
 	return b.Put(k, append(binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(v)), sum), v...))
 }
 
 // unseal returns the value that put stored under k. It is only valid within the
 // transaction.
 func unseal(k, v []byte) ([]byte, error) {
-	if len(v) < 4 || crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v[4:]) != binary.BigEndian.Uint32(v) {
+	if len(v) < 4 || crc32.Update(crc32.Checksum(k, durable.Castagnoli), durable.Castagnoli, v[4:]) != binary.BigEndian.Uint32(v) {
 		return nil, fmt.Errorf("%w: checksum of %q", errDamaged, k)
 	}
 	return v[4:], nil

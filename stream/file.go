@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/internal/durable"
 )
 
 // fileSink appends records to the counts file, one a line, and syncs them.
@@ -203,7 +204,7 @@ func (f *fileSink) append(batch []entry) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, file.Close()) }()
-	if err := lockFile(file); err != nil {
+	if err := durable.Lock(file); err != nil {
 		return err
 	}
 	info, err := file.Stat()
@@ -242,7 +243,7 @@ func (f *fileSink) append(batch []entry) (err error) {
 		return err
 	}
 	if created {
-		return syncDir(filepath.Dir(f.path))
+		return durable.SyncDir(filepath.Dir(f.path))
 	}
 	return nil
 }
@@ -250,7 +251,7 @@ func (f *fileSink) append(batch []entry) (err error) {
 func (f *fileSink) open() (file *os.File, created bool, err error) {
 	_, err = os.Stat(f.path)
 	if created = errors.Is(err, os.ErrNotExist); created {
-		if err := os.MkdirAll(filepath.Dir(f.path), 0o755); err != nil {
+		if err := durable.MkdirAll(filepath.Dir(f.path)); err != nil {
 			return nil, false, err
 		}
 	}

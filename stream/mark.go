@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"os"
+
+	"verve/internal/durable"
 )
 
 // mark is what has to be known where the spool is damaged and set aside: how far
@@ -41,7 +43,7 @@ func readMark(path string) (newest mark) {
 		}
 		p := b[place*markBytes : (place+1)*markBytes]
 		n := binary.BigEndian.Uint32(p[4:])
-		if n > markBytes-8 || crc32.Checksum(p[4:8+n], castagnoli) != binary.BigEndian.Uint32(p) {
+		if n > markBytes-8 || crc32.Checksum(p[4:8+n], durable.Castagnoli) != binary.BigEndian.Uint32(p) {
 			continue
 		}
 		var m mark
@@ -65,7 +67,7 @@ func (m *mark) write(path string) error {
 	}
 	copy(p[8:], value)
 	binary.BigEndian.PutUint32(p[4:], uint32(len(value)))
-	binary.BigEndian.PutUint32(p, crc32.Checksum(p[4:8+len(value)], castagnoli))
+	binary.BigEndian.PutUint32(p, crc32.Checksum(p[4:8+len(value)], durable.Castagnoli))
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return err

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"verve/internal/durable"
 )
 
 // SpoolConfig configures a Spool.
@@ -184,7 +186,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		if s.limit == 0 {
 			s.limit = DefaultSpoolLimit
 		}
-		if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
+		if err := durable.MkdirAll(cfg.Dir); err != nil {
 			return nil, fmt.Errorf("open spool: %w", err)
 		}
 		path := filepath.Join(cfg.Dir, spoolFile)
