@@ -306,13 +306,13 @@ func (p *program) openCounter() (err error) {
 	if p.shared != nil {
 		p.set, counting.Publish = p.shared, p.group
 	} else {
-		own, err := openSet(p.cfg, p.memory, p.log)
+		own, err := openSet(p.cfg, p.memory, p.spool.Identity(), p.log)
 		if err != nil {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = own.Close() })
-		lastWindow, lastSum := p.spool.LastWindow()
-		counting.NotBefore, counting.Past = lastWindow, own.Past(lastWindow, lastSum)
+		counting.NotBefore, _ = p.spool.LastWindow()
+		counting.Past = own.Past(p.spool.Published())
 		p.set, counting.Publish = own, p.records
 	}
 	counting.Store = p.set
@@ -530,12 +530,12 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 
 // openSet makes the set, with the ids that the last process left in the data
 // directory. On a system that cannot keep them there it does without.
-func openSet(cfg *config, memory uint64, log zerolog.Logger) (*dedup.Memory, error) {
+func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (*dedup.Memory, error) {
 	limit := memory / 2
 	c := dedup.Config{
 		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
 		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-		Dir: cfg.epochsDir(),
+		Dir: cfg.epochsDir(), Publisher: publisher,
 		OnSetAside: func(name string, reason error) {
 			log.Error().Err(reason).Str("set_aside_as", name).
 				Msg("the ids of the last epoch were damaged and are set aside; the present window counts without them and is not exact")

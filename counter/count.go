@@ -37,6 +37,12 @@ type Claim struct {
 	Doubt   bool // an earlier writer may have written it here without reporting it
 }
 
+// Published is what a publisher has of its last window.
+type Published struct {
+	Last   time.Time // its start; zero: it has none
+	Unique uint64    // the sum of the records for it
+}
+
 // Publisher takes the counts of sealed epochs, in order of their start.
 //
 // Publish returns nil only when the count can no longer be lost by a crash of

@@ -38,10 +38,12 @@ type journal struct {
 	dir           string
 	segmentChunks int
 	boot          uint32
-	nudge         func()      // wakes the one who calls prepare
-	onFailure     func(error) // is told what broken becomes
-	step          func()      // tests: called between the stores of a slot
-	msync         func([]byte) error
+	bootAt        func() time.Time // when the machine was started
+	publisher     uint64           // who publishes the counts, as publisherOf
+	nudge         func()           // wakes the one who calls prepare
+	onFailure     func(error)      // is told what broken becomes
+	step          func()           // tests: called between the stores of a slot
+	msync         func(name string, b []byte) error
 
 	writers sync.Pool // of *writer
 
@@ -55,6 +57,7 @@ type journal struct {
 	// it: from then on no journal of theirs adds anything (see renew.go).
 	broken atomic.Pointer[error]
 	failed chan struct{} // capacity 1: wakes the one who keeps, then
+	turned chan struct{} // capacity 1: likewise, when a slot was written or ended
 	moved  bool          // out of the way of the next, which the one who keeps alone asks
 
 	making  sync.Mutex // held while a segment is made
@@ -66,6 +69,7 @@ type journal struct {
 	ready    []*segment // with chunks left, in the order of their use
 	known    [slotCount]known
 	newest   opened // the epoch opened last
+	begun    bool   // a slot that this process has written is on the disk
 	short    error  // why no segment could be made, if that was so the last time
 	inUse    [forecastEpochs]int
 
@@ -79,12 +83,13 @@ type journal struct {
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 1
+	journalVersion = 2
 
-	// The state file: a header, the slots, the marks.
+	// The state file: a header, the slots, the marks. A slot is a quarter of a
+	// sector, which a loss of power leaves old or new.
 	headerWords = 64
 	slotsAt     = 4096
-	slotWords   = 8
+	slotWords   = 16
 	marksAt     = slotsAt + slotCount*slotWords*8
 	stateBytes  = marksAt + maxSegments*8
 
@@ -127,8 +132,10 @@ type slot struct {
 	logged    uint64 // records of the epoch that published covers
 	published uint64 // sum of the window's records, as the publisher knew it then
 	meta      uint64 // generation<<33 | inexact<<32 | boot
+	publisher uint64 // whose records published is the sum of
 	check     uint64 // of the words before it
 	ended     uint64 // 0, or a mark below with the serial
+	_         [slotWords - 9]uint64
 }
 
 const (
@@ -146,6 +153,7 @@ type opened struct {
 	window            time.Duration
 	logged, published uint64
 	generation        uint32 // counts the processes that went on with the epoch
+	publisher         uint64
 	inexact           bool
 	boot              uint32
 	ended, synced     bool
@@ -163,14 +171,15 @@ type known struct {
 
 // firstEpoch is what the first epoch of this process goes on from.
 type firstEpoch struct {
-	told              bool      // by Past
-	logged, published uint64    // if it is the newest one
-	serial            uint64    // of the newest one, once it goes on
-	load              load      // what it had
-	start             time.Time // the last window that has records, or will have when Past.Left is published
-	sum               uint64    // of those records
-	settled           bool      // of the newest one nothing is missing, but it was not ended
-	unfit             error     // the ids to be resumed do not fit the tables
+	told              bool                // by Past
+	logged, published uint64              // if it is the newest one
+	serial            uint64              // of the newest one, once it goes on
+	load              load                // what it had
+	start             time.Time           // the last window that has records, or will have when Past.Left is published
+	sum               uint64              // of those records
+	others            []counter.Published // of other publishers: the same
+	settled           bool                // of the newest one nothing is missing, but it was not ended
+	unfit             error               // the ids to be resumed do not fit the tables
 }
 
 // damagedError says that what is in the directory cannot be trusted.
@@ -198,14 +207,14 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 		return nil, cannotKeep(errors.ErrUnsupported)
 	}
 	j.writers.New = func() any { return new(writer) }
-	j.failed = make(chan struct{}, 1)
+	j.failed, j.turned = make(chan struct{}, 1), make(chan struct{}, 1)
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
-		name, err := durable.SetAside(j.dir)
-		if err != nil {
+		name, asideErr := durable.SetAside(j.dir)
+		if asideErr != nil {
 			j.release()
-			return nil, fmt.Errorf("dedup: %s is damaged (%w) and cannot be set aside: %w", j.dir, damage, err)
+			return nil, fmt.Errorf("dedup: %s is damaged (%w) and cannot be set aside: %w", j.dir, damage, asideErr)
 		}
 		j.release()
 		if setAside != nil {
@@ -214,21 +223,53 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 		j = j.again()
 		err = j.open()
 	}
+	if durable.NoSpace(err) && j.isNew() {
+		j.release()
+		j.unmade(err)
+		return j, nil
+	}
+	if err == nil {
+		err = j.syncFound()
+	}
 	if err == nil && len(j.ready) == 0 {
 		err = j.extend()
 	}
-	if err != nil {
+	// Without room ids are refused one by one until there is some, and where the disk
+	// failed until it takes writes. Both publish what is left first.
+	serves := err == nil || errors.Is(err, ErrFull) || j.broken.Load() != nil && !errors.Is(err, errors.ErrUnsupported)
+	if !serves {
 		j.release()
 		return nil, fmt.Errorf("open %s: %w", j.dir, err)
 	}
 	return j, nil
 }
 
+// isNew reports whether nothing is in the directory that matters.
+func (j *journal) isNew() bool {
+	_, err := os.Stat(filepath.Join(j.dir, stateName))
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// unmade makes j one that has no files, for want of room: it refuses ids, and is
+// replaced when there is room, as one that failed.
+func (j *journal) unmade(err error) {
+	reason := fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
+	j.broken.Store(&reason)
+	j.moved = true
+	j.counts = map[uint64]load{}
+	if j.onFailure != nil {
+		j.onFailure(reason)
+	}
+}
+
 // again is a journal, not yet opened, of the same settings.
 func (j *journal) again() *journal {
-	next := &journal{dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, nudge: j.nudge, onFailure: j.onFailure, step: j.step, msync: j.msync}
+	next := &journal{
+		dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, bootAt: j.bootAt, publisher: j.publisher,
+		nudge: j.nudge, onFailure: j.onFailure, step: j.step, msync: j.msync,
+	}
 	next.writers.New = j.writers.New
-	next.failed = make(chan struct{}, 1)
+	next.failed, next.turned = make(chan struct{}, 1), make(chan struct{}, 1)
 	return next
 }
 
@@ -307,7 +348,9 @@ func (j *journal) takeLock() error {
 	if err := f.Truncate(0); err != nil {
 		return err
 	}
-	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	if _, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0); durable.NoSpace(err) {
+		return nil // it is for a message only
+	}
 	return err
 }
 
@@ -482,7 +525,7 @@ func (s *slot) read() (o opened, ok bool) {
 	}
 	o = opened{
 		serial: id >> 8, number: int64(s.number), window: time.Duration(s.window),
-		logged: s.logged, published: s.published,
+		logged: s.logged, published: s.published, publisher: s.publisher,
 		generation: uint32(s.meta >> 33), inexact: s.meta>>32&1 != 0, boot: uint32(s.meta),
 	}
 	switch s.ended {
@@ -501,7 +544,7 @@ func (s *slot) read() (o opened, ok bool) {
 }
 
 // words are those under the check.
-func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 6) }
+func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 7) }
 
 // write puts o into a free slot. j.mu is held.
 func (j *journal) write(i int, o *opened) {
@@ -512,7 +555,7 @@ func (j *journal) write(i int, o *opened) {
 	to := &j.slots[i]
 	whole := slot{
 		id: o.serial<<8 | slotMark, number: uint64(o.number), window: uint64(o.window),
-		logged: o.logged, published: o.published, meta: meta,
+		logged: o.logged, published: o.published, meta: meta, publisher: o.publisher,
 	}
 	store := func(to *uint64, v uint64) {
 		atomic.StoreUint64(to, v) // in this order
@@ -527,6 +570,7 @@ func (j *journal) write(i int, o *opened) {
 	store(&to.logged, whole.logged)
 	store(&to.published, whole.published)
 	store(&to.meta, whole.meta)
+	store(&to.publisher, whole.publisher)
 	store(&to.check, checkOf(whole.words()))
 	store(&to.id, whole.id) // from here on the slot counts
 	j.known[i] = known{o.serial, false}
@@ -545,61 +589,104 @@ var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable
 
 // begin keeps that e was opened, and returns its place, which is for end. Its
 // ids may be added only if there is no error.
+//
+// The first time it returns when that is on the disk, and with it all that the
+// next process will trust: the process may answer then. Later slots follow in the
+// background, for what is lost without them is found out (recreate).
 func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if broken := j.broken.Load(); broken != nil {
-		return of, *broken // meanwhile, and may be closed
+	first := j.counts != nil
+	goesOn := first && j.resumable && j.first.told && e.Serial() == j.newest.serial
+	if broken := j.broken.Load(); broken != nil { // meanwhile, and may be closed
+		if goesOn {
+			of = j.newest.of()
+		}
+		return of, *broken
 	}
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	o := opened{serial: e.Serial(), number: e.Number(), window: e.Window(), boot: j.boot}
-	first := j.counts != nil
-	goesOn := first && j.resumable && j.first.told && o.serial == j.newest.serial
-	switch {
-	case goesOn:
-		if j.first.unfit != nil {
-			return j.newest.of(), j.first.unfit
-		}
-		o.generation = j.newest.generation + 1
-		o.logged, o.published = j.first.logged, j.first.published
-		o.inexact = j.newest.inexact || j.cut
-	case o.serial <= j.newest.serial:
-		return of, fmt.Errorf("%w: epoch %d was opened by an earlier process", ErrUnavailable, o.serial)
-	case first:
-		if e.Start().Equal(j.first.start) {
-			o.published = j.first.sum
-			o.inexact = true // its ids are gone: the records say that it had some
-		}
-		o.inexact = o.inexact || j.aside || j.cut && e.Start().Before(bootTime())
+	if goesOn && j.first.unfit != nil {
+		return j.newest.of(), j.first.unfit
 	}
-	i, free := 0, 0
-	for n, k := range &j.known {
-		if k.serial == 0 || k.ended && k.serial != j.newest.serial {
-			i, free = n, free+1
-		}
+	if !goesOn && e.Serial() <= j.newest.serial {
+		return of, fmt.Errorf("%w: epoch %d was opened by an earlier process", ErrUnavailable, e.Serial())
 	}
+	i, free := j.freeSlot()
 	if free == 0 || free <= startSlots && !first {
 		return of, errWaiting
 	}
+	o := j.opening(e, first, goesOn)
+	o.slot = i
 	before := j.newest
 	if goesOn {
 		j.first.serial, j.first.load = o.serial, j.counts[o.serial]
 	}
-	o.slot = i
 	of = o.of() // from here on it is for end, also after a fault
 	j.write(i, &o)
+	if !j.begun {
+		if before.synced && !goesOn { // from here on that would be wrong
+			atomic.StoreUint64(&j.slots[before.slot].ended, endedMark^(before.serial<<8|slotMark))
+		}
+		if err := j.syncPart(stateName, j.state); err != nil {
+			return of, err
+		}
+		j.begun = true
+	}
 	j.newest, j.counts = o, nil
 	switch {
 	case goesOn:
-		j.free(before.slot)
+		j.free(before.slot) // the disk has the new one
 	case first && j.first.settled: // its time was over before it could go on
 		j.endLocked(before.of())
 	}
 	if o.inexact {
 		e.MarkInexact()
 	}
+	j.changed()
 	return of, nil
+}
+
+// opening is what the slot of e will say.
+func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
+	o := opened{
+		serial: e.Serial(), number: e.Number(), window: e.Window(),
+		boot: j.boot, publisher: j.publisher,
+	}
+	if goesOn {
+		o.generation = j.newest.generation + 1
+		o.logged, o.published = j.first.logged, j.first.published
+		o.inexact = j.newest.inexact || j.cut
+		return o
+	}
+	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }
+	if j.first.told && recorded(counter.Published{Last: j.first.start}) {
+		o.published = j.first.sum
+		o.inexact = true // its ids are gone: the records say that it had some
+	}
+	if first {
+		o.inexact = o.inexact || j.aside || slices.ContainsFunc(j.first.others, recorded) ||
+			j.cut && e.Start().Before(j.bootAt())
+	}
+	return o
+}
+
+// freeSlot returns a free slot, and how many there are.
+func (j *journal) freeSlot() (i, free int) {
+	for n, k := range &j.known {
+		if k.serial == 0 || k.ended && k.serial != j.newest.serial {
+			i, free = n, free+1
+		}
+	}
+	return i, free
+}
+
+// changed has the slots synced, in the background.
+func (j *journal) changed() {
+	select {
+	case j.turned <- struct{}{}:
+	default:
+	}
 }
 
 // end keeps that nothing of an epoch is left to be published. Where this process
@@ -624,6 +711,7 @@ func (j *journal) endLocked(o slotOf) {
 	}
 	atomic.StoreUint64(&j.slots[o.slot].ended, endedMark^(o.serial<<8|slotMark))
 	j.recycle()
+	j.changed()
 }
 
 // slotOf names an epoch in its slot.
@@ -633,71 +721,6 @@ type slotOf struct {
 }
 
 func (o *opened) of() slotOf { return slotOf{o.slot, o.serial} }
-
-// past says what was left at the start; last and unique are what the publisher
-// has: its last window, and the sum of its records for that.
-//
-// Of an epoch the records in the journal beyond logged, less what was published
-// beyond published, are missing. Both are of one moment, so it does not matter
-// whether the last process was killed before or after its last record was
-// published.
-func (j *journal) past(last time.Time, unique uint64) counter.Past {
-	var err error
-	defer j.caught(&err) // it is kept in broken
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	var all []opened
-	for i := range j.slots {
-		if j.known[i].serial > 0 && (!j.known[i].ended || j.known[i].serial == j.newest.serial) {
-			if o, ok := j.slots[i].read(); ok {
-				o.slot = i
-				all = append(all, o)
-			}
-		}
-	}
-	slices.SortFunc(all, func(a, b opened) int { return int(int64(a.serial - b.serial)) })
-	past := counter.Past{Serial: j.newest.serial}
-	j.first.told = true
-	j.first.start, j.first.sum = last, unique
-	for _, o := range all {
-		var sum uint64 // of the records for its window
-		recorded := o.start().Equal(j.first.start)
-		if recorded {
-			sum = j.first.sum
-		}
-		l := j.counts[o.serial]
-		have := l.sum()
-		// Less than was published: by another name, or to a spool that was lost.
-		missing := less(less(have, o.logged), less(sum, o.published))
-		over := !j.first.start.IsZero() && o.start().Before(j.first.start)
-		if o.ended || over {
-			missing = 0
-		}
-		newest := o.serial == j.newest.serial
-		if newest {
-			past.Start, past.Window, past.Over = o.start(), o.window, !j.resumable
-			j.first.logged, j.first.published = have-missing, sum
-		}
-		switch {
-		case o.ended:
-		case over, recorded && missing == 0:
-			if newest && j.resumable {
-				j.first.settled = true
-			} else {
-				j.end(o.of())
-			}
-		default:
-			past.Left = append(past.Left, counter.Left{
-				Serial: o.serial, Start: o.start(), Window: o.window, Unique: missing,
-				Exact: !o.inexact && !j.lost(&o), State: o.of(),
-			})
-			if !recorded {
-				j.first.start, j.first.sum = o.start(), 0
-			}
-			j.first.sum += missing
-		}
-	}
-	return past
-}
 
 // caught is deferred where mapped memory is stored to: a fault there, as of a
 // disk that fails or a file that was cut short, is an error from then on.
@@ -754,23 +777,47 @@ func (j *journal) bytes() uint64 {
 // sync returns when what was kept before the call is on the disk. It is not
 // called together with trim. What is clean already costs a microsecond.
 func (j *journal) sync() error {
-	if broken := j.broken.Load(); broken != nil {
-		return *broken
-	}
 	j.mu.Lock()
-	var maps [][]byte
+	var names []string
+	var parts [][]byte
 	for _, s := range j.segments {
 		if s != nil && s.last > 0 {
-			maps = append(maps, s.memory[:s.next*chunkBytes])
+			names, parts = append(names, segmentName(s.index)), append(parts, s.memory[:s.next*chunkBytes])
 		}
 	}
 	j.mu.Unlock()
-	for _, b := range append(maps, j.state) {
-		if err := j.msync(b); err != nil {
-			return j.fail(fmt.Errorf("sync %s: %w", j.dir, err))
+	for i, b := range parts {
+		if err := j.syncPart(names[i], b); err != nil {
+			return err
 		}
 	}
+	return j.syncPart(stateName, j.state)
+}
+
+// syncPart syncs a file, or what of it matters.
+func (j *journal) syncPart(name string, b []byte) error {
+	if broken := j.broken.Load(); broken != nil {
+		return *broken
+	}
+	if err := j.msync(name, b); err != nil {
+		return j.fail(fmt.Errorf("sync %s: %w", filepath.Join(j.dir, name), err))
+	}
 	return nil
+}
+
+// syncFound syncs the segments that an earlier process has left, which may have
+// been killed before it could, and what load has cleared in them. The slots say so
+// only afterwards.
+func (j *journal) syncFound() error {
+	for _, s := range j.segments {
+		if s == nil {
+			continue
+		}
+		if err := j.syncPart(segmentName(s.index), s.memory); err != nil {
+			return err
+		}
+	}
+	return j.syncPart(stateName, j.state)
 }
 
 // close syncs and lets go of the lock, and of the memory if nobody is in an
@@ -796,9 +843,7 @@ func (j *journal) markSynced() (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	if n := j.newest; n.serial > 0 && j.known[n.slot].ended {
 		atomic.StoreUint64(&j.slots[n.slot].ended, syncedMark^(n.serial<<8|slotMark))
-		if err := j.msync(j.state); err != nil {
-			return fmt.Errorf("sync %s: %w", j.dir, err)
-		}
+		return j.syncPart(stateName, j.state)
 	}
 	return nil
 }

@@ -79,6 +79,11 @@ func (l *ledger) Publish(ctx context.Context, c counter.Count) error {
 	return nil
 }
 
+// published is what Past asks for, of a publisher that has all the records.
+func (l *ledger) published(name string) map[string]counter.Published {
+	return map[string]counter.Published{name: {Last: l.last, Unique: l.sum}}
+}
+
 func (l *ledger) total(start time.Time) (sum uint64, records int, exact bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -109,7 +114,7 @@ func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
 	if l.topic != nil {
 		l.topic.open(l.last, l.sum)
 	}
-	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.last, l.sum)})
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.published(cfg.Publisher))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1463,7 +1468,7 @@ func liveUntilKilled(dir string) {
 	check(err)
 	f, err := os.OpenFile(filepath.Join(dir, "records"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	check(err)
-	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: recordsFile{f}, NotBefore: lastStart, Past: m.Past(lastStart, uint64(sum))})
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: recordsFile{f}, NotBefore: lastStart, Past: m.Past(map[string]counter.Published{"": {Last: lastStart, Unique: uint64(sum)}})})
 	check(err)
 	var running sync.WaitGroup
 	ctx, stop := context.WithCancel(context.Background())

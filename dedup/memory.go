@@ -56,6 +56,9 @@ type Config struct {
 	// Dir is where the ids of the running epoch and the counts not published are
 	// kept for the next process. It is made if missing. Empty: nothing is kept.
 	Dir string
+	// Publisher names who publishes the counts: what another one has published says
+	// nothing about what is missing.
+	Publisher string
 	// OnSetAside is told the new name of a Dir that was damaged, and why. A new
 	// one was made in its place.
 	OnSetAside func(name string, reason error)
@@ -66,12 +69,13 @@ type Config struct {
 	OnFailure func(error)
 	OnRepair  func()
 
-	// For tests: the boot of the machine, the size of a segment, what is called
+	// For tests: the boot of the machine, when that was, the size of a segment, what is called
 	// between the stores of a slot, and what syncs memory to the disk.
 	boot          uint32
+	bootAt        func() time.Time
 	segmentChunks int
 	step          func()
-	msync         func([]byte) error
+	msync         func(file string, b []byte) error
 }
 
 // Memory is the Set in this process's memory: two epoch-tagged tables, a

@@ -18,12 +18,17 @@ import (
 // openJournal opens the journal of cfg.Dir.
 func (m *Memory) openJournal() error {
 	if m.cfg.msync == nil {
-		m.cfg.msync = syncMapped
+		m.cfg.msync = func(_ string, b []byte) error { return syncMapped(b) }
+	}
+	if m.cfg.bootAt == nil {
+		m.cfg.bootAt = bootTime
 	}
 	j, err := openJournal(&journal{
 		dir:           m.cfg.Dir,
 		segmentChunks: cmp.Or(m.cfg.segmentChunks, segmentChunks),
 		boot:          cmp.Or(m.cfg.boot, bootID()),
+		bootAt:        m.cfg.bootAt,
+		publisher:     publisherOf(m.cfg.Publisher),
 		nudge:         m.nudge,
 		onFailure:     m.cfg.OnFailure,
 		step:          m.cfg.step,
@@ -32,18 +37,21 @@ func (m *Memory) openJournal() error {
 	if err != nil {
 		return err
 	}
-	m.journal, m.secret = j, j.secret
+	m.journal = j
+	if j.secret != (secret{}) {
+		m.secret = j.secret
+	}
 	return nil
 }
 
-// Past says what earlier processes left in Dir. last and unique are what the
-// publisher has: the last window with a record, and the sum of the records for
-// it. With a Dir it must be called, once, and the Counter be given the answer.
-func (m *Memory) Past(last time.Time, unique uint64) counter.Past {
+// Past says what earlier processes left in Dir. published is what each publisher
+// has, by its name: Config.Publisher of this process or of an earlier one. With a
+// Dir it must be called, once, and the Counter be given the answer.
+func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}
 	}
-	return m.journal.past(last, unique)
+	return m.journal.past(m.cfg.Publisher, published)
 }
 
 // recall puts the ids of the epoch opened last back into the tables, if its time

@@ -21,8 +21,9 @@ import (
 // refused to its end: ids that it was given ok for may be missing in the files.
 
 const (
-	// syncEvery bounds what a loss of power costs.
-	syncEvery = time.Second
+	// syncEvery, and the time that a sync takes, bounds what a loss of power costs: a
+	// second.
+	syncEvery = 800 * time.Millisecond
 
 	replacedSuffix = ".replaced-" // of a directory that is about to be removed
 )
@@ -46,6 +47,8 @@ func (m *Memory) keep(ctx context.Context) {
 			return
 		case <-j.failed:
 			j.doubt()
+		case <-j.turned:
+			_ = j.syncPart(stateName, j.state) // it is kept in broken
 		case <-tick.C:
 			if j.broken.Load() != nil {
 				m.renew(j)
@@ -99,8 +102,8 @@ func (m *Memory) renew(j *journal) {
 	j.moved = true
 	j.release() // its space may be all there is
 	next := j.again()
-	next.secret = m.secret
-	if err := next.renewed(); err != nil {
+	next.secret, next.first = m.secret, j.first
+	if err := next.renewed(j.counts != nil); err != nil {
 		next.release()
 		return
 	}
@@ -120,16 +123,22 @@ func (m *Memory) renew(j *journal) {
 	}
 }
 
-// renewed opens a new directory in the place of one that failed.
-func (j *journal) renewed() error {
+// renewed opens a new directory in the place of one that failed, or that could
+// not be made before this process began its first epoch.
+func (j *journal) renewed(first bool) error {
 	if err := j.open(); err != nil {
 		return err
 	}
 	if j.newest.serial != 0 {
 		return fmt.Errorf("%s has epochs of another process", j.dir)
 	}
-	j.counts, j.aside, j.cut = nil, false, false // it is not of a process that begins
-	return j.extend()
+	if !first {
+		j.counts, j.aside, j.cut = nil, false, false
+	}
+	if err := j.extend(); !errors.Is(err, ErrFull) {
+		return err
+	}
+	return nil
 }
 
 // removeReplaced removes what journals that were replaced have left.

@@ -30,7 +30,7 @@ type disk struct {
 
 func (d *disk) config(dir string) Config {
 	cfg := small(dir)
-	cfg.msync = func(b []byte) error {
+	cfg.msync = func(_ string, b []byte) error {
 		if d.failing.Load() {
 			return unix.EIO
 		}
@@ -220,7 +220,7 @@ func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
 		cfg := small(fastDir(t))
 		var j *journal
 		synced := map[string]bool{} // files that were there when their mark was synced as cleared
-		cfg.msync = func(b []byte) error {
+		cfg.msync = func(_ string, b []byte) error {
 			if j != nil && len(b) == stateBytes {
 				for index, mark := range j.marks {
 					path := filepath.Join(cfg.Dir, segmentName(index))

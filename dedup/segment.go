@@ -399,8 +399,8 @@ func (j *journal) trim() (err error) {
 	atomic.StoreUint64(&j.marks[s.index], 0)
 	// A mark on the disk without its file is damage; the removal may be there
 	// before what is only in the page cache.
-	if err := j.msync(j.state); err != nil {
-		return j.fail(fmt.Errorf("sync %s: %w", j.dir, err))
+	if err := j.syncPart(stateName, j.state); err != nil {
+		return err
 	}
 	unmapFile(s.memory)
 	err = os.Remove(s.path)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"verve/counter"
 	"verve/internal/durable"
 )
 
@@ -232,12 +233,12 @@ func (s *Spool) load(instance string) error {
 			return fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
-	identity := s.group + "/" + s.instance
-	if own := s.series[identity]; s.mark.Identity == identity && s.mark.Seq > own.seq {
+	if s.mark.Identity != "" && s.mark.Seq > s.series[s.mark.Identity].seq {
 		// The spool that had it was damaged or taken away.
-		s.series[identity] = series{seq: s.mark.Seq, start: s.mark.Start, unique: s.mark.Unique}
-	} else if own.seq > 0 {
-		s.keepMark(identity, own)
+		s.series[s.mark.Identity] = series{seq: s.mark.Seq, start: s.mark.Start, unique: s.mark.Unique}
+	}
+	if own := s.series[s.Identity()]; own.seq > 0 {
+		s.keepMark(s.Identity(), own)
 	}
 	if err := s.refreshOldest(); err != nil {
 		return err
@@ -265,12 +266,27 @@ func (s *Spool) Group() string { return s.group }
 func (s *Spool) LastWindow() (start time.Time, unique uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	last, ok := s.series[s.group+"/"+s.instance]
+	last, ok := s.series[s.Identity()]
 	if !ok {
 		return time.Time{}, 0
 	}
 	return time.Unix(0, last.start).UTC(), last.unique
 }
+
+// Published returns, by the name of the series, what LastWindow does for this one:
+// other instances and groups may have used the directory before.
+func (s *Spool) Published() map[string]counter.Published {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := map[string]counter.Published{}
+	for identity, last := range s.series {
+		all[identity] = counter.Published{Last: time.Unix(0, last.start).UTC(), Unique: last.unique}
+	}
+	return all
+}
+
+// Identity is the name of this instance's series.
+func (s *Spool) Identity() string { return s.group + "/" + s.instance }
 
 // Close closes the file. What is pending stays in it.
 func (s *Spool) Close() error {

@@ -1,0 +1,175 @@
+package dedup
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"verve/counter"
+)
+
+// publisherOf makes a number of the name of a publisher, which is never 0.
+func publisherOf(name string) uint64 {
+	sum := sha256.Sum256([]byte(name))
+	return binary.LittleEndian.Uint64(sum[:]) | 1
+}
+
+// past says what was left at the start; published is what each publisher has.
+//
+// Of an epoch the records in the journal beyond logged, less what its publisher
+// has published beyond published, are missing. Both are of one moment, so it does
+// not matter whether the last process was killed before or after its last record
+// was published. This publisher takes over what another one did not publish.
+//
+// An epoch that may have lost ids gets a record also where none is missing: the
+// records before it do not say so.
+func (j *journal) past(name string, published map[string]counter.Published) counter.Past {
+	var err error
+	defer j.caught(&err) // it is kept in broken
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	by := map[uint64]counter.Published{}
+	for other, p := range published {
+		by[publisherOf(other)] = p
+		if other != name {
+			j.first.others = append(j.first.others, p)
+		}
+	}
+	own := by[j.publisher]
+	j.first.told = true
+	j.first.start, j.first.sum = own.Last, own.Unique
+	j.recreate()
+	past := counter.Past{Serial: j.newest.serial}
+	for _, o := range j.unsettled() {
+		its := by[o.publisher]
+		if o.publisher == j.publisher {
+			its = counter.Published{Last: j.first.start, Unique: j.first.sum}
+		}
+		var sum uint64 // of the records for its window
+		recorded := o.start().Equal(its.Last)
+		if recorded {
+			sum = its.Unique
+		}
+		l := j.counts[o.serial]
+		have := l.sum()
+		// Less than was published: to a spool that was lost.
+		missing := less(less(have, o.logged), less(sum, o.published))
+		over := !its.Last.IsZero() && o.start().Before(its.Last)
+		if o.ended || over {
+			missing = 0
+		}
+		doubtful := o.inexact || j.lost(&o)
+		settled := o.ended || over || recorded && missing == 0 && !doubtful
+		if o.publisher != j.publisher && !settled {
+			if o.start().Equal(j.first.start) {
+				sum = j.first.sum
+			} else {
+				sum = 0
+			}
+			j.adopt(&o, have-missing, sum, doubtful)
+		}
+		newest := o.serial == j.newest.serial
+		if newest {
+			past.Start, past.Window, past.Over = o.start(), o.window, !j.resumable
+			j.first.logged, j.first.published = have-missing, j.sumOf(&o)
+		}
+		switch {
+		case o.ended:
+		case settled:
+			if newest && j.resumable {
+				j.first.settled = true
+			} else {
+				j.end(o.of())
+			}
+		default:
+			past.Left = append(past.Left, counter.Left{
+				Serial: o.serial, Start: o.start(), Window: o.window, Unique: missing,
+				Exact: !doubtful, State: o.of(),
+			})
+			j.first.sum = j.sumOf(&o) + missing
+			j.first.start = o.start()
+		}
+	}
+	return past
+}
+
+// sumOf is what this publisher has, or will have, published for the window of o.
+func (j *journal) sumOf(o *opened) uint64 {
+	if o.start().Equal(j.first.start) {
+		return j.first.sum
+	}
+	return 0
+}
+
+// unsettled returns the epochs that are not ended, and the newest, the oldest
+// first.
+func (j *journal) unsettled() (all []opened) {
+	for i := range j.slots {
+		if j.known[i].serial > 0 && (!j.known[i].ended || j.known[i].serial == j.newest.serial) {
+			if o, ok := j.slots[i].read(); ok {
+				o.slot = i
+				all = append(all, o)
+			}
+		}
+	}
+	slices.SortFunc(all, func(a, b opened) int { return int(int64(a.serial - b.serial)) })
+	return all
+}
+
+// adopt makes o one of this publisher, which is about to publish what is missing:
+// that is on the disk before, as else a kill after it would have that published by
+// another once more.
+func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	i, free := j.freeSlot()
+	if free == 0 {
+		return // 1,024 epochs wait
+	}
+	before := *o
+	o.logged, o.published, o.publisher = logged, published, j.publisher
+	o.generation, o.inexact, o.boot, o.slot = o.generation+1, doubtful, j.boot, i
+	j.write(i, o)
+	if j.syncPart(stateName, j.state) != nil {
+		return // it is kept in broken
+	}
+	if j.newest.serial == o.serial {
+		j.newest = *o
+	}
+	j.free(before.slot)
+}
+
+// recreate makes slots for the windows that may have begun, and answered ids,
+// before a loss of power took their slots: those get a record that says so. A slot
+// is on the disk soon after its epoch began, so they began within a moment after
+// the end of the last one that has a slot.
+func (j *journal) recreate() {
+	last := j.newest
+	if !j.cut {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for n := last.number + 1; ; n++ {
+		o := opened{
+			serial: j.newest.serial + 1, number: n, window: last.window,
+			publisher: j.publisher, inexact: true, boot: j.boot,
+		}
+		i, free := j.freeSlot()
+		if free == 0 || !o.start().Before(j.bootAt()) || !o.start().Before(time.Now()) || o.start().Sub(last.end()) >= slotLate {
+			return
+		}
+		if !o.start().After(j.first.start) {
+			continue // it has its record
+		}
+		o.slot = i
+		j.write(i, &o)
+		j.newest = o
+		j.resumable = time.Now().Before(o.end())
+	}
+}
+
+// slotLate is how long after the beginning of its epoch a slot is on the disk,
+// however busy that is.
+const slotLate = 2 * time.Second
