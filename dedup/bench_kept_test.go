@@ -90,7 +90,7 @@ func BenchmarkStart(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				past := m.Past(l.published(""))
+				past := m.Past(l.published())
 				slots, found = m.Stats().Slots, past.Left[0].Unique
 				if past.Over {
 					b.Fatal("the hour is over: nothing is put back")

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -33,6 +34,9 @@ type ledger struct {
 	t    testing.TB
 	last time.Time
 	sum  uint64 // of the records of last
+
+	name   string // of the publisher
+	others map[string]counter.Published
 
 	mu      sync.Mutex
 	records map[int64][]counter.Count // by start, ns
@@ -79,9 +83,24 @@ func (l *ledger) Publish(ctx context.Context, c counter.Count) error {
 	return nil
 }
 
-// published is what Past asks for, of a publisher that has all the records.
-func (l *ledger) published(name string) map[string]counter.Published {
-	return map[string]counter.Published{name: {Last: l.last, Unique: l.sum}}
+// published is what Past asks for.
+func (l *ledger) published() map[string]counter.Published {
+	all := maps.Clone(l.others)
+	if all == nil {
+		all = map[string]counter.Published{}
+	}
+	if !l.last.IsZero() {
+		all[l.name] = counter.Published{Last: l.last, Unique: l.sum}
+	}
+	return all
+}
+
+// rename makes the next records those of another publisher.
+func (l *ledger) rename(name string) {
+	l.others = l.published()
+	l.name = name
+	l.last, l.sum = l.others[name].Last, l.others[name].Unique
+	delete(l.others, name)
 }
 
 func (l *ledger) total(start time.Time) (sum uint64, records int, exact bool) {
@@ -114,7 +133,7 @@ func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
 	if l.topic != nil {
 		l.topic.open(l.last, l.sum)
 	}
-	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.published(cfg.Publisher))})
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.published())})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +263,7 @@ func TestRestartsAgreeWithAModel(t *testing.T) {
 	seeds := make(chan uint64)
 	go func() {
 		defer close(seeds)
-		for _, seed := range failedSeeds(t) {
+		for _, seed := range failedSeeds(t, "failed-schedules") {
 			seeds <- seed
 		}
 		for seed := range uint64(schedules) {
@@ -270,9 +289,9 @@ func TestRestartsAgreeWithAModel(t *testing.T) {
 }
 
 // failedSeeds are those of schedules that have failed before.
-func failedSeeds(t *testing.T) (seeds []uint64) {
+func failedSeeds(t *testing.T, file string) (seeds []uint64) {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("testdata", "failed-schedules"))
+	b, err := os.ReadFile(filepath.Join("testdata", file))
 	if err != nil {
 		t.Error(err)
 	}

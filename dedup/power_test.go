@@ -1,0 +1,462 @@
+//go:build linux
+
+package dedup
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"verve/counter"
+)
+
+// TestPowerLostAtAnyTime runs random schedules of ids, kills, stops, other names and
+// windows, and losses of power, against a model of what the disk has: the pages
+// that were synced, and those that the kernel happened to write back. In every
+// record that says exact no id was given ok twice and the sum is right; every
+// window in which an id was given ok has a record; and an id that was answered more
+// than a second before a loss of power, or before the kill of the last process that
+// ran then, is not forgotten.
+//
+// VERVE_TEST_SCHEDULES is how many schedules, VERVE_TEST_SCHEDULE the only one.
+func TestPowerLostAtAnyTime(t *testing.T) {
+	schedules := 300
+	if n, err := strconv.Atoi(os.Getenv("VERVE_TEST_SCHEDULES")); err == nil {
+		schedules = n
+	}
+	if raceEnabled || testing.Short() {
+		schedules /= 5
+	}
+	var seeds []uint64
+	if seed, err := strconv.ParseUint(os.Getenv("VERVE_TEST_SCHEDULE"), 10, 64); err == nil {
+		seeds = []uint64{seed}
+	} else {
+		seeds = failedSeeds(t, "failed-power-schedules")
+		for n := range schedules {
+			seeds = append(seeds, uint64(n)+1)
+		}
+	}
+	dir := fastDir(t)
+	failed := 0
+	for _, seed := range seeds {
+		own := filepath.Join(dir, "epochs-of-a-schedule")
+		var found []string
+		synctest.Test(t, func(t *testing.T) { found = powerSchedule(t, seed, own) })
+		if err := os.RemoveAll(own); err != nil {
+			t.Fatal(err)
+		}
+		if len(found) > 0 {
+			failed++
+			t.Errorf("failing seed, for testdata/failed-power-schedules: %d, for %d reasons, the first of them: %s", seed, len(found), found[0])
+		}
+		if failed > 5 {
+			t.Fatal("and perhaps more")
+		}
+	}
+}
+
+// platter is what the disk has of the files of a journal, page by page.
+type platter struct {
+	rnd   *rand.Rand
+	t     *testing.T
+	dir   string
+	files map[string][]byte
+
+	// Power is lost in the sync after so many more; 0: in none. From then on nothing
+	// reaches the disk.
+	dies int
+	dead func()
+}
+
+const page = 4096
+
+func (d *platter) msync(name string, b []byte) error {
+	if d.dies < 0 {
+		return nil // the machine is off
+	}
+	d.follow()
+	disk := d.files[name]
+	dies := d.dies == 1
+	for at := 0; at < len(b); at += page {
+		if dies && d.rnd.IntN(2) == 0 {
+			continue
+		}
+		copy(disk[at:], b[at:min(at+page, len(b))])
+	}
+	if d.dies > 0 {
+		d.dies--
+	}
+	if dies {
+		d.dies = -1
+		d.dead()
+	}
+	return nil
+}
+
+// writeBack writes some page that the kernel chose.
+func (d *platter) writeBack(j *journal) {
+	name, memory := stateName, j.state
+	if d.rnd.IntN(3) > 0 {
+		var have []*segment
+		for _, s := range j.segments {
+			if s != nil {
+				have = append(have, s)
+			}
+		}
+		if len(have) == 0 {
+			return
+		}
+		s := have[d.rnd.IntN(len(have))]
+		name, memory = segmentName(s.index), s.memory
+	}
+	at := d.rnd.IntN(len(memory)/page) * page
+	if name == stateName && d.rnd.IntN(2) == 0 {
+		at = slotsAt + d.rnd.IntN(2)*page // where the slots are that are used
+	}
+	copy(d.files[name][at:], memory[at:at+page])
+}
+
+// follow learns of files that were made, and removed, since: one that has its name
+// is on the disk with its header and zeros.
+func (d *platter) follow() {
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	there := map[string]bool{}
+	for _, e := range entries {
+		name := e.Name()
+		if name == lockName || strings.HasSuffix(name, tmpSuffix) {
+			continue
+		}
+		there[name] = true
+		if d.files[name] != nil {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(d.dir, name))
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		header := chunkBytes
+		if name == stateName {
+			header = slotsAt
+		}
+		clear(b[header:])
+		d.files[name] = b
+	}
+	for name := range d.files {
+		if !there[name] {
+			delete(d.files, name)
+		}
+	}
+}
+
+// restore makes the directory what the disk has.
+func (d *platter) restore(t *testing.T, dir string) {
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range d.files {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// given is an id that was answered ok.
+type given struct {
+	at        time.Time
+	killed    bool // its process was within a second, and nobody has synced since
+	forgotten bool // power was lost within a second, or before that sync
+}
+
+type powerWindow struct {
+	ids   map[string]*given
+	oks   uint64
+	twice bool
+}
+
+// powerRun is one schedule.
+type powerRun struct {
+	t      *testing.T
+	rnd    *rand.Rand
+	cfg    Config
+	disk   *platter
+	ledger *ledger
+	p      *life
+	window time.Duration
+	booted time.Time
+	synced time.Time // by the one who keeps
+	model  map[counter.Span]*powerWindow
+	losses int
+	others int // changes of the window: one that begins with another is not taken for it
+	found  []string
+	trace  func(format string, args ...any)
+}
+
+func powerSchedule(t *testing.T, seed uint64, dir string) []string {
+	rnd := rand.New(rand.NewPCG(seed, 99))
+	r := &powerRun{t: t, rnd: rnd, ledger: newLedger(t), model: map[counter.Span]*powerWindow{}}
+	r.trace = func(string, ...any) {}
+	if os.Getenv("VERVE_TEST_SCHEDULE") != "" {
+		r.trace = func(format string, args ...any) {
+			fmt.Printf("%s  "+format+"\n", append([]any{time.Now().UTC().Format("04:05.000000")}, args...)...)
+		}
+	}
+	r.disk = &platter{t: t, rnd: rnd, files: map[string][]byte{}}
+	r.disk.dead = func() {
+		r.ledger.mu.Lock()
+		r.ledger.block, r.ledger.after, r.ledger.allowed = true, false, 0
+		r.ledger.mu.Unlock()
+	}
+	r.cfg = small(dir)
+	r.disk.dir = r.cfg.Dir
+	r.cfg.segmentChunks = []int{16, 32, 64}[rnd.IntN(3)]
+	r.cfg.boot = 1
+	r.cfg.bootAt = func() time.Time { return r.booted }
+	r.cfg.msync = r.disk.msync
+	r.cfg.OnSetAside = func(_ string, reason error) { r.say("damage: %v", reason) }
+	r.settings()
+	r.start()
+	ids := 5 + rnd.IntN(200)
+	for range 20 + rnd.IntN(60) {
+		r.step(ids)
+	}
+	r.disk.dies = 0
+	r.p.close()
+	r.judge()
+	return r.found
+}
+
+func (r *powerRun) say(format string, args ...any) {
+	r.found = append(r.found, fmt.Sprintf(format, args...))
+	r.trace("FOUND "+format, args...)
+}
+
+// settings chooses the name and the window of the next process.
+func (r *powerRun) settings() {
+	windows := []time.Duration{100 * time.Millisecond, 700 * time.Millisecond, 3 * time.Second, 20 * time.Second, time.Minute}
+	r.window = windows[r.rnd.IntN(len(windows))]
+	r.cfg.Publisher = []string{"verve/a", "verve/b"}[r.rnd.IntN(2)]
+}
+
+// start starts a process, within whose first syncs power may be lost.
+func (r *powerRun) start() {
+	if r.rnd.IntN(6) == 0 {
+		r.others++
+		r.settings()
+		r.forget(time.Hour) // of a window left for another, and come back to
+	}
+	for {
+		r.ledger.rename(r.cfg.Publisher)
+		r.disk.dies = 0
+		if r.rnd.IntN(8) == 0 {
+			r.disk.dies = 1 + r.rnd.IntN(4)
+		}
+		dying := r.disk.dies
+		r.p = live(r.t, r.cfg, r.window, r.ledger)
+		r.trace("start boot %d as %s: epoch %v of %v, serial %d, exact %v", r.cfg.boot, r.cfg.Publisher,
+			r.p.c.Last().Start(), r.window, r.p.c.Last().Serial(), r.p.c.Last().Exact())
+		r.synced = time.Now()
+		if r.disk.dies >= 0 {
+			r.disk.dies = 0
+			r.disk.follow()
+			r.each(func(g *given) { g.killed = false })
+			return
+		}
+		r.trace("power lost in sync %d of the start", dying)
+		r.lost()
+	}
+}
+
+// lost is the end of a process by a loss of power, and the next boot.
+func (r *powerRun) lost() {
+	now := time.Now()
+	r.losses++
+	if r.disk.dies >= 0 {
+		for range r.rnd.IntN(12) {
+			r.disk.writeBack(r.p.m.journal)
+		}
+	}
+	r.p.kill()
+	r.ledger.block = false
+	r.disk.restore(r.t, r.cfg.Dir)
+	r.cfg.boot++
+	r.forget(time.Second)
+	r.booted = now.Add(time.Millisecond)
+	time.Sleep(2 * time.Millisecond)
+	r.pause()
+}
+
+// forget allows the ids answered within so long to be given again, in a record that
+// is not exact.
+func (r *powerRun) forget(within time.Duration) {
+	r.each(func(g *given) { g.forgotten = g.forgotten || g.killed || time.Since(g.at) <= within })
+}
+
+func (r *powerRun) each(visit func(*given)) {
+	for _, w := range r.model {
+		for _, g := range w.ids {
+			visit(g)
+		}
+	}
+}
+
+func (r *powerRun) pause() {
+	if r.rnd.IntN(2) == 0 {
+		time.Sleep(time.Duration(r.rnd.Int64N(int64(2 * r.window))))
+	}
+}
+
+func (r *powerRun) step(ids int) {
+	j := r.p.m.journal
+	switch r.rnd.IntN(16) {
+	case 0:
+		synctest.Wait()
+		r.disk.follow()
+		r.trace("power lost")
+		r.lost()
+		r.start()
+	case 1:
+		r.p.kill()
+		r.trace("killed")
+		r.each(func(g *given) { g.killed = g.killed || time.Since(g.at) <= time.Second })
+		r.pause()
+		r.start()
+	case 2:
+		r.p.close()
+		r.trace("stopped")
+		if r.rnd.IntN(3) == 0 {
+			r.losses++
+			r.disk.restore(r.t, r.cfg.Dir)
+			r.cfg.boot++
+			r.booted = time.Now()
+			time.Sleep(time.Millisecond)
+		}
+		r.pause()
+		r.start()
+	case 3, 4:
+		r.disk.follow()
+		for range r.rnd.IntN(6) {
+			r.disk.writeBack(j)
+		}
+	case 5, 6, 7:
+		r.sleep(time.Duration(r.rnd.Int64N(int64(400 * time.Millisecond))))
+		j.prepare()
+	case 8:
+		r.sleep(time.Duration(r.rnd.Int64N(int64(r.window))))
+	default:
+		for range 1 + r.rnd.IntN(ids) {
+			id := strconv.Itoa(r.rnd.IntN(ids))
+			if r.rnd.IntN(4) == 0 {
+				id = "x" + id
+			}
+			r.ask(id)
+		}
+	}
+	r.keep(false)
+}
+
+// sleep lets time pass, in which the one who keeps syncs.
+func (r *powerRun) sleep(d time.Duration) {
+	for d > 0 {
+		some := min(d, syncEvery)
+		time.Sleep(some)
+		d -= some
+		synctest.Wait()
+		r.keep(d > 0)
+	}
+}
+
+// keep is what Memory.keep does: it syncs the slots soon after a turn, and
+// everything once in a while.
+func (r *powerRun) keep(always bool) {
+	j := r.p.m.journal
+	if time.Since(r.synced) >= syncEvery {
+		r.trace("sync")
+		if err := j.sync(); err != nil {
+			r.t.Fatal(err)
+		}
+		r.disk.follow()
+		if err := j.trim(); err != nil {
+			r.t.Fatal(err)
+		}
+		r.disk.follow()
+		r.synced = time.Now()
+	}
+	if always || r.rnd.IntN(8) > 0 {
+		select {
+		case <-j.turned:
+			_ = j.syncPart(stateName, j.state)
+		default:
+		}
+	}
+}
+
+func (r *powerRun) ask(id string) {
+	v, start, err := r.p.add(time.Now(), id)
+	if err != nil {
+		r.say("id %s: %v", id, err)
+		return
+	}
+	span := counter.Span{Start: start, Window: r.window}
+	w := r.model[span]
+	if w == nil {
+		w = &powerWindow{ids: map[string]*given{}}
+		r.model[span] = w
+	}
+	g := w.ids[id]
+	switch {
+	case v == Unique && g == nil:
+		w.ids[id] = &given{at: time.Now()}
+		w.oks++
+	case v == Unique:
+		if !g.forgotten {
+			r.say("id %s got ok twice in %v (%v), first at %v", id, start, r.window, g.at)
+		}
+		w.oks++
+		w.twice = true
+		g.at, g.forgotten = time.Now(), false
+	case v == Repeat && g == nil:
+		r.say("id %s is a repeat in %v (%v), and never got ok", id, start, r.window)
+		w.ids[id] = &given{at: time.Now()}
+	}
+}
+
+// judge compares the records with the answers.
+func (r *powerRun) judge() {
+	records := map[counter.Span][]counter.Count{}
+	for _, counts := range r.ledger.records {
+		for _, c := range counts {
+			records[c.Span()] = append(records[c.Span()], c)
+		}
+	}
+	for span, w := range r.model {
+		var sum uint64
+		exact := true
+		for _, c := range records[span] {
+			sum, exact = sum+c.Unique, exact && c.Exact
+		}
+		switch what := fmt.Sprintf("window %v (%v): %d records say %d, exact %t; %d ok answers", span.Start, span.Window, len(records[span]), sum, exact, w.oks); {
+		case len(records[span]) == 0:
+			r.say("no record: %s", what)
+		case sum > w.oks:
+			r.say("too many: %s", what)
+		case exact && sum < w.oks:
+			r.say("too few: %s", what)
+		case exact && w.twice:
+			r.say("ids twice: %s", what)
+		case !exact && r.losses == 0 && r.others == 0:
+			r.say("nothing happened: %s", what)
+		}
+	}
+}
