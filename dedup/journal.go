@@ -592,7 +592,8 @@ var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable
 //
 // The first time it returns when that is on the disk, and with it all that the
 // next process will trust: the process may answer then. Later slots follow in the
-// background, for what is lost without them is found out (recreate).
+// background, for what is lost without them is found out (recreate), but where the
+// length of the windows changes.
 func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -624,10 +625,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	}
 	of = o.of() // from here on it is for end, also after a fault
 	j.write(i, &o)
-	if !j.begun {
-		if before.synced && !goesOn { // from here on that would be wrong
-			atomic.StoreUint64(&j.slots[before.slot].ended, endedMark^(before.serial<<8|slotMark))
-		}
+	if !j.begun || o.window != before.window {
 		if err := j.syncPart(stateName, j.state); err != nil {
 			return of, err
 		}

@@ -828,25 +828,36 @@ func TestReadOnlyDirectoryIsAClearError(t *testing.T) {
 
 // TestFullDiskRefusesIdsAndRecovers fills a small disk: ids that find no room
 // are refused as full and counted nowhere, those kept are found, and with room
-// again it goes on. A start without room is a clear error.
+// again it goes on. So does a start without room, with or without files there.
 func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
 	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "size=192k"); err != nil {
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=240k"); err != nil {
 		t.Skip("mounting is not allowed: ", err)
 	}
 	defer unix.Unmount(dir, unix.MNT_DETACH)
 	stuffing := filepath.Join(dir, "stuffing")
-	if err := os.WriteFile(stuffing, make([]byte, 190<<10), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := NewMemory(small(dir)); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), dir) {
-		t.Errorf("a start on a full disk: got %v, want ENOSPC and the directory", err)
-	}
-	if err := os.Truncate(stuffing, 40<<10); err != nil {
+	if err := os.WriteFile(stuffing, make([]byte, 238<<10), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	l := newLedger(t)
-	p := live(t, small(dir), time.Hour, l)
+	repaired := 0
+	cfg := small(dir)
+	cfg.OnRepair = func() { repaired++ }
+	p := live(t, cfg, time.Hour, l)
+	if v, _, err := p.add(time.Now(), "0"); !errors.Is(err, ErrFull) || !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("an id on a full disk: got %v, %v; want ErrFull, ENOSPC and the directory", v, err)
+	}
+	p.m.renew(p.m.kept())
+	if repaired != 0 {
+		t.Error("there is no room, and ids are kept")
+	}
+	if err := os.Truncate(stuffing, 8<<10); err != nil {
+		t.Fatal(err)
+	}
+	p.m.renew(p.m.kept())
+	if repaired != 1 {
+		t.Errorf("with room again, ids were kept again %d times, want 1", repaired)
+	}
 	n := 0
 	for ; ; n++ {
 		v, _, err := p.add(time.Now(), strconv.Itoa(n))
@@ -863,6 +874,12 @@ func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
 	p.want(time.Now(), "0", Repeat)
 	if v, _, err := p.add(time.Now(), "a text"); !errors.Is(err, ErrFull) {
 		t.Errorf("a text: got %v, %v; want ErrFull", v, err)
+	}
+	p.kill()
+	p = live(t, cfg, time.Hour, l) // there is as little room for this one
+	p.want(time.Now(), "0", Repeat)
+	if v, _, err := p.add(time.Now(), "a text"); !errors.Is(err, ErrFull) {
+		t.Errorf("a text after a kill: got %v, %v; want ErrFull", v, err)
 	}
 	if err := os.Remove(stuffing); err != nil {
 		t.Fatal(err)
