@@ -320,7 +320,7 @@ func (r *powerRun) step(ids int) {
 	switch r.rnd.IntN(16) {
 	case 0:
 		if r.rnd.IntN(2) == 0 { // right after a turn
-			time.Sleep(time.Until(r.p.c.Last().End()))
+			r.sleep(time.Until(r.p.c.Last().End()))
 			r.ask("first")
 		}
 		synctest.Wait()
