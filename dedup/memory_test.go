@@ -104,7 +104,7 @@ func TestCleanerReclaimsBeforeTagsComeRound(t *testing.T) {
 // many times within it. The cleaner runs in the bubble, after each turn.
 func TestRareCleanupIsWokenByTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		m := newMemory(t, Config{CleanupInterval: 1000 * time.Hour, CleanupBatch: 1, Heap: true})
+		m := newMemory(t, Config{CleanupInterval: maxCleanupInterval, CleanupBatch: 1, Heap: true})
 		e := newEpochs(t, m)
 		run(t, m)
 		for n := range 3 * lap {
