@@ -60,7 +60,7 @@ const (
 	// mapped is how much of the file is mapped from the start: 100,000 records. It
 	// grows by growBy: a record takes 300 bytes or so.
 	mapped = 64 << 20
-	growBy = 64 << 10
+	growBy = 16 << 10
 )
 
 var (
