@@ -39,6 +39,9 @@ const (
 
 	healthTimeout = 3 * time.Second
 
+	// askGroup bounds what the start waits for the group to say what windows it has.
+	askGroup = time.Second
+
 	// signalEcho is longer than one signal takes to arrive twice and shorter
 	// than a hand takes to press a key twice.
 	signalEcho = 200 * time.Millisecond
@@ -305,6 +308,13 @@ func (p *program) openCounter() (err error) {
 	}
 	if p.shared != nil {
 		p.set, counting.Publish = p.shared, p.group
+		// Where the group cannot be asked, it says later what it takes.
+		ctx, cancel := context.WithTimeout(context.Background(), askGroup)
+		defer cancel()
+		last, err := p.shared.Ledger().Last(ctx)
+		if err == nil && last.Window > 0 && last.Window != p.cfg.Window && !last.Start.After(time.Now()) {
+			counting.NotBefore, counting.LastLen = last.Start, last.Window
+		}
 	} else {
 		own, err := openSet(p.cfg, p.memory, p.spool.Identity(), p.log)
 		if err != nil {
@@ -338,7 +348,7 @@ func (p *program) live() (time.Time, uint64) {
 // delivered returns the state of a window's record, "" if it is not known.
 func (p *program) delivered(start time.Time) string {
 	state := p.records.Delivered(start)
-	if state == "" && p.shared != nil && p.shared.Ledger().IsDelivered(counter.Span{Start: start, Window: p.cfg.Window}) {
+	if state == "" && p.shared != nil && p.shared.Ledger().IsDelivered(start) {
 		state = stream.StateDelivered
 	}
 	return state

@@ -254,6 +254,65 @@ func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
 	}
 }
 
+// TestAnotherWindowInAGroup: an instance that comes with another --window is not
+// ready and takes no ids, the others are undisturbed, and both log the two. When the
+// others are gone it goes on by itself. No two records have one window start.
+func TestAnotherWindowInAGroup(t *testing.T) {
+	redis := startRedis(t)
+	dir := t.TempDir()
+	a := member(t, "a", dir, redis.addr, "--window=1s")
+	ok := 0
+	accept := func(v *instance, id string, want int) bool {
+		status, body := v.get(v.public + "/api/verve/accept?id=" + id)
+		if status == 200 {
+			ok++
+		}
+		if want != 0 && status != want {
+			t.Errorf("id %s: got %d %s, want %d", id, status, body, want)
+		}
+		return status == 200
+	}
+	accept(a, "1", 200)
+	b := member(t, "b", dir, redis.addr, "--window=3s")
+	within(t, 10*time.Second, "b is not ready, and says why", func() bool {
+		status, body := b.get(b.admin + "/readyz")
+		return status == 503 && strings.Contains(body, "--window=1s") && strings.Contains(body, "--window=3s")
+	})
+	for i := range 40 {
+		accept(b, fmt.Sprint("b", i), 503)
+		accept(a, fmt.Sprint("a", i), 200)
+		if status, body := a.get(a.admin + "/readyz"); status != 200 {
+			t.Errorf("a is not ready: %s", body)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	for v, part := range map[*instance]string{a: "takes no ids", b: "no ids are taken here"} {
+		if log := v.until(part); !strings.Contains(log, "--window=1s") || !strings.Contains(log, "--window=3s") {
+			t.Errorf("the log: %s", log)
+		}
+	}
+	if code := a.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	within(t, 20*time.Second, "b takes ids", func() bool { return accept(b, "2", 0) })
+	// All stop; the next one has longer windows, and is ready at once.
+	if code := b.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	c := member(t, "c", dir, redis.addr, "--window=1h")
+	within(t, 3*time.Second, "c is ready", func() bool {
+		status, _ := c.get(c.admin + "/readyz")
+		return status == 200
+	})
+	accept(c, "3", 200)
+	if code := c.stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if sum := wantOnce(t, groupRecords(t, dir)); sum != ok {
+		t.Errorf("the records add up to %d, %d were answered", sum, ok)
+	}
+}
+
 // TestRedisPasswordIsNotShown: a wrong URL stops the start with one line that
 // names the setting, and neither it nor the log tells the password.
 func TestRedisPasswordIsNotShown(t *testing.T) {

@@ -105,14 +105,14 @@ func (m memberLedger) locked() (unlock func(), err error) {
 	return m.mu.Unlock, nil
 }
 
-func (m memberLedger) Report(_ context.Context, c counter.Count) error {
+func (m memberLedger) Report(_ context.Context, c counter.Count) (bool, error) {
 	unlock, err := m.locked()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer unlock()
 	m.epoch(c.Span()).reported[m.name] = c
-	return nil
+	return true, nil
 }
 
 func (m memberLedger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {

@@ -20,8 +20,9 @@ import (
 // repeated after an error, whatever became of it.
 type epochLedger interface {
 	// Report says that this instance has left the epoch for good, whether it
-	// served all of it, and whether ids may be lost.
-	Report(ctx context.Context, c counter.Count) error
+	// served all of it, and whether ids may be lost. False: the group has not taken
+	// the epoch, so it has no ids and is not published.
+	Report(ctx context.Context, c counter.Count) (ours bool, err error)
 	// Seal waits until the epoch may be sealed and returns what it came to: the
 	// same to every instance.
 	Seal(ctx context.Context, s counter.Span) (counter.Count, error)
@@ -144,10 +145,15 @@ func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error
 func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) error {
-		return g.ledger.Report(ctx, c)
+	var ours bool
+	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) (err error) {
+		ours, err = g.ledger.Report(ctx, c)
+		return err
 	}); err != nil {
 		return g.orLeft(c, err)
+	}
+	if !ours {
+		return nil
 	}
 	sealing, stop := context.WithCancel(ctx)
 	defer stop()

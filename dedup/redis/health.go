@@ -147,6 +147,12 @@ func (r *Set) Health() (ready bool, reason string) {
 		}
 		return r.cfg.FailOpen, failure
 	}
+	if r.ledger.standing.Load() == unheard {
+		if failure == "" {
+			failure = "the group has not answered yet"
+		}
+		return r.cfg.FailOpen, failure
+	}
 	down := 0
 	for i := range r.lanes {
 		l := &r.lanes[i]

@@ -225,6 +225,9 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (
 	case en != nil && en.told:
 		l.mu.Unlock()
 		return dedup.Repeat, nil
+	case s.refused.Load() || r.ledger.standing.Load() == outside:
+		l.mu.Unlock()
+		return dedup.Repeat, errOutside
 	case l.down || r.health.refuses():
 		v, err := l.decide(e, key, en, enc)
 		l.mu.Unlock()
@@ -299,6 +302,8 @@ func wake(a *ask) {
 		a = next
 	}
 }
+
+var errOutside = fmt.Errorf("%w: the group has windows of another length", dedup.ErrUnavailable)
 
 var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
 
@@ -672,7 +677,9 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		whole = "0"
 	}
 	l.mu.Unlock()
-	l.r.await(j.epoch)
+	if err := l.r.await(j.epoch); err != nil && j.mode == modeAdd && !j.unknown {
+		return l.failed(j, errRefused{err}, wait)
+	}
 	l.r.counts.batches.Add(1)
 	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole,
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3])

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
 
 	"verve/counter"
 	"verve/dedup"
@@ -22,6 +23,10 @@ const (
 	// small script, and it writes again what the ledger must know of this member,
 	// so that a Redis that lost its data has it back within one.
 	beatEvery = time.Second
+
+	// firstBeats is how often one is tried until the first is answered, before which
+	// no id is.
+	firstBeats = 20 * time.Millisecond
 
 	// memberTTL is when a member that says nothing is taken for dead. It bounds
 	// how long a record waits for a member that was killed; one that was only
@@ -68,6 +73,7 @@ type ledgerConfig struct {
 	MaxSkew  time.Duration // the clocks of the members differ by less, as a rule
 	FailOpen bool
 	IDs      groupIDs
+	Log      zerolog.Logger // which members have another window
 }
 
 // groupIDs is what a Ledger needs of a Set.
@@ -103,8 +109,9 @@ type Ledger struct {
 	keys ledgerKeys
 	wake chan struct{} // capacity 1: an epoch was opened
 
-	beating sync.Mutex // one beat at a time
-	left    atomic.Bool
+	beating  sync.Mutex // one beat at a time
+	left     atomic.Bool
+	standing atomic.Int32 // of this member in the group
 
 	// mu guards what follows.
 	mu       sync.Mutex
@@ -113,17 +120,33 @@ type Ledger struct {
 	others   int           // members alive beside this one
 	offset   time.Duration // how far the clock of Redis is ahead of this one
 	unsure   time.Duration // of offset
-	odd      string        // a member with another window
+	odd      string        // why this member stands outside of its group
+	oddAt    time.Time     // when a member of the group was seen last that kept it there
+	strange  string        // a member that stands outside
 	doubt    time.Time     // of Doubt
 	beatErr  error         // of the last beat
 	lastBeat time.Time
 }
 
+// Standings of a member.
+const (
+	unheard = iota // no beat has been answered
+	inside         // the group has the window of this member
+	outside        // it has another, of members that were there before: see beatScript
+)
+
+// admission says whether ids may be added to an epoch.
+type admission struct {
+	known   chan struct{} // closed when the group has the epoch
+	refused atomic.Bool   // the group does not take it
+}
+
 // ledgerEpoch is an epoch that this process has opened or sealed.
 type ledgerEpoch struct {
-	span       counter.Span
-	known      chan struct{}  // closed when Redis has been told of it
-	registered bool           // it has
+	span counter.Span
+	*admission
+	registered bool           // the group has it
+	late       bool           // it was refused for a time
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
 	decided    *counter.Count // what it came to, as far as this process knows
@@ -141,6 +164,7 @@ func openLedger(cfg ledgerConfig) *Ledger {
 type ledgerKeys struct {
 	prefix                                      string
 	members, unsettled, windows, leader, epochs string
+	length                                      string
 }
 
 func newLedgerKeys(group string) ledgerKeys {
@@ -153,6 +177,7 @@ func newLedgerKeys(group string) ledgerKeys {
 		windows:   p + "windows",   // hash: member -> length of its windows, ms
 		leader:    p + "leader",    // string with an expiry: who publishes
 		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
+		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last
 	}
 }
 
@@ -197,11 +222,17 @@ local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
 
 // beatScript says that the member is alive, writes again what it knows of its
-// epochs, and takes the lead if nobody has it. Per epoch it answers 0, or 2 where
-// the epoch is delivered.
+// epochs, and takes the lead if nobody has it. Per epoch it answers 0, 2 where the
+// epoch is delivered, or 3 where the group does not take it.
+//
+// The group has the window of the member that came first. One that has another
+// stands outside while a member with that of the group is alive: its epochs are not
+// taken. When none is, and it was not outside just now (Redis may have lost who is
+// alive), the window of the group is its own. An epoch of another length than those
+// before is taken only behind all of them, so that no label comes twice.
 var beatScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local lease, lead, unsettled, window = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local lease, claims, unsettled, window = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8]
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -214,13 +245,52 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt))
   redis.call('HDEL', KEYS[2], gone)
   redis.call('HDEL', KEYS[3], gone)
 end
+local agreed = redis.call('HGET', KEYS[6], 'length')
+local others, odd, strange = 0, '', ''
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if m ~= me then
+    others = others + 1
+    local w = redis.call('HGET', KEYS[3], m)
+    if w and w ~= window and (w == agreed or agreed == window) then
+      if w == agreed then odd = w .. ' ' .. m else strange = w .. ' ' .. m end
+    end
+  end
+end
+local inside = agreed == window or odd == '' and claims
+if inside then
+  redis.call('HSET', KEYS[6], 'length', window)
+elseif odd == '' then
+  odd = (agreed or '') .. ' '
+end
+local function takes(key, name)
+  if redis.call('ZSCORE', KEYS[5], name) or redis.call('EXISTS', key) == 1 then return true end
+  if not inside then return false end
+  local start, span = string.match(name, '^(%-?%d+):(%d+)$')
+  start = tonumber(start)
+  local g = redis.call('HMGET', KEYS[6], 'span', 'from', 'last')
+  local last = tonumber(g[3] or '')
+  if g[1] == span then
+    if g[2] and start < tonumber(g[2]) then return false end
+  elseif not g[1] then
+    redis.call('HSET', KEYS[6], 'span', span)
+  elseif start > last then
+    redis.call('HSET', KEYS[6], 'span', span, 'from', start)
+  else
+    return false
+  end
+  -- One clock that is hours ahead shall not keep the group from another length.
+  if not last or start > last and start < now + 3600000 then redis.call('HSET', KEYS[6], 'last', start) end
+  return true
+end
 local states = {}
 local arg = 9
-for i = 6, #KEYS do
-  local name, ends, unique, complete, exact, sealed = unpack(ARGV, arg, arg + 5)
-  arg = arg + 6
+for i = 7, #KEYS do
+  local name, ends, unique, complete, exact, sealed, had = unpack(ARGV, arg, arg + 6)
+  arg = arg + 7
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
     states[#states + 1] = 2
+  elseif had ~= '1' and unique == '' and not takes(KEYS[i], name) then
+    states[#states + 1] = 3
   else
     states[#states + 1] = 0
     redis.call('ZADD', KEYS[5], ends, name)
@@ -230,23 +300,15 @@ for i = 6, #KEYS do
     end
   end
 end
-for i = 1, 5 do
+for i = 1, 6 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
 end
 local leader = redis.call('GET', KEYS[4])
-if leader == me or (not leader and lead == '1') then
+if leader == me or (not leader and inside) then
   redis.call('SET', KEYS[4], me, 'PX', lease)
   leader = me
 end
-local others, odd = 0, ''
-for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
-  if m ~= me then
-    others = others + 1
-    local w = redis.call('HGET', KEYS[3], m)
-    if w and w ~= window then odd = m .. ' ' .. w end
-  end
-end
-return {now, leader == me and 1 or 0, others, odd, states}
+return {now, leader == me and 1 or 0, others, odd, strange, states}
 `)
 
 // reportScript says that the member has left the epoch: nothing of it comes any
@@ -284,7 +346,12 @@ local skew, settle, lock, open = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(
 local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked')
 if h[1] then return {0, h[1], h[2], h[3], h[4]} end
 if now < ends - skew then return {1, ends - skew - now} end
-local function left(m) return redis.call('SISMEMBER', KEYS[4], m) == 1 end
+-- One with another window has left every epoch of the group.
+local agreed = redis.call('HGET', KEYS[6], 'length')
+local function left(m)
+  local w = agreed and redis.call('HGET', KEYS[5], m)
+  return w and w ~= agreed or redis.call('SISMEMBER', KEYS[4], m) == 1
+end
 local inexact = false
 local wait = 0
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
@@ -400,7 +467,11 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	defer tick.Stop()
 	for whole := true; !l.left.Load(); {
 		// Without a connection nothing is sent; Stats tells of what fails.
-		_ = l.beat(ctx, whole)
+		if err := l.beat(ctx, whole); err != nil && l.standing.Load() == unheard {
+			tick.Reset(firstBeats)
+		} else {
+			tick.Reset(beatEvery)
+		}
 		select {
 		case <-tick.C:
 			whole = true
@@ -413,30 +484,29 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 }
 
 // Opened notes an epoch that requests may enter; the next beat registers it, and
-// closes what is returned. It takes no time.
-func (l *Ledger) Opened(s counter.Span) (registered <-chan struct{}) {
-	e := l.note(s)
+// says so in what is returned. It takes no time.
+func (l *Ledger) Opened(s counter.Span) *admission {
+	a := l.note(s)
 	select {
 	case l.wake <- struct{}{}:
 	default:
 	}
-	return e
+	return a
 }
 
-// note makes a place for the epoch, if there is none, and returns what is closed
-// when Redis knows of it.
-func (l *Ledger) note(s counter.Span) <-chan struct{} {
+// note makes a place for the epoch, if there is none.
+func (l *Ledger) note(s counter.Span) *admission {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
-		return e.known
+		return e.admission
 	}
-	e := ledgerEpoch{span: s, known: make(chan struct{})}
+	e := ledgerEpoch{span: s, admission: &admission{known: make(chan struct{})}}
 	l.epochs = append(l.epochs, e)
 	if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
 		l.epochs = slices.Delete(l.epochs, 0, n)
 	}
-	return e.known
+	return e.admission
 }
 
 // find returns the epoch, or nil. l.mu is held.
@@ -457,12 +527,12 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.left.Load() {
 		return nil
 	}
-	keys := []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs}
+	keys := []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length}
+	l.mu.Lock()
 	args := []string{
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
-		ms(leadLease), "1", l.unsettled(), ms(l.cfg.Window),
+		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window),
 	}
-	l.mu.Lock()
 	sent := make([]counter.Span, 0, len(l.epochs))
 	for _, e := range l.epochs {
 		if e.registered && !all {
@@ -475,6 +545,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 		} else {
 			args = append(args, "", "", "", "")
 		}
+		args = append(args, flag(e.registered))
 		sent = append(sent, e.span)
 	}
 	l.mu.Unlock()
@@ -482,11 +553,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args)
 	took := time.Since(began)
-	var now, leads, others int64
-	var odd string
-	var states []int64
+	var b beatAnswer
 	if err == nil {
-		now, leads, others, odd, states, err = parseBeat(out, len(sent))
+		b, err = parseBeat(out, len(sent))
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -495,20 +564,28 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	}
 	l.lastBeat = began
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
-	l.offset = time.UnixMilli(now).Sub(began.Add(took / 2))
+	l.offset = time.UnixMilli(b.now).Sub(began.Add(took / 2))
 	l.unsure = took/2 + time.Millisecond
-	l.others, l.odd = int(others), odd
+	l.others = int(b.others)
 	l.lead = time.Time{}
-	if leads == 1 {
+	if b.leads == 1 {
 		l.lead = began.Add(leadLease)
 	}
+	l.stand(b.odd, b.strange)
 	for i, s := range sent {
-		if e := l.find(s); e != nil {
+		e := l.find(s)
+		switch {
+		case e == nil:
+		case b.states[i] == 3:
+			e.refused.Store(true)
+			e.late = true
+		default:
+			e.refused.Store(false)
 			if !e.registered {
 				e.registered = true
 				close(e.known)
 			}
-			if states[i] == 2 {
+			if b.states[i] == 2 {
 				*e = ledgerEpoch{} // taken out below
 			}
 		}
@@ -517,27 +594,81 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	return nil
 }
 
-func parseBeat(out []rueidis.RedisMessage, epochs int) (now, leads, others int64, odd string, states []int64, err error) {
-	if len(out) != 5 {
-		return 0, 0, 0, "", nil, fmt.Errorf("%d answers to a beat", len(out))
+// stand takes over which members have another window. l.mu is held.
+func (l *Ledger) stand(odd, strange string) {
+	if strange != "" {
+		window, member, _ := strings.Cut(strange, " ")
+		strange = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(window), l.cfg.Window)
+		if strange != l.strange {
+			l.cfg.Log.Error().Msg(strange + ": that instance takes no ids until it has the window of the group")
+		}
 	}
-	now, err = out[0].AsInt64()
+	l.strange = strange
+	was := l.odd
+	if odd == "" {
+		l.odd = ""
+		l.standing.Store(inside)
+		if was != "" {
+			l.cfg.Log.Info().Str("was", was).Msg("the window of the group is that of this instance: ids are taken")
+		}
+		return
+	}
+	window, member, _ := strings.Cut(odd, " ")
+	if member != "" {
+		l.oddAt = time.Now()
+	}
+	if member != "" || was == "" {
+		l.odd = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(window))
+		if member != "" {
+			l.odd += " (instance " + member + ")"
+		}
+	}
+	l.standing.Store(outside)
+	if was == "" {
+		l.cfg.Log.Error().Msg(l.odd + ": no ids are taken here until it has that of the group, or no other instance is left")
+	}
+}
+
+// milliseconds returns a number of them as a duration.
+func milliseconds(n string) string {
+	d, err := time.ParseDuration(n + "ms")
+	if err != nil {
+		return "unknown"
+	}
+	return d.String()
+}
+
+// beatAnswer is what beatScript answers.
+type beatAnswer struct {
+	now, leads, others int64
+	odd, strange       string // LENGTH MEMBER
+	states             []int64
+}
+
+func parseBeat(out []rueidis.RedisMessage, epochs int) (b beatAnswer, err error) {
+	if len(out) != 6 {
+		return b, fmt.Errorf("%d answers to a beat", len(out))
+	}
+	b.now, err = out[0].AsInt64()
 	if err == nil {
-		leads, err = out[1].AsInt64()
+		b.leads, err = out[1].AsInt64()
 	}
 	if err == nil {
-		others, err = out[2].AsInt64()
+		b.others, err = out[2].AsInt64()
 	}
 	if err == nil {
-		odd, err = out[3].ToString()
+		b.odd, err = out[3].ToString()
 	}
 	if err == nil {
-		states, err = out[4].AsIntSlice()
+		b.strange, err = out[4].ToString()
 	}
-	if err == nil && len(states) != epochs {
-		err = fmt.Errorf("%d states of %d epochs", len(states), epochs)
+	if err == nil {
+		b.states, err = out[5].AsIntSlice()
 	}
-	return now, leads, others, odd, states, err
+	if err == nil && len(b.states) != epochs {
+		err = fmt.Errorf("%d states of %d epochs", len(b.states), epochs)
+	}
+	return b, err
 }
 
 // unsettled is the start of the oldest unsettled epoch, or empty.
@@ -551,24 +682,46 @@ func (l *Ledger) unsettled() string {
 // Report says what this process knows of an epoch that it has left for good:
 // whether it served the whole of it, and whether no id was lost. Ids of it that
 // Redis has lost are first put back, if that takes no longer than settleWait.
-func (l *Ledger) Report(ctx context.Context, c counter.Count) error {
+//
+// It returns false for an epoch that the group has not taken: no id was added to
+// it, and there is nothing to publish.
+func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err error) {
 	s := c.Span()
 	l.note(s)
-	err := l.settle(ctx, s)
+	if !l.takes(s) {
+		if err := l.beat(ctx, true); err != nil {
+			return false, err
+		}
+		if !l.takes(s) {
+			l.forget(s)
+			return false, nil
+		}
+	}
+	c.Complete = c.Complete && !l.wasLate(s)
+	err = l.settle(ctx, s)
 	if err == nil {
 		_, err = l.exec(ctx, reportScript,
 			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s), l.keys.unsettled},
 			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled()})
 	}
 	if err != nil {
-		return fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
+		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
 		e.reported, e.reportedAt = &c, time.Now()
 	}
-	return nil
+	return true, nil
+}
+
+// takes reports whether the group has the epoch, as far as is known here. One that
+// is known no more is delivered.
+func (l *Ledger) takes(s counter.Span) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.find(s)
+	return e == nil || e.registered
 }
 
 // settle asks for losses and waits until they are made good.
@@ -592,6 +745,14 @@ func (l *Ledger) settle(ctx context.Context, s counter.Span) error {
 	}
 }
 
+// wasLate reports whether the epoch was open here before the group took it.
+func (l *Ledger) wasLate(s counter.Span) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.find(s)
+	return e != nil && e.late
+}
+
 // reportAgain repeats a report that Redis may have lost since, now and then.
 func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 	l.mu.Lock()
@@ -605,7 +766,8 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 	if !due {
 		return nil
 	}
-	return l.Report(ctx, c)
+	_, err := l.Report(ctx, c)
+	return err
 }
 
 // Seal waits until the epoch may be sealed, seals it, and returns what it came
@@ -613,7 +775,7 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 // the caller to retry.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
-	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.ofLeft(s)}
+	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.ofLeft(s), l.keys.windows, l.keys.length}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
 		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), flag(l.cfg.FailOpen), ms(keepUndelivered),
@@ -743,6 +905,28 @@ func (l *Ledger) Unpublished(ctx context.Context, open bool) ([]counter.Span, er
 	return spans, nil
 }
 
+// Last returns the epoch that members opened last, with a zero Window if there is
+// none. It tries until ctx ends.
+func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
+	for {
+		client, err := l.cfg.IDs.conn()
+		if err == nil {
+			var g []string
+			if g, err = client.Do(ctx, client.B().Hmget().Key(l.keys.length).Field("last", "span").Build()).AsStrSlice(); err == nil {
+				if g[0] == "" {
+					return counter.Span{}, nil
+				}
+				return parseSpan(g[0] + ":" + g[1])
+			}
+		}
+		select {
+		case <-time.After(firstBeats):
+		case <-ctx.Done():
+			return counter.Span{}, fmt.Errorf("ledger: read the last epoch: %w", err)
+		}
+	}
+}
+
 // Leading reports whether this member is the one to publish, as of its last beat.
 func (l *Ledger) Leading() bool {
 	l.mu.Lock()
@@ -792,12 +976,17 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	if err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
+	l.forget(s)
+	return nil
+}
+
+// forget takes the epoch out of what each beat writes again.
+func (l *Ledger) forget(s counter.Span) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool {
 		return e.span.Window == s.Window && e.span.Start.Equal(s.Start)
 	})
-	return nil
 }
 
 // Leave takes this member out of the group: nobody waits for it any more. It
@@ -846,8 +1035,11 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 	off := l.offset.Abs() - l.unsure
 	switch {
 	case l.odd != "":
-		member, window, _ := strings.Cut(l.odd, " ")
-		s.Problem = fmt.Sprintf("instance %s of this group has windows of %sms, this one of %sms", member, window, ms(l.cfg.Window))
+		s.Problem = l.odd
+	case len(l.epochs) > 0 && l.epochs[len(l.epochs)-1].refused.Load():
+		open := l.epochs[len(l.epochs)-1].span
+		s.Problem = fmt.Sprintf("the group had windows of another length that ended behind the start of the open one: ids are taken from %s on, in windows of %s",
+			open.End().Format(time.RFC3339Nano), l.cfg.Window)
 	case l.cfg.MaxSkew > 0 && off > l.cfg.MaxSkew:
 		which := "behind"
 		if l.offset < 0 {
@@ -860,8 +1052,8 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 
 // IsDelivered reports whether the record of an epoch that this instance has left
 // is known to be delivered, by whichever instance.
-func (l *Ledger) IsDelivered(s counter.Span) bool {
+func (l *Ledger) IsDelivered(start time.Time) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.find(s) == nil && time.Since(s.End()) > 0
+	return !slices.ContainsFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Start.Equal(start) })
 }

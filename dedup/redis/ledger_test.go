@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
 
 	"verve/counter"
 )
@@ -133,7 +134,11 @@ func (g *group) report(s counter.Span, complete bool, members ...*Ledger) {
 	g.t.Helper()
 	for _, m := range members {
 		g.do(func(ctx context.Context) error {
-			return m.Report(ctx, counter.Count{Start: s.Start, Window: s.Window, Complete: complete, Exact: true})
+			ours, err := m.Report(ctx, counter.Count{Start: s.Start, Window: s.Window, Complete: complete, Exact: true})
+			if err == nil && !ours {
+				g.t.Errorf("the group has not taken %v", s)
+			}
+			return err
 		})
 	}
 }
@@ -283,7 +288,7 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	}
 	known := dead.Opened(spanEnded(-time.Minute)) // is open
 	g.beat(dead)
-	<-known
+	<-known.known
 	later := g.member("later")
 	if got := g.unpublished(later); !slices.Equal(got, want) {
 		t.Fatalf("got %v, want %v", got, want)
@@ -400,24 +405,59 @@ func TestLostLedgerComesBack(t *testing.T) {
 	}
 }
 
-// TestMemberThatCountsOtherWindowsSaysSo: two windows in one group would count an
-// id twice.
-func TestMemberThatCountsOtherWindowsSaysSo(t *testing.T) {
+// TestMemberWithAnotherWindowStandsOutside: two windows in one group would count an
+// id twice, and give two records one key. The member that comes with another one
+// has no epoch and no lead; those that were first go on, and both log the two
+// windows. It comes in by itself when the others are gone, and then only with labels
+// behind theirs.
+func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	g := newGroup(t)
-	a := g.member("a")
-	b := g.member("b", func(c *ledgerConfig, _ *fakeIDs) { c.Window = time.Second })
-	g.beat(a, b, a)
-	for _, m := range []*Ledger{a, b} {
-		if p := m.Stats().Problem; !strings.Contains(p, "windows of") {
-			t.Errorf("got problem %q", p)
+	logs := map[string]*lines{"a": {}, "b": {}}
+	logged := func(c *ledgerConfig, _ *fakeIDs) { c.Log = zerolog.New(logs[c.Member]) }
+	minute := time.Now().Truncate(time.Minute).UTC()
+	hour, next := counter.Span{Start: minute.Truncate(time.Hour), Window: time.Hour}, counter.Span{Start: minute.Truncate(time.Hour).Add(time.Hour), Window: time.Hour}
+	a := g.member("a", logged)
+	b := g.member("b", logged, func(c *ledgerConfig, _ *fakeIDs) { c.Window = time.Hour })
+	ofA := a.Opened(counter.Span{Start: minute, Window: time.Minute})
+	g.beat(a)
+	ofB := b.Opened(hour)
+	g.beat(b, a, b)
+	if ofA.refused.Load() || a.standing.Load() != inside || a.Stats().Problem != "" {
+		t.Errorf("the first: %+v, problem %q", ofA, a.Stats().Problem)
+	}
+	if p := b.Stats().Problem; !ofB.refused.Load() || b.standing.Load() != outside || !strings.Contains(p, "1h0m0s") || !strings.Contains(p, "1m0s") {
+		t.Errorf("the other: %+v, problem %q", ofB, p)
+	}
+	for name, l := range logs {
+		if got := l.String(); strings.Count(got, "level\":\"error") != 1 || !strings.Contains(got, "--window=1m0s") || !strings.Contains(got, "--window=1h0m0s") {
+			t.Errorf("the log of %s: %s", name, got)
 		}
 	}
-	if _, _, err := b.Leave(t.Context()); err != nil {
+	if ours, err := b.Report(t.Context(), counter.Count{Start: hour.Start, Window: hour.Window}); ours || err != nil {
+		t.Errorf("its epoch is reported: %v, %v", ours, err)
+	}
+	if got := g.unpublished(b); slices.Contains(got, hour) {
+		t.Errorf("the ledger has %v", got)
+	}
+
+	if _, _, err := a.Leave(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	g.beat(a)
-	if s := a.Stats(); s.Problem != "" || s.Members != 1 {
-		t.Errorf("got %+v", s)
+	g.beat(b)
+	if b.standing.Load() != outside {
+		t.Error("it came in at once: the others may only be lost")
+	}
+	eventually(t, "it comes in", func() bool {
+		g.beat(b)
+		return b.standing.Load() == inside
+	})
+	ofNext := b.Opened(next)
+	g.beat(b)
+	if !ofB.refused.Load() && !minute.Equal(hour.Start) || ofNext.refused.Load() || !b.Leading() || b.Stats().Problem != "" {
+		t.Errorf("epoch before those of the group %+v, behind them %+v; %+v", ofB, ofNext, b.Stats())
+	}
+	if last, err := b.Last(t.Context()); err != nil || last.Window != time.Hour {
+		t.Errorf("the last epoch is %v, %v", last, err)
 	}
 }
 

@@ -127,7 +127,7 @@ type redisEpoch struct {
 	lanes []laneEpoch
 
 	opened     time.Time
-	registered <-chan struct{} // closed when the ledger knows of it
+	*admission // of the ledger
 }
 
 // Check refuses what can never work, without a connection.
@@ -194,7 +194,7 @@ func New(cfg Config) (*Set, error) {
 	}
 	r.ledger = openLedger(ledgerConfig{
 		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.Session,
-		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, IDs: r,
+		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, IDs: r, Log: cfg.Log,
 	})
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
@@ -268,13 +268,13 @@ func (r *Set) Open(e *counter.Epoch) {
 	s := &redisEpoch{
 		opened: time.Now(),
 		start:  e.Start(),
-		key:    epochKey(e.Start(), r.cfg.Window),
+		key:    epochKey(e.Start(), e.Window()),
 		end:    int64(e.End().Sub(r.start)),
 		lanes:  make([]laneEpoch, len(r.lanes)),
 	}
 	r.cfg.Local.Open(e)
 	s.view = e.State.(*dedup.View)
-	s.registered = r.ledger.Opened(counter.Span{Start: s.start, Window: r.cfg.Window})
+	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()})
 	e.State = s
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -285,20 +285,27 @@ func (r *Set) Open(e *counter.Epoch) {
 // await gives the ledger a moment to learn of the epoch before an id of it is
 // answered: then it is published whatever becomes of this process. Where the
 // ledger is away, in a part of the cluster that fails, ids are answered all the
-// same; the next beat that gets through tells it.
-func (r *Set) await(s *redisEpoch) {
+// same; the next beat that gets through tells it. It returns an error for an epoch
+// that the group does not take, or that a process opened of which the group has
+// not heard yet: it may have another window.
+func (r *Set) await(s *redisEpoch) error {
 	select {
-	case <-s.registered:
-		return
+	case <-s.known:
+		return nil
 	default:
 	}
 	t := time.NewTimer(time.Until(s.opened.Add(registerWait)))
 	defer t.Stop()
 	select {
-	case <-s.registered:
+	case <-s.known:
+		return nil
 	case <-t.C:
 	case <-r.life.Done():
 	}
+	if s.refused.Load() || r.ledger.standing.Load() != inside {
+		return fmt.Errorf("%w: the group has not taken the window of this instance", dedup.ErrUnavailable)
+	}
+	return nil
 }
 
 // Ledger returns the ledger of the group.
