@@ -163,6 +163,31 @@ func TestLivePageIsNotLockedOutByReadersThatDoNotRead(t *testing.T) {
 	}
 }
 
+// TestFurtherPageReplacesTheOldest when all are open that may be, and none is behind.
+func TestFurtherPageReplacesTheOldest(t *testing.T) {
+	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick = 1, time.Hour })
+	open := func() (*http.Response, error) {
+		_, r := a.send(adminGet("/api/live"))
+		return http.ReadResponse(r, nil)
+	}
+	first, err := open()
+	if err != nil || first.StatusCode != 200 {
+		t.Fatalf("got %v, %v", first, err)
+	}
+	if resp, err := open(); err != nil || resp.StatusCode != 503 {
+		t.Errorf("beside a page opened just now: got %v, %v", resp, err)
+	}
+	a.live.mu.Lock()
+	a.live.tenure = 0
+	a.live.mu.Unlock()
+	if resp, err := open(); err != nil || resp.StatusCode != 200 {
+		t.Errorf("beside a page that has been open: got %v, %v", resp, err)
+	}
+	if _, err := io.Copy(io.Discard, first.Body); err != nil {
+		t.Errorf("the first page: %v, want its end", err)
+	}
+}
+
 // TestLongAnswersOutlastTheDeadlines: the live page and a profile go on.
 func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 	a := listenAdmin(t, func(a *Admin) {

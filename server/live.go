@@ -36,6 +36,9 @@ const (
 	// four times a second, 2 KB.
 	liveMaxStreams = 32
 
+	// liveTenure is how long a page is open at least before another may replace it.
+	liveTenure = 5 * time.Second
+
 	// A reader that is liveBacklog messages behind, or takes longer than
 	// liveWriteTimeout for one, is dropped: its page connects again and is told
 	// everything anew.
@@ -186,6 +189,7 @@ type live struct {
 	admin      *Admin
 	tick       time.Duration
 	maxStreams int
+	tenure     time.Duration // of a stream, see liveTenure
 	started    time.Time
 
 	// mu guards what follows: a message goes to all streams or is part of the
@@ -208,7 +212,10 @@ type live struct {
 
 // liveStream is one page. The channel is closed by whoever takes the stream out
 // of live.streams.
-type liveStream struct{ messages chan []byte }
+type liveStream struct {
+	messages chan []byte
+	since    time.Time
+}
 
 // What a page is told instead of figures.
 const (
@@ -217,7 +224,7 @@ const (
 )
 
 func newLive(a *Admin) *live {
-	return &live{admin: a, tick: liveTick, maxStreams: liveMaxStreams, started: time.Now(), streams: map[*liveStream]struct{}{}}
+	return &live{admin: a, tick: liveTick, maxStreams: liveMaxStreams, tenure: liveTenure, started: time.Now(), streams: map[*liveStream]struct{}{}}
 }
 
 // run samples the rates and tells the pages until ctx ends.
@@ -347,11 +354,11 @@ func (l *live) join() (s *liveStream, refusal string) {
 	switch {
 	case l.ended:
 		return nil, liveEnded
-	case len(l.streams) >= l.maxStreams && !l.dropSlowest():
+	case len(l.streams) >= l.maxStreams && !l.makeRoom():
 		l.refused++
 		return nil, liveFull
 	}
-	s = &liveStream{make(chan []byte, liveBacklog)}
+	s = &liveStream{make(chan []byte, liveBacklog), time.Now()}
 	m := l.message(time.Now())
 	m.All = true
 	// Those not yet broadcast are left to the next message.
@@ -361,22 +368,31 @@ func (l *live) join() (s *liveStream, refusal string) {
 	return s, ""
 }
 
-// dropSlowest makes room by ending the stream whose reader is the furthest behind, if
-// one is. l.mu is held.
-func (l *live) dropSlowest() bool {
-	var slowest *liveStream
+// makeRoom ends the stream whose reader is the furthest behind, else the one that has
+// been open the longest, if that is liveTenure: pages that do not read lock no other
+// out, and a page that was ended connects again. l.mu is held.
+func (l *live) makeRoom() bool {
+	var slowest, oldest *liveStream
 	behind := 1 // one message may be on its way
 	for s := range l.streams {
 		if n := len(s.messages); n > behind {
 			slowest, behind = s, n
 		}
+		if oldest == nil || s.since.Before(oldest.since) {
+			oldest = s
+		}
 	}
-	if slowest == nil {
-		return false
+	switch {
+	case slowest != nil:
+		l.dropped++
+		l.remove(slowest)
+		return true
+	case oldest != nil && time.Since(oldest.since) > l.tenure:
+		l.refused++
+		l.remove(oldest)
+		return true
 	}
-	l.dropped++
-	l.remove(slowest)
-	return true
+	return false
 }
 
 // drop ends a stream whose reader takes too long for a message.
