@@ -105,6 +105,7 @@ type conn struct {
 	owner    *listener
 	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
+	late     atomic.Bool  // ended within a request: its client may still send, and must see the 408
 	close    sync.Once
 
 	// A read of the socket is ended by a deadline in the past. What for is said
@@ -401,7 +402,7 @@ func (c *conn) Close() error {
 		if secure, ok := c.Conn.(*tls.Conn); ok {
 			_ = secure.CloseWrite() // says to the client that this was all
 		}
-		if c.ended.Load() {
+		if c.ended.Load() && !c.late.Load() {
 			c.remove()
 			return
 		}
@@ -458,6 +459,7 @@ func (c *conn) sweep(now time.Duration) {
 		c.end(&l.slowClosed)
 		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.slow:
+		c.late.Store(p == phaseReading)
 		c.end(&l.slowClosed)
 	case p == phaseIdle && c.inside.Load() && (lasted > parkAfter || l.waiting.Load() > 0) && !c.nudged.Swap(true):
 		c.interrupt()
