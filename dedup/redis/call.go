@@ -38,6 +38,7 @@ const (
 	statusLost    = "lost"    // the epoch was begun again since
 	statusHold    = "hold"    // others are adding again what was lost
 	statusMissing = "missing" // keys are gone or on the move
+	statusLacks   = "lacks"   // the user may not run commands that are needed
 )
 
 // answer is what function.lua returns.

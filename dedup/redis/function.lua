@@ -34,7 +34,8 @@ local function clock()
 end
 
 local function run_id()
-  return string.match(call('INFO', 'server'), 'run_id:(%x+)') or ''
+  local info = try('INFO', 'server') -- which the user may not be allowed to run
+  return type(info) == 'string' and string.match(info, 'run_id:(%x+)') or ''
 end
 
 local META = {'gen', 'sealed', 'counts', 'hold', 'twice'}
@@ -303,6 +304,31 @@ local function bye(skey, a)
   return {'ok'}
 end
 
+-- rights runs, on a key of its own, each command that is needed here and by the
+-- ledger. It answers those that the user may not run.
+local function rights(skey)
+  local key = sub(skey, 1, -9) .. 'rights'
+  local lacks = {}
+  for _, c in ipairs({
+    {'TIME'}, {'SET', key, 1, 'EX', 60}, {'GET', key}, {'DEL', key},
+    {'HSET', key, 'f', 1}, {'EXPIRE', key, 60}, {'PEXPIRE', key, 60000}, {'HGET', key, 'f'}, {'HMGET', key, 'f'},
+    {'HGETALL', key}, {'HKEYS', key}, {'HEXISTS', key, 'f'}, {'HDEL', key, 'f'},
+    {'SADD', key, 'm'}, {'SCARD', key}, {'SISMEMBER', key, 'm'}, {'SMISMEMBER', key, 'm'}, {'SREM', key, 'm'},
+    {'ZADD', key, 1, 'm'}, {'ZSCORE', key, 'm'}, {'ZRANGE', key, 0, -1}, {'ZRANGEBYSCORE', key, 0, 1}, {'ZREM', key, 'm'},
+    {'EXISTS', key}, {'UNLINK', key},
+  }) do
+    local r = try(unpack(c))
+    local err = type(r) == 'table' and r.err or ''
+    if find(err, "can't run", 1, true) or find(err, 'permissions to run', 1, true) then
+      lacks[#lacks + 1] = '+' .. string.lower(c[1])
+    elseif find(err, "can't access", 1, true) or find(err, 'permissions to access', 1, true) then
+      return {'lacks', '~verve:*', '', 0}
+    end
+  end
+  if #lacks > 0 then return {'lacks', concat(lacks, ' '), '', 0} end
+  return {'ok', '', '', 0}
+end
+
 local function main(keys, a)
   sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
   pack, parse = cmsgpack.pack, cmsgpack.unpack
@@ -325,6 +351,8 @@ local function main(keys, a)
     return hello(keys[1], a)
   elseif op == 'bye' then
     return bye(keys[1], a)
+  elseif op == 'rights' then
+    return rights(keys[1])
   end
   return redis.error_reply('ERR verve: unknown operation')
 end

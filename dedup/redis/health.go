@@ -33,6 +33,7 @@ type health struct {
 	since   time.Time
 	said    map[string]*logline.Sampler // of each line that repeats
 	blind   bool                        // the policy cannot be read
+	rights  string                      // what the user may not do, or which part was never reached
 }
 
 // refuses reports whether ids may not be trusted to Redis.
@@ -119,15 +120,31 @@ var explanations = map[string]string{
 	"ASK":         "a Redis slot is on the move",
 }
 
+// deniedCommand is in what Redis says of a command that the user may not run, also
+// of one within a script, where the first word is another.
+var deniedCommand = regexp.MustCompile(`permissions? to run the '([^']+)' command`)
+
 // explain says in few words what an error means.
 func explain(err error) string {
 	var refused *rueidis.RedisError
 	if errors.As(err, &refused) {
+		if m := deniedCommand.FindStringSubmatch(refused.Error()); m != nil {
+			return explanations["NOPERM"] + ": +" + m[1]
+		}
+		if strings.Contains(refused.Error(), "can't run this command") {
+			return explanations["NOPERM"] // in a script: see checkRights
+		}
+		if strings.Contains(refused.Error(), "permissions to access") || strings.Contains(refused.Error(), "can't access at least one of the keys") {
+			return explanations["NOPERM"] + ": ~verve:*"
+		}
 		word, _, _ := strings.Cut(refused.Error(), " ")
 		if s, ok := explanations[strings.ToUpper(word)]; ok {
 			return s
 		}
 		return "Redis refuses"
+	}
+	if _, why, certificate := strings.Cut(err.Error(), "x509: "); certificate {
+		return "the certificate of Redis is refused: " + why
 	}
 	return "Redis is unreachable"
 }
@@ -136,7 +153,7 @@ func explain(err error) string {
 // routes requests to this instance.
 func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
-	policy, failure := r.health.policy, r.health.failure
+	policy, failure, rights := r.health.policy, r.health.failure, r.health.rights
 	r.health.mu.Unlock()
 	if policy != "" {
 		return false, policy
@@ -146,6 +163,9 @@ func (r *Set) Health() (ready bool, reason string) {
 			failure = "Redis is not connected yet"
 		}
 		return r.cfg.FailOpen, failure
+	}
+	if rights != "" {
+		return r.cfg.FailOpen, rights
 	}
 	if r.ledger.standing.Load() == unheard {
 		if failure == "" {
@@ -187,8 +207,10 @@ var policyLine = regexp.MustCompile(`(?m)^maxmemory_policy:(\S+)`)
 func (r *Set) watch() {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
+	reached := make([]bool, len(r.lanes))
 	for {
 		r.checkPolicy()
+		r.checkRights(reached)
 		select {
 		case <-r.closing:
 			return
@@ -228,6 +250,43 @@ func (r *Set) checkPolicy() {
 	}
 	if blind && !wasBlind {
 		r.cfg.Log.Warn().Msg("the Redis user may read neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
+	}
+}
+
+// checkRights looks, without an id, whether the user may do what is needed, and
+// whether each part of the ids has been reached once: what keeps one from being so
+// is a setting, a certificate for instance, and not an outage that passes.
+func (r *Set) checkRights(reached []bool) {
+	ctx, cancel := context.WithTimeout(r.life, watchEvery)
+	defer cancel()
+	reason := ""
+	for i := range r.lanes {
+		if i > 0 && reached[i] {
+			continue // the users of the nodes are alike
+		}
+		a, err := r.call(ctx, r.lanes[i].key, "rights")
+		var refused *rueidis.RedisError
+		switch {
+		case err == nil && a.status == statusLacks:
+			reason = explanations["NOPERM"] + ": " + a.codes
+		case err == nil:
+			reached[i] = true
+		case errors.As(err, &refused) && strings.HasPrefix(explain(err), explanations["NOPERM"]):
+			reason = explain(err)
+		case !reached[i]:
+			reason = explain(err)
+		}
+	}
+	h := &r.health
+	h.mu.Lock()
+	was := h.rights
+	h.rights = reason
+	h.mu.Unlock()
+	switch {
+	case reason != "" && reason != was:
+		r.cfg.Log.Error().Msg(reason + "; not ready until it is changed")
+	case reason == "" && was != "":
+		r.cfg.Log.Info().Str("was", was).Msg("Redis lets this instance do what it needs again")
 	}
 }
 

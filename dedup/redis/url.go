@@ -59,6 +59,11 @@ func redisOption(urls []string) (rueidis.ClientOption, error) {
 		option.Sentinel.TLSConfig = option.TLSConfig
 		option.Sentinel.Dialer.Timeout = dialTimeout
 	}
+	if option.TLSConfig != nil {
+		// The host of the first URL: every node would have to have its certificate.
+		// Without it crypto/tls takes the name of the address that is dialled.
+		option.TLSConfig.ServerName = ""
+	}
 	option.Dialer.Timeout = dialTimeout
 	option.ConnWriteTimeout = replyTimeout
 	option.PipelineMultiplex = -1 // one connection: batches are already large

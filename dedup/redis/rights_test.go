@@ -1,0 +1,107 @@
+package redis
+
+import (
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"verve/dedup"
+	"verve/internal/settest"
+)
+
+// documentedUser is the ACL SETUSER command of docs/instances.md for a user.
+func documentedUser(t *testing.T) []string {
+	t.Helper()
+	page, err := os.ReadFile("../../docs/instances.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := regexp.MustCompile(`ACL SETUSER verve .*`).FindString(string(page))
+	if line == "" {
+		t.Fatal("docs/instances.md has no ACL SETUSER")
+	}
+	return strings.Fields(strings.Replace(line, ">PASSWORD", ">secret", 1))
+}
+
+// TestRedisRightsThatAreMissingAreNamed: the rights that docs/instances.md lists
+// are enough. Without one that is needed the instance is not ready, also without
+// traffic, and says which; it is ready again by itself. What is convenient only may
+// be missing.
+func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
+	server := startRedis(t)
+	if got := server.do(documentedUser(t)...); got != "OK" {
+		t.Fatalf("Redis says of the documented user: %s", got)
+	}
+	r := newRedis(t, server.addr, patient, func(c *Config) { c.URLs = []string{"redis://verve:secret@" + server.addr} })
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "42", dedup.Unique)
+	e.Want(t, r, 0, "a text", dedup.Unique)
+	for _, right := range []string{"+sadd", "+hset", "+zadd", "+unlink", "+sismember", "~verve:*"} {
+		deny, grant := strings.Replace(right, "+", "-", 1), right
+		if right[0] == '~' {
+			deny = "resetkeys"
+		}
+		server.do("ACL", "SETUSER", "verve", deny)
+		until(t, "it names "+right, func() bool {
+			ready, reason := r.Health()
+			return !ready && strings.Contains(reason, right)
+		})
+		server.do("ACL", "SETUSER", "verve", grant)
+		until(t, "it is ready again with "+right, func() bool {
+			ready, _ := r.Health()
+			return ready
+		})
+	}
+	server.do("ACL", "SETUSER", "verve", "-info", "-config|get", "-role", "-fcall", "-function|load")
+	server.do("FUNCTION", "FLUSH")
+	e.Want(t, r, 0, "43", dedup.Unique)
+	until(t, "ids are taken without what is convenient", func() bool {
+		ready, _ := r.Health()
+		return ready
+	})
+	if n, exact := sealed(t, e, r, 0); n != 3 || !exact {
+		t.Errorf("sealed %d, exact %t; want 3, true", n, exact)
+	}
+}
+
+// TestEveryCommandIsDocumented: what the code sends is in the documented user's
+// rights, and looked into.
+func TestEveryCommandIsDocumented(t *testing.T) {
+	ledger, err := os.ReadFile("ledger.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	function, err := os.ReadFile("function.lua")
+	if err != nil {
+		t.Fatal(err)
+	}
+	granted := documentedUser(t)
+	command := regexp.MustCompile(`(?:call|try)\('([A-Z]+)'`)
+	for _, m := range command.FindAllStringSubmatch(string(ledger)+string(function), -1) {
+		if name := strings.ToLower(m[1]); !slices.Contains(granted, "+"+name) {
+			t.Errorf("docs/instances.md does not grant +%s", name)
+		} else if name != "info" && !strings.Contains(string(function), "{'"+m[1]+"'") {
+			t.Errorf("%s is not looked into", m[1])
+		}
+	}
+}
+
+// TestEachNodeIsCheckedByItsOwnName: the nodes of a cluster, and Sentinels, have
+// certificates for the address that each is dialled at, not for the first one's.
+func TestEachNodeIsCheckedByItsOwnName(t *testing.T) {
+	for _, urls := range [][]string{
+		{"rediss://one:6379"},
+		{"rediss://one:6379", "rediss://two:6379"},
+		{"rediss-sentinel://one:26379?master_set=m", "rediss-sentinel://two:26379"},
+	} {
+		o, err := redisOption(urls)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if o.TLSConfig == nil || o.TLSConfig.ServerName != "" || o.Sentinel.TLSConfig != nil && o.Sentinel.TLSConfig.ServerName != "" {
+			t.Errorf("%v: TLS %+v, of Sentinels %+v; want no name", urls, o.TLSConfig, o.Sentinel.TLSConfig)
+		}
+	}
+}
