@@ -290,6 +290,11 @@ func (p *program) openRecords() (err error) {
 		p.closers = append(p.closers, func() { _ = p.shared.Close() })
 		to.Scope, to.Claims = stream.ScopeGroup, p.shared.Ledger()
 	}
+	if p.shared != nil {
+		if err := p.publishLeft(to); err != nil {
+			return err
+		}
+	}
 	if p.records, err = stream.New(to, p.spool); err != nil {
 		return err
 	}
@@ -298,6 +303,35 @@ func (p *program) openRecords() (err error) {
 		p.group, err = redis.NewGroup(p.shared.Ledger(), p.records, p.log)
 	}
 	return err
+}
+
+// leftWait bounds how long a start waits for room for what an earlier process left.
+const leftWait = 5 * time.Second
+
+// publishLeft publishes, as records of this instance, what an earlier process has
+// counted in memory in the data directory and could not publish.
+func (p *program) publishLeft(to stream.Config) error {
+	to.Scope, to.Claims = stream.ScopeInstance, nil
+	records, err := stream.New(to, p.spool)
+	if err != nil {
+		return err
+	}
+	defer records.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), leftWait)
+	defer cancel()
+	left := dedup.Config{Dir: p.cfg.epochsDir(), Publisher: p.spool.Identity()}
+	err = dedup.PublishLeft(left, p.spool.Published(), func(c counter.Count) error {
+		if err := records.Publish(ctx, c); err != nil {
+			return fmt.Errorf("the window of %s with %d ids: %w", c.Start.Format(time.RFC3339Nano), c.Unique, err)
+		}
+		p.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).Bool("exact", c.Exact).
+			Msg("a window that was counted in memory, before --dedup=redis, is published for this instance")
+		return nil
+	})
+	if err != nil { // it stays for a start with --dedup=memory
+		p.log.Warn().Err(err).Str("dir", left.Dir).Msg("what was counted in memory, before --dedup=redis, is not published")
+	}
+	return nil
 }
 
 // openCounter makes the counter and, in memory mode, the set that it counts in.

@@ -173,3 +173,24 @@ func (j *journal) recreate() {
 // slotLate is how long after the beginning of its epoch a slot is on the disk,
 // however busy that is.
 const slotLate = 2 * time.Second
+
+// PublishLeft publishes what earlier processes have left in cfg.Dir, for a process
+// that does not keep its ids there. Without a directory it does nothing. A window
+// that is still running can go on there, with its ids, in a later process.
+func PublishLeft(cfg Config, published map[string]counter.Published, publish func(counter.Count) error) error {
+	if cfg.Dir == "" || (&journal{dir: cfg.Dir}).isNew() {
+		return nil
+	}
+	m := &Memory{cfg: cfg, check: make(chan struct{}, 1)}
+	if err := m.openJournal(); err != nil {
+		return err
+	}
+	defer m.journal.close(true) // what it says of the disk is in broken
+	for _, l := range m.Past(published).Left {
+		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, SealedAt: time.Now().UTC()}); err != nil {
+			return err
+		}
+		m.journal.end(l.State.(slotOf))
+	}
+	return nil
+}
