@@ -168,7 +168,7 @@ func (b *boltStore) init() error {
 	if empty {
 		err := b.update(func(tx *bolt.Tx) error {
 			for _, name := range [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison} {
-				if _, err := tx.CreateBucket(name); err != nil {
+				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 					return err
 				}
 			}

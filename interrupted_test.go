@@ -1,0 +1,71 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// TestInterruptedCallsAreRepeated: signals may interrupt the system calls that keep
+// ids and records, at the start and while running. Every second one is, first the
+// odd ones and then the even ones: ids are answered, counted and found again.
+func TestInterruptedCallsAreRepeated(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), "strace") {
+			t.Fatalf("VERVE_TEST_REQUIRE asks for strace: %v", err)
+		}
+		t.Skip("no strace to interrupt system calls with")
+	}
+	for _, call := range []string{"fallocate", "flock", "fsync", "msync", "fdatasync", "madvise", "openat", "ftruncate", "renameat"} {
+		for first := 1; first <= 2; first++ {
+			t.Run(fmt.Sprint(call, " from ", first), func(t *testing.T) {
+				t.Parallel()
+				interruptEverySecond(t, strace, call, first)
+			})
+		}
+	}
+}
+
+func interruptEverySecond(t *testing.T, strace, call string, first int) {
+	dir := t.TempDir()
+	for life := range 2 {
+		cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1s", "--data-dir="+dir)
+		cmd.Args = append([]string{
+			strace, "-D", "-f", "-qq", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace=" + call,
+			"-e", fmt.Sprintf("inject=%s:error=EINTR:when=%d+2", call, first), cmd.Path,
+		}, cmd.Args[1:]...)
+		cmd.Path = strace
+		v := startCmd(t, cmd)
+		for window := range 2 {
+			for i := range 3 {
+				id := fmt.Sprintf("%s-%d-%d-%d", call, life, window, i)
+				if status, body := v.get(v.public + "/api/verve/accept?id=" + id); status != 200 {
+					t.Errorf("id %s: got %d %s, want 200", id, status, body)
+				}
+			}
+			v.until(`"message":"window published"`)
+		}
+		if code := v.stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+		}
+		for _, line := range v.lines {
+			if strings.Contains(line, `"level":"error"`) {
+				t.Errorf("%s", line)
+			}
+		}
+	}
+	sum := 0
+	for _, r := range records(t, filepath.Join(dir, "counts.jsonl")) {
+		sum += r.Unique
+	}
+	if sum != 12 {
+		t.Errorf("the records add up to %d, want 12", sum)
+	}
+}
