@@ -583,11 +583,15 @@ func TestKafkaRestartAfterANewName(t *testing.T) {
 		sp := testSpool(t, dir)
 		appendWithSink(t, sp)
 		sp.Close()
-		sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve", Instance: "host-2"})
+		var log bytes.Buffer
+		sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve", Instance: "host-2", Log: zerolog.New(&log)})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer sp.Close()
+		if got := log.String(); !strings.Contains(got, `"before":"host-1","instance":"host-2","records":10`) {
+			t.Errorf("the log: %s", got)
+		}
 		s, err := New(Config{Scope: ScopeInstance, Kafka: cfg}, sp)
 		if err != nil {
 			t.Fatal(err)

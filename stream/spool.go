@@ -204,18 +204,24 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		s.markPath = filepath.Join(cfg.Dir, markFile)
 		s.mark = readMark(s.markPath)
 	}
-	if err := s.load(cfg.Instance); err != nil {
+	before, err := s.load(cfg.Instance)
+	if err != nil {
 		s.store.close()
 		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	if before != "" && before != s.instance {
+		cfg.Log.Warn().Str("before", before).Str("instance", s.instance).Int("records", s.pending).
+			Msg("the data directory had another --instance: what it left is delivered under its name, each record once")
 	}
 	return s, nil
 }
 
-// load takes over what the store knows and settles the instance's name.
-func (s *Spool) load(instance string) error {
+// load takes over what the store knows, settles the name of the instance, and returns the
+// one that it had before.
+func (s *Spool) load(instance string) (before string, err error) {
 	st, err := s.store.load()
 	if err != nil {
-		return err
+		return "", err
 	}
 	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
 	s.pending, s.poison = st.pending, st.poison
@@ -225,12 +231,12 @@ func (s *Spool) load(instance string) error {
 			err = checkName("host name", s.instance)
 		}
 		if err != nil {
-			return fmt.Errorf("no instance name: %w", err)
+			return "", fmt.Errorf("no instance name: %w", err)
 		}
 	}
 	if st.instance != s.instance {
 		if err := s.store.keepInstance(s.instance); err != nil {
-			return fmt.Errorf("keep the instance name: %w", err)
+			return "", fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
 	if s.mark.Identity != "" && s.mark.Seq > s.series[s.mark.Identity].seq {
@@ -241,16 +247,16 @@ func (s *Spool) load(instance string) error {
 		s.keepMark(s.Identity(), own)
 	}
 	if err := s.refreshOldest(); err != nil {
-		return err
+		return "", err
 	}
 	tail, err := s.store.scan(s.head-min(s.head, recentWindows), s.head, recentWindows)
 	if err != nil {
-		return err
+		return "", err
 	}
 	for _, e := range tail {
 		s.remember(e.record.WindowStart, e.index)
 	}
-	return nil
+	return st.instance, nil
 }
 
 // Instance is the name in use.
