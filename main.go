@@ -59,6 +59,9 @@ const (
 var version = ""
 
 func main() {
+	// After a panic Go exits with 2, which is for bad settings here: service managers
+	// do not start again after it. With this setting a panic ends in SIGABRT.
+	debug.SetTraceback("crash")
 	err := run(os.Args[1:], os.Stdout, os.Stderr)
 	if err == nil {
 		return
@@ -103,7 +106,7 @@ func versionText() string {
 		return version
 	}
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
+		return strings.TrimPrefix(info.Main.Version, "v") // as in a release
 	}
 	return "(devel)"
 }

@@ -25,6 +25,9 @@ import (
 // with its signals and exit codes.
 func TestMain(m *testing.M) {
 	if os.Getenv("VERVE_TEST_BE_VERVE") == "1" {
+		if os.Getenv("TEST_PANIC") != "" {
+			time.AfterFunc(time.Second, func() { panic("as the test wants it") })
+		}
 		main()
 		os.Exit(0)
 	}

@@ -343,3 +343,14 @@ func TestSecondSignalCutsTheShutdownDelay(t *testing.T) {
 		t.Errorf("exit code %d, want %d", code, exitFailed)
 	}
 }
+
+// TestCrashIsNoBadSetting: after exit code 2 a service manager does not start the
+// server again, so a crash must end in another way.
+func TestCrashIsNoBadSetting(t *testing.T) {
+	cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
+	cmd.Env = append(cmd.Env, "TEST_PANIC=1")
+	out, _ := cmd.CombinedOutput() // how it ended is in the state
+	if status := cmd.ProcessState.Sys().(syscall.WaitStatus); !status.Signaled() {
+		t.Errorf("%v, want an end by a signal; it printed\n%s", cmd.ProcessState, out)
+	}
+}
