@@ -36,6 +36,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"go.etcd.io/bbolt":            {"stream"},
 		"github.com/alecthomas/kong":  {".", "bench"},
 	}
+	module := modulePath(t)
 	forEachProductFile(t, parser.ImportsOnly, func(path string, f *ast.File) {
 		dir := filepath.ToSlash(filepath.Dir(path))
 		room := dir // the nearest folder with a rule
@@ -55,7 +56,7 @@ func TestImportsPointOneWay(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if ours, is := strings.CutPrefix(imported, "verve/"); is {
+			if ours, is := strings.CutPrefix(imported, module+"/"); is {
 				fits := func(a string) bool {
 					return ours == a || strings.HasSuffix(a, "/") && strings.HasPrefix(ours, a) ||
 						a == "bench" && strings.HasPrefix(ours, "bench/")
@@ -75,6 +76,21 @@ func TestImportsPointOneWay(t *testing.T) {
 			}
 		}
 	})
+}
+
+// modulePath is the path of this module, which make module changes.
+func modulePath(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, _, _ := strings.Cut(string(b), "\n")
+	path, ok := strings.CutPrefix(line, "module ")
+	if !ok {
+		t.Fatalf("go.mod begins with %q", line)
+	}
+	return path
 }
 
 // forEachProductFile parses every Go file of this module that is no test.
