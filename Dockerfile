@@ -40,6 +40,6 @@ ENV VERVE_ADMIN_LISTEN=:8081
 EXPOSE 8080 8081
 
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=3s --start-period=30s --retries=3 \
     CMD ["/verve", "healthcheck"]
 ENTRYPOINT ["/verve"]

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -139,7 +140,8 @@ func TestContainersArePinnedAndConfined(t *testing.T) {
 			t.Errorf("%s: got security_opt %v, want no-new-privileges:true", name, s.SecurityOpt)
 		}
 		for other, d := range s.DependsOn {
-			if d.Condition != "service_healthy" || len(f.Services[other].Healthcheck.Test) == 0 {
+			checked := len(f.Services[other].Healthcheck.Test) > 0 || f.Services[other].Build != "" // by the Dockerfile
+			if d.Condition != "service_healthy" || !checked {
 				t.Errorf("%s waits for %s to be %q, want service_healthy and a check for it", name, other, d.Condition)
 			}
 		}
@@ -182,11 +184,6 @@ type container struct {
 	StartupProbe   probe `yaml:"startupProbe"`
 	LivenessProbe  probe `yaml:"livenessProbe"`
 	ReadinessProbe probe `yaml:"readinessProbe"`
-	Lifecycle      struct {
-		PreStop struct {
-			Sleep struct{ Seconds int }
-		} `yaml:"preStop"`
-	}
 	SecurityContext securityContext `yaml:"securityContext"`
 	VolumeMounts    []struct {
 		MountPath string `yaml:"mountPath"`
@@ -274,9 +271,9 @@ func TestPodIsConfinedAndStopsInOrder(t *testing.T) {
 	pod, c := set.Template.Spec, set.Template.Spec.Containers[0]
 	cfg := parseSettings(t, podSettings(t, "base"))
 
-	own := int(cfg.ShutdownTimeout.Seconds()) + c.Lifecycle.PreStop.Sleep.Seconds
-	if c.Lifecycle.PreStop.Sleep.Seconds == 0 || pod.Grace <= own {
-		t.Errorf("got %d s until the kubelet kills the server, want more than its own %d s after a pause before SIGTERM", pod.Grace, own)
+	own := cfg.ShutdownDelay + cfg.ShutdownTimeout
+	if grace := time.Duration(pod.Grace) * time.Second; cfg.ShutdownDelay == 0 || grace <= own {
+		t.Errorf("got %v until the kubelet kills the server, want more than its own %v, with a delay", grace, own)
 	}
 	for path, p := range map[string]probe{"/healthz": c.LivenessProbe, "/readyz": c.ReadinessProbe} {
 		if p.HTTPGet.Path != path || p.HTTPGet.Port != "admin" {
@@ -365,5 +362,45 @@ func TestUnitRestartsAndStopsInOrder(t *testing.T) {
 	}
 	if u["StateDirectory"] == "" || cfg.DataDir != "%S/"+u["StateDirectory"] {
 		t.Errorf("the data directory %s is not the state directory %s", cfg.DataDir, u["StateDirectory"])
+	}
+}
+
+// TestFilesNameOneVersion: the release's, which the workflow compares with the tag.
+func TestFilesNameOneVersion(t *testing.T) {
+	find := func(file, pattern string) string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := regexp.MustCompile(pattern).FindSubmatch(b)
+		if m == nil {
+			t.Fatalf("%s names no version", file)
+		}
+		return string(m[1])
+	}
+	api := find("docs/openapi.yaml", `(?m)^  version: (\S+)$`)
+	image := find("deploy/kubernetes/base/kustomization.yaml", `(?m)^    newTag: (\S+)$`)
+	if api != image {
+		t.Errorf("the interface has version %s, the manifests %s", api, image)
+	}
+}
+
+// TestOperatorHasTheSameAlerts as everybody else: make rules copies them.
+func TestOperatorHasTheSameAlerts(t *testing.T) {
+	read := func(file string, to any) {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := yaml.Unmarshal(b, to); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+	}
+	var plain struct{ Groups any }
+	var operator struct{ Spec struct{ Groups any } }
+	read("deploy/prometheus/verve.rules.yml", &plain)
+	read("deploy/kubernetes/monitoring/rules.yaml", &operator)
+	if plain.Groups == nil || !reflect.DeepEqual(plain.Groups, operator.Spec.Groups) {
+		t.Error("deploy/kubernetes/monitoring/rules.yaml is not verve.rules.yml: run make rules")
 	}
 }
