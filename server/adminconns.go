@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// adminSendBuffer bounds what the kernel holds for a reader that does not read, and
-// with that how long it is until a write waits.
+// adminSendBuffer bounds what the kernel holds for a client that does not read, and
+// with that the time until a write waits.
 const adminSendBuffer = 16 << 10
 
 // adminCrowd bounds the connections of the admin listener. One too many ends the one

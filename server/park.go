@@ -55,9 +55,9 @@ func (s *Server) attend(c *conn) {
 	}
 }
 
-// await returns when a request begins, or when a connection that never sent one is to
-// be told so. It reads one byte: that the socket has some cannot be known otherwise on
-// every system.
+// await returns when a request begins, or when a connection without one has been open
+// for too long and is to be answered 408. It reads one byte: no other way to learn that
+// the socket has some works on every system.
 func (c *conn) await() error {
 	if c.owner.stopping.Load() {
 		_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
@@ -130,8 +130,9 @@ type beneath struct {
 func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
 
 // goesOn reports whether a read that was ended for parking alone may be taken up
-// again. The deadline goes first: who stops the connection for good says so, and then
-// sets the deadline again.
+// again. It clears the deadline before it looks at stopped, which stopReading sets
+// before the deadline: an end that comes meanwhile is either seen here or has its
+// deadline after this one.
 func (c *conn) goesOn(err error) bool {
 	_ = c.raw.SetReadDeadline(time.Time{})
 	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load() && !c.owner.stopping.Load()
