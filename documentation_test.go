@@ -40,10 +40,10 @@ func help(t *testing.T, args ...string) string {
 
 var flagName = regexp.MustCompile(`--([a-z][a-z0-9-]+)`)
 
-// TestReadmeHasEverySetting, and none that is gone.
-func TestReadmeHasEverySetting(t *testing.T) {
-	readme := pages(t)["README.md"]
-	_, table, ok := strings.Cut(readme, "\n| flag |")
+// TestSettingsPageHasEverySetting, and no other.
+func TestSettingsPageHasEverySetting(t *testing.T) {
+	page := pages(t)["docs/settings.md"]
+	_, table, ok := strings.Cut(page, "\n| flag |")
 	if !ok {
 		t.Fatal("there is no table of settings")
 	}
@@ -187,3 +187,11 @@ var (
 	otherFlags   = []string{"profile"}
 	otherMetrics = []string{"verve_ok", "verve_duplicate", "verve_wrong_answer"}
 )
+
+// TestReadmeCanBeReadAtOnce: what does not fit goes to docs/.
+func TestReadmeCanBeReadAtOnce(t *testing.T) {
+	const most = 1800
+	if n := len(strings.Fields(pages(t)["README.md"])); n > most {
+		t.Errorf("README.md has %d words, want %d at most", n, most)
+	}
+}
