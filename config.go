@@ -87,6 +87,9 @@ type config struct {
 
 	MaxConns           int           `placeholder:"N" help:"Connections open at once; more are answered 503. Default: what the limits of descriptors and of memory allow, at most ${maxConns}." group:"Limits"`
 	MaxConnsPerAddress int           `default:"0" help:"Of them, those of one client address, for IPv6 of one /64 network; 0: no limit, as is right behind a load balancer." group:"Limits"`
+	MaxBatchIDs        int           `name:"max-batch-ids" placeholder:"N" help:"Ids in one batch; a larger one is answered 413. Default: ${maxBatchIDs}." group:"Limits"`
+	MaxBatchBytes      int           `placeholder:"N" help:"Bytes of one batch, after decompression. Default: ${maxBatchBytes}." group:"Limits"`
+	CORSOrigin         []string      `name:"cors-origin" sep:"none" help:"Origin whose web pages may read answers, such as https://example.com, or *; repeatable. A page may send ids without it." placeholder:"ORIGIN" group:"Limits"`
 	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Time for a request to arrive and for an answer to be taken." group:"Limits"`
 	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Time between two requests of a connection." group:"Limits"`
 	ShutdownDelay      time.Duration `default:"0s" help:"Time at a stop in which /readyz says no and ids are still counted, so that load balancers send requests elsewhere before any is refused. It comes before --shutdown-timeout." group:"Limits"`
@@ -144,6 +147,8 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 			"cleanupInterval": dedup.DefaultCleanupInterval.String(),
 			"cleanupBatch":    fmt.Sprint(dedup.DefaultCleanupBatch),
 			"maxConns":        fmt.Sprint(server.DefaultMaxConns),
+			"maxBatchIDs":     fmt.Sprint(server.DefaultMaxBatchIDs),
+			"maxBatchBytes":   fmt.Sprint(server.DefaultMaxBatchBytes),
 			"slowTimeout":     server.DefaultSlowTimeout.String(),
 			"idleTimeout":     server.DefaultIdleTimeout.String(),
 		},
@@ -604,6 +609,7 @@ func (c *config) front() server.Config {
 	return server.Config{
 		Uint64IDs: c.IDFormat == "uint64", DuplicateStatus: c.DuplicateStatus, WindowHeader: c.WindowHeader,
 		MaxConns: c.MaxConns, MaxConnsPerAddress: c.MaxConnsPerAddress, SlowTimeout: c.SlowTimeout, IdleTimeout: c.IdleTimeout,
+		MaxBatchIDs: c.MaxBatchIDs, MaxBatchBytes: c.MaxBatchBytes, CORSOrigins: c.CORSOrigin,
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"verve/counter"
 	"verve/dedup"
 	"verve/dedup/redis"
+	"verve/internal/settest"
 	"verve/stream"
 )
 
@@ -91,7 +92,7 @@ func (s *skewed) accept(id string) (window time.Time, unique bool, err error) {
 		if !open {
 			return time.Time{}, false, errors.New("sealed")
 		}
-		v, err := s.set.Add(in.Epoch, []byte(id), s.set.Key([]byte(id)))
+		v, err := settest.AddTo(s.set, in.Epoch, []byte(id))
 		outcome := counter.Void
 		if err == nil && v == dedup.Unique {
 			outcome = counter.Unique

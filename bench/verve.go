@@ -48,55 +48,40 @@ func NewVerve(expect Sizes) *Verve {
 }
 
 // Add is the counting part of the server's handler.
-func (v *Verve) Add(id []byte, writer int) bool {
-	key := v.set.Key(id)
-	for {
-		in, open := v.count.Enter(v.now.Load(), uint64(writer))
-		if !open {
-			panic("bench: Add after Close")
-		}
-		verdict, err := v.set.Add(in.Epoch, id, key)
-		switch {
-		case err != nil:
-			in.Leave(counter.Void)
-			panic(err) // no limit is set
-		case verdict == dedup.Unique:
-			in.Leave(counter.Unique)
-			return true
-		case verdict == dedup.Repeat:
-			in.Leave(counter.Repeat)
-			return false
-		}
-		in.Leave(counter.Void) // the epoch turned: ask in the next
-	}
-}
+func (v *Verve) Add(id []byte, writer int) bool { return v.judge([][]byte{id}, writer) == 1 }
 
 // Together is Verve as it is used for requests that arrive together.
 type Together struct{ *Verve }
 
 // AddMany is the counting part of the server's fast path.
-func (v Together) AddMany(ids [][]byte, writer int) (fresh int) {
-	var made [together]dedup.Key
+func (v Together) AddMany(ids [][]byte, writer int) (fresh int) { return v.judge(ids, writer) }
+
+// judge is Server.judge.
+func (v *Verve) judge(ids [][]byte, writer int) (fresh int) {
+	var made [together]dedup.Item
 	var verdicts [together]dedup.Verdict
 	for i, id := range ids {
-		made[i] = v.set.Key(id)
+		made[i] = dedup.Item{ID: id, Key: v.set.Key(id)}
 	}
-	for keys := made[:len(ids)]; len(keys) > 0; {
-		in, open := v.count.EnterMany(v.now.Load(), uint64(writer), uint64(len(keys)))
+	for items := made[:len(ids)]; len(items) > 0; {
+		in, open := v.count.EnterMany(v.now.Load(), uint64(writer), uint64(len(items)))
 		if !open {
-			panic("bench: AddMany after Close")
+			panic("bench: an id after Close")
 		}
-		n, err := v.set.AddMany(in.Epoch, keys, verdicts[:])
-		if err != nil {
+		of := verdicts[:len(items)]
+		for i := range of {
+			of[i] = dedup.Turned
+		}
+		if err := v.set.AddMany(in.Epoch, items, of); err != nil {
 			panic(err) // no limit is set
 		}
-		var left [2]uint64
-		for _, verdict := range verdicts[:n] {
+		var left [dedup.Verdicts]uint64
+		for _, verdict := range of {
 			left[verdict]++
 		}
-		in.LeaveMany(left[dedup.Unique], left[dedup.Repeat], uint64(len(keys)-n))
+		in.LeaveMany(left[dedup.Unique], left[dedup.Repeat], left[dedup.Turned])
 		fresh += int(left[dedup.Unique])
-		keys = keys[n:] // if the epoch turned, the others ask in the next
+		items = items[uint64(len(items))-left[dedup.Turned]:] // if the epoch turned, the others ask in the next
 	}
 	return fresh
 }

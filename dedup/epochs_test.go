@@ -8,8 +8,19 @@ import (
 	"verve/counter"
 )
 
+// addOne is addTo without an allocation.
+func addOne(m *Memory, e *counter.Epoch, id []byte) (Verdict, error) {
+	items, verdicts := [1]Item{{ID: id, Key: m.Key(id)}}, [1]Verdict{Turned}
+	err := m.AddMany(e, items[:], verdicts[:])
+	return verdicts[0], err
+}
+
 // addTo makes the key of id and adds it.
-func addTo(s Set, e *counter.Epoch, id []byte) (Verdict, error) { return s.Add(e, id, s.Key(id)) }
+func addTo(s Set, e *counter.Epoch, id []byte) (Verdict, error) {
+	verdicts := [1]Verdict{Turned}
+	err := s.AddMany(e, []Item{{ID: id, Key: s.Key(id)}}, verdicts[:])
+	return verdicts[0], err
+}
 
 // nobody publishes nothing: the tests read the counts of the epochs themselves.
 type nobody struct{ counts chan counter.Count }
@@ -94,14 +105,20 @@ type twice struct {
 	t testing.TB
 }
 
-func (s twice) Add(e *counter.Epoch, id []byte, k Key) (Verdict, error) {
-	verdicts := [2]Verdict{Turned, Turned}
-	n, err := s.AddMany(e, []Key{k, k}, verdicts[:])
-	if n == 0 {
-		return Turned, err // Turned, if there is no error
+func (s twice) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) error {
+	two := make([]Item, 0, 2*len(items))
+	for _, it := range items {
+		two = append(two, it, it)
 	}
-	if n == 2 && verdicts[1] != Repeat {
-		s.t.Errorf("id %q twice: %v", id, verdicts)
+	of := make([]Verdict, len(two))
+	for i := range of {
+		of[i] = Turned
 	}
-	return verdicts[0], nil // whatever happened to the second
+	err := s.Memory.AddMany(e, two, of)
+	for i := range items {
+		if verdicts[i] = of[2*i]; verdicts[i] != Turned && verdicts[i] != Full && of[2*i+1] == Unique {
+			s.t.Errorf("id %q twice: %v", items[i].ID, of[2*i:2*i+2])
+		}
+	}
+	return err
 }

@@ -1317,7 +1317,7 @@ func TestKeptAddAllocatesNothing(t *testing.T) {
 		}
 		n := 0
 		if got := testing.AllocsPerRun(len(ids)-1, func() {
-			if v, err := addTo(m, in.Epoch, ids[n]); v != Unique || err != nil {
+			if v, err := addOne(m, in.Epoch, ids[n]); v != Unique || err != nil {
 				t.Fatal(v, err)
 			}
 			n++

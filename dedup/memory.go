@@ -2,7 +2,6 @@ package dedup
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -339,53 +338,42 @@ func (m *Memory) Key(id []byte) Key {
 	return k
 }
 
-// Add implements Set. Where nothing is kept, a batch of one would cost a sixth more
-// (BenchmarkAdd of bench, 50,000 ids).
-func (m *Memory) Add(e *counter.Epoch, _ []byte, k Key) (Verdict, error) {
+// AddMany implements Set.
+func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (err error) {
 	v := e.State.(*View)
-	if v.journal.Load() == nil {
-		p, err := m.insert(e, v, k, 0)
-		if err != nil {
-			return Repeat, m.refused(err)
-		}
-		return verdict(p), nil
-	}
-	answer := [1]Verdict{Turned}
-	if _, err := m.AddMany(e, []Key{k}, answer[:]); err != nil {
-		return Repeat, m.refused(err)
-	}
-	return answer[0], nil
-}
-
-// AddMany implements Batcher. An id that there is no room for is counted when Add
-// is asked for it.
-func (m *Memory) AddMany(e *counter.Epoch, keys []Key, verdicts []Verdict) (judged int, err error) {
-	v := e.State.(*View)
-	if j := v.journal.Load(); j != nil {
+	j := v.journal.Load()
+	if j != nil {
 		w := j.writers.Get().(*writer)
-		judged, err = m.addKept(e, v, j, w, keys, verdicts)
-		j.writers.Put(w)
-		return judged, err
+		defer j.writers.Put(w)
+		return m.addKept(e, v, j, w, items, verdicts)
 	}
 	fresh := uint64(0)
-	for i, k := range keys {
-		p, err := m.insert(e, v, k, fresh)
-		if err != nil || p == turned {
-			return i, err
+	for i := range items {
+		p, cause := m.insert(e, v, items[i].Key, fresh)
+		switch {
+		case cause != nil:
+			verdicts[i] = m.refused(cause)
+			if err == nil {
+				err = cause
+			}
+		case p == turned:
+			return err // so are those behind it
+		default:
+			if verdicts[i] = verdict(p); p == taken {
+				fresh++
+			}
 		}
-		if verdicts[i] = verdict(p); p == taken {
-			fresh++
-		}
-	}
-	return len(keys), nil
-}
-
-// refused counts an id that there was no room for.
-func (m *Memory) refused(err error) error {
-	if !errors.Is(err, ErrUnavailable) {
-		m.fulls.Add(1)
 	}
 	return err
+}
+
+// refused counts an id that there was no room for, and returns its verdict.
+func (m *Memory) refused(err error) Verdict {
+	v := refusal(err)
+	if v == Full {
+		m.fulls.Add(1)
+	}
+	return v
 }
 
 // addKept is AddMany with a journal. A key has room there before it goes into
@@ -393,30 +381,45 @@ func (m *Memory) refused(err error) error {
 // answered: a kill in between is one of a request that nobody has an answer to.
 //
 // The journal is mapped memory, and faults as the disk under it fails. To be
-// ready for that costs as much as a record: a batch pays it once.
-func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, keys []Key, verdicts []Verdict) (n int, err error) {
+// ready for that costs as much as a record: a batch pays it once. After a fault
+// nothing more is judged.
+func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items []Item, verdicts []Verdict) (err error) {
+	n := 0
+	defer func() {
+		if err != nil && j.broken.Load() != nil {
+			for ; n < len(items); n++ {
+				verdicts[n] = Unavailable
+			}
+		}
+	}()
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	fresh := uint64(0)
-	for ; n < len(keys); n++ {
-		k := keys[n]
+	for ; n < len(items); n++ {
+		k := items[n].Key
 		var p place
-		c, err := j.reserve(w, v.serial, int(k.kind))
-		if err == nil {
-			p, err = m.insert(e, v, k, fresh)
+		c, cause := j.reserve(w, v.serial, int(k.kind))
+		if cause == nil {
+			p, cause = m.insert(e, v, k, fresh)
 		} else {
-			p, err = m.lookFull(v, int(k.kind), k.hi, k.lo, err)
+			p, cause = m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
 		}
-		if err != nil || p == turned {
-			return n, err
-		}
-		if p == taken {
+		switch {
+		case cause != nil:
+			verdicts[n] = m.refused(cause)
+			if err == nil {
+				err = cause
+			}
+			continue
+		case p == turned:
+			return err // so are those behind it
+		case p == taken:
 			c.append(k)
 			fresh++
 		}
 		verdicts[n] = verdict(p)
 	}
-	return n, nil
+	return err
 }
 
 // insert adds a key to its table. fresh ids that came with it are in there and not

@@ -543,7 +543,7 @@ func TestAddAllocatesNothing(t *testing.T) {
 		} {
 			if n := testing.AllocsPerRun(2000, func() {
 				in, _ := e.Enter(e.at(0), 0)
-				v, err := addTo(m, in.Epoch, id())
+				v, err := addOne(m, in.Epoch, id())
 				if err != nil || v == Turned {
 					t.Error(v, err)
 				}
@@ -555,9 +555,9 @@ func TestAddAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestAddManyAgreesWithAdd brings the same ids, of all kinds and with repeats
+// TestAddManyAgreesWithAddsOfOne brings the same ids, of all kinds and with repeats
 // within a batch, one by one to one store and in batches to another.
-func TestAddManyAgreesWithAdd(t *testing.T) {
+func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 	for _, maxIDs := range []uint64{0, 3000, 1 << 20} {
 		one, many := newMemory(t, Config{MaxIDs: maxIDs}), newMemory(t, Config{MaxIDs: maxIDs, Dir: fastDir(t)})
 		e, f := newEpochs(t, one), newEpochs(t, many)
@@ -577,26 +577,22 @@ func TestAddManyAgreesWithAdd(t *testing.T) {
 					}
 				}
 				in, _ := f.EnterMany(f.at(turn), 0, uint64(len(ids)))
-				verdicts := make([]Verdict, len(ids)+1)
-				keys := make([]Key, len(ids))
+				verdicts := make([]Verdict, len(ids))
+				items := make([]Item, len(ids))
 				for i, id := range ids {
-					keys[i] = many.Key(id)
+					items[i], verdicts[i] = Item{ID: id, Key: many.Key(id)}, Turned
 				}
-				n, err := many.AddMany(in.Epoch, keys, verdicts)
-				var left [2]uint64
-				for i := range n {
-					left[verdicts[i]]++
-					e.want(t, one, turn, string(ids[i]), verdicts[i])
-				}
-				in.LeaveMany(left[Unique], left[Repeat], uint64(len(ids)-n))
-				if n == len(ids) {
-					if err != nil {
-						t.Fatal(err)
+				err := many.AddMany(in.Epoch, items, verdicts)
+				var left [Verdicts]uint64
+				for i, v := range verdicts {
+					left[v]++
+					if got, cause := e.add(t, one, turn, string(ids[i])); got != v || (v == Full) != errors.Is(cause, ErrFull) {
+						t.Fatalf("id %q: %v in a batch; %v, %v alone", ids[i], v, got, cause)
 					}
-					continue
 				}
-				if _, want := e.add(t, one, turn, string(ids[n])); !errors.Is(err, ErrFull) || !errors.Is(want, ErrFull) {
-					t.Fatalf("id %q: AddMany says %v, Add %v", ids[n], err, want)
+				in.LeaveMany(left[Unique], left[Repeat], left[Full])
+				if left[Turned]+left[Unavailable] > 0 || (left[Full] > 0) != errors.Is(err, ErrFull) {
+					t.Fatalf("%v, %v", verdicts, err)
 				}
 			}
 			if a, b := e.Last().Unique(), f.Last().Unique(); a != b || a == 0 {
@@ -640,17 +636,17 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 	for _, dir := range []string{"", fastDir(t)} {
 		m := newMemory(t, Config{Expect: 100_000, Dir: dir})
 		e := newEpochs(t, m)
-		id, keys, verdicts := make([]byte, 0, 20), make([]Key, 20), make([]Verdict, 20)
+		id, items, verdicts := make([]byte, 0, 20), make([]Item, 20), make([]Verdict, 20)
 		n := uint64(0)
 		if got := testing.AllocsPerRun(2000, func() {
-			for i := range keys {
+			for i := range items {
 				n++
 				id = strconv.AppendUint(id[:0], n, 10)
-				keys[i] = m.Key(id)
+				items[i].Key, verdicts[i] = m.Key(id), Turned
 			}
 			in, _ := e.EnterMany(e.at(0), 0, 20)
-			if n, err := m.AddMany(in.Epoch, keys, verdicts); n != 20 || err != nil {
-				t.Fatal(n, err)
+			if err := m.AddMany(in.Epoch, items, verdicts); verdicts[19] != Unique || err != nil {
+				t.Fatal(verdicts, err)
 			}
 			in.LeaveMany(20, 0, 0)
 		}); got != 0 {
@@ -788,7 +784,7 @@ func TestStatsTellHowManyIDsFit(t *testing.T) {
 	m.Open(e)
 	for i := range 100_000 {
 		id := fmt.Appendf(nil, "text %d", i)
-		if _, err := m.Add(e, id, m.Key(id)); err != nil {
+		if _, err := addTo(m, e, id); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -14,7 +14,7 @@ func BenchmarkAddMany(b *testing.B) {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			m := newMemory(b, Config{Expect: ids})
 			e := newEpochs(b, m)
-			id, keys, verdicts := make([]byte, 0, 20), make([]Key, size), make([]Verdict, size)
+			id, items, verdicts := make([]byte, 0, 20), make([]Item, size), make([]Verdict, size)
 			n, window := 0, 0
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
@@ -24,13 +24,13 @@ func BenchmarkAddMany(b *testing.B) {
 				if n += size; n > ids {
 					n, window = 0, window+1
 				}
-				for j := range keys {
+				for j := range items {
 					id = strconv.AppendUint(id[:0], uint64(n+j)*7, 10)
-					keys[j] = m.Key(id)
+					items[j].Key = m.Key(id)
 				}
 				in, _ := e.EnterMany(e.at(window), 0, uint64(size))
-				if n, err := m.AddMany(in.Epoch, keys, verdicts); n != size || err != nil || verdicts[0] != Unique {
-					b.Fatal(n, err, verdicts)
+				if err := m.AddMany(in.Epoch, items, verdicts); err != nil || verdicts[size-1] != Unique {
+					b.Fatal(err, verdicts)
 				}
 				in.LeaveMany(uint64(size), 0, 0)
 			}

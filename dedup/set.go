@@ -5,7 +5,7 @@
 // part of the key: nothing is cleared at a turn, and what past epochs left is
 // reclaimed in the background.
 //
-// server calls Add between entering and leaving an epoch of package counter.
+// server calls AddMany between entering and leaving an epoch of package counter.
 package dedup
 
 import (
@@ -26,7 +26,27 @@ const (
 	// Turned: the epoch ended while the id was looked for, and its place is in
 	// use by a later one. Nothing was added; ask again in the open epoch.
 	Turned
+	// Full: there is no room for another id in this epoch.
+	Full
+	// Unavailable: ids can neither be added nor looked for now.
+	Unavailable
+
+	Verdicts = iota // how many there are
 )
+
+// refusal is the verdict on an id that could not be judged because of err.
+func refusal(err error) Verdict {
+	if errors.Is(err, ErrFull) {
+		return Full
+	}
+	return Unavailable
+}
+
+// Item is an id to be judged.
+type Item struct {
+	ID  []byte // 1 to 256 bytes
+	Key Key    // Set.Key(ID)
+}
 
 // ErrFull says that there is no room for another id in this epoch. Ids already
 // in it are still found.
@@ -37,22 +57,24 @@ var ErrUnavailable = errors.New("dedup: unavailable")
 
 // Set is the contract of every store of ids.
 //
-// All methods are safe for concurrent use, with one rule: Add is called only
-// by a request inside e, after Open(e) and before Retire(e).
+// All methods are safe for concurrent use, with one rule: AddMany is called
+// only by requests inside e, after Open(e) and before Retire(e).
 type Set interface {
-	// Store: Open prepares e before its first Add, Retire follows its last.
+	// Store: Open prepares e before its first AddMany, Retire follows its last.
 	counter.Store
 
-	// Key returns the key of id, and has what Add will look at brought near: that is
-	// under way while the caller enters an epoch, or asks for other keys. It may be
+	// Key returns the key of id and prefetches the cache line that AddMany will read,
+	// so that the miss overlaps with entering the epoch and with other keys. It may be
 	// called outside of an epoch, once one was opened.
 	Key(id []byte) Key
 
-	// Add adds id, of which k is the key, to e and says whether it was new. After
-	// an error it was not added, as far as can be known, and the request must
-	// count nothing: ErrFull, ErrUnavailable, or either with its reason.
-	// It keeps no reference to id. It does not retry what failed.
-	Add(e *counter.Epoch, id []byte, k Key) (Verdict, error)
+	// AddMany judges items, each on its own and in their order, and writes its verdicts
+	// into verdicts, which is as long and holds Turned everywhere. An item that is
+	// Full or Unavailable was not added, as far as can be known, and counts nothing;
+	// err is the reason of the first of them. An item that stays Turned was not added:
+	// its request asks again in the open epoch. The same id twice is judged twice.
+	// Nothing of items is kept.
+	AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) error
 
 	// Run does the work in the background until ctx ends: growing, resizing and
 	// reclaiming. Without it a Set is slower and larger, and may after many
@@ -62,21 +84,8 @@ type Set interface {
 	// Stats returns a snapshot for the metrics.
 	Stats() Stats
 
-	// Close lets go of memory and connections. No Open, Add or Run may follow.
+	// Close lets go of memory and connections. No Open, AddMany or Run may follow.
 	Close() error
-}
-
-// Batcher is a Set that takes ids which arrive together faster than one by one.
-type Batcher interface {
-	Set
-
-	// AddMany adds the ids of keys in their order, as so many calls of Add would,
-	// and puts what it says of each into verdicts, which is at least as long. It
-	// returns how many it has judged. If those are not all, of the next one Add
-	// would have said the error that is returned, or with none Turned; that id and
-	// those after it were not added, and are for the caller to bring again. Of a
-	// verdict not yet judged it writes nothing.
-	AddMany(e *counter.Epoch, keys []Key, verdicts []Verdict) (judged int, err error)
 }
 
 // Stats describes a Set. What a store does not have is zero.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"errors"
+	"io"
 
 	"github.com/valyala/fasthttp"
 
@@ -46,9 +47,9 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 }
 
 // expect answers a request with "Expect: 100-continue" without asking for its
-// body, unless it goes to the sink. fasthttp writes the answer and closes.
+// body, unless it goes where one is taken. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
-	if path, _, _ := splitTarget(ctx.Request.Header.RequestURI()); ctx.IsPost() && string(path) == SinkPath {
+	if path, _, _ := splitTarget(ctx.Request.Header.RequestURI()); ctx.IsPost() && (string(path) == SinkPath || string(path) == acceptPath) {
 		return fasthttp.StatusContinue
 	}
 	s.handle(ctx)
@@ -60,12 +61,20 @@ func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 // with 4xx or 503 has counted nothing.
 func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) {
 	h := &ctx.Request.Header
+	body := lines.encoding || h.ContentLength() > 0 // or chunks, even if they are empty
+	if s.preflight(ctx) {
+		return
+	}
+	page := s.allowOrigin(ctx)
 	switch {
 	case !h.IsGet() && !h.IsPost():
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, POST")
 		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
 		return
-	case lines.encoding || h.ContentLength() > 0: // a body, or chunks, even if they were empty
+	case h.ContentLength() > s.http.MaxRequestBodySize:
+		s.refuseAndClose(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
+		return
+	case body && h.IsGet():
 		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
 	}
@@ -75,22 +84,29 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	id, simple := plainID(raw)
 	if !simple {
 		q, err := parseQuery(raw, nil)
-		if err == nil && q.endpoint != nil {
-			endpoint, err = s.callbacks.Parse(q.endpoint)
-			wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
-			if err != nil {
+		if q.endpoint != nil {
+			var bad error
+			if endpoint, bad = s.callbacks.Parse(q.endpoint); bad != nil {
 				err = errBadEndpoint
 			}
+			wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
 		}
 		switch {
 		case errors.Is(err, errBadEndpoint):
 			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadEndpoint)
+			return
+		case body && errors.Is(err, errNoID):
+			s.batches.serve(ctx, endpoint, wanted)
 			return
 		case err != nil:
 			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
 			return
 		}
 		id = q.id
+	}
+	if body { // and an id in the query: which of them is meant?
+		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		return
 	}
 	if s.cfg.Uint64IDs && !canonicalUint64(id) {
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
@@ -101,20 +117,14 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 		return
 	}
 
-	var verdict dedup.Verdict
-	var epoch *counter.Epoch
-	var err error
-	if wanted {
-		verdict, epoch, err = s.countAndCall(ctx, id, endpoint)
-	} else {
-		verdict, epoch, err = s.count(ctx, id)
-	}
-	if err != nil {
+	w := works.Get().(*work)
+	defer works.Put(w)
+	if err := s.count(ctx, w, id, endpoint, wanted); err != nil {
 		s.refuseError(ctx, err)
 		return
 	}
-	s.answer(&ctx.Response, verdict, epoch)
-	if simple && s.ln.fast != nil && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
+	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
+	if simple && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
 }
@@ -134,69 +144,50 @@ func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *coun
 	r.SetBodyRaw(bodyOK)
 }
 
-// count asks the set about id in the open epoch and counts the verdict in the
-// same epoch. Where the epoch turned meanwhile it asks again in the next.
-func (s *Server) count(ctx *fasthttp.RequestCtx, id []byte) (dedup.Verdict, *counter.Epoch, error) {
-	now := ctx.Time().UnixNano() // of the end of the request's headers
-	key := s.cfg.Set.Key(id)
-	for {
-		entry, open := s.cfg.Counter.Enter(now, ctx.ConnID())
-		if !open {
-			return 0, nil, errDraining
-		}
-		verdict, err := s.addAndLeave(entry, id, key)
-		if err != nil || verdict != dedup.Turned {
-			return verdict, entry.Epoch, err
-		}
-		s.cfg.Counter.TurnFrom(entry.Epoch)
+// count judges one id. The callback for which a place is reserved is sent for a new
+// id, and its place is given back otherwise, also after a panic.
+func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, id []byte, endpoint callback.Endpoint, reserved bool) error {
+	if reserved {
+		defer func() {
+			if w.verdicts[0] == dedup.Unique {
+				s.callbacks.Send(endpoint)
+			} else {
+				s.callbacks.Release(endpoint)
+			}
+		}()
 	}
+	w.reset(1)
+	w.verdicts[0] = dedup.Turned
+	w.items = append(w.items, dedup.Item{ID: id, Key: s.cfg.Set.Key(id)})
+	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
+	if err == nil && w.verdicts[0] == dedup.Turned {
+		return errDraining
+	}
+	return err
 }
 
-// countAndCall is count for a request with a reserved callback: it is sent for
-// a new id, and its place is given back otherwise, also after a panic.
-func (s *Server) countAndCall(ctx *fasthttp.RequestCtx, id []byte, endpoint callback.Endpoint) (dedup.Verdict, *counter.Epoch, error) {
-	sent := false
-	defer func() {
-		if !sent {
-			s.callbacks.Release(endpoint)
-		}
-	}()
-	verdict, epoch, err := s.count(ctx, id)
-	if err == nil && verdict == dedup.Unique {
-		sent = true
-		s.callbacks.Send(endpoint)
-	}
-	return verdict, epoch, err
-}
-
-// addAndLeave leaves the epoch whatever happens in the set: an entry never
-// left would keep its epoch from being sealed for ever.
-func (s *Server) addAndLeave(entry counter.Entry, id []byte, key dedup.Key) (verdict dedup.Verdict, err error) {
-	outcome := counter.Void
-	defer func() { entry.Leave(outcome) }()
-	verdict, err = s.cfg.Set.Add(entry.Epoch, id, key)
-	switch {
-	case err != nil:
-	case verdict == dedup.Unique:
-		outcome = counter.Unique
-	case verdict == dedup.Repeat:
-		outcome = counter.Repeat
-	}
-	return verdict, err
-}
-
-// sink is the built-in receiver of callbacks.
+// sink is the built-in receiver of callbacks. It reads the body and keeps nothing.
 func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Request.Header
-	switch {
-	case !h.IsPost():
+	if !h.IsPost() {
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
 		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
-	default:
-		s.sunk.Add(1)
-		setHead(&ctx.Response)
-		ctx.Response.SetBodyRaw(bodyOK)
+		return
 	}
+	if body := ctx.RequestBodyStream(); body != nil {
+		n, err := io.Copy(io.Discard, io.LimitReader(body, maxBody+1))
+		if err == nil && n > maxBody {
+			err = fasthttp.ErrBodyTooLarge
+		}
+		if err != nil {
+			ctx.SetConnectionClose()
+			s.refuseBroken(ctx, err)
+			return
+		}
+	}
+	s.sunk.Add(1)
+	setHead(&ctx.Response)
+	ctx.Response.SetBodyRaw(bodyOK)
 }
 
 // noBody is fasthttp's content length of a request that says nothing of a body.

@@ -33,10 +33,6 @@ const (
 	// has one has the rest of its network, too.
 	prefix6 = 64
 
-	// maxTaken bounds what is read for an answer: a body in chunks of a byte takes
-	// six, and the headers of this request and those read before it come on top.
-	maxTaken = 8*maxBody + 2*readBuffer
-
 	// h2Preface begins a connection of HTTP/2 (RFC 9113, section 3.4).
 	h2Preface = "PRI * HTTP/2"
 
@@ -65,7 +61,12 @@ const (
 type listener struct {
 	*patientListener
 	max     int
-	maxAddr int           // of one address; 0: no limit
+	maxAddr int // of one address; 0: no limit
+
+	// maxTaken bounds what is read for an answer: a body in chunks of a byte takes
+	// six, and the headers of this request and those read before it come on top.
+	maxTaken int
+
 	maxAway int           // connections over the limit that are read on; more are closed at once, and may see a reset
 	slow    time.Duration // for a request to arrive, for an answer to be taken
 	idle    time.Duration // between requests
@@ -145,7 +146,7 @@ func newListener(ln net.Listener, cfg *Config) *listener {
 	l := &listener{
 		patientListener: newPatientListener(ln, "public", cfg.Log),
 		max:             cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, maxAway: cfg.MaxTurnedAway, served: make(chan struct{}, cfg.MaxServed),
-		slow: cfg.SlowTimeout, idle: cfg.IdleTimeout,
+		slow: cfg.SlowTimeout, idle: cfg.IdleTimeout, maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
 		took:       newHistogram("verve_request_duration_seconds", requestBuckets),
 		rejections: logline.Sampler{Every: refusalsEvery},
@@ -322,7 +323,7 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	}
 	// What has no end is ended here: fasthttp bounds a body, but not the extensions
 	// and trailers of its chunks.
-	if c.taken += n; c.taken > maxTaken {
+	if c.taken += n; c.taken > c.owner.maxTaken {
 		err = fasthttp.ErrBodyTooLarge
 	}
 	if err != nil {

@@ -2,7 +2,6 @@ package server
 
 import (
 	"bytes"
-	"fmt"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -58,38 +57,36 @@ var crlfcrlf = []byte("\r\n\r\n")
 //
 // It works inside conn.Read, when fasthttp waits for the beginning of a request,
 // with nothing read ahead and every answer flushed. What is not its own to
-// answer, and an id that cannot be judged now, it gives to fasthttp as if it had
-// just come. (A client that has sent something else, and then sends on without a
-// pause, stays with fasthttp until it has read all that there is.) The plain way
-// stays: without a dedup.Batcher there is no fastPath.
+// answer, and an id that is not judged any more (draining), it gives to fasthttp as if
+// it had just come. (A client that has sent something else, and then sends on without a
+// pause, stays with fasthttp until it has read all that there is.)
 // FuzzFastPathAnswersAsFasthttp holds the two together, BenchmarkServer says what
 // this one gains: a pipelined request takes less CPU than a bare fasthttp
 // handler's.
 type fastPath struct {
 	server  *Server
-	set     dedup.Batcher
-	batches sync.Pool               // of *batch
+	free    sync.Pool               // of *reads
 	current atomic.Pointer[answers] // rendered last
 }
 
-// batch is the memory for the requests of one read.
-type batch struct {
-	keys     [maxTogether]dedup.Key // of ids in the buffer read into
-	ends     [maxTogether]int       // of their requests in it
-	verdicts [maxTogether]dedup.Verdict
-	out      []byte
+// reads is the memory for the requests of one read: their ids are in the buffer read
+// into.
+type reads struct {
+	work
+	ends [maxTogether]int // of the requests in the buffer
+	out  []byte
 }
 
 // answers are what fasthttp writes for a verdict, in a second of its Date.
 type answers struct {
 	second int64
 	epoch  *counter.Epoch // that they name; nil: they name none
-	of     [2][]byte      // by dedup.Unique, dedup.Repeat
+	of     [dedup.Verdicts][]byte
 }
 
-func newFastPath(s *Server, set dedup.Batcher) *fastPath {
-	f := &fastPath{server: s, set: set}
-	f.batches.New = func() any { return new(batch) }
+func newFastPath(s *Server) *fastPath {
+	f := &fastPath{server: s}
+	f.free.New = func() any { return new(reads) }
 	return f
 }
 
@@ -115,7 +112,7 @@ type span struct{ from, to uint16 }
 func (c *conn) learn(h *fasthttp.RequestHeader) {
 	headers := h.RawHeaders()
 	t := &c.tail
-	if !bytes.HasSuffix(headers, crlfcrlf) || len(plainProtocol)+len(headers) > maxTail ||
+	if c.owner.fast == nil || !bytes.HasSuffix(headers, crlfcrlf) || len(plainProtocol)+len(headers) > maxTail ||
 		len(t.bytes) > 0 && string(t.bytes[len(plainProtocol):]) == string(headers) {
 		return
 	}
@@ -282,11 +279,12 @@ func (f *fastPath) read(c *conn, p []byte) (int, error) {
 // serve answers the plain requests that b begins with. It returns what follows
 // them: not plain, or begun.
 func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err error) {
-	w := f.batches.Get().(*batch)
-	defer f.batches.Put(w)
+	w := f.free.Get().(*reads)
+	defer f.free.Put(w)
 	w.out = w.out[:0]
 	now := time.Now()
 	for like = whole; like == whole; {
+		w.reset(maxTogether)
 		n, end := 0, 0
 		for rest = b; n < maxTogether; n++ {
 			var id, after []byte
@@ -298,11 +296,11 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 				break
 			}
 			rest, end = after, len(b)-len(after)
-			w.keys[n], w.ends[n] = f.set.Key(id), end
+			w.items, w.ends[n] = append(w.items, dedup.Item{ID: id, Key: f.server.cfg.Set.Key(id)}), end
 		}
-		if judged := f.count(c, w, n, now); judged < n {
-			if like, end = other, 0; judged > 0 {
-				end = w.ends[judged-1]
+		if answered := f.count(c, w, now); answered < n {
+			if like, end = other, 0; answered > 0 {
+				end = w.ends[answered-1]
 			}
 		}
 		b = b[end:]
@@ -316,52 +314,30 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 	return b, like, err
 }
 
-// count puts n ids into the open epoch, as Server.count does with one, and
-// appends their answers. Those after the first judged are refused now.
-func (f *fastPath) count(c *conn, w *batch, n int, now time.Time) (judged int) {
-	count := f.server.cfg.Counter
-	for judged < n {
-		entry, open := count.EnterMany(now.UnixNano(), c.number, uint64(n-judged))
-		if !open {
-			break
+// count judges the ids of w and appends their answers. It returns how many requests,
+// from the front, are answered: the others were not judged, as the counter is sealed or
+// the set panicked, and are for the handler to refuse.
+func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
+	n := len(w.items)
+	err := f.server.judge(now.UnixNano(), c.number, &w.work, 0, n)
+	judged := n
+	for judged > 0 && w.verdicts[judged-1] == dedup.Turned {
+		judged--
+	}
+	for i, v := range w.verdicts[:judged] {
+		if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
+			v = dedup.Unavailable
 		}
-		verdicts := w.verdicts[judged:n]
-		done, err := f.addAndLeave(entry, w.keys[judged:n], verdicts)
-		a := f.answers(now.Unix(), entry.Epoch)
-		for _, v := range verdicts[:done] {
-			w.out = append(w.out, a.of[v]...)
+		if v > dedup.Repeat {
+			f.server.countRefusals(fasthttp.StatusServiceUnavailable, refusalReason(v), 1, err)
 		}
-		judged += done
-		if err != nil {
-			break
-		}
-		if judged < n {
-			count.TurnFrom(entry.Epoch)
-		}
+		w.out = append(w.out, f.answers(now.Unix(), w.epochs[i]).of[v]...)
 	}
 	return judged
 }
 
-// addAndLeave is Server.addAndLeave for many. A panic in the set ends what can be
-// judged: the handler meets it again, and answers for it.
-func (f *fastPath) addAndLeave(entry counter.Entry, keys []dedup.Key, verdicts []dedup.Verdict) (judged int, err error) {
-	for i := range verdicts {
-		verdicts[i] = dedup.Turned // not judged
-	}
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-		}
-		var left [2]uint64
-		for judged = 0; judged < len(verdicts) && verdicts[judged] != dedup.Turned; judged++ {
-			left[verdicts[judged]]++
-		}
-		entry.LeaveMany(left[dedup.Unique], left[dedup.Repeat], uint64(len(keys)-judged))
-	}()
-	return f.set.AddMany(entry.Epoch, keys, verdicts)
-}
-
-// answers returns what the handler would answer in the present second.
+// answers returns what the handler would answer in the present second to an id that
+// was judged in e.
 func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 	if !f.server.cfg.WindowHeader {
 		e = nil
@@ -373,7 +349,11 @@ func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 	for v := range a.of {
 		var r fasthttp.Response
 		var b bytes.Buffer
-		f.server.answer(&r, dedup.Verdict(v), e)
+		if v := dedup.Verdict(v); v <= dedup.Repeat {
+			f.server.answer(&r, v, e)
+		} else {
+			setRefusal(&r, fasthttp.StatusServiceUnavailable, refusalReason(v))
+		}
 		_, _ = r.WriteTo(&b) // a Buffer takes everything
 		a.of[v] = b.Bytes()
 	}

@@ -26,23 +26,20 @@ import (
 	"verve/dedup"
 )
 
-// oneByOne hides that a Set can take ids together: there is no fastPath.
-type oneByOne struct{ dedup.Set }
-
-// witness counts how ids reach the Set.
+// witness counts how ids reach the Set: the work of the fast path has room for more
+// than one.
 type witness struct {
-	dedup.Batcher
+	dedup.Set
 	single, together atomic.Int64
 }
 
-func (w *witness) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
-	w.single.Add(1)
-	return w.Batcher.Add(e, id, k)
-}
-
-func (w *witness) AddMany(e *counter.Epoch, keys []dedup.Key, verdicts []dedup.Verdict) (int, error) {
-	w.together.Add(int64(len(keys)))
-	return w.Batcher.AddMany(e, keys, verdicts)
+func (w *witness) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) error {
+	if cap(items) > 1 {
+		w.together.Add(int64(len(items)))
+	} else {
+		w.single.Add(1)
+	}
+	return w.Set.AddMany(e, items, verdicts)
 }
 
 // sendPieces writes raw in random pieces.
@@ -66,7 +63,7 @@ func sendPieces(t testing.TB, c net.Conn, rnd *rand.Rand, raw string) {
 func TestFastPathAnswersInOrder(t *testing.T) {
 	w := &witness{}
 	s := newSite(t, func(c *Config) {
-		w.Batcher = c.Set.(dedup.Batcher)
+		w.Set = c.Set
 		c.Set = w
 		c.Uint64IDs = true
 	})
@@ -131,7 +128,7 @@ func pairOfSites(t testing.TB, change func(*Config)) (fast, slow *site, seeds []
 		if change != nil {
 			change(c)
 		}
-		c.Set = oneByOne{c.Set}
+		c.noFastPath = true
 	})
 	if fast.ln.fast == nil || slow.ln.fast != nil {
 		t.Fatal("which of the two has the fast path?")
@@ -280,7 +277,7 @@ func TestFastPathRemembersOnlyWhatKeepsTheConnection(t *testing.T) {
 	} {
 		w := &witness{}
 		s := newSite(t, func(c *Config) {
-			w.Batcher = c.Set.(dedup.Batcher)
+			w.Set = c.Set
 			c.Set = w
 		})
 		c, r := s.dial()
@@ -331,7 +328,7 @@ func TestFastPathTakesRequestsWhoseHeadersDiffer(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			w := &witness{}
 			s := newSite(t, func(c *Config) {
-				w.Batcher = c.Set.(dedup.Batcher)
+				w.Set = c.Set
 				c.Set = w
 			})
 			conn, r := s.dial()
@@ -359,38 +356,31 @@ func TestFastPathTakesRequestsWhoseHeadersDiffer(t *testing.T) {
 	}
 }
 
-// halting is a Batcher that stops in the middle of a batch: at some ids it says
-// Turned once, or an error, or panics.
+// halting is a Set that stops in the middle of a batch: at some ids it says that
+// something is wrong, as often as it is asked, or once that the epoch turned.
 type halting struct {
-	dedup.Batcher
+	dedup.Set
 	turned atomic.Bool
 }
 
-func (h *halting) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
-	return panicky{h.Batcher}.Add(e, id, k)
-}
-
-func (h *halting) AddMany(e *counter.Epoch, keys []dedup.Key, verdicts []dedup.Verdict) (int, error) {
-	at := map[dedup.Key]string{}
-	for _, id := range []string{"panic", "error", "turn"} {
-		at[h.Key([]byte(id))] = id
-	}
-	for i, k := range keys {
-		switch at[k] {
+func (h *halting) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) (err error) {
+	for i, it := range items {
+		switch string(it.ID) {
 		case "panic":
 			panic("a bug in the set")
 		case "error":
-			return i, errors.New("out of reach")
+			verdicts[i], err = dedup.Unavailable, errors.New("out of reach")
+			continue
 		case "turn":
 			if !h.turned.Swap(true) {
-				return i, nil
+				return err
 			}
 		}
-		if n, err := h.Batcher.AddMany(e, keys[i:i+1], verdicts[i:]); n == 0 || err != nil {
-			return i, err
+		if cause := h.Set.AddMany(e, items[i:i+1], verdicts[i:i+1]); cause != nil {
+			return cause
 		}
 	}
-	return len(keys), nil
+	return err
 }
 
 // TestFastPathGoesOnWhereABatchEnds: ids before an error, a panic or a turn are
@@ -398,7 +388,7 @@ func (h *halting) AddMany(e *counter.Epoch, keys []dedup.Key, verdicts []dedup.V
 // would, and those after it, too.
 func TestFastPathGoesOnWhereABatchEnds(t *testing.T) {
 	s := newSite(t, func(c *Config) {
-		c.Set = &halting{Batcher: c.Set.(dedup.Batcher)}
+		c.Set = &halting{Set: c.Set}
 		c.WindowHeader = true
 	})
 	ask := func(ids ...string) (got []string, windows []string) {
@@ -619,7 +609,7 @@ func BenchmarkServer(b *testing.B) {
 				s := newSite(b, func(c *Config) {
 					replaceSet(b, c, set)
 					if way == "fasthttp" {
-						c.Set = oneByOne{c.Set}
+						c.noFastPath = true
 					}
 				})
 				http := &s.http

@@ -116,6 +116,8 @@ func (s *Server) acceptResults() []resultCount {
 		{"ok", c.Unique},
 		{"duplicate", c.Repeats},
 		{"bad_id", refused(reasonBadID)},
+		{"bad_key", refused(reasonBadKey)},
+		{"bad_token", refused(reasonBadToken)},
 		{"bad_endpoint", refused(reasonBadEndpoint)},
 		{"unavailable", refused(reasonUnavailable)},
 		{"full", refused(reasonFull)},
@@ -167,6 +169,7 @@ func callbackResults(cb callback.Stats) []resultCount {
 func (a *Admin) writeMetrics(w io.Writer) {
 	e, s := exposition{w}, a.server
 	e.counters("verve_accept_total", "Ids answered, by result.", "result", s.acceptResults())
+	e.counter("verve_batches_total", "Requests with a batch of ids that were answered.", s.batches.answered.Load())
 	e.counters("verve_http_refused_total", "Requests refused before an id was judged, by reason.", "reason", s.otherRefusals())
 	e.histogram("verve_request_duration_seconds",
 		fmt.Sprintf("Time from receiving a request to handing its answer to the kernel, sampled at every %dth read from a connection.", sampleEvery), s.ln.took)

@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -140,15 +141,23 @@ func countOK(got []byte) (ok uint64, err error) {
 			}
 			header[k] = v
 		}
-		body := "failed"
+		body, contentType := "failed", "text/plain"
 		switch status {
 		case "100":
 			got = rest
 			continue
 		case "200":
-			ok++
-			body = "ok"
-		case "400", "404", "405", "408", "409", "413", "431", "505":
+			length, err := strconv.Atoi(header["Content-Length"])
+			if err != nil || length > len(rest) {
+				return ok, fmt.Errorf("length: %.300q", head)
+			}
+			body, contentType = string(rest[:length]), header["Content-Type"]
+			n, err := okIn(body, contentType)
+			if err != nil {
+				return ok, err
+			}
+			ok += n
+		case "400", "404", "405", "408", "409", "413", "415", "431", "505":
 		case "503":
 			if header["Retry-After"] == "" {
 				return ok, fmt.Errorf("503 without Retry-After: %.200q", head)
@@ -156,7 +165,7 @@ func countOK(got []byte) (ok uint64, err error) {
 		default:
 			return ok, fmt.Errorf("status %s: %.200q", status, head)
 		}
-		if status == "405" && header["Allow"] == "" || header["Cache-Control"] != "no-store" || header["Content-Type"] != "text/plain" || header["Content-Length"] != strconv.Itoa(len(body)) {
+		if status == "405" && header["Allow"] == "" || header["Cache-Control"] != "no-store" || header["Content-Type"] != contentType || header["Content-Length"] != strconv.Itoa(len(body)) {
 			return ok, fmt.Errorf("headers: %.300q", head)
 		}
 		var has bool
@@ -165,6 +174,42 @@ func countOK(got []byte) (ok uint64, err error) {
 		}
 	}
 	return ok, nil
+}
+
+// okIn returns how many ids the body of an answer says are new: of one request, or of
+// a batch.
+func okIn(body, contentType string) (n uint64, err error) {
+	if contentType == "application/json" {
+		var a struct {
+			OK      uint64
+			Results []string
+		}
+		if err := json.Unmarshal([]byte(body), &a); err != nil {
+			return 0, fmt.Errorf("%w: %q", err, body)
+		}
+		for _, r := range a.Results {
+			if r == "ok" {
+				n++
+			}
+		}
+		if n != a.OK {
+			return 0, fmt.Errorf("%d results, ok %d", n, a.OK)
+		}
+		return n, nil
+	}
+	if body == "ok" {
+		return 1, nil
+	}
+	for line := range strings.Lines(body) {
+		switch line {
+		case "ok\n":
+			n++
+		case "duplicate\n", "bad-id\n", "full\n", "unavailable\n", "draining\n":
+		default:
+			return 0, fmt.Errorf("word %q", line)
+		}
+	}
+	return n, nil
 }
 
 // TestMutatedRequests: whatever is sent, the server answers by the contract,

@@ -3,7 +3,6 @@ package server
 import (
 	"errors"
 	"net"
-	"runtime/debug"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -54,13 +53,15 @@ var (
 	reasonTooLarge    = reason{9, "", "too-large"}
 	reasonTooSlow     = reason{10, "", "too-slow"}
 	reasonPanic       = reason{11, "", "panic"}
+	reasonBadKey      = reason{12, "bad-key", "bad-key"}
+	reasonBadToken    = reason{13, "bad-token", "bad-token"}
 )
 
-const reasons = 12
+const reasons = 14
 
 var allReasons = [reasons]reason{
 	reasonBadID, reasonBadEndpoint, reasonBadRequest, reasonMethod, reasonNotFound, reasonFull,
-	reasonUnavailable, reasonBusy, reasonDraining, reasonTooLarge, reasonTooSlow, reasonPanic,
+	reasonUnavailable, reasonBusy, reasonDraining, reasonTooLarge, reasonTooSlow, reasonPanic, reasonBadKey, reasonBadToken,
 }
 
 // setHead sets what all answers have. A cache that stored one would give it to
@@ -77,17 +78,27 @@ func (s *Server) refuse(ctx *fasthttp.RequestCtx, status int, r reason) {
 
 // refuseBecause is refuse with the error that is behind it.
 func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, cause error) {
-	s.refused[r.index].Add(1)
+	s.countRefusals(status, r, 1, cause)
+	setRefusal(&ctx.Response, status, r)
+}
+
+// countRefusals counts and logs n refusals.
+func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
+	s.refused[r.index].Add(n)
 	s.logRefusal(status, r, cause)
-	ctx.Response.SetStatusCode(status)
-	setHead(&ctx.Response)
-	if r.value != "" {
-		ctx.Response.Header.SetCanonical(headerReason, []byte(r.value))
+}
+
+// setRefusal makes r an answer of refusal.
+func setRefusal(r *fasthttp.Response, status int, why reason) {
+	r.SetStatusCode(status)
+	setHead(r)
+	if why.value != "" {
+		r.Header.SetCanonical(headerReason, []byte(why.value))
 	}
 	if status == fasthttp.StatusServiceUnavailable {
-		ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, retryAfter)
+		r.Header.Set(fasthttp.HeaderRetryAfter, retryAfter)
 	}
-	ctx.Response.SetBodyRaw(bodyFailed)
+	r.SetBodyRaw(bodyFailed)
 }
 
 // logRefusal logs the first refusal of a cause in a while. What the request holds is
@@ -140,12 +151,22 @@ func (s *Server) tellRefusals(stop <-chan struct{}) {
 	}
 }
 
+// refusalReason is the reason of a verdict of refusal.
+func refusalReason(v dedup.Verdict) reason {
+	if v == dedup.Full {
+		return reasonFull
+	}
+	return reasonUnavailable
+}
+
 // refuseError answers a request that the set could not judge.
 func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
 	switch {
 	case errors.Is(err, errDraining):
 		ctx.SetConnectionClose()
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonDraining)
+	case errors.Is(err, errPanicked):
+		s.refuseAndClose(ctx, fasthttp.StatusInternalServerError, reasonPanic)
 	case errors.Is(err, dedup.ErrFull):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonFull)
 	default:
@@ -191,10 +212,7 @@ func (s *Server) recovered(ctx *fasthttp.RequestCtx) {
 	if p == nil {
 		return
 	}
-	// Whoever finds a request that panics will send more of them.
-	if hidden, ok := s.panicLog.Allow(time.Now()); ok {
-		s.cfg.Log.Error().Interface("panic", p).Bytes("stack", debug.Stack()).Uint64("hidden", hidden).Msg("a request panicked")
-	}
+	s.logPanic(p)
 	ctx.Response.Reset()
 	ctx.SetConnectionClose()
 	s.refuse(ctx, fasthttp.StatusInternalServerError, reasonPanic)

@@ -100,8 +100,11 @@ type failing struct {
 	err error
 }
 
-func (f failing) Add(*counter.Epoch, []byte, dedup.Key) (dedup.Verdict, error) {
-	return dedup.Turned, f.err
+func (f failing) AddMany(_ *counter.Epoch, _ []dedup.Item, verdicts []dedup.Verdict) error {
+	if verdicts[0] = dedup.Unavailable; errors.Is(f.err, dedup.ErrFull) {
+		verdicts[0] = dedup.Full
+	}
+	return f.err
 }
 
 // TestRefusalsAreLoggedWithTheirCause: a request that was as good as any is a warning, with the error

@@ -7,6 +7,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,9 +28,12 @@ import (
 
 // Defaults of Config.
 const (
-	DefaultMaxConns    = 65536
-	DefaultSlowTimeout = 5 * time.Second
-	DefaultIdleTimeout = 75 * time.Second // longer than the common load balancers keep theirs
+	DefaultMaxConns      = 65536
+	DefaultSlowTimeout   = 5 * time.Second
+	DefaultMaxBatchIDs   = 10_000
+	DefaultMaxBatchBytes = 1 << 20
+	DefaultBatchMemory   = 64 << 20
+	DefaultIdleTimeout   = 75 * time.Second // longer than the common load balancers keep theirs
 )
 
 const (
@@ -42,6 +46,11 @@ const (
 
 	// maxMaxConns is more than any system has descriptors for.
 	maxMaxConns = 1 << 30
+
+	// A batch beyond these is better sent as several: none of it is judged before all of
+	// it has come.
+	maxMaxBatchIDs   = 1_000_000
+	maxMaxBatchBytes = 64 << 20
 
 	// defaultTurnedAway bounds what Config.MaxTurnedAway does.
 	defaultTurnedAway = 1024
@@ -81,6 +90,17 @@ type Config struct {
 	SlowTimeout time.Duration // for a request to arrive, for an answer to be taken
 	IdleTimeout time.Duration // between the requests of a connection
 	TLS         *Certificate  // the listener speaks TLS; nil: plain HTTP
+
+	// MaxBatchIDs and MaxBatchBytes bound one batch, after decompression; BatchMemory
+	// bounds the bodies of all batches that are being read and judged, in bytes. Zero:
+	// DefaultMaxBatchIDs, DefaultMaxBatchBytes, DefaultBatchMemory.
+	MaxBatchIDs, MaxBatchBytes int
+	BatchMemory                int64
+
+	// CORSOrigins are the origins whose pages may read answers; "*" is all of them.
+	CORSOrigins []string
+
+	noFastPath bool // of tests
 }
 
 // Server serves the public listener.
@@ -91,6 +111,7 @@ type Server struct {
 	http      fasthttp.Server
 	ln        *listener
 	door      *door
+	batches   *batches
 	stopSweep chan struct{}
 
 	refused     [reasons]atomic.Uint64
@@ -111,6 +132,17 @@ func (cfg *Config) Check() error {
 	}
 	if cfg.MaxConnsPerAddress < 0 || cfg.MaxConnsPerAddress > maxMaxConns {
 		return setting.Errorf("max-conns-per-address", "want 1 to %d, or 0 for no limit", maxMaxConns)
+	}
+	if cfg.MaxBatchIDs < 0 || cfg.MaxBatchIDs > maxMaxBatchIDs {
+		return setting.Errorf("max-batch-ids", "want 1 to %d", maxMaxBatchIDs)
+	}
+	if cfg.MaxBatchBytes < 0 || cfg.MaxBatchBytes > maxMaxBatchBytes {
+		return setting.Errorf("max-batch-bytes", "want 1 to %d", maxMaxBatchBytes)
+	}
+	for _, origin := range cfg.CORSOrigins {
+		if err := checkOrigin(origin); err != nil {
+			return setting.Errorf("cors-origin", "%v", err)
+		}
 	}
 	if err := setting.CheckTimeout("slow-timeout", cfg.SlowTimeout); err != nil {
 		return err
@@ -138,6 +170,9 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	if cfg.MaxTurnedAway == 0 {
 		cfg.MaxTurnedAway = defaultTurnedAway
 	}
+	cfg.MaxBatchIDs = cmp.Or(cfg.MaxBatchIDs, DefaultMaxBatchIDs)
+	cfg.MaxBatchBytes = cmp.Or(cfg.MaxBatchBytes, DefaultMaxBatchBytes)
+	cfg.BatchMemory = max(cmp.Or(cfg.BatchMemory, DefaultBatchMemory), 2*int64(cfg.MaxBatchBytes))
 	if cfg.SlowTimeout == 0 {
 		cfg.SlowTimeout = DefaultSlowTimeout
 	}
@@ -155,9 +190,10 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	for i := range s.refusalLogs {
 		s.refusalLogs[i].Every = refusalsEvery
 	}
-	if set, ok := cfg.Set.(dedup.Batcher); ok {
-		s.ln.fast = newFastPath(s, set)
+	if !cfg.noFastPath {
+		s.ln.fast = newFastPath(s)
 	}
+	s.batches = newBatches(s)
 	s.http = fasthttp.Server{
 		Handler:       s.handle,
 		ExpectHandler: s.expect,
@@ -167,7 +203,8 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 
 		Concurrency:        math.MaxInt32, // the listener bounds it
 		ReadBufferSize:     readBuffer,
-		MaxRequestBodySize: maxBody,
+		MaxRequestBodySize: max(maxBody, cfg.MaxBatchBytes),
+		StreamRequestBody:  true, // handlers read bodies, within the memory allowed
 
 		NoDefaultServerHeader:        true,
 		SecureErrorLogMessage:        true,

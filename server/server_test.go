@@ -278,7 +278,8 @@ func TestEachKindOfRequestIsAnsweredAsTheContractSays(t *testing.T) {
 		{"GET with a body", "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello" + get("id=2"), "400 close", ""},
 		{"GET with chunks", "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400 close", ""},
 		{"GET with an empty body", "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", "200", ""},
-		{"body with a large length", "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n\r\n" + a("x", 70000), "413 close", ""},
+		{"body with a large length", "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 70000\r\n\r\n" + a("x", 70000), "400 close", ""},
+		{"body with a larger length than any", "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 70000000\r\n\r\n" + a("x", 70000), "413 close", ""},
 		{"length with a sign", post("Content-Length: +5\r\n", "hello"), "400 close", ""},
 		{"length list", post("Content-Length: 5,5\r\n", "hello"), "400 close", ""},
 		{"length in hexadecimal", post("Content-Length: 0x5\r\n", "hello"), "400 close", ""},
@@ -511,7 +512,8 @@ func TestAcceptPostsTheCountToTheEndpoint(t *testing.T) {
 }
 
 // TestLoopOverTwoServersEndsAtDepthOne: a callback that names the accept of a
-// server, with a callback back in it, has a body that is no list of ids; and what bears the mark of a callback starts none.
+// server, with a callback back in it, is a POST with an id and a
+// body, which is refused; and what bears the mark of a callback starts none.
 func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 	b := newSite(t, nil)
 	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddrs[0]} })
@@ -521,7 +523,7 @@ func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 		t.Fatalf("got %v", resp)
 	}
 	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedStatus == 1 })
-	if n := b.refused[reasonBadRequest.index].Load(); n != 1 {
+	if n := b.refused[reasonBadRequest.index].Load() + b.refused[reasonBadEndpoint.index].Load(); n != 1 {
 		t.Errorf("the other server refused %d POSTs, want 1", n)
 	}
 	if s := b.callbacks.Stats(); s.Reserved+s.InFlight != 0 || s.Delivered+s.FailedConnect+s.FailedRefused+s.FailedStatus != 0 {
@@ -553,14 +555,15 @@ func TestCallbacksDoNotStartCallbacks(t *testing.T) {
 // panicky is a Set that fails the hard way for one id.
 type panicky struct{ dedup.Set }
 
-func (p panicky) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
-	switch string(id) {
+func (p panicky) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) error {
+	switch string(items[0].ID) {
 	case "panic":
 		panic("a bug in the set")
 	case "error":
-		return 0, errors.New("out of reach")
+		verdicts[0] = dedup.Unavailable
+		return errors.New("out of reach")
 	}
-	return p.Set.Add(e, id, k)
+	return p.Set.AddMany(e, items, verdicts)
 }
 
 func TestPanicCostsOneRequestAndTheEpochIsStillSealed(t *testing.T) {

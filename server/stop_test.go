@@ -133,9 +133,9 @@ type looking struct {
 	look func()
 }
 
-func (l *looking) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
+func (l *looking) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) error {
 	l.look()
-	return l.Set.Add(e, id, k)
+	return l.Set.AddMany(e, items, verdicts)
 }
 
 // TestConnectionIsBusyUntilItsAnswersAreWritten, and not only up to the first

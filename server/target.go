@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"strings"
 	"unicode/utf8"
 )
@@ -18,6 +19,7 @@ const (
 var (
 	errBadID       = errors.New("bad id")
 	errBadEndpoint = errors.New("bad endpoint")
+	errNoID        = fmt.Errorf("%w: there is none", errBadID)
 )
 
 // query is what a request asks of the accept route.
@@ -87,6 +89,9 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 // parseQuery reads the raw query of an accept request. scratch is reused for
 // what has to be decoded, and the result may point into raw or scratch.
 //
+// The error is errNoID if nothing is wrong but that there is no id, which a request
+// with a batch in its body has not.
+//
 // It is strict where two readers could disagree: exactly one id, at most one
 // endpoint, whatever way their keys are spelt; and in their values no bytes that a
 // URI cannot hold, and no ";", which some readers take for "&". Other parameters
@@ -121,7 +126,7 @@ func parseQuery(raw, scratch []byte) (query, error) {
 		}
 	}
 	if !haveID {
-		return query{}, errBadID
+		return q, errNoID
 	}
 	return q, nil
 }

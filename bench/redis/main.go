@@ -322,8 +322,8 @@ func verve(name string, id func(i int) []byte, n int) (m measurement, err error)
 	in, _ := count.Enter(count.Last().Start().UnixNano(), 0)
 	defer in.Leave(counter.Void)
 	add := func(id []byte) error {
-		_, err := set.Add(in.Epoch, id, set.Key(id))
-		return err
+		verdicts := [1]dedup.Verdict{dedup.Turned}
+		return set.AddMany(in.Epoch, []dedup.Item{{ID: id, Key: set.Key(id)}}, verdicts[:])
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if err := add([]byte("warm up")); err == nil {

@@ -204,8 +204,9 @@ func (l *lane) nudge() {
 	}
 }
 
-// add brings an id to the lane and waits for the outcome.
-func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (dedup.Verdict, error) {
+// add asks the lane about an id. It returns the outcome, or an ask whose outcome is to
+// be waited for: the caller then nudges the lane.
+func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (dedup.Verdict, *ask, error) {
 	r := l.r
 	key := pendingKey{s, k}
 	now := r.now.Load()
@@ -214,45 +215,37 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (
 	switch le := &s.lanes[l.i]; {
 	case l.closed:
 		l.mu.Unlock()
-		return dedup.Repeat, dedup.ErrUnavailable
+		return 0, nil, dedup.ErrUnavailable
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		l.mu.Unlock()
-		return dedup.Turned, nil
+		return dedup.Turned, nil, nil
 	case en != nil && en.state == untold:
 		l.tell(e, en)
 		l.mu.Unlock()
-		return dedup.Unique, nil
+		return dedup.Unique, nil, nil
 	case en != nil && en.told:
 		l.mu.Unlock()
-		return dedup.Repeat, nil
+		return dedup.Repeat, nil, nil
 	case s.refused.Load() || r.ledger.standing.Load() == outside:
 		l.mu.Unlock()
-		return dedup.Repeat, errOutside
+		return 0, nil, errOutside
 	case l.down || r.health.refuses():
 		v, err := l.decide(e, key, en, enc)
 		l.mu.Unlock()
-		return v, err
+		return v, nil, err
 	case en == nil:
 		if r.pending.Add(1) > int64(r.cfg.Pending) {
 			r.pending.Add(-1)
 			l.mu.Unlock()
-			return dedup.Repeat, errPending
+			return 0, nil, errPending
 		}
 		en = l.enter(key, enc)
 	}
 	a := asks.Get().(*ask)
 	a.of, a.e, a.at = en, e, now
 	l.wait(a)
-	first := len(l.queue) == 1
 	l.mu.Unlock()
-	if first {
-		l.nudge() // else somebody did, or a batch is under way
-	}
-	<-a.done
-	v, err := a.verdict, a.err
-	a.of, a.e, a.err = nil, nil, nil
-	asks.Put(a)
-	return v, err
+	return 0, a, nil
 }
 
 // enter queues an entry for an id. l.mu is held.

@@ -343,19 +343,67 @@ func (r *Set) Key(id []byte) dedup.Key {
 	return r.cfg.Local.Key(id)
 }
 
-// Add implements Set.
-func (r *Set) Add(e *counter.Epoch, id []byte, k dedup.Key) (dedup.Verdict, error) {
+// AddMany implements dedup.Set. The ids travel to Redis together, as far as they are of
+// one lane and not more than a batch.
+func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) (err error) {
 	s := e.State.(*redisEpoch)
-	if r.cfg.Local.Knows(s.view, k) {
-		return dedup.Repeat, nil
+	w := waits.Get().(*waiting)
+	defer waits.Put(w)
+	for i := range items {
+		if r.cfg.Local.Knows(s.view, items[i].Key) {
+			verdicts[i] = dedup.Repeat
+			continue
+		}
+		var en encoded
+		h := en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
+		l := &r.lanes[h>>r.shift]
+		v, a, cause := l.add(e, s, items[i].Key, &en)
+		if a != nil {
+			w.asks, w.of = append(w.asks, a), append(w.of, i)
+			w.lanes |= 1 << l.i
+			continue
+		}
+		verdicts[i], err = r.outcome(v, cause, err)
 	}
-	var en encoded
-	h := en.encode(r.hash, k.IsDecimal(), id)
-	v, err := r.lanes[h>>r.shift].add(e, s, k, &en)
-	if errors.Is(err, dedup.ErrFull) {
+	for i := range r.lanes {
+		if w.lanes&(1<<i) != 0 {
+			r.lanes[i].nudge() // only now, so that a batch takes all of them
+		}
+	}
+	for n, a := range w.asks {
+		<-a.done
+		verdicts[w.of[n]], err = r.outcome(a.verdict, a.err, err)
+		a.of, a.e, a.err = nil, nil, nil
+		asks.Put(a)
+	}
+	clear(w.asks)
+	w.asks, w.of, w.lanes = w.asks[:0], w.of[:0], 0
+	return err
+}
+
+// waiting is the ids of a request that wait for their outcome.
+type waiting struct {
+	asks  []*ask
+	of    []int  // the index of the item of each
+	lanes uint32 // a bit for each lane that got one
+}
+
+var waits = sync.Pool{New: func() any { return new(waiting) }}
+
+// outcome returns the verdict on an id, and the first error of its request.
+func (r *Set) outcome(v dedup.Verdict, cause, first error) (dedup.Verdict, error) {
+	if cause == nil {
+		return v, first
+	}
+	v = dedup.Unavailable
+	if errors.Is(cause, dedup.ErrFull) {
 		r.counts.fulls.Add(1)
+		v = dedup.Full
 	}
-	return v, err
+	if first == nil {
+		first = cause
+	}
+	return v, first
 }
 
 // Run implements Set: it runs Local's cleaner. The rest runs without it.

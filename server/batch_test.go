@@ -1,0 +1,455 @@
+package server
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"verve/dedup"
+	"verve/server/callback"
+)
+
+// batchPost is a request with a batch.
+func batchPost(query, contentType, encoding, body string) string {
+	headers := ""
+	if contentType != "" {
+		headers += "Content-Type: " + contentType + "\r\n"
+	}
+	if encoding != "" {
+		headers += "Content-Encoding: " + encoding + "\r\n"
+	}
+	return fmt.Sprintf("POST %s%s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s", acceptPath, query, headers, len(body), body)
+}
+
+func compressed(t testing.TB, body string) string {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	if _, err := io.WriteString(w, body); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// batchAnswer is the body of an answer in JSON.
+type batchAnswer struct {
+	OK, Duplicate, Replayed, Refused int
+	Results                          []string
+}
+
+// TestBatchHasAVerdictForEachItem in every format, in order, and each item judged on
+// its own.
+func TestBatchHasAVerdictForEachItem(t *testing.T) {
+	long := strings.Repeat("x", maxIDLen+1)
+	for _, c := range []struct {
+		name, contentType, body string
+		want                    string // words
+		uint64IDs               string // words where only decimals are ids; empty: the same
+	}{
+		{"lines", "text/plain", "1\n2\n1\n", "ok ok duplicate", ""},
+		{"no type", "", "1\n2", "ok ok", ""},
+		{"type with a parameter, in capitals", "Text/Plain; charset=utf-8", "1", "ok", ""},
+		{"CRLF, and none at the end", "text/plain", "1\r\n2\r\n1", "ok ok duplicate", ""},
+		{"an empty line", "text/plain", "1\n\n2\n", "ok bad-id ok", ""},
+		{"one empty line", "text/plain", "\n", "bad-id", ""},
+		{"raw bytes: nothing is decoded", "text/plain", "a%20b\na b\na+b\na%20b", "ok ok ok duplicate", "bad-id bad-id bad-id bad-id"},
+		{"bad ids", "text/plain", " 1\n2 \n3\t\n\xff\n" + long + "\n4", "bad-id bad-id bad-id bad-id bad-id ok", ""},
+		{"texts and UUIDs", "text/plain", "a\n3f333df6-90a4-4fda-8dd3-9485d27cee36\na", "ok ok duplicate", "bad-id bad-id bad-id"},
+		{"numbers that are alike", "text/plain", "42\n042\n42", "ok ok duplicate", "ok bad-id duplicate"},
+		{"an array of strings", "application/json", `["1", "2", "1"]`, "ok ok duplicate", ""},
+		{"numbers", "application/json", `[1, 2, 1, "2", 18446744073709551615]`, "ok ok duplicate duplicate ok", ""},
+		{"numbers that are no canonical decimals", "application/json", `[1.0, 1e0, -1, 0.5]`, "bad-id bad-id bad-id bad-id", ""},
+		{"escapes", "application/json", `["a\u00e9\n", "a\u00e9", "a\u00E9", "aé"]`, "bad-id ok duplicate duplicate", "bad-id bad-id bad-id bad-id"},
+		{"other values", "application/json", `[null, true, [1], {}, ["1"], "1"]`, "bad-id bad-id bad-id bad-id bad-id ok", ""},
+		{"objects", "application/json", `[{"id":"1"}, {"id":2}, "1", {"other":{"id":"3"}}, {"id":"3","other":[1,{"a":2}]}]`, "ok ok duplicate bad-id ok", ""},
+		{"an empty array", "application/json", " [ ] ", "", ""},
+		{"items a line", "application/x-ndjson", "\"1\"\n2\n{\"id\":\"1\"}\n\n3", "ok ok duplicate ok", ""},
+		{"events", "application/cloudevents-batch+json",
+			`[{"specversion":"1.0","type":"t","source":"/a","id":"1"},{"specversion":"1.0","type":"t","source":"/b","id":"1","data":{"id":"x"}},
+			{"id":"1","source":"/a","type":"u","specversion":"1.0"},{"type":"t","source":"/a","id":"2"},{"specversion":"1.0","type":"t","id":"2"},"1"]`,
+			"ok ok duplicate bad-id bad-id bad-id", "bad-id bad-id bad-id bad-id bad-id bad-id"},
+		{"one event", "application/cloudevents+json; charset=UTF-8", `{"specversion":"1.0","type":"t","source":"/a","id":"1"}`, "ok", "bad-id"},
+	} {
+		for _, uint64IDs := range []bool{false, true} {
+			for _, encoding := range []string{"", "gzip", "identity"} {
+				t.Run(fmt.Sprint(c.name, uint64IDs, encoding), func(t *testing.T) {
+					s := newSite(t, func(cfg *Config) { cfg.Uint64IDs = uint64IDs })
+					body := c.body
+					if encoding == "gzip" {
+						body = compressed(t, body)
+					}
+					want := c.want
+					if uint64IDs && c.uint64IDs != "" {
+						want = c.uint64IDs
+					}
+					resp, got := s.ask(batchPost("", c.contentType, encoding, body))
+					if resp.StatusCode != 200 || resp.Header.Get("Cache-Control") != "no-store" || resp.Close {
+						t.Fatalf("got %d %v %q", resp.StatusCode, resp.Header, got)
+					}
+					words := strings.Fields(got)
+					if resp.Header.Get("Content-Type") == "application/json" {
+						words = jsonWords(t, got)
+					} else if got != strings.Join(append(words, ""), "\n") {
+						t.Errorf("got %q, want a word a line", got)
+					}
+					if !slices.Equal(words, strings.Fields(want)) {
+						t.Errorf("got %q, want %q", words, want)
+					}
+					s.stop()
+					n := uint64(0)
+					for _, word := range strings.Fields(want) {
+						if word == "ok" {
+							n++
+						}
+					}
+					if s.records.sum() != n {
+						t.Errorf("the record says %d, want %d", s.records.sum(), n)
+					}
+				})
+			}
+		}
+	}
+}
+
+// jsonWords returns the results of an answer, whose sums must be theirs.
+func jsonWords(t *testing.T, body string) []string {
+	t.Helper()
+	var a batchAnswer
+	if err := json.Unmarshal([]byte(body), &a); err != nil {
+		t.Fatalf("%v: %q", err, body)
+	}
+	n := map[string]int{}
+	for _, r := range a.Results {
+		n[r]++
+	}
+	if n["ok"] != a.OK || n["duplicate"] != a.Duplicate || n["replayed"] != a.Replayed || len(a.Results)-n["ok"]-n["duplicate"]-n["replayed"] != a.Refused {
+		t.Errorf("the sums are not those of the results: %s", body)
+	}
+	return a.Results
+}
+
+// TestBatchThatIsRefusedCountsNothing: the whole body is parsed before the first id is
+// judged.
+func TestBatchThatIsRefusedCountsNothing(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.MaxBatchIDs, c.MaxBatchBytes = 10, 1000 })
+	eleven := strings.Repeat("1\n", 11)
+	big := strings.Repeat("x", 999) + "\n\n"
+	for _, c := range []struct {
+		name, query, contentType, encoding, body string
+		status                                   int
+	}{
+		{"too many ids", "", "text/plain", "", eleven, 413},
+		{"too many items", "", "application/json", "", "[" + strings.Repeat("1,", 10) + "1]", 413},
+		{"too many bytes", "", "text/plain", "", big, 413},
+		{"too many bytes, packed", "", "text/plain", "gzip", compressed(t, big), 413},
+		{"an unknown type", "", "application/xml", "", "<a/>", 415},
+		{"an unknown encoding", "", "text/plain", "br", "1", 415},
+		{"two encodings", "", "text/plain", "gzip, gzip", "1", 415},
+		{"no gzip", "", "text/plain", "gzip", "1\n2", 400},
+		{"gzip that is cut off", "", "text/plain", "gzip", compressed(t, "1\n2")[:15], 400},
+		{"nothing in gzip", "", "text/plain", "gzip", compressed(t, ""), 400},
+		{"no array", "", "application/json", "", `"1"`, 400},
+		{"an object", "", "application/json", "", `{"id":"1"}`, 400},
+		{"cut off", "", "application/json", "", `["1","2"`, 400},
+		{"something behind", "", "application/json", "", `["1"]["2"]`, 400},
+		{"a comma too many", "", "application/json", "", `["1",]`, 400},
+		{"a name twice", "", "application/json", "", `["1",{"id":"2","id":"3"}]`, 400},
+		{"bytes that are no UTF-8", "", "application/json", "", "[\"1\",\"\xff\"]", 400},
+		{"a leading zero", "", "application/json", "", `["1",01]`, 400},
+		{"a bad line", "", "application/x-ndjson", "", "\"1\"\n{", 400},
+		{"two events", "", "application/cloudevents+json", "", `{"id":"1"}{"id":"2"}`, 400},
+		{"an event that is no object", "", "application/cloudevents-batch+json", "", `{}`, 400},
+		{"an id in the query as well", "?id=1", "text/plain", "", "1\n2", 400},
+		{"a bad id in the query as well", "?id=", "text/plain", "", "1\n2", 400},
+		{"a bad endpoint", "?endpoint=x", "text/plain", "", "1\n2", 400},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			resp, body := s.ask(batchPost(c.query, c.contentType, c.encoding, c.body))
+			if resp.StatusCode != c.status || body != "failed" {
+				t.Errorf("got %d %q, want %d", resp.StatusCode, body, c.status)
+			}
+		})
+	}
+	if n := s.cfg.Counter.Stats().Unique; n != 0 {
+		t.Errorf("%d ids were counted", n)
+	}
+	if resp, body := s.ask(batchPost("", "text/plain", "", strings.Repeat("1\n", 10))); resp.StatusCode != 200 || !strings.HasPrefix(body, "ok\nduplicate\n") {
+		t.Errorf("as many as allowed: %d %q", resp.StatusCode, body)
+	}
+}
+
+// TestBatchStartsOneCallback, if at least one of its ids is new.
+func TestBatchStartsOneCallback(t *testing.T) {
+	s := newSite(t, nil)
+	for i, want := range []uint64{1, 1, 2} { // after each batch
+		body := []string{"1\n2\n3", "1\n2", "3\n4"}[i]
+		if resp, got := s.ask(batchPost("?endpoint=http://"+s.addr+"/test", "", "", body)); resp.StatusCode != 200 {
+			t.Fatalf("%d %q", resp.StatusCode, got)
+		}
+		awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
+		if n := s.sunk.Load(); n != want {
+			t.Errorf("batch %d: %d callbacks, want %d", i, n, want)
+		}
+	}
+}
+
+// TestBatchAtTheLimitAndTheStop: what cannot be judged has a word of its own, and if
+// that is so of all ids, the answer is 503.
+func TestBatchAtTheLimitAndTheStop(t *testing.T) {
+	set, err := dedup.NewMemory(dedup.Config{Heap: true, MaxIDs: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t, func(c *Config) { replaceSet(t, c, set) })
+	if _, got := s.ask(batchPost("", "", "", "1\n2\n3\n1")); got != "ok\nok\nfull\nduplicate\n" {
+		t.Errorf("full: %q", got)
+	}
+	s.cfg.Counter.Seal()
+	resp, got := s.ask(batchPost("", "", "", "1\n2"))
+	if resp.StatusCode != 503 || got != "failed" || resp.Header.Get("Verve-Reason") != "draining" || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("draining: %d %v %q", resp.StatusCode, resp.Header, got)
+	}
+	if resp, got := s.ask(batchPost("", "", "", "1\n\n")); resp.StatusCode != 200 || got != "draining\nbad-id\n" {
+		t.Errorf("draining, with a bad id: %d %q", resp.StatusCode, got)
+	}
+}
+
+// TestBatchNamesItsWindows: one by itself; two, where the window turned, with the ids
+// judged in each.
+func TestBatchNamesItsWindows(t *testing.T) {
+	s := newSite(t, func(c *Config) {
+		c.WindowHeader = true
+		c.Set = &halting{Set: c.Set}
+	})
+	first := string(s.cfg.Counter.Last().Label())
+	resp, _ := s.ask(batchPost("", "", "", "1\n2\n\n1"))
+	if got := resp.Header.Get("Verve-Window"); got != first {
+		t.Errorf("got %q, want %q", got, first)
+	}
+	resp, body := s.ask(batchPost("", "", "", "3\n4\nturn\n3\n"))
+	second := string(s.cfg.Counter.Last().Label())
+	if got, want := resp.Header.Get("Verve-Window"), first+";n=2, "+second+";n=2"; got != want || body != "ok\nok\nok\nok\n" {
+		t.Errorf("got %q %q, want %q", got, body, want)
+	}
+	if resp, _ := s.ask(batchPost("", "", "", "\n")); len(resp.Header.Values("Verve-Window")) != 0 {
+		t.Errorf("no id was judged, and the window is %q", resp.Header.Get("Verve-Window"))
+	}
+}
+
+// TestBatchesAndSingleRequestsCountAsOne: side by side, chunked and not, each id is new
+// once, and the record is the number of ok answers.
+func TestBatchesAndSingleRequestsCountAsOne(t *testing.T) {
+	const clients, rounds, ids = 6, 60, 500
+	s := newSite(t, nil)
+	var mu sync.Mutex
+	ok := map[string]int{}
+	var group sync.WaitGroup
+	for client := range clients {
+		c, r := s.dial()
+		group.Go(func() {
+			for round := range rounds {
+				var lines []string
+				for i := range 40 {
+					lines = append(lines, fmt.Sprint((round*17+i*client)%ids))
+				}
+				raw := batchPost("", "", "", strings.Join(lines, "\n"))
+				switch client % 3 {
+				case 1:
+					raw = fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", acceptPath)
+					for _, l := range lines {
+						raw += fmt.Sprintf("%x\r\n%s\n\r\n", len(l)+1, l)
+					}
+					raw += "0\r\n\r\n"
+				case 2:
+					lines = lines[:1]
+					raw = get("id=" + lines[0])
+				}
+				if _, err := io.WriteString(c, raw); err != nil {
+					t.Error(err)
+					return
+				}
+				resp, body, err := answer(r)
+				if err != nil || resp.StatusCode != 200 && resp.StatusCode != 409 {
+					t.Errorf("%v %v", resp, err)
+					return
+				}
+				mu.Lock()
+				for i, word := range strings.Fields(body) {
+					if word == "ok" {
+						ok[lines[i]]++
+					}
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	group.Wait()
+	s.stop()
+	for id, n := range ok {
+		if n != 1 {
+			t.Errorf("id %s was ok %d times", id, n)
+		}
+	}
+	if got := s.records.sum(); got != uint64(len(ok)) {
+		t.Errorf("the record says %d, want %d", got, len(ok))
+	}
+}
+
+// TestBatchMemoryIsBounded: clients that announce much and send little hold little, and
+// those that send much and stop get 503 before memory runs out.
+func TestBatchMemoryIsBounded(t *testing.T) {
+	s := newSite(t, func(c *Config) {
+		c.MaxBatchBytes, c.BatchMemory = 1<<20, 4<<20
+		c.SlowTimeout = patience
+	})
+	head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", acceptPath, 1<<20)
+	for range 50 {
+		c, _ := s.dial()
+		if _, err := io.WriteString(c, head+strings.Repeat("1\n", 4500)); err != nil { // fasthttp hands over a body from 8 KiB on
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "all are read", func() bool { return s.batches.used.Load() >= 50*batchStep })
+	if used := s.batches.used.Load(); used > 50*2*batchStep {
+		t.Errorf("50 clients that sent 9,000 bytes hold %d", used)
+	}
+	// These hold all of it.
+	most := head + strings.Repeat("1\n", 1<<19-1)
+	refused := 0
+	for range 8 {
+		c, r := s.dial()
+		if _, err := io.WriteString(c, most); err != nil {
+			refused++ // answered and closed while it sent
+			continue
+		}
+		_ = c.SetReadDeadline(time.Now().Add(time.Second))
+		if resp, _, err := answer(r); err == nil && resp.StatusCode == http.StatusServiceUnavailable {
+			refused++
+		}
+	}
+	if refused < 4 || s.batches.used.Load() > 4<<20 {
+		t.Errorf("%d of 8 are refused, %d bytes are held", refused, s.batches.used.Load())
+	}
+	if resp, _ := s.ask(get("id=1")); resp.StatusCode != 200 {
+		t.Errorf("a single request beside them: %d", resp.StatusCode)
+	}
+}
+
+// eventually polls for what other goroutines do.
+func eventually(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for start := time.Now(); !done(); time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			t.Fatalf("waited in vain: %s", what)
+		}
+	}
+}
+
+// TestBatchMemoryIsGivenBack after every kind of outcome.
+func TestBatchMemoryIsGivenBack(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.MaxBatchBytes = 1000 })
+	for _, raw := range []string{
+		batchPost("", "", "", "1\n2"), batchPost("", "application/json", "", "["), batchPost("", "", "gzip", compressed(t, "1\n2")),
+		batchPost("", "", "", strings.Repeat("1\n", 600)), batchPost("", "application/json", "gzip", compressed(t, strings.Repeat("[", 2000))),
+	} {
+		s.ask(raw)
+	}
+	c, _ := s.dial()
+	if _, err := io.WriteString(c, batchPost("", "", "", "1\n2\n3")[:60]); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.(*net.TCPConn).SetLinger(0)
+	_ = c.Close()
+	eventually(t, "no memory is held", func() bool { return s.batches.used.Load() == 0 })
+}
+
+func TestBatchOfLinesAllocatesNothingPerID(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	s := newSite(t, nil)
+	b := &batch{owner: s.batches}
+	body := []byte(strings.Repeat("1234567\n3f333df6-90a4-4fda-8dd3-9485d27cee36\ntext\n", 300))
+	b.parser.limit = 1000
+	if n := testing.AllocsPerRun(100, func() {
+		if err := b.parser.parse(formatText, body); err != nil || len(b.parser.items) != 900 {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations, want 0", n)
+	}
+}
+
+// FuzzBatch: no body makes the parser panic, and what it takes is well formed.
+func FuzzBatch(f *testing.F) {
+	for _, body := range []string{"1\n2\r\n", `["1",2,{"id":"3","key":"k","token":"t"}]`, `{"id":1}` + "\n2", `[{"specversion":"1.0","type":"t","source":"/a","id":"1"}]`, "[\"\\ud800\"]", "[1e400]"} {
+		for kind := range uint8(formatUnknown) {
+			f.Add(kind, []byte(body))
+		}
+	}
+	f.Fuzz(func(t *testing.T, kind uint8, body []byte) {
+		p := parser{limit: 1000}
+		if p.parse(format(kind%uint8(formatUnknown)), body) != nil {
+			return
+		}
+		for _, it := range p.items {
+			if it.word == wordOK && !validID(it.id) {
+				t.Errorf("%q is no id", it.id)
+			}
+		}
+		if format(kind) == formatJSON && !json.Valid(body) {
+			t.Errorf("%q is no JSON", body)
+		}
+	})
+}
+
+// TestCORS: a page may read answers, and a browser is told that it may send, only where
+// its origin is on the list.
+func TestCORS(t *testing.T) {
+	for _, c := range []struct {
+		allowed        []string
+		origin         string
+		want           string // Access-Control-Allow-Origin
+		preflightWorks bool
+	}{
+		{nil, "https://a.example", "", false},
+		{[]string{"https://a.example"}, "https://a.example", "https://a.example", true},
+		{[]string{"https://a.example", "http://b.example:8000"}, "http://b.example:8000", "http://b.example:8000", true},
+		{[]string{"https://a.example"}, "https://b.example", "", false},
+		{[]string{"https://a.example"}, "https://a.example.evil", "", false},
+		{[]string{"*"}, "https://b.example", "*", true},
+	} {
+		s := newSite(t, func(cfg *Config) { cfg.CORSOrigins = c.allowed })
+		for _, raw := range []string{
+			get("id=1"), get("id="), batchPost("", "", "", "1"),
+		} {
+			for range 2 { // the second may go the fast path
+				raw := strings.Replace(raw, "Host: x\r\n", "Host: x\r\nOrigin: "+c.origin+"\r\n", 1)
+				if resp, _ := s.ask(raw); resp.Header.Get("Access-Control-Allow-Origin") != c.want {
+					t.Errorf("%v, %s: got %v", c.allowed, c.origin, resp.Header)
+				}
+			}
+		}
+		resp, _ := s.ask("OPTIONS " + acceptPath + " HTTP/1.1\r\nHost: x\r\nOrigin: " + c.origin + "\r\nAccess-Control-Request-Method: POST\r\n\r\n")
+		if works := resp.StatusCode == 204 && resp.Header.Get("Access-Control-Allow-Methods") == "GET, POST"; works != c.preflightWorks || !works && resp.StatusCode != 405 {
+			t.Errorf("%v, preflight of %s: %d %v", c.allowed, c.origin, resp.StatusCode, resp.Header)
+		}
+		s.stop()
+	}
+	for _, bad := range []string{"", "a.example", "https://a.example/", "https://a.example/x", "null"} {
+		if checkOrigin(bad) == nil {
+			t.Errorf("%q is taken for an origin", bad)
+		}
+	}
+}

@@ -1,0 +1,72 @@
+package server
+
+import (
+	"errors"
+	"net/url"
+	"slices"
+
+	"github.com/valyala/fasthttp"
+)
+
+// A page may read the answers to its requests only if its origin is allowed
+// (https://fetch.spec.whatwg.org/#http-cors-protocol). None is by default. Requests
+// are counted either way: CORS protects pages' readers, not servers.
+
+// exposed are the headers of an answer that a page may read.
+const exposed = "Verve-Reason, Verve-Replayed, Verve-Window, Retry-After"
+
+// preflightAge is how long a browser may remember that it may send, in seconds: the most
+// that Chromium takes.
+const preflightAge = "7200"
+
+// checkOrigin checks an entry of the allow-list: "*", or an origin as browsers send it.
+func checkOrigin(origin string) error {
+	if origin == "*" {
+		return nil
+	}
+	u, err := url.Parse(origin)
+	if err != nil || u.Scheme == "" || u.Host == "" || origin != u.Scheme+"://"+u.Host {
+		return errors.New("want * or an origin such as https://example.com, without a path")
+	}
+	return nil
+}
+
+// allowOrigin lets the page that sent the request read its answer, if its origin is on
+// the list. It reports whether it is.
+func (s *Server) allowOrigin(ctx *fasthttp.RequestCtx) bool {
+	if len(s.cfg.CORSOrigins) == 0 {
+		return false
+	}
+	r := &ctx.Response.Header
+	all := slices.Contains(s.cfg.CORSOrigins, "*")
+	origin := ctx.Request.Header.Peek(fasthttp.HeaderOrigin)
+	switch {
+	case len(origin) == 0:
+		return false
+	case all:
+		r.Set(fasthttp.HeaderAccessControlAllowOrigin, "*")
+	case slices.Contains(s.cfg.CORSOrigins, string(origin)):
+		r.SetBytesV(fasthttp.HeaderAccessControlAllowOrigin, origin)
+		r.Set(fasthttp.HeaderVary, fasthttp.HeaderOrigin)
+	default:
+		return false
+	}
+	r.Set(fasthttp.HeaderAccessControlExposeHeaders, exposed)
+	return true
+}
+
+// preflight answers a browser that asks whether it may send a request to accept. It
+// returns false if that is not what ctx is, or nobody may.
+func (s *Server) preflight(ctx *fasthttp.RequestCtx) bool {
+	h := &ctx.Request.Header
+	if !ctx.IsOptions() || len(h.Peek(fasthttp.HeaderAccessControlRequestMethod)) == 0 || !s.allowOrigin(ctx) {
+		return false
+	}
+	r := &ctx.Response.Header
+	r.Set(fasthttp.HeaderAccessControlAllowMethods, "GET, POST")
+	r.Set(fasthttp.HeaderAccessControlAllowHeaders, "Content-Type, Content-Encoding, Idempotency-Key")
+	r.Set(fasthttp.HeaderAccessControlMaxAge, preflightAge)
+	r.SetCanonical(headerCache, valueNoStore)
+	ctx.Response.SetStatusCode(fasthttp.StatusNoContent)
+	return true
+}

@@ -1,0 +1,131 @@
+package server
+
+import (
+	"errors"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+// work is the ids that are judged together, and what became of them. It is used again.
+type work struct {
+	items    []dedup.Item
+	verdicts []dedup.Verdict  // Turned: not judged
+	epochs   []*counter.Epoch // in which each was judged; only with WindowHeader
+}
+
+var works = sync.Pool{New: func() any { return new(work) }}
+
+// reset empties w for at most n items.
+func (w *work) reset(n int) {
+	if cap(w.items) < n {
+		w.items = make([]dedup.Item, 0, n)
+		w.verdicts = make([]dedup.Verdict, n)
+		w.epochs = make([]*counter.Epoch, n)
+	}
+	w.items = w.items[:0]
+	w.verdicts, w.epochs = w.verdicts[:cap(w.items)], w.epochs[:cap(w.items)]
+}
+
+// errPanicked is the error of a request in which the set panicked.
+var errPanicked = errors.New("the set panicked")
+
+// judge asks the set about w.items[from:to] in the open epoch and counts each verdict
+// in the epoch that it was given in. Ids whose epoch turned meanwhile are asked again
+// in the next. An id is left with the verdict Turned only after Seal, or if the set
+// panicked. err is the reason behind the first verdict Full or Unavailable.
+//
+// now is when the request arrived, in Unix ns; hint spreads requests over cache lines.
+func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error) {
+	for from < to {
+		verdicts := w.verdicts[from:to]
+		entry, open := s.cfg.Counter.EnterMany(now, hint, uint64(to-from))
+		if !open {
+			for i := range verdicts {
+				verdicts[i] = dedup.Turned
+			}
+			return err
+		}
+		turned, panicked, cause := s.addAndLeave(entry, w.items[from:to], verdicts)
+		if err == nil {
+			err = cause
+		}
+		if s.cfg.WindowHeader {
+			for i, v := range verdicts {
+				if v != dedup.Turned {
+					w.epochs[from+i] = entry.Epoch
+				}
+			}
+		}
+		if turned == 0 || panicked {
+			return err
+		}
+		s.cfg.Counter.TurnFrom(entry.Epoch)
+		// Those that turned are the last, unless the parts of a shared store turned
+		// one after the other.
+		tail := to
+		for tail > from && w.verdicts[tail-1] == dedup.Turned {
+			tail--
+		}
+		if to-tail < turned {
+			if cause := s.judgeAgain(now, hint, w, from, tail); err == nil {
+				err = cause
+			}
+		}
+		from = tail
+	}
+	return err
+}
+
+// judgeAgain judges each run of ids that are Turned between others that are not.
+func (s *Server) judgeAgain(now int64, hint uint64, w *work, from, to int) (err error) {
+	for from < to {
+		if w.verdicts[from] != dedup.Turned {
+			from++
+			continue
+		}
+		end := from
+		for end < to && w.verdicts[end] == dedup.Turned {
+			end++
+		}
+		if cause := s.judge(now, hint, w, from, end); err == nil {
+			err = cause
+		}
+		from = end
+	}
+	return err
+}
+
+// addAndLeave leaves the epoch whatever happens in the set: an entry never left would
+// keep its epoch from being sealed for ever. After a panic, ids that were not judged
+// are Turned.
+func (s *Server) addAndLeave(entry counter.Entry, items []dedup.Item, verdicts []dedup.Verdict) (turned int, panicked bool, err error) {
+	for i := range verdicts {
+		verdicts[i] = dedup.Turned
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			panicked, err = true, errPanicked
+			s.logPanic(p)
+		}
+		var left [dedup.Verdicts]int
+		for _, v := range verdicts {
+			left[v]++
+		}
+		turned = left[dedup.Turned]
+		unique, repeats := left[dedup.Unique], left[dedup.Repeat]
+		entry.LeaveMany(uint64(unique), uint64(repeats), uint64(len(items)-unique-repeats))
+	}()
+	return 0, false, s.cfg.Set.AddMany(entry.Epoch, items, verdicts)
+}
+
+// logPanic logs a panic of the set or of the handler, sampled: a client that finds a
+// request which panics will send more of them.
+func (s *Server) logPanic(p any) {
+	if hidden, ok := s.panicLog.Allow(time.Now()); ok {
+		s.cfg.Log.Error().Interface("panic", p).Bytes("stack", debug.Stack()).Uint64("hidden", hidden).Msg("a request panicked")
+	}
+}
