@@ -1,7 +1,8 @@
 # The binary is static and the image holds nothing else: no shell, no package
 # manager, nothing to patch but verve itself.
 #
-# It is built where the builder runs and for where the image runs: Go crosses
+# It needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or 23 and later) or podman
+# 4. It is built where the builder runs and for where the image runs: Go crosses
 # over by itself, faster than an emulated processor would build.
 FROM --platform=$BUILDPLATFORM golang:1.26.8-trixie AS build
 WORKDIR /src
@@ -14,7 +15,8 @@ COPY . .
 ARG VERSION=devel
 ARG TARGETOS
 ARG TARGETARCH
-RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X main.version=${VERSION}" -o /out/verve .
+RUN --mount=type=cache,target=/root/.cache/go-build \
+    CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags="-s -w -X main.version=${VERSION}" -o /out/verve .
 
 # A volume takes the owner of the folder it is mounted over. Without this one it
 # would belong to root, and the server could not write to it.
