@@ -592,6 +592,9 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 		},
 		OnRepair: func() { log.Info().Msg("ids are kept on disk again") },
 	}
+	if cfg.ExpectIDs > 0 && cfg.IDFormat != "uint64" { // decimals, UUIDs or text
+		c.Expect, c.ExpectAny = 0, cfg.ExpectIDs
+	}
 	set, err := dedup.NewMemory(c)
 	if errors.Is(err, errors.ErrUnsupported) {
 		log.Warn().Err(err).Msg("ids are kept in memory only: a crash forgets those of the running window")

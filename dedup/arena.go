@@ -31,8 +31,9 @@ const populateMin = 2 << 20
 
 // allocate returns n zeroed values of type B, which must not hold pointers,
 // aligned to their own cache lines. Large ones are resident when it returns:
-// a fault in a request costs more than the request.
-func allocate[B any](a *arena, n uint64) ([]B, memory, error) {
+// a fault in a request costs more than the request. Those that are not resident
+// take memory as they are used.
+func allocate[B any](a *arena, n uint64, resident bool) ([]B, memory, error) {
 	var b B
 	size := n * uint64(unsafe.Sizeof(b))
 	if err := a.room(size); err != nil {
@@ -49,7 +50,7 @@ func allocate[B any](a *arena, n uint64) ([]B, memory, error) {
 		return values, memory{bytes: unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), size)}, nil
 	}
 	workers := 0
-	if size >= populateMin {
+	if resident && size >= populateMin {
 		workers = max(1, a.workers)
 	}
 	bytes, err := mapMemory(size, workers)

@@ -26,7 +26,7 @@ func mapMemory(size uint64, populate int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if populate == 0 {
+	if size < populateMin {
 		return b, nil
 	}
 	// Advice: where it is not taken the table works with small pages.

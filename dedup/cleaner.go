@@ -46,12 +46,12 @@ func (m *Memory) resize() {
 	}
 	m.mu.Unlock()
 
-	if t := resized(m, narrow, peak.narrow, m.cfg.Expect, sure); t != nil {
+	if t := resized(m, narrow, peak.narrow, max(m.cfg.Expect, m.cfg.ExpectAny), sure); t != nil {
 		m.mu.Lock()
 		m.nextNarrow = t
 		m.mu.Unlock()
 	}
-	if t := resized(m, wide, peak.wide, m.cfg.ExpectWide, sure); t != nil {
+	if t := resized(m, wide, peak.wide, max(m.cfg.ExpectWide, m.cfg.ExpectAny), sure); t != nil {
 		m.mu.Lock()
 		m.nextWide = t
 		m.mu.Unlock()
@@ -156,11 +156,11 @@ func (m *Memory) reclaim() {
 }
 
 // batch returns how many slots of t to sweep: at least so many that a pass
-// takes passTurns.
+// takes passTurns, and one bucket of a table that has none yet.
 func batch[B any](least int, turns uint64, t *table[B]) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return int(min(t.slots, max(uint64(least), (t.slots/passTurns+slotsPerBucket)*turns)))
+	return int(max(slotsPerBucket, min(t.slots, max(uint64(least), (t.slots/passTurns+slotsPerBucket)*turns))))
 }
 
 // sweepTable sweeps the next slots of t. A pass that began in a table, or with

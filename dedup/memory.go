@@ -44,6 +44,7 @@ const (
 type Config struct {
 	Expect     uint64 // canonical decimals expected in an epoch; more are taken too
 	ExpectWide uint64 // other ids expected in an epoch
+	ExpectAny  uint64 // ids expected of a kind that is not known: the first one of a kind makes the room for it
 	MaxIDs     uint64 // ids an epoch may hold, 0: no limit
 	MaxBytes   uint64 // memory the tables may take, 0: no limit
 
@@ -158,7 +159,7 @@ func (cfg *Config) Check() error {
 		return setting.Errorf("cleanup-interval", "want %v to %v", minCleanupInterval, maxCleanupInterval)
 	case cfg.CleanupBatch < 0 || cfg.CleanupBatch > maxCleanupBatch:
 		return setting.Errorf("cleanup-batch", "want 1 to %d", maxCleanupBatch)
-	case cfg.Expect > maxExpect || cfg.ExpectWide > maxExpect:
+	case max(cfg.Expect, cfg.ExpectWide, cfg.ExpectAny) > maxExpect:
 		return setting.Errorf("expect-ids", "want %d at most", uint64(maxExpect))
 	}
 	if size := tableSize[narrowBucket](cfg.Expect) + tableSize[wideBucket](cfg.ExpectWide); cfg.MaxBytes > 0 && size > cfg.MaxBytes {
@@ -191,9 +192,9 @@ func NewMemory(cfg Config) (*Memory, error) {
 		}
 		peak = m.journal.peak()
 	}
-	err := m.makeTables(max(cfg.Expect, peak.narrow+peak.narrow/4), max(cfg.ExpectWide, peak.wide+peak.wide/4))
+	err := m.makeTables(load{max(cfg.Expect, peak.narrow+peak.narrow/4), max(cfg.ExpectWide, peak.wide+peak.wide/4)})
 	if err != nil && peak != (load{}) {
-		err = m.makeTables(cfg.Expect, cfg.ExpectWide) // smaller ones that grow
+		err = m.makeTables(load{cfg.Expect, cfg.ExpectWide}) // smaller ones that grow
 	}
 	if err != nil {
 		if m.journal != nil {
@@ -208,14 +209,23 @@ func NewMemory(cfg Config) (*Memory, error) {
 	return m, nil
 }
 
-func (m *Memory) makeTables(narrow, wide uint64) (err error) {
-	if m.narrow, err = newTable[narrowBucket](narrow, m.arena); err != nil {
+func (m *Memory) makeTables(expect load) (err error) {
+	if m.narrow, err = firstTable[narrowBucket](expect.narrow, m.cfg.ExpectAny, m.arena); err != nil {
 		return err
 	}
-	if m.wide, err = newTable[wideBucket](wide, m.arena); err != nil {
+	if m.wide, err = firstTable[wideBucket](expect.wide, m.cfg.ExpectAny, m.arena); err != nil {
 		m.narrow.free(m.arena)
 	}
 	return err
+}
+
+// firstTable is a table for the ids of its kind that are expected, or where only the
+// number of ids is known, one whose room is made when the first id of its kind comes.
+func firstTable[B any](expect, anyKind uint64, from *arena) (*table[B], error) {
+	if expect == 0 && anyKind > 0 {
+		return &table[B]{expect: anyKind}, nil
+	}
+	return newTable[B](max(expect, anyKind), from)
 }
 
 // Open gives e its view of the tables, those of the right size if the cleaner

@@ -72,8 +72,10 @@ func (m *Memory) recall() {
 			segments = append(segments, s)
 		}
 	}
-	j.first.unfit = m.replay(segments, m.narrowFiller(v, had.narrow))
-	if j.first.unfit == nil {
+	if had.narrow > 0 { // else there may be no table
+		j.first.unfit = m.replay(segments, m.narrowFiller(v, had.narrow))
+	}
+	if had.wide > 0 && j.first.unfit == nil {
 		j.first.unfit = m.replay(segments, m.wideFiller(v, had.wide))
 	}
 }
@@ -258,7 +260,7 @@ func (r *replayer) chunks(segments []*segment, visit func(worker int, words []ui
 // byPlace fills the table with the records of so many segments at a time as there
 // is memory to sort.
 func (r *replayer) byPlace(segments []*segment) error {
-	occupied, memory, err := allocate[uint16](r.arena, r.buckets)
+	occupied, memory, err := allocate[uint16](r.arena, r.buckets, true)
 	if err != nil {
 		return err
 	}
@@ -266,7 +268,7 @@ func (r *replayer) byPlace(segments []*segment) error {
 	for group := replaySegments; group > 0; group /= 2 {
 		words := min(uint64(min(group, len(segments))*r.j.segmentChunks*chunkWords), r.records*uint64(1+r.kind))
 		n := words/blockWords + uint64(r.workers*r.parts) // the last of each may have few
-		blocks, memory, err := allocate[[blockWords]uint64](r.arena, n)
+		blocks, memory, err := allocate[[blockWords]uint64](r.arena, n, true)
 		if err != nil {
 			continue
 		}

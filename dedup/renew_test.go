@@ -339,7 +339,7 @@ func TestFaultWhileRecallingIsAnError(t *testing.T) {
 		if err := m.openJournal(); err != nil {
 			t.Fatal(err)
 		}
-		if err := m.makeTables(cfg.Expect, 0); err != nil {
+		if err := m.makeTables(load{narrow: cfg.Expect}); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Truncate(filepath.Join(cfg.Dir, segmentName(0)), 0); err != nil {

@@ -274,11 +274,11 @@ func firstLevels(ids uint64) (first, second uint64) {
 }
 
 // extend appends a level of n buckets. t.mu is held, or nobody else has t yet.
-func (t *table[B]) extend(n uint64, from *arena) error {
+func (t *table[B]) extend(n uint64, from *arena, resident bool) error {
 	if t.depth == maxLevels {
 		return ErrFull
 	}
-	buckets, memory, err := allocate[B](from, n)
+	buckets, memory, err := allocate[B](from, n, resident)
 	if err != nil {
 		return err
 	}
@@ -305,6 +305,10 @@ func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err err
 	if t.depth > have {
 		return false, nil
 	}
+	if t.depth == 0 {
+		err = t.begin(from)
+		return err == nil, err
+	}
 	least, n := uint64(minBuckets), uint64(minBuckets)
 	if load > t.slots/100*needed {
 		least = max(least, t.slots*3/4/slotsPerBucket)
@@ -317,10 +321,25 @@ func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err err
 			}
 		}
 	}
-	if err = t.extend(n, from); err != nil && n > least {
-		err = t.extend(least, from) // no memory for so many
+	if err = t.extend(n, from, true); err != nil && n > least {
+		err = t.extend(least, from, true) // no memory for so many
 	}
 	return err == nil, err
+}
+
+// begin makes the first levels of a table that had none until an id came. A request
+// waits for it: their pages become resident one by one, as ids take them. t.mu is
+// held.
+func (t *table[B]) begin(from *arena) error {
+	first, second := firstLevels(t.expect)
+	err := t.extend(first, from, false)
+	if err != nil {
+		return t.extend(minBuckets, from, true) // no memory for so many
+	}
+	if second > 0 {
+		_ = t.extend(second, from, false) // else it comes when it is needed
+	}
+	return nil
 }
 
 // crowded reports whether a new level should be made ready, now that a bucket
@@ -357,10 +376,10 @@ func newTable[B any](expect uint64, from *arena) (*table[B], error) {
 	// tries again at every interval.
 	err := from.room(tableSize[B](expect))
 	if err == nil {
-		err = t.extend(first, from)
+		err = t.extend(first, from, true)
 	}
 	if err == nil && second > 0 {
-		err = t.extend(second, from)
+		err = t.extend(second, from, true)
 	}
 	if err != nil {
 		t.free(from)
