@@ -55,7 +55,8 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 		have := l.sum()
 		// Less than was published: to a spool that was lost.
 		missing := less(less(have, o.logged), less(sum, o.published))
-		over := !its.Last.IsZero() && o.start().Before(its.Last)
+		// The labels of this publisher increase: it cannot publish for one that it is past.
+		over := o.start().Before(its.Last) || o.start().Before(j.first.start)
 		if o.ended || over {
 			missing = 0
 		}
