@@ -42,60 +42,60 @@ const noDataDir = "none"
 // config holds every setting and the command. The tags are the documentation
 // that --help prints; the defaults are part of the contract.
 type config struct {
-	Config      string `help:"File of settings in YAML or JSON, keyed by flag names without the dashes." placeholder:"FILE" group:"General"`
+	Config      string `help:"Settings file in YAML or JSON; its keys are flag names without the dashes." placeholder:"FILE" group:"General"`
 	PrintConfig bool   `help:"Print the settings in force and where each comes from, as a --config file, and exit." group:"General"`
 
 	ShowVersion kong.VersionFlag `name:"version" short:"v" env:"-" help:"Print the version and exit." group:"General"`
 
 	Listen       string        `default:":8080" help:"Address of the public listener." group:"General"`
-	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: health, metrics, windows, profiles." group:"General"`
+	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: live page, health, metrics, windows, profiles." group:"General"`
 	Window       time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
-	MaxClockSkew time.Duration `default:"2s" help:"How far the clock may be set, be behind the open window, or with --dedup=redis differ from other instances', before this instance is not ready. 0: it is not watched." group:"General"`
-	Group        string        `default:"verve" help:"Name of the instances that count together." group:"General"`
+	MaxClockSkew time.Duration `default:"2s" help:"Report not ready when the clock steps by more than this, is behind the open window by more, or (with --dedup=redis) differs from the clock of Redis by more. 0 disables the check." group:"General"`
+	Group        string        `default:"verve" help:"Name of the group of instances that this one belongs to." group:"General"`
 	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
-	DataDir      string        `default:"verve-data" help:"Directory for the spool and the counts file; none: nothing on disk." group:"General"`
+	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk." group:"General"`
 
-	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener, with its chain, in PEM; it is read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
+	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener with its chain, in PEM; read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
 	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
-	AdminTokenFile string `help:"File that holds the bearer token which the admin listener asks for; probes of /healthz and /readyz need none. Default: nobody does." placeholder:"FILE" group:"General"`
+	AdminTokenFile string `help:"File with the bearer token required on the admin listener; /healthz and /readyz stay open. Default: no token required." placeholder:"FILE" group:"General"`
 
-	Dedup           string        `default:"memory" enum:"memory,redis" help:"Where ids are kept: ${enum}. With redis all instances of a group count together." group:"Ids"`
+	Dedup           string        `default:"memory" enum:"memory,redis" help:"Where ids are kept: ${enum}. With redis all instances of a group count as one." group:"Ids"`
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`
-	WindowHeader    bool          `help:"Say in each answer, as Verve-Window, the start of the window that the id was judged in." group:"Ids"`
-	DuplicateStatus int           `default:"409" help:"Status of the answer to an id already seen." group:"Ids"`
-	ExpectIDs       uint64        `name:"expect-ids" placeholder:"N" help:"Unique ids per window to make room for at the start. Default: learnt from the last windows." group:"Ids"`
-	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Unique ids a window may hold; more are answered 503 full. Default: what fits half of the memory limit." group:"Ids"`
-	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of reclaiming retired epochs." group:"Ids"`
-	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots looked at in one step of reclaiming." group:"Ids"`
+	WindowHeader    bool          `help:"Add the header Verve-Window to each answer: the start of the window that the id was judged in." group:"Ids"`
+	DuplicateStatus int           `default:"409" help:"HTTP status of the answer to an id already seen in the window." group:"Ids"`
+	ExpectIDs       uint64        `name:"expect-ids" placeholder:"N" help:"Unique ids per window to reserve memory for at the start. Default: learnt from the last windows." group:"Ids"`
+	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Most unique ids per window; further ids are answered 503 full. Default: as many as fit into half of the memory limit." group:"Ids"`
+	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of the cleaner, which frees the slots of past windows." group:"Ids"`
+	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots that the cleaner looks at in one step." group:"Ids"`
 
 	RedisURL  []string `name:"redis-url" default:"redis://127.0.0.1:6379" help:"Redis of the group: redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, redis-sentinel://HOST:PORT?master_set=NAME. Repeatable: nodes of a cluster, or Sentinels." placeholder:"URL" group:"Ids"`
-	RedisFail string   `default:"closed" enum:"closed,open" help:"What becomes of ids while Redis is away: 503 (closed), or this instance decides alone, and the record says so where that shows (open)." group:"Ids"`
+	RedisFail string   `default:"closed" enum:"closed,open" help:"While Redis is unreachable: closed answers new ids 503; open lets each instance decide alone and marks the record exact:false if an id was answered ok twice." group:"Ids"`
 
-	KafkaBrokers      []string `help:"Brokers to send the records to, HOST:PORT,... Default: none, the records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
-	KafkaTopic        string   `default:"verve.unique-ids" help:"Topic of the records." group:"Records"`
-	KafkaTLS          bool     `name:"kafka-tls" help:"Connect to the brokers by TLS, checked against the system's roots." group:"Records"`
+	KafkaBrokers      []string `help:"Kafka brokers for the records, HOST:PORT,... Default: none; records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
+	KafkaTopic        string   `default:"verve.unique-ids" help:"Kafka topic of the records." group:"Records"`
+	KafkaTLS          bool     `name:"kafka-tls" help:"Connect to the brokers with TLS; their certificates are checked against the system's roots." group:"Records"`
 	KafkaSASL         string   `name:"kafka-sasl" placeholder:"MECHANISM" help:"PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512. Default: no authentication." group:"Records"`
 	KafkaUser         string   `placeholder:"NAME" help:"User for --kafka-sasl." group:"Records"`
-	KafkaPasswordFile string   `help:"File that holds the password for --kafka-sasl." placeholder:"FILE" group:"Records"`
-	CountsFile        string   `help:"File that records are appended to as JSON Lines, - for standard output, off. Default: counts.jsonl in the data directory without brokers, off with them." placeholder:"FILE" group:"Records"`
+	KafkaPasswordFile string   `help:"File with the password for --kafka-sasl." placeholder:"FILE" group:"Records"`
+	CountsFile        string   `help:"File that records are appended to as JSON Lines; - for standard output; off for none. Default: counts.jsonl in the data directory without brokers, off with them." placeholder:"FILE" group:"Records"`
 
-	CallbackAllow       []string      `help:"HOST:PORT or CIDR:PORT that callbacks may reach beside public addresses. Repeatable." placeholder:"HOST:PORT" group:"Callbacks"`
-	CallbackConcurrency int           `default:"8" help:"POSTs in flight to one destination." group:"Callbacks"`
-	CallbackRate        float64       `default:"50" help:"POSTs per second to a destination that is not allowed by name." group:"Callbacks"`
-	CallbackTimeout     time.Duration `default:"5s" help:"Time for a whole exchange." group:"Callbacks"`
-	CallbackSecretFile  string        `help:"File that holds the secret to sign callbacks by the Standard Webhooks scheme: 24 to 64 bytes in base64, with or without whsec_ before them." placeholder:"FILE" group:"Callbacks"`
+	CallbackAllow       []string      `help:"HOST:PORT or CIDR:PORT that callbacks may reach in addition to public addresses. Repeatable." placeholder:"HOST:PORT" group:"Callbacks"`
+	CallbackConcurrency int           `default:"8" help:"Most POSTs in flight to one destination." group:"Callbacks"`
+	CallbackRate        float64       `default:"50" help:"Most POSTs per second to a destination that --callback-allow does not list." group:"Callbacks"`
+	CallbackTimeout     time.Duration `default:"5s" help:"Time limit of one POST, from dialling to the end of the answer." group:"Callbacks"`
+	CallbackSecretFile  string        `help:"File with the secret that signs callbacks by the Standard Webhooks scheme: 24 to 64 bytes in base64, with or without the prefix whsec_." placeholder:"FILE" group:"Callbacks"`
 
-	MaxConns           int           `placeholder:"N" help:"Connections open at once; more are answered 503. Default: what the limits of descriptors and of memory allow, at most ${maxConns}." group:"Limits"`
-	MaxConnsPerAddress int           `default:"0" help:"Of them, those of one client address, for IPv6 of one /64 network; 0: no limit, as is right behind a load balancer." group:"Limits"`
-	MaxBatchIDs        int           `name:"max-batch-ids" placeholder:"N" help:"Ids in one batch; a larger one is answered 413. Default: ${maxBatchIDs}." group:"Limits"`
-	MaxBatchBytes      int           `placeholder:"N" help:"Bytes of one batch, after decompression. Default: ${maxBatchBytes}." group:"Limits"`
+	MaxConns           int           `placeholder:"N" help:"Maximum open connections; further ones are answered 503. Default: what the limits of descriptors and memory allow, at most ${maxConns}." group:"Limits"`
+	MaxConnsPerAddress int           `default:"0" help:"Maximum open connections per client address (per /64 for IPv6). 0 means no limit; leave it at 0 behind a load balancer." group:"Limits"`
+	MaxBatchIDs        int           `name:"max-batch-ids" placeholder:"N" help:"Maximum ids in one batch; a larger batch is answered 413. Default: ${maxBatchIDs}." group:"Limits"`
+	MaxBatchBytes      int           `placeholder:"N" help:"Maximum bytes of one batch, after decompression. Default: ${maxBatchBytes}." group:"Limits"`
 	CORSOrigin         []string      `name:"cors-origin" sep:"none" help:"Origin whose web pages may read answers, such as https://example.com, or *; repeatable. A page may send ids without it." placeholder:"ORIGIN" group:"Limits"`
-	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Time for a request to arrive and for an answer to be taken." group:"Limits"`
-	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Time between two requests of a connection." group:"Limits"`
-	ShutdownDelay      time.Duration `default:"0s" help:"Time at a stop in which /readyz says no and ids are still counted, so that load balancers send requests elsewhere before any is refused. It comes before --shutdown-timeout." group:"Limits"`
-	ShutdownTimeout    time.Duration `default:"10s" help:"Time to stop: answer requests, send callbacks, deliver records." group:"Limits"`
+	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Maximum time to receive a request or to send an answer." group:"Limits"`
+	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Maximum time between two requests of a connection." group:"Limits"`
+	ShutdownDelay      time.Duration `default:"0s" help:"Time at a stop in which /readyz answers 503 but ids are still counted, so that load balancers send requests elsewhere before any is refused. It precedes --shutdown-timeout." group:"Limits"`
+	ShutdownTimeout    time.Duration `default:"10s" help:"Maximum time for a stop: answer requests, send callbacks, deliver records." group:"Limits"`
 
-	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Least level logged: ${enum}." group:"Log"`
+	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Lowest level to log: ${enum}." group:"Log"`
 	LogFormat string `default:"auto" enum:"auto,console,json" help:"console, json, or auto: console on a terminal, JSON elsewhere." group:"Log"`
 
 	sources *setting.Sources  `kong:"-"` // of all of the above
@@ -104,7 +104,7 @@ type config struct {
 	callbackSecret, adminToken []byte // what the files hold
 
 	Serve       struct{}  `cmd:"" default:"withargs" help:"Run the server (the default)."`
-	Totals      totalsCmd `cmd:"" help:"Print the total per window over all instances, from the topic or the counts file; name gaps and repeats."`
+	Totals      totalsCmd `cmd:"" help:"Print the total of each window over all instances, from the topic or the counts file; report gaps and repeats."`
 	Healthcheck struct{}  `cmd:"" help:"Exit 0 if the server on this machine is alive, else 1."`
 	Version     struct{}  `cmd:"" help:"Print the version."`
 	Completion  struct {
@@ -113,8 +113,8 @@ type config struct {
 }
 
 type totalsCmd struct {
-	Follow bool   `help:"Go on with the records that come."`
-	Since  string `placeholder:"TIME" help:"Only windows that start at this time or later, as 2026-11-22T06:36:00Z, or so long ago, as 2h."`
+	Follow bool   `help:"Keep running and print new records as they arrive."`
+	Since  string `placeholder:"TIME" help:"Only windows that start at this time or later: 2026-11-22T06:36:00Z, or 2h for two hours ago."`
 }
 
 // usageError is a mistake in the settings: exit code 2.
@@ -132,7 +132,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 		args = append(slices.Clone(args[1:]), "--help")
 	}
 	cfg = new(config)
-	done := false // --help or --version has printed what was asked for
+	done := false // --help or --version has printed
 	k, err := kong.New(cfg,
 		kong.Name("verve"),
 		kong.Description(description),
@@ -303,8 +303,8 @@ func (c *config) wanted(name string) string {
 	return "a value"
 }
 
-// Of a value that holds credentials, and of a secret that stands in the place of
-// its file's name, nothing is shown.
+// Nothing is shown of a value that holds credentials, nor of a secret that was given
+// in the place of its file's name.
 var (
 	credentials = regexp.MustCompile(`^(.*?://)?.*@`)
 	secretFiles = []string{"admin-token-file", "callback-secret-file", "kafka-password-file"}

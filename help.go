@@ -9,19 +9,19 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-const description = `Counts unique ids per window, exactly: GET /api/verve/accept?id=ID is ok the first time in a minute, and failed for a repeat. The count of each minute goes to a Kafka topic, or to a file.
+const description = `Counts unique ids per window, exactly: GET /api/verve/accept?id=ID is answered ok the first time in a minute, and failed for a repeat. The count of each minute goes to a Kafka topic or to a file.
 
-Each setting is a flag, an environment variable (in brackets below) or a key of the --config file; the first that is given counts, in this order. A variable that is empty is not set. A value that can never work, and a variable or key that is no setting, stop the start before anything is written.
+Each setting is a flag, an environment variable (in brackets below) or a key of the --config file; the first one given is used, in this order. An empty variable counts as not set. A value that can never work, and an unknown VERVE_ variable or key, stop the start before anything is written.
 
 Examples:
 
-	verve                                 Count. The live page is at http://127.0.0.1:8081,
-	                                      the counts are in verve-data/counts.jsonl.
-	verve --kafka-brokers=kafka:9092      Send them to a topic.
-	verve --window=2s                     See what happens without waiting for a minute.
+	verve                                 Run the server. Live page: http://127.0.0.1:8081,
+	                                      counts: verve-data/counts.jsonl.
+	verve --kafka-brokers=kafka:9092      Send the counts to a Kafka topic.
+	verve --window=2s                     Use short windows to try it.
 	verve --config=/etc/verve.yaml --print-config
-	                                      Show which settings are in force, and why.
-	verve totals                          Add up the records, and name what is missing.
+	                                      Show the settings in force and their sources.
+	verve totals                          Add up the records and report what is missing.
 	source <(verve completion bash)       Complete flags and commands with the tab key.
 
 Exit codes: 0 after a clean stop, 1 after a failure, 2 on a bad setting.`
@@ -65,7 +65,7 @@ var (
 )
 
 // writeCompletion writes a script that makes a shell complete the commands and
-// flags of the model. kong's companions would bring five modules and start the
+// flags of the model. kong's companions would add five modules and start the
 // program at each press of the tab key.
 func writeCompletion(out io.Writer, shell string, model *kong.Application) {
 	var commands []*kong.Node
