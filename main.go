@@ -223,7 +223,7 @@ func (p *program) open() error {
 	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil})
 	if cfg.MaxConns > 0 && p.limits.Lowered != "" {
 		log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", p.limits.MaxConns).Str("reason", p.limits.Lowered).
-			Msg("--max-conns is more than there is room for")
+			Msg("--max-conns is higher than the process has room for")
 	}
 	front.MaxConns, front.MaxServed, front.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
 	if p.front, err = server.New(front, p.public); err != nil {
@@ -328,11 +328,11 @@ func (p *program) publishLeft(to stream.Config) error {
 			return fmt.Errorf("the window of %s with %d ids: %w", c.Start.Format(time.RFC3339Nano), c.Unique, err)
 		}
 		p.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).Bool("exact", c.Exact).
-			Msg("a window that was counted in memory, before --dedup=redis, is published for this instance")
+			Msg("a window counted before the change to --dedup=redis is published for this instance")
 		return nil
 	})
 	if err != nil { // it stays for a start with --dedup=memory
-		p.log.Warn().Err(err).Str("dir", left.Dir).Msg("what was counted in memory, before --dedup=redis, is not published")
+		p.log.Warn().Err(err).Str("dir", left.Dir).Msg("ids counted before the change to --dedup=redis are not published")
 	}
 	return nil
 }
@@ -368,7 +368,7 @@ func (p *program) openCounter() (err error) {
 	}
 	if old, until, changes := p.counter.Change(); changes {
 		p.log.Warn().Str("window", old.String()).Str("until", until.Format(time.RFC3339Nano)).Str("then", p.cfg.Window.String()).
-			Msg("another --window was in use before: windows keep that length until the first one of the new length begins")
+			Msg("--window was changed: windows keep their previous length until the first window of the new length begins")
 	}
 	return nil
 }
@@ -558,7 +558,7 @@ func (p *program) clockChanged(problem string) { logClock(p.log, problem) }
 
 func (p *program) paused(absent time.Duration) {
 	p.log.Warn().Int64("absent_ms", absent.Milliseconds()).
-		Msg("the process did not run: it was stopped, the machine suspended, or too busy; windows that passed are published empty and not complete")
+		Msg("the process did not run for a while (stopped, machine suspended, or no CPU): skipped windows are published with 0 and complete:false")
 }
 
 // windowClosed reports a closed epoch. The counter calls it while it runs, which is
@@ -585,10 +585,10 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 		Dir: cfg.epochsDir(), Publisher: publisher,
 		OnSetAside: func(name string, reason error) {
 			log.Error().Err(reason).Str("set_aside_as", name).
-				Msg("the ids of the last epoch were damaged and are set aside; the present window counts without them and is not exact")
+				Msg("the ids of the last process are damaged and set aside; the open window is counted without them and gets exact:false")
 		},
 		OnFailure: func(err error) {
-			log.Error().Err(err).Msg("ids cannot be kept on disk: every id is refused until the disk takes writes again, and the window is over and published")
+			log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
 		},
 		OnRepair: func() { log.Info().Msg("ids are kept on disk again") },
 	}
@@ -597,7 +597,7 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 	}
 	set, err := dedup.NewMemory(c)
 	if errors.Is(err, errors.ErrUnsupported) {
-		log.Warn().Err(err).Msg("ids are kept in memory only: a crash forgets those of the running window")
+		log.Warn().Err(err).Msg("ids are kept in memory only: a crash loses the ids of the running window")
 		c.Dir = ""
 		set, err = dedup.NewMemory(c)
 	}
@@ -637,10 +637,10 @@ func logLibraries(log zerolog.Logger) {
 // logClock says why this instance is not ready, and that it is again.
 func logClock(log zerolog.Logger, problem string) {
 	if problem == "" {
-		log.Info().Msg("the clock agrees with the open window and runs evenly")
+		log.Info().Msg("the clock is in step with the open window again")
 		return
 	}
-	log.Error().Str("problem", problem).Msg("not ready because of the clock; ids are counted on, once each, and no window is opened again")
+	log.Error().Str("problem", problem).Msg("not ready because of the clock; counting continues, and sealed windows stay sealed")
 }
 
 // catchSignals acts on every signal as signalActs says, until the process ends.
@@ -689,7 +689,7 @@ func (p *program) limitStop() {
 		p.unfinished.CompareAndSwap(nil, "the start was not finished in time")
 		time.AfterFunc(p.cfg.ShutdownDelay+p.cfg.ShutdownTimeout+stopGrace, func() {
 			p.log.Error().Any("unfinished", p.unfinished.Load()).
-				Msg("the stop takes longer than --shutdown-timeout: ending without it; what is on disk is published at the next start")
+				Msg("the stop took longer than --shutdown-timeout: exiting now; what is on disk is published at the next start")
 			p.exit()
 		})
 	})
@@ -722,7 +722,7 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 		Msg("listening")
 	if addr, ok := admin.(*net.TCPAddr); ok && !addr.IP.IsLoopback() && cfg.AdminTokenFile == "" {
 		log.Warn().Str("admin", admin.String()).
-			Msg("whoever reaches the admin listener can read metrics, profiles and counts: set --admin-token-file, or see to it that only friends reach it")
+			Msg("the admin listener is not on loopback and has no token: set --admin-token-file or restrict access to it")
 	}
 	for _, line := range cfg.doubtful() {
 		log.Warn().Msg(line)
@@ -771,7 +771,7 @@ func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, waiting 
 		return
 	}
 	if shared {
-		line.Msg("window closed here")
+		line.Msg("window closed by this instance")
 		return
 	}
 	line.Msg("window published")

@@ -286,7 +286,7 @@ func TestAnotherWindowInAGroup(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	for v, part := range map[*instance]string{a: "takes no ids", b: "no ids are taken here"} {
+	for v, part := range map[*instance]string{a: "that instance refuses ids", b: "this instance refuses ids"} {
 		log := strings.Join(v.lines, "\n") // the line may come before that the start ends with
 		if !strings.Contains(log, part) {
 			log = v.until(part)

@@ -36,7 +36,7 @@ func handedOver() (map[string]*net.TCPListener, error) {
 		}
 		tcp, ok := ln.(*net.TCPListener)
 		if !ok || !accepts(tcp) {
-			return nil, fmt.Errorf("LISTEN_FDS: the %s socket is no listening TCP socket", name)
+			return nil, fmt.Errorf("LISTEN_FDS: the %s socket is not a listening TCP socket", name)
 		}
 		sockets[name] = tcp
 	}
@@ -57,7 +57,7 @@ func notifySystemd(stopping <-chan struct{}, log zerolog.Logger) {
 	}
 	var tick <-chan time.Time // never, without a watchdog
 	if within, err := daemon.SdWatchdogEnabled(true); err != nil {
-		log.Warn().Err(err).Msg("the watchdog of systemd is not fed")
+		log.Warn().Err(err).Msg("the watchdog of systemd could not be notified")
 	} else if within > 0 {
 		tick = time.Tick(within / 2)
 	}

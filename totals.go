@@ -24,7 +24,7 @@ import (
 )
 
 // errIncomplete makes verve totals exit 1: it has said what is missing.
-var errIncomplete = errors.New("the records are not all there, or not all once")
+var errIncomplete = errors.New("records are missing or repeated")
 
 // totalsSettle is how long records may come one after the other before the
 // windows that they changed are printed: those of several instances, and a whole
@@ -69,7 +69,7 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 	case len(cfg.KafkaBrokers) > 0:
 		records = stream.ReadTopic(ctx, cfg.kafka(), follow)
 	case file == "" || file == "-":
-		return cfg.explain(setting.Errorf("counts-file", "there is no file to read: name one, or set --kafka-brokers"))
+		return cfg.explain(setting.Errorf("counts-file", "no file to read: name one, or set --kafka-brokers"))
 	default:
 		records = stream.ReadFile(ctx, file, follow)
 		from = file

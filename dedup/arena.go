@@ -62,7 +62,7 @@ func allocate[B any](a *arena, n uint64, resident bool) ([]B, memory, error) {
 }
 
 // errNoRoom is made once: with the tables full it answers every request.
-var errNoRoom = fmt.Errorf("%w: more would exceed the memory allowed", ErrFull)
+var errNoRoom = fmt.Errorf("%w: the memory for ids is used up", ErrFull)
 
 // room reports an error if size more bytes would exceed the limit.
 func (a *arena) room(size uint64) error {

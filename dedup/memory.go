@@ -142,7 +142,7 @@ type View struct {
 }
 
 // errBehind answers the ids of a refused epoch.
-var errBehind = fmt.Errorf("%w: ids of epochs long past are not reclaimed yet", ErrFull)
+var errBehind = fmt.Errorf("%w: the slots of past epochs are not reclaimed yet", ErrFull)
 
 type load struct{ narrow, wide uint64 }
 
@@ -163,7 +163,7 @@ func (cfg *Config) Check() error {
 		return setting.Errorf("expect-ids", "want %d at most", uint64(maxExpect))
 	}
 	if size := tableSize[narrowBucket](cfg.Expect) + tableSize[wideBucket](cfg.ExpectWide); cfg.MaxBytes > 0 && size > cfg.MaxBytes {
-		return setting.Errorf("expect-ids", "room for so many takes %d MiB, and ids may take %d MiB, half of the memory limit", size>>20, cfg.MaxBytes>>20)
+		return setting.Errorf("expect-ids", "so many ids take %d MiB, and %d MiB are allowed: half of the memory limit", size>>20, cfg.MaxBytes>>20)
 	}
 	return nil
 }

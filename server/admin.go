@@ -175,7 +175,7 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 			defer func() { <-a.profiles }()
 		default:
 			w.Header().Set("Retry-After", retryAfter)
-			http.Error(w, "too many profiles are being made", http.StatusServiceUnavailable)
+			http.Error(w, "too many profiles are running", http.StatusServiceUnavailable)
 			return
 		}
 		make(w, r)

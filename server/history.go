@@ -115,7 +115,7 @@ func (h *history) failure(err error) {
 	h.close()
 	if !h.failed {
 		h.failed = true
-		h.log.Warn().Err(err).Msg("the windows shown by the live page and /api/windows are not kept for the next start")
+		h.log.Warn().Err(err).Msg("cannot save the windows that the live page and /api/windows show: the next start begins without them")
 	}
 }
 

@@ -86,7 +86,7 @@ func (l *patientListener) report(err error, wait time.Duration) {
 	l.mu.Unlock()
 	if hidden, ok := l.lines.Allow(now); ok {
 		l.log.Error().Err(err).Str("listener", l.name).Dur("wait_ms", wait).Uint64("hidden", hidden).
-			Msg("a connection could not be accepted: new ones wait, those that are open are served")
+			Msg("a connection could not be accepted: new connections wait, open ones are served")
 	}
 }
 

@@ -119,11 +119,11 @@ func (s *Server) logRefusal(status int, r reason, cause error) {
 func (s *Server) logHiddenRefusals() {
 	for _, r := range allReasons {
 		if n := s.refusalLogs[r.index].TakeHidden(); n > 0 {
-			s.refusalLine(r).Uint64("hidden", n).Msg("requests were refused, not logged one by one")
+			s.refusalLine(r).Uint64("hidden", n).Msg("refused requests not logged")
 		}
 	}
 	if n := s.ln.rejections.TakeHidden(); n > 0 {
-		s.refusalLine(reasonBusy).Uint64("hidden", n).Msg("connections over the limit were refused, not logged one by one")
+		s.refusalLine(reasonBusy).Uint64("hidden", n).Msg("refused connections not logged")
 	}
 }
 

@@ -85,7 +85,7 @@ func (c *Certificate) Run(ctx context.Context) error {
 		case err != nil && err.Error() != last:
 			last = err.Error()
 			c.failures.Add(1)
-			c.log.Error().Err(err).Msg("the TLS certificate is not replaced")
+			c.log.Error().Err(err).Msg("the new TLS certificate cannot be used; the previous one stays")
 		case changed:
 			last = ""
 			c.log.Info().Str("file", c.certFile).Time("not_after", c.current.Load().Leaf.NotAfter).Msg("new TLS certificate")

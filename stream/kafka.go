@@ -323,7 +323,7 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 		if err == nil {
 			if k.present.used(batch, time.Now()) {
 				k.log.Warn().Str("key", batch[0].record.Key()).Int("records", len(batch)).
-					Msg("broker refused the time of records, the end of their window, as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): they have the time of sending instead")
+					Msg("broker refused the timestamps of records (the end of their window) as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): the records are sent with the present time instead")
 			}
 			k.present.ahead = false
 			return len(batch), nil
@@ -490,7 +490,7 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		k.timeout = max(k.timeout/2, minTransactionTimeout)
 		if s, err = inTransactions(); err == nil {
 			k.log.Info().Str("timeout", k.timeout.String()).Str("wanted", transactionTimeout.String()).
-				Msg("broker allows shorter transactions only (transaction.max.timeout.ms): they have this timeout")
+				Msg("broker allows shorter transactions only (transaction.max.timeout.ms): using this timeout")
 		}
 	}
 	if err == nil {
@@ -502,7 +502,7 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 	} else if refusal(err) {
 		if !k.refused {
 			k.log.Warn().Err(k.lacks("", err)).Str("transactional_id", transactionalID(identity)).
-				Msg("broker refuses transactions: records are sent without, a copy of one is possible when a process is killed")
+				Msg("broker refuses transactions: records are sent without them, so a kill may leave a second copy of a record")
 		}
 		k.refused = true
 		s, err = connect()
@@ -547,7 +547,7 @@ func (k *kafkaSink) prepare(ctx context.Context, identity string, group bool) er
 	for _, e := range client.PollFetches(ctx).Errors() {
 		if errors.Is(e.Err, kerr.TopicAuthorizationFailed) {
 			k.log.Warn().Err(k.lacks("Read", e.Err)).
-				Msg("the topic cannot be read: records are delivered, but after a kill, or a reply of the broker that is lost, delivery stops until the right is granted")
+				Msg("the topic cannot be read: records are delivered, but after a kill or a lost reply delivery stops until the right to read is granted")
 		}
 	}
 	return nil
@@ -789,7 +789,7 @@ func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
 			if e.record.Scope == ScopeInstance || !sameCount(values[0], &e.record) {
 				k.conflict.Add(1)
 				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
-					Msg("topic has this key with another value: two processes use one name")
+					Msg("the topic has this key with another value: two processes use the same name")
 			}
 			// The group's record of a window is one, whoever sealed it. An
 			// instance's belongs to a namesake, and ours still has to be counted.

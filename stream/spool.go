@@ -198,7 +198,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		if aside != "" {
 			s.setAside = aside
 			cfg.Log.Error().Str("file", path).Str("set_aside_as", aside).
-				Msg("spool was damaged and is set aside; a new one is started, records in the old one are not delivered, and numbers go on behind theirs")
+				Msg("spool was damaged and set aside, and a new one started: its undelivered records stay in the old file, and seq continues after the last one known")
 		}
 		s.store = b
 		s.markPath = filepath.Join(cfg.Dir, markFile)

@@ -165,7 +165,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		return nil, fmt.Errorf("stream: %w", err)
 	}
 	if pending, _ := spool.watch(); pending > 0 && len(names) == 0 {
-		cfg.Log.Warn().Int("records", pending).Msg("spooled records have neither a broker nor a counts file to go to, the next window drops them")
+		cfg.Log.Warn().Int("records", pending).Msg("no broker and no counts file is set: the records in the spool are dropped at the next window")
 	}
 	return s, nil
 }
@@ -323,7 +323,7 @@ func (s *Stream) Close() {
 	select {
 	case <-done:
 	case <-t.C:
-		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("a sink did not close in time and is left behind")
+		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("a sink did not close in time; the stop continues without it")
 	}
 }
 
@@ -489,7 +489,7 @@ func (w *worker) deliver(ctx context.Context, batch []entry) (int, error) {
 	number := w.delivery
 	w.mu.Unlock()
 	late := time.AfterFunc(patience, func() {
-		err := fmt.Errorf("a write has not returned for %s: its reader stalls, or its file system hangs", patience)
+		err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", patience)
 		w.mu.Lock()
 		current := w.delivery == number
 		if current {
@@ -546,7 +546,7 @@ func (w *worker) condemn(e entry, reason error) error {
 		return fmt.Errorf("set a refused record aside: %w", err)
 	}
 	w.stream.cfg.Log.Error().Str("sink", name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
-		Msg("record is refused for good and set aside, its count is missing at this sink")
+		Msg("record was refused for good and set aside; this sink lacks its count")
 	return nil
 }
 

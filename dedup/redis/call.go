@@ -108,7 +108,7 @@ func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 			loaded = true
 		case errors.As(err, &refused) && (strings.Contains(err.Error(), "unknown command") || strings.HasPrefix(err.Error(), "NOPERM")):
 			if !r.script.Swap(true) {
-				r.cfg.Log.Info().Msg("Redis takes no functions here (" + firstLine(err) + "): scripts are used instead")
+				r.cfg.Log.Info().Msg("this Redis refuses functions (" + firstLine(err) + "): scripts are used instead")
 			}
 			return nil
 		case errors.As(err, &refused) && strings.HasPrefix(err.Error(), "READONLY"):

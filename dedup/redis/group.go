@@ -190,7 +190,7 @@ func (g *Group) orLeft(c counter.Count, err error) error {
 	select {
 	case <-g.leaving:
 		g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
-			Msg("window is left to the group")
+			Msg("the other instances publish this window")
 		return nil
 	default:
 		return fmt.Errorf("publish %s: %w", c.Start.Format(time.RFC3339Nano), err)
@@ -252,7 +252,7 @@ func (g *Group) Run(ctx context.Context) error {
 		_, changed := g.records.DeliveredTo()
 		if err := g.round(ctx); err != nil && ctx.Err() == nil {
 			if hidden, ok := log.Allow(time.Now()); ok {
-				g.log.Warn().Err(err).Uint64("hidden", hidden).Msg("the records of the group are not published, trying again")
+				g.log.Warn().Err(err).Uint64("hidden", hidden).Msg("the records of the group could not be published, trying again")
 			}
 		}
 		select {
@@ -355,7 +355,7 @@ func (g *Group) leave(ctx context.Context) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("leave the group: what is not published is in Redis for the other instances or the next start: %w", err)
+		return fmt.Errorf("leave the group (unpublished windows are in Redis, for the other instances or the next start): %w", err)
 	}
 	if others > 0 {
 		return nil
@@ -369,7 +369,7 @@ func (g *Group) leave(ctx context.Context) error {
 		wait := time.Until(s.End())
 		if bounded && wait > 0 && time.Until(deadline) < wait+leaveMargin {
 			g.log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Str("over_in", wait.Round(time.Millisecond).String()).
-				Msg("last instance of the group stops within a window: it stays open in Redis, and the next start goes on with it and publishes it")
+				Msg("the last instance of the group stopped within a window: the window stays open in Redis, and the next start continues and publishes it")
 			continue
 		}
 		if wait > 0 {

@@ -75,7 +75,7 @@ func (h *health) failed(r *Set, err error) {
 	if due {
 		what := "ids get 503 until it works again"
 		if r.cfg.FailOpen {
-			what = "ids are judged by this instance alone until it works again"
+			what = "this instance judges ids alone until it works again"
 		}
 		r.cfg.Log.Error().Err(err).Uint64("hidden", hidden).Msg(text + "; " + what)
 	}
@@ -105,7 +105,7 @@ func (h *health) note(r *Set, line string) {
 // explanations of what Redis answers, by the first word of it.
 var explanations = map[string]string{
 	"OOM":         "Redis is out of memory",
-	"READONLY":    "this Redis is a replica and takes no ids",
+	"READONLY":    "this Redis is a replica and refuses writes",
 	"LOADING":     "Redis is loading its data",
 	"CLUSTERDOWN": "the Redis cluster does not serve these ids",
 	"MASTERDOWN":  "the master of this Redis is unreachable",
@@ -234,7 +234,7 @@ func (r *Set) checkPolicy() {
 		}
 	}
 	if n, err := r.agreedLanes(ctx); err == nil && n != len(r.lanes) {
-		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all of them the same --redis-url", n, len(r.lanes))
+		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n, len(r.lanes))
 	}
 	h := &r.health
 	h.mu.Lock()
@@ -244,12 +244,12 @@ func (r *Set) checkPolicy() {
 	h.refused.Store(bad != "")
 	switch {
 	case bad != "" && bad != was:
-		r.cfg.Log.Error().Msg(bad + "; no ids are taken until it is changed")
+		r.cfg.Log.Error().Msg(bad + "; ids are refused until it is changed")
 	case bad == "" && was != "":
-		r.cfg.Log.Info().Str("was", was).Msg("Redis can be trusted again")
+		r.cfg.Log.Info().Str("was", was).Msg("Redis keeps ids again")
 	}
 	if blind && !wasBlind {
-		r.cfg.Log.Warn().Msg("the Redis user may read neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
+		r.cfg.Log.Warn().Msg("the Redis user may run neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
 	}
 }
 
@@ -286,7 +286,7 @@ func (r *Set) checkRights(reached []bool) {
 	case reason != "" && reason != was:
 		r.cfg.Log.Error().Msg(reason + "; not ready until it is changed")
 	case reason == "" && was != "":
-		r.cfg.Log.Info().Str("was", was).Msg("Redis lets this instance do what it needs again")
+		r.cfg.Log.Info().Str("was", was).Msg("the Redis user has all rights that are needed again")
 	}
 }
 

@@ -296,7 +296,7 @@ func wake(a *ask) {
 	}
 }
 
-var errOutside = fmt.Errorf("%w: the group has windows of another length", dedup.ErrUnavailable)
+var errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnavailable)
 
 var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
 
@@ -337,7 +337,7 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded)
 	return dedup.Unique, nil
 }
 
-var errLog = fmt.Errorf("%w: no room for more ids that Redis has not seen", dedup.ErrUnavailable)
+var errLog = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
 
 // known makes a repeat of the id cost no trip. l.mu is held, so that whoever
 // finds it no more pending finds it there.

@@ -600,7 +600,7 @@ func (l *Ledger) stand(odd, strange string) {
 		window, member, _ := strings.Cut(strange, " ")
 		strange = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(window), l.cfg.Window)
 		if strange != l.strange {
-			l.cfg.Log.Error().Msg(strange + ": that instance takes no ids until it has the window of the group")
+			l.cfg.Log.Error().Msg(strange + ": that instance refuses ids until it has the window of the group")
 		}
 	}
 	l.strange = strange
@@ -609,7 +609,7 @@ func (l *Ledger) stand(odd, strange string) {
 		l.odd = ""
 		l.standing.Store(inside)
 		if was != "" {
-			l.cfg.Log.Info().Str("was", was).Msg("the window of the group is that of this instance: ids are taken")
+			l.cfg.Log.Info().Str("was", was).Msg("this instance and its group have the same window: ids are accepted")
 		}
 		return
 	}
@@ -625,7 +625,7 @@ func (l *Ledger) stand(odd, strange string) {
 	}
 	l.standing.Store(outside)
 	if was == "" {
-		l.cfg.Log.Error().Msg(l.odd + ": no ids are taken here until it has that of the group, or no other instance is left")
+		l.cfg.Log.Error().Msg(l.odd + ": this instance refuses ids until the two are the same, or no other instance is left")
 	}
 }
 

@@ -303,7 +303,7 @@ func (r *Set) await(s *redisEpoch) error {
 	case <-r.life.Done():
 	}
 	if s.refused.Load() || r.ledger.standing.Load() != inside {
-		return fmt.Errorf("%w: the group has not taken the window of this instance", dedup.ErrUnavailable)
+		return fmt.Errorf("%w: the group has not accepted the window of this instance", dedup.ErrUnavailable)
 	}
 	return nil
 }
@@ -332,7 +332,7 @@ func (r *Set) Retire(e *counter.Epoch) {
 	if unsent > 0 {
 		r.counts.dropped.Add(uint64(unsent))
 		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
-			Msg("the window was sealed without ids that were answered as new while Redis was away")
+			Msg("the window was sealed without ids that were answered ok while Redis was unreachable")
 	}
 	e.State = s.view
 	r.cfg.Local.Retire(e)

@@ -364,9 +364,9 @@ func (s *Sender) logResult(ep Endpoint, r result) {
 // logHidden says how many results were not logged, when none follows to say it.
 func (s *Sender) logHidden() {
 	if n := s.okLog.TakeHidden(); n > 0 {
-		s.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callbacks not logged one by one")
+		s.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callback results not logged")
 	}
 	if n := s.failLog.TakeHidden(); n > 0 {
-		s.cfg.Log.Warn().Uint64("hidden", n).Str("result", "failed").Msg("callbacks not logged one by one")
+		s.cfg.Log.Warn().Uint64("hidden", n).Str("result", "failed").Msg("callback results not logged")
 	}
 }
