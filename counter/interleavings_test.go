@@ -1,0 +1,316 @@
+//go:build interleavings
+
+package counter
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"verve/internal/explore"
+)
+
+// options are those of VERVE_TEST_EXPLORE: by default a search of seconds.
+func options(quick, ci, deep int) explore.Options {
+	o := explore.Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
+	switch os.Getenv("VERVE_TEST_EXPLORE") {
+	case "ci":
+		o.Preemptions = ci
+	case "deep":
+		o.Preemptions = deep
+	}
+	return o
+}
+
+// scene is a Counter whose clock stands still, and what came of it.
+type scene struct {
+	c         *Counter
+	first     *Epoch
+	opened    []*Epoch
+	published []Count
+	retired   []*Epoch
+	answers   [][]answer // by request
+}
+
+// answer is what a request was answered: the epoch and how much it counted there.
+type answer struct {
+	epoch           *Epoch
+	start           time.Time
+	unique, repeats uint64
+}
+
+func (s *scene) Open(e *Epoch)   { s.opened = append(s.opened, e) }
+func (s *scene) Retire(e *Epoch) { s.retired = append(s.retired, e) }
+func (s *scene) Publish(_ context.Context, c Count) error {
+	s.published = append(s.published, c)
+	return nil
+}
+
+func newScene() *scene {
+	s := new(scene)
+	start := time.Unix(1000, 0)
+	c, err := New(Config{Window: time.Second, Store: s, Publish: s,
+		clocks: func() reading { return reading{wall: start.UnixNano()} }})
+	if err != nil {
+		panic(err)
+	}
+	s.c, s.first = c, c.Last()
+	return s
+}
+
+// request adds a thread that enters at the given moment and leaves with an outcome.
+func (s *scene) request(r *explore.Run, name string, now int64, hint uint64, o Outcome) {
+	i := len(s.answers)
+	s.answers = append(s.answers, nil)
+	r.Go(name, func() {
+		in, open := s.c.Enter(now, hint)
+		if !open {
+			return
+		}
+		a := answer{epoch: in.Epoch, start: in.Start()}
+		in.Leave(o)
+		switch o {
+		case Unique:
+			a.unique++
+		case Repeat:
+			a.repeats++
+		}
+		s.answers[i] = append(s.answers[i], a)
+	})
+}
+
+// batch is request for as many as it has outcomes.
+func (s *scene) batch(r *explore.Run, name string, now int64, hint, unique, repeats, void uint64) {
+	i := len(s.answers)
+	s.answers = append(s.answers, nil)
+	r.Go(name, func() {
+		in, open := s.c.EnterMany(now, hint, unique+repeats+void)
+		if !open {
+			return
+		}
+		a := answer{in.Epoch, in.Start(), unique, repeats}
+		in.LeaveMany(unique, repeats, void)
+		s.answers[i] = append(s.answers[i], a)
+	})
+}
+
+// closer adds a thread that closes so many epochs, or all until Seal.
+func (s *scene) closer(r *explore.Run, epochs int) {
+	r.Go("closer", func() {
+		for n := 0; n != epochs; {
+			e, sealed := s.c.oldest()
+			switch {
+			case e != nil:
+				if err := s.c.close(context.Background(), e); err != nil {
+					panic(err)
+				}
+				n++
+			case sealed:
+				return
+			default:
+				explore.Wait()
+			}
+		}
+	})
+}
+
+// check compares the records with the answers, and what is counted in epochs that
+// are not published with the rest.
+func (s *scene) check() error {
+	unique, repeats := map[int64]uint64{}, map[int64]uint64{}
+	for _, answers := range s.answers {
+		for _, a := range answers {
+			unique[a.start.UnixNano()] += a.unique
+			repeats[a.start.UnixNano()] += a.repeats
+		}
+	}
+	for i, c := range s.published {
+		at := c.Start.UnixNano()
+		if c.Unique != unique[at] || c.Repeats != repeats[at] {
+			return fmt.Errorf("record %d, of %v, has %d and %d repeats; answered were %d and %d", i, c.Start, c.Unique, c.Repeats, unique[at], repeats[at])
+		}
+		if i > 0 && !c.Start.After(s.published[i-1].Start) {
+			return fmt.Errorf("record %v came after %v", c.Start, s.published[i-1].Start)
+		}
+		delete(unique, at)
+		delete(repeats, at)
+	}
+	for i, e := range s.opened {
+		if i > 0 && e.start <= s.opened[i-1].start {
+			return fmt.Errorf("epoch %v was opened after %v", e.Start(), s.opened[i-1].Start())
+		}
+	}
+	for i, e := range s.retired {
+		if e != s.opened[i] {
+			return fmt.Errorf("epoch %v was retired, want %v", e.Start(), s.opened[i].Start())
+		}
+		if !e.Idle() {
+			return fmt.Errorf("epoch %v was retired with a request in it", e.Start())
+		}
+	}
+	for _, e := range s.opened[len(s.retired):] {
+		if got, want := e.Unique(), unique[e.start]; got != want {
+			return fmt.Errorf("epoch %v counts %d; answered were %d", e.Start(), got, want)
+		}
+		if got, want := e.Repeats(), repeats[e.start]; got != want {
+			return fmt.Errorf("epoch %v counts %d repeats; answered were %d", e.Start(), got, want)
+		}
+		if !e.Idle() {
+			return fmt.Errorf("a request never left epoch %v", e.Start())
+		}
+	}
+	stats := s.c.Stats()
+	for _, answers := range s.answers {
+		for _, a := range answers {
+			stats.Unique -= a.unique
+			stats.Repeats -= a.repeats
+		}
+	}
+	if stats.Unique != 0 || stats.Repeats != 0 {
+		return fmt.Errorf("Stats counts %d and %d repeats more than were answered", int64(stats.Unique), int64(stats.Repeats))
+	}
+	return nil
+}
+
+// opens checks that so many epochs were opened.
+func (s *scene) opens(n int) func() error {
+	return func() error {
+		if len(s.opened) != n {
+			return fmt.Errorf("%d epochs were opened, want %d", len(s.opened), n)
+		}
+		return s.check()
+	}
+}
+
+func TestInterleavingsOfEnterLeaveTurnClose(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		s.request(r, "early", end-1, 0, Unique)
+		s.request(r, "other", end-1, 0, Unique)
+		s.request(r, "late", end, 1, Unique)
+		s.closer(r, 1)
+		r.Check(s.opens(2))
+	})
+}
+
+func TestInterleavingsOfOutcomes(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		s.request(r, "repeat", end-1, 0, Repeat)
+		s.request(r, "void", end-1, 1, Void)
+		s.request(r, "late", end, 0, Repeat)
+		s.closer(r, 1)
+		r.Check(s.opens(2))
+	})
+}
+
+func TestInterleavingsOfBatches(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		s.batch(r, "batch", end-1, 0, 2, 1, 1)
+		s.request(r, "single", end-1, 0, Unique)
+		s.batch(r, "late", end, 0, 1, 1, 0)
+		s.closer(r, 1)
+		r.Check(s.opens(2))
+	})
+}
+
+func TestInterleavingsOfSeal(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		s.request(r, "early", end-1, 0, Unique)
+		s.request(r, "late", end, 0, Unique)
+		r.Go("stop", func() { s.c.Seal() })
+		s.closer(r, -1)
+		r.Check(func() error {
+			if s.c.open.Load() != nil || len(s.retired) != len(s.opened) {
+				return fmt.Errorf("%d of %d epochs were retired after Seal", len(s.retired), len(s.opened))
+			}
+			return s.check()
+		})
+	})
+}
+
+func TestInterleavingsOfTurns(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		s.request(r, "late", end, 0, Unique)
+		s.request(r, "later", end+1, 1, Unique)
+		r.Go("turn from", func() { s.c.TurnFrom(s.first) })
+		r.Go("spare", func() { s.c.provide() })
+		r.Check(s.opens(2))
+	})
+}
+
+func TestInterleavingsOfTwoTurns(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		s.c.provide()
+		end := s.first.end
+		window := int64(time.Second)
+		s.request(r, "early", end-1, 0, Unique)
+		s.request(r, "late", end, 0, Unique)
+		s.request(r, "next", end+window, 0, Unique)
+		s.closer(r, 1)
+		r.Check(s.check)
+	})
+}
+
+// TestInterleavingsOfAPublisherThatStands: with as many epochs waiting as are kept, one
+// that counted nothing becomes a gap; one with a request in it does not.
+func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end, window := s.first.end, int64(time.Second)
+		for i := range int64(maxWaiting) {
+			if i == 0 {
+				in, _ := s.c.Enter(end-1, 0)
+				in.Leave(Unique)
+				s.answers = append(s.answers, []answer{{in.Epoch, in.Start(), 1, 0}})
+			}
+			s.c.turn(end + i*window)
+		}
+		open := s.c.Last()
+		s.request(r, "early", open.end-1, 0, Unique)
+		s.request(r, "late", open.end, 0, Unique)
+		r.Go("next", func() { s.c.turn(open.end + window) })
+		r.Check(func() error {
+			for _, answers := range s.answers {
+				for _, a := range answers {
+					for _, e := range s.retired {
+						if a.epoch == e {
+							return fmt.Errorf("epoch %v was retired without a record, and has answers", e.Start())
+						}
+					}
+				}
+			}
+			return nil
+		})
+	})
+}
+
+// TestInterleavingsOfStats: the sums never fall, and have what was counted before.
+func TestInterleavingsOfStats(t *testing.T) {
+	explore.Explore(t, options(1, 3, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		var before, after Stats
+		s.request(r, "early", end-1, 0, Unique)
+		s.request(r, "late", end, 0, Repeat)
+		s.closer(r, 1)
+		r.Go("stats", func() { before, after = s.c.Stats(), s.c.Stats() })
+		r.Check(func() error {
+			if after.Unique < before.Unique || after.Repeats < before.Repeats || after.Unique > 1 || after.Repeats > 1 {
+				return fmt.Errorf("Stats counts %d and %d repeats, then %d and %d", before.Unique, before.Repeats, after.Unique, after.Repeats)
+			}
+			return s.check()
+		})
+	})
+}

@@ -1,0 +1,499 @@
+// Package explore runs a test in every order of its atomic steps.
+//
+// The threads of a scenario are coroutines. Each stops before every operation on
+// an atomic, a mutex or a pool (packages explore/atomic and explore/sync, which
+// have the API of sync/atomic and sync), and the scheduler decides whose operation
+// comes next. Go's atomics are sequentially consistent, so the orders of those
+// operations are all that can happen in a program without data races. The search
+// is depth-first and repeats the scenario from its beginning for each order.
+//
+// Orders that differ only in operations that do not depend on each other lead to
+// the same state; a state is searched once. With All, sleep sets and the cache of
+// states together leave out what is equivalent, and the search is complete. With a
+// bound on preemptions the cache alone does so: a sleep set may hide an order within
+// the bound behind an equivalent one beyond it.
+//
+// A scenario that fails is reported with its schedule, which Replay repeats, and a
+// trace. Package explore/overlay compiles product files against the two packages.
+package explore
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"math/bits"
+	"runtime/debug"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+)
+
+// All is the Preemptions of a search without a bound.
+const All = -1
+
+const (
+	maxThreads = 16
+
+	// maxSteps of one schedule are taken for a livelock: scenarios have tens.
+	maxSteps = 5_000
+)
+
+// Options of a search.
+type Options struct {
+	// Preemptions is how often the scheduler may take a thread off that could go on;
+	// All: any number of times. A thread that waits or has ended costs none.
+	Preemptions int
+	Replay      string // the only schedule to run
+	Max         int    // schedules after which the search gives up; 0: none
+}
+
+// Run is one schedule of a scenario. The scenario is called for each, and must do
+// the same each time.
+type Run struct {
+	Killed bool // for check: the process was killed
+
+	threads []*thread
+	check   func() error
+}
+
+// Go adds a thread.
+func (r *Run) Go(name string, f func()) {
+	if len(r.threads) == maxThreads {
+		panic("explore: too many threads")
+	}
+	t := &thread{id: len(r.threads), name: name, run: f}
+	t.pending.kind = start
+	r.threads = append(r.threads, t)
+}
+
+// Kill adds a thread that ends all others at any moment, once.
+func (r *Run) Kill() {
+	r.Go("kill", func() { step(op{kind: kill, name: "kill"}) })
+}
+
+// Check sets what must hold when the threads have ended, or were killed.
+func (r *Run) Check(f func() error) { r.check = f }
+
+// Result is what a search has done.
+type Result struct {
+	Schedules int // run to their end
+	Cut       int // begun, and equivalent to one before
+	States    int
+	Time      time.Duration
+	Complete  bool // nothing was left out but what Options exclude
+}
+
+// Failure is a schedule that fails.
+type Failure struct {
+	Err      error
+	Schedule string // for Options.Replay
+	Trace    string // of its steps
+}
+
+func (f *Failure) Error() string {
+	return fmt.Sprintf("%v\nschedule %s\n%s", f.Err, f.Schedule, f.Trace)
+}
+
+// Explore searches the schedules of a scenario and fails t at the first that fails.
+func Explore(t testing.TB, o Options, scenario func(*Run)) Result {
+	t.Helper()
+	r, err := Search(o, scenario)
+	bound := "any number of preemptions"
+	if o.Preemptions != All {
+		bound = fmt.Sprintf("%d preemptions", o.Preemptions)
+	}
+	if err != nil {
+		t.Fatalf("failed at schedule %d, with %s: %v", r.Schedules+r.Cut, bound, err)
+	}
+	if !r.Complete {
+		t.Logf("gave up after %d schedules", r.Schedules+r.Cut)
+	}
+	t.Logf("explored %d schedules and %d beginnings, %d states, with %s, in %v",
+		r.Schedules, r.Cut, r.States, bound, r.Time.Round(time.Millisecond))
+	return r
+}
+
+// Search is Explore without a test.
+func Search(o Options, scenario func(*Run)) (Result, *Failure) {
+	began := time.Now()
+	s := &search{options: o, states: map[uint64]uint64{}}
+	var r Result
+	finish := func(f *Failure) (Result, *Failure) {
+		r.States, r.Time = len(s.states), time.Since(began)
+		return r, f
+	}
+	if o.Replay != "" {
+		err := s.replay(o.Replay, scenario)
+		r.Schedules = 1
+		if err == nil {
+			return finish(nil)
+		}
+		return finish(&Failure{err, o.Replay, s.story()})
+	}
+	for {
+		e := s.execute(scenario)
+		if e.cut {
+			r.Cut++
+		} else {
+			r.Schedules++
+		}
+		if e.err != nil {
+			schedule := e.schedule()
+			again := s.replay(schedule, scenario)
+			if again == nil || again.Error() != e.err.Error() {
+				e.err = fmt.Errorf("%w\n(a second run of the schedule: %v)", e.err, again)
+			}
+			return finish(&Failure{e.err, schedule, s.story()})
+		}
+		if !s.backtrack() {
+			r.Complete = true
+			return finish(nil)
+		}
+		if o.Max > 0 && r.Schedules+r.Cut >= o.Max {
+			return finish(nil)
+		}
+	}
+}
+
+// mask is a set of threads.
+type mask = uint16
+
+// node is a decision of the schedule being run.
+type node struct {
+	chosen int
+	todo   mask // still to be chosen here
+	done   mask // chosen before
+	sleep  mask // need not be chosen: it was, in an equivalent order
+	free   bool // the thread before cannot go on, or offers to stop
+}
+
+// search is a depth-first search.
+type search struct {
+	options Options
+	stack   []node
+
+	// states has the states met. With All: the threads that were asleep there. Else
+	// one more than the preemptions that were left.
+	states map[uint64]uint64
+
+	forced  []int // by replay: the schedule
+	tracing bool
+	trace   []string
+}
+
+// backtrack takes the next choice of the last decision that has one.
+func (s *search) backtrack() bool {
+	for len(s.stack) > 0 {
+		n := &s.stack[len(s.stack)-1]
+		if n.todo != 0 {
+			n.done |= 1 << n.chosen
+			n.chosen = bits.TrailingZeros16(n.todo)
+			n.todo &^= 1 << n.chosen
+			return true
+		}
+		s.stack = s.stack[:len(s.stack)-1]
+	}
+	return false
+}
+
+// replay runs one schedule, and traces it.
+func (s *search) replay(schedule string, scenario func(*Run)) error {
+	forced, err := parseSchedule(schedule)
+	if err != nil {
+		return err
+	}
+	s.forced, s.tracing, s.stack = forced, true, nil
+	defer func() { s.forced, s.tracing = nil, false }()
+	s.trace = nil
+	return s.execute(scenario).err
+}
+
+// thread is a coroutine of a Run.
+type thread struct {
+	id   int
+	name string
+	run  func()
+
+	next    func() (struct{}, bool)
+	stop    func()
+	yield   func(struct{}) bool
+	done    bool
+	pending op
+	hash    uint64  // of the operations so far, and those that they depend on
+	watched []watch // what was read since the thread last offered to wait
+}
+
+// watch is a location as it was when it was read.
+type watch struct {
+	at     *location
+	writes int
+}
+
+// execution is one run of a scenario.
+type execution struct {
+	search    *search
+	run       *Run
+	locations map[unsafe.Pointer]*location
+	choices   []byte // threads, in order
+
+	current  int
+	depth    int
+	used     int // preemptions
+	sleep    mask
+	starting bool
+	over     bool // no more choices
+	aborting bool // the threads unwind
+	cut      bool
+	err      error
+}
+
+// active is the execution whose thread runs now. Threads run one at a time.
+var active *execution
+
+// aborted unwinds the threads of a schedule that has ended before they did.
+var aborted = errors.New("explore: the schedule is over")
+
+func (s *search) execute(scenario func(*Run)) *execution {
+	if active != nil {
+		panic("explore: one search at a time")
+	}
+	e := &execution{search: s, run: new(Run), locations: map[unsafe.Pointer]*location{}, current: -1}
+	scenario(e.run)
+	active = e
+	e.starting = true
+	for _, t := range e.run.threads {
+		e.current = t.id
+		t.next, t.stop = iter.Pull(e.body(t))
+		if _, alive := t.next(); !alive {
+			t.done = true
+		}
+	}
+	e.starting, e.current = false, -1
+	for on := e.err == nil && e.decide(); on; {
+		t := e.run.threads[e.current]
+		if _, alive := t.next(); alive {
+			on = !e.over
+		} else {
+			t.done = true
+			on = e.err == nil && e.decide()
+		}
+	}
+	e.aborting = true
+	for _, t := range e.run.threads {
+		t.stop()
+	}
+	active = nil
+	if e.err == nil && !e.cut && e.run.check != nil {
+		e.err = e.run.check()
+	}
+	return e
+}
+
+// body is what a thread's coroutine runs.
+func (e *execution) body(t *thread) iter.Seq[struct{}] {
+	return func(yield func(struct{}) bool) {
+		t.yield = yield
+		defer func() {
+			if p := recover(); p != nil && !e.aborting && e.err == nil {
+				e.err = fmt.Errorf("%s: panic: %v\n%s", t.name, p, debug.Stack())
+			}
+		}()
+		t.run()
+	}
+}
+
+// step is called by the running thread before each operation. It returns when the
+// operation is the next one.
+func step(o op) {
+	e := active
+	if e == nil {
+		return
+	}
+	if e.aborting {
+		panic(aborted)
+	}
+	t := e.run.threads[e.current]
+	if o.pointer != nil {
+		o.at = e.location(o.pointer)
+	}
+	if o.kind == await {
+		o.watched = t.watched
+	}
+	t.pending = o
+	if e.starting || !e.decide() || e.current != t.id {
+		if !t.yield(struct{}{}) || e.aborting {
+			panic(aborted)
+		}
+	}
+	e.perform(t)
+	if o.kind == kill {
+		e.over = true
+		e.run.Killed = true
+		t.yield(struct{}{})
+		panic(aborted)
+	}
+}
+
+// decide chooses the thread whose pending operation is the next one. It returns
+// false when there is none, or the rest was searched before.
+func (e *execution) decide() bool {
+	s := e.search
+	threads := e.run.threads
+	var enabled, alive mask
+	for i, t := range threads {
+		if t.done {
+			continue
+		}
+		if t.pending.kind != kill {
+			alive |= 1 << i
+		}
+		if t.pending.enabled() {
+			enabled |= 1 << i
+		}
+	}
+	e.over = true
+	if alive == 0 {
+		return false // a kill now is as good as an end
+	}
+	if enabled&alive == 0 {
+		e.err = errors.New("deadlock: " + e.waiting())
+		return false
+	}
+	if e.depth == maxSteps {
+		e.err = errors.New("livelock: " + e.waiting())
+		return false
+	}
+	chosen, free, ok := e.choose(enabled)
+	if !ok {
+		return false
+	}
+	t := threads[chosen]
+	if !free && chosen != e.current && t.pending.kind != kill {
+		e.used++
+	}
+	e.over = false
+	e.current = chosen
+	e.depth++
+	e.choices = append(e.choices, byte(chosen))
+	if s.options.Preemptions == All && s.forced == nil {
+		n := &s.stack[e.depth-1]
+		e.sleep = 0
+		for i, u := range threads {
+			if (n.sleep|n.done)>>i&1 != 0 && !u.pending.dependsOn(&t.pending) {
+				e.sleep |= 1 << i
+			}
+		}
+	}
+	return true
+}
+
+// choose returns the thread of the next decision: that of the stack, or of a new
+// one.
+func (e *execution) choose(enabled mask) (chosen int, free, ok bool) {
+	s := e.search
+	free = e.current < 0 || enabled>>e.current&1 == 0 || e.run.threads[e.current].pending.kind == await
+	if s.forced != nil {
+		if e.depth == len(s.forced) {
+			e.cut = true // the schedule ends here
+			return 0, free, false
+		}
+		chosen = s.forced[e.depth]
+		if chosen >= maxThreads || enabled>>chosen&1 == 0 {
+			e.err = fmt.Errorf("step %d of the schedule is not possible", e.depth)
+			return 0, free, false
+		}
+		return chosen, free, true
+	}
+	if e.depth < len(s.stack) {
+		n := &s.stack[e.depth]
+		if enabled>>n.chosen&1 == 0 {
+			panic("explore: the scenario is not the same each time")
+		}
+		return n.chosen, n.free, true
+	}
+	todo := enabled &^ e.sleep
+	if bound := s.options.Preemptions; bound != All && e.used == bound && !free {
+		todo &= 1<<e.current | e.kills()
+	}
+	if enabled&(enabled-1) != 0 {
+		todo = e.unseen(todo)
+	}
+	if todo == 0 {
+		e.cut = true
+		return 0, free, false
+	}
+	if chosen = e.current; chosen < 0 || todo>>chosen&1 == 0 {
+		chosen = bits.TrailingZeros16(todo)
+	}
+	s.stack = append(s.stack, node{chosen: chosen, todo: todo &^ (1 << chosen), sleep: e.sleep, free: free})
+	return chosen, free, true
+}
+
+// kills are the threads of Kill: they cost no preemption.
+func (e *execution) kills() (m mask) {
+	for i, t := range e.run.threads {
+		if t.pending.kind == kill {
+			m |= 1 << i
+		}
+	}
+	return m
+}
+
+// unseen leaves of todo what was not chosen before in this state.
+func (e *execution) unseen(todo mask) mask {
+	s := e.search
+	if s.options.Preemptions == All {
+		key := e.state()
+		slept, seen := s.states[key]
+		if seen {
+			todo &= mask(slept)
+			s.states[key] = slept & uint64(e.sleep)
+		} else {
+			s.states[key] = uint64(e.sleep)
+		}
+		return todo
+	}
+	key := mix(e.state(), uint64(e.current+2))
+	left := uint64(s.options.Preemptions-e.used) + 1
+	if s.states[key] >= left {
+		return 0
+	}
+	s.states[key] = left
+	return todo
+}
+
+// state is a hash of what has happened: of the order of operations only what they
+// depend on. Two executions of the same state have the same threads before the same
+// operations, and the same memory.
+func (e *execution) state() uint64 {
+	h := uint64(1)
+	for _, t := range e.run.threads {
+		x := t.hash
+		if t.done {
+			x = ^x
+		}
+		h = mix(h^x, uint64(t.id)+7)
+	}
+	return h
+}
+
+func (e *execution) location(p unsafe.Pointer) *location {
+	l := e.locations[p]
+	if l == nil {
+		l = new(location)
+		e.locations[p] = l
+	}
+	return l
+}
+
+// waiting names what the threads that have not ended wait for.
+func (e *execution) waiting() string {
+	var b strings.Builder
+	for _, t := range e.run.threads {
+		if !t.done && t.pending.kind != kill {
+			fmt.Fprintf(&b, "%s before %s; ", t.name, t.pending.name)
+		}
+	}
+	return strings.TrimSuffix(b.String(), "; ")
+}

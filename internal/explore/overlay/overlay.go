@@ -1,0 +1,244 @@
+// Package overlay compiles product files against explore/atomic and explore/sync.
+//
+// It writes copies whose imports, pauses and a few constants are exchanged, and has
+// go test compile those in the place of the files (-overlay). The files themselves
+// do not know of it.
+package overlay
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// Tag is the build tag of files with scenarios.
+const Tag = "interleavings"
+
+// Edit exchanges a text that a file has once.
+type Edit struct{ File, Old, New string }
+
+// Config says what is compiled in which form. Paths are relative to the module.
+type Config struct {
+	Test     string   // the folder whose tests are run
+	Folders  []string // whose product files are rewritten
+	Edits    []Edit   // before that: what would make scenarios larger than need be
+	Run      string   // a regular expression for the tests; empty: all with Interleavings in their names
+	Env      []string // more of the environment
+	FailFast bool
+}
+
+// Test runs the scenarios of a package as a test of it.
+func Test(t *testing.T, c Config) {
+	t.Helper()
+	out, err := Run(t.Context(), t.TempDir(), c)
+	for line := range strings.Lines(string(out)) {
+		if err != nil || strings.Contains(line, "explored ") || strings.Contains(line, "gave up ") || strings.HasPrefix(strings.TrimSpace(line), "---") {
+			t.Log(strings.TrimRight(line, "\n"))
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Run runs go test on rewritten files, which it puts into dir, and returns what it
+// printed.
+func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
+	root, err := moduleRoot()
+	if err != nil {
+		return nil, err
+	}
+	replace := map[string]string{}
+	unused := slices.Clone(c.Edits)
+	for _, folder := range c.Folders {
+		files, err := filepath.Glob(filepath.Join(root, folder, "*.go"))
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			name := filepath.ToSlash(filepath.Join(folder, filepath.Base(file)))
+			source, err := os.ReadFile(file)
+			if err != nil {
+				return nil, err
+			}
+			changed := source
+			for _, e := range c.Edits {
+				if e.File != name {
+					continue
+				}
+				if n := bytes.Count(changed, []byte(e.Old)); n != 1 {
+					return nil, fmt.Errorf("%s has %q %d times, want once", name, e.Old, n)
+				}
+				changed = bytes.Replace(changed, []byte(e.Old), []byte(e.New), 1)
+				unused = slices.DeleteFunc(unused, func(u Edit) bool { return u == e })
+			}
+			if changed, err = rewrite(name, changed); err != nil {
+				return nil, err
+			}
+			if bytes.Equal(changed, source) {
+				continue
+			}
+			to := filepath.Join(dir, strings.ReplaceAll(name, "/", "-"))
+			if err := os.WriteFile(to, changed, 0o644); err != nil {
+				return nil, err
+			}
+			replace[file] = to
+		}
+	}
+	if len(unused) > 0 {
+		return nil, fmt.Errorf("no file %s in %v", unused[0].File, c.Folders)
+	}
+	list, err := json.Marshal(map[string]any{"Replace": replace})
+	if err != nil {
+		return nil, err
+	}
+	overlay := filepath.Join(dir, "overlay.json")
+	if err := os.WriteFile(overlay, list, 0o644); err != nil {
+		return nil, err
+	}
+	run := c.Run
+	if run == "" {
+		run = "Interleavings"
+	}
+	args := []string{"test", "-overlay", overlay, "-tags", Tag, "-vet=off", "-count=1", "-timeout=60m", "-v", "-run", run}
+	if c.FailFast {
+		args = append(args, "-failfast")
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, "./"+c.Test)...)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), c.Env...)
+	return cmd.CombinedOutput()
+}
+
+// moduleRoot is the folder with go.mod above the present one.
+func moduleRoot() (string, error) {
+	dir, err := os.Getwd()
+	for err == nil {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("no go.mod above the present folder")
+		}
+		dir = filepath.Dir(dir)
+	}
+	return "", err
+}
+
+// exchanged are the imports of a file that its copy has another package for, under
+// the same name.
+var exchanged = map[string]string{
+	"sync":        "verve/internal/explore/sync",
+	"sync/atomic": "verve/internal/explore/atomic",
+}
+
+// change exchanges the text between two offsets.
+type change struct {
+	from, to int
+	with     string
+}
+
+// rewrite returns the copy of a file, with the same lines:
+//
+//   - its atomics, mutexes and pools are those of package explore;
+//   - time.Sleep and runtime.Gosched are explore.Pause;
+//   - Add of an atomic whose result is not looked at is Tally;
+//   - a plain store into a mapped chunk is an atomic one, that is, a step.
+func rewrite(name string, source []byte) ([]byte, error) {
+	set := token.NewFileSet()
+	file, err := parser.ParseFile(set, name, source, parser.SkipObjectResolution)
+	if err != nil {
+		return nil, err
+	}
+	offset := func(p token.Pos) int { return set.Position(p).Offset }
+	text := func(n ast.Node) string { return string(source[offset(n.Pos()):offset(n.End())]) }
+	var changes []change
+	for _, spec := range file.Imports {
+		path, err := strconv.Unquote(spec.Path.Value)
+		if err != nil {
+			return nil, err
+		}
+		if to := exchanged[path]; to != "" {
+			changes = append(changes, change{offset(spec.Path.Pos()), offset(spec.Path.End()), strconv.Quote(to)})
+		}
+	}
+	if len(changes) == 0 {
+		return source, nil
+	}
+	tail := ""
+	ast.Inspect(file, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.CallExpr:
+			called := text(n.Fun)
+			if called != "time.Sleep" && called != "runtime.Gosched" {
+				break
+			}
+			argument := "0"
+			if len(n.Args) > 0 {
+				argument = text(n.Args[0])
+			}
+			changes = append(changes, change{offset(n.Pos()), offset(n.End()), "explore.Pause(" + argument + ")"})
+			if used := "\nvar _ = " + called; !strings.Contains(tail, used) {
+				tail += used
+			}
+			return false
+		case *ast.ExprStmt:
+			if call, is := n.X.(*ast.CallExpr); is && len(call.Args) == 1 {
+				if method, is := call.Fun.(*ast.SelectorExpr); is && method.Sel.Name == "Add" {
+					changes = append(changes, change{offset(method.Sel.Pos()), offset(method.Sel.End()), "Tally"})
+				}
+			}
+		case *ast.AssignStmt:
+			if n.Tok != token.ASSIGN || !intoChunk(n.Lhs[0]) {
+				break
+			}
+			var stores []string
+			for i := range n.Lhs {
+				stores = append(stores, fmt.Sprintf("atomic.StoreUint64(&%s, %s)", text(n.Lhs[i]), text(n.Rhs[i])))
+			}
+			changes = append(changes, change{offset(n.Pos()), offset(n.End()), strings.Join(stores, "; ")})
+			return false
+		}
+		return true
+	})
+	if tail != "" {
+		end := offset(file.Name.End())
+		changes = append(changes, change{end, end, `; import "verve/internal/explore"`})
+	}
+	slices.SortFunc(changes, func(a, b change) int { return b.from - a.from })
+	out := slices.Clone(source)
+	for _, c := range changes {
+		out = slices.Replace(out, c.from, c.to, []byte(c.with)...)
+	}
+	return append(out, tail...), nil
+}
+
+// intoChunk reports whether an expression is a word of the chunk of a cursor.
+func intoChunk(e ast.Expr) bool {
+	index, is := e.(*ast.IndexExpr)
+	if !is {
+		return false
+	}
+	of, is := index.X.(*ast.SelectorExpr)
+	return is && of.Sel.Name == "chunk"
+}
+
+// Counter makes its scenarios smaller: of 32 stripes, all alike, two are left.
+var Counter = []Edit{
+	{"counter/epoch.go", "stripeCount = 32", "stripeCount = 2"},
+	{"counter/counter.go", "maxWaiting = 2048", "maxWaiting = 2"},
+}
