@@ -298,7 +298,7 @@ func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
 
 // TestInterleavingsOfStats: the sums never fall, and have what was counted before.
 func TestInterleavingsOfStats(t *testing.T) {
-	explore.Explore(t, options(1, 3, explore.All), func(r *explore.Run) {
+	explore.Explore(t, options(1, 2, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		var before, after Stats

@@ -109,8 +109,8 @@ func Explore(t testing.TB, o Options, scenario func(*Run)) Result {
 	if !r.Complete {
 		t.Logf("gave up after %d schedules", r.Schedules+r.Cut)
 	}
-	t.Logf("explored %d schedules and %d beginnings, %d states, with %s, in %v",
-		r.Schedules, r.Cut, r.States, bound, r.Time.Round(time.Millisecond))
+	t.Logf("explored %s: %d schedules and %d beginnings, %d states, with %s, in %v",
+		t.Name(), r.Schedules, r.Cut, r.States, bound, r.Time.Round(time.Millisecond))
 	return r
 }
 
