@@ -324,14 +324,19 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	for judged > 0 && w.verdicts[judged-1] == dedup.Turned {
 		judged--
 	}
+	second := now.Unix()
+	a := f.answers(second, w.epochs[0])
 	for i, v := range w.verdicts[:judged] {
-		if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
-			v = dedup.Unavailable
-		}
 		if v > dedup.Repeat {
+			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
+				v = dedup.Unavailable
+			}
 			f.server.countRefusals(fasthttp.StatusServiceUnavailable, refusalReason(v), 1, err)
 		}
-		w.out = append(w.out, f.answers(now.Unix(), w.epochs[i]).of[v]...)
+		if a.epoch != nil {
+			a = f.answers(second, w.epochs[i])
+		}
+		w.out = append(w.out, a.of[v]...)
 	}
 	return judged
 }
