@@ -325,7 +325,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 		judged--
 	}
 	second := now.Unix()
-	a := f.answers(second, w.epochs[0])
+	a := f.answers(second, nil)
 	for i, v := range w.verdicts[:judged] {
 		if v > dedup.Repeat {
 			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
@@ -333,7 +333,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 			}
 			f.server.countRefusals(fasthttp.StatusServiceUnavailable, refusalReason(v), 1, err)
 		}
-		if a.epoch != nil {
+		if f.server.cfg.WindowHeader && w.epochs[i] != nil {
 			a = f.answers(second, w.epochs[i])
 		}
 		w.out = append(w.out, a.of[v]...)
@@ -346,6 +346,8 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 	if !f.server.cfg.WindowHeader {
 		e = nil
+	} else if e == nil {
+		e = f.server.cfg.Counter.Last()
 	}
 	if a := f.current.Load(); a != nil && a.second == second && a.epoch == e {
 		return a
