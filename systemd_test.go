@@ -239,8 +239,8 @@ func TestBadSocketsStopTheStart(t *testing.T) {
 		{"one name twice", "public:public", []file{ln, ln}, `two sockets have the name "public"`},
 		{"a third without a name", "", []file{ln, listenTCP(t), listenTCP(t)}, "socket 3 of 3"},
 		{"datagrams", "public", []file{udp}, "the public socket"},
-		{"a Unix socket", "admin", []file{local}, "the admin socket is no listening TCP socket"},
-		{"a connection", "public", []file{connected}, "the public socket is no listening TCP socket"},
+		{"a Unix socket", "admin", []file{local}, "the admin socket is not a listening TCP socket"},
+		{"a connection", "public", []file{connected}, "the public socket is not a listening TCP socket"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
