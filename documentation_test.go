@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"go/ast"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -194,4 +196,71 @@ func TestReadmeCanBeReadAtOnce(t *testing.T) {
 	if n := len(strings.Fields(pages(t)["README.md"])); n > most {
 		t.Errorf("README.md has %d words, want %d at most", n, most)
 	}
+}
+
+// TestDesignHasARowForEveryFile of the product, and none for a file that is gone.
+func TestDesignHasARowForEveryFile(t *testing.T) {
+	rows := make(map[string]bool)
+	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+\\.(?:go|lua|s|js))` \\|").FindAllStringSubmatch(pages(t)["DESIGN.md"], -1) {
+		if rows[m[1]] {
+			t.Errorf("%s has two rows", m[1])
+		}
+		rows[m[1]] = true
+	}
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		path = filepath.ToSlash(path)
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (strings.HasPrefix(d.Name(), ".") && path != "." || d.Name() == "testdata" || path == "server/live/browser"):
+			return fs.SkipDir
+		case d.IsDir() || strings.HasSuffix(path, "_test.go"):
+			return nil
+		case !slices.Contains([]string{".go", ".lua", ".s", ".js"}, filepath.Ext(path)):
+			return nil
+		case !rows[path]:
+			t.Errorf("%s has no row in DESIGN.md", path)
+		}
+		delete(rows, path)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path := range rows {
+		t.Errorf("DESIGN.md has a row for %s, which is not there", path)
+	}
+}
+
+// TestDesignHasARowForEveryLock: the order of the locks names each mutex of the
+// product, as a reader finds it in the code.
+func TestDesignHasARowForEveryLock(t *testing.T) {
+	_, locks, _ := strings.Cut(pages(t)["DESIGN.md"], "\n## Locks\n")
+	locks, _, _ = strings.Cut(locks, "\n## ")
+	forEachProductFile(t, 0, func(path string, f *ast.File) {
+		if strings.HasPrefix(path, "bench") || strings.HasPrefix(path, filepath.Join("internal", "explore")) {
+			return
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			spec, ok := n.(*ast.TypeSpec)
+			if !ok {
+				return true
+			}
+			s, ok := spec.Type.(*ast.StructType)
+			if !ok {
+				return true
+			}
+			for _, field := range s.Fields.List {
+				kind, ok := field.Type.(*ast.SelectorExpr)
+				if !ok || len(field.Names) == 0 || !strings.HasSuffix(kind.Sel.Name, "Mutex") {
+					continue
+				}
+				name := f.Name.Name + "." + spec.Name.Name + "." + field.Names[0].Name
+				if !strings.Contains(locks, "`"+name+"`") {
+					t.Errorf("%s: the lock %s is not in DESIGN.md, Locks", path, name)
+				}
+			}
+			return true
+		})
+	})
 }
