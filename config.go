@@ -68,8 +68,11 @@ type config struct {
 	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of the cleaner, which frees the slots of past windows." group:"Ids"`
 	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots that the cleaner looks at in one step." group:"Ids"`
 
-	RedisURL  []string `name:"redis-url" default:"redis://127.0.0.1:6379" help:"Redis of the group: redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, redis-sentinel://HOST:PORT?master_set=NAME. Repeatable: nodes of a cluster, or Sentinels." placeholder:"URL" group:"Ids"`
-	RedisFail string   `default:"closed" enum:"closed,open" help:"While Redis is unreachable: closed answers new ids 503; open lets each instance decide alone and marks the record exact:false if an id was answered ok twice." group:"Ids"`
+	RedisURL                  []string `name:"redis-url" default:"redis://127.0.0.1:6379" help:"Redis of the group: redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, redis-sentinel://HOST:PORT?master_set=NAME. Repeatable: nodes of a cluster, or Sentinels." placeholder:"URL" group:"Ids"`
+	RedisSentinelUser         string   `help:"User of the Sentinels, if it is not that of the Redis." placeholder:"NAME" group:"Ids"`
+	RedisSentinelPasswordFile string   `help:"File with the password of the Sentinels, if it is not that of the Redis." placeholder:"FILE" group:"Ids"`
+
+	RedisFail string `default:"closed" enum:"closed,open" help:"While Redis is unreachable: closed answers new ids 503; open lets each instance decide alone and marks the record exact:false if an id was answered ok twice." group:"Ids"`
 
 	KafkaBrokers      []string `help:"Kafka brokers for the records, HOST:PORT,... Default: none; records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
 	KafkaTopic        string   `default:"verve.unique-ids" help:"Kafka topic of the records." group:"Records"`
@@ -101,7 +104,7 @@ type config struct {
 	sources *setting.Sources  `kong:"-"` // of all of the above
 	model   *kong.Application `kong:"-"`
 
-	callbackSecret, adminToken []byte // what the files hold
+	callbackSecret, adminToken, sentinelPassword []byte // what the files hold
 
 	Serve       struct{}  `cmd:"" default:"withargs" help:"Run the server (the default)."`
 	Totals      totalsCmd `cmd:"" help:"Print the total of each window over all instances, from the topic or the counts file; report gaps and repeats."`
@@ -470,6 +473,9 @@ func (c *config) checkFiles() (err error) {
 	if c.callbackSecret, err = secretFile("callback-secret-file", c.CallbackSecretFile); err != nil {
 		return err
 	}
+	if c.sentinelPassword, err = secretFile("redis-sentinel-password-file", c.RedisSentinelPasswordFile); err != nil {
+		return err
+	}
 	if c.adminToken, err = secretFile("admin-token-file", c.AdminTokenFile); err != nil {
 		return err
 	}
@@ -591,6 +597,7 @@ func (c *config) redis() redis.Config {
 	return redis.Config{
 		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,
 		FailOpen: c.RedisFail == "open", MaxIDs: c.MaxIDs,
+		SentinelUser: c.RedisSentinelUser, SentinelPassword: string(c.sentinelPassword),
 	}
 }
 

@@ -112,7 +112,7 @@ var explanations = map[string]string{
 	"MISCONF":     "Redis cannot write to its disk and takes no ids",
 	"NOREPLICAS":  "Redis has too few replicas and takes no ids",
 	"NOAUTH":      "Redis wants a password",
-	"WRONGPASS":   "Redis refuses the user or the password",
+	"WRONGPASS":   "Redis, or its Sentinel, refuses the user or the password",
 	"NOPERM":      "the Redis user lacks a permission",
 	"BUSY":        "Redis is busy with a script",
 	"TRYAGAIN":    "a Redis slot is on the move",

@@ -96,7 +96,7 @@ func TestEachNodeIsCheckedByItsOwnName(t *testing.T) {
 		{"rediss://one:6379", "rediss://two:6379"},
 		{"rediss-sentinel://one:26379?master_set=m", "rediss-sentinel://two:26379"},
 	} {
-		o, err := redisOption(urls)
+		o, err := redisOption(&Config{URLs: urls})
 		if err != nil {
 			t.Fatal(err)
 		}

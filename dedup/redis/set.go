@@ -54,6 +54,10 @@ type Config struct {
 	// of them all but host and port are those of the first.
 	URLs []string
 
+	// SentinelUser and SentinelPassword are what the Sentinels ask for; both empty: the
+	// same as the master.
+	SentinelUser, SentinelPassword string
+
 	Group    string        // instances with one name count together
 	Instance string        // shown to other instances; optional
 	Session  string        // unique among all processes that ever ran; default: random
@@ -132,7 +136,7 @@ type redisEpoch struct {
 
 // Check refuses what can never work, without a connection.
 func (cfg *Config) Check() error {
-	if _, err := redisOption(cfg.URLs); err != nil {
+	if _, err := redisOption(cfg); err != nil {
 		return err
 	}
 	if cfg.Group == "" {
@@ -152,7 +156,7 @@ func New(cfg Config) (*Set, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, fmt.Errorf("redis: %w", err)
 	}
-	option, err := redisOption(cfg.URLs)
+	option, err := redisOption(&cfg)
 	if err != nil {
 		return nil, fmt.Errorf("dedup: %w", err)
 	}

@@ -21,8 +21,9 @@ var redisParameters = []string{"addr", "db", "master_set", "protocol", "skip_ver
 
 // redisOption makes the client's settings of the URLs. Its errors quote nothing
 // that may be a password.
-func redisOption(urls []string) (rueidis.ClientOption, error) {
+func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 	var option rueidis.ClientOption
+	urls := cfg.URLs
 	if len(urls) == 0 {
 		return option, setting.Errorf("redis-url", "want a URL")
 	}
@@ -52,10 +53,16 @@ func redisOption(urls []string) (rueidis.ClientOption, error) {
 	if len(option.InitAddress) > 1 && option.Sentinel.MasterSet == "" && option.SelectDB != 0 {
 		return option, setting.Errorf("redis-url", "a cluster has the database 0 only")
 	}
+	if option.Sentinel.MasterSet == "" && (cfg.SentinelUser != "" || cfg.SentinelPassword != "") {
+		return option, setting.Errorf("redis-sentinel-password-file", "no --redis-url names a Sentinel (redis-sentinel://HOST:PORT?master_set=NAME)")
+	}
 	if option.Sentinel.MasterSet != "" {
 		// A missed event would leave the client with the old master for good.
 		option.Sentinel.TopologyRefreshInterval = time.Second
 		option.Sentinel.Username, option.Sentinel.Password = option.Username, option.Password
+		if cfg.SentinelUser != "" || cfg.SentinelPassword != "" {
+			option.Sentinel.Username, option.Sentinel.Password = cfg.SentinelUser, cfg.SentinelPassword
+		}
 		option.Sentinel.TLSConfig = option.TLSConfig
 		option.Sentinel.Dialer.Timeout = dialTimeout
 	}
