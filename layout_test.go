@@ -3,14 +3,14 @@ package main
 import (
 	"go/ast"
 	"go/parser"
-	"go/token"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+
+	"verve/internal/testproc"
 )
 
 // TestImportsPointOneWay holds the layout of DESIGN.md in every folder: the packages
@@ -38,7 +38,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"github.com/alecthomas/kong":  {".", "bench"},
 	}
 	module := modulePath(t)
-	forEachProductFile(t, parser.ImportsOnly, func(path string, f *ast.File) {
+	testproc.ProductFiles(t, parser.ImportsOnly, func(path string, f *ast.File) {
 		dir := filepath.ToSlash(filepath.Dir(path))
 		room := dir // the nearest folder with a rule
 		for allowed[room] == nil {
@@ -94,39 +94,11 @@ func modulePath(t *testing.T) string {
 	return path
 }
 
-// forEachProductFile parses every Go file of this module that is no test.
-func forEachProductFile(t *testing.T, mode parser.Mode, f func(path string, file *ast.File)) {
-	t.Helper()
-	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		switch {
-		case err != nil:
-			return err
-		case d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != ".":
-			return fs.SkipDir
-		case d.IsDir():
-			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil && path != "." {
-				return fs.SkipDir // a module of its own
-			}
-			return nil
-		case filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go"):
-			return nil
-		}
-		file, err := parser.ParseFile(token.NewFileSet(), path, nil, mode)
-		if err != nil {
-			return err
-		}
-		f(path, file)
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // TestOnlyConfigReadsTheEnvironment: settings come from one place.
 func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
-	forEachProductFile(t, 0, func(path string, f *ast.File) {
-		if path == "config.go" || strings.HasPrefix(path, "bench"+string(filepath.Separator)) {
+	testproc.ProductFiles(t, 0, func(path string, f *ast.File) {
+		dir := filepath.ToSlash(filepath.Dir(path))
+		if path == "config.go" || strings.HasPrefix(dir, "bench") || dir == "internal/testproc" { // not of the server
 			return
 		}
 		ast.Inspect(f, func(n ast.Node) bool {

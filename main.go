@@ -8,11 +8,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	stdlog "log"
 	"math"
 	"net"
-	"net/http"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -36,8 +34,6 @@ import (
 const (
 	exitFailed = 1
 	exitUsage  = 2
-
-	healthTimeout = 3 * time.Second
 
 	// askGroup bounds what the start waits for the group to say what windows it has.
 	askGroup = time.Second
@@ -790,28 +786,4 @@ func recordStats(s stream.Stats) server.Records {
 		r.Sinks = append(r.Sinks, sink)
 	}
 	return r
-}
-
-// healthcheck asks the admin listener whether the server is alive.
-func healthcheck(adminListen string) error {
-	host, port, err := net.SplitHostPort(adminListen)
-	if err != nil {
-		return usageError{fmt.Errorf("--admin-listen: %w", err)}
-	}
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{Proxy: nil}}
-	resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
-	if err != nil {
-		return fmt.Errorf("not alive: %w", err)
-	}
-	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10)); err != nil {
-		return fmt.Errorf("not alive: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("not alive: %s", resp.Status)
-	}
-	return nil
 }

@@ -1,12 +1,11 @@
 package main
 
 import (
-	"fmt"
-	"math/rand/v2"
-	"net"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
 // TestSIGTERMUnderLoadLosesNothing runs the whole program against the server
@@ -17,8 +16,8 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	dir := t.TempDir()
-	server := buildServer(t)
-	listen, admin := freeAddr(t), freeAddr(t)
+	server := testproc.Program(t)
+	listen, admin := testproc.FreeAddr(t), testproc.FreeAddr(t)
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
 		URL: []string{"http://" + listen}, Connections: 8, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409,
@@ -49,13 +48,13 @@ func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	dir := t.TempDir()
-	listen, admin := freeAddr(t), freeAddr(t)
+	listen, admin := testproc.FreeAddr(t), testproc.FreeAddr(t)
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
 		URL: []string{"http://" + listen}, Connections: 2, Pipeline: 1, IDs: idsUUID, DuplicateStatus: 409, Rate: 1000,
 		Duration: 3 * time.Second, Timeout: 10 * time.Second, Wait: 10 * time.Second,
 		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
-		Spawn: []string{buildServer(t) + " --listen=" + listen + " --admin-listen=" + admin +
+		Spawn: []string{testproc.Program(t) + " --listen=" + listen + " --admin-listen=" + admin +
 			" --window=200ms --window-header --data-dir=" + data},
 		SpawnLog: filepath.Join(dir, "server.log"), StopLimit: 30 * time.Second,
 		Admin: "http://" + admin, DataDir: data,
@@ -66,21 +65,6 @@ func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {
 	for _, l := range levels {
 		if v.Levels[l.name].Most == 0 {
 			t.Errorf("no samples of %s (%s): %+v", l.name, l.metric, v.Faults)
-		}
-	}
-}
-
-// freeAddr is an address that was free a moment ago: the server is started anew
-// several times and must come back where the driver looks for it. The port lies
-// below those that the kernel gives to outgoing connections, which would else
-// take it while the server is away.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	for {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
 		}
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
 // faultSeconds is how long each fault lasts. The long runs are made with
@@ -124,7 +126,7 @@ func TestFaultsOnTheWayToRedis(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
-	p := newFaultyProxy(t, startRedis(t))
+	p := newFaultyProxy(t, testproc.StartRedis(t).Addr)
 	f := groupOf(t, 2, p.addr, "1s")
 	f.Pipeline, f.Connections, f.IDs = 1, 32, idsDecimal
 	faults := []string{"latency", "jitter", "reset", "bandwidth", "cut in a reply"}
@@ -168,12 +170,12 @@ func redisCLI(t *testing.T, addr string, command ...string) string {
 // startCluster makes three masters, each with a replica.
 func startCluster(t *testing.T, nodeTimeout time.Duration) (masters, replicas []string, processes []*exec.Cmd) {
 	t.Helper()
-	exe := needs(t, "redis-server", "redis")
-	needs(t, "redis-cli", "redis")
+	exe := testproc.Needs(t, "redis-server", "redis")
+	testproc.Needs(t, "redis-cli", "redis")
 	type node struct{ addr, port, bus, id string }
 	var nodes []node
 	for range 6 {
-		addr, bus := freeAddr(t), freeAddr(t)
+		addr, bus := testproc.FreeAddr(t), testproc.FreeAddr(t)
 		_, port, _ := net.SplitHostPort(addr)
 		_, busPort, _ := net.SplitHostPort(bus)
 		p := daemon(t, addr, exe, "--bind", "127.0.0.1", "--port", port, "--cluster-port", busPort,
@@ -193,7 +195,7 @@ func startCluster(t *testing.T, nodeTimeout time.Duration) (masters, replicas []
 			redisCLI(t, nodes[0].addr, "CLUSTER", "MEET", "127.0.0.1", n.port, n.bus)
 		}
 	}
-	eventually(t, "all nodes know each other", func() bool {
+	testproc.Until(t, "all nodes know each other", func() bool {
 		for _, n := range nodes {
 			if strings.Count(redisCLI(t, n.addr, "CLUSTER", "NODES"), "connected") < 6 {
 				return false
@@ -205,7 +207,7 @@ func startCluster(t *testing.T, nodeTimeout time.Duration) (masters, replicas []
 		redisCLI(t, n.addr, "CLUSTER", "REPLICATE", nodes[i].id)
 		replicas = append(replicas, n.addr)
 	}
-	eventually(t, "replicas follow", func() bool {
+	testproc.Until(t, "replicas follow", func() bool {
 		for _, n := range nodes {
 			state := redisCLI(t, n.addr, "CLUSTER", "INFO")
 			if !strings.Contains(state, "cluster_state:ok") {
@@ -231,15 +233,6 @@ func redisRole(addr, password string) string {
 	}
 	out, _ := cmd.Output()
 	return string(out)
-}
-
-func eventually(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); !done(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
-		}
-	}
 }
 
 var unavailable = regexp.MustCompile(`(?m)^verve_accept_total\{result="unavailable"\} (\d+)`)

@@ -2,79 +2,31 @@ package main
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
-)
 
-// needs skips a test that needs a program that is not here, or fails it where
-// VERVE_TEST_REQUIRE says that it has to be.
-func needs(t *testing.T, program, requirement string) string {
-	t.Helper()
-	for _, dir := range []string{"", "/usr/sbin/"} { // not in everybody's PATH
-		if path, err := exec.LookPath(dir + program); err == nil {
-			return path
-		}
-	}
-	if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), requirement) {
-		t.Fatalf("VERVE_TEST_REQUIRE asks for %s, and there is no %s", requirement, program)
-	}
-	t.Skipf("no %s here", program)
-	return ""
-}
+	"verve/internal/testproc"
+)
 
 // daemon runs a program until the end of the test, and waits until it listens.
 func daemon(t *testing.T, addr, program string, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(program, args...)
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			c.Close()
-			return cmd
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s does not listen: %v", program, err)
-		}
-	}
+	testproc.Daemon(t, addr, cmd)
+	return cmd
 }
 
-func startRedis(t *testing.T, args ...string) (addr string) {
-	t.Helper()
-	exe := needs(t, "redis-server", "redis")
-	addr = freeAddr(t)
-	_, port, _ := net.SplitHostPort(addr)
-	daemon(t, addr, exe, append([]string{"--bind", "127.0.0.1", "--port", port, "--save", "", "--dir", t.TempDir(), "--logfile", "log"}, args...)...)
-	return addr
-}
-
-func buildServer(t *testing.T) string {
-	t.Helper()
-	server := filepath.Join(t.TempDir(), "verve")
-	if out, err := exec.Command("go", "build", "-o", server, "verve").CombinedOutput(); err != nil {
-		t.Fatalf("build the server: %v\n%s", err, out)
-	}
-	return server
-}
+func TestMain(m *testing.M) { testproc.Main(m) }
 
 // groupOf makes the flags of a run over n instances that share a Redis: its
 // address, or the URL by which it is found.
 func groupOf(t *testing.T, n int, redis, window string, more ...string) *flags {
 	t.Helper()
-	server, dir := buildServer(t), t.TempDir()
+	server, dir := testproc.Program(t), t.TempDir()
 	if !strings.Contains(redis, "://") {
 		redis = "redis://" + redis
 	}
@@ -84,11 +36,11 @@ func groupOf(t *testing.T, n int, redis, window string, more ...string) *flags {
 		SpawnLog: filepath.Join(dir, "servers.log"), MinAnswers: 1000,
 	}
 	for i := range n {
-		listen, data := freeAddr(t), filepath.Join(dir, fmt.Sprint("data-", i))
+		listen, data := testproc.FreeAddr(t), filepath.Join(dir, fmt.Sprint("data-", i))
 		f.URL = append(f.URL, "http://"+listen)
 		f.CountsFile = append(f.CountsFile, filepath.Join(data, "counts.jsonl"))
 		f.Spawn = append(f.Spawn, strings.Join(append([]string{
-			server, "--listen=" + listen, "--admin-listen=" + freeAddr(t), "--window-header", "--window=" + window,
+			server, "--listen=" + listen, "--admin-listen=" + testproc.FreeAddr(t), "--window-header", "--window=" + window,
 			"--data-dir=" + data, "--instance=i" + fmt.Sprint(i), "--dedup=redis", "--redis-url=" + redis,
 		}, more...), " "))
 	}
@@ -122,7 +74,7 @@ func TestKilledInstancesLoseNothing(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	t.Parallel() // they wait more than they work
-	f := groupOf(t, 2, startRedis(t), "300ms")
+	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "300ms")
 	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 6000, "KILL", "200ms-1500ms", 4
 	wantGood(t, f, 8, 3)
 }
@@ -134,7 +86,7 @@ func TestInstancesThatStopLoseNothing(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	t.Parallel() // they wait more than they work
-	f := groupOf(t, 2, startRedis(t), "300ms")
+	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "300ms")
 	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 6000, "TERM", "200ms-1500ms", 3
 	wantGood(t, f, 6, 3)
 }
@@ -145,7 +97,7 @@ func TestFiveInstancesOverManyWindows(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	t.Parallel() // they wait more than they work
-	f := groupOf(t, 5, startRedis(t), "50ms")
+	f := groupOf(t, 5, testproc.StartRedis(t).Addr, "50ms")
 	f.Duration, f.Rate = 12*time.Second, 4000
 	wantGood(t, f, 0, 200)
 }
@@ -156,9 +108,9 @@ func TestLoadBalancerBeforeTheGroup(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	t.Parallel() // they wait more than they work
-	nginx := needs(t, "nginx", "nginx")
-	f := groupOf(t, 2, startRedis(t), "1s")
-	dir, front := t.TempDir(), freeAddr(t)
+	nginx := testproc.Needs(t, "nginx", "nginx")
+	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "1s")
+	dir, front := t.TempDir(), testproc.FreeAddr(t)
 	conf := filepath.Join(dir, "nginx.conf")
 	servers := ""
 	for _, url := range f.URL {

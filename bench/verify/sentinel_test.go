@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
 const (
@@ -22,10 +24,10 @@ const (
 // Sentinels, which want none.
 func startSentinels(t *testing.T, password string) (master, replica string, process *exec.Cmd, sentinels []string) {
 	t.Helper()
-	exe := needs(t, "redis-server", "redis")
-	needs(t, "redis-cli", "redis")
+	exe := testproc.Needs(t, "redis-server", "redis")
+	testproc.Needs(t, "redis-cli", "redis")
 	server := func(args ...string) (string, *exec.Cmd) {
-		addr := freeAddr(t)
+		addr := testproc.FreeAddr(t)
 		_, port, _ := net.SplitHostPort(addr)
 		return addr, daemon(t, addr, exe, append([]string{"--bind", "127.0.0.1", "--port", port, "--save", "", "--dir", t.TempDir(), "--logfile", "log",
 			"--requirepass", password, "--masterauth", password, "--repl-diskless-sync-delay", "0"}, args...)...)
@@ -33,11 +35,11 @@ func startSentinels(t *testing.T, password string) (master, replica string, proc
 	master, process = server()
 	host, port, _ := net.SplitHostPort(master)
 	replica, _ = server("--replicaof", host, port)
-	eventually(t, "the replica follows", func() bool {
+	testproc.Until(t, "the replica follows", func() bool {
 		return strings.Contains(redisCLI(t, master, "--no-auth-warning", "-a", password, "INFO", "replication"), "state=online")
 	})
 	for range 3 {
-		addr, dir := freeAddr(t), t.TempDir()
+		addr, dir := testproc.FreeAddr(t), t.TempDir()
 		_, sentinelPort, _ := net.SplitHostPort(addr)
 		conf := filepath.Join(dir, "sentinel.conf") // it writes to it
 		text := fmt.Sprintf("bind 127.0.0.1\nport %s\ndir %s\nlogfile log\nsentinel monitor %[3]s %s %s 2\nsentinel auth-pass %[3]s %[6]s\n"+
@@ -49,7 +51,7 @@ func startSentinels(t *testing.T, password string) (master, replica string, proc
 		daemon(t, addr, exe, conf, "--sentinel")
 		sentinels = append(sentinels, addr)
 	}
-	eventually(t, "the Sentinels know each other and the replica", func() bool {
+	testproc.Until(t, "the Sentinels know each other and the replica", func() bool {
 		for _, s := range sentinels {
 			state := strings.Fields(redisCLI(t, s, "SENTINEL", "MASTER", masterSet))
 			field := func(name string) string {

@@ -17,8 +17,10 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
 	"verve/dedup"
 	"verve/internal/settest"
+	"verve/internal/testproc"
 )
 
 // bring has callers bring ids that are brought by nobody else, each again until
@@ -71,7 +73,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			var at []settest.Epochs
 			var ways []*proxy
 			for range instances {
-				p := startProxy(t, server.addr)
+				p := startProxy(t, server.Addr)
 				r := newRedis(t, p.addr())
 				sets, at, ways = append(sets, r), append(at, settest.NewEpochs(t, r)), append(ways, p)
 			}
@@ -113,7 +115,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			if repeats > 0 {
 				t.Errorf("%d callers were told that somebody had brought their id before", repeats)
 			}
-			other := newRedis(t, server.addr)
+			other := newRedis(t, server.Addr)
 			e := settest.NewEpochs(t, other)
 			var missing atomic.Int64
 			var group sync.WaitGroup
@@ -145,8 +147,8 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 	for _, here := range []bool{true, false} {
 		t.Run(fmt.Sprint("asked again at the same instance: ", here), func(t *testing.T) {
 			server := startRedis(t)
-			way := startProxy(t, server.addr)
-			a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+			way := startProxy(t, server.Addr)
+			a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 			ea.Want(t, a, 0, "before", dedup.Unique)
 
@@ -154,7 +156,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("without a reply: %v, %v", v, err)
 			}
-			until(t, "the id is in Redis", func() bool {
+			testproc.Until(t, "the id is in Redis", func() bool {
 				return strings.Contains(strings.Join(server.keys(), "\n"), "-3600000:d")
 			})
 			if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
@@ -166,7 +168,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			way.deaf.Store(false)
 			way.cut(0)
 			if here {
-				until(t, "the instance is told", func() bool {
+				testproc.Until(t, "the instance is told", func() bool {
 					v, err := ea.Add(t, a, 0, "42")
 					if err == nil && v != dedup.Unique {
 						t.Fatalf("at the same instance: %v", v)
@@ -175,7 +177,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 				})
 				eb.Want(t, b, 0, "42", dedup.Repeat)
 			} else {
-				until(t, "the other instance is told", func() bool {
+				testproc.Until(t, "the other instance is told", func() bool {
 					v, err := eb.Add(t, b, 0, "42")
 					if err == nil && v != dedup.Unique {
 						t.Fatalf("at the other instance: %v", v)
@@ -184,7 +186,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 				})
 				ea.Want(t, a, 0, "42", dedup.Repeat)
 			}
-			until(t, "all is settled", func() bool {
+			testproc.Until(t, "all is settled", func() bool {
 				_, some := a.unsettled()
 				return !some
 			})
@@ -198,7 +200,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 // TestRedisIDsNobodyAsksForAgainAreNotCounted: the count is that of the answers.
 func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	server := startRedis(t)
-	way := startProxy(t, server.addr)
+	way := startProxy(t, server.Addr)
 	r := newRedis(t, way.addr())
 	e := settest.NewEpochs(t, r)
 	for _, id := range settest.Alike {
@@ -216,7 +218,7 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	group.Wait()
 	way.deaf.Store(false)
 	way.cut(0)
-	until(t, "all is settled", func() bool {
+	testproc.Until(t, "all is settled", func() bool {
 		_, some := r.unsettled()
 		return !some
 	})
@@ -252,7 +254,7 @@ func lastSeq(r *Set) uint64 {
 
 func untilSettled(t *testing.T, r *Set) {
 	t.Helper()
-	until(t, "all is settled", func() bool {
+	testproc.Until(t, "all is settled", func() bool {
 		_, some := r.unsettled()
 		return !some
 	})
@@ -262,15 +264,15 @@ func untilSettled(t *testing.T, r *Set) {
 // loss is known and not yet mended.
 func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	server := startRedis(t)
-	way := startProxy(t, server.addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+	way := startProxy(t, server.Addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 	ea.Want(t, a, 0, "before", dedup.Unique)
-	server.kill() // nothing is saved
+	server.Kill() // nothing is saved
 	leaveUntold(a, ea, "42", lastSeq(a))
 	way.latency.Store(int64(300 * time.Millisecond))
-	server.start()
-	until(t, "the loss is known", func() bool {
+	server.Start()
+	testproc.Until(t, "the loss is known", func() bool {
 		l := &a.lanes[0]
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -278,7 +280,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	})
 	v, err := ea.Add(t, a, 0, "42")
 	way.latency.Store(0)
-	until(t, "the id is answered", func() bool {
+	testproc.Until(t, "the id is answered", func() bool {
 		if err != nil {
 			v, err = ea.Add(t, a, 0, "42")
 		}
@@ -288,7 +290,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 		t.Errorf("where nobody was told: %v", v)
 	}
 	untilSettled(t, a)
-	until(t, "the other instance answers", func() bool {
+	testproc.Until(t, "the other instance answers", func() bool {
 		v, err = eb.Add(t, b, 0, "42")
 		return err == nil
 	})
@@ -305,8 +307,8 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 // before this one finds out.
 func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	server := startRedis(t)
-	way := startProxy(t, server.addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+	way := startProxy(t, server.Addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 	ea.Want(t, a, 0, "before", dedup.Unique)
 	eb.Want(t, b, 0, "left", dedup.Unique) // stands for what a batch of a has added
@@ -316,11 +318,11 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	}
 	ea.Want(t, a, 0, "later", dedup.Unique)
 	way.refusing.Store(true)
-	server.kill()
+	server.Kill()
 	leaveUntold(a, ea, "left", saved)
 	leaveUntold(a, ea, "lost", lastSeq(a))
-	server.start()
-	until(t, "the other instance gives it", func() bool {
+	server.Start()
+	testproc.Until(t, "the other instance gives it", func() bool {
 		v, err := eb.Add(t, b, 0, "lost")
 		if err == nil && v != dedup.Unique {
 			t.Fatalf("at the other instance: %v", v)
@@ -346,8 +348,8 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 	for _, all := range []bool{true, false} {
 		t.Run(fmt.Sprint("all is lost: ", all), func(t *testing.T) {
 			server := startRedis(t)
-			way := startProxy(t, server.addr)
-			a, b := newRedis(t, way.addr()), newRedis(t, server.addr)
+			way := startProxy(t, server.Addr)
+			a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 			ea.Want(t, a, 0, "1", dedup.Unique)
 			if got := server.do("SAVE"); got != "OK" {
@@ -357,14 +359,14 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			last := lastSeq(a)
 			way.refusing.Store(true)
 			way.cut(0)
-			server.kill()
-			server.start()
+			server.Kill()
+			server.Start()
 			if all {
 				server.do("FLUSHALL")
 			}
 			way.latency.Store(int64(300 * time.Millisecond))
 			way.refusing.Store(false)
-			until(t, "the hello is done", func() bool {
+			testproc.Until(t, "the hello is done", func() bool {
 				var seq uint64
 				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.Session), &seq)
 				return seq > last
@@ -376,7 +378,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			}
 			untilSettled(t, a)
 			for _, id := range []string{"1", "2"} {
-				until(t, "the other instance answers", func() bool {
+				testproc.Until(t, "the other instance answers", func() bool {
 					v, err := eb.Add(t, b, 0, id)
 					if err == nil && v != dedup.Repeat {
 						t.Errorf("id %s at the other instance: %v", id, v)
@@ -395,7 +397,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 // hide that the others are lost.
 func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.addr, func(c *Config) { c.FailOpen = true })
+	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen = true })
 	e := settest.NewEpochs(t, r)
 	const before = 100
 	for i := range before {
@@ -429,14 +431,14 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 		for _, refused := range []bool{false, true} {
 			t.Run(fmt.Sprintf("open %v, refused %v", open, refused), func(t *testing.T) {
 				server := startRedis(t)
-				way := startProxy(t, server.addr)
+				way := startProxy(t, server.Addr)
 				// Open, a waits for less long than the reply takes.
 				a := newRedis(t, way.addr(), func(c *Config) {
 					if c.FailOpen = open; !open {
 						c.Timeout = 20 * time.Second
 					}
 				})
-				b := newRedis(t, server.addr)
+				b := newRedis(t, server.Addr)
 				ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 				ea.Want(t, a, 0, "before", dedup.Unique)
 				eb.Want(t, b, 0, "42", dedup.Unique) // stands for what a batch of a has added
@@ -445,7 +447,7 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 				}
 				way.latency.Store(int64(500 * time.Millisecond))
 				leaveUntold(a, ea, "42", lastSeq(a))
-				until(t, "it is being taken back", func() bool {
+				testproc.Until(t, "it is being taken back", func() bool {
 					l := &a.lanes[0]
 					l.mu.Lock()
 					defer l.mu.Unlock()
@@ -488,14 +490,14 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 // long that they are answered without it.
 func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
 	server := startRedis(t)
-	way := startProxy(t, server.addr)
+	way := startProxy(t, server.Addr)
 	r := newRedis(t, way.addr(), func(c *Config) { c.FailOpen, c.MaxIDs = true, 1 })
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "1", dedup.Unique)
 	way.latency.Store(int64(500 * time.Millisecond))
 	e.Want(t, r, 0, "42", dedup.Unique)
 	way.latency.Store(0)
-	until(t, "it is added", func() bool { return r.counts.replayed.Load() == 1 })
+	testproc.Until(t, "it is added", func() bool { return r.counts.replayed.Load() == 1 })
 	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
 		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 	}
@@ -504,7 +506,7 @@ func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
 // TestRedisSequenceIsReadWhileBatchesAreDone, as whoever is told of an id does.
 // The race detector judges.
 func TestRedisSequenceIsReadWhileBatchesAreDone(t *testing.T) {
-	r := newRedis(t, startRedis(t).addr, patient)
+	r := newRedis(t, startRedis(t).Addr, patient)
 	e := settest.NewEpochs(t, r)
 	var stop atomic.Bool
 	var group sync.WaitGroup
@@ -543,8 +545,8 @@ func TestRedisFailures(t *testing.T) {
 			func(s *redisServer) { set(s, "min-replicas-to-write", "1") },
 			func(s *redisServer) { set(s, "min-replicas-to-write", "0") }},
 		{"killed", "Redis is unreachable",
-			func(s *redisServer) { s.do("SAVE"); s.kill() },
-			func(s *redisServer) { s.start() }},
+			func(s *redisServer) { s.do("SAVE"); s.Kill() },
+			func(s *redisServer) { s.Start() }},
 		{"answers nothing", "Redis is unreachable",
 			func(s *redisServer) { s.pause() },
 			func(s *redisServer) { s.resume() }},
@@ -560,8 +562,8 @@ func TestRedisFailures(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			server := startRedis(t)
-			var log lines
-			r := newRedis(t, server.addr, func(c *Config) { c.Log = zerolog.New(&log) })
+			var log testproc.Buffer
+			r := newRedis(t, server.Addr, func(c *Config) { c.Log = zerolog.New(&log) })
 			e := settest.NewEpochs(t, r)
 			ids := 0
 			for ; ids < 100; ids++ {
@@ -570,7 +572,7 @@ func TestRedisFailures(t *testing.T) {
 			tt.begin(server)
 			if tt.end == nil {
 				// Present connections stay: end them.
-				c, err := net.Dial("tcp", server.addr)
+				c, err := net.Dial("tcp", server.Addr)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -580,7 +582,7 @@ func TestRedisFailures(t *testing.T) {
 					fmt.Fprint(c, "CONFIG SET requirepass \"\"\r\n")
 				}
 			}
-			until(t, "not ready, with "+tt.say+" as the reason and in the log", func() bool {
+			testproc.Until(t, "not ready, with "+tt.say+" as the reason and in the log", func() bool {
 				began := time.Now()
 				v, err := e.Add(t, r, 0, fmt.Sprint(ids))
 				if took := time.Since(began); took > 5*time.Second {
@@ -603,11 +605,11 @@ func TestRedisFailures(t *testing.T) {
 			}
 			e.Want(t, r, 0, "0", dedup.Repeat) // known here
 			tt.end(server)
-			until(t, "ready again", func() bool {
+			testproc.Until(t, "ready again", func() bool {
 				ready, _ := r.Health()
 				return ready
 			})
-			until(t, "ids are taken again", func() bool {
+			testproc.Until(t, "ids are taken again", func() bool {
 				v, err := e.Add(t, r, 0, "after")
 				if err == nil && v != dedup.Unique {
 					t.Fatalf("afterwards: %v", v)
@@ -615,7 +617,7 @@ func TestRedisFailures(t *testing.T) {
 				return err == nil
 			})
 			e.Want(t, r, 0, "0", dedup.Repeat)
-			until(t, "all is settled", func() bool {
+			testproc.Until(t, "all is settled", func() bool {
 				_, some := r.unsettled()
 				return !some
 			})
@@ -635,7 +637,7 @@ func TestRedisLosesItsData(t *testing.T) {
 		lose func(s *redisServer)
 	}{
 		{"FLUSHALL", func(s *redisServer) { s.do("FLUSHALL") }},
-		{"restart", func(s *redisServer) { s.kill(); s.start() }},
+		{"restart", func(s *redisServer) { s.Kill(); s.Start() }},
 		{"functions", func(s *redisServer) { s.do("FUNCTION", "FLUSH") }},
 		{"an epoch", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":sessions") })...)...)
@@ -646,7 +648,7 @@ func TestRedisLosesItsData(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			server := startRedis(t)
-			a, b := newRedis(t, server.addr), newRedis(t, server.addr)
+			a, b := newRedis(t, server.Addr), newRedis(t, server.Addr)
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 			const each = 2000
 			add := func(e settest.Epochs, r *Set, from int) {
@@ -658,7 +660,7 @@ func TestRedisLosesItsData(t *testing.T) {
 							if n%2 == 0 {
 								id = "text " + id
 							}
-							until(t, "id "+id+" is answered", func() bool {
+							testproc.Until(t, "id "+id+" is answered", func() bool {
 								v, err := e.Add(t, r, 0, id)
 								if err == nil && v != dedup.Unique {
 									t.Errorf("id %s: %v", id, v)
@@ -681,14 +683,14 @@ func TestRedisLosesItsData(t *testing.T) {
 				if err := x.r.settle(t.Context(), time.Unix(0, x.e.At(0))); err != nil {
 					t.Fatal(err)
 				}
-				until(t, "all is settled", func() bool {
+				testproc.Until(t, "all is settled", func() bool {
 					_, some := x.r.unsettled()
 					return !some
 				})
 			}
 			for n := range each {
 				if id := fmt.Sprint(n); n%2 == 1 {
-					until(t, "id "+id+" is answered", func() bool {
+					testproc.Until(t, "id "+id+" is answered", func() bool {
 						v, err := eb.Add(t, b, 0, id)
 						if err == nil && v != dedup.Repeat {
 							t.Errorf("id %s of the other instance: %v", id, v)
@@ -708,21 +710,21 @@ func TestRedisLosesItsData(t *testing.T) {
 // id as new before the one that had answered for it can add it again.
 func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	server := startRedis(t)
-	way := startProxy(t, server.addr)
+	way := startProxy(t, server.Addr)
 	a := newRedis(t, way.addr())
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
 	way.refusing.Store(true)
 	way.cut(0)
 	server.do("FLUSHALL")
-	b := newRedis(t, server.addr) // knows nothing of a loss
+	b := newRedis(t, server.Addr) // knows nothing of a loss
 	eb := settest.NewEpochs(t, b)
 	eb.Want(t, b, 0, "42", dedup.Unique)
 	way.refusing.Store(false)
 	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "all is settled", func() bool {
+	testproc.Until(t, "all is settled", func() bool {
 		_, some := a.unsettled()
 		return !some
 	})
@@ -738,14 +740,14 @@ func TestRedisFailOpen(t *testing.T) {
 		t.Run(fmt.Sprint("the same ids at both: ", same), func(t *testing.T) {
 			server := startRedis(t)
 			open := func(c *Config) { c.FailOpen = true }
-			sets := []*Set{newRedis(t, server.addr, open), newRedis(t, server.addr, open)}
+			sets := []*Set{newRedis(t, server.Addr, open), newRedis(t, server.Addr, open)}
 			var at []settest.Epochs
 			for i, r := range sets {
 				at = append(at, settest.NewEpochs(t, r))
 				at[i].Want(t, r, 0, fmt.Sprint("before ", i), dedup.Unique)
 			}
 			server.do("SAVE")
-			server.kill()
+			server.Kill()
 			const ids = 1000
 			for i, r := range sets {
 				for n := range ids {
@@ -765,9 +767,9 @@ func TestRedisFailOpen(t *testing.T) {
 					t.Error("nothing is unsettled")
 				}
 			}
-			server.start()
+			server.Start()
 			for _, r := range sets {
-				until(t, "all is settled", func() bool {
+				testproc.Until(t, "all is settled", func() bool {
 					_, some := r.unsettled()
 					return !some
 				})
@@ -787,7 +789,7 @@ func TestRedisFailOpen(t *testing.T) {
 // to be away there is none.
 func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.addr, func(c *Config) { c.Pending = 1000 })
+	r := newRedis(t, server.Addr, func(c *Config) { c.Pending = 1000 })
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "1", dedup.Unique)
 	server.pause()
@@ -801,7 +803,7 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 		})
 	}
 	group.Wait()
-	until(t, "it is known", func() bool {
+	testproc.Until(t, "it is known", func() bool {
 		ready, _ := r.Health()
 		e.Add(t, r, 0, "2")
 		return !ready
@@ -824,7 +826,7 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
 	server := startRedis(t)
 	server.do("ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "-function", "-fcall", "+info")
-	r := newRedis(t, server.addr, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.addr} })
+	r := newRedis(t, server.Addr, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "42", dedup.Unique)
 	e.Want(t, r, 0, "42", dedup.Repeat)
@@ -841,7 +843,7 @@ func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
 // TestRedisKeysGoAway: ids at the seal, sessions at the end, the rest by itself.
 func TestRedisKeysGoAway(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.addr)
+	r := newRedis(t, server.Addr)
 	e := settest.NewEpochs(t, r)
 	for i, id := range settest.Alike {
 		e.Want(t, r, 0, id, dedup.Unique)
@@ -891,7 +893,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := New(Config{URLs: []string{"redis://" + server.addr}, Group: "test", Window: time.Hour, Local: local})
+	r, err := New(Config{URLs: []string{"redis://" + server.Addr}, Group: "test", Window: time.Hour, Local: local})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -899,7 +901,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	until(t, "an id is taken", func() bool {
+	testproc.Until(t, "an id is taken", func() bool {
 		in, _ := c.Enter(c.Last().Start().UnixNano(), 0)
 		defer in.Leave(counter.Void)
 		_, err := settest.AddTo(r, in.Epoch, []byte("42"))
@@ -958,11 +960,11 @@ func TestRedisConfig(t *testing.T) {
 // be new twice.
 func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	server := startRedis(t)
-	a := newRedis(t, server.addr, patient)
+	a := newRedis(t, server.Addr, patient)
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
 	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "16")
-	until(t, "not ready", func() bool {
+	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
 		return !ready && strings.Contains(reason, "lanes")
 	})

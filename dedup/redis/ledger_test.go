@@ -18,6 +18,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"verve/counter"
+	"verve/internal/testproc"
 )
 
 // group is a Redis of its own with the members that a test makes.
@@ -30,13 +31,7 @@ type group struct {
 
 func newGroup(t *testing.T) *group {
 	t.Helper()
-	exe, err := exec.LookPath("redis-server")
-	if err != nil {
-		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), "redis") {
-			t.Fatalf("VERVE_TEST_REQUIRE asks for redis: %v", err)
-		}
-		t.Skipf("no redis-server here: %v", err)
-	}
+	exe := testproc.Needs(t, "redis-server", "redis")
 	// On a socket, which needs no free port.
 	dir, err := os.MkdirTemp("", "verve-redis-") // t.TempDir is too long for a socket
 	if err != nil {
@@ -53,7 +48,7 @@ func newGroup(t *testing.T) *group {
 		_ = os.RemoveAll(dir)
 	})
 	g := &group{t: t}
-	eventually(t, "redis-server answers", func() bool {
+	testproc.Until(t, "redis-server answers", func() bool {
 		g.client, err = rueidis.NewClient(rueidis.ClientOption{
 			InitAddress: []string{socket}, DisableCache: true, ForceSingleClient: true,
 			DialCtxFn: func(ctx context.Context, _ string, d *net.Dialer, _ *tls.Config) (net.Conn, error) {
@@ -64,16 +59,6 @@ func newGroup(t *testing.T) *group {
 	})
 	t.Cleanup(g.client.Close)
 	return g
-}
-
-// eventually polls for what other processes and goroutines bring about.
-func eventually(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
-		}
-	}
 }
 
 // fakeIDs are the ids of a member of a test's group.
@@ -412,7 +397,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 // behind theirs.
 func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	g := newGroup(t)
-	logs := map[string]*lines{"a": {}, "b": {}}
+	logs := map[string]*testproc.Buffer{"a": {}, "b": {}}
 	logged := func(c *ledgerConfig, _ *fakeIDs) { c.Log = zerolog.New(logs[c.Member]) }
 	minute := time.Now().Truncate(time.Minute).UTC()
 	hour, next := counter.Span{Start: minute.Truncate(time.Hour), Window: time.Hour}, counter.Span{Start: minute.Truncate(time.Hour).Add(time.Hour), Window: time.Hour}
@@ -447,7 +432,7 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	if b.standing.Load() != outside {
 		t.Error("it came in at once: the others may only be lost")
 	}
-	eventually(t, "it comes in", func() bool {
+	testproc.Until(t, "it comes in", func() bool {
 		g.beat(b)
 		return b.standing.Load() == inside
 	})

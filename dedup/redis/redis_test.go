@@ -1,14 +1,9 @@
 package redis
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,90 +12,32 @@ import (
 
 	"github.com/redis/rueidis"
 	"github.com/rs/zerolog"
+
 	"verve/counter"
 	"verve/dedup"
 	"verve/internal/settest"
+	"verve/internal/testproc"
 )
 
 // redisServer is a real Redis of the tests.
 type redisServer struct {
-	t    testing.TB
-	addr string
-	dir  string
-	args []string
-	cmd  *exec.Cmd
+	*testproc.Redis
+	t testing.TB
 }
 
-// redisAt starts a Redis on a free port, or on the one given.
 func startRedis(t testing.TB, args ...string) *redisServer {
 	t.Helper()
-	if _, err := exec.LookPath("redis-server"); err != nil {
-		if strings.Contains(os.Getenv("VERVE_TEST_REQUIRE"), "redis") {
-			t.Fatal(err)
-		}
-		t.Skip("no redis-server is installed: ", err)
-	}
-	s := &redisServer{t: t, addr: freeAddr(t), dir: t.TempDir(), args: args}
-	s.start()
-	t.Cleanup(s.kill)
-	return s
-}
-
-func freeAddr(t testing.TB) string {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().String()
-}
-
-// start starts the server, again after kill, and waits until it answers.
-func (s *redisServer) start() {
-	s.t.Helper()
-	host, port, _ := net.SplitHostPort(s.addr)
-	args := append([]string{"--bind", host, "--port", port, "--save", "", "--dir", s.dir, "--enable-debug-command", "yes", "--logfile", filepath.Join(s.dir, "log")}, s.args...)
-	s.cmd = exec.Command("redis-server", args...)
-	if err := s.cmd.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-	deadline := time.Now().Add(20 * time.Second)
-	for {
-		c, err := net.DialTimeout("tcp", s.addr, time.Second)
-		if err == nil {
-			c.SetDeadline(time.Now().Add(time.Second))
-			fmt.Fprint(c, "PING\r\n")
-			var b [64]byte
-			n, _ := c.Read(b[:])
-			c.Close()
-			if n > 0 && !bytes.Contains(b[:n], []byte("LOADING")) {
-				return
-			}
-		}
-		if time.Now().After(deadline) {
-			log, _ := os.ReadFile(filepath.Join(s.dir, "log"))
-			s.t.Fatalf("redis-server does not answer: %v\n%s", err, log)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-}
-
-func (s *redisServer) kill() {
-	if s.cmd != nil {
-		s.cmd.Process.Kill()
-		s.cmd.Wait()
-		s.cmd = nil
-	}
+	return &redisServer{testproc.StartRedis(t, args...), t}
 }
 
 // pause stops the process, so that it answers nothing, until resume.
-func (s *redisServer) pause()  { s.cmd.Process.Signal(syscall.SIGSTOP) }
-func (s *redisServer) resume() { s.cmd.Process.Signal(syscall.SIGCONT) }
+func (s *redisServer) pause()  { s.Process().Signal(syscall.SIGSTOP) }
+func (s *redisServer) resume() { s.Process().Signal(syscall.SIGCONT) }
 
 // do runs a command on a connection of its own and returns its answer as text.
 func (s *redisServer) do(args ...string) string {
 	s.t.Helper()
-	c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{s.addr}, ForceSingleClient: true, DisableCache: true})
+	c, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{s.Addr}, ForceSingleClient: true, DisableCache: true})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -130,29 +67,11 @@ func (s *redisServer) keys() []string {
 	return strings.Split(all, "\n")
 }
 
-// lines is a log that a test can look into.
-type lines struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
 // newRedis makes a Redis with a front cache that is connected when it returns.
 func newRedis(t testing.TB, addr string, change ...func(*Config)) *Set {
 	t.Helper()
 	r := newRedisAway(t, addr, change...)
-	until(t, "the store is ready", func() bool {
+	testproc.Until(t, "the store is ready", func() bool {
 		ready, _ := r.Health()
 		return ready && r.client.Load() != nil
 	})
@@ -185,18 +104,6 @@ func newRedisAway(t testing.TB, addr string, change ...func(*Config)) *Set {
 // patient is for tests in which Redis answers, however busy the machine is.
 func patient(c *Config) { c.Timeout = 10 * time.Second }
 
-// until waits for something that must come to pass.
-func until(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
-	for !done() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not in time: %s", what)
-		}
-		time.Sleep(time.Millisecond)
-	}
-}
-
 // sealed seals the n-th epoch and returns its count.
 func sealed(t testing.TB, e settest.Epochs, r *Set, n int) (unique uint64, exact bool) {
 	t.Helper()
@@ -209,7 +116,7 @@ func sealed(t testing.TB, e settest.Epochs, r *Set, n int) (unique uint64, exact
 
 func TestSet(t *testing.T) {
 	settest.Run(t, settest.Config{New: func(t testing.TB, maxIDs uint64) dedup.Set {
-		return newRedis(t, startRedis(t).addr, patient, func(c *Config) { c.MaxIDs = maxIDs })
+		return newRedis(t, startRedis(t).Addr, patient, func(c *Config) { c.MaxIDs = maxIDs })
 	}})
 }
 
@@ -222,7 +129,7 @@ func TestRedisInstancesCountAsOne(t *testing.T) {
 	var sets [instances]*Set
 	var at [instances]settest.Epochs
 	for i := range sets {
-		sets[i] = newRedis(t, server.addr, patient)
+		sets[i] = newRedis(t, server.Addr, patient)
 		at[i] = settest.NewEpochs(t, sets[i])
 	}
 	var mu sync.Mutex
@@ -274,18 +181,18 @@ func TestRedisInstancesCountAsOne(t *testing.T) {
 // TestRedisIsAwayAtTheStart: an instance can start before its Redis.
 func TestRedisIsAwayAtTheStart(t *testing.T) {
 	server := startRedis(t)
-	server.kill()
-	r := newRedisAway(t, server.addr)
+	server.Kill()
+	r := newRedisAway(t, server.Addr)
 	e := settest.NewEpochs(t, r)
-	until(t, "ids are refused", func() bool {
+	testproc.Until(t, "ids are refused", func() bool {
 		_, err := e.Add(t, r, 0, "1")
 		return errors.Is(err, dedup.ErrUnavailable)
 	})
 	if ready, reason := r.Health(); ready || reason == "" {
 		t.Errorf("health: %v, %q; want a reason", ready, reason)
 	}
-	server.start()
-	until(t, "ids are taken", func() bool {
+	server.Start()
+	testproc.Until(t, "ids are taken", func() bool {
 		v, err := e.Add(t, r, 0, "1")
 		return v == dedup.Unique && err == nil
 	})

@@ -9,6 +9,7 @@ import (
 
 	"verve/dedup"
 	"verve/internal/settest"
+	"verve/internal/testproc"
 )
 
 // documentedUser is the ACL SETUSER command of docs/instances.md for a user.
@@ -34,7 +35,7 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 	if got := server.do(documentedUser(t)...); got != "OK" {
 		t.Fatalf("Redis says of the documented user: %s", got)
 	}
-	r := newRedis(t, server.addr, patient, func(c *Config) { c.URLs = []string{"redis://verve:secret@" + server.addr} })
+	r := newRedis(t, server.Addr, patient, func(c *Config) { c.URLs = []string{"redis://verve:secret@" + server.Addr} })
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "42", dedup.Unique)
 	e.Want(t, r, 0, "a text", dedup.Unique)
@@ -44,12 +45,12 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 			deny = "resetkeys"
 		}
 		server.do("ACL", "SETUSER", "verve", deny)
-		until(t, "it names "+right, func() bool {
+		testproc.Until(t, "it names "+right, func() bool {
 			ready, reason := r.Health()
 			return !ready && strings.Contains(reason, right)
 		})
 		server.do("ACL", "SETUSER", "verve", grant)
-		until(t, "it is ready again with "+right, func() bool {
+		testproc.Until(t, "it is ready again with "+right, func() bool {
 			ready, _ := r.Health()
 			return ready
 		})
@@ -57,7 +58,7 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 	server.do("ACL", "SETUSER", "verve", "-info", "-config|get", "-role", "-fcall", "-function|load")
 	server.do("FUNCTION", "FLUSH")
 	e.Want(t, r, 0, "43", dedup.Unique)
-	until(t, "ids are taken without what is convenient", func() bool {
+	testproc.Until(t, "ids are taken without what is convenient", func() bool {
 		ready, _ := r.Health()
 		return ready
 	})

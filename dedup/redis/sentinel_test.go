@@ -10,17 +10,18 @@ import (
 
 	"verve/dedup"
 	"verve/internal/settest"
+	"verve/internal/testproc"
 )
 
 // TestSentinelMayHaveAPasswordOfItsOwn: the Sentinel asks for one, the master for
 // another, and ids are answered. With the master's for both they are not.
 func TestSentinelMayHaveAPasswordOfItsOwn(t *testing.T) {
 	master := startRedis(t, "--requirepass", "the-masters")
-	host, port, err := net.SplitHostPort(master.addr)
+	host, port, err := net.SplitHostPort(master.Addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr, dir := freeAddr(t), t.TempDir()
+	addr, dir := testproc.FreeAddr(t), t.TempDir()
 	_, sentinelPort, err := net.SplitHostPort(addr)
 	if err != nil {
 		t.Fatal(err)
@@ -36,7 +37,7 @@ func TestSentinelMayHaveAPasswordOfItsOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	until(t, "the Sentinel listens", func() bool {
+	testproc.Until(t, "the Sentinel listens", func() bool {
 		c, err := net.Dial("tcp", addr)
 		if err == nil {
 			_ = c.Close()
@@ -52,11 +53,11 @@ func TestSentinelMayHaveAPasswordOfItsOwn(t *testing.T) {
 	e.Want(t, r, 0, "1", dedup.Unique)
 
 	wrong := newRedisAway(t, addr, by)
-	until(t, "the password is refused", func() bool {
+	testproc.Until(t, "the password is refused", func() bool {
 		ready, reason := wrong.Health()
 		return !ready && reason == "Redis, or its Sentinel, refuses the user or the password"
 	})
-	if _, err := New(Config{URLs: []string{"redis://" + master.addr}, Group: "g", Window: r.cfg.Window, Local: new(dedup.Memory), SentinelPassword: "x"}); err == nil {
+	if _, err := New(Config{URLs: []string{"redis://" + master.Addr}, Group: "g", Window: r.cfg.Window, Local: new(dedup.Memory), SentinelPassword: "x"}); err == nil {
 		t.Error("a Sentinel's password without a Sentinel is taken")
 	}
 }

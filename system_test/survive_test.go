@@ -1,4 +1,4 @@
-package main
+package system_test
 
 import (
 	"encoding/json"
@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
 // TestKilledServerGoesOn: after a kill -9 the ids of the running window are
@@ -16,14 +18,14 @@ import (
 func TestKilledServerGoesOn(t *testing.T) {
 	dir := t.TempDir()
 	const lives, each = 4, 20
-	accept := func(v *instance, id string, want int) {
+	accept := func(v *testproc.Server, id string, want int) {
 		t.Helper()
-		if status, body := v.get(v.public + "/api/verve/accept?id=" + id); status != want {
+		if status, body := v.Get(v.Public + "/api/verve/accept?id=" + id); status != want {
 			t.Errorf("id %s: got %d %s, want %d", id, status, body, want)
 		}
 	}
 	for life := range lives {
-		v := start(t, "--window=1h", "--data-dir="+dir)
+		v := testproc.Start(t, "--window=1h", "--data-dir="+dir)
 		for i := range (life + 1) * each {
 			want := 409
 			if i >= life*each {
@@ -33,18 +35,15 @@ func TestKilledServerGoesOn(t *testing.T) {
 			accept(v, fmt.Sprint("text-", i), want)
 		}
 		if life == lives-1 {
-			if code := v.stop(); code != 0 {
-				t.Errorf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+			if code := v.Stop(); code != 0 {
+				t.Errorf("exit code %d\n%s", code, v.Text())
 			}
 			break
 		}
-		if err := v.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		_ = v.Wait() // killed
+		v.Kill()
 	}
 	sum := 0
-	for i, r := range records(t, filepath.Join(dir, "counts.jsonl")) {
+	for i, r := range testproc.Records(t, filepath.Join(dir, "counts.jsonl")) {
 		if sum += r.Unique; r.Seq != i+1 || r.Complete {
 			t.Errorf("record %d: %+v", i, r)
 		}
@@ -58,19 +57,19 @@ func TestKilledServerGoesOn(t *testing.T) {
 // use.
 func TestDamagedEpochsAreSetAside(t *testing.T) {
 	dir := t.TempDir()
-	v := start(t, "--window=1h", "--data-dir="+dir)
-	if code := v.stop(); code != 0 {
+	v := testproc.Start(t, "--window=1h", "--data-dir="+dir)
+	if code := v.Stop(); code != 0 {
 		t.Fatalf("exit code %d", code)
 	}
 	if err := os.Truncate(filepath.Join(dir, "epochs", "state"), 100); err != nil {
 		t.Fatal(err)
 	}
-	v = start(t, "--window=1h", "--data-dir="+dir)
+	v = testproc.Start(t, "--window=1h", "--data-dir="+dir)
 	aside, err := filepath.Glob(filepath.Join(dir, "epochs.damaged-*"))
-	if log := strings.Join(v.lines, "\n"); err != nil || len(aside) != 1 || !strings.Contains(log, aside[0]) {
+	if log := v.Text(); err != nil || len(aside) != 1 || !strings.Contains(log, aside[0]) {
 		t.Errorf("set aside: %v, %v; the log:\n%s", aside, err, log)
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }
@@ -83,14 +82,14 @@ func TestAnotherWindowIsServedAtOnce(t *testing.T) {
 	ok := 0
 	for life, window := range []string{"2s", "1h", "1m", "50ms", "1h", "777ms", "10m"} {
 		began := time.Now()
-		v := start(t, "--window="+window, "--data-dir="+dir, "--window-header")
+		v := testproc.Start(t, "--window="+window, "--data-dir="+dir, "--window-header")
 		for status, body := 0, ""; status != 200; time.Sleep(20 * time.Millisecond) {
-			if status, body = v.get(v.admin + "/readyz"); time.Since(began) > 3*time.Second {
+			if status, body = v.Get(v.Admin + "/readyz"); time.Since(began) > 3*time.Second {
 				t.Fatalf("--window=%s: not ready after 3 s: %s", window, body)
 			}
 		}
 		for i := range 20 {
-			resp, err := http.Get(v.public + fmt.Sprintf("/api/verve/accept?id=%d-%d", life, i))
+			resp, err := http.Get(v.Public + fmt.Sprintf("/api/verve/accept?id=%d-%d", life, i))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -102,21 +101,18 @@ func TestAnotherWindowIsServedAtOnce(t *testing.T) {
 			ok++
 		}
 		if life%2 == 0 {
-			if code := v.stop(); code != 0 {
+			if code := v.Stop(); code != 0 {
 				t.Errorf("--window=%s: exit code %d", window, code)
 			}
 		} else {
-			if err := v.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
-			_ = v.Wait() // killed
+			v.Kill()
 		}
-		if log := strings.Join(v.lines, "\n"); strings.Contains(log, "clock") {
+		if log := v.Text(); strings.Contains(log, "clock") {
 			t.Errorf("--window=%s: the log: %s", window, log)
 		}
 	}
-	var last recordLine
-	for _, r := range records(t, filepath.Join(dir, "counts.jsonl")) {
+	var last testproc.Record
+	for _, r := range testproc.Records(t, filepath.Join(dir, "counts.jsonl")) {
 		if r.Start.Before(last.Start) || r.Start.Equal(last.Start) && r.MS != last.MS || r.Start.UnixMilli()%r.MS != 0 {
 			t.Errorf("the window %v of %d ms follows %v of %d", r.Start, r.MS, last.Start, last.MS)
 		}
@@ -136,12 +132,12 @@ type shownWindow struct {
 	State      string    `json:"state"`
 }
 
-func (v *instance) windows() (out []shownWindow) {
-	v.t.Helper()
+func shownWindows(t *testing.T, v *testproc.Server) (out []shownWindow) {
+	t.Helper()
 	var answer struct{ Windows []shownWindow }
-	_, body := v.get(v.admin + "/api/windows?limit=60")
+	_, body := v.Get(v.Admin + "/api/windows?limit=60")
 	if err := json.Unmarshal([]byte(body), &answer); err != nil {
-		v.t.Fatalf("%v in %s", err, body)
+		t.Fatalf("%v in %s", err, body)
 	}
 	return answer.Windows
 }
@@ -155,29 +151,26 @@ func TestWindowsAreShownAfterARestart(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dir := t.TempDir()
-			v := start(t, "--window=500ms", "--data-dir="+dir, c.flag)
+			v := testproc.Start(t, "--window=500ms", "--data-dir="+dir, c.flag)
 			counted := func() (n int) {
-				for _, w := range v.windows() {
+				for _, w := range shownWindows(t, v) {
 					if w.Unique > 0 && w.State == c.state {
 						n++
 					}
 				}
 				return n
 			}
-			within(t, 30*time.Second, "three windows with ids", func() bool {
+			testproc.Within(t, 30*time.Second, "three windows with ids", func() bool {
 				for i := range 5 {
-					v.get(fmt.Sprint(v.public, "/api/verve/accept?id=", i))
+					v.Get(fmt.Sprint(v.Public, "/api/verve/accept?id=", i))
 				}
 				return counted() >= 3
 			})
-			before := v.windows()
-			if err := v.Process.Kill(); err != nil {
-				t.Fatal(err)
-			}
-			_ = v.Wait() // killed
-			v = start(t, "--window=500ms", "--data-dir="+dir, c.flag)
+			before := shownWindows(t, v)
+			v.Kill()
+			v = testproc.Start(t, "--window=500ms", "--data-dir="+dir, c.flag)
 			after := map[time.Time]shownWindow{}
-			for _, w := range v.windows() {
+			for _, w := range shownWindows(t, v) {
 				after[w.Start] = w
 			}
 			for _, w := range before {
@@ -185,7 +178,7 @@ func TestWindowsAreShownAfterARestart(t *testing.T) {
 					t.Errorf("the window is shown as %+v, want %+v", after[w.Start], w)
 				}
 			}
-			v.signalUntilEnd()
+			v.StopAtOnce()
 		})
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package system_test
 
 import (
 	"context"
@@ -16,6 +16,7 @@ import (
 	"verve/dedup"
 	"verve/dedup/redis"
 	"verve/internal/settest"
+	"verve/internal/testproc"
 	"verve/stream"
 )
 
@@ -109,7 +110,7 @@ func (s *skewed) accept(id string) (window time.Time, unique bool, err error) {
 // window apart. Every window's record is the number of ids that were ok in it,
 // each once, wherever it was asked.
 func TestClocksThatDifferChangeNoSum(t *testing.T) {
-	server, dir := startRedis(t), t.TempDir()
+	server, dir := testproc.StartRedis(t), t.TempDir()
 	const window = 400 * time.Millisecond
 	type key struct {
 		window time.Time
@@ -120,8 +121,8 @@ func TestClocksThatDifferChangeNoSum(t *testing.T) {
 	sums := map[time.Time]int{}
 	t.Run("", func(t *testing.T) { // its cleanup stops the instances
 		instances := []*skewed{
-			startSkewed(t, "a", dir, server.addr, window, 0),
-			startSkewed(t, "b", dir, server.addr, window, 700*time.Millisecond),
+			startSkewed(t, "a", dir, server.Addr, window, 0),
+			startSkewed(t, "b", dir, server.Addr, window, 700*time.Millisecond),
 		}
 		var asking sync.WaitGroup
 		until := time.Now().Add(15 * window)

@@ -1,4 +1,4 @@
-package main
+package system_test
 
 import (
 	"bufio"
@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,8 +25,7 @@ func smallPipe(t *testing.T, r *os.File) {
 }
 
 // exited waits for the end of the process, whose log nobody reads.
-func (v *instance) exited() int {
-	v.t.Helper()
+func exited(v *testproc.Server) int {
 	hung := time.AfterFunc(time.Minute, func() { _ = v.Process.Kill() })
 	defer hung.Stop()
 	_ = v.Wait() // the exit code says it
@@ -35,22 +36,22 @@ func (v *instance) exited() int {
 // are answered, and the first SIGTERM stops in order. The timeout is too long to be
 // what ends it.
 func TestStalledLogStopsNothing(t *testing.T) {
-	v, stderr := unstarted(t, "--window=50ms", "--shutdown-timeout=1h")
+	v, stderr := testproc.Unstarted(t, "--window=50ms", "--shutdown-timeout=1h")
 	smallPipe(t, stderr)
-	v.begin(stderr)
-	v.awaitListening() // and reads no further
-	v.awaitRecords(100)
+	v.Begin(stderr)
+	v.AwaitListening() // and reads no further
+	awaitRecords(t, v, 100)
 	for _, want := range []int{200, 409} {
-		if status, body := v.get(v.public + "/api/verve/accept?id=1"); status != want && status != 200 { // the window may turn
+		if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != want && status != 200 { // the window may turn
 			t.Errorf("got %d %s, want %d", status, body, want)
 		}
 	}
-	v.signal(syscall.SIGTERM)
-	if code := v.exited(); code != 0 {
+	v.Signal(syscall.SIGTERM)
+	if code := exited(v); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	sum := 0
-	for i, r := range records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl")) {
+	for i, r := range testproc.Records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl")) {
 		if sum += r.Unique; r.Seq != i+1 {
 			t.Errorf("record %d: %+v", i+1, r)
 		}
@@ -63,18 +64,16 @@ func TestStalledLogStopsNothing(t *testing.T) {
 // TestSecondSignalWithAStalledLog: a stop that waits for a broker can be cut short
 // although "stopping" was not written.
 func TestSecondSignalWithAStalledLog(t *testing.T) {
-	v, stderr := unstarted(t, "--window=50ms", "--kafka-brokers=127.0.0.1:9", "--counts-file=verve-data/counts.jsonl", "--shutdown-timeout=1h")
+	v, stderr := testproc.Unstarted(t, "--window=50ms", "--kafka-brokers=127.0.0.1:9", "--counts-file=verve-data/counts.jsonl", "--shutdown-timeout=1h")
 	smallPipe(t, stderr)
-	v.begin(stderr)
-	v.awaitListening()
-	v.awaitRecords(40)
-	v.signal(syscall.SIGTERM)
-	for {
-		if status, body := v.get(v.admin + "/readyz"); status == 503 && strings.Contains(body, "shutting down") {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	v.Begin(stderr)
+	v.AwaitListening()
+	awaitRecords(t, v, 40)
+	v.Signal(syscall.SIGTERM)
+	testproc.Until(t, "the server is stopping", func() bool {
+		status, body := v.Get(v.Admin + "/readyz")
+		return status == 503 && strings.Contains(body, "shutting down")
+	})
 	ended := make(chan struct{})
 	go func() {
 		for {
@@ -86,7 +85,7 @@ func TestSecondSignalWithAStalledLog(t *testing.T) {
 			}
 		}
 	}()
-	code := v.exited()
+	code := exited(v)
 	close(ended)
 	if code != exitFailed {
 		t.Errorf("exit code %d, want %d", code, exitFailed)
@@ -95,13 +94,13 @@ func TestSecondSignalWithAStalledLog(t *testing.T) {
 
 // TestDroppedLinesAreReported when the reader of the log is back.
 func TestDroppedLinesAreReported(t *testing.T) {
-	v, stderr := unstarted(t, "--window=50ms", "--log-level=debug")
+	v, stderr := testproc.Unstarted(t, "--window=50ms", "--log-level=debug")
 	smallPipe(t, stderr)
-	v.begin(stderr)
-	v.awaitListening()
+	v.Begin(stderr)
+	v.AwaitListening()
 	deadline := time.Now().Add(2 * time.Minute)
 	for {
-		if _, page := v.get(v.admin + "/metrics"); !strings.Contains(page, "\nverve_log_lines_dropped_total 0\n") {
+		if _, page := v.Get(v.Admin + "/metrics"); !strings.Contains(page, "\nverve_log_lines_dropped_total 0\n") {
 			break
 		}
 		if time.Now().After(deadline) {
@@ -109,15 +108,15 @@ func TestDroppedLinesAreReported(t *testing.T) {
 		}
 		// Each is logged: quicker than waiting for windows.
 		for range 20 {
-			v.signal(syscall.SIGUSR1)
+			v.Signal(syscall.SIGUSR1)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
 	var report struct{ Dropped int }
-	if err := json.Unmarshal([]byte(v.until(`"dropped":`)), &report); err != nil || report.Dropped < 1 {
+	if err := json.Unmarshal([]byte(v.Until(`"dropped":`)), &report); err != nil || report.Dropped < 1 {
 		t.Errorf("%+v, %v", report, err)
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }
@@ -126,45 +125,38 @@ func TestDroppedLinesAreReported(t *testing.T) {
 // counting, shows on /readyz, does not hold up the stop, and misses nothing.
 func TestStalledStandardOutput(t *testing.T) {
 	dir := t.TempDir()
-	serve := func() (*instance, *os.File) {
-		v, stderr := unstarted(t, "--window=50ms", "--counts-file=-", "--data-dir="+dir, "--shutdown-timeout=200ms")
+	serve := func() (*testproc.Server, *os.File) {
+		v, stderr := testproc.Unstarted(t, "--window=50ms", "--counts-file=-", "--data-dir="+dir, "--shutdown-timeout=200ms")
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)
 		}
 		smallPipe(t, r)
 		v.Stdout = w
-		v.begin(stderr)
+		v.Begin(stderr)
 		_ = w.Close()
-		v.awaitListening()
+		v.AwaitListening()
 		go func() { // the log has its reader
-			for v.log.Scan() {
+			for v.Log.Scan() {
 			}
 		}()
 		return v, r
 	}
-	await := func(v *instance, want string) {
+	await := func(v *testproc.Server, want string) {
 		t.Helper()
-		deadline := time.Now().Add(time.Minute)
-		for {
-			_, body := v.get(v.admin + "/readyz")
-			if strings.Contains(body, want) {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("readyz does not say %s but %s", want, body)
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
+		testproc.Until(t, "readyz has "+want, func() bool {
+			_, body := v.Get(v.Admin + "/readyz")
+			return strings.Contains(body, want)
+		})
 	}
 	var text bytes.Buffer
 	v, stdout := serve()
 	await(v, `"file":{"ok":false,"reason":"a write has not returned`)
-	if status, body := v.get(v.public + "/api/verve/accept?id=1"); status != 200 {
+	if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != 200 {
 		t.Errorf("got %d %s", status, body)
 	}
-	v.signal(syscall.SIGTERM)
-	if code := v.exited(); code != 0 {
+	v.Signal(syscall.SIGTERM)
+	if code := exited(v); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	if _, err := text.ReadFrom(stdout); err != nil { // what the pipe holds
@@ -181,13 +173,13 @@ func TestStalledStandardOutput(t *testing.T) {
 		}
 		text.Write(line)
 	}
-	v.signal(syscall.SIGSTOP) // so that the pipe can be emptied before it is closed
+	v.Signal(syscall.SIGSTOP) // so that the pipe can be emptied before it is closed
 	drain(t, stdout, lines, &text)
 	_ = stdout.Close()
-	v.signal(syscall.SIGCONT)
+	v.Signal(syscall.SIGCONT)
 	await(v, `broken pipe`)
-	v.signal(syscall.SIGTERM)
-	if code := v.exited(); code != 0 {
+	v.Signal(syscall.SIGTERM)
+	if code := exited(v); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 
@@ -199,14 +191,14 @@ func TestStalledStandardOutput(t *testing.T) {
 		_, _ = text.ReadFrom(stdout)
 	}()
 	await(v, `"file":{"ok":true}`)
-	v.signal(syscall.SIGTERM)
-	if code := v.exited(); code != 0 {
+	v.Signal(syscall.SIGTERM)
+	if code := exited(v); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	<-read
 	sum, last := 0, 0
 	for line := range bytes.Lines(text.Bytes()) {
-		var r recordLine
+		var r testproc.Record
 		if err := json.Unmarshal(line, &r); err != nil {
 			t.Fatalf("%q: %v", line, err)
 		}
@@ -253,16 +245,16 @@ func TestClosedTerminalStopsInOrder(t *testing.T) {
 		t.Skipf("no terminals here: %v", err)
 	}
 	terminal := os.NewFile(uintptr(slave), "terminal")
-	v, stderr := unstarted(t, "--window=1h")
+	v, stderr := testproc.Unstarted(t, "--window=1h")
 	v.Stdin = terminal
 	v.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0}
-	v.begin(stderr)
+	v.Begin(stderr)
 	_ = terminal.Close()
-	v.awaitListening()
-	v.get(v.public + "/api/verve/accept?id=1")
+	v.AwaitListening()
+	v.Get(v.Public + "/api/verve/accept?id=1")
 	_ = master.Close()
-	if code := v.ended(); code != 0 {
+	if code := v.Ended(); code != 0 {
 		t.Errorf("exit code %d (%v)", code, v.ProcessState)
 	}
-	v.wantOneRecord(1)
+	wantOneRecord(t, v, 1)
 }

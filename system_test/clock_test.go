@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package system_test
 
 import (
 	"fmt"
@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/internal/testproc"
 	"verve/stream"
 )
 
@@ -20,11 +21,11 @@ import (
 // empty and not complete, and the sum is that of the answers.
 func TestStoppedProcessPublishesItsGap(t *testing.T) {
 	const window = 100 * time.Millisecond
-	v := start(t, "--window=100ms", "--window-header", "--max-clock-skew=300ms")
+	v := testproc.Start(t, "--window=100ms", "--window-header", "--max-clock-skew=300ms")
 	answered := map[time.Time]int{}
 	accept := func(from, to int) {
 		for i := from; i < to; i++ {
-			resp, err := http.Get(v.public + "/api/verve/accept?id=" + fmt.Sprint(i))
+			resp, err := http.Get(v.Public + "/api/verve/accept?id=" + fmt.Sprint(i))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -52,17 +53,17 @@ func TestStoppedProcessPublishesItsGap(t *testing.T) {
 		t.Fatal(err)
 	}
 	accept(50, 100)
-	v.until("the process did not run")
+	v.Until("the process did not run")
 	// The skipped windows are counted when they are published, behind the one that
 	// was open.
-	within(t, 10*time.Second, "the metrics know of the pause", func() bool {
-		_, page := v.get(v.admin + "/metrics")
+	testproc.Within(t, 10*time.Second, "the metrics know of the pause", func() bool {
+		_, page := v.Get(v.Admin + "/metrics")
 		return !strings.Contains(page, "\nverve_process_pauses_total 0\n") && !strings.Contains(page, "\nverve_epochs_skipped_total 0\n")
 	})
-	if code := v.stop(); code != 0 {
-		t.Errorf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+	if code := v.Stop(); code != 0 {
+		t.Errorf("exit code %d\n%s", code, v.Text())
 	}
-	got := records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
+	got := testproc.Records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
 	for i, r := range got {
 		if i > 0 && !r.Start.Equal(got[i-1].Start.Add(window)) {
 			t.Errorf("the record of %v follows that of %v", r.Start, got[i-1].Start)
@@ -102,25 +103,25 @@ func TestClockBehindTheLastRecordIsNotReady(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	v := start(t, "--window=1h", "--data-dir="+dir)
-	if log := strings.Join(v.lines, "\n"); strings.Count(log, "not ready because of the clock") != 1 || !strings.Contains(log, ahead.Format(time.RFC3339)) {
+	v := testproc.Start(t, "--window=1h", "--data-dir="+dir)
+	if log := v.Text(); strings.Count(log, "not ready because of the clock") != 1 || !strings.Contains(log, ahead.Format(time.RFC3339)) {
 		t.Errorf("the log:\n%s", log)
 	}
-	if status, body := v.get(v.admin + "/readyz"); status != 503 || !strings.Contains(body, `"clock":{"ok":false,"reason":"the clock says`) {
+	if status, body := v.Get(v.Admin + "/readyz"); status != 503 || !strings.Contains(body, `"clock":{"ok":false,"reason":"the clock says`) {
 		t.Errorf("readyz: %d %s", status, body)
 	}
 	for _, want := range []int{200, 409} {
-		if status, _ := v.get(v.public + "/api/verve/accept?id=1"); status != want {
+		if status, _ := v.Get(v.Public + "/api/verve/accept?id=1"); status != want {
 			t.Errorf("got %d, want %d", status, want)
 		}
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 
-	v = start(t, "--window=1h", "--data-dir="+dir, "--max-clock-skew=0") // nobody watches
-	if status, body := v.get(v.admin + "/readyz"); status != 200 {
+	v = testproc.Start(t, "--window=1h", "--data-dir="+dir, "--max-clock-skew=0") // nobody watches
+	if status, body := v.Get(v.Admin + "/readyz"); status != 200 {
 		t.Errorf("readyz: %d %s", status, body)
 	}
-	v.stop()
+	v.Stop()
 }

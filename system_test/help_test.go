@@ -1,4 +1,4 @@
-package main
+package system_test
 
 import (
 	"os/exec"
@@ -6,12 +6,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"verve/internal/testproc"
 )
 
 // TestHelpShowsWhatTheCommandReads: the examples on the first page are accepted,
 // and a command shows its own settings.
 func TestHelpShowsWhatTheCommandReads(t *testing.T) {
-	out, err := verve(t, "--help").Output()
+	out, err := testproc.Verve(t, "--help").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -21,8 +23,8 @@ func TestHelpShowsWhatTheCommandReads(t *testing.T) {
 			continue // names a file that is not here
 		}
 		examples++
-		if _, _, err := parse(strings.Fields(m[1]), nil); err != nil {
-			t.Errorf("verve%s: %v", m[1], err)
+		if out, err := testproc.Verve(t, append(strings.Fields(m[1]), "--print-config")...).CombinedOutput(); err != nil {
+			t.Errorf("verve%s: %v\n%s", m[1], err, out)
 		}
 	}
 	if examples < 4 {
@@ -35,7 +37,7 @@ func TestHelpShowsWhatTheCommandReads(t *testing.T) {
 		"completion":  {"--help", "--config --listen"},
 		"serve":       {"--listen --window --kafka-brokers --callback-allow --log-level", "--follow"},
 	} {
-		out, err := verve(t, command, "--help").Output()
+		out, err := testproc.Verve(t, command, "--help").Output()
 		if err != nil {
 			t.Fatalf("%s: %v", command, err)
 		}
@@ -51,7 +53,7 @@ func TestHelpShowsWhatTheCommandReads(t *testing.T) {
 			}
 		}
 	}
-	if out, err := verve(t, "completion", "tcsh").CombinedOutput(); exitCode(err) != exitUsage {
+	if out, err := testproc.Verve(t, "completion", "tcsh").CombinedOutput(); testproc.ExitCode(err) != exitUsage {
 		t.Errorf("completion for an unknown shell: %v %s", err, out)
 	}
 }
@@ -80,7 +82,7 @@ func TestCompletionCompletes(t *testing.T) {
 			if _, err := exec.LookPath(shell); err != nil {
 				t.Skip("not installed")
 			}
-			script, err := verve(t, "completion", shell).Output()
+			script, err := testproc.Verve(t, "completion", shell).Output()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -112,7 +114,7 @@ func TestCompletionCompletes(t *testing.T) {
 // TestCompletionIsAScript that the shell takes, where it is installed.
 func TestCompletionIsAScript(t *testing.T) {
 	for _, shell := range []string{"bash", "zsh", "fish"} {
-		script, err := verve(t, "completion", shell).Output()
+		script, err := testproc.Verve(t, "completion", shell).Output()
 		if err != nil || !strings.Contains(string(script), "kafka-brokers") {
 			t.Errorf("%s: %v\n%s", shell, err, script)
 		}

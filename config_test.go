@@ -7,10 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -120,8 +119,8 @@ func badSettings(t *testing.T) []badSetting {
 }
 
 // TestBadSettingsAreNamedBeforeAnythingIsTouched: whatever can never work stops the
-// start with one line that has the flag, the value and where it comes from; exit
-// code 2; and there is no file that was not there before.
+// start with one line that has the flag, the value and where it comes from, and there
+// is no file that was not there before.
 func TestBadSettingsAreNamedBeforeAnythingIsTouched(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -131,12 +130,12 @@ func TestBadSettingsAreNamedBeforeAnythingIsTouched(t *testing.T) {
 			bad.shown = strings.Trim(strconv.Quote(bad.value), `"`)
 			bad.shown = bad.shown[:min(len(bad.shown), 190)]
 		}
-		// The program, by the command line; the other sources in this process.
-		wantRefused(t, verve(t, append(bad.with, "--"+bad.name+"="+bad.value)...), what, "--"+bad.name, bad.shown, "from the command line")
+		_, _, err := parse(append(bad.with, "--"+bad.name+"="+bad.value), io.Discard)
+		wantNamed(t, err, what, "--"+bad.name, bad.shown, "from the command line")
 
 		variable := "VERVE_" + strings.ToUpper(strings.ReplaceAll(bad.name, "-", "_"))
 		t.Setenv(variable, bad.value)
-		_, _, err := parse(bad.with, io.Discard)
+		_, _, err = parse(bad.with, io.Discard)
 		wantNamed(t, err, what, "--"+bad.name, bad.shown, "from "+variable)
 		if err := os.Unsetenv(variable); err != nil {
 			t.Fatal(err)
@@ -174,32 +173,6 @@ func wantNamed(t *testing.T, err error, what string, parts ...string) {
 	}
 	if text := err.Error(); strings.Contains(text, "\n") || strings.Contains(text, "s3cret") || strings.Contains(text, "s4cret") {
 		t.Errorf("%s: more than a line, or a secret: %s", what, text)
-	}
-}
-
-// wantRefused runs a start that can never work.
-func wantRefused(t *testing.T, cmd *exec.Cmd, what string, parts ...string) {
-	t.Helper()
-	kill := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() })
-	defer kill.Stop()
-	cmd.Env = append(cmd.Env, "VERVE_LISTEN=127.0.0.1:0", "VERVE_ADMIN_LISTEN=127.0.0.1:0") // if it does serve
-	out, err := cmd.CombinedOutput()
-	if code := exitCode(err); code != exitUsage {
-		t.Errorf("%s: exit code %d, want %d\n%s", what, code, exitUsage, out)
-	}
-	if bytes.Count(out, []byte("\n")) != 1 || !bytes.HasSuffix(out, []byte("\n")) {
-		t.Errorf("%s: want one line, got:\n%s", what, out)
-	}
-	for _, part := range parts {
-		if !bytes.Contains(out, []byte(part)) {
-			t.Errorf("%s: no %s in %s", what, part, out)
-		}
-	}
-	if bytes.Contains(out, []byte("s3cret")) || bytes.Contains(out, []byte("s4cret")) {
-		t.Errorf("%s: the line has the secret: %s", what, out)
-	}
-	if left, err := os.ReadDir(cmd.Dir); err != nil || len(left) != 0 {
-		t.Errorf("%s: it left %v, %v", what, left, err)
 	}
 }
 
@@ -265,43 +238,9 @@ func TestDoubtfulSettingsAreReported(t *testing.T) {
 	}
 }
 
-// TestBusyPortIsNoBadSetting: it may be free at the next try, so a service manager
-// should try again.
-func TestBusyPortIsNoBadSetting(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	cmd := verve(t, "--listen="+ln.Addr().String(), "--admin-listen=127.0.0.1:0")
-	out, err := cmd.CombinedOutput()
-	if code := exitCode(err); code != exitFailed || bytes.Count(out, []byte("\n")) != 1 || !bytes.Contains(out, []byte("--listen")) || !bytes.Contains(out, []byte(ln.Addr().String())) {
-		t.Errorf("exit code %d, want %d and one line with --listen and the address; got\n%s", code, exitFailed, out)
-	}
-	if left, err := os.ReadDir(cmd.Dir); err != nil || len(left) != 0 {
-		t.Errorf("it left %v, %v", left, err)
-	}
-}
-
-// TestUnknownVariablesStopTheStart, with a hint; those that Kubernetes and Docker
-// make for a service with the name of the program do not, and mean nothing.
-func TestUnknownVariablesStopTheStart(t *testing.T) {
-	for variable, hint := range map[string]string{
-		"VERVE_WINDWO=2s":                     `did you mean "VERVE_WINDOW"?`,
-		"VERVE_KAFKA_BROKER=kafka:9092":       `did you mean "VERVE_KAFKA_BROKERS"?`,
-		"VERVE_REDIS_URLS=redis://:s3cret@h":  `did you mean "VERVE_REDIS_URL"?`,
-		"VERVE_PORT=8080":                     "",
-		"VERVE_SERVICE_HOST=nowhere":          "",
-		"VERVE_SERVICE_PORT=http":             "",
-		"VERVE_PORT_8080_TCP_PROTO=http":      "",
-		"VERVE_SOMETHING_COMPLETELY_ELSE=yes": "",
-		"VERVE_=x":                            "",
-	} {
-		cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
-		cmd.Env = append(cmd.Env, variable)
-		name, _, _ := strings.Cut(variable, "=")
-		wantRefused(t, cmd, variable, strconv.Quote(name), hint)
-	}
+// TestVariablesOfOthersMeanNothing: those that Kubernetes and Docker make for a
+// service with the name of the program.
+func TestVariablesOfOthersMeanNothing(t *testing.T) {
 	for _, variable := range []string{
 		"VERVE_SERVICE_HOST=10.96.0.12", "VERVE_SERVICE_HOST=fd00::12", "VERVE_SERVICE_PORT=8080", "VERVE_SERVICE_PORT_HTTP=8080", "VERVE_PORT=tcp://10.96.0.12:8080", "VERVE_PORT=udp://[fd00::12]:53",
 		"VERVE_PORT_8080_TCP=tcp://10.96.0.12:8080", "VERVE_PORT_8080_TCP_PROTO=tcp", "VERVE_PORT_8080_TCP_PORT=8080", "VERVE_PORT_8080_TCP_ADDR=10.96.0.12",
@@ -325,83 +264,86 @@ func TestUnknownVariablesStopTheStart(t *testing.T) {
 	}
 }
 
-// TestBadSettingsFiles: of the file itself, named with the source of its name.
-func TestBadSettingsFiles(t *testing.T) {
-	dir := t.TempDir()
-	for _, c := range []struct{ text, want string }{
-		{"windwo: 1m", `unknown key "windwo", did you mean "window"?`},
-		{"config: x", `unknown key "config"`},
-		{"version: true", `unknown key "version"`},
-		{"follow: true", `unknown key "follow"`},
-		{"a: b: c", "[1:"},
-		{"- window", ""},
-		{"window", ""},
-		{"window: 1m\nwindow: 2m", `"window"`},
-		{"window: [1m]", "--window"},
-		{"window: {a: 1m}", "--window"},
-		{"window:", "--window"},
-		{"kafka-brokers: [{a: 1}]", "--kafka-brokers"},
-		{"kafka-brokers: [[a:1]]", "--kafka-brokers"},
-		{"callback-allow: [\"a.lan:1,b.lan:2\"]", "--callback-allow"}, // one element, not two
+// TestFlagOverEnvironmentOverFile holds the order of the settings' sources.
+func TestFlagOverEnvironmentOverFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "settings.json")
+	if err := os.WriteFile(path, []byte(`{"window": "3s", "group": "file", "instance": "file", "max-ids": 5, "callback-allow": ["a.example.com:1", "b.example.com:2"]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("VERVE_CONFIG", path)
+	t.Setenv("VERVE_GROUP", "env")
+	t.Setenv("VERVE_INSTANCE", "env")
+	c, command, err := parse([]string{"--instance=flag"}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprint(command, " ", c.Window, c.Group, c.Instance, c.MaxIDs, c.CallbackAllow, c.KafkaTopic)
+	if want := "serve 3senvflag5 [a.example.com:1 b.example.com:2]verve.unique-ids"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// FuzzSettings: whatever is in a --config file is taken or refused with one line,
+// and what is taken is printed as a file with the same effect.
+func FuzzSettings(f *testing.F) {
+	for _, s := range []string{
+		"", "window: 2s", "group: x\nkafka-brokers: [a:1, b:2]\n", `{"window": "3s", "max-ids": 5}`, "callback-allow:\n  - a.lan:1\n  - 10.0.0.0/8:2\n",
+		"window: 1e3", "a: b: c", "max-ids: -1", "max-ids: 18446744073709551615", "callback-rate: .nan", "group: {a: b}", "group: &a [*a]", "window: !!binary eA==", "listen: :0\nwindow-header: yes",
+		"group: \"\\u0000\"", "instance: ' x '", "kafka-brokers: \"a,b\"", "callback-allow: [\"a,b:1\"]", "log-level: debug # x", "group: # nothing",
 	} {
-		path := filepath.Join(dir, "settings.yaml")
-		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, file []byte) {
+		path := filepath.Join(t.TempDir(), "settings.yaml")
+		read := func(text []byte) (*config, error) {
+			if err := os.WriteFile(path, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c, _, err := parse([]string{"--config=" + path}, io.Discard)
+			return c, err
+		}
+		first, err := read(file)
+		if err != nil {
+			var usage usageError
+			if !errors.As(err, &usage) || strings.Contains(err.Error(), "\n") {
+				t.Fatalf("%q: %T %v", file, err, err)
+			}
+			return
+		}
+		var printed, again bytes.Buffer
+		if err := first.print(&printed); err != nil {
+			t.Fatalf("%q: %v", file, err)
+		}
+		if strings.Contains(printed.String(), "hidden@") {
+			return // not meant to be read back
+		}
+		second, err := read(printed.Bytes())
+		if err != nil {
+			t.Fatalf("%q is printed as\n%s\nwhich is refused: %v", file, printed.String(), err)
+		}
+		if err := second.print(&again); err != nil {
 			t.Fatal(err)
 		}
-		wantRefused(t, verve(t, "--config="+path), c.text, path, c.want)
-	}
-	for _, path := range []string{dir, filepath.Join(dir, "none")} {
-		wantRefused(t, verve(t, "--config="+path), path, "--config", path, "from the command line")
-		cmd := verve(t)
-		cmd.Env = append(cmd.Env, "VERVE_CONFIG="+path)
-		wantRefused(t, cmd, path, "--config", path, "from VERVE_CONFIG")
-	}
+		values := func(b *bytes.Buffer) string {
+			return regexp.MustCompile(`(?m) +# \S+$`).ReplaceAllString(b.String(), "") // the sources differ
+		}
+		if values(&printed) != values(&again) {
+			t.Fatalf("%q is printed as\n%s\nand read back as\n%s", file, printed.String(), again.String())
+		}
+	})
 }
 
-// TestUnknownCommandsAndFlags have a hint, and a flag without its value is named.
-func TestUnknownCommandsAndFlags(t *testing.T) {
-	for _, c := range []struct {
-		args string
-		want []string
-	}{
-		{"--windwo=1m", []string{"--windwo", `did you mean "--window"?`}},
-		{"sevre", []string{"sevre", `did you mean "serve"?`}},
-		{"help totls", []string{"totls", `did you mean "totals"?`}},
-		{"x", []string{"the commands are serve, totals, healthcheck, version, completion"}},
-		{"totals --folow", []string{"--folow", `"--follow"`}},
-		{"serve extra", []string{"extra"}},
-		{"completion tcsh", []string{"bash", "tcsh"}},
-		{"completion", []string{"shell"}},
-		{"-x", []string{"-x"}},
-		{"--window", []string{"--window", "the value is missing", "90s"}},
-		{"--window --group=a", []string{"--window", "the value is missing"}},
-		{"--config", []string{"--config", "the value is missing"}},
-		{"--kafka-brokers", []string{"--kafka-brokers", "the value is missing"}},
-		{"healthcheck --admin-listen=nowhere", []string{"--admin-listen", "nowhere"}},
-		{"totals --kafka-brokers=nowhere", []string{"--kafka-brokers", "nowhere"}},
-		{"totals --counts-file=-", []string{`--counts-file="-" (from the command line)`}},
-		{"redis://u:s3cret@h", []string{"redis://hidden@h"}},
+func TestPasswordsInURLsAreNotPrinted(t *testing.T) {
+	for in, want := range map[string]string{
+		"redis://user:pw@host:6379":       "redis://hidden@host:6379",
+		"rediss://:p/w@a:1,redis://:q@b":  "rediss://hidden@b",
+		"redis://u:50%@x@host":            "redis://hidden@host",
+		"redis://127.0.0.1:6379":          "redis://127.0.0.1:6379",
+		"verve.unique-ids":                "verve.unique-ids",
+		"http://x.example.com/?a=b&c=d:e": "http://x.example.com/?a=b&c=d:e",
 	} {
-		wantRefused(t, verve(t, strings.Fields(c.args)...), c.args, c.want...)
-	}
-	cmd := verve(t, "--no\nsuch\tflag")
-	wantRefused(t, cmd, "control characters")
-}
-
-// TestVersionAndHelpAlwaysWork, whatever the settings are.
-func TestVersionAndHelpAlwaysWork(t *testing.T) {
-	for args, want := range map[string]string{
-		"--version": "verve ", "-v": "verve ", "version": "verve ",
-		"help": "Usage: verve <command>", "--help": "Usage: verve <command>", "-h": "Usage: verve <command>", "help totals": "Usage: verve totals", "totals --help": "Usage: verve totals",
-		"help healthcheck": "Usage: verve healthcheck", "help version": "Usage: verve version", "help completion": "Usage: verve completion", "help serve": "Usage: verve serve", "completion bash": "_verve()",
-	} {
-		cmd := verve(t, strings.Fields(args)...)
-		cmd.Env = append(cmd.Env, "VERVE_WINDOW=fast", "VERVE_WINDWO=1m", "VERVE_CONFIG=/nonexistent")
-		var stdout, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &stdout, &stderr
-		err := cmd.Run()
-		if exitCode(err) != 0 || !strings.Contains(stdout.String(), want) || stderr.Len() > 0 {
-			t.Errorf("verve %s: exit code %d, stderr %q, stdout\n%s", args, exitCode(err), stderr.String(), stdout.String())
+		if got := withoutPassword(in); got != want {
+			t.Errorf("%q: got %q, want %q", in, got, want)
 		}
 	}
 }

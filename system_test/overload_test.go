@@ -1,4 +1,4 @@
-package main
+package system_test
 
 import (
 	"bufio"
@@ -18,11 +18,13 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
-func dialPublic(t *testing.T, v *instance) net.Conn {
+func dialPublic(t *testing.T, v *testproc.Server) net.Conn {
 	t.Helper()
-	c, err := net.Dial("tcp", strings.TrimPrefix(v.public, "http://"))
+	c, err := net.Dial("tcp", strings.TrimPrefix(v.Public, "http://"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +46,7 @@ func accept(c net.Conn, r *bufio.Reader, id string) (*http.Response, error) {
 }
 
 // resident is the physical memory of the process, in bytes; 0 where it is not told.
-func resident(v *instance) uint64 {
+func resident(v *testproc.Server) uint64 {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", v.Process.Pid))
 	if err != nil {
 		return 0
@@ -62,7 +64,7 @@ func resident(v *instance) uint64 {
 // it takes without them, before and after.
 func TestIdleConnectionsCostGoodClientsNothing(t *testing.T) {
 	const idle, dripping, requests = 10_000, 50, 2000
-	v := start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--max-conns=65536")
+	v := testproc.Start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--max-conns=65536")
 	good := dialPublic(t, v)
 	defer good.Close()
 	r := bufio.NewReader(good)
@@ -91,7 +93,7 @@ func TestIdleConnectionsCostGoodClientsNothing(t *testing.T) {
 		}
 	}()
 	for i := range idle {
-		c, err := net.Dial("tcp", strings.TrimPrefix(v.public, "http://"))
+		c, err := net.Dial("tcp", strings.TrimPrefix(v.Public, "http://"))
 		if err != nil {
 			if i < 1000 {
 				t.Fatal(err)
@@ -140,7 +142,7 @@ func TestIdleConnectionsCostGoodClientsNothing(t *testing.T) {
 	if limit := 2 * max(before50, after50); with50 > limit {
 		t.Errorf("beside %d idle connections a request takes %v, without them %v and %v", len(crowd), with50, before50, after50)
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }
@@ -150,7 +152,7 @@ func TestIdleConnectionsCostGoodClientsNothing(t *testing.T) {
 // room within a second of the crowd's end.
 func TestOverloadIsShedAndPasses(t *testing.T) {
 	const limit = 200
-	v := start(t, "--window=1h", fmt.Sprint("--max-conns=", limit))
+	v := testproc.Start(t, "--window=1h", fmt.Sprint("--max-conns=", limit))
 	var holding []net.Conn
 	for i := range limit {
 		c := dialPublic(t, v)
@@ -166,7 +168,7 @@ func TestOverloadIsShedAndPasses(t *testing.T) {
 	for w := range 2 * limit {
 		crowd.Go(func() {
 			for i := range 10 {
-				c, err := net.Dial("tcp", strings.TrimPrefix(v.public, "http://"))
+				c, err := net.Dial("tcp", strings.TrimPrefix(v.Public, "http://"))
 				if err != nil {
 					t.Error(err)
 					return
@@ -213,25 +215,25 @@ func TestOverloadIsShedAndPasses(t *testing.T) {
 		}
 	}
 	t.Logf("%d shed, %d reset, room again after %v, %d to %d MiB", shed.Load(), other.Load(), time.Since(began), before>>20, most.Load()>>20)
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
-	got := records(t, v.Dir+"/verve-data/counts.jsonl")
+	got := testproc.Records(t, v.Dir+"/verve-data/counts.jsonl")
 	if len(got) != 1 || got[0].Unique != limit+1 {
 		t.Errorf("records: %+v, want %d ids: those turned away have counted nothing", got, limit+1)
 	}
 }
 
 // startWithin starts a server that may open so many files.
-func startWithin(t *testing.T, files int, args ...string) *instance {
+func startWithin(t *testing.T, files int, args ...string) *testproc.Server {
 	t.Helper()
 	sh, err := exec.LookPath("sh")
 	if err != nil {
 		t.Skip("no shell to set a limit with")
 	}
-	cmd := verve(t, append([]string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h"}, args...)...)
+	cmd := testproc.Verve(t, append([]string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h"}, args...)...)
 	cmd.Path, cmd.Args = sh, append([]string{sh, "-c", fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, files)}, cmd.Args...)
-	return startCmd(t, cmd)
+	return testproc.StartCmd(t, cmd)
 }
 
 // TestMoreConnectionsThanDescriptors: those that are open are served, and so is who
@@ -253,7 +255,7 @@ func TestMoreConnectionsThanDescriptors(t *testing.T) {
 		if resp, err := accept(first, r, "second"); err != nil || resp.StatusCode != 200 {
 			t.Errorf("%v: the connection that was there: got %v, %v", args, resp, err)
 		}
-		if code, body := v.get(v.admin + "/readyz"); code != 200 {
+		if code, body := v.Get(v.Admin + "/readyz"); code != 200 {
 			t.Errorf("%v: /readyz: got %d %s", args, code, body)
 		}
 		for _, c := range crowd {
@@ -270,10 +272,10 @@ func TestMoreConnectionsThanDescriptors(t *testing.T) {
 				t.Fatalf("%v: when the others have gone: got %v, %v", args, resp, err)
 			}
 		}
-		if code := v.stop(); code != 0 {
+		if code := v.Stop(); code != 0 {
 			t.Errorf("%v: exit code %d", args, code)
 		}
-		lowered := strings.Contains(strings.Join(v.lines, "\n"), `"reason":"the process may open 200 files (ulimit -n)`)
+		lowered := strings.Contains(v.Text(), `"reason":"the process may open 200 files (ulimit -n)`)
 		if lowered != (len(args) > 0) {
 			t.Errorf("%v: a line says that --max-conns is lowered: %v", args, lowered)
 		}
@@ -286,7 +288,7 @@ func TestIdleConnectionCostsLessThan8KiB(t *testing.T) {
 		t.Skip("the race detector takes memory of its own")
 	}
 	const conns, each = 4000, 8 << 10
-	v := start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--expect-ids=10000")
+	v := testproc.Start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--expect-ids=10000")
 	before := resident(v)
 	if before == 0 {
 		t.Skip("the system does not tell how much memory a process has")
@@ -311,7 +313,7 @@ func TestIdleConnectionCostsLessThan8KiB(t *testing.T) {
 			t.Fatalf("%d bytes a connection, want less than %d", got, each)
 		}
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package deploy_test
 
 import (
 	"bytes"
@@ -13,21 +13,15 @@ import (
 	"strings"
 	"testing"
 
+	"verve/internal/testproc"
+
 	"github.com/goccy/go-yaml"
 )
 
-// promtool runs Prometheus' own checker. Without it the test ends here, which
-// VERVE_TEST_REQUIRE can forbid.
+// promtool runs Prometheus' own checker.
 func promtool(t *testing.T, stdin string, args ...string) {
 	t.Helper()
-	path, err := exec.LookPath("promtool")
-	if err != nil {
-		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), "promtool") {
-			t.Fatalf("VERVE_TEST_REQUIRE asks for promtool: %v", err)
-		}
-		t.Skip("promtool is not installed")
-	}
-	cmd := exec.CommandContext(t.Context(), path, args...)
+	cmd := exec.CommandContext(t.Context(), testproc.Needs(t, "promtool", "promtool"), args...)
 	cmd.Stdin = strings.NewReader(stdin)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
@@ -38,10 +32,10 @@ func promtool(t *testing.T, stdin string, args ...string) {
 // it has; which is more with a certificate, and in a group.
 func metricsPage(t *testing.T, flags ...string) string {
 	t.Helper()
-	certificate, _ := selfSigned(t, "localhost")
-	v := start(t, slices.Concat(certificate, flags, []string{"--window=1h", "--kafka-brokers=127.0.0.1:9"})...)
-	_, page := v.get(v.admin + "/metrics")
-	v.signalUntilEnd()
+	certificate, _ := testproc.SelfSigned(t, "localhost")
+	v := testproc.Start(t, slices.Concat(certificate, flags, []string{"--window=1h", "--kafka-brokers=127.0.0.1:9"})...)
+	_, page := v.Get(v.Admin + "/metrics")
+	v.StopAtOnce()
 	return page
 }
 
@@ -78,8 +72,8 @@ func testConventions(t *testing.T, page string) {
 
 func TestAlertRulesFireWhenTheyShould(t *testing.T) {
 	for _, args := range [][]string{
-		{"check", "config", "deploy/prometheus/prometheus.yml"}, // and its rules
-		{"test", "rules", "deploy/prometheus/verve.rules.test.yml"},
+		{"check", "config", "prometheus/prometheus.yml"}, // and its rules
+		{"test", "rules", "prometheus/verve.rules.test.yml"},
 	} {
 		promtool(t, "", args...)
 	}
@@ -131,7 +125,7 @@ func expressions(t *testing.T) map[string]string {
 		return b
 	}
 	out := make(map[string]string)
-	const rulesFile, dashboardFile = "deploy/prometheus/verve.rules.yml", "deploy/grafana/dashboards/verve.json"
+	const rulesFile, dashboardFile = "prometheus/verve.rules.yml", "grafana/dashboards/verve.json"
 	var rules struct {
 		Groups []struct {
 			Rules []struct{ Alert, Expr string }
@@ -211,7 +205,7 @@ func TestDashboardQueriesAreValid(t *testing.T) {
 // TestObserveProfileFindsItsFiles: what compose mounts into Prometheus and
 // Grafana is there, and leads from one to the next.
 func TestObserveProfileFindsItsFiles(t *testing.T) {
-	b, err := os.ReadFile("docker-compose.yml")
+	b, err := os.ReadFile("../docker-compose.yml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -248,11 +242,11 @@ func TestObserveProfileFindsItsFiles(t *testing.T) {
 				from = filepath.Join(ours, strings.TrimPrefix(filepath.Dir(path), dir))
 			}
 		}
-		if _, err := os.Stat(filepath.Join(from, filepath.Base(path))); err != nil {
+		if _, err := os.Stat(filepath.Join("..", from, filepath.Base(path))); err != nil {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
-	providers, err := os.ReadFile("deploy/grafana/provisioning/dashboards/verve.yml")
+	providers, err := os.ReadFile("grafana/provisioning/dashboards/verve.yml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +274,7 @@ func TestPrometheusScrapesEveryInstanceOfCompose(t *testing.T) {
 			} `yaml:"static_configs"`
 		} `yaml:"scrape_configs"`
 	}
-	for path, into := range map[string]any{"docker-compose.yml": &compose, "deploy/prometheus/prometheus.yml": &prometheus} {
+	for path, into := range map[string]any{"../docker-compose.yml": &compose, "prometheus/prometheus.yml": &prometheus} {
 		b, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)

@@ -1,22 +1,18 @@
-package main
+package system_test
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"io"
-	"math/big"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
-	"time"
+
+	"verve/internal/testproc"
 
 	"github.com/goccy/go-yaml"
 )
@@ -29,7 +25,7 @@ func TestPrintedConfigIsTheOneInForce(t *testing.T) {
 	if err := os.WriteFile(file, []byte("group: from-file\nwindow: 3s\nid-format: uint64\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := verve(t, "--print-config", "--config="+file, "--window=2s", "--callback-allow=a.lan:1", "--callback-allow=10.0.0.0/8:9")
+	cmd := testproc.Verve(t, "--print-config", "--config="+file, "--window=2s", "--callback-allow=a.lan:1", "--callback-allow=10.0.0.0/8:9")
 	cmd.Env = append(cmd.Env, "VERVE_ID_FORMAT=opaque", "VERVE_CALLBACK_RATE=12.5")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -50,7 +46,7 @@ func TestPrintedConfigIsTheOneInForce(t *testing.T) {
 	if err := os.WriteFile(again, out, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	second, err := verve(t, "--print-config", "--config="+again).Output()
+	second, err := testproc.Verve(t, "--print-config", "--config="+again).Output()
 	if err != nil {
 		t.Fatalf("what was printed is refused: %v", err)
 	}
@@ -64,7 +60,7 @@ func TestPrintedConfigIsTheOneInForce(t *testing.T) {
 	if got, want := sprint(two), sprint(one); got != want {
 		t.Errorf("read back it is\n%s, want\n%s", got, want)
 	}
-	if out, err := verve(t, "--print-config", "--window=1ns").CombinedOutput(); err == nil || !bytes.Contains(out, []byte("--window")) {
+	if out, err := testproc.Verve(t, "--print-config", "--window=1ns").CombinedOutput(); err == nil || !bytes.Contains(out, []byte("--window")) {
 		t.Errorf("a bad setting: %v %s", err, out)
 	}
 }
@@ -72,21 +68,6 @@ func TestPrintedConfigIsTheOneInForce(t *testing.T) {
 func sprint(v any) string {
 	b, _ := yaml.MarshalWithOptions(v, yaml.Flow(true)) // of what was just unmarshalled
 	return string(b)
-}
-
-func TestPasswordsInURLsAreNotPrinted(t *testing.T) {
-	for in, want := range map[string]string{
-		"redis://user:pw@host:6379":       "redis://hidden@host:6379",
-		"rediss://:p/w@a:1,redis://:q@b":  "rediss://hidden@b",
-		"redis://u:50%@x@host":            "redis://hidden@host",
-		"redis://127.0.0.1:6379":          "redis://127.0.0.1:6379",
-		"verve.unique-ids":                "verve.unique-ids",
-		"http://x.example.com/?a=b&c=d:e": "http://x.example.com/?a=b&c=d:e",
-	} {
-		if got := withoutPassword(in); got != want {
-			t.Errorf("%q: got %q, want %q", in, got, want)
-		}
-	}
 }
 
 // TestSecretsAreToldToNobody looks for each secret in everything that the
@@ -106,15 +87,15 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 		"--callback-secret-file=" + secret("signing", signing), "--admin-token-file=" + secret("token", token),
 		"--kafka-sasl=PLAIN", "--kafka-user=verve", "--kafka-password-file=" + secret("password", password),
 	}
-	v := start(t, args...)
-	v.get(v.public + "/api/verve/accept?id=1&endpoint=" + v.public + "/test%3Fkey=" + query)
-	v.get(v.public + "/api/verve/accept?id=" + query + "&endpoint=http://me:" + query + "@hooks.example.com/")
+	v := testproc.Start(t, args...)
+	v.Get(v.Public + "/api/verve/accept?id=1&endpoint=" + v.Public + "/test%3Fkey=" + query)
+	v.Get(v.Public + "/api/verve/accept?id=" + query + "&endpoint=http://me:" + query + "@hooks.example.com/")
 	var said strings.Builder
 	for _, path := range []string{"/", "/readyz", "/metrics", "/api/windows", "/debug/pprof/", "/debug/pprof/cmdline", "/debug/pprof/goroutine?debug=2"} {
-		if status, _ := v.get(v.admin + path); status != http.StatusUnauthorized && path != "/readyz" {
+		if status, _ := v.Get(v.Admin + path); status != http.StatusUnauthorized && path != "/readyz" {
 			t.Errorf("%s without the token: got %d", path, status)
 		}
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, v.admin+path, nil)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, v.Admin+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -129,17 +110,17 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 			t.Errorf("%s: got %d, %v", path, resp.StatusCode, err)
 		}
 	}
-	v.until(`"message":"callback"`)
-	health := verve(t, "healthcheck", "--admin-listen="+strings.TrimPrefix(v.admin, "http://"))
+	v.Until(`"message":"callback"`)
+	health := testproc.Verve(t, "healthcheck", "--admin-listen="+strings.TrimPrefix(v.Admin, "http://"))
 	if out, err := health.CombinedOutput(); err != nil {
 		t.Errorf("healthcheck: %v %s", err, out)
 	}
-	v.stop()
-	printed, err := verve(t, append(args, "--print-config")...).CombinedOutput()
+	v.Stop()
+	printed, err := testproc.Verve(t, append(args, "--print-config")...).CombinedOutput()
 	if err != nil {
 		t.Errorf("--print-config: %v", err)
 	}
-	said.WriteString(strings.Join(v.lines, "\n"))
+	said.WriteString(v.Text())
 	said.Write(printed)
 	for _, s := range []string{signing, token, password, query} {
 		if i := strings.Index(said.String(), s); i >= 0 {
@@ -164,48 +145,21 @@ func TestOpenAdminListenerIsWarnedOf(t *testing.T) {
 		{"all addresses", []string{"--admin-listen=:0"}, true},
 		{"all addresses with a token", []string{"--admin-listen=:0", "--admin-token-file=" + token}, false},
 	} {
-		v := startCmd(t, verve(t, append([]string{"--listen=127.0.0.1:0", "--log-format=json", "--window=1h"}, c.args...)...))
-		v.until(`"message":"try: curl`)
-		v.stop()
-		if got := strings.Contains(strings.Join(v.lines, "\n"), warning); got != c.warn {
+		v := testproc.StartCmd(t, testproc.Verve(t, append([]string{"--listen=127.0.0.1:0", "--log-format=json", "--window=1h"}, c.args...)...))
+		v.Until(`"message":"try: curl`)
+		v.Stop()
+		if got := strings.Contains(v.Text(), warning); got != c.warn {
 			t.Errorf("%s: warned %v, want %v", c.name, got, c.warn)
 		}
 	}
 }
 
-// selfSigned makes a certificate and returns the flags that use it.
-func selfSigned(t *testing.T, name string) (flags []string, der []byte) {
-	t.Helper()
-	dir := t.TempDir()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{name}, NotAfter: time.Now().Add(time.Hour)}
-	der, err = x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write := func(name, kind string, b []byte) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: b}), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	return []string{"--tls-cert-file=" + write("crt", "CERTIFICATE", der), "--tls-key-file=" + write("key", "PRIVATE KEY", pkcs8)}, der
-}
-
 // TestServesTLSFromFiles: the program with the flags, and the pages of the
 // admin listener about it.
 func TestServesTLSFromFiles(t *testing.T) {
-	flags, der := selfSigned(t, "verve.example.com")
-	v := start(t, append(flags, "--window=1h")...)
-	if line := v.until(`"message":"try: curl`); !strings.Contains(line, "curl -k 'https://") {
+	flags, der := testproc.SelfSigned(t, "verve.example.com")
+	v := testproc.Start(t, append(flags, "--window=1h")...)
+	if line := v.Until(`"message":"try: curl`); !strings.Contains(line, "curl -k 'https://") {
 		t.Errorf("the log says %s", line)
 	}
 	roots := x509.NewCertPool()
@@ -215,7 +169,7 @@ func TestServesTLSFromFiles(t *testing.T) {
 	}
 	roots.AddCert(cert)
 	client := http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "verve.example.com"}}}
-	url := "https" + strings.TrimPrefix(v.public, "http")
+	url := "https" + strings.TrimPrefix(v.Public, "http")
 	for _, want := range []int{200, 409} {
 		resp, err := client.Get(url + "/api/verve/accept?id=1&endpoint=" + url + "/test")
 		if err != nil {
@@ -226,13 +180,13 @@ func TestServesTLSFromFiles(t *testing.T) {
 			t.Errorf("got %d, want %d", resp.StatusCode, want)
 		}
 	}
-	if line := v.until(`"message":"callback"`); !strings.Contains(line, `"result":"delivered"`) {
+	if line := v.Until(`"message":"callback"`); !strings.Contains(line, `"result":"delivered"`) {
 		t.Errorf("the callback to the own sink: %s", line)
 	}
-	if _, page := v.get(v.admin + "/metrics"); !strings.Contains(page, "verve_tls_certificate_not_after_seconds") {
+	if _, page := v.Get(v.Admin + "/metrics"); !strings.Contains(page, "verve_tls_certificate_not_after_seconds") {
 		t.Error("the metrics do not tell when the certificate expires")
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }

@@ -1,9 +1,7 @@
-package main
+package docs_test
 
 import (
-	"bytes"
 	"go/ast"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -11,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"verve/internal/testproc"
 )
 
 // pages are what users read.
@@ -31,13 +31,21 @@ func pages(t *testing.T) map[string]string {
 	return texts
 }
 
+// TestMain runs the tests at the root: pages are named as from there.
+func TestMain(m *testing.M) {
+	if err := os.Chdir(".."); err != nil {
+		panic(err)
+	}
+	testproc.Main(m)
+}
+
 func help(t *testing.T, args ...string) string {
 	t.Helper()
-	var out bytes.Buffer
-	if _, _, err := parse(append(args, "--help"), &out); err != nil {
+	out, err := testproc.Verve(t, append(args, "--help")...).Output()
+	if err != nil {
 		t.Fatal(err)
 	}
-	return out.String()
+	return string(out)
 }
 
 var flagName = regexp.MustCompile(`--([a-z][a-z0-9-]+)`)
@@ -50,15 +58,17 @@ func TestSettingsPageHasEverySetting(t *testing.T) {
 		t.Fatal("there is no table of settings")
 	}
 	table, _, _ = strings.Cut(table, "\n\n")
-	cfg, _, err := parse(nil, io.Discard)
+	printed, err := testproc.Verve(t, "--print-config").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
 	var have []string
-	for _, setting := range cfg.settings() {
-		have = append(have, setting.name)
-		if !strings.Contains(table, "`--"+setting.name+"`") {
-			t.Errorf("--%s is not in the table of settings", setting.name)
+	for _, m := range regexp.MustCompile(`(?m)^(?:# )?([a-z][a-z0-9-]*): `).FindAllSubmatch(printed, -1) {
+		have = append(have, string(m[1]))
+	}
+	for _, name := range have {
+		if !strings.Contains(table, "`--"+name+"`") {
+			t.Errorf("--%s is not in the table of settings", name)
 		}
 	}
 	for _, m := range flagName.FindAllStringSubmatch(table, -1) {
@@ -72,9 +82,9 @@ func TestSettingsPageHasEverySetting(t *testing.T) {
 // linked to.
 func TestPagesNameWhatThereIs(t *testing.T) {
 	// Of a Redis that is away there are metrics, too.
-	v := start(t, "--window=1h", "--dedup=redis", "--redis-url=redis://127.0.0.1:1")
-	_, metrics := v.get(v.admin + "/metrics")
-	if code := v.stop(); code != 0 {
+	v := testproc.Start(t, "--window=1h", "--dedup=redis", "--redis-url=redis://127.0.0.1:1")
+	_, metrics := v.Get(v.Admin + "/metrics")
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	source, err := os.ReadFile("server/metrics.go") // for those of other settings
@@ -237,7 +247,7 @@ func TestDesignHasARowForEveryFile(t *testing.T) {
 func TestDesignHasARowForEveryLock(t *testing.T) {
 	_, locks, _ := strings.Cut(pages(t)["DESIGN.md"], "\n## Locks\n")
 	locks, _, _ = strings.Cut(locks, "\n## ")
-	forEachProductFile(t, 0, func(path string, f *ast.File) {
+	testproc.ProductFiles(t, 0, func(path string, f *ast.File) {
 		if strings.HasPrefix(path, "bench") || strings.HasPrefix(path, filepath.Join("internal", "explore")) {
 			return
 		}

@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package system_test
 
 import (
 	"bufio"
@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 )
 
 // handOver makes cmd one that systemd starts with sockets: their descriptors from
@@ -109,10 +111,10 @@ func TestRestartsRefuseNobody(t *testing.T) {
 		restarts = 10
 	}
 	public, admin, dir := listenTCP(t), listenTCP(t), t.TempDir()
-	startNext := func() *instance {
-		cmd := verve(t, "--listen=127.0.0.1:1", "--admin-listen=127.0.0.1:1", "--window=1h", "--expect-ids=1000", "--log-format=json", "--data-dir="+dir)
+	startNext := func() *testproc.Server {
+		cmd := testproc.Verve(t, "--listen=127.0.0.1:1", "--admin-listen=127.0.0.1:1", "--window=1h", "--expect-ids=1000", "--log-format=json", "--data-dir="+dir)
 		handOver(t, cmd, "public:admin", public, admin)
-		return startCmd(t, cmd)
+		return testproc.StartCmd(t, cmd)
 	}
 	v := startNext()
 	var counted atomic.Int64
@@ -140,8 +142,8 @@ func TestRestartsRefuseNobody(t *testing.T) {
 		for before := counted.Load(); counted.Load() < before+40 && !t.Failed(); {
 			time.Sleep(time.Millisecond) // until it has answered some
 		}
-		if code := v.stop(); code != 0 {
-			t.Errorf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+		if code := v.Stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, v.Text())
 		}
 		if t.Failed() {
 			break
@@ -150,11 +152,11 @@ func TestRestartsRefuseNobody(t *testing.T) {
 	}
 	close(over)
 	callers.Wait()
-	if code := v.stop(); code != 0 && !t.Failed() {
+	if code := v.Stop(); code != 0 && !t.Failed() {
 		t.Errorf("exit code %d", code)
 	}
 	sum := int64(0)
-	for _, r := range records(t, filepath.Join(dir, "counts.jsonl")) {
+	for _, r := range testproc.Records(t, filepath.Join(dir, "counts.jsonl")) {
 		sum += int64(r.Unique)
 	}
 	if sum != counted.Load() {
@@ -178,22 +180,22 @@ func TestHandedOverSocketsAreUsed(t *testing.T) {
 		{"public alone", "public", []interface{ File() (*os.File, error) }{public}, public.Addr().String(), ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=none", "--counts-file=off")
+			cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=none", "--counts-file=off")
 			handOver(t, cmd, test.names, test.sockets...)
-			v := startCmd(t, cmd)
-			if got := strings.TrimPrefix(v.public, "http://"); test.public != "" && got != test.public {
+			v := testproc.StartCmd(t, cmd)
+			if got := strings.TrimPrefix(v.Public, "http://"); test.public != "" && got != test.public {
 				t.Errorf("public at %s, want %s", got, test.public)
 			}
-			if got := strings.TrimPrefix(v.admin, "http://"); test.admin != "" && got != test.admin {
+			if got := strings.TrimPrefix(v.Admin, "http://"); test.admin != "" && got != test.admin {
 				t.Errorf("admin at %s, want %s", got, test.admin)
 			}
-			if status, body := v.get(v.public + "/api/verve/accept?id=1"); status != 200 {
+			if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != 200 {
 				t.Errorf("got %d %s", status, body)
 			}
-			if status, body := v.get(v.admin + "/readyz"); status != 200 {
+			if status, body := v.Get(v.Admin + "/readyz"); status != 200 {
 				t.Errorf("readyz: got %d %s", status, body)
 			}
-			if code := v.stop(); code != 0 {
+			if code := v.Stop(); code != 0 {
 				t.Errorf("exit code %d", code)
 			}
 		})
@@ -202,10 +204,10 @@ func TestHandedOverSocketsAreUsed(t *testing.T) {
 
 // TestSocketsOfAnotherProcessAreIgnored, as the protocol says.
 func TestSocketsOfAnotherProcessAreIgnored(t *testing.T) {
-	cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=none", "--counts-file=off")
+	cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=none", "--counts-file=off")
 	cmd.Env = append(cmd.Env, "LISTEN_PID=1", "LISTEN_FDS=7", "LISTEN_FDNAMES=strange")
-	v := startCmd(t, cmd)
-	if status, _ := v.get(v.public + "/api/verve/accept?id=1"); status != 200 {
+	v := testproc.StartCmd(t, cmd)
+	if status, _ := v.Get(v.Public + "/api/verve/accept?id=1"); status != 200 {
 		t.Errorf("got %d", status)
 	}
 }
@@ -243,7 +245,7 @@ func TestBadSocketsStopTheStart(t *testing.T) {
 		{"a connection", "public", []file{connected}, "the public socket is not a listening TCP socket"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
+			cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
 			handOver(t, cmd, test.names, test.sockets...)
 			out, _ := cmd.CombinedOutput() // the exit code is looked at
 			if code := cmd.ProcessState.ExitCode(); code != exitUsage || bytes.Count(out, []byte("\n")) != 1 || !strings.Contains(string(out), test.want) {
@@ -274,9 +276,9 @@ func TestServiceManagerIsNotified(t *testing.T) {
 		}
 		return string(b[:n])
 	}
-	cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h")
+	cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h")
 	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+path, "WATCHDOG_USEC=100000")
-	v := startCmd(t, cmd)
+	v := testproc.StartCmd(t, cmd)
 	if got := next(); got != "READY=1" {
 		t.Errorf("first %q, want READY=1", got)
 	}
@@ -285,7 +287,7 @@ func TestServiceManagerIsNotified(t *testing.T) {
 			t.Errorf("got %q, want WATCHDOG=1", got)
 		}
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	got := next()
@@ -300,8 +302,8 @@ func TestServiceManagerIsNotified(t *testing.T) {
 // TestShutdownDelayCountsOn: after SIGTERM the server is not ready, and still
 // counts, while each answer closes its connection. Then it stops in order.
 func TestShutdownDelayCountsOn(t *testing.T) {
-	v := start(t, "--window=1h", "--shutdown-delay=3s")
-	host := strings.TrimPrefix(v.public, "http://")
+	v := testproc.Start(t, "--window=1h", "--shutdown-delay=3s")
+	host := strings.TrimPrefix(v.Public, "http://")
 	var counted atomic.Int64
 	kept := caller{addr: host, keep: true, count: &counted}
 	for i := range 3 { // the last ones by the fast path
@@ -312,8 +314,8 @@ func TestShutdownDelayCountsOn(t *testing.T) {
 	if err := v.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	v.until(`"message":"stopping"`)
-	if status, _ := v.get(v.admin + "/readyz"); status != 503 {
+	v.Until(`"message":"stopping"`)
+	if status, _ := v.Get(v.Admin + "/readyz"); status != 503 {
 		t.Errorf("readyz: got %d, want 503", status)
 	}
 	before := kept.conn
@@ -326,31 +328,20 @@ func TestShutdownDelayCountsOn(t *testing.T) {
 	if err := kept.accept("new"); err != nil {
 		t.Errorf("on a new connection: %v", err)
 	}
-	for v.log.Scan() {
+	for v.Log.Scan() {
 	}
 	if err := v.Wait(); err != nil {
 		t.Error(err)
 	}
-	if got := records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl")); len(got) != 1 || got[0].Unique != 5 {
+	if got := testproc.Records(t, filepath.Join(v.Dir, "verve-data", "counts.jsonl")); len(got) != 1 || got[0].Unique != 5 {
 		t.Errorf("records: %+v, want one with 5 ids", got)
 	}
 }
 
 // TestSecondSignalCutsTheShutdownDelay short.
 func TestSecondSignalCutsTheShutdownDelay(t *testing.T) {
-	v := start(t, "--window=1h", "--shutdown-delay=1h")
-	if code := v.signalUntilEnd(); code != exitFailed {
+	v := testproc.Start(t, "--window=1h", "--shutdown-delay=1h")
+	if code := v.StopAtOnce(); code != exitFailed {
 		t.Errorf("exit code %d, want %d", code, exitFailed)
-	}
-}
-
-// TestCrashIsNoBadSetting: after exit code 2 a service manager does not start the
-// server again, so a crash must end in another way.
-func TestCrashIsNoBadSetting(t *testing.T) {
-	cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
-	cmd.Env = append(cmd.Env, "TEST_PANIC=1")
-	out, _ := cmd.CombinedOutput() // how it ended is in the state
-	if status := cmd.ProcessState.Sys().(syscall.WaitStatus); !status.Signaled() {
-		t.Errorf("%v, want an end by a signal; it printed\n%s", cmd.ProcessState, out)
 	}
 }

@@ -1,6 +1,6 @@
 //go:build linux
 
-package main
+package system_test
 
 import (
 	"fmt"
@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"verve/internal/testproc"
 )
 
 // TestInterruptedCallsAreRepeated: signals may interrupt the system calls that keep
@@ -36,33 +38,33 @@ func TestInterruptedCallsAreRepeated(t *testing.T) {
 func interruptEverySecond(t *testing.T, strace, call string, first int) {
 	dir := t.TempDir()
 	for life := range 2 {
-		cmd := verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1s", "--data-dir="+dir)
+		cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1s", "--data-dir="+dir)
 		cmd.Args = append([]string{
 			strace, "-D", "-f", "-qq", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace=" + call,
 			"-e", fmt.Sprintf("inject=%s:error=EINTR:when=%d+2", call, first), cmd.Path,
 		}, cmd.Args[1:]...)
 		cmd.Path = strace
-		v := startCmd(t, cmd)
+		v := testproc.StartCmd(t, cmd)
 		for window := range 2 {
 			for i := range 3 {
 				id := fmt.Sprintf("%s-%d-%d-%d", call, life, window, i)
-				if status, body := v.get(v.public + "/api/verve/accept?id=" + id); status != 200 {
+				if status, body := v.Get(v.Public + "/api/verve/accept?id=" + id); status != 200 {
 					t.Errorf("id %s: got %d %s, want 200", id, status, body)
 				}
 			}
-			v.until(`"message":"window published"`)
+			v.Until(`"message":"window published"`)
 		}
-		if code := v.stop(); code != 0 {
-			t.Errorf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+		if code := v.Stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, v.Text())
 		}
-		for _, line := range v.lines {
+		for _, line := range v.Lines {
 			if strings.Contains(line, `"level":"error"`) {
 				t.Errorf("%s", line)
 			}
 		}
 	}
 	sum := 0
-	for _, r := range records(t, filepath.Join(dir, "counts.jsonl")) {
+	for _, r := range testproc.Records(t, filepath.Join(dir, "counts.jsonl")) {
 		sum += r.Unique
 	}
 	if sum != 12 {

@@ -1,4 +1,4 @@
-package main
+package deploy_test
 
 import (
 	"bufio"
@@ -18,6 +18,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"verve/internal/testproc"
 	"verve/server"
 )
 
@@ -39,7 +40,7 @@ type composeFile struct {
 
 func readCompose(t *testing.T) composeFile {
 	t.Helper()
-	b, err := os.ReadFile("docker-compose.yml")
+	b, err := os.ReadFile("../docker-compose.yml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +54,7 @@ func readCompose(t *testing.T) composeFile {
 // imageSettings are the ENV lines of the Dockerfile.
 func imageSettings(t *testing.T) map[string]string {
 	t.Helper()
-	b, err := os.ReadFile("Dockerfile")
+	b, err := os.ReadFile("../Dockerfile")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,8 +68,6 @@ func imageSettings(t *testing.T) map[string]string {
 	return settings
 }
 
-// The containers are configured by names that nothing else checks: an unknown
-// variable of the environment is no error.
 func TestContainersUseSettingsThatExist(t *testing.T) {
 	for name, settings := range map[string]map[string]string{
 		"compose":    readCompose(t).Services["verve"].Environment,
@@ -86,29 +85,36 @@ func TestContainersUseSettingsThatExist(t *testing.T) {
 	}
 }
 
-// parseSettings reads the settings as the server would from its environment.
-func parseSettings(t *testing.T, settings map[string]string) *config {
+// settings are what the tests look at of a configuration.
+type settings struct {
+	Listen          string
+	DataDir         string        `yaml:"data-dir"`
+	Dedup           string        `yaml:"dedup"`
+	ShutdownDelay   time.Duration `yaml:"shutdown-delay"`
+	ShutdownTimeout time.Duration `yaml:"shutdown-timeout"`
+}
+
+// parseSettings has the server read the variables, which refuses those that it does
+// not know.
+func parseSettings(t *testing.T, variables map[string]string) (s settings) {
 	t.Helper()
-	var help bytes.Buffer
-	if _, _, err := parse([]string{"--help"}, &help); err != nil {
+	cmd := testproc.Verve(t, "--print-config")
+	for name, value := range variables {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	printed, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("the settings are refused: %v %s", err, stderr.String())
+	}
+	if err := yaml.Unmarshal(printed, &s); err != nil {
 		t.Fatal(err)
 	}
-	var known []string
-	for _, m := range regexp.MustCompile(`\$(VERVE_[A-Z_]+)`).FindAllStringSubmatch(help.String(), -1) {
-		known = append(known, m[1])
-	}
-	for name, value := range settings {
-		if !slices.Contains(known, name) {
-			t.Errorf("%s is no setting of the server", name)
-		}
-		t.Setenv(name, value)
-	}
-	cfg, _, err := parse(nil, io.Discard)
-	if err != nil {
-		t.Fatalf("the settings are refused: %v", err)
-	}
-	return cfg
+	return s
 }
+
+func TestMain(m *testing.M) { testproc.Main(m) }
 
 func TestContainerHasTimeToStop(t *testing.T) {
 	for _, name := range []string{"verve", "instance-1", "instance-2"} {
@@ -146,7 +152,7 @@ func TestContainersArePinnedAndConfined(t *testing.T) {
 			}
 		}
 	}
-	image, err := os.ReadFile("Dockerfile")
+	image, err := os.ReadFile("../Dockerfile")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,9 +187,9 @@ type manifest struct {
 type container struct {
 	Env []struct{ Name, Value string }
 
-	StartupProbe   probe `yaml:"startupProbe"`
-	LivenessProbe  probe `yaml:"livenessProbe"`
-	ReadinessProbe probe `yaml:"readinessProbe"`
+	StartupProbe    probe           `yaml:"startupProbe"`
+	LivenessProbe   probe           `yaml:"livenessProbe"`
+	ReadinessProbe  probe           `yaml:"readinessProbe"`
 	SecurityContext securityContext `yaml:"securityContext"`
 	VolumeMounts    []struct {
 		MountPath string `yaml:"mountPath"`
@@ -205,7 +211,7 @@ type securityContext struct {
 // manifests are the objects of deploy/kubernetes/base by kind.
 func manifests(t *testing.T) map[string][]manifest {
 	t.Helper()
-	files, err := filepath.Glob("deploy/kubernetes/base/*.yaml")
+	files, err := filepath.Glob("kubernetes/base/*.yaml")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no manifests: %v", err)
 	}
@@ -237,7 +243,7 @@ func podSettings(t *testing.T, layers ...string) map[string]string {
 	t.Helper()
 	settings := make(map[string]string)
 	for _, layer := range layers {
-		b, err := os.ReadFile("deploy/kubernetes/" + layer + "/kustomization.yaml")
+		b, err := os.ReadFile("kubernetes/" + layer + "/kustomization.yaml")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -304,7 +310,7 @@ func TestPodIsConfinedAndStopsInOrder(t *testing.T) {
 // unit are the last values of the settings in deploy/systemd/verve.service.
 func unit(t *testing.T) map[string]string {
 	t.Helper()
-	return assignments(t, "deploy/systemd/verve.service")
+	return assignments(t, "systemd/verve.service")
 }
 
 // assignments are the lines NAME=VALUE of a file.
@@ -329,7 +335,7 @@ func unitSettings(t *testing.T) map[string]string {
 	t.Helper()
 	name, value, _ := strings.Cut(unit(t)["Environment"], "=")
 	settings := map[string]string{name: value}
-	b, err := os.ReadFile("deploy/systemd/verve.env")
+	b, err := os.ReadFile("systemd/verve.env")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -347,7 +353,7 @@ func TestUnitRestartsAndStopsInOrder(t *testing.T) {
 		t.Errorf("got %v until systemd kills the server, %v, want more than its own %v", grace, err, own)
 	}
 	// systemctl start waits for READY=1, and the socket outlives the service.
-	socket := assignments(t, "deploy/systemd/verve.socket")
+	socket := assignments(t, "systemd/verve.socket")
 	if u["Type"] != "notify" || u["Requires"] != "verve.socket" || socket["FileDescriptorName"] != "public" {
 		t.Errorf("got Type=%s, Requires=%s, FileDescriptorName=%s, want notify, verve.socket, public", u["Type"], u["Requires"], socket["FileDescriptorName"])
 	}
@@ -357,31 +363,11 @@ func TestUnitRestartsAndStopsInOrder(t *testing.T) {
 	if files, err := strconv.Atoi(u["LimitNOFILE"]); err != nil || server.LimitsFor(0, server.Room{Descriptors: uint64(files)}).Lowered != "" {
 		t.Errorf("got %d descriptors, %v, want enough for %d connections", files, err, server.DefaultMaxConns)
 	}
-	if u["Restart"] != "on-failure" || u["RestartPreventExitStatus"] != strconv.Itoa(exitUsage) {
-		t.Errorf("got Restart=%s, but for status %s: want one after a failure that is no bad setting", u["Restart"], u["RestartPreventExitStatus"])
+	if u["Restart"] != "on-failure" || u["RestartPreventExitStatus"] != "2" {
+		t.Errorf("got Restart=%s, but for status %s: want one after a failure that is no bad setting, whose exit code is 2", u["Restart"], u["RestartPreventExitStatus"])
 	}
 	if u["StateDirectory"] == "" || cfg.DataDir != "%S/"+u["StateDirectory"] {
 		t.Errorf("the data directory %s is not the state directory %s", cfg.DataDir, u["StateDirectory"])
-	}
-}
-
-// TestFilesNameOneVersion: the release's, which the workflow compares with the tag.
-func TestFilesNameOneVersion(t *testing.T) {
-	find := func(file, pattern string) string {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		m := regexp.MustCompile(pattern).FindSubmatch(b)
-		if m == nil {
-			t.Fatalf("%s names no version", file)
-		}
-		return string(m[1])
-	}
-	api := find("docs/openapi.yaml", `(?m)^  version: (\S+)$`)
-	image := find("deploy/kubernetes/base/kustomization.yaml", `(?m)^    newTag: (\S+)$`)
-	if api != image {
-		t.Errorf("the interface has version %s, the manifests %s", api, image)
 	}
 }
 
@@ -398,9 +384,9 @@ func TestOperatorHasTheSameAlerts(t *testing.T) {
 	}
 	var plain struct{ Groups any }
 	var operator struct{ Spec struct{ Groups any } }
-	read("deploy/prometheus/verve.rules.yml", &plain)
-	read("deploy/kubernetes/monitoring/rules.yaml", &operator)
+	read("prometheus/verve.rules.yml", &plain)
+	read("kubernetes/monitoring/rules.yaml", &operator)
 	if plain.Groups == nil || !reflect.DeepEqual(plain.Groups, operator.Spec.Groups) {
-		t.Error("deploy/kubernetes/monitoring/rules.yaml is not verve.rules.yml: run make rules")
+		t.Error("kubernetes/monitoring/rules.yaml is not verve.rules.yml: run make rules")
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package docs_test
 
 import (
 	"bytes"
@@ -15,6 +15,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"verve/internal/testproc"
 
 	"github.com/goccy/go-yaml"
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -185,7 +187,7 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	}))
 	defer endpoint.Close()
 
-	v := start(t, "--window=1h", "--window-header", "--max-ids=2", "--shutdown-timeout=1m",
+	v := testproc.Start(t, "--window=1h", "--window-header", "--max-ids=2", "--shutdown-timeout=1m",
 		"--callback-allow="+strings.TrimPrefix(endpoint.URL, "http://"))
 	const accept = "/api/verve/accept"
 	for _, c := range []struct {
@@ -193,22 +195,22 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 		status                 int
 		body                   io.Reader
 	}{
-		{v.public, "GET", accept + "?id=42", 200, nil},
-		{v.public, "GET", accept + "?id=42", 409, nil},
-		{v.public, "GET", accept + "?id=", 400, nil},
-		{v.public, "GET", accept + "?id=1&endpoint=http://10.0.0.1/", 400, nil},
-		{v.public, "GET", accept + "?id=1", 400, strings.NewReader("a body")},
-		{v.public, "GET", accept + "?id=43&endpoint=" + endpoint.URL, 200, nil},
-		{v.public, "GET", accept + "?id=44", 503, nil},
-		{v.public, "POST", "/test", 200, strings.NewReader("{}")},
-		{v.public, "POST", "/test", 413, strings.NewReader(strings.Repeat("x", 64<<10+1))},
-		{v.admin, "GET", "/healthz", 200, nil},
-		{v.admin, "GET", "/readyz", 200, nil},
-		{v.admin, "GET", "/metrics", 200, nil},
-		{v.admin, "GET", "/api/windows", 200, nil},
-		{v.admin, "GET", "/api/windows?limit=1440", 200, nil},
-		{v.admin, "GET", "/api/windows?limit=1441", 400, nil},
-		{v.admin, "GET", "/", 200, nil},
+		{v.Public, "GET", accept + "?id=42", 200, nil},
+		{v.Public, "GET", accept + "?id=42", 409, nil},
+		{v.Public, "GET", accept + "?id=", 400, nil},
+		{v.Public, "GET", accept + "?id=1&endpoint=http://10.0.0.1/", 400, nil},
+		{v.Public, "GET", accept + "?id=1", 400, strings.NewReader("a body")},
+		{v.Public, "GET", accept + "?id=43&endpoint=" + endpoint.URL, 200, nil},
+		{v.Public, "GET", accept + "?id=44", 503, nil},
+		{v.Public, "POST", "/test", 200, strings.NewReader("{}")},
+		{v.Public, "POST", "/test", 413, strings.NewReader(strings.Repeat("x", 64<<10+1))},
+		{v.Admin, "GET", "/healthz", 200, nil},
+		{v.Admin, "GET", "/readyz", 200, nil},
+		{v.Admin, "GET", "/metrics", 200, nil},
+		{v.Admin, "GET", "/api/windows", 200, nil},
+		{v.Admin, "GET", "/api/windows?limit=1440", 200, nil},
+		{v.Admin, "GET", "/api/windows?limit=1441", 400, nil},
+		{v.Admin, "GET", "/", 200, nil},
 	} {
 		d.ask(t, c.server, c.method, c.target, c.status, c.body)
 	}
@@ -216,23 +218,23 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 
 	// A stream ends with the server; as many as may be open leave no place.
 	var stream sync.WaitGroup
-	stream.Go(func() { d.ask(t, v.admin, "GET", "/api/live", 200, nil) })
+	stream.Go(func() { d.ask(t, v.Admin, "GET", "/api/live", 200, nil) })
 	defer stream.Wait()
 	for open := 0; open < 1; {
-		_, page := v.get(v.admin + "/metrics")
+		_, page := v.Get(v.Admin + "/metrics")
 		if _, err := fmt.Sscanf(page[strings.Index(page, "\nverve_live_pages "):], "\nverve_live_pages %d", &open); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for full := false; !full; {
-		resp, err := http.Get(v.admin + "/api/live")
+		resp, err := http.Get(v.Admin + "/api/live")
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer resp.Body.Close()
 		full = resp.StatusCode == 503
 	}
-	d.ask(t, v.admin, "GET", "/api/live", 503, nil)
+	d.ask(t, v.Admin, "GET", "/api/live", 503, nil)
 
 	// The other methods are those that the document does not have.
 	for path, allowed := range map[string]string{accept: "GET", "/test": "POST"} {
@@ -243,8 +245,8 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 		}
 	}
 
-	if code := v.stop(); code != 0 {
-		t.Fatalf("exit code %d\n%s", code, strings.Join(v.lines, "\n"))
+	if code := v.Stop(); code != 0 {
+		t.Fatalf("exit code %d\n%s", code, v.Text())
 	}
 	stream.Wait()
 	lines, err := os.ReadFile(filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
@@ -259,28 +261,28 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	if err := os.WriteFile(token, []byte(strings.Repeat("secret", 8)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	v = start(t, "--window=1h", "--admin-token-file="+token)
+	v = testproc.Start(t, "--window=1h", "--admin-token-file="+token)
 	for _, route := range adminRoutes(t) {
 		switch route {
 		case "/healthz", "/readyz":
-			d.ask(t, v.admin, "GET", route, 200, nil)
+			d.ask(t, v.Admin, "GET", route, 200, nil)
 		default:
-			d.ask(t, v.admin, "GET", route, 401, nil)
+			d.ask(t, v.Admin, "GET", route, 401, nil)
 		}
 	}
-	if code := v.stop(); code != 0 {
+	if code := v.Stop(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 
 	// A record that nobody takes holds up the stop, so that it can be looked at.
-	v = start(t, "--window=1h", "--kafka-brokers=127.0.0.1:9", "--shutdown-timeout=1h")
-	v.get(v.public + accept + "?id=1")
+	v = testproc.Start(t, "--window=1h", "--kafka-brokers=127.0.0.1:9", "--shutdown-timeout=1h")
+	v.Get(v.Public + accept + "?id=1")
 	if err := v.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
-	v.until(`"message":"stopping"`)
-	d.ask(t, v.admin, "GET", "/readyz", 503, nil)
-	v.signalUntilEnd()
+	v.Until(`"message":"stopping"`)
+	d.ask(t, v.Admin, "GET", "/readyz", 503, nil)
+	v.StopAtOnce()
 
 	for path, operations := range d.Paths {
 		for verb, operation := range operations {

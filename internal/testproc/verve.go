@@ -1,0 +1,298 @@
+package testproc
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// program is the server as its users run it, built by the first test that needs it.
+var program struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// Main runs the tests of a package that starts the program.
+func Main(m *testing.M) {
+	code := m.Run()
+	if program.dir != "" {
+		_ = os.RemoveAll(program.dir)
+	}
+	os.Exit(code)
+}
+
+// Program returns the path of the built program.
+func Program(t testing.TB) string {
+	t.Helper()
+	program.once.Do(func() { program.dir, program.err = build() })
+	if program.err != nil {
+		t.Fatal(program.err)
+	}
+	return filepath.Join(program.dir, "verve")
+}
+
+func build() (dir string, err error) {
+	root, err := moduleRoot()
+	if err != nil {
+		return "", err
+	}
+	if err := dependOnSource(root); err != nil {
+		return "", err
+	}
+	if dir, err = os.MkdirTemp("", "verve-program-"); err != nil {
+		return "", err
+	}
+	args := []string{"build", "-ldflags=-w", "-o", filepath.Join(dir, "verve")}
+	if raceDetector() {
+		args = append(args, "-race")
+	}
+	cmd := exec.Command("go", append(args, ".")...)
+	cmd.Dir = root
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return dir, errors.Join(err, errors.New(string(out)))
+	}
+	return dir, os.Chmod(dir, 0o755) // a test runs it as another user
+}
+
+// raceDetector reports whether this test was built with -race.
+func raceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// Root is the folder of the module.
+func Root(t testing.TB) string {
+	t.Helper()
+	root, err := moduleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+func moduleRoot() (string, error) {
+	dir, err := os.Getwd()
+	for err == nil {
+		if _, missing := os.Stat(filepath.Join(dir, "go.mod")); missing == nil {
+			return dir, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("no go.mod above the working directory")
+		}
+		dir = filepath.Dir(dir)
+	}
+	return "", err
+}
+
+// dependOnSource lists the folders of the program's source: go test keeps the result
+// of a test only until a file changes in a folder that the test has read.
+func dependOnSource(root string) error {
+	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && path != root &&
+			(strings.HasPrefix(d.Name(), ".") || d.Name() == "bench" || d.Name() == "docs" || d.Name() == "testdata") {
+			return fs.SkipDir
+		}
+		return err
+	})
+}
+
+// Verve returns the command, not yet started, in a directory of its own.
+func Verve(t testing.TB, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), Program(t), args...)
+	cmd.Dir = t.TempDir()
+	cmd.Env = os.Environ()
+	return cmd
+}
+
+// Server is a verve that serves. It is for one goroutine, but for Get.
+type Server struct {
+	*exec.Cmd
+	Public, Admin string         // URLs
+	Log           *bufio.Scanner // of standard error
+	Lines         []string       // of the log, as far as it was read
+
+	t testing.TB
+}
+
+// onFreePorts are the flags that every server of a test has.
+var onFreePorts = []string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json"}
+
+// Start starts a server on free ports, and returns when it listens.
+func Start(t testing.TB, args ...string) *Server {
+	t.Helper()
+	return StartCmd(t, Verve(t, append(slices.Clone(onFreePorts), args...)...))
+}
+
+// StartCmd is Start of a command.
+func StartCmd(t testing.TB, cmd *exec.Cmd) *Server {
+	t.Helper()
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := &Server{Cmd: cmd, t: t}
+	v.Begin(stderr)
+	v.AwaitListening()
+	return v
+}
+
+// Unstarted is a server that logs into a pipe of the test's own.
+func Unstarted(t testing.TB, args ...string) (v *Server, stderr *os.File) {
+	t.Helper()
+	cmd := Verve(t, append(slices.Clone(onFreePorts), args...)...)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = w
+	t.Cleanup(func() { _ = r.Close() })
+	return &Server{Cmd: cmd, t: t}, r
+}
+
+// Begin starts the process, whose log comes from stderr.
+func (v *Server) Begin(stderr io.Reader) {
+	v.t.Helper()
+	if err := v.Cmd.Start(); err != nil {
+		v.t.Fatal(err)
+	}
+	v.t.Cleanup(func() { _ = v.Process.Kill() })
+	if w, ok := v.Stderr.(*os.File); ok {
+		_ = w.Close() // the process has it
+	}
+	v.Log = bufio.NewScanner(stderr)
+	v.Log.Buffer(nil, 2<<20) // a line may be a dump of all goroutines
+}
+
+// AwaitListening reads the log up to the addresses.
+func (v *Server) AwaitListening() {
+	v.t.Helper()
+	var listening struct{ Listen, Admin string }
+	if err := json.Unmarshal([]byte(v.Until(`"message":"listening"`)), &listening); err != nil {
+		v.t.Fatal(err)
+	}
+	v.Public, v.Admin = "http://"+listening.Listen, "http://"+listening.Admin
+}
+
+// Until reads the log up to a line that holds part, and returns that.
+func (v *Server) Until(part string) string {
+	v.t.Helper()
+	for v.Log.Scan() {
+		v.Lines = append(v.Lines, v.Log.Text())
+		if strings.Contains(v.Log.Text(), part) {
+			return v.Log.Text()
+		}
+	}
+	v.t.Fatalf("the log ended without %s:\n%s", part, v.Text())
+	return ""
+}
+
+// Text is the log as far as it was read.
+func (v *Server) Text() string { return strings.Join(v.Lines, "\n") }
+
+// Signal sends s.
+func (v *Server) Signal(s os.Signal) {
+	v.t.Helper()
+	if err := v.Process.Signal(s); err != nil {
+		v.t.Fatalf("%v: %v", s, err)
+	}
+}
+
+// Kill ends the process at once, as kill -9.
+func (v *Server) Kill() {
+	v.t.Helper()
+	if err := v.Process.Kill(); err != nil {
+		v.t.Fatal(err)
+	}
+	_ = v.Wait() // killed
+}
+
+// Stop sends SIGTERM and returns the exit code.
+func (v *Server) Stop() int {
+	v.t.Helper()
+	v.Signal(syscall.SIGTERM)
+	return v.Ended()
+}
+
+// Ended reads the log to its end and returns the exit code, -1 after a signal.
+func (v *Server) Ended() int {
+	v.t.Helper()
+	for v.Log.Scan() { // to its end: a full pipe would hold the process
+		v.Lines = append(v.Lines, v.Log.Text())
+	}
+	_ = v.Wait() // the exit code says it
+	return v.ProcessState.ExitCode()
+}
+
+// StopAtOnce repeats SIGTERM until the process has ended, as a first repeat can come
+// too soon to be taken for a second signal. It returns the exit code.
+func (v *Server) StopAtOnce() int {
+	v.t.Helper()
+	ended := make(chan int)
+	go func() { ended <- v.Ended() }()
+	for {
+		_ = v.Process.Signal(syscall.SIGTERM) // may have ended
+		select {
+		case code := <-ended:
+			return code
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// Get returns the status and the body of a page. Safe for concurrent use.
+func (v *Server) Get(url string) (int, string) {
+	v.t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+// Record is a line of a counts file.
+type Record struct {
+	Start    time.Time `json:"window_start"`
+	MS       int64     `json:"window_ms"`
+	Unique   int       `json:"unique"`
+	Instance string    `json:"instance"`
+	Seq      int       `json:"seq"`
+	Complete bool      `json:"complete"`
+}
+
+// Records reads a counts file.
+func Records(t testing.TB, file string) (out []Record) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for l := range bytes.Lines(b) {
+		var r Record
+		if err := json.Unmarshal(l, &r); err != nil {
+			t.Fatalf("%s: %v", l, err)
+		}
+		out = append(out, r)
+	}
+	return out
+}

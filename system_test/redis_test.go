@@ -1,0 +1,236 @@
+package system_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"verve/internal/testproc"
+)
+
+// member starts an instance of a group.
+func member(t *testing.T, name, dir, redis string, args ...string) *testproc.Server {
+	t.Helper()
+	v := testproc.Start(t, append([]string{
+		"--dedup=redis", "--redis-url=redis://" + redis, "--instance=" + name, "--data-dir=" + filepath.Join(dir, name),
+	}, args...)...)
+	return v
+}
+
+// groupRecords are the lines of all counts files below dir, by their window.
+func groupRecords(t *testing.T, dir string) map[time.Time][]testproc.Record {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*", "counts.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[time.Time][]testproc.Record{}
+	for _, f := range files {
+		for _, r := range testproc.Records(t, f) {
+			out[r.Start] = append(out[r.Start], r)
+		}
+	}
+	return out
+}
+
+// wantOnce fails for a window that has two records, or one that is not of the
+// group, and returns the sum.
+func wantOnce(t *testing.T, windows map[time.Time][]testproc.Record) (sum int) {
+	t.Helper()
+	for start, rs := range windows {
+		if len(rs) != 1 {
+			t.Errorf("window %v has %d records: %+v", start, len(rs), rs)
+		}
+		for _, r := range rs {
+			if r.Instance != "" || r.Seq != 0 {
+				t.Errorf("record of an instance: %+v", r)
+			}
+			sum += r.Unique
+		}
+	}
+	return sum
+}
+
+// TestTwoInstancesCountAsOne: of two requests for one id at two instances at the
+// same moment one is ok; the group's window has one record, published although
+// both stop within it.
+func TestTwoInstancesCountAsOne(t *testing.T) {
+	redis, dir := testproc.StartRedis(t), t.TempDir()
+	a, b := member(t, "a", dir, redis.Addr, "--window=3s"), member(t, "b", dir, redis.Addr, "--window=3s")
+	const ids = 200
+	var ok, failed int
+	for i := range ids {
+		var answers [2]string
+		var both sync.WaitGroup
+		for k, v := range []*testproc.Server{a, b} {
+			both.Go(func() { _, answers[k] = v.Get(v.Public + "/api/verve/accept?id=n" + strconv.Itoa(i)) })
+		}
+		both.Wait()
+		for _, answer := range answers {
+			switch answer {
+			case "ok":
+				ok++
+			case "failed":
+				failed++
+			}
+		}
+	}
+	// The requests of one id may fall into two windows.
+	if ok+failed != 2*ids || ok < ids || ok > ids+2 {
+		t.Errorf("%d were ok and %d failed of %d ids sent twice", ok, failed, ids)
+	}
+	var stopping sync.WaitGroup
+	for _, v := range []*testproc.Server{a, b} {
+		stopping.Go(func() {
+			if code := v.Stop(); code != 0 {
+				t.Errorf("exit code %d\n%s", code, v.Text())
+			}
+		})
+	}
+	stopping.Wait()
+	if sum := wantOnce(t, groupRecords(t, dir)); sum != ok {
+		t.Errorf("the records add up to %d, and %d were ok\n%s\n%s", sum, ok, a.Text(), b.Text())
+	}
+}
+
+// TestWindowOfDeadInstancesIsPublished: every instance is killed in the middle of
+// a window. One that starts later, with nothing of theirs, goes on with the ids
+// if the window still runs, and publishes it.
+func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
+	redis, dir := testproc.StartRedis(t), t.TempDir()
+	const window, ids = 4 * time.Second, 100
+	time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start
+	accept := func(v *testproc.Server, want string) {
+		t.Helper()
+		for i := range ids {
+			if _, got := v.Get(v.Public + "/api/verve/accept?id=" + strconv.Itoa(i)); got != want {
+				t.Fatalf("id %d: got %q, want %q", i, got, want)
+			}
+		}
+	}
+	a, b := member(t, "a", dir, redis.Addr, "--window=4s"), member(t, "b", dir, redis.Addr, "--window=4s")
+	began := time.Now().Truncate(window).UTC()
+	accept(a, "ok")
+	accept(b, "failed")
+	for _, v := range []*testproc.Server{a, b} {
+		v.Kill()
+	}
+	c := member(t, "c", dir, redis.Addr, "--window=4s")
+	if time.Now().Truncate(window).Equal(began) {
+		if _, got := c.Get(c.Public + "/api/verve/accept?id=7"); got != "failed" && time.Now().Truncate(window).Equal(began) {
+			t.Errorf("an id that was ok is %q at another instance", got)
+		}
+	}
+	testproc.Within(t, 30*time.Second, "the window is published", func() bool {
+		if _, err := os.Stat(filepath.Join(dir, "c", "counts.jsonl")); err != nil {
+			return false
+		}
+		return len(groupRecords(t, dir)[began]) > 0
+	})
+	windows := groupRecords(t, dir)
+	wantOnce(t, windows)
+	if rs := windows[began]; len(rs) != 1 || rs[0].Unique != ids || rs[0].Complete {
+		t.Errorf("got %+v, want one record of %d ids, not complete", rs, ids)
+	}
+	if status, body := c.Get(c.Admin + "/readyz"); status != 200 || !strings.Contains(body, `"redis":{"ok":true}`) {
+		t.Errorf("readyz is %d %s", status, body)
+	}
+	redis.Kill()
+	testproc.Within(t, 20*time.Second, "not ready without Redis", func() bool {
+		status, body := c.Get(c.Admin + "/readyz")
+		return status == 503 && strings.Contains(body, `"redis":{"ok":false,"reason":"`)
+	})
+	redis.Start()
+	testproc.Within(t, 20*time.Second, "ready again", func() bool {
+		status, _ := c.Get(c.Admin + "/readyz")
+		return status == 200
+	})
+	if code := c.Stop(); code != 0 {
+		t.Errorf("exit code %d\n%s", code, c.Text())
+	}
+}
+
+// TestAnotherWindowInAGroup: an instance that comes with another --window is not
+// ready and takes no ids, the others are undisturbed, and both log the two. When the
+// others are gone it goes on by itself. No two records have one window start.
+func TestAnotherWindowInAGroup(t *testing.T) {
+	redis := testproc.StartRedis(t)
+	dir := t.TempDir()
+	a := member(t, "a", dir, redis.Addr, "--window=1s")
+	ok := 0
+	accept := func(v *testproc.Server, id string, want int) bool {
+		status, body := v.Get(v.Public + "/api/verve/accept?id=" + id)
+		if status == 200 {
+			ok++
+		}
+		if want != 0 && status != want {
+			t.Errorf("id %s: got %d %s, want %d", id, status, body, want)
+		}
+		return status == 200
+	}
+	accept(a, "1", 200)
+	b := member(t, "b", dir, redis.Addr, "--window=3s")
+	testproc.Within(t, 10*time.Second, "b is not ready, and says why", func() bool {
+		status, body := b.Get(b.Admin + "/readyz")
+		return status == 503 && strings.Contains(body, "--window=1s") && strings.Contains(body, "--window=3s")
+	})
+	for i := range 40 {
+		accept(b, fmt.Sprint("b", i), 503)
+		accept(a, fmt.Sprint("a", i), 200)
+		if status, body := a.Get(a.Admin + "/readyz"); status != 200 {
+			t.Errorf("a is not ready: %s", body)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	for v, part := range map[*testproc.Server]string{a: "that instance refuses ids", b: "this instance refuses ids"} {
+		log := v.Text() // the line may come before that the start ends with
+		if !strings.Contains(log, part) {
+			log = v.Until(part)
+		}
+		if !strings.Contains(log, "--window=1s") || !strings.Contains(log, "--window=3s") {
+			t.Errorf("the log: %s", log)
+		}
+	}
+	if code := a.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	testproc.Within(t, 20*time.Second, "b takes ids", func() bool { return accept(b, "2", 0) })
+	// All stop; the next one has longer windows, and is ready at once.
+	if code := b.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	c := member(t, "c", dir, redis.Addr, "--window=1h")
+	testproc.Within(t, 3*time.Second, "c is ready", func() bool {
+		status, _ := c.Get(c.Admin + "/readyz")
+		return status == 200
+	})
+	accept(c, "3", 200)
+	if code := c.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if sum := wantOnce(t, groupRecords(t, dir)); sum != ok {
+		t.Errorf("the records add up to %d, %d were answered", sum, ok)
+	}
+}
+
+// TestRedisPasswordIsNotShown: a wrong URL stops the start with one line that
+// names the setting, and neither it nor the log tells the password.
+func TestRedisPasswordIsNotShown(t *testing.T) {
+	for _, url := range []string{"redis://u:hunter2@", "http://u:hunter2@h:1", "redis://u:hunter2@h:port", "redis-sentinel://u:hunter2@h:1"} {
+		out, err := testproc.Verve(t, "--dedup=redis", "--redis-url="+url, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0").CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "--redis-url") || strings.Count(string(out), "\n") != 1 {
+			t.Errorf("%s: %v\n%s", url, err, out)
+		}
+		if strings.Contains(string(out), "hunter2") {
+			t.Errorf("%s: the password is in\n%s", url, out)
+		}
+	}
+	if out, err := testproc.Verve(t, "--redis-fail=ajar").CombinedOutput(); err == nil || !strings.Contains(string(out), "--redis-fail") {
+		t.Errorf("--redis-fail=ajar: %v\n%s", err, out)
+	}
+}
