@@ -66,7 +66,6 @@ type parser struct {
 	limit   int    // of items
 	scratch []byte // what had to be unquoted or put together
 	decoder jsontext.Decoder
-	buffer  bytes.Buffer
 }
 
 // parse fills items from the body, which must stay as it is while they are used. An

@@ -251,8 +251,8 @@ type execution struct {
 // active is the execution whose thread runs now. Threads run one at a time.
 var active *execution
 
-// aborted unwinds the threads of a schedule that has ended before they did.
-var aborted = errors.New("explore: the schedule is over")
+// errAborted unwinds the threads of a schedule that has ended before they did.
+var errAborted = errors.New("explore: the schedule is over")
 
 func (s *search) execute(scenario func(*Run)) *execution {
 	if active != nil {
@@ -311,7 +311,7 @@ func step(o op) {
 		return
 	}
 	if e.aborting {
-		panic(aborted)
+		panic(errAborted)
 	}
 	t := e.run.threads[e.current]
 	if o.pointer != nil {
@@ -323,7 +323,7 @@ func step(o op) {
 	t.pending = o
 	if e.starting || !e.decide() || e.current != t.id {
 		if !t.yield(struct{}{}) || e.aborting {
-			panic(aborted)
+			panic(errAborted)
 		}
 	}
 	e.perform(t)
@@ -331,7 +331,7 @@ func step(o op) {
 		e.over = true
 		e.run.Killed = true
 		t.yield(struct{}{})
-		panic(aborted)
+		panic(errAborted)
 	}
 }
 

@@ -276,9 +276,6 @@ func (g *guard) allowedNetPort(port uint16) bool {
 	return slices.ContainsFunc(g.nets, func(n allowedNet) bool { return n.port == port })
 }
 
-// publicAddr returns nil for an address that the default policy allows.
-func (g *guard) publicAddr(addr netip.Addr) error { return g.base.SafeAddr(addr) }
-
 // defaultPort reports whether the default policy allows the port.
 func defaultPort(port uint16) bool {
 	return port == 80 || port == 443 || port == 8080 || port == 8443
