@@ -591,8 +591,8 @@ func (c *config) kafka() stream.KafkaConfig {
 	return k
 }
 
-// redis, spool, callbacks and front are the settings of the parts. What is
-// made at the start is added by main.go.
+// redis, spool, callbacks and front are the settings of the parts. main.go adds what
+// exists only after the start.
 func (c *config) redis() redis.Config {
 	return redis.Config{
 		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,
@@ -681,10 +681,10 @@ func limitGoMemory(limit uint64) {
 	}
 }
 
-// expectIDs is the room for canonical decimals at the start. Where nothing is
-// said it is what a busy server fills in its first window, unless memory is
-// scarce: in a table that had to grow a new id is sought at every level, each a
-// cache miss or two. What is not needed is given back after some windows.
+// expectIDs is the room for canonical decimals at the start. Without --expect-ids it is
+// what a busy server fills in its first window, unless memory is scarce: in a table that
+// had to grow, a search for a new id visits every level, each a cache miss or two. Memory
+// that is not needed is given back after some windows.
 func (c *config) expectIDs(tableBytes uint64) uint64 {
 	const unsaid, bytesPerID, scarce = 8 << 20, 12, 32
 	if c.ExpectIDs > 0 {

@@ -1,7 +1,7 @@
 // Verve counts unique ids per minute, exactly.
 //
-// This file starts the parts in order and stops them in reverse; the settings
-// are in config.go, and the way of a request is told in DESIGN.md.
+// This file starts the parts in order and stops them in reverse; the settings are in
+// config.go, and DESIGN.md follows the path of a request.
 package main
 
 import (
@@ -446,7 +446,7 @@ func (p *program) stop() {
 		{"the last record could not be written in time", func() error { return p.awaitClosed(budget) }},
 		// The instance has reported everything: its group need not wait for it.
 		{"this instance could not leave its group in order", func() error { return p.leaveGroup(budget) }},
-		// What is not delivered stays in the spool for the next start.
+		// Records not delivered stay in the spool for the next start.
 		{"records not delivered in time", func() error { return p.flush(budget) }},
 		// Nothing is left for them to do.
 		{"a part did not end in time", p.endParts},
@@ -649,7 +649,7 @@ func (p *program) catchSignals() (stop <-chan os.Signal) {
 	notifySignals(signals)
 	go func() {
 		stopping := false
-		var asked time.Time // when somebody asked for the stop
+		var asked time.Time // when the first stopping signal came
 		for s := range signals {
 			act := actOf(s)
 			if act.dump {

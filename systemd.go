@@ -43,12 +43,12 @@ func handedOver() (map[string]*net.TCPListener, error) {
 	return sockets, nil
 }
 
-// notifySystemd reports to systemd, if that started this process, that it is
-// ready, then that it is alive at twice the pace of the watchdog, and that it
-// stops when stopping is closed. Like /healthz it promises that the process runs
-// and answers, not that ids can be counted: a restart would not bring Redis back.
+// notifySystemd reports to systemd, if that started this process, that it is ready, then
+// that it is alive at twice the pace of the watchdog, and that it stops when stopping is
+// closed. Like /healthz it promises that the process runs and answers, not that ids can be
+// counted: a restart would not repair Redis.
 //
-// It runs in a goroutine that nobody waits for, as a write to systemd may block.
+// It runs in a goroutine that no one waits for, because a write to systemd may block.
 func notifySystemd(stopping <-chan struct{}, log zerolog.Logger) {
 	notify := func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {

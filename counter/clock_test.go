@@ -65,14 +65,14 @@ func startClock(t *testing.T, cfg Config) (c *Counter, w *wallClock, heard *told
 	}
 }
 
-// TestClockProblemsComeAndGo: what is beyond the skew is told once, stays while
-// the labels are wrong or the clock may be set again, and is over by itself.
+// TestClockProblemsComeAndGo: a problem beyond the skew is reported once, stays while the
+// labels are wrong or the clock may be set again, and ends by itself.
 func TestClockProblemsComeAndGo(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
 		set       time.Duration // the clock, in the second half of a minute
 		suspended time.Duration
-		problem   string        // what is told then; empty: nothing
+		problem   string        // reported then; empty: none
 		lasts     time.Duration // at least, and not two seconds longer
 		want      Clock
 		published string // after four more minutes by the clock that was not set
@@ -145,8 +145,9 @@ func TestClockProblemsComeAndGo(t *testing.T) {
 	}
 }
 
-// TestStartWithAClockBehind: an earlier process was in a window that the clock
-// has not reached. It goes on from there, which is told until it has.
+// TestStartWithAClockBehind: an earlier process was in a window that the clock has not
+// reached. The process goes on from there, and reports the problem until the clock has
+// reached it.
 func TestStartWithAClockBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
@@ -170,8 +171,8 @@ func TestStartWithAClockBehind(t *testing.T) {
 	})
 }
 
-// TestRequestThatTurnsSeesThePause: after a stop the first request may come
-// before the ticker. What both epochs missed is said all the same.
+// TestRequestThatTurnsSeesThePause: after a stop the first request may come before the
+// ticker. Both epochs are still marked as not complete.
 func TestRequestThatTurnsSeesThePause(t *testing.T) {
 	for _, tt := range []struct {
 		name           string

@@ -83,8 +83,8 @@ func (c *Counter) oldest() (*Epoch, bool) {
 	return c.turned[0], false
 }
 
-// close waits until nobody is in e, reads its count, publishes it and retires
-// e. It is the only reader of a sealed epoch.
+// close waits until no request is in e, reads its count, publishes it and retires e. It is
+// the only reader of a sealed epoch.
 func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	began := time.Now()
 	count := Count{
@@ -132,9 +132,9 @@ func drain(ctx context.Context, e *Epoch) error {
 	return nil
 }
 
-// publishSkipped publishes the epochs between e and the next opened: nobody
-// was there to be asked, so they are empty and not complete. Of a gap longer
-// than maxSkipped only the last ones are published; all are counted.
+// publishSkipped publishes the epochs between e and the next opened: no request could
+// enter them, so they are empty and not complete. Only the last maxSkipped epochs of a gap
+// are published; all are counted.
 func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
 	if e.gap == 0 {
 		return nil

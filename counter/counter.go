@@ -1,16 +1,16 @@
 // Package counter counts unique ids per epoch, exactly and without a lock.
 //
-// A request enters the open epoch, asks the set whether its id is new in that
-// epoch, and leaves carrying what it counted. An epoch is sealed when the next
-// one is open and nobody is left inside; only then is its count read and
-// handed to the Publisher. So the counts of an epoch add up to the answers
-// given in it, whenever its turn comes and however long a request sleeps.
+// A request enters the open epoch, asks the set whether its id is new in that epoch, and
+// leaves carrying what it counted. An epoch is sealed when the next one is open and no
+// request is left inside; only then is its count read and given to the Publisher. So the
+// counts of an epoch add up to the answers given in it, whenever it turns and however long
+// a request sleeps.
 //
-// The first request that arrives after an epoch's end turns it; a ticker does
-// so where no request comes. Neither waits for the closing of the old epoch.
+// The first request that arrives after an epoch's end turns it; a ticker does so if no
+// request comes. Neither waits for the old epoch to be closed.
 //
-// server calls Enter and Leave, dedup is told of each epoch as its Store, and
-// stream takes the counts as their Publisher.
+// server calls Enter and Leave; dedup opens and retires each epoch as the Store; stream,
+// or the group in dedup/redis, publishes the counts as the Publisher.
 package counter
 
 import (
@@ -62,8 +62,8 @@ type Config struct {
 	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or
 	// the process not run, before Stats tells of it. 0: the clock is not watched.
 	MaxSkew time.Duration
-	OnClock func(problem string)       // is told a Problem of the clock, and with an empty one that it is over. Optional.
-	OnPause func(absent time.Duration) // is told that the process did not run for so long. Optional.
+	OnClock func(problem string)       // called when Clock.Problem begins (with its text) and ends (empty). Optional.
+	OnPause func(absent time.Duration) // called after the process did not run, with the time it missed. Optional.
 
 	clocks func() reading // for tests
 }
@@ -99,8 +99,8 @@ type Left struct {
 type Counter struct {
 	cfg Config
 
-	// open is the epoch that requests may enter; nil after Seal. It never
-	// points to an epoch again that it has left.
+	// open is the epoch that requests may enter; nil after Seal. It never returns to an
+	// earlier epoch.
 	open atomic.Pointer[Epoch]
 
 	mu     sync.Mutex

@@ -17,8 +17,8 @@ import (
 type ledger struct {
 	t testing.TB
 
-	// fault, if set, is asked at each Publish: what to return, and whether the
-	// count is kept all the same, as after a lost acknowledgement.
+	// fault, if set, is asked at each Publish: what to return, and whether the count is
+	// kept even so, as after a lost acknowledgement.
 	fault func(Count) (err error, kept bool)
 
 	mu        sync.Mutex
@@ -101,7 +101,7 @@ func start(t *testing.T, l *ledger, window time.Duration) (c *Counter, stop func
 	}
 }
 
-// enter brings n requests that arrive at now and have the outcome o.
+// enter makes n requests that arrive at now and have the outcome o.
 func enter(t *testing.T, c *Counter, now time.Time, n int, o Outcome) *Epoch {
 	t.Helper()
 	var in Entry
@@ -191,9 +191,9 @@ func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 	})
 }
 
-// TestEpochThatTheGroupSealedIsLeftOnce: the clock of this process lags, and the
-// Store says so. What comes with the lagging clock counts in the next epoch, and
-// labels go on increasing when the clock is there.
+// TestEpochThatTheGroupSealedIsLeftOnce: the clock of this process lags, and the Store
+// reports that. Requests with the lagging time count in the next epoch, and labels still
+// increase when the clock has caught up.
 func TestEpochThatTheGroupSealedIsLeftOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()

@@ -35,9 +35,9 @@ type stripe struct {
 	void    atomic.Uint64 // left and counted nothing
 }
 
-// idle reports whether nobody was in the stripe at one moment of the call. Who
-// has left is read first: no count ever falls and nobody leaves before entering,
-// so if as many had entered afterwards, all of them had left before.
+// idle reports whether no request was in the stripe at one moment of the call. It reads
+// the requests that left first: no count ever falls and no request leaves before it
+// enters, so if as many had entered afterwards, all of them had left before.
 func (s *stripe) idle() bool {
 	left := s.unique.Load() + s.repeats.Load() + s.void.Load()
 	return s.entered.Load() == left

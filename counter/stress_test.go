@@ -136,10 +136,10 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 	}
 }
 
-// TestEntriesGivenInTheMomentOfATurnAreCounted has more threads than cores do
-// nothing but enter and leave, while the epochs turn: the system stops some of
-// them just before they are seen in the epoch they found open. An Entry given
-// there all the same would be missing in the published count.
+// TestEntriesGivenInTheMomentOfATurnAreCounted has more threads than cores do nothing but
+// enter and leave, while the epochs turn: the system stops some of them just before they
+// are seen in the epoch they found open. An Entry that was given there would be missing in
+// the published count.
 func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 	const writers = 6
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(writers + 4))

@@ -39,7 +39,7 @@ func metricsPage(t *testing.T, flags ...string) string {
 	return page
 }
 
-// ofGroup is a group whose Redis is away.
+// ofGroup is a group whose Redis is down.
 var ofGroup = []string{"--dedup=redis", "--redis-url=redis://127.0.0.1:9"}
 
 // TestMetricsAreByTheConventions of Prometheus, as its own checker has them:

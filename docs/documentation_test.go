@@ -81,7 +81,7 @@ func TestSettingsPageHasEverySetting(t *testing.T) {
 // TestPagesNameWhatThereIs: flags in code spans, metrics, and files that are
 // linked to.
 func TestPagesNameWhatThereIs(t *testing.T) {
-	// Of a Redis that is away there are metrics, too.
+	// An unreachable Redis has metrics, too.
 	v := testproc.Start(t, "--window=1h", "--dedup=redis", "--redis-url=redis://127.0.0.1:1")
 	_, metrics := v.Get(v.Admin + "/metrics")
 	if code := v.Stop(); code != 0 {
@@ -122,7 +122,7 @@ func TestPagesNameWhatThereIs(t *testing.T) {
 	}
 }
 
-// TestEveryAlertHasItsPlaceInOperations: who is woken by one finds what to do.
+// TestEveryAlertHasItsPlaceInOperations: an operator finds there what to do.
 func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
 	rules, err := os.ReadFile("deploy/prometheus/verve.rules.yml")
 	if err != nil {

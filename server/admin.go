@@ -185,9 +185,8 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 // stranger is set in the context of a request that came without the token.
 type stranger struct{}
 
-// guarded answers 401 to requests without the token. Probes and load balancers
-// have none: they are told whether the process is alive, and whether it is
-// ready, but not why not.
+// guarded answers 401 to requests without the token. Probes and load balancers have none:
+// they learn whether the process is alive and ready, but not the reasons.
 func guarded(token string, next http.Handler) http.Handler {
 	if token == "" {
 		return next
@@ -198,7 +197,7 @@ func guarded(token string, next http.Handler) http.Handler {
 		if !strings.EqualFold(scheme, "bearer") {
 			_, given, _ = r.BasicAuth()
 		}
-		// Of the same length always, so that the time taken tells nothing.
+		// The hashes have the same length, so the time of the comparison reveals nothing.
 		got := sha256.Sum256([]byte(given))
 		switch {
 		case subtle.ConstantTimeCompare(got[:], want[:]) == 1:

@@ -143,8 +143,8 @@ func (b *batch) read(buf []byte, r io.Reader, limit int) ([]byte, error) {
 	}
 }
 
-// release gives the memory back. What is small stays with the batch for the next one,
-// and is not counted: there are as many as requests at a time.
+// release gives the memory back. Small memory stays with the batch for the next one, and
+// is not counted: there are as many batches as concurrent requests.
 func (b *batch) release() {
 	b.owner.used.Add(-b.held)
 	b.held = 0
@@ -237,7 +237,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, endpoint callback.Endpoint, w
 // refuse answers a batch of which nothing was counted.
 func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
 	s := bs.server
-	// What is left of the body is not read: nothing behind it can be relied on.
+	// The rest of the body is not read: nothing behind it can be relied on.
 	ctx.SetConnectionClose()
 	switch {
 	case errors.Is(err, errBadBatch):

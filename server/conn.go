@@ -137,8 +137,8 @@ type conn struct {
 	tail    tail
 	number  uint64
 
-	// serving is set while the fastPath has requests: fasthttp takes the connection
-	// for idle then. Close leaves a connection to who serves it.
+	// serving is set while the fastPath has requests: fasthttp takes the connection for
+	// idle then. Close leaves it to the fastPath.
 	serving atomic.Bool
 }
 
@@ -237,7 +237,7 @@ func caller(addr net.Addr) netip.Addr {
 // turnAway answers a connection over the limit, and closes it.
 func (l *listener) turnAway(c *conn) {
 	if l.tls != nil {
-		_ = c.raw.Close() // a handshake for no more than a refusal costs too much
+		_ = c.raw.Close() // a TLS handshake only to refuse costs too much
 		return
 	}
 	l.mu.Lock()
@@ -290,7 +290,7 @@ func (c *conn) idle() {
 	c.taken = 0
 }
 
-// Read brings fasthttp what the fastPath does not answer.
+// Read gives fasthttp what the fastPath does not answer.
 func (c *conn) Read(p []byte) (int, error) {
 	if c.between {
 		if len(c.tail.bytes) > 0 {
@@ -321,8 +321,8 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 		next := h2Preface[c.taken:min(c.taken+n, len(h2Preface))]
 		c.h2 = (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
 	}
-	// What has no end is ended here: fasthttp bounds a body, but not the extensions
-	// and trailers of its chunks.
+	// Endless input ends here: fasthttp bounds a body, but not the extensions and trailers
+	// of its chunks.
 	if c.taken += n; c.taken > c.owner.maxTaken {
 		err = fasthttp.ErrBodyTooLarge
 	}
@@ -385,9 +385,9 @@ func (c *conn) handshakeFailed(err error) {
 	_, _ = c.raw.Write(plainOnTLS)
 }
 
-// Close lets the client read its last answer before the connection goes. At the
-// stop fasthttp closes what it takes for idle. What is not idle, as the fastPath is
-// answering, ends at its next read, and is closed again when it has ended.
+// Close lets the client read its last answer before the connection goes. At the stop
+// fasthttp closes what it takes for idle. A connection that the fastPath serves is not
+// idle: its next read fails, and it is closed then.
 //
 // A connection that is being parked stays open.
 func (c *conn) Close() error {

@@ -45,15 +45,14 @@ var crlfcrlf = []byte("\r\n\r\n")
 // of a load test, and of most that keep their connections; and, with an id and a
 // time of its own for each request, what proxies send.
 //
-// fasthttp reads the first request and whatever is not plain. Where the handler
-// has answered a plain one it leaves the tail with the connection (accept,
-// conn.learn). The bytes that follow an id decide alone how fasthttp reads them,
-// so a request with the same tail would be read, and answered, the same way: no
-// header is parsed here, and none can be read otherwise than by fasthttp. The same
-// names in the same order, with another value of visible bytes where neither fasthttp
-// nor the handler looks at the value, are read in the same way, too. Of the
-// requests that arrived together the ids go into the set together, where their
-// cache misses are waited for at once, and the answers into one write.
+// fasthttp reads the first request and whatever is not plain. Where the handler has
+// answered a plain one it leaves the tail with the connection (accept, conn.learn). The
+// bytes that follow an id decide alone how fasthttp reads them, so a request with the same
+// tail would be read, and answered, the same way: no header is parsed here, and none can
+// be read otherwise than by fasthttp. The same names in the same order, with another value
+// of visible bytes where neither fasthttp nor the handler looks at the value, are read in
+// the same way, too. The ids of requests that arrived together go into the set together,
+// so that their cache misses overlap, and their answers into one write.
 //
 // It works inside conn.Read, when fasthttp waits for the beginning of a request,
 // with nothing read ahead and every answer flushed. What is not its own to

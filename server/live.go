@@ -21,8 +21,8 @@ import (
 )
 
 const (
-	// liveTick is how often a page is told: as often as a number that climbs can
-	// be read.
+	// liveTick is how often pages get a message: as often as a person can read a growing
+	// number.
 	liveTick = 250 * time.Millisecond
 
 	// liveRate is how often the rates are sampled, and liveRates how many samples
@@ -39,9 +39,8 @@ const (
 	// liveTenure is how long a page is open at least before another may replace it.
 	liveTenure = 5 * time.Second
 
-	// A reader that is liveBacklog messages behind, or takes longer than
-	// liveWriteTimeout for one, is dropped: its page connects again and is told
-	// everything anew.
+	// A reader that is liveBacklog messages behind, or takes longer than liveWriteTimeout
+	// for one, is dropped: its page connects again and gets everything anew.
 	liveBacklog      = 8
 	liveWriteTimeout = 5 * time.Second
 )
@@ -124,7 +123,7 @@ func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(body) // a peer that is gone is nobody's error
 }
 
-// liveMessage is what a page is told. What the page knows already is left out.
+// liveMessage is one message to a page, without what the page has already.
 type liveMessage struct {
 	Time       int64     `json:"time"` // Unix ms; the page's own clock may be wrong
 	All        bool      `json:"all,omitempty"`
@@ -205,7 +204,7 @@ type live struct {
 
 	resident atomic.Uint64 // memory of the process at the last sample
 
-	// Of the sample before, for run alone.
+	// The sample before; only run uses it.
 	sampled time.Time
 	last    [3]uint64
 }
@@ -217,7 +216,7 @@ type liveStream struct {
 	since    time.Time
 }
 
-// What a page is told instead of figures.
+// Messages to a page in the place of figures.
 const (
 	liveEnded = "The server is stopping."
 	liveFull  = "Too many pages of this server are open."

@@ -138,7 +138,8 @@ func (c *conn) goesOn(err error) bool {
 	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load() && !c.owner.stopping.Load()
 }
 
-// park makes fasthttp leave the connection. What is known of its requests goes.
+// park makes fasthttp leave the connection. What conn has learnt of its requests is
+// dropped.
 func (c *conn) park() error {
 	c.parking.Store(true)
 	c.owner.parked.Add(1)

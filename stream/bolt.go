@@ -228,8 +228,8 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 			err = broken
 		}
 	}()
-	// bbolt does not repeat a sync that was interrupted. What was written then may
-	// be there or not, as after any error, and is written again.
+	// bbolt does not repeat a sync that was interrupted. The bytes written then may be
+	// there or not, as after any error, and are written again.
 	return durable.Retry(func() error { return interrupted(b.db.Update(fn)) })
 }
 

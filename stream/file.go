@@ -102,7 +102,7 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 	if batch[0].record.Scope == ScopeGroup && f.claims != nil {
 		return f.deliverClaimed(ctx, batch[:1])
 	}
-	// What was counted alone comes before the instance joined a group.
+	// A record of this instance alone is from before it joined a group.
 	if i := slices.IndexFunc(batch, func(e entry) bool { return e.record.Scope == ScopeGroup }); i > 0 && f.claims != nil {
 		batch = batch[:i]
 	}

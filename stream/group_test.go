@@ -487,8 +487,8 @@ func TestLedgerAwayLosesNoRecord(t *testing.T) {
 	})
 }
 
-// TestLedgerThatForgotGetsNoSecondLine: an instance that has not heard of the
-// delivery brings the epoch back into a Redis that lost everything.
+// TestLedgerThatForgotGetsNoSecondLine: an instance that does not know of the delivery
+// writes the epoch again into a Redis that lost everything.
 func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
 	inGroupBubble(t, func(t *testing.T) {
 		dir, l := t.TempDir(), newSharedLedger()

@@ -581,8 +581,8 @@ func (s *session) fence(ctx context.Context) error {
 	return nil
 }
 
-// findPartition waits for the topic, which the broker may create because it is
-// asked for, and returns the identity's partition.
+// findPartition waits for the topic, which the broker may create on this request, and
+// returns the partition of the identity.
 func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, identity string) (int32, error) {
 	ctx, cancel := context.WithTimeout(ctx, stepWait)
 	defer cancel()

@@ -212,10 +212,9 @@ func timesOf(t *testing.T, r kmsg.Request) (times []int64) {
 	return times
 }
 
-// TestKafkaOutageLongerThanTheTopicTakesRecords: the topic takes records of the
-// last ten minutes, and the broker was away for twenty. All of them arrive, and
-// only those that were too old by then have another time than the end of their
-// window.
+// TestKafkaOutageLongerThanTheTopicTakesRecords: the topic takes records of the last ten
+// minutes, and the broker was down for twenty. All records arrive, and only those that
+// were too old by then have another time than the end of their window.
 func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		const away, limit, windows = 20 * time.Minute, 10 * time.Minute, 2 * 60

@@ -85,8 +85,8 @@ func TestKafkaRecordIsGolden(t *testing.T) {
 	})
 }
 
-// Every error that a broker may answer with, once, thrice and with the work done
-// all the same: the records come through, in order, once.
+// Every error that a broker may answer with, once, thrice, and although the work was done:
+// the records arrive, in order, once.
 func TestKafkaEveryErrorIsOvercome(t *testing.T) {
 	type fault struct {
 		key  kmsg.Key

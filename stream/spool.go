@@ -294,7 +294,7 @@ func (s *Spool) Published() map[string]counter.Published {
 // Identity is the name of this instance's series.
 func (s *Spool) Identity() string { return s.group + "/" + s.instance }
 
-// Close closes the file. What is pending stays in it.
+// Close closes the file. Pending records stay in it.
 func (s *Spool) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -481,7 +481,7 @@ func (s *Spool) condemn(sink string, e entry, reason string) error {
 	return nil
 }
 
-// broadcast wakes everyone who waits on watch. mu is held.
+// broadcast wakes every goroutine that waits on watch. mu is held.
 func (s *Spool) broadcast() {
 	close(s.changed)
 	s.changed = make(chan struct{})

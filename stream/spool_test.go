@@ -108,8 +108,8 @@ func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
 	}
 	dir := t.TempDir()
 	sp := testSpool(t, dir)
-	// What is tested is the keeping; 10,080 single syncs would take longer than
-	// the rest of the package together.
+	// The test is about keeping records; 10,080 single syncs would take longer than the
+	// rest of the package together.
 	sp.store.(*boltStore).db.NoSync, sp.markPath = true, ""
 	if err := sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)

@@ -1,13 +1,13 @@
-// Package stream takes the count of every sealed epoch and brings it to its
-// readers: a Kafka topic, a counts file, or both.
+// Package stream delivers the count of every sealed epoch to a Kafka topic, a counts file,
+// or both.
 //
-// What it guarantees: once Publish has returned nil the record is on disk; it is
-// delivered to every sink, in the order of its sequence number, retried for as
-// long as it takes, and visible once, also over kills, restarts and lost
-// acknowledgements. The reasoning is at the head of kafka.go.
+// Its guarantees: once Publish has returned nil the record is on disk; it is delivered to
+// every sink, in the order of its sequence number, retried for as long as it takes, and
+// visible once, also over kills, restarts and lost acknowledgements. The reasoning is at
+// the head of kafka.go.
 //
-// counter calls Publish, main calls the rest. franz-go is used here and nowhere
-// else.
+// counter (or the group in dedup/redis) calls Publish, main calls the rest. franz-go is
+// used here and nowhere else.
 package stream
 
 import (
@@ -176,14 +176,13 @@ func (s *Stream) step(name string) {
 	}
 }
 
-// Publish makes the record of a sealed epoch durable and returns; delivery is
-// Run's. The sinks cannot slow it beyond the moment their own acknowledgement
-// holds the spool's file. A disk that refuses, or a spool that is full, is
-// retried until ctx ends and meanwhile shows in Stats.
+// Publish makes the record of a sealed epoch durable and returns; delivery is Run's. The
+// sinks cannot slow it beyond the moment their own acknowledgement holds the spool's file.
+// It retries a failing disk and a full spool until ctx ends; meanwhile Stats shows the
+// error.
 //
-// When Publish returns an error the count is with the caller. Whether it is in
-// the spool all the same, after a failed fsync, Spool.LastWindow tells the next
-// process.
+// After an error the caller still has to publish the count. After a failed fsync it may be
+// in the spool even so; Spool.LastWindow shows that to the next process.
 func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 	_, err := s.Append(ctx, c)
 	return err
@@ -406,7 +405,7 @@ func (s *Stream) Stats() Stats {
 // empty string for one it knows nothing about.
 func (s *Stream) Delivered(windowStart time.Time) string { return s.spool.delivered(windowStart) }
 
-// worker brings records from the spool to one sink.
+// worker delivers records from the spool to one sink.
 type worker struct {
 	sink   sink
 	target string // for people

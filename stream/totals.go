@@ -252,10 +252,10 @@ type WindowTotal struct {
 type Gap struct {
 	Series string // GROUP/INSTANCE, or GROUP
 
-	// Idle: nothing is missing, the server did not run in these windows. Of an
-	// instance that is certain, as the numbers of the records around them follow
-	// each other. The records of a group have no numbers: there the window before
-	// was cut by the stop and the one behind by the start, and both say so.
+	// Idle: nothing is missing, the server did not run in these windows. For an instance
+	// that is certain, because the numbers of the records around them follow each other.
+	// The records of a group have no numbers: there the window before was cut by the stop
+	// and the one behind by the start, and both say so.
 	Idle bool
 
 	// Either a run of windows, the first and last of them, both missing,
@@ -284,9 +284,9 @@ func (g Gap) String() string {
 // Repeat is a record that should not be there.
 type Repeat struct {
 	First, Again Record
-	// Same: a copy, counted once. Otherwise one number with two values, as two
-	// processes under one name produce them; both are counted. Of a whole group
-	// there is one record: its first is counted.
+	// Same: a copy, counted once. Otherwise one number with two values, as two processes
+	// under one name produce them; both are counted. A whole group has one record: the
+	// first is counted.
 	Same bool
 }
 

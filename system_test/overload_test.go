@@ -147,9 +147,9 @@ func TestIdleConnectionsCostGoodClientsNothing(t *testing.T) {
 	}
 }
 
-// TestOverloadIsShedAndPasses: three times the connections that are allowed; all
-// of the others are told to come again, memory stays where it is, and there is
-// room within a second of the crowd's end.
+// TestOverloadIsShedAndPasses: three times the connections that are allowed; all others
+// are refused with Retry-After, memory does not grow, and there is room within a second
+// after the crowd has gone.
 func TestOverloadIsShedAndPasses(t *testing.T) {
 	const limit = 200
 	v := testproc.Start(t, "--window=1h", fmt.Sprint("--max-conns=", limit))
@@ -236,8 +236,8 @@ func startWithin(t *testing.T, files int, args ...string) *testproc.Server {
 	return testproc.StartCmd(t, cmd)
 }
 
-// TestMoreConnectionsThanDescriptors: those that are open are served, and so is who
-// comes when the others have gone.
+// TestMoreConnectionsThanDescriptors: open ones are served, and new ones when the others
+// have gone.
 func TestMoreConnectionsThanDescriptors(t *testing.T) {
 	const files = 200
 	for _, args := range [][]string{nil, {"--max-conns=150"}, {"--max-conns=10000"}} {

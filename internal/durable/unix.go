@@ -39,8 +39,8 @@ func NoSpace(err error) bool {
 	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EFBIG)
 }
 
-// Unsupported reports whether err means that the file system, or the system, does
-// not have what was asked for. They do not agree on the number.
+// Unsupported reports whether err means that the file system, or the system, does not have
+// the call. Systems do not agree on the number.
 func Unsupported(err error) bool {
 	return errors.Is(err, errors.ErrUnsupported) || // ENOSYS, ENOTSUP, EOPNOTSUPP
 		errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOTTY)

@@ -73,8 +73,7 @@ func write(w *Writer, from, to int) {
 	}
 }
 
-// wantLines checks that lines are in order and that those that are missing are
-// told.
+// wantLines checks that lines are in order and that missing ones are reported.
 func wantLines(t *testing.T, p *pipe, w *Writer, written int) {
 	t.Helper()
 	lines, told := p.read(t)

@@ -109,7 +109,7 @@ func NewEpochs(t testing.TB, s dedup.Set) Epochs {
 // At is a time inside the n-th epoch, in Unix ns.
 func (e Epochs) At(n int) int64 { return e.base + int64(n)*int64(time.Hour) }
 
-// Add brings id to the n-th epoch.
+// Add adds id to the n-th epoch.
 func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict, error) {
 	t.Helper()
 	in, ok := e.Enter(e.At(n), 0)
@@ -233,10 +233,10 @@ func refusesBeyondMaxIDsAndStillFindsRepeats(t *testing.T, c Config) {
 	}
 }
 
-// isExactWhileEpochsTurn has writers bring the same ids to the same
-// epochs at the same time, while the epochs turn under them and some requests
-// sleep inside: each id is Unique once in each epoch that it is answered in, and
-// the counts of the epochs are the numbers of those.
+// isExactWhileEpochsTurn has writers add the same ids to the same epochs at the same time,
+// while the epochs turn under them and some requests sleep inside: each id is Unique once
+// in each epoch that it is answered in, and the counts of the epochs are the numbers of
+// those.
 func isExactWhileEpochsTurn(t *testing.T, c Config) {
 	const window = counter.MinWindow
 	for _, tt := range []struct {
@@ -253,7 +253,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 			}
 			return id
 		}},
-		// Every id is brought by all writers in the first moments of an epoch.
+		// All writers add every id in the first moments of an epoch.
 		{"turns of 1 ms, few UUIDs and texts", 8, 10, 1000, 250, func(i int) []byte {
 			if i%2 == 0 {
 				return fmt.Appendf(nil, "text %d", i)
@@ -380,9 +380,9 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 	}
 }
 
-// keepsLateRequestsOutOfLaterEpochs has a request sleep in an epoch
-// while the next ones fill. What it then brings to its own epoch neither takes
-// anything from a later one nor shows there.
+// keepsLateRequestsOutOfLaterEpochs has a request sleep in an epoch while the next ones
+// fill. The id that it then adds to its own epoch neither takes anything from a later one
+// nor shows there.
 func keepsLateRequestsOutOfLaterEpochs(t *testing.T, c Config) {
 	id := func(i int) string {
 		if i%2 == 0 {

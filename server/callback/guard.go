@@ -341,8 +341,8 @@ func (g *guard) own(addr netip.Addr, port uint16) bool {
 // dialFunc connects to addr, which is address with the port, with the dialer.
 type dialFunc func(ctx context.Context, d *net.Dialer, addr netip.Addr, address string) (net.Conn, error)
 
-// dial connects to d, with TLS if d asks for it, before ctx ends. Of a name's
-// addresses only those that the policy allows are tried, each by connect.
+// dial connects to d, with TLS if d has it, before ctx ends. It tries only those addresses
+// of a name that the policy allows, each by connect.
 func (g *guard) dial(ctx context.Context, d *destination, connect dialFunc) (net.Conn, error) {
 	conn, err := g.dialTCP(ctx, d, connect)
 	if err != nil || !d.tls {

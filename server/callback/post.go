@@ -54,8 +54,8 @@ var (
 	errUnhealthy = errors.New("unhealthy destination")
 )
 
-// breakerErr is what the breaker is told. A destination that answers is up,
-// unless it answers that it is not.
+// breakerErr is what the breaker gets. A destination that answers counts as up, unless its
+// answer says otherwise.
 func (r result) breakerErr() error {
 	switch {
 	case r.kind == resultCut, r.kind == resultLimited:
@@ -107,7 +107,7 @@ func (s *Sender) post(w *worker, j job) result {
 		r.kind = resultDelivered
 	case 3:
 		r.kind = resultRedirect
-	default: // 101 too: nobody asked for another protocol
+	default: // 101 too: another protocol was not requested
 		r.kind = resultStatus
 	}
 	return r
@@ -176,8 +176,7 @@ func (s *Sender) appendBody(dst []byte, windowStart time.Time, unique uint64) []
 	return append(dst, s.bodyTail...)
 }
 
-// dialError marks an error of the dial, so that it is told apart from one of
-// the exchange.
+// dialError marks an error of the dial, to distinguish it from one of the exchange.
 type dialError struct{ err error }
 
 func (e dialError) Error() string { return e.err.Error() }
