@@ -3,6 +3,7 @@
 package dedup
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -62,11 +64,107 @@ func TestPowerLostAtAnyTime(t *testing.T) {
 	}
 }
 
+// TestPowerLostRightAfterAStart, before anything was synced in the background: ids that
+// are forgotten then may be given again, and the records say so.
+func TestPowerLostRightAfterAStart(t *testing.T) {
+	for _, restarted := range []bool{false, true} {
+		t.Run(fmt.Sprintf("restarted %t", restarted), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { powerLostAfterStart(t, restarted) })
+		})
+	}
+}
+
+func powerLostAfterStart(t *testing.T, restarted bool) {
+	l := newLedger(t)
+	cfg := small(fastDir(t))
+	disk := &platter{t: t, dir: cfg.Dir, files: map[string][]byte{}}
+	cfg.boot, cfg.bootAt, cfg.msync = 1, time.Now, disk.msync
+	p := live(t, cfg, time.Hour, l)
+	if restarted {
+		p.want(time.Now(), "before", Unique)
+		p.close()
+		disk.follow()
+		p = live(t, cfg, time.Hour, l)
+		p.want(time.Now(), "before", Repeat)
+	}
+	start := p.c.Last().Start()
+	p.want(time.Now(), "id", Unique)
+	p.kill()
+	disk.restore(t, cfg.Dir)
+	cfg.boot = 2
+	p = live(t, cfg, time.Hour, l)
+	v, again, err := p.add(time.Now(), "id")
+	if err != nil || v != Unique || !again.Equal(start) {
+		t.Fatalf("the id again: got %v in %v, %v; want %v in %v, as it was not on the disk", v, again, err, Unique, start)
+	}
+	p.close()
+	if sum, records, exact := l.total(start); exact {
+		t.Errorf("an id got ok twice, and %d records with %d ids say that they are exact", records, sum)
+	}
+}
+
+// TestDiskThatFailedInARecordedWindow: what its records say is not all, and they say so,
+// whether the next process starts within it or later.
+func TestDiskThatFailedInARecordedWindow(t *testing.T) {
+	for _, within := range []bool{true, false} {
+		t.Run(fmt.Sprintf("started again within the window %t", within), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { diskFailedInRecordedWindow(t, within) })
+		})
+	}
+}
+
+func diskFailedInRecordedWindow(t *testing.T, within bool) {
+	l := newLedger(t)
+	cfg := small(fastDir(t))
+	fails := false
+	cfg.msync = func(_ string, b []byte) error {
+		if fails {
+			return errors.New("EIO")
+		}
+		return syncMapped(b)
+	}
+	p := live(t, cfg, time.Hour, l)
+	p.want(time.Now(), "1", Unique)
+	p.close()
+	p = live(t, cfg, time.Hour, l)
+	start := p.c.Last().Start()
+	p.want(time.Now(), "2", Unique)
+	fails = true
+	if err := p.m.journal.sync(); err == nil {
+		t.Fatal("the sync did not fail")
+	}
+	p.m.journal.doubt()
+	p.kill()
+	// What only the page cache had is gone: the chunk of the second process.
+	f, err := os.OpenFile(filepath.Join(cfg.Dir, segmentName(0)), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, chunkBytes), 2*chunkBytes); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	fails = false
+	if !within {
+		time.Sleep(time.Hour)
+	}
+	p = live(t, cfg, time.Hour, l)
+	synctest.Wait()
+	p.close()
+	if sum, records, exact := l.total(start); sum != 1 || exact {
+		t.Errorf("%d records say %d, exact %t; want 1 of 2 ids, not exact", records, sum, exact)
+	}
+}
+
 // platter is what the disk has of the files of a journal, page by page.
 type platter struct {
-	rnd   *rand.Rand
-	t     *testing.T
-	dir   string
+	t   *testing.T
+	dir string
+
+	mu    sync.Mutex // guards what follows: who turns an epoch may sync beside the one who keeps
+	rnd   *rand.Rand // its own, so that the schedule does not depend on who comes first
 	files map[string][]byte
 
 	// Power is lost in the sync after so many more; 0: in none. From then on nothing
@@ -78,10 +176,12 @@ type platter struct {
 const page = 4096
 
 func (d *platter) msync(name string, b []byte) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if d.dies < 0 {
 		return nil // the machine is off
 	}
-	d.follow()
+	d.learn()
 	disk := d.files[name]
 	dies := d.dies == 1
 	for at := 0; at < len(b); at += page {
@@ -100,8 +200,24 @@ func (d *platter) msync(name string, b []byte) error {
 	return nil
 }
 
+// die has power lost in that sync, counted from the next; 0: in none.
+func (d *platter) die(in int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.dies = in
+}
+
+// off reports whether power was lost.
+func (d *platter) off() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dies < 0
+}
+
 // writeBack writes some page that the kernel chose.
 func (d *platter) writeBack(j *journal) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	name, memory := stateName, j.state
 	if d.rnd.IntN(3) > 0 {
 		var have []*segment
@@ -126,6 +242,12 @@ func (d *platter) writeBack(j *journal) {
 // follow learns of files that were made, and removed, since: one that has its name
 // is on the disk with its header and zeros.
 func (d *platter) follow() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.learn()
+}
+
+func (d *platter) learn() {
 	entries, err := os.ReadDir(d.dir)
 	if err != nil {
 		d.t.Fatal(err)
@@ -160,6 +282,8 @@ func (d *platter) follow() {
 
 // restore makes the directory what the disk has.
 func (d *platter) restore(t *testing.T, dir string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +336,7 @@ func powerSchedule(t *testing.T, seed uint64, dir string) []string {
 			fmt.Printf("%s  "+format+"\n", append([]any{time.Now().UTC().Format("04:05.000000")}, args...)...)
 		}
 	}
-	r.disk = &platter{t: t, rnd: rnd, files: map[string][]byte{}}
+	r.disk = &platter{t: t, rnd: rand.New(rand.NewPCG(seed, 98)), files: map[string][]byte{}}
 	r.disk.dead = func() {
 		r.ledger.mu.Lock()
 		r.ledger.block, r.ledger.after, r.ledger.allowed = true, false, 0
@@ -231,7 +355,7 @@ func powerSchedule(t *testing.T, seed uint64, dir string) []string {
 	for range 20 + rnd.IntN(60) {
 		r.step(ids)
 	}
-	r.disk.dies = 0
+	r.disk.die(0)
 	r.p.close()
 	r.judge()
 	return r.found
@@ -256,17 +380,17 @@ func (r *powerRun) start() {
 	}
 	for {
 		r.ledger.rename(r.cfg.Publisher)
-		r.disk.dies = 0
+		dying := 0
 		if r.rnd.IntN(8) == 0 {
-			r.disk.dies = 1 + r.rnd.IntN(4)
+			dying = 1 + r.rnd.IntN(4)
 		}
-		dying := r.disk.dies
+		r.disk.die(dying)
 		r.p = live(r.t, r.cfg, r.window, r.ledger)
 		r.trace("start boot %d as %s: epoch %v of %v, serial %d, exact %v", r.cfg.boot, r.cfg.Publisher,
 			r.p.c.Last().Start(), r.window, r.p.c.Last().Serial(), r.p.c.Last().Exact())
 		r.synced = time.Now()
-		if r.disk.dies >= 0 {
-			r.disk.dies = 0
+		if !r.disk.off() {
+			r.disk.die(0)
 			r.disk.follow()
 			r.each(func(g *given) { g.killed = false })
 			return
@@ -280,7 +404,7 @@ func (r *powerRun) start() {
 func (r *powerRun) lost() {
 	now := time.Now()
 	r.losses++
-	if r.disk.dies >= 0 {
+	if !r.disk.off() {
 		for range r.rnd.IntN(12) {
 			r.disk.writeBack(r.p.m.journal)
 		}
