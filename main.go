@@ -354,8 +354,12 @@ func (p *program) openCounter() (err error) {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = own.Close() })
-		counting.NotBefore, _ = p.spool.LastWindow()
+		counting.NotBefore = counter.LastOf(p.spool.Published())
 		counting.Past = own.Past(p.spool.Published())
+		for _, l := range counting.Past.Lost {
+			p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
+				Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
+		}
 		p.set, counting.Publish = own, p.records
 	}
 	counting.Store = p.set

@@ -43,6 +43,17 @@ type Published struct {
 	Unique uint64    // the sum of the records for it
 }
 
+// LastOf returns the start of the last window that anybody has published. No window
+// before it may be opened, whoever opens it: another one may have to publish its count.
+func LastOf(published map[string]Published) (last time.Time) {
+	for _, p := range published {
+		if p.Last.After(last) {
+			last = p.Last
+		}
+	}
+	return last
+}
+
 // Publisher takes the counts of sealed epochs, in order of their start.
 //
 // Publish returns nil only when the count can no longer be lost by a crash of

@@ -75,6 +75,10 @@ type Past struct {
 	// They are published first, each followed by Retire.
 	Left []Left
 
+	// Lost are counts that no record can be made of: this publisher has published a
+	// later window. That takes files that an earlier version has left.
+	Lost []Left
+
 	// Serial, Start and Window are those of the epoch opened last. Unless it is
 	// Over, it goes on if it is the present one, under the same serial; any other
 	// gets the next. No epoch before it is opened.
@@ -351,6 +355,7 @@ type Stats struct {
 	Repeats  uint64 // answered as already seen, since the start of the process
 	Unclosed int    // epochs left but not yet published
 	Skipped  uint64 // epochs that passed while the process did not run
+	Lost     int    // windows of the Past that no record can be made of
 	Clock    Clock
 }
 
@@ -364,6 +369,7 @@ func (c *Counter) Stats() Stats {
 		Repeats:  c.closed.repeats,
 		Unclosed: len(c.turned),
 		Skipped:  c.skipped.Load(),
+		Lost:     len(c.cfg.Past.Lost),
 		Clock:    c.clock.seen,
 	}
 	for _, e := range c.turned {

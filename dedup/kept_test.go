@@ -133,7 +133,7 @@ func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
 	if l.topic != nil {
 		l.topic.open(l.last, l.sum)
 	}
-	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: l.last, Past: m.Past(l.published())})
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: counter.LastOf(l.published()), Past: m.Past(l.published())})
 	if err != nil {
 		t.Fatal(err)
 	}

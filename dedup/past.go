@@ -57,10 +57,13 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 		missing := less(less(have, o.logged), less(sum, o.published))
 		// The labels of this publisher increase: it cannot publish for one that it is past.
 		over := o.start().Before(its.Last) || o.start().Before(j.first.start)
+		doubtful := o.inexact || j.lost(&o)
+		if !o.ended && over && !o.start().Before(its.Last) && (missing > 0 || doubtful) {
+			past.Lost = append(past.Lost, counter.Left{Start: o.start(), Window: o.window, Unique: missing, Exact: !doubtful})
+		}
 		if o.ended || over {
 			missing = 0
 		}
-		doubtful := o.inexact || j.lost(&o)
 		settled := o.ended || over || recorded && missing == 0 && !doubtful
 		if o.publisher != j.publisher && !settled {
 			if o.start().Equal(j.first.start) {

@@ -4,6 +4,7 @@ package dedup
 
 import (
 	"context"
+	"os"
 	"strconv"
 	"testing"
 	"testing/synctest"
@@ -78,5 +79,65 @@ func TestOtherPublisherWithinAWindow(t *testing.T) {
 		if sum, _, exact := l.total(start); sum != 16 || !exact {
 			t.Errorf("the records add up to %d, exact %t; want 16", sum, exact)
 		}
+	})
+}
+
+// TestWindowsOfAnotherNameAreBehindThose that any name has published in the data
+// directory: the next process, of whatever name, may have to publish their counts.
+func TestWindowsOfAnotherNameAreBehindThose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := small(fastDir(t))
+		l := newLedger(t)
+		as := func(name string, window time.Duration) *life {
+			cfg.Publisher = name
+			l.rename(name)
+			return live(t, cfg, window, l)
+		}
+		p := as("verve/a", 100*time.Millisecond)
+		time.Sleep(3750 * time.Millisecond)
+		p.close()
+		last := p.c.Last().Start()
+		if err := os.RemoveAll(cfg.Dir); err != nil { // what it says of a is gone
+			t.Fatal(err)
+		}
+		p = as("verve/b", 3*time.Second)
+		p.want(time.Now(), "1", Unique)
+		start := p.c.Last().Start()
+		if start.Before(last) {
+			t.Errorf("b has opened %v, and a has published %v", start, last)
+		}
+		p.kill()
+		p = as("verve/a", 3*time.Second)
+		p.close()
+		if lost := p.c.Stats().Lost; lost > 0 {
+			t.Errorf("%d windows are lost, want none", lost)
+		}
+		if sum, records, _ := l.total(start); sum != 1 {
+			t.Errorf("%d records of %v add up to %d, want 1", records, start, sum)
+		}
+	})
+}
+
+// TestWindowWithoutARecordIsSaid: what another name has left behind the last window
+// of this one cannot be published.
+func TestWindowWithoutARecordIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := small(fastDir(t))
+		cfg.Publisher = "verve/b"
+		p := live(t, cfg, 3*time.Second, newLedger(t))
+		p.want(time.Now(), "1", Unique)
+		start := p.c.Last().Start()
+		p.kill()
+		time.Sleep(time.Second)
+		cfg.Publisher = "verve/a"
+		m, err := NewMemory(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		past := m.Past(map[string]counter.Published{"verve/a": {Last: start.Add(700 * time.Millisecond), Unique: 3}})
+		if len(past.Left) != 0 || len(past.Lost) != 1 || !past.Lost[0].Start.Equal(start) || past.Lost[0].Unique != 1 {
+			t.Errorf("left %v, lost %v; want the window of %v with one id to be lost", past.Left, past.Lost, start)
+		}
+		m.abandon()
 	})
 }

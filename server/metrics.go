@@ -186,6 +186,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", unixSeconds(last.Start))
 	e.gauge("verve_epochs_unclosed", "Epochs that have ended and are not yet published.", float64(c.Unclosed))
 	e.counter("verve_epochs_skipped_total", "Epochs that passed while the process did not run.", c.Skipped)
+	e.counter("verve_windows_lost_total", "Windows that an earlier process left and that no record can be made of, as a later one is published.", uint64(c.Lost))
 	e.gauge("verve_clock_behind_seconds", "How far the clock is behind the start of the open epoch.", c.Clock.Behind.Seconds())
 	e.counters("verve_clock_steps_total", "Steps of the clock, by direction.", "direction", []resultCount{
 		{"forward", c.Clock.Forward}, {"back", c.Clock.Back},
