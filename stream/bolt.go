@@ -27,7 +27,8 @@ import (
 // A commit is two fdatasyncs. That is once per window for the append and once
 // per batch for each sink's acknowledgement, so no batching is built on top.
 type boltStore struct {
-	db *bolt.DB
+	db       *bolt.DB
+	instance string // goes with each record: there may have been no room for it alone
 
 	// broken is set where a write ended in a panic: bbolt then takes back what it
 	// did by reading the same file, and may fault there again, with its lock held.
@@ -96,6 +97,7 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 
 	info, statErr := os.Stat(path)
 	fresh := errors.Is(statErr, os.ErrNotExist)
+	blank := fresh || statErr == nil && info.Size() == 0
 	if statErr == nil && info.Mode().IsRegular() && info.Size() > 0 && info.Size() < int64(2*os.Getpagesize()) {
 		// bbolt has no sentinel for it. An empty file is one that was created
 		// and not written before a crash: bbolt initialises it.
@@ -113,7 +115,7 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 			// interrupted bbolt has none. Address space costs nothing.
 			InitialMmapSize: mapped,
 		})
-		return interrupted(err)
+		return numbered(err)
 	})
 	switch {
 	case err == nil:
@@ -122,9 +124,13 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrVersionMismatch),
 		errors.Is(err, berrors.ErrChecksum), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, fmt.Errorf("%w: %w", errDamaged, err)
+	case blank && durable.NoSpace(err):
+		// bbolt may have written a part.
+		emptied(path)
+		return nil, err
 	default:
-		// Permissions, a full or read-only disk, a directory in the way: the
-		// file may be sound, so it is left alone.
+		// Permissions, a read-only disk, a directory in the way: the file may be
+		// sound, so it is left alone.
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	db.AllocSize = growBy
@@ -142,6 +148,19 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 	// For a message only: where it cannot be written, that names nobody.
 	_ = os.WriteFile(path+ownerSuffix, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644)
 	return b, nil
+}
+
+// emptied takes back what was written of a new file. It stays there, as another
+// process may wait for its lock.
+func emptied(path string) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if taken, err := durable.TryLock(f); taken && err == nil {
+		_ = f.Truncate(0) // else the next open sets it aside
+	}
 }
 
 // owner is the process that the file names.
@@ -230,13 +249,18 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 	}()
 	// bbolt does not repeat a sync that was interrupted. The bytes written then may be
 	// there or not, as after any error, and are written again.
-	return durable.Retry(func() error { return interrupted(b.db.Update(fn)) })
+	return durable.Retry(func() error { return numbered(b.db.Update(fn)) })
 }
 
-// interrupted gives back the error that bbolt has made text of, of an advice.
-func interrupted(err error) error {
-	if err != nil && strings.HasSuffix(err.Error(), syscall.EINTR.Error()) {
-		return syscall.EINTR
+// numbered gives back the number of an error that bbolt has made text of.
+func numbered(err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, number := range []syscall.Errno{syscall.EINTR, syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
+		if text, found := strings.CutSuffix(err.Error(), number.Error()); found {
+			return fmt.Errorf("%s%w", text, number)
+		}
 	}
 	return err
 }
@@ -318,6 +342,7 @@ func loadState(tx *bolt.Tx) (state, error) {
 }
 
 func (b *boltStore) keepInstance(name string) error {
+	b.instance = name
 	return b.update(func(tx *bolt.Tx) error {
 		return put(tx.Bucket(bucketMeta), keyInstance, []byte(name))
 	})
@@ -336,6 +361,11 @@ func (b *boltStore) put(e entry, identity string, s series, beforeCommit func())
 		}
 		if err := put(tx.Bucket(bucketMeta), keyHead, beKey(e.index)); err != nil {
 			return err
+		}
+		if b.instance != "" {
+			if err := put(tx.Bucket(bucketMeta), keyInstance, []byte(b.instance)); err != nil {
+				return err
+			}
 		}
 		beforeCommit()
 		return nil

@@ -312,7 +312,7 @@ func TestKafkaBrokerAwayForHours(t *testing.T) {
 		var log bytes.Buffer
 		dir := t.TempDir()
 		s := start(t, dir, Config{Kafka: cfg, Log: zerolog.New(&log).Level(zerolog.WarnLevel)})
-		s.spool.store.(*boltStore).db.NoSync, s.spool.markPath = true, "" // the hours are virtual, the syncs would not be
+		s.spool.store.(*boltStore).db.NoSync, s.spool.dir = true, "" // the hours are virtual, the syncs would not be
 		const windows = 2 * 60
 		for i := range windows {
 			s.publish(t, i, i+1)

@@ -90,6 +90,7 @@ type Spool struct {
 	// it. Reading records does not take it.
 	mu      sync.Mutex
 	store   store
+	unmade  error             // why there was no room for the file; the next append tries again
 	series  map[string]series // by identity; committed state only
 	head    uint64            // index of the last committed record
 	opened  uint64            // head when this process opened the spool
@@ -101,9 +102,8 @@ type Spool struct {
 	poison  int       // records set aside in the store
 	changed chan struct{}
 
-	// mark follows series in a file of its own; no path: in memory only.
-	mark     mark
-	markPath string
+	dir  string // the data directory; empty: in memory only
+	mark mark   // follows series in a file of its own
 
 	// recent maps the last windows to the index of their last record, for
 	// Delivered; recentOrder forgets the oldest.
@@ -178,8 +178,8 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		changed: make(chan struct{}),
 		recent:  make(map[int64]uint64),
 	}
+	s.store = &memoryStore{}
 	if cfg.Dir == "" {
-		s.store = &memoryStore{}
 		if s.limit == 0 {
 			s.limit = DefaultMemoryLimit
 		}
@@ -187,22 +187,19 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		if s.limit == 0 {
 			s.limit = DefaultSpoolLimit
 		}
-		if err := durable.MkdirAll(cfg.Dir); err != nil {
+		s.dir = cfg.Dir
+		err := s.openFile()
+		if err != nil && !durable.NoSpace(err) {
 			return nil, fmt.Errorf("open spool: %w", err)
 		}
-		path := filepath.Join(cfg.Dir, spoolFile)
-		b, aside, err := openBolt(path)
-		if err != nil {
-			return nil, fmt.Errorf("open spool: %w", err)
+		if s.unmade = err; err != nil {
+			cfg.Log.Error().Err(err).Msg("there is no room for the spool: counts wait until there is")
 		}
-		if aside != "" {
-			s.setAside = aside
-			cfg.Log.Error().Str("file", path).Str("set_aside_as", aside).
+		if s.setAside != "" {
+			cfg.Log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Str("set_aside_as", s.setAside).
 				Msg("spool was damaged and set aside, and a new one started: its undelivered records stay in the old file, and seq continues after the last one known")
 		}
-		s.store = b
-		s.markPath = filepath.Join(cfg.Dir, markFile)
-		s.mark = readMark(s.markPath)
+		s.mark = readMark(s.markPath())
 	}
 	before, err := s.load(cfg.Instance)
 	if err != nil {
@@ -215,6 +212,41 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	}
 	return s, nil
 }
+
+// openFile opens or creates the file, in place of the store in memory. Where there
+// is no room, nothing is in it that is missed.
+func (s *Spool) openFile() error {
+	if err := durable.MkdirAll(s.dir); err != nil {
+		return err
+	}
+	b, aside, err := openBolt(filepath.Join(s.dir, spoolFile))
+	s.setAside = cmp.Or(aside, s.setAside)
+	if err == nil {
+		s.store = b
+	}
+	return err
+}
+
+// makeFile tries again to make the file that there was no room for at the start.
+func (s *Spool) makeFile() error {
+	if s.unmade == nil {
+		return nil
+	}
+	if s.unmade = s.openFile(); s.unmade != nil {
+		return s.unmade
+	}
+	_, err := s.load(s.instance)
+	if err == nil && s.head > 0 {
+		err = errors.New("another process has made one meanwhile")
+	}
+	if err != nil {
+		s.store.close()
+		s.store, s.unmade = &memoryStore{}, err
+	}
+	return err
+}
+
+func (s *Spool) markPath() string { return filepath.Join(s.dir, markFile) }
 
 // load takes over what the store knows, settles the name of the instance, and returns the
 // one that it had before.
@@ -235,7 +267,7 @@ func (s *Spool) load(instance string) (before string, err error) {
 		}
 	}
 	if st.instance != s.instance {
-		if err := s.store.keepInstance(s.instance); err != nil {
+		if err := s.store.keepInstance(s.instance); err != nil && !durable.NoSpace(err) { // else it goes with the next record
 			return "", fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
@@ -320,6 +352,9 @@ func (s *Spool) append(r *Record, step func(string)) error {
 		next.seq++
 		r.Seq = next.seq
 	}
+	if err := s.makeFile(); err != nil {
+		return fmt.Errorf("append to the spool: %w", err)
+	}
 	if s.pending >= s.limit {
 		return fmt.Errorf("%w: %d records wait for delivery", ErrSpoolFull, s.pending)
 	}
@@ -360,12 +395,12 @@ func (s *Spool) append(r *Record, step func(string)) error {
 // where the spool is damaged as well, so nothing waits for it: the next append
 // tries again.
 func (s *Spool) keepMark(identity string, at series) {
-	if s.markPath == "" || s.mark.Identity == identity && s.mark.Seq == at.seq {
+	if s.dir == "" || s.mark.Identity == identity && s.mark.Seq == at.seq {
 		return
 	}
 	s.mark.Identity, s.mark.Instance = identity, s.instance
 	s.mark.Seq, s.mark.Start, s.mark.Unique = at.seq, at.start, at.unique
-	_ = s.mark.write(s.markPath)
+	_ = s.mark.write(s.markPath())
 }
 
 func (s *Spool) remember(start time.Time, index uint64) {
@@ -394,14 +429,17 @@ func (s *Spool) attach(sinks []string) error {
 	}
 	for name := range s.cursors {
 		if !want[name] {
-			if err := s.store.dropSink(name); err != nil {
+			if err := s.store.dropSink(name); err != nil && !durable.NoSpace(err) { // else the next start does, and it holds nothing back
 				return fmt.Errorf("forget sink %s: %w", name, err)
 			}
 			delete(s.cursors, name)
 		}
 	}
-	if s.pending > 0 && len(sinks) > 0 {
-		return s.settle(sinks[0])
+	if s.pending == 0 || len(sinks) == 0 {
+		return nil
+	}
+	if err := s.settle(sinks[0]); err != nil && !durable.NoSpace(err) { // else the next acknowledgement does
+		return err
 	}
 	return nil
 }
@@ -451,11 +489,19 @@ func (s *Spool) refreshOldest() error {
 // still be taken back.
 func (s *Spool) next(sink string, limit int) ([]entry, error) {
 	s.mu.Lock()
-	after, upTo, st := s.cursors[sink], s.head, s.store
+	after, upTo := s.cursors[sink], s.head
 	s.mu.Unlock()
 	if after >= upTo {
 		return nil, nil
 	}
+	return s.scan(after, upTo, limit)
+}
+
+// scan is that of the store.
+func (s *Spool) scan(after, upTo uint64, limit int) ([]entry, error) {
+	s.mu.Lock()
+	st := s.store
+	s.mu.Unlock()
 	return st.scan(after, upTo, limit)
 }
 

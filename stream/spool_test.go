@@ -110,7 +110,7 @@ func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
 	sp := testSpool(t, dir)
 	// The test is about keeping records; 10,080 single syncs would take longer than the
 	// rest of the package together.
-	sp.store.(*boltStore).db.NoSync, sp.markPath = true, ""
+	sp.store.(*boltStore).db.NoSync, sp.dir = true, ""
 	if err := sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +118,7 @@ func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
 	sp.Close()
 	sp = testSpool(t, dir)
 	defer sp.Close()
-	sp.store.(*boltStore).db.NoSync, sp.markPath = true, ""
+	sp.store.(*boltStore).db.NoSync, sp.dir = true, ""
 	if err := sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)
 	}

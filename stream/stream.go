@@ -138,7 +138,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	if cfg.Scope == ScopeGroup && cfg.CountsFile != "" && cfg.Claims == nil {
 		return nil, errors.New("stream: a counts file of a group needs Claims")
 	}
-	s := &Stream{cfg: cfg, spool: spool}
+	s := &Stream{cfg: cfg, spool: spool, appendErr: spool.unmade}
 	var names []string
 	add := func(k sink, target string) {
 		s.sinks = append(s.sinks, &worker{sink: k, target: target, stream: s, log: logline.Sampler{Every: failureLogEvery}})
@@ -290,7 +290,7 @@ func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 	spooled := make(map[counter.Span]uint64)
 	pending, head := s.spool.pendingRange()
 	for after := head - pending; after < head; {
-		batch, err := s.spool.store.scan(after, head, batchSize)
+		batch, err := s.spool.scan(after, head, batchSize)
 		if err != nil {
 			return nil, fmt.Errorf("read the spool: %w", err)
 		}

@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"verve/internal/testproc"
 )
@@ -69,5 +72,40 @@ func interruptEverySecond(t *testing.T, strace, call string, first int) {
 	}
 	if sum != 12 {
 		t.Errorf("the records add up to %d, want 12", sum)
+	}
+}
+
+// TestCountsWaitForRoomForTheSpool: a server that was started without room publishes
+// every window when there is some, and counts ids again.
+func TestCountsWaitForRoomForTheSpool(t *testing.T) {
+	cmd := limited(t, 8192, "--window=100ms")
+	v := testproc.StartCmd(t, cmd)
+	v.Until("record is not in the spool yet")
+	unlimited := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+	if err := unix.Prlimit(v.Process.Pid, unix.RLIMIT_FSIZE, &unlimited, nil); err != nil {
+		t.Fatal(err)
+	}
+	v.Until(`"message":"window published"`)
+	testproc.Until(t, "an id is counted", func() bool {
+		status, _ := v.Get(v.Public + "/api/verve/accept?id=1")
+		return status == 200
+	})
+	if status, body := v.Get(v.Admin + "/readyz"); status != 200 {
+		t.Errorf("got %d %s, want ready", status, body)
+	}
+	if code := v.Stop(); code != 0 {
+		t.Errorf("exit code %d\n%s", code, v.Text())
+	}
+	sum := 0
+	var last time.Time
+	for i, r := range testproc.Records(t, filepath.Join(cmd.Dir, "verve-data", "counts.jsonl")) {
+		sum += r.Unique
+		if r.Seq != i+1 || i > 0 && r.Start.Sub(last) != 100*time.Millisecond {
+			t.Errorf("record %d has seq %d and starts at %v, after %v: one is missing", i+1, r.Seq, r.Start, last)
+		}
+		last = r.Start
+	}
+	if sum != 1 {
+		t.Errorf("the records add up to %d, want 1", sum)
 	}
 }
