@@ -43,7 +43,7 @@ func eachMaker(b *testing.B, ids int, name string, f func(*testing.B, Maker)) {
 	}
 }
 
-// BenchmarkAdd brings ids to a set made for as many, window by window.
+// BenchmarkAdd adds ids to a set made for as many, window by window.
 //
 // unique and half time whole windows, from an empty epoch through its turn
 // until everything it left is reclaimed; their memory comes from a window
@@ -117,7 +117,7 @@ func addRepeats(b *testing.B, d Design, before, t *tape, writers int) {
 	cost.report(b, adds)
 }
 
-// fill brings the ids of t by several writers, each its part.
+// fill adds the ids of t with several writers, each a part.
 func fill(b *testing.B, d Design, t *tape, writers int) {
 	var fresh atomic.Int64
 	write := func(w int) {

@@ -38,11 +38,11 @@ type Batcher interface {
 	AddMany(ids [][]byte, writer int) (fresh int)
 }
 
-// together is how many ids a Batcher is brought at once: as many requests as
-// clients that pipeline have in flight.
+// together is how many ids a Batcher gets at once: as many requests as clients that
+// pipeline have in flight.
 const together = 16
 
-// Sizes are the unique ids that a design is told to expect in an epoch.
+// Sizes are the unique ids that a design is made to expect in an epoch.
 type Sizes struct {
 	Numbers int // canonical decimals
 	Others  int

@@ -41,8 +41,8 @@ func TestIdIsNewOncePerEpoch(t *testing.T) {
 	})
 }
 
-// TestOneWriterIsTold: of several writers that bring the same id at the same
-// time, one is told that it is new, also while the maps grow.
+// TestOneWriterIsTold: if several writers add the same id at the same time, exactly one
+// gets the answer that it is new, also while the maps grow.
 func TestOneWriterIsTold(t *testing.T) {
 	const ids, writers, epochs = 20_000, 4, 3
 	for _, k := range []kind{decimal, uuids, text} {

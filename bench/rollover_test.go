@@ -167,8 +167,8 @@ func rollover(b *testing.B, d Design, tapes [rolloverWriters]*tape, paced bool) 
 	b.ReportMetric(0, "ns/op")
 }
 
-// write brings ids until the end. Those of an epoch begin anywhere on the tape
-// and do not come round within it.
+// write adds ids until the end. The ids of an epoch begin anywhere on the tape and do not
+// repeat within it.
 func (r *rolloverRun) write(w int, t *tape) {
 	me := &r.writers[w]
 	epoch, made, due := int64(0), int64(0), time.Duration(0)

@@ -9,8 +9,8 @@ import (
 	"verve/counter"
 )
 
-// BenchmarkAdd brings new decimals to one epoch. The baselines and the other
-// mixes are in package bench.
+// BenchmarkAdd adds new decimals to one epoch. The baselines and the other mixes are in
+// package bench.
 func BenchmarkAdd(b *testing.B) {
 	for _, ids := range []int{50_000, 1_000_000, 10_000_000} {
 		b.Run(strconv.Itoa(ids), func(b *testing.B) {

@@ -61,7 +61,7 @@ func newEpochs(t testing.TB, s Set) epochs {
 
 func (e epochs) at(n int) int64 { return e.base + int64(n)*int64(time.Hour) }
 
-// add brings id to the n-th epoch.
+// add adds id to the n-th epoch.
 func (e epochs) add(t testing.TB, s Set, n int, id string) (Verdict, error) {
 	t.Helper()
 	in, ok := e.Enter(e.at(n), 0)
@@ -98,8 +98,8 @@ var alike = []string{
 	"a", "A", "\u00e9", "e\u0301", "a\x00", "a\x00\x00",
 }
 
-// twice brings each id two times in one batch: the second is a repeat of the
-// first, whatever that is.
+// twice adds each id two times in one batch: the second is a repeat of the first, whatever
+// that is.
 type twice struct {
 	*Memory
 	t testing.TB

@@ -14,8 +14,8 @@ import (
 	"verve/counter"
 )
 
-// families are ids with structure, of the kinds that clients bring and that an
-// attacker would try who knows the code but not the secret.
+// families are ids with structure: the kinds that clients send, and that an attacker would
+// try who knows the code but not the secret.
 func families() map[string]func(i uint64) []byte {
 	f := map[string]func(i uint64) []byte{}
 	decimal := func(name string, number func(i uint64) uint64) {
@@ -111,10 +111,10 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 	return flooded{1 - float64(inFirst)/ids, s.Levels, s.Bytes, float64(l.narrow+l.wide) / ids}
 }
 
-// TestFloodingChangesNeitherMemoryNorLevels: whatever structure the ids have,
-// the table looks as it does with random ones. What is allowed between the two
-// is chance: the share of ids in deeper levels is 2 % and varies by a few per
-// cent of itself, the sampled load by as much.
+// TestFloodingChangesNeitherMemoryNorLevels: whatever structure the ids have, the table
+// looks as it does with random ones. Only chance may differ between the two: the share of
+// ids in deeper levels is 2 % and varies by a few per cent of itself, the sampled load by
+// as much.
 func TestFloodingChangesNeitherMemoryNorLevels(t *testing.T) {
 	if raceEnabled {
 		t.Skip("one goroutine: nothing for the race detector")

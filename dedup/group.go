@@ -8,15 +8,15 @@ type GroupStats struct {
 
 	Unique uint64 // ids of the whole group in the open epoch, as last heard
 
-	// Away says what is wrong with Redis; empty if nothing is. Ready says whether
-	// ids are answered all the same.
+	// Away is the present failure of Redis, empty if there is none. Ready reports whether
+	// ids are answered even so.
 	Away  string
 	Ready bool
 
 	Batches  uint64 // sent
 	Retries  uint64 // of them that failed
-	Untold   uint64 // ids taken back, as nobody could be told of them
-	Twice    uint64 // ids given in several instances while Redis was away
+	Untold   uint64 // ids removed again, because their requests had already got 503
+	Twice    uint64 // ids that several instances answered ok while Redis was unreachable
 	Replayed uint64 // ids added again after Redis had lost them
 	Dropped  uint64 // ids answered as new that are in no record
 	Pending  uint64 // ids that wait for an answer

@@ -112,8 +112,7 @@ func (s *scene) adds(r *explore.Run, name string, epoch int, keys ...Key) {
 	})
 }
 
-// visits starts a thread that brings keys one after the other, each inside the only
-// epoch.
+// visits starts a thread that adds keys one after the other, each inside the only epoch.
 func (s *scene) visits(r *explore.Run, name string, keys ...Key) {
 	from := len(s.added)
 	for _, k := range keys {
@@ -129,9 +128,9 @@ func (s *scene) visits(r *explore.Run, name string, keys ...Key) {
 	})
 }
 
-// check holds the answers of each id in each epoch against a set: Unique once, and
-// Repeat only where it was. An id is turned away only where a later epoch is open.
-// What was answered Unique in the last epoch is known there.
+// check holds the answers of each id in each epoch against a set: Unique once, and Repeat
+// only where it was. An id is turned away only where a later epoch is open. An id that was
+// answered Unique in the last epoch is known there.
 func (s *scene) check() error {
 	type place struct {
 		epoch int

@@ -40,8 +40,8 @@ type journal struct {
 	boot          uint32
 	bootAt        func() time.Time // when the machine was started
 	publisher     uint64           // who publishes the counts, as publisherOf
-	nudge         func()           // wakes the one who calls prepare
-	onFailure     func(error)      // is told what broken becomes
+	nudge         func()           // wakes Run, which calls prepare
+	onFailure     func(error)      // called with the new value of broken
 	step          func()           // tests: called between the stores of a slot
 	msync         func(name string, b []byte) error
 
@@ -56,9 +56,9 @@ type journal struct {
 	// broken is set when the files cannot be trusted to take a store or to keep
 	// it: from then on no journal of theirs adds anything (see renew.go).
 	broken atomic.Pointer[error]
-	failed chan struct{} // capacity 1: wakes the one who keeps, then
-	turned chan struct{} // capacity 1: likewise, when a slot was written or ended
-	moved  bool          // out of the way of the next, which the one who keeps alone asks
+	failed chan struct{} // capacity 1: wakes Memory.keep after a failure
+	turned chan struct{} // capacity 1: wakes Memory.keep after a slot was written or ended
+	moved  bool          // the directory was renamed to make room for the next one; only Memory.keep reads it
 
 	making  sync.Mutex // held while a segment is made
 	shortAt time.Time  // when that failed last; guarded by making
@@ -73,7 +73,7 @@ type journal struct {
 	short    error  // why no segment could be made, if that was so the last time
 	inUse    [forecastEpochs]int
 
-	// What was found at the start, for Past and the first Open.
+	// Found at the start, for Past and the first Open.
 	counts    map[uint64]load // records by serial
 	aside     bool            // a damaged directory was replaced
 	cut       bool            // power was lost since
@@ -109,8 +109,8 @@ const (
 	maxSegmentChunks = 1 << 20
 )
 
-// The header of the state file, in words. The check is its last, in every
-// version: so a damaged header is told from one of another version.
+// The header of the state file, in words. The check is its last, in every version: this
+// distinguishes a damaged header from one of another version.
 const (
 	headerMagicAt = iota
 	headerVersionAt
@@ -772,8 +772,8 @@ func (j *journal) bytes() uint64 {
 	return n
 }
 
-// sync returns when what was kept before the call is on the disk. It is not
-// called together with trim. What is clean already costs a microsecond.
+// sync returns when everything stored before the call is on the disk. It must not run at
+// the same time as trim. Pages that are clean cost a microsecond.
 func (j *journal) sync() error {
 	j.mu.Lock()
 	var names []string

@@ -193,8 +193,7 @@ func (p *life) close() {
 	}
 }
 
-// add brings id at now, every other time in a batch, and returns its epoch's
-// start.
+// add adds id at now, every other time in a batch, and returns the start of its epoch.
 func (p *life) add(now time.Time, id string) (Verdict, time.Time, error) {
 	p.t.Helper()
 	in, ok := p.c.Enter(now.UnixNano(), 0)
@@ -248,9 +247,8 @@ func small(dir string) Config {
 // against a plain model: an id is new once in a window over all lives, and the
 // records of each window add up to the answers, with those that nobody got.
 //
-// One of topicEvery schedules goes on through spool and stream to a topic, whose
-// broker is away at times and loses answers, with a kill right after it has done
-// what was asked.
+// One of topicEvery schedules goes on through spool and stream to a topic, whose broker is
+// down at times and loses answers, with a kill right after it has done its work.
 func TestRestartsAgreeWithAModel(t *testing.T) {
 	schedules := 10_000
 	if raceEnabled {

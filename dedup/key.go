@@ -41,12 +41,12 @@ func secretOf(w []uint64) secret {
 // multiplications by secret odd numbers, with the high half folded down between
 // them.
 //
-// A multiplication moves what differs only upwards, and of ids that differ only
-// in their high bits it makes an arithmetic progression. Two of them are not
-// enough: of ids k<<40 the first fold leaves the lowest bits alike, so that all
-// or none were sampled for the load, and the second progression filled some
-// buckets three times over for one secret in six. With three no family of ids
-// in TestFloodingChangesNeitherMemoryNorLevels can be told from random ones.
+// A multiplication moves what differs only upwards, and of ids that differ only in their
+// high bits it makes an arithmetic progression. Two of them are not enough: of ids k<<40
+// the first fold leaves the lowest bits alike, so that all or none were sampled for the
+// load, and the second progression filled some buckets three times over for one secret in
+// six. With three no family of ids in TestFloodingChangesNeitherMemoryNorLevels behaves
+// differently from random ids.
 func (s *secret) scatter(key uint64) uint64 {
 	x := (key ^ s.xor[0]) * s.odd[0]
 	x ^= x >> 32
@@ -75,9 +75,8 @@ func (s *secret) hash(id []byte) (hi, lo uint64) {
 	return siphash.Hash128(s.sip0, s.sip1, id)
 }
 
-// Key is what a Set tells ids apart by, whatever the epoch: exactly, but for texts,
-// which are told apart by a keyed hash of 128 bits. Sets of one process have keys of
-// their own.
+// Key identifies an id to the Set that made it, in every epoch: exactly, except for texts,
+// which have a keyed hash of 128 bits. A Key of one Set means nothing to another.
 type Key struct {
 	hi, lo uint64 // scattered; hi is 0 for decimals
 	kind   uint8  // narrowKind, wideKind

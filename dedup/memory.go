@@ -59,13 +59,13 @@ type Config struct {
 	// Publisher names who publishes the counts: what another one has published says
 	// nothing about what is missing.
 	Publisher string
-	// OnSetAside is told the new name of a Dir that was damaged, and why. A new
-	// one was made in its place.
+	// OnSetAside is called with the new name of a Dir that was damaged, and the reason. A
+	// new directory is in its place.
 	OnSetAside func(name string, reason error)
-	// OnFailure is told why nothing can be kept in Dir any more: from then on
-	// every Add fails with ErrUnavailable, until OnRepair, which comes when Dir
-	// takes writes again and the epoch that failed is published. They may be
-	// called from Add, and must not call the Memory.
+	// OnFailure is called with the reason why Dir cannot keep ids any more: from then on
+	// every id gets Unavailable, until OnRepair is called, when Dir accepts writes again
+	// and the epoch of the failure is published. Both may be called from AddMany, and must
+	// not call the Memory.
 	OnFailure func(error)
 	OnRepair  func()
 

@@ -38,8 +38,8 @@ func newMemory(t testing.TB, cfg Config) *Memory {
 	return m
 }
 
-// fill brings n decimals, from on, and as many texts to the k-th epoch, where
-// all of them are new.
+// fill adds n decimals, from on, and as many texts to the k-th epoch, where all of them
+// are new.
 func fill(t testing.TB, e epochs, m *Memory, k, from, n int) {
 	t.Helper()
 	in, ok := e.Enter(e.at(k), 0)
@@ -298,8 +298,8 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 	}
 }
 
-// TestSetGrowsUnderWriters has writers bring the same ids, far more than
-// expected, with the cleaner growing the tables beside them.
+// TestSetGrowsUnderWriters has writers add the same ids, far more than expected, while the
+// cleaner grows the tables.
 func TestSetGrowsUnderWriters(t *testing.T) {
 	const writers = 4
 	ids := 400_000
@@ -369,7 +369,7 @@ func growsWhenAskedAgain(t *testing.T) error {
 	e := newEpochs(t, m)
 	in, _ := e.Enter(e.at(0), 0)
 	defer in.Leave(counter.Void)
-	m.check <- struct{}{} // somebody asked for something else
+	m.check <- struct{}{} // another wish
 	limit := m.arena.used.Load() + 1
 	for i := range 2_500_000 {
 		switch i {
@@ -517,7 +517,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 		}
 	}
 	in.Leave(counter.Void)
-	m.Stats() // the metrics page may still be asked for
+	m.Stats() // the metrics page may still be read
 }
 
 func TestAddAllocatesNothing(t *testing.T) {
@@ -555,8 +555,8 @@ func TestAddAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestAddManyAgreesWithAddsOfOne brings the same ids, of all kinds and with repeats
-// within a batch, one by one to one store and in batches to another.
+// TestAddManyAgreesWithAddsOfOne adds the same ids, of all kinds and with repeats within a
+// batch, one by one to one store and in batches to another.
 func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 	for _, maxIDs := range []uint64{0, 3000, 1 << 20} {
 		one, many := newMemory(t, Config{MaxIDs: maxIDs}), newMemory(t, Config{MaxIDs: maxIDs, Dir: fastDir(t)})

@@ -16,12 +16,13 @@ func publisherOf(name string) uint64 {
 	return binary.LittleEndian.Uint64(sum[:]) | 1
 }
 
-// past says what was left at the start; published is what each publisher has.
+// past returns what earlier processes left to be published; published is what each
+// publisher has published.
 //
-// Of an epoch the records in the journal beyond logged, less what its publisher
-// has published beyond published, are missing. Both are of one moment, so it does
-// not matter whether the last process was killed before or after its last record
-// was published. This publisher takes over what another one did not publish.
+// Missing in an epoch are its records in the journal beyond logged, less what its
+// publisher has published beyond published. Both are of one moment, so it does not matter
+// whether the last process was killed before or after its last record was published. This
+// publisher takes over what another one did not publish.
 //
 // An epoch that may have lost ids gets a record also where none is missing: the
 // records before it do not say so.

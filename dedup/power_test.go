@@ -320,7 +320,7 @@ type powerRun struct {
 	p      *life
 	window time.Duration
 	booted time.Time
-	synced time.Time // by the one who keeps
+	synced time.Time // by keep
 	model  map[counter.Span]*powerWindow
 	losses int
 	found  []string
@@ -492,7 +492,7 @@ func (r *powerRun) step(ids int) {
 	r.keep(false)
 }
 
-// sleep lets time pass, in which the one who keeps syncs.
+// sleep lets time pass, in which keep syncs.
 func (r *powerRun) sleep(d time.Duration) {
 	for d > 0 {
 		some := min(d, syncEvery)

@@ -2,9 +2,10 @@ package dedup
 
 import "unsafe"
 
-// prefetch asks for the place where the search for x begins, in each level of far
-// buckets or more; the smaller ones are near, or hold few ids. It waits for nothing,
-// and may be called when the table was let go: what is not mapped is not brought.
+// prefetch prefetches the place where the search for x begins, in each level of far
+// buckets or more; the smaller ones are in the cache, or hold few ids. It waits for
+// nothing, and may be called after the table was freed: pages that are not mapped are
+// ignored.
 //
 // A method of the level for the body of the loop made an add to a large table a
 // fifth slower (BenchmarkAdd of bench, 10 million ids).

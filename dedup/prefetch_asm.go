@@ -4,8 +4,8 @@ package dedup
 
 import "unsafe"
 
-// prefetch asks the processor to bring the cache line of p near. It does not
-// wait for it, and does nothing where p is not mapped.
+// prefetch asks the processor to load the cache line of p. It does not wait for that, and
+// does nothing if p is not mapped.
 //
 //go:noescape
 func prefetch(p unsafe.Pointer)

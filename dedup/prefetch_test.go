@@ -7,7 +7,7 @@ import (
 )
 
 // BenchmarkAddMany adds new ids to a large table one by one and in batches, as a
-// pipelining client brings them.
+// pipelining client sends them.
 func BenchmarkAddMany(b *testing.B) {
 	const ids = 10_000_000
 	for _, size := range []int{1, 2, 4, 8, 16, 32} {

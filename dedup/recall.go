@@ -80,12 +80,12 @@ func (m *Memory) recall() {
 	}
 }
 
-// filler brings the records of a kind into a table that nobody else has yet.
+// filler inserts the records of a kind into a table that no request has yet.
 type filler struct {
 	kind    int
 	records uint64 // how many there are
 
-	// Of the first level:
+	// For the first level:
 	table                []byte
 	buckets, bucketBytes uint64
 
@@ -207,11 +207,10 @@ const (
 	replayAhead = 24
 )
 
-// replay brings the records that the newest epoch has in the segments into a
-// table, on all processors. In the order they came in, each id costs a miss or
-// two of a large table: 1.7 s for 46 million on two cores. So they are sorted by
-// their place first, and a part of the table is filled at a time, by one worker
-// (BenchmarkStart).
+// replay inserts the records of the newest epoch into a table, on all processors. In the
+// order of arrival each id costs a cache miss or two of a large table: 1.7 s for 46
+// million on two cores. So they are first sorted by their place, and one worker fills a
+// part of the table at a time (BenchmarkStart).
 func (m *Memory) replay(segments []*segment, f filler) error {
 	if f.records == 0 {
 		return nil
@@ -237,7 +236,7 @@ type replayer struct {
 	arena   *arena
 	j       *journal
 	serial  uint64
-	workers int // asked for once: Go follows the container's limit while it runs
+	workers int // read once: Go follows the container's limit while it runs
 
 	parts, shift int // of the table: bucket>>shift is the part
 

@@ -59,8 +59,8 @@ func (m *Memory) keep(ctx context.Context) {
 	}
 }
 
-// doubt says in the slots of a journal that failed that ids may be missing, for
-// a process that starts before they are published.
+// doubt marks the slots of a failed journal: a process that starts before their epochs are
+// published knows that ids may be missing.
 func (j *journal) doubt() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -145,7 +145,7 @@ func (j *journal) renewed(first bool) error {
 func (j *journal) removeReplaced() {
 	beside, err := os.ReadDir(filepath.Dir(j.dir))
 	if err != nil {
-		return // no more than space is lost, and the next start tries again
+		return // only space is lost, and the next start tries again
 	}
 	for _, e := range beside {
 		if strings.HasPrefix(e.Name(), filepath.Base(j.dir)+replacedSuffix) {
@@ -154,8 +154,8 @@ func (j *journal) removeReplaced() {
 	}
 }
 
-// lookFull answers an id that there is no room for in the journal: if it is in
-// the table it is a repeat all the same.
+// lookFull answers an id without room in the journal: if it is in the table it is still a
+// repeat.
 func (m *Memory) lookFull(v *View, kind int, hi, lo uint64, refused error) (p place, err error) {
 	if !errors.Is(refused, ErrFull) {
 		return full, refused

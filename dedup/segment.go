@@ -356,7 +356,7 @@ func (j *journal) prepare() {
 	low := len(j.ready) == 0 && (j.current == nil || j.current.next >= len(j.current.chunks)/2)
 	j.mu.Unlock()
 	if low {
-		_ = j.extend() // who finds no room asks again and has the error
+		_ = j.extend() // a request that finds no room tries again and gets the error
 	}
 }
 

@@ -1,9 +1,8 @@
 // Package dedup says whether an id is new in an epoch.
 //
-// A Set answers for every id of an epoch Unique exactly once, whatever number
-// of requests bring it and at whatever moment the epoch turns. The epoch is
-// part of the key: nothing is cleared at a turn, and what past epochs left is
-// reclaimed in the background.
+// A Set answers Unique exactly once for each id of an epoch, whatever number of requests
+// have it and whenever the epoch turns. The epoch is part of the key: nothing is cleared
+// at a turn, and the slots of past epochs are reclaimed in the background.
 //
 // server calls AddMany between entering and leaving an epoch of package counter.
 package dedup

@@ -18,11 +18,11 @@ import (
 // their place stands the tag of the epoch. Bucket and word give the key back:
 // the table is exact at 8 bytes a slot.
 //
-// A word with the tag of another epoch is an empty slot. An id takes the first
-// empty slot of its bucket from its home on, by compare-and-swap; slots are never
-// emptied within an epoch, so whoever brings the same id, and begins at the same
-// home, meets it before any slot that could be taken. A bucket without an empty slot stays full for the rest of the
-// epoch, and its further ids go to the next level, a table of its own size.
+// A word with the tag of another epoch is an empty slot. An id takes the first empty slot
+// of its bucket from its home on, by compare-and-swap; slots are never emptied within an
+// epoch, so a later request with the same id starts at the same home and meets the id
+// before any slot that it could take. A bucket without an empty slot stays full for the
+// rest of the epoch, and its further ids go to the next level, a table of its own size.
 // Growing adds a level and moves nothing.
 //
 // It replaced sync.Map, Go maps behind locks, and the libraries that stand
@@ -52,9 +52,9 @@ const (
 	// was expected.
 	maxLevels = 24
 
-	// Of the slots for n expected ids the first level gets firstShare and the
-	// second secondShare: at 12 ids a bucket 2 % find the first one full. That
-	// is 11.5 bytes an id (BenchmarkResident).
+	// The first level gets firstShare of the slots for n expected ids, the second
+	// secondShare: at 12 ids a bucket 2 % find the first one full. That is 11.5 bytes an
+	// id (BenchmarkResident).
 	firstShare  = 1.34
 	secondShare = 0.10
 
@@ -140,9 +140,9 @@ const (
 // at the first slot all ids would read what is taken before they find room.
 func home(word uint64) uint64 { return word >> (64 - 4) }
 
-// wordAt returns the i-th word of a bucket. Before b[i] of a pointer to an array Go
-// reads b[0], to see that b is not nil: of a bucket of two cache lines both would
-// be brought from memory where the search needs one.
+// wordAt returns the i-th word of a bucket. For b[i] of a pointer to an array Go first
+// reads b[0], to check that b is not nil: both cache lines of a bucket would be loaded
+// although the search needs one.
 func wordAt(bucket unsafe.Pointer, i uint64) *atomic.Uint64 {
 	return (*atomic.Uint64)(unsafe.Add(bucket, i*8))
 }

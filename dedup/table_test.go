@@ -104,8 +104,8 @@ func TestBucketFollowsItsRules(t *testing.T) {
 	}
 }
 
-// TestWideSlotIsReadOnlyWhenWritten stops a writer between its two words and
-// brings others to the slot meanwhile.
+// TestWideSlotIsReadOnlyWhenWritten stops a writer between its two words and sends others
+// to the slot meanwhile.
 func TestWideSlotIsReadOnlyWhenWritten(t *testing.T) {
 	const (
 		rest   = 77 << tagBits
@@ -114,7 +114,7 @@ func TestWideSlotIsReadOnlyWhenWritten(t *testing.T) {
 	)
 	for _, tt := range []struct {
 		name      string
-		word, two uint64 // what is brought
+		word, two uint64 // the key that is added
 		look      bool
 		waits     bool
 		want      place

@@ -29,17 +29,17 @@ type topic struct {
 	kafka stream.KafkaConfig
 	dial  func(ctx context.Context, network, address string) (net.Conn, error)
 
-	// Of the running process.
+	// The running process:
 	spool    *stream.Spool
 	stream   *stream.Stream
 	end      func()
-	patience time.Duration // of a stop with a broker that is away
+	patience time.Duration // of a stop without a broker
 
 	mu    sync.Mutex // guards what follows
 	away  bool
 	conns []net.Conn
 	lose  kmsg.Key // the next answer to such a request
-	then  bool     // the broker is away from then on
+	then  bool     // the broker is down from then on
 	armed bool     // until it was lost
 }
 
@@ -120,8 +120,8 @@ func (b *topic) hangUp() {
 	b.conns = nil
 }
 
-// loseAnswer makes the broker do what the next request of that kind asks for,
-// and say nothing; then, if it is to be, it is away.
+// loseAnswer makes the broker process the next request of that kind without an answer;
+// after that it is down, if wanted.
 func (b *topic) loseAnswer(to kmsg.Key, then bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

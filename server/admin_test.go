@@ -29,8 +29,8 @@ func (a *Admin) get(path string) *httptest.ResponseRecorder {
 	return w
 }
 
-// TestReadyzSaysWhyNot: a broker that is away is shown and keeps the server
-// ready; a spool that cannot be written, and a stop, do not.
+// TestReadyzSaysWhyNot: a broker that is down is shown and keeps the server ready; a spool
+// that cannot be written, and a stop, do not.
 func TestReadyzSaysWhyNot(t *testing.T) {
 	var records Records
 	_, a := newAdminSite(t, &records)
@@ -174,7 +174,7 @@ func TestLabelsAreQuotedAsTheTextFormatHasIt(t *testing.T) {
 	}
 }
 
-// TestAdminTokenIsAskedForEverythingButProbes: they are told no reasons.
+// TestAdminTokenIsAskedForEverythingButProbes: probes get no reasons.
 func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
 	s, _ := newAdminSite(t, new(Records))
 	a := NewAdmin(AdminConfig{

@@ -75,8 +75,8 @@ func (p *parser) parse(f format, body []byte) error {
 	if f == formatText {
 		return p.lines(body)
 	}
-	// What is unquoted is no longer than the body, and a source and an id that are put
-	// together are there a second time. So scratch never moves.
+	// Unquoted text is at most as long as the body, and a source and an id that are joined
+	// take their length once more. So scratch never moves.
 	if cap(p.scratch) < 2*len(body) {
 		p.scratch = make([]byte, 0, 2*len(body))
 	}
@@ -161,7 +161,7 @@ func atEnd(err error) error {
 	return err
 }
 
-// value reads one item. What is JSON but no item is a bad id.
+// value reads one item. JSON that is no item is a bad id.
 func (p *parser) value(f format) error {
 	events := f == formatEvents || f == formatEvent
 	switch kind := p.decoder.PeekKind(); {

@@ -414,8 +414,8 @@ func FuzzBatch(f *testing.F) {
 	})
 }
 
-// TestCORS: a page may read answers, and a browser is told that it may send, only where
-// its origin is on the list.
+// TestCORS: a page may read answers, and a preflight succeeds, only if its origin is on
+// the list.
 func TestCORS(t *testing.T) {
 	for _, c := range []struct {
 		allowed        []string

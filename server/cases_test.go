@@ -64,10 +64,9 @@ func httpCases(t testing.TB) (rows []httpCase) {
 	return rows
 }
 
-// TestEveryHTTPCase sends each row over TCP in both id formats: in one piece,
-// and split at random places. What is wanted is one of the choices that the row
-// leaves; that an answer which is not the last one belongs to its request is
-// seen by the probe that converse sends after it.
+// TestEveryHTTPCase sends each row over TCP in both id formats: in one piece, and split at
+// random places. The test wants one of the choices that the row leaves. The probe that
+// converse sends afterwards shows whether an earlier answer belongs to its request.
 func TestEveryHTTPCase(t *testing.T) {
 	// The statuses in their order; alternatives after "|", "close" at the end.
 	// After ";" what uint64 wants, if it is not the same.

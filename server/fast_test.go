@@ -558,8 +558,8 @@ func TestFastPathTakesNoTailThatIsReadByWhatFollows(t *testing.T) {
 	}
 }
 
-// pipe is a connection that brings the same requests over and over, with ids that
-// count up, until there were enough.
+// pipe is a connection that sends the same requests over and over, with ids that count up,
+// until it has sent enough.
 type pipe struct {
 	net.Conn
 	requests []byte

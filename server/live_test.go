@@ -199,8 +199,8 @@ func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 	t.Error("the stream ended")
 }
 
-// TestLiveStreamsAreBounded: one too many is told so, and one that goes makes
-// room.
+// TestLiveStreamsAreBounded: one too many is refused with the reason, and one that ends
+// makes room.
 func TestLiveStreamsAreBounded(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
 	a.live.maxStreams = 2

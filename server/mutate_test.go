@@ -284,7 +284,7 @@ func TestMutatedRequests(t *testing.T) {
 		_ = c.Close()
 	}
 	settled := func() bool {
-		// What is idle in the pool of callbacks is one connection, with both ends here.
+		// One connection is idle in the pool of callbacks, with both ends here.
 		return openFiles(t) <= descriptors+2 && runtime.NumGoroutine() <= goroutines+4
 	}
 	for start := time.Now(); !settled(); time.Sleep(10 * time.Millisecond) {

@@ -52,7 +52,7 @@ type site struct {
 	t       testing.TB
 	addr    string
 	records *published
-	admin   atomic.Pointer[Admin] // is told of closed windows
+	admin   atomic.Pointer[Admin] // gets the closed windows
 	closed  chan error            // of the counter's Run
 	done    chan error            // of Serve
 	stopped bool
@@ -589,8 +589,8 @@ func TestPanicCostsOneRequestAndTheEpochIsStillSealed(t *testing.T) {
 	}
 }
 
-// TestStopAnswersWhatItCounted stops servers under pipelined load: the records
-// say exactly what the clients were told.
+// TestStopAnswersWhatItCounted stops servers under pipelined load: the records have
+// exactly the answers that the clients got.
 func TestStopAnswersWhatItCounted(t *testing.T) {
 	const clients, depth = 8, 16
 	for round := range 10 {

@@ -162,7 +162,7 @@ func TestTLSSlowIdleAndSilentConnectionsAreEnded(t *testing.T) {
 	if b, err := io.ReadAll(dripping); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 408") {
 		t.Errorf("slow: got %q, %v", b, err)
 	}
-	// The end of an encrypted connection is told, not just done.
+	// An encrypted connection ends with a notification (close_notify).
 	if b, err := io.ReadAll(idle); err != nil || len(b) > 0 {
 		t.Errorf("idle: got %q, %v", b, err)
 	}

@@ -42,7 +42,7 @@ type run struct {
 	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,before,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none, before that of --before."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
-	Expect   int      `name:"expect-ids" default:"12000000" help:"Ids a window that Verve makes room for, as it would have learnt from windows before: 12 million are what these scenarios bring it at most. 0: nothing, as in the first window after a start."`
+	Expect   int      `name:"expect-ids" default:"12000000" help:"Ids a window that Verve makes room for, as it would have learnt from windows before: 12 million are the most that these scenarios send. 0: none, as in the first window after a start."`
 	Flags    []string `name:"verve-flag" sep:"none" placeholder:"FLAG" help:"One more flag for Verve, such as --window-header. Repeatable."`
 	Binary   string   `type:"existingfile" help:"Verve to measure, instead of building it."`
 	Before   string   `type:"existingfile" help:"Another build of Verve, to compare with."`

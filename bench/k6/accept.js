@@ -56,7 +56,7 @@ export function accept({ run }) {
   const answer = http.get(`${url}/api/verve/accept?id=${id}${endpoint}`, { tags: { name: 'accept' } });
 
   // A repeat may be new again when the window has turned; a new id is never a
-  // repeat. What was not answered, or with 503, has http_req_failed.
+  // repeat. http_req_failed counts requests without an answer, or with 503.
   const ok = answer.status === 200 && answer.body === 'ok';
   const failed = answer.status === 409 && answer.body === 'failed';
   const refused = answer.status === 503 && answer.body === 'failed' && answer.headers['Retry-After'] !== undefined;

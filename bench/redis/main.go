@@ -253,7 +253,7 @@ func clientCPU() float64 {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Seconds()
 }
 
-// measure has all callers take numbers below n and brings each to f.
+// measure has all callers take numbers below n and call f with each.
 func measure(name string, n int, f func(i int) error) (measurement, error) {
 	m := measurement{Name: name}
 	memory := figure("memory", "used_memory")
@@ -419,7 +419,7 @@ func uuids(int) func(i int) []byte {
 	}
 }
 
-// repeated brings a tenth as many ids, ten times each, in random order.
+// repeated sends a tenth as many ids, ten times each, in random order.
 func repeated(n int) func(i int) []byte {
 	id := decimalIDs(n)
 	order := rand.Perm(n)

@@ -345,7 +345,7 @@ func (c *conn) read(nc net.Conn) (answered int, lag time.Duration, alive bool) {
 		}
 	}
 	if r != w {
-		c.d.protocol("%d bytes more than the answers asked for: %.40q", w-r, c.in[r:w])
+		c.d.protocol("%d bytes after the last answer: %.40q", w-r, c.in[r:w])
 		return answered, 0, false
 	}
 	return answered, 0, true

@@ -265,7 +265,7 @@ func unavailableAtAll(f *flags) func() uint64 {
 	}
 }
 
-// outage is what a failover was for those who brought ids.
+// outage is what a failover meant for the callers.
 type outage struct {
 	taken  time.Duration // until the replica was the master
 	lasted time.Duration // until the last id that failed

@@ -6,9 +6,9 @@ import (
 	"strconv"
 )
 
-// idForm turns the number of an id into its text. Numbers are handed out
-// densely from zero over all connections, which is what lets a run remember
-// every id it was told `ok` for in one bit per window (see bitmap).
+// idForm turns the number of an id into its text. Numbers are handed out densely from zero
+// over all connections, so that a run can remember each id that was answered `ok` in one
+// bit per window (see bitmap).
 //
 // The text is one-to-one with the number for a given seed, never a random draw:
 // a collision in the driver would look exactly like a lost id in the server.

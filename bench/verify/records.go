@@ -10,8 +10,8 @@ import (
 	"verve/stream"
 )
 
-// source reads every record there is, from the first one, each time it is
-// called. What is there but is no record, it returns as lines.
+// source reads every record there is, from the first one, each time it is called. Lines
+// that are not records it returns as text.
 //
 // Only the reading is shared with the server. Sums, repeats and gaps are judged
 // here, not by stream.Totals: a checker that adds up with the code under test

@@ -86,7 +86,7 @@ func TestSentinelChangesTheMaster(t *testing.T) {
 	}{
 		// What fails a second later is this machine's being busy.
 		"killed": {func(_ *testing.T, process *exec.Cmd, _ string) { _ = process.Process.Kill() }, time.Second},
-		// The old master is told seconds later that it is none any more.
+		// The old master is demoted seconds later.
 		"handed over": {func(t *testing.T, _ *exec.Cmd, sentinel string) {
 			host, port, _ := net.SplitHostPort(sentinel)
 			if out, err := exec.Command("redis-cli", "-h", host, "-p", port, "SENTINEL", "FAILOVER", masterSet).CombinedOutput(); err != nil {
@@ -126,7 +126,7 @@ func TestSentinelChangesTheMaster(t *testing.T) {
 			if most := max(sentinelPatience, o.taken) + 4*time.Second + tt.quiet; o.lasted > most {
 				t.Errorf("ids failed for %v, want no longer than %v", o.lasted, most)
 			}
-			// What was lost shows in the windows of the change; later ones are exact.
+			// Losses show in the windows of the change; later ones are exact.
 			for _, row := range v.Table[max(0, len(v.Table)-3):] {
 				if row.Inexact {
 					t.Errorf("a window long after the change is not exact: %+v", row)

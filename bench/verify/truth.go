@@ -141,7 +141,7 @@ func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 		w.accepted++
 		if w.ok.set(a.id) {
 			if w.twice++; t.lenient {
-				continue // the judge decides, who has the records
+				continue // the judge, which has the records, decides
 			}
 			t.faults.add("ok twice", "id #%d was answered ok twice in %s", a.id, label(a.window))
 		}

@@ -1,5 +1,5 @@
 -- Nine of ten requests repeat an id drawn from the last thousand new ones of
--- their thread; the tenth brings a new one, made as in unique.lua.
+-- their thread; the tenth sends a new one, made as in unique.lua.
 --
 --   wrk -t2 -c64 -d10s -s bench/wrk/duplicates.lua http://127.0.0.1:8080 -- [RUN]
 

@@ -1,4 +1,4 @@
--- Every request brings an id that no request of any thread or run brought
+-- Every request has an id that no request of any thread or run had
 -- before: a decimal of the run, the thread and a counter.
 --
 --   wrk -t2 -c64 -d10s -s bench/wrk/unique.lua http://127.0.0.1:8080 -- [RUN]

@@ -98,8 +98,8 @@ func addrs(list ...string) []netip.Addr {
 	return out
 }
 
-// canary listens on a loopback address with a port of the default policy and
-// counts who comes.
+// canary listens on a loopback address with a port of the default policy and counts
+// connections.
 func canary(t *testing.T) (addr netip.AddrPort, touched *atomic.Int64) {
 	t.Helper()
 	for _, port := range []string{"8443", "8080", "443", "80"} {

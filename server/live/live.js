@@ -29,7 +29,7 @@
 
   const length = (ms) => ms % 3600000 === 0 ? ms / 3600000 + " h" : ms % 60000 === 0 ? ms / 60000 + " min" : ms >= 1000 ? ms / 1000 + " s" : ms + " ms";
 
-  // What is shown: the last message, and what the messages brought so far.
+  // The state of the page: the last message, and what earlier messages contained.
   let now = null;
   let windows = []; // oldest first, the open one last
   let samples = []; // [unix seconds, unique, duplicate, refused], each per second

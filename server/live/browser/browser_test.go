@@ -117,8 +117,8 @@ func (s *server) end(sig syscall.Signal) {
 	}
 }
 
-// load sends ids from several connections until stop, every third of them twice,
-// and counts what it was told.
+// load sends ids from several connections until stop, every third of them twice, and
+// counts the answers.
 type load struct {
 	begun, ok, duplicate atomic.Int64
 	wg                   sync.WaitGroup
@@ -358,8 +358,8 @@ func (s *server) windowsOf() map[string]closedWindow {
 	return out
 }
 
-// TestPageShowsTheTrueNumbersUnderLoad: while requests come, the count climbs and
-// is never more than was asked; when they stop it is what the callers were told.
+// TestPageShowsTheTrueNumbersUnderLoad: while requests come, the count climbs and is never
+// more than was asked; when they stop it equals the answers that callers got.
 func TestPageShowsTheTrueNumbersUnderLoad(t *testing.T) {
 	s := startServer(t, "--window=1h")
 	p := open(t, s, 1280, 900, "light")
@@ -422,7 +422,7 @@ func TestPageShowsEachWindowWithItsState(t *testing.T) {
 	for _, r := range rows[1:] {
 		want, ok := truth[r[0][len(r[0])-len("15:04:05"):]] // with the date, just after midnight
 		if !ok {
-			continue // older or newer than what was asked for
+			continue // older or newer than the wanted one
 		}
 		compared++
 		if got := strings.ReplaceAll(r[1], ",", ""); got != fmt.Sprint(want.Unique) {
@@ -437,8 +437,8 @@ func TestPageShowsEachWindowWithItsState(t *testing.T) {
 	}
 }
 
-// TestPageSaysWhatFails: a broker that is away is a warning with its reason, and
-// the windows that wait for it are spooled.
+// TestPageSaysWhatFails: a broker that is down is a warning with its reason, and the
+// windows that wait for it are spooled.
 func TestPageSaysWhatFails(t *testing.T) {
 	s := startServer(t, "--window=1s", "--kafka-brokers="+freePort(t))
 	p := open(t, s, 1280, 900, "light")
@@ -644,7 +644,7 @@ func TestPageShowsTheGroup(t *testing.T) {
 		waitReady(t, s)
 	}
 	p := open(t, one, 1280, 900, "light")
-	// accept returns how many callers were told ok.
+	// accept returns how many callers got ok.
 	accept := func(s *server, id string) int64 {
 		if s.accept(id) {
 			return 1
