@@ -216,12 +216,16 @@ func (p *program) open() error {
 	}
 	front := cfg.front()
 	front.Counter, front.Set, front.Callbacks, front.TLS, front.Log = p.counter, p.set, p.callbacks, p.certificate, log
-	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil})
+	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{
+		Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil,
+		MaxBatchBytes: front.MaxBatchBytes, MaxBatchIDs: front.MaxBatchIDs,
+	})
 	if cfg.MaxConns > 0 && p.limits.Lowered != "" {
 		log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", p.limits.MaxConns).Str("reason", p.limits.Lowered).
 			Msg("--max-conns is higher than the process has room for")
 	}
 	front.MaxConns, front.MaxServed, front.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
+	front.BatchMemory = p.limits.BatchMemory
 	if p.front, err = server.New(front, p.public); err != nil {
 		return err
 	}

@@ -49,8 +49,12 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 // expect answers a request with "Expect: 100-continue" without asking for its
 // body, unless it goes where one is taken. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
-	if path, _, _ := splitTarget(ctx.Request.Header.RequestURI()); ctx.IsPost() && (string(path) == SinkPath || string(path) == acceptPath) {
-		return fasthttp.StatusContinue
+	h := &ctx.Request.Header
+	if path, _, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
+		_, _, unfit := s.batches.head(h)
+		if string(path) == SinkPath || string(path) == acceptPath && unfit == nil {
+			return fasthttp.StatusContinue
+		}
 	}
 	s.handle(ctx)
 	return ctx.Response.StatusCode()
@@ -61,7 +65,7 @@ func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 // with 4xx or 503 has counted nothing.
 func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) {
 	h := &ctx.Request.Header
-	body := lines.encoding || h.ContentLength() > 0 // or chunks, even if they are empty
+	body := lines.encoding || h.ContentLength() > 0 // chunks even if they are empty
 	if s.preflight(ctx) {
 		return
 	}
@@ -97,6 +101,9 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 			return
 		case body && errors.Is(err, errNoID):
 			s.batches.serve(ctx, endpoint, wanted)
+			return
+		case h.ContentLength() == 0 && errors.Is(err, errNoID): // an empty batch
+			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 			return
 		case err != nil:
 			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
@@ -158,7 +165,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, id []byte, endpoint ca
 	}
 	w.reset(1)
 	w.verdicts[0] = dedup.Turned
-	w.items = append(w.items, dedup.Item{ID: id, Key: s.cfg.Set.Key(id)})
+	w.items, w.keyed = append(w.items, dedup.Item{ID: id, Key: s.cfg.Set.Key(id)}), 1
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
 	if err == nil && w.verdicts[0] == dedup.Turned {
 		return errDraining

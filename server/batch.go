@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/valyala/fasthttp"
@@ -14,19 +16,6 @@ import (
 	"verve/counter"
 	"verve/dedup"
 	"verve/server/callback"
-)
-
-const (
-	// together is how many ids of a batch are in an epoch at once: what a shared store
-	// takes in one trip. In memory that is some 30 us, and their cache misses are
-	// waited for together.
-	together = 512
-
-	// batchStep is the least memory of a body: most batches fit.
-	batchStep = 16 << 10
-
-	// keptBatch bounds the memory of a batch that is kept for the next one.
-	keptBatch = 4 << 20
 )
 
 // word is the verdict on an item of a batch.
@@ -46,7 +35,10 @@ const (
 	words
 )
 
-var wordTexts = [words]string{"ok", "duplicate", "replayed", "bad-id", "bad-key", "bad-token", "full", "unavailable", "draining"}
+var (
+	wordLines = [words]string{"ok\n", "duplicate\n", "replayed\n", "bad-id\n", "bad-key\n", "bad-token\n", "full\n", "unavailable\n", "draining\n"}
+	wordItems = [words]string{`"ok",`, `"duplicate",`, `"replayed",`, `"bad-id",`, `"bad-key",`, `"bad-token",`, `"full",`, `"unavailable",`, `"draining",`}
+)
 
 // refusal is the reason that a word of refusal is counted under.
 func (w word) refusal() (reason, bool) {
@@ -70,142 +62,163 @@ func (w word) refusal() (reason, bool) {
 // batches answers POST requests with a body. The body is read into bounded memory,
 // parsed as a whole, and only then are its ids judged, each on its own.
 type batches struct {
+	batchMemory
 	server   *Server
 	maxBytes int
 	maxIDs   int
-	memory   int64        // of all bodies that are being read and judged
-	used     atomic.Int64 // of it
-	free     sync.Pool    // of *batch
+	free     sync.Pool // of *batch
+	unpack   sync.Pool // of *gzip.Reader
+	decoders sync.Pool // of *jsontext.Decoder
 	answered atomic.Uint64
 }
 
-// batch is the memory of one request.
+// batch is a request with a body, from its arrival until its answer is written.
 type batch struct {
-	owner  *batches
-	held   int64 // of owner.memory
-	body   []byte
-	plain  []byte // the body, if it came compressed
-	gzip   gzip.Reader
-	parser parser
-	work   work
-	out    []byte
+	owner *batches
+	held  int64 // of owner.used
+
+	body, plain, out *buffer // plain is the body, if it came compressed
+	*tables
+	parser
+	packed bytes.Reader
+	one    [1]byte
+}
+
+// batchValue is the name under which a request has its batch. fasthttp closes the
+// values of a request when its answer is written.
+const batchValue = "batch"
+
+// Close implements io.Closer.
+func (b *batch) Close() error {
+	b.release()
+	b.owner.free.Put(b)
+	return nil
 }
 
 func newBatches(s *Server) *batches {
-	b := &batches{server: s, maxBytes: s.cfg.MaxBatchBytes, maxIDs: s.cfg.MaxBatchIDs, memory: s.cfg.BatchMemory}
+	b := &batches{server: s, maxBytes: s.cfg.MaxBatchBytes, maxIDs: s.cfg.MaxBatchIDs}
+	b.limit = s.cfg.BatchMemory
 	b.free.New = func() any { return &batch{owner: b} }
 	return b
 }
 
 var (
-	errBusy    = errors.New("too much memory is in use by batches")
-	errTooLong = errors.New("batch too long")
+	errBusy        = errors.New("too much memory is in use by batches")
+	errTooLong     = errors.New("batch too long")
+	errUnsupported = errors.New("unsupported media type or encoding")
 )
-
-// grow makes room in buf for more bytes, within the memory of all batches.
-func (b *batch) grow(buf []byte, size int) ([]byte, error) {
-	more := int64(size - cap(buf))
-	if more <= 0 {
-		return buf, nil
-	}
-	if b.owner.used.Add(more) > b.owner.memory {
-		b.owner.used.Add(-more)
-		return buf, errBusy
-	}
-	b.held += more
-	return append(make([]byte, 0, size), buf...), nil
-}
 
 // read reads r to its end, in at most limit bytes. It takes memory as bytes come, so
 // that a client that announces much and sends little holds little.
-func (b *batch) read(buf []byte, r io.Reader, limit int) ([]byte, error) {
-	buf = buf[:0]
+func (b *batch) read(to **buffer, r io.Reader, limit int, memory int64) (err error) {
 	for {
-		if len(buf) == cap(buf) {
-			if len(buf) > limit {
-				return buf, errTooLong
-			}
-			var err error
-			if buf, err = b.grow(buf, min(max(2*cap(buf), batchStep), limit+1)); err != nil {
-				return buf, err
-			}
+		have := 0
+		if *to != nil {
+			have = len((*to).b)
 		}
-		n, err := r.Read(buf[len(buf):cap(buf)])
-		buf = buf[:len(buf)+n]
-		switch {
-		case len(buf) > limit:
-			return buf, errTooLong
-		case err == io.EOF:
-			return buf, nil
-		case err != nil:
-			return buf, err
+		into := b.one[:] // is there more than the limit?
+		if have < limit {
+			if *to, err = b.grow(*to, have+1, memory); err != nil {
+				return err
+			}
+			into = (*to).b[have:min(cap((*to).b), limit)]
+		}
+		n, err := r.Read(into)
+		if n > 0 && have == limit {
+			return errTooLong
+		}
+		if *to != nil {
+			(*to).b = (*to).b[:have+n]
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
 		}
 	}
 }
 
-// release gives the memory back. Small memory stays with the batch for the next one, and
-// is not counted: there are as many batches as concurrent requests.
-func (b *batch) release() {
-	b.owner.used.Add(-b.held)
-	b.held = 0
-	if cap(b.body)+cap(b.plain)+cap(b.parser.scratch)+cap(b.out) > keptBatch {
-		b.body, b.plain, b.out, b.parser.scratch = nil, nil, nil, nil
+// packedSlack is by how much gzip makes longer what it cannot compress, and a header.
+func packedSlack(n int) int { return n>>10 + 4<<10 }
+
+// head checks what the headers of a batch say.
+func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, err error) {
+	if f = formatOf(h.ContentType()); f == formatUnknown {
+		return f, false, errUnsupported
 	}
-	clear(b.work.items) // they point into the body
-	clear(b.parser.items)
-	clear(b.work.epochs)
-	b.owner.free.Put(b)
+	limit := bs.maxBytes
+	switch encoding := h.ContentEncoding(); {
+	case len(encoding) == 0, bytes.EqualFold(encoding, []byte("identity")):
+	case bytes.EqualFold(encoding, []byte("gzip")), bytes.EqualFold(encoding, []byte("x-gzip")):
+		compressed = true
+		limit += packedSlack(limit)
+	default:
+		return f, false, errUnsupported
+	}
+	if h.ContentLength() > limit {
+		return f, compressed, errTooLong
+	}
+	return f, compressed, nil
 }
 
 // load reads and parses the body of a request.
 func (b *batch) load(ctx *fasthttp.RequestCtx) (f format, err error) {
-	h := &ctx.Request.Header
-	if f = formatOf(h.ContentType()); f == formatUnknown {
-		return f, errUnsupported
-	}
-	encoding := h.ContentEncoding()
-	compressed := bytes.EqualFold(encoding, []byte("gzip"))
-	if len(encoding) > 0 && !compressed && !bytes.EqualFold(encoding, []byte("identity")) {
-		return f, errUnsupported
-	}
-	if h.ContentLength() > b.owner.maxBytes {
-		return f, errTooLong
+	f, compressed, err := b.owner.head(&ctx.Request.Header)
+	if err != nil {
+		return f, err
 	}
 	stream := ctx.RequestBodyStream()
 	if stream == nil {
-		stream = bytes.NewReader(ctx.Request.Body())
+		return f, errBadBatch
 	}
-	if b.body, err = b.read(b.body, stream, b.owner.maxBytes); err != nil {
+	limit := b.owner.maxBytes
+	if compressed {
+		limit += packedSlack(limit)
+	}
+	if err = b.read(&b.body, stream, limit, b.owner.bodies()); err != nil {
 		return f, err
 	}
 	body := b.body
 	if compressed {
-		if err = b.gzip.Reset(bytes.NewReader(body)); err != nil {
-			return f, errBadBatch
-		}
-		b.plain, err = b.read(b.plain, &b.gzip, b.owner.maxBytes)
-		switch {
-		case errors.Is(err, errBusy), errors.Is(err, errTooLong):
+		if err = b.decompress(); err != nil {
 			return f, err
-		case err != nil:
-			return f, errBadBatch
 		}
 		body = b.plain
 	}
-	if len(body) == 0 {
+	if body == nil || len(body.b) == 0 {
 		return f, errBadBatch
 	}
-	b.parser.limit = b.owner.maxIDs
-	return f, b.parser.parse(f, body)
+	return f, b.parse(f, body.b)
 }
 
-var errUnsupported = errors.New("unsupported media type or encoding")
+// decompress makes plain of the body.
+func (b *batch) decompress() error {
+	if b.body == nil {
+		return errBadBatch
+	}
+	b.packed.Reset(b.body.b)
+	defer b.packed.Reset(nil)
+	z, _ := b.owner.unpack.Get().(*gzip.Reader)
+	if z == nil {
+		z = new(gzip.Reader)
+	}
+	defer b.owner.unpack.Put(z)
+	if z.Reset(&b.packed) != nil {
+		return errBadBatch
+	}
+	err := b.read(&b.plain, z, b.owner.maxBytes, b.owner.limit)
+	if err == nil || errors.Is(err, errBusy) || errors.Is(err, errTooLong) {
+		return err
+	}
+	return errBadBatch
+}
 
 // serve answers a request with a body, and starts one callback for it if wanted.
 func (bs *batches) serve(ctx *fasthttp.RequestCtx, endpoint callback.Endpoint, wanted bool) {
 	s := bs.server
 	b := bs.free.Get().(*batch)
-	defer b.release()
+	ctx.SetUserValue(batchValue, b)
 	f, err := b.load(ctx)
 	if err != nil {
 		bs.refuse(ctx, err)
@@ -221,23 +234,28 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, endpoint callback.Endpoint, w
 			s.callbacks.Release(endpoint)
 		}
 	}()
-	counts := b.counts(b.judge(ctx))
+	// Not ctx.Time: the body may have taken long.
+	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work, 0, len(b.work.items))
+	counts := b.counts(cause)
 	if wanted && counts[wordOK] > 0 {
 		sent = true
 		s.callbacks.Send(endpoint)
 	}
 	bs.answered.Add(1)
 	if refused := b.nothingJudged(&counts); refused != nil {
+		if refused.index == reasonDraining.index {
+			ctx.SetConnectionClose()
+		}
 		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, *refused) // counted
 		return
 	}
-	b.answer(ctx, f, &counts)
+	b.answer(&ctx.Response, f, &counts)
 }
 
 // refuse answers a batch of which nothing was counted.
 func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
 	s := bs.server
-	// The rest of the body is not read: nothing behind it can be relied on.
+	// What is left of the body is not read: nothing behind it can be relied on.
 	ctx.SetConnectionClose()
 	switch {
 	case errors.Is(err, errBadBatch):
@@ -253,59 +271,37 @@ func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
 	}
 }
 
-// judge asks the set about every item that is well formed, and leaves its word with it.
-func (b *batch) judge(ctx *fasthttp.RequestCtx) (cause error) {
-	s, w := b.owner.server, &b.work
-	w.reset(len(b.parser.items))
-	for i := range b.parser.items {
-		it := &b.parser.items[i]
-		if s.cfg.Uint64IDs && it.word == wordOK && !canonicalUint64(it.id) {
-			it.word = wordBadID
-		}
-		if it.word == wordOK {
-			w.items = append(w.items, dedup.Item{ID: it.id})
-		}
-	}
-	now := ctx.Time().UnixNano()
-	for from := 0; from < len(w.items); from += together {
-		to := min(from+together, len(w.items))
-		for i := from; i < to; i++ {
-			w.items[i].Key = s.cfg.Set.Key(w.items[i].ID)
-		}
-		if err := s.judge(now, ctx.ConnID(), w, from, to); cause == nil {
-			cause = err
-		}
-	}
-	n := 0
-	for i := range b.parser.items {
-		if it := &b.parser.items[i]; it.word == wordOK {
-			it.word = wordOf(w.verdicts[n])
-			n++
-		}
-	}
-	return cause
-}
-
-func wordOf(v dedup.Verdict) word {
-	switch v {
-	case dedup.Unique:
+// wordOf is the word for a verdict; cause is behind those that are none.
+func wordOf(v dedup.Verdict, cause error) word {
+	switch {
+	case v == dedup.Unique:
 		return wordOK
-	case dedup.Repeat:
+	case v == dedup.Repeat:
 		return wordDuplicate
-	case dedup.Full:
+	case v == dedup.Full:
 		return wordFull
-	case dedup.Turned: // the counter is sealed
+	case v == dedup.Turned && !errors.Is(cause, errPanicked): // the counter is sealed
 		return wordDraining
 	default:
 		return wordUnavailable
 	}
 }
 
-// counts counts the words, and those of refusal under their reasons. cause is behind
-// those that the set has refused.
+// counts gives the items that were judged their words, and counts all words; those of
+// refusal also under their reasons. cause is behind those that the set has refused.
 func (b *batch) counts(cause error) (n [words]int) {
-	for i := range b.parser.items {
-		n[b.parser.items[i].word]++
+	of := [dedup.Verdicts]word{}
+	for v := range of {
+		of[v] = wordOf(dedup.Verdict(v), cause)
+	}
+	judged := 0
+	for i, w := range b.words {
+		if w == wordOK {
+			w = of[b.work.verdicts[judged]]
+			b.words[i] = w
+			judged++
+		}
+		n[w]++
 	}
 	for w := range words {
 		if r, refused := w.refusal(); refused && n[w] > 0 {
@@ -318,7 +314,7 @@ func (b *batch) counts(cause error) (n [words]int) {
 // nothingJudged returns the reason if every item was refused because none could be
 // judged now.
 func (b *batch) nothingJudged(n *[words]int) *reason {
-	total := len(b.parser.items)
+	total := len(b.words)
 	switch {
 	case total == 0:
 	case n[wordDraining] == total:
@@ -329,36 +325,43 @@ func (b *batch) nothingJudged(n *[words]int) *reason {
 	return nil
 }
 
-// answer writes the words: a line each, or as JSON.
-func (b *batch) answer(ctx *fasthttp.RequestCtx, f format, n *[words]int) {
-	r := &ctx.Response
+// answer writes the words: a line each, or as JSON. If there is no memory for them, the
+// answer is still given: the ids are counted.
+func (b *batch) answer(r *fasthttp.Response, f format, n *[words]int) {
 	setHead(r)
-	out := b.out[:0]
-	if f == formatText {
-		for i := range b.parser.items {
-			out = append(append(out, wordTexts[b.parser.items[i].word]...), '\n')
-		}
+	texts := &wordLines
+	if f != formatText {
+		texts = &wordItems
+	}
+	size := len(`{"ok":,"duplicate":,"replayed":,"refused":,"results":[]}`) + 4*20
+	for w := range n {
+		size += n[w] * len(texts[w])
+	}
+	var out []byte
+	if buf, err := b.grow(nil, size, b.owner.limit); err == nil {
+		b.out, out = buf, buf.b
 	} else {
+		out = make([]byte, 0, size)
+	}
+	if f != formatText {
 		r.Header.SetContentTypeBytes(applicationJSON)
-		refused := len(b.parser.items) - n[wordOK] - n[wordDuplicate] - n[wordReplayed]
+		refused := len(b.words) - n[wordOK] - n[wordDuplicate] - n[wordReplayed]
 		out = strconv.AppendInt(append(out, `{"ok":`...), int64(n[wordOK]), 10)
 		out = strconv.AppendInt(append(out, `,"duplicate":`...), int64(n[wordDuplicate]), 10)
 		out = strconv.AppendInt(append(out, `,"replayed":`...), int64(n[wordReplayed]), 10)
 		out = strconv.AppendInt(append(out, `,"refused":`...), int64(refused), 10)
 		out = append(out, `,"results":[`...)
-		for i := range b.parser.items {
-			if i > 0 {
-				out = append(out, ',')
-			}
-			out = append(append(append(out, '"'), wordTexts[b.parser.items[i].word]...), '"')
-		}
-		out = append(out, "]}"...)
+	}
+	for _, w := range b.words {
+		out = append(out, texts[w]...)
+	}
+	if f != formatText {
+		out = append(bytes.TrimSuffix(out, []byte(",")), "]}"...)
 	}
 	if b.owner.server.cfg.WindowHeader {
 		b.setWindows(r)
 	}
-	b.out = out
-	r.SetBody(out) // copied: b is used again before fasthttp writes it
+	r.SetBodyRaw(out) // not copied: it is b's until the answer is written
 }
 
 var applicationJSON = []byte("application/json")
@@ -366,33 +369,36 @@ var applicationJSON = []byte("application/json")
 // setWindows names the windows that ids were judged in: one by itself, more with the
 // number of ids in each.
 func (b *batch) setWindows(r *fasthttp.Response) {
-	var last *counter.Epoch
-	var list []byte
-	ids := 0
-	next := func(e *counter.Epoch) {
-		switch {
-		case last == nil:
-		case e != nil || len(list) > 0:
-			list = strconv.AppendInt(append(append(list, last.Label()...), ";n="...), int64(ids), 10)
-			if e != nil {
-				list = append(list, ", "...)
-			}
-		default: // the only one
-			list = append(list, last.Label()...)
-		}
-		last, ids = e, 0
+	type window struct {
+		*counter.Epoch
+		ids int
 	}
-	for i, v := range b.work.verdicts[:len(b.work.items)] {
-		if v > dedup.Repeat {
+	var list []window
+	for i := range b.work.items {
+		if b.work.verdicts[i] > dedup.Repeat {
 			continue
 		}
-		if e := b.work.epochs[i]; e != last {
-			next(e)
+		e := b.work.epochs[i]
+		at := slices.IndexFunc(list, func(w window) bool { return w.Epoch == e })
+		if at < 0 {
+			at = len(list)
+			list = append(list, window{e, 0})
 		}
-		ids++
+		list[at].ids++
 	}
-	next(nil)
-	if len(list) > 0 {
-		r.Header.SetCanonical(headerWindow, list)
+	clear(b.work.epochs)
+	slices.SortFunc(list, func(a, b window) int { return a.Start().Compare(b.Start()) })
+	var value []byte
+	for i, w := range list {
+		if i > 0 {
+			value = append(value, ", "...)
+		}
+		value = append(value, w.Label()...)
+		if len(list) > 1 {
+			value = strconv.AppendInt(append(value, ";n="...), int64(w.ids), 10)
+		}
+	}
+	if len(value) > 0 {
+		r.Header.SetCanonical(headerWindow, value)
 	}
 }

@@ -4,9 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
+
+	"verve/dedup"
 )
 
 // A batch is parsed as a whole before the first of its ids is judged.
@@ -60,36 +61,86 @@ type item struct {
 	word  word   // wordOK while nothing is wrong with it
 }
 
-// parser takes a batch apart. Its memory is used again.
+// parser is what a batch has while it is taken apart.
 type parser struct {
-	items   []item
-	limit   int    // of items
-	scratch []byte // what had to be unquoted or put together
-	decoder jsontext.Decoder
+	scratch *buffer // what had to be unquoted or put together
+	decoder *jsontext.Decoder
+	json    bytes.Buffer // of the decoder, which reads the body in place
 }
 
-// parse fills items from the body, which must stay as it is while they are used. An
-// error is about the body as a whole; what is wrong with one item is its word.
-func (p *parser) parse(f format, body []byte) error {
-	p.items, p.scratch = p.items[:0], p.scratch[:0]
+// parse takes the body apart: into the words of its items, and the ids that are well
+// formed, to be judged. The body must stay as it is while they are used. An error is
+// about the body as a whole; what is wrong with one item is its word.
+func (b *batch) parse(f format, body []byte) error {
 	if f == formatText {
-		return p.lines(body)
+		return b.lines(body)
 	}
-	// Unquoted text is at most as long as the body, and a source and an id that are joined
-	// take their length once more. So scratch never moves.
-	if cap(p.scratch) < 2*len(body) {
-		p.scratch = make([]byte, 0, 2*len(body))
+	most, names := 1, bytes.Count(body, []byte(":"))
+	switch f {
+	case formatJSON, formatEvents:
+		most += bytes.Count(body, []byte(","))
+	case formatLines:
+		most += bytes.Count(body, []byte("\n"))
 	}
-	p.decoder.Reset(bytes.NewReader(body), jsontext.AllowDuplicateNames(false), jsontext.AllowInvalidUTF8(false))
-	err := p.values(f)
-	if err != nil && !errors.Is(err, errTooManyIDs) {
+	if err := b.take(int64(names*memberBytes), b.owner.limit); err != nil {
+		return err
+	}
+	if err := b.makeTables(min(most, b.owner.maxIDs), true); err != nil {
+		return err
+	}
+	// What is unquoted is no longer than the body, and so is what is put together of
+	// sources and ids. So scratch never moves.
+	size := 0
+	if bytes.IndexByte(body, '\\') >= 0 {
+		size += len(body)
+	}
+	if f == formatEvents || f == formatEvent {
+		size += len(body)
+	}
+	var err error
+	if size > 0 {
+		if b.scratch, err = b.grow(nil, size, b.owner.limit); err != nil {
+			return err
+		}
+	}
+	d, _ := b.owner.decoders.Get().(*jsontext.Decoder)
+	if d == nil {
+		d = new(jsontext.Decoder)
+	}
+	b.decoder, b.json = d, *bytes.NewBuffer(body)
+	d.Reset(&b.json, jsontext.AllowDuplicateNames(false), jsontext.AllowInvalidUTF8(false))
+	err = b.values(f, body)
+	if names <= keptNames {
+		b.owner.decoders.Put(d)
+	}
+	b.decoder, b.json = nil, bytes.Buffer{}
+	switch {
+	case errors.Is(err, errTooManyIDs):
+		return err
+	case err != nil:
 		return errBadBatch
 	}
-	return err
+	b.admit()
+	return nil
 }
 
+// keptNames bounds the names of members that a decoder has seen which is kept.
+const keptNames = 4096
+
 // lines reads an id a line. The end of the last one is optional.
-func (p *parser) lines(body []byte) error {
+func (b *batch) lines(body []byte) error {
+	n := bytes.Count(body, []byte("\n"))
+	if body[len(body)-1] != '\n' {
+		n++
+	}
+	if n > b.owner.maxIDs {
+		return errTooManyIDs
+	}
+	if err := b.makeTables(n, false); err != nil {
+		return err
+	}
+	decimals := b.owner.server.cfg.Uint64IDs
+	items, words := b.work.items, b.words
 	for len(body) > 0 {
 		line := body
 		if i := bytes.IndexByte(body, '\n'); i >= 0 {
@@ -100,33 +151,53 @@ func (p *parser) lines(body []byte) error {
 		if n := len(line); n > 0 && line[n-1] == '\r' {
 			line = line[:n-1]
 		}
-		if err := p.add(item{id: line}); err != nil {
-			return err
+		if decimals && !canonicalUint64(line) || !validID(line) {
+			words = append(words, wordBadID)
+			continue
 		}
+		words = append(words, wordOK)
+		items = append(items, dedup.Item{ID: line})
 	}
+	b.work.items, b.words = items, words
 	return nil
 }
 
-func (p *parser) add(it item) error {
-	if len(p.items) == p.limit {
+// add takes an item of a batch in JSON.
+func (b *batch) add(it item) error {
+	if len(b.items) == b.owner.maxIDs {
 		return errTooManyIDs
 	}
 	if it.word == wordOK && !validID(it.id) {
 		it.word = wordBadID
 	}
-	p.items = append(p.items, it)
+	b.items = append(b.items, it)
 	return nil
 }
 
+// admit hands the ids that are well formed on, to be judged.
+func (b *batch) admit() {
+	decimals := b.owner.server.cfg.Uint64IDs
+	for i := range b.items {
+		it := &b.items[i]
+		if decimals && it.word == wordOK && !canonicalUint64(it.id) {
+			it.word = wordBadID
+		}
+		b.words = append(b.words, it.word)
+		if it.word == wordOK {
+			b.work.items = append(b.work.items, dedup.Item{ID: it.id})
+		}
+	}
+}
+
 // values reads the JSON formats.
-func (p *parser) values(f format) error {
-	d := &p.decoder
+func (b *batch) values(f format, body []byte) error {
+	d := b.decoder
 	if f == formatJSON || f == formatEvents {
 		if t, err := d.ReadToken(); err != nil || t.Kind() != '[' {
 			return errBadBatch
 		}
 		for d.PeekKind() != ']' {
-			if err := p.value(f); err != nil {
+			if err := b.value(f); err != nil {
 				return err
 			}
 		}
@@ -136,18 +207,33 @@ func (p *parser) values(f format) error {
 		_, err := d.ReadToken()
 		return atEnd(err)
 	}
-	for {
+	for end := int64(0); ; {
 		if kind := d.PeekKind(); kind == 0 {
 			_, err := d.ReadToken()
 			return atEnd(err)
 		}
-		if f == formatEvent && len(p.items) > 0 {
+		if f == formatEvent && len(b.items) > 0 {
 			return errBatchClosed
 		}
-		if err := p.value(f); err != nil {
+		if err := b.value(f); err != nil {
 			return err
 		}
+		if f == formatLines {
+			from := end
+			end = d.InputOffset()
+			if !ownLine(body[from:end], from == 0) {
+				return errBadBatch
+			}
+		}
 	}
+}
+
+// ownLine reports whether an item, with the space before it, is on a line of its own:
+// its line ends before it began, unless it is the first one, and not within it.
+func ownLine(item []byte, first bool) bool {
+	began := bytes.TrimLeft(item, " \t\r\n")
+	space := item[:len(item)-len(began)]
+	return (first || bytes.IndexByte(space, '\n') >= 0) && bytes.IndexByte(began, '\n') < 0
 }
 
 // atEnd is nil if err is the end of the body.
@@ -161,48 +247,46 @@ func atEnd(err error) error {
 	return err
 }
 
-// value reads one item. JSON that is no item is a bad id.
-func (p *parser) value(f format) error {
+// value reads one item. What is JSON but no item is a bad id.
+func (b *batch) value(f format) error {
 	events := f == formatEvents || f == formatEvent
-	switch kind := p.decoder.PeekKind(); {
+	switch kind := b.decoder.PeekKind(); {
 	case kind == '{' && events:
-		return p.event()
+		return b.event()
 	case kind == '{':
-		return p.object()
+		return b.object()
 	case (kind == '"' || kind == '0') && !events:
-		v, err := p.decoder.ReadValue()
+		v, err := b.decoder.ReadValue()
 		if err != nil {
 			return err
 		}
-		return p.add(item{id: p.text(v, true)})
+		return b.add(item{id: b.text(v, true)})
 	}
-	if err := p.decoder.SkipValue(); err != nil {
+	if err := b.decoder.SkipValue(); err != nil {
 		return err
 	}
-	return p.add(item{word: wordBadID})
+	return b.add(item{word: wordBadID})
 }
 
 // text returns the text of a JSON string, or of a number that is a canonical decimal
-// if numbers are allowed; nil for any other value. A string without an escape is
-// copied, as the decoder uses its memory again.
-func (p *parser) text(v jsontext.Value, numbers bool) []byte {
-	from := len(p.scratch)
+// if numbers are allowed; nil for any other value. It is in the body, or in scratch if
+// it has an escape.
+func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 	switch {
+	case v.Kind() == '"' && bytes.IndexByte(v, '\\') < 0:
+		return v[1 : len(v)-1 : len(v)-1]
 	case v.Kind() == '"':
-		if bytes.IndexByte(v, '\\') < 0 {
-			p.scratch = append(p.scratch, v[1:len(v)-1]...)
-		} else {
-			var err error
-			if p.scratch, err = jsontext.AppendUnquote(p.scratch, v); err != nil {
-				return nil // cannot be: the decoder has checked it
-			}
+		from := len(b.scratch.b)
+		out, err := jsontext.AppendUnquote(b.scratch.b, v)
+		if err != nil {
+			return nil // cannot be: the decoder has checked it
 		}
+		b.scratch.b = out
+		return out[from:len(out):len(out)]
 	case v.Kind() == '0' && numbers && canonicalDecimal(v):
-		p.scratch = append(p.scratch, v...)
-	default:
-		return nil
+		return v
 	}
-	return p.scratch[from:len(p.scratch):len(p.scratch)]
+	return nil
 }
 
 // canonicalDecimal reports whether a JSON number is digits alone: JSON has no leading
@@ -217,18 +301,18 @@ func canonicalDecimal(v []byte) bool {
 }
 
 // object reads {"id":…,"key":…,"token":…}. Other members are ignored.
-func (p *parser) object() error {
+func (b *batch) object() error {
 	var it item
-	err := p.members(func(name []byte, v jsontext.Value) {
+	err := b.members(func(name []byte, v jsontext.Value) {
 		switch string(name) {
 		case "id":
-			it.id = p.text(v, true)
+			it.id = b.text(v, true)
 		case "key":
-			if it.key = p.text(v, false); !validKey(it.key) && it.word == wordOK {
+			if it.key = b.text(v, false); !validKey(it.key) && it.word == wordOK {
 				it.word = wordBadKey
 			}
 		case "token":
-			if it.token = p.text(v, false); !validToken(it.token) && it.word == wordOK {
+			if it.token = b.text(v, false); !validToken(it.token) && it.word == wordOK {
 				it.word = wordBadToken
 			}
 		}
@@ -239,20 +323,20 @@ func (p *parser) object() error {
 	if !validID(it.id) {
 		it.word = wordBadID
 	}
-	return p.add(it)
+	return b.add(it)
 }
 
 // event reads a CloudEvent (version 1.0, JSON format): the id counted is its source, a
 // space, and its id, which together tell events apart (section 3.1 there).
-func (p *parser) event() error {
+func (b *batch) event() error {
 	var source, id []byte
 	var version, kind bool
-	err := p.members(func(name []byte, v jsontext.Value) {
+	err := b.members(func(name []byte, v jsontext.Value) {
 		switch string(name) {
 		case "source":
-			source = p.text(v, false)
+			source = b.text(v, false)
 		case "id":
-			id = p.text(v, false)
+			id = b.text(v, false)
 		case "specversion":
 			version = string(v) == `"1.0"`
 		case "type":
@@ -263,17 +347,18 @@ func (p *parser) event() error {
 		return err
 	}
 	if !version || !kind || len(source) == 0 || len(id) == 0 {
-		return p.add(item{word: wordBadID})
+		return b.add(item{word: wordBadID})
 	}
-	from := len(p.scratch)
-	p.scratch = append(append(append(p.scratch, source...), ' '), id...)
-	return p.add(item{id: p.scratch[from:len(p.scratch):len(p.scratch)]})
+	from := len(b.scratch.b)
+	out := append(append(append(b.scratch.b, source...), ' '), id...)
+	b.scratch.b = out
+	return b.add(item{id: out[from:len(out):len(out)]})
 }
 
 // members calls member for each of an object's. The decoder refuses a name that is
 // there twice.
-func (p *parser) members(member func(name []byte, v jsontext.Value)) error {
-	d := &p.decoder
+func (b *batch) members(member func(name []byte, v jsontext.Value)) error {
+	d := b.decoder
 	if _, err := d.ReadToken(); err != nil {
 		return err
 	}
@@ -304,6 +389,4 @@ const (
 
 func validKey(key []byte) bool { return len(key) <= maxKeyLen && validID(key) }
 
-func validToken(token []byte) bool {
-	return len(token) <= maxTokenLen && utf8.Valid(token) && validID(token)
-}
+func validToken(token []byte) bool { return len(token) <= maxTokenLen && validID(token) }

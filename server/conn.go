@@ -23,8 +23,9 @@ const (
 	// A connection closed by the server while its client is still sending is
 	// read on for a moment: an immediate close would reset the connection, and
 	// a reset can overtake the answer.
-	lingerTime  = 250 * time.Millisecond
-	lingerBytes = 256 << 10
+	lingerTime = 250 * time.Millisecond
+	// A batch that is four times too large is still read to its end.
+	lingerBytes = 4 * DefaultMaxBatchBytes
 
 	// lingerBuffer is small, for all connections may be closed at once.
 	lingerBuffer = 512

@@ -92,8 +92,12 @@ func newFastPath(s *Server) *fastPath {
 // connState tells a connection that fasthttp is done with a request. If it then
 // reads, it has nothing left in its buffers, in or out.
 func connState(nc net.Conn, state fasthttp.ConnState) {
-	if state != fasthttp.StateClosed { // then the connection may be parked, and another's
-		nc.(*conn).between = state == fasthttp.StateIdle
+	if state == fasthttp.StateClosed { // the connection may be parked, and another's
+		return
+	}
+	c := nc.(*conn)
+	if c.between = state == fasthttp.StateIdle; c.between {
+		c.taken = 0 // what was read for this request; the next may be here already
 	}
 }
 
@@ -297,6 +301,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 			rest, end = after, len(b)-len(after)
 			w.items, w.ends[n] = append(w.items, dedup.Item{ID: id, Key: f.server.cfg.Set.Key(id)}), end
 		}
+		w.keyed = n
 		if answered := f.count(c, w, now); answered < n {
 			if like, end = other, 0; answered > 0 {
 				end = w.ends[answered-1]

@@ -10,9 +10,14 @@ import (
 	"verve/dedup"
 )
 
+// together is how many ids of a batch are put into the set at once: what a shared store
+// takes in one trip. In memory their cache misses are waited for together.
+const together = 512
+
 // work is the ids that are judged together, and what became of them. It is used again.
 type work struct {
 	items    []dedup.Item
+	keyed    int              // of items, from the front, have their Key
 	verdicts []dedup.Verdict  // Turned: not judged
 	epochs   []*counter.Epoch // in which each was judged; only with WindowHeader
 }
@@ -26,7 +31,7 @@ func (w *work) reset(n int) {
 		w.verdicts = make([]dedup.Verdict, n)
 		w.epochs = make([]*counter.Epoch, n)
 	}
-	w.items = w.items[:0]
+	w.items, w.keyed = w.items[:0], 0
 	w.verdicts, w.epochs = w.verdicts[:cap(w.items)], w.epochs[:cap(w.items)]
 }
 
@@ -49,7 +54,7 @@ func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error
 			}
 			return err
 		}
-		turned, panicked, cause := s.addAndLeave(entry, w.items[from:to], verdicts)
+		turned, panicked, cause := s.addAndLeave(entry, w, from, to)
 		if err == nil {
 			err = cause
 		}
@@ -102,7 +107,8 @@ func (s *Server) judgeAgain(now int64, hint uint64, w *work, from, to int) (err 
 // addAndLeave leaves the epoch whatever happens in the set: an entry never left would
 // keep its epoch from being sealed for ever. After a panic, ids that were not judged
 // are Turned.
-func (s *Server) addAndLeave(entry counter.Entry, items []dedup.Item, verdicts []dedup.Verdict) (turned int, panicked bool, err error) {
+func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned int, panicked bool, err error) {
+	verdicts := w.verdicts[from:to]
 	for i := range verdicts {
 		verdicts[i] = dedup.Turned
 	}
@@ -117,9 +123,22 @@ func (s *Server) addAndLeave(entry counter.Entry, items []dedup.Item, verdicts [
 		}
 		turned = left[dedup.Turned]
 		unique, repeats := left[dedup.Unique], left[dedup.Repeat]
-		entry.LeaveMany(uint64(unique), uint64(repeats), uint64(len(items)-unique-repeats))
+		entry.LeaveMany(uint64(unique), uint64(repeats), uint64(len(verdicts)-unique-repeats))
 	}()
-	return 0, false, s.cfg.Set.AddMany(entry.Epoch, items, verdicts)
+	for at := from; at < to; at += together {
+		end := min(at+together, to)
+		for ; w.keyed < end; w.keyed++ {
+			it := &w.items[w.keyed]
+			it.Key = s.cfg.Set.Key(it.ID)
+		}
+		if cause := s.cfg.Set.AddMany(entry.Epoch, w.items[at:end], w.verdicts[at:end]); err == nil {
+			err = cause
+		}
+		if w.verdicts[end-1] == dedup.Turned {
+			break // so are those behind
+		}
+	}
+	return 0, false, err
 }
 
 // logPanic logs a panic of the set or of the handler, sampled: a client that finds a

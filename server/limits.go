@@ -1,13 +1,16 @@
 package server
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+)
 
 // What a connection costs, measured with 8,000 of them in a memory cgroup, the
 // kernel's share among it (docs/operations.md, Sizing).
 const (
 	idleBytes    = 5 << 10  // parked: 3.7 KB of the process, 1.4 KB of the kernel
 	idleTLSBytes = 24 << 10 // parked, with the state of TLS
-	servedBytes  = 64 << 10 // with a request: buffers, a stack, 8 KiB of headers twice, most of a body
+	servedBytes  = 48 << 10 // with a request: buffers, a stack, 8 KiB of headers twice, the first 8 KiB of a body
 
 	// turnedAwayBytes lets those that are turned away take half of what those with a
 	// request may.
@@ -34,6 +37,9 @@ type Room struct {
 	Descriptors uint64
 	Memory      uint64 // bytes; half of it is for ids
 	TLS         bool   // connections of the public listener speak it
+
+	// MaxBatchBytes and MaxBatchIDs are those of Config.
+	MaxBatchBytes, MaxBatchIDs int
 }
 
 // Limits are the bounds of connections that keep the process within a Room.
@@ -43,6 +49,8 @@ type Limits struct {
 	MaxTurnedAway int // over MaxConns, that are read on
 	MaxAdmin      int // on the admin listener
 
+	BatchMemory int64 // of all batches that are read and judged, in bytes
+
 	// Lowered says why MaxConns is less than was wanted; empty if it is not.
 	Lowered string
 }
@@ -50,7 +58,7 @@ type Limits struct {
 // LimitsFor returns the limits for a number of connections that is wanted; 0 stands
 // for DefaultMaxConns.
 func LimitsFor(wanted int, room Room) Limits {
-	l := Limits{MaxConns: wanted, MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns}
+	l := Limits{MaxConns: wanted, MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns, BatchMemory: DefaultBatchMemory}
 	if wanted == 0 {
 		l.MaxConns = DefaultMaxConns
 	}
@@ -62,8 +70,12 @@ func LimitsFor(wanted int, room Room) Limits {
 		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
 	}
 	if room.Memory > 0 {
-		// Idle connections have five parts of six, those with a request the rest.
+		// Idle connections have five parts of six, those with a request and batches the
+		// rest: half of it each, and batches as much as one of them needs.
 		sixth := (max(room.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 6
+		served := sixth - sixth/2
+		least := batchNeeds(cmp.Or(room.MaxBatchBytes, DefaultMaxBatchBytes), cmp.Or(room.MaxBatchIDs, DefaultMaxBatchIDs))
+		l.BatchMemory = max(int64(min(sixth/2, DefaultBatchMemory)), least)
 		each := uint64(idleBytes)
 		if room.TLS {
 			each = idleTLSBytes
@@ -71,7 +83,7 @@ func LimitsFor(wanted int, room Room) Limits {
 		l.lower(int(min(5*sixth/each, DefaultMaxConns<<4)),
 			fmt.Sprintf("the memory limit is %d MiB, half of it for ids, and a connection takes %d KiB", room.Memory>>20, each>>10))
 		l.MaxTurnedAway = min(l.MaxTurnedAway, max(leastConns, int(min(sixth/turnedAwayBytes, defaultTurnedAway))))
-		l.MaxServed = int(min(sixth/servedBytes, DefaultMaxConns<<4))
+		l.MaxServed = int(min(served/servedBytes, DefaultMaxConns<<4))
 	}
 	if l.MaxServed == 0 || l.MaxServed > l.MaxConns {
 		l.MaxServed = l.MaxConns

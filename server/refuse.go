@@ -186,6 +186,12 @@ func overHTTP2(nc net.Conn) bool {
 	return ok && c.h2 && c.taken >= len(h2Preface)
 }
 
+// tooSlow reports whether a connection was ended in the middle of a request.
+func tooSlow(nc net.Conn) bool {
+	c, ok := nc.(*conn)
+	return ok && c.late.Load()
+}
+
 // refuseBroken answers what fasthttp could not read as a request. It closes the
 // connection after the answer.
 func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
@@ -198,7 +204,7 @@ func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
 		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.As(err, &timeout) && timeout.Timeout():
+	case errors.As(err, &timeout) && timeout.Timeout(), tooSlow(ctx.Conn()): // what fasthttp says of chunks hides it
 		s.refuse(ctx, fasthttp.StatusRequestTimeout, reasonTooSlow)
 	default:
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)

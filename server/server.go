@@ -172,7 +172,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	}
 	cfg.MaxBatchIDs = cmp.Or(cfg.MaxBatchIDs, DefaultMaxBatchIDs)
 	cfg.MaxBatchBytes = cmp.Or(cfg.MaxBatchBytes, DefaultMaxBatchBytes)
-	cfg.BatchMemory = max(cmp.Or(cfg.BatchMemory, DefaultBatchMemory), 2*int64(cfg.MaxBatchBytes))
+	cfg.BatchMemory = max(cmp.Or(cfg.BatchMemory, DefaultBatchMemory), batchNeeds(cfg.MaxBatchBytes, cfg.MaxBatchIDs))
 	if cfg.SlowTimeout == 0 {
 		cfg.SlowTimeout = DefaultSlowTimeout
 	}
@@ -203,7 +203,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 
 		Concurrency:        math.MaxInt32, // the listener bounds it
 		ReadBufferSize:     readBuffer,
-		MaxRequestBodySize: max(maxBody, cfg.MaxBatchBytes),
+		MaxRequestBodySize: max(maxBody, cfg.MaxBatchBytes+packedSlack(cfg.MaxBatchBytes)),
 		StreamRequestBody:  true, // handlers read bodies, within the memory allowed
 
 		NoDefaultServerHeader:        true,

@@ -1,0 +1,149 @@
+package server
+
+import (
+	"math/bits"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+const (
+	// batchStep is the size of the smallest buffer: most batches fit in a few of these.
+	batchStep = 16 << 10
+
+	// bufferClasses is how many sizes of buffers there are, each twice the one before:
+	// the largest is larger than maxMaxBatchBytes.
+	bufferClasses = 14
+
+	// keptItems bounds the tables that are kept for the next batch.
+	keptItems = DefaultMaxBatchIDs
+
+	// memberBytes is what the decoder of JSON takes for each member of an object, whose
+	// names must differ.
+	memberBytes = 64
+)
+
+// batchMemory bounds the memory that all batches use together. What is in use is
+// counted; what lies in the pools was in use before, and the garbage collection
+// releases it.
+type batchMemory struct {
+	limit   int64
+	used    atomic.Int64
+	buffers [bufferClasses]sync.Pool // of *buffer, by size
+	tables  sync.Pool                // of *tables
+}
+
+type buffer struct{ b []byte }
+
+// bodies is the part of the memory that bodies may take. They may arrive slowly; the
+// rest is for batches that have arrived, which need it for a moment.
+func (m *batchMemory) bodies() int64 { return m.limit - m.limit/4 }
+
+// tables are what is known about each id of a batch.
+type tables struct {
+	work  work   // of the ids that are well formed
+	words []word // of every item
+	items []item // as parsed; only JSON has them
+}
+
+const (
+	itemBytes = int(unsafe.Sizeof(dedup.Item{}) + unsafe.Sizeof(dedup.Verdict(0)) + unsafe.Sizeof((*counter.Epoch)(nil)) + unsafe.Sizeof(word(0)))
+	jsonBytes = int(unsafe.Sizeof(item{}))
+)
+
+func (t *tables) bytes() int64 { return int64(cap(t.words)*itemBytes + cap(t.items)*jsonBytes) }
+
+// batchNeeds returns the memory that the largest batch takes: its body while it grows,
+// once more where it comes compressed, and its tables.
+func batchNeeds(maxBytes, maxIDs int) int64 {
+	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+jsonBytes))
+}
+
+// take counts n more bytes for b, unless that is over the limit.
+func (b *batch) take(n, limit int64) error {
+	if n > 0 && b.owner.used.Add(n) > limit {
+		b.owner.used.Add(-n)
+		return errBusy
+	}
+	b.held += n
+	return nil
+}
+
+// grow returns a buffer of at least size bytes with the content of buf, which is
+// given back.
+func (b *batch) grow(buf *buffer, size int, limit int64) (*buffer, error) {
+	if buf != nil && cap(buf.b) >= size {
+		return buf, nil
+	}
+	class := bits.Len(uint(max(size-1, 0) / batchStep))
+	size = batchStep << class
+	if err := b.take(int64(size), limit); err != nil {
+		return buf, err
+	}
+	larger, _ := b.owner.buffers[class].Get().(*buffer)
+	if larger == nil {
+		larger = &buffer{make([]byte, 0, size)}
+	}
+	larger.b = larger.b[:0]
+	if buf != nil {
+		larger.b = append(larger.b, buf.b...)
+		b.drop(buf)
+	}
+	return larger, nil
+}
+
+// drop gives a buffer back.
+func (b *batch) drop(buf *buffer) {
+	if buf == nil {
+		return
+	}
+	n := int64(cap(buf.b))
+	b.owner.used.Add(-n)
+	b.held -= n
+	b.owner.buffers[bits.Len(uint(cap(buf.b)-1)/batchStep)].Put(buf)
+}
+
+// makeTables gives b tables for n items.
+func (b *batch) makeTables(n int, parsed bool) error {
+	t, _ := b.owner.tables.Get().(*tables)
+	if t == nil || b.take(t.bytes(), b.owner.limit) != nil {
+		t = new(tables)
+	}
+	b.tables = t
+	if n > cap(t.words) {
+		if err := b.take(int64((n-cap(t.words))*itemBytes), b.owner.limit); err != nil {
+			return err
+		}
+		t.words = make([]word, 0, n)
+		t.work = work{items: make([]dedup.Item, 0, n), verdicts: make([]dedup.Verdict, n), epochs: make([]*counter.Epoch, n)}
+	}
+	if parsed && n > cap(t.items) {
+		if err := b.take(int64((n-cap(t.items))*jsonBytes), b.owner.limit); err != nil {
+			return err
+		}
+		t.items = make([]item, 0, n)
+	}
+	t.words, t.items = t.words[:0], t.items[:0]
+	t.work.reset(cap(t.words))
+	return nil
+}
+
+// release gives back all that b has. Its tables go on pointing into buffers, which
+// are in the pools, too.
+func (b *batch) release() {
+	for _, buf := range []*buffer{b.body, b.plain, b.scratch, b.out} {
+		b.drop(buf)
+	}
+	b.body, b.plain, b.scratch, b.out = nil, nil, nil, nil
+	if t := b.tables; t != nil {
+		b.tables = nil
+		if cap(t.words) <= keptItems {
+			b.owner.tables.Put(t)
+		}
+	}
+	b.owner.used.Add(-b.held)
+	b.held = 0
+}
