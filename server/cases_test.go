@@ -78,7 +78,7 @@ func TestEveryHTTPCase(t *testing.T) {
 		"unicode NFD e-acute": "200;400", "raw UTF-8 in target": "400", "257-byte id": "400", "256 bytes after decoding": "200;400",
 		"8 KiB query": "431 close", "10 MiB query": "431 close", "semicolon separator": "400", "ampersand run": "200", "equals in value": "200;400",
 		"fragment in target": "400", "second question mark": "200;400", "tab in target": "400 close", "trailing slash": "404", "dot segments": "404",
-		"upper-case path": "404", "path params": "404", "root": "404", "POST accept": "200", "POST batch broken": "400 close",
+		"upper-case path": "404", "path params": "404", "root": "404", "POST accept": "200", "POST batch": "200", "POST batch of no known type": "415 close", "POST batch broken": "400 close",
 		"POST batch empty": "400", "HTTP/2.0 request line": "505 close", "absolute-form": "200", "OPTIONS": "405", "OPTIONS *": "404", "TRACE": "405",
 		"CONNECT": "404", "lower-case method": "405", "unknown method": "405", "HTTP/0.9": "400 close", "HTTP/1.9": "505 close",
 		"TLS hello to plain port": "400 close|408 close", "no Host 1.1": "400 close", "bad Host": "400 close", "GET with CL body": "400 close",

@@ -58,6 +58,15 @@ func requestSeeds(t testing.TB, s *site) (seeds [][]byte) {
 		endpoint, _, _ := strings.Cut(line, "\t")
 		seeds = append(seeds, []byte(get("id=1&endpoint="+url.QueryEscape(endpoint))))
 	}
+	for _, b := range [][3]string{
+		{"text/plain", "", "1\n2\r\n\n3"}, {"", "gzip", compressed(t, "1\n2")}, {"application/json", "", `["1",2,{"id":"3","key":"k","token":"t"},null]`},
+		{"application/x-ndjson", "", `{"id":"1"}` + "\n2\n"}, {"application/cloudevents-batch+json", "", `[{"specversion":"1.0","type":"t","source":"/a","id":"1"}]`},
+		{"text/plain", "", strings.Repeat("12345\n", 2000)},
+	} {
+		raw := batchPost("", b[0], b[1], b[2])
+		seeds = append(seeds, []byte(raw), []byte(strings.Replace(raw, "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1)))
+	}
+	seeds = append(seeds, []byte(chunkedBatch+"3\r\n1\n2\r\n2;x=y\r\n\n3\r\n0\r\nX: y\r\n\r\n"), []byte("POST "+acceptPath+"?id=1 HTTP/1.1\r\nHost: x\r\n\r\n"))
 	return append(seeds, []byte(get("id=1&endpoint="+url.QueryEscape("http://"+s.addr+"/test"))))
 }
 
@@ -68,6 +77,7 @@ var fragments = []string{
 	"Host: x\r\n", "Host:", "Content-Length: 5\r\n", "Content-Length: 0\r\n", "Content-Length: 65536\r\n", "Content-Length: -1\r\n", "Transfer-Encoding: chunked\r\n",
 	"Transfer-Encoding: identity\r\n", "Expect: 100-continue\r\n", "Connection: close\r\n", "Connection: keep-alive\r\n", "Verve-Callback: 1\r\n", "Trailer: X\r\n", " folded\r\n",
 	"0\r\n\r\n", "5\r\nhello\r\n", "ffffffffffffffff\r\n", "1;x=y\r\n", "18446744073709551615", "18446744073709551616", "99999999999999999999", "-0", "+1", "0x10",
+	"Content-Type: application/json\r\n", "Content-Encoding: gzip\r\n", "Content-Type: application/x-ndjson\r\n", `["1",`, `{"id":"`, `"]`,
 	"3f333df6-90a4-4fda-8dd3-9485d27cee36",
 }
 

@@ -191,6 +191,7 @@ func smugglingForms() map[string]string {
 		"1;a=\"\r\n\"\r\nx\r\n0\r\n\r\n", "1;\nx\r\n0\r\n\r\n",
 	} {
 		forms[fmt.Sprintf("chunks %d %q", i, chunks)] = "POST /test HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + hidden
+		forms[fmt.Sprintf("chunks of a batch %d %q", i, chunks)] = "POST /api/verve/accept HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + hidden
 	}
 	for i, line := range []string{
 		"GET /api/verve/accept?id=1 HTTP/1.1\r\n\r\n", "GET /api/verve/accept?id=1  HTTP/1.1\r\nHost: x\r\n\r\n", "GET\t/api/verve/accept?id=1\tHTTP/1.1\r\nHost: x\r\n\r\n",
