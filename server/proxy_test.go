@@ -130,7 +130,7 @@ func startProxy(t *testing.T, name, config string, args []string, server string)
 }
 
 // handled counts the requests that were understood and routed, whatever their
-// answer: each has exactly one.
+// answer: each has exactly one. Of a batch it counts the ids.
 func (s *site) handled() uint64 {
 	st := s.cfg.Counter.Stats()
 	n := st.Unique + st.Repeats + s.sunk.Load()
@@ -142,12 +142,20 @@ func (s *site) handled() uint64 {
 	return n
 }
 
-// isHandled reports whether resp is the answer to such a request, and not one of
-// a proxy or to something that was no request.
-func isHandled(resp *http.Response, body string) bool {
-	return (body == "ok" || body == "failed") && resp.Header.Get("Content-Type") == "text/plain" &&
-		resp.StatusCode != http.StatusRequestTimeout && resp.StatusCode != http.StatusRequestEntityTooLarge &&
-		resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge && resp.Header.Get("Verve-Reason") != "bad-request"
+// handledBy returns how many of those resp answers: none if it is of a proxy, or to
+// something that was no request.
+func handledBy(resp *http.Response, body string) uint64 {
+	single := body == "ok" || body == "failed"
+	switch {
+	case resp.Header.Get("Content-Type") != "text/plain", resp.StatusCode == http.StatusRequestTimeout, resp.StatusCode == http.StatusRequestEntityTooLarge,
+		resp.StatusCode == http.StatusRequestHeaderFieldsTooLarge, resp.Header.Get("Verve-Reason") == "bad-request":
+		return 0
+	case single:
+		return 1
+	case resp.StatusCode == http.StatusOK: // a word a line
+		return uint64(strings.Count(body, "\n"))
+	}
+	return 0
 }
 
 // smugglingForms are requests with a second one hidden in them, which appears
@@ -284,8 +292,8 @@ func through(t *testing.T, proxy, name, raw string) (answered uint64) {
 		if method == http.MethodHead && resp.Header.Get("Verve-Reason") == "method" {
 			answered++ // and has no body
 			method = http.MethodGet
-		} else if isHandled(resp, string(body)) {
-			answered++
+		} else {
+			answered += handledBy(resp, string(body))
 		}
 	}
 }
