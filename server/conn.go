@@ -42,7 +42,7 @@ const (
 	sampleEvery = 16
 )
 
-// phase is what a connection is doing. It is kept in the two lowest bits of
+// phase is what a connection is doing. It is kept in the three lowest bits of
 // conn.state, under the time it began, in nanoseconds.
 type phase int64
 
@@ -51,9 +51,13 @@ const (
 	phaseReading              // bytes of a request came; it is not answered yet, or its answer waits to be written
 	phaseWriting              // answers are being handed to the kernel
 	phaseIdle                 // all are answered, waiting for the next request
+	phaseQueued               // bytes of a request came, and it waits for a place in listener.served
 
-	phaseMask = 3
+	phaseMask = 7
 )
+
+// busy reports whether there is a request whose answer is not yet with the kernel.
+func (p phase) busy() bool { return p == phaseReading || p == phaseWriting || p == phaseQueued }
 
 // listener wraps the public listener: it bounds the number of connections, parks
 // those that are idle (park.go) and ends those that are slow, or idle for long. The
@@ -305,8 +309,8 @@ func (c *conn) Read(p []byte) (int, error) {
 // receive marks the beginning of a request with its first byte. Between two requests
 // it may return errParked instead.
 func (c *conn) receive(p []byte, between bool) (int, error) {
-	if between && c.owner.waiting.Load() > 0 {
-		return 0, c.park()
+	if between && c.owner.waiting.Load() > 0 && !c.nudged.Swap(true) {
+		c.interrupt() // and not parked at once: TLS may hold requests that it has read
 	}
 	n, err := c.take(p)
 	for err != nil && c.nudged.Swap(false) && n == 0 && c.goesOn(err) {
@@ -491,7 +495,7 @@ func (l *listener) busy() (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for c := range l.conns {
-		if p, _ := c.phase(); p == phaseReading || p == phaseWriting {
+		if p, _ := c.phase(); p.busy() {
 			n++
 		}
 	}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -42,7 +43,7 @@ func (s *Server) attend(c *conn) {
 		_ = c.Close()
 		return
 	}
-	if !l.takePlace() {
+	if !c.takePlace() {
 		c.refuseBusy()
 		return
 	}
@@ -59,36 +60,46 @@ func (s *Server) attend(c *conn) {
 // for too long and is to be answered 408. It reads one byte: no other way to learn that
 // the socket has some works on every system.
 func (c *conn) await() error {
-	if c.owner.stopping.Load() {
-		_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
+	for {
+		if c.owner.stopping.Load() {
+			_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
+		}
+		n, err := c.raw.Read(c.first[:])
+		if n > 0 {
+			c.ahead = true
+			c.enter(phaseReading)
+			return nil
+		}
+		if p, _ := c.phase(); p == phaseNew && c.ended.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil // fasthttp's read fails, too, and it answers 408
+		}
+		// The sweeper may interrupt for parking a connection that was parked meanwhile.
+		if !c.nudged.Swap(false) || !c.goesOn(err) {
+			c.ended.Store(true)
+			return err
+		}
 	}
-	n, err := c.raw.Read(c.first[:])
-	if n > 0 {
-		c.ahead = true
-		c.enter(phaseReading)
-		return nil
-	}
-	if p, _ := c.phase(); p == phaseNew && c.ended.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil // fasthttp's read fails, too, and it answers 408
-	}
-	c.ended.Store(true)
-	return err
 }
 
 // takePlace takes a place in l.served. It waits for one as long as a request may take to
-// arrive; meanwhile the connections that are idle are parked.
-func (l *listener) takePlace() bool {
+// arrive; meanwhile the connections that are idle are parked. Places are given in the
+// order in which connections came to wait: a channel serves its senders so. The time
+// for the request to arrive begins with the place.
+func (c *conn) takePlace() bool {
+	l := c.owner
 	select {
 	case l.served <- struct{}{}:
 		return true
 	default:
 	}
+	c.enter(phaseQueued)
 	l.waiting.Add(1)
 	defer l.waiting.Add(-1)
 	patience := time.NewTimer(l.slow)
 	defer patience.Stop()
 	select {
 	case l.served <- struct{}{}:
+		c.enter(phaseReading)
 		return true
 	case <-patience.C:
 		return false
@@ -96,11 +107,12 @@ func (l *listener) takePlace() bool {
 }
 
 // refuseBusy answers 503 to a connection whose request could not be read in time, as
-// too many others are being read.
+// too many others are being read. A handshake of TLS for no more than that costs too
+// much.
 func (c *conn) refuseBusy() {
 	c.owner.rejected.Add(1)
-	if c.owner.tls == nil {
-		_, _ = c.raw.Write(tooManyConns) // an empty send buffer takes so few bytes without blocking
+	if secure, ok := c.Conn.(*tls.Conn); !ok || secure.ConnectionState().HandshakeComplete {
+		_, _ = c.Write(tooManyConns)
 	}
 	_ = c.Close()
 }
@@ -130,12 +142,15 @@ type beneath struct {
 func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
 
 // goesOn reports whether a read that was ended for parking alone may be taken up
-// again. It clears the deadline before it looks at stopped, which stopReading sets
-// before the deadline: an end that comes meanwhile is either seen here or has its
-// deadline after this one.
+// again. It sets the deadline anew before it looks at stopped, which stopReading sets
+// before its deadline: an end that comes meanwhile is either seen here or has its
+// deadline after this one. The same holds for stopAccepting and stopping.
 func (c *conn) goesOn(err error) bool {
 	_ = c.raw.SetReadDeadline(time.Time{})
-	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load() && !c.owner.stopping.Load()
+	if c.owner.stopping.Load() {
+		_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
+	}
+	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load()
 }
 
 // park makes fasthttp leave the connection. What conn has learnt of its requests is
@@ -169,7 +184,7 @@ func (l *listener) stopAccepting() {
 	defer l.mu.Unlock()
 	l.stopping.Store(true)
 	for c := range l.conns {
-		if p, _ := c.phase(); p != phaseReading && p != phaseWriting {
+		if p, _ := c.phase(); !p.busy() {
 			_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
 		}
 	}

@@ -142,30 +142,41 @@ func TestRequestsTakeTurnsWithinMaxServed(t *testing.T) {
 // may take, and are answered 503.
 func TestHalfSentRequestsTakeNoMoreThanMaxServed(t *testing.T) {
 	const conns, places = 20, 4
-	s := newSite(t, func(c *Config) { c.MaxServed, c.SlowTimeout = places, time.Second })
-	var slow, busy int
-	var all []*bufio.Reader
-	for range conns {
-		c, r := s.dial()
-		io.WriteString(c, "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\n")
-		all = append(all, r)
-	}
-	for _, r := range all {
-		switch resp, _, err := answer(r); {
-		case err != nil:
-			t.Error(err)
-		case resp.StatusCode == 408:
-			slow++
-		case resp.StatusCode == 503 && resp.Header.Get("Retry-After") != "" && resp.Close:
-			busy++
-		default:
-			t.Errorf("got %v", resp)
+	few := func(c *Config) { c.MaxServed, c.SlowTimeout = places, time.Second }
+	eachCrowded(t, few, func(t *testing.T, s *crowded) {
+		var slow, busy int
+		var writers []net.Conn
+		var readers []*bufio.Reader
+		for i := range conns {
+			c, r := s.dial()
+			io.WriteString(c, get(fmt.Sprint("id=whole-", i)))
+			if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+				t.Fatalf("got %v %q, %v", resp, body, err)
+			}
+			writers, readers = append(writers, c), append(readers, r)
 		}
-	}
-	if slow < places || slow+busy != conns {
-		t.Errorf("%d answered 408, %d 503, want %d or more, and the rest", slow, busy, places)
-	}
-	if resp, body := s.ask(get("id=2")); resp.StatusCode != 200 {
-		t.Errorf("afterwards: got %v %q", resp, body)
-	}
+		for _, c := range writers {
+			io.WriteString(c, "GET /api/verve/accept?id=1 HTTP/1.1\r\nHost: x\r\n")
+		}
+		for _, r := range readers {
+			switch resp, _, err := answer(r); {
+			case err != nil:
+				t.Error(err)
+			case resp.StatusCode == 408:
+				slow++
+			case resp.StatusCode == 503 && resp.Header.Get("Retry-After") != "" && resp.Close:
+				busy++
+			default:
+				t.Errorf("got %v", resp)
+			}
+		}
+		if slow < places || slow+busy != conns || busy == 0 {
+			t.Errorf("%d answered 408, %d 503, want %d or more, and the rest", slow, busy, places)
+		}
+		c, r := s.dial()
+		io.WriteString(c, get("id=2"))
+		if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+			t.Errorf("afterwards: got %v %q, %v", resp, body, err)
+		}
+	})
 }

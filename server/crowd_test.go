@@ -1,0 +1,314 @@
+package server
+
+import (
+	"bufio"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// crowded is a site with fewer places than it has clients, and how they reach it.
+type crowded struct {
+	*site
+	dial func() (net.Conn, *bufio.Reader)
+}
+
+// eachCrowded runs a test without TLS and with it.
+func eachCrowded(t *testing.T, change func(*Config), test func(*testing.T, *crowded)) {
+	t.Run("plain", func(t *testing.T) {
+		s := newSite(t, change)
+		test(t, &crowded{s, s.dial})
+	})
+	t.Run("TLS", func(t *testing.T) {
+		s := newTLSSite(t, change)
+		test(t, &crowded{s, func() (net.Conn, *bufio.Reader) {
+			raw, _ := s.dial()
+			trusting := s.trusting()
+			trusting.DynamicRecordSizingDisabled = true // many requests in one record
+			c := tls.Client(raw, trusting)
+			return c, bufio.NewReader(c)
+		}})
+	})
+}
+
+// sweepOften does the sweeper's work all the time, so that its interrupts meet each
+// step of a connection.
+func (s *site) sweepOften() {
+	done := make(chan struct{})
+	var sweeping sync.WaitGroup
+	sweeping.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			s.sweepAll(time.Duration(s.ln.now.Load()))
+			runtime.Gosched()
+		}
+	})
+	s.t.Cleanup(func() {
+		close(done)
+		sweeping.Wait()
+	})
+}
+
+func (s *site) sweepAll(now time.Duration) {
+	s.ln.mu.Lock()
+	defer s.ln.mu.Unlock()
+	for c := range s.ln.conns {
+		c.sweep(now)
+	}
+}
+
+// awaitBusy waits until n connections have a request, all but one of which wait for the
+// only place.
+func (s *site) awaitBusy(n int) {
+	s.t.Helper()
+	for start := time.Now(); s.ln.busy() != n || int(s.ln.waiting.Load()) != n-1; time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			s.t.Fatalf("%d connections have a request and %d wait for a place, want %d and %d", s.ln.busy(), s.ln.waiting.Load(), n, n-1)
+		}
+	}
+}
+
+// member is one client of a crowd. It sends each id once or, at random, twice in a row,
+// so that the statuses show the order of the answers. Its requests have 64 bytes, so
+// that they end where a buffer does.
+type member struct {
+	number int
+	rng    *rand.Rand
+	next   int
+	wants  []int // statuses of the batch under way
+	ok     uint64
+}
+
+func (m *member) batch(requests int) string {
+	var b strings.Builder
+	for m.wants = m.wants[:0]; len(m.wants) < requests; {
+		request := get(fmt.Sprintf("id=%08d-%08d", m.number, m.next))
+		m.next++
+		b.WriteString(request)
+		m.wants = append(m.wants, 200)
+		if len(m.wants) < requests && m.rng.IntN(2) == 0 {
+			b.WriteString(request)
+			m.wants = append(m.wants, 409)
+		}
+	}
+	return b.String()
+}
+
+// send sends a batch, sometimes in two parts.
+func (m *member) send(w io.Writer, requests int) error {
+	all := m.batch(requests)
+	cut := len(all)
+	if m.rng.IntN(3) == 0 {
+		cut = m.rng.IntN(len(all))
+	}
+	if _, err := io.WriteString(w, all[:cut]); err != nil || cut == len(all) {
+		return err
+	}
+	time.Sleep(time.Duration(m.rng.IntN(1000)) * time.Microsecond) // the second part is late
+	_, err := io.WriteString(w, all[cut:])
+	return err
+}
+
+// ask sends a batch and reads its answers.
+func (m *member) ask(w io.Writer, r *bufio.Reader, requests int) error {
+	if err := m.send(w, requests); err != nil {
+		return err
+	}
+	for i, want := range m.wants {
+		resp, body, err := answer(r)
+		if err != nil {
+			return fmt.Errorf("answer %d of %d: %w", i, len(m.wants), err)
+		}
+		if resp.StatusCode == 200 {
+			m.ok++
+		}
+		if resp.StatusCode != want {
+			return fmt.Errorf("answer %d of %d: got %d %q, want %d", i, len(m.wants), resp.StatusCode, body, want)
+		}
+	}
+	return nil
+}
+
+// crowd has n clients work at the same time, and returns how many answers were 200.
+func (s *site) crowd(n int, work func(m *member) error) uint64 {
+	var all sync.WaitGroup
+	var ok atomic.Uint64
+	for i := range n {
+		all.Go(func() {
+			m := &member{number: i, rng: rand.New(rand.NewPCG(1, uint64(i)))}
+			if err := work(m); err != nil {
+				s.t.Errorf("client %d: %v", i, err)
+			}
+			ok.Add(m.ok)
+		})
+	}
+	all.Wait()
+	return ok.Load()
+}
+
+// wantRecord stops the server and compares what it has published with the answers.
+func (s *site) wantRecord(ok uint64) {
+	s.t.Helper()
+	s.stop()
+	if n := s.records.sum(); n != ok {
+		s.t.Errorf("the record has %d ids, %d answers were ok", n, ok)
+	}
+}
+
+// TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces: once, in order, on
+// a connection that stays open.
+func TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces(t *testing.T) {
+	const clients, places, rounds, most = 16, 3, 12, 200
+	few := func(c *Config) { c.MaxServed = places }
+	eachCrowded(t, few, func(t *testing.T, s *crowded) {
+		s.sweepOften()
+		s.wantRecord(s.crowd(clients, func(m *member) error {
+			c, r := s.dial()
+			for range rounds {
+				if err := m.ask(c, r, 1+m.rng.IntN(most)); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+		if s.ln.parked.Load() == 0 {
+			t.Error("no connection gave its place to another")
+		}
+	})
+}
+
+// TestShortConnectionsAreAnsweredBesideFewPlaces, among others that stay.
+func TestShortConnectionsAreAnsweredBesideFewPlaces(t *testing.T) {
+	const clients, places, rounds = 12, 2, 15
+	few := func(c *Config) { c.MaxServed = places }
+	eachCrowded(t, few, func(t *testing.T, s *crowded) {
+		s.sweepOften()
+		s.wantRecord(s.crowd(clients, func(m *member) error {
+			c, r := s.dial()
+			for range rounds {
+				if err := m.ask(c, r, 1+m.rng.IntN(20)); err != nil {
+					return err
+				}
+				if m.number%3 > 0 {
+					c.Close()
+					c, r = s.dial()
+				}
+			}
+			return nil
+		}))
+	})
+}
+
+// TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace, and refuses the rest.
+func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
+	const clients, places = 16, 3
+	few := func(c *Config) { c.MaxServed = places }
+	eachCrowded(t, few, func(t *testing.T, s *crowded) {
+		s.sweepOften()
+		stopped := make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for s.ln.waiting.Load() < places || s.cfg.Counter.Stats().Unique < 20*clients {
+				time.Sleep(time.Millisecond)
+			}
+			s.stop()
+		}()
+		ok := s.crowd(clients, func(m *member) error {
+			c, r := s.dial()
+			for {
+				if m.send(c, 32) != nil {
+					return nil
+				}
+				for i, want := range m.wants {
+					resp, body, err := answer(r)
+					switch {
+					case err == nil && resp.StatusCode == want:
+						m.ok += uint64((409 - want) / (409 - 200))
+					case err != nil && i == 0, err == nil && resp.StatusCode == 503 && resp.Close:
+						return nil // the end, before the batch or within it
+					default:
+						return fmt.Errorf("answer %d of %d: got %v %q, %v, want %d or a 503 that is the last", i, len(m.wants), resp, body, err, want)
+					}
+				}
+			}
+		})
+		<-stopped
+		if n := s.records.sum(); n != ok {
+			t.Errorf("the record has %d ids, %d answers were ok", n, ok)
+		}
+	})
+}
+
+// TestPlacesAreGivenInTurn: a client that goes on at once does not get the only place
+// again before those that wait for it.
+func TestPlacesAreGivenInTurn(t *testing.T) {
+	const waiting = 4
+	eachCrowded(t, func(c *Config) { c.MaxServed, c.SlowTimeout = 1, patience }, func(t *testing.T, s *crowded) {
+		want200 := func(who string, r *bufio.Reader) {
+			t.Helper()
+			if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+				t.Fatalf("%s: got %v %q, %v", who, resp, body, err)
+			}
+		}
+		first, firstR := s.dial()
+		io.WriteString(first, get("id=1"))
+		want200("the first", firstR)
+		again := get("id=2")
+		io.WriteString(first, again[:20]) // holds the place
+		s.awaitBusy(1)
+		var others []*bufio.Reader
+		for i := range waiting {
+			c, r := s.dial()
+			go io.WriteString(c, get(fmt.Sprint("id=other-", i))) // a handshake waits for the place
+			s.awaitBusy(i + 2)
+			others = append(others, r)
+		}
+		io.WriteString(first, again[20:])
+		want200("the first, again", firstR)
+		last := get("id=3")
+		io.WriteString(first, last[:20]) // would hold it again
+		for i, r := range others {
+			want200(fmt.Sprint("the one that waited, ", i), r)
+		}
+		io.WriteString(first, last[20:])
+		want200("the first, at last", firstR)
+	})
+}
+
+// TestWaitingForAPlaceIsNotTheClientsTime: the time for a request to arrive begins with
+// the place.
+func TestWaitingForAPlaceIsNotTheClientsTime(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.MaxServed, c.SlowTimeout = 1, patience })
+	holder, holderR := s.dial()
+	request := get("id=1")
+	io.WriteString(holder, request[:20])
+	s.awaitBusy(1)
+	c, r := s.dial()
+	io.WriteString(c, get("id=2"))
+	s.awaitBusy(2)
+	s.ln.mu.Lock()
+	for c := range s.ln.conns {
+		if p, _ := c.phase(); p == phaseQueued {
+			c.sweep(10 * patience)
+		}
+	}
+	s.ln.mu.Unlock()
+	io.WriteString(holder, request[20:])
+	for name, r := range map[string]*bufio.Reader{"the one with the place": holderR, "the one that waited": r} {
+		if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+			t.Errorf("%s: got %v %q, %v", name, resp, body, err)
+		}
+	}
+}
