@@ -219,6 +219,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, endpoint callback.Endpoint, w
 	s := bs.server
 	b := bs.free.Get().(*batch)
 	ctx.SetUserValue(batchValue, b)
+	defer b.finish() // the answer is still to be written
 	f, err := b.load(ctx)
 	if err != nil {
 		bs.refuse(ctx, err)

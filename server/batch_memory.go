@@ -131,19 +131,30 @@ func (b *batch) makeTables(n int, parsed bool) error {
 	return nil
 }
 
-// release gives back all that b has. Its tables go on pointing into buffers, which
-// are in the pools, too.
-func (b *batch) release() {
-	for _, buf := range []*buffer{b.body, b.plain, b.scratch, b.out} {
+// finish gives back what b needs no more once its answer is rendered. Its tables go on
+// pointing into buffers, which are in the pools, too.
+func (b *batch) finish() {
+	for _, buf := range []*buffer{b.body, b.plain, b.scratch} {
 		b.drop(buf)
 	}
-	b.body, b.plain, b.scratch, b.out = nil, nil, nil, nil
+	b.body, b.plain, b.scratch = nil, nil, nil
 	if t := b.tables; t != nil {
 		b.tables = nil
 		if cap(t.words) <= keptItems {
 			b.owner.tables.Put(t)
 		}
 	}
-	b.owner.used.Add(-b.held)
-	b.held = 0
+	answer := int64(0)
+	if b.out != nil {
+		answer = int64(cap(b.out.b))
+	}
+	b.owner.used.Add(answer - b.held)
+	b.held = answer
+}
+
+// release gives back all that b has.
+func (b *batch) release() {
+	b.drop(b.out)
+	b.out = nil
+	b.finish()
 }
