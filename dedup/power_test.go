@@ -163,8 +163,8 @@ type platter struct {
 	t   *testing.T
 	dir string
 
-	mu    sync.Mutex // guards what follows: who turns an epoch may sync beside the one who keeps
-	rnd   *rand.Rand // its own, so that the schedule does not depend on who comes first
+	mu    sync.Mutex // guards what follows: a request that turns an epoch may sync while keep does
+	rnd   *rand.Rand // its own, so that the schedule does not depend on the order of goroutines
 	files map[string][]byte
 
 	// Power is lost in the sync after so many more; 0: in none. From then on nothing

@@ -54,14 +54,13 @@ var crlfcrlf = []byte("\r\n\r\n")
 // the same way, too. The ids of requests that arrived together go into the set together,
 // so that their cache misses overlap, and their answers into one write.
 //
-// It works inside conn.Read, when fasthttp waits for the beginning of a request,
-// with nothing read ahead and every answer flushed. What is not its own to
-// answer, and an id that is not judged any more (draining), it gives to fasthttp as if
-// it had just come. (A client that has sent something else, and then sends on without a
-// pause, stays with fasthttp until it has read all that there is.)
-// FuzzFastPathAnswersAsFasthttp holds the two together, BenchmarkServer says what
-// this one gains: a pipelined request takes less CPU than a bare fasthttp
-// handler's.
+// It works inside conn.Read, when fasthttp waits for the beginning of a request, with
+// nothing read ahead and every answer flushed. Other requests, and an id that is not
+// judged any more (draining), it gives to fasthttp as if they had just arrived. (A client
+// that has sent something else, and then sends on without a pause, stays with fasthttp
+// until it has read all that there is.) FuzzFastPathAnswersAsFasthttp holds the two
+// together, BenchmarkServer says what this one gains: a pipelined request takes less CPU
+// than a bare fasthttp handler's.
 type fastPath struct {
 	server  *Server
 	free    sync.Pool               // of *reads

@@ -95,8 +95,7 @@ func functionMissing(err error) bool {
 	return strings.Contains(s, "function not found") || strings.Contains(s, "unknown command") || strings.HasPrefix(s, "noperm")
 }
 
-// load brings the functions to every server, or turns to scripts where they
-// are refused.
+// load loads the functions on every server, or switches to scripts if they are refused.
 func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 	loaded := false
 	var last error

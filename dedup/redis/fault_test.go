@@ -23,9 +23,9 @@ import (
 	"verve/internal/testproc"
 )
 
-// bring has callers bring ids that are brought by nobody else, each again until
-// it is answered: at the next instance each time. It returns how often a caller
-// was told that it is not the first, and how often an attempt failed.
+// bring has callers send ids of their own, each again until it is answered, every time to
+// the next instance. It returns how many were answered as repeats, and how many attempts
+// failed.
 func bring(t *testing.T, sets []*Set, at []settest.Epochs, callers, each int, id func(n int) string) (repeats, failures int64) {
 	t.Helper()
 	var repeat, failed atomic.Int64
@@ -57,9 +57,9 @@ func bring(t *testing.T, sets []*Set, at []settest.Epochs, callers, each int, id
 }
 
 // TestRedisLostRepliesAreNoRepeats has the replies of Redis thrown away and the
-// connections cut, again and again, in the middle of batches that are applied.
-// No caller takes its own first try for somebody else's, none is told twice
-// that it is the first, also when the next try goes to the other instance.
+// connections cut, again and again, in the middle of batches that are applied. No first
+// attempt is taken for another caller's, and no id is Unique twice, also if the next
+// attempt goes to the other instance.
 func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 	const callers = 200
 	each, cuts := 300, 100
@@ -79,7 +79,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			}
 			stop := make(chan struct{})
 			var cutting sync.WaitGroup
-			// Every round brings other ids until there were enough cuts.
+			// Every round sends other ids until there were enough cuts.
 			cutting.Go(func() {
 				for i := 0; ; i++ {
 					select {
@@ -227,8 +227,8 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	}
 }
 
-// leaveUntold has r hold an id as one that the batch seq has added and that
-// nobody is left to be told about.
+// leaveUntold has r hold an id as one that the batch seq has added and whose requests are
+// all gone.
 func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
 	s, k := e.Last().State.(*redisEpoch), r.Key([]byte(id))
 	var enc encoded
@@ -260,8 +260,8 @@ func untilSettled(t *testing.T, r *Set) {
 	})
 }
 
-// TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce: it is asked for while the
-// loss is known and not yet mended.
+// TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce: the request comes while the loss is
+// known and not yet repaired.
 func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
@@ -302,9 +302,8 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	}
 }
 
-// TestRedisTakesBackNothingThatOthersWereGiven: of the ids that nobody was told
-// about a loss leaves one and takes the other, and that one another instance gives
-// before this one finds out.
+// TestRedisTakesBackNothingThatOthersWereGiven: two ids were added without an answer. A
+// loss takes one of them, which another instance gives before this one notices.
 func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
@@ -503,8 +502,8 @@ func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
 	}
 }
 
-// TestRedisSequenceIsReadWhileBatchesAreDone, as whoever is told of an id does.
-// The race detector judges.
+// TestRedisSequenceIsReadWhileBatchesAreDone, as a request does after its answer. The race
+// detector judges.
 func TestRedisSequenceIsReadWhileBatchesAreDone(t *testing.T) {
 	r := newRedis(t, startRedis(t).Addr, patient)
 	e := settest.NewEpochs(t, r)
@@ -733,8 +732,8 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	}
 }
 
-// TestRedisFailOpen: while Redis is away each instance judges alone, and says so
-// where it shows.
+// TestRedisFailOpen: while Redis is unreachable each instance judges alone, and the record
+// says so if an id was given twice.
 func TestRedisFailOpen(t *testing.T) {
 	for _, same := range []bool{false, true} {
 		t.Run(fmt.Sprint("the same ids at both: ", same), func(t *testing.T) {

@@ -115,13 +115,13 @@ const (
 	// failureLogEvery samples the log of a failure that repeats.
 	failureLogEvery = 30 * time.Second
 
-	// leavePoll is how often one who leaves looks whether another is alive, and
-	// leaveTry how long it tries to say that it leaves.
+	// leavePoll is how often a leaving instance looks whether another is alive, and
+	// leaveTry how long it tries to report that it leaves.
 	leavePoll = 50 * time.Millisecond
 	leaveTry  = 2 * time.Second
 
-	// leaveMargin is what one who leaves as the last wants to have left, of the
-	// time to stop in, after the end of the open window: to publish it.
+	// leaveMargin is the part of the time to stop that the last leaving instance keeps for
+	// publishing the open window after its end.
 	leaveMargin = time.Second
 )
 
@@ -218,8 +218,7 @@ func (g *Group) onLeaving(after time.Duration, f func()) (cancel func()) {
 	return sync.OnceFunc(func() { close(done) })
 }
 
-// try calls f until it succeeds or ctx ends, which a stop brings about within
-// leaveTry.
+// try calls f until it succeeds or ctx ends; a stop ends ctx within leaveTry.
 func (g *Group) try(ctx context.Context, message string, f func(context.Context) error) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()

@@ -192,7 +192,7 @@ func (r *Set) Health() (ready bool, reason string) {
 		failure = "Redis does not answer"
 	}
 	if down < len(r.lanes) {
-		// Other instances reach no more: it is a part of the cluster that is away.
+		// Other instances reach the same parts: the rest of the cluster is down.
 		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, len(r.lanes))
 	}
 	return r.cfg.FailOpen, failure

@@ -81,7 +81,7 @@ type lane struct {
 	pending pendingIDs
 	queue   []*entry // to be sent, oldest first
 	doubt   []*entry // to be sent again, a moment later
-	untold  []*entry // added, and nobody is left to be told: to be taken back
+	untold  []*entry // added, but all their requests got 503: to be removed
 	oldest  *ask     // those who wait, by the time they began
 	newest  *ask
 	job     *job // under way
@@ -92,7 +92,7 @@ type lane struct {
 	asked   []*question
 	closed  bool
 
-	// Those who are answered and not woken yet, the first and the last.
+	// Requests that are answered and not woken yet, the first and the last.
 	woken, lastWoken *ask
 
 	// seq is that of the last batch that was done. run alone changes it, and so
@@ -131,7 +131,7 @@ type laneEpoch struct {
 const (
 	queued  = iota
 	flying  // in the batch under way
-	untold  // added, nobody told; to be taken back
+	untold  // added without an answer; to be removed
 	taking  // is being taken back
 	settled // out of the lane
 )
@@ -163,7 +163,7 @@ type ask struct {
 
 var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)} }}
 
-// question is somebody who waits until a lane has been heard about an epoch.
+// question is a caller that waits for an answer of a lane about an epoch.
 type question struct {
 	epoch *redisEpoch
 	done  chan error // capacity 1
@@ -300,8 +300,8 @@ var errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnav
 
 var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
 
-// tell answers for an entry that was added and not told about: the request that
-// brings it again is the one that is told. l.mu is held.
+// tell answers for an entry that was added while all its requests got 503: the request
+// that sends it again gets Unique. l.mu is held.
 func (l *lane) tell(e *counter.Epoch, en *entry) {
 	i := slices.Index(l.untold, en)
 	l.untold = slices.Delete(l.untold, i, i+1)
@@ -339,8 +339,8 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded)
 
 var errLog = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
 
-// known makes a repeat of the id cost no trip. l.mu is held, so that whoever
-// finds it no more pending finds it there.
+// known makes a repeat of the id cost no trip. l.mu is held, so that a request that no
+// longer finds the id pending finds it in Local.
 func (l *lane) known(e *counter.Epoch, key pendingKey) {
 	_, _ = l.r.cfg.Local.Learn(e, key.epoch.view, key.id) // an id without room takes a trip next time
 }
@@ -362,8 +362,8 @@ func (l *lane) wait(a *ask) {
 	}
 }
 
-// answer ends the waiting of a, once l.mu is let go of by unlock. Its entry has
-// been told to forget it. l.mu is held.
+// answer ends the waiting of a when unlock releases l.mu. Its entry no longer refers to
+// it. l.mu is held.
 func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	if a.prev != nil {
 		a.prev.next = a.next
@@ -385,8 +385,8 @@ func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	l.lastWoken = a
 }
 
-// answerAll answers first to the first who waits for en and then to the others.
-// l.mu is held.
+// answerAll answers the first request that waits for en with first, and the others with
+// then. l.mu is held.
 func (l *lane) answerAll(en *entry, first, then dedup.Verdict, err error) {
 	v := first
 	for a := en.asks; a != nil; {
@@ -776,8 +776,7 @@ func (l *lane) dissolve(j *job) {
 	l.asked = append(l.asked, j.asked...)
 }
 
-// added settles an entry that is in Redis, if there is anybody to be told.
-// l.mu is held.
+// added settles an entry that is in Redis, if a request still waits for it. l.mu is held.
 func (l *lane) added(en *entry) {
 	le := &en.key.epoch.lanes[l.i]
 	switch {
@@ -878,7 +877,7 @@ func (l *lane) resolve(j *job, a answer) {
 		}
 	case modeTake:
 		for _, en := range j.entries {
-			l.requeue(en, &l.queue) // where it was brought again meanwhile
+			l.requeue(en, &l.queue) // if a request has sent it again meanwhile
 		}
 		l.r.counts.untold.Add(uint64(len(j.entries)))
 	case modeAdd, modeLook:
@@ -904,7 +903,7 @@ func (l *lane) resolve(j *job, a answer) {
 // is held.
 func (l *lane) settle(en *entry, code byte) {
 	if en.told && code != '1' {
-		l.missed(en) // where another has added it, that is found, and marks the epoch
+		l.missed(en) // if another instance added it meanwhile, the replay detects that and marks the epoch
 		return
 	}
 	switch code {

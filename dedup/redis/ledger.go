@@ -53,15 +53,14 @@ const (
 	// keepUndelivered is how long an epoch waits for somebody to publish it.
 	keepUndelivered = 7 * 24 * time.Hour
 
-	// What is kept of a delivered epoch says to a member that comes back with a
-	// copy in its spool that it was delivered: keepDelivered windows of it, an
-	// hour at least, no longer than keepUndelivered.
+	// The ledger remembers delivered epochs, for a member that returns with a copy in its
+	// spool: keepDelivered windows, an hour at least, no longer than keepUndelivered.
 	keepDelivered    = 10_000
 	minKeepDelivered = time.Hour
 
-	// doubtMember is how long, where members decide alone while Redis is away
-	// (fail open), one that fell silent may have done so. It makes the records of
-	// those windows not exact.
+	// doubtMember is how long a member that fell silent may have decided alone, if members
+	// do so while Redis is unreachable (fail open). The records of those windows are not
+	// exact.
 	doubtMember = 10 * time.Minute
 )
 
@@ -91,17 +90,16 @@ type groupIDs interface {
 	unsettled() (start time.Time, some bool)
 }
 
-// Ledger is what the members of a group know together of their epochs: who is
-// alive, which epochs are open, when one is sealed, what it came to, who
-// publishes, and what was published. It is kept in Redis, under one hash tag, so
-// that each step is one atomic script. Time is Redis's own. Every step may be
-// repeated, whatever became of the first try.
+// Ledger is what the members of a group share about their epochs: which members are alive,
+// which epochs are open, when one is sealed and with which count, which member publishes,
+// and what was published. It is kept in Redis, under one hash tag, so that each step is
+// one atomic script. All times are by the clock of Redis. Every step may be repeated,
+// whatever the outcome of the first attempt.
 //
-// An epoch goes through it like this: a member that opens it writes it down;
-// one that has left it reports so; when all who are alive have, or the last clock
-// must have turned, one of them seals the ids and decides the count, which is
-// from then on the same for everybody; the leader publishes it and marks it as
-// delivered.
+// The steps of an epoch: a member that opens it writes it down; a member that has left it
+// reports that; when all live members have, or the last clock must have turned, one of
+// them seals the ids and decides the count, which is then the same for all members; the
+// leader publishes it and marks it as delivered.
 //
 // All methods are safe for concurrent use.
 type Ledger struct {
@@ -152,8 +150,8 @@ type ledgerEpoch struct {
 	decided    *counter.Count // what it came to, as far as this process knows
 }
 
-// maxLedgerEpochs bounds what each beat writes again. A backlog of more, a
-// broker that is away for a day, is in Redis alone; its loss then is one.
+// maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
+// for a day) exist only in Redis and are lost with it.
 const maxLedgerEpochs = 512
 
 func openLedger(cfg ledgerConfig) *Ledger {
@@ -221,14 +219,14 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
 
-// beatScript says that the member is alive, writes again what it knows of its
-// epochs, and takes the lead if nobody has it. Per epoch it answers 0, 2 where the
-// epoch is delivered, or 3 where the group does not take it.
+// beatScript reports that the member is alive, writes again what it knows of its epochs,
+// and takes the lead if it is free. Per epoch it answers 0, 2 if the epoch is delivered,
+// or 3 if the group does not accept it.
 //
-// The group has the window of the member that came first. One that has another
-// stands outside while a member with that of the group is alive: its epochs are not
-// taken. When none is, and it was not outside just now (Redis may have lost who is
-// alive), the window of the group is its own. An epoch of another length than those
+// The group has the window of the member that came first. A member with another window
+// stands outside while a member with the group's window is alive: its epochs are not
+// accepted. When none is, and it was not outside just now (Redis may have lost the list of
+// members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
 var beatScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])

@@ -334,8 +334,8 @@ func TestOneMemberPublishes(t *testing.T) {
 	}
 }
 
-// TestLastMemberKnowsThatItIs: of members that leave at once, one is told that it
-// is the last.
+// TestLastMemberKnowsThatItIs: if members leave at once, exactly one learns that it is the
+// last.
 func TestLastMemberKnowsThatItIs(t *testing.T) {
 	g := newGroup(t)
 	var members []*Ledger
@@ -366,9 +366,8 @@ func TestLastMemberKnowsThatItIs(t *testing.T) {
 	}
 }
 
-// TestLostLedgerComesBack: after a FLUSHALL the next beat of any member that
-// knows brings back the epochs and, above all, the counts that were decided, as
-// the ids they came from are gone.
+// TestLostLedgerComesBack: after a FLUSHALL the next beat of any member that knows them
+// writes again the epochs and the decided counts, because the ids are gone.
 func TestLostLedgerComesBack(t *testing.T) {
 	g := newGroup(t)
 	a, b := g.member("a"), g.member("b")

@@ -120,9 +120,8 @@ func TestSet(t *testing.T) {
 	}})
 }
 
-// TestRedisInstancesCountAsOne has three instances bring the same ids at the
-// same moments: each id is unique at one of them, and the sealed count is the
-// number of ids.
+// TestRedisInstancesCountAsOne has three instances add the same ids at the same moments:
+// each id is unique at one of them, and the sealed count is the number of ids.
 func TestRedisInstancesCountAsOne(t *testing.T) {
 	server := startRedis(t)
 	const instances, writers, ids = 3, 8, 5000

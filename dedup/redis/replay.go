@@ -86,8 +86,8 @@ func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 	g.marks = append(g.marks, mark{seq, g.have.len})
 }
 
-// unsent adds an id that Redis has not taken. It is kept whatever its size: the
-// caller has asked for room, or it is one of a batch.
+// unsent adds an id that Redis does not have. It is kept whatever its size: the caller has
+// reserved room, or it is one of a batch.
 func (g *replayLog) unsent(r *Set, b []byte) {
 	r.logBytes.Add(int64(len(b)))
 	g.todo = append(g.todo, b...)
@@ -183,8 +183,8 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		le.lost = true
 		l.flush(s)
 	}
-	// An id that nobody was told about is in no log. Where it is lost, to take it
-	// back would take it from whom it was given to since.
+	// An unanswered id is in no log. If it is lost, removing it would remove it from the
+	// instance that has given it since.
 	gone := func(en *entry) bool {
 		kept, some := l.losses[en.key.epoch]
 		lost := some && en.seq > kept
@@ -206,8 +206,9 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	return -1
 }
 
-// lose notes what an answer about the epoch s says is lost. That a sequence is old
-// says only that a hello was done and its reply lost: of what, is noted already.
+// lose notes the loss that an answer about the epoch s reports. statusOld means only that
+// an earlier hello succeeded and its reply was lost; what it reported is already in
+// losses.
 func (l *lane) lose(s *redisEpoch, a answer) {
 	switch a.status {
 	case statusLost:
@@ -243,9 +244,8 @@ func (l *lane) retire(s *redisEpoch) int {
 	return unsent
 }
 
-// unsettled returns the start of the oldest epoch of which ids that this process
-// has answered as new, or may, are not in Redis for certain, or others are that
-// nobody was told about.
+// unsettled returns the start of the oldest epoch with ids in an unknown state: answered
+// ok but possibly missing from Redis, or added without an answer.
 func (r *Set) unsettled() (start time.Time, some bool) {
 	see := func(s *redisEpoch) {
 		if !some || s.start.Before(start) {

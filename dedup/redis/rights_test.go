@@ -26,10 +26,9 @@ func documentedUser(t *testing.T) []string {
 	return strings.Fields(strings.Replace(line, ">PASSWORD", ">secret", 1))
 }
 
-// TestRedisRightsThatAreMissingAreNamed: the rights that docs/instances.md lists
-// are enough. Without one that is needed the instance is not ready, also without
-// traffic, and says which; it is ready again by itself. What is convenient only may
-// be missing.
+// TestRedisRightsThatAreMissingAreNamed: the rights that docs/instances.md lists are
+// enough. Without one that is needed the instance is not ready, also without traffic, and
+// names it; it is ready again by itself. Rights that are only convenient may be missing.
 func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 	server := startRedis(t)
 	if got := server.do(documentedUser(t)...); got != "OK" {

@@ -72,7 +72,7 @@ type Config struct {
 	// nothing on disk, and is closed with the Set.
 	Local *dedup.Memory
 
-	// FailOpen lets Local answer while Redis is away. Otherwise ids that are not
+	// FailOpen lets Local answer while Redis is unreachable. Otherwise ids that are not
 	// known in Local get ErrUnavailable.
 	FailOpen bool
 
@@ -286,12 +286,11 @@ func (r *Set) Open(e *counter.Epoch) {
 	r.latest.Store(s)
 }
 
-// await gives the ledger a moment to learn of the epoch before an id of it is
-// answered: then it is published whatever becomes of this process. Where the
-// ledger is away, in a part of the cluster that fails, ids are answered all the
-// same; the next beat that gets through tells it. It returns an error for an epoch
-// that the group does not take, or that a process opened of which the group has
-// not heard yet: it may have another window.
+// await gives the ledger a moment to learn of the epoch before an id of it is answered:
+// then it is published whatever becomes of this process. If the ledger is unreachable, in
+// a failed part of the cluster, ids are answered anyway; the next beat that succeeds
+// writes the epoch down. It returns an error for an epoch that the group does not accept,
+// or of a process that the group does not know yet: it may have another window.
 func (r *Set) await(s *redisEpoch) error {
 	select {
 	case <-s.known:

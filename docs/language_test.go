@@ -1,0 +1,105 @@
+package docs_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// unplain are patterns of sentences that readers have to read twice: a pronoun
+// in the place of the actor, a genitive ahead of what it belongs to, a verb of
+// speech for a state.
+var unplain = []*regexp.Regexp{
+	regexp.MustCompile(`(?i)\b(who|whose) (is|are|was|has|comes|brings|finds|keeps|leaves|serves|waits|reads|asks|needs)\b`),
+	regexp.MustCompile(`(?:^|[.:;!?] )What (is|was|has|waits|comes|becomes)\b`),
+	regexp.MustCompile(`(?i)\b(brings?|brought)\b`),
+	regexp.MustCompile(`\b(is|are|was|were) away\b`),
+	regexp.MustCompile(`(?:^|[.:;!?] )Of (them|these|those|an?|the|what|each|all)\b`),
+	regexp.MustCompile(`\basked? for\b`),
+	regexp.MustCompile(`\b(is|are|was|were|be|been) told\b`),
+	regexp.MustCompile(`\b(so long as|no more than|sees? to it that|all the same)\b`),
+}
+
+// TestTextsArePlain: what users read, and what the next author reads. Each hit
+// names the place and the words.
+func TestTextsArePlain(t *testing.T) {
+	for place, text := range texts(t) {
+		flat := strings.Join(strings.Fields(text), " ")
+		for _, pattern := range unplain {
+			for _, at := range pattern.FindAllStringIndex(flat, -1) {
+				around := flat[max(0, at[0]-40):min(len(flat), at[1]+40)]
+				t.Errorf("%s: %q is hard to read: …%s…", place, flat[at[0]:at[1]], around)
+			}
+		}
+	}
+}
+
+// texts returns the pages, and the comments, string literals and tags of every Go
+// file, by their place.
+func texts(t *testing.T) map[string]string {
+	t.Helper()
+	all := pages(t)
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == "testdata" || d.Name() == "results" || strings.HasPrefix(d.Name(), ".") && path != "."):
+			return fs.SkipDir
+		case d.IsDir():
+			return nil
+		}
+		switch filepath.Ext(path) {
+		case ".go":
+			goTexts(t, path, all)
+		case ".lua", ".js", ".html", ".yml", ".yaml", ".service", ".socket", ".s":
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			if !strings.Contains(path, "uplot") {
+				all[path] = withoutMarks(string(b))
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// withoutMarks joins the lines of a comment.
+func withoutMarks(text string) string {
+	return regexp.MustCompile(`(?m)^\s*(#|//|--)\s?`).ReplaceAllString(text, "")
+}
+
+func goTexts(t *testing.T, path string, all map[string]string) {
+	t.Helper()
+	files := token.NewFileSet()
+	f, err := parser.ParseFile(files, path, nil, parser.ParseComments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := regexp.MustCompile(`^[a-z]\w*`) // of what the comment is about
+	for _, group := range f.Comments {
+		all[files.Position(group.Pos()).String()] = name.ReplaceAllString(group.Text(), "")
+	}
+	if strings.HasSuffix(path, "_test.go") {
+		return
+	}
+	ast.Inspect(f, func(n ast.Node) bool {
+		if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+			if text, err := strconv.Unquote(lit.Value); err == nil {
+				all[files.Position(lit.Pos()).String()] = text
+			}
+		}
+		return true
+	})
+}
