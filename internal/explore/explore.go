@@ -55,6 +55,7 @@ type Run struct {
 
 	threads []*thread
 	check   func() error
+	cleanup func()
 }
 
 // Go adds a thread.
@@ -74,6 +75,9 @@ func (r *Run) Kill() {
 
 // Check sets what must hold when the threads have ended, or were killed.
 func (r *Run) Check(f func() error) { r.check = f }
+
+// Cleanup sets what is called last, also for a schedule that is cut short.
+func (r *Run) Cleanup(f func()) { r.cleanup = f }
 
 // Result is what a search has done.
 type Result struct {
@@ -239,7 +243,8 @@ type execution struct {
 
 	current  int
 	depth    int
-	used     int // preemptions
+	used     int  // preemptions
+	wrote    bool // the last operation may have changed something
 	sleep    mask
 	starting bool
 	over     bool // no more choices
@@ -286,6 +291,9 @@ func (s *search) execute(scenario func(*Run)) *execution {
 	active = nil
 	if e.err == nil && !e.cut && e.run.check != nil {
 		e.err = e.run.check()
+	}
+	if e.run.cleanup != nil {
+		e.run.cleanup()
 	}
 	return e
 }
@@ -413,8 +421,14 @@ func (e *execution) choose(enabled mask) (chosen int, free, ok bool) {
 		return n.chosen, n.free, true
 	}
 	todo := enabled &^ e.sleep
-	if bound := s.options.Preemptions; bound != All && e.used == bound && !free {
-		todo &= 1<<e.current | e.kills()
+	if bound := s.options.Preemptions; bound != All {
+		kills := e.kills()
+		if e.used == bound && !free {
+			todo &= 1<<e.current | kills
+		}
+		if !e.wrote && e.depth > 0 {
+			todo &^= kills // as good as one before
+		}
 	}
 	if enabled&(enabled-1) != 0 {
 		todo = e.unseen(todo)

@@ -102,6 +102,7 @@ func (l *location) event(thread uint64, kind Kind) uint64 {
 // perform notes that t does its pending operation.
 func (e *execution) perform(t *thread) {
 	o := &t.pending
+	e.wrote = o.kind == Write || o.kind == Add
 	if e.search.tracing {
 		e.note(t, o.name)
 	}

@@ -7,6 +7,7 @@ package overlay
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -112,7 +113,7 @@ func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !bytes.Contains(source, []byte("//go:build "+Tag+"\n")) {
+		if !bytes.Contains(source, []byte("//go:build "+Tag)) {
 			replace[file] = "" // is not there
 		}
 	}
@@ -124,10 +125,7 @@ func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
 	if err := os.WriteFile(overlay, list, 0o644); err != nil {
 		return nil, err
 	}
-	run := c.Run
-	if run == "" {
-		run = "Interleavings"
-	}
+	run := cmp.Or(c.Run, os.Getenv("VERVE_TEST_SCENARIO"), "Interleavings")
 	args := []string{"test", "-overlay", overlay, "-tags", Tag, "-vet=off", "-count=1", "-timeout=60m", "-v", "-run", run}
 	if c.FailFast {
 		args = append(args, "-failfast")

@@ -1,0 +1,182 @@
+package main
+
+import "verve/internal/explore/overlay"
+
+var mutants = []mutant{
+	// Entering and leaving.
+	{"no second look at the open epoch", "counter", overlay.Edit{
+		File: "counter/counter.go",
+		Old:  "if c.open.Load() == e {\n\t\t\treturn Entry{e, s}, true\n\t\t}",
+		New:  "if true {\n\t\t\treturn Entry{e, s}, true\n\t\t}",
+	}, nil},
+	{"the second look comes before entering", "counter", overlay.Edit{
+		File: "counter/counter.go",
+		Old:  "s.entered.Add(n)",
+		New:  "still := c.open.Load() == e; s.entered.Add(n)",
+	}, []overlay.Edit{{File: "counter/counter.go", Old: "if c.open.Load() == e {\n\t\t\treturn Entry{e, s}, true", New: "if still {\n\t\t\treturn Entry{e, s}, true"}}},
+	{"entered by a load and a store", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "s.entered.Add(n)", New: "s.entered.Store(s.entered.Load() + n)",
+	}, nil},
+	{"a request that found the epoch turned does not leave it", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\t\ts.void.Add(n)\n", New: "\n",
+	}, nil},
+	{"a request that found the epoch turned leaves as one", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\t\ts.void.Add(n)\n", New: "\t\ts.void.Add(1)\n",
+	}, nil},
+	{"who entered is read before who left", "counter", overlay.Edit{
+		File: "counter/epoch.go",
+		Old:  "left := s.unique.Load() + s.repeats.Load() + s.void.Load()\n\treturn s.entered.Load() == left",
+		New:  "entered := s.entered.Load()\n\treturn entered == s.unique.Load()+s.repeats.Load()+s.void.Load()",
+	}, nil},
+	{"idle forgets who left without counting", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "s.repeats.Load() + s.void.Load()", New: "s.repeats.Load()",
+	}, nil},
+	{"one stripe that is idle is enough", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "if !e.stripes[i].idle() {\n\t\t\treturn false", New: "if e.stripes[i].idle() {\n\t\t\treturn true",
+	}, nil},
+	{"a unique id is counted by a load and a store", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "e.stripe.unique.Add(1)", New: "e.stripe.unique.Store(e.stripe.unique.Load() + 1)",
+	}, nil},
+	{"a batch leaves before its unique ids are counted", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "if unique > 0 {\n\t\te.stripe.unique.Add(unique)", New: "if unique > 0 {\n\t\te.stripe.void.Add(unique); defer e.stripe.void.Add(-unique); e.stripe.unique.Add(unique)",
+	}, nil},
+	{"a batch leaves with its repeats as void, and counts them behind that", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "\te.stripe.repeats.Add(repeats)", New: "\te.stripe.void.Add(repeats); e.stripe.repeats.Add(repeats); e.stripe.void.Add(-repeats)",
+	}, nil},
+	// Turning and closing.
+	{"no second look at the end under the lock", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "if e == nil || now < e.end {\n\t\treturn // turned meanwhile", New: "if e == nil {\n\t\treturn // turned meanwhile",
+	}, nil},
+	{"TurnFrom does not look again under the lock", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "if c.open.Load() == e {\n\t\tc.advance(e, e.end, e.end)", New: "if c.open.Load() != nil {\n\t\tc.advance(e, e.end, e.end)",
+	}, nil},
+	{"the lock is not taken for a turn", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "func (c *Counter) turn(now int64) {\n\tc.mu.Lock()\n\tdefer c.mu.Unlock()", New: "func (c *Counter) turn(now int64) {",
+	}, nil},
+	{"the epoch is handed to the closer before it is left", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\tc.open.Store(next) // from here on nobody enters e\n", New: "\tdefer c.open.Store(next)\n",
+	}, []overlay.Edit{{File: "counter/counter.go", Old: "\tc.leave(e)\n}\n\n// Seal ends", New: "\tc.mu.Unlock(); c.mu.Lock(); c.leave(e); c.mu.Unlock(); c.mu.Lock()\n}\n\n// Seal ends"}}},
+	{"Seal hands the epoch over before it closes it", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\tc.open.Store(nil)\n\tc.leave(e)\n", New: "\tc.leave(e)\n\tc.mu.Unlock()\n\tc.mu.Lock()\n\tc.open.Store(nil)\n",
+	}, nil},
+	{"the closer does not wait", "counter", overlay.Edit{
+		File: "counter/closer.go", Old: "wait := drainMin; !e.Idle();", New: "wait := drainMin; false;",
+	}, nil},
+	{"the count is read before the wait", "counter", overlay.Edit{
+		File: "counter/closer.go", Old: "if err = drain(ctx, e); err != nil {", New: "unique := e.Unique(); if err = drain(ctx, e); err != nil {",
+	}, []overlay.Edit{{File: "counter/closer.go", Old: "count.Unique, count.Repeats, count.Exact = e.Unique(),", New: "count.Unique, count.Repeats, count.Exact = unique,"}}},
+	{"an empty epoch is dropped before it was left", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\tc.open.Store(next) // from here on nobody enters e\n", New: "\tidle := e.Idle() && e.Unique()+e.Repeats() == 0; c.open.Store(next)\n",
+	}, []overlay.Edit{{File: "counter/counter.go", Old: "n >= maxWaiting && e.Idle() && e.Unique()+e.Repeats() == 0", New: "n >= maxWaiting && idle"}}},
+	{"an epoch is dropped while a request is in it", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "n >= maxWaiting && e.Idle() &&", New: "n >= maxWaiting &&",
+	}, nil},
+	{"a turn keeps the spare that it has used", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\tc.spare = nil\n\te.number", New: "\te.number",
+	}, nil},
+	{"closed counts are added after the lock", "counter", overlay.Edit{
+		File: "counter/closer.go", Old: "\tif !e.left {\n\t\tc.closed.unique", New: "\tc.mu.Unlock(); c.mu.Lock()\n\tif !e.left {\n\t\tc.closed.unique",
+	}, nil},
+	// The table.
+	{"a narrow slot is taken by a store", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "if slot.CompareAndSwap(w, word) {", New: "if slot.Store(word); true {",
+	}, nil},
+	{"a narrow slot that was lost is passed over", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "// Lost the slot: to this id, to another one or to a later epoch.", New: "break",
+	}, nil},
+	{"a narrow slot of a later epoch is free", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "if newer(t, tag) {\n\t\t\t\treturn turned, int(n)", New: "if false {\n\t\t\t\treturn turned, int(n)",
+	}, nil},
+	{"a narrow slot of a later epoch is another id's", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "if newer(t, tag) {\n\t\t\t\treturn turned, int(n)", New: "if newer(t, tag) {\n\t\t\t\tbreak",
+	}, nil},
+	{"tags that come round are older", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "return t != 0 && age(t, now) > halfLap", New: "return t > now",
+	}, nil},
+	{"a wide slot is taken by a store", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "if !slot.CompareAndSwap(w, word|pending) {", New: "if slot.Store(word | pending); false {",
+	}, nil},
+	{"no pending bit", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "slot.CompareAndSwap(w, word|pending)", New: "slot.CompareAndSwap(w, word)",
+	}, nil},
+	{"the pending bit is cleared before the second word is written", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "other.Store(second)\n\t\t\t\tslot.Store(word)", New: "slot.Store(word)\n\t\t\t\tother.Store(second)",
+	}, nil},
+	{"a pending word is not waited for", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "case w&pending != 0:", New: "case w&pending != 0 && t != tag:",
+	}, nil},
+	{"a pending word of an older epoch is taken", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "case w&pending != 0:", New: "case w&pending != 0 && t == tag:",
+	}, nil},
+	{"the first word is not looked at again", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "if slot.Load() != w {", New: "if false {",
+	}, nil},
+	{"the second word is read before the first", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "w := slot.Load()\n\t\t\tt := w & tagMask &^ pending", New: "s := other.Load(); w := slot.Load()\n\t\t\tt := w & tagMask &^ pending",
+	}, []overlay.Edit{{File: "dedup/table.go", Old: "s := other.Load()\n\t\t\t\tif slot", New: "if slot"}}},
+	{"a wide slot of a later epoch is another id's", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "case newer(t, tag):\n\t\t\t\treturn turned, int(n)", New: "case newer(t, tag):",
+	}, nil},
+	// Growing, sweeping, the limit.
+	{"each request that finds the last level full adds one", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "if t.depth > have {\n\t\treturn false, nil", New: "if false {\n\t\treturn false, nil",
+	}, nil},
+	{"a level is added without the lock", "dedup", overlay.Edit{
+		File: "dedup/table.go", Old: "t.mu.Lock()\n\tdefer t.mu.Unlock()\n\tif t.depth > have", New: "if t.depth > have",
+	}, nil},
+	{"a full level is the end of the search", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "if err := grow(m, v.narrow, i, v.load().narrow); err != nil {", New: "if err := grow(m, v.narrow, i+1, v.load().narrow); err != nil {",
+	}, nil},
+	{"the cleaner empties by a store", "dedup", overlay.Edit{
+		File: "dedup/cleaner.go", Old: "if words[i].CompareAndSwap(w, 0) {", New: "if words[i].Store(0); true {",
+	}, nil},
+	{"the cleaner takes the youngest for old", "dedup", overlay.Edit{
+		File: "dedup/cleaner.go", Old: "if t == 0 || newer(t, now) || admitted-age(t, now) > floor {", New: "if t == 0 || newer(t, now) {",
+	}, nil},
+	{"what is left of the limit is looked at before the lock", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "\tv.mu.Lock()\n\tdefer v.mu.Unlock()\n\tlook := v.left == 0", New: "\tlook := v.left == 0\n\tv.mu.Lock()\n\tdefer v.mu.Unlock()",
+	}, nil},
+	{"the strict limit takes no lock", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "\tv.mu.Lock()\n\tdefer v.mu.Unlock()\n\tlook := v.left == 0", New: "\tlook := v.left == 0",
+	}, nil},
+	{"a repeat takes from what is left", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "case taken:\n\t\tv.left--", New: "case taken, found:\n\t\tv.left -= min(v.left, 1)",
+	}, nil},
+	{"what is left is found before the flag is up", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "v.tight.Store(true)\n\t\tv.left = less(", New: "v.left = less(",
+	}, []overlay.Edit{{File: "dedup/memory.go", Old: "v.before.sum()+e.Unique()+fresh)\n", New: "v.before.sum()+e.Unique()+fresh); v.tight.Store(true)\n"}}},
+	// The journal.
+	{"the head counts a record before it is there", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "n := c.body & recordMask\n", New: "n := c.body & recordMask; c.chunk[0] = headOf(c.body + 1)\n",
+	}, nil},
+	{"the head does not count the record", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "c.chunk[0] = headOf(c.body)", New: "c.chunk[0] = headOf(c.body - 1)",
+	}, nil},
+	{"an id is answered before it is in the journal", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "w := j.writers.Get().(*writer)\n\t\tdefer j.writers.Put(w)\n", New: "w := j.writers.Get().(*writer)\n\t\tj.writers.Put(w)\n",
+	}, nil},
+	{"a repeat is kept again", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "case p == taken:\n\t\t\tc.append(k)", New: "case p == taken || p == found:\n\t\t\tc.append(k)",
+	}, nil},
+	{"a writer goes on in a full chunk", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "c.body&recordMask == chunkRoom[kind]", New: "c.body&recordMask == chunkRoom[kind]+1",
+	}, nil},
+	{"a writer keeps the chunk of another epoch", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "of.cursors = [2]cursor{}", New: "_ = cursor{}",
+	}, nil},
+	{"two writers get one chunk", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "\ts.next++\n\ts.last = max(s.last, serial)\n\tif", New: "\tj.mu.Unlock(); j.mu.Lock(); s.next++\n\ts.last = max(s.last, serial)\n\tif",
+	}, nil},
+	{"a slot counts before it is whole", "dedup", overlay.Edit{
+		File: "dedup/journal.go", Old: "store(&to.id, 0)\n", New: "store(&to.id, whole.id)\n",
+	}, nil},
+	{"the check of a slot is written last", "dedup", overlay.Edit{
+		File: "dedup/journal.go", Old: "store(&to.check, checkOf(whole.words()))\n", New: "\n",
+	}, []overlay.Edit{{File: "dedup/journal.go", Old: "store(&to.id, whole.id) // from here on the slot counts", New: "store(&to.id, whole.id); store(&to.check, checkOf(whole.words()))"}}},
+	{"an epoch's segments are free before it is published", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "k.serial > 0 && !k.ended {\n\t\t\tfloor", New: "k.serial > 0 && k.ended {\n\t\t\tfloor",
+	}, nil},
+	{"the segments of the open epoch are free", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "if s.last >= floor {", New: "if s.last > floor {",
+	}, nil},
+}
