@@ -1,7 +1,7 @@
 # Thin names for commands; the checks themselves are in .ci/run.
 FUZZTIME ?= 60s
 
-.PHONY: check test race lint fuzz soak bench containers module rules
+.PHONY: check test race lint fuzz explore soak bench containers module rules
 
 check:
 	.ci/run
@@ -17,6 +17,9 @@ lint:
 
 fuzz:
 	FUZZTIME=$(FUZZTIME) .ci/run fuzz
+
+explore:
+	VERVE_TEST_EXPLORE=deep go test -count=1 -timeout=24h -v -run Interleavings ./counter ./dedup
 
 soak:
 	.ci/run soak

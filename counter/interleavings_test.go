@@ -212,9 +212,9 @@ func TestInterleavingsOfBatches(t *testing.T) {
 	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.batch(r, "batch", end-1, 0, 2, 1, 1)
+		s.batch(r, "batch", end-1, 0, 2, 1, 0)
 		s.request(r, "single", end-1, 0, Unique)
-		s.batch(r, "late", end, 0, 1, 1, 0)
+		s.batch(r, "late", end, 0, 0, 1, 1)
 		s.closer(r, 1)
 		r.Check(s.opens(2))
 	})
