@@ -47,56 +47,70 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 		if o.publisher == j.publisher {
 			its = counter.Published{Last: j.first.start, Unique: j.first.sum}
 		}
-		var sum uint64 // of the records for its window
-		recorded := o.start().Equal(its.Last)
-		if recorded {
-			sum = its.Unique
+		r := j.remainder(&o, its)
+		if r.lost {
+			past.Lost = append(past.Lost, counter.Left{Start: o.start(), Window: o.window, Unique: r.unpublished, Exact: !r.doubtful})
 		}
-		l := j.counts[o.serial]
-		have := l.sum()
-		// Less than was published: to a spool that was lost.
-		missing := less(less(have, o.logged), less(sum, o.published))
-		// The labels of this publisher increase: it cannot publish for one that it is past.
-		over := o.start().Before(its.Last) || o.start().Before(j.first.start)
-		doubtful := o.inexact || j.lost(&o)
-		if !o.ended && over && !o.start().Before(its.Last) && (missing > 0 || doubtful) {
-			past.Lost = append(past.Lost, counter.Left{Start: o.start(), Window: o.window, Unique: missing, Exact: !doubtful})
-		}
-		if o.ended || over {
-			missing = 0
-		}
-		settled := o.ended || over || recorded && missing == 0 && !doubtful
-		if o.publisher != j.publisher && !settled {
-			if o.start().Equal(j.first.start) {
-				sum = j.first.sum
-			} else {
-				sum = 0
-			}
-			j.adopt(&o, have-missing, sum, doubtful)
+		if o.publisher != j.publisher && !r.settled {
+			j.adopt(&o, r.have-r.missing, j.sumOf(&o), r.doubtful)
 		}
 		newest := o.serial == j.newest.serial
 		if newest {
 			past.Start, past.Window, past.Over = o.start(), o.window, !j.resumable
-			j.first.logged, j.first.published = have-missing, j.sumOf(&o)
+			j.first.logged, j.first.published = r.have-r.missing, j.sumOf(&o)
 		}
 		switch {
 		case o.ended:
-		case settled:
-			if newest && j.resumable {
-				j.first.settled = true
-			} else {
-				j.end(o.of())
-			}
+		case r.settled && newest && j.resumable:
+			j.first.settled = true
+		case r.settled:
+			j.end(o.of())
 		default:
 			past.Left = append(past.Left, counter.Left{
-				Serial: o.serial, Start: o.start(), Window: o.window, Unique: missing,
-				Exact: !doubtful, State: o.of(),
+				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing,
+				Exact: !r.doubtful, State: o.of(),
 			})
-			j.first.sum = j.sumOf(&o) + missing
+			j.first.sum = j.sumOf(&o) + r.missing
 			j.first.start = o.start()
 		}
 	}
 	return past
+}
+
+// remainder is what an epoch still needs.
+type remainder struct {
+	have     uint64 // ids in the journal
+	missing  uint64 // ids that no record has
+	doubtful bool   // ids may be lost
+	settled  bool   // no record is to be published for it
+
+	// Set if ids that no record has cannot get one any more.
+	lost        bool
+	unpublished uint64
+}
+
+// remainder compares an epoch with what its publisher has published.
+func (j *journal) remainder(o *opened, its counter.Published) (r remainder) {
+	var sum uint64 // of the records for its window
+	recorded := o.start().Equal(its.Last)
+	if recorded {
+		sum = its.Unique
+	}
+	l := j.counts[o.serial]
+	r.have = l.sum()
+	// Less than was published: to a spool that was lost.
+	r.missing = less(less(r.have, o.logged), less(sum, o.published))
+	// The labels of this publisher increase: it cannot publish for one that it is past.
+	over := o.start().Before(its.Last) || o.start().Before(j.first.start)
+	r.doubtful = o.inexact || j.lost(o)
+	if !o.ended && over && !o.start().Before(its.Last) && (r.missing > 0 || r.doubtful) {
+		r.lost, r.unpublished = true, r.missing
+	}
+	if o.ended || over {
+		r.missing = 0
+	}
+	r.settled = o.ended || over || recorded && r.missing == 0 && !r.doubtful
+	return r
 }
 
 // sumOf is what this publisher has, or will have, published for the window of o.

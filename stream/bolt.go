@@ -171,6 +171,9 @@ func owner(path string) string {
 	return "another process"
 }
 
+// buckets are those of a file.
+var buckets = [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison}
+
 // init creates what a new file needs and reads every page that is in use, so
 // that damage shows here, where it can be dealt with, and not in the middle of a
 // run.
@@ -186,7 +189,7 @@ func (b *boltStore) init() error {
 	}
 	if empty {
 		err := b.update(func(tx *bolt.Tx) error {
-			for _, name := range [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison} {
+			for _, name := range buckets {
 				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 					return err
 				}
@@ -197,37 +200,40 @@ func (b *boltStore) init() error {
 			return err
 		}
 	}
-	return b.view(func(tx *bolt.Tx) error {
-		for _, name := range [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison} {
-			if tx.Bucket(name) == nil {
-				return fmt.Errorf("%w: no bucket %q", errDamaged, name)
-			}
+	return b.view(checkFile)
+}
+
+// checkFile reads every page that is in use.
+func checkFile(tx *bolt.Tx) error {
+	for _, name := range buckets {
+		if tx.Bucket(name) == nil {
+			return fmt.Errorf("%w: no bucket %q", errDamaged, name)
 		}
-		meta := tx.Bucket(bucketMeta)
-		version, err := unsealUint(keyVersion, meta.Get(keyVersion))
-		switch {
-		case err != nil:
+	}
+	meta := tx.Bucket(bucketMeta)
+	version, err := unsealUint(keyVersion, meta.Get(keyVersion))
+	switch {
+	case err != nil:
+		return err
+	case version == 0:
+		return fmt.Errorf("%w: no version", errDamaged)
+	case version > spoolVersion:
+		return fmt.Errorf("%s %w (format %d, this one reads %d)", tx.DB().Path(), errNewer, version, spoolVersion)
+	}
+	if _, err := loadState(tx); err != nil {
+		return err
+	}
+	want := uint64(0)
+	return tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
+		e, err := decodeEntry(k, v)
+		if err != nil {
 			return err
-		case version == 0:
-			return fmt.Errorf("%w: no version", errDamaged)
-		case version > spoolVersion:
-			return fmt.Errorf("%s %w (format %d, this one reads %d)", b.db.Path(), errNewer, version, spoolVersion)
 		}
-		if _, err := loadState(tx); err != nil {
-			return err
+		if want != 0 && e.index != want {
+			return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, want)
 		}
-		want := uint64(0)
-		return tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
-			e, err := decodeEntry(k, v)
-			if err != nil {
-				return err
-			}
-			if want != 0 && e.index != want {
-				return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, want)
-			}
-			want = e.index + 1
-			return nil
-		})
+		want = e.index + 1
+		return nil
 	})
 }
 

@@ -709,19 +709,6 @@ func (s *session) commit(ctx context.Context) error {
 // look returns the entries that are not in the topic, each key once. Behind a
 // session's fence the answer is final for its identity.
 func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
-	oldest, now := batch[0].record.end(), time.Now()
-	for i := range batch {
-		e := batch[i].record.end()
-		if e.After(now) {
-			e = time.Time{} // it may be there with any time up to the present
-		}
-		if e.Before(oldest) {
-			oldest = e
-		}
-	}
-	if !oldest.IsZero() {
-		oldest = oldest.Add(-lookMargin)
-	}
 	want := make(map[string]bool, len(batch))
 	for i := range batch {
 		want[batch[i].record.Key()] = true
@@ -738,48 +725,81 @@ func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
 	}
 	defer k.closing.Go(client.Close)
 
-	visible := make(map[string][]string) // key -> values
-	// Transactions end on each partition by itself, with a marker of their producer:
-	// one producer may have data on two partitions, once the number of those has
-	// grown, and the marker of one says nothing about the data of the other.
-	type writer struct {
-		partition int32
-		producer  int64
-	}
-	open := make(map[writer][]*kgo.Record)
-	show := func(r *kgo.Record) {
-		visible[string(r.Key)] = append(visible[string(r.Key)], string(r.Value))
-	}
-	err = readToEnd(ctx, client, k.cfg.Topic, oldest, func(r *kgo.Record) error {
-		of := writer{r.Partition, r.ProducerID}
-		switch {
-		case r.Attrs.IsControl():
-			// The key is a version and a type: 0 aborts, 1 commits.
-			if len(r.Key) >= 4 && binary.BigEndian.Uint16(r.Key[2:]) == 1 {
-				for _, data := range open[of] {
-					show(data)
-				}
-			}
-			delete(open, of)
-		case !want[string(r.Key)]:
-		case r.Attrs.IsTransactional():
-			open[of] = append(open[of], r)
-		default:
-			show(r)
-		}
-		return nil
-	})
-	if err != nil {
+	there := topicValues{want: want, visible: make(map[string][]string), open: make(map[transaction][]*kgo.Record)}
+	if err := readToEnd(ctx, client, k.cfg.Topic, lookFrom(batch), there.take); err != nil {
 		return nil, k.lacks("Read", last.explain(err))
 	}
-	for _, data := range open {
+	for _, data := range there.open {
 		// Behind the fence every transaction of our id is settled, so this is one
 		// that no fence covers: we look without a session, or the broker has come
 		// to refuse transactions. Only its end tells what it was.
 		return nil, fmt.Errorf("%w: %s", errUnsettled, data[0].Key)
 	}
+	return k.missing(batch, there.visible), nil
+}
 
-	var missing []entry
+// lookFrom returns a time that is before every record of the batch in the topic, zero
+// if there is none.
+func lookFrom(batch []entry) time.Time {
+	oldest, now := batch[0].record.end(), time.Now()
+	for i := range batch {
+		e := batch[i].record.end()
+		if e.After(now) {
+			return time.Time{} // it may be there with any time up to the present
+		}
+		if e.Before(oldest) {
+			oldest = e
+		}
+	}
+	if oldest.IsZero() {
+		return oldest
+	}
+	return oldest.Add(-lookMargin)
+}
+
+// topicValues collects the committed values of some keys from a topic that is read
+// from its control records on.
+type topicValues struct {
+	want    map[string]bool
+	visible map[string][]string // key -> values
+	open    map[transaction][]*kgo.Record
+}
+
+// transaction is one of a producer on one partition. Transactions end on each
+// partition by itself, with a marker of their producer: one producer may have data on
+// two partitions, once the number of those has grown, and the marker of one says
+// nothing about the data of the other.
+type transaction struct {
+	partition int32
+	producer  int64
+}
+
+func (v *topicValues) take(r *kgo.Record) error {
+	of := transaction{r.Partition, r.ProducerID}
+	switch {
+	case r.Attrs.IsControl():
+		// The key is a version and a type: 0 aborts, 1 commits.
+		if len(r.Key) >= 4 && binary.BigEndian.Uint16(r.Key[2:]) == 1 {
+			for _, data := range v.open[of] {
+				v.show(data)
+			}
+		}
+		delete(v.open, of)
+	case !v.want[string(r.Key)]:
+	case r.Attrs.IsTransactional():
+		v.open[of] = append(v.open[of], r)
+	default:
+		v.show(r)
+	}
+	return nil
+}
+
+func (v *topicValues) show(r *kgo.Record) {
+	v.visible[string(r.Key)] = append(v.visible[string(r.Key)], string(r.Value))
+}
+
+// missing returns the entries of the batch whose key is not visible, each key once.
+func (k *kafkaSink) missing(batch []entry, visible map[string][]string) (missing []entry) {
 	taken := make(map[string]bool)
 	for _, e := range batch {
 		key := e.record.Key()
@@ -800,7 +820,7 @@ func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
 			missing = append(missing, e)
 		}
 	}
-	return missing, nil
+	return missing
 }
 
 // sameCount tells whether a group's record counts the same; who sealed it and
@@ -813,62 +833,74 @@ func sameCount(value string, r *Record) bool {
 // readToEnd calls fn with the records of all partitions from the first one that
 // is not older than since up to the ends as they are now.
 func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time.Time, fn func(*kgo.Record) error) error {
+	left, err := assign(ctx, client, topic, since)
+	for err == nil && len(left) > 0 {
+		err = poll(ctx, client, left, fn)
+	}
+	return err
+}
+
+// assign has the client consume the partitions that have records to read, and returns
+// where they end.
+func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (ends map[int32]int64, err error) {
 	adm := kadm.NewClient(client)
-	bctx, cancel := context.WithTimeout(ctx, stepWait)
+	ctx, cancel := context.WithTimeout(ctx, stepWait)
 	defer cancel()
-	ends, err := adm.ListEndOffsets(bctx, topic)
+	listed, err := adm.ListEndOffsets(ctx, topic)
 	if err == nil {
-		err = ends.Error()
+		err = listed.Error()
 	}
 	if err != nil {
-		return fmt.Errorf("list end offsets: %w", err)
+		return nil, fmt.Errorf("list end offsets: %w", err)
 	}
 	var starts kadm.ListedOffsets
 	if since.IsZero() {
-		starts, err = adm.ListStartOffsets(bctx, topic)
+		starts, err = adm.ListStartOffsets(ctx, topic)
 	} else {
-		starts, err = adm.ListOffsetsAfterMilli(bctx, since.UnixMilli(), topic)
+		starts, err = adm.ListOffsetsAfterMilli(ctx, since.UnixMilli(), topic)
 	}
 	if err == nil {
 		err = starts.Error()
 	}
 	if err != nil {
-		return fmt.Errorf("list start offsets: %w", err)
+		return nil, fmt.Errorf("list start offsets: %w", err)
 	}
-	left := make(map[int32]int64) // partition -> end
+	ends = make(map[int32]int64)
 	from := make(map[int32]kgo.Offset)
-	ends.Each(func(end kadm.ListedOffset) {
+	listed.Each(func(end kadm.ListedOffset) {
 		start, ok := starts.Lookup(topic, end.Partition)
 		if ok && start.Offset >= 0 && start.Offset < end.Offset {
-			left[end.Partition] = end.Offset
+			ends[end.Partition] = end.Offset
 			from[end.Partition] = kgo.NewOffset().At(start.Offset)
 		}
 	})
-	if len(left) == 0 {
-		return nil
+	if len(ends) > 0 {
+		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
 	}
-	client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
-	for len(left) > 0 {
-		pctx, cancel := context.WithTimeout(ctx, lookStall)
-		fetches := client.PollFetches(pctx)
-		cancel()
-		if err := fetches.Err0(); err != nil {
-			return fmt.Errorf("read: %w", err)
+	return ends, nil
+}
+
+// poll calls fn with the records of one fetch, and removes the partitions from left
+// that were read to their end.
+func poll(ctx context.Context, client *kgo.Client, left map[int32]int64, fn func(*kgo.Record) error) error {
+	ctx, cancel := context.WithTimeout(ctx, lookStall)
+	defer cancel()
+	fetches := client.PollFetches(ctx)
+	if err := fetches.Err0(); err != nil {
+		return fmt.Errorf("read: %w", err)
+	}
+	for _, e := range fetches.Errors() {
+		return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
+	}
+	for it := fetches.RecordIter(); !it.Done(); {
+		r := it.Next()
+		end, ok := left[r.Partition]
+		if ok && r.Offset >= end-1 {
+			delete(left, r.Partition)
 		}
-		for _, e := range fetches.Errors() {
-			return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
-		}
-		for it := fetches.RecordIter(); !it.Done(); {
-			r := it.Next()
-			if end, ok := left[r.Partition]; ok && r.Offset < end {
-				if err := fn(r); err != nil {
-					return err
-				}
-				if r.Offset == end-1 {
-					delete(left, r.Partition)
-				}
-			} else if ok {
-				delete(left, r.Partition)
+		if ok && r.Offset < end {
+			if err := fn(r); err != nil {
+				return err
 			}
 		}
 	}

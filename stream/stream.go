@@ -413,7 +413,7 @@ type worker struct {
 	log    logline.Sampler // of failures; begins anew when the sink works again
 
 	// prepare, if there is one, is called until it succeeds or there is a record:
-	// so what will keep records from the sink shows before the first one.
+	// so what will keep records from the sink shows before the first one. Only run uses it.
 	prepare func(ctx context.Context) error
 
 	// mu guards what Stats reports.
@@ -426,48 +426,13 @@ type worker struct {
 
 func (w *worker) run(ctx context.Context) {
 	var wait retry.Backoff
-	name, spool := w.sink.name(), w.stream.spool
-	prepare := w.prepare
 	for ctx.Err() == nil {
-		_, changed := spool.watch()
-		batch, err := spool.next(name, batchSize)
-		n := 0
-		switch {
-		case err != nil:
-		case len(batch) > 0:
-			prepare = nil // the delivery meets the same
-			n, err = w.deliver(ctx, batch)
-		case prepare != nil:
-			if err = prepare(ctx); err == nil {
-				prepare = nil
-			}
-		default:
-			select {
-			case <-changed:
-			case <-ctx.Done():
-			}
-			continue
-		}
-		poison, isPoison := errors.AsType[*poisonError](err)
-		if isPoison {
-			e := batch[n]
-			if err = w.condemn(e, poison.err); err == nil {
-				n++
-			}
-		}
-		if n > 0 {
-			if aerr := w.ack(ctx, batch[n-1].index, n, isPoison && err == nil); aerr != nil && err == nil {
-				err = aerr
-			}
+		moved, err := w.step(ctx)
+		if moved || err == nil {
 			wait = retry.Backoff{} // what moves is worth trying again at once
 		}
-		if err == nil {
-			w.recovered(name)
-			wait = retry.Backoff{}
+		if err == nil || ctx.Err() != nil {
 			continue
-		}
-		if ctx.Err() != nil {
-			return
 		}
 		w.failed(err)
 		w.logFailure(err)
@@ -475,6 +440,53 @@ func (w *worker) run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// step delivers one batch, or prepares the sink, or waits for a record. moved is set
+// if records were acknowledged.
+func (w *worker) step(ctx context.Context) (moved bool, err error) {
+	name, spool := w.sink.name(), w.stream.spool
+	_, changed := spool.watch()
+	batch, err := spool.next(name, batchSize)
+	switch {
+	case err != nil:
+		return false, err
+	case len(batch) > 0:
+		w.prepare = nil // the delivery meets the same
+		moved, err = w.deliverBatch(ctx, batch)
+	case w.prepare != nil:
+		if err = w.prepare(ctx); err == nil {
+			w.prepare = nil
+		}
+	default:
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+		return false, nil
+	}
+	if err == nil {
+		w.recovered(name)
+	}
+	return moved, err
+}
+
+// deliverBatch acknowledges what the sink took of the batch, and a record that the
+// sink can never take when that is set aside.
+func (w *worker) deliverBatch(ctx context.Context, batch []entry) (moved bool, err error) {
+	n, err := w.deliver(ctx, batch)
+	poison, isPoison := errors.AsType[*poisonError](err)
+	if isPoison {
+		if err = w.condemn(batch[n], poison.err); err == nil {
+			n++
+		}
+	}
+	if n > 0 {
+		if aerr := w.ack(ctx, batch[n-1].index, n, isPoison && err == nil); err == nil {
+			err = aerr
+		}
+	}
+	return n > 0, err
 }
 
 // deliver hands a batch to the sink. While that takes longer than the sink's

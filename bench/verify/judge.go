@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"text/tabwriter"
 	"time"
@@ -70,13 +71,7 @@ type judging struct {
 // the server.
 func judge(t *truth, windows []*windowTruth, records []stream.Record, how judging) verdict {
 	v := verdict{Answers: t.answers, Refused: t.refused, Doubted: t.doubted}
-	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines)}
-	for what, n := range t.faults.Kinds {
-		if v.Faults.Kinds == nil {
-			v.Faults.Kinds = make(map[string]uint64)
-		}
-		v.Faults.Kinds[what] = n
-	}
+	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines), Kinds: maps.Clone(t.faults.Kinds)}
 	for _, w := range windows {
 		v.Accepted += w.accepted
 		v.Repeated += w.repeated
@@ -89,80 +84,83 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, how judgin
 	if how.skipFirst {
 		first++
 	}
-	rows := make(map[int64]*windowVerdict)
-	row := func(start int64) *windowVerdict {
-		r := rows[start]
-		if r == nil {
-			r = &windowVerdict{Start: label(start)}
-			rows[start] = r
-		}
-		return r
-	}
-	for _, w := range windows {
-		if w.start < first {
-			continue
-		}
-		r := row(w.start)
-		r.Accepted, r.Repeated, r.Doubtful = w.accepted, w.repeated, w.maybe
-		r.Least, r.Most = w.accepted+w.sure, w.accepted+w.maybe
-	}
+	rows := tabulate(t, windows, records, first)
 	for _, rec := range records {
-		start := rec.WindowStart.UnixMilli()
-		v.newest = max(v.newest, start)
-		if start < first {
-			continue
-		}
-		r := rows[start]
-		if r == nil {
-			r = row(start)
-			r.Doubtful = t.unanswered(start)
-			r.Most = r.Doubtful
-		}
-		r.Records++
-		r.Sum += rec.Unique
-		r.Inexact = r.Inexact || !rec.Exact
+		v.newest = max(v.newest, rec.WindowStart.UnixMilli())
 	}
 	for _, w := range windows {
 		if r := rows[w.start]; r != nil && t.lenient && w.twice > 0 && !r.Inexact {
 			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record says that it is exact", w.twice, r.Start)
 		}
 	}
-	var over uint64
-	starts := make([]int64, 0, len(rows))
-	for start, r := range rows {
-		starts = append(starts, start)
-		r.Difference = int64(r.Sum - r.Accepted)
+	for _, start := range slices.Sorted(maps.Keys(rows)) {
+		r := rows[start]
 		switch {
-		case r.Records == 0:
-			r.Bad = "no record"
-		case r.Inexact && how.allowInexact:
-			v.Inexact++
-		case r.Sum < r.Least:
-			r.Bad = fmt.Sprintf("%d lost", r.Least-r.Sum)
-		case r.Sum > r.Most:
-			r.Bad = fmt.Sprintf("%d too many", r.Sum-r.Most)
-		default:
-			over += r.Sum - r.Accepted
-		}
-		if r.Bad != "" {
+		case r.check(how.allowInexact):
+			v.Recovered += r.Sum - r.Accepted
+		case r.Bad != "":
 			v.BadWindows++
+		default:
+			v.Inexact++
 		}
-	}
-	// A request in doubt may fit into two windows; it has counted in one.
-	if over > t.doubted {
-		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", over, t.doubted)
-	}
-	v.Recovered = over
-	v.Windows = len(rows)
-	slices.Sort(starts)
-	for _, start := range starts {
-		if r := rows[start]; how.verbose || r.Bad != "" {
+		if how.verbose || r.Bad != "" {
 			v.Table = append(v.Table, *r)
 		}
 	}
+	// A request in doubt may fit into two windows; it has counted in one.
+	if v.Recovered > t.doubted {
+		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", v.Recovered, t.doubted)
+	}
+	v.Windows = len(rows)
 	checkSequence(&v.Faults, records, first)
 	v.Good = v.BadWindows == 0 && v.Faults.Count == 0
 	return v
+}
+
+// tabulate brings answers and records together, for each window from first on.
+func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first int64) map[int64]*windowVerdict {
+	rows := make(map[int64]*windowVerdict)
+	for _, w := range windows {
+		if w.start >= first {
+			rows[w.start] = &windowVerdict{
+				Start: label(w.start), Accepted: w.accepted, Repeated: w.repeated, Doubtful: w.maybe,
+				Least: w.accepted + w.sure, Most: w.accepted + w.maybe,
+			}
+		}
+	}
+	for _, rec := range records {
+		start := rec.WindowStart.UnixMilli()
+		if start < first {
+			continue
+		}
+		r := rows[start]
+		if r == nil {
+			doubtful := t.unanswered(start)
+			r = &windowVerdict{Start: label(start), Doubtful: doubtful, Most: doubtful}
+			rows[start] = r
+		}
+		r.Records++
+		r.Sum += rec.Unique
+		r.Inexact = r.Inexact || !rec.Exact
+	}
+	return rows
+}
+
+// check reports whether the window adds up. If it does not, Bad is the reason, unless
+// its record says that it is not exact and that is allowed.
+func (r *windowVerdict) check(allowInexact bool) bool {
+	r.Difference = int64(r.Sum - r.Accepted)
+	switch {
+	case r.Records == 0:
+		r.Bad = "no record"
+	case r.Inexact && allowInexact:
+		return false
+	case r.Sum < r.Least:
+		r.Bad = fmt.Sprintf("%d lost", r.Least-r.Sum)
+	case r.Sum > r.Most:
+		r.Bad = fmt.Sprintf("%d too many", r.Sum-r.Most)
+	}
+	return r.Bad == ""
 }
 
 // checkSequence looks at what names the records from the window first on: no

@@ -112,44 +112,50 @@ func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 	defer t.mu.Unlock()
 	for _, a := range batch {
 		t.answers++
-		if a.kind == answerRefused {
-			t.refused++
-			if len(batch) == 1 && len(t.waits) < maxWaits {
-				t.waits = append(t.waits, time.Since(sent))
-			}
+		if a.kind != answerRefused {
+			t.judged(target, sent, a)
 			continue
 		}
-		w := t.last
-		if w == nil || w.start != a.window {
-			w = t.window(a.window)
-		}
-		if w.settled {
-			t.faults.add("late answer", "id #%d was judged in %s, long after that window ended", a.id, label(a.window))
-			continue
-		}
-		t.newest[target] = max(t.newest[target], a.window)
-		if a.kind == answerRepeat {
-			w.repeated++
-			if _, known := w.early[a.id]; !known && !w.ok.has(a.id) {
-				if w.early == nil {
-					w.early = make(map[uint64]time.Time)
-				}
-				w.early[a.id] = time.Now()
-			}
-			continue
-		}
-		w.accepted++
-		if w.ok.set(a.id) {
-			if w.twice++; t.lenient {
-				continue // the judge, which has the records, decides
-			}
-			t.faults.add("ok twice", "id #%d was answered ok twice in %s", a.id, label(a.window))
-		}
-		if failed, known := w.early[a.id]; known && failed.Before(sent) {
-			t.faults.add("false duplicate", "id #%d was answered failed in %s and ok to a later request", a.id, label(a.window))
+		t.refused++
+		if len(batch) == 1 && len(t.waits) < maxWaits {
+			t.waits = append(t.waits, time.Since(sent))
 		}
 	}
 	return t.newest[target]
+}
+
+// judged takes an answer ok or failed. The caller holds mu.
+func (t *truth) judged(target int, sent time.Time, a answer) {
+	w := t.last
+	if w == nil || w.start != a.window {
+		w = t.window(a.window)
+	}
+	if w.settled {
+		t.faults.add("late answer", "id #%d was judged in %s, long after that window ended", a.id, label(a.window))
+		return
+	}
+	t.newest[target] = max(t.newest[target], a.window)
+	failed, early := w.early[a.id]
+	if a.kind == answerRepeat {
+		w.repeated++
+		if !early && !w.ok.has(a.id) {
+			if w.early == nil {
+				w.early = make(map[uint64]time.Time)
+			}
+			w.early[a.id] = time.Now()
+		}
+		return
+	}
+	w.accepted++
+	if w.ok.set(a.id) {
+		if w.twice++; t.lenient {
+			return // the judge, which has the records, decides
+		}
+		t.faults.add("ok twice", "id #%d was answered ok twice in %s", a.id, label(a.window))
+	}
+	if early && failed.Before(sent) {
+		t.faults.add("false duplicate", "id #%d was answered failed in %s and ok to a later request", a.id, label(a.window))
+	}
 }
 
 func (t *truth) window(start int64) *windowTruth {

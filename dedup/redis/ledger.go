@@ -772,67 +772,76 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 // to: the same for every member, for as long as Redis keeps it. An error is for
 // the caller to retry.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
+	if c, ok := l.decided(s); ok {
+		return c, nil
+	}
+	out, err := l.lockSeal(ctx, s)
+	if err == nil && len(out) == 0 { // this process seals
+		out, err = l.seal(ctx, s)
+	}
+	var c counter.Count
+	if err == nil {
+		c, err = l.decision(s, out)
+	}
+	if err != nil {
+		return counter.Count{}, fmt.Errorf("ledger: seal %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	}
+	return c, nil
+}
+
+// lockSeal waits until the epoch may be sealed. It returns what another member has
+// decided, or nothing if this process holds the lock of the seal.
+func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) ([]rueidis.RedisMessage, error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.ofLeft(s), l.keys.windows, l.keys.length}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
 		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), flag(l.cfg.FailOpen), ms(keepUndelivered),
 	}
-	fail := func(err error) (counter.Count, error) {
-		return counter.Count{}, fmt.Errorf("ledger: seal %s: %w", s.Start.Format(time.RFC3339Nano), err)
-	}
-	if c, ok := l.decided(s); ok {
-		return c, nil
-	}
 	for {
 		out, err := l.exec(ctx, sealScript, keys, args)
 		if err != nil {
-			return fail(err)
+			return nil, err
 		}
 		what, err := out[0].AsInt64()
+		if err != nil || what == sealDecided {
+			return out, err
+		}
+		if what != sealWait {
+			return nil, nil
+		}
+		wait, err := out[1].AsInt64()
 		if err != nil {
-			return fail(err)
+			return nil, err
 		}
-		switch what {
-		case 0:
-			c, err := l.decision(s, out)
-			if err != nil {
-				return fail(err)
-			}
-			return c, nil
-		case 1:
-			wait, err := out[1].AsInt64()
-			if err != nil {
-				return fail(err)
-			}
-			t := time.NewTimer(min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll))
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				t.Stop()
-				return fail(ctx.Err())
-			}
-			if err := l.reportAgain(ctx, s); err != nil {
-				return fail(err)
-			}
-			continue
+		t := time.NewTimer(min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil, ctx.Err()
 		}
-		unique, exact, err := l.cfg.IDs.sealIDs(ctx, s)
-		if err != nil {
-			return fail(err)
+		if err := l.reportAgain(ctx, s); err != nil {
+			return nil, err
 		}
-		out, err = l.exec(ctx, decideScript,
-			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)},
-			[]string{strconv.FormatUint(unique, 10), flag(exact), ms(keepUndelivered), spanName(s), unixMS(s.End())})
-		if err != nil {
-			return fail(err)
-		}
-		c, err := l.decision(s, out)
-		if err != nil {
-			return fail(err)
-		}
-		return c, nil
 	}
+}
+
+// What sealScript answers first; anything else: the caller seals.
+const (
+	sealDecided = 0
+	sealWait    = 1
+)
+
+// seal counts the ids, and decides.
+func (l *Ledger) seal(ctx context.Context, s counter.Span) ([]rueidis.RedisMessage, error) {
+	unique, exact, err := l.cfg.IDs.sealIDs(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	return l.exec(ctx, decideScript,
+		[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)},
+		[]string{strconv.FormatUint(unique, 10), flag(exact), ms(keepUndelivered), spanName(s), unixMS(s.End())})
 }
 
 // decided returns what this process knows the epoch came to.

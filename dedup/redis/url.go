@@ -22,33 +22,9 @@ var redisParameters = []string{"addr", "db", "master_set", "protocol", "skip_ver
 // redisOption makes the client's settings of the URLs. Its errors quote nothing
 // that may be a password.
 func redisOption(cfg *Config) (rueidis.ClientOption, error) {
-	var option rueidis.ClientOption
-	urls := cfg.URLs
-	if len(urls) == 0 {
-		return option, setting.Errorf("redis-url", "want a URL")
-	}
-	var first *url.URL
-	seen := make(map[string]bool)
-	for i, s := range urls {
-		u, o, why := redisURL(s, i == 0)
-		if why == "" && i == 0 {
-			first, option = u, o
-		} else if why == "" {
-			why = differs(first, u)
-			option.InitAddress = append(option.InitAddress, o.InitAddress...)
-		}
-		for _, address := range o.InitAddress {
-			if seen[address] && why == "" {
-				why = "the address is there twice"
-			}
-			seen[address] = true
-		}
-		if why != "" && len(urls) > 1 {
-			why = "URL " + strconv.Itoa(i+1) + ": " + why
-		}
-		if why != "" {
-			return option, setting.Errorf("redis-url", "%s", why)
-		}
+	option, err := joinURLs(cfg.URLs)
+	if err != nil {
+		return option, err
 	}
 	if len(option.InitAddress) > 1 && option.Sentinel.MasterSet == "" && option.SelectDB != 0 {
 		return option, setting.Errorf("redis-url", "a cluster has the database 0 only")
@@ -79,6 +55,37 @@ func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 	option.ClientName = "verve"
 	option.ClusterOption.ShardsRefreshInterval = time.Second
 	option.ClusterOption.MaxMovedRedirections = 3
+	return option, nil
+}
+
+// joinURLs makes one setting of the URLs, of which the first one says how to connect.
+func joinURLs(urls []string) (option rueidis.ClientOption, err error) {
+	if len(urls) == 0 {
+		return option, setting.Errorf("redis-url", "want a URL")
+	}
+	var first *url.URL
+	seen := make(map[string]bool)
+	for i, s := range urls {
+		u, o, why := redisURL(s, i == 0)
+		if why == "" && i == 0 {
+			first, option = u, o
+		} else if why == "" {
+			why = differs(first, u)
+			option.InitAddress = append(option.InitAddress, o.InitAddress...)
+		}
+		for _, address := range o.InitAddress {
+			if seen[address] && why == "" {
+				why = "the address is there twice"
+			}
+			seen[address] = true
+		}
+		if why != "" && len(urls) > 1 {
+			why = "URL " + strconv.Itoa(i+1) + ": " + why
+		}
+		if why != "" {
+			return option, setting.Errorf("redis-url", "%s", why)
+		}
+	}
 	return option, nil
 }
 

@@ -76,96 +76,114 @@ func (ep Endpoint) logURL() string {
 // dial. It is stricter than the URL grammar, so that no reader of the same
 // bytes (fasthttp, net/url, a proxy, a log viewer) sees another host in them.
 func (g *guard) parse(raw []byte) (Endpoint, error) {
-	if len(raw) > maxEndpoint {
-		return Endpoint{}, errEndpointLength
-	}
-	for _, b := range raw {
-		// '#' and '\' are where readers of URLs differ most; the quotes and
-		// angle brackets are the ones that RFC 3986 tells to encode because
-		// they delimit URLs in text.
-		if b <= ' ' || b >= 0x7f || b == '#' || b == '\\' || b == '"' || b == '<' || b == '>' || b == '`' {
-			return Endpoint{}, errEndpointByte
-		}
-	}
-
 	var ep Endpoint
-	rest, ok := cutPrefixFold(raw, "http://")
-	if !ok {
-		if rest, ok = cutPrefixFold(raw, "https://"); !ok {
-			return Endpoint{}, errEndpointScheme
-		}
-		ep.tls = true
+	authority, target, err := ep.splitURL(raw)
+	if err != nil {
+		return Endpoint{}, err
 	}
-	authority, target := rest, []byte(nil)
-	if i := bytes.IndexAny(rest, "/?"); i >= 0 {
-		authority, target = rest[:i], rest[i:]
-	}
-	if !validEscapes(target) {
-		return Endpoint{}, errEndpointEscape
-	}
-
 	host, port, err := splitAuthority(authority, ep.tls)
 	if err != nil {
 		return Endpoint{}, err
 	}
 	ep.port = port
 	var buf [256]byte // a name has at most 253 bytes
-	name := buf[:0]
-	if host[0] == '[' {
-		// A v4 address in v6 clothes is another spelling of the address.
-		addr, err := netip.ParseAddr(string(host[1 : len(host)-1]))
-		if err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
-			return Endpoint{}, errEndpointHost
-		}
-		ep.addr = addr
-		name = addr.AppendTo(name)
-	} else {
-		name, err = appendName(name, host)
-		if err != nil {
-			return Endpoint{}, err
-		}
-		if endsInNumber(name) {
-			// A dot at the end would make it another spelling, too.
-			addr, err := netip.ParseAddr(string(host))
-			if err != nil || !addr.Is4() {
-				return Endpoint{}, errEndpointNumeric
-			}
-			ep.addr = addr
-		}
+	name, err := ep.setHost(buf[:0], host)
+	if err != nil {
+		return Endpoint{}, err
 	}
-
 	path := target
 	if i := bytes.IndexByte(target, '?'); i >= 0 {
 		path = target[:i]
 	}
-	switch {
-	case ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(name, ep.addr, port):
+	if ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(name, ep.addr, port) {
 		// All names of this server are one destination.
 		ep.kind, ep.addr = destSelf, netip.Addr{}
 		name = append(name[:0], "localhost"...)
-	case g.listed(name, port):
-		ep.kind = destListed
-	case ep.addr.IsValid():
-		if g.inAllowedNet(ep.addr, port) {
-			ep.kind = destListed
-		} else if !defaultPort(port) {
-			return Endpoint{}, errEndpointPortList
-		} else if g.base.SafeAddr(ep.addr) != nil {
-			return Endpoint{}, errEndpointAddr
-		}
-	case g.allowedNetPort(port):
-		// Some CIDR:PORT entry has the port: its addresses may have any name,
-		// also an internal one, and the dial tells.
-	default:
-		if !defaultPort(port) {
-			return Endpoint{}, errEndpointPortList
-		}
-		if err := checkPublicName(name); err != nil {
-			return Endpoint{}, err
-		}
+	} else if err := g.classify(&ep, name); err != nil {
+		return Endpoint{}, err
 	}
 	ep.assemble(name, target)
 	return ep, nil
+}
+
+// splitURL checks the bytes and the scheme, and returns the rest of the URL in two
+// parts.
+func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
+	if len(raw) > maxEndpoint {
+		return nil, nil, errEndpointLength
+	}
+	for _, b := range raw {
+		// '#' and '\' are where readers of URLs differ most; the quotes and
+		// angle brackets are the ones that RFC 3986 tells to encode because
+		// they delimit URLs in text.
+		if b <= ' ' || b >= 0x7f || b == '#' || b == '\\' || b == '"' || b == '<' || b == '>' || b == '`' {
+			return nil, nil, errEndpointByte
+		}
+	}
+	rest, ok := cutPrefixFold(raw, "http://")
+	if !ok {
+		if rest, ok = cutPrefixFold(raw, "https://"); !ok {
+			return nil, nil, errEndpointScheme
+		}
+		ep.tls = true
+	}
+	authority = rest
+	if i := bytes.IndexAny(rest, "/?"); i >= 0 {
+		authority, target = rest[:i], rest[i:]
+	}
+	if !validEscapes(target) {
+		return nil, nil, errEndpointEscape
+	}
+	return authority, target, nil
+}
+
+// setHost appends the host to name in its one spelling; if it is an address, the
+// endpoint has it.
+func (ep *Endpoint) setHost(name, host []byte) ([]byte, error) {
+	if host[0] == '[' {
+		// A v4 address in v6 clothes is another spelling of the address.
+		addr, err := netip.ParseAddr(string(host[1 : len(host)-1]))
+		if err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
+			return nil, errEndpointHost
+		}
+		ep.addr = addr
+		return addr.AppendTo(name), nil
+	}
+	name, err := appendName(name, host)
+	if err != nil {
+		return nil, err
+	}
+	if endsInNumber(name) {
+		// A dot at the end would make it another spelling, too.
+		addr, err := netip.ParseAddr(string(host))
+		if err != nil || !addr.Is4() {
+			return nil, errEndpointNumeric
+		}
+		ep.addr = addr
+	}
+	return name, nil
+}
+
+// classify decides by what rule another server than this one may be called.
+func (g *guard) classify(ep *Endpoint, name []byte) error {
+	switch {
+	case g.listed(name, ep.port):
+		ep.kind = destListed
+	case ep.addr.IsValid() && g.inAllowedNet(ep.addr, ep.port):
+		ep.kind = destListed
+	case !ep.addr.IsValid() && g.allowedNetPort(ep.port):
+		// Some CIDR:PORT entry has the port: its addresses may have any name,
+		// also an internal one, and the dial tells.
+	case !defaultPort(ep.port):
+		return errEndpointPortList
+	case ep.addr.IsValid():
+		if g.base.SafeAddr(ep.addr) != nil {
+			return errEndpointAddr
+		}
+	default:
+		return checkPublicName(name)
+	}
+	return nil
 }
 
 // assemble builds the canonical URL; the other strings are parts of it.

@@ -1,7 +1,33 @@
-// Command docs runs the commands that the documentation tells its readers to
-// run, in the order of the pages, in the present directory:
-//
-//	go run ./bench/docs README.md docs/*.md
+//go:build unix
+
+package docs_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"verve/internal/testproc"
+)
+
+const (
+	health = "http://127.0.0.1:8081/healthz" // of a server, by its defaults
+	poll   = 50 * time.Millisecond
+)
+
+// TestCommandsOfThePages runs the commands that the documentation tells its readers to
+// run, in the order of the pages that VERVE_TEST_DOCS names, in the root of a copy of
+// the tree: .ci/run docs.
 //
 // Every block fenced as sh is run by bash and must succeed. A mark before it,
 // which readers do not see, says otherwise:
@@ -16,49 +42,24 @@
 //
 // A command with a comment "# prints TEXT" at its end must print that, where …
 // stands for anything. What a page leaves behind is removed after it.
-package main
-
-import (
-	"bytes"
-	"context"
-	"errors"
-	"flag"
-	"fmt"
-	"net/http"
-	"os"
-	"os/exec"
-	"os/signal"
-	"path/filepath"
-	"strings"
-	"sync"
-	"syscall"
-	"time"
-)
-
-const (
-	health = "http://127.0.0.1:8081/healthz" // of a server, by its defaults
-	poll   = 50 * time.Millisecond
-)
-
-func main() {
-	limit := flag.Duration("timeout", 3*time.Minute, "for one block")
-	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	failed := false
-	for _, page := range flag.Args() {
-		if err := run(ctx, page, *limit); err != nil {
-			failed = true
-			fmt.Printf("%s:%v\n", page, err)
-		}
+func TestCommandsOfThePages(t *testing.T) {
+	named := strings.Fields(os.Getenv("VERVE_TEST_DOCS"))
+	if len(named) == 0 {
+		t.Skip("VERVE_TEST_DOCS names no pages; .ci/run docs runs their commands")
 	}
-	if failed {
-		os.Exit(1)
+	ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	for _, page := range named {
+		t.Run(page, func(t *testing.T) {
+			if err := run(ctx, t, page, 3*time.Minute); err != nil {
+				t.Errorf("%s:%v", page, err)
+			}
+		})
 	}
 }
 
 // run runs a page.
-func run(ctx context.Context, page string, limit time.Duration) (err error) {
+func run(ctx context.Context, t *testing.T, page string, limit time.Duration) (err error) {
 	b, err := os.ReadFile(page)
 	if err != nil {
 		return err
@@ -99,7 +100,7 @@ func run(ctx context.Context, page string, limit time.Duration) (err error) {
 		if err != nil {
 			return fmt.Errorf("%d: %w", b.line, err)
 		}
-		fmt.Printf("%s:%d: %s, %.1fs\n", page, b.line, did, time.Since(from).Seconds())
+		t.Logf("%s:%d: %s, %.1fs", page, b.line, did, time.Since(from).Seconds())
 	}
 	return nil
 }
@@ -171,31 +172,13 @@ func indent(text string) string {
 type server struct {
 	text  string
 	cmd   *exec.Cmd
-	log   *output
+	log   *testproc.Buffer
 	ended chan error
-}
-
-// output may be read while it is written.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *output) Write(b []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(b)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
 }
 
 // serve starts a server and waits until it is alive.
 func serve(ctx context.Context, text string, limit time.Duration) (*server, error) {
-	s := &server{text: text, cmd: bash(ctx, text), log: new(output), ended: make(chan error, 1)}
+	s := &server{text: text, cmd: bash(ctx, text), log: new(testproc.Buffer), ended: make(chan error, 1)}
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
 	if alive(ctx) {
 		return nil, errors.New("another server answers at " + health)
@@ -251,5 +234,39 @@ func (s *server) stop(limit time.Duration) error {
 	case <-time.After(limit):
 		_ = s.cmd.Cancel() // it says so itself
 		return fmt.Errorf("the server did not stop in %v\n%s", limit, indent(s.log.String()))
+	}
+}
+
+func TestBlocksMustDoAsThePageSays(t *testing.T) {
+	if _, err := exec.LookPath("bash"); err != nil {
+		t.Skip("there is no bash here")
+	}
+	for _, c := range []struct {
+		text string
+		exit int
+		want string // in the error, empty for none
+	}{
+		{"true", 0, ""},
+		{"false\ntrue", 0, "exit code 1, want 0"},
+		{"false | cat", 0, "exit code 1, want 0"},
+		{"exit 3", 3, ""},
+		{"true", 1, "exit code 0, want 1"},
+		{"echo ok # prints ok", 0, ""},
+		{"echo not ok # prints ok", 0, `line 7 does not print "ok"`},
+		{"true # prints ok", 0, `does not print "ok"`},
+		{"echo a\necho \\\n  b # prints b\necho c # prints c", 0, ""},
+		{"echo a\necho \\\n  b # prints c", 0, "line 8 does not print"},
+		{`echo '{"unique":12,"seq":1}' # prints {"unique":…}`, 0, ""},
+		{`echo '{"unique":12,"seq":1}' # prints …"seq":2…`, 0, "does not print"},
+		{"sleep 60", 0, "did not end"},
+	} {
+		limit := time.Minute
+		if c.want == "did not end" {
+			limit = 100 * time.Millisecond
+		}
+		err := execute(t.Context(), block{line: 7, exit: c.exit, text: c.text}, limit)
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%q: got %v, want %q", c.text, err, c.want)
+		}
 	}
 }

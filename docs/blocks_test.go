@@ -1,4 +1,4 @@
-package main
+package docs_test
 
 import (
 	"errors"
@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"testing"
 )
 
 // kind says what is done with a block.
@@ -177,4 +178,79 @@ func matches(got, want string) bool {
 		got = rest
 	}
 	return strings.HasSuffix(got, pieces[len(pieces)-1])
+}
+
+func TestEveryCommandIsRunOrHasAReason(t *testing.T) {
+	page := strings.ReplaceAll(`# Page
+'''sh
+echo a
+'''
+<!-- run: not, no Docker here -->
+
+'''sh
+docker ps
+'''
+'''json
+{"not": "a command"}
+'''
+<!-- run: file cmd/main.go -->
+'''go
+package docs_test
+'''
+<!-- run: server -->
+'''sh
+go run .
+'''
+<!-- run: exits 2 -->
+'''sh
+exit 2
+'''
+`, "'''", fence)
+	got, err := parse(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []block{
+		{line: 3, kind: runs, text: "echo a\n"},
+		{line: 8, kind: isNotRun, reason: "no Docker here", text: "docker ps\n"},
+		{line: 15, kind: isFile, name: "cmd/main.go", text: "package docs_test\n"},
+		{line: 19, kind: serves, text: "go run .\n"},
+		{line: 23, kind: runs, exit: 2, text: "exit 2\n"},
+	}
+	if len(got) != len(want) {
+		t.Fatalf("got %+v", got)
+	}
+	for i := range want {
+		if got[i] != want[i] {
+			t.Errorf("got %+v, want %+v", got[i], want[i])
+		}
+	}
+}
+
+func TestNothingIsLeftOutByMistake(t *testing.T) {
+	for _, c := range []struct{ name, page string }{
+		{"another name for a shell", "```bash\nls\n```\n"},
+		{"no language", "```\nls\n```\n"},
+		{"no reason", "<!-- run: not -->\n```sh\nls\n```\n"},
+		{"unknown mark", "<!-- run: maybe -->\n```sh\nls\n```\n"},
+		{"mark without a block", "<!-- run: server -->\ntext\n"},
+		{"mark at the end", "<!-- run: server -->\n"},
+		{"two marks", "<!-- run: server -->\n<!-- run: server -->\n```sh\nls\n```\n"},
+		{"block without an end", "```sh\nls\n"},
+		{"server that is no command", "<!-- run: server -->\n```go\nls\n```\n"},
+		{"file elsewhere", "<!-- run: file ../a -->\n```go\nls\n```\n"},
+	} {
+		if blocks, err := parse(c.page); err == nil {
+			t.Errorf("%s: got %+v", c.name, blocks)
+		}
+	}
+}
+
+// TestPagesCanBeRead is what can be checked where the commands are not run.
+func TestPagesCanBeRead(t *testing.T) {
+	for page, text := range pages(t) {
+		if _, err := parse(text); err != nil && page != "DESIGN.md" && page != "CHANGELOG.md" && page != "SECURITY.md" {
+			t.Errorf("%s: %v", page, err)
+		}
+	}
 }
