@@ -3,6 +3,7 @@ package main
 import (
 	"go/ast"
 	"go/parser"
+	"go/token"
 	"os"
 	"path/filepath"
 	"slices"
@@ -38,7 +39,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"github.com/alecthomas/kong":  {".", "bench"},
 	}
 	module := modulePath(t)
-	testproc.ProductFiles(t, parser.ImportsOnly, func(path string, f *ast.File) {
+	testproc.ProductFiles(t, parser.ImportsOnly, func(path string, _ *token.FileSet, f *ast.File) {
 		dir := filepath.ToSlash(filepath.Dir(path))
 		room := dir // the nearest folder with a rule
 		for allowed[room] == nil {
@@ -96,7 +97,7 @@ func modulePath(t *testing.T) string {
 
 // TestOnlyConfigReadsTheEnvironment: settings come from one place.
 func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
-	testproc.ProductFiles(t, 0, func(path string, f *ast.File) {
+	testproc.ProductFiles(t, 0, func(path string, _ *token.FileSet, f *ast.File) {
 		dir := filepath.ToSlash(filepath.Dir(path))
 		if path == "config.go" || strings.HasPrefix(dir, "bench") || strings.HasPrefix(dir, "internal/explore") || dir == "internal/testproc" { // not of the server
 			return
@@ -110,5 +111,25 @@ func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
 			}
 			return true
 		})
+	})
+}
+
+// TestFunctionsAreShort: at most 80 lines, but for tables. That none is too complex is
+// for the linter.
+func TestFunctionsAreShort(t *testing.T) {
+	const most = 80
+	tables := []string{"writeMetrics"}                                               // a line for each entry
+	ofTests := []string{"internal/explore", "internal/settest", "internal/testproc"} // which may tell a long story
+	testproc.ProductFiles(t, 0, func(path string, fset *token.FileSet, f *ast.File) {
+		if slices.ContainsFunc(ofTests, func(dir string) bool { return strings.HasPrefix(path, dir+"/") }) {
+			return
+		}
+		for _, d := range f.Decls {
+			if fn, is := d.(*ast.FuncDecl); is && !slices.Contains(tables, fn.Name.Name) {
+				if n := fset.Position(fn.End()).Line - fset.Position(fn.Pos()).Line + 1; n > most {
+					t.Errorf("%s: %s has %d lines, want %d at most", path, fn.Name.Name, n, most)
+				}
+			}
+		}
 	})
 }

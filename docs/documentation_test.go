@@ -2,6 +2,7 @@ package docs_test
 
 import (
 	"go/ast"
+	"go/token"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -247,7 +248,7 @@ func TestDesignHasARowForEveryFile(t *testing.T) {
 func TestDesignHasARowForEveryLock(t *testing.T) {
 	_, locks, _ := strings.Cut(pages(t)["DESIGN.md"], "\n## Locks\n")
 	locks, _, _ = strings.Cut(locks, "\n## ")
-	testproc.ProductFiles(t, 0, func(path string, f *ast.File) {
+	testproc.ProductFiles(t, 0, func(path string, _ *token.FileSet, f *ast.File) {
 		if strings.HasPrefix(path, "bench") || strings.HasPrefix(path, filepath.Join("internal", "explore")) {
 			return
 		}

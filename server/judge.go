@@ -59,11 +59,7 @@ func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error
 			err = cause
 		}
 		if s.cfg.WindowHeader {
-			for i, v := range verdicts {
-				if v != dedup.Turned {
-					w.epochs[from+i] = entry.Epoch
-				}
-			}
+			w.note(entry.Epoch, from, to)
 		}
 		if turned == 0 || panicked {
 			return err
@@ -83,6 +79,15 @@ func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error
 		from = tail
 	}
 	return err
+}
+
+// note keeps the epoch of those of w.items[from:to] that were judged.
+func (w *work) note(e *counter.Epoch, from, to int) {
+	for i := from; i < to; i++ {
+		if w.verdicts[i] != dedup.Turned {
+			w.epochs[i] = e
+		}
+	}
 }
 
 // judgeAgain judges each run of ids that are Turned between others that are not.

@@ -13,8 +13,9 @@ import (
 
 // ProductFiles parses every Go file below the working directory that is of this module
 // and no test. Paths have slashes.
-func ProductFiles(t testing.TB, mode parser.Mode, f func(path string, file *ast.File)) {
+func ProductFiles(t testing.TB, mode parser.Mode, f func(path string, fset *token.FileSet, file *ast.File)) {
 	t.Helper()
+	fset := token.NewFileSet()
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
@@ -29,11 +30,11 @@ func ProductFiles(t testing.TB, mode parser.Mode, f func(path string, file *ast.
 		case filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go"):
 			return nil
 		}
-		file, err := parser.ParseFile(token.NewFileSet(), path, nil, mode)
+		file, err := parser.ParseFile(fset, path, nil, mode)
 		if err != nil {
 			return err
 		}
-		f(filepath.ToSlash(path), file)
+		f(filepath.ToSlash(path), fset, file)
 		return nil
 	})
 	if err != nil {
