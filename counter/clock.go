@@ -87,7 +87,7 @@ func (w *clockWatch) look(now reading, e *Epoch, sleep time.Duration) (step, pau
 	w.seen.Problem = ""
 	switch {
 	case int64(w.seen.Behind) > w.skew:
-		w.seen.Problem = fmt.Sprintf("the clock says %s, %v before the start of the open window: the clock was set back, or was ahead before; ids count in the window of %s until the clock passes its end",
+		w.seen.Problem = fmt.Sprintf("the clock is at %s, %v before the start of the open window: the clock was set back, or was ahead before; ids count in the window of %s until the clock passes its end",
 			clockTime(now.wall), round(w.seen.Behind), clockTime(e.start))
 	case w.by != 0 && now.even-w.stepped.even < int64(clockSettle):
 		how, by := "forward", time.Duration(w.by)

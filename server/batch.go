@@ -256,7 +256,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, endpoint callback.Endpoint, w
 // refuse answers a batch of which nothing was counted.
 func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
 	s := bs.server
-	// What is left of the body is not read: nothing behind it can be relied on.
+	// The rest of the body is not read: nothing behind it can be relied on.
 	ctx.SetConnectionClose()
 	switch {
 	case errors.Is(err, errBadBatch):

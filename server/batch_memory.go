@@ -26,9 +26,8 @@ const (
 	memberBytes = 64
 )
 
-// batchMemory bounds the memory that all batches use together. What is in use is
-// counted; what lies in the pools was in use before, and the garbage collection
-// releases it.
+// batchMemory bounds the memory that all batches use together. Memory in use is counted;
+// memory in the pools was in use before, and the garbage collection releases it.
 type batchMemory struct {
 	limit   int64
 	used    atomic.Int64

@@ -88,8 +88,8 @@ func (b *batch) parse(f format, body []byte) error {
 	if err := b.makeTables(min(most, b.owner.maxIDs), true); err != nil {
 		return err
 	}
-	// What is unquoted is no longer than the body, and so is what is put together of
-	// sources and ids. So scratch never moves.
+	// Unquoted text is at most as long as the body, and so are joined sources and ids. So
+	// scratch never moves.
 	size := 0
 	if bytes.IndexByte(body, '\\') >= 0 {
 		size += len(body)
@@ -247,7 +247,7 @@ func atEnd(err error) error {
 	return err
 }
 
-// value reads one item. What is JSON but no item is a bad id.
+// value reads one item. JSON that is no item is a bad id.
 func (b *batch) value(f format) error {
 	events := f == formatEvents || f == formatEvent
 	switch kind := b.decoder.PeekKind(); {

@@ -106,9 +106,8 @@ func (c *conn) takePlace() bool {
 	}
 }
 
-// refuseBusy answers 503 to a connection whose request could not be read in time, as
-// too many others are being read. A handshake of TLS for no more than that costs too
-// much.
+// refuseBusy answers 503 to a connection whose request could not be read in time, because
+// too many others are being read. A TLS handshake only for that costs too much.
 func (c *conn) refuseBusy() {
 	c.owner.rejected.Add(1)
 	if secure, ok := c.Conn.(*tls.Conn); !ok || secure.ConnectionState().HandshakeComplete {

@@ -129,8 +129,8 @@ func startProxy(t *testing.T, name, config string, args []string, server string)
 	}
 }
 
-// handled counts the requests that were understood and routed, whatever their
-// answer: each has exactly one. Of a batch it counts the ids.
+// handled counts the requests that were understood and routed, whatever their answer: each
+// has exactly one. For a batch it counts the ids.
 func (s *site) handled() uint64 {
 	st := s.cfg.Counter.Stats()
 	n := st.Unique + st.Repeats + s.sunk.Load()

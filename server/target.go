@@ -143,7 +143,7 @@ func validValue(value []byte) bool {
 }
 
 // validID checks an id after decoding. Eight bytes at a time, unless one of them is not
-// visible ASCII or a space: batches bring ids that nobody has looked at.
+// visible ASCII or a space: batches contain ids that were not checked before.
 func validID(id []byte) bool {
 	if len(id) == 0 || len(id) > maxIDLen || id[0] == ' ' || id[len(id)-1] == ' ' {
 		return false

@@ -107,7 +107,7 @@ func TestClockBehindTheLastRecordIsNotReady(t *testing.T) {
 	if log := v.Text(); strings.Count(log, "not ready because of the clock") != 1 || !strings.Contains(log, ahead.Format(time.RFC3339)) {
 		t.Errorf("the log:\n%s", log)
 	}
-	if status, body := v.Get(v.Admin + "/readyz"); status != 503 || !strings.Contains(body, `"clock":{"ok":false,"reason":"the clock says`) {
+	if status, body := v.Get(v.Admin + "/readyz"); status != 503 || !strings.Contains(body, `"clock":{"ok":false,"reason":"the clock is at`) {
 		t.Errorf("readyz: %d %s", status, body)
 	}
 	for _, want := range []int{200, 409} {

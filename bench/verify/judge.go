@@ -90,7 +90,7 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, how judgin
 	}
 	for _, w := range windows {
 		if r := rows[w.start]; r != nil && t.lenient && w.twice > 0 && !r.Inexact {
-			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record says that it is exact", w.twice, r.Start)
+			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record has exact:true", w.twice, r.Start)
 		}
 	}
 	for _, start := range slices.Sorted(maps.Keys(rows)) {
@@ -228,7 +228,7 @@ func (v *verdict) print(out io.Writer) {
 	if v.Good {
 		fmt.Fprintf(out, "GOOD: the records of all %d windows add up", v.Windows)
 		if v.Inexact > 0 {
-			fmt.Fprintf(out, ", %d of them say that they are not exact", v.Inexact)
+			fmt.Fprintf(out, ", %d of them with exact:false", v.Inexact)
 		}
 		fmt.Fprintln(out)
 	} else {

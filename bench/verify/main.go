@@ -51,7 +51,7 @@ type flags struct {
 	DuplicateStatus int  `default:"409" help:"Status of repeats, as set on the server."`
 	SkipFirst       bool `help:"Do not judge the first window, in which others called the server too."`
 	Strict          bool `help:"Requests that were never answered must not have counted."`
-	AllowInexact    bool `help:"A window whose record says that it is not exact may not add up, or have an id ok twice."`
+	AllowInexact    bool `help:"A window whose record has exact:false may not add up, or have an id ok twice."`
 
 	CountsFile   []string      `type:"path" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
 	KafkaBrokers []string      `help:"Read the records from Kafka."`
@@ -75,7 +75,7 @@ type flags struct {
 func main() {
 	var f flags
 	parser := kong.Must(&f, kong.Name("verify"),
-		kong.Description("Drives a running verve and says whether its records add up to its answers."))
+		kong.Description("Drives a running verve and reports whether its records add up to its answers."))
 	if _, err := parser.Parse(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "verify:", err)
 		os.Exit(2)
