@@ -102,8 +102,8 @@ func (k *keptScene) recall() (*successor, error) {
 	return f, nil
 }
 
-// check holds what the next process has of each epoch against the answers: of each
-// id that was new one record, and none of an id that nobody brought.
+// check holds what the next process has of each epoch against the answers: of each id that
+// was new one record, and none of an id that was not sent.
 func (k *keptScene) check() error {
 	f, err := k.recall()
 	if err != nil {
@@ -149,8 +149,8 @@ func (k *keptScene) check() error {
 	return nil
 }
 
-// total checks that the first epoch's record, and what the next process will publish
-// of it, are as many ids as were answered, or as were brought at most.
+// total checks that the first epoch's record, and what the next process will publish of
+// it, are as many ids as were answered, or as were sent at most.
 func (k *keptScene) total(f *successor, answered, brought int) error {
 	var sum uint64
 	recorded := k.published.Load() > 0
@@ -237,7 +237,7 @@ func TestInterleavingsOfPublishing(t *testing.T) {
 	}
 }
 
-// answer is a request that brings a key to the open epoch, as the server does.
+// answer is a request that adds a key to the open epoch, as the server does.
 func (k *keptScene) answer(a *add) {
 	for {
 		in, _ := k.c.Enter(k.epochs[0].Start().UnixNano(), 0)

@@ -41,7 +41,7 @@ func TestTextsArePlain(t *testing.T) {
 	for place, text := range all {
 		flat := strings.Join(strings.Fields(text), " ")
 		patterns := unplain
-		if !comment[place] {
+		if !comment[place] && !strings.Contains(place, "mutants") { // those quote the code
 			patterns = append(slices.Clone(unplain), unplainForUsers...)
 		}
 		for _, pattern := range patterns {

@@ -117,7 +117,7 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, how judgin
 	return v
 }
 
-// tabulate brings answers and records together, for each window from first on.
+// tabulate joins answers and records, for each window from first on.
 func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first int64) map[int64]*windowVerdict {
 	rows := make(map[int64]*windowVerdict)
 	for _, w := range windows {
