@@ -76,6 +76,13 @@ func httpBar(want float64, scenario, server, of string, atLeast bool) bar {
 		pattern: "*/" + scenario + "/DESIGN", unit: "cpu-us", design: server, against: []string{of}}
 }
 
+// batchBar bounds the CPU of an id in a batch, given in millions of ids per second of
+// CPU.
+func batchBar(millions float64, what, kind string) bar {
+	return bar{what: fmt.Sprintf("CPU of an id, us, %s (%v M ids per second)", what, millions), want: 1 / millions,
+		pattern: "http/batch/DESIGN", unit: "cpu-us", design: kind}
+}
+
 var bars = []bar{
 	addBar("seed/verve, 50 k new decimals", 8, "50000", "decimal", "unique", "verve", "seed"),
 	addBar("seed/verve, 1 M new decimals", 8, "1000000", "decimal", "unique", "verve", "seed"),
@@ -105,6 +112,15 @@ var bars = []bar{
 	httpBar(2.4, "pipelined", "verve", "seed", true),
 	httpBar(1.03, "unique", "memory", "verve", false),
 	httpBar(1.03, "pipelined", "memory", "verve", false),
+	batchBar(8, "1,000 decimals a request", "decimals"),
+	batchBar(4, "1,000 UUIDs a request", "uuids"),
+	batchBar(4, "1,000 decimals a request in JSON", "json"),
+	batchBar(3.5, "100 decimals a request", "hundred"),
+	batchBar(0.5, "1,000 decimals a request in a group, with Redis", "group"),
+	{what: "CPU of an id: single/1,000 decimals a request", want: 50, atLeast: true,
+		pattern: "http/batch/DESIGN", unit: "cpu-us", design: "decimals", against: []string{"single"}},
+	{what: "p99 of windows sealed late under batches of 10,000, ms", want: 5,
+		pattern: "http/batch/DESIGN", unit: "p99-ms", design: "turn"},
 }
 
 // print writes the table and reports whether no promise is missed.

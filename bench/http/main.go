@@ -30,6 +30,7 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"time"
 
 	"github.com/alecthomas/kong"
 )
@@ -38,7 +39,7 @@ import (
 type run struct {
 	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
 	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
-	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers" help:"What is sent: ${enum}."`
+	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch" help:"What is sent: ${enum}."`
 	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,before,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none, before that of --before."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
@@ -93,7 +94,7 @@ type sample struct {
 	Server   string  `json:"server"`
 	Requests uint64  `json:"requests"`
 	Failed   uint64  `json:"failed"` // answered with a status above 399
-	CPU      float64 `json:"cpu_us"` // a request
+	CPU      float64 `json:"cpu_us"` // a request; an id of the scenario batch
 	PerSec   float64 `json:"requests_per_second"`
 	P99      float64 `json:"p99_ms"`
 }
@@ -128,6 +129,14 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 	}
 	res := results{Conns: r.Conns, Seconds: r.Seconds, Flags: r.Flags}
 	for _, scenario := range r.Scenario {
+		if scenario == "batch" {
+			samples, err := r.batches(ctx, out, root, dir)
+			res.Samples = append(res.Samples, samples...)
+			if err != nil {
+				return err
+			}
+			continue
+		}
 		w := wrk{
 			script: filepath.Join(root, "bench", "wrk", scenario+".lua"),
 			conns:  r.Conns,
@@ -189,7 +198,7 @@ func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk
 		// other is no advantage.
 		for i := range servers {
 			p := servers[(round+i)%len(servers)]
-			s, err := measure(ctx, w, p, r.Seconds)
+			s, err := measure(ctx, w, r.Seconds, p)
 			if err != nil {
 				return samples, fmt.Errorf("%s: %w", p.name, err)
 			}
@@ -222,21 +231,29 @@ func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk
 	return samples, nil
 }
 
-// measure drives p and takes its CPU time.
-func measure(ctx context.Context, w wrk, p *process, seconds int) (sample, error) {
-	before, err := p.cpuTime()
-	if err != nil {
-		return sample{}, err
+// measure drives the first of some processes, and takes the CPU time of all.
+func measure(ctx context.Context, w wrk, seconds int, on ...*process) (s sample, err error) {
+	var before, after time.Duration
+	sum := func() (all time.Duration, err error) {
+		for _, p := range on {
+			t, err := p.cpuTime()
+			if err != nil {
+				return 0, err
+			}
+			all += t
+		}
+		return all, nil
 	}
-	s, err := w.drive(ctx, p.addr, seconds)
-	if err != nil {
+	if before, err = sum(); err != nil {
 		return s, err
 	}
-	after, err := p.cpuTime()
-	if err != nil {
+	if s, err = w.drive(ctx, on[0].addr, seconds); err != nil {
 		return s, err
 	}
-	s.Server = p.name
+	if after, err = sum(); err != nil {
+		return s, err
+	}
+	s.Server = on[0].name
 	s.CPU = float64((after - before).Microseconds()) / float64(s.Requests)
 	return s, nil
 }

@@ -60,19 +60,28 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	go func() { p.done <- p.cmd.Wait() }()
+	if err := p.awaitConnections(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// awaitConnections returns when the process takes connections. If it does not, it is
+// ended.
+func (p *process) awaitConnections() error {
 	for deadline := time.Now().Add(startLimit); ; time.Sleep(10 * time.Millisecond) {
 		select {
 		case err := <-p.done:
-			return nil, fmt.Errorf("%s ended: %v", name, err)
+			return fmt.Errorf("%s ended: %v", p.name, err)
 		default:
 		}
 		if c, err := net.Dial("tcp", p.addr); err == nil {
 			c.Close()
-			return p, nil
+			return nil
 		}
 		if time.Now().After(deadline) {
 			p.kill()
-			return nil, fmt.Errorf("%s does not take connections", name)
+			return fmt.Errorf("%s does not take connections", p.name)
 		}
 	}
 }

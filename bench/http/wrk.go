@@ -15,6 +15,7 @@ import (
 type wrk struct {
 	script string
 	conns  int
+	args   []string // of the script, behind the number of the run
 }
 
 var (
@@ -31,8 +32,8 @@ var runs = 1_000_000 + time.Now().Unix()%1_000_000
 // drive sends for some seconds with one thread, which is what one core can use.
 func (w wrk) drive(ctx context.Context, addr string, seconds int) (s sample, err error) {
 	runs++
-	cmd := pinned(wrkCore, "wrk", "-t1", "-c", strconv.Itoa(w.conns), "-d", strconv.Itoa(seconds), "--latency",
-		"-s", w.script, "http://"+addr, "--", strconv.FormatInt(runs, 10))
+	cmd := pinned(wrkCore, "wrk", append([]string{"-t1", "-c", strconv.Itoa(w.conns), "-d", strconv.Itoa(seconds), "--latency",
+		"-s", w.script, "http://" + addr, "--", strconv.FormatInt(runs, 10)}, w.args...)...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {

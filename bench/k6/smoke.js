@@ -49,9 +49,17 @@ export default function () {
   check(accept('?id=1&id=2'), { 'two ids are refused': says(400, 'failed', 'bad-id') });
   check(accept('?id=%zz'), { 'a bad escape is refused': says(400, 'failed', 'bad-id') });
   check(accept(`?id=${id}-e&endpoint=http://169.254.169.254/`), { 'an internal endpoint is refused': says(400, 'failed', 'bad-endpoint') });
-  check(http.post(`${url}/api/verve/accept?id=${id}-p`), { 'POST is refused': says(405, 'failed', 'method') });
+  check(http.put(`${url}/api/verve/accept?id=${id}-p`), { 'PUT is refused': says(405, 'failed', 'method') });
   check(http.get(`${url}/api/verve/`), { 'another path is not found': says(404, 'failed', 'not-found') });
   check(http.post(`${url}/test`, '{}'), { '/test takes a POST': says(200, 'ok') });
+
+  check(http.post(`${url}/api/verve/accept?id=${id}-p`), { 'a POST of a new id is ok': says(200, 'ok') });
+  const batch = http.post(`${url}/api/verve/accept`, JSON.stringify([`${id}-a`, `${id}-b`, `${id}-a`, '']), { headers: { 'Content-Type': 'application/json' } });
+  check(batch, {
+    'a batch has a verdict for each id': (r) => r.status === 200 && r.json('results').join() === 'ok,ok,duplicate,bad-id',
+    'a batch that cannot be parsed is refused': () => says(400, 'failed', 'bad-request')(http.post(`${url}/api/verve/accept`, '[', { headers: { 'Content-Type': 'application/json' } })),
+  });
+  ok += 1 + (batch.json('ok') || 0);
 
   if (admin === 'none') {
     return;

@@ -1,0 +1,65 @@
+// Batches of new ids at a set rate: each answer has a verdict for each id, in order,
+// and an id that a batch has twice is new once.
+//
+//   k6 run -e RATE=100 -e IDS=1000 bench/k6/batch.js
+//
+// URL       of the server             http://127.0.0.1:8080
+// RATE      batches a second          100
+// IDS       in each batch             1000
+// DURATION  of the run                30s
+// VUS       connections at most       50
+// P95, P99  bounds of the time to answer, ms  50, 100
+import { check } from 'k6';
+import exec from 'k6/execution';
+import http from 'k6/http';
+import { Counter, Rate } from 'k6/metrics';
+import { latency, url } from './accept.js';
+
+const ids = Number(__ENV.IDS || 1000);
+const unique = new Counter('verve_ok');
+const wrong = new Rate('verve_wrong_answer');
+
+export const options = {
+  scenarios: {
+    batch: {
+      executor: 'constant-arrival-rate',
+      rate: Number(__ENV.RATE || 100),
+      timeUnit: '1s',
+      duration: __ENV.DURATION || '30s',
+      preAllocatedVUs: 10,
+      maxVUs: Number(__ENV.VUS || 50),
+    },
+  },
+  thresholds: {
+    verve_wrong_answer: ['rate==0'],
+    checks: ['rate==1'],
+    http_req_failed: ['rate<0.001'],
+    http_req_duration: latency,
+    dropped_iterations: ['rate<1'],
+  },
+};
+
+export function setup() {
+  return { run: 100000 + Math.floor(Math.random() * 800000) };
+}
+
+export default function ({ run }) {
+  const batch = `${run}${String(exec.scenario.iterationInTest).padStart(8, '0')}`;
+  const lines = [];
+  for (let i = 0; i < ids; i++) {
+    lines.push(`${batch}${String(i).padStart(5, '0')}`);
+  }
+  lines.push(lines[0]); // a repeat
+  const answer = http.post(`${url}/api/verve/accept`, lines.join('\n'), { headers: { 'Content-Type': 'text/plain' }, tags: { name: 'batch' } });
+  if (answer.status !== 200) {
+    wrong.add(answer.status !== 0 && answer.status !== 503);
+    return; // http_req_failed has it
+  }
+  const words = answer.body.split('\n');
+  const end = words.pop(); // behind the last line
+  const repeat = words.pop();
+  const ok = words.length === ids && end === '' && repeat === 'duplicate' && words.every((w) => w === 'ok');
+  unique.add(words.filter((w) => w === 'ok').length);
+  wrong.add(!ok);
+  check(answer, { 'a verdict for each id, in order': () => ok });
+}
