@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/url"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +20,7 @@ import (
 type load struct {
 	Connections     int
 	Pipeline        int
+	Batch           int     // ids in a request, in its body; 0: one, in its query
 	Rate            float64 // requests a second over all connections; 0: as fast as it goes
 	Requests        uint64  // stop after so many; 0: when the context ends
 	Repeats         float64 // share of requests that ask for an id once more
@@ -32,6 +35,7 @@ type target struct {
 	addr string
 	head []byte // of a request, up to the id
 	tail []byte // of a request, after it
+	post []byte // of a request with a batch, up to the length of its body
 }
 
 func newTarget(raw string) (target, error) {
@@ -54,6 +58,7 @@ func newTarget(raw string) (target, error) {
 		addr: net.JoinHostPort(u.Hostname(), port),
 		head: []byte("GET " + base + "/api/verve/accept?id="),
 		tail: []byte(" HTTP/1.1\r\nHost: " + u.Host + "\r\n\r\n"),
+		post: []byte("POST " + base + "/api/verve/accept HTTP/1.1\r\nHost: " + u.Host + "\r\nContent-Type: text/plain\r\nContent-Length: "),
 	}, nil
 }
 
@@ -122,6 +127,7 @@ type conn struct {
 	target int
 	rng    *rand.Rand
 	out    []byte
+	body   []byte // of one request with a batch
 	in     []byte
 	ids    []uint64 // of the batch under way
 	again  []uint64 // in doubt since the last break, asked again first
@@ -130,7 +136,14 @@ type conn struct {
 
 	answered   bool   // since the last dial
 	windowText []byte // the last Verve-Window, and what it says
-	window     int64
+	windows    []judgedIn
+}
+
+// judgedIn is a window of an answer, and how many of its ids were judged there, in
+// order; math.MaxInt is all.
+type judgedIn struct {
+	window int64
+	ids    int
 }
 
 func newConn(d *driver, i int) *conn {
@@ -138,7 +151,7 @@ func newConn(d *driver, i int) *conn {
 		d:      d,
 		target: i % len(d.targets),
 		rng:    rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
-		in:     make([]byte, 16<<10),
+		in:     make([]byte, 16<<10+len("unavailable\n")*d.load.Batch),
 	}
 }
 
@@ -187,7 +200,7 @@ func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 	c.newest = c.d.truth.newestOf(c.target)
 	var interval time.Duration
 	if load.Rate > 0 {
-		interval = time.Duration(float64(load.Pipeline*load.Connections) / load.Rate * float64(time.Second))
+		interval = time.Duration(float64(load.together()*load.Connections) / load.Rate * float64(time.Second))
 	}
 	// The first batch of each connection falls anywhere in its interval, so
 	// that a set rate is even over time and not a volley.
@@ -257,7 +270,7 @@ const farRepeats = 1 << 16
 // fill builds the next batch. It says false when the requests are used up.
 func (c *conn) fill() bool {
 	load := &c.d.load
-	size := load.Pipeline
+	size := load.together()
 	if load.Requests > 0 {
 		begun := c.d.sent.Add(uint64(size))
 		if begun-uint64(size) >= load.Requests {
@@ -276,7 +289,7 @@ func (c *conn) fill() bool {
 			if known := c.d.ids.Load(); known > 0 {
 				span := uint64(farRepeats)
 				if c.rng.Uint64()&1 == 0 {
-					span = uint64(2 * load.Connections * load.Pipeline)
+					span = uint64(2 * load.Connections * load.together())
 				}
 				c.ids = append(c.ids, known-1-c.rng.Uint64N(min(span, known)))
 				continue
@@ -285,6 +298,17 @@ func (c *conn) fill() bool {
 		c.ids = append(c.ids, c.d.ids.Add(1)-1)
 	}
 	t := &c.d.targets[c.target]
+	if load.Batch > 0 {
+		for ids := c.ids; len(ids) > 0; ids = ids[c.inRequest(len(ids)):] {
+			c.body = c.body[:0]
+			for _, id := range ids[:c.inRequest(len(ids))] {
+				c.body = append(load.IDs.append(c.body, load.Seed, id), '\n')
+			}
+			c.out = strconv.AppendInt(append(c.out, t.post...), int64(len(c.body)), 10)
+			c.out = append(append(c.out, "\r\n\r\n"...), c.body...)
+		}
+		return true
+	}
 	for _, id := range c.ids {
 		c.out = append(c.out, t.head...)
 		c.out = load.IDs.append(c.out, load.Seed, id)
@@ -292,6 +316,12 @@ func (c *conn) fill() bool {
 	}
 	return true
 }
+
+// together is how many ids a connection sends before it reads.
+func (l *load) together() int { return l.Pipeline * max(1, l.Batch) }
+
+// inRequest is how many of the ids that are left the next request has.
+func (c *conn) inRequest(left int) int { return min(left, max(1, c.d.load.Batch)) }
 
 // answers reads the answers of the batch, sent at the time given, and reports
 // them. It says false when
@@ -331,14 +361,15 @@ func (c *conn) read(nc net.Conn) (answered int, lag time.Duration, alive bool) {
 			}
 			continue
 		}
+		n := c.inRequest(len(c.ids) - answered)
 		if err == nil {
-			err = c.take(c.ids[answered], &a)
+			err = c.take(c.ids[answered:answered+n], &a)
 		}
 		if err != nil {
 			c.d.protocol("id #%d: %v", c.ids[answered], err)
 			return answered, 0, false
 		}
-		answered++
+		answered += n
 		r += size
 		if a.close {
 			return answered, 0, false
@@ -351,31 +382,98 @@ func (c *conn) read(nc net.Conn) (answered int, lag time.Duration, alive bool) {
 	return answered, 0, true
 }
 
-// take turns a response into an answer for the truth.
-func (c *conn) take(id uint64, a *response) error {
+// take turns a response into answers for the truth.
+func (c *conn) take(ids []uint64, a *response) error {
+	switch {
+	case a.status == 503 && string(a.body) == "failed":
+		for _, id := range ids {
+			c.got = append(c.got, answer{id: id, kind: answerRefused})
+		}
+		return nil
+	case c.d.load.Batch > 0 && a.status == 200:
+		return c.takeWords(ids, a)
+	}
 	kind := answerRepeat
 	switch {
 	case a.status == 200 && string(a.body) == "ok":
 		kind = answerOK
 	case a.status == c.d.load.DuplicateStatus && string(a.body) == "failed":
-	case a.status == 503 && string(a.body) == "failed":
-		c.got = append(c.got, answer{id: id, kind: answerRefused})
-		return nil
 	default:
 		return fmt.Errorf("unexpected answer: status %d, body %.40q", a.status, a.body)
 	}
-	if a.window == nil {
+	if err := c.readWindows(a.window); err != nil {
+		return err
+	}
+	c.got = append(c.got, answer{id: ids[0], window: c.windows[0].window, kind: kind})
+	return nil
+}
+
+// takeWords takes the answer to a batch: a word for each id.
+func (c *conn) takeWords(ids []uint64, a *response) error {
+	window, left := 0, -1 // of the windows, and of the ids judged in it
+	body := a.body
+	for _, id := range ids {
+		word, rest, ok := bytes.Cut(body, []byte{'\n'})
+		if !ok {
+			return fmt.Errorf("%d words are missing in the answer to a batch", len(ids))
+		}
+		body = rest
+		got := answer{id: id}
+		switch string(word) {
+		case "ok":
+			got.kind = answerOK
+		case "duplicate":
+			got.kind = answerRepeat
+		case "full", "unavailable", "draining":
+			c.got = append(c.got, answer{id: id, kind: answerRefused})
+			continue
+		default:
+			return fmt.Errorf("unexpected word %.40q", word)
+		}
+		if left < 0 {
+			if err := c.readWindows(a.window); err != nil {
+				return err
+			}
+			left = c.windows[0].ids
+		}
+		for ; left == 0; left = c.windows[window].ids {
+			if window++; window == len(c.windows) {
+				return fmt.Errorf("more ids were judged than %q says", a.window)
+			}
+		}
+		left--
+		got.window = c.windows[window].window
+		c.got = append(c.got, got)
+	}
+	if len(body) > 0 || left > 0 && c.windows[window].ids != math.MaxInt || left == 0 && window+1 < len(c.windows) {
+		return fmt.Errorf("%d ids, and the answer has more words, or %q", len(ids), a.window)
+	}
+	return nil
+}
+
+// readWindows reads a Verve-Window: one by itself, or a list with numbers of ids.
+func (c *conn) readWindows(text []byte) error {
+	if text == nil {
 		return errors.New("the answer has no Verve-Window: start the server with --window-header")
 	}
-	if !bytes.Equal(a.window, c.windowText) {
-		start, err := time.Parse(time.RFC3339, string(a.window))
+	if bytes.Equal(text, c.windowText) {
+		return nil
+	}
+	c.windowText, c.windows = append(c.windowText[:0], text...), c.windows[:0]
+	for part := range bytes.SplitSeq(text, []byte(", ")) {
+		label, count, many := bytes.Cut(part, []byte(";n="))
+		start, err := time.Parse(time.RFC3339, string(label))
 		if err != nil {
 			return fmt.Errorf("Verve-Window: %w", err)
 		}
-		c.windowText = append(c.windowText[:0], a.window...)
-		c.window = start.UnixMilli()
+		in := judgedIn{start.UnixMilli(), math.MaxInt}
+		if many {
+			if in.ids, err = strconv.Atoi(string(count)); err != nil {
+				return fmt.Errorf("Verve-Window: %w", err)
+			}
+		}
+		c.windows = append(c.windows, in)
 	}
-	c.got = append(c.got, answer{id: id, window: c.window, kind: kind})
 	return nil
 }
 

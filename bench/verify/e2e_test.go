@@ -41,6 +41,30 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 	}
 }
 
+// TestBatchesAddUpOverKillsAndStops: every verdict of a batch is held against the
+// records, over kill -9 and SIGTERM.
+func TestBatchesAddUpOverKillsAndStops(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	server := testproc.Program(t)
+	for _, signal := range []string{"TERM", "KILL"} {
+		t.Run(signal, func(t *testing.T) {
+			t.Parallel() // they wait more than they work
+			dir := t.TempDir()
+			listen, data := testproc.FreeAddr(t), filepath.Join(dir, "data")
+			wantGood(t, &flags{
+				URL: []string{"http://" + listen}, Connections: 4, Pipeline: 2, Batch: 500, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
+				Rate: 100_000, Duration: time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 10_000,
+				CountsFile: []string{filepath.Join(data, "counts.jsonl")},
+				Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + testproc.FreeAddr(t) +
+					" --window=200ms --window-header --data-dir=" + data},
+				SpawnLog: filepath.Join(dir, "server.log"), Signal: signal, KillEvery: "200ms-900ms", Kills: 4, StopLimit: 30 * time.Second,
+			}, 4, 3)
+		})
+	}
+}
+
 // TestServerHasEveryMetricThatMustStayLevel: the soak asks the server for them by
 // name.
 func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {

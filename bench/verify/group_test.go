@@ -91,6 +91,19 @@ func TestInstancesThatStopLoseNothing(t *testing.T) {
 	wantGood(t, f, 6, 3)
 }
 
+// TestBatchesOfAGroupAddUp: the ids of batches at two instances, one of which is killed
+// again and again, are counted once each.
+func TestBatchesOfAGroupAddUp(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	t.Parallel() // they wait more than they work
+	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "300ms")
+	f.Duration, f.Batch, f.Pipeline, f.Connections, f.Rate = time.Minute, 200, 1, 4, 20_000
+	f.Signal, f.KillEvery, f.Kills = "KILL", "300ms-1500ms", 3
+	wantGood(t, f, 6, 3)
+}
+
 // TestFiveInstancesOverManyWindows publish each of them once, with the sum of all.
 func TestFiveInstancesOverManyWindows(t *testing.T) {
 	if testing.Short() {

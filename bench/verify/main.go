@@ -38,10 +38,11 @@ import (
 type flags struct {
 	URL         []string      `name:"url" default:"http://127.0.0.1:8080" help:"Server, or several instances that count as one."`
 	Duration    time.Duration `default:"60s" help:"How long to drive."`
-	Requests    uint64        `help:"Stop after so many requests (0: by time alone)."`
+	Requests    uint64        `help:"Stop after so many ids (0: by time alone)."`
 	Connections int           `default:"64" help:"Keep-alive connections."`
 	Pipeline    int           `default:"1" help:"Requests in flight on each connection."`
-	Rate        float64       `help:"Requests a second in all (0: as fast as it goes)."`
+	Batch       int           `help:"Ids in a request, as a batch (0: one, in the query)."`
+	Rate        float64       `help:"Ids a second in all (0: as fast as it goes)."`
 	Repeats     float64       `default:"0.1" help:"Share of requests that ask for a recent id once more."`
 	IDs         idForm        `name:"ids" default:"decimal" help:"Form of the ids: decimal, uuid or string."`
 	Seed        uint64        `help:"Of the ids and the repeats (0: drawn)."`
@@ -171,12 +172,17 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	return &v, nil
 }
 
+// maxBatch ids are as many as a server takes by default.
+const maxBatch = 10_000
+
 func newDriver(f *flags) (*driver, error) {
 	switch {
 	case f.Connections < 1:
 		return nil, errors.New("--connections: must be at least 1")
 	case f.Pipeline < 1 || f.Pipeline > 1024:
 		return nil, errors.New("--pipeline: must be 1 to 1024")
+	case f.Batch < 0 || f.Batch > maxBatch:
+		return nil, fmt.Errorf("--batch: must be 0 to %d", maxBatch)
 	case f.Rate < 0:
 		return nil, errors.New("--rate: must not be negative")
 	case f.Repeats < 0 || f.Repeats > 1:
@@ -190,6 +196,7 @@ func newDriver(f *flags) (*driver, error) {
 	d := &driver{load: load{
 		Connections:     f.Connections,
 		Pipeline:        f.Pipeline,
+		Batch:           f.Batch,
 		Rate:            f.Rate,
 		Requests:        f.Requests,
 		Repeats:         f.Repeats,
