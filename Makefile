@@ -19,7 +19,7 @@ fuzz:
 	FUZZTIME=$(FUZZTIME) .ci/run fuzz
 
 explore:
-	VERVE_TEST_EXPLORE=deep go test -count=1 -timeout=24h -v -run Interleavings ./counter ./dedup
+	VERVE_TEST_EXPLORE=deep go test -count=1 -timeout=24h -v -run Interleavings ./counter ./dedup ./server
 
 soak:
 	.ci/run soak

@@ -58,8 +58,11 @@ var (
 // hunt runs the scenarios, first with few preemptions, until one fails.
 func hunt(m mutant) (scenario, schedules, bound string, err error) {
 	c := overlay.Config{Test: m.in, Folders: []string{"counter"}, Edits: overlay.Counter, FailFast: true}
-	if m.in != "counter" {
+	switch m.in {
+	case "dedup":
 		c.Folders, c.Edits = []string{"counter", "dedup"}, overlay.Dedup
+	case "server":
+		c.Folders, c.Edits = []string{"counter", "server"}, overlay.Server
 	}
 	c.Edits = append(append(slices.Clone(c.Edits), m.Edit), m.also...)
 	for _, effort := range []string{"quick", "ci"} {
@@ -76,7 +79,7 @@ func hunt(m mutant) (scenario, schedules, bound string, err error) {
 		found, names := failure.FindSubmatch(out), failed.FindAllSubmatch(out, -1)
 		if found == nil || names == nil {
 			_ = os.WriteFile(filepath.Join(os.TempDir(), "mutant.log"), out, 0o644)
-			return "", "", "", fmt.Errorf("does not run: %.300s", strings.ReplaceAll(string(out), "\n", " "))
+			return "", "", "", fmt.Errorf("does not run: %w: %.300s", err, strings.ReplaceAll(string(out), "\n", " "))
 		}
 		bound = string(found[2])
 		return strings.TrimPrefix(string(names[len(names)-1][1]), "TestInterleavings"), string(found[1]), bound, nil

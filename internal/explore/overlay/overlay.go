@@ -274,3 +274,10 @@ var Dedup = append(slices.Clone(Counter),
 	Edit{"dedup/segment.go", "err = durable.SyncDir(j.dir)", "_ = durable.SyncDir"},
 	Edit{"dedup/recall.go", "!time.Now().Before(j.newest.end())", "false && !time.Now().Before(j.newest.end())"}, // the last epoch goes on
 )
+
+// Server makes the scenarios of server the same each time: no goroutine but those of
+// the scenario, and one second.
+var Server = append(slices.Clone(Counter),
+	Edit{"server/conn.go", "\t\tgo func() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()", "\t\tfunc() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()"},
+	Edit{"server/fast.go", "second := now.Unix()", "second := 0 * now.Unix()"},
+)

@@ -1,0 +1,279 @@
+//go:build interleavings
+
+package server
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"verve/counter"
+	"verve/dedup"
+	"verve/internal/explore"
+	"verve/internal/explore/atomic"
+)
+
+// options are those of VERVE_TEST_EXPLORE: by default a search of seconds.
+func options(quick, ci, deep int) explore.Options {
+	o := explore.Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
+	switch os.Getenv("VERVE_TEST_EXPLORE") {
+	case "ci":
+		o.Preemptions = ci
+	case "deep":
+		o.Preemptions = deep
+	}
+	return o
+}
+
+const plainRequest = plainStart + "1" + plainProtocol + "\r\n"
+
+// socket is one end of a connection. A deadline in the future is taken as one that
+// passes at once, as it may.
+type socket struct {
+	net.Conn
+	sent    atomic.Int64 // requests that the client has sent and nobody has read
+	part    int          // bytes of the first of those that were read
+	late    atomic.Bool  // the deadline of reads is over
+	closed  atomic.Bool
+	ends    int64 // requests after which the client closes its end; 0: it does not
+	read    int64
+	answers int
+	lost    int // answers written after Close
+}
+
+func (s *socket) Read(p []byte) (int, error) {
+	for {
+		if s.closed.Load() {
+			return 0, net.ErrClosed
+		}
+		if s.late.Load() {
+			return 0, os.ErrDeadlineExceeded
+		}
+		if n := s.sent.Load(); n > 0 {
+			if len(p) < len(plainRequest) { // await reads one byte
+				n := copy(p, plainRequest[s.part:])
+				s.part += n
+				return n, nil
+			}
+			s.sent.Add(-1)
+			at := copy(p, plainRequest[s.part:])
+			s.part = 0
+			s.read++
+			return at, nil
+		}
+		if s.ends > 0 && s.read == s.ends {
+			return 0, io.EOF
+		}
+		explore.Wait()
+	}
+}
+
+func (s *socket) Write(p []byte) (int, error) {
+	if s.closed.Load() {
+		s.lost++
+		return 0, net.ErrClosed
+	}
+	s.answers++
+	return len(p), nil
+}
+
+func (s *socket) SetReadDeadline(t time.Time) error { s.late.Store(!t.IsZero()); return nil }
+func (s *socket) Close() error                      { s.closed.Store(true); return nil }
+
+// allNew is a set to which every id is new.
+type allNew struct{ dedup.Set }
+
+func (allNew) Open(*counter.Epoch)   {}
+func (allNew) Retire(*counter.Epoch) {}
+func (allNew) Key([]byte) dedup.Key  { return dedup.Key{} }
+func (allNew) AddMany(_ *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) error {
+	for i := range items {
+		verdicts[i] = dedup.Unique
+	}
+	return nil
+}
+func (allNew) Publish(context.Context, counter.Count) error { return nil }
+
+// noListener has no connection to accept.
+type noListener struct{ net.Listener }
+
+func (noListener) Close() error { return nil }
+
+// scene is a server with one connection, which has had a plain request.
+type scene struct {
+	s    *Server
+	c    *conn
+	sock *socket
+	idle atomic.Int32 // as fasthttp has it: 0 a request is read, 1 idle, 2 taken by the stop
+
+	refused int // requests answered 503
+}
+
+func newScene() *scene {
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: allNew{}, Publish: allNew{}})
+	if err != nil {
+		panic(err)
+	}
+	cfg := Config{Counter: count, Set: allNew{}, Log: zerolog.Nop(), MaxConns: 1, MaxServed: 1, SlowTimeout: time.Hour, IdleTimeout: time.Hour}
+	k := &scene{s: &Server{cfg: cfg}, sock: new(socket)}
+	k.s.ln = newListener(noListener{}, &k.s.cfg)
+	k.s.ln.fast = newFastPath(k.s)
+	k.c = &conn{Conn: k.sock, raw: k.sock, owner: k.s.ln}
+	k.s.ln.admit(k.c)
+	k.c.tail = tail{bytes: []byte(plainProtocol + "\r\n")}
+	k.c.between = true
+	return k
+}
+
+// serves adds the thread that serves the connection, as attend and fasthttp do.
+func (k *scene) serves(r *explore.Run) {
+	r.Go("serving", func() {
+		for {
+			k.c.inside.Store(true)
+			k.serve()
+			_ = k.c.Close()
+			k.c.inside.Store(false)
+			if !k.c.parking.Swap(false) {
+				return
+			}
+			if k.c.await() != nil {
+				_ = k.c.Close()
+				return
+			}
+		}
+	})
+}
+
+// serve is fasthttp's work on the connection: its reads, and the requests that it
+// gets there.
+func (k *scene) serve() {
+	buffer := make([]byte, readBuffer)
+	for have := 0; ; {
+		if k.c.between {
+			k.idle.Store(1)
+		}
+		n, err := k.c.Read(buffer[have:])
+		if err != nil {
+			return
+		}
+		if have += n; have < len(plainRequest) {
+			continue
+		}
+		have = 0
+		if k.c.between && !k.idle.CompareAndSwap(1, 0) {
+			return // closed by the stop
+		}
+		k.c.between = false
+		in, open := k.s.cfg.Counter.Enter(0, 0)
+		if open {
+			in.Leave(counter.Unique)
+		} else {
+			k.refused++
+		}
+		last := !open || k.s.leaving.Load()
+		if _, err := k.c.Write([]byte("answer")); err != nil || last {
+			return
+		}
+		k.c.tail = tail{bytes: []byte(plainProtocol + "\r\n")} // learnt
+		k.c.between = true
+	}
+}
+
+// sends adds a client that sends n requests, one after the other.
+func (k *scene) sends(r *explore.Run, n int) {
+	r.Go("client", func() {
+		for range n {
+			k.sock.sent.Add(1)
+		}
+	})
+}
+
+// stops adds the stop of the server, as main and Shutdown do it.
+func (k *scene) stops(r *explore.Run) {
+	r.Go("stop", func() {
+		k.s.LastAnswers()
+		k.s.cfg.Counter.Seal()
+		for k.s.ln.busy() > 0 {
+			explore.Wait()
+		}
+		k.s.ln.stopAccepting()
+		if k.idle.CompareAndSwap(1, 2) {
+			_ = k.c.Close()
+		}
+	})
+}
+
+// sweeps adds so many looks of the sweeper, each long after the last.
+func (k *scene) sweeps(r *explore.Run, looks int) {
+	r.Go("sweeper", func() {
+		for n := range looks {
+			now := time.Duration(n+1) * 2 * parkAfter
+			k.c.sweep(now)
+		}
+	})
+}
+
+// check holds what was counted against the answers.
+func (k *scene) check(ended bool) error {
+	counted := int(k.s.cfg.Counter.Stats().Unique)
+	if k.sock.lost > 0 && counted > k.sock.answers-k.refused {
+		return fmt.Errorf("%d ids are counted, %d answered: the connection was closed before", counted, k.sock.answers-k.refused)
+	}
+	if counted != k.sock.answers-k.refused {
+		return fmt.Errorf("%d ids are counted, %d answered", counted, k.sock.answers-k.refused)
+	}
+	if ended && (!k.sock.closed.Load() || k.s.ln.open() != 0) {
+		return fmt.Errorf("the connection is open after the stop: closed %v, %d in the list", k.sock.closed.Load(), k.s.ln.open())
+	}
+	return nil
+}
+
+// TestInterleavingsOfTheStop: a plain request comes while the server stops.
+func TestInterleavingsOfTheStop(t *testing.T) {
+	explore.Explore(t, options(2, 4, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.serves(r)
+		k.sends(r, 1)
+		k.stops(r)
+		r.Check(func() error { return k.check(true) })
+	})
+}
+
+// TestInterleavingsOfParking: the sweeper parks the connection while requests come and
+// the server stops.
+func TestInterleavingsOfParking(t *testing.T) {
+	explore.Explore(t, options(1, 3, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.c.enter(phaseIdle)
+		k.serves(r)
+		k.sends(r, 2)
+		k.sweeps(r, 1)
+		k.stops(r)
+		r.Check(func() error { return k.check(true) })
+	})
+}
+
+// TestInterleavingsOfParkingAlone: each request of a connection that is parked, once or
+// twice, is answered.
+func TestInterleavingsOfParkingAlone(t *testing.T) {
+	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.sock.ends = 2
+		k.c.enter(phaseIdle)
+		k.serves(r)
+		k.sends(r, 2)
+		k.sweeps(r, 2)
+		r.Check(func() error {
+			if k.sock.answers != 2 {
+				return fmt.Errorf("%d of 2 requests were answered", k.sock.answers)
+			}
+			return k.check(true)
+		})
+	})
+}
