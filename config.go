@@ -561,6 +561,15 @@ func (c *config) epochsDir() string {
 	return filepath.Join(c.DataDir, "epochs")
 }
 
+// groupFile keeps what this instance has answered in windows of its group that are not
+// published, empty for nowhere.
+func (c *config) groupFile() string {
+	if c.DataDir == noDataDir {
+		return ""
+	}
+	return filepath.Join(c.DataDir, "group-answers.json")
+}
+
 // historyFile keeps the windows that the live page shows, empty for nowhere.
 func (c *config) historyFile() string {
 	if c.DataDir == noDataDir {

@@ -623,7 +623,7 @@ func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger)
 		return nil, err
 	}
 	c := cfg.redis()
-	c.Instance, c.Local, c.Log = instance, local, log
+	c.Instance, c.Local, c.File, c.Log = instance, local, cfg.groupFile(), log
 	set, err := redis.New(c)
 	if err != nil {
 		_ = local.Close()

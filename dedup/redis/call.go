@@ -25,9 +25,17 @@ var (
 		return "verve_" + hex.EncodeToString(sum[:6])
 	}()
 	functionLibrary = "#!lua name=" + functionName + "\n" + redisLua +
-		"\nredis.register_function('" + functionName + "', main)\n"
-	redisScript = rueidis.NewLuaScript(redisLua + "\nreturn main(KEYS, ARGV)\n")
+		"\nredis.register_function('" + functionName + "', add)\n" +
+		"redis.register_function{function_name='" + freeFunction + "', callback=free, flags={'allow-oom'}}\n"
+	addScript  = rueidis.NewLuaScript(redisLua + "\nreturn add(KEYS, ARGV)\n")
+	freeScript = rueidis.NewLuaScript(redisLua + "\nreturn free(KEYS, ARGV)\n")
 )
+
+// freeFunction is the function, or the script, for what must work while Redis is full.
+var freeFunction = functionName + "_free"
+
+// opBatch is the operation of function.lua that ids are sent by.
+const opBatch = "batch"
 
 // Statuses of an answer.
 const (
@@ -47,7 +55,8 @@ type answer struct {
 	codes  string
 	gen    string
 	n      uint64 // ids of the epoch in this lane; the last sequence where status is gap, lost or old
-	exact  bool
+	exact  bool   // of a seal: no id is known to be given twice or forgotten
+	whole  bool   // of a seal: no write can have been lost
 }
 
 // errRefused is an answer that says that nothing was done. Any other error
@@ -63,12 +72,16 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 	if c == nil {
 		return answer{}, errRefused{dedup.ErrUnavailable}
 	}
+	function, script := freeFunction, freeScript
+	if args[0] == opBatch && (args[3] == modeAdd || args[3] == modeReplay || args[3] == modeLocal) {
+		function, script = functionName, addScript
+	}
 	for attempt := 0; ; attempt++ {
 		var res rueidis.RedisResult
 		if r.script.Load() {
-			res = redisScript.Exec(ctx, *c, []string{key}, args)
+			res = script.Exec(ctx, *c, []string{key}, args)
 		} else {
-			res = (*c).Do(ctx, (*c).B().Fcall().Function(functionName).Numkeys(1).Key(key).Arg(args...).Build())
+			res = (*c).Do(ctx, (*c).B().Fcall().Function(function).Numkeys(1).Key(key).Arg(args...).Build())
 		}
 		err := res.Error()
 		if err == nil {
@@ -139,12 +152,16 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 	if a.status, err = parts[0].ToString(); err != nil {
 		return a, err
 	}
-	if a.status == statusSealed && len(parts) == 3 {
+	if a.status == statusSealed && len(parts) == 4 {
 		if a.n, err = parts[1].AsUint64(); err != nil {
 			return a, err
 		}
 		exact, err := parts[2].AsUint64()
-		a.exact = exact == 1
+		if err != nil {
+			return a, err
+		}
+		whole, err := parts[3].AsUint64()
+		a.exact, a.whole = exact == 1, whole == 1
 		return a, err
 	}
 	if len(parts) == 4 {

@@ -162,8 +162,8 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
 			}
-			if start, some := a.unsettled(); !some || start.UnixNano() != ea.At(0) {
-				t.Errorf("unsettled: %v, %v; want the epoch", start, some)
+			if oldest, newest, some := a.unsettled(); !some || oldest.UnixNano() != ea.At(0) || newest != oldest {
+				t.Errorf("unsettled: %v to %v, %v; want the epoch", oldest, newest, some)
 			}
 			way.deaf.Store(false)
 			way.cut(0)
@@ -187,7 +187,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 				ea.Want(t, a, 0, "42", dedup.Repeat)
 			}
 			testproc.Until(t, "all is settled", func() bool {
-				_, some := a.unsettled()
+				_, _, some := a.unsettled()
 				return !some
 			})
 			if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
@@ -219,7 +219,7 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	way.deaf.Store(false)
 	way.cut(0)
 	testproc.Until(t, "all is settled", func() bool {
-		_, some := r.unsettled()
+		_, _, some := r.unsettled()
 		return !some
 	})
 	if n, exact := sealed(t, e, r, 0); n != uint64(len(settest.Alike)) || !exact {
@@ -255,7 +255,7 @@ func lastSeq(r *Set) uint64 {
 func untilSettled(t *testing.T, r *Set) {
 	t.Helper()
 	testproc.Until(t, "all is settled", func() bool {
-		_, some := r.unsettled()
+		_, _, some := r.unsettled()
 		return !some
 	})
 }
@@ -367,7 +367,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			way.refusing.Store(false)
 			testproc.Until(t, "the hello is done", func() bool {
 				var seq uint64
-				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.Session), &seq)
+				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], 'S' .. ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.Session), &seq)
 				return seq > last
 			})
 			way.cut(0) // its reply is on its way
@@ -412,6 +412,7 @@ func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 		if strings.Contains(k, "-3600000:") {
 			server.do("DEL", k)
 		}
+		server.do("HDEL", l.key, "E"+s.key)
 	}
 	l.mu.Unlock()
 	if err := r.settle(t.Context(), time.Unix(0, e.At(0))); err != nil {
@@ -617,7 +618,7 @@ func TestRedisFailures(t *testing.T) {
 			})
 			e.Want(t, r, 0, "0", dedup.Repeat)
 			testproc.Until(t, "all is settled", func() bool {
-				_, some := r.unsettled()
+				_, _, some := r.unsettled()
 				return !some
 			})
 			if n, exact := sealed(t, e, r, 0); n != uint64(ids+1) || !exact {
@@ -639,7 +640,7 @@ func TestRedisLosesItsData(t *testing.T) {
 		{"restart", func(s *redisServer) { s.Kill(); s.Start() }},
 		{"functions", func(s *redisServer) { s.do("FUNCTION", "FLUSH") }},
 		{"an epoch", func(s *redisServer) {
-			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":sessions") })...)...)
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane2") })...)...)
 		}},
 		{"some keys", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":t") })...)...)
@@ -683,7 +684,7 @@ func TestRedisLosesItsData(t *testing.T) {
 					t.Fatal(err)
 				}
 				testproc.Until(t, "all is settled", func() bool {
-					_, some := x.r.unsettled()
+					_, _, some := x.r.unsettled()
 					return !some
 				})
 			}
@@ -724,7 +725,7 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 		t.Fatal(err)
 	}
 	testproc.Until(t, "all is settled", func() bool {
-		_, some := a.unsettled()
+		_, _, some := a.unsettled()
 		return !some
 	})
 	if n, exact := sealed(t, eb, b, 0); n != 1 || exact {
@@ -762,14 +763,14 @@ func TestRedisFailOpen(t *testing.T) {
 				if ready, reason := r.Health(); !ready || reason == "" {
 					t.Errorf("health while open: %v, %q", ready, reason)
 				}
-				if _, some := r.unsettled(); !some {
+				if _, _, some := r.unsettled(); !some {
 					t.Error("nothing is unsettled")
 				}
 			}
 			server.Start()
 			for _, r := range sets {
 				testproc.Until(t, "all is settled", func() bool {
-					_, some := r.unsettled()
+					_, _, some := r.unsettled()
 					return !some
 				})
 			}
@@ -849,8 +850,8 @@ func TestRedisKeysGoAway(t *testing.T) {
 		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
 		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
 	}
-	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:\d+-3600000:(meta|d|u|t|h)$`)
-	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(sessions|size|lanes)$`)
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane2:\d+-3600000:(d|u|t|h)$`)
+	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane2|lanes|lane2:rights)$`)
 	kinds := map[byte]bool{}
 	for _, k := range server.keys() {
 		if strings.HasPrefix(k, "verve:{test}:") {
@@ -866,19 +867,21 @@ func TestRedisKeysGoAway(t *testing.T) {
 			t.Errorf("key %q stays for ever", k)
 		}
 	}
-	if len(kinds) != 5 {
+	if len(kinds) != 4 {
 		t.Errorf("kinds of keys: %v", kinds)
 	}
 	sealed(t, e, r, 0)
 	for _, k := range server.keys() {
-		if ids.MatchString(k) && !strings.HasSuffix(k, ":meta") {
+		if ids.MatchString(k) {
 			t.Errorf("key %q is there after the seal", k)
 		}
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":sessions") {
-			if n := server.do("HLEN", k); n != "2" { // what it was answered, and its ids in doubt
-				t.Errorf("%s fields in %s, want those of one session", n, k)
+		if strings.HasSuffix(k, ":lane2") {
+			// What the session was answered, its ids in doubt, who has some, whose
+			// data these are, whether there are replicas, and what is sealed.
+			if n := server.do("HLEN", k); n != "6" {
+				t.Errorf("%s fields in %s, want those of one session and of what is sealed: %s", n, k, server.do("HKEYS", k))
 			}
 		}
 	}
@@ -914,8 +917,8 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":sessions") {
-			t.Errorf("key %s is left", k)
+		if strings.HasSuffix(k, ":lane2") && strings.Contains(server.do("HKEYS", k), r.cfg.Session) {
+			t.Errorf("the session is left in %s", k)
 		}
 	}
 	goleak.VerifyNone(t, before)

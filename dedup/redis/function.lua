@@ -1,82 +1,125 @@
 -- What an instance asks of Redis, in one atomic step each. DESIGN.md, "Many
 -- instances: Redis", says why each is needed.
 --
--- The only key named is the hash "sessions" of a lane; all others are its
--- neighbours, under the same prefix and so in the same slot:
+-- The only key named is the hash of a lane. All that is known of a lane is in it, so
+-- that it is there wholly or not at all, also while its slot moves:
 --
---   sessions      hash: SESSION -> what its last batch was answered, packed, and
---                 "SESSION ids" -> the ids it has added, which are in doubt
---   EPOCH:meta    hash: gen, run, counts (of the ids of each kind, packed), hold,
---                 lost, partly, twice; sealed and exact once the epoch is sealed
---   EPOCH:d :u    sets: canonical decimals, UUIDs,
---         :t :h   short texts, digests of long texts
+--   S<session>   what the last batch of a session was answered, packed, with when the
+--                session was heard (a second old at most)
+--   I<session>   the ids that this batch has added, which are in doubt; not there once
+--                the doubt has lapsed
+--   A            the sessions that may have ids in doubt
+--   E<epoch>     an open epoch: generation, ids of each kind, partly, twice; packed
+--   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until}
+--   id, cut      whose data these are, and when writes of it may have been lost last
+--   replicas     whether the master had any
+--   hold         no new ids until then: lost ones are being added again
+--
+-- Its neighbours, under the same prefix and so in the same slot, are the sets
+--
+--   EPOCH:d :u   canonical decimals, UUIDs,
+--         :t :h  short texts, digests of long texts
 --
 -- Lua hashes every byte of every string that is made, and a number in a command is
 -- printed with 17 digits. Therefore ids come and stay in lists that are one string
--- each (MessagePack, one raw after another), and counts are packed.
+-- each (MessagePack, one raw after another), and numbers are packed.
 --
 -- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
--- doubt, 3 failed and not done, 4 is not there.
+-- doubt, 3 failed and not done, 4 is not there, 5 cannot be taken back any more.
 
--- Set by main: a library that is being loaded sees none of these.
+-- Set by prepare: a library that is being loaded sees none of these.
 local sub, find, rep, concat, call, try
 local pack, parse
 local KINDS = {'d', 'u', 't', 'h'}
 
 -- A session that has not been heard for so long does not keep others in doubt.
 local LAPSE = 10
--- and one not heard for so long is forgotten.
+-- and one not heard since so long before an epoch that is sealed is forgotten.
 local FORGET = 3600
+-- A replica reports to its master each second; one not heard for longer is cut off.
+local LAG = 2
+-- A time that is further ahead was written by a master whose clock was.
+local AHEAD = 5
 
 local function clock()
   local t = call('TIME')
   return t[1] + t[2] / 1e6
 end
 
-local function run_id()
-  local info = try('INFO', 'server') -- which the user may not be allowed to run
-  return type(info) == 'string' and string.match(info, 'run_id:(%x+)') or ''
+-- holds reports whether new ids are to wait.
+local function holds(key, hold, now)
+  local left = tonumber(hold) - now
+  if left > 0 and left < AHEAD then return true end
+  call('HDEL', key, 'hold')
 end
 
-local META = {'gen', 'sealed', 'counts', 'hold', 'twice'}
-
--- counts are how many ids of each kind there are, and of all.
-local function counts(packed)
-  local held, n = {0, 0, 0, 0}, 0
-  if packed then held = {parse(packed)} end
-  for k = 1, 4 do n = n + held[k] end
-  return held, n
+-- identify notes whose data these are: the id changes when another process, or a
+-- replica, becomes the master, which may lack the last writes. It returns whether that
+-- can be known, and whether this master may be cut off: it has, or had when it was
+-- asked last, replicas, and none of them answers. Another may be the master by now.
+local function identify(key, now)
+  local info = try('INFO', 'replication') -- which the user may not be allowed to run
+  local id = type(info) == 'string' and string.match(info, 'master_replid:(%x+)')
+  if not id then return false, false end
+  local was = call('HMGET', key, 'id', 'replicas')
+  if was[1] and was[1] ~= id then call('HSET', key, 'cut', now) end
+  local near = false
+  for lag in string.gmatch(info, 'lag=(%d+)') do near = near or tonumber(lag) <= LAG end
+  local some = string.match(info, 'connected_slaves:(%d+)') ~= '0' and '1' or '0'
+  if was[1] ~= id or was[2] ~= some then call('HSET', key, 'id', id, 'replicas', some) end
+  return true, was[1] == id and not near and (some == '1' or was[2] == '1')
 end
 
--- IDS makes the name of the field that holds a session's ids in doubt.
-local IDS = ' ids'
-
--- begin makes the meta of an epoch that nobody has written to in this lane.
-local function begin(mkey, gen, ttl)
-  call('HSET', mkey, 'gen', gen, 'run', run_id())
-  call('EXPIRE', mkey, ttl)
+-- sealed returns the list of the sealed epochs, and what one of them came to.
+local function sealed(key, epoch)
+  local z = call('HGET', key, 'Z')
+  local list = z and parse(z) or {}
+  for i = 1, #list do
+    if list[i][1] == epoch then return list, list[i] end
+  end
+  return list
 end
 
 -- remember keeps what the batch of a session was answered, for the case that it
--- comes again, and which ids are in doubt for the others until the next one.
-local function remember(skey, session, doubt, ...)
-  call('HSET', skey, session, pack(...), session .. IDS, doubt)
+-- comes again, and which ids are in doubt for the others until the next one; with
+-- the other fields of the lane that change.
+local function remember(key, session, doubt, fields, ...)
+  call('HSET', key, 'S' .. session, pack(...), 'I' .. session, doubt, unpack(fields))
+end
+
+-- join has others look for ids in doubt of the session.
+local function join(key, session)
+  local a = call('HGET', key, 'A')
+  local active = a and parse(a) or {}
+  for i = 1, #active do
+    if active[i] == session then return end
+  end
+  active[#active + 1] = session
+  call('HSET', key, 'A', pack(active))
 end
 
 -- doubts are the lists of ids that other sessions have added to the epoch in
--- their last batches and may not have told anybody about.
-local function doubts(skey, session, epoch, now)
-  local fields, found = call('HKEYS', skey), {}
-  for i = 1, #fields do
-    local other = sub(fields[i], 1, -#IDS - 1)
-    if other ~= session and sub(fields[i], -#IDS) == IDS then
-      local state = call('HGET', skey, other)
-      if state then
-        local _, at, _, _, _, in_epoch = parse(state)
-        if in_epoch == epoch and now - at < LAPSE then found[#found + 1] = call('HGET', skey, fields[i]) end
-      end
+-- their last batches and may not have told anybody about. A doubt that has lapsed
+-- is over for good: its session cannot take the ids back any more.
+local function doubts(key, session, epoch, now)
+  local a = call('HGET', key, 'A')
+  local active, left, found = a and parse(a) or {}, {}, {}
+  for i = 1, #active do
+    local other = active[i]
+    local f = call('HMGET', key, 'S' .. other, 'I' .. other)
+    local at, in_epoch
+    if f[1] then
+      local _
+      _, at, _, _, _, in_epoch = parse(f[1])
+    end
+    if other == session or at and math.abs(now - at) < LAPSE then
+      left[#left + 1] = other
+      if other ~= session and in_epoch == epoch and f[2] then found[#found + 1] = f[2] end
+    elseif f[2] then
+      call('HDEL', key, 'I' .. other)
     end
   end
+  if #left < #active then call('HSET', key, 'A', pack(left)) end
   return found
 end
 
@@ -105,6 +148,11 @@ function ways.r(key, ids)
 end
 
 function ways.a(key, ids, undo)
+  if #ids == 1 then
+    if call('SADD', key, ids[1]) == 0 then return 0, {'0'} end
+    undo[#undo + 1] = {key, ids}
+    return 1
+  end
   local there, repeats = call('SMISMEMBER', key, unpack(ids)), 0
   for i = 1, #there do repeats = repeats + there[i] end
   local new, codes = ids
@@ -127,61 +175,84 @@ end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, and a list of ids of each kind.
+-- again, whether the time is to be noted, and a list of ids of each kind.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
-local function batch(skey, a, undo)
+local function batch(key, a, undo)
   local session, seq, mode, epoch, expect = a[2], tonumber(a[3]), a[4], a[5], a[6]
-  local ttl = a[7]
-  local P = sub(skey, 1, -9)
-  local state = call('HGET', skey, session)
-  local last, _, codes0, gen0, n0 = 0
-  if state then
-    last, _, codes0, gen0, n0 = parse(state)
+  local h = call('HMGET', key, 'S' .. session, 'E' .. epoch, 'hold')
+  local last, at, codes0, gen0, n0 = 0
+  if h[1] then
+    last, at, codes0, gen0, n0 = parse(h[1])
     if seq == last then return {'ok', codes0, gen0, n0} end
   end
   if seq < last then return {'old', '', '', last} end
   if seq ~= last + 1 then return {'gap', '', '', last} end
 
-  local now = clock()
-  local mkey = P .. epoch .. ':meta'
-  local m = call('HMGET', mkey, unpack(META))
-  local gen = m[1]
-  local held, n = counts(m[3])
-  local replay = mode == 'p' or mode == 'f'
-  if m[2] and mode ~= 'b' then return {'sealed'} end
+  local replay, beat = mode == 'p' or mode == 'f', mode == 'b'
+  local gen, held, partly, twice = nil, {0, 0, 0, 0}, 0, 0
+  if h[2] then
+    gen, held[1], held[2], held[3], held[4], partly, twice = parse(h[2])
+  elseif not beat or expect ~= '' then
+    local _, over = sealed(key, epoch)
+    if over and not beat then return {'sealed'} end
+    if over then gen, held[1] = expect, over[2] end
+  end
   if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
-  if not replay and mode ~= 'b' and m[4] and now < tonumber(m[4]) then return {'hold'} end
 
-  if mode == 'b' then
-    remember(skey, session, '', seq, now, '', gen or '', n, epoch)
-    call('EXPIRE', skey, ttl)
-    return {'ok', '', gen or '', n}
+  local now
+  local tick = a[10] == '1' or not at or h[3] or replay
+  if tick then
+    now = clock()
+    if h[3] and not replay and not beat and holds(key, h[3], now) then return {'hold'} end
+    if not at or math.abs(now - at) > LAPSE / 2 then join(key, session) end
+    at = now
   end
 
+  local n = held[1] + held[2] + held[3] + held[4]
+  if beat then
+    if tick and h[2] then
+      for k = 1, 4 do
+        if try('SCARD', key .. ':' .. epoch .. ':' .. KINDS[k]) ~= held[k] then return {'missing'} end
+      end
+    end
+    remember(key, session, '', {}, seq, at, '', gen or '', n, epoch)
+    if tick then call('EXPIRE', key, a[7]) end
+    return {'ok', '', gen or '', n}
+  end
+  if mode == 'r' and call('HEXISTS', key, 'I' .. session) == 0 then mode = '5' end
+
   if not gen then
+    now = now or clock()
+    identify(key, now)
     gen = session .. ':' .. seq .. ':' .. now
-    begin(mkey, gen, ttl)
   end
   local fields = {}
   if mode == 'p' then
-    fields = {'lost', 1, 'hold', now + tonumber(a[8])}
-    if a[9] == '0' then fields[5], fields[6] = 'partly', 1 end
+    fields = {'cut', now, 'hold', now + tonumber(a[8])}
+    if a[9] == '0' then partly = 1 end
   end
 
   local lists, parts, total, more = {}, {}, 0, 0
   local way = ways[mode] or ways.a
+  local prefix = key .. ':' .. epoch .. ':'
   for k = 1, 4 do
-    if a[9 + k] ~= '' then
-      local key, ids = P .. epoch .. ':' .. KINDS[k], {parse(a[9 + k])}
-      -- A key that should be there and is not was evicted, deleted, or its slot
-      -- is on the move to or from here: nothing may be judged without it.
-      if not replay and try('SCARD', key) ~= held[k] then
+    if a[10 + k] ~= '' then
+      local set, ids = prefix .. KINDS[k], {parse(a[10 + k])}
+      local added, codes
+      if mode == '5' then
+        added, codes = 0, {rep('5', #ids)}
+      else
+        added, codes = way(set, ids, undo)
+      end
+      -- A set that is not as large as it should be was evicted, deleted, or its slot
+      -- is on the move to or from here: nothing may be judged with it.
+      if try('SCARD', set) ~= held[k] + added then
         undo.missing = true
+        if mode == 'r' and added < 0 then undo[#undo + 1] = {set, ids, 'SADD'} end
         error('missing')
       end
-      local added, codes = way(key, ids, undo)
-      if held[k] == 0 and added > 0 then call('EXPIRE', key, ttl) end
+      if held[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end
       held[k] = held[k] + added
       total, more = total + #ids, more + added
       lists[#lists + 1], parts[#parts + 1] = ids, codes or false
@@ -191,7 +262,7 @@ local function batch(skey, a, undo)
 
   local doubt = ''
   if mode == 'a' and more == total then
-    doubt = a[10] .. a[11] .. a[12] .. a[13]
+    doubt = a[11] .. a[12] .. a[13] .. a[14]
   elseif mode == 'a' then
     local mine, others = {}
     for p, ids in ipairs(lists) do
@@ -200,120 +271,139 @@ local function batch(skey, a, undo)
         if not codes or codes[i] == '1' then
           mine[#mine + 1] = pack(ids[i])
         elseif codes[i] == '0' then
-          others = others or doubts(skey, session, epoch, now)
+          others = others or doubts(key, session, epoch, now or clock())
           if among(others, ids[i]) then codes[i] = '2' end
         end
       end
     end
     doubt = concat(mine)
   end
-  if replay and more < total then
-    fields[#fields + 1], fields[#fields + 2] = 'twice', tonumber(m[5] or 0) + total - more
-  end
+  if replay and more < total then twice = twice + total - more end
 
   for p, codes in ipairs(parts) do parts[p] = codes and concat(codes) or rep('1', #lists[p]) end
   local answer = concat(parts)
-  if more ~= 0 then fields[#fields + 1], fields[#fields + 2] = 'counts', pack(unpack(held)) end
-  if #fields > 0 then call('HSET', mkey, unpack(fields)) end
-  remember(skey, session, doubt, seq, now, answer, gen, n, epoch)
-  if not state then call('EXPIRE', skey, ttl) end
+  if more ~= 0 or replay or not h[2] then
+    fields[#fields + 1] = 'E' .. epoch
+    fields[#fields + 1] = pack(gen, held[1], held[2], held[3], held[4], partly, twice)
+  end
+  remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch)
+  if tick then call('EXPIRE', key, a[7]) end
   return {'ok', answer, gen, n}
 end
 
--- hello: session, sequence expected, new sequence. After a loss the session
--- goes on from a sequence that no batch still on its way can have.
-local function hello(skey, a)
+-- hello: session, sequence expected, new sequence, seconds to live, seconds to hold.
+-- After a loss the session goes on from a sequence that no batch still on its way
+-- can have. What was lost is still to be added: nobody may seal before.
+local function hello(key, a)
   local session, expect, seq = a[2], tonumber(a[3]), tonumber(a[4])
-  local state, last = call('HGET', skey, session), 0
+  local state, last = call('HGET', key, 'S' .. session), 0
   if state then last = parse(state) end
   if last == seq then return {'ok'} end
   if last ~= expect then return {'gap', '', '', last} end
-  remember(skey, session, '', seq, clock(), '', '', 0, '')
-  call('EXPIRE', skey, tonumber(a[5]))
+  local now = clock()
+  join(key, session)
+  remember(key, session, '', {'cut', now, 'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '')
+  call('EXPIRE', key, a[5])
   return {'ok'}
 end
 
 -- drop deletes the ids of an epoch.
-local function drop(prefix)
-  for k = 1, 4 do try('UNLINK', prefix .. ':' .. KINDS[k]) end
+local function drop(key, epoch)
+  for k = 1, 4 do try('UNLINK', key .. ':' .. epoch .. ':' .. KINDS[k]) end
 end
 
 -- reset: epoch, generation. Some of its keys are lost: better all of them are,
 -- for that every session notices, and adds its own again.
-local function reset(skey, a)
-  local prefix = sub(skey, 1, -9) .. a[2]
-  local m = call('HMGET', prefix .. ':meta', 'gen', 'sealed')
-  if m[1] == a[3] and not m[2] then
-    drop(prefix)
-    call('DEL', prefix .. ':meta')
+local function reset(key, a)
+  local e = call('HGET', key, 'E' .. a[2])
+  if e and parse(e) == a[3] then
+    drop(key, a[2])
+    call('HDEL', key, 'E' .. a[2])
+    call('HSET', key, 'cut', clock())
   end
   return {'ok'}
 end
 
--- seal: epoch, seconds to keep the seal, seconds since which a session must have
--- been heard to be waited for. Answers the count and whether it is exact.
-local function seal(skey, a)
-  local P, epoch = sub(skey, 1, -9), a[2]
-  local mkey = P .. epoch .. ':meta'
-  local m = call('HMGET', mkey, 'sealed', 'exact', 'gen', 'counts', 'run', 'switched', 'twice', 'hold', 'partly')
-  if m[1] then return {'sealed', m[1], m[2]} end
-  local now, exact = clock(), 1
-  local _, n = counts(m[4])
-  if m[8] and now < tonumber(m[8]) then return {'hold'} end
-  if tonumber(m[7] or 0) > 0 or m[9] then exact = 0 end
+-- seal: epoch, seconds to keep the seal, seconds to wait for sessions after a loss,
+-- whether sets that are gone are given up, seconds to live, and the sessions that are
+-- not there any more and have not reported what they answered.
+--
+-- It answers the count, whether ids are known to be given twice or forgotten (exact
+-- 0), and whether it is certain that no write of the epoch was ever lost (whole 1).
+local function seal(key, a)
+  local epoch = a[2]
+  local list, over = sealed(key, epoch)
+  if over then return {'sealed', over[2], over[3], over[4]} end
+  local now, exact, whole, n = clock(), 1, 1, 0
+  local known, cut_off = identify(key, now)
+  if not known then whole = 0 end
+  if cut_off then whole, exact = 0, 0 end
+  local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
+  local h = call('HMGET', key, 'E' .. epoch, 'hold', 'cut')
+  local cut = tonumber(h[3] or 0)
+  if h[2] and holds(key, h[2], now) then return {'hold'} end
 
-  local heard, all = {}, call('HGETALL', skey)
-  for i = 1, #all, 2 do
-    if sub(all[i], -#IDS) ~= IDS then
-      local _, at = parse(all[i + 1])
-      heard[all[i]] = at
-    end
-  end
-
-  -- Another process than the one that began the epoch answers: a failover or a
-  -- restart may have lost the last writes. Every session has to be heard again
-  -- first, for only it knows whether its own are there.
-  if m[3] and m[5] ~= run_id() then
-    if not m[6] then
-      m[6] = now
-      call('HSET', mkey, 'switched', now)
-    end
-    local since, began = tonumber(m[6]), tonumber(string.match(epoch, '^%d+')) / 1000
-    for _, at in pairs(heard) do
-      if at < since and at > began - LAPSE then
-        if now - since < tonumber(a[4]) then return {'hold'} end
-        exact = 0
+  if h[1] then
+    local held, partly, twice, _ = {}
+    _, held[1], held[2], held[3], held[4], partly, twice = parse(h[1])
+    if partly ~= 0 or twice ~= 0 then exact = 0 end
+    for k = 1, 4 do
+      local there = try('SCARD', key .. ':' .. epoch .. ':' .. KINDS[k])
+      if there ~= held[k] then
+        if a[5] ~= '1' then return {'missing'} end
+        whole, exact = 0, 0
+        there = type(there) == 'number' and there or 0
       end
+      n = n + there
     end
   end
 
-  -- Sessions that ended without a word leave their last batch behind.
-  for session, at in pairs(heard) do
-    if now - at > FORGET then call('HDEL', skey, session, session .. IDS) end
+  local absent = {}
+  for i = 7, #a do
+    absent[a[i]] = true
+    if call('HEXISTS', key, 'S' .. a[i]) == 0 then whole = 0 end
+  end
+  -- Writes may have been lost since shortly before the epoch began: every session
+  -- has to be heard again first, for only it knows whether its own are there.
+  if cut > began - LAPSE then whole = 0 end
+  local all = call('HGETALL', key)
+  for i = 1, #all, 2 do
+    if sub(all[i], 1, 1) == 'S' then
+      local session = sub(all[i], 2)
+      local _, at = parse(all[i + 1])
+      if at < cut and at > began - LAPSE and not absent[session] and math.abs(now - cut) < tonumber(a[4]) then return {'hold'} end
+      if at < began - FORGET then call('HDEL', key, 'S' .. session, 'I' .. session) end
+    end
   end
 
-  call('HSET', mkey, 'sealed', n, 'exact', exact)
-  call('EXPIRE', mkey, tonumber(a[3]))
-  drop(P .. epoch)
-  return {'sealed', n, exact}
+  local kept = {}
+  for i = 1, #list do
+    if list[i][5] > now then kept[#kept + 1] = list[i] end
+  end
+  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3])}
+  call('HDEL', key, 'E' .. epoch)
+  call('HSET', key, 'Z', pack(kept))
+  call('EXPIRE', key, a[6])
+  drop(key, epoch)
+  return {'sealed', n, exact, whole}
 end
 
 -- bye: session. It has nothing left to be asked about.
-local function bye(skey, a)
-  call('HDEL', skey, a[2], a[2] .. IDS)
+local function bye(key, a)
+  call('HDEL', key, 'S' .. a[2], 'I' .. a[2])
   return {'ok'}
 end
 
 -- rights runs, on a key of its own, each command that is needed here and by the
 -- ledger. It answers those that the user may not run.
-local function rights(skey)
-  local key = sub(skey, 1, -9) .. 'rights'
+local function rights(key)
+  key = key .. ':rights'
   local lacks = {}
   for _, c in ipairs({
     {'TIME'}, {'SET', key, 1, 'EX', 60}, {'GET', key}, {'DEL', key},
     {'HSET', key, 'f', 1}, {'EXPIRE', key, 60}, {'PEXPIRE', key, 60000}, {'HGET', key, 'f'}, {'HMGET', key, 'f'},
-    {'HGETALL', key}, {'HKEYS', key}, {'HEXISTS', key, 'f'}, {'HDEL', key, 'f'},
-    {'SADD', key, 'm'}, {'SCARD', key}, {'SISMEMBER', key, 'm'}, {'SMISMEMBER', key, 'm'}, {'SREM', key, 'm'},
+    {'HGETALL', key}, {'HEXISTS', key, 'f'}, {'HDEL', key, 'f'},
+    {'SADD', key, 'm'}, {'SCARD', key}, {'SMISMEMBER', key, 'm'}, {'SREM', key, 'm'},
     {'ZADD', key, 1, 'm'}, {'ZSCORE', key, 'm'}, {'ZRANGE', key, 0, -1}, {'ZRANGEBYSCORE', key, 0, 1}, {'ZREM', key, 'm'},
     {'EXISTS', key}, {'UNLINK', key},
   }) do
@@ -329,20 +419,34 @@ local function rights(skey)
   return {'ok', '', '', 0}
 end
 
-local function main(keys, a)
+local function prepare()
   sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
   pack, parse = cmsgpack.pack, cmsgpack.unpack
   call, try = redis.call, redis.pcall
+end
+
+-- add runs a batch that may need memory: Redis refuses it when it is full.
+local function add(keys, a)
+  prepare()
+  -- Redis does not take back what a script has written when it fails.
+  local undo = {}
+  local ok, res = pcall(batch, keys[1], a, undo)
+  if ok then return res end
+  for i = 1, #undo do try(undo[i][3] or 'SREM', undo[i][1], unpack(undo[i][2])) end
+  if undo.missing then return {'missing'} end
+  if type(res) == 'table' then return res end
+  return redis.error_reply(tostring(res))
+end
+
+-- free runs all that makes memory free, or needs next to none: it must work when
+-- Redis is full, or Redis would stay full.
+local function free(keys, a)
+  prepare()
   local op = a[1]
+  -- In a script, which cannot ask for it, a command that frees must come first.
+  call('HDEL', keys[1], '')
   if op == 'batch' then
-    -- Redis does not take back what a script has written when it fails.
-    local undo = {}
-    local ok, res = pcall(batch, keys[1], a, undo)
-    if ok then return res end
-    for i = 1, #undo do try('SREM', undo[i][1], unpack(undo[i][2])) end
-    if undo.missing then return {'missing'} end
-    if type(res) == 'table' then return res end
-    return redis.error_reply(tostring(res))
+    return add(keys, a)
   elseif op == 'seal' then
     return seal(keys[1], a)
   elseif op == 'reset' then

@@ -233,8 +233,16 @@ func (r *Set) checkPolicy() {
 			blind = true
 		}
 	}
-	if n, err := r.agreedLanes(ctx); err == nil && n != len(r.lanes) {
-		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n, len(r.lanes))
+	switch n, err := r.agreedLanes(ctx); {
+	case err != nil:
+	case n/layoutBase != layout:
+		r.standsAlone.Store(false)
+		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
+	case n%layoutBase != len(r.lanes):
+		r.standsAlone.Store(false)
+		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
+	default:
+		r.standsAlone.Store(true)
 	}
 	h := &r.health
 	h.mu.Lock()
@@ -290,15 +298,22 @@ func (r *Set) checkRights(reached []bool) {
 	}
 }
 
-// agreedLanes is over how many lanes the group spreads its ids: what the first
-// of its instances said.
+// foreign implements groupIDs.
+func (r *Set) foreign() bool { return !r.standsAlone.Load() }
+
+// layoutBase makes one number of the layout and the number of lanes, which versions
+// without a layout take for the latter.
+const layoutBase = 1000
+
+// agreedLanes is the layout of the group's data and over how many lanes it spreads its
+// ids: what the first of its instances said.
 func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	c := *r.client.Load()
 	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
-	mine := strconv.Itoa(len(r.lanes))
+	mine := strconv.Itoa(layout*layoutBase + len(r.lanes))
 	err := c.Do(ctx, c.B().Set().Key(key).Value(mine).Nx().ExSeconds(lanesTTL).Build()).Error()
 	if err == nil {
-		return len(r.lanes), nil
+		return layout*layoutBase + len(r.lanes), nil
 	}
 	if !rueidis.IsRedisNil(err) {
 		return 0, err

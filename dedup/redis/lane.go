@@ -34,9 +34,17 @@ const (
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
 
+	// layout numbers what stands in the keys. Instances with another one refuse each
+	// other: see agreedLanes.
+	layout = 2
+
 	// laneBeat is how soon a silent lane notices a loss, and says that the
 	// session lives.
 	laneBeat = time.Second
+
+	// noteTime is how often a batch has Redis note when the session was heard. It
+	// costs Redis a command more.
+	noteTime = laneBeat / 2
 
 	// Attempts that fail wait between these, doubling.
 	minRetry = 2 * time.Millisecond
@@ -74,7 +82,7 @@ var laneTags = [clusterLanes]string{
 type lane struct {
 	r    *Set
 	i    int
-	key  string // of the hash of sessions; the prefix of all others
+	key  string // of the lane's hash; the prefix of all others
 	wake chan struct{}
 
 	mu      sync.Mutex // guards what follows
@@ -106,6 +114,7 @@ type lane struct {
 	packed  []byte
 
 	// run alone uses these.
+	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
 	losses  map[*redisEpoch]uint64          // heard of, not mended yet: what came after a batch, or all
 	missing struct{ first, last time.Time } // that keys were found to be, without a pause
@@ -192,7 +201,7 @@ const (
 
 func (l *lane) init(r *Set, i int) {
 	l.r, l.i = r, i
-	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":sessions"
+	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
 	l.losses = map[*redisEpoch]uint64{}
 }
@@ -515,6 +524,8 @@ func (l *lane) idle() bool {
 	switch {
 	case l.failing != 0:
 		d = maxRetry
+	case l.seq == 0:
+		d = minRetry // Redis is to have the session before the group counts on it
 	case l.unacked:
 		d = ackDelay
 	case len(l.doubt) > 0:
@@ -674,7 +685,11 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		return l.failed(j, errRefused{err}, wait)
 	}
 	l.r.counts.batches.Add(1)
-	a, err := l.r.call(l.r.life, l.key, "batch", l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole,
+	now, tick := l.r.now.Load(), "0"
+	if now-l.ticked > int64(noteTime) || len(j.asked) > 0 {
+		tick = "1"
+	}
+	a, err := l.r.call(l.r.life, l.key, opBatch, l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, tick,
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	if err != nil {
 		l.r.counts.retries.Add(1)
@@ -687,6 +702,9 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.succeeded()
 	switch a.status {
 	case statusOK:
+		if tick == "1" {
+			l.ticked = now
+		}
 		l.unacked = j.mode == modeAdd
 		clear(l.losses) // where there was one, a server without it has come back
 		l.resolve(j, a)
@@ -795,6 +813,17 @@ func (l *lane) added(en *entry) {
 	}
 }
 
+// stays settles an entry that is in Redis and cannot be taken back any more, as
+// others may have answered that they know it: the next request here is the one that
+// it is new to, if there is one. l.mu is held.
+func (l *lane) stays(en *entry) {
+	if en.asks != nil || en.told {
+		l.added(en)
+		return
+	}
+	l.done(en)
+}
+
 // requeue appends an entry that is not in Redis to the queue, if anybody waits
 // for it. l.mu is held.
 func (l *lane) requeue(en *entry, queue *[]*entry) {
@@ -876,10 +905,14 @@ func (l *lane) resolve(j *job, a answer) {
 			le.lost = false
 		}
 	case modeTake:
-		for _, en := range j.entries {
+		for i, en := range j.entries {
+			if i < len(a.codes) && a.codes[i] == '5' {
+				l.stays(en)
+				continue
+			}
 			l.requeue(en, &l.queue) // if a request has sent it again meanwhile
+			l.r.counts.untold.Add(1)
 		}
-		l.r.counts.untold.Add(uint64(len(j.entries)))
 	case modeAdd, modeLook:
 		for i, en := range j.entries {
 			code := byte('3')

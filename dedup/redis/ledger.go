@@ -2,6 +2,7 @@ package redis
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"slices"
@@ -16,6 +17,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/logline"
 )
 
 const (
@@ -72,7 +74,8 @@ type ledgerConfig struct {
 	MaxSkew  time.Duration // the clocks of the members differ by less, as a rule
 	FailOpen bool
 	IDs      groupIDs
-	Log      zerolog.Logger // which members have another window
+	File     string         // where answers are kept over a restart; empty: they are not
+	Log      zerolog.Logger // which members have another window, why a record is not exact
 }
 
 // groupIDs is what a Ledger needs of a Set.
@@ -80,14 +83,17 @@ type groupIDs interface {
 	// conn returns the client, or why there is none.
 	conn() (rueidis.Client, error)
 	// sealIDs seals the ids of an epoch and counts them: the same sum whoever asks,
-	// however often. Exact is false where some of them may have been lost.
-	sealIDs(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error)
+	// however often. absent are sessions that have not reported what they answered.
+	sealIDs(ctx context.Context, s counter.Span, absent []string) (sealedIDs, error)
 	// settle looks whether Redis has lost ids of this process since it was last
 	// asked; unsettled then knows.
 	settle(ctx context.Context, start time.Time) error
-	// unsettled is the start of the oldest epoch of which this process holds ids
-	// that Redis may not have.
-	unsettled() (start time.Time, some bool)
+	// unsettled are the starts of the oldest and the newest epoch of which this process
+	// holds ids that Redis may not have.
+	unsettled() (oldest, newest time.Time, some bool)
+	// foreign reports that Redis has, or may have, a group of another layout, which no
+	// member of this one may meet.
+	foreign() bool
 }
 
 // Ledger is what the members of a group share about their epochs: which members are alive,
@@ -111,6 +117,10 @@ type Ledger struct {
 	left     atomic.Bool
 	standing atomic.Int32 // of this member in the group
 
+	keeping sync.Mutex      // guards what follows: one writes the file at a time
+	kept    map[string]bool // the epochs in the file
+	unkept  logline.Sampler // of the line that it cannot be written
+
 	// mu guards what follows.
 	mu       sync.Mutex
 	epochs   []ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
@@ -133,6 +143,8 @@ const (
 	outside        // it has another, of members that were there before: see beatScript
 )
 
+var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
+
 // admission says whether ids may be added to an epoch.
 type admission struct {
 	known   chan struct{} // closed when the group has the epoch
@@ -143,11 +155,15 @@ type admission struct {
 type ledgerEpoch struct {
 	span counter.Span
 	*admission
+	told       func() uint64  // answers as new that this process has given in it, at least; or nil
+	answers    answers        // what each member has given, as far as this process knows
 	registered bool           // the group has it
 	late       bool           // it was refused for a time
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
 	decided    *counter.Count // what it came to, as far as this process knows
+
+	contradicted bool // the group says otherwise, which is logged
 }
 
 // maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
@@ -155,7 +171,9 @@ type ledgerEpoch struct {
 const maxLedgerEpochs = 512
 
 func openLedger(cfg ledgerConfig) *Ledger {
-	return &Ledger{cfg: cfg, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1)}
+	l := &Ledger{unkept: logline.Sampler{Every: failureLogEvery}, cfg: cfg, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1)}
+	l.recall()
+	return l
 }
 
 // ledgerKeys are the keys of a group's ledger, all with one hash tag.
@@ -167,11 +185,11 @@ type ledgerKeys struct {
 
 func newLedgerKeys(group string) ledgerKeys {
 	// Escaped, so that no brace in the name ends the tag.
-	p := "verve:{" + url.QueryEscape(group) + "}:"
+	p := "verve:{" + url.QueryEscape(group) + "}:" + strconv.Itoa(layout) + ":"
 	return ledgerKeys{
 		prefix:    p,
 		members:   p + "members",   // sorted set: last beat, Unix ms
-		unsettled: p + "unsettled", // hash: member -> start of its oldest unsettled epoch, Unix ms
+		unsettled: p + "unsettled", // hash: member -> starts of its oldest and its newest unsettled epoch, Unix ms
 		windows:   p + "windows",   // hash: member -> length of its windows, ms
 		leader:    p + "leader",    // string with an expiry: who publishes
 		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
@@ -179,12 +197,10 @@ func newLedgerKeys(group string) ledgerKeys {
 	}
 }
 
-// ofEpoch is a hash: complete and inexact as reported, then unique, exact and
-// sealed as decided, then delivered.
+// ofEpoch is a hash: "m:" MEMBER -> its answers (see answers), complete and inexact as
+// reported, then unique, exact and sealed as decided, then delivered. That who was in
+// an epoch is kept with it means that it is not lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
-
-// ofLeft is the set of the members that have left the epoch.
-func (k *ledgerKeys) ofLeft(s counter.Span) string { return k.prefix + "left:" + spanName(s) }
 
 func spanName(s counter.Span) string {
 	return strconv.FormatInt(s.Start.UnixMilli(), 10) + ":" + strconv.FormatInt(s.Window.Milliseconds(), 10)
@@ -214,21 +230,42 @@ func flag(b bool) string {
 	return "0"
 }
 
-const luaNow = `
+// luaWrites begins the scripts that write. A Redis that is full lets a script write once
+// it has run a command that frees, and the ledger must work then: what it writes is
+// little, and the seal frees much.
+const luaWrites = `
+redis.call('HDEL', KEYS[1] .. ':', '')
+`
+
+const luaNow = luaWrites + `
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
 
-// beatScript reports that the member is alive, writes again what it knows of its epochs,
-// and takes the lead if it is free. Per epoch it answers 0, 2 if the epoch is delivered,
-// or 3 if the group does not accept it.
+// luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N+"
+// before, for N at least. What is known better stays.
+const luaAnswers = `
+local function answered(key, m, n)
+  local old = redis.call('HGET', key, 'm:' .. m)
+  if not old or string.sub(old, -1) == '+' and
+    (string.sub(n, -1) ~= '+' or tonumber(string.sub(n, 1, -2)) > tonumber(string.sub(old, 1, -2))) then
+    redis.call('HSET', key, 'm:' .. m, n)
+  end
+end
+`
+
+// beatScript says that the member is alive, writes again what it knows of its
+// epochs, also of the answers of others, and takes the lead if nobody has it. Per epoch
+// it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, or 4
+// where it came to another sum than the one known here; and what each member has answered
+// in those that are not decided, for this one to write again should it be lost.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
-var beatScript = rueidis.NewLuaScriptRetryable(luaNow + `
+var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaAnswers + `
 local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8]
 redis.call('ZADD', KEYS[1], now, me)
@@ -280,11 +317,13 @@ local function takes(key, name)
   if not last or start > last and start < now + 3600000 then redis.call('HSET', KEYS[6], 'last', start) end
   return true
 end
-local states = {}
+local states, answers = {}, {}
 local arg = 9
 for i = 7, #KEYS do
-  local name, ends, unique, complete, exact, sealed, had = unpack(ARGV, arg, arg + 6)
-  arg = arg + 7
+  local name, ends, unique, complete, exact, sealed, had, n = unpack(ARGV, arg, arg + 7)
+  local first = arg + 8
+  arg = first + 2 * n
+  answers[i - 6] = {}
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
     states[#states + 1] = 2
   elseif had ~= '1' and unique == '' and not takes(KEYS[i], name) then
@@ -292,8 +331,22 @@ for i = 7, #KEYS do
   else
     states[#states + 1] = 0
     redis.call('ZADD', KEYS[5], ends, name)
-    if unique ~= '' and redis.call('HEXISTS', KEYS[i], 'unique') == 0 then
-      redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed)
+    local decided = redis.call('HGET', KEYS[i], 'unique')
+    if decided then
+      if unique ~= '' and decided ~= unique then states[#states] = 4 end
+    else
+      for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
+      if unique ~= '' then
+        redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed)
+      else
+        local h = redis.call('HGETALL', KEYS[i])
+        for f = 1, #h, 2 do
+          if string.sub(h[f], 1, 2) == 'm:' then
+            table.insert(answers[i - 6], string.sub(h[f], 3))
+            table.insert(answers[i - 6], h[f + 1])
+          end
+        end
+      end
       redis.call('PEXPIRE', KEYS[i], keep)
     end
   end
@@ -306,16 +359,16 @@ if leader == me or (not leader and inside) then
   redis.call('SET', KEYS[4], me, 'PX', lease)
   leader = me
 end
-return {now, leader == me and 1 or 0, others, odd, strange, states}
+return {now, leader == me and 1 or 0, others, odd, strange, states, answers}
 `)
 
-// reportScript says that the member has left the epoch: nothing of it comes any
-// more.
-var reportScript = rueidis.NewLuaScriptRetryable(`
-local me, keep, name, ends, complete, exact, unsettled = unpack(ARGV)
+// reportScript says that the member has left the epoch, and what it has answered in it:
+// nothing of it comes any more.
+var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
+local me, keep, name, ends, complete, exact, unsettled, answers = unpack(ARGV)
 if unsettled ~= '' then
-  redis.call('HSET', KEYS[4], me, unsettled)
-  redis.call('PEXPIRE', KEYS[4], keep)
+  redis.call('HSET', KEYS[3], me, unsettled)
+  redis.call('PEXPIRE', KEYS[3], keep)
 end
 if redis.call('HEXISTS', KEYS[2], 'delivered') == 1 then return 0 end
 redis.call('ZADD', KEYS[1], ends, name)
@@ -323,68 +376,113 @@ redis.call('PEXPIRE', KEYS[1], keep)
 if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
   if complete == '1' then redis.call('HSET', KEYS[2], 'complete', 1) end
   if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
-  redis.call('SADD', KEYS[3], me)
+  answered(KEYS[2], me, answers)
   redis.call('PEXPIRE', KEYS[2], keep)
-  redis.call('PEXPIRE', KEYS[3], keep)
 end
 return 1
 `)
 
 // sealScript answers whether the epoch may be sealed now: {0, the decided
-// count}, {1, ms to wait at most} or {2}: seal it.
+// count}, {1, ms to wait at most} or {2, the members that have not said how much they
+// answered}: seal it.
 //
 // It may when every member that is alive has left it, and not before its end, but
 // for the skew, by the clock of Redis: a single member with a wild clock must not
 // seal the future. A member that is silent, or has not left, is waited for until
 // the last clock must have turned. One that holds ids that Redis does not have is
-// waited for longer; after that, and where it is dead, the record is not exact.
+// waited for longer; after that the record is not exact.
 var sealScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local skew, settle, lock, open = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked')
 if h[1] then return {0, h[1], h[2], h[3], h[4]} end
 if now < ends - skew then return {1, ends - skew - now} end
 -- One with another window has left every epoch of the group.
-local agreed = redis.call('HGET', KEYS[6], 'length')
+local agreed = redis.call('HGET', KEYS[5], 'length')
 local function left(m)
-  local w = agreed and redis.call('HGET', KEYS[5], m)
-  return w and w ~= agreed or redis.call('SISMEMBER', KEYS[4], m) == 1
+  local w = agreed and redis.call('HGET', KEYS[4], m)
+  if w and w ~= agreed then return true end
+  local n = redis.call('HGET', KEYS[3], 'm:' .. m)
+  return n and string.sub(n, -1) ~= '+'
 end
 local inexact = false
 local wait = 0
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   if not left(m) then wait = math.max(wait, ends + skew - now) end
-  local from = tonumber(redis.call('HGET', KEYS[2], m) or '')
-  if from and from <= start then
+  local oldest, newest = string.match(redis.call('HGET', KEYS[2], m) or '', '^(%-?%d+) (%-?%d+)$')
+  if oldest and tonumber(oldest) <= start and start <= tonumber(newest) then
     inexact = true
     wait = math.max(wait, ends + skew + settle - now)
   end
 end
 if wait > 0 then return {1, wait} end
-for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. (now - ttl))) do
-  local from = tonumber(redis.call('HGET', KEYS[2], m) or '')
-  if from and from <= start or open == '1' and not left(m) then inexact = true end
-end
 if h[5] and tonumber(h[5]) > now then return {1, tonumber(h[5]) - now} end
 redis.call('HSET', KEYS[3], 'locked', now + lock)
 if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
-redis.call('PEXPIRE', KEYS[3], ARGV[8])
-return {2}
+redis.call('PEXPIRE', KEYS[3], ARGV[7])
+local out, all = {2}, redis.call('HGETALL', KEYS[3])
+for f = 1, #all, 2 do
+  if string.sub(all[f], 1, 2) == 'm:' and string.sub(all[f + 1], -1) == '+' then out[#out + 1] = string.sub(all[f], 3) end
+end
+return out
 `)
 
-// decideScript writes what the epoch came to, once, and answers it.
+// decideScript writes what the epoch came to, once, and answers it, with the reason
+// where it is not exact.
+//
+// The record has the sum of the answers that the members have given. The number of ids
+// in Redis is the check: fewer are ids that are lost, or were given twice. More are
+// none where no write can have been lost: they are ids that nobody was told about. What
+// members that are gone have answered is what the others have not, if no write can have
+// been lost and it is no less than they said last.
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
-local unique, exact, keep, name, ends = unpack(ARGV)
+local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
 if h[1] then return {0, h[1], h[2], h[3], h[4]} end
-if h[5] then exact = '0' end
+local sum, least, absent, members = 0, 0, {}, 0
+local all = redis.call('HGETALL', KEYS[2])
+for f = 1, #all, 2 do
+  if string.sub(all[f], 1, 2) == 'm:' then
+    members = members + 1
+    if string.sub(all[f + 1], -1) == '+' then
+      absent[#absent + 1] = string.sub(all[f], 3)
+      least = least + tonumber(string.sub(all[f + 1], 1, -2))
+    else
+      sum = sum + tonumber(all[f + 1])
+    end
+    redis.call('HDEL', KEYS[2], all[f])
+  end
+end
+local unique, why = sum, ''
+local function but(reason) why = why == '' and reason or why .. '; ' .. reason end
+local numbers = string.format('%.0f ids are in Redis, %.0f answers are reported', ids, sum)
+if #absent > 0 then
+  unique = math.max(ids, sum + least)
+  numbers = numbers .. string.format(', and %.0f or more were given by instances that ended without a report (%s)', least, table.concat(absent, ' '))
+  if ids < sum + least then
+    but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
+  elseif not whole then
+    but('Redis may have lost ids of instances that are not there to add them again')
+  elseif open then
+    but('an instance that may have answered alone ended without a report')
+  end
+elseif members == 0 and ids > 0 then
+  unique = ids
+  but('what the instances have answered is lost')
+elseif ids < sum then
+  but(string.format('%.0f ids are lost or were given twice', sum - ids))
+elseif ids > sum and not whole then
+  but(string.format('%.0f ids are in Redis that no instance answered for', ids - sum))
+end
+if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
+if h[5] then but('an instance held ids that Redis did not have') end
 local complete = h[2] or '0'
+unique, exact = string.format('%.0f', unique), why == '' and '1' or '0'
 redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now)
 redis.call('HDEL', KEYS[2], 'locked', 'inexact')
 redis.call('PEXPIRE', KEYS[2], keep)
 redis.call('ZADD', KEYS[1], ends, name)
-redis.call('UNLINK', KEYS[3])
-return {0, unique, complete, exact, tostring(now)}
+return {0, unique, complete, exact, tostring(now), why ~= '' and why .. ': ' .. numbers or ''}
 `)
 
 // unpublishedScript lists the epochs that are over and not delivered.
@@ -395,7 +493,7 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 
 // claimScript answers 2 where the line is written, 1 where this member is the
 // one to do it, as it is the leader or takes the lead, and 0 where another is.
-var claimScript = rueidis.NewLuaScriptRetryable(`
+var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
 local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
 if h[1] or h[2] then return 2 end
 local leader = redis.call('GET', KEYS[2])
@@ -405,18 +503,17 @@ return 1
 `)
 
 // writtenScript marks the line.
-var writtenScript = rueidis.NewLuaScriptRetryable(`
+var writtenScript = rueidis.NewLuaScriptRetryable(luaWrites + `
 redis.call('HSET', KEYS[1], 'written', 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1
 `)
 
 // deliveredScript marks the epoch.
-var deliveredScript = rueidis.NewLuaScriptRetryable(`
+var deliveredScript = rueidis.NewLuaScriptRetryable(luaWrites + `
 redis.call('HSET', KEYS[2], 'delivered', 1)
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('UNLINK', KEYS[3])
 return 1
 `)
 
@@ -483,8 +580,15 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 
 // Opened notes an epoch that requests may enter; the next beat registers it, and
 // says so in what is returned. It takes no time.
-func (l *Ledger) Opened(s counter.Span) *admission {
+//
+// told counts what this process has answered as new in it, at least.
+func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
 	a := l.note(s)
+	l.mu.Lock()
+	if e := l.find(s); e != nil {
+		e.told = told
+	}
+	l.mu.Unlock()
 	select {
 	case l.wake <- struct{}{}:
 	default:
@@ -499,7 +603,7 @@ func (l *Ledger) note(s counter.Span) *admission {
 	if e := l.find(s); e != nil {
 		return e.admission
 	}
-	e := ledgerEpoch{span: s, admission: &admission{known: make(chan struct{})}}
+	e := ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
 	l.epochs = append(l.epochs, e)
 	if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
 		l.epochs = slices.Delete(l.epochs, 0, n)
@@ -526,6 +630,15 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 		return nil
 	}
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length}
+	if l.cfg.IDs.foreign() {
+		return errForeign
+	}
+	l.mu.Lock()
+	for i := range l.epochs {
+		l.epochs[i].count(l.cfg.Member)
+	}
+	l.mu.Unlock()
+	l.keep(false)
 	l.mu.Lock()
 	args := []string{
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
@@ -543,7 +656,10 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 		} else {
 			args = append(args, "", "", "", "")
 		}
-		args = append(args, flag(e.registered))
+		args = append(args, flag(e.registered), strconv.Itoa(len(e.answers)))
+		for m, n := range e.answers {
+			args = append(args, m, n)
+		}
 		sent = append(sent, e.span)
 	}
 	l.mu.Unlock()
@@ -572,6 +688,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	l.stand(b.odd, b.strange)
 	for i, s := range sent {
 		e := l.find(s)
+		if e != nil {
+			e.answers.learn(b.answers[i])
+		}
 		switch {
 		case e == nil:
 		case b.states[i] == 3:
@@ -582,6 +701,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 			if !e.registered {
 				e.registered = true
 				close(e.known)
+			}
+			if b.states[i] == 4 {
+				l.contradict(e)
 			}
 			if b.states[i] == 2 {
 				*e = ledgerEpoch{} // taken out below
@@ -641,10 +763,11 @@ type beatAnswer struct {
 	now, leads, others int64
 	odd, strange       string // LENGTH MEMBER
 	states             []int64
+	answers            []answers // of each epoch
 }
 
 func parseBeat(out []rueidis.RedisMessage, epochs int) (b beatAnswer, err error) {
-	if len(out) != 6 {
+	if len(out) != 7 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
 	b.now, err = out[0].AsInt64()
@@ -666,13 +789,16 @@ func parseBeat(out []rueidis.RedisMessage, epochs int) (b beatAnswer, err error)
 	if err == nil && len(b.states) != epochs {
 		err = fmt.Errorf("%d states of %d epochs", len(b.states), epochs)
 	}
+	if err == nil {
+		b.answers, err = parseAnswers(out[6], epochs)
+	}
 	return b, err
 }
 
-// unsettled is the start of the oldest unsettled epoch, or empty.
+// unsettled is the range of the unsettled epochs, or empty.
 func (l *Ledger) unsettled() string {
-	if start, some := l.cfg.IDs.unsettled(); some {
-		return unixMS(start)
+	if oldest, newest, some := l.cfg.IDs.unsettled(); some {
+		return unixMS(oldest) + " " + unixMS(newest)
 	}
 	return ""
 }
@@ -687,7 +813,8 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	s := c.Span()
 	l.note(s)
 	if !l.takes(s) {
-		if err := l.beat(ctx, true); err != nil {
+		err := l.beat(ctx, true)
+		if err != nil && !errors.Is(err, errForeign) {
 			return false, err
 		}
 		if !l.takes(s) {
@@ -696,11 +823,12 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 		}
 	}
 	c.Complete = c.Complete && !l.wasLate(s)
+	l.final(s, c.Unique)
 	err = l.settle(ctx, s)
 	if err == nil {
 		_, err = l.exec(ctx, reportScript,
-			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s), l.keys.unsettled},
-			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled()})
+			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
+			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), strconv.FormatUint(c.Unique, 10)})
 	}
 	if err != nil {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -729,8 +857,8 @@ func (l *Ledger) settle(ctx context.Context, s counter.Span) error {
 	}
 	deadline := time.Now().Add(settleWait)
 	for {
-		start, some := l.cfg.IDs.unsettled()
-		if !some || start.After(s.Start) || time.Now().After(deadline) {
+		oldest, newest, some := l.cfg.IDs.unsettled()
+		if !some || oldest.After(s.Start) || newest.Before(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
 		t := time.NewTimer(settlePoll)
@@ -775,9 +903,9 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 	if c, ok := l.decided(s); ok {
 		return c, nil
 	}
-	out, err := l.lockSeal(ctx, s)
+	out, absent, err := l.lockSeal(ctx, s)
 	if err == nil && len(out) == 0 { // this process seals
-		out, err = l.seal(ctx, s)
+		out, err = l.seal(ctx, s, absent)
 	}
 	var c counter.Count
 	if err == nil {
@@ -790,39 +918,41 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 }
 
 // lockSeal waits until the epoch may be sealed. It returns what another member has
-// decided, or nothing if this process holds the lock of the seal.
-func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) ([]rueidis.RedisMessage, error) {
+// decided; or nothing if this process holds the lock of the seal, and then the sessions
+// of the members that have not reported.
+func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, absent []string, err error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
-	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.ofLeft(s), l.keys.windows, l.keys.length}
+	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
-		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), flag(l.cfg.FailOpen), ms(keepUndelivered),
+		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), ms(keepUndelivered),
 	}
 	for {
 		out, err := l.exec(ctx, sealScript, keys, args)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		what, err := out[0].AsInt64()
 		if err != nil || what == sealDecided {
-			return out, err
+			return out, nil, err
 		}
 		if what != sealWait {
-			return nil, nil
+			absent, err := sessions(out[1:])
+			return nil, absent, err
 		}
 		wait, err := out[1].AsInt64()
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		t := time.NewTimer(min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll))
 		select {
 		case <-t.C:
 		case <-ctx.Done():
 			t.Stop()
-			return nil, ctx.Err()
+			return nil, nil, ctx.Err()
 		}
 		if err := l.reportAgain(ctx, s); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 }
@@ -833,15 +963,23 @@ const (
 	sealWait    = 1
 )
 
-// seal counts the ids, and decides.
-func (l *Ledger) seal(ctx context.Context, s counter.Span) ([]rueidis.RedisMessage, error) {
-	unique, exact, err := l.cfg.IDs.sealIDs(ctx, s)
+// seal counts the ids, and decides. The member that decides logs why a record is not
+// exact.
+func (l *Ledger) seal(ctx context.Context, s counter.Span, absent []string) ([]rueidis.RedisMessage, error) {
+	ids, err := l.cfg.IDs.sealIDs(ctx, s, absent)
 	if err != nil {
 		return nil, err
 	}
-	return l.exec(ctx, decideScript,
-		[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)},
-		[]string{strconv.FormatUint(unique, 10), flag(exact), ms(keepUndelivered), spanName(s), unixMS(s.End())})
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{
+		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
+		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
+	})
+	if err == nil && len(out) == 6 {
+		why, _ := out[5].ToString()
+		l.explain(s, why)
+		out = out[:5]
+	}
+	return out, err
 }
 
 // decided returns what this process knows the epoch came to.
@@ -979,7 +1117,7 @@ func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
 func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
 	_, err := l.exec(ctx, deliveredScript,
-		[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.ofLeft(s)}, []string{spanName(s), ms(keep)})
+		[]string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{spanName(s), ms(keep)})
 	if err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
@@ -1005,6 +1143,7 @@ func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, er
 	l.mu.Lock()
 	l.lead = time.Time{}
 	l.mu.Unlock()
+	l.keep(true)
 	return l.whoIsThere(ctx, true)
 }
 

@@ -107,11 +107,11 @@ func patient(c *Config) { c.Timeout = 10 * time.Second }
 // sealed seals the n-th epoch and returns its count.
 func sealed(t testing.TB, e settest.Epochs, r *Set, n int) (unique uint64, exact bool) {
 	t.Helper()
-	unique, exact, err := r.sealIDs(t.Context(), counter.Span{Start: time.Unix(0, e.At(n)), Window: time.Hour})
+	ids, err := r.sealIDs(t.Context(), counter.Span{Start: time.Unix(0, e.At(n)), Window: time.Hour}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return unique, exact
+	return ids.unique, ids.exact
 }
 
 func TestSet(t *testing.T) {

@@ -158,7 +158,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	seq := l.seq + seqSkip
 	for {
 		l.lose(j.epoch, a)
-		h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL)
+		h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, holdFor)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}
@@ -244,13 +244,18 @@ func (l *lane) retire(s *redisEpoch) int {
 	return unsent
 }
 
-// unsettled returns the start of the oldest epoch with ids in an unknown state: answered
-// ok but possibly missing from Redis, or added without an answer.
-func (r *Set) unsettled() (start time.Time, some bool) {
+// unsettled returns the starts of the oldest and the newest epoch of which ids that
+// this process has answered as new, or may, are not in Redis for certain, or others are
+// that nobody was told about.
+func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	see := func(s *redisEpoch) {
-		if !some || s.start.Before(start) {
-			start, some = s.start, true
+		if !some || s.start.Before(oldest) {
+			oldest = s.start
 		}
+		if !some || s.start.After(newest) {
+			newest = s.start
+		}
+		some = true
 	}
 	for i := range r.lanes {
 		l := &r.lanes[i]
@@ -272,7 +277,7 @@ func (r *Set) unsettled() (start time.Time, some bool) {
 		}
 		l.mu.Unlock()
 	}
-	return start, some
+	return oldest, newest, some
 }
 
 // settle asks every lane of Redis about the epoch that starts at start, so that

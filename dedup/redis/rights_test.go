@@ -38,7 +38,7 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "42", dedup.Unique)
 	e.Want(t, r, 0, "a text", dedup.Unique)
-	for _, right := range []string{"+sadd", "+hset", "+zadd", "+unlink", "+sismember", "~verve:*"} {
+	for _, right := range []string{"+sadd", "+hset", "+zadd", "+unlink", "+smismember", "~verve:*"} {
 		deny, grant := strings.Replace(right, "+", "-", 1), right
 		if right[0] == '~' {
 			deny = "resetkeys"

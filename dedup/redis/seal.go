@@ -21,46 +21,60 @@ func keepSeal(window time.Duration) time.Duration {
 	return max(20*window, 2*time.Minute)
 }
 
+// sealedIDs is what sealing the ids of an epoch came to.
+type sealedIDs struct {
+	unique uint64 // ids in Redis
+	exact  bool   // no id is known to be given twice or forgotten
+	whole  bool   // no write can have been lost since the epoch began
+}
+
 // sealIDs seals an epoch in every lane: from then on nobody adds to it, and its
 // count is the same for whoever asks, until keepSeal is over. It need not have
-// been opened here, nor hold ids. exact is false where ids are known to have been
-// given twice or to be lost.
+// been opened here, nor hold ids. It is whole only if each lane knows the sessions
+// that are absent: ones that may have added ids and cannot say how many.
 //
 // It waits while ids that were lost are being added again. An error leaves some
 // lanes sealed and others not; calling it again goes on.
-func (r *Set) sealIDs(ctx context.Context, s counter.Span) (unique uint64, exact bool, err error) {
+func (r *Set) sealIDs(ctx context.Context, s counter.Span, absent []string) (sealedIDs, error) {
 	type part struct {
 		answer
 		err error
 	}
 	parts := make(chan part, len(r.lanes))
-	epoch := epochKey(s.Start, s.Window)
 	for i := range r.lanes {
 		go func() {
-			a, err := r.sealLane(ctx, &r.lanes[i], epoch, s.Window)
+			a, err := r.sealLane(ctx, &r.lanes[i], s, absent)
 			parts <- part{a, err}
 		}()
 	}
-	exact = true
+	sum := sealedIDs{exact: true, whole: true}
+	var err error
 	for range r.lanes {
 		p := <-parts
 		if p.err != nil {
 			err = p.err
 		}
-		unique += p.n
-		exact = exact && p.exact
+		sum.unique += p.n
+		sum.exact = sum.exact && p.exact
+		sum.whole = sum.whole && p.whole
 	}
 	if err != nil {
-		return 0, false, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
+		return sealedIDs{}, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
 	}
-	return unique, exact, nil
+	return sum, nil
 }
 
-func (r *Set) sealLane(ctx context.Context, l *lane, epoch string, window time.Duration) (answer, error) {
+func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, absent []string) (answer, error) {
+	var missing time.Time // since when
 	for {
-		a, err := r.call(ctx, l.key, "seal", epoch, seconds(keepSeal(window)), switchWait)
+		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
+		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL}, absent...)
+		a, err := r.call(ctx, l.key, args...)
 		if err != nil || a.status == statusSealed {
 			return a, err
+		}
+		if a.status == statusMissing && missing.IsZero() {
+			missing = time.Now()
 		}
 		select {
 		case <-ctx.Done():

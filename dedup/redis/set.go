@@ -81,6 +81,10 @@ type Config struct {
 	Pending  int           // ids that may wait for an answer at once; more get ErrUnavailable
 	LogBytes int64         // memory for the ids that would have to be added again after a loss
 
+	// File keeps how many ids were answered in the windows that are not published, over
+	// a restart; empty: nothing does.
+	File string
+
 	Log zerolog.Logger // what fails and when it works again, sampled
 }
 
@@ -95,6 +99,8 @@ type Set struct {
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 	script atomic.Bool                    // functions are refused: scripts take their place
+
+	standsAlone atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
 
 	lanes  []lane // clusterLanes or serverLanes of them
 	shift  int    // of a hash, to the number of its lane
@@ -198,7 +204,7 @@ func New(cfg Config) (*Set, error) {
 	}
 	r.ledger = openLedger(ledgerConfig{
 		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.Session,
-		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, IDs: r, Log: cfg.Log,
+		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, File: cfg.File, IDs: r, Log: cfg.Log,
 	})
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
@@ -278,7 +284,7 @@ func (r *Set) Open(e *counter.Epoch) {
 	}
 	r.cfg.Local.Open(e)
 	s.view = e.State.(*dedup.View)
-	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()})
+	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
 	e.State = s
 	r.mu.Lock()
 	defer r.mu.Unlock()

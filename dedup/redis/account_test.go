@@ -1,0 +1,392 @@
+package redis
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"verve/counter"
+	"verve/dedup"
+	"verve/internal/settest"
+	"verve/internal/testproc"
+)
+
+// instance is one of a group, with its own way to Redis.
+type instance struct {
+	t    *testing.T
+	r    *Set
+	e    settest.Epochs
+	way  *proxy
+	log  testproc.Buffer
+	file string
+	ok   uint64 // ids answered as new in the first epoch
+}
+
+// startInstance makes one whose windows of an hour may be sealed at any time.
+func startInstance(t *testing.T, server *redisServer, file string) *instance {
+	t.Helper()
+	i := &instance{t: t, way: startProxy(t, server.Addr), file: file}
+	i.r = newRedis(t, i.way.addr(), patient, func(c *Config) {
+		c.File, c.Log = file, zerolog.New(&i.log)
+		c.MaxSkew = 2 * time.Hour
+	})
+	i.e = settest.NewEpochs(t, i.r)
+	testproc.Until(t, "the group has the window", func() bool {
+		select {
+		case <-i.e.Last().State.(*redisEpoch).known:
+			return true
+		default:
+			return false
+		}
+	})
+	return i
+}
+
+// add brings n ids of a name to the first epoch, each until it is answered.
+func (i *instance) add(name string, n int) {
+	i.t.Helper()
+	for id := range n {
+		testproc.Until(i.t, "an id is answered", func() bool {
+			v, err := i.e.Add(i.t, i.r, 0, fmt.Sprint(name, " ", id))
+			if err == nil && v == dedup.Unique {
+				i.ok++
+			}
+			return err == nil
+		})
+	}
+}
+
+func (i *instance) span() counter.Span {
+	return counter.Span{Start: time.Unix(0, i.e.At(0)).UTC(), Window: time.Hour}
+}
+
+// beat has the instance report to the group, and learn of the others.
+func (i *instance) beat() {
+	i.t.Helper()
+	if err := i.r.ledger.beat(i.t.Context(), true); err != nil {
+		i.t.Fatal(err)
+	}
+}
+
+// report leaves the first epoch, as a turn or SIGTERM does.
+func (i *instance) report() {
+	i.t.Helper()
+	s := i.span()
+	c := counter.Count{Start: s.Start, Window: s.Window, Unique: i.ok, Complete: true, Exact: true}
+	if ours, err := i.r.ledger.Report(i.t.Context(), c); !ours || err != nil {
+		i.t.Fatalf("report: %v, %v", ours, err)
+	}
+}
+
+// leave is the rest of a stop.
+func (i *instance) leave() {
+	i.t.Helper()
+	if _, _, err := i.r.ledger.Leave(i.t.Context()); err != nil {
+		i.t.Fatal(err)
+	}
+}
+
+// vanish is kill -9: nothing of the instance reaches Redis any more.
+func (i *instance) vanish() {
+	i.way.refusing.Store(true)
+	i.way.cut(0)
+}
+
+// record is what the first epoch comes to.
+func (i *instance) record() counter.Count {
+	i.t.Helper()
+	i.report()
+	ctx, cancel := context.WithTimeout(i.t.Context(), 60*time.Second)
+	defer cancel()
+	c, err := i.r.ledger.Seal(ctx, i.span())
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	return c
+}
+
+// TestRedisForgetsWhileAnInstanceIsAbsent: an instance answers ids and is then not
+// there to add them again when Redis loses its data. The record says that it is not
+// exact, and the log why; without a loss it is exact, and right.
+func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
+	losses := map[string]func(*redisServer){
+		"nothing":  func(*redisServer) {},
+		"FLUSHALL": func(s *redisServer) { s.do("FLUSHALL") },
+		"restart":  func(s *redisServer) { s.Kill(); s.Start() },
+		"a lane": func(s *redisServer) {
+			for _, k := range s.keys() {
+				if strings.Contains(k, ":lane2") {
+					s.do("DEL", k)
+				}
+			}
+		},
+	}
+	for _, absence := range []string{"killed", "stopped", "restarted", "all restarted"} {
+		for loss, lose := range losses {
+			t.Run(absence+", "+loss, func(t *testing.T) {
+				t.Parallel() // they wait more than they work
+				server := startRedis(t)
+				dir := t.TempDir()
+				a, b := startInstance(t, server, filepath.Join(dir, "a")), startInstance(t, server, filepath.Join(dir, "b"))
+				a.add("a", 20)
+				b.add("b", 20)
+				ok := a.ok + b.ok
+				b.beat()
+				a.beat()
+				if absence != "killed" {
+					b.report()
+					b.leave()
+				}
+				b.vanish()
+				if absence == "all restarted" {
+					a.report()
+					a.leave()
+					a.vanish()
+				}
+				lose(server)
+				last := a
+				switch absence {
+				case "restarted":
+					startInstance(t, server, b.file).report()
+				case "all restarted":
+					last = startInstance(t, server, a.file)
+					startInstance(t, server, b.file).report()
+					ok -= last.ok
+				}
+				before := last.ok
+				last.add("b", 5) // which b has answered for
+				ok += last.ok - before
+				c := last.record()
+				if wrong := c.Unique != ok; wrong && c.Exact {
+					t.Errorf("%d ids were answered as new, the record is %+v", ok, c)
+				}
+				if loss != "nothing" && (c.Exact || !strings.Contains(last.log.String(), "the record of the window is not exact")) {
+					t.Errorf("ids are lost, the record is %+v, the log %s", c, last.log.String())
+				}
+				if loss == "nothing" && (!c.Exact || c.Unique != ok) {
+					t.Errorf("nothing is lost of %d ids, the record is %+v, the log %s", ok, c, last.log.String())
+				}
+			})
+		}
+	}
+}
+
+// TestRedisForgetsWhileAllAreThere: the instances add their ids again, which the
+// numbers of their answers prove.
+func TestRedisForgetsWhileAllAreThere(t *testing.T) {
+	server := startRedis(t)
+	a, b := startInstance(t, server, ""), startInstance(t, server, "")
+	a.add("a", 20)
+	b.add("b", 20)
+	server.do("FLUSHALL")
+	b.report()
+	if c := a.record(); c.Unique != 40 || !c.Exact {
+		t.Errorf("40 ids were answered as new, the record is %+v, the log %s", c, a.log.String())
+	}
+}
+
+// TestFullRedisComesBack: what seals and frees works while Redis is full, so ids of
+// the next epoch are taken, by functions and by scripts.
+func TestFullRedisComesBack(t *testing.T) {
+	for _, scripts := range []bool{false, true} {
+		t.Run(fmt.Sprint("scripts ", scripts), func(t *testing.T) {
+			t.Parallel()
+			server := startRedis(t)
+			i := startInstance(t, server, "")
+			i.r.script.Store(scripts)
+			var used int
+			if _, err := fmt.Sscan(strings.Split(strings.Split(server.do("INFO", "memory"), "used_memory:")[1], "\r")[0], &used); err != nil {
+				t.Fatal(err)
+			}
+			server.do("CONFIG", "SET", "maxmemory", fmt.Sprint(used+1_000_000))
+			for n := 0; ; n++ {
+				v, err := i.e.Add(t, i.r, 0, fmt.Sprint("an id that is long enough ", n))
+				if err != nil {
+					break
+				}
+				if v == dedup.Unique {
+					i.ok++
+				}
+				if n > 100_000 {
+					t.Fatal("Redis is not full")
+				}
+			}
+			i.beat() // a lane and the ledger can both write
+			if c := i.record(); c.Unique != i.ok || !c.Exact {
+				t.Errorf("%d ids were answered as new, the record is %+v, the log %s", i.ok, c, i.log.String())
+			}
+			testproc.Until(t, "an id of the next epoch is taken", func() bool {
+				v, err := i.e.Add(t, i.r, 1, "1")
+				return v == dedup.Unique && err == nil
+			})
+		})
+	}
+}
+
+// TestSealWaitsForTheReplayAfterHello: an instance lost its last writes at a failover,
+// has said hello, and has not added them again yet when another seals.
+func TestSealWaitsForTheReplayAfterHello(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.Addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	for i := range 10 {
+		ea.Want(t, a, 0, fmt.Sprint("a", i), dedup.Unique)
+	}
+	if got := server.do("SAVE"); got != "OK" {
+		t.Fatal(got)
+	}
+	for i := range 10 {
+		ea.Want(t, a, 0, fmt.Sprint("lost", i), dedup.Unique)
+	}
+	way.refusing.Store(true)
+	way.cut(0)
+	server.Kill()
+	server.Start()                                   // the last ten are gone
+	way.latency.Store(int64(150 * time.Millisecond)) // of replies: a is far away
+	way.refusing.Store(false)
+	var ids sealedIDs
+	testproc.Until(t, "b seals", func() bool { // its first try may meet the connection that was cut
+		var err error
+		ids, err = b.sealIDs(t.Context(), counter.Span{Start: time.Unix(0, eb.At(0)), Window: time.Hour}, nil)
+		return err == nil
+	})
+	if ids.unique != 20 && ids.exact && ids.whole {
+		t.Errorf("20 ids were answered as new, the seal says %+v", ids)
+	}
+}
+
+// TestFailbackToTheProcessThatBegan: from the first master to a replica and back,
+// within an epoch, while an instance is not there. The process is the one again that
+// began the epoch, the data are not.
+func TestFailbackToTheProcessThatBegan(t *testing.T) {
+	m1 := startRedis(t, "--repl-diskless-sync-delay", "0")
+	a, b := startInstance(t, m1, ""), startInstance(t, m1, "")
+	a.add("a", 10)
+	b.add("b", 10)
+	m2 := startRedis(t, "--repl-diskless-sync-delay", "0") // a replica with what is there now
+	host, p1, _ := net.SplitHostPort(m1.Addr)
+	_, p2, _ := net.SplitHostPort(m2.Addr)
+	m2.do("REPLICAOF", host, p1)
+	testproc.Until(t, "synced", func() bool { return strings.Contains(m2.do("INFO", "replication"), "master_link_status:up") })
+	m2.do("REPLICAOF", "NO", "ONE") // the failover: what m1 gets from here on is lost
+	a.add("lost", 10)
+	a.beat()
+	b.beat()
+	a.vanish()
+	m1.do("REPLICAOF", host, p2)
+	testproc.Until(t, "synced", func() bool { return strings.Contains(m1.do("INFO", "replication"), "master_link_status:up") })
+	m1.do("REPLICAOF", "NO", "ONE") // and back
+	b.add("more", 1)
+	if c := b.record(); c.Exact {
+		t.Errorf("31 ids were answered as new, the record is %+v", c)
+	}
+}
+
+// TestMasterThatIsCutOffPromisesNothing: the old master and an instance are cut off
+// from its replica, which is promoted, and from the others.
+func TestMasterThatIsCutOffPromisesNothing(t *testing.T) {
+	m1 := startRedis(t, "--repl-diskless-sync-delay", "0")
+	m2 := startRedis(t, "--repl-diskless-sync-delay", "0")
+	host, p1, _ := net.SplitHostPort(m1.Addr)
+	m2.do("REPLICAOF", host, p1)
+	testproc.Until(t, "synced", func() bool { return strings.Contains(m2.do("INFO", "replication"), "master_link_status:up") })
+	a := startInstance(t, m1, "")
+	a.add("a", 10)
+	m2.pause() // as if the way to it was cut
+	testproc.Until(t, "the replica is missed", func() bool {
+		return strings.Contains(m1.do("INFO", "replication"), "lag=3")
+	})
+	if c := a.record(); c.Exact || c.Unique != 10 {
+		t.Errorf("the replica may be the master by now, the record is %+v", c)
+	}
+	m2.resume()
+}
+
+// TestDoubtThatLapsedIsOver: an instance cannot take back an id when others, after it
+// was silent for too long, have answered that they know it.
+func TestDoubtThatLapsedIsOver(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.Addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	ea.Want(t, a, 0, "before", dedup.Unique)
+	way.deaf.Store(true)
+	if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Fatalf("without a reply: %v, %v", v, err)
+	}
+	testproc.Until(t, "the id is in Redis", func() bool { return strings.Contains(strings.Join(server.keys(), "\n"), ":d") })
+	way.refusing.Store(true)
+	way.cut(0)
+	if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Fatalf("while it is in doubt: %v, %v", v, err)
+	}
+	// Twenty seconds later.
+	server.do("EVAL", `local s = {cmsgpack.unpack(redis.call('HGET', KEYS[1], ARGV[1]))}
+		s[2] = s[2] - 20
+		redis.call('HSET', KEYS[1], ARGV[1], cmsgpack.pack(unpack(s)))`, "1", a.lanes[0].key, "S"+a.cfg.Session)
+	testproc.Until(t, "the doubt lapses", func() bool {
+		v, err := eb.Add(t, b, 0, "42")
+		if err == nil && v != dedup.Repeat {
+			t.Fatalf("when the doubt has lapsed: %v", v)
+		}
+		return err == nil
+	})
+	way.deaf.Store(false)
+	way.refusing.Store(false)
+	untilSettled(t, a)
+	if n := server.do("SCARD", a.lanes[0].key+":"+eb.Last().State.(*redisEpoch).key+":d"); n != "1" {
+		t.Errorf("%s ids are in Redis: one was taken back that b has answered for", n)
+	}
+}
+
+// TestSecondRecordOfAWindowIsLogged: two parts of a group were apart and each has
+// decided what the window came to.
+func TestSecondRecordOfAWindowIsLogged(t *testing.T) {
+	server := startRedis(t)
+	i := startInstance(t, server, "")
+	i.add("a", 3)
+	i.record()
+	server.do("HSET", i.r.ledger.keys.ofEpoch(i.span()), "unique", "99")
+	i.beat()
+	i.beat()
+	if got := strings.Count(i.log.String(), "two records"); got != 1 {
+		t.Errorf("%d lines say so, want 1: %s", got, i.log.String())
+	}
+}
+
+// TestVersionsWithOtherKeysRefuseEachOther: one that keeps its data in another form
+// would not see the ids of this one.
+func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
+	server := startRedis(t)
+	lanes := "verve:{" + laneTags[0] + "}:test:lanes"
+	server.do("SET", lanes, "1") // as versions before the layout had a number
+	r := newRedisAway(t, server.Addr)
+	e := settest.NewEpochs(t, r)
+	testproc.Until(t, "it says so", func() bool {
+		ready, reason := r.Health()
+		return !ready && strings.Contains(reason, "version")
+	})
+	if v, err := e.Add(t, r, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Errorf("an id: %v, %v; want ErrUnavailable", v, err)
+	}
+	if keys := strings.Join(server.keys(), " "); strings.Contains(keys, "epoch") {
+		t.Errorf("it takes part in the group: %s", keys)
+	}
+	server.do("DEL", lanes) // the other stopped
+	testproc.Until(t, "ids are taken", func() bool {
+		v, err := e.Add(t, r, 0, "42")
+		return v == dedup.Unique && err == nil
+	})
+	// What the others read as the number of lanes is one that they cannot have.
+	if got := server.do("GET", lanes); got != "2001" {
+		t.Errorf("the key has %s, want 2001", got)
+	}
+}

@@ -1,0 +1,208 @@
+package redis
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/rueidis"
+
+	"verve/counter"
+	"verve/internal/durable"
+)
+
+// answers is how many ids each member of a group has answered as new in an epoch: "N"
+// of one that has left it, "N+" of one that has not, for N at least.
+//
+// That a record is exact rests on it: see decideScript. So it is kept in three places:
+// with the epoch in Redis, by each member, which learns it from the replies to its beats
+// and writes it again, and on the disk of each member, as all of them may be started
+// again while Redis loses its data.
+type answers map[string]string
+
+// learn takes over what is known better.
+func (a answers) learn(from answers) {
+	for m, n := range from {
+		a.note(m, n)
+	}
+}
+
+func (a answers) note(member, n string) {
+	old, some := a[member]
+	if least, running := strings.CutSuffix(old, "+"); some && (!running || strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(least)) {
+		return
+	}
+	a[member] = n
+}
+
+func atLeast(n string) uint64 {
+	least, _ := strconv.ParseUint(strings.TrimSuffix(n, "+"), 10, 64)
+	return least
+}
+
+// count notes what this process, the member, has answered in the epoch so far.
+func (e *ledgerEpoch) count(member string) {
+	if e.told != nil && e.decided == nil {
+		e.answers.note(member, strconv.FormatUint(e.told(), 10)+"+")
+	}
+}
+
+// final notes what this process has answered in an epoch that it has left.
+func (l *Ledger) final(s counter.Span, unique uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.find(s); e != nil {
+		e.answers.note(l.cfg.Member, strconv.FormatUint(unique, 10))
+		e.told = nil
+	}
+}
+
+// sessions of members.
+func sessions(members []rueidis.RedisMessage) ([]string, error) {
+	list := make([]string, len(members))
+	for i := range members {
+		m, err := members[i].ToString()
+		if err != nil {
+			return nil, err
+		}
+		list[i] = m[strings.LastIndexByte(m, '/')+1:]
+	}
+	return list, nil
+}
+
+// parseAnswers reads the answers of each epoch of a beat.
+func parseAnswers(m rueidis.RedisMessage, epochs int) ([]answers, error) {
+	list, err := m.ToArray()
+	if err != nil || len(list) != epochs {
+		return nil, fmt.Errorf("answers of %d epochs, not %d: %w", len(list), epochs, err)
+	}
+	all := make([]answers, epochs)
+	for i := range list {
+		fields, err := list[i].AsStrSlice()
+		if err != nil {
+			return nil, err
+		}
+		all[i] = answers{}
+		for f := 0; f+1 < len(fields); f += 2 {
+			all[i][fields[f]] = fields[f+1]
+		}
+	}
+	return all, nil
+}
+
+// explain logs why a record is not exact, once: by the member that has decided it.
+func (l *Ledger) explain(s counter.Span, why string) {
+	if why != "" {
+		l.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Msg("the record of the window is not exact: " + why)
+	}
+}
+
+// contradict logs that a window has two records. l.mu is held.
+func (l *Ledger) contradict(e *ledgerEpoch) {
+	if e.contradicted || e.decided == nil {
+		return
+	}
+	e.contradicted = true
+	l.cfg.Log.Error().Str("window_start", e.span.Start.Format(time.RFC3339Nano)).Uint64("unique_here", e.decided.Unique).
+		Msg("the group has decided another count for this window: two parts of it counted apart, and the window may have two records that both are wrong")
+}
+
+// kept is the file of answers.
+type kept struct {
+	Group  string             `json:"group"`
+	Epochs map[string]answers `json:"epochs"`
+}
+
+// keep writes what is known of the epochs that are not decided to the disk: if the
+// file lacks one of them, or at the end, with the last numbers.
+func (l *Ledger) keep(end bool) {
+	if l.cfg.File == "" {
+		return
+	}
+	l.keeping.Lock()
+	defer l.keeping.Unlock()
+	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
+	have := map[string]bool{}
+	l.mu.Lock()
+	for i := range l.epochs {
+		e := &l.epochs[i]
+		if e.decided != nil || len(e.answers) == 0 {
+			continue
+		}
+		all := answers{}
+		all.learn(e.answers)
+		k.Epochs[spanName(e.span)] = all
+		have[spanName(e.span)] = true
+		end = end || !l.kept[spanName(e.span)]
+	}
+	l.mu.Unlock()
+	if !end {
+		return
+	}
+	b, err := json.Marshal(k)
+	if err == nil {
+		err = replaceFile(l.cfg.File, b)
+	}
+	if err != nil {
+		if hidden, ok := l.unkept.Allow(time.Now()); ok {
+			l.cfg.Log.Warn().Err(err).Uint64("hidden", hidden).
+				Msg("the answers of the open window are not kept on disk: a restart of this instance forgets that it has a part in it")
+		}
+		return
+	}
+	l.kept = have
+}
+
+// replaceFile writes a file as a whole, durably.
+func replaceFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(path))
+}
+
+// recall reads what the last process has kept, for the first beat to report.
+func (l *Ledger) recall() {
+	if l.cfg.File == "" {
+		return
+	}
+	b, err := os.ReadFile(l.cfg.File)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	var k kept
+	if err == nil {
+		err = json.Unmarshal(b, &k)
+	}
+	if err != nil {
+		l.cfg.Log.Warn().Err(err).Msg("what the last process has answered in windows that are not published cannot be read")
+		return
+	}
+	if k.Group != l.cfg.Group {
+		return
+	}
+	for name, all := range k.Epochs {
+		s, err := parseSpan(name)
+		if err != nil || time.Since(s.End()) > keepUndelivered {
+			continue
+		}
+		l.note(s)
+		l.find(s).answers.learn(all)
+	}
+}
