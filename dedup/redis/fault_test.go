@@ -965,7 +965,7 @@ func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	a := newRedis(t, server.Addr, patient)
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
-	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "16")
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "2016")
 	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
 		return !ready && strings.Contains(reason, "lanes")
