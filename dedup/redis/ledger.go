@@ -629,7 +629,6 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.left.Load() {
 		return nil
 	}
-	keys := []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length}
 	if l.cfg.IDs.foreign() {
 		return errForeign
 	}
@@ -639,30 +638,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	}
 	l.mu.Unlock()
 	l.keep(false)
-	l.mu.Lock()
-	args := []string{
-		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
-		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window),
-	}
-	sent := make([]counter.Span, 0, len(l.epochs))
-	for _, e := range l.epochs {
-		if e.registered && !all {
-			continue
-		}
-		keys = append(keys, l.keys.ofEpoch(e.span))
-		args = append(args, spanName(e.span), unixMS(e.span.End()))
-		if d := e.decided; d != nil {
-			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt))
-		} else {
-			args = append(args, "", "", "", "")
-		}
-		args = append(args, flag(e.registered), strconv.Itoa(len(e.answers)))
-		for m, n := range e.answers {
-			args = append(args, m, n)
-		}
-		sent = append(sent, e.span)
-	}
-	l.mu.Unlock()
+	keys, args, sent := l.beatArgs(all)
 
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args)
@@ -686,6 +662,43 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 		l.lead = began.Add(leadLease)
 	}
 	l.stand(b.odd, b.strange)
+	l.learn(sent, b)
+	return nil
+}
+
+// beatArgs are the keys and arguments of beatScript, and the epochs in them.
+func (l *Ledger) beatArgs(all bool) (keys, args []string, sent []counter.Span) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length}
+	args = []string{
+		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
+		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window),
+	}
+	for _, e := range l.epochs {
+		if e.registered && !all {
+			continue
+		}
+		keys = append(keys, l.keys.ofEpoch(e.span))
+		args = append(args, spanName(e.span), unixMS(e.span.End()))
+		known := e.answers
+		if d := e.decided; d != nil {
+			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt))
+			known = nil
+		} else {
+			args = append(args, "", "", "", "")
+		}
+		args = append(args, flag(e.registered), strconv.Itoa(len(known)))
+		for m, n := range known {
+			args = append(args, m, n)
+		}
+		sent = append(sent, e.span)
+	}
+	return keys, args, sent
+}
+
+// learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
+func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 	for i, s := range sent {
 		e := l.find(s)
 		if e != nil {
@@ -711,7 +724,6 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 		}
 	}
 	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
-	return nil
 }
 
 // stand takes over which members have another window. l.mu is held.
