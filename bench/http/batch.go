@@ -46,7 +46,7 @@ const batchExpect = 60_000_000
 
 // groupConns keeps the ids that wait for Redis below what it does in the time that an
 // instance waits for it, with the core shared by both.
-const groupConns = 4
+const groupConns = 2
 
 // batches drives Verve with batches of ids. A sample's CPU is of an id, not of a
 // request. The last case is how late windows are sealed while batches of 10,000 ids

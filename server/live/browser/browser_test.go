@@ -186,8 +186,8 @@ func chromium(t *testing.T) string {
 	return ""
 }
 
-// open shows the page of s in a window of the given width.
-func open(t *testing.T, s *server, width, height int64, scheme string) *page {
+// browse starts a browser with an empty page; seen gets its events.
+func browse(t *testing.T, seen func(p *page) func(any)) *page {
 	t.Helper()
 	options := append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.ExecPath(chromium(t)), chromedp.Flag("disable-dev-shm-usage", true), chromedp.WSURLReadTimeout(patience))
@@ -199,9 +199,16 @@ func open(t *testing.T, s *server, width, height int64, scheme string) *page {
 	ctx, cancel = chromedp.NewContext(ctx)
 	t.Cleanup(cancel)
 	p := &page{t: t, ctx: ctx}
-	if err := chromedp.Listen(ctx, p.listen("http://"+s.admin+"/")); err != nil { // starts the browser
+	if err := chromedp.Listen(ctx, seen(p)); err != nil { // starts the browser
 		t.Fatal(err)
 	}
+	return p
+}
+
+// open shows the page of s in a window of the given width.
+func open(t *testing.T, s *server, width, height int64, scheme string) *page {
+	t.Helper()
+	p := browse(t, func(p *page) func(any) { return p.listen("http://" + s.admin + "/") })
 	call(p, log.Enable, cdp.Empty{})
 	call(p, network.Enable, network.EnableParams{})
 	p.do(chromedp.EmulateViewport(width, height, chromedp.EmulateScale(1)))
