@@ -128,6 +128,8 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 		// bbolt may have written a part.
 		emptied(path)
 		return nil, err
+	case durable.Unsupported(err), errors.Is(err, syscall.ENOLCK):
+		return nil, fmt.Errorf("%s: the file system does not have the locks (flock), mappings and syncs that the spool needs; use another one, or none: %w", path, err)
 	default:
 		// Permissions, a read-only disk, a directory in the way: the file may be
 		// sound, so it is left alone.

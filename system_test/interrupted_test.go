@@ -4,10 +4,8 @@ package system_test
 
 import (
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,13 +19,7 @@ import (
 // ids and records, at the start and while running. Every second one is, first the
 // odd ones and then the even ones: ids are answered, counted and found again.
 func TestInterruptedCallsAreRepeated(t *testing.T) {
-	strace, err := exec.LookPath("strace")
-	if err != nil {
-		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), "strace") {
-			t.Fatalf("VERVE_TEST_REQUIRE asks for strace: %v", err)
-		}
-		t.Skip("no strace to interrupt system calls with")
-	}
+	strace := testproc.Needs(t, "strace", "strace")
 	for _, call := range []string{"fallocate", "flock", "fsync", "msync", "fdatasync", "madvise", "openat", "ftruncate", "renameat"} {
 		for first := 1; first <= 2; first++ {
 			t.Run(fmt.Sprint(call, " from ", first), func(t *testing.T) {
@@ -42,12 +34,7 @@ func interruptEverySecond(t *testing.T, strace, call string, first int) {
 	dir := t.TempDir()
 	for life := range 2 {
 		cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1s", "--data-dir="+dir)
-		cmd.Args = append([]string{
-			strace, "-D", "-f", "-qq", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace=" + call,
-			"-e", fmt.Sprintf("inject=%s:error=EINTR:when=%d+2", call, first), cmd.Path,
-		}, cmd.Args[1:]...)
-		cmd.Path = strace
-		v := testproc.StartCmd(t, cmd)
+		v := testproc.StartCmd(t, injected(t, strace, cmd, call, fmt.Sprintf("EINTR:when=%d+2", first)))
 		for window := range 2 {
 			for i := range 3 {
 				id := fmt.Sprintf("%s-%d-%d-%d", call, life, window, i)
@@ -72,6 +59,73 @@ func interruptEverySecond(t *testing.T, strace, call string, first int) {
 	}
 	if sum != 12 {
 		t.Errorf("the records add up to %d, want 12", sum)
+	}
+}
+
+// injected is cmd under strace, where a system call on the paths, or on anything if
+// there are none, ends in an error.
+func injected(t *testing.T, strace string, cmd *exec.Cmd, call, err string, paths ...string) *exec.Cmd {
+	args := []string{strace, "-D", "-f", "-qq", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace=" + call, "-e", "inject=" + call + ":error=" + err}
+	for _, path := range paths {
+		args = append(args, "-P", path)
+	}
+	cmd.Args = append(append(args, cmd.Path), cmd.Args[1:]...)
+	cmd.Path = strace
+	return cmd
+}
+
+// TestFileSystemsWithoutACall: what a file system does not have is done without, as
+// long as ids are safe over a kill. Where they are not, the log says so, and where
+// records are not, the server does not start.
+func TestFileSystemsWithoutACall(t *testing.T) {
+	strace := testproc.Needs(t, "strace", "strace")
+	for _, tt := range []struct {
+		call    string
+		errors  []string
+		paths   []string // in the data directory
+		keeps   bool     // ids over a kill
+		refuses string   // in the line of a process that does not start
+	}{
+		{call: "fallocate", errors: []string{"EOPNOTSUPP", "ENOSYS", "EINVAL"}, keeps: true},
+		{call: "fsync", errors: []string{"EOPNOTSUPP", "ENOSYS", "EINVAL"}, paths: []string{"", "epochs"}, keeps: true},
+		{call: "flock", errors: []string{"EOPNOTSUPP", "ENOSYS", "ENOLCK"}, paths: []string{"epochs/lock"}, keeps: true},
+		{call: "mmap", errors: []string{"EOPNOTSUPP", "ENODEV", "EINVAL"}, paths: []string{"epochs/state"}},
+		{call: "msync", errors: []string{"ENOSYS", "EINVAL"}},
+		{call: "flock", errors: []string{"ENOSYS", "ENOLCK"}, paths: []string{"spool.db"}, refuses: "locks (flock)"},
+	} {
+		for _, e := range tt.errors {
+			t.Run(fmt.Sprint(tt.call, " of ", tt.paths, " ends in ", e), func(t *testing.T) {
+				t.Parallel()
+				dir := t.TempDir()
+				args := []string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=" + dir}
+				var paths []string
+				for _, path := range tt.paths {
+					paths = append(paths, filepath.Join(dir, path))
+				}
+				cmd := injected(t, strace, testproc.Verve(t, args...), tt.call, e, paths...)
+				if tt.refuses != "" {
+					if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), tt.refuses) {
+						t.Errorf("exit code %d, %s; want 1, and %q", cmd.ProcessState.ExitCode(), out, tt.refuses)
+					}
+					return
+				}
+				v := testproc.StartCmd(t, cmd)
+				if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != 200 {
+					t.Errorf("got %d %s, want 200", status, body)
+				}
+				if warned := strings.Contains(v.Text(), "ids are kept in memory only"); warned == tt.keeps {
+					t.Errorf("a warning that ids are in memory only: %t, want %t\n%s", warned, !tt.keeps, v.Text())
+				}
+				v.Kill()
+				if !tt.keeps {
+					return
+				}
+				v = testproc.StartCmd(t, testproc.Verve(t, args...))
+				if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != 409 {
+					t.Errorf("after a kill: got %d %s, want 409", status, body)
+				}
+			})
+		}
 	}
 }
 
