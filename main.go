@@ -165,6 +165,7 @@ type program struct {
 	records     *stream.Stream
 	group       *redis.Group // nil in memory mode
 	set         dedup.Set    // shared, or one in memory
+	use         lastUse
 	counter     *counter.Counter
 	callbacks   *callback.Sender
 	front       *server.Server
@@ -367,6 +368,7 @@ func (p *program) openCounter() (err error) {
 		p.set, counting.Publish = own, p.records
 	}
 	counting.Store = p.set
+	counting.InexactBefore = p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log)
 	if p.counter, err = counter.New(counting); err != nil {
 		return err
 	}
@@ -547,7 +549,7 @@ func (p *program) endParts() error {
 	p.stopGroup()
 	p.stopSet()
 	p.stopCertificate()
-	return nil
+	return p.use.end()
 }
 
 // close releases what open acquired, in reverse order. The errors of closing are

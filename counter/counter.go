@@ -54,10 +54,15 @@ type Config struct {
 	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
 	Store     Store
 	Publish   Publisher
-	NotBefore time.Time                         // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
-	LastLen   time.Duration                     // the length of that one. Optional: it is guessed.
-	Past      Past                              // what earlier processes left. Optional.
-	OnClose   func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
+	NotBefore time.Time     // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
+	LastLen   time.Duration // the length of that one. Optional: it is guessed.
+	Past      Past          // what earlier processes left. Optional.
+
+	// InexactBefore is until when ids were counted elsewhere, which the Store does not
+	// know: an epoch that began before is not exact. Optional.
+	InexactBefore time.Time
+
+	OnClose func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 
 	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or
 	// the process not run, before Stats tells of it. 0: the clock is not watched.
@@ -162,6 +167,9 @@ func New(cfg Config) (*Counter, error) {
 	}
 	e := c.newEpoch(nil, start, window)
 	e.serial = serial
+	if e.Start().Before(cfg.InexactBefore) {
+		e.MarkInexact()
+	}
 	cfg.Store.Open(e)
 	c.last = e
 	c.open.Store(e)

@@ -177,6 +177,23 @@ func TestIdleEpochsPublishZeroOnTime(t *testing.T) {
 	}
 }
 
+// TestEpochsThatBeganElsewhereAreNotExact: those that begin later are.
+func TestEpochsThatBeganElsewhereAreNotExact(t *testing.T) {
+	for _, tt := range []struct {
+		before time.Time
+		want   bool
+	}{{time.Time{}, true}, {time.Now(), false}, {time.Now().Add(-2 * time.Hour), true}} {
+		l := &ledger{t: t}
+		c, err := New(Config{Window: time.Hour, Store: l, Publish: l, InexactBefore: tt.before})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Last().Exact(); got != tt.want {
+			t.Errorf("ids were counted elsewhere until %v: exact %t, want %t", tt.before, got, tt.want)
+		}
+	}
+}
+
 func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()

@@ -649,12 +649,12 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	o := opened{
 		serial: e.Serial(), number: e.Number(), window: e.Window(),
-		boot: j.boot, publisher: j.publisher,
+		boot: j.boot, publisher: j.publisher, inexact: !e.Exact(),
 	}
 	if goesOn {
 		o.generation = j.newest.generation + 1
 		o.logged, o.published = j.first.logged, j.first.published
-		o.inexact = j.newest.inexact || j.cut
+		o.inexact = o.inexact || j.newest.inexact || j.cut
 		return o
 	}
 	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }

@@ -96,6 +96,7 @@ type Spool struct {
 	opened  uint64            // head when this process opened the spool
 	cursors map[string]uint64 // last index each sink acknowledged
 	sinks   []string
+	held    bool // there is no sink, and records wait for one
 	pending int
 	removed uint64    // records every sink has acknowledged, since the start
 	oldest  time.Time // sealed_at of the first pending record
@@ -380,7 +381,7 @@ func (s *Spool) append(r *Record, step func(string)) error {
 		s.oldest = r.SealedAt
 	}
 	s.remember(r.WindowStart, e.index)
-	if len(s.sinks) == 0 {
+	if len(s.sinks) == 0 && !s.held {
 		// Nobody to deliver to: the record's own log line is all there is.
 		if err := s.store.advance("", e.index, e.index, s.pending); err == nil {
 			s.removed += uint64(s.pending)
@@ -418,11 +419,13 @@ func (s *Spool) remember(start time.Time, index uint64) {
 // attach names the sinks that have to acknowledge a record before it is
 // removed. A sink that is no longer configured no longer holds records back,
 // and one that comes back starts with what is there. Without any sink a record is
-// removed when it is appended, with all that were there before.
+// removed when it is appended, unless some were there before: they had a sink, and all
+// wait for the start that has one again.
 func (s *Spool) attach(sinks []string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sinks = sinks
+	s.held = len(sinks) == 0 && s.pending > 0
 	want := make(map[string]bool)
 	for _, name := range sinks {
 		want[name] = true

@@ -81,6 +81,32 @@ func TestSpoolHandsOutInOrderAndForgetsWhatAllSinksHave(t *testing.T) {
 	}
 }
 
+// TestRecordsWaitForASinkThatWasTakenAway, and so do those that follow. Without any
+// sink before, nothing waits.
+func TestRecordsWaitForASinkThatWasTakenAway(t *testing.T) {
+	dir := t.TempDir()
+	for _, tt := range []struct {
+		sinks   []string
+		from    int
+		pending int
+	}{{nil, 0, 0}, {[]string{"a"}, 2, 2}, {nil, 4, 4}, {nil, 6, 6}, {[]string{"a"}, 8, 8}} {
+		sp := testSpool(t, dir)
+		if err := sp.attach(tt.sinks); err != nil {
+			t.Fatal(err)
+		}
+		appendTo(t, sp, tt.from, tt.from+2)
+		if got, _ := sp.watch(); got != tt.pending {
+			t.Errorf("sinks %v: %d records wait, want %d", tt.sinks, got, tt.pending)
+		}
+		if tt.from == 8 {
+			if got := drain(t, sp, "a"); len(got) != 8 || !got[0].WindowStart.Equal(window(2).Start) {
+				t.Errorf("the sink was given %d records, want the 8 since the first that waited: %v", len(got), got)
+			}
+		}
+		sp.Close()
+	}
+}
+
 func TestSpoolNumbersWithoutGapsAcrossRestarts(t *testing.T) {
 	dir := t.TempDir()
 	var got []Record

@@ -165,7 +165,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		return nil, fmt.Errorf("stream: %w", err)
 	}
 	if pending, _ := spool.watch(); pending > 0 && len(names) == 0 {
-		cfg.Log.Warn().Int("records", pending).Msg("no broker and no counts file is set: the records in the spool are dropped at the next window")
+		cfg.Log.Warn().Int("records", pending).Msg("no broker and no counts file is set: the records in the spool, and those to come, wait there for a start that has one")
 	}
 	return s, nil
 }
@@ -260,7 +260,7 @@ func (s *Stream) Run(ctx context.Context) error {
 // Run after it. When ctx ends first the records stay in the spool and the error
 // says how many.
 func (s *Stream) Flush(ctx context.Context) error {
-	for {
+	for len(s.sinks) > 0 {
 		pending, changed := s.spool.watch()
 		if pending == 0 {
 			return nil
@@ -275,6 +275,7 @@ func (s *Stream) Flush(ctx context.Context) error {
 			return fmt.Errorf("%d records not delivered, they are %s: %w", pending, kept, ctx.Err())
 		}
 	}
+	return nil
 }
 
 // DeliveredTo returns the place up to which every sink has the records, and a

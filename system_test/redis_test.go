@@ -56,6 +56,48 @@ func wantOnce(t *testing.T, windows map[time.Time][]testproc.Record) (sum int) {
 	return sum
 }
 
+// TestFromAGroupToMemoryWithinAWindow: this process does not know the ids that the group
+// has, so the record of the running window is not exact, also over a kill; and the log
+// names the group that may have windows left.
+func TestFromAGroupToMemoryWithinAWindow(t *testing.T) {
+	redis := testproc.StartRedis(t, "--maxmemory-policy", "noeviction")
+	for _, killed := range []bool{false, true} {
+		dir := t.TempDir()
+		v := member(t, "a", dir, redis.Addr, "--window=1h", "--shutdown-timeout=1s", fmt.Sprintf("--group=killed-%t", killed))
+		ask := func() {
+			t.Helper()
+			if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != 200 {
+				t.Errorf("got %d %s, want 200", status, body)
+			}
+		}
+		ask()
+		if killed {
+			v.Kill()
+		} else {
+			v.Stop()
+		}
+		memory := []string{"--window=1h", "--data-dir=" + filepath.Join(dir, "a")}
+		v = testproc.Start(t, memory...)
+		if !strings.Contains(v.Text(), fmt.Sprintf("group killed-%t in Redis at %s", killed, redis.Addr)) {
+			t.Errorf("the log does not name the group:\n%s", v.Text())
+		}
+		ask()
+		if killed {
+			v.Kill()
+			v = testproc.Start(t, memory...)
+		}
+		v.Stop()
+		exact := true
+		all := testproc.Records(t, filepath.Join(dir, "a", "counts.jsonl"))
+		for _, r := range all {
+			exact = exact && r.Exact
+		}
+		if exact {
+			t.Errorf("killed %t: an id got ok twice, and all records are exact: %+v", killed, all)
+		}
+	}
+}
+
 // TestTwoInstancesCountAsOne: of two requests for one id at two instances at the
 // same moment one is ok; the group's window has one record, published although
 // both stop within it.

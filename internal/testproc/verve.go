@@ -278,6 +278,7 @@ type Record struct {
 	Instance string    `json:"instance"`
 	Seq      int       `json:"seq"`
 	Complete bool      `json:"complete"`
+	Exact    bool      `json:"exact"`
 }
 
 // Records reads a counts file.

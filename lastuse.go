@@ -1,0 +1,90 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"verve/internal/durable"
+)
+
+// lastUse says where the ids of a data directory are counted: here, or in the Redis
+// of a group. After a change the ids that were answered before are not known in the
+// window that runs on, so its record is not exact.
+type lastUse struct {
+	Ids   string    `json:"ids"` // as config.ids
+	Until time.Time `json:"until,omitzero"`
+
+	path string // empty: nothing is on disk
+}
+
+const lastUseFile = "last-use.json"
+
+// ids names the place where ids are counted, without the secrets of its URL.
+func (c *config) ids() string {
+	if c.Dedup != dedupRedis {
+		return c.Dedup
+	}
+	var hosts []string
+	for _, text := range c.RedisURL {
+		if u, err := url.Parse(text); err == nil { // else nothing was opened
+			hosts = append(hosts, u.Host+u.Path)
+		}
+	}
+	slices.Sort(hosts)
+	return "group " + c.Group + " in Redis at " + strings.Join(hosts, ", ")
+}
+
+// begin keeps that ids are counted in ids from now on. It returns until when they
+// were counted elsewhere; the zero time if they were not, or nobody knows.
+func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
+	if dir == noDataDir {
+		return elsewhere
+	}
+	u.path = filepath.Join(dir, lastUseFile)
+	var before lastUse
+	if b, err := os.ReadFile(u.path); err == nil && json.Unmarshal(b, &before) == nil && before.Ids != ids {
+		if elsewhere = before.Until; elsewhere.IsZero() {
+			elsewhere = time.Now() // killed, at a time that nobody knows
+		}
+		log.Warn().Str("before", before.Ids).Str("now", ids).Bool("killed", before.Until.IsZero()).
+			Msg("ids of this data directory were counted elsewhere before: windows left in a group's Redis are published by the next instance of that group, and a window that was running then is not exact")
+	}
+	u.Ids, u.Until = ids, time.Time{}
+	if err := u.write(); err != nil {
+		log.Warn().Err(err).Msg("a later change of --dedup, --group or --redis-url within a window would not be noticed")
+	}
+	return elsewhere
+}
+
+// end keeps that no id is counted any more.
+func (u *lastUse) end() error {
+	u.Until = time.Now().UTC()
+	return u.write()
+}
+
+func (u *lastUse) write() error {
+	if u.path == "" {
+		return nil
+	}
+	b, err := json.Marshal(u)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(u.path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return errors.Join(os.Rename(u.path+".tmp", u.path), durable.SyncDir(filepath.Dir(u.path)))
+}
