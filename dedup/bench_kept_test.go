@@ -96,7 +96,7 @@ func BenchmarkStart(b *testing.B) {
 					b.Fatal("the hour is over: nothing is put back")
 				}
 				b.StopTimer()
-				m.abandon()
+				abandon(m)
 				b.StartTimer()
 			}
 			if found != uint64(ids) {

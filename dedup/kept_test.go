@@ -153,11 +153,11 @@ func (p *life) kill() {
 	if p.topic != nil {
 		p.topic.close()
 	}
-	p.m.abandon()
+	abandon(p.m)
 }
 
 // abandon lets go of memory, mappings and lock as the end of a process does.
-func (m *Memory) abandon() {
+func abandon(m *Memory) {
 	for _, t := range append(m.oldNarrow, m.narrow, m.nextNarrow) {
 		if t != nil {
 			t.free(m.arena)

@@ -138,6 +138,6 @@ func TestWindowWithoutARecordIsSaid(t *testing.T) {
 		if len(past.Left) != 0 || len(past.Lost) != 1 || !past.Lost[0].Start.Equal(start) || past.Lost[0].Unique != 1 {
 			t.Errorf("left %v, lost %v; want the window of %v with one id to be lost", past.Left, past.Lost, start)
 		}
-		m.abandon()
+		abandon(m)
 	})
 }

@@ -349,7 +349,7 @@ func TestFaultWhileRecallingIsAnError(t *testing.T) {
 		if unfit := m.journal.first.unfit; !errors.Is(unfit, ErrUnavailable) || !strings.Contains(unfit.Error(), "fault") {
 			t.Errorf("expecting %d: got %v", expect, unfit)
 		}
-		m.abandon()
+		abandon(m)
 	}
 }
 

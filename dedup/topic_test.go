@@ -63,8 +63,8 @@ func (b *topic) open(last time.Time, sum uint64) {
 	if b.spool, err = stream.OpenSpool(stream.SpoolConfig{Dir: filepath.Join(b.dir, "spool"), Group: "verve", Instance: "host-1"}); err != nil {
 		b.t.Fatal(err)
 	}
-	if start, unique := b.spool.LastWindow(); !start.Equal(last) || unique != sum {
-		b.t.Fatalf("the spool ends with %d in %v, want %d in %v", unique, start, sum, last)
+	if p := b.spool.Published()[b.spool.Identity()]; !p.Last.Equal(last) || p.Unique != sum {
+		b.t.Fatalf("the spool ends with %d in %v, want %d in %v", p.Unique, p.Last, sum, last)
 	}
 	if b.stream, err = stream.New(stream.Config{Scope: stream.ScopeInstance, Kafka: b.kafka}, b.spool); err != nil {
 		b.t.Fatal(err)

@@ -23,7 +23,7 @@ func newAdminSite(t *testing.T, records *Records) (*site, *Admin) {
 	return s, a
 }
 
-func (a *Admin) get(path string) *httptest.ResponseRecorder {
+func getPage(a *Admin, path string) *httptest.ResponseRecorder {
 	w := httptest.NewRecorder()
 	a.http.Handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
 	return w
@@ -49,11 +49,11 @@ func TestReadyzSaysWhyNot(t *testing.T) {
 		{"stopping", func() { records = Records{}; a.NotReady() }, 503, `"server":{"ok":false,"reason":"shutting down"}`},
 	} {
 		c.change()
-		w := a.get("/readyz")
+		w := getPage(a, "/readyz")
 		if w.Code != c.status || !strings.Contains(w.Body.String(), c.want) || w.Header().Get("Content-Type") != "application/json" {
 			t.Errorf("%s: got %d %s, want %d with %s", c.name, w.Code, w.Body, c.status, c.want)
 		}
-		if w := a.get("/healthz"); w.Code != 200 || w.Body.String() != "ok" {
+		if w := getPage(a, "/healthz"); w.Code != 200 || w.Body.String() != "ok" {
 			t.Errorf("%s: not alive: %d %s", c.name, w.Code, w.Body)
 		}
 	}
@@ -68,21 +68,21 @@ func TestWindowsShowTheOpenEpochAndTheLastOnes(t *testing.T) {
 		Windows []window `json:"windows"`
 	}
 	var open, closed answer
-	if err := json.Unmarshal(a.get("/api/windows").Body.Bytes(), &open); err != nil {
+	if err := json.Unmarshal(getPage(a, "/api/windows").Body.Bytes(), &open); err != nil {
 		t.Fatal(err)
 	}
 	if o := open.Open; o.Unique != 1 || o.Duplicates != 1 || o.State != "open" || o.MS != 3600000 || len(open.Windows) != 0 {
 		t.Errorf("got %+v", open)
 	}
 	s.stop()
-	if err := json.Unmarshal(a.get("/api/windows?limit=1").Body.Bytes(), &closed); err != nil {
+	if err := json.Unmarshal(getPage(a, "/api/windows?limit=1").Body.Bytes(), &closed); err != nil {
 		t.Fatal(err)
 	}
 	if len(closed.Windows) != 1 || closed.Windows[0].Unique != 1 || closed.Windows[0].State != "spooled" {
 		t.Errorf("got %+v", closed)
 	}
 	for _, limit := range []string{"0", "-1", "x", "1441"} {
-		if w := a.get("/api/windows?limit=" + limit); w.Code != 400 {
+		if w := getPage(a, "/api/windows?limit=" + limit); w.Code != 400 {
 			t.Errorf("limit %s: got %d, want 400", limit, w.Code)
 		}
 	}
@@ -125,7 +125,7 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 	s.ask(get("id=1"))
 	s.ask(get("id="))
 	s.ask(get("id=2&endpoint=nothing"))
-	page := a.get("/metrics").Body.String()
+	page := getPage(a, "/metrics").Body.String()
 	for _, want := range []string{
 		`verve_accept_total{result="ok"} 1`,
 		`verve_accept_total{result="duplicate"} 1`,

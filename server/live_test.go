@@ -22,7 +22,7 @@ import (
 // and each script and style is named by its digest.
 func TestLivePageIsOneFileThatItsPolicyAllows(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
-	w := a.get("/")
+	w := getPage(a, "/")
 	body, policy := w.Body.String(), w.Header().Get("Content-Security-Policy")
 	if w.Code != 200 || w.Header().Get("Content-Type") != "text/html; charset=utf-8" {
 		t.Fatalf("got %d %v", w.Code, w.Header())
@@ -265,7 +265,7 @@ func TestLiveStreamsEndWithTheServer(t *testing.T) {
 		t.Errorf("the stream ends with %.200s", got)
 	}
 	<-stopped
-	if w := a.get("/api/live"); w.Code != 503 {
+	if w := getPage(a, "/api/live"); w.Code != 503 {
 		t.Errorf("after the stop got %d", w.Code)
 	}
 }

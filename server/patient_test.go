@@ -2,7 +2,6 @@ package server
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 
 	"github.com/rs/zerolog"
 )
@@ -67,24 +68,6 @@ func newFaulty(t *testing.T) *faulty {
 		t.Fatal(err)
 	}
 	return &faulty{Listener: ln}
-}
-
-// logLines collects lines; many goroutines log.
-type logLines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logLines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logLines) count(part string) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.b.String(), part)
 }
 
 // TestListenersOutliveEveryErrorOfAccept: the next accept succeeds, and every failure
@@ -143,7 +126,7 @@ func TestCloseEndsTheWaitAfterAFailedAccept(t *testing.T) {
 // are served, new ones wait and are served in the end, /readyz and a metric say so, and
 // the log has a line a second at most.
 func TestOutOfDescriptorsIsReportedAndPasses(t *testing.T) {
-	var log logLines
+	var log testproc.Buffer
 	ln, adminLn := newFaulty(t), newFaulty(t)
 	base := newSite(t, nil)
 	cfg := base.cfg
@@ -206,7 +189,7 @@ func TestOutOfDescriptorsIsReportedAndPasses(t *testing.T) {
 	if code, body := ask(c, r, get("id=3")); code != 200 {
 		t.Errorf("the connection that is open: got %d %s", code, body)
 	}
-	page := a.get("/metrics").Body.String()
+	page := getPage(a, "/metrics").Body.String()
 	for _, name := range []string{"public", "admin"} {
 		if strings.Contains(page, fmt.Sprintf("verve_accept_errors_total{listener=%q} 0\n", name)) || !strings.Contains(page, fmt.Sprintf("verve_accept_errors_total{listener=%q}", name)) {
 			t.Errorf("the failures of the %s listener are not counted", name)
@@ -222,7 +205,7 @@ func TestOutOfDescriptorsIsReportedAndPasses(t *testing.T) {
 	if code, body := ask(admin, adminR, ready); code != 200 && time.Since(began) > 2*time.Second {
 		t.Errorf("afterwards: %d %s", code, body)
 	}
-	if n, most := log.count("could not be accepted"), 2*int(2+time.Since(began)/time.Second+patience/time.Second); n < 2 || n > most {
+	if n, most := strings.Count(log.String(), "could not be accepted"), 2*int(2+time.Since(began)/time.Second+patience/time.Second); n < 2 || n > most {
 		t.Errorf("got %d lines, want 2 to %d", n, most)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"strings"
@@ -13,6 +12,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/testproc"
 )
 
 // refusalLine is a line of the log about refusals.
@@ -22,25 +22,11 @@ type refusalLine struct {
 	Hidden                               int
 }
 
-// logBuffer collects lines of several goroutines.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
 // refusals returns what the log says of them, by reason.
-func (l *logBuffer) refusals(t *testing.T) map[string][]refusalLine {
+func refusals(t *testing.T, log *testproc.Buffer) map[string][]refusalLine {
 	t.Helper()
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	lines := map[string][]refusalLine{}
-	for _, text := range strings.Split(strings.TrimSpace(l.b.String()), "\n") {
+	for _, text := range strings.Split(strings.TrimSpace(log.String()), "\n") {
 		var line refusalLine
 		if err := json.Unmarshal([]byte(text), &line); err != nil {
 			t.Fatalf("%s: %v", text, err)
@@ -56,7 +42,7 @@ func (l *logBuffer) refusals(t *testing.T) map[string][]refusalLine {
 // number of the others, of each reason that there is.
 func TestEveryCauseOfRefusalsIsLogged(t *testing.T) {
 	const each = 1000
-	var log logBuffer
+	var log testproc.Buffer
 	s := newSite(t, func(c *Config) { c.Log = zerolog.New(&log) })
 	for i, r := range allReasons {
 		if r.index != i || r.name == "" || r.value != "" && r.name != r.value {
@@ -73,7 +59,7 @@ func TestEveryCauseOfRefusalsIsLogged(t *testing.T) {
 		callers.Wait()
 	}
 	s.stop()
-	lines := log.refusals(t)
+	lines := refusals(t, &log)
 	for _, r := range allReasons {
 		if r == reasonPanic { // see TestPanicCostsOneRequestAndTheEpochIsStillSealed
 			continue
@@ -122,18 +108,18 @@ func TestRefusalsAreLoggedWithTheirCause(t *testing.T) {
 		{"another path", nil, "GET /secret HTTP/1.1\r\nHost: x\r\n\r\n", refusalLine{Level: "info", Reason: "not-found", Status: 404}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			var log logBuffer
+			var log testproc.Buffer
 			s := newSite(t, func(cfg *Config) {
 				cfg.Log = zerolog.New(&log)
 				cfg.Set = failing{cfg.Set, c.err}
 			})
 			s.ask(c.raw)
-			lines := log.refusals(t)[c.want.Reason]
+			lines := refusals(t, &log)[c.want.Reason]
 			c.want.Message = "a request was refused"
 			if len(lines) != 1 || lines[0] != c.want {
 				t.Errorf("got %+v, want %+v", lines, c.want)
 			}
-			if strings.Contains(log.b.String(), "secret") {
+			if strings.Contains(log.String(), "secret") {
 				t.Error("the log repeats what the request said")
 			}
 		})
@@ -147,7 +133,7 @@ func TestConnectionsOverALimitAreLogged(t *testing.T) {
 		"max-conns-per-address": func(c *Config) { c.MaxConnsPerAddress = 1 },
 	} {
 		const over = 20
-		var log logBuffer
+		var log testproc.Buffer
 		s := newSite(t, func(c *Config) {
 			c.Log = zerolog.New(&log)
 			change(c)
@@ -163,7 +149,7 @@ func TestConnectionsOverALimitAreLogged(t *testing.T) {
 			s.ask(get("id=1"))
 		}
 		s.stop()
-		lines := log.refusals(t)["busy"]
+		lines := refusals(t, &log)["busy"]
 		if len(lines) != 2 || lines[0].Limit != limit || lines[0].Level != "warn" || lines[1].Hidden != over-1 {
 			t.Errorf("%s: %+v", limit, lines)
 		}

@@ -341,7 +341,7 @@ func TestCertificateIsReplacedWhenTheFilesChange(t *testing.T) {
 		t.Fatalf("got %v", resp)
 	}
 	files.replace(files.key, newKey)
-	logged("new TLS certificate")
+	logged(`"message":"new TLS certificate"`)
 	if resp, _ := s.askTLS(get("id=3")); resp.StatusCode != 200 { // trusts the new one only
 		t.Fatalf("got %v", resp)
 	}

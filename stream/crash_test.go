@@ -125,7 +125,7 @@ func (c childSpec) run() error {
 	// What the counter knows of its own, after a kill, is what is not in the
 	// spool.
 	next := 0
-	if at, _ := sp.LastWindow(); !at.IsZero() {
+	if at, _ := lastWindow(sp); !at.IsZero() {
 		next = int(at.Sub(origin)/time.Minute) + 1
 	}
 	for ; next < c.Until; next++ {

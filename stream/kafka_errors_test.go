@@ -181,7 +181,7 @@ func TestKafkaTimeThatIsRefused(t *testing.T) {
 				if took := time.Since(began); took > 10*time.Second {
 					t.Errorf("delivered after %v", took)
 				}
-				if st := s.Stats(); st.Poison != 5-tt.records || st.LastError() != "" {
+				if st := s.Stats(); st.Poison != 5-tt.records || firstError(st) != "" {
 					t.Errorf("stats %+v, want %d set aside", st, 5-tt.records)
 				}
 				s.stop()
@@ -234,7 +234,7 @@ func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 			}
 		}
 		s.flush(t, time.Minute)
-		if st := s.Stats(); st.Poison != 0 || st.LastError() != "" {
+		if st := s.Stats(); st.Poison != 0 || firstError(st) != "" {
 			t.Errorf("stats %+v", st)
 		}
 		s.stop()
@@ -272,7 +272,7 @@ func TestKafkaClockThatTheTopicRefuses(t *testing.T) {
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
 		s.publish(t, 0, 3)
 		time.Sleep(2 * time.Hour)
-		if st := s.Stats(); st.Poison != 0 || !strings.Contains(st.LastError(), "clock") {
+		if st := s.Stats(); st.Poison != 0 || !strings.Contains(firstError(st), "clock") {
 			t.Errorf("stats %+v", st)
 		}
 		s.flush(t, 2*time.Hour)

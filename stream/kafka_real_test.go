@@ -201,12 +201,12 @@ func TestRealKafka(t *testing.T) {
 			cfg.SASL, cfg.User, cfg.PasswordFile = mechanism, "verve", path
 			s := start(t, t.TempDir(), Config{Kafka: cfg})
 			s.publish(t, 0, 3)
-			for deadline := time.Now().Add(30 * time.Second); s.Stats().LastError() == ""; time.Sleep(10 * time.Millisecond) {
+			for deadline := time.Now().Add(30 * time.Second); firstError(s.Stats()) == ""; time.Sleep(10 * time.Millisecond) {
 				if time.Now().After(deadline) {
 					t.Fatalf("%s: no word about the wrong password: %+v", mechanism, s.Stats())
 				}
 			}
-			if text := s.Stats().LastError(); !strings.Contains(text, "SASL_AUTHENTICATION_FAILED") {
+			if text := firstError(s.Stats()); !strings.Contains(text, "SASL_AUTHENTICATION_FAILED") {
 				t.Errorf("%s: the reason is %q", mechanism, text)
 			}
 			if err := os.WriteFile(path, []byte("secret\n"), 0o600); err != nil {

@@ -148,7 +148,7 @@ func TestKafkaEveryErrorIsOvercome(t *testing.T) {
 						s.publish(t, 4, 5)
 						s.flush(t, 5*time.Minute)
 						st := s.Stats()
-						if st.Poison != 0 || st.Conflicts != 0 || st.LastError() != "" {
+						if st.Poison != 0 || st.Conflicts != 0 || firstError(st) != "" {
 							t.Errorf("stats %+v", st)
 						}
 						s.stop()
@@ -285,7 +285,7 @@ func TestKafkaMissingTopicIsWaitedFor(t *testing.T) {
 		s.publish(t, 0, 3)
 		time.Sleep(10 * time.Minute)
 		st := s.Stats()
-		if st.Pending != 3 || !strings.Contains(st.LastError(), "UNKNOWN_TOPIC_OR_PARTITION") || !strings.Contains(st.LastError(), cfg.Topic) {
+		if st.Pending != 3 || !strings.Contains(firstError(st), "UNKNOWN_TOPIC_OR_PARTITION") || !strings.Contains(firstError(st), cfg.Topic) {
 			t.Errorf("stats %+v", st)
 		}
 		if err := c.CreateTopic(cfg.Topic, 1, nil); err != nil {
@@ -319,7 +319,7 @@ func TestKafkaBrokerAwayForHours(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 		st := s.Stats()
-		if st.Pending != windows || !strings.Contains(st.LastError(), "connection refused") || st.Sinks[0].State != StateFailing {
+		if st.Pending != windows || !strings.Contains(firstError(st), "connection refused") || st.Sinks[0].State != StateFailing {
 			t.Errorf("stats %+v", st)
 		}
 		if n := strings.Count(log.String(), "\n"); n > windows*2+10 || !strings.Contains(log.String(), `"hidden":`) {
@@ -500,7 +500,7 @@ func TestKafkaPoisonIsSetAsideAndBlocksNothing(t *testing.T) {
 				sp.Close()
 				s := start(t, dir, Config{Kafka: cfg, Log: zerolog.New(&log)})
 				s.flush(t, 5*time.Minute)
-				if st := s.Stats(); st.Poison != 1 || st.LastError() != "" {
+				if st := s.Stats(); st.Poison != 1 || firstError(st) != "" {
 					t.Errorf("stats %+v", st)
 				}
 				if !strings.Contains(log.String(), string(victim)) {
@@ -566,7 +566,7 @@ func TestKafkaWrongPasswordIsPutRightWithoutARestart(t *testing.T) {
 				s := start(t, t.TempDir(), Config{Kafka: cfg})
 				s.publish(t, 0, 3)
 				time.Sleep(5 * time.Minute)
-				if st := s.Stats(); st.Pending != 3 || st.LastError() == "" {
+				if st := s.Stats(); st.Pending != 3 || firstError(st) == "" {
 					t.Errorf("stats %+v", st)
 				}
 				write("secret\n")

@@ -34,7 +34,7 @@ func TestNumbersGoOnBehindADamagedSpool(t *testing.T) {
 			t.Errorf("round %d: set aside as %q, instance %q", round, sp.setAside, sp.Instance())
 		}
 		last := 6 + 2*round
-		if start, unique := sp.LastWindow(); !start.Equal(window(last).Start) || unique != window(last).Unique {
+		if start, unique := lastWindow(sp); !start.Equal(window(last).Start) || unique != window(last).Unique {
 			t.Errorf("round %d: last window %v with %d, want %v with %d", round, start, unique, window(last).Start, window(last).Unique)
 		}
 		if err := sp.attach([]string{"a"}); err != nil {

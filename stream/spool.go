@@ -29,9 +29,9 @@ type SpoolConfig struct {
 	// Log gets one line when a damaged file was set aside. The zero value is
 	// silent.
 	Log zerolog.Logger
-	// Limit is the number of undelivered records above which Append refuses.
-	// 0 means DefaultSpoolLimit on disk, DefaultMemoryLimit in memory.
-	Limit int
+	// limit is the number of undelivered records above which Append refuses.
+	// 0 means defaultSpoolLimit on disk, defaultMemoryLimit in memory.
+	limit int
 }
 
 // Check refuses names that cannot stand in a record's key, and a Dir that cannot
@@ -52,26 +52,26 @@ func (cfg *SpoolConfig) Check() error {
 }
 
 const (
-	// DefaultSpoolLimit is two years of one-minute windows, or twelve hours of
+	// defaultSpoolLimit is two years of one-minute windows, or twelve hours of
 	// the shortest (50ms), and about half a gigabyte of disk. Above it the spool
 	// refuses: dropping the oldest record would be a silent loss, while a
 	// refused one makes the server not ready with a reason and stays with the
 	// counter until there is room.
-	DefaultSpoolLimit = 1 << 20
+	defaultSpoolLimit = 1 << 20
 
-	// DefaultMemoryLimit is 45 days of one-minute windows in about 25 MB.
-	DefaultMemoryLimit = 1 << 16
+	// defaultMemoryLimit is 45 days of one-minute windows in about 25 MB.
+	defaultMemoryLimit = 1 << 16
 
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
 )
 
-// ErrSpoolFull and ErrOutOfOrder are what Append refuses with. Publish retries
+// errSpoolFull and errOutOfOrder are what Append refuses with. Publish retries
 // the first until there is room and returns the second at once: no later try
 // can make it right.
 var (
-	ErrSpoolFull  = errors.New("spool is full")
-	ErrOutOfOrder = errors.New("window is older than the last one published")
+	errSpoolFull  = errors.New("spool is full")
+	errOutOfOrder = errors.New("window is older than the last one published")
 )
 
 // Spool keeps records that not every sink has acknowledged. It numbers them and
@@ -169,12 +169,12 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
-	if cfg.Limit < 0 {
-		return nil, fmt.Errorf("spool limit %d is negative", cfg.Limit)
+	if cfg.limit < 0 {
+		return nil, fmt.Errorf("spool limit %d is negative", cfg.limit)
 	}
 	s := &Spool{
 		group:   cfg.Group,
-		limit:   cfg.Limit,
+		limit:   cfg.limit,
 		durable: cfg.Dir != "",
 		changed: make(chan struct{}),
 		recent:  make(map[int64]uint64),
@@ -182,11 +182,11 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s.store = &memoryStore{}
 	if cfg.Dir == "" {
 		if s.limit == 0 {
-			s.limit = DefaultMemoryLimit
+			s.limit = defaultMemoryLimit
 		}
 	} else {
 		if s.limit == 0 {
-			s.limit = DefaultSpoolLimit
+			s.limit = defaultSpoolLimit
 		}
 		s.dir = cfg.Dir
 		err := s.openFile()
@@ -295,25 +295,11 @@ func (s *Spool) load(instance string) (before string, err error) {
 // Instance is the name in use.
 func (s *Spool) Instance() string { return s.instance }
 
-// Group is the name of the group.
-func (s *Spool) Group() string { return s.group }
-
-// LastWindow returns the start of the last window this instance appended a
-// record for, and the sum of unique over its records of that window. A process
-// that restarts within a window, or does not know whether a count reached the
-// spool before it was killed, publishes the difference. The zero time: none.
-func (s *Spool) LastWindow() (start time.Time, unique uint64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	last, ok := s.series[s.Identity()]
-	if !ok {
-		return time.Time{}, 0
-	}
-	return time.Unix(0, last.start).UTC(), last.unique
-}
-
-// Published returns, by the name of the series, what LastWindow does for this one:
-// other instances and groups may have used the directory before.
+// Published returns, by the name of the series, the start of the last window that a
+// record was appended for, and the sum of unique over the records of that window. A
+// process that restarts within a window, or does not know whether a count reached the
+// spool before it was killed, publishes the difference. Other instances and groups may
+// have used the directory before.
 func (s *Spool) Published() map[string]counter.Published {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -347,7 +333,7 @@ func (s *Spool) append(r *Record, step func(string)) error {
 		// Labels of an instance strictly increase. A second record for the same
 		// window is what a restart within it publishes.
 		if next.seq > 0 && start < next.start {
-			return fmt.Errorf("%w: %s after %s", ErrOutOfOrder,
+			return fmt.Errorf("%w: %s after %s", errOutOfOrder,
 				r.WindowStart.UTC().Format(time.RFC3339Nano), time.Unix(0, next.start).UTC().Format(time.RFC3339Nano))
 		}
 		next.seq++
@@ -357,7 +343,7 @@ func (s *Spool) append(r *Record, step func(string)) error {
 		return fmt.Errorf("append to the spool: %w", err)
 	}
 	if s.pending >= s.limit {
-		return fmt.Errorf("%w: %d records wait for delivery", ErrSpoolFull, s.pending)
+		return fmt.Errorf("%w: %d records wait for delivery", errSpoolFull, s.pending)
 	}
 	if start != next.start {
 		next.start, next.unique = start, 0

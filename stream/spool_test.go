@@ -115,7 +115,7 @@ func TestSpoolNumbersWithoutGapsAcrossRestarts(t *testing.T) {
 		if err := sp.attach([]string{"a"}); err != nil {
 			t.Fatal(err)
 		}
-		at, _ := sp.LastWindow()
+		at, _ := lastWindow(sp)
 		if i > 0 && !at.Equal(window(2*i-1).Start) {
 			t.Errorf("last window %s after %d records", at, 2*i)
 		}

@@ -182,7 +182,7 @@ func (s *Stream) step(name string) {
 // error.
 //
 // After an error the caller still has to publish the count. After a failed fsync it may be
-// in the spool even so; Spool.LastWindow shows that to the next process.
+// in the spool even so; Spool.Published shows that to the next process.
 func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 	_, err := s.Append(ctx, c)
 	return err
@@ -228,7 +228,7 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 		if err == nil {
 			break
 		}
-		if errors.Is(err, ErrOutOfOrder) {
+		if errors.Is(err, errOutOfOrder) {
 			return 0, fmt.Errorf("publish: %w", err)
 		}
 		if hidden, ok := log.Allow(time.Now()); ok {
@@ -347,34 +347,11 @@ type Stats struct {
 
 // SinkStats is the state of one sink.
 type SinkStats struct {
-	Name         string // "kafka" or "file"
-	Target       string // the topic and its brokers, or the path of the file
-	State        string
-	LastError    string // also after it was overcome
-	FailingSince time.Time
-	Delivered    uint64 // records acknowledged, since the start
-}
-
-// LastError is the reason to show first: what keeps records from the spool, else
-// what keeps the first failing sink. Empty when nothing fails.
-func (s Stats) LastError() string {
-	if s.AppendError != "" {
-		return s.AppendError
-	}
-	for _, k := range s.Sinks {
-		if k.State == StateFailing {
-			return k.Name + ": " + k.LastError
-		}
-	}
-	return ""
-}
-
-// OldestAge is how long the oldest undelivered record has waited at now.
-func (s Stats) OldestAge(now time.Time) time.Duration {
-	if s.Oldest.IsZero() {
-		return 0
-	}
-	return max(0, now.Sub(s.Oldest))
+	Name      string // "kafka" or "file"
+	Target    string // the topic and its brokers, or the path of the file
+	State     string
+	LastError string // also after it was overcome
+	Delivered uint64 // records acknowledged, since the start
 }
 
 // Stats returns the current state.
@@ -590,7 +567,7 @@ func (w *worker) recovered(name string) {
 func (w *worker) stats(waiting bool) SinkStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	st := SinkStats{Name: w.sink.name(), Target: w.target, State: StateIdle, FailingSince: w.failingSince, Delivered: w.delivered}
+	st := SinkStats{Name: w.sink.name(), Target: w.target, State: StateIdle, Delivered: w.delivered}
 	if waiting {
 		st.State = StateDelivering
 	}

@@ -331,7 +331,7 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	// Twenty seconds later.
 	server.do("EVAL", `local s = {cmsgpack.unpack(redis.call('HGET', KEYS[1], ARGV[1]))}
 		s[2] = s[2] - 20
-		redis.call('HSET', KEYS[1], ARGV[1], cmsgpack.pack(unpack(s)))`, "1", a.lanes[0].key, "S"+a.cfg.Session)
+		redis.call('HSET', KEYS[1], ARGV[1], cmsgpack.pack(unpack(s)))`, "1", a.lanes[0].key, "S"+a.cfg.session)
 	testproc.Until(t, "the doubt lapses", func() bool {
 		v, err := eb.Add(t, b, 0, "42")
 		if err == nil && v != dedup.Repeat {

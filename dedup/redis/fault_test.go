@@ -367,7 +367,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			way.refusing.Store(false)
 			testproc.Until(t, "the hello is done", func() bool {
 				var seq uint64
-				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], 'S' .. ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.Session), &seq)
+				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], 'S' .. ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.session), &seq)
 				return seq > last
 			})
 			way.cut(0) // its reply is on its way
@@ -789,7 +789,7 @@ func TestRedisFailOpen(t *testing.T) {
 // to be away there is none.
 func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.Addr, func(c *Config) { c.Pending = 1000 })
+	r := newRedis(t, server.Addr, func(c *Config) { c.pending = 1000 })
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "1", dedup.Unique)
 	server.pause()
@@ -917,7 +917,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane2") && strings.Contains(server.do("HKEYS", k), r.cfg.Session) {
+		if strings.HasSuffix(k, ":lane2") && strings.Contains(server.do("HKEYS", k), r.cfg.session) {
 			t.Errorf("the session is left in %s", k)
 		}
 	}
@@ -939,7 +939,7 @@ func TestRedisConfig(t *testing.T) {
 		{func(c *Config) { c.Group = "" }, "group"},
 		{func(c *Config) { c.Window = time.Millisecond }, "window"},
 		{func(c *Config) { c.Local = nil }, "Local"},
-		{func(c *Config) { c.Pending = -1 }, "Pending"},
+		{func(c *Config) { c.Timeout = -1 }, "Timeout"},
 	} {
 		c := good
 		tt.change(&c)

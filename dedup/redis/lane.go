@@ -243,7 +243,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (
 		l.mu.Unlock()
 		return v, nil, err
 	case en == nil:
-		if r.pending.Add(1) > int64(r.cfg.Pending) {
+		if r.pending.Add(1) > int64(r.cfg.pending) {
 			r.pending.Add(-1)
 			l.mu.Unlock()
 			return 0, nil, errPending
@@ -493,7 +493,7 @@ func (l *lane) run() {
 			wait = min(2*wait, maxRetry)
 		}
 	}
-	l.r.call(l.r.life, l.key, "bye", l.r.cfg.Session)
+	l.r.call(l.r.life, l.key, "bye", l.r.cfg.session)
 }
 
 // rouse wakes those whom a batch has answered.
@@ -689,7 +689,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	if now-l.ticked > int64(noteTime) || len(j.asked) > 0 {
 		tick = "1"
 	}
-	a, err := l.r.call(l.r.life, l.key, opBatch, l.r.cfg.Session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, tick,
+	a, err := l.r.call(l.r.life, l.key, opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, tick,
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	if err != nil {
 		l.r.counts.retries.Add(1)

@@ -65,7 +65,7 @@ type mark struct {
 	end int
 }
 
-func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.LogBytes }
+func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logBytes }
 
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
@@ -158,7 +158,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	seq := l.seq + seqSkip
 	for {
 		l.lose(j.epoch, a)
-		h, err := r.call(r.life, l.key, "hello", r.cfg.Session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, holdFor)
+		h, err := r.call(r.life, l.key, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, holdFor)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}

@@ -31,18 +31,18 @@ import (
 
 // Defaults of Config.
 const (
-	// DefaultRedisTimeout lets a request that fails be answered within 250 ms.
-	DefaultRedisTimeout = 200 * time.Millisecond
+	// defaultTimeout lets a request that fails be answered within 250 ms.
+	defaultTimeout = 200 * time.Millisecond
 
-	// DefaultRedisPending is more than the connections of an instance, so that
+	// defaultPending is more than the connections of an instance, so that
 	// only a flood of pipelined requests reaches it. 20 MB.
-	DefaultRedisPending = 1 << 17
+	defaultPending = 1 << 17
 
-	// DefaultMaxSkew is far more than clocks that are kept by NTP differ.
-	DefaultMaxSkew = 2 * time.Second
+	// defaultMaxSkew is far more than clocks that are kept by NTP differ.
+	defaultMaxSkew = 2 * time.Second
 
-	// DefaultRedisLog holds the ids of some 16 million answers.
-	DefaultRedisLog = 256 << 20
+	// defaultLogBytes holds the ids of some 16 million answers.
+	defaultLogBytes = 256 << 20
 )
 
 // Config configures a Set. The zero value of an optional field is its
@@ -60,11 +60,10 @@ type Config struct {
 
 	Group    string        // instances with one name count together
 	Instance string        // shown to other instances; optional
-	Session  string        // unique among all processes that ever ran; default: random
 	Window   time.Duration // length of an epoch
 
 	// MaxSkew is how far the clocks of instances may differ: so long a record
-	// waits for instances that have not left its epoch. 0 is DefaultMaxSkew.
+	// waits for instances that have not left its epoch. 0 is defaultMaxSkew.
 	MaxSkew time.Duration
 
 	// Local knows the ids that this process has answered for, so that a repeat
@@ -76,16 +75,18 @@ type Config struct {
 	// known in Local get ErrUnavailable.
 	FailOpen bool
 
-	MaxIDs   uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
-	Timeout  time.Duration // longest wait of an Add
-	Pending  int           // ids that may wait for an answer at once; more get ErrUnavailable
-	LogBytes int64         // memory for the ids that would have to be added again after a loss
+	MaxIDs  uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
+	Timeout time.Duration // longest wait of an Add
 
 	// File keeps how many ids were answered in the windows that are not published, over
 	// a restart; empty: nothing does.
 	File string
 
 	Log zerolog.Logger // what fails and when it works again, sampled
+
+	session  string // unique among all processes that ever ran
+	pending  int    // ids that may wait for an answer at once; more get ErrUnavailable
+	logBytes int64  // memory for the ids that would have to be added again after a loss
 }
 
 // Set is the dedup.Set that the instances of a group share: an id is Unique once in
@@ -169,25 +170,25 @@ func New(cfg Config) (*Set, error) {
 	switch {
 	case cfg.Local == nil:
 		return nil, errors.New("redis: Local is required")
-	case cfg.Timeout < 0 || cfg.Pending < 0 || cfg.LogBytes < 0:
-		return nil, errors.New("dedup: Timeout, Pending and LogBytes must not be negative")
+	case cfg.Timeout < 0:
+		return nil, errors.New("redis: Timeout must not be negative")
 	}
-	if cfg.Session == "" {
+	if cfg.session == "" {
 		var b [12]byte
 		rand.Read(b[:]) // never fails
-		cfg.Session = hex.EncodeToString(b[:])
+		cfg.session = hex.EncodeToString(b[:])
 	}
 	if cfg.MaxSkew == 0 {
-		cfg.MaxSkew = DefaultMaxSkew
+		cfg.MaxSkew = defaultMaxSkew
 	}
 	if cfg.Timeout == 0 {
-		cfg.Timeout = DefaultRedisTimeout
+		cfg.Timeout = defaultTimeout
 	}
-	if cfg.Pending == 0 {
-		cfg.Pending = DefaultRedisPending
+	if cfg.pending == 0 {
+		cfg.pending = defaultPending
 	}
-	if cfg.LogBytes == 0 {
-		cfg.LogBytes = DefaultRedisLog
+	if cfg.logBytes == 0 {
+		cfg.logBytes = defaultLogBytes
 	}
 	r := &Set{
 		cfg: cfg, option: option, hash: laneKey(cfg.Group),
@@ -203,7 +204,7 @@ func New(cfg Config) (*Set, error) {
 		r.lanes[i].init(r, i)
 	}
 	r.ledger = openLedger(ledgerConfig{
-		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.Session,
+		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.session,
 		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, File: cfg.File, IDs: r, Log: cfg.Log,
 	})
 	r.running.Go(r.connect)

@@ -138,7 +138,7 @@ func noRoute(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) 
 }
 
 // anyRate connects as the workers do, but for the limits of the address.
-func (c *Sender) anyRate() dialFunc {
+func anyRate(c *Sender) dialFunc {
 	return func(ctx context.Context, d *net.Dialer, _ netip.Addr, address string) (net.Conn, error) {
 		return c.guard.connect(ctx, d, address)
 	}
@@ -185,7 +185,7 @@ func TestGuardRebindingNameNeverReachesLoopback(t *testing.T) {
 				wg.Go(func() {
 					for range tries / at {
 						ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-						conn, err := c.guard.dial(ctx, d, c.anyRate())
+						conn, err := c.guard.dial(ctx, d, anyRate(c))
 						cancel()
 						if err == nil {
 							_ = conn.Close()
@@ -219,7 +219,7 @@ func TestGuardChecksTheAddressAtTheSocket(t *testing.T) {
 			return d.DialContext(ctx, "tcp", elsewhere)
 		}
 		d := destinationOf(t, c, fmt.Sprintf("http://rebind.example.com:%d/", trap.Port()))
-		if _, err := c.guard.dial(t.Context(), d, c.anyRate()); !errors.Is(err, errRefused) {
+		if _, err := c.guard.dial(t.Context(), d, anyRate(c)); !errors.Is(err, errRefused) {
 			t.Errorf("dial of %s: %v, want refused", elsewhere, err)
 		}
 	}
@@ -337,7 +337,7 @@ func TestGuardTriesTheNextAddress(t *testing.T) {
 		tried = append(tried, addr)
 		return nil, errNoRoute
 	}
-	_, err := c.guard.dial(t.Context(), destinationOf(t, c, "http://hooks.example.com/"), c.anyRate())
+	_, err := c.guard.dial(t.Context(), destinationOf(t, c, "http://hooks.example.com/"), anyRate(c))
 	if !errors.Is(err, errNoRoute) || len(tried) != maxCandidates {
 		t.Fatalf("tried %v: %v", tried, err)
 	}
@@ -361,7 +361,7 @@ func TestGuardDialsOwnSinkAtOwnListenerOnly(t *testing.T) {
 			dialled = append(dialled, addr)
 			return nil, errNoRoute
 		}
-		_, _ = c.guard.dial(t.Context(), destinationOf(t, c, "http://localhost:8080/test"), c.anyRate())
+		_, _ = c.guard.dial(t.Context(), destinationOf(t, c, "http://localhost:8080/test"), anyRate(c))
 		if got := strings.Join(dialled, " "); got != tc.dialled {
 			t.Errorf("listening at %s: dialled %s, want %s", tc.listen, got, tc.dialled)
 		}
