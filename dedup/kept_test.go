@@ -250,7 +250,7 @@ func small(dir string) Config {
 // One of topicEvery schedules goes on through spool and stream to a topic, whose broker is
 // down at times and loses answers, with a kill right after it has done its work.
 func TestRestartsAgreeWithAModel(t *testing.T) {
-	schedules := 10_000
+	schedules := 3_000
 	if raceEnabled {
 		schedules = 200
 	}

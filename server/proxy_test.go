@@ -68,16 +68,7 @@ backend verve
 // VERVE_TEST_REQUIRE can forbid.
 func startProxy(t *testing.T, name, config string, args []string, server string) (addr string) {
 	t.Helper()
-	exe, err := exec.LookPath(name)
-	if err != nil {
-		exe, err = exec.LookPath("/usr/sbin/" + name) // not everybody's PATH
-	}
-	if err != nil {
-		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), name) {
-			t.Fatalf("VERVE_TEST_REQUIRE asks for %s: %v", name, err)
-		}
-		t.Skipf("%s is not installed: %v", name, err)
-	}
+	exe := testproc.Needs(t, name, name)
 	// Not under the test's directory: nginx started by root has its files
 	// opened by another user.
 	dir, err := os.MkdirTemp("", "verve-"+name)
@@ -88,12 +79,7 @@ func startProxy(t *testing.T, name, config string, args []string, server string)
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr = ln.Addr().String()
-	_ = ln.Close()
+	addr = testproc.FreeAddr(t)
 	in := strings.NewReplacer("DIR", dir, "SERVER", server, "LISTEN", addr)
 	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(in.Replace(config)), 0o644); err != nil {
 		t.Fatal(err)

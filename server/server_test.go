@@ -676,8 +676,12 @@ func TestSlowAndIdleConnectionsAreEnded(t *testing.T) {
 	if _, _, err := answer(idle); err != nil {
 		t.Fatal(err)
 	}
-	ended("silent", silent, "HTTP/1.1 408")
-	ended("dripping", slow, "HTTP/1.1 408")
+	// Side by side: what a client has not read yet is lost if it goes on sending to a
+	// connection that the server has closed for good.
+	var both sync.WaitGroup
+	both.Go(func() { ended("silent", silent, "HTTP/1.1 408") })
+	both.Go(func() { ended("dripping", slow, "HTTP/1.1 408") })
+	both.Wait()
 	<-drip
 	ended("idle", idle, "")
 	if n := s.cfg.Counter.Stats().Unique; n != 1 {

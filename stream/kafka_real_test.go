@@ -4,16 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"verve/internal/testproc"
 
 	"github.com/twmb/franz-go/pkg/kadm"
 )
@@ -31,20 +31,12 @@ type broker struct {
 func realBroker(t *testing.T) *broker {
 	t.Helper()
 	jars := os.Getenv("VERVE_TEST_KAFKA_JARS")
-	reason := ""
 	if jars == "" {
-		reason = "VERVE_TEST_KAFKA_JARS does not name a folder with Kafka's jars"
-	} else if _, err := exec.LookPath("java"); err != nil {
-		reason = "no java on PATH"
+		testproc.Missing(t, "kafka", "VERVE_TEST_KAFKA_JARS does not name a folder with Kafka's jars")
 	}
-	if reason != "" {
-		if slices.Contains(strings.Split(os.Getenv("VERVE_TEST_REQUIRE"), ","), "kafka") {
-			t.Fatal(reason)
-		}
-		t.Skip(reason)
-	}
+	testproc.Needs(t, "java", "kafka")
 	b := &broker{jars: jars, dir: t.TempDir()}
-	ports := freePorts(t, 3)
+	ports := []string{testproc.FreeAddr(t), testproc.FreeAddr(t), testproc.FreeAddr(t)}
 	// Retention is off: the tests' windows are older than it.
 	b.plain, b.sasl = ports[0], ports[1]
 	config := fmt.Sprintf(`
@@ -146,19 +138,6 @@ func (b *broker) tail() string {
 
 func (b *broker) config(topic string) KafkaConfig {
 	return KafkaConfig{Brokers: []string{b.plain}, Topic: topic}
-}
-
-func freePorts(t *testing.T, n int) (addresses []string) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		addresses = append(addresses, l.Addr().String())
-	}
-	return addresses
 }
 
 // rounds is how often the client is killed at each step.

@@ -85,6 +85,7 @@ func TestStoppedProcessPublishesItsGap(t *testing.T) {
 // the clock has not reached. Ids are counted there, and no load balancer sends
 // more than it must.
 func TestClockBehindTheLastRecordIsNotReady(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	spool, err := stream.OpenSpool(stream.SpoolConfig{Dir: dir, Group: "verve", Instance: "host-1"})
 	if err != nil {

@@ -46,6 +46,7 @@ func init() {
 // TestStartWithoutRoomServes: whatever there is no room for, ids or records, the
 // server runs, refuses ids as full, and says why.
 func TestStartWithoutRoomServes(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		limit   int
 		records bool // find room
@@ -71,6 +72,7 @@ func TestStartWithoutRoomServes(t *testing.T) {
 
 // TestCountsFileThatMayNotGrowIsSaid: the records wait, ids are answered.
 func TestCountsFileThatMayNotGrowIsSaid(t *testing.T) {
+	t.Parallel()
 	v := testproc.StartCmd(t, limited(t, 1000, "--window=50ms", "--data-dir=none", "--counts-file=counts.jsonl", "--shutdown-timeout=1s"))
 	v.Until("file too large")
 	testproc.Until(t, "readyz gives the reason, and is ready", func() bool {

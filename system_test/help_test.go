@@ -13,6 +13,7 @@ import (
 // TestHelpShowsWhatTheCommandReads: the examples on the first page are accepted,
 // and a command shows its own settings.
 func TestHelpShowsWhatTheCommandReads(t *testing.T) {
+	t.Parallel()
 	out, err := testproc.Verve(t, "--help").Output()
 	if err != nil {
 		t.Fatal(err)
@@ -60,6 +61,7 @@ func TestHelpShowsWhatTheCommandReads(t *testing.T) {
 
 // TestCompletionCompletes, where the shell is installed.
 func TestCompletionCompletes(t *testing.T) {
+	t.Parallel()
 	for shell, ask := range map[string]func(script string, words ...string) []string{
 		"bash": func(script string, words ...string) []string {
 			// As readline splits a line: at = too.
@@ -113,6 +115,7 @@ func TestCompletionCompletes(t *testing.T) {
 
 // TestCompletionIsAScript that the shell takes, where it is installed.
 func TestCompletionIsAScript(t *testing.T) {
+	t.Parallel()
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		script, err := testproc.Verve(t, "completion", shell).Output()
 		if err != nil || !strings.Contains(string(script), "kafka-brokers") {

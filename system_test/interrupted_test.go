@@ -132,6 +132,7 @@ func TestFileSystemsWithoutACall(t *testing.T) {
 // TestCountsWaitForRoomForTheSpool: a server that was started without room publishes
 // every window when there is some, and counts ids again.
 func TestCountsWaitForRoomForTheSpool(t *testing.T) {
+	t.Parallel()
 	cmd := limited(t, 8192, "--window=100ms")
 	v := testproc.StartCmd(t, cmd)
 	v.Until("record is not in the spool yet")

@@ -24,6 +24,7 @@ func TestMain(m *testing.M) { testproc.Main(m) }
 // TestFirstMinute is the README's: the first lines say how to try it, and what
 // they say works.
 func TestFirstMinute(t *testing.T) {
+	t.Parallel()
 	v := testproc.Start(t, "--window=1h")
 	var urls []string
 	for range 2 {
@@ -62,6 +63,7 @@ func TestFirstMinute(t *testing.T) {
 // TestRestartKeepsNameAndSequence: the data directory, not the host, is the
 // instance; its records are numbered without a gap.
 func TestRestartKeepsNameAndSequence(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	for i := range 3 {
 		args := []string{"--window=1h", "--data-dir=" + dir}
@@ -91,6 +93,7 @@ func TestRestartKeepsNameAndSequence(t *testing.T) {
 }
 
 func TestSecondProcessDoesNotTouchTheDataDirectory(t *testing.T) {
+	t.Parallel()
 	v := testproc.Start(t, "--window=1h")
 	second := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--data-dir="+filepath.Join(v.Dir, "verve-data"))
 	out, err := second.CombinedOutput()
@@ -107,6 +110,7 @@ func TestSecondProcessDoesNotTouchTheDataDirectory(t *testing.T) {
 
 // TestCommandsWriteNothingButTheirOutput, whatever libraries print.
 func TestCommandsWriteNothingButTheirOutput(t *testing.T) {
+	t.Parallel()
 	cmd := testproc.Verve(t, "version")
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -120,6 +124,7 @@ func TestCommandsWriteNothingButTheirOutput(t *testing.T) {
 
 // TestEachWindowIsOneLine of the log, with what matters of it.
 func TestEachWindowIsOneLine(t *testing.T) {
+	t.Parallel()
 	v := testproc.Start(t, "--window=200ms")
 	for range 3 {
 		v.Get(v.Public + "/api/verve/accept?id=1")
@@ -162,6 +167,7 @@ func TestEachWindowIsOneLine(t *testing.T) {
 
 // TestHelpNamesEverySetting with its environment variable.
 func TestHelpNamesEverySetting(t *testing.T) {
+	t.Parallel()
 	out, err := testproc.Verve(t, "--help").CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -179,6 +185,7 @@ func TestHelpNamesEverySetting(t *testing.T) {
 
 // TestSecondSignalStopsAtOnce: a stop that waits for a broker can be cut short.
 func TestSecondSignalStopsAtOnce(t *testing.T) {
+	t.Parallel()
 	v := testproc.Start(t, "--window=1h", "--kafka-brokers=127.0.0.1:9", "--shutdown-timeout=1h")
 	v.Get(v.Public + "/api/verve/accept?id=1")
 	if err := v.Process.Signal(os.Interrupt); err != nil {

@@ -102,6 +102,7 @@ func TestFromAGroupToMemoryWithinAWindow(t *testing.T) {
 // same moment one is ok; the group's window has one record, published although
 // both stop within it.
 func TestTwoInstancesCountAsOne(t *testing.T) {
+	t.Parallel()
 	redis, dir := testproc.StartRedis(t), t.TempDir()
 	a, b := member(t, "a", dir, redis.Addr, "--window=3s"), member(t, "b", dir, redis.Addr, "--window=3s")
 	const ids = 200
@@ -144,6 +145,7 @@ func TestTwoInstancesCountAsOne(t *testing.T) {
 // a window. One that starts later, with nothing of theirs, goes on with the ids
 // if the window still runs, and publishes it.
 func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
+	t.Parallel()
 	redis, dir := testproc.StartRedis(t), t.TempDir()
 	const window, ids = 4 * time.Second, 100
 	time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start
@@ -201,6 +203,7 @@ func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
 // ready and takes no ids, the others are undisturbed, and both log the two. When the
 // others are gone it goes on by itself. No two records have one window start.
 func TestAnotherWindowInAGroup(t *testing.T) {
+	t.Parallel()
 	redis := testproc.StartRedis(t)
 	dir := t.TempDir()
 	a := member(t, "a", dir, redis.Addr, "--window=1s")
@@ -263,6 +266,7 @@ func TestAnotherWindowInAGroup(t *testing.T) {
 // TestRedisPasswordIsNotShown: a wrong URL stops the start with one line that
 // names the setting, and neither it nor the log tells the password.
 func TestRedisPasswordIsNotShown(t *testing.T) {
+	t.Parallel()
 	for _, url := range []string{"redis://u:hunter2@", "http://u:hunter2@h:1", "redis://u:hunter2@h:port", "redis-sentinel://u:hunter2@h:1"} {
 		out, err := testproc.Verve(t, "--dedup=redis", "--redis-url="+url, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0").CombinedOutput()
 		if err == nil || !strings.Contains(string(out), "--redis-url") || strings.Count(string(out), "\n") != 1 {

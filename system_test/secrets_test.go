@@ -20,6 +20,7 @@ import (
 // TestPrintedConfigIsTheOneInForce: what --print-config says is a --config file
 // with the same effect, each value with its source, and it starts nothing.
 func TestPrintedConfigIsTheOneInForce(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "settings.yaml")
 	if err := os.WriteFile(file, []byte("group: from-file\nwindow: 3s\nid-format: uint64\n"), 0o600); err != nil {
@@ -73,6 +74,7 @@ func sprint(v any) string {
 // TestSecretsAreToldToNobody looks for each secret in everything that the
 // process says: its log, metrics, pages, profiles and settings.
 func TestSecretsAreToldToNobody(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	secret := func(name, text string) string {
 		path := filepath.Join(dir, name)
@@ -131,6 +133,7 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 
 // TestOpenAdminListenerIsWarnedOf: not on loopback, and not with a token.
 func TestOpenAdminListenerIsWarnedOf(t *testing.T) {
+	t.Parallel()
 	const warning = "set --admin-token-file"
 	token := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(token, []byte("x"), 0o600); err != nil {
@@ -157,6 +160,7 @@ func TestOpenAdminListenerIsWarnedOf(t *testing.T) {
 // TestServesTLSFromFiles: the program with the flags, and the pages of the
 // admin listener about it.
 func TestServesTLSFromFiles(t *testing.T) {
+	t.Parallel()
 	flags, der := testproc.SelfSigned(t, "verve.example.com")
 	v := testproc.Start(t, append(flags, "--window=1h")...)
 	if line := v.Until(`"message":"try: curl`); !strings.Contains(line, "curl -k 'https://") {

@@ -17,6 +17,7 @@ import (
 // TestBadSettingEndsTheProgram with one line and exit code 2; that each of them is
 // named is for a test of package main.
 func TestBadSettingEndsTheProgram(t *testing.T) {
+	t.Parallel()
 	for _, arg := range []string{"--window=61m", "--listen=nowhere", "--redis-url=redis://u:s3cret@h:99999", "--tls-cert-file=none", "--callback-secret-file=none"} {
 		name, value, _ := strings.Cut(arg, "=")
 		wantRefused(t, testproc.Verve(t, arg), arg, name, value[strings.LastIndexByte(value, '@')+1:], "from the command line")
@@ -52,6 +53,7 @@ func wantRefused(t *testing.T, cmd *exec.Cmd, what string, parts ...string) {
 // TestBusyPortIsNoBadSetting: it may be free at the next try, so a service manager
 // should try again.
 func TestBusyPortIsNoBadSetting(t *testing.T) {
+	t.Parallel()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -69,6 +71,7 @@ func TestBusyPortIsNoBadSetting(t *testing.T) {
 
 // TestUnknownVariablesStopTheStart, with a hint.
 func TestUnknownVariablesStopTheStart(t *testing.T) {
+	t.Parallel()
 	for variable, hint := range map[string]string{
 		"VERVE_WINDWO=2s":                     `did you mean "VERVE_WINDOW"?`,
 		"VERVE_KAFKA_BROKER=kafka:9092":       `did you mean "VERVE_KAFKA_BROKERS"?`,
@@ -89,6 +92,7 @@ func TestUnknownVariablesStopTheStart(t *testing.T) {
 
 // TestBadSettingsFiles: of the file itself, named with the source of its name.
 func TestBadSettingsFiles(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	for _, c := range []struct{ text, want string }{
 		{"windwo: 1m", `unknown key "windwo", did you mean "window"?`},
@@ -122,6 +126,7 @@ func TestBadSettingsFiles(t *testing.T) {
 
 // TestUnknownCommandsAndFlags have a hint, and a flag without its value is named.
 func TestUnknownCommandsAndFlags(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		args string
 		want []string
@@ -152,6 +157,7 @@ func TestUnknownCommandsAndFlags(t *testing.T) {
 
 // TestVersionAndHelpAlwaysWork, whatever the settings are.
 func TestVersionAndHelpAlwaysWork(t *testing.T) {
+	t.Parallel()
 	for args, want := range map[string]string{
 		"--version": "verve ", "-v": "verve ", "version": "verve ",
 		"help": "Usage: verve <command>", "--help": "Usage: verve <command>", "-h": "Usage: verve <command>", "help totals": "Usage: verve totals", "totals --help": "Usage: verve totals",

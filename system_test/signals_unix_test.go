@@ -76,6 +76,7 @@ func wantOneRecord(t *testing.T, v *testproc.Server, unique int) {
 // TestSignalsStopInOrder: each of those that stop, sent to a server with ids in its
 // open window, ends it with exit code 0 and the window's record.
 func TestSignalsStopInOrder(t *testing.T) {
+	t.Parallel()
 	stop, _ := documentedSignals(t)
 	if len(stop) < 8 {
 		t.Fatalf("only %v stop", stop)
@@ -99,6 +100,7 @@ func TestSignalsStopInOrder(t *testing.T) {
 
 // TestOtherSignalsAreIgnored: while the server runs, and while it stops.
 func TestOtherSignalsAreIgnored(t *testing.T) {
+	t.Parallel()
 	_, ignored := documentedSignals(t)
 	if len(ignored) < 10 {
 		t.Fatalf("only %v are ignored", ignored)
@@ -136,6 +138,7 @@ func TestOtherSignalsAreIgnored(t *testing.T) {
 // here for a file of its data directory; one that stops takes effect when the start
 // is over.
 func TestSignalsDuringTheStart(t *testing.T) {
+	t.Parallel()
 	waiting := func(t *testing.T, args ...string) (*testproc.Server, *os.File) {
 		t.Helper()
 		v, stderr := testproc.Unstarted(t, append([]string{"--window=1h"}, args...)...)
@@ -182,6 +185,7 @@ func TestSignalsDuringTheStart(t *testing.T) {
 
 // TestTotalsIntoAClosedPipeEndsQuietly, as every filter does.
 func TestTotalsIntoAClosedPipeEndsQuietly(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	v := testproc.Start(t, "--window=1h", "--data-dir="+dir)
 	v.Stop()
@@ -202,6 +206,7 @@ func TestTotalsIntoAClosedPipeEndsQuietly(t *testing.T) {
 
 // TestReaderOfTheLogGoesAway: the server runs on, and stops in order.
 func TestReaderOfTheLogGoesAway(t *testing.T) {
+	t.Parallel()
 	v, stderr := testproc.Unstarted(t, "--window=50ms")
 	v.Begin(stderr)
 	v.AwaitListening()

@@ -36,6 +36,7 @@ func exited(v *testproc.Server) int {
 // are answered, and the first SIGTERM stops in order. The timeout is too long to be
 // what ends it.
 func TestStalledLogStopsNothing(t *testing.T) {
+	t.Parallel()
 	v, stderr := testproc.Unstarted(t, "--window=50ms", "--shutdown-timeout=1h")
 	smallPipe(t, stderr)
 	v.Begin(stderr)
@@ -64,6 +65,7 @@ func TestStalledLogStopsNothing(t *testing.T) {
 // TestSecondSignalWithAStalledLog: a stop that waits for a broker can be cut short
 // although "stopping" was not written.
 func TestSecondSignalWithAStalledLog(t *testing.T) {
+	t.Parallel()
 	v, stderr := testproc.Unstarted(t, "--window=50ms", "--kafka-brokers=127.0.0.1:9", "--counts-file=verve-data/counts.jsonl", "--shutdown-timeout=1h")
 	smallPipe(t, stderr)
 	v.Begin(stderr)
@@ -94,6 +96,7 @@ func TestSecondSignalWithAStalledLog(t *testing.T) {
 
 // TestDroppedLinesAreReported when the reader of the log is back.
 func TestDroppedLinesAreReported(t *testing.T) {
+	t.Parallel()
 	v, stderr := testproc.Unstarted(t, "--window=50ms", "--log-level=debug")
 	smallPipe(t, stderr)
 	v.Begin(stderr)
@@ -124,6 +127,7 @@ func TestDroppedLinesAreReported(t *testing.T) {
 // TestStalledStandardOutput: with --counts-file=- a reader that stalls does not stop
 // counting, shows on /readyz, does not hold up the stop, and misses nothing.
 func TestStalledStandardOutput(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	serve := func() (*testproc.Server, *os.File) {
 		v, stderr := testproc.Unstarted(t, "--window=50ms", "--counts-file=-", "--data-dir="+dir, "--shutdown-timeout=200ms")
@@ -232,6 +236,7 @@ func drain(t *testing.T, r *os.File, buffered *bufio.Reader, text *bytes.Buffer)
 // TestClosedTerminalStopsInOrder: the server in the foreground of a terminal that is
 // closed publishes its window.
 func TestClosedTerminalStopsInOrder(t *testing.T) {
+	t.Parallel()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Skipf("no terminals here: %v", err)

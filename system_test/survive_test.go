@@ -16,6 +16,7 @@ import (
 // TestKilledServerGoesOn: after a kill -9 the ids of the running window are
 // still refused, and its records add up to the answers.
 func TestKilledServerGoesOn(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	const lives, each = 4, 20
 	accept := func(v *testproc.Server, id string, want int) {
@@ -56,6 +57,7 @@ func TestKilledServerGoesOn(t *testing.T) {
 // TestDamagedEpochsAreSetAside: the server starts, and says what it could not
 // use.
 func TestDamagedEpochsAreSetAside(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	v := testproc.Start(t, "--window=1h", "--data-dir="+dir)
 	if code := v.Stop(); code != 0 {
@@ -145,6 +147,7 @@ func shownWindows(t *testing.T, v *testproc.Server) (out []shownWindow) {
 // TestWindowsAreShownAfterARestart, also after a kill -9, with their counts and
 // the state of their records, wherever those go.
 func TestWindowsAreShownAfterARestart(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ name, flag, state string }{
 		{"counts file", "--log-level=info", "delivered"},
 		{"a broker that is down", "--kafka-brokers=127.0.0.1:9", "spooled"},

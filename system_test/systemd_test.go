@@ -106,6 +106,7 @@ func (c *caller) accept(id string) error {
 // hundred restarts under load. Every connection is taken, every id on a new one is
 // answered ok, and the records add up to the answers.
 func TestRestartsRefuseNobody(t *testing.T) {
+	t.Parallel()
 	restarts := 100
 	if testing.Short() {
 		restarts = 10
@@ -168,6 +169,7 @@ func TestRestartsRefuseNobody(t *testing.T) {
 // TestHandedOverSocketsAreUsed by their names, or without names in the order
 // public, admin; an address takes the place of what is not handed over.
 func TestHandedOverSocketsAreUsed(t *testing.T) {
+	t.Parallel()
 	public, admin := listenTCP(t), listenTCP(t)
 	for _, test := range []struct {
 		name, names   string
@@ -204,6 +206,7 @@ func TestHandedOverSocketsAreUsed(t *testing.T) {
 
 // TestSocketsOfAnotherProcessAreIgnored, as the protocol says.
 func TestSocketsOfAnotherProcessAreIgnored(t *testing.T) {
+	t.Parallel()
 	cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=none", "--counts-file=off")
 	cmd.Env = append(cmd.Env, "LISTEN_PID=1", "LISTEN_FDS=7", "LISTEN_FDNAMES=strange")
 	v := testproc.StartCmd(t, cmd)
@@ -214,6 +217,7 @@ func TestSocketsOfAnotherProcessAreIgnored(t *testing.T) {
 
 // TestBadSocketsStopTheStart before anything on disk is touched.
 func TestBadSocketsStopTheStart(t *testing.T) {
+	t.Parallel()
 	ln := listenTCP(t)
 	udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
@@ -260,6 +264,7 @@ func TestBadSocketsStopTheStart(t *testing.T) {
 
 // TestServiceManagerIsNotified: ready, alive again and again, stopping.
 func TestServiceManagerIsNotified(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "notify")
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
@@ -340,6 +345,7 @@ func TestShutdownDelayCountsOn(t *testing.T) {
 
 // TestSecondSignalCutsTheShutdownDelay short.
 func TestSecondSignalCutsTheShutdownDelay(t *testing.T) {
+	t.Parallel()
 	v := testproc.Start(t, "--window=1h", "--shutdown-delay=1h")
 	if code := v.StopAtOnce(); code != exitFailed {
 		t.Errorf("exit code %d, want %d", code, exitFailed)

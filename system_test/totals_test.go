@@ -35,6 +35,7 @@ func partial(line string) string {
 
 // TestTotalsNameWhatIsMissing, and exit 1 for it; what is in order exits 0.
 func TestTotalsNameWhatIsMissing(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name, records string
 		stdout        []string // parts of its lines
@@ -103,6 +104,7 @@ func TestTotalsNameWhatIsMissing(t *testing.T) {
 
 // TestTotalsSince leaves out earlier windows, by a time or by a duration.
 func TestTotalsSince(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "counts.jsonl")
 	long := func(lines string) string { return strings.ReplaceAll(lines, "2026-", "2016-") } // ago
 	recent := time.Now().UTC().Truncate(time.Minute).Add(-3 * time.Minute).Format(time.RFC3339)
@@ -158,6 +160,7 @@ func TestTotalsSince(t *testing.T) {
 // TestTotalsFollow: a window once for what is there, again when another instance
 // adds to it; gaps when they are seen, and exit 1 for them at the end.
 func TestTotalsFollow(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "counts.jsonl")
 	f, err := os.Create(file)
 	if err != nil {
