@@ -7,7 +7,7 @@
 // RATE      batches a second          100
 // IDS       in each batch             1000
 // DURATION  of the run                30s
-// VUS       connections at most       50
+// VUS       virtual users to begin with 20
 // P95, P99  bounds of the time to answer, ms  50, 100
 import { check } from 'k6';
 import exec from 'k6/execution';
@@ -16,6 +16,7 @@ import { Counter, Rate } from 'k6/metrics';
 import { latency, url } from './accept.js';
 
 const ids = Number(__ENV.IDS || 1000);
+const vus = Number(__ENV.VUS || 20);
 const unique = new Counter('verve_ok');
 const wrong = new Rate('verve_wrong_answer');
 
@@ -26,8 +27,8 @@ export const options = {
       rate: Number(__ENV.RATE || 100),
       timeUnit: '1s',
       duration: __ENV.DURATION || '30s',
-      preAllocatedVUs: 10,
-      maxVUs: Number(__ENV.VUS || 50),
+      preAllocatedVUs: vus,
+      maxVUs: 10 * vus,
     },
   },
   thresholds: {
