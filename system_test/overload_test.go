@@ -127,6 +127,10 @@ func TestIdleConnectionsCostGoodClientsNothing(t *testing.T) {
 		})
 	}
 	with50, with99 := measure()
+	for range 2 { // others are on the machine: a cost of the crowd shows each time
+		p50, p99 := measure()
+		with50, with99 = min(with50, p50), min(with99, p99)
+	}
 	memory := resident(v)
 	close(stop)
 	drips.Wait()

@@ -307,7 +307,9 @@ func TestServiceManagerIsNotified(t *testing.T) {
 // TestShutdownDelayCountsOn: after SIGTERM the server is not ready, and still
 // counts, while each answer closes its connection. Then it stops in order.
 func TestShutdownDelayCountsOn(t *testing.T) {
-	v := testproc.Start(t, "--window=1h", "--shutdown-delay=3s")
+	t.Parallel()
+	// Longer than a busy machine takes for two requests.
+	v := testproc.Start(t, "--window=1h", "--shutdown-delay=10s")
 	host := strings.TrimPrefix(v.Public, "http://")
 	var counted atomic.Int64
 	kept := caller{addr: host, keep: true, count: &counted}

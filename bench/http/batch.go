@@ -48,6 +48,31 @@ const batchExpect = 60_000_000
 // instance waits for it, with the core shared by both.
 const groupConns = 2
 
+// batch drives the servers with one case.
+func (r *run) batch(ctx context.Context, root string, c batchCase, round int, on []*process) (sample, error) {
+	w := wrk{script: filepath.Join(root, "bench", "wrk", c.script), conns: min(r.Conns, 16), args: []string{strconv.Itoa(c.ids), c.form}}
+	if c.group {
+		w.conns = min(r.Conns, groupConns)
+	}
+	if round == 0 { // the tables grow to their sizes, also that of UUIDs
+		_, err := measure(ctx, w, r.WarmUp+3, on...)
+		if ctx.Err() == nil {
+			err = nil
+		}
+		return sample{}, err
+	}
+	s, err := measure(ctx, w, r.Seconds, on...)
+	if err != nil {
+		return s, fmt.Errorf("%s: %w", c.name, err)
+	}
+	if s.Failed > 0 {
+		return s, fmt.Errorf("%s: %d batches were refused", c.name, s.Failed)
+	}
+	s.Scenario, s.Server, s.Round = "batch", c.name, round
+	s.CPU /= float64(c.ids)
+	return s, nil
+}
+
 // batches drives Verve with batches of ids. A sample's CPU is of an id, not of a
 // request. The last case is how late windows are sealed while batches of 10,000 ids
 // are judged.
@@ -82,28 +107,17 @@ func (r *run) batches(ctx context.Context, out io.Writer, root, dir string) (sam
 	for round := range r.Rounds + 1 {
 		for i := range batchCases {
 			c := batchCases[(round+i)%len(batchCases)]
-			w := wrk{script: filepath.Join(root, "bench", "wrk", c.script), conns: min(r.Conns, 16), args: []string{strconv.Itoa(c.ids), c.form}}
 			on := []*process{alone}
 			if c.group {
 				on = []*process{group, redis}
-				w.conns = min(r.Conns, groupConns)
 			}
-			seconds := r.Seconds
+			s, err := r.batch(ctx, root, c, round, on)
+			if err != nil {
+				return samples, err
+			}
 			if round == 0 {
-				seconds = r.WarmUp + 3 // the tables grow to their sizes, also that of UUIDs
-			}
-			s, err := measure(ctx, w, seconds, on...)
-			if round == 0 && ctx.Err() == nil {
 				continue // requests may wait for the growth
 			}
-			if err != nil {
-				return samples, fmt.Errorf("%s: %w", c.name, err)
-			}
-			if s.Failed > 0 {
-				return samples, fmt.Errorf("%s: %d batches were refused", c.name, s.Failed)
-			}
-			s.Scenario, s.Server, s.Round = "batch", c.name, round
-			s.CPU /= float64(c.ids)
 			samples = append(samples, s)
 		}
 		if round > 0 {
