@@ -4,10 +4,14 @@ package dedup
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
 	"strconv"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"verve/counter"
 )
@@ -105,4 +109,49 @@ func BenchmarkStart(b *testing.B) {
 			b.ReportMetric(float64(slots)/(1<<20), "Mslots")
 		})
 	}
+}
+
+// BenchmarkFirstWindow is what an id costs in the first window of a process with
+// --expect-ids: decimals and UUIDs, as many as are expected. user-ns is the CPU time;
+// what it takes to write an id is in it.
+func BenchmarkFirstWindow(b *testing.B) {
+	const ids = 11_000_000
+	for name, format := range map[string]string{"decimal": "1%d", "uuid": "6ba7b810-9dad-11d1-80b4-%012x"} {
+		for expected, cfg := range map[string]Config{"as decimals": {Expect: ids}, "as any": {ExpectAny: ids}} {
+			b.Run(name+" expected "+expected, func(b *testing.B) {
+				for b.Loop() {
+					b.StopTimer()
+					m := newMemory(b, cfg)
+					e := newEpochs(b, m)
+					ctx, stop := context.WithCancel(context.Background())
+					go func() { _ = m.Run(ctx) }()
+					in, _ := e.Enter(e.at(0), 0)
+					var id []byte
+					began := userTime(b)
+					b.StartTimer()
+					for i := range ids {
+						id = fmt.Appendf(id[:0], format, i)
+						if v, err := addTo(m, in.Epoch, id); v != Unique || err != nil {
+							b.Fatal(v, err)
+						}
+					}
+					b.StopTimer()
+					in.Leave(counter.Void)
+					b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/ids, "user-ns/id")
+					b.ReportMetric(float64(m.Stats().Levels), "levels")
+					stop()
+					b.StartTimer()
+				}
+			})
+		}
+	}
+}
+
+// userTime is the CPU time of this process outside of the kernel.
+func userTime(b *testing.B) time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano())
 }

@@ -1,10 +1,8 @@
 package dedup
 
 import (
-	"context"
 	"fmt"
 	"testing"
-	"time"
 
 	"verve/counter"
 )
@@ -48,39 +46,4 @@ func TestKindThatNeverComesIsSwept(t *testing.T) {
 	}
 	e.want(t, m, 3*lap, "a text", Unique)
 	e.want(t, m, 3*lap, "a text", Repeat)
-}
-
-// BenchmarkFirstWindow is what an id costs in the first window of a process with
-// --expect-ids: decimals and UUIDs, as many as are expected.
-func BenchmarkFirstWindow(b *testing.B) {
-	const ids = 11_000_000
-	for name, format := range map[string]string{"decimal": "1%d", "uuid": "6ba7b810-9dad-11d1-80b4-%012x"} {
-		for expected, cfg := range map[string]Config{"as decimals": {Expect: ids}, "as any": {ExpectAny: ids}} {
-			b.Run(name+" expected "+expected, func(b *testing.B) {
-				for b.Loop() {
-					b.StopTimer()
-					m := newMemory(b, cfg)
-					e := newEpochs(b, m)
-					ctx, stop := context.WithCancel(context.Background())
-					go func() { _ = m.Run(ctx) }()
-					in, _ := e.Enter(e.at(0), 0)
-					var id []byte
-					began := time.Now()
-					b.StartTimer()
-					for i := range ids {
-						id = fmt.Appendf(id[:0], format, i)
-						if v, err := addTo(m, in.Epoch, id); v != Unique || err != nil {
-							b.Fatal(v, err)
-						}
-					}
-					b.StopTimer()
-					in.Leave(counter.Void)
-					b.ReportMetric(float64(time.Since(began).Nanoseconds())/ids, "ns/id")
-					b.ReportMetric(float64(m.Stats().Levels), "levels")
-					stop()
-					b.StartTimer()
-				}
-			})
-		}
-	}
 }
