@@ -27,7 +27,7 @@ func monotonic(t time.Time) int64 { return int64(t.Sub(began)) }
 type Clock struct {
 	Behind  time.Duration // how far it is behind the start of the open epoch; 0 if it is not
 	Forward uint64        // steps by more than MaxSkew
-	Back    uint64
+	Back    uint64        // steps back by more than MaxSkew
 	Pauses  uint64        // times the process did not run for more than MaxSkew: stopped, suspended, or starved
 	Paused  time.Duration // all of them together
 

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Count is the outcome of one sealed epoch. It is final: nobody is in flight
-// in the epoch any more.
+// Count is the outcome of one sealed epoch. It is final: no request is in the epoch any
+// more.
 type Count struct {
 	Start    time.Time     // start of the window, UTC
 	Window   time.Duration // length of the window
@@ -17,7 +17,7 @@ type Count struct {
 	SealedAt time.Time     // when the last request left the epoch, UTC
 }
 
-// Span is a window of time: which epoch, whoever counts it.
+// Span is a window of time, the same for every instance that counts it.
 type Span struct {
 	Start  time.Time     // UTC
 	Window time.Duration // length
@@ -29,11 +29,11 @@ func (s Span) End() time.Time { return s.Start.Add(s.Window) }
 // Span returns the window that c counts.
 func (c Count) Span() Span { return Span{c.Start, c.Window} }
 
-// Claim is a group's answer to the question who writes the line of a window into a
-// counts file: exactly one of its instances does.
+// Claim is a group's answer to the question which instance writes the line of a window
+// into a counts file: exactly one does.
 type Claim struct {
 	Mine    bool // this instance writes the line
-	Written bool // the line is in a counts file of the group: nobody writes it
+	Written bool // the line is in a counts file of the group: no instance writes it
 	Doubt   bool // an earlier writer may have written it here without reporting it
 }
 
@@ -43,8 +43,8 @@ type Published struct {
 	Unique uint64    // the sum of the records for it
 }
 
-// LastOf returns the start of the last window that anybody has published. No window
-// before it may be opened, whoever opens it: another one may have to publish its count.
+// LastOf returns the start of the last window that any publisher has published. No earlier
+// window may be opened, by any publisher: another one may have to publish its count.
 func LastOf(published map[string]Published) (last time.Time) {
 	for _, p := range published {
 		if p.Last.After(last) {
@@ -60,5 +60,5 @@ func LastOf(published map[string]Published) (last time.Time) {
 // the process; it does not wait for the broker. It retries on its own what can
 // be retried and gives up only when ctx ends. One goroutine at a time calls it.
 type Publisher interface {
-	Publish(ctx context.Context, c Count) error
+	Publish(ctx context.Context, c Count) error // see above; an error means that the count is still the caller's
 }

@@ -20,6 +20,7 @@ import (
 	"time"
 )
 
+// The bounds of Config.Window.
 const (
 	MinWindow = 50 * time.Millisecond
 	MaxWindow = time.Hour
@@ -45,15 +46,15 @@ const (
 // The calls come in the order of the epochs, but that Retire of one in which
 // nothing was counted may come early, with the lock of Open held.
 type Store interface {
-	Open(e *Epoch)
-	Retire(e *Epoch)
+	Open(e *Epoch)   // prepares e, before its first request
+	Retire(e *Epoch) // releases e, after its last request and its record
 }
 
 // Config of a Counter. The zero value of an optional field is its default.
 type Config struct {
 	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
-	Store     Store
-	Publish   Publisher
+	Store     Store         // keeps the ids; required
+	Publish   Publisher     // gets the counts; required
 	NotBefore time.Time     // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
 	LastLen   time.Duration // the length of that one. Optional: it is guessed.
 	Past      Past          // what earlier processes left. Optional.
@@ -64,8 +65,8 @@ type Config struct {
 
 	OnClose func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 
-	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or
-	// the process not run, before Stats tells of it. 0: the clock is not watched.
+	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or the
+	// process not run, before Stats reports it. 0: the clock is not watched.
 	MaxSkew time.Duration
 	OnClock func(problem string)       // called when Clock.Problem begins (with its text) and ends (empty). Optional.
 	OnPause func(absent time.Duration) // called after the process did not run, with the time it missed. Optional.
@@ -96,15 +97,16 @@ type Past struct {
 // Left is the count of an epoch that an earlier process opened and did not
 // publish, or what is missing in its records.
 type Left struct {
-	Serial uint64
-	Start  time.Time
-	Window time.Duration
-	Unique uint64
-	Exact  bool
-	State  any // for the Store, as Epoch.State
+	Serial uint64        // as Epoch.Serial
+	Start  time.Time     // start of the window, UTC
+	Window time.Duration // length of the window
+	Unique uint64        // ids counted and not published
+	Exact  bool          // false if ids may be missing
+	State  any           // for the Store, as Epoch.State
 }
 
-// Counter turns, closes and publishes epochs.
+// Counter turns, closes and publishes epochs. All methods are safe for concurrent use; Run
+// is called once, and ends after Seal.
 type Counter struct {
 	cfg Config
 
@@ -134,7 +136,9 @@ func CheckWindow(window time.Duration) error {
 	return nil
 }
 
-// New opens the epoch of the present time. Run must be called to close epochs.
+// New opens the epoch of the present time. Run must be called to close epochs. It returns
+// an error if Window is outside of MinWindow and MaxWindow, if Store or Publish is
+// missing, or if MaxSkew is negative.
 func New(cfg Config) (*Counter, error) {
 	if err := CheckWindow(cfg.Window); err != nil {
 		return nil, fmt.Errorf("counter: Window %v: %w", cfg.Window, err)
@@ -340,8 +344,8 @@ func (c *Counter) provide() {
 	c.mu.Unlock()
 }
 
-// Live returns the start of the epoch opened last and the unique ids counted
-// in it so far. After Seal that is the epoch that was sealed.
+// Live returns the start (UTC) of the epoch opened last and the unique ids counted in it
+// so far. After Seal that is the epoch that was sealed.
 func (c *Counter) Live() (start time.Time, unique uint64) {
 	e := c.Last()
 	return e.Start(), e.Unique()
@@ -364,7 +368,7 @@ type Stats struct {
 	Unclosed int    // epochs left but not yet published
 	Skipped  uint64 // epochs that passed while the process did not run
 	Lost     int    // windows of the Past that no record can be made of
-	Clock    Clock
+	Clock    Clock  // the wall clock, and pauses of the process
 }
 
 // Stats sums over the closed, the unclosed and the open epochs. The sums are

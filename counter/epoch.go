@@ -48,8 +48,9 @@ type paddedStripe struct {
 	_ [paddingSize - unsafe.Sizeof(stripe{})%paddingSize]byte
 }
 
-// Epoch is one window of time and what was counted in it. Its fields are set
-// before it is opened and do not change while a request can be in it.
+// Epoch is one window of time and what was counted in it. Its fields are set before it is
+// opened and do not change while a request can be in it. All methods are safe for
+// concurrent use.
 type Epoch struct {
 	number   int64  // start / window
 	serial   uint64 // 1 for the first epoch, without gaps in a process
@@ -96,12 +97,11 @@ func (e *Epoch) End() time.Time { return time.Unix(0, e.end).UTC() }
 // Label returns Start in RFC 3339 with as many digits as needed. Read only.
 func (e *Epoch) Label() []byte { return e.label }
 
-// MarkInexact says that ids of the epoch may have been lost or forgotten: its
-// count will say so. A Store that knows of it when the epoch opens calls it in
-// Open.
+// MarkInexact marks the epoch as one whose ids may have been lost or forgotten: its count
+// gets Exact false. A Store that knows this when the epoch opens calls it in Open.
 func (e *Epoch) MarkInexact() { e.inexact.Store(true) }
 
-// Exact reports whether nobody has called MarkInexact.
+// Exact reports whether MarkInexact was not called.
 func (e *Epoch) Exact() bool { return !e.inexact.Load() }
 
 // Unique sums the unique ids. While requests are in flight it is not a
@@ -124,11 +124,9 @@ func (e *Epoch) Repeats() uint64 {
 	return n
 }
 
-// Idle reports whether every stripe was seen with nobody in it. It means
-// something only once the epoch is no longer the open one: then a stripe seen
-// empty stays so, for who enters it later finds the epoch turned and gets no
-// Entry. For a Store that is the case of every epoch opened before the one
-// before last: Open comes before its epoch can be entered.
+// Idle reports whether every stripe was seen without a request in it. The result is only
+// meaningful for an epoch that is no longer open: later Enters see the turn and back out.
+// A Store may rely on it for all but the two newest epochs.
 func (e *Epoch) Idle() bool {
 	for i := range e.stripes {
 		if !e.stripes[i].idle() {
@@ -144,8 +142,8 @@ type Entry struct {
 	stripe *stripe
 }
 
-// Leave counts the outcome, and by that ends the request's stay in the epoch.
-// It must be called once for each Entry of one request.
+// Leave counts the outcome, and by that ends the request's stay in the epoch. It must be
+// called exactly once for each Entry of one request: without it the epoch is never sealed.
 func (e Entry) Leave(o Outcome) {
 	switch o {
 	case Unique:

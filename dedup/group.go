@@ -11,7 +11,7 @@ type GroupStats struct {
 	// Away is the present failure of Redis, empty if there is none. Ready reports whether
 	// ids are answered even so.
 	Away  string
-	Ready bool
+	Ready bool // false: ids are refused, and the instance is not ready
 
 	Batches  uint64 // sent
 	Retries  uint64 // of them that failed

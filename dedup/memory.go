@@ -56,8 +56,8 @@ type Config struct {
 	// Dir is where the ids of the running epoch and the counts not published are
 	// kept for the next process. It is made if missing. Empty: nothing is kept.
 	Dir string
-	// Publisher names who publishes the counts: what another one has published says
-	// nothing about what is missing.
+	// Publisher is the name of the publisher of the counts. Counts that another publisher
+	// has published are not subtracted from what is missing.
 	Publisher string
 	// OnSetAside is called with the new name of a Dir that was damaged, and the reason. A
 	// new directory is in its place.
@@ -67,7 +67,7 @@ type Config struct {
 	// and the epoch of the failure is published. Both may be called from AddMany, and must
 	// not call the Memory.
 	OnFailure func(error)
-	OnRepair  func()
+	OnRepair  func() // see OnFailure
 
 	// For tests: the boot of the machine, when that was, the size of a segment, what is called
 	// between the stores of a slot, and what syncs memory to the disk.
@@ -82,8 +82,9 @@ type Config struct {
 // narrow one for canonical decimals, which are exact in 64 bits, and a wide
 // one for the rest, UUIDs by their own 128 bits and other ids by a keyed hash.
 //
-// Add takes no lock and allocates nothing while the ids of the epoch are below
-// MaxIDs and their table does not have to grow.
+// AddMany takes no lock and allocates nothing while the ids of the epoch are below MaxIDs
+// and their table does not have to grow. All methods are safe for concurrent use, by the
+// rule of Set; Key panics before the first Open.
 type Memory struct {
 	cfg    Config
 	secret secret

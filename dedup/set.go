@@ -47,11 +47,11 @@ type Item struct {
 	Key Key    // Set.Key(ID)
 }
 
-// ErrFull says that there is no room for another id in this epoch. Ids already
-// in it are still found.
+// ErrFull means that there is no room for another id in this epoch. Ids already in it are
+// still found.
 var ErrFull = errors.New("dedup: full")
 
-// ErrUnavailable says that ids can neither be added nor looked for now.
+// ErrUnavailable means that ids can be neither added nor looked up now.
 var ErrUnavailable = errors.New("dedup: unavailable")
 
 // Set is the contract of every store of ids.
@@ -83,7 +83,8 @@ type Set interface {
 	// Stats returns a snapshot for the metrics.
 	Stats() Stats
 
-	// Close lets go of memory and connections. No Open, AddMany or Run may follow.
+	// Close releases memory and connections. No Open, AddMany or Run may follow, and no
+	// second Close.
 	Close() error
 }
 

@@ -49,7 +49,7 @@ type Records struct {
 	Conflicts      uint64    // keys found with another value
 	AppendFailures uint64    // tries to make a record durable that failed
 	Blocked        string    // why records cannot be made durable now; empty if they can
-	Sinks          []Sink
+	Sinks          []Sink    // each sink, by its name
 }
 
 // Sink is where records are delivered to.
@@ -62,13 +62,13 @@ type Sink struct {
 // AdminConfig of an Admin. All fields but Version, Shared, Sealed, History and
 // Token are required.
 type AdminConfig struct {
-	Server    *Server
-	Times     *Times
-	Records   func() Records
+	Server    *Server                            // the public listener to report about
+	Times     *Times                             // filled by other parts
+	Records   func() Records                     // the state of delivery; called for each page, concurrently
 	Delivered func(windowStart time.Time) string // "spooled", "delivered", or "" if unknown
-	Group     string
-	Instance  string
-	Version   string
+	Group     string                             // --group
+	Instance  string                             // --instance
+	Version   string                             // of the program; may be empty
 
 	// LogDropped is how many lines of the log were dropped. Optional.
 	LogDropped func() uint64
@@ -80,7 +80,7 @@ type AdminConfig struct {
 	// just closed came to in the whole group, if that is known. Both are nil if ids
 	// are in memory.
 	Shared func() dedup.GroupStats
-	Sealed func(counter.Span) (counter.Count, bool)
+	Sealed func(counter.Span) (counter.Count, bool) // see Shared
 
 	// History is the file that keeps the last windows for the next start. Empty:
 	// they are shown until the process ends.
@@ -91,7 +91,9 @@ type AdminConfig struct {
 	Token string
 }
 
-// Admin serves what operators look at, apart from the public listener.
+// Admin serves health, readiness, metrics, windows, profiles and the live page, on a
+// listener of its own. All methods are safe for concurrent use; Serve is called once, and
+// returns after Shutdown.
 type Admin struct {
 	cfg    AdminConfig
 	server *Server

@@ -34,7 +34,7 @@ const (
 
 // Room is what the process may use. Zero: not known, or no limit.
 type Room struct {
-	Descriptors uint64
+	Descriptors uint64 // that the process may open
 	Memory      uint64 // bytes; half of it is for ids
 	TLS         bool   // connections of the public listener speak it
 

@@ -67,10 +67,10 @@ const (
 
 // Config of a Server. Counter, Set, Callbacks and Log are required.
 type Config struct {
-	Counter   *counter.Counter
-	Set       dedup.Set
-	Callbacks *callback.Sender
-	Log       zerolog.Logger
+	Counter   *counter.Counter // counts the verdicts
+	Set       dedup.Set        // judges the ids
+	Callbacks *callback.Sender // sends the POSTs
+	Log       zerolog.Logger   // refusals, panics; sampled
 
 	Uint64IDs       bool // only canonical decimals up to 2^64-1 are ids
 	DuplicateStatus int  // status of a repeat; 409 if zero
@@ -87,8 +87,8 @@ type Config struct {
 	// proxy have one address.
 	MaxConnsPerAddress int
 
-	SlowTimeout time.Duration // for a request to arrive, for an answer to be taken
-	IdleTimeout time.Duration // between the requests of a connection
+	SlowTimeout time.Duration // to receive a request, to send an answer; DefaultSlowTimeout if zero
+	IdleTimeout time.Duration // between two requests of a connection; DefaultIdleTimeout if zero
 	TLS         *Certificate  // the listener speaks TLS; nil: plain HTTP
 
 	// MaxBatchIDs and MaxBatchBytes bound one batch, after decompression; BatchMemory
@@ -103,7 +103,8 @@ type Config struct {
 	noFastPath bool // of tests
 }
 
-// Server serves the public listener.
+// Server serves the public listener. Serve is called once and returns after Shutdown; the
+// other methods are safe for concurrent use, while Serve runs.
 type Server struct {
 	cfg       Config
 	callbacks *callback.Sender

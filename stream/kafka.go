@@ -104,7 +104,7 @@ import (
 // KafkaConfig says how to reach the topic.
 type KafkaConfig struct {
 	Brokers []string // host:port
-	Topic   string
+	Topic   string   // of the records
 
 	// TLS, if not nil, is used for every connection.
 	TLS *tls.Config
@@ -114,8 +114,8 @@ type KafkaConfig struct {
 	// for each connection, so a wrong or rotated one is put right by writing
 	// the file.
 	SASL         string
-	User         string
-	PasswordFile string
+	User         string // for SASL
+	PasswordFile string // see SASL
 
 	// Dial opens the connections to the brokers; nil: TCP, or TLS with TLS.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)

@@ -25,7 +25,7 @@ type SpoolConfig struct {
 	// empty Instance means the name kept in Dir, else the host name; what was
 	// chosen is kept in Dir.
 	Group    string
-	Instance string
+	Instance string // see Group
 	// Log gets one line when a damaged file was set aside. The zero value is
 	// silent.
 	Log zerolog.Logger
@@ -66,7 +66,7 @@ const (
 	spoolFile = "spool.db"
 )
 
-// errSpoolFull and errOutOfOrder are what Append refuses with. Publish retries
+// errSpoolFull and errOutOfOrder are the errors of Append. Publish retries
 // the first until there is room and returns the second at once: no later try
 // can make it right.
 var (

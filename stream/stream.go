@@ -85,7 +85,9 @@ const (
 	closeWait = time.Second
 )
 
-// Stream publishes counts. It fulfils counter.Publisher.
+// Stream publishes counts. It implements counter.Publisher. One goroutine at a time may
+// call Publish or Append; Run is called once; the other methods are safe for concurrent
+// use.
 type Stream struct {
 	cfg   Config
 	spool *Spool
@@ -308,8 +310,8 @@ func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 	return spooled, nil
 }
 
-// Close lets go of the sinks, after Run has returned. It does not wait longer
-// than closeWait and does not flush.
+// Close releases the sinks, after Run has returned. It waits for closeWait at most and
+// does not flush.
 func (s *Stream) Close() {
 	done := make(chan struct{})
 	go func() {
@@ -339,17 +341,17 @@ type Stats struct {
 	// AppendError is why records cannot be made durable right now, empty when
 	// they can. While it is set, Publish waits.
 	AppendError    string
-	AppendFailures uint64
+	AppendFailures uint64 // failed attempts, since the start
 
-	SetAside string // name of the damaged spool file found at the start
-	Sinks    []SinkStats
+	SetAside string      // name of the damaged spool file found at the start
+	Sinks    []SinkStats // in the order of their configuration
 }
 
 // SinkStats is the state of one sink.
 type SinkStats struct {
 	Name      string // "kafka" or "file"
 	Target    string // the topic and its brokers, or the path of the file
-	State     string
+	State     string // StateIdle, StateDelivering or StateFailing
 	LastError string // also after it was overcome
 	Delivered uint64 // records acknowledged, since the start
 }

@@ -22,7 +22,8 @@ import (
 // is not one of ours; reading goes on behind it. Any other error ends it.
 var errInvalidRecord = errors.New("not a record of this program")
 
-// IsInvalidRecord tells an error about one record from one about the source.
+// IsInvalidRecord reports whether an error is about one record, and not about the source:
+// reading continues after it.
 func IsInvalidRecord(err error) bool { return errors.Is(err, errInvalidRecord) }
 
 // followEvery is how often a followed file is looked at.
@@ -239,13 +240,13 @@ type windowKey struct {
 
 // WindowTotal is the sum of one window of a group.
 type WindowTotal struct {
-	Group    string
-	Start    time.Time
-	Window   time.Duration
-	Unique   uint64
-	Records  int
-	Complete bool // every record of it is
-	Exact    bool // every record of it is
+	Group    string        // name of the group
+	Start    time.Time     // UTC
+	Window   time.Duration // length
+	Unique   uint64        // sum over the records
+	Records  int           // how many
+	Complete bool          // every record of it is
+	Exact    bool          // every record of it is
 }
 
 // Gap is what is missing in the records of one instance, or of a group.
@@ -264,6 +265,7 @@ type Gap struct {
 	FirstSeq, LastSeq uint64
 }
 
+// String describes the gap in one line.
 func (g Gap) String() string {
 	first, last := g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano)
 	switch {
@@ -283,13 +285,14 @@ func (g Gap) String() string {
 
 // Repeat is a record that should not be there.
 type Repeat struct {
-	First, Again Record
+	First, Again Record // in the order they were read
 	// Same: a copy, counted once. Otherwise one number with two values, as two processes
 	// under one name produce them; both are counted. A whole group has one record: the
 	// first is counted.
 	Same bool
 }
 
+// String describes the repeat in one line.
 func (r Repeat) String() string {
 	first, again := r.First.Key(), r.Again.Key()
 	switch {

@@ -92,7 +92,8 @@ type Config struct {
 // Set is the dedup.Set that the instances of a group share: an id is Unique once in
 // all of them. DESIGN.md, "Many instances: Redis", has the protocol.
 //
-// Its goroutines run from NewRedis to Close.
+// Its goroutines run from New to Close. All methods are safe for concurrent use, by the
+// rule of dedup.Set.
 type Set struct {
 	cfg    Config
 	option rueidis.ClientOption
@@ -467,8 +468,8 @@ func (r *Set) Group() dedup.GroupStats {
 	return s
 }
 
-// Close lets every batch under way come to its end, for a second at most, and
-// takes this session out of Redis.
+// Close lets every batch under way come to its end, for a second at most, and takes this
+// session out of Redis. It must be called once: a second call panics.
 func (r *Set) Close() error {
 	close(r.closing)
 	give := time.AfterFunc(closeWait, r.end)

@@ -12,8 +12,8 @@ import (
 // Safe for concurrent use, and cheap where thousands fail at once: a goroutine
 // that does not get the lock is hidden without waiting for it.
 type Sampler struct {
-	Lines int // 0 is 1
-	Every time.Duration
+	Lines int           // 0 is 1
+	Every time.Duration // length of a period
 
 	hidden atomic.Uint64 // lines kept back since the last that was let through
 

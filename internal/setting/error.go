@@ -17,6 +17,7 @@ type Error struct {
 	Why  string // one line; it never quotes a value that may be a secret
 }
 
+// Error returns the name and the reason, without the value.
 func (e *Error) Error() string { return e.Name + ": " + e.Why }
 
 // Errorf makes an Error about the setting called name.

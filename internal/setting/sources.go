@@ -15,10 +15,10 @@ import (
 
 // Flag is what Sources need to know of a flag.
 type Flag struct {
-	Name, Env string
-	Bool      bool // needs no value
-	List      bool // takes several values
-	File      bool // is a key of the settings file
+	Name, Env string // without the dashes; its variable, or empty
+	Bool      bool   // needs no value
+	List      bool   // takes several values
+	File      bool   // is a key of the settings file
 }
 
 // Sources are what the settings are read from: the command line over the

@@ -14,8 +14,8 @@ import (
 // Redis is a real Redis of a test, on a port of its own. It saves nothing unless its
 // arguments say so.
 type Redis struct {
-	Addr string
-	Dir  string
+	Addr string // HOST:PORT
+	Dir  string // its data
 
 	t    testing.TB
 	args []string

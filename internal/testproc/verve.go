@@ -272,6 +272,7 @@ func (v *Server) Get(url string) (int, string) {
 
 // Record is a line of a counts file.
 type Record struct {
+	// The fields of the contract.
 	Start    time.Time `json:"window_start"`
 	MS       int64     `json:"window_ms"`
 	Unique   int       `json:"unique"`

@@ -98,7 +98,7 @@ type Config struct {
 	Took func(time.Duration)
 	// Live returns start and count of the open epoch. Required.
 	Live func() (windowStart time.Time, unique uint64)
-	Log  zerolog.Logger
+	Log  zerolog.Logger // results of POSTs, sampled
 
 	// Resolver resolves names; nil: net.DefaultResolver.
 	Resolver *net.Resolver
@@ -123,7 +123,7 @@ type Stats struct {
 
 	FailedStatus   uint64 // answered, but neither 2xx nor 3xx
 	FailedRedirect uint64 // answered 3xx; not followed
-	FailedTimeout  uint64
+	FailedTimeout  uint64 // no answer within Timeout
 	FailedResolve  uint64 // the name has no address
 	FailedConnect  uint64 // TCP or TLS
 	FailedRefused  uint64 // the name leads where callbacks may not go
@@ -136,22 +136,22 @@ type Stats struct {
 
 	Waiting      int // endpoints with a POST waiting
 	Reserved     int // endpoints in the table, waiting or just reserved
-	InFlight     int
-	Destinations int
+	InFlight     int // POSTs being sent
+	Destinations int // hosts and ports with state
 	BreakersOpen int // destinations whose breaker is open, or waits for the POST that tries
 }
 
 // Sender sends the callbacks.
 //
-// The request handler calls Parse, Reserve, and then Send or Release. A
-// reservation keeps the place of a waiting POST before anything is counted;
-// Send cannot fail. A fixed number of workers (Run) takes POSTs from the
-// destinations that have some, in turn, so that none waits for another one's
-// slowness: a destination holds at most Concurrency workers, and all those
-// together that are not known to answer quickly (newcomers, and those whose
-// last POST failed or took long) hold at most three quarters of the workers
-// and of the table. Names are cheap; any number of tarpits leaves the rest to
-// destinations that answer.
+// The request handler calls Parse, Reserve, and then Send or Release, exactly one of these
+// for each successful Reserve: without a reservation they panic. All methods are safe for
+// concurrent use; Run is called once. A reservation keeps the place of a waiting POST
+// before anything is counted; Send cannot fail. A fixed number of workers (Run) takes
+// POSTs from the destinations that have some, in turn, so that none waits for another
+// one's slowness: a destination holds at most Concurrency workers, and all those together
+// that are not known to answer quickly (newcomers, and those whose last POST failed or
+// took long) hold at most three quarters of the workers and of the table. Names are cheap;
+// any number of tarpits leaves the rest to destinations that answer.
 type Sender struct {
 	cfg      Config
 	guard    *guard
@@ -351,8 +351,9 @@ func (s *Sender) countEntry(d *destination, n int) {
 // which are not known to answer quickly.
 func unprovenShare(n int) int { return max(n-n/4, 1) }
 
-// Send turns a reservation into a waiting POST, or merges it with one that
-// waits already: the count is the newest when the body is built.
+// Send turns a reservation into a waiting POST, or merges it with one that waits already:
+// the count is the newest when the body is built. It does not block, and panics if ep has
+// no reservation.
 func (s *Sender) Send(ep Endpoint) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -382,7 +383,7 @@ func (s *Sender) Send(ep Endpoint) {
 	s.unreserve(e)
 }
 
-// Release gives a reservation back.
+// Release gives a reservation back. It panics if ep has none.
 func (s *Sender) Release(ep Endpoint) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
