@@ -41,7 +41,7 @@ var batchCases = []batchCase{
 // turnWindow makes enough windows in a round for a percentile of their lateness.
 const turnWindow = 100 * time.Millisecond
 
-// batchExpect is about what a minute of these cases brings.
+// batchExpect is about the number of ids in a minute of these cases.
 const batchExpect = 60_000_000
 
 // groupConns keeps the ids that wait for Redis below what it does in the time that an

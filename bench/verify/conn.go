@@ -438,7 +438,7 @@ func (c *conn) takeWords(ids []uint64, a *response) error {
 		}
 		for ; left == 0; left = c.windows[window].ids {
 			if window++; window == len(c.windows) {
-				return fmt.Errorf("more ids were judged than %q says", a.window)
+				return fmt.Errorf("more ids were judged than %q lists", a.window)
 			}
 		}
 		left--

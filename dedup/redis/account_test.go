@@ -49,7 +49,7 @@ func startInstance(t *testing.T, server *redisServer, file string) *instance {
 	return i
 }
 
-// add brings n ids of a name to the first epoch, each until it is answered.
+// add adds n ids of a name to the first epoch, each until it is answered.
 func (i *instance) add(name string, n int) {
 	i.t.Helper()
 	for id := range n {

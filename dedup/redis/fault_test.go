@@ -878,7 +878,7 @@ func TestRedisKeysGoAway(t *testing.T) {
 	}
 	for _, k := range server.keys() {
 		if strings.HasSuffix(k, ":lane2") {
-			// What the session was answered, its ids in doubt, who has some, whose
+			// The answer to the session, its ids in doubt, the sessions with some, whose
 			// data these are, whether there are replicas, and what is sealed.
 			if n := server.do("HLEN", k); n != "6" {
 				t.Errorf("%s fields in %s, want those of one session and of what is sealed: %s", n, k, server.do("HKEYS", k))

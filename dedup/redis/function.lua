@@ -293,7 +293,7 @@ end
 
 -- hello: session, sequence expected, new sequence, seconds to live, seconds to hold.
 -- After a loss the session goes on from a sequence that no batch still on its way
--- can have. What was lost is still to be added: nobody may seal before.
+-- can have. The lost ids are still to be added: no seal may come before that.
 local function hello(key, a)
   local session, expect, seq = a[2], tonumber(a[3]), tonumber(a[4])
   local state, last = call('HGET', key, 'S' .. session), 0

@@ -198,8 +198,8 @@ func newLedgerKeys(group string) ledgerKeys {
 }
 
 // ofEpoch is a hash: "m:" MEMBER -> its answers (see answers), complete and inexact as
-// reported, then unique, exact and sealed as decided, then delivered. That who was in
-// an epoch is kept with it means that it is not lost alone.
+// reported, then unique, exact and sealed as decided, then delivered. The members of an
+// epoch are in the same key, so they cannot be lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
 
 func spanName(s counter.Span) string {
@@ -243,7 +243,7 @@ local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
 
 // luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N+"
-// before, for N at least. What is known better stays.
+// before, for N at least. A more certain number stays.
 const luaAnswers = `
 local function answered(key, m, n)
   local old = redis.call('HGET', key, 'm:' .. m)
@@ -430,11 +430,11 @@ return out
 // decideScript writes what the epoch came to, once, and answers it, with the reason
 // where it is not exact.
 //
-// The record has the sum of the answers that the members have given. The number of ids
-// in Redis is the check: fewer are ids that are lost, or were given twice. More are
-// none where no write can have been lost: they are ids that nobody was told about. What
-// members that are gone have answered is what the others have not, if no write can have
-// been lost and it is no less than they said last.
+// The record has the sum of the answers that the members have given. The number of ids in
+// Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
+// harm if no write can have been lost: they were added without an answer. Members that are
+// gone have answered the rest of the ids, if no write can have been lost and the rest is
+// at least what they reported last.
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')

@@ -244,9 +244,8 @@ func (l *lane) retire(s *redisEpoch) int {
 	return unsent
 }
 
-// unsettled returns the starts of the oldest and the newest epoch of which ids that
-// this process has answered as new, or may, are not in Redis for certain, or others are
-// that nobody was told about.
+// unsettled returns the starts of the oldest and the newest epoch with ids in an unknown
+// state: answered ok but possibly missing from Redis, or added without an answer.
 func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	see := func(s *redisEpoch) {
 		if !some || s.start.Before(oldest) {
