@@ -164,6 +164,7 @@ type liveMessage struct {
 	Resident        uint64 `json:"resident_bytes,omitempty"` // memory of the process; 0 if the system does not tell
 
 	Answers           []resultCount `json:"answers"`
+	Batches           uint64        `json:"batches"`
 	Callbacks         []resultCount `json:"callbacks"`
 	CallbacksWaiting  int           `json:"callbacks_waiting"`
 	CallbacksInFlight int           `json:"callbacks_in_flight"`
@@ -307,7 +308,7 @@ func (l *live) message(now time.Time) liveMessage {
 		MaxIDs: ids.Fit, MaxIDsEstimated: ids.Estimated, IDBytes: ids.Bytes, MaxIDBytes: ids.MaxBytes, Resident: l.resident.Load(),
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
-		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(),
+		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(), Batches: a.server.batches.answered.Load(),
 	}
 	if a.cfg.Shared != nil {
 		g := a.cfg.Shared()

@@ -65,7 +65,7 @@ func (r *run) batch(ctx context.Context, root string, c batchCase, round int, on
 	if err != nil {
 		return s, fmt.Errorf("%s: %w", c.name, err)
 	}
-	if s.Failed > 0 {
+	if 100*s.Failed > s.Requests {
 		return s, fmt.Errorf("%s: %d batches were refused", c.name, s.Failed)
 	}
 	s.Scenario, s.Server, s.Round = "batch", c.name, round

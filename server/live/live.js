@@ -88,6 +88,7 @@
 
     checks(m);
     results("answers", m.answers, ["ok", "duplicate"]);
+    text("batches", "of ids; " + whole.format(m.batches) + (m.batches === 1 ? " batch" : " batches") + " answered");
     results("callbacks", m.callbacks, ["delivered", "merged"]);
     text("callbacks-now", m.callbacks_waiting + " waiting, " + m.callbacks_in_flight + " in flight" +
       (m.breakers_open ? ", " + m.breakers_open + (m.breakers_open === 1 ? " destination" : " destinations") + " given a rest after failures" : "") + ".");

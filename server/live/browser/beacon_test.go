@@ -62,6 +62,8 @@ func TestBeaconOfAnotherOriginIsCounted(t *testing.T) {
 	p.do(chromedp.Evaluate[chromedp.Void](`addEventListener("pagehide", () => navigator.sendBeacon("` + accept + `", "view-1\nview-3"))`))
 	visit(t, p)
 	s.counted(3, 2)
+	live := open(t, s, 1200, 900, "light")
+	live.until(`document.getElementById("batches").textContent.includes("2 batches")`)
 }
 
 // TestPageReadsAnswersOnlyIfItsOriginIsAllowed: what needs a preflight is not even sent
