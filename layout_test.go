@@ -133,3 +133,17 @@ func TestFunctionsAreShort(t *testing.T) {
 		}
 	})
 }
+
+// TestRootIsShort: main.go and at most five more product files.
+func TestRootIsShort(t *testing.T) {
+	const most = 5
+	var files []string
+	testproc.ProductFiles(t, parser.PackageClauseOnly, func(path string, _ *token.FileSet, _ *ast.File) {
+		if !strings.Contains(path, "/") && path != "main.go" {
+			files = append(files, path)
+		}
+	})
+	if len(files) > most {
+		t.Errorf("beside main.go there are %q, want %d at most", files, most)
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/rs/zerolog"
 )
 
 // signalAct is what a signal does to a server: see os_unix.go.
@@ -19,6 +21,8 @@ func actOf(s os.Signal) signalAct { return signalAct{name: s.String(), stop: tru
 
 func notifySignals(c chan<- os.Signal) { signal.Notify(c, syscall.SIGTERM, os.Interrupt) }
 
-func accepts(*net.TCPListener) bool { return true }
+func handedOver() (map[string]*net.TCPListener, error) { return nil, nil }
+
+func notifySystemd(<-chan struct{}, zerolog.Logger) {}
 
 func descriptorLimit() uint64 { return 0 }
