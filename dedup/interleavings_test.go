@@ -357,18 +357,18 @@ func TestInterleavingsOfGrowthAhead(t *testing.T) {
 	}
 }
 
-// TestInterleavingsOfTheLimit: with room for one id more, exactly one gets in, and
-// repeats are known.
+// TestInterleavingsOfTheLimit: with room for two ids exactly two get in, repeats are
+// known, and take no room.
 func TestInterleavingsOfTheLimit(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			explore.Explore(t, options(explore.All, explore.All, explore.All), func(r *explore.Run) {
-				s := newScene(Config{MaxIDs: 1}, 1, 1)
-				a, b := kind.key(7, 1), kind.key(7, 2)
+				s := newScene(Config{MaxIDs: 2}, 1, 1)
+				a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(8, 3)
 				s.adds(r, "a", 0, a)
 				s.adds(r, "a again", 0, a)
-				s.adds(r, "b", 0, b)
-				r.Check(func() error { return s.limited(1, 0) })
+				s.adds(r, "bc", 0, b, c)
+				r.Check(func() error { return s.limited(2, 0) })
 			})
 		})
 	}
