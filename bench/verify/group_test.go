@@ -112,7 +112,7 @@ func TestFiveInstancesOverManyWindows(t *testing.T) {
 	t.Parallel() // they wait more than they work
 	f := groupOf(t, 5, testproc.StartRedis(t).Addr, "50ms")
 	f.Duration, f.Rate = 12*time.Second, 4000
-	wantGood(t, f, 0, 200)
+	wantGood(t, f, 0, 100)
 }
 
 // TestLoadBalancerBeforeTheGroup: two instances behind nginx answer as one.
