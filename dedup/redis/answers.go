@@ -63,7 +63,7 @@ func (l *Ledger) final(s counter.Span, unique uint64) {
 	}
 }
 
-// sessions of members.
+// sessions of members, as sealScript lists them.
 func sessions(members []rueidis.RedisMessage) ([]string, error) {
 	list := make([]string, len(members))
 	for i := range members {
@@ -71,7 +71,9 @@ func sessions(members []rueidis.RedisMessage) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		list[i] = m[strings.LastIndexByte(m, '/')+1:]
+		if m != "" {
+			list[i] = m[:1] + m[strings.LastIndexByte(m, '/')+1:]
+		}
 	}
 	return list, nil
 }

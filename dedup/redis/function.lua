@@ -325,8 +325,8 @@ local function reset(key, a)
 end
 
 -- seal: epoch, seconds to keep the seal, seconds to wait for sessions after a loss,
--- whether sets that are gone are given up, seconds to live, and the sessions that are
--- not there any more and have not reported what they answered.
+-- whether sets that are gone are given up, seconds to live, and the sessions that have
+-- answered ids: "+" SESSION of one that has not reported how many, "=" of one that has.
 --
 -- It answers the count, whether ids are known to be given twice or forgotten (exact
 -- 0), and whether it is certain that no write of the epoch was ever lost (whole 1).
@@ -358,10 +358,12 @@ local function seal(key, a)
     end
   end
 
+  -- A hash that lacks one of them was lost since, and begun again.
   local absent = {}
   for i = 7, #a do
-    absent[a[i]] = true
-    if call('HEXISTS', key, 'S' .. a[i]) == 0 then whole = 0 end
+    local session = sub(a[i], 2)
+    absent[session] = sub(a[i], 1, 1) == '+'
+    if call('HEXISTS', key, 'S' .. session) == 0 then whole = 0 end
   end
   -- Writes may have been lost since shortly before the epoch began: every session
   -- has to be heard again first, for only it knows whether its own are there.
@@ -371,7 +373,7 @@ local function seal(key, a)
     if sub(all[i], 1, 1) == 'S' then
       local session = sub(all[i], 2)
       local _, at = parse(all[i + 1])
-      if at < cut and at > began - LAPSE and not absent[session] and math.abs(now - cut) < tonumber(a[4]) then return {'hold'} end
+      if at < cut and at > began - LAPSE and not absent[session] and call('HEXISTS', key, 'I' .. session) == 1 and math.abs(now - cut) < tonumber(a[4]) then return {'hold'} end
       if at < began - FORGET then call('HDEL', key, 'S' .. session, 'I' .. session) end
     end
   end
@@ -388,9 +390,10 @@ local function seal(key, a)
   return {'sealed', n, exact, whole}
 end
 
--- bye: session. It has nothing left to be asked about.
+-- bye: session. It has nothing left to be asked about; that it was there is kept for
+-- the seal.
 local function bye(key, a)
-  call('HDEL', key, 'S' .. a[2], 'I' .. a[2])
+  call('HDEL', key, 'I' .. a[2])
   return {'ok'}
 end
 

@@ -83,8 +83,8 @@ type groupIDs interface {
 	// conn returns the client, or why there is none.
 	conn() (rueidis.Client, error)
 	// sealIDs seals the ids of an epoch and counts them: the same sum whoever asks,
-	// however often. absent are sessions that have not reported what they answered.
-	sealIDs(ctx context.Context, s counter.Span, absent []string) (sealedIDs, error)
+	// however often. sessions are those that have answered ids, as sealScript lists them.
+	sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error)
 	// settle looks whether Redis has lost ids of this process since it was last
 	// asked; unsettled then knows.
 	settle(ctx context.Context, start time.Time) error
@@ -383,8 +383,8 @@ return 1
 `)
 
 // sealScript answers whether the epoch may be sealed now: {0, the decided
-// count}, {1, ms to wait at most} or {2, the members that have not said how much they
-// answered}: seal it.
+// count}, {1, ms to wait at most} or {2, the members that have answered ids}: seal it.
+// "+" stands before those that have not reported how many, "=" before the others.
 //
 // It may when every member that is alive has left it, and not before its end, but
 // for the skew, by the clock of Redis: a single member with a wild clock must not
@@ -422,7 +422,9 @@ if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
 redis.call('PEXPIRE', KEYS[3], ARGV[7])
 local out, all = {2}, redis.call('HGETALL', KEYS[3])
 for f = 1, #all, 2 do
-  if string.sub(all[f], 1, 2) == 'm:' and string.sub(all[f + 1], -1) == '+' then out[#out + 1] = string.sub(all[f], 3) end
+  if string.sub(all[f], 1, 2) == 'm:' and all[f + 1] ~= '0' then
+    out[#out + 1] = (string.sub(all[f + 1], -1) == '+' and '+' or '=') .. string.sub(all[f], 3)
+  end
 end
 return out
 `)
@@ -915,9 +917,9 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 	if c, ok := l.decided(s); ok {
 		return c, nil
 	}
-	out, absent, err := l.lockSeal(ctx, s)
+	out, members, err := l.lockSeal(ctx, s)
 	if err == nil && len(out) == 0 { // this process seals
-		out, err = l.seal(ctx, s, absent)
+		out, err = l.seal(ctx, s, members)
 	}
 	var c counter.Count
 	if err == nil {
@@ -931,8 +933,8 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 
 // lockSeal waits until the epoch may be sealed. It returns what another member has
 // decided; or nothing if this process holds the lock of the seal, and then the sessions
-// of the members that have not reported.
-func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, absent []string, err error) {
+// of the members that have answered ids.
+func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length}
 	args := []string{
@@ -949,8 +951,8 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 			return out, nil, err
 		}
 		if what != sealWait {
-			absent, err := sessions(out[1:])
-			return nil, absent, err
+			members, err = sessions(out[1:])
+			return nil, members, err
 		}
 		wait, err := out[1].AsInt64()
 		if err != nil {
@@ -977,8 +979,8 @@ const (
 
 // seal counts the ids, and decides. The member that decides logs why a record is not
 // exact.
-func (l *Ledger) seal(ctx context.Context, s counter.Span, absent []string) ([]rueidis.RedisMessage, error) {
-	ids, err := l.cfg.IDs.sealIDs(ctx, s, absent)
+func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
+	ids, err := l.cfg.IDs.sealIDs(ctx, s, members)
 	if err != nil {
 		return nil, err
 	}

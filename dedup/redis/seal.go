@@ -30,12 +30,13 @@ type sealedIDs struct {
 
 // sealIDs seals an epoch in every lane: from then on nobody adds to it, and its
 // count is the same for whoever asks, until keepSeal is over. It need not have
-// been opened here, nor hold ids. It is whole only if each lane knows the sessions
-// that are absent: ones that may have added ids and cannot say how many.
+// been opened here, nor hold ids. It is whole only if each lane has the sessions, those
+// that have answered ids: "+" stands before one that has not reported how many, for
+// which nothing waits, "=" before the others.
 //
 // It waits while ids that were lost are being added again. An error leaves some
 // lanes sealed and others not; calling it again goes on.
-func (r *Set) sealIDs(ctx context.Context, s counter.Span, absent []string) (sealedIDs, error) {
+func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
 	type part struct {
 		answer
 		err error
@@ -43,7 +44,7 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, absent []string) (sea
 	parts := make(chan part, len(r.lanes))
 	for i := range r.lanes {
 		go func() {
-			a, err := r.sealLane(ctx, &r.lanes[i], s, absent)
+			a, err := r.sealLane(ctx, &r.lanes[i], s, sessions)
 			parts <- part{a, err}
 		}()
 	}
@@ -64,11 +65,11 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, absent []string) (sea
 	return sum, nil
 }
 
-func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, absent []string) (answer, error) {
+func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (answer, error) {
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
-		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL}, absent...)
+		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL}, sessions...)
 		a, err := r.call(ctx, l.key, args...)
 		if err != nil || a.status == statusSealed {
 			return a, err
