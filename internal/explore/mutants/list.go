@@ -180,26 +180,8 @@ var mutants = []mutant{
 		File: "dedup/segment.go", Old: "if s.last >= floor {", New: "if s.last > floor {",
 	}, nil},
 	// A connection.
-	{"the stop closes a connection that the fast path serves", "server", overlay.Edit{
-		File: "server/conn.go", Old: "if c.serving.Load() {", New: "if false {",
-	}, nil},
-	{"a read of the fast path does not mark the connection as busy", "server", overlay.Edit{
-		File: "server/conn.go", Old: "&phaseMask) != phaseReading {", New: "&phaseMask) == phaseNew {",
-	}, nil},
 	{"a connection that is parked is closed", "server", overlay.Edit{
 		File: "server/conn.go", Old: "if c.parking.Load() {", New: "if false {",
-	}, nil},
-	{"the deadline comes before its reason", "server", overlay.Edit{
-		File: "server/conn.go", Old: "\tc.stopped.Store(true)\n\tc.interrupt()", New: "\tc.interrupt()\n\tc.stopped.Store(true)",
-	}, nil},
-	{"a read goes on whatever ended it", "server", overlay.Edit{
-		File: "server/park.go", Old: "errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load()\n}", New: "true\n}",
-	}, nil},
-	{"a read goes on without the deadline of the stop", "server", overlay.Edit{
-		File: "server/park.go", Old: "\tif c.owner.stopping.Load() {\n\t\t_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))\n\t}\n\treturn errors", New: "\treturn errors",
-	}, nil},
-	{"the deadline is cleared after the look at the reasons", "server", overlay.Edit{
-		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\tif c.owner", New: "\tdefer c.raw.SetReadDeadline(time.Time{})\n\tif c.owner",
 	}, nil},
 	{"the deadline of parking stays", "server", overlay.Edit{
 		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\tif c.owner", New: "\tif c.owner",
