@@ -11,7 +11,8 @@
 --   A            the sessions that may have ids in doubt
 --   E<epoch>     an open epoch: generation, ids of each kind, partly, twice; packed
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until}
---   id, cut      whose data these are, and when writes of it may have been lost last
+--   id           whose data these are
+--   cut, cuts    when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
 --   hold         no new ids until then: lost ones are being added again
 --
@@ -53,6 +54,13 @@ local function holds(key, hold, now)
   call('HDEL', key, 'hold')
 end
 
+-- cut notes that writes may have been lost: every session has to be heard again.
+local function cut(key, now)
+  local cuts = tonumber(call('HGET', key, 'cuts') or 0) + 1
+  call('HSET', key, 'cut', now, 'cuts', cuts)
+  return cuts
+end
+
 -- identify notes whose data these are: the id changes when another process, or a
 -- replica, becomes the master, which may lack the last writes. It returns whether that
 -- can be known, and whether this master may be cut off: it has, or had when it was
@@ -62,7 +70,7 @@ local function identify(key, now)
   local id = type(info) == 'string' and string.match(info, 'master_replid:(%x+)')
   if not id then return false, false end
   local was = call('HMGET', key, 'id', 'replicas')
-  if was[1] and was[1] ~= id then call('HSET', key, 'cut', now) end
+  if was[1] and was[1] ~= id then cut(key, now) end
   local near = false
   for lag in string.gmatch(info, 'lag=(%d+)') do near = near or tonumber(lag) <= LAG end
   local some = string.match(info, 'connected_slaves:(%d+)') ~= '0' and '1' or '0'
@@ -180,7 +188,8 @@ end
 -- decided without Redis, b show that the session lives.
 local function batch(key, a, undo)
   local session, seq, mode, epoch, expect = a[2], tonumber(a[3]), a[4], a[5], a[6]
-  local h = call('HMGET', key, 'S' .. session, 'E' .. epoch, 'hold')
+  local h = call('HMGET', key, 'S' .. session, 'E' .. epoch, 'hold', 'cuts')
+  local cuts = tonumber(h[4] or 0)
   local last, at, codes0, gen0, n0 = 0
   if h[1] then
     last, at, codes0, gen0, n0 = parse(h[1])
@@ -216,7 +225,7 @@ local function batch(key, a, undo)
         if try('SCARD', key .. ':' .. epoch .. ':' .. KINDS[k]) ~= held[k] then return {'missing'} end
       end
     end
-    remember(key, session, '', {}, seq, at, '', gen or '', n, epoch)
+    remember(key, session, '', {}, seq, at, '', gen or '', n, epoch, cuts)
     if tick then call('EXPIRE', key, a[7]) end
     return {'ok', '', gen or '', n}
   end
@@ -229,7 +238,8 @@ local function batch(key, a, undo)
   end
   local fields = {}
   if mode == 'p' then
-    fields = {'cut', now, 'hold', now + tonumber(a[8])}
+    cuts = cut(key, now)
+    fields = {'hold', now + tonumber(a[8])}
     if a[9] == '0' then partly = 1 end
   end
 
@@ -286,7 +296,7 @@ local function batch(key, a, undo)
     fields[#fields + 1] = 'E' .. epoch
     fields[#fields + 1] = pack(gen, held[1], held[2], held[3], held[4], partly, twice)
   end
-  remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch)
+  remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch, cuts)
   if tick then call('EXPIRE', key, a[7]) end
   return {'ok', answer, gen, n}
 end
@@ -302,7 +312,7 @@ local function hello(key, a)
   if last ~= expect then return {'gap', '', '', last} end
   local now = clock()
   join(key, session)
-  remember(key, session, '', {'cut', now, 'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '')
+  remember(key, session, '', {'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '', cut(key, now))
   call('EXPIRE', key, a[5])
   return {'ok'}
 end
@@ -319,7 +329,7 @@ local function reset(key, a)
   if e and parse(e) == a[3] then
     drop(key, a[2])
     call('HDEL', key, 'E' .. a[2])
-    call('HSET', key, 'cut', clock())
+    cut(key, clock())
   end
   return {'ok'}
 end
@@ -336,11 +346,11 @@ local function seal(key, a)
   if over then return {'sealed', over[2], over[3], over[4]} end
   local now, exact, whole, n = clock(), 1, 1, 0
   local known, cut_off = identify(key, now)
-  if not known then whole = 0 end
   if cut_off then whole, exact = 0, 0 end
   local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
-  local h = call('HMGET', key, 'E' .. epoch, 'hold', 'cut')
-  local cut = tonumber(h[3] or 0)
+  local h = call('HMGET', key, 'E' .. epoch, 'hold', 'cut', 'cuts')
+  local cut_at, cuts = tonumber(h[3] or 0), tonumber(h[4] or 0)
+  local recent = cut_at > began - LAPSE
   if h[2] and holds(key, h[2], now) then return {'hold'} end
 
   if h[1] then
@@ -363,17 +373,21 @@ local function seal(key, a)
   for i = 7, #a do
     local session = sub(a[i], 2)
     absent[session] = sub(a[i], 1, 1) == '+'
-    if call('HEXISTS', key, 'S' .. session) == 0 then whole = 0 end
+    local state = call('HGET', key, 'S' .. session)
+    local _, heard
+    if state then _, _, _, _, _, _, heard = parse(state) end
+    -- One that was heard since writes may have been lost has added its own again.
+    if not state or recent and heard ~= cuts or absent[session] and not known then whole = 0 end
   end
-  -- Writes may have been lost since shortly before the epoch began: every session
-  -- has to be heard again first, for only it knows whether its own are there.
-  if cut > began - LAPSE then whole = 0 end
+  -- Writes may have been lost since shortly before the epoch began: every session that
+  -- is there has to be heard again first, for only it knows whether its own are there.
   local all = call('HGETALL', key)
   for i = 1, #all, 2 do
     if sub(all[i], 1, 1) == 'S' then
       local session = sub(all[i], 2)
-      local _, at = parse(all[i + 1])
-      if at < cut and at > began - LAPSE and not absent[session] and call('HEXISTS', key, 'I' .. session) == 1 and math.abs(now - cut) < tonumber(a[4]) then return {'hold'} end
+      local _, at, _, _, _, _, heard = parse(all[i + 1])
+      if recent and heard ~= cuts and at > began - LAPSE and not absent[session] and
+        call('HEXISTS', key, 'I' .. session) == 1 and math.abs(now - cut_at) < tonumber(a[4]) then return {'hold'} end
       if at < began - FORGET then call('HDEL', key, 'S' .. session, 'I' .. session) end
     end
   end

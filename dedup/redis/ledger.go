@@ -434,9 +434,10 @@ return out
 //
 // The record has the sum of the answers that the members have given. The number of ids in
 // Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
-// harm if no write can have been lost: they were added without an answer. Members that are
-// gone have answered the rest of the ids, if no write can have been lost and the rest is
-// at least what they reported last.
+// harm: they were added without an answer. Members that are gone have answered the rest
+// of the ids, if that is at least what they reported last. All of this holds only if no
+// write can have been lost that was not added again (whole): a lost id and one that was
+// added without an answer would cancel each other.
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
@@ -463,8 +464,6 @@ if #absent > 0 then
   numbers = numbers .. string.format(', and %.0f or more were given by instances that ended without a report (%s)', least, table.concat(absent, ' '))
   if ids < sum + least then
     but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
-  elseif not whole then
-    but('Redis may have lost ids of instances that are not there to add them again')
   elseif open then
     but('an instance that may have answered alone ended without a report')
   end
@@ -473,9 +472,8 @@ elseif members == 0 and ids > 0 then
   but('what the instances have answered is lost')
 elseif ids < sum then
   but(string.format('%.0f ids are lost or were given twice', sum - ids))
-elseif ids > sum and not whole then
-  but(string.format('%.0f ids are in Redis that no instance answered for', ids - sum))
 end
+if not whole then but('Redis may have lost ids of instances that were not there to add them again') end
 if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
 if h[5] then but('an instance held ids that Redis did not have') end
 local complete = h[2] or '0'

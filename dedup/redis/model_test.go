@@ -25,13 +25,14 @@ type modelRedis struct {
 	beganBy  int             // the process that began it
 	known    int             // the identity that the hash has noted last
 	gen      int             // generation of the epoch
-	cut      bool            // writes may have been lost since the epoch began
 	twice    bool            // an id was there when it was added again
 	ids      map[int]bool    // in the set
 	seqs     map[int]int     // of each session
 	rows     answers         // of the ledger
 	decided  *modelRecord    // what the epoch came to
 	sessions map[int]bool    // that the hash has
+	cuts     int             // how often writes may have been lost
+	heard    map[int]int     // cuts of each session when it was heard last
 	hold     map[int]bool    // sessions that have said hello and not added again
 	members  map[string]bool // alive, as far as the ledger knows
 }
@@ -39,6 +40,7 @@ type modelRedis struct {
 func (r *modelRedis) clone() *modelRedis {
 	c := *r
 	c.ids, c.seqs, c.rows = maps.Clone(r.ids), maps.Clone(r.seqs), maps.Clone(r.rows)
+	c.heard = maps.Clone(r.heard)
 	c.sessions, c.hold, c.members = maps.Clone(r.sessions), maps.Clone(r.hold), maps.Clone(r.members)
 	return &c
 }
@@ -46,7 +48,7 @@ func (r *modelRedis) clone() *modelRedis {
 func emptyRedis(identity, process int) *modelRedis {
 	return &modelRedis{
 		identity: identity, process: process, ids: map[int]bool{}, seqs: map[int]int{}, rows: answers{},
-		sessions: map[int]bool{}, hold: map[int]bool{}, members: map[string]bool{},
+		heard: map[int]int{}, sessions: map[int]bool{}, hold: map[int]bool{}, members: map[string]bool{},
 	}
 }
 
@@ -169,17 +171,18 @@ func (w *model) heard(m *modelMember) {
 			kept = 0
 		}
 		if w.rules.helloHolds {
-			r.cut = true
+			r.cuts++
 			r.hold[m.session] = true
 		}
 		m.seq += 1000
 		r.seqs[m.session], r.sessions[m.session] = m.seq, true
 		m.untold = slices.DeleteFunc(m.untold, func(a modelAdd) bool { return a.seq > kept })
+		r.heard[m.session] = r.cuts
 		m.gen = -kept - 1 // is to add again what came after kept
 		return
 	}
 	m.seq++
-	r.seqs[m.session], r.sessions[m.session] = m.seq, true
+	r.seqs[m.session], r.sessions[m.session], r.heard[m.session] = m.seq, true, r.cuts
 }
 
 // replay adds again what was lost.
@@ -189,9 +192,9 @@ func (w *model) replay(m *modelMember) {
 	}
 	r, kept := w.redis, -m.gen-1
 	w.begin()
-	r.cut = true
+	r.cuts++
 	m.seq++
-	r.seqs[m.session] = m.seq
+	r.seqs[m.session], r.heard[m.session] = m.seq, r.cuts
 	for i, a := range m.log {
 		if a.seq <= kept {
 			continue
@@ -217,7 +220,7 @@ func (w *model) begin() {
 func (w *model) identify() {
 	r := w.redis
 	if r.known != 0 && r.known != r.identity && w.rules.identity {
-		r.cut = true
+		r.cuts++
 	}
 	r.known = r.identity
 }
@@ -386,10 +389,15 @@ func (w *model) seal() modelRecord {
 	}
 	w.identify()
 	r := w.redis
-	whole := !r.cut
+	for _, m := range w.members { // each of them beats every second
+		if !m.paused && m.gen >= 0 {
+			w.settle(m)
+		}
+	}
+	whole := true
 	for name, n := range r.rows {
 		session, _ := strconv.Atoi(name)
-		if w.rules.sessions && n != "0" && !r.sessions[session] {
+		if w.rules.sessions && n != "0" && !r.sessions[session] || n != "0" && r.sessions[session] && r.heard[session] != r.cuts {
 			whole = false
 		}
 	}
@@ -421,10 +429,10 @@ func modelDecide(rows answers, ids sealedIDs, inexact, open bool) (unique uint64
 	exact = ids.exact && !inexact
 	switch {
 	case absent > 0:
-		return max(ids.unique, sum+least), exact && ids.unique >= sum+least && ids.whole && !open
+		return max(ids.unique, sum+least), exact && ids.whole && ids.unique >= sum+least && !open
 	case len(rows) == 0 && ids.unique > 0:
 		return ids.unique, false
-	case ids.unique < sum || ids.unique > sum && !ids.whole:
+	case ids.unique < sum || !ids.whole:
 		return sum, false
 	}
 	return sum, exact
