@@ -238,7 +238,7 @@ local function batch(key, a, undo)
   end
   local fields = {}
   if mode == 'p' then
-    cuts = cut(key, now)
+    cuts = cut(key, now) - 1 -- heard again when all is added: by the next batch of another mode
     fields = {'hold', now + tonumber(a[8])}
     if a[9] == '0' then partly = 1 end
   end
@@ -312,7 +312,7 @@ local function hello(key, a)
   if last ~= expect then return {'gap', '', '', last} end
   local now = clock()
   join(key, session)
-  remember(key, session, '', {'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '', cut(key, now))
+  remember(key, session, '', {'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '', cut(key, now) - 1)
   call('EXPIRE', key, a[5])
   return {'ok'}
 end

@@ -177,7 +177,9 @@ func (w *model) heard(m *modelMember) {
 		m.seq += 1000
 		r.seqs[m.session], r.sessions[m.session] = m.seq, true
 		m.untold = slices.DeleteFunc(m.untold, func(a modelAdd) bool { return a.seq > kept })
-		r.heard[m.session] = r.cuts
+		if r.heard[m.session] = r.cuts; w.rules.helloHolds {
+			r.heard[m.session]--
+		}
 		m.gen = -kept - 1 // is to add again what came after kept
 		return
 	}
@@ -194,7 +196,7 @@ func (w *model) replay(m *modelMember) {
 	w.begin()
 	r.cuts++
 	m.seq++
-	r.seqs[m.session], r.heard[m.session] = m.seq, r.cuts
+	r.seqs[m.session], r.heard[m.session] = m.seq, r.cuts-1
 	for i, a := range m.log {
 		if a.seq <= kept {
 			continue
