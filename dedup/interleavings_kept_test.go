@@ -150,7 +150,7 @@ func (k *keptScene) check() error {
 }
 
 // total checks that an epoch's record, which only the first may have, and what the next
-// process will publish of it, are as many ids as were answered, or as were brought at
+// process will publish of it, are as many ids as were answered, or as were passed at
 // most.
 func (k *keptScene) total(next *successor, serial uint64, answered, brought int) error {
 	var sum uint64

@@ -82,7 +82,7 @@ func TestWindowsShowTheOpenEpochAndTheLastOnes(t *testing.T) {
 		t.Errorf("got %+v", closed)
 	}
 	for _, limit := range []string{"0", "-1", "x", "1441"} {
-		if w := getPage(a, "/api/windows?limit=" + limit); w.Code != 400 {
+		if w := getPage(a, "/api/windows?limit="+limit); w.Code != 400 {
 			t.Errorf("limit %s: got %d, want 400", limit, w.Code)
 		}
 	}

@@ -62,13 +62,13 @@ type modelAdd struct{ id, seq int }
 
 // modelMember is a process.
 type modelMember struct {
-	session  int
-	instance int
-	seq, gen int
-	log      []modelAdd // answered as new
-	untold   []modelAdd // added, and nobody is told
-	rows     answers    // as it remembers them
-	paused   bool
+	session    int
+	instance   int
+	seq, gen   int
+	log        []modelAdd // answered as new
+	unanswered []modelAdd // added and not answered
+	rows       answers    // as it remembers them
+	paused     bool
 }
 
 func (m *modelMember) name() string { return fmt.Sprint(m.session) }
@@ -176,7 +176,7 @@ func (w *model) heard(m *modelMember) {
 		}
 		m.seq += 1000
 		r.seqs[m.session], r.sessions[m.session] = m.seq, true
-		m.untold = slices.DeleteFunc(m.untold, func(a modelAdd) bool { return a.seq > kept })
+		m.unanswered = slices.DeleteFunc(m.unanswered, func(a modelAdd) bool { return a.seq > kept })
 		if r.heard[m.session] = r.cuts; w.rules.helloHolds {
 			r.heard[m.session]--
 		}
@@ -239,7 +239,7 @@ func (w *model) settle(m *modelMember) {
 	}
 }
 
-// add brings an id; answered is false if the reply is lost.
+// add adds an id; answered is false if the reply is lost.
 func (w *model) add(m *modelMember, id int, answered bool) {
 	w.heard(m)
 	if m.gen < 0 {
@@ -255,21 +255,21 @@ func (w *model) add(m *modelMember, id int, answered bool) {
 		w.ok[id]++
 		w.answers++
 	} else {
-		m.untold = append(m.untold, modelAdd{id, m.seq})
+		m.unanswered = append(m.unanswered, modelAdd{id, m.seq})
 	}
 	r.ids[id] = true
 }
 
-// takeBack removes what nobody was told about.
+// takeBack removes what was not answered.
 func (w *model) takeBack(m *modelMember) {
 	w.heard(m)
 	if m.gen < 0 {
 		return
 	}
-	for _, a := range m.untold {
+	for _, a := range m.unanswered {
 		delete(w.redis.ids, a.id)
 	}
-	m.untold = nil
+	m.unanswered = nil
 }
 
 func (w *model) leave(m *modelMember) {
