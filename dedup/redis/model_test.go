@@ -65,6 +65,8 @@ type modelMember struct {
 	session    int
 	instance   int
 	seq, gen   int
+	lost       bool       // it has said hello, and is to add again
+	kept       int        // what came after this batch
 	log        []modelAdd // answered as new
 	unanswered []modelAdd // added and not answered
 	rows       answers    // as it remembers them
@@ -161,14 +163,23 @@ func (w *model) disk(m *modelMember) {
 	w.disks[m.instance].learn(m.rows)
 }
 
+// missing reports whether Redis has not all that this session knows of.
+func (w *model) missing(m *modelMember) bool {
+	r := w.redis
+	return r.seqs[m.session] != m.seq || m.gen != 0 && r.gen != m.gen
+}
+
 // heard is a batch without ids: the session notices what Redis has lost of it.
 func (w *model) heard(m *modelMember) {
 	r := w.redis
 	w.identify()
-	if lost := r.seqs[m.session] != m.seq || m.gen != 0 && r.gen != m.gen; lost {
+	if w.missing(m) {
 		kept := r.seqs[m.session]
-		if r.gen != m.gen {
+		if m.gen != 0 && r.gen != m.gen {
 			kept = 0
+		}
+		if m.lost { // what an earlier loss took is still to be added
+			kept = min(kept, m.kept)
 		}
 		if w.rules.helloHolds {
 			r.cuts++
@@ -180,25 +191,36 @@ func (w *model) heard(m *modelMember) {
 		if r.heard[m.session] = r.cuts; w.rules.helloHolds {
 			r.heard[m.session]--
 		}
-		m.gen = -kept - 1 // is to add again what came after kept
+		m.lost, m.kept = true, kept
+		if kept == 0 {
+			m.gen = 0
+		}
 		return
+	}
+	if m.lost {
+		return // nothing else is sent before that
 	}
 	m.seq++
 	r.seqs[m.session], r.sessions[m.session], r.heard[m.session] = m.seq, true, r.cuts
 }
 
-// replay adds again what was lost.
+// replay adds again what was lost. If Redis has lost more since, the batch is refused, and
+// the session says hello again.
 func (w *model) replay(m *modelMember) {
-	if m.gen >= 0 {
+	if !m.lost {
 		return
 	}
-	r, kept := w.redis, -m.gen-1
+	if w.missing(m) {
+		w.heard(m)
+		return
+	}
+	r := w.redis
 	w.begin()
 	r.cuts++
 	m.seq++
 	r.seqs[m.session], r.heard[m.session] = m.seq, r.cuts-1
 	for i, a := range m.log {
-		if a.seq <= kept {
+		if a.seq <= m.kept {
 			continue
 		}
 		if r.ids[a.id] {
@@ -208,7 +230,7 @@ func (w *model) replay(m *modelMember) {
 		m.log[i].seq = m.seq
 	}
 	delete(r.hold, m.session)
-	m.gen = r.gen
+	m.lost, m.gen = false, r.gen
 }
 
 // begin makes the epoch in the hash.
@@ -232,7 +254,7 @@ func (w *model) identify() {
 func (w *model) settle(m *modelMember) {
 	for {
 		w.heard(m)
-		if m.gen >= 0 {
+		if !m.lost {
 			return
 		}
 		w.replay(m)
@@ -242,7 +264,7 @@ func (w *model) settle(m *modelMember) {
 // add adds an id; answered is false if the reply is lost.
 func (w *model) add(m *modelMember, id int, answered bool) {
 	w.heard(m)
-	if m.gen < 0 {
+	if m.lost {
 		return // it is to add again first
 	}
 	r := w.redis
@@ -263,7 +285,7 @@ func (w *model) add(m *modelMember, id int, answered bool) {
 // takeBack removes what was not answered.
 func (w *model) takeBack(m *modelMember) {
 	w.heard(m)
-	if m.gen < 0 {
+	if m.lost {
 		return
 	}
 	for _, a := range m.unanswered {
@@ -392,7 +414,7 @@ func (w *model) seal() modelRecord {
 	w.identify()
 	r := w.redis
 	for _, m := range w.members { // each of them beats every second
-		if !m.paused && m.gen >= 0 {
+		if !m.paused && !m.lost {
 			w.settle(m)
 		}
 	}
