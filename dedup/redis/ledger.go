@@ -134,6 +134,7 @@ type Ledger struct {
 	doubt    time.Time     // of Doubt
 	beatErr  error         // of the last beat
 	lastBeat time.Time
+	back     time.Time // when a beat was answered again after others may be taken for dead
 }
 
 // Standings of a member.
@@ -434,12 +435,15 @@ return out
 //
 // The record has the sum of the answers that the members have given. The number of ids in
 // Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
-// harm: they were added without an answer. Members that are gone have answered the rest
+// harm if they were added without an answer. But if a member was not heard since the epoch
+// ended, and the ledger does not have it in the epoch, they may be ids that it has answered
+// while it did not reach the ledger (see registerWait). Members that are gone have answered the rest
 // of the ids, if that is at least what they reported last. All of this holds only if no
 // write can have been lost that was not added again (whole): a lost id and one that was
 // added without an answer would cancel each other.
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
+local turned = tonumber(ends) + tonumber(ARGV[8])
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
 if h[1] then return {0, h[1], h[2], h[3], h[4]} end
 local sum, least, absent, members = 0, 0, {}, 0
@@ -456,6 +460,14 @@ for f = 1, #all, 2 do
     redis.call('HDEL', KEYS[2], all[f])
   end
 end
+local unknown = {}
+if #absent == 0 and ids > sum then
+  local listed = {}
+  for f = 1, #all, 2 do listed[all[f]] = true end
+  for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. string.format('%.0f', turned))) do
+    if not listed['m:' .. m] then unknown[#unknown + 1] = m end
+  end
+end
 local unique, why = sum, ''
 local function but(reason) why = why == '' and reason or why .. '; ' .. reason end
 local numbers = string.format('%.0f ids are in Redis, %.0f answers are reported', ids, sum)
@@ -470,6 +482,9 @@ if #absent > 0 then
 elseif members == 0 and ids > 0 then
   unique = ids
   but('what the instances have answered is lost')
+elseif #unknown > 0 then
+  unique = ids
+  but(string.format('%.0f ids may have been answered by instances that did not reach the ledger (%s)', ids - sum, table.concat(unknown, ' ')))
 elseif ids < sum then
   but(string.format('%.0f ids are lost or were given twice', sum - ids))
 end
@@ -649,8 +664,12 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	failed := l.beatErr != nil
 	if l.beatErr = err; err != nil {
 		return fmt.Errorf("ledger: %w", err)
+	}
+	if !l.lastBeat.IsZero() && (failed || began.Sub(l.lastBeat) > memberTTL-beatEvery) {
+		l.back = time.Now()
 	}
 	l.lastBeat = began
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
@@ -940,6 +959,9 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), ms(keepUndelivered),
 	}
 	for {
+		if err := l.othersAreBack(ctx); err != nil {
+			return nil, nil, err
+		}
 		out, err := l.exec(ctx, sealScript, keys, args)
 		if err != nil {
 			return nil, nil, err
@@ -969,6 +991,25 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 	}
 }
 
+// othersAreBack waits, after a time in which this member did not reach the ledger, for as
+// long as it takes the others to be heard again: they are taken for dead, and what they
+// have answered meanwhile is not written down.
+func (l *Ledger) othersAreBack(ctx context.Context) error {
+	for {
+		l.mu.Lock()
+		failing, back := l.beatErr != nil && !l.left.Load(), time.Until(l.back.Add(memberTTL))
+		l.mu.Unlock()
+		if !failing && back <= 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(settlePoll):
+		}
+	}
+}
+
 // What sealScript answers first; anything else: the caller seals.
 const (
 	sealDecided = 0
@@ -982,9 +1023,9 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 	if err != nil {
 		return nil, err
 	}
-	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members}, []string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
-		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
+		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen), ms(l.cfg.MaxSkew),
 	})
 	if err == nil && len(out) == 6 {
 		why, _ := out[5].ToString()

@@ -255,12 +255,63 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 
 	// It is in vain from some time on.
 	s = spanEnded(2*time.Second + settleWait)
+	a, b = g.member("c"), g.member("d", holds)
 	held.Store(true)
 	g.report(s, true, b)
 	g.report(s, true, a)
 	g.beat(b)
 	if c := g.seal(a, s); c.Exact {
 		t.Errorf("b has not settled, and the record is %+v", c)
+	}
+}
+
+// TestMemberThatDoesNotReachTheLedgerIsNotLost: it has answered ids of an epoch that the
+// ledger does not know to be its own. The record has them, and is not exact. If it is
+// heard after the end, ids that are in no report have no answer.
+func TestMemberThatDoesNotReachTheLedgerIsNotLost(t *testing.T) {
+	for _, heard := range []bool{false, true} {
+		g := newGroup(t)
+		a, b := g.member("a"), g.member("b")
+		g.beat(a, b)
+		s := spanEnded(0)
+		g.answers.Store(10)
+		g.counted.Store(20)
+		g.report(s, true, a)
+		if heard {
+			time.Sleep(time.Until(s.End().Add(1100 * time.Millisecond))) // behind the skew
+			g.beat(b)
+		}
+		want := counter.Count{Unique: 20}
+		if heard {
+			want = counter.Count{Unique: 10, Exact: true}
+		}
+		if c := g.seal(a, s); c.Unique != want.Unique || c.Exact != want.Exact {
+			t.Errorf("b is heard after the end: %t; the record is %+v", heard, c)
+		}
+	}
+}
+
+// TestSealWaitsForOthersAfterAnOutage: what the others have answered while the ledger was
+// out of reach is written down before an epoch is sealed.
+func TestSealWaitsForOthersAfterAnOutage(t *testing.T) {
+	g := newGroup(t)
+	a, b := g.member("a"), g.member("b")
+	g.beat(a, b)
+	gone, end := context.WithCancel(t.Context())
+	end()
+	if a.beat(gone, true) == nil {
+		t.Fatal("a beat without Redis succeeds")
+	}
+	s := spanEnded(memberTTL) // the last clock has turned
+	g.answers.Store(10)
+	g.counted.Store(20)
+	g.report(s, true, a)
+	g.notYet(a, s, "the beats of a fail")
+	g.beat(a)
+	g.notYet(a, s, "b may be back in a moment")
+	g.report(s, true, b)
+	if c := g.seal(a, s); c.Unique != 20 || !c.Exact {
+		t.Errorf("the record is %+v", c)
 	}
 }
 

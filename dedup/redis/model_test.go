@@ -120,7 +120,7 @@ func (w *model) start(instance int) {
 	w.note("start %d as %d", instance, m.session)
 }
 
-// second is the second after a start, or a loss, in which all beat: see DESIGN.md, known
+// second is the second after a start, a pause, or a loss, in which all beat: see DESIGN.md, known
 // gaps.
 func (w *model) second() {
 	for range 2 {
@@ -356,6 +356,7 @@ func (w *model) step() {
 		}
 	case n < 86:
 		m.paused = !m.paused
+		w.second()
 		w.note("%d pauses: %t", m.session, m.paused)
 	case n < 89:
 		w.old = w.redis.clone()
@@ -568,8 +569,8 @@ func TestDecideAgreesWithTheModel(t *testing.T) {
 		if inexact {
 			set("inexact", "1")
 		}
-		out, err := l.exec(t.Context(), decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{
-			strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(open),
+		out, err := l.exec(t.Context(), decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members}, []string{
+			strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(open), "0",
 		})
 		if err != nil {
 			t.Fatal(err)
