@@ -1,7 +1,6 @@
 package stream
 
 import (
-	"bytes"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -13,6 +12,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"verve/internal/testproc"
 )
 
 // right is an ACL that allows an operation.
@@ -98,7 +99,7 @@ func TestKafkaRightsThatAreMissingAreNamed(t *testing.T) {
 				if !tt.topic {
 					cfg.Topic += ".new"
 				}
-				var log bytes.Buffer
+				var log testproc.Buffer
 				s := start(t, t.TempDir(), Config{Kafka: cfg, Log: zerolog.New(&log).Level(zerolog.WarnLevel)})
 				time.Sleep(30 * time.Second)
 				if got := firstError(s.Stats()); tt.early && (got == "") != (tt.failure == "") || tt.early && !strings.Contains(got, tt.failure) {
@@ -133,7 +134,7 @@ func TestKafkaBrokerWithShortTransactions(t *testing.T) {
 	} {
 		t.Run(tt.allowed, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
-				var log bytes.Buffer
+				var log testproc.Buffer
 				s := start(t, t.TempDir(), Config{Kafka: cfg, Log: zerolog.New(&log)})
 				for i := range 5 {
 					if i == 3 { // a new session

@@ -21,6 +21,8 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
+
+	"verve/internal/testproc"
 )
 
 const topic = "verve.unique-ids"
@@ -309,7 +311,7 @@ func TestKafkaBrokerAwayForHours(t *testing.T) {
 			}
 			return dial(ctx, network, address)
 		}
-		var log bytes.Buffer
+		var log testproc.Buffer
 		dir := t.TempDir()
 		s := start(t, dir, Config{Kafka: cfg, Log: zerolog.New(&log).Level(zerolog.WarnLevel)})
 		s.spool.store.(*boltStore).db.NoSync, s.spool.dir = true, "" // the hours are virtual, the syncs would not be
@@ -493,7 +495,7 @@ func TestKafkaPoisonIsSetAsideAndBlocksNothing(t *testing.T) {
 				c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: e, Count: -1, When: func(r kmsg.Request) bool {
 					return bytes.Contains(r.(*kmsg.ProduceRequest).Topics[0].Partitions[0].Records, victim)
 				}})
-				var log bytes.Buffer
+				var log testproc.Buffer
 				dir := t.TempDir()
 				sp := testSpool(t, dir)
 				appendWithSink(t, sp) // ten at once, so that the bad one is in a batch
@@ -523,7 +525,7 @@ func TestKafkaWithoutTransactionsFallsBackWithOneLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.InitProducerID}, Err: kerr.TransactionalIDAuthorizationFailed, Count: -1, TopLevel: true,
 			When: func(r kmsg.Request) bool { return r.(*kmsg.InitProducerIDRequest).TransactionalID != nil }})
-		var log bytes.Buffer
+		var log testproc.Buffer
 		dir := t.TempDir()
 		cfgs := Config{Kafka: cfg, Log: zerolog.New(&log).Level(zerolog.WarnLevel)}
 		s := start(t, dir, cfgs)
@@ -583,7 +585,7 @@ func TestKafkaRestartAfterANewName(t *testing.T) {
 		sp := testSpool(t, dir)
 		appendWithSink(t, sp)
 		sp.Close()
-		var log bytes.Buffer
+		var log testproc.Buffer
 		sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve", Instance: "host-2", Log: zerolog.New(&log)})
 		if err != nil {
 			t.Fatal(err)
