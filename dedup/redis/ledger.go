@@ -446,11 +446,12 @@ local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == 
 local turned = tonumber(ends) + tonumber(ARGV[8])
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
 if h[1] then return {0, h[1], h[2], h[3], h[4]} end
-local sum, least, absent, members = 0, 0, {}, 0
+local sum, least, absent, members, listed = 0, 0, {}, 0, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     members = members + 1
+    listed[string.sub(all[f], 3)] = true
     if string.sub(all[f + 1], -1) == '+' then
       absent[#absent + 1] = string.sub(all[f], 3)
       least = least + tonumber(string.sub(all[f + 1], 1, -2))
@@ -462,10 +463,8 @@ for f = 1, #all, 2 do
 end
 local unknown = {}
 if #absent == 0 and ids > sum then
-  local listed = {}
-  for f = 1, #all, 2 do listed[all[f]] = true end
   for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. string.format('%.0f', turned))) do
-    if not listed['m:' .. m] then unknown[#unknown + 1] = m end
+    if not listed[m] then unknown[#unknown + 1] = m end
   end
 end
 local unique, why = sum, ''
