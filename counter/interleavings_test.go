@@ -5,24 +5,11 @@ package counter
 import (
 	"context"
 	"fmt"
-	"os"
 	"testing"
 	"time"
 
 	"verve/internal/explore"
 )
-
-// options are those of VERVE_TEST_EXPLORE: by default a search of seconds.
-func options(quick, ci, deep int) explore.Options {
-	o := explore.Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
-	switch os.Getenv("VERVE_TEST_EXPLORE") {
-	case "ci":
-		o.Preemptions = ci
-	case "deep":
-		o.Preemptions = deep
-	}
-	return o
-}
 
 // scene is a Counter whose clock stands still, and what came of it.
 type scene struct {
@@ -185,7 +172,7 @@ func (s *scene) opens(n int) func() error {
 }
 
 func TestInterleavingsOfEnterLeaveTurnClose(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		s.request(r, "early", end-1, 0, Unique)
@@ -197,7 +184,7 @@ func TestInterleavingsOfEnterLeaveTurnClose(t *testing.T) {
 }
 
 func TestInterleavingsOfOutcomes(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		s.request(r, "repeat", end-1, 0, Repeat)
@@ -209,7 +196,7 @@ func TestInterleavingsOfOutcomes(t *testing.T) {
 }
 
 func TestInterleavingsOfBatches(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		s.batch(r, "batch", end-1, 0, 2, 1, 0)
@@ -221,7 +208,7 @@ func TestInterleavingsOfBatches(t *testing.T) {
 }
 
 func TestInterleavingsOfSeal(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		s.request(r, "early", end-1, 0, Unique)
@@ -238,7 +225,7 @@ func TestInterleavingsOfSeal(t *testing.T) {
 }
 
 func TestInterleavingsOfTurns(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		s.request(r, "late", end, 0, Unique)
@@ -250,7 +237,7 @@ func TestInterleavingsOfTurns(t *testing.T) {
 }
 
 func TestInterleavingsOfTwoTurns(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		s.c.provide()
 		end := s.first.end
@@ -266,7 +253,7 @@ func TestInterleavingsOfTwoTurns(t *testing.T) {
 // TestInterleavingsOfAPublisherThatStands: with as many epochs waiting as are kept, one
 // that counted nothing becomes a gap; one with a request in it does not.
 func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end, window := s.first.end, int64(time.Second)
 		for i := range int64(maxWaiting) {
@@ -298,7 +285,7 @@ func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
 
 // TestInterleavingsOfStats: the sums never fall, and have what was counted before.
 func TestInterleavingsOfStats(t *testing.T) {
-	explore.Explore(t, options(1, 2, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
 		var before, after Stats

@@ -179,7 +179,7 @@ func (k *keptScene) total(next *successor, serial uint64, answered, brought int)
 func TestInterleavingsOfRecords(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(1, 1, 2), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(1, 1, 2), func(r *explore.Run) {
 				k := newKept(r, 1)
 				a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(9, 3)
 				k.adds(r, "abc", 0, a, b, c)
@@ -192,7 +192,7 @@ func TestInterleavingsOfRecords(t *testing.T) {
 
 // TestInterleavingsOfChunks: more ids than a segment has room for.
 func TestInterleavingsOfChunks(t *testing.T) {
-	explore.Explore(t, options(0, 1, 2), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
 		k := newKept(r, 1)
 		var keys [3][]Key
 		for i := range keys {
@@ -210,7 +210,7 @@ func TestInterleavingsOfChunks(t *testing.T) {
 func TestInterleavingsOfPublishing(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(0, 1, 2), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
 				k := newKept(r, 1)
 				first := k.epochs[0]
 				k.added = []add{{epoch: 0, key: kind.key(7, 1)}, {epoch: 0, key: kind.key(7, 2)}}
@@ -257,7 +257,7 @@ func (k *keptScene) answer(a *add) {
 // TestInterleavingsOfReuse: the segments of an epoch that is published are written
 // again, two epochs later, and those of the one between are not.
 func TestInterleavingsOfReuse(t *testing.T) {
-	explore.Explore(t, options(0, 1, 2), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
 		k := newKept(r, 3)
 		key := kinds[0].key
 		for n := range uint64(5) { // both chunks

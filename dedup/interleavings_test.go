@@ -5,25 +5,12 @@ package dedup
 import (
 	"context"
 	"fmt"
-	"os"
 	"testing"
 	"time"
 
 	"verve/counter"
 	"verve/internal/explore"
 )
-
-// options are those of VERVE_TEST_EXPLORE: by default a search of seconds.
-func options(quick, ci, deep int) explore.Options {
-	o := explore.Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
-	switch os.Getenv("VERVE_TEST_EXPLORE") {
-	case "ci":
-		o.Preemptions = ci
-	case "deep":
-		o.Preemptions = deep
-	}
-	return o
-}
 
 // kinds of ids: each scenario runs with both.
 var kinds = []struct {
@@ -188,7 +175,7 @@ func (s *scene) room() error {
 func TestInterleavingsOfAnAdd(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(explore.All, explore.All, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, 1, 1)
 				a, b := kind.key(7, 1), kind.key(7, 2)
 				s.adds(r, "a", 0, a)
@@ -204,7 +191,7 @@ func TestInterleavingsOfAnAdd(t *testing.T) {
 func TestInterleavingsOfBatches(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(explore.All, explore.All, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, 1, 1)
 				a, b := kind.key(7, 1), kind.key(7, 2)
 				s.adds(r, "ab", 0, a, b)
@@ -221,7 +208,7 @@ func TestInterleavingsOfAStraggler(t *testing.T) {
 	for _, kind := range kinds {
 		for _, serial := range []uint64{1, lap} {
 			t.Run(fmt.Sprint(kind.name, "-", serial), func(t *testing.T) {
-				explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+				explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 					s := newScene(Config{}, serial, 2)
 					a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(7, 3)
 					s.set(0, a)
@@ -240,7 +227,7 @@ func TestInterleavingsOfAStraggler(t *testing.T) {
 func TestInterleavingsOfThreeEpochs(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(2, 3, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, lap-1, 3)
 				a, b := kind.key(7, 1), kind.key(7, 2)
 				s.set(0, a)
@@ -258,7 +245,7 @@ func TestInterleavingsOfThreeEpochs(t *testing.T) {
 func TestInterleavingsOfASweep(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, 1, 1)
 				a, b := kind.key(7, 1), kind.key(8, 2)
 				s.set(0, a, b)
@@ -315,7 +302,7 @@ func (s *scene) crowd(key func(home, id uint64) Key, free uint64) {
 func TestInterleavingsOfGrowth(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(1, 3, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(1, 3, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, 1, 1)
 				s.crowd(kind.key, 1)
 				a, b := kind.key(7, 1), kind.key(7, 2)
@@ -337,7 +324,7 @@ func TestInterleavingsOfGrowth(t *testing.T) {
 func TestInterleavingsOfGrowthAhead(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(1, 2, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, 1, 1)
 				s.crowd(kind.key, 1)
 				s.m.narrow.checking.Store(kind.name == "narrow")
@@ -362,7 +349,7 @@ func TestInterleavingsOfGrowthAhead(t *testing.T) {
 func TestInterleavingsOfTheLimit(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(explore.All, explore.All, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run) {
 				s := newScene(Config{MaxIDs: 2}, 1, 1)
 				a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(8, 3)
 				s.adds(r, "a", 0, a)
@@ -393,7 +380,7 @@ func (s *scene) limited(max, over int) error {
 func TestInterleavingsOfTheLimitComingNear(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, options(1, 2, explore.All), func(r *explore.Run) {
+			explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 				s := newScene(Config{MaxIDs: 3}, 1, 1)
 				for id := range uint64(3) {
 					s.visits(r, fmt.Sprint("id ", id), kind.key(2*id, 10+id), kind.key(2*id, 20+id))

@@ -19,18 +19,6 @@ import (
 	"verve/internal/explore/atomic"
 )
 
-// options are those of VERVE_TEST_EXPLORE: by default a search of seconds.
-func options(quick, ci, deep int) explore.Options {
-	o := explore.Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
-	switch os.Getenv("VERVE_TEST_EXPLORE") {
-	case "ci":
-		o.Preemptions = ci
-	case "deep":
-		o.Preemptions = deep
-	}
-	return o
-}
-
 const plainRequest = plainStart + "1" + plainProtocol + "\r\n"
 
 // socket is one end of a connection. A deadline in the future is taken as one that
@@ -237,7 +225,7 @@ func (k *scene) check(ended bool) error {
 
 // TestInterleavingsOfTheStop: a plain request comes while the server stops.
 func TestInterleavingsOfTheStop(t *testing.T) {
-	explore.Explore(t, options(2, 4, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, 4, explore.All), func(r *explore.Run) {
 		k := newScene()
 		k.serves(r)
 		k.sends(r, 1)
@@ -249,7 +237,7 @@ func TestInterleavingsOfTheStop(t *testing.T) {
 // TestInterleavingsOfParking: the sweeper parks the connection while requests come and
 // the server stops.
 func TestInterleavingsOfParking(t *testing.T) {
-	explore.Explore(t, options(1, 2, 3), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(1, 2, 3), func(r *explore.Run) {
 		k := newScene()
 		k.c.enter(phaseIdle)
 		k.serves(r)
@@ -263,7 +251,7 @@ func TestInterleavingsOfParking(t *testing.T) {
 // TestInterleavingsOfParkingAlone: each request of a connection that is parked, once or
 // twice, is answered.
 func TestInterleavingsOfParkingAlone(t *testing.T) {
-	explore.Explore(t, options(2, explore.All, explore.All), func(r *explore.Run) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		k := newScene()
 		k.sock.ends = 2
 		k.c.enter(phaseIdle)

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"iter"
 	"math/bits"
+	"os"
 	"runtime/debug"
 	"strings"
 	"testing"
@@ -46,6 +47,19 @@ type Options struct {
 	Preemptions int
 	Replay      string // the only schedule to run
 	Max         int    // schedules after which the search gives up; 0: none
+}
+
+// OptionsFor takes the preemptions that VERVE_TEST_EXPLORE asks for: those of quick, a
+// search of seconds, unless it is ci or deep. VERVE_TEST_REPLAY is the only schedule to run.
+func OptionsFor(quick, ci, deep int) Options {
+	o := Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
+	switch os.Getenv("VERVE_TEST_EXPLORE") {
+	case "ci":
+		o.Preemptions = ci
+	case "deep":
+		o.Preemptions = deep
+	}
+	return o
 }
 
 // Run is one schedule of a scenario. The scenario is called for each, and must do

@@ -16,95 +16,55 @@ func traced[T any](v T) T {
 	return v
 }
 
-// Uint64 is an atomic.Uint64.
-type Uint64 struct{ v real.Uint64 }
+// The numbers of sync/atomic.
+type (
+	Uint64 = number[uint64, real.Uint64, *real.Uint64]
+	Int64  = number[int64, real.Int64, *real.Int64]
+	Uint32 = number[uint32, real.Uint32, *real.Uint32]
+	Int32  = number[int32, real.Int32, *real.Int32]
+)
 
-func (x *Uint64) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *Uint64) Load() uint64       { explore.Do(explore.Read, "load", x.at()); return traced(x.v.Load()) }
-func (x *Uint64) Store(n uint64) {
+// number is a V, the atomic of N.
+type number[N, V any, P interface {
+	*V
+	operations[N]
+}] struct{ v V }
+
+type operations[N any] interface {
+	Load() N
+	Store(N)
+	Add(N) N
+	Swap(N) N
+	CompareAndSwap(a, b N) bool
+}
+
+func (x *number[N, V, P]) at() unsafe.Pointer { return unsafe.Pointer(x) }
+func (x *number[N, V, P]) Load() N {
+	explore.Do(explore.Read, "load", x.at())
+	return traced(P(&x.v).Load())
+}
+func (x *number[N, V, P]) Store(n N) {
 	explore.Do(explore.Write, "store", x.at())
-	x.v.Store(traced(n))
+	P(&x.v).Store(traced(n))
 }
-func (x *Uint64) Add(n uint64) uint64 {
+func (x *number[N, V, P]) Add(n N) N {
 	explore.Do(explore.Write, "add", x.at())
-	return traced(x.v.Add(n))
+	return traced(P(&x.v).Add(n))
 }
-func (x *Uint64) Swap(n uint64) uint64 {
+func (x *number[N, V, P]) Swap(n N) N {
 	explore.Do(explore.Write, "swap", x.at())
-	return traced(x.v.Swap(n))
+	return traced(P(&x.v).Swap(n))
 }
-func (x *Uint64) CompareAndSwap(a, b uint64) bool {
+func (x *number[N, V, P]) CompareAndSwap(a, b N) bool {
 	explore.Do(explore.Write, "cas", x.at())
-	return traced(x.v.CompareAndSwap(a, b))
+	return traced(P(&x.v).CompareAndSwap(a, b))
 }
 
 // Tally is Add where the result is not looked at (package overlay).
-func (x *Uint64) Tally(n uint64) {
+func (x *number[N, V, P]) Tally(n N) {
 	explore.Do(explore.Add, "add", x.at())
-	traced(x.v.Add(n))
+	traced(P(&x.v).Add(n))
 }
-
-// Int64 is an atomic.Int64.
-type Int64 struct{ v real.Int64 }
-
-func (x *Int64) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *Int64) Load() int64        { explore.Do(explore.Read, "load", x.at()); return traced(x.v.Load()) }
-func (x *Int64) Store(n int64)      { explore.Do(explore.Write, "store", x.at()); x.v.Store(traced(n)) }
-func (x *Int64) Add(n int64) int64 {
-	explore.Do(explore.Write, "add", x.at())
-	return traced(x.v.Add(n))
-}
-func (x *Int64) Swap(n int64) int64 {
-	explore.Do(explore.Write, "swap", x.at())
-	return traced(x.v.Swap(n))
-}
-func (x *Int64) CompareAndSwap(a, b int64) bool {
-	explore.Do(explore.Write, "cas", x.at())
-	return traced(x.v.CompareAndSwap(a, b))
-}
-
-// Tally is Add where the result is not looked at.
-func (x *Int64) Tally(n int64) { explore.Do(explore.Add, "add", x.at()); traced(x.v.Add(n)) }
-
-// Int32 is an atomic.Int32.
-type Int32 struct{ v real.Int32 }
-
-func (x *Int32) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *Int32) Load() int32        { explore.Do(explore.Read, "load", x.at()); return traced(x.v.Load()) }
-func (x *Int32) Store(n int32)      { explore.Do(explore.Write, "store", x.at()); x.v.Store(traced(n)) }
-func (x *Int32) Add(n int32) int32 {
-	explore.Do(explore.Write, "add", x.at())
-	return traced(x.v.Add(n))
-}
-func (x *Int32) Swap(n int32) int32 {
-	explore.Do(explore.Write, "swap", x.at())
-	return traced(x.v.Swap(n))
-}
-func (x *Int32) CompareAndSwap(a, b int32) bool {
-	explore.Do(explore.Write, "cas", x.at())
-	return traced(x.v.CompareAndSwap(a, b))
-}
-
-// Tally is Add where the result is not looked at.
-func (x *Int32) Tally(n int32) { explore.Do(explore.Add, "add", x.at()); traced(x.v.Add(n)) }
-
-// Uint32 is an atomic.Uint32.
-type Uint32 struct{ v real.Uint32 }
-
-func (x *Uint32) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *Uint32) Load() uint32       { explore.Do(explore.Read, "load", x.at()); return traced(x.v.Load()) }
-func (x *Uint32) Store(n uint32)     { explore.Do(explore.Write, "store", x.at()); x.v.Store(traced(n)) }
-func (x *Uint32) Add(n uint32) uint32 {
-	explore.Do(explore.Write, "add", x.at())
-	return traced(x.v.Add(n))
-}
-func (x *Uint32) CompareAndSwap(a, b uint32) bool {
-	explore.Do(explore.Write, "cas", x.at())
-	return traced(x.v.CompareAndSwap(a, b))
-}
-
-// Tally is Add where the result is not looked at.
-func (x *Uint32) Tally(n uint32) { explore.Do(explore.Add, "add", x.at()); traced(x.v.Add(n)) }
 
 // Bool is an atomic.Bool.
 type Bool struct{ v real.Bool }
