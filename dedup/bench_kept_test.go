@@ -54,7 +54,7 @@ func BenchmarkAddKept(b *testing.B) {
 						n++
 					}
 					id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
-					in, _ := e.Enter(e.at(n), 0)
+					in, _ := e.Enter(e.At(n), 0)
 					if v, err := addTo(m, in.Epoch, id); v != Unique || err != nil {
 						b.Fatal(v, err)
 					}
@@ -125,7 +125,7 @@ func BenchmarkFirstWindow(b *testing.B) {
 					e := newEpochs(b, m)
 					ctx, stop := context.WithCancel(context.Background())
 					go func() { _ = m.Run(ctx) }()
-					in, _ := e.Enter(e.at(0), 0)
+					in, _ := e.Enter(e.At(0), 0)
 					var id []byte
 					began := userTime(b)
 					b.StartTimer()

@@ -19,7 +19,7 @@ func BenchmarkAdd(b *testing.B) {
 			n := 0
 			id := make([]byte, 0, 20)
 			b.ReportAllocs()
-			in, _ := e.Enter(e.at(0), 0)
+			in, _ := e.Enter(e.At(0), 0)
 			in.Leave(counter.Void)
 			for i := 0; b.Loop(); i++ {
 				if i == ids {
@@ -28,7 +28,7 @@ func BenchmarkAdd(b *testing.B) {
 					m.reclaim() // the cleaner's part
 				}
 				id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
-				in, _ := e.Enter(e.at(n), 0)
+				in, _ := e.Enter(e.At(n), 0)
 				v, err := addTo(m, in.Epoch, id)
 				if v != Unique || err != nil {
 					b.Fatal(v, err)

@@ -20,7 +20,7 @@ func TestExpectedIdsOfAnyKindHaveTheirRoom(t *testing.T) {
 				t.Errorf("before the first id there are %d bytes in %d levels", s.Bytes, s.Levels)
 			}
 			e := newEpochs(t, m)
-			in, _ := e.Enter(e.at(0), 0)
+			in, _ := e.Enter(e.At(0), 0)
 			defer in.Leave(counter.Void)
 			for i := range ids {
 				if v, err := addTo(m, in.Epoch, fmt.Appendf(nil, format, i)); v != Unique || err != nil {

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"verve/counter"
+	"verve/internal/epochtest"
 )
 
 // families are ids with structure: the kinds that clients send, and that an attacker would
@@ -89,7 +90,7 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	c, err := counter.New(counter.Config{Window: counter.MaxWindow, Store: m, Publish: nobody{}})
+	c, err := counter.New(counter.Config{Window: counter.MaxWindow, Store: m, Publish: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1306,7 +1306,7 @@ func TestKeptAddAllocatesNothing(t *testing.T) {
 	dir := fastDir(t)
 	m := newMemory(t, Config{Dir: dir, Expect: 100_000, ExpectWide: 100_000})
 	e := newEpochs(t, m)
-	in, _ := e.Enter(e.at(0), 0)
+	in, _ := e.Enter(e.At(0), 0)
 	defer in.Leave(counter.Void)
 	for name, format := range map[string]string{"decimal": "1%d", "text": "text %d"} {
 		ids := make([][]byte, 20_000)

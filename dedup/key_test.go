@@ -9,10 +9,12 @@ import (
 	"regexp"
 	"strconv"
 	"testing"
+
+	"verve/internal/epochtest"
 )
 
 func FuzzDecimal(f *testing.F) {
-	for _, id := range append(alike, "", "18446744073709551609", "18446744073709551610", "18446744073709551620",
+	for _, id := range append(epochtest.Alike, "", "18446744073709551609", "18446744073709551610", "18446744073709551620",
 		"19999999999999999999", "99999999999999999999", "100000000000000000000", "9999999999999999999", "1e3", "1_0", "-1", "0:", "/") {
 		f.Add([]byte(id))
 	}
@@ -41,7 +43,7 @@ func FuzzDecimal(f *testing.F) {
 var canonicalUUID = regexp.MustCompile(`\A[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\z`)
 
 func FuzzUUID(f *testing.F) {
-	for _, id := range append(alike, "3f333df6-90a4-4fda-8dd3-9485d27cee3", "3f333df6-90a4-4fda-8dd3-9485d27cee3g",
+	for _, id := range append(epochtest.Alike, "3f333df6-90a4-4fda-8dd3-9485d27cee3", "3f333df6-90a4-4fda-8dd3-9485d27cee3g",
 		"3f333df6-90a4-4fda-8dd3-9485d27cee3\n", "3f333df6-90a4-4fda-8dd3-9485d27cee3\xff", "3f333df6-90a4-4fda-8dd3--485d27cee36",
 		"3f333df6-90a4-4fda48dd3-9485d27cee36", "3f333df6-90a4-4fda-8dd349485d27cee36", "3f333df6-90a444fda-8dd3-9485d27cee36",
 		"3f333df6490a4-4fda-8dd3-9485d27cee36", "3f333df-690a4-4fda-8dd3-9485d27cee36", "------------------------------------") {

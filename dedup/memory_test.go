@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"verve/counter"
+	"verve/internal/epochtest"
 )
 
 // newMemory closes the Memory when the test is over, and checks that all its
@@ -42,7 +43,7 @@ func newMemory(t testing.TB, cfg Config) *Memory {
 // are new.
 func fill(t testing.TB, e epochs, m *Memory, k, from, n int) {
 	t.Helper()
-	in, ok := e.Enter(e.at(k), 0)
+	in, ok := e.Enter(e.At(k), 0)
 	if !ok {
 		t.Fatal("the counter is sealed")
 	}
@@ -155,7 +156,7 @@ func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 	m := newMemory(t, Config{CleanupBatch: 1 << 30})
 	e := newEpochs(t, m)
 	fill(t, e, m, 0, 0, ids)
-	in, _ := e.Enter(e.at(0), 3)
+	in, _ := e.Enter(e.At(0), 3)
 	refused := 0
 	for n := 1; n < lap+50; n++ {
 		m.reclaim()
@@ -267,7 +268,7 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 		}
 	}
 	fill(t, e, m, 0, 0, many)
-	in, _ := e.Enter(e.at(1), 0)
+	in, _ := e.Enter(e.At(1), 0)
 	retired(1)
 	m.resize() // makes tables for many ids ready
 	old := m.Stats().Bytes
@@ -313,7 +314,7 @@ func TestSetGrowsUnderWriters(t *testing.T) {
 	var group sync.WaitGroup
 	for w := range writers {
 		group.Go(func() {
-			in, _ := e.Enter(e.at(0), uint64(w))
+			in, _ := e.Enter(e.At(0), uint64(w))
 			defer in.Leave(counter.Void)
 			var b [24]byte
 			for n := range ids {
@@ -367,7 +368,7 @@ func TestGrowthIsAskedForAgain(t *testing.T) {
 func growsWhenAskedAgain(t *testing.T) error {
 	m := newMemory(t, Config{Expect: 700_000})
 	e := newEpochs(t, m)
-	in, _ := e.Enter(e.at(0), 0)
+	in, _ := e.Enter(e.At(0), 0)
 	defer in.Leave(counter.Void)
 	m.check <- struct{}{} // another wish
 	limit := m.arena.used.Load() + 1
@@ -503,7 +504,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -542,7 +543,7 @@ func TestAddAllocatesNothing(t *testing.T) {
 			"repeat":   func() []byte { return append(b[:0], "42"...) },
 		} {
 			if n := testing.AllocsPerRun(2000, func() {
-				in, _ := e.Enter(e.at(0), 0)
+				in, _ := e.Enter(e.At(0), 0)
 				v, err := addOne(m, in.Epoch, id())
 				if err != nil || v == Turned {
 					t.Error(v, err)
@@ -576,7 +577,7 @@ func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 						ids[i] = fmt.Appendf(nil, "text %d", n)
 					}
 				}
-				in, _ := f.EnterMany(f.at(turn), 0, uint64(len(ids)))
+				in, _ := f.EnterMany(f.At(turn), 0, uint64(len(ids)))
 				verdicts := make([]Verdict, len(ids))
 				items := make([]Item, len(ids))
 				for i, id := range ids {
@@ -609,7 +610,7 @@ func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -644,7 +645,7 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 				id = strconv.AppendUint(id[:0], n, 10)
 				items[i].Key, verdicts[i] = m.Key(id), Turned
 			}
-			in, _ := e.EnterMany(e.at(0), 0, 20)
+			in, _ := e.EnterMany(e.At(0), 0, 20)
 			if err := m.AddMany(in.Epoch, items, verdicts); verdicts[19] != Unique || err != nil {
 				t.Fatal(verdicts, err)
 			}
@@ -662,7 +663,7 @@ func TestOpenAllocatesNothing(t *testing.T) {
 	}
 	m := newMemory(t, Config{})
 	es := make([]*counter.Epoch, 0, 64)
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publish: nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publish: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -726,7 +727,7 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 	for _, first := range []int{halfLap, halfLap + 1, lap, 2*lap + 7} {
 		m := newMemory(t, Config{CleanupBatch: 1})
 		var es []*counter.Epoch
-		c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publish: nobody{}})
+		c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publish: epochtest.Nobody{}})
 		if err != nil {
 			t.Fatal(err)
 		}

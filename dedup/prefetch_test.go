@@ -28,7 +28,7 @@ func BenchmarkAddMany(b *testing.B) {
 					id = strconv.AppendUint(id[:0], uint64(n+j)*7, 10)
 					items[j].Key = m.Key(id)
 				}
-				in, _ := e.EnterMany(e.at(window), 0, uint64(size))
+				in, _ := e.EnterMany(e.At(window), 0, uint64(size))
 				if err := m.AddMany(in.Epoch, items, verdicts); err != nil || verdicts[size-1] != Unique {
 					b.Fatal(err, verdicts)
 				}

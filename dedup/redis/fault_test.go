@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"verve/dedup"
+	"verve/internal/epochtest"
 	"verve/internal/settest"
 	"verve/internal/testproc"
 )
@@ -203,12 +204,12 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	way := startProxy(t, server.Addr)
 	r := newRedis(t, way.addr())
 	e := settest.NewEpochs(t, r)
-	for _, id := range settest.Alike {
+	for _, id := range epochtest.Alike {
 		e.Want(t, r, 0, id+"told", dedup.Unique)
 	}
 	way.deaf.Store(true)
 	var group sync.WaitGroup
-	for i, id := range settest.Alike {
+	for i, id := range epochtest.Alike {
 		group.Go(func() {
 			if _, err := e.Add(t, r, 0, id); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Errorf("id %d without a reply: %v", i, err)
@@ -222,8 +223,8 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 		_, _, some := r.unsettled()
 		return !some
 	})
-	if n, exact := sealed(t, e, r, 0); n != uint64(len(settest.Alike)) || !exact {
-		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, len(settest.Alike))
+	if n, exact := sealed(t, e, r, 0); n != uint64(len(epochtest.Alike)) || !exact {
+		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, len(epochtest.Alike))
 	}
 }
 
@@ -845,7 +846,7 @@ func TestRedisKeysGoAway(t *testing.T) {
 	server := startRedis(t)
 	r := newRedis(t, server.Addr)
 	e := settest.NewEpochs(t, r)
-	for i, id := range settest.Alike {
+	for i, id := range epochtest.Alike {
 		e.Want(t, r, 0, id, dedup.Unique)
 		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
 		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
@@ -899,7 +900,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publish: settest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publish: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}

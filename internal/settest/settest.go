@@ -16,6 +16,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/epochtest"
 )
 
 // Config describes the Set under test.
@@ -69,46 +70,12 @@ func runSet(t testing.TB, s dedup.Set) {
 	})
 }
 
-// Nobody publishes nothing: the tests read the counts of the epochs themselves.
-type Nobody struct{ counts chan counter.Count }
-
-// Publish drops the count.
-func (n Nobody) Publish(_ context.Context, c counter.Count) error {
-	if n.counts != nil {
-		n.counts <- c
-	}
-	return nil
-}
-
-// Epochs lets a test turn epochs by hand: At(n) is a time inside the n-th.
-type Epochs struct {
-	*counter.Counter
-	base int64
-}
+// Epochs lets a test turn epochs by hand, and add ids to them.
+type Epochs struct{ epochtest.Epochs }
 
 // NewEpochs seals the counter when the test is over, and waits until every
 // epoch is retired: the Set that was made before can then be closed.
-func NewEpochs(t testing.TB, s dedup.Set) Epochs {
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: s, Publish: Nobody{}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- c.Run(ctx) }()
-	t.Cleanup(func() {
-		c.Seal()
-		// A test that failed may have left a request inside.
-		defer time.AfterFunc(5*time.Second, stop).Stop()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	})
-	return Epochs{c, c.Last().Start().UnixNano()}
-}
-
-// At is a time inside the n-th epoch, in Unix ns.
-func (e Epochs) At(n int) int64 { return e.base + int64(n)*int64(time.Hour) }
+func NewEpochs(t testing.TB, s dedup.Set) Epochs { return Epochs{epochtest.New(t, s)} }
 
 // Add adds id to the n-th epoch.
 func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict, error) {
@@ -137,25 +104,14 @@ func (e Epochs) Want(t testing.TB, s dedup.Set, n int, id string, want dedup.Ver
 	}
 }
 
-// Alike are ids that a careless set takes for one another.
-var Alike = []string{
-	"0", "00", "42", "042", "+42", " 42", "42.0", "0x2a", "٤٢",
-	"18446744073709551615", "18446744073709551616", "9223372036854775807",
-	"3f333df6-90a4-4fda-8dd3-9485d27cee36", "3F333DF6-90A4-4FDA-8DD3-9485D27CEE36",
-	"3f333df690a44fda8dd39485d27cee36", "{3f333df6-90a4-4fda-8dd3-9485d27cee36}",
-	"00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff",
-	"00000000-0000-0000-0000-00000000002a",
-	"a", "A", "\u00e9", "e\u0301", "a\x00", "a\x00\x00",
-}
-
 func answersUniqueOncePerEpoch(t *testing.T, c Config) {
 	c.each(t, func(t *testing.T, s dedup.Set) {
 		e := NewEpochs(t, s)
 		for n := range 3 {
-			for _, id := range Alike {
+			for _, id := range epochtest.Alike {
 				e.Want(t, s, n, id, dedup.Unique)
 			}
-			for _, id := range Alike {
+			for _, id := range epochtest.Alike {
 				e.Want(t, s, n, id, dedup.Repeat)
 			}
 		}
@@ -265,7 +221,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 		t.Run(tt.name, func(t *testing.T) {
 			c.each(t, func(t *testing.T, s dedup.Set) {
 				counts := make(chan counter.Count, 100*tt.turns)
-				count, err := counter.New(counter.Config{Window: window, Store: s, Publish: Nobody{counts}})
+				count, err := counter.New(counter.Config{Window: window, Store: s, Publish: epochtest.Nobody{Counts: counts}})
 				if err != nil {
 					t.Fatal(err)
 				}

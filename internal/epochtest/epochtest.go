@@ -1,0 +1,65 @@
+// Package epochtest has what tests of every set share, those inside of package dedup too:
+// epochs that are turned by hand, and ids that are easily taken for one another.
+package epochtest
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"verve/counter"
+)
+
+// Nobody publishes nothing: the tests read the counts of the epochs themselves.
+type Nobody struct {
+	Counts chan counter.Count // gets what would be published; nil: nothing does
+}
+
+// Publish passes the count to the test, or drops it.
+func (n Nobody) Publish(_ context.Context, c counter.Count) error {
+	if n.Counts != nil {
+		n.Counts <- c
+	}
+	return nil
+}
+
+// Epochs lets a test turn epochs by hand: At(n) is a time inside the n-th.
+type Epochs struct {
+	*counter.Counter
+	base int64
+}
+
+// New seals the counter when the test is over, and waits until every epoch is retired: a
+// store that was made before can then be closed.
+func New(t testing.TB, s counter.Store) Epochs {
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: s, Publish: Nobody{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(ctx) }()
+	t.Cleanup(func() {
+		c.Seal()
+		// A test that failed may have left a request inside.
+		defer time.AfterFunc(5*time.Second, stop).Stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return Epochs{c, c.Last().Start().UnixNano()}
+}
+
+// At is a time inside the n-th epoch, in Unix ns.
+func (e Epochs) At(n int) int64 { return e.base + int64(n)*int64(time.Hour) }
+
+// Alike are ids that a careless set takes for one another.
+var Alike = []string{
+	"0", "00", "42", "042", "+42", " 42", "42.0", "0x2a", "٤٢",
+	"18446744073709551615", "18446744073709551616", "9223372036854775807",
+	"3f333df6-90a4-4fda-8dd3-9485d27cee36", "3F333DF6-90A4-4FDA-8DD3-9485D27CEE36",
+	"3f333df690a44fda8dd39485d27cee36", "{3f333df6-90a4-4fda-8dd3-9485d27cee36}",
+	"00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff",
+	"00000000-0000-0000-0000-00000000002a",
+	"a", "A", "\u00e9", "e\u0301", "a\x00", "a\x00\x00",
+}
