@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -78,13 +77,5 @@ func (u *lastUse) write() error {
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(u.path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return errors.Join(os.Rename(u.path+".tmp", u.path), durable.SyncDir(filepath.Dir(u.path)))
+	return durable.ReplaceFile(u.path, append(b, '\n'), 0o644)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -149,7 +148,7 @@ func (l *Ledger) keep(end bool) {
 	}
 	b, err := json.Marshal(k)
 	if err == nil {
-		err = replaceFile(l.cfg.File, b)
+		err = durable.ReplaceFile(l.cfg.File, b, 0o600)
 	}
 	if err != nil {
 		if hidden, ok := l.unkept.Allow(time.Now()); ok {
@@ -159,24 +158,6 @@ func (l *Ledger) keep(end bool) {
 		return
 	}
 	l.kept = have
-}
-
-// replaceFile writes a file as a whole, durably.
-func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		_ = os.Remove(f.Name())
-		return err
-	}
-	return durable.SyncDir(filepath.Dir(path))
 }
 
 // recall reads what the last process has kept, for the first beat to report.

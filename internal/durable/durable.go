@@ -71,6 +71,26 @@ func MkdirAll(dir string) error {
 	return SyncDir(parent)
 }
 
+// ReplaceFile writes a small file as a whole: after a loss of power it has its former
+// content or b. A file that it makes has the mode perm. Callers take turns.
+func ReplaceFile(path string, b []byte, perm os.FileMode) error {
+	next := path + ".tmp"
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, perm)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		_ = os.Remove(next) // else the next call writes over it
+		return err
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
 // SyncDir makes a created, renamed or removed name in dir durable. A file system
 // that cannot sync a directory is taken as one that keeps its names, and so is a
 // directory that this process may not read.
