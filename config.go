@@ -92,6 +92,7 @@ type config struct {
 	MaxConnsPerAddress int           `default:"0" help:"Maximum open connections per client address (per /64 for IPv6). 0 means no limit; leave it at 0 behind a load balancer." group:"Limits"`
 	MaxBatchIDs        int           `name:"max-batch-ids" placeholder:"N" help:"Maximum ids in one batch; a larger batch is answered 413. Default: ${maxBatchIDs}." group:"Limits"`
 	MaxBatchBytes      int           `placeholder:"N" help:"Maximum bytes of one batch, after decompression. Default: ${maxBatchBytes}." group:"Limits"`
+	MaxKeys            int           `placeholder:"N" help:"Maximum keys in one window; an id under a further key is answered 503. Default: ${maxKeys}." group:"Limits"`
 	CORSOrigin         []string      `name:"cors-origin" sep:"none" help:"Origin whose web pages may read answers, such as https://example.com, or *; repeatable. A page may send ids without it." placeholder:"ORIGIN" group:"Limits"`
 	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Maximum time to receive a request or to send an answer." group:"Limits"`
 	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Maximum time between two requests of a connection." group:"Limits"`
@@ -150,6 +151,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 			"cleanupInterval": dedup.DefaultCleanupInterval.String(),
 			"cleanupBatch":    fmt.Sprint(dedup.DefaultCleanupBatch),
 			"maxConns":        fmt.Sprint(server.DefaultMaxConns),
+			"maxKeys":         fmt.Sprint(counter.DefaultMaxKeys),
 			"maxBatchIDs":     fmt.Sprint(server.DefaultMaxBatchIDs),
 			"maxBatchBytes":   fmt.Sprint(server.DefaultMaxBatchBytes),
 			"slowTimeout":     server.DefaultSlowTimeout.String(),
@@ -427,6 +429,9 @@ func (c *config) check() (err error) {
 	}
 	if err := counter.CheckWindow(c.Window); err != nil {
 		return setting.Errorf("window", "%v", err)
+	}
+	if c.MaxKeys < 0 || c.MaxKeys > counter.MaxMaxKeys {
+		return setting.Errorf("max-keys", "want 1 to %d", counter.MaxMaxKeys)
 	}
 	if err := c.checkFiles(); err != nil {
 		return err

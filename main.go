@@ -341,7 +341,7 @@ func (p *program) publishLeft(to stream.Config) error {
 // openCounter makes the counter and, in memory mode, the set that it counts in.
 func (p *program) openCounter() (err error) {
 	counting := counter.Config{
-		Window: p.cfg.Window, MaxSkew: p.cfg.MaxClockSkew,
+		Window: p.cfg.Window, MaxSkew: p.cfg.MaxClockSkew, MaxKeys: p.cfg.MaxKeys,
 		OnClock: p.clockChanged, OnPause: p.paused, OnClose: p.windowClosed,
 	}
 	if p.shared != nil {

@@ -102,7 +102,10 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	}
 	// Sealed: e is not open and empty, so its sums are final.
 	count.Unique, count.Repeats, count.Exact = e.Unique(), e.Repeats(), e.Exact()
-	count.SealedAt = c.wall()
+	count.Keys, count.SealedAt = e.owed, c.wall()
+	if !e.left {
+		count.Keys = e.keys.Counts()
+	}
 	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
 		return err
 	}

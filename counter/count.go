@@ -15,6 +15,7 @@ type Count struct {
 	Complete bool          // this process served the whole window
 	Exact    bool          // false only where something known may have lost ids
 	SealedAt time.Time     // when the last request left the epoch, UTC
+	Keys     []KeyCount    // the part of Unique under each key that has ids, by name; nil: no key was used
 }
 
 // Span is a window of time, the same for every instance that counts it.
@@ -39,8 +40,9 @@ type Claim struct {
 
 // Published is what a publisher has of its last window.
 type Published struct {
-	Last   time.Time // its start; zero: it has none
-	Unique uint64    // the sum of the records for it
+	Last   time.Time  // its start; zero: it has none
+	Unique uint64     // the sum of the records for it
+	Keys   []KeyCount // the same for each key, by name
 }
 
 // LastOf returns the start of the last window that any publisher has published. No earlier

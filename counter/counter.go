@@ -14,6 +14,7 @@
 package counter
 
 import (
+	"cmp"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -55,6 +56,7 @@ type Config struct {
 	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
 	Store     Store         // keeps the ids; required
 	Publish   Publisher     // gets the counts; required
+	MaxKeys   int           // keys that an epoch may have, at most MaxMaxKeys; 0: DefaultMaxKeys
 	NotBefore time.Time     // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
 	LastLen   time.Duration // the length of that one. Optional: it is guessed.
 	Past      Past          // what earlier processes left. Optional.
@@ -101,6 +103,7 @@ type Left struct {
 	Start  time.Time     // start of the window, UTC
 	Window time.Duration // length of the window
 	Unique uint64        // ids counted and not published
+	Keys   []KeyCount    // the same for each key, by name
 	Exact  bool          // false if ids may be missing
 	State  any           // for the Store, as Epoch.State
 }
@@ -138,7 +141,7 @@ func CheckWindow(window time.Duration) error {
 
 // New opens the epoch of the present time. Run must be called to close epochs. It returns
 // an error if Window is outside of MinWindow and MaxWindow, if Store or Publish is
-// missing, or if MaxSkew is negative.
+// missing, or if MaxSkew or MaxKeys is out of bounds.
 func New(cfg Config) (*Counter, error) {
 	if err := CheckWindow(cfg.Window); err != nil {
 		return nil, fmt.Errorf("counter: Window %v: %w", cfg.Window, err)
@@ -149,6 +152,10 @@ func New(cfg Config) (*Counter, error) {
 	if cfg.MaxSkew < 0 {
 		return nil, fmt.Errorf("counter: MaxSkew must not be negative")
 	}
+	if cfg.MaxKeys < 0 || cfg.MaxKeys > MaxMaxKeys {
+		return nil, fmt.Errorf("counter: MaxKeys %d: want at most %d", cfg.MaxKeys, MaxMaxKeys)
+	}
+	cfg.MaxKeys = cmp.Or(cfg.MaxKeys, DefaultMaxKeys)
 	if cfg.clocks == nil {
 		cfg.clocks = readClocks
 	}
@@ -303,7 +310,7 @@ func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 		e = new(Epoch)
 	}
 	c.spare = nil
-	e.number, e.serial = floor(start, window), 1
+	e.number, e.serial, e.keys.max = floor(start, window), 1, c.cfg.MaxKeys
 	e.start, e.end, e.window = start, start+window, window
 	if end := c.endOf(start, window); end < e.end {
 		e.end, e.cut = end, true
@@ -322,7 +329,7 @@ func newLeft(l Left) *Epoch {
 	e := &Epoch{
 		number: start / int64(l.Window), serial: l.Serial, left: true, State: l.State,
 		start: start, end: start + int64(l.Window), window: int64(l.Window),
-		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano),
+		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano), owed: l.Keys,
 	}
 	e.inexact.Store(!l.Exact)
 	e.stripes[0].entered.Store(l.Unique)
@@ -333,12 +340,16 @@ func newLeft(l Left) *Epoch {
 // provide makes the spare, so that a turn allocates nothing.
 func (c *Counter) provide() {
 	c.mu.Lock()
-	have := c.spare != nil
+	have, last := c.spare != nil, c.last
 	c.mu.Unlock()
 	if have {
 		return
 	}
 	e := &Epoch{label: make([]byte, 0, len(time.RFC3339Nano))}
+	if last.keys.Len() > 0 {
+		e.keys.max = c.cfg.MaxKeys
+		e.keys.prepare() // no request is to wait for it
+	}
 	c.mu.Lock()
 	c.spare = e
 	c.mu.Unlock()

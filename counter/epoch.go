@@ -72,6 +72,9 @@ type Epoch struct {
 	// State belongs to the Store: set in Open, let go in Retire.
 	State any
 
+	keys Keys
+	owed []KeyCount // of a left epoch: what its record is to say by key
+
 	// Every request reads end and State, and every request of the first stripe
 	// writes there: they must not share a cache line.
 	_       [paddingSize]byte
@@ -96,6 +99,9 @@ func (e *Epoch) End() time.Time { return time.Unix(0, e.end).UTC() }
 
 // Label returns Start in RFC 3339 with as many digits as needed. Read only.
 func (e *Epoch) Label() []byte { return e.label }
+
+// Keys returns the keys of the epoch. The Store counts into them.
+func (e *Epoch) Keys() *Keys { return &e.keys }
 
 // MarkInexact marks the epoch as one whose ids may have been lost or forgotten: its count
 // gets Exact false. A Store that knows this when the epoch opens calls it in Open.

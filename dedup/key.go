@@ -100,6 +100,18 @@ func (s *secret) key(id []byte) Key {
 	return Key{hi, lo, wideKind}
 }
 
+// keyUnder is the key of an id that is counted under a key: a hash of 128 bits of both.
+func (s *secret) keyUnder(under, id []byte) Key {
+	var text [1 + 128 + 256]byte
+	pair := append(append(append(text[:0], byte(len(under))), under...), id...)
+	hi, lo := siphash.Hash128(^s.sip0, s.sip1, pair)
+	hi, lo = s.scatter128(hi, lo)
+	return Key{hi, lo, wideKind}
+}
+
+// name is a keyed hash of a key that ids are counted under.
+func (s *secret) name(under []byte) uint64 { return siphash.Hash(^s.sip0, s.sip1, under) }
+
 // decimal parses a canonical decimal up to 2^64-1: no sign, no leading zero.
 //
 // Once the length has chosen how many words to read, nothing branches on it nor

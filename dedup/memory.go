@@ -337,8 +337,13 @@ func (m *Memory) Retire(e *counter.Epoch) {
 // Key implements Set. The place of an id in a large table is a cache miss, and most
 // of the time that an add takes: what happens between Key and Add happens meanwhile,
 // the misses of other ids above all (BenchmarkAddMany).
-func (m *Memory) Key(id []byte) Key {
-	k := m.secret.key(id)
+func (m *Memory) Key(id []byte, o *Options) Key {
+	var k Key
+	if o == nil || len(o.Under) == 0 {
+		k = m.secret.key(id)
+	} else {
+		k = m.secret.keyUnder(o.Under, id)
+	}
 	if v := m.current.Load(); k.kind == narrowKind {
 		if far := v.narrow.far.Load(); far > 0 {
 			v.narrow.prefetch(k.lo, far)
@@ -360,7 +365,11 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 	}
 	fresh := uint64(0)
 	for i := range items {
-		p, cause := m.insert(e, v, items[i].Key, fresh)
+		var p place
+		count, cause := m.keyOf(e, items[i].Options)
+		if cause == nil {
+			p, cause = m.insert(e, v, items[i].Key, fresh)
+		}
 		switch {
 		case cause != nil:
 			verdicts[i] = m.refused(cause)
@@ -372,10 +381,28 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 		default:
 			if verdicts[i] = verdict(p); p == taken {
 				fresh++
+				if count != nil {
+					count.Count(1)
+				}
 			}
 		}
 	}
 	return err
+}
+
+// keyOf returns the count of the key that an id is counted under; nil if it has none.
+func (m *Memory) keyOf(e *counter.Epoch, o *Options) (*counter.Key, error) {
+	if o == nil || len(o.Under) == 0 {
+		return nil, nil
+	}
+	hash := m.secret.name(o.Under)
+	if k := e.Keys().Find(hash, o.Under); k != nil {
+		return k, nil
+	}
+	if k := e.Keys().Add(hash, o.Under); k != nil {
+		return k, nil
+	}
+	return nil, ErrTooManyKeys
 }
 
 // refused counts an id that there was no room for, and returns its verdict.

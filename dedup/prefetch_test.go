@@ -26,7 +26,7 @@ func BenchmarkAddMany(b *testing.B) {
 				}
 				for j := range items {
 					id = strconv.AppendUint(id[:0], uint64(n+j)*7, 10)
-					items[j].Key = m.Key(id)
+					items[j].Key = m.Key(id, nil)
 				}
 				in, _ := e.EnterMany(e.At(window), 0, uint64(size))
 				if err := m.AddMany(in.Epoch, items, verdicts); err != nil || verdicts[size-1] != Unique {

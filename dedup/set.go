@@ -10,6 +10,7 @@ package dedup
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"verve/counter"
 )
@@ -22,6 +23,11 @@ const (
 	Unique Verdict = iota
 	// Repeat: the id was in the epoch before.
 	Repeat
+	// Replayed: the id is in the epoch, and the request that was answered Unique had the
+	// same token. Nothing was added.
+	Replayed
+	// ReplayedBefore: the same of the window before the epoch.
+	ReplayedBefore
 	// Turned: the epoch ended while the id was looked for, and its place is in
 	// use by a later one. Nothing was added; ask again in the open epoch.
 	Turned
@@ -41,15 +47,25 @@ func refusal(err error) Verdict {
 	return Unavailable
 }
 
+// Options are what a request says of an id beside the id. Empty: it says nothing.
+type Options struct {
+	Under []byte // the key under which the id is counted, 1 to 128 bytes: an id is unique within its key
+	Token []byte // names the attempt to count the id, 1 to 64 bytes: its retries have the same one
+}
+
 // Item is an id to be judged.
 type Item struct {
-	ID  []byte // 1 to 256 bytes
-	Key Key    // Set.Key(ID)
+	ID      []byte   // 1 to 256 bytes
+	Key     Key      // Set.Key(ID, Options)
+	Options *Options // nil: none. Several items may share them.
 }
 
 // ErrFull means that there is no room for another id in this epoch. Ids already in it are
 // still found.
 var ErrFull = errors.New("dedup: full")
+
+// ErrTooManyKeys means that the epoch has as many keys as it may (counter.Config.MaxKeys).
+var ErrTooManyKeys = fmt.Errorf("%w: too many keys in one window", ErrFull)
 
 // ErrUnavailable means that ids can be neither added nor looked up now.
 var ErrUnavailable = errors.New("dedup: unavailable")
@@ -62,17 +78,17 @@ type Set interface {
 	// Store: Open prepares e before its first AddMany, Retire follows its last.
 	counter.Store
 
-	// Key returns the key of id and prefetches the cache line that AddMany will read,
+	// Key returns the key of id with its options and prefetches the cache line that AddMany will read,
 	// so that the miss overlaps with entering the epoch and with other keys. It may be
 	// called outside of an epoch, once one was opened.
-	Key(id []byte) Key
+	Key(id []byte, o *Options) Key
 
 	// AddMany judges items, each on its own and in their order, and writes its verdicts
 	// into verdicts, which is as long and holds Turned everywhere. An item that is
 	// Full or Unavailable was not added, as far as can be known, and counts nothing;
 	// err is the reason of the first of them. An item that stays Turned was not added:
 	// its request asks again in the open epoch. The same id twice is judged twice.
-	// Nothing of items is kept.
+	// Nothing of items is kept. An id that is Unique under a key was counted in e.Keys.
 	AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) error
 
 	// Run does the work in the background until ctx ends: growing, resizing and

@@ -165,7 +165,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, id []byte, endpoint ca
 	}
 	w.reset(1)
 	w.verdicts[0] = dedup.Turned
-	w.items, w.keyed = append(w.items, dedup.Item{ID: id, Key: s.cfg.Set.Key(id)}), 1
+	w.items, w.keyed = append(w.items, dedup.Item{ID: id, Key: s.cfg.Set.Key(id, nil)}), 1
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
 	if err == nil && w.verdicts[0] == dedup.Turned {
 		return errDraining

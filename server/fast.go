@@ -300,7 +300,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 			}
 			rest, end = after, len(b)-len(after)
 			it := &items[n] // filled in its place: a copy of it costs some ns (BenchmarkServer)
-			it.ID, it.Key, w.ends[n] = id, f.server.cfg.Set.Key(id), end
+			it.ID, it.Key, w.ends[n] = id, f.server.cfg.Set.Key(id, nil), end
 		}
 		w.items, w.keyed = items[:n], n
 		if answered := f.count(c, w, now); answered < n {

@@ -134,7 +134,7 @@ func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned
 		end := min(at+together, to)
 		for ; w.keyed < end; w.keyed++ {
 			it := &w.items[w.keyed]
-			it.Key = s.cfg.Set.Key(it.ID)
+			it.Key = s.cfg.Set.Key(it.ID, it.Options)
 		}
 		if cause := s.cfg.Set.AddMany(entry.Epoch, w.items[at:end], w.verdicts[at:end]); err == nil {
 			err = cause

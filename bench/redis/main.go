@@ -231,7 +231,7 @@ func openVerve(addr string) (add, func(), error) {
 	in, _ := count.Enter(count.Last().Start().UnixNano(), 0)
 	ask := func(id []byte) error {
 		verdicts := [1]dedup.Verdict{dedup.Turned}
-		return set.AddMany(in.Epoch, []dedup.Item{{ID: id, Key: set.Key(id)}}, verdicts[:])
+		return set.AddMany(in.Epoch, []dedup.Item{{ID: id, Key: set.Key(id, nil)}}, verdicts[:])
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if err = ask([]byte("warm up")); err == nil || time.Now().After(deadline) {

@@ -231,7 +231,7 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 // leaveUntold has r hold an id as one that the batch seq has added and whose requests are
 // all gone.
 func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
-	s, k := e.Last().State.(*redisEpoch), r.Key([]byte(id))
+	s, k := e.Last().State.(*redisEpoch), r.Key([]byte(id), nil)
 	var enc encoded
 	h := enc.encode(r.hash, k.IsDecimal(), []byte(id))
 	l := &r.lanes[h>>r.shift]

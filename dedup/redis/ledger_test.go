@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -183,7 +184,7 @@ func TestEveryMemberGetsTheSameCount(t *testing.T) {
 	g.counted.Store(99999)
 	counts = append(counts, g.seal(g.member("late"), s))
 	for _, got := range counts {
-		if got != counts[0] {
+		if !reflect.DeepEqual(got, counts[0]) {
 			t.Errorf("got %+v and %+v of one epoch", counts[0], got)
 		}
 	}
@@ -443,7 +444,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{sealed, over}) {
 		t.Errorf("got %v, want %v", got, []counter.Span{sealed, over})
 	}
-	if got := g.seal(g.member("c"), sealed); got != want {
+	if got := g.seal(g.member("c"), sealed); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }

@@ -24,7 +24,7 @@ func TestPendingIDsAreAMap(t *testing.T) {
 		if rnd.IntN(2) == 0 {
 			id += "-text"
 		}
-		return pendingKey{epochs[rnd.IntN(2)], local.Key([]byte(id))}
+		return pendingKey{epochs[rnd.IntN(2)], local.Key([]byte(id), nil)}
 	}
 	var p pendingIDs
 	want := map[pendingKey]*entry{}

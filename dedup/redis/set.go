@@ -350,8 +350,8 @@ func (r *Set) Retire(e *counter.Epoch) {
 }
 
 // Key implements Set.
-func (r *Set) Key(id []byte) dedup.Key {
-	return r.cfg.Local.Key(id)
+func (r *Set) Key(id []byte, o *dedup.Options) dedup.Key {
+	return r.cfg.Local.Key(id, o)
 }
 
 // AddMany implements dedup.Set. The ids travel to Redis together, as far as they are of

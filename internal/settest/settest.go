@@ -53,7 +53,7 @@ func (c Config) each(t *testing.T, f func(t *testing.T, s dedup.Set)) { f(t, c.N
 // AddTo makes the key of id and adds it.
 func AddTo(s dedup.Set, e *counter.Epoch, id []byte) (dedup.Verdict, error) {
 	verdicts := [1]dedup.Verdict{dedup.Turned}
-	err := s.AddMany(e, []dedup.Item{{ID: id, Key: s.Key(id)}}, verdicts[:])
+	err := s.AddMany(e, []dedup.Item{{ID: id, Key: s.Key(id, nil)}}, verdicts[:])
 	return verdicts[0], err
 }
 

@@ -1,0 +1,88 @@
+package counter
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+)
+
+func keysOf(most int) *Keys { return &Keys{max: most} }
+
+// add counts one id under a key, as a Store does. The hash is a bad one: keys collide.
+func add(ks *Keys, name string) bool {
+	hash := uint64(len(name))<<32 | uint64(name[len(name)-1])
+	for _, c := range []byte(name) {
+		hash = hash*31 + uint64(c)
+	}
+	k := ks.Find(hash, []byte(name))
+	if k == nil {
+		k = ks.Add(hash, []byte(name))
+	}
+	if k != nil {
+		k.Count(1)
+	}
+	return k != nil
+}
+
+// TestKeysAddUpUnderContention: workers that add the same new keys at the same time lose no
+// count, and make one key of each name.
+func TestKeysAddUpUnderContention(t *testing.T) {
+	const names, each = 3000, 8
+	ks := keysOf(names)
+	var all sync.WaitGroup
+	for range each {
+		all.Go(func() {
+			for i := range names {
+				if !add(ks, fmt.Sprint("key-", i)) {
+					t.Errorf("no room for key %d of %d", i, names)
+				}
+			}
+		})
+	}
+	all.Wait()
+	counts := ks.Counts()
+	if len(counts) != names || ks.Len() != names {
+		t.Fatalf("got %d counts of %d keys, want %d", len(counts), ks.Len(), names)
+	}
+	for i, c := range counts {
+		if c.Unique != each || i > 0 && counts[i-1].Key >= c.Key {
+			t.Fatalf("got %+v after %+v, want %d ids each, by name", c, counts[max(0, i-1)], each)
+		}
+	}
+}
+
+// TestKeysAreBounded: of a flood of names as many get in as the bound allows, and those that
+// are in go on counting.
+func TestKeysAreBounded(t *testing.T) {
+	const most = 100
+	ks := keysOf(most)
+	var in atomic.Int64
+	var all sync.WaitGroup
+	for w := range 4 {
+		all.Go(func() {
+			for i := range 1000 {
+				if add(ks, fmt.Sprintf("flood-%d-%d", w, i)) {
+					in.Add(1)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if in.Load() != most || ks.Len() != most {
+		t.Fatalf("%d keys are in, Len is %d, want %d", in.Load(), ks.Len(), most)
+	}
+	name := ks.Counts()[0].Key
+	if !add(ks, name) || ks.Largest(1)[0] != (KeyCount{name, 2}) {
+		t.Errorf("got %+v, want %s with 2 ids", ks.Largest(1), name)
+	}
+}
+
+// TestNamesOfOneHashAreNotMixed: the second of two names with the same hash is refused.
+func TestNamesOfOneHashAreNotMixed(t *testing.T) {
+	ks := keysOf(10)
+	a := ks.Add(7, []byte("a"))
+	if b := ks.Add(7, []byte("b")); b != nil || ks.Find(7, []byte("b")) != nil || ks.Find(7, []byte("a")) != a || ks.Len() != 1 {
+		t.Errorf("got %v for the second name, %d keys", b, ks.Len())
+	}
+}
