@@ -33,6 +33,9 @@ type Key struct {
 // the keys are final when the epoch is sealed.
 func (k *Key) Count(n uint64) { k.unique.Add(n) }
 
+// Hash returns the hash that the key was added with.
+func (k *Key) Hash() uint64 { return k.hash }
+
 // Keys are the keys of an epoch: a hash table with linear probing, to which keys are only
 // added. It takes no lock to find one. It costs nothing until the first key. All methods are safe
 // for concurrent use.
@@ -68,7 +71,7 @@ func (ks *Keys) Add(hash uint64, name []byte) *Key {
 		slot := &(*table)[i&uint64(len(*table)-1)]
 		k := slot.Load()
 		switch {
-		case k == nil && ks.Len() == ks.max:
+		case k == nil && ks.Full():
 			return nil
 		case k == nil:
 			k = &Key{name: string(name), hash: hash}
@@ -95,6 +98,9 @@ func (ks *Keys) prepare() *[]atomic.Pointer[Key] {
 
 // Len returns how many keys were added.
 func (ks *Keys) Len() int { return int(ks.used.Load()) }
+
+// Full reports whether the epoch has as many keys as it may.
+func (ks *Keys) Full() bool { return ks.Len() >= ks.max }
 
 // Counts returns the keys that have ids, in the order of their names; nil if there are
 // none. While requests are in flight it has Unique's weak promise.

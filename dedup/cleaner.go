@@ -14,6 +14,7 @@ func (m *Memory) growAhead() {
 	l := v.load()
 	growTable(m, v.narrow, l.narrow)
 	growTable(m, v.wide, l.wide)
+	growTable(m, &v.tokens.table, l.tokens)
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64) {

@@ -74,16 +74,18 @@ type journal struct {
 	inUse    [forecastEpochs]int
 
 	// Found at the start, for Past and the first Open.
-	counts    map[uint64]load // records by serial
-	aside     bool            // a damaged directory was replaced
-	cut       bool            // power was lost since
-	resumable bool            // the newest epoch goes on: its ids are in the tables
+	counts    map[uint64]load   // records by serial
+	keyed     map[uint64]*keyed // of the epochs that are needed: by key
+	aside     bool              // a damaged directory was replaced
+	cut       bool              // power was lost since
+	resumable bool              // the newest epoch goes on: its ids are in the tables
 	first     firstEpoch
 }
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 2
+	journalVersion = 3
+	tokenlessOne   = 2 // the version before tokens and keys: what it wrote means the same
 
 	// The state file: a header, the slots, the marks. A slot is a quarter of a
 	// sector, which a loss of power leaves old or new.
@@ -131,7 +133,7 @@ type slot struct {
 	window    uint64
 	logged    uint64 // records of the epoch that published covers
 	published uint64 // sum of the window's records, as the publisher knew it then
-	meta      uint64 // generation<<33 | inexact<<32 | boot
+	meta      uint64 // follows<<63 | generation<<33 | inexact<<32 | boot
 	publisher uint64 // whose records published is the sum of
 	check     uint64 // of the words before it
 	ended     uint64 // 0, or a mark below with the serial
@@ -146,6 +148,8 @@ const (
 	markMagic  = 0x6d67657365767276
 )
 
+const maxGeneration = 1<<30 - 1
+
 // opened is what a slot says.
 type opened struct {
 	serial            uint64
@@ -155,6 +159,7 @@ type opened struct {
 	generation        uint32 // counts the processes that went on with the epoch
 	publisher         uint64
 	inexact           bool
+	follows           bool // its window is the next one after that of the serial before
 	boot              uint32
 	ended, synced     bool
 	slot              int
@@ -403,7 +408,7 @@ func (j *journal) load(have map[int]bool) (err error) {
 		}
 	}
 	j.segments = make([]*segment, maxSegments)
-	j.counts = map[uint64]load{}
+	j.counts, j.keyed = map[uint64]load{}, map[uint64]*keyed{}
 	for index := range j.marks {
 		switch mark := atomic.LoadUint64(&j.marks[index]); {
 		case mark != 0 && mark != markOf(index):
@@ -416,7 +421,7 @@ func (j *journal) load(have map[int]bool) (err error) {
 			return err
 		}
 		j.segments[index] = s
-		if err := s.scan(j.newest.serial, needed, j.counts); err != nil {
+		if err := s.scan(j.newest.serial, needed, j.counts, j.keyed); err != nil {
 			return err
 		}
 		// Without a mark: the last process was killed making or removing it.
@@ -456,9 +461,14 @@ func (j *journal) loadState() error {
 		return damaged("the state file has a bad header")
 	case header[headerVersionAt] > journalVersion:
 		return fmt.Errorf("%s has the format %d of a newer version; this one knows %d", f.Name(), header[headerVersionAt], journalVersion)
-	case header[headerVersionAt] != journalVersion || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
+	case header[headerVersionAt] != journalVersion && header[headerVersionAt] != tokenlessOne || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
 		header[headerChunksAt] < 2 || header[headerChunksAt] > maxSegmentChunks:
 		return damaged("the state file has a header that no version writes")
+	}
+	if header[headerVersionAt] == tokenlessOne {
+		if err := upgrade(f, header); err != nil {
+			return err
+		}
 	}
 	if j.state, err = mapWhole(f, stateBytes); err != nil {
 		return err
@@ -469,6 +479,17 @@ func (j *journal) loadState() error {
 	j.slots = unsafe.Slice((*slot)(unsafe.Pointer(&j.state[slotsAt])), slotCount)
 	j.marks = unsafe.Slice((*uint64)(unsafe.Pointer(&j.state[marksAt])), maxSegments)
 	return nil
+}
+
+// upgrade gives a state file the present version, so that the version before, which cannot
+// read what this one writes, refuses it. The header is one sector: old or new.
+func upgrade(f *os.File, header []uint64) error {
+	header[headerVersionAt] = journalVersion
+	header[headerCheckAt] = checkOf(header[:headerCheckAt])
+	if _, err := f.WriteAt(bytesOf(header), 0); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // loadSlots returns the epochs of the slots, the oldest first, and sets newest.
@@ -526,7 +547,7 @@ func (s *slot) read() (o opened, ok bool) {
 	o = opened{
 		serial: id >> 8, number: int64(s.number), window: time.Duration(s.window),
 		logged: s.logged, published: s.published, publisher: s.publisher,
-		generation: uint32(s.meta >> 33), inexact: s.meta>>32&1 != 0, boot: uint32(s.meta),
+		generation: uint32(s.meta >> 33 & maxGeneration), inexact: s.meta>>32&1 != 0, follows: s.meta>>63 != 0, boot: uint32(s.meta),
 	}
 	switch s.ended {
 	case 0:
@@ -548,9 +569,12 @@ func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 7) }
 
 // write puts o into a free slot. j.mu is held.
 func (j *journal) write(i int, o *opened) {
-	meta := uint64(o.generation)<<33 | uint64(o.boot)
+	meta := uint64(o.generation&maxGeneration)<<33 | uint64(o.boot)
 	if o.inexact {
 		meta |= 1 << 32
+	}
+	if o.follows {
+		meta |= 1 << 63
 	}
 	to := &j.slots[i]
 	whole := slot{
@@ -622,6 +646,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	before := j.newest
 	if goesOn {
 		j.first.serial, j.first.load = o.serial, j.counts[o.serial]
+		j.keyed[o.serial].resume(e)
 	}
 	of = o.of() // from here on it is for end, also after a fault
 	j.write(i, &o)
@@ -631,7 +656,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 		}
 		j.begun = true
 	}
-	j.newest, j.counts = o, nil
+	j.newest, j.counts, j.keyed = o, nil, nil
 	switch {
 	case goesOn:
 		j.free(before.slot) // the disk has the new one
@@ -655,8 +680,10 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 		o.generation = j.newest.generation + 1
 		o.logged, o.published = j.first.logged, j.first.published
 		o.inexact = o.inexact || j.newest.inexact || j.cut
+		o.follows = j.newest.follows
 		return o
 	}
+	o.follows = o.serial == j.newest.serial+1 && o.number == j.newest.number+1 && o.window == j.newest.window
 	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }
 	if j.first.told && recorded(counter.Published{Last: j.first.start}) {
 		o.published = j.first.sum

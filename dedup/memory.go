@@ -1,6 +1,7 @@
 package dedup
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"runtime"
@@ -114,6 +115,10 @@ type Memory struct {
 	swept    uint64           // serial at the last step of the cleaner
 	busy     []*counter.Epoch // that may have requests in them, oldest first
 
+	attempts [attemptLocks]attemptLock
+
+	recalled struct{ tokens, past *tokens } // for the first epoch
+
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
 	sweep sweeper       // used by Run alone
 
@@ -135,6 +140,11 @@ type View struct {
 	kept    slotOf                  // in the journal; guarded by Memory.mu
 	before  load                    // ids that an earlier process has added
 
+	tokens *tokens // of the epoch
+	past   *tokens // of the window directly before; nil: there was none
+	start  int64   // of the window, Unix ns
+	end    int64   // when the next one is due
+
 	// tight is set when MaxIDs is near: from then on adding is serial and exact.
 	tight   atomic.Bool
 	refused error      // why no id gets in; set in Open together with tight
@@ -145,12 +155,13 @@ type View struct {
 // errBehind answers the ids of a refused epoch.
 var errBehind = fmt.Errorf("%w: the slots of past epochs are not reclaimed yet", ErrFull)
 
-type load struct{ narrow, wide uint64 }
+// load is how many ids of each kind an epoch has, and how many tokens.
+type load struct{ narrow, wide, tokens uint64 }
 
 func (l load) sum() uint64 { return l.narrow + l.wide }
 
 func (v *View) load() load {
-	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery}
+	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery, v.tokens.load()}
 }
 
 // Check refuses values out of bounds. 0 is the default of each.
@@ -193,9 +204,9 @@ func NewMemory(cfg Config) (*Memory, error) {
 		}
 		peak = m.journal.peak()
 	}
-	err := m.makeTables(load{max(cfg.Expect, peak.narrow+peak.narrow/4), max(cfg.ExpectWide, peak.wide+peak.wide/4)})
+	err := m.makeTables(load{narrow: max(cfg.Expect, peak.narrow+peak.narrow/4), wide: max(cfg.ExpectWide, peak.wide+peak.wide/4)})
 	if err != nil && peak != (load{}) {
-		err = m.makeTables(load{cfg.Expect, cfg.ExpectWide}) // smaller ones that grow
+		err = m.makeTables(load{narrow: cfg.Expect, wide: cfg.ExpectWide}) // smaller ones that grow
 	}
 	if err != nil {
 		if m.journal != nil {
@@ -249,7 +260,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 	}
 	v := m.spare
 	if v == nil {
-		v = new(View)
+		v = newView()
 	}
 	m.spare = nil
 	if m.serial == 0 {
@@ -259,6 +270,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow, m.wide
 	v.narrow.refs++
 	v.wide.refs++
+	m.openTokens(e, v)
 	m.unretired++
 	if m.journal != nil {
 		v.journal.Store(m.journal)
@@ -323,13 +335,15 @@ func (m *Memory) Retire(e *counter.Epoch) {
 	}
 	v.narrow.refs--
 	v.wide.refs--
+	m.letTokens(v.tokens)
+	m.letTokens(v.past)
 	m.unretired--
 	if v.refused == nil { // else its load says nothing
 		m.loads[m.retired%forecastEpochs] = v.load()
 		m.retired++
 	}
 	if m.spare == nil {
-		m.spare = new(View)
+		m.spare = newView()
 	}
 	e.State = nil // an Add against the rules fails here, not in freed memory
 }
@@ -365,11 +379,18 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 	}
 	fresh := uint64(0)
 	for i := range items {
-		var p place
-		count, cause := m.keyOf(e, items[i].Options)
-		if cause == nil {
-			p, cause = m.insert(e, v, items[i].Key, fresh)
+		if items[i].Options != nil {
+			v, cause := m.addWith(e, v, nil, nil, &items[i], fresh)
+			if v == Turned {
+				return err
+			}
+			if verdicts[i] = v; v == Unique {
+				fresh++
+			}
+			err = cmp.Or(err, cause)
+			continue
 		}
+		p, cause := m.insert(e, v, items[i].Key, fresh)
 		switch {
 		case cause != nil:
 			verdicts[i] = m.refused(cause)
@@ -381,28 +402,10 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 		default:
 			if verdicts[i] = verdict(p); p == taken {
 				fresh++
-				if count != nil {
-					count.Count(1)
-				}
 			}
 		}
 	}
 	return err
-}
-
-// keyOf returns the count of the key that an id is counted under; nil if it has none.
-func (m *Memory) keyOf(e *counter.Epoch, o *Options) (*counter.Key, error) {
-	if o == nil || len(o.Under) == 0 {
-		return nil, nil
-	}
-	hash := m.secret.name(o.Under)
-	if k := e.Keys().Find(hash, o.Under); k != nil {
-		return k, nil
-	}
-	if k := e.Keys().Add(hash, o.Under); k != nil {
-		return k, nil
-	}
-	return nil, ErrTooManyKeys
 }
 
 // refused counts an id that there was no room for, and returns its verdict.
@@ -434,6 +437,17 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	fresh := uint64(0)
 	for ; n < len(items); n++ {
+		if items[n].Options != nil {
+			v, cause := m.addWith(e, v, j, w, &items[n], fresh)
+			if v == Turned {
+				return err
+			}
+			if verdicts[n] = v; v == Unique {
+				fresh++
+			}
+			err = cmp.Or(err, cause)
+			continue
+		}
 		k := items[n].Key
 		var p place
 		c, cause := j.reserve(w, v.serial, int(k.kind))
@@ -669,11 +683,12 @@ func (m *Memory) fit() (ids uint64, estimated bool) {
 	if v := m.current.Load(); v != nil {
 		l = v.load()
 	}
-	wide := 0.0
+	wide, tokens := 0.0, 0.0
 	if n := l.sum(); n > 0 {
-		wide = float64(l.wide) / float64(n)
+		wide, tokens = float64(l.wide)/float64(n), float64(l.tokens)/float64(n)
 	}
-	ids = max(l.sum(), uint64(float64(m.cfg.MaxBytes)/(narrowBytes*(1-wide)+wideBytes*wide)))
+	// Those of two windows are kept.
+	ids = max(l.sum(), uint64(float64(m.cfg.MaxBytes)/(narrowBytes*(1-wide)+wideBytes*wide+2*narrowBytes*tokens)))
 	if m.cfg.MaxIDs > 0 && m.cfg.MaxIDs <= ids {
 		return m.cfg.MaxIDs, false
 	}

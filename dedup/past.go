@@ -37,6 +37,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 			j.first.others = append(j.first.others, p)
 		}
 	}
+	byKey := keysOf(published)
 	own := by[j.publisher]
 	j.first.told = true
 	j.first.start, j.first.sum = own.Last, own.Unique
@@ -48,6 +49,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 			its = counter.Published{Last: j.first.start, Unique: j.first.sum}
 		}
 		r := j.remainder(&o, its)
+		r.count(j.keyed[o.serial], byKey[o.number*int64(o.window)])
 		if r.lost {
 			past.Lost = append(past.Lost, counter.Left{Start: o.start(), Window: o.window, Unique: r.unpublished, Exact: !r.doubtful})
 		}
@@ -67,7 +69,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 			j.end(o.of())
 		default:
 			past.Left = append(past.Left, counter.Left{
-				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing,
+				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing, Keys: r.keys,
 				Exact: !r.doubtful, State: o.of(),
 			})
 			j.first.sum = j.sumOf(&o) + r.missing
@@ -79,10 +81,11 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 
 // remainder is what an epoch still needs.
 type remainder struct {
-	have     uint64 // ids in the journal
-	missing  uint64 // ids that no record has
-	doubtful bool   // ids may be lost
-	settled  bool   // no record is to be published for it
+	have     uint64             // ids in the journal
+	missing  uint64             // ids that no record has
+	doubtful bool               // ids may be lost
+	settled  bool               // no record is to be published for it
+	keys     []counter.KeyCount // the part of missing that is under keys
 
 	// Set if ids that no record has cannot get one any more.
 	lost        bool
@@ -111,6 +114,34 @@ func (j *journal) remainder(o *opened, its counter.Published) (r remainder) {
 	}
 	r.settled = o.ended || over || recorded && r.missing == 0 && !r.doubtful
 	return r
+}
+
+// count finds what is missing by key. Where that does not fit what is missing at all, as
+// after the loss of the spool, it is not known.
+func (r *remainder) count(k *keyed, published map[string]uint64) {
+	keys, sum, ok := k.counts(published)
+	if r.missing == 0 {
+		return
+	}
+	if r.keys = keys; !ok || sum > r.missing {
+		r.keys, r.doubtful = nil, true
+	}
+}
+
+// keysOf is what was published by key for each window, by its start in Unix ns.
+func keysOf(published map[string]counter.Published) map[int64]map[string]uint64 {
+	all := map[int64]map[string]uint64{}
+	for _, p := range published {
+		of := all[p.Last.UnixNano()]
+		if of == nil {
+			of = map[string]uint64{}
+			all[p.Last.UnixNano()] = of
+		}
+		for _, k := range p.Keys {
+			of[k.Key] += k.Unique
+		}
+	}
+	return all
 }
 
 // sumOf is what this publisher has, or will have, published for the window of o.
@@ -206,7 +237,7 @@ func PublishLeft(cfg Config, published map[string]counter.Published, publish fun
 	}
 	defer m.journal.close(true) // what it says of the disk is in broken
 	for _, l := range m.Past(published).Left {
-		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, SealedAt: time.Now().UTC()}); err != nil {
+		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, Keys: l.Keys, SealedAt: time.Now().UTC()}); err != nil {
 			return err
 		}
 		m.journal.end(l.State.(slotOf))

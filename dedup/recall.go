@@ -55,29 +55,92 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 }
 
 // recall puts the ids of the epoch opened last back into the tables, if its time
-// is not over: the counter may go on with it.
+// is not over: the counter may go on with it. Its tokens serve in the window after it,
+// too, and those of the window before it in it.
 func (m *Memory) recall() {
 	j := m.journal
-	if j.newest.serial == 0 || !time.Now().Before(j.newest.end()) {
+	past := time.Since(j.newest.end()) // its end; negative: it is not over
+	if j.newest.serial == 0 || past >= j.newest.window {
 		return
 	}
-	j.resumable = true
-	v := &View{tag: tagOf(j.newest.serial), narrow: m.narrow, wide: m.wide}
-	had := j.counts[j.newest.serial]
-	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
-	v.wideSample.Store(had.wide / sampleEvery)
 	var segments []*segment
 	for _, s := range j.segments {
 		if s != nil && s.last > 0 {
 			segments = append(segments, s)
 		}
 	}
+	newest, had := j.newest.serial, j.counts[j.newest.serial]
+	r := &m.recalled
+	r.tokens = m.recallTokens(segments, newest)
+	if past >= 0 {
+		return
+	}
+	if j.newest.follows {
+		r.past = m.recallTokens(segments, newest-1)
+	}
+	j.resumable = true
+	v := &View{tag: tagOf(newest), narrow: m.narrow, wide: m.wide}
+	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
+	v.wideSample.Store(had.wide / sampleEvery)
 	if had.narrow > 0 { // else there may be no table
 		j.first.unfit = m.replay(segments, m.narrowFiller(v, had.narrow))
 	}
 	if had.wide > 0 && j.first.unfit == nil {
 		j.first.unfit = m.replay(segments, m.wideFiller(v, had.wide))
 	}
+	if j.first.unfit == nil {
+		j.first.unfit = m.replayOptions(v, segments)
+	}
+}
+
+// recallTokens returns the tokens that the journal has of an epoch. Those that there is
+// no memory for are left out.
+func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
+	n := m.journal.counts[serial].tokens
+	t := &tokens{table: table[narrowBucket]{expect: n + n/4}}
+	if n == 0 {
+		return t
+	}
+	t.sample.Store(n / sampleEvery)
+	_ = each(m.arena.workers, len(segments), m.journal.caught, func(_, i int) error {
+		return segments[i].records(serial, func(kind int, words []uint64) error {
+			if kind&tokenKind == 0 {
+				return nil
+			}
+			width := int(recordWords[kind])
+			for at := width - 1; at < len(words); at += width {
+				if _, err := t.walk(m, words[at], false); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+	return t
+}
+
+// replayOptions adds the ids with options of the newest epoch, in any order.
+func (m *Memory) replayOptions(v *View, segments []*segment) error {
+	return each(m.arena.workers, len(segments), m.journal.caught, func(_, i int) error {
+		return segments[i].records(m.journal.newest.serial, func(kind int, words []uint64) error {
+			if kind == nameKind || kind <= wideKind {
+				return nil
+			}
+			width := int(recordWords[kind])
+			for at := 0; at+width <= len(words); at += width {
+				var err error
+				if kind&wideKind == 0 {
+					_, err = m.addNarrow(v, words[at], false)
+				} else {
+					_, err = m.addWide(v, words[at], words[at+1], false)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
 }
 
 // filler inserts the records of a kind into a table that no request has yet.

@@ -30,33 +30,64 @@ const (
 	// the next is made ready in time, and a small server has few to spare.
 	segmentChunks = 8192
 
-	// A head is check<<48 | serial<<8 | kind<<7 | records. A flipped bit does not
-	// pass the check: checkFactor has no 16 equal bits in a row.
-	serialBits  = 40
-	kindShift   = 7
-	recordMask  = 1<<kindShift - 1
+	// A head is check<<48 | kind bit 2<<47 | serial<<8 | kind bit 0<<7 | kind bit 1<<6 |
+	// records. A flipped bit does not pass the check: checkFactor has no 16 equal bits
+	// in a row. Version 2 had bit 0 of the kind alone, and zeros for the others.
+	serialBits  = 39
+	recordMask  = 1<<6 - 1
 	checkShift  = 48
 	checkFactor = 0x9e3779b97f4a7c15
 )
 
-// Kinds of records: a scattered decimal in one word, or the scattered halves of
-// another id in two.
+// Kinds of records: a scattered decimal in one word, or the scattered halves of another
+// id in two. With tokenKind the word of its token follows, with underKind before that the
+// hash of the key it is counted under, which makes each id a wide one. nameKind is such a
+// key: its hash, its length, its bytes.
 const (
-	narrowKind = 0
-	wideKind   = 1
+	narrowKind  = 0
+	wideKind    = 1
+	tokenKind   = 2 // added to one of those
+	underKind   = 4 // added to wideKind
+	nameKind    = 4
+	recordKinds = 8
+
+	nameWords = maxUnder / 8
+	maxUnder  = 128 // bytes of a key
 )
 
-var chunkRoom = [2]uint64{narrowKind: chunkWords - 1, wideKind: (chunkWords - 1) / 2}
+// recordWords is how long a record is; 0: no writer writes this kind.
+var recordWords = [recordKinds]uint64{
+	narrowKind: 1, narrowKind | tokenKind: 2,
+	wideKind: 2, wideKind | tokenKind: 3, wideKind | underKind: 3, wideKind | underKind | tokenKind: 4,
+	nameKind: 2 + nameWords,
+}
+
+// chunkRoom is how many records of a kind a chunk has room for.
+var chunkRoom = func() (room [recordKinds]uint64) {
+	for kind, words := range recordWords {
+		if words > 0 {
+			room[kind] = (chunkWords - 1) / words
+		}
+	}
+	return room
+}()
 
 type chunk [chunkWords]uint64
 
 func headOf(body uint64) uint64 { return body*checkFactor>>checkShift<<checkShift | body }
 
+// bodyOf is the body of the head of a chunk without records.
+func bodyOf(serial uint64, kind int) uint64 {
+	k := uint64(kind)
+	return k>>2<<47 | serial<<8 | k&1<<7 | k>>1&1<<6
+}
+
 // parseHead splits a head; ok is false for one that no writer wrote.
 func parseHead(head uint64) (serial uint64, kind int, records uint64, ok bool) {
 	body := head & (1<<checkShift - 1)
-	serial, kind, records = body>>8, int(body>>kindShift&1), body&recordMask
-	return serial, kind, records, headOf(body) == head && serial > 0 && records <= chunkRoom[kind]
+	serial, records = body>>8&(1<<serialBits-1), body&recordMask
+	kind = int(body>>7&1 | body>>6&1<<1 | body>>47<<2)
+	return serial, kind, records, headOf(body) == head && serial > 0 && recordWords[kind] > 0 && records <= chunkRoom[kind]
 }
 
 // segment is one mapped file. journal.mu guards its fields.
@@ -67,6 +98,7 @@ type segment struct {
 	chunks []chunk // the first holds the header
 	next   int     // the first chunk not handed out since the segment was free
 	last   uint64  // the newest epoch that has chunks before next; 0: the segment is free
+	tokens uint64  // the newest of those that has tokens in it
 }
 
 // The header of a segment, in words of its first chunk.
@@ -164,12 +196,12 @@ func chunksOf(memory []byte) []chunk {
 	return unsafe.Slice((*chunk)(unsafe.Pointer(&memory[0])), len(memory)/chunkBytes)
 }
 
-// scan tells what epochs have records in s, and finds the place from which s
-// can go on: behind the chunks of needed epochs.
+// scan adds up what epochs have records in s, and finds the place from which s can go on:
+// behind the chunks of needed epochs, and behind tokens of the epoch before the newest.
 //
 // Chunks of epochs after the newest are of one whose slot was lost with the
 // power. Its serial will be used again, so they are cleared.
-func (s *segment) scan(newest uint64, needed map[uint64]bool, counts map[uint64]load) error {
+func (s *segment) scan(newest uint64, needed map[uint64]bool, counts map[uint64]load, keyed map[uint64]*keyed) error {
 	for i := 1; i < len(s.chunks); i++ {
 		head := s.chunks[i][0]
 		if head == 0 {
@@ -184,18 +216,45 @@ func (s *segment) scan(newest uint64, needed map[uint64]bool, counts map[uint64]
 			continue
 		}
 		l := counts[serial]
-		if kind == narrowKind {
-			l.narrow += records
-		} else {
-			l.wide += records
-		}
+		l.count(kind, records)
 		counts[serial] = l
-		if needed[serial] {
-			s.next, s.last = i+1, max(s.last, serial)
+		token := kind&tokenKind != 0 && serial+1 >= newest
+		if !needed[serial] && !token {
+			continue
+		}
+		s.next, s.last = i+1, max(s.last, serial)
+		if token {
+			s.tokens = max(s.tokens, serial)
+		}
+		if kind&underKind != 0 && needed[serial] {
+			if keyed[serial] == nil {
+				keyed[serial] = newKeyed()
+			}
+			if err := keyed[serial].read(kind, s.chunks[i].records(kind, records)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
+
+// count adds records of a kind.
+func (l *load) count(kind int, records uint64) {
+	switch {
+	case kind == nameKind:
+		return
+	case kind&wideKind == 0:
+		l.narrow += records
+	default:
+		l.wide += records
+	}
+	if kind&tokenKind != 0 {
+		l.tokens += records
+	}
+}
+
+// records are the words of the records of a chunk.
+func (c *chunk) records(kind int, n uint64) []uint64 { return c[1 : 1+n*recordWords[kind]] }
 
 // records calls batch with the records of each chunk of an epoch.
 func (s *segment) records(serial uint64, batch func(kind int, words []uint64) error) error {
@@ -205,7 +264,7 @@ func (s *segment) records(serial uint64, batch func(kind int, words []uint64) er
 		if !ok || of != serial {
 			continue
 		}
-		if err := batch(kind, c[1:1+records*uint64(1+kind)]); err != nil {
+		if err := batch(kind, c.records(kind, records)); err != nil {
 			return err
 		}
 	}
@@ -218,7 +277,7 @@ func (s *segment) records(serial uint64, batch func(kind int, words []uint64) er
 type writer struct {
 	of [2]struct {
 		serial  uint64
-		cursors [2]cursor
+		cursors [recordKinds]cursor
 	}
 }
 
@@ -237,7 +296,7 @@ func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
 	of := &w.of[serial&1]
 	if of.serial != serial {
 		of.serial = serial
-		of.cursors = [2]cursor{}
+		of.cursors = [recordKinds]cursor{}
 	}
 	c := &of.cursors[kind]
 	if c.chunk == nil || c.body&recordMask == chunkRoom[kind] {
@@ -261,8 +320,20 @@ func (c *cursor) append(k Key) {
 	} else {
 		c.chunk[1+2*n], c.chunk[2+2*n] = k.hi, k.lo
 	}
+	c.count()
+}
+
+// count makes the record that was written count.
+func (c *cursor) count() {
 	c.body++
-	c.chunk[0] = headOf(c.body) // from here on the record counts
+	c.chunk[0] = headOf(c.body)
+}
+
+// put adds a record of so many words.
+func (c *cursor) put(words []uint64) {
+	n := int(c.body&recordMask) * len(words)
+	copy(c.chunk[1+n:], words)
+	c.count()
 }
 
 // hand gives c the next free chunk.
@@ -288,11 +359,14 @@ func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 		}
 	}
 	s := j.current
-	body := serial<<8 | uint64(kind)<<kindShift
+	body := bodyOf(serial, kind)
 	atomic.StoreUint64(&s.chunks[s.next][0], headOf(body))
 	*c = cursor{&s.chunks[s.next], body}
 	s.next++
 	s.last = max(s.last, serial)
+	if kind&tokenKind != 0 {
+		s.tokens = max(s.tokens, serial)
+	}
 	if len(j.ready) == 0 && s.next == len(s.chunks)/2 {
 		j.nudge()
 	}
@@ -360,8 +434,8 @@ func (j *journal) prepare() {
 	}
 }
 
-// recycle makes the segments free that have no records of an epoch that is
-// needed: one not published, or the last. j.mu is held.
+// recycle makes the segments free that have no records of an epoch that is needed: one not
+// published, or the last; and no tokens of the one before that. j.mu is held.
 func (j *journal) recycle() {
 	floor := j.newest.serial
 	for i := range j.slots {
@@ -376,10 +450,10 @@ func (j *journal) recycle() {
 			continue
 		}
 		*inUse++
-		if s.last >= floor {
+		if s.last >= floor || s.tokens > 0 && s.tokens+1 >= j.newest.serial {
 			continue
 		}
-		s.next, s.last = 1, 0
+		s.next, s.last, s.tokens = 1, 0, 0
 		if s != j.current && !slices.Contains(j.ready, s) {
 			j.ready = append(j.ready, s)
 		}

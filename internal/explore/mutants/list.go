@@ -149,6 +149,16 @@ var mutants = []mutant{
 	{"the head counts a record before it is there", "dedup", overlay.Edit{
 		File: "dedup/segment.go", Old: "n := c.body & recordMask\n", New: "n := c.body & recordMask; c.chunk[0] = headOf(c.body + 1)\n",
 	}, nil},
+	// Tokens.
+	{"attempts do not wait for each other", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "\t\tlock.Lock()\n\t\tdefer lock.Unlock()\n", New: "\t\t_ = lock\n",
+	}, nil},
+	{"the next window does not look at the tokens before it", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "v.past = before.tokens\n", New: "\n",
+	}, nil},
+	{"a token is not kept with its id", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "kind |= tokenKind\n", New: "\n",
+	}, nil},
 	{"the head does not count the record", "dedup", overlay.Edit{
 		File: "dedup/segment.go", Old: "c.chunk[0] = headOf(c.body)", New: "c.chunk[0] = headOf(c.body - 1)",
 	}, nil},
@@ -162,7 +172,7 @@ var mutants = []mutant{
 		File: "dedup/segment.go", Old: "c.body&recordMask == chunkRoom[kind]", New: "c.body&recordMask == chunkRoom[kind]+1",
 	}, nil},
 	{"a writer keeps the chunk of another epoch", "dedup", overlay.Edit{
-		File: "dedup/segment.go", Old: "of.cursors = [2]cursor{}", New: "_ = cursor{}",
+		File: "dedup/segment.go", Old: "of.cursors = [recordKinds]cursor{}", New: "_ = cursor{}",
 	}, nil},
 	{"two writers get one chunk", "dedup", overlay.Edit{
 		File: "dedup/segment.go", Old: "\ts.next++\n\ts.last = max(s.last, serial)\n\tif", New: "\tj.mu.Unlock(); j.mu.Lock(); s.next++\n\ts.last = max(s.last, serial)\n\tif",

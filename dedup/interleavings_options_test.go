@@ -1,0 +1,103 @@
+//go:build interleavings && unix
+
+package dedup
+
+import (
+	"fmt"
+	"testing"
+
+	"verve/counter"
+	"verve/internal/explore"
+)
+
+// attempt is one attempt to count an id, with the same token as the others of its scene.
+type attempt struct {
+	verdict Verdict
+	done    bool
+}
+
+var attemptOptions = &Options{Token: []byte("token")}
+
+// tries starts a thread that tries to count key as the server does: again in the open
+// epoch where its own has turned.
+func (s *scene) tries(r *explore.Run, name string, key Key, a *attempt) {
+	r.Go(name, func() {
+		for {
+			in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0)
+			verdicts := []Verdict{Turned}
+			_ = s.m.AddMany(in.Epoch, []Item{{Key: key, Options: attemptOptions}}, verdicts)
+			if verdicts[0] == Unique {
+				in.Leave(counter.Unique)
+			} else {
+				in.Leave(counter.Void)
+			}
+			explore.Note("%s: verdict %d in epoch %d", name, verdicts[0], in.Serial())
+			if verdicts[0] != Turned {
+				a.verdict, a.done = verdicts[0], true
+				return
+			}
+			s.c.TurnFrom(in.Epoch)
+		}
+	})
+}
+
+// TestInterleavingsOfAttempts: two attempts to count one id with one token, while the epoch
+// turns. One counts, the other is its replay.
+func TestInterleavingsOfAttempts(t *testing.T) {
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) {
+			explore.Explore(t, explore.OptionsFor(1, 2, 3), func(r *explore.Run) {
+				s := newScene(Config{}, 1, 1)
+				first := s.epochs[0]
+				var attempts [2]attempt
+				for i := range attempts {
+					s.tries(r, fmt.Sprint("attempt ", i), kind.key(7, 1), &attempts[i])
+				}
+				r.Go("turn", func() { s.c.TurnFrom(first) })
+				r.Check(func() error {
+					a, b := attempts[0].verdict, attempts[1].verdict
+					if (a == Unique) == (b == Unique) || max(a, b) != Replayed && max(a, b) != ReplayedBefore {
+						return fmt.Errorf("the attempts were answered %d and %d", a, b)
+					}
+					return nil
+				})
+			})
+		})
+	}
+}
+
+// TestInterleavingsOfAttemptsKilled: the same, and the process is killed anywhere. The next
+// one has the id once or not at all, with its token; it has it if an attempt was answered.
+func TestInterleavingsOfAttemptsKilled(t *testing.T) {
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) {
+			explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
+				k := newKept(r, 1)
+				first, key := k.epochs[0], kind.key(7, 1)
+				var attempts [2]attempt
+				for i := range attempts {
+					k.tries(r, fmt.Sprint("attempt ", i), key, &attempts[i])
+				}
+				r.Go("turn", func() { k.c.TurnFrom(first) })
+				r.Check(func() error {
+					f, err := k.recall()
+					if err != nil {
+						return err
+					}
+					defer letGo(f.Memory)
+					records := uint64(0)
+					for _, l := range f.journal.counts {
+						records += l.sum()
+					}
+					word := f.secret.token(key, attemptOptions.Token)
+					has := f.recalled.tokens.has(word) || f.recalled.past.has(word)
+					answered := attempts[0].done || attempts[1].done
+					if records > 1 || answered && records == 0 || has != (records == 1) {
+						return fmt.Errorf("%d records; the token is there: %t; an attempt was answered: %t", records, has, answered)
+					}
+					return nil
+				})
+			})
+		})
+	}
+}

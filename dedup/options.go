@@ -1,0 +1,345 @@
+package dedup
+
+import (
+	"encoding/binary"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dchest/siphash"
+
+	"verve/counter"
+)
+
+// Ids with a token, or under a key, take this way. Others never come here.
+
+// tokens are those of one epoch: words of 64 bits, a keyed hash of the id and its token
+// each, in a table of their own. It is made when the first one comes and is never used for
+// another epoch: it is looked at in the next one and then released.
+type tokens struct {
+	table  table[narrowBucket]
+	sample atomic.Uint64 // as View.narrowSample
+
+	// spilled are words that found no memory although there had been room for them
+	// before their ids were added.
+	mu      sync.Mutex // guards spilled
+	spilled map[uint64]bool
+	spills  atomic.Bool // there are some
+}
+
+// tokenTag is the tag of all words in such a table.
+const tokenTag = 1
+
+// attemptLocks is the number of locks that ids with tokens are spread over.
+const attemptLocks = 256
+
+// attemptLock makes the attempts to count one id wait for each other, in whatever epochs
+// they are.
+type attemptLock struct {
+	sync.Mutex
+	_ [56]byte // locks of their own cache lines
+}
+
+func (t *tokens) load() uint64 {
+	if t == nil {
+		return 0
+	}
+	return t.sample.Load() * sampleEvery
+}
+
+// hold and letTokens count the epochs that use t. Memory.mu is held.
+func (t *tokens) hold() *tokens {
+	if t != nil {
+		t.table.refs++
+	}
+	return t
+}
+
+func (m *Memory) letTokens(t *tokens) {
+	if t == nil {
+		return
+	}
+	if t.table.refs--; t.table.refs == 0 && t.table.depth > 0 {
+		m.oldNarrow = append(m.oldNarrow, &t.table) // freed when the cleaner comes by
+	}
+}
+
+// newView is the view of an epoch that is to be opened.
+func newView() *View { return &View{tokens: new(tokens)} }
+
+// has reports whether x is in t, which may be nil.
+func (t *tokens) has(x uint64) bool {
+	if t == nil {
+		return false
+	}
+	if t.spills.Load() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.spilled[x] {
+			return true
+		}
+	}
+	p, _ := t.walk(nil, x, true)
+	return p == found
+}
+
+// room makes sure that there is a slot for x. Others may take it before add does.
+func (t *tokens) room(m *Memory, x uint64) error {
+	_, err := t.walk(m, x, true)
+	return err
+}
+
+// add puts x in. It always succeeds.
+func (t *tokens) add(m *Memory, x uint64) {
+	p, err := t.walk(m, x, false)
+	if err != nil {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.spilled == nil {
+			t.spilled = map[uint64]bool{}
+		}
+		t.spilled[x] = true
+		t.spills.Store(true)
+	}
+	if p == taken && sampled(x) {
+		t.sample.Add(1)
+	}
+}
+
+// walk looks for x, or adds it. With m it makes a level where all are full.
+func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
+	for i := range t.table.levels {
+		l := t.table.levels[i].Load()
+		if l == nil {
+			if m == nil {
+				return absent, nil
+			}
+			if err := grow(m, &t.table, i, t.load()); err != nil {
+				return full, err
+			}
+			l = t.table.levels[i].Load()
+		}
+		b, rest := l.choose(x)
+		p, slot := b.add(rest|tokenTag, look)
+		if p != full {
+			if p == taken && slot >= nearlyFull {
+				crowding(m, &t.table, i)
+			}
+			return p, nil
+		}
+		x = l.next(x)
+	}
+	return full, ErrFull
+}
+
+// openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
+// held, and m.current is still the epoch before.
+func (m *Memory) openTokens(e *counter.Epoch, v *View) {
+	v.start, v.end = e.Start().UnixNano(), e.End().UnixNano()
+	peak := uint64(0)
+	for _, l := range m.loads {
+		peak = max(peak, l.tokens)
+	}
+	v.tokens.table.expect = peak + peak/4
+	if before := m.current.Load(); before != nil && before.end == v.start {
+		v.past = before.tokens
+	} else if before == nil && m.journal != nil {
+		m.takeRecalled(e, v)
+	}
+	v.tokens.hold()
+	v.past.hold()
+}
+
+// takeRecalled gives the first epoch the tokens that the journal has for it.
+func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
+	tokens, past := m.recalled.tokens, m.recalled.past
+	m.recalled.tokens, m.recalled.past = nil, nil
+	switch newest := &m.journal.newest; {
+	case tokens == nil:
+	case e.Serial() == newest.serial:
+		v.tokens, v.past = tokens, past
+	case e.Start().Equal(newest.end()):
+		v.past = tokens
+	}
+	if tokens != v.tokens && tokens != v.past {
+		m.letTokens(tokens.hold())
+	}
+	if past != v.past {
+		m.letTokens(past.hold())
+	}
+}
+
+// under returns the count of a key of e; nil if name is empty. The name is in the journal
+// before the key is in the epoch: no id is kept under a key whose name is not.
+func (m *Memory) under(e *counter.Epoch, v *View, j *journal, w *writer, name []byte) (*counter.Key, error) {
+	if len(name) == 0 {
+		return nil, nil
+	}
+	hash, keys := m.secret.name(name), e.Keys()
+	if k := keys.Find(hash, name); k != nil {
+		return k, nil
+	}
+	if keys.Full() {
+		return nil, ErrTooManyKeys
+	}
+	if j != nil {
+		c, err := j.reserve(w, v.serial, nameKind)
+		if err != nil {
+			return nil, err
+		}
+		c.put(nameRecord(hash, name))
+	}
+	if k := keys.Add(hash, name); k != nil {
+		return k, nil
+	}
+	return nil, ErrTooManyKeys
+}
+
+// addWith adds an id that has options. j and w are nil where nothing is kept.
+//
+// The attempts to count one id wait for each other if they have tokens, and none of them
+// is judged in an epoch that was left: so one that comes late finds the token of its retry
+// in the open epoch, and a retry in the open epoch that of its first attempt in the one
+// before. An attempt without a token waits for nobody: where it adds the id, no token is
+// added.
+func (m *Memory) addWith(e *counter.Epoch, v *View, j *journal, w *writer, it *Item, fresh uint64) (Verdict, error) {
+	o, k := it.Options, it.Key
+	kind, token := int(k.kind), uint64(0)
+	if len(o.Token) > 0 {
+		kind |= tokenKind
+		token = m.secret.token(k, o.Token)
+		lock := &m.attempts[k.lo%attemptLocks]
+		lock.Lock()
+		defer lock.Unlock()
+		switch {
+		case m.current.Load() != v:
+			return Turned, nil
+		case v.past.has(token):
+			return ReplayedBefore, nil
+		case v.tokens.has(token):
+			return Replayed, nil
+		}
+	}
+	under, cause := m.under(e, v, j, w, o.Under)
+	if under != nil {
+		kind |= underKind
+	}
+	var c *cursor
+	if cause == nil && j != nil {
+		c, cause = j.reserve(w, v.serial, kind)
+	}
+	if cause == nil && token != 0 {
+		cause = v.tokens.room(m, token)
+	}
+	var p place
+	if cause == nil {
+		p, cause = m.insert(e, v, k, fresh)
+	} else {
+		p, cause = m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+	}
+	if cause != nil {
+		return m.refused(cause), cause
+	}
+	if p == taken {
+		if token != 0 {
+			v.tokens.add(m, token)
+		}
+		if c != nil {
+			var words [4]uint64
+			c.put(recordOf(words[:0], k, kind, under, token))
+		}
+		if under != nil {
+			under.Count(1)
+		}
+	}
+	return verdict(p), nil
+}
+
+// token is the word of a token that came with an id. It is never 0.
+func (s *secret) token(k Key, token []byte) uint64 {
+	var text [17 + 64]byte
+	binary.LittleEndian.PutUint64(text[:], k.hi)
+	binary.LittleEndian.PutUint64(text[8:], k.lo)
+	text[16] = k.kind
+	x := s.scatter(siphash.Hash(s.sip0, ^s.sip1, append(text[:17], token...)))
+	return max(x, 1)
+}
+
+// recordOf appends the record of an id with options.
+func recordOf(words []uint64, k Key, kind int, under *counter.Key, token uint64) []uint64 {
+	if kind&wideKind != 0 {
+		words = append(words, k.hi)
+	}
+	words = append(words, k.lo)
+	if kind&underKind != 0 {
+		words = append(words, under.Hash())
+	}
+	if kind&tokenKind != 0 {
+		words = append(words, token)
+	}
+	return words
+}
+
+// nameRecord is the record of a key.
+func nameRecord(hash uint64, name []byte) []uint64 {
+	words := make([]uint64, recordWords[nameKind])
+	words[0], words[1] = hash, uint64(len(name))
+	copy(bytesOf(words[2:]), name)
+	return words
+}
+
+// keyed is what the journal has of an epoch by key.
+type keyed struct {
+	names map[uint64]string // by their hash
+	ids   map[uint64]uint64 // how many
+}
+
+func newKeyed() *keyed { return &keyed{map[uint64]string{}, map[uint64]uint64{}} }
+
+// read adds records of a kind with keys.
+func (k *keyed) read(kind int, words []uint64) error {
+	width := int(recordWords[kind])
+	for i := 0; i+width <= len(words); i += width {
+		if kind != nameKind {
+			k.ids[words[i+2]]++
+			continue
+		}
+		n := words[i+1]
+		if n == 0 || n > maxUnder {
+			return damaged("the name of a key has %d bytes", n)
+		}
+		k.names[words[i]] = string(bytesOf(words[i+2 : i+width])[:n])
+	}
+	return nil
+}
+
+// counts returns the ids under each key less those that are published, by name. It is not
+// ok if a name is missing.
+func (k *keyed) counts(published map[string]uint64) (counts []counter.KeyCount, sum uint64, ok bool) {
+	if k == nil {
+		return nil, 0, true
+	}
+	for hash, n := range k.ids {
+		name, named := k.names[hash]
+		if !named {
+			return nil, 0, false
+		}
+		if n = less(n, published[name]); n > 0 {
+			counts = append(counts, counter.KeyCount{Key: name, Unique: n})
+			sum += n
+		}
+	}
+	slices.SortFunc(counts, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
+	return counts, sum, true
+}
+
+// resume puts the keys of the epoch that goes on into e: they count as used there.
+func (k *keyed) resume(e *counter.Epoch) {
+	if k == nil {
+		return
+	}
+	for hash, name := range k.names {
+		e.Keys().Add(hash, []byte(name))
+	}
+}

@@ -1,0 +1,335 @@
+//go:build linux
+
+package dedup
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"verve/counter"
+)
+
+// with adds an id with a key and a token, at now.
+func (p *life) with(now time.Time, id, under, token string) (Verdict, time.Time, error) {
+	p.t.Helper()
+	in, ok := p.c.Enter(now.UnixNano(), 0)
+	if !ok {
+		p.t.Fatal("sealed")
+	}
+	v, err := addOptions(p.m, in.Epoch, id, under, token)
+	o := counter.Void
+	switch v {
+	case Unique:
+		o = counter.Unique
+	case Repeat:
+		o = counter.Repeat
+	}
+	in.Leave(o)
+	return v, in.Start(), err
+}
+
+func addOptions(m *Memory, e *counter.Epoch, id, under, token string) (Verdict, error) {
+	o := &Options{Under: []byte(under), Token: []byte(token)}
+	if under == "" && token == "" {
+		o = nil
+	}
+	items, verdicts := []Item{{ID: []byte(id), Key: m.Key([]byte(id), o), Options: o}}, []Verdict{Turned}
+	err := m.AddMany(e, items, verdicts)
+	return verdicts[0], err
+}
+
+// optionsModel says what each id with options is to be answered.
+type optionsModel struct {
+	t       *testing.T
+	ledger  *ledger
+	tokens  map[int64]map[[2]string]string // by the start of the window, id and key: the token that it was counted with
+	answers map[int64]map[string]uint64    // ids that were new, by window and key
+}
+
+func (m *optionsModel) want(start time.Time, id, under, token string, window time.Duration) Verdict {
+	at := start.UnixNano()
+	if m.tokens[at] == nil {
+		m.tokens[at], m.answers[at] = map[[2]string]string{}, map[string]uint64{}
+	}
+	name := [2]string{id, under}
+	if had, there := m.tokens[at-int64(window)][name]; there && token != "" && had == token {
+		return ReplayedBefore
+	}
+	had, there := m.tokens[at][name]
+	switch {
+	case there && token != "" && had == token:
+		return Replayed
+	case there:
+		return Repeat
+	}
+	m.tokens[at][name] = token
+	m.answers[at][under]++
+	return Unique
+}
+
+// check compares the records with the answers, by key.
+func (m *optionsModel) check() {
+	m.t.Helper()
+	for start, answers := range m.answers {
+		records, all := map[string]uint64{}, uint64(0)
+		for _, c := range m.ledger.records[start] {
+			if !c.Exact {
+				m.t.Errorf("the record of %v is not exact", c.Start)
+			}
+			keyless := c.Unique
+			for i, k := range c.Keys {
+				if i > 0 && c.Keys[i-1].Key >= k.Key || k.Unique == 0 {
+					m.t.Fatalf("the keys of a record are not in order, or empty: %v", c.Keys)
+				}
+				records[k.Key] += k.Unique
+				keyless -= k.Unique
+			}
+			records[""] += keyless
+			all += c.Unique
+		}
+		for under, n := range answers {
+			if records[under] != n {
+				m.t.Fatalf("window %v: key %q has %d in the records, %d answers", time.Unix(0, start).UTC(), under, records[under], n)
+			}
+		}
+	}
+}
+
+// TestTokensAndKeysAgreeWithAModel runs random schedules of ids with tokens and keys, time,
+// kills and stops: each id is answered as a map would, over all lives of the process, and
+// the records of each window add up to the answers for each key.
+func TestTokensAndKeysAgreeWithAModel(t *testing.T) {
+	for seed := range uint64(60) {
+		synctest.Test(t, func(t *testing.T) {
+			const window = time.Minute
+			rng := rand.New(rand.NewPCG(seed, 18))
+			l := newLedger(t)
+			model := &optionsModel{t: t, ledger: l, tokens: map[int64]map[[2]string]string{}, answers: map[int64]map[string]uint64{}}
+			cfg := small(fastDir(t))
+			cfg.Publisher = "a"
+			l.name = "a"
+			p := live(t, cfg, window, l)
+			for step := range 400 {
+				switch n := rng.IntN(100); {
+				case n < 3:
+					p.kill()
+					if rng.IntN(4) == 0 {
+						cfg.Publisher = []string{"a", "b"}[rng.IntN(2)]
+						l.rename(cfg.Publisher)
+					}
+					p = live(t, cfg, window, l)
+				case n < 5:
+					p.close()
+					time.Sleep(time.Duration(rng.Int64N(int64(window))))
+					p = live(t, cfg, window, l)
+				case n < 12:
+					time.Sleep(time.Duration(rng.Int64N(int64(window * 3 / 4))))
+					synctest.Wait()
+				default:
+					id, under, token := fmt.Sprint(rng.IntN(30)), "", ""
+					if rng.IntN(2) == 0 {
+						id = "text " + id
+					}
+					if rng.IntN(2) == 0 {
+						under = fmt.Sprint("campaign/", rng.IntN(3))
+					}
+					if rng.IntN(3) > 0 {
+						token = fmt.Sprint("attempt ", rng.IntN(2))
+					}
+					v, start, err := p.with(time.Now(), id, under, token)
+					if want := model.want(start, id, under, token, window); v != want || err != nil {
+						t.Fatalf("seed %d, step %d: id %q under %q with %q: got %v, %v; want %v", seed, step, id, under, token, v, err, want)
+					}
+				}
+			}
+			time.Sleep(window)
+			p.close()
+			model.check()
+		})
+	}
+}
+
+// TestAttemptsAtOnceAreCountedOnce: many attempts to count one id while the epoch turns. With
+// one token one counts and all others are its replays; with two tokens one of them wins
+// everywhere.
+func TestAttemptsAtOnceAreCountedOnce(t *testing.T) {
+	for _, tokens := range []int{1, 2} {
+		for _, dir := range []string{"", fastDir(t)} {
+			m := newMemory(t, Config{Dir: dir, Heap: true})
+			e := newEpochs(t, m)
+			var turn atomic.Int64
+			rounds := 300
+			for round := range rounds {
+				id := fmt.Sprint("id ", round)
+				var unique, replayed [2]atomic.Int64
+				var all sync.WaitGroup
+				for n := range 4 {
+					all.Go(func() {
+						which := n % tokens
+						for {
+							in, ok := e.Counter.Enter(e.At(int(turn.Load())), uint64(n))
+							if !ok {
+								t.Error("sealed")
+								return
+							}
+							v, err := addOptions(m, in.Epoch, id, "", fmt.Sprint("token ", which))
+							if v == Unique {
+								in.Leave(counter.Unique)
+							} else {
+								in.Leave(counter.Void)
+							}
+							switch {
+							case err != nil:
+								t.Error(err)
+							case v == Turned:
+								continue
+							case v == Unique:
+								unique[which].Add(1)
+							case v == Replayed, v == ReplayedBefore:
+								replayed[which].Add(1)
+							}
+							return
+						}
+					})
+				}
+				all.Go(func() { turn.Add(1) })
+				all.Wait()
+				if tokens == 1 && (unique[0].Load() != 1 || replayed[0].Load() != 3) {
+					t.Fatalf("round %d: %d counted, %d replayed; want 1 and 3", round, unique[0].Load(), replayed[0].Load())
+				}
+				for which := range tokens {
+					if replayed[which].Load() > 0 && unique[which].Load() == 0 {
+						t.Fatalf("round %d: token %d was replayed and never counted", round, which)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestTokenWithoutMemoryIsRefusedBeforeItsIDIsIn: at the memory limit an id whose token has
+// no room is refused, and counted by the next attempt when there is room.
+func TestTokenWithoutMemoryIsRefusedBeforeItsIDIsIn(t *testing.T) {
+	m := newMemory(t, Config{MaxBytes: tableSize[narrowBucket](0) + tableSize[wideBucket](0), Heap: true})
+	e := newEpochs(t, m)
+	in, _ := e.Counter.Enter(e.At(0), 0)
+	defer in.Leave(counter.Void)
+	if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != Full || err == nil {
+		t.Fatalf("got %v, %v", v, err)
+	}
+	if v, err := addOptions(m, in.Epoch, "1", "", ""); v != Unique || err != nil {
+		t.Fatalf("the id is in although its token had no room: got %v, %v", v, err)
+	}
+}
+
+// TestWordsThatSpilledAreFound: a token for which memory ran out after its slot was looked
+// for is found.
+func TestWordsThatSpilledAreFound(t *testing.T) {
+	m := newMemory(t, Config{Heap: true})
+	v := newView()
+	m.arena.max = m.arena.used.Load() // no level can be made
+	v.tokens.add(m, 12345)
+	if !v.tokens.has(12345) || v.tokens.has(12346) {
+		t.Error("a word that spilled is lost, or another is found")
+	}
+}
+
+// TestTooManyKeysAreFull: ids under further keys are refused, and nothing else is; the
+// journal does not grow by them.
+func TestTooManyKeysAreFull(t *testing.T) {
+	l := newLedger(t)
+	m, err := NewMemory(Config{Dir: fastDir(t) + "/epochs"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: l, Past: m.Past(nil), MaxKeys: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(ctx) }()
+	in, _ := c.EnterMany(time.Now().UnixNano(), 0, 4)
+	for i := range 3 {
+		if v, err := addOptions(m, in.Epoch, "1", fmt.Sprint(i), ""); v != Unique || err != nil {
+			t.Fatalf("key %d: got %v, %v", i, v, err)
+		}
+	}
+	kept := m.journal.current.next
+	for i := range 1000 {
+		if v, err := addOptions(m, in.Epoch, "1", fmt.Sprint("flood ", i), "token"); v != Full || err != ErrTooManyKeys {
+			t.Fatalf("got %v, %v", v, err)
+		}
+	}
+	if grown := m.journal.current.next - kept; grown > 1 {
+		t.Errorf("refused keys took %d chunks of the journal", grown)
+	}
+	if v, _ := addOptions(m, in.Epoch, "2", "1", ""); v != Unique {
+		t.Errorf("an id under a key that is in: got %v", v)
+	}
+	in.LeaveMany(4, 0, 0)
+	c.Seal()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLateAttemptFindsItsRetry: an attempt that is still inside an epoch when its retry was
+// counted in the next one is asked again there, and is a replay. The tables of the two
+// differ: the id itself does not say that the epoch has turned.
+func TestLateAttemptFindsItsRetry(t *testing.T) {
+	m := newMemory(t, Config{Heap: true})
+	e := newEpochs(t, m)
+	late, _ := e.Counter.Enter(e.At(0), 0)
+	next, err := newTable[narrowBucket](0, m.arena)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.nextNarrow = next
+	retry, _ := e.Counter.Enter(e.At(1), 0)
+	want := func(in counter.Entry, want Verdict) {
+		t.Helper()
+		if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != want || err != nil {
+			t.Errorf("got %v, %v; want %v", v, err, want)
+		}
+	}
+	want(retry, Unique)
+	want(late, Turned)
+	late.Leave(counter.Void)
+	want(retry, Replayed)
+	retry.Leave(counter.Unique)
+}
+
+// TestTokensServeInTheNextWindowOnly: not in the next one that was opened, if that is later.
+func TestTokensServeInTheNextWindowOnly(t *testing.T) {
+	m := newMemory(t, Config{Heap: true})
+	e := newEpochs(t, m)
+	for _, tt := range []struct {
+		window int
+		want   Verdict
+	}{{0, Unique}, {0, Replayed}, {1, ReplayedBefore}, {2, Unique}, {4, Unique}, {5, ReplayedBefore}} {
+		in, _ := e.Counter.Enter(e.At(tt.window), 0)
+		v, err := addOptions(m, in.Epoch, "1", "a key", "a token")
+		in.LeaveMany(uint64(b2u(v == Unique)), 0, uint64(b2u(v != Unique)))
+		if v != tt.want || err != nil {
+			t.Errorf("window %d: got %v, %v; want %v", tt.window, v, err, tt.want)
+		}
+	}
+}
+
+func b2u(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
