@@ -72,7 +72,7 @@ func (s *site) shutdown(budget time.Duration) <-chan error {
 // TestStopWaitsForAClientThatReadsLate: answers that the client takes only after
 // the grace, and within the stop's time, are all there.
 func TestStopWaitsForAClientThatReadsLate(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.SlowTimeout = 20 * time.Second })
+	s := newSite(t, nil)
 	c, err := net.Dial("tcp", s.addr)
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +80,7 @@ func TestStopWaitsForAClientThatReadsLate(t *testing.T) {
 	defer c.Close()
 	c.(*net.TCPConn).SetReadBuffer(64 << 10)
 	s.flood(c)
-	done := s.shutdown(20 * time.Second)
+	done := s.shutdown(patience)
 	time.Sleep(answerGrace + 300*time.Millisecond) // the lateness under test
 	c.SetDeadline(time.Now().Add(patience))
 	got, err := io.ReadAll(c)
@@ -161,11 +161,7 @@ func TestConnectionIsBusyUntilItsAnswersAreWritten(t *testing.T) {
 	if idle > 0 {
 		t.Errorf("taken for idle before %d of 100 requests, with answers not written", idle)
 	}
-	for start := time.Now(); s.ln.busy() > 0; time.Sleep(time.Millisecond) {
-		if time.Since(start) > patience {
-			t.Fatal("busy with everything answered")
-		}
-	}
+	s.awaitIdle()
 }
 
 // TestStopBetweenTwoPipelinedRequests comes when fasthttp has answered one, and
