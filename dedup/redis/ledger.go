@@ -659,13 +659,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.cfg.IDs.foreign() {
 		return errForeign
 	}
-	l.mu.Lock()
-	for i := range l.epochs {
-		l.epochs[i].count(l.cfg.Member)
-	}
-	l.mu.Unlock()
+	newest := l.count()
 	l.keep(false)
-	keys, args, sent := l.beatArgs(all)
+	keys, args, sent := l.beatArgs(all, newest)
 
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args)
@@ -697,8 +693,22 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	return nil
 }
 
-// beatArgs are the keys and arguments of beatScript, and the epochs in them.
-func (l *Ledger) beatArgs(all bool) (keys, args []string, sent []counter.Span) {
+// count notes what this process has answered in its epochs, and returns the start of the
+// newest of them.
+func (l *Ledger) count() (newest time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.epochs {
+		l.epochs[i].count(l.cfg.Member)
+	}
+	return l.newest
+}
+
+// beatArgs are the keys and arguments of beatScript, and the epochs in them: those that
+// this process has opened up to the newest that count has returned. One that was opened
+// since has no answers of this member yet, so the group would know the epoch, but not
+// that this member is in it.
+func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent []counter.Span) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
@@ -706,11 +716,11 @@ func (l *Ledger) beatArgs(all bool) (keys, args []string, sent []counter.Span) {
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
 		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "",
 	}
-	if !l.newest.IsZero() {
-		args[len(args)-1] = unixMS(l.newest)
+	if !newest.IsZero() {
+		args[len(args)-1] = unixMS(newest)
 	}
 	for _, e := range l.epochs {
-		if e.registered && !all {
+		if e.registered && !all || e.told != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))

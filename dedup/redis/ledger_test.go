@@ -302,6 +302,28 @@ func TestMemberThatDoesNotReachTheLedgerIsNotLost(t *testing.T) {
 	}
 }
 
+// TestGroupLearnsOfAnEpochAndItsMemberAtOnce: an epoch that is opened while a heartbeat is
+// being made, behind the count of the answers, is for the next heartbeat.
+func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
+	g := newGroup(t)
+	a := g.member("a")
+	first, second := spanEnded(time.Minute), spanEnded(0)
+	none := func() uint64 { return 0 }
+	a.Opened(first, none)
+	newest := a.count()
+	a.Opened(second, none)
+	if _, args, sent := a.beatArgs(true, newest); len(sent) != 1 || sent[0] != first || args[8] != unixMS(first.Start) {
+		t.Errorf("the heartbeat has %v, and %s as the newest epoch; want the first alone", sent, args[8])
+	}
+	g.beat(a)
+	for _, s := range []counter.Span{first, second} {
+		row, err := g.client.Do(t.Context(), g.client.B().Hget().Key(a.keys.ofEpoch(s)).Field("m:a").Build()).ToString()
+		if err != nil || row != "0+" {
+			t.Errorf("the member has answered %q in %v, %v; want 0 or more", row, s, err)
+		}
+	}
+}
+
 // TestSealWaitsForOthersAfterAnOutage: what the others have answered while the ledger was
 // out of reach is written down before an epoch is sealed.
 func TestSealWaitsForOthersAfterAnOutage(t *testing.T) {
