@@ -127,6 +127,39 @@ func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
 	<-s.done
 }
 
+// TestStopAcceptingWaitsForFirstRequests: a client that has connected and is slow to send
+// is answered. One that is between two requests has less time, and is not waited for.
+func TestStopAcceptingWaitsForFirstRequests(t *testing.T) {
+	s := newSite(t, nil)
+	s.firstRequest = patience
+	idle, idleR := s.dial()
+	io.WriteString(idle, get("id=1"))
+	if resp, _, err := answer(idleR); err != nil || resp.StatusCode != 200 {
+		t.Fatal(resp, err)
+	}
+	c, r := s.dial()
+	eventually(t, "both are accepted", func() bool { return s.ln.open() == 2 })
+	s.LastAnswers()
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		s.StopAccepting(t.Context())
+	}()
+	select {
+	case <-stopped:
+		t.Error("the first request is not waited for")
+	case <-time.After(2 * nextRequestGrace): // the slowness under test
+	}
+	io.WriteString(c, get("id=2"))
+	if resp, _, err := answer(r); err != nil || resp.StatusCode != 200 || !resp.Close {
+		t.Errorf("got %v, %v", resp, err)
+	}
+	<-stopped
+	if s.ln.open() == 0 {
+		t.Error("the idle connection was waited for")
+	}
+}
+
 // looking has a look before each add.
 type looking struct {
 	dedup.Set
