@@ -206,7 +206,7 @@ func TestHeaderByteByByteIsRefusedAtTheBuffersEnd(t *testing.T) {
 // TestOversizedRequestsAreNotBuffered: what does not fit is refused while it
 // comes, at the price of a buffer.
 func TestOversizedRequestsAreNotBuffered(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
+	s := newSite(t, func(c *Config) { c.SlowTimeout = time.Second })
 	s.ask(get("id=1")) // the first request pays for what all use
 	const size = 16 << 20
 	for name, text := range map[string]string{

@@ -656,7 +656,7 @@ func TestStopAnswersWhatItCounted(t *testing.T) {
 
 func TestSlowAndIdleConnectionsAreEnded(t *testing.T) {
 	s := newSite(t, func(c *Config) {
-		c.SlowTimeout, c.IdleTimeout = 300*time.Millisecond, 600*time.Millisecond
+		c.SlowTimeout, c.IdleTimeout = time.Second, 2*time.Second
 	})
 	ended := func(name string, r *bufio.Reader, want string) {
 		t.Helper()

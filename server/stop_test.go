@@ -49,7 +49,7 @@ func (s *site) flood(c net.Conn) {
 			if !blocked() {
 				start = time.Now()
 			}
-			if time.Since(start) > 300*time.Millisecond {
+			if time.Since(start) > time.Second {
 				return
 			}
 		}
@@ -119,7 +119,7 @@ func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
 	if err := <-s.shutdown(budget); err == nil {
 		t.Error("a client that does not read was waited for in vain, and the stop does not say so")
 	}
-	if took := time.Since(began); took > budget+2*time.Second {
+	if took := time.Since(began); took > budget+5*time.Second {
 		t.Errorf("with %v for it the stop took %v", budget, took)
 	}
 	raw.Close()
