@@ -61,11 +61,7 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 		ready, _ := r.Health()
 		return ready
 	})
-	// What the rights were missing for may have been taken for a loss.
-	testproc.Until(t, "all is settled", func() bool {
-		_, _, some := r.unsettled()
-		return !some
-	})
+	untilSettled(t, r) // a right that was missing may have been taken for a loss
 	if n, exact := sealed(t, e, r, 0); n != 3 || !exact {
 		t.Errorf("sealed %d, exact %t; want 3, true", n, exact)
 	}
