@@ -102,7 +102,7 @@ func TestAdminKeepsRoomForAProbe(t *testing.T) {
 // TestAdminEndsClientsThatDoNotRead: of 200 answers to pipelined requests none is
 // taken.
 func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
-	a := listenAdmin(t, func(a *Admin) { a.http.WriteTimeout = 300 * time.Millisecond })
+	a := listenAdmin(t, func(a *Admin) { a.http.WriteTimeout = time.Second })
 	a.send(strings.Repeat(adminGet("/metrics"), 200))
 	seen := false
 	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
@@ -191,7 +191,7 @@ func TestFurtherPageReplacesTheOldest(t *testing.T) {
 // TestLongAnswersOutlastTheDeadlines: the live page and a profile go on.
 func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 	a := listenAdmin(t, func(a *Admin) {
-		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = 200*time.Millisecond, 200*time.Millisecond, 200*time.Millisecond
+		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = time.Second, time.Second, time.Second
 		a.live.tick = 10 * time.Millisecond
 	})
 	_, live := a.send(adminGet("/api/live"))
@@ -200,18 +200,18 @@ func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 		t.Fatalf("live: got %v, %v", resp, err)
 	}
 	lines := bufio.NewReader(resp.Body)
-	for range 150 { // two an event
+	for range 300 { // two an event
 		if _, err := lines.ReadString('\n'); err != nil {
 			t.Fatalf("live: %v", err)
 		}
 	}
 	began := time.Now()
-	_, trace := a.send(adminGet("/debug/pprof/trace?seconds=1"))
+	_, trace := a.send(adminGet("/debug/pprof/trace?seconds=2"))
 	if resp, err = http.ReadResponse(trace, nil); err != nil || resp.StatusCode != 200 {
 		t.Fatalf("trace: got %v, %v", resp, err)
 	}
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil || time.Since(began) < time.Second {
-		t.Errorf("trace: ended after %v, %v, want a second", time.Since(began), err)
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || time.Since(began) < 2*time.Second {
+		t.Errorf("trace: ended after %v, %v, want two seconds", time.Since(began), err)
 	}
 }
 

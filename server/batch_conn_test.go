@@ -54,7 +54,7 @@ func TestConnectionBehindABatch(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			for _, pieces := range []int{0, 1, 3} {
-				s := newSite(t, func(cfg *Config) { cfg.SlowTimeout = patience })
+				s := newSite(t, nil)
 				want, closed := strings.CutSuffix(c.want, " close")
 				if !closed {
 					want += " 200" // of the last one
@@ -162,7 +162,7 @@ func TestStopWhileABatchArrives(t *testing.T) {
 // have sent, and others are answered beside them.
 func TestSlowBatchesHarmNobody(t *testing.T) {
 	const clients = 1000
-	s := newSite(t, func(c *Config) { c.SlowTimeout = patience })
+	s := newSite(t, nil)
 	head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", acceptPath, 1<<20)
 	for range clients {
 		c, _ := s.dial()

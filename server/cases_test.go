@@ -134,7 +134,7 @@ func TestEveryHTTPCase(t *testing.T) {
 				}
 				s := newSite(t, func(cfg *Config) {
 					cfg.Uint64IDs = format == "uint64"
-					cfg.SlowTimeout = time.Second
+					cfg.SlowTimeout = slowTimeoutFor(want)
 				})
 				for round := range 4 {
 					if got := s.converse(row.raw, want, round > 0); !oneOf(got, want) {
@@ -166,7 +166,7 @@ func TestEveryFormOfARequestIsUnderstoodOrRefused(t *testing.T) {
 		t.Run(f[0], func(t *testing.T) {
 			t.Parallel()
 			for _, split := range []bool{false, true} {
-				s := newSite(t, func(cfg *Config) { cfg.SlowTimeout = time.Second })
+				s := newSite(t, func(cfg *Config) { cfg.SlowTimeout = slowTimeoutFor(f[2]) })
 				if got := s.converse(raw, f[2], split); got != f[2] {
 					t.Errorf("split %v: got %q, want %q", split, got, f[2])
 				}
@@ -206,7 +206,7 @@ func TestHeaderByteByByteIsRefusedAtTheBuffersEnd(t *testing.T) {
 // TestOversizedRequestsAreNotBuffered: what does not fit is refused while it
 // comes, at the price of a buffer.
 func TestOversizedRequestsAreNotBuffered(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
+	s := newSite(t, func(c *Config) { c.SlowTimeout = time.Second })
 	s.ask(get("id=1")) // the first request pays for what all use
 	const size = 16 << 20
 	for name, text := range map[string]string{

@@ -491,11 +491,18 @@ func (c *conn) stopReading() {
 func (c *conn) interrupt() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) } // long ago
 
 // busy counts the connections whose answer is not yet with the kernel.
-func (l *listener) busy() (n int) {
+func (l *listener) busy() int { return l.count(phase.busy) }
+
+// expecting counts those, and the new ones, whose clients expect an answer as well.
+func (l *listener) expecting() int {
+	return l.count(func(p phase) bool { return p == phaseNew || p.busy() })
+}
+
+func (l *listener) count(of func(phase) bool) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for c := range l.conns {
-		if p, _ := c.phase(); p.busy() {
+		if p, _ := c.phase(); of(p) {
 			n++
 		}
 	}

@@ -68,13 +68,25 @@ func (s *site) sweepAll(now time.Duration) {
 	}
 }
 
-// awaitBusy waits until n connections have a request, all but one of which wait for the
-// only place.
+// awaitBusy waits until n connections have a request, one of which has the only place,
+// and the others wait for it.
 func (s *site) awaitBusy(n int) {
 	s.t.Helper()
-	for start := time.Now(); s.ln.busy() != n || int(s.ln.waiting.Load()) != n-1; time.Sleep(time.Millisecond) {
+	for start := time.Now(); s.ln.busy() != n || int(s.ln.waiting.Load()) != n-1 || len(s.ln.served) != 1; time.Sleep(time.Millisecond) {
 		if time.Since(start) > patience {
-			s.t.Fatalf("%d connections have a request and %d wait for a place, want %d and %d", s.ln.busy(), s.ln.waiting.Load(), n, n-1)
+			s.t.Fatalf("%d connections have a request, %d have a place and %d wait for it, want %d, 1 and %d",
+				s.ln.busy(), len(s.ln.served), s.ln.waiting.Load(), n, n-1)
+		}
+	}
+}
+
+// awaitIdle waits until no connection has a request. A client can have the last answer
+// before.
+func (s *site) awaitIdle() {
+	s.t.Helper()
+	for start := time.Now(); s.ln.busy() != 0; time.Sleep(time.Millisecond) {
+		if time.Since(start) > patience {
+			s.t.Fatalf("%d connections have a request, want none", s.ln.busy())
 		}
 	}
 }
@@ -121,8 +133,9 @@ func (m *member) send(w io.Writer, requests int) error {
 }
 
 // ask sends a batch and reads its answers.
-func (m *member) ask(w io.Writer, r *bufio.Reader, requests int) error {
-	if err := m.send(w, requests); err != nil {
+func (m *member) ask(c net.Conn, r *bufio.Reader, requests int) error {
+	_ = c.SetDeadline(time.Now().Add(patience)) // each batch has that time; fails where the write does
+	if err := m.send(c, requests); err != nil {
 		return err
 	}
 	for i, want := range m.wants {
@@ -254,7 +267,7 @@ func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
 // again before those that wait for it.
 func TestPlacesAreGivenInTurn(t *testing.T) {
 	const waiting = 4
-	eachCrowded(t, func(c *Config) { c.MaxServed, c.SlowTimeout = 1, patience }, func(t *testing.T, s *crowded) {
+	eachCrowded(t, func(c *Config) { c.MaxServed = 1 }, func(t *testing.T, s *crowded) {
 		want200 := func(who string, r *bufio.Reader) {
 			t.Helper()
 			if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
@@ -264,6 +277,7 @@ func TestPlacesAreGivenInTurn(t *testing.T) {
 		first, firstR := s.dial()
 		io.WriteString(first, get("id=1"))
 		want200("the first", firstR)
+		s.awaitIdle() // else what is read before the next request is for the one above
 		again := get("id=2")
 		io.WriteString(first, again[:20]) // holds the place
 		s.awaitBusy(1)
@@ -289,7 +303,7 @@ func TestPlacesAreGivenInTurn(t *testing.T) {
 // TestWaitingForAPlaceIsNotTheClientsTime: the time for a request to arrive begins with
 // the place.
 func TestWaitingForAPlaceIsNotTheClientsTime(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.MaxServed, c.SlowTimeout = 1, patience })
+	s := newSite(t, func(c *Config) { c.MaxServed = 1 })
 	holder, holderR := s.dial()
 	request := get("id=1")
 	io.WriteString(holder, request[:20])

@@ -494,7 +494,7 @@ func TestFastPathAtTheLimitAndTheStop(t *testing.T) {
 // TestFastPathEndsSlowRequests: a plain request that stops in the middle is
 // ended as any other, behind the answers to those before it.
 func TestFastPathEndsSlowRequests(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
+	s := newSite(t, func(c *Config) { c.SlowTimeout = time.Second })
 	for _, rest := range []string{"GET /api", get("id=3")[:28], get("id=3")[:40]} {
 		c, r := s.dial()
 		io.WriteString(c, get("id=1"))
@@ -512,7 +512,7 @@ func TestFastPathEndsSlowRequests(t *testing.T) {
 // TestFastPathLeavesASlowRequestNoMoreTime than fasthttp would: one that begins
 // like a plain one, and goes on as another just before its time is over.
 func TestFastPathLeavesASlowRequestNoMoreTime(t *testing.T) {
-	const slow = time.Second
+	const slow = 2 * time.Second
 	s := newSite(t, func(c *Config) { c.SlowTimeout = slow })
 	c, r := s.dial()
 	io.WriteString(c, get("id=1"))

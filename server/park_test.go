@@ -58,18 +58,30 @@ func TestParkedConnectionIsServedAgain(t *testing.T) {
 
 // TestParkingLeavesTheIdleTimeoutAlone: it counts from the last answer.
 func TestParkingLeavesTheIdleTimeoutAlone(t *testing.T) {
-	const idle = 2 * parkAfter
+	const idle = 3 * parkAfter
 	s := newSite(t, func(c *Config) { c.IdleTimeout = idle })
 	c, r := s.dial()
 	io.WriteString(c, get("id=1"))
 	answer(r)
-	began := time.Now()
+	s.awaitIdle()
+	since := func() (since time.Duration) {
+		s.ln.mu.Lock()
+		defer s.ln.mu.Unlock()
+		for c := range s.ln.conns {
+			_, since = c.phase()
+		}
+		return since
+	}
+	answered := since()
 	s.awaitParked(1)
+	if got := since(); got != answered {
+		t.Errorf("parked, it counts from %v, want %v", got, answered)
+	}
 	if b, err := io.ReadAll(r); err != nil || len(b) > 0 {
 		t.Errorf("got %q, %v", b, err)
 	}
-	if took := time.Since(began); took < idle-2*sweepInterval || took > idle+parkAfter/2 && !testing.Short() {
-		t.Errorf("ended after %v, want %v", took, idle)
+	if lasted := time.Duration(s.ln.now.Load()) - answered; lasted < idle {
+		t.Errorf("ended after %v, want %v", lasted, idle)
 	}
 	if n := s.ln.idleClosed.Load(); n != 1 {
 		t.Errorf("%d ended as idle, want 1", n)

@@ -59,10 +59,13 @@ const (
 	// way. A request that has sent half its headers holds it up so long.
 	answerGrace = 2 * time.Second
 
-	// nextRequestGrace is how long StopAccepting lets clients send what is on its
-	// way: the first request of a connection accepted just now, or the next one of a
-	// connection between two requests. Their answers close their connections.
-	nextRequestGrace = 250 * time.Millisecond
+	// nextRequestGrace is how long StopAccepting lets clients send the next request
+	// of a connection between two of them. firstRequestGrace is for the first request
+	// of a connection accepted just now, whose client does not expect an end, and for
+	// those under way: a busy machine may need it. Their answers close their
+	// connections.
+	nextRequestGrace  = 250 * time.Millisecond
+	firstRequestGrace = 2 * time.Second
 )
 
 // Config of a Server. Counter, Set, Callbacks and Log are required.
@@ -114,6 +117,9 @@ type Server struct {
 	door      *door
 	batches   *batches
 	stopSweep chan struct{}
+	accepted  chan struct{} // closed when no connection is accepted any more
+
+	firstRequest time.Duration // firstRequestGrace, but for tests
 
 	refused     [reasons]atomic.Uint64
 	sunk        atomic.Uint64 // POSTs taken by the sink
@@ -186,7 +192,10 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ln:        newListener(ln, &cfg),
 		door:      &door{shut: make(chan struct{})},
 		stopSweep: make(chan struct{}),
-		panicLog:  logline.Sampler{Every: time.Second},
+		accepted:  make(chan struct{}),
+
+		firstRequest: firstRequestGrace,
+		panicLog:     logline.Sampler{Every: time.Second},
 	}
 	for i := range s.refusalLogs {
 		s.refusalLogs[i].Every = refusalsEvery
@@ -229,6 +238,7 @@ func (s *Server) Serve() error {
 	for {
 		c, err := s.ln.accept()
 		if err != nil { // the listener is closed
+			close(s.accepted)
 			_ = s.door.Close()
 			return <-doored
 		}
@@ -241,14 +251,22 @@ func (s *Server) Serve() error {
 func (s *Server) LastAnswers() { s.leaving.Store(true) }
 
 // StopAccepting closes the listener, and returns when the connections that it had
-// accepted are answered and gone, or have had nextRequestGrace for that. Where
-// another process holds the same socket open, the kernel keeps every connection
+// accepted are answered and gone, or have had nextRequestGrace or firstRequestGrace for
+// that. Where another process holds the same socket open, the kernel keeps every connection
 // that was not accepted here for the process that accepts next.
 func (s *Server) StopAccepting(ctx context.Context) {
 	_ = s.ln.Close() // nothing can be done about a failed close
-	grace, cancel := context.WithTimeout(ctx, nextRequestGrace)
+	began := time.Now()
+	first, cancel := context.WithTimeout(ctx, s.firstRequest)
 	defer cancel()
-	s.await(grace, func() bool { return s.ln.open() == 0 })
+	s.await(first, func() bool {
+		select {
+		case <-s.accepted:
+		default: // the last connection may not be among those that are open yet
+			return false
+		}
+		return s.ln.open() == 0 || s.ln.expecting() == 0 && time.Since(began) > nextRequestGrace
+	})
 }
 
 // Shutdown lets every request that was counted be answered, then closes the

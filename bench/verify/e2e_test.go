@@ -21,7 +21,7 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
 		URL: []string{"http://" + listen}, Connections: 8, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409,
-		Duration: time.Minute, Timeout: 10 * time.Second, Wait: 10 * time.Second, MinAnswers: 1000,
+		Duration: 2 * time.Minute, Timeout: 10 * time.Second, Wait: 10 * time.Second, MinAnswers: 1000,
 		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 		Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + admin +
 			" --window=200ms --window-header --data-dir=" + data},
@@ -55,7 +55,7 @@ func TestBatchesAddUpOverKillsAndStops(t *testing.T) {
 			listen, data := testproc.FreeAddr(t), filepath.Join(dir, "data")
 			wantGood(t, &flags{
 				URL: []string{"http://" + listen}, Connections: 4, Pipeline: 2, Batch: 500, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
-				Rate: 100_000, Duration: time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 10_000,
+				Rate: 100_000, Duration: 2 * time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 10_000,
 				CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 				Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + testproc.FreeAddr(t) +
 					" --window=200ms --window-header --data-dir=" + data},
@@ -76,7 +76,7 @@ func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
 		URL: []string{"http://" + listen}, Connections: 2, Pipeline: 1, IDs: idsUUID, DuplicateStatus: 409, Rate: 1000,
-		Duration: 3 * time.Second, Timeout: 10 * time.Second, Wait: 10 * time.Second,
+		Requests: 3000, Duration: 12 * time.Second, Timeout: 10 * time.Second, Wait: 10 * time.Second, // 30 samples, or more
 		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 		Spawn: []string{testproc.Program(t) + " --listen=" + listen + " --admin-listen=" + admin +
 			" --window=200ms --window-header --data-dir=" + data},

@@ -75,7 +75,7 @@ func TestKilledInstancesLoseNothing(t *testing.T) {
 	}
 	t.Parallel() // they wait more than they work
 	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "300ms")
-	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 6000, "KILL", "200ms-1500ms", 4
+	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = 2*time.Minute, 6000, "KILL", "200ms-1500ms", 4
 	wantGood(t, f, 8, 3)
 }
 
@@ -87,7 +87,7 @@ func TestInstancesThatStopLoseNothing(t *testing.T) {
 	}
 	t.Parallel() // they wait more than they work
 	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "300ms")
-	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 6000, "TERM", "200ms-1500ms", 3
+	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = 2*time.Minute, 6000, "TERM", "200ms-1500ms", 3
 	wantGood(t, f, 6, 3)
 }
 
@@ -99,7 +99,7 @@ func TestBatchesOfAGroupAddUp(t *testing.T) {
 	}
 	t.Parallel() // they wait more than they work
 	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "300ms")
-	f.Duration, f.Batch, f.Pipeline, f.Connections, f.Rate = time.Minute, 200, 1, 4, 20_000
+	f.Duration, f.Batch, f.Pipeline, f.Connections, f.Rate = 2*time.Minute, 200, 1, 4, 20_000
 	f.Signal, f.KillEvery, f.Kills = "KILL", "300ms-1500ms", 3
 	wantGood(t, f, 6, 3)
 }
@@ -111,7 +111,7 @@ func TestFiveInstancesOverManyWindows(t *testing.T) {
 	}
 	t.Parallel() // they wait more than they work
 	f := groupOf(t, 5, testproc.StartRedis(t).Addr, "50ms")
-	f.Duration, f.Rate = 12*time.Second, 4000
+	f.Duration, f.Rate, f.Requests = 2*time.Minute, 4000, 48_000 // at that rate 240 windows, or more
 	wantGood(t, f, 0, 100)
 }
 
@@ -153,7 +153,7 @@ http {
 	}
 	instances := f.URL
 	f.URL = []string{"http://" + front}
-	f.Duration, f.Rate, f.Pipeline = 6*time.Second, 6000, 1
+	f.Duration, f.Rate, f.Requests, f.Pipeline = 2*time.Minute, 6000, 36_000, 1 // at that rate 6 windows, or more
 	// Not started by the driver: the balancer must find them there.
 	spawns := f.Spawn
 	f.Spawn = nil

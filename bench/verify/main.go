@@ -47,7 +47,7 @@ type flags struct {
 	IDs         idForm        `name:"ids" default:"decimal" help:"Form of the ids: decimal, uuid or string."`
 	Seed        uint64        `help:"Of the ids and the repeats (0: drawn)."`
 	Timeout     time.Duration `default:"5s" help:"For one answer; then the request is in doubt."`
-	MinAnswers  uint64        `default:"1" help:"Fewer answers than this are a failure."`
+	MinAnswers  uint64        `default:"1" help:"Fewer answers than this are a failure. With --kills the run goes on until they have come."`
 
 	DuplicateStatus int  `default:"409" help:"Status of repeats, as set on the server."`
 	SkipFirst       bool `help:"Do not judge the first window, in which others called the server too."`
@@ -254,13 +254,14 @@ func newSpawner(f *flags, i int, d *driver, output io.Writer) (*spawner, error) 
 		command:   f.Spawn[i],
 		signal:    syscall.SIGTERM,
 		kills:     f.Kills,
+		least:     f.MinAnswers,
 		stopLimit: f.StopLimit,
 		output:    output,
 		rng:       rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
 		truth:     d.truth,
 	}
-	if len(f.Spawn) > 1 && len(d.targets) == len(f.Spawn) {
-		s.addr = d.targets[i].addr
+	if len(d.targets) == len(f.Spawn) {
+		s.addr, s.target = d.targets[i].addr, i
 	}
 	if f.Signal == "KILL" {
 		s.signal = syscall.SIGKILL

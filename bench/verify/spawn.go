@@ -16,10 +16,12 @@ import (
 // starts it again at once.
 type spawner struct {
 	command   string // for the shell, which gives its place to it
-	addr      string // where it alone answers; empty: where all the answers come from
+	addr      string // where it alone answers; empty: unknown
+	target    int    // of the run, with addr
 	signal    syscall.Signal
 	min, max  time.Duration // life of a server; max 0: it is left alone
 	kills     int           // at most so many; 0: no bound
+	least     uint64        // answers of the run, until which the last life goes on
 	stopLimit time.Duration // for an exit after SIGTERM
 	output    io.Writer
 	rng       *rand.Rand
@@ -45,7 +47,7 @@ func parseEvery(s string) (low, high time.Duration, err error) {
 }
 
 // run starts the server and ends it again and again, until ctx ends or the kills are used
-// up and one more life is over. The server is then still running; end stops it. An
+// up, the run has got its least answers and one more life is over. The server is then still running; end stops it. An
 // unexpected exit, and one after SIGTERM that is late or not 0, is a fault of the run and
 // ends it.
 func (s *spawner) run(ctx context.Context) error {
@@ -53,13 +55,18 @@ func (s *spawner) run(ctx context.Context) error {
 		if err := s.start(); err != nil {
 			return err
 		}
+		last := s.kills > 0 && s.killed == s.kills
 		// With SIGTERM a life counts from the first answer, since a process
 		// that has not set its handlers yet dies of the signal. SIGKILL may
-		// fall into the start as well: that is the point of it.
-		if s.signal != syscall.SIGKILL {
+		// fall into the start as well: that is the point of it. On a busy machine
+		// it would always fall there, so every second life counts from its answers.
+		if s.signal != syscall.SIGKILL || s.killed%2 == 1 || last {
 			s.awaitAnswer(ctx)
 		}
-		if !s.live(ctx) || ctx.Err() != nil || s.kills > 0 && s.killed == s.kills {
+		if last {
+			s.await(ctx, func() bool { return s.truth.progress() >= s.least })
+		}
+		if !s.live(ctx) || ctx.Err() != nil || last {
 			return nil
 		}
 		s.killed++
@@ -93,13 +100,26 @@ func (s *spawner) start() error {
 	return nil
 }
 
-// awaitAnswer waits until some connection has got an answer from this process,
-// or, where others answer too, until it listens.
+// awaitAnswer waits until some connection has got an answer from this process, as far as
+// it is known which are its answers.
 func (s *spawner) awaitAnswer(ctx context.Context) {
-	before := s.truth.progress()
+	s.await(ctx, s.listens) // the last answers of the process before are all read by then
+	before := s.answers()
+	s.await(ctx, func() bool { return s.answers() != before })
+}
+
+func (s *spawner) answers() uint64 {
+	if s.addr == "" {
+		return s.truth.progress()
+	}
+	return s.truth.answersOf(s.target)
+}
+
+// await waits until done, until ctx ends or until the process has ended.
+func (s *spawner) await(ctx context.Context, done func() bool) {
 	poll := time.NewTicker(10 * time.Millisecond)
 	defer poll.Stop()
-	for !s.answers(before) {
+	for !done() {
 		select {
 		case <-ctx.Done():
 			return
@@ -110,9 +130,9 @@ func (s *spawner) awaitAnswer(ctx context.Context) {
 	}
 }
 
-func (s *spawner) answers(before uint64) bool {
+func (s *spawner) listens() bool {
 	if s.addr == "" {
-		return s.truth.progress() != before
+		return true
 	}
 	nc, err := net.DialTimeout("tcp", s.addr, time.Second)
 	if err != nil {

@@ -28,7 +28,7 @@ func TestServerExitsAreJudged(t *testing.T) {
 		kills, killed int
 		want          string // a part of the only fault
 	}{
-		{"killed as often as asked", "sleep 600", syscall.SIGKILL, 3, 3, "after SIGTERM with signal: terminated"}, // sleep has no handler
+		{"killed as often as asked", "sh -c 'echo answer; exec sleep 600'", syscall.SIGKILL, 3, 3, "after SIGTERM with signal: terminated"}, // sleep has no handler
 		{"ends by itself", "sh -c 'exit 3'", syscall.SIGTERM, 3, 0, "by itself: exit status 3"},
 		{"ends by itself with 0", "true", syscall.SIGTERM, 3, 0, "by itself: exit status 0"},
 		{"deaf to SIGTERM", `sh -c 'trap "" TERM; while :; do echo answer; sleep 0.01; done'`, syscall.SIGTERM, 1, 1, "did not end within"},

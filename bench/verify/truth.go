@@ -31,14 +31,15 @@ type truth struct {
 	mark    int64                  // the latest window at the previous settleOld
 	ahead   int64                  // by how many milliseconds the server's clock is seen to lead
 
-	grace   time.Duration
-	strict  bool
-	lenient bool         // an id may be ok twice in a window whose record is not exact
-	now     func() int64 // the driver's clock, Unix milliseconds
-	answers uint64
-	refused uint64
-	doubted uint64
-	faults  faults
+	grace     time.Duration
+	strict    bool
+	lenient   bool         // an id may be ok twice in a window whose record is not exact
+	now       func() int64 // the driver's clock, Unix milliseconds
+	answers   uint64
+	perTarget []uint64 // answers
+	refused   uint64
+	doubted   uint64
+	faults    faults
 
 	// waits are how long the first maxWaits refused requests took, of those that
 	// were sent one at a time.
@@ -52,11 +53,12 @@ const maxWaits = 1 << 20
 // its successor began: longer than any request may stay unanswered.
 func newTruth(targets int, grace time.Duration, strict bool) *truth {
 	return &truth{
-		windows: make(map[int64]*windowTruth),
-		newest:  make([]int64, targets),
-		grace:   grace,
-		strict:  strict,
-		now:     func() int64 { return time.Now().UnixMilli() },
+		windows:   make(map[int64]*windowTruth),
+		newest:    make([]int64, targets),
+		perTarget: make([]uint64, targets),
+		grace:     grace,
+		strict:    strict,
+		now:       func() int64 { return time.Now().UnixMilli() },
 	}
 }
 
@@ -110,6 +112,7 @@ type answer struct {
 func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.perTarget[target] += uint64(len(batch))
 	for _, a := range batch {
 		t.answers++
 		if a.kind != answerRefused {
@@ -202,6 +205,13 @@ func (t *truth) progress() uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.answers
+}
+
+// answersOf is progress of one target.
+func (t *truth) answersOf(target int) uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.perTarget[target]
 }
 
 // settleOld settles the windows that no answer and no doubt can reach any more,

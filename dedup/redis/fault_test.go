@@ -564,7 +564,8 @@ func TestRedisFailures(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			server := startRedis(t)
 			var log testproc.Buffer
-			r := newRedis(t, server.Addr, func(c *Config) { c.Log = zerolog.New(&log) })
+			// Two seconds: that an answer takes so long on a busy machine is no fault.
+			r := newRedis(t, server.Addr, func(c *Config) { c.Log, c.Timeout = zerolog.New(&log), 2*time.Second })
 			e := settest.NewEpochs(t, r)
 			ids := 0
 			for ; ids < 100; ids++ {

@@ -124,6 +124,7 @@ type Ledger struct {
 	// mu guards what follows.
 	mu       sync.Mutex
 	epochs   []ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
+	newest   time.Time     // start of the newest epoch that this process has opened
 	lead     time.Time     // until then this member publishes
 	others   int           // members alive beside this one
 	offset   time.Duration // how far the clock of Redis is ahead of this one
@@ -181,7 +182,7 @@ func openLedger(cfg ledgerConfig) *Ledger {
 type ledgerKeys struct {
 	prefix                                      string
 	members, unsettled, windows, leader, epochs string
-	length                                      string
+	length, opened                              string
 }
 
 func newLedgerKeys(group string) ledgerKeys {
@@ -194,6 +195,7 @@ func newLedgerKeys(group string) ledgerKeys {
 		windows:   p + "windows",   // hash: member -> length of its windows, ms
 		leader:    p + "leader",    // string with an expiry: who publishes
 		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
+		opened:    p + "opened",    // hash: member -> start of the newest epoch that it has opened, Unix ms
 		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last
 	}
 }
@@ -268,7 +270,7 @@ end
 // before is taken only behind all of them, so that no label comes twice.
 var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaAnswers + `
 local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local lease, claims, unsettled, window = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8]
+local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -276,10 +278,15 @@ if unsettled == '' then
 else
   redis.call('HSET', KEYS[2], me, unsettled)
 end
+-- A beat that was long on its way takes nothing back.
+if opened ~= '' and tonumber(opened) > (tonumber(redis.call('HGET', KEYS[7], me) or '') or -math.huge) then
+  redis.call('HSET', KEYS[7], me, opened)
+end
 for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt)) do
   redis.call('ZREM', KEYS[1], gone)
   redis.call('HDEL', KEYS[2], gone)
   redis.call('HDEL', KEYS[3], gone)
+  redis.call('HDEL', KEYS[7], gone)
 end
 local agreed = redis.call('HGET', KEYS[6], 'length')
 local others, odd, strange = 0, '', ''
@@ -319,12 +326,12 @@ local function takes(key, name)
   return true
 end
 local states, answers = {}, {}
-local arg = 9
-for i = 7, #KEYS do
+local arg = 10
+for i = 8, #KEYS do
   local name, ends, unique, complete, exact, sealed, had, n = unpack(ARGV, arg, arg + 7)
   local first = arg + 8
   arg = first + 2 * n
-  answers[i - 6] = {}
+  answers[i - 7] = {}
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
     states[#states + 1] = 2
   elseif had ~= '1' and unique == '' and not takes(KEYS[i], name) then
@@ -343,8 +350,8 @@ for i = 7, #KEYS do
         local h = redis.call('HGETALL', KEYS[i])
         for f = 1, #h, 2 do
           if string.sub(h[f], 1, 2) == 'm:' then
-            table.insert(answers[i - 6], string.sub(h[f], 3))
-            table.insert(answers[i - 6], h[f + 1])
+            table.insert(answers[i - 7], string.sub(h[f], 3))
+            table.insert(answers[i - 7], h[f + 1])
           end
         end
       end
@@ -352,7 +359,7 @@ for i = 7, #KEYS do
     end
   end
 end
-for i = 1, 6 do
+for i = 1, 7 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
 end
 local leader = redis.call('GET', KEYS[4])
@@ -435,15 +442,16 @@ return out
 //
 // The record has the sum of the answers that the members have given. The number of ids in
 // Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
-// harm if they were added without an answer. But if a member was not heard since the epoch
-// ended, and the ledger does not have it in the epoch, they may be ids that it has answered
-// while it did not reach the ledger (see registerWait). Members that are gone have answered the rest
-// of the ids, if that is at least what they reported last. All of this holds only if no
-// write can have been lost that was not added again (whole): a lost id and one that was
-// added without an answer would cancel each other.
+// harm if they were added without an answer. But if the ledger does not have a member in
+// the epoch, and that member has not reported a later one, it may yet open the epoch, or
+// has, and they may be ids that it has answered before the ledger learnt of that (see
+// registerWait). That it was heard since the end is not enough: it may be late itself.
+// Members that are gone have answered the rest of the ids, if that is at least what they
+// reported last. All of this holds only if no write can have been lost that was not added
+// again (whole): a lost id and one that was added without an answer would cancel each other.
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
-local turned = tonumber(ends) + tonumber(ARGV[8])
+local start = tonumber(string.match(name, '^(%-?%d+):'))
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
 if h[1] then return {0, h[1], h[2], h[3], h[4]} end
 local sum, least, absent, members, listed = 0, 0, {}, 0, {}
@@ -463,8 +471,9 @@ for f = 1, #all, 2 do
 end
 local unknown = {}
 if #absent == 0 and ids > sum then
-  for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. string.format('%.0f', turned))) do
-    if not listed[m] then unknown[#unknown + 1] = m end
+  for _, m in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+    local opened = tonumber(redis.call('HGET', KEYS[4], m) or '')
+    if not listed[m] and (not opened or opened <= start) then unknown[#unknown + 1] = m end
   end
 end
 local unique, why = sum, ''
@@ -483,7 +492,7 @@ elseif members == 0 and ids > 0 then
   but('what the instances have answered is lost')
 elseif #unknown > 0 then
   unique = ids
-  but(string.format('%.0f ids may have been answered by instances that did not reach the ledger (%s)', ids - sum, table.concat(unknown, ' ')))
+  but(string.format('%.0f ids may have been answered by instances that have not reported the window yet (%s)', ids - sum, table.concat(unknown, ' ')))
 elseif ids < sum then
   but(string.format('%.0f ids are lost or were given twice', sum - ids))
 end
@@ -539,6 +548,7 @@ local me, ttl = ARGV[1], tonumber(ARGV[2])
 if ARGV[3] == '1' then
   redis.call('ZREM', KEYS[1], me)
   redis.call('HDEL', KEYS[3], me)
+  redis.call('HDEL', KEYS[5], me)
   if ARGV[4] == '' then redis.call('HDEL', KEYS[2], me) end
 end
 local others, last = 0, 0
@@ -602,6 +612,9 @@ func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
 	if e := l.find(s); e != nil {
 		e.told = told
 	}
+	if s.Start.After(l.newest) {
+		l.newest = s.Start
+	}
 	l.mu.Unlock()
 	select {
 	case l.wake <- struct{}{}:
@@ -646,13 +659,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.cfg.IDs.foreign() {
 		return errForeign
 	}
-	l.mu.Lock()
-	for i := range l.epochs {
-		l.epochs[i].count(l.cfg.Member)
-	}
-	l.mu.Unlock()
+	newest := l.count()
 	l.keep(false)
-	keys, args, sent := l.beatArgs(all)
+	keys, args, sent := l.beatArgs(all, newest)
 
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args)
@@ -684,17 +693,34 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	return nil
 }
 
-// beatArgs are the keys and arguments of beatScript, and the epochs in them.
-func (l *Ledger) beatArgs(all bool) (keys, args []string, sent []counter.Span) {
+// count notes what this process has answered in its epochs, and returns the start of the
+// newest of them.
+func (l *Ledger) count() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length}
+	for i := range l.epochs {
+		l.epochs[i].count(l.cfg.Member)
+	}
+	return l.newest
+}
+
+// beatArgs are the keys and arguments of beatScript, and the epochs in them: those that
+// this process has opened up to the newest that count has returned. One that was opened
+// since has no answers of this member yet, so the group would know the epoch, but not
+// that this member is in it.
+func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent []counter.Span) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
-		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window),
+		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "",
+	}
+	if !newest.IsZero() {
+		args[len(args)-1] = unixMS(newest)
 	}
 	for _, e := range l.epochs {
-		if e.registered && !all {
+		if e.registered && !all || e.told != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
@@ -1022,9 +1048,9 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 	if err != nil {
 		return nil, err
 	}
-	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members}, []string{
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
-		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen), ms(l.cfg.MaxSkew),
+		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
 	})
 	if err == nil && len(out) == 6 {
 		why, _ := out[5].ToString()
@@ -1206,7 +1232,7 @@ func (l *Ledger) Others(ctx context.Context) (others int, heard time.Duration, e
 
 func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration, error) {
 	out, err := l.exec(ctx, othersScript,
-		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader},
+		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
 		[]string{l.cfg.Member, ms(memberTTL), flag(leave), l.unsettled()})
 	if err != nil {
 		return 0, 0, fmt.Errorf("ledger: %w", err)

@@ -569,8 +569,8 @@ func TestDecideAgreesWithTheModel(t *testing.T) {
 		if inexact {
 			set("inexact", "1")
 		}
-		out, err := l.exec(t.Context(), decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members}, []string{
-			strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(open), "0",
+		out, err := l.exec(t.Context(), decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
+			strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(open),
 		})
 		if err != nil {
 			t.Fatal(err)
