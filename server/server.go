@@ -116,6 +116,7 @@ type Server struct {
 	stopSweep chan struct{}
 
 	refused     [reasons]atomic.Uint64
+	replayed    atomic.Uint64 // retries answered as their first attempt was
 	sunk        atomic.Uint64 // POSTs taken by the sink
 	refusalLogs [reasons]logline.Sampler
 	panicLog    logline.Sampler
