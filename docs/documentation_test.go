@@ -195,9 +195,9 @@ func TestEveryPictureIsShown(t *testing.T) {
 	}
 }
 
-// What belongs to others: flags of go test and metrics of the k6 scripts.
+// What belongs to others: flags of go test and curl, and metrics of the k6 scripts.
 var (
-	otherFlags   = []string{"profile"}
+	otherFlags   = []string{"profile", "retry", "retry-all-errors"}
 	otherMetrics = []string{"verve_ok", "verve_duplicate", "verve_wrong_answer"}
 )
 

@@ -109,6 +109,9 @@ func (d *openapi) valid(t *testing.T, value []byte, isJSON bool, place ...string
 	}
 }
 
+// ofWindow is where a path names a window.
+var ofWindow = regexp.MustCompile(`/[^/]*[0-9][^/]*/`)
+
 // ask sends a request and holds the answer against the document.
 func (d *openapi) ask(t *testing.T, server, method, target string, status int, body io.Reader, contentType ...string) []byte {
 	t.Helper()
@@ -135,7 +138,7 @@ func (d *openapi) ask(t *testing.T, server, method, target string, status int, b
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	path, verb, code := req.URL.Path, strings.ToLower(method), fmt.Sprint(status)
+	path, verb, code := ofWindow.ReplaceAllString(req.URL.Path, "/{window_start}/"), strings.ToLower(method), fmt.Sprint(status)
 	answer, ok := d.Paths[path][verb].Responses[code]
 	if !ok {
 		t.Errorf("%s: the answer %d is not in %s", name, status, openapiFile)
@@ -202,8 +205,10 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 		{v.Public, "GET", accept + "?id=42", 409, nil},
 		{v.Public, "GET", accept + "?id=", 400, nil},
 		{v.Public, "GET", accept + "?id=1&endpoint=http://10.0.0.1/", 400, nil},
+		{v.Public, "GET", accept + "?id=1&key=", 400, nil},
+		{v.Public, "GET", accept + "?id=1&token=", 400, nil},
 		{v.Public, "GET", accept + "?id=1", 400, strings.NewReader("a body")},
-		{v.Public, "GET", accept + "?id=43&endpoint=" + endpoint.URL, 200, nil},
+		{v.Public, "GET", accept + "?id=43&key=k&token=t&endpoint=" + endpoint.URL, 200, nil},
 		{v.Public, "GET", accept + "?id=44", 503, nil},
 		{v.Public, "POST", "/test", 200, strings.NewReader("{}")},
 		{v.Public, "POST", "/test", 413, strings.NewReader(strings.Repeat("x", 64<<10+1))},
@@ -213,17 +218,29 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 		{v.Admin, "GET", "/api/windows", 200, nil},
 		{v.Admin, "GET", "/api/windows?limit=1440", 200, nil},
 		{v.Admin, "GET", "/api/windows?limit=1441", 400, nil},
+		{v.Admin, "GET", "/api/windows/2001-01-01T00:00:00Z/keys", 404, nil},
+		{v.Admin, "GET", "/api/windows/2001-01-01/keys", 400, nil},
 		{v.Admin, "GET", "/", 200, nil},
 	} {
 		d.ask(t, c.server, c.method, c.target, c.status, c.body)
 	}
 	d.valid(t, <-received, true, "components", "schemas", "Callback")
+	var windows struct {
+		Open struct {
+			Start string `json:"window_start"`
+		}
+	}
+	if err := json.Unmarshal(d.ask(t, v.Admin, "GET", "/api/windows", 200, nil), &windows); err != nil {
+		t.Fatal(err)
+	}
+	d.ask(t, v.Admin, "GET", "/api/windows/"+windows.Open.Start+"/keys", 200, nil)
 	for _, c := range []struct {
 		query, contentType, body string
 		status                   int
 	}{
 		{"", "text/plain", "42\n\n45\n", 200},
-		{"", "application/json", `["42",43,{"id":"45"},{}]`, 200},
+		{"?key=k&token=t", "application/json", `["42",43,{"id":"45"},{},{"id":"1","key":""},{"id":"1","token":7}]`, 200},
+		{"?key=", "text/plain", "42", 400},
 		{"", "application/x-ndjson", `{"id":"42"}`, 200},
 		{"", "application/cloudevents+json", `{"specversion":"1.0","type":"t","source":"/a","id":"1"}`, 200},
 		{"", "application/json", "[", 400},

@@ -1,8 +1,9 @@
 package server
 
 import (
-	"errors"
+	"bytes"
 	"io"
+	"time"
 
 	"github.com/valyala/fasthttp"
 
@@ -83,91 +84,127 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 		return
 	}
 
-	var endpoint callback.Endpoint
-	var wanted bool // a callback
-	id, simple := plainID(raw)
-	if !simple {
-		q, err := parseQuery(raw, nil)
-		if q.endpoint != nil {
-			var bad error
-			if endpoint, bad = s.callbacks.Parse(q.endpoint); bad != nil {
-				err = errBadEndpoint
-			}
-			wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
-		}
-		switch {
-		case errors.Is(err, errBadEndpoint):
-			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadEndpoint)
-			return
-		case body && errors.Is(err, errNoID):
-			s.batches.serve(ctx, endpoint, wanted)
-			return
-		case h.ContentLength() == 0 && errors.Is(err, errNoID): // an empty batch
-			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
-			return
-		case err != nil:
-			s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
-			return
-		}
-		id = q.id
-	}
-	if body { // and an id in the query: which of them is meant?
+	asked, err := s.read(h, raw, lines, !body && h.ContentLength() != 0)
+	switch {
+	case err != nil:
+		s.refuse(ctx, fasthttp.StatusBadRequest, queryReason(err))
+		return
+	case asked.id == nil && body:
+		s.batches.serve(ctx, asked)
+		return
+	case asked.id == nil: // an empty batch
+		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		return
+	case body: // and an id in the query: which of them is meant?
 		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
-	}
-	if s.cfg.Uint64IDs && !canonicalUint64(id) {
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadID)
-		return
-	}
-	if wanted && !s.callbacks.Reserve(endpoint) {
+	case asked.wanted && !s.callbacks.Reserve(asked.endpoint):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 
 	w := works.Get().(*work)
 	defer works.Put(w)
-	if err := s.count(ctx, w, id, endpoint, wanted); err != nil {
+	if err := s.count(ctx, w, asked); err != nil {
 		s.refuseError(ctx, err)
 		return
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
-	if simple && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
+	if asked.plain && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
+}
+
+// asked is what a request asks for beside the ids in its body.
+type asked struct {
+	id       []byte            // nil: there is none in the query
+	plain    bool              // there is nothing but a plain id
+	endpoint callback.Endpoint // see wanted
+	wanted   bool              // a callback
+	options  dedup.Options     // of the id, or of each id in the body
+}
+
+// read reads what a request asks for in its query and its headers.
+// Of several faults the error is the first in the order id, endpoint, key, token.
+func (s *Server) read(h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (a asked, err error) {
+	if a.id, a.plain = plainID(raw); a.plain && lines.tokens == 0 {
+		if s.cfg.Uint64IDs && !canonicalUint64(a.id) {
+			return a, errBadID
+		}
+		return a, nil
+	}
+	a.plain = false
+	q, err := parseQuery(raw, nil, needsID)
+	if q.id != nil && s.cfg.Uint64IDs && !canonicalUint64(q.id) {
+		return a, errBadID
+	}
+	if q.endpoint != nil {
+		var bad error
+		if a.endpoint, bad = s.callbacks.Parse(q.endpoint); bad != nil {
+			return a, errBadEndpoint
+		}
+		a.wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
+	}
+	if err == nil && lines.tokens > 0 {
+		token := tokenOf(lines.token)
+		if lines.tokens > 1 || !validToken(token) || q.token != nil && !bytes.Equal(token, q.token) {
+			err = errBadToken
+		}
+		q.token = token
+	}
+	a.id, a.options = q.id, dedup.Options{Under: q.key, Token: q.token}
+	return a, err
 }
 
 // answer says what the set has said of an id in an epoch.
 func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *counter.Epoch) {
 	setHead(r)
 	if s.cfg.WindowHeader {
-		r.Header.SetCanonical(headerWindow, epoch.Label())
+		_, label := judgedIn(verdict, epoch)
+		r.Header.SetCanonical(headerWindow, label)
 	}
-	if verdict == dedup.Repeat {
+	switch verdict {
+	case dedup.Repeat:
 		r.SetStatusCode(s.cfg.DuplicateStatus)
 		r.Header.SetCanonical(headerReason, valueDuplicate)
 		r.SetBodyRaw(bodyFailed)
 		return
+	case dedup.Replayed, dedup.ReplayedBefore:
+		r.Header.SetCanonical(headerReplayed, valueTrue)
 	}
 	r.SetBodyRaw(bodyOK)
 }
 
+// judgedIn returns the start of the window that an id was counted or repeated in, and the
+// same as an answer names it. e is the epoch of its verdict.
+func judgedIn(v dedup.Verdict, e *counter.Epoch) (start time.Time, label []byte) {
+	if start = e.Start(); v != dedup.ReplayedBefore {
+		return start, e.Label()
+	}
+	start = start.Add(-e.Window())
+	return start, start.AppendFormat(nil, time.RFC3339Nano)
+}
+
 // count judges one id. The callback for which a place is reserved is sent for a new
 // id, and its place is given back otherwise, also after a panic.
-func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, id []byte, endpoint callback.Endpoint, reserved bool) error {
-	if reserved {
+func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a asked) error {
+	if a.wanted {
 		defer func() {
 			if w.verdicts[0] == dedup.Unique {
-				s.callbacks.Send(endpoint)
+				s.callbacks.Send(a.endpoint)
 			} else {
-				s.callbacks.Release(endpoint)
+				s.callbacks.Release(a.endpoint)
 			}
 		}()
 	}
 	w.reset(1)
 	w.verdicts[0] = dedup.Turned
-	w.items, w.keyed = append(w.items, dedup.Item{ID: id, Key: s.cfg.Set.Key(id, nil)}), 1
+	options := w.sharing(a.options)
+	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Key: s.cfg.Set.Key(a.id, options), Options: options}), 1
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
-	if err == nil && w.verdicts[0] == dedup.Turned {
+	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
+		s.replayed.Add(1)
+	} else if err == nil && v == dedup.Turned {
 		return errDraining
 	}
 	return err

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -124,6 +123,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /api/windows", a.windows)
+	mux.HandleFunc("GET /api/windows/{window_start}/keys", a.keys)
 	mux.HandleFunc("GET /api/live", a.live.stream)
 	mux.HandleFunc("GET /debug/pprof/", a.profile(pprof.Index))
 	mux.HandleFunc("GET /debug/pprof/cmdline", a.profile(pprof.Cmdline))
@@ -233,13 +233,18 @@ func (a *Admin) Serve(ln net.Listener) error {
 func (a *Admin) WindowClosed(c counter.Count) {
 	w := window{
 		Start: c.Start, MS: c.Window.Milliseconds(), Unique: c.Unique, Duplicates: c.Repeats,
-		Complete: c.Complete, Exact: c.Exact,
+		Complete: c.Complete, Exact: c.Exact, Keys: len(c.Keys),
 	}
+	keys := c.Keys
 	if a.cfg.Sealed != nil {
 		if g, ok := a.cfg.Sealed(c.Span()); ok {
-			w.WholeGroup = &groupWindow{g.Unique, g.Complete, g.Exact}
+			w.WholeGroup = &groupWindow{g.Unique, len(g.Keys), g.Complete, g.Exact}
+			if len(g.Keys) > 0 {
+				keys = g.Keys
+			}
 		}
 	}
+	w.largest = largestKeys(keys, maxKeys)
 	a.closed.add(w)
 }
 
@@ -369,6 +374,7 @@ type window struct {
 	MS         int64     `json:"window_ms"`
 	Unique     uint64    `json:"unique"`
 	Duplicates uint64    `json:"duplicates"`
+	Keys       int       `json:"keys,omitempty"` // with ids; 0: no key was used
 	Complete   bool      `json:"complete"`
 	Exact      bool      `json:"exact"`
 	State      string    `json:"state,omitempty"` // open, sealed, spooled, delivered; given when it is shown
@@ -378,28 +384,26 @@ type window struct {
 	WholeGroup *groupWindow `json:"whole_group,omitempty"`
 
 	restored bool // an earlier process closed it
+
+	// largest are the largest keys, the largest first: of the whole group if its record
+	// has any, else of this instance. They are in memory only, see keptKeys.
+	largest []counter.KeyCount
 }
 
 // groupWindow is what a window came to in the whole group; of the open one, what
 // is known of it so far.
 type groupWindow struct {
 	Unique   uint64 `json:"unique"`
+	Keys     int    `json:"keys,omitempty"`
 	Complete bool   `json:"complete"`
 	Exact    bool   `json:"exact"`
 }
 
 // windows lists the open epoch and the last closed ones, the newest first.
 func (a *Admin) windows(w http.ResponseWriter, r *http.Request) {
-	limit := defaultWindows
-	if s := r.URL.Query().Get("limit"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 || n > maxWindows {
-			writeJSON(w, http.StatusBadRequest, map[string]string{
-				"error": "limit must be a number from 1 to " + strconv.Itoa(maxWindows),
-			})
-			return
-		}
-		limit = n
+	limit, ok := limitOf(w, r, defaultWindows, maxWindows)
+	if !ok {
+		return
 	}
 	writeJSON(w, http.StatusOK, a.recent(limit))
 }
@@ -420,7 +424,7 @@ func (a *Admin) recent(limit int) recentWindows {
 		Instance: a.cfg.Instance,
 		Open: window{
 			Start: open.Start(), MS: open.Window().Milliseconds(),
-			Unique: open.Unique(), Duplicates: open.Repeats(), Exact: open.Exact(), State: "open",
+			Unique: open.Unique(), Duplicates: open.Repeats(), Keys: open.Keys().Len(), Exact: open.Exact(), State: "open",
 		},
 		Windows: a.closed.last(limit),
 	}

@@ -13,9 +13,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/valyala/fasthttp"
 
-	"verve/counter"
 	"verve/dedup"
-	"verve/server/callback"
 )
 
 // word is the verdict on an item of a batch.
@@ -162,8 +160,8 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 	return f, compressed, nil
 }
 
-// load reads and parses the body of a request.
-func (b *batch) load(ctx *fasthttp.RequestCtx) (f format, err error) {
+// load reads and parses the body of a request, whose query has options for all items.
+func (b *batch) load(ctx *fasthttp.RequestCtx, options dedup.Options) (f format, err error) {
 	f, compressed, err := b.owner.head(&ctx.Request.Header)
 	if err != nil {
 		return f, err
@@ -189,7 +187,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx) (f format, err error) {
 	if body == nil || len(body.b) == 0 {
 		return f, errBadBatch
 	}
-	return f, b.parse(f, body.b)
+	return f, b.parse(f, body.b, options)
 }
 
 // decompress makes plain of the body.
@@ -215,32 +213,33 @@ func (b *batch) decompress() error {
 }
 
 // serve answers a request with a body, and starts one callback for it if wanted.
-func (bs *batches) serve(ctx *fasthttp.RequestCtx, endpoint callback.Endpoint, wanted bool) {
+func (bs *batches) serve(ctx *fasthttp.RequestCtx, a asked) {
 	s := bs.server
 	b := bs.free.Get().(*batch)
 	ctx.SetUserValue(batchValue, b)
 	defer b.finish() // the answer is still to be written
-	f, err := b.load(ctx)
+	f, err := b.load(ctx, a.options)
 	if err != nil {
 		bs.refuse(ctx, err)
 		return
 	}
-	if wanted && !s.callbacks.Reserve(endpoint) {
+	if a.wanted && !s.callbacks.Reserve(a.endpoint) {
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 	sent := false
 	defer func() {
-		if wanted && !sent {
-			s.callbacks.Release(endpoint)
+		if a.wanted && !sent {
+			s.callbacks.Release(a.endpoint)
 		}
 	}()
 	// Not ctx.Time: the body may have taken long.
 	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work, 0, len(b.work.items))
 	counts := b.counts(cause)
-	if wanted && counts[wordOK] > 0 {
+	s.replayed.Add(uint64(counts[wordReplayed]))
+	if a.wanted && counts[wordOK] > 0 {
 		sent = true
-		s.callbacks.Send(endpoint)
+		s.callbacks.Send(a.endpoint)
 	}
 	bs.answered.Add(1)
 	if refused := b.nothingJudged(&counts); refused != nil {
@@ -279,6 +278,8 @@ func wordOf(v dedup.Verdict, cause error) word {
 		return wordOK
 	case v == dedup.Repeat:
 		return wordDuplicate
+	case v == dedup.Replayed, v == dedup.ReplayedBefore:
+		return wordReplayed
 	case v == dedup.Full:
 		return wordFull
 	case v == dedup.Turned && !errors.Is(cause, errPanicked): // the counter is sealed
@@ -368,33 +369,34 @@ func (b *batch) answer(r *fasthttp.Response, f format, n *[words]int) {
 var applicationJSON = []byte("application/json")
 
 // setWindows names the windows that ids were judged in: one by itself, more with the
-// number of ids in each.
+// number of ids in each. A replay is in the window that counted its id.
 func (b *batch) setWindows(r *fasthttp.Response) {
 	type window struct {
-		*counter.Epoch
-		ids int
+		start time.Time
+		label []byte
+		ids   int
 	}
 	var list []window
 	for i := range b.work.items {
-		if b.work.verdicts[i] > dedup.Repeat {
+		if b.work.verdicts[i] > dedup.ReplayedBefore {
 			continue
 		}
-		e := b.work.epochs[i]
-		at := slices.IndexFunc(list, func(w window) bool { return w.Epoch == e })
+		start, label := judgedIn(b.work.verdicts[i], b.work.epochs[i])
+		at := slices.IndexFunc(list, func(w window) bool { return w.start.Equal(start) })
 		if at < 0 {
 			at = len(list)
-			list = append(list, window{e, 0})
+			list = append(list, window{start: start, label: label})
 		}
 		list[at].ids++
 	}
 	clear(b.work.epochs)
-	slices.SortFunc(list, func(a, b window) int { return a.Start().Compare(b.Start()) })
+	slices.SortFunc(list, func(a, b window) int { return a.start.Compare(b.start) })
 	var value []byte
 	for i, w := range list {
 		if i > 0 {
 			value = append(value, ", "...)
 		}
-		value = append(value, w.Label()...)
+		value = append(value, w.label...)
 		if len(list) > 1 {
 			value = strconv.AppendInt(append(value, ";n="...), int64(w.ids), 10)
 		}

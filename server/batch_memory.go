@@ -24,6 +24,9 @@ const (
 	// memberBytes is what the decoder of JSON takes for each member of an object, whose
 	// names must differ.
 	memberBytes = 64
+
+	// usualMembers is how many members an object has: those of a CloudEvent.
+	usualMembers = 4
 )
 
 // batchMemory bounds the memory that all batches use together. Memory in use is counted;
@@ -43,22 +46,27 @@ func (m *batchMemory) bodies() int64 { return m.limit - m.limit/4 }
 
 // tables are what is known about each id of a batch.
 type tables struct {
-	work  work   // of the ids that are well formed
-	words []word // of every item
-	items []item // as parsed; only JSON has them
+	work    work            // of the ids that are well formed
+	words   []word          // of every item
+	items   []item          // as parsed; only JSON has them
+	options []dedup.Options // of the items with options of their own
 }
 
 const (
 	itemBytes = int(unsafe.Sizeof(dedup.Item{}) + unsafe.Sizeof(dedup.Verdict(0)) + unsafe.Sizeof((*counter.Epoch)(nil)) + unsafe.Sizeof(word(0)))
 	jsonBytes = int(unsafe.Sizeof(item{}))
+
+	optionsBytes = int(unsafe.Sizeof(dedup.Options{}))
 )
 
-func (t *tables) bytes() int64 { return int64(cap(t.words)*itemBytes + cap(t.items)*jsonBytes) }
+func (t *tables) bytes() int64 {
+	return int64(cap(t.words)*itemBytes + cap(t.items)*jsonBytes + cap(t.options)*optionsBytes)
+}
 
 // batchNeeds returns the memory that the largest batch takes: its body while it grows,
-// once more where it comes compressed, and its tables.
+// once more where it comes compressed, the names of its members, and its tables.
 func batchNeeds(maxBytes, maxIDs int) int64 {
-	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+jsonBytes))
+	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+jsonBytes+optionsBytes+usualMembers*memberBytes))
 }
 
 // take counts n more bytes for b, unless that is over the limit.
@@ -130,6 +138,29 @@ func (b *batch) makeTables(n int, parsed bool) error {
 	return nil
 }
 
+// makeOptions makes room for the options of n items.
+func (b *batch) makeOptions(n int) error {
+	t := b.tables
+	if n > cap(t.options) {
+		if err := b.take(int64((n-cap(t.options))*optionsBytes), b.owner.limit); err != nil {
+			return err
+		}
+		t.options = make([]dedup.Options, 0, n)
+	}
+	return nil
+}
+
+// forget clears what t has of keys and tokens, which belong to a request.
+func (t *tables) forget() {
+	if t.work.shared.Under == nil && t.work.shared.Token == nil && len(t.options) == 0 {
+		return
+	}
+	clear(t.work.items)
+	clear(t.items)
+	clear(t.options)
+	t.options, t.work.shared = t.options[:0], dedup.Options{}
+}
+
 // finish gives back what b needs no more once its answer is rendered. Its tables go on
 // pointing into buffers, which are in the pools, too.
 func (b *batch) finish() {
@@ -139,6 +170,7 @@ func (b *batch) finish() {
 	b.body, b.plain, b.scratch = nil, nil, nil
 	if t := b.tables; t != nil {
 		b.tables = nil
+		t.forget()
 		if cap(t.words) <= keptItems {
 			b.owner.tables.Put(t)
 		}

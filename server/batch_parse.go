@@ -56,7 +56,7 @@ var (
 // item is one id of a batch as it was sent.
 type item struct {
 	id    []byte // in the body, or in the scratch memory of the batch
-	key   []byte // nil: that of the request
+	key   []byte // nil: that of the query
 	token []byte // nil: that of the request
 	word  word   // wordOK while nothing is wrong with it
 }
@@ -70,10 +70,11 @@ type parser struct {
 
 // parse takes the body apart: into the words of its items, and the ids that are well
 // formed, to be judged. The body must stay as it is while they are used. An error is
-// about the body as a whole; what is wrong with one item is its word.
-func (b *batch) parse(f format, body []byte) error {
+// about the body as a whole; what is wrong with one item is its word. shared are the
+// options of all items, but for what an item has itself.
+func (b *batch) parse(f format, body []byte, shared dedup.Options) error {
 	if f == formatText {
-		return b.lines(body)
+		return b.lines(body, shared)
 	}
 	most, names := 1, bytes.Count(body, []byte(":"))
 	switch f {
@@ -120,15 +121,14 @@ func (b *batch) parse(f format, body []byte) error {
 	case err != nil:
 		return errBadBatch
 	}
-	b.admit()
-	return nil
+	return b.admit(shared)
 }
 
 // keptNames bounds the names of members that a decoder has seen which is kept.
 const keptNames = 4096
 
 // lines reads an id a line. The end of the last one is optional.
-func (b *batch) lines(body []byte) error {
+func (b *batch) lines(body []byte, shared dedup.Options) error {
 	n := bytes.Count(body, []byte("\n"))
 	if body[len(body)-1] != '\n' {
 		n++
@@ -140,6 +140,7 @@ func (b *batch) lines(body []byte) error {
 		return err
 	}
 	decimals := b.owner.server.cfg.Uint64IDs
+	options := b.work.sharing(shared)
 	items, words := b.work.items, b.words
 	for len(body) > 0 {
 		line := body
@@ -156,7 +157,7 @@ func (b *batch) lines(body []byte) error {
 			continue
 		}
 		words = append(words, wordOK)
-		items = append(items, dedup.Item{ID: line})
+		items = append(items, dedup.Item{ID: line, Options: options})
 	}
 	b.work.items, b.words = items, words
 	return nil
@@ -167,7 +168,7 @@ func (b *batch) add(it item) error {
 	if len(b.items) == b.owner.maxIDs {
 		return errTooManyIDs
 	}
-	if it.word == wordOK && !validID(it.id) {
+	if !validID(it.id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(it.id) {
 		it.word = wordBadID
 	}
 	b.items = append(b.items, it)
@@ -175,19 +176,42 @@ func (b *batch) add(it item) error {
 }
 
 // admit hands the ids that are well formed on, to be judged.
-func (b *batch) admit() {
-	decimals := b.owner.server.cfg.Uint64IDs
+func (b *batch) admit(shared dedup.Options) error {
+	own := 0 // items with options of their own
 	for i := range b.items {
-		it := &b.items[i]
-		if decimals && it.word == wordOK && !canonicalUint64(it.id) {
-			it.word = wordBadID
-		}
-		b.words = append(b.words, it.word)
-		if it.word == wordOK {
-			b.work.items = append(b.work.items, dedup.Item{ID: it.id})
+		if it := &b.items[i]; it.word == wordOK && it.options() {
+			own++
 		}
 	}
+	if err := b.makeOptions(own); err != nil {
+		return err
+	}
+	of := b.work.sharing(shared)
+	for i := range b.items {
+		it := &b.items[i]
+		b.words = append(b.words, it.word)
+		if it.word != wordOK {
+			continue
+		}
+		options := of
+		if it.options() {
+			o := shared
+			if it.key != nil {
+				o.Under = it.key
+			}
+			if it.token != nil {
+				o.Token = it.token
+			}
+			b.options = append(b.options, o) // never moves: pointers lead into it
+			options = &b.options[len(b.options)-1]
+		}
+		b.work.items = append(b.work.items, dedup.Item{ID: it.id, Options: options})
+	}
+	return nil
 }
+
+// options reports whether an item has options of its own.
+func (it *item) options() bool { return it.key != nil || it.token != nil }
 
 // values reads the JSON formats.
 func (b *batch) values(f format, body []byte) error {
@@ -265,7 +289,7 @@ func (b *batch) value(f format) error {
 	if err := b.decoder.SkipValue(); err != nil {
 		return err
 	}
-	return b.add(item{word: wordBadID})
+	return b.add(item{})
 }
 
 // text returns the text of a JSON string, or of a number that is a canonical decimal
@@ -300,28 +324,30 @@ func canonicalDecimal(v []byte) bool {
 	return true
 }
 
-// object reads {"id":…,"key":…,"token":…}. Other members are ignored.
+// object reads {"id":…,"key":…,"token":…}. Other members are ignored. Of several faults
+// its word is the first in this order.
 func (b *batch) object() error {
 	var it item
+	var badKey, badToken bool
 	err := b.members(func(name []byte, v jsontext.Value) {
 		switch string(name) {
 		case "id":
 			it.id = b.text(v, true)
 		case "key":
-			if it.key = b.text(v, false); !validKey(it.key) && it.word == wordOK {
-				it.word = wordBadKey
-			}
+			it.key = b.text(v, false)
+			badKey = !validKey(it.key)
 		case "token":
-			if it.token = b.text(v, false); !validToken(it.token) && it.word == wordOK {
-				it.word = wordBadToken
-			}
+			it.token = b.text(v, false)
+			badToken = !validToken(it.token)
 		}
 	})
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	if !validID(it.id) {
-		it.word = wordBadID
+	case badKey:
+		it.word = wordBadKey
+	case badToken:
+		it.word = wordBadToken
 	}
 	return b.add(it)
 }
@@ -347,7 +373,7 @@ func (b *batch) event() error {
 		return err
 	}
 	if !version || !kind || len(source) == 0 || len(id) == 0 {
-		return b.add(item{word: wordBadID})
+		return b.add(item{})
 	}
 	from := len(b.scratch.b)
 	out := append(append(append(b.scratch.b, source...), ' '), id...)
@@ -380,13 +406,3 @@ func (b *batch) members(member func(name []byte, v jsontext.Value)) error {
 	_, err := d.ReadToken()
 	return err
 }
-
-// Lengths of what an id may be sent with, in bytes after decoding.
-const (
-	maxKeyLen   = 128
-	maxTokenLen = 64
-)
-
-func validKey(key []byte) bool { return len(key) <= maxKeyLen && validID(key) }
-
-func validToken(token []byte) bool { return len(token) <= maxTokenLen && validID(token) }

@@ -451,6 +451,7 @@ func FuzzBatch(f *testing.F) {
 		"1\n2\r\n", "\n", "a b\n\xff\n", `["1",2,{"id":"3","key":"k","token":"t"}]`, `{"id":1}` + "\n2", "1 2", "{\n}", "[]", "[\"\\ud800\"]", "[1e400]", "[-0,1.0]",
 		`[{"specversion":"1.0","type":"t","source":"/a","id":"1"}]`, `{"specversion":"1.0","type":"t","source":"\u002fa","id":"\n","data":{"a":[{"a":1}]}}`,
 		`[{"id":"1","id":"2"}]`, `["\u00e9","\u0000"," 1"]`, strings.Repeat("[", 100), `[{"key":null,"token":7,"id":"x"}]`,
+		`[{"id":"1","key":"a"},{"id":"1","token":"b"},"1",{"id":"2","key":"","token":""}]`, `{"key":"\u006b","token":"\"","id":1}`,
 	} {
 		for kind := range uint8(formatUnknown) {
 			f.Add(kind, []byte(body))
@@ -463,8 +464,9 @@ func FuzzBatch(f *testing.F) {
 		}
 		b := &batch{owner: s.batches}
 		defer b.release()
+		shared := dedup.Options{Under: []byte("shared")}
 		kind %= uint8(formatUnknown)
-		if b.parse(format(kind), body) != nil {
+		if b.parse(format(kind), body, shared) != nil {
 			return
 		}
 		good := 0
@@ -479,6 +481,9 @@ func FuzzBatch(f *testing.F) {
 		for _, it := range b.work.items {
 			if !validText(it.ID) || !validID(it.ID) {
 				t.Errorf("%q is no id", it.ID)
+			}
+			if o := it.Options; o == nil || !validKey(o.Under) || o.Token != nil && !validToken(o.Token) {
+				t.Errorf("%q has options %+v", it.ID, o)
 			}
 		}
 		if format(kind) == formatJSON {

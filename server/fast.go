@@ -332,7 +332,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	second := now.Unix()
 	a, out := f.answers(second, nil), w.out
 	for i, v := range w.verdicts[:judged] {
-		if v > dedup.Repeat {
+		if v > dedup.ReplayedBefore {
 			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
 				v = dedup.Unavailable
 			}
@@ -362,7 +362,7 @@ func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 	for v := range a.of {
 		var r fasthttp.Response
 		var b bytes.Buffer
-		if v := dedup.Verdict(v); v <= dedup.Repeat {
+		if v := dedup.Verdict(v); v <= dedup.ReplayedBefore {
 			f.server.answer(&r, v, e)
 		} else {
 			setRefusal(&r, fasthttp.StatusServiceUnavailable, refusalReason(v))

@@ -7,8 +7,12 @@ import (
 )
 
 // headerLines is what the lines of a request's headers say that fasthttp does not
-// keep: it drops one of two headers that say where a request ends.
-type headerLines struct{ encoding bool }
+// keep: it drops one of two headers that say where a request ends, or of two tokens.
+type headerLines struct {
+	encoding bool
+	tokens   int    // lines with Idempotency-Key
+	token    []byte // the value of the last of them, as it was sent
+}
 
 // inspect looks at the headers as they were sent. They are not ok where fasthttp
 // takes what other readers refuse or read in another way: a line that continues
@@ -25,10 +29,10 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 		if end <= 1 && (end < 1 || raw[0] == '\r') {
 			break // the empty line
 		}
-		name := raw[:end]
+		name, value := raw[:end], []byte(nil)
 		raw = raw[end+1:]
 		if colon := bytes.IndexByte(name, ':'); colon > 0 {
-			name = name[:colon]
+			name, value = name[:colon], name[colon+1:]
 		}
 		if bytes.IndexByte(name, ' ') >= 0 || name[0] == '\t' {
 			return lines, false
@@ -36,6 +40,11 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 		switch len(name) {
 		case len(fasthttp.HeaderContentLength):
 			length = length || bytes.EqualFold(name, contentLength)
+		case len(headerIdempotencyKey):
+			if bytes.EqualFold(name, headerIdempotencyKey) {
+				lines.tokens++
+				lines.token = value
+			}
 		case len(fasthttp.HeaderTransferEncoding):
 			lines.encoding = lines.encoding || bytes.EqualFold(name, transferEncoding)
 		}
@@ -46,7 +55,40 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 var (
 	contentLength    = []byte(fasthttp.HeaderContentLength)
 	transferEncoding = []byte(fasthttp.HeaderTransferEncoding)
+
+	headerIdempotencyKey = []byte("Idempotency-Key")
 )
+
+// tokenOf returns the token in the value of Idempotency-Key: the value without the space
+// around it. The IETF draft for the header (draft-ietf-httpapi-idempotency-key-header)
+// writes it as a string of Structured Fields (RFC 9651, section 3.3.3): of a value that
+// begins with a double quote the token is the content. nil: that is no such string.
+func tokenOf(value []byte) []byte {
+	value = bytes.Trim(bytes.TrimSuffix(value, []byte("\r")), " \t")
+	if len(value) == 0 || value[0] != '"' {
+		return value
+	}
+	if len(value) < 2 || value[len(value)-1] != '"' {
+		return nil
+	}
+	value = value[1 : len(value)-1]
+	if bytes.IndexByte(value, '"') < 0 && bytes.IndexByte(value, '\\') < 0 {
+		return value
+	}
+	token := make([]byte, 0, len(value))
+	for i := 0; i < len(value); i++ {
+		switch c := value[i]; c {
+		case '"':
+			return nil
+		case '\\':
+			if i++; i == len(value) || value[i] != '"' && value[i] != '\\' {
+				return nil
+			}
+		}
+		token = append(token, value[i])
+	}
+	return token
+}
 
 // hostBytes marks what a host and port may hold: what is visible, without the
 // bytes that end an authority or separate its parts (RFC 3986, section 3.2).

@@ -64,7 +64,15 @@ func (h *history) add(w window) {
 	defer h.mu.Unlock()
 	h.windows = append(h.windows, w)
 	if len(h.windows) > 2*maxWindows {
-		h.windows = append(h.windows[:0], h.windows[len(h.windows)-maxWindows:]...)
+		n := copy(h.windows, h.windows[len(h.windows)-maxWindows:])
+		clear(h.windows[n:]) // they may have keys
+		h.windows = h.windows[:n]
+	}
+	kept := 0
+	for i := len(h.windows) - 1; i >= 0; i-- {
+		if kept += len(h.windows[i].largest); kept > keptKeys {
+			h.windows[i].largest = nil
+		}
 	}
 	switch {
 	case h.path == "":
@@ -151,6 +159,15 @@ func (h *history) last(limit int) []window {
 func (w *window) include(part window) {
 	w.Unique += part.Unique
 	w.Duplicates += part.Duplicates
+	group := func(w window) bool { return w.WholeGroup != nil && w.WholeGroup.Keys > 0 }
+	switch ours, theirs := group(*w), group(part); {
+	case ours == theirs && ours: // w is the newer one
+	case ours == theirs:
+		w.largest = addKeys(w.largest, part.largest)
+	case theirs:
+		w.largest = part.largest
+	}
+	w.Keys = max(w.Keys, part.Keys, len(w.largest)) // at least: which of them are the same is known of the largest
 	w.Complete = w.Complete && part.Complete
 	w.Exact = w.Exact && part.Exact
 	if w.WholeGroup == nil {

@@ -2,6 +2,8 @@ package server
 
 import (
 	"bytes"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -9,6 +11,8 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"verve/counter"
 )
 
 func windowAt(n int) window {
@@ -101,6 +105,83 @@ func TestPartsOfAWindowAreShownAsOne(t *testing.T) {
 	}
 	if w := got[1]; w.Duplicates != 8 || w.Complete || w.Exact || w.WholeGroup == nil || w.WholeGroup.Unique != 9 {
 		t.Errorf("got %+v", w)
+	}
+}
+
+// TestKeysOfWindowsAreBounded: each window has its largest, and all of them together
+// keptKeys at most, the newest first. The file has their number only.
+func TestKeysOfWindowsAreBounded(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "windows.jsonl")
+	h := openHistory(path, "verve", "a", zerolog.Nop())
+	t.Cleanup(h.close)
+	var counts []counter.KeyCount
+	for i := range 10 * maxKeys {
+		counts = append(counts, counter.KeyCount{Key: fmt.Sprintf("%05d", i), Unique: uint64(i*7919%(10*maxKeys)) + 1})
+	}
+	given := slices.Clone(counts)
+	const n = keptKeys/maxKeys + 10
+	for i := range n {
+		w := windowAt(i)
+		w.Keys, w.largest = len(counts), largestKeys(counts, maxKeys)
+		h.add(w)
+	}
+	if !slices.Equal(counts, given) {
+		t.Error("the counts of a window were sorted in their place")
+	}
+	want := counter.LargestKeys(counts, maxKeys)
+	for i, w := range h.last(n) {
+		if kept := i < keptKeys/maxKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil {
+			t.Fatalf("window %d before the last has %d of %d keys", i, len(w.largest), w.Keys)
+		}
+	}
+	again := openHistory(path, "verve", "a", zerolog.Nop())
+	t.Cleanup(again.close)
+	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil {
+		t.Errorf("after a restart %d keys, %d of them named", w.Keys, len(w.largest))
+	}
+	if b, err := os.ReadFile(path); err != nil || len(b) > 400*n {
+		t.Errorf("the file has %d bytes for %d windows: %v", len(b), n, err)
+	}
+}
+
+// TestLargestKeysAreThoseOfASort, whatever the order of the counts.
+func TestLargestKeysAreThoseOfASort(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for range 200 {
+		counts := make([]counter.KeyCount, rnd.IntN(200))
+		for i := range counts {
+			counts[i] = counter.KeyCount{Key: fmt.Sprint(i), Unique: uint64(rnd.IntN(30))}
+		}
+		n := 1 + rnd.IntN(20)
+		got := largestKeys(counts, n)
+		if want := counter.LargestKeys(counts, n); !slices.Equal(got, want) {
+			t.Fatalf("got %v, want %v", got, want)
+		}
+	}
+}
+
+// TestKeysOfPartsOfAWindowAddUp where they are known.
+func TestKeysOfPartsOfAWindowAddUp(t *testing.T) {
+	h := openHistory("", "verve", "a", zerolog.Nop())
+	part := windowAt(1)
+	part.WholeGroup = nil
+	part.Keys, part.largest = 2, []counter.KeyCount{{Key: "a", Unique: 5}, {Key: "b", Unique: 2}}
+	h.add(part)
+	part.Keys, part.largest = 2, []counter.KeyCount{{Key: "c", Unique: 6}, {Key: "b", Unique: 4}}
+	h.add(part)
+	got := h.last(1)[0]
+	if want := []counter.KeyCount{{Key: "b", Unique: 6}, {Key: "c", Unique: 6}, {Key: "a", Unique: 5}}; !slices.Equal(got.largest, want) || got.Keys != 3 {
+		t.Errorf("got %d keys, %v", got.Keys, got.largest)
+	}
+	if !slices.Equal(part.largest, []counter.KeyCount{{Key: "c", Unique: 6}, {Key: "b", Unique: 4}}) {
+		t.Error("a part was changed")
+	}
+	// The keys of the whole group are no part.
+	part.WholeGroup = &groupWindow{Unique: 100, Keys: 4}
+	part.Keys, part.largest = 1, []counter.KeyCount{{Key: "g", Unique: 90}}
+	h.add(part)
+	if got := h.last(1)[0]; len(got.largest) != 1 || got.largest[0].Key != "g" || got.WholeGroup.Keys != 4 {
+		t.Errorf("got %+v", got)
 	}
 }
 

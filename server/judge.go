@@ -20,6 +20,7 @@ type work struct {
 	keyed    int              // of items, from the front, have their Key
 	verdicts []dedup.Verdict  // Turned: not judged
 	epochs   []*counter.Epoch // in which each was judged; only with WindowHeader
+	shared   dedup.Options    // of all items that have none of their own
 }
 
 var works = sync.Pool{New: func() any { return new(work) }}
@@ -33,6 +34,15 @@ func (w *work) reset(n int) {
 	}
 	w.items, w.keyed = w.items[:0], 0
 	w.verdicts, w.epochs = w.verdicts[:cap(w.items)], w.epochs[:cap(w.items)]
+}
+
+// sharing makes o the options of the items that have none of their own; nil: they have none.
+func (w *work) sharing(o dedup.Options) *dedup.Options {
+	if o.Under == nil && o.Token == nil {
+		return nil
+	}
+	w.shared = o
+	return &w.shared
 }
 
 // errPanicked is the error of a request in which the set panicked.

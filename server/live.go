@@ -18,6 +18,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"verve/counter"
 )
 
 const (
@@ -148,6 +150,9 @@ type liveMessage struct {
 	// closed and none changed its state since the last message.
 	Windows []window `json:"windows,omitempty"`
 
+	// Keys are the largest keys of the open window; missing if no key was used in it.
+	Keys []keyShare `json:"keys,omitempty"`
+
 	// Rates are samples that the page does not have: Unix s, then unique,
 	// duplicate and refused requests per second.
 	Rates     [][4]float64 `json:"rates,omitempty"`
@@ -200,8 +205,11 @@ type live struct {
 	rates   [][4]float64 // the last liveRates
 	fresh   [][4]float64 // of them, those not yet in a message
 	windows []byte       // the JSON of the windows last sent
-	dropped uint64       // streams whose reader was too slow
-	refused uint64       // streams over the limit
+	keys    []keyShare   // the largest keys of keysOf, looked for before keysDue
+	keysOf  *counter.Epoch
+	keysDue time.Time // when they are looked for again
+	dropped uint64    // streams whose reader was too slow
+	refused uint64    // streams over the limit
 
 	resident atomic.Uint64 // memory of the process at the last sample
 
@@ -294,7 +302,20 @@ func (l *live) broadcast(now time.Time) {
 	}
 }
 
-// message is everything but the rates.
+// largest returns the largest keys of the open epoch, as of some moment before now. l.mu is
+// held.
+func (l *live) largest(now time.Time) []keyShare {
+	e := l.admin.server.cfg.Counter.Last()
+	if e == l.keysOf && now.Before(l.keysDue) {
+		return l.keys
+	}
+	began := time.Now()
+	l.keys, l.keysOf = keyShares(e.Keys().Largest(liveKeys), e.Unique()), e
+	l.keysDue = now.Add(max(liveRate, liveKeysRest*time.Since(began)))
+	return l.keys
+}
+
+// message is everything but the rates. l.mu is held.
 func (l *live) message(now time.Time) liveMessage {
 	a := l.admin
 	cb := a.server.callbacks.Stats()
@@ -309,6 +330,7 @@ func (l *live) message(now time.Time) liveMessage {
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
 		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(), Batches: a.server.batches.answered.Load(),
+		Keys: l.largest(now),
 	}
 	if a.cfg.Shared != nil {
 		g := a.cfg.Shared()

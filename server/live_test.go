@@ -171,7 +171,7 @@ func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 		if m.All != (n == 0) {
 			t.Errorf("message %d: all is %v", n, m.All)
 		}
-		if n == 0 && (m.Open.Unique != 1 || m.Open.Duplicates != 1 || m.Answers[2] != resultCount{"bad_id", 1} ||
+		if n == 0 && (m.Open.Unique != 1 || m.Open.Duplicates != 1 || m.Answers[3] != resultCount{"bad_id", 1} ||
 			m.Ready.Pending != 3 || m.Ready.Checks["kafka"].Reason != "refused") {
 			t.Errorf("first message %s", e)
 		}

@@ -115,6 +115,7 @@ func (s *Server) acceptResults() []resultCount {
 	return []resultCount{
 		{"ok", c.Unique},
 		{"duplicate", c.Repeats},
+		{"replayed", s.replayed.Load()},
 		{"bad_id", refused(reasonBadID)},
 		{"bad_key", refused(reasonBadKey)},
 		{"bad_token", refused(reasonBadToken)},
@@ -177,6 +178,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	c := s.cfg.Counter.Stats()
 	recent := a.recent(1)
 	e.gauge("verve_unique_ids", "Unique ids in the open window.", float64(recent.Open.Unique))
+	e.gauge("verve_keys", "Keys under which ids were counted in the open window, by this instance.", float64(recent.Open.Keys))
 	e.gauge("verve_window_seconds", "Length of the open window.", float64(recent.Open.MS)/1e3)
 	var last window
 	if len(recent.Windows) > 0 {

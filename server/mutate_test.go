@@ -67,6 +67,7 @@ func requestSeeds(t testing.TB, s *site) (seeds [][]byte) {
 		seeds = append(seeds, []byte(raw), []byte(strings.Replace(raw, "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1)))
 	}
 	seeds = append(seeds, []byte(chunkedBatch+"3\r\n1\n2\r\n2;x=y\r\n\n3\r\n0\r\nX: y\r\n\r\n"), []byte("POST "+acceptPath+"?id=1 HTTP/1.1\r\nHost: x\r\n\r\n"))
+	seeds = append(seeds, []byte(get("id=1&key=k&token=t")), []byte(getWith("id=1", `Idempotency-Key: "t"`)), []byte(batchPost("?key=k&token=t", "", "", "1\n1\n")))
 	return append(seeds, []byte(get("id=1&endpoint="+url.QueryEscape("http://"+s.addr+"/test"))))
 }
 
@@ -75,7 +76,7 @@ var fragments = []string{
 	"GET ", "POST ", "HEAD ", "OPTIONS ", "get ", " HTTP/1.1", " HTTP/1.0", " HTTP/0.9", " HTTP/2.0", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 	"/api/verve/accept?id=", "/test", "id=", "endpoint=", "&id=2", "&endpoint=http%3A%2F%2Fhooks.example.com%2F", "http://x",
 	"Host: x\r\n", "Host:", "Content-Length: 5\r\n", "Content-Length: 0\r\n", "Content-Length: 65536\r\n", "Content-Length: -1\r\n", "Transfer-Encoding: chunked\r\n",
-	"Transfer-Encoding: identity\r\n", "Expect: 100-continue\r\n", "Connection: close\r\n", "Connection: keep-alive\r\n", "Verve-Callback: 1\r\n", "Trailer: X\r\n", " folded\r\n",
+	"Transfer-Encoding: identity\r\n", "Expect: 100-continue\r\n", "Connection: close\r\n", "Connection: keep-alive\r\n", "Verve-Callback: 1\r\n", "Idempotency-Key: t\r\n", "Idempotency-Key: \"t\"\r\n", "&key=k", "&token=t", "Trailer: X\r\n", " folded\r\n",
 	"0\r\n\r\n", "5\r\nhello\r\n", "ffffffffffffffff\r\n", "1;x=y\r\n", "18446744073709551615", "18446744073709551616", "99999999999999999999", "-0", "+1", "0x10",
 	"Content-Type: application/json\r\n", "Content-Encoding: gzip\r\n", "Content-Type: application/x-ndjson\r\n", `["1",`, `{"id":"`, `"]`,
 	"3f333df6-90a4-4fda-8dd3-9485d27cee36",

@@ -16,6 +16,8 @@ var (
 	valueNoStore   = []byte("no-store")
 	headerReason   = []byte("Verve-Reason")
 	headerWindow   = []byte("Verve-Window")
+	headerReplayed = []byte("Verve-Replayed")
+	valueTrue      = []byte("true")
 	valueDuplicate = []byte("duplicate") // the reason of a repeat, which is counted in its epoch
 )
 
@@ -159,6 +161,19 @@ func refusalReason(v dedup.Verdict) reason {
 	return reasonUnavailable
 }
 
+// queryReason is the reason of an error of parseQuery.
+func queryReason(err error) reason {
+	switch {
+	case errors.Is(err, errBadEndpoint):
+		return reasonBadEndpoint
+	case errors.Is(err, errBadKey):
+		return reasonBadKey
+	case errors.Is(err, errBadToken):
+		return reasonBadToken
+	}
+	return reasonBadID
+}
+
 // refuseError answers a request that the set could not judge.
 func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
 	switch {
@@ -167,6 +182,8 @@ func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonDraining)
 	case errors.Is(err, errPanicked):
 		s.refuseAndClose(ctx, fasthttp.StatusInternalServerError, reasonPanic)
+	case errors.Is(err, dedup.ErrTooManyKeys):
+		s.refuseBecause(ctx, fasthttp.StatusServiceUnavailable, reasonFull, err)
 	case errors.Is(err, dedup.ErrFull):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonFull)
 	default:

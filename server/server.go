@@ -122,6 +122,7 @@ type Server struct {
 	firstRequest time.Duration // firstRequestGrace, but for tests
 
 	refused     [reasons]atomic.Uint64
+	replayed    atomic.Uint64 // retries answered as their first attempt was
 	sunk        atomic.Uint64 // POSTs taken by the sink
 	refusalLogs [reasons]logline.Sampler
 	panicLog    logline.Sampler

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"strings"
 	"unicode/utf8"
 )
@@ -13,20 +12,26 @@ const (
 	acceptPath = "/api/verve/accept"
 	SinkPath   = "/test" // the built-in receiver of callbacks
 
-	// maxIDLen bounds an id after decoding, in bytes.
-	maxIDLen = 256
+	// Bounds after decoding, in bytes.
+	maxIDLen    = 256
+	maxKeyLen   = 128
+	maxTokenLen = 64
 )
 
+// The faults of a query. If it has several, the answer names the first in this order.
 var (
 	errBadID       = errors.New("bad id")
 	errBadEndpoint = errors.New("bad endpoint")
-	errNoID        = fmt.Errorf("%w: there is none", errBadID)
+	errBadKey      = errors.New("bad key")
+	errBadToken    = errors.New("bad token")
 )
 
-// query is what a request asks of the accept route.
+// query is what a request asks of the accept route. nil: it does not name it.
 type query struct {
 	id       []byte
-	endpoint []byte // nil: none
+	endpoint []byte
+	key      []byte
+	token    []byte
 }
 
 // plain marks the bytes that an id may hold without being decoded or looked at
@@ -90,46 +95,69 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 // parseQuery reads the raw query of an accept request. scratch is reused for
 // what has to be decoded, and the result may point into raw or scratch.
 //
-// The error is errNoID if nothing is wrong but that there is no id, which a request
-// with a batch in its body has not.
+// A query without an id is an error only if needsID: the ids of a batch are in the body.
+// With an error, the result has the parts of the query that nothing is wrong with, unless
+// the id is bad.
 //
 // It is strict where two readers could disagree: exactly one id, at most one
-// endpoint, whatever way their keys are spelt; and in their values no bytes that a
-// URI cannot hold, and no ";", which some readers take for "&". Other parameters
-// are ignored, whatever is in them.
-func parseQuery(raw, scratch []byte) (query, error) {
-	var q query
-	var haveID bool
+// endpoint, key and token, whatever way their names are spelt; and in their values no
+// bytes that a URI cannot hold, and no ";", which some readers take for "&". Other
+// parameters are ignored, whatever is in them.
+func parseQuery(raw, scratch []byte, needsID bool) (query, error) {
+	var id, endpoint, key, token parameter
 	for len(raw) > 0 {
 		var pair []byte
 		pair, raw, _ = bytes.Cut(raw, []byte("&"))
-		key, value, _ := bytes.Cut(pair, []byte("="))
+		name, value, _ := bytes.Cut(pair, []byte("="))
 		var ok bool
-		if key, scratch, ok = unescape(key, scratch); !ok {
+		if name, scratch, ok = unescape(name, scratch); !ok {
 			continue // another parameter: no escape is missing in ours
 		}
-		switch string(key) {
+		var p *parameter
+		switch string(name) {
 		case "id":
-			if haveID || !validValue(value) {
-				return query{}, errBadID
-			}
-			haveID = true
-			if q.id, scratch, ok = unescape(value, scratch); !ok || !validID(q.id) {
-				return query{}, errBadID
-			}
+			p = &id
 		case "endpoint":
-			if q.endpoint != nil || !validValue(value) {
-				return query{}, errBadEndpoint
-			}
-			if q.endpoint, scratch, ok = unescape(value, scratch); !ok || len(q.endpoint) == 0 {
-				return query{}, errBadEndpoint
-			}
+			p = &endpoint
+		case "key":
+			p = &key
+		case "token":
+			p = &token
+		default:
+			continue
 		}
+		scratch = p.set(value, scratch)
 	}
-	if !haveID {
-		return q, errNoID
+	q := query{id.value, endpoint.value, key.value, token.value}
+	switch {
+	case id.bad || id.given && !validID(q.id) || needsID && !id.given:
+		return query{}, errBadID
+	case endpoint.bad || endpoint.given && len(q.endpoint) == 0:
+		return q, errBadEndpoint
+	case key.bad || key.given && !validKey(q.key):
+		return q, errBadKey
+	case token.bad || token.given && !validToken(q.token):
+		return q, errBadToken
 	}
 	return q, nil
+}
+
+// parameter is one of a query that may be given once.
+type parameter struct {
+	value      []byte
+	given, bad bool
+}
+
+// set decodes the value of a parameter. A second one is bad, whatever it is.
+func (p *parameter) set(value, scratch []byte) []byte {
+	ok := !p.given && validValue(value)
+	if p.given = true; ok {
+		p.value, scratch, ok = unescape(value, scratch)
+	}
+	if !ok {
+		p.value, p.bad = nil, true
+	}
+	return scratch
 }
 
 // validValue checks a value before decoding.
@@ -173,6 +201,12 @@ func validText(id []byte) bool {
 	}
 	return utf8.Valid(id)
 }
+
+// Keys and tokens follow the rules of ids, but for their length.
+
+func validKey(key []byte) bool { return len(key) <= maxKeyLen && validID(key) }
+
+func validToken(token []byte) bool { return len(token) <= maxTokenLen && validID(token) }
 
 // canonicalUint64 reports whether id is a decimal up to 2^64-1 in its only
 // spelling.

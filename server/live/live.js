@@ -87,7 +87,8 @@
     if (s) ["unique", "duplicate", "refused"].forEach((name, i) => text("rate-" + name, rate(s[i + 1])));
 
     checks(m);
-    results("answers", m.answers, ["ok", "duplicate"]);
+    results("answers", m.answers, ["ok", "duplicate"], ["replayed"]);
+    keys(m);
     text("batches", "of ids; " + whole.format(m.batches) + (m.batches === 1 ? " batch" : " batches") + " answered");
     results("callbacks", m.callbacks, ["delivered", "merged"]);
     text("callbacks-now", m.callbacks_waiting + " waiting, " + m.callbacks_in_flight + " in flight" +
@@ -109,9 +110,8 @@
   // room shows how many of the ids that fit the open window has.
   function room(m) {
     const used = unique(m.open), share = m.max_ids ? Math.min(1, used / m.max_ids) : 0;
-    const percent = share === 0 ? "0" : share < .001 ? "under 0.1" : share < .1 ? (share * 100).toFixed(1) : String(Math.floor(share * 100));
     text("room-text", !m.max_ids ? (m.shared ? "as many as fit into Redis" : "no limit is known") :
-      percent + " % of " + (m.max_ids_estimated ? "about " + short.format(m.max_ids) + " that fit into memory" : whole.format(m.max_ids) + " (--max-ids)"));
+      percent(share) + " % of " + (m.max_ids_estimated ? "about " + short.format(m.max_ids) + " that fit into memory" : whole.format(m.max_ids) + " (--max-ids)"));
     const bar = $("room");
     bar.hidden = !m.max_ids;
     bar.firstElementChild.style.transform = "scaleX(" + share.toFixed(4) + ")";
@@ -205,8 +205,32 @@
       whole.format(r.records_pending) + (r.records_pending === 1 ? " record waits" : " records wait") + " in the spool, the oldest for " + span(r.records_oldest_age_seconds) + ".");
   }
 
-  // results fills a table with the results that happened, and the usual ones.
-  function results(id, list, usual) {
+  // keys lists the largest keys of the open window with their part of it.
+  let keysShown = "";
+  function keys(m) {
+    const list = m.keys || [], made = JSON.stringify([m.open.keys, list]);
+    if (made === keysShown) return;
+    keysShown = made;
+    $("keys-card").hidden = list.length === 0;
+    $("keys").replaceChildren(...list.map((k) => {
+      const row = document.createElement("tr");
+      for (const [kind, words] of [["th", k.key], ["td", whole.format(k.unique)], ["td", percent(k.share) + " %"]]) {
+        const cell = document.createElement(kind);
+        cell.textContent = words;
+        if (kind === "th") cell.scope = "row";
+        row.append(cell);
+      }
+      return row;
+    }));
+    const more = (m.open.keys || 0) - list.length;
+    text("keys-more", more > 0 ? "and " + whole.format(more) + (more === 1 ? " more key" : " more keys") : "");
+  }
+
+  const percent = (share) => share === 0 ? "0" : share < .001 ? "under 0.1" : share < .1 ? (share * 100).toFixed(1) : String(Math.floor(share * 100));
+
+  // results fills a table with the results that happened, and the usual ones. Those that
+  // are neither usual nor harmless are faults.
+  function results(id, list, usual, harmless = []) {
     const rows = list.filter((r) => r.count > 0 || usual.includes(r.result));
     const body = $(id);
     while (body.rows.length > rows.length) body.deleteRow(-1);
@@ -219,7 +243,7 @@
         row.append(th, document.createElement("td"));
       }
       row.dataset.result = r.result;
-      row.className = usual.includes(r.result) ? "" : "fault";
+      row.className = usual.includes(r.result) || harmless.includes(r.result) ? "" : "fault";
       const words = r.result.replaceAll("_", " "), count = whole.format(r.count);
       if (row.cells[0].textContent !== words) row.cells[0].textContent = words;
       if (row.cells[1].textContent !== count) row.cells[1].textContent = count;

@@ -16,6 +16,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -712,6 +713,47 @@ func TestPageShowsTheRoomThatIsLeft(t *testing.T) {
 	if memory := value[string](p, `document.querySelector("#memory").textContent`); !strings.Contains(memory, " MB") || !strings.Contains(memory, " for ids") {
 		t.Errorf("memory is shown as %q", memory)
 	}
+}
+
+// TestPageShowsTheLargestKeys of the open window with their share, whatever text they are, and
+// nothing of keys while none is used. They fit a phone.
+func TestPageShowsTheLargestKeys(t *testing.T) {
+	s := startServer(t, "--window=1h", "--data-dir=none", "--counts-file=off")
+	p := open(t, s, 360, 740, "light")
+	count := func(key string, ids int) {
+		t.Helper()
+		var lines strings.Builder
+		for i := range ids {
+			fmt.Fprintln(&lines, i)
+		}
+		resp, err := http.Post("http://"+s.public+"/api/verve/accept?key="+url.QueryEscape(key), "text/plain", strings.NewReader(lines.String()))
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatal(resp, err)
+		}
+		resp.Body.Close()
+	}
+	s.accept("no-key")
+	p.until(`document.querySelector("#unique").textContent === "1"`)
+	if !value[bool](p, `document.querySelector("#keys-card").hidden`) {
+		t.Error("keys are shown and none was used")
+	}
+	long := strings.Repeat("k", 128)
+	for i, key := range []string{"<b>bold</b>", "a\u202eb", long, "campaign-7", "1", "2", "3", "4", "5", "6", "7", "8"} {
+		count(key, 100-i)
+	}
+	p.until(`document.querySelectorAll("#keys tr").length === 10 && document.querySelector("#keys-more").textContent === "and 2 more keys"`)
+	for _, row := range value[[][]string](p, `[...document.querySelectorAll("#keys tr")].map(r => [...r.cells].map(c => c.textContent))`) {
+		if len(row) != 3 || row[1] == "0" || !strings.HasSuffix(row[2], " %") {
+			t.Errorf("row %q", row)
+		}
+	}
+	if value[bool](p, `document.querySelector("#keys b") !== null`) {
+		t.Error("a key is read as HTML")
+	}
+	if w := value[int](p, `document.scrollingElement.scrollWidth`); w > 360 {
+		t.Errorf("the page is %d pixels wide", w)
+	}
+	p.shot("keys")
 }
 
 // TestPageShowsTheWindowsOfEarlierRuns, and the first bars stand at the left of

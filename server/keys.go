@@ -1,0 +1,136 @@
+package server
+
+import (
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	"verve/counter"
+)
+
+const (
+	defaultKeys = 100  // of /api/windows/WINDOW_START/keys
+	maxKeys     = 1000 // of the same: as many as are kept of a closed window
+
+	// keptKeys bounds the keys that are kept of all closed windows, the newest first: some
+	// 15 MB if their names are long.
+	keptKeys = 100_000
+
+	// liveKeys is how many keys the live page shows. They are looked for every liveRate at
+	// most, and only so often that it takes 1 % of a core: an epoch has up to
+	// counter.MaxMaxKeys.
+	liveKeys     = 10
+	liveKeysRest = 100
+)
+
+// keyShare is a key with its part of a window.
+type keyShare struct {
+	Key    string  `json:"key"`
+	Unique uint64  `json:"unique"`
+	Share  float64 `json:"share"` // of the unique ids of the window
+}
+
+func keyShares(counts []counter.KeyCount, unique uint64) []keyShare {
+	out := make([]keyShare, len(counts))
+	for i, c := range counts {
+		// A request counts under its key before it counts in its window.
+		out[i] = keyShare{c.Key, c.Unique, float64(c.Unique) / float64(max(unique, c.Unique, 1))}
+	}
+	return out
+}
+
+// largestKeys returns the n keys with the most ids, and leaves counts as they are. It sorts
+// few of them: a window may have a hundred thousand, and requests come while it closes.
+func largestKeys(counts []counter.KeyCount, n int) []counter.KeyCount {
+	top := make([]counter.KeyCount, 0, min(len(counts), 2*n))
+	least := uint64(0)
+	for _, c := range counts {
+		if c.Unique < least {
+			continue
+		}
+		if len(top) == 2*n {
+			top = counter.LargestKeys(top, n)
+			least = top[n-1].Unique
+		}
+		top = append(top, c)
+	}
+	return slices.Clone(counter.LargestKeys(top, n)) // top is twice as long
+}
+
+// addKeys adds up the largest keys of two parts of a window.
+func addKeys(a, b []counter.KeyCount) []counter.KeyCount {
+	if len(a) == 0 || len(b) == 0 {
+		return slices.Concat(a, b)
+	}
+	sums := make(map[string]uint64, len(a)+len(b))
+	for _, c := range slices.Concat(a, b) {
+		sums[c.Key] += c.Unique
+	}
+	all := make([]counter.KeyCount, 0, len(sums))
+	for key, n := range sums {
+		all = append(all, counter.KeyCount{Key: key, Unique: n})
+	}
+	return counter.LargestKeys(all, maxKeys)
+}
+
+// windowKeys is the answer of /api/windows/WINDOW_START/keys.
+type windowKeys struct {
+	Start   time.Time  `json:"window_start"`
+	Scope   string     `json:"scope"` // as of a record: instance or group
+	Keys    int        `json:"keys"`
+	Unique  uint64     `json:"unique"`
+	Results []keyShare `json:"results"`
+}
+
+// keys lists the largest keys of the open epoch or of a closed window.
+func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
+	limit, ok := limitOf(w, r, defaultKeys, maxKeys)
+	if !ok {
+		return
+	}
+	start, err := time.Parse(time.RFC3339Nano, r.PathValue("window_start"))
+	if err != nil {
+		writeError(w, http.StatusBadRequest, "the start of a window is a time as in its record: 2026-11-22T06:36:00Z")
+		return
+	}
+	out := windowKeys{Start: start.UTC(), Scope: "instance"}
+	if open := a.server.cfg.Counter.Last(); open.Start().Equal(start) {
+		out.Keys, out.Unique = open.Keys().Len(), open.Unique()
+		out.Results = keyShares(open.Keys().Largest(limit), out.Unique)
+		writeJSON(w, http.StatusOK, out)
+		return
+	}
+	closed := a.closed.last(maxWindows)
+	at := slices.IndexFunc(closed, func(c window) bool { return c.Start.Equal(start) })
+	if at < 0 {
+		writeError(w, http.StatusNotFound, "no such window, or it is too long ago: /api/windows?limit="+strconv.Itoa(maxWindows)+" lists those that are kept")
+		return
+	}
+	c := &closed[at]
+	out.Keys, out.Unique = c.Keys, c.Unique
+	if g := c.WholeGroup; g != nil && g.Keys > 0 {
+		out.Scope, out.Keys, out.Unique = "group", g.Keys, g.Unique
+	}
+	out.Results = keyShares(c.largest[:min(limit, len(c.largest))], out.Unique)
+	writeJSON(w, http.StatusOK, out)
+}
+
+// limitOf returns the parameter limit of a request. If it is not one, the request is
+// answered 400 and ok is false.
+func limitOf(w http.ResponseWriter, r *http.Request, otherwise, most int) (limit int, ok bool) {
+	s := r.URL.Query().Get("limit")
+	if s == "" {
+		return otherwise, true
+	}
+	limit, err := strconv.Atoi(s)
+	if err != nil || limit < 1 || limit > most {
+		writeError(w, http.StatusBadRequest, "limit must be a number from 1 to "+strconv.Itoa(most))
+		return 0, false
+	}
+	return limit, true
+}
+
+func writeError(w http.ResponseWriter, status int, text string) {
+	writeJSON(w, status, map[string]string{"error": text})
+}
