@@ -5,7 +5,8 @@ import (
 )
 
 // growAhead adds a level to a table that will soon need one, so that the
-// memory is resident before a request stands in front of a full bucket.
+// memory is resident before a request stands in front of a full bucket. Where requests
+// were faster, it makes the level resident that they added.
 func (m *Memory) growAhead() {
 	v := m.current.Load()
 	if v == nil {
@@ -14,6 +15,8 @@ func (m *Memory) growAhead() {
 	l := v.load()
 	growTable(m, v.narrow, l.narrow)
 	growTable(m, v.wide, l.wide)
+	v.narrow.warm(m.arena)
+	v.wide.warm(m.arena)
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64) {
