@@ -490,7 +490,7 @@ func (c *conn) read(nc net.Conn, most int) (answered int, lag time.Duration, ali
 // take turns a response into answers for the truth, one for each id.
 func (c *conn) take(asks []ask, a *response) error {
 	switch {
-	case a.status == 503 && string(a.body) == "failed":
+	case (a.status == 503 || a.status == 408) && string(a.body) == "failed": // 408: this machine is busy, and the server stops waiting
 		for _, ask := range asks {
 			c.got = append(c.got, answer{id: ask.id, token: ask.token, kind: answerRefused})
 		}
