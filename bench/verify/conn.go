@@ -96,7 +96,7 @@ func (d *driver) protocol(format string, args ...any) {
 }
 
 // run drives until ctx ends or the requests are used up. Every request that
-// was sent is then answered or in doubt. What has a token is asked for a while longer.
+// was sent is then answered or in doubt. Attempts with a token are retried a while longer.
 func (d *driver) run(ctx context.Context) {
 	whole, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()

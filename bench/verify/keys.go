@@ -142,7 +142,7 @@ func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[
 		if id := (identity{start, r.Group, r.Instance, r.Key, r.Seq}); seen[id] {
 			v.Faults.add("visible twice", "%s/%s seq %d has two records of the key %q in %s", r.Group, r.Instance, r.Seq, r.Key, label(start))
 		} else if seen[id] = true; !known {
-			v.Faults.add("key", "%s has a record of the key %q, which nobody named", label(start), r.Key)
+			v.Faults.add("key", "%s has a record of the key %q, which no request had", label(start), r.Key)
 		}
 		if sums[start] == nil {
 			sums[start] = make(map[int]uint64)

@@ -128,8 +128,8 @@ func (c *conn) lose(nc net.Conn, x cut, sent time.Time) {
 	c.lost(c.ids[n:], from, stray)
 }
 
-// discard throws answers away that have arrived: all those to a request. What is left
-// in c.got is for the truth.
+// discard throws answers away that have arrived: all those to a request. The rest
+// stays in c.got, for the truth.
 func (c *conn) discard(n int, from int64) {
 	kept := c.got[:0]
 	for at := 0; at < n; {
