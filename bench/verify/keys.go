@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,7 +10,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 )
 
@@ -93,30 +91,24 @@ func keysFile(counts string) string {
 }
 
 // readKeysFile reads every record of a key there is. A file that is not there has none.
-func readKeysFile(ctx context.Context, path string) (records []keyRecord, invalid []string, err error) {
+func readKeysFile(ctx context.Context, path string, to *published, invalid *[]string) error {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, nil
+		return nil
 	}
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	defer f.Close()
 	r := bufio.NewReaderSize(f, 1<<16)
 	for n := 1; ctx.Err() == nil; n++ {
-		line, err := r.ReadString('\n')
+		line, err := r.ReadBytes('\n')
 		if err != nil {
-			return records, invalid, nil // the rest is being written
+			return nil // the rest is being written
 		}
-		var rec keyRecord
-		d := json.NewDecoder(strings.NewReader(line))
-		if err := d.Decode(&rec); err != nil || rec.Key == "" || rec.Unique == 0 {
-			invalid = append(invalid, fmt.Sprintf("%s line %d: %v: %.80q", path, n, err, line))
-			continue
-		}
-		records = append(records, rec)
+		to.take(fmt.Sprintf("%s line %d", path, n), line, invalid)
 	}
-	return records, invalid, ctx.Err()
+	return ctx.Err()
 }
 
 // judgeKeys compares, for each window, what is published by key with the answers.

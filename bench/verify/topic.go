@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 
 	"github.com/twmb/franz-go/pkg/kadm"
@@ -18,7 +17,15 @@ func readKeysTopic(ctx context.Context, f *flags, records *published, invalid *[
 		return err
 	}
 	defer client.Close()
-	ends, err := kadm.NewClient(client).ListCommittedOffsets(ctx, f.KeysTopic)
+	admin := kadm.NewClient(client)
+	starts, err := admin.ListStartOffsets(ctx, f.KeysTopic)
+	if err == nil {
+		err = starts.Error()
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.KeysTopic, err)
+	}
+	ends, err := admin.ListCommittedOffsets(ctx, f.KeysTopic)
 	if err == nil {
 		err = ends.Error()
 	}
@@ -27,7 +34,7 @@ func readKeysTopic(ctx context.Context, f *flags, records *published, invalid *[
 	}
 	left := map[int32]int64{}
 	ends.Each(func(o kadm.ListedOffset) {
-		if o.Offset > 0 {
+		if start, _ := starts.Lookup(o.Topic, o.Partition); o.Offset > start.Offset {
 			left[o.Partition] = o.Offset
 		}
 	})
@@ -43,12 +50,7 @@ func readKeysTopic(ctx context.Context, f *flags, records *published, invalid *[
 			if r.Attrs.IsControl() {
 				return
 			}
-			var rec keyRecord
-			if err := json.Unmarshal(r.Value, &rec); err != nil || rec.Key == "" || rec.Unique == 0 {
-				*invalid = append(*invalid, fmt.Sprintf("%s partition %d offset %d: %v: %.80q", r.Topic, r.Partition, r.Offset, err, r.Value))
-				return
-			}
-			records.keys = append(records.keys, rec)
+			records.take(fmt.Sprintf("%s partition %d offset %d", r.Topic, r.Partition, r.Offset), r.Value, invalid)
 		})
 	}
 	return nil
