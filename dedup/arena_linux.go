@@ -62,10 +62,11 @@ func populateMemory(b []byte, workers int) {
 	running.Wait()
 }
 
+// touchMemory changes nothing in b, which may be in use.
 func touchMemory(b []byte) {
 	if advise(b, unix.MADV_POPULATE_WRITE) != nil {
-		for i := 0; i < len(b); i += 4096 { // before Linux 5.14
-			b[i] = 0
+		for i := 0; i+8 <= len(b); i += 4096 { // before Linux 5.14
+			(*atomic.Uint64)(unsafe.Pointer(&b[i])).Add(0)
 		}
 	}
 }

@@ -5,7 +5,8 @@ import (
 )
 
 // growAhead adds a level to a table that will soon need one, so that the
-// memory is resident before a request stands in front of a full bucket.
+// memory is resident before a request stands in front of a full bucket. Where requests
+// were faster, it makes the level resident that they added.
 func (m *Memory) growAhead() {
 	v := m.current.Load()
 	if v == nil {
@@ -15,6 +16,9 @@ func (m *Memory) growAhead() {
 	growTable(m, v.narrow, l.narrow)
 	growTable(m, v.wide, l.wide)
 	growTable(m, &v.tokens.table, l.tokens)
+	v.narrow.warm(m.arena)
+	v.wide.warm(m.arena)
+	v.tokens.table.warm(m.arena)
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64) {

@@ -560,6 +560,7 @@ func grow[B any](m *Memory, t *table[B], have int, load uint64) error {
 	grown, err := t.grow(have, load, m.arena)
 	if grown {
 		m.grown.Add(1)
+		m.nudge() // the pages of the level are not there yet
 	}
 	return err
 }

@@ -249,6 +249,7 @@ type table[B any] struct {
 
 	mu    sync.Mutex // guards growing
 	depth int        // levels there
+	cold  []memory   // of levels added meanwhile, whose pages are not resident yet
 	slots uint64     // in all levels
 	bytes uint64     // of all levels
 
@@ -293,12 +294,28 @@ func (t *table[B]) extend(n uint64, from *arena, resident bool) error {
 	return nil
 }
 
+// warm makes the levels resident that were added since the last call. The cleaner calls
+// it, without the lock: the pages of a large level can take seconds, and requests use the
+// level meanwhile. Nobody may free t at the same time.
+func (t *table[B]) warm(from *arena) {
+	t.mu.Lock()
+	cold := t.cold
+	t.cold = nil
+	t.mu.Unlock()
+	for _, m := range cold {
+		from.populate(m)
+	}
+}
+
 // grow makes sure that there is a level after the first have ones. load is the
 // number of ids in the table. Where the load explains the need, a small table
 // grows to hold ten times the expected ids, then to nine times its size, and a
 // large one by three quarters: a table that knew little of what would come walks
 // few levels. Else some buckets are full by chance, as with any load, or by
 // malice, and a level of the smallest size serves.
+//
+// The level is there at once, before its pages are: requests that wait for it hold t.mu
+// only for moments, and the cleaner makes the pages resident (warm).
 func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -321,8 +338,11 @@ func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err err
 			}
 		}
 	}
-	if err = t.extend(n, from, true); err != nil && n > least {
-		err = t.extend(least, from, true) // no memory for so many
+	if err = t.extend(n, from, false); err != nil && n > least {
+		err = t.extend(least, from, false) // no memory for so many
+	}
+	if err == nil {
+		t.cold = append(t.cold, t.levels[t.depth-1].Load().memory)
 	}
 	return err == nil, err
 }

@@ -119,6 +119,13 @@ var bars = []bar{
 	batchBar(0.5, "1,000 decimals a request in a group, with Redis", "group"),
 	{what: "CPU of an id: single/1,000 decimals a request", want: 50, atLeast: true,
 		pattern: "http/batch/DESIGN", unit: "cpu-us", design: "decimals", against: []string{"single"}},
+	{what: "CPU that a token costs, us", want: 0.1, pattern: "http/options/DESIGN", unit: "cpu-us", design: "token-cost"},
+	{what: "CPU of a request with one of 1,000 keys/without", want: 1.05,
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: []string{"key"}},
+	{what: "CPU of an id in a batch with one of 1,000 keys/without", want: 1.5,
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "lines", against: []string{"lines-key"}},
+	{what: "CPU of an id in a batch with 1,000 keys/without", want: 1.5,
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "items", against: []string{"items-key"}},
 	{what: "p99 of windows sealed late under batches of 10,000, ms", want: 5,
 		pattern: "http/batch/DESIGN", unit: "p99-ms", design: "turn"},
 }

@@ -19,24 +19,38 @@ import (
 	"verve/stream"
 )
 
-// batchCase is a form of batches. Every case is a column of one table, driven in
-// rounds beside single requests to the same server.
-type batchCase struct {
+// form is a form of requests: a column of a table, driven in rounds beside the others.
+type form struct {
 	name   string
 	script string
-	ids    int
-	form   string
-	group  bool // the ids are in Redis, whose CPU time counts, too
+	ids    int      // in a request
+	args   []string // of the script, behind the number of the run
+	group  bool     // the ids are in Redis, whose CPU time counts, too
 }
 
-var batchCases = []batchCase{
+var batchForms = []form{
 	{name: "single", script: "unique.lua", ids: 1},
-	{name: "decimals", script: "batch.lua", ids: 1000, form: "decimal"},
-	{name: "uuids", script: "batch.lua", ids: 1000, form: "uuid"},
-	{name: "json", script: "batch.lua", ids: 1000, form: "json"},
-	{name: "hundred", script: "batch.lua", ids: 100, form: "decimal"},
-	{name: "group", script: "batch.lua", ids: 1000, form: "decimal", group: true},
+	{name: "decimals", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal"}},
+	{name: "uuids", script: "batch.lua", ids: 1000, args: []string{"1000", "uuid"}},
+	{name: "json", script: "batch.lua", ids: 1000, args: []string{"1000", "json"}},
+	{name: "hundred", script: "batch.lua", ids: 100, args: []string{"100", "decimal"}},
+	{name: "group", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal"}, group: true},
 }
+
+// optionForms compare requests with a token, or with one of 1,000 keys, with the same
+// without. Those beside each other in a pair are in optionPairs.
+var optionForms = []form{
+	{name: "plain", script: "unique.lua", ids: 1},
+	{name: "token", script: "unique.lua", ids: 1, args: []string{"token"}},
+	{name: "key", script: "unique.lua", ids: 1, args: []string{"key"}},
+	{name: "lines", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal"}},
+	{name: "lines-key", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal", "key"}},
+	{name: "items", script: "batch.lua", ids: 1000, args: []string{"1000", "items"}},
+	{name: "items-key", script: "batch.lua", ids: 1000, args: []string{"1000", "items", "key"}},
+	{name: "items-token", script: "batch.lua", ids: 1000, args: []string{"1000", "items", "token"}},
+}
+
+var optionPairs = [][2]string{{"token", "plain"}, {"key", "plain"}, {"lines-key", "lines"}, {"items-key", "items"}, {"items-token", "items"}}
 
 // turnWindow makes enough windows in a round for a percentile of their lateness.
 const turnWindow = 100 * time.Millisecond
@@ -48,10 +62,10 @@ const batchExpect = 60_000_000
 // instance waits for it, with the core shared by both.
 const groupConns = 2
 
-// batch drives the servers with one case.
-func (r *run) batch(ctx context.Context, root string, c batchCase, round int, on []*process) (sample, error) {
-	w := wrk{script: filepath.Join(root, "bench", "wrk", c.script), conns: min(r.Conns, 16), args: []string{strconv.Itoa(c.ids), c.form}}
-	if c.group {
+// drive sends requests of one form.
+func (r *run) drive(ctx context.Context, root, scenario string, f form, round int, on []*process) (sample, error) {
+	w := wrk{script: filepath.Join(root, "bench", "wrk", f.script), conns: min(r.Conns, 16), args: f.args}
+	if f.group {
 		w.conns = min(r.Conns, groupConns)
 	}
 	if round == 0 { // the tables grow to their sizes, also that of UUIDs
@@ -63,14 +77,57 @@ func (r *run) batch(ctx context.Context, root string, c batchCase, round int, on
 	}
 	s, err := measure(ctx, w, r.Seconds, on...)
 	if err != nil {
-		return s, fmt.Errorf("%s: %w", c.name, err)
+		return s, fmt.Errorf("%s: %w", f.name, err)
 	}
 	if 100*s.Failed > s.Requests {
-		return s, fmt.Errorf("%s: %d batches were refused", c.name, s.Failed)
+		return s, fmt.Errorf("%s: %d requests were refused", f.name, s.Failed)
 	}
-	s.Scenario, s.Server, s.Round = "batch", c.name, round
-	s.CPU /= float64(c.ids)
+	s.Scenario, s.Server, s.Round = scenario, f.name, round
+	s.CPU /= float64(f.ids)
 	return s, nil
+}
+
+// table is printed while its rounds are driven: a column for each form.
+type table struct {
+	*tabwriter.Writer
+	forms   []form
+	samples []sample
+}
+
+func (t *table) row(head string, cell func(f form) string) {
+	fmt.Fprint(t, head, "\t")
+	for _, f := range t.forms {
+		fmt.Fprint(t, cell(f), "\t")
+	}
+	fmt.Fprintln(t)
+}
+
+func (t *table) median(f form) float64 { return median(column(t.samples, f.name, cpu)) }
+
+// rounds drives each form once in a round, each time in another order.
+func (r *run) rounds(ctx context.Context, out io.Writer, root, scenario string, forms []form, on func(form) []*process) (t *table, err error) {
+	t = &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), forms: forms}
+	t.row("round", func(f form) string { return f.name })
+	for round := range r.Rounds + 1 {
+		for i := range forms {
+			f := forms[(round+i)%len(forms)]
+			s, err := r.drive(ctx, root, scenario, f, round, on(f))
+			if err != nil {
+				return t, err
+			}
+			if round > 0 { // before, requests may wait for the growth
+				t.samples = append(t.samples, s)
+			}
+		}
+		if round > 0 {
+			this := t.samples[len(t.samples)-len(forms):]
+			t.row(strconv.Itoa(round), func(f form) string {
+				return fmt.Sprintf("%.3f", this[slices.IndexFunc(this, func(s sample) bool { return s.Server == f.name })].CPU)
+			})
+		}
+	}
+	t.row("median", func(f form) string { return fmt.Sprintf("%.3f", t.median(f)) })
+	return t, nil
 }
 
 // batches drives Verve with batches of ids. A sample's CPU is of an id, not of a
@@ -95,49 +152,56 @@ func (r *run) batches(ctx context.Context, out io.Writer, root, dir string) (sam
 		return nil, err
 	}
 	fmt.Fprintln(out, "batch: CPU of the server for an id, us (decimals, uuids, json, group: 1,000 ids in a request; hundred: 100)")
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	row := func(head string, cell func(c batchCase) string) {
-		fmt.Fprint(table, head, "\t")
-		for _, c := range batchCases {
-			fmt.Fprint(table, cell(c), "\t")
+	t, err := r.rounds(ctx, out, root, "batch", batchForms, func(f form) []*process {
+		if f.group {
+			return []*process{group, redis}
 		}
-		fmt.Fprintln(table)
+		return []*process{alone}
+	})
+	if err != nil {
+		return t.samples, err
 	}
-	row("round", func(c batchCase) string { return c.name })
-	for round := range r.Rounds + 1 {
-		for i := range batchCases {
-			c := batchCases[(round+i)%len(batchCases)]
-			on := []*process{alone}
-			if c.group {
-				on = []*process{group, redis}
-			}
-			s, err := r.batch(ctx, root, c, round, on)
-			if err != nil {
-				return samples, err
-			}
-			if round == 0 {
-				continue // requests may wait for the growth
-			}
-			samples = append(samples, s)
-		}
-		if round > 0 {
-			this := samples[len(samples)-len(batchCases):]
-			row(strconv.Itoa(round), func(c batchCase) string {
-				return fmt.Sprintf("%.3f", this[slices.IndexFunc(this, func(s sample) bool { return s.Server == c.name })].CPU)
-			})
-		}
-	}
-	medianOf := func(c batchCase) float64 { return median(column(samples, c.name, cpu)) }
-	row("median", func(c batchCase) string { return fmt.Sprintf("%.3f", medianOf(c)) })
-	row("M ids per second of CPU", func(c batchCase) string { return fmt.Sprintf("%.2f", 1/medianOf(c)) })
-	row("single/it", func(c batchCase) string { return fmt.Sprintf("%.1f", median(ratios(samples, "single", c.name))) })
-	_ = table.Flush() // standard output: nobody is left to tell
+	t.row("M ids per second of CPU", func(f form) string { return fmt.Sprintf("%.2f", 1/t.median(f)) })
+	t.row("single/it", func(f form) string { return fmt.Sprintf("%.1f", median(ratios(t.samples, "single", f.name))) })
+	_ = t.Flush() // standard output: nobody is left to tell
 	late, err := r.lateness(ctx, root, dir)
 	if err != nil {
-		return samples, err
+		return t.samples, err
 	}
 	fmt.Fprintf(out, "windows of %v under batches of 10,000: sealed %.2f ms after their end at p99\n\n", turnWindow, late.P99)
-	return append(samples, late), nil
+	return append(t.samples, late), nil
+}
+
+// options drives Verve with requests with and without tokens and keys. token-cost is what
+// a token costs more than the same request without.
+func (r *run) options(ctx context.Context, out io.Writer, root, dir string) (samples []sample, err error) {
+	p, err := start("verve", r.Binary, filepath.Join(dir, "options"), append(slices.Clone(r.Flags), "--expect-ids="+strconv.Itoa(batchExpect)))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, p.end()) }()
+	fmt.Fprintln(out, "options: CPU of the server for an id, us (key: one of 1,000; lines: 1,000 ids in a request; items: the same in JSON, an object each)")
+	t, err := r.rounds(ctx, out, root, "options", optionForms, func(form) []*process { return []*process{p} })
+	if err != nil {
+		return t.samples, err
+	}
+	t.row("it/without", func(f form) string {
+		for _, pair := range optionPairs {
+			if pair[0] == f.name {
+				return fmt.Sprintf("%.3f", median(ratios(t.samples, f.name, pair[1])))
+			}
+		}
+		return ""
+	})
+	_ = t.Flush() // standard output: nobody is left to tell
+	plain := column(t.samples, "plain", cpu)
+	costs := column(t.samples, "token", cpu)
+	for i := range costs {
+		costs[i] -= plain[i]
+		t.samples = append(t.samples, sample{Scenario: "options", Server: "token-cost", Round: i + 1, CPU: costs[i]})
+	}
+	fmt.Fprintf(out, "a token costs %.0f ns of CPU more\n\n", 1000*median(costs))
+	return t.samples, nil
 }
 
 // ratios of the CPU of a and b, round by round.

@@ -39,7 +39,7 @@ import (
 type run struct {
 	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
 	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
-	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch" help:"What is sent: ${enum}."`
+	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch,options" help:"What is sent: ${enum}."`
 	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,before,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none, before that of --before."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
@@ -94,7 +94,7 @@ type sample struct {
 	Server   string  `json:"server"`
 	Requests uint64  `json:"requests"`
 	Failed   uint64  `json:"failed"` // answered with a status above 399
-	CPU      float64 `json:"cpu_us"` // a request; an id of the scenario batch
+	CPU      float64 `json:"cpu_us"` // a request; an id of the scenarios batch and options
 	PerSec   float64 `json:"requests_per_second"`
 	P99      float64 `json:"p99_ms"`
 }
@@ -129,8 +129,12 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 	}
 	res := results{Conns: r.Conns, Seconds: r.Seconds, Flags: r.Flags}
 	for _, scenario := range r.Scenario {
-		if scenario == "batch" {
-			samples, err := r.batches(ctx, out, root, dir)
+		if scenario == "batch" || scenario == "options" {
+			drive := r.batches
+			if scenario == "options" {
+				drive = r.options
+			}
+			samples, err := drive(ctx, out, root, dir)
 			res.Samples = append(res.Samples, samples...)
 			if err != nil {
 				return err

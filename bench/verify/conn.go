@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -24,6 +26,9 @@ type load struct {
 	Rate            float64 // requests a second over all connections; 0: as fast as it goes
 	Requests        uint64  // stop after so many; 0: when the context ends
 	Repeats         float64 // share of requests that ask for an id once more
+	Lose            float64 // share of the replies that are not read or thrown away
+	Tokens          bool    // each attempt to count an id has a token
+	Keys            *keys   // under which ids are counted; nil: under none
 	IDs             idForm
 	Seed            uint64
 	Timeout         time.Duration // of one answer
@@ -34,8 +39,8 @@ type load struct {
 type target struct {
 	addr string
 	head []byte // of a request, up to the id
-	tail []byte // of a request, after it
-	post []byte // of a request with a batch, up to the length of its body
+	tail []byte // of a request, after its query, but for the last empty line
+	post []byte // of a request with a batch, up to its type
 }
 
 func newTarget(raw string) (target, error) {
@@ -57,8 +62,8 @@ func newTarget(raw string) (target, error) {
 	return target{
 		addr: net.JoinHostPort(u.Hostname(), port),
 		head: []byte("GET " + base + "/api/verve/accept?id="),
-		tail: []byte(" HTTP/1.1\r\nHost: " + u.Host + "\r\n\r\n"),
-		post: []byte("POST " + base + "/api/verve/accept HTTP/1.1\r\nHost: " + u.Host + "\r\nContent-Type: text/plain\r\nContent-Length: "),
+		tail: []byte(" HTTP/1.1\r\nHost: " + u.Host + "\r\n"),
+		post: []byte("POST " + base + "/api/verve/accept HTTP/1.1\r\nHost: " + u.Host + "\r\nContent-Type: "),
 	}, nil
 }
 
@@ -67,9 +72,13 @@ type driver struct {
 	load    load
 	targets []target
 	truth   *truth
+	retries *retries
 	ids     atomic.Uint64 // numbers handed out; also the upper end of the repeats
+	tokens  atomic.Uint64 // attempts begun
 	sent    atomic.Uint64 // requests begun, for load.Requests
 	dials   atomic.Uint64 // connections opened, the first ones included
+
+	draining bool // the load is over; set while no connection runs
 
 	broken atomic.Uint64 // answers that are not the contract's
 	stop   context.CancelFunc
@@ -87,11 +96,16 @@ func (d *driver) protocol(format string, args ...any) {
 }
 
 // run drives until ctx ends or the requests are used up. Every request that
-// was sent is then answered or in doubt.
+// was sent is then answered or in doubt. Attempts with a token are retried a while longer.
 func (d *driver) run(ctx context.Context) {
+	whole, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	d.stop = cancel
+	d.stop = func() {
+		cancel()
+		end()
+	}
 	settler := make(chan struct{})
 	go func() {
 		defer close(settler)
@@ -99,20 +113,29 @@ func (d *driver) run(ctx context.Context) {
 		defer tick.Stop()
 		for {
 			select {
-			case <-ctx.Done():
+			case <-whole.Done():
 				return
 			case <-tick.C:
 				d.truth.settleOld()
 			}
 		}
 	}()
+	d.connect(ctx)
+	cancel()
+	if d.load.Tokens {
+		d.drain(whole)
+	}
+	end()
+	<-settler
+}
+
+// connect runs all connections until ctx ends or there is nothing left to do.
+func (d *driver) connect(ctx context.Context) {
 	var connections sync.WaitGroup
 	for i := range d.load.Connections {
 		connections.Go(func() { newConn(d, i).run(ctx) })
 	}
 	connections.Wait()
-	cancel()
-	<-settler
 }
 
 // maxBackoff bounds the wait between two attempts to connect: a server that is
@@ -129,8 +152,8 @@ type conn struct {
 	out    []byte
 	body   []byte // of one request with a batch
 	in     []byte
-	ids    []uint64 // of the batch under way
-	again  []uint64 // in doubt since the last break, asked again first
+	ids    []ask    // of the batch under way
+	words  [][]byte // of the answer to a batch
 	got    []answer
 	newest int64 // the target's latest window, as far as this connection knows
 
@@ -151,7 +174,7 @@ func newConn(d *driver, i int) *conn {
 		d:      d,
 		target: i % len(d.targets),
 		rng:    rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
-		in:     make([]byte, 16<<10+len("unavailable\n")*d.load.Batch),
+		in:     make([]byte, 16<<10+len(`"unavailable",`)*d.load.Batch),
 	}
 }
 
@@ -220,6 +243,10 @@ func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 		if !c.fill() {
 			return true
 		}
+		if len(c.ids) == 0 { // others wait for the last answers
+			time.Sleep(drainPoll)
+			continue
+		}
 		// Moving the deadline costs as much as parsing an answer: it is moved
 		// when a quarter of it is used up, and never falls below the rest.
 		now = time.Now()
@@ -232,8 +259,12 @@ func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 			if n > 0 {
 				c.lost(c.ids, c.newest, load.lag(err))
 			} else {
-				c.again = append(c.again, c.ids...)
+				c.d.retries.put(c.target, c.ids...)
 			}
+			return false
+		}
+		if x, lose := c.draw(); lose {
+			c.lose(nc, x, now)
 			return false
 		}
 		if !c.answers(nc, now) {
@@ -267,10 +298,19 @@ func (c *conn) pace(ctx context.Context, next *time.Time, interval time.Duration
 // the same id must then be accepted once more.
 const farRepeats = 1 << 16
 
-// fill builds the next batch. It says false when the requests are used up.
+// drainPoll is how often a connection looks for a retry when there is nothing else.
+const drainPoll = 2 * time.Millisecond
+
+// fill builds the next batch. It says false when there is nothing left to ask.
 func (c *conn) fill() bool {
 	load := &c.d.load
 	size := load.together()
+	c.ids, c.out = c.ids[:0], c.out[:0]
+	if c.d.draining {
+		c.retry(size)
+		c.write()
+		return len(c.ids) > 0 || c.d.truth.pending() > 0
+	}
 	if load.Requests > 0 {
 		begun := c.d.sent.Add(uint64(size))
 		if begun-uint64(size) >= load.Requests {
@@ -278,50 +318,109 @@ func (c *conn) fill() bool {
 		}
 		size -= int(max(begun, load.Requests) - load.Requests)
 	}
-	c.ids, c.out = c.ids[:0], c.out[:0]
 	// A client asks again for what was never answered. Within the window the
 	// answer also tells whether the lost request had counted.
-	retries := min(size, len(c.again))
-	c.ids = append(c.ids, c.again[:retries]...)
-	c.again = c.again[:copy(c.again, c.again[retries:])]
+	c.retry(size)
 	for len(c.ids) < size {
-		if load.Repeats > 0 && c.rng.Float64() < load.Repeats {
-			if known := c.d.ids.Load(); known > 0 {
-				span := uint64(farRepeats)
-				if c.rng.Uint64()&1 == 0 {
-					span = uint64(2 * load.Connections * load.together())
-				}
-				c.ids = append(c.ids, known-1-c.rng.Uint64N(min(span, known)))
-				continue
-			}
+		var a ask
+		if load.Tokens {
+			a.token = c.d.tokens.Add(1)
 		}
-		c.ids = append(c.ids, c.d.ids.Add(1)-1)
-	}
-	t := &c.d.targets[c.target]
-	if load.Batch > 0 {
-		for ids := c.ids; len(ids) > 0; ids = ids[c.inRequest(len(ids)):] {
-			c.body = c.body[:0]
-			for _, id := range ids[:c.inRequest(len(ids))] {
-				c.body = append(load.IDs.append(c.body, load.Seed, id), '\n')
+		if known := c.d.ids.Load(); load.Repeats > 0 && known > 0 && c.rng.Float64() < load.Repeats {
+			span := uint64(farRepeats)
+			if c.rng.Uint64()&1 == 0 {
+				span = uint64(2 * load.Connections * load.together())
 			}
-			c.out = strconv.AppendInt(append(c.out, t.post...), int64(len(c.body)), 10)
+			a.id = known - 1 - c.rng.Uint64N(min(span, known))
+		} else {
+			a.id = c.d.ids.Add(1) - 1
+		}
+		c.ids = append(c.ids, a)
+	}
+	c.write()
+	return true
+}
+
+// write renders the requests for the batch.
+func (c *conn) write() {
+	load, t := &c.d.load, &c.d.targets[c.target]
+	if load.Batch > 0 {
+		for asks := c.ids; len(asks) > 0; asks = asks[c.inRequest(asks):] {
+			c.writeBody(asks[:c.inRequest(asks)])
+			c.out = append(c.out, t.post...)
+			if load.items() {
+				c.out = append(c.out, "application/json"...)
+			} else {
+				c.out = append(c.out, "text/plain"...)
+			}
+			c.out = strconv.AppendInt(append(c.out, "\r\nContent-Length: "...), int64(len(c.body)), 10)
 			c.out = append(append(c.out, "\r\n\r\n"...), c.body...)
 		}
-		return true
+		return
 	}
-	for _, id := range c.ids {
+	for _, a := range c.ids {
+		id, key := load.Keys.of(a.id)
 		c.out = append(c.out, t.head...)
 		c.out = load.IDs.append(c.out, load.Seed, id)
+		if key > 0 {
+			c.out = append(append(c.out, "&key="...), load.Keys.escaped[key]...)
+		}
+		header := a.token%2 == 1 // half of the tokens are there, half in the query
+		if a.token != 0 && !header {
+			c.out = load.appendToken(append(c.out, "&token="...), a.token)
+		}
 		c.out = append(c.out, t.tail...)
+		if header {
+			c.out = append(load.appendToken(append(c.out, "Idempotency-Key: "...), a.token), "\r\n"...)
+		}
+		c.out = append(c.out, "\r\n"...)
 	}
-	return true
+}
+
+// writeBody makes the body of a batch: a line for each id, or JSON.
+func (c *conn) writeBody(asks []ask) {
+	load := &c.d.load
+	c.body = c.body[:0]
+	for i, a := range asks {
+		if !load.items() {
+			c.body = append(load.IDs.append(c.body, load.Seed, a.id), '\n')
+			continue
+		}
+		id, key := load.Keys.of(a.id)
+		c.body = append(c.body, "[,"[min(i, 1)])
+		c.body = append(load.IDs.append(append(c.body, `{"id":"`...), load.Seed, id), '"')
+		if key > 0 {
+			c.body = append(append(append(c.body, `,"key":"`...), load.Keys.names[key]...), '"')
+		}
+		if a.token != 0 {
+			c.body = append(load.appendToken(append(c.body, `,"token":"`...), a.token), '"')
+		}
+		c.body = append(c.body, '}')
+	}
+	if load.items() {
+		c.body = append(c.body, ']')
+	}
+}
+
+// items reports whether batches are JSON, which alone has a key and a token for each id.
+func (l *load) items() bool { return l.Tokens || l.Keys != nil }
+
+// appendToken writes the text of a token, which no other run has.
+func (l *load) appendToken(dst []byte, n uint64) []byte {
+	dst = append(strconv.AppendUint(dst, l.Seed, 36), '-')
+	return strconv.AppendUint(dst, n, 36)
 }
 
 // together is how many ids a connection sends before it reads.
 func (l *load) together() int { return l.Pipeline * max(1, l.Batch) }
 
 // inRequest is how many of the ids that are left the next request has.
-func (c *conn) inRequest(left int) int { return min(left, max(1, c.d.load.Batch)) }
+func (c *conn) inRequest(left []ask) (n int) {
+	for n < min(len(left), max(1, c.d.load.Batch)) && !left[n].alone {
+		n++
+	}
+	return max(n, 1)
+}
 
 // answers reads the answers of the batch, sent at the time given, and reports
 // them. It says false when
@@ -329,23 +428,29 @@ func (c *conn) inRequest(left int) int { return min(left, max(1, c.d.load.Batch)
 func (c *conn) answers(nc net.Conn, sent time.Time) bool {
 	from := c.newest // known before the batch was sent
 	c.got = c.got[:0]
-	n, lag, alive := c.read(nc)
-	if len(c.got) > 0 {
-		c.answered = true
-		c.newest = c.d.truth.record(c.target, sent, c.got)
-	}
+	n, lag, alive := c.read(nc, len(c.ids))
+	c.report(sent, from, n)
 	if n < len(c.ids) {
 		c.lost(c.ids[n:], from, lag)
 	}
 	return alive
 }
 
-// read fills c.got with the answers of the batch and says how many requests
-// were answered, how much longer the server may work on the others, and
+// report passes the first n answers of the batch to the truth, but for those that are
+// thrown away.
+func (c *conn) report(sent time.Time, from int64, n int) {
+	if c.discard(n, from); len(c.got) > 0 {
+		c.answered = true
+		c.newest = c.d.truth.record(c.target, sent, c.got)
+	}
+}
+
+// read fills c.got with the answers of the batch, or with the first ones of them up to
+// most ids or a little more, and says how many requests were answered, how much longer the server may work on the others, and
 // whether the connection can be used again.
-func (c *conn) read(nc net.Conn) (answered int, lag time.Duration, alive bool) {
+func (c *conn) read(nc net.Conn, most int) (answered int, lag time.Duration, alive bool) {
 	r, w := 0, 0
-	for answered < len(c.ids) {
+	for answered < most {
 		var a response
 		size, err := parseResponse(c.in[r:w], &a)
 		if errors.Is(err, errShort) {
@@ -361,12 +466,12 @@ func (c *conn) read(nc net.Conn) (answered int, lag time.Duration, alive bool) {
 			}
 			continue
 		}
-		n := c.inRequest(len(c.ids) - answered)
+		n := c.inRequest(c.ids[answered:])
 		if err == nil {
 			err = c.take(c.ids[answered:answered+n], &a)
 		}
 		if err != nil {
-			c.d.protocol("id #%d: %v", c.ids[answered], err)
+			c.d.protocol("id #%d: %v", c.ids[answered].id, err)
 			return answered, 0, false
 		}
 		answered += n
@@ -375,78 +480,139 @@ func (c *conn) read(nc net.Conn) (answered int, lag time.Duration, alive bool) {
 			return answered, 0, false
 		}
 	}
-	if r != w {
+	if r != w && answered == len(c.ids) {
 		c.d.protocol("%d bytes after the last answer: %.40q", w-r, c.in[r:w])
 		return answered, 0, false
 	}
 	return answered, 0, true
 }
 
-// take turns a response into answers for the truth.
-func (c *conn) take(ids []uint64, a *response) error {
+// take turns a response into answers for the truth, one for each id.
+func (c *conn) take(asks []ask, a *response) error {
 	switch {
-	case a.status == 503 && string(a.body) == "failed":
-		for _, id := range ids {
-			c.got = append(c.got, answer{id: id, kind: answerRefused})
+	case (a.status == 503 || a.status == 408) && string(a.body) == "failed": // 408: this machine is busy, and the server stops waiting
+		for _, ask := range asks {
+			c.got = append(c.got, answer{id: ask.id, token: ask.token, kind: answerRefused})
 		}
 		return nil
 	case c.d.load.Batch > 0 && a.status == 200:
-		return c.takeWords(ids, a)
+		return c.takeWords(asks, a)
 	}
-	kind := answerRepeat
+	got := answer{id: asks[0].id, token: asks[0].token, kind: answerRepeat, replayed: a.replayed}
 	switch {
 	case a.status == 200 && string(a.body) == "ok":
-		kind = answerOK
-	case a.status == c.d.load.DuplicateStatus && string(a.body) == "failed":
+		got.kind = answerOK
+	case a.status == c.d.load.DuplicateStatus && string(a.body) == "failed" && !a.replayed:
 	default:
 		return fmt.Errorf("unexpected answer: status %d, body %.40q", a.status, a.body)
+	}
+	if a.replayed && got.token == 0 {
+		return errors.New("an answer is replayed, to a request without a token")
 	}
 	if err := c.readWindows(a.window); err != nil {
 		return err
 	}
-	c.got = append(c.got, answer{id: ids[0], window: c.windows[0].window, kind: kind})
+	got.window = c.windows[0].window
+	c.got = append(c.got, got)
+	return nil
+}
+
+// splitWords fills c.words with the verdicts in the answer to a batch.
+func (c *conn) splitWords(a *response) error {
+	c.words = c.words[:0]
+	if !c.d.load.items() {
+		body, ok := bytes.CutSuffix(a.body, []byte{'\n'})
+		if !ok {
+			return errors.New("the answer to a batch ends within a line")
+		}
+		c.words = slices.AppendSeq(c.words, bytes.SplitSeq(body, []byte{'\n'}))
+		return nil
+	}
+	var answer struct {
+		OK, Duplicate, Replayed, Refused int
+		Results                          []string
+	}
+	if err := json.Unmarshal(a.body, &answer); err != nil {
+		return fmt.Errorf("the answer to a batch: %w", err)
+	}
+	n := map[string]int{}
+	for _, word := range answer.Results {
+		c.words = append(c.words, []byte(word))
+		n[word]++
+	}
+	ok, duplicate, replayed := n["ok"], n["duplicate"], n["replayed"]
+	if answer.OK != ok || answer.Duplicate != duplicate || answer.Replayed != replayed || answer.Refused != len(c.words)-ok-duplicate-replayed {
+		return fmt.Errorf("the numbers in the answer to a batch are not those of its results: %.80q", a.body)
+	}
 	return nil
 }
 
 // takeWords takes the answer to a batch: a word for each id.
-func (c *conn) takeWords(ids []uint64, a *response) error {
-	window, left := 0, -1 // of the windows, and of the ids judged in it
-	body := a.body
-	for _, id := range ids {
-		word, rest, ok := bytes.Cut(body, []byte{'\n'})
-		if !ok {
-			return fmt.Errorf("%d words are missing in the answer to a batch", len(ids))
-		}
-		body = rest
-		got := answer{id: id}
-		switch string(word) {
+func (c *conn) takeWords(asks []ask, a *response) error {
+	if err := c.splitWords(a); err != nil {
+		return err
+	}
+	if len(c.words) != len(asks) {
+		return fmt.Errorf("%d words in the answer to a batch of %d", len(c.words), len(asks))
+	}
+	first, judged := len(c.got), 0
+	replays := false
+	for i, ask := range asks {
+		got := answer{id: ask.id, token: ask.token}
+		switch string(c.words[i]) {
 		case "ok":
 			got.kind = answerOK
 		case "duplicate":
 			got.kind = answerRepeat
+		case "replayed":
+			got.kind, got.replayed, replays = answerOK, true, true
+			if ask.token == 0 {
+				return errors.New("an id is replayed that has no token")
+			}
 		case "full", "unavailable", "draining":
-			c.got = append(c.got, answer{id: id, kind: answerRefused})
-			continue
+			got.kind = answerRefused
 		default:
-			return fmt.Errorf("unexpected word %.40q", word)
+			return fmt.Errorf("unexpected word %.40q", c.words[i])
 		}
-		if left < 0 {
-			if err := c.readWindows(a.window); err != nil {
-				return err
-			}
-			left = c.windows[0].ids
+		if got.kind != answerRefused {
+			judged++
 		}
-		for ; left == 0; left = c.windows[window].ids {
-			if window++; window == len(c.windows) {
-				return fmt.Errorf("more ids were judged than %q lists", a.window)
-			}
-		}
-		left--
-		got.window = c.windows[window].window
 		c.got = append(c.got, got)
 	}
-	if len(body) > 0 || left > 0 && c.windows[window].ids != math.MaxInt || left == 0 && window+1 < len(c.windows) {
-		return fmt.Errorf("%d ids, and the answer has more words, or %q", len(ids), a.window)
+	if judged == 0 {
+		return nil
+	}
+	return c.place(c.got[first:], judged, replays, a.window)
+}
+
+// place finds the windows of the answers to a batch. If they are several and an id is
+// replayed, the list does not tell which ids were counted in which of them: they are
+// asked once more, each alone.
+func (c *conn) place(got []answer, judged int, replays bool, text []byte) error {
+	if err := c.readWindows(text); err != nil {
+		return err
+	}
+	sum := 0
+	for _, w := range c.windows {
+		sum += w.ids
+	}
+	if sum != judged && (len(c.windows) > 1 || sum != math.MaxInt) {
+		return fmt.Errorf("%d ids were judged, and the answer has %q", judged, text)
+	}
+	window, left := 0, c.windows[0].ids
+	for i := range got {
+		if got[i].kind == answerRefused {
+			continue
+		}
+		if replays && len(c.windows) > 1 {
+			got[i].kind, got[i].window = answerUnplaced, c.windows[len(c.windows)-1].window
+			continue
+		}
+		for ; left == 0; left = c.windows[window].ids {
+			window++
+		}
+		left--
+		got[i].window = c.windows[window].window
 	}
 	return nil
 }
@@ -477,12 +643,6 @@ func (c *conn) readWindows(text []byte) error {
 	return nil
 }
 
-// lost notes requests that will not be answered.
-func (c *conn) lost(ids []uint64, from int64, lag time.Duration) {
-	c.d.truth.broken(ids, from, lag)
-	c.again = append(c.again, ids...)
-}
-
 // lag is how long the server may go on with the requests of a connection that
 // failed with err: not at all if the server let go of it, but if it was the
 // driver that lost patience, the server may still come round to them.
@@ -495,10 +655,11 @@ func (l *load) lag(err error) time.Duration {
 
 // response is an answer as sent. Its slices point into the read buffer.
 type response struct {
-	status int
-	window []byte // nil without Verve-Window
-	body   []byte
-	close  bool
+	status   int
+	window   []byte // nil without Verve-Window
+	body     []byte
+	close    bool
+	replayed bool
 }
 
 var errShort = errors.New("incomplete")
@@ -508,6 +669,7 @@ var (
 	lineEnd    = []byte("\r\n")
 	nameLength = []byte("Content-Length")
 	nameWindow = []byte("Verve-Window")
+	nameReplay = []byte("Verve-Replayed")
 	nameClose  = []byte("Connection")
 	valueClose = []byte("close")
 	nameCoding = []byte("Transfer-Encoding")
@@ -544,6 +706,8 @@ func parseResponse(b []byte, a *response) (int, error) {
 		switch {
 		case bytes.EqualFold(name, nameWindow):
 			a.window = value
+		case bytes.EqualFold(name, nameReplay):
+			a.replayed = string(value) == "true"
 		case bytes.EqualFold(name, nameLength):
 			length = 0
 			for _, digit := range value {

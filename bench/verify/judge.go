@@ -14,24 +14,32 @@ import (
 
 // verdict is what a run found out. Its JSON is the output of --json.
 type verdict struct {
-	Good       bool             `json:"good"`
-	Answers    uint64           `json:"answers"`
-	Accepted   uint64           `json:"ok"`
-	Repeated   uint64           `json:"failed"`
-	Refused    uint64           `json:"refused"`
-	RefusedP99 float64          `json:"refused_p99_ms"` // of those sent one at a time
-	Doubted    uint64           `json:"in_doubt"`       // requests that were never answered
-	Recovered  uint64           `json:"recovered"`      // of these, how many the records count
-	Dials      uint64           `json:"connects"`
-	Kills      int              `json:"kills"`
-	Seconds    float64          `json:"seconds"`
-	PerSecond  float64          `json:"answers_per_second"`
-	Windows    int              `json:"windows"`
-	BadWindows int              `json:"bad_windows"`
-	Inexact    int              `json:"inexact_windows"` // whose sum was not judged
-	Faults     faults           `json:"faults"`
-	Levels     map[string]level `json:"levels,omitempty"` // what the server took, with --admin
-	Table      []windowVerdict  `json:"table"`            // the bad windows, or all with --verbose
+	Good       bool    `json:"good"`
+	Answers    uint64  `json:"answers"`
+	Accepted   uint64  `json:"ok"`
+	Repeated   uint64  `json:"failed"`
+	Refused    uint64  `json:"refused"`
+	RefusedP99 float64 `json:"refused_p99_ms"` // of those sent one at a time
+	Doubted    uint64  `json:"in_doubt"`       // requests that were never answered
+	Recovered  uint64  `json:"recovered"`      // of these, how many the records count
+	Lost       uint64  `json:"lost"`           // replies that were not read, thrown away, or broken off
+	Replayed   uint64  `json:"replayed"`       // of ok, answers to retries
+	Aside      uint64  `json:"set_aside"`      // attempts whose token was too old before they had an answer
+	OnlyFailed uint64  `json:"only_failed"`    // ids counted in a window, as far as can be known, and never answered ok
+	Dials      uint64  `json:"connects"`
+	Kills      int     `json:"kills"`
+	Seconds    float64 `json:"seconds"`
+	PerSecond  float64 `json:"answers_per_second"`
+	Windows    int     `json:"windows"`
+	BadWindows int     `json:"bad_windows"`
+	Inexact    int     `json:"inexact_windows"` // whose sum was not judged
+	KeyCounts  uint64  `json:"key_counts"`      // keys of windows that were judged, ids without one too
+
+	KeyDifferences uint64 `json:"key_differences"`
+
+	Faults faults           `json:"faults"`
+	Levels map[string]level `json:"levels,omitempty"` // what the server took, with --admin
+	Table  []windowVerdict  `json:"table"`            // the bad windows, or all with --verbose
 
 	newest int64 // the latest window that has a record
 }
@@ -63,14 +71,15 @@ type judging struct {
 	skipFirst    bool // the first window is not judged
 	allowInexact bool // nor are the sums of windows whose record says so
 	verbose      bool // all windows are listed
+	keys         *keys
 }
 
 // judge compares windows, as finish gave them, with every record that could be
 // read. Records of windows before the first answer are other people's; with
 // skipFirst so is the first window. From there on nobody else may have called
 // the server.
-func judge(t *truth, windows []*windowTruth, records []stream.Record, how judging) verdict {
-	v := verdict{Answers: t.answers, Refused: t.refused, Doubted: t.doubted}
+func judge(t *truth, windows []*windowTruth, records published, how judging) verdict {
+	v := verdict{Answers: t.answers, Refused: t.refused, Doubted: t.doubted, Lost: t.lost, Replayed: t.replays, Aside: t.aside, OnlyFailed: t.failed}
 	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines), Kinds: maps.Clone(t.faults.Kinds)}
 	for _, w := range windows {
 		v.Accepted += w.accepted
@@ -84,8 +93,8 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, how judgin
 	if how.skipFirst {
 		first++
 	}
-	rows := tabulate(t, windows, records, first)
-	for _, rec := range records {
+	rows := tabulate(t, windows, records.windows, first)
+	for _, rec := range records.windows {
 		v.newest = max(v.newest, rec.WindowStart.UnixMilli())
 	}
 	for _, w := range windows {
@@ -112,7 +121,10 @@ func judge(t *truth, windows []*windowTruth, records []stream.Record, how judgin
 		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", v.Recovered, t.doubted)
 	}
 	v.Windows = len(rows)
-	checkSequence(&v.Faults, records, first)
+	checkSequence(&v.Faults, records.windows, first)
+	if how.keys != nil {
+		v.judgeKeys(t, how.keys, windows, rows, records.keys, how.allowInexact)
+	}
 	v.Good = v.BadWindows == 0 && v.Faults.Count == 0
 	return v
 }
@@ -135,7 +147,7 @@ func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first i
 		}
 		r := rows[start]
 		if r == nil {
-			doubtful := t.unanswered(start)
+			doubtful := t.unanswered(start).maybe
 			r = &windowVerdict{Start: label(start), Doubtful: doubtful, Most: doubtful}
 			rows[start] = r
 		}
@@ -225,6 +237,13 @@ func (v *verdict) print(out io.Writer) {
 	fmt.Fprintf(out, "%d answers in %s (%.0f a second): %d ok, %d failed, %d refused; %d requests in doubt, %d of them counted; %d connects, %d kills\n",
 		v.Answers, time.Duration(v.Seconds*float64(time.Second)).Round(10*time.Millisecond), v.PerSecond,
 		v.Accepted, v.Repeated, v.Refused, v.Doubted, v.Recovered, v.Dials, v.Kills)
+	if v.Lost > 0 {
+		fmt.Fprintf(out, "%d replies lost, %d answers ok to a retry (replayed), %d attempts set aside, %d ids only ever answered failed\n",
+			v.Lost, v.Replayed, v.Aside, v.OnlyFailed)
+	}
+	if v.KeyCounts > 0 {
+		fmt.Fprintf(out, "%d counts of keys, %d differences\n", v.KeyCounts, v.KeyDifferences)
+	}
 	if v.Good {
 		fmt.Fprintf(out, "GOOD: the records of all %d windows add up", v.Windows)
 		if v.Inexact > 0 {

@@ -44,6 +44,10 @@ type flags struct {
 	Batch       int           `help:"Ids in a request, as a batch (0: one, in the query)."`
 	Rate        float64       `help:"Ids a second in all (0: as fast as it goes)."`
 	Repeats     float64       `default:"0.1" help:"Share of requests that ask for a recent id once more."`
+	Lose        float64       `help:"Share of the replies that the client does not read, or throws away: it asks again, at another instance if there are several."`
+	Tokens      bool          `help:"Each attempt to count an id has a token, and its retries the same one: every attempt must get its own answer."`
+	Keys        int           `help:"Ids are spread over so many keys, a few of them hot (0: no keys): each key's record must add up."`
+	Window      time.Duration `default:"1m" help:"The server's --window. With --tokens a retry comes in the window of its first request or the next."`
 	IDs         idForm        `name:"ids" default:"decimal" help:"Form of the ids: decimal, uuid or string."`
 	Seed        uint64        `help:"Of the ids and the repeats (0: drawn)."`
 	Timeout     time.Duration `default:"5s" help:"For one answer; then the request is in doubt."`
@@ -57,6 +61,7 @@ type flags struct {
 	CountsFile   []string      `type:"path" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
 	KafkaBrokers []string      `help:"Read the records from Kafka."`
 	KafkaTopic   string        `default:"verve.unique-ids" help:"The topic of the records."`
+	KeysTopic    string        `name:"kafka-keys-topic" default:"verve.unique-ids-by-key" help:"The topic of the records of the keys."`
 	Wait         time.Duration `default:"75s" help:"How long the last records may take to appear."`
 
 	Spawn     []string      `sep:"none" placeholder:"COMMAND" help:"Run this server, and stop it at the end. Repeatable: instances of a group, in the order of --url."`
@@ -187,6 +192,12 @@ func newDriver(f *flags) (*driver, error) {
 		return nil, errors.New("--rate: must not be negative")
 	case f.Repeats < 0 || f.Repeats > 1:
 		return nil, errors.New("--repeats: must be 0 to 1")
+	case f.Lose < 0 || f.Lose > 1:
+		return nil, errors.New("--lose: must be 0 to 1")
+	case f.Keys < 0 || f.Keys > maxKeys:
+		return nil, fmt.Errorf("--keys: must be 0 to %d", maxKeys)
+	case f.Tokens && f.Window < time.Millisecond:
+		return nil, errors.New("--window: must be the server's")
 	case f.Timeout <= 0:
 		return nil, errors.New("--timeout: must be above 0")
 	}
@@ -200,6 +211,8 @@ func newDriver(f *flags) (*driver, error) {
 		Rate:            f.Rate,
 		Requests:        f.Requests,
 		Repeats:         f.Repeats,
+		Lose:            f.Lose,
+		Tokens:          f.Tokens,
 		IDs:             f.IDs,
 		Seed:            f.Seed,
 		Timeout:         f.Timeout,
@@ -219,6 +232,14 @@ func newDriver(f *flags) (*driver, error) {
 	// given up may be served within another: see conn.serve and load.lag.
 	d.truth = newTruth(len(d.targets), 4*f.Timeout, f.Strict)
 	d.truth.lenient = f.AllowInexact
+	d.retries = newRetries(len(d.targets))
+	if f.Tokens {
+		d.truth.span = f.Window.Milliseconds()
+	}
+	if f.Keys > 0 {
+		d.load.Keys = newKeys(f.Keys, d.load.Seed)
+		d.truth.keyOf = d.load.Keys.key
+	}
 	return d, nil
 }
 
@@ -290,7 +311,7 @@ func (d *driver) await(ctx context.Context, f *flags, read source, windows []*wi
 	for {
 		gone := over() // before the reading: what it wrote last is then read
 		records, invalid, err := read(ctx)
-		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.AllowInexact, f.Verbose})
+		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.AllowInexact, f.Verbose, d.load.Keys})
 		for _, line := range invalid {
 			v.fault("invalid record", "%s", line)
 		}

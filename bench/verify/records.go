@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,13 +11,19 @@ import (
 	"verve/stream"
 )
 
+// published is every record there is: of windows, and of their keys.
+type published struct {
+	windows []stream.Record
+	keys    []keyRecord
+}
+
 // source reads every record there is, from the first one, each time it is called. Lines
 // that are not records it returns as text.
 //
 // Only the reading is shared with the server. Sums, repeats and gaps are judged
 // here, not by stream.Totals: a checker that adds up with the code under test
 // proves less.
-type source func(ctx context.Context) (records []stream.Record, invalid []string, err error)
+type source func(ctx context.Context) (records published, invalid []string, err error)
 
 // defaultCountsFile is where a server without brokers writes, if it was started
 // in the same folder.
@@ -27,28 +34,21 @@ func newSource(f *flags) source {
 	if len(files) == 0 && len(f.KafkaBrokers) == 0 {
 		files = []string{defaultCountsFile}
 	}
-	return func(ctx context.Context) (records []stream.Record, invalid []string, err error) {
-		collect := func(what string, seq iter.Seq2[stream.Record, error]) error {
-			for r, err := range seq {
-				switch {
-				case err == nil:
-					records = append(records, r)
-				case stream.IsInvalidRecord(err):
-					invalid = append(invalid, err.Error())
-				default:
-					return fmt.Errorf("%s: %w", what, err)
-				}
-			}
-			return nil
-		}
+	return func(ctx context.Context) (p published, invalid []string, err error) {
 		if len(f.KafkaBrokers) > 0 {
 			cfg := stream.KafkaConfig{Brokers: f.KafkaBrokers, Topic: f.KafkaTopic}
-			err = collect("kafka", stream.ReadTopic(ctx, cfg, false))
-			return records, invalid, err
+			err = p.collect("kafka", stream.ReadTopic(ctx, cfg, false), &invalid)
+			if err == nil && f.Keys > 0 {
+				err = readKeysTopic(ctx, f, &p, &invalid)
+			}
+			return p, invalid, err
 		}
 		var missing error
 		for _, path := range files {
-			err = collect(path, stream.ReadFile(ctx, path, false))
+			err = p.collect(path, stream.ReadFile(ctx, path, false), &invalid)
+			if err == nil && f.Keys > 0 {
+				err = readKeysFile(ctx, keysFile(path), &p, &invalid)
+			}
 			if err != nil && len(files) > 1 && errors.Is(err, fs.ErrNotExist) {
 				missing, err = err, nil // an instance that has published nothing yet
 			}
@@ -56,9 +56,34 @@ func newSource(f *flags) source {
 				break
 			}
 		}
-		if err == nil && len(records) == 0 {
+		if err == nil && len(p.windows) == 0 {
 			err = missing
 		}
-		return records, invalid, err
+		return p, invalid, err
 	}
+}
+
+// collect adds the records of windows that a reader yields.
+func (p *published) collect(what string, seq iter.Seq2[stream.Record, error], invalid *[]string) error {
+	for r, err := range seq {
+		switch {
+		case err == nil:
+			p.windows = append(p.windows, r)
+		case stream.IsInvalidRecord(err):
+			*invalid = append(*invalid, err.Error())
+		default:
+			return fmt.Errorf("%s: %w", what, err)
+		}
+	}
+	return nil
+}
+
+// take adds a record of a key, as it was published.
+func (p *published) take(what string, b []byte, invalid *[]string) {
+	var r keyRecord
+	if err := json.Unmarshal(b, &r); err != nil || r.Key == "" || r.Unique == 0 {
+		*invalid = append(*invalid, fmt.Sprintf("%s: %v: %.80q", what, err, b))
+		return
+	}
+	p.keys = append(p.keys, r)
 }

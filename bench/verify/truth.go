@@ -31,6 +31,11 @@ type truth struct {
 	mark    int64                  // the latest window at the previous settleOld
 	ahead   int64                  // by how many milliseconds the server's clock is seen to lead
 
+	// attempts are those with a lost request and no answer yet, by the number of their token.
+	attempts map[uint64]*attempt
+	span     int64               // length of a window, milliseconds: a token is good in the one that counted it and the next; 0: there are no tokens
+	keyOf    func(id uint64) int // the key that an id is counted under; nil: there are no keys
+
 	grace     time.Duration
 	strict    bool
 	lenient   bool         // an id may be ok twice in a window whose record is not exact
@@ -39,6 +44,10 @@ type truth struct {
 	perTarget []uint64 // answers
 	refused   uint64
 	doubted   uint64
+	lost      uint64 // replies that were not read, or thrown away
+	replays   uint64
+	aside     uint64 // attempts whose token was too old before they had an answer
+	failed    uint64 // ids of a window that were answered `failed`, never `ok`, and may have counted
 	faults    faults
 
 	// waits are how long the first maxWaits refused requests took, of those that
@@ -54,6 +63,7 @@ const maxWaits = 1 << 20
 func newTruth(targets int, grace time.Duration, strict bool) *truth {
 	return &truth{
 		windows:   make(map[int64]*windowTruth),
+		attempts:  make(map[uint64]*attempt),
 		newest:    make([]int64, targets),
 		perTarget: make([]uint64, targets),
 		grace:     grace,
@@ -79,6 +89,21 @@ type windowTruth struct {
 	// must have been counted; one that was never answered may have been.
 	settled     bool
 	sure, maybe uint64
+
+	keys map[int]*tally // by key; 0: ids without one. nil: there are no keys
+}
+
+// tally is a window's accepted, sure and maybe of one key.
+type tally struct{ accepted, sure, maybe uint64 }
+
+func (w *windowTruth) of(key int) *tally {
+	if w.keys == nil {
+		w.keys = make(map[int]*tally)
+	}
+	if w.keys[key] == nil {
+		w.keys[key] = new(tally)
+	}
+	return w.keys[key]
 }
 
 // doubt is a request that was sent and never answered. It may have counted in
@@ -87,9 +112,17 @@ type windowTruth struct {
 type doubt struct {
 	id         uint64
 	from, till int64
+	over       bool // the answer to a retry has told
 }
 
-func (d doubt) covers(start int64) bool { return d.from <= start && start <= d.till }
+// attempt is one with a token, of which requests were lost.
+type attempt struct {
+	doubts []int // in truth.doubts
+	from   int64 // the earliest window that can have counted it
+	okIn   int64 // an `ok` that was thrown away named this window; 0: none was
+}
+
+func (d doubt) covers(start int64) bool { return !d.over && d.from <= start && start <= d.till }
 
 type kind uint8
 
@@ -97,12 +130,15 @@ const (
 	answerOK kind = iota
 	answerRepeat
 	answerRefused
+	answerUnplaced // ok or failed in a window that is not known, this one at the latest
 )
 
 type answer struct {
-	id     uint64
-	window int64
-	kind   kind
+	id       uint64
+	token    uint64
+	window   int64
+	kind     kind
+	replayed bool
 }
 
 // record takes the answers that one connection to a target got to a batch that
@@ -128,7 +164,13 @@ func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 }
 
 // judged takes an answer ok or failed. The caller holds mu.
+//
+// An attempt has one answer here, whatever was lost before: so an id that a window has
+// `ok` twice, replayed or not, was counted for two attempts.
 func (t *truth) judged(target int, sent time.Time, a answer) {
+	if at := t.attempts[a.token]; at != nil {
+		t.answered(at, a)
+	}
 	w := t.last
 	if w == nil || w.start != a.window {
 		w = t.window(a.window)
@@ -150,13 +192,19 @@ func (t *truth) judged(target int, sent time.Time, a answer) {
 		return
 	}
 	w.accepted++
+	if a.replayed {
+		t.replays++
+	}
+	if t.keyOf != nil {
+		w.of(t.keyOf(a.id)).accepted++
+	}
 	if w.ok.set(a.id) {
 		if w.twice++; t.lenient {
 			return // the judge, which has the records, decides
 		}
 		t.faults.add("ok twice", "id #%d was answered ok twice in %s", a.id, label(a.window))
 	}
-	if early && failed.Before(sent) {
+	if early && failed.Before(sent) && !a.replayed {
 		t.faults.add("false duplicate", "id #%d was answered failed in %s and ok to a later request", a.id, label(a.window))
 	}
 }
@@ -167,6 +215,9 @@ func (t *truth) window(start int64) *windowTruth {
 		w = &windowTruth{start: start}
 		// A window can be first heard of after its time was settled.
 		w.settled = start < t.settled
+		if t.span > 0 && start%t.span != 0 {
+			t.faults.add("protocol", "the window %s does not begin at a multiple of %dms: --window", label(start), t.span)
+		}
 		t.windows[start] = w
 		t.ahead = max(t.ahead, start-t.now())
 	}
@@ -174,18 +225,108 @@ func (t *truth) window(start int64) *windowTruth {
 	return w
 }
 
+// answered ends an attempt of which requests were lost: it was counted in the window of
+// the answer, or nowhere. The caller holds mu.
+//
+// A request that the driver gave up may still be judged, later than its retry: after
+// `failed` it may count in a window that follows, after `ok` in one for which the token
+// is too old.
+func (t *truth) answered(at *attempt, a answer) {
+	delete(t.attempts, a.token)
+	if a.window > at.from+t.span {
+		t.aside++ // a retry was judged after its token was good: it may have counted twice
+		return
+	}
+	next := a.window + t.span
+	if a.kind == answerOK {
+		next += t.span
+	}
+	for _, i := range at.doubts {
+		d := &t.doubts[i]
+		if d.from = max(d.from, next); d.from > d.till {
+			d.over = true
+			t.doubted--
+		}
+	}
+	if at.okIn != 0 && (a.kind != answerOK || !a.replayed || a.window != at.okIn) {
+		t.faults.add("not replayed", "id #%d was answered ok in %s; its retry was answered %s, replayed: %t, in %s",
+			a.id, label(at.okIn), [...]string{"ok", "failed"}[a.kind], a.replayed, label(a.window))
+	}
+}
+
 // broken takes the ids that a connection to a target was still waiting for
 // when it broke; from is what record returned before they were sent, and lag
 // how much longer the server may work on them (nothing if it is the server
-// that closed the connection).
-func (t *truth) broken(ids []uint64, from int64, lag time.Duration) {
+// that closed the connection). It sets their from, if there are tokens.
+func (t *truth) broken(asks []ask, from int64, lag time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	till := t.now() + t.ahead + lag.Milliseconds()
-	for _, id := range ids {
-		t.doubts = append(t.doubts, doubt{id, from, till})
+	for i := range asks {
+		t.doubtful(&asks[i], from, till)
 	}
-	t.doubted += uint64(len(ids))
+	t.lost += uint64(len(asks))
+}
+
+// thrown takes the answer to a request that is asked again as if there had been none. from
+// is what record returned before it was sent. It returns the earliest window that can have
+// counted the attempt.
+func (t *truth) thrown(a ask, got answer, from int64) int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.lost++
+	switch got.kind {
+	case answerOK:
+		t.doubtful(&a, got.window, got.window)
+		if at := t.attempts[a.token]; at != nil {
+			at.okIn = got.window
+		}
+	case answerRepeat:
+		t.attempt(&a, got.window)
+	case answerUnplaced:
+		t.doubtful(&a, from, got.window)
+	}
+	return a.from
+}
+
+// doubtful notes that a request may have counted. mu is held.
+func (t *truth) doubtful(a *ask, from, till int64) {
+	if at := t.attempt(a, from); at != nil {
+		at.doubts = append(at.doubts, len(t.doubts))
+	}
+	t.doubts = append(t.doubts, doubt{id: a.id, from: from, till: till})
+	t.doubted++
+}
+
+// attempt returns the attempt of a request, none without a token. No clock of a server
+// is more than a window behind the driver's. mu is held.
+func (t *truth) attempt(a *ask, from int64) *attempt {
+	if a.token == 0 {
+		return nil
+	}
+	at := t.attempts[a.token]
+	if at == nil {
+		now := t.now()
+		at = &attempt{from: max(from, now-now%t.span-t.span)}
+		t.attempts[a.token] = at
+	}
+	a.from = at.from
+	return at
+}
+
+// setAside gives up an attempt: its token is too old to be asked again.
+func (t *truth) setAside(token uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.attempts, token)
+	t.aside++
+}
+
+// pending is the number of attempts with a lost request and no answer yet.
+func (t *truth) pending() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.attempts)
 }
 
 func (t *truth) newestOf(target int) int64 {
@@ -225,7 +366,7 @@ func (t *truth) settleOld() {
 	t.mark = slices.Min(t.newest) // one instance's clock may run behind another's
 	starts := t.starts()
 	for i, start := range starts {
-		if i+1 == len(starts) || starts[i+1] > limit {
+		if i+1 == len(starts) || starts[i+1]+t.span > limit { // a replay names the window before
 			break
 		}
 		if w := t.windows[start]; !w.settled {
@@ -251,6 +392,8 @@ func (t *truth) finish() []*windowTruth {
 		}
 		all = append(all, w)
 	}
+	t.aside += uint64(len(t.attempts))
+	clear(t.attempts)
 	return all
 }
 
@@ -283,13 +426,24 @@ func (t *truth) settle(w *windowTruth) {
 		if !d.covers(w.start) || doubtful.set(d.id) || w.ok.has(d.id) {
 			continue
 		}
+		_, failed := w.early[d.id]
 		w.maybe++
-		if _, failed := w.early[d.id]; failed {
+		if failed {
 			w.sure++
+		}
+		if t.keyOf != nil && !t.strict {
+			k := w.of(t.keyOf(d.id))
+			if k.maybe++; failed {
+				k.sure++
+			}
 		}
 	}
 	for id := range w.early {
-		if w.ok.has(id) || (!t.strict && doubtful.has(id)) {
+		if w.ok.has(id) {
+			continue
+		}
+		if !t.strict && doubtful.has(id) {
+			t.failed++
 			continue
 		}
 		t.faults.add("false duplicate", "id #%d was answered failed in %s and never ok", id, label(w.start))
@@ -300,19 +454,22 @@ func (t *truth) settle(w *windowTruth) {
 	w.ok, w.early, w.settled = bitmap{}, nil, true
 }
 
-// unanswered is how many ids in doubt may have counted in a window that was
-// never named in an answer. Called after finish.
-func (t *truth) unanswered(start int64) (maybe uint64) {
+// unanswered is a window that was never named in an answer: ids in doubt may have
+// counted there. Called after finish.
+func (t *truth) unanswered(start int64) *windowTruth {
+	w := &windowTruth{start: start}
 	if t.strict {
-		return 0
+		return w
 	}
 	var doubtful bitmap
 	for _, d := range t.doubts {
 		if d.covers(start) && !doubtful.set(d.id) {
-			maybe++
+			if w.maybe++; t.keyOf != nil {
+				w.of(t.keyOf(d.id)).maybe++
+			}
 		}
 	}
-	return maybe
+	return w
 }
 
 func label(start int64) string {

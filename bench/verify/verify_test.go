@@ -2,10 +2,14 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -21,13 +25,110 @@ type fakeServer struct {
 	url   string
 	fault func(n int) faultStep // of the n-th request, from 0
 
+	perWindow int // answers
+
 	mu      sync.Mutex
 	served  int
 	start   time.Time
-	seen    map[string]bool
+	seen    map[string]string // the token with which an id was counted, by key and id
+	before  map[string]string // the same of the last window
 	unique  uint64
+	byKey   map[string]uint64
 	records []stream.Record
+	keys    []keyRecord
 	extra   int64 // added to the next record
+
+	tokens tokenFault
+	keyed  func(window int, r []keyRecord) []keyRecord // what becomes of the records of the keys
+}
+
+// tokenFault is what a fakeServer does wrong with tokens.
+type tokenFault uint8
+
+const (
+	keepTokens    tokenFault = iota
+	noTokens                 // a retry is a repeat
+	countReplays             // a replay counts once more
+	forgetAtTurn             // a token is good in its own window alone
+	wrongWindow              // a replay names the open window
+	replayForeign            // any token is taken for that of the id
+)
+
+// judge answers one id, and the window that a reply names.
+func (s *fakeServer) judge(key, id, token string) (word string, start time.Time) {
+	pair := key + "\x00" + id
+	same := func(of map[string]string) bool {
+		was, ok := of[pair]
+		return ok && token != "" && (was == token || s.tokens == replayForeign) && s.tokens != noTokens
+	}
+	switch {
+	case same(s.seen):
+		if s.tokens == countReplays {
+			s.unique++
+		}
+		return "replayed", s.start
+	case same(s.before) && s.tokens != forgetAtTurn:
+		if s.tokens == countReplays {
+			s.unique++
+		}
+		if s.tokens == wrongWindow {
+			return "replayed", s.start
+		}
+		return "replayed", s.start.Add(-time.Second)
+	}
+	if _, ok := s.seen[pair]; ok {
+		return "duplicate", s.start
+	}
+	s.seen[pair] = token
+	s.unique++
+	if key != "" {
+		s.byKey[key]++
+	}
+	return "ok", s.start
+}
+
+// batch answers a batch in JSON.
+func (s *fakeServer) batch(w http.ResponseWriter, r *http.Request) {
+	var items []struct{ ID, Key, Token string }
+	if err := json.NewDecoder(r.Body).Decode(&items); err != nil {
+		w.WriteHeader(400)
+		return
+	}
+	var answer struct {
+		OK        int      `json:"ok"`
+		Duplicate int      `json:"duplicate"`
+		Replayed  int      `json:"replayed"`
+		Refused   int      `json:"refused"`
+		Results   []string `json:"results"`
+	}
+	windows := map[string]int{}
+	for _, i := range items {
+		word, start := s.judge(i.Key, i.ID, i.Token)
+		windows[start.Format(time.RFC3339Nano)]++
+		answer.Results = append(answer.Results, word)
+		switch word {
+		case "ok":
+			answer.OK++
+		case "duplicate":
+			answer.Duplicate++
+		default:
+			answer.Replayed++
+		}
+		if s.served++; s.served%s.perWindow == 0 {
+			s.turn()
+		}
+	}
+	var list []string
+	for _, start := range slices.Sorted(maps.Keys(windows)) {
+		list = append(list, fmt.Sprintf("%s;n=%d", start, windows[start]))
+	}
+	if len(list) == 1 {
+		list[0], _, _ = strings.Cut(list[0], ";")
+	}
+	b, _ := json.Marshal(answer)
+	w.Header().Set("Verve-Window", strings.Join(list, ", "))
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+	_, _ = w.Write(b)
 }
 
 type faultStep uint8
@@ -52,7 +153,8 @@ const answersPerWindow = 500
 
 func newFakeServer(t *testing.T, fault func(n int) faultStep) *fakeServer {
 	t.Helper()
-	s := &fakeServer{fault: fault, start: time.Now().UTC().Truncate(time.Second), seen: map[string]bool{}}
+	s := &fakeServer{fault: fault, perWindow: answersPerWindow, start: time.Now().UTC().Truncate(time.Second)}
+	s.open()
 	server := httptest.NewServer(s)
 	t.Cleanup(server.Close)
 	s.url = server.URL
@@ -67,10 +169,15 @@ func (s *fakeServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		step = s.fault(s.served)
 	}
 	s.served++
-	id := r.URL.Query().Get("id")
+	if r.Method == http.MethodPost {
+		s.batch(w, r)
+		return
+	}
+	query := r.URL.Query()
+	id, key, token := query.Get("id"), query.Get("key"), query.Get("token")+r.Header.Get("Idempotency-Key")
+	start := s.start
 	answer := func(status int, body string) {
 		if step != noWindow {
-			start := s.start
 			if step == lateLabel {
 				start = start.Add(-time.Minute)
 			}
@@ -86,20 +193,13 @@ func (s *fakeServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			nc.Close()
 		}
 	}
-	isNew := !s.seen[id]
-	add := func() {
-		s.seen[id] = true
-		if isNew {
-			s.unique++
-		}
-	}
 	switch step {
 	case okAgain:
 		answer(200, "ok")
 	case falseDuplicate:
 		answer(409, "failed")
 	case hangUpCounted:
-		add()
+		s.judge(key, id, token)
 		hang()
 	case hangUp:
 		hang()
@@ -114,14 +214,18 @@ func (s *fakeServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if step == doubleOne {
 			s.extra = 1
 		}
-		add()
-		if isNew {
+		var word string
+		switch word, start = s.judge(key, id, token); word {
+		case "replayed":
+			w.Header().Set("Verve-Replayed", "true")
+			fallthrough
+		case "ok":
 			answer(200, "ok")
-		} else {
+		default:
 			answer(409, "failed")
 		}
 	}
-	if s.served%answersPerWindow == 0 {
+	if s.served%s.perWindow == 0 {
 		s.turn()
 	}
 }
@@ -134,8 +238,21 @@ func (s *fakeServer) turn() {
 		Instance:    "fake",
 		Seq:         uint64(len(s.records) + 1),
 	})
+	var keys []keyRecord
+	for _, key := range slices.Sorted(maps.Keys(s.byKey)) {
+		keys = append(keys, keyRecord{WindowStart: s.start, Key: key, Unique: s.byKey[key], Instance: "fake", Seq: uint64(len(s.records))})
+	}
+	if s.keyed != nil {
+		keys = s.keyed(len(s.records), keys)
+	}
+	s.keys = append(s.keys, keys...)
 	s.start = s.start.Add(time.Second)
-	s.seen, s.unique, s.extra = map[string]bool{}, 0, 0
+	s.before = s.seen
+	s.open()
+}
+
+func (s *fakeServer) open() {
+	s.seen, s.byKey, s.unique, s.extra = map[string]string{}, map[string]uint64{}, 0, 0
 }
 
 // drive sends requests to the server and judges its records.
@@ -144,6 +261,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	f := flags{
 		URL: []string{s.url}, Requests: 5000, Connections: 8, Pipeline: 1, Repeats: 0.3,
 		IDs: idsDecimal, Seed: 1, Timeout: 10 * time.Second, DuplicateStatus: 409,
+		Window: time.Second,
 	}
 	for _, arg := range args {
 		arg(&f)
@@ -157,7 +275,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turn()
-	return judge(d.truth, windows, s.records, judging{skipFirst: f.SkipFirst, verbose: f.Verbose})
+	return judge(d.truth, windows, published{s.records, s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose, keys: d.load.Keys})
 }
 
 // once gives one step to the n-th request and lets the server behave otherwise.
@@ -261,7 +379,7 @@ func TestRecordsAreVisibleOnceAndWithoutGaps(t *testing.T) {
 		"two of a group":      {[]stream.Record{group(0, 1), group(0, 0)}, "visible twice"},
 		"older ones, ignored": {[]stream.Record{instance(-9, 7, 1), instance(0, 1, 4)}, ""},
 	} {
-		v := judge(truth, truth.finish(), test.records, judging{})
+		v := judge(truth, truth.finish(), published{windows: test.records}, judging{})
 		if test.fault == "" && !v.Good || test.fault != "" && (v.Good || v.Faults.Kinds[test.fault] != 1) {
 			t.Errorf("%s: got good=%t, %+v, %+v; want fault %q", name, v.Good, v.Table, v.Faults, test.fault)
 		}
@@ -325,11 +443,11 @@ func TestRetryTellsWhatBecameOfTheRequest(t *testing.T) {
 	const window = 1_000_000
 	truth.now = func() int64 { return window + 10 }
 	from := truth.record(0, time.Now(), []answer{{id: 1, window: window, kind: answerOK}})
-	truth.broken([]uint64{2, 3, 4}, from, 0)
+	truth.broken([]ask{{id: 2}, {id: 3}, {id: 4}}, from, 0)
 	truth.record(0, time.Now(), []answer{{id: 2, window: window, kind: answerRepeat}, {id: 3, window: window, kind: answerOK}})
 	windows := truth.finish()
 	for sum, good := range map[uint64]bool{1: false, 2: false, 3: true, 4: true, 5: false} {
-		v := judge(truth, windows, []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}, judging{})
+		v := judge(truth, windows, published{windows: []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}}, judging{})
 		if v.Good != good {
 			t.Errorf("sum %d: got good=%t, %+v; want %t", sum, v.Good, v.Table, good)
 		}

@@ -1,0 +1,180 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"net/url"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// keys are the keys of a run, from 1; 0 is none. What the driver calls an id is then an
+// id under a key: the number of the one gives both, so that all else is judged alike.
+type keys struct {
+	names, escaped []string // as a record has them, and as a query does
+	numbers        map[string]int
+	seed           uint64
+}
+
+const (
+	maxKeys = 1_000_000
+
+	// One id in keylessShare has no key, and one in sameIDShare is that of the
+	// number before it, under another key.
+	keylessShare = 8
+	sameIDShare  = 16
+)
+
+func newKeys(n int, seed uint64) *keys {
+	k := &keys{names: []string{""}, escaped: []string{""}, numbers: map[string]int{}, seed: seed}
+	for i := 1; i <= n; i++ {
+		name := fmt.Sprint("key-", i)
+		if i%5 == 0 {
+			name = fmt.Sprintf("clé %d/&=+", i) // takes escaping in a query
+		}
+		k.names, k.escaped = append(k.names, name), append(k.escaped, url.QueryEscape(name))
+		k.numbers[name] = i
+	}
+	return k
+}
+
+// of returns the number of the id's text, and its key.
+func (k *keys) of(n uint64) (id uint64, key int) {
+	if k == nil {
+		return n, 0
+	}
+	key = k.draw(n)
+	if n%sameIDShare != sameIDShare-1 {
+		return n, key
+	}
+	if key == k.draw(n-1) {
+		key = (key + 1) % len(k.names)
+	}
+	return n - 1, key
+}
+
+func (k *keys) key(n uint64) int {
+	_, key := k.of(n)
+	return key
+}
+
+// draw spreads ids over keys as the world does: a key has about half of what the one
+// half as far down the list has.
+func (k *keys) draw(n uint64) int {
+	x := mix(mix(n) ^ k.seed)
+	if x%keylessShare == 0 {
+		return 0
+	}
+	share := float64(x>>11) / (1 << 53)
+	return min(int(math.Pow(float64(len(k.names)), share)), len(k.names)-1)
+}
+
+// keyRecord is the count of a key as it was published.
+type keyRecord struct {
+	WindowStart time.Time `json:"window_start"`
+	Key         string    `json:"key"`
+	Unique      uint64    `json:"unique"`
+	Scope       string    `json:"scope"`
+	Group       string    `json:"group"`
+	Instance    string    `json:"instance"`
+	Seq         uint64    `json:"seq"`
+}
+
+// keysFile has the counts by key of the records in a counts file.
+func keysFile(counts string) string {
+	return filepath.Join(filepath.Dir(counts), "counts-by-key.jsonl")
+}
+
+// readKeysFile reads every record of a key there is. A file that is not there has none.
+func readKeysFile(ctx context.Context, path string, to *published, invalid *[]string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	r := bufio.NewReaderSize(f, 1<<16)
+	for n := 1; ctx.Err() == nil; n++ {
+		line, err := r.ReadBytes('\n')
+		if err != nil {
+			return nil // the rest is being written
+		}
+		to.take(fmt.Sprintf("%s line %d", path, n), line, invalid)
+	}
+	return ctx.Err()
+}
+
+// judgeKeys compares, for each window, what is published by key with the answers.
+// without is what is left of the window's sum: the ids without a key.
+func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[int64]*windowVerdict, records []keyRecord, allowInexact bool) {
+	truths := make(map[int64]*windowTruth, len(windows))
+	for _, w := range windows {
+		truths[w.start] = w
+	}
+	sums := make(map[int64]map[int]uint64)
+	type identity struct {
+		start                int64
+		group, instance, key string
+		seq                  uint64
+	}
+	seen := make(map[identity]bool, len(records))
+	for _, r := range records {
+		start := r.WindowStart.UnixMilli()
+		if rows[start] == nil {
+			continue // before the run, or of a window whose record is still to come
+		}
+		key, known := k.numbers[r.Key]
+		if id := (identity{start, r.Group, r.Instance, r.Key, r.Seq}); seen[id] {
+			v.Faults.add("visible twice", "%s/%s seq %d has two records of the key %q in %s", r.Group, r.Instance, r.Seq, r.Key, label(start))
+		} else if seen[id] = true; !known {
+			v.Faults.add("key", "%s has a record of the key %q, which no request had", label(start), r.Key)
+		}
+		if sums[start] == nil {
+			sums[start] = make(map[int]uint64)
+		}
+		sums[start][key] += r.Unique
+	}
+	for start, row := range rows {
+		if row.Records == 0 || row.Inexact && allowInexact {
+			continue
+		}
+		w := truths[start]
+		if w == nil {
+			w = t.unanswered(start)
+		}
+		v.judgeWindowKeys(k, w, row, sums[start])
+	}
+}
+
+func (v *verdict) judgeWindowKeys(k *keys, w *windowTruth, row *windowVerdict, sums map[int]uint64) {
+	without := row.Sum
+	for key, sum := range sums {
+		if without -= sum; key > 0 && w.keys[key] == nil {
+			v.KeyDifferences++
+			v.Faults.add("key", "%s, key %q: %d in the records, and no ok answers", row.Start, k.names[key], sum)
+		}
+	}
+	// Below zero it is far above the most.
+	for key, n := range w.keys {
+		sum, name := sums[key], k.names[key]
+		if key == 0 {
+			sum, name = without, "none"
+		}
+		v.KeyCounts++
+		if sum < n.accepted+n.sure || sum > n.accepted+n.maybe {
+			v.KeyDifferences++
+			v.Faults.add("key", "%s, key %q: %d in the records, %d ok answers, %d to %d of those in doubt", row.Start, name, sum, n.accepted, n.sure, n.maybe)
+		}
+	}
+	if w.keys[0] == nil && without != 0 {
+		v.KeyDifferences++
+		v.Faults.add("key", "%s: %d ids without a key in the records, and no ok answers", row.Start, int64(without))
+	}
+}

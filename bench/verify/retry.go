@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// ask is one request for an id: the first of an attempt to count it, or a retry.
+type ask struct {
+	id    uint64
+	token uint64 // number of the attempt, from 1; 0: it has no token
+	from  int64  // the earliest window that can have counted the attempt; 0: nothing of it was lost
+	alone bool   // in a request of its own: the answer to a batch did not tell in which window
+}
+
+// retries are requests without an answer, which are to be asked again: by a connection
+// to another target than the last one, where there are several. Safe for concurrent use.
+type retries struct {
+	mu      sync.Mutex
+	queues  [][]ask // by the target that was asked last; guarded by mu
+	waiting atomic.Int64
+}
+
+func newRetries(targets int) *retries { return &retries{queues: make([][]ask, targets)} }
+
+func (r *retries) put(target int, asks ...ask) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.queues[target] = append(r.queues[target], asks...)
+	r.waiting.Add(int64(len(asks)))
+}
+
+// take moves up to most requests that this target may be asked to dst.
+func (r *retries) take(dst []ask, target, most int) []ask {
+	if r.waiting.Load() == 0 {
+		return dst
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i := 1; i <= len(r.queues); i++ {
+		if i == len(r.queues) && i > 1 {
+			break // its own
+		}
+		q := &r.queues[(target+i)%len(r.queues)]
+		n := min(most, len(*q))
+		dst = append(dst, (*q)[:n]...)
+		*q = (*q)[:copy(*q, (*q)[n:])]
+		most -= n
+		r.waiting.Add(-int64(n))
+	}
+	return dst
+}
+
+// retry adds what is to be asked again to the batch that is built. A token is good for
+// the window that counted its id and the next one: an attempt that cannot be asked
+// again by then is set aside.
+func (c *conn) retry(most int) {
+	before := len(c.ids)
+	c.ids = c.d.retries.take(c.ids, c.target, most)
+	kept := c.ids[:before]
+	for _, a := range c.ids[before:] {
+		if a.token != 0 && time.Now().UnixMilli() >= a.from+2*c.d.truth.span {
+			c.d.truth.setAside(a.token)
+			continue
+		}
+		kept = append(kept, a)
+	}
+	c.ids = kept
+}
+
+// lost notes requests that will not be answered. They are asked again.
+func (c *conn) lost(asks []ask, from int64, lag time.Duration) {
+	c.d.truth.broken(asks, from, lag)
+	c.d.retries.put(c.target, asks...)
+}
+
+// stray is how long a server may take to judge what it had read, or has yet to read,
+// from a connection that the driver closed.
+const stray = time.Second
+
+// cut is how a connection loses replies: the driver closes it.
+type cut struct {
+	now   bool // before anything of the reply is read
+	reset bool // with a TCP reset
+	bytes int  // after so many bytes of the reply; 0: after answers
+	after int  // ids answered
+}
+
+// draw decides whether the replies to a batch are lost with their connection. Two thirds
+// of what is lost is lost so, as far as one reply a connection goes; see discard.
+func (c *conn) draw() (x cut, lose bool) {
+	if share := c.d.load.Lose; share == 0 || c.rng.Float64() >= share*2/3 {
+		return x, false
+	}
+	switch c.rng.IntN(4) {
+	case 0:
+		x.now = true
+	case 1:
+		x.now, x.reset = true, true
+	case 2:
+		x.bytes = 1 + c.rng.IntN(40)
+	default:
+		x.after = c.rng.IntN(len(c.ids))
+	}
+	return x, true
+}
+
+// lose closes a connection whose batch was sent, at another moment each time.
+func (c *conn) lose(nc net.Conn, x cut, sent time.Time) {
+	from := c.newest
+	c.got = c.got[:0]
+	n := 0
+	switch {
+	case x.now:
+		if tcp, ok := nc.(*net.TCPConn); ok && x.reset {
+			_ = tcp.SetLinger(0)
+		}
+	case x.bytes > 0:
+		_, _ = nc.Read(c.in[:x.bytes]) // whatever came of it is thrown away
+	case x.after > 0:
+		n, _, _ = c.read(nc, x.after)
+		c.report(sent, from, n)
+	}
+	nc.Close()
+	c.lost(c.ids[n:], from, stray)
+}
+
+// discard throws answers away that have arrived: all those to a request. The rest
+// stays in c.got, for the truth.
+func (c *conn) discard(n int, from int64) {
+	kept := c.got[:0]
+	for at := 0; at < n; {
+		size := c.inRequest(c.ids[at:n])
+		throw := c.d.load.Lose > 0 && c.rng.Float64() < c.d.load.Lose/3
+		for i := at; i < at+size; i++ {
+			a, got := c.ids[i], c.got[i]
+			switch {
+			case throw || got.kind == answerUnplaced:
+				a.alone = got.kind == answerUnplaced
+				a.from = c.d.truth.thrown(a, got, from)
+				c.d.retries.put(c.target, a)
+			case got.kind == answerRefused && a.from != 0 && a.token != 0:
+				c.d.retries.put(c.target, a)
+				kept = append(kept, got)
+			default:
+				kept = append(kept, got)
+			}
+		}
+		at += size
+	}
+	c.got = kept
+}
+
+// drain asks again what has a token and no answer yet, when the load is over.
+func (d *driver) drain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 4*d.load.Timeout)
+	defer cancel()
+	d.draining, d.load.Lose, d.load.Rate = true, 0, 0
+	d.connect(ctx)
+}

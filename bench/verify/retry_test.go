@@ -1,0 +1,217 @@
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"verve/stream"
+)
+
+// losing makes a run lose replies, and ask again.
+func losing(tokens bool) func(*flags) {
+	return func(f *flags) { f.Lose, f.Tokens = 0.1, tokens }
+}
+
+func TestServerThatKeepsTokensIsFoundGood(t *testing.T) {
+	for name, shape := range map[string]func(*flags){
+		"single":    func(f *flags) {},
+		"pipelined": func(f *flags) { f.Pipeline = 16 },
+		"batches":   func(f *flags) { f.Batch, f.Requests = 40, 20_000 },
+		"two targets": func(f *flags) {
+			f.URL = append(f.URL, f.URL[0])
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newFakeServer(t, nil)
+			if name == "batches" {
+				s.perWindow *= 10
+			}
+			v := s.drive(t, losing(true), shape)
+			if !v.Good || v.Lost == 0 || v.Replayed == 0 || v.OnlyFailed > v.Aside {
+				t.Errorf("got %+v; want good, with lost replies, replayed ones, and no id that was only failed", v)
+			}
+			// Windows of this server take a moment each: some tokens get too old.
+			if v.Aside > v.Lost/2 {
+				t.Errorf("%d set aside and %d in doubt of %d lost are too many", v.Aside, v.Doubted, v.Lost)
+			}
+		})
+	}
+}
+
+func TestEveryFaultWithTokensIsFound(t *testing.T) {
+	for name, test := range map[string]struct {
+		fault tokenFault
+		want  string
+	}{
+		"a retry is a repeat":            {noTokens, "false duplicate"},
+		"a replay counts once more":      {countReplays, "too many"},
+		"a token is forgotten at a turn": {forgetAtTurn, "too many|false duplicate|not replayed"},
+		"a replay names another window":  {wrongWindow, "lost|not replayed"},
+		"a foreign token is taken":       {replayForeign, "ok twice"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newFakeServer(t, nil)
+			s.tokens = test.fault
+			v := s.drive(t, losing(true), func(f *flags) { f.Lose, f.Requests = 0.5, 10_000 })
+			found := false
+			for want := range strings.SplitSeq(test.want, "|") {
+				found = found || v.Faults.Kinds[want] > 0
+				for _, row := range v.Table {
+					found = found || strings.HasSuffix(row.Bad, want)
+				}
+			}
+			if v.Good || !found {
+				t.Errorf("got good=%t, %+v, %+v; want %q", v.Good, v.Table, v.Faults, test.want)
+			}
+		})
+	}
+}
+
+// TestLostRepliesWithoutTokens: the sums hold, and the ids that got only `failed` are
+// numbered.
+func TestLostRepliesWithoutTokens(t *testing.T) {
+	s := newFakeServer(t, nil)
+	v := s.drive(t, losing(false))
+	if !v.Good || v.Lost == 0 || v.OnlyFailed == 0 || v.Replayed != 0 {
+		t.Errorf("got %+v; want good, with ids that were only failed", v)
+	}
+}
+
+// TestAttemptIsCountedOnce pins what an answer to a retry says of the request that was
+// lost: nothing else may have counted.
+func TestAttemptIsCountedOnce(t *testing.T) {
+	const span, window = 1000, 1_000_000
+	for name, test := range map[string]struct {
+		answer answer
+		sums   [2]uint64 // of the window and the next, beside one id answered ok in each
+		good   bool
+	}{
+		"ok, replayed":                {answer{window: window, kind: answerOK, replayed: true}, [2]uint64{2, 1}, true},
+		"ok in the next window":       {answer{window: window + span, kind: answerOK}, [2]uint64{1, 2}, true},
+		"ok there, and counted twice": {answer{window: window + span, kind: answerOK}, [2]uint64{2, 2}, false},
+		"replayed, and counted twice": {answer{window: window, kind: answerOK, replayed: true}, [2]uint64{2, 2}, false},
+		"failed, and counted":         {answer{window: window, kind: answerRepeat}, [2]uint64{2, 1}, false},
+	} {
+		truth := newTruth(1, time.Minute, false)
+		truth.span = span
+		truth.now = func() int64 { return window + 10 }
+		from := truth.record(0, time.Now(), []answer{{id: 1, window: window, kind: answerOK}, {id: 1, window: window + span, kind: answerOK}})
+		from = min(from, window)
+		asks := []ask{{id: 2, token: 7}}
+		if test.answer.kind == answerRepeat {
+			asks[0].id = 1
+		}
+		truth.broken(asks, from, 0)
+		if asks[0].from != window || truth.pending() != 1 {
+			t.Errorf("%s: got %+v, %d pending; want an attempt of the window", name, asks[0], truth.pending())
+		}
+		test.answer.id, test.answer.token = asks[0].id, 7
+		truth.record(0, time.Now(), []answer{test.answer})
+		var records published
+		for i, sum := range test.sums {
+			records.windows = append(records.windows, stream.Record{WindowStart: time.UnixMilli(window + int64(i)*span), Unique: sum, Seq: uint64(i + 1)})
+		}
+		if v := judge(truth, truth.finish(), records, judging{}); v.Good != test.good {
+			t.Errorf("%s: got good=%t, %+v, %+v", name, v.Good, v.Table, v.Faults)
+		}
+	}
+}
+
+func TestRetriesGoToAnotherTarget(t *testing.T) {
+	r := newRetries(2)
+	r.put(0, ask{id: 1}, ask{id: 2})
+	if got := r.take(nil, 0, 5); len(got) != 0 {
+		t.Errorf("the target that lost them was given %v", got)
+	}
+	if got := r.take(nil, 1, 1); len(got) != 1 || got[0].id != 1 || r.waiting.Load() != 1 {
+		t.Errorf("got %v, want the first", got)
+	}
+	r = newRetries(1)
+	r.put(0, ask{id: 1})
+	if got := r.take(nil, 0, 5); len(got) != 1 {
+		t.Errorf("got %v, want the only target to be asked again", got)
+	}
+}
+
+func TestKeysAddUp(t *testing.T) {
+	for _, batch := range []int{0, 40} {
+		s := newFakeServer(t, nil)
+		s.perWindow = 2000
+		v := s.drive(t, losing(true), func(f *flags) { f.Keys, f.Batch, f.Requests = 50, batch, 10_000 })
+		if !v.Good || v.KeyCounts < 150 || v.KeyDifferences != 0 {
+			t.Errorf("batches of %d: got %+v; want good, and some hundreds of counts", batch, v)
+		}
+	}
+}
+
+func TestEveryFaultOfKeysIsFound(t *testing.T) {
+	third := func(change func([]keyRecord) []keyRecord) func(int, []keyRecord) []keyRecord {
+		return func(window int, r []keyRecord) []keyRecord {
+			if window == 3 {
+				return change(r)
+			}
+			return r
+		}
+	}
+	for name, test := range map[string]struct {
+		keyed func(int, []keyRecord) []keyRecord
+		want  string
+	}{
+		"one less":      {third(func(r []keyRecord) []keyRecord { r[0].Unique--; return r }), "key"},
+		"one more":      {third(func(r []keyRecord) []keyRecord { r[0].Unique++; return r }), "key"},
+		"one missing":   {third(func(r []keyRecord) []keyRecord { return r[1:] }), "key"},
+		"one twice":     {third(func(r []keyRecord) []keyRecord { return append(r, r[0]) }), "visible twice"},
+		"another name":  {third(func(r []keyRecord) []keyRecord { r[0].Key += "x"; return r }), "key"},
+		"swapped names": {third(func(r []keyRecord) []keyRecord { i := most(r); r[i].Key, r[0].Key = r[0].Key, r[i].Key; return r }), "key"},
+		"none at all":   {func(int, []keyRecord) []keyRecord { return nil }, "key"},
+	} {
+		s := newFakeServer(t, nil)
+		s.keyed = test.keyed
+		v := s.drive(t, func(f *flags) { f.Keys = 20 })
+		if v.Good || v.Faults.Kinds[test.want] == 0 {
+			t.Errorf("%s: got good=%t, %+v; want %q", name, v.Good, v.Faults, test.want)
+		}
+	}
+}
+
+// most is the record with the largest count, but for the first.
+func most(r []keyRecord) (at int) {
+	for i := 1; i < len(r); i++ {
+		if at == 0 || r[i].Unique > r[at].Unique {
+			at = i
+		}
+	}
+	return at
+}
+
+func TestKeysAreSkewedAndOneToOne(t *testing.T) {
+	k := newKeys(1000, 42)
+	type pair struct {
+		id  uint64
+		key int
+	}
+	seen := map[pair]bool{}
+	byID, byKey := map[uint64]int{}, make([]int, len(k.names))
+	for n := range uint64(100_000) {
+		id, key := k.of(n)
+		if seen[pair{id, key}] {
+			t.Fatalf("#%d is an id and key that another number has", n)
+		}
+		seen[pair{id, key}] = true
+		byID[id]++
+		byKey[key]++
+	}
+	twice := 0
+	for _, n := range byID {
+		if n > 1 {
+			twice++
+		}
+	}
+	none, sorted := byKey[0], slices.Clone(byKey[1:])
+	slices.Sort(sorted)
+	if none < 10_000 || none > 15_000 || twice < 5_000 || sorted[0] == 0 || sorted[999] < 20*sorted[500] {
+		t.Errorf("%d without a key, %d ids under two, keys have %d to %d, median %d", none, twice, sorted[0], sorted[999], sorted[500])
+	}
+}
