@@ -73,7 +73,7 @@ func (c childSpec) fillDisk() error {
 	refused := 0
 	for i := 0; i < c.Until; {
 		r := record(i)
-		err := sp.append(&r, noStep)
+		err := sp.append(&r, nil, noStep)
 		switch {
 		case err == nil:
 			i++
