@@ -128,7 +128,10 @@ type sink interface {
 }
 
 // poisonError marks a record that a sink will never accept.
-type poisonError struct{ err error }
+type poisonError struct {
+	err    error
+	ofKeys bool // Kafka: it was not the record itself that was refused, but one by key
+}
 
 func (e *poisonError) Error() string { return e.err.Error() }
 func (e *poisonError) Unwrap() error { return e.err }
