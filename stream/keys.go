@@ -158,7 +158,7 @@ func packKeys(keys []counter.KeyCount) (p packedKeys) {
 	return p
 }
 
-// all yields each key and its count. What is not packed by packKeys ends it early: the
+// all yields each key and its count. Bytes that packKeys did not make end it early: the
 // spool compares the number of keys with that in the record.
 func (p packedKeys) all() iter.Seq2[string, uint64] {
 	return func(yield func(string, uint64) bool) {

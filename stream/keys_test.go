@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"iter"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -50,8 +52,9 @@ func wantKeys(t *testing.T, got []KeyRecord, n, keys int) {
 	if len(got) != n*keys {
 		t.Fatalf("%d records by key, want %d", len(got), n*keys)
 	}
+	of := withKeys(counter.Count{}, keys).Keys
 	for i, r := range got {
-		w, k := window(i/keys), withKeys(counter.Count{}, keys).Keys[i%keys]
+		w, k := window(i/keys), of[i%keys]
 		if !r.WindowStart.Equal(w.Start) || r.Seq != uint64(i/keys+1) || r.Key != k.Key || r.Unique != k.Unique {
 			t.Fatalf("record by key %d is %s with unique %d, want %s of window %d with %d", i, r.ID(), r.Unique, k.Key, i/keys, k.Unique)
 		}
@@ -510,7 +513,7 @@ func TestKafkaTopicOfTheKeysIsNotAskedForWithoutKeys(t *testing.T) {
 // TestKafkaKeysThatAreTooManyForABatch go in smaller ones; nothing is set aside.
 func TestKafkaKeysThatAreTooManyForABatch(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
-		refuse := refuseKeys(t, c, kerr.MessageTooLarge, 2000)
+		refuse := refuseKeys(t, c, kerr.MessageTooLarge, 5000)
 		const keys = 3000
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
 		for i := range 3 {
@@ -577,5 +580,158 @@ func TestKafkaMissingRightOnTheTopicOfTheKeysIsNamed(t *testing.T) {
 		}
 		refuse.Remove()
 		s.flush(t, 5*time.Minute)
+	}, kfake.AllowAutoTopicCreation())
+}
+
+// claimed is a group that answers every question alike.
+type claimed struct{ answer counter.Claim }
+
+func (c claimed) Claim(context.Context, counter.Span) (counter.Claim, error) { return c.answer, nil }
+func (claimed) Written(context.Context, counter.Span) error                  { return nil }
+
+// TestGroupLinesByKeyOfAKillAreRemoved by the instance that was killed, whether it writes
+// the line of the window in the end or another one did; those of other windows stay.
+func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
+	grouped := func(i int) entry {
+		r := record(i)
+		r.Scope, r.Instance, r.Keys = ScopeGroup, "", 3
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return entry{uint64(i + 1), r, b, packKeys(withKeys(window(i), 3).Keys)}
+	}
+	for name, claim := range map[string]counter.Claim{
+		"mine": {Mine: true}, "mine in doubt": {Mine: true, Doubt: true}, "written": {Written: true}, "written in doubt": {Written: true, Doubt: true},
+	} {
+		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		f := newFileSink(path, nil, 0, noStep)
+		f.claims = claimed{counter.Claim{Mine: true}}
+		deliver(t, f, []entry{grouped(0)})
+		left := grouped(1)
+		appendText(t, KeysFile(path), strings.TrimSuffix(string(appendLines(nil, &left)), string(left.value)+"\n"))
+		unsure := uint64(2)
+		if claim.Doubt {
+			unsure = 0
+		}
+		f = newFileSink(path, nil, unsure, noStep)
+		f.claims = claimed{claim}
+		deliver(t, f, []entry{left})
+		want := 1
+		if claim.Mine {
+			want = 2
+		}
+		if lines, keys := len(readCounts(t, path)), len(readKeys(t, ReadKeysFile(t.Context(), path, false))); lines != want || keys != 3*want {
+			t.Errorf("%s: %d lines and %d by key, want %d and %d", name, lines, keys, want, 3*want)
+		}
+	}
+}
+
+func TestKeyTotalsAddUpAndNameWhatIsOdd(t *testing.T) {
+	instance := func(name string, i, keys int) (Record, []KeyRecord) {
+		r := record(i)
+		r.Instance, r.Seq, r.Keys, r.Unique = name, uint64(i+1), uint64(keys), 10
+		var of []KeyRecord
+		for k := range keys {
+			of = append(of, KeyRecord{r.WindowStart, r.WindowMS, string(rune('a' + k)), uint64(k + 1), r.Scope, r.Group, r.Instance, r.Seq})
+		}
+		return r, of
+	}
+	var sums KeyTotals
+	for _, name := range []string{"x", "y"} {
+		for i := range 4 {
+			r, keys := instance(name, i, 2)
+			switch {
+			case name == "x" && i == 1:
+				keys = append(keys[:1], keys[0]) // one is missing, one a copy
+			case name == "y" && i == 1:
+				r.Unique = 2
+			case name == "x" && i == 2:
+				keys[1].Key, keys[1].Unique = "a", 9 // another value
+			}
+			if name != "y" || i != 2 { // no record of the keys
+				sums.Add(r)
+			}
+			for _, k := range keys {
+				sums.AddKey(k)
+			}
+		}
+	}
+	early, keys := instance("x", 4, 1)
+	sums.AddKey(keys[0]) // its record is about to come
+	windows := sums.Windows()
+	want := []string{
+		"[{b 4 2} {a 2 2} { 14 2}]",
+		"[{a 2 2} {b 2 1} { 8 2}]",
+		"[{a 10 1}]",
+		"[{b 4 2} {a 2 2} { 14 2}]",
+	}
+	for i, w := range windows {
+		if got := fmt.Sprint(sums.Keys(w)); got != want[i] {
+			t.Errorf("window %d: %s, want %s", i, got, want[i])
+		}
+	}
+	at := func(i int, instance string) string {
+		return fmt.Sprintf("verve/%s/%s/%d", window(i).Start.Format(time.RFC3339), instance, i+1)
+	}
+	if got, want := sums.KeyRepeats(), []string{
+		at(1, "x") + "/a is there twice and counted once (unique 1)",
+		at(2, "x") + "/a is there with two values, both are counted (unique 1 and 9)",
+	}; !slices.Equal(got, want) {
+		t.Errorf("repeats %q\nwant %q", got, want)
+	}
+	if got, want := sums.Flaws(), []string{
+		at(1, "x") + " has 2 records by key, 1 are there",
+		at(1, "y") + " has more ids by key than in total (3 and 2)",
+		at(2, "x") + " has 2 records by key, 1 are there",
+		at(2, "y") + " has 2 records by key and is not there itself, they are not counted",
+	}; !slices.Equal(got, want) {
+		t.Errorf("flaws %q\nwant %q", got, want)
+	}
+	sums.Add(early)
+	if got := sums.Flaws(); len(got) != 4 {
+		t.Errorf("flaws %q", got)
+	}
+}
+
+func TestReadKeysFollow(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	if got := readKeys(t, ReadKeysFile(t.Context(), path, false)); len(got) != 0 {
+		t.Errorf("%d lines by key of no file", len(got))
+	}
+	all := keyed(t, 0, 2, 2)
+	f := newFileSink(path, nil, 0, noStep)
+	time.AfterFunc(followEvery/2, func() { f.deliver(context.Background(), all[:1]) })
+	var got []KeyRecord
+	for r, err := range ReadKeysFile(t.Context(), path, true) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got = append(got, r); len(got) == 2 {
+			deliver(t, f, all[1:])
+		}
+		if len(got) == 4 {
+			break
+		}
+	}
+	wantKeys(t, got, 2, 2)
+
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		if got := readKeys(t, ReadKeysTopic(t.Context(), cfg, false)); len(got) != 0 {
+			t.Errorf("%d records by key of no topic", len(got))
+		}
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		time.AfterFunc(time.Minute, func() { s.Publish(t.Context(), withKeys(window(0), 2)) })
+		var got []KeyRecord
+		for r, err := range ReadKeysTopic(t.Context(), cfg, true) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got = append(got, r); len(got) == 2 {
+				break
+			}
+		}
+		wantKeys(t, got, 1, 2)
+		synctest.Wait()
 	}, kfake.AllowAutoTopicCreation())
 }

@@ -75,7 +75,7 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 		if n, err := strconv.ParseUint(string(unique), 10, 64); ok && also && found && err == nil && len(key) > 2 {
 			r := p.last
 			r.Key, r.Unique = string(key[1:len(key)-1]), n
-			// What is written otherwise than it was read, as escapes are, goes the long way.
+			// A line that would be written otherwise, with escapes, takes the long way.
 			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.append(nil, r.Key, n), b) {
 				return r, nil
 			}

@@ -62,6 +62,10 @@ const (
 	// defaultMemoryLimit is 45 days of one-minute windows in about 25 MB.
 	defaultMemoryLimit = 1 << 16
 
+	// memoryKeysLimit bounds the keys of the records in memory, in bytes: two hours of
+	// minutes with 100,000 keys of a dozen letters. One record is always taken.
+	memoryKeysLimit = 256 << 20
+
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
 )
@@ -131,7 +135,7 @@ type entry struct {
 	index  uint64
 	record Record
 	value  []byte     // the record's bytes
-	keys   packedKeys // what is under each of its keys, where they were asked for
+	keys   packedKeys // what is under each of its keys; scan leaves them out
 }
 
 // store is what a Spool needs of the medium. There are two: bbolt and memory.
@@ -597,6 +601,7 @@ func (s *Spool) delivered(start time.Time) string {
 type memoryStore struct {
 	mu       sync.Mutex // guards entries against scan and keys, which do not hold the spool's
 	entries  []entry
+	keyBytes int // of the keys of entries
 	poisoned []entry
 }
 
@@ -608,7 +613,11 @@ func (m *memoryStore) put(e entry, _ string, _ series, beforeCommit func()) erro
 	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+len(e.keys) > memoryKeysLimit {
+		return fmt.Errorf("%w: %d bytes of keys wait for delivery", errSpoolFull, m.keyBytes)
+	}
 	m.entries = append(m.entries, e)
+	m.keyBytes += len(e.keys)
 	return nil
 }
 
@@ -642,6 +651,7 @@ func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
 	defer m.mu.Unlock()
 	n := 0
 	for n < len(m.entries) && m.entries[n].index <= removeTo {
+		m.keyBytes -= len(m.entries[n].keys)
 		m.entries[n] = entry{} // the slice keeps its array; let the record go
 		n++
 	}
