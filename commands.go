@@ -372,32 +372,9 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 // follow prints each window when its records stop coming, again if another one
 // comes, and names what is wrong when it sees it.
 func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
-	reads := make(chan readRecord)
 	done := make(chan struct{})
 	defer close(done)
-	go func() {
-		defer close(reads)
-		var both sync.WaitGroup
-		defer both.Wait()
-		if keys != nil {
-			both.Go(func() {
-				for r, err := range keys {
-					select {
-					case reads <- readRecord{key: &r, err: err}:
-					case <-done:
-						return
-					}
-				}
-			})
-		}
-		for r, err := range records {
-			select {
-			case reads <- readRecord{Record: r, err: err}:
-			case <-done:
-				return
-			}
-		}
-	}()
+	reads := readBoth(records, keys, done)
 	t.changed = make(map[groupWindow]time.Time)
 	var settled <-chan time.Time
 	for {
@@ -431,6 +408,34 @@ type readRecord struct {
 	stream.Record
 	key *stream.KeyRecord // not nil: in place of Record
 	err error
+}
+
+// readBoth reads records and, if there are any, records by key side by side, until done is
+// closed. The channel is closed when both have ended.
+func readBoth(records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error], done <-chan struct{}) <-chan readRecord {
+	reads := make(chan readRecord)
+	send := func(r readRecord) (more bool) {
+		select {
+		case reads <- r:
+			return true
+		case <-done:
+			return false
+		}
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		records(func(r stream.Record, err error) bool { return send(readRecord{Record: r, err: err}) })
+	})
+	if keys != nil {
+		both.Go(func() {
+			keys(func(r stream.KeyRecord, err error) bool { return send(readRecord{key: &r, err: err}) })
+		})
+	}
+	go func() {
+		both.Wait()
+		close(reads)
+	}()
+	return reads
 }
 
 // groupWindow is a window of a group.
