@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -45,7 +46,7 @@ Exit codes: 0 after a clean stop, 1 after a failure, 2 on a bad setting.`
 
 // relevant are the settings that a command other than serve reads.
 var relevant = map[string][]string{
-	"totals": {"config", "print-config", "data-dir", "counts-file", "kafka-brokers", "kafka-topic", "kafka-tls",
+	"totals": {"config", "print-config", "data-dir", "counts-file", "kafka-brokers", "kafka-topic", "kafka-keys-topic", "kafka-tls",
 		"kafka-sasl", "kafka-user", "kafka-password-file"},
 	"healthcheck": {"config", "admin-listen"},
 	"version":     {},
@@ -198,11 +199,27 @@ var errIncomplete = errors.New("records are missing or repeated")
 // topic that is read from its beginning, then give each window one line.
 const totalsSettle = 300 * time.Millisecond
 
+// totalsKeysWait is how long verve totals --follow --by-key waits for the records by key
+// of a record: they come from another topic or file.
+const totalsKeysWait = 10 * time.Second
+
 // totalLine is one window as verve totals prints it into a pipe.
 type totalLine struct {
 	Group    string    `json:"group"`
 	Start    time.Time `json:"window_start"`
 	MS       int64     `json:"window_ms"`
+	Unique   uint64    `json:"unique"`
+	Records  int       `json:"records"`
+	Complete bool      `json:"complete"`
+	Exact    bool      `json:"exact"`
+}
+
+// keyLine is one key of a window. Key is empty for the ids without one.
+type keyLine struct {
+	Group    string    `json:"group"`
+	Start    time.Time `json:"window_start"`
+	MS       int64     `json:"window_ms"`
+	Key      string    `json:"key"`
 	Unique   uint64    `json:"unique"`
 	Records  int       `json:"records"`
 	Complete bool      `json:"complete"`
@@ -231,22 +248,27 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 	defer stop()
 	follow := cfg.Totals.Follow
 	var records iter.Seq2[stream.Record, error]
+	var keys iter.Seq2[stream.KeyRecord, error]
 	from := "topic " + cfg.KafkaTopic
 	switch file := cfg.countsFile(); {
 	case len(cfg.KafkaBrokers) > 0:
-		records = stream.ReadTopic(ctx, cfg.kafka(), follow)
+		records, keys = stream.ReadTopic(ctx, cfg.kafka(), follow), stream.ReadKeysTopic(ctx, cfg.kafka(), follow)
 	case file == "" || file == "-":
 		return cfg.explain(setting.Errorf("counts-file", "no file to read: name one, or set --kafka-brokers"))
 	default:
-		records = stream.ReadFile(ctx, file, follow)
+		records, keys = stream.ReadFile(ctx, file, follow), stream.ReadKeysFile(ctx, file, follow)
 		from = file
 	}
-	since, _ := cfg.Totals.start(time.Now()) // judged by config.judge
-	r := totalsReport{from: from, since: since, out: newTotalsPrinter(stdout, isatty.IsTerminal(stdout.Fd())), err: stderr}
-	if follow {
-		return r.follow(ctx, records)
+	if !cfg.Totals.ByKey {
+		keys = nil
 	}
-	return r.whole(ctx, records)
+	since, _ := cfg.Totals.start(time.Now()) // judged by config.judge
+	r := totalsReport{from: from, since: since, err: stderr}
+	r.out = newTotalsPrinter(stdout, isatty.IsTerminal(stdout.Fd()), keys != nil)
+	if follow {
+		return r.follow(ctx, records, keys)
+	}
+	return r.whole(ctx, records, keys)
 }
 
 // totalsReport reads records and says what they add up to and what is wrong.
@@ -255,8 +277,8 @@ type totalsReport struct {
 	since time.Time // windows that start before are left out
 	any   bool      // record was added
 
-	sums    stream.Totals
-	changed map[groupWindow]bool // by records that were taken and not printed
+	sums    stream.KeyTotals          // keys are added with --by-key only
+	changed map[groupWindow]time.Time // by records that were taken and not printed: since when
 	out     *totalsPrinter
 	err     io.Writer
 	bad     bool
@@ -290,7 +312,7 @@ func (t *totalsReport) empty() {
 
 // read names a record that is none, leaves out those of earlier windows, and
 // returns what ends the reading.
-func (t *totalsReport) read(ctx context.Context, r stream.Record, err error) (skip bool, end error) {
+func (t *totalsReport) read(ctx context.Context, start time.Time, err error) (skip bool, end error) {
 	switch {
 	case stream.IsInvalidRecord(err):
 		t.complain("invalid: %v", err)
@@ -301,14 +323,15 @@ func (t *totalsReport) read(ctx context.Context, r stream.Record, err error) (sk
 	if err != nil {
 		return false, err
 	}
-	skip = r.WindowStart.Before(t.since)
+	skip = start.Before(t.since)
 	t.any = t.any || !skip
 	return skip, nil
 }
 
-func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error]) error {
+// whole reads the records before those by key: then the keys of each are there.
+func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	for r, err := range records {
-		skip, err := t.read(ctx, r, err)
+		skip, err := t.read(ctx, r.WindowStart, err)
 		if err != nil {
 			return err
 		}
@@ -316,49 +339,61 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 			t.sums.Add(r)
 		}
 	}
+	if keys != nil {
+		for r, err := range keys {
+			skip, err := t.read(ctx, r.WindowStart, err)
+			if err != nil {
+				return err
+			}
+			if !skip {
+				t.sums.AddKey(r)
+			}
+		}
+	}
 	t.empty()
-	t.out.print(t.sums.Windows())
+	t.print(t.sums.Windows())
 	for _, g := range t.sums.Gaps() {
 		t.gap(g)
 	}
 	for _, r := range t.sums.Repeats() {
 		t.complain("repeat: %v", r)
 	}
+	for _, r := range t.sums.KeyRepeats() {
+		t.complain("repeat: %v", r)
+	}
+	if keys != nil {
+		for _, flaw := range t.sums.Flaws() {
+			t.complain("keys: %v", flaw)
+		}
+	}
 	return t.verdict()
 }
 
 // follow prints each window when its records stop coming, again if another one
 // comes, and names what is wrong when it sees it.
-func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Record, error]) error {
-	reads := make(chan readRecord)
+func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	done := make(chan struct{})
 	defer close(done)
-	go func() {
-		defer close(reads)
-		for r, err := range records {
-			select {
-			case reads <- readRecord{r, err}:
-			case <-done:
-				return
-			}
-		}
-	}()
-	t.changed = make(map[groupWindow]bool)
+	reads := readBoth(records, keys, done)
+	t.changed = make(map[groupWindow]time.Time)
 	var settled <-chan time.Time
 	for {
 		select {
-		case <-settled:
-			t.printChanged()
+		case now := <-settled:
+			t.printChanged(now.Add(-totalsKeysWait))
 			settled = nil
+			if len(t.changed) > 0 {
+				settled = time.After(totalsSettle)
+			}
 		case r, ok := <-reads:
 			if !ok {
-				t.printChanged()
+				t.printChanged(time.Time{})
 				t.empty()
 				t.bad = t.bad || slices.ContainsFunc(t.sums.Gaps(), func(g stream.Gap) bool { return !g.Idle })
 				return t.verdict()
 			}
 			if err := t.take(ctx, r); err != nil {
-				t.printChanged()
+				t.printChanged(time.Time{})
 				return err
 			}
 			if settled == nil && len(t.changed) > 0 {
@@ -371,7 +406,36 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 // readRecord is what a reader of records yields.
 type readRecord struct {
 	stream.Record
+	key *stream.KeyRecord // not nil: in place of Record
 	err error
+}
+
+// readBoth reads records and, if there are any, records by key side by side, until done is
+// closed. The channel is closed when both have ended.
+func readBoth(records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error], done <-chan struct{}) <-chan readRecord {
+	reads := make(chan readRecord)
+	send := func(r readRecord) (more bool) {
+		select {
+		case reads <- r:
+			return true
+		case <-done:
+			return false
+		}
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		records(func(r stream.Record, err error) bool { return send(readRecord{Record: r, err: err}) })
+	})
+	if keys != nil {
+		both.Go(func() {
+			keys(func(r stream.KeyRecord, err error) bool { return send(readRecord{key: &r, err: err}) })
+		})
+	}
+	go func() {
+		both.Wait()
+		close(reads)
+	}()
+	return reads
 }
 
 // groupWindow is a window of a group.
@@ -382,9 +446,20 @@ type groupWindow struct {
 
 // take adds a record that comes in order, and names what is missing before it.
 func (t *totalsReport) take(ctx context.Context, r readRecord) error {
-	skip, err := t.read(ctx, r.Record, r.err)
+	if r.key != nil {
+		r.WindowStart = r.key.WindowStart
+	}
+	skip, err := t.read(ctx, r.WindowStart, r.err)
 	if skip || err != nil {
 		return err
+	}
+	if r.key != nil {
+		known := len(t.sums.KeyRepeats())
+		t.sums.AddKey(*r.key)
+		for _, again := range t.sums.KeyRepeats()[known:] {
+			t.complain("repeat: %v", again)
+		}
+		return nil // its window changes with its record
 	}
 	for _, g := range t.sums.Before(r.Record) {
 		t.gap(g)
@@ -394,23 +469,49 @@ func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	for _, again := range t.sums.Repeats()[known:] {
 		t.complain("repeat: %v", again)
 	}
-	t.changed[groupWindow{r.Group, r.Span()}] = true
+	t.changed[groupWindow{r.Group, r.Span()}] = time.Now()
 	return nil
 }
 
-// printChanged prints the windows that were added to since it was last called.
-func (t *totalsReport) printChanged() {
+// printChanged prints the windows that were added to since it was last called. One that
+// lacks records by key is left for later, if it was added to after the time given.
+func (t *totalsReport) printChanged(after time.Time) {
 	var sums []stream.WindowTotal
-	for w := range t.changed {
-		if s, ok := t.sums.Window(w.group, w.Span); ok {
-			sums = append(sums, s)
+	for w, at := range t.changed {
+		s, ok := t.sums.Window(w.group, w.Span)
+		if !ok {
+			continue
 		}
+		if t.out.byKey {
+			flaws := t.sums.WindowFlaws(s)
+			if len(flaws) > 0 && at.After(after) {
+				continue
+			}
+			for _, flaw := range flaws {
+				t.complain("keys: %v", flaw)
+			}
+		}
+		sums = append(sums, s)
+		delete(t.changed, w)
 	}
 	slices.SortFunc(sums, func(a, b stream.WindowTotal) int {
 		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
 	})
-	t.out.print(sums)
-	clear(t.changed)
+	t.print(sums)
+}
+
+// print prints windows, or what each of their keys adds up to.
+func (t *totalsReport) print(windows []stream.WindowTotal) {
+	for _, w := range windows {
+		if !t.out.byKey {
+			t.out.print(w, nil)
+			continue
+		}
+		for _, k := range t.sums.Keys(w) {
+			t.out.print(w, &k)
+		}
+	}
+	t.out.flush()
 }
 
 func (t *totalsReport) verdict() error {
@@ -420,37 +521,55 @@ func (t *totalsReport) verdict() error {
 	return nil
 }
 
-// totalsPrinter writes windows as a table or as JSON Lines.
+// totalsPrinter writes windows, or their keys, as a table or as JSON Lines.
 type totalsPrinter struct {
 	json  *json.Encoder // nil: a table
 	table *tabwriter.Writer
+	byKey bool
 }
 
-func newTotalsPrinter(out io.Writer, table bool) *totalsPrinter {
+func newTotalsPrinter(out io.Writer, table, byKey bool) *totalsPrinter {
 	if !table {
-		return &totalsPrinter{json: json.NewEncoder(out)}
+		e := json.NewEncoder(out)
+		e.SetEscapeHTML(false)
+		return &totalsPrinter{json: e, byKey: byKey}
 	}
-	t := &totalsPrinter{table: tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)}
-	fmt.Fprintf(t.table, "%-20s\t%-8s\t%12s\t%7s\t%s\n", "WINDOW", "GROUP", "UNIQUE", "RECORDS", "NOTE")
+	t := &totalsPrinter{table: tabwriter.NewWriter(out, 0, 0, 2, ' ', 0), byKey: byKey}
+	fmt.Fprintf(t.table, "%-20s\t%-8s\t", "WINDOW", "GROUP")
+	if byKey {
+		fmt.Fprintf(t.table, "%-20s\t", "KEY")
+	}
+	fmt.Fprintf(t.table, "%12s\t%7s\t%s\n", "UNIQUE", "RECORDS", "NOTE")
 	return t
 }
 
-func (p *totalsPrinter) print(windows []stream.WindowTotal) {
-	for _, w := range windows {
-		if p.json != nil {
-			_ = p.json.Encode(totalLine{w.Group, w.Start, w.Window.Milliseconds(), w.Unique, w.Records, w.Complete, w.Exact})
-			continue
-		}
-		var notes []string
-		if !w.Complete {
-			notes = append(notes, "partial")
-		}
-		if !w.Exact {
-			notes = append(notes, "not exact")
-		}
-		// Padded, as rows that are printed later should stand below each other.
-		fmt.Fprintf(p.table, "%-20s\t%-8s\t%12d\t%7d\t%s\n", w.Start.Format(time.RFC3339Nano), w.Group, w.Unique, w.Records, strings.Join(notes, ", "))
+// print writes the line of a window, or of one of its keys.
+func (p *totalsPrinter) print(w stream.WindowTotal, k *stream.KeyTotal) {
+	switch {
+	case p.json != nil && k != nil:
+		_ = p.json.Encode(keyLine{w.Group, w.Start, w.Window.Milliseconds(), k.Key, k.Unique, k.Records, w.Complete, w.Exact})
+		return
+	case p.json != nil:
+		_ = p.json.Encode(totalLine{w.Group, w.Start, w.Window.Milliseconds(), w.Unique, w.Records, w.Complete, w.Exact})
+		return
 	}
+	var notes []string
+	if !w.Complete {
+		notes = append(notes, "partial")
+	}
+	if !w.Exact {
+		notes = append(notes, "not exact")
+	}
+	// Padded, as rows that are printed later should stand below each other.
+	fmt.Fprintf(p.table, "%-20s\t%-8s\t", w.Start.Format(time.RFC3339Nano), w.Group)
+	if k != nil {
+		fmt.Fprintf(p.table, "%-20s\t", cmp.Or(k.Key, "(no key)"))
+		w.Unique, w.Records = k.Unique, k.Records
+	}
+	fmt.Fprintf(p.table, "%12d\t%7d\t%s\n", w.Unique, w.Records, strings.Join(notes, ", "))
+}
+
+func (p *totalsPrinter) flush() {
 	if p.table != nil {
 		_ = p.table.Flush()
 	}

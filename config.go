@@ -76,6 +76,7 @@ type config struct {
 
 	KafkaBrokers      []string `help:"Kafka brokers for the records, HOST:PORT,... Default: none; records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
 	KafkaTopic        string   `default:"verve.unique-ids" help:"Kafka topic of the records." group:"Records"`
+	KafkaKeysTopic    string   `default:"${keysTopic}" help:"Kafka topic of the records by key." group:"Records"`
 	KafkaTLS          bool     `name:"kafka-tls" help:"Connect to the brokers with TLS; their certificates are checked against the system's roots." group:"Records"`
 	KafkaSASL         string   `name:"kafka-sasl" placeholder:"MECHANISM" help:"PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512. Default: no authentication." group:"Records"`
 	KafkaUser         string   `placeholder:"NAME" help:"User for --kafka-sasl." group:"Records"`
@@ -118,6 +119,7 @@ type config struct {
 
 type totalsCmd struct {
 	Follow bool   `help:"Keep running and print new records as they arrive."`
+	ByKey  bool   `help:"Print the total of each key in each window, the largest first."`
 	Since  string `placeholder:"TIME" help:"Only windows that start at this time or later: 2026-11-22T06:36:00Z, or 2h for two hours ago."`
 }
 
@@ -152,6 +154,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 			"cleanupBatch":    fmt.Sprint(dedup.DefaultCleanupBatch),
 			"maxConns":        fmt.Sprint(server.DefaultMaxConns),
 			"maxKeys":         fmt.Sprint(counter.DefaultMaxKeys),
+			"keysTopic":       stream.DefaultKeysTopic,
 			"maxBatchIDs":     fmt.Sprint(server.DefaultMaxBatchIDs),
 			"maxBatchBytes":   fmt.Sprint(server.DefaultMaxBatchBytes),
 			"slowTimeout":     server.DefaultSlowTimeout.String(),
@@ -490,7 +493,7 @@ func (c *config) checkFiles() (err error) {
 // doubtful are settings that work and are probably not meant, one line each.
 func (c *config) doubtful() (lines []string) {
 	if len(c.KafkaBrokers) == 0 {
-		for _, name := range []string{"kafka-topic", "kafka-tls", "kafka-sasl"} {
+		for _, name := range []string{"kafka-topic", "kafka-keys-topic", "kafka-tls", "kafka-sasl"} {
 			if _, from, ok := c.sources.Lookup(name); ok {
 				lines = append(lines, fmt.Sprintf("--%s (%s) has no effect: there are no --kafka-brokers, and the records go to the counts file", name, from.Phrase()))
 			}
@@ -596,7 +599,7 @@ func (c *config) countsFile() string {
 
 func (c *config) kafka() stream.KafkaConfig {
 	k := stream.KafkaConfig{
-		Brokers: c.KafkaBrokers, Topic: c.KafkaTopic,
+		Brokers: c.KafkaBrokers, Topic: c.KafkaTopic, KeysTopic: c.KafkaKeysTopic,
 		SASL: c.KafkaSASL, User: c.KafkaUser, PasswordFile: c.KafkaPasswordFile,
 	}
 	if c.KafkaTLS {

@@ -57,15 +57,35 @@ func TestLibrariesPrintNoLinesOfTheirOwn(t *testing.T) {
 // that come later.
 func TestTotalsAreATableOnATerminal(t *testing.T) {
 	var out bytes.Buffer
-	p := newTotalsPrinter(&out, true)
+	p := newTotalsPrinter(&out, true, false)
 	at := time.Date(2026, 11, 22, 6, 36, 0, 0, time.UTC)
-	p.print([]stream.WindowTotal{{Group: "verve", Start: at, Window: time.Minute, Unique: 48211, Records: 2, Complete: true, Exact: true}})
-	p.print([]stream.WindowTotal{{Group: "verve", Start: at.Add(time.Minute), Window: time.Minute, Unique: 7, Records: 12}})
+	whole := stream.WindowTotal{Group: "verve", Start: at, Window: time.Minute, Unique: 48211, Records: 2, Complete: true, Exact: true}
+	part := stream.WindowTotal{Group: "verve", Start: at.Add(time.Minute), Window: time.Minute, Unique: 7, Records: 12}
+	p.print(whole, nil)
+	p.flush()
+	p.print(part, nil)
+	p.flush()
 	want := "" +
 		"WINDOW                GROUP           UNIQUE  RECORDS  NOTE\n" +
 		"2026-11-22T06:36:00Z  verve            48211        2  \n" +
 		"2026-11-22T06:37:00Z  verve                7       12  partial, not exact\n"
 	if out.String() != want {
 		t.Errorf("got\n%s\nwant\n%s", out.String(), want)
+	}
+
+	out.Reset()
+	p = newTotalsPrinter(&out, true, true)
+	p.print(whole, &stream.KeyTotal{Key: "campaign-7", Unique: 48000, Records: 2})
+	p.print(whole, &stream.KeyTotal{Unique: 211, Records: 2})
+	p.flush()
+	p.print(part, &stream.KeyTotal{Key: "campaign-7", Unique: 7, Records: 1})
+	p.flush()
+	want = "" +
+		"WINDOW                GROUP     KEY                         UNIQUE  RECORDS  NOTE\n" +
+		"2026-11-22T06:36:00Z  verve     campaign-7                   48000        2  \n" +
+		"2026-11-22T06:36:00Z  verve     (no key)                       211        2  \n" +
+		"2026-11-22T06:37:00Z  verve     campaign-7                       7        1  partial, not exact\n"
+	if out.String() != want {
+		t.Errorf("by key: got\n%s\nwant\n%s", out.String(), want)
 	}
 }

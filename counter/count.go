@@ -43,6 +43,9 @@ type Published struct {
 	Last   time.Time  // its start; zero: it has none
 	Unique uint64     // the sum of the records for it
 	Keys   []KeyCount // the same for each key, by name
+
+	// KeysLost: some of Unique is under keys, and Keys does not have all of it.
+	KeysLost bool
 }
 
 // LastOf returns the start of the last window that any publisher has published. No earlier

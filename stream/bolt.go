@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -41,7 +42,11 @@ var (
 	bucketSeries  = []byte("series")  // identity -> seq, start, unique
 	bucketCursors = []byte("cursors") // sink -> index
 	bucketRecords = []byte("records") // index -> record
-	bucketPoison  = []byte("poison")  // index, sink -> reason, record
+	bucketPoison  = []byte("poison")  // index, sink -> reason, record, its keys
+
+	// Only in a file of version 2: a record or a series has keys.
+	bucketRecordKeys = []byte("record-keys") // index -> the keys of the record
+	bucketSeriesKeys = []byte("series-keys") // identity -> the keys of its last window
 
 	keyVersion  = []byte("version")
 	keyInstance = []byte("instance")
@@ -49,7 +54,9 @@ var (
 )
 
 const (
-	spoolVersion = 1
+	// spoolVersion is the newest version that this program reads. A file begins with
+	// version 1 and becomes one of version 2 when there are keys to keep.
+	spoolVersion = 2
 
 	// ownerSuffix is of the file that names the process which has the spool.
 	ownerSuffix = ".owner"
@@ -58,9 +65,10 @@ const (
 	// let go of the file.
 	lockWait = 2 * time.Second
 
-	// mapped is how much of the file is mapped from the start: 100,000 records. It
+	// mapped is how much of the file is mapped from the start: three million records
+	// without keys, or four hours of minutes with 100,000 keys. It
 	// grows by growBy: a record takes 300 bytes or so.
-	mapped = 64 << 20
+	mapped = 1 << 30
 	growBy = 16 << 10
 )
 
@@ -196,7 +204,7 @@ func (b *boltStore) init() error {
 					return err
 				}
 			}
-			return put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion))
+			return put(tx.Bucket(bucketMeta), keyVersion, beKey(1))
 		})
 		if err != nil {
 			return err
@@ -235,8 +243,86 @@ func checkFile(tx *bolt.Tx) error {
 			return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, want)
 		}
 		want = e.index + 1
-		return nil
+		if e.record.Keys == 0 {
+			return nil
+		}
+		_, err = keysIn(tx, bucketRecordKeys, k, e.record.Keys)
+		return err
 	})
+}
+
+// anyNumber of keys.
+const anyNumber = 0
+
+// keysIn returns the keys that a bucket has under k, valid within the transaction; nil: none.
+// number is how many they must be.
+func keysIn(tx *bolt.Tx, bucket, k []byte, number uint64) (packedKeys, error) {
+	b := tx.Bucket(bucket)
+	if b == nil || b.Get(k) == nil {
+		if number == anyNumber {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("%w: the keys of record %x are missing", errDamaged, k)
+	}
+	v, err := unseal(k, b.Get(k))
+	if err != nil {
+		return nil, err
+	}
+	n := uint64(0)
+	for range packedKeys(v).all() {
+		n++
+	}
+	if number != anyNumber && n != number {
+		return nil, fmt.Errorf("%w: %d keys of record %x, not %d", errDamaged, n, k, number)
+	}
+	return v, nil
+}
+
+func (b *boltStore) keys(index uint64) (p packedKeys, err error) {
+	err = b.view(func(tx *bolt.Tx) error {
+		p, err = keysIn(tx, bucketRecordKeys, beKey(index), anyNumber)
+		p = bytes.Clone(p)
+		return err
+	})
+	return p, err
+}
+
+// putKeys stores the keys of a record and of its series. It makes the file one of the
+// version that has such.
+func putKeys(tx *bolt.Tx, e *entry, identity string, s *series) error {
+	if tx.Bucket(bucketRecordKeys) == nil {
+		if len(s.keys) == 0 && len(e.keys) == 0 && !s.keysLost {
+			return nil
+		}
+		for _, name := range [][]byte{bucketRecordKeys, bucketSeriesKeys} {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		if err := put(tx.Bucket(bucketMeta), keyVersion, beKey(2)); err != nil {
+			return err
+		}
+	}
+	if len(e.keys) > 0 {
+		if err := put(tx.Bucket(bucketRecordKeys), beKey(e.index), e.keys); err != nil {
+			return err
+		}
+	}
+	if len(s.keys) > 0 {
+		return put(tx.Bucket(bucketSeriesKeys), []byte(identity), s.keys)
+	}
+	return tx.Bucket(bucketSeriesKeys).Delete([]byte(identity))
+}
+
+// removeTo removes what a bucket has for the records up to an index.
+func removeTo(b *bolt.Bucket, index uint64) error {
+	c := b.Cursor()
+	for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= index; k, _ = c.First() {
+		if err := c.Delete(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // update turns a panic of bbolt about a page, or a fault of the mapping, into an
@@ -310,15 +396,18 @@ func loadState(tx *bolt.Tx) (state, error) {
 		if err != nil {
 			return err
 		}
-		if len(v) != 24 {
+		if len(v) != 24 && len(v) != 25 {
 			return fmt.Errorf("%w: series %q has %d bytes", errDamaged, k, len(v))
 		}
+		keys, err := keysIn(tx, bucketSeriesKeys, k, anyNumber)
 		st.series[string(k)] = series{
-			seq:    binary.BigEndian.Uint64(v),
-			start:  int64(binary.BigEndian.Uint64(v[8:])),
-			unique: binary.BigEndian.Uint64(v[16:]),
+			seq:      binary.BigEndian.Uint64(v),
+			start:    int64(binary.BigEndian.Uint64(v[8:])),
+			unique:   binary.BigEndian.Uint64(v[16:]),
+			keys:     bytes.Clone(keys),
+			keysLost: len(v) == 25,
 		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return st, err
@@ -364,6 +453,12 @@ func (b *boltStore) put(e entry, identity string, s series, beforeCommit func())
 		v := binary.BigEndian.AppendUint64(nil, s.seq)
 		v = binary.BigEndian.AppendUint64(v, uint64(s.start))
 		v = binary.BigEndian.AppendUint64(v, s.unique)
+		if s.keysLost {
+			v = append(v, 1)
+		}
+		if err := putKeys(tx, &e, identity, &s); err != nil {
+			return err
+		}
 		if err := put(tx.Bucket(bucketSeries), []byte(identity), v); err != nil {
 			return err
 		}
@@ -398,7 +493,7 @@ func (b *boltStore) scan(after, upTo uint64, limit int) (out []entry, err error)
 	return out, err
 }
 
-func (b *boltStore) advance(sink string, to, removeTo uint64, removed int) error {
+func (b *boltStore) advance(sink string, to, upTo uint64, removed int) error {
 	return b.update(func(tx *bolt.Tx) error {
 		if sink != "" {
 			if err := put(tx.Bucket(bucketCursors), []byte(sink), beKey(to)); err != nil {
@@ -408,20 +503,23 @@ func (b *boltStore) advance(sink string, to, removeTo uint64, removed int) error
 		if removed == 0 {
 			return nil
 		}
-		c := tx.Bucket(bucketRecords).Cursor()
-		for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= removeTo; k, _ = c.First() {
-			if err := c.Delete(); err != nil {
+		if b := tx.Bucket(bucketRecordKeys); b != nil {
+			if err := removeTo(b, upTo); err != nil {
 				return err
 			}
 		}
-		return nil
+		return removeTo(tx.Bucket(bucketRecords), upTo)
 	})
 }
 
 func (b *boltStore) condemn(e entry, sink, reason string) error {
 	return b.update(func(tx *bolt.Tx) error {
-		v := append([]byte(reason), '\n')
-		return put(tx.Bucket(bucketPoison), append(beKey(e.index), sink...), append(v, e.value...))
+		v := append(append([]byte(reason), '\n'), e.value...)
+		lines := newKeyJSON(&e.record)
+		for key, unique := range e.keys.all() {
+			v = lines.append(append(v, '\n'), key, unique)
+		}
+		return put(tx.Bucket(bucketPoison), append(beKey(e.index), sink...), v)
 	})
 }
 

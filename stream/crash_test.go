@@ -30,6 +30,7 @@ type childSpec struct {
 	Topic       string
 	Scope       Scope
 	Until       int
+	Keys        int  // of each record
 	OneByOne    bool // deliver each before the next is published
 	Step        string
 	Nth         int64
@@ -73,7 +74,7 @@ func (c childSpec) fillDisk() error {
 	refused := 0
 	for i := 0; i < c.Until; {
 		r := record(i)
-		err := sp.append(&r, noStep)
+		err := sp.append(&r, nil, noStep)
 		switch {
 		case err == nil:
 			i++
@@ -104,7 +105,7 @@ func (c childSpec) run() error {
 	}
 	cfg := Config{Scope: c.Scope, CountsFile: c.Counts}
 	if len(c.Brokers) > 0 {
-		cfg.Kafka = KafkaConfig{Brokers: c.Brokers, Topic: c.Topic}
+		cfg.Kafka = KafkaConfig{Brokers: c.Brokers, Topic: c.Topic, KeysTopic: c.Topic + ".keys"}
 	}
 	s, err := New(cfg, sp)
 	if err != nil {
@@ -129,7 +130,7 @@ func (c childSpec) run() error {
 		next = int(at.Sub(origin)/time.Minute) + 1
 	}
 	for ; next < c.Until; next++ {
-		if err := s.Publish(ctx, window(next)); err != nil {
+		if err := s.Publish(ctx, withKeys(window(next), c.Keys)); err != nil {
 			return err
 		}
 		if c.OneByOne {
@@ -169,14 +170,18 @@ func (c childSpec) start(t *testing.T) (killed bool) {
 
 // killAtEveryStep is the promise: whatever step a process is killed at, nothing
 // is lost and nothing is visible twice.
-func killAtEveryStep(t *testing.T, brokers []string, rounds int) {
+func killAtEveryStep(t *testing.T, brokers []string, keys, rounds int) {
 	const perRound = 3
-	for _, step := range []string{stepBefore, stepAppended, stepSynced, stepProduced, stepCommitted, stepAcked} {
+	steps := []string{stepBefore, stepAppended, stepSynced, stepProduced, stepCommitted, stepAcked}
+	if keys > 0 {
+		steps = append(steps, stepKeys)
+	}
+	for _, step := range steps {
 		t.Run(step, func(t *testing.T) {
 			dir := t.TempDir()
 			c := childSpec{
-				Dir: dir, Brokers: brokers, Scope: ScopeInstance, Step: step,
-				Topic: "kill." + step, Counts: filepath.Join(dir, "counts.jsonl"),
+				Dir: dir, Brokers: brokers, Scope: ScopeInstance, Step: step, Keys: keys,
+				Topic: fmt.Sprintf("kill.%d.%s", keys, step), Counts: filepath.Join(dir, "counts.jsonl"),
 			}
 			for round := range rounds {
 				c.Until = (round + 1) * perRound
@@ -193,8 +198,11 @@ func killAtEveryStep(t *testing.T, brokers []string, rounds int) {
 				t.Fatal("the last child was killed")
 			}
 			wantWindows(t, readCounts(t, c.Counts), c.Until)
+			wantKeys(t, readKeys(t, ReadKeysFile(t.Context(), c.Counts, false)), c.Until, keys)
 			if len(brokers) > 0 {
-				wantWindows(t, readTopic(t, KafkaConfig{Brokers: brokers, Topic: c.Topic}), c.Until)
+				cfg := KafkaConfig{Brokers: brokers, Topic: c.Topic, KeysTopic: c.Topic + ".keys"}
+				wantWindows(t, readTopic(t, cfg), c.Until)
+				wantKeys(t, readKeys(t, ReadKeysTopic(t.Context(), cfg, false)), c.Until, keys)
 			}
 		})
 	}
@@ -209,7 +217,8 @@ func TestKillAtEveryStepLosesAndDoublesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	killAtEveryStep(t, c.ListenAddrs(), 4)
+	killAtEveryStep(t, c.ListenAddrs(), 0, 4)
+	t.Run("keys", func(t *testing.T) { killAtEveryStep(t, c.ListenAddrs(), 5, 4) })
 }
 
 func TestSpoolGoesOnAfterAFullDisk(t *testing.T) {

@@ -34,6 +34,9 @@ import (
 // On standard output nothing can be looked up: a kill there may write the last
 // batch again.
 //
+// The lines by key are in a file of their own, see keysfile.go; on standard output, and in
+// a pipe, they are right before the line of their record.
+//
 // The instances of a group write one line per window into all their files
 // together: each line is claimed right before it is written, and reported as
 // written right after.
@@ -114,16 +117,22 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 func (f *fileSink) deliverClaimed(ctx context.Context, one []entry) (int, error) {
 	s := one[0].record.Span()
 	claim, err := f.claims.Claim(ctx, s)
-	switch {
-	case err != nil:
+	if err != nil {
 		return 0, fmt.Errorf("counts file: %w", err)
-	case claim.Written:
-		return 1, nil
-	case !claim.Mine:
-		return 0, errElsewhere
 	}
 	if claim.Doubt {
 		f.doubt(one[0].index)
+	}
+	switch {
+	case claim.Written:
+		// By another instance perhaps, after this one was killed at its keys.
+		err, over := unlessOver(ctx, func() error { return f.removeKeys(one) })
+		if err = cmp.Or(err, over); err != nil {
+			return 0, fmt.Errorf("counts file: %w", err)
+		}
+		return 1, nil
+	case !claim.Mine:
+		return 0, errElsewhere
 	}
 	if n, err := f.write(ctx, one); err != nil {
 		return n, err
@@ -159,7 +168,7 @@ func (f *fileSink) write(ctx context.Context, batch []entry) (int, error) {
 // writes the rest.
 func (f *fileSink) print(ctx context.Context, e entry) error {
 	if f.rest == nil || f.restOf != e.index {
-		f.rest, f.restOf = append(bytes.Clone(e.value), '\n'), e.index
+		f.rest, f.restOf = appendLines(nil, &e), e.index
 	}
 	type outcome struct {
 		n   int
@@ -199,7 +208,7 @@ func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) 
 }
 
 func (f *fileSink) append(batch []entry) (err error) {
-	file, created, err := f.open()
+	file, created, err := openToAppend(f.path)
 	if err != nil {
 		return err
 	}
@@ -223,10 +232,18 @@ func (f *fileSink) append(batch []entry) (err error) {
 			return err
 		}
 	}
+	batch = slices.DeleteFunc(slices.Clone(batch), func(e entry) bool { return there[string(e.value)] })
 	var lines []byte
-	for i := range batch {
-		if !there[string(batch[i].value)] {
+	if regular {
+		if err := f.appendKeys(batch); err != nil {
+			return err
+		}
+		for i := range batch {
 			lines = append(append(lines, batch[i].value...), '\n')
+		}
+	} else {
+		for i := range batch {
+			lines = appendLines(lines, &batch[i])
 		}
 	}
 	if len(lines) > 0 {
@@ -248,14 +265,25 @@ func (f *fileSink) append(batch []entry) (err error) {
 	return nil
 }
 
-func (f *fileSink) open() (file *os.File, created bool, err error) {
-	_, err = os.Stat(f.path)
+// appendLines appends the lines by key of a record, and its own.
+func appendLines(b []byte, e *entry) []byte {
+	if len(e.keys) > 0 {
+		lines := newKeyJSON(&e.record)
+		for key, unique := range e.keys.all() {
+			b = append(lines.append(b, key, unique), '\n')
+		}
+	}
+	return append(append(b, e.value...), '\n')
+}
+
+func openToAppend(path string) (file *os.File, created bool, err error) {
+	_, err = os.Stat(path)
 	if created = errors.Is(err, os.ErrNotExist); created {
-		if err := durable.MkdirAll(filepath.Dir(f.path)); err != nil {
+		if err := durable.MkdirAll(filepath.Dir(path)); err != nil {
 			return nil, false, err
 		}
 	}
-	file, err = os.OpenFile(f.path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o644)
+	file, err = os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o644)
 	return file, created, err
 }
 

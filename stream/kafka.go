@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math/bits"
 	"net"
 	"os"
 	"slices"
@@ -78,12 +79,19 @@ import (
 // looks again. To fence as rarely as possible an instance without a session looks
 // once without it, and publishing is once a window.
 //
+// Keys. The records by key of a record are produced before it and in the same
+// transaction, so one outcome holds for all of them, and the look needs only the record:
+// where it is visible they are, and where it is not they are not. They have a topic of
+// their own, which nothing asks for before the first record that has keys: most servers
+// never need it, and the right to create it.
+//
 // Without transactions. A broker that refuses them (authorisation of the
 // transactional id, or not implemented) leaves idempotence and the look. Open
 // then is: a produce request of a killed process that the broker appends after
 // the next process has looked; and in group scope two instances that look and
 // produce in the same moments. `verve totals` names and does not count the copy
-// of either.
+// of either. A kill between the records by key and their record leaves the first, and
+// they are sent again with it; their copies are named by `verve totals --by-key`.
 //
 // How the look finds its place: a record's timestamp is the end of its window,
 // so the first offset at or after the oldest open record's timestamp is not
@@ -106,6 +114,9 @@ type KafkaConfig struct {
 	Brokers []string // host:port
 	Topic   string   // of the records
 
+	// KeysTopic is that of the records by key; empty: DefaultKeysTopic.
+	KeysTopic string
+
 	// TLS, if not nil, is used for every connection.
 	TLS *tls.Config
 
@@ -121,16 +132,30 @@ type KafkaConfig struct {
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
+// DefaultKeysTopic is the topic of the records by key.
+const DefaultKeysTopic = "verve.unique-ids-by-key"
+
+func (c *KafkaConfig) keysTopic() string { return cmp.Or(c.KeysTopic, DefaultKeysTopic) }
+
+func badTopic(topic string) bool {
+	return topic == "" || len(topic) > 249 || topic == "." || topic == ".." ||
+		strings.Trim(topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != ""
+}
+
 // Check refuses what no broker can make work; it is fine without brokers.
 func (c *KafkaConfig) Check() error {
 	if err := checkBrokers(c.Brokers); err != nil {
 		return err
 	}
+	const allowed = "Kafka allows 1 to 249 letters, digits, dots, underscores and hyphens, and neither . nor .."
 	switch {
 	case c.Topic == "" && len(c.Brokers) == 0: // nothing is sent anywhere
-	case c.Topic == "", len(c.Topic) > 249, c.Topic == ".", c.Topic == "..",
-		strings.Trim(c.Topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != "":
-		return setting.Errorf("kafka-topic", "Kafka allows 1 to 249 letters, digits, dots, underscores and hyphens, and neither . nor ..")
+	case badTopic(c.Topic):
+		return setting.Errorf("kafka-topic", allowed)
+	case badTopic(c.keysTopic()):
+		return setting.Errorf("kafka-keys-topic", allowed)
+	case c.keysTopic() == c.Topic:
+		return setting.Errorf("kafka-keys-topic", "want another topic than --kafka-topic")
 	}
 	switch {
 	case c.SASL == "" && c.User != "":
@@ -222,8 +247,15 @@ const (
 
 	// transactionTimeout is when the broker aborts a transaction whose process
 	// is gone, and readers of the partition see on. It has to outlast a produce
-	// and a commit, stepWait each.
+	// and a commit, stepWait each. The records by key take longer, keyTime each: 5,000
+	// of them in a second, or one megabyte, are what any network should carry.
 	transactionTimeout = 25 * time.Second
+	keyTime            = 200 * time.Microsecond
+
+	// keysAtOnce is how many records by key are handed to the client before their
+	// acknowledgement is waited for: a batch or two of the size that brokers take by
+	// default, and half of what the client buffers before it blocks.
+	keysAtOnce = 5000
 
 	// stopWait is how much longer a commit that is on its way may take after the
 	// stop: giving it up would leave the outcome open for nothing.
@@ -231,8 +263,8 @@ const (
 
 	// lookStall ends a read that makes no progress. A committed one waits for the
 	// broker to end the transaction of a process that was killed, which it looks
-	// for every ten seconds.
-	lookStall = transactionTimeout + 20*time.Second
+	// for every ten seconds. One with up to 125,000 keys has twice transactionTimeout.
+	lookStall = 2*transactionTimeout + 20*time.Second
 
 	// lookMargin covers the difference of the broker's clock to this one's on
 	// topics that stamp records with the time of appending.
@@ -269,8 +301,12 @@ type kafkaSink struct {
 
 	present present // which records are sent with the present time as their timestamp
 
+	room uint64 // sessions are for records with so many keys; it only grows
+	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
+	atOnce int
+
 	refused  bool          // transactions were refused at the last session
-	timeout  time.Duration // of transactions: what the broker allows of transactionTimeout
+	allowed  time.Duration // what the broker allows transactions to take; 0: it has not refused any
 	conflict atomic.Uint64
 	closing  sync.WaitGroup // clients on their way out
 }
@@ -280,11 +316,13 @@ type session struct {
 	client        *kgo.Client
 	identity      string
 	partition     int32
+	keysPartition int32  // in the topic of the records by key
+	room          uint64 // for how many keys its transactions have time; 0: it is not prepared for any
 	transactional bool
 }
 
 func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(string)) *kafkaSink {
-	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, timeout: transactionTimeout}
+	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, atOnce: keysAtOnce}
 }
 
 func (k *kafkaSink) name() string            { return "kafka" }
@@ -329,13 +367,15 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 			return len(batch), nil
 		}
 		last := batch[len(batch)-1].index
-		_, refused := errors.AsType[*poisonError](err)
+		poison, refused := errors.AsType[*poisonError](err)
 		switch {
 		case !refused || ctx.Err() != nil:
 			return 0, err
+		case poison.ofKeys && k.atOnce > 1 && tooLarge(err):
+			k.atOnce = max(k.atOnce/8, 1) // the topic takes smaller batches only
 		case errors.Is(err, kerr.InvalidTimestamp) && k.present.widen(batch, time.Now()):
 		case errors.Is(err, kerr.InvalidTimestamp) && !proved:
-			if proved = k.takesPresent(ctx, identity); proved {
+			if proved = k.takesPresent(ctx, identity, keysOf(batch) > 0); proved {
 				continue // once more, now that no clock can be the cause
 			}
 			return 0, fmt.Errorf("%w, with the present time: its clock and the one here differ by more than the topic allows (message.timestamp.before.max.ms, message.timestamp.after.max.ms)", errors.Unwrap(err))
@@ -351,7 +391,10 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 // dropped and the outcome open, also where a *poisonError says that the broker
 // refuses one of them.
 func (k *kafkaSink) send(ctx context.Context, batch []entry, identity string, group bool) error {
-	if k.session != nil && k.session.identity != identity {
+	if keys := keysOf(batch); keys > k.room {
+		k.room = max(batchKeys, uint64(1)<<bits.Len64(keys))
+	}
+	if s := k.session; s != nil && (s.identity != identity || s.room < k.room) {
 		k.drop()
 	}
 	if group && k.session == nil {
@@ -392,8 +435,19 @@ func (k *kafkaSink) send(ctx context.Context, batch []entry, identity string, gr
 // poison tells a record that is wrong for good from a broker that is: the
 // second, authorisation and unknown errors among it, can be put right.
 func poison(err error) bool {
-	return errors.Is(err, kerr.MessageTooLarge) || errors.Is(err, kerr.RecordListTooLarge) || errors.Is(err, kerr.InvalidRecord) ||
-		errors.Is(err, kerr.InvalidTimestamp)
+	return tooLarge(err) || errors.Is(err, kerr.InvalidRecord) || errors.Is(err, kerr.InvalidTimestamp)
+}
+
+func tooLarge(err error) bool {
+	return errors.Is(err, kerr.MessageTooLarge) || errors.Is(err, kerr.RecordListTooLarge)
+}
+
+// keysOf returns how many keys the records of a batch have.
+func keysOf(batch []entry) (n uint64) {
+	for i := range batch {
+		n += batch[i].record.Keys
+	}
+	return n
 }
 
 // present says which records are sent with the present time as their timestamp,
@@ -438,10 +492,10 @@ func (p *present) widen(batch []entry, now time.Time) bool {
 	return true
 }
 
-// takesPresent reports whether the topic takes a record with the present time, by
-// one that is not committed. If so, a record that is refused with that time is at
+// takesPresent reports whether the topic, and with keys the one of those, takes a record
+// with the present time, by one that is not committed. If so, a record that is refused with that time is at
 // fault itself, and else one of the clocks is.
-func (k *kafkaSink) takesPresent(ctx context.Context, identity string) bool {
+func (k *kafkaSink) takesPresent(ctx context.Context, identity string, keys bool) bool {
 	defer k.drop()
 	if k.session == nil && k.open(ctx, identity) != nil || !k.session.transactional || k.session.client.BeginTransaction() != nil {
 		return false
@@ -450,11 +504,19 @@ func (k *kafkaSink) takesPresent(ctx context.Context, identity string) bool {
 	defer cancel()
 	s := k.session
 	err := s.client.ProduceSync(ctx, &kgo.Record{Topic: k.cfg.Topic, Partition: s.partition, Timestamp: time.Now()}).FirstErr()
+	if err == nil && keys {
+		err = s.client.ProduceSync(ctx, &kgo.Record{Topic: k.cfg.keysTopic(), Partition: s.keysPartition, Timestamp: time.Now()}).FirstErr()
+	}
 	return err == nil && s.client.EndTransaction(ctx, kgo.TryAbort) == nil
 }
 
-// open starts a session: the topic is there, the fence is up.
+// open starts a session: the topic is there, and the one of the keys if any had some;
+// the fence is up.
 func (k *kafkaSink) open(ctx context.Context, identity string) error {
+	compression := kgo.NoCompression() // a record is a quarter of a kilobyte and there is one a minute
+	if k.room > 0 {
+		compression = kgo.SnappyCompression() // records by key are alike: a sixth remains
+	}
 	options := []kgo.Opt{
 		kgo.DefaultProduceTopic(k.cfg.Topic),
 		kgo.RecordPartitioner(kgo.ManualPartitioner()),
@@ -462,8 +524,7 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		kgo.AllowAutoTopicCreation(),
 		kgo.UnknownTopicRetries(-1), // a missing topic is waited for
 		kgo.ProducerLinger(0),       // the batch is complete when it is handed over
-		// A record is a quarter of a kilobyte and there is one a minute.
-		kgo.ProducerBatchCompression(kgo.NoCompression()),
+		kgo.ProducerBatchCompression(compression),
 	}
 	connect := func(more ...kgo.Opt) (*session, error) {
 		var last lastError
@@ -471,8 +532,12 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		if err != nil {
 			return nil, err
 		}
-		s := &session{client: client, identity: identity}
-		if s.partition, err = k.findPartition(ctx, client, identity); err == nil {
+		s := &session{client: client, identity: identity, room: k.room}
+		s.partition, err = k.findPartition(ctx, client, k.cfg.Topic, identity)
+		if err == nil && s.room > 0 {
+			s.keysPartition, err = k.findPartition(ctx, client, k.cfg.keysTopic(), identity)
+		}
+		if err == nil {
 			err = s.fence(ctx)
 		}
 		if err != nil {
@@ -482,14 +547,17 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		return s, nil
 	}
 
+	wanted := transactionTimeout + time.Duration(k.room)*keyTime
+	timeout := min(wanted, cmp.Or(k.allowed, wanted))
 	inTransactions := func() (*session, error) {
-		return connect(kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(k.timeout))
+		return connect(kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(timeout))
 	}
 	s, err := inTransactions()
-	for errors.Is(err, kerr.InvalidTransactionTimeout) && k.timeout > minTransactionTimeout {
-		k.timeout = max(k.timeout/2, minTransactionTimeout)
+	for errors.Is(err, kerr.InvalidTransactionTimeout) && timeout > minTransactionTimeout {
+		timeout = max(timeout/2, minTransactionTimeout)
+		k.allowed = timeout
 		if s, err = inTransactions(); err == nil {
-			k.log.Info().Str("timeout", k.timeout.String()).Str("wanted", transactionTimeout.String()).
+			k.log.Info().Str("timeout", timeout.String()).Str("wanted", wanted.String()).
 				Msg("broker allows shorter transactions only (transaction.max.timeout.ms): using this timeout")
 		}
 	}
@@ -501,22 +569,22 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		k.refused = false
 	} else if refusal(err) {
 		if !k.refused {
-			k.log.Warn().Err(k.lacks("", err)).Str("transactional_id", transactionalID(identity)).
+			k.log.Warn().Err(k.lacks("", "", err)).Str("transactional_id", transactionalID(identity)).
 				Msg("broker refuses transactions: records are sent without them, so a kill may leave a second copy of a record")
 		}
 		k.refused = true
 		s, err = connect()
 	}
 	k.session = s
-	return k.lacks("Describe, and Create if it is missing,", err)
+	return k.lacks("", "", err)
 }
 
 // lacks adds to an error by which the broker refuses a right the ACL that would
-// grant it; operation is the one on the topic.
-func (k *kafkaSink) lacks(operation string, err error) error {
+// grant it; operation is the one on the topic, if the error is about one.
+func (k *kafkaSink) lacks(operation, topic string, err error) error {
 	switch {
-	case errors.Is(err, kerr.TopicAuthorizationFailed):
-		return fmt.Errorf("%w (the Kafka user lacks the ACL %s on topic %s)", err, operation, k.cfg.Topic)
+	case operation != "" && errors.Is(err, kerr.TopicAuthorizationFailed):
+		return fmt.Errorf("%w (the Kafka user lacks the ACL %s on topic %s)", err, operation, topic)
 	case errors.Is(err, kerr.TransactionalIDAuthorizationFailed):
 		return fmt.Errorf("%w (the Kafka user lacks the ACLs Write and Describe on transactional ids with the prefix %s)", err, transactionalID(""))
 	case errors.Is(err, kerr.ClusterAuthorizationFailed):
@@ -546,7 +614,7 @@ func (k *kafkaSink) prepare(ctx context.Context, identity string, group bool) er
 	defer cancel()
 	for _, e := range client.PollFetches(ctx).Errors() {
 		if errors.Is(e.Err, kerr.TopicAuthorizationFailed) {
-			k.log.Warn().Err(k.lacks("Read", e.Err)).
+			k.log.Warn().Err(k.lacks("Read", k.cfg.Topic, e.Err)).
 				Msg("the topic cannot be read: records are delivered, but after a kill or a lost reply delivery stops until the right to read is granted")
 		}
 	}
@@ -583,22 +651,22 @@ func (s *session) fence(ctx context.Context) error {
 
 // findPartition waits for the topic, which the broker may create on this request, and
 // returns the partition of the identity.
-func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, identity string) (int32, error) {
+func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, name, identity string) (int32, error) {
 	ctx, cancel := context.WithTimeout(ctx, stepWait)
 	defer cancel()
 	var missing error
 	for {
 		req := kmsg.NewPtrMetadataRequest()
 		topic := kmsg.NewMetadataRequestTopic()
-		topic.Topic = kmsg.StringPtr(k.cfg.Topic)
+		topic.Topic = kmsg.StringPtr(name)
 		req.Topics = append(req.Topics, topic)
 		req.AllowAutoTopicCreation = true
 		resp, err := req.RequestWith(ctx, client)
 		if err != nil {
-			return 0, fmt.Errorf("find topic %s: %w", k.cfg.Topic, cmp.Or(missing, err))
+			return 0, fmt.Errorf("find topic %s: %w", name, cmp.Or(missing, err))
 		}
 		if len(resp.Topics) != 1 {
-			return 0, fmt.Errorf("find topic %s: broker answers about %d topics", k.cfg.Topic, len(resp.Topics))
+			return 0, fmt.Errorf("find topic %s: broker answers about %d topics", name, len(resp.Topics))
 		}
 		t := &resp.Topics[0]
 		err = kerr.ErrorForCode(t.ErrorCode)
@@ -606,12 +674,12 @@ func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, ident
 			return partitionFor(identity, len(t.Partitions)), nil
 		}
 		if err != nil && !kerr.IsRetriable(err) {
-			return 0, fmt.Errorf("find topic %s: %w", k.cfg.Topic, err)
+			return 0, k.lacks("Describe, and Create if it is missing,", name, fmt.Errorf("find topic %s: %w", name, err))
 		}
 		missing = err // or on its way
 		select {
 		case <-ctx.Done():
-			return 0, fmt.Errorf("find topic %s: %w", k.cfg.Topic, cmp.Or(missing, ctx.Err()))
+			return 0, fmt.Errorf("find topic %s: %w", name, cmp.Or(missing, ctx.Err()))
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
@@ -632,25 +700,85 @@ func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
 			return fmt.Errorf("begin a transaction: %w", err)
 		}
 	}
-	results := make(chan error, len(entries)) // as many as promises: none ever blocks
 	now := time.Now()
+	if keysOf(entries) > 0 {
+		if err := k.sendKeys(ctx, entries, now); err != nil {
+			return err
+		}
+		k.step(stepKeys)
+	}
+	records := make([]*kgo.Record, len(entries))
 	for i := range entries {
-		r := &entries[i].record
-		// The records' context is not ours: the client may not give a record up
-		// while its fate is open. The wait below is what is bounded.
-		s.client.Produce(context.Background(), &kgo.Record{
+		records[i] = &kgo.Record{
 			Topic:     k.cfg.Topic,
 			Partition: s.partition,
-			Key:       []byte(r.Key()),
+			Key:       []byte(entries[i].record.Key()),
 			Value:     entries[i].value,
 			Timestamp: k.present.time(&entries[i], now),
-			Headers:   []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)}},
-		}, func(_ *kgo.Record, err error) { results <- err })
+			Headers:   schema,
+		}
+	}
+	if err := k.sendRecords(ctx, records); err != nil {
+		return err
+	}
+	k.step(stepProduced)
+	if s.transactional {
+		if err := s.commit(ctx); err != nil {
+			return fmt.Errorf("commit: %w", err)
+		}
+	}
+	k.step(stepCommitted)
+	return nil
+}
+
+var schema = []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)}}
+
+// sendKeys hands the records by key to the broker, atOnce at a time: what is in memory, and
+// in one request, stays the same however many there are.
+func (k *kafkaSink) sendKeys(ctx context.Context, entries []entry, now time.Time) error {
+	records := make([]*kgo.Record, 0, min(uint64(k.atOnce), keysOf(entries)))
+	send := func() error {
+		err := k.sendRecords(ctx, records)
+		records = records[:0]
+		if poison, ok := errors.AsType[*poisonError](err); ok {
+			poison.ofKeys = true
+		}
+		return err
+	}
+	for i := range entries {
+		lines, of := newKeyJSON(&entries[i].record), entries[i].record.Key()+"/"
+		for key, unique := range entries[i].keys.all() {
+			records = append(records, &kgo.Record{
+				Topic:     k.cfg.keysTopic(),
+				Partition: k.session.keysPartition,
+				Key:       []byte(of + key),
+				Value:     lines.append(nil, key, unique),
+				Timestamp: k.present.time(&entries[i], now),
+				Headers:   schema,
+			})
+			if len(records) == k.atOnce {
+				if err := send(); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return send()
+}
+
+// sendRecords hands records of one topic to the broker and waits until it has acknowledged
+// them.
+func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record) error {
+	results := make(chan error, len(records)) // as many as promises: none ever blocks
+	for _, r := range records {
+		// The records' context is not ours: the client may not give a record up
+		// while its fate is open. The wait below is what is bounded.
+		k.session.client.Produce(context.Background(), r, func(_ *kgo.Record, err error) { results <- err })
 	}
 	deadline := time.NewTimer(stepWait)
 	defer deadline.Stop()
 	var failed error
-	for range entries {
+	for range records {
 		select {
 		case err := <-results:
 			// The first failure is the cause of those behind it, except that a
@@ -665,20 +793,12 @@ func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
 		}
 	}
 	if failed != nil {
-		failed = k.lacks("Write", fmt.Errorf("produce: %w", failed))
+		failed = k.lacks("Write", records[0].Topic, fmt.Errorf("produce: %w", failed))
 		if poison(failed) {
-			return &poisonError{failed}
-		}
-		return failed
-	}
-	k.step(stepProduced)
-	if s.transactional {
-		if err := s.commit(ctx); err != nil {
-			return fmt.Errorf("commit: %w", err)
+			return &poisonError{err: failed}
 		}
 	}
-	k.step(stepCommitted)
-	return nil
+	return failed
 }
 
 func (s *session) commit(ctx context.Context) error {
@@ -727,7 +847,7 @@ func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
 
 	there := topicValues{want: want, visible: make(map[string][]string), open: make(map[transaction][]*kgo.Record)}
 	if err := readToEnd(ctx, client, k.cfg.Topic, lookFrom(batch), there.take); err != nil {
-		return nil, k.lacks("Read", last.explain(err))
+		return nil, k.lacks("Read", k.cfg.Topic, last.explain(err))
 	}
 	for _, data := range there.open {
 		// Behind the fence every transaction of our id is settled, so this is one

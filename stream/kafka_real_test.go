@@ -308,5 +308,27 @@ func TestRealKafka(t *testing.T) {
 		wantWindows(t, readTopic(t, cfg), 60)
 	})
 
-	t.Run("Kill", func(t *testing.T) { killAtEveryStep(t, []string{b.plain}, rounds(t)) })
+	t.Run("Kill", func(t *testing.T) { killAtEveryStep(t, []string{b.plain}, 0, rounds(t)) })
+	t.Run("KillWithKeys", func(t *testing.T) { killAtEveryStep(t, []string{b.plain}, 5, rounds(t)) })
+
+	t.Run("HundredThousandKeys", func(t *testing.T) {
+		const keys = 100_000
+		s := start(t, t.TempDir(), Config{Kafka: b.config("many")})
+		s.publish(t, 0, 1) // the session is there
+		s.flush(t, 30*time.Second)
+		for i := 1; i < 4; i++ {
+			count := withKeys(window(i), keys)
+			began := time.Now()
+			if err := s.Publish(t.Context(), count); err != nil {
+				t.Fatal(err)
+			}
+			spooled := time.Since(began)
+			s.flush(t, 30*time.Second)
+			t.Logf("record %d: in the spool after %s, visible after %s", i, spooled, time.Since(began))
+		}
+		got := readKeys(t, ReadKeysTopic(t.Context(), b.config("many"), false))
+		if len(got) != 3*keys {
+			t.Errorf("%d records by key, want %d", len(got), 3*keys)
+		}
+	})
 }

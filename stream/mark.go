@@ -24,6 +24,7 @@ type mark struct {
 	Seq      uint64 `json:"seq"`
 	Start    int64  `json:"start"` // of the last window, Unix nanoseconds
 	Unique   uint64 `json:"unique"`
+	Keyed    bool   `json:"keyed,omitempty"` // some of Unique is under keys: those are lost with the spool
 }
 
 const (

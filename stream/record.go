@@ -28,16 +28,17 @@ const (
 //
 // The order of the fields is the order of the bytes.
 type Record struct {
-	WindowStart time.Time `json:"window_start"` // UTC
-	WindowMS    int64     `json:"window_ms"`    // length of the window, milliseconds
-	Unique      uint64    `json:"unique"`       // ids answered as new
-	Scope       Scope     `json:"scope"`        // whose ids
-	Group       string    `json:"group"`        // name of the group
-	Instance    string    `json:"instance"`     // empty in group scope
-	Seq         uint64    `json:"seq"`          // from 1 without gaps per instance; 0 in group scope
-	Complete    bool      `json:"complete"`     // the process served the whole window
-	Exact       bool      `json:"exact"`        // a promise: README.md, "Eight words"
-	SealedAt    time.Time `json:"sealed_at"`    // UTC, milliseconds
+	WindowStart time.Time `json:"window_start"`   // UTC
+	WindowMS    int64     `json:"window_ms"`      // length of the window, milliseconds
+	Unique      uint64    `json:"unique"`         // ids answered as new
+	Scope       Scope     `json:"scope"`          // whose ids
+	Group       string    `json:"group"`          // name of the group
+	Instance    string    `json:"instance"`       // empty in group scope
+	Seq         uint64    `json:"seq"`            // from 1 without gaps per instance; 0 in group scope
+	Complete    bool      `json:"complete"`       // the process served the whole window
+	Exact       bool      `json:"exact"`          // a promise: README.md, "Eight words"
+	Keys        uint64    `json:"keys,omitempty"` // keys that have ids: as many KeyRecords belong to it; absent: none
+	SealedAt    time.Time `json:"sealed_at"`      // UTC, milliseconds
 }
 
 // The header every Kafka record carries, so that a consumer can tell a later

@@ -62,6 +62,10 @@ const (
 	// defaultMemoryLimit is 45 days of one-minute windows in about 25 MB.
 	defaultMemoryLimit = 1 << 16
 
+	// memoryKeysLimit bounds the keys of the records in memory, in bytes: two hours of
+	// minutes with 100,000 keys of a dozen letters. One record is always taken.
+	memoryKeysLimit = 256 << 20
+
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
 )
@@ -120,6 +124,9 @@ type series struct {
 	seq    uint64 // last assigned
 	start  int64  // last appended window, Unix nanoseconds
 	unique uint64 // sum of the records appended for that window
+
+	keys     packedKeys // the same by key
+	keysLost bool       // keys are not all of them: the spool that had the others is lost
 }
 
 // entry is a record with its place in the spool. Indexes are never reused, also
@@ -127,7 +134,8 @@ type series struct {
 type entry struct {
 	index  uint64
 	record Record
-	value  []byte // the record's bytes
+	value  []byte     // the record's bytes
+	keys   packedKeys // what is under each of its keys; scan leaves them out
 }
 
 // store is what a Spool needs of the medium. There are two: bbolt and memory.
@@ -140,8 +148,11 @@ type store interface {
 	// committed or synced.
 	put(e entry, identity string, s series, beforeCommit func()) error
 	keepInstance(name string) error
-	// scan returns up to max entries with after < index <= upTo, in order.
+	// scan returns up to max entries with after < index <= upTo, in order, without
+	// their keys.
 	scan(after, upTo uint64, max int) ([]entry, error)
+	// keys returns those of a record that was not removed.
+	keys(index uint64) (packedKeys, error)
 	// advance moves a sink's cursor and removes every record up to removeTo.
 	advance(sink string, to, removeTo uint64, removed int) error
 	// condemn sets the record aside for good, with the sink that refused it.
@@ -274,7 +285,7 @@ func (s *Spool) load(instance string) (before string, err error) {
 	}
 	if s.mark.Identity != "" && s.mark.Seq > s.series[s.mark.Identity].seq {
 		// The spool that had it was damaged or taken away.
-		s.series[s.mark.Identity] = series{seq: s.mark.Seq, start: s.mark.Start, unique: s.mark.Unique}
+		s.series[s.mark.Identity] = series{seq: s.mark.Seq, start: s.mark.Start, unique: s.mark.Unique, keysLost: s.mark.Keyed}
 	}
 	if own := s.series[s.Identity()]; own.seq > 0 {
 		s.keepMark(s.Identity(), own)
@@ -300,12 +311,20 @@ func (s *Spool) Instance() string { return s.instance }
 // process that restarts within a window, or does not know whether a count reached the
 // spool before it was killed, publishes the difference. Other instances and groups may
 // have used the directory before.
+//
+// The sums by key are in the spool only, as the mark has no room for them. Where the spool
+// was lost and some of the window's records had keys, KeysLost is set: then the difference
+// of each key is not known, and the rest of the window can only be published without keys
+// that are right, so with exact:false. Keys has what was published since, if anything.
 func (s *Spool) Published() map[string]counter.Published {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	all := map[string]counter.Published{}
 	for identity, last := range s.series {
-		all[identity] = counter.Published{Last: time.Unix(0, last.start).UTC(), Unique: last.unique}
+		all[identity] = counter.Published{
+			Last: time.Unix(0, last.start).UTC(), Unique: last.unique,
+			Keys: last.keys.unpack(), KeysLost: last.keysLost,
+		}
 	}
 	return all
 }
@@ -323,7 +342,7 @@ func (s *Spool) Close() error {
 // append numbers the record and makes it durable. On an error the record is not
 // appended: the next append takes the same number and the same place, which also
 // overwrites one that was stored although the disk said it was not.
-func (s *Spool) append(r *Record, step func(string)) error {
+func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	identity := r.identity()
@@ -345,15 +364,18 @@ func (s *Spool) append(r *Record, step func(string)) error {
 	if s.pending >= s.limit {
 		return fmt.Errorf("%w: %d records wait for delivery", errSpoolFull, s.pending)
 	}
-	if start != next.start {
-		next.start, next.unique = start, 0
-	}
-	next.unique += r.Unique
+	r.Keys = uint64(len(keys))
 	value, err := r.appendJSON(nil)
 	if err != nil {
 		return err
 	}
-	e := entry{index: s.head + 1, record: *r, value: value}
+	e := entry{index: s.head + 1, record: *r, value: value, keys: packKeys(keys)}
+	if start != next.start {
+		next = series{seq: next.seq, start: start, unique: r.Unique, keys: e.keys}
+	} else {
+		next.unique += r.Unique
+		next.keys = next.keys.plus(e.keys)
+	}
 	if err := s.store.put(e, identity, next, func() { step(stepAppended) }); err != nil {
 		return fmt.Errorf("append to the spool: %w", err)
 	}
@@ -386,7 +408,7 @@ func (s *Spool) keepMark(identity string, at series) {
 		return
 	}
 	s.mark.Identity, s.mark.Instance = identity, s.instance
-	s.mark.Seq, s.mark.Start, s.mark.Unique = at.seq, at.start, at.unique
+	s.mark.Seq, s.mark.Start, s.mark.Unique, s.mark.Keyed = at.seq, at.start, at.unique, len(at.keys) > 0 || at.keysLost
 	_ = s.mark.write(s.markPath())
 }
 
@@ -473,17 +495,34 @@ func (s *Spool) refreshOldest() error {
 	return err
 }
 
-// next returns the records that the sink has not acknowledged, oldest first.
+// next returns the records that the sink has not acknowledged, oldest first, with their
+// keys: of the records behind the first one only as many as have keyLimit keys together.
 // Only committed records are seen: an append that failed may be in the file and
 // still be taken back.
-func (s *Spool) next(sink string, limit int) ([]entry, error) {
+func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]entry, error) {
 	s.mu.Lock()
-	after, upTo := s.cursors[sink], s.head
+	after, upTo, st := s.cursors[sink], s.head, s.store
 	s.mu.Unlock()
 	if after >= upTo {
 		return nil, nil
 	}
-	return s.scan(after, upTo, limit)
+	batch, err := st.scan(after, upTo, limit)
+	if err != nil {
+		return nil, err
+	}
+	keys := uint64(0)
+	for i := range batch {
+		e := &batch[i]
+		if keys += e.record.Keys; i > 0 && keys > keyLimit {
+			return batch[:i], nil
+		}
+		if e.record.Keys > 0 {
+			if e.keys, err = st.keys(e.index); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return batch, nil
 }
 
 // scan is that of the store.
@@ -560,8 +599,9 @@ func (s *Spool) delivered(start time.Time) string {
 
 // memoryStore is the store of --data-dir=none.
 type memoryStore struct {
-	mu       sync.Mutex // guards entries against scan, which does not hold the spool's
+	mu       sync.Mutex // guards entries against scan and keys, which do not hold the spool's
 	entries  []entry
+	keyBytes int // of the keys of entries
 	poisoned []entry
 }
 
@@ -573,8 +613,20 @@ func (m *memoryStore) put(e entry, _ string, _ series, beforeCommit func()) erro
 	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+len(e.keys) > memoryKeysLimit {
+		return fmt.Errorf("%w: %d bytes of keys wait for delivery", errSpoolFull, m.keyBytes)
+	}
 	m.entries = append(m.entries, e)
+	m.keyBytes += len(e.keys)
 	return nil
+}
+
+func (m *memoryStore) keys(index uint64) (packedKeys, error) {
+	found, err := m.scan(index-1, index, 1)
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	return found[0].keys, nil
 }
 
 func (m *memoryStore) scan(after, upTo uint64, limit int) ([]entry, error) {
@@ -599,6 +651,7 @@ func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
 	defer m.mu.Unlock()
 	n := 0
 	for n < len(m.entries) && m.entries[n].index <= removeTo {
+		m.keyBytes -= len(m.entries[n].keys)
 		m.entries[n] = entry{} // the slice keeps its array; let the record go
 		n++
 	}

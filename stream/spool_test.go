@@ -27,7 +27,7 @@ func appendTo(t *testing.T, sp *Spool, from, to int) {
 	t.Helper()
 	for i := from; i < to; i++ {
 		r := record(i)
-		if err := sp.append(&r, noStep); err != nil {
+		if err := sp.append(&r, nil, noStep); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -37,7 +37,7 @@ func drain(t *testing.T, sp *Spool, sink string) []Record {
 	t.Helper()
 	var out []Record
 	for {
-		batch, err := sp.next(sink, batchSize)
+		batch, err := sp.next(sink, batchSize, batchKeys)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -199,10 +199,10 @@ func TestSpoolRepeatsAFailedAppendInPlace(t *testing.T) {
 	for _, stored := range []bool{false, true} {
 		sp.store = &failing{store: disk, stored: stored}
 		r := record(1)
-		if err := sp.append(&r, noStep); !errors.Is(err, errDisk) {
+		if err := sp.append(&r, nil, noStep); !errors.Is(err, errDisk) {
 			t.Fatalf("append: %v", err)
 		}
-		if batch, err := sp.next("a", 10); err != nil || len(batch) != 1 {
+		if batch, err := sp.next("a", 10, batchKeys); err != nil || len(batch) != 1 {
 			t.Fatalf("a record that was not appended is handed out: %d, %v", len(batch), err)
 		}
 	}
@@ -414,7 +414,7 @@ func TestSpoolSetsPoisonAside(t *testing.T) {
 	dir := t.TempDir()
 	sp := testSpool(t, dir)
 	appendWithSink(t, sp)
-	batch, err := sp.next("a", 1)
+	batch, err := sp.next("a", 1, batchKeys)
 	if err != nil {
 		t.Fatal(err)
 	}

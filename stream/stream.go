@@ -11,6 +11,7 @@
 package stream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -67,6 +68,7 @@ const (
 	stepBefore    = "before-append"
 	stepAppended  = "after-append" // written, neither committed nor synced
 	stepSynced    = "after-fsync"
+	stepKeys      = "after-keys"    // the same for the keys, before the record itself is written
 	stepProduced  = "after-produce" // Kafka: acknowledged by the broker, not committed; file: synced
 	stepCommitted = "after-commit"
 	stepAcked     = "after-ack" // the spool knows
@@ -76,6 +78,10 @@ const (
 	// batchSize is how many records a sink is given at once: a week of minutes
 	// in 40 batches, 90 KB each, well below any broker's message limit.
 	batchSize = 256
+
+	// batchKeys is how many keys the records of a batch have, if there are more of them
+	// than one: 2 MB or so. A record with more keys is a batch of its own.
+	batchKeys = 20_000
 
 	// failureLogEvery samples the log of a failure that repeats.
 	failureLogEvery = 30 * time.Second
@@ -122,7 +128,10 @@ type sink interface {
 }
 
 // poisonError marks a record that a sink will never accept.
-type poisonError struct{ err error }
+type poisonError struct {
+	err    error
+	ofKeys bool // Kafka: it was not the record itself that was refused, but one by key
+}
 
 func (e *poisonError) Error() string { return e.err.Error() }
 func (e *poisonError) Unwrap() error { return e.err }
@@ -213,14 +222,14 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 		valid = r
 		valid.Seq = 1 // the spool gives the real one
 	}
-	if err := valid.check(); err != nil {
+	if err := cmp.Or(valid.check(), checkKeys(c.Keys)); err != nil {
 		return 0, fmt.Errorf("publish: %w", err)
 	}
 	s.step(stepBefore)
 	var wait retry.Backoff
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
-		err := s.spool.append(&r, s.step)
+		err := s.spool.append(&r, c.Keys, s.step)
 		s.mu.Lock()
 		s.appendErr = err
 		if err != nil {
@@ -427,7 +436,7 @@ func (w *worker) run(ctx context.Context) {
 func (w *worker) step(ctx context.Context) (moved bool, err error) {
 	name, spool := w.sink.name(), w.stream.spool
 	_, changed := spool.watch()
-	batch, err := spool.next(name, batchSize)
+	batch, err := spool.next(name, batchSize, batchKeys)
 	switch {
 	case err != nil:
 		return false, err

@@ -34,10 +34,15 @@ const followEvery = 200 * time.Millisecond
 // With follow it goes on with what is appended, also when the file is replaced,
 // until ctx ends.
 func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
-	return func(yield func(Record, error) bool) {
+	return readFile(ctx, path, follow, ParseRecord)
+}
+
+func readFile[T any](ctx context.Context, path string, follow bool, parse func([]byte) (T, error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var none T
 		file, err := os.Open(path)
 		if err != nil {
-			yield(Record{}, fmt.Errorf("read counts file: %w", err))
+			yield(none, fmt.Errorf("read counts file: %w", err))
 			return
 		}
 		lines := &countsLines{path: path, file: file, r: bufio.NewReaderSize(file, 1<<16)}
@@ -46,7 +51,7 @@ func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, e
 			line, err := lines.next()
 			switch {
 			case err == nil:
-				record, err := ParseRecord(line)
+				record, err := parse(line)
 				if err != nil {
 					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
 				}
@@ -65,7 +70,7 @@ func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, e
 				}
 			}
 			if err != nil {
-				yield(Record{}, fmt.Errorf("read counts file: %w", err))
+				yield(none, fmt.Errorf("read counts file: %w", err))
 				return
 			}
 		}
@@ -145,9 +150,14 @@ func fileMoved(file *os.File, path string, read int64) (replaced *os.File, cut i
 // a transaction is open it waits for its end. With follow it goes on until ctx
 // ends.
 func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Record, error] {
-	return func(yield func(Record, error) bool) {
+	return consumeTopic(ctx, cfg, cfg.Topic, follow, parseKafka)
+}
+
+func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, follow bool, parse func(*kgo.Record) (T, error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var none T
 		if err := cfg.Check(); err != nil {
-			yield(Record{}, err)
+			yield(none, err)
 			return
 		}
 		var last lastError
@@ -158,7 +168,7 @@ func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Reco
 			kgo.FetchMaxWait(250*time.Millisecond),
 		)
 		if err != nil {
-			yield(Record{}, err)
+			yield(none, err)
 			return
 		}
 		defer client.Close()
@@ -167,7 +177,7 @@ func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Reco
 			if r.Attrs.IsControl() {
 				return nil
 			}
-			record, err := parseKafka(r)
+			record, err := parse(r)
 			if err != nil {
 				err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
 			}
@@ -177,24 +187,24 @@ func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Reco
 			return nil
 		}
 		if follow {
-			followTopic(ctx, client, cfg.Topic, emit, yield)
+			followTopic(ctx, client, topic, emit, func(err error) bool { return yield(none, err) })
 			return
 		}
-		err = readToEnd(ctx, client, cfg.Topic, time.Time{}, emit)
+		err = readToEnd(ctx, client, topic, time.Time{}, emit)
 		if err != nil && !errors.Is(err, stopped) {
-			yield(Record{}, fmt.Errorf("read %s: %w", cfg.Topic, last.explain(err)))
+			yield(none, fmt.Errorf("read %s: %w", topic, last.explain(err)))
 		}
 	}
 }
 
-// followTopic calls emit with the records of the topic, and yield with what fails,
+// followTopic calls emit with the records of the topic, and fail with what fails,
 // until one of them or ctx ends it.
-func followTopic(ctx context.Context, client *kgo.Client, topic string, emit func(*kgo.Record) error, yield func(Record, error) bool) {
+func followTopic(ctx context.Context, client *kgo.Client, topic string, emit func(*kgo.Record) error, fail func(error) bool) {
 	client.AddConsumeTopics(topic)
 	for ctx.Err() == nil {
 		fetches := client.PollFetches(ctx)
 		for _, e := range fetches.Errors() {
-			if ctx.Err() == nil && !yield(Record{}, fmt.Errorf("read %s: %w", topic, e.Err)) {
+			if ctx.Err() == nil && !fail(fmt.Errorf("read %s: %w", topic, e.Err)) {
 				return
 			}
 		}
@@ -208,16 +218,23 @@ func followTopic(ctx context.Context, client *kgo.Client, topic string, emit fun
 
 // parseKafka checks what goes beside the value, too.
 func parseKafka(r *kgo.Record) (Record, error) {
-	for _, h := range r.Headers {
-		if h.Key == schemaHeader && string(h.Value) != schemaVersion {
-			return Record{}, fmt.Errorf("schema %q, this program reads %s", h.Value, schemaVersion)
-		}
+	if err := checkSchema(r); err != nil {
+		return Record{}, err
 	}
 	record, err := ParseRecord(r.Value)
 	if err == nil && record.Key() != string(r.Key) {
 		err = fmt.Errorf("key %q belongs to %q", r.Key, record.Key())
 	}
 	return record, err
+}
+
+func checkSchema(r *kgo.Record) error {
+	for _, h := range r.Headers {
+		if h.Key == schemaHeader && string(h.Value) != schemaVersion {
+			return fmt.Errorf("schema %q, this program reads %s", h.Value, schemaVersion)
+		}
+	}
+	return nil
 }
 
 // Totals sums records per window over all instances of a group. Groups count
@@ -248,6 +265,9 @@ type WindowTotal struct {
 	Complete bool          // every record of it is
 	Exact    bool          // every record of it is
 }
+
+// Span returns the window.
+func (w WindowTotal) Span() counter.Span { return counter.Span{Start: w.Start, Window: w.Window} }
 
 // Gap is what is missing in the records of one instance, or of a group.
 type Gap struct {

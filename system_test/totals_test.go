@@ -102,6 +102,116 @@ func TestTotalsNameWhatIsMissing(t *testing.T) {
 	}
 }
 
+// keyLine is a line by key of a record that countsLine makes.
+func keyLine(minute int, key string, unique int, instance string, seq int) string {
+	return fmt.Sprintf(`{"window_start":"2026-11-22T06:%02d:00Z","window_ms":60000,"key":%q,"unique":%d,"scope":"instance","group":"verve","instance":%q,"seq":%d}`+"\n",
+		minute, key, unique, instance, seq)
+}
+
+// withKeys is a record that has some.
+func withKeys(line string, n int) string {
+	return strings.Replace(line, `"exact":true,`, fmt.Sprintf(`"exact":true,"keys":%d,`, n), 1)
+}
+
+// TestTotalsByKey adds up keys over instances, and names where they do not agree with the
+// records.
+func TestTotalsByKey(t *testing.T) {
+	t.Parallel()
+	records := withKeys(countsLine(1, 9, "a", 1), 2) + withKeys(countsLine(1, 4, "b", 1), 1) + countsLine(2, 3, "a", 2)
+	keys := keyLine(1, "x", 2, "a", 1) + keyLine(1, "y", 3, "a", 1) + keyLine(1, "x", 4, "b", 1)
+	for _, c := range []struct {
+		name, records, keys, stdout, stderr string
+		code                                int
+	}{
+		{"in order", records, keys,
+			`{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"key":"x","unique":6,"records":2,"complete":true,"exact":true}
+{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"key":"y","unique":3,"records":1,"complete":true,"exact":true}
+{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"key":"","unique":4,"records":2,"complete":true,"exact":true}
+{"group":"verve","window_start":"2026-11-22T06:02:00Z","window_ms":60000,"key":"","unique":3,"records":1,"complete":true,"exact":true}
+`, "", 0},
+		{"no keys at all", countsLine(1, 5, "a", 1), "",
+			`{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"key":"","unique":5,"records":1,"complete":true,"exact":true}` + "\n", "", 0},
+		{"a key is missing", withKeys(countsLine(1, 5, "a", 1), 2), keyLine(1, "x", 2, "a", 1), "",
+			"keys: verve/2026-11-22T06:01:00Z/a/1 has 2 records by key, 1 are there\n", 1},
+		{"more by key than in total", withKeys(countsLine(1, 5, "a", 1), 1), keyLine(1, "x", 7, "a", 1), "",
+			"keys: verve/2026-11-22T06:01:00Z/a/1 has more ids by key than in total (7 and 5)\n", 1},
+		{"a copy", withKeys(countsLine(1, 5, "a", 1), 1), keyLine(1, "x", 5, "a", 1) + keyLine(1, "x", 5, "a", 1), "",
+			"repeat: verve/2026-11-22T06:01:00Z/a/1/x is there twice and counted once (unique 5)\n", 1},
+		{"a gap", countsLine(1, 5, "a", 1) + countsLine(2, 5, "a", 3), "", "",
+			"gap: verve/a: record 2 is missing\n", 1},
+		{"of no record", countsLine(1, 5, "a", 1) + countsLine(2, 5, "a", 2), keyLine(1, "x", 5, "b", 1) + keyLine(1, "x", 5, "a", 1), "",
+			"keys: verve/2026-11-22T06:01:00Z/a/1 has 0 records by key, 1 are there\n", 1},
+		{"left by a kill", countsLine(1, 5, "a", 1), keyLine(2, "x", 5, "a", 2), "", "", 0},
+	} {
+		file := filepath.Join(t.TempDir(), "counts.jsonl")
+		if err := os.WriteFile(file, []byte(c.records), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if c.keys != "" {
+			if err := os.WriteFile(strings.TrimSuffix(file, ".jsonl")+"-by-key.jsonl", []byte(c.keys), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cmd := testproc.Verve(t, "totals", "--by-key", "--counts-file="+file)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		got, _, _ := strings.Cut(stderr.String(), "verve: ")
+		if testproc.ExitCode(err) != c.code || c.stdout != "" && string(out) != c.stdout || got != c.stderr {
+			t.Errorf("%s: exit code %d, want %d\n%s\nsaid %q, want %q", c.name, testproc.ExitCode(err), c.code, out, got, c.stderr)
+		}
+	}
+}
+
+// TestTotalsFollowByKey prints a window when its keys are there.
+func TestTotalsFollowByKey(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "counts.jsonl")
+	write := func(file, line string) {
+		t.Helper()
+		f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+		if err == nil {
+			_, err = f.WriteString(line)
+			f.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys := strings.TrimSuffix(file, ".jsonl") + "-by-key.jsonl"
+	write(file, countsLine(1, 5, "a", 1)+withKeys(countsLine(2, 5, "a", 2), 1))
+	cmd := testproc.Verve(t, "totals", "--by-key", "--follow", "--counts-file="+file)
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	out := bufio.NewScanner(stdout)
+	next := func(want string) {
+		t.Helper()
+		if !out.Scan() || !strings.Contains(out.Text(), want) {
+			t.Errorf("got %q, want %q in it", out.Text(), want)
+		}
+	}
+	next(`06:01:00Z","window_ms":60000,"key":"","unique":5`)
+	write(keys, keyLine(2, "x", 3, "a", 2))
+	next(`06:02:00Z","window_ms":60000,"key":"x","unique":3`)
+	next(`06:02:00Z","window_ms":60000,"key":"","unique":2`)
+	write(keys, keyLine(3, "x", 1, "a", 3))
+	write(file, withKeys(countsLine(3, 1, "a", 3), 1))
+	next(`06:03:00Z","window_ms":60000,"key":"x","unique":1`)
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); testproc.ExitCode(err) != 0 || stderr.Len() > 0 {
+		t.Errorf("exit code %d, said %q", testproc.ExitCode(err), stderr.String())
+	}
+}
+
 // TestTotalsSince leaves out earlier windows, by a time or by a duration.
 func TestTotalsSince(t *testing.T) {
 	t.Parallel()

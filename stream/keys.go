@@ -1,0 +1,204 @@
+package stream
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"verve/counter"
+)
+
+// KeyRecord is the part of a record's Unique that was counted under one key. A record
+// with keys is published with one for each of them, and all are visible or none is. The
+// sum of Unique over the KeyRecords of a record, and the ids without a key, are the
+// record's Unique.
+//
+// The order of the fields is the order of the bytes.
+type KeyRecord struct {
+	WindowStart time.Time `json:"window_start"` // that of the record, as what follows but Key and Unique
+	WindowMS    int64     `json:"window_ms"`    // see WindowStart
+	Key         string    `json:"key"`          // 1 to 128 bytes
+	Unique      uint64    `json:"unique"`       // ids answered as new under the key, at least 1
+	Scope       Scope     `json:"scope"`        // see WindowStart
+	Group       string    `json:"group"`        // see WindowStart
+	Instance    string    `json:"instance"`     // see WindowStart
+	Seq         uint64    `json:"seq"`          // see WindowStart
+}
+
+// record has what r says about the record that it belongs to.
+func (r *KeyRecord) record() Record {
+	return Record{WindowStart: r.WindowStart, WindowMS: r.WindowMS, Scope: r.Scope, Group: r.Group, Instance: r.Instance, Seq: r.Seq}
+}
+
+// RecordKey is the identity of the record that r belongs to.
+func (r *KeyRecord) RecordKey() string {
+	of := r.record()
+	return of.Key()
+}
+
+// ID is the identity of r: at most one KeyRecord with it is visible.
+func (r *KeyRecord) ID() string { return r.RecordKey() + "/" + r.Key }
+
+// Span returns the window that r counts in.
+func (r *KeyRecord) Span() counter.Span {
+	of := r.record()
+	return of.Span()
+}
+
+// ParseKeyRecord accepts exactly the bytes that a KeyRecord is written as, as
+// ParseRecord does.
+func ParseKeyRecord(b []byte) (KeyRecord, error) {
+	var r KeyRecord
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&r); err != nil {
+		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
+	}
+	of := r.record()
+	if err := cmp.Or(of.check(), checkKey(r.Key), checkKeyUnique(r.Unique)); err != nil {
+		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
+	}
+	if !bytes.Equal(newKeyJSON(&of).append(nil, r.Key, r.Unique), b) {
+		return KeyRecord{}, errors.New("parse record of a key: not in canonical form")
+	}
+	r.WindowStart = r.WindowStart.UTC()
+	return r, nil
+}
+
+// maxKey is the longest key, in bytes, that a request may name.
+const maxKey = 128
+
+func checkKey(key string) error {
+	switch {
+	case key == "" || len(key) > maxKey:
+		return fmt.Errorf("a key has %d bytes, the limits are 1 and %d", len(key), maxKey)
+	case !utf8.ValidString(key):
+		return fmt.Errorf("key %q is not valid UTF-8", key)
+	}
+	return nil
+}
+
+func checkKeyUnique(n uint64) error {
+	if n == 0 {
+		return errors.New("a key without ids has no record")
+	}
+	return nil
+}
+
+// checkKeys wants what Epoch.Keys gives: keys in order, each once, each with ids.
+func checkKeys(keys []counter.KeyCount) error {
+	for i, k := range keys {
+		if err := cmp.Or(checkKey(k.Key), checkKeyUnique(k.Unique)); err != nil {
+			return err
+		}
+		if i > 0 && keys[i-1].Key >= k.Key {
+			return fmt.Errorf("key %q behind %q", k.Key, keys[i-1].Key)
+		}
+	}
+	return nil
+}
+
+// keyJSON writes the KeyRecords of one record: most of their bytes are the same. With
+// encoding/json 100,000 of them take ten times as long.
+type keyJSON struct{ before, between, after []byte }
+
+func newKeyJSON(r *Record) *keyJSON {
+	const unescaped = " " // stands where key and unique will
+	all := appendUnescaped(nil, KeyRecord{
+		WindowStart: r.WindowStart.UTC(), WindowMS: r.WindowMS, Key: unescaped,
+		Scope: r.Scope, Group: r.Group, Instance: r.Instance, Seq: r.Seq,
+	})
+	// The first is ours: in what precedes it there is no text of anybody.
+	before, rest, _ := bytes.Cut(all, []byte(`" "`))
+	between, after, _ := bytes.Cut(rest, []byte("0"))
+	return &keyJSON{before, between, after}
+}
+
+func (j *keyJSON) append(b []byte, key string, unique uint64) []byte {
+	b = append(b, j.before...)
+	if strings.IndexFunc(key, func(c rune) bool { return c < ' ' || c >= 0x7f || c == '"' || c == '\\' }) < 0 {
+		b = append(append(append(b, '"'), key...), '"')
+	} else {
+		b = appendUnescaped(b, key)
+	}
+	b = append(b, j.between...)
+	return append(strconv.AppendUint(b, unique, 10), j.after...)
+}
+
+// appendUnescaped appends the JSON of v, in which only what JSON demands is escaped.
+func appendUnescaped(b []byte, v any) []byte {
+	buf := bytes.NewBuffer(b)
+	enc := json.NewEncoder(buf)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		panic(err) // strings, numbers and a time whose year was checked
+	}
+	return bytes.TrimSuffix(buf.Bytes(), []byte{'\n'})
+}
+
+// packedKeys are the keys of a record as the spool keeps them: for each the length of its
+// name, its name, and its count. Nil: none.
+type packedKeys []byte
+
+func packKeys(keys []counter.KeyCount) (p packedKeys) {
+	for _, k := range keys {
+		p = binary.AppendUvarint(p, uint64(len(k.Key)))
+		p = append(p, k.Key...)
+		p = binary.AppendUvarint(p, k.Unique)
+	}
+	return p
+}
+
+// all yields each key and its count. Bytes that packKeys did not make end it early: the
+// spool compares the number of keys with that in the record.
+func (p packedKeys) all() iter.Seq2[string, uint64] {
+	return func(yield func(string, uint64) bool) {
+		for rest := p; len(rest) > 0; {
+			size, n := binary.Uvarint(rest)
+			if n <= 0 || size > uint64(len(rest)-n) {
+				return
+			}
+			key := string(rest[n : n+int(size)])
+			rest = rest[n+int(size):]
+			unique, n := binary.Uvarint(rest)
+			if n <= 0 || !yield(key, unique) {
+				return
+			}
+			rest = rest[n:]
+		}
+	}
+}
+
+func (p packedKeys) unpack() (keys []counter.KeyCount) {
+	for key, unique := range p.all() {
+		keys = append(keys, counter.KeyCount{Key: key, Unique: unique})
+	}
+	return keys
+}
+
+// plus returns the sums of two.
+func (p packedKeys) plus(q packedKeys) packedKeys {
+	if len(p) == 0 {
+		return q
+	}
+	both := append(p.unpack(), q.unpack()...)
+	slices.SortFunc(both, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
+	sums := both[:0]
+	for _, k := range both {
+		if n := len(sums); n > 0 && sums[n-1].Key == k.Key {
+			sums[n-1].Unique += k.Unique
+			continue
+		}
+		sums = append(sums, k)
+	}
+	return packKeys(sums)
+}

@@ -1,0 +1,250 @@
+package stream
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"verve/internal/durable"
+)
+
+// The file of the lines by key, beside the counts file.
+//
+// The lines by key of a record are written and synced before its own line. So the keys of a
+// record whose line is there are there, and lines by key without that line are what a
+// kill, or a disk that was full, left: the record is in the spool still, and its next
+// delivery removes them before it writes them again. It is as with a torn line: whoever
+// reads the file takes lines by key for what they are only with the line of their record.
+//
+// The lock of the counts file covers both. With one process the lines to remove are the
+// last ones. Where several share the files, others may have appended behind them since.
+
+// KeysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
+// for counts.jsonl.
+func KeysFile(countsFile string) string {
+	ext := filepath.Ext(countsFile)
+	if ext == filepath.Base(countsFile) {
+		ext = ""
+	}
+	return strings.TrimSuffix(countsFile, ext) + "-by-key" + ext
+}
+
+// appendKeys appends and syncs the lines by key of records whose own lines are not there.
+// The lock of the counts file is held.
+func (f *fileSink) appendKeys(batch []entry) (err error) {
+	if keysOf(batch) == 0 {
+		return nil
+	}
+	file, created, err := f.openKeys(batch)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	w := bufio.NewWriterSize(file, 1<<16)
+	var line []byte
+	for i := range batch {
+		lines := newKeyJSON(&batch[i].record)
+		for key, unique := range batch[i].keys.all() {
+			line = append(lines.append(line[:0], key, unique), '\n')
+			if _, err := w.Write(line); err != nil {
+				return err
+			}
+		}
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if err := file.Sync(); err != nil {
+		return err
+	}
+	if created {
+		err = durable.SyncDir(filepath.Dir(f.path))
+	}
+	f.step(stepKeys)
+	return err
+}
+
+// openKeys opens the file, to append, without what an earlier attempt has left of the
+// records.
+func (f *fileSink) openKeys(batch []entry) (file *os.File, created bool, err error) {
+	path := KeysFile(f.path)
+	if file, created, err = openToAppend(path); err != nil {
+		return nil, false, err
+	}
+	info, err := file.Stat()
+	if err == nil && info.Mode().IsRegular() {
+		if err = repairTail(file, info.Size()); err == nil && batch[0].index <= f.unsure.Load() {
+			var replaced bool
+			if replaced, err = cutOut(file, path, leftover(&batch[0].record)); err == nil && replaced {
+				err = file.Close()
+				if err == nil {
+					file, _, err = openToAppend(path)
+				}
+				return file, created, err
+			}
+		}
+	}
+	if err != nil {
+		file.Close()
+		return nil, false, err
+	}
+	return file, created, nil
+}
+
+// removeKeys removes what an earlier attempt has left of a record whose line another
+// instance has written to its own file.
+func (f *fileSink) removeKeys(one []entry) (err error) {
+	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure.Load() {
+		return nil
+	}
+	counts, _, err := openToAppend(f.path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, counts.Close()) }()
+	if info, err := counts.Stat(); err != nil || !info.Mode().IsRegular() {
+		return err
+	}
+	if err := durable.Lock(counts); err != nil {
+		return err
+	}
+	there, err := f.lookup(counts, one)
+	if err != nil || len(there) > 0 {
+		return err
+	}
+	file, _, err := f.openKeys(one)
+	if err != nil {
+		return err
+	}
+	return errors.Join(file.Sync(), file.Close())
+}
+
+// lineKind is what a line by key is to a record that is about to be written.
+type lineKind int
+
+const (
+	lineForeign lineKind = iota // of somebody else: it stays
+	lineEarlier                 // of a record before it: nothing in front of it is left over
+	lineLeft                    // left over
+)
+
+// leftover returns what tells the lines that were left of a record, and of those that were
+// to be written with it: records are written in order, so where it is missing they are.
+func leftover(first *Record) func(line []byte) lineKind {
+	key := first.Key()
+	series := bytes.TrimRight(newKeyJSON(first).after, "}0123456789") // to the number
+	return func(line []byte) lineKind {
+		if bytes.IndexByte(line, 0) >= 0 {
+			return lineLeft // a power loss has left zeros
+		}
+		var r KeyRecord
+		if !bytes.Contains(line, series) || json.Unmarshal(line, &r) != nil {
+			return lineForeign // most of a shared file is
+		}
+		of := r.record()
+		switch {
+		case of.Seq < first.Seq || of.WindowStart.Before(first.WindowStart):
+			return lineEarlier
+		case first.Scope == ScopeInstance || of.Key() == key:
+			return lineLeft
+		}
+		return lineForeign // another window of the group
+	}
+}
+
+// cutOut removes the lines that were left over. Where others are behind them it writes the
+// file anew.
+func cutOut(file *os.File, path string, kind func(line []byte) lineKind) (replaced bool, err error) {
+	info, err := file.Stat()
+	if err != nil {
+		return false, err
+	}
+	from, behind, stays := info.Size(), false, false
+	err = linesBack(file, info.Size(), func(at int64, line []byte) (more bool) {
+		switch kind(line) {
+		case lineEarlier:
+			return false
+		case lineLeft:
+			from, behind = at, stays
+		case lineForeign:
+			stays = true
+		}
+		return true
+	})
+	switch {
+	case err != nil || from == info.Size():
+		return false, err
+	case !behind:
+		return false, file.Truncate(from)
+	}
+	return true, rewrite(file, path, from, info, kind)
+}
+
+// rewrite puts a file in the place of another that has the same bytes up to from, and of
+// the lines behind only those that were not left over.
+func rewrite(file *os.File, path string, from int64, info os.FileInfo, kind func(line []byte) lineKind) (err error) {
+	made, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, info.Mode().Perm())
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(made.Name())
+		}
+	}()
+	w := bufio.NewWriterSize(made, 1<<16)
+	_, err = io.Copy(w, io.NewSectionReader(file, 0, from))
+	r := bufio.NewReader(io.NewSectionReader(file, from, info.Size()-from))
+	for err == nil {
+		var line []byte
+		if line, err = r.ReadBytes('\n'); kind(line) != lineLeft {
+			w.Write(line) // Flush has the error
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		err = w.Flush()
+	}
+	if err == nil {
+		err = made.Sync()
+	}
+	if err = errors.Join(err, made.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(made.Name(), path); err != nil {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(path))
+}
+
+// linesBack calls fn with the lines of the first size bytes of a file, the last one first,
+// and where each begins, until fn wants no more.
+func linesBack(file io.ReaderAt, size int64, fn func(at int64, line []byte) (more bool)) error {
+	var rest []byte // of the file, from size on
+	for size > 0 {
+		n := min(1<<16, size)
+		b := make([]byte, n, n+int64(len(rest)))
+		if _, err := file.ReadAt(b, size-n); err != nil {
+			return err
+		}
+		rest, size = append(b, rest...), size-n
+		for {
+			i := bytes.LastIndexByte(bytes.TrimSuffix(rest, []byte{'\n'}), '\n')
+			if i < 0 {
+				break
+			}
+			if !fn(size+int64(i)+1, rest[i+1:]) {
+				return nil
+			}
+			rest = rest[:i+1]
+		}
+	}
+	if len(rest) > 0 {
+		fn(0, rest)
+	}
+	return nil
+}
