@@ -156,8 +156,8 @@ func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
 			}
 		}
 	}
+	time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start, so that none before is being published at the kill
 	a, b := member(t, "a", dir, redis.Addr, "--window=4s"), member(t, "b", dir, redis.Addr, "--window=4s")
-	time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start
 	began := time.Now().Truncate(window).UTC()
 	accept(a, "ok")
 	accept(b, "failed")
