@@ -84,33 +84,34 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 		return
 	}
 
-	asked, err := s.read(h, raw, lines, !body && h.ContentLength() != 0)
+	var a asked
+	err := s.read(&a, h, raw, lines, !body && h.ContentLength() != 0)
 	switch {
 	case err != nil:
 		s.refuse(ctx, fasthttp.StatusBadRequest, queryReason(err))
 		return
-	case asked.id == nil && body:
-		s.batches.serve(ctx, asked)
+	case a.id == nil && body:
+		s.batches.serve(ctx, &a)
 		return
-	case asked.id == nil: // an empty batch
+	case a.id == nil: // an empty batch
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
 	case body: // and an id in the query: which of them is meant?
 		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
-	case asked.wanted && !s.callbacks.Reserve(asked.endpoint):
+	case a.wanted && !s.callbacks.Reserve(a.endpoint):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 
 	w := works.Get().(*work)
 	defer works.Put(w)
-	if err := s.count(ctx, w, asked); err != nil {
+	if err := s.count(ctx, w, &a); err != nil {
 		s.refuseError(ctx, err)
 		return
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
-	if asked.plain && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
+	if a.plain && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
 }
@@ -124,24 +125,25 @@ type asked struct {
 	options  dedup.Options     // of the id, or of each id in the body
 }
 
-// read reads what a request asks for in its query and its headers.
+// read reads into a, which is empty, what a request asks for in its query and its headers.
 // Of several faults the error is the first in the order id, endpoint, key, token.
-func (s *Server) read(h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (a asked, err error) {
-	if a.id, a.plain = plainID(raw); a.plain && lines.tokens == 0 {
-		if s.cfg.Uint64IDs && !canonicalUint64(a.id) {
-			return a, errBadID
+func (s *Server) read(a *asked, h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (err error) {
+	id, ok := plainID(raw)
+	if ok && lines.tokens == 0 {
+		if s.cfg.Uint64IDs && !canonicalUint64(id) {
+			return errBadID
 		}
-		return a, nil
+		a.id, a.plain = id, true
+		return nil
 	}
-	a.plain = false
 	q, err := parseQuery(raw, nil, needsID)
 	if q.id != nil && s.cfg.Uint64IDs && !canonicalUint64(q.id) {
-		return a, errBadID
+		return errBadID
 	}
 	if q.endpoint != nil {
 		var bad error
 		if a.endpoint, bad = s.callbacks.Parse(q.endpoint); bad != nil {
-			return a, errBadEndpoint
+			return errBadEndpoint
 		}
 		a.wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
 	}
@@ -153,7 +155,7 @@ func (s *Server) read(h *fasthttp.RequestHeader, raw []byte, lines headerLines, 
 		q.token = token
 	}
 	a.id, a.options = q.id, dedup.Options{Under: q.key, Token: q.token}
-	return a, err
+	return err
 }
 
 // answer says what the set has said of an id in an epoch.
@@ -187,7 +189,7 @@ func judgedIn(v dedup.Verdict, e *counter.Epoch) (start time.Time, label []byte)
 
 // count judges one id. The callback for which a place is reserved is sent for a new
 // id, and its place is given back otherwise, also after a panic.
-func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a asked) error {
+func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	if a.wanted {
 		defer func() {
 			if w.verdicts[0] == dedup.Unique {
@@ -199,7 +201,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a asked) error {
 	}
 	w.reset(1)
 	w.verdicts[0] = dedup.Turned
-	options := w.sharing(a.options)
+	options := w.sharing(&a.options)
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Key: s.cfg.Set.Key(a.id, options), Options: options}), 1
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
 	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {

@@ -161,7 +161,7 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 }
 
 // load reads and parses the body of a request, whose query has options for all items.
-func (b *batch) load(ctx *fasthttp.RequestCtx, options dedup.Options) (f format, err error) {
+func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format, err error) {
 	f, compressed, err := b.owner.head(&ctx.Request.Header)
 	if err != nil {
 		return f, err
@@ -213,12 +213,12 @@ func (b *batch) decompress() error {
 }
 
 // serve answers a request with a body, and starts one callback for it if wanted.
-func (bs *batches) serve(ctx *fasthttp.RequestCtx, a asked) {
+func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	s := bs.server
 	b := bs.free.Get().(*batch)
 	ctx.SetUserValue(batchValue, b)
 	defer b.finish() // the answer is still to be written
-	f, err := b.load(ctx, a.options)
+	f, err := b.load(ctx, &a.options)
 	if err != nil {
 		bs.refuse(ctx, err)
 		return

@@ -72,7 +72,7 @@ type parser struct {
 // formed, to be judged. The body must stay as it is while they are used. An error is
 // about the body as a whole; what is wrong with one item is its word. shared are the
 // options of all items, but for what an item has itself.
-func (b *batch) parse(f format, body []byte, shared dedup.Options) error {
+func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	if f == formatText {
 		return b.lines(body, shared)
 	}
@@ -128,7 +128,7 @@ func (b *batch) parse(f format, body []byte, shared dedup.Options) error {
 const keptNames = 4096
 
 // lines reads an id a line. The end of the last one is optional.
-func (b *batch) lines(body []byte, shared dedup.Options) error {
+func (b *batch) lines(body []byte, shared *dedup.Options) error {
 	n := bytes.Count(body, []byte("\n"))
 	if body[len(body)-1] != '\n' {
 		n++
@@ -176,7 +176,7 @@ func (b *batch) add(it item) error {
 }
 
 // admit hands the ids that are well formed on, to be judged.
-func (b *batch) admit(shared dedup.Options) error {
+func (b *batch) admit(shared *dedup.Options) error {
 	own := 0 // items with options of their own
 	for i := range b.items {
 		if it := &b.items[i]; it.word == wordOK && it.options() {
@@ -195,7 +195,7 @@ func (b *batch) admit(shared dedup.Options) error {
 		}
 		options := of
 		if it.options() {
-			o := shared
+			o := *shared
 			if it.key != nil {
 				o.Under = it.key
 			}

@@ -464,7 +464,7 @@ func FuzzBatch(f *testing.F) {
 		}
 		b := &batch{owner: s.batches}
 		defer b.release()
-		shared := dedup.Options{Under: []byte("shared")}
+		shared := &dedup.Options{Under: []byte("shared")}
 		kind %= uint8(formatUnknown)
 		if b.parse(format(kind), body, shared) != nil {
 			return

@@ -37,11 +37,11 @@ func (w *work) reset(n int) {
 }
 
 // sharing makes o the options of the items that have none of their own; nil: they have none.
-func (w *work) sharing(o dedup.Options) *dedup.Options {
+func (w *work) sharing(o *dedup.Options) *dedup.Options {
 	if o.Under == nil && o.Token == nil {
 		return nil
 	}
-	w.shared = o
+	w.shared = *o
 	return &w.shared
 }
 

@@ -583,9 +583,10 @@ func TestRequestsWithOptionsAllocateNothing(t *testing.T) {
 			ctx.Response.Reset()
 			lines, ok := inspect(&ctx.Request.Header)
 			_, query, _ := splitTarget(ctx.Request.Header.RequestURI())
-			a, err := s.read(&ctx.Request.Header, query, lines, true)
+			var a asked
+			err := s.read(&a, &ctx.Request.Header, query, lines, true)
 			w := works.Get().(*work)
-			if !ok || err != nil || s.count(&ctx, w, a) != nil {
+			if !ok || err != nil || s.count(&ctx, w, &a) != nil {
 				t.Fatal(ok, err)
 			}
 			works.Put(w)
