@@ -155,3 +155,74 @@ func userTime(b *testing.B) time.Duration {
 	}
 	return time.Duration(u.Utime.Nano())
 }
+
+// BenchmarkOptions adds new ids with a token, and under one of so many keys, beside ids with
+// neither, one at a time and with a journal: what a token and a key cost in time and, at the
+// end of an epoch, in bytes of the tables and of the journal.
+func BenchmarkOptions(b *testing.B) {
+	const ids = 1_000_000
+	for _, uuids := range []bool{false, true} {
+		for _, with := range []struct {
+			name  string
+			token bool
+			keys  int
+		}{{"plain", false, 0}, {"token", true, 0}, {"key", false, 1000}, {"hotkey", false, 1}} {
+			b.Run(fmt.Sprintf("uuids=%t/%s", uuids, with.name), func(b *testing.B) {
+				cfg := Config{Expect: ids, Dir: b.TempDir()}
+				if uuids || with.keys > 0 {
+					cfg.Expect, cfg.ExpectWide = 0, ids
+				}
+				m := newMemory(b, cfg)
+				runSet(b, m)
+				e := newEpochs(b, m)
+				id, token := make([]byte, 0, 36), make([]byte, 0, 36)
+				under := make([][]byte, with.keys)
+				for i := range under {
+					under[i] = fmt.Appendf(nil, "campaign-%d", i)
+				}
+				n := 0
+				items, verdicts := make([]Item, 1), make([]Verdict, 1)
+				var o Options
+				b.ReportAllocs()
+				for i := 0; b.Loop(); i++ {
+					if i == ids {
+						i = 0
+						n++
+					}
+					if id = strconv.AppendUint(id[:0], uint64(i)*7, 10); uuids {
+						id = uuidOf(id[:0], uint64(i)*7)
+					}
+					items[0], verdicts[0] = Item{ID: id}, Turned
+					if with.token || with.keys > 0 {
+						o = Options{}
+						items[0].Options = &o
+					}
+					if with.token {
+						token = strconv.AppendUint(append(token[:0], "attempt-"...), uint64(n*ids+i), 10)
+						o.Token = token
+					}
+					if with.keys > 0 {
+						o.Under = under[i%with.keys]
+					}
+					items[0].Key = m.Key(id, items[0].Options)
+					in, _ := e.Enter(e.At(n), 0)
+					if err := m.AddMany(in.Epoch, items, verdicts); verdicts[0] != Unique || err != nil {
+						b.Fatal(verdicts[0], err)
+					}
+					in.Leave(counter.Unique)
+				}
+				b.ReportMetric(float64(m.current.Load().tokens.table.bytes)/ids, "token-B/id")
+			})
+		}
+	}
+}
+
+// uuidOf appends the UUID of a number.
+func uuidOf(id []byte, n uint64) []byte {
+	const hex = "0123456789abcdef"
+	id = append(id, "00000000-0000-4000-8000-000000000000"...)
+	for i := len(id) - 1; n > 0; i, n = i-1, n>>4 {
+		id[i] = hex[n&15]
+	}
+	return id
+}

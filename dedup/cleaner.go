@@ -15,7 +15,7 @@ func (m *Memory) growAhead() {
 	l := v.load()
 	growTable(m, v.narrow, l.narrow)
 	growTable(m, v.wide, l.wide)
-	growTable(m, &v.tokens.table, l.tokens)
+	v.tokens.growAhead(m, l.tokens)
 	v.narrow.warm(m.arena)
 	v.wide.warm(m.arena)
 	v.tokens.table.warm(m.arena)

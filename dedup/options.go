@@ -1,6 +1,7 @@
 package dedup
 
 import (
+	"cmp"
 	"encoding/binary"
 	"slices"
 	"strings"
@@ -30,6 +31,10 @@ type tokens struct {
 
 // tokenTag is the tag of all words in such a table.
 const tokenTag = 1
+
+// tokenShare is how many slots there are for an expected token where the table has grown:
+// with so many no level is made ready before the last one comes.
+const tokenShare = 1.7
 
 // attemptLocks is the number of locks that ids with tokens are spread over.
 const attemptLocks = 256
@@ -73,21 +78,30 @@ func (t *tokens) has(x uint64) bool {
 	if t == nil {
 		return false
 	}
+	p, _ := t.look(nil, x)
+	return p == found
+}
+
+// look looks for x. With m it makes sure that there is a slot for it, if it is not there;
+// others may take the slot before add does.
+func (t *tokens) look(m *Memory, x uint64) (place, error) {
 	if t.spills.Load() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		if t.spilled[x] {
-			return true
+			return found, nil
 		}
 	}
-	p, _ := t.walk(nil, x, true)
-	return p == found
+	return t.walk(m, x, true)
 }
 
-// room makes sure that there is a slot for x. Others may take it before add does.
-func (t *tokens) room(m *Memory, x uint64) error {
-	_, err := t.walk(m, x, true)
-	return err
+// prefetch is that of the table; t may be nil.
+func (t *tokens) prefetch(x uint64) {
+	if t != nil {
+		if far := t.table.far.Load(); far > 0 {
+			t.table.prefetch(x, far)
+		}
+	}
 }
 
 // add puts x in. It always succeeds.
@@ -115,7 +129,7 @@ func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
 			if m == nil {
 				return absent, nil
 			}
-			if err := grow(m, &t.table, i, t.load()); err != nil {
+			if err := t.grow(m, i); err != nil {
 				return full, err
 			}
 			l = t.table.levels[i].Load()
@@ -131,6 +145,52 @@ func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
 		x = l.next(x)
 	}
 	return full, ErrFull
+}
+
+// grow makes sure that there is a level after the first have ones. A table that had none
+// begins with what the last epochs needed. Later ones double it, or make room for as many
+// tokens as the epoch will have if it gets the ids that are expected: so a token takes
+// 16 bytes or less from the start, where its epoch is about as large as said.
+func (t *tokens) grow(m *Memory, have int) error {
+	table := &t.table
+	table.mu.Lock()
+	defer table.mu.Unlock()
+	switch {
+	case table.depth > have:
+		return nil
+	case table.depth == 0:
+		return table.begin(m.arena)
+	}
+	n := uint64(minBuckets)
+	if t.load() > table.slots/100*needed {
+		n = table.slots / slotsPerBucket
+		if v := m.current.Load(); v != nil && v.tokens == t {
+			l := v.load()
+			share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
+			expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
+			n = max(n, less(buckets(uint64(expected), tokenShare), n))
+		}
+	}
+	err := table.extend(n, m.arena, false)
+	if err != nil && n > minBuckets {
+		err = table.extend(minBuckets, m.arena, false) // no memory for so many
+	}
+	if err != nil {
+		return err
+	}
+	table.cold = append(table.cold, table.levels[table.depth-1].Load().memory)
+	m.grown.Add(1)
+	m.nudge() // its pages are not there yet
+	return nil
+}
+
+// growAhead is growTable for tokens.
+func (t *tokens) growAhead(m *Memory, load uint64) {
+	if t.table.checking.Swap(false) {
+		if depth, yes := t.table.crowded(load); yes {
+			_ = t.grow(m, depth) // tokens that find no room get the error
+		}
+	}
 }
 
 // openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
@@ -209,6 +269,8 @@ func (m *Memory) addWith(e *counter.Epoch, v *View, j *journal, w *writer, it *I
 	if len(o.Token) > 0 {
 		kind |= tokenKind
 		token = m.secret.token(k, o.Token)
+		v.past.prefetch(token)
+		v.tokens.prefetch(token)
 		lock := &m.attempts[k.lo%attemptLocks]
 		lock.Lock()
 		defer lock.Unlock()
@@ -217,20 +279,23 @@ func (m *Memory) addWith(e *counter.Epoch, v *View, j *journal, w *writer, it *I
 			return Turned, nil
 		case v.past.has(token):
 			return ReplayedBefore, nil
-		case v.tokens.has(token):
+		}
+	}
+	var cause error
+	if token != 0 {
+		var p place
+		if p, cause = v.tokens.look(m, token); p == found {
 			return Replayed, nil
 		}
 	}
-	under, cause := m.under(e, v, j, w, o.Under)
+	under, none := m.under(e, v, j, w, o.Under)
 	if under != nil {
 		kind |= underKind
 	}
+	cause = cmp.Or(none, cause)
 	var c *cursor
 	if cause == nil && j != nil {
 		c, cause = j.reserve(w, v.serial, kind)
-	}
-	if cause == nil && token != 0 {
-		cause = v.tokens.room(m, token)
 	}
 	var p place
 	if cause == nil {
