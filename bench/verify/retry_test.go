@@ -32,8 +32,8 @@ func TestServerThatKeepsTokensIsFoundGood(t *testing.T) {
 				s.perWindow *= 10
 			}
 			v := s.drive(t, losing(true), shape)
-			if !v.Good || v.Lost == 0 || v.Replayed == 0 || v.OnlyFailed > v.Aside {
-				t.Errorf("got %+v; want good, with lost replies, replayed ones, and no id that was only failed", v)
+			if !v.Good || v.Lost == 0 || v.Replayed == 0 {
+				t.Errorf("got %+v; want good, with lost replies, and replayed ones", v)
 			}
 			// Windows of this server take a moment each: some tokens get too old.
 			if v.Aside > v.Lost/2 {
@@ -265,7 +265,7 @@ func wantRetries(t *testing.T, f *flags, kills int) {
 		t.Fatal(err)
 	}
 	t.Logf("%d ok, %d failed, %d lost, %d replayed, %d set aside, %d in doubt, %d counts of keys", v.Accepted, v.Repeated, v.Lost, v.Replayed, v.Aside, v.Doubted, v.KeyCounts)
-	if !v.Good || v.Kills != kills || v.Replayed == 0 || v.KeyCounts == 0 || v.OnlyFailed > v.Aside {
+	if !v.Good || v.Kills != kills || v.Replayed == 0 || v.KeyCounts == 0 {
 		t.Errorf("got good=%t, %d kills, %d replayed, %d only failed, %+v, %+v; want every window and key to add up and every attempt to get its own answer",
 			v.Good, v.Kills, v.Replayed, v.OnlyFailed, v.Table, v.Faults)
 	}
