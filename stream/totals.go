@@ -32,10 +32,23 @@ const followEvery = 200 * time.Millisecond
 // ReadFile yields the records of a counts file in its order. A last line without
 // its end is being written, or was torn and is written again: it is not yielded.
 // With follow it goes on with what is appended, also when the file is replaced,
-// until ctx ends.
+// until ctx ends. Lines by key, which standard output has between those of the records,
+// are left out.
 func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
-	return readFile(ctx, path, follow, ParseRecord)
+	var p keyParser
+	return readFile(ctx, path, follow, func(line []byte) (Record, error) {
+		r, err := ParseRecord(line)
+		if err != nil {
+			if _, kerr := p.parse(line); kerr == nil {
+				err = errOtherKind
+			}
+		}
+		return r, err
+	})
 }
+
+// errOtherKind is a line that is right, and not one of those that are read.
+var errOtherKind = errors.New("another kind of record")
 
 func readFile[T any](ctx context.Context, path string, follow bool, parse func([]byte) (T, error)) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
@@ -52,6 +65,9 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 			switch {
 			case err == nil:
 				record, err := parse(line)
+				if errors.Is(err, errOtherKind) {
+					continue
+				}
 				if err != nil {
 					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
 				}
