@@ -65,24 +65,15 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 			switch {
 			case err == nil:
 				record, err := parse(line)
-				if errors.Is(err, errOtherKind) {
-					continue
-				}
-				if err != nil {
-					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
-				}
-				if !yield(record, err) || ctx.Err() != nil {
+				if !errors.Is(err, errOtherKind) && !yield(record, lines.invalid(err)) || ctx.Err() != nil {
 					return
 				}
 				continue
 			case errors.Is(err, io.EOF) && !follow:
 				return
 			case errors.Is(err, io.EOF):
-				select {
-				case <-ctx.Done():
+				if err = lines.await(ctx); ctx.Err() != nil {
 					return
-				case <-time.After(followEvery):
-					err = lines.catchUp()
 				}
 			}
 			if err != nil {
@@ -116,6 +107,24 @@ func (c *countsLines) next() ([]byte, error) {
 	c.line = c.line[:0]
 	c.number++
 	return line, nil
+}
+
+// invalid says of a line that it is no record, if err does.
+func (c *countsLines) invalid(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
+}
+
+// await looks for more after a while.
+func (c *countsLines) await(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(followEvery):
+		return c.catchUp()
+	}
 }
 
 // catchUp turns to the file that has the name now, or to the new end of one that
