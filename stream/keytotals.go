@@ -84,7 +84,7 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 			r := p.last
 			r.Key, r.Unique = string(key[1:len(key)-1]), n
 			// A line that would be written otherwise, with escapes, takes the long way.
-			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.append(nil, r.Key, n), b) {
+			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(r.Key, n), b) {
 				return r, nil
 			}
 		}
