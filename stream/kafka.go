@@ -752,7 +752,7 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []entry, now time.Time
 				Topic:     k.cfg.keysTopic(),
 				Partition: k.session.keysPartition,
 				Key:       []byte(of + key),
-				Value:     lines.append(nil, key, unique),
+				Value:     lines.line(key, unique),
 				Timestamp: k.present.time(&entries[i], now),
 				Headers:   schema,
 			})

@@ -140,6 +140,23 @@ func (b *broker) config(topic string) KafkaConfig {
 	return KafkaConfig{Brokers: []string{b.plain}, Topic: topic}
 }
 
+func (b *broker) create(t *testing.T, topic string, settings map[string]string) {
+	t.Helper()
+	cfg := b.config("")
+	client, err := cfg.client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	given := make(map[string]*string)
+	for name, value := range settings {
+		given[name] = &value
+	}
+	if _, err := kadm.NewClient(client).CreateTopic(t.Context(), 1, 1, given, topic); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // rounds is how often the client is killed at each step.
 func rounds(t *testing.T) int {
 	t.Helper()
@@ -288,24 +305,43 @@ func TestRealKafka(t *testing.T) {
 
 	t.Run("TopicTakesOnlyRecentTimes", func(t *testing.T) {
 		cfg := b.config("recent")
-		client, err := cfg.client()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		limit := "3000"
-		if _, err := kadm.NewClient(client).CreateTopic(t.Context(), 1, 1, map[string]*string{
-			"message.timestamp.before.max.ms": &limit, "message.timestamp.after.max.ms": &limit,
-		}, cfg.Topic); err != nil {
-			t.Fatal(err)
+		cfg.KeysTopic = "recent.keys"
+		for _, topic := range []string{cfg.Topic, cfg.KeysTopic} {
+			b.create(t, topic, map[string]string{"message.timestamp.before.max.ms": "3000", "message.timestamp.after.max.ms": "3000"})
 		}
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
-		s.publish(t, 0, 60)
+		s.publish(t, 0, 50)
+		for i := 50; i < 60; i++ {
+			if err := s.Publish(t.Context(), withKeys(window(i), 2)); err != nil {
+				t.Fatal(err)
+			}
+		}
 		s.flush(t, 30*time.Second)
 		if n := s.Stats().Poison; n != 0 {
 			t.Errorf("%d records are set aside", n)
 		}
 		wantWindows(t, readTopic(t, cfg), 60)
+		if n := len(readKeys(t, ReadKeysTopic(t.Context(), cfg, false))); n != 20 {
+			t.Errorf("%d records by key", n)
+		}
+	})
+
+	t.Run("KeysInSmallBatches", func(t *testing.T) {
+		cfg := b.config("small")
+		cfg.KeysTopic = "small.keys"
+		b.create(t, cfg.KeysTopic, map[string]string{"max.message.bytes": "4000"})
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		for i := range 2 {
+			if err := s.Publish(t.Context(), withKeys(window(i), 3000)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.flush(t, 30*time.Second)
+		if n := s.Stats().Poison; n != 0 {
+			t.Errorf("%d records are set aside", n)
+		}
+		wantWindows(t, readTopic(t, cfg), 2)
+		wantKeys(t, readKeys(t, ReadKeysTopic(t.Context(), cfg, false)), 2, 3000)
 	})
 
 	t.Run("Kill", func(t *testing.T) { killAtEveryStep(t, []string{b.plain}, 0, rounds(t)) })

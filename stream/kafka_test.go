@@ -396,7 +396,7 @@ func TestKafkaZombieIsFenced(t *testing.T) {
 }
 
 func TestKafkaGroupRecordIsVisibleOnceWhoeverPublishes(t *testing.T) {
-	const instances, windows = 5, 6
+	const instances, windows, keys = 5, 6, 3
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		var streams []*Stream
 		for i := range instances {
@@ -419,7 +419,7 @@ func TestKafkaGroupRecordIsVisibleOnceWhoeverPublishes(t *testing.T) {
 			var all sync.WaitGroup
 			for i, s := range streams {
 				all.Go(func() {
-					count := window(w)
+					count := withKeys(window(w), keys)
 					count.SealedAt = count.SealedAt.Add(time.Duration(i) * time.Millisecond)
 					if err := s.Publish(ctx, count); err != nil {
 						t.Error(err)
@@ -452,7 +452,16 @@ func TestKafkaGroupRecordIsVisibleOnceWhoeverPublishes(t *testing.T) {
 				t.Errorf("record %d: %+v", i, r)
 			}
 		}
-	})
+		byKey := readKeys(t, ReadKeysTopic(t.Context(), cfg, false))
+		if len(byKey) != windows*keys {
+			t.Fatalf("%d records by key, want %d: %v", len(byKey), windows*keys, byKey)
+		}
+		for i, r := range byKey {
+			if r.RecordKey() != got[i/keys].Key() || r.Seq != 0 {
+				t.Errorf("record by key %d: %+v", i, r)
+			}
+		}
+	}, kfake.AllowAutoTopicCreation())
 }
 
 // A transaction that another instance left open does not hold this one back.

@@ -67,7 +67,7 @@ func ParseKeyRecord(b []byte) (KeyRecord, error) {
 	if err := cmp.Or(of.check(), checkKey(r.Key), checkKeyUnique(r.Unique)); err != nil {
 		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
 	}
-	if !bytes.Equal(newKeyJSON(&of).append(nil, r.Key, r.Unique), b) {
+	if !bytes.Equal(newKeyJSON(&of).line(r.Key, r.Unique), b) {
 		return KeyRecord{}, errors.New("parse record of a key: not in canonical form")
 	}
 	r.WindowStart = r.WindowStart.UTC()
@@ -132,6 +132,12 @@ func (j *keyJSON) append(b []byte, key string, unique uint64) []byte {
 	}
 	b = append(b, j.between...)
 	return append(strconv.AppendUint(b, unique, 10), j.after...)
+}
+
+// line returns one of them.
+func (j *keyJSON) line(key string, unique uint64) []byte {
+	const room = len(`""`) + len("18446744073709551615")
+	return j.append(make([]byte, 0, len(j.before)+len(j.between)+len(j.after)+len(key)+room), key, unique)
 }
 
 // appendUnescaped appends the JSON of v, in which only what JSON demands is escaped.

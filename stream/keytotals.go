@@ -22,16 +22,18 @@ import (
 )
 
 // ReadKeysFile yields the lines by key beside a counts file, as ReadFile does. There is no
-// such file until a key was used.
+// such file until a key was used, and none beside what was standard output: without follow
+// they are then looked for in the counts file itself.
 func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
-	path := KeysFile(countsFile)
 	return func(yield func(KeyRecord, error) bool) {
+		path := KeysFile(countsFile)
 		for {
 			if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 				break
 			}
 			if !follow {
-				return
+				path = countsFile
+				break
 			}
 			select {
 			case <-ctx.Done():
@@ -40,7 +42,13 @@ func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2
 			}
 		}
 		var p keyParser
-		readFile(ctx, path, follow, p.parse)(yield)
+		readFile(ctx, path, follow, func(line []byte) (KeyRecord, error) {
+			r, err := p.parse(line)
+			if err != nil && path == countsFile {
+				err = errOtherKind // ReadFile names what is no record either
+			}
+			return r, err
+		})(yield)
 	}
 }
 
@@ -76,7 +84,7 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 			r := p.last
 			r.Key, r.Unique = string(key[1:len(key)-1]), n
 			// A line that would be written otherwise, with escapes, takes the long way.
-			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.append(nil, r.Key, n), b) {
+			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(r.Key, n), b) {
 				return r, nil
 			}
 		}

@@ -71,6 +71,7 @@ func TestParseRecordRefusesWhatIsNotCanonical(t *testing.T) {
 		"other case":       strings.Replace(good, `"unique"`, `"Unique"`, 1),
 		"offset":           strings.Replace(good, `:36:00Z`, `:36:00+00:00`, 1),
 		"idle digits":      strings.Replace(good, `.012Z`, `.0120Z`, 1),
+		"no keys as 0":     strings.Replace(good, `"sealed_at"`, `"keys":0,"sealed_at"`, 1),
 		"exponent":         strings.Replace(good, `48211`, `4.8211e4`, 1),
 		"negative":         strings.Replace(good, `48211`, `-1`, 1),
 		"no scope":         strings.Replace(good, `"instance","group"`, `"host","group"`, 1),
@@ -88,7 +89,7 @@ func FuzzParseRecord(f *testing.F) {
 	r := sampleRecord()
 	b, _ := r.appendJSON(nil)
 	f.Add(b)
-	r.Scope, r.Instance, r.Seq = ScopeGroup, "", 0
+	r.Scope, r.Instance, r.Seq, r.Keys = ScopeGroup, "", 0, 12
 	b, _ = r.appendJSON(nil)
 	f.Add(b)
 	f.Add([]byte(`{"window_start":"`))

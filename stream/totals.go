@@ -32,10 +32,23 @@ const followEvery = 200 * time.Millisecond
 // ReadFile yields the records of a counts file in its order. A last line without
 // its end is being written, or was torn and is written again: it is not yielded.
 // With follow it goes on with what is appended, also when the file is replaced,
-// until ctx ends.
+// until ctx ends. Lines by key, which standard output has between those of the records,
+// are left out.
 func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
-	return readFile(ctx, path, follow, ParseRecord)
+	var p keyParser
+	return readFile(ctx, path, follow, func(line []byte) (Record, error) {
+		r, err := ParseRecord(line)
+		if err != nil {
+			if _, kerr := p.parse(line); kerr == nil {
+				err = errOtherKind
+			}
+		}
+		return r, err
+	})
 }
+
+// errOtherKind is a line that is right, and not one of those that are read.
+var errOtherKind = errors.New("another kind of record")
 
 func readFile[T any](ctx context.Context, path string, follow bool, parse func([]byte) (T, error)) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
@@ -52,21 +65,15 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 			switch {
 			case err == nil:
 				record, err := parse(line)
-				if err != nil {
-					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
-				}
-				if !yield(record, err) || ctx.Err() != nil {
+				if !errors.Is(err, errOtherKind) && !yield(record, lines.invalid(err)) || ctx.Err() != nil {
 					return
 				}
 				continue
 			case errors.Is(err, io.EOF) && !follow:
 				return
 			case errors.Is(err, io.EOF):
-				select {
-				case <-ctx.Done():
+				if err = lines.await(ctx); ctx.Err() != nil {
 					return
-				case <-time.After(followEvery):
-					err = lines.catchUp()
 				}
 			}
 			if err != nil {
@@ -100,6 +107,24 @@ func (c *countsLines) next() ([]byte, error) {
 	c.line = c.line[:0]
 	c.number++
 	return line, nil
+}
+
+// invalid says of a line that it is no record, if err does.
+func (c *countsLines) invalid(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
+}
+
+// await looks for more after a while.
+func (c *countsLines) await(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(followEvery):
+		return c.catchUp()
+	}
 }
 
 // catchUp turns to the file that has the name now, or to the new end of one that

@@ -141,6 +141,8 @@ func TestTotalsByKey(t *testing.T) {
 			"gap: verve/a: record 2 is missing\n", 1},
 		{"of no record", countsLine(1, 5, "a", 1) + countsLine(2, 5, "a", 2), keyLine(1, "x", 5, "b", 1) + keyLine(1, "x", 5, "a", 1), "",
 			"keys: verve/2026-11-22T06:01:00Z/a/1 has 0 records by key, 1 are there\n", 1},
+		{"what was standard output", keyLine(1, "x", 3, "a", 1) + withKeys(countsLine(1, 3, "a", 1), 1), "",
+			`{"group":"verve","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"key":"x","unique":3,"records":1,"complete":true,"exact":true}` + "\n", "", 0},
 		{"left by a kill", countsLine(1, 5, "a", 1), keyLine(2, "x", 5, "a", 2), "", "", 0},
 	} {
 		file := filepath.Join(t.TempDir(), "counts.jsonl")
