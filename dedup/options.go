@@ -382,9 +382,6 @@ func (k *keyed) read(kind int, words []uint64) error {
 // counts returns the ids under each key less those that are published, by name. It is not
 // ok if a name is missing.
 func (k *keyed) counts(published map[string]uint64) (counts []counter.KeyCount, sum uint64, ok bool) {
-	if k == nil {
-		return nil, 0, true
-	}
 	for hash, n := range k.ids {
 		name, named := k.names[hash]
 		if !named {

@@ -333,3 +333,45 @@ func b2u(b bool) int {
 	}
 	return 0
 }
+
+// TestKeysThatTheSpoolLostAreNotGuessed: where the spool has lost what it published by key,
+// the rest of the window has no keys, and says that it is not exact.
+func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		published func(start time.Time) counter.Published
+		exact     bool
+		keys      int
+	}{
+		{"nothing published", func(time.Time) counter.Published { return counter.Published{} }, true, 1},
+		{"one of two published", func(at time.Time) counter.Published {
+			return counter.Published{Last: at, Unique: 1, Keys: []counter.KeyCount{{Key: "a", Unique: 1}}}
+		}, true, 1},
+		{"lost", func(at time.Time) counter.Published { return counter.Published{Last: at, Unique: 1, KeysLost: true} }, false, 0},
+		{"lost without a word", func(at time.Time) counter.Published { return counter.Published{Last: at, Unique: 1} }, false, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLedger(t)
+				cfg := small(fastDir(t))
+				p := live(t, cfg, time.Minute, l)
+				for _, id := range []string{"1", "2"} {
+					if v, _, err := p.with(time.Now(), id, "a", ""); v != Unique || err != nil {
+						t.Fatal(v, err)
+					}
+				}
+				start := p.c.Last().Start()
+				p.kill()
+				m, err := NewMemory(cfg)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer abandon(m)
+				left := m.Past(map[string]counter.Published{"": tt.published(start)}).Left
+				if len(left) != 1 || left[0].Exact != tt.exact || len(left[0].Keys) != tt.keys {
+					t.Errorf("got %+v; want exact %t and %d keys", left, tt.exact, tt.keys)
+				}
+			})
+		})
+	}
+}

@@ -116,30 +116,37 @@ func (j *journal) remainder(o *opened, its counter.Published) (r remainder) {
 	return r
 }
 
-// count finds what is missing by key. Where that does not fit what is missing at all, as
-// after the loss of the spool, it is not known.
-func (r *remainder) count(k *keyed, published map[string]uint64) {
-	keys, sum, ok := k.counts(published)
-	if r.missing == 0 {
+// count finds what is missing by key. Where the spool has lost what was published by key,
+// or that does not fit what is missing at all, it is not known.
+func (r *remainder) count(k *keyed, published publishedKeys) {
+	if r.missing == 0 || k == nil {
 		return
 	}
-	if r.keys = keys; !ok || sum > r.missing {
+	keys, sum, ok := k.counts(published.ids)
+	if r.keys = keys; !ok || published.lost || sum > r.missing {
 		r.keys, r.doubtful = nil, true
 	}
 }
 
-// keysOf is what was published by key for each window, by its start in Unix ns.
-func keysOf(published map[string]counter.Published) map[int64]map[string]uint64 {
-	all := map[int64]map[string]uint64{}
+// publishedKeys is what was published by key for a window.
+type publishedKeys struct {
+	ids  map[string]uint64
+	lost bool // it is more than that
+}
+
+// keysOf is that of each window, by its start in Unix ns, over all publishers.
+func keysOf(published map[string]counter.Published) map[int64]publishedKeys {
+	all := map[int64]publishedKeys{}
 	for _, p := range published {
 		of := all[p.Last.UnixNano()]
-		if of == nil {
-			of = map[string]uint64{}
-			all[p.Last.UnixNano()] = of
+		if of.ids == nil {
+			of.ids = map[string]uint64{}
 		}
 		for _, k := range p.Keys {
-			of[k.Key] += k.Unique
+			of.ids[k.Key] += k.Unique
 		}
+		of.lost = of.lost || p.KeysLost
+		all[p.Last.UnixNano()] = of
 	}
 	return all
 }

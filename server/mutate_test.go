@@ -167,7 +167,9 @@ func countOK(got []byte) (ok uint64, err error) {
 			if err != nil {
 				return ok, err
 			}
-			ok += n
+			if header["Verve-Replayed"] == "" {
+				ok += n
+			}
 		case "400", "404", "405", "408", "409", "413", "415", "431", "505":
 		case "503":
 			if header["Retry-After"] == "" {
@@ -215,7 +217,7 @@ func okIn(body, contentType string) (n uint64, err error) {
 		switch line {
 		case "ok\n":
 			n++
-		case "duplicate\n", "bad-id\n", "full\n", "unavailable\n", "draining\n":
+		case "duplicate\n", "replayed\n", "bad-id\n", "bad-key\n", "bad-token\n", "full\n", "unavailable\n", "draining\n":
 		default:
 			return 0, fmt.Errorf("word %q", line)
 		}
