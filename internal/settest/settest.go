@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,7 @@ func Run(t *testing.T, c Config) {
 	}{
 		{"AnswersUniqueOncePerEpoch", answersUniqueOncePerEpoch},
 		{"AgreesWithMap", agreesWithMap},
+		{"AgreesWithMapOnTokensAndKeys", agreesOnTokensAndKeys},
 		{"GrowsFarBeyondWhatWasExpected", growsFarBeyondWhatWasExpected},
 		{"RefusesBeyondMaxIDsAndStillFindsRepeats", refusesBeyondMaxIDsAndStillFindsRepeats},
 		{"IsExactWhileEpochsTurn", isExactWhileEpochsTurn},
@@ -142,6 +144,58 @@ func agreesWithMap(t *testing.T, c Config) {
 				e.Want(t, s, n, id, want)
 				seen[id] = true
 			}
+		}
+	})
+}
+
+// agreesOnTokensAndKeys runs random adds of few ids, under few keys and with few tokens,
+// over some epochs, in batches, against a plain map.
+func agreesOnTokensAndKeys(t *testing.T, c Config) {
+	type name struct{ under, id string }
+	c.each(t, func(t *testing.T, s dedup.Set) {
+		rnd := rand.New(rand.NewPCG(18, 20))
+		e := NewEpochs(t, s)
+		before, now := map[name]string{}, map[name]string{} // the token that each was counted with
+		for n := range 12 {
+			unique := map[string]uint64{}
+			for range 40 {
+				items := make([]dedup.Item, 1+rnd.IntN(5))
+				verdicts, wants := make([]dedup.Verdict, len(items)), make([]dedup.Verdict, len(items))
+				for i := range items {
+					at := name{[]string{"", "a", "a/b"}[rnd.IntN(3)], epochtest.Alike[rnd.IntN(len(epochtest.Alike))]}
+					o := &dedup.Options{Under: []byte(at.under), Token: []byte([]string{"", "1", "2"}[rnd.IntN(3)])}
+					if at.under == "" && len(o.Token) == 0 {
+						o = nil
+					}
+					items[i] = dedup.Item{ID: []byte(at.id), Key: s.Key([]byte(at.id), o), Options: o}
+					verdicts[i], wants[i] = dedup.Turned, dedup.Repeat
+					had, there := now[at]
+					switch {
+					case o != nil && len(o.Token) > 0 && before[at] == string(o.Token):
+						wants[i] = dedup.ReplayedBefore
+					case o != nil && len(o.Token) > 0 && had == string(o.Token):
+						wants[i] = dedup.Replayed
+					case !there:
+						wants[i] = dedup.Unique
+						now[at] = ""
+						if unique[at.under]++; o != nil {
+							now[at] = string(o.Token)
+						}
+					}
+				}
+				in, _ := e.EnterMany(e.At(n), 0, uint64(len(items)))
+				err := s.AddMany(in.Epoch, items, verdicts)
+				in.LeaveMany(0, 0, uint64(len(items)))
+				if err != nil || !slices.Equal(verdicts, wants) {
+					t.Fatalf("epoch %d: got %v, %v; want %v", n, verdicts, err, wants)
+				}
+			}
+			for _, k := range e.Last().Keys().Counts() {
+				if unique[k.Key] != k.Unique {
+					t.Errorf("epoch %d: key %q has %d ids, want %d", n, k.Key, k.Unique, unique[k.Key])
+				}
+			}
+			before, now = now, map[name]string{}
 		}
 	})
 }
