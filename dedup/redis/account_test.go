@@ -122,7 +122,7 @@ func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
 		"restart":  func(s *redisServer) { s.Kill(); s.Start() },
 		"a lane": func(s *redisServer) {
 			for _, k := range s.keys() {
-				if strings.Contains(k, ":lane2") {
+				if strings.Contains(k, ":lane3") {
 					s.do("DEL", k)
 				}
 			}

@@ -75,6 +75,12 @@ func (f *fakeIDs) settle(context.Context, time.Time) error { return nil }
 
 func (f *fakeIDs) foreign() bool { return false }
 
+func (f *fakeIDs) keyCounts(context.Context, counter.Span) ([]counter.KeyCount, uint64, error) {
+	return nil, 0, nil
+}
+
+func (f *fakeIDs) dropKeys(context.Context, counter.Span) error { return nil }
+
 func (f *fakeIDs) sealIDs(context.Context, counter.Span, []string) (sealedIDs, error) {
 	f.seals.Add(1)
 	if f.sealed != nil {

@@ -69,7 +69,8 @@ func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logByte
 
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
-	g, b := &le.log, en.enc.bytes()
+	g, b := &le.log, logged(&en.enc, en.named)
+	le.answered(r, en.named)
 	if le.retired {
 		return
 	}
@@ -120,7 +121,7 @@ func (g *replayLog) ids() (n int) {
 // next returns up to n ids that are left, and how many bytes of the log they
 // take.
 func (g *replayLog) next(n int) (ids lists, size int) {
-	var packed [len(kinds)][]byte
+	var packed [len(kinds) + 1][]byte
 	for ; n > 0 && size < len(g.todo); n-- {
 		b := g.todo[size:]
 		b = b[:headerLen+int(b[1])]
@@ -241,6 +242,10 @@ func (l *lane) retire(s *redisEpoch) int {
 	}
 	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
 	le.log = replayLog{}
+	if before := s.previous; before != nil {
+		l.r.logBytes.Add(-tokenBytes * int64(len(before.lanes[l.i].tokens)))
+		before.lanes[l.i].tokens = nil
+	}
 	return unsent
 }
 
