@@ -386,7 +386,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		return v == dedup.Unique && err == nil
 	})
 	// What the others read as the number of lanes is one that they cannot have.
-	if got := server.do("GET", lanes); got != "2001" {
-		t.Errorf("the key has %s, want 2001", got)
+	if got := server.do("GET", lanes); got != "3001" {
+		t.Errorf("the key has %s, want 3001", got)
 	}
 }

@@ -966,7 +966,7 @@ func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	a := newRedis(t, server.Addr, patient)
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
-	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "2016")
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "3016")
 	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
 		return !ready && strings.Contains(reason, "lanes")

@@ -338,7 +338,7 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded,
 	switch {
 	case !le.log.room(r):
 		return dedup.Repeat, errLog
-	case en != nil && en.state != queued && en.state != settled && !sameAttempt(en.named, m):
+	case en != nil && en.state != queued && en.state != settled && !sameAttempt(en.named, m) && !r.cfg.Local.Knows(s.view, key.id):
 		return dedup.Repeat, r.unavailable() // another attempt is under way, which may count the id
 	}
 	v, err := r.cfg.Local.Learn(e, s.view, key.id)
