@@ -35,7 +35,7 @@ func (s *redisEpoch) replayed(lane int, m *named) (dedup.Verdict, bool) {
 	if _, there := s.lanes[lane].tokens[m.token]; there {
 		return dedup.Replayed, true
 	}
-	if before := s.previous; before != nil && before.key == s.before {
+	if before := s.previous.Load(); before != nil && before.key == s.before {
 		if _, there := before.lanes[lane].tokens[m.token]; there {
 			return dedup.ReplayedBefore, true
 		}

@@ -586,3 +586,67 @@ func TestRedisRetryWhileRedisIsAway(t *testing.T) {
 		})
 	}
 }
+
+// TestRedisABatchThatFailsLeavesNothing: a set is gone, so the batch is given up after it
+// has written.
+func TestRedisABatchThatFailsLeavesNothing(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, patient)
+	e := settest.NewEpochs(t, r)
+	wantAs(t, r, e, 0, "1", "key", "T", dedup.Unique)
+	wantAs(t, r, e, 0, "2", "key", "T", dedup.Unique)
+	prefix := r.lanes[0].key + ":" + epochKey(time.Unix(0, e.At(0)), time.Hour) + ":"
+	server.do("RENAME", prefix+"x", "verve:saved")
+	state := func() string {
+		return strings.Join([]string{server.do("HGETALL", prefix+"n"), server.do("SCARD", prefix+"k"), server.do("SCARD", prefix+"x"), server.do("EXISTS", prefix+"t")}, "/")
+	}
+	before := state()
+	var group sync.WaitGroup
+	for n, key := range []string{"key", "other", ""} {
+		group.Go(func() { wantAs(t, r, e, 0, fmt.Sprint("text ", n), key, "T", dedup.Unique) })
+	}
+	for range 20 {
+		time.Sleep(10 * time.Millisecond)
+		if got := state(); got != before {
+			t.Errorf("got %q, want %q", got, before)
+			break
+		}
+	}
+	server.do("RENAME", "verve:saved", prefix+"x")
+	group.Wait()
+	if got := keysOf(t, e, r, 0); got != "5 true 4/4 key=3 other=1" {
+		t.Errorf("sealed %s", got)
+	}
+}
+
+// TestRedisTokensOfTheWindowBeforeAreLost: their retries are new, so the record of their
+// window says that it is not exact; the next one is.
+func TestRedisTokensOfTheWindowBeforeAreLost(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, patient)
+	e := settest.NewEpochs(t, r)
+	wantAs(t, r, e, 0, "42", "", "T", dedup.Unique)
+	e.Want(t, r, 1, "first", dedup.Unique)
+	testproc.Until(t, "the first window is retired", func() bool {
+		s := e.Last().State.(*redisEpoch).previous.Load()
+		l := &r.lanes[0]
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return s != nil && s.lanes[0].retired
+	})
+	server.do("FLUSHALL")
+	testproc.Until(t, "the retry is answered", func() bool {
+		v, err := addAs(t, r, e, 1, "42", "", "T")
+		if err == nil && v != dedup.Unique {
+			t.Fatalf("got %v", v)
+		}
+		return err == nil
+	})
+	e.Want(t, r, 2, "second", dedup.Unique)
+	if n, exact := sealed(t, e, r, 1); n != 2 || exact {
+		t.Errorf("sealed %d, exact %v; want 2, false", n, exact)
+	}
+	if n, exact := sealed(t, e, r, 2); n != 1 || !exact {
+		t.Errorf("sealed %d, exact %v; want 1, true", n, exact)
+	}
+}

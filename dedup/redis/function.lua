@@ -43,7 +43,7 @@ local sub, find, rep, concat, call, try
 local pack, parse
 local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
 local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
-local UNDER, TOKENS, KEYS = 5, 6, 7 -- of an epoch's numbers
+local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
 
 -- A session that has not been heard for so long does not keep others in doubt.
 local LAPSE = 10
@@ -160,10 +160,10 @@ local function opened(packed)
 end
 
 local function close(gen, held, partly, twice)
-  if held[UNDER] + held[TOKENS] + held[KEYS] == 0 then
+  if held[UNDER] + held[TOKENS] + held[NAMES] == 0 then
     return pack(gen, held[1], held[2], held[3], held[4], partly, twice)
   end
-  return pack(gen, held[1], held[2], held[3], held[4], partly, twice, held[UNDER], held[TOKENS], held[KEYS])
+  return pack(gen, held[1], held[2], held[3], held[4], partly, twice, held[UNDER], held[TOKENS], held[NAMES])
 end
 
 -- complete reports whether all that the epoch should have is there. What was evicted or
@@ -173,7 +173,7 @@ local function complete(prefix, held)
     if (k <= PLAIN or held[k] > 0) and try('SCARD', prefix .. KINDS[k]) ~= held[k] then return false end
   end
   return (held[TOKENS] == 0 or try('SCARD', prefix .. 'x') == held[TOKENS]) and
-    (held[KEYS] == 0 or try('HLEN', prefix .. 'n') == held[KEYS])
+    (held[NAMES] == 0 or try('HLEN', prefix .. 'n') == held[NAMES])
 end
 
 -- The way of one kind of ids in the set of key: what was added goes to undo. It
@@ -258,9 +258,9 @@ local function count(prefix, list, codes, held, undo, max)
     local key = keys[i]
     if call('HINCRBY', prefix .. 'n', key, more[key]) > more[key] then
       undo[#undo + 1] = {prefix .. 'n', {key}, -more[key]}
-    elseif held[KEYS] < max then
+    elseif held[NAMES] < max then
       undo[#undo + 1] = {prefix .. 'n', {key}, -more[key]}
-      held[KEYS] = held[KEYS] + 1
+      held[NAMES] = held[NAMES] + 1
     else
       call('HDEL', prefix .. 'n', key)
       for j = 1, #codes do
@@ -332,7 +332,7 @@ local function unmark(prefix, list, held, undo)
         undo[#undo + 1] = {prefix .. 'n', {key}, 1}
         if call('HINCRBY', prefix .. 'n', key, -1) == 0 then
           call('HDEL', prefix .. 'n', key)
-          held[KEYS] = held[KEYS] - 1
+          held[NAMES] = held[NAMES] - 1
         end
       end
       if token ~= '' and call('SREM', prefix .. 'x', token) == 1 then
@@ -377,7 +377,7 @@ local function marks(key, a, mode, held, undo)
     if was[k] == 0 and held[k] > 0 then call('EXPIRE', prefix .. KINDS[k], a[7]) end
   end
   if was[TOKENS] == 0 and held[TOKENS] > 0 then call('EXPIRE', prefix .. 'x', a[7]) end
-  if was[KEYS] == 0 and held[KEYS] > 0 then call('EXPIRE', prefix .. 'n', a[7]) end
+  if was[NAMES] == 0 and held[NAMES] > 0 then call('EXPIRE', prefix .. 'n', a[7]) end
   return codes, more, doubtful, list
 end
 
@@ -590,7 +590,7 @@ local function seal(key, a)
     end
     n, under = held[1] + held[2] + held[3] + held[4] + held[UNDER], held[UNDER]
     if held[TOKENS] > 0 then try('EXPIRE', prefix .. 'x', a[7]) end
-    if held[KEYS] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
+    if held[NAMES] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
   end
 
   -- A hash that lacks one of them was lost since, and begun again.

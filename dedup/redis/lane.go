@@ -136,7 +136,8 @@ type laneEpoch struct {
 	log     replayLog
 
 	// tokens of the ids that this process has answered as new, with fail open.
-	tokens map[token]struct{}
+	tokens   map[token]struct{}
+	tokenSeq uint64 // of the last batch that added a token
 }
 
 // State of an entry.
@@ -974,6 +975,9 @@ func (l *lane) resolve(j *job, a answer) {
 			break
 		}
 		n := le.log.sent(l.seq, j.bytes)
+		if j.lists[namedIDs] != "" {
+			le.tokenSeq = l.seq
+		}
 		l.r.counts.replayed.Add(uint64(n))
 		for _, c := range []byte(a.codes) {
 			if c == '0' {

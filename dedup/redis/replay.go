@@ -71,6 +71,9 @@ func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logByte
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 	g, b := &le.log, logged(&en.enc, en.named)
 	le.answered(r, en.named)
+	if en.named.hasToken() {
+		le.tokenSeq = seq
+	}
 	if le.retired {
 		return
 	}
@@ -219,7 +222,19 @@ func (l *lane) lose(s *redisEpoch, a answer) {
 			if kept, some := l.losses[s]; !some || a.n < kept {
 				l.losses[s] = a.n
 			}
+			l.forgets(s, a.n)
 		}
+	}
+}
+
+// forgets notes that Redis has lost what came after the batch kept. If there were tokens
+// of the window before s among it, which nobody adds again, their retries are new in s.
+func (l *lane) forgets(s *redisEpoch, kept uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	before := s.previous.Load()
+	if before != nil && before.key == s.before && before.lanes[l.i].retired && before.lanes[l.i].tokenSeq > kept {
+		s.lanes[l.i].log.cut = true // s is not exact
 	}
 }
 
@@ -242,7 +257,7 @@ func (l *lane) retire(s *redisEpoch) int {
 	}
 	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
 	le.log = replayLog{}
-	if before := s.previous; before != nil {
+	if before := s.previous.Load(); before != nil {
 		l.r.logBytes.Add(-tokenBytes * int64(len(before.lanes[l.i].tokens)))
 		before.lanes[l.i].tokens = nil
 	}

@@ -136,11 +136,11 @@ type redisCounts struct {
 // redisEpoch is the state of an epoch in this process.
 type redisEpoch struct {
 	start         time.Time
-	key           string      // start and window, in ms
-	before, after string      // the keys of the windows directly before and behind it
-	previous      *redisEpoch // opened before it; nil once it is retired
-	end           int64       // ns since the start of the Redis, of when the epoch was to end
-	view          *dedup.View // in Local
+	key           string                     // start and window, in ms
+	before, after string                     // the keys of the windows directly before and behind it
+	previous      atomic.Pointer[redisEpoch] // opened before it; nil once it is retired
+	end           int64                      // ns since the start of the Redis, of when the epoch was to end
+	view          *dedup.View                // in Local
 	lanes         []laneEpoch
 
 	opened     time.Time
@@ -301,7 +301,7 @@ func (r *Set) Open(e *counter.Epoch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
-	s.previous = r.latest.Swap(s)
+	s.previous.Store(r.latest.Swap(s))
 }
 
 // await gives the ledger a moment to learn of the epoch before an id of it is answered:
@@ -350,7 +350,7 @@ func (r *Set) Retire(e *counter.Epoch) {
 	for i := range r.lanes {
 		unsent += r.lanes[i].retire(s)
 	}
-	s.previous = nil
+	s.previous.Store(nil)
 	if unsent > 0 {
 		r.counts.dropped.Add(uint64(unsent))
 		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
