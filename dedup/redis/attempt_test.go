@@ -395,8 +395,8 @@ func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
 	}
 }
 
-// TestRedisRetryAfterAnInstanceIsKilled: the ids of a killed instance stay, and so does who
-// has counted them.
+// TestRedisRetryAfterAnInstanceIsKilled: the ids of a killed instance stay, and their
+// tokens.
 func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
 	server := startRedis(t)
 	a, b := startInstance(t, server, ""), startInstance(t, server, "")

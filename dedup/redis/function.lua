@@ -166,8 +166,8 @@ local function close(gen, held, partly, twice)
   return pack(gen, held[1], held[2], held[3], held[4], partly, twice, held[UNDER], held[TOKENS], held[NAMES])
 end
 
--- complete reports whether all that the epoch should have is there. What was evicted or
--- deleted is not, nor what is on the move to another node.
+-- complete reports whether the epoch has all that it should have: nothing of it was evicted
+-- or deleted, or is on the move to another node.
 local function complete(prefix, held)
   for k = 1, #KINDS do
     if (k <= PLAIN or held[k] > 0) and try('SCARD', prefix .. KINDS[k]) ~= held[k] then return false end

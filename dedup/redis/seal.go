@@ -97,7 +97,7 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 }
 
 const (
-	// scanned is how many keys Redis is asked for at once: it does nothing else meanwhile.
+	// scanned is about how many keys one command reads: Redis does nothing else meanwhile.
 	scanned = "1000"
 
 	// keysLinger is how long the counts of the keys are kept once the record is delivered,

@@ -301,7 +301,11 @@ func (r *Set) Open(e *counter.Epoch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
-	s.previous.Store(r.latest.Swap(s))
+	last := r.latest.Swap(s)
+	s.previous.Store(last)
+	if last != nil && last.end == int64(s.start.Sub(r.start)) {
+		s.before = last.key // also after a change of --window
+	}
 }
 
 // await gives the ledger a moment to learn of the epoch before an id of it is answered:
