@@ -361,6 +361,7 @@ local function marks(key, a, mode, held, undo)
     local others = {key .. ':' .. a[16] .. ':', key .. ':' .. a[17] .. ':'}
     codes = mark(prefix, list, mode, held, undo, others, tonumber(a[18]))
     if tokens and (mode == 'a' or mode == 'l') then
+      doubtful = a[19] == '1'
       local has = call('HMGET', key, 'X' .. a[16], 'X' .. a[17])
       for i = 1, 2 do
         doubtful = doubtful or try('SCARD', others[i] .. 'x') ~= tonumber(has[i] or 0)
@@ -384,8 +385,8 @@ end
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
 -- again, whether the time is to be noted, and a list of ids of each kind. Where there are
--- some with a key or a token: their list, the epochs before and behind, and how many keys
--- the epoch may have.
+-- some with a key or a token: their list, the epochs before and behind, how many keys the
+-- epoch may have, and whether tokens of the epoch before may be lost.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
 local function batch(key, a, undo)

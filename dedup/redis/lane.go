@@ -136,8 +136,10 @@ type laneEpoch struct {
 	log     replayLog
 
 	// tokens of the ids that this process has answered as new, with fail open.
-	tokens   map[token]struct{}
-	tokenSeq uint64 // of the last batch that added a token
+	tokens map[token]struct{}
+
+	base       uint64 // no later batch was sent before the epoch was opened
+	tokensLost bool   // Redis may have lost tokens of the window before
 }
 
 // State of an entry.
@@ -752,10 +754,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	le := &j.epoch.lanes[l.i]
 	l.mu.Lock()
 	gen := le.gen
-	whole := "1"
-	if le.log.cut {
-		whole = "0"
-	}
+	whole, tokensLost := flag(!le.log.cut), flag(le.tokensLost)
 	l.mu.Unlock()
 	if err := l.r.await(j.epoch); err != nil && j.mode == modeAdd && !j.unknown {
 		return l.failed(j, errRefused{err}, wait)
@@ -770,7 +769,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3],
 	}
 	if j.lists[namedIDs] != "" {
-		args = append(args, j.lists[namedIDs], j.epoch.before, j.epoch.after, strconv.Itoa(l.r.cfg.MaxKeys))
+		args = append(args, j.lists[namedIDs], j.epoch.before, j.epoch.after, strconv.Itoa(l.r.cfg.MaxKeys), tokensLost)
 	}
 	a, err := l.r.call(l.r.life, l.key, args...)
 	if err != nil {
@@ -971,22 +970,7 @@ func (l *lane) resolve(j *job, a answer) {
 	le.n.Store(a.n)
 	switch j.mode {
 	case modeReplay, modeLocal:
-		if le.retired {
-			break
-		}
-		n := le.log.sent(l.seq, j.bytes)
-		if j.lists[namedIDs] != "" {
-			le.tokenSeq = l.seq
-		}
-		l.r.counts.replayed.Add(uint64(n))
-		for _, c := range []byte(a.codes) {
-			if c == '0' {
-				l.r.counts.twice.Add(1)
-			}
-		}
-		if le.log.left() == 0 {
-			le.lost = false
-		}
+		l.replayed(le, j, a)
 	case modeTake:
 		for i, en := range j.entries {
 			if i < len(a.codes) && a.codes[i] == '5' {

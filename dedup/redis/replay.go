@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"verve/dedup"
@@ -71,9 +72,6 @@ func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logByte
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 	g, b := &le.log, logged(&en.enc, en.named)
 	le.answered(r, en.named)
-	if en.named.hasToken() {
-		le.tokenSeq = seq
-	}
 	if le.retired {
 		return
 	}
@@ -154,6 +152,19 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 	return n
 }
 
+// replayed takes over that ids from the log were added again. l.mu is held.
+func (l *lane) replayed(le *laneEpoch, j *job, a answer) {
+	if le.retired {
+		return
+	}
+	n := le.log.sent(l.seq, j.bytes)
+	l.r.counts.replayed.Add(uint64(n))
+	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
+	if le.log.left() == 0 {
+		le.lost = false
+	}
+}
+
 // recover goes on after a loss: Redis knows nothing of the last batches of this
 // session, or of an epoch, and what it forgot is added again before anything
 // else. The job stays as it is: whatever it did is forgotten too.
@@ -227,14 +238,13 @@ func (l *lane) lose(s *redisEpoch, a answer) {
 	}
 }
 
-// forgets notes that Redis has lost what came after the batch kept. If there were tokens
-// of the window before s among it, which nobody adds again, their retries are new in s.
+// forgets notes that Redis has lost what came after the batch kept. If that began before
+// s, tokens of the window before may be lost, which no instance adds again.
 func (l *lane) forgets(s *redisEpoch, kept uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	before := s.previous.Load()
-	if before != nil && before.key == s.before && before.lanes[l.i].retired && before.lanes[l.i].tokenSeq > kept {
-		s.lanes[l.i].log.cut = true // s is not exact
+	if le := &s.lanes[l.i]; kept <= le.base {
+		le.tokensLost = true
 	}
 }
 

@@ -294,6 +294,12 @@ func (r *Set) Open(e *counter.Epoch) {
 		end:    int64(e.End().Sub(r.start)),
 		lanes:  make([]laneEpoch, len(r.lanes)),
 	}
+	for i := range r.lanes {
+		l := &r.lanes[i]
+		l.mu.Lock()
+		s.lanes[i].base = l.seq + 1 // which may be under way
+		l.mu.Unlock()
+	}
 	r.cfg.Local.Open(e)
 	s.view = e.State.(*dedup.View)
 	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
