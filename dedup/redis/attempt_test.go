@@ -369,6 +369,9 @@ func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
 		if v, err := addAs(t, a, ea, 0, id, "key", "T"); !errors.Is(err, dedup.ErrUnavailable) {
 			t.Fatalf("without a reply: %v, %v", v, err)
 		}
+		testproc.Until(t, "the id is in Redis", func() bool {
+			return server.do("SCARD", a.lanes[0].key+":"+epochKey(time.Unix(0, ea.At(0)), time.Hour)+":k") == fmt.Sprint(i+1)
+		})
 		if v, err := addAs(t, b, eb, 0, id, "key", "T"); !errors.Is(err, dedup.ErrUnavailable) {
 			t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
 		}

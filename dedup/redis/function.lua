@@ -219,33 +219,36 @@ end
 -- Ids with a key or a token come in a list of their own, four strings each: kind, id, the
 -- digest of the id with its token, key; what there is none of is empty.
 
--- among_tokens gives the code to each id without one whose token is in the set.
-local function among_tokens(set, tokens, of, codes, code)
+-- recognise gives a code to those of the ids whose token is in the set.
+local function recognise(set, list, of, codes, code)
+  if #of == 0 then return end
+  local tokens = {}
+  for i = 1, #of do tokens[i] = list[4 * of[i] - 1] end
   local found = call('SMISMEMBER', set, unpack(tokens))
-  for i = 1, #found do
+  for i = 1, #of do
     if found[i] == 1 and not codes[of[i]] then codes[of[i]] = code end
   end
 end
 
--- sorted are the ids of a list by their kind, and where they stand in it; and its tokens.
+-- sorted are the ids of a list by their kind, and which of the list they are.
 local function sorted(list)
-  local ids, at, tokens, of = {}, {}, {}, {}
-  for i = 1, #list, 4 do
-    local k = NUMBER[list[i]]
-    if not ids[k] then ids[k], at[k] = {}, {} end
-    ids[k][#ids[k] + 1] = list[i + 1]
-    at[k][#ids[k]] = (i + 3) / 4
-    if list[i + 2] ~= '' then
-      tokens[#tokens + 1] = list[i + 2]
-      of[#tokens] = (i + 3) / 4
+  local ids, at = {}, {}
+  for i = 1, #list / 4 do
+    local k = NUMBER[list[4 * i - 3]]
+    local of = ids[k]
+    if not of then
+      of = {}
+      ids[k], at[k] = of, {}
     end
+    local n = #of + 1
+    of[n], at[k][n] = list[4 * i - 2], i
   end
-  return ids, at, tokens, of
+  return ids, at
 end
 
 -- count adds new ids to the counts of their keys. An id under a key for which there is no
 -- room gets the code 9.
-local function count(prefix, list, codes, held, undo, max)
+local function count(hash, list, codes, held, undo, max)
   local more, keys = {}, {}
   for i = 1, #codes do
     local key = list[4 * i]
@@ -254,20 +257,29 @@ local function count(prefix, list, codes, held, undo, max)
       more[key] = (more[key] or 0) + 1
     end
   end
+  if #keys == 0 then return end
+  local was, set, old, new, full = call('HMGET', hash, unpack(keys)), {}, {}, {}
   for i = 1, #keys do
     local key = keys[i]
-    if call('HINCRBY', prefix .. 'n', key, more[key]) > more[key] then
-      undo[#undo + 1] = {prefix .. 'n', {key}, -more[key]}
+    if was[i] then
+      old[#old + 1], old[#old + 2] = key, was[i]
     elseif held[NAMES] < max then
-      undo[#undo + 1] = {prefix .. 'n', {key}, -more[key]}
+      new[#new + 1] = key
       held[NAMES] = held[NAMES] + 1
     else
-      call('HDEL', prefix .. 'n', key)
-      for j = 1, #codes do
-        if codes[j] == '1' and list[4 * j] == key then codes[j] = '9' end
-      end
+      full = full or {}
+      full[key] = true
+    end
+    if not full or not full[key] then
+      set[#set + 1], set[#set + 2] = key, tonumber(was[i] or 0) + more[key]
     end
   end
+  for i = 1, full and #codes or 0 do
+    if codes[i] == '1' and full[list[4 * i]] then codes[i] = '9' end
+  end
+  if #old > 0 then undo[#undo + 1] = {hash, old, 'HSET'} end
+  if #new > 0 then undo[#undo + 1] = {hash, new, 'HDEL'} end
+  if #set > 0 then call('HSET', hash, unpack(set)) end
 end
 
 -- put adds new members to a set.
@@ -280,29 +292,40 @@ local function put(set, members, undo)
 end
 
 -- mark judges a list in the modes that add or look, and returns the codes. others are the
--- prefixes of the windows before and behind, where tokens are looked for.
+-- sets of the tokens of the windows before and behind, where there are some.
 local function mark(prefix, list, mode, held, undo, others, max)
   local codes, replay = {}, mode == 'p' or mode == 'f'
-  local ids, at, tokens, of = sorted(list)
-  local marked = {}
-  if #tokens > 0 then
-    among_tokens(prefix .. 'x', tokens, of, marked, '6')
-    if not replay then
-      for i = 1, #list / 4 do codes[i] = marked[i] or false end
-      among_tokens(others[1] .. 'x', tokens, of, codes, '7')
-      among_tokens(others[2] .. 'x', tokens, of, codes, '8')
+  local ids, at = sorted(list)
+  local there, absent = {}, {} -- those with a token
+  for k = 1, #KINDS do
+    local found = ids[k] and call('SMISMEMBER', prefix .. KINDS[k], unpack(ids[k])) or {}
+    for i = 1, #found do
+      local n = at[k][i]
+      codes[n] = false
+      if found[i] == 1 then there[n] = true end
     end
   end
-  for k = 1, #KINDS do
-    if ids[k] then
-      local there = call('SMISMEMBER', prefix .. KINDS[k], unpack(ids[k]))
-      for i = 1, #there do
-        local n = at[k][i]
-        codes[n] = codes[n] or there[i] == 1 and '0' or mode == 'l' and '4' or '1'
+  local known = {}
+  for i = 1, #codes do
+    if list[4 * i - 1] ~= '' then
+      local of = there[i] and known or absent
+      of[#of + 1] = i
+    end
+  end
+  local same = replay and {} or codes -- what is added again was given, whatever its token
+  recognise(prefix .. 'x', list, known, same, '6')
+  if not replay then
+    for i = 1, 2 do
+      if others[i] then
+        recognise(others[i], list, known, codes, i == 1 and '7' or '8')
+        recognise(others[i], list, absent, codes, i == 1 and '7' or '8')
       end
     end
   end
-  count(prefix, list, codes, held, undo, replay and math.huge or max)
+  for i = 1, #codes do
+    codes[i] = codes[i] or there[i] and '0' or mode == 'l' and '4' or '1'
+  end
+  count(prefix .. 'n', list, codes, held, undo, replay and math.huge or max)
   for k = 1, #KINDS do
     local new = {}
     for i = 1, ids[k] and #ids[k] or 0 do
@@ -311,9 +334,11 @@ local function mark(prefix, list, mode, held, undo, others, max)
     held[k] = held[k] + put(prefix .. KINDS[k], new, undo)
   end
   local new = {}
-  for i = 1, #tokens do
-    local n = of[i]
-    if not marked[n] and (replay or codes[n] == '1') then new[#new + 1] = tokens[i] end
+  for i = 1, #absent do
+    if codes[absent[i]] == '1' then new[#new + 1] = list[4 * absent[i] - 1] end
+  end
+  for i = 1, replay and #known or 0 do
+    if not same[known[i]] then new[#new + 1] = list[4 * known[i] - 1] end
   end
   held[TOKENS] = held[TOKENS] + put(prefix .. 'x', new, undo)
   return codes
@@ -329,7 +354,7 @@ local function unmark(prefix, list, held, undo)
       undo[#undo + 1] = {prefix .. kind, {id}, 'SADD'}
       held[NUMBER[kind]] = held[NUMBER[kind]] - 1
       if key ~= '' then
-        undo[#undo + 1] = {prefix .. 'n', {key}, 1}
+        undo[#undo + 1] = {prefix .. 'n', {key, 1}, 'HINCRBY'}
         if call('HINCRBY', prefix .. 'n', key, -1) == 0 then
           call('HDEL', prefix .. 'n', key)
           held[NAMES] = held[NAMES] - 1
@@ -358,15 +383,17 @@ local function marks(key, a, mode, held, undo)
   elseif mode == 'r' then
     codes = unmark(prefix, list, held, undo)
   else
-    local others = {key .. ':' .. a[16] .. ':', key .. ':' .. a[17] .. ':'}
-    codes = mark(prefix, list, mode, held, undo, others, tonumber(a[18]))
+    local others = {}
     if tokens and (mode == 'a' or mode == 'l') then
       doubtful = a[19] == '1'
       local has = call('HMGET', key, 'X' .. a[16], 'X' .. a[17])
       for i = 1, 2 do
-        doubtful = doubtful or try('SCARD', others[i] .. 'x') ~= tonumber(has[i] or 0)
+        local set = key .. ':' .. a[15 + i] .. ':x'
+        others[i] = has[i] and set
+        doubtful = doubtful or try('SCARD', set) ~= tonumber(has[i] or 0)
       end
     end
+    codes = mark(prefix, list, mode, held, undo, others, tonumber(a[18]))
   end
   if not complete(prefix, held) then
     undo.missing = true
@@ -467,7 +494,7 @@ local function batch(key, a, undo)
       lists[#lists + 1], parts[#parts + 1] = ids, codes or false
     end
   end
-  local doubt, mine = '', {}
+  local doubt, named = '', ''
   local codes, list
   if a[15] then
     local tokens, added, doubtful = held[TOKENS]
@@ -477,24 +504,25 @@ local function batch(key, a, undo)
     if held[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, held[TOKENS] end
     n = n + added
     if mode == 'a' or mode == 'l' then
-      local others
+      local mine, others = {}
       for i = 1, #codes do
         local id, code = list[4 * i - 2], codes[i]
         if code == '1' then
-          mine[#mine + 1] = pack(id)
+          mine[#mine + 1] = id
         elseif code ~= '4' and code ~= '9' then
           others = others or doubts(key, session, nil, now or clock())
           if among(others, id) then codes[i] = '2' end
         end
       end
+      if #mine > 0 then named = pack(unpack(mine)) end
     end
   end
   n = n + more
 
   if mode == 'a' and more == total then
-    doubt = a[11] .. a[12] .. a[13] .. a[14] .. concat(mine)
+    doubt = a[11] .. a[12] .. a[13] .. a[14] .. named
   elseif mode == 'a' then
-    local others
+    local mine, others = {}
     for p, ids in ipairs(lists) do
       local codes = parts[p]
       for i = 1, #ids do
@@ -506,7 +534,7 @@ local function batch(key, a, undo)
         end
       end
     end
-    doubt = concat(mine)
+    doubt = concat(mine) .. named
   end
   if replay and more < total then twice = twice + total - more end
 
@@ -681,11 +709,7 @@ local function add(keys, a)
   if ok then return res end
   for i = #undo, 1, -1 do
     local at, members, how = undo[i][1], undo[i][2], undo[i][3]
-    if type(how) ~= 'number' then
-      try(how or 'SREM', at, unpack(members))
-    elseif try('HINCRBY', at, members[1], how) == 0 then
-      try('HDEL', at, members[1])
-    end
+    try(how or 'SREM', at, unpack(members))
   end
   if undo.missing then return {'missing'} end
   if type(res) == 'table' then return res end
