@@ -652,3 +652,84 @@ func TestRedisTokensOfTheWindowBeforeAreLost(t *testing.T) {
 		t.Errorf("sealed %d, exact %v; want 1, true", n, exact)
 	}
 }
+
+// TestRedisRetriesAfterALoss: Redis loses everything again and again, under load. The ids
+// that are answered ok stay so, and the record has them, under their keys.
+func TestRedisRetriesAfterALoss(t *testing.T) {
+	server := startRedis(t)
+	a, b := startInstance(t, server, ""), startInstance(t, server, "")
+	at := []*instance{a, b}
+	stop := make(chan struct{})
+	var losses sync.WaitGroup
+	losses.Go(func() {
+		for i := range 3 {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Second):
+			}
+			if i%2 == 0 {
+				server.do("FLUSHALL")
+			} else {
+				server.Kill()
+				server.Start()
+			}
+		}
+	})
+	const callers = 30
+	var ok [2]atomic.Uint64
+	var counts [3]atomic.Uint64
+	var group sync.WaitGroup
+	var ids [callers]int
+	deadline := time.Now().Add(8 * time.Second)
+	send := func(i *instance, c, n int, want ...dedup.Verdict) {
+		for {
+			key := ""
+			if n%3 > 0 {
+				key = fmt.Sprint("key ", n%3)
+			}
+			v, err := addAs(t, i.r, i.e, 0, fmt.Sprintf("%d-%d", c, n), key, "T")
+			if err == nil && !slices.Contains(want, v) || err != nil && !errors.Is(err, dedup.ErrUnavailable) {
+				t.Errorf("id %d-%d: %v, %v", c, n, v, err)
+			}
+			if err == nil && v == dedup.Unique {
+				ok[slices.Index(at, i)].Add(1)
+				counts[n%3].Add(1)
+			}
+			if err == nil {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	for c := range callers {
+		group.Go(func() {
+			for ; time.Now().Before(deadline) && ids[c] < 1000; ids[c]++ {
+				send(at[ids[c]%2], c, ids[c], dedup.Unique)
+				send(at[c%2], c, ids[c], dedup.Replayed)
+				if ids[c] > 100 {
+					send(at[ids[c]%2], c, ids[c]-100, dedup.Replayed)
+				}
+			}
+		})
+	}
+	group.Wait()
+	close(stop)
+	losses.Wait()
+	for c := range callers {
+		for n := range ids[c] {
+			if n%20 == c%20 {
+				send(at[n/2%2], c, n, dedup.Replayed)
+			}
+		}
+	}
+	a.ok, b.ok = ok[0].Load(), ok[1].Load()
+	b.report()
+	b.beat()
+	record := a.record()
+	want := []counter.KeyCount{{Key: "key 1", Unique: counts[1].Load()}, {Key: "key 2", Unique: counts[2].Load()}}
+	if record.Unique != a.ok+b.ok || !slices.Equal(record.Keys, want) {
+		t.Errorf("%d ids and keys %v, the record is %+v", a.ok+b.ok, want, record)
+	}
+	t.Logf("%d ids; exact %v", record.Unique, record.Exact)
+}
