@@ -733,3 +733,36 @@ func TestRedisRetriesAfterALoss(t *testing.T) {
 	}
 	t.Logf("%d ids; exact %v", record.Unique, record.Exact)
 }
+
+// TestRedisABelievedDoubtIsNotExact: an instance is cut off after it has added an id without
+// an answer, until a retry elsewhere is answered ok. No instance reports that answer.
+func TestRedisABelievedDoubtIsNotExact(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	way := startProxy(t, server.Addr)
+	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	ea.Want(t, a, 0, "before", dedup.Unique)
+	way.deaf.Store(true)
+	if v, err := addAs(t, a, ea, 0, "42", "", "T"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Fatalf("without a reply: %v, %v", v, err)
+	}
+	testproc.Until(t, "the id is in Redis", func() bool {
+		return server.do("SISMEMBER", a.lanes[0].key+":"+epochKey(time.Unix(0, ea.At(0)), time.Hour)+":d", "42") == "1"
+	})
+	way.refusing.Store(true)
+	way.cut(0)
+	testproc.Until(t, "the retry is answered", func() bool {
+		v, err := addAs(t, b, eb, 0, "42", "", "T")
+		if err == nil && v != dedup.Replayed {
+			t.Fatalf("got %v", v)
+		}
+		return err == nil
+	})
+	way.deaf.Store(false)
+	way.refusing.Store(false)
+	untilSettled(t, a)
+	if n, exact := sealed(t, eb, b, 0); n != 2 || exact {
+		t.Errorf("sealed %d, exact %v; want 2, false", n, exact)
+	}
+}
