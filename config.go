@@ -613,7 +613,7 @@ func (c *config) kafka() stream.KafkaConfig {
 func (c *config) redis() redis.Config {
 	return redis.Config{
 		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,
-		FailOpen: c.RedisFail == "open", MaxIDs: c.MaxIDs,
+		FailOpen: c.RedisFail == "open", MaxIDs: c.MaxIDs, MaxKeys: c.MaxKeys,
 		SentinelUser: c.RedisSentinelUser, SentinelPassword: string(c.sentinelPassword),
 	}
 }

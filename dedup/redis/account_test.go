@@ -122,7 +122,7 @@ func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
 		"restart":  func(s *redisServer) { s.Kill(); s.Start() },
 		"a lane": func(s *redisServer) {
 			for _, k := range s.keys() {
-				if strings.Contains(k, ":lane2") {
+				if strings.Contains(k, ":lane3") {
 					s.do("DEL", k)
 				}
 			}
@@ -386,7 +386,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		return v == dedup.Unique && err == nil
 	})
 	// What the others read as the number of lanes is one that they cannot have.
-	if got := server.do("GET", lanes); got != "2001" {
-		t.Errorf("the key has %s, want 2001", got)
+	if got := server.do("GET", lanes); got != "3001" {
+		t.Errorf("the key has %s, want 3001", got)
 	}
 }

@@ -57,6 +57,7 @@ type answer struct {
 	n      uint64 // ids of the epoch in this lane; the last sequence where status is gap, lost or old
 	exact  bool   // of a seal: no id is known to be given twice or forgotten
 	whole  bool   // of a seal: no write can have been lost
+	under  uint64 // of a seal: ids under keys
 }
 
 // errRefused is an answer that says that nothing was done. Any other error
@@ -152,7 +153,7 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 	if a.status, err = parts[0].ToString(); err != nil {
 		return a, err
 	}
-	if a.status == statusSealed && len(parts) == 4 {
+	if a.status == statusSealed && len(parts) == 5 {
 		if a.n, err = parts[1].AsUint64(); err != nil {
 			return a, err
 		}
@@ -161,7 +162,11 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 			return a, err
 		}
 		whole, err := parts[3].AsUint64()
+		if err != nil {
+			return a, err
+		}
 		a.exact, a.whole = exact == 1, whole == 1
+		a.under, err = parts[4].AsUint64()
 		return a, err
 	}
 	if len(parts) == 4 {

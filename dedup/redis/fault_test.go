@@ -237,7 +237,7 @@ func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
 	l := &r.lanes[h>>r.shift]
 	l.mu.Lock()
 	r.pending.Add(1)
-	en := l.enter(pendingKey{s, k}, &enc)
+	en := l.enter(pendingKey{s, k}, &enc, nil)
 	l.queue = l.queue[:len(l.queue)-1]
 	en.state, en.seq = untold, seq
 	l.untold = append(l.untold, en)
@@ -642,7 +642,7 @@ func TestRedisLosesItsData(t *testing.T) {
 		{"restart", func(s *redisServer) { s.Kill(); s.Start() }},
 		{"functions", func(s *redisServer) { s.do("FUNCTION", "FLUSH") }},
 		{"an epoch", func(s *redisServer) {
-			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane2") })...)...)
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane3") })...)...)
 		}},
 		{"some keys", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":t") })...)...)
@@ -852,8 +852,8 @@ func TestRedisKeysGoAway(t *testing.T) {
 		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
 		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
 	}
-	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane2:\d+-3600000:(d|u|t|h)$`)
-	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane2|lanes|lane2:rights)$`)
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane3:\d+-3600000:(d|u|t|h|k|x|n)$`)
+	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane3|lanes|lane3:rights)$`)
 	kinds := map[byte]bool{}
 	for _, k := range server.keys() {
 		if strings.HasPrefix(k, "verve:{test}:") {
@@ -879,7 +879,7 @@ func TestRedisKeysGoAway(t *testing.T) {
 		}
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane2") {
+		if strings.HasSuffix(k, ":lane3") {
 			// The answer to the session, its ids in doubt, the sessions with some, whose
 			// data these are, whether there are replicas, and what is sealed.
 			if n := server.do("HLEN", k); n != "6" {
@@ -919,7 +919,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane2") && strings.Contains(server.do("HKEYS", k), "I"+r.cfg.session) {
+		if strings.HasSuffix(k, ":lane3") && strings.Contains(server.do("HKEYS", k), "I"+r.cfg.session) {
 			t.Errorf("ids in doubt are left in %s", k)
 		}
 	}
@@ -967,7 +967,7 @@ func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	a := newRedis(t, server.Addr, patient)
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
-	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "2016")
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "3016")
 	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
 		return !ready && strings.Contains(reason, "lanes")

@@ -9,8 +9,12 @@
 --   I<session>   the ids that this batch has added, which are in doubt; not there once
 --                the doubt has lapsed
 --   A            the sessions that may have ids in doubt
---   E<epoch>     an open epoch: generation, ids of each kind, partly, twice; packed
---   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until}
+--   E<epoch>     an open epoch: generation, ids of each of the first four kinds, partly,
+--                twice; where a key or a token was named also the ids under keys, the
+--                tokens, and the keys; packed
+--   X<epoch>     how many tokens it has, also once it is sealed
+--   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
+--                under keys}
 --   id           whose data these are
 --   cut, cuts    when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
@@ -20,18 +24,26 @@
 --
 --   EPOCH:d :u   canonical decimals, UUIDs,
 --         :t :h  short texts, digests of long texts
+--         :k     digests of ids with their key
+--         :x     digests of ids with their token; kept for the window after the seal
+--
+-- and the hash EPOCH:n: how many ids are under each key. It is kept until the record is
+-- delivered.
 --
 -- Lua hashes every byte of every string that is made, and a number in a command is
 -- printed with 17 digits. Therefore ids come and stay in lists that are one string
 -- each (MessagePack, one raw after another), and numbers are packed.
 --
 -- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
--- doubt, 3 failed and not done, 4 is not there, 5 cannot be taken back any more.
+-- doubt, 3 failed and not done, 4 is not there, 5 cannot be taken back any more, 6 was
+-- there with this token, 7 in the window before, 8 in the window behind, 9 too many keys.
 
 -- Set by prepare: a library that is being loaded sees none of these.
 local sub, find, rep, concat, call, try
 local pack, parse
-local KINDS = {'d', 'u', 't', 'h'}
+local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
+local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
+local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
 
 -- A session that has not been heard for so long does not keep others in doubt.
 local LAPSE = 10
@@ -106,8 +118,8 @@ local function join(key, session)
   call('HSET', key, 'A', pack(active))
 end
 
--- doubts are the lists of ids that other sessions have added to the epoch in
--- their last batches and may not have told anybody about. A doubt that has lapsed
+-- doubts are the lists of ids that other sessions have added to the epoch, or to any
+-- where none is named, in their last batches and may not have told anybody about. A doubt that has lapsed
 -- is over for good: its session cannot take the ids back any more.
 local function doubts(key, session, epoch, now)
   local a = call('HGET', key, 'A')
@@ -122,7 +134,7 @@ local function doubts(key, session, epoch, now)
     end
     if other == session or at and math.abs(now - at) < LAPSE then
       left[#left + 1] = other
-      if other ~= session and in_epoch == epoch and f[2] then found[#found + 1] = f[2] end
+      if other ~= session and (in_epoch == epoch or not epoch) and f[2] then found[#found + 1] = f[2] end
     elseif f[2] then
       call('HDEL', key, 'I' .. other)
     end
@@ -139,6 +151,29 @@ local function among(lists, id)
     if find(lists[i], packed, 1, true) then return true end
   end
   return false
+end
+
+-- opened reads an open epoch: generation, its numbers, partly, twice.
+local function opened(packed)
+  local gen, d, u, t, h, partly, twice, under, tokens, keys = parse(packed)
+  return gen, {d, u, t, h, under or 0, tokens or 0, keys or 0}, partly, twice
+end
+
+local function close(gen, held, partly, twice)
+  if held[UNDER] + held[TOKENS] + held[NAMES] == 0 then
+    return pack(gen, held[1], held[2], held[3], held[4], partly, twice)
+  end
+  return pack(gen, held[1], held[2], held[3], held[4], partly, twice, held[UNDER], held[TOKENS], held[NAMES])
+end
+
+-- complete reports whether the epoch has all that it should have: nothing of it was evicted
+-- or deleted, or is on the move to another node.
+local function complete(prefix, held)
+  for k = 1, #KINDS do
+    if (k <= PLAIN or held[k] > 0) and try('SCARD', prefix .. KINDS[k]) ~= held[k] then return false end
+  end
+  return (held[TOKENS] == 0 or try('SCARD', prefix .. 'x') == held[TOKENS]) and
+    (held[NAMES] == 0 or try('HLEN', prefix .. 'n') == held[NAMES])
 end
 
 -- The way of one kind of ids in the set of key: what was added goes to undo. It
@@ -181,9 +216,204 @@ function ways.a(key, ids, undo)
   return #new, codes
 end
 
+-- Ids with a key or a token come in a list of their own, four strings each: kind, id, the
+-- digest of the id with its token, key; what there is none of is empty.
+
+-- recognise gives a code to those of the ids whose token is in the set.
+local function recognise(set, list, of, codes, code)
+  if #of == 0 then return end
+  local tokens = {}
+  for i = 1, #of do tokens[i] = list[4 * of[i] - 1] end
+  local found = call('SMISMEMBER', set, unpack(tokens))
+  for i = 1, #of do
+    if found[i] == 1 and not codes[of[i]] then codes[of[i]] = code end
+  end
+end
+
+-- sorted are the ids of a list by their kind, and which of the list they are.
+local function sorted(list)
+  local ids, at = {}, {}
+  for i = 1, #list / 4 do
+    local k = NUMBER[list[4 * i - 3]]
+    local of = ids[k]
+    if not of then
+      of = {}
+      ids[k], at[k] = of, {}
+    end
+    local n = #of + 1
+    of[n], at[k][n] = list[4 * i - 2], i
+  end
+  return ids, at
+end
+
+-- count adds new ids to the counts of their keys. An id under a key for which there is no
+-- room gets the code 9.
+local function count(hash, list, codes, held, undo, max)
+  local more, keys = {}, {}
+  for i = 1, #codes do
+    local key = list[4 * i]
+    if codes[i] == '1' and key ~= '' then
+      if not more[key] then keys[#keys + 1] = key end
+      more[key] = (more[key] or 0) + 1
+    end
+  end
+  if #keys == 0 then return end
+  local was, set, old, new, full = call('HMGET', hash, unpack(keys)), {}, {}, {}
+  for i = 1, #keys do
+    local key = keys[i]
+    if was[i] then
+      old[#old + 1], old[#old + 2] = key, was[i]
+    elseif held[NAMES] < max then
+      new[#new + 1] = key
+      held[NAMES] = held[NAMES] + 1
+    else
+      full = full or {}
+      full[key] = true
+    end
+    if not full or not full[key] then
+      set[#set + 1], set[#set + 2] = key, tonumber(was[i] or 0) + more[key]
+    end
+  end
+  for i = 1, full and #codes or 0 do
+    if codes[i] == '1' and full[list[4 * i]] then codes[i] = '9' end
+  end
+  if #old > 0 then undo[#undo + 1] = {hash, old, 'HSET'} end
+  if #new > 0 then undo[#undo + 1] = {hash, new, 'HDEL'} end
+  if #set > 0 then call('HSET', hash, unpack(set)) end
+end
+
+-- put adds new members to a set.
+local function put(set, members, undo)
+  if #members > 0 then
+    undo[#undo + 1] = {set, members}
+    call('SADD', set, unpack(members))
+  end
+  return #members
+end
+
+-- mark judges a list in the modes that add or look, and returns the codes. others are the
+-- sets of the tokens of the windows before and behind, where there are some.
+local function mark(prefix, list, mode, held, undo, others, max)
+  local codes, replay = {}, mode == 'p' or mode == 'f'
+  local ids, at = sorted(list)
+  local there, absent = {}, {} -- those with a token
+  for k = 1, #KINDS do
+    local found = ids[k] and call('SMISMEMBER', prefix .. KINDS[k], unpack(ids[k])) or {}
+    for i = 1, #found do
+      local n = at[k][i]
+      codes[n] = false
+      if found[i] == 1 then there[n] = true end
+    end
+  end
+  local known = {}
+  for i = 1, #codes do
+    if list[4 * i - 1] ~= '' then
+      local of = there[i] and known or absent
+      of[#of + 1] = i
+    end
+  end
+  local same = replay and {} or codes -- what is added again was given, whatever its token
+  recognise(prefix .. 'x', list, known, same, '6')
+  if not replay then
+    for i = 1, 2 do
+      if others[i] then
+        recognise(others[i], list, known, codes, i == 1 and '7' or '8')
+        recognise(others[i], list, absent, codes, i == 1 and '7' or '8')
+      end
+    end
+  end
+  for i = 1, #codes do
+    codes[i] = codes[i] or there[i] and '0' or mode == 'l' and '4' or '1'
+  end
+  count(prefix .. 'n', list, codes, held, undo, replay and math.huge or max)
+  for k = 1, #KINDS do
+    local new = {}
+    for i = 1, ids[k] and #ids[k] or 0 do
+      if codes[at[k][i]] == '1' then new[#new + 1] = ids[k][i] end
+    end
+    held[k] = held[k] + put(prefix .. KINDS[k], new, undo)
+  end
+  local new = {}
+  for i = 1, #absent do
+    if codes[absent[i]] == '1' then new[#new + 1] = list[4 * absent[i] - 1] end
+  end
+  for i = 1, replay and #known or 0 do
+    if not same[known[i]] then new[#new + 1] = list[4 * known[i] - 1] end
+  end
+  held[TOKENS] = held[TOKENS] + put(prefix .. 'x', new, undo)
+  return codes
+end
+
+-- unmark takes a list back.
+local function unmark(prefix, list, held, undo)
+  local codes = {}
+  for i = 1, #list, 4 do
+    local kind, id, token, key = list[i], list[i + 1], list[i + 2], list[i + 3]
+    codes[#codes + 1] = '1'
+    if call('SREM', prefix .. kind, id) == 1 then
+      undo[#undo + 1] = {prefix .. kind, {id}, 'SADD'}
+      held[NUMBER[kind]] = held[NUMBER[kind]] - 1
+      if key ~= '' then
+        undo[#undo + 1] = {prefix .. 'n', {key, 1}, 'HINCRBY'}
+        if call('HINCRBY', prefix .. 'n', key, -1) == 0 then
+          call('HDEL', prefix .. 'n', key)
+          held[NAMES] = held[NAMES] - 1
+        end
+      end
+      if token ~= '' and call('SREM', prefix .. 'x', token) == 1 then
+        undo[#undo + 1] = {prefix .. 'x', {token}, 'SADD'}
+        held[TOKENS] = held[TOKENS] - 1
+      end
+    end
+  end
+  return codes
+end
+
+-- marks runs a list: see batch. It returns the codes, how many ids the epoch has more, and
+-- whether retries may not be recognised, or may be although their id is in no count.
+local function marks(key, a, mode, held, undo)
+  local prefix, list = key .. ':' .. a[5] .. ':', {parse(a[15])}
+  local was, tokens, doubtful, codes = {}, false, false
+  for i = 3, #list, 4 do tokens = tokens or list[i] ~= '' end
+  for i = 1, #held do was[i] = held[i] end
+  if mode == '5' then
+    -- They were believed: the answer to a retry may have been that they are counted.
+    codes, doubtful = {}, tokens
+    for i = 1, #list / 4 do codes[i] = '5' end
+  elseif mode == 'r' then
+    codes = unmark(prefix, list, held, undo)
+  else
+    local others = {}
+    if tokens and (mode == 'a' or mode == 'l') then
+      doubtful = a[19] == '1'
+      local has = call('HMGET', key, 'X' .. a[16], 'X' .. a[17])
+      for i = 1, 2 do
+        local set = key .. ':' .. a[15 + i] .. ':x'
+        others[i] = has[i] and set
+        doubtful = doubtful or try('SCARD', set) ~= tonumber(has[i] or 0)
+      end
+    end
+    codes = mark(prefix, list, mode, held, undo, others, tonumber(a[18]))
+  end
+  if not complete(prefix, held) then
+    undo.missing = true
+    error('missing')
+  end
+  local more = 0
+  for k = 1, #KINDS do
+    more = more + held[k] - was[k]
+    if was[k] == 0 and held[k] > 0 then call('EXPIRE', prefix .. KINDS[k], a[7]) end
+  end
+  if was[TOKENS] == 0 and held[TOKENS] > 0 then call('EXPIRE', prefix .. 'x', a[7]) end
+  if was[NAMES] == 0 and held[NAMES] > 0 then call('EXPIRE', prefix .. 'n', a[7]) end
+  return codes, more, doubtful, list
+end
+
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, whether the time is to be noted, and a list of ids of each kind.
+-- again, whether the time is to be noted, and a list of ids of each kind. Where there are
+-- some with a key or a token: their list, the epochs before and behind, how many keys the
+-- epoch may have, and whether tokens of the epoch before may be lost.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
 -- decided without Redis, b show that the session lives.
 local function batch(key, a, undo)
@@ -199,9 +429,9 @@ local function batch(key, a, undo)
   if seq ~= last + 1 then return {'gap', '', '', last} end
 
   local replay, beat = mode == 'p' or mode == 'f', mode == 'b'
-  local gen, held, partly, twice = nil, {0, 0, 0, 0}, 0, 0
+  local gen, held, partly, twice = nil, {0, 0, 0, 0, 0, 0, 0}, 0, 0
   if h[2] then
-    gen, held[1], held[2], held[3], held[4], partly, twice = parse(h[2])
+    gen, held, partly, twice = opened(h[2])
   elseif not beat or expect ~= '' then
     local _, over = sealed(key, epoch)
     if over and not beat then return {'sealed'} end
@@ -218,13 +448,9 @@ local function batch(key, a, undo)
     at = now
   end
 
-  local n = held[1] + held[2] + held[3] + held[4]
+  local n = held[1] + held[2] + held[3] + held[4] + held[UNDER]
   if beat then
-    if tick and h[2] then
-      for k = 1, 4 do
-        if try('SCARD', key .. ':' .. epoch .. ':' .. KINDS[k]) ~= held[k] then return {'missing'} end
-      end
-    end
+    if tick and h[2] and not complete(key .. ':' .. epoch .. ':', held) then return {'missing'} end
     remember(key, session, '', {}, seq, at, '', gen or '', n, epoch, cuts)
     if tick then call('EXPIRE', key, a[7]) end
     return {'ok', '', gen or '', n}
@@ -246,7 +472,7 @@ local function batch(key, a, undo)
   local lists, parts, total, more = {}, {}, 0, 0
   local way = ways[mode] or ways.a
   local prefix = key .. ':' .. epoch .. ':'
-  for k = 1, 4 do
+  for k = 1, PLAIN do
     if a[10 + k] ~= '' then
       local set, ids = prefix .. KINDS[k], {parse(a[10 + k])}
       local added, codes
@@ -268,11 +494,33 @@ local function batch(key, a, undo)
       lists[#lists + 1], parts[#parts + 1] = ids, codes or false
     end
   end
+  local doubt, named = '', ''
+  local codes, list
+  if a[15] then
+    local tokens, added, doubtful = held[TOKENS]
+    codes, added, doubtful, list = marks(key, a, mode, held, undo)
+    if doubtful then partly = 1 end
+    if replay then twice = twice + #codes - added end
+    if held[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, held[TOKENS] end
+    n = n + added
+    if mode == 'a' or mode == 'l' then
+      local mine, others = {}
+      for i = 1, #codes do
+        local id, code = list[4 * i - 2], codes[i]
+        if code == '1' then
+          mine[#mine + 1] = id
+        elseif code ~= '4' and code ~= '9' then
+          others = others or doubts(key, session, nil, now or clock())
+          if among(others, id) then codes[i] = '2' end
+        end
+      end
+      if #mine > 0 then named = pack(unpack(mine)) end
+    end
+  end
   n = n + more
 
-  local doubt = ''
   if mode == 'a' and more == total then
-    doubt = a[11] .. a[12] .. a[13] .. a[14]
+    doubt = a[11] .. a[12] .. a[13] .. a[14] .. named
   elseif mode == 'a' then
     local mine, others = {}
     for p, ids in ipairs(lists) do
@@ -286,15 +534,16 @@ local function batch(key, a, undo)
         end
       end
     end
-    doubt = concat(mine)
+    doubt = concat(mine) .. named
   end
   if replay and more < total then twice = twice + total - more end
 
   for p, codes in ipairs(parts) do parts[p] = codes and concat(codes) or rep('1', #lists[p]) end
+  if codes then parts[#parts + 1] = concat(codes) end
   local answer = concat(parts)
-  if more ~= 0 or replay or not h[2] then
+  if more ~= 0 or replay or codes or not h[2] then
     fields[#fields + 1] = 'E' .. epoch
-    fields[#fields + 1] = pack(gen, held[1], held[2], held[3], held[4], partly, twice)
+    fields[#fields + 1] = close(gen, held, partly, twice)
   end
   remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch, cuts)
   if tick then call('EXPIRE', key, a[7]) end
@@ -319,7 +568,7 @@ end
 
 -- drop deletes the ids of an epoch.
 local function drop(key, epoch)
-  for k = 1, 4 do try('UNLINK', key .. ':' .. epoch .. ':' .. KINDS[k]) end
+  for k = 1, #KINDS do try('UNLINK', key .. ':' .. epoch .. ':' .. KINDS[k]) end
 end
 
 -- reset: epoch, generation. Some of its keys are lost: better all of them are,
@@ -328,23 +577,26 @@ local function reset(key, a)
   local e = call('HGET', key, 'E' .. a[2])
   if e and parse(e) == a[3] then
     drop(key, a[2])
-    call('HDEL', key, 'E' .. a[2])
+    try('UNLINK', key .. ':' .. a[2] .. ':x')
+    try('UNLINK', key .. ':' .. a[2] .. ':n')
+    call('HDEL', key, 'E' .. a[2], 'X' .. a[2])
     cut(key, clock())
   end
   return {'ok'}
 end
 
 -- seal: epoch, seconds to keep the seal, seconds to wait for sessions after a loss,
--- whether sets that are gone are given up, seconds to live, and the sessions that have
--- answered ids: "+" SESSION of one that has not reported how many, "=" of one that has.
+-- whether sets that are gone are given up, seconds to live, seconds to keep the tokens, and
+-- the sessions that have answered ids: "+" SESSION of one that has not reported how many, "=" of one that has.
 --
 -- It answers the count, whether ids are known to be given twice or forgotten (exact
--- 0), and whether it is certain that no write of the epoch was ever lost (whole 1).
+-- 0), whether it is certain that no write of the epoch was ever lost (whole 1), and how
+-- many of the ids are under keys.
 local function seal(key, a)
   local epoch = a[2]
   local list, over = sealed(key, epoch)
-  if over then return {'sealed', over[2], over[3], over[4]} end
-  local now, exact, whole, n = clock(), 1, 1, 0
+  if over then return {'sealed', over[2], over[3], over[4], over[6] or 0} end
+  local now, exact, whole, n, under = clock(), 1, 1, 0, 0
   local known, cut_off = identify(key, now)
   if cut_off then whole, exact = 0, 0 end
   local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
@@ -354,23 +606,25 @@ local function seal(key, a)
   if h[2] and holds(key, h[2], now) then return {'hold'} end
 
   if h[1] then
-    local held, partly, twice, _ = {}
-    _, held[1], held[2], held[3], held[4], partly, twice = parse(h[1])
+    local prefix = key .. ':' .. epoch .. ':'
+    local _, held, partly, twice = opened(h[1])
     if partly ~= 0 or twice ~= 0 then exact = 0 end
-    for k = 1, 4 do
-      local there = try('SCARD', key .. ':' .. epoch .. ':' .. KINDS[k])
-      if there ~= held[k] then
-        if a[5] ~= '1' then return {'missing'} end
-        whole, exact = 0, 0
-        there = type(there) == 'number' and there or 0
+    if not complete(prefix, held) then
+      if a[5] ~= '1' then return {'missing'} end
+      whole, exact = 0, 0
+      for k = 1, #KINDS do
+        local there = try('SCARD', prefix .. KINDS[k])
+        held[k] = type(there) == 'number' and there or 0
       end
-      n = n + there
     end
+    n, under = held[1] + held[2] + held[3] + held[4] + held[UNDER], held[UNDER]
+    if held[TOKENS] > 0 then try('EXPIRE', prefix .. 'x', a[7]) end
+    if held[NAMES] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
   end
 
   -- A hash that lacks one of them was lost since, and begun again.
   local absent = {}
-  for i = 7, #a do
+  for i = 8, #a do
     local session = sub(a[i], 2)
     absent[session] = sub(a[i], 1, 1) == '+'
     local state = call('HGET', key, 'S' .. session)
@@ -394,14 +648,18 @@ local function seal(key, a)
 
   local kept = {}
   for i = 1, #list do
-    if list[i][5] > now then kept[#kept + 1] = list[i] end
+    if list[i][5] > now then
+      kept[#kept + 1] = list[i]
+    else
+      call('HDEL', key, 'X' .. list[i][1])
+    end
   end
-  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3])}
+  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3]), under}
   call('HDEL', key, 'E' .. epoch)
   call('HSET', key, 'Z', pack(kept))
   call('EXPIRE', key, a[6])
   drop(key, epoch)
-  return {'sealed', n, exact, whole}
+  return {'sealed', n, exact, whole, under}
 end
 
 -- bye: session. It has nothing left to be asked about; that it was there is kept for
@@ -419,7 +677,7 @@ local function rights(key)
   for _, c in ipairs({
     {'TIME'}, {'SET', key, 1, 'EX', 60}, {'GET', key}, {'DEL', key},
     {'HSET', key, 'f', 1}, {'EXPIRE', key, 60}, {'PEXPIRE', key, 60000}, {'HGET', key, 'f'}, {'HMGET', key, 'f'},
-    {'HGETALL', key}, {'HEXISTS', key, 'f'}, {'HDEL', key, 'f'},
+    {'HGETALL', key}, {'HEXISTS', key, 'f'}, {'HINCRBY', key, 'n', 1}, {'HLEN', key}, {'HSCAN', key, 0}, {'HDEL', key, 'f', 'n'},
     {'SADD', key, 'm'}, {'SCARD', key}, {'SMISMEMBER', key, 'm'}, {'SREM', key, 'm'},
     {'ZADD', key, 1, 'm'}, {'ZSCORE', key, 'm'}, {'ZRANGE', key, 0, -1}, {'ZRANGEBYSCORE', key, 0, 1}, {'ZREM', key, 'm'},
     {'EXISTS', key}, {'UNLINK', key},
@@ -449,7 +707,10 @@ local function add(keys, a)
   local undo = {}
   local ok, res = pcall(batch, keys[1], a, undo)
   if ok then return res end
-  for i = 1, #undo do try(undo[i][3] or 'SREM', undo[i][1], unpack(undo[i][2])) end
+  for i = #undo, 1, -1 do
+    local at, members, how = undo[i][1], undo[i][2], undo[i][3]
+    try(how or 'SREM', at, unpack(members))
+  end
   if undo.missing then return {'missing'} end
   if type(res) == 'table' then return res end
   return redis.error_reply(tostring(res))

@@ -16,7 +16,13 @@ const (
 	kindUUID    = 'u' // the 16 bytes of a UUID
 	kindText    = 't' // other ids as they are
 	kindDigest  = 'h' // SHA-256 of ids longer than maxText
+	kindUnder   = 'k' // 128 bits of a SHA-256 of an id and the key that it is counted under
 	kinds       = "duth"
+
+	// namedIDs numbers, behind the kinds, the list of the ids whose requests named a key or a
+	// token. In the log they have a kind of their own.
+	namedIDs  = len(kinds)
+	kindNamed = 'm'
 
 	maxText   = 40
 	headerLen = 2 // kind and length
@@ -49,9 +55,67 @@ func (en *encoded) encode(key [2]uint64, decimal bool, id []byte) uint64 {
 		sum := sha256.Sum256(id)
 		body = append(body, sum[:]...)
 	}
+	return en.finish(key, body)
+}
+
+// encodeUnder does the same for an id that is counted under a key.
+func (en *encoded) encodeUnder(key [2]uint64, under, id []byte) uint64 {
+	var text [1 + 128 + 256]byte
+	pair := append(append(append(text[:0], byte(len(under))), under...), id...)
+	sum := sha256.Sum256(pair)
+	en.data[0] = kindUnder
+	return en.finish(key, append(en.data[headerLen:headerLen], sum[:16]...))
+}
+
+// finish ends an id whose kind and body are there, and returns the hash that chooses the
+// lane.
+func (en *encoded) finish(key [2]uint64, body []byte) uint64 {
 	en.data[1] = byte(len(body))
 	en.n = uint8(headerLen + len(body))
 	return siphash.Hash(key[0], key[1]^uint64(en.data[0]), body)
+}
+
+// token is a digest of an id, in its form, and the token of its request: no other pair
+// has it. All zero: there is no token.
+type token [16]byte
+
+// named is what an id has beside its form if its request named a key or a token. It is
+// never changed.
+type named struct {
+	under string // the key; empty: none
+	token token
+	log   []byte // as it stands in the log: kindNamed, length, and a string each, behind its length: the id with its kind, token, key
+}
+
+// newNamed makes the one of an id.
+func newNamed(key [2]uint64, en *encoded, o *dedup.Options) *named {
+	m := &named{under: string(o.Under)}
+	size := headerLen + 3 + int(en.n) + len(o.Under)
+	if len(o.Token) > 0 {
+		text := make([]byte, 0, 256)
+		text = binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(text, key[0]), key[1])
+		sum := sha256.Sum256(append(append(text, en.bytes()...), o.Token...))
+		copy(m.token[:], sum[:])
+		size += len(m.token)
+	}
+	m.log = append(make([]byte, 0, size), kindNamed, 0)
+	m.log = append(append(append(m.log, en.n-1), en.data[0]), en.bytes()[headerLen:]...)
+	if m.hasToken() {
+		m.log = append(append(m.log, byte(len(m.token))), m.token[:]...)
+	} else {
+		m.log = append(m.log, 0)
+	}
+	m.log = append(append(m.log, byte(len(m.under))), m.under...)
+	m.log[1] = byte(len(m.log) - headerLen)
+	return m
+}
+
+func (m *named) hasToken() bool { return m != nil && m.token != token{} }
+
+// sameAttempt reports whether requests that named a and b, for one id, are the same attempt
+// to count it.
+func sameAttempt(a, b *named) bool {
+	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
 // kind numbers the kinds as function.lua does.
@@ -65,17 +129,33 @@ func kindOf(header byte) int {
 		return 1
 	case kindText:
 		return 2
+	case kindNamed:
+		return namedIDs
 	}
 	return 3
 }
 
 // lists are ids on their way to function.lua, a list of each kind: MessagePack, one
-// raw after another.
-type lists [len(kinds)]string
+// raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
+type lists [len(kinds) + 1]string
 
-// appendPacked adds an id to such a list.
+// appendPacked adds an id, as it stands in the log, to such a list.
 func appendPacked(list, id []byte) []byte {
 	body := id[headerLen:]
+	if id[0] != kindNamed {
+		return appendRaw(list, body)
+	}
+	list = appendRaw(list, body[1:2])
+	n := int(body[0]) + 1
+	list = appendRaw(list, body[2:n])
+	for body = body[n:]; len(body) > 0; body = body[n:] {
+		n = int(body[0]) + 1
+		list = appendRaw(list, body[1:n])
+	}
+	return list
+}
+
+func appendRaw(list, body []byte) []byte {
 	if len(body) < 32 {
 		list = append(list, 0xa0|byte(len(body)))
 	} else {
@@ -88,4 +168,20 @@ func appendPacked(list, id []byte) []byte {
 func laneKey(group string) [2]uint64 {
 	sum := sha256.Sum256([]byte("verve lane\x00" + group))
 	return [2]uint64{binary.LittleEndian.Uint64(sum[:]), binary.LittleEndian.Uint64(sum[8:])}
+}
+
+// logged is an id as it stands in the log.
+func logged(en *encoded, m *named) []byte {
+	if m != nil {
+		return m.log
+	}
+	return en.bytes()
+}
+
+// list numbers the list that an entry is sent in.
+func (en *entry) list() int {
+	if en.named != nil {
+		return namedIDs
+	}
+	return en.enc.kind()
 }

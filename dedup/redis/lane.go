@@ -36,7 +36,7 @@ const (
 
 	// layout numbers what stands in the keys. Instances with another one refuse each
 	// other: see agreedLanes.
-	layout = 2
+	layout = 3
 
 	// laneBeat is how soon a silent lane notices a loss, and says that the
 	// session lives.
@@ -134,6 +134,12 @@ type laneEpoch struct {
 	retired bool
 	lost    bool // to be added again
 	log     replayLog
+
+	// tokens of the ids that this process has answered as new, with fail open.
+	tokens map[token]struct{}
+
+	base       uint64 // no later batch was sent before the epoch was opened
+	tokensLost bool   // Redis may have lost tokens of the window before
 }
 
 // State of an entry.
@@ -149,10 +155,11 @@ const (
 type entry struct {
 	key   pendingKey
 	enc   encoded
+	named *named // what the request named that it is sent for; nil: nothing
 	state uint8
 	told  bool   // was answered as new without Redis
 	seq   uint64 // of the batch that added it, where it is untold or taking
-	asks  *ask   // those who wait, the first at the head
+	asks  *ask   // those who wait, the first at the head; also those of another attempt
 	last  *ask
 	chain *entry // of pendingIDs, or of what is spare
 }
@@ -160,6 +167,7 @@ type entry struct {
 // ask is a request that waits for the outcome of an entry.
 type ask struct {
 	of         *entry
+	named      *named
 	e          *counter.Epoch
 	at         int64 // ns since the start of the Redis
 	prev, next *ask  // by time; next is also the next to be woken
@@ -215,7 +223,7 @@ func (l *lane) nudge() {
 
 // add asks the lane about an id. It returns the outcome, or an ask whose outcome is to
 // be waited for: the caller then nudges the lane.
-func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (dedup.Verdict, *ask, error) {
+func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m *named) (dedup.Verdict, *ask, error) {
 	r := l.r
 	key := pendingKey{s, k}
 	now := r.now.Load()
@@ -228,18 +236,18 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		l.mu.Unlock()
 		return dedup.Turned, nil, nil
-	case en != nil && en.state == untold:
+	case en != nil && en.state == untold && sameAttempt(en.named, m):
 		l.tell(e, en)
-		l.mu.Unlock()
+		l.unlock()
 		return dedup.Unique, nil, nil
 	case en != nil && en.told:
 		l.mu.Unlock()
-		return dedup.Repeat, nil, nil
+		return s.again(l.i, en.named, m), nil, nil
 	case s.refused.Load() || r.ledger.standing.Load() == outside:
 		l.mu.Unlock()
 		return 0, nil, errOutside
 	case l.down || r.health.refuses():
-		v, err := l.decide(e, key, en, enc)
+		v, err := l.decide(e, key, en, enc, m)
 		l.mu.Unlock()
 		return v, nil, err
 	case en == nil:
@@ -248,17 +256,17 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded) (
 			l.mu.Unlock()
 			return 0, nil, errPending
 		}
-		en = l.enter(key, enc)
+		en = l.enter(key, enc, m)
 	}
 	a := asks.Get().(*ask)
-	a.of, a.e, a.at = en, e, now
+	a.of, a.e, a.at, a.named = en, e, now, m
 	l.wait(a)
 	l.mu.Unlock()
 	return 0, a, nil
 }
 
 // enter queues an entry for an id. l.mu is held.
-func (l *lane) enter(key pendingKey, enc *encoded) *entry {
+func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 	en := l.spare
 	if en != nil {
 		l.spare, en.chain = en.chain, nil
@@ -266,7 +274,7 @@ func (l *lane) enter(key pendingKey, enc *encoded) *entry {
 	} else {
 		en = new(entry)
 	}
-	en.key, en.enc, en.state, en.told = key, *enc, queued, false
+	en.key, en.enc, en.named, en.state, en.told = key, *enc, m, queued, false
 	l.pending.add(en)
 	l.queue = append(l.queue, en)
 	return en
@@ -276,7 +284,7 @@ func (l *lane) enter(key pendingKey, enc *encoded) *entry {
 // for. l.mu is held.
 func (l *lane) reuse(en *entry) {
 	if l.spares < maxSpares {
-		en.key.epoch = nil
+		en.key.epoch, en.named = nil, nil
 		l.spare, en.chain = en, l.spare
 		l.spares++
 	}
@@ -314,28 +322,34 @@ var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavaila
 func (l *lane) tell(e *counter.Epoch, en *entry) {
 	i := slices.Index(l.untold, en)
 	l.untold = slices.Delete(l.untold, i, i+1)
-	l.done(en)
-	l.known(e, en.key)
 	en.key.epoch.lanes[l.i].applied(l.r, l.seq, en)
+	l.known(e, en.key)
+	l.conclude(en, en.named.retries(), en.named.retries(), true)
 }
 
 // decide answers without Redis. en is what is under way for the id, or nil.
 // l.mu is held.
-func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded) (dedup.Verdict, error) {
+func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
 		return dedup.Repeat, r.unavailable()
 	}
+	if v, known := s.replayed(l.i, m); known {
+		return v, nil
+	}
 	le := &s.lanes[l.i]
-	if !le.log.room(r) {
+	switch {
+	case !le.log.room(r):
 		return dedup.Repeat, errLog
+	case en != nil && en.state != queued && en.state != settled && !sameAttempt(en.named, m) && !r.cfg.Local.Knows(s.view, key.id):
+		return dedup.Repeat, r.unavailable() // another attempt is under way, which may count the id
 	}
 	v, err := r.cfg.Local.Learn(e, s.view, key.id)
 	switch {
 	case err != nil || v != dedup.Unique:
 		return v, err
 	case en == nil || en.state == queued:
-		le.log.unsent(r, enc.bytes())
+		le.log.unsent(r, logged(enc, m))
 		l.flush(s)
 		if en != nil {
 			l.drop(en)
@@ -343,6 +357,7 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded)
 	default:
 		en.told = true // goes into the log when its outcome is known
 	}
+	le.answered(r, m)
 	return dedup.Unique, nil
 }
 
@@ -394,16 +409,72 @@ func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	l.lastWoken = a
 }
 
-// answerAll answers the first request that waits for en with first, and the others with
-// then. l.mu is held.
-func (l *lane) answerAll(en *entry, first, then dedup.Verdict, err error) {
-	v := first
+// answerAll answers every request that waits for en, also those of other attempts. l.mu
+// is held.
+func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
 	for a := en.asks; a != nil; {
 		beside := a.beside
 		l.answer(a, v, err)
-		a, v = beside, then
+		a = beside
 	}
 	en.asks, en.last = nil, nil
+}
+
+// conclude lets go of en and answers the attempt that it was sent for: the first request
+// that waits with first, and the others with then. there: the id is in the epoch, so a
+// request without a token is a repeat. Other attempts are sent on their own. l.mu is held.
+func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
+	l.done(en)
+	v := first
+	var others, last *ask
+	for a := en.asks; a != nil; {
+		beside := a.beside
+		switch {
+		case sameAttempt(en.named, a.named):
+			l.answer(a, v, nil)
+			v = then
+		case there && !a.named.hasToken():
+			l.answer(a, dedup.Repeat, nil)
+		default:
+			a.beside = nil
+			if others == nil {
+				others = a
+			} else {
+				last.beside = a
+			}
+			last = a
+		}
+		a = beside
+	}
+	en.asks, en.last = nil, nil
+	if others == nil {
+		return
+	}
+	l.r.pending.Add(1)
+	on := l.enter(en.key, &en.enc, others.named)
+	on.asks, on.last = others, last
+	for a := others; a != nil; a = a.beside {
+		a.of = on
+	}
+	l.nudge()
+}
+
+// awaited reports whether a request waits for en that makes the attempt it was sent for.
+func (en *entry) awaited() bool {
+	for a := en.asks; a != nil; a = a.beside {
+		if sameAttempt(en.named, a.named) {
+			return true
+		}
+	}
+	return false
+}
+
+// retries is the verdict on a later request of the attempt that made an id new.
+func (m *named) retries() dedup.Verdict {
+	if m.hasToken() {
+		return dedup.Replayed
+	}
+	return dedup.Repeat
 }
 
 // done lets go of en. l.mu is held.
@@ -435,17 +506,22 @@ func (l *lane) expire(now int64) {
 			en.last = nil
 		}
 		v, err := dedup.Repeat, error(nil)
-		if en.told {
-			// Answered as new to another request.
+		if en.told { // answered as new to another request
+			v = en.key.epoch.again(l.i, en.named, a.named)
 		} else if l.r.cfg.FailOpen {
-			v, err = l.decide(a.e, en.key, en, &en.enc)
+			v, err = l.decide(a.e, en.key, en, &en.enc, a.named)
 		} else {
 			err = l.r.unavailable()
 		}
 		l.answer(a, v, err)
 		switch {
 		case en.state == settled: // decided here, whoever else waits has a repeat
-			l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
+			for b := en.asks; b != nil; {
+				beside := b.beside
+				l.answer(b, en.key.epoch.again(l.i, a.named, b.named), nil)
+				b = beside
+			}
+			en.asks, en.last = nil, nil
 		case en.state == queued && en.asks == nil:
 			l.drop(en)
 		}
@@ -462,7 +538,7 @@ func (l *lane) fail() {
 	l.closed = true
 	for l.oldest != nil {
 		en := l.oldest.of
-		l.answerAll(en, dedup.Repeat, dedup.Repeat, dedup.ErrUnavailable)
+		l.answerAll(en, dedup.Repeat, dedup.ErrUnavailable)
 	}
 	for _, q := range l.asked {
 		q.done <- dedup.ErrUnavailable
@@ -639,7 +715,7 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 		}
 		size = int(min(uint64(size), max(1, left/uint64(len(l.r.lanes)))))
 	}
-	var counts [len(kinds)]int
+	var counts [len(kinds) + 1]int
 	n, taken := 0, 0
 	for n < len(from) && taken < size {
 		en := from[n]
@@ -647,8 +723,10 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 			if en.key.epoch != j.epoch {
 				break
 			}
-			en.state = state
-			counts[en.enc.kind()]++
+			if en.state = state; state == flying && en.asks != nil {
+				en.named = en.asks.named // the request that it was made for may be gone
+			}
+			counts[en.list()]++
 			taken++
 		}
 		n++
@@ -660,9 +738,9 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 		}
 		l.packed = l.packed[:0]
 		for _, en := range from[:n] {
-			if en.state == state && en.enc.kind() == k {
+			if en.state == state && en.list() == k {
 				j.entries = append(j.entries, en)
-				l.packed = appendPacked(l.packed, en.enc.bytes())
+				l.packed = appendPacked(l.packed, logged(&en.enc, en.named))
 			}
 		}
 		j.lists[k] = string(l.packed)
@@ -676,10 +754,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	le := &j.epoch.lanes[l.i]
 	l.mu.Lock()
 	gen := le.gen
-	whole := "1"
-	if le.log.cut {
-		whole = "0"
-	}
+	whole, tokensLost := flag(!le.log.cut), flag(le.tokensLost)
 	l.mu.Unlock()
 	if err := l.r.await(j.epoch); err != nil && j.mode == modeAdd && !j.unknown {
 		return l.failed(j, errRefused{err}, wait)
@@ -689,8 +764,14 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	if now-l.ticked > int64(noteTime) || len(j.asked) > 0 {
 		tick = "1"
 	}
-	a, err := l.r.call(l.r.life, l.key, opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, tick,
-		j.lists[0], j.lists[1], j.lists[2], j.lists[3])
+	args := []string{
+		opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, tick,
+		j.lists[0], j.lists[1], j.lists[2], j.lists[3],
+	}
+	if j.lists[namedIDs] != "" {
+		args = append(args, j.lists[namedIDs], j.epoch.before, j.epoch.after, strconv.Itoa(l.r.cfg.MaxKeys), tokensLost)
+	}
+	a, err := l.r.call(l.r.life, l.key, args...)
 	if err != nil {
 		l.r.counts.retries.Add(1)
 		var refused errRefused
@@ -800,16 +881,14 @@ func (l *lane) added(en *entry) {
 	switch {
 	case en.told:
 		le.applied(l.r, l.seq, en)
-		l.done(en)
-		l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
-	case en.asks == nil:
+		l.conclude(en, en.named.retries(), en.named.retries(), true)
+	case !en.awaited():
 		en.state = untold
 		l.untold = append(l.untold, en)
 	default:
 		le.applied(l.r, l.seq, en)
 		l.known(en.asks.e, en.key)
-		l.done(en)
-		l.answerAll(en, dedup.Unique, dedup.Repeat, nil)
+		l.conclude(en, dedup.Unique, en.named.retries(), true)
 	}
 }
 
@@ -817,11 +896,11 @@ func (l *lane) added(en *entry) {
 // others may have answered that they know it: the next request here is the one that
 // it is new to, if there is one. l.mu is held.
 func (l *lane) stays(en *entry) {
-	if en.asks != nil || en.told {
+	if en.told || en.awaited() {
 		l.added(en)
 		return
 	}
-	l.done(en)
+	l.conclude(en, dedup.Repeat, dedup.Repeat, true)
 }
 
 // requeue appends an entry that is not in Redis to the queue, if anybody waits
@@ -842,10 +921,9 @@ func (l *lane) requeue(en *entry, queue *[]*entry) {
 // added: it is logged, to be added. l.mu is held.
 func (l *lane) missed(en *entry) {
 	s := en.key.epoch
-	s.lanes[l.i].log.unsent(l.r, en.enc.bytes())
+	s.lanes[l.i].log.unsent(l.r, logged(&en.enc, en.named))
 	l.flush(s)
-	l.done(en)
-	l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
+	l.conclude(en, en.named.retries(), en.named.retries(), true)
 }
 
 // flush has what the log of s holds, and Redis does not, added. l.mu is held.
@@ -864,13 +942,14 @@ func (l *lane) turn(j *job) {
 	le.sealed = true
 	for _, en := range j.entries {
 		if en.told {
-			le.log.unsent(l.r, en.enc.bytes()) // Retire says so
+			le.log.unsent(l.r, logged(&en.enc, en.named)) // Retire says so
 		}
-		l.answerAll(en, dedup.Turned, dedup.Turned, nil)
+		l.answerAll(en, dedup.Turned, nil)
 		l.done(en)
 	}
 	for _, en := range l.untold { // too late to take them back
 		if en.key.epoch == j.epoch {
+			l.answerAll(en, dedup.Turned, nil)
 			l.done(en)
 		}
 	}
@@ -891,19 +970,7 @@ func (l *lane) resolve(j *job, a answer) {
 	le.n.Store(a.n)
 	switch j.mode {
 	case modeReplay, modeLocal:
-		if le.retired {
-			break
-		}
-		n := le.log.sent(l.seq, j.bytes)
-		l.r.counts.replayed.Add(uint64(n))
-		for _, c := range []byte(a.codes) {
-			if c == '0' {
-				l.r.counts.twice.Add(1)
-			}
-		}
-		if le.log.left() == 0 {
-			le.lost = false
-		}
+		l.replayed(le, j, a)
 	case modeTake:
 		for i, en := range j.entries {
 			if i < len(a.codes) && a.codes[i] == '5' {
@@ -943,15 +1010,27 @@ func (l *lane) settle(en *entry, code byte) {
 	case '1':
 		en.seq = l.seq
 		l.added(en)
-	case '0':
+	case '0', '6':
 		if en.asks != nil {
 			l.known(en.asks.e, en.key)
 		}
+		v := dedup.Repeat
+		if code == '6' {
+			v = dedup.Replayed
+		}
+		l.conclude(en, v, v, true)
+	case '4', '9':
+		err := dedup.ErrFull
+		if code == '9' {
+			err = dedup.ErrTooManyKeys
+		}
 		l.done(en)
-		l.answerAll(en, dedup.Repeat, dedup.Repeat, nil)
-	case '4':
-		l.done(en)
-		l.answerAll(en, dedup.Repeat, dedup.Repeat, dedup.ErrFull)
+		l.answerAll(en, dedup.Repeat, err)
+	case '7':
+		l.conclude(en, dedup.ReplayedBefore, dedup.ReplayedBefore, false)
+	case '8':
+		v := l.comes(en.key.epoch)
+		l.conclude(en, v, v, false)
 	default: // in doubt, or failed
 		l.requeue(en, &l.doubt)
 	}

@@ -88,6 +88,10 @@ type groupIDs interface {
 	// settle looks whether Redis has lost ids of this process since it was last
 	// asked; unsettled then knows.
 	settle(ctx context.Context, start time.Time) error
+	// keyCounts returns how many ids of a sealed epoch are under each key, and their sum:
+	// the same whoever asks, until dropKeys says that the record is delivered.
+	keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error)
+	dropKeys(ctx context.Context, s counter.Span) error
 	// unsettled are the starts of the oldest and the newest epoch of which this process
 	// holds ids that Redis may not have.
 	unsettled() (oldest, newest time.Time, some bool)
@@ -136,6 +140,14 @@ type Ledger struct {
 	beatErr  error         // of the last beat
 	lastBeat time.Time
 	back     time.Time // when a beat was answered again after others may be taken for dead
+	keyed    keyedSpan // read last
+}
+
+// keyedSpan is the keys of a sealed epoch.
+type keyedSpan struct {
+	span counter.Span
+	keys []counter.KeyCount
+	n    uint64 // their sum
 }
 
 // Standings of a member.
@@ -163,7 +175,8 @@ type ledgerEpoch struct {
 	late       bool           // it was refused for a time
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
-	decided    *counter.Count // what it came to, as far as this process knows
+	decided    *counter.Count // what it came to, as far as this process knows; without its keys
+	under      uint64         // where it is decided: the ids that were counted under keys
 
 	contradicted bool // the group says otherwise, which is logged
 }
@@ -200,8 +213,9 @@ func newLedgerKeys(group string) ledgerKeys {
 	}
 }
 
-// ofEpoch is a hash: "m:" MEMBER -> its answers (see answers), complete and inexact as
-// reported, then unique, exact and sealed as decided, then delivered. The members of an
+// ofEpoch is a hash: "m:" MEMBER -> its answers (see answers), "k:" MEMBER -> those under
+// keys, complete and inexact as reported, then unique, under (of it, under keys), exact and
+// sealed as decided, then delivered. The members of an
 // epoch are in the same key, so they cannot be lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
 
@@ -328,8 +342,8 @@ end
 local states, answers = {}, {}
 local arg = 10
 for i = 8, #KEYS do
-  local name, ends, unique, complete, exact, sealed, had, n = unpack(ARGV, arg, arg + 7)
-  local first = arg + 8
+  local name, ends, unique, complete, exact, sealed, under, had, n = unpack(ARGV, arg, arg + 8)
+  local first = arg + 9
   arg = first + 2 * n
   answers[i - 7] = {}
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
@@ -345,7 +359,7 @@ for i = 8, #KEYS do
     else
       for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
       if unique ~= '' then
-        redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed)
+        redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
         local h = redis.call('HGETALL', KEYS[i])
         for f = 1, #h, 2 do
@@ -373,7 +387,7 @@ return {now, leader == me and 1 or 0, others, odd, strange, states, answers}
 // reportScript says that the member has left the epoch, and what it has answered in it:
 // nothing of it comes any more.
 var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
-local me, keep, name, ends, complete, exact, unsettled, answers = unpack(ARGV)
+local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
 if unsettled ~= '' then
   redis.call('HSET', KEYS[3], me, unsettled)
   redis.call('PEXPIRE', KEYS[3], keep)
@@ -385,6 +399,7 @@ if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
   if complete == '1' then redis.call('HSET', KEYS[2], 'complete', 1) end
   if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
   answered(KEYS[2], me, answers)
+  if under ~= '0' then redis.call('HSET', KEYS[2], 'k:' .. me, under) end
   redis.call('PEXPIRE', KEYS[2], keep)
 end
 return 1
@@ -402,8 +417,8 @@ return 1
 var sealScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked')
-if h[1] then return {0, h[1], h[2], h[3], h[4]} end
+local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under')
+if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0'} end
 if now < ends - skew then return {1, ends - skew - now} end
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
@@ -449,11 +464,17 @@ return out
 // Members that are gone have answered the rest of the ids, if that is at least what they
 // reported last. All of this holds only if no write can have been lost that was not added
 // again (whole): a lost id and one that was added without an answer would cancel each other.
+//
+// The counts of the keys are those of Redis. If ids were added without an answer, they are
+// right if none of those ids is under a key: if there are as many as the members have
+// answered under keys.
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
-local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact')
-if h[1] then return {0, h[1], h[2], h[3], h[4]} end
+local under, fit = tonumber(ARGV[8]), ARGV[9] == '1'
+local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under')
+if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0'} end
+local keyed = 0
 local sum, least, absent, members, listed = 0, 0, {}, 0, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
@@ -466,6 +487,9 @@ for f = 1, #all, 2 do
     else
       sum = sum + tonumber(all[f + 1])
     end
+    redis.call('HDEL', KEYS[2], all[f])
+  elseif string.sub(all[f], 1, 2) == 'k:' then
+    keyed = keyed + tonumber(all[f + 1])
     redis.call('HDEL', KEYS[2], all[f])
   end
 end
@@ -496,16 +520,21 @@ elseif #unknown > 0 then
 elseif ids < sum then
   but(string.format('%.0f ids are lost or were given twice', sum - ids))
 end
+if #absent == 0 and ids > unique and keyed ~= under then
+  unique = math.max(unique, under)
+  but(string.format('%.0f ids are under keys, %.0f answers under keys are reported', under, keyed))
+end
+if not fit then but('the counts of the keys do not add up to the ids under keys') end
 if not whole then but('Redis may have lost ids of instances that were not there to add them again') end
 if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
 if h[5] then but('an instance held ids that Redis did not have') end
 local complete = h[2] or '0'
 unique, exact = string.format('%.0f', unique), why == '' and '1' or '0'
-redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now)
+redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under))
 redis.call('HDEL', KEYS[2], 'locked', 'inexact')
 redis.call('PEXPIRE', KEYS[2], keep)
 redis.call('ZADD', KEYS[1], ends, name)
-return {0, unique, complete, exact, tostring(now), why ~= '' and why .. ': ' .. numbers or ''}
+return {0, unique, complete, exact, tostring(now), string.format('%.0f', under), why ~= '' and why .. ': ' .. numbers or ''}
 `)
 
 // unpublishedScript lists the epochs that are over and not delivered.
@@ -727,10 +756,10 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
 		known := e.answers
 		if d := e.decided; d != nil {
-			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt))
+			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(e.under, 10))
 			known = nil
 		} else {
-			args = append(args, "", "", "", "")
+			args = append(args, "", "", "", "", "")
 		}
 		args = append(args, flag(e.registered), strconv.Itoa(len(known)))
 		for m, n := range known {
@@ -884,7 +913,7 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	if err == nil {
 		_, err = l.exec(ctx, reportScript,
 			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), strconv.FormatUint(c.Unique, 10)})
+			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), strconv.FormatUint(c.Unique, 10), strconv.FormatUint(sumOf(c.Keys), 10)})
 	}
 	if err != nil {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -956,21 +985,69 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 // to: the same for every member, for as long as Redis keeps it. An error is for
 // the caller to retry.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
-	if c, ok := l.decided(s); ok {
-		return c, nil
+	c, under, ok := l.decided(s)
+	var err error
+	if !ok {
+		var out []rueidis.RedisMessage
+		var members []string
+		out, members, err = l.lockSeal(ctx, s)
+		if err == nil && len(out) == 0 { // this process seals
+			out, err = l.seal(ctx, s, members)
+		}
+		if err == nil {
+			c, under, err = l.decision(s, out)
+		}
 	}
-	out, members, err := l.lockSeal(ctx, s)
-	if err == nil && len(out) == 0 { // this process seals
-		out, err = l.seal(ctx, s, members)
-	}
-	var c counter.Count
 	if err == nil {
-		c, err = l.decision(s, out)
+		err = l.addKeys(ctx, &c, under)
 	}
 	if err != nil {
 		return counter.Count{}, fmt.Errorf("ledger: seal %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	return c, nil
+}
+
+// addKeys adds the counts of the keys to a decided count, with under ids under keys. If
+// Redis has lost them since the decision, the record is not exact.
+func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) error {
+	if under == 0 {
+		return nil
+	}
+	keys, n, err := l.readKeys(ctx, c.Span())
+	if err != nil {
+		return err
+	}
+	if c.Keys = keys; n != under && c.Exact {
+		c.Exact = false
+		l.explain(c.Span(), fmt.Sprintf("Redis has lost the counts of keys: %d ids are left of %d", n, under))
+	}
+	return nil
+}
+
+// readKeys returns the keys of a sealed epoch, and the sum of their ids.
+func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCount, uint64, error) {
+	l.mu.Lock()
+	had := l.keyed
+	l.mu.Unlock()
+	if had.span.Window == s.Window && had.span.Start.Equal(s.Start) {
+		return had.keys, had.n, nil
+	}
+	keys, n, err := l.cfg.IDs.keyCounts(ctx, s)
+	if err != nil {
+		return nil, 0, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.keyed = keyedSpan{s, keys, n}
+	return keys, n, nil
+}
+
+// sumOf is the sum of the ids under keys.
+func sumOf(keys []counter.KeyCount) (n uint64) {
+	for i := range keys {
+		n += keys[i].Unique
+	}
+	return n
 }
 
 // lockSeal waits until the epoch may be sealed. It returns what another member has
@@ -1048,50 +1125,62 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 	if err != nil {
 		return nil, err
 	}
+	fit := true
+	if ids.under > 0 {
+		_, n, err := l.readKeys(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		fit = n == ids.under
+	}
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
+		strconv.FormatUint(ids.under, 10), flag(fit),
 	})
-	if err == nil && len(out) == 6 {
-		why, _ := out[5].ToString()
+	if err == nil && len(out) == 7 {
+		why, _ := out[6].ToString()
 		l.explain(s, why)
-		out = out[:5]
+		out = out[:6]
 	}
 	return out, err
 }
 
-// decided returns what this process knows the epoch came to.
-func (l *Ledger) decided(s counter.Span) (counter.Count, bool) {
+// decided returns what this process knows the epoch came to, and how many of its ids are
+// under keys.
+func (l *Ledger) decided(s counter.Span) (c counter.Count, under uint64, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil && e.decided != nil {
-		return *e.decided, true
+		return *e.decided, e.under, true
 	}
-	return counter.Count{}, false
+	return counter.Count{}, 0, false
 }
 
-// decision reads {0, unique, complete, exact, sealed} and keeps it: should Redis
+// decision reads {0, unique, complete, exact, sealed, under} and keeps it: should Redis
 // lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (counter.Count, error) {
-	if len(out) != 5 {
-		return counter.Count{}, fmt.Errorf("a decision of %d parts", len(out))
+func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (c counter.Count, under uint64, err error) {
+	if len(out) != 6 {
+		return c, 0, fmt.Errorf("a decision of %d parts", len(out))
 	}
-	var text [4]string
+	var text [5]string
 	for i := range text {
-		var err error
 		if text[i], err = out[1+i].ToString(); err != nil {
-			return counter.Count{}, err
+			return c, 0, err
 		}
 	}
 	unique, err := strconv.ParseUint(text[0], 10, 64)
 	if err != nil {
-		return counter.Count{}, err
+		return c, 0, err
 	}
 	sealed, err := strconv.ParseInt(text[3], 10, 64)
 	if err != nil {
-		return counter.Count{}, err
+		return c, 0, err
 	}
-	c := counter.Count{
+	if under, err = strconv.ParseUint(text[4], 10, 64); err != nil {
+		return c, 0, err
+	}
+	c = counter.Count{
 		Start: s.Start.UTC(), Window: s.Window, Unique: unique,
 		Complete: text[1] == "1", Exact: text[2] == "1", SealedAt: time.UnixMilli(sealed).UTC(),
 	}
@@ -1099,9 +1188,10 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (counter.C
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
-		e.decided = &c
+		decided := c
+		e.decided, e.under = &decided, under
 	}
-	return c, nil
+	return c, under, nil
 }
 
 // Unpublished returns the epochs of the group that are over and whose records
@@ -1198,6 +1288,12 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 		[]string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{spanName(s), ms(keep)})
 	if err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	}
+	if _, under, ok := l.decided(s); ok && under > 0 {
+		// If it fails they expire in a week.
+		if err := l.cfg.IDs.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
+			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")
+		}
 	}
 	l.forget(s)
 	return nil

@@ -66,14 +66,24 @@ func newGroup(t *testing.T) *group {
 // fakeIDs are the ids of a member of a test's group.
 type fakeIDs struct {
 	*group
-	sealed func() sealedIDs         // nil: what the group has counted
-	oldest func() (time.Time, bool) // unsettled; nil: none
+	sealed func() sealedIDs          // nil: what the group has counted
+	oldest func() (time.Time, bool)  // unsettled; nil: none
+	keys   func() []counter.KeyCount // of a sealed epoch; nil: none
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)           { return f.client, nil }
 func (f *fakeIDs) settle(context.Context, time.Time) error { return nil }
 
 func (f *fakeIDs) foreign() bool { return false }
+
+func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys []counter.KeyCount, n uint64, err error) {
+	if f.keys != nil {
+		keys = f.keys()
+	}
+	return keys, sumOf(keys), nil
+}
+
+func (f *fakeIDs) dropKeys(context.Context, counter.Span) error { return nil }
 
 func (f *fakeIDs) sealIDs(context.Context, counter.Span, []string) (sealedIDs, error) {
 	f.seals.Add(1)
@@ -560,8 +570,52 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 		if err != nil || ttl <= 0 {
 			t.Errorf("%s lives for %d ms, %v", k, ttl, err)
 		}
-		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:2:") {
+		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:3:") {
 			t.Errorf("%s has another hash tag", k)
+		}
+	}
+}
+
+// TestKeysAreTakenIntoAccount: a record is exact only if what is counted under keys is what
+// was answered under them. If ids were added without an answer, they must not be under
+// keys: which of them are too many is not known.
+func TestKeysAreTakenIntoAccount(t *testing.T) {
+	g := newGroup(t)
+	for i, c := range []struct {
+		answers, answersUnder, ids, idsUnder, counted uint64
+		want                                          bool
+		unique                                        uint64
+	}{
+		{10, 4, 10, 4, 4, true, 10},
+		{10, 4, 12, 4, 4, true, 10},
+		{10, 4, 12, 5, 5, false, 10},
+		{10, 10, 12, 12, 12, false, 12}, // the keys do not exceed the record
+		{10, 4, 10, 4, 3, false, 10},    // the counts of a key are lost
+		{10, 4, 9, 4, 4, false, 10},
+	} {
+		keys := []counter.KeyCount{{Key: "a", Unique: 1}, {Key: "b", Unique: c.counted - 1}}
+		m := g.member(fmt.Sprint("m", i), func(cfg *ledgerConfig, ids *fakeIDs) {
+			cfg.Group = fmt.Sprint("keys ", i)
+			ids.sealed = func() sealedIDs { return sealedIDs{unique: c.ids, exact: true, whole: true, under: c.idsUnder} }
+			ids.keys = func() []counter.KeyCount { return keys }
+		})
+		s := spanEnded(time.Hour)
+		g.beat(m)
+		g.do(func(ctx context.Context) error {
+			_, err := m.Report(ctx, counter.Count{
+				Start: s.Start, Window: s.Window, Unique: c.answers, Exact: true,
+				Keys: []counter.KeyCount{{Key: "a", Unique: 1}, {Key: "b", Unique: c.answersUnder - 1}},
+			})
+			return err
+		})
+		for range 2 { // as decided here, and as Redis has it
+			if got := g.seal(m, s); got.Exact != c.want || got.Unique != c.unique || !slices.Equal(got.Keys, keys) {
+				t.Errorf("%+v: got %+v", c, got)
+			}
+			m = g.member(fmt.Sprint("later ", i), func(cfg *ledgerConfig, ids *fakeIDs) {
+				cfg.Group = fmt.Sprint("keys ", i)
+				ids.keys = func() []counter.KeyCount { return keys }
+			})
 		}
 	}
 }

@@ -429,12 +429,12 @@ func (w *model) seal() modelRecord {
 	if !w.rules.identity && r.begun && r.beganBy != r.process {
 		whole = false
 	}
-	unique, exact := modelDecide(r.rows, sealedIDs{uint64(len(r.ids)), !r.twice, whole}, false, false)
+	unique, exact := modelDecide(r.rows, sealedIDs{unique: uint64(len(r.ids)), exact: !r.twice, whole: whole}, false, false)
 	if !w.rules.account && !strings.Contains(fmt.Sprint(r.rows), "+") {
 		exact = !r.twice
 	}
 	if !w.rules.whole && !exact && !r.twice {
-		unique, exact = modelDecide(r.rows, sealedIDs{uint64(len(r.ids)), true, true}, false, false)
+		unique, exact = modelDecide(r.rows, sealedIDs{unique: uint64(len(r.ids)), exact: true, whole: true}, false, false)
 	}
 	return modelRecord{unique, exact}
 }
@@ -564,22 +564,22 @@ func TestDecideAgreesWithTheModel(t *testing.T) {
 			rows[fmt.Sprint("m", m)] = n
 			set(fmt.Sprint("m:m", m), n)
 		}
-		ids := sealedIDs{uint64(rnd.IntN(8)), rnd.IntN(4) > 0, rnd.IntN(2) == 0}
+		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(4) > 0, whole: rnd.IntN(2) == 0}
 		inexact, open := rnd.IntN(6) == 0, rnd.IntN(4) == 0
 		if inexact {
 			set("inexact", "1")
 		}
 		out, err := l.exec(t.Context(), decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
-			strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(open),
+			strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(open), "0", "1",
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := l.decision(s, out[:5])
+		c, _, err := l.decision(s, out[:6])
 		if err != nil {
 			t.Fatal(err)
 		}
-		why, _ := out[5].ToString()
+		why, _ := out[6].ToString()
 		if unique, exact := modelDecide(rows, ids, inexact, open); c.Unique != unique || c.Exact != exact || c.Exact != (why == "") {
 			t.Fatalf("%v, %+v, inexact %t, open %t: Redis says %d, %t (%s), the model %d, %t", rows, ids, inexact, open, c.Unique, c.Exact, why, unique, exact)
 		}

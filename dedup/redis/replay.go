@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"verve/dedup"
@@ -69,7 +70,8 @@ func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logByte
 
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
-	g, b := &le.log, en.enc.bytes()
+	g, b := &le.log, logged(&en.enc, en.named)
+	le.answered(r, en.named)
 	if le.retired {
 		return
 	}
@@ -120,7 +122,7 @@ func (g *replayLog) ids() (n int) {
 // next returns up to n ids that are left, and how many bytes of the log they
 // take.
 func (g *replayLog) next(n int) (ids lists, size int) {
-	var packed [len(kinds)][]byte
+	var packed [len(kinds) + 1][]byte
 	for ; n > 0 && size < len(g.todo); n-- {
 		b := g.todo[size:]
 		b = b[:headerLen+int(b[1])]
@@ -148,6 +150,19 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 		g.marks = append(g.marks, mark{seq, g.have.len})
 	}
 	return n
+}
+
+// replayed takes over that ids from the log were added again. l.mu is held.
+func (l *lane) replayed(le *laneEpoch, j *job, a answer) {
+	if le.retired {
+		return
+	}
+	n := le.log.sent(l.seq, j.bytes)
+	l.r.counts.replayed.Add(uint64(n))
+	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
+	if le.log.left() == 0 {
+		le.lost = false
+	}
 }
 
 // recover goes on after a loss: Redis knows nothing of the last batches of this
@@ -218,7 +233,18 @@ func (l *lane) lose(s *redisEpoch, a answer) {
 			if kept, some := l.losses[s]; !some || a.n < kept {
 				l.losses[s] = a.n
 			}
+			l.forgets(s, a.n)
 		}
+	}
+}
+
+// forgets notes that Redis has lost what came after the batch kept. If that began before
+// s, tokens of the window before may be lost, which no instance adds again.
+func (l *lane) forgets(s *redisEpoch, kept uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if le := &s.lanes[l.i]; kept <= le.base {
+		le.tokensLost = true
 	}
 }
 
@@ -241,6 +267,10 @@ func (l *lane) retire(s *redisEpoch) int {
 	}
 	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
 	le.log = replayLog{}
+	if before := s.previous.Load(); before != nil {
+		l.r.logBytes.Add(-tokenBytes * int64(len(before.lanes[l.i].tokens)))
+		before.lanes[l.i].tokens = nil
+	}
 	return unsent
 }
 

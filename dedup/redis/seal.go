@@ -3,6 +3,9 @@ package redis
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"verve/counter"
@@ -21,11 +24,18 @@ func keepSeal(window time.Duration) time.Duration {
 	return max(20*window, 2*time.Minute)
 }
 
+// keepTokens is how long the tokens of an epoch are kept after its seal: as long as the
+// next one can be open.
+func keepTokens(window, skew time.Duration) time.Duration {
+	return 2*window + 2*skew + time.Minute
+}
+
 // sealedIDs is what sealing the ids of an epoch came to.
 type sealedIDs struct {
 	unique uint64 // ids in Redis
 	exact  bool   // no id is known to be given twice or forgotten
 	whole  bool   // no write can have been lost since the epoch began
+	under  uint64 // ids in Redis that were counted under keys
 }
 
 // sealIDs seals an epoch in every lane: from then on nobody adds to it, and its
@@ -56,6 +66,7 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 			err = p.err
 		}
 		sum.unique += p.n
+		sum.under += p.under
 		sum.exact = sum.exact && p.exact
 		sum.whole = sum.whole && p.whole
 	}
@@ -69,7 +80,7 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
-		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL}, sessions...)
+		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL, seconds(keepTokens(s.Window, r.cfg.MaxSkew))}, sessions...)
 		a, err := r.call(ctx, l.key, args...)
 		if err != nil || a.status == statusSealed {
 			return a, err
@@ -83,4 +94,63 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 		case <-time.After(sealRetry):
 		}
 	}
+}
+
+const (
+	// scanned is about how many keys one command reads: Redis does nothing else meanwhile.
+	scanned = "1000"
+
+	// keysLinger is how long the counts of the keys are kept once the record is delivered,
+	// for an instance that is late in asking what the window came to.
+	keysLinger = time.Minute
+)
+
+// keyCounts returns how many ids a sealed epoch has under each key, by name: the same
+// whoever asks, until dropKeys. n is their sum.
+func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error) {
+	client, err := r.conn()
+	if err != nil {
+		return nil, 0, err
+	}
+	counts := map[string]uint64{}
+	for i := range r.lanes {
+		// A hash that grows while it is scanned returns a field twice.
+		lane := map[string]uint64{}
+		for cursor, first := uint64(0), true; first || cursor != 0; first = false {
+			page, err := client.Do(ctx, client.B().Arbitrary("HSCAN").Keys(r.keysOf(i, s)).
+				Args(strconv.FormatUint(cursor, 10), "COUNT", scanned).ReadOnly()).AsScanEntry()
+			if err != nil {
+				return nil, 0, fmt.Errorf("reading the keys of %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
+			}
+			cursor = page.Cursor
+			for f := 0; f+1 < len(page.Elements); f += 2 {
+				if lane[page.Elements[f]], err = strconv.ParseUint(page.Elements[f+1], 10, 64); err != nil {
+					return nil, 0, fmt.Errorf("reading the keys: %w", err)
+				}
+			}
+		}
+		for key, unique := range lane {
+			counts[key] += unique
+			n += unique
+		}
+	}
+	keys = make([]counter.KeyCount, 0, len(counts))
+	for key, unique := range counts {
+		keys = append(keys, counter.KeyCount{Key: key, Unique: unique})
+	}
+	slices.SortFunc(keys, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
+	return keys, n, nil
+}
+
+// dropKeys says that the record of an epoch is delivered: its keys are needed no more.
+func (r *Set) dropKeys(ctx context.Context, s counter.Span) error {
+	client, err := r.conn()
+	for i := 0; err == nil && i < len(r.lanes); i++ {
+		err = client.Do(ctx, client.B().Pexpire().Key(r.keysOf(i, s)).Milliseconds(keysLinger.Milliseconds()).Build()).Error()
+	}
+	return err
+}
+
+func (r *Set) keysOf(lane int, s counter.Span) string {
+	return r.lanes[lane].key + ":" + epochKey(s.Start, s.Window) + ":n"
 }

@@ -15,6 +15,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math/bits"
 	"slices"
 	"sync"
@@ -76,6 +77,7 @@ type Config struct {
 	FailOpen bool
 
 	MaxIDs  uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
+	MaxKeys int           // keys an epoch may have, in each lane and by each instance; 0: counter.DefaultMaxKeys
 	Timeout time.Duration // longest wait of an Add
 
 	// File keeps how many ids were answered in the windows that are not published, over
@@ -98,6 +100,7 @@ type Set struct {
 	cfg    Config
 	option rueidis.ClientOption
 	hash   [2]uint64
+	seed   maphash.Seed // of keys, in an epoch's Keys
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 	script atomic.Bool                    // functions are refused: scripts take their place
@@ -132,11 +135,13 @@ type redisCounts struct {
 
 // redisEpoch is the state of an epoch in this process.
 type redisEpoch struct {
-	start time.Time
-	key   string      // start and window, in ms
-	end   int64       // ns since the start of the Redis, of when the epoch was to end
-	view  *dedup.View // in Local
-	lanes []laneEpoch
+	start         time.Time
+	key           string                     // start and window, in ms
+	before, after string                     // the keys of the windows directly before and behind it
+	previous      atomic.Pointer[redisEpoch] // opened before it; nil once it is retired
+	end           int64                      // ns since the start of the Redis, of when the epoch was to end
+	view          *dedup.View                // in Local
+	lanes         []laneEpoch
 
 	opened     time.Time
 	*admission // of the ledger
@@ -185,6 +190,9 @@ func New(cfg Config) (*Set, error) {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = defaultTimeout
 	}
+	if cfg.MaxKeys == 0 {
+		cfg.MaxKeys = counter.DefaultMaxKeys
+	}
 	if cfg.pending == 0 {
 		cfg.pending = defaultPending
 	}
@@ -192,7 +200,7 @@ func New(cfg Config) (*Set, error) {
 		cfg.logBytes = defaultLogBytes
 	}
 	r := &Set{
-		cfg: cfg, option: option, hash: laneKey(cfg.Group),
+		cfg: cfg, option: option, hash: laneKey(cfg.Group), seed: maphash.MakeSeed(),
 		start: time.Now(), closing: make(chan struct{}),
 	}
 	r.life, r.end = context.WithCancel(context.Background())
@@ -281,8 +289,16 @@ func (r *Set) Open(e *counter.Epoch) {
 		opened: time.Now(),
 		start:  e.Start(),
 		key:    epochKey(e.Start(), e.Window()),
+		before: epochKey(e.Start().Add(-e.Window()), e.Window()),
+		after:  epochKey(e.Start().Add(e.Window()), e.Window()),
 		end:    int64(e.End().Sub(r.start)),
 		lanes:  make([]laneEpoch, len(r.lanes)),
+	}
+	for i := range r.lanes {
+		l := &r.lanes[i]
+		l.mu.Lock()
+		s.lanes[i].base = l.seq + 1 // which may be under way
+		l.mu.Unlock()
 	}
 	r.cfg.Local.Open(e)
 	s.view = e.State.(*dedup.View)
@@ -291,7 +307,11 @@ func (r *Set) Open(e *counter.Epoch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
-	r.latest.Store(s)
+	last := r.latest.Swap(s)
+	s.previous.Store(last)
+	if last != nil && last.end == int64(s.start.Sub(r.start)) {
+		s.before = last.key // also after a change of --window
+	}
 }
 
 // await gives the ledger a moment to learn of the epoch before an id of it is answered:
@@ -340,6 +360,7 @@ func (r *Set) Retire(e *counter.Epoch) {
 	for i := range r.lanes {
 		unsent += r.lanes[i].retire(s)
 	}
+	s.previous.Store(nil)
 	if unsent > 0 {
 		r.counts.dropped.Add(uint64(unsent))
 		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
@@ -361,20 +382,30 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	w := waits.Get().(*waiting)
 	defer waits.Put(w)
 	for i := range items {
-		if r.cfg.Local.Knows(s.view, items[i].Key) {
+		o := items[i].Options
+		if (o == nil || len(o.Token) == 0) && r.cfg.Local.Knows(s.view, items[i].Key) {
 			verdicts[i] = dedup.Repeat
 			continue
 		}
 		var en encoded
-		h := en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
+		var m *named
+		var h uint64
+		if o == nil {
+			h = en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
+		} else if h, m = r.name(&en, &items[i]); !r.hasRoom(e, o.Under) {
+			verdicts[i], err = r.outcome(0, dedup.ErrTooManyKeys, err)
+			continue
+		}
 		l := &r.lanes[h>>r.shift]
-		v, a, cause := l.add(e, s, items[i].Key, &en)
+		v, a, cause := l.add(e, s, items[i].Key, &en, m)
 		if a != nil {
 			w.asks, w.of = append(w.asks, a), append(w.of, i)
 			w.lanes |= 1 << l.i
 			continue
 		}
-		verdicts[i], err = r.outcome(v, cause, err)
+		if verdicts[i], err = r.outcome(v, cause, err); m != nil && verdicts[i] == dedup.Unique {
+			r.countUnder(e, m.under)
+		}
 	}
 	for i := range r.lanes {
 		if w.lanes&(1<<i) != 0 {
@@ -383,14 +414,33 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	}
 	for n, a := range w.asks {
 		<-a.done
-		verdicts[w.of[n]], err = r.outcome(a.verdict, a.err, err)
-		a.of, a.e, a.err = nil, nil, nil
+		verdict, first := r.outcome(a.verdict, a.err, err)
+		if verdicts[w.of[n]], err = verdict, first; a.named != nil && verdict == dedup.Unique {
+			r.countUnder(e, a.named.under)
+		}
+		a.of, a.named, a.e, a.err = nil, nil, nil, nil
 		asks.Put(a)
 	}
 	clear(w.asks)
 	w.asks, w.of, w.lanes = w.asks[:0], w.of[:0], 0
 	return err
 }
+
+// name encodes an id whose request may have named a key or a token.
+func (r *Set) name(en *encoded, item *dedup.Item) (hash uint64, m *named) {
+	o := item.Options
+	if len(o.Under) > 0 {
+		hash = en.encodeUnder(r.hash, o.Under, item.ID)
+	} else {
+		hash = en.encode(r.hash, item.Key.IsDecimal(), item.ID)
+	}
+	if len(o.Under)+len(o.Token) > 0 {
+		m = newNamed(r.hash, en, o)
+	}
+	return hash, m
+}
+
+func (r *Set) keyHash(under []byte) uint64 { return maphash.Bytes(r.seed, under) }
 
 // waiting is the ids of a request that wait for their outcome.
 type waiting struct {

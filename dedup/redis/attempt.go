@@ -1,0 +1,90 @@
+package redis
+
+import (
+	"time"
+
+	"verve/counter"
+	"verve/dedup"
+)
+
+// tokenBytes is about what a token takes in the memory of an instance.
+const tokenBytes = 40
+
+// answered keeps the token of an id that was answered as new, so that a retry is
+// recognised while Redis is unreachable. Without fail open no retry is answered then. The
+// lane's mu is held.
+func (le *laneEpoch) answered(r *Set, m *named) {
+	if !r.cfg.FailOpen || !m.hasToken() || le.retired || !le.log.room(r) {
+		return
+	}
+	if le.tokens == nil {
+		le.tokens = map[token]struct{}{}
+	}
+	if _, there := le.tokens[m.token]; !there {
+		le.tokens[m.token] = struct{}{}
+		r.logBytes.Add(tokenBytes)
+	}
+}
+
+// replayed looks for the token among the answers of this process, in s and the window
+// before it. The mu of the lane is held.
+func (s *redisEpoch) replayed(lane int, m *named) (dedup.Verdict, bool) {
+	if !m.hasToken() {
+		return 0, false
+	}
+	if _, there := s.lanes[lane].tokens[m.token]; there {
+		return dedup.Replayed, true
+	}
+	if before := s.previous.Load(); before != nil && before.key == s.before {
+		if _, there := before.lanes[lane].tokens[m.token]; there {
+			return dedup.ReplayedBefore, true
+		}
+	}
+	return 0, false
+}
+
+// again is the verdict on a request for an id that the attempt first has made new, without
+// Redis. The mu of the lane is held.
+func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
+	if v, known := s.replayed(lane, m); known {
+		return v
+	}
+	if m.hasToken() && sameAttempt(first, m) {
+		return dedup.Replayed
+	}
+	return dedup.Repeat
+}
+
+// comes is the verdict on a retry of an attempt that was counted in the window behind s:
+// another instance has turned before this one. Asking there gives it its answer. Where
+// the window is far from its end, the clock of the other instance is wrong, and this one
+// is not to follow it.
+func (l *lane) comes(s *redisEpoch) dedup.Verdict {
+	if s.end-int64(time.Since(l.r.start)) < int64(l.r.cfg.MaxSkew) {
+		return dedup.Turned
+	}
+	return dedup.Replayed
+}
+
+// countUnder counts an id that was answered as new under its key, for what this instance
+// shows: the record has the counts of Redis.
+func (r *Set) countUnder(e *counter.Epoch, under string) {
+	if under == "" {
+		return
+	}
+	name := []byte(under)
+	hash := r.keyHash(name)
+	k := e.Keys().Find(hash, name)
+	if k == nil {
+		k = e.Keys().Add(hash, name)
+	}
+	if k != nil {
+		k.Count(1)
+	}
+}
+
+// hasRoom reports whether an id under a key may be new. All keys that this instance has
+// counted are in Redis: if there is no room here for another one, there is none there.
+func (r *Set) hasRoom(e *counter.Epoch, under []byte) bool {
+	return len(under) == 0 || e.Keys().Len() < r.cfg.MaxKeys || e.Keys().Find(r.keyHash(under), under) != nil
+}
