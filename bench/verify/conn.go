@@ -257,7 +257,7 @@ func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 		n, err := nc.Write(c.out)
 		if err != nil {
 			if n > 0 {
-				c.lost(c.ids, c.newest, load.lag(err))
+				c.lost(c.ids, c.earliest(now), load.lag(err))
 			} else {
 				c.d.retries.put(c.target, c.ids...)
 			}
@@ -426,7 +426,7 @@ func (c *conn) inRequest(left []ask) (n int) {
 // them. It says false when
 // the connection is of no use any more; what was not answered is then in doubt.
 func (c *conn) answers(nc net.Conn, sent time.Time) bool {
-	from := c.newest // known before the batch was sent
+	from := c.earliest(sent) // while newest is that of before the batch
 	c.got = c.got[:0]
 	n, lag, alive := c.read(nc, len(c.ids))
 	c.report(sent, from, n)

