@@ -123,7 +123,7 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 	v.Windows = len(rows)
 	checkSequence(&v.Faults, records.windows, first)
 	if how.keys != nil {
-		v.judgeKeys(t, how.keys, windows, rows, records.keys, how.allowInexact)
+		v.judgeKeys(t, how.keys, windows, rows, records, how.allowInexact)
 	}
 	v.Good = v.BadWindows == 0 && v.Faults.Count == 0
 	return v

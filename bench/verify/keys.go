@@ -1,16 +1,9 @@
 package main
 
 import (
-	"bufio"
-	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"net/url"
-	"os"
-	"path/filepath"
-	"time"
 )
 
 // keys are the keys of a run, from 1; 0 is none. What the driver calls an id is then an
@@ -74,72 +67,37 @@ func (k *keys) draw(n uint64) int {
 	return min(int(math.Pow(float64(len(k.names)), share)), len(k.names)-1)
 }
 
-// keyRecord is the count of a key as it was published.
-type keyRecord struct {
-	WindowStart time.Time `json:"window_start"`
-	Key         string    `json:"key"`
-	Unique      uint64    `json:"unique"`
-	Scope       string    `json:"scope"`
-	Group       string    `json:"group"`
-	Instance    string    `json:"instance"`
-	Seq         uint64    `json:"seq"`
-}
-
-// keysFile has the counts by key of the records in a counts file.
-func keysFile(counts string) string {
-	return filepath.Join(filepath.Dir(counts), "counts-by-key.jsonl")
-}
-
-// readKeysFile reads every record of a key there is. A file that is not there has none.
-func readKeysFile(ctx context.Context, path string, to *published, invalid *[]string) error {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	r := bufio.NewReaderSize(f, 1<<16)
-	for n := 1; ctx.Err() == nil; n++ {
-		line, err := r.ReadBytes('\n')
-		if err != nil {
-			return nil // the rest is being written
-		}
-		to.take(fmt.Sprintf("%s line %d", path, n), line, invalid)
-	}
-	return ctx.Err()
-}
-
 // judgeKeys compares, for each window, what is published by key with the answers.
 // without is what is left of the window's sum: the ids without a key.
-func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[int64]*windowVerdict, records []keyRecord, allowInexact bool) {
+func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[int64]*windowVerdict, records published, allowInexact bool) {
 	truths := make(map[int64]*windowTruth, len(windows))
 	for _, w := range windows {
 		truths[w.start] = w
 	}
 	sums := make(map[int64]map[int]uint64)
-	type identity struct {
-		start                int64
-		group, instance, key string
-		seq                  uint64
-	}
-	seen := make(map[identity]bool, len(records))
-	for _, r := range records {
+	seen := make(map[string]bool, len(records.keys))
+	parts := make(map[string]uint64) // how many keys a record has
+	for _, r := range records.keys {
 		start := r.WindowStart.UnixMilli()
 		if rows[start] == nil {
 			continue // before the run, or of a window whose record is still to come
 		}
 		key, known := k.numbers[r.Key]
-		if id := (identity{start, r.Group, r.Instance, r.Key, r.Seq}); seen[id] {
-			v.Faults.add("visible twice", "%s/%s seq %d has two records of the key %q in %s", r.Group, r.Instance, r.Seq, r.Key, label(start))
-		} else if seen[id] = true; !known {
+		if seen[r.ID()] {
+			v.Faults.add("visible twice", "there are two records %s", r.ID())
+		} else if seen[r.ID()] = true; !known {
 			v.Faults.add("key", "%s has a record of the key %q, which no request had", label(start), r.Key)
 		}
+		parts[r.RecordKey()]++
 		if sums[start] == nil {
 			sums[start] = make(map[int]uint64)
 		}
 		sums[start][key] += r.Unique
+	}
+	for _, r := range records.windows {
+		if n := parts[r.Key()]; rows[r.WindowStart.UnixMilli()] != nil && n != r.Keys {
+			v.Faults.add("key", "the record %s has %d keys, and there are %d records of keys", r.Key(), r.Keys, n)
+		}
 	}
 	for start, row := range rows {
 		if row.Records == 0 || row.Inexact && allowInexact {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,7 +13,7 @@ import (
 // published is every record there is: of windows, and of their keys.
 type published struct {
 	windows []stream.Record
-	keys    []keyRecord
+	keys    []stream.KeyRecord
 }
 
 // source reads every record there is, from the first one, each time it is called. Lines
@@ -36,18 +35,18 @@ func newSource(f *flags) source {
 	}
 	return func(ctx context.Context) (p published, invalid []string, err error) {
 		if len(f.KafkaBrokers) > 0 {
-			cfg := stream.KafkaConfig{Brokers: f.KafkaBrokers, Topic: f.KafkaTopic}
-			err = p.collect("kafka", stream.ReadTopic(ctx, cfg, false), &invalid)
+			cfg := stream.KafkaConfig{Brokers: f.KafkaBrokers, Topic: f.KafkaTopic, KeysTopic: f.KeysTopic}
+			err = collect(&p.windows, "kafka", stream.ReadTopic(ctx, cfg, false), &invalid)
 			if err == nil && f.Keys > 0 {
-				err = readKeysTopic(ctx, f, &p, &invalid)
+				err = collect(&p.keys, "kafka", stream.ReadKeysTopic(ctx, cfg, false), &invalid)
 			}
 			return p, invalid, err
 		}
 		var missing error
 		for _, path := range files {
-			err = p.collect(path, stream.ReadFile(ctx, path, false), &invalid)
+			err = collect(&p.windows, path, stream.ReadFile(ctx, path, false), &invalid)
 			if err == nil && f.Keys > 0 {
-				err = readKeysFile(ctx, keysFile(path), &p, &invalid)
+				err = collect(&p.keys, path, stream.ReadKeysFile(ctx, path, false), &invalid)
 			}
 			if err != nil && len(files) > 1 && errors.Is(err, fs.ErrNotExist) {
 				missing, err = err, nil // an instance that has published nothing yet
@@ -63,12 +62,12 @@ func newSource(f *flags) source {
 	}
 }
 
-// collect adds the records of windows that a reader yields.
-func (p *published) collect(what string, seq iter.Seq2[stream.Record, error], invalid *[]string) error {
+// collect adds the records that a reader yields.
+func collect[R any](to *[]R, what string, seq iter.Seq2[R, error], invalid *[]string) error {
 	for r, err := range seq {
 		switch {
 		case err == nil:
-			p.windows = append(p.windows, r)
+			*to = append(*to, r)
 		case stream.IsInvalidRecord(err):
 			*invalid = append(*invalid, err.Error())
 		default:
@@ -76,14 +75,4 @@ func (p *published) collect(what string, seq iter.Seq2[stream.Record, error], in
 		}
 	}
 	return nil
-}
-
-// take adds a record of a key, as it was published.
-func (p *published) take(what string, b []byte, invalid *[]string) {
-	var r keyRecord
-	if err := json.Unmarshal(b, &r); err != nil || r.Key == "" || r.Unique == 0 {
-		*invalid = append(*invalid, fmt.Sprintf("%s: %v: %.80q", what, err, b))
-		return
-	}
-	p.keys = append(p.keys, r)
 }

@@ -150,8 +150,8 @@ func TestKeysAddUp(t *testing.T) {
 }
 
 func TestEveryFaultOfKeysIsFound(t *testing.T) {
-	third := func(change func([]keyRecord) []keyRecord) func(int, []keyRecord) []keyRecord {
-		return func(window int, r []keyRecord) []keyRecord {
+	third := func(change func([]stream.KeyRecord) []stream.KeyRecord) func(int, []stream.KeyRecord) []stream.KeyRecord {
+		return func(window int, r []stream.KeyRecord) []stream.KeyRecord {
 			if window == 3 {
 				return change(r)
 			}
@@ -159,16 +159,21 @@ func TestEveryFaultOfKeysIsFound(t *testing.T) {
 		}
 	}
 	for name, test := range map[string]struct {
-		keyed func(int, []keyRecord) []keyRecord
+		keyed func(int, []stream.KeyRecord) []stream.KeyRecord
 		want  string
 	}{
-		"one less":      {third(func(r []keyRecord) []keyRecord { r[0].Unique--; return r }), "key"},
-		"one more":      {third(func(r []keyRecord) []keyRecord { r[0].Unique++; return r }), "key"},
-		"one missing":   {third(func(r []keyRecord) []keyRecord { return r[1:] }), "key"},
-		"one twice":     {third(func(r []keyRecord) []keyRecord { return append(r, r[0]) }), "visible twice"},
-		"another name":  {third(func(r []keyRecord) []keyRecord { r[0].Key += "x"; return r }), "key"},
-		"swapped names": {third(func(r []keyRecord) []keyRecord { i := most(r); r[i].Key, r[0].Key = r[0].Key, r[i].Key; return r }), "key"},
-		"none at all":   {func(int, []keyRecord) []keyRecord { return nil }, "key"},
+		"one less":     {third(func(r []stream.KeyRecord) []stream.KeyRecord { r[0].Unique--; return r }), "key"},
+		"one more":     {third(func(r []stream.KeyRecord) []stream.KeyRecord { r[0].Unique++; return r }), "key"},
+		"one missing":  {third(func(r []stream.KeyRecord) []stream.KeyRecord { return r[1:] }), "key"},
+		"one too few":  {third(func(r []stream.KeyRecord) []stream.KeyRecord { r[1].Unique += r[0].Unique; return r[1:] }), "key"},
+		"one twice":    {third(func(r []stream.KeyRecord) []stream.KeyRecord { return append(r, r[0]) }), "visible twice"},
+		"another name": {third(func(r []stream.KeyRecord) []stream.KeyRecord { r[0].Key += "x"; return r }), "key"},
+		"swapped names": {third(func(r []stream.KeyRecord) []stream.KeyRecord {
+			i := most(r)
+			r[i].Key, r[0].Key = r[0].Key, r[i].Key
+			return r
+		}), "key"},
+		"none at all": {func(int, []stream.KeyRecord) []stream.KeyRecord { return nil }, "key"},
 	} {
 		s := newFakeServer(t, nil)
 		s.keyed = test.keyed
@@ -180,7 +185,7 @@ func TestEveryFaultOfKeysIsFound(t *testing.T) {
 }
 
 // most is the record with the largest count, but for the first.
-func most(r []keyRecord) (at int) {
+func most(r []stream.KeyRecord) (at int) {
 	for i := 1; i < len(r); i++ {
 		if at == 0 || r[i].Unique > r[at].Unique {
 			at = i
@@ -233,7 +238,7 @@ func TestRetriesGetTheirOwnAnswersOverKills(t *testing.T) {
 			listen, data := testproc.FreeAddr(t), filepath.Join(dir, "data")
 			f := &flags{
 				URL: []string{"http://" + listen}, Connections: 8, Pipeline: 2, Batch: batch, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
-				Lose: 0.02, Tokens: true, Keys: 100, Window: time.Second,
+				Lose: 0.1, Tokens: true, Keys: 100, Window: time.Second,
 				Rate: 5000, Duration: time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 1000,
 				CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 				Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + testproc.FreeAddr(t) +

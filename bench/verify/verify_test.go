@@ -35,11 +35,11 @@ type fakeServer struct {
 	unique  uint64
 	byKey   map[string]uint64
 	records []stream.Record
-	keys    []keyRecord
+	keys    []stream.KeyRecord
 	extra   int64 // added to the next record
 
 	tokens tokenFault
-	keyed  func(window int, r []keyRecord) []keyRecord // what becomes of the records of the keys
+	keyed  func(window int, r []stream.KeyRecord) []stream.KeyRecord // what becomes of the records of the keys
 }
 
 // tokenFault is what a fakeServer does wrong with tokens.
@@ -237,10 +237,11 @@ func (s *fakeServer) turn() {
 		Scope:       stream.ScopeInstance,
 		Instance:    "fake",
 		Seq:         uint64(len(s.records) + 1),
+		Keys:        uint64(len(s.byKey)),
 	})
-	var keys []keyRecord
+	var keys []stream.KeyRecord
 	for _, key := range slices.Sorted(maps.Keys(s.byKey)) {
-		keys = append(keys, keyRecord{WindowStart: s.start, Key: key, Unique: s.byKey[key], Instance: "fake", Seq: uint64(len(s.records))})
+		keys = append(keys, stream.KeyRecord{WindowStart: s.start, Key: key, Unique: s.byKey[key], Scope: stream.ScopeInstance, Instance: "fake", Seq: uint64(len(s.records))})
 	}
 	if s.keyed != nil {
 		keys = s.keyed(len(s.records), keys)
