@@ -145,7 +145,7 @@ func (c *conn) lose(nc net.Conn, x cut, sent time.Time) {
 // discard throws answers away that have arrived: all those to a request. The rest
 // stays in c.got, for the truth.
 func (c *conn) discard(n int, from int64) {
-	kept := c.got[:0]
+	kept, refused := c.got[:0], false
 	for at := 0; at < n; {
 		size := c.inRequest(c.ids[at:n])
 		throw := c.d.load.Lose > 0 && c.rng.Float64() < c.d.load.Lose/3
@@ -158,15 +158,21 @@ func (c *conn) discard(n int, from int64) {
 				c.d.retries.put(c.target, a)
 			case got.kind == answerRefused && a.from != 0 && a.token != 0:
 				c.d.retries.put(c.target, a)
-				kept = append(kept, got)
+				kept, refused = append(kept, got), true
 			default:
 				kept = append(kept, got)
 			}
 		}
 		at += size
 	}
-	c.got = kept
+	if c.got = kept; refused {
+		time.Sleep(refusedPause)
+	}
 }
+
+// refusedPause is how long a connection waits when a retry was refused: it is asked again
+// until there is an answer, and would keep the servers busy with nothing else.
+const refusedPause = 10 * time.Millisecond
 
 // drain asks again what has a token and no answer yet, when the load is over.
 func (d *driver) drain(ctx context.Context) {
