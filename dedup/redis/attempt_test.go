@@ -66,14 +66,16 @@ func pair(t *testing.T, change ...func(*Config)) (server *redisServer, a, b *Set
 func keysOf(t testing.TB, e settest.Epochs, r *Set, n int) string {
 	t.Helper()
 	s := counter.Span{Start: time.Unix(0, e.At(n)), Window: time.Hour}
-	ids, err := r.sealIDs(t.Context(), s, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keys, sum, err := r.keyCounts(t.Context(), s)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var ids sealedIDs
+	var keys []counter.KeyCount
+	var sum uint64
+	testproc.Until(t, "the epoch is sealed", func() bool { // the first try may meet a connection that was cut
+		var err error
+		if ids, err = r.sealIDs(t.Context(), s, nil); err == nil {
+			keys, sum, err = r.keyCounts(t.Context(), s)
+		}
+		return err == nil
+	})
 	var text []string
 	for _, k := range keys {
 		text = append(text, fmt.Sprintf("%s=%d", k.Key, k.Unique))
