@@ -332,6 +332,9 @@ func (l *lane) tell(e *counter.Epoch, en *entry) {
 func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
+		if en != nil && en.state != queued {
+			r.ledger.refusedSome(s.admission)
+		}
 		return dedup.Repeat, r.unavailable()
 	}
 	if v, known := s.replayed(l.i, m); known {
@@ -511,6 +514,9 @@ func (l *lane) expire(now int64) {
 		} else if l.r.cfg.FailOpen {
 			v, err = l.decide(a.e, en.key, en, &en.enc, a.named)
 		} else {
+			if en.state != queued {
+				l.r.ledger.refusedSome(en.key.epoch.admission)
+			}
 			err = l.r.unavailable()
 		}
 		l.answer(a, v, err)

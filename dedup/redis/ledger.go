@@ -163,6 +163,7 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 type admission struct {
 	known   chan struct{} // closed when the group has the epoch
 	refused atomic.Bool   // the group does not take it
+	doubted atomic.Bool   // ids were answered 503 that may be in Redis
 }
 
 // ledgerEpoch is an epoch that this process has opened or sealed.
@@ -173,6 +174,8 @@ type ledgerEpoch struct {
 	answers    answers        // what each member has given, as far as this process knows
 	registered bool           // the group has it
 	late       bool           // it was refused for a time
+	sayDoubt   bool           // the last beat said that it is doubted
+	saidDoubt  bool           // the group knows
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
 	decided    *counter.Count // what it came to, as far as this process knows; without its keys
@@ -342,8 +345,8 @@ end
 local states, answers = {}, {}
 local arg = 10
 for i = 8, #KEYS do
-  local name, ends, unique, complete, exact, sealed, under, had, n = unpack(ARGV, arg, arg + 8)
-  local first = arg + 9
+  local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
+  local first = arg + 10
   arg = first + 2 * n
   answers[i - 7] = {}
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
@@ -358,6 +361,7 @@ for i = 8, #KEYS do
       if unique ~= '' and decided ~= unique then states[#states] = 4 end
     else
       for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
+      if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) end
       if unique ~= '' then
         redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
@@ -462,7 +466,7 @@ return out
 // has, and they may be ids that it has answered before the ledger learnt of that (see
 // registerWait). That it was heard since the end is not enough: it may be late itself.
 // Members that are gone have answered the rest of the ids, if that is at least what they
-// reported last. All of this holds only if no write can have been lost that was not added
+// reported last, and unless they had refused ids whose outcome they did not know. All of this holds only if no write can have been lost that was not added
 // again (whole): a lost id and one that was added without an answer would cancel each other.
 //
 // The counts of the keys are those of Redis. If ids were added without an answer, they are
@@ -475,7 +479,7 @@ local under, fit = tonumber(ARGV[8]), ARGV[9] == '1'
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under')
 if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0'} end
 local keyed = 0
-local sum, least, absent, members, listed = 0, 0, {}, 0, {}
+local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
@@ -491,7 +495,14 @@ for f = 1, #all, 2 do
   elseif string.sub(all[f], 1, 2) == 'k:' then
     keyed = keyed + tonumber(all[f + 1])
     redis.call('HDEL', KEYS[2], all[f])
+  elseif string.sub(all[f], 1, 2) == 'd:' then
+    doubted[string.sub(all[f], 3)] = true
+    redis.call('HDEL', KEYS[2], all[f])
   end
+end
+local refused = ''
+for _, m in ipairs(absent) do
+  if doubted[m] then refused = refused .. ' ' .. m end
 end
 local unknown = {}
 if #absent == 0 and ids > sum then
@@ -510,6 +521,8 @@ if #absent > 0 then
     but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
   elseif open then
     but('an instance that may have answered alone ended without a report')
+  elseif refused ~= '' then
+    but('instances that ended without a report had refused ids that may be in Redis (' .. string.sub(refused, 2) .. ')')
   end
 elseif members == 0 and ids > 0 then
   unique = ids
@@ -748,8 +761,10 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	if !newest.IsZero() {
 		args[len(args)-1] = unixMS(newest)
 	}
-	for _, e := range l.epochs {
-		if e.registered && !all || e.told != nil && e.span.Start.After(newest) {
+	for i := range l.epochs {
+		e := &l.epochs[i]
+		e.sayDoubt = e.doubted.Load()
+		if e.registered && !all && (!e.sayDoubt || e.saidDoubt) || e.told != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
@@ -761,13 +776,26 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		} else {
 			args = append(args, "", "", "", "", "")
 		}
-		args = append(args, flag(e.registered), strconv.Itoa(len(known)))
+		args = append(args, flag(e.registered), flag(e.sayDoubt), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
 		sent = append(sent, e.span)
 	}
 	return keys, args, sent
+}
+
+// refusedSome notes that ids of an epoch were answered 503 that may be in Redis: their outcome
+// is not known yet. Should this process be killed before it has taken them back, nobody
+// can tell them from ids that it has answered ok, so the group is to know soon.
+func (l *Ledger) refusedSome(a *admission) {
+	if a.doubted.Swap(true) {
+		return
+	}
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
 }
 
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
@@ -784,6 +812,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 			e.late = true
 		default:
 			e.refused.Store(false)
+			e.saidDoubt = e.sayDoubt
 			if !e.registered {
 				e.registered = true
 				close(e.known)

@@ -619,3 +619,47 @@ func TestKeysAreTakenIntoAccount(t *testing.T) {
 		}
 	}
 }
+
+// TestDeadInstanceThatRefusedIDsIsNotVouchedFor: of a member that was killed the rest of
+// the ids in Redis count as answered. If it had refused ids that may be among them, the
+// record is not exact; if it had not, or has reported since, the record is.
+func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
+	for _, tt := range []struct {
+		name              string
+		refused, reported bool
+		unique            uint64
+		exact             bool
+	}{
+		{"killed", false, false, 100, true},
+		{"killed after it refused some", true, false, 100, false},
+		{"reported after it refused some", true, true, 60, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			g := newGroup(t)
+			a, b := g.member("a"), g.member("b")
+			s := spanEnded(3 * time.Second)
+			for _, m := range []*Ledger{a, b} {
+				admitted := m.Opened(s, func() uint64 { return 20 })
+				g.beat(m)
+				if m == b && tt.refused {
+					m.refusedSome(admitted)
+					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
+				}
+			}
+			g.counted.Store(100)
+			g.answers.Store(60)
+			g.report(s, true, a)
+			if tt.reported {
+				g.answers.Store(0)
+				g.report(s, true, b)
+			} else { // it is silent for so long
+				g.do(func(ctx context.Context) error {
+					return g.client.Do(ctx, g.client.B().Zrem().Key(a.keys.members).Member("b").Build()).Error()
+				})
+			}
+			if got := g.seal(a, s); got.Unique != tt.unique || got.Exact != tt.exact {
+				t.Errorf("got %d, exact %t; want %d, %t", got.Unique, got.Exact, tt.unique, tt.exact)
+			}
+		})
+	}
+}
