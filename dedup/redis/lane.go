@@ -153,15 +153,16 @@ const (
 
 // entry is an id that waits for its outcome.
 type entry struct {
-	key   pendingKey
-	enc   encoded
-	named *named // what the request named that it is sent for; nil: nothing
-	state uint8
-	told  bool   // was answered as new without Redis
-	seq   uint64 // of the batch that added it, where it is untold or taking
-	asks  *ask   // those who wait, the first at the head; also those of another attempt
-	last  *ask
-	chain *entry // of pendingIDs, or of what is spare
+	key     pendingKey
+	enc     encoded
+	named   *named // what the request named that it is sent for; nil: nothing
+	state   uint8
+	told    bool   // was answered as new without Redis
+	refused bool   // a request got 503 while its outcome was not known
+	seq     uint64 // of the batch that added it, where it is untold or taking
+	asks    *ask   // those who wait, the first at the head; also those of another attempt
+	last    *ask
+	chain   *entry // of pendingIDs, or of what is spare
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -333,7 +334,7 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded,
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
 		if en != nil && en.state != queued {
-			r.ledger.refusedSome(s.admission)
+			l.refuse(en)
 		}
 		return dedup.Repeat, r.unavailable()
 	}
@@ -480,9 +481,21 @@ func (m *named) retries() dedup.Verdict {
 	return dedup.Repeat
 }
 
+// refuse notes that a request got 503 while en may be in Redis. l.mu is held.
+func (l *lane) refuse(en *entry) {
+	if !en.refused {
+		en.refused = true
+		l.r.ledger.uncertain(en.key.epoch.admission, 1)
+	}
+}
+
 // done lets go of en. l.mu is held.
 func (l *lane) done(en *entry) {
 	en.state = settled
+	if en.refused {
+		en.refused = false
+		l.r.ledger.uncertain(en.key.epoch.admission, -1)
+	}
 	l.pending.remove(en)
 	l.r.pending.Add(-1)
 }
@@ -515,7 +528,7 @@ func (l *lane) expire(now int64) {
 			v, err = l.decide(a.e, en.key, en, &en.enc, a.named)
 		} else {
 			if en.state != queued {
-				l.r.ledger.refusedSome(en.key.epoch.admission)
+				l.refuse(en)
 			}
 			err = l.r.unavailable()
 		}

@@ -163,7 +163,7 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 type admission struct {
 	known   chan struct{} // closed when the group has the epoch
 	refused atomic.Bool   // the group does not take it
-	doubted atomic.Bool   // ids were answered 503 that may be in Redis
+	doubts  atomic.Int64  // ids that were answered 503 and may be in Redis
 }
 
 // ledgerEpoch is an epoch that this process has opened or sealed.
@@ -361,7 +361,7 @@ for i = 8, #KEYS do
       if unique ~= '' and decided ~= unique then states[#states] = 4 end
     else
       for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
-      if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) end
+      if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) else redis.call('HDEL', KEYS[i], 'd:' .. me) end
       if unique ~= '' then
         redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
@@ -763,8 +763,8 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	}
 	for i := range l.epochs {
 		e := &l.epochs[i]
-		e.sayDoubt = e.doubted.Load()
-		if e.registered && !all && (!e.sayDoubt || e.saidDoubt) || e.told != nil && e.span.Start.After(newest) {
+		e.sayDoubt = e.doubts.Load() > 0
+		if e.registered && !all && e.sayDoubt == e.saidDoubt || e.told != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
@@ -785,11 +785,12 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	return keys, args, sent
 }
 
-// refusedSome notes that ids of an epoch were answered 503 that may be in Redis: their outcome
-// is not known yet. Should this process be killed before it has taken them back, nobody
-// can tell them from ids that it has answered ok, so the group is to know soon.
-func (l *Ledger) refusedSome(a *admission) {
-	if a.doubted.Swap(true) {
+// uncertain notes how many more ids of an epoch were answered 503 and may be in Redis: their
+// outcome is not known, or they are still to be taken back. Should this process be killed
+// meanwhile, nobody can tell them from ids that it has answered ok, so the group is to
+// know soon.
+func (l *Ledger) uncertain(a *admission, more int64) {
+	if now := a.doubts.Add(more); now != 0 && now != more {
 		return
 	}
 	select {

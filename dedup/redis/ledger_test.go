@@ -622,17 +622,18 @@ func TestKeysAreTakenIntoAccount(t *testing.T) {
 
 // TestDeadInstanceThatRefusedIDsIsNotVouchedFor: of a member that was killed the rest of
 // the ids in Redis count as answered. If it had refused ids that may be among them, the
-// record is not exact; if it had not, or has reported since, the record is.
+// record is not exact; if it had not, or has taken them back or reported since, it is.
 func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 	for _, tt := range []struct {
-		name              string
-		refused, reported bool
-		unique            uint64
-		exact             bool
+		name                       string
+		refused, settled, reported bool
+		unique                     uint64
+		exact                      bool
 	}{
-		{"killed", false, false, 100, true},
-		{"killed after it refused some", true, false, 100, false},
-		{"reported after it refused some", true, true, 60, true},
+		{"killed", false, false, false, 100, true},
+		{"killed after it refused some", true, false, false, 100, false},
+		{"killed after it has taken them back", true, true, false, 100, true},
+		{"reported after it refused some", true, false, true, 60, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			g := newGroup(t)
@@ -642,8 +643,12 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 				admitted := m.Opened(s, func() uint64 { return 20 })
 				g.beat(m)
 				if m == b && tt.refused {
-					m.refusedSome(admitted)
+					m.uncertain(admitted, 2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
+				}
+				if m == b && tt.settled {
+					m.uncertain(admitted, -2)
+					g.do(func(ctx context.Context) error { return m.beat(ctx, false) })
 				}
 			}
 			g.counted.Store(100)
