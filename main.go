@@ -341,7 +341,7 @@ func (p *program) publishLeft(to stream.Config) error {
 // openCounter makes the counter and, in memory mode, the set that it counts in.
 func (p *program) openCounter() (err error) {
 	counting := counter.Config{
-		Window: p.cfg.Window, MaxSkew: p.cfg.MaxClockSkew, MaxKeys: p.cfg.MaxKeys,
+		Window: p.cfg.Window, MaxSkew: p.cfg.MaxClockSkew, MaxKeys: p.cfg.MaxKeys, KeyMemory: p.memory / keyShare,
 		OnClock: p.clockChanged, OnPause: p.paused, OnClose: p.windowClosed,
 	}
 	if p.shared != nil {
@@ -361,6 +361,12 @@ func (p *program) openCounter() (err error) {
 		p.closers = append(p.closers, func() { _ = own.Close() })
 		counting.NotBefore = counter.LastOf(p.spool.Published())
 		counting.Past = own.Past(p.spool.Published())
+		for _, l := range counting.Past.Left {
+			if l.NoKeys {
+				p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
+					Msg("how many of the ids that an earlier process left are under which key is lost with the spool: their record has no keys, and is not exact")
+			}
+		}
 		for _, l := range counting.Past.Lost {
 			p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
 				Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
@@ -580,6 +586,10 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 	}
 	logWindow(p.log, c, took, waiting, p.shared != nil, err)
 }
+
+// keyShare is the part of the memory limit that the keys of windows not published may
+// take: with what is made of them at a turn they take several times as much.
+const keyShare = 16
 
 // openSet makes the set, with the ids that the last process left in the data
 // directory. On a system that cannot keep them there it does without.

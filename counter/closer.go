@@ -110,6 +110,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 		return err
 	}
 	c.cfg.Store.Retire(e)
+	e.keys.release()
 
 	c.mu.Lock()
 	c.turned = slices.Delete(c.turned, 0, 1) // keeps the room: a turn allocates nothing

@@ -57,6 +57,7 @@ type Config struct {
 	Store     Store         // keeps the ids; required
 	Publish   Publisher     // gets the counts; required
 	MaxKeys   int           // keys that an epoch may have, at most MaxMaxKeys; 0: DefaultMaxKeys
+	KeyMemory uint64        // bytes that the keys of the epochs not published may take; 0: no limit
 	NotBefore time.Time     // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
 	LastLen   time.Duration // the length of that one. Optional: it is guessed.
 	Past      Past          // what earlier processes left. Optional.
@@ -105,6 +106,7 @@ type Left struct {
 	Unique uint64        // ids counted and not published
 	Keys   []KeyCount    // the same for each key, by name
 	Exact  bool          // false if ids may be missing
+	NoKeys bool          // what is under keys is not known: Keys is nil
 	State  any           // for the Store, as Epoch.State
 }
 
@@ -124,6 +126,7 @@ type Counter struct {
 	wake   chan struct{} // capacity 1: something was added to turned
 	clock  clockWatch
 
+	keys   keyMemory
 	change change // of the window's length; fixed in New
 
 	closed  struct{ unique, repeats uint64 } // over all closed epochs
@@ -160,6 +163,7 @@ func New(cfg Config) (*Counter, error) {
 		cfg.clocks = readClocks
 	}
 	c := &Counter{cfg: cfg, wake: make(chan struct{}, 1)}
+	c.keys.limit = int64(cfg.KeyMemory)
 	c.clock.skew = int64(cfg.MaxSkew)
 	now := cfg.clocks()
 	start, window := c.first(now.wall)
@@ -178,6 +182,9 @@ func New(cfg Config) (*Counter, error) {
 	}
 	e := c.newEpoch(nil, start, window)
 	e.serial = serial
+	if past.Serial > 0 && serial > past.Serial {
+		e.before = past.Start.UnixNano()
+	}
 	if e.Start().Before(cfg.InexactBefore) {
 		e.MarkInexact()
 	}
@@ -310,13 +317,13 @@ func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 		e = new(Epoch)
 	}
 	c.spare = nil
-	e.number, e.serial, e.keys.max = floor(start, window), 1, c.cfg.MaxKeys
-	e.start, e.end, e.window = start, start+window, window
+	e.number, e.serial, e.keys.max, e.keys.memory = floor(start, window), 1, c.cfg.MaxKeys, &c.keys
+	e.start, e.end, e.window, e.before = start, start+window, window, start-window
 	if end := c.endOf(start, window); end < e.end {
 		e.end, e.cut = end, true
 	}
 	if prev != nil {
-		e.serial = prev.serial + 1
+		e.serial, e.before = prev.serial+1, prev.start
 		e.complete = prev.end == start
 	}
 	e.label = time.Unix(0, e.start).UTC().AppendFormat(e.label[:0], time.RFC3339Nano)
@@ -346,9 +353,9 @@ func (c *Counter) provide() {
 		return
 	}
 	e := &Epoch{label: make([]byte, 0, len(time.RFC3339Nano))}
-	if last.keys.Len() > 0 {
-		e.keys.max = c.cfg.MaxKeys
-		e.keys.prepare() // no request is to wait for it
+	if n := last.keys.Len(); n > 0 {
+		e.keys.max, e.keys.memory = c.cfg.MaxKeys, &c.keys
+		e.keys.prepare(n)
 	}
 	c.mu.Lock()
 	c.spare = e

@@ -58,6 +58,7 @@ type Epoch struct {
 	end      int64  // Unix time, ns: when the next one is due
 	window   int64  // its length, ns; it ends before that where the length changes
 	label    []byte // start, RFC 3339
+	before   int64  // start of the epoch before it, or of the window before; Unix time, ns
 	complete bool   // opened at its start, from the epoch before
 	left     bool   // counted by an earlier process
 
@@ -96,6 +97,10 @@ func (e *Epoch) Window() time.Duration { return time.Duration(e.window) }
 // End returns when the next epoch is due, UTC: the end of the window, or before it
 // where the length of the windows changes.
 func (e *Epoch) End() time.Time { return time.Unix(0, e.end).UTC() }
+
+// Before returns the start of the epoch opened before it, UTC; of the window before, if
+// there was none.
+func (e *Epoch) Before() time.Time { return time.Unix(0, e.before).UTC() }
 
 // Label returns Start in RFC 3339 with as many digits as needed. Read only.
 func (e *Epoch) Label() []byte { return e.label }

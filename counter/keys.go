@@ -7,12 +7,13 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 )
 
 // DefaultMaxKeys is how many keys an epoch may have where Config says nothing.
 const DefaultMaxKeys = 100_000
 
-// MaxMaxKeys bounds Config.MaxKeys: a table for more takes 256 MiB before the first key.
+// MaxMaxKeys bounds Config.MaxKeys.
 const MaxMaxKeys = 10_000_000
 
 // KeyCount is the number of new ids under a key in one window.
@@ -26,28 +27,56 @@ type Key struct {
 	name   string
 	hash   uint64
 	unique atomic.Uint64
-	_      [32]byte // two keys in one cache line would slow each other
+	of     *Keys
+	_      [24]byte // two keys in one cache line would slow each other
 }
 
 // Count adds n new ids. Call it before their request leaves the epoch: then the sums of
 // the keys are final when the epoch is sealed.
-func (k *Key) Count(n uint64) { k.unique.Add(n) }
+func (k *Key) Count(n uint64) {
+	if n > 0 && k.unique.Add(n) == n {
+		k.of.filled.Add(1)
+	}
+}
 
 // Hash returns the hash that the key was added with.
 func (k *Key) Hash() uint64 { return k.hash }
 
 // Keys are the keys of an epoch: a hash table with linear probing, to which keys are only
-// added. It takes no lock to find one. It costs nothing until the first key. All methods are safe
-// for concurrent use.
+// added, and which is at most half full. It takes no lock to find one. It costs nothing
+// until the first key. All methods are safe for concurrent use.
 type Keys struct {
 	max    int
-	adding sync.Mutex // held while a key is added
-	used   atomic.Int64
-	table  atomic.Pointer[[]atomic.Pointer[Key]] // twice max or more, a power of two; nil: no key yet
+	memory *keyMemory // of all epochs
+	filled atomic.Int64
+	table  atomic.Pointer[[]atomic.Pointer[Key]] // a power of two long; nil: no key yet
+
+	adding sync.Mutex // held while a key is added; guards what follows
+	used   int
+	bytes  int64 // of memory
 }
 
+// keyMemory bounds the memory of the keys of all epochs that are not published.
+type keyMemory struct {
+	limit int64 // bytes; 0: none
+	used  atomic.Int64
+}
+
+// full reports whether there is no room for another key.
+func (m *keyMemory) full() bool { return m != nil && m.limit > 0 && m.used.Load() >= m.limit }
+
+const (
+	// firstKeys is the size of the smallest table.
+	firstKeys = 1 << 10
+
+	// keyBytes is what a key takes beside its name, which is there twice while its epoch is
+	// published: itself, its count, its part of the record.
+	keyBytes = int64(unsafe.Sizeof(Key{})) + int64(unsafe.Sizeof(KeyCount{})) + 32
+)
+
 // Find returns the key of a name, or nil if it is not in the epoch. hash is a hash of the
-// name that nobody outside can choose, the same at every call.
+// name that nobody outside can choose, the same at every call. It may miss one that is
+// being added.
 func (ks *Keys) Find(hash uint64, name []byte) *Key {
 	table := ks.table.Load()
 	if table == nil {
@@ -62,21 +91,23 @@ func (ks *Keys) Find(hash uint64, name []byte) *Key {
 }
 
 // Add returns the key of a name, which it adds if it is not in the epoch yet. It returns
-// nil if the epoch has as many keys as it may, and for a name whose hash another one has.
+// nil if the epoch has as many keys as it may or memory for keys is used up, and for a
+// name whose hash another one has.
 func (ks *Keys) Add(hash uint64, name []byte) *Key {
-	table := ks.prepare()
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
+	table := ks.room()
 	for i := hash; ; i++ {
-		slot := &(*table)[i&uint64(len(*table)-1)]
+		slot := &table[i&uint64(len(table)-1)]
 		k := slot.Load()
 		switch {
-		case k == nil && ks.Full():
+		case k == nil && (ks.used >= ks.max || ks.memory.full()):
 			return nil
 		case k == nil:
-			k = &Key{name: string(name), hash: hash}
+			k = &Key{name: string(name), hash: hash, of: ks}
+			ks.take(keyBytes + 2*int64(len(name)))
 			slot.Store(k)
-			ks.used.Add(1)
+			ks.used++
 			return k
 		case k.hash == hash && k.name == string(name):
 			return k
@@ -86,21 +117,71 @@ func (ks *Keys) Add(hash uint64, name []byte) *Key {
 	}
 }
 
-// prepare makes the table, if there is none.
-func (ks *Keys) prepare() *[]atomic.Pointer[Key] {
-	if table := ks.table.Load(); table != nil {
-		return table
+// room returns the table, with an empty slot in it. ks.adding is held.
+func (ks *Keys) room() []atomic.Pointer[Key] {
+	table := ks.table.Load()
+	if table == nil {
+		return ks.resize(firstKeys)
 	}
-	made := make([]atomic.Pointer[Key], 1<<bits.Len(uint(2*ks.max)))
-	ks.table.CompareAndSwap(nil, &made)
-	return ks.table.Load()
+	if 2*ks.used < len(*table) {
+		return *table
+	}
+	return ks.resize(2 * len(*table))
 }
 
-// Len returns how many keys were added.
-func (ks *Keys) Len() int { return int(ks.used.Load()) }
+// resize makes a table of size slots with the keys of the present one, in which requests go
+// on finding them. ks.adding is held.
+func (ks *Keys) resize(size int) []atomic.Pointer[Key] {
+	made := make([]atomic.Pointer[Key], size)
+	ks.take(int64(size) * int64(unsafe.Sizeof(made[0])))
+	if old := ks.table.Load(); old != nil {
+		for i := range *old {
+			if k := (*old)[i].Load(); k != nil {
+				at := k.hash
+				for made[at&uint64(size-1)].Load() != nil {
+					at++
+				}
+				made[at&uint64(size-1)].Store(k)
+			}
+		}
+	}
+	ks.table.Store(&made)
+	return made
+}
 
-// Full reports whether the epoch has as many keys as it may.
-func (ks *Keys) Full() bool { return ks.Len() >= ks.max }
+// take counts memory. ks.adding is held.
+func (ks *Keys) take(bytes int64) {
+	ks.bytes += bytes
+	if ks.memory != nil {
+		ks.memory.used.Add(bytes)
+	}
+}
+
+// prepare makes the table for so many keys, so that no request has to wait for it.
+func (ks *Keys) prepare(keys int) {
+	ks.adding.Lock()
+	defer ks.adding.Unlock()
+	if ks.table.Load() == nil && !ks.memory.full() {
+		ks.resize(max(firstKeys, 1<<bits.Len(uint(2*min(keys, ks.max)))))
+	}
+}
+
+// release gives the memory back: the counts are published.
+func (ks *Keys) release() {
+	ks.adding.Lock()
+	defer ks.adding.Unlock()
+	ks.take(-ks.bytes)
+}
+
+// Len returns how many keys have ids.
+func (ks *Keys) Len() int { return int(ks.filled.Load()) }
+
+// Full reports whether no further key has room.
+func (ks *Keys) Full() bool {
+	ks.adding.Lock()
+	defer ks.adding.Unlock()
+	return ks.used >= ks.max || ks.memory.full()
+}
 
 // Counts returns the keys that have ids, in the order of their names; nil if there are
 // none. While requests are in flight it has Unique's weak promise.

@@ -69,7 +69,7 @@ func TestKeysAreBounded(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if in.Load() != most || ks.Len() != most {
+	if in.Load() != most || ks.Len() != most || !ks.Full() {
 		t.Fatalf("%d keys are in, Len is %d, want %d", in.Load(), ks.Len(), most)
 	}
 	name := ks.Counts()[0].Key
@@ -82,7 +82,37 @@ func TestKeysAreBounded(t *testing.T) {
 func TestNamesOfOneHashAreNotMixed(t *testing.T) {
 	ks := keysOf(10)
 	a := ks.Add(7, []byte("a"))
+	a.Count(1)
 	if b := ks.Add(7, []byte("b")); b != nil || ks.Find(7, []byte("b")) != nil || ks.Find(7, []byte("a")) != a || ks.Len() != 1 {
 		t.Errorf("got %v for the second name, %d keys", b, ks.Len())
+	}
+}
+
+// TestMemoryOfKeysIsBoundedOverEpochs: epochs that wait to be published share one bound, and
+// give their part back.
+func TestMemoryOfKeysIsBoundedOverEpochs(t *testing.T) {
+	memory := keyMemory{limit: 1 << 20}
+	flood := func(ks *Keys) (n int) {
+		for n < 100_000 && add(ks, fmt.Sprint("key-", n)) {
+			n++
+		}
+		return n
+	}
+	first, second := Keys{max: 1 << 20, memory: &memory}, Keys{max: 1 << 20, memory: &memory}
+	had := flood(&first)
+	if had < 1000 || had > 10_000 || !first.Full() || memory.used.Load() > memory.limit+memory.limit/4 {
+		t.Fatalf("%d keys in %d bytes, want a mebibyte", had, memory.used.Load())
+	}
+	if n := flood(&second); n > 0 || !add(&first, "key-0") {
+		t.Errorf("another epoch got %d keys, or those that are in count no more", n)
+	}
+	first.release()
+	second.release()
+	if memory.used.Load() != 0 {
+		t.Errorf("%d bytes are left", memory.used.Load())
+	}
+	third := Keys{max: 1 << 20, memory: &memory}
+	if n := flood(&third); n != had {
+		t.Errorf("got %d keys after the memory was given back, %d before", n, had)
 	}
 }

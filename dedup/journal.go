@@ -421,7 +421,7 @@ func (j *journal) load(have map[int]bool) (err error) {
 			return err
 		}
 		j.segments[index] = s
-		if err := s.scan(j.newest.serial, needed, j.counts, j.keyed); err != nil {
+		if err := s.scan(&j.secret, j.newest.serial, needed, j.counts, j.keyed); err != nil {
 			return err
 		}
 		// Without a mark: the last process was killed making or removing it.

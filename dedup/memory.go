@@ -595,6 +595,13 @@ func (m *Memory) sample(e *counter.Epoch, v *View, of *atomic.Uint64, fresh uint
 	}
 }
 
+// nothingLeft reports whether no id gets in any more.
+func (v *View) nothingLeft() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.refused != nil || v.left == 0
+}
+
 // insertTight adds under the lock that guards what is left of MaxIDs.
 func (m *Memory) insertTight(v *View, kind int, hi, lo uint64) (p place, err error) {
 	if v.refused != nil {

@@ -219,7 +219,7 @@ func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
 	case tokens == nil:
 	case e.Serial() == newest.serial:
 		v.tokens, v.past = tokens, past
-	case e.Start().Equal(newest.end()):
+	case e.Start().After(newest.start()) && !e.Start().After(newest.end()): // earlier where the windows got shorter
 		v.past = tokens
 	}
 	if tokens != v.tokens && tokens != v.past {
@@ -242,6 +242,9 @@ func (m *Memory) under(e *counter.Epoch, v *View, j *journal, w *writer, name []
 	}
 	if keys.Full() {
 		return nil, ErrTooManyKeys
+	}
+	if v.tight.Load() && v.nothingLeft() {
+		return nil, ErrFull // its id would be refused
 	}
 	if j != nil {
 		c, err := j.reserve(w, v.serial, nameKind)
@@ -363,7 +366,7 @@ type keyed struct {
 func newKeyed() *keyed { return &keyed{map[uint64]string{}, map[uint64]uint64{}} }
 
 // read adds records of a kind with keys.
-func (k *keyed) read(kind int, words []uint64) error {
+func (k *keyed) read(s *secret, kind int, words []uint64) error {
 	width := int(recordWords[kind])
 	for i := 0; i+width <= len(words); i += width {
 		if kind != nameKind {
@@ -374,7 +377,11 @@ func (k *keyed) read(kind int, words []uint64) error {
 		if n == 0 || n > maxUnder {
 			return damaged("the name of a key has %d bytes", n)
 		}
-		k.names[words[i]] = string(bytesOf(words[i+2 : i+width])[:n])
+		name := bytesOf(words[i+2 : i+width])[:n]
+		if s.name(name) != words[i] {
+			return damaged("the name of a key does not have its hash")
+		}
+		k.names[words[i]] = string(name)
 	}
 	return nil
 }

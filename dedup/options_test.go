@@ -375,3 +375,47 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 		})
 	}
 }
+
+// TestTokensServeAfterAChangeOfWindow: the windows got shorter, and the one that counted the
+// id is not over.
+func TestTokensServeAfterAChangeOfWindow(t *testing.T) {
+	for _, tt := range []struct {
+		before, after, sleep time.Duration
+	}{{5 * time.Second, time.Second, 2 * time.Second}, {5 * time.Second, time.Second, 0}, {time.Second, 2 * time.Second, 1500 * time.Millisecond}} {
+		synctest.Test(t, func(t *testing.T) {
+			l := newLedger(t)
+			cfg := small(fastDir(t))
+			p := live(t, cfg, tt.before, l)
+			v, counted, err := p.with(time.Now(), "1", "", "a token")
+			if v != Unique || err != nil {
+				t.Fatal(v, err)
+			}
+			p.kill()
+			time.Sleep(tt.sleep)
+			p = live(t, cfg, tt.after, l)
+			e := p.c.Last()
+			v, _, err = p.with(time.Now(), "1", "", "a token")
+			at := e.Start()
+			if v == ReplayedBefore {
+				at = e.Before()
+			}
+			if v != Replayed && v != ReplayedBefore || err != nil || !at.Equal(counted) {
+				t.Errorf("%v to %v: got %v, %v of %v; want a replay of %v", tt.before, tt.after, v, err, at, counted)
+			}
+			p.close()
+		})
+	}
+}
+
+// TestNameOfAKeyThatWasChangedIsDamage: an id is not published under the name of another key.
+func TestNameOfAKeyThatWasChangedIsDamage(t *testing.T) {
+	s := newSecret()
+	record := nameRecord(s.name([]byte("kk1")), []byte("kk1"))
+	if err := newKeyed().read(&s, nameKind, record); err != nil {
+		t.Error(err)
+	}
+	bytesOf(record[2:])[2] ^= 8
+	if err := newKeyed().read(&s, nameKind, record); err == nil {
+		t.Error("a name whose hash is that of another was taken")
+	}
+}

@@ -69,7 +69,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 			j.end(o.of())
 		default:
 			past.Left = append(past.Left, counter.Left{
-				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing, Keys: r.keys,
+				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing, Keys: r.keys, NoKeys: r.keysLost,
 				Exact: !r.doubtful, State: o.of(),
 			})
 			j.first.sum = j.sumOf(&o) + r.missing
@@ -86,6 +86,7 @@ type remainder struct {
 	doubtful bool               // ids may be lost
 	settled  bool               // no record is to be published for it
 	keys     []counter.KeyCount // the part of missing that is under keys
+	keysLost bool               // it is not known
 
 	// Set if ids that no record has cannot get one any more.
 	lost        bool
@@ -124,7 +125,7 @@ func (r *remainder) count(k *keyed, published publishedKeys) {
 	}
 	keys, sum, ok := k.counts(published.ids)
 	if r.keys = keys; !ok || published.lost || sum > r.missing {
-		r.keys, r.doubtful = nil, true
+		r.keys, r.keysLost, r.doubtful = nil, true, true
 	}
 }
 

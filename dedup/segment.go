@@ -201,7 +201,7 @@ func chunksOf(memory []byte) []chunk {
 //
 // Chunks of epochs after the newest are of one whose slot was lost with the
 // power. Its serial will be used again, so they are cleared.
-func (s *segment) scan(newest uint64, needed map[uint64]bool, counts map[uint64]load, keyed map[uint64]*keyed) error {
+func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, counts map[uint64]load, keyed map[uint64]*keyed) error {
 	for i := 1; i < len(s.chunks); i++ {
 		head := s.chunks[i][0]
 		if head == 0 {
@@ -230,7 +230,7 @@ func (s *segment) scan(newest uint64, needed map[uint64]bool, counts map[uint64]
 			if keyed[serial] == nil {
 				keyed[serial] = newKeyed()
 			}
-			if err := keyed[serial].read(kind, s.chunks[i].records(kind, records)); err != nil {
+			if err := keyed[serial].read(secret, kind, s.chunks[i].records(kind, records)); err != nil {
 				return err
 			}
 		}

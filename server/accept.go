@@ -85,7 +85,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	}
 
 	var a asked
-	err := s.read(&a, h, raw, lines, !body && h.ContentLength() != 0)
+	err := s.read(&a, h, raw, lines, !body && (h.IsGet() || h.ContentLength() != 0))
 	switch {
 	case err != nil:
 		s.refuse(ctx, fasthttp.StatusBadRequest, queryReason(err))
@@ -183,7 +183,7 @@ func judgedIn(v dedup.Verdict, e *counter.Epoch) (start time.Time, label []byte)
 	if start = e.Start(); v != dedup.ReplayedBefore {
 		return start, e.Label()
 	}
-	start = start.Add(-e.Window())
+	start = e.Before()
 	return start, start.AppendFormat(nil, time.RFC3339Nano)
 }
 

@@ -86,5 +86,5 @@ func (r *Set) countUnder(e *counter.Epoch, under string) {
 // hasRoom reports whether an id under a key may be new. All keys that this instance has
 // counted are in Redis: if there is no room here for another one, there is none there.
 func (r *Set) hasRoom(e *counter.Epoch, under []byte) bool {
-	return len(under) == 0 || e.Keys().Len() < r.cfg.MaxKeys || e.Keys().Find(r.keyHash(under), under) != nil
+	return len(under) == 0 || !e.Keys().Full() || e.Keys().Find(r.keyHash(under), under) != nil
 }
