@@ -100,7 +100,7 @@ func TestSentinelChangesTheMaster(t *testing.T) {
 				return "redis-sentinel://:" + password + "@" + sentinel + "?master_set=" + masterSet
 			}
 			f := groupOf(t, 2, url(sentinels[0]), "1s", "--redis-url="+url(sentinels[1]), "--redis-url="+url(sentinels[2]))
-			f.Duration, f.Rate, f.Pipeline, f.Connections = 14*time.Second, 3000, 1, 64
+			f.Duration, f.Rate, f.Pipeline, f.Connections = 18*time.Second, 3000, 1, 64
 			f.AllowInexact, f.Verbose = true, true // verbose: all windows are in the table
 			sum := unavailableAtAll(f)
 			seen := make(chan outage, 1)
@@ -123,7 +123,7 @@ func TestSentinelChangesTheMaster(t *testing.T) {
 			if o.taken == 0 {
 				t.Error("the replica did not become the master")
 			}
-			if most := max(sentinelPatience, o.taken) + 4*time.Second + tt.quiet; o.lasted > most {
+			if most := max(sentinelPatience, o.taken) + 8*time.Second + tt.quiet; o.lasted > most {
 				t.Errorf("ids failed for %v, want no longer than %v", o.lasted, most)
 			}
 			// Losses show in the windows of the change; later ones are exact.
