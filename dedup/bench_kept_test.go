@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync"
 	"testing"
@@ -225,4 +226,42 @@ func uuidOf(id []byte, n uint64) []byte {
 		id[i] = hex[n&15]
 	}
 	return id
+}
+
+// BenchmarkResidentUnderKeys adds ten million ids under 100,000 keys and reports the memory
+// of the tables and of the keys, for each.
+func BenchmarkResidentUnderKeys(b *testing.B) {
+	const ids, keys = 10_000_000, 100_000
+	for _, uuids := range []bool{false, true} {
+		b.Run(fmt.Sprintf("uuids=%t", uuids), func(b *testing.B) {
+			for b.Loop() {
+				var before, after runtime.MemStats
+				runtime.GC()
+				runtime.ReadMemStats(&before)
+				m := newMemory(b, Config{ExpectAny: ids})
+				e := newEpochs(b, m)
+				in, _ := e.Enter(e.At(0), 0)
+				items, verdicts := make([]Item, 1), make([]Verdict, 1)
+				var id, under []byte
+				for i := range uint64(ids) {
+					if id = strconv.AppendUint(id[:0], i*7, 10); uuids {
+						id = uuidOf(id[:0], i*7)
+					}
+					under = strconv.AppendUint(append(under[:0], "campaign-"...), i%keys, 10)
+					o := &Options{Under: under}
+					items[0], verdicts[0] = Item{ID: id, Key: m.Key(id, o), Options: o}, Turned
+					if err := m.AddMany(in.Epoch, items, verdicts); verdicts[0] != Unique || err != nil {
+						b.Fatal(verdicts[0], err)
+					}
+				}
+				runtime.GC()
+				runtime.ReadMemStats(&after)
+				b.ReportMetric((float64(m.arena.used.Load())+float64(after.HeapAlloc-before.HeapAlloc))/ids, "B/id")
+				if n := in.Keys().Len(); n != keys {
+					b.Errorf("%d keys", n)
+				}
+				in.Leave(counter.Void)
+			}
+		})
+	}
 }
