@@ -281,7 +281,7 @@ func (p *program) listen() error {
 func (p *program) openRecords() (err error) {
 	cfg := p.cfg
 	spool := cfg.spool()
-	spool.Log = p.log
+	spool.Memory, spool.Log = p.memory, p.log
 	if p.spool, err = stream.OpenSpool(spool); err != nil {
 		return fmt.Errorf("--data-dir=%s: %w", cfg.DataDir, err)
 	}

@@ -84,8 +84,7 @@ type journal struct {
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 3
-	tokenlessOne   = 2 // the version before tokens and keys: what it wrote means the same
+	journalVersion = 3                  // earlier ones: upgrade.go
 
 	// The state file: a header, the slots, the marks. A slot is a quarter of a
 	// sector, which a loss of power leaves old or new.
@@ -461,14 +460,14 @@ func (j *journal) loadState() error {
 		return damaged("the state file has a bad header")
 	case header[headerVersionAt] > journalVersion:
 		return fmt.Errorf("%s has the format %d of a newer version; this one knows %d", f.Name(), header[headerVersionAt], journalVersion)
-	case header[headerVersionAt] != journalVersion && header[headerVersionAt] != tokenlessOne || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
+	case header[headerVersionAt] < withoutPublisher || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
 		header[headerChunksAt] < 2 || header[headerChunksAt] > maxSegmentChunks:
 		return damaged("the state file has a header that no version writes")
-	}
-	if header[headerVersionAt] == tokenlessOne {
-		if err := upgrade(f, header); err != nil {
+	case header[headerVersionAt] < journalVersion:
+		if err := j.upgrade(f, header); err != nil {
 			return err
 		}
+		return j.loadState() // it may be another file
 	}
 	if j.state, err = mapWhole(f, stateBytes); err != nil {
 		return err
@@ -479,17 +478,6 @@ func (j *journal) loadState() error {
 	j.slots = unsafe.Slice((*slot)(unsafe.Pointer(&j.state[slotsAt])), slotCount)
 	j.marks = unsafe.Slice((*uint64)(unsafe.Pointer(&j.state[marksAt])), maxSegments)
 	return nil
-}
-
-// upgrade gives a state file the present version, so that the version before, which cannot
-// read what this one writes, refuses it. The header is one sector: old or new.
-func upgrade(f *os.File, header []uint64) error {
-	header[headerVersionAt] = journalVersion
-	header[headerCheckAt] = checkOf(header[:headerCheckAt])
-	if _, err := f.WriteAt(bytesOf(header), 0); err != nil {
-		return err
-	}
-	return f.Sync()
 }
 
 // loadSlots returns the epochs of the slots, the oldest first, and sets newest.

@@ -756,8 +756,9 @@ func TestForeignAndNewerFiles(t *testing.T) {
 		err    string
 	}{
 		{"newer", header(func(h []uint64) { h[headerVersionAt]++ }), false, "newer version"},
-		{"before tokens", header(func(h []uint64) { h[headerVersionAt] = tokenlessOne }), false, ""},
-		{"older than the first", header(func(h []uint64) { h[headerVersionAt] = 1 }), true, ""},
+		{"before tokens", header(func(h []uint64) { h[headerVersionAt] = withoutTokens }), false, ""},
+		{"older than the first", header(func(h []uint64) { h[headerVersionAt] = 0 }), true, ""},
+		{"of another length than the first", header(func(h []uint64) { h[headerVersionAt] = withoutPublisher }), true, ""},
 		{"other geometry", header(func(h []uint64) { h[headerSlotsAt]++ }), true, ""},
 		{"no chunks", header(func(h []uint64) { h[headerChunksAt] = 0 }), true, ""},
 		{"other secret", header(func(h []uint64) { h[headerSecretAt]++ }), true, ""},

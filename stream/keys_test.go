@@ -732,3 +732,53 @@ func TestReadKeysFollow(t *testing.T) {
 		synctest.Wait()
 	}, kfake.AllowAutoTopicCreation())
 }
+
+// TestKeysThatWaitInMemoryTakeAShareOfIt: above it publishing waits until some were
+// delivered. A record whose keys take more is taken alone, and without keys each is.
+func TestKeysThatWaitInMemoryTakeAShareOfIt(t *testing.T) {
+	var keys []counter.KeyCount
+	for i := range 1_000 {
+		keys = append(keys, counter.KeyCount{Key: fmt.Sprintf("campaign-%04d", i), Unique: 1})
+	}
+	one := uint64(len(packKeys(keys)))
+	for _, tt := range []struct {
+		memory uint64
+		fit    int
+	}{
+		{0, 20}, {1 << 40, 20}, {8 * one, 1}, {8*(3*one+1) - 1, 3}, {8*3*one - 1, 2}, {1, 1},
+	} {
+		sp, err := OpenSpool(SpoolConfig{Group: "verve", Instance: "host-1", Memory: tt.memory})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sp.attach([]string{"a"}); err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		put := func(keys []counter.KeyCount) error {
+			r := record(n)
+			err := sp.append(&r, keys, noStep)
+			if err == nil {
+				n++
+			}
+			return err
+		}
+		for n < 20 && err == nil {
+			err = put(keys)
+		}
+		if n != tt.fit || n < 20 && !errors.Is(err, errSpoolFull) {
+			t.Errorf("with %d bytes %d records fit, then %v; want %d, each with %d bytes of keys", tt.memory, n, err, tt.fit, one)
+		}
+		if err := put(nil); err != nil {
+			t.Errorf("with %d bytes, a record without keys: %v", tt.memory, err)
+		}
+		drain(t, sp, "a")
+		if err := put(keys); err != nil {
+			t.Errorf("with %d bytes, after the delivery: %v", tt.memory, err)
+		}
+		if store := sp.store.(*memoryStore); store.keysLimit > memoryKeysLimit {
+			t.Errorf("with %d bytes the limit is %d", tt.memory, store.keysLimit)
+		}
+		sp.Close()
+	}
+}

@@ -29,6 +29,9 @@ type SpoolConfig struct {
 	// Log gets one line when a damaged file was set aside. The zero value is
 	// silent.
 	Log zerolog.Logger
+	// Memory is what the process may take, in bytes; 0: it is not known. Without a Dir
+	// an eighth of it, and 256 MiB at most, is for the keys of records that wait.
+	Memory uint64
 	// limit is the number of undelivered records above which Append refuses.
 	// 0 means defaultSpoolLimit on disk, defaultMemoryLimit in memory.
 	limit int
@@ -63,8 +66,10 @@ const (
 	defaultMemoryLimit = 1 << 16
 
 	// memoryKeysLimit bounds the keys of the records in memory, in bytes: two hours of
-	// minutes with 100,000 keys of a dozen letters. One record is always taken.
+	// minutes with 100,000 keys of a dozen letters. memoryKeysShare of SpoolConfig.Memory
+	// bounds them, too. One record is always taken.
 	memoryKeysLimit = 256 << 20
+	memoryKeysShare = 8
 
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
@@ -190,7 +195,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		changed: make(chan struct{}),
 		recent:  make(map[int64]uint64),
 	}
-	s.store = &memoryStore{}
+	s.store = newMemoryStore(cfg.Memory)
 	if cfg.Dir == "" {
 		if s.limit == 0 {
 			s.limit = defaultMemoryLimit
@@ -253,7 +258,7 @@ func (s *Spool) makeFile() error {
 	}
 	if err != nil {
 		s.store.close()
-		s.store, s.unmade = &memoryStore{}, err
+		s.store, s.unmade = newMemoryStore(0), err // nothing is appended to it
 	}
 	return err
 }
@@ -599,10 +604,21 @@ func (s *Spool) delivered(start time.Time) string {
 
 // memoryStore is the store of --data-dir=none.
 type memoryStore struct {
-	mu       sync.Mutex // guards entries against scan and keys, which do not hold the spool's
-	entries  []entry
-	keyBytes int // of the keys of entries
-	poisoned []entry
+	mu        sync.Mutex // guards entries against scan and keys, which do not hold the spool's
+	entries   []entry
+	keyBytes  int // of the keys of entries
+	keysLimit int // of keyBytes
+	poisoned  []entry
+}
+
+// newMemoryStore returns the store of a process that may take so many bytes; 0: it is not
+// known how many.
+func newMemoryStore(memory uint64) *memoryStore {
+	limit := uint64(memoryKeysLimit)
+	if memory > 0 {
+		limit = min(limit, memory/memoryKeysShare)
+	}
+	return &memoryStore{keysLimit: int(limit)}
 }
 
 func (m *memoryStore) load() (state, error) {
@@ -613,8 +629,8 @@ func (m *memoryStore) put(e entry, _ string, _ series, beforeCommit func()) erro
 	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+len(e.keys) > memoryKeysLimit {
-		return fmt.Errorf("%w: %d bytes of keys wait for delivery", errSpoolFull, m.keyBytes)
+	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+len(e.keys) > m.keysLimit {
+		return fmt.Errorf("%w: %d bytes of keys wait for delivery, of %d at most", errSpoolFull, m.keyBytes, m.keysLimit)
 	}
 	m.entries = append(m.entries, e)
 	m.keyBytes += len(e.keys)
