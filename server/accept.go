@@ -119,7 +119,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 // asked is what a request asks for beside the ids in its body.
 type asked struct {
 	id       []byte            // nil: there is none in the query
-	plain    bool              // there is nothing but a plain id
+	plain    bool              // there is nothing but what plainQuery takes
 	endpoint callback.Endpoint // see wanted
 	wanted   bool              // a callback
 	options  dedup.Options     // of the id, or of each id in the body
@@ -128,7 +128,7 @@ type asked struct {
 // read reads into a, which is empty, what a request asks for in its query and its headers.
 // Of several faults the error is the first in the order id, endpoint, key, token.
 func (s *Server) read(a *asked, h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (err error) {
-	id, ok := plainID(raw)
+	id, ok := plainQuery(raw, &a.options)
 	if ok && lines.tokens == 0 {
 		if s.cfg.Uint64IDs && !canonicalUint64(id) {
 			return errBadID

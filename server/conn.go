@@ -137,7 +137,7 @@ type conn struct {
 	h2    bool
 
 	// For the fastPath, and the serving goroutine alone: whether fasthttp is
-	// between two requests, and what followed the id in a plain one.
+	// between two requests, and what followed the query in a plain one.
 	between bool
 	tail    tail
 	number  uint64

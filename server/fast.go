@@ -14,8 +14,9 @@ import (
 )
 
 const (
-	// A plain request is plainStart, an id of plain bytes, and a tail: the rest of
-	// the request line and the headers.
+	// A plain request is plainStart, an id of plain bytes, a key and a token of plain
+	// bytes if it has them (plainOptions), and a tail: the rest of the request line and
+	// the headers.
 	plainStart    = "GET " + acceptPath + "?id="
 	plainProtocol = " HTTP/1.1\r\n"
 
@@ -40,15 +41,15 @@ const (
 var crlfcrlf = []byte("\r\n\r\n")
 
 // fastPath answers a plain request that differs from one before it on the same
-// connection in its id, and in the values of headers that decide nothing, without
-// having fasthttp read it again. That is what clients send: all but the first request
+// connection in its id, its key, its token, and in the values of headers that decide
+// nothing, without having fasthttp read it again. That is what clients send: all but the first request
 // of a load test, and of most that keep their connections; and, with an id and a
 // time of its own for each request, what proxies send.
 //
 // fasthttp reads the first request and whatever is not plain. Where the handler has
 // answered a plain one it leaves the tail with the connection (accept, conn.learn). The
-// bytes that follow an id decide alone how fasthttp reads them, so a request with the same
-// tail would be read, and answered, the same way: no header is parsed here, and none can
+// bytes that follow the query decide alone how fasthttp reads them, so a request with the
+// same tail would be read, and answered, the same way: no header is parsed here, and none can
 // be read otherwise than by fasthttp. The same names in the same order, with another value
 // of visible bytes where neither fasthttp nor the handler looks at the value, are read in
 // the same way, too. The ids of requests that arrived together go into the set together,
@@ -67,12 +68,13 @@ type fastPath struct {
 	current atomic.Pointer[answers] // rendered last
 }
 
-// reads is the memory for the requests of one read: their ids are in the buffer read
-// into.
+// reads is the memory for the requests of one read: their ids, keys and tokens are in the
+// buffer read into.
 type reads struct {
 	work
-	ends [maxTogether]int // of the requests in the buffer
-	out  []byte
+	options [maxTogether]dedup.Options // of the items that have any
+	ends    [maxTogether]int           // of the requests in the buffer
+	out     []byte
 }
 
 // answers are what fasthttp writes for a verdict, in a second of its Date.
@@ -100,7 +102,7 @@ func connState(nc net.Conn, state fasthttp.ConnState) {
 	}
 }
 
-// tail is what followed the id in a plain request: the protocol and the headers.
+// tail is what followed the query of a plain request: the protocol and the headers.
 type tail struct {
 	bytes  []byte
 	values []span // of bytes: what may differ, in order
@@ -218,16 +220,17 @@ const (
 )
 
 // cut takes the first request from b if it is plain and ends in the tail that c
-// remembers.
-func (c *conn) cut(b []byte) (id, rest []byte, like likeness) {
+// remembers. A key and a token are written into o, which is then returned; of a request
+// with neither, nil is.
+func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Options, rest []byte, like likeness) {
 	if len(b) < len(plainStart) {
 		if plainStart[:len(b)] == string(b) {
-			return nil, nil, begun
+			return nil, nil, nil, begun
 		}
-		return nil, nil, other
+		return nil, nil, nil, other
 	}
 	if string(b[:len(plainStart)]) != plainStart {
-		return nil, nil, other
+		return nil, nil, nil, other
 	}
 	b = b[len(plainStart):]
 	n := 0
@@ -236,18 +239,24 @@ func (c *conn) cut(b []byte) (id, rest []byte, like likeness) {
 	}
 	rest = b[n:]
 	if n > maxIDLen || n == 0 && len(rest) > 0 {
-		return nil, nil, other
+		return nil, nil, nil, other
+	}
+	if len(rest) > 0 && rest[0] == '&' {
+		if rest, like = plainOptions(rest, o); like != whole {
+			return nil, nil, nil, like
+		}
+		options = o
 	}
 	if tail := c.tail.bytes; len(rest) >= len(tail) && string(rest[:len(tail)]) == string(tail) {
-		return b[:n], rest[len(tail):], whole
+		return b[:n], options, rest[len(tail):], whole
 	}
 	switch length, like := c.tail.match(rest); {
 	case like == whole:
-		return b[:n], rest[length:], whole
+		return b[:n], options, rest[length:], whole
 	case like == begun && len(b) < maxBegun:
-		return nil, nil, begun
+		return nil, nil, nil, begun
 	}
-	return nil, nil, other
+	return nil, nil, nil, other
 }
 
 // read is conn.Read when a request may begin. It returns when there is something
@@ -291,7 +300,8 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 		n, end := 0, 0
 		for rest = b; n < maxTogether; n++ {
 			var id, after []byte
-			if id, after, like = c.cut(rest); like != whole {
+			var options *dedup.Options
+			if id, options, after, like = c.cut(rest, &w.options[n]); like != whole {
 				break
 			}
 			if f.server.cfg.Uint64IDs && !canonicalUint64(id) {
@@ -300,7 +310,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 			}
 			rest, end = after, len(b)-len(after)
 			it := &items[n] // filled in its place: a copy of it costs some ns (BenchmarkServer)
-			it.ID, it.Key, w.ends[n] = id, f.server.cfg.Set.Key(id, nil), end
+			it.ID, it.Options, it.Key, w.ends[n] = id, options, f.server.cfg.Set.Key(id, options), end
 		}
 		w.items, w.keyed = items[:n], n
 		if answered := f.count(c, w, now); answered < n {
@@ -332,7 +342,11 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	second := now.Unix()
 	a, out := f.answers(second, nil), w.out
 	for i, v := range w.verdicts[:judged] {
-		if v > dedup.ReplayedBefore {
+		switch {
+		case v <= dedup.Repeat:
+		case v <= dedup.ReplayedBefore:
+			f.server.replayed.Add(1)
+		default:
 			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
 				v = dedup.Unavailable
 			}

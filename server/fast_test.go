@@ -183,9 +183,22 @@ func agree(t testing.TB, fast, slow *site, first string, raw []byte, cut func(n 
 		t.Fatalf("%q:\nfast %q\nslow %q", raw, answers[0], answers[1])
 	}
 	a, b := fast.cfg.Counter.Stats(), slow.cfg.Counter.Stats()
-	if a.Unique != b.Unique || a.Repeats != b.Repeats {
-		t.Fatalf("%q: counted %d and %d on the fast path, %d and %d on the slow one", raw, a.Unique, a.Repeats, b.Unique, b.Repeats)
+	if a.Unique != b.Unique || a.Repeats != b.Repeats || fast.replayed.Load() != slow.replayed.Load() {
+		t.Fatalf("%q: counted %d, %d and %d on the fast path, %d, %d and %d on the slow one", raw,
+			a.Unique, a.Repeats, fast.replayed.Load(), b.Unique, b.Repeats, slow.replayed.Load())
 	}
+	if a, b := fast.cfg.Counter.Last().Keys().Counts(), slow.cfg.Counter.Last().Keys().Counts(); !slices.Equal(a, b) {
+		t.Fatalf("%q: by key %v on the fast path, %v on the slow one", raw, a, b)
+	}
+}
+
+// optionParts are what may stand behind the id of a request: keys and tokens as the fast
+// path takes them, and what it leaves to fasthttp.
+var optionParts = []string{
+	"&key=k", "&key=other", "&token=t", "&token=u", "&token=~.-_", "&key=k&token=t", "&token=t&key=k", "&key=k&key=k", "&token=t&token=u",
+	"&key=", "&token=", "&", "&k", "&key", "&token", "&key=%6b", "&token=a+b", "&key=k;token=t", "&x=1", "&key=k#", "&id=1", "=", "&Key=k",
+	"&key=" + strings.Repeat("k", maxKeyLen), "&key=" + strings.Repeat("k", maxKeyLen+1),
+	"&token=" + strings.Repeat("t", maxTokenLen), "&token=" + strings.Repeat("t", maxTokenLen+1),
 }
 
 // FuzzFastPathAnswersAsFasthttp: whatever comes on a connection, in whatever
@@ -200,11 +213,15 @@ func FuzzFastPathAnswersAsFasthttp(f *testing.F) {
 	for i, value := range []string{"", " ", "a b", "\t", "a\x00", "a\x80", "a\r", "a\n", "a\r\n b", "a\r\nConnection: close", "a\r\nHost: y", "a:b", strings.Repeat("v", maxBegun)} {
 		f.Add([]byte(proxied("1", "a")+proxied("2", value)+proxied("3", "c")), byte(255-i))
 	}
+	for i, part := range optionParts {
+		f.Add([]byte(get("id=1"+part)+get("id=1&token=t")+get("id=1"+part)+get("id=1&key=k"+part)), byte(i))
+		f.Add([]byte(proxied("2"+part, "a")+getWith("id=2"+part, "Idempotency-Key: t")+proxied("2"+part, "b")), byte(255-i))
+	}
 	f.Fuzz(func(t *testing.T, raw []byte, split byte) {
 		if len(raw) > 1<<20 {
 			return
 		}
-		for _, first := range []string{get("id=first"), proxied("first", "0")} {
+		for _, first := range []string{get("id=first"), proxied("first", "0"), get("id=first&key=k&token=t")} {
 			agree(t, fast, slow, first, raw, func(n int) int { return min(n, 1+int(split)) })
 		}
 	})
@@ -241,6 +258,9 @@ func TestFastPathAgreesWithFasthttp(t *testing.T) {
 					if rnd.IntN(50) == 0 {
 						id = strings.Repeat("7", maxIDLen-2+rnd.IntN(5))
 					}
+					for rnd.IntN(3) == 0 {
+						id += optionParts[min(rnd.IntN(len(optionParts)), rnd.IntN(len(optionParts)))]
+					}
 					if differ && rnd.IntN(20) > 0 {
 						trace := strconv.FormatUint(rnd.Uint64()>>rnd.IntN(64), 36)
 						if rnd.IntN(200) == 0 {
@@ -254,12 +274,20 @@ func TestFastPathAgreesWithFasthttp(t *testing.T) {
 				if len(raw) > 0 && rnd.IntN(4) > 0 {
 					raw = mutate(rnd, raw, seeds)
 				}
+				if rnd.IntN(20) == 0 { // so that retries find tokens of the window before
+					for _, s := range []*site{fast, slow} {
+						s.cfg.Counter.TurnFrom(s.cfg.Counter.Last())
+					}
+				}
 				agree(t, fast, slow, first, raw, func(n int) int {
 					if rnd.IntN(2) == 0 {
 						return n
 					}
 					return 1 + rnd.IntN(min(n, 200))
 				})
+			}
+			if fast.replayed.Load() == 0 {
+				t.Error("no attempt was repeated")
 			}
 		})
 	}
@@ -274,6 +302,8 @@ func TestFastPathRemembersOnlyWhatKeepsTheConnection(t *testing.T) {
 		" HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n",
 		" HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", maxTail) + "\r\n\r\n",
 		"&x=1 HTTP/1.1\r\nHost: x\r\n\r\n",
+		" HTTP/1.1\r\nHost: x\r\nIdempotency-Key: t\r\n\r\n",
+		"&key=k HTTP/1.1\r\nHost: x\r\nIdempotency-Key: t\r\n\r\n",
 	} {
 		w := &witness{}
 		s := newSite(t, func(c *Config) {
@@ -353,6 +383,70 @@ func TestFastPathTakesRequestsWhoseHeadersDiffer(t *testing.T) {
 				t.Errorf("%d of %d requests went the fast path, want %d", got, burst, want)
 			}
 		})
+	}
+}
+
+// TestFastPathTakesKeysAndTokens of plain bytes that stand behind the id, whether the
+// request that left its tail had any or not, and nothing else.
+func TestFastPathTakesKeysAndTokens(t *testing.T) {
+	const burst = 20
+	for _, c := range []struct {
+		first, then string // behind the id; %d is another number in each request
+		fast        bool
+	}{
+		{"", "&key=k", true},
+		{"", "&token=t-%d", true},
+		{"", "&key=k.%d&token=t", true},
+		{"&token=t&key=k", "", true},
+		{"&key=k&token=t", "&token=t&key=k~%d", true},
+		{"&key=" + strings.Repeat("k", maxKeyLen), "&token=" + strings.Repeat("t", maxTokenLen), true},
+		{"", "&key=a%%20%d", false},
+		{"", "&x=%d", false},
+		{"", "&key=k&x=%d", false},
+		{"&x=1", "&x=%d", false},
+	} {
+		t.Run(c.first+" then "+c.then, func(t *testing.T) {
+			w := &witness{}
+			s := newSite(t, func(c *Config) {
+				w.Set = c.Set
+				c.Set = w
+			})
+			conn, r := s.dial()
+			for i := range burst {
+				options := c.first
+				if i > 0 {
+					options = strings.ReplaceAll(strings.ReplaceAll(c.then, "%d", strconv.Itoa(i)), "%%", "%")
+				}
+				io.WriteString(conn, get("id="+strconv.Itoa(i)+options))
+				if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 || body != "ok" {
+					t.Fatalf("request %d: %v %q, %v", i, resp, body, err)
+				}
+			}
+			want := int64(0)
+			if c.fast {
+				want = burst - 1
+			}
+			if got := w.together.Load(); got != want {
+				t.Errorf("%d of %d requests went the fast path, want %d", got, burst, want)
+			}
+		})
+	}
+}
+
+// TestFastPathAnswersRetriesAsFasthttp: repeats and replays of this window and the one
+// before, with the window that counted the id.
+func TestFastPathAnswersRetriesAsFasthttp(t *testing.T) {
+	fast, slow, _ := pairOfSites(t, func(c *Config) { c.WindowHeader = true })
+	attempts := get("id=1&token=t") + get("id=1&token=u") + get("id=1") + get("id=2&key=k&token=t") + get("id=2&token=t&key=k") + get("id=1&token=t")
+	for range 3 {
+		agree(t, fast, slow, get("id=first"), []byte(attempts), func(n int) int { return n })
+		for _, s := range []*site{fast, slow} {
+			s.cfg.Counter.TurnFrom(s.cfg.Counter.Last())
+		}
+	}
+	// In the second window the token u counts the id 1, in the third one t again.
+	if n := fast.replayed.Load(); n != 2+4+3 {
+		t.Errorf("%d replays, want 9", n)
 	}
 }
 
@@ -564,17 +658,25 @@ type pipe struct {
 	net.Conn
 	requests []byte
 	ids      []int // where the ids are in it
+	depth    int
 	id, left int
 }
 
 const pipeID = "10000000000"
 
-func newPipe(depth int) *pipe {
+// newPipe sends so many requests at once. A number in options, which stand behind the ids,
+// is that of the id.
+func newPipe(depth int, options string) *pipe {
 	p := &pipe{id: 1e10}
 	for range depth {
-		p.ids = append(p.ids, len(p.requests)+strings.Index(get("id="+pipeID), pipeID))
-		p.requests = append(p.requests, get("id="+pipeID)...)
+		request := get("id=" + pipeID + options)
+		for at := 0; strings.Contains(request[at:], pipeID); at += len(pipeID) {
+			at += strings.Index(request[at:], pipeID)
+			p.ids = append(p.ids, len(p.requests)+at)
+		}
+		p.requests = append(p.requests, request...)
 	}
+	p.depth = depth
 	return p
 }
 
@@ -582,11 +684,13 @@ func (p *pipe) Read(b []byte) (int, error) {
 	if p.left <= 0 {
 		return 0, io.EOF
 	}
-	for _, at := range p.ids {
-		p.id++
+	for i, at := range p.ids {
+		if i%(len(p.ids)/p.depth) == 0 {
+			p.id++
+		}
 		strconv.AppendInt(p.requests[at:at], int64(p.id), 10)
 	}
-	p.left -= len(p.ids)
+	p.left -= p.depth
 	return copy(b, p.requests), nil
 }
 
@@ -597,37 +701,46 @@ func (p *pipe) LocalAddr() net.Addr         { return &net.TCPAddr{} }
 
 // BenchmarkServer is what a new id costs without the kernel: on the fast path, by
 // fasthttp and the handler alone, and, as the limit of that, by fasthttp with a
-// handler that answers ok to everything.
+// handler that answers ok to everything. With a token, or under a key, it is what
+// those cost.
 func BenchmarkServer(b *testing.B) {
 	for _, depth := range []int{1, 16} {
 		for _, way := range []string{"fast", "fasthttp", "bare"} {
-			b.Run(fmt.Sprintf("%s/depth=%d", way, depth), func(b *testing.B) {
-				set, err := dedup.NewMemory(dedup.Config{Expect: 10_000_000})
-				if err != nil {
-					b.Fatal(err)
-				}
-				s := newSite(b, func(c *Config) {
-					replaceSet(b, c, set)
-					if way == "fasthttp" {
-						c.noFastPath = true
-					}
-				})
-				http := &s.http
-				if way == "bare" {
-					http = &fasthttp.Server{Handler: func(ctx *fasthttp.RequestCtx) { ctx.SetBodyString("ok") }}
-				}
-				p := newPipe(depth)
-				p.left = b.N
-				var c net.Conn = &conn{Conn: p, raw: p, owner: s.ln, number: 1}
-				if way == "bare" {
-					c = p
-				}
-				b.ReportAllocs()
-				if err := http.ServeConn(c); err != nil {
-					b.Fatal(err)
-				}
-			})
+			b.Run(fmt.Sprintf("%s/depth=%d", way, depth), func(b *testing.B) { benchmarkServer(b, way, newPipe(depth, "")) })
 		}
+		for name, options := range map[string]string{"token": "&token=t-" + pipeID, "key": "&key=campaign-1"} {
+			b.Run(fmt.Sprintf("%s/depth=%d", name, depth), func(b *testing.B) { benchmarkServer(b, name, newPipe(depth, options)) })
+		}
+	}
+}
+
+func benchmarkServer(b *testing.B, way string, p *pipe) {
+	cfg := dedup.Config{Expect: 10_000_000}
+	if way == "key" {
+		cfg = dedup.Config{ExpectWide: 10_000_000}
+	}
+	set, err := dedup.NewMemory(cfg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s := newSite(b, func(c *Config) {
+		replaceSet(b, c, set)
+		if way == "fasthttp" {
+			c.noFastPath = true
+		}
+	})
+	http := &s.http
+	if way == "bare" {
+		http = &fasthttp.Server{Handler: func(ctx *fasthttp.RequestCtx) { ctx.SetBodyString("ok") }}
+	}
+	p.left = b.N
+	var c net.Conn = &conn{Conn: p, raw: p, owner: s.ln, number: 1}
+	if way == "bare" {
+		c = p
+	}
+	b.ReportAllocs()
+	if err := http.ServeConn(c); err != nil {
+		b.Fatal(err)
 	}
 }
 
@@ -637,23 +750,25 @@ func TestFastPathAllocatesNothing(t *testing.T) {
 		t.Skip("the race detector allocates")
 	}
 	s := newSite(t, nil)
-	p := newPipe(16)
-	p.left = 1
-	c := &conn{Conn: p, raw: p, owner: s.ln}
-	if err := s.http.ServeConn(c); err != nil || len(c.tail.bytes) == 0 {
-		t.Fatalf("%v, tail %q", err, c.tail.bytes)
-	}
-	requests := bytes.Clone(p.requests)
-	least := 1e9
-	for range 5 { // a second may begin in some
-		least = min(least, testing.AllocsPerRun(200, func() {
-			if rest, like, err := s.ln.fast.serve(c, requests); len(rest) > 0 || like != begun || err != nil {
-				t.Fatal(string(rest), like, err)
-			}
-		}))
-	}
-	if least != 0 {
-		t.Errorf("a read of 16 requests allocates %v times, want 0", least)
+	for _, options := range []string{"", "&key=k&token=t-" + pipeID} {
+		p := newPipe(16, options)
+		p.left = 1
+		c := &conn{Conn: p, raw: p, owner: s.ln}
+		if err := s.http.ServeConn(c); err != nil || len(c.tail.bytes) == 0 {
+			t.Fatalf("%v, tail %q", err, c.tail.bytes)
+		}
+		requests := bytes.Clone(p.requests)
+		least := 1e9
+		for range 5 { // a second may begin in some
+			least = min(least, testing.AllocsPerRun(200, func() {
+				if rest, like, err := s.ln.fast.serve(c, requests); len(rest) > 0 || like != begun || err != nil {
+					t.Fatal(string(rest), like, err)
+				}
+			}))
+		}
+		if least != 0 {
+			t.Errorf("a read of 16 requests with %q allocates %v times, want 0", options, least)
+		}
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"strings"
 	"unicode/utf8"
+
+	"verve/dedup"
 )
 
 const (
@@ -49,21 +51,62 @@ var plain = func() (t [256]bool) {
 	return t
 }()
 
-// plainID is the common case of parseQuery: a query that is exactly "id=" and
-// plain bytes is its own id. Anything else, good or bad, is parseQuery's.
-// FuzzPlainIDAgreesWithParseQuery holds the two together.
-func plainID(raw []byte) ([]byte, bool) {
+// plainQuery is the common case of parseQuery: a query that is exactly "id=" and plain
+// bytes, and a key and a token of plain bytes behind them if it has them, in any order,
+// needs no decoding. Anything else, good or bad, is parseQuery's.
+// FuzzPlainQueryAgreesWithParseQuery holds the two together.
+func plainQuery(raw []byte, o *dedup.Options) (id []byte, ok bool) {
 	const prefix = "id="
-	if len(raw) <= len(prefix) || len(raw) > len(prefix)+maxIDLen || string(raw[:len(prefix)]) != prefix {
+	if len(raw) <= len(prefix) || string(raw[:len(prefix)]) != prefix {
 		return nil, false
 	}
-	id := raw[len(prefix):]
-	for _, c := range id {
-		if !plain[c] {
-			return nil, false
-		}
+	rest := raw[len(prefix):]
+	n := 0
+	for n < len(rest) && plain[rest[n]] {
+		n++
 	}
-	return id, true
+	id, rest = rest[:n], rest[n:]
+	if n == 0 || n > maxIDLen {
+		return nil, false
+	}
+	rest, like := plainOptions(rest, o)
+	return id, like == whole && len(rest) == 0
+}
+
+var (
+	keyStart   = []byte("&key=")
+	tokenStart = []byte("&token=")
+)
+
+// plainOptions makes o the key and the token that b begins with, each of plain bytes and
+// at most once. It returns what follows them. If b ends before a value begins, they have
+// only begun; a value at the end of b is taken, and may go on in what is still to be read.
+func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
+	*o = dedup.Options{}
+	for len(b) > 0 && b[0] == '&' {
+		value, start, most := &o.Under, keyStart, maxKeyLen
+		if len(b) > 1 && b[1] == tokenStart[1] {
+			value, start, most = &o.Token, tokenStart, maxTokenLen
+		}
+		if like = begins(b, start); like != whole {
+			return nil, like
+		}
+		b = b[len(start):]
+		n := 0
+		for n < len(b) && plain[b[n]] {
+			n++
+		}
+		switch {
+		case *value != nil || n > most:
+			return nil, other
+		case n == 0 && len(b) == 0:
+			return nil, begun
+		case n == 0:
+			return nil, other
+		}
+		*value, b = b[:n], b[n:]
+	}
+	return b, whole
 }
 
 // splitTarget returns the path and the query of a request's target as they were

@@ -3,8 +3,12 @@ package server
 import (
 	"bytes"
 	"net/url"
+	"reflect"
 	"strconv"
+	"strings"
 	"testing"
+
+	"verve/dedup"
 )
 
 // targets seed the fuzzers: the common query and what stands around it.
@@ -12,24 +16,61 @@ var targets = []string{
 	"id=42", "id=", "id", "", "id=a&id=b", "id=%41", "id=+1", "id=a%2", "id=3f333df6-90a4-4fda-8dd3-9485d27cee36",
 	"id=1&endpoint=http%3A%2F%2Fx.example.com%2F", "%69d=1", "id=1;x=2", "&&id=1", "id=a=b", "id=\xff", "id=%C3%A9", "x=1&id=2",
 	"id=1&key=k&token=t", "id=1&key=", "id=1&token=%00", "id=1&%6bey=a&key=b", "token=a;b&id=1", "id=1&key=%C3%A9+x&token=%22t%22", "key=k", "id=1&token=t&token=t",
+	"id=1&token=t&key=k", "id=1&token=t&key=", "id=1&key=k&x=1", "id=1&key=k&", "key=k&id=1&token=t",
 }
 
-// FuzzPlainIDAgreesWithParseQuery: the fast path takes nothing that the slow
+// FuzzPlainQueryAgreesWithParseQuery: the fast path takes nothing that the slow
 // one refuses or reads otherwise.
-func FuzzPlainIDAgreesWithParseQuery(f *testing.F) {
+func FuzzPlainQueryAgreesWithParseQuery(f *testing.F) {
 	for _, s := range targets {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		fast, ok := plainID(raw)
+		var o dedup.Options
+		id, ok := plainQuery(raw, &o)
 		if !ok {
 			return
 		}
 		slow, err := parseQuery(raw, nil, true)
-		if err != nil || !bytes.Equal(fast, slow.id) || slow.endpoint != nil || slow.key != nil || slow.token != nil {
-			t.Errorf("%q: plainID says %q, parseQuery %+v, %v", raw, fast, slow, err)
+		fast := query{id: id, key: o.Under, token: o.Token}
+		if err != nil || !reflect.DeepEqual(fast, slow) {
+			t.Errorf("%q: plainQuery says %+v, parseQuery %+v, %v", raw, fast, slow, err)
 		}
 	})
+}
+
+// TestPlainQueryTakesKeysAndTokens of plain bytes, in both orders and up to their longest.
+func TestPlainQueryTakesKeysAndTokens(t *testing.T) {
+	longKey, longToken := strings.Repeat("k", maxKeyLen), strings.Repeat("t", maxTokenLen)
+	for _, tt := range []struct {
+		raw            string
+		id, key, token string // no id: it is not taken
+	}{
+		{"id=1", "1", "", ""},
+		{"id=1&key=k", "1", "k", ""},
+		{"id=1&token=t", "1", "", "t"},
+		{"id=1&key=k&token=t", "1", "k", "t"},
+		{"id=1&token=t&key=k", "1", "k", "t"},
+		{"id=1&key=" + longKey + "&token=" + longToken, "1", longKey, longToken},
+		{raw: "id=1&key=" + longKey + "k"},
+		{raw: "id=1&token=" + longToken + "t"},
+		{raw: "key=k&id=1"},
+		{raw: "id=1&key=k&key=k"},
+		{raw: "id=1&token=t&key=k&token=t"},
+		{raw: "id=1&key="},
+		{raw: "id=1&key=&token=t"},
+		{raw: "id=1&token=t&"},
+		{raw: "id=1&key=%6b"},
+		{raw: "id=1&key=k&x=1"},
+		{raw: "id=1&key"},
+		{raw: "id=&key=k"},
+	} {
+		var o dedup.Options
+		id, ok := plainQuery([]byte(tt.raw), &o)
+		if ok != (tt.id != "") || ok && (string(id) != tt.id || string(o.Under) != tt.key || string(o.Token) != tt.token) {
+			t.Errorf("%q: got %q, %q, %q, %t", tt.raw, id, o.Under, o.Token, ok)
+		}
+	}
 }
 
 // FuzzParseQueryAgreesWithNetURL: where both accept a query, they read the
