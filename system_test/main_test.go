@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 
 	"verve/internal/testproc"
@@ -19,7 +21,11 @@ const (
 	exitUsage  = 2
 )
 
-func TestMain(m *testing.M) { testproc.Main(m) }
+func TestMain(m *testing.M) {
+	// The servers begin with the default of every signal, also where nohup started the tests.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	testproc.Main(m)
+}
 
 // TestFirstMinute is the README's: the first lines say how to try it, and what
 // they say works.
