@@ -2,15 +2,19 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"fmt"
 	stdlog "log"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/rs/zerolog"
 
+	"verve/counter"
 	"verve/stream"
 )
 
@@ -50,6 +54,38 @@ func TestLibrariesPrintNoLinesOfTheirOwn(t *testing.T) {
 	var line struct{ Level, Message string }
 	if err := json.Unmarshal(b.Bytes(), &line); err != nil || line.Level != "warn" || line.Message != "ERROR: metrics: cannot read /proc/self/io" {
 		t.Errorf("the log has %q, %v, want the line as a warning", b.String(), err)
+	}
+}
+
+// TestKeysThatWaitFollowTheMemoryLimit: the spool in memory gets the limit of the process.
+func TestKeysThatWaitFollowTheMemoryLimit(t *testing.T) {
+	var keys []counter.KeyCount
+	for i := range 10_000 { // 200 KB
+		keys = append(keys, counter.KeyCount{Key: fmt.Sprintf("campaign-%06d", i), Unique: 1})
+	}
+	for memory, want := range map[uint64]bool{1 << 20: false, 1 << 30: true} {
+		cfg, _, err := parse([]string{"--data-dir=none", "--instance=a", "--counts-file=" + filepath.Join(t.TempDir(), "counts.jsonl")}, os.Stdout)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := &program{cfg: cfg, log: zerolog.Nop(), memory: memory}
+		if err := p.openRecords(); err != nil {
+			t.Fatal(err)
+		}
+		// Nothing is delivered: the stream does not run.
+		publish := func(n int) error {
+			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			start := time.Unix(int64(n)*60, 0).UTC()
+			return p.records.Publish(ctx, counter.Count{Start: start, Window: time.Minute, Unique: 10_000, Keys: keys, SealedAt: start.Add(time.Minute)})
+		}
+		if err := publish(1); err != nil {
+			t.Errorf("with %d bytes, the first record: %v", memory, err)
+		}
+		if err := publish(2); (err == nil) != want {
+			t.Errorf("with %d bytes, the second record: %v; want it to be taken: %t", memory, err, want)
+		}
+		p.close()
 	}
 }
 
