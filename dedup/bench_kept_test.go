@@ -158,64 +158,85 @@ func userTime(b *testing.B) time.Duration {
 }
 
 // BenchmarkOptions adds new ids with a token, and under one of so many keys, beside ids with
-// neither, one at a time and with a journal: what a token and a key cost in time and, at the
-// end of an epoch, in bytes of the tables and of the journal.
+// neither, one at a time and as items of a batch, with a journal: what a token and a key cost
+// in time and, at the end of an epoch, in bytes of the tables. The lines of a batch share
+// their options. user-ns is the CPU time outside of the kernel.
 func BenchmarkOptions(b *testing.B) {
 	const ids = 1_000_000
 	for _, uuids := range []bool{false, true} {
-		for _, with := range []struct {
-			name  string
-			token bool
-			keys  int
-		}{{"plain", false, 0}, {"token", true, 0}, {"key", false, 1000}, {"hotkey", false, 1}} {
-			b.Run(fmt.Sprintf("uuids=%t/%s", uuids, with.name), func(b *testing.B) {
-				cfg := Config{Expect: ids, Dir: b.TempDir()}
-				if uuids || with.keys > 0 {
-					cfg.Expect, cfg.ExpectWide = 0, ids
+		for _, size := range []int{1, 64} {
+			for _, with := range []optionForm{{"plain", false, false, 0}, {"token", false, true, 0}, {"key", false, false, 1000}, {"hotkey", false, false, 1}, {"lines", true, false, 1}} {
+				if size == 1 && with.shared {
+					continue
 				}
-				m := newMemory(b, cfg)
-				runSet(b, m)
-				e := newEpochs(b, m)
-				id, token := make([]byte, 0, 36), make([]byte, 0, 36)
-				under := make([][]byte, with.keys)
-				for i := range under {
-					under[i] = fmt.Appendf(nil, "campaign-%d", i)
-				}
-				n := 0
-				items, verdicts := make([]Item, 1), make([]Verdict, 1)
-				var o Options
-				b.ReportAllocs()
-				for i := 0; b.Loop(); i++ {
-					if i == ids {
-						i = 0
-						n++
-					}
-					if id = strconv.AppendUint(id[:0], uint64(i)*7, 10); uuids {
-						id = uuidOf(id[:0], uint64(i)*7)
-					}
-					items[0], verdicts[0] = Item{ID: id}, Turned
-					if with.token || with.keys > 0 {
-						o = Options{}
-						items[0].Options = &o
-					}
-					if with.token {
-						token = strconv.AppendUint(append(token[:0], "attempt-"...), uint64(n*ids+i), 10)
-						o.Token = token
-					}
-					if with.keys > 0 {
-						o.Under = under[i%with.keys]
-					}
-					items[0].Key = m.Key(id, items[0].Options)
-					in, _ := e.Enter(e.At(n), 0)
-					if err := m.AddMany(in.Epoch, items, verdicts); verdicts[0] != Unique || err != nil {
-						b.Fatal(verdicts[0], err)
-					}
-					in.Leave(counter.Unique)
-				}
-				b.ReportMetric(float64(m.current.Load().tokens.table.bytes)/ids, "token-B/id")
-			})
+				b.Run(fmt.Sprintf("uuids=%t/batch=%d/%s", uuids, size, with.name), func(b *testing.B) { benchmarkOptions(b, with, ids, size, uuids) })
+			}
 		}
 	}
+}
+
+// optionForm is how ids come with options in BenchmarkOptions.
+type optionForm struct {
+	name   string
+	shared bool // by all items of a batch
+	token  bool
+	keys   int
+}
+
+func benchmarkOptions(b *testing.B, with optionForm, ids, size int, uuids bool) {
+	cfg := Config{Expect: uint64(ids), Dir: b.TempDir()}
+	if uuids || with.keys > 0 {
+		cfg.Expect, cfg.ExpectWide = 0, uint64(ids)
+	}
+	m := newMemory(b, cfg)
+	runSet(b, m)
+	e := newEpochs(b, m)
+	texts := make([][2][]byte, size) // an id and a token
+	under := make([][]byte, with.keys)
+	for i := range under {
+		under[i] = fmt.Appendf(nil, "campaign-%d", i)
+	}
+	items, verdicts, options := make([]Item, size), make([]Verdict, size), make([]Options, size)
+	began := userTime(b)
+	n, left := 0, ids
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		if i%size != 0 {
+			continue
+		}
+		if left -= size; left < 0 {
+			n, left = n+1, ids-size
+		}
+		for at := range items {
+			text := &texts[at]
+			if text[0] = strconv.AppendUint(text[0][:0], uint64(i+at)*7, 10); uuids {
+				text[0] = uuidOf(text[0][:0], uint64(i+at)*7)
+			}
+			items[at], verdicts[at] = Item{ID: text[0]}, Turned
+			o := &options[at]
+			if with.shared {
+				o = &options[0]
+			}
+			if with.token || with.keys > 0 {
+				items[at].Options = o
+			}
+			if with.token {
+				text[1] = strconv.AppendUint(append(text[1][:0], "attempt-"...), uint64(i+at), 10)
+				o.Token = text[1]
+			}
+			if with.keys > 0 {
+				o.Under = under[(i+at)%with.keys]
+			}
+			items[at].Key = m.Key(text[0], items[at].Options)
+		}
+		in, _ := e.EnterMany(e.At(n), 0, uint64(size))
+		if err := m.AddMany(in.Epoch, items, verdicts); verdicts[size-1] != Unique || err != nil {
+			b.Fatal(verdicts, err)
+		}
+		in.LeaveMany(uint64(size), 0, 0)
+	}
+	b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/float64(b.N), "user-ns/id")
+	b.ReportMetric(float64(m.current.Load().tokens.table.bytes)/float64(ids), "token-B/id")
 }
 
 // uuidOf appends the UUID of a number.

@@ -102,8 +102,21 @@ func (s *secret) key(id []byte) Key {
 
 // keyUnder is the key of an id that is counted under a key: a hash of 128 bits of both.
 func (s *secret) keyUnder(under, id []byte) Key {
+	if 1+len(under)+len(id) > 64 {
+		return s.keyUnderLong(under, id)
+	}
+	var text [64]byte
+	return s.keyOfPair(append(append(append(text[:0], byte(len(under))), under...), id...))
+}
+
+// keyUnderLong is keyUnder in more memory: to clear it takes as long as the hash of a short
+// pair.
+func (s *secret) keyUnderLong(under, id []byte) Key {
 	var text [1 + 128 + 256]byte
-	pair := append(append(append(text[:0], byte(len(under))), under...), id...)
+	return s.keyOfPair(append(append(append(text[:0], byte(len(under))), under...), id...))
+}
+
+func (s *secret) keyOfPair(pair []byte) Key {
 	hi, lo := siphash.Hash128(^s.sip0, s.sip1, pair)
 	hi, lo = s.scatter128(hi, lo)
 	return Key{hi, lo, wideKind}

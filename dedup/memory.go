@@ -378,16 +378,14 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 		return m.addKept(e, v, j, w, items, verdicts)
 	}
 	fresh := uint64(0)
-	for i := range items {
+	for i := 0; i < len(items); i++ {
 		if items[i].Options != nil {
-			v, cause := m.addWith(e, v, nil, nil, &items[i], fresh)
-			if v == Turned {
+			n, unique := 0, fresh
+			turned, cause := m.addRun(&optionRun{e: e, v: v}, items[i:], verdicts[i:], &n, &unique)
+			if err = cmp.Or(err, cause); turned {
 				return err
 			}
-			if verdicts[i] = v; v == Unique {
-				fresh++
-			}
-			err = cmp.Or(err, cause)
+			i, fresh = i+n-1, unique
 			continue
 		}
 		p, cause := m.insert(e, v, items[i].Key, fresh)
@@ -438,14 +436,12 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 	fresh := uint64(0)
 	for ; n < len(items); n++ {
 		if items[n].Options != nil {
-			v, cause := m.addWith(e, v, j, w, &items[n], fresh)
-			if v == Turned {
+			unique := fresh
+			turned, cause := m.addRun(&optionRun{e: e, v: v, j: j, w: w}, items[n:], verdicts[n:], &n, &unique)
+			if err = cmp.Or(err, cause); turned {
 				return err
 			}
-			if verdicts[n] = v; v == Unique {
-				fresh++
-			}
-			err = cmp.Or(err, cause)
+			n, fresh = n-1, unique
 			continue
 		}
 		k := items[n].Key

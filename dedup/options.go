@@ -1,12 +1,14 @@
 package dedup
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 
 	"github.com/dchest/siphash"
 
@@ -95,12 +97,17 @@ func (t *tokens) look(m *Memory, x uint64) (place, error) {
 	return t.walk(m, x, true)
 }
 
-// prefetch is that of the table; t may be nil.
+// prefetch is that of the table, and of the other cache line of the bucket in its first
+// level: a token that is not there is looked for up to a free slot, beyond the line of its
+// home every fourth time. t may be nil.
 func (t *tokens) prefetch(x uint64) {
-	if t != nil {
-		if far := t.table.far.Load(); far > 0 {
-			t.table.prefetch(x, far)
-		}
+	if t == nil {
+		return
+	}
+	if far := t.table.far.Load(); far > 0 {
+		t.table.prefetch(x, far)
+		b, rest := t.table.levels[0].Load().choose(x)
+		prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), home(rest)^(slotsPerBucket/2))))
 	}
 }
 
@@ -230,50 +237,125 @@ func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
 	}
 }
 
-// under returns the count of a key of e; nil if name is empty. The name is in the journal
-// before the key is in the epoch: no id is kept under a key whose name is not.
-func (m *Memory) under(e *counter.Epoch, v *View, j *journal, w *writer, name []byte) (*counter.Key, error) {
+// tokensAhead is how many items before its own the word of a token is made and its places
+// are prefetched: as many as there are misses under way at once.
+const tokensAhead = 8
+
+// optionRun is a run of items with options that are judged one after the other.
+type optionRun struct {
+	e *counter.Epoch
+	v *View
+	j *journal // nil, as w, where nothing is kept
+	w *writer
+
+	words [tokensAhead]uint64 // of the tokens of the next items; 0: it has none
+
+	// The key of the items judged last, which those behind them often share.
+	name  []byte
+	under *counter.Key // nil: there was none
+	new   uint64       // ids under it that are not counted yet
+}
+
+// addRun adds the items that have options, up to the first one that has none. n is the
+// number of those judged, also after a panic; fresh grows by those that were new. An item
+// that turned ends it: so did those behind.
+//
+// What it does for items together is what no other request can see: the words of tokens are
+// made ahead, and the count of a key is added once for the items under it that follow each
+// other, before their request leaves the epoch.
+func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, fresh *uint64) (turned bool, err error) {
+	defer r.count() // also what a fault of the journal leaves
+	for i := range items {
+		if items[i].Options == nil {
+			items = items[:i]
+			break
+		}
+	}
+	ahead := 0
+	for i := range items {
+		for ; ahead < min(i+tokensAhead, len(items)); ahead++ {
+			r.words[ahead%tokensAhead] = m.prepare(r.v, &items[ahead])
+		}
+		v, cause := m.addWith(r, &items[i], r.words[i%tokensAhead], *fresh)
+		if v == Turned {
+			return true, err
+		}
+		if verdicts[i] = v; v == Unique {
+			*fresh++
+		}
+		*n++
+		err = cmp.Or(err, cause)
+	}
+	return false, err
+}
+
+// prepare returns the word of the token of an item, 0 if it has none, and prefetches where
+// it is looked for.
+func (m *Memory) prepare(v *View, it *Item) uint64 {
+	if len(it.Options.Token) == 0 {
+		return 0
+	}
+	token := m.secret.token(it.Key, it.Options.Token)
+	v.past.prefetch(token)
+	v.tokens.prefetch(token)
+	return token
+}
+
+// count adds the new ids to the count of their key.
+func (r *optionRun) count() {
+	if r.new > 0 {
+		r.under.Count(r.new)
+		r.new = 0
+	}
+}
+
+// key returns the count of a key of the epoch; nil if name is empty. The name is in the
+// journal before the key is in the epoch: no id is kept under a key whose name is not.
+func (m *Memory) key(r *optionRun, name []byte) (*counter.Key, error) {
 	if len(name) == 0 {
 		return nil, nil
 	}
-	hash, keys := m.secret.name(name), e.Keys()
-	if k := keys.Find(hash, name); k != nil {
-		return k, nil
+	if r.under != nil && bytes.Equal(r.name, name) {
+		return r.under, nil
 	}
-	if keys.Full() {
-		return nil, ErrTooManyKeys
-	}
-	if v.tight.Load() && v.nothingLeft() {
-		return nil, ErrFull // its id would be refused
-	}
-	if j != nil {
-		c, err := j.reserve(w, v.serial, nameKind)
-		if err != nil {
-			return nil, err
+	hash, keys := m.secret.name(name), r.e.Keys()
+	k := keys.Find(hash, name)
+	if k == nil {
+		if keys.Full() {
+			return nil, ErrTooManyKeys
 		}
-		c.put(nameRecord(hash, name))
+		if r.v.tight.Load() && r.v.nothingLeft() {
+			return nil, ErrFull // its id would be refused
+		}
+		if r.j != nil {
+			c, err := r.j.reserve(r.w, r.v.serial, nameKind)
+			if err != nil {
+				return nil, err
+			}
+			c.put(nameRecord(hash, name))
+		}
+		if k = keys.Add(hash, name); k == nil {
+			return nil, ErrTooManyKeys
+		}
 	}
-	if k := keys.Add(hash, name); k != nil {
-		return k, nil
-	}
-	return nil, ErrTooManyKeys
+	r.count()
+	r.name, r.under = name, k
+	return k, nil
 }
 
-// addWith adds an id that has options. j and w are nil where nothing is kept.
+// addWith adds an id that has options; token is the word of its token.
 //
 // The attempts to count one id wait for each other if they have tokens, and none of them
 // is judged in an epoch that was left: so one that comes late finds the token of its retry
 // in the open epoch, and a retry in the open epoch that of its first attempt in the one
 // before. An attempt without a token waits for nobody: where it adds the id, no token is
 // added.
-func (m *Memory) addWith(e *counter.Epoch, v *View, j *journal, w *writer, it *Item, fresh uint64) (Verdict, error) {
-	o, k := it.Options, it.Key
-	kind, token := int(k.kind), uint64(0)
-	if len(o.Token) > 0 {
+func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
+	v, k := r.v, it.Key
+	kind := int(k.kind)
+	var cause error
+	if token != 0 {
 		kind |= tokenKind
-		token = m.secret.token(k, o.Token)
-		v.past.prefetch(token)
-		v.tokens.prefetch(token)
 		lock := &m.attempts[k.lo%attemptLocks]
 		lock.Lock()
 		defer lock.Unlock()
@@ -283,26 +365,23 @@ func (m *Memory) addWith(e *counter.Epoch, v *View, j *journal, w *writer, it *I
 		case v.past.has(token):
 			return ReplayedBefore, nil
 		}
-	}
-	var cause error
-	if token != 0 {
 		var p place
 		if p, cause = v.tokens.look(m, token); p == found {
 			return Replayed, nil
 		}
 	}
-	under, none := m.under(e, v, j, w, o.Under)
+	under, none := m.key(r, it.Options.Under)
 	if under != nil {
 		kind |= underKind
 	}
 	cause = cmp.Or(none, cause)
 	var c *cursor
-	if cause == nil && j != nil {
-		c, cause = j.reserve(w, v.serial, kind)
+	if cause == nil && r.j != nil {
+		c, cause = r.j.reserve(r.w, v.serial, kind)
 	}
 	var p place
 	if cause == nil {
-		p, cause = m.insert(e, v, k, fresh)
+		p, cause = m.insert(r.e, v, k, fresh)
 	} else {
 		p, cause = m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
 	}
@@ -318,7 +397,7 @@ func (m *Memory) addWith(e *counter.Epoch, v *View, j *journal, w *writer, it *I
 			c.put(recordOf(words[:0], k, kind, under, token))
 		}
 		if under != nil {
-			under.Count(1)
+			r.new++
 		}
 	}
 	return verdict(p), nil

@@ -4,8 +4,12 @@ package dedup
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -324,6 +328,48 @@ func TestTokensServeInTheNextWindowOnly(t *testing.T) {
 		if v != tt.want || err != nil {
 			t.Errorf("window %d: got %v, %v; want %v", tt.window, v, err, tt.want)
 		}
+	}
+}
+
+// TestAFaultLeavesTheCountOfAKey of what was judged before it in the same batch.
+func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
+	dir := fastDir(t) + "/epochs"
+	m, err := NewMemory(Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = m.Close() }) // its error is the fault
+	e := newEpochs(t, m)
+	in, _ := e.Counter.Enter(e.At(0), 0)
+	defer in.Leave(counter.Void)
+	add := func(id, under, token string) {
+		t.Helper()
+		if v, err := addOptions(m, in.Epoch, id, under, token); v != Unique || err != nil {
+			t.Fatal(v, err)
+		}
+	}
+	add("1", "a key", "") // its chunk is in the first page of the segment
+	for i := range 4096 / 8 {
+		add(fmt.Sprint("text ", i), "", "")
+	}
+	add("1", "another", "token") // and that of this one is not
+	if err := os.Truncate(filepath.Join(dir, segmentName(0)), 4096); err != nil {
+		t.Fatal(err)
+	}
+	var items []Item
+	for i, token := range []string{"", "", "token", ""} {
+		o := &Options{Under: []byte("a key"), Token: []byte(token)}
+		id := fmt.Append(nil, "new ", i)
+		items = append(items, Item{ID: id, Key: m.Key(id, o), Options: o})
+	}
+	verdicts := []Verdict{Turned, Turned, Turned, Turned}
+	err = m.AddMany(in.Epoch, items, verdicts)
+	if !errors.Is(err, ErrUnavailable) || !slices.Equal(verdicts, []Verdict{Unique, Unique, Unavailable, Unavailable}) {
+		t.Errorf("got %v, %v", verdicts, err)
+	}
+	want := []counter.KeyCount{{Key: "a key", Unique: 3}, {Key: "another", Unique: 1}}
+	if got := in.Epoch.Keys().Counts(); !slices.Equal(got, want) {
+		t.Errorf("by key %v, want %v", got, want)
 	}
 }
 

@@ -159,7 +159,7 @@ func agreesOnTokensAndKeys(t *testing.T, c Config) {
 		for n := range 12 {
 			unique := map[string]uint64{}
 			for range 40 {
-				items := make([]dedup.Item, 1+rnd.IntN(5))
+				items := make([]dedup.Item, 1+rnd.IntN(24))
 				verdicts, wants := make([]dedup.Verdict, len(items)), make([]dedup.Verdict, len(items))
 				for i := range items {
 					at := name{[]string{"", "a", "a/b"}[rnd.IntN(3)], epochtest.Alike[rnd.IntN(len(epochtest.Alike))]}
