@@ -589,11 +589,12 @@ func TestPageTellsTheGroupsFiguresFromItsOwn(t *testing.T) {
 	p.do(chromedp.Click(chromedp.CSS("summary")))
 	unlabelled := value[[]string](p, `[...document.querySelectorAll("h2, dt")].filter(e => {
 		const scope = e.querySelector(".scope");
-		return !(scope && scope.checkVisibility()) && !e.closest(".rates") && e.nextElementSibling?.id !== "length";
+		return !(scope && scope.checkVisibility()) && !e.closest(".rates") && e.nextElementSibling?.id !== "length" && !e.closest("[hidden]");
 	}).map(e => e.textContent)`)
 	if len(unlabelled) > 0 {
 		t.Errorf("it is not said whose these are: %q", unlabelled)
 	}
+	p.until(`document.querySelector("#table thead th")`)
 	if head := value[string](p, `document.querySelector("#table thead").innerText`); strings.Join(strings.Fields(head), " ") != "window (UTC) unique, whole group unique, this instance duplicates, this instance record notes" {
 		t.Errorf("the table is headed %q", head)
 	}
