@@ -39,6 +39,20 @@ export const unhurried = {
   dropped_iterations: ['rate<1'],
 };
 
+// A scenario that begins so many iterations a second, whatever the answers take.
+// The arguments are what holds without RATE, DURATION and VUS.
+export function steady(rate, duration, users) {
+  const vus = Number(__ENV.VUS || users);
+  return {
+    executor: 'constant-arrival-rate',
+    rate: Number(__ENV.RATE || rate),
+    timeUnit: '1s',
+    duration: __ENV.DURATION || duration,
+    preAllocatedVUs: vus,
+    maxVUs: 10 * vus,
+  };
+}
+
 // A run has ids of its own: its number, the virtual user's, and a counter, 19
 // digits that are a number below 2^64.
 export function setup() {

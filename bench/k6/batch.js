@@ -15,38 +15,20 @@ import { check } from 'k6';
 import exec from 'k6/execution';
 import http from 'k6/http';
 import { Counter, Rate } from 'k6/metrics';
-import { latency, url } from './accept.js';
+import { setup, steady, unhurried, url } from './accept.js';
 
 const ids = Number(__ENV.IDS || 1000);
 const keys = Number(__ENV.KEYS || 0);
 const tokens = Number(__ENV.TOKENS || 0) === 1;
-const vus = Number(__ENV.VUS || 20);
 const unique = new Counter('verve_ok');
 const wrong = new Rate('verve_wrong_answer');
 
 export const options = {
-  scenarios: {
-    batch: {
-      executor: 'constant-arrival-rate',
-      rate: Number(__ENV.RATE || 100),
-      timeUnit: '1s',
-      duration: __ENV.DURATION || '30s',
-      preAllocatedVUs: vus,
-      maxVUs: 10 * vus,
-    },
-  },
-  thresholds: {
-    verve_wrong_answer: ['rate==0'],
-    checks: ['rate==1'],
-    http_req_failed: ['rate<0.001'],
-    http_req_duration: latency,
-    dropped_iterations: ['rate<1'],
-  },
+  scenarios: { batch: steady(100, '30s', 20) },
+  thresholds: unhurried,
 };
 
-export function setup() {
-  return { run: 100000 + Math.floor(Math.random() * 800000) };
-}
+export { setup };
 
 // The body of a batch, its type, and how to read the words of the answer.
 function render(all) {

@@ -9,23 +9,12 @@
 //
 // k6 spends about ten times the CPU on a request that the server does: give it
 // a machine of its own, and for the server's limits see bench/http.
-import { accept, setup, unhurried } from './accept.js';
+import { accept, setup, steady, unhurried } from './accept.js';
 
 export { setup };
 export default accept;
 
-const vus = Number(__ENV.VUS || 100);
-
 export const options = {
-  scenarios: {
-    load: {
-      executor: 'constant-arrival-rate',
-      rate: Number(__ENV.RATE || 1000),
-      timeUnit: '1s',
-      duration: __ENV.DURATION || '1m',
-      preAllocatedVUs: vus,
-      maxVUs: 10 * vus,
-    },
-  },
+  scenarios: { load: steady(1000, '1m', 100) },
   thresholds: unhurried,
 };

@@ -13,30 +13,18 @@ import { check } from 'k6';
 import exec from 'k6/execution';
 import http from 'k6/http';
 import { Counter } from 'k6/metrics';
-import { url } from './accept.js';
+import { setup, steady, url } from './accept.js';
 
 const lose = Number(__ENV.LOSE || 0.1);
-const vus = Number(__ENV.VUS || 20);
 const unique = new Counter('verve_ok');
 const replayed = new Counter('verve_replayed');
 
 export const options = {
-  scenarios: {
-    retry: {
-      executor: 'constant-arrival-rate',
-      rate: Number(__ENV.RATE || 100),
-      timeUnit: '1s',
-      duration: __ENV.DURATION || '30s',
-      preAllocatedVUs: vus,
-      maxVUs: 10 * vus,
-    },
-  },
+  scenarios: { retry: steady(100, '30s', 20) },
   thresholds: { checks: ['rate==1'] },
 };
 
-export function setup() {
-  return { run: 100000 + Math.floor(Math.random() * 800000) };
-}
+export { setup };
 
 export default function ({ run }) {
   const id = `${run}${String(exec.scenario.iterationInTest).padStart(10, '0')}`;
