@@ -42,6 +42,31 @@ func (w *witness) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup
 	return w.Set.AddMany(e, items, verdicts)
 }
 
+// wantFast sends n requests with new ids on one connection, each after the answer to the
+// one before. With fast all but the first must go the fast path, else none.
+func wantFast(t *testing.T, n int, fast bool, request func(i int) string) {
+	t.Helper()
+	w := &witness{}
+	s := newSite(t, func(c *Config) {
+		w.Set = c.Set
+		c.Set = w
+	})
+	conn, r := s.dial()
+	for i := range n {
+		io.WriteString(conn, request(i))
+		if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 || body != "ok" {
+			t.Fatalf("request %d: %v %q, %v", i, resp, body, err)
+		}
+	}
+	want := int64(0)
+	if fast {
+		want = int64(n - 1)
+	}
+	if got := w.together.Load(); got != want {
+		t.Errorf("%d of %d requests went the fast path, want %d", got, n, want)
+	}
+}
+
 // sendPieces writes raw in random pieces.
 func sendPieces(t testing.TB, c net.Conn, rnd *rand.Rand, raw string) {
 	for len(raw) > 0 {
@@ -356,32 +381,13 @@ func TestFastPathTakesRequestsWhoseHeadersDiffer(t *testing.T) {
 		{"Origin", "Origin: http://x", "Origin: http://x%d", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			w := &witness{}
-			s := newSite(t, func(c *Config) {
-				w.Set = c.Set
-				c.Set = w
-			})
-			conn, r := s.dial()
-			request := func(id int, headers string) string {
-				return fmt.Sprintf("GET %s?id=%d HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", acceptPath, id, headers)
-			}
-			for i := range burst {
+			wantFast(t, burst, c.fast, func(i int) string {
 				headers := c.first
 				if i%2 == 1 {
 					headers = fmt.Sprintf(c.then, i)
 				}
-				io.WriteString(conn, request(i, headers))
-				if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 || body != "ok" {
-					t.Fatalf("request %d: %v %q, %v", i, resp, body, err)
-				}
-			}
-			want := int64(0)
-			if c.fast {
-				want = burst - 1
-			}
-			if got := w.together.Load(); got != want {
-				t.Errorf("%d of %d requests went the fast path, want %d", got, burst, want)
-			}
+				return fmt.Sprintf("GET %s?id=%d HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", acceptPath, i, headers)
+			})
 		})
 	}
 }
@@ -406,29 +412,13 @@ func TestFastPathTakesKeysAndTokens(t *testing.T) {
 		{"&x=1", "&x=%d", false},
 	} {
 		t.Run(c.first+" then "+c.then, func(t *testing.T) {
-			w := &witness{}
-			s := newSite(t, func(c *Config) {
-				w.Set = c.Set
-				c.Set = w
-			})
-			conn, r := s.dial()
-			for i := range burst {
+			wantFast(t, burst, c.fast, func(i int) string {
 				options := c.first
 				if i > 0 {
 					options = strings.ReplaceAll(strings.ReplaceAll(c.then, "%d", strconv.Itoa(i)), "%%", "%")
 				}
-				io.WriteString(conn, get("id="+strconv.Itoa(i)+options))
-				if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 || body != "ok" {
-					t.Fatalf("request %d: %v %q, %v", i, resp, body, err)
-				}
-			}
-			want := int64(0)
-			if c.fast {
-				want = burst - 1
-			}
-			if got := w.together.Load(); got != want {
-				t.Errorf("%d of %d requests went the fast path, want %d", got, burst, want)
-			}
+				return get("id=" + strconv.Itoa(i) + options)
+			})
 		})
 	}
 }

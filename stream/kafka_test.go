@@ -60,30 +60,36 @@ func readTopic(t *testing.T, cfg KafkaConfig) []Record {
 	return out
 }
 
+// wantGolden compares the first record of a topic, which is of window 0.
+func wantGolden(t *testing.T, cfg KafkaConfig, topic, key, value string) {
+	t.Helper()
+	client, err := cfg.client(kgo.ConsumeTopics(topic))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	r := client.PollFetches(t.Context()).Records()[0]
+	if got := string(r.Key); got != key {
+		t.Errorf("key %q, want %q", got, key)
+	}
+	if want := window(1).Start; !r.Timestamp.Equal(want) {
+		t.Errorf("timestamp %s, want the end of the window %s", r.Timestamp.UTC(), want)
+	}
+	if len(r.Headers) != 1 || r.Headers[0].Key != "verve-schema" || string(r.Headers[0].Value) != "1" {
+		t.Errorf("headers %v", r.Headers)
+	}
+	if string(r.Value) != value {
+		t.Errorf("value %s\nwant  %s", r.Value, value)
+	}
+}
+
 func TestKafkaRecordIsGolden(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
 		s.publish(t, 0, 1)
 		s.flush(t, time.Minute)
-		client, err := cfg.client(kgo.ConsumeTopics(topic))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		r := client.PollFetches(t.Context()).Records()[0]
-		if got, want := string(r.Key), "verve/2026-11-01T00:00:00Z/host-1/1"; got != want {
-			t.Errorf("key %q, want %q", got, want)
-		}
-		if want := window(1).Start; !r.Timestamp.Equal(want) {
-			t.Errorf("timestamp %s, want the end of the window %s", r.Timestamp.UTC(), want)
-		}
-		if len(r.Headers) != 1 || r.Headers[0].Key != "verve-schema" || string(r.Headers[0].Value) != "1" {
-			t.Errorf("headers %v", r.Headers)
-		}
-		want := `{"window_start":"2026-11-01T00:00:00Z","window_ms":60000,"unique":1000,"scope":"instance","group":"verve","instance":"host-1","seq":1,"complete":true,"exact":true,"sealed_at":"2026-11-01T00:01:00.012Z"}`
-		if string(r.Value) != want {
-			t.Errorf("value %s\nwant  %s", r.Value, want)
-		}
+		wantGolden(t, cfg, topic, "verve/2026-11-01T00:00:00Z/host-1/1",
+			`{"window_start":"2026-11-01T00:00:00Z","window_ms":60000,"unique":1000,"scope":"instance","group":"verve","instance":"host-1","seq":1,"complete":true,"exact":true,"sealed_at":"2026-11-01T00:01:00.012Z"}`)
 	})
 }
 

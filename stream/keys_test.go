@@ -16,7 +16,6 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
-	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	bolt "go.etcd.io/bbolt"
 
@@ -457,25 +456,8 @@ func TestKafkaKeysAreGolden(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.flush(t, time.Minute)
-		client, err := cfg.client(kgo.ConsumeTopics(DefaultKeysTopic))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		r := client.PollFetches(t.Context()).Records()[0]
-		if got, want := string(r.Key), "verve/2026-11-01T00:00:00Z/host-1/1/a/b"; got != want {
-			t.Errorf("key %q, want %q", got, want)
-		}
-		if want := window(1).Start; !r.Timestamp.Equal(want) {
-			t.Errorf("timestamp %s, want the end of the window %s", r.Timestamp.UTC(), want)
-		}
-		if len(r.Headers) != 1 || r.Headers[0].Key != "verve-schema" || string(r.Headers[0].Value) != "1" {
-			t.Errorf("headers %v", r.Headers)
-		}
-		want := `{"window_start":"2026-11-01T00:00:00Z","window_ms":60000,"key":"a/b","unique":7,"scope":"instance","group":"verve","instance":"host-1","seq":1}`
-		if string(r.Value) != want {
-			t.Errorf("value %s\nwant  %s", r.Value, want)
-		}
+		wantGolden(t, cfg, DefaultKeysTopic, "verve/2026-11-01T00:00:00Z/host-1/1/a/b",
+			`{"window_start":"2026-11-01T00:00:00Z","window_ms":60000,"key":"a/b","unique":7,"scope":"instance","group":"verve","instance":"host-1","seq":1}`)
 		if got := readTopic(t, cfg); len(got) != 1 || got[0].Keys != 1 {
 			t.Errorf("records %+v", got)
 		}
