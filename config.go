@@ -433,8 +433,8 @@ func (c *config) check() (err error) {
 	if err := counter.CheckWindow(c.Window); err != nil {
 		return setting.Errorf("window", "%v", err)
 	}
-	if c.MaxKeys < 0 || c.MaxKeys > counter.MaxMaxKeys {
-		return setting.Errorf("max-keys", "want 1 to %d", counter.MaxMaxKeys)
+	if err := counter.CheckMaxKeys(c.MaxKeys); err != nil {
+		return setting.Errorf("max-keys", "%v", err)
 	}
 	if err := c.checkFiles(); err != nil {
 		return err

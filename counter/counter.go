@@ -142,6 +142,14 @@ func CheckWindow(window time.Duration) error {
 	return nil
 }
 
+// CheckMaxKeys refuses bounds of the keys that are none. 0 is the default.
+func CheckMaxKeys(n int) error {
+	if n < 0 || n > MaxMaxKeys {
+		return fmt.Errorf("want 1 to %d", MaxMaxKeys)
+	}
+	return nil
+}
+
 // New opens the epoch of the present time. Run must be called to close epochs. It returns
 // an error if Window is outside of MinWindow and MaxWindow, if Store or Publish is
 // missing, or if MaxSkew or MaxKeys is out of bounds.
@@ -155,8 +163,8 @@ func New(cfg Config) (*Counter, error) {
 	if cfg.MaxSkew < 0 {
 		return nil, fmt.Errorf("counter: MaxSkew must not be negative")
 	}
-	if cfg.MaxKeys < 0 || cfg.MaxKeys > MaxMaxKeys {
-		return nil, fmt.Errorf("counter: MaxKeys %d: want at most %d", cfg.MaxKeys, MaxMaxKeys)
+	if err := CheckMaxKeys(cfg.MaxKeys); err != nil {
+		return nil, fmt.Errorf("counter: MaxKeys %d: %w", cfg.MaxKeys, err)
 	}
 	cfg.MaxKeys = cmp.Or(cfg.MaxKeys, DefaultMaxKeys)
 	if cfg.clocks == nil {

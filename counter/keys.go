@@ -16,9 +16,12 @@ const DefaultMaxKeys = 100_000
 // MaxMaxKeys bounds Config.MaxKeys.
 const MaxMaxKeys = 10_000_000
 
+// MaxKeyLen is how many bytes a key may have.
+const MaxKeyLen = 128
+
 // KeyCount is the number of new ids under a key in one window.
 type KeyCount struct {
-	Key    string // 1 to 128 bytes
+	Key    string // 1 to MaxKeyLen bytes
 	Unique uint64 // ids answered as new
 }
 
@@ -210,11 +213,27 @@ func (ks *Keys) counts() (counts []KeyCount) {
 	return counts
 }
 
-// LargestKeys sorts counts, the largest first and those alike by name, and returns the
-// first n.
+// LargestKeys returns the n keys with the most ids, the largest first and those alike by
+// name, and leaves counts as they are. It sorts few of them: a window may have a hundred
+// thousand, and requests come while it closes.
 func LargestKeys(counts []KeyCount, n int) []KeyCount {
-	slices.SortFunc(counts, func(a, b KeyCount) int {
-		return cmp.Or(cmp.Compare(b.Unique, a.Unique), strings.Compare(a.Key, b.Key))
-	})
-	return counts[:min(n, len(counts))]
+	top := make([]KeyCount, 0, min(len(counts), 2*n))
+	cut := func() []KeyCount {
+		slices.SortFunc(top, func(a, b KeyCount) int {
+			return cmp.Or(cmp.Compare(b.Unique, a.Unique), strings.Compare(a.Key, b.Key))
+		})
+		return top[:min(n, len(top))]
+	}
+	least := uint64(0)
+	for _, c := range counts {
+		if c.Unique < least {
+			continue
+		}
+		if len(top) == 2*n {
+			top = cut()
+			least = top[n-1].Unique
+		}
+		top = append(top, c)
+	}
+	return slices.Clone(cut()) // top is twice as long
 }

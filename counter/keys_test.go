@@ -1,7 +1,11 @@
 package counter
 
 import (
+	"cmp"
 	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -114,5 +118,28 @@ func TestMemoryOfKeysIsBoundedOverEpochs(t *testing.T) {
 	third := Keys{max: 1 << 20, memory: &memory}
 	if n := flood(&third); n != had {
 		t.Errorf("got %d keys after the memory was given back, %d before", n, had)
+	}
+}
+
+// TestLargestKeysAreThoseOfASort, whatever the order of the counts, which stays.
+func TestLargestKeysAreThoseOfASort(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for range 200 {
+		counts := make([]KeyCount, rnd.IntN(200))
+		for i := range counts {
+			counts[i] = KeyCount{Key: fmt.Sprint(i), Unique: uint64(rnd.IntN(30))}
+		}
+		given := slices.Clone(counts)
+		want := slices.SortedFunc(slices.Values(counts), func(a, b KeyCount) int {
+			return cmp.Or(cmp.Compare(b.Unique, a.Unique), strings.Compare(a.Key, b.Key))
+		})
+		n := 1 + rnd.IntN(20)
+		got := LargestKeys(counts, n)
+		if want = want[:min(n, len(want))]; !slices.Equal(got, want) {
+			t.Fatalf("got %v, want %v", got, want)
+		}
+		if !slices.Equal(counts, given) {
+			t.Fatal("the counts were sorted in their place")
+		}
 	}
 }

@@ -13,22 +13,22 @@ func (m *Memory) growAhead() {
 		return
 	}
 	l := v.load()
-	growTable(m, v.narrow, l.narrow)
-	growTable(m, v.wide, l.wide)
-	v.tokens.growAhead(m, l.tokens)
+	growTable(v.narrow, l.narrow, func(have int) error { return grow(m, v.narrow, have, l.narrow) })
+	growTable(v.wide, l.wide, func(have int) error { return grow(m, v.wide, have, l.wide) })
+	growTable(&v.tokens.table, l.tokens, func(have int) error { return v.tokens.grow(m, have) })
 	v.narrow.warm(m.arena)
 	v.wide.warm(m.arena)
 	v.tokens.table.warm(m.arena)
 }
 
-func growTable[B any](m *Memory, t *table[B], load uint64) {
+func growTable[B any](t *table[B], load uint64, grow func(have int) error) {
 	if !t.checking.Swap(false) { // before the look: who takes a slot after it asks again
 		return
 	}
 	if depth, yes := t.crowded(load); yes {
 		// An error means that memory has run out: the ids that find no room
 		// are refused and counted, each with its own error.
-		_ = grow(m, t, depth, load)
+		_ = grow(depth)
 	}
 }
 

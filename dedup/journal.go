@@ -358,14 +358,8 @@ func (j *journal) takeLock() error {
 	return err
 }
 
-// create makes the state file, complete before it has its name.
-func (j *journal) create() (err error) {
-	path := filepath.Join(j.dir, stateName)
-	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+// create makes the state file.
+func (j *journal) create() error {
 	header := make([]uint64, headerWords)
 	header[headerMagicAt], header[headerVersionAt] = journalMagic, journalVersion
 	header[headerSlotsAt], header[headerSegmentsAt], header[headerChunksAt] = slotCount, maxSegments, uint64(j.segmentChunks)
@@ -374,19 +368,41 @@ func (j *journal) create() (err error) {
 	}
 	copy(header[headerSecretAt:], j.secret.words())
 	header[headerCheckAt] = checkOf(header[:headerCheckAt])
-	if err := durable.Allocate(f, stateBytes); err != nil {
+	if err := j.replaceState(header); err != nil {
 		return err
 	}
-	if _, err := f.WriteAt(bytesOf(header), 0); err != nil {
+	return durable.SyncDir(filepath.Dir(j.dir))
+}
+
+// replaceState makes a state file with these words and zeros behind them, in the place of
+// the one there, if there is one. It is complete before it has its name.
+func (j *journal) replaceState(words []uint64) (err error) {
+	path := filepath.Join(j.dir, stateName)
+	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
-		return err
+	defer func() {
+		_ = f.Close() // synced, or given up
+		if err != nil {
+			_ = os.Remove(path + tmpSuffix) // else the next start does
+		}
+	}()
+	for _, step := range []func() error{
+		func() error { return durable.Allocate(f, stateBytes) },
+		func() error { _, err := f.WriteAt(bytesOf(words), 0); return err },
+		f.Sync,
+		func() error { return os.Rename(path+tmpSuffix, path) },
+		func() error { return durable.SyncDir(j.dir) },
+	} {
+		if j.step != nil {
+			j.step()
+		}
+		if err := step(); err != nil {
+			return err
+		}
 	}
-	if err := os.Rename(path+tmpSuffix, path); err != nil {
-		return err
-	}
-	return errors.Join(durable.SyncDir(j.dir), durable.SyncDir(filepath.Dir(j.dir)))
+	return nil
 }
 
 // load reads the state and the segments that are there.

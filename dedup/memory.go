@@ -555,10 +555,15 @@ func (m *Memory) addWide(v *View, hi, lo uint64, look bool) (place, error) {
 func grow[B any](m *Memory, t *table[B], have int, load uint64) error {
 	grown, err := t.grow(have, load, m.arena)
 	if grown {
-		m.grown.Add(1)
-		m.nudge() // the pages of the level are not there yet
+		m.deeper()
 	}
 	return err
+}
+
+// deeper counts a level that was added, and has the cleaner make its pages resident.
+func (m *Memory) deeper() {
+	m.grown.Add(1)
+	m.nudge()
 }
 
 // crowding asks the cleaner to make the next level ready if i is the last.

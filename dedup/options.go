@@ -178,26 +178,11 @@ func (t *tokens) grow(m *Memory, have int) error {
 			n = max(n, less(buckets(uint64(expected), tokenShare), n))
 		}
 	}
-	err := table.extend(n, m.arena, false)
-	if err != nil && n > minBuckets {
-		err = table.extend(minBuckets, m.arena, false) // no memory for so many
-	}
-	if err != nil {
+	if err := table.deepen(n, minBuckets, m.arena); err != nil {
 		return err
 	}
-	table.cold = append(table.cold, table.levels[table.depth-1].Load().memory)
-	m.grown.Add(1)
-	m.nudge() // its pages are not there yet
+	m.deeper()
 	return nil
-}
-
-// growAhead is growTable for tokens.
-func (t *tokens) growAhead(m *Memory, load uint64) {
-	if t.table.checking.Swap(false) {
-		if depth, yes := t.table.crowded(load); yes {
-			_ = t.grow(m, depth) // tokens that find no room get the error
-		}
-	}
 }
 
 // openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
@@ -453,7 +438,7 @@ func (k *keyed) read(s *secret, kind int, words []uint64) error {
 			continue
 		}
 		n := words[i+1]
-		if n == 0 || n > maxUnder {
+		if n == 0 || n > counter.MaxKeyLen {
 			return damaged("the name of a key has %d bytes", n)
 		}
 		name := bytesOf(words[i+2 : i+width])[:n]

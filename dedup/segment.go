@@ -11,6 +11,7 @@ import (
 	"time"
 	"unsafe"
 
+	"verve/counter"
 	"verve/internal/durable"
 )
 
@@ -51,8 +52,7 @@ const (
 	nameKind    = 4
 	recordKinds = 8
 
-	nameWords = maxUnder / 8
-	maxUnder  = 128 // bytes of a key
+	nameWords = counter.MaxKeyLen / 8
 )
 
 // recordWords is how long a record is; 0: no writer writes this kind.

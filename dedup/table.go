@@ -338,13 +338,21 @@ func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err err
 			}
 		}
 	}
-	if err = t.extend(n, from, false); err != nil && n > least {
-		err = t.extend(least, from, false) // no memory for so many
+	err = t.deepen(n, least, from)
+	return err == nil, err
+}
+
+// deepen appends a level of n buckets, or of least where there is no memory for so many,
+// whose pages warm makes resident. t.mu is held.
+func (t *table[B]) deepen(n, least uint64, from *arena) error {
+	err := t.extend(n, from, false)
+	if err != nil && n > least {
+		err = t.extend(least, from, false)
 	}
 	if err == nil {
 		t.cold = append(t.cold, t.levels[t.depth-1].Load().memory)
 	}
-	return err == nil, err
+	return err
 }
 
 // begin makes the first levels of a table that had none until an id came. A request

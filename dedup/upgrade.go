@@ -5,10 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"unsafe"
-
-	"verve/internal/durable"
 )
 
 // A state file of an earlier version becomes one of the present version before anything
@@ -97,34 +94,4 @@ func (s *shortSlot) lengthen(publisher uint64) (to slot, ok bool) {
 	}
 	to.check = checkOf(to.words())
 	return to, true
-}
-
-// replaceState puts a state file with these words in the place of the one there.
-func (j *journal) replaceState(words []uint64) (err error) {
-	path := filepath.Join(j.dir, stateName)
-	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		_ = f.Close() // synced, or given up
-		if err != nil {
-			_ = os.Remove(path + tmpSuffix) // else the next start does
-		}
-	}()
-	for _, step := range []func() error{
-		func() error { return durable.Allocate(f, stateBytes) },
-		func() error { _, err := f.WriteAt(bytesOf(words), 0); return err },
-		f.Sync,
-		func() error { return os.Rename(path+tmpSuffix, path) },
-		func() error { return durable.SyncDir(j.dir) },
-	} {
-		if j.step != nil {
-			j.step()
-		}
-		if err := step(); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -244,7 +244,7 @@ func (a *Admin) WindowClosed(c counter.Count) {
 			}
 		}
 	}
-	w.largest = largestKeys(keys, maxKeys)
+	w.largest = counter.LargestKeys(keys, maxKeys)
 	a.closed.add(w)
 }
 

@@ -3,7 +3,6 @@ package server
 import (
 	"bytes"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -122,7 +121,7 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	const n = keptKeys/maxKeys + 10
 	for i := range n {
 		w := windowAt(i)
-		w.Keys, w.largest = len(counts), largestKeys(counts, maxKeys)
+		w.Keys, w.largest = len(counts), counter.LargestKeys(counts, maxKeys)
 		h.add(w)
 	}
 	if !slices.Equal(counts, given) {
@@ -141,22 +140,6 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	}
 	if b, err := os.ReadFile(path); err != nil || len(b) > 400*n {
 		t.Errorf("the file has %d bytes for %d windows: %v", len(b), n, err)
-	}
-}
-
-// TestLargestKeysAreThoseOfASort, whatever the order of the counts.
-func TestLargestKeysAreThoseOfASort(t *testing.T) {
-	rnd := rand.New(rand.NewPCG(3, 4))
-	for range 200 {
-		counts := make([]counter.KeyCount, rnd.IntN(200))
-		for i := range counts {
-			counts[i] = counter.KeyCount{Key: fmt.Sprint(i), Unique: uint64(rnd.IntN(30))}
-		}
-		n := 1 + rnd.IntN(20)
-		got := largestKeys(counts, n)
-		if want := counter.LargestKeys(counts, n); !slices.Equal(got, want) {
-			t.Fatalf("got %v, want %v", got, want)
-		}
 	}
 }
 

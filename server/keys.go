@@ -40,24 +40,6 @@ func keyShares(counts []counter.KeyCount, unique uint64) []keyShare {
 	return out
 }
 
-// largestKeys returns the n keys with the most ids, and leaves counts as they are. It sorts
-// few of them: a window may have a hundred thousand, and requests come while it closes.
-func largestKeys(counts []counter.KeyCount, n int) []counter.KeyCount {
-	top := make([]counter.KeyCount, 0, min(len(counts), 2*n))
-	least := uint64(0)
-	for _, c := range counts {
-		if c.Unique < least {
-			continue
-		}
-		if len(top) == 2*n {
-			top = counter.LargestKeys(top, n)
-			least = top[n-1].Unique
-		}
-		top = append(top, c)
-	}
-	return slices.Clone(counter.LargestKeys(top, n)) // top is twice as long
-}
-
 // addKeys adds up the largest keys of two parts of a window.
 func addKeys(a, b []counter.KeyCount) []counter.KeyCount {
 	if len(a) == 0 || len(b) == 0 {

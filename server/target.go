@@ -7,6 +7,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"verve/counter"
 	"verve/dedup"
 )
 
@@ -16,7 +17,7 @@ const (
 
 	// Bounds after decoding, in bytes.
 	maxIDLen    = 256
-	maxKeyLen   = 128
+	maxKeyLen   = counter.MaxKeyLen
 	maxTokenLen = 64
 )
 

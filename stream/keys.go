@@ -74,13 +74,10 @@ func ParseKeyRecord(b []byte) (KeyRecord, error) {
 	return r, nil
 }
 
-// maxKey is the longest key, in bytes, that a request may name.
-const maxKey = 128
-
 func checkKey(key string) error {
 	switch {
-	case key == "" || len(key) > maxKey:
-		return fmt.Errorf("a key has %d bytes, the limits are 1 and %d", len(key), maxKey)
+	case key == "" || len(key) > counter.MaxKeyLen:
+		return fmt.Errorf("a key has %d bytes, the limits are 1 and %d", len(key), counter.MaxKeyLen)
 	case !utf8.ValidString(key):
 		return fmt.Errorf("key %q is not valid UTF-8", key)
 	}
