@@ -189,25 +189,9 @@ func cutting(t *testing.T) (sets []*Set, at []settest.Epochs, settled func()) {
 		r := newRedis(t, p.addr(), func(c *Config) { c.Timeout = 20 * time.Millisecond })
 		sets, at, ways = append(sets, r), append(at, settest.NewEpochs(t, r)), append(ways, p)
 	}
-	stop := make(chan struct{})
-	var group sync.WaitGroup
-	group.Go(func() {
-		for i := 0; ; i++ {
-			select {
-			case <-stop:
-				return
-			case <-time.After(5 * time.Millisecond):
-			}
-			if p := ways[i/2%2]; i%2 == 0 {
-				p.cut(30 * time.Millisecond)
-			} else {
-				p.cutInReply()
-			}
-		}
-	})
+	stop := cutAgain(ways, 30*time.Millisecond)
 	return sets, at, func() {
-		close(stop)
-		group.Wait()
+		stop()
 		for _, r := range sets {
 			untilSettled(t, r)
 		}

@@ -57,6 +57,31 @@ func bring(t *testing.T, sets []*Set, at []settest.Epochs, callers, each int, id
 	return repeat.Load(), failed.Load()
 }
 
+// cutAgain cuts the connections of one proxy after the other, every other time in a reply,
+// until stop is called. They stay away for so long.
+func cutAgain(ways []*proxy, away time.Duration) (stop func()) {
+	stopped := make(chan struct{})
+	var cutting sync.WaitGroup
+	cutting.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-stopped:
+				return
+			case <-time.After(5 * time.Millisecond):
+			}
+			if p := ways[i/2%len(ways)]; i%2 == 0 {
+				p.cut(away)
+			} else {
+				p.cutInReply()
+			}
+		}
+	})
+	return func() {
+		close(stopped)
+		cutting.Wait()
+	}
+}
+
 // TestRedisLostRepliesAreNoRepeats has the replies of Redis thrown away and the
 // connections cut, again and again, in the middle of batches that are applied. No first
 // attempt is taken for another caller's, and no id is Unique twice, also if the next
@@ -78,23 +103,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 				r := newRedis(t, p.addr())
 				sets, at, ways = append(sets, r), append(at, settest.NewEpochs(t, r)), append(ways, p)
 			}
-			stop := make(chan struct{})
-			var cutting sync.WaitGroup
-			// Every round sends other ids until there were enough cuts.
-			cutting.Go(func() {
-				for i := 0; ; i++ {
-					select {
-					case <-stop:
-						return
-					case <-time.After(5 * time.Millisecond):
-					}
-					if p := ways[i%instances]; i%4 < 2 {
-						p.cut(time.Millisecond)
-					} else {
-						p.cutInReply()
-					}
-				}
-			})
+			stop := cutAgain(ways, time.Millisecond)
 			done := func() (n int) {
 				for _, p := range ways {
 					p.mu.Lock()
@@ -105,12 +114,12 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			}
 			var repeats, failures int64
 			ids := 0
+			// Every round sends other ids until there were enough cuts.
 			for round := 0; ids < callers*each || done() < cuts; round++ {
 				a, b := bring(t, sets, at, callers, each, func(n int) string { return fmt.Sprint(round, "-", n) })
 				repeats, failures, ids = repeats+a, failures+b, ids+callers*each
 			}
-			close(stop)
-			cutting.Wait()
+			stop()
 			t.Logf("%d ids, %d cuts, %d tries failed, %d batches sent again, %d ids taken back", ids, done(), failures,
 				sets[0].counts.retries.Load(), sets[0].counts.untold.Load())
 			if repeats > 0 {
