@@ -3,7 +3,7 @@ module verve/server/live/browser
 go 1.26.8
 
 require (
-	github.com/chromedp/cdproto v0.160.0
+	github.com/chromedp/cdproto v0.160.1
 	github.com/chromedp/chromedp v0.23.0
 )
 
