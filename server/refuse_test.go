@@ -38,8 +38,8 @@ func refusals(t *testing.T, log *testproc.Buffer) map[string][]refusalLine {
 	return lines
 }
 
-// TestEveryCauseOfRefusalsIsLogged: the first one at once, with its status, and the
-// number of the others, of each reason that there is.
+// TestEveryCauseOfRefusalsIsLogged: one at once, with its status, and the number of the
+// others, of each reason that there is.
 func TestEveryCauseOfRefusalsIsLogged(t *testing.T) {
 	const each = 1000
 	var log testproc.Buffer
@@ -64,18 +64,17 @@ func TestEveryCauseOfRefusalsIsLogged(t *testing.T) {
 		if r == reasonPanic { // see TestPanicCostsOneRequestAndTheEpochIsStillSealed
 			continue
 		}
-		sum, shown, first := 0, 0, false
+		sum, shown := 0, 0
 		for _, line := range lines[r.name] {
-			sum += line.Hidden
-			if line.Status != 0 {
+			sum += line.Hidden // the first may know of others: four callers began at once
+			if line.Status == 400 {
 				shown++
 			}
-			first = first || line.Status == 400 && line.Hidden == 0 // not always written first
 		}
-		if !first {
-			t.Errorf("%s: no line is of the first refusal: %+v", r.name, lines[r.name])
+		if shown == 0 {
+			t.Errorf("%s: no line shows a refusal: %+v", r.name, lines[r.name])
 		}
-		if len(lines[r.name]) < 2 || len(lines[r.name]) > each/10 || sum+shown != each {
+		if len(lines[r.name]) > each/10 || sum+shown != each {
 			t.Errorf("%s: %d lines tell of %d refusals, want few, and %d", r.name, len(lines[r.name]), sum+shown, each)
 		}
 	}
