@@ -4,32 +4,22 @@ import (
 	"sync/atomic"
 )
 
-// growAhead adds a level to a table that will soon need one, so that the
-// memory is resident before a request stands in front of a full bucket. Where requests
-// were faster, it makes the level resident that they added.
+// growAhead adds levels to a table that will soon need one, and those that requests left to
+// it: their memory is resident before a request uses it.
 func (m *Memory) growAhead() {
 	v := m.current.Load()
 	if v == nil {
 		return
 	}
 	l := v.load()
-	growTable(v.narrow, l.narrow, func(have int) error { return grow(m, v.narrow, have, l.narrow) })
-	growTable(v.wide, l.wide, func(have int) error { return grow(m, v.wide, have, l.wide) })
-	growTable(&v.tokens.table, l.tokens, func(have int) error { return v.tokens.grow(m, have) })
-	v.narrow.warm(m.arena)
-	v.wide.warm(m.arena)
-	v.tokens.table.warm(m.arena)
+	growTable(m, v.narrow, l.narrow, func() []uint64 { return v.narrow.sizes(l.narrow) })
+	growTable(m, v.wide, l.wide, func() []uint64 { return v.wide.sizes(l.wide) })
+	growTable(m, &v.tokens.table, l.tokens, func() []uint64 { return v.tokens.sizes(m) })
 }
 
-func growTable[B any](t *table[B], load uint64, grow func(have int) error) {
-	if !t.checking.Swap(false) { // before the look: who takes a slot after it asks again
-		return
-	}
-	if depth, yes := t.crowded(load); yes {
-		// An error means that memory has run out: the ids that find no room
-		// are refused and counted, each with its own error.
-		_ = grow(depth)
-	}
+func growTable[B any](m *Memory, t *table[B], load uint64, sizes func() []uint64) {
+	asked := t.checking.Swap(false) // before the look: who takes a slot after it asks again
+	m.grown.Add(uint64(t.prepare(asked, load, sizes, m.arena)))
 }
 
 // resize makes a table of the right size for the next epochs, if that of the

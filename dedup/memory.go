@@ -508,7 +508,7 @@ func (m *Memory) addNarrow(v *View, x uint64, look bool) (place, error) {
 			if look {
 				return absent, nil
 			}
-			if err := grow(m, v.narrow, i, v.load().narrow); err != nil {
+			if err := grow(m, v.narrow, i, func() []uint64 { return v.narrow.sizes(v.load().narrow) }); err != nil {
 				return full, err
 			}
 			l = v.narrow.levels[i].Load()
@@ -533,7 +533,7 @@ func (m *Memory) addWide(v *View, hi, lo uint64, look bool) (place, error) {
 			if look {
 				return absent, nil
 			}
-			if err := grow(m, v.wide, i, v.load().wide); err != nil {
+			if err := grow(m, v.wide, i, func() []uint64 { return v.wide.sizes(v.load().wide) }); err != nil {
 				return full, err
 			}
 			l = v.wide.levels[i].Load()
@@ -551,19 +551,15 @@ func (m *Memory) addWide(v *View, hi, lo uint64, look bool) (place, error) {
 	return full, ErrFull
 }
 
-// grow adds a level because an id found the last one full, or soon would.
-func grow[B any](m *Memory, t *table[B], have int, load uint64) error {
-	grown, err := t.grow(have, load, m.arena)
+// grow adds a level because an id found the last one full. What it leaves to the cleaner
+// is begun at once.
+func grow[B any](m *Memory, t *table[B], have int, sizes func() []uint64) error {
+	grown, err := t.grow(have, sizes, m.arena)
 	if grown {
-		m.deeper()
+		m.grown.Add(1)
+		m.nudge()
 	}
 	return err
-}
-
-// deeper counts a level that was added, and has the cleaner make its pages resident.
-func (m *Memory) deeper() {
-	m.grown.Add(1)
-	m.nudge()
 }
 
 // crowding asks the cleaner to make the next level ready if i is the last.

@@ -136,7 +136,7 @@ func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
 			if m == nil {
 				return absent, nil
 			}
-			if err := t.grow(m, i); err != nil {
+			if err := grow(m, &t.table, i, func() []uint64 { return t.sizes(m) }); err != nil {
 				return full, err
 			}
 			l = t.table.levels[i].Load()
@@ -154,35 +154,27 @@ func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
 	return full, ErrFull
 }
 
-// grow makes sure that there is a level after the first have ones. A table that had none
+// sizes returns the size of the level that the table needs next. A table that had none
 // begins with what the last epochs needed. Later ones double it, or make room for as many
 // tokens as the epoch will have if it gets the ids that are expected: so a token takes
-// 16 bytes or less from the start, where its epoch is about as large as said.
-func (t *tokens) grow(m *Memory, have int) error {
+// 16 bytes or less from the start, where its epoch is about as large as said. The lock of
+// the table is held.
+func (t *tokens) sizes(m *Memory) []uint64 {
 	table := &t.table
-	table.mu.Lock()
-	defer table.mu.Unlock()
 	switch {
-	case table.depth > have:
-		return nil
 	case table.depth == 0:
-		return table.begin(m.arena)
+		return table.sizes(0)
+	case t.load() <= table.slots/100*needed:
+		return []uint64{minBuckets}
 	}
-	n := uint64(minBuckets)
-	if t.load() > table.slots/100*needed {
-		n = table.slots / slotsPerBucket
-		if v := m.current.Load(); v != nil && v.tokens == t {
-			l := v.load()
-			share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
-			expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
-			n = max(n, less(buckets(uint64(expected), tokenShare), n))
-		}
+	n := table.slots / slotsPerBucket
+	if v := m.current.Load(); v != nil && v.tokens == t {
+		l := v.load()
+		share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
+		expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
+		n = max(n, less(buckets(uint64(expected), tokenShare), n))
 	}
-	if err := table.deepen(n, minBuckets, m.arena); err != nil {
-		return err
-	}
-	m.deeper()
-	return nil
+	return []uint64{n}
 }
 
 // openTokens gives v, the view of e, its tokens and those of the window before. m.mu is

@@ -77,6 +77,10 @@ const (
 	needed    = 70
 	crowdedAt = 78
 
+	// quickBytes is the size of the largest level that a request makes, if the cleaner
+	// has made one since requests last did: eight huge pages.
+	quickBytes = 16 << 20
+
 	// nearlyFull is how far from its home an id that takes a slot in the last
 	// level makes the cleaner look whether the table should grow. With three
 	// slots left every tenth id comes that far, with five every eightieth; any
@@ -247,11 +251,13 @@ type table[B any] struct {
 	levels [maxLevels]atomic.Pointer[level[B]]
 	expect uint64 // ids the first two levels are made for
 
-	mu    sync.Mutex // guards growing
-	depth int        // levels there
-	cold  []memory   // of levels added meanwhile, whose pages are not resident yet
-	slots uint64     // in all levels
-	bytes uint64     // of all levels
+	mu     sync.Mutex // guards growing
+	depth  int        // levels there
+	slots  uint64     // in all levels
+	bytes  uint64     // of all levels
+	wanted []uint64   // buckets of the levels that the cleaner is to make
+	making bool       // it is making some
+	quick  int        // levels that requests have made since it last did
 
 	far      atomic.Uint64 // buckets from which on a level is worth a prefetch; 0: none is
 	checking atomic.Bool   // the cleaner was asked to look at the load
@@ -274,17 +280,24 @@ func firstLevels(ids uint64) (first, second uint64) {
 	return first, second
 }
 
-// extend appends a level of n buckets. t.mu is held, or nobody else has t yet.
-func (t *table[B]) extend(n uint64, from *arena, resident bool) error {
-	if t.depth == maxLevels {
-		return ErrFull
-	}
+// newLevel makes a level of n buckets that no table has yet. Its pages are resident, or
+// become so one by one, as ids take them.
+func newLevel[B any](n uint64, from *arena, resident bool) (*level[B], error) {
 	buckets, memory, err := allocate[B](from, n, resident)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	l := &level[B]{buckets: buckets, odd: newSecret().odd[0], memory: memory}
+	return &level[B]{buckets: buckets, odd: newSecret().odd[0], memory: memory}, nil
+}
+
+// append puts l behind the other levels. t.mu is held, or nobody else has t yet.
+func (t *table[B]) append(l *level[B], from *arena) error {
+	if t.depth == maxLevels {
+		from.free(l.memory)
+		return ErrFull
+	}
 	t.levels[t.depth].Store(l)
+	n := uint64(len(l.buckets))
 	if n > nearSlots/slotsPerBucket {
 		t.far.Store(max(t.far.Load(), n/2))
 	}
@@ -294,80 +307,110 @@ func (t *table[B]) extend(n uint64, from *arena, resident bool) error {
 	return nil
 }
 
-// warm makes the levels resident that were added since the last call. The cleaner calls
-// it, without the lock: the pages of a large level can take seconds, and requests use the
-// level meanwhile. Nobody may free t at the same time.
-func (t *table[B]) warm(from *arena) {
-	t.mu.Lock()
-	cold := t.cold
-	t.cold = nil
-	t.mu.Unlock()
-	for _, m := range cold {
-		from.populate(m)
+// extend makes a level of n buckets and appends it.
+func (t *table[B]) extend(n uint64, from *arena, resident bool) error {
+	if t.depth == maxLevels {
+		return ErrFull
 	}
+	l, err := newLevel[B](n, from, resident)
+	if err != nil {
+		return err
+	}
+	return t.append(l, from)
 }
 
-// grow makes sure that there is a level after the first have ones. load is the
-// number of ids in the table. Where the load explains the need, a small table
-// grows to hold ten times the expected ids, then to nine times its size, and a
-// large one by three quarters: a table that knew little of what would come walks
-// few levels. Else some buckets are full by chance, as with any load, or by
-// malice, and a level of the smallest size serves.
+// grow makes sure that there is a level after the first have ones, for a request that
+// stands in front of full buckets. size returns the sizes of the levels that the table
+// needs; t.mu is held while it is called.
 //
-// The level is there at once, before its pages are: requests that wait for it hold t.mu
-// only for moments, and the cleaner makes the pages resident (warm).
-func (t *table[B]) grow(have int, load uint64, from *arena) (grown bool, err error) {
+// The first touch of a huge page takes 0.1 ms, and where a hypervisor has to find it first
+// several. Ids come at random places, so soon every page of a new level is touched: those
+// of a large one would stop all requests for seconds. So a request makes a small level,
+// and twice as large a one where that is full, too, while the cleaner makes the pages of
+// the large one resident (prepare).
+func (t *table[B]) grow(have int, sizes func() []uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.depth > have {
 		return false, nil
 	}
-	if t.depth == 0 {
-		err = t.begin(from)
-		return err == nil, err
+	wanted := sizes()
+	n := min(wanted[0], quickBytes<<t.quick/uint64(unsafe.Sizeof(*new(B))))
+	if err = t.extend(n, from, false); err != nil && n > minBuckets {
+		err = t.extend(minBuckets, from, false) // no memory for so many
 	}
-	least, n := uint64(minBuckets), uint64(minBuckets)
-	if load > t.slots/100*needed {
-		least = max(least, t.slots*3/4/slotsPerBucket)
-		n = least
-		if t.slots <= smallTable {
-			n = t.slots * 8 / slotsPerBucket
-			tenfold := buckets(max(t.expect, minBuckets*slotsPerBucket/2), tenfoldShare)
-			if have := t.slots / slotsPerBucket; tenfold > 2*have {
-				n = tenfold - have
-			}
-		}
-	}
-	err = t.deepen(n, least, from)
-	return err == nil, err
-}
-
-// deepen appends a level of n buckets, or of least where there is no memory for so many,
-// whose pages warm makes resident. t.mu is held.
-func (t *table[B]) deepen(n, least uint64, from *arena) error {
-	err := t.extend(n, from, false)
-	if err != nil && n > least {
-		err = t.extend(least, from, false)
-	}
-	if err == nil {
-		t.cold = append(t.cold, t.levels[t.depth-1].Load().memory)
-	}
-	return err
-}
-
-// begin makes the first levels of a table that had none until an id came. A request
-// waits for it: their pages become resident one by one, as ids take them. t.mu is
-// held.
-func (t *table[B]) begin(from *arena) error {
-	first, second := firstLevels(t.expect)
-	err := t.extend(first, from, false)
 	if err != nil {
-		return t.extend(minBuckets, from, true) // no memory for so many
+		return false, err
 	}
-	if second > 0 {
-		_ = t.extend(second, from, false) // else it comes when it is needed
+	if n == wanted[0] {
+		wanted = wanted[1:]
+	} else {
+		t.quick++
 	}
-	return nil
+	if !t.making {
+		t.wanted = wanted
+	}
+	return true, nil
+}
+
+// prepare makes the levels that requests found missing, or that they would soon, and
+// appends them when their pages are resident. One at a time may call it, and nobody may
+// free t meanwhile. asked: the table may be crowded with so many ids.
+func (t *table[B]) prepare(asked bool, load uint64, sizes func() []uint64, from *arena) (grown int) {
+	t.mu.Lock()
+	wanted := t.wanted
+	if t.wanted = nil; len(wanted) == 0 && asked && t.crowded(load) {
+		wanted = sizes()
+	}
+	t.making = true
+	t.mu.Unlock()
+	for _, n := range wanted {
+		l, err := newLevel[B](n, from, true)
+		for least := max(n/8, minBuckets); err != nil && n/2 >= least; {
+			n /= 2
+			l, err = newLevel[B](n, from, true)
+		}
+		if err != nil {
+			break // memory has run out: requests use what is left
+		}
+		t.mu.Lock()
+		if t.append(l, from) == nil {
+			t.quick = 0
+			grown++
+		}
+		t.mu.Unlock()
+	}
+	t.mu.Lock()
+	t.making = false
+	t.mu.Unlock()
+	return grown
+}
+
+// sizes returns the sizes of the levels that t needs next, in buckets. load is the number
+// of ids in it. Where the load explains the need, a small table
+// grows to hold ten times the expected ids, then to nine times its size, and a
+// large one by three quarters: a table that knew little of what would come walks
+// few levels. Else some buckets are full by chance, as with any load, or by
+// malice, and a level of the smallest size serves. t.mu is held.
+func (t *table[B]) sizes(load uint64) []uint64 {
+	switch {
+	case t.depth == 0:
+		first, second := firstLevels(t.expect)
+		if second == 0 {
+			return []uint64{first}
+		}
+		return []uint64{first, second}
+	case load <= t.slots/100*needed:
+		return []uint64{minBuckets}
+	case t.slots > smallTable:
+		return []uint64{t.slots * 3 / 4 / slotsPerBucket}
+	}
+	n := t.slots * 8 / slotsPerBucket
+	tenfold := buckets(max(t.expect, minBuckets*slotsPerBucket/2), tenfoldShare)
+	if have := t.slots / slotsPerBucket; tenfold > 2*have {
+		n = tenfold - have
+	}
+	return []uint64{n}
 }
 
 // crowded reports whether a new level should be made ready, now that a bucket
@@ -375,19 +418,18 @@ func (t *table[B]) begin(from *arena) error {
 // does, the sooner the more buckets there are: at 66 % of all slots or later, or
 // before half load, where a small level helps. The small second level of a
 // table of the expected size holds out until 104 % of those ids; there the load
-// must not ask at 100 %, which is 69 % of the slots.
-func (t *table[B]) crowded(load uint64) (depth int, yes bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+// must not ask at 100 %, which is 69 % of the slots. The third is that of a table which
+// began with a quick one. t.mu is held.
+func (t *table[B]) crowded(load uint64) bool {
 	last := uint64(len(t.levels[t.depth-1].Load().buckets)) * slotsPerBucket
 	percent := load / (t.slots/100 + 1)
 	switch {
 	case t.depth == 1 || percent < 50:
-		return t.depth, true
-	case t.depth == 2 && last < t.slots/8:
-		return t.depth, percent >= 72
+		return true
+	case t.depth <= 3 && last < t.slots/8:
+		return percent >= 72
 	default:
-		return t.depth, percent >= 62
+		return percent >= 62
 	}
 }
 

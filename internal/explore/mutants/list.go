@@ -125,7 +125,7 @@ var mutants = []mutant{
 		File: "dedup/table.go", Old: "t.mu.Lock()\n\tdefer t.mu.Unlock()\n\tif t.depth > have", New: "if t.depth > have",
 	}, nil},
 	{"a full level is the end of the search", "dedup", overlay.Edit{
-		File: "dedup/memory.go", Old: "if err := grow(m, v.narrow, i, v.load().narrow); err != nil {", New: "if err := grow(m, v.narrow, i+1, v.load().narrow); err != nil {",
+		File: "dedup/memory.go", Old: "if err := grow(m, v.narrow, i, func()", New: "if err := grow(m, v.narrow, i+1, func()",
 	}, nil},
 	{"the cleaner empties by a store", "dedup", overlay.Edit{
 		File: "dedup/cleaner.go", Old: "if words[i].CompareAndSwap(w, 0) {", New: "if words[i].Store(0); true {",
