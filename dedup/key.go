@@ -100,8 +100,14 @@ func (s *secret) key(id []byte) Key {
 	return Key{hi, lo, wideKind}
 }
 
-// keyUnder is the key of an id that is counted under a key: a hash of 128 bits of both.
-func (s *secret) keyUnder(under, id []byte) Key {
+// keyUnder is the key of an id that is counted under a key, whose hash is name. For a
+// decimal it is those two, scattered one to one: no two keys of an epoch have the same
+// hash (counter.Keys). For any other id it is a hash of 128 bits of key and id.
+func (s *secret) keyUnder(name uint64, under, id []byte) Key {
+	if n, ok := decimal(id); ok {
+		hi, lo := s.scatter128(name, n)
+		return Key{hi, lo, wideKind}
+	}
 	if 1+len(under)+len(id) > 64 {
 		return s.keyUnderLong(under, id)
 	}
@@ -109,7 +115,7 @@ func (s *secret) keyUnder(under, id []byte) Key {
 	return s.keyOfPair(append(append(append(text[:0], byte(len(under))), under...), id...))
 }
 
-// keyUnderLong is keyUnder in more memory: to clear it takes as long as the hash of a short
+// keyUnderLong hashes in more memory: to clear it takes as long as the hash of a short
 // pair.
 func (s *secret) keyUnderLong(under, id []byte) Key {
 	var text [1 + 128 + 256]byte

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
+	"fmt"
 	"math/bits"
 	"math/rand/v2"
 	"regexp"
 	"strconv"
+	"strings"
 	"testing"
 
 	"verve/internal/epochtest"
@@ -112,6 +114,28 @@ func TestScatterIsOneToOne(t *testing.T) {
 			}
 			if h, l := s.gather128(s.scatter128(lo, hi)); h != lo || l != hi {
 				t.Fatalf("scatter128(%x, %x) comes back as %x, %x", lo, hi, h, l)
+			}
+		}
+	}
+}
+
+// TestIdsUnderKeysHaveTheirOwnPlaces: no two pairs of key and id are taken for one,
+// however alike they look, and a pair is the same from whichever request it comes.
+func TestIdsUnderKeysHaveTheirOwnPlaces(t *testing.T) {
+	m := newMemory(t, Config{})
+	newEpochs(t, m)
+	seen := map[Key]string{}
+	for _, under := range []string{"", "a", "a1", "1", "12", "key", strings.Repeat("k", 128)} {
+		for _, id := range []string{"0", "1", "11", "12", "112", "01", "1a", "18446744073709551615", "18446744073709551616", "6ba7b810-9dad-11d1-80b4-00c04fd430c8", strings.Repeat("x", 256)} {
+			k := m.Key([]byte(id), &Options{Under: []byte(under)})
+			if other, there := seen[k]; there {
+				t.Errorf("%s under %q has the key of %s", id, under, other)
+			}
+			seen[k] = fmt.Sprintf("%s under %q", id, under)
+			shared := &Options{Under: []byte(under), Token: []byte("t")}
+			m.Key([]byte("another"), shared)
+			if again := m.Key([]byte(id), shared); again != k {
+				t.Errorf("%s under %q has two keys", id, under)
 			}
 		}
 	}

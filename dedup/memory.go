@@ -356,7 +356,7 @@ func (m *Memory) Key(id []byte, o *Options) Key {
 	if o == nil || len(o.Under) == 0 {
 		k = m.secret.key(id)
 	} else {
-		k = m.secret.keyUnder(o.Under, id)
+		k = m.secret.keyUnder(o.nameHash(&m.secret), o.Under, id)
 	}
 	if v := m.current.Load(); k.kind == narrowKind {
 		if far := v.narrow.far.Load(); far > 0 {

@@ -286,16 +286,25 @@ func (r *optionRun) count() {
 	}
 }
 
-// key returns the count of a key of the epoch; nil if name is empty. The name is in the
+// nameHash returns the hash of the key.
+func (o *Options) nameHash(s *secret) uint64 {
+	if o.name == 0 {
+		o.name = s.name(o.Under)
+	}
+	return o.name
+}
+
+// key returns the count of a key of the epoch; nil if there is none in o. The name is in the
 // journal before the key is in the epoch: no id is kept under a key whose name is not.
-func (m *Memory) key(r *optionRun, name []byte) (*counter.Key, error) {
+func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
+	name := o.Under
 	if len(name) == 0 {
 		return nil, nil
 	}
 	if r.under != nil && bytes.Equal(r.name, name) {
 		return r.under, nil
 	}
-	hash, keys := m.secret.name(name), r.e.Keys()
+	hash, keys := o.nameHash(&m.secret), r.e.Keys()
 	k := keys.Find(hash, name)
 	if k == nil {
 		if keys.Full() {
@@ -347,7 +356,7 @@ func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, 
 			return Replayed, nil
 		}
 	}
-	under, none := m.key(r, it.Options.Under)
+	under, none := m.key(r, it.Options)
 	if under != nil {
 		kind |= underKind
 	}

@@ -51,6 +51,8 @@ func refusal(err error) Verdict {
 type Options struct {
 	Under []byte // the key under which the id is counted, 1 to 128 bytes: an id is unique within its key
 	Token []byte // names the attempt to count the id, 1 to 64 bytes: its retries have the same one
+
+	name uint64 // a hash of Under; 0: not made yet. Ids that share their options make it once.
 }
 
 // Item is an id to be judged.

@@ -195,7 +195,7 @@ func (b *batch) admit(shared *dedup.Options) error {
 		}
 		options := of
 		if it.options() {
-			o := *shared
+			o := dedup.Options{Under: shared.Under, Token: shared.Token}
 			if it.key != nil {
 				o.Under = it.key
 			}
