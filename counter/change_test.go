@@ -20,8 +20,11 @@ type directory struct {
 	recorded map[int64]uint64 // of them those in records
 }
 
-func (d *directory) Open(e *Epoch) { d.newest, d.serial = Span{e.Start(), e.Window()}, e.Serial() }
-func (d *directory) Retire(*Epoch) {}
+func (d *directory) Open(e *Epoch) State {
+	d.newest, d.serial = Span{e.Start(), e.Window()}, e.Serial()
+	return nil
+}
+
 func (d *directory) Publish(_ context.Context, c Count) error {
 	d.counts = append(d.counts, c)
 	d.recorded[c.Start.UnixNano()] += c.Unique

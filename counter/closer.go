@@ -109,7 +109,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
 		return err
 	}
-	c.cfg.Store.Retire(e)
+	e.retire()
 	e.keys.release()
 
 	c.mu.Lock()

@@ -42,14 +42,18 @@ const (
 )
 
 // Store keeps the ids of the epochs. Open is called before the first request
-// can enter e, with a lock held that every turn needs: it must be quick. Retire
-// is called when the count of e is published and nobody can be in e any more.
-// The calls come in the order of the epochs, but that Retire of one in which
-// nothing was counted may come early, with the lock of Open held.
+// can enter e, with a lock held that every turn needs: it must be quick.
 type Store interface {
-	Open(e *Epoch)   // prepares e, before its first request
-	Retire(e *Epoch) // releases e, after its last request and its record
+	// Open prepares e and returns what the Store holds for it, which becomes e.State. It
+	// may be nil.
+	Open(e *Epoch) State
 }
+
+// State is what a Store holds for one epoch. Retire releases it, and is called once, when
+// the count of the epoch is published and no request can be in the epoch any more. The
+// calls come in the order of the epochs, but that the one for an epoch in which nothing
+// was counted may come early, with the lock of Open held.
+type State interface{ Retire() }
 
 // Config of a Counter. The zero value of an optional field is its default.
 type Config struct {
@@ -81,7 +85,7 @@ type Config struct {
 // is that of a Store that keeps nothing.
 type Past struct {
 	// Left are the counts that were not published, in order of their start.
-	// They are published first, each followed by Retire.
+	// They are published first, each followed by the Retire of its State.
 	Left []Left
 
 	// Lost are counts that no record can be made of: this publisher has published a
@@ -107,7 +111,7 @@ type Left struct {
 	Keys   []KeyCount    // the same for each key, by name
 	Exact  bool          // false if ids may be missing
 	NoKeys bool          // what is under keys is not known: Keys is nil
-	State  any           // for the Store, as Epoch.State
+	State  State         // of the Store, as Epoch.State; may be nil
 }
 
 // Counter turns, closes and publishes epochs. All methods are safe for concurrent use; Run
@@ -196,7 +200,7 @@ func New(cfg Config) (*Counter, error) {
 	if e.Start().Before(cfg.InexactBefore) {
 		e.MarkInexact()
 	}
-	cfg.Store.Open(e)
+	e.State = cfg.Store.Open(e)
 	c.last = e
 	c.open.Store(e)
 	c.watch(now, startWait)
@@ -279,7 +283,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 			next.cut = now-next.start > c.clock.skew
 		}
 	}
-	c.cfg.Store.Open(next)
+	next.State = c.cfg.Store.Open(next)
 	c.last = next
 	c.open.Store(next) // from here on nobody enters e
 	if n := len(c.turned); n >= maxWaiting && e.Idle() && e.Unique()+e.Repeats() == 0 {
@@ -288,7 +292,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 		// that waits, which is not being closed: it is not the first.
 		c.turned[n-1].gap = next.start
 		c.turned[n-1].cut = true
-		c.cfg.Store.Retire(e)
+		e.retire()
 		return
 	}
 	c.leave(e)

@@ -27,7 +27,12 @@ type ledger struct {
 	retired   int // of opened, in order
 }
 
-func (l *ledger) Open(e *Epoch) {
+// retire is the State of an epoch that only reports its end.
+type retire func()
+
+func (r retire) Retire() { r() }
+
+func (l *ledger) Open(e *Epoch) State {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if n := len(l.opened); n > 0 && e.Number() <= l.opened[n-1].Number() {
@@ -36,8 +41,8 @@ func (l *ledger) Open(e *Epoch) {
 	if want := uint64(len(l.opened)) + 1; e.Serial() != want {
 		l.t.Errorf("epoch %d has serial %d, want %d", e.Number(), e.Serial(), want)
 	}
-	e.State = l
 	l.opened = append(l.opened, e)
+	return retire(func() { l.retire(e) })
 }
 
 func (l *ledger) Publish(_ context.Context, c Count) (err error) {
@@ -57,7 +62,7 @@ func (l *ledger) Publish(_ context.Context, c Count) (err error) {
 	return err
 }
 
-func (l *ledger) Retire(e *Epoch) {
+func (l *ledger) retire(e *Epoch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e != l.opened[l.retired] {
@@ -485,13 +490,16 @@ func (l *stuckLedger) Publish(ctx context.Context, c Count) error {
 	return l.ledger.Publish(ctx, c)
 }
 
-func (l *stuckLedger) Retire(e *Epoch) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.retiredAll++
-	if !e.Idle() {
-		l.t.Errorf("epoch %d was retired with a request in it", e.Number())
-	}
+func (l *stuckLedger) Open(e *Epoch) State {
+	l.ledger.Open(e)
+	return retire(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.retiredAll++
+		if !e.Idle() {
+			l.t.Errorf("epoch %d was retired with a request in it", e.Number())
+		}
+	})
 }
 
 // TestHeldEntryDelaysOnlyPublishing holds one request in an epoch for over a

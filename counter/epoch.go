@@ -70,8 +70,9 @@ type Epoch struct {
 	cut bool  // ended before its time, or nobody was there at its end
 	gap int64 // the start of the next one opened, if there are epochs between; Unix time, ns
 
-	// State belongs to the Store: set in Open, let go in Retire.
-	State any
+	// State is what the Store returned from Open: set before the first request can enter,
+	// and nil again once it is retired.
+	State State
 
 	keys Keys
 	owed []KeyCount // of a left epoch: what its record is to say by key
@@ -145,6 +146,15 @@ func (e *Epoch) Idle() bool {
 		}
 	}
 	return true
+}
+
+// retire lets the Store go of the epoch: it is published, and no request can be in it. A
+// request that adds to it against the rules fails, instead of reading freed memory.
+func (e *Epoch) retire() {
+	if e.State != nil {
+		e.State.Retire()
+		e.State = nil
+	}
 }
 
 // Entry is a request inside an epoch. The epoch is not sealed before Leave.

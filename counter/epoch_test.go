@@ -99,8 +99,7 @@ func TestEnterAndLeaveAllocateNothing(t *testing.T) {
 // nothing is a Store and a Publisher without a memory.
 type nothing struct{ Publisher }
 
-func (nothing) Open(*Epoch)   {}
-func (nothing) Retire(*Epoch) {}
+func (nothing) Open(*Epoch) State { return nil }
 
 // TestTurnAllocatesNothing turns while the closer keeps up and the ticker has
 // made the spare. The request that turns pays for no memory.

@@ -28,8 +28,18 @@ type answer struct {
 	unique, repeats uint64
 }
 
-func (s *scene) Open(e *Epoch)   { s.opened = append(s.opened, e) }
-func (s *scene) Retire(e *Epoch) { s.retired = append(s.retired, e) }
+func (s *scene) Open(e *Epoch) State {
+	s.opened = append(s.opened, e)
+	return sceneState{s, e}
+}
+
+type sceneState struct {
+	s *scene
+	e *Epoch
+}
+
+func (i sceneState) Retire() { i.s.retired = append(i.s.retired, i.e) }
+
 func (s *scene) Publish(_ context.Context, c Count) error {
 	s.published = append(s.published, c)
 	return nil

@@ -10,22 +10,20 @@ import (
 type pastLedger struct {
 	*ledger
 	inexact bool // what Open finds
-	retired []any
+	retired []string
 }
 
-func (l *pastLedger) Open(e *Epoch) {
+func (l *pastLedger) Open(e *Epoch) State {
 	l.opened = append(l.opened, e)
-	e.State = "here"
 	if l.inexact && len(l.opened) == 1 {
 		e.MarkInexact()
 	}
-}
-
-func (l *pastLedger) Retire(e *Epoch) {
-	if !e.Idle() {
-		l.t.Errorf("epoch %d was retired with a request in it", e.Number())
-	}
-	l.retired = append(l.retired, e.State)
+	return retire(func() {
+		if !e.Idle() {
+			l.t.Errorf("epoch %d was retired with a request in it", e.Number())
+		}
+		l.retired = append(l.retired, "here")
+	})
 }
 
 // TestFirstEpochGoesOnFromThePast: the same epoch under its serial if it is the
@@ -79,14 +77,16 @@ func TestLeftCountsArePublishedFirst(t *testing.T) {
 			last Left
 			want string
 		}{
-			{"the present epoch goes on", Left{Serial: 7, Start: now, Window: time.Minute, Unique: 4, Exact: true, State: "left"}, "-2:5-? -1:0- 0:4- 0:1-?"},
-			{"and had nothing new", Left{Serial: 7, Start: now, Window: time.Minute, Exact: true, State: "left"}, "-2:5-? -1:0- 0:1-?"},
+			{"the present epoch goes on", Left{Serial: 7, Start: now, Window: time.Minute, Unique: 4, Exact: true}, "-2:5-? -1:0- 0:4- 0:1-?"},
+			{"and had nothing new", Left{Serial: 7, Start: now, Window: time.Minute, Exact: true}, "-2:5-? -1:0- 0:1-?"},
 		} {
 			l := &pastLedger{ledger: &ledger{t: t, fault: func(Count) (error, bool) { return nil, true }}, inexact: true}
+			left := retire(func() { l.retired = append(l.retired, "left") })
+			tt.last.State = left
 			c, err := New(Config{Window: time.Minute, Store: l, Publish: l, Past: Past{
 				Left: []Left{
-					{Serial: 5, Start: now.Add(-2 * time.Minute), Window: time.Minute, Unique: 5, State: "left"},
-					{Serial: 6, Start: now.Add(-time.Minute), Window: time.Minute, Exact: true, State: "left"},
+					{Serial: 5, Start: now.Add(-2 * time.Minute), Window: time.Minute, Unique: 5, State: left},
+					{Serial: 6, Start: now.Add(-time.Minute), Window: time.Minute, Exact: true, State: left},
 					tt.last,
 				},
 				Serial: 7, Start: now, Window: time.Minute,

@@ -95,7 +95,7 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 		t.Fatal(err)
 	}
 	e := c.Last()
-	defer m.Retire(e)
+	defer e.State.Retire()
 	for i := range uint64(ids) {
 		if v, err := addTo(m, e, id(i)); v != Unique || err != nil {
 			t.Fatalf("id %s: got %v, %v; want Unique", id(i), v, err)

@@ -224,7 +224,7 @@ func TestInterleavingsOfPublishing(t *testing.T) {
 						explore.Wait()
 					}
 					k.published.Store(first.Unique() + 1)
-					k.m.Retire(first)
+					first.State.Retire()
 				})
 				r.Check(func() error {
 					k.epochs = []*counter.Epoch{first}
@@ -269,7 +269,7 @@ func TestInterleavingsOfReuse(t *testing.T) {
 		}
 		k.adds(r, "last", 2, key(1, 21), key(1, 22))
 		k.adds(r, "last too", 2, key(1, 22), key(3, 23))
-		r.Go("closer", func() { k.m.Retire(k.epochs[0]) })
+		r.Go("closer", func() { k.epochs[0].State.Retire() })
 		r.Check(k.check)
 	})
 }

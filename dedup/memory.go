@@ -125,8 +125,8 @@ type Memory struct {
 	grown, resized, reclaimed, fulls atomic.Uint64
 }
 
-// View is what an epoch knows of the tables. It stays the same from Open to
-// Retire but for its counters.
+// View is what an epoch knows of the tables of a Memory: the State that Open returns. It
+// stays the same from Open to Retire but for its counters.
 type View struct {
 	tag    uint64
 	narrow *table[narrowBucket]
@@ -150,6 +150,8 @@ type View struct {
 	refused error      // why no id gets in; set in Open together with tight
 	mu      sync.Mutex // guards left
 	left    uint64
+
+	memory *Memory
 }
 
 // errBehind answers the ids of a refused epoch.
@@ -247,7 +249,7 @@ func firstTable[B any](expect, anyKind uint64, from *arena) (*table[B], error) {
 // of its ids in: they would be taken for ids of a later epoch, or be overwritten
 // by them. It takes a cleaner or a request that stood still for a thousand
 // epochs; with the shortest window that is 51 seconds.
-func (m *Memory) Open(e *counter.Epoch) {
+func (m *Memory) Open(e *counter.Epoch) counter.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.nextNarrow != nil {
@@ -260,7 +262,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 	}
 	v := m.spare
 	if v == nil {
-		v = newView()
+		v = m.newView()
 	}
 	m.spare = nil
 	if m.serial == 0 {
@@ -299,7 +301,7 @@ func (m *Memory) Open(e *counter.Epoch) {
 		m.nudge() // the interval is long for such windows
 	}
 	m.current.Store(v)
-	e.State = v
+	return v
 }
 
 // settle forgets the epochs that nobody can be in any more. The last one may be
@@ -321,15 +323,11 @@ func (m *Memory) nudge() {
 	}
 }
 
-// Retire learns from the load of e and lets go of its tables.
-func (m *Memory) Retire(e *counter.Epoch) {
-	v, here := e.State.(*View)
+// Retire learns from the load of the epoch and lets go of its tables.
+func (v *View) Retire() {
+	m := v.memory
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !here { // counted by an earlier process
-		m.journal.end(e.State.(slotOf))
-		return
-	}
 	if j := v.journal.Load(); j != nil {
 		j.end(v.kept)
 	}
@@ -343,9 +341,8 @@ func (m *Memory) Retire(e *counter.Epoch) {
 		m.retired++
 	}
 	if m.spare == nil {
-		m.spare = newView()
+		m.spare = m.newView()
 	}
-	e.State = nil // an Add against the rules fails here, not in freed memory
 }
 
 // Key implements Set. The place of an id in a large table is a cache miss, and most

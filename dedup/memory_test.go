@@ -619,7 +619,7 @@ func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
 	for i, id := range ids {
 		before[i] = m.Key([]byte(id), nil)
 	}
-	m.Retire(c.Last())
+	c.Last().State.Retire()
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -675,12 +675,12 @@ func TestOpenAllocatesNothing(t *testing.T) {
 	for n, e := range es {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		m.Open(e)
+		e.State = m.Open(e)
 		runtime.ReadMemStats(&after)
 		if got := after.Mallocs - before.Mallocs; got > 0 && n > 4 { // the first make room
 			t.Errorf("opening epoch %d allocated %d times, want 0", n, got)
 		}
-		m.Retire(e)
+		e.State.Retire()
 	}
 }
 
@@ -690,8 +690,10 @@ type keep struct {
 	epochs *[]*counter.Epoch
 }
 
-func (k keep) Open(e *counter.Epoch)   { *k.epochs = append(*k.epochs, e) }
-func (k keep) Retire(e *counter.Epoch) {} // by the test, once it has opened e
+func (k keep) Open(e *counter.Epoch) counter.State {
+	*k.epochs = append(*k.epochs, e)
+	return nil // the test opens e
+}
 
 // TestOpenEpochIsNotTakenForOneThatWasLeft looks in the moment between the
 // opening of an epoch in the Set and in the Counter: requests still enter the
@@ -713,12 +715,13 @@ type opening struct {
 	open *counter.Epoch
 }
 
-func (o *opening) Open(e *counter.Epoch) {
-	o.Memory.Open(e)
+func (o *opening) Open(e *counter.Epoch) counter.State {
+	s := o.Memory.Open(e)
 	o.reclaim()
 	if o.open != nil && !slices.Contains(o.busy, o.open) {
 		o.t.Errorf("epoch %d is forgotten, and a request can still enter it", o.open.Number())
 	}
+	return s
 }
 
 // TestNewTablesServeAnySerial: after a restart the serials of the epochs may go
@@ -737,14 +740,14 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 			in.Leave(counter.Void)
 		}
 		for _, e := range es[first:] {
-			m.Open(e)
+			e.State = m.Open(e)
 			for _, want := range []Verdict{Unique, Repeat} {
 				if v, err := addTo(m, e, []byte("42")); v != want || err != nil {
 					t.Fatalf("first serial %d, serial %d: got %v, %v; want %v", first+1, e.Serial(), v, err, want)
 				}
 			}
 			m.reclaim()
-			m.Retire(e)
+			e.State.Retire()
 		}
 	}
 }
@@ -782,7 +785,7 @@ func TestStatsTellHowManyIDsFit(t *testing.T) {
 	}
 	defer m.Close()
 	e := new(counter.Epoch)
-	m.Open(e)
+	e.State = m.Open(e)
 	for i := range 100_000 {
 		id := fmt.Appendf(nil, "text %d", i)
 		if _, err := addTo(m, e, id); err != nil {
@@ -792,5 +795,5 @@ func TestStatsTellHowManyIDsFit(t *testing.T) {
 	if s := m.Stats(); s.Fit != 1<<20 || !s.Estimated {
 		t.Errorf("of text got %d, estimated %v, want %d", s.Fit, s.Estimated, 1<<20)
 	}
-	m.Retire(e)
+	e.State.Retire()
 }

@@ -73,7 +73,7 @@ func (m *Memory) letTokens(t *tokens) {
 }
 
 // newView is the view of an epoch that is to be opened.
-func newView() *View { return &View{tokens: new(tokens)} }
+func (m *Memory) newView() *View { return &View{tokens: new(tokens), memory: m} }
 
 // has reports whether x is in t, which may be nil.
 func (t *tokens) has(x uint64) bool {

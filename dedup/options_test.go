@@ -236,7 +236,7 @@ func TestTokenWithoutMemoryIsRefusedBeforeItsIDIsIn(t *testing.T) {
 // for is found.
 func TestWordsThatSpilledAreFound(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
-	v := newView()
+	v := (&Memory{}).newView()
 	m.arena.max = m.arena.used.Load() // no level can be made
 	v.tokens.add(m, 12345)
 	if !v.tokens.has(12345) || v.tokens.has(12346) {

@@ -70,7 +70,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 		default:
 			past.Left = append(past.Left, counter.Left{
 				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing, Keys: r.keys, NoKeys: r.keysLost,
-				Exact: !r.doubtful, State: o.of(),
+				Exact: !r.doubtful, State: leftEpoch{j, o.of()},
 			})
 			j.first.sum = j.sumOf(&o) + r.missing
 			j.first.start = o.start()
@@ -78,6 +78,15 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 	}
 	return past
 }
+
+// leftEpoch is the State of an epoch that an earlier process counted.
+type leftEpoch struct {
+	in *journal
+	of slotOf
+}
+
+// Retire implements counter.State.
+func (l leftEpoch) Retire() { l.in.end(l.of) }
 
 // remainder is what an epoch still needs.
 type remainder struct {
@@ -248,7 +257,7 @@ func PublishLeft(cfg Config, published map[string]counter.Published, publish fun
 		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, Keys: l.Keys, SealedAt: time.Now().UTC()}); err != nil {
 			return err
 		}
-		m.journal.end(l.State.(slotOf))
+		l.State.Retire()
 	}
 	return nil
 }

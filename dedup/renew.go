@@ -110,7 +110,7 @@ func (m *Memory) renew(j *journal) {
 
 	m.mu.Lock()
 	m.journal = next
-	if v := m.current.Load(); v != nil && v.kept == (slotOf{}) && v.refused == nil && m.busy[len(m.busy)-1].State == v {
+	if v := m.current.Load(); v != nil && v.kept == (slotOf{}) && v.refused == nil && m.unretired > 0 {
 		// Nobody could add to the present epoch: it begins now.
 		var refused error
 		if v.kept, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {

@@ -75,9 +75,10 @@ var ErrUnavailable = errors.New("dedup: unavailable")
 // Set is the contract of every store of ids.
 //
 // All methods are safe for concurrent use, with one rule: AddMany is called
-// only by requests inside e, after Open(e) and before Retire(e).
+// only by requests inside e, after Open(e) and before e.State.Retire().
 type Set interface {
-	// Store: Open prepares e before its first AddMany, Retire follows its last.
+	// Store: Open prepares e before its first AddMany, the Retire of what it returns
+	// follows the last.
 	counter.Store
 
 	// Key returns the key of id with its options and prefetches the cache line that AddMany will read,

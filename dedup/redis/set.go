@@ -135,6 +135,7 @@ type redisCounts struct {
 
 // redisEpoch is the state of an epoch in this process.
 type redisEpoch struct {
+	set           *Set
 	start         time.Time
 	key           string                     // start and window, in ms
 	before, after string                     // the keys of the windows directly before and behind it
@@ -284,8 +285,9 @@ func (r *Set) unavailable() error {
 }
 
 // Open implements Set.
-func (r *Set) Open(e *counter.Epoch) {
+func (r *Set) Open(e *counter.Epoch) counter.State {
 	s := &redisEpoch{
+		set:    r,
 		opened: time.Now(),
 		start:  e.Start(),
 		key:    epochKey(e.Start(), e.Window()),
@@ -300,10 +302,8 @@ func (r *Set) Open(e *counter.Epoch) {
 		s.lanes[i].base = l.seq + 1 // which may be under way
 		l.mu.Unlock()
 	}
-	r.cfg.Local.Open(e)
-	s.view = e.State.(*dedup.View)
+	s.view = r.cfg.Local.Open(e).(*dedup.View)
 	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
-	e.State = s
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
@@ -312,6 +312,7 @@ func (r *Set) Open(e *counter.Epoch) {
 	if last != nil && last.end == int64(s.start.Sub(r.start)) {
 		s.before = last.key // also after a change of --window
 	}
+	return s
 }
 
 // await gives the ledger a moment to learn of the epoch before an id of it is answered:
@@ -348,9 +349,9 @@ func epochKey(start time.Time, window time.Duration) string {
 	return fmt.Sprintf("%d-%d", start.UnixMilli(), window.Milliseconds())
 }
 
-// Retire implements Set.
-func (r *Set) Retire(e *counter.Epoch) {
-	s := e.State.(*redisEpoch)
+// Retire implements counter.State.
+func (s *redisEpoch) Retire() {
+	r := s.set
 	r.mu.Lock()
 	if i := slices.Index(r.epochs, s); i >= 0 {
 		r.epochs = slices.Delete(r.epochs, i, i+1)
@@ -366,8 +367,7 @@ func (r *Set) Retire(e *counter.Epoch) {
 		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
 			Msg("the window was sealed without ids that were answered ok while Redis was unreachable")
 	}
-	e.State = s.view
-	r.cfg.Local.Retire(e)
+	s.view.Retire()
 }
 
 // Key implements Set.
