@@ -28,10 +28,10 @@ func ReclaimTest(s Set) {
 // TestLap is how many epochs there are tags for.
 const TestLap = lap
 
-// TestMany is 30 times the ids of the smallest table, or less where each costs more.
+// TestMany is 15 times the ids of the smallest table, or less where each costs more.
 var TestMany = func() int {
 	if raceEnabled {
 		return 300_000
 	}
-	return 2_000_000
+	return 1_000_000
 }()

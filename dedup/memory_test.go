@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -17,7 +18,13 @@ import (
 
 	"verve/counter"
 	"verve/internal/epochtest"
+	"verve/internal/testproc"
 )
+
+func TestMain(m *testing.M) {
+	testproc.Setup()
+	os.Exit(m.Run())
+}
 
 // newMemory closes the Memory when the test is over, and checks that all its
 // memory was given back.
@@ -560,7 +567,7 @@ func TestAddAllocatesNothing(t *testing.T) {
 // batch, one by one to one store and in batches to another.
 func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 	for _, maxIDs := range []uint64{0, 3000, 1 << 20} {
-		one, many := newMemory(t, Config{MaxIDs: maxIDs}), newMemory(t, Config{MaxIDs: maxIDs, Dir: fastDir(t)})
+		one, many := newMemory(t, Config{MaxIDs: maxIDs}), newMemory(t, Config{MaxIDs: maxIDs, Dir: t.TempDir()})
 		e, f := newEpochs(t, one), newEpochs(t, many)
 		rnd := rand.New(rand.NewPCG(5, maxIDs))
 		for turn := range 3 {
@@ -634,7 +641,7 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
 	}
-	for _, dir := range []string{"", fastDir(t)} {
+	for _, dir := range []string{"", t.TempDir()} {
 		m := newMemory(t, Config{Expect: 100_000, Dir: dir})
 		e := newEpochs(t, m)
 		id, items, verdicts := make([]byte, 0, 20), make([]Item, 20), make([]Verdict, 20)

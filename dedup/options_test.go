@@ -115,7 +115,7 @@ func TestTokensAndKeysAgreeWithAModel(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, 18))
 			l := newLedger(t)
 			model := &optionsModel{t: t, ledger: l, tokens: map[int64]map[[2]string]string{}, answers: map[int64]map[string]uint64{}}
-			cfg := small(fastDir(t))
+			cfg := small(t.TempDir())
 			cfg.Publisher = "a"
 			l.name = "a"
 			p := live(t, cfg, window, l)
@@ -164,7 +164,7 @@ func TestTokensAndKeysAgreeWithAModel(t *testing.T) {
 // everywhere.
 func TestAttemptsAtOnceAreCountedOnce(t *testing.T) {
 	for _, tokens := range []int{1, 2} {
-		for _, dir := range []string{"", fastDir(t)} {
+		for _, dir := range []string{"", t.TempDir()} {
 			m := newMemory(t, Config{Dir: dir, Heap: true})
 			e := newEpochs(t, m)
 			var turn atomic.Int64
@@ -248,7 +248,7 @@ func TestWordsThatSpilledAreFound(t *testing.T) {
 // journal does not grow by them.
 func TestTooManyKeysAreFull(t *testing.T) {
 	l := newLedger(t)
-	m, err := NewMemory(Config{Dir: fastDir(t) + "/epochs"})
+	m, err := NewMemory(Config{Dir: t.TempDir() + "/epochs"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,7 +333,7 @@ func TestTokensServeInTheNextWindowOnly(t *testing.T) {
 
 // TestAFaultLeavesTheCountOfAKey of what was judged before it in the same batch.
 func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
-	dir := fastDir(t) + "/epochs"
+	dir := t.TempDir() + "/epochs"
 	m, err := NewMemory(Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
@@ -401,7 +401,7 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := newLedger(t)
-				cfg := small(fastDir(t))
+				cfg := small(t.TempDir())
 				p := live(t, cfg, time.Minute, l)
 				for _, id := range []string{"1", "2"} {
 					if v, _, err := p.with(time.Now(), id, "a", ""); v != Unique || err != nil {
@@ -432,7 +432,7 @@ func TestTokensServeAfterAChangeOfWindow(t *testing.T) {
 	}{{5 * time.Second, time.Second, 2 * time.Second}, {5 * time.Second, time.Second, 0}, {time.Second, 2 * time.Second, 1500 * time.Millisecond}} {
 		synctest.Test(t, func(t *testing.T) {
 			l := newLedger(t)
-			cfg := small(fastDir(t))
+			cfg := small(t.TempDir())
 			p := live(t, cfg, tt.before, l)
 			v, counted, err := p.with(time.Now(), "1", "", "a token")
 			if v != Unique || err != nil {

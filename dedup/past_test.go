@@ -17,7 +17,7 @@ import (
 // what a killed one left, once, and one that comes back to the directory goes on.
 func TestLeftCountsArePublishedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		l := newLedger(t)
 		p := live(t, cfg, time.Hour, l)
 		start := p.c.Last().Start()
@@ -51,7 +51,7 @@ func TestLeftCountsArePublishedOnce(t *testing.T) {
 // another one has to.
 func TestOtherPublisherWithinAWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		l := newLedger(t)
 		as := func(name string) *life {
 			cfg.Publisher = name
@@ -86,7 +86,7 @@ func TestOtherPublisherWithinAWindow(t *testing.T) {
 // directory: the next process, of whatever name, may have to publish their counts.
 func TestWindowsOfAnotherNameAreBehindThose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		l := newLedger(t)
 		as := func(name string, window time.Duration) *life {
 			cfg.Publisher = name
@@ -122,7 +122,7 @@ func TestWindowsOfAnotherNameAreBehindThose(t *testing.T) {
 // of this one cannot be published.
 func TestWindowWithoutARecordIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		cfg.Publisher = "verve/b"
 		p := live(t, cfg, 3*time.Second, newLedger(t))
 		p.want(time.Now(), "1", Unique)

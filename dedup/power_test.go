@@ -45,7 +45,7 @@ func TestPowerLostAtAnyTime(t *testing.T) {
 			seeds = append(seeds, uint64(n)+1)
 		}
 	}
-	dir := fastDir(t)
+	dir := t.TempDir()
 	failed := 0
 	for _, seed := range seeds {
 		own := filepath.Join(dir, "epochs-of-a-schedule")
@@ -76,7 +76,7 @@ func TestPowerLostRightAfterAStart(t *testing.T) {
 
 func powerLostAfterStart(t *testing.T, restarted bool) {
 	l := newLedger(t)
-	cfg := small(fastDir(t))
+	cfg := small(t.TempDir())
 	disk := &platter{t: t, dir: cfg.Dir, files: map[string][]byte{}}
 	cfg.boot, cfg.bootAt, cfg.msync = 1, time.Now, disk.msync
 	p := live(t, cfg, time.Hour, l)
@@ -115,7 +115,7 @@ func TestDiskThatFailedInARecordedWindow(t *testing.T) {
 
 func diskFailedInRecordedWindow(t *testing.T, within bool) {
 	l := newLedger(t)
-	cfg := small(fastDir(t))
+	cfg := small(t.TempDir())
 	fails := false
 	cfg.msync = func(_ string, b []byte) error {
 		if fails {

@@ -70,7 +70,7 @@ func TestFailedJournalIsReplaced(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var d disk
-				dir := fastDir(t)
+				dir := t.TempDir()
 				cfg := d.config(filepath.Join(dir, "data"))
 				base := time.Now()
 				l := newLedger(t)
@@ -145,7 +145,7 @@ func TestFailedJournalIsReplaced(t *testing.T) {
 func TestFailedAgainIsReplacedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var d disk
-		cfg := d.config(fastDir(t))
+		cfg := d.config(t.TempDir())
 		base := time.Now()
 		l := newLedger(t)
 		p := live(t, cfg, time.Minute, l)
@@ -190,7 +190,7 @@ func TestFailedAgainIsReplacedAgain(t *testing.T) {
 func TestKillAfterAFailureIsNotExact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var d disk
-		cfg := d.config(fastDir(t))
+		cfg := d.config(t.TempDir())
 		l := newLedger(t)
 		p := live(t, cfg, time.Minute, l)
 		p.keep()
@@ -217,7 +217,7 @@ func TestKillAfterAFailureIsNotExact(t *testing.T) {
 // a mark without its file would be damage.
 func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		var j *journal
 		synced := map[string]bool{} // files that were there when their mark was synced as cleared
 		cfg.msync = func(_ string, b []byte) error {
@@ -270,7 +270,7 @@ func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
 func TestLargeTablesAreRecalledWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, name := range []string{"sorted", "no room to sort"} {
-			cfg := small(fastDir(t))
+			cfg := small(t.TempDir())
 			cfg.Expect, cfg.ExpectWide = 1_000_000, 1_000_000
 			ids := 60_000 // more than replaySegments hold
 			if raceEnabled {
@@ -308,7 +308,7 @@ func TestSortingLeavesRoomForTheIds(t *testing.T) {
 		t.Skip("half a million ids take the race detector long")
 	}
 	const ids, expect = 550_000, 200_000
-	cfg := Config{Dir: filepath.Join(fastDir(t), "epochs"), Heap: raceEnabled, Expect: expect}
+	cfg := Config{Dir: filepath.Join(t.TempDir(), "epochs"), Heap: raceEnabled, Expect: expect}
 	l := newLedger(t)
 	p := live(t, cfg, counter.MaxWindow, l)
 	now := p.c.Last().Start()
@@ -328,7 +328,7 @@ func TestSortingLeavesRoomForTheIds(t *testing.T) {
 // whatever way it is.
 func TestFaultWhileRecallingIsAnError(t *testing.T) {
 	for _, expect := range []uint64{0, 1_000_000} { // as they came, and sorted
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		cfg.Expect = expect
 		p := live(t, cfg, time.Hour, newLedger(t))
 		for i := range 100 {
@@ -374,7 +374,7 @@ func TestRecalledIdsStandWhereAddedOnesWould(t *testing.T) {
 // TestSegmentThatCannotBeMadeRefusesIds, those that find no room: as unavailable
 // where the disk is not full, and until it can be made.
 func TestSegmentThatCannotBeMadeRefusesIds(t *testing.T) {
-	dir := fastDir(t)
+	dir := t.TempDir()
 	cfg := small(dir)
 	cfg.segmentChunks = 2
 	p := live(t, cfg, time.Hour, newLedger(t))

@@ -87,7 +87,7 @@ func TestDirectoryOfTheFirstVersionGoesOn(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				start := time.Now().Add(time.Minute)
 				time.Sleep(time.Minute + tt.later)
-				dir := fastDir(t)
+				dir := t.TempDir()
 				cfg := small(dir)
 				cfg.boot, cfg.Publisher = firstBoot, "group/instance"
 				cfg.OnSetAside = func(_ string, reason error) { t.Errorf("set aside: %v", reason) }
@@ -144,7 +144,7 @@ func goOn(t *testing.T, cfg Config, left string, start time.Time) {
 // twice, whether the kill was before its record or after it.
 func TestPublisherOfTheFirstVersionIsThisOne(t *testing.T) {
 	for _, tt := range []struct{ sum, left uint64 }{{210, 10}, {220, 0}} {
-		cfg := small(fastDir(t))
+		cfg := small(t.TempDir())
 		cfg.boot, cfg.Publisher = firstBoot, "group/instance"
 		firstVersion(t, "killed", cfg.Dir)
 		m, err := NewMemory(cfg)
@@ -168,7 +168,7 @@ func TestPublisherOfTheFirstVersionIsThisOne(t *testing.T) {
 
 // TestDamageInAFileOfTheFirstVersionIsFound: a flipped bit in header, slots or marks.
 func TestDamageInAFileOfTheFirstVersionIsFound(t *testing.T) {
-	dir := fastDir(t)
+	dir := t.TempDir()
 	from := filepath.Join(dir, "from")
 	firstVersion(t, "killed", from)
 	b, err := os.ReadFile(filepath.Join(from, stateName))
@@ -245,7 +245,7 @@ func TestUpgradeWithoutRoomRefusesToStart(t *testing.T) {
 // TestOrderlyStopOfTheFirstVersionIsKnown: nothing of what it left is published again under
 // another name, and a loss of power after it has lost nothing.
 func TestOrderlyStopOfTheFirstVersionIsKnown(t *testing.T) {
-	cfg := small(fastDir(t))
+	cfg := small(t.TempDir())
 	cfg.boot, cfg.Publisher = firstBoot+1, "group/other"
 	firstVersion(t, "stopped", cfg.Dir)
 	m, err := NewMemory(cfg)

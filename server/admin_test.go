@@ -176,6 +176,7 @@ func TestLabelsAreQuotedAsTheTextFormatHasIt(t *testing.T) {
 
 // TestAdminTokenIsAskedForEverythingButProbes: probes get no reasons.
 func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
+	t.Parallel()
 	s, _ := newAdminSite(t, new(Records))
 	a := NewAdmin(AdminConfig{
 		Server: s.Server, Times: NewTimes(), Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },

@@ -76,6 +76,7 @@ func TestAdminAnswersWithoutTheBodyOfARequest(t *testing.T) {
 }
 
 func TestAdminBoundsTheHeadersOfARequest(t *testing.T) {
+	t.Parallel()
 	a := listenAdmin(t, nil)
 	_, r := a.send("GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 2*adminMaxHeader))
 	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
@@ -102,6 +103,7 @@ func TestAdminKeepsRoomForAProbe(t *testing.T) {
 // TestAdminEndsClientsThatDoNotRead: of 200 answers to pipelined requests none is
 // taken.
 func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
+	t.Parallel()
 	a := listenAdmin(t, func(a *Admin) { a.http.WriteTimeout = time.Second })
 	a.send(strings.Repeat(adminGet("/metrics"), 200))
 	seen := false
@@ -120,6 +122,7 @@ func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 // TestLivePageIsNotLockedOutByReadersThatDoNotRead: a few of its messages fill what
 // the kernel holds for them, and they make room.
 func TestLivePageIsNotLockedOutByReadersThatDoNotRead(t *testing.T) {
+	t.Parallel()
 	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick = 4, time.Millisecond })
 	var stuck []*bufio.Reader
 	for range 4 {
@@ -190,6 +193,7 @@ func TestFurtherPageReplacesTheOldest(t *testing.T) {
 
 // TestLongAnswersOutlastTheDeadlines: the live page and a profile go on.
 func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
+	t.Parallel()
 	a := listenAdmin(t, func(a *Admin) {
 		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = time.Second, time.Second, time.Second
 		a.live.tick = 10 * time.Millisecond
@@ -217,6 +221,7 @@ func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 
 // TestOpenAdminRequestsDoNotDelayTheStop, of whatever kind they are.
 func TestOpenAdminRequestsDoNotDelayTheStop(t *testing.T) {
+	t.Parallel()
 	a := listenAdmin(t, nil)
 	a.send("")
 	a.send("GET /healthz HTTP/1.1\r\nHost")

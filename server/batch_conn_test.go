@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -95,21 +96,27 @@ func (s *site) statuses(raw string, pieces int) string {
 
 // TestSlowBatchIsAnswered408, wherever in its body it stops.
 func TestSlowBatchIsAnswered408(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
 	head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", acceptPath, 100_000)
+	var slow sync.WaitGroup
 	for name, raw := range map[string]string{
 		"before the body": head, "in its first bytes": head + "1\n2", "behind them": head + strings.Repeat("1\n", 10_000),
 		"before a chunk": chunkedBatch, "in the size of a chunk": chunkedBatch + "1", "in a chunk": chunkedBatch + "ff\r\n1\n2", "behind a chunk": chunkedBatch + "1\r\n1",
 		"in a trailer": chunkedBatch + "1\r\n1\r\n0\r\nX: y",
 	} {
 		c, r := s.dial()
-		if _, err := io.WriteString(c, raw); err != nil {
-			t.Fatal(err)
-		}
-		if resp, body, err := answer(r); err != nil || resp.StatusCode != 408 || body != "failed" || !resp.Close {
-			t.Errorf("%s: got %v %q %v", name, resp, body, err)
-		}
+		slow.Go(func() {
+			if _, err := io.WriteString(c, raw); err != nil {
+				t.Error(err)
+				return
+			}
+			if resp, body, err := answer(r); err != nil || resp.StatusCode != 408 || body != "failed" || !resp.Close {
+				t.Errorf("%s: got %v %q %v", name, resp, body, err)
+			}
+		})
 	}
+	slow.Wait()
 	if n := s.cfg.Counter.Stats().Unique; n != 0 {
 		t.Errorf("%d ids were counted", n)
 	}
@@ -118,6 +125,7 @@ func TestSlowBatchIsAnswered408(t *testing.T) {
 // TestClientThatReadsLateSeesItsRefusal: one that sends all of a batch before it reads
 // is not reset, though the server does not take it.
 func TestClientThatReadsLateSeesItsRefusal(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil)
 	for range 5 {
 		c, r := s.dial()
@@ -161,6 +169,7 @@ func TestStopWhileABatchArrives(t *testing.T) {
 // TestSlowBatchesHarmNobody: a thousand clients that send batches slowly hold what they
 // have sent, and others are answered beside them.
 func TestSlowBatchesHarmNobody(t *testing.T) {
+	t.Parallel()
 	const clients = 1000
 	s := newSite(t, nil)
 	head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", acceptPath, 1<<20)

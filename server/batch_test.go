@@ -52,6 +52,7 @@ type batchAnswer struct {
 // TestBatchHasAVerdictForEachItem in every format, in order, and each item judged on
 // its own.
 func TestBatchHasAVerdictForEachItem(t *testing.T) {
+	t.Parallel()
 	long := strings.Repeat("x", maxIDLen+1)
 	for _, c := range []struct {
 		name, contentType, body string

@@ -23,10 +23,12 @@ type crowded struct {
 // eachCrowded runs a test without TLS and with it.
 func eachCrowded(t *testing.T, change func(*Config), test func(*testing.T, *crowded)) {
 	t.Run("plain", func(t *testing.T) {
+		t.Parallel()
 		s := newSite(t, change)
 		test(t, &crowded{s, s.dial})
 	})
 	t.Run("TLS", func(t *testing.T) {
+		t.Parallel()
 		s := newTLSSite(t, change)
 		test(t, &crowded{s, func() (net.Conn, *bufio.Reader) {
 			raw, _ := s.dial()
@@ -182,6 +184,7 @@ func (s *site) wantRecord(ok uint64) {
 // TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces: once, in order, on
 // a connection that stays open.
 func TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces(t *testing.T) {
+	t.Parallel()
 	const clients, places, rounds, most = 16, 3, 12, 200
 	few := func(c *Config) { c.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
@@ -203,6 +206,7 @@ func TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces(t *testin
 
 // TestShortConnectionsAreAnsweredBesideFewPlaces, among others that stay.
 func TestShortConnectionsAreAnsweredBesideFewPlaces(t *testing.T) {
+	t.Parallel()
 	const clients, places, rounds = 12, 2, 15
 	few := func(c *Config) { c.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
@@ -225,6 +229,7 @@ func TestShortConnectionsAreAnsweredBesideFewPlaces(t *testing.T) {
 
 // TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace, and refuses the rest.
 func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
+	t.Parallel()
 	const clients, places = 16, 3
 	few := func(c *Config) { c.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {

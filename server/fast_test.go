@@ -321,6 +321,7 @@ func TestFastPathAgreesWithFasthttp(t *testing.T) {
 // TestFastPathRemembersOnlyWhatKeepsTheConnection: requests after which
 // something else follows than after a plain one are no model for others.
 func TestFastPathRemembersOnlyWhatKeepsTheConnection(t *testing.T) {
+	t.Parallel()
 	for _, tail := range []string{
 		" HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n",
 		" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
@@ -426,6 +427,7 @@ func TestFastPathTakesKeysAndTokens(t *testing.T) {
 // TestFastPathAnswersRetriesAsFasthttp: repeats and replays of this window and the one
 // before, with the window that counted the id.
 func TestFastPathAnswersRetriesAsFasthttp(t *testing.T) {
+	t.Parallel()
 	fast, slow, _ := pairOfSites(t, func(c *Config) { c.WindowHeader = true })
 	attempts := get("id=1&token=t") + get("id=1&token=u") + get("id=1") + get("id=2&key=k&token=t") + get("id=2&token=t&key=k") + get("id=1&token=t")
 	for range 3 {
@@ -578,47 +580,58 @@ func TestFastPathAtTheLimitAndTheStop(t *testing.T) {
 // TestFastPathEndsSlowRequests: a plain request that stops in the middle is
 // ended as any other, behind the answers to those before it.
 func TestFastPathEndsSlowRequests(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, func(c *Config) { c.SlowTimeout = time.Second })
 	for _, rest := range []string{"GET /api", get("id=3")[:28], get("id=3")[:40]} {
+		t.Run(rest, func(t *testing.T) {
+			t.Parallel()
+			c, r := s.dial()
+			io.WriteString(c, get("id=1"))
+			if _, _, err := answer(r); err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(c, get("id=1")+rest)
+			got, err := io.ReadAll(r)
+			if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 409") || !strings.Contains(string(got), "HTTP/1.1 408") {
+				t.Errorf("got %q, %v", got, err)
+			}
+		})
+	}
+}
+
+// TestFastPathLeavesASlowRequestNoMoreTime than fasthttp would: one that begins
+// like a plain one, and goes on as another before its time is over. On a busy machine
+// the answer may come late, so one of many attempts is enough: none would be in time
+// if the time began again.
+func TestFastPathLeavesASlowRequestNoMoreTime(t *testing.T) {
+	t.Parallel()
+	const slow = 2 * time.Second
+	s := newSite(t, func(c *Config) { c.SlowTimeout = slow })
+	for range 20 {
 		c, r := s.dial()
 		io.WriteString(c, get("id=1"))
 		if _, _, err := answer(r); err != nil {
 			t.Fatal(err)
 		}
-		io.WriteString(c, get("id=1")+rest)
-		got, err := io.ReadAll(r)
-		if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 409") || !strings.Contains(string(got), "HTTP/1.1 408") {
-			t.Errorf("%q: got %q, %v", rest, got, err)
+		io.WriteString(c, "GET /api/verve/accept?i")
+		time.Sleep(slow / 2) // the slowness under test
+		io.WriteString(c, "x")
+		late := time.Now()
+		resp, _, err := answer(r)
+		if err != nil || resp.StatusCode != 408 {
+			t.Fatal(resp, err)
+		}
+		if time.Since(late) < slow {
+			return
 		}
 	}
-}
-
-// TestFastPathLeavesASlowRequestNoMoreTime than fasthttp would: one that begins
-// like a plain one, and goes on as another just before its time is over.
-func TestFastPathLeavesASlowRequestNoMoreTime(t *testing.T) {
-	const slow = 2 * time.Second
-	s := newSite(t, func(c *Config) { c.SlowTimeout = slow })
-	c, r := s.dial()
-	io.WriteString(c, get("id=1"))
-	if _, _, err := answer(r); err != nil {
-		t.Fatal(err)
-	}
-	began := time.Now()
-	io.WriteString(c, "GET /api/verve/accept?i")
-	time.Sleep(slow * 8 / 10) // the slowness under test
-	io.WriteString(c, "x")
-	resp, _, err := answer(r)
-	if err != nil || resp.StatusCode != 408 {
-		t.Fatal(resp, err)
-	}
-	if took := time.Since(began); took > slow*16/10 {
-		t.Errorf("ended after %v, want some %v", took, slow)
-	}
+	t.Errorf("each time the request had %v from its last byte on", slow)
 }
 
 // TestFastPathTakesNoTailThatIsReadByWhatFollows: fasthttp looks for the end of
 // headers behind two bare line feeds, too, if there is more.
 func TestFastPathTakesNoTailThatIsReadByWhatFollows(t *testing.T) {
+	t.Parallel()
 	fast, slow, _ := pairOfSites(t, nil)
 	var got [2]string
 	for i, s := range []*site{fast, slow} {

@@ -110,6 +110,7 @@ func TestPartsOfAWindowAreShownAsOne(t *testing.T) {
 // TestKeysOfWindowsAreBounded: each window has its largest, and all of them together
 // keptKeys at most, the newest first. The file has their number only.
 func TestKeysOfWindowsAreBounded(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
 	h := openHistory(path, "verve", "a", zerolog.Nop())
 	t.Cleanup(h.close)

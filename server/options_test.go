@@ -399,6 +399,7 @@ func TestLargestBatchWithOptionsFits(t *testing.T) {
 // TestFastPathLeavesKeysAndTokensAlone: a request with one is never judged as if it had none,
 // and its headers are no model for others.
 func TestFastPathLeavesKeysAndTokensAlone(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ name, query, header, want string }{
 		{"key", "&key=k", "", "200 200 409 200 409 409 409 409 "}, {"token", "&token=t", "", "200 200 200true 409 200true 409 200true 200true "},
 		{"header", "", "Idempotency-Key: t", "200 200 200true 409 200true 409 200true 200true "},

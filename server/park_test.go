@@ -24,8 +24,10 @@ func (s *site) awaitParked(n uint64) {
 // TestParkedConnectionIsServedAgain, and again on the fast path, whether the next
 // request comes whole, in parts, or with others behind it.
 func TestParkedConnectionIsServedAgain(t *testing.T) {
+	t.Parallel()
 	for name, site := range map[string]*site{"plain": newSite(t, nil), "TLS": newTLSSite(t, nil)} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			var c net.Conn
 			var r *bufio.Reader
 			if name == "TLS" {
@@ -58,6 +60,7 @@ func TestParkedConnectionIsServedAgain(t *testing.T) {
 
 // TestParkingLeavesTheIdleTimeoutAlone: it counts from the last answer.
 func TestParkingLeavesTheIdleTimeoutAlone(t *testing.T) {
+	t.Parallel()
 	const idle = 3 * parkAfter
 	s := newSite(t, func(c *Config) { c.IdleTimeout = idle })
 	c, r := s.dial()
@@ -91,6 +94,7 @@ func TestParkingLeavesTheIdleTimeoutAlone(t *testing.T) {
 // TestStopEndsParkedConnections, those that never sent a request, and answers the
 // request that arrives with the stop.
 func TestStopEndsParkedConnections(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil)
 	silent, _ := s.dial()
 	parked, r := s.dial()
@@ -153,6 +157,7 @@ func TestRequestsTakeTurnsWithinMaxServed(t *testing.T) {
 // TestHalfSentRequestsTakeNoMoreThanMaxServed: the others wait as long as a request
 // may take, and are answered 503.
 func TestHalfSentRequestsTakeNoMoreThanMaxServed(t *testing.T) {
+	t.Parallel()
 	const conns, places = 20, 4
 	few := func(c *Config) { c.MaxServed, c.SlowTimeout = places, time.Second }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {

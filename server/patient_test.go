@@ -73,6 +73,7 @@ func newFaulty(t *testing.T) *faulty {
 // TestListenersOutliveEveryErrorOfAccept: the next accept succeeds, and every failure
 // is counted.
 func TestListenersOutliveEveryErrorOfAccept(t *testing.T) {
+	t.Parallel()
 	for _, errno := range acceptErrnos {
 		ln := newFaulty(t)
 		l := newPatientListener(ln, "public", zerolog.Nop())

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,8 +22,14 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/testproc"
 	"verve/server/callback"
 )
+
+func TestMain(m *testing.M) {
+	testproc.Setup()
+	os.Exit(m.Run())
+}
 
 // published collects what the counter publishes.
 type published struct {
@@ -604,6 +611,7 @@ func TestPanicCostsOneRequestAndTheEpochIsStillSealed(t *testing.T) {
 // TestStopAnswersWhatItCounted stops servers under pipelined load: the records have
 // exactly the answers that the clients got.
 func TestStopAnswersWhatItCounted(t *testing.T) {
+	t.Parallel()
 	const clients, depth = 8, 16
 	for round := range 10 {
 		s := newSite(t, nil)
@@ -655,6 +663,7 @@ func TestStopAnswersWhatItCounted(t *testing.T) {
 }
 
 func TestSlowAndIdleConnectionsAreEnded(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, func(c *Config) {
 		c.SlowTimeout, c.IdleTimeout = time.Second, 2*time.Second
 	})
@@ -704,6 +713,7 @@ func TestSlowAndIdleConnectionsAreEnded(t *testing.T) {
 // TestClientThatDoesNotReadIsEnded fills the answer's way until the server
 // cannot write, and must lose the connection.
 func TestClientThatDoesNotReadIsEnded(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
 	c, _ := s.dial()
 	c.(*net.TCPConn).SetReadBuffer(4096)
@@ -786,6 +796,7 @@ func TestAnswersBeforeAnIncompleteRequestAreSent(t *testing.T) {
 // TestConnectionsOfOneAddressAreLimited: one client does not take the places of
 // all; the others go on.
 func TestConnectionsOfOneAddressAreLimited(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, func(c *Config) { c.MaxConns, c.MaxConnsPerAddress = 100, 3 })
 	from := func(ip string) (net.Conn, *bufio.Reader) {
 		t.Helper()

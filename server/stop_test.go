@@ -72,6 +72,7 @@ func (s *site) shutdown(budget time.Duration) <-chan error {
 // TestStopWaitsForAClientThatReadsLate: answers that the client takes only after
 // the grace, and within the stop's time, are all there.
 func TestStopWaitsForAClientThatReadsLate(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil)
 	c, err := net.Dial("tcp", s.addr)
 	if err != nil {
@@ -99,6 +100,7 @@ func TestStopWaitsForAClientThatReadsLate(t *testing.T) {
 // TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead, whose connection cannot be
 // closed in order while a write holds it.
 func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
+	t.Parallel()
 	files := newKeyFiles(t)
 	cert, key := newKeyPair(t, "verve.test")
 	files.replace(files.cert, cert)
@@ -130,6 +132,7 @@ func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
 // TestStopAcceptingWaitsForFirstRequests: a client that has connected and is slow to send
 // is answered. One that is between two requests has less time, and is not waited for.
 func TestStopAcceptingWaitsForFirstRequests(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil)
 	s.firstRequest = patience
 	idle, idleR := s.dial()
@@ -200,6 +203,7 @@ func TestConnectionIsBusyUntilItsAnswersAreWritten(t *testing.T) {
 // TestStopBetweenTwoPipelinedRequests comes when fasthttp has answered one, and
 // neither written the answer nor begun with the next.
 func TestStopBetweenTwoPipelinedRequests(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -139,6 +139,7 @@ func TestTLSAnswersPipelinedRequestsInOrder(t *testing.T) {
 }
 
 func TestTLSSlowIdleAndSilentConnectionsAreEnded(t *testing.T) {
+	t.Parallel()
 	s := newTLSSite(t, func(c *Config) {
 		c.SlowTimeout, c.IdleTimeout = time.Second, 2*time.Second
 	})
@@ -176,6 +177,7 @@ func TestTLSSlowIdleAndSilentConnectionsAreEnded(t *testing.T) {
 }
 
 func TestTLSClientThatDoesNotReadIsEnded(t *testing.T) {
+	t.Parallel()
 	s := newTLSSite(t, func(c *Config) { c.SlowTimeout = 300 * time.Millisecond })
 	raw, _ := s.dial()
 	raw.(*net.TCPConn).SetReadBuffer(4096)
@@ -216,6 +218,7 @@ func TestPlainHTTPOnTheTLSPortIsTold(t *testing.T) {
 }
 
 func TestTLSStopAnswersWhatItCounted(t *testing.T) {
+	t.Parallel()
 	s := newTLSSite(t, nil)
 	const clients, depth = 4, 8
 	var mu sync.Mutex

@@ -177,6 +177,7 @@ func TestSpoolKeepsTheInstanceName(t *testing.T) {
 }
 
 func TestSpoolHasOneOwner(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	sp := testSpool(t, dir)
 	defer sp.Close()

@@ -15,12 +15,14 @@ import (
 	"github.com/rs/zerolog"
 
 	"verve/counter"
+	"verve/internal/testproc"
 )
 
 func TestMain(m *testing.M) {
 	if spec := os.Getenv(childEnv); spec != "" {
 		child(spec)
 	}
+	testproc.Setup()
 	os.Exit(m.Run())
 }
 

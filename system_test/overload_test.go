@@ -291,7 +291,7 @@ func TestIdleConnectionCostsLessThan8KiB(t *testing.T) {
 	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		t.Skip("the race detector takes memory of its own")
 	}
-	const conns, each = 4000, 8 << 10
+	const conns, each = 2000, 8 << 10
 	v := testproc.Start(t, "--window=1h", "--slow-timeout=10m", "--idle-timeout=10m", "--expect-ids=10000")
 	before := resident(v)
 	if before == 0 {

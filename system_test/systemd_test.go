@@ -107,9 +107,9 @@ func (c *caller) accept(id string) error {
 // answered ok, and the records add up to the answers.
 func TestRestartsRefuseNobody(t *testing.T) {
 	t.Parallel()
-	restarts := 100
-	if testing.Short() {
-		restarts = 10
+	restarts := 20
+	if testproc.Thorough() {
+		restarts = 100
 	}
 	public, admin, dir := listenTCP(t), listenTCP(t), t.TempDir()
 	startNext := func() *testproc.Server {

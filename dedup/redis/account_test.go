@@ -233,6 +233,7 @@ func TestFullRedisComesBack(t *testing.T) {
 // TestSealWaitsForTheReplayAfterHello: an instance lost its last writes at a failover,
 // has said hello, and has not added them again yet when another seals.
 func TestSealWaitsForTheReplayAfterHello(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
@@ -267,6 +268,7 @@ func TestSealWaitsForTheReplayAfterHello(t *testing.T) {
 // within an epoch, while an instance is not there. The process is the one again that
 // began the epoch, the data are not.
 func TestFailbackToTheProcessThatBegan(t *testing.T) {
+	t.Parallel()
 	m1 := startRedis(t, "--repl-diskless-sync-delay", "0")
 	a, b := startInstance(t, m1, ""), startInstance(t, m1, "")
 	a.add("a", 10)
@@ -293,6 +295,7 @@ func TestFailbackToTheProcessThatBegan(t *testing.T) {
 // TestMasterThatIsCutOffPromisesNothing: the old master and an instance are cut off
 // from its replica, which is promoted, and from the others.
 func TestMasterThatIsCutOffPromisesNothing(t *testing.T) {
+	t.Parallel()
 	m1 := startRedis(t, "--repl-diskless-sync-delay", "0")
 	m2 := startRedis(t, "--repl-diskless-sync-delay", "0")
 	host, p1, _ := net.SplitHostPort(m1.Addr)

@@ -384,6 +384,7 @@ func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
 // TestRedisRetryAfterAnInstanceIsKilled: the ids of a killed instance stay, and their
 // tokens.
 func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	a, b := startInstance(t, server, ""), startInstance(t, server, "")
 	wantAs(t, a.r, a.e, 0, "42", "key", "T", dedup.Unique)
@@ -453,6 +454,7 @@ func TestRedisTokensAndKeysComeBack(t *testing.T) {
 // TestRedisRecordsHaveTheKeysOfTheGroup: whichever instance asks, and whoever was the
 // leader; until the record is delivered.
 func TestRedisRecordsHaveTheKeysOfTheGroup(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	a, b := startInstance(t, server, ""), startInstance(t, server, "")
 	for n := range 5000 {
@@ -642,6 +644,7 @@ func TestRedisTokensOfTheWindowBeforeAreLost(t *testing.T) {
 // TestRedisRetriesAfterALoss: Redis loses everything again and again, under load. The ids
 // that are answered ok stay so, and the record has them, under their keys.
 func TestRedisRetriesAfterALoss(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	a, b := startInstance(t, server, ""), startInstance(t, server, "")
 	at := []*instance{a, b}

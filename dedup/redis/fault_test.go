@@ -273,6 +273,7 @@ func untilSettled(t *testing.T, r *Set) {
 // TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce: the request comes while the loss is
 // known and not yet repaired.
 func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
@@ -315,6 +316,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 // TestRedisTakesBackNothingThatOthersWereGiven: two ids were added without an answer. A
 // loss takes one of them, which another instance gives before this one notices.
 func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
@@ -571,6 +573,7 @@ func TestRedisFailures(t *testing.T) {
 			func(s *redisServer) { set(s, "maxmemory-policy", "noeviction") }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			server := startRedis(t)
 			var log testproc.Buffer
 			// Two seconds: that an answer takes so long on a busy machine is no fault.
@@ -658,10 +661,11 @@ func TestRedisLosesItsData(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			server := startRedis(t)
 			a, b := newRedis(t, server.Addr), newRedis(t, server.Addr)
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-			const each = 2000
+			const each = 600
 			add := func(e settest.Epochs, r *Set, from int) {
 				var group sync.WaitGroup
 				for w := range 20 {

@@ -247,6 +247,7 @@ func TestSealWaitsForEveryClock(t *testing.T) {
 // TestRecordIsNotExactWhereIdsMayBeMissing: members that hold ids that Redis does
 // not have are waited for; where that is in vain the record says so.
 func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
+	t.Parallel()
 	g := newGroup(t)
 	s := spanEnded(2 * time.Second)
 	var held atomic.Bool
@@ -338,6 +339,7 @@ func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
 // TestSealWaitsForOthersAfterAnOutage: what the others have answered while the ledger was
 // out of reach is written down before an epoch is sealed.
 func TestSealWaitsForOthersAfterAnOutage(t *testing.T) {
+	t.Parallel()
 	g := newGroup(t)
 	a, b := g.member("a"), g.member("b")
 	g.beat(a, b)
@@ -498,6 +500,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 // windows. It comes in by itself when the others are gone, and then only with labels
 // behind theirs.
 func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
+	t.Parallel()
 	g := newGroup(t)
 	logs := map[string]*testproc.Buffer{"a": {}, "b": {}}
 	logged := func(c *ledgerConfig, _ *fakeIDs) { c.Log = zerolog.New(logs[c.Member]) }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,6 +19,11 @@ import (
 	"verve/internal/settest"
 	"verve/internal/testproc"
 )
+
+func TestMain(m *testing.M) {
+	testproc.Setup()
+	os.Exit(m.Run())
+}
 
 // redisServer is a real Redis of the tests.
 type redisServer struct {

@@ -30,6 +30,7 @@ func documentedUser(t *testing.T) []string {
 // enough. Without one that is needed the instance is not ready, also without traffic, and
 // names it; it is ready again by itself. Rights that are only convenient may be missing.
 func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
+	t.Parallel()
 	server := startRedis(t)
 	if got := server.do(documentedUser(t)...); got != "OK" {
 		t.Fatalf("Redis says of the documented user: %s", got)

@@ -257,7 +257,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 		speed        time.Duration // how fast the clock runs, in fifths of real time
 		id           func(i int) []byte
 	}{
-		{"turns of 20 ms", 4, 400, 100, 12, func(i int) []byte {
+		{"turns of 20 ms", 4, 400, 50, 12, func(i int) []byte {
 			id := strconv.AppendInt(nil, int64(i), 10)
 			if i%2 == 0 {
 				id = append(id, "-text"...)
@@ -265,7 +265,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 			return id
 		}},
 		// All writers add every id in the first moments of an epoch.
-		{"turns of 1 ms, few UUIDs and texts", 8, 10, 1000, 250, func(i int) []byte {
+		{"turns of 1 ms, few UUIDs and texts", 8, 10, 500, 250, func(i int) []byte {
 			if i%2 == 0 {
 				return fmt.Appendf(nil, "text %d", i)
 			}

@@ -1,12 +1,15 @@
 package testproc
 
 import (
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +27,10 @@ func Needs(t testing.TB, program, requirement string) string {
 	Missing(t, requirement, "there is no "+program+" here")
 	return ""
 }
+
+// Thorough reports whether VERVE_TEST_REQUIRE is set, as in CI. Elsewhere a test that has
+// many cases of one kind runs some of them.
+func Thorough() bool { return os.Getenv("VERVE_TEST_REQUIRE") != "" }
 
 // Missing ends a test that lacks something: it is skipped, or fails if
 // VERVE_TEST_REQUIRE names the requirement.
@@ -49,6 +56,38 @@ func FreeAddr(t testing.TB) string {
 	}
 	t.Fatal("no port between 20000 and 30000 is free")
 	return ""
+}
+
+// Setup is called from the TestMain of a package whose tests mostly wait: those that call
+// t.Parallel run side by side, two for each core, and temporary folders are in memory.
+func Setup() {
+	// Before the flags are parsed: one of the command line is not overruled.
+	_ = flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
+	inMemory()
+}
+
+// inMemory puts the temporary folders of this process and of those it starts into memory,
+// where there is room for them: tests check what the page cache keeps, and would only wait
+// for the disk.
+func inMemory() {
+	const dir, least = "/dev/shm", 4 << 20 // KiB
+	mounts, err := os.ReadFile("/proc/mounts")
+	if err != nil {
+		return
+	}
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if len(f) < 4 || f[1] != dir {
+			continue
+		}
+		for o := range strings.SplitSeq(f[3], ",") {
+			var size int
+			if _, err := fmt.Sscanf(o, "size=%dk", &size); err == nil && size < least || o == "noexec" || o == "ro" {
+				return // as in a container
+			}
+		}
+		_ = os.Setenv("TMPDIR", dir) // it can only fail for other names
+	}
 }
 
 // Until polls for what other processes or goroutines do. A minute is longer than

@@ -29,6 +29,7 @@ var program struct {
 
 // Main runs the tests of a package that starts the program.
 func Main(m *testing.M) {
+	Setup()
 	code := m.Run()
 	if program.dir != "" {
 		_ = os.RemoveAll(program.dir)
