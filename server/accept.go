@@ -45,6 +45,9 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	default:
 		s.refuse(ctx, fasthttp.StatusNotFound, reasonNotFound)
 	}
+	if lines.encoding && ctx.Response.StatusCode() != fasthttp.StatusOK {
+		ctx.SetConnectionClose() // chunks that were not read to their end were not checked
+	}
 }
 
 // expect answers a request with "Expect: 100-continue" without asking for its
@@ -220,7 +223,7 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
 		return
 	}
-	if body := ctx.RequestBodyStream(); body != nil {
+	if body := bodyOf(ctx); body != nil {
 		n, err := io.Copy(io.Discard, io.LimitReader(body, maxBody+1))
 		if err == nil && n > maxBody {
 			err = fasthttp.ErrBodyTooLarge

@@ -156,13 +156,15 @@ func CheckToken(token []byte) error {
 	return nil
 }
 
-// bodiless answers a request with a body, for which no route has a use, without
-// waiting for the body, and closes the connection.
+// bodiless refuses a request with a body, for which no route has a use, without waiting
+// for the body, and closes the connection: net/http skips what is wrong in chunks.
 func bodiless(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength != 0 {
 			w.Header().Set("Connection", "close")
 			_ = http.NewResponseController(w).SetReadDeadline(time.Now()) // else what is left is read first
+			http.Error(w, "a request here has no body", http.StatusBadRequest)
+			return
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -58,14 +58,15 @@ func (a *adminServer) send(raw string) (net.Conn, *bufio.Reader) {
 
 func adminGet(path string) string { return "GET " + path + " HTTP/1.1\r\nHost: x\r\n\r\n" }
 
-func TestAdminAnswersWithoutTheBodyOfARequest(t *testing.T) {
+// TestAdminRefusesARequestWithABody without waiting for it, whatever is in its chunks.
+func TestAdminRefusesARequestWithABody(t *testing.T) {
 	a := listenAdmin(t, func(a *Admin) { a.http.ReadTimeout = 0 })
-	for _, framing := range []string{"Content-Length: 10", "Transfer-Encoding: chunked"} {
+	for _, framing := range []string{"Content-Length: 10", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked\r\n\r\n5;\r\nhello\r\n0\r\n"} {
 		for _, path := range []string{"/healthz", "/metrics", "/", "/nowhere"} {
 			_, r := a.send("GET " + path + " HTTP/1.1\r\nHost: x\r\n" + framing + "\r\n\r\n")
 			resp, err := http.ReadResponse(r, nil)
-			if err != nil || !resp.Close {
-				t.Errorf("%s with %s: got %v, %v, want an answer and the end", path, framing, resp, err)
+			if err != nil || !resp.Close || resp.StatusCode != http.StatusBadRequest {
+				t.Errorf("%s with %s: got %v, %v, want 400 and the end", path, framing, resp, err)
 				continue
 			}
 			if _, err := io.ReadAll(r); err != nil {

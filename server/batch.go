@@ -166,7 +166,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	if err != nil {
 		return f, err
 	}
-	stream := ctx.RequestBodyStream()
+	stream := bodyOf(ctx)
 	if stream == nil {
 		return f, errBadBatch
 	}

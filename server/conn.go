@@ -326,8 +326,8 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 		next := h2Preface[c.taken:min(c.taken+n, len(h2Preface))]
 		c.h2 = (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
 	}
-	// Endless input ends here: fasthttp bounds a body, but not the extensions and trailers
-	// of its chunks.
+	// Endless input ends here: the handler bounds a body, but not how many chunks it comes
+	// in, each with its extensions.
 	if c.taken += n; c.taken > c.owner.maxTaken {
 		err = fasthttp.ErrBodyTooLarge
 	}
