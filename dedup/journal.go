@@ -349,11 +349,11 @@ func (j *journal) takeLock() error {
 	if there, err := os.Stat(f.Name()); err != nil || !os.SameFile(mine, there) {
 		return fmt.Errorf("%s is in use by another process", j.dir)
 	}
-	if err := f.Truncate(0); err != nil {
-		return err
+	if err = f.Truncate(0); err == nil {
+		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
-	if _, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0); durable.NoSpace(err) {
-		return nil // it is for a message only
+	if durable.NoSpace(err) {
+		return nil // it is for a message only; Btrfs needs room to make a file shorter, too
 	}
 	return err
 }

@@ -4,6 +4,7 @@ package system_test
 
 import (
 	"fmt"
+	"net/http"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -162,5 +163,38 @@ func TestCountsWaitForRoomForTheSpool(t *testing.T) {
 	}
 	if sum != 1 {
 		t.Errorf("the records add up to %d, want 1", sum)
+	}
+}
+
+// TestNoRoomUnderAQuotaIsAFullDisk: whatever there is no room for, ids or records, the
+// server runs and gives the reason. Ids without room are full; those with room are
+// counted, and their record waits for room.
+func TestNoRoomUnderAQuotaIsAFullDisk(t *testing.T) {
+	strace := testproc.Needs(t, "strace", "strace")
+	for _, tt := range []struct {
+		call, path, check string
+		status            int
+	}{{"fallocate", "", `"dedup":{"ok":false,`, 503}, {"pwrite64", "spool.db", `"spool":{"ok":false,`, 200}} {
+		t.Run(tt.call, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--shutdown-timeout=200ms", "--data-dir="+dir)
+			var paths []string
+			if tt.path != "" {
+				paths = []string{filepath.Join(dir, tt.path)}
+			}
+			v := testproc.StartCmd(t, injected(t, strace, cmd, tt.call, "EDQUOT", paths...))
+			resp, err := http.Get(v.Public + "/api/verve/accept?id=1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if why := resp.Header.Get("Verve-Reason"); resp.StatusCode != tt.status || (why == "full") != (tt.status == 503) {
+				t.Errorf("got %d %s, want %d", resp.StatusCode, why, tt.status)
+			}
+			if _, body := v.Get(v.Admin + "/readyz"); !strings.Contains(body, tt.check) || !strings.Contains(body, "disk quota exceeded") {
+				t.Errorf("readyz has no %s, or no reason: %s", tt.check, body)
+			}
+		})
 	}
 }
