@@ -194,7 +194,12 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	}))
 	defer endpoint.Close()
 
-	v := testproc.Start(t, "--window=1h", "--window-header", "--max-ids=2", "--shutdown-timeout=1m",
+	dir := t.TempDir()
+	earlier := `{"group":"verve","instance":"a","window_start":"2026-11-22T06:00:00Z","window_ms":3600000,"unique":1,"keys":1}` // its keys are gone
+	if err := os.WriteFile(filepath.Join(dir, "windows.jsonl"), []byte(earlier), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v := testproc.Start(t, "--data-dir="+dir, "--instance=a", "--window=1h", "--window-header", "--max-ids=2", "--shutdown-timeout=1m",
 		"--callback-allow="+strings.TrimPrefix(endpoint.URL, "http://"))
 	const accept = "/api/verve/accept"
 	for _, c := range []struct {
@@ -221,6 +226,7 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 		{v.Admin, "GET", "/api/windows?limit=1441", 400, nil},
 		{v.Admin, "GET", "/api/windows/2001-01-01T00:00:00Z/keys", 404, nil},
 		{v.Admin, "GET", "/api/windows/2001-01-01/keys", 400, nil},
+		{v.Admin, "GET", "/api/windows/2026-11-22T06:00:00Z/keys", 410, nil},
 		{v.Admin, "GET", "/", 200, nil},
 	} {
 		d.ask(t, c.server, c.method, c.target, c.status, c.body)
@@ -286,7 +292,7 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 		t.Fatalf("exit code %d\n%s", code, v.Text())
 	}
 	stream.Wait()
-	lines, err := os.ReadFile(filepath.Join(v.Dir, "verve-data", "counts.jsonl"))
+	lines, err := os.ReadFile(filepath.Join(dir, "counts.jsonl"))
 	if err != nil {
 		t.Fatal(err)
 	}

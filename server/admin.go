@@ -388,8 +388,10 @@ type window struct {
 	restored bool // an earlier process closed it
 
 	// largest are the largest keys, the largest first: of the whole group if its record
-	// has any, else of this instance. They are in memory only, see keptKeys.
-	largest []counter.KeyCount
+	// has any, else of this instance. They are in memory only, see keptKeys; forgotten:
+	// they, or those of a part of the window, are not there any more.
+	largest   []counter.KeyCount
+	forgotten bool
 }
 
 // groupWindow is what a window came to in the whole group; of the open one, what

@@ -50,7 +50,7 @@ func openHistory(path, group, instance string, log zerolog.Logger) *history {
 		if json.Unmarshal(line, &l) != nil || l.Group != group || l.Instance != instance || l.Start.IsZero() {
 			continue
 		}
-		l.restored = true
+		l.restored, l.forgotten = true, l.hasKeys()
 		h.windows = append(h.windows, l.window)
 	}
 	h.windows = h.windows[max(0, len(h.windows)-maxWindows):]
@@ -70,8 +70,9 @@ func (h *history) add(w window) {
 	}
 	kept := 0
 	for i := len(h.windows) - 1; i >= 0; i-- {
-		if kept += len(h.windows[i].largest); kept > keptKeys {
-			h.windows[i].largest = nil
+		w := &h.windows[i]
+		if kept += len(w.largest); kept > keptKeys {
+			w.largest, w.forgotten = nil, w.hasKeys()
 		}
 	}
 	switch {
@@ -155,6 +156,9 @@ func (h *history) last(limit int) []window {
 	return out
 }
 
+// hasKeys reports whether a key was used in the window.
+func (w *window) hasKeys() bool { return w.Keys > 0 || w.WholeGroup != nil && w.WholeGroup.Keys > 0 }
+
 // include adds an earlier part of the same window.
 func (w *window) include(part window) {
 	w.Unique += part.Unique
@@ -163,9 +167,9 @@ func (w *window) include(part window) {
 	switch ours, theirs := group(*w), group(part); {
 	case ours == theirs && ours: // w is the newer one
 	case ours == theirs:
-		w.largest = addKeys(w.largest, part.largest)
+		w.largest, w.forgotten = addKeys(w.largest, part.largest), w.forgotten || part.forgotten
 	case theirs:
-		w.largest = part.largest
+		w.largest, w.forgotten = part.largest, part.forgotten
 	}
 	w.Keys = max(w.Keys, part.Keys, len(w.largest)) // at least: which of them are the same is known of the largest
 	w.Complete = w.Complete && part.Complete

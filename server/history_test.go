@@ -130,14 +130,14 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	}
 	want := counter.LargestKeys(counts, maxKeys)
 	for i, w := range h.last(n) {
-		if kept := i < keptKeys/maxKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil {
+		if kept := i < keptKeys/maxKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten {
 			t.Fatalf("window %d before the last has %d of %d keys", i, len(w.largest), w.Keys)
 		}
 	}
 	again := openHistory(path, "verve", "a", zerolog.Nop())
 	t.Cleanup(again.close)
-	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil {
-		t.Errorf("after a restart %d keys, %d of them named", w.Keys, len(w.largest))
+	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil || !w.forgotten {
+		t.Errorf("after a restart %d keys, %d of them named, forgotten %t", w.Keys, len(w.largest), w.forgotten)
 	}
 	if b, err := os.ReadFile(path); err != nil || len(b) > 400*n {
 		t.Errorf("the file has %d bytes for %d windows: %v", len(b), n, err)

@@ -90,6 +90,10 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c := &closed[at]
+	if c.forgotten {
+		writeError(w, http.StatusGone, "the keys of this window are not in memory any more: an earlier process closed it, or a part of it, or later windows took its place; the records by key have them")
+		return
+	}
 	out.Keys, out.Unique = c.Keys, c.Unique
 	if g := c.WholeGroup; g != nil && g.Keys > 0 {
 		out.Scope, out.Keys, out.Unique = "group", g.Keys, g.Unique

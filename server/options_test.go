@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -548,6 +549,44 @@ func TestKeysOfAGroupAreThoseOfItsRecord(t *testing.T) {
 	if whole.Keys[0].Key != "a" {
 		t.Error("the keys of the record were sorted in their place")
 	}
+}
+
+// TestKeysThatAreNotInMemoryAreGone: a process that was started later names the reason
+// instead of an empty list, also where it has counted a part of the window itself; a
+// window without keys has none.
+func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
+	_, a := newAdminSite(t, new(Records))
+	path := filepath.Join(t.TempDir(), "windows.jsonl")
+	a.closed = openHistory(path, "", "", zerolog.Nop())
+	keys := []counter.KeyCount{{Key: "a", Unique: 2}}
+	closed := func(minute int64, keys []counter.KeyCount) {
+		a.WindowClosed(counter.Count{Start: time.Unix(60*minute, 0).UTC(), Window: time.Minute, Unique: 3, Keys: keys})
+	}
+	closed(1, keys)
+	closed(2, nil)
+	closed(3, keys)
+	restarted := func() {
+		t.Helper()
+		a.closed.close()
+		a.closed = openHistory(path, "", "", zerolog.Nop())
+	}
+	restarted()
+	closed(3, keys)
+	closed(4, keys)
+	for minute, want := range map[int]string{1: "410 gone", 2: `200 "keys":0,"unique":3,"results":[]`, 3: "410 gone", 4: `200 "keys":1,"unique":3,"results":[{"key":"a"`} {
+		page := getPage(a, fmt.Sprintf("/api/windows/1970-01-01T00:%02d:00Z/keys", minute))
+		status, part, _ := strings.Cut(strings.Replace(want, "gone", "the keys of this window are not in memory any more", 1), " ")
+		if fmt.Sprint(page.Code) != status || !strings.Contains(page.Body.String(), part) {
+			t.Errorf("window %d: got %d %s, want %s", minute, page.Code, page.Body, want)
+		}
+	}
+	restarted()
+	a.cfg.Sealed = func(counter.Span) (counter.Count, bool) { return counter.Count{Unique: 9, Keys: keys}, true }
+	closed(4, keys)
+	if page := getPage(a, "/api/windows/1970-01-01T00:04:00Z/keys"); page.Code != 200 || !strings.Contains(page.Body.String(), `"scope":"group","keys":1,"unique":9`) {
+		t.Errorf("with the keys of the whole group: got %d %s", page.Code, page.Body)
+	}
+	a.closed.close()
 }
 
 // TestLivePageHasTheLargestKeys of the open window with their share.
