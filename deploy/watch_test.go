@@ -185,10 +185,13 @@ func TestDashboardQueriesAreValid(t *testing.T) {
 	fill := strings.NewReplacer("$__rate_interval", "1m", "$job", ".+", "$group", ".+", "$instance", ".+")
 	var g group
 	for where, expr := range expressions(t) {
-		if strings.Contains(where, "/grafana/") && !strings.Contains(where, ": variable ") {
+		if strings.HasPrefix(where, "grafana/") && !strings.Contains(where, ": variable ") {
 			name := "x:" + regexp.MustCompile(`\W+`).ReplaceAllString(where, "_")
 			g.Rules = append(g.Rules, rule{name, fill.Replace(expr)})
 		}
+	}
+	if len(g.Rules) < 40 {
+		t.Fatalf("only %d queries were found", len(g.Rules))
 	}
 	g.Name = "dashboard"
 	b, err := json.Marshal(map[string][]group{"groups": {g}}) // JSON is YAML
