@@ -2,8 +2,9 @@
 # manager, nothing to patch but verve itself.
 #
 # It needs BuildKit (Docker 20.10 with DOCKER_BUILDKIT=1, or 23 and later) or podman
-# 4. It is built where the builder runs and for where the image runs: Go crosses
-# over by itself, faster than an emulated processor would build.
+# 4.3 with --format docker, as its own format has no health check. It is built where
+# the builder runs and for where the image runs: Go crosses over by itself, faster than
+# an emulated processor would build.
 FROM --platform=$BUILDPLATFORM golang:1.26.8-trixie AS build
 WORKDIR /src
 
