@@ -25,8 +25,10 @@ const plainRequest = plainStart + "1" + plainProtocol + "\r\n"
 // passes at once, as it may.
 type socket struct {
 	net.Conn
-	sent    atomic.Int64 // requests that the client has sent and nobody has read
-	part    int          // bytes of the first of those that were read
+	sent    atomic.Int64 // parts of requests that the client has sent and nobody has read
+	first   int          // bytes of the first part of a request; 0: it comes whole
+	part    int          // bytes of the first request that were read
+	begun   bool         // it has begun, and more of it is waited for
 	late    atomic.Bool  // the deadline of reads is over
 	closed  atomic.Bool
 	ends    int64 // requests after which the client closes its end; 0: it does not
@@ -36,7 +38,7 @@ type socket struct {
 }
 
 func (s *socket) Read(p []byte) (int, error) {
-	for {
+	for s.begun = s.part > 1; ; { // await reads one byte
 		if s.closed.Load() {
 			return 0, net.ErrClosed
 		}
@@ -44,16 +46,19 @@ func (s *socket) Read(p []byte) (int, error) {
 			return 0, os.ErrDeadlineExceeded
 		}
 		if n := s.sent.Load(); n > 0 {
-			if len(p) < len(plainRequest) { // await reads one byte
-				n := copy(p, plainRequest[s.part:])
-				s.part += n
-				return n, nil
+			end := len(plainRequest)
+			if s.part < s.first {
+				end = s.first
 			}
-			s.sent.Add(-1)
-			at := copy(p, plainRequest[s.part:])
-			s.part = 0
-			s.read++
-			return at, nil
+			n := copy(p, plainRequest[s.part:end])
+			if s.part += n; s.part == end {
+				s.sent.Add(-1)
+			}
+			if s.part == len(plainRequest) {
+				s.part = 0
+				s.read++
+			}
+			return n, nil
 		}
 		if s.ends > 0 && s.read == s.ends {
 			return 0, io.EOF
@@ -99,7 +104,8 @@ type scene struct {
 	sock *socket
 	idle atomic.Int32 // as fasthttp has it: 0 a request is read, 1 idle, 2 taken by the stop
 
-	refused int // requests answered 503
+	refused int  // requests answered 503
+	begun   bool // a request had begun when the server was to stop
 }
 
 func newScene() *scene {
@@ -173,7 +179,7 @@ func (k *scene) serve() {
 	}
 }
 
-// sends adds a client that sends n requests, one after the other.
+// sends adds a client that sends n requests, or parts of them, one after the other.
 func (k *scene) sends(r *explore.Run, n int) {
 	r.Go("client", func() {
 		for range n {
@@ -182,12 +188,14 @@ func (k *scene) sends(r *explore.Run, n int) {
 	})
 }
 
-// stops adds the stop of the server, as main and Shutdown do it.
-func (k *scene) stops(r *explore.Run) {
+// stops adds the stop of the server, as main and Shutdown do it; with patience if
+// answerGrace is long enough for all answers.
+func (k *scene) stops(r *explore.Run, patience bool) {
 	r.Go("stop", func() {
 		k.s.LastAnswers()
+		k.begun = k.sock.begun
 		k.s.cfg.Counter.Seal()
-		for k.s.ln.busy() > 0 {
+		for patience && k.s.ln.busy() > 0 {
 			explore.Wait()
 		}
 		k.s.ln.stopAccepting()
@@ -216,6 +224,9 @@ func (k *scene) check(ended bool) error {
 	if counted != k.sock.answers-k.refused {
 		return fmt.Errorf("%d ids are counted, %d answered", counted, k.sock.answers-k.refused)
 	}
+	if k.begun && k.sock.answers == 0 {
+		return fmt.Errorf("a request that had begun before the stop was not answered")
+	}
 	if ended && (!k.sock.closed.Load() || k.s.ln.open() != 0) {
 		return fmt.Errorf("the connection is open after the stop: closed %v, %d in the list", k.sock.closed.Load(), k.s.ln.open())
 	}
@@ -228,7 +239,46 @@ func TestInterleavingsOfTheStop(t *testing.T) {
 		k := newScene()
 		k.serves(r)
 		k.sends(r, 1)
-		k.stops(r)
+		k.stops(r, true)
+		r.Check(func() error { return k.check(true) })
+	})
+}
+
+// TestInterleavingsOfAPart: a part of a request has come when the server is to stop. It is
+// answered when the rest comes.
+func TestInterleavingsOfAPart(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.c.enter(phaseIdle)
+		k.sock.first = len(plainRequest) / 2
+		k.serves(r)
+		k.sends(r, 2)
+		k.stops(r, true)
+		r.Check(func() error { return k.check(true) })
+	})
+}
+
+// TestInterleavingsOfAnImpatientStop: the server does not wait for the answer to a request
+// that is counted. It is answered nevertheless.
+func TestInterleavingsOfAnImpatientStop(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 4, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.serves(r)
+		k.sends(r, 1)
+		k.stops(r, false)
+		r.Check(func() error { return k.check(true) })
+	})
+}
+
+// TestInterleavingsOfAnEnd: the sweeper parks the connection, and then ends it, once. No
+// request comes.
+func TestInterleavingsOfAnEnd(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.s.ln.idle = 3 * parkAfter
+		k.c.enter(phaseIdle)
+		k.serves(r)
+		k.sweeps(r, 2)
 		r.Check(func() error { return k.check(true) })
 	})
 }
@@ -242,7 +292,7 @@ func TestInterleavingsOfParking(t *testing.T) {
 		k.serves(r)
 		k.sends(r, 2)
 		k.sweeps(r, 1)
-		k.stops(r)
+		k.stops(r, true)
 		r.Check(func() error { return k.check(true) })
 	})
 }

@@ -143,12 +143,10 @@ func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
 // goesOn reports whether a read that was ended for parking alone may be taken up
 // again. It sets the deadline anew before it looks at stopped, which stopReading sets
 // before its deadline: an end that comes meanwhile is either seen here or has its
-// deadline after this one. The same holds for stopAccepting and stopping.
+// deadline after this one. The same holds for stopAccepting and stopping, at which await
+// looks next.
 func (c *conn) goesOn(err error) bool {
 	_ = c.raw.SetReadDeadline(time.Time{})
-	if c.owner.stopping.Load() {
-		_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
-	}
 	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load()
 }
 

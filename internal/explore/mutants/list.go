@@ -194,9 +194,30 @@ var mutants = []mutant{
 		File: "server/conn.go", Old: "if c.parking.Load() {", New: "if false {",
 	}, nil},
 	{"the deadline of parking stays", "server", overlay.Edit{
-		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\tif c.owner", New: "\tif c.owner",
+		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\treturn", New: "\treturn",
 	}, nil},
 	{"an answer is written after the connection is idle", "server", overlay.Edit{
 		File: "server/conn.go", Old: "\tc.enter(phaseWriting)\n\tn, err := c.Conn.Write(p)", New: "\tc.enter(phaseIdle)\n\tn, err := c.Conn.Write(p)",
+	}, nil},
+	{"the stop closes a connection that the fast path serves", "server", overlay.Edit{
+		File: "server/conn.go", Old: "if c.serving.Load() {", New: "if false {",
+	}, nil},
+	{"a read of the fast path does not mark the connection as busy", "server", overlay.Edit{
+		File: "server/conn.go", Old: "&phaseMask) != phaseReading {", New: "&phaseMask) == phaseNew {",
+	}, nil},
+	{"the deadline comes before its reason", "server", overlay.Edit{
+		File: "server/conn.go", Old: "\tc.stopped.Store(true)\n\tc.interrupt()", New: "\tc.interrupt()\n\tc.stopped.Store(true)",
+	}, nil},
+	{"a read goes on whatever ended it", "server", overlay.Edit{
+		File: "server/park.go", Old: "&& !c.stopped.Load()\n}", New: "\n}",
+	}, nil},
+	{"the deadline is cleared after the look at the reason", "server", overlay.Edit{
+		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\treturn", New: "\tdefer c.raw.SetReadDeadline(time.Time{})\n\treturn",
+	}, nil},
+	{"a parked connection waits without the deadline of the stop", "server", overlay.Edit{
+		File: "server/park.go", Old: "if c.owner.stopping.Load() {", New: "if false {",
+	}, nil},
+	{"the stop is marked after the deadlines", "server", overlay.Edit{
+		File: "server/park.go", Old: "\tl.stopping.Store(true)\n", New: "\tdefer l.stopping.Store(true)\n",
 	}, nil},
 }
