@@ -19,7 +19,7 @@ fuzz:
 	FUZZTIME=$(FUZZTIME) .ci/run fuzz
 
 explore:
-	VERVE_TEST_EXPLORE=deep go test -count=1 -timeout=24h -v -run Interleavings ./counter ./dedup ./server
+	VERVE_TEST_EXPLORE=deep go test -count=1 -timeout=24h -v -run Interleavings ./counter ./dedup ./server ./server/callback
 
 soak:
 	.ci/run soak

@@ -78,6 +78,60 @@ func spins(r *explore.Run) {
 	})
 }
 
+// wakesOne has a stop that wakes one of two who wait.
+func wakesOne(r *explore.Run) {
+	var mu sync.Mutex
+	var stopped bool
+	cond := sync.NewCond(&mu)
+	for range 2 {
+		r.Go("waiter", func() {
+			mu.Lock()
+			defer mu.Unlock()
+			for !stopped {
+				cond.Wait()
+			}
+		})
+	}
+	r.Go("stop", func() {
+		mu.Lock()
+		defer mu.Unlock()
+		stopped = true
+		cond.Signal()
+	})
+}
+
+// twoPlaces takes two places of a channel in two threads, one after the other.
+func twoPlaces(r *explore.Run) {
+	places, done := make(chan int, 2), make(chan struct{})
+	for range 2 {
+		r.Go("taker", func() {
+			explore.Send(places, 1)
+			switch explore.Select(false, explore.Sending(places, 2), explore.Receiving(done)) {
+			case 0:
+				explore.Receive(places)
+			}
+			explore.Receive(places)
+		})
+	}
+	r.Go("other", func() {
+		if explore.Select(true, explore.Receiving(done)) != -1 {
+			panic("done is not closed")
+		}
+	})
+}
+
+// closed is twoPlaces with an end to the wait.
+func closed(r *explore.Run) {
+	places, done := make(chan int, 1), make(chan struct{})
+	places <- 0
+	r.Go("taker", func() {
+		if explore.Select(false, explore.Sending(places, 1), explore.Receiving(done)) == 1 {
+			explore.Receive(done)
+		}
+	})
+	r.Go("closer", func() { explore.Close(done) })
+}
+
 // storeBuffer cannot end with both loads zero under sequential consistency, and can
 // in each other way.
 func storeBuffer(seen map[string]int) func(*explore.Run) {
@@ -101,6 +155,8 @@ func TestSearchFindsTextbookBugs(t *testing.T) {
 		{"broken double-checked locking", brokenInit, 1, "got 0, want 42"},
 		{"locks taken in two orders", lockOrder, 1, "deadlock: ab before lock; ba before lock"},
 		{"a wait for nobody", waitsForNobody, 0, "deadlock: waiter before wait"},
+		{"a signal for two", wakesOne, 0, "deadlock: waiter before wake"},
+		{"two places one by one", twoPlaces, 1, "deadlock: taker before select; taker before select"},
 		{"a loop that spins", spins, 0, "livelock: spinner before load"},
 	} {
 		for _, bound := range []int{test.preemptions, test.preemptions + 1, explore.All} {
@@ -118,6 +174,12 @@ func TestSearchFindsTextbookBugs(t *testing.T) {
 				t.Errorf("%s was found with %d preemptions, and takes %d", test.name, test.preemptions-1, test.preemptions)
 			}
 		}
+	}
+}
+
+func TestWaitEndsWhenAChannelIsClosed(t *testing.T) {
+	if _, err := explore.Search(explore.Options{Preemptions: explore.All}, closed); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -14,7 +14,7 @@ const (
 	Read  Kind = iota + 1
 	Add        // commutes with other Adds: nobody looks at the result
 	Write      // all else
-	lock       // a Write that waits until the mutex is free
+	wait       // a Write that waits until it is ready
 	await      // a Read of what the thread has read since its last one, that waits until some of it was written
 	kill
 	start // of a thread; it depends on nothing
@@ -26,15 +26,15 @@ type op struct {
 	name    string
 	pointer unsafe.Pointer
 	at      *location
-	held    *bool   // of lock
-	watched []watch // of await
+	ready   func() bool // of wait
+	watched []watch     // of await
 }
 
 // enabled reports whether the operation can be done now.
 func (o *op) enabled() bool {
 	switch o.kind {
-	case lock:
-		return !*o.held
+	case wait:
+		return o.ready()
 	case await:
 		for _, w := range o.watched {
 			if w.at.writes != w.writes {
@@ -46,7 +46,7 @@ func (o *op) enabled() bool {
 	return true
 }
 
-func (o *op) writes() bool { return o.kind == Add || o.kind == Write || o.kind == lock }
+func (o *op) writes() bool { return o.kind == Add || o.kind == Write || o.kind == wait }
 
 // dependsOn reports whether the order of the two may matter.
 func (o *op) dependsOn(p *op) bool {
@@ -113,7 +113,7 @@ func (e *execution) perform(t *thread) {
 	case Add:
 		t.hash = o.at.event(id, Add)
 		o.at.writes++
-	case Write, lock:
+	case Write, wait:
 		t.hash = o.at.event(id, Write)
 		o.at.writes++
 	case await:
@@ -142,10 +142,32 @@ func Do(kind Kind, name string, p unsafe.Pointer) {
 	}
 }
 
-// Lock is called before a mutex is locked, whose state is held.
-func Lock(name string, held *bool) {
+// Then is called with an operation on what p points to that comes with the one before: no
+// other thread's step is tried between them. That of a mutex which is let go of need not be:
+// who waits for it cannot go on before, and what others do there they may do earlier.
+func Then(kind Kind, name string, p unsafe.Pointer) {
+	e := active
+	if e == nil {
+		return
+	}
+	if e.aborting {
+		panic(errAborted)
+	}
+	t := e.run.threads[e.current]
+	t.pending = op{kind: kind, name: name, pointer: p, at: e.location(p)}
+	e.perform(t)
+	for i, u := range e.run.threads {
+		if u != t && u.pending.dependsOn(&t.pending) {
+			e.sleep &^= 1 << i
+		}
+	}
+}
+
+// Until is called before an operation on what p points to that waits until it is ready: a
+// mutex is free, a channel has something.
+func Until(ready func() bool, name string, p unsafe.Pointer) {
 	if active != nil {
-		step(op{kind: lock, name: name, pointer: unsafe.Pointer(held), held: held})
+		step(op{kind: wait, name: name, pointer: p, ready: ready})
 	}
 }
 
@@ -160,23 +182,8 @@ func Wait() {
 // Active reports whether a scenario runs.
 func Active() bool { return active != nil }
 
-// WaitFor is Wait for one location, as it was when the thread last read it.
-func WaitFor(p unsafe.Pointer) {
-	if active == nil {
-		return
-	}
-	e := active
-	at := e.location(p)
-	t := e.run.threads[e.current]
-	var last []watch
-	for _, w := range t.watched {
-		if w.at == at {
-			last = []watch{w}
-		}
-	}
-	t.watched = last
-	step(op{kind: await, name: "wait"})
-}
+// Step is the number of the last step.
+func Step() int { return active.depth }
 
 // Pause stands for time.Sleep and runtime.Gosched. In a scenario it is Wait.
 func Pause(d time.Duration) {

@@ -220,4 +220,71 @@ var mutants = []mutant{
 	{"the stop is marked after the deadlines", "server", overlay.Edit{
 		File: "server/park.go", Old: "\tl.stopping.Store(true)\n", New: "\tdefer l.stopping.Store(true)\n",
 	}, nil},
+	// Callbacks.
+	{"a place is reserved while the stop waits for the last ones", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "if s.draining || s.closed {\n\t\treturn false", New: "if s.closed {\n\t\treturn false",
+	}, nil},
+	{"the stop does not wait for what is reserved", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "(s.closed || len(s.table) == 0)", New: "true",
+	}, nil},
+	{"a place is taken after the lock of the look at the bound", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\tif d == nil {\n\t\td = s.newDestination(ep)", New: "\ts.mu.Unlock()\n\ts.mu.Lock()\n\tif d == nil {\n\t\td = s.newDestination(ep)",
+	}, nil},
+	{"one place more than there are", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "if len(s.table) >= s.cfg.maxWaiting {", New: "if len(s.table) > s.cfg.maxWaiting {",
+	}, nil},
+	{"one place more than a destination may have", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "d.entries >= s.cfg.maxWaitingPerDestination", New: "d.entries > s.cfg.maxWaitingPerDestination",
+	}, nil},
+	{"a second reservation of an endpoint does not count", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\t\te.refs++\n\t\treturn true", New: "\t\treturn true",
+	}, nil},
+	{"a place is free although it is reserved", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "if e.refs > 0 || e.queued {", New: "if e.queued {",
+	}, nil},
+	{"a place is free although its POST waits", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "if e.refs > 0 || e.queued {", New: "if e.refs > 0 {",
+	}, nil},
+	{"a place that is released is not free", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\te := s.table[ep.url]\n\te.refs--\n\ts.unreserve(e)", New: "\ts.table[ep.url].refs--",
+	}, nil},
+	{"a POST merges with one in flight", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\tcase e.queued:\n", New: "\tcase e.queued || d.inFlight > 0:\n\t\tdefer s.unreserve(e)\n",
+	}, nil},
+	{"a POST waits and no worker is woken", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "\ts.ready[d.readyIn].push(d)\n\ts.work.Signal()", New: "\ts.ready[d.readyIn].push(d)",
+	}, nil},
+	{"a worker is woken before there is a POST", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "\td.state, d.readyIn = destReady, 0\n", New: "\ts.work.Signal()\n\ts.mu.Unlock()\n\ts.mu.Lock()\n\td.state, d.readyIn = destReady, 0\n",
+	}, []overlay.Edit{{File: "server/callback/destination.go", Old: "\ts.ready[d.readyIn].push(d)\n\ts.work.Signal()", New: "\ts.ready[d.readyIn].push(d)"}}},
+	{"the stop wakes one worker", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "s.work.Broadcast()", New: "s.work.Signal()",
+	}, nil},
+	{"a worker does not look whether the stop has come before it waits", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\tfor !s.closed {\n", New: "\tfor first := true; first || !s.closed; first = false {\n",
+	}, nil},
+	{"a destination has one POST in flight more", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "d.inFlight >= s.cfg.Concurrency", New: "d.inFlight > s.cfg.Concurrency",
+	}, nil},
+	{"a POST that ends does not schedule the next", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\t\ts.failWaiting(d)\n\t}\n\ts.schedule(d)\n", New: "\t\ts.failWaiting(d)\n\t}\n",
+	}, nil},
+	{"the end of a POST is noticed before it is booked", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\ts.ended(j)\n", New: "\ts.noticeEmpty()\n\ts.ended(j)\n",
+	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.mu.Unlock()\n\tcloseIdle"}}},
+	{"a destination that becomes proven keeps its places", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "\t\ts.unprovenSlots -= d.entries\n", New: "\n",
+	}, nil},
+	{"a worker counts for a destination that is proven meanwhile", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\tif j.unproven {\n", New: "\tif j.dest.unproven {\n",
+	}, nil},
+	{"what is in flight at the stop is not waited for", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "s.stats.InFlight == 0 && s.stats.Waiting == 0", New: "s.stats.Waiting == 0",
+	}, nil},
+	{"a Send after the stop waits for ever", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\tcase s.closed:\n\t\ts.stats.Dropped++\n", New: "",
+	}, nil},
+	{"the stop cuts nothing off", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\ts.mu.Unlock()\n\ts.cut()\n", New: "\ts.mu.Unlock()\n",
+	}, nil},
 }

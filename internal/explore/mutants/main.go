@@ -63,6 +63,8 @@ func hunt(m mutant) (scenario, schedules, bound string, err error) {
 		c.Folders, c.Edits = []string{"counter", "dedup"}, overlay.Dedup
 	case "server":
 		c.Folders, c.Edits = []string{"counter", "server"}, overlay.Server
+	case "server/callback":
+		c.Folders, c.Edits, c.Channels = []string{"server/callback"}, overlay.Callback, true
 	}
 	c.Edits = append(append(slices.Clone(c.Edits), m.Edit), m.also...)
 	for _, effort := range []string{"quick", "ci"} {

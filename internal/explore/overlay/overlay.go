@@ -34,6 +34,7 @@ type Config struct {
 	Test     string   // the folder whose tests are run
 	Folders  []string // whose product files are rewritten
 	Edits    []Edit   // before that: what would make scenarios larger than need be
+	Channels bool     // what is done with channels is a step, too
 	Run      string   // a regular expression for the tests; empty: all with Interleavings in their names
 	Env      []string // more of the environment
 	FailFast bool
@@ -87,7 +88,7 @@ func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
 				changed = bytes.Replace(changed, []byte(e.Old), []byte(e.New), 1)
 				unused = slices.DeleteFunc(unused, func(u Edit) bool { return u == e })
 			}
-			if changed, err = rewrite(name, changed); err != nil {
+			if changed, err = rewrite(name, changed, c.Channels); err != nil {
 				return nil, err
 			}
 			if bytes.Equal(changed, source) {
@@ -169,8 +170,9 @@ type change struct {
 //   - its atomics, mutexes and pools are those of package explore;
 //   - time.Sleep and runtime.Gosched are explore.Pause;
 //   - Add of an atomic whose result is not looked at is Tally;
-//   - a plain store into a mapped chunk is an atomic one, that is, a step.
-func rewrite(name string, source []byte) ([]byte, error) {
+//   - a plain store into a mapped chunk is an atomic one, that is, a step;
+//   - with channels, what is done with those is done by package explore.
+func rewrite(name string, source []byte, channels bool) ([]byte, error) {
 	set := token.NewFileSet()
 	file, err := parser.ParseFile(set, name, source, parser.SkipObjectResolution)
 	if err != nil {
@@ -188,10 +190,14 @@ func rewrite(name string, source []byte) ([]byte, error) {
 			changes = append(changes, change{offset(spec.Path.Pos()), offset(spec.Path.End()), strconv.Quote(to)})
 		}
 	}
-	if len(changes) == 0 {
+	if len(changes) == 0 && !channels {
 		return source, nil
 	}
-	tail := ""
+	tail, imported := "", false
+	if channels {
+		found := channelChanges(file, offset, text)
+		changes, imported = append(changes, found...), len(found) > 0
+	}
 	ast.Inspect(file, func(n ast.Node) bool {
 		switch n := n.(type) {
 		case *ast.CallExpr:
@@ -227,7 +233,7 @@ func rewrite(name string, source []byte) ([]byte, error) {
 		}
 		return true
 	})
-	if tail != "" {
+	if tail != "" || imported {
 		end := offset(file.Name.End())
 		changes = append(changes, change{end, end, `; import "verve/internal/explore"`})
 	}
@@ -237,6 +243,55 @@ func rewrite(name string, source []byte) ([]byte, error) {
 		out = slices.Replace(out, c.from, c.to, []byte(c.with)...)
 	}
 	return append(out, tail...), nil
+}
+
+// channelChanges are those of what a file does with channels. A case that takes what it
+// receives is not supported, nor is a range over a channel.
+func channelChanges(file *ast.File, offset func(token.Pos) int, text func(ast.Node) string) (changes []change) {
+	change := func(from, to token.Pos, with string) {
+		changes = append(changes, change{offset(from), offset(to), with})
+	}
+	done := map[ast.Node]bool{} // the operations of cases
+	ast.Inspect(file, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.SelectStmt:
+			cases, number, otherwise := "", 0, false
+			for _, clause := range n.Body.List {
+				c := clause.(*ast.CommClause)
+				switch comm := c.Comm.(type) {
+				case nil:
+					otherwise = true
+					continue
+				case *ast.SendStmt:
+					cases += fmt.Sprintf(", explore.Sending(%s, %s)", text(comm.Chan), text(comm.Value))
+				case *ast.ExprStmt:
+					cases += fmt.Sprintf(", explore.Receiving(%s)", text(comm.X.(*ast.UnaryExpr).X))
+				}
+				change(c.Pos(), c.Colon, fmt.Sprintf("case %d", number))
+				done[c.Comm] = true
+				number++
+			}
+			change(n.Pos(), n.Body.Lbrace, fmt.Sprintf("switch explore.Select(%v%s) ", otherwise, cases))
+		case *ast.SendStmt:
+			if !done[n] {
+				change(n.Pos(), n.End(), fmt.Sprintf("explore.Send(%s, %s)", text(n.Chan), text(n.Value)))
+			}
+			return false
+		case *ast.ExprStmt:
+			return !done[n]
+		case *ast.UnaryExpr:
+			if n.Op == token.ARROW {
+				change(n.Pos(), n.X.Pos(), "explore.Receive(")
+				change(n.End(), n.End(), ")")
+			}
+		case *ast.CallExpr:
+			if text(n.Fun) == "close" {
+				change(n.Fun.Pos(), n.Fun.End(), "explore.Close")
+			}
+		}
+		return true
+	})
+	return changes
 }
 
 // intoChunk reports whether an expression is a word of the chunk of a cursor.
@@ -282,3 +337,9 @@ var Server = append(slices.Clone(Counter),
 	Edit{"server/conn.go", "\t\tgo func() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()", "\t\tfunc() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()"},
 	Edit{"server/fast.go", "second := now.Unix()", "second := 0 * now.Unix()"},
 )
+
+// Callback makes the scenarios of callbacks the same each time: what depends on the time of
+// day, the rate of a destination, is left out.
+var Callback = []Edit{
+	{"server/callback/destination.go", "time.Until(d.next) > 0", "d.next.IsZero() && d.used"},
+}

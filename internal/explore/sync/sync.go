@@ -23,7 +23,7 @@ type Mutex struct {
 }
 
 func (m *Mutex) Lock() {
-	explore.Lock("lock", &m.held)
+	explore.Until(func() bool { return !m.held }, "lock", unsafe.Pointer(&m.held))
 	m.m.Lock()
 	m.held = true
 }
@@ -38,7 +38,7 @@ func (m *Mutex) TryLock() bool {
 }
 
 func (m *Mutex) Unlock() {
-	explore.Do(explore.Write, "unlock", unsafe.Pointer(&m.held))
+	explore.Then(explore.Write, "unlock", unsafe.Pointer(&m.held))
 	m.held = false
 	m.m.Unlock()
 }
@@ -90,10 +90,10 @@ func (p *Pool) Put(x any) {
 	p.items = append(p.items, x)
 }
 
-// Cond is a sync.Cond that wakes all who wait, as it may.
+// Cond is a sync.Cond. Signal wakes who has waited longest, as that of the runtime does.
 type Cond struct {
 	L        Locker
-	signals  uint64
+	asleep   []*bool // those who wait, in their order
 	fallback real.Cond
 }
 
@@ -106,18 +106,29 @@ func (c *Cond) Wait() {
 		c.fallback.Wait()
 		return
 	}
-	explore.Do(explore.Read, "wait for signal", unsafe.Pointer(c))
+	explore.Do(explore.Write, "wait for signal", unsafe.Pointer(c))
+	asleep := true
+	c.asleep = append(c.asleep, &asleep)
 	c.L.Unlock()
-	explore.WaitFor(unsafe.Pointer(c))
+	explore.Until(func() bool { return !asleep }, "wake", unsafe.Pointer(c))
 	c.L.Lock()
 }
 
 func (c *Cond) Signal() {
 	explore.Do(explore.Write, "signal", unsafe.Pointer(c))
+	c.wake(1)
 	c.fallback.Signal()
 }
 
 func (c *Cond) Broadcast() {
 	explore.Do(explore.Write, "broadcast", unsafe.Pointer(c))
+	c.wake(len(c.asleep))
 	c.fallback.Broadcast()
+}
+
+func (c *Cond) wake(n int) {
+	for ; n > 0 && len(c.asleep) > 0; n-- {
+		*c.asleep[0] = false
+		c.asleep = c.asleep[1:]
+	}
 }
