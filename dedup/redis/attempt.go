@@ -55,15 +55,15 @@ func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
 	return dedup.Repeat
 }
 
-// comes is the verdict on a retry of an attempt that was counted in the window behind s:
-// another instance has turned before this one. Asking there gives it its answer. Where
-// the window is far from its end, the clock of the other instance is wrong, and this one
+// behind is the event for a retry of an attempt that was counted in the window behind s:
+// another instance has turned before this one. Asking there gives it its answer. If the
+// window is far from its end, the clock of the other instance is wrong, and this one
 // is not to follow it.
-func (l *lane) comes(s *redisEpoch) dedup.Verdict {
+func (l *lane) behind(s *redisEpoch) event {
 	if s.end-int64(time.Since(l.r.start)) < int64(l.r.cfg.MaxSkew) {
-		return dedup.Turned
+		return eventBehind
 	}
-	return dedup.Replayed
+	return eventFarBehind
 }
 
 // countUnder counts an id that was answered as new under its key, for what this instance

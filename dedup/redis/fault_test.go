@@ -125,7 +125,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			if repeats > 0 {
 				t.Errorf("%d callers were told that somebody had brought their id before", repeats)
 			}
-			other := newRedis(t, server.Addr)
+			other := newRedis(t, server.Addr, patient)
 			e := settest.NewEpochs(t, other)
 			var missing atomic.Int64
 			var group sync.WaitGroup
@@ -248,7 +248,7 @@ func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
 	r.pending.Add(1)
 	en := l.enter(pendingKey{s, k}, &enc, nil)
 	l.queue = l.queue[:len(l.queue)-1]
-	en.state, en.seq = untold, seq
+	en.phase, en.seq = untold, seq
 	l.untold = append(l.untold, en)
 	l.mu.Unlock()
 	l.nudge()

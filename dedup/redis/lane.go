@@ -142,27 +142,16 @@ type laneEpoch struct {
 	tokensLost bool   // Redis may have lost tokens of the window before
 }
 
-// State of an entry.
-const (
-	queued  = iota
-	flying  // in the batch under way
-	untold  // added without an answer; to be removed
-	taking  // is being taken back
-	settled // out of the lane
-)
-
 // entry is an id that waits for its outcome.
 type entry struct {
-	key     pendingKey
-	enc     encoded
-	named   *named // what the request named that it is sent for; nil: nothing
-	state   uint8
-	told    bool   // was answered as new without Redis
-	refused bool   // a request got 503 while its outcome was not known
-	seq     uint64 // of the batch that added it, where it is untold or taking
-	asks    *ask   // those who wait, the first at the head; also those of another attempt
-	last    *ask
-	chain   *entry // of pendingIDs, or of what is spare
+	state
+	key   pendingKey
+	enc   encoded
+	named *named // what the request named that it is sent for; nil: nothing
+	seq   uint64 // of the batch that added it, where it is untold or taking
+	asks  *ask   // those who wait, the first at the head; also those of another attempt
+	last  *ask
+	chain *entry // of pendingIDs, or of what is spare
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -237,11 +226,11 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		l.mu.Unlock()
 		return dedup.Turned, nil, nil
-	case en != nil && en.state == untold && sameAttempt(en.named, m):
+	case en != nil && en.phase == untold && sameAttempt(en.named, m):
 		l.tell(e, en)
 		l.unlock()
 		return dedup.Unique, nil, nil
-	case en != nil && en.told:
+	case en != nil && en.alone:
 		l.mu.Unlock()
 		return s.again(l.i, en.named, m), nil, nil
 	case s.refused.Load() || r.ledger.standing.Load() == outside:
@@ -275,7 +264,7 @@ func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 	} else {
 		en = new(entry)
 	}
-	en.key, en.enc, en.named, en.state, en.told = key, *enc, m, queued, false
+	en.key, en.enc, en.named, en.state = key, *enc, m, state{}
 	l.pending.add(en)
 	l.queue = append(l.queue, en)
 	return en
@@ -323,9 +312,67 @@ var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavaila
 func (l *lane) tell(e *counter.Epoch, en *entry) {
 	i := slices.Index(l.untold, en)
 	l.untold = slices.Delete(l.untold, i, i+1)
-	en.key.epoch.lanes[l.i].applied(l.r, l.seq, en)
-	l.known(e, en.key)
-	l.conclude(en, en.named.retries(), en.named.retries(), true)
+	l.step(en, eventAskedAgain, e)
+}
+
+// now is the state of the entry, with what depends on its requests.
+func (en *entry) now() state {
+	s := en.state
+	if s.token, s.waiting = en.named.hasToken(), noRequest; en.asks != nil {
+		s.waiting = otherAttempts
+	}
+	for a := en.asks; a != nil; a = a.beside {
+		if sameAttempt(en.named, a.named) {
+			s.waiting = itsAttempt
+			break
+		}
+	}
+	return s
+}
+
+// step has an entry take the step that an event makes it take, and carries out the
+// effects. e is the epoch of the request that the event is of; nil: of the first that
+// waits. l.mu is held.
+func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
+	r, s, was := l.r, en.key.epoch, en.state
+	next, fx := en.now().on(ev)
+	en.state = next
+	if next.refused && !was.refused {
+		r.ledger.uncertain(s.admission, 1)
+	} else if was.refused && !next.refused {
+		r.ledger.uncertain(s.admission, -1)
+	}
+	if next.phase == settled && was.phase != settled {
+		l.pending.remove(en)
+		r.pending.Add(-1)
+	}
+	switch fx.log {
+	case asTaken:
+		s.lanes[l.i].applied(r, l.seq, en)
+	case asUnsent:
+		s.lanes[l.i].log.unsent(r, logged(&en.enc, en.named))
+		l.flush(s)
+	}
+	if fx.known {
+		if e == nil {
+			e = en.asks.e
+		}
+		l.known(e, en.key)
+	}
+	switch fx.place {
+	case inQueue:
+		l.queue = append(l.queue, en)
+	case inDoubtful:
+		l.doubt = append(l.doubt, en)
+	case inUntold:
+		l.untold = append(l.untold, en)
+	}
+	switch fx.to {
+	case attemptAnswered, thereAnswered:
+		l.conclude(en, fx.first, fx.then, fx.to == thereAnswered)
+	case allAnswered:
+		l.answerAll(en, fx.first, fx.err)
+	}
 }
 
 // decide answers without Redis. en is what is under way for the id, or nil.
@@ -333,8 +380,8 @@ func (l *lane) tell(e *counter.Epoch, en *entry) {
 func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
-		if en != nil && en.state != queued {
-			l.refuse(en)
+		if en != nil {
+			l.step(en, eventRefusal, nil)
 		}
 		return dedup.Repeat, r.unavailable()
 	}
@@ -345,21 +392,21 @@ func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded,
 	switch {
 	case !le.log.room(r):
 		return dedup.Repeat, errLog
-	case en != nil && en.state != queued && en.state != settled && !sameAttempt(en.named, m) && !r.cfg.Local.Knows(s.view, key.id):
+	case en != nil && en.phase != queued && en.phase != settled && !sameAttempt(en.named, m) && !r.cfg.Local.Knows(s.view, key.id):
 		return dedup.Repeat, r.unavailable() // another attempt is under way, which may count the id
 	}
 	v, err := r.cfg.Local.Learn(e, s.view, key.id)
 	switch {
 	case err != nil || v != dedup.Unique:
 		return v, err
-	case en == nil || en.state == queued:
+	case en == nil:
 		le.log.unsent(r, logged(enc, m))
 		l.flush(s)
-		if en != nil {
-			l.drop(en)
-		}
 	default:
-		en.told = true // goes into the log when its outcome is known
+		if en.phase == queued {
+			en.named = m
+		}
+		l.step(en, eventAnsweredAlone, nil)
 	}
 	le.answered(r, m)
 	return dedup.Unique, nil
@@ -424,11 +471,10 @@ func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
 	en.asks, en.last = nil, nil
 }
 
-// conclude lets go of en and answers the attempt that it was sent for: the first request
+// conclude answers the attempt that en, which is settled, was sent for: the first request
 // that waits with first, and the others with then. there: the id is in the epoch, so a
 // request without a token is a repeat. Other attempts are sent on their own. l.mu is held.
 func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
-	l.done(en)
 	v := first
 	var others, last *ask
 	for a := en.asks; a != nil; {
@@ -463,49 +509,6 @@ func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
 	l.nudge()
 }
 
-// awaited reports whether a request waits for en that makes the attempt it was sent for.
-func (en *entry) awaited() bool {
-	for a := en.asks; a != nil; a = a.beside {
-		if sameAttempt(en.named, a.named) {
-			return true
-		}
-	}
-	return false
-}
-
-// retries is the verdict on a later request of the attempt that made an id new.
-func (m *named) retries() dedup.Verdict {
-	if m.hasToken() {
-		return dedup.Replayed
-	}
-	return dedup.Repeat
-}
-
-// refuse notes that a request got 503 while en may be in Redis. l.mu is held.
-func (l *lane) refuse(en *entry) {
-	if !en.refused {
-		en.refused = true
-		l.r.ledger.uncertain(en.key.epoch.admission, 1)
-	}
-}
-
-// done lets go of en. l.mu is held.
-func (l *lane) done(en *entry) {
-	en.state = settled
-	if en.refused {
-		en.refused = false
-		l.r.ledger.uncertain(en.key.epoch.admission, -1)
-	}
-	l.pending.remove(en)
-	l.r.pending.Add(-1)
-}
-
-// drop takes a queued entry, for which nobody waits any more, out of the lane.
-// The queue passes over it. l.mu is held.
-func (l *lane) drop(en *entry) {
-	l.done(en)
-}
-
 // expire answers those who have waited for too long, and notices that the job
 // under way has.
 func (l *lane) expire(now int64) {
@@ -521,28 +524,22 @@ func (l *lane) expire(now int64) {
 		if en.asks == nil {
 			en.last = nil
 		}
-		v, err := dedup.Repeat, error(nil)
-		if en.told { // answered as new to another request
+		v, err, what := dedup.Repeat, error(nil), eventAnsweredBeside
+		if en.alone { // answered as new to another request
 			v = en.key.epoch.again(l.i, en.named, a.named)
 		} else if l.r.cfg.FailOpen {
 			v, err = l.decide(a.e, en.key, en, &en.enc, a.named)
 		} else {
-			if en.state != queued {
-				l.refuse(en)
-			}
-			err = l.r.unavailable()
+			err, what = l.r.unavailable(), eventRefusal
 		}
 		l.answer(a, v, err)
-		switch {
-		case en.state == settled: // decided here, whoever else waits has a repeat
+		if l.step(en, what, nil); en.phase == settled { // decided here: for the others it is a repeat
 			for b := en.asks; b != nil; {
 				beside := b.beside
 				l.answer(b, en.key.epoch.again(l.i, a.named, b.named), nil)
 				b = beside
 			}
 			en.asks, en.last = nil, nil
-		case en.state == queued && en.asks == nil:
-			l.drop(en)
 		}
 	}
 	if l.failing != 0 && now-l.failing >= int64(l.r.cfg.Timeout)/2 {
@@ -693,7 +690,7 @@ func (l *lane) choose() *job {
 	}
 	if len(l.untold) > 0 {
 		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
-		l.untold = l.fill(j, l.untold, taking)
+		l.untold = l.fill(j, l.untold, eventWithdrawn, taking)
 		return j
 	}
 	if l.failing == 0 {
@@ -703,9 +700,9 @@ func (l *lane) choose() *job {
 		l.queue = append(l.queue, l.doubt...)
 		l.doubt = l.doubt[:0]
 	}
-	if i := slices.IndexFunc(l.queue, func(en *entry) bool { return en.state != settled }); i >= 0 {
+	if i := slices.IndexFunc(l.queue, func(en *entry) bool { return en.phase != settled }); i >= 0 {
 		j := &job{mode: modeAdd, epoch: l.queue[i].key.epoch}
-		l.queue = l.fill(j, l.queue, flying)
+		l.queue = l.fill(j, l.queue, eventSent, flying)
 		return j
 	}
 	l.queue = l.queue[:0]
@@ -722,9 +719,9 @@ func (l *lane) choose() *job {
 	return nil // where the last attempt failed, idle sends a beat to find out
 }
 
-// fill moves entries of the job's epoch into it and returns the rest. l.mu is
-// held.
-func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
+// fill moves entries of the job's epoch into it and returns the rest. They enter the phase
+// by the event, which has no effects. l.mu is held.
+func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 	size := batchSize
 	if limit := l.r.cfg.MaxIDs; limit > 0 && j.mode == modeAdd {
 		// Near the limit the lanes add little at a time, at it they only look.
@@ -738,11 +735,11 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 	n, taken := 0, 0
 	for n < len(from) && taken < size {
 		en := from[n]
-		if en.state != settled {
+		if en.phase != settled {
 			if en.key.epoch != j.epoch {
 				break
 			}
-			if en.state = state; state == flying && en.asks != nil {
+			if en.state, _ = en.state.on(ev); to == flying && en.asks != nil {
 				en.named = en.asks.named // the request that it was made for may be gone
 			}
 			counts[en.list()]++
@@ -757,7 +754,7 @@ func (l *lane) fill(j *job, from []*entry, state uint8) []*entry {
 		}
 		l.packed = l.packed[:0]
 		for _, en := range from[:n] {
-			if en.state == state && en.list() == k {
+			if en.phase == to && en.list() == k {
 				j.entries = append(j.entries, en)
 				l.packed = appendPacked(l.packed, logged(&en.enc, en.named))
 			}
@@ -881,68 +878,20 @@ func (l *lane) dissolve(j *job) {
 	l.job = nil
 	switch j.mode {
 	case modeAdd, modeLook:
-		back := make([]*entry, 0, len(j.entries)+len(l.queue))
-		for _, en := range j.entries {
-			l.requeue(en, &back)
-		}
-		l.queue = append(back, l.queue...)
+		behind := l.queue
+		l.queue = make([]*entry, 0, len(j.entries)+len(behind))
+		l.stepAll(j.entries, eventUndone)
+		l.queue = append(l.queue, behind...)
 	case modeTake:
-		for _, en := range j.entries {
-			l.added(en)
-		}
+		l.stepAll(j.entries, eventUndone)
 	}
 	l.asked = append(l.asked, j.asked...)
 }
 
-// added settles an entry that is in Redis, if a request still waits for it. l.mu is held.
-func (l *lane) added(en *entry) {
-	le := &en.key.epoch.lanes[l.i]
-	switch {
-	case en.told:
-		le.applied(l.r, l.seq, en)
-		l.conclude(en, en.named.retries(), en.named.retries(), true)
-	case !en.awaited():
-		en.state = untold
-		l.untold = append(l.untold, en)
-	default:
-		le.applied(l.r, l.seq, en)
-		l.known(en.asks.e, en.key)
-		l.conclude(en, dedup.Unique, en.named.retries(), true)
+func (l *lane) stepAll(entries []*entry, ev event) {
+	for _, en := range entries {
+		l.step(en, ev, nil)
 	}
-}
-
-// stays settles an entry that is in Redis and cannot be taken back any more, as
-// others may have answered that they know it: the next request here is the one that
-// it is new to, if there is one. l.mu is held.
-func (l *lane) stays(en *entry) {
-	if en.told || en.awaited() {
-		l.added(en)
-		return
-	}
-	l.conclude(en, dedup.Repeat, dedup.Repeat, true)
-}
-
-// requeue appends an entry that is not in Redis to the queue, if anybody waits
-// for it. l.mu is held.
-func (l *lane) requeue(en *entry, queue *[]*entry) {
-	switch {
-	case en.told:
-		l.missed(en)
-	case en.asks == nil:
-		l.done(en)
-	default:
-		en.state = queued
-		*queue = append(*queue, en)
-	}
-}
-
-// missed settles an entry that was answered as new and that this session has not
-// added: it is logged, to be added. l.mu is held.
-func (l *lane) missed(en *entry) {
-	s := en.key.epoch
-	s.lanes[l.i].log.unsent(l.r, logged(&en.enc, en.named))
-	l.flush(s)
-	l.conclude(en, en.named.retries(), en.named.retries(), true)
 }
 
 // flush has what the log of s holds, and Redis does not, added. l.mu is held.
@@ -959,20 +908,13 @@ func (l *lane) turn(j *job) {
 	l.job = nil
 	le := &j.epoch.lanes[l.i]
 	le.sealed = true
-	for _, en := range j.entries {
-		if en.told {
-			le.log.unsent(l.r, logged(&en.enc, en.named)) // Retire says so
-		}
-		l.answerAll(en, dedup.Turned, nil)
-		l.done(en)
-	}
-	for _, en := range l.untold { // too late to take them back
+	l.stepAll(j.entries, eventSealed)
+	l.untold = slices.DeleteFunc(l.untold, func(en *entry) bool {
 		if en.key.epoch == j.epoch {
-			l.answerAll(en, dedup.Turned, nil)
-			l.done(en)
+			l.step(en, eventSealed, nil)
 		}
-	}
-	l.untold = slices.DeleteFunc(l.untold, func(en *entry) bool { return en.state == settled })
+		return en.phase == settled
+	})
 	for _, q := range j.asked {
 		q.done <- nil
 	}
@@ -993,10 +935,10 @@ func (l *lane) resolve(j *job, a answer) {
 	case modeTake:
 		for i, en := range j.entries {
 			if i < len(a.codes) && a.codes[i] == '5' {
-				l.stays(en)
+				l.step(en, eventBelieved, nil)
 				continue
 			}
-			l.requeue(en, &l.queue) // if a request has sent it again meanwhile
+			l.step(en, eventRemoved, nil)
 			l.r.counts.untold.Add(1)
 		}
 	case modeAdd, modeLook:
@@ -1005,8 +947,8 @@ func (l *lane) resolve(j *job, a answer) {
 			if i < len(a.codes) {
 				code = a.codes[i]
 			}
-			l.settle(en, code)
-			if en.state == settled {
+			en.seq = l.seq
+			if l.step(en, l.found(en, code), nil); en.phase == settled {
 				l.reuse(en)
 			}
 		}
@@ -1018,39 +960,23 @@ func (l *lane) resolve(j *job, a answer) {
 	}
 }
 
-// settle gives an entry the outcome that the batch under l.seq had for it. l.mu
-// is held.
-func (l *lane) settle(en *entry, code byte) {
-	if en.told && code != '1' {
-		l.missed(en) // if another instance added it meanwhile, the replay detects that and marks the epoch
-		return
-	}
+// found is the event that the code of a batch that adds makes known to an entry.
+func (l *lane) found(en *entry, code byte) event {
 	switch code {
 	case '1':
-		en.seq = l.seq
-		l.added(en)
-	case '0', '6':
-		if en.asks != nil {
-			l.known(en.asks.e, en.key)
-		}
-		v := dedup.Repeat
-		if code == '6' {
-			v = dedup.Replayed
-		}
-		l.conclude(en, v, v, true)
-	case '4', '9':
-		err := dedup.ErrFull
-		if code == '9' {
-			err = dedup.ErrTooManyKeys
-		}
-		l.done(en)
-		l.answerAll(en, dedup.Repeat, err)
+		return eventAdded
+	case '0':
+		return eventThere
+	case '6':
+		return eventThereAs
+	case '4':
+		return eventFull
+	case '9':
+		return eventKeysFull
 	case '7':
-		l.conclude(en, dedup.ReplayedBefore, dedup.ReplayedBefore, false)
+		return eventBefore
 	case '8':
-		v := l.comes(en.key.epoch)
-		l.conclude(en, v, v, false)
-	default: // in doubt, or failed
-		l.requeue(en, &l.doubt)
+		return l.behind(en.key.epoch)
 	}
+	return eventInDoubt
 }

@@ -204,7 +204,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		kept, some := l.losses[en.key.epoch]
 		lost := some && en.seq > kept
 		if lost {
-			l.requeue(en, &l.queue)
+			l.step(en, eventLost, nil)
 		}
 		return lost
 	}
@@ -299,7 +299,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 		}
 		for _, list := range [][]*entry{l.untold, l.queue, l.doubt} {
 			for _, en := range list {
-				if en.state != settled {
+				if en.phase != settled {
 					see(en.key.epoch)
 				}
 			}

@@ -1,0 +1,275 @@
+package redis
+
+import "verve/dedup"
+
+// phase is how far an entry has come.
+type phase uint8
+
+const (
+	queued  phase = iota // to be sent
+	flying               // in the batch under way
+	untold               // in Redis, but all its requests got 503; to be taken back
+	taking               // is being taken back
+	settled              // out of the lane
+)
+
+// audience is which requests wait for an entry.
+type audience uint8
+
+const (
+	noRequest     audience = iota
+	otherAttempts          // only such as make another attempt than the one that it is sent for
+	itsAttempt             // one that makes this attempt, and maybe others
+)
+
+// state is all that the next step of an entry depends on.
+type state struct {
+	phase   phase
+	alone   bool // a request was answered as new without Redis
+	refused bool // a request got 503 while the id may be in Redis
+
+	// These are of the moment: see entry.now.
+	waiting audience
+	token   bool // the attempt has a token
+}
+
+// event is what an entry learns.
+type event uint8
+
+const (
+	eventSent      event = iota // in a batch that adds it
+	eventWithdrawn              // in a batch that takes it back
+	eventUndone                 // that batch was certainly not done
+	eventRemoved                // it was taken back
+	eventLost                   // Redis has lost the batch that added it
+
+	// What a batch that adds has found.
+	eventAdded          // it is new
+	eventThere          // it was there
+	eventThereAs        // it was there with the token of the attempt
+	eventBefore         // the token is in the window before
+	eventBehind         // the token is in the window behind, which this instance is about to open
+	eventFarBehind      // ... which is far away: another clock is wrong
+	eventInDoubt        // another instance may have added it without an answer; or it was not judged
+	eventFull           // there is no room for it
+	eventKeysFull       // there is no room for its key
+	eventBelieved       // the batch that was to take it back found that others have answered for it
+	eventSealed         // no batch of its epoch is done any more
+	eventAskedAgain     // its attempt is made again, by a request that does not wait
+	eventAnsweredAlone  // a request was answered as new without Redis
+	eventAnsweredBeside // a request that waited has another answer
+	eventRefusal        // a request got 503
+
+	numEvents
+)
+
+// place is a list of the lane.
+type place uint8
+
+const (
+	nowhere place = iota
+	inQueue
+	inDoubtful
+	inUntold
+)
+
+// logging is how an id that was answered as new goes into the log.
+type logging uint8
+
+const (
+	notLogged logging = iota
+	asTaken           // Redis has it
+	asUnsent          // Redis is to get it
+)
+
+// recipients are the requests that get an answer.
+type recipients uint8
+
+const (
+	noneAnswered    recipients = iota
+	attemptAnswered            // those that make its attempt; others are sent on their own
+	thereAnswered              // the same, and those without a token: the id is in the epoch
+	allAnswered
+)
+
+// effects is what the lane does when an entry has taken a step.
+type effects struct {
+	place       place
+	log         logging
+	known       bool // a repeat of the id costs no trip from now on
+	to          recipients
+	first, then dedup.Verdict // for the first of its attempt, and for the others; for all: first
+	err         error         // for all
+}
+
+// on is the only code that changes the state of an entry. An event that cannot happen in
+// a state changes nothing.
+func (s state) on(e event) (state, effects) {
+	fx := effects{}
+	switch s.phase {
+	case queued:
+		s, fx = s.onQueued(e)
+	case flying:
+		s, fx = s.onFlying(e)
+	case untold:
+		s, fx = s.onUntold(e)
+	case taking:
+		s, fx = s.onTaking(e)
+	case settled:
+	}
+	if s.phase == settled {
+		s.refused = false
+	}
+	return s, fx
+}
+
+func (s state) onQueued(e event) (state, effects) {
+	switch e {
+	case eventSent:
+		s.phase = flying
+	case eventAnsweredAlone:
+		s.phase = settled
+		return s, effects{log: asUnsent}
+	case eventAnsweredBeside, eventRefusal:
+		if s.waiting == noRequest {
+			s.phase = settled
+		}
+	}
+	return s, effects{}
+}
+
+func (s state) onFlying(e event) (state, effects) {
+	switch e {
+	case eventAdded:
+		return s.inRedis()
+	case eventUndone:
+		return s.notInRedis(inQueue)
+	case eventSealed:
+		return s.turned()
+	case eventAnsweredAlone, eventRefusal:
+		return s.may(e), effects{}
+	case eventThere, eventThereAs, eventBefore, eventBehind, eventFarBehind, eventInDoubt, eventFull, eventKeysFull:
+	default:
+		return s, effects{}
+	}
+	if s.alone {
+		// If another instance has added it meanwhile, the replay finds it there, and marks
+		// the epoch.
+		return s.notInRedis(nowhere)
+	}
+	if e == eventInDoubt {
+		return s.notInRedis(inDoubtful)
+	}
+	s.phase = settled
+	switch e {
+	case eventThere:
+		return s, effects{known: s.waiting != noRequest, to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
+	case eventThereAs:
+		return s, effects{known: s.waiting != noRequest, to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}
+	case eventBefore:
+		return s, effects{to: attemptAnswered, first: dedup.ReplayedBefore, then: dedup.ReplayedBefore}
+	case eventBehind:
+		return s, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}
+	case eventFarBehind:
+		return s, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}
+	case eventFull:
+		return s, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrFull}
+	default:
+		return s, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrTooManyKeys}
+	}
+}
+
+func (s state) onUntold(e event) (state, effects) {
+	switch e {
+	case eventWithdrawn:
+		s.phase = taking
+	case eventLost:
+		return s.notInRedis(inQueue)
+	case eventSealed: // too late to take it back
+		return s.turned()
+	case eventAskedAgain: // that request gets Unique
+		s.phase = settled
+		return s, effects{log: asTaken, known: true, to: thereAnswered, first: s.retried(), then: s.retried()}
+	case eventAnsweredAlone, eventRefusal:
+		return s.may(e), effects{}
+	}
+	return s, effects{}
+}
+
+func (s state) onTaking(e event) (state, effects) {
+	switch e {
+	case eventUndone:
+		return s.inRedis()
+	case eventRemoved, eventLost: // a request may have sent it again meanwhile
+		return s.notInRedis(inQueue)
+	case eventBelieved: // the next request here is the one that it is new to, if there is one
+		if s.alone || s.waiting == itsAttempt {
+			return s.inRedis()
+		}
+		s.phase = settled
+		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
+	case eventSealed:
+		return s.turned()
+	case eventAnsweredAlone, eventRefusal:
+		return s.may(e), effects{}
+	}
+	return s, effects{}
+}
+
+// may notes a request that got an answer while the id may be in Redis.
+func (s state) may(e event) state {
+	if e == eventAnsweredAlone {
+		s.alone = true
+	} else {
+		s.refused = true
+	}
+	return s
+}
+
+// inRedis settles an id that is in Redis, if a request has, or gets, an answer for it.
+func (s state) inRedis() (state, effects) {
+	switch {
+	case s.alone:
+		s.phase = settled
+		return s, effects{log: asTaken, to: thereAnswered, first: s.retried(), then: s.retried()}
+	case s.waiting != itsAttempt:
+		s.phase = untold
+		return s, effects{place: inUntold}
+	}
+	s.phase = settled
+	return s, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: s.retried()}
+}
+
+// notInRedis queues an id that this session has not added, if a request waits for it. If one
+// was answered as new, it is logged, to be added.
+func (s state) notInRedis(at place) (state, effects) {
+	switch {
+	case s.alone:
+		s.phase = settled
+		return s, effects{log: asUnsent, to: thereAnswered, first: s.retried(), then: s.retried()}
+	case s.waiting == noRequest:
+		s.phase = settled
+		return s, effects{}
+	}
+	s.phase = queued
+	return s, effects{place: at}
+}
+
+// turned settles an id of an epoch that is sealed. If a request was answered as new, Retire
+// reports that the id is in no count.
+func (s state) turned() (state, effects) {
+	fx := effects{to: allAnswered, first: dedup.Turned}
+	if s.alone {
+		fx.log = asUnsent
+	}
+	s.phase = settled
+	return s, fx
+}
+
+// retried is the verdict on a later request of an attempt that was answered as new.
+func (s state) retried() dedup.Verdict {
+	if s.token {
+		return dedup.Replayed
+	}
+	return dedup.Repeat
+}

@@ -1,0 +1,128 @@
+package redis
+
+import (
+	"slices"
+	"testing"
+
+	"verve/dedup"
+)
+
+// retried stands in the table for Replayed if the attempt has a token, and else Repeat.
+const retried = dedup.Verdict(255)
+
+// steps are all pairs of a state and an event that do anything.
+var steps = []struct {
+	phase   phase
+	alone   []bool
+	waiting []audience
+	events  []event
+	next    state // phase, and alone or refused where the step sets it
+	fx      effects
+}{
+	{queued, any2, anyWaits, []event{eventSent}, state{phase: flying}, effects{}},
+	{queued, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: settled}, effects{log: asUnsent}},
+	{queued, any2, []audience{noRequest}, []event{eventAnsweredBeside, eventRefusal}, state{phase: settled}, effects{}},
+
+	{flying, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: flying, alone: true}, effects{}},
+	{flying, any2, anyWaits, []event{eventRefusal}, state{phase: flying, refused: true}, effects{}},
+	{flying, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
+	{flying, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
+	{flying, yes, anyWaits, []event{eventAdded}, state{phase: settled}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
+	{flying, no, []audience{noRequest, otherAttempts}, []event{eventAdded}, state{phase: untold}, effects{place: inUntold}},
+	{flying, no, []audience{itsAttempt}, []event{eventAdded}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: retried}},
+	{flying, yes, anyWaits, append([]event{eventUndone}, notAdded...), state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
+	{flying, no, []audience{noRequest}, []event{eventUndone, eventInDoubt}, state{phase: settled}, effects{}},
+	{flying, no, someWaits, []event{eventUndone}, state{phase: queued}, effects{place: inQueue}},
+	{flying, no, someWaits, []event{eventInDoubt}, state{phase: queued}, effects{place: inDoubtful}},
+	{flying, no, []audience{noRequest}, []event{eventThere}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
+	{flying, no, someWaits, []event{eventThere}, state{phase: settled}, effects{known: true, to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
+	{flying, no, []audience{noRequest}, []event{eventThereAs}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}},
+	{flying, no, someWaits, []event{eventThereAs}, state{phase: settled}, effects{known: true, to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventBefore}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.ReplayedBefore, then: dedup.ReplayedBefore}},
+	{flying, no, anyWaits, []event{eventBehind}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}},
+	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventFull}, state{phase: settled}, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrFull}},
+	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: settled}, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrTooManyKeys}},
+
+	{untold, any2, anyWaits, []event{eventWithdrawn}, state{phase: taking}, effects{}},
+	{untold, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: untold, alone: true}, effects{}},
+	{untold, any2, anyWaits, []event{eventRefusal}, state{phase: untold, refused: true}, effects{}},
+	{untold, any2, anyWaits, []event{eventAskedAgain}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: retried, then: retried}},
+	{untold, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
+	{untold, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
+	{untold, yes, anyWaits, []event{eventLost}, state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
+	{untold, no, []audience{noRequest}, []event{eventLost}, state{phase: settled}, effects{}},
+	{untold, no, someWaits, []event{eventLost}, state{phase: queued}, effects{place: inQueue}},
+
+	{taking, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: taking, alone: true}, effects{}},
+	{taking, any2, anyWaits, []event{eventRefusal}, state{phase: taking, refused: true}, effects{}},
+	{taking, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
+	{taking, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
+	{taking, yes, anyWaits, []event{eventRemoved, eventLost}, state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
+	{taking, no, []audience{noRequest}, []event{eventRemoved, eventLost}, state{phase: settled}, effects{}},
+	{taking, no, someWaits, []event{eventRemoved, eventLost}, state{phase: queued}, effects{place: inQueue}},
+	{taking, yes, anyWaits, []event{eventUndone, eventBelieved}, state{phase: settled}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
+	{taking, no, []audience{itsAttempt}, []event{eventUndone, eventBelieved}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: retried}},
+	{taking, no, []audience{noRequest, otherAttempts}, []event{eventUndone}, state{phase: untold}, effects{place: inUntold}},
+	{taking, no, []audience{noRequest, otherAttempts}, []event{eventBelieved}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
+}
+
+var (
+	no, yes, any2 = []bool{false}, []bool{true}, []bool{false, true}
+	anyWaits      = []audience{noRequest, otherAttempts, itsAttempt}
+	someWaits     = []audience{otherAttempts, itsAttempt}
+	notAdded      = []event{eventThere, eventThereAs, eventBefore, eventBehind, eventFarBehind, eventInDoubt, eventFull, eventKeysFull}
+)
+
+// TestEveryStepOfAnEntry tries all pairs of a state and an event. Those that are not in the
+// table change nothing.
+func TestEveryStepOfAnEntry(t *testing.T) {
+	used := make([]bool, len(steps))
+	everyState(func(s state) {
+		for e := range numEvents {
+			want, fx := s, effects{}
+			for i, step := range steps {
+				if s.phase != step.phase || !slices.Contains(step.alone, s.alone) || !slices.Contains(step.waiting, s.waiting) || !slices.Contains(step.events, e) {
+					continue
+				}
+				if used[i] = true; want != s || fx != (effects{}) {
+					t.Errorf("%+v, event %d: two rows", s, e)
+				}
+				want.phase, fx = step.next.phase, step.fx
+				want.alone = s.alone || step.next.alone
+				want.refused = (s.refused || step.next.refused) && want.phase != settled
+				for _, v := range []*dedup.Verdict{&fx.first, &fx.then} {
+					if *v != retried {
+						continue
+					}
+					if *v = dedup.Repeat; s.token {
+						*v = dedup.Replayed
+					}
+				}
+			}
+			if got, did := s.on(e); got != want || did != fx {
+				t.Errorf("%+v, event %d: got %+v, %+v; want %+v, %+v", s, e, got, did, want, fx)
+			}
+		}
+	})
+	for i, is := range used {
+		if !is {
+			t.Errorf("row %d of the table is of no use", i)
+		}
+	}
+}
+
+// everyState calls f with each state that an entry can be in.
+func everyState(f func(state)) {
+	for phase := range settled + 1 {
+		for bits := range 8 {
+			s := state{phase: phase, alone: bits&1 != 0, refused: bits&2 != 0, token: bits&4 != 0}
+			if s.refused && phase == settled {
+				continue
+			}
+			for _, s.waiting = range anyWaits {
+				f(s)
+			}
+		}
+	}
+}
