@@ -321,7 +321,7 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 	ea.Want(t, a, 0, "before", dedup.Unique)
-	way.deaf.Store(true)
+	goDeaf(t, server, way, a)
 	if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 		t.Fatalf("without a reply: %v, %v", v, err)
 	}

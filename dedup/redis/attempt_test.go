@@ -351,7 +351,7 @@ func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
 	ea.Want(t, a, 0, "before", dedup.Unique)
 	for i, other := range []string{"U", ""} {
 		id := fmt.Sprint(i)
-		way.deaf.Store(true)
+		goDeaf(t, server, way, a)
 		if v, err := addAs(t, a, ea, 0, id, "key", "T"); !errors.Is(err, dedup.ErrUnavailable) {
 			t.Fatalf("without a reply: %v, %v", v, err)
 		}
@@ -732,7 +732,7 @@ func TestRedisABelievedDoubtIsNotExact(t *testing.T) {
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 	ea.Want(t, a, 0, "before", dedup.Unique)
-	way.deaf.Store(true)
+	goDeaf(t, server, way, a)
 	if v, err := addAs(t, a, ea, 0, "42", "", "T"); !errors.Is(err, dedup.ErrUnavailable) {
 		t.Fatalf("without a reply: %v, %v", v, err)
 	}

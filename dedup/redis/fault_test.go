@@ -162,7 +162,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 			ea.Want(t, a, 0, "before", dedup.Unique)
 
-			way.deaf.Store(true)
+			goDeaf(t, server, way, a)
 			if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("without a reply: %v, %v", v, err)
 			}
@@ -216,7 +216,7 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	for _, id := range epochtest.Alike {
 		e.Want(t, r, 0, id+"told", dedup.Unique)
 	}
-	way.deaf.Store(true)
+	goDeaf(t, server, way, r)
 	var group sync.WaitGroup
 	for i, id := range epochtest.Alike {
 		group.Go(func() {
@@ -260,6 +260,22 @@ func lastSeq(r *Set) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.seq
+}
+
+// goDeaf has the replies to r thrown away, from when no batch is under way: an id would wait
+// behind it, and be refused without being sent.
+func goDeaf(t *testing.T, server *redisServer, way *proxy, r *Set) {
+	t.Helper()
+	l := &r.lanes[0]
+	testproc.Until(t, "nothing is under way", func() bool {
+		if server.do("HSTRLEN", l.key, "I"+r.cfg.session) != "0" {
+			return false // the last ids are still to be confirmed
+		}
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.job == nil
+	})
+	way.deaf.Store(true)
 }
 
 func untilSettled(t *testing.T, r *Set) {

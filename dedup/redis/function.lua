@@ -186,8 +186,14 @@ function ways.l(key, ids)
   return 0, codes
 end
 
-function ways.r(key, ids)
-  return -call('SREM', key, unpack(ids))
+function ways.r(key, ids, undo)
+  local there, found = call('SMISMEMBER', key, unpack(ids)), {}
+  for i = 1, #ids do
+    if there[i] == 1 then found[#found + 1] = ids[i] end
+  end
+  if #found == 0 then return 0 end
+  undo[#undo + 1] = {key, found, 'SADD'}
+  return -call('SREM', key, unpack(found))
 end
 
 function ways.a(key, ids, undo)
@@ -354,11 +360,10 @@ local function unmark(prefix, list, held, undo)
       undo[#undo + 1] = {prefix .. kind, {id}, 'SADD'}
       held[NUMBER[kind]] = held[NUMBER[kind]] - 1
       if key ~= '' then
-        undo[#undo + 1] = {prefix .. 'n', {key, 1}, 'HINCRBY'}
-        if call('HINCRBY', prefix .. 'n', key, -1) == 0 then
-          call('HDEL', prefix .. 'n', key)
-          held[NAMES] = held[NAMES] - 1
-        end
+        local left = call('HINCRBY', prefix .. 'n', key, -1) -- below 0: the count is lost
+        if left >= 0 then undo[#undo + 1] = {prefix .. 'n', {key, 1}, 'HINCRBY'} end
+        if left <= 0 then call('HDEL', prefix .. 'n', key) end
+        if left == 0 then held[NAMES] = held[NAMES] - 1 end
       end
       if token ~= '' and call('SREM', prefix .. 'x', token) == 1 then
         undo[#undo + 1] = {prefix .. 'x', {token}, 'SADD'}
@@ -485,7 +490,6 @@ local function batch(key, a, undo)
       -- is on the move to or from here: nothing may be judged with it.
       if try('SCARD', set) ~= held[k] + added then
         undo.missing = true
-        if mode == 'r' and added < 0 then undo[#undo + 1] = {set, ids, 'SADD'} end
         error('missing')
       end
       if held[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end

@@ -84,9 +84,11 @@ type modelRules struct {
 	memory     bool // members write again what others have answered
 	disk       bool // and keep it over a restart
 	whole      bool // what members that are gone have answered is inferred from lanes that are whole
+	doubts     bool // a member that refused ids that may be in Redis is not vouched for
+	late       bool // a member that the ledger does not have in the epoch may have answered ids
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd     *rand.Rand

@@ -1,0 +1,664 @@
+package redis
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// laneModel is a model of function.lua: a lane in Redis. TestTheScriptsDoWhatTheModelsDo
+// holds the real code to it, and model_test.go drives it.
+type laneModel struct {
+	now      float64 // s, by the clock of the master
+	identity string  // of the data
+	rules    modelRules
+
+	// The hash of the lane.
+	sessions map[string]laneSession
+	doubt    map[string][]string // ids of the last batch of a session; absent: the doubt has lapsed
+	active   []string
+	open     map[string]laneOpen
+	tokens   map[string]int // how many each epoch has
+	sealed   []laneSealed
+	hold     float64 // 0: none
+	cut      float64
+	cuts     int
+	known    string // the identity that is noted
+
+	sets map[string]laneSets // of each epoch
+}
+
+type laneSession struct {
+	seq        int
+	at         float64
+	codes, gen string
+	n          int
+	epoch      string
+	cuts       int
+}
+
+// laneOpen is an open epoch: its numbers are by the letter of their key.
+type laneOpen struct {
+	gen           string
+	held          map[string]int
+	partly, twice int
+}
+
+type laneSealed struct {
+	epoch           string
+	n, exact, whole int
+	until           float64
+	under           int
+}
+
+// laneSets are the keys of an epoch: d, u, t, h, k and x are sets, n is a hash.
+type laneSets map[string]map[string]int
+
+func newLaneModel() *laneModel {
+	return &laneModel{
+		identity: "1", rules: allRules, sessions: map[string]laneSession{}, doubt: map[string][]string{}, open: map[string]laneOpen{},
+		tokens: map[string]int{}, sets: map[string]laneSets{},
+	}
+}
+
+func (s laneSets) clone() laneSets {
+	c := laneSets{}
+	for k, set := range s {
+		c[k] = maps.Clone(set)
+	}
+	return c
+}
+
+func (m *laneModel) clone() *laneModel {
+	c := *m
+	c.sessions, c.doubt, c.tokens = maps.Clone(m.sessions), maps.Clone(m.doubt), maps.Clone(m.tokens)
+	c.active, c.sealed = slices.Clone(m.active), slices.Clone(m.sealed)
+	c.open, c.sets = map[string]laneOpen{}, map[string]laneSets{}
+	for epoch, o := range m.open {
+		o.held = maps.Clone(o.held)
+		c.open[epoch] = o
+	}
+	for epoch, sets := range m.sets {
+		c.sets[epoch] = sets.clone()
+	}
+	return &c
+}
+
+// of returns the keys of an epoch, to be changed.
+func (m *laneModel) of(epoch string) laneSets {
+	if m.sets[epoch] == nil {
+		m.sets[epoch] = laneSets{}
+	}
+	return m.sets[epoch]
+}
+
+func (s laneSets) put(k, id string, n int) {
+	if s[k] == nil {
+		s[k] = map[string]int{}
+	}
+	s[k][id] = n
+}
+
+func (s laneSets) has(k, id string) bool { _, there := s[k][id]; return there }
+
+const laneKinds = "duthk"
+
+// laneNamed is an id with a token or a key.
+type laneNamed struct{ kind, id, token, key string }
+
+// laneBatch is what a batch sends.
+type laneBatch struct {
+	session       string
+	seq           int
+	mode          string
+	epoch, expect string
+	whole, tick   bool
+	ids           [4][]string // of the first four kinds
+	named         []laneNamed
+	before, after string
+	maxKeys       int
+	tokensLost    bool
+}
+
+// laneAnswer is what the function answers.
+type laneAnswer struct {
+	status, codes, gen string
+	n                  int
+}
+
+func (a laneAnswer) String() string {
+	switch a.status {
+	case "missing", "hold", "sealed":
+		return "[" + a.status + "]"
+	}
+	return fmt.Sprint([]any{a.status, a.codes, a.gen, a.n})
+}
+
+func luaNumber(f float64) string { return fmt.Sprintf("%.14g", f) }
+
+func (m *laneModel) holds() bool {
+	if left := m.hold - m.now; left > 0 && left < 5 {
+		return true
+	}
+	m.hold = 0
+	return false
+}
+
+func (m *laneModel) noteCut() int {
+	m.cuts++
+	m.cut = m.now
+	return m.cuts
+}
+
+func (m *laneModel) identify() {
+	if m.known != "" && m.known != m.identity && m.rules.identity {
+		m.noteCut()
+	}
+	m.known = m.identity
+}
+
+func (m *laneModel) over(epoch string) *laneSealed {
+	for i := range m.sealed {
+		if m.sealed[i].epoch == epoch {
+			return &m.sealed[i]
+		}
+	}
+	return nil
+}
+
+func (m *laneModel) join(session string) {
+	if !slices.Contains(m.active, session) {
+		m.active = append(m.active, session)
+	}
+}
+
+// doubts are the ids in doubt of other sessions, in an epoch or in all.
+func (m *laneModel) doubts(session, epoch string) (found []string) {
+	m.active = slices.DeleteFunc(slices.Clone(m.active), func(other string) bool {
+		s, is := m.sessions[other]
+		if other == session || is && math.Abs(m.now-s.at) < 10 {
+			if other != session && (epoch == "" || s.epoch == epoch) {
+				found = append(found, m.doubt[other]...)
+			}
+			return false
+		}
+		delete(m.doubt, other)
+		return true
+	})
+	return found
+}
+
+func (m *laneModel) complete(epoch string, held map[string]int) bool {
+	for _, k := range laneKinds + "xn" {
+		plain := k != 'k' && k != 'x' && k != 'n'
+		if n := held[string(k)]; (plain || n > 0) && len(m.sets[epoch][string(k)]) != n {
+			return false
+		}
+	}
+	return true
+}
+
+func idsHeld(held map[string]int) (n int) {
+	for _, k := range laneKinds {
+		n += held[string(k)]
+	}
+	return n
+}
+
+// batch is batch of function.lua.
+func (m *laneModel) batch(b laneBatch) laneAnswer {
+	s, known := m.sessions[b.session]
+	cuts := m.cuts
+	switch {
+	case known && b.seq == s.seq:
+		return laneAnswer{"ok", s.codes, s.gen, s.n}
+	case b.seq < s.seq:
+		return laneAnswer{"old", "", "", s.seq}
+	case b.seq != s.seq+1:
+		return laneAnswer{"gap", "", "", s.seq}
+	}
+	replay, beat := b.mode == "p" || b.mode == "f", b.mode == "b"
+	o, begun := m.open[b.epoch]
+	o.held = maps.Clone(o.held)
+	if o.held == nil {
+		o.held = map[string]int{}
+	}
+	has := begun // a generation is known
+	if !begun && (!beat || b.expect != "") {
+		if over := m.over(b.epoch); over != nil {
+			if !beat {
+				return laneAnswer{status: "sealed"}
+			}
+			has, o.gen, o.held["d"] = true, b.expect, over.n
+		}
+	}
+	if b.expect != "" && (!has || o.gen != b.expect) {
+		return laneAnswer{"lost", "", o.gen, s.seq}
+	}
+	at := s.at
+	if tick := b.tick || !known || m.hold != 0 || replay; tick {
+		if m.hold != 0 && !replay && !beat && m.holds() {
+			return laneAnswer{status: "hold"}
+		}
+		if !known || math.Abs(m.now-at) > 5 {
+			m.join(b.session)
+		}
+		if at = m.now; beat && begun && !m.complete(b.epoch, o.held) {
+			return laneAnswer{status: "missing"}
+		}
+	}
+	n := idsHeld(o.held)
+	if beat {
+		m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, "", o.gen, n, b.epoch, cuts}, []string{}
+		return laneAnswer{"ok", "", o.gen, n}
+	}
+	mode := b.mode
+	if _, in := m.doubt[b.session]; mode == "r" && !in {
+		mode = "5"
+	}
+	if !has {
+		m.identify()
+		o.gen = b.session + ":" + strconv.Itoa(b.seq) + ":" + luaNumber(m.now)
+	}
+	hold := m.hold
+	if mode == "p" {
+		cuts = m.noteCut() - 1
+		if hold = m.now + 1.5; !b.whole {
+			o.partly = 1
+		}
+	}
+	was := m.of(b.epoch).clone()
+	answer, doubt, all := "", []string{}, []string{}
+	total, more := 0, 0
+	for k, ids := range b.ids {
+		added, codes := m.add(b.epoch, laneKinds[k:k+1], ids, mode)
+		kind := laneKinds[k : k+1]
+		if o.held[kind] += added; len(ids) > 0 && len(m.sets[b.epoch][kind]) != o.held[kind] {
+			m.sets[b.epoch] = was
+			return laneAnswer{status: "missing"}
+		}
+		answer += codes
+		total, more, all = total+len(ids), more+added, append(all, ids...)
+	}
+	codes := ""
+	if len(b.named) > 0 {
+		tokens := o.held["x"]
+		c, added, doubtful := m.marks(b, mode, o.held)
+		if !m.complete(b.epoch, o.held) {
+			m.sets[b.epoch] = was
+			return laneAnswer{status: "missing"}
+		}
+		if doubtful {
+			o.partly = 1
+		}
+		if replay {
+			o.twice += len(c) - added
+		}
+		if o.held["x"] != tokens {
+			m.tokens[b.epoch] = o.held["x"]
+		}
+		n += added
+		codes = c
+	}
+	var named []string
+	if mode == "a" || mode == "l" {
+		codes, named = m.judge(codes, func(i int) string { return b.named[i].id }, b.session, "")
+	}
+	n += more
+	if mode == "a" {
+		answer, doubt = m.judge(answer, func(i int) string { return all[i] }, b.session, b.epoch)
+		doubt = append(doubt, named...)
+	}
+	if replay {
+		o.twice += total - more
+	}
+	answer += codes
+	if m.hold = hold; more != 0 || replay || len(b.named) > 0 || !begun {
+		m.open[b.epoch] = o
+	}
+	m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, answer, o.gen, n, b.epoch, cuts}, doubt
+	return laneAnswer{"ok", answer, o.gen, n}
+}
+
+// add runs the ids of one kind.
+func (m *laneModel) add(epoch, kind string, ids []string, mode string) (added int, codes string) {
+	sets := m.of(epoch)
+	for _, id := range ids {
+		there := sets.has(kind, id)
+		switch {
+		case mode == "5":
+			codes += "5"
+		case mode == "r":
+			codes += "1"
+			if there {
+				delete(sets[kind], id)
+				added--
+			}
+		case there:
+			codes += "0"
+		case mode == "l":
+			codes += "4"
+		default:
+			sets.put(kind, id, 0)
+			codes += "1"
+			added++
+		}
+	}
+	return added, codes
+}
+
+// judge returns the codes with those in doubt, and the ids that the batch has added.
+func (m *laneModel) judge(codes string, id func(int) string, session, epoch string) (judged string, added []string) {
+	var others []string
+	asked := false
+	for i := range len(codes) {
+		code := codes[i]
+		switch code {
+		case '1':
+			added = append(added, id(i))
+		case '4', '9':
+		default:
+			if !asked {
+				others, asked = m.doubts(session, epoch), true
+			}
+			if slices.Contains(others, id(i)) {
+				code = '2'
+			}
+		}
+		judged += string(code)
+	}
+	return judged, added
+}
+
+// marks runs the ids with a token or a key.
+func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes string, more int, doubtful bool) {
+	sets, was := m.of(b.epoch), idsHeld(held)
+	tokens := slices.ContainsFunc(b.named, func(n laneNamed) bool { return n.token != "" })
+	switch mode {
+	case "5":
+		return strings.Repeat("5", len(b.named)), 0, tokens
+	case "r":
+		for _, n := range b.named {
+			codes += "1"
+			if !sets.has(n.kind, n.id) {
+				continue
+			}
+			delete(sets[n.kind], n.id)
+			held[n.kind]--
+			if n.key != "" && sets.has("n", n.key) { // else the counts are lost
+				if sets.put("n", n.key, sets["n"][n.key]-1); sets["n"][n.key] == 0 {
+					delete(sets["n"], n.key)
+					held["n"]--
+				}
+			}
+			if n.token != "" && sets.has("x", n.token) {
+				delete(sets["x"], n.token)
+				held["x"]--
+			}
+		}
+		return codes, idsHeld(held) - was, false
+	}
+	replay := mode == "p" || mode == "f"
+	var others []laneSets
+	if tokens && !replay {
+		doubtful = b.tokensLost
+		for _, epoch := range []string{b.before, b.after} {
+			n, has := m.tokens[epoch]
+			doubtful = doubtful || len(m.sets[epoch]["x"]) != n
+			if !has {
+				others = append(others, nil)
+			} else {
+				others = append(others, m.of(epoch))
+			}
+		}
+	}
+	room := b.maxKeys
+	if replay {
+		room = math.MaxInt
+	}
+	return m.mark(b, mode, held, others, room), idsHeld(held) - was, doubtful
+}
+
+func (m *laneModel) mark(b laneBatch, mode string, held map[string]int, others []laneSets, room int) string {
+	sets, replay := m.of(b.epoch), mode == "p" || mode == "f"
+	codes := make([]byte, len(b.named))
+	var full []string
+	fresh := map[string]bool{}
+	for i, n := range b.named {
+		there := sets.has(n.kind, n.id)
+		switch {
+		case there && !replay && n.token != "" && sets.has("x", n.token):
+			codes[i] = '6'
+		case len(others) > 0 && n.token != "" && others[0].has("x", n.token):
+			codes[i] = '7'
+		case len(others) > 0 && n.token != "" && others[1].has("x", n.token):
+			codes[i] = '8'
+		case there:
+			codes[i] = '0'
+		case mode == "l":
+			codes[i] = '4'
+		default:
+			codes[i] = '1'
+		}
+		if codes[i] == '1' && n.key != "" && !sets.has("n", n.key) && !fresh[n.key] {
+			if held["n"] >= room {
+				full = append(full, n.key)
+			} else {
+				fresh[n.key] = true
+				held["n"]++
+			}
+		}
+	}
+	for i, n := range b.named {
+		if codes[i] == '1' && slices.Contains(full, n.key) {
+			codes[i] = '9'
+		}
+		there := sets.has(n.kind, n.id)
+		if codes[i] == '1' {
+			if n.key != "" {
+				sets.put("n", n.key, sets["n"][n.key]+1)
+			}
+			sets.put(n.kind, n.id, 0)
+			held[n.kind]++
+		}
+		if n.token != "" && (codes[i] == '1' || replay && there && !sets.has("x", n.token)) {
+			sets.put("x", n.token, 0)
+			held["x"]++
+		}
+	}
+	return string(codes)
+}
+
+// hello is hello of function.lua.
+func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
+	last := m.sessions[session].seq
+	if last == seq {
+		return laneAnswer{status: "ok"}
+	} else if last != expect {
+		return laneAnswer{"gap", "", "", last}
+	}
+	m.join(session)
+	heard := m.cuts
+	if m.rules.helloHolds {
+		heard = m.noteCut() - 1
+		m.hold = m.now + 1.5
+	}
+	m.sessions[session], m.doubt[session] = laneSession{seq: seq, at: m.now, cuts: heard}, []string{}
+	return laneAnswer{status: "ok"}
+}
+
+// reset is reset of function.lua.
+func (m *laneModel) reset(epoch, gen string) {
+	if o, is := m.open[epoch]; is && o.gen == gen {
+		delete(m.sets, epoch)
+		delete(m.open, epoch)
+		delete(m.tokens, epoch)
+		m.noteCut()
+	}
+}
+
+// seal is seal of function.lua. Before a session stands whether it has reported: see there.
+func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status string, ids sealedIDs) {
+	answer := func(s laneSealed) (string, sealedIDs) {
+		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under)}
+	}
+	if over := m.over(epoch); over != nil {
+		return answer(*over)
+	}
+	m.identify()
+	start, _, _ := strings.Cut(epoch, "-")
+	began, _ := strconv.ParseFloat(start, 64)
+	began /= 1000
+	recent := m.cut > began-10
+	if m.hold != 0 && m.holds() {
+		return "hold", ids
+	}
+	s := laneSealed{epoch: epoch, exact: 1, whole: 1, until: m.now + 120}
+	if o, is := m.open[epoch]; is {
+		held := maps.Clone(o.held)
+		if o.partly != 0 || o.twice != 0 {
+			s.exact = 0
+		}
+		if !m.complete(epoch, held) {
+			if !giveUp {
+				return "missing", ids
+			}
+			s.whole, s.exact = 0, 0
+			for _, k := range laneKinds {
+				held[string(k)] = len(m.sets[epoch][string(k)])
+			}
+		}
+		s.n, s.under = idsHeld(held), held["k"]
+	}
+	absent := map[string]bool{}
+	for _, name := range sessions {
+		absent[name[1:]] = name[0] == '+'
+		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.cuts != m.cuts {
+			s.whole = 0
+		}
+	}
+	for name, of := range m.sessions {
+		if _, in := m.doubt[name]; in && recent && of.cuts != m.cuts && of.at > began-10 && !absent[name] && math.Abs(m.now-m.cut) < 3 {
+			return "hold", ids
+		}
+	}
+	m.sealed = slices.DeleteFunc(m.sealed, func(old laneSealed) bool {
+		if old.until <= m.now {
+			delete(m.tokens, old.epoch)
+		}
+		return old.until <= m.now
+	})
+	m.sealed = append(m.sealed, s)
+	delete(m.open, epoch)
+	for _, k := range laneKinds {
+		delete(m.of(epoch), string(k))
+	}
+	return answer(s)
+}
+
+// bye is bye of function.lua.
+func (m *laneModel) bye(session string) { delete(m.doubt, session) }
+
+// dumpLane is what a lane has, a line each: dump of laneModel gives the same.
+const dumpLane = `
+local out = {}
+local function line(...)
+  local parts = {...}
+  for i = 1, #parts do
+    if type(parts[i]) == 'number' then parts[i] = string.format('%.14g', parts[i]) end
+    if parts[i] == nil or parts[i] == false then parts[i] = '' end
+  end
+  out[#out + 1] = table.concat(parts, ' ')
+end
+local h = redis.call('HGETALL', KEYS[1])
+for i = 1, #h, 2 do
+  local f, v = h[i], h[i + 1]
+  local c, name = string.sub(f, 1, 1), string.sub(f, 2)
+  if f == 'hold' or f == 'cut' or f == 'cuts' then line(f, tonumber(v))
+  elseif f == 'id' then line(f, v)
+  elseif f == 'replicas' then
+  elseif c == 'S' then line('S', name, cmsgpack.unpack(v))
+  elseif c == 'I' then
+    local ids = {cmsgpack.unpack(v)}
+    table.sort(ids)
+    line('I', name, unpack(ids))
+  elseif f == 'A' then line('A', unpack(cmsgpack.unpack(v)))
+  elseif c == 'E' then line('E', name, cmsgpack.unpack(v))
+  elseif c == 'X' then line('X', name, tonumber(v))
+  elseif f == 'Z' then
+    for _, z in ipairs(cmsgpack.unpack(v)) do line('Z', unpack(z)) end
+  else line('?', f, v) end
+end
+for _, k in ipairs(redis.call('KEYS', KEYS[1] .. ':*')) do
+  local name = string.sub(k, #KEYS[1] + 2)
+  if string.sub(k, -1) == 'n' then
+    local n = redis.call('HGETALL', k)
+    for i = 1, #n, 2 do line(name, n[i], tonumber(n[i + 1])) end
+  else
+    local s = redis.call('SMEMBERS', k)
+    for i = 1, #s do line(name, s[i]) end
+  end
+end
+table.sort(out)
+return out
+`
+
+func (m *laneModel) dump() (out []string) {
+	line := func(parts ...any) {
+		for i := range parts {
+			if f, is := parts[i].(float64); is {
+				parts[i] = luaNumber(f)
+			}
+		}
+		out = append(out, strings.TrimSuffix(fmt.Sprintln(parts...), "\n"))
+	}
+	if m.hold != 0 {
+		line("hold", m.hold)
+	}
+	if m.cuts != 0 {
+		line("cut", m.cut)
+		line("cuts", m.cuts)
+	}
+	if m.known != "" {
+		line("id", m.known)
+	}
+	for name, s := range m.sessions {
+		line("S", name, s.seq, s.at, s.codes, s.gen, s.n, s.epoch, s.cuts)
+	}
+	for name, ids := range m.doubt {
+		ids = slices.Sorted(slices.Values(ids))
+		line("I", strings.Join(append([]string{name}, ids...), " "))
+	}
+	if m.active != nil {
+		line("A", strings.Join(m.active, " "))
+	}
+	for epoch, o := range m.open {
+		if h := o.held; h["k"]+h["x"]+h["n"] == 0 {
+			line("E", epoch, o.gen, h["d"], h["u"], h["t"], h["h"], o.partly, o.twice)
+		} else {
+			line("E", epoch, o.gen, h["d"], h["u"], h["t"], h["h"], o.partly, o.twice, h["k"], h["x"], h["n"])
+		}
+	}
+	for epoch, n := range m.tokens {
+		line("X", epoch, n)
+	}
+	for _, z := range m.sealed {
+		line("Z", z.epoch, z.n, z.exact, z.whole, z.until, z.under)
+	}
+	for epoch, sets := range m.sets {
+		for k, set := range sets {
+			for id, n := range set {
+				if k == "n" {
+					line(epoch+":n", id, n)
+				} else {
+					line(epoch+":"+k, id)
+				}
+			}
+		}
+	}
+	slices.Sort(out)
+	return out
+}
