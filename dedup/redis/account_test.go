@@ -30,13 +30,13 @@ type instance struct {
 }
 
 // startInstance makes one whose windows of an hour may be sealed at any time.
-func startInstance(t *testing.T, server *redisServer, file string) *instance {
+func startInstance(t *testing.T, server *redisServer, file string, change ...func(*Config)) *instance {
 	t.Helper()
 	i := &instance{t: t, way: startProxy(t, server.Addr), file: file}
-	i.r = newRedis(t, i.way.addr(), patient, func(c *Config) {
+	i.r = newRedis(t, i.way.addr(), append([]func(*Config){patient, func(c *Config) {
 		c.File, c.Log = file, zerolog.New(&i.log)
 		c.MaxSkew = 2 * time.Hour
-	})
+	}}, change...)...)
 	i.e = settest.NewEpochs(t, i.r)
 	testproc.Until(t, "the group has the window", func() bool {
 		select {
@@ -347,6 +347,42 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	untilSettled(t, a)
 	if n := server.do("SCARD", a.lanes[0].key+":"+eb.Last().State.(*redisEpoch).key+":d"); n != "1" {
 		t.Errorf("%s ids are in Redis: one was taken back that b has answered for", n)
+	}
+}
+
+// TestGroupKnowsOfAnIDBeforeItIsRefused: when a request has waited for half of its time, the
+// group learns that its id may be in Redis without an answer. So an instance that is killed
+// right after the refusal does not leave a record that counts the id and is exact.
+func TestGroupKnowsOfAnIDBeforeItIsRefused(t *testing.T) {
+	server := startRedis(t)
+	a := startInstance(t, server, "")
+	b := startInstance(t, server, "", func(c *Config) { c.Timeout = time.Hour }) // the test refuses
+	a.add("a", 3)
+	b.add("b", 3)
+	goDeaf(t, server, b.way, b.r)
+	refused := make(chan error, 1)
+	go func() {
+		_, err := b.e.Add(t, b.r, 0, "42")
+		refused <- err
+	}()
+	l := &b.r.lanes[0]
+	testproc.Until(t, "the group knows", func() bool {
+		l.expire(int64(time.Since(b.r.start) + 45*time.Minute))
+		row := server.do("HGET", b.r.ledger.keys.ofEpoch(b.span()), "d:"+b.r.ledger.cfg.Member)
+		return row == "1"
+	})
+	select {
+	case err := <-refused:
+		t.Fatalf("the request is answered: %v", err)
+	default:
+	}
+	b.vanish()
+	l.expire(int64(time.Since(b.r.start) + 2*time.Hour))
+	if err := <-refused; !errors.Is(err, dedup.ErrUnavailable) {
+		t.Errorf("the request: %v", err)
+	}
+	if c := a.record(); c.Exact || c.Unique != 7 {
+		t.Errorf("6 ids were answered as new, one was refused: the record is %+v", c)
 	}
 }
 

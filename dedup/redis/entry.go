@@ -26,7 +26,7 @@ const (
 type state struct {
 	phase   phase
 	alone   bool // a request was answered as new without Redis
-	refused bool // a request got 503 while the id may be in Redis
+	doubted bool // a request got 503, or is about to, while the id may be in Redis: see Ledger.uncertain
 
 	// These are of the moment: see entry.now.
 	waiting audience
@@ -58,6 +58,7 @@ const (
 	eventAskedAgain     // its attempt is made again, by a request that does not wait
 	eventAnsweredAlone  // a request was answered as new without Redis
 	eventAnsweredBeside // a request that waited has another answer
+	eventOverdue        // a request will soon get 503
 	eventRefusal        // a request got 503
 
 	numEvents
@@ -118,7 +119,7 @@ func (s state) on(e event) (state, effects) {
 	case settled:
 	}
 	if s.phase == settled {
-		s.refused = false
+		s.doubted = false
 	}
 	return s, fx
 }
@@ -146,7 +147,7 @@ func (s state) onFlying(e event) (state, effects) {
 		return s.notInRedis(inQueue)
 	case eventSealed:
 		return s.turned()
-	case eventAnsweredAlone, eventRefusal:
+	case eventAnsweredAlone, eventOverdue, eventRefusal:
 		return s.may(e), effects{}
 	case eventThere, eventThereAs, eventBefore, eventBehind, eventFarBehind, eventInDoubt, eventFull, eventKeysFull:
 	default:
@@ -190,7 +191,7 @@ func (s state) onUntold(e event) (state, effects) {
 	case eventAskedAgain: // that request gets Unique
 		s.phase = settled
 		return s, effects{log: asTaken, known: true, to: thereAnswered, first: s.retried(), then: s.retried()}
-	case eventAnsweredAlone, eventRefusal:
+	case eventAnsweredAlone, eventOverdue, eventRefusal:
 		return s.may(e), effects{}
 	}
 	return s, effects{}
@@ -210,18 +211,18 @@ func (s state) onTaking(e event) (state, effects) {
 		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
 	case eventSealed:
 		return s.turned()
-	case eventAnsweredAlone, eventRefusal:
+	case eventAnsweredAlone, eventOverdue, eventRefusal:
 		return s.may(e), effects{}
 	}
 	return s, effects{}
 }
 
-// may notes a request that got an answer while the id may be in Redis.
+// may notes a request that got an answer, or is about to, while the id may be in Redis.
 func (s state) may(e event) state {
 	if e == eventAnsweredAlone {
 		s.alone = true
 	} else {
-		s.refused = true
+		s.doubted = true
 	}
 	return s
 }

@@ -16,7 +16,7 @@ var steps = []struct {
 	alone   []bool
 	waiting []audience
 	events  []event
-	next    state // phase, and alone or refused where the step sets it
+	next    state // phase, and alone or doubted where the step sets it
 	fx      effects
 }{
 	{queued, any2, anyWaits, []event{eventSent}, state{phase: flying}, effects{}},
@@ -24,7 +24,7 @@ var steps = []struct {
 	{queued, any2, []audience{noRequest}, []event{eventAnsweredBeside, eventRefusal}, state{phase: settled}, effects{}},
 
 	{flying, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: flying, alone: true}, effects{}},
-	{flying, any2, anyWaits, []event{eventRefusal}, state{phase: flying, refused: true}, effects{}},
+	{flying, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: flying, doubted: true}, effects{}},
 	{flying, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
 	{flying, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
 	{flying, yes, anyWaits, []event{eventAdded}, state{phase: settled}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
@@ -46,7 +46,7 @@ var steps = []struct {
 
 	{untold, any2, anyWaits, []event{eventWithdrawn}, state{phase: taking}, effects{}},
 	{untold, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: untold, alone: true}, effects{}},
-	{untold, any2, anyWaits, []event{eventRefusal}, state{phase: untold, refused: true}, effects{}},
+	{untold, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: untold, doubted: true}, effects{}},
 	{untold, any2, anyWaits, []event{eventAskedAgain}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: retried, then: retried}},
 	{untold, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
 	{untold, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
@@ -55,7 +55,7 @@ var steps = []struct {
 	{untold, no, someWaits, []event{eventLost}, state{phase: queued}, effects{place: inQueue}},
 
 	{taking, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: taking, alone: true}, effects{}},
-	{taking, any2, anyWaits, []event{eventRefusal}, state{phase: taking, refused: true}, effects{}},
+	{taking, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: taking, doubted: true}, effects{}},
 	{taking, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
 	{taking, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
 	{taking, yes, anyWaits, []event{eventRemoved, eventLost}, state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
@@ -90,7 +90,7 @@ func TestEveryStepOfAnEntry(t *testing.T) {
 				}
 				want.phase, fx = step.next.phase, step.fx
 				want.alone = s.alone || step.next.alone
-				want.refused = (s.refused || step.next.refused) && want.phase != settled
+				want.doubted = (s.doubted || step.next.doubted) && want.phase != settled
 				for _, v := range []*dedup.Verdict{&fx.first, &fx.then} {
 					if *v != retried {
 						continue
@@ -116,8 +116,8 @@ func TestEveryStepOfAnEntry(t *testing.T) {
 func everyState(f func(state)) {
 	for phase := range settled + 1 {
 		for bits := range 8 {
-			s := state{phase: phase, alone: bits&1 != 0, refused: bits&2 != 0, token: bits&4 != 0}
-			if s.refused && phase == settled {
+			s := state{phase: phase, alone: bits&1 != 0, doubted: bits&2 != 0, token: bits&4 != 0}
+			if s.doubted && phase == settled {
 				continue
 			}
 			for _, s.waiting = range anyWaits {

@@ -185,6 +185,7 @@ type job struct {
 	bytes   int      // of the log, where it is a replay
 	asked   []*question
 	unknown bool
+	overdue bool // a request that waits for it will soon get 503
 }
 
 // Modes of a batch, as in function.lua.
@@ -337,9 +338,9 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	r, s, was := l.r, en.key.epoch, en.state
 	next, fx := en.now().on(ev)
 	en.state = next
-	if next.refused && !was.refused {
+	if next.doubted && !was.doubted {
 		r.ledger.uncertain(s.admission, 1)
-	} else if was.refused && !next.refused {
+	} else if was.doubted && !next.doubted {
 		r.ledger.uncertain(s.admission, -1)
 	}
 	if next.phase == settled && was.phase != settled {
@@ -514,6 +515,10 @@ func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
 func (l *lane) expire(now int64) {
 	l.mu.Lock()
 	defer l.unlock()
+	if j := l.job; j != nil && !j.overdue && l.oldest != nil && now-l.oldest.at >= int64(l.r.cfg.Timeout)/2 {
+		j.overdue = true // the group is to know before the first is refused
+		l.stepAll(j.entries, eventOverdue)
+	}
 	for a := l.oldest; a != nil && now-a.at >= int64(l.r.cfg.Timeout); a = l.oldest {
 		en := a.of
 		if l.failing == 0 && l.job != nil {

@@ -163,7 +163,7 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 type admission struct {
 	known   chan struct{} // closed when the group has the epoch
 	refused atomic.Bool   // the group does not take it
-	doubts  atomic.Int64  // ids that were answered 503 and may be in Redis
+	doubts  atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis
 }
 
 // ledgerEpoch is an epoch that this process has opened or sealed.
@@ -785,10 +785,10 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	return keys, args, sent
 }
 
-// uncertain notes how many more ids of an epoch were answered 503 and may be in Redis: their
-// outcome is not known, or they are still to be taken back. Should this process be killed
-// meanwhile, nobody can tell them from ids that it has answered ok, so the group is to
-// know soon.
+// uncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
+// in Redis: their outcome is not known, or they are still to be taken back. Should this
+// process be killed meanwhile, nobody can tell them from ids that it has answered ok, so the
+// group is to know before the first is answered.
 func (l *Ledger) uncertain(a *admission, more int64) {
 	if now := a.doubts.Add(more); now != 0 && now != more {
 		return
