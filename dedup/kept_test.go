@@ -1334,7 +1334,7 @@ func TestFlippedHeadsAreFound(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 1))
 	for range 2000 {
 		kind := rnd.IntN(recordKinds)
-		if recordWords[kind] == 0 {
+		if layouts[kind].words == 0 {
 			continue
 		}
 		opened, records := 1+rnd.Uint64N(1<<rnd.IntN(serialBits)), rnd.Uint64N(chunkRoom[kind]+1)

@@ -68,6 +68,17 @@ func (s *secret) scatter128(hi, lo uint64) (uint64, uint64) {
 	return hi, lo
 }
 
+// gather128 undoes scatter128.
+func (s *secret) gather128(hi, lo uint64) (uint64, uint64) {
+	f := (lo ^ s.xor[0]) * s.odd[3]
+	hi ^= bits.RotateLeft64(f, 32)
+	f = s.scatter(hi)
+	lo ^= f ^ f>>29
+	f = (lo ^ s.xor[1]) * s.odd[2]
+	hi ^= f ^ f>>29
+	return hi, lo
+}
+
 // hash maps any id to 128 bits by SipHash-2-4-128 (Aumasson, Bernstein, 2012),
 // a keyed hash whose collisions cannot be searched for without the key: the
 // chance of one among ten million ids is 1.5e-25.
@@ -79,7 +90,7 @@ func (s *secret) hash(id []byte) (hi, lo uint64) {
 // which have a keyed hash of 128 bits. A Key of one Set means nothing to another.
 type Key struct {
 	hi, lo uint64 // scattered; hi is 0 for decimals
-	kind   uint8  // narrowKind, wideKind
+	kind   uint8  // narrowKind, wideKind, pairKind
 }
 
 // IsDecimal reports whether the id was a canonical decimal up to 2^64-1.
@@ -106,7 +117,7 @@ func (s *secret) key(id []byte) Key {
 func (s *secret) keyUnder(name uint64, under, id []byte) Key {
 	if n, ok := decimal(id); ok {
 		hi, lo := s.scatter128(name, n)
-		return Key{hi, lo, wideKind}
+		return Key{hi, lo, pairKind}
 	}
 	if 1+len(under)+len(id) > 64 {
 		return s.keyUnderLong(under, id)

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"math/bits"
 	"math/rand/v2"
 	"regexp"
 	"strconv"
@@ -86,17 +85,6 @@ func (s *secret) gather(x uint64) uint64 {
 	x *= inverse(s.odd[1])
 	x ^= x >> 32
 	return x*inverse(s.odd[0]) ^ s.xor[0]
-}
-
-// gather128 undoes scatter128.
-func (s *secret) gather128(hi, lo uint64) (uint64, uint64) {
-	f := (lo ^ s.xor[0]) * s.odd[3]
-	hi ^= bits.RotateLeft64(f, 32)
-	f = s.scatter(hi)
-	lo ^= f ^ f>>29
-	f = (lo ^ s.xor[1]) * s.odd[2]
-	hi ^= f ^ f>>29
-	return hi, lo
 }
 
 // TestScatterIsOneToOne: what can be undone keeps different keys different.

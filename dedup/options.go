@@ -338,10 +338,8 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 // added.
 func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
 	v, k := r.v, it.Key
-	kind := int(k.kind)
 	var cause error
 	if token != 0 {
-		kind |= tokenKind
 		lock := &m.attempts[k.lo%attemptLocks]
 		lock.Lock()
 		defer lock.Unlock()
@@ -357,10 +355,8 @@ func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, 
 		}
 	}
 	under, none := m.key(r, it.Options)
-	if under != nil {
-		kind |= underKind
-	}
 	cause = cmp.Or(none, cause)
+	kind := recordKind(k, under != nil, token != 0)
 	var c *cursor
 	if cause == nil && r.j != nil {
 		c, cause = r.j.reserve(r.w, v.serial, kind)
@@ -399,16 +395,34 @@ func (s *secret) token(k Key, token []byte) uint64 {
 	return max(x, 1)
 }
 
+// recordKind is the kind of the record of an id.
+func recordKind(k Key, under, token bool) int {
+	kind := int(k.kind)
+	if kind == pairKind {
+		if !token {
+			return pairKind
+		}
+		kind = wideKind
+	}
+	if under {
+		kind |= underKind
+	}
+	if token {
+		kind |= tokenKind
+	}
+	return kind
+}
+
 // recordOf appends the record of an id with options.
 func recordOf(words []uint64, k Key, kind int, under *counter.Key, token uint64) []uint64 {
-	if kind&wideKind != 0 {
+	if layouts[kind].wide {
 		words = append(words, k.hi)
 	}
 	words = append(words, k.lo)
-	if kind&underKind != 0 {
+	if layouts[kind].under && kind != pairKind {
 		words = append(words, under.Hash())
 	}
-	if kind&tokenKind != 0 {
+	if layouts[kind].token {
 		words = append(words, token)
 	}
 	return words
@@ -416,7 +430,7 @@ func recordOf(words []uint64, k Key, kind int, under *counter.Key, token uint64)
 
 // nameRecord is the record of a key.
 func nameRecord(hash uint64, name []byte) []uint64 {
-	words := make([]uint64, recordWords[nameKind])
+	words := make([]uint64, layouts[nameKind].words)
 	words[0], words[1] = hash, uint64(len(name))
 	copy(bytesOf(words[2:]), name)
 	return words
@@ -432,9 +446,15 @@ func newKeyed() *keyed { return &keyed{map[uint64]string{}, map[uint64]uint64{}}
 
 // read adds records of a kind with keys.
 func (k *keyed) read(s *secret, kind int, words []uint64) error {
-	width := int(recordWords[kind])
+	width := int(layouts[kind].words)
 	for i := 0; i+width <= len(words); i += width {
-		if kind != nameKind {
+		switch kind {
+		case nameKind:
+		case pairKind:
+			name, _ := s.gather128(words[i], words[i+1])
+			k.ids[name]++
+			continue
+		default:
 			k.ids[words[i+2]]++
 			continue
 		}

@@ -350,11 +350,11 @@ func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 			t.Fatal(v, err)
 		}
 	}
-	add("1", "a key", "") // its chunk is in the first page of the segment
+	add("a text", "a key", "") // its chunk is in the first page of the segment
 	for i := range 4096 / 8 {
 		add(fmt.Sprint("text ", i), "", "")
 	}
-	add("1", "another", "token") // and that of this one is not
+	add("a text", "another", "token") // and that of this one is not
 	if err := os.Truncate(filepath.Join(dir, segmentName(0)), 4096); err != nil {
 		t.Fatal(err)
 	}

@@ -104,10 +104,10 @@ func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 	t.sample.Store(n / sampleEvery)
 	_ = each(m.arena.workers, len(segments), m.journal.caught, func(_, i int) error {
 		return segments[i].records(serial, func(kind int, words []uint64) error {
-			if kind&tokenKind == 0 {
+			if !layouts[kind].token {
 				return nil
 			}
-			width := int(recordWords[kind])
+			width := int(layouts[kind].words)
 			for at := width - 1; at < len(words); at += width {
 				if _, err := t.walk(m, words[at], false); err != nil {
 					return err
@@ -126,13 +126,13 @@ func (m *Memory) replayOptions(v *View, segments []*segment) error {
 			if kind == nameKind || kind <= wideKind {
 				return nil
 			}
-			width := int(recordWords[kind])
+			width := int(layouts[kind].words)
 			for at := 0; at+width <= len(words); at += width {
 				var err error
-				if kind&wideKind == 0 {
-					_, err = m.addNarrow(v, words[at], false)
-				} else {
+				if layouts[kind].wide {
 					_, err = m.addWide(v, words[at], words[at+1], false)
+				} else {
+					_, err = m.addNarrow(v, words[at], false)
 				}
 				if err != nil {
 					return err

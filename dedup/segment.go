@@ -43,30 +43,44 @@ const (
 // Kinds of records: a scattered decimal in one word, or the scattered halves of another
 // id in two. With tokenKind the word of its token follows, with underKind before that the
 // hash of the key it is counted under, which makes each id a wide one. nameKind is such a
-// key: its hash, its length, its bytes.
+// key: its hash, its length, its bytes. pairKind is a decimal under a key, whose hash is
+// in its two words (secret.keyUnder).
 const (
 	narrowKind  = 0
 	wideKind    = 1
 	tokenKind   = 2 // added to one of those
 	underKind   = 4 // added to wideKind
 	nameKind    = 4
+	pairKind    = 6
 	recordKinds = 8
 
 	nameWords = counter.MaxKeyLen / 8
 )
 
-// recordWords is how long a record is; 0: no writer writes this kind.
-var recordWords = [recordKinds]uint64{
-	narrowKind: 1, narrowKind | tokenKind: 2,
-	wideKind: 2, wideKind | tokenKind: 3, wideKind | underKind: 3, wideKind | underKind | tokenKind: 4,
-	nameKind: 2 + nameWords,
+// layouts is what records of a kind have.
+var layouts = [recordKinds]struct {
+	words uint64 // how long one is; 0: no writer writes this kind
+	wide  bool   // two words of the id
+	under bool   // a key, whose hash is the third word, or in the first two
+	token bool   // the word of a token, the last
+}{
+	narrowKind:             {words: 1},
+	narrowKind | tokenKind: {words: 2, token: true},
+
+	wideKind:                         {words: 2, wide: true},
+	wideKind | tokenKind:             {words: 3, wide: true, token: true},
+	wideKind | underKind:             {words: 3, wide: true, under: true},
+	wideKind | underKind | tokenKind: {words: 4, wide: true, under: true, token: true},
+	pairKind:                         {words: 2, wide: true, under: true},
+
+	nameKind: {words: 2 + nameWords},
 }
 
 // chunkRoom is how many records of a kind a chunk has room for.
 var chunkRoom = func() (room [recordKinds]uint64) {
-	for kind, words := range recordWords {
-		if words > 0 {
-			room[kind] = (chunkWords - 1) / words
+	for i, kind := range layouts {
+		if kind.words > 0 {
+			room[i] = (chunkWords - 1) / kind.words
 		}
 	}
 	return room
@@ -87,7 +101,7 @@ func parseHead(head uint64) (serial uint64, kind int, records uint64, ok bool) {
 	body := head & (1<<checkShift - 1)
 	serial, records = body>>8&(1<<serialBits-1), body&recordMask
 	kind = int(body>>7&1 | body>>6&1<<1 | body>>47<<2)
-	return serial, kind, records, headOf(body) == head && serial > 0 && recordWords[kind] > 0 && records <= chunkRoom[kind]
+	return serial, kind, records, headOf(body) == head && serial > 0 && layouts[kind].words > 0 && records <= chunkRoom[kind]
 }
 
 // segment is one mapped file. journal.mu guards its fields.
@@ -218,7 +232,7 @@ func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, co
 		l := counts[serial]
 		l.count(kind, records)
 		counts[serial] = l
-		token := kind&tokenKind != 0 && serial+1 >= newest
+		token := layouts[kind].token && serial+1 >= newest
 		if !needed[serial] && !token {
 			continue
 		}
@@ -226,7 +240,7 @@ func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, co
 		if token {
 			s.tokens = max(s.tokens, serial)
 		}
-		if kind&underKind != 0 && needed[serial] {
+		if (layouts[kind].under || kind == nameKind) && needed[serial] {
 			if keyed[serial] == nil {
 				keyed[serial] = newKeyed()
 			}
@@ -243,18 +257,18 @@ func (l *load) count(kind int, records uint64) {
 	switch {
 	case kind == nameKind:
 		return
-	case kind&wideKind == 0:
-		l.narrow += records
-	default:
+	case layouts[kind].wide:
 		l.wide += records
+	default:
+		l.narrow += records
 	}
-	if kind&tokenKind != 0 {
+	if layouts[kind].token {
 		l.tokens += records
 	}
 }
 
 // records are the words of the records of a chunk.
-func (c *chunk) records(kind int, n uint64) []uint64 { return c[1 : 1+n*recordWords[kind]] }
+func (c *chunk) records(kind int, n uint64) []uint64 { return c[1 : 1+n*layouts[kind].words] }
 
 // records calls batch with the records of each chunk of an epoch.
 func (s *segment) records(serial uint64, batch func(kind int, words []uint64) error) error {
@@ -364,7 +378,7 @@ func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	*c = cursor{&s.chunks[s.next], body}
 	s.next++
 	s.last = max(s.last, serial)
-	if kind&tokenKind != 0 {
+	if layouts[kind].token {
 		s.tokens = max(s.tokens, serial)
 	}
 	if len(j.ready) == 0 && s.next == len(s.chunks)/2 {
