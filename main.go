@@ -122,6 +122,7 @@ func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 	greet(log, p.public.Addr(), p.private.Addr(), p.spool.Instance(), cfg)
 	stopping := make(chan struct{})
 	go notifySystemd(stopping, log)
+	debug.FreeOSMemory() // reading the settings leaves half a megabyte, too little for a collection by itself
 
 	var err error
 	select {

@@ -510,16 +510,16 @@ func (s *Sender) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for range s.cfg.workers {
 		wg.Go(func() {
-			var w worker
-			if s.key != nil {
-				w.signer = newSigner(s.key)
-			}
+			var w *worker // made for its first job: it takes 7 KiB
 			for {
 				j, ok := s.take()
 				if !ok {
 					return
 				}
-				s.finish(j, s.post(&w, j))
+				if w == nil {
+					w = s.newWorker()
+				}
+				s.finish(j, s.post(w, j))
 			}
 		})
 	}

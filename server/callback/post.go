@@ -75,6 +75,14 @@ type worker struct {
 	signer *signer
 }
 
+func (s *Sender) newWorker() *worker {
+	w := new(worker)
+	if s.key != nil {
+		w.signer = newSigner(s.key)
+	}
+	return w
+}
+
 // post does one exchange.
 func (s *Sender) post(w *worker, j job) result {
 	start := time.Now()
