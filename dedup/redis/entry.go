@@ -106,7 +106,7 @@ type effects struct {
 // on is the only code that changes the state of an entry. An event that cannot happen in
 // a state changes nothing.
 func (s state) on(e event) (state, effects) {
-	fx := effects{}
+	was, fx := s.phase, effects{}
 	switch s.phase {
 	case queued:
 		s, fx = s.onQueued(e)
@@ -118,8 +118,8 @@ func (s state) on(e event) (state, effects) {
 		s, fx = s.onTaking(e)
 	case settled:
 	}
-	if s.phase == settled {
-		s.doubted = false
+	if s.phase == settled && was != settled && !(e == eventBelieved && fx.log == notLogged) {
+		s.doubted = false // else the id stays in Redis, and no request got ok for it
 	}
 	return s, fx
 }

@@ -90,7 +90,7 @@ func TestEveryStepOfAnEntry(t *testing.T) {
 				}
 				want.phase, fx = step.next.phase, step.fx
 				want.alone = s.alone || step.next.alone
-				want.doubted = (s.doubted || step.next.doubted) && want.phase != settled
+				want.doubted = (s.doubted || step.next.doubted) && (want.phase != settled || e == eventBelieved && fx.log == notLogged)
 				for _, v := range []*dedup.Verdict{&fx.first, &fx.then} {
 					if *v != retried {
 						continue
@@ -117,9 +117,6 @@ func everyState(f func(state)) {
 	for phase := range settled + 1 {
 		for bits := range 8 {
 			s := state{phase: phase, alone: bits&1 != 0, doubted: bits&2 != 0, token: bits&4 != 0}
-			if s.doubted && phase == settled {
-				continue
-			}
 			for _, s.waiting = range anyWaits {
 				f(s)
 			}

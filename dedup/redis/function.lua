@@ -449,6 +449,7 @@ local function batch(key, a, undo)
   if tick then
     now = clock()
     if h[3] and not replay and not beat and holds(key, h[3], now) then return {'hold'} end
+    if not at then identify(key, now) end -- before its first id is counted
     if not at or math.abs(now - at) > LAPSE / 2 then join(key, session) end
     at = now
   end
@@ -564,6 +565,7 @@ local function hello(key, a)
   if last == seq then return {'ok'} end
   if last ~= expect then return {'gap', '', '', last} end
   local now = clock()
+  identify(key, now)
   join(key, session)
   remember(key, session, '', {'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '', cut(key, now) - 1)
   call('EXPIRE', key, a[5])
@@ -591,7 +593,8 @@ end
 
 -- seal: epoch, seconds to keep the seal, seconds to wait for sessions after a loss,
 -- whether sets that are gone are given up, seconds to live, seconds to keep the tokens, and
--- the sessions that have answered ids: "+" SESSION of one that has not reported how many, "=" of one that has.
+-- the sessions that have answered ids: "+" SESSION of one that has not reported how many, "="
+-- of one that has, "?" of one of which that is not known.
 --
 -- It answers the count, whether ids are known to be given twice or forgotten (exact
 -- 0), whether it is certain that no write of the epoch was ever lost (whole 1), and how
@@ -629,13 +632,14 @@ local function seal(key, a)
   -- A hash that lacks one of them was lost since, and begun again.
   local absent = {}
   for i = 8, #a do
-    local session = sub(a[i], 2)
-    absent[session] = sub(a[i], 1, 1) == '+'
+    local mark, session = sub(a[i], 1, 1), sub(a[i], 2)
+    absent[session] = mark == '+'
     local state = call('HGET', key, 'S' .. session)
-    local _, heard
-    if state then _, _, _, _, _, _, heard = parse(state) end
-    -- One that was heard since writes may have been lost has added its own again.
-    if not state or recent and heard ~= cuts or absent[session] and not known then whole = 0 end
+    local _, at, heard
+    if state then _, at, _, _, _, _, heard = parse(state) end
+    -- One that was heard since writes may have been lost has added its own again, and one
+    -- that was silent since before the epoch began has added none.
+    if not state or recent and heard ~= cuts and (mark ~= '?' or at > began - LAPSE) or absent[session] and not known then whole = 0 end
   end
   -- Writes may have been lost since shortly before the epoch began: every session that
   -- is there has to be heard again first, for only it knows whether its own are there.

@@ -243,6 +243,9 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		if m.hold != 0 && !replay && !beat && m.holds() {
 			return laneAnswer{status: "hold"}
 		}
+		if !known {
+			m.identify()
+		}
 		if !known || math.Abs(m.now-at) > 5 {
 			m.join(b.session)
 		}
@@ -480,6 +483,7 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 	} else if last != expect {
 		return laneAnswer{"gap", "", "", last}
 	}
+	m.identify()
 	m.join(session)
 	heard := m.cuts
 	if m.rules.helloHolds {
@@ -536,7 +540,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	absent := map[string]bool{}
 	for _, name := range sessions {
 		absent[name[1:]] = name[0] == '+'
-		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.cuts != m.cuts {
+		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.cuts != m.cuts && (name[0] != '?' || of.at > began-10) {
 			s.whole = 0
 		}
 	}

@@ -140,6 +140,7 @@ type laneEpoch struct {
 
 	base       uint64 // no later batch was sent before the epoch was opened
 	tokensLost bool   // Redis may have lost tokens of the window before
+	took       uint64 // the last batch that took ids back
 }
 
 // entry is an id that waits for its outcome.
@@ -938,6 +939,7 @@ func (l *lane) resolve(j *job, a answer) {
 	case modeReplay, modeLocal:
 		l.replayed(le, j, a)
 	case modeTake:
+		le.took = l.seq
 		for i, en := range j.entries {
 			if i < len(a.codes) && a.codes[i] == '5' {
 				l.step(en, eventBelieved, nil)

@@ -391,7 +391,7 @@ return {now, leader == me and 1 or 0, others, odd, strange, states, answers}
 // reportScript says that the member has left the epoch, and what it has answered in it:
 // nothing of it comes any more.
 var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
-local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
+local me, keep, name, ends, complete, exact, unsettled, answers, under, doubted = unpack(ARGV)
 if unsettled ~= '' then
   redis.call('HSET', KEYS[3], me, unsettled)
   redis.call('PEXPIRE', KEYS[3], keep)
@@ -404,6 +404,7 @@ if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
   if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
   answered(KEYS[2], me, answers)
   if under ~= '0' then redis.call('HSET', KEYS[2], 'k:' .. me, under) end
+  if doubted == '1' then redis.call('HSET', KEYS[2], 'd:' .. me, 1) else redis.call('HDEL', KEYS[2], 'd:' .. me) end
   redis.call('PEXPIRE', KEYS[2], keep)
 end
 return 1
@@ -411,7 +412,8 @@ return 1
 
 // sealScript answers whether the epoch may be sealed now: {0, the decided
 // count}, {1, ms to wait at most} or {2, the members that have answered ids}: seal it.
-// "+" stands before those that have not reported how many, "=" before the others.
+// "+" stands before those that have not reported how many, "=" before the others, and "?"
+// before members that may have answered ids without the ledger: see decideScript.
 //
 // It may when every member that is alive has left it, and not before its end, but
 // for the skew, by the clock of Redis: a single member with a wild clock must not
@@ -447,11 +449,18 @@ if h[5] and tonumber(h[5]) > now then return {1, tonumber(h[5]) - now} end
 redis.call('HSET', KEYS[3], 'locked', now + lock)
 if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
 redis.call('PEXPIRE', KEYS[3], ARGV[7])
-local out, all = {2}, redis.call('HGETALL', KEYS[3])
+local out, all, listed = {2}, redis.call('HGETALL', KEYS[3]), {}
 for f = 1, #all, 2 do
-  if string.sub(all[f], 1, 2) == 'm:' and all[f + 1] ~= '0' then
-    out[#out + 1] = (string.sub(all[f + 1], -1) == '+' and '+' or '=') .. string.sub(all[f], 3)
+  if string.sub(all[f], 1, 2) == 'm:' then
+    listed[string.sub(all[f], 3)] = true
+    if all[f + 1] ~= '0' then
+      out[#out + 1] = (string.sub(all[f + 1], -1) == '+' and '+' or '=') .. string.sub(all[f], 3)
+    end
   end
+end
+for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local opened = tonumber(redis.call('HGET', KEYS[6], m) or '')
+  if not listed[m] and (not opened or opened <= start) then out[#out + 1] = '?' .. m end
 end
 return out
 `)
@@ -466,7 +475,8 @@ return out
 // has, and they may be ids that it has answered before the ledger learnt of that (see
 // registerWait). That it was heard since the end is not enough: it may be late itself.
 // Members that are gone have answered the rest of the ids, if that is at least what they
-// reported last, and unless they had refused ids whose outcome they did not know. All of this holds only if no write can have been lost that was not added
+// reported last, and unless one of the members, gone or not, has refused ids whose outcome
+// it does not know. All of this holds only if no write can have been lost that was not added
 // again (whole): a lost id and one that was added without an answer would cancel each other.
 //
 // The counts of the keys are those of Redis. If ids were added without an answer, they are
@@ -496,13 +506,9 @@ for f = 1, #all, 2 do
     keyed = keyed + tonumber(all[f + 1])
     redis.call('HDEL', KEYS[2], all[f])
   elseif string.sub(all[f], 1, 2) == 'd:' then
-    doubted[string.sub(all[f], 3)] = true
+    doubted[#doubted + 1] = string.sub(all[f], 3)
     redis.call('HDEL', KEYS[2], all[f])
   end
-end
-local refused = ''
-for _, m in ipairs(absent) do
-  if doubted[m] then refused = refused .. ' ' .. m end
 end
 local unknown = {}
 if #absent == 0 and ids > sum then
@@ -521,8 +527,8 @@ if #absent > 0 then
     but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
   elseif open then
     but('an instance that may have answered alone ended without a report')
-  elseif refused ~= '' then
-    but('instances that ended without a report had refused ids that may be in Redis (' .. string.sub(refused, 2) .. ')')
+  elseif #doubted > 0 then
+    but('instances had refused ids that may be in Redis (' .. table.concat(doubted, ' ') .. ')')
   end
 elseif members == 0 and ids > 0 then
   unique = ids
@@ -943,7 +949,7 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	if err == nil {
 		_, err = l.exec(ctx, reportScript,
 			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), strconv.FormatUint(c.Unique, 10), strconv.FormatUint(sumOf(c.Keys), 10)})
+			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), strconv.FormatUint(c.Unique, 10), strconv.FormatUint(sumOf(c.Keys), 10), flag(l.doubted(s))})
 	}
 	if err != nil {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -954,6 +960,14 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 		e.reported, e.reportedAt = &c, time.Now()
 	}
 	return true, nil
+}
+
+// doubted reports whether ids of the epoch were answered 503 and may be in Redis.
+func (l *Ledger) doubted(s counter.Span) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.find(s)
+	return e != nil && e.doubts.Load() > 0
 }
 
 // takes reports whether the group has the epoch, as far as is known here. One that
@@ -1085,7 +1099,7 @@ func sumOf(keys []counter.KeyCount) (n uint64) {
 // of the members that have answered ids.
 func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
-	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length}
+	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
 		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), ms(keepUndelivered),

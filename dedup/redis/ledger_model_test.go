@@ -224,7 +224,7 @@ func (m *ledgerModel) takes(name string, inside bool) bool {
 }
 
 // report is reportScript.
-func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, unsettled, n, under string) bool {
+func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, unsettled, n, under string, doubted bool) bool {
 	if unsettled != "" {
 		m.unsettled[me] = unsettled
 	}
@@ -241,6 +241,9 @@ func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, 
 		}
 		if answered(h, me, n); under != "0" {
 			h["k:"+me] = under
+		}
+		if delete(h, "d:"+me); doubted {
+			h["d:"+me] = "1"
 		}
 	}
 	return true
@@ -283,6 +286,11 @@ func (m *ledgerModel) seal(name string) (d *ledgerDecision, wait int64, members 
 		h["inexact"] = "1"
 	}
 	members = []string{}
+	for _, member := range m.unlisted(rowsOf(h), start) {
+		if m.rules.late {
+			members = append(members, "?"+member)
+		}
+	}
 	for member, n := range rowsOf(h) {
 		if n == "0" {
 			continue
@@ -311,11 +319,10 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledger
 	var sum, least, keyed uint64
 	rows := rowsOf(h)
 	absent, doubted := 0, false
-	for member, n := range rows {
+	for _, n := range rows {
 		if strings.HasSuffix(n, "+") {
 			absent++
 			least += atLeast(n)
-			doubted = doubted || h["d:"+member] != ""
 		} else {
 			sum += atLeast(n)
 		}
@@ -324,14 +331,10 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledger
 		if strings.HasPrefix(f, "k:") {
 			keyed += atLeast(n)
 		}
+		doubted = doubted || strings.HasPrefix(f, "d:")
 	}
 	maps.DeleteFunc(h, func(f, _ string) bool { return f[1:2] == ":" })
-	late := false // a member may have answered ids that the ledger does not know of
-	for member := range m.members {
-		opened, some := millis(m.opened[member])
-		_, in := rows[member]
-		late = late || !in && (!some || opened <= start)
-	}
+	late := len(m.unlisted(rows, start)) > 0
 	unique, exact := sum, ids.exact && ids.whole && fit && h["inexact"] == ""
 	switch {
 	case absent > 0:
@@ -339,8 +342,10 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledger
 		exact = exact && ids.unique >= sum+least && !open && !(doubted && m.rules.doubts)
 	case len(rows) == 0 && ids.unique > 0, ids.unique > sum && late && m.rules.late:
 		unique, exact = ids.unique, false
+	case !m.rules.account:
+		exact = ids.exact
 	default:
-		exact = exact && (ids.unique >= sum || !m.rules.account)
+		exact = exact && ids.unique >= sum
 	}
 	if absent == 0 && ids.unique > unique && keyed != ids.under {
 		unique, exact = max(unique, ids.under), false
@@ -353,6 +358,17 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledger
 	delete(h, "inexact")
 	m.epochs[name] = s.End().UnixMilli()
 	return d
+}
+
+// unlisted are the members that may have answered ids of an epoch without the ledger.
+func (m *ledgerModel) unlisted(rows answers, start int64) (names []string) {
+	for member := range m.members {
+		opened, some := millis(m.opened[member])
+		if _, in := rows[member]; !in && (!some || opened <= start) {
+			names = append(names, member)
+		}
+	}
+	return names
 }
 
 // unpublished is unpublishedScript.

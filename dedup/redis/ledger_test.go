@@ -625,18 +625,22 @@ func TestKeysAreTakenIntoAccount(t *testing.T) {
 
 // TestDeadInstanceThatRefusedIDsIsNotVouchedFor: of a member that was killed the rest of
 // the ids in Redis count as answered. If it had refused ids that may be among them, the
-// record is not exact; if it had not, or has taken them back or reported since, it is.
+// record is not exact; if it had not, or has taken them back or reported since, it is. They
+// may also be of another member, which has reported.
 func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 	for _, tt := range []struct {
 		name                       string
 		refused, settled, reported bool
 		unique                     uint64
 		exact                      bool
+		by                         string // which has refused them
 	}{
-		{"killed", false, false, false, 100, true},
-		{"killed after it refused some", true, false, false, 100, false},
-		{"killed after it has taken them back", true, true, false, 100, true},
-		{"reported after it refused some", true, false, true, 60, true},
+		{"killed", false, false, false, 100, true, "b"},
+		{"killed after it refused some", true, false, false, 100, false, "b"},
+		{"killed after it has taken them back", true, true, false, 100, true, "b"},
+		{"reported after it refused some", true, false, true, 60, true, "b"},
+		{"killed, and the other refused some", true, false, false, 100, false, "a"},
+		{"killed, and the other has taken them back", true, true, false, 100, true, "a"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			g := newGroup(t)
@@ -645,11 +649,11 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 			for _, m := range []*Ledger{a, b} {
 				admitted := m.Opened(s, func() uint64 { return 20 })
 				g.beat(m)
-				if m == b && tt.refused {
+				if m.cfg.Member == tt.by && tt.refused {
 					m.uncertain(admitted, 2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
 				}
-				if m == b && tt.settled {
+				if m.cfg.Member == tt.by && tt.settled {
 					m.uncertain(admitted, -2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) })
 				}

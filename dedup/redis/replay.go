@@ -192,6 +192,12 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 			continue
 		}
 		le.log.rewind(kept)
+		// Ids that were taken back may be there again, and those of a batch without a reply,
+		// or not yet taken back, may come back with an older state. They are in doubt for good.
+		if kept < le.took || j.unknown && j.mode == modeAdd && j.epoch == s {
+			r.ledger.uncertain(s.admission, 1)
+			le.took = 0
+		}
 		if kept == 0 {
 			le.gen = ""
 		}
@@ -204,6 +210,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		kept, some := l.losses[en.key.epoch]
 		lost := some && en.seq > kept
 		if lost {
+			r.ledger.uncertain(en.key.epoch.admission, 1)
 			l.step(en, eventLost, nil)
 		}
 		return lost

@@ -237,7 +237,7 @@ func (w *twins) sealLane() {
 	var sessions []string
 	for _, s := range []string{"a", "b", "c"} {
 		if w.rnd.IntN(2) == 0 {
-			sessions = append(sessions, pick(w.rnd, "+", "=")+s)
+			sessions = append(sessions, pick(w.rnd, "+", "=", "?")+s)
 		}
 	}
 	status, ids := w.lane.seal(epoch, giveUp, sessions)
@@ -248,7 +248,7 @@ func (w *twins) sealLane() {
 	w.same(fmt.Sprint("seal ", epoch, giveUp, sessions), w.run("lane", []string{twinLane}, append([]string{"seal", epoch, "120", "3", flag(giveUp), "1000", "100"}, sessions...)...), model)
 }
 
-// other is what a lane is asked for rarely, and what may happen to it.
+// other is a rare operation on a lane, or a loss of one of its keys.
 func (w *twins) other() {
 	session, epoch := pick(w.rnd, "a", "b", "c"), twinEpochs[1+w.rnd.IntN(2)]
 	switch w.rnd.IntN(8) {
@@ -339,9 +339,10 @@ func (w *twins) ledgerStep() {
 	case 0, 1, 2:
 		complete, exact, unsettled := rnd.IntN(2) == 0, rnd.IntN(5) > 0, pick(rnd, "", "1000000 1000000")
 		n, under := strconv.Itoa(rnd.IntN(4)), strconv.Itoa(rnd.IntN(2))
-		taken := w.ledger.report(me, name, ends, complete, exact, unsettled, n, under)
+		doubted := rnd.IntN(5) == 0
+		taken := w.ledger.report(me, name, ends, complete, exact, unsettled, n, under, doubted)
 		w.same(fmt.Sprint("report ", me, name, complete, exact, n, under),
-			w.run("report", []string{k.epochs, epoch, k.unsettled}, me, "604800000", name, strconv.FormatInt(ends, 10), flag(complete), flag(exact), unsettled, n, under), flag(taken))
+			w.run("report", []string{k.epochs, epoch, k.unsettled}, me, "604800000", name, strconv.FormatInt(ends, 10), flag(complete), flag(exact), unsettled, n, under, flag(doubted)), flag(taken))
 	case 3, 4:
 		d, wait, members := w.ledger.seal(name)
 		model := fmt.Sprintf("[1 %d]", wait)
@@ -351,7 +352,7 @@ func (w *twins) ledgerStep() {
 			model = strings.TrimSpace("2 " + strings.Join(members, " "))
 			model = "[" + model + "]"
 		}
-		got := w.run("seal", []string{k.members, k.unsettled, epoch, k.windows, k.length}, "3000", strconv.FormatInt(s.Start.UnixMilli(), 10), strconv.FormatInt(ends, 10), "2000", "5000", "1000", "604800000")
+		got := w.run("seal", []string{k.members, k.unsettled, epoch, k.windows, k.length, k.opened}, "3000", strconv.FormatInt(s.Start.UnixMilli(), 10), strconv.FormatInt(ends, 10), "2000", "5000", "1000", "604800000")
 		if strings.HasPrefix(got, "[2 ") {
 			list := strings.Fields(strings.Trim(got, "[]"))
 			slices.Sort(list[1:])
