@@ -292,9 +292,10 @@ func TestFailbackToTheProcessThatBegan(t *testing.T) {
 	}
 }
 
-// TestMasterThatIsCutOffPromisesNothing: the old master and an instance are cut off
-// from its replica, which is promoted, and from the others.
-func TestMasterThatIsCutOffPromisesNothing(t *testing.T) {
+// TestSealIsWithAReplica: a record is exact only if a replica has the seal. So a replica
+// that becomes the master takes no ids of the window. A master whose replica does not answer
+// may be cut off from one that was promoted, and from other instances.
+func TestSealIsWithAReplica(t *testing.T) {
 	t.Parallel()
 	m1 := startRedis(t, "--repl-diskless-sync-delay", "0")
 	m2 := startRedis(t, "--repl-diskless-sync-delay", "0")
@@ -303,10 +304,16 @@ func TestMasterThatIsCutOffPromisesNothing(t *testing.T) {
 	testproc.Until(t, "synced", func() bool { return strings.Contains(m2.do("INFO", "replication"), "master_link_status:up") })
 	a := startInstance(t, m1, "")
 	a.add("a", 10)
-	m2.pause() // as if the way to it was cut
-	testproc.Until(t, "the replica is missed", func() bool {
-		return strings.Contains(m1.do("INFO", "replication"), "lag=3")
+	span := a.span()
+	testproc.Until(t, "the replica confirms a seal in time", func() bool {
+		span.Start = span.End()
+		ids, err := a.r.sealIDs(t.Context(), span, nil)
+		return err == nil && ids.exact && ids.whole
 	})
+	if name := epochKey(span.Start, span.Window); !strings.Contains(m2.do("HGET", a.r.lanes[0].key, "Z"), name) {
+		t.Errorf("the replica has confirmed %s, and lacks it", name)
+	}
+	m2.pause() // as if the way to it was cut
 	if c := a.record(); c.Exact || c.Unique != 10 {
 		t.Errorf("the replica may be the master by now, the record is %+v", c)
 	}

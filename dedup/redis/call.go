@@ -58,6 +58,7 @@ type answer struct {
 	exact  bool   // of a seal: no id is known to be given twice or forgotten
 	whole  bool   // of a seal: no write can have been lost
 	under  uint64 // of a seal: ids under keys
+	copied bool   // of a seal: the master has replicas, or had some
 }
 
 // errRefused is an answer that says that nothing was done. Any other error
@@ -153,7 +154,7 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 	if a.status, err = parts[0].ToString(); err != nil {
 		return a, err
 	}
-	if a.status == statusSealed && len(parts) == 5 {
+	if a.status == statusSealed && len(parts) == 6 {
 		if a.n, err = parts[1].AsUint64(); err != nil {
 			return a, err
 		}
@@ -166,7 +167,11 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 			return a, err
 		}
 		a.exact, a.whole = exact == 1, whole == 1
-		a.under, err = parts[4].AsUint64()
+		if a.under, err = parts[4].AsUint64(); err != nil {
+			return a, err
+		}
+		copies, err := parts[5].AsUint64()
+		a.copied = copies == 1
 		return a, err
 	}
 	if len(parts) == 4 {

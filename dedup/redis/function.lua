@@ -14,7 +14,7 @@
 --                tokens, and the keys; packed
 --   X<epoch>     how many tokens it has, also once it is sealed
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
---                under keys}
+--                under keys, whether the master had replicas}
 --   id           whose data these are
 --   cut, cuts    when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
@@ -49,8 +49,6 @@ local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
 local LAPSE = 10
 -- and one not heard since so long before an epoch that is sealed is forgotten.
 local FORGET = 3600
--- A replica reports to its master each second; one not heard for longer is cut off.
-local LAG = 2
 -- A time that is further ahead was written by a master whose clock was.
 local AHEAD = 5
 
@@ -75,19 +73,16 @@ end
 
 -- identify notes whose data these are: the id changes when another process, or a
 -- replica, becomes the master, which may lack the last writes. It returns whether that
--- can be known, and whether this master may be cut off: it has, or had when it was
--- asked last, replicas, and none of them answers. Another may be the master by now.
+-- can be known, and whether this master has replicas, or had some at the last look.
 local function identify(key, now)
   local info = try('INFO', 'replication') -- which the user may not be allowed to run
   local id = type(info) == 'string' and string.match(info, 'master_replid:(%x+)')
   if not id then return false, false end
   local was = call('HMGET', key, 'id', 'replicas')
   if was[1] and was[1] ~= id then cut(key, now) end
-  local near = false
-  for lag in string.gmatch(info, 'lag=(%d+)') do near = near or tonumber(lag) <= LAG end
   local some = string.match(info, 'connected_slaves:(%d+)') ~= '0' and '1' or '0'
   if was[1] ~= id or was[2] ~= some then call('HSET', key, 'id', id, 'replicas', some) end
-  return true, was[1] == id and not near and (some == '1' or was[2] == '1')
+  return true, some == '1' or was[1] == id and was[2] == '1'
 end
 
 -- sealed returns the list of the sealed epochs, and what one of them came to.
@@ -597,15 +592,15 @@ end
 -- of one that has, "?" of one of which that is not known.
 --
 -- It answers the count, whether ids are known to be given twice or forgotten (exact
--- 0), whether it is certain that no write of the epoch was ever lost (whole 1), and how
--- many of the ids are under keys.
+-- 0), whether it is certain that no write of the epoch was ever lost (whole 1), how
+-- many of the ids are under keys, and whether a replica has to confirm the seal.
 local function seal(key, a)
   local epoch = a[2]
   local list, over = sealed(key, epoch)
-  if over then return {'sealed', over[2], over[3], over[4], over[6] or 0} end
+  if over then return {'sealed', over[2], over[3], over[4], over[6] or 0, over[7] or 0} end
   local now, exact, whole, n, under = clock(), 1, 1, 0, 0
-  local known, cut_off = identify(key, now)
-  if cut_off then whole, exact = 0, 0 end
+  local known, replicas = identify(key, now)
+  replicas = replicas and 1 or 0
   local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
   local h = call('HMGET', key, 'E' .. epoch, 'hold', 'cut', 'cuts')
   local cut_at, cuts = tonumber(h[3] or 0), tonumber(h[4] or 0)
@@ -662,12 +657,12 @@ local function seal(key, a)
       call('HDEL', key, 'X' .. list[i][1])
     end
   end
-  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3]), under}
+  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3]), under, replicas}
   call('HDEL', key, 'E' .. epoch)
   call('HSET', key, 'Z', pack(kept))
   call('EXPIRE', key, a[6])
   drop(key, epoch)
-  return {'sealed', n, exact, whole, under}
+  return {'sealed', n, exact, whole, under, replicas}
 end
 
 -- bye: session. It has nothing left to be asked about; that it was there is kept for

@@ -650,7 +650,7 @@ func (m *laneModel) dump() (out []string) {
 		line("X", epoch, n)
 	}
 	for _, z := range m.sealed {
-		line("Z", z.epoch, z.n, z.exact, z.whole, z.until, z.under)
+		line("Z", z.epoch, z.n, z.exact, z.whole, z.until, z.under, 0)
 	}
 	for epoch, sets := range m.sets {
 		for k, set := range sets {

@@ -243,7 +243,7 @@ func (w *twins) sealLane() {
 	status, ids := w.lane.seal(epoch, giveUp, sessions)
 	model := "[" + status + "]"
 	if status == "sealed" {
-		model = fmt.Sprintf("[sealed %d %s %s %d]", ids.unique, flag(ids.exact), flag(ids.whole), ids.under)
+		model = fmt.Sprintf("[sealed %d %s %s %d 0]", ids.unique, flag(ids.exact), flag(ids.whole), ids.under)
 	}
 	w.same(fmt.Sprint("seal ", epoch, giveUp, sessions), w.run("lane", []string{twinLane}, append([]string{"seal", epoch, "120", "3", flag(giveUp), "1000", "100"}, sessions...)...), model)
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/redis/rueidis"
+
 	"verve/counter"
 )
 
@@ -17,6 +19,10 @@ const (
 	switchWait = "3"
 
 	sealRetry = 20 * time.Millisecond
+
+	// copyWait is how long a replica has to confirm a seal, which takes a trip. A record
+	// whose replicas do not answer comes later by this.
+	copyWait = 500 * time.Millisecond
 )
 
 // keepSeal is how long a lane remembers that an epoch is sealed.
@@ -82,7 +88,14 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
 		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL, seconds(keepTokens(s.Window, r.cfg.MaxSkew))}, sessions...)
 		a, err := r.call(ctx, l.key, args...)
-		if err != nil || a.status == statusSealed {
+		if err != nil {
+			return a, err
+		}
+		if a.status == statusSealed {
+			if a.copied {
+				a.copied, err = r.confirmed(ctx, l.key)
+				a.exact, a.whole = a.exact && a.copied, a.whole && a.copied
+			}
 			return a, err
 		}
 		if a.status == statusMissing && missing.IsZero() {
@@ -94,6 +107,31 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 		case <-time.After(sealRetry):
 		}
 	}
+}
+
+// confirmed reports whether a replica has all that was written to a lane so far. If not, the
+// master may be cut off, and another one counts the same window; or a replica that becomes
+// the master takes ids of an epoch that is published.
+func (r *Set) confirmed(ctx context.Context, key string) (bool, error) {
+	client, err := r.conn()
+	if err != nil {
+		return false, err
+	}
+	var replicas int64
+	err = client.Dedicated(func(c rueidis.DedicatedClient) error {
+		// WAIT is for what its connection has written.
+		out := c.DoMulti(ctx, c.B().Arbitrary("EXPIRE").Keys(key).Args(idsTTL).Build(),
+			c.B().Wait().Numreplicas(1).Timeout(copyWait.Milliseconds()).Build())
+		if err := out[0].Error(); err != nil {
+			return err
+		}
+		replicas, err = out[1].AsInt64()
+		return err
+	})
+	if err != nil && functionMissing(err) { // the user may not run it
+		return false, nil
+	}
+	return replicas > 0, err
 }
 
 const (
