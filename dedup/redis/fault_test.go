@@ -149,6 +149,18 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 	}
 }
 
+// wantInTime adds an id to the first epoch until it is answered, as want.
+func wantInTime(t *testing.T, r *Set, e settest.Epochs, id string, want dedup.Verdict) {
+	t.Helper()
+	testproc.Until(t, "an id is answered", func() bool {
+		v, err := e.Add(t, r, 0, id)
+		if err == nil && v != want {
+			t.Fatalf("got %v, want %v", v, want)
+		}
+		return err == nil
+	})
+}
+
 // TestRedisIDsNobodyWasToldAboutAreNobodys: an id is in Redis, its reply never
 // came, and its caller had to be sent away. Elsewhere it is neither new nor a
 // repeat as long as that is so; when its instance hears of it, it is the next
@@ -178,23 +190,11 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			way.deaf.Store(false)
 			way.cut(0)
 			if here {
-				testproc.Until(t, "the instance is told", func() bool {
-					v, err := ea.Add(t, a, 0, "42")
-					if err == nil && v != dedup.Unique {
-						t.Fatalf("at the same instance: %v", v)
-					}
-					return err == nil
-				})
-				eb.Want(t, b, 0, "42", dedup.Repeat)
+				wantInTime(t, a, ea, "42", dedup.Unique)
+				wantInTime(t, b, eb, "42", dedup.Repeat)
 			} else {
-				testproc.Until(t, "the other instance is told", func() bool {
-					v, err := eb.Add(t, b, 0, "42")
-					if err == nil && v != dedup.Unique {
-						t.Fatalf("at the other instance: %v", v)
-					}
-					return err == nil
-				})
-				ea.Want(t, a, 0, "42", dedup.Repeat)
+				wantInTime(t, b, eb, "42", dedup.Unique)
+				wantInTime(t, a, ea, "42", dedup.Repeat)
 			}
 			testproc.Until(t, "all is settled", func() bool {
 				_, _, some := a.unsettled()
