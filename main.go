@@ -163,13 +163,13 @@ type program struct {
 	certificate *server.Certificate
 	spool       *stream.Spool
 	shared      *redis.Set // the group's set; nil in memory mode
-	records     *stream.Stream
+	stream      *stream.Stream
 	group       *redis.Group // nil in memory mode
 	set         dedup.Set    // shared, or one in memory
 	use         lastUse
 	counter     *counter.Counter
 	callbacks   *callback.Sender
-	front       *server.Server
+	server      *server.Server
 	admin       *server.Admin
 
 	// A part that ends with an error sends it here; the first one stops the program.
@@ -216,19 +216,19 @@ func (p *program) open() error {
 	if p.callbacks, err = callback.New(callbacks); err != nil {
 		return err
 	}
-	front := cfg.front()
-	front.Counter, front.Set, front.Callbacks, front.TLS, front.Log = p.counter, p.set, p.callbacks, p.certificate, log
+	serverCfg := cfg.front()
+	serverCfg.Counter, serverCfg.Set, serverCfg.Callbacks, serverCfg.TLS, serverCfg.Log = p.counter, p.set, p.callbacks, p.certificate, log
 	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{
 		Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil,
-		MaxBatchBytes: front.MaxBatchBytes, MaxBatchIDs: front.MaxBatchIDs,
+		MaxBatchBytes: serverCfg.MaxBatchBytes, MaxBatchIDs: serverCfg.MaxBatchIDs,
 	})
 	if cfg.MaxConns > 0 && p.limits.Lowered != "" {
 		log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", p.limits.MaxConns).Str("reason", p.limits.Lowered).
 			Msg("--max-conns is higher than the process has room for")
 	}
-	front.MaxConns, front.MaxServed, front.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
-	front.BatchMemory = p.limits.BatchMemory
-	if p.front, err = server.New(front, p.public); err != nil {
+	serverCfg.MaxConns, serverCfg.MaxServed, serverCfg.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
+	serverCfg.BatchMemory = p.limits.BatchMemory
+	if p.server, err = server.New(serverCfg, p.public); err != nil {
 		return err
 	}
 	p.openAdmin()
@@ -238,14 +238,14 @@ func (p *program) open() error {
 // openAdmin makes what operators look at.
 func (p *program) openAdmin() {
 	cfg := server.AdminConfig{
-		Server: p.front, Times: p.times, Records: func() server.Records { return recordStats(p.records.Stats()) }, Delivered: p.delivered,
+		Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
 		Group: p.cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(p.cfg.adminToken), History: p.cfg.historyFile(),
 		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
 	}
 	if p.shared != nil {
 		cfg.Shared, cfg.Sealed = p.shared.Group, p.group.Sealed
 	}
-	if cfg.History != "" && p.records.Stats().SetAside != "" {
+	if cfg.History != "" && p.stream.Stats().SetAside != "" {
 		// Which of its windows were delivered is not known any more.
 		_ = os.Remove(cfg.History) // what is not there need not be removed
 	}
@@ -287,25 +287,25 @@ func (p *program) openRecords() (err error) {
 		return fmt.Errorf("--data-dir=%s: %w", cfg.DataDir, err)
 	}
 	p.closers = append(p.closers, func() { _ = p.spool.Close() })
-	to := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: p.log}
+	streamCfg := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: p.log}
 	if cfg.Dedup == dedupRedis {
 		if p.shared, err = openShared(cfg, p.memory, p.spool.Instance(), p.log); err != nil {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = p.shared.Close() })
-		to.Scope, to.Claims = stream.ScopeGroup, p.shared.Ledger()
+		streamCfg.Scope, streamCfg.Claims = stream.ScopeGroup, p.shared.Ledger()
 	}
 	if p.shared != nil {
-		if err := p.publishLeft(to); err != nil {
+		if err := p.publishRecovered(streamCfg); err != nil {
 			return err
 		}
 	}
-	if p.records, err = stream.New(to, p.spool); err != nil {
+	if p.stream, err = stream.New(streamCfg, p.spool); err != nil {
 		return err
 	}
-	p.closers = append(p.closers, p.records.Close)
+	p.closers = append(p.closers, p.stream.Close)
 	if p.shared != nil {
-		p.group, err = redis.NewGroup(p.shared.Ledger(), p.records, p.log)
+		p.group, err = redis.NewGroup(p.shared.Ledger(), p.stream, p.log)
 	}
 	return err
 }
@@ -313,20 +313,20 @@ func (p *program) openRecords() (err error) {
 // leftWait bounds how long a start waits for room for what an earlier process left.
 const leftWait = 5 * time.Second
 
-// publishLeft publishes, as records of this instance, what an earlier process has
+// publishRecovered publishes, as records of this instance, what an earlier process has
 // counted in memory in the data directory and could not publish.
-func (p *program) publishLeft(to stream.Config) error {
-	to.Scope, to.Claims = stream.ScopeInstance, nil
-	records, err := stream.New(to, p.spool)
+func (p *program) publishRecovered(streamCfg stream.Config) error {
+	streamCfg.Scope, streamCfg.Claims = stream.ScopeInstance, nil
+	out, err := stream.New(streamCfg, p.spool)
 	if err != nil {
 		return err
 	}
-	defer records.Close()
+	defer out.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), leftWait)
 	defer cancel()
 	left := dedup.Config{Dir: p.cfg.epochsDir(), Publisher: p.spool.Identity()}
-	err = dedup.PublishLeft(left, p.spool.Published(), func(c counter.Count) error {
-		if err := records.Publish(ctx, c); err != nil {
+	err = dedup.PublishRecovered(left, p.spool.Published(), func(c counter.Count) error {
+		if err := out.Publish(ctx, c); err != nil {
 			return fmt.Errorf("the window of %s with %d ids: %w", c.Start.Format(time.RFC3339Nano), c.Unique, err)
 		}
 		p.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).Bool("exact", c.Exact).
@@ -341,42 +341,42 @@ func (p *program) publishLeft(to stream.Config) error {
 
 // openCounter makes the counter and, in memory mode, the set that it counts in.
 func (p *program) openCounter() (err error) {
-	counting := counter.Config{
+	counterCfg := counter.Config{
 		Window: p.cfg.Window, MaxSkew: p.cfg.MaxClockSkew, MaxKeys: p.cfg.MaxKeys, KeyMemory: p.memory / keyShare,
 		OnClock: p.clockChanged, OnPause: p.paused, OnClose: p.windowClosed,
 	}
 	if p.shared != nil {
-		p.set, counting.Publish = p.shared, p.group
+		p.set, counterCfg.Publisher = p.shared, p.group
 		// Where the group cannot be asked, it says later what it takes.
 		ctx, cancel := context.WithTimeout(context.Background(), askGroup)
 		defer cancel()
 		last, err := p.shared.Ledger().Last(ctx)
 		if err == nil && last.Window > 0 && last.Window != p.cfg.Window && !last.Start.After(time.Now()) {
-			counting.NotBefore, counting.LastLen = last.Start, last.Window
+			counterCfg.NotBefore, counterCfg.LastLen = last.Start, last.Window
 		}
 	} else {
-		own, err := openSet(p.cfg, p.memory, p.spool.Identity(), p.log)
+		mem, err := openSet(p.cfg, p.memory, p.spool.Identity(), p.log)
 		if err != nil {
 			return err
 		}
-		p.closers = append(p.closers, func() { _ = own.Close() })
-		counting.NotBefore = counter.LastOf(p.spool.Published())
-		counting.Past = own.Past(p.spool.Published())
-		for _, l := range counting.Past.Left {
+		p.closers = append(p.closers, func() { _ = mem.Close() })
+		counterCfg.NotBefore = counter.LastOf(p.spool.Published())
+		counterCfg.Past = mem.Past(p.spool.Published())
+		for _, l := range counterCfg.Past.Recovered {
 			if l.NoKeys {
 				p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
 					Msg("how many of the ids that an earlier process left are under which key is lost with the spool: their record has no keys, and is not exact")
 			}
 		}
-		for _, l := range counting.Past.Lost {
+		for _, l := range counterCfg.Past.Lost {
 			p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
 				Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
 		}
-		p.set, counting.Publish = own, p.records
+		p.set, counterCfg.Publisher = mem, p.stream
 	}
-	counting.Store = p.set
-	counting.InexactBefore = p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log)
-	if p.counter, err = counter.New(counting); err != nil {
+	counterCfg.Store = p.set
+	counterCfg.InexactBefore = p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log)
+	if p.counter, err = counter.New(counterCfg); err != nil {
 		return err
 	}
 	if old, until, changes := p.counter.Change(); changes {
@@ -397,7 +397,7 @@ func (p *program) live() (time.Time, uint64) {
 
 // delivered returns the state of a window's record, "" if it is not known.
 func (p *program) delivered(start time.Time) string {
-	state := p.records.Delivered(start)
+	state := p.stream.Delivered(start)
 	if state == "" && p.shared != nil && p.shared.Ledger().IsDelivered(start) {
 		state = stream.StateDelivered
 	}
@@ -407,7 +407,7 @@ func (p *program) delivered(start time.Time) string {
 // run starts every part in a goroutine of its own.
 func (p *program) run() {
 	p.closed = make(chan struct{})
-	p.stopStream = p.start("stream", p.records.Run)
+	p.stopStream = p.start("stream", p.stream.Run)
 	p.stopGroup = func() {}
 	if p.group != nil {
 		p.stopGroup = p.start("group", p.group.Run)
@@ -423,7 +423,7 @@ func (p *program) run() {
 	if p.certificate != nil {
 		p.stopCertificate = p.start("certificate", p.certificate.Run)
 	}
-	p.start("server", func(context.Context) error { return p.front.Serve() })
+	p.start("server", func(context.Context) error { return p.server.Serve() })
 }
 
 // start runs a part until the returned function is called or the part ends.
@@ -456,7 +456,7 @@ func (p *program) stop() {
 		// From here on ids are answered 503: the last record has every id that was answered ok.
 		{"", p.seal},
 		// Requests that were counted get their answers and start their callbacks.
-		{"requests not finished in time", func() error { return p.front.Shutdown(budget) }},
+		{"requests not finished in time", func() error { return p.server.Shutdown(budget) }},
 		// No request can start another callback. The records need the other half of the time.
 		{"callbacks not sent in time", func() error { return p.drainCallbacks(half) }},
 		// Everybody has left the sealed epoch: the counter publishes it as partial.
@@ -485,7 +485,7 @@ func (p *program) stop() {
 // the last of its connection: load balancers learn that this instance is not ready
 // before it refuses anything.
 func (p *program) sendElsewhere() {
-	p.front.LastAnswers()
+	p.server.LastAnswers()
 	select {
 	case <-time.After(p.cfg.ShutdownDelay):
 	case err := <-p.failed:
@@ -496,7 +496,7 @@ func (p *program) sendElsewhere() {
 // leaveSocket stops accepting from a socket that stays open without this process.
 func (p *program) leaveSocket(ctx context.Context) error {
 	if p.handedOver {
-		p.front.StopAccepting(ctx)
+		p.server.StopAccepting(ctx)
 	}
 	return nil
 }
@@ -544,7 +544,7 @@ func (p *program) leaveGroup(ctx context.Context) error {
 
 // flush waits until every record is delivered, and reports those of the group.
 func (p *program) flush(ctx context.Context) error {
-	err := p.records.Flush(ctx)
+	err := p.stream.Flush(ctx)
 	if err == nil && p.group != nil {
 		err = p.group.Mark(ctx)
 	}
@@ -581,7 +581,7 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 	if err == nil {
 		p.admin.WindowClosed(c)
 	}
-	waiting := p.records.Stats().Pending
+	waiting := p.stream.Stats().Pending
 	if err == nil && p.shared == nil {
 		waiting = max(0, waiting-1) // the record of this window is on its way, which is no backlog
 	}

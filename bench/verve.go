@@ -35,7 +35,7 @@ func NewVerve(expect Sizes) *Verve {
 	if err != nil {
 		panic(err) // no memory for the benchmark
 	}
-	v.count, err = counter.New(counter.Config{Window: window, Store: v.set, Publish: v})
+	v.count, err = counter.New(counter.Config{Window: window, Store: v.set, Publisher: v})
 	if err != nil {
 		panic(err) // a mistake in the line above
 	}

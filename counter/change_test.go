@@ -33,7 +33,7 @@ func (d *directory) Publish(_ context.Context, c Count) error {
 
 // config is that of a process which finds the directory.
 func (d *directory) config(window time.Duration) Config {
-	cfg := Config{Window: window, Store: d, Publish: d, MaxSkew: 2 * time.Second}
+	cfg := Config{Window: window, Store: d, Publisher: d, MaxSkew: 2 * time.Second}
 	if n := len(d.counts); n > 0 {
 		cfg.NotBefore = d.counts[n-1].Start
 	}
@@ -43,7 +43,7 @@ func (d *directory) config(window time.Duration) Config {
 	p := Past{Serial: d.serial, Start: d.newest.Start, Window: d.newest.Window, Over: !time.Now().Before(d.newest.End())}
 	at := d.newest.Start.UnixNano()
 	if missing := d.answered[at] - d.recorded[at]; missing > 0 || !cfg.NotBefore.Equal(p.Start) {
-		p.Left = []Left{{Serial: p.Serial, Start: p.Start, Window: p.Window, Unique: missing, Exact: true}}
+		p.Recovered = []Recovered{{Serial: p.Serial, Start: p.Start, Window: p.Window, Unique: missing, Exact: true}}
 	}
 	cfg.Past = p
 	return cfg

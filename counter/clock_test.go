@@ -45,8 +45,8 @@ func (c *told) begun() (n int) {
 func startClock(t *testing.T, cfg Config) (c *Counter, w *wallClock, heard *told, stop func() []Count) {
 	t.Helper()
 	w, heard = &wallClock{began: time.Now()}, &told{}
-	l := &ledger{t: t}
-	cfg.Store, cfg.Publish, cfg.clocks = l, l, w.read
+	l := &recorder{t: t}
+	cfg.Store, cfg.Publisher, cfg.clocks = l, l, w.read
 	cfg.OnClock = func(problem string) { heard.clock = append(heard.clock, problem) }
 	cfg.OnPause = func(d time.Duration) { heard.paused = append(heard.paused, d) }
 	c, err := New(cfg)
@@ -212,8 +212,8 @@ func TestRequestThatTurnsSeesThePause(t *testing.T) {
 func TestStarvedTickerLosesNoEpoch(t *testing.T) {
 	base := time.Now().Truncate(time.Hour)
 	now := base
-	l := &ledger{t: t}
-	c, err := New(Config{Window: time.Second, Store: l, Publish: l, MaxSkew: time.Hour, clocks: func() reading {
+	l := &recorder{t: t}
+	c, err := New(Config{Window: time.Second, Store: l, Publisher: l, MaxSkew: time.Hour, clocks: func() reading {
 		return reading{now.UnixNano(), int64(now.Sub(base))}
 	}})
 	if err != nil {

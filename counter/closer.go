@@ -90,7 +90,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	count := Count{
 		Start:    e.Start(),
 		Window:   e.Window(),
-		Complete: e.complete && !e.cut,
+		Complete: e.complete && !e.interrupted,
 		Exact:    e.Exact(),
 	}
 	if c.cfg.OnClose != nil {
@@ -103,10 +103,10 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	// Sealed: e is not open and empty, so its sums are final.
 	count.Unique, count.Repeats, count.Exact = e.Unique(), e.Repeats(), e.Exact()
 	count.Keys, count.SealedAt = e.owed, c.wall()
-	if !e.left {
+	if !e.recovered {
 		count.Keys = e.keys.Counts()
 	}
-	if err = c.cfg.Publish.Publish(ctx, count); err != nil {
+	if err = c.cfg.Publisher.Publish(ctx, count); err != nil {
 		return err
 	}
 	e.retire()
@@ -114,7 +114,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 
 	c.mu.Lock()
 	c.turned = slices.Delete(c.turned, 0, 1) // keeps the room: a turn allocates nothing
-	if !e.left {
+	if !e.recovered {
 		c.closed.unique += count.Unique
 		c.closed.repeats += count.Repeats
 	}
@@ -157,7 +157,7 @@ func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
 			Exact:    true,
 			SealedAt: c.wall(),
 		}
-		err := c.cfg.Publish.Publish(ctx, count)
+		err := c.cfg.Publisher.Publish(ctx, count)
 		if c.cfg.OnClose != nil {
 			c.cfg.OnClose(count, 0, err)
 		}

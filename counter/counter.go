@@ -49,17 +49,20 @@ type Store interface {
 	Open(e *Epoch) State
 }
 
-// State is what a Store holds for one epoch. Retire releases it, and is called once, when
-// the count of the epoch is published and no request can be in the epoch any more. The
-// calls come in the order of the epochs, but that the one for an epoch in which nothing
-// was counted may come early, with the lock of Open held.
-type State interface{ Retire() }
+// State is what a Store holds for one epoch.
+type State interface {
+	// Retire releases it. It is called once, when the count of the epoch is published and
+	// no request can be in the epoch any more. The calls come in the order of the epochs,
+	// but that the one for an epoch in which nothing was counted may come early, with the
+	// lock of Open held.
+	Retire()
+}
 
 // Config of a Counter. The zero value of an optional field is its default.
 type Config struct {
 	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
 	Store     Store         // keeps the ids; required
-	Publish   Publisher     // gets the counts; required
+	Publisher Publisher     // gets the counts; required
 	MaxKeys   int           // keys that an epoch may have, at most MaxMaxKeys; 0: DefaultMaxKeys
 	KeyMemory uint64        // bytes that the keys of the epochs not published may take; 0: no limit
 	NotBefore time.Time     // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
@@ -84,13 +87,13 @@ type Config struct {
 // Past is what earlier processes left, as the Store has kept it. The zero value
 // is that of a Store that keeps nothing.
 type Past struct {
-	// Left are the counts that were not published, in order of their start.
+	// Recovered are the counts that were not published, in order of their start.
 	// They are published first, each followed by the Retire of its State.
-	Left []Left
+	Recovered []Recovered
 
 	// Lost are counts that no record can be made of: this publisher has published a
 	// later window. That takes files that an earlier version has left.
-	Lost []Left
+	Lost []Recovered
 
 	// Serial, Start and Window are those of the epoch opened last. Unless it is
 	// Over, it goes on if it is the present one, under the same serial; any other
@@ -101,9 +104,9 @@ type Past struct {
 	Over   bool
 }
 
-// Left is the count of an epoch that an earlier process opened and did not
+// Recovered is the count of an epoch that an earlier process opened and did not
 // publish, or what is missing in its records.
-type Left struct {
+type Recovered struct {
 	Serial uint64        // as Epoch.Serial
 	Start  time.Time     // start of the window, UTC
 	Window time.Duration // length of the window
@@ -161,7 +164,7 @@ func New(cfg Config) (*Counter, error) {
 	if err := CheckWindow(cfg.Window); err != nil {
 		return nil, fmt.Errorf("counter: Window %v: %w", cfg.Window, err)
 	}
-	if cfg.Store == nil || cfg.Publish == nil {
+	if cfg.Store == nil || cfg.Publisher == nil {
 		return nil, fmt.Errorf("counter: Store and Publish are required")
 	}
 	if cfg.MaxSkew < 0 {
@@ -186,11 +189,11 @@ func New(cfg Config) (*Counter, error) {
 			serial = past.Serial
 		}
 	}
-	for _, l := range past.Left {
+	for _, l := range past.Recovered {
 		if l.Serial == serial && l.Unique == 0 {
 			continue // it goes on, and will have a record
 		}
-		c.turned = append(c.turned, newLeft(l))
+		c.turned = append(c.turned, newRecovered(l))
 	}
 	e := c.newEpoch(nil, start, window)
 	e.serial = serial
@@ -274,13 +277,13 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 	start, window := c.epochAt(at)
 	next := c.newEpoch(e, start, window)
 	if next.start > e.end {
-		e.cut = true
+		e.interrupted = true
 		e.gap = next.start
 	}
 	if c.clock.skew > 0 { // the ticker may see it only after both
 		if step, pause := c.clock.irregular(c.cfg.clocks()); step != 0 || pause > 0 {
-			e.cut = true
-			next.cut = now-next.start > c.clock.skew
+			e.interrupted = true
+			next.interrupted = now-next.start > c.clock.skew
 		}
 	}
 	next.State = c.cfg.Store.Open(next)
@@ -291,7 +294,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 		// nobody sent any. The window becomes part of the gap after the last one
 		// that waits, which is not being closed: it is not the first.
 		c.turned[n-1].gap = next.start
-		c.turned[n-1].cut = true
+		c.turned[n-1].interrupted = true
 		e.retire()
 		return
 	}
@@ -307,7 +310,7 @@ func (c *Counter) Seal() {
 	if e == nil {
 		return
 	}
-	e.cut = true
+	e.interrupted = true
 	c.open.Store(nil)
 	c.leave(e)
 }
@@ -332,7 +335,7 @@ func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	e.number, e.serial, e.keys.max, e.keys.memory = floor(start, window), 1, c.cfg.MaxKeys, &c.keys
 	e.start, e.end, e.window, e.before = start, start+window, window, start-window
 	if end := c.endOf(start, window); end < e.end {
-		e.end, e.cut = end, true
+		e.end, e.interrupted = end, true
 	}
 	if prev != nil {
 		e.serial, e.before = prev.serial+1, prev.start
@@ -342,11 +345,11 @@ func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	return e
 }
 
-// newLeft makes the sealed epoch of a count that was left.
-func newLeft(l Left) *Epoch {
+// newRecovered makes the sealed epoch of a count that an earlier process left.
+func newRecovered(l Recovered) *Epoch {
 	start := l.Start.UnixNano()
 	e := &Epoch{
-		number: start / int64(l.Window), serial: l.Serial, left: true, State: l.State,
+		number: start / int64(l.Window), serial: l.Serial, recovered: true, State: l.State,
 		start: start, end: start + int64(l.Window), window: int64(l.Window),
 		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano), owed: l.Keys,
 	}
@@ -415,7 +418,7 @@ func (c *Counter) Stats() Stats {
 		Clock:    c.clock.seen,
 	}
 	for _, e := range c.turned {
-		if !e.left {
+		if !e.recovered {
 			s.Unique += e.Unique()
 			s.Repeats += e.Repeats()
 		}

@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// ledger is the Store and the Publisher of the tests. It checks the order in
+// recorder is the Store and the Publisher of the tests. It checks the order in
 // which they are called and keeps what was published.
-type ledger struct {
+type recorder struct {
 	t testing.TB
 
 	// fault, if set, is asked at each Publish: what to return, and whether the count is
@@ -32,7 +32,7 @@ type retire func()
 
 func (r retire) Retire() { r() }
 
-func (l *ledger) Open(e *Epoch) State {
+func (l *recorder) Open(e *Epoch) State {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if n := len(l.opened); n > 0 && e.Number() <= l.opened[n-1].Number() {
@@ -45,7 +45,7 @@ func (l *ledger) Open(e *Epoch) State {
 	return retire(func() { l.retire(e) })
 }
 
-func (l *ledger) Publish(_ context.Context, c Count) (err error) {
+func (l *recorder) Publish(_ context.Context, c Count) (err error) {
 	kept := true
 	if l.fault != nil {
 		err, kept = l.fault(c)
@@ -62,7 +62,7 @@ func (l *ledger) Publish(_ context.Context, c Count) (err error) {
 	return err
 }
 
-func (l *ledger) retire(e *Epoch) {
+func (l *recorder) retire(e *Epoch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e != l.opened[l.retired] {
@@ -77,7 +77,7 @@ func (l *ledger) retire(e *Epoch) {
 	}
 }
 
-func (l *ledger) counts() []Count {
+func (l *recorder) counts() []Count {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]Count(nil), l.published...)
@@ -85,9 +85,9 @@ func (l *ledger) counts() []Count {
 
 // start runs a Counter over l in a synctest bubble. stop seals it, waits for
 // Run and returns what was published.
-func start(t *testing.T, l *ledger, window time.Duration) (c *Counter, stop func() []Count) {
+func start(t *testing.T, l *recorder, window time.Duration) (c *Counter, stop func() []Count) {
 	t.Helper()
-	c, err := New(Config{Window: window, Store: l, Publish: l})
+	c, err := New(Config{Window: window, Store: l, Publisher: l})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,7 +157,7 @@ func TestIdleEpochsPublishZeroOnTime(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				base := time.Now()
 				time.Sleep(window / 3)
-				c, stop := start(t, &ledger{t: t}, window)
+				c, stop := start(t, &recorder{t: t}, window)
 				for n := range 4 {
 					time.Sleep(time.Until(base.Add(time.Duration(n+1)*window - 1)))
 					synctest.Wait()
@@ -188,8 +188,8 @@ func TestEpochsThatBeganElsewhereAreNotExact(t *testing.T) {
 		before time.Time
 		want   bool
 	}{{time.Time{}, true}, {time.Now(), false}, {time.Now().Add(-2 * time.Hour), true}} {
-		l := &ledger{t: t}
-		c, err := New(Config{Window: time.Hour, Store: l, Publish: l, InexactBefore: tt.before})
+		l := &recorder{t: t}
+		c, err := New(Config{Window: time.Hour, Store: l, Publisher: l, InexactBefore: tt.before})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -202,7 +202,7 @@ func TestEpochsThatBeganElsewhereAreNotExact(t *testing.T) {
 func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		c, stop := start(t, &ledger{t: t}, time.Minute)
+		c, stop := start(t, &recorder{t: t}, time.Minute)
 		enter(t, c, base, 2, Unique)
 		enter(t, c, base.Add(time.Minute-1), 3, Unique)
 		enter(t, c, base.Add(time.Minute), 5, Unique) // the ticker has not come yet
@@ -219,7 +219,7 @@ func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 func TestEpochThatTheGroupSealedIsLeftOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		c, stop := start(t, &ledger{t: t}, time.Minute)
+		c, stop := start(t, &recorder{t: t}, time.Minute)
 		first := enter(t, c, base, 2, Unique)
 		var both sync.WaitGroup
 		for range 8 {
@@ -243,7 +243,7 @@ func TestEpochThatTheGroupSealedIsLeftOnce(t *testing.T) {
 func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		c, stop := start(t, &ledger{t: t}, time.Minute)
+		c, stop := start(t, &recorder{t: t}, time.Minute)
 		at := func(n int) time.Time { return base.Add(time.Duration(n) * time.Minute) }
 		enter(t, c, at(1), 1, Unique)
 		enter(t, c, at(2), 2, Unique) // 1 is complete
@@ -260,7 +260,7 @@ func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 func TestLongGapPublishesABoundedNumberOfEpochs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		c, stop := start(t, &ledger{t: t}, MinWindow)
+		c, stop := start(t, &recorder{t: t}, MinWindow)
 		const gap = 100_000
 		enter(t, c, base, 1, Unique)
 		enter(t, c, base.Add(gap*MinWindow), 2, Unique)
@@ -281,7 +281,7 @@ func TestLongGapPublishesABoundedNumberOfEpochs(t *testing.T) {
 func TestClockStepsNeverReopenNorMerge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		c, stop := start(t, &ledger{t: t}, time.Minute)
+		c, stop := start(t, &recorder{t: t}, time.Minute)
 		at := func(n int) time.Time { return base.Add(time.Duration(n) * time.Minute) }
 		enter(t, c, at(0), 1, Unique)
 		five := enter(t, c, at(5), 5, Unique)
@@ -308,7 +308,7 @@ func TestRandomStepsAgreeWithAModel(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
 			const window = time.Minute // long: the ticker, by the bubble's clock, turns nothing
 			base := time.Now()
-			l := &ledger{t: t}
+			l := &recorder{t: t}
 			c, stop := start(t, l, window)
 
 			type epoch struct {
@@ -413,7 +413,7 @@ func numberOf(now, base time.Time, window time.Duration) int64 {
 func TestSealPublishesTheLastEpochAsPartial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		c, stop := start(t, &ledger{t: t}, time.Minute)
+		c, stop := start(t, &recorder{t: t}, time.Minute)
 		enter(t, c, base.Add(time.Minute), 3, Unique)
 		enter(t, c, base.Add(time.Minute), 2, Repeat)
 		last, _ := c.Enter(base.Add(time.Minute).UnixNano(), 9)
@@ -440,8 +440,8 @@ func TestSealPublishesTheLastEpochAsPartial(t *testing.T) {
 func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		l := &stuckLedger{ledger: &ledger{t: t}, stuck: make(chan struct{})}
-		c, err := New(Config{Window: time.Minute, Store: l, Publish: l})
+		l := &stuckLedger{recorder: &recorder{t: t}, stuck: make(chan struct{})}
+		c, err := New(Config{Window: time.Minute, Store: l, Publisher: l})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -480,18 +480,18 @@ func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 
 // stuckLedger publishes nothing until stuck is closed.
 type stuckLedger struct {
-	*ledger
+	*recorder
 	stuck      chan struct{}
 	retiredAll int
 }
 
 func (l *stuckLedger) Publish(ctx context.Context, c Count) error {
 	<-l.stuck
-	return l.ledger.Publish(ctx, c)
+	return l.recorder.Publish(ctx, c)
 }
 
 func (l *stuckLedger) Open(e *Epoch) State {
-	l.ledger.Open(e)
+	l.recorder.Open(e)
 	return retire(func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -507,7 +507,7 @@ func (l *stuckLedger) Open(e *Epoch) State {
 func TestHeldEntryDelaysOnlyPublishing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
-		l := &ledger{t: t}
+		l := &recorder{t: t}
 		c, stop := start(t, l, time.Second)
 		enter(t, c, base, 1, Unique)
 		held, _ := c.Enter(base.UnixNano(), 7)
@@ -543,7 +543,7 @@ func TestBlockedPublisherDelaysNoTurnAndLosesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
 		unblock := make(chan struct{})
-		l := &ledger{t: t}
+		l := &recorder{t: t}
 		l.fault = func(Count) (error, bool) { <-unblock; return nil, true }
 		c, stop := start(t, l, time.Second)
 		for n := range 100 {
@@ -577,7 +577,7 @@ func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 				base := time.Now()
 				broken := errors.New("broken")
 				fail := true
-				l := &ledger{t: t}
+				l := &recorder{t: t}
 				l.fault = func(c Count) (error, bool) {
 					if fail && c.Unique == 2 {
 						return broken, kept
@@ -585,7 +585,7 @@ func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 					return nil, true
 				}
 				var outcomes []error
-				c, err := New(Config{Window: time.Second, Store: l, Publish: l, OnClose: func(_ Count, _ time.Duration, err error) {
+				c, err := New(Config{Window: time.Second, Store: l, Publisher: l, OnClose: func(_ Count, _ time.Duration, err error) {
 					outcomes = append(outcomes, err)
 				}})
 				if err != nil {
@@ -630,8 +630,8 @@ func TestRunEndsWithItsContext(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := &ledger{t: t}
-				c, err := New(Config{Window: time.Minute, Store: l, Publish: l})
+				l := &recorder{t: t}
+				c, err := New(Config{Window: time.Minute, Store: l, Publisher: l})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -668,8 +668,8 @@ func TestFirstEpochIsNotBeforeTheLastPublished(t *testing.T) {
 			{time.Hour, now.Add(-24 * time.Minute), now},
 			{time.Hour, time.Unix(-1, 0), now},
 		} {
-			l := &ledger{t: t}
-			c, err := New(Config{Window: tt.window, Store: l, Publish: l, NotBefore: tt.notBefore})
+			l := &recorder{t: t}
+			c, err := New(Config{Window: tt.window, Store: l, Publisher: l, NotBefore: tt.notBefore})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -699,15 +699,15 @@ func TestNumberRoundsDownAlsoBefore1970(t *testing.T) {
 }
 
 func TestNewNamesTheBadSetting(t *testing.T) {
-	l := &ledger{t: t}
+	l := &recorder{t: t}
 	for _, tt := range []struct {
 		cfg  Config
 		want string
 	}{
-		{Config{Window: MinWindow - 1, Store: l, Publish: l}, "Window"},
-		{Config{Window: MaxWindow + 1, Store: l, Publish: l}, "Window"},
-		{Config{Store: l, Publish: l}, "Window"},
-		{Config{Window: time.Minute, Publish: l}, "Store"},
+		{Config{Window: MinWindow - 1, Store: l, Publisher: l}, "Window"},
+		{Config{Window: MaxWindow + 1, Store: l, Publisher: l}, "Window"},
+		{Config{Store: l, Publisher: l}, "Window"},
+		{Config{Window: time.Minute, Publisher: l}, "Store"},
 		{Config{Window: time.Minute, Store: l}, "Publish"},
 	} {
 		if _, err := New(tt.cfg); err == nil || !strings.Contains(err.Error(), tt.want) {

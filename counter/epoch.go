@@ -52,23 +52,23 @@ type paddedStripe struct {
 // opened and do not change while a request can be in it. All methods are safe for
 // concurrent use.
 type Epoch struct {
-	number   int64  // start / window
-	serial   uint64 // 1 for the first epoch, without gaps in a process
-	start    int64  // Unix time, ns
-	end      int64  // Unix time, ns: when the next one is due
-	window   int64  // its length, ns; it ends before that where the length changes
-	label    []byte // start, RFC 3339
-	before   int64  // start of the epoch before it, or of the window before; Unix time, ns
-	complete bool   // opened at its start, from the epoch before
-	left     bool   // counted by an earlier process
+	number    int64  // start / window
+	serial    uint64 // 1 for the first epoch, without gaps in a process
+	start     int64  // Unix time, ns
+	end       int64  // Unix time, ns: when the next one is due
+	window    int64  // its length, ns; it ends before that where the length changes
+	label     []byte // start, RFC 3339
+	before    int64  // start of the epoch before it, or of the window before; Unix time, ns
+	complete  bool   // opened at its start, from the epoch before
+	recovered bool   // counted by an earlier process
 
 	// inexact is set by whoever learns that ids of the epoch may be lost, and
 	// read when its count is final.
 	inexact atomic.Bool
 
 	// Set, by the one who turns the epoch, before the closer sees it.
-	cut bool  // ended before its time, or nobody was there at its end
-	gap int64 // the start of the next one opened, if there are epochs between; Unix time, ns
+	interrupted bool  // ended before its time, or nobody was there at its end
+	gap         int64 // the start of the next one opened, if there are epochs between; Unix time, ns
 
 	// State is what the Store returned from Open: set before the first request can enter,
 	// and nil again once it is retired.

@@ -20,8 +20,8 @@ func TestStripesShareNoCacheLine(t *testing.T) {
 }
 
 func TestLeaveCountsItsOutcome(t *testing.T) {
-	l := &ledger{t: t}
-	c, err := New(Config{Window: time.Hour, Store: l, Publish: l})
+	l := &recorder{t: t}
+	c, err := New(Config{Window: time.Hour, Store: l, Publisher: l})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,8 +52,8 @@ func TestLeaveCountsItsOutcome(t *testing.T) {
 // TestManyRequestsInOneStripeAreAllWaitedFor has more requests in flight with
 // one hint than 16 bits can count.
 func TestManyRequestsInOneStripeAreAllWaitedFor(t *testing.T) {
-	l := &ledger{t: t}
-	c, err := New(Config{Window: time.Hour, Store: l, Publish: l})
+	l := &recorder{t: t}
+	c, err := New(Config{Window: time.Hour, Store: l, Publisher: l})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,8 +80,8 @@ func TestEnterAndLeaveAllocateNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
 	}
-	l := &ledger{t: t}
-	c, err := New(Config{Window: time.Hour, Store: l, Publish: l})
+	l := &recorder{t: t}
+	c, err := New(Config{Window: time.Hour, Store: l, Publisher: l})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,8 +107,8 @@ func TestTurnAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
 	}
-	l := &ledger{t: t}
-	c, err := New(Config{Window: time.Hour, Store: nothing{}, Publish: l})
+	l := &recorder{t: t}
+	c, err := New(Config{Window: time.Hour, Store: nothing{}, Publisher: l})
 	if err != nil {
 		t.Fatal(err)
 	}

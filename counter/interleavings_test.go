@@ -48,7 +48,7 @@ func (s *scene) Publish(_ context.Context, c Count) error {
 func newScene() *scene {
 	s := new(scene)
 	start := time.Unix(1000, 0)
-	c, err := New(Config{Window: time.Second, Store: s, Publish: s,
+	c, err := New(Config{Window: time.Second, Store: s, Publisher: s,
 		clocks: func() reading { return reading{wall: start.UnixNano()} }})
 	if err != nil {
 		panic(err)

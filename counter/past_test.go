@@ -8,7 +8,7 @@ import (
 
 // pastLedger is a ledger that begins where another process ended.
 type pastLedger struct {
-	*ledger
+	*recorder
 	inexact bool // what Open finds
 	retired []string
 }
@@ -50,8 +50,8 @@ func TestFirstEpochGoesOnFromThePast(t *testing.T) {
 			{"another window, over", Past{Serial: 7, Start: now.Add(-time.Second), Window: time.Second, Over: true}, now.Add(-time.Second), now, 8},
 			{"a later epoch was published", Past{Serial: 7, Start: now, Window: minute}, now.Add(minute), now.Add(minute), 8},
 		} {
-			l := &pastLedger{ledger: &ledger{t: t}}
-			c, err := New(Config{Window: minute, Store: l, Publish: l, NotBefore: tt.notBefore, Past: tt.past})
+			l := &pastLedger{recorder: &recorder{t: t}}
+			c, err := New(Config{Window: minute, Store: l, Publisher: l, NotBefore: tt.notBefore, Past: tt.past})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -74,17 +74,17 @@ func TestLeftCountsArePublishedFirst(t *testing.T) {
 		now := time.Now()
 		for _, tt := range []struct {
 			name string
-			last Left
+			last Recovered
 			want string
 		}{
-			{"the present epoch goes on", Left{Serial: 7, Start: now, Window: time.Minute, Unique: 4, Exact: true}, "-2:5-? -1:0- 0:4- 0:1-?"},
-			{"and had nothing new", Left{Serial: 7, Start: now, Window: time.Minute, Exact: true}, "-2:5-? -1:0- 0:1-?"},
+			{"the present epoch goes on", Recovered{Serial: 7, Start: now, Window: time.Minute, Unique: 4, Exact: true}, "-2:5-? -1:0- 0:4- 0:1-?"},
+			{"and had nothing new", Recovered{Serial: 7, Start: now, Window: time.Minute, Exact: true}, "-2:5-? -1:0- 0:1-?"},
 		} {
-			l := &pastLedger{ledger: &ledger{t: t, fault: func(Count) (error, bool) { return nil, true }}, inexact: true}
+			l := &pastLedger{recorder: &recorder{t: t, fault: func(Count) (error, bool) { return nil, true }}, inexact: true}
 			left := retire(func() { l.retired = append(l.retired, "left") })
 			tt.last.State = left
-			c, err := New(Config{Window: time.Minute, Store: l, Publish: l, Past: Past{
-				Left: []Left{
+			c, err := New(Config{Window: time.Minute, Store: l, Publisher: l, Past: Past{
+				Recovered: []Recovered{
 					{Serial: 5, Start: now.Add(-2 * time.Minute), Window: time.Minute, Unique: 5, State: left},
 					{Serial: 6, Start: now.Add(-time.Minute), Window: time.Minute, Exact: true, State: left},
 					tt.last,
@@ -120,11 +120,11 @@ func TestLeftCountsArePublishedFirst(t *testing.T) {
 // TestLeftCountsKeepTheirWindow where this process has another.
 func TestLeftCountsKeepTheirWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := &pastLedger{ledger: &ledger{t: t}}
+		l := &pastLedger{recorder: &recorder{t: t}}
 		start := time.Now().Add(-90 * time.Second)
-		c, err := New(Config{Window: time.Hour, Store: l, Publish: l, Past: Past{
-			Left:   []Left{{Serial: 3, Start: start, Window: 30 * time.Second, Unique: 2, Exact: true}},
-			Serial: 3, Start: start, Window: 30 * time.Second, Over: true,
+		c, err := New(Config{Window: time.Hour, Store: l, Publisher: l, Past: Past{
+			Recovered: []Recovered{{Serial: 3, Start: start, Window: 30 * time.Second, Unique: 2, Exact: true}},
+			Serial:    3, Start: start, Window: 30 * time.Second, Over: true,
 		}})
 		if err != nil {
 			t.Fatal(err)

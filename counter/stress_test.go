@@ -27,8 +27,8 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			const writers = 4
-			l := &ledger{t: t}
-			c, err := New(Config{Window: MinWindow, Store: l, Publish: l})
+			l := &recorder{t: t}
+			c, err := New(Config{Window: MinWindow, Store: l, Publisher: l})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -143,8 +143,8 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 	const writers = 6
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(writers + 4))
-	l := &ledger{t: t}
-	c, err := New(Config{Window: MaxWindow, Store: l, Publish: l})
+	l := &recorder{t: t}
+	c, err := New(Config{Window: MaxWindow, Store: l, Publisher: l})
 	if err != nil {
 		t.Fatal(err)
 	}

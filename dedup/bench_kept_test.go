@@ -72,7 +72,7 @@ func BenchmarkStart(b *testing.B) {
 	for _, ids := range []int{0, 1_000_000, 10_000_000, 46_000_000} {
 		b.Run(strconv.Itoa(ids), func(b *testing.B) {
 			cfg := Config{Expect: 46_600_000, Dir: filepath.Join(b.TempDir(), "epochs")}
-			l := newLedger(b)
+			l := newFakeSpool(b)
 			p := live(b, cfg, counter.MaxWindow, l)
 			var group sync.WaitGroup
 			for w := range 2 {
@@ -96,7 +96,7 @@ func BenchmarkStart(b *testing.B) {
 					b.Fatal(err)
 				}
 				past := m.Past(l.published())
-				slots, found = m.Stats().Slots, past.Left[0].Unique
+				slots, found = m.Stats().Slots, past.Recovered[0].Unique
 				if past.Over {
 					b.Fatal("the hour is over: nothing is put back")
 				}

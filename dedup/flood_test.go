@@ -90,7 +90,7 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	c, err := counter.New(counter.Config{Window: counter.MaxWindow, Store: m, Publish: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: counter.MaxWindow, Store: m, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -159,7 +159,7 @@ func (k *keptScene) total(next *successor, serial uint64, answered, brought int)
 		sum = k.published.Load() - 1
 	}
 	left := false
-	for _, l := range next.past.Left {
+	for _, l := range next.past.Recovered {
 		if l.Serial == serial {
 			sum += l.Unique
 			left = true

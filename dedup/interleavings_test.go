@@ -50,7 +50,7 @@ func newScene(cfg Config, serial uint64, n int) *scene {
 	}
 	s := &scene{m: m}
 	past := counter.Past{Serial: serial - 1, Start: time.Unix(3600, 0), Window: time.Second, Over: true}
-	c, err := counter.New(counter.Config{Window: time.Second, Store: m, Publish: s, Past: past})
+	c, err := counter.New(counter.Config{Window: time.Second, Store: m, Publisher: s, Past: past})
 	if err != nil {
 		panic(err)
 	}
@@ -282,7 +282,7 @@ func (s *scene) after(n int) *scene {
 	m.mu.Unlock()
 	past := counter.Past{Serial: m.serial, Start: time.Unix(3600, 0), Window: time.Second, Over: true}
 	next := &scene{m: m}
-	c, err := counter.New(counter.Config{Window: time.Second, Store: m, Publish: next, Past: past})
+	c, err := counter.New(counter.Config{Window: time.Second, Store: m, Publisher: next, Past: past})
 	if err != nil {
 		panic(err)
 	}

@@ -77,7 +77,7 @@ type journal struct {
 	counts    map[uint64]load   // records by serial
 	keyed     map[uint64]*keyed // of the epochs that are needed: by key
 	aside     bool              // a damaged directory was replaced
-	cut       bool              // power was lost since
+	powerLost bool              // power was lost since
 	resumable bool              // the newest epoch goes on: its ids are in the tables
 	first     firstEpoch
 }
@@ -175,11 +175,11 @@ type known struct {
 
 // firstEpoch is what the first epoch of this process goes on from.
 type firstEpoch struct {
-	told              bool                // by Past
+	pastRead          bool                // by Past
 	logged, published uint64              // if it is the newest one
 	serial            uint64              // of the newest one, once it goes on
 	load              load                // what it had
-	start             time.Time           // the last window that has records, or will have when Past.Left is published
+	start             time.Time           // the last window that has records, or will have when Past.Recovered is published
 	sum               uint64              // of those records
 	others            []counter.Published // of other publishers: the same
 	settled           bool                // of the newest one nothing is missing, but it was not ended
@@ -445,7 +445,7 @@ func (j *journal) load(have map[int]bool) (err error) {
 			j.ready = append(j.ready, s)
 		}
 	}
-	j.cut = j.lost(&j.newest) && !j.newest.synced
+	j.powerLost = j.lost(&j.newest) && !j.newest.synced
 	return nil
 }
 
@@ -626,7 +626,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	first := j.counts != nil
-	goesOn := first && j.resumable && j.first.told && e.Serial() == j.newest.serial
+	goesOn := first && j.resumable && j.first.pastRead && e.Serial() == j.newest.serial
 	if broken := j.broken.Load(); broken != nil { // meanwhile, and may be closed
 		if goesOn {
 			of = j.newest.of()
@@ -683,19 +683,19 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	if goesOn {
 		o.generation = j.newest.generation + 1
 		o.logged, o.published = j.first.logged, j.first.published
-		o.inexact = o.inexact || j.newest.inexact || j.cut
+		o.inexact = o.inexact || j.newest.inexact || j.powerLost
 		o.follows = j.newest.follows
 		return o
 	}
 	o.follows = o.serial == j.newest.serial+1 && o.number == j.newest.number+1 && o.window == j.newest.window
 	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }
-	if j.first.told && recorded(counter.Published{Last: j.first.start}) {
+	if j.first.pastRead && recorded(counter.Published{Last: j.first.start}) {
 		o.published = j.first.sum
 		o.inexact = true // its ids are gone: the records say that it had some
 	}
 	if first {
 		o.inexact = o.inexact || j.aside || slices.ContainsFunc(j.first.others, recorded) ||
-			j.cut && e.Start().Before(j.bootAt())
+			j.powerLost && e.Start().Before(j.bootAt())
 	}
 	return o
 }

@@ -29,9 +29,9 @@ import (
 	"verve/internal/testproc"
 )
 
-// ledger stands for the spool: what it has been given outlives the lives of a
+// fakeSpool stands for the spool: what it has been given outlives the lives of a
 // test.
-type ledger struct {
+type fakeSpool struct {
 	t    testing.TB
 	last time.Time
 	sum  uint64            // of the records of last
@@ -52,9 +52,11 @@ type ledger struct {
 	allowed      int
 }
 
-func newLedger(t testing.TB) *ledger { return &ledger{t: t, records: map[int64][]counter.Count{}} }
+func newFakeSpool(t testing.TB) *fakeSpool {
+	return &fakeSpool{t: t, records: map[int64][]counter.Count{}}
+}
 
-func (l *ledger) Publish(ctx context.Context, c counter.Count) error {
+func (l *fakeSpool) Publish(ctx context.Context, c counter.Count) error {
 	l.mu.Lock()
 	block, after := l.block && l.allowed == 0, l.after
 	l.allowed = max(0, l.allowed-1)
@@ -89,7 +91,7 @@ func (l *ledger) Publish(ctx context.Context, c counter.Count) error {
 }
 
 // published is what Past asks for.
-func (l *ledger) published() map[string]counter.Published {
+func (l *fakeSpool) published() map[string]counter.Published {
 	all := maps.Clone(l.others)
 	if all == nil {
 		all = map[string]counter.Published{}
@@ -105,7 +107,7 @@ func (l *ledger) published() map[string]counter.Published {
 }
 
 // rename makes the next records those of another publisher.
-func (l *ledger) rename(name string) {
+func (l *fakeSpool) rename(name string) {
 	l.others = l.published()
 	l.name = name
 	l.last, l.sum, l.keys = l.others[name].Last, l.others[name].Unique, map[string]uint64{}
@@ -115,7 +117,7 @@ func (l *ledger) rename(name string) {
 	delete(l.others, name)
 }
 
-func (l *ledger) total(start time.Time) (sum uint64, records int, exact bool) {
+func (l *fakeSpool) total(start time.Time) (sum uint64, records int, exact bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	exact = true
@@ -136,7 +138,7 @@ type life struct {
 	adds  int
 }
 
-func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
+func live(t testing.TB, cfg Config, window time.Duration, l *fakeSpool) *life {
 	t.Helper()
 	m, err := NewMemory(cfg)
 	if err != nil {
@@ -145,7 +147,7 @@ func live(t testing.TB, cfg Config, window time.Duration, l *ledger) *life {
 	if l.topic != nil {
 		l.topic.open(l.last, l.sum)
 	}
-	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: l, NotBefore: counter.LastOf(l.published()), Past: m.Past(l.published())})
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publisher: l, NotBefore: counter.LastOf(l.published()), Past: m.Past(l.published())})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -321,7 +323,7 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 	if seed%32 == 0 {
 		space = 150 // more than a chunk, and in time more than a segment
 	}
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	if seed%topicEvery == 0 {
 		l.topic = newTopic(t, dir)
 		l.topic.patience = window
@@ -523,7 +525,7 @@ func TestEveryStepOfASlotLeavesTheOldOrTheNew(t *testing.T) {
 			sum  uint64
 		}
 		var copies []copied
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		cfg := small(dir)
 		cfg.step = func() {
 			to := filepath.Join(dir, fmt.Sprint("copy", len(copies)))
@@ -560,7 +562,7 @@ func TestEveryStepOfASlotLeavesTheOldOrTheNew(t *testing.T) {
 			t.Fatalf("only %d copies", len(copies))
 		}
 		for i, c := range copies {
-			l := newLedger(t)
+			l := newFakeSpool(t)
 			l.last, l.sum = c.last, c.sum
 			cfg := small(dir)
 			cfg.Dir = c.dir
@@ -602,9 +604,9 @@ func copyDir(t testing.TB, from, to string) {
 
 // killed makes a directory that a kill left in mid-window, with ids 0 to n-1 and
 // as many texts, and returns the ledger that goes with it.
-func killed(t testing.TB, dir string, n int) *ledger {
+func killed(t testing.TB, dir string, n int) *fakeSpool {
 	t.Helper()
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	p := live(t, small(dir), time.Hour, l)
 	for i := range n {
 		p.want(time.Now(), strconv.Itoa(i), Unique)
@@ -638,7 +640,7 @@ func TestDamageIsSetAsideAndSaid(t *testing.T) {
 					t.Errorf("%s: set aside without a reason", name)
 				}
 			}
-			l := newLedger(t)
+			l := newFakeSpool(t)
 			p := live(t, cfg, time.Hour, l)
 			want := Repeat
 			if aside != "" {
@@ -841,7 +843,7 @@ func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
 	if err := os.WriteFile(stuffing, make([]byte, 238<<10), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	repaired := 0
 	cfg := small(dir)
 	cfg.OnRepair = func() { repaired++ }
@@ -905,7 +907,7 @@ func TestFileCutShortUnderTheProcessIsAnError(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				dir := t.TempDir()
-				l := newLedger(t)
+				l := newFakeSpool(t)
 				cfg := small(dir)
 				failures := 0
 				cfg.OnFailure = func(err error) {
@@ -960,7 +962,7 @@ func TestLossOfPowerIsSaid(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				dir := t.TempDir()
-				l := newLedger(t)
+				l := newFakeSpool(t)
 				cfg := small(dir)
 				cfg.boot = 1
 				p := live(t, cfg, time.Hour, l)
@@ -1017,7 +1019,7 @@ func TestLossOfPowerIsSaid(t *testing.T) {
 // got. They are nobody's: not of the next epoch that has its serial either.
 func TestSlotLostWithThePower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		cfg := small(t.TempDir())
 		cfg.boot = 1
 		p := live(t, cfg, time.Minute, l)
@@ -1065,7 +1067,7 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, exact := range []bool{false, true} { // of this window, and of the next
-			p := live(t, cfg, time.Hour, newLedger(t))
+			p := live(t, cfg, time.Hour, newFakeSpool(t))
 			if got := p.c.Last().Exact(); got != exact {
 				t.Errorf("exact is %t, want %t", got, exact)
 			}
@@ -1082,7 +1084,7 @@ func TestOtherWindowGoesOnFromTheLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
 		dir := t.TempDir()
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		lengths := []time.Duration{time.Minute, time.Hour, time.Second, time.Minute, time.Hour, time.Minute}
 		var newest counter.Span
 		went := 0
@@ -1127,7 +1129,7 @@ func TestOtherWindowGoesOnFromTheLast(t *testing.T) {
 func TestEpochsThatCannotBePublishedAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		l.block = true
 		p := live(t, small(dir), time.Minute, l)
 		var sum uint64
@@ -1173,7 +1175,7 @@ func TestWaitingEpochsKeepTheirIds(t *testing.T) {
 		base := time.Now()
 		cfg := small(t.TempDir())
 		cfg.segmentChunks = 2 // a chunk each
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		for allowed := range 4 { // the publisher takes so many records and hangs
 			l.block, l.allowed = true, allowed
 			p := live(t, cfg, time.Minute, l)
@@ -1213,7 +1215,7 @@ func TestFilesStayAsLargeAsTheEpochs(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		p := live(t, small(dir), time.Minute, l)
 		var most, last uint64
 		for n := range 60 {
@@ -1252,7 +1254,7 @@ func TestMaxIDsHoldsOverRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, maxIDs := range []int{20, 2 * tightBelow} {
 			dir := t.TempDir()
-			l := newLedger(t)
+			l := newFakeSpool(t)
 			cfg := small(dir)
 			cfg.MaxIDs = uint64(maxIDs)
 			for n := range 4 {
@@ -1280,7 +1282,7 @@ func TestMaxIDsHoldsOverRestarts(t *testing.T) {
 func TestIdsThatDoNotFitAreRefusedNotForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		const ids = 200_000
 		cfg := small(dir)
 		p := live(t, cfg, time.Minute, l)
@@ -1509,7 +1511,7 @@ func liveUntilKilled(dir string) {
 	check(err)
 	f, err := os.OpenFile(filepath.Join(dir, "records"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	check(err)
-	c, err := counter.New(counter.Config{Window: window, Store: m, Publish: recordsFile{f}, NotBefore: lastStart, Past: m.Past(map[string]counter.Published{"": {Last: lastStart, Unique: uint64(sum)}})})
+	c, err := counter.New(counter.Config{Window: window, Store: m, Publisher: recordsFile{f}, NotBefore: lastStart, Past: m.Past(map[string]counter.Published{"": {Last: lastStart, Unique: uint64(sum)}})})
 	check(err)
 	var running sync.WaitGroup
 	ctx, stop := context.WithCancel(context.Background())

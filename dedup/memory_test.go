@@ -511,7 +511,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -617,7 +617,7 @@ func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -670,7 +670,7 @@ func TestOpenAllocatesNothing(t *testing.T) {
 	}
 	m := newMemory(t, Config{})
 	es := make([]*counter.Epoch, 0, 64)
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publish: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -737,7 +737,7 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 	for _, first := range []int{halfLap, halfLap + 1, lap, 2*lap + 7} {
 		m := newMemory(t, Config{CleanupBatch: 1})
 		var es []*counter.Epoch
-		c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publish: epochtest.Nobody{}})
+		c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
 		if err != nil {
 			t.Fatal(err)
 		}

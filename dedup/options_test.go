@@ -51,7 +51,7 @@ func addOptions(m *Memory, e *counter.Epoch, id, under, token string) (Verdict, 
 // optionsModel says what each id with options is to be answered.
 type optionsModel struct {
 	t       *testing.T
-	ledger  *ledger
+	ledger  *fakeSpool
 	tokens  map[int64]map[[2]string]string // by the start of the window, id and key: the token that it was counted with
 	answers map[int64]map[string]uint64    // ids that were new, by window and key
 }
@@ -113,7 +113,7 @@ func TestTokensAndKeysAgreeWithAModel(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			const window = time.Minute
 			rng := rand.New(rand.NewPCG(seed, 18))
-			l := newLedger(t)
+			l := newFakeSpool(t)
 			model := &optionsModel{t: t, ledger: l, tokens: map[int64]map[[2]string]string{}, answers: map[int64]map[string]uint64{}}
 			cfg := small(t.TempDir())
 			cfg.Publisher = "a"
@@ -247,12 +247,12 @@ func TestWordsThatSpilledAreFound(t *testing.T) {
 // TestTooManyKeysAreFull: ids under further keys are refused, and nothing else is; the
 // journal does not grow by them.
 func TestTooManyKeysAreFull(t *testing.T) {
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	m, err := NewMemory(Config{Dir: t.TempDir() + "/epochs"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publish: l, Past: m.Past(nil), MaxKeys: 3})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publisher: l, Past: m.Past(nil), MaxKeys: 3})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -400,7 +400,7 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := newLedger(t)
+				l := newFakeSpool(t)
 				cfg := small(t.TempDir())
 				p := live(t, cfg, time.Minute, l)
 				for _, id := range []string{"1", "2"} {
@@ -415,7 +415,7 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer abandon(m)
-				left := m.Past(map[string]counter.Published{"": tt.published(start)}).Left
+				left := m.Past(map[string]counter.Published{"": tt.published(start)}).Recovered
 				if len(left) != 1 || left[0].Exact != tt.exact || len(left[0].Keys) != tt.keys {
 					t.Errorf("got %+v; want exact %t and %d keys", left, tt.exact, tt.keys)
 				}
@@ -431,7 +431,7 @@ func TestTokensServeAfterAChangeOfWindow(t *testing.T) {
 		before, after, sleep time.Duration
 	}{{5 * time.Second, time.Second, 2 * time.Second}, {5 * time.Second, time.Second, 0}, {time.Second, 2 * time.Second, 1500 * time.Millisecond}} {
 		synctest.Test(t, func(t *testing.T) {
-			l := newLedger(t)
+			l := newFakeSpool(t)
 			cfg := small(t.TempDir())
 			p := live(t, cfg, tt.before, l)
 			v, counted, err := p.with(time.Now(), "1", "", "a token")

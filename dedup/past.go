@@ -39,7 +39,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 	}
 	byKey := keysOf(published)
 	own := by[j.publisher]
-	j.first.told = true
+	j.first.pastRead = true
 	j.first.start, j.first.sum = own.Last, own.Unique
 	j.recreate()
 	past := counter.Past{Serial: j.newest.serial}
@@ -51,7 +51,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 		r := j.remainder(&o, its)
 		r.count(j.keyed[o.serial], byKey[o.number*int64(o.window)])
 		if r.lost {
-			past.Lost = append(past.Lost, counter.Left{Start: o.start(), Window: o.window, Unique: r.unpublished, Exact: !r.doubtful})
+			past.Lost = append(past.Lost, counter.Recovered{Start: o.start(), Window: o.window, Unique: r.unpublished, Exact: !r.doubtful})
 		}
 		if o.publisher != j.publisher && !r.settled {
 			j.adopt(&o, r.have-r.missing, j.sumOf(&o), r.doubtful)
@@ -68,9 +68,9 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 		case r.settled:
 			j.end(o.of())
 		default:
-			past.Left = append(past.Left, counter.Left{
+			past.Recovered = append(past.Recovered, counter.Recovered{
 				Serial: o.serial, Start: o.start(), Window: o.window, Unique: r.missing, Keys: r.keys, NoKeys: r.keysLost,
-				Exact: !r.doubtful, State: leftEpoch{j, o.of()},
+				Exact: !r.doubtful, State: recoveredEpoch{j, o.of()},
 			})
 			j.first.sum = j.sumOf(&o) + r.missing
 			j.first.start = o.start()
@@ -79,14 +79,14 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 	return past
 }
 
-// leftEpoch is the State of an epoch that an earlier process counted.
-type leftEpoch struct {
+// recoveredEpoch is the State of an epoch that an earlier process counted.
+type recoveredEpoch struct {
 	in *journal
 	of slotOf
 }
 
 // Retire implements counter.State.
-func (l leftEpoch) Retire() { l.in.end(l.of) }
+func (l recoveredEpoch) Retire() { l.in.end(l.of) }
 
 // remainder is what an epoch still needs.
 type remainder struct {
@@ -213,7 +213,7 @@ func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 // the end of the last one that has a slot.
 func (j *journal) recreate() {
 	last := j.newest
-	if !j.cut {
+	if !j.powerLost {
 		return
 	}
 	j.mu.Lock()
@@ -241,10 +241,10 @@ func (j *journal) recreate() {
 // however busy that is.
 const slotLate = 2 * time.Second
 
-// PublishLeft publishes what earlier processes have left in cfg.Dir, for a process
+// PublishRecovered publishes what earlier processes have left in cfg.Dir, for a process
 // that does not keep its ids there. Without a directory it does nothing. A window
 // that is still running can go on there, with its ids, in a later process.
-func PublishLeft(cfg Config, published map[string]counter.Published, publish func(counter.Count) error) error {
+func PublishRecovered(cfg Config, published map[string]counter.Published, publish func(counter.Count) error) error {
 	if cfg.Dir == "" || (&journal{dir: cfg.Dir}).isNew() {
 		return nil
 	}
@@ -253,7 +253,7 @@ func PublishLeft(cfg Config, published map[string]counter.Published, publish fun
 		return err
 	}
 	defer m.journal.close(true) // what it says of the disk is in broken
-	for _, l := range m.Past(published).Left {
+	for _, l := range m.Past(published).Recovered {
 		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, Keys: l.Keys, SealedAt: time.Now().UTC()}); err != nil {
 			return err
 		}

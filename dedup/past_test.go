@@ -18,7 +18,7 @@ import (
 func TestLeftCountsArePublishedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		p := live(t, cfg, time.Hour, l)
 		start := p.c.Last().Start()
 		for i := range 10 {
@@ -26,7 +26,7 @@ func TestLeftCountsArePublishedOnce(t *testing.T) {
 		}
 		p.kill()
 		for range 2 {
-			if err := PublishLeft(cfg, l.published(), func(c counter.Count) error { return l.Publish(context.Background(), c) }); err != nil {
+			if err := PublishRecovered(cfg, l.published(), func(c counter.Count) error { return l.Publish(context.Background(), c) }); err != nil {
 				t.Fatal(err)
 			}
 			if sum, records, exact := l.total(start); sum != 10 || records != 1 || !exact {
@@ -41,7 +41,7 @@ func TestLeftCountsArePublishedOnce(t *testing.T) {
 			t.Errorf("the records add up to %d, exact %t; want 11", sum, exact)
 		}
 		none := Config{Dir: cfg.Dir + "-missing"}
-		if err := PublishLeft(none, nil, nil); err != nil {
+		if err := PublishRecovered(none, nil, nil); err != nil {
 			t.Errorf("no directory: %v", err)
 		}
 	})
@@ -52,7 +52,7 @@ func TestLeftCountsArePublishedOnce(t *testing.T) {
 func TestOtherPublisherWithinAWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		as := func(name string) *life {
 			cfg.Publisher = name
 			l.rename(name)
@@ -87,7 +87,7 @@ func TestOtherPublisherWithinAWindow(t *testing.T) {
 func TestWindowsOfAnotherNameAreBehindThose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		as := func(name string, window time.Duration) *life {
 			cfg.Publisher = name
 			l.rename(name)
@@ -124,7 +124,7 @@ func TestWindowWithoutARecordIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())
 		cfg.Publisher = "verve/b"
-		p := live(t, cfg, 3*time.Second, newLedger(t))
+		p := live(t, cfg, 3*time.Second, newFakeSpool(t))
 		p.want(time.Now(), "1", Unique)
 		start := p.c.Last().Start()
 		p.kill()
@@ -135,8 +135,8 @@ func TestWindowWithoutARecordIsSaid(t *testing.T) {
 			t.Fatal(err)
 		}
 		past := m.Past(map[string]counter.Published{"verve/a": {Last: start.Add(700 * time.Millisecond), Unique: 3}})
-		if len(past.Left) != 0 || len(past.Lost) != 1 || !past.Lost[0].Start.Equal(start) || past.Lost[0].Unique != 1 {
-			t.Errorf("left %v, lost %v; want the window of %v with one id to be lost", past.Left, past.Lost, start)
+		if len(past.Recovered) != 0 || len(past.Lost) != 1 || !past.Lost[0].Start.Equal(start) || past.Lost[0].Unique != 1 {
+			t.Errorf("left %v, lost %v; want the window of %v with one id to be lost", past.Recovered, past.Lost, start)
 		}
 		abandon(m)
 	})

@@ -75,7 +75,7 @@ func TestPowerLostRightAfterAStart(t *testing.T) {
 }
 
 func powerLostAfterStart(t *testing.T, restarted bool) {
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	cfg := small(t.TempDir())
 	disk := &platter{t: t, dir: cfg.Dir, files: map[string][]byte{}}
 	cfg.boot, cfg.bootAt, cfg.msync = 1, time.Now, disk.msync
@@ -114,7 +114,7 @@ func TestDiskThatFailedInARecordedWindow(t *testing.T) {
 }
 
 func diskFailedInRecordedWindow(t *testing.T, within bool) {
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	cfg := small(t.TempDir())
 	fails := false
 	cfg.msync = func(_ string, b []byte) error {
@@ -316,7 +316,7 @@ type powerRun struct {
 	rnd    *rand.Rand
 	cfg    Config
 	disk   *platter
-	ledger *ledger
+	ledger *fakeSpool
 	p      *life
 	window time.Duration
 	booted time.Time
@@ -329,7 +329,7 @@ type powerRun struct {
 
 func powerSchedule(t *testing.T, seed uint64, dir string) []string {
 	rnd := rand.New(rand.NewPCG(seed, 99))
-	r := &powerRun{t: t, rnd: rnd, ledger: newLedger(t), model: map[counter.Span]*powerWindow{}}
+	r := &powerRun{t: t, rnd: rnd, ledger: newFakeSpool(t), model: map[counter.Span]*powerWindow{}}
 	r.trace = func(string, ...any) {}
 	if os.Getenv("VERVE_TEST_SCHEDULE") != "" {
 		r.trace = func(format string, args ...any) {

@@ -133,7 +133,7 @@ func (j *journal) renewed(first bool) error {
 		return fmt.Errorf("%s has epochs of another process", j.dir)
 	}
 	if !first {
-		j.counts, j.aside, j.cut = nil, false, false
+		j.counts, j.aside, j.powerLost = nil, false, false
 	}
 	if err := j.extend(); !errors.Is(err, ErrFull) {
 		return err

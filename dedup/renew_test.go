@@ -73,7 +73,7 @@ func TestFailedJournalIsReplaced(t *testing.T) {
 				dir := t.TempDir()
 				cfg := d.config(filepath.Join(dir, "data"))
 				base := time.Now()
-				l := newLedger(t)
+				l := newFakeSpool(t)
 				p := live(t, cfg, time.Minute, l)
 				p.keep()
 				for i := range 100 {
@@ -147,7 +147,7 @@ func TestFailedAgainIsReplacedAgain(t *testing.T) {
 		var d disk
 		cfg := d.config(t.TempDir())
 		base := time.Now()
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		p := live(t, cfg, time.Minute, l)
 		p.keep()
 		want := map[int]uint64{}
@@ -191,7 +191,7 @@ func TestKillAfterAFailureIsNotExact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var d disk
 		cfg := d.config(t.TempDir())
-		l := newLedger(t)
+		l := newFakeSpool(t)
 		p := live(t, cfg, time.Minute, l)
 		p.keep()
 		p.want(time.Now(), "1", Unique)
@@ -231,7 +231,7 @@ func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
 			}
 			return syncMapped(b)
 		}
-		p := live(t, cfg, time.Minute, newLedger(t))
+		p := live(t, cfg, time.Minute, newFakeSpool(t))
 		j = p.m.journal
 		for i := range 20_000 {
 			p.want(time.Now(), strconv.Itoa(i), Unique)
@@ -276,7 +276,7 @@ func TestLargeTablesAreRecalledWhole(t *testing.T) {
 			if raceEnabled {
 				ids = 4000
 			}
-			l := newLedger(t)
+			l := newFakeSpool(t)
 			p := live(t, cfg, time.Hour, l)
 			for i := range ids {
 				p.want(time.Now(), strconv.Itoa(i), Unique)
@@ -309,7 +309,7 @@ func TestSortingLeavesRoomForTheIds(t *testing.T) {
 	}
 	const ids, expect = 550_000, 200_000
 	cfg := Config{Dir: filepath.Join(t.TempDir(), "epochs"), Heap: raceEnabled, Expect: expect}
-	l := newLedger(t)
+	l := newFakeSpool(t)
 	p := live(t, cfg, counter.MaxWindow, l)
 	now := p.c.Last().Start()
 	for i := range ids {
@@ -330,7 +330,7 @@ func TestFaultWhileRecallingIsAnError(t *testing.T) {
 	for _, expect := range []uint64{0, 1_000_000} { // as they came, and sorted
 		cfg := small(t.TempDir())
 		cfg.Expect = expect
-		p := live(t, cfg, time.Hour, newLedger(t))
+		p := live(t, cfg, time.Hour, newFakeSpool(t))
 		for i := range 100 {
 			p.want(time.Now(), strconv.Itoa(i), Unique)
 		}
@@ -377,7 +377,7 @@ func TestSegmentThatCannotBeMadeRefusesIds(t *testing.T) {
 	dir := t.TempDir()
 	cfg := small(dir)
 	cfg.segmentChunks = 2
-	p := live(t, cfg, time.Hour, newLedger(t))
+	p := live(t, cfg, time.Hour, newFakeSpool(t))
 	if err := os.Rename(cfg.Dir, cfg.Dir+".away"); err != nil {
 		t.Fatal(err)
 	}

@@ -63,8 +63,8 @@ func firstIDs() (ids []string) {
 }
 
 // firstLedger has the records of minute 1, which begins at start.
-func firstLedger(t *testing.T, left string, start time.Time) *ledger {
-	l := newLedger(t)
+func firstLedger(t *testing.T, left string, start time.Time) *fakeSpool {
+	l := newFakeSpool(t)
 	l.name, l.last, l.sum = "group/instance", start, 210
 	if left == "stopped" {
 		l.sum = 220
@@ -154,7 +154,7 @@ func TestPublisherOfTheFirstVersionIsThisOne(t *testing.T) {
 		start := time.Unix(0, m.journal.newest.number*int64(time.Minute))
 		past := m.Past(map[string]counter.Published{cfg.Publisher: {Last: start, Unique: tt.sum}})
 		var left uint64
-		for _, l := range past.Left {
+		for _, l := range past.Recovered {
 			left += l.Unique
 		}
 		if left != tt.left || len(past.Lost) > 0 {
@@ -254,8 +254,8 @@ func TestOrderlyStopOfTheFirstVersionIsKnown(t *testing.T) {
 	}
 	start := time.Unix(0, m.journal.newest.number*int64(time.Minute))
 	past := m.Past(map[string]counter.Published{"group/instance": {Last: start, Unique: 220}})
-	if len(past.Left)+len(past.Lost) > 0 || m.journal.cut {
-		t.Errorf("got %v left, %v lost, power lost %t; want nothing", past.Left, past.Lost, m.journal.cut)
+	if len(past.Recovered)+len(past.Lost) > 0 || m.journal.powerLost {
+		t.Errorf("got %v left, %v lost, power lost %t; want nothing", past.Recovered, past.Lost, m.journal.powerLost)
 	}
 	if err := m.Close(); err != nil {
 		t.Error(err)

@@ -235,8 +235,11 @@ func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
 		s.sweepOften()
 		stopped := make(chan struct{})
+		var dialled sync.WaitGroup
+		dialled.Add(clients)
 		go func() {
 			defer close(stopped)
+			dialled.Wait()
 			for s.ln.waiting.Load() < places || s.cfg.Counter.Stats().Unique < 20*clients {
 				time.Sleep(time.Millisecond)
 			}
@@ -244,6 +247,7 @@ func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
 		}()
 		ok := s.crowd(clients, func(m *member) error {
 			c, r := s.dial()
+			dialled.Done()
 			for {
 				if m.send(c, 32) != nil {
 					return nil

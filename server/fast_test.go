@@ -522,7 +522,7 @@ func TestFastPathGoesOnWhereABatchEnds(t *testing.T) {
 // replaceSet makes set, and a counter for it, those of a site.
 func replaceSet(t testing.TB, c *Config, set *dedup.Memory) {
 	c.Counter.Seal() // that of the other set
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: &published{}})
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publisher: &published{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -109,7 +109,7 @@ type scene struct {
 }
 
 func newScene() *scene {
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: allNew{}, Publish: allNew{}})
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: allNew{}, Publisher: allNew{}})
 	if err != nil {
 		panic(err)
 	}

@@ -79,7 +79,7 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config
 		t.Fatal(err)
 	}
 	s := &site{t: t, addr: ln.Addr().String(), records: &published{}, closed: make(chan error, 1), done: make(chan error, 1)}
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: s.records,
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publisher: s.records,
 		OnClose: func(c counter.Count, _ time.Duration, err error) {
 			if a := s.admin.Load(); a != nil && err == nil {
 				a.WindowClosed(c)

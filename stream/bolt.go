@@ -289,7 +289,7 @@ func (b *boltStore) keys(index uint64) (p packedKeys, err error) {
 
 // putKeys stores the keys of a record and of its series. It makes the file one of the
 // version that has such.
-func putKeys(tx *bolt.Tx, e *entry, identity string, s *series) error {
+func putKeys(tx *bolt.Tx, e *spooled, identity string, s *series) error {
 	if tx.Bucket(bucketRecordKeys) == nil {
 		if len(s.keys) == 0 && len(e.keys) == 0 && !s.keysLost {
 			return nil
@@ -445,7 +445,7 @@ func (b *boltStore) keepInstance(name string) error {
 	})
 }
 
-func (b *boltStore) put(e entry, identity string, s series, beforeCommit func()) error {
+func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func()) error {
 	return b.update(func(tx *bolt.Tx) error {
 		if err := put(tx.Bucket(bucketRecords), beKey(e.index), e.value); err != nil {
 			return err
@@ -475,7 +475,7 @@ func (b *boltStore) put(e entry, identity string, s series, beforeCommit func())
 	})
 }
 
-func (b *boltStore) scan(after, upTo uint64, limit int) (out []entry, err error) {
+func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err error) {
 	err = b.view(func(tx *bolt.Tx) error {
 		c := tx.Bucket(bucketRecords).Cursor()
 		for k, v := c.Seek(beKey(after + 1)); k != nil && len(out) < limit; k, v = c.Next() {
@@ -512,7 +512,7 @@ func (b *boltStore) advance(sink string, to, upTo uint64, removed int) error {
 	})
 }
 
-func (b *boltStore) condemn(e entry, sink, reason string) error {
+func (b *boltStore) condemn(e spooled, sink, reason string) error {
 	return b.update(func(tx *bolt.Tx) error {
 		v := append(append([]byte(reason), '\n'), e.value...)
 		lines := newKeyJSON(&e.record)
@@ -567,18 +567,18 @@ func unsealUint(k, v []byte) (uint64, error) {
 	return binary.BigEndian.Uint64(v), nil
 }
 
-func decodeEntry(k, v []byte) (entry, error) {
+func decodeEntry(k, v []byte) (spooled, error) {
 	if len(k) != 8 {
-		return entry{}, fmt.Errorf("%w: key of %d bytes", errDamaged, len(k))
+		return spooled{}, fmt.Errorf("%w: key of %d bytes", errDamaged, len(k))
 	}
 	index := binary.BigEndian.Uint64(k)
 	value, err := unseal(k, v)
 	if err != nil {
-		return entry{}, err
+		return spooled{}, err
 	}
 	r, err := ParseRecord(value)
 	if err != nil {
-		return entry{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
+		return spooled{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
 	}
-	return entry{index: index, record: r, value: append([]byte(nil), value...)}, nil
+	return spooled{index: index, record: r, value: append([]byte(nil), value...)}, nil
 }

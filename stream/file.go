@@ -101,12 +101,12 @@ type Claims interface {
 // errElsewhere keeps a record in the spool until its writer has reported it.
 var errElsewhere = errors.New("another instance of the group publishes, this record is left to it")
 
-func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
+func (f *fileSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if batch[0].record.Scope == ScopeGroup && f.claims != nil {
 		return f.deliverClaimed(ctx, batch[:1])
 	}
 	// A record of this instance alone is from before it joined a group.
-	if i := slices.IndexFunc(batch, func(e entry) bool { return e.record.Scope == ScopeGroup }); i > 0 && f.claims != nil {
+	if i := slices.IndexFunc(batch, func(e spooled) bool { return e.record.Scope == ScopeGroup }); i > 0 && f.claims != nil {
 		batch = batch[:i]
 	}
 	return f.write(ctx, batch)
@@ -114,7 +114,7 @@ func (f *fileSink) deliver(ctx context.Context, batch []entry) (int, error) {
 
 // deliverClaimed writes the line of one record of a group, if it is this
 // instance's to write.
-func (f *fileSink) deliverClaimed(ctx context.Context, one []entry) (int, error) {
+func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, error) {
 	s := one[0].record.Span()
 	claim, err := f.claims.Claim(ctx, s)
 	if err != nil {
@@ -144,7 +144,7 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []entry) (int, error)
 	return 1, nil
 }
 
-func (f *fileSink) write(ctx context.Context, batch []entry) (int, error) {
+func (f *fileSink) write(ctx context.Context, batch []spooled) (int, error) {
 	if f.stdout != nil {
 		for i := range batch {
 			if err := f.print(ctx, batch[i]); err != nil {
@@ -166,7 +166,7 @@ func (f *fileSink) write(ctx context.Context, batch []entry) (int, error) {
 // print writes a record's line to standard output. A pipe takes it whole or not at
 // all; of what takes a part of it, as a file on a full disk does, the next call
 // writes the rest.
-func (f *fileSink) print(ctx context.Context, e entry) error {
+func (f *fileSink) print(ctx context.Context, e spooled) error {
 	if f.rest == nil || f.restOf != e.index {
 		f.rest, f.restOf = appendLines(nil, &e), e.index
 	}
@@ -207,7 +207,7 @@ func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) 
 	}
 }
 
-func (f *fileSink) append(batch []entry) (err error) {
+func (f *fileSink) append(batch []spooled) (err error) {
 	file, created, err := openToAppend(f.path)
 	if err != nil {
 		return err
@@ -232,7 +232,7 @@ func (f *fileSink) append(batch []entry) (err error) {
 			return err
 		}
 	}
-	batch = slices.DeleteFunc(slices.Clone(batch), func(e entry) bool { return there[string(e.value)] })
+	batch = slices.DeleteFunc(slices.Clone(batch), func(e spooled) bool { return there[string(e.value)] })
 	var lines []byte
 	if regular {
 		if err := f.appendKeys(batch); err != nil {
@@ -266,7 +266,7 @@ func (f *fileSink) append(batch []entry) (err error) {
 }
 
 // appendLines appends the lines by key of a record, and its own.
-func appendLines(b []byte, e *entry) []byte {
+func appendLines(b []byte, e *spooled) []byte {
 	if len(e.keys) > 0 {
 		lines := newKeyJSON(&e.record)
 		for key, unique := range e.keys.all() {
@@ -291,7 +291,7 @@ func openToAppend(path string) (file *os.File, created bool, err error) {
 // the file from its start: that happens once after a kill and takes a fraction
 // of a second per year of minutes, while any shorter rule would be a guess about
 // who else writes there.
-func (f *fileSink) lookup(file *os.File, batch []entry) (map[string]bool, error) {
+func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, error) {
 	want := make(map[string]bool)
 	for i := range batch {
 		if batch[i].index <= f.unsure.Load() {

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-func entries(t *testing.T, from, to int) []entry {
+func entries(t *testing.T, from, to int) []spooled {
 	t.Helper()
-	var out []entry
+	var out []spooled
 	for i := from; i < to; i++ {
 		r := record(i)
 		r.Seq = uint64(i + 1)
@@ -21,12 +21,12 @@ func entries(t *testing.T, from, to int) []entry {
 		if err != nil {
 			t.Fatal(err)
 		}
-		out = append(out, entry{index: r.Seq, record: r, value: b})
+		out = append(out, spooled{index: r.Seq, record: r, value: b})
 	}
 	return out
 }
 
-func deliver(t *testing.T, k sink, batch []entry) {
+func deliver(t *testing.T, k sink, batch []spooled) {
 	t.Helper()
 	if n, err := k.deliver(context.Background(), batch); n != len(batch) || err != nil {
 		t.Fatalf("delivered %d of %d, %v", n, len(batch), err)
@@ -157,7 +157,7 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	deliver(t, newFileSink(path, nil, 0, noStep), all[:1])
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	later := func(batch []entry) {
+	later := func(batch []spooled) {
 		f := newFileSink(path, nil, batch[0].index, noStep)
 		if _, err := f.deliver(ctx, batch); err != nil {
 			t.Error(err)

@@ -345,7 +345,7 @@ func (k *kafkaSink) drop() {
 	k.closing.Go(client.Close)
 }
 
-func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
+func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	identity, scope := batch[0].record.identity(), batch[0].record.Scope
 	for i := range batch {
 		if batch[i].record.identity() != identity || batch[i].record.Scope != scope {
@@ -390,7 +390,7 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []entry) (int, error) {
 // send makes the records of one identity visible. On an error the session is
 // dropped and the outcome open, also where a *poisonError says that the broker
 // refuses one of them.
-func (k *kafkaSink) send(ctx context.Context, batch []entry, identity string, group bool) error {
+func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, group bool) error {
 	if keys := keysOf(batch); keys > k.room {
 		k.room = max(batchKeys, uint64(1)<<bits.Len64(keys))
 	}
@@ -398,7 +398,7 @@ func (k *kafkaSink) send(ctx context.Context, batch []entry, identity string, gr
 		k.drop()
 	}
 	if group && k.session == nil {
-		missing, err := k.look(ctx, batch)
+		missing, err := k.reconcile(ctx, batch)
 		if err == nil && len(missing) == 0 {
 			return nil
 		}
@@ -412,7 +412,7 @@ func (k *kafkaSink) send(ctx context.Context, batch []entry, identity string, gr
 	missing := batch
 	if group || batch[0].index <= k.unsure {
 		var err error
-		if missing, err = k.look(ctx, batch); err != nil {
+		if missing, err = k.reconcile(ctx, batch); err != nil {
 			k.drop()
 			return fmt.Errorf("look for records that are there already: %w", err)
 		}
@@ -443,7 +443,7 @@ func tooLarge(err error) bool {
 }
 
 // keysOf returns how many keys the records of a batch have.
-func keysOf(batch []entry) (n uint64) {
+func keysOf(batch []spooled) (n uint64) {
 	for i := range batch {
 		n += batch[i].record.Keys
 	}
@@ -459,7 +459,7 @@ type present struct {
 	ahead bool   // and those whose window ends in the future
 }
 
-func (p *present) time(e *entry, now time.Time) time.Time {
+func (p *present) time(e *spooled, now time.Time) time.Time {
 	end := e.record.end()
 	if e.index <= p.upTo || p.ahead && end.After(now) {
 		return now
@@ -467,14 +467,14 @@ func (p *present) time(e *entry, now time.Time) time.Time {
 	return end
 }
 
-func (p *present) used(batch []entry, now time.Time) bool {
+func (p *present) used(batch []spooled, now time.Time) bool {
 	return batch[0].index <= p.upTo || p.ahead && batch[len(batch)-1].record.end().After(now)
 }
 
 // widen gives more records of a refused batch the present time: first those that
 // end in the future, then the older half of the rest, so that a few attempts find
 // the first one that the broker takes as it is. False: all of them had it.
-func (p *present) widen(batch []entry, now time.Time) bool {
+func (p *present) widen(batch []spooled, now time.Time) bool {
 	var rest []uint64
 	for i := range batch {
 		if end := batch[i].record.end(); batch[i].index > p.upTo && !(p.ahead && end.After(now)) {
@@ -693,7 +693,7 @@ func partitionFor(identity string, partitions int) int32 {
 }
 
 // produce makes the records visible, all or, on an error, with an open outcome.
-func (k *kafkaSink) produce(ctx context.Context, entries []entry) error {
+func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 	s := k.session
 	if s.transactional {
 		if err := s.client.BeginTransaction(); err != nil {
@@ -735,7 +735,7 @@ var schema = []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)
 
 // sendKeys hands the records by key to the broker, atOnce at a time: what is in memory, and
 // in one request, stays the same however many there are.
-func (k *kafkaSink) sendKeys(ctx context.Context, entries []entry, now time.Time) error {
+func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled, now time.Time) error {
 	records := make([]*kgo.Record, 0, min(uint64(k.atOnce), keysOf(entries)))
 	send := func() error {
 		err := k.sendRecords(ctx, records)
@@ -826,9 +826,9 @@ func (s *session) commit(ctx context.Context) error {
 	return s.client.EndTransaction(cctx, kgo.TryCommit)
 }
 
-// look returns the entries that are not in the topic, each key once. Behind a
+// reconcile returns the entries that are not in the topic, each key once. Behind a
 // session's fence the answer is final for its identity.
-func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
+func (k *kafkaSink) reconcile(ctx context.Context, batch []spooled) ([]spooled, error) {
 	want := make(map[string]bool, len(batch))
 	for i := range batch {
 		want[batch[i].record.Key()] = true
@@ -860,7 +860,7 @@ func (k *kafkaSink) look(ctx context.Context, batch []entry) ([]entry, error) {
 
 // lookFrom returns a time that is before every record of the batch in the topic, zero
 // if there is none.
-func lookFrom(batch []entry) time.Time {
+func lookFrom(batch []spooled) time.Time {
 	oldest, now := batch[0].record.end(), time.Now()
 	for i := range batch {
 		e := batch[i].record.end()
@@ -919,7 +919,7 @@ func (v *topicValues) show(r *kgo.Record) {
 }
 
 // missing returns the entries of the batch whose key is not visible, each key once.
-func (k *kafkaSink) missing(batch []entry, visible map[string][]string) (missing []entry) {
+func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missing []spooled) {
 	taken := make(map[string]bool)
 	for _, e := range batch {
 		key := e.record.Key()

@@ -21,7 +21,7 @@ func TestLookKeepsPartitionsApartAborted(t *testing.T) {
 		oneBatchAnAnswer(t, c, 0, 1, 1, 0)
 		k := newKafkaSink(cfg, zerolog.Nop(), 2, noStep)
 		defer k.close()
-		missing, err := k.look(context.Background(), e)
+		missing, err := k.reconcile(context.Background(), e)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -42,7 +42,7 @@ func TestLookKeepsPartitionsApartCommitted(t *testing.T) {
 		oneBatchAnAnswer(t, c, 0, 1, 0, 1, 0, 1)
 		k := newKafkaSink(cfg, zerolog.Nop(), 1, noStep)
 		defer k.close()
-		missing, err := k.look(context.Background(), e)
+		missing, err := k.reconcile(context.Background(), e)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -53,7 +53,7 @@ func TestLookKeepsPartitionsApartCommitted(t *testing.T) {
 }
 
 type sent struct {
-	entry     *entry
+	entry     *spooled
 	partition int32
 	how       kgo.TransactionEndTry
 }

@@ -61,7 +61,7 @@ func wantKeys(t *testing.T, got []KeyRecord, n, keys int) {
 }
 
 // keyed are entries as the spool hands them out.
-func keyed(t *testing.T, from, to, keys int) []entry {
+func keyed(t *testing.T, from, to, keys int) []spooled {
 	t.Helper()
 	sp := testSpool(t, "")
 	if err := sp.attach([]string{"a"}); err != nil {
@@ -574,14 +574,14 @@ func (claimed) Written(context.Context, counter.Span) error                  { r
 // TestGroupLinesByKeyOfAKillAreRemoved by the instance that was killed, whether it writes
 // the line of the window in the end or another one did; those of other windows stay.
 func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
-	grouped := func(i int) entry {
+	grouped := func(i int) spooled {
 		r := record(i)
 		r.Scope, r.Instance, r.Keys = ScopeGroup, "", 3
 		b, err := r.appendJSON(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return entry{uint64(i + 1), r, b, packKeys(withKeys(window(i), 3).Keys)}
+		return spooled{uint64(i + 1), r, b, packKeys(withKeys(window(i), 3).Keys)}
 	}
 	for name, claim := range map[string]counter.Claim{
 		"mine": {Mine: true}, "mine in doubt": {Mine: true, Doubt: true}, "written": {Written: true}, "written in doubt": {Written: true, Doubt: true},
@@ -589,7 +589,7 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "counts.jsonl")
 		f := newFileSink(path, nil, 0, noStep)
 		f.claims = claimed{counter.Claim{Mine: true}}
-		deliver(t, f, []entry{grouped(0)})
+		deliver(t, f, []spooled{grouped(0)})
 		left := grouped(1)
 		appendText(t, KeysFile(path), strings.TrimSuffix(string(appendLines(nil, &left)), string(left.value)+"\n"))
 		unsure := uint64(2)
@@ -598,7 +598,7 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		}
 		f = newFileSink(path, nil, unsure, noStep)
 		f.claims = claimed{claim}
-		deliver(t, f, []entry{left})
+		deliver(t, f, []spooled{left})
 		want := 1
 		if claim.Mine {
 			want = 2

@@ -36,7 +36,7 @@ func KeysFile(countsFile string) string {
 
 // appendKeys appends and syncs the lines by key of records whose own lines are not there.
 // The lock of the counts file is held.
-func (f *fileSink) appendKeys(batch []entry) (err error) {
+func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	if keysOf(batch) == 0 {
 		return nil
 	}
@@ -71,7 +71,7 @@ func (f *fileSink) appendKeys(batch []entry) (err error) {
 
 // openKeys opens the file, to append, without what an earlier attempt has left of the
 // records.
-func (f *fileSink) openKeys(batch []entry) (file *os.File, created bool, err error) {
+func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, err error) {
 	path := KeysFile(f.path)
 	if file, created, err = openToAppend(path); err != nil {
 		return nil, false, err
@@ -98,7 +98,7 @@ func (f *fileSink) openKeys(batch []entry) (file *os.File, created bool, err err
 
 // removeKeys removes what an earlier attempt has left of a record whose line another
 // instance has written to its own file.
-func (f *fileSink) removeKeys(one []entry) (err error) {
+func (f *fileSink) removeKeys(one []spooled) (err error) {
 	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure.Load() {
 		return nil
 	}

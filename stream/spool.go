@@ -112,8 +112,8 @@ type Spool struct {
 	poison  int       // records set aside in the store
 	changed chan struct{}
 
-	dir  string // the data directory; empty: in memory only
-	mark mark   // follows series in a file of its own
+	dir        string     // the data directory; empty: in memory only
+	checkpoint checkpoint // follows series in a file of its own
 
 	// recent maps the last windows to the index of their last record, for
 	// Delivered; recentOrder forgets the oldest.
@@ -134,9 +134,9 @@ type series struct {
 	keysLost bool       // keys are not all of them: the spool that had the others is lost
 }
 
-// entry is a record with its place in the spool. Indexes are never reused, also
+// spooled is a record with its place in the spool. Indexes are never reused, also
 // not after the record was removed or the process restarted.
-type entry struct {
+type spooled struct {
 	index  uint64
 	record Record
 	value  []byte     // the record's bytes
@@ -151,17 +151,17 @@ type store interface {
 	load() (state, error)
 	// put calls beforeCommit when everything is written and nothing is
 	// committed or synced.
-	put(e entry, identity string, s series, beforeCommit func()) error
+	put(e spooled, identity string, s series, beforeCommit func()) error
 	keepInstance(name string) error
 	// scan returns up to max entries with after < index <= upTo, in order, without
 	// their keys.
-	scan(after, upTo uint64, max int) ([]entry, error)
+	scan(after, upTo uint64, max int) ([]spooled, error)
 	// keys returns those of a record that was not removed.
 	keys(index uint64) (packedKeys, error)
 	// advance moves a sink's cursor and removes every record up to removeTo.
 	advance(sink string, to, removeTo uint64, removed int) error
 	// condemn sets the record aside for good, with the sink that refused it.
-	condemn(e entry, sink, reason string) error
+	condemn(e spooled, sink, reason string) error
 	dropSink(sink string) error
 	close() error
 }
@@ -216,7 +216,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 			cfg.Log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Str("set_aside_as", s.setAside).
 				Msg("spool was damaged and set aside, and a new one started: its undelivered records stay in the old file, and seq continues after the last one known")
 		}
-		s.mark = readMark(s.markPath())
+		s.checkpoint = readCheckpoint(s.checkpointPath())
 	}
 	before, err := s.load(cfg.Instance)
 	if err != nil {
@@ -263,7 +263,7 @@ func (s *Spool) makeFile() error {
 	return err
 }
 
-func (s *Spool) markPath() string { return filepath.Join(s.dir, markFile) }
+func (s *Spool) checkpointPath() string { return filepath.Join(s.dir, checkpointFile) }
 
 // load takes over what the store knows, settles the name of the instance, and returns the
 // one that it had before.
@@ -275,7 +275,7 @@ func (s *Spool) load(instance string) (before string, err error) {
 	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
 	s.pending, s.poison = st.pending, st.poison
 
-	if s.instance = cmp.Or(instance, st.instance, s.mark.Instance); s.instance == "" {
+	if s.instance = cmp.Or(instance, st.instance, s.checkpoint.Instance); s.instance == "" {
 		if s.instance, err = os.Hostname(); err == nil {
 			err = checkName("host name", s.instance)
 		}
@@ -288,9 +288,9 @@ func (s *Spool) load(instance string) (before string, err error) {
 			return "", fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
-	if s.mark.Identity != "" && s.mark.Seq > s.series[s.mark.Identity].seq {
+	if s.checkpoint.Identity != "" && s.checkpoint.Seq > s.series[s.checkpoint.Identity].seq {
 		// The spool that had it was damaged or taken away.
-		s.series[s.mark.Identity] = series{seq: s.mark.Seq, start: s.mark.Start, unique: s.mark.Unique, keysLost: s.mark.Keyed}
+		s.series[s.checkpoint.Identity] = series{seq: s.checkpoint.Seq, start: s.checkpoint.Start, unique: s.checkpoint.Unique, keysLost: s.checkpoint.Keyed}
 	}
 	if own := s.series[s.Identity()]; own.seq > 0 {
 		s.keepMark(s.Identity(), own)
@@ -317,7 +317,7 @@ func (s *Spool) Instance() string { return s.instance }
 // spool before it was killed, publishes the difference. Other instances and groups may
 // have used the directory before.
 //
-// The sums by key are in the spool only, as the mark has no room for them. Where the spool
+// The sums by key are in the spool only, as the checkpoint has no room for them. Where the spool
 // was lost and some of the window's records had keys, KeysLost is set: then the difference
 // of each key is not known, and the rest of the window can only be published without keys
 // that are right, so with exact:false. Keys has what was published since, if anything.
@@ -374,7 +374,7 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 	if err != nil {
 		return err
 	}
-	e := entry{index: s.head + 1, record: *r, value: value, keys: packKeys(keys)}
+	e := spooled{index: s.head + 1, record: *r, value: value, keys: packKeys(keys)}
 	if start != next.start {
 		next = series{seq: next.seq, start: start, unique: r.Unique, keys: e.keys}
 	} else {
@@ -409,12 +409,12 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 // where the spool is damaged as well, so nothing waits for it: the next append
 // tries again.
 func (s *Spool) keepMark(identity string, at series) {
-	if s.dir == "" || s.mark.Identity == identity && s.mark.Seq == at.seq {
+	if s.dir == "" || s.checkpoint.Identity == identity && s.checkpoint.Seq == at.seq {
 		return
 	}
-	s.mark.Identity, s.mark.Instance = identity, s.instance
-	s.mark.Seq, s.mark.Start, s.mark.Unique, s.mark.Keyed = at.seq, at.start, at.unique, len(at.keys) > 0 || at.keysLost
-	_ = s.mark.write(s.markPath())
+	s.checkpoint.Identity, s.checkpoint.Instance = identity, s.instance
+	s.checkpoint.Seq, s.checkpoint.Start, s.checkpoint.Unique, s.checkpoint.Keyed = at.seq, at.start, at.unique, len(at.keys) > 0 || at.keysLost
+	_ = s.checkpoint.write(s.checkpointPath())
 }
 
 func (s *Spool) remember(start time.Time, index uint64) {
@@ -454,7 +454,7 @@ func (s *Spool) attach(sinks []string) error {
 	if s.pending == 0 || len(sinks) == 0 {
 		return nil
 	}
-	if err := s.settle(sinks[0]); err != nil && !durable.NoSpace(err) { // else the next acknowledgement does
+	if err := s.commitCursor(sinks[0]); err != nil && !durable.NoSpace(err) { // else the next acknowledgement does
 		return err
 	}
 	return nil
@@ -472,8 +472,8 @@ func (s *Spool) floor() uint64 {
 	return low
 }
 
-// settle writes a sink's cursor and removes what every sink has acknowledged.
-func (s *Spool) settle(sink string) error {
+// commitCursor writes a sink's cursor and removes what every sink has acknowledged.
+func (s *Spool) commitCursor(sink string) error {
 	floor := s.floor()
 	first := s.head + 1 - uint64(s.pending)
 	removed := 0
@@ -504,7 +504,7 @@ func (s *Spool) refreshOldest() error {
 // keys: of the records behind the first one only as many as have keyLimit keys together.
 // Only committed records are seen: an append that failed may be in the file and
 // still be taken back.
-func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]entry, error) {
+func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]spooled, error) {
 	s.mu.Lock()
 	after, upTo, st := s.cursors[sink], s.head, s.store
 	s.mu.Unlock()
@@ -531,7 +531,7 @@ func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]entry, error) {
 }
 
 // scan is that of the store.
-func (s *Spool) scan(after, upTo uint64, limit int) ([]entry, error) {
+func (s *Spool) scan(after, upTo uint64, limit int) ([]spooled, error) {
 	s.mu.Lock()
 	st := s.store
 	s.mu.Unlock()
@@ -546,11 +546,11 @@ func (s *Spool) ack(sink string, to uint64) error {
 	defer s.mu.Unlock()
 	s.cursors[sink] = max(s.cursors[sink], to)
 	defer s.broadcast()
-	return s.settle(sink)
+	return s.commitCursor(sink)
 }
 
 // condemn sets a record aside that a sink will never take.
-func (s *Spool) condemn(sink string, e entry, reason string) error {
+func (s *Spool) condemn(sink string, e spooled, reason string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.store.condemn(e, sink, reason); err != nil {
@@ -605,10 +605,10 @@ func (s *Spool) delivered(start time.Time) string {
 // memoryStore is the store of --data-dir=none.
 type memoryStore struct {
 	mu        sync.Mutex // guards entries against scan and keys, which do not hold the spool's
-	entries   []entry
+	entries   []spooled
 	keyBytes  int // of the keys of entries
 	keysLimit int // of keyBytes
-	poisoned  []entry
+	poisoned  []spooled
 }
 
 // newMemoryStore returns the store of a process that may take so many bytes; 0: it is not
@@ -625,7 +625,7 @@ func (m *memoryStore) load() (state, error) {
 	return state{series: make(map[string]series), cursors: make(map[string]uint64)}, nil
 }
 
-func (m *memoryStore) put(e entry, _ string, _ series, beforeCommit func()) error {
+func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) error {
 	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -645,10 +645,10 @@ func (m *memoryStore) keys(index uint64) (packedKeys, error) {
 	return found[0].keys, nil
 }
 
-func (m *memoryStore) scan(after, upTo uint64, limit int) ([]entry, error) {
+func (m *memoryStore) scan(after, upTo uint64, limit int) ([]spooled, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var out []entry
+	var out []spooled
 	if len(m.entries) == 0 {
 		return nil, nil
 	}
@@ -668,14 +668,14 @@ func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
 	n := 0
 	for n < len(m.entries) && m.entries[n].index <= removeTo {
 		m.keyBytes -= len(m.entries[n].keys)
-		m.entries[n] = entry{} // the slice keeps its array; let the record go
+		m.entries[n] = spooled{} // the slice keeps its array; let the record go
 		n++
 	}
 	m.entries = m.entries[n:]
 	return nil
 }
 
-func (m *memoryStore) condemn(e entry, _, _ string) error {
+func (m *memoryStore) condemn(e spooled, _, _ string) error {
 	m.poisoned = append(m.poisoned, e)
 	return nil
 }

@@ -226,7 +226,7 @@ type failing struct {
 	stored bool
 }
 
-func (f *failing) put(e entry, identity string, s series, beforeCommit func()) error {
+func (f *failing) put(e spooled, identity string, s series, beforeCommit func()) error {
 	if f.stored {
 		if err := f.store.put(e, identity, s, beforeCommit); err != nil {
 			return err
@@ -265,7 +265,7 @@ func TestSpoolCutShortUnderTheProcessIsAnError(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("somebody waits")
 	}
-	if m := readMark(filepath.Join(dir, markFile)); m.Seq != 3 {
+	if m := readCheckpoint(filepath.Join(dir, checkpointFile)); m.Seq != 3 {
 		t.Errorf("the next process goes on behind record %d, want 3", m.Seq)
 	}
 }

@@ -119,7 +119,7 @@ type sink interface {
 	// about the record behind those; a *poisonError says that no retry will
 	// help it. Any other leaves the outcome open: the sink remembers that, and
 	// on the next call it looks before it writes.
-	deliver(ctx context.Context, batch []entry) (n int, err error)
+	deliver(ctx context.Context, batch []spooled) (n int, err error)
 	// patience is how long a delivery may take until it is reported as failing; 0:
 	// the sink has timeouts of its own, whose errors say more.
 	patience() time.Duration
@@ -462,7 +462,7 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 
 // deliverBatch acknowledges what the sink took of the batch, and a record that the
 // sink can never take when that is set aside.
-func (w *worker) deliverBatch(ctx context.Context, batch []entry) (moved bool, err error) {
+func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool, err error) {
 	n, err := w.deliver(ctx, batch)
 	poison, isPoison := errors.AsType[*poisonError](err)
 	if isPoison {
@@ -480,7 +480,7 @@ func (w *worker) deliverBatch(ctx context.Context, batch []entry) (moved bool, e
 
 // deliver hands a batch to the sink. While that takes longer than the sink's
 // patience it is reported as failing: a write that does not return has no error.
-func (w *worker) deliver(ctx context.Context, batch []entry) (int, error) {
+func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
 	patience := w.sink.patience()
 	if patience == 0 {
 		return w.sink.deliver(ctx, batch)
@@ -540,7 +540,7 @@ func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) e
 	}
 }
 
-func (w *worker) condemn(e entry, reason error) error {
+func (w *worker) condemn(e spooled, reason error) error {
 	name := w.sink.name()
 	if err := w.stream.spool.condemn(name, e, reason.Error()); err != nil {
 		return fmt.Errorf("set a refused record aside: %w", err)

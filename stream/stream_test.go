@@ -158,7 +158,7 @@ func (stuck) name() string            { return "stuck" }
 func (stuck) patience() time.Duration { return 0 }
 func (stuck) conflicts() uint64       { return 0 }
 func (stuck) close()                  {}
-func (stuck) deliver(ctx context.Context, _ []entry) (int, error) {
+func (stuck) deliver(ctx context.Context, _ []spooled) (int, error) {
 	<-ctx.Done()
 	return 0, ctx.Err()
 }

@@ -55,7 +55,7 @@ func startSkewed(t *testing.T, name, dir, addr string, window, ahead time.Durati
 	if err != nil {
 		t.Fatal(err)
 	}
-	count, err := counter.New(counter.Config{Window: window, Store: set, Publish: group})
+	count, err := counter.New(counter.Config{Window: window, Store: set, Publisher: group})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -224,7 +224,7 @@ func openVerve(addr string) (add, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: discard{}})
+	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publisher: discard{}})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -930,7 +930,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publish: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ type Epochs struct {
 // New seals the counter when the test is over, and waits until every epoch is retired: a
 // store that was made before can then be closed.
 func New(t testing.TB, s counter.Store) Epochs {
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: s, Publish: Nobody{}})
+	c, err := counter.New(counter.Config{Window: time.Hour, Store: s, Publisher: Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -275,7 +275,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 		t.Run(tt.name, func(t *testing.T) {
 			c.each(t, func(t *testing.T, s dedup.Set) {
 				counts := make(chan counter.Count, 100*tt.turns)
-				count, err := counter.New(counter.Config{Window: window, Store: s, Publish: epochtest.Nobody{Counts: counts}})
+				count, err := counter.New(counter.Config{Window: window, Store: s, Publisher: epochtest.Nobody{Counts: counts}})
 				if err != nil {
 					t.Fatal(err)
 				}

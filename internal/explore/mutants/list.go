@@ -75,7 +75,7 @@ var mutants = []mutant{
 		File: "counter/counter.go", Old: "\tc.spare = nil\n\te.number", New: "\te.number",
 	}, nil},
 	{"closed counts are added after the lock", "counter", overlay.Edit{
-		File: "counter/closer.go", Old: "\tif !e.left {\n\t\tc.closed.unique", New: "\tc.mu.Unlock(); c.mu.Lock()\n\tif !e.left {\n\t\tc.closed.unique",
+		File: "counter/closer.go", Old: "\tif !e.recovered {\n\t\tc.closed.unique", New: "\tc.mu.Unlock(); c.mu.Lock()\n\tif !e.recovered {\n\t\tc.closed.unique",
 	}, nil},
 	// The table.
 	{"a narrow slot is taken by a store", "dedup", overlay.Edit{

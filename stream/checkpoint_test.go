@@ -53,7 +53,7 @@ func TestNumbersGoOnBehindADamagedSpool(t *testing.T) {
 // spool needs neither.
 func TestDamagedMarkIsNoMark(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, markFile)
+	path := filepath.Join(dir, checkpointFile)
 	sp := testSpool(t, dir)
 	appendTo(t, sp, 0, 5)
 	sp.Close()
@@ -61,7 +61,7 @@ func TestDamagedMarkIsNoMark(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := readMark(path); got.Seq != 5 || got.Unique != window(4).Unique {
+	if got := readCheckpoint(path); got.Seq != 5 || got.Unique != window(4).Unique {
 		t.Errorf("read %+v", got)
 	}
 	for at := range whole {
@@ -70,7 +70,7 @@ func TestDamagedMarkIsNoMark(t *testing.T) {
 		if err := os.WriteFile(path, b, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if got := readMark(path); got.Seq != 5 && got.Seq != 4 {
+		if got := readCheckpoint(path); got.Seq != 5 && got.Seq != 4 {
 			t.Fatalf("with byte %d changed: %+v", at, got)
 		}
 	}
@@ -78,14 +78,14 @@ func TestDamagedMarkIsNoMark(t *testing.T) {
 		if err := os.WriteFile(path, whole[:size], 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if got := readMark(path); got.Seq != 0 && got.Seq != 5 && got.Seq != 4 {
+		if got := readCheckpoint(path); got.Seq != 0 && got.Seq != 5 && got.Seq != 4 {
 			t.Fatalf("cut to %d bytes: %+v", size, got)
 		}
 	}
 	sp = testSpool(t, dir)
 	defer sp.Close()
 	appendTo(t, sp, 5, 6)
-	if got := readMark(path); got.Seq != 6 {
+	if got := readCheckpoint(path); got.Seq != 6 {
 		t.Errorf("read %+v, want 6", got)
 	}
 }

@@ -10,14 +10,14 @@ import (
 	"verve/internal/durable"
 )
 
-// mark is what has to be known where the spool is damaged and set aside: how far
+// checkpoint is what has to be known where the spool is damaged and set aside: how far
 // this instance's records were numbered, and what the last one said. Without it
 // sequence numbers would begin again, and the count of the last window might be
 // published twice.
 //
 // It has a file of its own beside the spool, written after each append, in two
 // places by turns: a write that is cut short leaves the one before.
-type mark struct {
+type checkpoint struct {
 	Turn     uint64 `json:"turn"` // counts the writes
 	Identity string `json:"identity"`
 	Instance string `json:"instance"`
@@ -28,26 +28,26 @@ type mark struct {
 }
 
 const (
-	markFile  = "spool.mark"
-	markBytes = 4096 // a place: two names of maxName at most, and a page
+	checkpointFile  = "spool.mark"
+	checkpointBytes = 4096 // a place: two names of maxName at most, and a page
 )
 
-// readMark returns the newer of the two marks that are whole, or a zero one.
-func readMark(path string) (newest mark) {
+// readCheckpoint returns the newer of the two checkpoints that are whole, or a zero one.
+func readCheckpoint(path string) (newest checkpoint) {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return mark{} // none yet, or as good as none
+		return checkpoint{} // none yet, or as good as none
 	}
 	for place := range 2 {
-		if len(b) < (place+1)*markBytes {
+		if len(b) < (place+1)*checkpointBytes {
 			break
 		}
-		p := b[place*markBytes : (place+1)*markBytes]
+		p := b[place*checkpointBytes : (place+1)*checkpointBytes]
 		n := binary.BigEndian.Uint32(p[4:])
-		if n > markBytes-8 || crc32.Checksum(p[4:8+n], durable.Castagnoli) != binary.BigEndian.Uint32(p) {
+		if n > checkpointBytes-8 || crc32.Checksum(p[4:8+n], durable.Castagnoli) != binary.BigEndian.Uint32(p) {
 			continue
 		}
-		var m mark
+		var m checkpoint
 		if json.Unmarshal(p[8:8+n], &m) == nil && m.Turn >= newest.Turn {
 			newest = m
 		}
@@ -55,16 +55,16 @@ func readMark(path string) (newest mark) {
 	return newest
 }
 
-// write makes the next mark durable.
-func (m *mark) write(path string) error {
+// write makes the next checkpoint durable.
+func (m *checkpoint) write(path string) error {
 	m.Turn++
 	value, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	p := make([]byte, markBytes)
-	if len(value) > markBytes-8 {
-		return fmt.Errorf("%s: a mark of %d bytes", path, len(value))
+	p := make([]byte, checkpointBytes)
+	if len(value) > checkpointBytes-8 {
+		return fmt.Errorf("%s: a checkpoint of %d bytes", path, len(value))
 	}
 	copy(p[8:], value)
 	binary.BigEndian.PutUint32(p[4:], uint32(len(value)))
@@ -73,7 +73,7 @@ func (m *mark) write(path string) error {
 	if err != nil {
 		return err
 	}
-	if _, err = f.WriteAt(p, int64(m.Turn%2)*markBytes); err == nil {
+	if _, err = f.WriteAt(p, int64(m.Turn%2)*checkpointBytes); err == nil {
 		err = f.Sync()
 	}
 	if cerr := f.Close(); err == nil {
