@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"text/tabwriter"
 	"time"
 
 	"verve/stream"
@@ -62,72 +61,33 @@ const batchExpect = 60_000_000
 // instance waits for it, with the core shared by both.
 const groupConns = 2
 
-// drive sends requests of one form.
-func (r *run) drive(ctx context.Context, root, scenario string, f form, round int, on []*process) (sample, error) {
-	w := wrk{script: filepath.Join(root, "bench", "wrk", f.script), conns: min(r.Conns, 16), args: f.args}
-	if f.group {
-		w.conns = min(r.Conns, groupConns)
-	}
-	if round == 0 { // the tables grow to their sizes, also that of UUIDs
-		_, err := measure(ctx, w, r.WarmUp+3, on...)
-		if ctx.Err() == nil {
-			err = nil
+// driving returns how requests of the forms are sent to the processes that on names.
+func (r *run) driving(ctx context.Context, root, scenario string, forms []form, on func(form) []*process) func(name string, round int) (sample, error) {
+	return func(name string, round int) (sample, error) {
+		f := forms[slices.IndexFunc(forms, func(f form) bool { return f.name == name })]
+		w := wrk{script: filepath.Join(root, "bench", "wrk", f.script), conns: min(r.Conns, 16), args: f.args}
+		if f.group {
+			w.conns = min(r.Conns, groupConns)
 		}
-		return sample{}, err
+		if round == 0 { // the tables grow to their sizes, also that of UUIDs, and requests may wait for that
+			_, _ = measure(ctx, w, r.WarmUp+3, on(f)...)
+			return sample{}, ctx.Err()
+		}
+		s, err := measure(ctx, w, r.Seconds, on(f)...)
+		if err == nil && 100*s.Failed > s.Requests {
+			err = fmt.Errorf("%d requests were refused", s.Failed)
+		}
+		s.Scenario, s.Server = scenario, name
+		s.CPU /= float64(f.ids)
+		return s, err
 	}
-	s, err := measure(ctx, w, r.Seconds, on...)
-	if err != nil {
-		return s, fmt.Errorf("%s: %w", f.name, err)
-	}
-	if 100*s.Failed > s.Requests {
-		return s, fmt.Errorf("%s: %d requests were refused", f.name, s.Failed)
-	}
-	s.Scenario, s.Server, s.Round = scenario, f.name, round
-	s.CPU /= float64(f.ids)
-	return s, nil
 }
 
-// table is printed while its rounds are driven: a column for each form.
-type table struct {
-	*tabwriter.Writer
-	forms   []form
-	samples []sample
-}
-
-func (t *table) row(head string, cell func(f form) string) {
-	fmt.Fprint(t, head, "\t")
-	for _, f := range t.forms {
-		fmt.Fprint(t, cell(f), "\t")
+func names(forms []form) (names []string) {
+	for _, f := range forms {
+		names = append(names, f.name)
 	}
-	fmt.Fprintln(t)
-}
-
-func (t *table) median(f form) float64 { return median(column(t.samples, f.name, cpu)) }
-
-// rounds drives each form once in a round, each time in another order.
-func (r *run) rounds(ctx context.Context, out io.Writer, root, scenario string, forms []form, on func(form) []*process) (t *table, err error) {
-	t = &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), forms: forms}
-	t.row("round", func(f form) string { return f.name })
-	for round := range r.Rounds + 1 {
-		for i := range forms {
-			f := forms[(round+i)%len(forms)]
-			s, err := r.drive(ctx, root, scenario, f, round, on(f))
-			if err != nil {
-				return t, err
-			}
-			if round > 0 { // before, requests may wait for the growth
-				t.samples = append(t.samples, s)
-			}
-		}
-		if round > 0 {
-			this := t.samples[len(t.samples)-len(forms):]
-			t.row(strconv.Itoa(round), func(f form) string {
-				return fmt.Sprintf("%.3f", this[slices.IndexFunc(this, func(s sample) bool { return s.Server == f.name })].CPU)
-			})
-		}
-	}
-	t.row("median", func(f form) string { return fmt.Sprintf("%.3f", t.median(f)) })
-	return t, nil
+	return names
 }
 
 // batches drives Verve with batches of ids. A sample's CPU is of an id, not of a
@@ -151,19 +111,19 @@ func (r *run) batches(ctx context.Context, out io.Writer, root, dir string) (sam
 	if group, err = start("verve", r.Binary, filepath.Join(dir, "batch-group"), []string{"--dedup=redis", "--redis-url=redis://" + redis.addr}); err != nil {
 		return nil, err
 	}
-	fmt.Fprintln(out, "batch: CPU of the server for an id, us (decimals, uuids, json, group: 1,000 ids in a request; hundred: 100)")
-	t, err := r.rounds(ctx, out, root, "batch", batchForms, func(f form) []*process {
+	title := "batch: CPU of the server for an id, us (decimals, uuids, json, group: 1,000 ids in a request; hundred: 100)"
+	t, err := r.rounds(out, title, names(batchForms), r.driving(ctx, root, "batch", batchForms, func(f form) []*process {
 		if f.group {
 			return []*process{group, redis}
 		}
 		return []*process{alone}
-	})
+	}))
 	if err != nil {
 		return t.samples, err
 	}
-	t.row("M ids per second of CPU", func(f form) string { return fmt.Sprintf("%.2f", 1/t.median(f)) })
-	t.row("single/it", func(f form) string { return fmt.Sprintf("%.1f", median(ratios(t.samples, "single", f.name))) })
-	_ = t.Flush() // standard output: nobody is left to tell
+	t.row("M ids per second of CPU", func(name string) string { return fmt.Sprintf("%.2f", 1/median(column(t.samples, name, cpu))) })
+	t.row("single/it", func(name string) string { return fmt.Sprintf("%.1f", median(ratios(t.samples, "single", name))) })
+	t.end()
 	late, err := r.lateness(ctx, root, dir)
 	if err != nil {
 		return t.samples, err
@@ -180,20 +140,20 @@ func (r *run) options(ctx context.Context, out io.Writer, root, dir string) (sam
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, p.end()) }()
-	fmt.Fprintln(out, "options: CPU of the server for an id, us (key: one of 1,000; lines: 1,000 ids in a request; items: the same in JSON, an object each)")
-	t, err := r.rounds(ctx, out, root, "options", optionForms, func(form) []*process { return []*process{p} })
+	title := "options: CPU of the server for an id, us (key: one of 1,000; lines: 1,000 ids in a request; items: the same in JSON, an object each)"
+	t, err := r.rounds(out, title, names(optionForms), r.driving(ctx, root, "options", optionForms, func(form) []*process { return []*process{p} }))
 	if err != nil {
 		return t.samples, err
 	}
-	t.row("it/without", func(f form) string {
+	t.row("it/without", func(name string) string {
 		for _, pair := range optionPairs {
-			if pair[0] == f.name {
-				return fmt.Sprintf("%.3f", median(ratios(t.samples, f.name, pair[1])))
+			if pair[0] == name {
+				return fmt.Sprintf("%.3f", median(ratios(t.samples, name, pair[1])))
 			}
 		}
 		return ""
 	})
-	_ = t.Flush() // standard output: nobody is left to tell
+	t.end()
 	plain := column(t.samples, "plain", cpu)
 	costs := column(t.samples, "token", cpu)
 	for i := range costs {
@@ -202,15 +162,6 @@ func (r *run) options(ctx context.Context, out io.Writer, root, dir string) (sam
 	}
 	fmt.Fprintf(out, "a token costs %.0f ns of CPU more\n\n", 1000*median(costs))
 	return t.samples, nil
-}
-
-// ratios of the CPU of a and b, round by round.
-func ratios(samples []sample, a, b string) []float64 {
-	va, vb := column(samples, a, cpu), column(samples, b, cpu)
-	for i := range va {
-		va[i] /= vb[i]
-	}
-	return va
 }
 
 // lateness drives a server with short windows, and reads from its records how long

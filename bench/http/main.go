@@ -15,7 +15,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,7 +28,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"github.com/alecthomas/kong"
@@ -181,58 +179,28 @@ func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk
 		}
 		servers = append(servers, p)
 	}
-	for _, p := range servers {
-		if _, err := w.drive(ctx, p.addr, r.WarmUp); err != nil {
-			return nil, fmt.Errorf("%s: %w", p.name, err)
+	t, err := r.rounds(out, fmt.Sprintf("%s: CPU of the server for a request, us", scenario), r.Servers, func(name string, round int) (s sample, err error) {
+		p := servers[slices.Index(r.Servers, name)]
+		if round == 0 {
+			_, err = w.drive(ctx, p.addr, r.WarmUp)
+			return s, err
 		}
-	}
-
-	fmt.Fprintf(out, "%s: CPU of the server for a request, us\n", scenario)
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	row := func(head string, cell func(server string) string) {
-		fmt.Fprint(table, head, "\t")
-		for _, s := range r.Servers {
-			fmt.Fprint(table, cell(s), "\t")
+		if s, err = measure(ctx, w, r.Seconds, p); err == nil {
+			err = plausible(scenario, s)
 		}
-		fmt.Fprintln(table)
+		s.Scenario = scenario
+		return s, err
+	})
+	if err != nil {
+		return t.samples, err
 	}
-	row("round", func(s string) string { return s })
-	for round := range r.Rounds {
-		// Each is the first one in its turn: being driven after a certain
-		// other is no advantage.
-		for i := range servers {
-			p := servers[(round+i)%len(servers)]
-			s, err := measure(ctx, w, r.Seconds, p)
-			if err != nil {
-				return samples, fmt.Errorf("%s: %w", p.name, err)
-			}
-			if err := plausible(scenario, s); err != nil {
-				return samples, err
-			}
-			s.Scenario, s.Round = scenario, round+1
-			samples = append(samples, s)
-		}
-		this := samples[len(samples)-len(servers):]
-		row(fmt.Sprint(round+1), func(name string) string {
-			i := slices.IndexFunc(this, func(s sample) bool { return s.Server == name })
-			return fmt.Sprintf("%.3f", this[i].CPU)
-		})
-	}
-	row("median", func(name string) string { return fmt.Sprintf("%.3f", median(column(samples, name, cpu))) })
-	row("requests/s", func(name string) string { return fmt.Sprintf("%.0f", median(column(samples, name, perSec))) })
+	t.row("requests/s", func(name string) string { return fmt.Sprintf("%.0f", median(column(t.samples, name, perSec))) })
 	if slices.Contains(r.Servers, "verve") {
-		// A ratio of each round, then the median of those.
-		row("server/verve", func(name string) string {
-			v, o := column(samples, "verve", cpu), column(samples, name, cpu)
-			for i := range o {
-				o[i] /= v[i]
-			}
-			return fmt.Sprintf("%.3f", median(o))
-		})
+		t.row("server/verve", func(name string) string { return fmt.Sprintf("%.3f", median(ratios(t.samples, name, "verve"))) })
 	}
-	table.Flush()
+	t.end()
 	fmt.Fprintln(out)
-	return samples, nil
+	return t.samples, nil
 }
 
 // measure drives the first of some processes, and takes the CPU time of all.
@@ -275,26 +243,6 @@ func plausible(scenario string, s sample) error {
 		return fmt.Errorf("%s, %s: %.1f %% of the answers failed, want %.0f %%", s.Server, scenario, 100*failed, 100*want)
 	}
 	return nil
-}
-
-func cpu(s sample) float64    { return s.CPU }
-func perSec(s sample) float64 { return s.PerSec }
-
-// column returns a value of the server's samples, in order of the rounds.
-func column(samples []sample, server string, value func(sample) float64) (c []float64) {
-	for _, s := range samples {
-		if s.Server == server {
-			c = append(c, value(s))
-		}
-	}
-	return c
-}
-
-func median(v []float64) float64 {
-	v = slices.Clone(v)
-	slices.SortFunc(v, cmp.Compare)
-	n := len(v)
-	return (v[(n-1)/2] + v[n/2]) / 2
 }
 
 // repository returns the root of the module.

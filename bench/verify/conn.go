@@ -20,19 +20,8 @@ import (
 
 // load is what the driver does to the server, and how it reads the answers.
 type load struct {
-	Connections     int
-	Pipeline        int
-	Batch           int     // ids in a request, in its body; 0: one, in its query
-	Rate            float64 // requests a second over all connections; 0: as fast as it goes
-	Requests        uint64  // stop after so many; 0: when the context ends
-	Repeats         float64 // share of requests that ask for an id once more
-	Lose            float64 // share of the replies that are not read or thrown away
-	Tokens          bool    // each attempt to count an id has a token
-	Keys            *keys   // under which ids are counted; nil: under none
-	IDs             idForm
-	Seed            uint64
-	Timeout         time.Duration // of one answer
-	DuplicateStatus int
+	flags
+	Keys *keys // under which ids are counted; nil: under none
 }
 
 // target is one instance, or one load balancer.

@@ -204,20 +204,7 @@ func newDriver(f *flags) (*driver, error) {
 	if err := f.IDs.check(); err != nil {
 		return nil, err
 	}
-	d := &driver{load: load{
-		Connections:     f.Connections,
-		Pipeline:        f.Pipeline,
-		Batch:           f.Batch,
-		Rate:            f.Rate,
-		Requests:        f.Requests,
-		Repeats:         f.Repeats,
-		Lose:            f.Lose,
-		Tokens:          f.Tokens,
-		IDs:             f.IDs,
-		Seed:            f.Seed,
-		Timeout:         f.Timeout,
-		DuplicateStatus: f.DuplicateStatus,
-	}}
+	d := &driver{load: load{flags: *f}}
 	if d.load.Seed == 0 {
 		d.load.Seed = rand.Uint64()
 	}

@@ -1,0 +1,84 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"text/tabwriter"
+)
+
+// table is printed while its rounds are driven: a column for each server, or for each
+// form of requests.
+type table struct {
+	*tabwriter.Writer
+	columns []string
+	samples []sample
+}
+
+// rounds drives each column once in a round, each time in another order: being driven
+// after a certain other is no advantage. Round 0 warms up.
+func (r *run) rounds(out io.Writer, title string, columns []string, drive func(column string, round int) (sample, error)) (*table, error) {
+	fmt.Fprintln(out, title)
+	t := &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), columns: columns}
+	t.row("round", func(name string) string { return name })
+	for round := range r.Rounds + 1 {
+		for i := range columns {
+			name := columns[(round+i)%len(columns)]
+			s, err := drive(name, round)
+			if err != nil {
+				return t, fmt.Errorf("%s: %w", name, err)
+			}
+			if s.Round = round; round > 0 {
+				t.samples = append(t.samples, s)
+			}
+		}
+		if round > 0 {
+			this := t.samples[len(t.samples)-len(columns):]
+			t.row(strconv.Itoa(round), func(name string) string { return fmt.Sprintf("%.3f", column(this, name, cpu)[0]) })
+		}
+	}
+	t.row("median", func(name string) string { return fmt.Sprintf("%.3f", median(column(t.samples, name, cpu))) })
+	return t, nil
+}
+
+func (t *table) row(head string, cell func(column string) string) {
+	fmt.Fprint(t, head, "\t")
+	for _, name := range t.columns {
+		fmt.Fprint(t, cell(name), "\t")
+	}
+	fmt.Fprintln(t)
+}
+
+// end prints what is left of the table.
+func (t *table) end() { _ = t.Flush() } // standard output: nobody is left to tell
+
+func cpu(s sample) float64    { return s.CPU }
+func perSec(s sample) float64 { return s.PerSec }
+
+// column returns a value of the server's samples, in order of the rounds.
+func column(samples []sample, server string, value func(sample) float64) (c []float64) {
+	for _, s := range samples {
+		if s.Server == server {
+			c = append(c, value(s))
+		}
+	}
+	return c
+}
+
+// ratios of the CPU of a and b: of each round, as those are neighbours in time.
+func ratios(samples []sample, a, b string) []float64 {
+	va, vb := column(samples, a, cpu), column(samples, b, cpu)
+	for i := range va {
+		va[i] /= vb[i]
+	}
+	return va
+}
+
+func median(v []float64) float64 {
+	v = slices.Clone(v)
+	slices.SortFunc(v, cmp.Compare)
+	n := len(v)
+	return (v[(n-1)/2] + v[n/2]) / 2
+}
