@@ -29,7 +29,7 @@ var program struct {
 
 // Main runs the tests of a package that starts the program.
 func Main(m *testing.M) {
-	Setup()
+	inMemory() // and no more at once than there are cores: whole programs work, too
 	code := m.Run()
 	if program.dir != "" {
 		_ = os.RemoveAll(program.dir)
