@@ -101,3 +101,55 @@ func TestInterleavingsOfAttemptsKilled(t *testing.T) {
 		})
 	}
 }
+
+// TestInterleavingsOfTokens: two ids with tokens make the table of tokens, one of them while
+// its retry is judged.
+func TestInterleavingsOfTokens(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(1, 2, 3), func(r *explore.Run) {
+		s := newScene(Config{}, 1, 1)
+		var attempts [3]attempt
+		for i, id := range []uint64{1, 1, 2} {
+			s.tries(r, fmt.Sprint("attempt ", i), kinds[0].key(7, id), &attempts[i])
+		}
+		r.Check(func() error {
+			a, b, c := attempts[0].verdict, attempts[1].verdict, attempts[2].verdict
+			if min(a, b) != Unique || max(a, b) != Replayed || c != Unique {
+				return fmt.Errorf("the attempts were answered %d, %d and %d", a, b, c)
+			}
+			if depth := s.epochs[0].State.(*View).tokens.table.depth; depth != 1 {
+				return fmt.Errorf("the tokens have %d levels, want 1", depth)
+			}
+			return nil
+		})
+	})
+}
+
+// TestInterleavingsOfTheLastKey: there is room for one key. Two requests have an id under it,
+// and both are counted; one under another key is not, unless that one is the first.
+func TestInterleavingsOfTheLastKey(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 2, explore.All), func(r *explore.Run) {
+		s := newKeyScene(Config{}, 1, 1, 1)
+		names := []string{"a", "a", "b"}
+		verdicts := make([]Verdict, len(names))
+		for i, name := range names {
+			r.Go(fmt.Sprint("under ", name), func() {
+				item := Item{Key: kinds[1].key(2*uint64(i), uint64(i)), Options: &Options{Under: []byte(name)}}
+				_ = s.m.AddMany(s.epochs[0], []Item{item}, verdicts[i:i+1]) // it is in the verdict
+			})
+		}
+		r.Check(func() error {
+			counts := s.epochs[0].Keys().Counts()
+			want := map[string]uint64{}
+			for i, name := range names {
+				if verdicts[i] == Unique {
+					want[name]++
+				}
+			}
+			if len(counts) != 1 || len(want) != 1 || counts[0].Unique != want[counts[0].Key] ||
+				counts[0].Key == "a" && want["a"] != 2 {
+				return fmt.Errorf("the answers are %v, the counts %v", verdicts, counts)
+			}
+			return nil
+		})
+	})
+}

@@ -42,7 +42,10 @@ type add struct {
 func (s *scene) Publish(context.Context, counter.Count) error { return nil }
 
 // newScene opens n epochs, the first of which has the given serial.
-func newScene(cfg Config, serial uint64, n int) *scene {
+func newScene(cfg Config, serial uint64, n int) *scene { return newKeyScene(cfg, 0, serial, n) }
+
+// newKeyScene has so many keys per epoch; 0: many.
+func newKeyScene(cfg Config, keys int, serial uint64, n int) *scene {
 	cfg.Heap = true
 	m, err := NewMemory(cfg)
 	if err != nil {
@@ -50,7 +53,7 @@ func newScene(cfg Config, serial uint64, n int) *scene {
 	}
 	s := &scene{m: m}
 	past := counter.Past{Serial: serial - 1, Start: time.Unix(3600, 0), Window: time.Second, Over: true}
-	c, err := counter.New(counter.Config{Window: time.Second, Store: m, Publisher: s, Past: past})
+	c, err := counter.New(counter.Config{Window: time.Second, Store: m, Publisher: s, MaxKeys: keys, Past: past})
 	if err != nil {
 		panic(err)
 	}

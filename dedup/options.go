@@ -306,10 +306,13 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 	}
 	hash, keys := o.nameHash(&m.secret), r.e.Keys()
 	k := keys.Find(hash, name)
-	if k == nil {
-		if keys.Full() {
+	if k == nil && keys.Full() {
+		// Another request may have added it meanwhile, as the last one.
+		if k = keys.Find(hash, name); k == nil {
 			return nil, ErrTooManyKeys
 		}
+	}
+	if k == nil {
 		if r.v.tight.Load() && r.v.nothingLeft() {
 			return nil, ErrFull // its id would be refused
 		}
