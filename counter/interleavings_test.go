@@ -18,7 +18,9 @@ type scene struct {
 	opened    []*Epoch
 	published []Count
 	retired   []*Epoch
-	answers   [][]answer // by request
+	answers   [][]answer                   // by request
+	under     map[string]map[string]uint64 // ids answered as new, by window and key
+	keyless   int                          // ids refused because there was no room for their key
 }
 
 // answer is what a request was answered: the epoch and how much it counted there.
@@ -45,10 +47,13 @@ func (s *scene) Publish(_ context.Context, c Count) error {
 	return nil
 }
 
-func newScene() *scene {
+func newScene() *scene { return newKeyScene(DefaultMaxKeys) }
+
+// newKeyScene has so many keys per epoch.
+func newKeyScene(keys int) *scene {
 	s := new(scene)
 	start := time.Unix(1000, 0)
-	c, err := New(Config{Window: time.Second, Store: s, Publisher: s,
+	c, err := New(Config{Window: time.Second, Store: s, Publisher: s, MaxKeys: keys,
 		clocks: func() reading { return reading{wall: start.UnixNano()} }})
 	if err != nil {
 		panic(err)
@@ -309,5 +314,120 @@ func TestInterleavingsOfStats(t *testing.T) {
 			}
 			return s.check()
 		})
+	})
+}
+
+// TestInterleavingsOfLeaves: requests of one stripe leave it in each way.
+func TestInterleavingsOfLeaves(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
+		s := newScene()
+		end := s.first.end
+		s.request(r, "repeat", end-1, 0, Repeat)
+		s.request(r, "void", end-1, 0, Void)
+		s.batch(r, "batch", end-1, 0, 0, 1, 1)
+		s.batch(r, "void batch", end-1, 0, 0, 0, 1)
+		r.Check(s.opens(1))
+	})
+}
+
+// files adds a thread that counts a new id under a key. The hashes of the keys want the same
+// slots.
+func (s *scene) files(r *explore.Run, now int64, key string) {
+	i := len(s.answers)
+	s.answers = append(s.answers, nil)
+	hash := uint64(key[0]) * 8
+	r.Go(key, func() {
+		in, _ := s.c.Enter(now, 0)
+		keys := in.Keys()
+		k := keys.Find(hash, []byte(key))
+		if full := k == nil && keys.Full(); full {
+			k = keys.Find(hash, []byte(key))
+		} else if k == nil {
+			k = keys.Add(hash, []byte(key))
+		}
+		if k == nil {
+			in.Leave(Void)
+			s.keyless++
+			return
+		}
+		k.Count(1)
+		in.Leave(Unique)
+		s.answers[i] = append(s.answers[i], answer{in.Epoch, in.Start(), 1, 0})
+		at := in.Start().String()
+		if s.under == nil {
+			s.under = map[string]map[string]uint64{}
+		}
+		if s.under[at] == nil {
+			s.under[at] = map[string]uint64{}
+		}
+		s.under[at][key]++
+	})
+}
+
+// filed is check, and compares the keys of each epoch with the answers; no epoch has more
+// than max, or refuses one while it has fewer.
+func (s *scene) filed(max int) error {
+	of := map[string][]KeyCount{}
+	memory := int64(0)
+	for _, c := range s.published {
+		of[c.Start.String()] = c.Keys
+	}
+	for _, e := range s.opened[len(s.retired):] {
+		if e.keys.Len() != len(e.keys.Counts()) {
+			return fmt.Errorf("epoch %v has %d keys; %d are counted", e.Start(), len(e.keys.Counts()), e.keys.Len())
+		}
+		of[e.Start().String()] = e.keys.Counts()
+		memory += e.keys.bytes
+	}
+	if used := s.c.keys.used.Load(); used != memory {
+		return fmt.Errorf("keys take %d bytes; counted are %d", memory, used)
+	}
+	for at, keys := range of {
+		if len(keys) > max || s.keyless > 0 && len(keys) < max {
+			return fmt.Errorf("epoch %s has %d keys of %d; %d ids found no room", at, len(keys), max, s.keyless)
+		}
+		for _, k := range keys {
+			if k.Unique != s.under[at][k.Key] {
+				return fmt.Errorf("epoch %s has %d ids under %s; answered were %d", at, k.Unique, k.Key, s.under[at][k.Key])
+			}
+			delete(s.under[at], k.Key)
+		}
+		if len(s.under[at]) > 0 {
+			return fmt.Errorf("epoch %s does not have the keys %v", at, s.under[at])
+		}
+	}
+	return s.check()
+}
+
+// TestInterleavingsOfKeys: two requests have one key, one another, and the table grows.
+func TestInterleavingsOfKeys(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
+		s := newKeyScene(8)
+		for _, key := range []string{"a", "b", "a"} {
+			s.files(r, s.first.end-1, key)
+		}
+		r.Check(func() error { return s.filed(8) })
+	})
+}
+
+// TestInterleavingsOfKeysInTwoEpochs: the first is closed while the other gets its key.
+func TestInterleavingsOfKeysInTwoEpochs(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 2, explore.All), func(r *explore.Run) {
+		s := newKeyScene(8)
+		s.files(r, s.first.end-1, "a")
+		s.files(r, s.first.end, "b")
+		s.closer(r, 1)
+		r.Check(func() error { return s.filed(8) })
+	})
+}
+
+// TestInterleavingsOfTooManyKeys: two of three keys find room.
+func TestInterleavingsOfTooManyKeys(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
+		s := newKeyScene(2)
+		for _, key := range []string{"a", "b", "c"} {
+			s.files(r, s.first.end-1, key)
+		}
+		r.Check(func() error { return s.filed(2) })
 	})
 }

@@ -90,10 +90,11 @@ func (p *Pool) Put(x any) {
 	p.items = append(p.items, x)
 }
 
-// Cond is a sync.Cond. Signal wakes who has waited longest, as that of the runtime does.
+// Cond is a sync.Cond. Signal wakes the thread that has waited longest, as that of the
+// runtime does.
 type Cond struct {
 	L        Locker
-	asleep   []*bool // those who wait, in their order
+	asleep   []*bool // the threads that wait, in their order
 	fallback real.Cond
 }
 
