@@ -13,7 +13,7 @@ import (
 func TestInterleavings(t *testing.T) {
 	overlay.Test(t, overlay.Config{
 		Test:    "server",
-		Folders: []string{"counter", "server"},
+		Folders: []string{"counter", "server", "server/callback"},
 		Edits:   overlay.Server,
 	})
 }

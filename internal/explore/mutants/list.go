@@ -77,6 +77,46 @@ var mutants = []mutant{
 	{"closed counts are added after the lock", "counter", overlay.Edit{
 		File: "counter/closer.go", Old: "\tif !e.recovered {\n\t\tc.closed.unique", New: "\tc.mu.Unlock(); c.mu.Lock()\n\tif !e.recovered {\n\t\tc.closed.unique",
 	}, nil},
+	{"a repeat is counted by a load and a store", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "e.stripe.repeats.Add(1)", New: "e.stripe.repeats.Store(e.stripe.repeats.Load() + 1)",
+	}, nil},
+	{"a request that counted nothing leaves by a load and a store", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "e.stripe.void.Add(1)", New: "e.stripe.void.Store(e.stripe.void.Load() + 1)",
+	}, nil},
+	{"the part of a batch that counted nothing leaves by a load and a store", "counter", overlay.Edit{
+		File: "counter/epoch.go", Old: "e.stripe.void.Add(void)", New: "e.stripe.void.Store(e.stripe.void.Load() + void)",
+	}, nil},
+	{"Seal takes no lock", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "func (c *Counter) Seal() {\n\tc.mu.Lock()\n\tdefer c.mu.Unlock()", New: "func (c *Counter) Seal() {",
+	}, nil},
+	{"TurnFrom takes no lock", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "\tc.mu.Lock()\n\tdefer c.mu.Unlock()\n\tif c.open.Load() == e {\n\t\tc.advance", New: "\tif c.open.Load() == e {\n\t\tc.advance",
+	}, nil},
+	{"Stats takes no lock", "counter", overlay.Edit{
+		File: "counter/counter.go", Old: "func (c *Counter) Stats() Stats {\n\tc.mu.Lock()\n\tdefer c.mu.Unlock()", New: "func (c *Counter) Stats() Stats {",
+	}, nil},
+	{"the closer looks for epochs without the lock", "counter", overlay.Edit{
+		File: "counter/closer.go", Old: "\tc.mu.Lock()\n\tdefer c.mu.Unlock()\n\tif len(c.turned) == 0 {", New: "\tif len(c.turned) == 0 {",
+	}, nil},
+	// Keys.
+	{"a key is added without the lock", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "\tks.adding.Lock()\n\tdefer ks.adding.Unlock()\n\ttable := ks.room()", New: "\ttable := ks.room()",
+	}, nil},
+	{"a key is put over another one", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "\tcase k == nil && (ks.used", New: "\tcase k != nil && k.hash != hash:\n\t\t\tk = &Key{name: string(name), hash: hash, of: ks}\n\t\t\tslot.Store(k)\n\t\t\treturn k\n\t\tcase k == nil && (ks.used",
+	}, nil},
+	{"ids under a key are counted by a load and a store", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "k.unique.Add(n) == n {", New: "k.unique.Load() == 0 {\n\t\tk.unique.Store(n)",
+	}, []overlay.Edit{{File: "counter/keys.go", Old: "\t\tk.of.filled.Add(1)\n\t}", New: "\t\tk.of.filled.Add(1)\n\t} else {\n\t\tk.unique.Store(k.unique.Load() + n)\n\t}"}}},
+	{"a key that has ids is counted by a load and a store", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "k.of.filled.Add(1)", New: "k.of.filled.Store(k.of.filled.Load() + 1)",
+	}, nil},
+	{"the bound of the keys is looked at before the lock alone", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "case k == nil && (ks.used >= ks.max || ks.memory.full()):", New: "case k == nil && ks.memory.full():",
+	}, nil},
+	{"the memory of the keys is counted by a load and a store", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "ks.memory.used.Add(bytes)", New: "ks.memory.used.Store(ks.memory.used.Load() + bytes)",
+	}, nil},
 	// The table.
 	{"a narrow slot is taken by a store", "dedup", overlay.Edit{
 		File: "dedup/table.go", Old: "if slot.CompareAndSwap(w, word) {", New: "if slot.Store(word); true {",
@@ -145,6 +185,18 @@ var mutants = []mutant{
 	{"what is left is found before the flag is up", "dedup", overlay.Edit{
 		File: "dedup/memory.go", Old: "v.tight.Store(true)\n\t\tv.left = less(", New: "v.left = less(",
 	}, []overlay.Edit{{File: "dedup/memory.go", Old: "v.before.sum()+e.Unique()+fresh)\n", New: "v.before.sum()+e.Unique()+fresh); v.tight.Store(true)\n"}}},
+	{"no id finds that the limit is near", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "if v.tight.Load() {\n\t\treturn m.insertTight", New: "if false {\n\t\treturn m.insertTight",
+	}, nil},
+	{"the sample is counted by a load and a store", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "\tof.Add(1)\n", New: "\tof.Store(of.Load() + 1)\n",
+	}, nil},
+	{"what is left is found anew by each request that sees the limit", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "\tif !v.tight.Load() {\n", New: "\tif true {\n",
+	}, nil},
+	{"what is left is found without the lock", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "\tv.mu.Lock()\n\tdefer v.mu.Unlock()\n\tif !v.tight.Load() {", New: "\tif !v.tight.Load() {",
+	}, nil},
 	// The journal.
 	{"the head counts a record before it is there", "dedup", overlay.Edit{
 		File: "dedup/segment.go", Old: "n := c.body & recordMask\n", New: "n := c.body & recordMask; c.chunk[0] = headOf(c.body + 1)\n",
@@ -158,6 +210,18 @@ var mutants = []mutant{
 	}, nil},
 	{"a token is not kept with its id", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "kind |= tokenKind\n", New: "\n",
+	}, nil},
+	{"a key that has no room is not looked for again", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "if k = keys.Find(hash, name); k == nil {\n\t\t\treturn nil, ErrTooManyKeys", New: "if k == nil {\n\t\t\treturn nil, ErrTooManyKeys",
+	}, nil},
+	{"an attempt is judged in an epoch that was left", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "case m.current.Load() != v:", New: "case false:",
+	}, nil},
+	{"a level of tokens is added without the lock", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "\ttable.mu.Lock()\n\tdefer table.mu.Unlock()\n\tswitch", New: "\tswitch",
+	}, nil},
+	{"a token is not added", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "\t\t\tv.tokens.add(m, token)\n", New: "\n",
 	}, nil},
 	{"the head does not count the record", "dedup", overlay.Edit{
 		File: "dedup/segment.go", Old: "c.chunk[0] = headOf(c.body)", New: "c.chunk[0] = headOf(c.body - 1)",
@@ -187,7 +251,16 @@ var mutants = []mutant{
 		File: "dedup/segment.go", Old: "k.serial > 0 && !k.ended {\n\t\t\tfloor", New: "k.serial > 0 && false {\n\t\t\tfloor",
 	}, nil},
 	{"the segments of the open epoch are free", "dedup", overlay.Edit{
-		File: "dedup/segment.go", Old: "if s.last >= floor {", New: "if s.last > floor {",
+		File: "dedup/segment.go", Old: "if s.last >= floor ||", New: "if s.last > floor ||",
+	}, nil},
+	{"a chunk is handed out with the head that it had", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "atomic.StoreUint64(&s.chunks[s.next][0], headOf(body))", New: "_ = headOf(body)",
+	}, nil},
+	{"two requests make one segment", "dedup", overlay.Edit{
+		File: "dedup/segment.go", Old: "\tj.making.Lock()\n\tdefer j.making.Unlock()\n", New: "\n",
+	}, nil},
+	{"the end of an epoch is not kept", "dedup", overlay.Edit{
+		File: "dedup/journal.go", Old: "\tatomic.StoreUint64(&j.slots[o.slot].ended, endedMark", New: "\tatomic.StoreUint64(new(uint64), endedMark",
 	}, nil},
 	// A connection.
 	{"a connection that is parked is closed", "server", overlay.Edit{
@@ -195,9 +268,6 @@ var mutants = []mutant{
 	}, nil},
 	{"the deadline of parking stays", "server", overlay.Edit{
 		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\treturn", New: "\treturn",
-	}, nil},
-	{"an answer is written after the connection is idle", "server", overlay.Edit{
-		File: "server/conn.go", Old: "\tc.enter(phaseWriting)\n\tn, err := c.Conn.Write(p)", New: "\tc.enter(phaseIdle)\n\tn, err := c.Conn.Write(p)",
 	}, nil},
 	{"the stop closes a connection that the fast path serves", "server", overlay.Edit{
 		File: "server/conn.go", Old: "if c.serving.Load() {", New: "if false {",
@@ -220,7 +290,28 @@ var mutants = []mutant{
 	{"the stop is marked after the deadlines", "server", overlay.Edit{
 		File: "server/park.go", Old: "\tl.stopping.Store(true)\n", New: "\tdefer l.stopping.Store(true)\n",
 	}, nil},
+	{"the deadline of parking comes before its reason", "server", overlay.Edit{
+		File: "server/conn.go", Old: "!c.nudged.Swap(true):\n\t\tc.interrupt()", New: "!c.nudged.Load():\n\t\tc.interrupt()\n\t\tc.nudged.Store(true)",
+	}, nil},
+	{"a parked connection remembers that it was to be parked", "server", overlay.Edit{
+		File: "server/park.go", Old: "if !c.nudged.Swap(false) ||", New: "if !c.nudged.Load() ||",
+	}, nil},
+	{"the fast path forgets that it is done", "server", overlay.Edit{
+		File: "server/fast.go", Old: "\t\t\tc.serving.Store(false)\n", New: "\n",
+	}, nil},
+	{"the fast path is not marked", "server", overlay.Edit{
+		File: "server/fast.go", Old: "\t\t\tc.serving.Store(true)\n", New: "\n",
+	}, nil},
 	// Callbacks.
+	{"a callback is sent before its id is counted", "server", overlay.Edit{
+		File: "server/accept.go", Old: "\tif a.wanted {\n\t\tdefer func() {", New: "\tif a.wanted {\n\t\ts.callbacks.Send(a.endpoint)\n\t}\n\tif false {\n\t\tdefer func() {",
+	}, nil},
+	{"a repeat is called back, too", "server", overlay.Edit{
+		File: "server/accept.go", Old: "if w.verdicts[0] == dedup.Unique {", New: "if w.verdicts[0] != dedup.Turned {",
+	}, nil},
+	{"the place of an id that is refused stays reserved", "server", overlay.Edit{
+		File: "server/accept.go", Old: "\t\t\t} else {\n\t\t\t\ts.callbacks.Release(a.endpoint)", New: "\t\t\t} else if w.verdicts[0] != dedup.Turned {\n\t\t\t\ts.callbacks.Release(a.endpoint)",
+	}, nil},
 	{"a place is reserved while the stop waits for the last ones", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "if s.draining || s.closed {\n\t\treturn false", New: "if s.closed {\n\t\treturn false",
 	}, nil},
@@ -286,5 +377,14 @@ var mutants = []mutant{
 	}, nil},
 	{"the stop cuts nothing off", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "\ts.mu.Unlock()\n\ts.cut()\n", New: "\ts.mu.Unlock()\n",
+	}, nil},
+	{"a POST is queued without the lock", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "func (s *Sender) Send(ep Endpoint) {\n\ts.mu.Lock()\n\tdefer s.mu.Unlock()", New: "func (s *Sender) Send(ep Endpoint) {",
+	}, nil},
+	{"the end of a POST is booked without the lock", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\td := j.dest\n\ts.mu.Lock()\n", New: "\td := j.dest\n",
+	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.noticeEmpty()\n\tcloseIdle"}}},
+	{"the stop is decided before the lock of the look at what is left", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\tempty := s.awaitEmpty()\n\ts.mu.Unlock()\n\tselect", New: "\ts.mu.Unlock()\n\tempty := s.awaitEmpty()\n\tselect",
 	}, nil},
 }

@@ -62,7 +62,7 @@ func hunt(m mutant) (scenario, schedules, bound string, err error) {
 	case "dedup":
 		c.Folders, c.Edits = []string{"counter", "dedup"}, overlay.Dedup
 	case "server":
-		c.Folders, c.Edits = []string{"counter", "server"}, overlay.Server
+		c.Folders, c.Edits = []string{"counter", "server", "server/callback"}, overlay.Server
 	case "server/callback":
 		c.Folders, c.Edits, c.Channels = []string{"server/callback"}, overlay.Callback, true
 	}
