@@ -350,7 +350,7 @@ func (s *onceNew) AddMany(_ *counter.Epoch, _ []dedup.Item, verdicts []dedup.Ver
 func TestInterleavingsOfACallback(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 2, explore.All), func(r *explore.Run) {
 		set := new(onceNew)
-		count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publish: set})
+		count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publisher: set})
 		if err != nil {
 			panic(err)
 		}

@@ -217,9 +217,6 @@ var mutants = []mutant{
 	{"an attempt is judged in an epoch that was left", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "case m.current.Load() != v:", New: "case false:",
 	}, nil},
-	{"a level of tokens is added without the lock", "dedup", overlay.Edit{
-		File: "dedup/options.go", Old: "\ttable.mu.Lock()\n\tdefer table.mu.Unlock()\n\tswitch", New: "\tswitch",
-	}, nil},
 	{"a token is not added", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "\t\t\tv.tokens.add(m, token)\n", New: "\n",
 	}, nil},
@@ -384,7 +381,4 @@ var mutants = []mutant{
 	{"the end of a POST is booked without the lock", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "\td := j.dest\n\ts.mu.Lock()\n", New: "\td := j.dest\n",
 	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.noticeEmpty()\n\tcloseIdle"}}},
-	{"the stop is decided before the lock of the look at what is left", "server/callback", overlay.Edit{
-		File: "server/callback/callback.go", Old: "\tempty := s.awaitEmpty()\n\ts.mu.Unlock()\n\tselect", New: "\ts.mu.Unlock()\n\tempty := s.awaitEmpty()\n\tselect",
-	}, nil},
 }
