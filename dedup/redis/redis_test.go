@@ -31,8 +31,14 @@ type redisServer struct {
 	t testing.TB
 }
 
+// startRedis is called before the sets of a test are opened: those are to have the same
+// hour as their first window, so none is opened right before its end.
 func startRedis(t testing.TB, args ...string) *redisServer {
 	t.Helper()
+	const longest = 30 * time.Second // that the sets of a test are opened after each other
+	if left := time.Hour - time.Duration(time.Now().UnixNano()%int64(time.Hour)); left < longest {
+		time.Sleep(left)
+	}
 	return &redisServer{testproc.StartRedis(t, args...), t}
 }
 

@@ -143,8 +143,8 @@ func Do(kind Kind, name string, p unsafe.Pointer) {
 }
 
 // Then is called with an operation on what p points to that comes with the one before: no
-// other thread's step is tried between them. That of a mutex which is let go of need not be:
-// who waits for it cannot go on before, and what others do there they may do earlier.
+// other thread's step is tried between them. For the release of a mutex none is needed: a
+// thread that waits for it cannot go on before, and what others do there they may do earlier.
 func Then(kind Kind, name string, p unsafe.Pointer) {
 	e := active
 	if e == nil {

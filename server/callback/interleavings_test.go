@@ -160,7 +160,7 @@ func (k *scene) look() {
 	}
 }
 
-// check holds what became of each reservation against what was asked for. Nothing is left.
+// check compares the outcome of each reservation with its request. Nothing is left.
 func (k *scene) check() error {
 	st := k.s.Stats()
 	if k.exceeded != nil {
