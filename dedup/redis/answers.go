@@ -17,7 +17,8 @@ import (
 )
 
 // answers is how many ids each member of a group has answered as new in an epoch: "N"
-// of one that has left it, "N+" of one that has not, for N at least.
+// of one that has left it, "N?" if it has also refused ids that may be in Redis for good,
+// "N+" of one that has not left it, for N at least.
 //
 // That a record is exact rests on it: see decideScript. So it is kept in three places:
 // with the epoch in Redis, by each member, which learns it from the replies to its beats
@@ -34,14 +35,14 @@ func (a answers) learn(from answers) {
 
 func (a answers) note(member, n string) {
 	old, some := a[member]
-	if least, running := strings.CutSuffix(old, "+"); some && (!running || strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(least)) {
+	if least, running := strings.CutSuffix(old, "+"); some && n != old+"?" && (!running || strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(least)) {
 		return
 	}
 	a[member] = n
 }
 
 func atLeast(n string) uint64 {
-	least, _ := strconv.ParseUint(strings.TrimSuffix(n, "+"), 10, 64)
+	least, _ := strconv.ParseUint(strings.TrimRight(n, "+?"), 10, 64)
 	return least
 }
 
@@ -52,14 +53,21 @@ func (e *ledgerEpoch) count(member string) {
 	}
 }
 
-// final notes what this process has answered in an epoch that it has left.
-func (l *Ledger) final(s counter.Span, unique uint64) {
+// final notes and returns what this process has answered in an epoch that it has left, and,
+// when all that can be is settled, whether ids that it has refused may be in Redis.
+func (l *Ledger) final(s counter.Span, unique uint64, settled bool) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	n := strconv.FormatUint(unique, 10)
 	if e := l.find(s); e != nil {
-		e.answers.note(l.cfg.Member, strconv.FormatUint(unique, 10))
+		e.answers.note(l.cfg.Member, n)
 		e.told = nil
+		if settled && e.doubts.Load() > 0 {
+			n += "?"
+			e.answers.note(l.cfg.Member, n)
+		}
 	}
+	return n
 }
 
 // sessions of members, as sealScript lists them.

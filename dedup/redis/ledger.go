@@ -262,12 +262,12 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
 
-// luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N+"
-// before, for N at least. A more certain number stays.
+// luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N?" with
+// ids in doubt, "N+" before, for N at least. A more certain number stays, and a doubt.
 const luaAnswers = `
 local function answered(key, m, n)
   local old = redis.call('HGET', key, 'm:' .. m)
-  if not old or string.sub(old, -1) == '+' and
+  if not old or n == old .. '?' or string.sub(old, -1) == '+' and
     (string.sub(n, -1) ~= '+' or tonumber(string.sub(n, 1, -2)) > tonumber(string.sub(old, 1, -2))) then
     redis.call('HSET', key, 'm:' .. m, n)
   end
@@ -391,7 +391,7 @@ return {now, leader == me and 1 or 0, others, odd, strange, states, answers}
 // reportScript says that the member has left the epoch, and what it has answered in it:
 // nothing of it comes any more.
 var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
-local me, keep, name, ends, complete, exact, unsettled, answers, under, doubted = unpack(ARGV)
+local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
 if unsettled ~= '' then
   redis.call('HSET', KEYS[3], me, unsettled)
   redis.call('PEXPIRE', KEYS[3], keep)
@@ -404,7 +404,7 @@ if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
   if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
   answered(KEYS[2], me, answers)
   if under ~= '0' then redis.call('HSET', KEYS[2], 'k:' .. me, under) end
-  if doubted == '1' then redis.call('HSET', KEYS[2], 'd:' .. me, 1) else redis.call('HDEL', KEYS[2], 'd:' .. me) end
+  redis.call('HDEL', KEYS[2], 'd:' .. me) -- the answers have it
   redis.call('PEXPIRE', KEYS[2], keep)
 end
 return 1
@@ -499,7 +499,9 @@ for f = 1, #all, 2 do
       absent[#absent + 1] = string.sub(all[f], 3)
       least = least + tonumber(string.sub(all[f + 1], 1, -2))
     else
-      sum = sum + tonumber(all[f + 1])
+      local n, sure = string.match(all[f + 1], '^(%d+)(%??)$')
+      sum = sum + tonumber(n)
+      if sure == '?' then doubted[#doubted + 1] = string.sub(all[f], 3) end
     end
     redis.call('HDEL', KEYS[2], all[f])
   elseif string.sub(all[f], 1, 2) == 'k:' then
@@ -944,12 +946,13 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 		}
 	}
 	c.Complete = c.Complete && !l.wasLate(s)
-	l.final(s, c.Unique)
+	l.final(s, c.Unique, false)
 	err = l.settle(ctx, s)
 	if err == nil {
+		n := l.final(s, c.Unique, true)
 		_, err = l.exec(ctx, reportScript,
 			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), strconv.FormatUint(c.Unique, 10), strconv.FormatUint(sumOf(c.Keys), 10), flag(l.doubted(s))})
+			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(sumOf(c.Keys), 10)})
 	}
 	if err != nil {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -960,14 +963,6 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 		e.reported, e.reportedAt = &c, time.Now()
 	}
 	return true, nil
-}
-
-// doubted reports whether ids of the epoch were answered 503 and may be in Redis.
-func (l *Ledger) doubted(s counter.Span) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.find(s)
-	return e != nil && e.doubts.Load() > 0
 }
 
 // takes reports whether the group has the epoch, as far as is known here. One that

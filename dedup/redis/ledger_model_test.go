@@ -224,7 +224,7 @@ func (m *ledgerModel) takes(name string, inside bool) bool {
 }
 
 // report is reportScript.
-func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, unsettled, n, under string, doubted bool) bool {
+func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, unsettled, n, under string) bool {
 	if unsettled != "" {
 		m.unsettled[me] = unsettled
 	}
@@ -242,9 +242,7 @@ func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, 
 		if answered(h, me, n); under != "0" {
 			h["k:"+me] = under
 		}
-		if delete(h, "d:"+me); doubted {
-			h["d:"+me] = "1"
-		}
+		delete(h, "d:"+me)
 	}
 	return true
 }
@@ -325,6 +323,7 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledger
 			least += atLeast(n)
 		} else {
 			sum += atLeast(n)
+			doubted = doubted || strings.HasSuffix(n, "?")
 		}
 	}
 	for f, n := range h {

@@ -456,10 +456,14 @@ func (w *model) report(m *modelMember) {
 	if w.rnd.IntN(4) > 0 {
 		w.clear(m)
 	}
-	w.keep(m, strconv.Itoa(len(m.log)))
+	n := strconv.Itoa(len(m.log))
+	if m.doubts > 0 {
+		n += "?"
+	}
+	w.keep(m, n)
 	if m.opened && !w.down {
 		m.reported = true
-		w.ledger.report(m.name, modelSpan, modelEnd*1000, true, true, m.unsettled(), strconv.Itoa(len(m.log)), "0", m.doubts > 0)
+		w.ledger.report(m.name, modelSpan, modelEnd*1000, true, true, m.unsettled(), n, "0")
 	}
 }
 

@@ -299,7 +299,7 @@ func (w *twins) beat() {
 		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, doubted: rnd.IntN(5) == 0, known: answers{}}
 		for _, m := range []string{"a", "b", "c"} {
 			if rnd.IntN(2) == 0 {
-				e.known[m] = strconv.Itoa(rnd.IntN(4)) + pick(rnd, "", "+", "+")
+				e.known[m] = strconv.Itoa(rnd.IntN(4)) + pick(rnd, "", "?", "+", "+")
 			}
 		}
 		decided := []string{"", "", "", "", ""}
@@ -338,11 +338,10 @@ func (w *twins) ledgerStep() {
 	switch rnd.IntN(14) {
 	case 0, 1, 2:
 		complete, exact, unsettled := rnd.IntN(2) == 0, rnd.IntN(5) > 0, pick(rnd, "", "1000000 1000000")
-		n, under := strconv.Itoa(rnd.IntN(4)), strconv.Itoa(rnd.IntN(2))
-		doubted := rnd.IntN(5) == 0
-		taken := w.ledger.report(me, name, ends, complete, exact, unsettled, n, under, doubted)
+		n, under := strconv.Itoa(rnd.IntN(4))+pick(rnd, "", "", "?"), strconv.Itoa(rnd.IntN(2))
+		taken := w.ledger.report(me, name, ends, complete, exact, unsettled, n, under)
 		w.same(fmt.Sprint("report ", me, name, complete, exact, n, under),
-			w.run("report", []string{k.epochs, epoch, k.unsettled}, me, "604800000", name, strconv.FormatInt(ends, 10), flag(complete), flag(exact), unsettled, n, under, flag(doubted)), flag(taken))
+			w.run("report", []string{k.epochs, epoch, k.unsettled}, me, "604800000", name, strconv.FormatInt(ends, 10), flag(complete), flag(exact), unsettled, n, under), flag(taken))
 	case 3, 4:
 		d, wait, members := w.ledger.seal(name)
 		model := fmt.Sprintf("[1 %d]", wait)
