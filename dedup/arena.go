@@ -72,6 +72,13 @@ func (a *arena) room(size uint64) error {
 	return nil
 }
 
+// populate makes memory resident that others may be using.
+func (a *arena) populate(m memory) {
+	if m.mapped && m.size() >= populateMin {
+		populateMemory(m.bytes, max(1, a.workers))
+	}
+}
+
 func (a *arena) free(m memory) {
 	a.used.Add(-m.size())
 	if m.mapped {

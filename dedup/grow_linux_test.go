@@ -1,7 +1,6 @@
 package dedup
 
 import (
-	"slices"
 	"testing"
 	"unsafe"
 
@@ -21,89 +20,71 @@ func resident(t *testing.T, l *level[narrowBucket]) (n, all int) {
 	return n, len(pages)
 }
 
-// TestRequestMakesNoLargeLevel: what a table needs is made by the cleaner and is resident
-// before requests use it; they go on with small levels meanwhile.
-func TestRequestMakesNoLargeLevel(t *testing.T) {
+// TestLevelsAreResidentBeforeTheirIds: one that a request adds is there at once and is made
+// resident by the cleaner, with the ids that are in it; one that the cleaner adds is
+// resident before any id is.
+func TestLevelsAreResidentBeforeTheirIds(t *testing.T) {
 	const expect = 10_000_000
 	from := &arena{}
 	table := &table[narrowBucket]{expect: expect}
 	defer table.free(from)
 	sizes := func() []uint64 { return table.sizes(table.slots) }
 	first, second := firstLevels(expect)
-	quick := uint64(quickBytes / unsafe.Sizeof(narrowBucket{}))
-	grow := func(want uint64) {
-		t.Helper()
-		have := table.depth
-		if grown, err := table.grow(have, sizes, from); !grown || err != nil {
-			t.Fatalf("got %t, %v", grown, err)
-		}
-		l := table.levels[have].Load()
-		if n, _ := resident(t, l); uint64(len(l.buckets)) != want || n > 0 {
-			t.Errorf("a request made a level of %d buckets with %d pages, want %d and none", len(l.buckets), n, want)
-		}
+	if grown, err := table.grow(0, sizes, from); !grown || err != nil {
+		t.Fatalf("got %t, %v", grown, err)
 	}
-	prepare := func(want ...uint64) {
-		t.Helper()
-		have := table.depth
-		if got := table.prepare(false, 0, sizes, from); got != len(want) {
-			t.Fatalf("%d levels were made, want %d", got, len(want))
-		}
-		for i, n := range want {
-			l := table.levels[have+i].Load()
-			if got, all := resident(t, l); uint64(len(l.buckets)) != n || got < all {
-				t.Errorf("the cleaner made a level of %d buckets with %d pages of %d, want %d", len(l.buckets), got, all, n)
-			}
-		}
+	if table.depth != 2 || uint64(len(table.levels[0].Load().buckets)) != first || uint64(len(table.levels[1].Load().buckets)) != second {
+		t.Fatalf("%d levels, want one of %d buckets and one of %d", table.depth, first, second)
 	}
-	grow(quick)
-	if !slices.Equal(table.wanted, []uint64{first, second}) {
-		t.Errorf("the cleaner is asked for %d, want %d and %d", table.wanted, first, second)
+	if n, _ := resident(t, table.levels[0].Load()); n > 0 {
+		t.Errorf("the request has waited for %d pages", n)
 	}
 	table.levels[0].Load().buckets[0][3].Store(42)
-	prepare(first, second)
-	if got := table.levels[0].Load().buckets[0][3].Load(); got != 42 {
-		t.Errorf("a word became %d", got)
+	if grown := table.prepare(true, table.slots, sizes, from); grown != 0 {
+		t.Errorf("%d levels were added behind two that are new", grown)
 	}
-	prepare() // nothing is wanted
-
-	// Full again, and twice before the cleaner comes by: one large level for both.
-	grow(quick)
-	grow(2 * quick)
-	made := table.slots * 3 / 4 / slotsPerBucket
-	table.making = true // as while the cleaner makes it
-	table.wanted = nil
-	grow(4 * quick)
-	if table.wanted != nil {
-		t.Errorf("asked for %d while such a level is being made", table.wanted)
+	if n, all := resident(t, table.levels[0].Load()); n < all || table.levels[0].Load().buckets[0][3].Load() != 42 {
+		t.Errorf("%d pages of %d, and a word is %d, want 42", n, all, table.levels[0].Load().buckets[0][3].Load())
 	}
-	table.making = false
-	table.wanted = []uint64{made}
-	prepare(made)
-	grow(quick)
+	want := table.slots * 3 / 4 / slotsPerBucket
+	if grown := table.prepare(true, table.slots, sizes, from); grown != 1 {
+		t.Fatalf("%d levels were added to a table that is crowded", grown)
+	}
+	l := table.levels[2].Load()
+	if n, all := resident(t, l); uint64(len(l.buckets)) != want || n < all {
+		t.Errorf("the cleaner made a level of %d buckets with %d pages of %d, want %d", len(l.buckets), n, all, want)
+	}
+	if grown := table.prepare(false, table.slots, sizes, from); grown != 0 {
+		t.Errorf("%d levels were added without need", grown)
+	}
 }
 
 // TestLevelsUseTheMemoryThatIsLeft: without memory for the level that is wanted a smaller
 // one is made, and with none for that the smallest.
 func TestLevelsUseTheMemoryThatIsLeft(t *testing.T) {
 	size := func(buckets uint64) uint64 { return buckets * uint64(unsafe.Sizeof(narrowBucket{})) }
-	from := &arena{max: size(8*minBuckets) + size(2*minBuckets)}
+	from := &arena{max: size(minBuckets + 8*minBuckets + 2*minBuckets)}
 	table := new(table[narrowBucket])
 	defer table.free(from)
-	for _, c := range []struct{ wanted, want uint64 }{{32 * minBuckets, 8 * minBuckets}, {32 * minBuckets, 0}} {
-		table.wanted = []uint64{c.wanted}
-		if grown := table.prepare(false, 0, nil, from); grown != min(1, int(c.want)) {
-			t.Errorf("%d levels were made, want %d buckets", grown, c.want)
+	want := func(buckets uint64) func() []uint64 { return func() []uint64 { return []uint64{buckets} } }
+	if grown, err := table.grow(0, want(minBuckets), from); !grown || err != nil {
+		t.Fatalf("got %t, %v", grown, err)
+	}
+	table.cold = nil
+	for _, made := range []int{1, 0} { // an eighth of that is too large the second time
+		if grown := table.prepare(true, table.slots, want(32*minBuckets), from); grown != made {
+			t.Errorf("%d levels were made, want %d", grown, made)
 		}
 	}
-	if got := table.slots; got != 8*minBuckets*slotsPerBucket {
+	if got := table.slots; got != 9*minBuckets*slotsPerBucket {
 		t.Errorf("%d slots", got)
 	}
 	for range 2 {
-		if grown, err := table.grow(table.depth, func() []uint64 { return []uint64{4 * minBuckets} }, from); !grown || err != nil {
+		if grown, err := table.grow(table.depth, want(4*minBuckets), from); !grown || err != nil {
 			t.Errorf("got %t, %v", grown, err)
 		}
 	}
-	if grown, err := table.grow(table.depth, func() []uint64 { return []uint64{minBuckets} }, from); grown || err == nil {
+	if grown, err := table.grow(table.depth, want(minBuckets), from); grown || err == nil {
 		t.Errorf("got %t, %v without memory", grown, err)
 	}
 }

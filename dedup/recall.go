@@ -239,9 +239,12 @@ func (m *Memory) wideFiller(v *View, records uint64) filler {
 // is none. A bit for a slot is looked at instead of the words, which takes no
 // loop whose end is guessed wrong, and waits for no line of the table.
 func takeFree(occupied *uint16, word uint64) (slot uint64, n int) {
-	first := int(home(word))
-	n = bits.TrailingZeros16(bits.RotateLeft16(^*occupied, -first))
-	slot = uint64(first+n) % slotsPerBucket
+	first := home(word)
+	free := ^*occupied >> (first & lineSlots) // of its line
+	other := ^*occupied >> (first&lineSlots ^ lineSlots)
+	round := -int(first % lineSlots)
+	n = bits.TrailingZeros16(uint16(bits.RotateLeft8(uint8(free), round)) | uint16(bits.RotateLeft8(uint8(other), round))<<lineSlots)
+	slot = slotAt(first, uint64(n)) % slotsPerBucket
 	if n < slotsPerBucket {
 		*occupied |= 1 << slot
 	}

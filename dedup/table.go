@@ -28,7 +28,8 @@ import (
 // It replaced sync.Map, Go maps behind locks, and the libraries that stand
 // beside it in bench; BenchmarkAdd there says what it gains.
 const (
-	slotsPerBucket = 16 // two cache lines of words
+	lineSlots      = 8 // words in a cache line
+	slotsPerBucket = 2 * lineSlots
 
 	tagBits    = 12
 	tagMask    = 1<<tagBits - 1
@@ -76,10 +77,6 @@ const (
 	// the last one still has room for the time it takes.
 	needed    = 70
 	crowdedAt = 78
-
-	// quickBytes is the size of the largest level that a request makes, if the cleaner
-	// has made one since requests last did: eight huge pages.
-	quickBytes = 16 << 20
 
 	// nearlyFull is how far from its home an id that takes a slot in the last
 	// level makes the cleaner look whether the table should grow. With three
@@ -140,9 +137,13 @@ const (
 )
 
 // home returns the slot of a bucket where the search for a word begins, by bits
-// that tell the bucket's keys apart: the search goes round from there. Beginning
-// at the first slot all ids would read what is taken before they find room.
+// that tell the bucket's keys apart. Beginning at the first slot all ids would read what
+// is taken before they find room.
 func home(word uint64) uint64 { return word >> (64 - 4) }
+
+// slotAt returns the slot where the search from a home looks as its n-th, n from 0: round
+// its cache line first, and then round the other one, which is read only if this is full.
+func slotAt(home, n uint64) uint64 { return (home^n)&lineSlots | (home+n)&(lineSlots-1) }
 
 // wordAt returns the i-th word of a bucket. For b[i] of a pointer to an array Go first
 // reads b[0], to check that b is not nil: both cache lines of a bucket would be loaded
@@ -155,7 +156,7 @@ func wordAt(bucket unsafe.Pointer, i uint64) *atomic.Uint64 {
 func (b *narrowBucket) add(word uint64, look bool) (place, int) {
 	tag := word & tagMask
 	for n := range uint64(slotsPerBucket) {
-		slot := wordAt(unsafe.Pointer(b), (home(word)+n)%slotsPerBucket)
+		slot := wordAt(unsafe.Pointer(b), slotAt(home(word), n))
 		for {
 			w := slot.Load()
 			if w == word {
@@ -188,7 +189,7 @@ func (b *narrowBucket) add(word uint64, look bool) (place, int) {
 func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 	tag := word & tagMask
 	for n := range uint64(slotsPerBucket) {
-		i := (home(word) + n) % slotsPerBucket
+		i := slotAt(home(word), n)
 		slot, other := wordAt(unsafe.Pointer(b), i), wordAt(unsafe.Pointer(b), slotsPerBucket+i)
 		for wait := 0; ; {
 			w := slot.Load()
@@ -251,13 +252,11 @@ type table[B any] struct {
 	levels [maxLevels]atomic.Pointer[level[B]]
 	expect uint64 // ids the first two levels are made for
 
-	mu     sync.Mutex // guards growing
-	depth  int        // levels there
-	slots  uint64     // in all levels
-	bytes  uint64     // of all levels
-	wanted []uint64   // buckets of the levels that the cleaner is to make
-	making bool       // it is making some
-	quick  int        // levels that requests have made since it last did
+	mu    sync.Mutex // guards growing
+	depth int        // levels there
+	slots uint64     // in all levels
+	bytes uint64     // of all levels
+	cold  []memory   // of levels that requests added, whose pages are not resident yet
 
 	far      atomic.Uint64 // buckets from which on a level is worth a prefetch; 0: none is
 	checking atomic.Bool   // the cleaner was asked to look at the load
@@ -319,51 +318,49 @@ func (t *table[B]) extend(n uint64, from *arena, resident bool) error {
 	return t.append(l, from)
 }
 
-// grow makes sure that there is a level after the first have ones, for a request that
-// stands in front of full buckets. size returns the sizes of the levels that the table
-// needs; t.mu is held while it is called.
-//
-// The first touch of a huge page takes 0.1 ms, and where a hypervisor has to find it first
-// several. Ids come at random places, so soon every page of a new level is touched: those
-// of a large one would stop all requests for seconds. So a request makes a small level,
-// and twice as large a one where that is full, too, while the cleaner makes the pages of
-// the large one resident (prepare).
+// grow makes sure that there is a level after the first have ones, for a request that found
+// those full. sizes returns the sizes of the levels that the table needs; t.mu is held while
+// it is called. The level is there at once, before its pages are: requests that wait for it
+// hold t.mu only for moments, and the cleaner makes the pages resident (prepare).
 func (t *table[B]) grow(have int, sizes func() []uint64, from *arena) (grown bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.depth > have {
 		return false, nil
 	}
-	wanted := sizes()
-	n := min(wanted[0], quickBytes<<t.quick/uint64(unsafe.Sizeof(*new(B))))
-	if err = t.extend(n, from, false); err != nil && n > minBuckets {
-		err = t.extend(minBuckets, from, false) // no memory for so many
+	for i, n := range sizes() {
+		err = t.extend(n, from, false)
+		if err != nil && i == 0 && n > minBuckets {
+			err = t.extend(minBuckets, from, false) // no memory for so many
+		}
+		if err != nil {
+			break
+		}
+		grown = true
+		t.cold = append(t.cold, t.levels[t.depth-1].Load().memory)
 	}
-	if err != nil {
-		return false, err
+	if grown {
+		err = nil // a second level comes when it is needed
 	}
-	if n == wanted[0] {
-		wanted = wanted[1:]
-	} else {
-		t.quick++
-	}
-	if !t.making {
-		t.wanted = wanted
-	}
-	return true, nil
+	return grown, err
 }
 
-// prepare makes the levels that requests found missing, or that they would soon, and
-// appends them when their pages are resident. One at a time may call it, and nobody may
-// free t meanwhile. asked: the table may be crowded with so many ids.
+// prepare makes the pages resident of the levels that requests have added. If none has and
+// the table is crowded with so many ids, it adds the levels that are needed next, which
+// requests find resident. One at a time may call it, and nobody may free t meanwhile. asked:
+// a bucket of the last level is nearly full.
 func (t *table[B]) prepare(asked bool, load uint64, sizes func() []uint64, from *arena) (grown int) {
 	t.mu.Lock()
-	wanted := t.wanted
-	if t.wanted = nil; len(wanted) == 0 && asked && t.crowded(load) {
+	cold := t.cold
+	t.cold = nil
+	var wanted []uint64
+	if len(cold) == 0 && asked && t.crowded(load) {
 		wanted = sizes()
 	}
-	t.making = true
 	t.mu.Unlock()
+	for _, m := range cold {
+		from.populate(m)
+	}
 	for _, n := range wanted {
 		l, err := newLevel[B](n, from, true)
 		for least := max(n/8, minBuckets); err != nil && n/2 >= least; {
@@ -375,14 +372,10 @@ func (t *table[B]) prepare(asked bool, load uint64, sizes func() []uint64, from 
 		}
 		t.mu.Lock()
 		if t.append(l, from) == nil {
-			t.quick = 0
 			grown++
 		}
 		t.mu.Unlock()
 	}
-	t.mu.Lock()
-	t.making = false
-	t.mu.Unlock()
 	return grown
 }
 
@@ -418,15 +411,14 @@ func (t *table[B]) sizes(load uint64) []uint64 {
 // does, the sooner the more buckets there are: at 66 % of all slots or later, or
 // before half load, where a small level helps. The small second level of a
 // table of the expected size holds out until 104 % of those ids; there the load
-// must not ask at 100 %, which is 69 % of the slots. The third is that of a table which
-// began with a quick one. t.mu is held.
+// must not ask at 100 %, which is 69 % of the slots. t.mu is held.
 func (t *table[B]) crowded(load uint64) bool {
 	last := uint64(len(t.levels[t.depth-1].Load().buckets)) * slotsPerBucket
 	percent := load / (t.slots/100 + 1)
 	switch {
 	case t.depth == 1 || percent < 50:
 		return true
-	case t.depth <= 3 && last < t.slots/8:
+	case t.depth == 2 && last < t.slots/8:
 		return percent >= 72
 	default:
 		return percent >= 62
