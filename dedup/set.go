@@ -47,7 +47,8 @@ func refusal(err error) Verdict {
 	return Unavailable
 }
 
-// Options are what a request says of an id beside the id. Empty: it says nothing.
+// Options are what a request says of an id beside the id. Empty: it says nothing. They must
+// not change once Set.Key had them: it leaves a hash in them.
 type Options struct {
 	Under []byte // the key under which the id is counted, 1 to 128 bytes: an id is unique within its key
 	Token []byte // names the attempt to count the id, 1 to 64 bytes: its retries have the same one
