@@ -158,14 +158,14 @@ func CheckMaxKeys(n int) error {
 }
 
 // New opens the epoch of the present time. Run must be called to close epochs. It returns
-// an error if Window is outside of MinWindow and MaxWindow, if Store or Publish is
+// an error if Window is outside of MinWindow and MaxWindow, if Store or Publisher is
 // missing, or if MaxSkew or MaxKeys is out of bounds.
 func New(cfg Config) (*Counter, error) {
 	if err := CheckWindow(cfg.Window); err != nil {
 		return nil, fmt.Errorf("counter: Window %v: %w", cfg.Window, err)
 	}
 	if cfg.Store == nil || cfg.Publisher == nil {
-		return nil, fmt.Errorf("counter: Store and Publish are required")
+		return nil, fmt.Errorf("counter: Store and Publisher are required")
 	}
 	if cfg.MaxSkew < 0 {
 		return nil, fmt.Errorf("counter: MaxSkew must not be negative")

@@ -4,8 +4,8 @@ import (
 	"sync/atomic"
 )
 
-// growAhead adds levels to a table that will soon need one, and those that requests left to
-// it: their memory is resident before a request uses it.
+// growAhead adds levels to a table that will soon need them, so that their memory is resident
+// before a request uses it. If requests were faster, it makes those resident that they added.
 func (m *Memory) growAhead() {
 	v := m.current.Load()
 	if v == nil {

@@ -548,8 +548,8 @@ func (m *Memory) addWide(v *View, hi, lo uint64, look bool) (place, error) {
 	return full, ErrFull
 }
 
-// grow adds a level because an id found the last one full. What it leaves to the cleaner
-// is begun at once.
+// grow adds a level because an id found the last one full, and has the cleaner make its
+// pages resident.
 func grow[B any](m *Memory, t *table[B], have int, sizes func() []uint64) error {
 	grown, err := t.grow(have, sizes, m.arena)
 	if grown {

@@ -98,8 +98,8 @@ func (t *tokens) look(m *Memory, x uint64) (place, error) {
 }
 
 // prefetch is that of the table, and of the other cache line of the bucket in its first
-// level: a token that is not there is looked for up to a free slot, beyond the line of its
-// home every fourth time. t may be nil.
+// level: a token that is not there is looked for up to a free slot, in the other line if
+// that of its home is full. t may be nil.
 func (t *tokens) prefetch(x uint64) {
 	if t == nil {
 		return
@@ -107,7 +107,7 @@ func (t *tokens) prefetch(x uint64) {
 	if far := t.table.far.Load(); far > 0 {
 		t.table.prefetch(x, far)
 		b, rest := t.table.levels[0].Load().choose(x)
-		prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), home(rest)^(slotsPerBucket/2))))
+		prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), home(rest)^lineSlots)))
 	}
 }
 
@@ -161,11 +161,8 @@ func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
 // the table is held.
 func (t *tokens) sizes(m *Memory) []uint64 {
 	table := &t.table
-	switch {
-	case table.depth == 0:
-		return table.sizes(0)
-	case t.load() <= table.slots/100*needed:
-		return []uint64{minBuckets}
+	if load := t.load(); table.depth == 0 || !table.outgrown(load) {
+		return table.sizes(load)
 	}
 	n := table.slots / slotsPerBucket
 	if v := m.current.Load(); v != nil && v.tokens == t {
@@ -453,24 +450,30 @@ func (k *keyed) read(s *secret, kind int, words []uint64) error {
 	for i := 0; i+width <= len(words); i += width {
 		switch kind {
 		case nameKind:
+			if err := k.readName(s, words[i:i+width]); err != nil {
+				return err
+			}
 		case pairKind:
 			name, _ := s.gather128(words[i], words[i+1])
 			k.ids[name]++
-			continue
 		default:
 			k.ids[words[i+2]]++
-			continue
 		}
-		n := words[i+1]
-		if n == 0 || n > counter.MaxKeyLen {
-			return damaged("the name of a key has %d bytes", n)
-		}
-		name := bytesOf(words[i+2 : i+width])[:n]
-		if s.name(name) != words[i] {
-			return damaged("the name of a key does not have its hash")
-		}
-		k.names[words[i]] = string(name)
 	}
+	return nil
+}
+
+// readName adds the record of a key.
+func (k *keyed) readName(s *secret, record []uint64) error {
+	hash, n := record[0], record[1]
+	if n == 0 || n > counter.MaxKeyLen {
+		return damaged("the name of a key has %d bytes", n)
+	}
+	name := bytesOf(record[2:])[:n]
+	if s.name(name) != hash {
+		return damaged("the name of a key does not have its hash")
+	}
+	k.names[hash] = string(name)
 	return nil
 }
 

@@ -244,7 +244,7 @@ func takeFree(occupied *uint16, word uint64) (slot uint64, n int) {
 	other := ^*occupied >> (first&lineSlots ^ lineSlots)
 	round := -int(first % lineSlots)
 	n = bits.TrailingZeros16(uint16(bits.RotateLeft8(uint8(free), round)) | uint16(bits.RotateLeft8(uint8(other), round))<<lineSlots)
-	slot = slotAt(first, uint64(n)) % slotsPerBucket
+	slot = slotAt(first, uint64(n))
 	if n < slotsPerBucket {
 		*occupied |= 1 << slot
 	}

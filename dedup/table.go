@@ -379,12 +379,15 @@ func (t *table[B]) prepare(asked bool, load uint64, sizes func() []uint64, from 
 	return grown
 }
 
-// sizes returns the sizes of the levels that t needs next, in buckets. load is the number
-// of ids in it. Where the load explains the need, a small table
-// grows to hold ten times the expected ids, then to nine times its size, and a
-// large one by three quarters: a table that knew little of what would come walks
-// few levels. Else some buckets are full by chance, as with any load, or by
-// malice, and a level of the smallest size serves. t.mu is held.
+// outgrown reports whether the load explains that a bucket is full. Else some buckets are
+// full by chance, as with any load, or by malice. t.mu is held.
+func (t *table[B]) outgrown(load uint64) bool { return load > t.slots/100*needed }
+
+// sizes returns the sizes of the levels that t needs next, in buckets. load is the number of
+// ids in it. A small table that it has outgrown grows to hold ten times the expected ids,
+// then to nine times its size, and a large one by three quarters: so a table that knew little
+// of what would come walks few levels. If it has not, a level of the smallest size serves.
+// t.mu is held.
 func (t *table[B]) sizes(load uint64) []uint64 {
 	switch {
 	case t.depth == 0:
@@ -393,7 +396,7 @@ func (t *table[B]) sizes(load uint64) []uint64 {
 			return []uint64{first}
 		}
 		return []uint64{first, second}
-	case load <= t.slots/100*needed:
+	case !t.outgrown(load):
 		return []uint64{minBuckets}
 	case t.slots > smallTable:
 		return []uint64{t.slots * 3 / 4 / slotsPerBucket}

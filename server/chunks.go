@@ -152,14 +152,6 @@ func chunkSize(line []byte) (size int, ok bool) {
 
 func skipSpace(b []byte) []byte { return bytes.TrimLeft(b, " \t") }
 
-// lengthOf returns how many of the first bytes of b are in the set.
-func lengthOf(b []byte, set *[256]bool) (n int) {
-	for n < len(b) && set[b[n]] {
-		n++
-	}
-	return n
-}
-
 // lengthOfQuoted returns the length of the quoted-string (RFC 9110, section 5.6.4) that b
 // begins with, or 0.
 func lengthOfQuoted(b []byte) int {

@@ -190,9 +190,7 @@ func (t *tail) match(b []byte) (n int, like likeness) {
 		if begins(b[n:], t.bytes[from:to+1]) == whole {
 			n += to - from
 		} else {
-			for n < len(b) && visible[b[n]] {
-				n++
-			}
+			n += lengthOf(b[n:], &visible)
 		}
 		at = to
 	}
@@ -233,10 +231,7 @@ func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Option
 		return nil, nil, nil, other
 	}
 	b = b[len(plainStart):]
-	n := 0
-	for n < len(b) && plain[b[n]] {
-		n++
-	}
+	n := lengthOf(b, &plain)
 	rest = b[n:]
 	if n > maxIDLen || n == 0 && len(rest) > 0 {
 		return nil, nil, nil, other

@@ -52,6 +52,14 @@ var plain = func() (t [256]bool) {
 	return t
 }()
 
+// lengthOf returns how many of the first bytes of b are in the set.
+func lengthOf(b []byte, set *[256]bool) (n int) {
+	for n < len(b) && set[b[n]] {
+		n++
+	}
+	return n
+}
+
 // plainQuery is the common case of parseQuery: a query that is exactly "id=" and plain
 // bytes, and a key and a token of plain bytes behind them if it has them, in any order,
 // needs no decoding. Anything else, good or bad, is parseQuery's.
@@ -62,10 +70,7 @@ func plainQuery(raw []byte, o *dedup.Options) (id []byte, ok bool) {
 		return nil, false
 	}
 	rest := raw[len(prefix):]
-	n := 0
-	for n < len(rest) && plain[rest[n]] {
-		n++
-	}
+	n := lengthOf(rest, &plain)
 	id, rest = rest[:n], rest[n:]
 	if n == 0 || n > maxIDLen {
 		return nil, false
@@ -93,10 +98,7 @@ func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
 			return nil, like
 		}
 		b = b[len(start):]
-		n := 0
-		for n < len(b) && plain[b[n]] {
-			n++
-		}
+		n := lengthOf(b, &plain)
 		switch {
 		case *value != nil || n > most:
 			return nil, other

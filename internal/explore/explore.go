@@ -325,17 +325,26 @@ func (e *execution) body(t *thread) iter.Seq[struct{}] {
 	}
 }
 
-// step is called by the running thread before each operation. It returns when the
-// operation is the next one.
-func step(o op) {
+// running returns the execution and its thread that calls, which ends here if the execution
+// is given up; nil outside of a scenario.
+func running() (*execution, *thread) {
 	e := active
 	if e == nil {
-		return
+		return nil, nil
 	}
 	if e.aborting {
 		panic(errAborted)
 	}
-	t := e.run.threads[e.current]
+	return e, e.run.threads[e.current]
+}
+
+// step is called by the running thread before each operation. It returns when the
+// operation is the next one.
+func step(o op) {
+	e, t := running()
+	if e == nil {
+		return
+	}
 	if o.pointer != nil {
 		o.at = e.location(o.pointer)
 	}

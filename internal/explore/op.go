@@ -146,14 +146,10 @@ func Do(kind Kind, name string, p unsafe.Pointer) {
 // other thread's step is tried between them. For the release of a mutex none is needed: a
 // thread that waits for it cannot go on before, and what others do there they may do earlier.
 func Then(kind Kind, name string, p unsafe.Pointer) {
-	e := active
+	e, t := running()
 	if e == nil {
 		return
 	}
-	if e.aborting {
-		panic(errAborted)
-	}
-	t := e.run.threads[e.current]
 	t.pending = op{kind: kind, name: name, pointer: p, at: e.location(p)}
 	e.perform(t)
 	for i, u := range e.run.threads {
