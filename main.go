@@ -486,6 +486,9 @@ func (p *program) stop() {
 // before it refuses anything.
 func (p *program) sendElsewhere() {
 	p.server.LastAnswers()
+	if p.cfg.ShutdownDelay > 0 {
+		p.log.Info().Stringer("shutdown_delay", p.cfg.ShutdownDelay).Msg("not ready; counting on for the shutdown delay")
+	}
 	select {
 	case <-time.After(p.cfg.ShutdownDelay):
 	case err := <-p.failed:

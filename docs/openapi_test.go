@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"verve/internal/testproc"
 
@@ -323,8 +322,7 @@ func TestOpenAPIDescribesTheServer(t *testing.T) {
 	if err := v.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
-	v.Until(`"message":"stopping"`)
-	awaitStatus(t, v.Admin+"/readyz", 503) // the line comes a moment before
+	v.AwaitStopping()
 	d.ask(t, v.Admin, "GET", "/readyz", 503, nil)
 	v.StopAtOnce()
 
@@ -361,20 +359,4 @@ func adminRoutes(t *testing.T) (routes []string) {
 		t.Fatalf("read only %q from server/admin.go", routes)
 	}
 	return routes
-}
-
-// awaitStatus asks until it gets the status.
-func awaitStatus(t *testing.T, url string, status int) {
-	t.Helper()
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		r, err := http.Get(url)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = r.Body.Close()
-		if r.StatusCode == status {
-			return
-		}
-	}
-	t.Fatalf("%s was not answered %d within ten seconds", url, status)
 }

@@ -197,10 +197,7 @@ func TestSecondSignalStopsAtOnce(t *testing.T) {
 	if err := v.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
-	v.Until(`"message":"stopping"`)
-	if status, body := v.Get(v.Admin + "/readyz"); status != 503 || !strings.Contains(body, "shutting down") {
-		t.Errorf("while stopping, readyz is %d %s", status, body)
-	}
+	v.AwaitStopping()
 	if code := v.StopAtOnce(); code != exitFailed {
 		t.Errorf("exit code %d, want %d", code, exitFailed)
 	}

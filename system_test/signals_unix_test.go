@@ -118,7 +118,7 @@ func TestOtherSignalsAreIgnored(t *testing.T) {
 		}
 	}
 	v.Signal(syscall.SIGTERM)
-	v.Until(`"message":"stopping"`)
+	v.AwaitStopping()
 	stop, _ := documentedSignals(t)
 	for _, s := range append(ignored, stop...) {
 		if s.insist {

@@ -308,7 +308,7 @@ func TestServiceManagerIsNotified(t *testing.T) {
 // counts, while each answer closes its connection. Then it stops in order.
 func TestShutdownDelayCountsOn(t *testing.T) {
 	t.Parallel()
-	// Longer than a busy machine takes for two requests.
+	// Longer than a busy machine takes for three requests.
 	v := testproc.Start(t, "--window=1h", "--shutdown-delay=10s")
 	host := strings.TrimPrefix(v.Public, "http://")
 	var counted atomic.Int64
@@ -321,7 +321,7 @@ func TestShutdownDelayCountsOn(t *testing.T) {
 	if err := v.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	v.Until(`"message":"stopping"`)
+	v.Until("counting on for the shutdown delay")
 	if status, _ := v.Get(v.Admin + "/readyz"); status != 503 {
 		t.Errorf("readyz: got %d, want 503", status)
 	}

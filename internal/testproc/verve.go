@@ -203,6 +203,17 @@ func (v *Server) Until(part string) string {
 	return ""
 }
 
+// AwaitStopping reads the log up to the line that follows a signal to stop, and returns
+// when the server shows it: the line comes a moment before.
+func (v *Server) AwaitStopping() {
+	v.t.Helper()
+	v.Until(`"message":"stopping"`)
+	Until(v.t, "readyz is 503 by the stop", func() bool {
+		status, body := v.Get(v.Admin + "/readyz")
+		return status == 503 && strings.Contains(body, "shutting down")
+	})
+}
+
 // Text is the log as far as it was read.
 func (v *Server) Text() string { return strings.Join(v.Lines, "\n") }
 
