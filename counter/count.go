@@ -15,7 +15,7 @@ type Count struct {
 	Complete bool          // this process served the whole window
 	Exact    bool          // false only where something known may have lost ids
 	SealedAt time.Time     // when the last request left the epoch, UTC
-	Keys     []KeyCount    // the part of Unique under each key that has ids, by name; nil: no key was used
+	Keys     []KeyCount    // the part of Unique under each key that has ids, each key once, in any order; nil: no key was used
 }
 
 // Span is a window of time, the same for every instance that counts it.
@@ -42,7 +42,7 @@ type Claim struct {
 type Published struct {
 	Last   time.Time  // its start; zero: it has none
 	Unique uint64     // the sum of the records for it
-	Keys   []KeyCount // the same for each key, by name
+	Keys   []KeyCount // the same for each key
 
 	// KeysLost: some of Unique is under keys, and Keys does not have all of it.
 	KeysLost bool

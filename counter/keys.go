@@ -186,24 +186,20 @@ func (ks *Keys) Full() bool {
 	return ks.used >= ks.max || ks.memory.full()
 }
 
-// Counts returns the keys that have ids, in the order of their names; nil if there are
-// none. While requests are in flight it has Unique's weak promise.
-func (ks *Keys) Counts() []KeyCount {
-	counts := ks.counts()
-	slices.SortFunc(counts, func(a, b KeyCount) int { return strings.Compare(a.Key, b.Key) })
-	return counts
-}
-
 // Largest returns the n keys with the most ids, the largest first.
-func (ks *Keys) Largest(n int) []KeyCount { return LargestKeys(ks.counts(), n) }
+func (ks *Keys) Largest(n int) []KeyCount { return LargestKeys(ks.Counts(), n) }
 
-func (ks *Keys) counts() (counts []KeyCount) {
+// Counts returns the keys that have ids, in any order; nil if there are none. While requests
+// are in flight it has Unique's weak promise. It gives way to requests.
+func (ks *Keys) Counts() (counts []KeyCount) {
 	table := ks.table.Load()
 	if table == nil {
 		return nil
 	}
 	counts = make([]KeyCount, 0, ks.Len())
+	var pace Pace
 	for i := range *table {
+		pace.Step()
 		if k := (*table)[i].Load(); k != nil {
 			if n := k.unique.Load(); n > 0 {
 				counts = append(counts, KeyCount{k.name, n})
@@ -214,8 +210,8 @@ func (ks *Keys) counts() (counts []KeyCount) {
 }
 
 // LargestKeys returns the n keys with the most ids, the largest first and those alike by
-// name, and leaves counts as they are. It sorts few of them: a window may have a hundred
-// thousand, and requests come while it closes.
+// name, and leaves counts as they are. It sorts few of them and gives way: a window may
+// have a hundred thousand, and requests come while it closes.
 func LargestKeys(counts []KeyCount, n int) []KeyCount {
 	top := make([]KeyCount, 0, min(len(counts), 2*n))
 	cut := func() []KeyCount {
@@ -225,7 +221,9 @@ func LargestKeys(counts []KeyCount, n int) []KeyCount {
 		return top[:min(n, len(top))]
 	}
 	least := uint64(0)
+	var pace Pace
 	for _, c := range counts {
+		pace.Step()
 		if c.Unique < least {
 			continue
 		}

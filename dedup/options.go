@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/binary"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -318,7 +316,8 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 			if err != nil {
 				return nil, err
 			}
-			c.put(nameRecord(hash, name))
+			record := nameRecord(hash, name)
+			c.put(record[:])
 		}
 		if k = keys.Add(hash, name); k == nil {
 			return nil, ErrTooManyKeys
@@ -429,8 +428,7 @@ func recordOf(words []uint64, k Key, kind int, under *counter.Key, token uint64)
 }
 
 // nameRecord is the record of a key.
-func nameRecord(hash uint64, name []byte) []uint64 {
-	words := make([]uint64, layouts[nameKind].words)
+func nameRecord(hash uint64, name []byte) (words [2 + nameWords]uint64) {
 	words[0], words[1] = hash, uint64(len(name))
 	copy(bytesOf(words[2:]), name)
 	return words
@@ -477,7 +475,7 @@ func (k *keyed) readName(s *secret, record []uint64) error {
 	return nil
 }
 
-// counts returns the ids under each key less those that are published, by name. It is not
+// counts returns the ids under each key less those that are published. It is not
 // ok if a name is missing.
 func (k *keyed) counts(published map[string]uint64) (counts []counter.KeyCount, sum uint64, ok bool) {
 	for hash, n := range k.ids {
@@ -490,7 +488,6 @@ func (k *keyed) counts(published map[string]uint64) (counts []counter.KeyCount, 
 			sum += n
 		}
 	}
-	slices.SortFunc(counts, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
 	return counts, sum, true
 }
 

@@ -269,7 +269,9 @@ func (f *fileSink) append(batch []spooled) (err error) {
 func appendLines(b []byte, e *spooled) []byte {
 	if len(e.keys) > 0 {
 		lines := newKeyJSON(&e.record)
+		var pace counter.Pace
 		for key, unique := range e.keys.all() {
+			pace.Step()
 			b = append(lines.append(b, key, unique), '\n')
 		}
 	}

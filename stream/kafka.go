@@ -26,6 +26,7 @@ import (
 	"github.com/twmb/franz-go/pkg/sasl/plain"
 	"github.com/twmb/franz-go/pkg/sasl/scram"
 
+	"verve/counter"
 	"verve/internal/setting"
 )
 
@@ -745,13 +746,15 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled, now time.Ti
 		}
 		return err
 	}
+	var pace counter.Pace
 	for i := range entries {
 		lines, of := newKeyJSON(&entries[i].record), entries[i].record.Key()+"/"
 		for key, unique := range entries[i].keys.all() {
+			pace.Step()
 			records = append(records, &kgo.Record{
 				Topic:     k.cfg.keysTopic(),
 				Partition: k.session.keysPartition,
-				Key:       []byte(of + key),
+				Key:       append([]byte(of), key...),
 				Value:     lines.line(key, unique),
 				Timestamp: k.present.time(&entries[i], now),
 				Headers:   schema,

@@ -8,9 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"slices"
+	"math/bits"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -67,7 +66,7 @@ func ParseKeyRecord(b []byte) (KeyRecord, error) {
 	if err := cmp.Or(of.check(), checkKey(r.Key), checkKeyUnique(r.Unique)); err != nil {
 		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
 	}
-	if !bytes.Equal(newKeyJSON(&of).line(r.Key, r.Unique), b) {
+	if !bytes.Equal(newKeyJSON(&of).line([]byte(r.Key), r.Unique), b) {
 		return KeyRecord{}, errors.New("parse record of a key: not in canonical form")
 	}
 	r.WindowStart = r.WindowStart.UTC()
@@ -91,14 +90,12 @@ func checkKeyUnique(n uint64) error {
 	return nil
 }
 
-// checkKeys wants what Epoch.Keys gives: keys in order, each once, each with ids.
 func checkKeys(keys []counter.KeyCount) error {
-	for i, k := range keys {
+	var pace counter.Pace
+	for _, k := range keys {
+		pace.Step()
 		if err := cmp.Or(checkKey(k.Key), checkKeyUnique(k.Unique)); err != nil {
 			return err
-		}
-		if i > 0 && keys[i-1].Key >= k.Key {
-			return fmt.Errorf("key %q behind %q", k.Key, keys[i-1].Key)
 		}
 	}
 	return nil
@@ -120,19 +117,29 @@ func newKeyJSON(r *Record) *keyJSON {
 	return &keyJSON{before, between, after}
 }
 
-func (j *keyJSON) append(b []byte, key string, unique uint64) []byte {
+func (j *keyJSON) append(b, key []byte, unique uint64) []byte {
 	b = append(b, j.before...)
-	if strings.IndexFunc(key, func(c rune) bool { return c < ' ' || c >= 0x7f || c == '"' || c == '\\' }) < 0 {
+	if isPlain(key) {
 		b = append(append(append(b, '"'), key...), '"')
 	} else {
-		b = appendUnescaped(b, key)
+		b = appendUnescaped(b, string(key))
 	}
 	b = append(b, j.between...)
 	return append(strconv.AppendUint(b, unique, 10), j.after...)
 }
 
+// isPlain reports whether JSON has the bytes of a key as they are.
+func isPlain(key []byte) bool {
+	for _, c := range key {
+		if c < ' ' || c >= 0x7f || c == '"' || c == '\\' {
+			return false
+		}
+	}
+	return true
+}
+
 // line returns one of them.
-func (j *keyJSON) line(key string, unique uint64) []byte {
+func (j *keyJSON) line(key []byte, unique uint64) []byte {
 	const room = len(`""`) + len("18446744073709551615")
 	return j.append(make([]byte, 0, len(j.before)+len(j.between)+len(j.after)+len(key)+room), key, unique)
 }
@@ -152,8 +159,18 @@ func appendUnescaped(b []byte, v any) []byte {
 // name, its name, and its count. Nil: none.
 type packedKeys []byte
 
-func packKeys(keys []counter.KeyCount) (p packedKeys) {
+func packKeys(keys []counter.KeyCount) packedKeys {
+	size := 0
 	for _, k := range keys {
+		size += varintLen(uint64(len(k.Key))) + len(k.Key) + varintLen(k.Unique)
+	}
+	if size == 0 {
+		return nil
+	}
+	p := make(packedKeys, 0, size)
+	var pace counter.Pace
+	for _, k := range keys {
+		pace.Step()
 		p = binary.AppendUvarint(p, uint64(len(k.Key)))
 		p = append(p, k.Key...)
 		p = binary.AppendUvarint(p, k.Unique)
@@ -161,16 +178,19 @@ func packKeys(keys []counter.KeyCount) (p packedKeys) {
 	return p
 }
 
-// all yields each key and its count. Bytes that packKeys did not make end it early: the
-// spool compares the number of keys with that in the record.
-func (p packedKeys) all() iter.Seq2[string, uint64] {
-	return func(yield func(string, uint64) bool) {
+// varintLen is how many bytes binary.AppendUvarint makes of v.
+func varintLen(v uint64) int { return (bits.Len64(v|1) + 6) / 7 }
+
+// all yields each key, as a part of p, and its count. Bytes that packKeys did not make end
+// it early: the spool compares the number of keys with that in the record.
+func (p packedKeys) all() iter.Seq2[[]byte, uint64] {
+	return func(yield func([]byte, uint64) bool) {
 		for rest := p; len(rest) > 0; {
 			size, n := binary.Uvarint(rest)
 			if n <= 0 || size > uint64(len(rest)-n) {
 				return
 			}
-			key := string(rest[n : n+int(size)])
+			key := rest[n : n+int(size)]
 			rest = rest[n+int(size):]
 			unique, n := binary.Uvarint(rest)
 			if n <= 0 || !yield(key, unique) {
@@ -183,7 +203,7 @@ func (p packedKeys) all() iter.Seq2[string, uint64] {
 
 func (p packedKeys) unpack() (keys []counter.KeyCount) {
 	for key, unique := range p.all() {
-		keys = append(keys, counter.KeyCount{Key: key, Unique: unique})
+		keys = append(keys, counter.KeyCount{Key: string(key), Unique: unique})
 	}
 	return keys
 }
@@ -193,15 +213,17 @@ func (p packedKeys) plus(q packedKeys) packedKeys {
 	if len(p) == 0 {
 		return q
 	}
-	both := append(p.unpack(), q.unpack()...)
-	slices.SortFunc(both, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
-	sums := both[:0]
-	for _, k := range both {
-		if n := len(sums); n > 0 && sums[n-1].Key == k.Key {
-			sums[n-1].Unique += k.Unique
-			continue
+	sums := p.unpack()
+	at := make(map[string]int, len(sums))
+	for i, k := range sums {
+		at[k.Key] = i
+	}
+	for key, unique := range q.all() {
+		if i, both := at[string(key)]; both {
+			sums[i].Unique += unique
+		} else {
+			sums = append(sums, counter.KeyCount{Key: string(key), Unique: unique})
 		}
-		sums = append(sums, k)
 	}
 	return packKeys(sums)
 }

@@ -20,6 +20,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"verve/counter"
+	"verve/internal/epochtest"
 	"verve/internal/testproc"
 )
 
@@ -97,7 +98,7 @@ func TestKeyRecordBytesAreGolden(t *testing.T) {
 		{odd, "\"\\<&>é\u2028", "verve/2026-11-22T06:36:00Z/\" \"0/10/\"\\<&>é\u2028",
 			`{"window_start":"2026-11-22T06:36:00Z","window_ms":60000,"key":"\"\\<&>é\u2028","unique":123,"scope":"instance","group":"verve","instance":"\" \"0","seq":10}`},
 	} {
-		got := string(newKeyJSON(&c.record).append(nil, c.key, 123))
+		got := string(newKeyJSON(&c.record).append(nil, []byte(c.key), 123))
 		if got != c.json {
 			t.Errorf("got  %s\nwant %s", got, c.json)
 		}
@@ -118,7 +119,7 @@ func TestKeyRecordBytesAreGolden(t *testing.T) {
 
 func TestParseKeyRecordRefusesWhatIsNotCanonical(t *testing.T) {
 	r := sampleRecord()
-	good := string(newKeyJSON(&r).append(nil, "k", 5))
+	good := string(newKeyJSON(&r).append(nil, []byte("k"), 5))
 	for name, s := range map[string]string{
 		"empty":         "",
 		"newline":       good + "\n",
@@ -146,12 +147,12 @@ func TestParseKeyRecordRefusesWhatIsNotCanonical(t *testing.T) {
 
 func FuzzParseKeyRecord(f *testing.F) {
 	r := sampleRecord()
-	f.Add([]byte("k"), newKeyJSON(&r).append(nil, "k", 5))
-	f.Add([]byte(`"é`), newKeyJSON(&r).append(nil, `"é`, 1<<63))
+	f.Add([]byte("k"), newKeyJSON(&r).append(nil, []byte("k"), 5))
+	f.Add([]byte(`"é`), newKeyJSON(&r).append(nil, []byte(`"é`), 1<<63))
 	f.Fuzz(func(t *testing.T, before, b []byte) {
 		var p keyParser
 		if checkKey(string(before)) == nil {
-			if _, err := p.parse(newKeyJSON(&r).append(nil, string(before), 1)); err != nil {
+			if _, err := p.parse(newKeyJSON(&r).append(nil, before, 1)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -161,7 +162,7 @@ func FuzzParseKeyRecord(f *testing.F) {
 			t.Fatalf("%q is %+v, %v, and behind another %+v, %v", b, got, err, again, err2)
 		}
 		of := got.record()
-		if err == nil && string(newKeyJSON(&of).append(nil, got.Key, got.Unique)) != string(b) {
+		if err == nil && string(newKeyJSON(&of).append(nil, []byte(got.Key), got.Unique)) != string(b) {
 			t.Fatalf("accepted %q, which is written otherwise", b)
 		}
 	})
@@ -229,7 +230,7 @@ func TestPublishedHasTheKeysOfTheWindow(t *testing.T) {
 		t.Helper()
 		sp := testSpool(t, dir)
 		defer sp.Close()
-		if kept := sp.Published()["verve/host-1"]; !slices.Equal(got.Keys, keys) || got.KeysLost || !slices.Equal(kept.Keys, keys) || kept.KeysLost {
+		if kept := sp.Published()["verve/host-1"]; !slices.Equal(epochtest.ByName(got.Keys), keys) || got.KeysLost || !slices.Equal(epochtest.ByName(kept.Keys), keys) || kept.KeysLost {
 			t.Errorf("published %+v, after a restart %+v, want the keys %v", got, kept, keys)
 		}
 	}
@@ -331,8 +332,6 @@ func TestSpoolWithoutKeysStaysReadableForOlderPrograms(t *testing.T) {
 func TestPublishRefusesKeysThatAreNone(t *testing.T) {
 	s := start(t, "", Config{})
 	for name, keys := range map[string][]counter.KeyCount{
-		"order":   {{Key: "b", Unique: 1}, {Key: "a", Unique: 1}},
-		"twice":   {{Key: "a", Unique: 1}, {Key: "a", Unique: 1}},
 		"empty":   {{Key: "", Unique: 1}},
 		"long":    {{Key: strings.Repeat("k", 129), Unique: 1}},
 		"no ids":  {{Key: "a"}},

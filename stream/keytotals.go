@@ -82,9 +82,10 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 		key, unique, found := bytes.Cut(rest, p.lines.between)
 		if n, err := strconv.ParseUint(string(unique), 10, 64); ok && also && found && err == nil && len(key) > 2 {
 			r := p.last
-			r.Key, r.Unique = string(key[1:len(key)-1]), n
+			key = key[1 : len(key)-1]
+			r.Key, r.Unique = string(key), n
 			// A line that would be written otherwise, with escapes, takes the long way.
-			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(r.Key, n), b) {
+			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(key, n), b) {
 				return r, nil
 			}
 		}

@@ -348,6 +348,7 @@ func (s *Spool) Close() error {
 // appended: the next append takes the same number and the same place, which also
 // overwrites one that was stored although the disk said it was not.
 func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) error {
+	packed := packKeys(keys) // gives way to requests, so without the lock
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	identity := r.identity()
@@ -374,7 +375,7 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 	if err != nil {
 		return err
 	}
-	e := spooled{index: s.head + 1, record: *r, value: value, keys: packKeys(keys)}
+	e := spooled{index: s.head + 1, record: *r, value: value, keys: packed}
 	if start != next.start {
 		next = series{seq: next.seq, start: start, unique: r.Unique, keys: e.keys}
 	} else {

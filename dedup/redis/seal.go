@@ -3,9 +3,7 @@ package redis
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -143,8 +141,8 @@ const (
 	keysLinger = time.Minute
 )
 
-// keyCounts returns how many ids a sealed epoch has under each key, by name: the same
-// whoever asks, until dropKeys. n is their sum.
+// keyCounts returns how many ids a sealed epoch has under each key: the same whoever
+// asks, until dropKeys. n is their sum.
 func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error) {
 	client, err := r.conn()
 	if err != nil {
@@ -176,7 +174,6 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys []counter.Key
 	for key, unique := range counts {
 		keys = append(keys, counter.KeyCount{Key: key, Unique: unique})
 	}
-	slices.SortFunc(keys, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
 	return keys, n, nil
 }
 

@@ -4,6 +4,8 @@ package epochtest
 
 import (
 	"context"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -21,6 +23,11 @@ func (n Nobody) Publish(_ context.Context, c counter.Count) error {
 		n.Counts <- c
 	}
 	return nil
+}
+
+// ByName returns the keys in the order of their names.
+func ByName(keys []counter.KeyCount) []counter.KeyCount {
+	return slices.SortedFunc(slices.Values(keys), func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
 }
 
 // Epochs lets a test turn epochs by hand: At(n) is a time inside the n-th.

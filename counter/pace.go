@@ -1,0 +1,36 @@
+package counter
+
+import "time"
+
+const (
+	// paceWork is how long work in the background keeps a processor, and paceRest how long it
+	// leaves it then. On two cores a request that waits for the processor of someone who
+	// computes gets it after milliseconds; p99.9 shows that from a hundred requests a window on.
+	paceWork = 100 * time.Microsecond
+	paceRest = 100 * time.Microsecond
+
+	// paceSteps is how many steps, of some tens of nanoseconds each, pass between two looks at
+	// the time.
+	paceSteps = 128
+)
+
+// Pace lets work in the background, such as the publishing of 100,000 keys at the turn, give
+// way to requests. The zero value is ready. One goroutine at a time uses it.
+type Pace struct {
+	steps int
+	began time.Time
+}
+
+// Step is called between small pieces of the work, of a microsecond at most. Once in a while
+// it sleeps.
+func (p *Pace) Step() {
+	if p.steps++; p.steps%paceSteps != 0 {
+		return
+	}
+	if now := time.Now(); p.began.IsZero() {
+		p.began = now
+	} else if now.Sub(p.began) >= paceWork {
+		time.Sleep(paceRest)
+		p.began = time.Now()
+	}
+}
