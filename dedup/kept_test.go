@@ -1249,6 +1249,72 @@ func TestFilesStayAsLargeAsTheEpochs(t *testing.T) {
 	})
 }
 
+// TestRequestsDoNotWaitForTheDisk: the sync of each moment leaves out the pages that many
+// requests are writing, until the next one; where few ids come it leaves nothing out. A
+// segment that was synced and is used again is touched before that.
+func TestRequestsDoNotWaitForTheDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		synced := map[string]int{} // chunks of a file, by its last sync
+		cfg := small(t.TempDir())
+		cfg.segmentChunks = 4 * busyChunks
+		cfg.msync = func(name string, b []byte) error {
+			synced[name] = len(b) / chunkBytes
+			return nil
+		}
+		p := live(t, cfg, time.Minute, newFakeSpool(t))
+		j, id := p.m.journal, 0
+		chunks := func(n int) (handed int) {
+			for to := j.handed() + n; j.handed() < to; id++ {
+				p.want(time.Now(), strconv.Itoa(id), Unique)
+			}
+			return j.handed()
+		}
+		p.want(time.Now(), "first", Unique) // there is a segment
+		for _, tt := range []struct {
+			name  string
+			taken int
+			left  bool
+		}{{"busy", busyChunks, true}, {"quiet", busyChunks - busyTail - 8, false}, {"idle", 0, false}, {"busy again", busyChunks, true}} {
+			handed := chunks(tt.taken)
+			if err := j.syncMost(); err != nil {
+				t.Fatal(err)
+			}
+			left := handed - synced[segmentName(0)]
+			if tt.left && (left < busyTail || left > busyTail+8) || !tt.left && left != 0 {
+				t.Errorf("%s: %d of %d chunks are left to the next sync", tt.name, left, handed)
+			}
+		}
+		handed := chunks(busyChunks - 8)
+		if err := j.sync(); err != nil || synced[segmentName(0)] != handed {
+			t.Errorf("a full sync had %d of %d chunks, %v", synced[segmentName(0)], handed, err)
+		}
+
+		for ; j.current.index == 0; id++ { // into the next segment
+			p.want(time.Now(), strconv.Itoa(id), Unique)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		p.want(time.Now(), "next", Unique) // the first segment is free
+		if len(j.ready) != 1 || j.ready[0].index != 0 || j.ready[0].warm {
+			t.Fatalf("ready are %+v, want the first segment, not touched", j.ready)
+		}
+		chunks(j.segmentChunks / 2) // to the middle of the one in use
+		j.prepare()
+		if !j.ready[0].warm {
+			t.Error("the segment that is used next was not touched")
+		}
+		p.close()
+	})
+}
+
+// handed returns how many chunks of the current segment were handed out.
+func (j *journal) handed() int {
+	if j.current == nil {
+		return 0
+	}
+	return j.current.next
+}
+
 // TestMaxIDsHoldsOverRestarts: the ids of all lives of an epoch count.
 func TestMaxIDsHoldsOverRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

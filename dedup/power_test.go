@@ -509,7 +509,7 @@ func (r *powerRun) keep(always bool) {
 	j := r.p.m.journal
 	if time.Since(r.synced) >= syncEvery {
 		r.trace("sync")
-		if err := j.sync(); err != nil {
+		if err := j.syncMost(); err != nil {
 			r.t.Fatal(err)
 		}
 		r.disk.follow()

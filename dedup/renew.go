@@ -52,7 +52,7 @@ func (m *Memory) keep(ctx context.Context) {
 		case <-tick.C:
 			if j.broken.Load() != nil {
 				m.renew(j)
-			} else if j.sync() == nil {
+			} else if j.syncMost() == nil {
 				_ = j.trim() // a file too many; a fault is kept in broken
 			}
 		}

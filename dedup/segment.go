@@ -113,6 +113,8 @@ type segment struct {
 	next   int     // the first chunk not handed out since the segment was free
 	last   uint64  // the newest epoch that has chunks before next; 0: the segment is free
 	tokens uint64  // the newest of those that has tokens in it
+	synced int     // what next was when all before it was synced
+	warm   bool    // touched, and not synced since
 }
 
 // The header of a segment, in words of its first chunk.
@@ -166,7 +168,7 @@ func (j *journal) newSegment(index int) (_ *segment, err error) {
 		return nil, err
 	}
 	touch(memory)
-	return &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1}, nil
+	return &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1, warm: true}, nil
 }
 
 // openSegment maps a segment of an earlier process and checks its header.
@@ -381,7 +383,7 @@ func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	if layouts[kind].token {
 		s.tokens = max(s.tokens, serial)
 	}
-	if len(j.ready) == 0 && s.next == len(s.chunks)/2 {
+	if s.next == len(s.chunks)/2 && (len(j.ready) == 0 || !j.ready[0].warm) {
 		j.nudge()
 	}
 	return nil
@@ -434,18 +436,41 @@ func (j *journal) extend() (err error) {
 	return nil
 }
 
-// prepare makes the next segment ready when the present one is half full, off
-// the request path.
+// prepare makes the next segment ready when the present one is half full, off the request
+// path. One that is used again was synced: the first store into each of its pages is a fault,
+// which waits for the disk if that writes just then.
 func (j *journal) prepare() {
 	if j == nil {
 		return // nothing is kept
 	}
 	j.mu.Lock()
-	low := len(j.ready) == 0 && (j.current == nil || j.current.next >= len(j.current.chunks)/2)
+	low := j.current == nil || j.current.next >= len(j.current.chunks)/2
+	none := len(j.ready) == 0
 	j.mu.Unlock()
-	if low {
+	switch {
+	case low && none:
 		_ = j.extend() // a request that finds no room tries again and gets the error
+	case low:
+		j.making.Lock() // else trim may remove it
+		defer j.making.Unlock()
+		for s := j.coldest(); s != nil; s = j.coldest() {
+			touch(s.memory)
+		}
 	}
+}
+
+// coldest returns one of the two segments that are used next, if it was not touched. It
+// counts as touched from then on.
+func (j *journal) coldest() *segment {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, s := range j.ready[:min(2, len(j.ready))] {
+		if !s.warm {
+			s.warm = true
+			return s
+		}
+	}
+	return nil
 }
 
 // recycle makes the segments free that have no records of an epoch that is needed: one not
@@ -467,7 +492,7 @@ func (j *journal) recycle() {
 		if s.last >= floor || s.tokens > 0 && s.tokens+1 >= j.newest.serial {
 			continue
 		}
-		s.next, s.last, s.tokens = 1, 0, 0
+		s.next, s.last, s.tokens, s.synced, s.warm = 1, 0, 0, 0, false
 		if s != j.current && !slices.Contains(j.ready, s) {
 			j.ready = append(j.ready, s)
 		}
@@ -490,7 +515,9 @@ func (j *journal) trim() (err error) {
 	if err := j.syncPart(stateName, j.state); err != nil {
 		return err
 	}
+	j.making.Lock()
 	unmapFile(s.memory)
+	j.making.Unlock()
 	err = os.Remove(s.path)
 	j.mu.Lock()
 	defer j.mu.Unlock()
