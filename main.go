@@ -111,7 +111,7 @@ func versionText() string {
 func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 	logLibraries(log)
 
-	p := &program{cfg: cfg, log: log, lines: lines, times: server.NewTimes(), failed: make(chan error, 8)}
+	p := &program{cfg: cfg, log: log, lines: lines, times: server.NewTimes(), failed: make(chan error, 8), notified: make(chan struct{})}
 	// From here on a signal stops in order, also in the middle of the start.
 	stop := p.catchSignals()
 	defer p.close()
@@ -121,7 +121,7 @@ func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 	p.run()
 	greet(log, p.public.Addr(), p.private.Addr(), p.spool.Instance(), cfg)
 	stopping := make(chan struct{})
-	go notifySystemd(stopping, log)
+	go notifySystemd(stopping, p.notified, log)
 	debug.FreeOSMemory() // reading the settings leaves half a megabyte, too little for a collection by itself
 
 	var err error
@@ -132,6 +132,7 @@ func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 		p.sendElsewhere()
 	case err = <-p.failed:
 		log.Error().Err(err).Msg("stopping after a failure")
+		close(stopping)
 		p.limitStop()
 	}
 	p.stop()
@@ -176,6 +177,8 @@ type program struct {
 	failed  chan error
 	running sync.WaitGroup
 	closed  chan struct{} // closed when the counter has published the last record
+
+	notified chan struct{} // closed when systemd has been notified of the stop
 
 	stopStream, stopGroup, stopSet, stopCounter, stopCallbacks, stopCertificate context.CancelFunc
 
@@ -465,6 +468,8 @@ func (p *program) stop() {
 		{"this instance could not leave its group in order", func() error { return p.leaveGroup(budget) }},
 		// Records not delivered stay in the spool for the next start.
 		{"records not delivered in time", func() error { return p.flush(budget) }},
+		// A stop can be over before the goroutine that notifies has run.
+		{"systemd was not notified of the stop in time", func() error { return p.awaitNotified(budget) }},
 		// Nothing is left for them to do.
 		{"a part did not end in time", p.endParts},
 		// Last, so that operators can watch the stop.
@@ -534,6 +539,16 @@ func (p *program) awaitClosed(ctx context.Context) error {
 	case <-ctx.Done():
 		p.stopCounter()
 		<-p.closed
+		return ctx.Err()
+	}
+}
+
+// awaitNotified waits until systemd has the notification of the stop.
+func (p *program) awaitNotified(ctx context.Context) error {
+	select {
+	case <-p.notified:
+		return nil
+	case <-ctx.Done():
 		return ctx.Err()
 	}
 }

@@ -170,8 +170,8 @@ func handedOver() (map[string]*net.TCPListener, error) {
 // closed. Like /healthz it promises that the process runs and answers, not that ids can be
 // counted: a restart would not repair Redis.
 //
-// It runs in a goroutine that no one waits for, because a write to systemd may block.
-func notifySystemd(stopping <-chan struct{}, log zerolog.Logger) {
+// It closes done when systemd has the last of these. A write to systemd may block.
+func notifySystemd(stopping <-chan struct{}, done chan<- struct{}, log zerolog.Logger) {
 	notify := func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {
 			log.Warn().Err(err).Str("state", state).Msg("systemd could not be notified")
@@ -191,6 +191,7 @@ func notifySystemd(stopping <-chan struct{}, log zerolog.Logger) {
 		case <-stopping:
 			stopping = nil
 			notify(daemon.SdNotifyStopping)
+			close(done)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -262,4 +263,40 @@ func TestClosedTerminalStopsInOrder(t *testing.T) {
 		t.Errorf("exit code %d (%v)", code, v.ProcessState)
 	}
 	wantOneRecord(t, v, 1)
+}
+
+// TestStopIsNotifiedHoweverQuickItIs: the service manager is slow to read, and the
+// server has nothing else left to do.
+func TestStopIsNotifiedHoweverQuickItIs(t *testing.T) {
+	t.Parallel()
+	path, next := serviceManager(t)
+	cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--shutdown-timeout=1m")
+	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+path)
+	v := testproc.StartCmd(t, cmd)
+	if got := next(); got != "READY=1" {
+		t.Fatalf("first %q, want READY=1", got)
+	}
+	other, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(other)
+	for err == nil { // until there is no room
+		err = unix.Sendto(other, []byte("FILLED"), unix.MSG_DONTWAIT, &unix.SockaddrUnix{Name: path})
+	}
+	if !errors.Is(err, unix.EAGAIN) {
+		t.Fatal(err)
+	}
+	v.Signal(syscall.SIGTERM)
+	awaitRecords(t, v, 1)
+	got := next()
+	for got == "FILLED" {
+		got = next()
+	}
+	if got != "STOPPING=1" {
+		t.Errorf("at the stop %q, want STOPPING=1", got)
+	}
+	if code := v.Ended(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
 }

@@ -262,25 +262,31 @@ func TestBadSocketsStopTheStart(t *testing.T) {
 	}
 }
 
-// TestServiceManagerIsNotified: ready, alive again and again, stopping.
-func TestServiceManagerIsNotified(t *testing.T) {
-	t.Parallel()
-	path := filepath.Join(t.TempDir(), "notify")
+// serviceManager listens as systemd does for notifications, each of which next returns.
+func serviceManager(t *testing.T) (path string, next func() string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "notify")
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer manager.Close()
-	next := func() string {
+	t.Cleanup(func() { _ = manager.Close() })
+	return path, func() string {
 		t.Helper()
 		var b [128]byte
-		_ = manager.SetReadDeadline(time.Now().Add(30 * time.Second))
+		_ = manager.SetReadDeadline(time.Now().Add(time.Minute))
 		n, err := manager.Read(b[:])
 		if err != nil {
 			t.Fatal(err)
 		}
 		return string(b[:n])
 	}
+}
+
+// TestServiceManagerIsNotified: ready, alive again and again, stopping.
+func TestServiceManagerIsNotified(t *testing.T) {
+	t.Parallel()
+	path, next := serviceManager(t)
 	cmd := testproc.Verve(t, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h")
 	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+path, "WATCHDOG_USEC=100000")
 	v := testproc.StartCmd(t, cmd)
