@@ -16,6 +16,17 @@ import (
 	"verve/stream"
 )
 
+// pause returns when the process is stopped, until SIGCONT: some time after SIGSTOP was
+// sent.
+func pause(t *testing.T, v *testproc.Server) {
+	t.Helper()
+	v.Signal(syscall.SIGSTOP)
+	var state syscall.WaitStatus
+	if _, err := syscall.Wait4(v.Process.Pid, &state, syscall.WUNTRACED, nil); err != nil || !state.Stopped() {
+		t.Fatalf("the process is not stopped: %v, %v", state, err)
+	}
+}
+
 // TestStoppedProcessPublishesItsGap: after SIGSTOP over several windows and
 // SIGCONT every window has its record, in order, those that nobody served are
 // empty and not complete, and the sum is that of the answers.
@@ -38,14 +49,7 @@ func TestStoppedProcessPublishesItsGap(t *testing.T) {
 		}
 	}
 	accept(0, 50)
-	if err := v.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	// The signal is sent; when the process stops is for a busy machine to say.
-	var state syscall.WaitStatus
-	if _, err := syscall.Wait4(v.Process.Pid, &state, syscall.WUNTRACED, nil); err != nil || !state.Stopped() {
-		t.Fatalf("the process is not stopped: %v, %v", state, err)
-	}
+	pause(t, v)
 	stopped := time.Now()
 	time.Sleep(12 * window)
 	resumed := time.Now()

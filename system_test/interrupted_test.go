@@ -66,12 +66,13 @@ func interruptEverySecond(t *testing.T, strace, call string, first int) {
 // injected is cmd under strace, where a system call on the paths, or on anything if
 // there are none, ends in an error.
 func injected(t *testing.T, strace string, cmd *exec.Cmd, call, err string, paths ...string) *exec.Cmd {
-	args := []string{strace, "-D", "-f", "-qq", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace=" + call, "-e", "inject=" + call + ":error=" + err}
+	// Where the tracer is not there within three seconds, SIGALRM would end the command.
+	args := []string{"sh", "-c", `trap "" ALRM; exec "$@"`, "sh", strace, "-D", "-f", "-qq", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "trace=" + call, "-e", "inject=" + call + ":error=" + err}
 	for _, path := range paths {
 		args = append(args, "-P", path)
 	}
 	cmd.Args = append(append(args, cmd.Path), cmd.Args[1:]...)
-	cmd.Path = strace
+	cmd.Path = "/bin/sh"
 	return cmd
 }
 

@@ -2,6 +2,7 @@ package system_test
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -98,34 +99,53 @@ func TestFromAGroupToMemoryWithinAWindow(t *testing.T) {
 	}
 }
 
+// judged asks about an id until it is ok, or a repeat, in a window: on a busy machine Redis
+// may take too long for one, which then counts nothing.
+func judged(t *testing.T, v *testproc.Server, id string) (ok bool, window string) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+		resp, err := http.Get(v.Public + "/api/verve/accept?id=" + id)
+		if err != nil {
+			t.Error(err)
+			return false, ""
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode == 200 || resp.StatusCode == 409 {
+			return resp.StatusCode == 200, resp.Header.Get("Verve-Window")
+		}
+	}
+	t.Errorf("id %s is not judged", id)
+	return false, ""
+}
+
 // TestTwoInstancesCountAsOne: of two requests for one id at two instances at the
 // same moment one is ok; the group's window has one record, published although
 // both stop within it.
 func TestTwoInstancesCountAsOne(t *testing.T) {
 	t.Parallel()
 	redis, dir := testproc.StartRedis(t), t.TempDir()
-	a, b := member(t, "a", dir, redis.Addr, "--window=3s"), member(t, "b", dir, redis.Addr, "--window=3s")
-	const ids = 200
-	var ok, failed int
-	for i := range ids {
-		var answers [2]string
+	a, b := member(t, "a", dir, redis.Addr, "--window=3s", "--window-header"), member(t, "b", dir, redis.Addr, "--window=3s", "--window-header")
+	sum := 0
+	for i := range 200 {
+		var ok [2]bool
+		var window [2]string
 		var both sync.WaitGroup
 		for k, v := range []*testproc.Server{a, b} {
-			both.Go(func() { _, answers[k] = v.Get(v.Public + "/api/verve/accept?id=n" + strconv.Itoa(i)) })
+			both.Go(func() { ok[k], window[k] = judged(t, v, "n"+strconv.Itoa(i)) })
 		}
 		both.Wait()
-		for _, answer := range answers {
-			switch answer {
-			case "ok":
-				ok++
-			case "failed":
-				failed++
+		got, want := 0, 1
+		for _, is := range ok {
+			if is {
+				got++
 			}
 		}
-	}
-	// The requests of one id may fall into two windows.
-	if ok+failed != 2*ids || ok < ids || ok > ids+2 {
-		t.Errorf("%d were ok and %d failed of %d ids sent twice", ok, failed, ids)
+		if window[0] != window[1] { // it turned
+			want = 2
+		}
+		if got != want {
+			t.Errorf("id %d: ok %v in the windows %v", i, ok, window)
+		}
+		sum += got
 	}
 	var stopping sync.WaitGroup
 	for _, v := range []*testproc.Server{a, b} {
@@ -136,8 +156,8 @@ func TestTwoInstancesCountAsOne(t *testing.T) {
 		})
 	}
 	stopping.Wait()
-	if sum := wantOnce(t, groupRecords(t, dir)); sum != ok {
-		t.Errorf("the records add up to %d, and %d were ok\n%s\n%s", sum, ok, a.Text(), b.Text())
+	if got := wantOnce(t, groupRecords(t, dir)); got != sum {
+		t.Errorf("the records add up to %d, and %d were ok\n%s\n%s", got, sum, a.Text(), b.Text())
 	}
 }
 
@@ -146,28 +166,43 @@ func TestTwoInstancesCountAsOne(t *testing.T) {
 // if the window still runs, and publishes it.
 func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
 	t.Parallel()
-	redis, dir := testproc.StartRedis(t), t.TempDir()
+	redis := testproc.StartRedis(t)
 	const window, ids = 4 * time.Second, 100
-	accept := func(v *testproc.Server, want string) {
-		t.Helper()
+	var dir string
+	var began time.Time
+	var c *testproc.Server
+	testproc.Until(t, "all are killed in the window in which they began", func() bool {
+		dir = t.TempDir()
+		group := "--group=" + filepath.Base(dir)
+		time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start, so that none before is being published at the kill
+		a, b := member(t, "a", dir, redis.Addr, "--window=4s", group), member(t, "b", dir, redis.Addr, "--window=4s", group)
+		began = time.Now().Truncate(window).UTC()
+		ok, repeats := 0, 0
 		for i := range ids {
-			if _, got := v.Get(v.Public + "/api/verve/accept?id=" + strconv.Itoa(i)); got != want {
-				t.Fatalf("id %d: got %q, want %q", i, got, want)
+			if is, _ := judged(t, a, strconv.Itoa(i)); is {
+				ok++
 			}
 		}
-	}
-	time.Sleep(time.Until(time.Now().Truncate(window).Add(window))) // at its start, so that none before is being published at the kill
-	a, b := member(t, "a", dir, redis.Addr, "--window=4s"), member(t, "b", dir, redis.Addr, "--window=4s")
-	began := time.Now().Truncate(window).UTC()
-	accept(a, "ok")
-	accept(b, "failed")
-	for _, v := range []*testproc.Server{a, b} {
-		v.Kill()
-	}
-	c := member(t, "c", dir, redis.Addr, "--window=4s")
+		for i := range ids {
+			if is, _ := judged(t, b, strconv.Itoa(i)); !is {
+				repeats++
+			}
+		}
+		for _, v := range []*testproc.Server{a, b} {
+			v.Kill()
+		}
+		if !time.Now().Truncate(window).Equal(began) {
+			return false // on a busy machine
+		}
+		if ok != ids || repeats != ids {
+			t.Fatalf("%d were ok and %d repeats of %d ids", ok, repeats, ids)
+		}
+		c = member(t, "c", dir, redis.Addr, "--window=4s", group)
+		return true
+	})
 	if time.Now().Truncate(window).Equal(began) {
-		if _, got := c.Get(c.Public + "/api/verve/accept?id=7"); got != "failed" && time.Now().Truncate(window).Equal(began) {
-			t.Errorf("an id that was ok is %q at another instance", got)
+		if is, _ := judged(t, c, "7"); is && time.Now().Truncate(window).Equal(began) {
+			t.Error("an id that was ok is so again at another instance")
 		}
 	}
 	testproc.Until(t, "the window is published", func() bool {
@@ -181,9 +216,10 @@ func TestWindowOfDeadInstancesIsPublished(t *testing.T) {
 	if rs := windows[began]; len(rs) != 1 || rs[0].Unique != ids || rs[0].Complete {
 		t.Errorf("got %+v, want one record of %d ids, not complete", rs, ids)
 	}
-	if status, body := c.Get(c.Admin + "/readyz"); status != 200 || !strings.Contains(body, `"redis":{"ok":true}`) {
-		t.Errorf("readyz is %d %s", status, body)
-	}
+	testproc.Until(t, "ready with Redis", func() bool {
+		status, body := c.Get(c.Admin + "/readyz")
+		return status == 200 && strings.Contains(body, `"redis":{"ok":true}`)
+	})
 	redis.Kill()
 	testproc.Until(t, "not ready without Redis", func() bool {
 		status, body := c.Get(c.Admin + "/readyz")
@@ -221,6 +257,12 @@ func TestAnotherWindowInAGroup(t *testing.T) {
 	// On a busy machine Redis may take too long for an id. That is not for long.
 	takes := func(v *testproc.Server, id string) {
 		t.Helper()
+		defer func() {
+			if t.Failed() {
+				v.StopAtOnce()
+				t.Log(v.Text())
+			}
+		}()
 		testproc.Until(t, id+" is taken", func() bool { return accept(v, id, 0) })
 	}
 	takes(a, "1")

@@ -215,9 +215,10 @@ func TestReaderOfTheLogGoesAway(t *testing.T) {
 	if status, body := v.Get(v.Public + "/api/verve/accept?id=1"); status != 200 {
 		t.Errorf("got %d %s", status, body)
 	}
-	if _, page := v.Get(v.Admin + "/metrics"); strings.Contains(page, "\nverve_log_lines_dropped_total 0\n") {
-		t.Error("no dropped lines are counted")
-	}
+	testproc.Until(t, "dropped lines are counted", func() bool {
+		_, page := v.Get(v.Admin + "/metrics")
+		return !strings.Contains(page, "\nverve_log_lines_dropped_total 0\n")
+	})
 	v.Signal(syscall.SIGTERM)
 	if code := v.Ended(); code != 0 {
 		t.Errorf("exit code %d (%v)", code, v.ProcessState)

@@ -178,7 +178,7 @@ func TestStalledStandardOutput(t *testing.T) {
 		}
 		text.Write(line)
 	}
-	v.Signal(syscall.SIGSTOP) // so that the pipe can be emptied before it is closed
+	pause(t, v) // so that the pipe can be emptied before it is closed
 	drain(t, stdout, lines, &text)
 	_ = stdout.Close()
 	v.Signal(syscall.SIGCONT)

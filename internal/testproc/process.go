@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -42,16 +43,23 @@ func Missing(t testing.TB, requirement, reason string) {
 	t.Skip(reason)
 }
 
-// FreeAddr is an address of this machine that was free a moment ago. The port lies
-// below those that the kernel gives to outgoing connections, so that a server that
-// is restarted finds it free again.
+// given are the addresses that FreeAddr has returned.
+var given sync.Map
+
+// FreeAddr is an address of this machine that was free a moment ago, another one each time.
+// The port lies below those that the kernel gives to outgoing connections, so that a server
+// that is restarted finds it free again.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
+		if err != nil {
+			continue
+		}
+		addr := l.Addr().String()
+		_ = l.Close()
+		if _, again := given.LoadOrStore(addr, true); !again {
+			return addr
 		}
 	}
 	t.Fatal("no port between 20000 and 30000 is free")
