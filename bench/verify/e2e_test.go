@@ -21,12 +21,12 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
 		URL: []string{"http://" + listen}, Connections: 8, Pipeline: 4, IDs: idsUUID, DuplicateStatus: 409,
-		Duration: 2 * time.Minute, Timeout: 10 * time.Second, Wait: 10 * time.Second, MinAnswers: 1000,
+		Duration: 2 * time.Minute, Timeout: time.Minute, Wait: time.Minute, MinAnswers: 1000,
 		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 		Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + admin +
-			" --window=200ms --window-header --data-dir=" + data},
+			" --window=200ms --window-header --shutdown-timeout=1m --data-dir=" + data},
 		SpawnLog: filepath.Join(dir, "server.log"),
-		Signal:   "TERM", KillEvery: "100ms-700ms", Kills: 4, StopLimit: 30 * time.Second,
+		Signal:   "TERM", KillEvery: "100ms-700ms", Kills: 4, StopLimit: 2 * time.Minute,
 		// A request that broke was not answered, so it was not counted. And no
 		// repeats: what a new process knows of the ids of the last one is not
 		// what this test is about.
@@ -55,11 +55,11 @@ func TestBatchesAddUpOverKillsAndStops(t *testing.T) {
 			listen, data := testproc.FreeAddr(t), filepath.Join(dir, "data")
 			wantGood(t, &flags{
 				URL: []string{"http://" + listen}, Connections: 4, Pipeline: 2, Batch: 500, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
-				Rate: 100_000, Duration: 2 * time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 10_000,
+				Rate: 100_000, Duration: 2 * time.Minute, Timeout: time.Minute, Wait: time.Minute, MinAnswers: 10_000,
 				CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 				Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + testproc.FreeAddr(t) +
-					" --window=200ms --window-header --data-dir=" + data},
-				SpawnLog: filepath.Join(dir, "server.log"), Signal: signal, KillEvery: "200ms-900ms", Kills: 4, StopLimit: 30 * time.Second,
+					" --window=200ms --window-header --shutdown-timeout=1m --data-dir=" + data},
+				SpawnLog: filepath.Join(dir, "server.log"), Signal: signal, KillEvery: "200ms-900ms", Kills: 4, StopLimit: 2 * time.Minute,
 			}, 4, 3)
 		})
 	}
@@ -76,11 +76,11 @@ func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {
 	data := filepath.Join(dir, "data")
 	v, err := run(t.Context(), &flags{
 		URL: []string{"http://" + listen}, Connections: 2, Pipeline: 1, IDs: idsUUID, DuplicateStatus: 409, Rate: 1000,
-		Requests: 3000, Duration: 12 * time.Second, Timeout: 10 * time.Second, Wait: 10 * time.Second, // 30 samples, or more
+		Requests: 8000, Duration: time.Minute, Timeout: time.Minute, Wait: time.Minute, // two samples a second, for seven seconds or more
 		CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 		Spawn: []string{testproc.Program(t) + " --listen=" + listen + " --admin-listen=" + admin +
-			" --window=200ms --window-header --data-dir=" + data},
-		SpawnLog: filepath.Join(dir, "server.log"), StopLimit: 30 * time.Second,
+			" --window=200ms --window-header --shutdown-timeout=1m --data-dir=" + data},
+		SpawnLog: filepath.Join(dir, "server.log"), StopLimit: 2 * time.Minute,
 		Admin: "http://" + admin, DataDir: data,
 	})
 	if err != nil {

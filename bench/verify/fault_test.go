@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -130,18 +132,24 @@ func TestFaultsOnTheWayToRedis(t *testing.T) {
 	f := groupOf(t, 2, p.addr, "1s")
 	f.Pipeline, f.Connections, f.IDs = 1, 32, idsDecimal
 	faults := []string{"latency", "jitter", "reset", "bandwidth", "cut in a reply"}
-	f.Duration = time.Duration(len(faults)+1) * faultSeconds()
+	f.Duration = time.Duration(len(faults))*faultSeconds() + 2*time.Minute // ended before
+	accepted := atAll(f, "ok")
+	ctx, end := context.WithCancel(t.Context())
+	defer end()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		time.Sleep(faultSeconds() / 2)
+		defer end()
 		for _, fault := range faults {
+			awaitMore(ctx, accepted, 200)
 			p.set(fault)
 			time.Sleep(faultSeconds())
+			p.set("")
 		}
-		p.set("")
+		awaitMore(ctx, accepted, 200)
 	}()
-	v, err := run(t.Context(), f)
+	v, err := run(ctx, f)
+	end()
 	<-done
 	if err != nil {
 		t.Fatal(err)
@@ -235,33 +243,46 @@ func redisRole(addr, password string) string {
 	return string(out)
 }
 
-var unavailable = regexp.MustCompile(`(?m)^verve_accept_total\{result="unavailable"\} (\d+)`)
-
-// unavailableAt reads how many ids an instance has answered with unavailable.
-func unavailableAt(admin string) (n uint64) {
+// answeredAt reads how many ids an instance has answered with the result.
+func answeredAt(admin, result string) (n uint64) {
 	resp, err := http.Get("http://" + admin + "/metrics")
 	if err != nil {
 		return 0
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
-	if m := unavailable.FindSubmatch(b); err == nil && m != nil {
+	if m := regexp.MustCompile(`(?m)^verve_accept_total\{result="` + result + `"\} (\d+)`).FindSubmatch(b); err == nil && m != nil {
 		n, _ = strconv.ParseUint(string(m[1]), 10, 64)
 	}
 	return n
 }
 
-// unavailableAtAll sums that up over the servers of a run.
-func unavailableAtAll(f *flags) func() uint64 {
+// atAll sums that up over the servers of a run.
+func atAll(f *flags, result string) func() uint64 {
 	var admins []string
 	for _, command := range f.Spawn {
 		admins = append(admins, regexp.MustCompile(`--admin-listen=(\S+)`).FindStringSubmatch(command)[1])
 	}
 	return func() (n uint64) {
 		for _, a := range admins {
-			n += unavailableAt(a)
+			n += answeredAt(a, result)
 		}
 		return n
+	}
+}
+
+// awaitMore returns when count is n more, or when ctx ends.
+func awaitMore(ctx context.Context, count func() uint64, n uint64) {
+	for before := count(); ctx.Err() == nil && count() < before+n; {
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// awaitWindows returns when ids were accepted in n windows of a second, or when ctx ends.
+func awaitWindows(ctx context.Context, accepted func() uint64, n int) {
+	for range n {
+		awaitMore(ctx, accepted, 50)
+		time.Sleep(time.Second)
 	}
 }
 
@@ -270,13 +291,14 @@ type outage struct {
 	taken  time.Duration // until the replica was the master
 	lasted time.Duration // until the last id that failed
 	failed uint64
+	over   bool // that was the last one
 }
 
 // watchOutage measures one that begins now, by the number of ids that have failed,
 // until none has for the time of calm.
 func watchOutage(failed func() uint64, before uint64, taken func() bool, calm time.Duration) (o outage) {
 	began := time.Now()
-	for last := before; time.Since(began) < 13*time.Second; time.Sleep(50 * time.Millisecond) {
+	for last := before; time.Since(began) < time.Minute; time.Sleep(50 * time.Millisecond) {
 		if o.taken == 0 && taken() {
 			o.taken = time.Since(began)
 		}
@@ -284,13 +306,38 @@ func watchOutage(failed func() uint64, before uint64, taken func() bool, calm ti
 			last, o.lasted, o.failed = now, time.Since(began), now-before
 		}
 		if o.taken > 0 && time.Since(began)-o.lasted > calm {
+			o.over = true
 			break
 		}
 	}
 	return o
 }
 
+// check fails if ids failed for too long: for most beyond what the change took, where the
+// machine is not busy with something else.
+func (o outage) check(t *testing.T, change, most time.Duration) {
+	t.Helper()
+	if most += max(change, o.taken); !o.over || faultSeconds() >= time.Minute && o.lasted > most {
+		t.Errorf("%d ids failed after the change, for %v, the last of them: %t; want that, and no longer than %v", o.failed, o.lasted, o.over, most)
+	}
+}
+
 var calls = regexp.MustCompile(`cmdstat_(?:fcall|evalsha):calls=(\d+)`)
+
+// batchesAt is how many batches of ids each of the masters has had.
+func batchesAt(masters []string) (batches []int) {
+	for _, m := range masters {
+		n := 0
+		if out, err := exec.Command("redis-cli", "-p", m[strings.LastIndexByte(m, ':')+1:], "INFO", "commandstats").Output(); err == nil {
+			for _, c := range calls.FindAllSubmatch(out, -1) {
+				k, _ := strconv.Atoi(string(c[1]))
+				n += k
+			}
+		}
+		batches = append(batches, n)
+	}
+	return batches
+}
 
 // TestClusterThatLosesAMaster: ids are spread evenly over the masters; when one is
 // killed only its part fails, until its replica has taken over, and every window
@@ -303,35 +350,33 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 	masters, replicas, processes := startCluster(t, nodeTimeout)
 	more := []string{"--redis-url=redis://" + masters[1], "--redis-url=redis://" + masters[2]}
 	f := groupOf(t, 2, masters[0], "1s", more...)
-	f.Duration, f.Rate, f.Pipeline, f.Connections = 18*time.Second, 3000, 1, 64
+	f.Duration, f.Rate, f.Pipeline, f.Connections = 3*time.Minute, 3000, 1, 64 // ended before
 	f.AllowInexact = true
-	sum := unavailableAtAll(f)
+	sum, accepted := atAll(f, "unavailable"), atAll(f, "ok")
+	ctx, end := context.WithCancel(t.Context())
+	defer end()
 	var spread []int
 	seen := make(chan outage, 1)
 	go func() {
-		time.Sleep(4 * time.Second)
-		for _, m := range masters {
-			n := 0
-			if out, err := exec.Command("redis-cli", "-p", m[strings.LastIndexByte(m, ':')+1:], "INFO", "commandstats").Output(); err == nil {
-				for _, c := range calls.FindAllSubmatch(out, -1) {
-					k, _ := strconv.Atoi(string(c[1]))
-					n += k
-				}
-			}
-			spread = append(spread, n)
+		defer end()
+		awaitWindows(ctx, accepted, 3)
+		for spread = batchesAt(masters); ctx.Err() == nil && slices.Min(spread) < 100; spread = batchesAt(masters) {
+			time.Sleep(100 * time.Millisecond)
 		}
 		before := sum()
 		_ = processes[1].Process.Kill()
 		seen <- watchOutage(sum, before, func() bool { return strings.Contains(redisRole(replicas[1], ""), "master") }, time.Second) // what fails later is this machine's being busy
+		awaitWindows(ctx, accepted, 4)
 	}()
-	v, err := run(t.Context(), f)
+	v, err := run(ctx, f)
 	if err != nil {
 		t.Fatal(err)
 	}
+	end()
 	o := <-seen
 	t.Logf("%d answers: %d ok, %d failed, %d refused, p99 of those %.0f ms; batches at the masters %v; the replica took over after %v; %d failed after the kill, for %v; %d of %d windows say that they are not exact",
 		v.Answers, v.Accepted, v.Repeated, v.Refused, v.RefusedP99, spread, o.taken.Round(10*time.Millisecond), o.failed, o.lasted.Round(10*time.Millisecond), v.Inexact, v.Windows)
-	if !v.Good || v.Windows < 10 {
+	if !v.Good || v.Windows < 6 {
 		t.Errorf("%+v, %+v", v.Table, v.Faults)
 	}
 	for _, n := range spread {
@@ -339,10 +384,10 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 			t.Errorf("batches at the masters: %v", spread)
 		}
 	}
-	// On a busy machine the nodes take longer to agree.
-	if most := max(nodeTimeout, o.taken) + 8*time.Second; o.failed == 0 || o.lasted > most {
-		t.Errorf("%d ids failed after the kill, for %v; want some, for no longer than %v", o.failed, o.lasted, most)
+	if o.failed == 0 {
+		t.Error("no ids failed after the kill")
 	}
+	o.check(t, nodeTimeout, 8*time.Second)
 	// A third of the ids for as long as that, with room for what waited.
 	if most := uint64(f.Rate * o.lasted.Seconds() * 0.6); o.failed > most {
 		t.Errorf("%d ids failed in %v, more than the killed master's part", o.failed, o.lasted)

@@ -87,7 +87,7 @@ func (c *conn) earliest(sent time.Time) int64 {
 	if span == 0 {
 		return c.newest
 	}
-	at := sent.Add(-clockLag).UnixMilli()
+	at := c.d.truth.clock(sent.Add(-clockLag))
 	return max(c.newest, at-at%span)
 }
 

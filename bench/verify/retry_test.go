@@ -99,7 +99,7 @@ func TestAttemptIsCountedOnce(t *testing.T) {
 	} {
 		truth := newTruth(1, time.Minute, false)
 		truth.span = span
-		truth.now = func() int64 { return window + 10 }
+		truth.clock = func(time.Time) int64 { return window + 10 }
 		from := truth.record(0, time.Now(), []answer{{id: 1, window: window, kind: answerOK}, {id: 1, window: window + span, kind: answerOK}})
 		from = min(from, window)
 		asks := []ask{{id: 2, token: 7}}
@@ -239,11 +239,11 @@ func TestRetriesGetTheirOwnAnswersOverKills(t *testing.T) {
 			f := &flags{
 				URL: []string{"http://" + listen}, Connections: 8, Pipeline: 2, Batch: batch, IDs: idsUUID, DuplicateStatus: 409, Repeats: 0.2,
 				Lose: 0.1, Tokens: true, Keys: 100, Window: time.Second,
-				Rate: 5000, Duration: time.Minute, Timeout: 10 * time.Second, Wait: 20 * time.Second, MinAnswers: 1000,
+				Rate: 5000, Duration: 2 * time.Minute, Timeout: time.Minute, Wait: time.Minute, MinAnswers: 1000,
 				CountsFile: []string{filepath.Join(data, "counts.jsonl")},
 				Spawn: []string{server + " --listen=" + listen + " --admin-listen=" + testproc.FreeAddr(t) +
-					" --window=1s --window-header --data-dir=" + data},
-				SpawnLog: filepath.Join(dir, "server.log"), Signal: "KILL", KillEvery: "300ms-1500ms", Kills: 4, StopLimit: 30 * time.Second,
+					" --window=1s --window-header --shutdown-timeout=1m --data-dir=" + data},
+				SpawnLog: filepath.Join(dir, "server.log"), Signal: "KILL", KillEvery: "300ms-1500ms", Kills: 4, StopLimit: 2 * time.Minute,
 			}
 			wantRetries(t, f, 4)
 		})
@@ -259,7 +259,7 @@ func TestRetriesAtAnotherInstance(t *testing.T) {
 	t.Parallel() // they wait more than they work
 	f := groupOf(t, 2, testproc.StartRedis(t).Addr, "2s")
 	f.Lose, f.Tokens, f.Keys, f.Window = 0.05, true, 100, 2*time.Second
-	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = time.Minute, 5000, "KILL", "500ms-2s", 2
+	f.Duration, f.Rate, f.Signal, f.KillEvery, f.Kills = 2*time.Minute, 5000, "KILL", "500ms-2s", 2
 	wantRetries(t, f, 4)
 }
 

@@ -69,11 +69,17 @@ func touched(t *testing.T, dir, name string) string {
 
 // TestNothingSampledIsAFault: a run without samples says nothing about growth.
 func TestNothingSampledIsAFault(t *testing.T) {
-	server := httptest.NewServer(http.NotFoundHandler())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	asked := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if asked++; asked == 2 { // the first answer has been read
+			cancel()
+		}
+		w.WriteHeader(http.StatusNotFound)
+	}))
 	defer server.Close()
 	s := steady{admin: server.URL}
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-	defer cancel()
 	s.run(ctx, time.Second)
 	v := verdict{Good: true}
 	if s.judge(&v); v.Good || s.failed == nil {

@@ -38,8 +38,8 @@ type truth struct {
 
 	grace     time.Duration
 	strict    bool
-	lenient   bool         // an id may be ok twice in a window whose record is not exact
-	now       func() int64 // the driver's clock, Unix milliseconds
+	lenient   bool                  // an id may be ok twice in a window whose record is not exact
+	clock     func(time.Time) int64 // the driver's, where it is not a test's: Unix milliseconds
 	answers   uint64
 	perTarget []uint64 // answers
 	refused   uint64
@@ -68,7 +68,7 @@ func newTruth(targets int, grace time.Duration, strict bool) *truth {
 		perTarget: make([]uint64, targets),
 		grace:     grace,
 		strict:    strict,
-		now:       func() int64 { return time.Now().UnixMilli() },
+		clock:     time.Time.UnixMilli,
 	}
 }
 
@@ -219,7 +219,7 @@ func (t *truth) window(start int64) *windowTruth {
 			t.faults.add("protocol", "the window %s does not begin at a multiple of %dms: --window", label(start), t.span)
 		}
 		t.windows[start] = w
-		t.ahead = max(t.ahead, start-t.now())
+		t.ahead = max(t.ahead, start-t.clock(time.Now()))
 	}
 	t.last = w
 	return w
@@ -261,7 +261,7 @@ func (t *truth) answered(at *attempt, a answer) {
 func (t *truth) broken(asks []ask, from int64, lag time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	till := t.now() + t.ahead + lag.Milliseconds()
+	till := t.clock(time.Now()) + t.ahead + lag.Milliseconds()
 	for i := range asks {
 		t.doubtful(&asks[i], from, till)
 	}
