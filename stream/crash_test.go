@@ -119,7 +119,7 @@ func (c childSpec) run() error {
 		}
 	}
 	s.testStep.Store(&stepHook)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), brokerPatience)
 	defer cancel()
 	done := make(chan struct{})
 	go func() { defer close(done); s.Run(ctx) }()

@@ -155,7 +155,7 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "counts.jsonl")
 	all := entries(t, 0, 4)
 	deliver(t, newFileSink(path, nil, 0, noStep), all[:1])
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	later := func(batch []spooled) {
 		f := newFileSink(path, nil, batch[0].index, noStep)

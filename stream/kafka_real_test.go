@@ -18,6 +18,10 @@ import (
 	"github.com/twmb/franz-go/pkg/kadm"
 )
 
+// brokerPatience is how long a test waits for a broker and the processes beside it: on a
+// busy machine a JVM alone takes a minute to start.
+const brokerPatience = 5 * time.Minute
+
 // broker is an Apache Kafka broker and controller in one process, from the jars
 // in VERVE_TEST_KAFKA_JARS: org.apache.kafka:kafka_2.13 and what it depends on.
 type broker struct {
@@ -102,7 +106,7 @@ func (b *broker) start(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	for deadline := time.Now().Add(time.Minute); ; {
+	for deadline := time.Now().Add(brokerPatience); ; {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		err := client.Ping(ctx)
 		cancel()
@@ -179,10 +183,10 @@ func TestRealKafka(t *testing.T) {
 		for i := range 5 {
 			s.publish(t, i, i+1)
 			if i%2 == 0 {
-				s.flush(t, 30*time.Second)
+				s.flush(t, brokerPatience)
 			}
 		}
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		wantWindows(t, readTopic(t, b.config("missing")), 5)
 	})
 
@@ -197,7 +201,7 @@ func TestRealKafka(t *testing.T) {
 			cfg.SASL, cfg.User, cfg.PasswordFile = mechanism, "verve", path
 			s := start(t, t.TempDir(), Config{Kafka: cfg})
 			s.publish(t, 0, 3)
-			for deadline := time.Now().Add(30 * time.Second); firstError(s.Stats()) == ""; time.Sleep(10 * time.Millisecond) {
+			for deadline := time.Now().Add(brokerPatience); firstError(s.Stats()) == ""; time.Sleep(10 * time.Millisecond) {
 				if time.Now().After(deadline) {
 					t.Fatalf("%s: no word about the wrong password: %+v", mechanism, s.Stats())
 				}
@@ -208,7 +212,7 @@ func TestRealKafka(t *testing.T) {
 			if err := os.WriteFile(path, []byte("secret\n"), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			s.flush(t, 30*time.Second)
+			s.flush(t, brokerPatience)
 			wantWindows(t, readTopic(t, cfg), 3)
 		}
 	})
@@ -236,7 +240,7 @@ func TestRealKafka(t *testing.T) {
 			}
 		}
 		b.start(t)
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		s.stop()
 		wantWindows(t, readTopic(t, b.config("killed")), windows)
 		wantWindows(t, readCounts(t, cfg.CountsFile), windows)
@@ -246,14 +250,14 @@ func TestRealKafka(t *testing.T) {
 		dir := t.TempDir()
 		s := start(t, dir, Config{Kafka: b.config("stopped")})
 		s.publish(t, 0, 2)
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		b.kill(t, syscall.SIGTERM)
 		s.publish(t, 2, 62)
 		s.stop() // and a restart without a broker
 		s = start(t, dir, Config{Kafka: b.config("stopped")})
 		s.publish(t, 62, 122)
 		b.start(t)
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		s.stop()
 		wantWindows(t, readTopic(t, b.config("stopped")), 122)
 	})
@@ -261,7 +265,7 @@ func TestRealKafka(t *testing.T) {
 	t.Run("BrokerFrozen", func(t *testing.T) {
 		s := start(t, t.TempDir(), Config{Kafka: b.config("frozen")})
 		s.publish(t, 0, 2)
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		if err := b.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
@@ -274,7 +278,7 @@ func TestRealKafka(t *testing.T) {
 		if err := b.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		wantWindows(t, readTopic(t, b.config("frozen")), 5)
 	})
 
@@ -290,7 +294,7 @@ func TestRealKafka(t *testing.T) {
 			}
 		}
 		for _, s := range streams {
-			s.flush(t, 60*time.Second)
+			s.flush(t, brokerPatience)
 		}
 		got := readTopic(t, b.config("group"))
 		if len(got) != windows {
@@ -316,7 +320,7 @@ func TestRealKafka(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		if n := s.Stats().Poison; n != 0 {
 			t.Errorf("%d records are set aside", n)
 		}
@@ -336,7 +340,7 @@ func TestRealKafka(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		if n := s.Stats().Poison; n != 0 {
 			t.Errorf("%d records are set aside", n)
 		}
@@ -351,7 +355,7 @@ func TestRealKafka(t *testing.T) {
 		const keys = 100_000
 		s := start(t, t.TempDir(), Config{Kafka: b.config("many")})
 		s.publish(t, 0, 1) // the session is there
-		s.flush(t, 30*time.Second)
+		s.flush(t, brokerPatience)
 		for i := 1; i < 4; i++ {
 			count := withKeys(window(i), keys)
 			began := time.Now()
@@ -359,7 +363,7 @@ func TestRealKafka(t *testing.T) {
 				t.Fatal(err)
 			}
 			spooled := time.Since(began)
-			s.flush(t, 30*time.Second)
+			s.flush(t, brokerPatience)
 			t.Logf("record %d: in the spool after %s, visible after %s", i, spooled, time.Since(began))
 		}
 		got := readKeys(t, ReadKeysTopic(t.Context(), b.config("many"), false))

@@ -48,7 +48,7 @@ func inBubble(t *testing.T, fn func(t *testing.T, c *kfake.Cluster, cfg KafkaCon
 
 func readTopic(t *testing.T, cfg KafkaConfig) []Record {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), brokerPatience)
 	defer cancel()
 	var out []Record
 	for r, err := range ReadTopic(ctx, cfg, false) {

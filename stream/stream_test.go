@@ -312,7 +312,7 @@ func TestEachSinkHasItsOwnPlace(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	s.flush(t, 30*time.Second)
+	s.flush(t, time.Minute)
 	cancel()
 	<-done
 	wantWindows(t, readCounts(t, path), 3)
