@@ -184,7 +184,7 @@ func TestGuardRebindingNameNeverReachesLoopback(t *testing.T) {
 			for range at {
 				wg.Go(func() {
 					for range tries / at {
-						ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+						ctx, cancel := context.WithTimeout(t.Context(), patience)
 						conn, err := c.guard.dial(ctx, d, anyRate(c))
 						cancel()
 						if err == nil {
