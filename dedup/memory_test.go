@@ -511,7 +511,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publisher: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: epochtest.Window, Store: m, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -617,7 +617,7 @@ func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publisher: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: epochtest.Window, Store: m, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -670,13 +670,13 @@ func TestOpenAllocatesNothing(t *testing.T) {
 	}
 	m := newMemory(t, Config{})
 	es := make([]*counter.Epoch, 0, 64)
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: epochtest.Window, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	base := c.Last().Start().UnixNano()
 	for n := range cap(es) - 1 {
-		in, _ := c.Enter(base+int64(n+1)*int64(time.Hour), 0)
+		in, _ := c.Enter(base+int64(n+1)*int64(epochtest.Window), 0)
 		in.Leave(counter.Void)
 	}
 	for n, e := range es {
@@ -737,13 +737,13 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 	for _, first := range []int{halfLap, halfLap + 1, lap, 2*lap + 7} {
 		m := newMemory(t, Config{CleanupBatch: 1})
 		var es []*counter.Epoch
-		c, err := counter.New(counter.Config{Window: time.Hour, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
+		c, err := counter.New(counter.Config{Window: epochtest.Window, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		base := c.Last().Start().UnixNano()
 		for n := range first + lap {
-			in, _ := c.Enter(base+int64(n)*int64(time.Hour), 0)
+			in, _ := c.Enter(base+int64(n)*int64(epochtest.Window), 0)
 			in.Leave(counter.Void)
 		}
 		for _, e := range es[first:] {

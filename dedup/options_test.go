@@ -255,7 +255,7 @@ func TestTooManyKeysAreFull(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: m, Publisher: l, Past: m.Past(nil), MaxKeys: 3})
+	c, err := counter.New(counter.Config{Window: epochtest.Window, Store: m, Publisher: l, Past: m.Past(nil), MaxKeys: 3})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/epochtest"
 	"verve/internal/settest"
 	"verve/internal/testproc"
 )
@@ -64,7 +65,7 @@ func (i *instance) add(name string, n int) {
 }
 
 func (i *instance) span() counter.Span {
-	return counter.Span{Start: time.Unix(0, i.e.At(0)).UTC(), Window: time.Hour}
+	return counter.Span{Start: time.Unix(0, i.e.At(0)).UTC(), Window: epochtest.Window}
 }
 
 // beat has the instance report to the group, and learn of the others.
@@ -239,13 +240,13 @@ func TestSealWaitsForTheReplayAfterHello(t *testing.T) {
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 	for i := range 10 {
-		ea.Want(t, a, 0, fmt.Sprint("a", i), dedup.Unique)
+		wantInTime(t, a, ea, fmt.Sprint("a", i), dedup.Unique)
 	}
 	if got := server.do("SAVE"); got != "OK" {
 		t.Fatal(got)
 	}
 	for i := range 10 {
-		ea.Want(t, a, 0, fmt.Sprint("lost", i), dedup.Unique)
+		wantInTime(t, a, ea, fmt.Sprint("lost", i), dedup.Unique)
 	}
 	way.refusing.Store(true)
 	way.cut(0)
@@ -256,7 +257,7 @@ func TestSealWaitsForTheReplayAfterHello(t *testing.T) {
 	var ids sealedIDs
 	testproc.Until(t, "b seals", func() bool { // its first try may meet the connection that was cut
 		var err error
-		ids, err = b.sealIDs(t.Context(), counter.Span{Start: time.Unix(0, eb.At(0)), Window: time.Hour}, nil)
+		ids, err = b.sealIDs(t.Context(), counter.Span{Start: time.Unix(0, eb.At(0)), Window: epochtest.Window}, nil)
 		return err == nil
 	})
 	if ids.unique != 20 && ids.exact && ids.whole {
@@ -327,7 +328,7 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	way := startProxy(t, server.Addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-	ea.Want(t, a, 0, "before", dedup.Unique)
+	wantInTime(t, a, ea, "before", dedup.Unique)
 	goDeaf(t, server, way, a)
 	if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 		t.Fatalf("without a reply: %v, %v", v, err)

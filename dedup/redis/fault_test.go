@@ -34,7 +34,7 @@ func bring(t *testing.T, sets []*Set, at []settest.Epochs, callers, each int, id
 	for c := range callers {
 		group.Go(func() {
 			for n := range each {
-				deadline := time.Now().Add(30 * time.Second)
+				deadline := time.Now().Add(time.Minute)
 				for i := c; ; i++ {
 					v, err := at[i%len(at)].Add(t, sets[i%len(sets)], 0, id(c*each+n))
 					if err == nil {
@@ -172,14 +172,14 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 			way := startProxy(t, server.Addr)
 			a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-			ea.Want(t, a, 0, "before", dedup.Unique)
+			wantInTime(t, a, ea, "before", dedup.Unique)
 
 			goDeaf(t, server, way, a)
 			if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("without a reply: %v, %v", v, err)
 			}
 			testproc.Until(t, "the id is in Redis", func() bool {
-				return strings.Contains(strings.Join(server.keys(), "\n"), "-3600000:d")
+				return strings.Contains(strings.Join(server.keys(), "\n"), epochLength+":d")
 			})
 			if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
 				t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
@@ -214,7 +214,7 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	r := newRedis(t, way.addr())
 	e := settest.NewEpochs(t, r)
 	for _, id := range epochtest.Alike {
-		e.Want(t, r, 0, id+"told", dedup.Unique)
+		wantInTime(t, r, e, id+"told", dedup.Unique)
 	}
 	goDeaf(t, server, way, r)
 	var group sync.WaitGroup
@@ -294,7 +294,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	way := startProxy(t, server.Addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-	ea.Want(t, a, 0, "before", dedup.Unique)
+	wantInTime(t, a, ea, "before", dedup.Unique)
 	server.Kill() // nothing is saved
 	leaveUntold(a, ea, "42", lastSeq(a))
 	way.latency.Store(int64(300 * time.Millisecond))
@@ -337,13 +337,13 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	way := startProxy(t, server.Addr)
 	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-	ea.Want(t, a, 0, "before", dedup.Unique)
-	eb.Want(t, b, 0, "left", dedup.Unique) // stands for what a batch of a has added
+	wantInTime(t, a, ea, "before", dedup.Unique)
+	wantInTime(t, b, eb, "left", dedup.Unique) // stands for what a batch of a has added
 	saved := lastSeq(a)
 	if got := server.do("SAVE"); got != "OK" {
 		t.Fatal("SAVE: ", got)
 	}
-	ea.Want(t, a, 0, "later", dedup.Unique)
+	wantInTime(t, a, ea, "later", dedup.Unique)
 	way.refusing.Store(true)
 	server.Kill()
 	leaveUntold(a, ea, "left", saved)
@@ -378,11 +378,11 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			way := startProxy(t, server.Addr)
 			a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
 			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-			ea.Want(t, a, 0, "1", dedup.Unique)
+			wantInTime(t, a, ea, "1", dedup.Unique)
 			if got := server.do("SAVE"); got != "OK" {
 				t.Fatal("SAVE: ", got)
 			}
-			ea.Want(t, a, 0, "2", dedup.Unique)
+			wantInTime(t, a, ea, "2", dedup.Unique)
 			last := lastSeq(a)
 			way.refusing.Store(true)
 			way.cut(0)
@@ -424,7 +424,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 // hide that the others are lost.
 func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen = true })
+	r := newRedis(t, server.Addr, patient, func(c *Config) { c.FailOpen = true })
 	e := settest.NewEpochs(t, r)
 	const before = 100
 	for i := range before {
@@ -437,7 +437,7 @@ func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 	s.lanes[0].log.unsent(r, enc.bytes()) // as decide does where a request has waited for too long
 	l.flush(s)
 	for _, k := range server.keys() {
-		if strings.Contains(k, "-3600000:") {
+		if strings.Contains(k, epochLength+":") {
 			server.do("DEL", k)
 		}
 		server.do("HDEL", l.key, "E"+s.key)
@@ -463,13 +463,13 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 				// Open, a waits for less long than the reply takes.
 				a := newRedis(t, way.addr(), func(c *Config) {
 					if c.FailOpen = open; !open {
-						c.Timeout = 20 * time.Second
+						patient(c)
 					}
 				})
 				b := newRedis(t, server.Addr)
 				ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
-				ea.Want(t, a, 0, "before", dedup.Unique)
-				eb.Want(t, b, 0, "42", dedup.Unique) // stands for what a batch of a has added
+				wantInTime(t, a, ea, "before", dedup.Unique)
+				wantInTime(t, b, eb, "42", dedup.Unique) // stands for what a batch of a has added
 				if refused {
 					server.do("CONFIG", "SET", "min-replicas-to-write", "1")
 				}
@@ -597,7 +597,7 @@ func TestRedisFailures(t *testing.T) {
 			e := settest.NewEpochs(t, r)
 			ids := 0
 			for ; ids < 100; ids++ {
-				e.Want(t, r, 0, fmt.Sprint(ids), dedup.Unique)
+				wantInTime(t, r, e, fmt.Sprint(ids), dedup.Unique)
 			}
 			tt.begin(server)
 			if tt.end == nil {
@@ -615,7 +615,7 @@ func TestRedisFailures(t *testing.T) {
 			testproc.Until(t, "not ready, with "+tt.say+" as the reason and in the log", func() bool {
 				began := time.Now()
 				v, err := e.Add(t, r, 0, fmt.Sprint(ids))
-				if took := time.Since(began); took > 5*time.Second {
+				if took := time.Since(began); took > 10*r.cfg.Timeout {
 					t.Fatalf("an answer took %v", took)
 				}
 				if err == nil {
@@ -744,13 +744,13 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	way := startProxy(t, server.Addr)
 	a := newRedis(t, way.addr())
 	ea := settest.NewEpochs(t, a)
-	ea.Want(t, a, 0, "42", dedup.Unique)
+	wantInTime(t, a, ea, "42", dedup.Unique)
 	way.refusing.Store(true)
 	way.cut(0)
 	server.do("FLUSHALL")
 	b := newRedis(t, server.Addr) // knows nothing of a loss
 	eb := settest.NewEpochs(t, b)
-	eb.Want(t, b, 0, "42", dedup.Unique)
+	wantInTime(t, b, eb, "42", dedup.Unique)
 	way.refusing.Store(false)
 	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
@@ -822,7 +822,7 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	server := startRedis(t)
 	r := newRedis(t, server.Addr, func(c *Config) { c.pending = 1000 })
 	e := settest.NewEpochs(t, r)
-	e.Want(t, r, 0, "1", dedup.Unique)
+	wantInTime(t, r, e, "1", dedup.Unique)
 	server.pause()
 	defer server.resume()
 	var group sync.WaitGroup
@@ -857,7 +857,7 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
 	server := startRedis(t)
 	server.do("ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "-function", "-fcall", "+info")
-	r := newRedis(t, server.Addr, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
+	r := newRedis(t, server.Addr, patient, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
 	e := settest.NewEpochs(t, r)
 	e.Want(t, r, 0, "42", dedup.Unique)
 	e.Want(t, r, 0, "42", dedup.Repeat)
@@ -874,14 +874,14 @@ func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
 // TestRedisKeysGoAway: ids at the seal, sessions at the end, the rest by itself.
 func TestRedisKeysGoAway(t *testing.T) {
 	server := startRedis(t)
-	r := newRedis(t, server.Addr)
+	r := newRedis(t, server.Addr, patient)
 	e := settest.NewEpochs(t, r)
 	for i, id := range epochtest.Alike {
 		e.Want(t, r, 0, id, dedup.Unique)
 		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
 		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
 	}
-	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane3:\d+-3600000:(d|u|t|h|k|x|n)$`)
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane3:\d+` + epochLength + `:(d|u|t|h|k|x|n)$`)
 	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane3|lanes|lane3:rights)$`)
 	kinds := map[byte]bool{}
 	for _, k := range server.keys() {
@@ -926,11 +926,11 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := New(Config{URLs: []string{"redis://" + server.Addr}, Group: "test", Window: time.Hour, Local: local})
+	r, err := New(Config{URLs: []string{"redis://" + server.Addr}, Group: "test", Window: epochtest.Window, Local: local})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := counter.New(counter.Config{Window: time.Hour, Store: r, Publisher: epochtest.Nobody{}})
+	c, err := counter.New(counter.Config{Window: epochtest.Window, Store: r, Publisher: epochtest.Nobody{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -952,7 +952,15 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 			t.Errorf("ids in doubt are left in %s", k)
 		}
 	}
-	goleak.VerifyNone(t, before)
+	var left error
+	for start := time.Now(); time.Since(start) < time.Minute; { // some end a moment later
+		if left = goleak.Find(before); left == nil {
+			break
+		}
+	}
+	if left != nil {
+		t.Error(left)
+	}
 }
 
 func TestRedisConfig(t *testing.T) {

@@ -143,7 +143,7 @@ func (g *group) report(s counter.Span, complete bool, members ...*Ledger) {
 
 func (g *group) seal(m *Ledger, s counter.Span) counter.Count {
 	g.t.Helper()
-	ctx, cancel := context.WithTimeout(g.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(g.t.Context(), time.Minute)
 	defer cancel()
 	c, err := m.Seal(ctx, s)
 	if err != nil {
