@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"verve/dedup"
+	"verve/internal/epochtest"
 )
 
 func newAdminSite(t *testing.T, records *Records) (*site, *Admin) {
@@ -71,7 +72,7 @@ func TestWindowsShowTheOpenEpochAndTheLastOnes(t *testing.T) {
 	if err := json.Unmarshal(getPage(a, "/api/windows").Body.Bytes(), &open); err != nil {
 		t.Fatal(err)
 	}
-	if o := open.Open; o.Unique != 1 || o.Duplicates != 1 || o.State != "open" || o.MS != 3600000 || len(open.Windows) != 0 {
+	if o := open.Open; o.Unique != 1 || o.Duplicates != 1 || o.State != "open" || o.MS != epochtest.Window.Milliseconds() || len(open.Windows) != 0 {
 		t.Errorf("got %+v", open)
 	}
 	s.stop()

@@ -105,18 +105,24 @@ func TestAdminKeepsRoomForAProbe(t *testing.T) {
 // taken.
 func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	a := listenAdmin(t, func(a *Admin) { a.http.WriteTimeout = time.Second })
+	ended := make(chan struct{})
+	a := listenAdmin(t, func(a *Admin) {
+		a.http.WriteTimeout = time.Second
+		a.http.ConnState = func(c net.Conn, state http.ConnState) {
+			a.crowd.changed(c, state)
+			if state == http.StateClosed {
+				close(ended)
+			}
+		}
+	})
 	a.send(strings.Repeat(adminGet("/metrics"), 200))
-	seen := false
-	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		open, _ := a.crowd.stats()
-		seen = seen || open > 0
-		if seen && open == 0 {
-			return
-		}
-		if time.Since(start) > patience {
-			t.Fatalf("%d connections are held", open)
-		}
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Fatal("the connection is held")
+	}
+	if open, _ := a.crowd.stats(); open != 0 {
+		t.Errorf("%d connections are counted as open", open)
 	}
 }
 
@@ -124,7 +130,7 @@ func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 // the kernel holds for them, and they make room.
 func TestLivePageIsNotLockedOutByReadersThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick = 4, time.Millisecond })
+	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick, a.live.tenure = 4, time.Millisecond, time.Hour })
 	var stuck []*bufio.Reader
 	for range 4 {
 		_, r := a.send(adminGet("/api/live"))
@@ -169,7 +175,7 @@ func TestLivePageIsNotLockedOutByReadersThatDoNotRead(t *testing.T) {
 
 // TestFurtherPageReplacesTheOldest when all are open that may be, and none is behind.
 func TestFurtherPageReplacesTheOldest(t *testing.T) {
-	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick = 1, time.Hour })
+	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick, a.live.tenure = 1, time.Hour, time.Hour })
 	open := func() (*http.Response, error) {
 		_, r := a.send(adminGet("/api/live"))
 		return http.ReadResponse(r, nil)
@@ -197,7 +203,7 @@ func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 	t.Parallel()
 	a := listenAdmin(t, func(a *Admin) {
 		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = time.Second, time.Second, time.Second
-		a.live.tick = 10 * time.Millisecond
+		a.live.tick = 50 * time.Millisecond // the kernel holds many: the reader is behind only if it stands still for seconds
 	})
 	_, live := a.send(adminGet("/api/live"))
 	resp, err := http.ReadResponse(live, nil)
@@ -205,7 +211,7 @@ func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 		t.Fatalf("live: got %v, %v", resp, err)
 	}
 	lines := bufio.NewReader(resp.Body)
-	for range 300 { // two an event
+	for range 60 { // two an event
 		if _, err := lines.ReadString('\n'); err != nil {
 			t.Fatalf("live: %v", err)
 		}
@@ -220,9 +226,9 @@ func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 	}
 }
 
-// TestOpenAdminRequestsDoNotDelayTheStop, of whatever kind they are.
+// TestOpenAdminRequestsDoNotDelayTheStop, of whatever kind they are. It runs beside no
+// other test: a process makes one trace at a time.
 func TestOpenAdminRequestsDoNotDelayTheStop(t *testing.T) {
-	t.Parallel()
 	a := listenAdmin(t, nil)
 	a.send("")
 	a.send("GET /healthz HTTP/1.1\r\nHost")

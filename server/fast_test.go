@@ -24,6 +24,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/epochtest"
 )
 
 // witness counts how ids reach the Set: the work of the fast path has room for more
@@ -522,7 +523,7 @@ func TestFastPathGoesOnWhereABatchEnds(t *testing.T) {
 // replaceSet makes set, and a counter for it, those of a site.
 func replaceSet(t testing.TB, c *Config, set *dedup.Memory) {
 	c.Counter.Seal() // that of the other set
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publisher: &published{}})
+	count, err := counter.New(counter.Config{Window: epochtest.Window, Store: set, Publisher: &published{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -792,7 +793,7 @@ func TestFastPathAnswersLookLikeFasthttps(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if date, err := http.ParseTime(resp.Header.Get("Date")); err != nil || time.Since(date).Abs() > 5*time.Second {
+		if date, err := http.ParseTime(resp.Header.Get("Date")); err != nil || time.Since(date).Abs() > patience {
 			t.Errorf("Date %q, %v", resp.Header.Get("Date"), err)
 		}
 		return dateLine.ReplaceAllString(b.String(), "Date: x\r\n")

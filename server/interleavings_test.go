@@ -16,6 +16,7 @@ import (
 
 	"verve/counter"
 	"verve/dedup"
+	"verve/internal/epochtest"
 	"verve/internal/explore"
 	"verve/internal/explore/atomic"
 	"verve/server/callback"
@@ -111,7 +112,7 @@ type scene struct {
 }
 
 func newScene() *scene {
-	count, err := counter.New(counter.Config{Window: time.Hour, Store: allNew{}, Publisher: allNew{}})
+	count, err := counter.New(counter.Config{Window: epochtest.Window, Store: allNew{}, Publisher: allNew{}})
 	if err != nil {
 		panic(err)
 	}
@@ -350,7 +351,7 @@ func (s *onceNew) AddMany(_ *counter.Epoch, _ []dedup.Item, verdicts []dedup.Ver
 func TestInterleavingsOfACallback(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 2, explore.All), func(r *explore.Run) {
 		set := new(onceNew)
-		count, err := counter.New(counter.Config{Window: time.Hour, Store: set, Publisher: set})
+		count, err := counter.New(counter.Config{Window: epochtest.Window, Store: set, Publisher: set})
 		if err != nil {
 			panic(err)
 		}

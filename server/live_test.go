@@ -89,7 +89,7 @@ func serveAdmin(t *testing.T, a *Admin) (dial func() net.Conn, stop func()) {
 	done := make(chan error, 1)
 	go func() { done <- a.Serve(ln) }()
 	stop = sync.OnceFunc(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		if err := a.Shutdown(ctx); err != nil {
 			t.Errorf("streams hold up the stop: %v", err)
@@ -153,7 +153,7 @@ func events(resp *http.Response) func(func(string) bool) {
 // samples are not told twice, and the counts are those of the counter.
 func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 	s, a := newAdminSite(t, &Records{Pending: 3, Sinks: []Sink{{Name: "kafka", Failing: "refused"}}})
-	a.live.tick = time.Millisecond
+	a.live.tick = time.Hour // messages are sent by hand, each when the one before was read
 	s.ask(get("id=1"))
 	s.ask(get("id=1"))
 	s.ask(get("id="))
@@ -162,7 +162,8 @@ func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 	if got := resp.Header.Get("Content-Type"); resp.StatusCode != 200 || got != "text/event-stream" {
 		t.Fatalf("got %d %s", resp.StatusCode, got)
 	}
-	n, windows, last := 0, 0, 0.0
+	n, windows, samples, last := 0, 0, 0, 0.0
+	start := time.Now()
 	for e := range events(resp) {
 		var m liveMessage
 		if err := json.Unmarshal([]byte(e), &m); err != nil {
@@ -176,9 +177,10 @@ func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 			t.Errorf("first message %s", e)
 		}
 		for _, r := range m.Rates {
-			if r[0] < last {
+			if r[0] <= last {
 				t.Errorf("a sample of %v after one of %v", r[0], last)
 			}
+			samples++
 			last = r[0]
 		}
 		if m.Windows != nil {
@@ -186,15 +188,23 @@ func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 				t.Error("windows are told without a change")
 			}
 		}
-		switch n++; n {
-		case 5:
+		if n++; n == 5 {
 			s.cfg.Counter.Seal() // closes the window
-		case 400:
-			t.Fatal("a closed window is not told")
 		}
 		if len(m.Windows) == 1 && m.Windows[0].Unique == 1 && m.Windows[0].State == "spooled" && windows == 1 {
+			if samples != n-1 {
+				t.Errorf("%d samples are told in %d messages behind the first, want one in each", samples, n-1)
+			}
 			return
 		}
+		if time.Since(start) > patience {
+			t.Fatal("a closed window is not told")
+		}
+		a.live.mu.Lock()
+		sample := [4]float64{float64(n)}
+		a.live.rates, a.live.fresh = append(a.live.rates, sample), append(a.live.fresh, sample)
+		a.live.mu.Unlock()
+		a.live.broadcast(time.Now())
 	}
 	t.Error("the stream ended")
 }
@@ -203,8 +213,8 @@ func TestLiveStreamTellsEverythingOnce(t *testing.T) {
 // makes room.
 func TestLiveStreamsAreBounded(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
-	a.live.maxStreams = 2
-	a.live.tick = time.Millisecond
+	a.live.maxStreams, a.live.tenure = 2, time.Hour
+	a.live.tick = time.Hour // no message but the first, so that no reader is behind
 	dial, _ := serveAdmin(t, a)
 	first := dial()
 	openStream(t, first)
@@ -217,12 +227,10 @@ func TestLiveStreamsAreBounded(t *testing.T) {
 		t.Errorf("the third got %d %q", resp.StatusCode, b)
 	}
 	first.Close()
-	for {
-		if open, _, refused := a.live.stats(); open == 1 && refused == 1 {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "one is open, and one was refused", func() bool {
+		open, _, refused := a.live.stats()
+		return open == 1 && refused == 1
+	})
 	if resp := openStream(t, dial()); resp.StatusCode != 200 {
 		t.Errorf("after one was closed got %d", resp.StatusCode)
 	}
@@ -231,18 +239,18 @@ func TestLiveStreamsAreBounded(t *testing.T) {
 // TestLiveStreamDropsASlowReader: it holds up neither the others nor the server.
 func TestLiveStreamDropsASlowReader(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
-	a.live.tick = time.Millisecond
+	a.live.tick = time.Hour // messages are sent by hand, each when the quick one has the one before
 	dial, _ := serveAdmin(t, a)
 	openStream(t, dial()) // reads nothing more
 	n := 0
 	for range events(openStream(t, dial())) {
-		n++
+		if n++; n > 100 {
+			t.Fatal("the slow reader is still there")
+		}
 		if open, dropped, _ := a.live.stats(); dropped == 1 && open == 1 {
 			return
 		}
-		if n > 10000 {
-			t.Fatal("the slow reader is still there")
-		}
+		a.live.broadcast(time.Now())
 	}
 	t.Error("the quick reader was dropped")
 }
@@ -250,13 +258,14 @@ func TestLiveStreamDropsASlowReader(t *testing.T) {
 // TestLiveStreamsEndWithTheServer, and say so.
 func TestLiveStreamsEndWithTheServer(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
-	a.live.tick = time.Millisecond
+	a.live.tick = time.Hour
 	dial, stop := serveAdmin(t, a)
 	resp := openStream(t, dial())
 	stopped := make(chan struct{})
 	var last []string
 	for e := range events(resp) {
 		if len(last) == 0 {
+			a.live.broadcast(time.Now()) // is on its way at the stop
 			go func() { stop(); close(stopped) }()
 		}
 		last = append(last[max(0, len(last)-1):], e)

@@ -61,7 +61,7 @@ func TestParkedConnectionIsServedAgain(t *testing.T) {
 // TestParkingLeavesTheIdleTimeoutAlone: it counts from the last answer.
 func TestParkingLeavesTheIdleTimeoutAlone(t *testing.T) {
 	t.Parallel()
-	const idle = 3 * parkAfter
+	const idle = 10 * parkAfter
 	s := newSite(t, func(c *Config) { c.IdleTimeout = idle })
 	c, r := s.dial()
 	io.WriteString(c, get("id=1"))
@@ -159,7 +159,7 @@ func TestRequestsTakeTurnsWithinMaxServed(t *testing.T) {
 func TestHalfSentRequestsTakeNoMoreThanMaxServed(t *testing.T) {
 	t.Parallel()
 	const conns, places = 20, 4
-	few := func(c *Config) { c.MaxServed, c.SlowTimeout = places, time.Second }
+	few := func(c *Config) { c.MaxServed, c.SlowTimeout = places, seldomSlow }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
 		var slow, busy int
 		var writers []net.Conn

@@ -150,7 +150,13 @@ func TestConnectionsOverALimitAreLogged(t *testing.T) {
 		}
 		s.stop()
 		lines := refusals(t, &log)["busy"]
-		if len(lines) != 2 || lines[0].Limit != limit || lines[0].Level != "warn" || lines[1].Hidden != over-1 {
+		told := 0 // on a machine so busy that the log has more than two lines, too
+		for _, line := range lines {
+			if told += line.Hidden; line.Limit != "" {
+				told++
+			}
+		}
+		if len(lines) < 2 || lines[0].Limit != limit || lines[0].Level != "warn" || lines[0].Hidden != 0 || told != over {
 			t.Errorf("%s: %+v", limit, lines)
 		}
 	}

@@ -107,7 +107,7 @@ func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
 	files.replace(files.key, key)
 	s := newSite(t, func(c *Config) {
 		c.TLS = files.load(zerolog.Nop())
-		c.SlowTimeout = 12 * time.Second
+		c.SlowTimeout = 10 * patience
 	})
 	raw, err := net.Dial("tcp", s.addr)
 	if err != nil {
@@ -121,7 +121,7 @@ func TestStopKeepsItsTimeBesideATLSClientThatDoesNotRead(t *testing.T) {
 	if err := <-s.shutdown(budget); err == nil {
 		t.Error("a client that does not read was waited for in vain, and the stop does not say so")
 	}
-	if took := time.Since(began); took > budget+5*time.Second {
+	if took := time.Since(began); took > budget+patience {
 		t.Errorf("with %v for it the stop took %v", budget, took)
 	}
 	raw.Close()

@@ -141,7 +141,7 @@ func TestTLSAnswersPipelinedRequestsInOrder(t *testing.T) {
 func TestTLSSlowIdleAndSilentConnectionsAreEnded(t *testing.T) {
 	t.Parallel()
 	s := newTLSSite(t, func(c *Config) {
-		c.SlowTimeout, c.IdleTimeout = time.Second, 2*time.Second
+		c.SlowTimeout, c.IdleTimeout = seldomSlow, seldomSlow
 	})
 	_, silent := s.dial() // no handshake at all
 	half, halfway := s.dial()
