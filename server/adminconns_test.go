@@ -3,6 +3,7 @@ package server
 import (
 	"bufio"
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -202,7 +203,7 @@ func TestFurtherPageReplacesTheOldest(t *testing.T) {
 func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 	t.Parallel()
 	a := listenAdmin(t, func(a *Admin) {
-		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = time.Second, time.Second, time.Second
+		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = seldomSlow, seldomSlow, seldomSlow
 		a.live.tick = 50 * time.Millisecond // the kernel holds many: the reader is behind only if it stands still for seconds
 	})
 	_, live := a.send(adminGet("/api/live"))
@@ -211,18 +212,19 @@ func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 		t.Fatalf("live: got %v, %v", resp, err)
 	}
 	lines := bufio.NewReader(resp.Body)
-	for range 60 { // two an event
+	for range 2 * (seldomSlow + time.Second) / a.live.tick { // two an event
 		if _, err := lines.ReadString('\n'); err != nil {
 			t.Fatalf("live: %v", err)
 		}
 	}
 	began := time.Now()
-	_, trace := a.send(adminGet("/debug/pprof/trace?seconds=2"))
+	const long = seldomSlow + time.Second
+	_, trace := a.send(adminGet(fmt.Sprint("/debug/pprof/trace?seconds=", long.Seconds())))
 	if resp, err = http.ReadResponse(trace, nil); err != nil || resp.StatusCode != 200 {
 		t.Fatalf("trace: got %v, %v", resp, err)
 	}
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil || time.Since(began) < 2*time.Second {
-		t.Errorf("trace: ended after %v, %v, want two seconds", time.Since(began), err)
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || time.Since(began) < long {
+		t.Errorf("trace: ended after %v, %v, want %v", time.Since(began), err, long)
 	}
 }
 
