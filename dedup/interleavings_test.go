@@ -109,13 +109,17 @@ func (s *scene) visits(r *explore.Run, name string, keys ...Key) {
 		s.added = append(s.added, add{key: k})
 	}
 	r.Go(name, func() {
-		for i, k := range keys {
-			in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0)
-			v := s.judge(0, k)[0]
-			in.Leave([Verdicts]counter.Outcome{Unique: counter.Unique, Repeat: counter.Repeat}[v])
-			s.added[from+i].verdict, s.added[from+i].done = v, true
+		for i := range keys {
+			s.visit(&s.added[from+i])
 		}
 	})
+}
+
+// visit adds a key inside the only epoch.
+func (s *scene) visit(a *add) {
+	in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0)
+	a.verdict, a.done = s.judge(0, a.key)[0], true
+	in.Leave([Verdicts]counter.Outcome{Unique: counter.Unique, Repeat: counter.Repeat}[a.verdict])
 }
 
 // check holds the answers of each id in each epoch against a set: Unique once, and Repeat
@@ -389,6 +393,40 @@ func TestInterleavingsOfTheLimitComingNear(t *testing.T) {
 					s.visits(r, fmt.Sprint("id ", id), kind.key(2*id, 10+id), kind.key(2*id, 20+id))
 				}
 				r.Check(func() error { return s.limited(3, 2) })
+			})
+		})
+	}
+}
+
+// TestInterleavingsOfTheLimitBetweenSamples: one id is sampled, and with it the epoch becomes
+// strict. The others, which are not, come one after the other. Where they are too many by
+// more than the request under way, all of those too many came before the epoch was strict:
+// what was left was found after that, and has them.
+func TestInterleavingsOfTheLimitBetweenSamples(t *testing.T) {
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) {
+			explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
+				s := newScene(Config{MaxIDs: 3}, 1, 1)
+				for id := range uint64(4) {
+					k := kind.key(2*id, 10+id)
+					k.lo |= 1 << 50
+					s.added = append(s.added, add{key: k})
+				}
+				view, late := s.epochs[0].State.(*View), 0
+				r.Go("not sampled", func() {
+					for i := range 4 {
+						strict := view.tight.Load()
+						s.visit(&s.added[i])
+						late += b2i(strict && s.added[i].verdict == Unique)
+					}
+				})
+				s.visits(r, "sampled", kind.key(9, 1))
+				r.Check(func() error {
+					if late > 0 {
+						return s.limited(3, 1)
+					}
+					return s.limited(3, 2)
+				})
 			})
 		})
 	}

@@ -38,6 +38,9 @@ type socket struct {
 	read    int64
 	answers int
 	lost    int // answers written after Close
+
+	unread bool        // the client does not read: a write waits until Close
+	full   atomic.Bool // one does
 }
 
 func (s *socket) Read(p []byte) (int, error) {
@@ -71,6 +74,11 @@ func (s *socket) Read(p []byte) (int, error) {
 }
 
 func (s *socket) Write(p []byte) (int, error) {
+	if s.unread {
+		for s.full.Store(true); !s.closed.Load(); {
+			explore.Wait()
+		}
+	}
 	if s.closed.Load() {
 		s.lost++
 		return 0, net.ErrClosed
@@ -283,6 +291,33 @@ func TestInterleavingsOfAnEnd(t *testing.T) {
 		k.serves(r)
 		k.sweeps(r, 2)
 		r.Check(func() error { return k.check(true) })
+	})
+}
+
+// TestInterleavingsOfAnUnreadAnswer: the client does not read its answer. The sweeper, which
+// looks before that and then, ends the connection as one that is slow.
+func TestInterleavingsOfAnUnreadAnswer(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
+		k := newScene()
+		k.sock.unread = true
+		k.s.ln.slow = 3 * parkAfter
+		k.c.enter(phaseIdle)
+		k.serves(r)
+		k.sends(r, 1)
+		r.Go("sweeper", func() {
+			k.c.sweep(2 * parkAfter)
+			for !k.sock.full.Load() {
+				explore.Wait()
+			}
+			k.c.sweep(4 * parkAfter)
+		})
+		r.Check(func() error {
+			slow, idle := k.s.ln.slowClosed.Load(), k.s.ln.idleClosed.Load()
+			if slow != 1 || idle != 0 || !k.sock.closed.Load() || k.s.ln.open() != 0 {
+				return fmt.Errorf("closed %v, as slow %d, as idle %d, %d in the list", k.sock.closed.Load(), slow, idle, k.s.ln.open())
+			}
+			return nil
+		})
 	})
 }
 

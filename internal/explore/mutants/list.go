@@ -188,6 +188,9 @@ var mutants = []mutant{
 	{"what is left is found without the lock", "dedup", overlay.Edit{
 		File: "dedup/memory.go", Old: "\tv.mu.Lock()\n\tdefer v.mu.Unlock()\n\tif !v.tight.Load() {", New: "\tif !v.tight.Load() {",
 	}, nil},
+	{"what is left is found before the flag is up", "dedup", overlay.Edit{
+		File: "dedup/memory.go", Old: "v.tight.Store(true)\n\t\tv.left = less(", New: "v.left = less(",
+	}, []overlay.Edit{{File: "dedup/memory.go", Old: "v.before.sum()+e.Unique()+fresh)\n", New: "v.before.sum()+e.Unique()+fresh); v.tight.Store(true)\n"}}},
 	// The journal.
 	{"the head counts a record before it is there", "dedup", overlay.Edit{
 		File: "dedup/segment.go", Old: "n := c.body & recordMask\n", New: "n := c.body & recordMask; c.chunk[0] = headOf(c.body + 1)\n",
@@ -283,6 +286,12 @@ var mutants = []mutant{
 	}, nil},
 	{"the fast path is not marked", "server", overlay.Edit{
 		File: "server/fast.go", Old: "\t\t\tc.serving.Store(true)\n", New: "\n",
+	}, nil},
+	{"an answer is written while the connection is idle", "server", overlay.Edit{
+		File: "server/conn.go", Old: "\tc.enter(phaseWriting)\n\tn, err := c.Conn.Write(p)", New: "\tc.enter(phaseIdle)\n\tn, err := c.Conn.Write(p)",
+	}, nil},
+	{"an answer that nobody reads is waited for", "server", overlay.Edit{
+		File: "server/conn.go", Old: "\t\t_ = c.raw.Close() // unblocks the write: the client does not read\n", New: "\n",
 	}, nil},
 	// Callbacks.
 	{"a callback is sent before its id is counted", "server", overlay.Edit{

@@ -5,20 +5,28 @@
 //
 // A fault is a line that looks right: a second look that is left out, two loads in
 // the other order, a store in the place of a compare-and-swap. Product files stay as
-// they are (package overlay).
+// they are (package overlay). The scenario that the table names for a fault is tried
+// first, and the others only where that one does not find it any more.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"verve/internal/explore/overlay"
 )
+
+// table is the page with the faults that were found.
+const table = "docs/interleavings.md"
 
 // mutant is one fault.
 type mutant struct {
@@ -28,24 +36,61 @@ type mutant struct {
 	also []overlay.Edit
 }
 
+// found is what finds a fault.
+type found struct {
+	scenario, schedules, bound string
+	err                        error
+}
+
 func main() {
-	wanted := os.Args[1:]
+	began := time.Now()
+	wanted := slices.Clone(mutants)
+	if names := os.Args[1:]; len(names) > 0 {
+		wanted = slices.DeleteFunc(wanted, func(m mutant) bool { return !slices.Contains(names, m.name) })
+	}
+	if len(wanted) == 0 {
+		fmt.Fprintln(os.Stderr, "no fault has such a name")
+		os.Exit(2)
+	}
+	page, err := os.ReadFile(table)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
+	}
+	// One is compiled while another one runs.
+	results := make([]chan found, len(wanted))
+	for i := range results {
+		results[i] = make(chan found, 1)
+	}
+	var hunters sync.WaitGroup
+	next := make(chan int)
+	for range max(2, runtime.GOMAXPROCS(0)) {
+		hunters.Go(func() {
+			for i := range next {
+				results[i] <- hunt(wanted[i], firstOf(string(page), wanted[i].name))
+			}
+		})
+	}
+	go func() {
+		for i := range wanted {
+			next <- i
+		}
+		close(next)
+	}()
 	survived := 0
 	fmt.Println("| fault | file | found by | schedules until then | preemptions |")
 	fmt.Println("|---|---|---|---|---|")
-	for _, m := range mutants {
-		if len(wanted) > 0 && !slices.Contains(wanted, m.name) {
-			continue
-		}
-		scenario, schedules, bound, err := hunt(m)
-		if err != nil {
+	for i, m := range wanted {
+		f := <-results[i]
+		if f.err != nil {
 			survived++
-			scenario, schedules, bound = "**"+err.Error()+"**", "", ""
+			f.scenario = "**" + f.err.Error() + "**"
 		}
-		fmt.Printf("| %s | `%s` | %s | %s | %s |\n", m.name, m.File, scenario, schedules, bound)
+		fmt.Printf("| %s | `%s` | %s | %s | %s |\n", m.name, m.File, f.scenario, f.schedules, f.bound)
 	}
+	hunters.Wait()
+	fmt.Fprintf(os.Stderr, "%d faults, %d of them not found, in %v\n", len(wanted), survived, time.Since(began).Round(time.Second))
 	if survived > 0 {
-		fmt.Fprintf(os.Stderr, "%d faults were not found\n", survived)
 		os.Exit(1)
 	}
 }
@@ -55,8 +100,24 @@ var (
 	failed  = regexp.MustCompile(`(?m)^ *--- FAIL: (TestInterleavings\S*)`)
 )
 
+// firstOf is the regular expression of the scenario that the page names for a fault; empty
+// if it names none.
+func firstOf(page, name string) string {
+	for line := range strings.Lines(page) {
+		if cells := strings.Split(line, " | "); len(cells) == 5 && cells[0] == "| "+name {
+			return "^TestInterleavings" + strings.ReplaceAll(cells[2], "/", "$/^") + "$"
+		}
+	}
+	return ""
+}
+
 // hunt runs the scenarios, first with few preemptions, until one fails.
-func hunt(m mutant) (scenario, schedules, bound string, err error) {
+func hunt(m mutant, first string) found {
+	dir, err := os.MkdirTemp("", "mutant")
+	if err != nil {
+		return found{err: err}
+	}
+	defer os.RemoveAll(dir)
 	c := overlay.Config{Test: m.in, Folders: []string{"counter"}, Edits: overlay.Counter, FailFast: true}
 	switch m.in {
 	case "dedup":
@@ -67,24 +128,33 @@ func hunt(m mutant) (scenario, schedules, bound string, err error) {
 		c.Folders, c.Edits, c.Channels = []string{"server/callback"}, overlay.Callback, true
 	}
 	c.Edits = append(append(slices.Clone(c.Edits), m.Edit), m.also...)
-	for _, effort := range []string{"quick", "ci"} {
-		dir, err := os.MkdirTemp("", "mutant")
-		if err != nil {
-			return "", "", "", err
-		}
-		c.Env = []string{"VERVE_TEST_EXPLORE=" + effort}
-		out, err := overlay.Run(context.Background(), dir, c)
-		_ = os.RemoveAll(dir)
-		if err == nil {
-			continue
-		}
-		found, names := failure.FindSubmatch(out), failed.FindAllSubmatch(out, -1)
-		if found == nil || names == nil {
-			_ = os.WriteFile(filepath.Join(os.TempDir(), "mutant.log"), out, 0o644)
-			return "", "", "", fmt.Errorf("does not run: %w: %.300s", err, strings.ReplaceAll(string(out), "\n", " "))
-		}
-		bound = string(found[2])
-		return strings.TrimPrefix(string(names[len(names)-1][1]), "TestInterleavings"), string(found[1]), bound, nil
+	binary, out, err := overlay.Build(context.Background(), dir, c)
+	if err != nil {
+		return found{err: notRun(err, out)}
 	}
-	return "", "", "", fmt.Errorf("survived")
+	tries := []string{first, ""}
+	if first == "" {
+		tries = tries[1:]
+	}
+	for _, c.Run = range tries {
+		for _, effort := range []string{"quick", "ci"} {
+			c.Env = []string{"VERVE_TEST_EXPLORE=" + effort}
+			out, err := overlay.RunBuilt(context.Background(), binary, c)
+			if err == nil {
+				continue
+			}
+			by, names := failure.FindSubmatch(out), failed.FindAllSubmatch(out, -1)
+			if by == nil || names == nil {
+				return found{err: notRun(err, out)}
+			}
+			scenario := strings.TrimPrefix(string(names[len(names)-1][1]), "TestInterleavings")
+			return found{scenario: scenario, schedules: string(by[1]), bound: string(by[2])}
+		}
+	}
+	return found{err: errors.New("survived")}
+}
+
+func notRun(err error, out []byte) error {
+	_ = os.WriteFile(filepath.Join(os.TempDir(), "mutant.log"), out, 0o644)
+	return fmt.Errorf("does not run: %w: %.300s", err, strings.ReplaceAll(string(out), "\n", " "))
 }
