@@ -103,6 +103,56 @@ func powerLostAfterStart(t *testing.T, restarted bool) {
 	}
 }
 
+// TestPowerLostAtTheReuseOfAChunk: the names of keys were in a chunk that the next window
+// writes again. The process is killed between the stores of a record, and then power is lost
+// before the disk has the slot that says that the window of the names is published. What is
+// in the chunk is no longer read as names, which would be damage.
+func TestPowerLostAtTheReuseOfAChunk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newFakeSpool(t)
+		cfg := small(t.TempDir())
+		cfg.boot, cfg.bootAt = 1, time.Now
+		cfg.OnSetAside = func(_ string, reason error) { t.Errorf("set aside: %v", reason) }
+		p := live(t, cfg, time.Hour, l)
+		start := p.c.Last().Start()
+		if v, _, err := p.with(time.Now(), "id", "a key", ""); v != Unique || err != nil {
+			t.Fatalf("got %v, %v", v, err)
+		}
+		path := filepath.Join(cfg.Dir, stateName)
+		disk, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if records := len(l.records[start.UnixNano()]); records != 1 {
+			t.Fatalf("%d records of the first window, want 1", records)
+		}
+		used := p.m.journal.segments[0].chunks[1:3] // of the name, and of the id
+		for range used {
+			c, err := p.m.journal.reserve(new(writer), p.c.Last().Serial(), wideKind)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.chunk != &used[0] && c.chunk != &used[1] {
+				t.Fatal("the chunk is not one that the first window has used")
+			}
+			c.chunk[1], c.chunk[2] = 1, 2 // and the head not yet
+		}
+		p.kill()
+		if err := os.WriteFile(path, disk, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cfg.boot = 2
+		p = live(t, cfg, time.Hour, l)
+		p.want(time.Now(), "id", Unique)
+		p.close()
+		if sum, _, _ := l.total(start); sum != 1 {
+			t.Errorf("the first window has %d ids, want 1", sum)
+		}
+	})
+}
+
 // TestDiskThatFailedInARecordedWindow: what its records say is not all, and they say so,
 // whether the next process starts within it or later.
 func TestDiskThatFailedInARecordedWindow(t *testing.T) {
