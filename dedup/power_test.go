@@ -105,8 +105,8 @@ func powerLostAfterStart(t *testing.T, restarted bool) {
 
 // TestPowerLostAtTheReuseOfAChunk: the names of keys were in a chunk that the next window
 // writes again. The process is killed between the stores of a record, and then power is lost
-// before the disk has the slot that says that the window of the names is published. What is
-// in the chunk is no longer read as names, which would be damage.
+// before the disk has the slot that says that the window of the names is published. The chunk
+// is no longer read as names, which would be damage.
 func TestPowerLostAtTheReuseOfAChunk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newFakeSpool(t)

@@ -9,6 +9,9 @@ import "unsafe"
 
 var channels byte
 
+// Channels is the location of all channels.
+func Channels() unsafe.Pointer { return unsafe.Pointer(&channels) }
+
 func receivable[T any](ch <-chan T) bool {
 	if len(ch) > 0 {
 		return true

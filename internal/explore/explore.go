@@ -371,7 +371,7 @@ func step(o op) {
 func (e *execution) decide() bool {
 	s := e.search
 	threads := e.run.threads
-	var enabled, alive mask
+	var enabled, alive, last mask
 	for i, t := range threads {
 		if t.done {
 			continue
@@ -379,9 +379,16 @@ func (e *execution) decide() bool {
 		if t.pending.kind != kill {
 			alive |= 1 << i
 		}
-		if t.pending.enabled() {
+		switch {
+		case !t.pending.enabled():
+		case t.pending.last:
+			last |= 1 << i
+		default:
 			enabled |= 1 << i
 		}
+	}
+	if enabled&alive == 0 {
+		enabled |= last
 	}
 	e.over = true
 	if alive == 0 {

@@ -27,6 +27,7 @@ type op struct {
 	pointer unsafe.Pointer
 	at      *location
 	ready   func() bool // of wait
+	last    bool        // of wait: only where no other thread can go on
 	watched []watch     // of await
 }
 
@@ -164,6 +165,14 @@ func Then(kind Kind, name string, p unsafe.Pointer) {
 func Until(ready func() bool, name string, p unsafe.Pointer) {
 	if active != nil {
 		step(op{kind: wait, name: name, pointer: p, ready: ready})
+	}
+}
+
+// Idle is Until for what happens when no other thread can go on: time passes. It needs a
+// bound on preemptions.
+func Idle(ready func() bool, name string, p unsafe.Pointer) {
+	if active != nil {
+		step(op{kind: wait, name: name, pointer: p, ready: ready, last: true})
 	}
 }
 

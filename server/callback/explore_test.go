@@ -14,7 +14,6 @@ func TestInterleavings(t *testing.T) {
 	overlay.Test(t, overlay.Config{
 		Test:     "server/callback",
 		Folders:  []string{"server/callback"},
-		Edits:    overlay.Callback,
 		Channels: true,
 	})
 }

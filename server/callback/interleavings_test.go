@@ -13,6 +13,7 @@ import (
 
 	"verve/internal/explore"
 	"verve/internal/explore/atomic"
+	clocks "verve/internal/explore/time"
 )
 
 // scene is a Sender with a counter, and what came of it.
@@ -24,6 +25,9 @@ type scene struct {
 	reserved, released, refused int
 	sent                        []count // by each Send: of what was counted before it
 	posted                      []count // by each POST, in its body
+
+	clock *clocks.Clock // of a rate; nil: every POST is due
+	began time.Time
 
 	cut      bool
 	dropped  int   // as Drain has it
@@ -57,32 +61,38 @@ func newScene(waiting, share, together int) *scene {
 	return k
 }
 
-// asks adds a thread that does what a request with an endpoint does. It counts its id if
-// that is new.
-func (k *scene) asks(r *explore.Run, name, url string, unique bool) {
+// asks adds a thread that does what requests with these endpoints do, one after the other. It
+// counts their ids if those are new.
+func (k *scene) asks(r *explore.Run, name string, unique bool, urls ...string) {
+	k.asking++
+	r.Go(name, func() {
+		defer func() { k.asking-- }()
+		for _, url := range urls {
+			k.ask(url, unique)
+		}
+	})
+}
+
+func (k *scene) ask(url string, unique bool) {
 	ep, err := k.s.Parse([]byte(url))
 	if err != nil {
 		panic(err)
 	}
-	k.asking++
-	r.Go(name, func() {
-		defer func() { k.asking-- }()
-		if !k.s.Reserve(ep) {
-			k.refused++
-			return
-		}
-		k.reserved++
-		k.look()
-		if !unique {
-			k.s.Release(ep)
-			k.released++
-			return
-		}
-		n := k.counted.Add(1)
-		k.s.Send(ep)
-		k.sent = append(k.sent, count{ep.url, n})
-		k.look()
-	})
+	if !k.s.Reserve(ep) {
+		k.refused++
+		return
+	}
+	k.reserved++
+	k.look()
+	if !unique {
+		k.s.Release(ep)
+		k.released++
+		return
+	}
+	n := k.counted.Add(1)
+	k.s.Send(ep)
+	k.sent = append(k.sent, count{ep.url, n})
+	k.look()
 }
 
 // works adds a worker, whose POSTs end as given, the last one and those after it alike. A
@@ -97,6 +107,7 @@ func (k *scene) works(r *explore.Run, name string, ends ...result) {
 			k.look()
 			_, unique := k.s.cfg.Live()
 			k.posted = append(k.posted, count{j.ep.url, unique})
+			k.lookAtRate(j.dest)
 			end := ends[min(n, len(ends)-1)]
 			cut := func() bool { return end.kind != resultCut || k.cut }
 			explore.Until(cut, "answer", unsafe.Pointer(&k.cut))
@@ -139,6 +150,40 @@ func (k *scene) drain(ctx context.Context) {
 	k.dropped = k.s.Drain(ctx)
 	if st := k.s.stats; st.Waiting+st.InFlight > 0 {
 		k.exceeded = fmt.Errorf("%d wait and %d are in flight after the stop", st.Waiting, st.InFlight)
+	}
+}
+
+// paces gives the scene a clock, which moves so often at any moment, and adds the thread that
+// makes destinations ready when their rate allows. It ends with the stop, which begins when
+// no request is left.
+func (k *scene) paces(r *explore.Run, moves int) {
+	k.clock = clocks.Start(r, moves)
+	k.began = k.clock.Now
+	k.clock.Idle = func() {
+		// A timer is late by what passes between the look at the clock and its setting.
+		if l := k.s.later; len(l) > 0 && k.clock.Now.Sub(l[0].next) > k.clock.Ahead {
+			k.exceeded = fmt.Errorf("a POST was due %v ago, and nothing was to send it", k.clock.Now.Sub(l[0].next))
+		}
+	}
+	ctx := &deadline{context.Background(), make(chan struct{})}
+	r.Go("pace", func() { k.s.pace(ctx) })
+	r.Go("stop", func() {
+		explore.Until(func() bool { return k.asking == 0 }, "idle", unsafe.Pointer(&k.asking))
+		k.drain(context.Background())
+		explore.Close(ctx.over)
+		k.clock.End()
+	})
+}
+
+// lookAtRate compares the POSTs to the only destination with its rate: in any time two more
+// than fit into it.
+func (k *scene) lookAtRate(d *destination) {
+	if k.clock == nil || d.kind == destListed {
+		return
+	}
+	took, must := k.clock.Now.Sub(k.began), time.Duration(len(k.posted)-2)*k.s.cfg.interval()
+	if took < must {
+		k.exceeded = fmt.Errorf("%d POSTs were sent in %v, want %v at least", len(k.posted), took, must)
 	}
 }
 
@@ -241,8 +286,8 @@ var (
 func TestInterleavingsOfMerging(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		k := newScene(4, 4, 1)
-		k.asks(r, "new", listed, true)
-		k.asks(r, "new too", listed, true)
+		k.asks(r, "new", true, listed)
+		k.asks(r, "new too", true, listed)
 		k.works(r, "worker", delivered)
 		k.drains(r)
 		r.Check(k.all)
@@ -253,8 +298,8 @@ func TestInterleavingsOfMerging(t *testing.T) {
 func TestInterleavingsOfReleasing(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		k := newScene(4, 4, 1)
-		k.asks(r, "new", public, true)
-		k.asks(r, "repeat", public, false)
+		k.asks(r, "new", true, public)
+		k.asks(r, "repeat", false, public)
 		k.works(r, "worker", delivered)
 		k.drains(r)
 		r.Check(k.all)
@@ -265,10 +310,10 @@ func TestInterleavingsOfReleasing(t *testing.T) {
 func TestInterleavingsOfPlaces(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		k := newScene(2, 1, 1)
-		k.asks(r, "listed", listed, true)
-		k.asks(r, "listed other", listedOther, true)
-		k.asks(r, "public", public, false)
-		k.asks(r, "public other", publicOther, false)
+		k.asks(r, "listed", true, listed)
+		k.asks(r, "listed other", true, listedOther)
+		k.asks(r, "public", false, public)
+		k.asks(r, "public other", false, publicOther)
 		k.works(r, "worker", delivered)
 		k.drainsIdle(r)
 		r.Check(k.all)
@@ -280,8 +325,8 @@ func TestInterleavingsOfPlaces(t *testing.T) {
 func TestInterleavingsOfWorkers(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		k := newScene(4, 4, 1)
-		k.asks(r, "a", public, true)
-		k.asks(r, "b", public+"b", true)
+		k.asks(r, "a", true, public)
+		k.asks(r, "b", true, public+"b")
 		k.works(r, "worker", slow, delivered)
 		k.works(r, "worker too", slow, delivered)
 		k.drainsIdle(r)
@@ -293,8 +338,8 @@ func TestInterleavingsOfWorkers(t *testing.T) {
 func TestInterleavingsOfProving(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		k := newScene(4, 4, 2)
-		k.asks(r, "a", public, true)
-		k.asks(r, "b", public+"b", true)
+		k.asks(r, "a", true, public)
+		k.asks(r, "b", true, public+"b")
 		k.works(r, "worker", delivered)
 		k.works(r, "worker too", slow)
 		k.drainsIdle(r)
@@ -306,9 +351,9 @@ func TestInterleavingsOfProving(t *testing.T) {
 func TestInterleavingsOfFailures(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		k := newScene(4, 4, 1)
-		k.asks(r, "a", public, true)
-		k.asks(r, "b", public+"b", true)
-		k.asks(r, "c", public+"c", true)
+		k.asks(r, "a", true, public)
+		k.asks(r, "b", true, public+"b")
+		k.asks(r, "c", true, public+"c")
 		k.works(r, "worker", timesOut, delivered)
 		k.drainsIdle(r)
 		r.Check(k.all)
@@ -320,10 +365,25 @@ func TestInterleavingsOfFailures(t *testing.T) {
 func TestInterleavingsOfADeadline(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		k := newScene(4, 4, 1)
-		k.asks(r, "a", listed, true)
+		k.asks(r, "a", true, listed)
 		k.works(r, "worker", hangs)
 		k.works(r, "worker too", delivered)
 		k.drainsAwhile(r)
 		r.Check(k.check)
+	})
+}
+
+// TestInterleavingsOfARate: three POSTs to a destination with a rate, which lets two go at
+// once. The third goes when it is due, and not before. Time passes at any moment, once, and
+// else when all wait.
+func TestInterleavingsOfARate(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
+		k := newScene(4, 4, 1)
+		k.paces(r, 1)
+		k.ask(public, true)
+		k.ask(public+"b", true)
+		k.asks(r, "c", true, public+"c")
+		k.works(r, "worker", delivered)
+		r.Check(k.all)
 	})
 }

@@ -290,7 +290,7 @@ var mutants = []mutant{
 	{"an answer is written while the connection is idle", "server", overlay.Edit{
 		File: "server/conn.go", Old: "\tc.enter(phaseWriting)\n\tn, err := c.Conn.Write(p)", New: "\tc.enter(phaseIdle)\n\tn, err := c.Conn.Write(p)",
 	}, nil},
-	{"an answer that nobody reads is waited for", "server", overlay.Edit{
+	{"an answer that is never read is waited for", "server", overlay.Edit{
 		File: "server/conn.go", Old: "\t\t_ = c.raw.Close() // unblocks the write: the client does not read\n", New: "\n",
 	}, nil},
 	// Callbacks.
@@ -375,4 +375,26 @@ var mutants = []mutant{
 	{"the end of a POST is booked without the lock", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "\td := j.dest\n\ts.mu.Lock()\n", New: "\td := j.dest\n",
 	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.noticeEmpty()\n\tcloseIdle"}}},
+	// The rate of a destination.
+	{"a POST waits for its rate and nothing is woken", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "\t\t\ts.wakePace()\n", New: "\n",
+	}, nil},
+	{"a wake-up is lost unless it is waited for", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "make(chan struct{}, 1)", New: "make(chan struct{})",
+	}, nil},
+	{"the timer is set for the sweep alone", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "if len(s.later) > 0 && s.later[0].next.Before(wake) {", New: "if false {",
+	}, nil},
+	{"a POST that waits for its rate is due at any wake-up", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "len(s.later) > 0 && !s.later[0].next.After(now)", New: "len(s.later) > 0",
+	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\t\t\td.state = destNone\n\t\t\ts.schedule(d)\n\t\t\ts.park(d)", New: "\t\t\tif d.state = destNone; d.queue != nil {\n\t\t\t\ts.pushReady(d)\n\t\t\t}\n\t\t\ts.park(d)"}}},
+	{"a POST that is due is not scheduled", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\t\t\td.state = destNone\n\t\t\ts.schedule(d)\n\t\t\ts.park(d)", New: "\t\t\td.state = destNone\n\t\t\ts.park(d)",
+	}, nil},
+	{"idle time is saved for the rate", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "next.Before(earliest) {", New: "false {",
+	}, nil},
+	{"a POST does not count for the rate", "server/callback", overlay.Edit{
+		File: "server/callback/callback.go", Old: "\t\t\td.next = s.cfg.after(d.next, time.Now())\n", New: "\n",
+	}, nil},
 }

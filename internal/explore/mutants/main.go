@@ -1,7 +1,9 @@
 // Mutants seeds faults in the files that the scenarios cover, one at a time, and
 // runs the scenarios: each must be found. It prints the table of docs/interleavings.md.
 //
-//	go run ./internal/explore/mutants [NAME...]
+//	go run ./internal/explore/mutants [-one-in N] [NAME...]
+//
+// With -one-in it takes every Nth fault of those, beginning with another one each day.
 //
 // A fault is a line that looks right: a second look that is left out, two loads in
 // the other order, a store in the place of a compare-and-swap. Product files stay as
@@ -12,6 +14,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -44,10 +47,14 @@ type found struct {
 
 func main() {
 	began := time.Now()
+	oneIn := flag.Int64("one-in", 1, "take every `N`th fault, another one each day")
+	flag.Parse()
 	wanted := slices.Clone(mutants)
-	if names := os.Args[1:]; len(names) > 0 {
+	if names := flag.Args(); len(names) > 0 {
 		wanted = slices.DeleteFunc(wanted, func(m mutant) bool { return !slices.Contains(names, m.name) })
 	}
+	today, n := began.Unix()/(24*60*60), int64(-1)
+	wanted = slices.DeleteFunc(wanted, func(mutant) bool { n++; return (n+today)%max(*oneIn, 1) != 0 })
 	if len(wanted) == 0 {
 		fmt.Fprintln(os.Stderr, "no fault has such a name")
 		os.Exit(2)
@@ -125,7 +132,7 @@ func hunt(m mutant, first string) found {
 	case "server":
 		c.Folders, c.Edits = []string{"counter", "server", "server/callback"}, overlay.Server
 	case "server/callback":
-		c.Folders, c.Edits, c.Channels = []string{"server/callback"}, overlay.Callback, true
+		c.Folders, c.Edits, c.Channels = []string{"server/callback"}, nil, true
 	}
 	c.Edits = append(append(slices.Clone(c.Edits), m.Edit), m.also...)
 	binary, out, err := overlay.Build(context.Background(), dir, c)

@@ -34,7 +34,7 @@ type Config struct {
 	Test     string   // the folder whose tests are run
 	Folders  []string // whose product files are rewritten
 	Edits    []Edit   // before that: what would make scenarios larger than need be
-	Channels bool     // what is done with channels is a step, too
+	Channels bool     // what is done with channels and with the time is a step, too
 	Run      string   // a regular expression for the tests; empty: all with Interleavings in their names
 	Env      []string // more of the environment
 	FailFast bool
@@ -215,7 +215,11 @@ func rewrite(name string, source []byte, channels bool) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if to := exchanged[path]; to != "" {
+		to := exchanged[path]
+		if path == "time" && channels {
+			to = "verve/internal/explore/time"
+		}
+		if to != "" {
 			changes = append(changes, change{offset(spec.Path.Pos()), offset(spec.Path.End()), strconv.Quote(to)})
 		}
 	}
@@ -367,9 +371,3 @@ var Server = append(slices.Clone(Counter),
 	Edit{"server/conn.go", "\t\tgo func() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()", "\t\tfunc() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()"},
 	Edit{"server/fast.go", "second := now.Unix()", "second := 0 * now.Unix()"},
 )
-
-// Callback makes the scenarios of callbacks the same each time: what depends on the time of
-// day, the rate of a destination, is left out.
-var Callback = []Edit{
-	{"server/callback/destination.go", "time.Until(d.next) > 0", "d.next.IsZero() && d.used"},
-}
