@@ -62,11 +62,8 @@ func reads(command, name string) bool {
 
 // printHelp shows the flags that the command reads.
 func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
-	command, _, _ := strings.Cut(ctx.Command(), " ")
-	if read, ok := relevant[command]; ok {
-		for _, f := range ctx.Model.Flags {
-			f.Hidden = f.Hidden || f.Name != "help" && !slices.Contains(read, f.Name)
-		}
+	for _, f := range ctx.Model.Flags {
+		f.Hidden = f.Hidden || f.Name != "help" && !reads(ctx.Command(), f.Name)
 	}
 	for _, flags := range ctx.Model.AllFlags(false) {
 		for _, f := range flags {

@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"reflect"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -246,18 +245,14 @@ func (c *config) judge(command string, fileErr error) error {
 // explain makes the one line of an error: the setting that it is about, with its
 // value and where that comes from.
 func (c *config) explain(err error) error {
-	var bad *setting.Error
 	why := withoutPassword(err.Error())
 	name := ""
-	if errors.As(err, &bad) {
+	if bad, ok := errors.AsType[*setting.Error](err); ok {
 		name, why = bad.Name, bad.Why
 	} else if m := regexp.MustCompile(`^--([a-z0-9-]+)(:| must)`).FindStringSubmatch(why); m != nil {
 		name, why = m[1], "want "+c.wanted(m[1]) // kong could not read it
 	} else if word, ok := strings.CutPrefix(why, "unexpected argument "); ok && !strings.Contains(word, ",") {
-		var commands []string
-		for _, command := range c.model.Children {
-			commands = append(commands, command.Name)
-		}
+		commands := names(c.model.Children)
 		why += cmp.Or(setting.Nearest(word, commands), ", the commands are "+strings.Join(commands, ", "))
 	}
 	if name != "" {
@@ -284,31 +279,29 @@ func printable(r rune) rune {
 
 // wanted says what values the flag takes.
 func (c *config) wanted(name string) string {
-	for _, s := range c.settings() {
-		if s.name != name {
-			continue
-		}
-		if s.enum != "" {
-			return "one of " + strings.ReplaceAll(s.enum, ",", ", ")
-		}
-		switch v := s.value.Interface().(type) {
-		case time.Duration:
-			return "a duration such as 500ms, 90s or 1h30m"
-		case uint64:
-			return "a whole number, 0 or more"
-		case int:
-			return "a whole number"
-		case float64:
-			return "a number"
-		case bool:
-			return "true or false"
-		case []string:
-			return "a list with commas between its elements"
-		default:
-			return fmt.Sprintf("a %T", v)
-		}
+	flag := c.setting(name)
+	if flag == nil {
+		return "a value"
 	}
-	return "a value"
+	if flag.Enum != "" {
+		return "one of " + strings.ReplaceAll(flag.Enum, ",", ", ")
+	}
+	switch v := flag.Target.Interface().(type) {
+	case time.Duration:
+		return "a duration such as 500ms, 90s or 1h30m"
+	case uint64:
+		return "a whole number, 0 or more"
+	case int:
+		return "a whole number"
+	case float64:
+		return "a number"
+	case bool:
+		return "true or false"
+	case []string:
+		return "a list with commas between its elements"
+	default:
+		return fmt.Sprintf("a %T", v)
+	}
 }
 
 // Nothing is shown of a value that holds credentials, nor of a secret that was given
@@ -334,43 +327,46 @@ func (c *config) shown(name, value string) string {
 	return strconv.Quote(value)
 }
 
-// oneSetting is a flag with its value.
-type oneSetting struct {
-	name  string
-	enum  string
-	value reflect.Value
-}
-
-// settings lists those of the server, in the order of their declaration.
-func (c *config) settings() (all []oneSetting) {
+// settings lists the flags that are settings of the server, in the order of their
+// declaration.
+func (c *config) settings() (all []*kong.Flag) {
 	for _, flag := range c.model.Flags {
 		if !slices.Contains([]string{"help", "version", "config", "print-config"}, flag.Name) {
-			all = append(all, oneSetting{flag.Name, flag.Enum, flag.Target})
+			all = append(all, flag)
 		}
 	}
 	return all
 }
 
-// value is the value in force as text.
-func (c *config) value(name string) string {
-	for _, s := range c.settings() {
-		if s.name == name {
-			if list, ok := s.value.Interface().([]string); ok {
-				return strings.Join(list, ",")
-			}
-			return fmt.Sprint(s.value.Interface())
+// setting returns one of the settings; nil if there is none of that name.
+func (c *config) setting(name string) *kong.Flag {
+	for _, flag := range c.settings() {
+		if flag.Name == name {
+			return flag
 		}
 	}
-	return ""
+	return nil
+}
+
+// value is the value in force as text.
+func (c *config) value(name string) string {
+	flag := c.setting(name)
+	if flag == nil {
+		return ""
+	}
+	if list, ok := flag.Target.Interface().([]string); ok {
+		return strings.Join(list, ",")
+	}
+	return fmt.Sprint(flag.Target.Interface())
 }
 
 // print writes the settings in force as a --config file; those that are empty,
 // or hold a password, as comments. Other secrets are in files, which are named
 // and not read.
 func (c *config) print(w io.Writer) error {
-	for _, s := range c.settings() {
-		_, source, _ := c.sources.Lookup(s.name)
-		value := s.value.Interface()
+	for _, flag := range c.settings() {
+		_, source, _ := c.sources.Lookup(flag.Name)
+		value := flag.Target.Interface()
 		shown := true
 		switch v := value.(type) {
 		case time.Duration:
@@ -387,9 +383,9 @@ func (c *config) print(w io.Writer) error {
 		}
 		b, err := yaml.MarshalWithOptions(value, yaml.Flow(true))
 		if err != nil {
-			return fmt.Errorf("--%s: %w", s.name, err)
+			return fmt.Errorf("--%s: %w", flag.Name, err)
 		}
-		line := fmt.Sprintf("%s: %s", s.name, strings.TrimSpace(string(b)))
+		line := fmt.Sprintf("%s: %s", flag.Name, strings.TrimSpace(string(b)))
 		if !shown {
 			line = "# " + line
 		}
@@ -561,30 +557,23 @@ func (c *config) spoolDir() string {
 	return c.DataDir
 }
 
-// epochsDir is where the ids of the running epoch are kept, empty for nowhere.
-func (c *config) epochsDir() string {
+// inDataDir is a path in the data directory, empty without one.
+func (c *config) inDataDir(name string) string {
 	if c.DataDir == noDataDir {
 		return ""
 	}
-	return filepath.Join(c.DataDir, "epochs")
+	return filepath.Join(c.DataDir, name)
 }
+
+// epochsDir is where the ids of the running epoch are kept.
+func (c *config) epochsDir() string { return c.inDataDir("epochs") }
 
 // groupFile keeps what this instance has answered in windows of its group that are not
-// published, empty for nowhere.
-func (c *config) groupFile() string {
-	if c.DataDir == noDataDir {
-		return ""
-	}
-	return filepath.Join(c.DataDir, "group-answers.json")
-}
+// published.
+func (c *config) groupFile() string { return c.inDataDir("group-answers.json") }
 
-// historyFile keeps the windows that the live page shows, empty for nowhere.
-func (c *config) historyFile() string {
-	if c.DataDir == noDataDir {
-		return ""
-	}
-	return filepath.Join(c.DataDir, "windows.jsonl")
-}
+// historyFile keeps the windows that the live page shows.
+func (c *config) historyFile() string { return c.inDataDir("windows.jsonl") }
 
 // countsFile resolves the default, and off to the empty path.
 func (c *config) countsFile() string {

@@ -65,8 +65,7 @@ func main() {
 	last := logline.NewWriter(os.Stderr)
 	fmt.Fprintf(last, "verve: %v\n", err)
 	last.Flush(logPatience)
-	var usage usageError
-	if errors.As(err, &usage) {
+	if _, ok := errors.AsType[usageError](err); ok {
 		os.Exit(exitUsage)
 	}
 	os.Exit(exitFailed)
@@ -585,7 +584,14 @@ func (p *program) close() {
 	}
 }
 
-func (p *program) clockChanged(problem string) { logClock(p.log, problem) }
+// clockChanged logs why this instance is not ready, and that it is again.
+func (p *program) clockChanged(problem string) {
+	if problem == "" {
+		p.log.Info().Msg("the clock is in step with the open window again")
+		return
+	}
+	p.log.Error().Str("problem", problem).Msg("not ready because of the clock; counting continues, and sealed windows stay sealed")
+}
 
 func (p *program) paused(absent time.Duration) {
 	p.log.Warn().Int64("absent_ms", absent.Milliseconds()).
@@ -667,15 +673,6 @@ func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger)
 func logLibraries(log zerolog.Logger) {
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(log.With().Str("level", "warn").Logger())
-}
-
-// logClock says why this instance is not ready, and that it is again.
-func logClock(log zerolog.Logger, problem string) {
-	if problem == "" {
-		log.Info().Msg("the clock is in step with the open window again")
-		return
-	}
-	log.Error().Str("problem", problem).Msg("not ready because of the clock; counting continues, and sealed windows stay sealed")
 }
 
 // catchSignals acts on every signal as signalActs says, until the process ends.
