@@ -139,7 +139,7 @@ func (s *Server) read(a *asked, h *fasthttp.RequestHeader, raw []byte, lines hea
 		a.id, a.plain = id, true
 		return nil
 	}
-	q, err := parseQuery(raw, nil, needsID)
+	q, err := parseQuery(raw, needsID)
 	if q.id != nil && s.cfg.Uint64IDs && !canonicalUint64(q.id) {
 		return errBadID
 	}

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -109,12 +110,9 @@ type Admin struct {
 
 // NewAdmin makes the admin server.
 func NewAdmin(cfg AdminConfig) *Admin {
-	if cfg.MaxConns == 0 {
-		cfg.MaxConns = adminConns
-	}
 	a := &Admin{
 		cfg: cfg, server: cfg.Server, profiles: make(chan struct{}, maxProfiles),
-		crowd: &adminCrowd{max: cfg.MaxConns, conns: map[net.Conn]adminConn{}},
+		crowd: &adminCrowd{max: cmp.Or(cfg.MaxConns, adminConns), conns: map[net.Conn]adminConn{}},
 	}
 	a.live = newLive(a)
 	a.closed = openHistory(cfg.History, cfg.Group, cfg.Instance, cfg.Server.cfg.Log)

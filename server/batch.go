@@ -38,23 +38,11 @@ var (
 	wordItems = [words]string{`"ok",`, `"duplicate",`, `"replayed",`, `"bad-id",`, `"bad-key",`, `"bad-token",`, `"full",`, `"unavailable",`, `"draining",`}
 )
 
-// refusal is the reason that a word of refusal is counted under.
-func (w word) refusal() (reason, bool) {
-	switch w {
-	case wordBadID:
-		return reasonBadID, true
-	case wordBadKey:
-		return reasonBadKey, true
-	case wordBadToken:
-		return reasonBadToken, true
-	case wordFull:
-		return reasonFull, true
-	case wordUnavailable:
-		return reasonUnavailable, true
-	case wordDraining:
-		return reasonDraining, true
-	}
-	return reason{}, false
+// wordReasons are the reasons that words of refusal are counted under; nil: the word is
+// none.
+var wordReasons = [words]*reason{
+	wordBadID: &reasonBadID, wordBadKey: &reasonBadKey, wordBadToken: &reasonBadToken,
+	wordFull: &reasonFull, wordUnavailable: &reasonUnavailable, wordDraining: &reasonDraining,
 }
 
 // batches answers POST requests with a body. The body is read into bounded memory,
@@ -243,7 +231,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	}
 	bs.answered.Add(1)
 	if refused := b.nothingJudged(&counts); refused != nil {
-		if refused.index == reasonDraining.index {
+		if *refused == reasonDraining {
 			ctx.SetConnectionClose()
 		}
 		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, *refused) // counted
@@ -305,9 +293,9 @@ func (b *batch) counts(cause error) (n [words]int) {
 		}
 		n[w]++
 	}
-	for w := range words {
-		if r, refused := w.refusal(); refused && n[w] > 0 {
-			b.owner.server.countRefusals(fasthttp.StatusOK, r, uint64(n[w]), cause)
+	for w, r := range wordReasons {
+		if r != nil && n[w] > 0 {
+			b.owner.server.countRefusals(fasthttp.StatusOK, *r, uint64(n[w]), cause)
 		}
 	}
 	return n

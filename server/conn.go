@@ -378,8 +378,8 @@ func (c *conn) handshakeFailed(err error) {
 		return
 	}
 	c.owner.badHandshakes.Add(1)
-	var notTLS tls.RecordHeaderError
-	if !errors.As(err, &notTLS) || notTLS.Conn == nil {
+	notTLS, ok := errors.AsType[tls.RecordHeaderError](err)
+	if !ok || notTLS.Conn == nil {
 		return
 	}
 	for _, b := range notTLS.RecordHeader { // the first letters of a method and a space

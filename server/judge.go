@@ -56,12 +56,11 @@ var errPanicked = errors.New("the set panicked")
 // now is when the request arrived, in Unix ns; hint spreads requests over cache lines.
 func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error) {
 	for from < to {
-		verdicts := w.verdicts[from:to]
+		for i := from; i < to; i++ {
+			w.verdicts[i] = dedup.Turned
+		}
 		entry, open := s.cfg.Counter.EnterMany(now, hint, uint64(to-from))
 		if !open {
-			for i := range verdicts {
-				verdicts[i] = dedup.Turned
-			}
 			return err
 		}
 		turned, panicked, cause := s.addAndLeave(entry, w, from, to)
@@ -120,25 +119,21 @@ func (s *Server) judgeAgain(now int64, hint uint64, w *work, from, to int) (err 
 }
 
 // addAndLeave leaves the epoch whatever happens in the set: an entry never left would
-// keep its epoch from being sealed for ever. After a panic, ids that were not judged
-// are Turned.
+// keep its epoch from being sealed for ever. The verdicts are Turned before; after a
+// panic, ids that were not judged still are.
 func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned int, panicked bool, err error) {
-	verdicts := w.verdicts[from:to]
-	for i := range verdicts {
-		verdicts[i] = dedup.Turned
-	}
 	defer func() {
 		if p := recover(); p != nil {
 			panicked, err = true, errPanicked
 			s.logPanic(p)
 		}
 		var left [dedup.Verdicts]int
-		for _, v := range verdicts {
+		for _, v := range w.verdicts[from:to] {
 			left[v]++
 		}
 		turned = left[dedup.Turned]
 		unique, repeats := left[dedup.Unique], left[dedup.Repeat]
-		entry.LeaveMany(uint64(unique), uint64(repeats), uint64(len(verdicts)-unique-repeats))
+		entry.LeaveMany(uint64(unique), uint64(repeats), uint64(to-from-unique-repeats))
 	}()
 	for at := from; at < to; at += together {
 		end := min(at+together, to)

@@ -58,10 +58,7 @@ type Limits struct {
 // LimitsFor returns the limits for a number of connections that is wanted; 0 stands
 // for DefaultMaxConns.
 func LimitsFor(wanted int, room Room) Limits {
-	l := Limits{MaxConns: wanted, MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns, BatchMemory: DefaultBatchMemory}
-	if wanted == 0 {
-		l.MaxConns = DefaultMaxConns
-	}
+	l := Limits{MaxConns: cmp.Or(wanted, DefaultMaxConns), MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns, BatchMemory: defaultBatchMemory}
 	if room.Descriptors > 0 && room.Descriptors < 1<<30 {
 		all := int(room.Descriptors)
 		l.MaxTurnedAway = max(1, min(l.MaxTurnedAway, all/20))
@@ -75,7 +72,7 @@ func LimitsFor(wanted int, room Room) Limits {
 		sixth := (max(room.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 6
 		served := sixth - sixth/2
 		least := batchNeeds(cmp.Or(room.MaxBatchBytes, DefaultMaxBatchBytes), cmp.Or(room.MaxBatchIDs, DefaultMaxBatchIDs))
-		l.BatchMemory = max(int64(min(sixth/2, DefaultBatchMemory)), least)
+		l.BatchMemory = max(int64(min(sixth/2, defaultBatchMemory)), least)
 		each := uint64(idleBytes)
 		if room.TLS {
 			each = idleTLSBytes

@@ -34,7 +34,7 @@ func TestLimitsStayWithinTheRoom(t *testing.T) {
 		if l.MaxConns != c.conns || c.lowered == "" != (l.Lowered == "") || !strings.Contains(l.Lowered, c.lowered) {
 			t.Errorf("%s: got %d, %q, want %d, %q", c.name, l.MaxConns, l.Lowered, c.conns, c.lowered)
 		}
-		if room := int64(c.room.Memory/2) - fixedBytes; l.BatchMemory < batchNeeds(DefaultMaxBatchBytes, DefaultMaxBatchIDs) || l.BatchMemory > DefaultBatchMemory || room > 64<<20 && l.BatchMemory > room/6 {
+		if room := int64(c.room.Memory/2) - fixedBytes; l.BatchMemory < batchNeeds(DefaultMaxBatchBytes, DefaultMaxBatchIDs) || l.BatchMemory > defaultBatchMemory || room > 64<<20 && l.BatchMemory > room/6 {
 			t.Errorf("%s: %d bytes for batches", c.name, l.BatchMemory)
 		}
 		if l.MaxServed < 1 || l.MaxServed > l.MaxConns || l.MaxTurnedAway < 1 || l.MaxAdmin < 1 {

@@ -84,10 +84,16 @@ func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, c
 	setRefusal(&ctx.Response, status, r)
 }
 
-// countRefusals counts and logs n refusals.
+// countRefusals counts n refusals, and logs the first of a cause in a while. What the
+// request holds is not logged: it is a stranger's.
 func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
 	s.refused[r.index].Add(n)
-	s.logRefusal(status, r, cause)
+	if r == reasonPanic {
+		return // has a line of its own
+	}
+	if hidden, ok := s.refusalLogs[r.index].Allow(time.Now()); ok {
+		s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
+	}
 }
 
 // setRefusal makes r an answer of refusal.
@@ -101,19 +107,6 @@ func setRefusal(r *fasthttp.Response, status int, why reason) {
 		r.Header.Set(fasthttp.HeaderRetryAfter, retryAfter)
 	}
 	r.SetBodyRaw(bodyFailed)
-}
-
-// logRefusal logs the first refusal of a cause in a while. What the request holds is
-// not logged: it is a stranger's.
-func (s *Server) logRefusal(status int, r reason, cause error) {
-	if r == reasonPanic {
-		return // has a line of its own
-	}
-	hidden, ok := s.refusalLogs[r.index].Allow(time.Now())
-	if !ok {
-		return
-	}
-	s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
 }
 
 // logHiddenRefusals says how many refusals were not logged, when none follows to

@@ -32,7 +32,6 @@ const (
 	DefaultSlowTimeout   = 5 * time.Second
 	DefaultMaxBatchIDs   = 10_000
 	DefaultMaxBatchBytes = 1 << 20
-	DefaultBatchMemory   = 64 << 20
 	DefaultIdleTimeout   = 75 * time.Second // longer than the common load balancers keep theirs
 )
 
@@ -52,8 +51,9 @@ const (
 	maxMaxBatchIDs   = 1_000_000
 	maxMaxBatchBytes = 64 << 20
 
-	// defaultTurnedAway bounds what Config.MaxTurnedAway does.
-	defaultTurnedAway = 1024
+	// Bounds of Config.MaxTurnedAway and of Config.BatchMemory.
+	defaultTurnedAway  = 1024
+	defaultBatchMemory = 64 << 20
 
 	// answerGrace bounds the wait, at the stop, for answers that are on their
 	// way. A request that has sent half its headers holds it up so long.
@@ -96,7 +96,7 @@ type Config struct {
 
 	// MaxBatchIDs and MaxBatchBytes bound one batch, after decompression; BatchMemory
 	// bounds the bodies of all batches that are being read and judged, in bytes. Zero:
-	// DefaultMaxBatchIDs, DefaultMaxBatchBytes, DefaultBatchMemory.
+	// DefaultMaxBatchIDs, DefaultMaxBatchBytes, defaultBatchMemory.
 	MaxBatchIDs, MaxBatchBytes int
 	BatchMemory                int64
 
@@ -166,27 +166,15 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, fmt.Errorf("server: %w", err)
 	}
-	if cfg.DuplicateStatus == 0 {
-		cfg.DuplicateStatus = fasthttp.StatusConflict
-	}
-	if cfg.MaxConns == 0 {
-		cfg.MaxConns = DefaultMaxConns
-	}
-	if cfg.MaxServed == 0 {
-		cfg.MaxServed = cfg.MaxConns
-	}
-	if cfg.MaxTurnedAway == 0 {
-		cfg.MaxTurnedAway = defaultTurnedAway
-	}
+	cfg.DuplicateStatus = cmp.Or(cfg.DuplicateStatus, fasthttp.StatusConflict)
+	cfg.MaxConns = cmp.Or(cfg.MaxConns, DefaultMaxConns)
+	cfg.MaxServed = cmp.Or(cfg.MaxServed, cfg.MaxConns)
+	cfg.MaxTurnedAway = cmp.Or(cfg.MaxTurnedAway, defaultTurnedAway)
 	cfg.MaxBatchIDs = cmp.Or(cfg.MaxBatchIDs, DefaultMaxBatchIDs)
 	cfg.MaxBatchBytes = cmp.Or(cfg.MaxBatchBytes, DefaultMaxBatchBytes)
-	cfg.BatchMemory = max(cmp.Or(cfg.BatchMemory, DefaultBatchMemory), batchNeeds(cfg.MaxBatchBytes, cfg.MaxBatchIDs))
-	if cfg.SlowTimeout == 0 {
-		cfg.SlowTimeout = DefaultSlowTimeout
-	}
-	if cfg.IdleTimeout == 0 {
-		cfg.IdleTimeout = DefaultIdleTimeout
-	}
+	cfg.BatchMemory = max(cmp.Or(cfg.BatchMemory, defaultBatchMemory), batchNeeds(cfg.MaxBatchBytes, cfg.MaxBatchIDs))
+	cfg.SlowTimeout = cmp.Or(cfg.SlowTimeout, DefaultSlowTimeout)
+	cfg.IdleTimeout = cmp.Or(cfg.IdleTimeout, DefaultIdleTimeout)
 	s := &Server{
 		cfg:       cfg,
 		callbacks: cfg.Callbacks,

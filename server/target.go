@@ -138,8 +138,7 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 	return target, nil, true
 }
 
-// parseQuery reads the raw query of an accept request. scratch is reused for
-// what has to be decoded, and the result may point into raw or scratch.
+// parseQuery reads the raw query of an accept request. The result may point into raw.
 //
 // A query without an id is an error only if needsID: the ids of a batch are in the body.
 // With an error, the result has the parts of the query that nothing is wrong with, unless
@@ -149,7 +148,8 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 // endpoint, key and token, whatever way their names are spelt; and in their values no
 // bytes that a URI cannot hold, and no ";", which some readers take for "&". Other
 // parameters are ignored, whatever is in them.
-func parseQuery(raw, scratch []byte, needsID bool) (query, error) {
+func parseQuery(raw []byte, needsID bool) (query, error) {
+	var scratch []byte // for what has to be decoded
 	var id, endpoint, key, token parameter
 	for len(raw) > 0 {
 		var pair []byte

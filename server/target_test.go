@@ -31,7 +31,7 @@ func FuzzPlainQueryAgreesWithParseQuery(f *testing.F) {
 		if !ok {
 			return
 		}
-		slow, err := parseQuery(raw, nil, true)
+		slow, err := parseQuery(raw, true)
 		fast := query{id: id, key: o.Under, token: o.Token}
 		if err != nil || !reflect.DeepEqual(fast, slow) {
 			t.Errorf("%q: plainQuery says %+v, parseQuery %+v, %v", raw, fast, slow, err)
@@ -81,7 +81,7 @@ func FuzzParseQueryAgreesWithNetURL(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		before := bytes.Clone(raw)
-		ours, err := parseQuery(raw, nil, true)
+		ours, err := parseQuery(raw, true)
 		if !bytes.Equal(before, raw) {
 			t.Errorf("%q was changed to %q", before, raw)
 		}
