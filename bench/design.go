@@ -5,9 +5,9 @@
 // a wrong answer, so that speed is never bought with exactness. README.md says
 // how to run them and what they gave.
 //
-// The commands beside it: http compares servers over HTTP, report makes the
-// tables and plots, verify checks a running server's records against its
-// answers.
+// The commands beside it: http compares servers over HTTP, redis sets that instances
+// share, bars reports which promises hold, verify checks a running server's records
+// against its answers.
 package bench
 
 // Design is a set of ids of the open epoch.
@@ -69,7 +69,7 @@ type Maker struct {
 var Makers = []Maker{
 	{Name: "verve", New: func(s Sizes) Design { return NewVerve(s) }, Keeps: true},
 	{Name: "verve16", New: func(s Sizes) Design { return Together{NewVerve(s)} }, Keeps: true, AddsOnly: true},
-	{Name: "seed", New: func(Sizes) Design { return NewSeed(DefaultCleanup) }, MaxIDs: 10_000_000},
+	{Name: "seed", New: func(Sizes) Design { return NewSeed() }, MaxIDs: 10_000_000},
 	{Name: "gomaps", New: func(s Sizes) Design { return NewMaps(s) }, Keeps: true},
 	{Name: "xsync", New: func(s Sizes) Design { return NewXsync(s) }, Keeps: true},
 	{Name: "swiss", New: func(s Sizes) Design { return NewSwiss(s) }, Keeps: true},

@@ -10,7 +10,6 @@ import (
 // behind its mutex. A shard that meets a new epoch clears its maps and keeps
 // their memory.
 type Maps struct {
-	keys   keys
 	epoch  atomic.Int64
 	total  uint64
 	shards [shardCount]struct {
@@ -40,7 +39,7 @@ func NewMaps(expect Sizes) *Maps {
 // Add implements Design.
 func (m *Maps) Add(id []byte, _ int) bool {
 	epoch := m.epoch.Load()
-	n, w, isNumber := m.keys.parse(id)
+	n, w, isNumber := parse(id)
 	if isNumber {
 		s := &m.shards[shardOfNumber(n)].mapShard
 		s.mu.Lock()

@@ -10,19 +10,16 @@ import (
 // wide is the key of an id that is not a number.
 type wide [16]byte
 
-// keys turns ids into keys that a generic map takes without an allocation,
-// as Verve does: the maps are not made to pay for strings.
-type keys struct{ sip0, sip1 uint64 }
-
-// parse returns a canonical decimal as a number, a UUID as its 128 bits and
-// any other id as a keyed hash of 128 bits.
-func (k *keys) parse(id []byte) (n uint64, w wide, isNumber bool) {
+// parse turns an id into a key that a generic map takes without an allocation, as Verve
+// does: the maps are not made to pay for strings. It returns a canonical decimal as a
+// number, a UUID as its 128 bits and any other id as a hash of 128 bits.
+func parse(id []byte) (n uint64, w wide, isNumber bool) {
 	if n, ok := number(id); ok {
 		return n, w, true
 	}
 	hi, lo, ok := uuid(id)
 	if !ok {
-		hi, lo = siphash.Hash128(k.sip0, k.sip1, id)
+		hi, lo = siphash.Hash128(0, 0, id)
 	}
 	binary.BigEndian.PutUint64(w[:8], hi)
 	binary.BigEndian.PutUint64(w[8:], lo)

@@ -7,27 +7,23 @@ import (
 	"time"
 )
 
-// Cleanup is the pace of the Seed's cleanup thread.
-type Cleanup struct {
-	Interval time.Duration // between two passes
-	Batch    int           // entries deleted before it rests
-	Rest     time.Duration
-}
-
-// DefaultCleanup begins within the first moments of a minute and leaves half
-// of a core to others: slower passes keep more dead entries on the heap.
-var DefaultCleanup = Cleanup{Interval: 100 * time.Millisecond, Batch: 10_000, Rest: time.Millisecond}
+// The cleanup thread begins within the first moments of a minute and leaves half of a core
+// to others: slower passes keep more dead entries on the heap.
+const (
+	cleanupInterval = 100 * time.Millisecond // between two passes
+	cleanupBatch    = 10_000                 // entries deleted before it rests
+	cleanupRest     = time.Millisecond
+)
 
 // Seed is the design that the project began with: one sync.Map for all
 // minutes, keyed "minute:id", so that a new minute needs no clearing. The value
 // is the time of entry, by which a cleanup thread finds what is old and deletes
 // it in batches.
 type Seed struct {
-	cleanup Cleanup
-	ids     sync.Map     // "minute:id" to time.Time
-	minute  atomic.Int64 // counts up from 0
-	began   atomic.Int64 // when the open minute began, Unix time, ns
-	rpm     atomic.Int64 // unique ids of the open minute
+	ids    sync.Map     // "minute:id" to time.Time
+	minute atomic.Int64 // counts up from 0
+	began  atomic.Int64 // when the open minute began, Unix time, ns
+	rpm    atomic.Int64 // unique ids of the open minute
 
 	total    uint64     // of the minutes before
 	cleaning sync.Mutex // one pass at a time
@@ -36,8 +32,8 @@ type Seed struct {
 }
 
 // NewSeed starts the cleanup thread.
-func NewSeed(c Cleanup) *Seed {
-	s := &Seed{cleanup: c, stop: make(chan struct{})}
+func NewSeed() *Seed {
+	s := &Seed{stop: make(chan struct{})}
 	s.began.Store(time.Now().UnixNano())
 	s.stopped.Go(s.cleanUp)
 	return s
@@ -77,7 +73,7 @@ func (s *Seed) Close() {
 }
 
 func (s *Seed) cleanUp() {
-	tick := time.NewTicker(s.cleanup.Interval)
+	tick := time.NewTicker(cleanupInterval)
 	defer tick.Stop()
 	for {
 		select {
@@ -100,8 +96,8 @@ func (s *Seed) evict() {
 			return true
 		}
 		s.ids.Delete(key)
-		if evicted++; evicted%s.cleanup.Batch == 0 {
-			time.Sleep(s.cleanup.Rest)
+		if evicted++; evicted%cleanupBatch == 0 {
+			time.Sleep(cleanupRest)
 		}
 		return true
 	})

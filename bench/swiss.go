@@ -10,7 +10,6 @@ import (
 
 // Swiss is Maps with the maps of dolthub/swiss, which take less memory.
 type Swiss struct {
-	keys   keys
 	epoch  atomic.Int64
 	total  uint64
 	shards [shardCount]struct {
@@ -40,7 +39,7 @@ func NewSwiss(expect Sizes) *Swiss {
 // Add implements Design.
 func (m *Swiss) Add(id []byte, _ int) bool {
 	epoch := m.epoch.Load()
-	n, w, isNumber := m.keys.parse(id)
+	n, w, isNumber := parse(id)
 	if isNumber {
 		s := &m.shards[shardOfNumber(n)].swissShard
 		s.mu.Lock()

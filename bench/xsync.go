@@ -9,7 +9,6 @@ import (
 // Xsync is a concurrent map of puzpuzpuz/xsync for each epoch, with its striped
 // counter. The map of the next epoch is made as large as the last one was.
 type Xsync struct {
-	keys  keys
 	open  atomic.Pointer[xsyncEpoch]
 	total uint64
 }
@@ -39,7 +38,7 @@ func NewXsync(expect Sizes) *Xsync {
 func (x *Xsync) Add(id []byte, _ int) bool {
 	e := x.open.Load()
 	var seen bool
-	if n, w, isNumber := x.keys.parse(id); isNumber {
+	if n, w, isNumber := parse(id); isNumber {
 		_, seen = e.numbers.LoadOrStore(n, struct{}{})
 	} else {
 		_, seen = e.others.LoadOrStore(w, struct{}{})

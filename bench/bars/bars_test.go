@@ -35,7 +35,7 @@ func write(t *testing.T, name, text string) string {
 }
 
 func TestBarsAreJudgedByMediansOfRatios(t *testing.T) {
-	m := newMeasurements()
+	m := measurements{}
 	for _, f := range []string{write(t, "go.txt", output), write(t, "http.json", httpOutput)} {
 		if err := m.read(f); err != nil {
 			t.Fatal(err)
@@ -75,7 +75,7 @@ func TestBarsAreJudgedByMediansOfRatios(t *testing.T) {
 // TestServersThatAreCloseAreJudgedByTheirOwnRounds: those of all servers are further
 // apart in time.
 func TestServersThatAreCloseAreJudgedByTheirOwnRounds(t *testing.T) {
-	m := newMeasurements()
+	m := measurements{}
 	own := strings.ReplaceAll(httpOutput, `"verve","cpu_us":10`, `"verve","cpu_us":11`)
 	for _, f := range []string{write(t, "http.json", httpOutput), write(t, "close.json", own)} {
 		if err := m.read(f); err != nil {

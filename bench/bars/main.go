@@ -22,7 +22,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: bars FILE...")
 		os.Exit(2)
 	}
-	m := newMeasurements()
+	m := measurements{}
 	for _, file := range os.Args[1:] {
 		if err := m.read(file); err != nil {
 			fmt.Fprintf(os.Stderr, "bars: %s: %v\n", file, err)
@@ -131,7 +131,7 @@ var bars = []bar{
 }
 
 // print writes the table and reports whether no promise is missed.
-func print(w io.Writer, m *measurements) bool {
+func print(w io.Writer, m measurements) bool {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "bar\twanted\tmeasured\t")
 	kept := true

@@ -13,22 +13,16 @@ import (
 )
 
 // measurements are all samples by name and unit, in order of the runs.
-type measurements struct {
-	samples map[key][]float64
-}
+type measurements map[key][]float64
 
 // key names what was measured: a benchmark's name without the number of
 // cores, or FILE/SCENARIO/SERVER: http has all servers, close those that differ by
 // little, in rounds of their own.
 type key struct{ name, unit string }
 
-func newMeasurements() *measurements {
-	return &measurements{samples: map[key][]float64{}}
-}
-
 var coresTail = regexp.MustCompile(`-\d+$`)
 
-func (m *measurements) read(file string) error {
+func (m measurements) read(file string) error {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return err
@@ -44,7 +38,7 @@ func (m *measurements) read(file string) error {
 }
 
 // readLine takes a line of the Go benchmark format.
-func (m *measurements) readLine(line string) {
+func (m measurements) readLine(line string) {
 	fields := strings.Fields(line)
 	if len(fields) < 4 || !strings.HasPrefix(fields[0], "Benchmark") {
 		return
@@ -56,12 +50,12 @@ func (m *measurements) readLine(line string) {
 			return // a log line in between
 		}
 		k := key{name, fields[i+1]}
-		m.samples[k] = append(m.samples[k], v)
+		m[k] = append(m[k], v)
 	}
 }
 
 // readHTTP takes the results of bench/http; of begins their names.
-func (m *measurements) readHTTP(b []byte, of string) error {
+func (m measurements) readHTTP(b []byte, of string) error {
 	var r struct {
 		Samples []struct {
 			Scenario string
@@ -77,15 +71,15 @@ func (m *measurements) readHTTP(b []byte, of string) error {
 	for _, s := range r.Samples {
 		for unit, v := range map[string]float64{"cpu-us": s.CPU, "requests/s": s.PerSec, "p99-ms": s.P99} {
 			k := key{of + "/" + s.Scenario + "/" + s.Server, unit}
-			m.samples[k] = append(m.samples[k], v)
+			m[k] = append(m[k], v)
 		}
 	}
 	return nil
 }
 
 // ratio of a to b: of each run, then the median.
-func (m *measurements) ratio(a, b, unit string) (float64, bool) {
-	va, vb := m.samples[key{a, unit}], m.samples[key{b, unit}]
+func (m measurements) ratio(a, b, unit string) (float64, bool) {
+	va, vb := m[key{a, unit}], m[key{b, unit}]
 	ratios := make([]float64, min(len(va), len(vb)))
 	for i := range ratios {
 		ratios[i] = va[i] / vb[i]
@@ -94,7 +88,7 @@ func (m *measurements) ratio(a, b, unit string) (float64, bool) {
 }
 
 // worst returns the figure of a bar in the case where it is worst.
-func (m *measurements) worst(b bar) (worst float64, known bool) {
+func (m measurements) worst(b bar) (worst float64, known bool) {
 	pattern := strings.ReplaceAll(regexp.QuoteMeta(b.pattern), `\*`, `.+`)
 	fits := regexp.MustCompile(`^` + strings.Replace(pattern, "DESIGN", regexp.QuoteMeta(b.design), 1) + `$`)
 	take := func(v float64, ok bool) {
@@ -102,16 +96,16 @@ func (m *measurements) worst(b bar) (worst float64, known bool) {
 			worst, known = v, true
 		}
 	}
-	for k := range m.samples {
+	for k := range m {
 		if k.unit != b.unit || !fits.MatchString(k.name) {
 			continue
 		}
 		if len(b.against) == 0 {
-			take(median(m.samples[k]))
+			take(median(m[k]))
 		}
 		for _, other := range b.against {
 			than := strings.Replace(k.name, b.design, other, 1)
-			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m.samples[key{"close/" + of, k.unit}] != nil {
+			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[key{"close/" + of, k.unit}] != nil {
 				continue // these two have rounds of their own
 			}
 			take(m.ratio(than, k.name, b.unit))
@@ -124,8 +118,7 @@ func median(v []float64) (float64, bool) {
 	if len(v) == 0 {
 		return 0, false
 	}
-	v = slices.Clone(v)
-	slices.Sort(v)
+	v = slices.Sorted(slices.Values(v))
 	n := len(v)
 	return (v[(n-1)/2] + v[n/2]) / 2, true
 }

@@ -77,7 +77,7 @@ func main() {
 	}
 }
 
-// results is the JSON file: report reads it.
+// results is the JSON file: bars reads it.
 type results struct {
 	Conns   int      `json:"conns"`
 	Seconds int      `json:"seconds"`

@@ -58,7 +58,7 @@ func serveBare(ln net.Listener) error {
 
 // newSeed is the seed design with its ticker.
 func newSeed() *bench.Seed {
-	seed := bench.NewSeed(bench.DefaultCleanup)
+	seed := bench.NewSeed()
 	go func() {
 		for range time.Tick(time.Minute) {
 			log.Printf("unique: %d", seed.RPM())

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
 	"io"
 	"slices"
@@ -77,8 +76,7 @@ func ratios(samples []sample, a, b string) []float64 {
 }
 
 func median(v []float64) float64 {
-	v = slices.Clone(v)
-	slices.SortFunc(v, cmp.Compare)
+	v = slices.Sorted(slices.Values(v))
 	n := len(v)
 	return (v[(n-1)/2] + v[n/2]) / 2
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,16 +42,9 @@ func newTarget(raw string) (target, error) {
 	if u.Scheme != "http" || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
 		return target{}, fmt.Errorf("--url: %q is not http://HOST[:PORT]", u.Redacted())
 	}
-	port := u.Port()
-	if port == "" {
-		port = "80"
-	}
-	base := u.EscapedPath()
-	for len(base) > 0 && base[len(base)-1] == '/' {
-		base = base[:len(base)-1]
-	}
+	base := strings.TrimRight(u.EscapedPath(), "/")
 	return target{
-		addr: net.JoinHostPort(u.Hostname(), port),
+		addr: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80")),
 		head: []byte("GET " + base + "/api/verve/accept?id="),
 		tail: []byte(" HTTP/1.1\r\nHost: " + u.Host + "\r\n"),
 		post: []byte("POST " + base + "/api/verve/accept HTTP/1.1\r\nHost: " + u.Host + "\r\nContent-Type: "),
@@ -193,11 +188,9 @@ func (c *conn) run(ctx context.Context) {
 		}
 		// A server that is starting must not be met by all connections in
 		// step: the wait is drawn between half and all of the backoff.
-		wait := time.NewTimer(backoff/2 + time.Duration(c.rng.Int64N(int64(backoff/2)+1)))
 		select {
 		case <-ctx.Done():
-			wait.Stop()
-		case <-wait.C:
+		case <-time.After(backoff/2 + time.Duration(c.rng.Int64N(int64(backoff/2)+1))):
 		}
 		backoff = min(2*backoff, maxBackoff)
 	}
@@ -267,12 +260,10 @@ func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 func (c *conn) pace(ctx context.Context, next *time.Time, interval time.Duration) bool {
 	now := time.Now()
 	if wait := next.Sub(now); wait > 0 {
-		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-			timer.Stop()
 			return false
-		case <-timer.C:
+		case <-time.After(wait):
 		}
 	} else if wait < -time.Second {
 		*next = now

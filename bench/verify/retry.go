@@ -40,11 +40,8 @@ func (r *retries) take(dst []ask, target, most int) []ask {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for i := 1; i <= len(r.queues); i++ {
-		if i == len(r.queues) && i > 1 {
-			break // its own
-		}
-		q := &r.queues[(target+i)%len(r.queues)]
+	for i := range max(len(r.queues)-1, 1) { // its own only if it is the only one
+		q := &r.queues[(target+1+i)%len(r.queues)]
 		n := min(most, len(*q))
 		dst = append(dst, (*q)[:n]...)
 		*q = (*q)[:copy(*q, (*q)[n:])]

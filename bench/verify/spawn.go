@@ -147,9 +147,7 @@ func (s *spawner) listens() bool {
 func (s *spawner) live(ctx context.Context) bool {
 	var up <-chan time.Time
 	if s.max > 0 {
-		timer := time.NewTimer(s.min + time.Duration(s.rng.Int64N(int64(s.max-s.min)+1)))
-		defer timer.Stop()
-		up = timer.C
+		up = time.After(s.min + time.Duration(s.rng.Int64N(int64(s.max-s.min)+1)))
 	}
 	select {
 	case <-ctx.Done():
@@ -174,15 +172,13 @@ func (s *spawner) end() bool {
 	default:
 	}
 	server.cmd.Process.Signal(syscall.SIGTERM)
-	limit := time.NewTimer(s.stopLimit)
-	defer limit.Stop()
 	select {
 	case <-server.exited:
 		if server.err != nil {
 			s.truth.fault("server exit", "the server ended after SIGTERM with %s", outcome(server.err))
 		}
 		return server.err == nil
-	case <-limit.C:
+	case <-time.After(s.stopLimit):
 		server.cmd.Process.Kill()
 		<-server.exited
 		s.truth.fault("server exit", "the server did not end within %s of SIGTERM and was killed", s.stopLimit)

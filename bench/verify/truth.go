@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -407,14 +408,7 @@ func (t *truth) refusedWithin(share float64) time.Duration {
 	return t.waits[min(len(t.waits)-1, int(share*float64(len(t.waits))))]
 }
 
-func (t *truth) starts() []int64 {
-	starts := make([]int64, 0, len(t.windows))
-	for start := range t.windows {
-		starts = append(starts, start)
-	}
-	slices.Sort(starts)
-	return starts
-}
+func (t *truth) starts() []int64 { return slices.Sorted(maps.Keys(t.windows)) }
 
 // settle draws the conclusions of a window: what the requests in doubt can
 // have added to it, and which `failed` answers nothing explains.
