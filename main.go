@@ -210,7 +210,7 @@ func (p *program) open() error {
 		return err
 	}
 	callbacks := cfg.callbacks()
-	callbacks.SelfAddrs, callbacks.SelfPath, callbacks.AdminAddr = []string{p.public.Addr().String()}, server.SinkPath, p.private.Addr().String()
+	callbacks.SelfAddr, callbacks.SelfPath, callbacks.AdminAddr = p.public.Addr().String(), server.SinkPath, p.private.Addr().String()
 	if p.certificate != nil {
 		callbacks.SelfTLS = p.certificate.OwnConfig
 	}

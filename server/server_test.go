@@ -95,7 +95,7 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config
 		change(&cfg)
 	}
 	callbackCfg := callback.Config{
-		SelfAddrs: []string{s.addr}, SelfPath: SinkPath, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
+		SelfAddr: s.addr, SelfPath: SinkPath, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
 		Timeout: patience,
 	}
 	if cfg.TLS != nil {
@@ -541,7 +541,7 @@ func TestAcceptPostsTheCountToTheEndpoint(t *testing.T) {
 // body, which is refused; and what bears the mark of a callback starts none.
 func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 	b := newSite(t, nil)
-	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddrs[0]} })
+	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddr} })
 	back := "http://" + a.addr + "/api/verve/accept?id=2&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=3")
 	resp, _ := a.ask(get("id=1&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=1&endpoint="+url.QueryEscape(back))))
 	if resp.StatusCode != 200 {

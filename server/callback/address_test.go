@@ -140,7 +140,7 @@ func TestCallbackAddressesOfTheAllowedNetworksHaveNoLimit(t *testing.T) {
 
 // TestCallbackAddressesAreEvicted also when each is at another address.
 func TestCallbackAddressesAreEvicted(t *testing.T) {
-	c := endpointPolicy(t, nil)
+	c := endpointPolicy(t, "")
 	d := destinationOf(t, c, "http://hooks.example.com/")
 	c.cfg.Rate = 1e6
 	for n := range 3 * maxAddresses {

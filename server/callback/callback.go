@@ -7,7 +7,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -83,12 +82,12 @@ type Config struct {
 	// Secret signs the POSTs by the Standard Webhooks scheme: 24 to 64 bytes in
 	// base64, with or without whsec_ before them. Nil: unsigned.
 	Secret []byte
-	// SelfAddrs are the addresses on which this server listens for the public:
-	// its own /test may be named there, nothing else is reached on their ports.
-	SelfAddrs []string
+	// SelfAddr is the address on which this server listens for the public: its own
+	// /test may be named there, nothing else is reached on its port. Optional.
+	SelfAddr string
 	// SelfPath is the path of the sink there, the only one that a callback may name.
 	SelfPath string
-	// SelfTLS configures a connection to those addresses; nil: they speak plain HTTP.
+	// SelfTLS configures a connection to that address; nil: it speaks plain HTTP.
 	SelfTLS func() *tls.Config
 	// AdminAddr is the admin listen address; never reached by a callback.
 	AdminAddr string
@@ -249,16 +248,6 @@ func (cfg *Config) complete() error {
 		return setting.Errorf("callback-concurrency", "want 1 to %d", maxConcurrency)
 	case !(cfg.Rate >= 0.001 && cfg.Rate <= 1e6): // not a number fails, too
 		return setting.Errorf("callback-rate", "want 0.001 to 1000000")
-	case cfg.maxWaiting < 1:
-		return fmt.Errorf("callback table size %d: must be positive", cfg.maxWaiting)
-	case cfg.maxWaitingPerDestination < 1:
-		return fmt.Errorf("callback table share %d: must be positive", cfg.maxWaitingPerDestination)
-	case cfg.workers < 2 || cfg.workers <= cfg.Concurrency:
-		return fmt.Errorf("callback workers %d: one destination may hold %d", cfg.workers, cfg.Concurrency)
-	case cfg.breakerFailures < 1:
-		return fmt.Errorf("callback breaker failures %d: must be positive", cfg.breakerFailures)
-	case cfg.breakerOpen < 0:
-		return fmt.Errorf("callback breaker time %v: must be positive", cfg.breakerOpen)
 	}
 	return setting.CheckTimeout("callback-timeout", cfg.Timeout)
 }

@@ -18,11 +18,10 @@ import (
 )
 
 // endpointPolicy returns Sender that parse but never run.
-func endpointPolicy(t testing.TB, self []string, allow ...string) *Sender {
+func endpointPolicy(t testing.TB, self string, allow ...string) *Sender {
 	t.Helper()
 	c, err := New(Config{
-		Allow:     allow,
-		SelfAddrs: self, SelfPath: sinkPath,
+		Allow: allow, SelfAddr: self, SelfPath: sinkPath,
 		Live: func() (time.Time, uint64) { return time.Time{}, 0 },
 	})
 	if err != nil {
@@ -71,7 +70,7 @@ func ssrfCases(t testing.TB) (rows []ssrfCase) {
 }
 
 func TestEndpointVerdictOfEveryCase(t *testing.T) {
-	c := endpointPolicy(t, nil)
+	c := endpointPolicy(t, "")
 	rows := ssrfCases(t)
 	if len(rows) < 86 {
 		t.Fatalf("%d rows", len(rows))
@@ -111,7 +110,7 @@ func TestEndpointVerdictOfEveryCase(t *testing.T) {
 
 // More of the classes in the file, and those too long for it.
 func TestEndpointVerdictsOfTheSameClasses(t *testing.T) {
-	c := endpointPolicy(t, nil)
+	c := endpointPolicy(t, "")
 	label63 := strings.Repeat("a", 63)
 	host253 := strings.Join([]string{label63, label63, label63, strings.Repeat("a", 57), "com"}, ".")
 	for _, u := range []string{
@@ -186,7 +185,7 @@ func TestEndpointVerdictsOfTheSameClasses(t *testing.T) {
 }
 
 func TestEndpointSpellingsOfOneURLAreOneKey(t *testing.T) {
-	c := endpointPolicy(t, []string{":8080", "127.0.0.2:8080"}, "[FD00:0::1]:9000")
+	c := endpointPolicy(t, "127.0.0.2:8080", "[FD00:0::1]:9000")
 	for _, tc := range []struct{ raw, url, origin string }{
 		{"HTTP://Hooks.Example.COM/", "http://hooks.example.com:80/", "http://hooks.example.com:80"},
 		{"http://hooks.example.com./", "http://hooks.example.com:80/", "http://hooks.example.com:80"},
@@ -209,7 +208,7 @@ func TestEndpointSpellingsOfOneURLAreOneKey(t *testing.T) {
 }
 
 func TestEndpointOwnSinkIsTheOnlyOwnPath(t *testing.T) {
-	c := endpointPolicy(t, []string{"127.0.0.1:8080", "verve.lan:80"})
+	loopback, name := endpointPolicy(t, "127.0.0.1:8080"), endpointPolicy(t, "verve.lan:80")
 	for _, tc := range []struct {
 		url   string
 		allow bool
@@ -229,6 +228,10 @@ func TestEndpointOwnSinkIsTheOnlyOwnPath(t *testing.T) {
 		{"http://127.0.0.3:8080/test", false},
 		{"http://[::1]:8080/test", true},
 	} {
+		c := name
+		if strings.Contains(tc.url, ":8") {
+			c = loopback
+		}
 		ep, err := c.Parse([]byte(tc.url))
 		if (err == nil) != tc.allow {
 			t.Errorf("%s: %v, want allowed %v", tc.url, err, tc.allow)
@@ -240,7 +243,7 @@ func TestEndpointOwnSinkIsTheOnlyOwnPath(t *testing.T) {
 }
 
 func TestEndpointAllowListLiftsWhatItNames(t *testing.T) {
-	c := endpointPolicy(t, nil, "Hooks.Lan:9000", "worker_1:9001", "127.0.0.1:9002", "[::1]:9003", "10.0.0.0/8:9004", "[fd00::/8]:9005", "fd11::/16:9006", "[fd00::]/8:9007")
+	c := endpointPolicy(t, "", "Hooks.Lan:9000", "worker_1:9001", "127.0.0.1:9002", "[::1]:9003", "10.0.0.0/8:9004", "[fd00::/8]:9005", "fd11::/16:9006", "[fd00::]/8:9007")
 	for _, tc := range []struct {
 		url   string
 		allow bool
@@ -287,7 +290,7 @@ func TestEndpointAllowListLiftsWhatItNames(t *testing.T) {
 // requestBytes is what goes out for ep.
 func requestBytes(t testing.TB, ep Endpoint) []byte {
 	t.Helper()
-	c := endpointPolicy(t, nil)
+	c := endpointPolicy(t, "")
 	d := c.newDestination(ep)
 	var req fasthttp.Request
 	setRequest(&req, d, ep)
@@ -313,7 +316,7 @@ func FuzzEndpointReadersAgree(f *testing.F) {
 	} {
 		f.Add([]byte(u))
 	}
-	c := endpointPolicy(f, []string{":8080"}, "hooks.lan:9000", "10.0.0.0/8:9004", "[fd00::/8]:9005", "0.0.0.0/0:9006")
+	c := endpointPolicy(f, ":8080", "hooks.lan:9000", "10.0.0.0/8:9004", "[fd00::/8]:9005", "0.0.0.0/0:9006")
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		ep, err := c.Parse(raw)
 		if err != nil {

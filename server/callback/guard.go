@@ -82,7 +82,7 @@ type selfAddr struct {
 type guard struct {
 	hosts    map[hostPort]bool
 	nets     []allowedNet
-	self     []selfAddr
+	self     selfAddr // the zero one without a listener
 	ownPorts []uint16 // public and admin
 	selfTLS  func() *tls.Config
 	selfPath string
@@ -117,12 +117,12 @@ func newGuard(cfg *Config) (*guard, error) {
 	if err := g.allowAll(cfg.Allow); err != nil {
 		return nil, err
 	}
-	for _, addr := range cfg.SelfAddrs {
-		self, err := parseSelf(addr)
+	if cfg.SelfAddr != "" {
+		self, err := parseSelf(cfg.SelfAddr)
 		if err != nil {
-			return nil, fmt.Errorf("listen address %q: %w", addr, err)
+			return nil, fmt.Errorf("listen address %q: %w", cfg.SelfAddr, err)
 		}
-		g.self = append(g.self, self)
+		g.self = self
 		g.ownPorts = append(g.ownPorts, self.port)
 	}
 	if cfg.AdminAddr != "" {
@@ -247,16 +247,8 @@ func parseSelf(listen string) (selfAddr, error) {
 
 // isSelf reports whether host and port name this server's public listener.
 func (g *guard) isSelf(host []byte, addr netip.Addr, port uint16) bool {
-	for _, self := range g.self {
-		if self.port != port {
-			continue
-		}
-		if string(host) == "localhost" || string(host) == self.host ||
-			addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
-			return true
-		}
-	}
-	return false
+	return port == g.self.port && (string(host) == "localhost" || string(host) == g.self.host ||
+		addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}))
 }
 
 func (g *guard) listed(host []byte, port uint16) bool {
@@ -368,7 +360,7 @@ func (g *guard) dial(ctx context.Context, d *destination, connect dialFunc) (net
 
 func (g *guard) dialTCP(ctx context.Context, d *destination, connect dialFunc) (net.Conn, error) {
 	if d.kind == destSelf {
-		return g.dialSelf(ctx, d.port)
+		return g.dialSelf(ctx)
 	}
 	candidates := []netip.Addr{d.addr}
 	if !d.addr.IsValid() {
@@ -424,9 +416,8 @@ func (g *guard) lookupName(d *destination) string {
 
 // dialSelf connects to this server's own listener, wherever that is: no name
 // and no address of the URL is used.
-func (g *guard) dialSelf(ctx context.Context, port uint16) (conn net.Conn, err error) {
-	i := slices.IndexFunc(g.self, func(s selfAddr) bool { return s.port == port })
-	for _, addr := range g.self[i].dial {
+func (g *guard) dialSelf(ctx context.Context) (conn net.Conn, err error) {
+	for _, addr := range g.self.dial {
 		if conn, err = g.connect(ctx, &net.Dialer{}, addr); err == nil {
 			break
 		}

@@ -175,7 +175,7 @@ func TestGuardRebindingNameNeverReachesLoopback(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, resolver := newNameServer(t, tc.answer)
-			c := endpointPolicy(t, nil)
+			c := endpointPolicy(t, "")
 			c.guard.resolver = resolver
 			c.guard.connect = noRoute
 			d := destinationOf(t, c, fmt.Sprintf("http://rebind.example.com:%d/", trap.Port()))
@@ -212,7 +212,7 @@ func TestGuardRebindingNameNeverReachesLoopback(t *testing.T) {
 func TestGuardChecksTheAddressAtTheSocket(t *testing.T) {
 	trap, touched := canary(t)
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("93.184.216.34") })
-	c := endpointPolicy(t, nil)
+	c := endpointPolicy(t, "")
 	c.guard.resolver = resolver
 	for _, elsewhere := range []string{trap.String(), fmt.Sprintf("[::ffff:%v]:%d", trap.Addr(), trap.Port())} {
 		c.guard.connect = func(ctx context.Context, d *net.Dialer, _ string) (net.Conn, error) {
@@ -229,7 +229,7 @@ func TestGuardChecksTheAddressAtTheSocket(t *testing.T) {
 }
 
 func TestGuardPermitsByAddress(t *testing.T) {
-	c := endpointPolicy(t, []string{"0.0.0.0:8080"}, "hooks.lan:9000", "169.254.169.254:9000", "10.0.0.0/8:9004", "127.0.0.0/8:8080", "127.0.0.0/8:9008")
+	c := endpointPolicy(t, "0.0.0.0:8080", "hooks.lan:9000", "169.254.169.254:9000", "10.0.0.0/8:9004", "127.0.0.0/8:8080", "127.0.0.0/8:9008")
 	c.guard.ownPorts = append(c.guard.ownPorts, 9008) // admin
 	c.guard.interfaces = func() ([]net.Addr, error) {
 		return []net.Addr{&net.IPNet{IP: net.IPv4(93, 184, 216, 1), Mask: net.CIDRMask(24, 32)}}, nil
@@ -314,7 +314,7 @@ func TestGuardPermitsByAddress(t *testing.T) {
 
 // The search list of the resolver is for the names of the own network.
 func TestGuardResolvesPublicNamesInFull(t *testing.T) {
-	c := endpointPolicy(t, nil, "hooks.lan:9000", "10.0.0.0/8:9004")
+	c := endpointPolicy(t, "", "hooks.lan:9000", "10.0.0.0/8:9004")
 	for url, want := range map[string]string{
 		"http://hooks.example.com/": "hooks.example.com.",
 		"http://hooks.lan:9000/":    "hooks.lan",
@@ -330,7 +330,7 @@ func TestGuardTriesTheNextAddress(t *testing.T) {
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr {
 		return addrs("93.184.216.1", "10.0.0.1", "93.184.216.2", "93.184.216.3", "93.184.216.4", "93.184.216.5")
 	})
-	c := endpointPolicy(t, nil)
+	c := endpointPolicy(t, "")
 	c.guard.resolver = resolver
 	var tried []string
 	c.guard.connect = func(_ context.Context, _ *net.Dialer, addr string) (net.Conn, error) {
@@ -355,7 +355,7 @@ func TestGuardDialsOwnSinkAtOwnListenerOnly(t *testing.T) {
 		{"[::]:8080", "127.0.0.1:8080 [::1]:8080"},
 		{"192.0.2.7:8080", "192.0.2.7:8080"},
 	} {
-		c := endpointPolicy(t, []string{tc.listen})
+		c := endpointPolicy(t, tc.listen)
 		var dialled []string
 		c.guard.connect = func(_ context.Context, _ *net.Dialer, addr string) (net.Conn, error) {
 			dialled = append(dialled, addr)
@@ -366,8 +366,8 @@ func TestGuardDialsOwnSinkAtOwnListenerOnly(t *testing.T) {
 			t.Errorf("listening at %s: dialled %s, want %s", tc.listen, got, tc.dialled)
 		}
 	}
-	for _, listen := range []string{"", "8080", ":0", ":http", "a b:80"} {
-		_, err := New(Config{SelfAddrs: []string{listen}, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
+	for _, listen := range []string{"8080", ":0", ":http", "a b:80"} {
+		_, err := New(Config{SelfAddr: listen, Live: func() (time.Time, uint64) { return time.Time{}, 0 }})
 		if err == nil || !strings.Contains(err.Error(), strconv.Quote(listen)) {
 			t.Errorf("listen address %q: error %v, want one that names it", listen, err)
 		}
