@@ -296,8 +296,6 @@ func (p *program) openRecords() (err error) {
 		}
 		p.closers = append(p.closers, func() { _ = p.shared.Close() })
 		streamCfg.Scope, streamCfg.Claims = stream.ScopeGroup, p.shared.Ledger()
-	}
-	if p.shared != nil {
 		if err := p.publishRecovered(streamCfg); err != nil {
 			return err
 		}

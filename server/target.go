@@ -132,10 +132,8 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 			return nil, nil, false
 		}
 	}
-	if i := bytes.IndexByte(target, '?'); i >= 0 {
-		return target[:i], target[i+1:], true
-	}
-	return target, nil, true
+	path, query, _ = bytes.Cut(target, []byte("?"))
+	return path, query, true
 }
 
 // parseQuery reads the raw query of an accept request. The result may point into raw.

@@ -131,7 +131,6 @@ type Stats struct {
 	FailedLimited  uint64 // the address is at its limits
 
 	Retried uint64 // second tries after a dead pooled connection
-	Busy    uint64 // Reserve returned false
 
 	Waiting      int // endpoints with a POST waiting
 	Reserved     int // endpoints in the table, waiting or just reserved
@@ -294,14 +293,6 @@ func (s *Sender) Parse(raw []byte) (Endpoint, error) { return s.guard.parse(raw)
 func (s *Sender) Reserve(ep Endpoint) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ok := s.reserve(ep)
-	if !ok {
-		s.stats.Busy++
-	}
-	return ok
-}
-
-func (s *Sender) reserve(ep Endpoint) bool {
 	if s.draining || s.closed {
 		return false
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net/netip"
 	"strconv"
+	"strings"
 )
 
 // maxEndpoint is the longest endpoint URL taken, in bytes: what browsers and
@@ -58,17 +59,11 @@ type Endpoint struct {
 // part cannot occur: such URLs are refused.
 func (ep Endpoint) logURL() string {
 	const longest = 200
-	path, cut := ep.target, ""
-	for i := range len(path) {
-		if path[i] == '?' {
-			path = path[:i]
-			break
-		}
-	}
+	path, _, _ := strings.Cut(ep.target, "?")
 	if len(path) > longest {
-		path, cut = path[:longest], "..."
+		path = path[:longest] + "..."
 	}
-	return ep.origin + path + cut
+	return ep.origin + path
 }
 
 // parse checks raw, the percent-decoded value of the endpoint parameter, and
@@ -91,10 +86,7 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 	if err != nil {
 		return Endpoint{}, err
 	}
-	path := target
-	if i := bytes.IndexByte(target, '?'); i >= 0 {
-		path = target[:i]
-	}
+	path, _, _ := bytes.Cut(target, []byte("?"))
 	if ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(name, ep.addr, port) {
 		// All names of this server are one destination.
 		ep.kind, ep.addr = destSelf, netip.Addr{}

@@ -256,12 +256,7 @@ func (g *guard) listed(host []byte, port uint16) bool {
 }
 
 func (g *guard) inAllowedNet(addr netip.Addr, port uint16) bool {
-	for _, n := range g.nets {
-		if n.port == port && n.prefix.Contains(addr) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(g.nets, func(n allowedNet) bool { return n.port == port && n.prefix.Contains(addr) })
 }
 
 func (g *guard) allowedNetPort(port uint16) bool {
@@ -289,10 +284,8 @@ func (g *guard) permit(d *destination, addr netip.Addr) error {
 		if d.addr == addr || addr.IsLoopback() {
 			return nil
 		}
-		for _, p := range neverByName {
-			if p.Contains(addr) {
-				return fmt.Errorf("%w: %v, not even by an allow-listed name", errRefused, addr)
-			}
+		if slices.ContainsFunc(neverByName, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+			return fmt.Errorf("%w: %v, not even by an allow-listed name", errRefused, addr)
 		}
 		return nil
 	case !defaultPort(d.port):

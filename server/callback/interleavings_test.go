@@ -21,10 +21,10 @@ type scene struct {
 	s       *Sender
 	counted atomic.Uint64 // ids that were new
 
-	asking                      int // requests that are not answered
-	reserved, released, refused int
-	sent                        []count // by each Send: of what was counted before it
-	posted                      []count // by each POST, in its body
+	asking             int // requests that are not answered
+	reserved, released int
+	sent               []count // by each Send: of what was counted before it
+	posted             []count // by each POST, in its body
 
 	clock *clocks.Clock // of a rate; nil: every POST is due
 	began time.Time
@@ -79,7 +79,6 @@ func (k *scene) ask(url string, unique bool) {
 		panic(err)
 	}
 	if !k.s.Reserve(ep) {
-		k.refused++
 		return
 	}
 	k.reserved++
@@ -211,8 +210,8 @@ func (k *scene) check() error {
 	if k.exceeded != nil {
 		return k.exceeded
 	}
-	if k.reserved != k.released+len(k.sent) || int(st.Busy) != k.refused {
-		return fmt.Errorf("%d places were reserved, %d given back and %d sent; %d of %d refusals are counted", k.reserved, k.released, len(k.sent), st.Busy, k.refused)
+	if k.reserved != k.released+len(k.sent) {
+		return fmt.Errorf("%d places were reserved, %d given back and %d sent", k.reserved, k.released, len(k.sent))
 	}
 	if st.Reserved+st.Waiting+st.InFlight+k.s.unprovenSlots+k.s.unprovenBusy != 0 {
 		return fmt.Errorf("something is left: %+v, %d places and %d workers of unproven destinations", st, k.s.unprovenSlots, k.s.unprovenBusy)
