@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -175,63 +174,6 @@ func redisCLI(t *testing.T, addr string, command ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// startCluster makes three masters, each with a replica.
-func startCluster(t *testing.T, nodeTimeout time.Duration) (masters, replicas []string, processes []*exec.Cmd) {
-	t.Helper()
-	exe := testproc.Needs(t, "redis-server", "redis")
-	testproc.Needs(t, "redis-cli", "redis")
-	type node struct{ addr, port, bus, id string }
-	var nodes []node
-	for range 6 {
-		addr, bus := testproc.FreeAddr(t), testproc.FreeAddr(t)
-		_, port, _ := net.SplitHostPort(addr)
-		_, busPort, _ := net.SplitHostPort(bus)
-		p := daemon(t, addr, exe, "--bind", "127.0.0.1", "--port", port, "--cluster-port", busPort,
-			"--cluster-enabled", "yes", "--cluster-node-timeout", fmt.Sprint(nodeTimeout.Milliseconds()),
-			"--cluster-require-full-coverage", "no", "--cluster-replica-validity-factor", "0",
-			"--repl-diskless-sync-delay", "0", "--save", "", "--dir", t.TempDir(), "--logfile", "log")
-		nodes = append(nodes, node{addr, port, busPort, redisCLI(t, addr, "CLUSTER", "MYID")})
-		processes = append(processes, p)
-	}
-	for i, n := range nodes[:3] {
-		redisCLI(t, n.addr, "CLUSTER", "ADDSLOTSRANGE", fmt.Sprint(i*16384/3), fmt.Sprint((i+1)*16384/3-1))
-		masters = append(masters, n.addr)
-	}
-	for i, n := range nodes {
-		redisCLI(t, n.addr, "CLUSTER", "SET-CONFIG-EPOCH", fmt.Sprint(i+1))
-		if i > 0 {
-			redisCLI(t, nodes[0].addr, "CLUSTER", "MEET", "127.0.0.1", n.port, n.bus)
-		}
-	}
-	testproc.Until(t, "all nodes know each other", func() bool {
-		for _, n := range nodes {
-			if strings.Count(redisCLI(t, n.addr, "CLUSTER", "NODES"), "connected") < 6 {
-				return false
-			}
-		}
-		return true
-	})
-	for i, n := range nodes[3:] {
-		redisCLI(t, n.addr, "CLUSTER", "REPLICATE", nodes[i].id)
-		replicas = append(replicas, n.addr)
-	}
-	testproc.Until(t, "replicas follow", func() bool {
-		for _, n := range nodes {
-			state := redisCLI(t, n.addr, "CLUSTER", "INFO")
-			if !strings.Contains(state, "cluster_state:ok") {
-				return false
-			}
-		}
-		for _, n := range nodes[:3] {
-			if !strings.Contains(redisCLI(t, n.addr, "INFO", "replication"), "state=online") {
-				return false
-			}
-		}
-		return true
-	})
-	return masters, replicas, processes
-}
-
 // redisRole is what a node says of itself, empty if it does not answer.
 func redisRole(addr, password string) string {
 	host, port, _ := net.SplitHostPort(addr)
@@ -347,7 +289,11 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 		t.Skip("takes some seconds of real time")
 	}
 	const nodeTimeout = 1500 * time.Millisecond
-	masters, replicas, processes := startCluster(t, nodeTimeout)
+	c := startCluster(t, nodeTimeout)
+	var masters []string
+	for _, n := range c.nodes[:3] {
+		masters = append(masters, n.addr)
+	}
 	more := []string{"--redis-url=redis://" + masters[1], "--redis-url=redis://" + masters[2]}
 	f := groupOf(t, 2, masters[0], "1s", more...)
 	f.Duration, f.Rate, f.Pipeline, f.Connections = 3*time.Minute, 3000, 1, 64 // ended before
@@ -364,8 +310,8 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		before := sum()
-		_ = processes[1].Process.Kill()
-		seen <- watchOutage(sum, before, func() bool { return strings.Contains(redisRole(replicas[1], ""), "master") }, time.Second) // what fails later is this machine's being busy
+		_ = c.nodes[1].cmd.Process.Kill()
+		seen <- watchOutage(sum, before, func() bool { return strings.Contains(redisRole(c.nodes[4].addr, ""), "master") }, time.Second) // what fails later is this machine's being busy
 		awaitWindows(ctx, accepted, 4)
 	}()
 	v, err := run(ctx, f)
