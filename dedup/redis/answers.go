@@ -105,11 +105,22 @@ func parseAnswers(m rueidis.RedisMessage, epochs int) ([]answers, error) {
 	return all, nil
 }
 
-// explain logs why a record is not exact, once: by the member that has decided it.
-func (l *Ledger) explain(s counter.Span, why string) {
-	if why != "" {
-		l.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Msg("the record of the window is not exact: " + why)
+// explain logs why a record is not exact: by the member that decides it, and by the leader,
+// which publishes it, as the other one may have died before, or have got no answer.
+func (l *Ledger) explain(s counter.Span, decides bool) {
+	l.mu.Lock()
+	why, e := "", l.find(s)
+	if e != nil && (decides || time.Now().Before(l.lead)) {
+		why, e.why = e.why, ""
 	}
+	l.mu.Unlock()
+	if why != "" {
+		l.logInexact(s, why)
+	}
+}
+
+func (l *Ledger) logInexact(s counter.Span, why string) {
+	l.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).Msg("the record of the window is not exact: " + why)
 }
 
 // contradict logs that a window has two records. l.mu is held.

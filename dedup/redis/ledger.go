@@ -180,6 +180,7 @@ type ledgerEpoch struct {
 	reportedAt time.Time
 	decided    *counter.Count // what it came to, as far as this process knows; without its keys
 	under      uint64         // where it is decided: the ids that were counted under keys
+	why        string         // the reason why it is not exact, until it is logged
 
 	contradicted bool // the group says otherwise, which is logged
 }
@@ -217,8 +218,8 @@ func newLedgerKeys(group string) ledgerKeys {
 }
 
 // ofEpoch is a hash: "m:" MEMBER -> its answers (see answers), "k:" MEMBER -> those under
-// keys, complete and inexact as reported, then unique, under (of it, under keys), exact and
-// sealed as decided, then delivered. The members of an
+// keys, complete and inexact as reported, then unique, under (of it, under keys), exact,
+// why not, and sealed as decided, then delivered. The members of an
 // epoch are in the same key, so they cannot be lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
 
@@ -423,8 +424,8 @@ return 1
 var sealScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under')
-if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0'} end
+local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under', 'why')
+if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
 if now < ends - skew then return {1, ends - skew - now} end
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
@@ -486,8 +487,8 @@ var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
 local under, fit = tonumber(ARGV[8]), ARGV[9] == '1'
-local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under')
-if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0'} end
+local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
+if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
 local keyed = 0
 local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
@@ -551,11 +552,12 @@ if not exact then but('ids may have been given twice while Redis lacked them, or
 if h[5] then but('an instance held ids that Redis did not have') end
 local complete = h[2] or '0'
 unique, exact = string.format('%.0f', unique), why == '' and '1' or '0'
-redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under))
+if why ~= '' then why = why .. ': ' .. numbers end
+redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under), 'why', why)
 redis.call('HDEL', KEYS[2], 'locked', 'inexact')
 redis.call('PEXPIRE', KEYS[2], keep)
 redis.call('ZADD', KEYS[1], ends, name)
-return {0, unique, complete, exact, tostring(now), string.format('%.0f', under), why ~= '' and why .. ': ' .. numbers or ''}
+return {0, unique, complete, exact, tostring(now), string.format('%.0f', under), why}
 `)
 
 // unpublishedScript lists the epochs that are over and not delivered.
@@ -1026,11 +1028,12 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
 	c, under, ok := l.decided(s)
 	var err error
+	decides := false
 	if !ok {
 		var out []rueidis.RedisMessage
 		var members []string
 		out, members, err = l.lockSeal(ctx, s)
-		if err == nil && len(out) == 0 { // this process seals
+		if decides = err == nil && len(out) == 0; decides {
 			out, err = l.seal(ctx, s, members)
 		}
 		if err == nil {
@@ -1038,6 +1041,7 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 		}
 	}
 	if err == nil {
+		l.explain(s, decides)
 		err = l.addKeys(ctx, &c, under)
 	}
 	if err != nil {
@@ -1058,7 +1062,7 @@ func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) er
 	}
 	if c.Keys = keys; n != under && c.Exact {
 		c.Exact = false
-		l.explain(c.Span(), fmt.Sprintf("Redis has lost the counts of keys: %d ids are left of %d", n, under))
+		l.logInexact(c.Span(), fmt.Sprintf("Redis has lost the counts of keys: %d ids are left of %d", n, under))
 	}
 	return nil
 }
@@ -1157,8 +1161,7 @@ const (
 	sealWait    = 1
 )
 
-// seal counts the ids, and decides. The member that decides logs why a record is not
-// exact.
+// seal counts the ids, and decides.
 func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
 	ids, err := l.cfg.IDs.sealIDs(ctx, s, members)
 	if err != nil {
@@ -1172,17 +1175,11 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 		}
 		fit = n == ids.under
 	}
-	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
+	return l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
 		strconv.FormatUint(ids.under, 10), flag(fit),
 	})
-	if err == nil && len(out) == 7 {
-		why, _ := out[6].ToString()
-		l.explain(s, why)
-		out = out[:6]
-	}
-	return out, err
 }
 
 // decided returns what this process knows the epoch came to, and how many of its ids are
@@ -1196,13 +1193,13 @@ func (l *Ledger) decided(s counter.Span) (c counter.Count, under uint64, ok bool
 	return counter.Count{}, 0, false
 }
 
-// decision reads {0, unique, complete, exact, sealed, under} and keeps it: should Redis
+// decision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
 // lose it before it is delivered, the next beat writes it again.
 func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (c counter.Count, under uint64, err error) {
-	if len(out) != 6 {
+	if len(out) != 7 {
 		return c, 0, fmt.Errorf("a decision of %d parts", len(out))
 	}
-	var text [5]string
+	var text [6]string
 	for i := range text {
 		if text[i], err = out[1+i].ToString(); err != nil {
 			return c, 0, err
@@ -1228,7 +1225,7 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (c counter
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
 		decided := c
-		e.decided, e.under = &decided, under
+		e.decided, e.under, e.why = &decided, under, text[5]
 	}
 	return c, under, nil
 }

@@ -421,7 +421,8 @@ func (m *ledgerModel) others(me string, leave bool, unsettled string) (n int, ag
 	return n, m.now - last
 }
 
-// dumpLedger is what the ledger has, a line for each value: dump of ledgerModel gives the same.
+// dumpLedger is what the ledger has, a line for each value: dump of ledgerModel gives the same,
+// but for the reasons, which it does not have.
 const dumpLedger = `
 local out = {}
 for _, k in ipairs(redis.call('KEYS', KEYS[1] .. '*')) do
@@ -430,7 +431,9 @@ for _, k in ipairs(redis.call('KEYS', KEYS[1] .. '*')) do
     out[#out + 1] = name .. ' ' .. redis.call('GET', k)
   elseif kind == 'hash' then
     local h = redis.call('HGETALL', k)
-    for i = 1, #h, 2 do out[#out + 1] = name .. ' ' .. h[i] .. ' ' .. h[i + 1] end
+    for i = 1, #h, 2 do
+      if h[i] ~= 'why' then out[#out + 1] = name .. ' ' .. h[i] .. ' ' .. h[i + 1] end
+    end
   else
     local z = redis.call('ZRANGE', k, 0, -1, 'WITHSCORES')
     for i = 1, #z, 2 do out[#out + 1] = name .. ' ' .. z[i] .. ' ' .. z[i + 1] end
