@@ -386,7 +386,7 @@ func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
 }
 
 // TestRedisRetryAfterAnInstanceIsKilled: the ids of a killed instance stay, and their
-// tokens.
+// tokens. The record is not exact: nobody has seen that it answered its last batch.
 func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)
@@ -402,7 +402,7 @@ func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
 	})
 	wantAs(t, b.r, b.e, 0, "42", "key", "U", dedup.Repeat)
 	wantAs(t, b.r, b.e, 1, "42", "key", "T", dedup.ReplayedBefore)
-	if c := b.record(); c.Unique != 1 || !c.Exact || !slices.Equal(c.Keys, []counter.KeyCount{{Key: "key", Unique: 1}}) {
+	if c := b.record(); c.Unique != 1 || c.Exact || !slices.Equal(c.Keys, []counter.KeyCount{{Key: "key", Unique: 1}}) {
 		t.Errorf("the record is %+v", c)
 	}
 }

@@ -59,6 +59,7 @@ type answer struct {
 	whole  bool   // of a seal: no write can have been lost
 	under  uint64 // of a seal: ids under keys
 	copied bool   // of a seal: the master has replicas, or had some
+	open   bool   // of a seal: ids of sessions that have not reported may have had no answer
 }
 
 // errRefused is an answer that says that nothing was done. Any other error
@@ -154,7 +155,7 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 	if a.status, err = parts[0].ToString(); err != nil {
 		return a, err
 	}
-	if a.status == statusSealed && len(parts) == 6 {
+	if a.status == statusSealed && len(parts) == 7 {
 		if a.n, err = parts[1].AsUint64(); err != nil {
 			return a, err
 		}
@@ -171,7 +172,11 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 			return a, err
 		}
 		copies, err := parts[5].AsUint64()
-		a.copied = copies == 1
+		if err != nil {
+			return a, err
+		}
+		open, err := parts[6].AsUint64()
+		a.copied, a.open = copies == 1, open == 1
 		return a, err
 	}
 	if len(parts) == 4 {

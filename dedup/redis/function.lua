@@ -6,15 +6,16 @@
 --
 --   S<session>   what the last batch of a session was answered, packed, with when the
 --                session was heard (a second old at most)
---   I<session>   the ids that this batch has added, which are in doubt; not there once
---                the doubt has lapsed
+--   I<session>   the ids that this batch has added, which are in doubt, and DOUBTED if the
+--                session has refused others that may be in Redis; not there once the doubt
+--                has lapsed
 --   A            the sessions that may have ids in doubt
 --   E<epoch>     an open epoch: generation, ids of each of the first four kinds, partly,
 --                twice; where a key or a token was named also the ids under keys, the
 --                tokens, and the keys; packed
 --   X<epoch>     how many tokens it has, also once it is sealed
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
---                under keys, whether the master had replicas}
+--                under keys, whether the master had replicas, unanswered}
 --   id           whose data these are
 --   cut, cuts    when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
@@ -44,6 +45,9 @@ local pack, parse
 local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
 local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
 local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
+
+-- No packed id begins with it.
+local DOUBTED = '\192'
 
 -- A session that has not been heard for so long does not keep others in doubt.
 local LAPSE = 10
@@ -411,7 +415,8 @@ end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, whether the time is to be noted, and a list of ids of each kind. Where there are
+-- again, whether the time is to be noted (2: it is, and DOUBTED), and a list of ids of each
+-- kind. Where there are
 -- some with a key or a token: their list, the epochs before and behind, how many keys the
 -- epoch may have, and whether tokens of the epoch before may be lost.
 -- Modes: a add, l look, r take back, p replay what was lost, f replay what was
@@ -440,7 +445,7 @@ local function batch(key, a, undo)
   if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
 
   local now
-  local tick = a[10] == '1' or not at or h[3] or replay
+  local tick = a[10] ~= '0' or not at or h[3] or replay
   if tick then
     now = clock()
     if h[3] and not replay and not beat and holds(key, h[3], now) then return {'hold'} end
@@ -450,9 +455,10 @@ local function batch(key, a, undo)
   end
 
   local n = held[1] + held[2] + held[3] + held[4] + held[UNDER]
+  local doubted = a[10] == '2' and DOUBTED or ''
   if beat then
     if tick and h[2] and not complete(key .. ':' .. epoch .. ':', held) then return {'missing'} end
-    remember(key, session, '', {}, seq, at, '', gen or '', n, epoch, cuts)
+    remember(key, session, doubted, {}, seq, at, '', gen or '', n, epoch, cuts)
     if tick then call('EXPIRE', key, a[7]) end
     return {'ok', '', gen or '', n}
   end
@@ -470,12 +476,13 @@ local function batch(key, a, undo)
     if a[9] == '0' then partly = 1 end
   end
 
-  local lists, parts, total, more = {}, {}, 0, 0
+  local lists, parts, total, more = {}, nil, 0, 0 -- by kind; parts only if not all codes are 1
   local way = ways[mode] or ways.a
   local prefix = key .. ':' .. epoch .. ':'
   for k = 1, PLAIN do
-    if a[10 + k] ~= '' then
-      local set, ids = prefix .. KINDS[k], {parse(a[10 + k])}
+    local list = a[10 + k]
+    if list ~= '' then
+      local set, ids = prefix .. KINDS[k], {parse(list)}
       local added, codes
       if mode == '5' then
         added, codes = 0, {rep('5', #ids)}
@@ -491,10 +498,14 @@ local function batch(key, a, undo)
       if held[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end
       held[k] = held[k] + added
       total, more = total + #ids, more + added
-      lists[#lists + 1], parts[#parts + 1] = ids, codes or false
+      lists[k] = ids
+      if codes then
+        parts = parts or {}
+        parts[k] = codes
+      end
     end
   end
-  local doubt, named = '', ''
+  local named = ''
   local codes, list
   if a[15] then
     local tokens, added, doubtful = held[TOKENS]
@@ -519,13 +530,15 @@ local function batch(key, a, undo)
   end
   n = n + more
 
-  if mode == 'a' and more == total then
-    doubt = a[11] .. a[12] .. a[13] .. a[14] .. named
-  elseif mode == 'a' then
+  local answer, doubt = '', doubted
+  if not parts then
+    answer = rep('1', total)
+    if mode == 'a' then doubt = a[11] .. a[12] .. a[13] .. a[14] .. named .. doubted end
+  else
     local mine, others = {}
-    for p, ids in ipairs(lists) do
-      local codes = parts[p]
-      for i = 1, #ids do
+    for k = 1, PLAIN do
+      local ids, codes = lists[k] or {}, parts[k]
+      for i = 1, mode == 'a' and #ids or 0 do
         if not codes or codes[i] == '1' then
           mine[#mine + 1] = pack(ids[i])
         elseif codes[i] == '0' then
@@ -533,14 +546,13 @@ local function batch(key, a, undo)
           if among(others, ids[i]) then codes[i] = '2' end
         end
       end
+      answer = answer .. (codes and concat(codes) or rep('1', #ids))
     end
-    doubt = concat(mine) .. named
+    doubt = concat(mine) .. named .. doubted
   end
   if replay and more < total then twice = twice + total - more end
 
-  for p, codes in ipairs(parts) do parts[p] = codes and concat(codes) or rep('1', #lists[p]) end
-  if codes then parts[#parts + 1] = concat(codes) end
-  local answer = concat(parts)
+  if codes then answer = answer .. concat(codes) end
   if more ~= 0 or replay or codes or not h[2] then
     fields[#fields + 1] = 'E' .. epoch
     fields[#fields + 1] = close(gen, held, partly, twice)
@@ -593,12 +605,15 @@ end
 --
 -- It answers the count, whether ids are known to be given twice or forgotten (exact
 -- 0), whether it is certain that no write of the epoch was ever lost (whole 1), how
--- many of the ids are under keys, and whether a replica has to confirm the seal.
+-- many of the ids are under keys, whether a replica has to confirm the seal, and whether
+-- a session that has not reported may have left ids without an answer (unanswered 1): it
+-- has sent none since the batch that added them, and may be cut off, or asleep, and still
+-- refuse them.
 local function seal(key, a)
   local epoch = a[2]
   local list, over = sealed(key, epoch)
-  if over then return {'sealed', over[2], over[3], over[4], over[6] or 0, over[7] or 0} end
-  local now, exact, whole, n, under = clock(), 1, 1, 0, 0
+  if over then return {'sealed', over[2], over[3], over[4], over[6] or 0, over[7] or 0, over[8] or 0} end
+  local now, exact, whole, n, under, unanswered = clock(), 1, 1, 0, 0, 0
   local known, replicas = identify(key, now)
   replicas = replicas and 1 or 0
   local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
@@ -629,9 +644,10 @@ local function seal(key, a)
   for i = 8, #a do
     local mark, session = sub(a[i], 1, 1), sub(a[i], 2)
     absent[session] = mark == '+'
-    local state = call('HGET', key, 'S' .. session)
-    local _, at, heard
-    if state then _, at, _, _, _, _, heard = parse(state) end
+    local f = call('HMGET', key, 'S' .. session, 'I' .. session)
+    local state, _, at, heard, last = f[1]
+    if state then _, at, _, _, _, last, heard = parse(state) end
+    if mark ~= '=' and last == epoch and f[2] ~= '' then unanswered = 1 end
     -- One that was heard since writes may have been lost has added its own again, and one
     -- that was silent since before the epoch began has added none.
     if not state or recent and heard ~= cuts and (mark ~= '?' or at > began - LAPSE) or absent[session] and not known then whole = 0 end
@@ -657,12 +673,12 @@ local function seal(key, a)
       call('HDEL', key, 'X' .. list[i][1])
     end
   end
-  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3]), under, replicas}
+  kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3]), under, replicas, unanswered}
   call('HDEL', key, 'E' .. epoch)
   call('HSET', key, 'Z', pack(kept))
   call('EXPIRE', key, a[6])
   drop(key, epoch)
-  return {'sealed', n, exact, whole, under, replicas}
+  return {'sealed', n, exact, whole, under, replicas, unanswered}
 end
 
 -- bye: session. It has nothing left to be asked about; that it was there is kept for
@@ -698,6 +714,7 @@ local function rights(key)
 end
 
 local function prepare()
+  if call then return end
   sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
   pack, parse = cmsgpack.pack, cmsgpack.unpack
   call, try = redis.call, redis.pcall

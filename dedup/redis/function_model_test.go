@@ -19,6 +19,7 @@ type laneModel struct {
 	// The hash of the lane.
 	sessions map[string]laneSession
 	doubt    map[string][]string // ids of the last batch of a session; absent: the doubt has lapsed
+	doubted  map[string]bool     // sessions that have refused other ids that may be in Redis
 	active   []string
 	open     map[string]laneOpen
 	tokens   map[string]int // how many each epoch has
@@ -52,6 +53,7 @@ type laneSealed struct {
 	n, exact, whole int
 	until           float64
 	under           int
+	unanswered      int
 }
 
 // laneSets are the keys of an epoch: d, u, t, h, k and x are sets, n is a hash.
@@ -59,7 +61,7 @@ type laneSets map[string]map[string]int
 
 func newLaneModel() *laneModel {
 	return &laneModel{
-		identity: "1", rules: allRules, sessions: map[string]laneSession{}, doubt: map[string][]string{}, open: map[string]laneOpen{},
+		identity: "1", rules: allRules, sessions: map[string]laneSession{}, doubt: map[string][]string{}, doubted: map[string]bool{}, open: map[string]laneOpen{},
 		tokens: map[string]int{}, sets: map[string]laneSets{},
 	}
 }
@@ -74,7 +76,7 @@ func (s laneSets) clone() laneSets {
 
 func (m *laneModel) clone() *laneModel {
 	c := *m
-	c.sessions, c.doubt, c.tokens = maps.Clone(m.sessions), maps.Clone(m.doubt), maps.Clone(m.tokens)
+	c.sessions, c.doubt, c.doubted, c.tokens = maps.Clone(m.sessions), maps.Clone(m.doubt), maps.Clone(m.doubted), maps.Clone(m.tokens)
 	c.active, c.sealed = slices.Clone(m.active), slices.Clone(m.sealed)
 	c.open, c.sets = map[string]laneOpen{}, map[string]laneSets{}
 	for epoch, o := range m.open {
@@ -116,6 +118,7 @@ type laneBatch struct {
 	mode          string
 	epoch, expect string
 	whole, tick   bool
+	doubted       bool
 	ids           [4][]string // of the first four kinds
 	named         []laneNamed
 	before, after string
@@ -239,7 +242,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		return laneAnswer{"lost", "", o.gen, s.seq}
 	}
 	at := s.at
-	if tick := b.tick || !known || m.hold != 0 || replay; tick {
+	if tick := b.tick || b.doubted || !known || m.hold != 0 || replay; tick {
 		if m.hold != 0 && !replay && !beat && m.holds() {
 			return laneAnswer{status: "hold"}
 		}
@@ -256,6 +259,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	n := idsHeld(o.held)
 	if beat {
 		m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, "", o.gen, n, b.epoch, cuts}, []string{}
+		m.doubted[b.session] = b.doubted
 		return laneAnswer{"ok", "", o.gen, n}
 	}
 	mode := b.mode
@@ -323,6 +327,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		m.open[b.epoch] = o
 	}
 	m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, answer, o.gen, n, b.epoch, cuts}, doubt
+	m.doubted[b.session] = b.doubted
 	return laneAnswer{"ok", answer, o.gen, n}
 }
 
@@ -491,6 +496,7 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 		m.hold = m.now + 1.5
 	}
 	m.sessions[session], m.doubt[session] = laneSession{seq: seq, at: m.now, cuts: heard}, []string{}
+	delete(m.doubted, session)
 	return laneAnswer{status: "ok"}
 }
 
@@ -507,7 +513,7 @@ func (m *laneModel) reset(epoch, gen string) {
 // seal is seal of function.lua. Before a session stands whether it has reported: see there.
 func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status string, ids sealedIDs) {
 	answer := func(s laneSealed) (string, sealedIDs) {
-		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under)}
+		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under), open: s.unanswered == 1}
 	}
 	if over := m.over(epoch); over != nil {
 		return answer(*over)
@@ -542,6 +548,9 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 		absent[name[1:]] = name[0] == '+'
 		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.cuts != m.cuts && (name[0] != '?' || of.at > began-10) {
 			s.whole = 0
+		}
+		if ids, in := m.doubt[name[1:]]; name[0] != '=' && m.sessions[name[1:]].epoch == epoch && (!in || len(ids) > 0 || m.doubted[name[1:]]) && m.rules.unanswered {
+			s.unanswered = 1
 		}
 	}
 	for name, of := range m.sessions {
@@ -650,7 +659,7 @@ func (m *laneModel) dump() (out []string) {
 		line("X", epoch, n)
 	}
 	for _, z := range m.sealed {
-		line("Z", z.epoch, z.n, z.exact, z.whole, z.until, z.under, 0)
+		line("Z", z.epoch, z.n, z.exact, z.whole, z.until, z.under, 0, z.unanswered)
 	}
 	for epoch, sets := range m.sets {
 		for k, set := range sets {

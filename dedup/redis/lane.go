@@ -783,7 +783,10 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	}
 	l.r.counts.batches.Add(1)
 	now, tick := l.r.now.Load(), "0"
-	if now-l.ticked > int64(noteTime) || len(j.asked) > 0 {
+	switch {
+	case j.epoch.doubts.Load() > 0:
+		tick = "2"
+	case now-l.ticked > int64(noteTime) || len(j.asked) > 0:
 		tick = "1"
 	}
 	args := []string{
@@ -805,7 +808,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.succeeded()
 	switch a.status {
 	case statusOK:
-		if tick == "1" {
+		if tick != "0" {
 			l.ticked = now
 		}
 		l.unacked = j.mode == modeAdd

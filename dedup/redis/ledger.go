@@ -477,7 +477,8 @@ return out
 // registerWait). That it was heard since the end is not enough: it may be late itself.
 // Members that are gone have answered the rest of the ids, if that is at least what they
 // reported last, and unless one of the members, gone or not, has refused ids whose outcome
-// it does not know. All of this holds only if no write can have been lost that was not added
+// it does not know, or one that is gone has not shown a lane that it had the reply to its
+// last batch: it may be asleep, or cut off, and refuse those ids. All of this holds only if no write can have been lost that was not added
 // again (whole): a lost id and one that was added without an answer would cancel each other.
 //
 // The counts of the keys are those of Redis. If ids were added without an answer, they are
@@ -486,7 +487,7 @@ return out
 var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
-local under, fit = tonumber(ARGV[8]), ARGV[9] == '1'
+local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
 if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
 local keyed = 0
@@ -532,6 +533,8 @@ if #absent > 0 then
     but('an instance that may have answered alone ended without a report')
   elseif #doubted > 0 then
     but('instances had refused ids that may be in Redis (' .. table.concat(doubted, ' ') .. ')')
+  elseif unanswered and ids > sum + least then
+    but('the last ids of an instance that ended without a report may have had no answer')
   end
 elseif members == 0 and ids > 0 then
   unique = ids
@@ -1178,7 +1181,7 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 	return l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
-		strconv.FormatUint(ids.under, 10), flag(fit),
+		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open),
 	})
 }
 

@@ -338,7 +338,7 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledger
 	switch {
 	case absent > 0:
 		unique = max(ids.unique, sum+least)
-		exact = exact && ids.unique >= sum+least && !open && !(doubted && m.rules.doubts)
+		exact = exact && ids.unique >= sum+least && !open && !(doubted && m.rules.doubts) && !(ids.open && ids.unique > sum+least)
 	case len(rows) == 0 && ids.unique > 0, ids.unique > sum && late && m.rules.late:
 		unique, exact = ids.unique, false
 	case !m.rules.account:

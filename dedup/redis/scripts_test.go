@@ -175,7 +175,7 @@ func (w *twins) batch() {
 	b := laneBatch{
 		session: session, seq: w.lane.sessions[session].seq + pick(rnd, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2, -1),
 		mode: pick(rnd, "a", "a", "a", "a", "l", "r", "r", "p", "f", "b"), epoch: twinEpochs[i], before: twinEpochs[i-1],
-		whole: rnd.IntN(5) > 0, tick: rnd.IntN(2) == 0, maxKeys: 2, tokensLost: rnd.IntN(10) == 0,
+		whole: rnd.IntN(5) > 0, tick: rnd.IntN(2) == 0, doubted: rnd.IntN(6) == 0, maxKeys: 2, tokensLost: rnd.IntN(10) == 0,
 	}
 	if b.after = "1020000-10000"; i == 1 {
 		b.after = twinEpochs[2]
@@ -195,7 +195,11 @@ func (w *twins) batch() {
 	for _, n := range b.named {
 		named = append(named, n.kind, n.id, n.token, n.key)
 	}
-	args := append([]string{"batch", b.session, strconv.Itoa(b.seq), b.mode, b.epoch, b.expect, "1000", "1.5", flag(b.whole), flag(b.tick)}, lists...)
+	tick := flag(b.tick)
+	if b.doubted {
+		tick = "2"
+	}
+	args := append([]string{"batch", b.session, strconv.Itoa(b.seq), b.mode, b.epoch, b.expect, "1000", "1.5", flag(b.whole), tick}, lists...)
 	if len(named) > 0 {
 		args = append(args, packed(named...), b.before, b.after, strconv.Itoa(b.maxKeys), flag(b.tokensLost))
 	}
@@ -243,7 +247,7 @@ func (w *twins) sealLane() {
 	status, ids := w.lane.seal(epoch, giveUp, sessions)
 	model := "[" + status + "]"
 	if status == "sealed" {
-		model = fmt.Sprintf("[sealed %d %s %s %d 0]", ids.unique, flag(ids.exact), flag(ids.whole), ids.under)
+		model = fmt.Sprintf("[sealed %d %s %s %d 0 %s]", ids.unique, flag(ids.exact), flag(ids.whole), ids.under, flag(ids.open))
 	}
 	w.same(fmt.Sprint("seal ", epoch, giveUp, sessions), w.run("lane", []string{twinLane}, append([]string{"seal", epoch, "120", "3", flag(giveUp), "1000", "100"}, sessions...)...), model)
 }
@@ -372,11 +376,11 @@ func (w *twins) ledgerStep() {
 		}
 		w.same("seal "+name, got, model)
 	case 5, 6, 7:
-		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(5) > 0, whole: rnd.IntN(4) > 0, under: uint64(rnd.IntN(3))}
+		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(5) > 0, whole: rnd.IntN(4) > 0, under: uint64(rnd.IntN(3)), open: rnd.IntN(4) == 0}
 		fit, open := rnd.IntN(6) > 0, rnd.IntN(4) == 0
 		d := w.ledger.decide(name, ids, fit, open)
 		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
-			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit))
+			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open))
 		w.same(fmt.Sprint("decide ", name, ids, fit, open), w.reasoned(out), "[0 "+d.String()+"]")
 	case 8:
 		open := rnd.IntN(2) == 0

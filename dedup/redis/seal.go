@@ -40,6 +40,7 @@ type sealedIDs struct {
 	exact  bool   // no id is known to be given twice or forgotten
 	whole  bool   // no write can have been lost since the epoch began
 	under  uint64 // ids in Redis that were counted under keys
+	open   bool   // ids of sessions that have not reported may have had no answer
 }
 
 // sealIDs seals an epoch in every lane: from then on nobody adds to it, and its
@@ -73,6 +74,7 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 		sum.under += p.under
 		sum.exact = sum.exact && p.exact
 		sum.whole = sum.whole && p.whole
+		sum.open = sum.open || p.open
 	}
 	if err != nil {
 		return sealedIDs{}, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
