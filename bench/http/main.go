@@ -37,7 +37,7 @@ import (
 type run struct {
 	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
 	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
-	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch,options" help:"What is sent: ${enum}."`
+	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch,options,group" help:"What is sent: ${enum}."`
 	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,before,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none, before that of --before."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
@@ -50,8 +50,9 @@ type run struct {
 
 // serve is a server to be driven, as a process of its own.
 type serve struct {
-	Design string `arg:"" enum:"bare,seed,nethttp"`
+	Design string `arg:"" enum:"bare,seed,nethttp,plain"`
 	Listen string `arg:""`
+	Redis  string `arg:"" optional:"" help:"Address, for plain."`
 }
 
 type cli struct {
@@ -91,8 +92,9 @@ type sample struct {
 	Round    int     `json:"round"`
 	Server   string  `json:"server"`
 	Requests uint64  `json:"requests"`
-	Failed   uint64  `json:"failed"` // answered with a status above 399
-	CPU      float64 `json:"cpu_us"` // a request; an id of the scenarios batch and options
+	Failed   uint64  `json:"failed"`                 // answered with a status above 399
+	CPU      float64 `json:"cpu_us"`                 // a request; an id of the scenarios batch and options
+	Redis    float64 `json:"redis_cpu_us,omitempty"` // of CPU, in the scenario group
 	PerSec   float64 `json:"requests_per_second"`
 	P99      float64 `json:"p99_ms"`
 }
@@ -127,11 +129,9 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 	}
 	res := results{Conns: r.Conns, Seconds: r.Seconds, Flags: r.Flags}
 	for _, scenario := range r.Scenario {
-		if scenario == "batch" || scenario == "options" {
-			drive := r.batches
-			if scenario == "options" {
-				drive = r.options
-			}
+		if drive, is := map[string]func(context.Context, io.Writer, string, string) ([]sample, error){
+			"batch": r.batches, "options": r.options, "group": r.groups,
+		}[scenario]; is {
 			samples, err := drive(ctx, out, root, dir)
 			res.Samples = append(res.Samples, samples...)
 			if err != nil {

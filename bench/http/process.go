@@ -55,6 +55,9 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 			return nil, err
 		}
 		p.cmd = pinned(serverCore, self, "serve", name, p.addr)
+		if name == "plain" {
+			p.cmd.Args = append(p.cmd.Args, flags...)
+		}
 	}
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)

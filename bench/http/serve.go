@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log"
 	"net"
 	"net/http"
+	"strconv"
 	"time"
 
+	"github.com/redis/rueidis"
 	"github.com/valyala/fasthttp"
 
 	"verve/bench"
@@ -25,6 +28,8 @@ func (s *serve) run() error {
 		return serveSeed(ln)
 	case "nethttp":
 		return serveNetHTTP(ln)
+	case "plain":
+		return servePlain(ln, s.Redis)
 	}
 	return fmt.Errorf("unknown design %q", s.Design)
 }
@@ -53,6 +58,31 @@ func serveBare(ln net.Listener) error {
 	return like(func(ctx *fasthttp.RequestCtx) {
 		ctx.Response.Header.SetContentType("text/plain")
 		ctx.SetBody(bodyOK)
+	}).Serve(ln)
+}
+
+// servePlain keeps a key per id in a Redis that instances share, as it is usually done: SET
+// NX EX, by a library that sends the requests of all connections on one.
+func servePlain(ln net.Listener, redis string) error {
+	client, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{redis}, DisableCache: true})
+	if err != nil {
+		return err
+	}
+	return like(func(ctx *fasthttp.RequestCtx) {
+		ctx.Response.Header.SetContentType("text/plain")
+		minute := time.Now().Unix() / 60
+		key := strconv.FormatInt(minute, 10) + ":" + string(ctx.QueryArgs().Peek("id"))
+		err := client.Do(context.Background(), client.B().Set().Key(key).Value("1").Nx().ExSeconds(120).Build()).Error()
+		switch {
+		case err == nil:
+			ctx.SetBody(bodyOK)
+		case rueidis.IsRedisNil(err):
+			ctx.SetStatusCode(fasthttp.StatusConflict)
+			ctx.SetBody(bodyFailed)
+		default:
+			ctx.SetStatusCode(fasthttp.StatusServiceUnavailable)
+			ctx.SetBody(bodyFailed)
+		}
 	}).Serve(ln)
 }
 

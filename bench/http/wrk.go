@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -27,13 +28,14 @@ var (
 )
 
 // runs numbers the runs of wrk, so that ids are new over all of them.
-var runs = 1_000_000 + time.Now().Unix()%1_000_000
+var runs atomic.Int64
+
+func init() { runs.Store(1_000_000 + time.Now().Unix()%1_000_000) }
 
 // drive sends for some seconds with one thread, which is what one core can use.
 func (w wrk) drive(ctx context.Context, addr string, seconds int) (s sample, err error) {
-	runs++
 	cmd := pinned(wrkCore, "wrk", append([]string{"-t1", "-c", strconv.Itoa(w.conns), "-d", strconv.Itoa(seconds), "--latency",
-		"-s", w.script, "http://" + addr, "--", strconv.FormatInt(runs, 10)}, w.args...)...)
+		"-s", w.script, "http://" + addr, "--", strconv.FormatInt(runs.Add(1), 10)}, w.args...)...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {

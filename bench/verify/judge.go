@@ -37,6 +37,8 @@ type verdict struct {
 
 	KeyDifferences uint64 `json:"key_differences"`
 
+	Again int `json:"records_in_two_files"` // the same, of a group
+
 	Faults faults           `json:"faults"`
 	Levels map[string]level `json:"levels,omitempty"` // what the server took, with --admin
 	Table  []windowVerdict  `json:"table"`            // the bad windows, or all with --verbose
@@ -79,7 +81,7 @@ type judging struct {
 // skipFirst so is the first window. From there on nobody else may have called
 // the server.
 func judge(t *truth, windows []*windowTruth, records published, how judging) verdict {
-	v := verdict{Answers: t.answers, Refused: t.refused, Doubted: t.doubted, Lost: t.lost, Replayed: t.replays, Aside: t.aside, OnlyFailed: t.failed}
+	v := verdict{Again: records.again, Answers: t.answers, Refused: t.refused, Doubted: t.doubted, Lost: t.lost, Replayed: t.replays, Aside: t.aside, OnlyFailed: t.failed}
 	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines), Kinds: maps.Clone(t.faults.Kinds)}
 	for _, w := range windows {
 		v.Accepted += w.accepted

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"iter"
+	"slices"
 
 	"verve/stream"
 )
@@ -14,6 +15,7 @@ import (
 type published struct {
 	windows []stream.Record
 	keys    []stream.KeyRecord
+	again   int // records of a group that stand in two files, the same: they count once
 }
 
 // source reads every record there is, from the first one, each time it is called. Lines
@@ -58,8 +60,24 @@ func newSource(f *flags) source {
 		if err == nil && len(p.windows) == 0 {
 			err = missing
 		}
+		if len(files) > 1 {
+			p.dedupe()
+		}
 		return p, invalid, err
 	}
+}
+
+// dedupe leaves out a record of a group that another instance has written as well, because it
+// could not know: DESIGN.md, "The group".
+func (p *published) dedupe() {
+	seen := map[stream.Record]bool{}
+	p.windows = slices.DeleteFunc(p.windows, func(r stream.Record) bool {
+		again := seen[r] && r.Scope == stream.ScopeGroup
+		if seen[r] = true; again {
+			p.again++
+		}
+		return again
+	})
 }
 
 // collect adds the records that a reader yields.

@@ -293,7 +293,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turn()
-	return judge(d.truth, windows, published{s.records, s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose, keys: d.load.Keys})
+	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose, keys: d.load.Keys})
 }
 
 // once gives one step to the n-th request and lets the server behave otherwise.

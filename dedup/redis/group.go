@@ -101,16 +101,12 @@ type Group struct {
 	// exchanges with the ledger, so that a record is appended once.
 	mu      sync.Mutex
 	spooled map[counter.Span]uint64
-	term    bool           // this instance was leading at the last look
-	done    []counter.Span // marked last, should the ledger come to forget it
+	term    bool // this instance was leading at the last look
 }
 
 const (
 	// groupEvery is how often the leader looks for epochs that others left.
 	groupEvery = time.Second
-
-	// maxDone is more than the epochs that instances write into the ledger again.
-	maxDone = 1024
 
 	// failureLogEvery samples the log of a failure that repeats.
 	failureLogEvery = 30 * time.Second
@@ -297,9 +293,6 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	if _, there := g.spooled[s]; there {
 		return nil
 	}
-	if slices.Contains(g.done, s) {
-		return g.ledger.Delivered(ctx, s)
-	}
 	c, err := g.ledger.Seal(ctx, s)
 	if err != nil {
 		return err
@@ -334,9 +327,6 @@ func (g *Group) mark(ctx context.Context) error {
 			return err
 		}
 		delete(g.spooled, s)
-		if g.done = append(g.done, s); len(g.done) > maxDone {
-			g.done = slices.Delete(g.done, 0, 1)
-		}
 	}
 	return nil
 }

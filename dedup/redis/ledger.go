@@ -127,18 +127,20 @@ type Ledger struct {
 
 	// mu guards what follows.
 	mu       sync.Mutex
-	epochs   []ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
-	newest   time.Time     // start of the newest epoch that this process has opened
-	lead     time.Time     // until then this member publishes
-	others   int           // members alive beside this one
-	offset   time.Duration // how far the clock of Redis is ahead of this one
-	unsure   time.Duration // of offset
-	odd      string        // why this member stands outside of its group
-	oddAt    time.Time     // when a member of the group was seen last that kept it there
-	strange  string        // a member that stands outside
-	doubt    time.Time     // of Doubt
-	beatErr  error         // of the last beat
+	epochs   []ledgerEpoch  // this process knows of and has not heard to be delivered, oldest first
+	past     []counter.Span // whose records are known to be delivered, the last ones
+	newest   time.Time      // start of the newest epoch that this process has opened
+	lead     time.Time      // until then this member publishes
+	others   int            // members alive beside this one
+	offset   time.Duration  // how far the clock of Redis is ahead of this one
+	unsure   time.Duration  // of offset
+	odd      string         // why this member stands outside of its group
+	oddAt    time.Time      // when a member of the group was seen last that kept it there
+	strange  string         // a member that stands outside
+	doubt    time.Time      // of Doubt
+	beatErr  error          // of the last beat
 	lastBeat time.Time
+	beaten   int64     // when that was, by the clock of Redis
 	back     time.Time // when a beat was answered again after others may be taken for dead
 	keyed    keyedSpan // read last
 }
@@ -188,6 +190,10 @@ type ledgerEpoch struct {
 // maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
 // for a day) exist only in Redis and are lost with it.
 const maxLedgerEpochs = 512
+
+// maxPast is more than the epochs that members write into the ledger again, and enough for
+// what an old state of it has, or a slot that moved back.
+const maxPast = 4096
 
 func openLedger(cfg ledgerConfig) *Ledger {
 	l := &Ledger{unkept: logline.Sampler{Every: failureLogEvery}, cfg: cfg, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1)}
@@ -261,6 +267,16 @@ redis.call('HDEL', KEYS[1] .. ':', '')
 const luaNow = luaWrites + `
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
+`
+
+// luaLost reports whether the ledger has lost data since the last beat of a member, at the
+// time given: FLUSHALL, or an older state. Numbers of others may be missing, until that
+// member's next beat writes them again. A member that has left beats no more, and gives no
+// name.
+const luaLost = `
+local function lost(members, me, at)
+  return me ~= '' and (tonumber(redis.call('ZSCORE', members, me) or '') or -1) < tonumber(at)
+end
 `
 
 // luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N?" with
@@ -421,12 +437,13 @@ return 1
 // seal the future. A member that is silent, or has not left, is waited for until
 // the last clock must have turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + `
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under', 'why')
 if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
 if now < ends - skew then return {1, ends - skew - now} end
+if lost(KEYS[1], ARGV[8], ARGV[9]) then return {1, skew} end
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
 local function left(m)
@@ -484,12 +501,13 @@ return out
 // The counts of the keys are those of Redis. If ids were added without an answer, they are
 // right if none of those ids is under a key: if there are as many as the members have
 // answered under keys.
-var decideScript = rueidis.NewLuaScriptRetryable(luaNow + `
+var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
 local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
 if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
+if lost(KEYS[3], ARGV[11], ARGV[12]) then return {1} end
 local keyed = 0
 local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
@@ -734,7 +752,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if !l.lastBeat.IsZero() && (failed || began.Sub(l.lastBeat) > memberTTL-beatEvery) {
 		l.back = time.Now()
 	}
-	l.lastBeat = began
+	l.lastBeat, l.beaten = began, b.now
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
 	l.offset = time.UnixMilli(b.now).Sub(began.Add(took / 2))
 	l.unsure = took/2 + time.Millisecond
@@ -835,11 +853,19 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 				l.contradict(e)
 			}
 			if b.states[i] == 2 {
+				l.pass(s)
 				*e = ledgerEpoch{} // taken out below
 			}
 		}
 	}
 	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
+}
+
+// pass remembers that the record of an epoch is delivered. l.mu is held.
+func (l *Ledger) pass(s counter.Span) {
+	if l.past = append(l.past, s); len(l.past) > maxPast {
+		l.past = slices.Delete(l.past, 0, len(l.past)-maxPast)
+	}
 }
 
 // stand takes over which members have another window. l.mu is held.
@@ -1104,12 +1130,13 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
-		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), ms(keepUndelivered),
+		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), ms(keepUndelivered), "", "",
 	}
 	for {
 		if err := l.othersAreBack(ctx); err != nil {
 			return nil, nil, err
 		}
+		args[7], args[8] = l.asOf()
 		out, err := l.exec(ctx, sealScript, keys, args)
 		if err != nil {
 			return nil, nil, err
@@ -1178,11 +1205,26 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 		}
 		fit = n == ids.under
 	}
-	return l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
+	me, at := l.asOf()
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
-		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open),
+		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), me, at,
 	})
+	if err == nil && len(out) == 1 {
+		err = errors.New("Redis has lost data since the last heartbeat")
+	}
+	return out, err
+}
+
+// asOf is this member and the time of its last beat, for luaLost.
+func (l *Ledger) asOf() (me, at string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.left.Load() {
+		return "", "0"
+	}
+	return l.cfg.Member, strconv.FormatInt(l.beaten, 10)
 }
 
 // decided returns what this process knows the epoch came to, and how many of its ids are
@@ -1235,7 +1277,8 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (c counter
 
 // Unpublished returns the epochs of the group that are over and whose records
 // are not delivered, whoever opened them, oldest first; with open those that are
-// not over as well.
+// not over as well. Those of which this process knows that their records are delivered are
+// marked again: Redis has gone back to an older state.
 func (l *Ledger) Unpublished(ctx context.Context, open bool) ([]counter.Span, error) {
 	out, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)})
 	if err != nil {
@@ -1251,7 +1294,14 @@ func (l *Ledger) Unpublished(ctx context.Context, open bool) ([]counter.Span, er
 		if err != nil {
 			return nil, err
 		}
-		spans = append(spans, s)
+		l.mu.Lock()
+		passed := slices.Contains(l.past, s)
+		l.mu.Unlock()
+		if !passed {
+			spans = append(spans, s)
+		} else if err := l.Delivered(ctx, s); err != nil {
+			return nil, err
+		}
 	}
 	slices.SortFunc(spans, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
 	return spans, nil
@@ -1335,6 +1385,11 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 		}
 	}
 	l.forget(s)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !slices.Contains(l.past, s) {
+		l.pass(s)
+	}
 	return nil
 }
 

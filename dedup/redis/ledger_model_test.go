@@ -249,7 +249,7 @@ func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, 
 
 // seal is sealScript: what was decided, or for how long to wait, or the members that have
 // answered ids, for the caller to seal.
-func (m *ledgerModel) seal(name string) (d *ledgerDecision, wait int64, members []string) {
+func (m *ledgerModel) seal(name, me string, at int64) (d *ledgerDecision, wait int64, members []string) {
 	s, _ := parseSpan(name)
 	start, ends := s.Start.UnixMilli(), s.End().UnixMilli()
 	h := m.of[name]
@@ -258,6 +258,9 @@ func (m *ledgerModel) seal(name string) (d *ledgerDecision, wait int64, members 
 	}
 	if m.now < ends-modelSkew {
 		return nil, ends - modelSkew - m.now, nil
+	}
+	if m.lost(me, at) {
+		return nil, modelSkew, nil
 	}
 	inexact := false
 	for _, member := range m.alive(modelTTL) {
@@ -307,12 +310,21 @@ func decisionOf(h map[string]string) *ledgerDecision {
 	return &ledgerDecision{h["unique"], h["complete"], h["exact"], h["sealed"], cmp.Or(h["under"], "0")}
 }
 
-// decide is decideScript.
-func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool) *ledgerDecision {
+// lost is luaLost.
+func (m *ledgerModel) lost(me string, at int64) bool {
+	was, is := m.members[me]
+	return me != "" && (!is && at > -1 || is && was < at)
+}
+
+// decide is decideScript; nil: the ledger has lost data.
+func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me string, at int64) *ledgerDecision {
 	s, _ := parseSpan(name)
 	start, h := s.Start.UnixMilli(), m.epoch(name)
 	if h["unique"] != "" {
 		return decisionOf(h)
+	}
+	if m.lost(me, at) {
+		return nil
 	}
 	var sum, least, keyed uint64
 	rows := rowsOf(h)

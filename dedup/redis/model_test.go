@@ -60,6 +60,7 @@ type modelMember struct {
 
 	// In the ledger.
 	inside                       bool    // the ledger was reached
+	beaten                       int64   // by the last beat
 	opened, registered, reported bool    // the epoch
 	rows                         answers // as it remembers them
 }
@@ -78,10 +79,11 @@ type modelRules struct {
 	took       bool // ids without an answer stay in doubt when they are lost, or their removal
 	late       bool // a member that the ledger does not have in the epoch may have answered ids
 	unanswered bool // the last ids of a member that is gone may have had no answer
+	asOf       bool // one that has lost data since the last beat of a member is not believed by it
 	back       bool // after an outage of the ledger a seal waits for the others to be heard
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd       *rand.Rand
@@ -187,7 +189,7 @@ func (w *model) beat(m *modelMember) {
 		}
 		b.epochs = []ledgerEpochBeat{{name: modelSpan, ends: modelEnd * 1000, had: m.registered, doubted: m.doubts > 0, known: known}}
 	}
-	m.blind, m.inside = 0, true
+	m.blind, m.inside, m.beaten = 0, true, w.ledger.now
 	_, _, _, _, _, rows := w.ledger.beat(b)
 	if len(rows) > 0 {
 		m.registered = true
@@ -585,6 +587,31 @@ func (w *model) seal() *ledgerDecision {
 			w.report(m)
 		}
 	}
+	lose := func() {
+		if w.rnd.IntN(8) > 0 {
+			return
+		}
+		lost := newLedgerModel()
+		if w.oldLedger != nil && w.rnd.IntN(2) == 0 {
+			lost = w.oldLedger.clone()
+		}
+		lost.now, lost.rules = w.ledger.now, w.rules
+		was := w.ledger
+		if w.ledger = lost; w.onlyDisksKnow() { // see DESIGN.md, known gaps
+			w.ledger = was
+			return
+		}
+		w.note("the ledger has lost data")
+	}
+	lose()
+	sealer := func() (name string, at int64) {
+		for _, m := range back {
+			if slices.Contains(w.members, m) && w.rules.asOf {
+				return m.name, m.beaten
+			}
+		}
+		return "", 0 // it has left
+	}
 	act := func(seconds float64) {
 		w.pass(seconds)
 		for _, m := range back {
@@ -596,7 +623,8 @@ func (w *model) seal() *ledgerDecision {
 	}
 	var sessions []string
 	for {
-		d, wait, members := w.ledger.seal(modelSpan)
+		me, at := sealer()
+		d, wait, members := w.ledger.seal(modelSpan, me, at)
 		if d != nil {
 			return d
 		}
@@ -610,7 +638,14 @@ func (w *model) seal() *ledgerDecision {
 		if status == "sealed" {
 			ids.whole = ids.whole || !w.rules.whole
 			w.note("sealed: %+v, %v", ids, w.ledger.of[modelSpan])
-			return w.ledger.decide(modelSpan, ids, true, false)
+			lose()
+			for {
+				me, at := sealer()
+				if d := w.ledger.decide(modelSpan, ids, true, false, me, at); d != nil {
+					return d
+				}
+				act(0.5)
+			}
 		}
 		act(0.5)
 	}
@@ -686,6 +721,7 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"removals that are lost", 100_000, func(r *modelRules) { r.took = false }},
 		{"members that are late", 10_000, func(r *modelRules) { r.late = false }},
 		{"last ids of dead members", 10_000, func(r *modelRules) { r.unanswered = false }},
+		{"what the last beat wrote", 10_000, func(r *modelRules) { r.asOf = false }},
 		{"others come back", 10_000, func(r *modelRules) { r.back = false }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

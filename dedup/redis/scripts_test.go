@@ -357,7 +357,8 @@ func (w *twins) ledgerStep() {
 		w.same(fmt.Sprint("report ", me, name, complete, exact, n, under),
 			w.run("report", []string{k.epochs, epoch, k.unsettled}, me, "604800000", name, strconv.FormatInt(ends, 10), flag(complete), flag(exact), unsettled, n, under), flag(taken))
 	case 3, 4:
-		d, wait, members := w.ledger.seal(name)
+		sealer, at := pick(rnd, "", "a", "b"), w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)
+		d, wait, members := w.ledger.seal(name, sealer, at)
 		model := fmt.Sprintf("[1 %d]", wait)
 		if d != nil {
 			model = "[0 " + d.String() + "]"
@@ -365,7 +366,7 @@ func (w *twins) ledgerStep() {
 			model = strings.TrimSpace("2 " + strings.Join(members, " "))
 			model = "[" + model + "]"
 		}
-		got := w.run("seal", []string{k.members, k.unsettled, epoch, k.windows, k.length, k.opened}, "3000", strconv.FormatInt(s.Start.UnixMilli(), 10), strconv.FormatInt(ends, 10), "2000", "5000", "1000", "604800000")
+		got := w.run("seal", []string{k.members, k.unsettled, epoch, k.windows, k.length, k.opened}, "3000", strconv.FormatInt(s.Start.UnixMilli(), 10), strconv.FormatInt(ends, 10), "2000", "5000", "1000", "604800000", sealer, strconv.FormatInt(at, 10))
 		if strings.HasPrefix(got, "[2 ") {
 			list := strings.Fields(strings.Trim(got, "[]"))
 			slices.Sort(list[1:])
@@ -378,10 +379,15 @@ func (w *twins) ledgerStep() {
 	case 5, 6, 7:
 		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(5) > 0, whole: rnd.IntN(4) > 0, under: uint64(rnd.IntN(3)), open: rnd.IntN(4) == 0}
 		fit, open := rnd.IntN(6) > 0, rnd.IntN(4) == 0
-		d := w.ledger.decide(name, ids, fit, open)
+		sealer, at := pick(rnd, "", "", "a", "b"), w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)
+		d := w.ledger.decide(name, ids, fit, open, sealer, at)
 		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
-			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open))
-		w.same(fmt.Sprint("decide ", name, ids, fit, open), w.reasoned(out), "[0 "+d.String()+"]")
+			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), sealer, strconv.FormatInt(at, 10))
+		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at); d == nil {
+			w.same(what, out, "[1]")
+		} else {
+			w.same(what, w.reasoned(out), "[0 "+d.String()+"]")
+		}
 	case 8:
 		open := rnd.IntN(2) == 0
 		list := strings.Fields(strings.Trim(w.run("unpublished", []string{k.epochs}, flag(open)), "[]"))
