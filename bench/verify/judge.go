@@ -37,7 +37,8 @@ type verdict struct {
 
 	KeyDifferences uint64 `json:"key_differences"`
 
-	Again int `json:"records_in_two_files"` // the same, of a group
+	Again  int `json:"records_in_two_files"` // the same, of a group
+	Second int `json:"second_records"`       // windows of a group that have another record, one of which at least is not exact
 
 	Faults faults           `json:"faults"`
 	Levels map[string]level `json:"levels,omitempty"` // what the server took, with --admin
@@ -123,7 +124,12 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", v.Recovered, t.doubted)
 	}
 	v.Windows = len(rows)
-	checkSequence(&v.Faults, records.windows, first)
+	v.Second = checkSequence(&v.Faults, records.windows, first, how.allowInexact)
+	for _, rec := range records.windows {
+		if r := rows[rec.WindowStart.UnixMilli()]; r != nil && r.Records > 1 && rec.Scope == stream.ScopeGroup && rec.Exact && (rec.Unique < r.Least || rec.Unique > r.Most) {
+			v.Faults.add("exact and wrong", "one of the records of %s has %d and exact:true, %d were answered ok", r.Start, rec.Unique, r.Accepted)
+		}
+	}
 	if how.keys != nil {
 		v.judgeKeys(t, how.keys, windows, rows, records, how.allowInexact)
 	}
@@ -179,8 +185,9 @@ func (r *windowVerdict) check(allowInexact bool) bool {
 
 // checkSequence looks at what names the records from the window first on: no
 // record is visible twice, an instance numbers its records without gaps and in
-// the order of the windows, and a group has one record per window.
-func checkSequence(f *faults, records []stream.Record, first int64) {
+// the order of the windows, and a group has one record per window. It returns how many
+// windows of groups have two, where that is allowed because one is not exact.
+func checkSequence(f *faults, records []stream.Record, first int64, allowInexact bool) (second int) {
 	type series struct {
 		scope           stream.Scope
 		group, instance string
@@ -202,7 +209,9 @@ func checkSequence(f *faults, records []stream.Record, first int64) {
 			start, earlier := label(r.WindowStart.UnixMilli()), label(before.WindowStart.UnixMilli())
 			switch {
 			case key.scope == stream.ScopeGroup:
-				if start == earlier {
+				if start == earlier && allowInexact && !(before.Exact && r.Exact) {
+					second++
+				} else if start == earlier {
 					f.add("visible twice", "group %s has two records of %s", key.group, start)
 				}
 			case r.Seq == before.Seq:
@@ -217,6 +226,7 @@ func checkSequence(f *faults, records []stream.Record, first int64) {
 			}
 		}
 	}
+	return second
 }
 
 // print writes the verdict for people: bad windows (or all), faults, a summary.

@@ -395,7 +395,7 @@ func TestRandomFaults(t *testing.T) {
 // exact.
 func judgeReasons(t *testing.T, f *flags, v *verdict) {
 	t.Helper()
-	t.Logf("%d answers: %d ok, %d failed, %d refused; %d windows, %d are not exact, %d records stand in two files", v.Answers, v.Accepted, v.Repeated, v.Refused, v.Windows, v.Inexact, v.Again)
+	t.Logf("%d answers: %d ok, %d failed, %d refused; %d windows, %d are not exact, %d records stand in two files, %d windows have a second one that is not exact", v.Answers, v.Accepted, v.Repeated, v.Refused, v.Windows, v.Inexact, v.Again, v.Second)
 	why := reasons(t, f.SpawnLog)
 	for _, row := range v.Table {
 		switch {

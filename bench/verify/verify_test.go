@@ -609,3 +609,35 @@ func FuzzParseResponse(f *testing.F) {
 		}
 	})
 }
+
+// TestSecondRecordsOfAGroup: the same record in the files of two instances counts once. Another
+// record of the window is a fault, unless one is not exact and that is allowed; an exact one
+// must be right by itself.
+func TestSecondRecordsOfAGroup(t *testing.T) {
+	record := func(unique uint64, exact bool) stream.Record {
+		return stream.Record{WindowStart: time.UnixMilli(1000).UTC(), WindowMS: 1000, Unique: unique, Scope: stream.ScopeGroup, Group: "g", Exact: exact}
+	}
+	for name, tt := range map[string]struct {
+		records []stream.Record
+		lenient bool
+		good    bool
+	}{
+		"one":                       {[]stream.Record{record(3, true)}, false, true},
+		"the same twice":            {[]stream.Record{record(3, true), record(3, true)}, false, true},
+		"another":                   {[]stream.Record{record(3, true), record(2, true)}, true, false},
+		"another that is inexact":   {[]stream.Record{record(3, true), record(2, false)}, true, true},
+		"that may not be":           {[]stream.Record{record(3, true), record(2, false)}, false, false},
+		"a wrong one that is exact": {[]stream.Record{record(2, true), record(3, false)}, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			truth := newTruth(1, time.Second, false)
+			truth.lenient = tt.lenient
+			truth.record(0, time.Now(), []answer{{id: 1, window: 1000}, {id: 2, window: 1000}, {id: 3, window: 1000}})
+			p := published{windows: tt.records}
+			p.dedupe()
+			if v := judge(truth, truth.finish(), p, judging{allowInexact: tt.lenient}); v.Good != tt.good {
+				t.Errorf("good is %t: %+v", v.Good, v)
+			}
+		})
+	}
+}

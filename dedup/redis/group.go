@@ -268,13 +268,14 @@ func (g *Group) round(ctx context.Context) error {
 	if err := g.mark(ctx); err != nil {
 		return err
 	}
-	if !g.ledger.Leading() {
-		g.term = false
-		return nil
-	}
+	// Also where another leads: what this instance alone knows to be delivered is marked again.
 	spans, err := g.ledger.Unpublished(ctx, false)
 	if err != nil {
 		return err
+	}
+	if !g.ledger.Leading() {
+		g.term = false
+		return nil
 	}
 	for _, s := range spans {
 		if !g.ledger.Leading() {
