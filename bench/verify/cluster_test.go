@@ -49,7 +49,9 @@ func startCluster(t *testing.T, nodeTimeout time.Duration) *cluster {
 			"--repl-diskless-sync-delay", "0", "--save", "", "--dir", t.TempDir(), "--logfile", "log",
 		}}
 		t.Cleanup(n.kill)
-		n.start(t)
+		if err := n.start(); err != nil {
+			t.Fatal(err)
+		}
 		n.id = redisCLI(t, addr, "CLUSTER", "MYID")
 		c.nodes = append(c.nodes, n)
 	}
@@ -77,18 +79,21 @@ func startCluster(t *testing.T, nodeTimeout time.Duration) *cluster {
 	return c
 }
 
-func (n *clusterNode) start(t *testing.T) {
+// start starts the node, also again, and waits until it listens.
+func (n *clusterNode) start() error {
 	n.cmd = exec.Command(n.exe, n.args...)
 	if err := n.cmd.Start(); err != nil {
-		t.Fatal(err)
+		return err
 	}
-	testproc.Until(t, "redis-server listens", func() bool {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		nc, err := net.Dial("tcp", n.addr)
 		if err == nil {
-			_ = nc.Close()
+			return nc.Close()
 		}
-		return err == nil
-	})
+		if time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 // kill ends the node at once.
