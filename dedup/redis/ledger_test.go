@@ -377,6 +377,7 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	g.beat(dead)
 	<-known.known
 	later := g.member("later")
+	g.beat(later)
 	if got := g.unpublished(later); !slices.Equal(got, want) {
 		t.Fatalf("got %v, want %v", got, want)
 	}
