@@ -580,5 +580,5 @@ func decodeEntry(k, v []byte) (spooled, error) {
 	if err != nil {
 		return spooled{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
 	}
-	return spooled{index: index, record: r, value: append([]byte(nil), value...)}, nil
+	return spooled{index: index, record: r, value: bytes.Clone(value)}, nil
 }

@@ -3,6 +3,7 @@ package stream
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"os"
@@ -73,11 +74,6 @@ func (m *checkpoint) write(path string) error {
 	if err != nil {
 		return err
 	}
-	if _, err = f.WriteAt(p, int64(m.Turn%2)*checkpointBytes); err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	return err
+	_, err = f.WriteAt(p, int64(m.Turn%2)*checkpointBytes)
+	return errors.Join(err, f.Sync(), f.Close())
 }

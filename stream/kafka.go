@@ -348,11 +348,9 @@ func (k *kafkaSink) drop() {
 
 func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	identity, scope := batch[0].record.identity(), batch[0].record.Scope
-	for i := range batch {
-		if batch[i].record.identity() != identity || batch[i].record.Scope != scope {
-			batch = batch[:i] // the name was changed between two starts
-			break
-		}
+	other := func(e spooled) bool { return e.record.identity() != identity || e.record.Scope != scope }
+	if i := slices.IndexFunc(batch, other); i > 0 {
+		batch = batch[:i] // the name was changed between two starts
 	}
 	for proved := false; ; {
 		if batch[0].index <= k.single {
@@ -460,16 +458,20 @@ type present struct {
 	ahead bool   // and those whose window ends in the future
 }
 
-func (p *present) time(e *spooled, now time.Time) time.Time {
-	end := e.record.end()
-	if e.index <= p.upTo || p.ahead && end.After(now) {
+// has reports whether a record is sent with the present time.
+func (p *present) has(e spooled, now time.Time) bool {
+	return e.index <= p.upTo || p.ahead && e.record.end().After(now)
+}
+
+func (p *present) time(e spooled, now time.Time) time.Time {
+	if p.has(e, now) {
 		return now
 	}
-	return end
+	return e.record.end()
 }
 
 func (p *present) used(batch []spooled, now time.Time) bool {
-	return batch[0].index <= p.upTo || p.ahead && batch[len(batch)-1].record.end().After(now)
+	return slices.ContainsFunc(batch, func(e spooled) bool { return p.has(e, now) })
 }
 
 // widen gives more records of a refused batch the present time: first those that
@@ -477,13 +479,14 @@ func (p *present) used(batch []spooled, now time.Time) bool {
 // the first one that the broker takes as it is. False: all of them had it.
 func (p *present) widen(batch []spooled, now time.Time) bool {
 	var rest []uint64
-	for i := range batch {
-		if end := batch[i].record.end(); batch[i].index > p.upTo && !(p.ahead && end.After(now)) {
-			if end.After(now) {
-				p.ahead = true
-				return true
-			}
-			rest = append(rest, batch[i].index)
+	for _, e := range batch {
+		switch {
+		case p.has(e, now):
+		case e.record.end().After(now):
+			p.ahead = true
+			return true
+		default:
+			rest = append(rest, e.index)
 		}
 	}
 	if len(rest) == 0 {
@@ -715,7 +718,7 @@ func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 			Partition: s.partition,
 			Key:       []byte(entries[i].record.Key()),
 			Value:     entries[i].value,
-			Timestamp: k.present.time(&entries[i], now),
+			Timestamp: k.present.time(entries[i], now),
 			Headers:   schema,
 		}
 	}
@@ -756,7 +759,7 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled, now time.Ti
 				Partition: k.session.keysPartition,
 				Key:       append([]byte(of), key...),
 				Value:     lines.line(key, unique),
-				Timestamp: k.present.time(&entries[i], now),
+				Timestamp: k.present.time(entries[i], now),
 				Headers:   schema,
 			})
 			if len(records) == k.atOnce {
@@ -1015,8 +1018,7 @@ func poll(ctx context.Context, client *kgo.Client, left map[int32]int64, fn func
 	for _, e := range fetches.Errors() {
 		return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
 	}
-	for it := fetches.RecordIter(); !it.Done(); {
-		r := it.Next()
+	for r := range fetches.RecordsAll() {
 		end, ok := left[r.Partition]
 		if ok && r.Offset >= end-1 {
 			delete(left, r.Partition)
@@ -1034,9 +1036,7 @@ func poll(ctx context.Context, client *kgo.Client, left map[int32]int64, fn func
 // that runs into its deadline knows only that it did.
 type lastError struct{ err atomic.Pointer[error] }
 
-var (
-	_ kgo.HookBrokerConnect = (*lastError)(nil)
-)
+var _ kgo.HookBrokerConnect = (*lastError)(nil)
 
 func (l *lastError) OnBrokerConnect(_ kgo.BrokerMetadata, _ time.Duration, _ net.Conn, err error) {
 	if err != nil {

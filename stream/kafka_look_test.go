@@ -1,7 +1,6 @@
 package stream
 
 import (
-	"context"
 	"testing"
 
 	"github.com/rs/zerolog"
@@ -19,13 +18,7 @@ func TestLookKeepsPartitionsApartAborted(t *testing.T) {
 			sent{&e[0], 0, kgo.TryAbort},
 			sent{&e[1], 1, kgo.TryCommit})
 		oneBatchAnAnswer(t, c, 0, 1, 1, 0)
-		k := newKafkaSink(cfg, zerolog.Nop(), 2, noStep)
-		defer k.close()
-		missing, err := k.reconcile(context.Background(), e)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(missing) != 1 || missing[0].record.Key() != e[0].record.Key() {
+		if missing := look(t, cfg, e); len(missing) != 1 || missing[0].record.Key() != e[0].record.Key() {
 			t.Errorf("missing: %d entries, want the aborted one alone", len(missing))
 		}
 	}, kfake.NumBrokers(1), kfake.Ports(9092))
@@ -40,16 +33,22 @@ func TestLookKeepsPartitionsApartCommitted(t *testing.T) {
 			sent{&e[0], 0, kgo.TryAbort},
 			sent{&e[0], 1, kgo.TryCommit})
 		oneBatchAnAnswer(t, c, 0, 1, 0, 1, 0, 1)
-		k := newKafkaSink(cfg, zerolog.Nop(), 1, noStep)
-		defer k.close()
-		missing, err := k.reconcile(context.Background(), e)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(missing) != 0 {
+		if missing := look(t, cfg, e); len(missing) != 0 {
 			t.Errorf("missing: %d entries, want none, it was committed", len(missing))
 		}
 	}, kfake.NumBrokers(1), kfake.Ports(9092))
+}
+
+// look returns the entries that are not in the topic.
+func look(t *testing.T, cfg KafkaConfig, e []spooled) []spooled {
+	t.Helper()
+	k := newKafkaSink(cfg, zerolog.Nop(), uint64(len(e)), noStep)
+	defer k.close()
+	missing, err := k.reconcile(t.Context(), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return missing
 }
 
 type sent struct {

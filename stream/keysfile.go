@@ -79,24 +79,26 @@ func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, err e
 	if file, created, err = openToAppend(path); err != nil {
 		return nil, false, err
 	}
+	replaced, err := f.cutKeys(file, batch)
+	if err == nil && !replaced {
+		return file, created, nil
+	}
+	if err = errors.Join(err, file.Close()); err == nil {
+		file, _, err = openToAppend(path)
+	}
+	return file, created, err
+}
+
+// cutKeys removes what an earlier attempt has left. replaced: another file has the name now.
+func (f *fileSink) cutKeys(file *os.File, batch []spooled) (replaced bool, err error) {
 	info, err := file.Stat()
-	if err == nil && info.Mode().IsRegular() {
-		if err = repairTail(file, info.Size()); err == nil && batch[0].index <= f.unsure.Load() {
-			var replaced bool
-			if replaced, err = cutOut(file, path, leftover(&batch[0].record)); err == nil && replaced {
-				err = file.Close()
-				if err == nil {
-					file, _, err = openToAppend(path)
-				}
-				return file, created, err
-			}
-		}
+	if err != nil || !info.Mode().IsRegular() {
+		return false, err
 	}
-	if err != nil {
-		file.Close()
-		return nil, false, err
+	if err := repairTail(file, info.Size()); err != nil || batch[0].index > f.unsure.Load() {
+		return false, err
 	}
-	return file, created, nil
+	return cutOut(file, KeysFile(f.path), leftover(&batch[0].record))
 }
 
 // removeKeys removes what an earlier attempt has left of a record whose line another

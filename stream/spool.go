@@ -32,9 +32,6 @@ type SpoolConfig struct {
 	// Memory is what the process may take, in bytes; 0: it is not known. Without a Dir
 	// an eighth of it, and 256 MiB at most, is for the keys of records that wait.
 	Memory uint64
-	// limit is the number of undelivered records above which Append refuses.
-	// 0 means defaultSpoolLimit on disk, defaultMemoryLimit in memory.
-	limit int
 }
 
 // Check refuses names that cannot stand in a record's key, and a Dir that cannot
@@ -55,15 +52,15 @@ func (cfg *SpoolConfig) Check() error {
 }
 
 const (
-	// defaultSpoolLimit is two years of one-minute windows, or twelve hours of
+	// spoolLimit is two years of one-minute windows, or twelve hours of
 	// the shortest (50ms), and about half a gigabyte of disk. Above it the spool
 	// refuses: dropping the oldest record would be a silent loss, while a
 	// refused one makes the server not ready with a reason and stays with the
 	// counter until there is room.
-	defaultSpoolLimit = 1 << 20
+	spoolLimit = 1 << 20
 
-	// defaultMemoryLimit is 45 days of one-minute windows in about 25 MB.
-	defaultMemoryLimit = 1 << 16
+	// memoryLimit is 45 days of one-minute windows in about 25 MB.
+	memoryLimit = 1 << 16
 
 	// memoryKeysLimit bounds the keys of the records in memory, in bytes: two hours of
 	// minutes with 100,000 keys of a dozen letters. memoryKeysShare of SpoolConfig.Memory
@@ -90,8 +87,7 @@ var (
 // concurrent use.
 type Spool struct {
 	group, instance string
-	limit           int
-	durable         bool   // false: in memory
+	limit           int    // of pending; a variable for tests
 	setAside        string // name of the damaged file, empty if none was found
 
 	// mu serialises changes: the store, the state below and the watchers move
@@ -185,26 +181,16 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
-	if cfg.limit < 0 {
-		return nil, fmt.Errorf("spool limit %d is negative", cfg.limit)
-	}
 	s := &Spool{
 		group:   cfg.Group,
-		limit:   cfg.limit,
-		durable: cfg.Dir != "",
+		dir:     cfg.Dir,
+		limit:   memoryLimit,
+		store:   newMemoryStore(cfg.Memory),
 		changed: make(chan struct{}),
 		recent:  make(map[int64]uint64),
 	}
-	s.store = newMemoryStore(cfg.Memory)
-	if cfg.Dir == "" {
-		if s.limit == 0 {
-			s.limit = defaultMemoryLimit
-		}
-	} else {
-		if s.limit == 0 {
-			s.limit = defaultSpoolLimit
-		}
-		s.dir = cfg.Dir
+	if s.dir != "" {
+		s.limit = spoolLimit
 		err := s.openFile()
 		if err != nil && !durable.NoSpace(err) {
 			return nil, fmt.Errorf("open spool: %w", err)
@@ -609,7 +595,6 @@ type memoryStore struct {
 	entries   []spooled
 	keyBytes  int // of the keys of entries
 	keysLimit int // of keyBytes
-	poisoned  []spooled
 }
 
 // newMemoryStore returns the store of a process that may take so many bytes; 0: it is not
@@ -676,14 +661,10 @@ func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
 	return nil
 }
 
-func (m *memoryStore) condemn(e spooled, _, _ string) error {
-	m.poisoned = append(m.poisoned, e)
-	return nil
-}
-
-func (m *memoryStore) keepInstance(string) error { return nil }
-func (m *memoryStore) dropSink(string) error     { return nil }
-func (m *memoryStore) close() error              { return nil }
+func (m *memoryStore) condemn(spooled, string, string) error { return nil } // the log has it
+func (m *memoryStore) keepInstance(string) error             { return nil }
+func (m *memoryStore) dropSink(string) error                 { return nil }
+func (m *memoryStore) close() error                          { return nil }
 
 // beKey orders bbolt's keys by number.
 func beKey(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }

@@ -280,7 +280,7 @@ func (s *Stream) Flush(ctx context.Context) error {
 		case <-changed:
 		case <-ctx.Done():
 			kept := "on disk for the next start"
-			if !s.spool.durable {
+			if s.spool.dir == "" {
 				kept = "in memory only and lost with the process"
 			}
 			return fmt.Errorf("%d records not delivered, they are %s: %w", pending, kept, ctx.Err())
@@ -434,9 +434,9 @@ func (w *worker) run(ctx context.Context) {
 // step delivers one batch, or prepares the sink, or waits for a record. moved is set
 // if records were acknowledged.
 func (w *worker) step(ctx context.Context) (moved bool, err error) {
-	name, spool := w.sink.name(), w.stream.spool
+	spool := w.stream.spool
 	_, changed := spool.watch()
-	batch, err := spool.next(name, batchSize, batchKeys)
+	batch, err := spool.next(w.sink.name(), batchSize, batchKeys)
 	switch {
 	case err != nil:
 		return false, err
@@ -455,7 +455,7 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 		return false, nil
 	}
 	if err == nil {
-		w.recovered(name)
+		w.recovered()
 	}
 	return moved, err
 }
@@ -564,14 +564,14 @@ func (w *worker) fail(err error) {
 	}
 }
 
-func (w *worker) recovered(name string) {
+func (w *worker) recovered() {
 	w.mu.Lock()
 	since := w.failingSince
 	w.failingSince = time.Time{}
 	w.mu.Unlock()
 	if !since.IsZero() {
 		w.log.Reset()
-		w.stream.cfg.Log.Info().Str("sink", name).Dur("after_ms", time.Since(since)).Msg("records are delivered again")
+		w.stream.cfg.Log.Info().Str("sink", w.sink.name()).Dur("after_ms", time.Since(since)).Msg("records are delivered again")
 	}
 }
 

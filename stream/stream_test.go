@@ -226,10 +226,11 @@ func TestPublishLogsTheKeyOfEachRecord(t *testing.T) {
 
 func TestPublishRetriesWhileTheSpoolIsFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		sp, err := OpenSpool(SpoolConfig{Group: "g", Instance: "i", limit: 2})
+		sp, err := OpenSpool(SpoolConfig{Group: "g", Instance: "i"})
 		if err != nil {
 			t.Fatal(err)
 		}
+		sp.limit = 2
 		path := filepath.Join(t.TempDir(), "counts.jsonl")
 		s, err := New(Config{Scope: ScopeInstance, CountsFile: path}, sp)
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -233,8 +234,8 @@ func followTopic(ctx context.Context, client *kgo.Client, topic string, emit fun
 				return
 			}
 		}
-		for it := fetches.RecordIter(); !it.Done(); {
-			if emit(it.Next()) != nil {
+		for r := range fetches.RecordsAll() {
+			if emit(r) != nil {
 				return
 			}
 		}
@@ -464,11 +465,7 @@ func (t *Totals) Repeats() []Repeat { return t.repeats }
 func (t *Totals) Gaps() []Gap {
 	var out []Gap
 	for name, s := range t.series {
-		starts := make([]int64, 0, len(s.windows))
-		for start := range s.windows {
-			starts = append(starts, start)
-		}
-		slices.Sort(starts)
+		starts := slices.Sorted(maps.Keys(s.windows))
 		for i := 1; i < len(starts); i++ {
 			before, next := s.windows[starts[i-1]], s.windows[starts[i]]
 			expected := starts[i-1] + int64(before.length)
@@ -481,11 +478,7 @@ func (t *Totals) Gaps() []Gap {
 				})
 			}
 		}
-		seqs := make([]uint64, 0, len(s.seqs))
-		for seq := range s.seqs {
-			seqs = append(seqs, seq)
-		}
-		slices.Sort(seqs)
+		seqs := slices.Sorted(maps.Keys(s.seqs))
 		for i := 1; i < len(seqs); i++ {
 			if seqs[i] != seqs[i-1]+1 {
 				out = append(out, Gap{Series: name, FirstSeq: seqs[i-1] + 1, LastSeq: seqs[i] - 1})
