@@ -99,7 +99,7 @@ func (r *Record) check() error {
 	if r.WindowMS <= 0 || r.WindowMS > maxWindowMS {
 		return fmt.Errorf("window_ms %d is out of range", r.WindowMS)
 	}
-	if y := r.WindowStart.Year(); y < 1970 || y > 9999 {
+	if y := r.WindowStart.UTC().Year(); y < 1970 || y > 9999 {
 		return fmt.Errorf("window_start in year %d", y)
 	}
 	return checkName("group", r.Group)
