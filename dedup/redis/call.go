@@ -1,6 +1,7 @@
 package redis
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -90,13 +91,12 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 		if err == nil {
 			return parseAnswer(res)
 		}
-		var refused *rueidis.RedisError
-		if !errors.As(err, &refused) {
+		if !isRefusal(err) {
 			return answer{}, err
 		}
 		// Loaded for the first time, or lost with FLUSHALL, a restart, or a node
 		// that is new to the cluster.
-		if attempt == 0 && !r.script.Load() && functionMissing(refused) {
+		if attempt == 0 && !r.script.Load() && functionMissing(err) {
 			if err := r.load(ctx, *c); err != nil {
 				return answer{}, errRefused{err}
 			}
@@ -104,6 +104,12 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 		}
 		return answer{}, errRefused{err}
 	}
+}
+
+// isRefusal reports whether an error is an answer of Redis.
+func isRefusal(err error) bool {
+	_, ok := errors.AsType[*rueidis.RedisError](err)
+	return ok
 }
 
 func functionMissing(err error) bool {
@@ -117,29 +123,22 @@ func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 	var last error
 	for _, node := range c.Nodes() {
 		err := node.Do(ctx, node.B().FunctionLoad().Replace().FunctionCode(functionLibrary).Build()).Error()
-		var refused *rueidis.RedisError
 		switch {
 		case err == nil:
 			loaded = true
-		case errors.As(err, &refused) && (strings.Contains(err.Error(), "unknown command") || strings.HasPrefix(err.Error(), "NOPERM")):
+		case isRefusal(err) && (strings.Contains(err.Error(), "unknown command") || strings.HasPrefix(err.Error(), "NOPERM")):
 			if !r.script.Swap(true) {
 				r.cfg.Log.Info().Msg("this Redis refuses functions (" + firstLine(err) + "): scripts are used instead")
 			}
 			return nil
-		case errors.As(err, &refused) && strings.HasPrefix(err.Error(), "READONLY"):
-			// A replica: it gets them from its master.
-			last = err
-		default:
+		default: // perhaps a replica, which gets them from its master
 			last = err
 		}
 	}
 	if loaded {
 		return nil
 	}
-	if last == nil {
-		last = dedup.ErrUnavailable
-	}
-	return fmt.Errorf("loading the functions: %w", last)
+	return fmt.Errorf("loading the functions: %w", cmp.Or(last, dedup.ErrUnavailable))
 }
 
 func firstLine(err error) string {

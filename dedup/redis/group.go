@@ -136,7 +136,7 @@ func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error
 }
 
 // Publish reports an epoch that this instance has left and waits for its seal. A
-// stop does not wait: the epoch goes on without this instance, and leave, or
+// stop does not wait: the epoch goes on without this instance, and Leave, or
 // another, publishes it.
 func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	ctx, stop := context.WithCancel(ctx)
@@ -239,7 +239,7 @@ func (g *Group) try(ctx context.Context, message string, f func(context.Context)
 func (g *Group) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	defer g.onLeaving(0, stop)() // leave goes on
+	defer g.onLeaving(0, stop)() // Leave goes on
 	tick := time.NewTicker(groupEvery)
 	defer tick.Stop()
 	log := logline.Sampler{Every: failureLogEvery}
@@ -332,11 +332,17 @@ func (g *Group) mark(ctx context.Context) error {
 	return nil
 }
 
-// leave ends the membership. If no other is alive it finishes
-// what is left, also the open epoch where its end is within the time given: there
-// is one record per window and group, and whoever starts again within the window
-// goes on with its ids, so it cannot be published before its end.
-func (g *Group) leave(ctx context.Context) error {
+// Leaving says that the process stops: Publish no longer waits for an epoch that
+// goes on without this instance. Call it before the counter is sealed.
+func (g *Group) Leaving() { g.once.Do(func() { close(g.leaving) }) }
+
+// Leave takes this instance out of its group when the counter has stopped. The last
+// one to leave puts what the group has not published into the spool, also the open epoch
+// where its end is within the time given: there is one record per window and group, and
+// whoever starts again within the window goes on with its ids, so it cannot be published
+// before its end. Mark follows when all that is delivered.
+func (g *Group) Leave(ctx context.Context) error {
+	g.Leaving()
 	others, heard, err := g.ledger.Leave(ctx)
 	// One that was heard before this one left may be dead, or leave as well.
 	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
@@ -376,18 +382,6 @@ func (g *Group) leave(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// Leaving says that the process stops: Publish no longer waits for an epoch that
-// goes on without this instance. Call it before the counter is sealed.
-func (g *Group) Leaving() { g.once.Do(func() { close(g.leaving) }) }
-
-// Leave takes this instance out of its group when the counter has stopped. The last
-// one to leave puts what the group has not published into the spool. Mark follows
-// when that is delivered.
-func (g *Group) Leave(ctx context.Context) error {
-	g.Leaving()
-	return g.leave(ctx)
 }
 
 // Mark reports to the group which records are delivered: what Run does, once more

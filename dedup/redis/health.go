@@ -25,7 +25,7 @@ const (
 
 // health is what is known of the servers.
 type health struct {
-	refused atomic.Bool // by policy: see watch
+	refused atomic.Bool // ids may not be trusted to Redis, by its policy: see watch
 
 	mu      sync.Mutex
 	policy  string // why ids cannot be trusted to Redis; empty if they can
@@ -35,9 +35,6 @@ type health struct {
 	blind   bool                        // the policy cannot be read
 	rights  string                      // what the user may not do, or which part was never reached
 }
-
-// refuses reports whether ids may not be trusted to Redis.
-func (h *health) refuses() bool { return h.refused.Load() }
 
 func (h *health) reason() string {
 	h.mu.Lock()
@@ -126,8 +123,7 @@ var deniedCommand = regexp.MustCompile(`permissions? to run the '([^']+)' comman
 
 // explain says in few words what an error means.
 func explain(err error) string {
-	var refused *rueidis.RedisError
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*rueidis.RedisError](err); ok {
 		if m := deniedCommand.FindStringSubmatch(refused.Error()); m != nil {
 			return explanations["NOPERM"] + ": +" + m[1]
 		}
@@ -225,11 +221,9 @@ func (r *Set) checkPolicy() {
 	bad, blind := "", false
 	for addr, node := range (*r.client.Load()).Nodes() {
 		policy, err := evictionPolicy(ctx, node)
-		var refused *rueidis.RedisError
-		switch {
-		case err == nil && policy != noEviction:
+		if err == nil && policy != noEviction {
 			bad = fmt.Sprintf("maxmemory-policy of Redis at %s is %s, want %s", addr, policy, noEviction)
-		case errors.As(err, &refused):
+		} else if isRefusal(err) {
 			blind = true
 		}
 	}
@@ -273,13 +267,12 @@ func (r *Set) checkRights(reached []bool) {
 			continue // the users of the nodes are alike
 		}
 		a, err := r.call(ctx, r.lanes[i].key, "rights")
-		var refused *rueidis.RedisError
 		switch {
 		case err == nil && a.status == statusLacks:
 			reason = explanations["NOPERM"] + ": " + a.codes
 		case err == nil:
 			reached[i] = true
-		case errors.As(err, &refused) && strings.HasPrefix(explain(err), explanations["NOPERM"]):
+		case isRefusal(err) && strings.HasPrefix(explain(err), explanations["NOPERM"]):
 			reason = explain(err)
 		case !reached[i]:
 			reason = explain(err)

@@ -118,9 +118,7 @@ func sameAttempt(a, b *named) bool {
 	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
-// kind numbers the kinds as function.lua does.
-func (en *encoded) kind() int { return kindOf(en.data[0]) }
-
+// kindOf numbers the kinds as function.lua does.
 func kindOf(header byte) int {
 	switch header {
 	case kindDecimal:
@@ -183,5 +181,5 @@ func (en *entry) list() int {
 	if en.named != nil {
 		return namedIDs
 	}
-	return en.enc.kind()
+	return kindOf(en.enc.data[0])
 }

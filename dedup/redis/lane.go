@@ -174,7 +174,7 @@ var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)}
 // question is a caller that waits for an answer of a lane about an epoch.
 type question struct {
 	epoch *redisEpoch
-	done  chan error // capacity 1
+	done  chan error // with room for the answer
 }
 
 // job is a batch. Once its outcome is unknown it is sent until it is known.
@@ -238,7 +238,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	case s.refused.Load() || r.ledger.standing.Load() == outside:
 		l.mu.Unlock()
 		return 0, nil, errOutside
-	case l.down || r.health.refuses():
+	case l.down || r.health.refused.Load():
 		v, err := l.decide(e, key, en, enc, m)
 		l.mu.Unlock()
 		return v, nil, err
@@ -842,25 +842,19 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	return l.failed(j, errors.New("unexpected answer "+a.status), wait)
 }
 
-func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
-
 // failed notes that an attempt failed.
 func (l *lane) failed(j *job, err error, wait time.Duration) time.Duration {
 	l.r.health.failed(l.r, err)
-	l.mu.Lock()
-	if l.failing == 0 {
-		l.failing = max(1, int64(time.Since(l.r.start)))
-	}
-	l.err = err
-	l.mu.Unlock()
+	l.noteFailure(err)
 	l.dissolve(j)
 	return wait
 }
 
-// absent notes that there is no connection yet.
-func (l *lane) absent() {
+// noteFailure notes why nothing reaches Redis, and since when.
+func (l *lane) noteFailure(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.err = err
 	if l.failing == 0 {
 		l.failing = max(1, int64(time.Since(l.r.start)))
 	}

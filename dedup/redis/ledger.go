@@ -18,6 +18,7 @@ import (
 	"verve/counter"
 	"verve/dedup"
 	"verve/internal/logline"
+	"verve/internal/retry"
 )
 
 const (
@@ -1016,12 +1017,8 @@ func (l *Ledger) settle(ctx context.Context, s counter.Span) error {
 		if !some || oldest.After(s.Start) || newest.Before(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
-		t := time.NewTimer(settlePoll)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return ctx.Err()
+		if err := retry.Sleep(ctx, settlePoll); err != nil {
+			return err
 		}
 	}
 }
@@ -1177,10 +1174,8 @@ func (l *Ledger) othersAreBack(ctx context.Context) error {
 		if !failing && back <= 0 {
 			return nil
 		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(settlePoll):
+		if err := retry.Sleep(ctx, settlePoll); err != nil {
+			return err
 		}
 	}
 }
@@ -1321,9 +1316,7 @@ func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
 				return parseSpan(g[0] + ":" + g[1])
 			}
 		}
-		select {
-		case <-time.After(firstBeats):
-		case <-ctx.Done():
+		if retry.Sleep(ctx, firstBeats) != nil {
 			return counter.Span{}, fmt.Errorf("ledger: read the last epoch: %w", err)
 		}
 	}

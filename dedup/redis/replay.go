@@ -111,9 +111,9 @@ func (g *replayLog) rewind(seq uint64) {
 
 func (g *replayLog) left() int { return len(g.todo) }
 
-// ids counts the ids that are left.
-func (g *replayLog) ids() (n int) {
-	for b := g.todo; len(b) > 0; n++ {
+// countIDs counts the ids in a part of the log.
+func countIDs(b []byte) (n int) {
+	for ; len(b) > 0; n++ {
 		b = b[headerLen+int(b[1]):]
 	}
 	return n
@@ -136,11 +136,10 @@ func (g *replayLog) next(n int) (ids lists, size int) {
 	return ids, size
 }
 
-// sent moves the first bytes of what was left to what Redis has.
+// sent moves the first bytes of what was left to what Redis has, and returns how many
+// ids they are.
 func (g *replayLog) sent(seq uint64, bytes int) (n int) {
-	for b := g.todo[:bytes]; len(b) > 0; n++ {
-		b = b[headerLen+int(b[1]):]
-	}
+	n = countIDs(g.todo[:bytes])
 	g.have.append(g.todo[:bytes])
 	g.todo = g.todo[bytes:]
 	if len(g.todo) == 0 {
@@ -270,7 +269,7 @@ func (l *lane) retire(s *redisEpoch) int {
 	le.retired = true
 	unsent := 0
 	if !le.lost || le.sealed {
-		unsent = le.log.ids()
+		unsent = countIDs(le.log.todo)
 	}
 	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
 	le.log = replayLog{}
@@ -331,29 +330,24 @@ func (r *Set) settle(ctx context.Context, start time.Time) error {
 	done := make(chan error, len(r.lanes))
 	for i := range r.lanes {
 		l := &r.lanes[i]
-		q := &question{epoch: s, done: make(chan error, 1)}
 		l.mu.Lock()
 		if l.closed {
 			l.mu.Unlock()
 			return dedup.ErrUnavailable
 		}
-		l.asked = append(l.asked, q)
+		l.asked = append(l.asked, &question{epoch: s, done: done})
 		l.mu.Unlock()
 		l.nudge()
-		go func() {
-			select {
-			case err := <-q.done:
-				done <- err
-			case <-ctx.Done():
-				done <- ctx.Err()
-			}
-		}()
 	}
-	var first error
 	for range r.lanes {
-		if err := <-done; err != nil && first == nil {
-			first = err
+		select {
+		case err := <-done:
+			if err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	return first
+	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/redis/rueidis"
 
 	"verve/counter"
+	"verve/internal/retry"
 )
 
 const (
@@ -22,6 +23,8 @@ const (
 	// whose replicas do not answer comes later by this.
 	copyWait = 500 * time.Millisecond
 )
+
+func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
 
 // keepSeal is how long a lane remembers that an epoch is sealed.
 func keepSeal(window time.Duration) time.Duration {
@@ -101,10 +104,8 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 		if a.status == statusMissing && missing.IsZero() {
 			missing = time.Now()
 		}
-		select {
-		case <-ctx.Done():
-			return a, ctx.Err()
-		case <-time.After(sealRetry):
+		if err := retry.Sleep(ctx, sealRetry); err != nil {
+			return a, err
 		}
 	}
 }

@@ -10,6 +10,7 @@
 package redis
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -170,10 +171,7 @@ func New(cfg Config) (*Set, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, fmt.Errorf("redis: %w", err)
 	}
-	option, err := redisOption(&cfg)
-	if err != nil {
-		return nil, fmt.Errorf("dedup: %w", err)
-	}
+	option, _ := redisOption(&cfg) // checked
 	switch {
 	case cfg.Local == nil:
 		return nil, errors.New("redis: Local is required")
@@ -185,21 +183,11 @@ func New(cfg Config) (*Set, error) {
 		rand.Read(b[:]) // never fails
 		cfg.session = hex.EncodeToString(b[:])
 	}
-	if cfg.MaxSkew == 0 {
-		cfg.MaxSkew = defaultMaxSkew
-	}
-	if cfg.Timeout == 0 {
-		cfg.Timeout = defaultTimeout
-	}
-	if cfg.MaxKeys == 0 {
-		cfg.MaxKeys = counter.DefaultMaxKeys
-	}
-	if cfg.pending == 0 {
-		cfg.pending = defaultPending
-	}
-	if cfg.logBytes == 0 {
-		cfg.logBytes = defaultLogBytes
-	}
+	cfg.MaxSkew = cmp.Or(cfg.MaxSkew, defaultMaxSkew)
+	cfg.Timeout = cmp.Or(cfg.Timeout, defaultTimeout)
+	cfg.MaxKeys = cmp.Or(cfg.MaxKeys, counter.DefaultMaxKeys)
+	cfg.pending = cmp.Or(cfg.pending, defaultPending)
+	cfg.logBytes = cmp.Or(cfg.logBytes, defaultLogBytes)
 	r := &Set{
 		cfg: cfg, option: option, hash: laneKey(cfg.Group), seed: maphash.MakeSeed(),
 		start: time.Now(), closing: make(chan struct{}),
@@ -252,7 +240,7 @@ func (r *Set) connect() {
 		}
 		r.health.failed(r, err)
 		for i := range r.lanes {
-			r.lanes[i].absent()
+			r.lanes[i].noteFailure(err)
 		}
 		select {
 		case <-r.closing:
