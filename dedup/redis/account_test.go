@@ -235,10 +235,7 @@ func TestFullRedisComesBack(t *testing.T) {
 // has said hello, and has not added them again yet when another seals.
 func TestSealWaitsForTheReplayAfterHello(t *testing.T) {
 	t.Parallel()
-	server := startRedis(t)
-	way := startProxy(t, server.Addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	server, way, a, b, ea, eb := pairByProxy(t)
 	for i := range 10 {
 		wantInTime(t, a, ea, fmt.Sprint("a", i), dedup.Unique)
 	}
@@ -324,10 +321,7 @@ func TestSealIsWithAReplica(t *testing.T) {
 // TestDoubtThatLapsedIsOver: an instance cannot take back an id when others, after it
 // was silent for too long, have answered that they know it.
 func TestDoubtThatLapsedIsOver(t *testing.T) {
-	server := startRedis(t)
-	way := startProxy(t, server.Addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	server, way, a, b, ea, eb := pairByProxy(t)
 	wantInTime(t, a, ea, "before", dedup.Unique)
 	goDeaf(t, server, way, a)
 	if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {

@@ -732,10 +732,7 @@ func TestRedisRetriesAfterALoss(t *testing.T) {
 // an answer, until a retry elsewhere is answered ok. No instance reports that answer.
 func TestRedisABelievedDoubtIsNotExact(t *testing.T) {
 	t.Parallel()
-	server := startRedis(t)
-	way := startProxy(t, server.Addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	server, way, a, b, ea, eb := pairByProxy(t)
 	wantInTime(t, a, ea, "before", dedup.Unique)
 	goDeaf(t, server, way, a)
 	if v, err := addAs(t, a, ea, 0, "42", "", "T"); !errors.Is(err, dedup.ErrUnavailable) {

@@ -168,10 +168,7 @@ func wantInTime(t *testing.T, r *Set, e settest.Epochs, id string, want dedup.Ve
 func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 	for _, here := range []bool{true, false} {
 		t.Run(fmt.Sprint("asked again at the same instance: ", here), func(t *testing.T) {
-			server := startRedis(t)
-			way := startProxy(t, server.Addr)
-			a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+			server, way, a, b, ea, eb := pairByProxy(t)
 			wantInTime(t, a, ea, "before", dedup.Unique)
 
 			goDeaf(t, server, way, a)
@@ -290,10 +287,7 @@ func untilSettled(t *testing.T, r *Set) {
 // known and not yet repaired.
 func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	t.Parallel()
-	server := startRedis(t)
-	way := startProxy(t, server.Addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	server, way, a, b, ea, eb := pairByProxy(t)
 	wantInTime(t, a, ea, "before", dedup.Unique)
 	server.Kill() // nothing is saved
 	leaveUntold(a, ea, "42", lastSeq(a))
@@ -333,10 +327,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 // loss takes one of them, which another instance gives before this one notices.
 func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	t.Parallel()
-	server := startRedis(t)
-	way := startProxy(t, server.Addr)
-	a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	server, way, a, b, ea, eb := pairByProxy(t)
 	wantInTime(t, a, ea, "before", dedup.Unique)
 	wantInTime(t, b, eb, "left", dedup.Unique) // stands for what a batch of a has added
 	saved := lastSeq(a)
@@ -374,10 +365,7 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 	for _, all := range []bool{true, false} {
 		t.Run(fmt.Sprint("all is lost: ", all), func(t *testing.T) {
-			server := startRedis(t)
-			way := startProxy(t, server.Addr)
-			a, b := newRedis(t, way.addr()), newRedis(t, server.Addr)
-			ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+			server, way, a, b, ea, eb := pairByProxy(t)
 			wantInTime(t, a, ea, "1", dedup.Unique)
 			if got := server.do("SAVE"); got != "OK" {
 				t.Fatal("SAVE: ", got)

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"verve/internal/settest"
 )
 
 // proxy is a bad way to a Redis. Every request it takes arrives; the replies
@@ -26,6 +28,15 @@ type proxy struct {
 	conns map[net.Conn]*atomic.Bool // of clients; set: replies are thrown away
 	cuts  int
 	group sync.WaitGroup
+}
+
+// pairByProxy is two instances of a group, the first with a proxy on its way to Redis.
+func pairByProxy(t *testing.T) (server *redisServer, way *proxy, a, b *Set, ea, eb settest.Epochs) {
+	t.Helper()
+	server = startRedis(t)
+	way = startProxy(t, server.Addr)
+	a, b = newRedis(t, way.addr()), newRedis(t, server.Addr)
+	return server, way, a, b, settest.NewEpochs(t, a), settest.NewEpochs(t, b)
 }
 
 func startProxy(t testing.TB, to string) *proxy {

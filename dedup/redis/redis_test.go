@@ -64,7 +64,7 @@ func (s *redisServer) do(args ...string) string {
 	return text
 }
 
-// stored is the number of keys.
+// keys are the names of all that is stored.
 func (s *redisServer) keys() []string {
 	s.t.Helper()
 	all := s.do("KEYS", "*")
