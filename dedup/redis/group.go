@@ -93,8 +93,8 @@ type Group struct {
 	// sealed is what the epoch that was published last came to.
 	sealed atomic.Pointer[counter.Count]
 
-	leaving chan struct{} // closed: the process stops
-	once    sync.Once
+	leaving context.Context // ended: the process stops
+	leave   context.CancelFunc
 
 	// mu guards spooled, the records of epochs that are in the spool, or were, and
 	// that the ledger does not know as delivered yet: their place. It is held over
@@ -128,9 +128,10 @@ func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error
 	if err != nil {
 		return nil, fmt.Errorf("group: %w", err)
 	}
+	leaving, leave := context.WithCancel(context.Background())
 	return &Group{
 		ledger: l, records: records, log: log,
-		wake: make(chan struct{}, 1), leaving: make(chan struct{}),
+		wake: make(chan struct{}, 1), leaving: leaving, leave: leave,
 		spooled: spooled,
 	}, nil
 }
@@ -153,7 +154,7 @@ func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	}
 	sealing, stop := context.WithCancel(ctx)
 	defer stop()
-	defer g.onLeaving(0, stop)()
+	defer context.AfterFunc(g.leaving, stop)()
 	if err := g.try(sealing, "an epoch is not sealed yet, trying again", func(ctx context.Context) error {
 		sum, err := g.ledger.Seal(ctx, c.Span())
 		if err == nil {
@@ -183,42 +184,19 @@ func (g *Group) Sealed(span counter.Span) (counter.Count, bool) {
 // orLeft is the outcome of a publish that failed with err. When the process stops
 // that is none: the ids of the epoch are in the ledger's keeping.
 func (g *Group) orLeft(c counter.Count, err error) error {
-	select {
-	case <-g.leaving:
+	if g.leaving.Err() != nil {
 		g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
 			Msg("the other instances publish this window")
 		return nil
-	default:
-		return fmt.Errorf("publish %s: %w", c.Start.Format(time.RFC3339Nano), err)
 	}
-}
-
-// onLeaving calls f when, or soon after, the process stops. The func it returns
-// takes that back.
-func (g *Group) onLeaving(after time.Duration, f func()) (cancel func()) {
-	done := make(chan struct{})
-	go func() {
-		select {
-		case <-g.leaving:
-		case <-done:
-			return
-		}
-		t := time.NewTimer(after)
-		defer t.Stop()
-		select {
-		case <-t.C:
-			f()
-		case <-done:
-		}
-	}()
-	return sync.OnceFunc(func() { close(done) })
+	return fmt.Errorf("publish %s: %w", c.Start.Format(time.RFC3339Nano), err)
 }
 
 // try calls f until it succeeds or ctx ends; a stop ends ctx within leaveTry.
 func (g *Group) try(ctx context.Context, message string, f func(context.Context) error) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	defer g.onLeaving(leaveTry, stop)()
+	defer context.AfterFunc(g.leaving, func() { time.AfterFunc(leaveTry, stop) })()
 	var wait retry.Backoff
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
@@ -239,7 +217,7 @@ func (g *Group) try(ctx context.Context, message string, f func(context.Context)
 func (g *Group) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	defer g.onLeaving(0, stop)() // Leave goes on
+	defer context.AfterFunc(g.leaving, stop)() // Leave goes on
 	tick := time.NewTicker(groupEvery)
 	defer tick.Stop()
 	log := logline.Sampler{Every: failureLogEvery}
@@ -334,7 +312,7 @@ func (g *Group) mark(ctx context.Context) error {
 
 // Leaving says that the process stops: Publish no longer waits for an epoch that
 // goes on without this instance. Call it before the counter is sealed.
-func (g *Group) Leaving() { g.once.Do(func() { close(g.leaving) }) }
+func (g *Group) Leaving() { g.leave() }
 
 // Leave takes this instance out of its group when the counter has stopped. The last
 // one to leave puts what the group has not published into the spool, also the open epoch
