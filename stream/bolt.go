@@ -576,7 +576,7 @@ func decodeEntry(k, v []byte) (spooled, error) {
 	if err != nil {
 		return spooled{}, err
 	}
-	r, err := ParseRecord(value)
+	r, err := parseRecord(value)
 	if err != nil {
 		return spooled{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
 	}

@@ -399,7 +399,7 @@ func TestRecordIsPublishedAlthoughItsPublisherIsKilled(t *testing.T) {
 					}
 					var sums Totals
 					for _, l := range got {
-						r, err := ParseRecord([]byte(l))
+						r, err := parseRecord([]byte(l))
 						if err != nil {
 							t.Fatal(err)
 						}
@@ -556,7 +556,7 @@ func TestLeavingLeavesTheWindowToTheOthers(t *testing.T) {
 		if len(got) != 1 {
 			t.Fatalf("got %d lines", len(got))
 		}
-		if r, err := ParseRecord([]byte(got[0])); err != nil || r.Unique != 15 || r.Complete {
+		if r, err := parseRecord([]byte(got[0])); err != nil || r.Unique != 15 || r.Complete {
 			t.Errorf("got %+v, %v", r, err)
 		}
 	})

@@ -952,7 +952,7 @@ func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missi
 // sameCount tells whether a group's record counts the same; who sealed it and
 // when may differ.
 func sameCount(value string, r *Record) bool {
-	there, err := ParseRecord([]byte(value))
+	there, err := parseRecord([]byte(value))
 	return err == nil && there.Unique == r.Unique
 }
 

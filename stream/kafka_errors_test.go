@@ -248,7 +248,7 @@ func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 		defer client.Close()
 		other := 0
 		if err := readToEnd(t.Context(), client, topic, time.Time{}, func(r *kgo.Record) error {
-			if record, err := ParseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
+			if record, err := parseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
 				other++
 			}
 			return nil

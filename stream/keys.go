@@ -53,9 +53,9 @@ func (r *KeyRecord) Span() counter.Span {
 	return of.Span()
 }
 
-// ParseKeyRecord accepts exactly the bytes that a KeyRecord is written as, as
-// ParseRecord does.
-func ParseKeyRecord(b []byte) (KeyRecord, error) {
+// parseKeyRecord accepts exactly the bytes that a KeyRecord is written as, as
+// parseRecord does.
+func parseKeyRecord(b []byte) (KeyRecord, error) {
 	var r KeyRecord
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()

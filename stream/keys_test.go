@@ -102,7 +102,7 @@ func TestKeyRecordBytesAreGolden(t *testing.T) {
 		if got != c.json {
 			t.Errorf("got  %s\nwant %s", got, c.json)
 		}
-		r, err := ParseKeyRecord([]byte(got))
+		r, err := parseKeyRecord([]byte(got))
 		if err != nil || r.ID() != c.id || r.Key != c.key || r.Unique != 123 {
 			t.Errorf("parsed as %+v with the identity %s, %v", r, r.ID(), err)
 		}
@@ -112,7 +112,7 @@ func TestKeyRecordBytesAreGolden(t *testing.T) {
 	want := `"exact":true,"keys":3,"sealed_at":`
 	if b, err := r.appendJSON(nil); err != nil || !strings.Contains(string(b), want) {
 		t.Errorf("got %s, %v, want %s in it", b, err, want)
-	} else if back, err := ParseRecord(b); err != nil || back.Keys != 3 {
+	} else if back, err := parseRecord(b); err != nil || back.Keys != 3 {
 		t.Errorf("parsed as %+v, %v", back, err)
 	}
 }
@@ -138,7 +138,7 @@ func TestParseKeyRecordRefusesWhatIsNotCanonical(t *testing.T) {
 		if _, err := p.parse([]byte(good)); err != nil {
 			t.Fatal(err)
 		}
-		for way, parse := range map[string]func([]byte) (KeyRecord, error){"alone": ParseKeyRecord, "behind another": p.parse} {
+		for way, parse := range map[string]func([]byte) (KeyRecord, error){"alone": parseKeyRecord, "behind another": p.parse} {
 			if r, err := parse([]byte(s)); err == nil {
 				t.Errorf("%s, %s: accepted %s as %+v", name, way, s, r)
 			}
@@ -157,7 +157,7 @@ func FuzzParseKeyRecord(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
-		got, err := ParseKeyRecord(b)
+		got, err := parseKeyRecord(b)
 		again, err2 := p.parse(b)
 		if (err == nil) != (err2 == nil) || err == nil && got != again {
 			t.Fatalf("%q is %+v, %v, and behind another %+v, %v", b, got, err, again, err2)
@@ -353,7 +353,7 @@ func TestKeysFileIsBesideTheCountsFile(t *testing.T) {
 		"a.b/counts":              "a.b/counts-by-key",
 		"a/.counts":               "a/.counts-by-key",
 	} {
-		if got := KeysFile(counts); got != want {
+		if got := keysFile(counts); got != want {
 			t.Errorf("%s: got %s, want %s", counts, got, want)
 		}
 	}
@@ -378,9 +378,9 @@ func TestLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		for name, behind := range map[string]string{"alone": "", "shared": foreign, "zeros": string(make([]byte, 5000))} {
 			path := filepath.Join(t.TempDir(), "counts.jsonl")
 			deliver(t, newFileSink(path, nil, 0, noStep), all[:2])
-			appendText(t, KeysFile(path), foreign, string(left[:n]))
+			appendText(t, keysFile(path), foreign, string(left[:n]))
 			if behind != "" && n%2 == 0 {
-				file, err := os.OpenFile(KeysFile(path), os.O_RDWR|os.O_APPEND, 0)
+				file, err := os.OpenFile(keysFile(path), os.O_RDWR|os.O_APPEND, 0)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -389,7 +389,7 @@ func TestLinesByKeyOfAKillAreRemoved(t *testing.T) {
 					t.Fatal(err)
 				}
 				file.Close()
-				appendText(t, KeysFile(path), behind)
+				appendText(t, keysFile(path), behind)
 			}
 			// One by one: the second one's lines are left over for the first, too.
 			f := newFileSink(path, nil, 4, noStep)
@@ -422,9 +422,9 @@ func TestKeysOnStandardOutputAreBeforeTheirRecord(t *testing.T) {
 	var records []Record
 	for line := range strings.Lines(out.String()) {
 		line := []byte(strings.TrimSuffix(line, "\n"))
-		if r, err := ParseKeyRecord(line); err == nil {
+		if r, err := parseKeyRecord(line); err == nil {
 			got = append(got, r)
-		} else if r, err := ParseRecord(line); err != nil {
+		} else if r, err := parseRecord(line); err != nil {
 			t.Fatal(err)
 		} else if records = append(records, r); len(got) != 3*len(records) {
 			t.Errorf("record %d behind %d lines by key", len(records), len(got))
@@ -591,7 +591,7 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		f.claims = claimed{counter.Claim{Mine: true}}
 		deliver(t, f, []spooled{grouped(0)})
 		left := grouped(1)
-		appendText(t, KeysFile(path), strings.TrimSuffix(string(appendLines(nil, &left)), string(left.value)+"\n"))
+		appendText(t, keysFile(path), strings.TrimSuffix(string(appendLines(nil, &left)), string(left.value)+"\n"))
 		unsure := uint64(2)
 		if claim.Doubt {
 			unsure = 0

@@ -25,9 +25,9 @@ import (
 // The lock of the counts file covers both. With one process the lines to remove are the
 // last ones. Where several share the files, others may have appended behind them since.
 
-// KeysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
+// keysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
 // for counts.jsonl.
-func KeysFile(countsFile string) string {
+func keysFile(countsFile string) string {
 	ext := filepath.Ext(countsFile)
 	if ext == filepath.Base(countsFile) {
 		ext = ""
@@ -75,7 +75,7 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 // openKeys opens the file, to append, without what an earlier attempt has left of the
 // records.
 func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, err error) {
-	path := KeysFile(f.path)
+	path := keysFile(f.path)
 	if file, created, err = openToAppend(path); err != nil {
 		return nil, false, err
 	}
@@ -98,7 +98,7 @@ func (f *fileSink) cutKeys(file *os.File, batch []spooled) (replaced bool, err e
 	if err := repairTail(file, info.Size()); err != nil || batch[0].index > f.unsure.Load() {
 		return false, err
 	}
-	return cutOut(file, KeysFile(f.path), leftover(&batch[0].record))
+	return cutOut(file, keysFile(f.path), leftover(&batch[0].record))
 }
 
 // removeKeys removes what an earlier attempt has left of a record whose line another

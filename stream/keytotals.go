@@ -26,7 +26,7 @@ import (
 // they are then looked for in the counts file itself.
 func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
 	return func(yield func(KeyRecord, error) bool) {
-		path := KeysFile(countsFile)
+		path := keysFile(countsFile)
 		for {
 			if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 				break
@@ -68,7 +68,7 @@ func ReadKeysTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[
 	}
 }
 
-// keyParser is ParseKeyRecord for one after the other: those of one record differ in key
+// keyParser is parseKeyRecord for one after the other: those of one record differ in key
 // and unique only.
 type keyParser struct {
 	last  KeyRecord
@@ -90,7 +90,7 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 			}
 		}
 	}
-	r, err := ParseKeyRecord(b)
+	r, err := parseKeyRecord(b)
 	if err == nil {
 		of := r.record()
 		p.last, p.lines = r, newKeyJSON(&of)

@@ -127,11 +127,11 @@ func (r *Record) appendJSON(b []byte) ([]byte, error) {
 	return bytes.TrimSuffix(buf.Bytes(), []byte{'\n'}), nil
 }
 
-// ParseRecord accepts exactly the bytes that a record is written as and nothing
+// parseRecord accepts exactly the bytes that a record is written as and nothing
 // else: unknown, missing, repeated or reordered fields, other spellings of a
 // time or a number, and trailing bytes are errors. A reader that sums counts
 // must not guess.
-func ParseRecord(b []byte) (Record, error) {
+func parseRecord(b []byte) (Record, error) {
 	var r Record
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()

@@ -45,7 +45,7 @@ func TestRecordBytesAreGolden(t *testing.T) {
 			if k := c.record.Key(); k != c.key {
 				t.Errorf("key %q, want %q", k, c.key)
 			}
-			back, err := ParseRecord(b)
+			back, err := parseRecord(b)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -79,7 +79,7 @@ func TestParseRecordRefusesWhatIsNotCanonical(t *testing.T) {
 		"slash in a name":  strings.Replace(good, `host-1`, `host/1`, 1),
 		"no window":        strings.Replace(good, `60000`, `0`, 1),
 	} {
-		if r, err := ParseRecord([]byte(s)); err == nil {
+		if r, err := parseRecord([]byte(s)); err == nil {
 			t.Errorf("%s: accepted %s as %+v", name, s, r)
 		}
 	}
@@ -94,7 +94,7 @@ func FuzzParseRecord(f *testing.F) {
 	f.Add(b)
 	f.Add([]byte(`{"window_start":"`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r, err := ParseRecord(b)
+		r, err := parseRecord(b)
 		if err != nil {
 			return
 		}

@@ -45,7 +45,7 @@ func wantPrinted(t *testing.T, text string, n int) {
 		t.Fatalf("%d lines, want %d:\n%s", len(lines), n, text)
 	}
 	for i, line := range lines {
-		r, err := ParseRecord([]byte(line))
+		r, err := parseRecord([]byte(line))
 		if err != nil || !r.WindowStart.Equal(window(i).Start) {
 			t.Errorf("line %d: %s, %v", i, line, err)
 		}

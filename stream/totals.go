@@ -38,7 +38,7 @@ const followEvery = 200 * time.Millisecond
 func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
 	var p keyParser
 	return readFile(ctx, path, follow, func(line []byte) (Record, error) {
-		r, err := ParseRecord(line)
+		r, err := parseRecord(line)
 		if err != nil {
 			if _, kerr := p.parse(line); kerr == nil {
 				err = errOtherKind
@@ -247,7 +247,7 @@ func parseKafka(r *kgo.Record) (Record, error) {
 	if err := checkSchema(r); err != nil {
 		return Record{}, err
 	}
-	record, err := ParseRecord(r.Value)
+	record, err := parseRecord(r.Value)
 	if err == nil && record.Key() != string(r.Key) {
 		err = fmt.Errorf("key %q belongs to %q", r.Key, record.Key())
 	}

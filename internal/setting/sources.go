@@ -79,8 +79,7 @@ func (s *Sources) ReadFile(name string) error {
 
 // Cause is err without the path and the operation of a file's error.
 func Cause(err error) error {
-	var path *fs.PathError
-	if errors.As(err, &path) {
+	if path, ok := errors.AsType[*fs.PathError](err); ok {
 		return path.Err
 	}
 	return err
