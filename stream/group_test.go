@@ -2,6 +2,7 @@ package stream
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -96,23 +97,20 @@ func (l *sharedLedger) epoch(s counter.Span) *sharedEpoch {
 	return l.epochs[s]
 }
 
-func (m memberLedger) locked() (unlock func(), err error) {
+// try does f under the lock, if the member reaches the ledger.
+func (m memberLedger) try(f func()) error {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.away || m.dead[m.name] {
-		m.mu.Unlock()
-		return nil, errAway
+		return errAway
 	}
-	return m.mu.Unlock, nil
+	f()
+	return nil
 }
 
 func (m memberLedger) Report(_ context.Context, c counter.Count) (bool, error) {
-	unlock, err := m.locked()
-	if err != nil {
-		return false, err
-	}
-	defer unlock()
-	m.epoch(c.Span()).reported[m.name] = c
-	return true, nil
+	err := m.try(func() { m.epoch(c.Span()).reported[m.name] = c })
+	return err == nil, err
 }
 
 func (m memberLedger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
@@ -120,49 +118,50 @@ func (m memberLedger) Seal(ctx context.Context, s counter.Span) (counter.Count, 
 		if ctx.Err() != nil {
 			return counter.Count{}, ctx.Err()
 		}
-		unlock, err := m.locked()
+		var decided *counter.Count
+		err := m.try(func() { decided = m.decide(s) })
 		if err != nil {
 			return counter.Count{}, err
 		}
-		e := m.epoch(s)
-		ready := e.decided != nil
-		if !ready {
-			c := counter.Count{Start: s.Start, Window: s.Window, Exact: true, SealedAt: s.End()}
-			ready = !s.End().After(time.Now())
-			for name := range m.members {
-				_, left := e.reported[name]
-				ready = ready && left
-			}
-			for _, r := range e.reported {
-				c.Unique += r.Unique
-				c.Complete = c.Complete || r.Complete
-			}
-			if ready {
-				e.decided = &c
-			}
-		}
-		c := e.decided
-		unlock()
-		if ready {
-			return *c, nil
+		if decided != nil {
+			return *decided, nil
 		}
 	}
 }
 
-func (m memberLedger) Unpublished(_ context.Context, open bool) ([]counter.Span, error) {
-	unlock, err := m.locked()
-	if err != nil {
-		return nil, err
+// decide returns what the epoch came to, nil while it may not be sealed. mu is held.
+func (m memberLedger) decide(s counter.Span) *counter.Count {
+	e := m.epoch(s)
+	if e.decided != nil {
+		return e.decided
 	}
-	defer unlock()
-	var out []counter.Span
-	for s, e := range m.epochs {
-		if !e.delivered && (open || !s.End().After(time.Now())) {
-			out = append(out, s)
+	ready := !s.End().After(time.Now())
+	for name := range m.members {
+		_, left := e.reported[name]
+		ready = ready && left
+	}
+	if !ready {
+		return nil
+	}
+	c := counter.Count{Start: s.Start, Window: s.Window, Exact: true, SealedAt: s.End()}
+	for _, r := range e.reported {
+		c.Unique += r.Unique
+		c.Complete = c.Complete || r.Complete
+	}
+	e.decided = &c
+	return &c
+}
+
+func (m memberLedger) Unpublished(_ context.Context, open bool) (out []counter.Span, err error) {
+	err = m.try(func() {
+		for s, e := range m.epochs {
+			if !e.delivered && (open || !s.End().After(time.Now())) {
+				out = append(out, s)
+			}
 		}
-	}
+	})
 	slices.SortFunc(out, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
-	return out, nil
+	return out, err
 }
 
 func (m memberLedger) Leading() bool {
@@ -175,43 +174,26 @@ func (m memberLedger) Leading() bool {
 }
 
 func (m memberLedger) Claim(_ context.Context, s counter.Span) (claim counter.Claim, err error) {
-	unlock, err := m.locked()
-	if err != nil {
-		return claim, err
-	}
-	defer unlock()
-	claim.Doubt = !s.End().After(m.doubts[m.name])
-	if e := m.epoch(s); e.written || e.delivered {
-		claim.Written = true
-		return claim, nil
-	}
-	if m.leader == "" {
-		m.leader = m.name
-	}
-	claim.Mine = m.leader == m.name
-	return claim, nil
+	err = m.try(func() {
+		claim.Doubt = !s.End().After(m.doubts[m.name])
+		if e := m.epoch(s); e.written || e.delivered {
+			claim.Written = true
+			return
+		}
+		m.leader = cmp.Or(m.leader, m.name)
+		claim.Mine = m.leader == m.name
+	})
+	return claim, err
 }
 
 func (m memberLedger) Doubt(upTo time.Time) { m.set(func() { m.doubts[m.name] = upTo }) }
 
 func (m memberLedger) Written(_ context.Context, s counter.Span) error {
-	unlock, err := m.locked()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	m.epoch(s).written = true
-	return nil
+	return m.try(func() { m.epoch(s).written = true })
 }
 
 func (m memberLedger) Delivered(_ context.Context, s counter.Span) error {
-	unlock, err := m.locked()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	m.epoch(s).delivered = true
-	return nil
+	return m.try(func() { m.epoch(s).delivered = true })
 }
 
 func (m memberLedger) Leave(ctx context.Context) (int, time.Duration, error) {
@@ -224,13 +206,9 @@ func (m memberLedger) Leave(ctx context.Context) (int, time.Duration, error) {
 	return m.Others(ctx)
 }
 
-func (m memberLedger) Others(context.Context) (int, time.Duration, error) {
-	unlock, err := m.locked()
-	if err != nil {
-		return 0, 0, err
-	}
-	defer unlock()
-	return len(m.members), 0, nil
+func (m memberLedger) Others(context.Context) (n int, heard time.Duration, err error) {
+	err = m.try(func() { n = len(m.members) })
+	return n, 0, err
 }
 
 // member is an instance of a group of a test.

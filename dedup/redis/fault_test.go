@@ -193,10 +193,7 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 				wantInTime(t, b, eb, "42", dedup.Unique)
 				wantInTime(t, a, ea, "42", dedup.Repeat)
 			}
-			testproc.Until(t, "all is settled", func() bool {
-				_, _, some := a.unsettled()
-				return !some
-			})
+			untilSettled(t, a)
 			if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
 				t.Errorf("sealed %d, %v; want 2, true", n, exact)
 			}
@@ -225,10 +222,7 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	group.Wait()
 	way.deaf.Store(false)
 	way.cut(0)
-	testproc.Until(t, "all is settled", func() bool {
-		_, _, some := r.unsettled()
-		return !some
-	})
+	untilSettled(t, r)
 	if n, exact := sealed(t, e, r, 0); n != uint64(len(epochtest.Alike)) || !exact {
 		t.Errorf("sealed %d, exact %v; want %d, true", n, exact, len(epochtest.Alike))
 	}
@@ -635,10 +629,7 @@ func TestRedisFailures(t *testing.T) {
 				return err == nil
 			})
 			e.Want(t, r, 0, "0", dedup.Repeat)
-			testproc.Until(t, "all is settled", func() bool {
-				_, _, some := r.unsettled()
-				return !some
-			})
+			untilSettled(t, r)
 			if n, exact := sealed(t, e, r, 0); n != uint64(ids+1) || !exact {
 				t.Errorf("sealed %d, exact %v; want %d, true", n, exact, ids+1)
 			}
@@ -743,10 +734,7 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
 	}
-	testproc.Until(t, "all is settled", func() bool {
-		_, _, some := a.unsettled()
-		return !some
-	})
+	untilSettled(t, a)
 	if n, exact := sealed(t, eb, b, 0); n != 1 || exact {
 		t.Errorf("sealed %d, exact %v; want 1, false", n, exact)
 	}
@@ -788,10 +776,7 @@ func TestRedisFailOpen(t *testing.T) {
 			}
 			server.Start()
 			for _, r := range sets {
-				testproc.Until(t, "all is settled", func() bool {
-					_, _, some := r.unsettled()
-					return !some
-				})
+				untilSettled(t, r)
 			}
 			want := uint64(2*ids + 2)
 			if same {
