@@ -27,6 +27,7 @@ import (
 	"github.com/twmb/franz-go/pkg/sasl/scram"
 
 	"verve/counter"
+	"verve/internal/retry"
 	"verve/internal/setting"
 )
 
@@ -681,10 +682,8 @@ func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, name,
 			return 0, k.lacks("Describe, and Create if it is missing,", name, fmt.Errorf("find topic %s: %w", name, err))
 		}
 		missing = err // or on its way
-		select {
-		case <-ctx.Done():
-			return 0, fmt.Errorf("find topic %s: %w", name, cmp.Or(missing, ctx.Err()))
-		case <-time.After(250 * time.Millisecond):
+		if err := retry.Sleep(ctx, 250*time.Millisecond); err != nil {
+			return 0, fmt.Errorf("find topic %s: %w", name, cmp.Or(missing, err))
 		}
 	}
 }
@@ -810,16 +809,7 @@ func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record) erro
 func (s *session) commit(ctx context.Context) error {
 	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepWait)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() {
-		t := time.NewTimer(stopWait)
-		defer t.Stop()
-		select {
-		case <-t.C:
-			cancel()
-		case <-cctx.Done():
-		}
-	})
-	defer stop()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(stopWait, cancel) })()
 	// Nothing is buffered, every promise has been kept: this aborts nothing. It
 	// is called for the lock it takes. kgo 1.22.2 hands the records of a topic
 	// that is new to the client to their broker before it stores the topic's

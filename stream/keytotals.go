@@ -13,12 +13,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"verve/counter"
+	"verve/internal/retry"
 )
 
 // ReadKeysFile yields the lines by key beside a counts file, as ReadFile does. There is no
@@ -35,10 +35,8 @@ func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2
 				path = countsFile
 				break
 			}
-			select {
-			case <-ctx.Done():
+			if retry.Sleep(ctx, followEvery) != nil {
 				return
-			case <-time.After(followEvery):
 			}
 		}
 		var p keyParser

@@ -17,6 +17,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"verve/counter"
+	"verve/internal/retry"
 )
 
 // errInvalidRecord marks what a reader yields for a line or a Kafka record that
@@ -120,12 +121,10 @@ func (c *countsLines) invalid(err error) error {
 
 // await looks for more after a while.
 func (c *countsLines) await(ctx context.Context) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(followEvery):
-		return c.catchUp()
+	if err := retry.Sleep(ctx, followEvery); err != nil {
+		return err
 	}
+	return c.catchUp()
 }
 
 // catchUp turns to the file that has the name now, or to the new end of one that

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"strconv"
 	"strings"
@@ -148,18 +149,13 @@ func (l *Ledger) keep(end bool) {
 	l.keeping.Lock()
 	defer l.keeping.Unlock()
 	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
-	have := map[string]bool{}
 	l.mu.Lock()
 	for i := range l.epochs {
-		e := &l.epochs[i]
-		if e.decided != nil || len(e.answers) == 0 {
-			continue
+		if e := &l.epochs[i]; e.decided == nil && len(e.answers) > 0 {
+			name := spanName(e.span)
+			k.Epochs[name] = maps.Clone(e.answers)
+			end = end || l.kept[name] == nil
 		}
-		all := answers{}
-		all.learn(e.answers)
-		k.Epochs[spanName(e.span)] = all
-		have[spanName(e.span)] = true
-		end = end || !l.kept[spanName(e.span)]
 	}
 	l.mu.Unlock()
 	if !end {
@@ -176,7 +172,7 @@ func (l *Ledger) keep(end bool) {
 		}
 		return
 	}
-	l.kept = have
+	l.kept = k.Epochs
 }
 
 // recall reads what the last process has kept, for the first beat to report.

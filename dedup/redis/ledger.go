@@ -122,9 +122,9 @@ type Ledger struct {
 	left     atomic.Bool
 	standing atomic.Int32 // of this member in the group
 
-	keeping sync.Mutex      // guards what follows: one writes the file at a time
-	kept    map[string]bool // the epochs in the file
-	unkept  logline.Sampler // of the line that it cannot be written
+	keeping sync.Mutex         // guards what follows: one writes the file at a time
+	kept    map[string]answers // of the epochs in the file
+	unkept  logline.Sampler    // of the line that it cannot be written
 
 	// mu guards what follows.
 	mu       sync.Mutex

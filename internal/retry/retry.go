@@ -12,18 +12,18 @@ import (
 // same server do not return in step. Five seconds leaves a server that came back
 // found well within half a minute.
 const (
-	Min = 100 * time.Millisecond
-	Max = 5 * time.Second
+	shortest = 100 * time.Millisecond
+	longest  = 5 * time.Second
 )
 
-// Backoff waits longer each time. The zero value starts at Min. One goroutine at a
+// Backoff waits longer each time. The zero value starts with the shortest. One goroutine at a
 // time uses it.
 type Backoff struct{ next time.Duration }
 
 // Sleep waits before the next attempt. It returns the error of ctx if that ends
 // first.
 func (b *Backoff) Sleep(ctx context.Context) error {
-	d := min(max(b.next, Min), Max)
+	d := min(max(b.next, shortest), longest)
 	b.next = 2 * d
 	return Sleep(ctx, d/2+rand.N(d/2))
 }
