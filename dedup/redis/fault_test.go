@@ -242,7 +242,7 @@ func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
 	en.phase, en.seq = untold, seq
 	l.untold = append(l.untold, en)
 	l.mu.Unlock()
-	l.nudge()
+	nudge(l.wake)
 }
 
 // lastSeq is the sequence of the last batch of the first lane.

@@ -164,10 +164,7 @@ func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	}); err != nil {
 		return g.orLeft(c, err)
 	}
-	select {
-	case g.wake <- struct{}{}:
-	default:
-	}
+	nudge(g.wake)
 	return nil
 }
 

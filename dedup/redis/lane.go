@@ -206,9 +206,10 @@ func (l *lane) init(r *Set, i int) {
 	l.losses = map[*redisEpoch]uint64{}
 }
 
-func (l *lane) nudge() {
+// nudge wakes the goroutine that receives from wake, now or next time. Its capacity is 1.
+func nudge(wake chan<- struct{}) {
 	select {
-	case l.wake <- struct{}{}:
+	case wake <- struct{}{}:
 	default:
 	}
 }
@@ -508,7 +509,7 @@ func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
 	for a := others; a != nil; a = a.beside {
 		a.of = on
 	}
-	l.nudge()
+	nudge(l.wake)
 }
 
 // expire answers those who have waited for too long, and notices that the job

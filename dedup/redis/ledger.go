@@ -690,10 +690,7 @@ func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
 		l.newest = s.Start
 	}
 	l.mu.Unlock()
-	select {
-	case l.wake <- struct{}{}:
-	default:
-	}
+	nudge(l.wake)
 	return a
 }
 
@@ -825,10 +822,7 @@ func (l *Ledger) uncertain(a *admission, more int64) {
 	if now := a.doubts.Add(more); now != 0 && now != more {
 		return
 	}
-	select {
-	case l.wake <- struct{}{}:
-	default:
-	}
+	nudge(l.wake)
 }
 
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.

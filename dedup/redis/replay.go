@@ -337,7 +337,7 @@ func (r *Set) settle(ctx context.Context, start time.Time) error {
 		}
 		l.asked = append(l.asked, &question{epoch: s, done: done})
 		l.mu.Unlock()
-		l.nudge()
+		nudge(l.wake)
 	}
 	for range r.lanes {
 		select {

@@ -397,7 +397,7 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	}
 	for i := range r.lanes {
 		if w.lanes&(1<<i) != 0 {
-			r.lanes[i].nudge() // only now, so that a batch takes all of them
+			nudge(r.lanes[i].wake) // only now, so that a batch takes all of them
 		}
 	}
 	for n, a := range w.asks {
