@@ -43,19 +43,9 @@ func (r *run) groups(ctx context.Context, out io.Writer, root, dir string) (samp
 		}
 	}()
 	for _, name := range designsOfGroup {
-		p := &pair{}
-		pairs[name] = p
-		if p.redis, err = startRedis(dir); err != nil {
+		pairs[name] = &pair{}
+		if err = pairs[name].start(r, name, dir); err != nil {
 			return nil, err
-		}
-		for i := range p.instances {
-			server, flags := name, []string{p.redis.addr}
-			if name == "group" {
-				server, flags = "verve", append(slices.Clone(r.Flags), "--dedup=redis", "--redis-url=redis://"+p.redis.addr, batchWindow)
-			}
-			if p.instances[i], err = start(server, r.Binary, filepath.Join(dir, name+strconv.Itoa(i)), flags); err != nil {
-				return nil, err
-			}
 		}
 	}
 	var rows []string
@@ -83,22 +73,42 @@ func (r *run) groups(ctx context.Context, out io.Writer, root, dir string) (samp
 			return samples, err
 		}
 		t.end()
-		part := func(name string) string {
-			redis := median(column(t.samples, name, func(s sample) float64 { return s.Redis }))
-			all := median(column(t.samples, name, cpu))
-			return fmt.Sprintf("%.1f + %.1f = %.1f", all-redis, redis, all)
-		}
 		label := strconv.Itoa(c.conns)
 		if c.depth > 1 {
 			label += fmt.Sprintf(", pipelined by %d", c.depth)
 		}
-		rows = append(rows, fmt.Sprintf("| %s | %s | %s | %.2f |", label, part("group"), part("plain"), median(ratios(t.samples, "group", "plain"))))
+		rows = append(rows, fmt.Sprintf("| %s | %s | %s | %.2f |", label,
+			parts(t.samples, "group"), parts(t.samples, "plain"), median(ratios(t.samples, "group", "plain"))))
 	}
 	fmt.Fprint(out, "\n| connections | verve, 2 instances + Redis, us | plain, 2 instances + Redis, us | verve/plain |\n|---|---|---|---|\n")
 	for _, row := range rows {
 		fmt.Fprintln(out, row)
 	}
 	return samples, nil
+}
+
+// parts is what a request costs the instances and Redis.
+func parts(samples []sample, name string) string {
+	redis := median(column(samples, name, func(s sample) float64 { return s.Redis }))
+	all := median(column(samples, name, cpu))
+	return fmt.Sprintf("%.1f + %.1f = %.1f", all-redis, redis, all)
+}
+
+// start starts a Redis, and two instances of a design that use it.
+func (p *pair) start(r *run, design, dir string) (err error) {
+	if p.redis, err = startRedis(dir); err != nil {
+		return err
+	}
+	server, flags := design, []string{p.redis.addr}
+	if design == "group" {
+		server, flags = "verve", append(slices.Clone(r.Flags), "--dedup=redis", "--redis-url=redis://"+p.redis.addr, batchWindow)
+	}
+	for i := range p.instances {
+		if p.instances[i], err = start(server, r.Binary, filepath.Join(dir, design+strconv.Itoa(i)), flags); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // measure drives both instances, each with half of the connections, or one with the only

@@ -35,15 +35,10 @@ func newSource(f *flags) source {
 	if len(files) == 0 && len(f.KafkaBrokers) == 0 {
 		files = []string{defaultCountsFile}
 	}
+	if len(f.KafkaBrokers) > 0 {
+		return f.readKafka
+	}
 	return func(ctx context.Context) (p published, invalid []string, err error) {
-		if len(f.KafkaBrokers) > 0 {
-			cfg := stream.KafkaConfig{Brokers: f.KafkaBrokers, Topic: f.KafkaTopic, KeysTopic: f.KeysTopic}
-			err = collect(&p.windows, "kafka", stream.ReadTopic(ctx, cfg, false), &invalid)
-			if err == nil && f.Keys > 0 {
-				err = collect(&p.keys, "kafka", stream.ReadKeysTopic(ctx, cfg, false), &invalid)
-			}
-			return p, invalid, err
-		}
 		var missing error
 		for _, path := range files {
 			err = collect(&p.windows, path, stream.ReadFile(ctx, path, false), &invalid)
@@ -65,6 +60,15 @@ func newSource(f *flags) source {
 		}
 		return p, invalid, err
 	}
+}
+
+func (f *flags) readKafka(ctx context.Context) (p published, invalid []string, err error) {
+	cfg := stream.KafkaConfig{Brokers: f.KafkaBrokers, Topic: f.KafkaTopic, KeysTopic: f.KeysTopic}
+	err = collect(&p.windows, "kafka", stream.ReadTopic(ctx, cfg, false), &invalid)
+	if err == nil && f.Keys > 0 {
+		err = collect(&p.keys, "kafka", stream.ReadKeysTopic(ctx, cfg, false), &invalid)
+	}
+	return p, invalid, err
 }
 
 // dedupe leaves out a record of a group that another instance has written as well, because it

@@ -1201,7 +1201,7 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), me, at,
 	})
 	if err == nil && len(out) == 1 {
-		err = errors.New("Redis has lost data since the last heartbeat")
+		err = errors.New("data was lost since the last heartbeat")
 	}
 	return out, err
 }
