@@ -69,7 +69,7 @@ func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 // with 4xx or 503 has counted nothing.
 func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) {
 	h := &ctx.Request.Header
-	body := lines.encoding || h.ContentLength() > 0 // chunks even if they are empty
+	body := lines.encoding || h.ContentLength() > 0 // chunks may be empty
 	if s.preflight(ctx) {
 		return
 	}
@@ -99,7 +99,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	case a.id == nil: // an empty batch
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
-	case body: // and an id in the query: which of them is meant?
+	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
 		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
 	case a.wanted && !s.callbacks.Reserve(a.endpoint):
@@ -117,6 +117,16 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	if a.plain && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
+}
+
+// isEmpty reports whether a body that came in chunks has none. What it reads is lost.
+func isEmpty(body io.Reader) bool {
+	if body == nil {
+		return false
+	}
+	var one [1]byte
+	_, err := io.ReadFull(body, one[:])
+	return err == io.EOF
 }
 
 // asked is what a request asks for beside the ids in its body.

@@ -135,6 +135,8 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 	}
 	limit := bs.maxBytes
 	switch encoding := h.ContentEncoding(); {
+	case len(h.PeekAll(fasthttp.HeaderContentEncoding)) > 1: // one over the other, as in a list
+		return f, false, errUnsupported
 	case len(encoding) == 0, bytes.EqualFold(encoding, []byte("identity")):
 	case bytes.EqualFold(encoding, []byte("gzip")), bytes.EqualFold(encoding, []byte("x-gzip")):
 		compressed = true

@@ -17,6 +17,7 @@ const chunkedBatch = "POST " + acceptPath + " HTTP/1.1\r\nHost: x\r\nTransfer-En
 // those of the requests and, if it is still open, of a last one.
 func TestConnectionBehindABatch(t *testing.T) {
 	single := get("id=single")
+	oneInChunks := strings.Replace(chunkedBatch, acceptPath, acceptPath+"?id=9", 1)
 	small := batchPost("", "", "", "1\n2")
 	large := batchPost("", "", "", strings.Repeat("12345678901234567890\n", 4000))
 	long := func(line string) string {
@@ -50,6 +51,10 @@ func TestConnectionBehindABatch(t *testing.T) {
 		{"HTTP/1.0", strings.Replace(small, "HTTP/1.1", "HTTP/1.0", 1), "200 close"},
 		{"the last one", strings.Replace(small, "Host: x\r\n", "Host: x\r\nConnection: close\r\n", 1) + single, "200 close"},
 		{"single POST requests", "POST " + acceptPath + "?id=9 HTTP/1.1\r\nHost: x\r\n\r\n" + "POST " + acceptPath + "?id=9 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", "200 409"},
+		{"a single POST request in no chunks", oneInChunks + "0\r\n\r\n" + single, "200 200"},
+		{"the same twice", strings.Repeat(oneInChunks+"0\r\n\r\n", 2), "200 409 close"},
+		{"an id in the query and chunks", oneInChunks + "1\r\n1\r\n0\r\n\r\n" + single, "400 close"},
+		{"an id in the query and bad chunks", oneInChunks + "1\r\n\r\n" + single, "400 close"},
 		{"no id and no body", "POST " + acceptPath + " HTTP/1.1\r\nHost: x\r\n\r\n" + single, "400 200"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
 
@@ -104,12 +105,17 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 			return err
 		}
 	}
+	if !utf8.Valid(body) {
+		return errBadBatch
+	}
 	d, _ := b.owner.decoders.Get().(*jsontext.Decoder)
 	if d == nil {
 		d = new(jsontext.Decoder)
 	}
 	b.decoder, b.json = d, *bytes.NewBuffer(body)
-	d.Reset(&b.json, jsontext.AllowDuplicateNames(false), jsontext.AllowInvalidUTF8(false))
+	// The grammar of JSON allows half of a surrogate pair in a string (RFC 8259, section 8.2),
+	// which text finds: it is the fault of its item alone.
+	d.Reset(&b.json, jsontext.AllowDuplicateNames(false), jsontext.AllowInvalidUTF8(true))
 	err = b.values(f, body)
 	if names <= keptNames {
 		b.owner.decoders.Put(d)
@@ -303,7 +309,7 @@ func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 		from := len(b.scratch.b)
 		out, err := jsontext.AppendUnquote(b.scratch.b, v)
 		if err != nil {
-			return nil // cannot be: the decoder has checked it
+			return nil // half of a surrogate pair
 		}
 		b.scratch.b = out
 		return out[from:len(out):len(out)]
@@ -396,7 +402,7 @@ func (b *batch) members(member func(name []byte, v jsontext.Value)) error {
 		}
 		n, err := jsontext.AppendUnquote(name[:0], v)
 		if err != nil {
-			return err
+			n = nil // half of a surrogate pair: none of ours
 		}
 		if v, err = d.ReadValue(); err != nil {
 			return err
