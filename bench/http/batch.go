@@ -170,7 +170,7 @@ func (r *run) options(ctx context.Context, out io.Writer, root, dir string) (sam
 }
 
 // lateness drives a server with short windows, and reads from its records how long
-// after their ends they were sealed.
+// after their ends they were sealed, without those of its first seconds.
 func (r *run) lateness(ctx context.Context, root, dir string) (s sample, err error) {
 	data := filepath.Join(dir, "batch-turn")
 	p, err := start("verve", r.Binary, data, []string{"--window=" + turnWindow.String(), "--expect-ids=2000000"})
@@ -179,6 +179,11 @@ func (r *run) lateness(ctx context.Context, root, dir string) (s sample, err err
 	}
 	unix.Sync() // else stores into the journal wait for the disk, which writes what the build has left
 	w := wrk{script: filepath.Join(root, "bench", "wrk", "batch.lua"), conns: 4, args: []string{"10000"}}
+	// In its first windows the server makes the files of its journal, each of which is synced.
+	if _, err = measure(ctx, w, max(r.WarmUp, 3), p); err != nil {
+		return s, errors.Join(err, p.end())
+	}
+	began := time.Now()
 	s, err = measure(ctx, w, max(r.Seconds, 20), p) // 200 windows
 	if err = errors.Join(err, p.end()); err != nil {
 		return s, err
@@ -194,7 +199,7 @@ func (r *run) lateness(ctx context.Context, root, dir string) (s sample, err err
 		if err := json.Unmarshal(lines.Bytes(), &rec); err != nil {
 			return s, err
 		}
-		if rec.Complete && rec.Unique > 0 {
+		if rec.Complete && rec.Unique > 0 && rec.WindowStart.After(began) {
 			late = append(late, float64(rec.SealedAt.Sub(rec.WindowStart.Add(turnWindow)))/float64(time.Millisecond))
 		}
 	}
