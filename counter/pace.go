@@ -4,8 +4,8 @@ import "time"
 
 const (
 	// paceWork is how long work in the background keeps a processor, and paceRest how long it
-	// leaves it then. On two cores a request that waits for the processor of someone who
-	// computes gets it after milliseconds; p99.9 shows that from a hundred requests a window on.
+	// leaves it then. Without a rest a request waits for some milliseconds until the kernel
+	// takes the processor away from that work: few do, but p99.9 shows them.
 	paceWork = 100 * time.Microsecond
 	paceRest = 100 * time.Microsecond
 

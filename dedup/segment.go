@@ -114,7 +114,7 @@ type segment struct {
 	last   uint64  // the newest epoch that has chunks before next; 0: the segment is free
 	tokens uint64  // the newest of those that has tokens in it
 	synced int     // what next was when all before it was synced
-	warm   bool    // touched, and not synced since
+	warm   bool    // touched since it was free: no store into it faults
 }
 
 // The header of a segment, in words of its first chunk.

@@ -94,7 +94,7 @@ func parts(samples []sample, name string) string {
 	return fmt.Sprintf("%.1f + %.1f = %.1f", all-redis, redis, all)
 }
 
-// start starts a Redis, and two instances of a design that use it.
+// start runs a Redis and the two instances of a design.
 func (p *pair) start(r *run, design, dir string) (err error) {
 	if p.redis, err = startRedis(dir); err != nil {
 		return err
