@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"path/filepath"
 	"strings"
@@ -190,6 +191,48 @@ func TestRedisForgetsWhileAllAreThere(t *testing.T) {
 	b.report()
 	if c := a.record(); c.Unique != 40 || !c.Exact {
 		t.Errorf("40 ids were answered as new, the record is %+v, the log %s", c, a.log.String())
+	}
+}
+
+// TestAStrangerRemembersTheAccount: an instance that was not in a window knows what the
+// others have answered in it, and what it came to. If Redis loses both and all who were in
+// the window are gone, it writes them again.
+func TestAStrangerRemembersTheAccount(t *testing.T) {
+	server := startRedis(t)
+	a := startInstance(t, server, "")
+	a.add("a", 3)
+	stranger := openLedger(ledgerConfig{
+		Group: a.r.cfg.Group, Member: "stranger", Window: epochtest.Window, MaxSkew: 2 * time.Hour, IDs: a.r, Log: zerolog.Nop(),
+	})
+	beat := func() answers {
+		t.Helper()
+		for range 2 { // the second one names the windows that the first has learnt of
+			if err := stranger.beat(t.Context(), true); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stranger.mu.Lock()
+		defer stranger.mu.Unlock()
+		if e := stranger.find(a.span()); e != nil {
+			return maps.Clone(e.answers)
+		}
+		return nil
+	}
+	a.report()
+	if rows := beat(); rows[a.r.ledger.cfg.Member] != "3" {
+		t.Errorf("the stranger knows of %v", rows)
+	}
+	c := a.record()
+	beat()
+	a.leave()
+	server.do("FLUSHALL")
+	beat()
+	again, err := stranger.Seal(t.Context(), a.span())
+	if err != nil || again.Unique != 3 || again.Exact != c.Exact || !again.SealedAt.Equal(c.SealedAt) {
+		t.Errorf("the record was %+v, the stranger has %+v, %v", c, again, err)
+	}
+	if spans, err := stranger.Unpublished(t.Context(), true); err != nil || len(spans) != 1 {
+		t.Errorf("the group is to publish %v, %v", spans, err)
 	}
 }
 

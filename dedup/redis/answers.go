@@ -3,7 +3,6 @@ package redis
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -11,15 +10,14 @@ import (
 	"strings"
 	"time"
 
-	"github.com/redis/rueidis"
-
 	"verve/counter"
 	"verve/internal/durable"
 )
 
 // answers is how many ids each member of a group has answered as new in an epoch: "N"
-// of one that has left it, "N?" if it has also refused ids that may be in Redis for good,
-// "N+" of one that has not left it, for N at least.
+// of one that has left it, "N?" if it has also refused ids that may be in Redis for good
+// (and "0?" if all were taken back: "0" is that of a member without a part in the epoch,
+// and an older state of Redis may have such ids), "N+" of one that has not left it, for N at least.
 //
 // That a record is exact rests on it: see decideScript. So it is kept in three places:
 // with the epoch in Redis, by each member, which learns it from the replies to its beats
@@ -63,7 +61,7 @@ func (l *Ledger) final(s counter.Span, unique uint64, settled bool) string {
 	if e := l.find(s); e != nil {
 		e.answers.note(l.cfg.Member, n)
 		e.told = nil
-		if settled && e.doubts.Load() > 0 {
+		if settled && (e.doubts.Load() > 0 || unique == 0 && e.doubted.Load()) {
 			n += "?"
 			e.answers.note(l.cfg.Member, n)
 		}
@@ -71,39 +69,15 @@ func (l *Ledger) final(s counter.Span, unique uint64, settled bool) string {
 	return n
 }
 
-// sessions of members, as sealScript lists them.
-func sessions(members []rueidis.RedisMessage) ([]string, error) {
-	list := make([]string, len(members))
-	for i := range members {
-		m, err := members[i].ToString()
-		if err != nil {
-			return nil, err
-		}
-		if m != "" {
-			list[i] = m[:1] + m[strings.LastIndexByte(m, '/')+1:]
+// sessions are those of the members with a part in an epoch, each with its mark: see sealScript.
+func sessions(members []string) (list []string) {
+	for _, m := range members {
+		if m[0] != '0' {
+			name := m[1:]
+			list = append(list, m[:1]+name[strings.LastIndexByte(name, '/')+1:])
 		}
 	}
-	return list, nil
-}
-
-// parseAnswers reads the answers of each epoch of a beat.
-func parseAnswers(m rueidis.RedisMessage, epochs int) ([]answers, error) {
-	list, err := m.ToArray()
-	if err != nil || len(list) != epochs {
-		return nil, fmt.Errorf("answers of %d epochs, not %d: %w", len(list), epochs, err)
-	}
-	all := make([]answers, epochs)
-	for i := range list {
-		fields, err := list[i].AsStrSlice()
-		if err != nil {
-			return nil, err
-		}
-		all[i] = answers{}
-		for f := 0; f+1 < len(fields); f += 2 {
-			all[i][fields[f]] = fields[f+1]
-		}
-	}
-	return all, nil
+	return list
 }
 
 // explain logs why a record is not exact: by the member that decides it, and by the leader,

@@ -16,6 +16,7 @@
 --   X<epoch>     how many tokens it has, also once it is sealed
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
 --                under keys, whether the master had replicas, unanswered}
+--   L<epoch>     the sessions that it was sealed with, as the ledger had listed them
 --   id           whose data these are
 --   cut, cuts    when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
@@ -639,7 +640,14 @@ end
 local function seal(key, a)
   local epoch = a[2]
   local list, over = sealed(key, epoch)
-  if over then return {'sealed', over[2], over[3], over[4], over[6] or 0, over[7] or 0, over[8] or 0} end
+  if over then
+    -- Another list of sessions, as the ledger has lost one since: these were not looked at.
+    local listed, whole = call('HGET', key, 'L' .. epoch) or '', over[4]
+    for i = 8, #a do
+      if not find(listed, pack(a[i]), 1, true) then whole = 0 end
+    end
+    return {'sealed', over[2], over[3], whole, over[6] or 0, over[7] or 0, over[8] or 0}
+  end
   local now, exact, whole, n, under, unanswered = clock(), 1, 1, 0, 0, 0
   local known, replicas = identify(key, now)
   replicas = replicas and 1 or 0
@@ -697,12 +705,12 @@ local function seal(key, a)
     if list[i][5] > now then
       kept[#kept + 1] = list[i]
     else
-      call('HDEL', key, 'X' .. list[i][1])
+      call('HDEL', key, 'X' .. list[i][1], 'L' .. list[i][1])
     end
   end
   kept[#kept + 1] = {epoch, n, exact, whole, now + tonumber(a[3]), under, replicas, unanswered}
   call('HDEL', key, 'E' .. epoch)
-  call('HSET', key, 'Z', pack(kept))
+  call('HSET', key, 'Z', pack(kept), 'L' .. epoch, #a < 8 and '' or pack(unpack(a, 8)))
   call('EXPIRE', key, a[6])
   drop(key, epoch)
   return {'sealed', n, exact, whole, under, replicas, unanswered}

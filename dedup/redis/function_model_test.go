@@ -54,6 +54,7 @@ type laneSealed struct {
 	until           float64
 	under           int
 	unanswered      int
+	sessions        []string
 }
 
 // laneSets are the keys of an epoch: d, u, t, h, k and x are sets, n is a hash.
@@ -516,7 +517,11 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under), open: s.unanswered == 1}
 	}
 	if over := m.over(epoch); over != nil {
-		return answer(*over)
+		status, ids := answer(*over)
+		for _, name := range sessions {
+			ids.whole = ids.whole && (slices.Contains(over.sessions, name) || !m.rules.listed)
+		}
+		return status, ids
 	}
 	m.identify()
 	start, _, _ := strings.Cut(epoch, "-")
@@ -526,7 +531,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	if m.hold != 0 && m.holds() {
 		return "hold", ids
 	}
-	s := laneSealed{epoch: epoch, exact: 1, whole: 1, until: m.now + 120}
+	s := laneSealed{epoch: epoch, exact: 1, whole: 1, until: m.now + 120, sessions: slices.Clone(sessions)}
 	if o, is := m.open[epoch]; is {
 		held := maps.Clone(o.held)
 		if o.partly != 0 || o.twice != 0 {
@@ -600,6 +605,7 @@ for i = 1, #h, 2 do
     line('I', name, unpack(ids))
   elseif f == 'A' then line('A', unpack(cmsgpack.unpack(v)))
   elseif c == 'E' then line('E', name, cmsgpack.unpack(v))
+  elseif c == 'L' then line('L', name, cmsgpack.unpack(v))
   elseif c == 'X' then line('X', name, tonumber(v))
   elseif f == 'Z' then
     for _, z in ipairs(cmsgpack.unpack(v)) do line('Z', unpack(z)) end
@@ -660,6 +666,7 @@ func (m *laneModel) dump() (out []string) {
 	}
 	for _, z := range m.sealed {
 		line("Z", z.epoch, z.n, z.exact, z.whole, z.until, z.under, 0, z.unanswered)
+		line("L", strings.TrimSpace(z.epoch+" "+strings.Join(z.sessions, " ")))
 	}
 	for epoch, sets := range m.sets {
 		for k, set := range sets {

@@ -1,6 +1,7 @@
 package redis
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -167,6 +168,7 @@ type admission struct {
 	known   chan struct{} // closed when the group has the epoch
 	refused atomic.Bool   // the group does not take it
 	doubts  atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis
+	doubted atomic.Bool   // there were some
 }
 
 // ledgerEpoch is an epoch that this process has opened or sealed.
@@ -181,9 +183,8 @@ type ledgerEpoch struct {
 	saidDoubt  bool           // the group knows
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
-	decided    *counter.Count // what it came to, as far as this process knows; without its keys
-	under      uint64         // where it is decided: the ids that were counted under keys
-	why        string         // the reason why it is not exact, until it is logged
+	decided    *decision // what it came to, as far as this process knows
+	why        string    // of it, until it is logged
 
 	contradicted bool // the group says otherwise, which is logged
 }
@@ -191,6 +192,11 @@ type ledgerEpoch struct {
 // maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
 // for a day) exist only in Redis and are lost with it.
 const maxLedgerEpochs = 512
+
+// maxUnnamed is how many of the newest epochs of the group a beat compares with those that
+// this member names. Older ones, if the broker was down for longer, are remembered by those
+// that opened them.
+const maxUnnamed = 64
 
 // maxPast is more than the epochs that members write into the ledger again, and enough for
 // what an old state of it has, or a slot that moved back.
@@ -294,9 +300,11 @@ end
 
 // beatScript says that the member is alive, writes again what it knows of its
 // epochs, also of the answers of others, and takes the lead if nobody has it. Per epoch
-// it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, or 4
-// where it came to another sum than the one known here; and what each member has answered
-// in those that are not decided, for this one to write again should it be lost.
+// it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, 4
+// where it came to another sum than the one known here, or 5 where what it came to is not
+// known here; and that, or what each member has answered, for this one to write again
+// should it be lost. Last come the newest epochs that this member did not name, for its
+// next beat: it is to remember those of others as well.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
@@ -360,12 +368,13 @@ local function takes(key, name)
   if not last or start > last and start < now + 3600000 then redis.call('HSET', KEYS[6], 'last', start) end
   return true
 end
-local states, answers = {}, {}
-local arg = 10
+local states, answers, named, unnamed = {}, {}, {}, {}
+local arg = 11
 for i = 8, #KEYS do
   local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
   local first = arg + 10
   arg = first + 2 * n
+  named[name] = true
   answers[i - 7] = {}
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
     states[#states + 1] = 2
@@ -375,8 +384,11 @@ for i = 8, #KEYS do
     states[#states + 1] = 0
     redis.call('ZADD', KEYS[5], ends, name)
     local decided = redis.call('HGET', KEYS[i], 'unique')
-    if decided then
-      if unique ~= '' and decided ~= unique then states[#states] = 4 end
+    if decided and unique == '' then
+      states[#states] = 5
+      answers[i - 7] = redis.call('HMGET', KEYS[i], 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
+    elseif decided then
+      if decided ~= unique then states[#states] = 4 end
     else
       for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
       if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) else redis.call('HDEL', KEYS[i], 'd:' .. me) end
@@ -403,7 +415,10 @@ if leader == me or (not leader and inside) then
   redis.call('SET', KEYS[4], me, 'PX', lease)
   leader = me
 end
-return {now, leader == me and 1 or 0, others, odd, strange, states, answers}
+for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
+  if not named[name] then unnamed[#unnamed + 1] = name end
+end
+return {now, leader == me and 1 or 0, others, odd, strange, states, answers, unnamed}
 `)
 
 // reportScript says that the member has left the epoch, and what it has answered in it:
@@ -429,9 +444,10 @@ return 1
 `)
 
 // sealScript answers whether the epoch may be sealed now: {0, the decided
-// count}, {1, ms to wait at most} or {2, the members that have answered ids}: seal it.
-// "+" stands before those that have not reported how many, "=" before the others, and "?"
-// before members that may have answered ids without the ledger: see decideScript.
+// count}, {1, ms to wait at most} or {2, the members of the epoch}: seal it. "+" stands
+// before those that have not reported what they have answered, "0" before those without a
+// part in it, "=" before the others, and "?" before members that may have answered ids
+// without the ledger: see decideScript.
 //
 // It may when every member that is alive has left it, and not before its end, but
 // for the skew, by the clock of Redis: a single member with a wild clock must not
@@ -472,9 +488,9 @@ local out, all, listed = {2}, redis.call('HGETALL', KEYS[3]), {}
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     listed[string.sub(all[f], 3)] = true
-    if all[f + 1] ~= '0' then
-      out[#out + 1] = (string.sub(all[f + 1], -1) == '+' and '+' or '=') .. string.sub(all[f], 3)
-    end
+    local n, mark = all[f + 1], '='
+    if n == '0' then mark = '0' elseif string.sub(n, -1) == '+' then mark = '+' end
+    out[#out + 1] = mark .. string.sub(all[f], 3)
   end
 end
 for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
@@ -499,6 +515,10 @@ return out
 // last batch: it may be asleep, or cut off, and refuse those ids. All of this holds only if no write can have been lost that was not added
 // again (whole): a lost id and one that was added without an answer would cancel each other.
 //
+// The lanes were sealed for the members that sealScript has listed: if their numbers have
+// changed since, other than from one of those that ended without a report to its report, the
+// answer is {1}, and the seal begins again.
+//
 // The counts of the keys are those of Redis. If ids were added without an answer, they are
 // right if none of those ids is under a key: if there are as many as the members have
 // answered under keys.
@@ -509,9 +529,22 @@ local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1
 local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
 if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
 if lost(KEYS[3], ARGV[11], ARGV[12]) then return {1} end
+local marks = {}
+for i = 13, #ARGV do marks[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
+local all = redis.call('HGETALL', KEYS[2])
+for f = 1, #all, 2 do
+  if string.sub(all[f], 1, 2) == 'm:' then
+    local m = string.sub(all[f], 3)
+    local mark = marks[m]
+    if not mark or (mark == '=' or mark == '0') and string.sub(all[f + 1], -1) == '+' then return {1} end
+    marks[m] = nil
+  end
+end
+for _, mark in pairs(marks) do
+  if mark ~= '?' then return {1} end
+end
 local keyed = 0
 local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
-local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     members = members + 1
@@ -701,11 +734,18 @@ func (l *Ledger) note(s counter.Span) *admission {
 	if e := l.find(s); e != nil {
 		return e.admission
 	}
-	e := ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
-	l.epochs = append(l.epochs, e)
+	a := l.add(s)
 	if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
 		l.epochs = slices.Delete(l.epochs, 0, n)
 	}
+	return a
+}
+
+// add makes a place for the epoch. l.mu is held.
+func (l *Ledger) add(s counter.Span) *admission {
+	e := ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
+	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
+	l.epochs = slices.Insert(l.epochs, i, e)
 	return e.admission
 }
 
@@ -739,7 +779,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	took := time.Since(began)
 	var b beatAnswer
 	if err == nil {
-		b, err = parseBeat(out, len(sent))
+		b, err = parseBeat(out, sent)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -785,10 +825,10 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
-		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "",
+		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
 	}
 	if !newest.IsZero() {
-		args[len(args)-1] = unixMS(newest)
+		args[8] = unixMS(newest)
 	}
 	for i := range l.epochs {
 		e := &l.epochs[i]
@@ -800,7 +840,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
 		known := e.answers
 		if d := e.decided; d != nil {
-			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(e.under, 10))
+			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10))
 			known = nil
 		} else {
 			args = append(args, "", "", "", "", "")
@@ -819,6 +859,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 // process be killed meanwhile, nobody can tell them from ids that it has answered ok, so the
 // group is to know before the first is answered.
 func (l *Ledger) uncertain(a *admission, more int64) {
+	a.doubted.Store(true)
 	if now := a.doubts.Add(more); now != 0 && now != more {
 		return
 	}
@@ -844,16 +885,24 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 				e.registered = true
 				close(e.known)
 			}
-			if b.states[i] == 4 {
-				l.contradict(e)
-			}
-			if b.states[i] == 2 {
+			switch b.states[i] {
+			case 2:
 				l.pass(s)
 				*e = ledgerEpoch{} // taken out below
+			case 4:
+				l.contradict(e)
+			case 5:
+				e.decided, e.why = b.decided[i], b.decided[i].why
 			}
 		}
 	}
 	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
+	for _, s := range b.unnamed {
+		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs {
+			l.add(s)
+			nudge(l.wake) // the next beat reads what there is of it
+		}
+	}
 }
 
 // pass remembers that the record of an epoch is delivered. l.mu is held.
@@ -912,11 +961,20 @@ type beatAnswer struct {
 	now, leads, others int64
 	odd, strange       string // LENGTH MEMBER
 	states             []int64
-	answers            []answers // of each epoch
+	answers            []answers   // of each epoch
+	decided            []*decision // where the state is 5
+	unnamed            []counter.Span
 }
 
-func parseBeat(out []rueidis.RedisMessage, epochs int) (b beatAnswer, err error) {
-	if len(out) != 7 {
+// decision is what an epoch came to.
+type decision struct {
+	counter.Count        // without its keys
+	under         uint64 // the ids that were counted under keys
+	why           string // the reason why it is not exact
+}
+
+func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, err error) {
+	if len(out) != 8 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
 	b.now, err = out[0].AsInt64()
@@ -935,13 +993,73 @@ func parseBeat(out []rueidis.RedisMessage, epochs int) (b beatAnswer, err error)
 	if err == nil {
 		b.states, err = out[5].AsIntSlice()
 	}
-	if err == nil && len(b.states) != epochs {
-		err = fmt.Errorf("%d states of %d epochs", len(b.states), epochs)
+	if err == nil && len(b.states) != len(sent) {
+		err = fmt.Errorf("%d states of %d epochs", len(b.states), len(sent))
+	}
+	var unnamed []string
+	if err == nil {
+		unnamed, err = out[7].AsStrSlice()
+	}
+	for _, name := range unnamed {
+		s, err := parseSpan(name)
+		if err != nil {
+			return b, err
+		}
+		b.unnamed = append(b.unnamed, s)
 	}
 	if err == nil {
-		b.answers, err = parseAnswers(out[6], epochs)
+		err = b.parseEpochs(out[6], sent)
 	}
 	return b, err
+}
+
+// parseEpochs reads what is answered of each epoch.
+func (b *beatAnswer) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) error {
+	list, err := m.ToArray()
+	if err != nil || len(list) != len(sent) {
+		return fmt.Errorf("answers of %d epochs, not %d: %w", len(list), len(sent), err)
+	}
+	b.answers, b.decided = make([]answers, len(list)), make([]*decision, len(list))
+	for i := range list {
+		fields, err := list[i].AsStrSlice()
+		if err != nil {
+			return err
+		}
+		if b.states[i] == 5 {
+			if b.decided[i], err = parseDecision(sent[i], fields); err != nil {
+				return err
+			}
+			continue
+		}
+		b.answers[i] = answers{}
+		for f := 0; f+1 < len(fields); f += 2 {
+			b.answers[i][fields[f]] = fields[f+1]
+		}
+	}
+	return nil
+}
+
+// parseDecision reads {unique, complete, exact, sealed, under, why}.
+func parseDecision(s counter.Span, fields []string) (*decision, error) {
+	if len(fields) != 6 {
+		return nil, fmt.Errorf("a decision of %d parts", len(fields))
+	}
+	unique, err := strconv.ParseUint(fields[0], 10, 64)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := strconv.ParseInt(fields[3], 10, 64)
+	if err != nil {
+		return nil, err
+	}
+	under, err := strconv.ParseUint(cmp.Or(fields[4], "0"), 10, 64)
+	if err != nil {
+		return nil, err
+	}
+	return &decision{counter.Count{
+		Start: s.Start.UTC(), Window: s.Window, Unique: unique,
+		Complete: fields[1] == "1", Exact: fields[2] == "1", SealedAt: time.UnixMilli(sealed).UTC(),
+	}, under, fields[5]}, nil
 }
 
 // unsettled is the range of the unsettled epochs, or empty.
@@ -1046,10 +1164,10 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 // to: the same for every member, for as long as Redis keeps it. An error is for
 // the caller to retry.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
-	c, under, ok := l.decided(s)
+	d := l.decided(s)
 	var err error
 	decides := false
-	if !ok {
+	if d == nil {
 		var out []rueidis.RedisMessage
 		var members []string
 		out, members, err = l.lockSeal(ctx, s)
@@ -1057,12 +1175,14 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 			out, err = l.seal(ctx, s, members)
 		}
 		if err == nil {
-			c, under, err = l.decision(s, out)
+			d, err = l.decision(s, out)
 		}
 	}
+	var c counter.Count
 	if err == nil {
 		l.explain(s, decides)
-		err = l.addKeys(ctx, &c, under)
+		c = d.Count
+		err = l.addKeys(ctx, &c, d.under)
 	}
 	if err != nil {
 		return counter.Count{}, fmt.Errorf("ledger: seal %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -1114,8 +1234,8 @@ func sumOf(keys []counter.KeyCount) (n uint64) {
 }
 
 // lockSeal waits until the epoch may be sealed. It returns what another member has
-// decided; or nothing if this process holds the lock of the seal, and then the sessions
-// of the members that have answered ids.
+// decided; or nothing if this process holds the lock of the seal, and then the members, as
+// sealScript lists them.
 func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
@@ -1137,8 +1257,13 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 			return out, nil, err
 		}
 		if what != sealWait {
-			members, err = sessions(out[1:])
-			return nil, members, err
+			members = make([]string, len(out)-1)
+			for i := range members {
+				if members[i], err = out[1+i].ToString(); err != nil {
+					return nil, nil, err
+				}
+			}
+			return nil, members, nil
 		}
 		wait, err := out[1].AsInt64()
 		if err != nil {
@@ -1182,7 +1307,7 @@ const (
 
 // seal counts the ids, and decides.
 func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
-	ids, err := l.cfg.IDs.sealIDs(ctx, s, members)
+	ids, err := l.cfg.IDs.sealIDs(ctx, s, sessions(members))
 	if err != nil {
 		return nil, err
 	}
@@ -1195,13 +1320,13 @@ func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]
 		fit = n == ids.under
 	}
 	me, at := l.asOf()
-	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, []string{
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
 		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), me, at,
-	})
+	}, members...))
 	if err == nil && len(out) == 1 {
-		err = errors.New("data was lost since the last heartbeat")
+		err = errors.New("data was lost meanwhile")
 	}
 	return out, err
 }
@@ -1216,52 +1341,37 @@ func (l *Ledger) asOf() (me, at string) {
 	return l.cfg.Member, strconv.FormatInt(l.beaten, 10)
 }
 
-// decided returns what this process knows the epoch came to, and how many of its ids are
-// under keys.
-func (l *Ledger) decided(s counter.Span) (c counter.Count, under uint64, ok bool) {
+// decided returns what the epoch came to, or nil if this process does not know.
+func (l *Ledger) decided(s counter.Span) *decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e := l.find(s); e != nil && e.decided != nil {
-		return *e.decided, e.under, true
+	if e := l.find(s); e != nil {
+		return e.decided
 	}
-	return counter.Count{}, 0, false
+	return nil
 }
 
 // decision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
 // lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (c counter.Count, under uint64, err error) {
-	if len(out) != 7 {
-		return c, 0, fmt.Errorf("a decision of %d parts", len(out))
-	}
-	var text [6]string
-	for i := range text {
-		if text[i], err = out[1+i].ToString(); err != nil {
-			return c, 0, err
+func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
+	fields := make([]string, len(out)-1)
+	for i := range fields {
+		var err error
+		if fields[i], err = out[1+i].ToString(); err != nil {
+			return nil, err
 		}
 	}
-	unique, err := strconv.ParseUint(text[0], 10, 64)
+	d, err := parseDecision(s, fields)
 	if err != nil {
-		return c, 0, err
-	}
-	sealed, err := strconv.ParseInt(text[3], 10, 64)
-	if err != nil {
-		return c, 0, err
-	}
-	if under, err = strconv.ParseUint(text[4], 10, 64); err != nil {
-		return c, 0, err
-	}
-	c = counter.Count{
-		Start: s.Start.UTC(), Window: s.Window, Unique: unique,
-		Complete: text[1] == "1", Exact: text[2] == "1", SealedAt: time.UnixMilli(sealed).UTC(),
+		return nil, err
 	}
 	l.note(s)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
-		decided := c
-		e.decided, e.under, e.why = &decided, under, text[5]
+		e.decided, e.why = d, d.why
 	}
-	return c, under, nil
+	return d, nil
 }
 
 // Unpublished returns the epochs of the group that are over and whose records
@@ -1365,7 +1475,7 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	if err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
-	if _, under, ok := l.decided(s); ok && under > 0 {
+	if d := l.decided(s); d != nil && d.under > 0 {
 		// If it fails they expire in a week.
 		if err := l.cfg.IDs.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
 			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")
@@ -1392,6 +1502,9 @@ func (l *Ledger) forget(s counter.Span) {
 // Leave takes this member out of the group: nobody waits for it any more. It
 // returns how many others are alive, and how long ago one was heard.
 func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
+	// The ledger may have lost what this member alone remembers. If the heartbeat fails, so
+	// does what follows, or the disk has it.
+	_ = l.beat(ctx, true)
 	l.left.Store(true) // no beat undoes it
 	l.beating.Lock()
 	defer l.beating.Unlock()
@@ -1434,13 +1547,13 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 		return s
 	}
 	off := l.offset.Abs() - l.unsure
+	open := l.open()
 	switch {
 	case l.odd != "":
 		s.Problem = l.odd
-	case len(l.epochs) > 0 && l.epochs[len(l.epochs)-1].refused.Load():
-		open := l.epochs[len(l.epochs)-1].span
+	case open != nil && open.refused.Load():
 		s.Problem = fmt.Sprintf("the group had windows of another length that ended behind the start of the open one: ids are taken from %s on, in windows of %s",
-			open.End().Format(time.RFC3339Nano), l.cfg.Window)
+			open.span.End().Format(time.RFC3339Nano), l.cfg.Window)
 	case l.cfg.MaxSkew > 0 && off > l.cfg.MaxSkew:
 		which := "behind"
 		if l.offset < 0 {
@@ -1449,6 +1562,16 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 		s.Problem = fmt.Sprintf("the clock is %v %s that of Redis, %v are allowed", off.Round(time.Millisecond), which, l.cfg.MaxSkew)
 	}
 	return s
+}
+
+// open returns the newest epoch that requests of this process may enter, or nil. l.mu is held.
+func (l *Ledger) open() *ledgerEpoch {
+	for i := len(l.epochs) - 1; i >= 0; i-- {
+		if l.epochs[i].told != nil {
+			return &l.epochs[i]
+		}
+	}
+	return nil
 }
 
 // IsDelivered reports whether the record of an epoch that this instance has left

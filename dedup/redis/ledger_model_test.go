@@ -72,6 +72,7 @@ type ledgerBeat struct {
 	me                        string
 	claims                    bool
 	unsettled, window, opened string
+	unnamed                   int
 	epochs                    []ledgerEpochBeat
 }
 
@@ -81,6 +82,17 @@ type ledgerEpochBeat struct {
 	decided      *ledgerDecision
 	had, doubted bool
 	known        answers
+}
+
+// ledgerBeatAnswer is the answer, with what is known of each epoch.
+type ledgerBeatAnswer struct {
+	leads        bool
+	others       int
+	odd, strange string
+	states       []int64
+	known        []answers
+	decided      []string
+	unnamed      []string
 }
 
 type ledgerDecision struct{ unique, complete, exact, sealed, under string }
@@ -103,7 +115,7 @@ func millis(s string) (n int64, some bool) {
 }
 
 // beat is beatScript.
-func (m *ledgerModel) beat(b ledgerBeat) (leads bool, others int, odd, strange string, states []int64, known []answers) {
+func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
 	m.members[b.me], m.windows[b.me] = m.now, b.window
 	if b.unsettled == "" {
 		delete(m.unsettled, b.me)
@@ -128,46 +140,55 @@ func (m *ledgerModel) beat(b ledgerBeat) (leads bool, others int, odd, strange s
 		if name == b.me {
 			continue
 		}
-		others++
+		a.others++
 		if w, some := m.windows[name]; some && w != b.window && (w == agreed || agreed == b.window) {
 			if w == agreed {
-				odd = w + " " + name
+				a.odd = w + " " + name
 			} else {
-				strange = w + " " + name
+				a.strange = w + " " + name
 			}
 		}
 	}
-	inside := agreed == b.window || odd == "" && b.claims
+	inside := agreed == b.window || a.odd == "" && b.claims
 	if inside {
 		m.length["length"] = b.window
-	} else if odd == "" {
-		odd = agreed + " "
+	} else if a.odd == "" {
+		a.odd = agreed + " "
 	}
 	for _, e := range b.epochs {
-		state, rows := m.beatEpoch(b.me, e, inside)
-		states, known = append(states, state), append(known, rows)
+		state, rows, d := m.beatEpoch(b.me, e, inside)
+		a.states, a.known, a.decided = append(a.states, state), append(a.known, rows), append(a.decided, d)
 	}
 	if m.leader == b.me || m.leader == "" && inside {
 		m.leader = b.me
 	}
-	return m.leader == b.me, others, odd, strange, states, known
+	unnamed := slices.SortedFunc(maps.Keys(m.epochs), func(x, y string) int {
+		return cmp.Or(cmp.Compare(m.epochs[x], m.epochs[y]), cmp.Compare(x, y))
+	})
+	a.unnamed = slices.DeleteFunc(unnamed[max(0, len(unnamed)-b.unnamed):], func(name string) bool {
+		return slices.ContainsFunc(b.epochs, func(e ledgerEpochBeat) bool { return e.name == name })
+	})
+	a.leads = m.leader == b.me
+	return a
 }
 
-func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int64, answers) {
+func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int64, answers, string) {
 	rows := answers{}
 	if m.of[e.name]["delivered"] != "" {
-		return 2, rows
+		return 2, rows, ""
 	}
 	if !e.had && e.decided == nil && !m.takes(e.name, inside) {
-		return 3, rows
+		return 3, rows, ""
 	}
 	m.epochs[e.name] = e.ends
 	h := m.epoch(e.name)
 	if h["unique"] != "" {
-		if e.decided != nil && h["unique"] != e.decided.unique {
-			return 4, rows
+		if e.decided == nil {
+			return 5, rows, decisionOf(h).String()
+		} else if h["unique"] != e.decided.unique {
+			return 4, rows, ""
 		}
-		return 0, rows
+		return 0, rows, ""
 	}
 	for member, n := range e.known {
 		answered(h, member, n)
@@ -177,9 +198,9 @@ func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int6
 	}
 	if d := e.decided; d != nil {
 		m.write(h, d)
-		return 0, rows
+		return 0, rows, ""
 	}
-	return 0, rowsOf(h)
+	return 0, rowsOf(h), ""
 }
 
 func rowsOf(h map[string]string) answers {
@@ -293,11 +314,10 @@ func (m *ledgerModel) seal(name, me string, at int64) (d *ledgerDecision, wait i
 		}
 	}
 	for member, n := range rowsOf(h) {
-		if n == "0" {
-			continue
-		}
 		mark := "="
-		if strings.HasSuffix(n, "+") {
+		if n == "0" {
+			mark = "0"
+		} else if strings.HasSuffix(n, "+") {
 			mark = "+"
 		}
 		members = append(members, mark+member)
@@ -317,7 +337,7 @@ func (m *ledgerModel) lost(me string, at int64) bool {
 }
 
 // decide is decideScript; nil: the ledger has lost data.
-func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me string, at int64) *ledgerDecision {
+func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me string, at int64, members []string) *ledgerDecision {
 	s, _ := parseSpan(name)
 	start, h := s.Start.UnixMilli(), m.epoch(name)
 	if h["unique"] != "" {
@@ -325,6 +345,17 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	}
 	if m.lost(me, at) {
 		return nil
+	}
+	for _, listed := range members {
+		mark, n := listed[:1], h["m:"+listed[1:]]
+		if m.rules.listed && (mark != "?" && n == "" || (mark == "=" || mark == "0") && strings.HasSuffix(n, "+")) {
+			return nil
+		}
+	}
+	for member := range rowsOf(h) {
+		if m.rules.listed && !slices.ContainsFunc(members, func(listed string) bool { return listed[1:] == member }) {
+			return nil
+		}
 	}
 	var sum, least, keyed uint64
 	rows := rowsOf(h)

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/redis/rueidis"
+
+	"verve/counter"
 )
 
 // clocked is a script whose clock is a key.
@@ -295,9 +297,11 @@ func (w *twins) beat() {
 	b := ledgerBeat{
 		me: pick(rnd, "a", "b", "c"), claims: rnd.IntN(4) > 0, window: pick(rnd, "10000", "10000", "10000", "20000"),
 		unsettled: pick(rnd, "", "", "", "1000000 1000000", "990000 1010000"), opened: pick(rnd, "", "1000000", "1000000", "1010000"),
+		unnamed: pick(rnd, 1, 2, 64),
 	}
 	k, keys := w.keys, []string(nil)
-	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened}
+	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed)}
+	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseSpan(name)
 		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, doubted: rnd.IntN(5) == 0, known: answers{}}
@@ -311,7 +315,7 @@ func (w *twins) beat() {
 			e.decided, e.known = &ledgerDecision{strconv.Itoa(rnd.IntN(5)), "1", "1", "5", "0"}, answers{}
 			decided = strings.Fields(e.decided.String())
 		}
-		b.epochs = append(b.epochs, e)
+		b.epochs, sent = append(b.epochs, e), append(sent, s)
 		keys = append(keys, w.ofEpoch(name))
 		args = append(append(args, name, strconv.FormatInt(e.ends, 10)), decided...)
 		args = append(args, flag(e.had), flag(e.doubted), strconv.Itoa(len(e.known)))
@@ -323,14 +327,23 @@ func (w *twins) beat() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	got, err := parseBeat(out, len(b.epochs))
+	got, err := parseBeat(out, sent)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	leads, others, odd, strange, states, known := w.ledger.beat(b)
-	w.same(fmt.Sprintf("%+v", b),
-		fmt.Sprint(got.now, got.leads == 1, got.others, got.odd, got.strange, got.states, got.answers),
-		fmt.Sprint(w.ledger.now, leads, others, odd, strange, states, known))
+	a := ledgerBeatAnswer{
+		leads: got.leads == 1, others: int(got.others), odd: got.odd, strange: got.strange,
+		states: got.states, known: got.answers, decided: make([]string, len(sent)),
+	}
+	for i, d := range got.decided {
+		if d != nil {
+			a.decided[i] = strings.TrimSpace(fmt.Sprintln(d.Unique, flag(d.Complete), flag(d.Exact), d.SealedAt.UnixMilli(), d.under))
+		}
+	}
+	for _, s := range got.unnamed {
+		a.unnamed = append(a.unnamed, spanName(s))
+	}
+	w.same(fmt.Sprintf("%+v", b), fmt.Sprintf("%d %+v", got.now, a), fmt.Sprintf("%d %+v", w.ledger.now, w.ledger.beat(b)))
 }
 
 // reasoned returns a decision without its reason, which the model does not have: there must
@@ -380,10 +393,24 @@ func (w *twins) ledgerStep() {
 		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(5) > 0, whole: rnd.IntN(4) > 0, under: uint64(rnd.IntN(3)), open: rnd.IntN(4) == 0}
 		fit, open := rnd.IntN(6) > 0, rnd.IntN(4) == 0
 		sealer, at := pick(rnd, "", "", "a", "b"), w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)
-		d := w.ledger.decide(name, ids, fit, open, sealer, at)
-		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
-			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), sealer, strconv.FormatInt(at, 10))
-		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at); d == nil {
+		var members []string
+		for _, m := range []string{"a", "b", "c"} {
+			n, listed := w.ledger.of[name]["m:"+m]
+			mark := "="
+			if strings.HasSuffix(n, "+") {
+				mark = "+"
+			}
+			if rnd.IntN(12) == 0 {
+				listed, mark = !listed, pick(rnd, "+", "=", "0", "?")
+			}
+			if listed {
+				members = append(members, mark+m)
+			}
+		}
+		d := w.ledger.decide(name, ids, fit, open, sealer, at, members)
+		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
+			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), sealer, strconv.FormatInt(at, 10)}, members...)...)
+		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at, members); d == nil {
 			w.same(what, out, "[1]")
 		} else {
 			w.same(what, w.reasoned(out), "[0 "+d.String()+"]")
