@@ -90,9 +90,9 @@ type config struct {
 
 	MaxConns           int           `placeholder:"N" help:"Maximum open connections; further ones are answered 503. Default: what the limits of descriptors and memory allow, at most ${maxConns}." group:"Limits"`
 	MaxConnsPerAddress int           `default:"0" help:"Maximum open connections per client address (per /64 for IPv6). 0 means no limit; leave it at 0 behind a load balancer." group:"Limits"`
-	MaxBatchIDs        int           `name:"max-batch-ids" placeholder:"N" help:"Maximum ids in one batch; a larger batch is answered 413. Default: ${maxBatchIDs}." group:"Limits"`
-	MaxBatchBytes      int           `placeholder:"N" help:"Maximum bytes of one batch, after decompression. Default: ${maxBatchBytes}." group:"Limits"`
-	MaxKeys            int           `placeholder:"N" help:"Maximum keys in one window; an id under a further key is answered 503. Default: ${maxKeys}." group:"Limits"`
+	MaxBatchIDs        int           `name:"max-batch-ids" default:"${maxBatchIDs}" help:"Maximum ids in one batch; a larger batch is answered 413." group:"Limits"`
+	MaxBatchBytes      int           `default:"${maxBatchBytes}" help:"Maximum bytes of one batch, after decompression." group:"Limits"`
+	MaxKeys            int           `default:"${maxKeys}" help:"Maximum keys in one window; an id under a further key is answered 503." group:"Limits"`
 	CORSOrigin         []string      `name:"cors-origin" sep:"none" help:"Origin whose web pages may read answers, such as https://example.com, or *; repeatable. A page may send ids without it." placeholder:"ORIGIN" group:"Limits"`
 	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Maximum time to receive a request or to send an answer." group:"Limits"`
 	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Maximum time between two requests of a connection." group:"Limits"`
@@ -415,6 +415,9 @@ func (c *config) check() (err error) {
 		{"callback-concurrency", c.CallbackConcurrency == 0},
 		{"callback-rate", c.CallbackRate == 0},
 		{"callback-timeout", c.CallbackTimeout == 0},
+		{"max-batch-ids", c.MaxBatchIDs == 0},
+		{"max-batch-bytes", c.MaxBatchBytes == 0},
+		{"max-keys", c.MaxKeys == 0},
 		{"slow-timeout", c.SlowTimeout == 0},
 		{"idle-timeout", c.IdleTimeout == 0},
 		{"shutdown-timeout", c.ShutdownTimeout == 0},
