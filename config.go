@@ -111,9 +111,6 @@ type config struct {
 	Totals      totalsCmd `cmd:"" help:"Print the total of each window over all instances, from the topic or the counts file; report gaps and repeats."`
 	Healthcheck struct{}  `cmd:"" help:"Exit 0 if the server on this machine is alive, else 1."`
 	Version     struct{}  `cmd:"" help:"Print the version."`
-	Completion  struct {
-		Shell string `arg:"" enum:"bash,zsh,fish" help:"bash, zsh or fish."`
-	} `cmd:"" help:"Print a script that completes commands and flags in a shell."`
 }
 
 type totalsCmd struct {

@@ -88,8 +88,6 @@ func run(args []string, stdout, stderr *os.File) error {
 		return totals(cfg, stdout, stderr)
 	case "healthcheck":
 		return healthcheck(cfg.AdminListen)
-	case "completion":
-		writeCompletion(stdout, cfg.Completion.Shell, cfg.model)
 	case "version":
 		fmt.Fprintln(stdout, "verve", versionText())
 	}

@@ -134,11 +134,9 @@ func TestUnknownCommandsAndFlags(t *testing.T) {
 		{"--windwo=1m", []string{"--windwo", `did you mean "--window"?`}},
 		{"sevre", []string{"sevre", `did you mean "serve"?`}},
 		{"help totls", []string{"totls", `did you mean "totals"?`}},
-		{"x", []string{"the commands are serve, totals, healthcheck, version, completion"}},
+		{"x", []string{"the commands are serve, totals, healthcheck, version"}},
 		{"totals --folow", []string{"--folow", `"--follow"`}},
 		{"serve extra", []string{"extra"}},
-		{"completion tcsh", []string{"bash", "tcsh"}},
-		{"completion", []string{"shell"}},
 		{"-x", []string{"-x"}},
 		{"--window", []string{"--window", "the value is missing", "90s"}},
 		{"--window --group=a", []string{"--window", "the value is missing"}},
@@ -161,7 +159,7 @@ func TestVersionAndHelpAlwaysWork(t *testing.T) {
 	for args, want := range map[string]string{
 		"--version": "verve ", "-v": "verve ", "version": "verve ",
 		"help": "Usage: verve <command>", "--help": "Usage: verve <command>", "-h": "Usage: verve <command>", "help totals": "Usage: verve totals", "totals --help": "Usage: verve totals",
-		"help healthcheck": "Usage: verve healthcheck", "help version": "Usage: verve version", "help completion": "Usage: verve completion", "help serve": "Usage: verve serve", "completion bash": "_verve()",
+		"help healthcheck": "Usage: verve healthcheck", "help version": "Usage: verve version", "help serve": "Usage: verve serve",
 	} {
 		cmd := testproc.Verve(t, strings.Fields(args)...)
 		cmd.Env = append(cmd.Env, "VERVE_WINDOW=fast", "VERVE_WINDWO=1m", "VERVE_CONFIG=/nonexistent")
