@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"cmp"
 	"container/heap"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -174,12 +175,12 @@ type Sender struct {
 	work      sync.Cond // ready destinations, or closed
 	table     map[string]*entry
 	dests     map[destKey]*destination
-	ready     [2]destList // with a POST to send, in turn; [unproven]
-	turn      int         // list of ready that is served next
-	later     laterHeap   // with a POST to send, but above their rate
-	warm      destList    // at rest, with pooled connections; oldest first
-	warmConn  int         // pooled connections of warm
-	cold      destList    // at rest, without; oldest first
+	ready     [2]list.List // with a POST to send, in turn; [unproven]
+	turn      int          // list of ready that is served next
+	later     laterHeap    // with a POST to send, but above their rate
+	warm      list.List    // at rest, with pooled connections; oldest first
+	warmConn  int          // pooled connections of warm
+	cold      list.List    // at rest, without; oldest first
 	addresses map[netip.Addr]*address
 	paceWake  chan struct{}
 

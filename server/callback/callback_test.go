@@ -1138,8 +1138,8 @@ func TestCallbackDestinationsAreForgotten(t *testing.T) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.dests) != s.Destinations || c.cold.n != s.Destinations || len(c.table) != 0 || c.unprovenSlots != 0 {
-		t.Fatalf("%d destinations, %d cold, %d in the table", len(c.dests), c.cold.n, len(c.table))
+	if len(c.dests) != s.Destinations || c.cold.Len() != s.Destinations || len(c.table) != 0 || c.unprovenSlots != 0 {
+		t.Fatalf("%d destinations, %d cold, %d in the table", len(c.dests), c.cold.Len(), len(c.table))
 	}
 }
 

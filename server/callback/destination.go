@@ -2,6 +2,7 @@ package callback
 
 import (
 	"container/heap"
+	"container/list"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -59,10 +60,9 @@ type destination struct {
 	unproven         bool // not known to answer quickly
 
 	state     destState
-	readyIn   int // index in ready while destReady
-	prevD     *destination
-	nextD     *destination
-	warmConns int // pooled connections, counted when it became warm
+	readyIn   int           // index in ready while destReady
+	place     *list.Element // in the list of its state; destLater has none
+	warmConns int           // pooled connections, counted when it became warm
 }
 
 // newDestination adds the destination of ep.
@@ -133,7 +133,7 @@ func (s *Sender) pushReady(d *destination) {
 	if d.unproven {
 		d.readyIn = 1
 	}
-	s.ready[d.readyIn].push(d)
+	d.place = s.ready[d.readyIn].PushBack(d)
 	s.work.Signal()
 }
 
@@ -141,16 +141,24 @@ func (s *Sender) pushReady(d *destination) {
 // alternate, so that a crowd of newcomers costs the others half at most.
 func (s *Sender) popReady() *destination {
 	for range 2 {
-		list := &s.ready[s.turn]
+		ready := &s.ready[s.turn]
 		skip := s.turn == 1 && s.unprovenBusy >= unprovenShare(s.cfg.workers)
 		s.turn = 1 - s.turn
-		if d := list.head; d != nil && !skip {
-			list.remove(d)
+		if d := first(ready); d != nil && !skip {
+			ready.Remove(d.place)
 			d.state = destNone
 			return d
 		}
 	}
 	return nil
+}
+
+// first returns the destination at the front of a list; nil if it is empty.
+func first(l *list.List) *destination {
+	if l.Len() == 0 {
+		return nil
+	}
+	return l.Front().Value.(*destination)
 }
 
 // park puts a destination without work aside. One that never sent anything is
@@ -170,7 +178,7 @@ func (s *Sender) park(d *destination) {
 	}
 	if d.warmConns > 0 {
 		d.state = destWarm
-		s.warm.push(d)
+		d.place = s.warm.PushBack(d)
 		s.warmConn += d.warmConns
 		return
 	}
@@ -182,9 +190,9 @@ func (s *Sender) park(d *destination) {
 func (s *Sender) evictConns(d *destination) {
 	d.client = nil
 	d.state = destCold
-	s.cold.push(d)
-	if s.cold.n > maxParked {
-		s.drop(s.cold.head)
+	d.place = s.cold.PushBack(d)
+	if s.cold.Len() > maxParked {
+		s.drop(first(&s.cold))
 	}
 }
 
@@ -192,10 +200,10 @@ func (s *Sender) evictConns(d *destination) {
 func (s *Sender) activate(d *destination) {
 	switch d.state {
 	case destWarm:
-		s.warm.remove(d)
+		s.warm.Remove(d.place)
 		s.warmConn -= d.warmConns
 	case destCold:
-		s.cold.remove(d)
+		s.cold.Remove(d.place)
 	default:
 		return
 	}
@@ -215,12 +223,12 @@ func (s *Sender) drop(d *destination) {
 // what it returns, without the lock.
 func (s *Sender) trim(warmBefore, coldBefore time.Time) []*client {
 	var victims []*client
-	for d := s.warm.head; d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = s.warm.head {
+	for d := first(&s.warm); d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = first(&s.warm) {
 		victims = append(victims, d.client)
 		s.activate(d)
 		s.evictConns(d)
 	}
-	for d := s.cold.head; d != nil && d.idleSince.Before(coldBefore); d = s.cold.head {
+	for d := first(&s.cold); d != nil && d.idleSince.Before(coldBefore); d = first(&s.cold) {
 		s.drop(d)
 	}
 	return victims
@@ -254,42 +262,9 @@ func (s *Sender) prove(d *destination, quick bool) {
 		s.unprovenSlots += d.entries
 	}
 	if d.state == destReady {
-		s.ready[d.readyIn].remove(d)
+		s.ready[d.readyIn].Remove(d.place)
 		s.pushReady(d)
 	}
-}
-
-// destList is a list of destinations through prevD and nextD; each is in one
-// list at most.
-type destList struct {
-	head, tail *destination
-	n          int
-}
-
-func (l *destList) push(d *destination) {
-	d.prevD, d.nextD = l.tail, nil
-	if l.tail == nil {
-		l.head = d
-	} else {
-		l.tail.nextD = d
-	}
-	l.tail = d
-	l.n++
-}
-
-func (l *destList) remove(d *destination) {
-	if d.prevD == nil {
-		l.head = d.nextD
-	} else {
-		d.prevD.nextD = d.nextD
-	}
-	if d.nextD == nil {
-		l.tail = d.prevD
-	} else {
-		d.nextD.prevD = d.prevD
-	}
-	d.prevD, d.nextD = nil, nil
-	l.n--
 }
 
 // laterHeap orders destinations by when their rate allows the next POST.

@@ -82,10 +82,11 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 	}
 	ep.port = port
 	var buf [256]byte // a name has at most 253 bytes
-	name, err := ep.setHost(buf[:0], host)
+	name, addr, err := canonicalHost(buf[:0], host)
 	if err != nil {
 		return Endpoint{}, err
 	}
+	ep.addr = addr
 	path, _, _ := bytes.Cut(target, []byte("?"))
 	if ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(name, ep.addr, port) {
 		// All names of this server are one destination.
@@ -129,31 +130,26 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
 	return authority, target, nil
 }
 
-// setHost appends the host to name in its one spelling; if it is an address, the
-// endpoint has it.
-func (ep *Endpoint) setHost(name, host []byte) ([]byte, error) {
-	if host[0] == '[' {
+// canonicalHost appends the host to dst in its one spelling, without brackets, and returns
+// the address if it is one. dst is empty and holds the longest name.
+func canonicalHost(dst, host []byte) (name []byte, addr netip.Addr, err error) {
+	if inner, ok := bytes.CutPrefix(host, []byte("[")); ok {
+		inner, ok = bytes.CutSuffix(inner, []byte("]"))
 		// A v4 address in v6 clothes is another spelling of the address.
-		addr, err := netip.ParseAddr(string(host[1 : len(host)-1]))
-		if err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
-			return nil, errEndpointHost
+		addr, err := netip.ParseAddr(string(inner))
+		if !ok || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
+			return nil, netip.Addr{}, errEndpointHost
 		}
-		ep.addr = addr
-		return addr.AppendTo(name), nil
+		return addr.AppendTo(dst), addr, nil
 	}
-	name, err := appendName(name, host)
-	if err != nil {
-		return nil, err
+	if name, err = appendName(dst, host); err != nil || !endsInNumber(name) {
+		return name, netip.Addr{}, err
 	}
-	if endsInNumber(name) {
-		// A dot at the end would make it another spelling, too.
-		addr, err := netip.ParseAddr(string(host))
-		if err != nil || !addr.Is4() {
-			return nil, errEndpointNumeric
-		}
-		ep.addr = addr
+	// A dot at the end would make it another spelling, too.
+	if addr, err = netip.ParseAddr(string(host)); err != nil || !addr.Is4() {
+		return nil, netip.Addr{}, errEndpointNumeric
 	}
-	return name, nil
+	return name, addr, nil
 }
 
 // classify decides by what rule another server than this one may be called.
@@ -301,9 +297,7 @@ func parsePort[T string | []byte](digits T) (uint16, bool) {
 // dst, if it is made of letters, digits, hyphens and underscores as names of
 // hosts are. dst is empty and holds the longest name.
 func appendName(dst, host []byte) ([]byte, error) {
-	if host[len(host)-1] == '.' {
-		host = host[:len(host)-1]
-	}
+	host = bytes.TrimSuffix(host, []byte("."))
 	if len(host) == 0 || len(host) > 253 {
 		return nil, errEndpointHost
 	}

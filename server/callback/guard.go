@@ -180,38 +180,12 @@ func (g *guard) allow(entry string) error {
 		g.nets = append(g.nets, allowedNet{prefix, port})
 		return nil
 	}
-	name, err := canonicalHost(host)
+	name, _, err := canonicalHost(nil, []byte(host))
 	if err != nil {
-		return err
+		return errors.New("bad host, want a name, an IPv4 address, or an IPv6 address in brackets")
 	}
-	g.hosts[hostPort{name, port}] = true
+	g.hosts[hostPort{string(name), port}] = true
 	return nil
-}
-
-// canonicalHost returns a host of the configuration in the form in which parse
-// compares hosts.
-func canonicalHost(host string) (string, error) {
-	if inner, ok := strings.CutPrefix(host, "["); ok {
-		inner, ok = strings.CutSuffix(inner, "]")
-		addr, err := netip.ParseAddr(inner)
-		if !ok || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
-			return "", errors.New("bad IPv6 address")
-		}
-		return addr.String(), nil
-	}
-	if host == "" {
-		return "", errors.New("no host")
-	}
-	name, err := appendName(nil, []byte(host))
-	if err != nil {
-		return "", errors.New("bad host name")
-	}
-	if endsInNumber(name) {
-		if addr, err := netip.ParseAddr(host); err != nil || !addr.Is4() {
-			return "", errors.New("bad IPv4 address")
-		}
-	}
-	return string(name), nil
 }
 
 // parseSelf reads an own listen address. Listeners name all addresses in

@@ -334,11 +334,11 @@ var mutants = []mutant{
 		File: "server/callback/callback.go", Old: "\tcase e.queued:\n", New: "\tcase e.queued || d.inFlight > 0:\n\t\tdefer s.unreserve(e)\n",
 	}, nil},
 	{"a POST waits and no worker is woken", "server/callback", overlay.Edit{
-		File: "server/callback/destination.go", Old: "\ts.ready[d.readyIn].push(d)\n\ts.work.Signal()", New: "\ts.ready[d.readyIn].push(d)",
+		File: "server/callback/destination.go", Old: "\td.place = s.ready[d.readyIn].PushBack(d)\n\ts.work.Signal()", New: "\td.place = s.ready[d.readyIn].PushBack(d)",
 	}, nil},
 	{"a worker is woken before there is a POST", "server/callback", overlay.Edit{
 		File: "server/callback/destination.go", Old: "\td.state, d.readyIn = destReady, 0\n", New: "\ts.work.Signal()\n\ts.mu.Unlock()\n\ts.mu.Lock()\n\td.state, d.readyIn = destReady, 0\n",
-	}, []overlay.Edit{{File: "server/callback/destination.go", Old: "\ts.ready[d.readyIn].push(d)\n\ts.work.Signal()", New: "\ts.ready[d.readyIn].push(d)"}}},
+	}, []overlay.Edit{{File: "server/callback/destination.go", Old: "\td.place = s.ready[d.readyIn].PushBack(d)\n\ts.work.Signal()", New: "\td.place = s.ready[d.readyIn].PushBack(d)"}}},
 	{"the stop wakes one worker", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "s.work.Broadcast()", New: "s.work.Signal()",
 	}, nil},
