@@ -619,10 +619,10 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 	c := dedup.Config{
 		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
 		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-		Dir: cfg.epochsDir(), Publisher: publisher,
+		Dir: cfg.epochsDir(), Publisher: publisher, Window: cfg.Window,
 		OnSetAside: func(name string, reason error) {
 			log.Error().Err(reason).Str("set_aside_as", name).
-				Msg("the ids of the last process are damaged and set aside; the open window is counted without them and gets exact:false")
+				Msg("the ids of the last process are damaged and set aside; the windows that it has not published and the open one are counted without them and get exact:false")
 		},
 		OnFailure: func(err error) {
 			log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")

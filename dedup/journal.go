@@ -40,6 +40,7 @@ type journal struct {
 	boot          uint32
 	bootAt        func() time.Time // when the machine was started
 	publisher     uint64           // who publishes the counts, as publisherOf
+	window        time.Duration    // of the epochs to be opened; 0: not known
 	nudge         func()           // wakes Run, which calls prepare
 	onFailure     func(error)      // called with the new value of broken
 	step          func()           // tests: called between the stores of a slot
@@ -215,6 +216,7 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
+		left := salvage(filepath.Join(j.dir, stateName))
 		name, asideErr := durable.SetAside(j.dir)
 		if asideErr != nil {
 			j.release()
@@ -225,7 +227,9 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 			setAside(name, damage)
 		}
 		j = j.again()
-		err = j.open()
+		if err = j.open(); err == nil {
+			err = j.restore(left)
+		}
 	}
 	if durable.NoSpace(err) && j.isNew() {
 		j.release()
@@ -269,7 +273,7 @@ func (j *journal) unmade(err error) {
 // again is a journal, not yet opened, of the same settings.
 func (j *journal) again() *journal {
 	next := &journal{
-		dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, bootAt: j.bootAt, publisher: j.publisher,
+		dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, bootAt: j.bootAt, publisher: j.publisher, window: j.window,
 		nudge: j.nudge, onFailure: j.onFailure, step: j.step, msync: j.msync,
 	}
 	next.writers.New = j.writers.New

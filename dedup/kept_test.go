@@ -1056,6 +1056,66 @@ func TestSlotLostWithThePower(t *testing.T) {
 	})
 }
 
+// TestWindowsOfADamagedDirectoryAreNotExact: a window that was not published when its process
+// was killed, and is over when the damage is found, gets a record that says so.
+func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
+	segment := segmentName(0)
+	flip := func(at int64) func(dir string) error {
+		return func(dir string) error {
+			b, err := os.ReadFile(filepath.Join(dir, stateName))
+			if err != nil {
+				return err
+			}
+			b[at] ^= 1
+			return os.WriteFile(filepath.Join(dir, stateName), b, 0o600)
+		}
+	}
+	for _, tt := range []struct {
+		name   string
+		damage func(dir string) error
+	}{
+		{"a segment is missing", func(dir string) error { return os.Remove(filepath.Join(dir, segment)) }},
+		{"a segment is cut", func(dir string) error { return os.Truncate(filepath.Join(dir, segment), 100) }},
+		{"the header has a flipped bit", flip(8)},
+		{"a mark has a flipped bit", flip(marksAt)},
+		{"the slot of the window has a flipped bit", flip(slotsAt + (slotCount-2)*slotWords*8 + 8)},
+		{"the state file is too long", func(dir string) error { return os.Truncate(filepath.Join(dir, stateName), stateBytes+1) }},
+		{"the state file is empty", func(dir string) error { return os.Truncate(filepath.Join(dir, stateName), 0) }},
+		{"the state file is missing", func(dir string) error { return os.Remove(filepath.Join(dir, stateName)) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cfg := small(t.TempDir())
+				cfg.Window = time.Hour
+				l := newFakeSpool(t)
+				p := live(t, cfg, cfg.Window, l)
+				p.want(time.Now(), "1", Unique)
+				time.Sleep(time.Hour)
+				synctest.Wait()
+				p.want(time.Now(), "1", Unique)
+				_, before, _ := l.total(p.c.Last().Start().Add(-time.Hour))
+				lost := p.c.Last().Start()
+				p.kill()
+				if err := tt.damage(cfg.Dir); err != nil || before != 1 {
+					t.Fatal(before, err)
+				}
+				time.Sleep(3 * time.Hour)
+				aside := false
+				cfg.OnSetAside = func(string, error) { aside = true }
+				p = live(t, cfg, cfg.Window, l)
+				p.want(time.Now(), "1", Unique)
+				p.close()
+				if sum, records, exact := l.total(lost); !aside || records != 1 || sum > 0 || exact {
+					t.Errorf("set aside: %t; the window has %d records, which add up to %d, exact %t", aside, records, sum, exact)
+				}
+				if _, records, exact := l.total(lost.Add(-time.Hour)); records != 1 || !exact {
+					t.Errorf("the window before it has %d records, exact %t", records, exact)
+				}
+			})
+		})
+	}
+}
+
 // TestKillWhileSettingAsideIsNotForgotten: the window is not exact either where
 // the process that set the damaged directory aside did not come further.
 func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {

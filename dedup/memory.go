@@ -60,8 +60,11 @@ type Config struct {
 	// Publisher is the name of the publisher of the counts. Counts that another publisher
 	// has published are not subtracted from what is missing.
 	Publisher string
+	// Window is the length of the windows. Without it the windows of a Dir whose state file is
+	// lost as a whole get no record.
+	Window time.Duration
 	// OnSetAside is called with the new name of a Dir that was damaged, and the reason. A
-	// new directory is in its place.
+	// new directory is in its place. The epochs that it had not published are not exact.
 	OnSetAside func(name string, reason error)
 	// OnFailure is called with the reason why Dir cannot keep ids any more: from then on
 	// every id gets Unavailable, until OnRepair is called, when Dir accepts writes again

@@ -1,11 +1,14 @@
 package dedup
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
+	"os"
 	"runtime/debug"
 	"slices"
 	"time"
+	"unsafe"
 
 	"verve/counter"
 )
@@ -42,6 +45,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 	j.first.pastRead = true
 	j.first.start, j.first.sum = own.Last, own.Unique
 	j.recreate()
+	j.guess(own.Last)
 	past := counter.Past{Serial: j.newest.serial}
 	for _, o := range j.unsettled() {
 		its := by[o.publisher]
@@ -235,6 +239,55 @@ func (j *journal) recreate() {
 		j.newest = o
 		j.resumable = time.Now().Before(o.end())
 	}
+}
+
+// salvage returns the epochs that were not published by the slots of a damaged state file
+// that are whole, the oldest first.
+func salvage(path string) (left []opened) {
+	b, _ := os.ReadFile(path) // what cannot be read has none
+	words := make([]uint64, marksAt/8)
+	copy(bytesOf(words), b)
+	for at := slotsAt / 8; at < len(words); at += slotWords {
+		if o, ok := (*slot)(unsafe.Pointer(&words[at])).read(); ok && o.serial > 0 && !o.ended {
+			left = append(left, o)
+		}
+	}
+	slices.SortFunc(left, func(a, b opened) int {
+		return cmp.Or(cmp.Compare(a.serial, b.serial), cmp.Compare(b.generation, a.generation))
+	})
+	left = slices.CompactFunc(left, func(a, b opened) bool { return a.serial == b.serial })
+	return left[max(0, len(left)-slotCount+startSlots):]
+}
+
+// restore begins a journal with epochs whose ids are lost: the records of their windows say
+// so.
+func (j *journal) restore(left []opened) (err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.caught(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	for n, o := range left {
+		j.newest = opened{
+			serial: uint64(n + 1), number: o.number, window: o.window,
+			publisher: o.publisher, inexact: true, boot: j.boot, slot: n,
+		}
+		j.write(n, &j.newest)
+	}
+	return nil
+}
+
+// guess is restore where no slot could be read: the process that was killed had published each
+// window at its end, so the first one behind the last record is likely to be the one that it
+// was in.
+func (j *journal) guess(last time.Time) {
+	if !j.aside || j.newest.serial > 0 || j.window == 0 || last.IsZero() {
+		return
+	}
+	o := opened{number: last.UnixNano()/int64(j.window) + 1, window: j.window, publisher: j.publisher}
+	if time.Now().Before(o.end()) {
+		return // the epoch to be opened is not exact
+	}
+	_ = j.restore([]opened{o}) // it is kept in broken
 }
 
 // slotLate is how long after the beginning of its epoch a slot is on the disk,

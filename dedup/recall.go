@@ -29,6 +29,7 @@ func (m *Memory) openJournal() error {
 		boot:          cmp.Or(m.cfg.boot, bootID()),
 		bootAt:        m.cfg.bootAt,
 		publisher:     publisherOf(m.cfg.Publisher),
+		window:        m.cfg.Window,
 		nudge:         m.nudge,
 		onFailure:     m.cfg.OnFailure,
 		step:          m.cfg.step,
