@@ -417,22 +417,17 @@ func (l *live) makeRoom() bool {
 	return false
 }
 
-// drop ends a stream whose reader takes too long for a message.
-func (l *live) drop(s *liveStream) {
+// leave ends a stream, if nothing else has. slow: its reader took too long for a message.
+func (l *live) leave(s *liveStream, slow bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if _, ok := l.streams[s]; ok {
+	if _, ok := l.streams[s]; !ok {
+		return
+	}
+	if slow {
 		l.dropped++
-		l.remove(s)
 	}
-}
-
-func (l *live) leave(s *liveStream) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if _, ok := l.streams[s]; ok {
-		l.remove(s)
-	}
+	l.remove(s)
 }
 
 // remove ends a stream of l.streams. l.mu is held.
@@ -467,7 +462,8 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, refusal, http.StatusServiceUnavailable)
 		return
 	}
-	defer l.leave(s)
+	slow := false
+	defer func() { l.leave(s, slow) }()
 	h := w.Header()
 	h.Set("Content-Type", "text/event-stream")
 	h.Set("Cache-Control", "no-store")
@@ -496,10 +492,8 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 				}
 				return
 			}
-			if err := send(event); errors.Is(err, os.ErrDeadlineExceeded) {
-				l.drop(s)
-				return
-			} else if err != nil {
+			if err := send(event); err != nil {
+				slow = errors.Is(err, os.ErrDeadlineExceeded)
 				return
 			}
 		}
