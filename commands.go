@@ -90,23 +90,12 @@ const totalsSettle = 300 * time.Millisecond
 // of a record: they come from another topic or file.
 const totalsKeysWait = 10 * time.Second
 
-// totalLine is one window as verve totals prints it into a pipe.
+// totalLine is one window, or one of its keys, as verve totals prints it into a pipe.
 type totalLine struct {
 	Group    string    `json:"group"`
 	Start    time.Time `json:"window_start"`
 	MS       int64     `json:"window_ms"`
-	Unique   uint64    `json:"unique"`
-	Records  int       `json:"records"`
-	Complete bool      `json:"complete"`
-	Exact    bool      `json:"exact"`
-}
-
-// keyLine is one key of a window. Key is empty for the ids without one.
-type keyLine struct {
-	Group    string    `json:"group"`
-	Start    time.Time `json:"window_start"`
-	MS       int64     `json:"window_ms"`
-	Key      string    `json:"key"`
+	Key      *string   `json:"key,omitempty"` // nil: the window; empty: its ids without a key
 	Unique   uint64    `json:"unique"`
 	Records  int       `json:"records"`
 	Complete bool      `json:"complete"`
@@ -243,10 +232,7 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 		t.gap(g)
 	}
 	for _, r := range t.sums.Repeats() {
-		t.complain("repeat: %v", r)
-	}
-	for _, r := range t.sums.KeyRepeats() {
-		t.complain("repeat: %v", r)
+		t.complain("repeat: %s", r)
 	}
 	if keys != nil {
 		for _, flaw := range t.sums.Flaws() {
@@ -340,23 +326,19 @@ func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	if skip || err != nil {
 		return err
 	}
-	if r.key != nil {
-		known := len(t.sums.KeyRepeats())
-		t.sums.AddKey(*r.key)
-		for _, again := range t.sums.KeyRepeats()[known:] {
-			t.complain("repeat: %v", again)
-		}
-		return nil // its window changes with its record
-	}
-	for _, g := range t.sums.Before(r.Record) {
-		t.gap(g)
-	}
 	known := len(t.sums.Repeats())
-	t.sums.Add(r.Record)
-	for _, again := range t.sums.Repeats()[known:] {
-		t.complain("repeat: %v", again)
+	if r.key != nil {
+		t.sums.AddKey(*r.key) // its window changes with its record
+	} else {
+		for _, g := range t.sums.Before(r.Record) {
+			t.gap(g)
+		}
+		t.sums.Add(r.Record)
+		t.changed[groupWindow{r.Group, r.Span()}] = time.Now()
 	}
-	t.changed[groupWindow{r.Group, r.Span()}] = time.Now()
+	for _, again := range t.sums.Repeats()[known:] {
+		t.complain("repeat: %s", again)
+	}
 	return nil
 }
 
@@ -432,12 +414,12 @@ func newTotalsPrinter(out io.Writer, table, byKey bool) *totalsPrinter {
 
 // print writes the line of a window, or of one of its keys.
 func (p *totalsPrinter) print(w stream.WindowTotal, k *stream.KeyTotal) {
-	switch {
-	case p.json != nil && k != nil:
-		_ = p.json.Encode(keyLine{w.Group, w.Start, w.Window.Milliseconds(), k.Key, k.Unique, k.Records, w.Complete, w.Exact})
-		return
-	case p.json != nil:
-		_ = p.json.Encode(totalLine{w.Group, w.Start, w.Window.Milliseconds(), w.Unique, w.Records, w.Complete, w.Exact})
+	var key *string
+	if k != nil {
+		key, w.Unique, w.Records = &k.Key, k.Unique, k.Records
+	}
+	if p.json != nil {
+		_ = p.json.Encode(totalLine{w.Group, w.Start, w.Window.Milliseconds(), key, w.Unique, w.Records, w.Complete, w.Exact})
 		return
 	}
 	var notes []string
@@ -449,9 +431,8 @@ func (p *totalsPrinter) print(w stream.WindowTotal, k *stream.KeyTotal) {
 	}
 	// Padded, as rows that are printed later should stand below each other.
 	fmt.Fprintf(p.table, "%-20s\t%-8s\t", w.Start.Format(time.RFC3339Nano), w.Group)
-	if k != nil {
-		fmt.Fprintf(p.table, "%-20s\t", cmp.Or(k.Key, "(no key)"))
-		w.Unique, w.Records = k.Unique, k.Records
+	if key != nil {
+		fmt.Fprintf(p.table, "%-20s\t", cmp.Or(*key, "(no key)"))
 	}
 	fmt.Fprintf(p.table, "%12d\t%7d\t%s\n", w.Unique, w.Records, strings.Join(notes, ", "))
 }

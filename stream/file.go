@@ -74,10 +74,8 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 	return f
 }
 
-func (f *fileSink) name() string            { return "file" }
-func (f *fileSink) patience() time.Duration { return filePatience }
-func (f *fileSink) conflicts() uint64       { return 0 }
-func (f *fileSink) close()                  {}
+func (f *fileSink) conflicts() uint64 { return 0 }
+func (f *fileSink) close()            {}
 
 // doubt raises unsure.
 func (f *fileSink) doubt(upTo uint64) {

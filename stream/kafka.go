@@ -327,9 +327,7 @@ func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(
 	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, atOnce: keysAtOnce}
 }
 
-func (k *kafkaSink) name() string            { return "kafka" }
-func (k *kafkaSink) patience() time.Duration { return 0 }
-func (k *kafkaSink) conflicts() uint64       { return k.conflict.Load() }
+func (k *kafkaSink) conflicts() uint64 { return k.conflict.Load() }
 
 func (k *kafkaSink) close() {
 	k.drop()

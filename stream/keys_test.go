@@ -656,7 +656,7 @@ func TestKeyTotalsAddUpAndNameWhatIsOdd(t *testing.T) {
 	at := func(i int, instance string) string {
 		return fmt.Sprintf("verve/%s/%s/%d", window(i).Start.Format(time.RFC3339), instance, i+1)
 	}
-	if got, want := sums.KeyRepeats(), []string{
+	if got, want := sums.Repeats(), []string{
 		at(1, "x") + "/a is there twice and counted once (unique 1)",
 		at(2, "x") + "/a is there with two values, both are counted (unique 1 and 9)",
 	}; !slices.Equal(got, want) {

@@ -15,7 +15,6 @@ import (
 	"strings"
 
 	"github.com/twmb/franz-go/pkg/kerr"
-	"github.com/twmb/franz-go/pkg/kgo"
 
 	"verve/counter"
 	"verve/internal/retry"
@@ -55,7 +54,7 @@ func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2
 func ReadKeysTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[KeyRecord, error] {
 	return func(yield func(KeyRecord, error) bool) {
 		var p keyParser
-		for r, err := range consumeTopic(ctx, cfg, cfg.keysTopic(), follow, p.parseKafka) {
+		for r, err := range consumeTopic(ctx, cfg, cfg.keysTopic(), follow, p.parse, (*KeyRecord).ID) {
 			if errors.Is(err, kerr.UnknownTopicOrPartition) {
 				continue
 			}
@@ -96,28 +95,16 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 	return r, err
 }
 
-func (p *keyParser) parseKafka(r *kgo.Record) (KeyRecord, error) {
-	if err := checkSchema(r); err != nil {
-		return KeyRecord{}, err
-	}
-	record, err := p.parse(r.Value)
-	if err == nil && record.ID() != string(r.Key) {
-		err = fmt.Errorf("key %q belongs to %q", r.Key, record.ID())
-	}
-	return record, err
-}
-
 // KeyTotals sums records per window and key over all instances of a group, and the windows
 // as Totals. The zero value is ready. It keeps 40 bytes or so for each key of each record;
 // it is not safe for concurrent use.
 type KeyTotals struct {
 	Totals
 
-	names      map[string]uint32 // key -> its place in inOrder, so that each is kept once
-	inOrder    []string
-	records    map[string]*keyedRecord // by the key of their record
-	byWindow   map[windowKey]*keyedWindow
-	keyRepeats []string
+	names    map[string]uint32 // key -> its place in inOrder, so that each is kept once
+	inOrder  []string
+	records  map[string]*keyedRecord // by the key of their record
+	byWindow map[windowKey]*keyedWindow
 }
 
 // keyedWindow is what was added of one window.
@@ -185,23 +172,15 @@ func (t *KeyTotals) AddKey(r KeyRecord) {
 		in.unique[name] = r.Unique
 		return
 	}
-	_, recorded := t.seen[of.Key()]
-	switch {
-	case first == r.Unique && !recorded:
-		// A file that is followed: lines that a kill had left were written again.
-	case first == r.Unique:
-		t.keyRepeats = append(t.keyRepeats, fmt.Sprintf("%s is there twice and counted once (unique %d)", r.ID(), first))
-	case r.Scope == ScopeGroup:
-		t.keyRepeats = append(t.keyRepeats, fmt.Sprintf("%s is there with two values, the first is counted (unique %d and %d)", r.ID(), first, r.Unique))
-	default:
-		t.keyRepeats = append(t.keyRepeats, fmt.Sprintf("%s is there with two values, both are counted (unique %d and %d)", r.ID(), first, r.Unique))
+	same := first == r.Unique
+	if _, recorded := t.seen[of.Key()]; same && !recorded {
+		return // a file that is followed: lines that a kill had left were written again
+	}
+	t.repeated(r.ID(), r.Scope, first, r.Unique, same)
+	if !same && r.Scope != ScopeGroup {
 		in.unique[name] += r.Unique
 	}
 }
-
-// KeyRepeats describes the records by key that should not be there, in the order they were
-// added.
-func (t *KeyTotals) KeyRepeats() []string { return t.keyRepeats }
 
 // Keys returns the sums of a window, the largest first, and at the end that of the ids
 // without a key, if there are some. Together they are the sum of the window, unless Flaws

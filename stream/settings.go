@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"unicode"
@@ -98,35 +99,27 @@ func badBroker(b string) string {
 	if err != nil || port == 0 || b[colon+1] == '+' {
 		return "want a port from 1 to 65535 after the colon"
 	}
-	return badHost(b[:colon])
-}
-
-// badHost says why host is neither a name nor an address, or "".
-func badHost(host string) string {
-	if inner, ok := strings.CutPrefix(host, "["); ok {
-		inner, ok = strings.CutSuffix(inner, "]")
-		if addr, err := netip.ParseAddr(inner); !ok || err != nil || !addr.Is6() {
-			return "want an IPv6 address in the brackets"
-		}
-		return ""
-	}
-	if strings.Contains(host, ":") {
-		return "want one HOST:PORT, an IPv6 address in brackets"
-	}
-	name := strings.TrimSuffix(host, ".")
-	if name == "" || len(name) > 253 {
-		return "want a host before the colon"
-	}
-	labels := strings.Split(name, ".")
-	for _, label := range labels {
-		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") != "" {
-			return "the host is not the name of one"
-		}
-	}
-	if last := labels[len(labels)-1]; strings.Trim(last, "0123456789") == "" {
-		if addr, err := netip.ParseAddr(name); err != nil || !addr.Is4() {
-			return "the host is not an IPv4 address"
-		}
+	if !isHost(b[:colon]) {
+		return "want a host before the colon: a name, an IPv4 address, or an IPv6 address in brackets"
 	}
 	return ""
+}
+
+var (
+	hostName = regexp.MustCompile(`^([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?$`)
+	numeric  = regexp.MustCompile(`(^|\.)[0-9]+$`) // resolvers take it for an address
+)
+
+// isHost reports whether host can be a name or is an address.
+func isHost(host string) bool {
+	if inner, ok := strings.CutPrefix(host, "["); ok {
+		inner, closed := strings.CutSuffix(inner, "]")
+		addr, err := netip.ParseAddr(inner)
+		return closed && err == nil && addr.Is6()
+	}
+	if numeric.MatchString(host) {
+		addr, err := netip.ParseAddr(host)
+		return err == nil && addr.Is4()
+	}
+	return len(host) <= 253 && hostName.MatchString(host)
 }

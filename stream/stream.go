@@ -112,7 +112,6 @@ var _ counter.Publisher = (*Stream)(nil)
 
 // sink is where records go: Kafka or a file. One goroutine calls it.
 type sink interface {
-	name() string
 	// deliver hands over records in order and returns how many of them, from
 	// the front, are durably there, which includes those that turn out to have
 	// been there before. It may do less than all without an error. The error is
@@ -120,9 +119,6 @@ type sink interface {
 	// help it. Any other leaves the outcome open: the sink remembers that, and
 	// on the next call it looks before it writes.
 	deliver(ctx context.Context, batch []spooled) (n int, err error)
-	// patience is how long a delivery may take until it is reported as failing; 0:
-	// the sink has timeouts of its own, whose errors say more.
-	patience() time.Duration
 	conflicts() uint64
 	close()
 }
@@ -151,26 +147,26 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	}
 	s := &Stream{cfg: cfg, spool: spool, appendErr: spool.unmade}
 	var names []string
-	add := func(k sink, target string) {
-		s.sinks = append(s.sinks, &worker{sink: k, target: target, stream: s, log: logline.Sampler{Every: failureLogEvery}})
-		names = append(names, k.name())
+	add := func(w *worker) {
+		w.stream, w.log.Every = s, failureLogEvery
+		s.sinks, names = append(s.sinks, w), append(names, w.name)
 	}
 	if len(cfg.Kafka.Brokers) > 0 {
 		if err := cfg.Kafka.Check(); err != nil {
 			return nil, fmt.Errorf("stream: %w", err)
 		}
 		k := newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
-		add(k, "topic "+cfg.Kafka.Topic+" at "+strings.Join(cfg.Kafka.Brokers, ", "))
-		s.sinks[0].prepare = func(ctx context.Context) error {
-			return k.prepare(ctx, spool.group+"/"+spool.instance, cfg.Scope == ScopeGroup)
-		}
+		add(&worker{
+			sink: k, name: "kafka", target: "topic " + cfg.Kafka.Topic + " at " + strings.Join(cfg.Kafka.Brokers, ", "),
+			prepare: func(ctx context.Context) error { return k.prepare(ctx, spool.Identity(), cfg.Scope == ScopeGroup) },
+		})
 	}
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step)
 		if cfg.Scope == ScopeGroup {
 			f.claims = cfg.Claims
 		}
-		add(f, cfg.CountsFile)
+		add(&worker{sink: f, name: "file", target: cfg.CountsFile, patience: filePatience})
 	}
 	if err := spool.attach(names); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
@@ -374,7 +370,7 @@ func (s *Stream) Stats() Stats {
 	head := s.spool.head
 	cursors := make([]uint64, len(s.sinks))
 	for i, w := range s.sinks {
-		cursors[i] = s.spool.cursors[w.sink.name()]
+		cursors[i] = s.spool.cursors[w.name]
 	}
 	s.spool.mu.Unlock()
 	s.mu.Lock()
@@ -397,9 +393,15 @@ func (s *Stream) Delivered(windowStart time.Time) string { return s.spool.delive
 // worker delivers records from the spool to one sink.
 type worker struct {
 	sink   sink
+	name   string // in the spool and the log
 	target string // for people
 	stream *Stream
-	log    logline.Sampler // of failures; begins anew when the sink works again
+
+	// patience is how long a delivery may take until it is reported as failing; 0:
+	// the sink has timeouts of its own, whose errors say more.
+	patience time.Duration
+
+	log logline.Sampler // of failures; begins anew when the sink works again
 
 	// prepare, if there is one, is called until it succeeds or there is a record:
 	// so what will keep records from the sink shows before the first one. Only run uses it.
@@ -436,7 +438,7 @@ func (w *worker) run(ctx context.Context) {
 func (w *worker) step(ctx context.Context) (moved bool, err error) {
 	spool := w.stream.spool
 	_, changed := spool.watch()
-	batch, err := spool.next(w.sink.name(), batchSize, batchKeys)
+	batch, err := spool.next(w.name, batchSize, batchKeys)
 	switch {
 	case err != nil:
 		return false, err
@@ -481,15 +483,14 @@ func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool,
 // deliver hands a batch to the sink. While that takes longer than the sink's
 // patience it is reported as failing: a write that does not return has no error.
 func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
-	patience := w.sink.patience()
-	if patience == 0 {
+	if w.patience == 0 {
 		return w.sink.deliver(ctx, batch)
 	}
 	w.mu.Lock()
 	number := w.delivery
 	w.mu.Unlock()
-	late := time.AfterFunc(patience, func() {
-		err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", patience)
+	late := time.AfterFunc(w.patience, func() {
+		err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
 		w.mu.Lock()
 		current := w.delivery == number
 		if current {
@@ -511,7 +512,7 @@ func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
 
 func (w *worker) logFailure(err error) {
 	if hidden, ok := w.log.Allow(time.Now()); ok {
-		w.stream.cfg.Log.Warn().Str("sink", w.sink.name()).Err(err).Uint64("hidden", hidden).
+		w.stream.cfg.Log.Warn().Str("sink", w.name).Err(err).Uint64("hidden", hidden).
 			Msg("records are not delivered, trying again")
 	}
 }
@@ -527,7 +528,7 @@ func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) e
 	w.mu.Unlock()
 	var wait retry.Backoff
 	for {
-		err := w.stream.spool.ack(w.sink.name(), to)
+		err := w.stream.spool.ack(w.name, to)
 		if err == nil {
 			w.stream.step(stepAcked)
 			return nil
@@ -541,11 +542,10 @@ func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) e
 }
 
 func (w *worker) condemn(e spooled, reason error) error {
-	name := w.sink.name()
-	if err := w.stream.spool.condemn(name, e, reason.Error()); err != nil {
+	if err := w.stream.spool.condemn(w.name, e, reason.Error()); err != nil {
 		return fmt.Errorf("set a refused record aside: %w", err)
 	}
-	w.stream.cfg.Log.Error().Str("sink", name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
+	w.stream.cfg.Log.Error().Str("sink", w.name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
 		Msg("record was refused for good and set aside; this sink lacks its count")
 	return nil
 }
@@ -571,14 +571,14 @@ func (w *worker) recovered() {
 	w.mu.Unlock()
 	if !since.IsZero() {
 		w.log.Reset()
-		w.stream.cfg.Log.Info().Str("sink", w.sink.name()).Dur("after_ms", time.Since(since)).Msg("records are delivered again")
+		w.stream.cfg.Log.Info().Str("sink", w.name).Dur("after_ms", time.Since(since)).Msg("records are delivered again")
 	}
 }
 
 func (w *worker) stats(waiting bool) SinkStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	st := SinkStats{Name: w.sink.name(), Target: w.target, State: StateIdle, Delivered: w.delivered}
+	st := SinkStats{Name: w.name, Target: w.target, State: StateIdle, Delivered: w.delivered}
 	if waiting {
 		st.State = StateDelivering
 	}

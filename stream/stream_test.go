@@ -154,10 +154,8 @@ func TestNewNamesTheBadSetting(t *testing.T) {
 // stuck is a sink that never comes back before its context ends.
 type stuck struct{}
 
-func (stuck) name() string            { return "stuck" }
-func (stuck) patience() time.Duration { return 0 }
-func (stuck) conflicts() uint64       { return 0 }
-func (stuck) close()                  {}
+func (stuck) conflicts() uint64 { return 0 }
+func (stuck) close()            {}
 func (stuck) deliver(ctx context.Context, _ []spooled) (int, error) {
 	<-ctx.Done()
 	return 0, ctx.Err()
@@ -170,7 +168,7 @@ func TestPublishIsNotSlowedByASink(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.sinks = []*worker{{sink: stuck{}, stream: s}}
+		s.sinks = []*worker{{sink: stuck{}, name: "stuck", stream: s}}
 		if err := sp.attach([]string{"stuck"}); err != nil {
 			t.Fatal(err)
 		}
@@ -292,7 +290,7 @@ func TestEachSinkHasItsOwnPlace(t *testing.T) {
 	}
 	var out bytes.Buffer
 	s := start(t, dir, Config{CountsFile: path})
-	good := &worker{sink: renamed{newFileSink("-", &out, 0, s.step)}, stream: s.Stream}
+	good := &worker{sink: newFileSink("-", &out, 0, s.step), name: "good", stream: s.Stream}
 	if err := s.spool.attach([]string{"file", "good"}); err != nil {
 		t.Fatal(err)
 	}
@@ -324,10 +322,6 @@ func TestEachSinkHasItsOwnPlace(t *testing.T) {
 		t.Errorf("%d lines on the other sink", n)
 	}
 }
-
-type renamed struct{ sink }
-
-func (renamed) name() string { return "good" }
 
 // firstError is the reason to show first: what keeps records from the spool, else
 // what keeps the first failing sink. Empty when nothing fails.

@@ -67,16 +67,20 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 			switch {
 			case err == nil:
 				record, err := parse(line)
-				if !errors.Is(err, errOtherKind) && !yield(record, lines.invalid(err)) || ctx.Err() != nil {
+				if err != nil {
+					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
+				}
+				if !errors.Is(err, errOtherKind) && !yield(record, err) || ctx.Err() != nil {
 					return
 				}
 				continue
 			case errors.Is(err, io.EOF) && !follow:
 				return
 			case errors.Is(err, io.EOF):
-				if err = lines.await(ctx); ctx.Err() != nil {
+				if retry.Sleep(ctx, followEvery) != nil {
 					return
 				}
+				err = lines.catchUp()
 			}
 			if err != nil {
 				yield(none, fmt.Errorf("read counts file: %w", err))
@@ -109,22 +113,6 @@ func (c *countsLines) next() ([]byte, error) {
 	c.line = c.line[:0]
 	c.number++
 	return line, nil
-}
-
-// invalid says of a line that it is no record, if err does.
-func (c *countsLines) invalid(err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
-}
-
-// await looks for more after a while.
-func (c *countsLines) await(ctx context.Context) error {
-	if err := retry.Sleep(ctx, followEvery); err != nil {
-		return err
-	}
-	return c.catchUp()
 }
 
 // catchUp turns to the file that has the name now, or to the new end of one that
@@ -175,10 +163,12 @@ func fileMoved(file *os.File, path string, read int64) (replaced *os.File, cut i
 // a transaction is open it waits for its end. With follow it goes on until ctx
 // ends.
 func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Record, error] {
-	return consumeTopic(ctx, cfg, cfg.Topic, follow, parseKafka)
+	return consumeTopic(ctx, cfg, cfg.Topic, follow, parseRecord, (*Record).Key)
 }
 
-func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, follow bool, parse func(*kgo.Record) (T, error)) iter.Seq2[T, error] {
+// consumeTopic yields what parse makes of the values of a topic; id is the key that goes
+// with it.
+func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, follow bool, parse func([]byte) (T, error), id func(*T) string) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
 		if err := cfg.Check(); err != nil {
@@ -202,7 +192,11 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 			if r.Attrs.IsControl() {
 				return nil
 			}
-			record, err := parse(r)
+			record, err := parse(r.Value)
+			err = cmp.Or(checkSchema(r), err)
+			if err == nil && id(&record) != string(r.Key) {
+				err = fmt.Errorf("key %q belongs to %q", r.Key, id(&record))
+			}
 			if err != nil {
 				err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
 			}
@@ -241,18 +235,7 @@ func followTopic(ctx context.Context, client *kgo.Client, topic string, emit fun
 	}
 }
 
-// parseKafka checks what goes beside the value, too.
-func parseKafka(r *kgo.Record) (Record, error) {
-	if err := checkSchema(r); err != nil {
-		return Record{}, err
-	}
-	record, err := parseRecord(r.Value)
-	if err == nil && record.Key() != string(r.Key) {
-		err = fmt.Errorf("key %q belongs to %q", r.Key, record.Key())
-	}
-	return record, err
-}
-
+// checkSchema refuses a Kafka record of another program.
 func checkSchema(r *kgo.Record) error {
 	for _, h := range r.Headers {
 		if h.Key == schemaHeader && string(h.Value) != schemaVersion {
@@ -269,7 +252,7 @@ type Totals struct {
 	windows map[windowKey]*WindowTotal
 	seen    map[string]Record
 	series  map[string]*seriesTotal
-	repeats []Repeat
+	repeats []string
 }
 
 // windowKey has the length, as another --window may have had a window with the
@@ -328,29 +311,6 @@ func (g Gap) String() string {
 	return fmt.Sprintf("%s: windows %s to %s are missing", g.Series, first, last)
 }
 
-// Repeat is a record that should not be there.
-type Repeat struct {
-	First, Again Record // in the order they were read
-	// Same: a copy, counted once. Otherwise one number with two values, as two processes
-	// under one name produce them; both are counted. A whole group has one record: the
-	// first is counted.
-	Same bool
-}
-
-// String describes the repeat in one line.
-func (r Repeat) String() string {
-	first, again := r.First.Key(), r.Again.Key()
-	switch {
-	case r.Same:
-		return fmt.Sprintf("%s is there twice and counted once (unique %d)", first, r.First.Unique)
-	case first != again:
-		return fmt.Sprintf("%s shares its number with %s (unique %d and %d)", first, again, r.First.Unique, r.Again.Unique)
-	case r.First.Scope == ScopeGroup:
-		return fmt.Sprintf("%s is there with two values, the first is counted (unique %d and %d)", first, r.First.Unique, r.Again.Unique)
-	}
-	return fmt.Sprintf("%s is there with two values, both are counted (unique %d and %d)", first, r.First.Unique, r.Again.Unique)
-}
-
 type seriesTotal struct {
 	windows map[int64]*seriesWindow // by start, Unix nanoseconds
 	seqs    map[uint64]Record
@@ -383,7 +343,7 @@ func (t *Totals) Add(r Record) {
 	key := r.Key()
 	if first, ok := t.seen[key]; ok {
 		same := first == r || r.Scope == ScopeGroup && first.Unique == r.Unique
-		t.repeats = append(t.repeats, Repeat{First: first, Again: r, Same: same})
+		t.repeated(key, r.Scope, first.Unique, r.Unique, same)
 		if same || r.Scope == ScopeGroup {
 			return
 		}
@@ -407,7 +367,7 @@ func (t *Totals) Add(r Record) {
 		if first, ok := s.seqs[r.Seq]; !ok {
 			s.seqs[r.Seq] = r
 		} else if first.Key() != key { // the same key is reported above
-			t.repeats = append(t.repeats, Repeat{First: first, Again: r})
+			t.repeats = append(t.repeats, fmt.Sprintf("%s shares its number with %s (unique %d and %d)", first.Key(), key, first.Unique, r.Unique))
 		}
 	}
 	at := windowKey{r.Group, r.WindowStart.UnixNano(), r.WindowMS}
@@ -420,6 +380,21 @@ func (t *Totals) Add(r Record) {
 	w.Records++
 	w.Complete = w.Complete && r.Complete
 	w.Exact = w.Exact && r.Exact
+}
+
+// repeated notes a record, or one by key, that should not be there. same: it is a copy,
+// counted once. Otherwise one number has two values, as two processes under one name
+// produce them; both are counted. A whole group has one record: the first is counted.
+func (t *Totals) repeated(id string, scope Scope, first, again uint64, same bool) {
+	counted := "with two values, both are counted"
+	switch {
+	case same:
+		t.repeats = append(t.repeats, fmt.Sprintf("%s is there twice and counted once (unique %d)", id, first))
+		return
+	case scope == ScopeGroup:
+		counted = "with two values, the first is counted"
+	}
+	t.repeats = append(t.repeats, fmt.Sprintf("%s is there %s (unique %d and %d)", id, counted, first, again))
 }
 
 // Before returns what is missing between the last record of r's series and r,
@@ -456,8 +431,9 @@ func (t *Totals) Window(group string, s counter.Span) (WindowTotal, bool) {
 	return *w, true
 }
 
-// Repeats returns them in the order they were added.
-func (t *Totals) Repeats() []Repeat { return t.repeats }
+// Repeats describes the records, and those by key, that should not be there, each in one
+// line, in the order they were added.
+func (t *Totals) Repeats() []string { return t.repeats }
 
 // Gaps returns what is missing between the first and the last record of each
 // series, windows first.

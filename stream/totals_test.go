@@ -59,7 +59,7 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 	}
 	var repeats string
 	for _, r := range totals.Repeats() {
-		repeats += r.String() + "\n"
+		repeats += r + "\n"
 	}
 	want = "verve/2026-11-01T00:01:00Z/a/2 is there twice and counted once (unique 7)\n" +
 		"verve/2026-11-01T00:01:00Z/a/2 is there with two values, both are counted (unique 7 and 9)\n" +
