@@ -622,7 +622,7 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 		Dir: cfg.epochsDir(), Publisher: publisher, Window: cfg.Window,
 		OnSetAside: func(name string, reason error) {
 			log.Error().Err(reason).Str("set_aside_as", name).
-				Msg("the ids of the last process are damaged and set aside; the windows that it has not published and the open one are counted without them and get exact:false")
+				Msg("the ids of the last process are damaged or missing: the windows that it has not published and the open one are counted without them and get exact:false")
 		},
 		OnFailure: func(err error) {
 			log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")

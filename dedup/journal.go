@@ -77,7 +77,8 @@ type journal struct {
 	// Found at the start, for Past and the first Open.
 	counts    map[uint64]load   // records by serial
 	keyed     map[uint64]*keyed // of the epochs that are needed: by key
-	aside     bool              // a damaged directory was replaced
+	made      bool              // by this process: there was no directory, or a damaged one
+	aside     bool              // a damaged directory was replaced, or one that is gone
 	powerLost bool              // power was lost since
 	resumable bool              // the newest epoch goes on: its ids are in the tables
 	first     firstEpoch
@@ -314,6 +315,7 @@ func (j *journal) open() error {
 		if err := j.create(); err != nil {
 			return err
 		}
+		j.made = true
 		// What this one replaces may be damaged, also where the process that set
 		// it aside was killed then.
 		beside, err := os.ReadDir(filepath.Dir(j.dir))

@@ -1082,6 +1082,7 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 		{"the state file is too long", func(dir string) error { return os.Truncate(filepath.Join(dir, stateName), stateBytes+1) }},
 		{"the state file is empty", func(dir string) error { return os.Truncate(filepath.Join(dir, stateName), 0) }},
 		{"the state file is missing", func(dir string) error { return os.Remove(filepath.Join(dir, stateName)) }},
+		{"the directory is missing", os.RemoveAll},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

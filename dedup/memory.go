@@ -63,8 +63,8 @@ type Config struct {
 	// Window is the length of the windows. Without it the windows of a Dir whose state file is
 	// lost as a whole get no record.
 	Window time.Duration
-	// OnSetAside is called with the new name of a Dir that was damaged, and the reason. A
-	// new directory is in its place. The epochs that it had not published are not exact.
+	// OnSetAside is called with the new name of a Dir that was damaged, or none if it is
+	// missing, and the reason. A new directory is in its place. The epochs that it had not published are not exact.
 	OnSetAside func(name string, reason error)
 	// OnFailure is called with the reason why Dir cannot keep ids any more: from then on
 	// every id gets Unavailable, until OnRepair is called, when Dir accepts writes again

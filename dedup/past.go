@@ -44,6 +44,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 	own := by[j.publisher]
 	j.first.pastRead = true
 	j.first.start, j.first.sum = own.Last, own.Unique
+	j.aside = j.aside || j.gone(own)
 	j.recreate()
 	j.guess(own.Last)
 	past := counter.Past{Serial: j.newest.serial}
@@ -274,6 +275,11 @@ func (j *journal) restore(left []opened) (err error) {
 		j.write(n, &j.newest)
 	}
 	return nil
+}
+
+// gone reports whether the directory of what a publisher has published was removed.
+func (j *journal) gone(published counter.Published) bool {
+	return j.made && !j.aside && !published.Last.IsZero()
 }
 
 // guess is restore where no slot could be read: the process that was killed had published each

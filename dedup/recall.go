@@ -3,6 +3,7 @@ package dedup
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"math/bits"
 	"runtime"
 	"runtime/debug"
@@ -51,6 +52,9 @@ func (m *Memory) openJournal() error {
 func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}
+	}
+	if m.cfg.OnSetAside != nil && m.journal.gone(published[m.cfg.Publisher]) {
+		m.cfg.OnSetAside("", fmt.Errorf("%s is missing, and there are records of the windows before", m.cfg.Dir))
 	}
 	return m.journal.past(m.cfg.Publisher, published)
 }
