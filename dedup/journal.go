@@ -217,6 +217,10 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
+		if full := noSpace(j.dir); full != nil {
+			j.release()
+			return nil, fmt.Errorf("dedup: %s cannot be opened: %w: %w", j.dir, full, damage)
+		}
 		left := salvage(filepath.Join(j.dir, stateName))
 		name, asideErr := durable.SetAside(j.dir)
 		if asideErr != nil {
@@ -465,6 +469,19 @@ func damagedByFault(err *error) {
 		}
 		*err = damaged("fault at %#x: a file cannot be read", fault.Addr())
 	}
+}
+
+// noSpace returns an error if there is no room for a small file in dir. A file system that
+// writes each page to another place, as Btrfs does, then ends a store to a mapped page with
+// the fault of a page that cannot be read.
+func noSpace(dir string) error {
+	path := filepath.Join(dir, "room")
+	err := durable.ReplaceFile(path, make([]byte, os.Getpagesize()), 0o600)
+	_ = os.Remove(path)
+	if durable.NoSpace(err) {
+		return err
+	}
+	return nil
 }
 
 func (j *journal) loadState() error {

@@ -136,6 +136,31 @@ func TestAQuotaIsAFullDisk(t *testing.T) {
 	}
 }
 
+// TestAStartFarOverItsQuotaLosesNothing: there is no room for what the file system needs to
+// change what is there. That is no damage.
+func TestAStartFarOverItsQuotaLosesNothing(t *testing.T) {
+	q := newQuota(t)
+	dir := filepath.Join(q.dir, "data")
+	args := []string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json", "--window=1h", "--data-dir=" + dir}
+	v := testproc.StartCmd(t, testproc.Verve(t, args...))
+	if n := words(t, v, 0, 100_000); n["ok"] != 100_000 {
+		t.Fatalf("got %v", n)
+	}
+	v.Kill()
+	unix.Sync()
+	q.limit("1M")
+	out, err := testproc.Verve(t, args...).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "disk quota exceeded: ") {
+		t.Errorf("the start over the quota: %v, %s; want the quota as the reason", err, out)
+	}
+	q.limit("none")
+	v = testproc.StartCmd(t, testproc.Verve(t, args...))
+	if n := words(t, v, 0, 100_000); n["duplicate"] != 100_000 {
+		t.Errorf("with room, the same ids: got %v, want repeats", n)
+	}
+	v.Stop()
+}
+
 // TestAStartOverItsQuotaServes in a directory that holds nothing yet, and counts when
 // there is room.
 func TestAStartOverItsQuotaServes(t *testing.T) {
