@@ -179,6 +179,7 @@ type ledgerEpoch struct {
 	answers    answers        // what each member has given, as far as this process knows
 	registered bool           // the group has it
 	late       bool           // it was refused for a time
+	asks       bool           // this process has not opened it: it only asks what there is of it
 	sayDoubt   bool           // the last beat said that it is doubted
 	saidDoubt  bool           // the group knows
 	reported   *counter.Count // what this process has said of it
@@ -348,8 +349,11 @@ if inside then
 elseif odd == '' then
   odd = (agreed or '') .. ' '
 end
+local function there(key, name)
+  return redis.call('ZSCORE', KEYS[5], name) or redis.call('EXISTS', key) == 1
+end
 local function takes(key, name)
-  if redis.call('ZSCORE', KEYS[5], name) or redis.call('EXISTS', key) == 1 then return true end
+  if there(key, name) then return true end
   if not inside then return false end
   local start, span = string.match(name, '^(%-?%d+):(%d+)$')
   start = tonumber(start)
@@ -378,7 +382,7 @@ for i = 8, #KEYS do
   answers[i - 7] = {}
   if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
     states[#states + 1] = 2
-  elseif had ~= '1' and unique == '' and not takes(KEYS[i], name) then
+  elseif had ~= '1' and unique == '' and not (had == '?' and there(KEYS[i], name) or had == '0' and takes(KEYS[i], name)) then
     states[#states + 1] = 3
   else
     states[#states + 1] = 0
@@ -717,7 +721,7 @@ func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
 	a := l.note(s)
 	l.mu.Lock()
 	if e := l.find(s); e != nil {
-		e.told = told
+		e.told, e.asks = told, false
 	}
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
@@ -845,7 +849,11 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		} else {
 			args = append(args, "", "", "", "", "")
 		}
-		args = append(args, flag(e.registered), flag(e.sayDoubt), strconv.Itoa(len(known)))
+		had := flag(e.registered)
+		if e.asks && !e.registered {
+			had = "?"
+		}
+		args = append(args, had, flag(e.sayDoubt), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -875,6 +883,8 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 		}
 		switch {
 		case e == nil:
+		case b.states[i] == 3 && e.asks:
+			*e = ledgerEpoch{} // it is gone
 		case b.states[i] == 3:
 			e.refused.Store(true)
 			e.late = true
@@ -900,6 +910,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 	for _, s := range b.unnamed {
 		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs {
 			l.add(s)
+			l.find(s).asks = true
 			nudge(l.wake) // the next beat reads what there is of it
 		}
 	}

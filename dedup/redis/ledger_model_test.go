@@ -81,6 +81,7 @@ type ledgerEpochBeat struct {
 	ends         int64
 	decided      *ledgerDecision
 	had, doubted bool
+	asks         bool
 	known        answers
 }
 
@@ -177,7 +178,8 @@ func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int6
 	if m.of[e.name]["delivered"] != "" {
 		return 2, rows, ""
 	}
-	if !e.had && e.decided == nil && !m.takes(e.name, inside) {
+	_, open := m.epochs[e.name]
+	if !e.had && e.decided == nil && (e.asks && !open && len(m.of[e.name]) == 0 || !e.asks && !m.takes(e.name, inside)) {
 		return 3, rows, ""
 	}
 	m.epochs[e.name] = e.ends

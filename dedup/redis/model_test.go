@@ -205,7 +205,9 @@ func (w *model) beat(m *modelMember) {
 					known[m.name] = own
 				}
 			}
-			b.epochs = []ledgerEpochBeat{{name: modelSpan, ends: modelEnd * 1000, had: m.registered, doubted: m.doubts > 0, known: known}}
+			b.epochs = []ledgerEpochBeat{{
+				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, doubted: m.doubts > 0, known: known,
+			}}
 		}
 		m.blind, m.inside, m.beaten = 0, true, w.ledger.now
 		a := w.ledger.beat(b)

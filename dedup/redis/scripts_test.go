@@ -304,7 +304,7 @@ func (w *twins) beat() {
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseSpan(name)
-		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, doubted: rnd.IntN(5) == 0, known: answers{}}
+		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, asks: rnd.IntN(3) == 0, doubted: rnd.IntN(5) == 0, known: answers{}}
 		for _, m := range []string{"a", "b", "c"} {
 			if rnd.IntN(2) == 0 {
 				e.known[m] = strconv.Itoa(rnd.IntN(4)) + pick(rnd, "", "?", "+", "+")
@@ -318,7 +318,11 @@ func (w *twins) beat() {
 		b.epochs, sent = append(b.epochs, e), append(sent, s)
 		keys = append(keys, w.ofEpoch(name))
 		args = append(append(args, name, strconv.FormatInt(e.ends, 10)), decided...)
-		args = append(args, flag(e.had), flag(e.doubted), strconv.Itoa(len(e.known)))
+		had := flag(e.had)
+		if e.asks && !e.had {
+			had = "?"
+		}
+		args = append(args, had, flag(e.doubted), strconv.Itoa(len(e.known)))
 		for m, n := range e.known {
 			args = append(args, m, n)
 		}
