@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -43,6 +44,49 @@ func TestCountsFileIsNotWrittenTwiceAfterALostAck(t *testing.T) {
 	wantWindows(t, readCounts(t, path), 10)
 }
 
+// TestReadFileNamesATornLine: a last line without its end counts if it is whole, and is named
+// if it is not.
+func TestReadFileNamesATornLine(t *testing.T) {
+	all := entries(t, 0, 3)
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	deliver(t, newFileSink(path, nil, 0, noStep), all[:2])
+	for _, tt := range []struct {
+		end              []byte
+		records, invalid int
+	}{
+		{all[2].value, 3, 0},
+		{all[2].value[:len(all[2].value)-1], 2, 1},
+		{make([]byte, 4096), 2, 1},
+		{bytes.Repeat([]byte("x"), 3*longestLine), 2, 1},
+		{append(append(bytes.Repeat([]byte("x"), 3*longestLine), '\n'), all[2].value...), 3, 1},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			file := path + ".ended"
+			whole, err := os.ReadFile(path)
+			if err == nil {
+				err = os.WriteFile(file, append(whole, tt.end...), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			records, invalid := 0, 0
+			for _, err := range ReadFile(t.Context(), file, false) {
+				switch {
+				case err == nil:
+					records++
+				case IsInvalidRecord(err):
+					invalid++
+				default:
+					t.Error(err)
+				}
+			}
+			if records != tt.records || invalid != tt.invalid {
+				t.Errorf("behind %.20q: %d records and %d named lines, want %d and %d", tt.end, records, invalid, tt.records, tt.invalid)
+			}
+		})
+	}
+}
+
 func TestCountsFileTornLineIsRepaired(t *testing.T) {
 	whole := entries(t, 0, 3)
 	line := append(append([]byte(nil), whole[2].value...), '\n')
@@ -50,9 +94,6 @@ func TestCountsFileTornLineIsRepaired(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "counts.jsonl")
 		deliver(t, newFileSink(path, nil, 0, noStep), whole[:2])
 		appendFile(t, path, line[:n])
-		if got := readCounts(t, path); len(got) != 2 {
-			t.Fatalf("a torn line of %d bytes was read as a record", n)
-		}
 		deliver(t, newFileSink(path, nil, 3, noStep), whole[1:])
 		wantWindows(t, readCounts(t, path), 3)
 	}

@@ -32,9 +32,9 @@ func IsInvalidRecord(err error) bool { return errors.Is(err, errInvalidRecord) }
 const followEvery = 200 * time.Millisecond
 
 // ReadFile yields the records of a counts file in its order. A last line without
-// its end is being written, or was torn and is written again: it is not yielded.
-// With follow it goes on with what is appended, also when the file is replaced,
-// until ctx ends. Lines by key, which standard output has between those of the records,
+// its end may be being written: it is read again after a while, and then as it is.
+// With follow it waits for its end, and goes on with what is appended, also when the file
+// is replaced, until ctx ends. Lines by key, which standard output has between those of the records,
 // are left out.
 func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
 	var p keyParser
@@ -62,27 +62,17 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 		}
 		lines := &countsLines{path: path, file: file, r: bufio.NewReaderSize(file, 1<<16)}
 		defer func() { lines.file.Close() }()
-		for {
-			line, err := lines.next()
+		for ctx.Err() == nil {
+			line, err := lines.next(ctx, follow)
 			switch {
 			case err == nil:
 				record, err := parse(line)
-				if err != nil {
-					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
-				}
-				if !errors.Is(err, errOtherKind) && !yield(record, err) || ctx.Err() != nil {
+				if !errors.Is(err, errOtherKind) && !yield(record, lines.invalid(err)) {
 					return
 				}
-				continue
-			case errors.Is(err, io.EOF) && !follow:
+			case errors.Is(err, io.EOF), ctx.Err() != nil:
 				return
-			case errors.Is(err, io.EOF):
-				if retry.Sleep(ctx, followEvery) != nil {
-					return
-				}
-				err = lines.catchUp()
-			}
-			if err != nil {
+			default:
 				yield(none, fmt.Errorf("read counts file: %w", err))
 				return
 			}
@@ -97,22 +87,69 @@ type countsLines struct {
 	r      *bufio.Reader
 	line   []byte // as far as read
 	offset int64  // read so far
-	number int    // of the last whole line
+	number int    // of the last line
+
+	unended bool // without follow: the last line was read before, and had no end
 }
 
-// next returns the next whole line, valid until the next call; io.EOF if it is not
-// there yet.
-func (c *countsLines) next() ([]byte, error) {
-	part, err := c.r.ReadBytes('\n')
-	c.line = append(c.line, part...)
-	c.offset += int64(len(part))
-	if err != nil {
-		return nil, err
+// longestLine is far above a record. Of a longer line, as of a file that is none of ours,
+// the rest is dropped.
+const longestLine = 1 << 16
+
+// next returns the next line, valid until the next call; with follow it waits for it. io.EOF
+// is the end of the file.
+func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
+	for {
+		part, err := c.r.ReadSlice('\n')
+		c.offset += int64(len(part))
+		c.line = append(c.line, part[:min(len(part), longestLine-len(c.line))]...)
+		switch {
+		case err == nil:
+			return c.end(), nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, bufio.ErrBufferFull):
+			continue
+		case !errors.Is(err, io.EOF):
+			return nil, err
+		case follow:
+			err = c.await(ctx)
+		case len(c.line) == 0:
+			return nil, err
+		case c.unended:
+			return c.end(), nil
+		default:
+			c.unended = true
+			err = retry.Sleep(ctx, followEvery)
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
+}
+
+// end ends the line, which may lack its newline.
+func (c *countsLines) end() []byte {
 	line := bytes.TrimSuffix(c.line, []byte{'\n'})
 	c.line = c.line[:0]
 	c.number++
-	return line, nil
+	return line
+}
+
+// invalid says of a line that it is no record, if err does.
+func (c *countsLines) invalid(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
+}
+
+// await looks for more after a while.
+func (c *countsLines) await(ctx context.Context) error {
+	if err := retry.Sleep(ctx, followEvery); err != nil {
+		return err
+	}
+	return c.catchUp()
 }
 
 // catchUp turns to the file that has the name now, or to the new end of one that

@@ -65,6 +65,10 @@ func TestTotalsNameWhatIsMissing(t *testing.T) {
 			[]string{`{"group":"shop","window_start":"2026-11-22T06:01:00Z","window_ms":60000,"unique":5,"records":1`, `"unique":6`}, "repeat: shop/2026-11-22T06:01:00Z is there twice and counted once (unique 5)\n", 1},
 		{"groups count apart", groupCountsLine(1, 5) + countsLine(1, 7, "a", 1),
 			[]string{`{"group":"shop"`, `{"group":"verve"`}, "", 0},
+		{"the end of the last line is missing", countsLine(1, 5, "a", 1) + strings.TrimSuffix(countsLine(2, 6, "a", 2), "\n"),
+			[]string{`"unique":5`, `"unique":6`}, "", 0},
+		{"a torn line", countsLine(1, 5, "a", 1) + countsLine(2, 6, "a", 2)[:100],
+			[]string{`"unique":5`}, "invalid: FILE line 2: ", 1},
 		{"a line that is none", countsLine(1, 5, "a", 1) + "{}\n" + countsLine(2, 6, "a", 2),
 			[]string{`"unique":5`, `"unique":6`}, "invalid: ", 1},
 	} {
