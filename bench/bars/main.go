@@ -3,8 +3,8 @@
 //
 //	go run ./bench/bars FILE...
 //
-// A FILE ending in .json is of bench/http, any other the output of go test -bench,
-// of as many runs as there are. Every ratio is taken within a run, between
+// A FILE ending in .json is of bench/http, any other the output of go test -bench, or
+// of bench/redis, of as many runs as there are. Every ratio is taken within a run, between
 // neighbours in time, and then the median over the runs; every other figure is the
 // median over the runs. The exit status is 1 if a promise is missed. Tables of
 // everything that was measured are made by benchstat (bench/run).
@@ -83,6 +83,12 @@ func batchBar(millions float64, what, kind string) bar {
 		pattern: "http/batch/DESIGN", unit: "cpu-us", design: kind}
 }
 
+// sharedBar compares the set that instances share with another.
+func sharedBar(want float64, atLeast bool, what, unit, design, against string) bar {
+	return bar{what: fmt.Sprintf("%s, %s/%s", what, against, design), want: want, atLeast: atLeast,
+		pattern: "Shared/DESIGN", unit: unit, design: design, against: []string{against}}
+}
+
 var bars = []bar{
 	addBar("seed/verve, 50 k new decimals", 8, "50000", "decimal", "unique", "verve", "seed"),
 	addBar("seed/verve, 1 M new decimals", 8, "1000000", "decimal", "unique", "verve", "seed"),
@@ -128,6 +134,12 @@ var bars = []bar{
 		pattern: "http/options/DESIGN", unit: "cpu-us", design: "items", against: []string{"items-key"}},
 	{what: "p99 of windows sealed late under batches of 10,000, ms", want: 5,
 		pattern: "http/batch/DESIGN", unit: "p99-ms", design: "turn"},
+	sharedBar(6, true, "CPU of an id, client and Redis", "cpu-us/id", "verve", "go-redis"),
+	sharedBar(3, true, "CPU of an id, client and Redis", "cpu-us/id", "verve", "rueidis"),
+	sharedBar(0.4, false, "ids/s", "ids/s", "verve-repeats", "verve"),
+	sharedBar(5, true, "CPU of Redis for an id", "redis-us/id", "verve-repeats", "verve"),
+	sharedBar(1/0.7, true, "bytes of Redis for a decimal", "B/id", "verve", "rueidis"),
+	sharedBar(1/0.7, true, "bytes of Redis for a UUID", "B/id", "verve-uuids", "rueidis-uuids"),
 }
 
 // print writes the table and reports whether no promise is missed.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/hex"
-	"fmt"
 	"strconv"
 )
 
@@ -19,14 +18,6 @@ const (
 	idsUUID    idForm = "uuid"    // version 4 layout, lower case
 	idsString  idForm = "string"  // bytes that need percent-encoding
 )
-
-func (f idForm) check() error {
-	switch f {
-	case idsDecimal, idsUUID, idsString:
-		return nil
-	}
-	return fmt.Errorf("--ids: %q is not decimal, uuid or string", string(f))
-}
 
 // append writes the id numbered n, percent-encoded for a query, to dst.
 func (f idForm) append(dst []byte, seed, n uint64) []byte {

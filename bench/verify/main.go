@@ -48,7 +48,7 @@ type flags struct {
 	Tokens      bool          `help:"Each attempt to count an id has a token, and its retries the same one: every attempt must get its own answer."`
 	Keys        int           `help:"Ids are spread over so many keys, a few of them hot (0: no keys): each key's record must add up."`
 	Window      time.Duration `default:"1m" help:"The server's --window. With --tokens a retry comes in the window of its first request or the next."`
-	IDs         idForm        `name:"ids" default:"decimal" help:"Form of the ids: decimal, uuid or string."`
+	IDs         idForm        `name:"ids" default:"decimal" enum:"decimal,uuid,string" help:"Form of the ids: ${enum}."`
 	Seed        uint64        `help:"Of the ids and the repeats (0: drawn)."`
 	Timeout     time.Duration `default:"5s" help:"For one answer; then the request is in doubt."`
 	MinAnswers  uint64        `default:"1" help:"Fewer answers than this are a failure. With --kills the run goes on until they have come."`
@@ -200,9 +200,6 @@ func newDriver(f *flags) (*driver, error) {
 		return nil, errors.New("--window: must be the server's")
 	case f.Timeout <= 0:
 		return nil, errors.New("--timeout: must be above 0")
-	}
-	if err := f.IDs.check(); err != nil {
-		return nil, err
 	}
 	d := &driver{load: load{flags: *f}}
 	if d.load.Seed == 0 {
