@@ -93,6 +93,9 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	case err != nil:
 		s.refuse(ctx, fasthttp.StatusBadRequest, queryReason(err))
 		return
+	case a.id == nil && body && lines.types > 1: // which of them is meant?
+		s.batches.refuse(ctx, errUnsupported)
+		return
 	case a.id == nil && body:
 		s.batches.serve(ctx, &a)
 		return

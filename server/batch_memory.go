@@ -20,13 +20,6 @@ const (
 
 	// keptItems bounds the tables that are kept for the next batch.
 	keptItems = DefaultMaxBatchIDs
-
-	// memberBytes is what the decoder of JSON takes for each member of an object, whose
-	// names must differ.
-	memberBytes = 64
-
-	// usualMembers is how many members an object has: those of a CloudEvent.
-	usualMembers = 4
 )
 
 // batchMemory bounds the memory that all batches use together. Memory in use is counted;
@@ -64,9 +57,9 @@ func (t *tables) bytes() int64 {
 }
 
 // batchNeeds returns the memory that the largest batch takes: its body while it grows,
-// once more where it comes compressed, the names of its members, and its tables.
+// once more where it comes compressed, and its tables.
 func batchNeeds(maxBytes, maxIDs int) int64 {
-	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+jsonBytes+optionsBytes+usualMembers*memberBytes))
+	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+jsonBytes+optionsBytes))
 }
 
 // take counts n more bytes for b, unless that is over the limit.

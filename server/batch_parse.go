@@ -77,15 +77,12 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	if f == formatText {
 		return b.lines(body, shared)
 	}
-	most, names := 1, bytes.Count(body, []byte(":"))
+	most := 1
 	switch f {
 	case formatJSON, formatEvents:
 		most += bytes.Count(body, []byte(","))
 	case formatLines:
 		most += bytes.Count(body, []byte("\n"))
-	}
-	if err := b.take(int64(names*memberBytes), b.owner.limit); err != nil {
-		return err
 	}
 	if err := b.makeTables(min(most, b.owner.maxIDs), true); err != nil {
 		return err
@@ -113,13 +110,12 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 		d = new(jsontext.Decoder)
 	}
 	b.decoder, b.json = d, *bytes.NewBuffer(body)
-	// The grammar of JSON allows half of a surrogate pair in a string (RFC 8259, section 8.2),
-	// which text finds: it is the fault of its item alone.
-	d.Reset(&b.json, jsontext.AllowDuplicateNames(false), jsontext.AllowInvalidUTF8(true))
+	// The grammar of JSON allows a name twice in an object (RFC 8259, section 4) and half of a
+	// surrogate pair in a string (section 8.2), which object, event and text find: each is the
+	// fault of its item alone.
+	d.Reset(&b.json, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	err = b.values(f, body)
-	if names <= keptNames {
-		b.owner.decoders.Put(d)
-	}
+	b.owner.decoders.Put(d)
 	b.decoder, b.json = nil, bytes.Buffer{}
 	switch {
 	case errors.Is(err, errTooManyIDs):
@@ -129,9 +125,6 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	}
 	return b.admit(shared)
 }
-
-// keptNames bounds the names of members that a decoder has seen which is kept.
-const keptNames = 4096
 
 // lines reads an id a line. The end of the last one is optional.
 func (b *batch) lines(body []byte, shared *dedup.Options) error {
@@ -330,29 +323,33 @@ func canonicalDecimal(v []byte) bool {
 	return true
 }
 
-// object reads {"id":…,"key":…,"token":…}. Other members are ignored. Of several faults
-// its word is the first in this order.
+// object reads {"id":…,"key":…,"token":…}, each once. Other members are ignored. Of several
+// faults its word is the first in this order.
 func (b *batch) object() error {
 	var it item
-	var badKey, badToken bool
+	var ids, keys, tokens int
 	err := b.members(func(name []byte, v jsontext.Value) {
 		switch string(name) {
 		case "id":
+			ids++
 			it.id = b.text(v, true)
 		case "key":
+			keys++
 			it.key = b.text(v, false)
-			badKey = !validKey(it.key)
 		case "token":
+			tokens++
 			it.token = b.text(v, false)
-			badToken = !validToken(it.token)
 		}
 	})
+	if ids > 1 {
+		it.id = nil
+	}
 	switch {
 	case err != nil:
 		return err
-	case badKey:
+	case keys > 1 || keys == 1 && !validKey(it.key):
 		it.word = wordBadKey
-	case badToken:
+	case tokens > 1 || tokens == 1 && !validToken(it.token):
 		it.word = wordBadToken
 	}
 	return b.add(it)
@@ -363,7 +360,9 @@ func (b *batch) object() error {
 func (b *batch) event() error {
 	var source, id []byte
 	var version, kind bool
+	required := 0 // attributes; each is there once
 	err := b.members(func(name []byte, v jsontext.Value) {
+		required++
 		switch string(name) {
 		case "source":
 			source = b.text(v, false)
@@ -373,12 +372,14 @@ func (b *batch) event() error {
 			version = string(v) == `"1.0"`
 		case "type":
 			kind = v.Kind() == '"' && len(v) > len(`""`)
+		default:
+			required--
 		}
 	})
 	if err != nil {
 		return err
 	}
-	if !version || !kind || len(source) == 0 || len(id) == 0 {
+	if required != 4 || !version || !kind || len(source) == 0 || len(id) == 0 {
 		return b.add(item{})
 	}
 	from := len(b.scratch.b)
@@ -387,8 +388,7 @@ func (b *batch) event() error {
 	return b.add(item{id: out[from:len(out):len(out)]})
 }
 
-// members calls member for each of an object's. The decoder refuses a name that is
-// there twice.
+// members calls member for each of an object's.
 func (b *batch) members(member func(name []byte, v jsontext.Value)) error {
 	d := b.decoder
 	if _, err := d.ReadToken(); err != nil {

@@ -7,9 +7,10 @@ import (
 )
 
 // headerLines is what the lines of a request's headers say that fasthttp does not
-// keep: it drops one of two headers that say where a request ends, or of two tokens.
+// keep: it drops one of two headers that say where a request ends, of two types, or of two tokens.
 type headerLines struct {
 	encoding bool
+	types    int    // lines with Content-Type
 	tokens   int    // lines with Idempotency-Key
 	token    []byte // the value of the last of them, as it was sent
 }
@@ -38,6 +39,10 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 			return lines, false
 		}
 		switch len(name) {
+		case len(fasthttp.HeaderContentType):
+			if bytes.EqualFold(name, contentType) {
+				lines.types++
+			}
 		case len(fasthttp.HeaderContentLength):
 			length = length || bytes.EqualFold(name, contentLength)
 		case len(headerIdempotencyKey):
@@ -53,6 +58,7 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 }
 
 var (
+	contentType      = []byte(fasthttp.HeaderContentType)
 	contentLength    = []byte(fasthttp.HeaderContentLength)
 	transferEncoding = []byte(fasthttp.HeaderTransferEncoding)
 
