@@ -92,7 +92,7 @@ type countsLines struct {
 	unended bool // without follow: the last line was read before, and had no end
 }
 
-// longestLine is far above a record. Of a longer line, as of a file that is none of ours,
+// longestLine is far above a record. If a line is longer, as in a file that is none of ours,
 // the rest is dropped.
 const longestLine = 1 << 16
 
