@@ -93,7 +93,7 @@ type config struct {
 	MaxBatchIDs        int           `name:"max-batch-ids" default:"${maxBatchIDs}" help:"Maximum ids in one batch; a larger batch is answered 413." group:"Limits"`
 	MaxBatchBytes      int           `default:"${maxBatchBytes}" help:"Maximum bytes of one batch, after decompression." group:"Limits"`
 	MaxKeys            int           `default:"${maxKeys}" help:"Maximum keys in one window; an id under a further key is answered 503." group:"Limits"`
-	CORSOrigin         []string      `name:"cors-origin" sep:"none" help:"Origin whose web pages may read answers, such as https://example.com, or *; repeatable. A page may send ids without it." placeholder:"ORIGIN" group:"Limits"`
+	CORSOrigin         []string      `name:"cors-origin" help:"Origin whose web pages may read answers, such as https://example.com, or *. Repeatable. A page may send ids without it." placeholder:"ORIGIN" group:"Limits"`
 	SlowTimeout        time.Duration `default:"${slowTimeout}" help:"Maximum time to receive a request or to send an answer." group:"Limits"`
 	IdleTimeout        time.Duration `default:"${idleTimeout}" help:"Maximum time between two requests of a connection." group:"Limits"`
 	ShutdownDelay      time.Duration `default:"0s" help:"Time at a stop in which /readyz answers 503 but ids are still counted, so that load balancers send requests elsewhere before any is refused. It precedes --shutdown-timeout." group:"Limits"`
@@ -224,7 +224,7 @@ func (c *config) judge(command string, fileErr error) error {
 	if err := c.sources.CheckVariables(); err != nil {
 		return err
 	}
-	for _, list := range []*[]string{&c.RedisURL, &c.KafkaBrokers, &c.CallbackAllow} {
+	for _, list := range []*[]string{&c.RedisURL, &c.KafkaBrokers, &c.CallbackAllow, &c.CORSOrigin} {
 		for i, element := range *list {
 			(*list)[i] = strings.TrimSpace(element)
 		}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -281,6 +282,47 @@ func TestFlagOverEnvironmentOverFile(t *testing.T) {
 	got := fmt.Sprint(command, " ", c.Window, c.Group, c.Instance, c.MaxIDs, c.CallbackAllow, c.KafkaTopic)
 	if want := "serve 3senvflag5 [a.example.com:1 b.example.com:2]verve.unique-ids"; got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// TestRepeatableSettingsTakeSeveralValuesFromEachSource: on the command line, in the
+// environment and in the file.
+func TestRepeatableSettingsTakeSeveralValuesFromEachSource(t *testing.T) {
+	for name, list := range map[string][]string{
+		"redis-url":      {"redis://a", "redis://b"},
+		"kafka-brokers":  {"a:1", "b:2"},
+		"callback-allow": {"a.lan:1", "b.lan:2"},
+		"cors-origin":    {"https://a.example.com", "https://b.example.com"},
+	} {
+		check := func(source string, args ...string) {
+			t.Helper()
+			c, _, err := parse(args, io.Discard)
+			if err != nil {
+				t.Errorf("%s: %v", source, err)
+				return
+			}
+			got := map[string][]string{"redis-url": c.RedisURL, "kafka-brokers": c.KafkaBrokers, "callback-allow": c.CallbackAllow, "cors-origin": c.CORSOrigin}[name]
+			if !slices.Equal(got, list) {
+				t.Errorf("%s: --%s is %q, want %q", source, name, got, list)
+			}
+		}
+		var repeated []string
+		for _, v := range list {
+			repeated = append(repeated, "--"+name+"="+v)
+		}
+		check("flags", repeated...)
+		check("a flag", "--"+name+"="+strings.Join(list, ", "))
+		for _, text := range []string{"[" + strings.Join(list, ", ") + "]", "\n- " + strings.Join(list, "\n- "), strings.Join(list, ",")} {
+			path := filepath.Join(t.TempDir(), "settings.yaml")
+			if err := os.WriteFile(path, []byte(name+": "+text+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			check("file "+text, "--config="+path)
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Setenv("VERVE_"+strings.ToUpper(strings.ReplaceAll(name, "-", "_")), strings.Join(list, ","))
+			check("environment")
+		})
 	}
 }
 
