@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"verve/counter"
@@ -31,8 +32,8 @@ import (
 // again. Several processes may share a file; each batch is appended under a
 // lock.
 //
-// On standard output nothing can be looked up: a kill there may write the last
-// batch again.
+// On standard output and in a pipe nothing can be looked up: a kill there may write the
+// last batch again. A named pipe without a reader takes nothing.
 //
 // The lines by key are in a file of their own, see keysfile.go; on standard output, and in
 // a pipe, they are right before the line of their record.
@@ -277,7 +278,14 @@ func appendLines(b []byte, e *spooled) []byte {
 }
 
 func openToAppend(path string) (file *os.File, created bool, err error) {
-	_, err = os.Stat(path)
+	info, err := os.Stat(path)
+	if err == nil && info.Mode()&os.ModeNamedPipe != 0 {
+		// Opened for reading too, it would take lines that nothing reads.
+		if file, err = os.OpenFile(path, os.O_WRONLY|syscall.O_NONBLOCK, 0); errors.Is(err, syscall.ENXIO) {
+			err = fmt.Errorf("nothing reads from the pipe %s", path)
+		}
+		return file, false, err
+	}
 	if created = errors.Is(err, os.ErrNotExist); created {
 		if err := durable.MkdirAll(filepath.Dir(path)); err != nil {
 			return nil, false, err
