@@ -24,9 +24,9 @@ func TestImportsPointOneWay(t *testing.T) {
 		"dedup":              {"counter", "internal/"},
 		"dedup/redis":        {"counter", "dedup", "internal/"},
 		"internal":           {},
-		"internal/explore":   {"internal/explore", "internal/explore/"},  // of tests
-		"internal/epochtest": {"counter"},                                // of tests
-		"internal/settest":   {"counter", "dedup", "internal/epochtest"}, // of tests
+		"internal/explore":   {"internal/explore", "internal/explore/", "internal/testproc"}, // of tests
+		"internal/epochtest": {"counter"},                                                    // of tests
+		"internal/settest":   {"counter", "dedup", "internal/epochtest"},                     // of tests
 		"server":             {"counter", "dedup", "internal/", "server/callback"},
 		"server/callback":    {"internal/"},
 		"stream":             {"counter", "internal/"},

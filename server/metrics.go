@@ -111,33 +111,22 @@ func (e exposition) histogram(name, help string, h histogram) {
 // contract.
 func (s *Server) acceptResults() []resultCount {
 	c := s.cfg.Counter.Stats()
-	refused := func(r reason) uint64 { return s.refused[r.index].Load() }
-	return []resultCount{
-		{"ok", c.Unique},
-		{"duplicate", c.Repeats},
-		{"replayed", s.replayed.Load()},
-		{"bad_id", refused(reasonBadID)},
-		{"bad_key", refused(reasonBadKey)},
-		{"bad_token", refused(reasonBadToken)},
-		{"bad_endpoint", refused(reasonBadEndpoint)},
-		{"unavailable", refused(reasonUnavailable)},
-		{"full", refused(reasonFull)},
-		{"busy", refused(reasonBusy)},
-		{"draining", refused(reasonDraining)},
-	}
+	judged := []resultCount{{"ok", c.Unique}, {"duplicate", c.Repeats}, {"replayed", s.replayed.Load()}}
+	return append(judged, s.refusedFor(reasonBadID, reasonBadKey, reasonBadToken, reasonBadEndpoint,
+		reasonUnavailable, reasonFull, reasonBusy, reasonDraining)...)
 }
 
 // otherRefusals are requests refused whatever they wanted.
 func (s *Server) otherRefusals() []resultCount {
-	refused := func(r reason) uint64 { return s.refused[r.index].Load() }
-	return []resultCount{
-		{"bad_request", refused(reasonBadRequest)},
-		{"method", refused(reasonMethod)},
-		{"not_found", refused(reasonNotFound)},
-		{"too_large", refused(reasonTooLarge)},
-		{"too_slow", refused(reasonTooSlow)},
-		{"panic", refused(reasonPanic)},
+	return s.refusedFor(reasonBadRequest, reasonMethod, reasonNotFound, reasonTooLarge, reasonTooSlow, reasonPanic)
+}
+
+// refusedFor is how many requests, or ids of batches, were refused for each reason.
+func (s *Server) refusedFor(of ...reason) (counts []resultCount) {
+	for _, r := range of {
+		counts = append(counts, resultCount{strings.ReplaceAll(r.name, "-", "_"), s.refused[r.index].Load()})
 	}
+	return counts
 }
 
 // refusals is how many requests were refused, for any reason.

@@ -21,6 +21,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"verve/internal/testproc"
 )
 
 // Tag is the build tag of files with scenarios.
@@ -67,7 +69,7 @@ func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
 // Build compiles the tests of a package with rewritten files, which it puts into dir, and
 // returns the program; with an error, what the compiler printed.
 func Build(ctx context.Context, dir string, c Config) (binary string, out []byte, err error) {
-	root, err := moduleRoot()
+	root, err := testproc.ModuleRoot()
 	if err != nil {
 		return "", nil, err
 	}
@@ -85,7 +87,7 @@ func Build(ctx context.Context, dir string, c Config) (binary string, out []byte
 
 // RunBuilt runs the tests of a program that Build has made.
 func RunBuilt(ctx context.Context, binary string, c Config) ([]byte, error) {
-	root, err := moduleRoot()
+	root, err := testproc.ModuleRoot()
 	if err != nil {
 		return nil, err
 	}
@@ -164,21 +166,6 @@ func write(dir, root string, c Config) (string, error) {
 	}
 	overlay := filepath.Join(dir, "overlay.json")
 	return overlay, os.WriteFile(overlay, list, 0o644)
-}
-
-// moduleRoot is the folder with go.mod above the present one.
-func moduleRoot() (string, error) {
-	dir, err := os.Getwd()
-	for err == nil {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			return dir, nil
-		}
-		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("no go.mod above the present folder")
-		}
-		dir = filepath.Dir(dir)
-	}
-	return "", err
 }
 
 // exchanged are the imports of a file that its copy has another package for, under
