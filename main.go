@@ -811,11 +811,7 @@ func recordStats(s stream.Stats) server.Records {
 		Conflicts: s.Conflicts, AppendFailures: s.AppendFailures, Blocked: s.AppendError,
 	}
 	for _, k := range s.Sinks {
-		sink := server.Sink{Name: k.Name, Target: k.Target}
-		if k.State == stream.StateFailing {
-			sink.Failing = k.LastError
-		}
-		r.Sinks = append(r.Sinks, sink)
+		r.Sinks = append(r.Sinks, server.Sink(k))
 	}
 	return r
 }

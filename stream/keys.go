@@ -47,12 +47,6 @@ func (r *KeyRecord) RecordKey() string {
 // ID is the identity of r: at most one KeyRecord with it is visible.
 func (r *KeyRecord) ID() string { return r.RecordKey() + "/" + r.Key }
 
-// Span returns the window that r counts in.
-func (r *KeyRecord) Span() counter.Span {
-	of := r.record()
-	return of.Span()
-}
-
 // parseKeyRecord accepts exactly the bytes that a KeyRecord is written as, as
 // parseRecord does.
 func parseKeyRecord(b []byte) (KeyRecord, error) {

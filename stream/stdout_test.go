@@ -74,25 +74,25 @@ func TestStalledStandardOutputIsReported(t *testing.T) {
 				}
 			}
 		}
-		state := func(want string) {
+		failing := func(want bool) {
 			t.Helper()
-			if k := s.Stats().Sinks[0]; k.State != want || want == StateFailing && !strings.Contains(k.LastError, "stalls") {
-				t.Errorf("the sink is %s: %q; want %s", k.State, k.LastError, want)
+			if got := s.Stats().Sinks[0].Failing; strings.Contains(got, "stalls") != want || !want && got != "" {
+				t.Errorf("the sink fails by %q; want a stalled reader: %t", got, want)
 			}
 		}
 		publish(0, 1)
 		synctest.Wait()
-		state(StateDelivering)
+		failing(false)
 		time.Sleep(filePatience)
 		synctest.Wait()
-		state(StateFailing)
+		failing(true)
 		publish(1, 400)
 		close(out.stall)
 		if err := s.Flush(ctx); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		state(StateIdle)
+		failing(false)
 		wantPrinted(t, out.text(), 400)
 		cancel()
 		running.Wait()

@@ -52,14 +52,10 @@ type Config struct {
 	Log zerolog.Logger
 }
 
-// Delivery states of a window and of a sink.
+// Delivery states of a window.
 const (
 	StateSpooled   = "spooled"   // on disk, at least one sink has not acknowledged it
 	StateDelivered = "delivered" // every sink has acknowledged it
-
-	StateIdle       = "idle"       // nothing waits for this sink
-	StateDelivering = "delivering" // records wait and the last attempt did not fail
-	StateFailing    = "failing"    // the last attempt failed; the next one follows
 )
 
 // The steps of a record's way, as the kill tests name them. A kill between two
@@ -354,11 +350,9 @@ type Stats struct {
 
 // SinkStats is the state of one sink.
 type SinkStats struct {
-	Name      string // "kafka" or "file"
-	Target    string // the topic and its brokers, or the path of the file
-	State     string // StateIdle, StateDelivering or StateFailing
-	LastError string // also after it was overcome
-	Delivered uint64 // records acknowledged, since the start
+	Name    string // "kafka" or "file"
+	Target  string // the topic and its brokers, or the path of the file
+	Failing string // why the last attempt failed, and the next one follows; empty if it did not
 }
 
 // Stats returns the current state.
@@ -367,11 +361,6 @@ func (s *Stream) Stats() Stats {
 	s.spool.mu.Lock()
 	st.Published = s.spool.removed
 	st.Pending, st.Oldest, st.Poison = s.spool.pending, s.spool.oldest, s.spool.poison
-	head := s.spool.head
-	cursors := make([]uint64, len(s.sinks))
-	for i, w := range s.sinks {
-		cursors[i] = s.spool.cursors[w.name]
-	}
 	s.spool.mu.Unlock()
 	s.mu.Lock()
 	st.AppendFailures = s.appendFailures
@@ -379,9 +368,9 @@ func (s *Stream) Stats() Stats {
 		st.AppendError = s.appendErr.Error()
 	}
 	s.mu.Unlock()
-	for i, w := range s.sinks {
+	for _, w := range s.sinks {
 		st.Conflicts += w.sink.conflicts()
-		st.Sinks = append(st.Sinks, w.stats(cursors[i] < head))
+		st.Sinks = append(st.Sinks, w.stats())
 	}
 	return st
 }
@@ -409,10 +398,9 @@ type worker struct {
 
 	// mu guards what Stats reports.
 	mu           sync.Mutex
-	delivery     uint64 // number of the one under way, or of the next one
-	lastErr      error
+	delivery     uint64    // number of the one under way, or of the next one
 	failingSince time.Time // zero while the sink works
-	delivered    uint64
+	failure      error     // the last one since then
 }
 
 func (w *worker) run(ctx context.Context) {
@@ -466,14 +454,13 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 // sink can never take when that is set aside.
 func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool, err error) {
 	n, err := w.deliver(ctx, batch)
-	poison, isPoison := errors.AsType[*poisonError](err)
-	if isPoison {
+	if poison, is := errors.AsType[*poisonError](err); is {
 		if err = w.condemn(batch[n], poison.err); err == nil {
 			n++
 		}
 	}
 	if n > 0 {
-		if aerr := w.ack(ctx, batch[n-1].index, n, isPoison && err == nil); err == nil {
+		if aerr := w.ack(ctx, batch[n-1].index); err == nil {
 			err = aerr
 		}
 	}
@@ -519,13 +506,7 @@ func (w *worker) logFailure(err error) {
 
 // ack records progress. The disk may refuse; then what is delivered is known to
 // this process only, and a restart finds out by looking at the sink.
-func (w *worker) ack(ctx context.Context, to uint64, n int, lastIsPoison bool) error {
-	w.mu.Lock()
-	w.delivered += uint64(n)
-	if lastIsPoison {
-		w.delivered--
-	}
-	w.mu.Unlock()
+func (w *worker) ack(ctx context.Context, to uint64) error {
 	var wait retry.Backoff
 	for {
 		err := w.stream.spool.ack(w.name, to)
@@ -558,7 +539,7 @@ func (w *worker) failed(err error) {
 
 // fail notes an error of the sink. w.mu is held.
 func (w *worker) fail(err error) {
-	w.lastErr = err
+	w.failure = err
 	if w.failingSince.IsZero() {
 		w.failingSince = time.Now()
 	}
@@ -575,18 +556,12 @@ func (w *worker) recovered() {
 	}
 }
 
-func (w *worker) stats(waiting bool) SinkStats {
+func (w *worker) stats() SinkStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	st := SinkStats{Name: w.name, Target: w.target, State: StateIdle, Delivered: w.delivered}
-	if waiting {
-		st.State = StateDelivering
-	}
+	st := SinkStats{Name: w.name, Target: w.target}
 	if !w.failingSince.IsZero() {
-		st.State = StateFailing
-	}
-	if w.lastErr != nil {
-		st.LastError = w.lastErr.Error()
+		st.Failing = w.failure.Error()
 	}
 	return st
 }

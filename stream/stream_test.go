@@ -300,7 +300,10 @@ func TestEachSinkHasItsOwnPlace(t *testing.T) {
 	s.publish(t, 0, 3)
 	for {
 		_, changed := s.spool.watch()
-		if good.stats(false).Delivered == 3 {
+		s.spool.mu.Lock()
+		delivered := s.spool.cursors["good"]
+		s.spool.mu.Unlock()
+		if delivered == 3 {
 			break
 		}
 		<-changed
@@ -330,8 +333,8 @@ func firstError(s Stats) string {
 		return s.AppendError
 	}
 	for _, k := range s.Sinks {
-		if k.State == StateFailing {
-			return k.Name + ": " + k.LastError
+		if k.Failing != "" {
+			return k.Name + ": " + k.Failing
 		}
 	}
 	return ""
