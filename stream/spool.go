@@ -279,7 +279,7 @@ func (s *Spool) load(instance string) (before string, err error) {
 		s.series[s.checkpoint.Identity] = series{seq: s.checkpoint.Seq, start: s.checkpoint.Start, unique: s.checkpoint.Unique, keysLost: s.checkpoint.Keyed}
 	}
 	if own := s.series[s.Identity()]; own.seq > 0 {
-		s.keepMark(s.Identity(), own)
+		s.keepCheckpoint(s.Identity(), own)
 	}
 	if err := s.refreshOldest(); err != nil {
 		return "", err
@@ -373,7 +373,7 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 	}
 	s.series[identity] = next
 	if r.Scope == ScopeInstance {
-		s.keepMark(identity, next)
+		s.keepCheckpoint(identity, next)
 	}
 	s.head = e.index
 	s.pending++
@@ -392,10 +392,10 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 	return nil
 }
 
-// keepMark follows a record of an instance. That it cannot be written matters
+// keepCheckpoint follows a record of an instance. That it cannot be written matters
 // where the spool is damaged as well, so nothing waits for it: the next append
 // tries again.
-func (s *Spool) keepMark(identity string, at series) {
+func (s *Spool) keepCheckpoint(identity string, at series) {
 	if s.dir == "" || s.checkpoint.Identity == identity && s.checkpoint.Seq == at.seq {
 		return
 	}
