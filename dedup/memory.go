@@ -86,8 +86,9 @@ type Config struct {
 // narrow one for canonical decimals, which are exact in 64 bits, and a wide
 // one for the rest, UUIDs by their own 128 bits and other ids by a keyed hash.
 //
-// AddMany takes no lock and allocates nothing while the ids of the epoch are below MaxIDs
-// and their table does not have to grow. All methods are safe for concurrent use, by the
+// AddMany allocates nothing while the ids of the epoch are below MaxIDs and their table does
+// not have to grow. For ids without Options it then takes no lock but that of the journal,
+// once in some dozens of new ids (journal.hand). All methods are safe for concurrent use, by the
 // rule of Set; Key panics before the first Open.
 type Memory struct {
 	cfg    Config
