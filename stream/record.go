@@ -26,7 +26,8 @@ const (
 // and never sent with another value. The sum of Unique over all records of a
 // window is the number of ids that were answered as new in it.
 //
-// The order of the fields is the order of the bytes.
+// The order of the fields is the order of the bytes. parseRecord takes these bytes only, so
+// a new field needs omitempty, as Keys has it: a record of an earlier version lacks it.
 type Record struct {
 	WindowStart time.Time `json:"window_start"`   // UTC
 	WindowMS    int64     `json:"window_ms"`      // length of the window, milliseconds

@@ -72,7 +72,7 @@ const (
 	spoolFile = "spool.db"
 )
 
-// errSpoolFull and errOutOfOrder are the errors of Append. Publish retries
+// errSpoolFull and errOutOfOrder are errors of append. Stream.Append retries
 // the first until there is room and returns the second at once: no later try
 // can make it right.
 var (
