@@ -58,6 +58,9 @@ const (
 	// version 1 and becomes one of version 2 when there are keys to keep.
 	spoolVersion = 2
 
+	// ownerSuffix is of the file that names the process which has the spool.
+	ownerSuffix = ".owner"
+
 	// lockWait is how long a starting process waits for one that is ending to
 	// let go of the file.
 	lockWait = 2 * time.Second
@@ -125,7 +128,7 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, berrors.ErrTimeout):
-		return nil, fmt.Errorf("%s is in use by another process", path)
+		return nil, fmt.Errorf("%s is in use by %s", path, owner(path+ownerSuffix))
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrVersionMismatch),
 		errors.Is(err, berrors.ErrChecksum), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, fmt.Errorf("%w: %w", errDamaged, err)
@@ -152,6 +155,8 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 			return nil, err
 		}
 	}
+	// For a message only: where it cannot be written, that names nobody.
+	_ = os.WriteFile(path+ownerSuffix, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644)
 	return b, nil
 }
 
@@ -166,6 +171,14 @@ func emptied(path string) {
 	if taken, err := durable.TryLock(f); taken && err == nil {
 		_ = f.Truncate(0) // else the next open sets it aside
 	}
+}
+
+// owner is the process that the file names.
+func owner(path string) string {
+	if b, err := os.ReadFile(path); err == nil && len(b) > 0 {
+		return "process " + strings.TrimSpace(string(b))
+	}
+	return "another process"
 }
 
 // buckets are those of a file.
