@@ -34,8 +34,9 @@ const (
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
 
-	// layout numbers what stands in the keys. Instances with another one refuse each
-	// other: see agreedLanes.
+	// layout numbers the form of all data in Redis, that of the lanes and of the ledger. It
+	// counts up with every change of a key or of what is in one (DESIGN.md, "The group").
+	// Instances with another one refuse each other: see agreedLanes.
 	layout = 3
 
 	// laneBeat is how soon a silent lane notices a loss, and says that the
@@ -88,7 +89,7 @@ type lane struct {
 	mu      sync.Mutex // guards what follows
 	pending pendingIDs
 	queue   []*entry // to be sent, oldest first
-	doubt   []*entry // to be sent again, a moment later
+	doubt   []*entry // in doubt for this session: to be sent again, a moment later
 	untold  []*entry // added, but all their requests got 503: to be removed
 	oldest  *ask     // those who wait, by the time they began
 	newest  *ask
@@ -160,7 +161,7 @@ type ask struct {
 	of         *entry
 	named      *named
 	e          *counter.Epoch
-	at         int64 // ns since the start of the Redis
+	at         int64 // ns since the start of the Set
 	prev, next *ask  // by time; next is also the next to be woken
 	beside     *ask  // of the same entry
 
@@ -240,7 +241,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 		l.mu.Unlock()
 		return 0, nil, errOutside
 	case l.down || r.health.refused.Load():
-		v, err := l.decide(e, key, en, enc, m)
+		v, err := l.decideAlone(e, key, en, enc, m)
 		l.mu.Unlock()
 		return v, nil, err
 	case en == nil:
@@ -253,7 +254,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	}
 	a := asks.Get().(*ask)
 	a.of, a.e, a.at, a.named = en, e, now, m
-	l.wait(a)
+	l.enlist(a)
 	l.mu.Unlock()
 	return 0, a, nil
 }
@@ -310,8 +311,8 @@ var errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnav
 
 var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
 
-// tell answers for an entry that was added while all its requests got 503: the request
-// that sends it again gets Unique. l.mu is held.
+// tell takes an entry off untold, the ids that were added while all their requests got 503:
+// the request that sends it again gets Unique. l.mu is held.
 func (l *lane) tell(e *counter.Epoch, en *entry) {
 	i := slices.Index(l.untold, en)
 	l.untold = slices.Delete(l.untold, i, i+1)
@@ -378,9 +379,9 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 }
 
-// decide answers without Redis. en is what is under way for the id, or nil.
+// decideAlone answers without Redis: with fail open from Local, else with a refusal. en is what is under way for the id, or nil.
 // l.mu is held.
-func (l *lane) decide(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
+func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
 		if en != nil {
@@ -423,8 +424,8 @@ func (l *lane) known(e *counter.Epoch, key pendingKey) {
 	_, _ = l.r.cfg.Local.Learn(e, key.epoch.view, key.id) // an id without room takes a trip next time
 }
 
-// wait adds a to those who wait. l.mu is held.
-func (l *lane) wait(a *ask) {
+// enlist adds a to those who wait. l.mu is held.
+func (l *lane) enlist(a *ask) {
 	a.beside, a.next, a.prev = nil, nil, l.newest
 	if l.newest != nil {
 		l.newest.next = a
@@ -535,7 +536,7 @@ func (l *lane) expire(now int64) {
 		if en.alone { // answered as new to another request
 			v = en.key.epoch.again(l.i, en.named, a.named)
 		} else if l.r.cfg.FailOpen {
-			v, err = l.decide(a.e, en.key, en, &en.enc, a.named)
+			v, err = l.decideAlone(a.e, en.key, en, &en.enc, a.named)
 		} else {
 			err, what = l.r.unavailable(), eventRefusal
 		}
@@ -554,8 +555,8 @@ func (l *lane) expire(now int64) {
 	}
 }
 
-// fail answers everybody, at the end.
-func (l *lane) fail() {
+// refuseAll answers everybody, at the end.
+func (l *lane) refuseAll() {
 	l.mu.Lock()
 	defer l.unlock()
 	l.closed = true
@@ -657,7 +658,7 @@ func (l *lane) beat() *job {
 	return &job{mode: modeBeat, epoch: s}
 }
 
-// sleep waits for d, or less when the Redis is closed for too long.
+// sleep waits for d. It returns false if Close has given up waiting.
 func (l *lane) sleep(d time.Duration) bool {
 	l.timer.Reset(d)
 	select {

@@ -62,10 +62,10 @@ const (
 	keepDelivered    = 10_000
 	minKeepDelivered = time.Hour
 
-	// doubtMember is how long a member that fell silent may have decided alone, if members
-	// do so while Redis is unreachable (fail open). The records of those windows are not
-	// exact.
-	doubtMember = 10 * time.Minute
+	// forgetMember is how long a silent member stays in the lists of members. Until then a
+	// seal takes into account that it may have answered ids which it has not reported: see
+	// sealScript and decideScript.
+	forgetMember = 10 * time.Minute
 )
 
 // ledgerConfig of a Ledger. All fields but FailOpen are required.
@@ -132,14 +132,14 @@ type Ledger struct {
 	epochs   []ledgerEpoch  // this process knows of and has not heard to be delivered, oldest first
 	past     []counter.Span // whose records are known to be delivered, the last ones
 	newest   time.Time      // start of the newest epoch that this process has opened
-	lead     time.Time      // until then this member publishes
+	lead     time.Time      // until then this member publishes, as its lease ends
 	others   int            // members alive beside this one
 	offset   time.Duration  // how far the clock of Redis is ahead of this one
 	unsure   time.Duration  // of offset
-	odd      string         // why this member stands outside of its group
+	odd      string         // why this member, with another window, stands outside of its group
 	oddAt    time.Time      // when a member of the group was seen last that kept it there
-	strange  string         // a member that stands outside
-	doubt    time.Time      // of Doubt
+	strange  string         // another member that stands outside, and why
+	doubted  time.Time      // epochs that ended at or before it: see Doubt
 	beatErr  error          // of the last beat
 	lastBeat time.Time
 	beaten   int64     // when that was, by the clock of Redis
@@ -175,7 +175,7 @@ type admission struct {
 type ledgerEpoch struct {
 	span counter.Span
 	*admission
-	told       func() uint64  // answers as new that this process has given in it, at least; or nil
+	told       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers    answers        // what each member has given, as far as this process knows
 	registered bool           // the group has it
 	late       bool           // it was refused for a time
@@ -231,10 +231,12 @@ func newLedgerKeys(group string) ledgerKeys {
 	}
 }
 
-// ofEpoch is a hash: "m:" MEMBER -> its answers (see answers), "k:" MEMBER -> those under
-// keys, complete and inexact as reported, then unique, under (of it, under keys), exact,
-// why not, and sealed as decided, then delivered. The members of an
-// epoch are in the same key, so they cannot be lost alone.
+// ofEpoch is a hash. Until the epoch is decided: "m:" MEMBER -> its answers (see answers),
+// "k:" MEMBER -> those under keys, "d:" MEMBER -> it has refused ids that may be in Redis;
+// complete and inexact as reported; locked, while a member seals. As decided: unique, under
+// (of it, under keys), complete, exact, why not, and sealed. Then written (the line of a
+// counts file) and delivered. The members of an epoch are in the same key, so they cannot be
+// lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
 
 func spanName(s counter.Span) string {
@@ -774,7 +776,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.cfg.IDs.foreign() {
 		return errForeign
 	}
-	newest := l.count()
+	newest := l.noteAnswers()
 	l.keep(false)
 	keys, args, sent := l.beatArgs(all, newest)
 
@@ -808,9 +810,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	return nil
 }
 
-// count notes what this process has answered in its epochs, and returns the start of the
+// noteAnswers notes what this process has answered in its epochs, and returns the start of the
 // newest of them.
-func (l *Ledger) count() (newest time.Time) {
+func (l *Ledger) noteAnswers() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i := range l.epochs {
@@ -820,7 +822,7 @@ func (l *Ledger) count() (newest time.Time) {
 }
 
 // beatArgs are the keys and arguments of beatScript, and the epochs in them: those that
-// this process has opened up to the newest that count has returned. One that was opened
+// this process has opened up to the newest that noteAnswers has returned. One that was opened
 // since has no answers of this member yet, so the group would know the epoch, but not
 // that this member is in it.
 func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent []counter.Span) {
@@ -828,7 +830,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	defer l.mu.Unlock()
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
-		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(doubtMember),
+		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
 	}
 	if !newest.IsZero() {
@@ -883,9 +885,9 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 		}
 		switch {
 		case e == nil:
-		case b.states[i] == 3 && e.asks:
+		case b.states[i] == beatRefused && e.asks:
 			*e = ledgerEpoch{} // it is gone
-		case b.states[i] == 3:
+		case b.states[i] == beatRefused:
 			e.refused.Store(true)
 			e.late = true
 		default:
@@ -896,12 +898,12 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 				close(e.known)
 			}
 			switch b.states[i] {
-			case 2:
+			case beatDelivered:
 				l.pass(s)
 				*e = ledgerEpoch{} // taken out below
-			case 4:
+			case beatContradicted:
 				l.contradict(e)
-			case 5:
+			case beatDecided:
 				e.decided, e.why = b.decided[i], b.decided[i].why
 			}
 		}
@@ -967,13 +969,21 @@ func milliseconds(n string) string {
 	return d.String()
 }
 
+// What beatScript answers of an epoch. 0: the group has it, and no more.
+const (
+	beatDelivered    = 2 // its record is delivered
+	beatRefused      = 3 // the group does not take it
+	beatContradicted = 4 // it came to another sum than the one known here
+	beatDecided      = 5 // what it came to is not known here, and is in the answer
+)
+
 // beatAnswer is what beatScript answers.
 type beatAnswer struct {
 	now, leads, others int64
-	odd, strange       string // LENGTH MEMBER
-	states             []int64
+	odd, strange       string      // LENGTH MEMBER
+	states             []int64     // of each epoch
 	answers            []answers   // of each epoch
-	decided            []*decision // where the state is 5
+	decided            []*decision // where the state is beatDecided
 	unnamed            []counter.Span
 }
 
@@ -1036,7 +1046,7 @@ func (b *beatAnswer) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) er
 		if err != nil {
 			return err
 		}
-		if b.states[i] == 5 {
+		if b.states[i] == beatDecided {
 			if b.decided[i], err = parseDecision(sent[i], fields); err != nil {
 				return err
 			}
@@ -1458,7 +1468,7 @@ func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, erro
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return counter.Claim{Mine: what == 1, Written: what == 2, Doubt: !s.End().After(l.doubt)}, nil
+	return counter.Claim{Mine: what == 1, Written: what == 2, Doubt: !s.End().After(l.doubted)}, nil
 }
 
 // Doubt makes Claim say of epochs that ended at or before upTo that an earlier
@@ -1466,7 +1476,7 @@ func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, erro
 func (l *Ledger) Doubt(upTo time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.doubt = upTo
+	l.doubted = upTo
 }
 
 // Written says that the line is in a counts file of the group.

@@ -322,7 +322,7 @@ func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
 	first, second := spanEnded(time.Minute), spanEnded(0)
 	none := func() uint64 { return 0 }
 	a.Opened(first, none)
-	newest := a.count()
+	newest := a.noteAnswers()
 	a.Opened(second, none)
 	if _, args, sent := a.beatArgs(true, newest); len(sent) != 1 || sent[0] != first || args[8] != unixMS(first.Start) {
 		t.Errorf("the heartbeat has %v, and %s as the newest epoch; want the first alone", sent, args[8])

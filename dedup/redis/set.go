@@ -141,7 +141,7 @@ type redisEpoch struct {
 	key           string                     // start and window, in ms
 	before, after string                     // the keys of the windows directly before and behind it
 	previous      atomic.Pointer[redisEpoch] // opened before it; nil once it is retired
-	end           int64                      // ns since the start of the Redis, of when the epoch was to end
+	end           int64                      // ns since the start of the Set, of when the epoch was to end
 	view          *dedup.View                // in Local
 	lanes         []laneEpoch
 
@@ -518,7 +518,7 @@ func (r *Set) Close() error {
 		(*c).Close()
 	}
 	for i := range r.lanes {
-		r.lanes[i].fail()
+		r.lanes[i].refuseAll()
 	}
 	return r.cfg.Local.Close()
 }
