@@ -78,14 +78,14 @@ import (
 // Group scope. The instances share one transactional id, so an instance that
 // begins a session fences the others. That is what is wanted: it makes the id a
 // lock around look and produce, and the loser finds the winner's record when it
-// looks again. To fence as rarely as possible an instance without a session looks
-// once without it, and publishing is once a window.
+// looks again. To fence as rarely as possible an instance without a session first looks
+// without one: it begins one only if a record is missing.
 //
 // Keys. The records by key of a record are produced before it and in the same
 // transaction, so one outcome holds for all of them, and the look needs only the record:
 // where it is visible they are, and where it is not they are not. They have a topic of
-// their own, which nothing asks for before the first record that has keys: most servers
-// never need it, and the right to create it.
+// their own. It is not used before the first record that has keys: most servers never need
+// the topic, nor the right to create it.
 //
 // Without transactions. A broker that refuses them (authorisation of the
 // transactional id, or not implemented) leaves idempotence and the look. Open
@@ -295,7 +295,8 @@ type kafkaSink struct {
 	session *session // nil: the next delivery starts one
 
 	// unsure is the index up to which a record may be in the topic although the
-	// spool does not say so.
+	// spool does not say so: all that was in the spool at the start, and every batch that
+	// has failed.
 	unsure uint64
 	// single is the index up to which records are sent one by one, to find the
 	// one that made a batch fail.
@@ -307,7 +308,7 @@ type kafkaSink struct {
 	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
 	atOnce int
 
-	refused  bool          // transactions were refused at the last session
+	refused  bool          // transactions were refused when the last session began
 	allowed  time.Duration // what the broker allows transactions to take; 0: it has not refused any
 	conflict atomic.Uint64
 	closing  sync.WaitGroup // clients on their way out
@@ -396,11 +397,11 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 		k.drop()
 	}
 	if group && k.session == nil {
-		missing, err := k.reconcile(ctx, batch)
+		missing, err := k.look(ctx, batch)
 		if err == nil && len(missing) == 0 {
 			return nil
 		}
-		// Not decisive: whatever went wrong shows again below.
+		// If the look failed, or records are missing: with a session, below.
 	}
 	if k.session == nil {
 		if err := k.open(ctx, identity); err != nil {
@@ -410,7 +411,7 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 	missing := batch
 	if group || batch[0].index <= k.unsure {
 		var err error
-		if missing, err = k.reconcile(ctx, batch); err != nil {
+		if missing, err = k.look(ctx, batch); err != nil {
 			k.drop()
 			return fmt.Errorf("look for records that are there already: %w", err)
 		}
@@ -430,8 +431,8 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 	return err
 }
 
-// poison tells a record that is wrong for good from a broker that is: the
-// second, authorisation and unknown errors among it, can be put right.
+// poison reports whether an error is about a record that no retry can help. All other
+// errors, those of authorisation and unknown ones too, are the broker's, and may pass.
 func poison(err error) bool {
 	return tooLarge(err) || errors.Is(err, kerr.InvalidRecord) || errors.Is(err, kerr.InvalidTimestamp)
 }
@@ -513,8 +514,8 @@ func (k *kafkaSink) takesPresent(ctx context.Context, identity string, keys bool
 	return err == nil && s.client.EndTransaction(ctx, kgo.TryAbort) == nil
 }
 
-// open starts a session: the topic is there, and the one of the keys if any had some;
-// the fence is up.
+// open starts a session. When it returns, the topic is there, and the one of the keys if
+// records had some, and the fence is up.
 func (k *kafkaSink) open(ctx context.Context, identity string) error {
 	compression := kgo.NoCompression() // a record is a quarter of a kilobyte and there is one a minute
 	if k.room > 0 {
@@ -820,9 +821,9 @@ func (s *session) commit(ctx context.Context) error {
 	return s.client.EndTransaction(cctx, kgo.TryCommit)
 }
 
-// reconcile returns the entries that are not in the topic, each key once. Behind a
+// look returns the entries that are not in the topic, each key once. Behind a
 // session's fence the answer is final for its identity.
-func (k *kafkaSink) reconcile(ctx context.Context, batch []spooled) ([]spooled, error) {
+func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error) {
 	want := make(map[string]bool, len(batch))
 	for i := range batch {
 		want[batch[i].record.Key()] = true

@@ -44,7 +44,7 @@ func look(t *testing.T, cfg KafkaConfig, e []spooled) []spooled {
 	t.Helper()
 	k := newKafkaSink(cfg, zerolog.Nop(), uint64(len(e)), noStep)
 	defer k.close()
-	missing, err := k.reconcile(t.Context(), e)
+	missing, err := k.look(t.Context(), e)
 	if err != nil {
 		t.Fatal(err)
 	}
