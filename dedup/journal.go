@@ -58,7 +58,7 @@ type journal struct {
 	// it: from then on no journal of theirs adds anything (see renew.go).
 	broken atomic.Pointer[error]
 	failed chan struct{} // capacity 1: wakes Memory.keep after a failure
-	turned chan struct{} // capacity 1: wakes Memory.keep after a slot was written or ended
+	turned chan struct{} // capacity 1: wakes Memory.keep after a slot was written or ended, to sync it
 	moved  bool          // the directory was renamed to make room for the next one; only Memory.keep reads it
 
 	making  sync.Mutex // held while a segment is made
@@ -74,7 +74,8 @@ type journal struct {
 	short    error  // why no segment could be made, if that was so the last time
 	inUse    [forecastEpochs]int
 
-	// Found at the start, for Past and the first Open.
+	// Found at the start, for Past and the first Open. begin sets counts and keyed to nil:
+	// while counts is not nil, this process has begun no epoch.
 	counts    map[uint64]load   // records by serial
 	keyed     map[uint64]*keyed // of the epochs that are needed: by key
 	made      bool              // by this process: there was no directory, or a damaged one
@@ -206,8 +207,8 @@ func cannotKeep(err error) error {
 	return err
 }
 
-// openJournal opens or makes the directory. One that is damaged is renamed and
-// told to setAside, and a new one is made.
+// openJournal opens or makes the directory. A damaged one is renamed, setAside is called
+// with its new name, and a new one is made.
 func openJournal(j *journal, setAside func(name string, reason error)) (*journal, error) {
 	if !mappable {
 		return nil, cannotKeep(errors.ErrUnsupported)
@@ -263,8 +264,8 @@ func (j *journal) isNew() bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
-// unmade makes j one that has no files, for want of room: it refuses ids, and is
-// replaced when there is room, as one that failed.
+// unmade makes j a journal without files, as there is no room for them: it refuses ids, and
+// is replaced when there is room, like one that failed.
 func (j *journal) unmade(err error) {
 	reason := fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
 	j.broken.Store(&reason)
@@ -275,7 +276,7 @@ func (j *journal) unmade(err error) {
 	}
 }
 
-// again is a journal, not yet opened, of the same settings.
+// again returns another journal, not yet opened, with the settings of j.
 func (j *journal) again() *journal {
 	next := &journal{
 		dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, bootAt: j.bootAt, publisher: j.publisher, window: j.window,
@@ -556,7 +557,8 @@ func (j *journal) loadSlots() ([]opened, error) {
 	return all, nil
 }
 
-// lost reports whether power may have been lost since o was written.
+// lost reports whether the machine was started again since o was written: with a loss of
+// power, as far as is known.
 func (j *journal) lost(o *opened) bool {
 	return o.serial > 0 && o.boot != j.boot && o.boot != 0 && j.boot != 0
 }
@@ -638,8 +640,8 @@ func (j *journal) free(i int) {
 // errWaiting answers the ids of an epoch that got no slot.
 var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable, slotCount-startSlots)
 
-// begin keeps that e was opened, and returns its place, which is for end. Its
-// ids may be added only if there is no error.
+// begin writes a slot for e, which is being opened, and returns the slot, which is for end.
+// The ids of e may be added only if there is no error.
 //
 // The first time it returns when that is on the disk, and with it all that the
 // next process will trust: the process may answer then. Later slots follow in the
@@ -741,8 +743,8 @@ func (j *journal) changed() {
 	}
 }
 
-// end keeps that nothing of an epoch is left to be published. Where this process
-// has gone on with it since, that is no longer for its old slot to say.
+// end marks the slot of an epoch of which nothing is left to be published. If this process
+// has gone on with the epoch in another slot since, it does nothing.
 func (j *journal) end(o slotOf) {
 	j.mu.Lock()
 	defer j.mu.Unlock()

@@ -40,11 +40,11 @@ const (
 
 var crlfcrlf = []byte("\r\n\r\n")
 
-// fastPath answers a plain request that differs from one before it on the same
-// connection in its id, its key, its token, and in the values of headers that decide
-// nothing, without having fasthttp read it again. That is what clients send: all but the first request
-// of a load test, and of most that keep their connections; and, with an id and a
-// time of its own for each request, what proxies send.
+// fastPath answers a plain request without having fasthttp read it. Such a request differs
+// from one before it on the same connection in its id, its key, its token, and in the values
+// of headers that decide nothing. That is what clients that keep their connections send, all
+// but the first request; and, with an id and a time of its own for each request, what
+// proxies send.
 //
 // fasthttp reads the first request and whatever is not plain. Where the handler has
 // answered a plain one it leaves the tail with the connection (accept, conn.learn). The
@@ -56,8 +56,9 @@ var crlfcrlf = []byte("\r\n\r\n")
 // so that their cache misses overlap, and their answers into one write.
 //
 // It works inside conn.Read, when fasthttp waits for the beginning of a request, with
-// nothing read ahead and every answer flushed. Other requests, and an id that is not
-// judged any more (draining), it gives to fasthttp as if they had just arrived. (A client
+// nothing read ahead and every answer flushed. It gives other requests, and an id without a
+// verdict (draining, a panic), to fasthttp as if they had just arrived; an id that is Full or
+// Unavailable it refuses itself. (A client
 // that has sent something else, and then sends on without a pause, stays with fasthttp
 // until it has read all that there is.) FuzzFastPathAnswersAsFasthttp holds the two
 // together, BenchmarkServer says what this one gains: a pipelined request takes less CPU
@@ -254,8 +255,8 @@ func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Option
 	return nil, nil, nil, other
 }
 
-// read is conn.Read when a request may begin. It returns when there is something
-// for fasthttp, or an error.
+// read is conn.Read when a request may begin. It answers the plain requests that arrive, and
+// returns when there is something else, for fasthttp, or an error.
 func (f *fastPath) read(c *conn, p []byte) (int, error) {
 	have := 0
 	for {

@@ -132,7 +132,7 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	return s.cfg.Log.WithLevel(level).Str("reason", r.name)
 }
 
-// tellRefusals keeps the log up to date while the server serves.
+// tellRefusals logs every refusalsEvery how many refusals were not logged.
 func (s *Server) tellRefusals(stop <-chan struct{}) {
 	tick := time.NewTicker(refusalsEvery)
 	defer tick.Stop()
