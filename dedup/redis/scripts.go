@@ -1,0 +1,413 @@
+package redis
+
+import "github.com/redis/rueidis"
+
+// The scripts of the Ledger. All work on keys of one hash tag: see ledgerKeys.
+
+// luaWrites begins the scripts that write. A Redis that is full lets a script write once
+// it has run a command that frees, and the ledger must work then: what it writes is
+// little, and the seal frees much.
+const luaWrites = `
+redis.call('HDEL', KEYS[1] .. ':', '')
+`
+
+const luaNow = luaWrites + `
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+`
+
+// luaLost reports whether the ledger has lost data since the last beat of a member, at the
+// time given: FLUSHALL, or an older state. Numbers of others may be missing, until that
+// member's next beat writes them again. A member that has left beats no more, and gives no
+// name.
+const luaLost = `
+local function lost(members, me, at)
+  return me ~= '' and (tonumber(redis.call('ZSCORE', members, me) or '') or -1) < tonumber(at)
+end
+`
+
+// luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N?" with
+// ids in doubt, "N+" before, for N at least. A more certain number stays, and a doubt.
+const luaAnswers = `
+local function answered(key, m, n)
+  local old = redis.call('HGET', key, 'm:' .. m)
+  if not old or n == old .. '?' or string.sub(old, -1) == '+' and
+    (string.sub(n, -1) ~= '+' or tonumber(string.sub(n, 1, -2)) > tonumber(string.sub(old, 1, -2))) then
+    redis.call('HSET', key, 'm:' .. m, n)
+  end
+end
+`
+
+// beatScript says that the member is alive, writes again what it knows of its
+// epochs, also of the answers of others, and takes the lead if nobody has it. Per epoch
+// it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, 4
+// where it came to another sum than the one known here, or 5 where what it came to is not
+// known here; and that, or what each member has answered, for this one to write again
+// should it be lost. Last come the newest epochs that this member did not name, for its
+// next beat: it is to remember those of others as well.
+//
+// The group has the window of the member that came first. A member with another window
+// stands outside while a member with the group's window is alive: its epochs are not
+// accepted. When none is, and it was not outside just now (Redis may have lost the list of
+// members), its window becomes that of the group. An epoch of another length than those
+// before is taken only behind all of them, so that no label comes twice.
+var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaAnswers + `
+local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
+redis.call('ZADD', KEYS[1], now, me)
+redis.call('HSET', KEYS[3], me, window)
+if unsettled == '' then
+  redis.call('HDEL', KEYS[2], me)
+else
+  redis.call('HSET', KEYS[2], me, unsettled)
+end
+-- A beat that was long on its way takes nothing back.
+if opened ~= '' and tonumber(opened) > (tonumber(redis.call('HGET', KEYS[7], me) or '') or -math.huge) then
+  redis.call('HSET', KEYS[7], me, opened)
+end
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt)) do
+  redis.call('ZREM', KEYS[1], gone)
+  redis.call('HDEL', KEYS[2], gone)
+  redis.call('HDEL', KEYS[3], gone)
+  redis.call('HDEL', KEYS[7], gone)
+end
+local agreed = redis.call('HGET', KEYS[6], 'length')
+local others, odd, strange = 0, '', ''
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if m ~= me then
+    others = others + 1
+    local w = redis.call('HGET', KEYS[3], m)
+    if w and w ~= window and (w == agreed or agreed == window) then
+      if w == agreed then odd = w .. ' ' .. m else strange = w .. ' ' .. m end
+    end
+  end
+end
+local inside = agreed == window or odd == '' and claims
+if inside then
+  redis.call('HSET', KEYS[6], 'length', window)
+elseif odd == '' then
+  odd = (agreed or '') .. ' '
+end
+local function there(key, name)
+  return redis.call('ZSCORE', KEYS[5], name) or redis.call('EXISTS', key) == 1
+end
+local function takes(key, name)
+  if there(key, name) then return true end
+  if not inside then return false end
+  local start, span = string.match(name, '^(%-?%d+):(%d+)$')
+  start = tonumber(start)
+  local g = redis.call('HMGET', KEYS[6], 'span', 'from', 'last')
+  local last = tonumber(g[3] or '')
+  if g[1] == span then
+    if g[2] and start < tonumber(g[2]) then return false end
+  elseif not g[1] then
+    redis.call('HSET', KEYS[6], 'span', span)
+  elseif start > last then
+    redis.call('HSET', KEYS[6], 'span', span, 'from', start)
+  else
+    return false
+  end
+  -- One clock that is hours ahead shall not keep the group from another length.
+  if not last or start > last and start < now + 3600000 then redis.call('HSET', KEYS[6], 'last', start) end
+  return true
+end
+local states, answers, named, unnamed = {}, {}, {}, {}
+local arg = 11
+for i = 8, #KEYS do
+  local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
+  local first = arg + 10
+  arg = first + 2 * n
+  named[name] = true
+  answers[i - 7] = {}
+  if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
+    states[#states + 1] = 2
+  elseif had ~= '1' and unique == '' and not (had == '?' and there(KEYS[i], name) or had == '0' and takes(KEYS[i], name)) then
+    states[#states + 1] = 3
+  else
+    states[#states + 1] = 0
+    redis.call('ZADD', KEYS[5], ends, name)
+    local decided = redis.call('HGET', KEYS[i], 'unique')
+    if decided and unique == '' then
+      states[#states] = 5
+      answers[i - 7] = redis.call('HMGET', KEYS[i], 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
+    elseif decided then
+      if decided ~= unique then states[#states] = 4 end
+    else
+      for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
+      if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) else redis.call('HDEL', KEYS[i], 'd:' .. me) end
+      if unique ~= '' then
+        redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
+      else
+        local h = redis.call('HGETALL', KEYS[i])
+        for f = 1, #h, 2 do
+          if string.sub(h[f], 1, 2) == 'm:' then
+            table.insert(answers[i - 7], string.sub(h[f], 3))
+            table.insert(answers[i - 7], h[f + 1])
+          end
+        end
+      end
+      redis.call('PEXPIRE', KEYS[i], keep)
+    end
+  end
+end
+for i = 1, 7 do
+  if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
+end
+local leader = redis.call('GET', KEYS[4])
+if leader == me or (not leader and inside) then
+  redis.call('SET', KEYS[4], me, 'PX', lease)
+  leader = me
+end
+for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
+  if not named[name] then unnamed[#unnamed + 1] = name end
+end
+return {now, leader == me and 1 or 0, others, odd, strange, states, answers, unnamed}
+`)
+
+// reportScript says that the member has left the epoch, and what it has answered in it:
+// nothing of it comes any more.
+var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
+local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
+if unsettled ~= '' then
+  redis.call('HSET', KEYS[3], me, unsettled)
+  redis.call('PEXPIRE', KEYS[3], keep)
+end
+if redis.call('HEXISTS', KEYS[2], 'delivered') == 1 then return 0 end
+redis.call('ZADD', KEYS[1], ends, name)
+redis.call('PEXPIRE', KEYS[1], keep)
+if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
+  if complete == '1' then redis.call('HSET', KEYS[2], 'complete', 1) end
+  if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
+  answered(KEYS[2], me, answers)
+  if under ~= '0' then redis.call('HSET', KEYS[2], 'k:' .. me, under) end
+  redis.call('HDEL', KEYS[2], 'd:' .. me) -- the answers have it
+  redis.call('PEXPIRE', KEYS[2], keep)
+end
+return 1
+`)
+
+// sealScript answers whether the epoch may be sealed now: {0, the decided
+// count}, {1, ms to wait at most} or {2, the members of the epoch}: seal it. "+" stands
+// before those that have not reported what they have answered, "0" before those without a
+// part in it, "=" before the others, and "?" before members that may have answered ids
+// without the ledger: see decideScript.
+//
+// It may when every member that is alive has left it, and not before its end, but
+// for the skew, by the clock of Redis: a single member with a wild clock must not
+// seal the future. A member that is silent, or has not left, is waited for until
+// the last clock must have turned. One that holds ids that Redis does not have is
+// waited for longer; after that the record is not exact.
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under', 'why')
+if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
+if now < ends - skew then return {1, ends - skew - now} end
+if lost(KEYS[1], ARGV[8], ARGV[9]) then return {1, skew} end
+-- One with another window has left every epoch of the group.
+local agreed = redis.call('HGET', KEYS[5], 'length')
+local function left(m)
+  local w = agreed and redis.call('HGET', KEYS[4], m)
+  if w and w ~= agreed then return true end
+  local n = redis.call('HGET', KEYS[3], 'm:' .. m)
+  return n and string.sub(n, -1) ~= '+'
+end
+local inexact = false
+local wait = 0
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if not left(m) then wait = math.max(wait, ends + skew - now) end
+  local oldest, newest = string.match(redis.call('HGET', KEYS[2], m) or '', '^(%-?%d+) (%-?%d+)$')
+  if oldest and tonumber(oldest) <= start and start <= tonumber(newest) then
+    inexact = true
+    wait = math.max(wait, ends + skew + settle - now)
+  end
+end
+if wait > 0 then return {1, wait} end
+if h[5] and tonumber(h[5]) > now then return {1, tonumber(h[5]) - now} end
+redis.call('HSET', KEYS[3], 'locked', now + lock)
+if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
+redis.call('PEXPIRE', KEYS[3], ARGV[7])
+local out, all, listed = {2}, redis.call('HGETALL', KEYS[3]), {}
+for f = 1, #all, 2 do
+  if string.sub(all[f], 1, 2) == 'm:' then
+    listed[string.sub(all[f], 3)] = true
+    local n, mark = all[f + 1], '='
+    if n == '0' then mark = '0' elseif string.sub(n, -1) == '+' then mark = '+' end
+    out[#out + 1] = mark .. string.sub(all[f], 3)
+  end
+end
+for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local opened = tonumber(redis.call('HGET', KEYS[6], m) or '')
+  if not listed[m] and (not opened or opened <= start) then out[#out + 1] = '?' .. m end
+end
+return out
+`)
+
+// decideScript writes what the epoch came to, once, and answers it, with the reason
+// where it is not exact.
+//
+// The record has the sum of the answers that the members have given. The number of ids in
+// Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
+// harm if they were added without an answer. But if the ledger does not have a member in
+// the epoch, and that member has not reported a later one, it may yet open the epoch, or
+// has, and they may be ids that it has answered before the ledger learnt of that (see
+// registerWait). That it was heard since the end is not enough: it may be late itself.
+// Members that are gone have answered the rest of the ids, if that is at least what they
+// reported last, and unless one of the members, gone or not, has refused ids whose outcome
+// it does not know, or one that is gone has not shown a lane that it had the reply to its
+// last batch: it may be asleep, or cut off, and refuse those ids. All of this holds only if no write can have been lost that was not added
+// again (whole): a lost id and one that was added without an answer would cancel each other.
+//
+// The lanes were sealed for the members that sealScript has listed: if their numbers have
+// changed since, other than from one of those that ended without a report to its report, the
+// answer is {1}, and the seal begins again.
+//
+// The counts of the keys are those of Redis. If ids were added without an answer, they are
+// right if none of those ids is under a key: if there are as many as the members have
+// answered under keys.
+var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
+local start = tonumber(string.match(name, '^(%-?%d+):'))
+local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
+local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
+if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
+if lost(KEYS[3], ARGV[11], ARGV[12]) then return {1} end
+local marks = {}
+for i = 13, #ARGV do marks[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
+local all = redis.call('HGETALL', KEYS[2])
+for f = 1, #all, 2 do
+  if string.sub(all[f], 1, 2) == 'm:' then
+    local m = string.sub(all[f], 3)
+    local mark = marks[m]
+    if not mark or (mark == '=' or mark == '0') and string.sub(all[f + 1], -1) == '+' then return {1} end
+    marks[m] = nil
+  end
+end
+for _, mark in pairs(marks) do
+  if mark ~= '?' then return {1} end
+end
+local keyed = 0
+local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
+for f = 1, #all, 2 do
+  if string.sub(all[f], 1, 2) == 'm:' then
+    members = members + 1
+    listed[string.sub(all[f], 3)] = true
+    if string.sub(all[f + 1], -1) == '+' then
+      absent[#absent + 1] = string.sub(all[f], 3)
+      least = least + tonumber(string.sub(all[f + 1], 1, -2))
+    else
+      local n, sure = string.match(all[f + 1], '^(%d+)(%??)$')
+      sum = sum + tonumber(n)
+      if sure == '?' then doubted[#doubted + 1] = string.sub(all[f], 3) end
+    end
+    redis.call('HDEL', KEYS[2], all[f])
+  elseif string.sub(all[f], 1, 2) == 'k:' then
+    keyed = keyed + tonumber(all[f + 1])
+    redis.call('HDEL', KEYS[2], all[f])
+  elseif string.sub(all[f], 1, 2) == 'd:' then
+    doubted[#doubted + 1] = string.sub(all[f], 3)
+    redis.call('HDEL', KEYS[2], all[f])
+  end
+end
+local unknown = {}
+if #absent == 0 and ids > sum then
+  for _, m in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+    local opened = tonumber(redis.call('HGET', KEYS[4], m) or '')
+    if not listed[m] and (not opened or opened <= start) then unknown[#unknown + 1] = m end
+  end
+end
+local unique, why = sum, ''
+local function but(reason) why = why == '' and reason or why .. '; ' .. reason end
+local numbers = string.format('%.0f ids are in Redis, %.0f answers are reported', ids, sum)
+if #absent > 0 then
+  unique = math.max(ids, sum + least)
+  numbers = numbers .. string.format(', and %.0f or more were given by instances that ended without a report (%s)', least, table.concat(absent, ' '))
+  if ids < sum + least then
+    but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
+  elseif open then
+    but('an instance that may have answered alone ended without a report')
+  elseif #doubted > 0 then
+    but('instances had refused ids that may be in Redis (' .. table.concat(doubted, ' ') .. ')')
+  elseif unanswered and ids > sum + least then
+    but('the last ids of an instance that ended without a report may have had no answer')
+  end
+elseif members == 0 and ids > 0 then
+  unique = ids
+  but('what the instances have answered is lost')
+elseif #unknown > 0 then
+  unique = ids
+  but(string.format('%.0f ids may have been answered by instances that have not reported the window yet (%s)', ids - sum, table.concat(unknown, ' ')))
+elseif ids < sum then
+  but(string.format('%.0f ids are lost or were given twice', sum - ids))
+end
+if #absent == 0 and ids > unique and keyed ~= under then
+  unique = math.max(unique, under)
+  but(string.format('%.0f ids are under keys, %.0f answers under keys are reported', under, keyed))
+end
+if not fit then but('the counts of the keys do not add up to the ids under keys') end
+if not whole then but('Redis may have lost ids of instances that were not there to add them again') end
+if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
+if h[5] then but('an instance held ids that Redis did not have') end
+local complete = h[2] or '0'
+unique, exact = string.format('%.0f', unique), why == '' and '1' or '0'
+if why ~= '' then why = why .. ': ' .. numbers end
+redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under), 'why', why)
+redis.call('HDEL', KEYS[2], 'locked', 'inexact')
+redis.call('PEXPIRE', KEYS[2], keep)
+redis.call('ZADD', KEYS[1], ends, name)
+return {0, unique, complete, exact, tostring(now), string.format('%.0f', under), why}
+`)
+
+// unpublishedScript lists the epochs that are over and not delivered.
+var unpublishedScript = rueidis.NewLuaScriptRetryable(luaNow + `
+if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
+`)
+
+// claimScript answers 2 where the line is written, 1 where this member is the
+// one to do it, as it is the leader or takes the lead, and 0 where another is.
+var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
+if h[1] or h[2] then return 2 end
+local leader = redis.call('GET', KEYS[2])
+if leader and leader ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return 1
+`)
+
+// writtenScript marks the line.
+var writtenScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+redis.call('HSET', KEYS[1], 'written', 1)
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1
+`)
+
+// deliveredScript marks the epoch.
+var deliveredScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+redis.call('HSET', KEYS[2], 'delivered', 1)
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+redis.call('ZREM', KEYS[1], ARGV[1])
+return 1
+`)
+
+// othersScript answers how many members are alive beside this one, and how many
+// ms ago one of them was heard last. With ARGV[3] this one leaves; the lead goes
+// to the others.
+var othersScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local me, ttl = ARGV[1], tonumber(ARGV[2])
+if ARGV[3] == '1' then
+  redis.call('ZREM', KEYS[1], me)
+  redis.call('HDEL', KEYS[3], me)
+  redis.call('HDEL', KEYS[5], me)
+  if ARGV[4] == '' then redis.call('HDEL', KEYS[2], me) end
+end
+local others, last = 0, 0
+for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
+  if m ~= me then
+    others = others + 1
+    last = math.max(last, tonumber(redis.call('ZSCORE', KEYS[1], m)))
+  end
+end
+if ARGV[3] == '1' and others > 0 and redis.call('GET', KEYS[4]) == me then redis.call('DEL', KEYS[4]) end
+return {others, now - last}
+`)
