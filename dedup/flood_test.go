@@ -107,7 +107,9 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 		inFirst += tagged(m.narrow.levels[0].Load().buckets[i][:], m.current.Load().tag)
 	}
 	for i := range m.wide.levels[0].Load().buckets {
-		inFirst += tagged(m.wide.levels[0].Load().buckets[i].first[:], m.current.Load().tag)
+		for slot := range slotsPerBucket {
+			inFirst += tagged(m.wide.levels[0].Load().buckets[i][slot][:1], m.current.Load().tag)
+		}
 	}
 	return flooded{1 - float64(inFirst)/ids, s.Levels, s.Bytes, float64(l.narrow+l.wide) / ids}
 }

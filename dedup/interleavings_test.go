@@ -268,7 +268,7 @@ func TestInterleavingsOfASweep(t *testing.T) {
 					}
 					first := s.m.narrow.levels[0].Load().buckets[0][8].Load()
 					if kind.name == "wide" {
-						first = s.m.wide.levels[0].Load().buckets[0].first[8].Load()
+						first = s.m.wide.levels[0].Load().buckets[0][8][0].Load()
 					}
 					if first != 0 {
 						return fmt.Errorf("the cleaner left the word %#x of an epoch long past", first)

@@ -17,9 +17,7 @@ func (t *table[B]) prefetch(x, far uint64) {
 		}
 		if uint64(len(l.buckets)) >= far {
 			b, rest := l.choose(x)
-			for word := home(rest); word < uint64(unsafe.Sizeof(*b)/8); word += slotsPerBucket { // in a wide bucket, both
-				prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), word)))
-			}
+			prefetch(unsafe.Add(unsafe.Pointer(b), home(rest)*uint64(unsafe.Sizeof(*b)/slotsPerBucket)))
 		}
 		x = l.next(x)
 	}

@@ -220,7 +220,7 @@ func (m *Memory) wideFiller(v *View, records uint64) filler {
 			far := 0
 			for i := 0; i+1 < len(words); i += 2 {
 				bucket, low := bits.Mul64(words[i], uint64(len(first.buckets))) // as level.choose
-				slot, n := takeFree(&occupied[bucket], low)
+				slot, n := takeFreeWide(&occupied[bucket], low)
 				if n == slotsPerBucket {
 					if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
 						return err
@@ -228,8 +228,8 @@ func (m *Memory) wideFiller(v *View, records uint64) filler {
 					continue
 				}
 				far = max(far, n)
-				b := (*[2][slotsPerBucket]uint64)(unsafe.Pointer(&first.buckets[bucket]))
-				b[0][slot], b[1][slot] = low&^tagMask|v.tag, words[i+1]
+				b := (*[slotsPerBucket][2]uint64)(unsafe.Pointer(&first.buckets[bucket]))
+				b[slot] = [2]uint64{low&^tagMask | v.tag, words[i+1]}
 			}
 			if far >= nearlyFull {
 				crowding(m, v.wide, 0)
@@ -250,6 +250,27 @@ func takeFree(occupied *uint16, word uint64) (slot uint64, n int) {
 	round := -int(first % lineSlots)
 	n = bits.TrailingZeros16(uint16(bits.RotateLeft8(uint8(free), round)) | uint16(bits.RotateLeft8(uint8(other), round))<<lineSlots)
 	slot = slotAt(first, uint64(n))
+	if n < slotsPerBucket {
+		*occupied |= 1 << slot
+	}
+	return slot, n
+}
+
+// takeFreeWide is takeFree of a wide bucket.
+func takeFreeWide(occupied *uint16, word uint64) (slot uint64, n int) {
+	first := home(word)
+	free := ^*occupied
+	// Now its line first, and the others as wideSlotAt has them.
+	if first&wideLineSlots != 0 {
+		free = free>>4&0x0f0f | free<<4&0xf0f0
+	}
+	free = bits.RotateLeft16(free, int(first&(2*wideLineSlots)))
+	// Now its home first in its line, and in the others likewise.
+	turn := first % wideLineSlots
+	low := uint16(0x1111) * (0xf >> turn)
+	free = free>>turn&low | free<<(wideLineSlots-turn)&^low
+	n = bits.TrailingZeros16(free)
+	slot = wideSlotAt(first, uint64(n))
 	if n < slotsPerBucket {
 		*occupied |= 1 << slot
 	}

@@ -359,13 +359,19 @@ func TestRecalledIdsStandWhereAddedOnesWould(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for range 1000 {
 		var b narrowBucket
-		var occupied uint16
+		var wide wideBucket
+		var occupied, occupiedWide uint16
 		for range slotsPerBucket + 2 {
 			word := rnd.Uint64()&^tagMask | tag
 			p, n := b.add(word, false)
 			slot, m := takeFree(&occupied, word)
 			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && b[slot].Load() != word {
 				t.Fatalf("add put %#x %d slots from its home (%v), takeFree %d", word, n, p, m)
+			}
+			p, n = wide.add(word, 1, false)
+			slot, m = takeFreeWide(&occupiedWide, word)
+			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && wide[slot][0].Load() != word {
+				t.Fatalf("add put %#x %d slots from its home in a wide bucket (%v), takeFreeWide %d", word, n, p, m)
 			}
 		}
 	}

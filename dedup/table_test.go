@@ -131,8 +131,8 @@ func TestWideSlotIsReadOnlyWhenWritten(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var b wideBucket
-				b.first[0].Store(rest | tag | pending) // claimed; now its writer sleeps
-				b.second[0].Store(999)                 // of an id long past
+				b[0][0].Store(rest | tag | pending) // claimed; now its writer sleeps
+				b[0][1].Store(999)                  // of an id long past
 				var got place
 				slot := -1
 				done := make(chan struct{})
@@ -151,8 +151,8 @@ func TestWideSlotIsReadOnlyWhenWritten(t *testing.T) {
 						t.Fatal("waits for a slot it has nothing to do with")
 					}
 				}
-				b.second[0].Store(second)
-				b.first[0].Store(rest | tag)
+				b[0][1].Store(second)
+				b[0][0].Store(rest | tag)
 				<-done
 				if got != tt.want || slot != tt.slot {
 					t.Errorf("got %d in slot %d, want %d in slot %d", got, slot, tt.want, tt.slot)
