@@ -61,8 +61,9 @@ func (v *Verve) judge(ids [][]byte, writer int) (fresh int) {
 	var made [together]dedup.Item
 	var verdicts [together]dedup.Verdict
 	for i, id := range ids {
-		made[i] = dedup.Item{ID: id, Key: v.set.Key(id, nil)}
+		made[i].ID = id
 	}
+	v.set.Keys(made[:len(ids)])
 	for items := made[:len(ids)]; len(items) > 0; {
 		in, open := v.count.EnterMany(v.now.Load(), uint64(writer), uint64(len(items)))
 		if !open {

@@ -230,8 +230,8 @@ func benchmarkOptions(b *testing.B, with optionForm, ids, size int, uuids bool) 
 			if with.keys > 0 {
 				o.Under = under[(i+at)%with.keys]
 			}
-			items[at].Key = m.Key(text[0], items[at].Options)
 		}
+		m.Keys(items)
 		in, _ := e.EnterMany(e.At(n), 0, uint64(size))
 		if err := m.AddMany(in.Epoch, items, verdicts); verdicts[size-1] != Unique || err != nil {
 			b.Fatal(verdicts, err)
@@ -263,7 +263,8 @@ func BenchmarkHotKey(b *testing.B) {
 					i := next.Add(1)
 					id = strconv.AppendInt(id[:0], i*7, 10)
 					o := Options{Under: under[i%int64(keys)]}
-					items, verdicts := []Item{{ID: id, Key: m.Key(id, &o), Options: &o}}, []Verdict{Turned}
+					items, verdicts := []Item{{ID: id, Options: &o}}, []Verdict{Turned}
+					m.Keys(items)
 					in, _ := e.EnterMany(e.At(int(i/ids)), 0, 1)
 					err := m.AddMany(in.Epoch, items, verdicts)
 					in.LeaveMany(1, 0, 0)
@@ -312,7 +313,8 @@ func BenchmarkResidentUnderKeys(b *testing.B) {
 					}
 					under = strconv.AppendUint(append(under[:0], "campaign-"...), i%keys, 10)
 					o := &Options{Under: under}
-					items[0], verdicts[0] = Item{ID: id, Key: m.Key(id, o), Options: o}, Turned
+					items[0], verdicts[0] = Item{ID: id, Options: o}, Turned
+					m.Keys(items)
 					if err := m.AddMany(in.Epoch, items, verdicts); verdicts[0] != Unique || err != nil {
 						b.Fatal(verdicts[0], err)
 					}

@@ -9,7 +9,8 @@ import (
 
 // addOne is addTo without an allocation.
 func addOne(m *Memory, e *counter.Epoch, id []byte) (Verdict, error) {
-	items, verdicts := [1]Item{{ID: id, Key: m.Key(id, nil)}}, [1]Verdict{Turned}
+	items, verdicts := [1]Item{{ID: id}}, [1]Verdict{Turned}
+	m.Keys(items[:])
 	err := m.AddMany(e, items[:], verdicts[:])
 	return verdicts[0], err
 }
@@ -17,7 +18,9 @@ func addOne(m *Memory, e *counter.Epoch, id []byte) (Verdict, error) {
 // addTo makes the key of id and adds it.
 func addTo(s Set, e *counter.Epoch, id []byte) (Verdict, error) {
 	verdicts := [1]Verdict{Turned}
-	err := s.AddMany(e, []Item{{ID: id, Key: s.Key(id, nil)}}, verdicts[:])
+	items := []Item{{ID: id}}
+	s.Keys(items)
+	err := s.AddMany(e, items, verdicts[:])
 	return verdicts[0], err
 }
 

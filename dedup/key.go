@@ -111,6 +111,14 @@ func (s *secret) key(id []byte) Key {
 	return Key{hi, lo, wideKind}
 }
 
+// keyOf is the key of an id with its options, which are nil if it has none.
+func (s *secret) keyOf(id []byte, o *Options) Key {
+	if o == nil || len(o.Under) == 0 {
+		return s.key(id)
+	}
+	return s.keyUnder(o.nameHash(s), o.Under, id)
+}
+
 // keyUnder is the key of an id that is counted under a key, whose hash is name. For a
 // decimal it is those two, scattered one to one: no two keys of an epoch have the same
 // hash (counter.Keys). For any other id it is a hash of 128 bits of key and id.

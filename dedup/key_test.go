@@ -115,14 +115,14 @@ func TestIdsUnderKeysHaveTheirOwnPlaces(t *testing.T) {
 	seen := map[Key]string{}
 	for _, under := range []string{"", "a", "a1", "1", "12", "key", strings.Repeat("k", 128)} {
 		for _, id := range []string{"0", "1", "11", "12", "112", "01", "1a", "18446744073709551615", "18446744073709551616", "6ba7b810-9dad-11d1-80b4-00c04fd430c8", strings.Repeat("x", 256)} {
-			k := m.Key([]byte(id), &Options{Under: []byte(under)})
+			k := m.secret.keyOf([]byte(id), &Options{Under: []byte(under)})
 			if other, there := seen[k]; there {
 				t.Errorf("%s under %q has the key of %s", id, under, other)
 			}
 			seen[k] = fmt.Sprintf("%s under %q", id, under)
 			shared := &Options{Under: []byte(under), Token: []byte("t")}
-			m.Key([]byte("another"), shared)
-			if again := m.Key([]byte(id), shared); again != k {
+			m.secret.keyOf([]byte("another"), shared)
+			if again := m.secret.keyOf([]byte(id), shared); again != k {
 				t.Errorf("%s under %q has two keys", id, under)
 			}
 		}

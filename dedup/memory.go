@@ -89,7 +89,7 @@ type Config struct {
 // AddMany allocates nothing while the ids of the epoch are below MaxIDs and their table does
 // not have to grow. For ids without Options it then takes no lock but that of the journal,
 // once in some dozens of new ids (journal.hand). All methods are safe for concurrent use, by the
-// rule of Set; Key panics before the first Open.
+// rule of Set; Keys panics before the first Open.
 type Memory struct {
 	cfg    Config
 	secret secret
@@ -349,24 +349,28 @@ func (v *View) Retire() {
 	}
 }
 
-// Key implements Set. The place of an id in a large table is a cache miss, and most
-// of the time that an add takes: what happens between Key and Add happens meanwhile,
+// Keys implements Set. The place of an id in a large table is a cache miss, and most
+// of the time that an add takes: what happens between Keys and AddMany happens meanwhile,
 // the misses of other ids above all (BenchmarkAddMany).
-func (m *Memory) Key(id []byte, o *Options) Key {
-	var k Key
-	if o == nil || len(o.Under) == 0 {
-		k = m.secret.key(id)
-	} else {
-		k = m.secret.keyUnder(o.nameHash(&m.secret), o.Under, id)
+//
+// A prefetch occupies the processor until it has the physical address, and the place of an
+// id is rarely in a page whose address it knows. Such waits overlap only where prefetches
+// follow each other closely, so all keys are made before the first one: with each prefetch
+// behind its key a batch under a key took 120 ns an id in place of 80.
+func (m *Memory) Keys(items []Item) {
+	for i := range items {
+		it := &items[i]
+		it.Key = m.secret.keyOf(it.ID, it.Options)
 	}
-	if v := m.current.Load(); k.kind == narrowKind {
-		if far := v.narrow.far.Load(); far > 0 {
-			v.narrow.prefetch(k.lo, far)
+	v := m.current.Load()
+	narrow, wide := v.narrow.farLevels.Load(), v.wide.farLevels.Load()
+	for i := range items {
+		if k := &items[i].Key; k.kind != narrowKind {
+			v.wide.prefetch(k.hi, wide)
+		} else {
+			v.narrow.prefetch(k.lo, narrow)
 		}
-	} else if far := v.wide.far.Load(); far > 0 {
-		v.wide.prefetch(k.hi, far)
 	}
-	return k
 }
 
 // AddMany implements Set.

@@ -588,7 +588,7 @@ func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 				verdicts := make([]Verdict, len(ids))
 				items := make([]Item, len(ids))
 				for i, id := range ids {
-					items[i], verdicts[i] = Item{ID: id, Key: many.Key(id, nil)}, Turned
+					items[i], verdicts[i] = Item{ID: id, Key: many.secret.keyOf(id, nil)}, Turned
 				}
 				err := many.AddMany(in.Epoch, items, verdicts)
 				var left [Verdicts]uint64
@@ -624,14 +624,14 @@ func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
 	ids := []string{"42", "3f333df6-90a4-4fda-8dd3-9485d27cee36", "text"}
 	before := make([]Key, len(ids))
 	for i, id := range ids {
-		before[i] = m.Key([]byte(id), nil)
+		before[i] = m.secret.keyOf([]byte(id), nil)
 	}
 	c.Last().State.Retire()
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
 	for i, id := range ids {
-		if k := m.Key([]byte(id), nil); k != before[i] {
+		if k := m.secret.keyOf([]byte(id), nil); k != before[i] {
 			t.Errorf("id %q: %v, want %v as before", id, k, before[i])
 		}
 	}
@@ -650,7 +650,7 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 			for i := range items {
 				n++
 				id = strconv.AppendUint(id[:0], n, 10)
-				items[i].Key, verdicts[i] = m.Key(id, nil), Turned
+				items[i].Key, verdicts[i] = m.secret.keyOf(id, nil), Turned
 			}
 			in, _ := e.EnterMany(e.At(0), 0, 20)
 			if err := m.AddMany(in.Epoch, items, verdicts); verdicts[19] != Unique || err != nil {

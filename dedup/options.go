@@ -2,7 +2,6 @@ package dedup
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/binary"
 	"sync"
 	"sync/atomic"
@@ -102,7 +101,7 @@ func (t *tokens) prefetch(x uint64) {
 	if t == nil {
 		return
 	}
-	if far := t.table.far.Load(); far > 0 {
+	if far := t.table.farLevels.Load(); far > 0 {
 		t.table.prefetch(x, far)
 		b, rest := t.table.levels[0].Load().choose(x)
 		prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), home(rest)^lineSlots)))
@@ -237,18 +236,25 @@ type optionRun struct {
 // other, before their request leaves the epoch.
 func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, fresh *uint64) (turned bool, err error) {
 	defer r.count() // also what a fault of the journal leaves
-	for i := range items {
-		if items[i].Options == nil {
-			items = items[:i]
-			break
-		}
-	}
 	ahead := 0
 	for i := range items {
-		for ; ahead < min(i+tokensAhead, len(items)); ahead++ {
-			r.words[ahead%tokensAhead] = m.prepare(r.v, &items[ahead])
+		it := &items[i]
+		if it.Options == nil {
+			break
 		}
-		v, cause := m.addWith(r, &items[i], r.words[i%tokensAhead], *fresh)
+		var v Verdict
+		var cause error
+		if len(it.Options.Token) == 0 {
+			v, cause = m.addWith(r, it, 0, *fresh)
+		} else {
+			for ahead = max(ahead, i); ahead < min(i+tokensAhead, len(items)); ahead++ {
+				r.words[ahead%tokensAhead] = m.prepare(r.v, &items[ahead])
+			}
+			v, cause = m.addAttempt(r, it, r.words[i%tokensAhead], *fresh)
+		}
+		if cause != nil && err == nil {
+			err = cause
+		}
 		if v == Turned {
 			return true, err
 		}
@@ -256,7 +262,6 @@ func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, 
 			*fresh++
 		}
 		*n++
-		err = cmp.Or(err, cause)
 	}
 	return false, err
 }
@@ -264,7 +269,7 @@ func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, 
 // prepare returns the word of the token of an item, 0 if it has none, and prefetches where
 // it is looked for.
 func (m *Memory) prepare(v *View, it *Item) uint64 {
-	if len(it.Options.Token) == 0 {
+	if it.Options == nil || len(it.Options.Token) == 0 {
 		return 0
 	}
 	token := m.secret.token(it.Key, it.Options.Token)
@@ -328,44 +333,47 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 	return k, nil
 }
 
-// addWith adds an id that has options; token is the word of its token.
+// addAttempt adds an id that has a token, whose word is token.
 //
 // The attempts to count one id wait for each other if they have tokens, and none of them
 // is judged in an epoch that was left: so one that comes late finds the token of its retry
 // in the open epoch, and a retry in the open epoch that of its first attempt in the one
 // before. An attempt without a token waits for nobody: where it adds the id, no token is
 // added.
+func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
+	v := r.v
+	lock := &m.attempts[it.Key.lo%attemptLocks]
+	lock.Lock()
+	defer lock.Unlock()
+	switch {
+	case m.current.Load() != v:
+		return Turned, nil
+	case v.past.has(token):
+		return ReplayedBefore, nil
+	}
+	p, none := v.tokens.look(m, token)
+	if p == found {
+		return Replayed, nil
+	}
+	if none != nil {
+		return m.known(v, it.Key, none)
+	}
+	return m.addWith(r, it, token, fresh)
+}
+
+// addWith adds an id that has options. token is the word of its token, 0 if it has none.
 func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
 	v, k := r.v, it.Key
-	var cause error
-	if token != 0 {
-		lock := &m.attempts[k.lo%attemptLocks]
-		lock.Lock()
-		defer lock.Unlock()
-		switch {
-		case m.current.Load() != v:
-			return Turned, nil
-		case v.past.has(token):
-			return ReplayedBefore, nil
-		}
-		var p place
-		if p, cause = v.tokens.look(m, token); p == found {
-			return Replayed, nil
-		}
-	}
-	under, none := m.key(r, it.Options)
-	cause = cmp.Or(none, cause)
+	under, cause := m.key(r, it.Options)
 	kind := recordKind(k, under != nil, token != 0)
 	var c *cursor
 	if cause == nil && r.j != nil {
 		c, cause = r.j.reserve(r.w, v.serial, kind)
 	}
-	var p place
-	if cause == nil {
-		p, cause = m.insert(r.e, v, k, fresh)
-	} else {
-		p, cause = m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+	if cause != nil {
+		return m.known(v, k, cause)
 	}
+	p, cause := m.insert(r.e, v, k, fresh)
 	if cause != nil {
 		return m.refused(cause), cause
 	}
@@ -374,12 +382,20 @@ func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, 
 			v.tokens.add(m, token)
 		}
 		if c != nil {
-			var words [4]uint64
-			c.put(recordOf(words[:0], k, kind, under, token))
+			c.appendWith(k, kind, under, token)
 		}
 		if under != nil {
 			r.new++
 		}
+	}
+	return verdict(p), nil
+}
+
+// known is the verdict on an id that cannot be added, because of cause.
+func (m *Memory) known(v *View, k Key, cause error) (Verdict, error) {
+	p, cause := m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+	if cause != nil {
+		return m.refused(cause), cause
 	}
 	return verdict(p), nil
 }
@@ -412,19 +428,25 @@ func recordKind(k Key, under, token bool) int {
 	return kind
 }
 
-// recordOf appends the record of an id with options.
-func recordOf(words []uint64, k Key, kind int, under *counter.Key, token uint64) []uint64 {
+// appendWith is append of an id with options.
+func (c *cursor) appendWith(k Key, kind int, under *counter.Key, token uint64) {
+	if kind == pairKind {
+		c.append(k)
+		return
+	}
+	var record [4]uint64
+	words := record[:0]
 	if layouts[kind].wide {
 		words = append(words, k.hi)
 	}
 	words = append(words, k.lo)
-	if layouts[kind].under && kind != pairKind {
+	if layouts[kind].under {
 		words = append(words, under.Hash())
 	}
 	if layouts[kind].token {
 		words = append(words, token)
 	}
-	return words
+	c.put(words)
 }
 
 // nameRecord is the record of a key.

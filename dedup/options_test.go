@@ -44,7 +44,7 @@ func addOptions(m *Memory, e *counter.Epoch, id, under, token string) (Verdict, 
 	if under == "" && token == "" {
 		o = nil
 	}
-	items, verdicts := []Item{{ID: []byte(id), Key: m.Key([]byte(id), o), Options: o}}, []Verdict{Turned}
+	items, verdicts := []Item{{ID: []byte(id), Key: m.secret.keyOf([]byte(id), o), Options: o}}, []Verdict{Turned}
 	err := m.AddMany(e, items, verdicts)
 	return verdicts[0], err
 }
@@ -365,7 +365,7 @@ func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 	for i, token := range []string{"", "", "token", ""} {
 		o := &Options{Under: []byte("a key"), Token: []byte(token)}
 		id := fmt.Append(nil, "new ", i)
-		items = append(items, Item{ID: id, Key: m.Key(id, o), Options: o})
+		items = append(items, Item{ID: id, Key: m.secret.keyOf(id, o), Options: o})
 	}
 	verdicts := []Verdict{Turned, Turned, Turned, Turned}
 	err = m.AddMany(in.Epoch, items, verdicts)

@@ -14,7 +14,7 @@ func BenchmarkAddMany(b *testing.B) {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			m := newMemory(b, Config{Expect: ids})
 			e := newEpochs(b, m)
-			id, items, verdicts := make([]byte, 0, 20), make([]Item, size), make([]Verdict, size)
+			items, verdicts := make([]Item, size), make([]Verdict, size)
 			n, window := 0, 0
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
@@ -25,9 +25,9 @@ func BenchmarkAddMany(b *testing.B) {
 					n, window = 0, window+1
 				}
 				for j := range items {
-					id = strconv.AppendUint(id[:0], uint64(n+j)*7, 10)
-					items[j].Key = m.Key(id, nil)
+					items[j].ID = strconv.AppendUint(items[j].ID[:0], uint64(n+j)*7, 10)
 				}
+				m.Keys(items)
 				in, _ := e.EnterMany(e.At(window), 0, uint64(size))
 				if err := m.AddMany(in.Epoch, items, verdicts); err != nil || verdicts[size-1] != Unique {
 					b.Fatal(err, verdicts)

@@ -172,7 +172,7 @@ func (m *Memory) narrowFiller(v *View, records uint64) filler {
 		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
 		add: func(words []uint64) error {
 			for i, x := range words {
-				v.narrow.prefetch(words[min(i+replayAhead, len(words)-1)], uint64(len(first.buckets)))
+				v.narrow.prefetch(words[min(i+replayAhead, len(words)-1)], 1)
 				if _, err := m.addNarrow(v, x, false); err != nil {
 					return err
 				}
@@ -209,7 +209,7 @@ func (m *Memory) wideFiller(v *View, records uint64) filler {
 		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
 		add: func(words []uint64) error {
 			for i := 0; i < len(words); i += 2 {
-				v.wide.prefetch(words[min(i+2*replayAhead, len(words)-2)], uint64(len(first.buckets)))
+				v.wide.prefetch(words[min(i+2*replayAhead, len(words)-2)], 1)
 				if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
 					return err
 				}

@@ -48,7 +48,7 @@ func refusal(err error) Verdict {
 }
 
 // Options are what a request says of an id beside the id. Empty: it says nothing. They must
-// not change once Set.Key had them: it leaves a hash in them.
+// not change once Set.Keys had them: it leaves a hash in them.
 type Options struct {
 	Under []byte // the key under which the id is counted, 1 to 128 bytes: an id is unique within its key
 	Token []byte // names the attempt to count the id, 1 to 64 bytes: its retries have the same one
@@ -59,7 +59,7 @@ type Options struct {
 // Item is an id to be judged.
 type Item struct {
 	ID      []byte   // 1 to 256 bytes
-	Key     Key      // Set.Key(ID, Options)
+	Key     Key      // as Set.Keys sets it
 	Options *Options // nil: none. Several items may share them.
 }
 
@@ -82,10 +82,10 @@ type Set interface {
 	// follows the last.
 	counter.Store
 
-	// Key returns the key of id with its options and prefetches the cache line that AddMany will read,
-	// so that the miss overlaps with entering the epoch and with other keys. It may be
-	// called outside of an epoch, once one was opened.
-	Key(id []byte, o *Options) Key
+	// Keys sets the Key of each item, by its ID and its Options, and prefetches the cache
+	// lines that AddMany will read, so that the misses overlap with each other and with
+	// entering the epoch. It may be called outside of an epoch, once one was opened.
+	Keys(items []Item)
 
 	// AddMany judges items, each on its own and in their order, and writes its verdicts
 	// into verdicts, which is as long and holds Turned everywhere. An item that is

@@ -265,9 +265,11 @@ type table[B any] struct {
 	bytes uint64     // of all levels
 	cold  []memory   // of levels that requests added, whose pages are not resident yet
 
-	far      atomic.Uint64 // buckets from which on a level is worth a prefetch; 0: none is
-	checking atomic.Bool   // the cleaner was asked to look at the load
-	refs     int           // epochs that use the table; guarded by Memory.mu
+	// Levels of far buckets or more are worth a prefetch. None behind the first farLevels is.
+	far, farLevels atomic.Uint64
+
+	checking atomic.Bool // the cleaner was asked to look at the load
+	refs     int         // epochs that use the table; guarded by Memory.mu
 }
 
 // buckets returns the number of buckets with room for share*ids slots.
@@ -308,6 +310,9 @@ func (t *table[B]) append(l *level[B], from *arena) error {
 		t.far.Store(max(t.far.Load(), n/2))
 	}
 	t.depth++
+	if far := t.far.Load(); far > 0 && n >= far {
+		t.farLevels.Store(uint64(t.depth))
+	}
 	t.slots += n * slotsPerBucket
 	t.bytes += l.memory.size()
 	return nil

@@ -218,7 +218,8 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	w.reset(1)
 	w.verdicts[0] = dedup.Turned
 	options := w.sharing(&a.options)
-	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Key: s.cfg.Set.Key(a.id, options), Options: options}), 1
+	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
+	s.cfg.Set.Keys(w.items)
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
 	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
 		s.replayed.Add(1)

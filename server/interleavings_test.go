@@ -93,8 +93,8 @@ func (s *socket) Close() error                      { s.closed.Store(true); retu
 // allNew is a set to which every id is new.
 type allNew struct{ dedup.Set }
 
-func (allNew) Open(*counter.Epoch) counter.State    { return nil }
-func (allNew) Key([]byte, *dedup.Options) dedup.Key { return dedup.Key{} }
+func (allNew) Open(*counter.Epoch) counter.State { return nil }
+func (allNew) Keys([]dedup.Item)                 {}
 func (allNew) AddMany(_ *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) error {
 	for i := range items {
 		verdicts[i] = dedup.Unique

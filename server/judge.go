@@ -137,9 +137,9 @@ func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned
 	}()
 	for at := from; at < to; at += together {
 		end := min(at+together, to)
-		for ; w.keyed < end; w.keyed++ {
-			it := &w.items[w.keyed]
-			it.Key = s.cfg.Set.Key(it.ID, it.Options)
+		if w.keyed < end {
+			s.cfg.Set.Keys(w.items[w.keyed:end])
+			w.keyed = end
 		}
 		if cause := s.cfg.Set.AddMany(entry.Epoch, w.items[at:end], w.verdicts[at:end]); err == nil {
 			err = cause

@@ -172,7 +172,9 @@ func openVerve(addr string) (add, func(), error) {
 	in, _ := count.Enter(count.Last().Start().UnixNano(), 0)
 	ask := func(id []byte) error {
 		verdicts := [1]dedup.Verdict{dedup.Turned}
-		return set.AddMany(in.Epoch, []dedup.Item{{ID: id, Key: set.Key(id, nil)}}, verdicts[:])
+		items := []dedup.Item{{ID: id}}
+		set.Keys(items)
+		return set.AddMany(in.Epoch, items, verdicts[:])
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if err = ask([]byte("warm up")); err == nil || time.Now().After(deadline) {

@@ -35,7 +35,9 @@ func addIn(t testing.TB, r *Set, e settest.Epochs, n int, id, key, token string)
 	}
 	o := &dedup.Options{Under: []byte(key), Token: []byte(token)}
 	verdicts := [1]dedup.Verdict{dedup.Turned}
-	err := r.AddMany(in.Epoch, []dedup.Item{{ID: []byte(id), Key: r.Key([]byte(id), o), Options: o}}, verdicts[:])
+	items := []dedup.Item{{ID: []byte(id), Options: o}}
+	r.Keys(items)
+	err := r.AddMany(in.Epoch, items, verdicts[:])
 	switch v := verdicts[0]; {
 	case v == dedup.Unique:
 		in.Leave(counter.Unique)

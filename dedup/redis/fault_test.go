@@ -231,7 +231,9 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 // leaveUntold has r hold an id as one that the batch seq has added and whose requests are
 // all gone.
 func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
-	s, k := e.Last().State.(*redisEpoch), r.Key([]byte(id), nil)
+	items := []dedup.Item{{ID: []byte(id)}}
+	r.Keys(items)
+	s, k := e.Last().State.(*redisEpoch), items[0].Key
 	var enc encoded
 	h := enc.encode(r.hash, k.IsDecimal(), []byte(id))
 	l := &r.lanes[h>>r.shift]

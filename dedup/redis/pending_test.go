@@ -17,14 +17,16 @@ func TestPendingIDsAreAMap(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	settest.NewEpochs(t, local) // opens the epoch that Key looks at
+	settest.NewEpochs(t, local) // opens the epoch that Keys looks at
 	epochs := []*redisEpoch{{}, {}}
 	random := func() pendingKey {
 		id := strconv.Itoa(rnd.IntN(6000))
 		if rnd.IntN(2) == 0 {
 			id += "-text"
 		}
-		return pendingKey{epochs[rnd.IntN(2)], local.Key([]byte(id), nil)}
+		items := []dedup.Item{{ID: []byte(id)}}
+		local.Keys(items)
+		return pendingKey{epochs[rnd.IntN(2)], items[0].Key}
 	}
 	var p pendingIDs
 	want := map[pendingKey]*entry{}

@@ -358,10 +358,8 @@ func (s *redisEpoch) Retire() {
 	s.view.Retire()
 }
 
-// Key implements Set.
-func (r *Set) Key(id []byte, o *dedup.Options) dedup.Key {
-	return r.cfg.Local.Key(id, o)
-}
+// Keys implements Set.
+func (r *Set) Keys(items []dedup.Item) { r.cfg.Local.Keys(items) }
 
 // AddMany implements dedup.Set. The ids travel to Redis together, as far as they are of
 // one lane and not more than a batch.
