@@ -653,6 +653,9 @@ func TestRedisLosesItsData(t *testing.T) {
 		{"an epoch", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane3") })...)...)
 		}},
+		{"the hashes of lanes, and no sets", func(s *redisServer) {
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":lane3") })...)...)
+		}},
 		{"some keys", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":t") })...)...)
 		}},

@@ -176,6 +176,18 @@ local function complete(prefix, held)
     (held[NAMES] == 0 or try('HLEN', prefix .. 'n') == held[NAMES])
 end
 
+-- drop deletes the ids of an epoch.
+local function drop(key, epoch)
+  for k = 1, #KINDS do try('UNLINK', key .. ':' .. epoch .. ':' .. KINDS[k]) end
+end
+
+-- discard deletes all of an epoch that is not in the hash of the lane.
+local function discard(key, epoch)
+  drop(key, epoch)
+  try('UNLINK', key .. ':' .. epoch .. ':x')
+  try('UNLINK', key .. ':' .. epoch .. ':n')
+end
+
 -- The way of one kind of ids in the set of key: what was added goes to undo. It
 -- returns how many ids there are more, and the codes; no codes where all are 1.
 local ways = {}
@@ -468,6 +480,7 @@ local function batch(key, a, undo)
   if not gen then
     now = now or clock()
     identify(key, now)
+    discard(key, epoch) -- its sets are still there if only the hash was evicted or deleted
     gen = session .. ':' .. seq .. ':' .. now
   end
   local fields = {}
@@ -607,19 +620,12 @@ local function hello(key, a)
   return {'ok'}
 end
 
--- drop deletes the ids of an epoch.
-local function drop(key, epoch)
-  for k = 1, #KINDS do try('UNLINK', key .. ':' .. epoch .. ':' .. KINDS[k]) end
-end
-
 -- reset: epoch, generation. Some of its keys are lost: better all of them are,
 -- for that every session notices, and adds its own again.
 local function reset(key, a)
   local e = call('HGET', key, 'E' .. a[2])
   if e and parse(e) == a[3] then
-    drop(key, a[2])
-    try('UNLINK', key .. ':' .. a[2] .. ':x')
-    try('UNLINK', key .. ':' .. a[2] .. ':n')
+    discard(key, a[2])
     call('HDEL', key, 'E' .. a[2], 'X' .. a[2])
     cut(key, clock())
   end
