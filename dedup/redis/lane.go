@@ -30,6 +30,13 @@ const (
 	// maxSpares bounds the entries that a lane keeps for reuse.
 	maxSpares = 4 * batchSize
 
+	// A batch is held for holdMost ids at most, as of larger ones an id costs hardly less,
+	// and for holdTime at most. Where those who are waited for do not come in that time, 1,
+	// 2, 4 and in the end holdRest batches are not held.
+	holdMost = 64
+	holdTime = time.Millisecond
+	holdRest = 32
+
 	// ackDelay is how long the ids of a last batch may stay in doubt for others
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
@@ -66,9 +73,9 @@ const (
 	// idsTTL is how many seconds ids live that nobody seals: a week.
 	idsTTL = "604800"
 
-	// holdFor is how many seconds an epoch that lost ids admits no new ones after
+	// refillFor is how many seconds an epoch that lost ids admits no new ones after
 	// somebody has added some again: others may still have to find out.
-	holdFor = "1.5"
+	refillFor = "1.5"
 )
 
 // laneTags choose hash slots evenly: slot 512 + 1024 i for the i-th.
@@ -100,6 +107,7 @@ type lane struct {
 	lost    []*redisEpoch // to be added again from the log
 	asked   []*question
 	closed  bool
+	want    int // the next batch is held until so many ids wait
 
 	// Requests that are answered and not woken yet, the first and the last.
 	woken, lastWoken *ask
@@ -115,6 +123,9 @@ type lane struct {
 	packed  []byte
 
 	// run alone uses these.
+	held    time.Time                       // until when the next batch is held at most
+	rest    int                             // batches that are not to be held
+	missed  int                             // rest after the last hold that was in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
 	losses  map[*redisEpoch]uint64          // heard of, not mended yet: what came after a batch, or all
@@ -162,6 +173,7 @@ type ask struct {
 	named      *named
 	e          *counter.Epoch
 	at         int64 // ns since the start of the Set
+	enough     bool  // the lane is to send what waits
 	prev, next *ask  // by time; next is also the next to be woken
 	beside     *ask  // of the same entry
 
@@ -255,6 +267,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	a := asks.Get().(*ask)
 	a.of, a.e, a.at, a.named = en, e, now, m
 	l.enlist(a)
+	a.enough = len(l.queue) >= l.want
 	l.mu.Unlock()
 	return 0, a, nil
 }
@@ -583,10 +596,11 @@ func (l *lane) run() {
 			}
 			continue
 		}
+		sent := time.Now()
 		switch pause := l.perform(j, wait); {
 		case pause < 0: // done
 			wait = minRetry
-			l.rouse()
+			l.rouse(time.Since(sent))
 		case !l.sleep(pause):
 			return // closing took too long
 		default:
@@ -596,10 +610,11 @@ func (l *lane) run() {
 	l.r.call(l.r.life, l.key, "bye", l.r.cfg.session)
 }
 
-// rouse wakes those whom a batch has answered.
-func (l *lane) rouse() {
+// rouse wakes those whom a batch has answered that took trip.
+func (l *lane) rouse(trip time.Duration) {
 	l.mu.Lock()
 	woken, full := l.awake(), len(l.queue) >= batchSize
+	held := l.hold(woken, trip)
 	l.mu.Unlock()
 	if full {
 		// The next batch will not get larger: Redis is to have it meanwhile.
@@ -607,9 +622,31 @@ func (l *lane) rouse() {
 		return
 	}
 	wake(woken)
+	if held {
+		return
+	}
 	// They come first, with their next ids: the next batch is half as large without.
 	// Where nothing else is to be run this takes no time.
 	runtime.Gosched()
+}
+
+// hold has the next batch wait for those whom this one has answered, which took trip: most
+// clients ask again at once. Without it those of a few connections stay divided in two
+// halves, each waiting while the other is under way. l.mu is held.
+func (l *lane) hold(answered *ask, trip time.Duration) bool {
+	if l.rest > 0 {
+		l.rest--
+		return false
+	}
+	n := len(l.queue)
+	for a := answered; a != nil && n <= holdMost; a = a.next {
+		n++
+	}
+	if n < 2 || n > holdMost || answered == nil {
+		return false
+	}
+	l.want, l.held = n, time.Now().Add(min(2*trip, holdTime))
+	return true
 }
 
 // idle waits for something to do. It returns false when the lane is to end.
@@ -622,6 +659,8 @@ func (l *lane) idle() bool {
 	d := laneBeat
 	l.mu.Lock()
 	switch {
+	case l.want > 0:
+		d = time.Until(l.held)
 	case l.failing != 0:
 		d = maxRetry
 	case l.seq == 0:
@@ -631,6 +670,7 @@ func (l *lane) idle() bool {
 	case len(l.doubt) > 0:
 		d = minRetry
 	}
+	held := l.want > 0
 	l.mu.Unlock()
 	l.timer.Reset(d)
 	select {
@@ -638,7 +678,10 @@ func (l *lane) idle() bool {
 	case <-l.r.closing:
 	case <-l.timer.C:
 		l.mu.Lock()
-		if len(l.doubt) > 0 {
+		if held { // in vain
+			l.missed = min(max(1, 2*l.missed), holdRest)
+			l.want, l.rest = 0, l.missed
+		} else if len(l.doubt) > 0 {
 			l.queue = append(l.queue, l.doubt...)
 			l.doubt = l.doubt[:0]
 		} else if l.job == nil {
@@ -707,6 +750,12 @@ func (l *lane) choose() *job {
 	if len(l.doubt) > 0 && len(l.queue) > 0 {
 		l.queue = append(l.queue, l.doubt...)
 		l.doubt = l.doubt[:0]
+	}
+	if len(l.queue) < l.want {
+		return nil
+	}
+	if l.want > 0 {
+		l.want, l.missed = 0, 0
 	}
 	if i := slices.IndexFunc(l.queue, func(en *entry) bool { return en.phase != settled }); i >= 0 {
 		j := &job{mode: modeAdd, epoch: l.queue[i].key.epoch}
@@ -792,7 +841,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		tick = "1"
 	}
 	args := []string{
-		opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, holdFor, whole, tick,
+		opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL, refillFor, whole, tick,
 		j.lists[0], j.lists[1], j.lists[2], j.lists[3],
 	}
 	if j.lists[namedIDs] != "" {

@@ -172,7 +172,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	seq := l.seq + seqSkip
 	for {
 		l.lose(j.epoch, a)
-		h, err := r.call(r.life, l.key, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, holdFor)
+		h, err := r.call(r.life, l.key, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, refillFor)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}

@@ -386,7 +386,9 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 		v, a, cause := l.add(e, s, items[i].Key, &en, m)
 		if a != nil {
 			w.asks, w.of = append(w.asks, a), append(w.of, i)
-			w.lanes |= 1 << l.i
+			if a.enough {
+				w.lanes |= 1 << l.i
+			}
 			continue
 		}
 		if verdicts[i], err = r.outcome(v, cause, err); m != nil && verdicts[i] == dedup.Unique {

@@ -1,0 +1,76 @@
+package redis
+
+import (
+	"testing"
+	"time"
+)
+
+// holding returns a lane whose last batch answered some requests, while others wait.
+func holding(answered, waiting int) (l *lane, woken *ask) {
+	r := &Set{lanes: make([]lane, 1), closing: make(chan struct{})}
+	l = &r.lanes[0]
+	l.init(r, 0)
+	l.timer = time.NewTimer(time.Hour)
+	for range answered {
+		woken = &ask{next: woken}
+	}
+	come(l, waiting)
+	return l, woken
+}
+
+// come has n new ids wait.
+func come(l *lane, n int) {
+	if l.r.latest.Load() == nil {
+		l.r.latest.Store(&redisEpoch{lanes: make([]laneEpoch, 1)})
+	}
+	for range n {
+		var enc encoded
+		enc.encode(l.r.hash, true, []byte("1"))
+		l.enter(pendingKey{epoch: l.r.latest.Load()}, &enc, nil)
+	}
+}
+
+func TestBatchIsHeldForThoseWhoAskAgain(t *testing.T) {
+	l, woken := holding(3, 1)
+	if !l.hold(woken, time.Hour) {
+		t.Fatal("the batch is not held")
+	}
+	come(l, 2)
+	if j := l.pick(); j != nil {
+		t.Fatalf("a batch of %d is sent, one request is still to come", len(j.entries))
+	}
+	come(l, 1)
+	if j := l.pick(); j == nil || len(j.entries) != 4 {
+		t.Fatalf("with all of them there the batch is %+v, want one of 4", j)
+	}
+}
+
+func TestBatchIsNotHeldInVainForLong(t *testing.T) {
+	l, woken := holding(3, 1)
+	for vain, rest := range []int{1, 2, 4} {
+		if !l.hold(woken, 0) {
+			t.Fatalf("after %d holds in vain, and a rest, the batch is not held", vain)
+		}
+		if !l.idle() || l.job != nil {
+			t.Fatal("the end of a hold is taken for the end of the silence after which the lane sends a beat")
+		}
+		if j := l.pick(); j == nil || len(j.entries) != 1 {
+			t.Fatalf("after the hold the batch is %+v, want the one that waits", j)
+		}
+		l.job = nil
+		come(l, 1)
+		for range rest {
+			if l.hold(woken, 0) {
+				t.Fatalf("after %d holds in vain less than %d batches are not held", vain+1, rest)
+			}
+		}
+	}
+}
+
+func TestLoneAndLargeBatchesAreNotHeld(t *testing.T) {
+	for _, c := range []struct{ answered, waiting int }{{1, 0}, {0, 5}, {holdMost + 1, 0}, {holdMost, 1}} {
+		if l, woken := holding(c.answered, c.waiting); l.hold(woken, time.Hour) {
+			t.Errorf("%d answered, %d waiting: the batch is held", c.answered, c.waiting)
+		}
+	}
+}
