@@ -31,8 +31,8 @@ const (
 	maxSpares = 4 * batchSize
 
 	// A batch is held for holdMost ids at most, as of larger ones an id costs hardly less,
-	// and for holdTime at most. Where those who are waited for do not come in that time, 1,
-	// 2, 4 and in the end holdRest batches are not held.
+	// and for holdTime at most. After holds that were in vain 1, 2, 4 and in the end
+	// holdRest batches are not held.
 	holdMost = 64
 	holdTime = time.Millisecond
 	holdRest = 32
