@@ -2,6 +2,7 @@ package dedup
 
 import (
 	"sync/atomic"
+	"unsafe"
 )
 
 // growAhead adds levels to a table that will soon need them, so that their memory is resident
@@ -137,17 +138,11 @@ func (m *Memory) reclaim() {
 	}
 	m.mu.Unlock()
 
-	n := sweepTable(narrow, &m.sweep.narrow, floor, batch(m.cfg.CleanupBatch, turns, narrow), func(b *narrowBucket, floor uint64) (n int) {
-		for i := range b {
-			n += sweepWord(&b[i], admitted, floor)
-		}
-		return n
+	n := sweepTable(narrow, &m.sweep.narrow, floor, batch(m.cfg.CleanupBatch, turns, narrow), func(b *narrowBucket, floor uint64) int {
+		return sweepWords(b[:], 1, admitted, floor)
 	})
-	n += sweepTable(wide, &m.sweep.wide, floor, batch(m.cfg.CleanupBatch, turns, wide), func(b *wideBucket, floor uint64) (n int) {
-		for i := range b {
-			n += sweepWord(&b[i][0], admitted, floor)
-		}
-		return n
+	n += sweepTable(wide, &m.sweep.wide, floor, batch(m.cfg.CleanupBatch, turns, wide), func(b *wideBucket, floor uint64) int {
+		return sweepWords(unsafe.Slice(&b[0][0], 2*slotsPerBucket), 2, admitted, floor)
 	})
 	m.reclaimed.Add(uint64(n))
 
@@ -190,15 +185,21 @@ func sweepTable[B any](t *table[B], p *position, floor uint64, slots int, sweep 
 	return n
 }
 
-// sweepWord empties a word of an epoch up to floor, and returns how many it emptied. All
-// words are of epochs less than half a lap before admitted, or of later ones
-// that were opened meanwhile. Nobody can be writing a word of an epoch up to
-// floor.
-func sweepWord(word *atomic.Uint64, admitted, floor uint64) int {
-	w, now := word.Load(), tagOf(admitted)
-	t := w & tagMask &^ pending
-	if t == 0 || newer(t, now) || admitted-age(t, now) > floor || !word.CompareAndSwap(w, 0) {
-		return 0
+// sweepWords empties the words of epochs up to floor and says how many: of all words, or
+// of every second one, which are those with a tag. These are of epochs less than half a lap
+// before admitted, or of later ones that were opened meanwhile. Nobody can be writing a word
+// of an epoch up to floor.
+func sweepWords(words []atomic.Uint64, step int, admitted, floor uint64) (n int) {
+	now := tagOf(admitted)
+	for i := 0; i < len(words); i += step {
+		w := words[i].Load()
+		t := w & tagMask &^ pending
+		if t == 0 || newer(t, now) || admitted-age(t, now) > floor {
+			continue
+		}
+		if words[i].CompareAndSwap(w, 0) {
+			n++
+		}
 	}
-	return 1
+	return n
 }

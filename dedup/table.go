@@ -305,13 +305,14 @@ func (t *table[B]) append(l *level[B], from *arena) error {
 		return ErrFull
 	}
 	t.levels[t.depth].Store(l)
+	t.depth++
 	n := uint64(len(l.buckets))
 	if n > nearSlots/slotsPerBucket {
-		t.far.Store(max(t.far.Load(), n/2))
-	}
-	t.depth++
-	if far := t.far.Load(); far > 0 && n >= far {
-		t.farLevels.Store(uint64(t.depth))
+		far := max(t.far.Load(), n/2)
+		t.far.Store(far)
+		if n >= far {
+			t.farLevels.Store(uint64(t.depth))
+		}
 	}
 	t.slots += n * slotsPerBucket
 	t.bytes += l.memory.size()

@@ -197,7 +197,7 @@ var mutants = []mutant{
 	}, nil},
 	// Tokens.
 	{"attempts do not wait for each other", "dedup", overlay.Edit{
-		File: "dedup/options.go", Old: "\t\tlock.Lock()\n\t\tdefer lock.Unlock()\n", New: "\t\t_ = lock\n",
+		File: "dedup/options.go", Old: "\tlock.Lock()\n\tdefer lock.Unlock()\n", New: "\t_ = lock\n",
 	}, nil},
 	{"the next window does not look at the tokens before it", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "v.past = before.tokens\n", New: "\n",
