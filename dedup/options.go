@@ -94,6 +94,10 @@ func (t *tokens) look(m *Memory, x uint64) (place, error) {
 	return t.walk(m, x, true)
 }
 
+// roomy reports whether there was room for every token until now. Then there is for those of
+// the requests under way: in the table, or in spilled.
+func (t *tokens) roomy() bool { return t.table.levels[0].Load() != nil && !t.spills.Load() }
+
 // prefetch is that of the table, and of the other cache line of the bucket in its first
 // level: a token that is not there is looked for up to a free slot, in the other line if
 // that of its home is full. t may be nil.
@@ -340,6 +344,9 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 // in the open epoch, and a retry in the open epoch that of its first attempt in the one
 // before. An attempt without a token waits for nobody: where it adds the id, no token is
 // added.
+//
+// A token is in an epoch only if its id is. So it is looked for there only if the id was
+// found: most ids are new.
 func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
 	v := r.v
 	lock := &m.attempts[it.Key.lo%attemptLocks]
@@ -351,14 +358,20 @@ func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdic
 	case v.past.has(token):
 		return ReplayedBefore, nil
 	}
-	p, none := v.tokens.look(m, token)
-	if p == found {
+	if !v.tokens.roomy() {
+		p, none := v.tokens.look(m, token)
+		if p == found {
+			return Replayed, nil
+		}
+		if none != nil {
+			return m.known(v, it.Key, none)
+		}
+	}
+	verdict, err := m.addWith(r, it, token, fresh)
+	if verdict != Unique && verdict != Turned && v.tokens.has(token) {
 		return Replayed, nil
 	}
-	if none != nil {
-		return m.known(v, it.Key, none)
-	}
-	return m.addWith(r, it, token, fresh)
+	return verdict, err
 }
 
 // addWith adds an id that has options. token is the word of its token, 0 if it has none.
