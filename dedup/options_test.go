@@ -247,6 +247,37 @@ func TestWordsThatSpilledAreFound(t *testing.T) {
 	}
 }
 
+// TestTokensStayWithinTheirMemory: the first token that finds none is kept beside the table, as
+// its id is in; the ids of those behind it are refused, and none that was counted is forgotten.
+func TestTokensStayWithinTheirMemory(t *testing.T) {
+	m := newMemory(t, Config{Expect: 1 << 20, Heap: true})
+	e := newEpochs(t, m)
+	in, _ := e.Counter.Enter(e.At(0), 0)
+	defer in.Leave(counter.Void)
+	counted := 0
+	for ; ; counted++ {
+		v, err := addOptions(m, in.Epoch, fmt.Sprint(counted), "", "a token")
+		if v == Full {
+			break
+		}
+		if v != Unique || err != nil {
+			t.Fatalf("id %d: got %v, %v", counted, v, err)
+		}
+		m.arena.max = m.arena.used.Load() // the table for tokens does not grow
+	}
+	if spilled := len(in.State.(*View).tokens.spilled); spilled != 1 {
+		t.Errorf("%d tokens are kept beside the table, want 1", spilled)
+	}
+	for id := range counted {
+		if v, err := addOptions(m, in.Epoch, fmt.Sprint(id), "", "a token"); v != Replayed || err != nil {
+			t.Fatalf("id %d again: got %v, %v", id, v, err)
+		}
+	}
+	if v, err := addOptions(m, in.Epoch, fmt.Sprint(counted), "", ""); v != Unique || err != nil {
+		t.Errorf("the id is in although its token had no room: got %v, %v", v, err)
+	}
+}
+
 // TestTooManyKeysAreFull: ids under further keys are refused, and nothing else is; the
 // journal does not grow by them.
 func TestTooManyKeysAreFull(t *testing.T) {

@@ -211,6 +211,9 @@ var mutants = []mutant{
 	{"an attempt is judged in an epoch that was left", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "case m.current.Load() != v:", New: "case false:",
 	}, nil},
+	{"a repeat is not looked for among the tokens", "dedup", overlay.Edit{
+		File: "dedup/options.go", Old: "verdict != Unique && verdict != Turned && v.tokens.has(token)", New: "false",
+	}, nil},
 	{"a token is not added", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "\t\t\tv.tokens.add(m, token)\n", New: "\n",
 	}, nil},
