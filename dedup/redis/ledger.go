@@ -502,7 +502,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 	}
 	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
 	for _, s := range b.unnamed {
-		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs {
+		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
 			l.add(s)
 			l.find(s).asks = true
 			nudge(l.wake) // the next beat reads what there is of it
