@@ -67,6 +67,21 @@ func TestBatchIsNotHeldInVainForLong(t *testing.T) {
 	}
 }
 
+func TestBatchThatIsHeldIsSentAtTheEnd(t *testing.T) {
+	l, woken := holding(3, 1)
+	l.hold(woken, time.Hour)
+	close(l.r.closing)
+	if !l.idle() {
+		t.Fatal("the lane ends before what it holds")
+	}
+	if j := l.pick(); j == nil || len(j.entries) != 1 {
+		t.Fatalf("the batch is %+v, want the one that waits", j)
+	}
+	if l.job = nil; l.idle() {
+		t.Error("the lane does not end")
+	}
+}
+
 func TestLoneAndLargeBatchesAreNotHeld(t *testing.T) {
 	for _, c := range []struct{ answered, waiting int }{{1, 0}, {0, 5}, {holdMost + 1, 0}, {holdMost, 1}} {
 		if l, woken := holding(c.answered, c.waiting); l.hold(woken, time.Hour) {

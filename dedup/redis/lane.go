@@ -651,13 +651,16 @@ func (l *lane) hold(answered *ask, trip time.Duration) bool {
 
 // idle waits for something to do. It returns false when the lane is to end.
 func (l *lane) idle() bool {
+	l.mu.Lock()
 	select {
 	case <-l.r.closing:
-		return false
+		held := l.want > 0
+		l.want = 0 // what waits is sent first
+		l.mu.Unlock()
+		return held
 	default:
 	}
 	d := laneBeat
-	l.mu.Lock()
 	switch {
 	case l.want > 0:
 		d = time.Until(l.held)
