@@ -157,9 +157,9 @@ func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
 
 // sizes returns the size of the level that the table needs next. A table that had none
 // begins with what the last epochs needed. Later ones double it, or make room for as many
-// tokens as the epoch will have if it gets the ids that are expected: so a token takes
-// 16 bytes or less from the start, where its epoch is about as large as said. The lock of
-// the table is held.
+// tokens as the epoch will have if it gets the ids that are expected, up to eight times what
+// is there: memory that no token uses would have to be zeroed for nothing. The lock of the
+// table is held.
 func (t *tokens) sizes(m *Memory) []uint64 {
 	table := &t.table
 	if load := t.load(); table.depth == 0 || !table.outgrown(load) {
@@ -170,7 +170,7 @@ func (t *tokens) sizes(m *Memory) []uint64 {
 		l := v.load()
 		share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
 		expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
-		n = max(n, less(buckets(uint64(expected), tokenShare), n))
+		n = max(n, min(less(buckets(uint64(expected), tokenShare), n), 8*n))
 	}
 	return []uint64{n}
 }
