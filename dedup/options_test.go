@@ -278,6 +278,26 @@ func TestTokensStayWithinTheirMemory(t *testing.T) {
 	}
 }
 
+// TestTokensGrowToWhatIsExpectedInSteps: a level is at most eight times as large as those
+// before it, also where far more tokens may come.
+func TestTokensGrowToWhatIsExpectedInSteps(t *testing.T) {
+	m := newMemory(t, Config{Heap: true})
+	m.cfg.Expect = 60_000_000
+	e := newEpochs(t, m)
+	in, _ := e.Counter.Enter(e.At(0), 0)
+	defer in.Leave(counter.Void)
+	if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != Unique || err != nil {
+		t.Fatal(v, err)
+	}
+	v := in.State.(*View)
+	have := v.tokens.table.slots
+	v.tokens.sample.Store(have / sampleEvery)
+	v.narrowSample.Store(have / sampleEvery)
+	if next := v.tokens.sizes(m)[0] * slotsPerBucket; next != 8*have {
+		t.Errorf("the level behind %d slots has %d", have, next)
+	}
+}
+
 // TestTooManyKeysAreFull: ids under further keys are refused, and nothing else is; the
 // journal does not grow by them.
 func TestTooManyKeysAreFull(t *testing.T) {
