@@ -64,7 +64,8 @@ type Config struct {
 	// lost as a whole get no record.
 	Window time.Duration
 	// OnSetAside is called with the new name of a Dir that was damaged, or none if it is
-	// missing, and the reason. A new directory is in its place. The epochs that it had not published are not exact.
+	// missing, and the reason. A new directory is in its place. The epochs that were not
+	// published are not exact.
 	OnSetAside func(name string, reason error)
 	// OnFailure is called with the reason why Dir cannot keep ids any more: from then on
 	// every id gets Unavailable, until OnRepair is called, when Dir accepts writes again
@@ -88,8 +89,8 @@ type Config struct {
 //
 // AddMany allocates nothing while the ids of the epoch are below MaxIDs and their table does
 // not have to grow. For ids without Options it then takes no lock but that of the journal,
-// once in some dozens of new ids (journal.hand). All methods are safe for concurrent use, by the
-// rule of Set; Keys panics before the first Open.
+// once in some dozens of new ids (journal.hand). All methods are safe for concurrent use, by
+// the rule of Set; Keys panics before the first Open.
 type Memory struct {
 	cfg    Config
 	secret secret

@@ -105,8 +105,8 @@ func (t *tokens) prefetch(x uint64) {
 	if t == nil {
 		return
 	}
-	if far := t.table.farLevels.Load(); far > 0 {
-		t.table.prefetch(x, far)
+	if levels := t.table.farLevels.Load(); levels > 0 {
+		t.table.prefetch(x, levels)
 		b, rest := t.table.levels[0].Load().choose(x)
 		prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), home(rest)^lineSlots)))
 	}

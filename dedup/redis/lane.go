@@ -392,7 +392,8 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 }
 
-// decideAlone answers without Redis: with fail open from Local, else with a refusal. en is what is under way for the id, or nil.
+// decideAlone answers without Redis: with fail open from Local, else with a refusal. en is
+// what is under way for the id, or nil.
 // l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch

@@ -285,6 +285,17 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 	return []rueidis.RedisMessage{m}, nil
 }
 
+// texts returns the parts of an answer, each of which is a string.
+func texts(parts []rueidis.RedisMessage) (list []string, err error) {
+	list = make([]string, len(parts))
+	for i := range parts {
+		if list[i], err = parts[i].ToString(); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
 // run beats until stop is closed or the member has left.
 func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	tick := time.NewTicker(beatEvery)
@@ -332,19 +343,19 @@ func (l *Ledger) note(s counter.Span) *admission {
 	if e := l.find(s); e != nil {
 		return e.admission
 	}
-	a := l.add(s)
+	a := l.add(s).admission
 	if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
 		l.epochs = slices.Delete(l.epochs, 0, n)
 	}
 	return a
 }
 
-// add makes a place for the epoch. l.mu is held.
-func (l *Ledger) add(s counter.Span) *admission {
+// add makes a place for the epoch, and returns it. l.mu is held.
+func (l *Ledger) add(s counter.Span) *ledgerEpoch {
 	e := ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
 	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
-	return e.admission
+	return &l.epochs[i]
 }
 
 // find returns the epoch, or nil. l.mu is held.
@@ -503,8 +514,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
 	for _, s := range b.unnamed {
 		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
-			l.add(s)
-			l.find(s).asks = true
+			l.add(s).asks = true
 			nudge(l.wake) // the next beat reads what there is of it
 		}
 	}
@@ -870,13 +880,8 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 			return out, nil, err
 		}
 		if what != sealWait {
-			members = make([]string, len(out)-1)
-			for i := range members {
-				if members[i], err = out[1+i].ToString(); err != nil {
-					return nil, nil, err
-				}
-			}
-			return nil, members, nil
+			members, err = texts(out[1:])
+			return nil, members, err
 		}
 		wait, err := out[1].AsInt64()
 		if err != nil {
@@ -967,12 +972,9 @@ func (l *Ledger) decided(s counter.Span) *decision {
 // decision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
 // lose it before it is delivered, the next beat writes it again.
 func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
-	fields := make([]string, len(out)-1)
-	for i := range fields {
-		var err error
-		if fields[i], err = out[1+i].ToString(); err != nil {
-			return nil, err
-		}
+	fields, err := texts(out[1:])
+	if err != nil {
+		return nil, err
 	}
 	d, err := parseDecision(s, fields)
 	if err != nil {
@@ -993,15 +995,15 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision
 // marked again: Redis has gone back to an older state.
 func (l *Ledger) Unpublished(ctx context.Context, open bool) ([]counter.Span, error) {
 	out, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)})
+	var names []string
+	if err == nil {
+		names, err = texts(out)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("ledger: list epochs: %w", err)
 	}
-	spans := make([]counter.Span, 0, len(out))
-	for _, m := range out {
-		name, err := m.ToString()
-		if err != nil {
-			return nil, fmt.Errorf("ledger: list epochs: %w", err)
-		}
+	spans := make([]counter.Span, 0, len(names))
+	for _, name := range names {
 		s, err := parseSpan(name)
 		if err != nil {
 			return nil, err
@@ -1115,8 +1117,8 @@ func (l *Ledger) forget(s counter.Span) {
 // Leave takes this member out of the group: nobody waits for it any more. It
 // returns how many others are alive, and how long ago one was heard.
 func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
-	// The ledger may have lost what this member alone remembers. If the heartbeat fails, so
-	// does what follows, or the disk has it.
+	// The ledger may have lost numbers that only this member remembers. They are also in its
+	// file (keep, below), so the stop goes on if this heartbeat fails.
 	_ = l.beat(ctx, true)
 	l.left.Store(true) // no beat undoes it
 	l.beating.Lock()
