@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/valyala/fasthttp"
@@ -83,6 +84,8 @@ type listener struct {
 	served  chan struct{} // one for each connection that fasthttp serves; its capacity is the limit
 	waiting atomic.Int32  // connections with a request that wait for a place in served
 
+	steadyAfter int // see steadyAfter; another value in tests
+
 	took histogram // from receiving a request to handing over its answer
 
 	mu         sync.Mutex
@@ -142,6 +145,11 @@ type conn struct {
 	tail    tail
 	number  uint64
 
+	// For fastPath.waitAndRead, and the serving goroutine alone: the socket, nil where it is
+	// not to be used, and how many reads have given plain requests and nothing else.
+	socket syscall.RawConn
+	steady int
+
 	// serving is set while the fastPath has requests: fasthttp takes the connection for
 	// idle then. Close leaves it to the fastPath.
 	serving atomic.Bool
@@ -153,8 +161,9 @@ func newListener(ln net.Listener, cfg *Config) *listener {
 		max:             cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, maxAway: cfg.MaxTurnedAway, served: make(chan struct{}, cfg.MaxServed),
 		slow: cfg.SlowTimeout, idle: cfg.IdleTimeout, maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
-		took:       newHistogram("verve_request_duration_seconds", requestBuckets),
-		rejections: logline.Sampler{Every: refusalsEvery},
+		took:        newHistogram("verve_request_duration_seconds", requestBuckets),
+		rejections:  logline.Sampler{Every: refusalsEvery},
+		steadyAfter: steadyAfter,
 	}
 	if cfg.TLS != nil {
 		l.tls = cfg.TLS.serverConfig()
@@ -175,6 +184,8 @@ func (l *listener) accept() (*conn, error) {
 		c := &conn{Conn: nc, raw: nc, owner: l}
 		if l.tls != nil {
 			c.Conn = tls.Server(beneath{nc, c}, l.tls) // shakes hands at the first Read
+		} else if sc, ok := nc.(syscall.Conn); ok && edgeTriggered {
+			c.socket, _ = sc.SyscallConn() // or nil: then the usual way
 		}
 		c.enter(phaseNew)
 		if refused := l.admit(c); refused != nil {
@@ -309,8 +320,8 @@ func (c *conn) Read(p []byte) (int, error) {
 // receive marks the beginning of a request with its first byte. Between two requests
 // it may return errParked instead.
 func (c *conn) receive(p []byte, between bool) (int, error) {
-	if between && c.owner.waiting.Load() > 0 && !c.nudged.Swap(true) {
-		c.interrupt() // and not parked at once: TLS may hold requests that it has read
+	if between {
+		c.leaveIfAwaited()
 	}
 	var n int
 	var err error
@@ -325,6 +336,18 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 		}
 		n, err = c.take(p)
 	}
+	return n, c.received(p, n, err)
+}
+
+// leaveIfAwaited has the next wait end for parking if another connection needs the place.
+func (c *conn) leaveIfAwaited() {
+	if c.owner.waiting.Load() > 0 && !c.nudged.Swap(true) {
+		c.interrupt() // and not parked at once: TLS may hold requests that it has read
+	}
+}
+
+// received notes what a read into p has given, and returns the error to pass on.
+func (c *conn) received(p []byte, n int, err error) error {
 	if n > 0 && phase(c.state.Load()&phaseMask) != phaseReading {
 		c.enter(phaseReading)
 	}
@@ -353,7 +376,7 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	if c.reads++; c.reads%sampleEvery == 0 || !c.timed.IsZero() {
 		c.timed = time.Now()
 	}
-	return n, err
+	return err
 }
 
 // Write marks the end of a request with its answer. The connection is not idle

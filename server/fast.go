@@ -33,6 +33,10 @@ const (
 	// that how long their epoch waits for them.
 	maxTogether = 16
 
+	// steadyAfter is how many reads of a connection give plain requests and nothing else
+	// until it is steady (waitAndRead).
+	steadyAfter = 16
+
 	// enoughOut is how many bytes of answers are written at once, unless fewer are
 	// all there are: what fasthttp's own writer holds.
 	enoughOut = 4 << 10
@@ -257,30 +261,41 @@ func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Option
 
 // read is conn.Read when a request may begin. It answers the plain requests that arrive, and
 // returns when there is something else, for fasthttp, or an error.
-func (f *fastPath) read(c *conn, p []byte) (int, error) {
-	have := 0
-	for {
+func (f *fastPath) read(c *conn, p []byte) (have int, err error) {
+	for done := false; !done; {
 		if have == 0 {
 			c.idle()
-		}
-		n, err := c.receive(p[have:], have == 0)
-		have += n
-		like := begun
-		if n > 0 && f.server.leaving.Load() {
-			like = other // fasthttp closes the connection after its answer
-		} else if n > 0 {
-			c.serving.Store(true)
-			rest, as, failed := f.serve(c, p[:have])
-			c.serving.Store(false)
-			if failed != nil {
-				return 0, failed
+			if c.socket != nil && c.steady >= c.owner.steadyAfter {
+				have, done, err = f.waitAndRead(c, p)
+				continue
 			}
-			have, like = copy(p, rest), as
 		}
-		if err != nil || like == other {
-			return have, err
+		n, failed := c.receive(p[have:], have == 0)
+		have, done, err = f.take(c, p, have, n, failed)
+	}
+	return have, err
+}
+
+// take answers the plain requests in p, of which a read has just given n bytes, or failed,
+// behind the first have. It returns how much is left, at the front of p, and whether that is
+// for fasthttp.
+func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int, done bool, err error) {
+	have += n
+	like := begun
+	if n > 0 && f.server.leaving.Load() {
+		like = other // fasthttp closes the connection after its answer
+	} else if n > 0 {
+		c.serving.Store(true)
+		rest, as, unwritten := f.serve(c, p[:have])
+		c.serving.Store(false)
+		if unwritten != nil {
+			return 0, true, unwritten
+		}
+		if have, like = copy(p, rest), as; have == 0 {
+			c.steady++
 		}
 	}
+	return have, failed != nil || like == other, failed
 }
 
 // serve answers the plain requests that b begins with. It returns what follows

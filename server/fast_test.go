@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -198,6 +199,9 @@ func agree(t testing.TB, fast, slow *site, first string, raw []byte, cut func(n 
 			}
 			rest = rest[n:]
 		}
+		if fast.ln.steadyAfter < steadyAfter { // it may take a second to see the end of a client's side
+			_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		}
 		_ = c.(*net.TCPConn).CloseWrite() // may be closed already
 		got, err := io.ReadAll(r)
 		if err != nil {
@@ -268,9 +272,13 @@ func TestFastPathAgreesWithFasthttp(t *testing.T) {
 		"uint64, window header, duplicates as 200": func(c *Config) {
 			c.Uint64IDs, c.WindowHeader, c.DuplicateStatus = true, true, 200
 		},
+		"new connections": nil,
 	} {
 		t.Run(name, func(t *testing.T) {
 			fast, slow, seeds := pairOfSites(t, change)
+			if name == "new connections" {
+				fast.ln.steadyAfter = steadyAfter
+			}
 			rnd := rand.New(rand.NewPCG(3, 4))
 			for range rounds {
 				first := get("id=first")
@@ -653,6 +661,124 @@ func TestFastPathTakesNoTailThatIsReadByWhatFollows(t *testing.T) {
 	}
 	if got[0] != got[1] {
 		t.Errorf("fast %q, slow %q", got[0], got[1])
+	}
+}
+
+// countedConn counts the reads that look whether there is something.
+type countedConn struct {
+	*net.TCPConn
+	looks atomic.Int64
+}
+
+func (c *countedConn) Read(b []byte) (int, error) {
+	c.looks.Add(1)
+	return c.TCPConn.Read(b)
+}
+
+// TestSteadyConnectionIsReadWhenThereIsSomething, not before.
+func TestSteadyConnectionIsReadWhenThereIsSomething(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, nil)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	there := &countedConn{}
+	go func() {
+		nc, err := ln.Accept()
+		if err != nil {
+			return // and the client sees it
+		}
+		there.TCPConn = nc.(*net.TCPConn)
+		socket, _ := there.SyscallConn()
+		_ = s.http.ServeConn(&conn{Conn: there, raw: there, owner: s.ln, socket: socket})
+	}()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	r := bufio.NewReader(c)
+	const requests = 100
+	for i := range requests {
+		io.WriteString(c, get("id="+strconv.Itoa(i)))
+		if _, _, err := answer(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := there.looks.Load(); edgeTriggered && n > requests/10 {
+		t.Errorf("%d looks for %d requests", n, requests)
+	}
+}
+
+// TestSteadyConnectionReadsOnWhereABufferIsFull, at once and not when it is parked. A busy
+// machine may have it parked anyway, but not each time.
+func TestSteadyConnectionReadsOnWhereABufferIsFull(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, nil)
+	request := get("id=" + strings.Repeat("1", 64-len(get("id="))))
+	burst := strings.Repeat(request, 4*readBuffer/len(request)) // so that a full buffer ends with a whole one
+	for range 10 {
+		c, r := s.dial()
+		before := s.ln.parked.Load()
+		io.WriteString(c, get("id=1")+get("id=1"))
+		answer(r)
+		answer(r)
+		go io.WriteString(c, burst)
+		for range strings.Count(burst, "GET") {
+			if _, _, err := answer(r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.Close()
+		if s.ln.parked.Load() == before {
+			return
+		}
+	}
+	t.Error("each time the rest was read when the connection was parked")
+}
+
+// TestSteadyConnectionSeesTheEnd of its client's side, though it came with the last requests,
+// and long before the idle timeout.
+func TestSteadyConnectionSeesTheEnd(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, func(c *Config) { c.IdleTimeout = 10 * patience })
+	for _, last := range []string{get("id=3"), get("id=4") + get("id=5"), get("id=6") + "GET /api", ""} {
+		c, r := s.dial()
+		for range 3 {
+			io.WriteString(c, get("id=1"))
+			answer(r)
+		}
+		io.WriteString(c, last)
+		_ = c.(*net.TCPConn).CloseWrite() // fails where ReadAll does
+		got, err := io.ReadAll(r)
+		if n := strings.Count(string(got), "HTTP/1.1 200"); err != nil || n != strings.Count(last, "HTTP") {
+			t.Errorf("after %q: %q, %v", last, got, err)
+		}
+	}
+}
+
+// BenchmarkSteady is a request and its answer on one connection of TCP, with the client's part
+// in it: on a steady connection and on one that never is.
+func BenchmarkSteady(b *testing.B) {
+	for name, after := range map[string]int{"steady": steadyAfter, "new": math.MaxInt} {
+		b.Run(name, func(b *testing.B) {
+			s := newSite(b, nil)
+			s.ln.steadyAfter = after
+			c, _ := s.dial()
+			c.SetDeadline(time.Time{})
+			var in [1 << 10]byte
+			for i := range b.N {
+				if _, err := io.WriteString(c, get("id="+strconv.Itoa(1e10+i))); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := c.Read(in[:]); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 

@@ -112,6 +112,7 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config
 	if s.Server, err = New(cfg, ln); err != nil {
 		t.Fatal(err)
 	}
+	s.ln.steadyAfter = 1 // tests send few requests
 	ctx, stop := context.WithCancel(context.Background())
 	var sending sync.WaitGroup
 	sending.Go(func() { callbacks.Run(ctx) })

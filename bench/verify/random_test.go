@@ -291,13 +291,16 @@ func (x *chaos) heal() bool {
 	return false
 }
 
-// adopt gives the slots to a master that nobody has: a move and a promotion without the last
-// writes can leave a slot so, and Redis does not mend that.
+// adopt gives slots without a master to one, and has the master of each other slot announce it: a
+// move and a promotion without the last writes can leave a slot so, and Redis does not mend that.
 func (x *chaos) adopt() {
-	shards := x.c.shards()
 	for _, slot := range x.moved {
-		if len(shards) > 0 && x.c.owner(slot) == nil {
+		if shards := x.c.shards(); len(shards) > 0 && x.c.owner(slot) == nil {
 			shards[0].master.ask("CLUSTER", "ADDSLOTS", strconv.Itoa(slot))
+		}
+		if has := x.c.owner(slot); has != nil {
+			x.c.move(slot, has, false) // announces it
+			has.ask("CLUSTER", "BUMPEPOCH")
 		}
 	}
 }

@@ -285,10 +285,10 @@ var mutants = []mutant{
 		File: "server/park.go", Old: "if !c.nudged.Swap(false) ||", New: "if !c.nudged.Load() ||",
 	}, nil},
 	{"the fast path forgets that it is done", "server", overlay.Edit{
-		File: "server/fast.go", Old: "\t\t\tc.serving.Store(false)\n", New: "\n",
+		File: "server/fast.go", Old: "\t\tc.serving.Store(false)\n", New: "\n",
 	}, nil},
 	{"the fast path is not marked", "server", overlay.Edit{
-		File: "server/fast.go", Old: "\t\t\tc.serving.Store(true)\n", New: "\n",
+		File: "server/fast.go", Old: "\t\tc.serving.Store(true)\n", New: "\n",
 	}, nil},
 	{"an answer is written while the connection is idle", "server", overlay.Edit{
 		File: "server/conn.go", Old: "\tc.enter(phaseWriting)\n\tn, err := c.Conn.Write(p)", New: "\tc.enter(phaseIdle)\n\tn, err := c.Conn.Write(p)",
