@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -18,6 +19,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/valyala/fasthttp"
 )
 
 // load is what the driver does to the server, and how it reads the answers.
@@ -135,7 +138,10 @@ type conn struct {
 	rng    *rand.Rand
 	out    []byte
 	body   []byte // of one request with a batch
-	in     []byte
+	net    net.Conn
+	in     *bufio.Reader // reads c, and so net
+	failed error         // of the last read from net
+	reply  fasthttp.Response
 	ids    []ask    // of the batch under way
 	words  [][]byte // of the answer to a batch
 	got    []answer
@@ -158,8 +164,15 @@ func newConn(d *driver, i int) *conn {
 		d:      d,
 		target: i % len(d.targets),
 		rng:    rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
-		in:     make([]byte, 16<<10+len(`"unavailable",`)*d.load.Batch),
+		in:     bufio.NewReaderSize(nil, 16<<10),
 	}
+}
+
+// Read implements io.Reader for c.in, and keeps the error of a connection apart from those
+// of an answer that makes no sense.
+func (c *conn) Read(b []byte) (n int, err error) {
+	n, c.failed = c.net.Read(b)
+	return n, c.failed
 }
 
 func (c *conn) run(ctx context.Context) {
@@ -202,6 +215,8 @@ var errSelf = errors.New("connected to itself")
 // nothing left to do.
 func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 	load := &c.d.load
+	c.net, c.failed = nc, nil
+	c.in.Reset(c)
 	c.newest = c.d.truth.newestOf(c.target)
 	var interval time.Duration
 	if load.Rate > 0 {
@@ -249,7 +264,7 @@ func (c *conn) serve(ctx context.Context, nc net.Conn) bool {
 			c.lose(nc, x, now)
 			return false
 		}
-		if !c.answers(nc, now) {
+		if !c.answers(now) {
 			return false
 		}
 	}
@@ -405,10 +420,10 @@ func (c *conn) inRequest(left []ask) (n int) {
 // answers reads the answers of the batch, sent at the time given, and reports
 // them. It says false when
 // the connection is of no use any more; what was not answered is then in doubt.
-func (c *conn) answers(nc net.Conn, sent time.Time) bool {
+func (c *conn) answers(sent time.Time) bool {
 	from := c.earliest(sent) // while newest is that of before the batch
 	c.got = c.got[:0]
-	n, lag, alive := c.read(nc, len(c.ids))
+	n, lag, alive := c.read(len(c.ids))
 	c.report(sent, from, n)
 	if n < len(c.ids) {
 		c.lost(c.ids[n:], from, lag)
@@ -426,70 +441,59 @@ func (c *conn) report(sent time.Time, from int64, n int) {
 }
 
 // read fills c.got with the answers of the batch, or with the first ones of them up to
-// most ids or a little more, and says how many requests were answered, how much longer the server may work on the others, and
-// whether the connection can be used again.
-func (c *conn) read(nc net.Conn, most int) (answered int, lag time.Duration, alive bool) {
-	r, w := 0, 0
+// most ids or a little more, and says how many requests were answered, how much longer the
+// server may work on the others, and whether the connection can be used again.
+func (c *conn) read(most int) (answered int, lag time.Duration, alive bool) {
 	for answered < most {
-		var a response
-		size, err := parseResponse(c.in[r:w], &a)
-		if errors.Is(err, errShort) {
-			w, r = copy(c.in, c.in[r:w]), 0
-			if w == len(c.in) {
-				c.d.protocol("an answer is larger than %d bytes", len(c.in))
-				return answered, 0, false
-			}
-			n, err := nc.Read(c.in[w:])
-			w += n
-			if n == 0 && err != nil {
-				return answered, c.d.load.lag(err), false
-			}
-			continue
+		err := c.reply.ReadLimitBody(c.in, maxAnswer)
+		if err != nil && c.failed != nil {
+			return answered, c.d.load.lag(c.failed), false
 		}
 		n := c.inRequest(c.ids[answered:])
 		if err == nil {
-			err = c.take(c.ids[answered:answered+n], &a)
+			err = c.take(c.ids[answered:answered+n], &c.reply)
 		}
 		if err != nil {
 			c.d.protocol("id #%d: %v", c.ids[answered].id, err)
 			return answered, 0, false
 		}
 		answered += n
-		r += size
-		if a.close {
+		if c.reply.ConnectionClose() {
 			return answered, 0, false
 		}
 	}
-	if r != w && answered == len(c.ids) {
-		c.d.protocol("%d bytes after the last answer: %.40q", w-r, c.in[r:w])
+	if left := c.in.Buffered(); left > 0 && answered == len(c.ids) {
+		text, _ := c.in.Peek(min(left, 40)) // it is there
+		c.d.protocol("%d bytes after the last answer: %q", left, text)
 		return answered, 0, false
 	}
 	return answered, 0, true
 }
 
 // take turns a response into answers for the truth, one for each id.
-func (c *conn) take(asks []ask, a *response) error {
+func (c *conn) take(asks []ask, a *fasthttp.Response) error {
+	status, body, replayed := a.StatusCode(), a.Body(), len(a.Header.Peek("Verve-Replayed")) > 0
 	switch {
-	case (a.status == 503 || a.status == 408) && string(a.body) == "failed": // 408: this machine is busy, and the server stops waiting
+	case (status == 503 || status == 408) && string(body) == "failed": // 408: this machine is busy, and the server stops waiting
 		for _, ask := range asks {
 			c.got = append(c.got, answer{id: ask.id, token: ask.token, kind: answerRefused})
 		}
 		return nil
-	case c.d.load.Batch > 0 && a.status == 200:
+	case c.d.load.Batch > 0 && status == 200:
 		return c.takeWords(asks, a)
 	}
-	got := answer{id: asks[0].id, token: asks[0].token, kind: answerRepeat, replayed: a.replayed}
+	got := answer{id: asks[0].id, token: asks[0].token, kind: answerRepeat, replayed: replayed}
 	switch {
-	case a.status == 200 && string(a.body) == "ok":
+	case status == 200 && string(body) == "ok":
 		got.kind = answerOK
-	case a.status == c.d.load.DuplicateStatus && string(a.body) == "failed" && !a.replayed:
+	case status == c.d.load.DuplicateStatus && string(body) == "failed" && !replayed:
 	default:
-		return fmt.Errorf("unexpected answer: status %d, body %.40q", a.status, a.body)
+		return fmt.Errorf("unexpected answer: status %d, body %.40q", status, body)
 	}
-	if a.replayed && got.token == 0 {
+	if replayed && got.token == 0 {
 		return errors.New("an answer is replayed, to a request without a token")
 	}
-	if err := c.readWindows(a.window); err != nil {
+	if err := c.readWindows(a.Header.Peek(headerWindow)); err != nil {
 		return err
 	}
 	got.window = c.windows[0].window
@@ -498,21 +502,21 @@ func (c *conn) take(asks []ask, a *response) error {
 }
 
 // splitWords fills c.words with the verdicts in the answer to a batch.
-func (c *conn) splitWords(a *response) error {
+func (c *conn) splitWords(body []byte) error {
 	c.words = c.words[:0]
 	if !c.d.load.items() {
-		body, ok := bytes.CutSuffix(a.body, []byte{'\n'})
+		lines, ok := bytes.CutSuffix(body, []byte{'\n'})
 		if !ok {
 			return errors.New("the answer to a batch ends within a line")
 		}
-		c.words = slices.AppendSeq(c.words, bytes.SplitSeq(body, []byte{'\n'}))
+		c.words = slices.AppendSeq(c.words, bytes.SplitSeq(lines, []byte{'\n'}))
 		return nil
 	}
 	var answer struct {
 		OK, Duplicate, Replayed, Refused int
 		Results                          []string
 	}
-	if err := json.Unmarshal(a.body, &answer); err != nil {
+	if err := json.Unmarshal(body, &answer); err != nil {
 		return fmt.Errorf("the answer to a batch: %w", err)
 	}
 	n := map[string]int{}
@@ -522,14 +526,14 @@ func (c *conn) splitWords(a *response) error {
 	}
 	ok, duplicate, replayed := n["ok"], n["duplicate"], n["replayed"]
 	if answer.OK != ok || answer.Duplicate != duplicate || answer.Replayed != replayed || answer.Refused != len(c.words)-ok-duplicate-replayed {
-		return fmt.Errorf("the numbers in the answer to a batch are not those of its results: %.80q", a.body)
+		return fmt.Errorf("the numbers in the answer to a batch are not those of its results: %.80q", body)
 	}
 	return nil
 }
 
 // takeWords takes the answer to a batch: a word for each id.
-func (c *conn) takeWords(asks []ask, a *response) error {
-	if err := c.splitWords(a); err != nil {
+func (c *conn) takeWords(asks []ask, a *fasthttp.Response) error {
+	if err := c.splitWords(a.Body()); err != nil {
 		return err
 	}
 	if len(c.words) != len(asks) {
@@ -562,7 +566,7 @@ func (c *conn) takeWords(asks []ask, a *response) error {
 	if judged == 0 {
 		return nil
 	}
-	return c.place(c.got[first:], judged, replays, a.window)
+	return c.place(c.got[first:], judged, replays, a.Header.Peek(headerWindow))
 }
 
 // place finds the windows of the answers to a batch. If they are several and an id is
@@ -599,7 +603,7 @@ func (c *conn) place(got []answer, judged int, replays bool, text []byte) error 
 
 // readWindows reads a Verve-Window: one by itself, or a list with numbers of ids.
 func (c *conn) readWindows(text []byte) error {
-	if text == nil {
+	if len(text) == 0 {
 		return errors.New("the answer has no Verve-Window: start the server with --window-header")
 	}
 	if bytes.Equal(text, c.windowText) {
@@ -623,6 +627,12 @@ func (c *conn) readWindows(text []byte) error {
 	return nil
 }
 
+// headerWindow is what --window-header adds.
+const headerWindow = "Verve-Window"
+
+// maxAnswer is above the answer to a batch of maxBatch ids.
+const maxAnswer = 1 << 20
+
 // lag is how long the server may go on with the requests of a connection that
 // failed with err: not at all if the server let go of it, but if it was the
 // driver that lost patience, the server may still come round to them.
@@ -631,83 +641,4 @@ func (l *load) lag(err error) time.Duration {
 		return l.Timeout
 	}
 	return 0
-}
-
-// response is an answer as sent. Its slices point into the read buffer.
-type response struct {
-	status   int
-	window   []byte // nil without Verve-Window
-	body     []byte
-	close    bool
-	replayed bool
-}
-
-var errShort = errors.New("incomplete")
-
-var (
-	headEnd    = []byte("\r\n\r\n")
-	lineEnd    = []byte("\r\n")
-	nameLength = []byte("Content-Length")
-	nameWindow = []byte("Verve-Window")
-	nameReplay = []byte("Verve-Replayed")
-	nameClose  = []byte("Connection")
-	valueClose = []byte("close")
-	nameCoding = []byte("Transfer-Encoding")
-)
-
-// parseResponse reads one response from the start of b and says how long it
-// is: errShort if it is not all there. It knows what a server of short fixed
-// bodies sends, and calls anything else an error.
-func parseResponse(b []byte, a *response) (int, error) {
-	end := bytes.Index(b, headEnd)
-	if end < 0 {
-		return 0, errShort
-	}
-	head, rest := b[:end+len(lineEnd)], end+len(headEnd)
-	line, head, _ := bytes.Cut(head, lineEnd)
-	// "HTTP/1.1 200 OK"
-	if len(line) < 12 || string(line[:9]) != "HTTP/1.1 " {
-		return 0, fmt.Errorf("not an HTTP/1.1 status line: %.40q", line)
-	}
-	for _, digit := range line[9:12] {
-		if digit < '0' || digit > '9' {
-			return 0, fmt.Errorf("not a status: %.40q", line)
-		}
-		a.status = a.status*10 + int(digit-'0')
-	}
-	length := -1
-	for len(head) > 0 {
-		line, head, _ = bytes.Cut(head, lineEnd)
-		name, value, ok := bytes.Cut(line, []byte{':'})
-		if !ok {
-			return 0, fmt.Errorf("not a header line: %.40q", line)
-		}
-		value = bytes.TrimSpace(value)
-		switch {
-		case bytes.EqualFold(name, nameWindow):
-			a.window = value
-		case bytes.EqualFold(name, nameReplay):
-			a.replayed = string(value) == "true"
-		case bytes.EqualFold(name, nameLength):
-			length = 0
-			for _, digit := range value {
-				if digit < '0' || digit > '9' || length > 1<<20 {
-					return 0, fmt.Errorf("not a Content-Length: %.40q", value)
-				}
-				length = length*10 + int(digit-'0')
-			}
-		case bytes.EqualFold(name, nameClose):
-			a.close = bytes.EqualFold(value, valueClose)
-		case bytes.EqualFold(name, nameCoding):
-			return 0, errors.New("an answer with a Transfer-Encoding")
-		}
-	}
-	if length < 0 {
-		return 0, errors.New("an answer without Content-Length")
-	}
-	if len(b)-rest < length {
-		return 0, errShort
-	}
-	a.body = b[rest : rest+length]
-	return rest + length, nil
 }

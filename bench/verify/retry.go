@@ -130,9 +130,9 @@ func (c *conn) lose(nc net.Conn, x cut, sent time.Time) {
 			_ = tcp.SetLinger(0)
 		}
 	case x.bytes > 0:
-		_, _ = nc.Read(c.in[:x.bytes]) // whatever came of it is thrown away
+		_, _ = nc.Read(make([]byte, x.bytes)) // whatever came of it is thrown away
 	case x.after > 0:
-		n, _, _ = c.read(nc, x.after)
+		n, _, _ = c.read(x.after)
 		c.report(sent, from, n)
 	}
 	nc.Close()

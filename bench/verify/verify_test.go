@@ -569,47 +569,6 @@ func TestServerThatComesBackIsMetAgain(t *testing.T) {
 	}
 }
 
-func TestParseResponse(t *testing.T) {
-	full := "HTTP/1.1 200 OK\r\nServer: verve\r\nVerve-Window: 2026-11-22T06:36:00Z\r\ncontent-length: 2\r\nConnection: close\r\n\r\nok"
-	for i := range len(full) {
-		var a response
-		if _, err := parseResponse([]byte(full[:i]), &a); err != errShort {
-			t.Fatalf("cut at %d: got %v, want errShort", i, err)
-		}
-	}
-	var a response
-	n, err := parseResponse([]byte(full+"HTTP"), &a)
-	if err != nil || n != len(full) || a.status != 200 || string(a.body) != "ok" || string(a.window) != "2026-11-22T06:36:00Z" || !a.close {
-		t.Errorf("got %d, %v, %+v", n, err, a)
-	}
-	for _, bad := range []string{
-		"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
-		"HTTP/1.1 2x0 OK\r\nContent-Length: 2\r\n\r\nok",
-		"HTTP/1.1 200 OK\r\n\r\nok",
-		"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
-		"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nok",
-		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-		"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n",
-	} {
-		var a response
-		if n, err := parseResponse([]byte(bad), &a); err == nil || err == errShort {
-			t.Errorf("%q: got %d, %v; want an error", bad, n, err)
-		}
-	}
-}
-
-func FuzzParseResponse(f *testing.F) {
-	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 409"))
-	f.Add([]byte("HTTP/1.1 503 x\r\nRetry-After:1\r\nContent-Length:6\r\n\r\nfailed"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		var a response
-		n, err := parseResponse(b, &a)
-		if err == nil && (n <= 0 || n > len(b) || a.status < 0 || a.status > 999) {
-			t.Fatalf("got length %d of %d, status %d", n, len(b), a.status)
-		}
-	})
-}
-
 // TestSecondRecordsOfAGroup: the same record in the files of two instances counts once. Another
 // record of the window is a fault, unless one is not exact and that is allowed; an exact one
 // must be right by itself.
