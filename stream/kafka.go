@@ -302,7 +302,10 @@ type kafkaSink struct {
 	// one that made a batch fail.
 	single uint64
 
-	present present // which records are sent with the present time as their timestamp
+	// presentTo is the index up to which records are sent with the present time as their
+	// timestamp: the broker refused the end of the window of one of them. A time that is too
+	// old only gets older, and one far ahead would hold up all that follow.
+	presentTo uint64
 
 	room uint64 // sessions are for records with so many keys; it only grows
 	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
@@ -352,17 +355,12 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if i := slices.IndexFunc(batch, other); i > 0 {
 		batch = batch[:i] // the name was changed between two starts
 	}
-	for proved := false; ; {
+	for {
 		if batch[0].index <= k.single {
 			batch = batch[:1]
 		}
 		err := k.send(ctx, batch, identity, scope == ScopeGroup)
 		if err == nil {
-			if k.present.used(batch, time.Now()) {
-				k.log.Warn().Str("key", batch[0].record.Key()).Int("records", len(batch)).
-					Msg("broker refused the timestamps of records (the end of their window) as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): the records are sent with the present time instead")
-			}
-			k.present.ahead = false
 			return len(batch), nil
 		}
 		last := batch[len(batch)-1].index
@@ -372,11 +370,11 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 			return 0, err
 		case poison.ofKeys && k.atOnce > 1 && tooLarge(err):
 			k.atOnce = max(k.atOnce/8, 1) // the topic takes smaller batches only
-		case errors.Is(err, kerr.InvalidTimestamp) && k.present.widen(batch, time.Now()):
-		case errors.Is(err, kerr.InvalidTimestamp) && !proved:
-			if proved = k.takesPresent(ctx, identity, keysOf(batch) > 0); proved {
-				continue // once more, now that no clock can be the cause
-			}
+		case errors.Is(err, kerr.InvalidTimestamp) && k.presentTo < last:
+			k.presentTo = last
+			k.log.Warn().Str("key", batch[0].record.Key()).Int("records", len(batch)).
+				Msg("broker refused the timestamps of records (the end of their window) as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): the records are sent with the present time instead")
+		case errors.Is(err, kerr.InvalidTimestamp):
 			return 0, fmt.Errorf("%w, with the present time: its clock and the one here differ by more than the topic allows (message.timestamp.before.max.ms, message.timestamp.after.max.ms)", errors.Unwrap(err))
 		case len(batch) == 1:
 			return 0, err
@@ -449,69 +447,12 @@ func keysOf(batch []spooled) (n uint64) {
 	return n
 }
 
-// present says which records are sent with the present time as their timestamp,
-// as the broker refuses the end of their windows. A timestamp that is too old only
-// gets older, and one that a wrong clock has put far ahead would hold up all that
-// follow, so neither is tried again.
-type present struct {
-	upTo  uint64 // records up to this index
-	ahead bool   // and those whose window ends in the future
-}
-
-// has reports whether a record is sent with the present time.
-func (p *present) has(e spooled, now time.Time) bool {
-	return e.index <= p.upTo || p.ahead && e.record.end().After(now)
-}
-
-func (p *present) time(e spooled, now time.Time) time.Time {
-	if p.has(e, now) {
-		return now
+// timeOf is the timestamp of a record and of its records by key.
+func (k *kafkaSink) timeOf(e *spooled) time.Time {
+	if e.index <= k.presentTo {
+		return time.Now()
 	}
 	return e.record.end()
-}
-
-func (p *present) used(batch []spooled, now time.Time) bool {
-	return slices.ContainsFunc(batch, func(e spooled) bool { return p.has(e, now) })
-}
-
-// widen gives more records of a refused batch the present time: first those that
-// end in the future, then the older half of the rest, so that a few attempts find
-// the first one that the broker takes as it is. False: all of them had it.
-func (p *present) widen(batch []spooled, now time.Time) bool {
-	var rest []uint64
-	for _, e := range batch {
-		switch {
-		case p.has(e, now):
-		case e.record.end().After(now):
-			p.ahead = true
-			return true
-		default:
-			rest = append(rest, e.index)
-		}
-	}
-	if len(rest) == 0 {
-		return false
-	}
-	p.upTo = rest[(len(rest)-1)/2]
-	return true
-}
-
-// takesPresent reports whether the topic, and with keys the one of those, takes a record
-// with the present time, by one that is not committed. If so, a record that is refused with that time is at
-// fault itself, and else one of the clocks is.
-func (k *kafkaSink) takesPresent(ctx context.Context, identity string, keys bool) bool {
-	defer k.drop()
-	if k.session == nil && k.open(ctx, identity) != nil || !k.session.transactional || k.session.client.BeginTransaction() != nil {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(ctx, stepWait)
-	defer cancel()
-	s := k.session
-	err := s.client.ProduceSync(ctx, &kgo.Record{Topic: k.cfg.Topic, Partition: s.partition, Timestamp: time.Now()}).FirstErr()
-	if err == nil && keys {
-		err = s.client.ProduceSync(ctx, &kgo.Record{Topic: k.cfg.keysTopic(), Partition: s.keysPartition, Timestamp: time.Now()}).FirstErr()
-	}
-	return err == nil && s.client.EndTransaction(ctx, kgo.TryAbort) == nil
 }
 
 // open starts a session. When it returns, the topic is there, and the one of the keys if
@@ -702,9 +643,8 @@ func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 			return fmt.Errorf("begin a transaction: %w", err)
 		}
 	}
-	now := time.Now()
 	if keysOf(entries) > 0 {
-		if err := k.sendKeys(ctx, entries, now); err != nil {
+		if err := k.sendKeys(ctx, entries); err != nil {
 			return err
 		}
 		k.step(stepKeys)
@@ -716,7 +656,7 @@ func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 			Partition: s.partition,
 			Key:       []byte(entries[i].record.Key()),
 			Value:     entries[i].value,
-			Timestamp: k.present.time(entries[i], now),
+			Timestamp: k.timeOf(&entries[i]),
 			Headers:   schema,
 		}
 	}
@@ -737,7 +677,7 @@ var schema = []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)
 
 // sendKeys hands the records by key to the broker, atOnce at a time: what is in memory, and
 // in one request, stays the same however many there are.
-func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled, now time.Time) error {
+func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 	records := make([]*kgo.Record, 0, min(uint64(k.atOnce), keysOf(entries)))
 	send := func() error {
 		err := k.sendRecords(ctx, records)
@@ -757,7 +697,7 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled, now time.Ti
 				Partition: k.session.keysPartition,
 				Key:       append([]byte(of), key...),
 				Value:     lines.line(key, unique),
-				Timestamp: k.present.time(entries[i], now),
+				Timestamp: k.timeOf(&entries[i]),
 				Headers:   schema,
 			})
 			if len(records) == k.atOnce {
