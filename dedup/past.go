@@ -28,8 +28,9 @@ func publisherOf(name string) uint64 {
 // publisher takes over what another one did not publish.
 //
 // An epoch that may have lost ids gets a record also where none is missing: the
-// records before it do not say so.
-func (j *journal) past(name string, published map[string]counter.Published) counter.Past {
+// records before it do not say so. gone: the directory of what this publisher has published
+// was removed.
+func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, gone bool) {
 	var err error
 	defer j.caught(&err) // it is kept in broken
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -44,10 +45,11 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 	own := by[j.publisher]
 	j.first.pastRead = true
 	j.first.start, j.first.sum = own.Last, own.Unique
-	j.aside = j.aside || j.gone(own)
+	gone = j.made && !j.aside && !own.Last.IsZero()
+	j.aside = j.aside || gone
 	j.recreate()
 	j.guess(own.Last)
-	past := counter.Past{Serial: j.newest.serial}
+	past.Serial = j.newest.serial
 	for _, o := range j.unsettled() {
 		its := by[o.publisher]
 		if o.publisher == j.publisher {
@@ -81,7 +83,7 @@ func (j *journal) past(name string, published map[string]counter.Published) coun
 			j.first.start = o.start()
 		}
 	}
-	return past
+	return past, gone
 }
 
 // recoveredEpoch is the State of an epoch that an earlier process counted.
@@ -275,11 +277,6 @@ func (j *journal) restore(left []opened) (err error) {
 		j.write(n, &j.newest)
 	}
 	return nil
-}
-
-// gone reports whether the directory of what a publisher has published was removed.
-func (j *journal) gone(published counter.Published) bool {
-	return j.made && !j.aside && !published.Last.IsZero()
 }
 
 // guess is restore where no slot could be read: the process that was killed had published each

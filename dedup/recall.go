@@ -53,10 +53,11 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}
 	}
-	if m.cfg.OnSetAside != nil && m.journal.gone(published[m.cfg.Publisher]) {
+	past, gone := m.journal.past(m.cfg.Publisher, published)
+	if gone && m.cfg.OnSetAside != nil {
 		m.cfg.OnSetAside("", fmt.Errorf("%s is missing, and there are records of the windows before", m.cfg.Dir))
 	}
-	return m.journal.past(m.cfg.Publisher, published)
+	return past
 }
 
 // recall puts the ids of the epoch opened last back into the tables, if its time

@@ -153,7 +153,7 @@ func (m memberLedger) decide(s counter.Span) *counter.Count {
 	return &c
 }
 
-func (m memberLedger) Unpublished(_ context.Context, open bool) (out []counter.Span, err error) {
+func (m memberLedger) Reconcile(_ context.Context, open bool) (out []counter.Span, err error) {
 	err = m.try(func() {
 		for s, e := range m.epochs {
 			if !e.delivered && (open || !s.End().After(time.Now())) {

@@ -231,7 +231,7 @@ func TestAStrangerRemembersTheAccount(t *testing.T) {
 	if err != nil || again.Unique != 3 || again.Exact != c.Exact || !again.SealedAt.Equal(c.SealedAt) {
 		t.Errorf("the record was %+v, the stranger has %+v, %v", c, again, err)
 	}
-	if spans, err := stranger.Unpublished(t.Context(), true); err != nil || len(spans) != 1 {
+	if spans, err := stranger.Reconcile(t.Context(), true); err != nil || len(spans) != 1 {
 		t.Errorf("the group is to publish %v, %v", spans, err)
 	}
 }

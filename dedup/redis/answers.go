@@ -85,8 +85,8 @@ func sessions(members []string) (list []string) {
 func (l *Ledger) explain(s counter.Span, decides bool) {
 	l.mu.Lock()
 	why, e := "", l.find(s)
-	if e != nil && (decides || time.Now().Before(l.lead)) {
-		why, e.why = e.why, ""
+	if e != nil && e.decided != nil && !e.explained && (decides || time.Now().Before(l.lead)) {
+		why, e.explained = e.decided.why, true
 	}
 	l.mu.Unlock()
 	if why != "" {

@@ -26,9 +26,10 @@ type epochLedger interface {
 	// Seal waits until the epoch may be sealed and returns what it came to: the
 	// same to every instance.
 	Seal(ctx context.Context, s counter.Span) (counter.Count, error)
-	// Unpublished lists the epochs of the group, whoever opened them, that are not
-	// delivered, oldest first: those that are over, or all.
-	Unpublished(ctx context.Context, open bool) ([]counter.Span, error)
+	// Reconcile returns the epochs of the group, whoever opened them, that are not
+	// delivered, oldest first: those that are over, or all. It marks those again that
+	// Redis has forgotten to be delivered.
+	Reconcile(ctx context.Context, open bool) ([]counter.Span, error)
 	// Leading reports whether this instance is the one that publishes.
 	Leading() bool
 	// Doubt says that lines of epochs that ended at or before upTo may be in a
@@ -243,8 +244,8 @@ func (g *Group) round(ctx context.Context) error {
 	if err := g.mark(ctx); err != nil {
 		return err
 	}
-	// Also where another leads: what this instance alone knows to be delivered is marked again.
-	spans, err := g.ledger.Unpublished(ctx, false)
+	// Also if another instance leads: this one may be the only one that knows of a delivery.
+	spans, err := g.ledger.Reconcile(ctx, false)
 	if err != nil {
 		return err
 	}
@@ -331,7 +332,7 @@ func (g *Group) Leave(ctx context.Context) error {
 	if others > 0 {
 		return nil
 	}
-	spans, err := g.ledger.Unpublished(ctx, true)
+	spans, err := g.ledger.Reconcile(ctx, true)
 	if err != nil {
 		return err
 	}

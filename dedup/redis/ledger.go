@@ -185,7 +185,7 @@ type ledgerEpoch struct {
 	reported   *counter.Count // what this process has said of it
 	reportedAt time.Time
 	decided    *decision // what it came to, as far as this process knows
-	why        string    // of it, until it is logged
+	explained  bool      // why that is not exact is in the log
 
 	contradicted bool // the group says otherwise, which is logged
 }
@@ -507,7 +507,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 			case beatContradicted:
 				l.contradict(e)
 			case beatDecided:
-				e.decided, e.why = b.decided[i], b.decided[i].why
+				e.decided = b.decided[i]
 			}
 		}
 	}
@@ -984,16 +984,16 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
-		e.decided, e.why = d, d.why
+		e.decided = d
 	}
 	return d, nil
 }
 
-// Unpublished returns the epochs of the group that are over and whose records
-// are not delivered, whoever opened them, oldest first; with open those that are
-// not over as well. Those of which this process knows that their records are delivered are
-// marked again: Redis has gone back to an older state.
-func (l *Ledger) Unpublished(ctx context.Context, open bool) ([]counter.Span, error) {
+// Reconcile returns the epochs of the group that are over and whose records are not
+// delivered, whoever opened them, oldest first; with open those that are not over as well.
+// If this process knows that a record is delivered, Redis has gone back to an older state,
+// and Reconcile marks the epoch again.
+func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, error) {
 	out, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)})
 	var names []string
 	if err == nil {

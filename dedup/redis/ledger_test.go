@@ -164,7 +164,7 @@ func (g *group) notYet(m *Ledger, s counter.Span, why string) {
 
 func (g *group) unpublished(m *Ledger) []counter.Span {
 	g.t.Helper()
-	spans, err := m.Unpublished(g.t.Context(), false)
+	spans, err := m.Reconcile(g.t.Context(), false)
 	if err != nil {
 		g.t.Fatal(err)
 	}
