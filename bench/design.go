@@ -5,9 +5,8 @@
 // a wrong answer, so that speed is never bought with exactness. README.md says
 // how to run them and what they gave.
 //
-// The commands beside it: http compares servers over HTTP, redis sets that instances
-// share, bars reports which promises hold, verify checks a running server's records
-// against its answers.
+// The commands beside it: http compares servers over HTTP, bars reports which promises
+// hold, verify checks a running server's records against its answers.
 package bench
 
 // Design is a set of ids of the open epoch.

@@ -3,8 +3,8 @@
 //
 //	go run ./bench/bars FILE...
 //
-// A FILE ending in .json is of bench/http, any other the output of go test -bench, or
-// of bench/redis, of as many runs as there are. Every ratio is taken within a run, between
+// A FILE ending in .json is of bench/http, any other the output of go test -bench, of as
+// many runs as there are. Every ratio is taken within a run, between
 // neighbours in time, and then the median over the runs; every other figure is the
 // median over the runs. The exit status is 1 if a promise is missed. Tables of
 // everything that was measured are made by benchstat (bench/run).

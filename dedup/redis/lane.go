@@ -19,7 +19,7 @@ const (
 	// hash slot there. Sixteen keep the masters of a cluster evenly busy. One
 	// server does one thing at a time anyhow, and of few lanes the batches are
 	// larger: with 16 it takes half as many ids a second, and with 2 a tenth more
-	// CPU an id than with one (bench/redis).
+	// CPU an id than with one (BenchmarkShared).
 	clusterLanes = 16
 	serverLanes  = 1
 
