@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,9 +21,7 @@ import (
 type instance struct {
 	command string
 	log     *os.File
-	cmd     *exec.Cmd
-	ended   chan struct{}
-	exit    error // after ended
+	*process
 }
 
 // startInstances starts the servers of a run in place of the driver, until the end of the
@@ -45,7 +42,7 @@ func startInstances(t *testing.T, f *flags) []*instance {
 		if err := i.start(); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(i.kill)
+		t.Cleanup(func() { i.kill() })
 		all = append(all, i)
 	}
 	for _, url := range f.URL {
@@ -59,40 +56,13 @@ func startInstances(t *testing.T, f *flags) []*instance {
 	return all
 }
 
-func (i *instance) start() error {
-	words := strings.Fields(i.command)
-	cmd, ended := exec.Command(words[0], words[1:]...), make(chan struct{})
-	cmd.Stdout, cmd.Stderr = i.log, i.log
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	i.cmd, i.ended = cmd, ended
-	go func() {
-		i.exit = cmd.Wait()
-		close(ended)
-	}()
-	return nil
+func (i *instance) start() (err error) {
+	i.process, err = startProcess(i.command, i.log)
+	return err
 }
 
-func (i *instance) kill() {
-	_ = i.cmd.Process.Kill()
-	<-i.ended
-}
-
-// stop ends the server with SIGTERM, and returns what is wrong with that.
-func (i *instance) stop() string {
-	_ = i.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-i.ended:
-		if i.exit != nil {
-			return "an instance ended after SIGTERM with " + i.exit.Error()
-		}
-		return ""
-	case <-time.After(30 * time.Second):
-		i.kill()
-		return "an instance did not end within 30 s of SIGTERM"
-	}
-}
+// stopWait is how long an instance may take to stop.
+const stopWait = 30 * time.Second
 
 // chaos is a group on a cluster to which things happen.
 type chaos struct {
@@ -122,82 +92,68 @@ func (x *chaos) instance() *instance { return x.instances[x.rng.IntN(len(x.insta
 
 func (x *chaos) shard(shards []shard) shard { return shards[x.rng.IntN(len(shards))] }
 
+// ofInstance is a fault of some instance, for a time up to most.
+func ofInstance(most time.Duration, do func(x *chaos, i *instance, d time.Duration)) func(*chaos, []shard) (any, func()) {
+	return func(x *chaos, _ []shard) (any, func()) {
+		i, d := x.instance(), x.within(most)
+		return i, func() { do(x, i, d) }
+	}
+}
+
+// ofMaster is one of some master.
+func ofMaster(most time.Duration, do func(x *chaos, m *clusterNode, d time.Duration)) func(*chaos, []shard) (any, func()) {
+	return func(x *chaos, shards []shard) (any, func()) {
+		m, d := x.shard(shards).master, x.within(most)
+		return m, func() { do(x, m, d) }
+	}
+}
+
 // The first instanceFaults of randomFaults are of instances.
 const instanceFaults = 3
 
 var randomFaults = []fault{
-	{"an instance is killed", func(x *chaos, _ []shard) (any, func()) {
-		i, gone := x.instance(), x.within(4*time.Second)
-		return i, func() {
-			i.kill()
-			time.Sleep(gone)
-			x.must(i.start())
+	{"an instance is killed", ofInstance(4*time.Second, func(x *chaos, i *instance, gone time.Duration) {
+		i.kill()
+		time.Sleep(gone)
+		x.must(i.start())
+	})},
+	{"an instance is stopped", ofInstance(4*time.Second, func(x *chaos, i *instance, gone time.Duration) {
+		x.must(i.stop(stopWait))
+		time.Sleep(gone)
+		x.must(i.start())
+	})},
+	{"an instance is paused", ofInstance(7*time.Second, func(_ *chaos, i *instance, d time.Duration) {
+		_ = i.cmd.Process.Signal(syscall.SIGSTOP)
+		time.Sleep(d)
+		_ = i.cmd.Process.Signal(syscall.SIGCONT)
+	})},
+	{"a master is killed", ofMaster(5*time.Second, func(x *chaos, m *clusterNode, gone time.Duration) {
+		m.kill()
+		time.Sleep(gone)
+		x.must(m.start())
+	})},
+	{"a master is stopped", ofMaster(5*time.Second, func(x *chaos, m *clusterNode, gone time.Duration) {
+		m.signal(syscall.SIGTERM)
+		_ = m.cmd.Wait()
+		time.Sleep(gone)
+		x.must(m.start())
+	})},
+	{"a master is paused", ofMaster(5*time.Second, func(_ *chaos, m *clusterNode, d time.Duration) {
+		m.signal(syscall.SIGSTOP)
+		time.Sleep(d)
+		m.signal(syscall.SIGCONT)
+	})},
+	{"a master is flushed", ofMaster(0, func(_ *chaos, m *clusterNode, _ time.Duration) { m.ask("FLUSHALL") })},
+	{"the connections of a master are cut", ofMaster(400*time.Millisecond, func(_ *chaos, m *clusterNode, d time.Duration) {
+		for began := time.Now(); time.Since(began) <= d; time.Sleep(20 * time.Millisecond) {
+			m.ask("CLIENT", "KILL", "TYPE", "normal")
 		}
-	}},
-	{"an instance is stopped", func(x *chaos, _ []shard) (any, func()) {
-		i, gone := x.instance(), x.within(4*time.Second)
-		return i, func() {
-			if bad := i.stop(); bad != "" {
-				x.t.Error(bad)
-			}
-			time.Sleep(gone)
-			x.must(i.start())
-		}
-	}},
-	{"an instance is paused", func(x *chaos, _ []shard) (any, func()) {
-		i, d := x.instance(), x.within(7*time.Second)
-		return i, func() {
-			_ = i.cmd.Process.Signal(syscall.SIGSTOP)
-			time.Sleep(d)
-			_ = i.cmd.Process.Signal(syscall.SIGCONT)
-		}
-	}},
-	{"a master is killed", func(x *chaos, shards []shard) (any, func()) {
-		m, gone := x.shard(shards).master, x.within(5*time.Second)
-		return m, func() {
-			m.kill()
-			time.Sleep(gone)
-			x.must(m.start())
-		}
-	}},
-	{"a master is stopped", func(x *chaos, shards []shard) (any, func()) {
-		m, gone := x.shard(shards).master, x.within(5*time.Second)
-		return m, func() {
-			m.signal(syscall.SIGTERM)
-			_ = m.cmd.Wait()
-			time.Sleep(gone)
-			x.must(m.start())
-		}
-	}},
-	{"a master is paused", func(x *chaos, shards []shard) (any, func()) {
-		m, d := x.shard(shards).master, x.within(5*time.Second)
-		return m, func() {
-			m.signal(syscall.SIGSTOP)
-			time.Sleep(d)
-			m.signal(syscall.SIGCONT)
-		}
-	}},
-	{"a master is flushed", func(x *chaos, shards []shard) (any, func()) {
-		m := x.shard(shards).master
-		return m, func() { m.ask("FLUSHALL") }
-	}},
-	{"the connections of a master are cut", func(x *chaos, shards []shard) (any, func()) {
-		m, times := x.shard(shards).master, 1+x.rng.IntN(20)
-		return m, func() {
-			for range times {
-				m.ask("CLIENT", "KILL", "TYPE", "normal")
-				time.Sleep(20 * time.Millisecond)
-			}
-		}
-	}},
-	{"a master is full", func(x *chaos, shards []shard) (any, func()) {
-		m, d := x.shard(shards).master, x.within(5*time.Second)
-		return m, func() {
-			m.ask("CONFIG", "SET", "maxmemory", "1")
-			time.Sleep(d)
-			m.ask("CONFIG", "SET", "maxmemory", "0")
-		}
-	}},
+	})},
+	{"a master is full", ofMaster(5*time.Second, func(_ *chaos, m *clusterNode, d time.Duration) {
+		m.ask("CONFIG", "SET", "maxmemory", "1")
+		time.Sleep(d)
+		m.ask("CONFIG", "SET", "maxmemory", "0")
+	})},
 	{"a replica is promoted", func(x *chaos, shards []shard) (any, func()) {
 		s := x.shard(shards)
 		return s.master, func() { s.replica.ask("CLUSTER", "FAILOVER") }
@@ -403,8 +359,8 @@ func TestRandomFaults(t *testing.T) {
 		time.Sleep(5 * time.Second)
 	})
 	for _, i := range instances {
-		if bad := i.stop(); bad != "" {
-			t.Error(bad)
+		if err := i.stop(stopWait); err != nil {
+			t.Error(err)
 		}
 	}
 	judgeReasons(t, f, v)
@@ -472,8 +428,8 @@ func TestAKillTaintsItsWindowAlone(t *testing.T) {
 		time.Sleep(4 * time.Second)
 	})
 	for _, i := range instances {
-		if bad := i.stop(); bad != "" {
-			t.Error(bad)
+		if err := i.stop(stopWait); err != nil {
+			t.Error(err)
 		}
 	}
 	judgeReasons(t, f, v)

@@ -52,7 +52,8 @@ func parseEvery(s string) (low, high time.Duration, err error) {
 // ends it.
 func (s *spawner) run(ctx context.Context) error {
 	for {
-		if err := s.start(); err != nil {
+		var err error
+		if s.server, err = startProcess(s.command, s.output); err != nil {
 			return err
 		}
 		last := s.kills > 0 && s.killed == s.kills
@@ -71,33 +72,54 @@ func (s *spawner) run(ctx context.Context) error {
 		}
 		s.killed++
 		if s.signal == syscall.SIGKILL {
-			s.server.cmd.Process.Kill()
-			<-s.server.exited
+			s.server.kill()
 		} else if !s.end() {
 			return nil
 		}
 	}
 }
 
+// process is a server that was started.
 type process struct {
 	cmd    *exec.Cmd
 	exited chan struct{}
 	err    error // after exited
 }
 
-func (s *spawner) start() error {
-	cmd := exec.Command("sh", "-c", "exec "+s.command)
-	cmd.Stdout, cmd.Stderr = s.output, s.output
+// startProcess runs a command by the shell, which gives its place to it.
+func startProcess(command string, output io.Writer) (*process, error) {
+	cmd := exec.Command("sh", "-c", "exec "+command)
+	cmd.Stdout, cmd.Stderr = output, output
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start the server: %w", err)
+		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	p := &process{cmd: cmd, exited: make(chan struct{})}
 	go func() {
 		p.err = cmd.Wait()
 		close(p.exited)
 	}()
-	s.server = p
-	return nil
+	return p, nil
+}
+
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	<-p.exited
+}
+
+// stop ends the process with SIGTERM and returns what is wrong with how it ended, if
+// anything is.
+func (p *process) stop(limit time.Duration) error {
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.exited:
+		if p.err != nil {
+			return fmt.Errorf("the server ended after SIGTERM with %w", p.err)
+		}
+		return nil
+	case <-time.After(limit):
+		p.kill()
+		return fmt.Errorf("the server did not end within %s of SIGTERM and was killed", limit)
+	}
 }
 
 // awaitAnswer waits until some connection has got an answer from this process, as far as
@@ -171,19 +193,11 @@ func (s *spawner) end() bool {
 		return true
 	default:
 	}
-	server.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-server.exited:
-		if server.err != nil {
-			s.truth.fault("server exit", "the server ended after SIGTERM with %s", outcome(server.err))
-		}
-		return server.err == nil
-	case <-time.After(s.stopLimit):
-		server.cmd.Process.Kill()
-		<-server.exited
-		s.truth.fault("server exit", "the server did not end within %s of SIGTERM and was killed", s.stopLimit)
+	if err := server.stop(s.stopLimit); err != nil {
+		s.truth.fault("server exit", "%v", err)
 		return false
 	}
+	return true
 }
 
 func outcome(err error) string {
