@@ -3,32 +3,22 @@ package stream
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"math/bits"
-	"net"
-	"os"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
-	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
-	"github.com/twmb/franz-go/pkg/sasl"
-	"github.com/twmb/franz-go/pkg/sasl/plain"
-	"github.com/twmb/franz-go/pkg/sasl/scram"
 
 	"verve/counter"
 	"verve/internal/retry"
-	"verve/internal/setting"
 )
 
 // Why a record is visible once.
@@ -52,40 +42,17 @@ import (
 // dropped, too. In group scope other processes publish the same records, so all
 // of them are looked for, every time.
 //
-// Where a kill can fall, and what follows:
-//
-//	before the append      the count is with the counter, which publishes it at the
-//	                       next start; the spool has nothing
-//	in the append,         bbolt's transaction is not committed: as above, and
-//	before its sync        the sequence number is given out again
-//	after the sync,        the record is in the spool; the next session looks, finds
-//	before the produce     nothing and produces
-//	after the produce,     the transaction is open: the fence aborts it, its copy is
-//	before the commit      never visible; the look finds nothing, one new copy
-//	in the commit          the coordinator decided or not: the fence waits until it
-//	                       is settled, and the look sees which it was
-//	after the commit,      the look finds the record, which is acknowledged without
-//	before the ack         being produced
-//	in or after the ack    bbolt's transaction is committed or not: as above, or the
-//	                       record is gone from the spool
-//
-// An acknowledgement that is lost on the way back, a leader that moves and a
-// broker that is killed are the same cases without a kill of ours: the client
-// retries under the same producer id and sequence number, which the broker
-// recognises; when an attempt is given up the session is dropped, and fence and
-// look start again.
+// DESIGN.md, "Records", goes through the moments at which a kill can fall.
+// A lost acknowledgement, a leader that moves and a broker that is killed are the same cases
+// without a kill of ours: the client retries under the same producer id and sequence number,
+// which the broker recognises; when an attempt is given up the session is dropped, and fence
+// and look start again.
 //
 // Group scope. The instances share one transactional id, so an instance that
 // begins a session fences the others. That is what is wanted: it makes the id a
 // lock around look and produce, and the loser finds the winner's record when it
 // looks again. To fence as rarely as possible an instance without a session first looks
 // without one: it begins one only if a record is missing.
-//
-// Keys. The records by key of a record are produced before it and in the same
-// transaction, so one outcome holds for all of them, and the look needs only the record:
-// where it is visible they are, and where it is not they are not. They have a topic of
-// their own. It is not used before the first record that has keys: most servers never need
-// the topic, nor the right to create it.
 //
 // Without transactions. A broker that refuses them (authorisation of the
 // transactional id, or not implemented) leaves idempotence and the look. Open
@@ -95,151 +62,9 @@ import (
 // of either. A kill between the records by key and their record leaves the first, and
 // they are sent again with it; their copies are named by `verve totals --by-key`.
 //
-// How the look finds its place: a record's timestamp is the end of its window,
-// so the first offset at or after the oldest open record's timestamp is not
-// behind it, in whatever order the windows of several instances arrived; topics
-// that stamp with the time of appending stamp later, give or take lookMargin.
-// All partitions are read, as the number of them may have grown. They are read
-// to their end, uncommitted, and the commit and abort markers are followed by
-// hand: a transaction that another instance left open would hold back a
-// committed read until the broker times it out.
-//
-// Retention counts from a record's timestamp, too: after an outage that is longer
-// than the topic keeps records, a broker deletes the oldest as it takes them.
-//
 // Order: all records of an identity go to one partition, one batch at a time,
 // and the next batch follows only when the last one is visible. When the number
 // of partitions grows an identity moves to another at its next session.
-
-// KafkaConfig says how to reach the topic.
-type KafkaConfig struct {
-	Brokers []string // host:port
-	Topic   string   // of the records
-
-	// KeysTopic is that of the records by key; empty: DefaultKeysTopic.
-	KeysTopic string
-
-	// TLS, if not nil, is used for every connection.
-	TLS *tls.Config
-
-	// SASL is empty, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512, in any case. The
-	// password is the content of PasswordFile without the line end. It is read
-	// for each connection, so a wrong or rotated one is put right by writing
-	// the file.
-	SASL         string
-	User         string // for SASL
-	PasswordFile string // see SASL
-
-	// Dial opens the connections to the brokers; nil: TCP, or TLS with TLS.
-	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-}
-
-// DefaultKeysTopic is the topic of the records by key.
-const DefaultKeysTopic = "verve.unique-ids-by-key"
-
-func (c *KafkaConfig) keysTopic() string { return cmp.Or(c.KeysTopic, DefaultKeysTopic) }
-
-func badTopic(topic string) bool {
-	return topic == "" || len(topic) > 249 || topic == "." || topic == ".." ||
-		strings.Trim(topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != ""
-}
-
-// Check refuses what no broker can make work; it is fine without brokers.
-func (c *KafkaConfig) Check() error {
-	if err := checkBrokers(c.Brokers); err != nil {
-		return err
-	}
-	const allowed = "Kafka allows 1 to 249 letters, digits, dots, underscores and hyphens, and neither . nor .."
-	switch {
-	case c.Topic == "" && len(c.Brokers) == 0: // nothing is sent anywhere
-	case badTopic(c.Topic):
-		return setting.Errorf("kafka-topic", allowed)
-	case badTopic(c.keysTopic()):
-		return setting.Errorf("kafka-keys-topic", allowed)
-	case c.keysTopic() == c.Topic:
-		return setting.Errorf("kafka-keys-topic", "want another topic than --kafka-topic")
-	}
-	switch {
-	case c.SASL == "" && c.User != "":
-		return setting.Errorf("kafka-user", "it is used with --kafka-sasl only, which is missing")
-	case c.SASL == "" && c.PasswordFile != "":
-		return setting.Errorf("kafka-password-file", "it is used with --kafka-sasl only, which is missing")
-	case c.SASL == "":
-		return nil
-	}
-	if _, err := c.mechanism(); err != nil {
-		return err
-	}
-	switch {
-	case c.User == "":
-		return setting.Errorf("kafka-sasl", "--kafka-user is missing")
-	case c.PasswordFile == "":
-		return setting.Errorf("kafka-sasl", "--kafka-password-file is missing")
-	}
-	switch p, err := c.password(); {
-	case err != nil:
-		return setting.Errorf("kafka-password-file", "%v", setting.Cause(err))
-	case p == "":
-		return setting.Errorf("kafka-password-file", "the file is empty")
-	}
-	return nil
-}
-
-func (c *KafkaConfig) password() (string, error) {
-	b, err := os.ReadFile(c.PasswordFile)
-	if err != nil {
-		return "", fmt.Errorf("kafka password file: %w", err)
-	}
-	return strings.TrimRight(string(b), "\r\n"), nil
-}
-
-func (c *KafkaConfig) mechanism() (sasl.Mechanism, error) {
-	scramAuth := func(context.Context) (scram.Auth, error) {
-		p, err := c.password()
-		return scram.Auth{User: c.User, Pass: p}, err
-	}
-	switch strings.ToUpper(c.SASL) {
-	case "PLAIN":
-		return plain.Plain(func(context.Context) (plain.Auth, error) {
-			p, err := c.password()
-			return plain.Auth{User: c.User, Pass: p}, err
-		}), nil
-	case "SCRAM-SHA-256":
-		return scram.Sha256(scramAuth), nil
-	case "SCRAM-SHA-512":
-		return scram.Sha512(scramAuth), nil
-	}
-	return nil, setting.Errorf("kafka-sasl", "want PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
-}
-
-// client dials nothing yet.
-func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
-	opts := []kgo.Opt{
-		kgo.SeedBrokers(c.Brokers...),
-		kgo.ClientID("verve"),
-		kgo.DisableClientMetrics(), // this program has its own
-		// Each step of a session has a deadline of its own; within it the client
-		// tries as often as it likes.
-		kgo.RetryTimeout(stepWait),
-		kgo.DialTimeout(stepWait / 2),
-		// A topic that appears or a leader that moves is to be seen soon.
-		kgo.MetadataMinAge(250 * time.Millisecond),
-	}
-	switch {
-	case c.Dial != nil:
-		opts = append(opts, kgo.Dialer(c.Dial))
-	case c.TLS != nil:
-		opts = append(opts, kgo.DialTLSConfig(c.TLS))
-	}
-	if c.SASL != "" {
-		m, err := c.mechanism()
-		if err != nil {
-			return nil, err
-		}
-		opts = append(opts, kgo.SASL(m))
-	}
-	return kgo.NewClient(append(opts, more...)...)
-}
 
 const (
 	// stepWait bounds each step of a session: finding the topic, the fence, a
@@ -282,9 +107,6 @@ const (
 	// where the broker does not refuse at once.
 	rightsWait = time.Second
 )
-
-// errUnsettled is an open transaction that holds a record that is looked for.
-var errUnsettled = errors.New("a transaction that is still open holds the record")
 
 // kafkaSink delivers to a topic.
 type kafkaSink struct {
@@ -759,223 +581,4 @@ func (s *session) commit(ctx context.Context) error {
 		return err
 	}
 	return s.client.EndTransaction(cctx, kgo.TryCommit)
-}
-
-// look returns the entries that are not in the topic, each key once. Behind a
-// session's fence the answer is final for its identity.
-func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error) {
-	want := make(map[string]bool, len(batch))
-	for i := range batch {
-		want[batch[i].record.Key()] = true
-	}
-	var last lastError
-	client, err := k.cfg.client(
-		kgo.WithHooks(&last),
-		kgo.KeepControlRecords(), // the markers
-		kgo.FetchIsolationLevel(kgo.ReadUncommitted()),
-		kgo.FetchMaxWait(250*time.Millisecond),
-	)
-	if err != nil {
-		return nil, err
-	}
-	defer k.closing.Go(client.Close)
-
-	there := topicValues{want: want, visible: make(map[string][]string), open: make(map[transaction][]*kgo.Record)}
-	if err := readToEnd(ctx, client, k.cfg.Topic, lookFrom(batch), there.take); err != nil {
-		return nil, k.lacks("Read", k.cfg.Topic, last.explain(err))
-	}
-	for _, data := range there.open {
-		// Behind the fence every transaction of our id is settled, so this is one
-		// that no fence covers: we look without a session, or the broker has come
-		// to refuse transactions. Only its end tells what it was.
-		return nil, fmt.Errorf("%w: %s", errUnsettled, data[0].Key)
-	}
-	return k.missing(batch, there.visible), nil
-}
-
-// lookFrom returns a time that is before every record of the batch in the topic, zero
-// if there is none.
-func lookFrom(batch []spooled) time.Time {
-	oldest, now := batch[0].record.end(), time.Now()
-	for i := range batch {
-		e := batch[i].record.end()
-		if e.After(now) {
-			return time.Time{} // it may be there with any time up to the present
-		}
-		if e.Before(oldest) {
-			oldest = e
-		}
-	}
-	if oldest.IsZero() {
-		return oldest
-	}
-	return oldest.Add(-lookMargin)
-}
-
-// topicValues collects the committed values of some keys from a topic that is read
-// from its control records on.
-type topicValues struct {
-	want    map[string]bool
-	visible map[string][]string // key -> values
-	open    map[transaction][]*kgo.Record
-}
-
-// transaction is one of a producer on one partition. Transactions end on each
-// partition by itself, with a marker of their producer: one producer may have data on
-// two partitions, once the number of those has grown, and the marker of one says
-// nothing about the data of the other.
-type transaction struct {
-	partition int32
-	producer  int64
-}
-
-func (v *topicValues) take(r *kgo.Record) error {
-	of := transaction{r.Partition, r.ProducerID}
-	switch {
-	case r.Attrs.IsControl():
-		// The key is a version and a type: 0 aborts, 1 commits.
-		if len(r.Key) >= 4 && binary.BigEndian.Uint16(r.Key[2:]) == 1 {
-			for _, data := range v.open[of] {
-				v.show(data)
-			}
-		}
-		delete(v.open, of)
-	case !v.want[string(r.Key)]:
-	case r.Attrs.IsTransactional():
-		v.open[of] = append(v.open[of], r)
-	default:
-		v.show(r)
-	}
-	return nil
-}
-
-func (v *topicValues) show(r *kgo.Record) {
-	v.visible[string(r.Key)] = append(v.visible[string(r.Key)], string(r.Value))
-}
-
-// missing returns the entries of the batch whose key is not visible, each key once.
-func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missing []spooled) {
-	taken := make(map[string]bool)
-	for _, e := range batch {
-		key := e.record.Key()
-		values := visible[key]
-		same := slices.Contains(values, string(e.value))
-		if len(values) > 0 && !same {
-			if e.record.Scope == ScopeInstance || !sameCount(values[0], &e.record) {
-				k.conflict.Add(1)
-				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
-					Msg("the topic has this key with another value: two processes use the same name")
-			}
-			// The group's record of a window is one, whoever sealed it. An
-			// instance's belongs to a namesake, and ours still has to be counted.
-			same = e.record.Scope == ScopeGroup
-		}
-		if !same && !taken[key] {
-			taken[key] = true
-			missing = append(missing, e)
-		}
-	}
-	return missing
-}
-
-// sameCount tells whether a group's record counts the same; who sealed it and
-// when may differ.
-func sameCount(value string, r *Record) bool {
-	there, err := parseRecord([]byte(value))
-	return err == nil && there.Unique == r.Unique
-}
-
-// readToEnd calls fn with the records of all partitions from the first one that
-// is not older than since up to the ends as they are now.
-func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time.Time, fn func(*kgo.Record) error) error {
-	left, err := assign(ctx, client, topic, since)
-	for err == nil && len(left) > 0 {
-		err = poll(ctx, client, left, fn)
-	}
-	return err
-}
-
-// assign has the client consume the partitions that have records to read, and returns
-// where they end.
-func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (ends map[int32]int64, err error) {
-	adm := kadm.NewClient(client)
-	ctx, cancel := context.WithTimeout(ctx, stepWait)
-	defer cancel()
-	listed, err := adm.ListEndOffsets(ctx, topic)
-	if err == nil {
-		err = listed.Error()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list end offsets: %w", err)
-	}
-	var starts kadm.ListedOffsets
-	if since.IsZero() {
-		starts, err = adm.ListStartOffsets(ctx, topic)
-	} else {
-		starts, err = adm.ListOffsetsAfterMilli(ctx, since.UnixMilli(), topic)
-	}
-	if err == nil {
-		err = starts.Error()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list start offsets: %w", err)
-	}
-	ends = make(map[int32]int64)
-	from := make(map[int32]kgo.Offset)
-	listed.Each(func(end kadm.ListedOffset) {
-		start, ok := starts.Lookup(topic, end.Partition)
-		if ok && start.Offset >= 0 && start.Offset < end.Offset {
-			ends[end.Partition] = end.Offset
-			from[end.Partition] = kgo.NewOffset().At(start.Offset)
-		}
-	})
-	if len(ends) > 0 {
-		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
-	}
-	return ends, nil
-}
-
-// poll calls fn with the records of one fetch, and removes the partitions from left
-// that were read to their end.
-func poll(ctx context.Context, client *kgo.Client, left map[int32]int64, fn func(*kgo.Record) error) error {
-	ctx, cancel := context.WithTimeout(ctx, lookStall)
-	defer cancel()
-	fetches := client.PollFetches(ctx)
-	if err := fetches.Err0(); err != nil {
-		return fmt.Errorf("read: %w", err)
-	}
-	for _, e := range fetches.Errors() {
-		return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
-	}
-	for r := range fetches.RecordsAll() {
-		end, ok := left[r.Partition]
-		if ok && r.Offset >= end-1 {
-			delete(left, r.Partition)
-		}
-		if ok && r.Offset < end {
-			if err := fn(r); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// lastError is a hook that keeps what went wrong with a connection last. A step
-// that runs into its deadline knows only that it did.
-type lastError struct{ err atomic.Pointer[error] }
-
-var _ kgo.HookBrokerConnect = (*lastError)(nil)
-
-func (l *lastError) OnBrokerConnect(_ kgo.BrokerMetadata, _ time.Duration, _ net.Conn, err error) {
-	if err != nil {
-		l.err.Store(&err)
-	}
-}
-
-func (l *lastError) explain(err error) error {
-	if last := l.err.Load(); last != nil && errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("%w (last: %w)", err, *last)
-	}
-	return err
 }

@@ -1,0 +1,149 @@
+package stream
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/sasl"
+	"github.com/twmb/franz-go/pkg/sasl/plain"
+	"github.com/twmb/franz-go/pkg/sasl/scram"
+
+	"verve/internal/setting"
+)
+
+// KafkaConfig says how to reach the topic.
+type KafkaConfig struct {
+	Brokers []string // host:port
+	Topic   string   // of the records
+
+	// KeysTopic is that of the records by key; empty: DefaultKeysTopic.
+	KeysTopic string
+
+	// TLS, if not nil, is used for every connection.
+	TLS *tls.Config
+
+	// SASL is empty, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512, in any case. The
+	// password is the content of PasswordFile without the line end. It is read
+	// for each connection, so a wrong or rotated one is put right by writing
+	// the file.
+	SASL         string
+	User         string // for SASL
+	PasswordFile string // see SASL
+
+	// Dial opens the connections to the brokers; nil: TCP, or TLS with TLS.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// DefaultKeysTopic is the topic of the records by key.
+const DefaultKeysTopic = "verve.unique-ids-by-key"
+
+func (c *KafkaConfig) keysTopic() string { return cmp.Or(c.KeysTopic, DefaultKeysTopic) }
+
+func badTopic(topic string) bool {
+	return topic == "" || len(topic) > 249 || topic == "." || topic == ".." ||
+		strings.Trim(topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != ""
+}
+
+// Check refuses what no broker can make work; it is fine without brokers.
+func (c *KafkaConfig) Check() error {
+	if err := checkBrokers(c.Brokers); err != nil {
+		return err
+	}
+	const allowed = "Kafka allows 1 to 249 letters, digits, dots, underscores and hyphens, and neither . nor .."
+	switch {
+	case c.Topic == "" && len(c.Brokers) == 0: // nothing is sent anywhere
+	case badTopic(c.Topic):
+		return setting.Errorf("kafka-topic", allowed)
+	case badTopic(c.keysTopic()):
+		return setting.Errorf("kafka-keys-topic", allowed)
+	case c.keysTopic() == c.Topic:
+		return setting.Errorf("kafka-keys-topic", "want another topic than --kafka-topic")
+	}
+	switch {
+	case c.SASL == "" && c.User != "":
+		return setting.Errorf("kafka-user", "it is used with --kafka-sasl only, which is missing")
+	case c.SASL == "" && c.PasswordFile != "":
+		return setting.Errorf("kafka-password-file", "it is used with --kafka-sasl only, which is missing")
+	case c.SASL == "":
+		return nil
+	}
+	if _, err := c.mechanism(); err != nil {
+		return err
+	}
+	switch {
+	case c.User == "":
+		return setting.Errorf("kafka-sasl", "--kafka-user is missing")
+	case c.PasswordFile == "":
+		return setting.Errorf("kafka-sasl", "--kafka-password-file is missing")
+	}
+	switch p, err := c.password(); {
+	case err != nil:
+		return setting.Errorf("kafka-password-file", "%v", setting.Cause(err))
+	case p == "":
+		return setting.Errorf("kafka-password-file", "the file is empty")
+	}
+	return nil
+}
+
+func (c *KafkaConfig) password() (string, error) {
+	b, err := os.ReadFile(c.PasswordFile)
+	if err != nil {
+		return "", fmt.Errorf("kafka password file: %w", err)
+	}
+	return strings.TrimRight(string(b), "\r\n"), nil
+}
+
+func (c *KafkaConfig) mechanism() (sasl.Mechanism, error) {
+	scramAuth := func(context.Context) (scram.Auth, error) {
+		p, err := c.password()
+		return scram.Auth{User: c.User, Pass: p}, err
+	}
+	switch strings.ToUpper(c.SASL) {
+	case "PLAIN":
+		return plain.Plain(func(context.Context) (plain.Auth, error) {
+			p, err := c.password()
+			return plain.Auth{User: c.User, Pass: p}, err
+		}), nil
+	case "SCRAM-SHA-256":
+		return scram.Sha256(scramAuth), nil
+	case "SCRAM-SHA-512":
+		return scram.Sha512(scramAuth), nil
+	}
+	return nil, setting.Errorf("kafka-sasl", "want PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+}
+
+// client dials nothing yet.
+func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
+	opts := []kgo.Opt{
+		kgo.SeedBrokers(c.Brokers...),
+		kgo.ClientID("verve"),
+		kgo.DisableClientMetrics(), // this program has its own
+		// Each step of a session has a deadline of its own; within it the client
+		// tries as often as it likes.
+		kgo.RetryTimeout(stepWait),
+		kgo.DialTimeout(stepWait / 2),
+		// A topic that appears or a leader that moves is to be seen soon.
+		kgo.MetadataMinAge(250 * time.Millisecond),
+	}
+	switch {
+	case c.Dial != nil:
+		opts = append(opts, kgo.Dialer(c.Dial))
+	case c.TLS != nil:
+		opts = append(opts, kgo.DialTLSConfig(c.TLS))
+	}
+	if c.SASL != "" {
+		m, err := c.mechanism()
+		if err != nil {
+			return nil, err
+		}
+		opts = append(opts, kgo.SASL(m))
+	}
+	return kgo.NewClient(append(opts, more...)...)
+}

@@ -1,0 +1,246 @@
+package stream
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// errUnsettled is an open transaction that holds a record that is looked for.
+var errUnsettled = errors.New("a transaction that is still open holds the record")
+
+// look returns the entries that are not in the topic, each key once. Behind a
+// session's fence the answer is final for its identity.
+//
+// It finds its place by time: a record's timestamp is the end of its window,
+// so the first offset at or after the oldest open record's timestamp is not
+// behind it, in whatever order the windows of several instances arrived; topics
+// that stamp with the time of appending stamp later, give or take lookMargin.
+// All partitions are read, as the number of them may have grown. They are read
+// to their end, uncommitted, and the commit and abort markers are followed by
+// hand: a transaction that another instance left open would hold back a
+// committed read until the broker times it out.
+func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error) {
+	want := make(map[string]bool, len(batch))
+	for i := range batch {
+		want[batch[i].record.Key()] = true
+	}
+	var last lastError
+	client, err := k.cfg.client(
+		kgo.WithHooks(&last),
+		kgo.KeepControlRecords(), // the markers
+		kgo.FetchIsolationLevel(kgo.ReadUncommitted()),
+		kgo.FetchMaxWait(250*time.Millisecond),
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer k.closing.Go(client.Close)
+
+	there := topicValues{want: want, visible: make(map[string][]string), open: make(map[transaction][]*kgo.Record)}
+	if err := readToEnd(ctx, client, k.cfg.Topic, lookFrom(batch), there.take); err != nil {
+		return nil, k.lacks("Read", k.cfg.Topic, last.explain(err))
+	}
+	for _, data := range there.open {
+		// Behind the fence every transaction of our id is settled, so this is one
+		// that no fence covers: we look without a session, or the broker has come
+		// to refuse transactions. Only its end tells what it was.
+		return nil, fmt.Errorf("%w: %s", errUnsettled, data[0].Key)
+	}
+	return k.missing(batch, there.visible), nil
+}
+
+// lookFrom returns a time that is before every record of the batch in the topic, zero
+// if there is none.
+func lookFrom(batch []spooled) time.Time {
+	oldest, now := batch[0].record.end(), time.Now()
+	for i := range batch {
+		e := batch[i].record.end()
+		if e.After(now) {
+			return time.Time{} // it may be there with any time up to the present
+		}
+		if e.Before(oldest) {
+			oldest = e
+		}
+	}
+	if oldest.IsZero() {
+		return oldest
+	}
+	return oldest.Add(-lookMargin)
+}
+
+// topicValues collects the committed values of some keys from a topic that is read
+// from its control records on.
+type topicValues struct {
+	want    map[string]bool
+	visible map[string][]string // key -> values
+	open    map[transaction][]*kgo.Record
+}
+
+// transaction is one of a producer on one partition. Transactions end on each
+// partition by itself, with a marker of their producer: one producer may have data on
+// two partitions, once the number of those has grown, and the marker of one says
+// nothing about the data of the other.
+type transaction struct {
+	partition int32
+	producer  int64
+}
+
+func (v *topicValues) take(r *kgo.Record) error {
+	of := transaction{r.Partition, r.ProducerID}
+	switch {
+	case r.Attrs.IsControl():
+		// The key is a version and a type: 0 aborts, 1 commits.
+		if len(r.Key) >= 4 && binary.BigEndian.Uint16(r.Key[2:]) == 1 {
+			for _, data := range v.open[of] {
+				v.show(data)
+			}
+		}
+		delete(v.open, of)
+	case !v.want[string(r.Key)]:
+	case r.Attrs.IsTransactional():
+		v.open[of] = append(v.open[of], r)
+	default:
+		v.show(r)
+	}
+	return nil
+}
+
+func (v *topicValues) show(r *kgo.Record) {
+	v.visible[string(r.Key)] = append(v.visible[string(r.Key)], string(r.Value))
+}
+
+// missing returns the entries of the batch whose key is not visible, each key once.
+func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missing []spooled) {
+	taken := make(map[string]bool)
+	for _, e := range batch {
+		key := e.record.Key()
+		values := visible[key]
+		same := slices.Contains(values, string(e.value))
+		if len(values) > 0 && !same {
+			if e.record.Scope == ScopeInstance || !sameCount(values[0], &e.record) {
+				k.conflict.Add(1)
+				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
+					Msg("the topic has this key with another value: two processes use the same name")
+			}
+			// The group's record of a window is one, whoever sealed it. An
+			// instance's belongs to a namesake, and ours still has to be counted.
+			same = e.record.Scope == ScopeGroup
+		}
+		if !same && !taken[key] {
+			taken[key] = true
+			missing = append(missing, e)
+		}
+	}
+	return missing
+}
+
+// sameCount tells whether a group's record counts the same; who sealed it and
+// when may differ.
+func sameCount(value string, r *Record) bool {
+	there, err := parseRecord([]byte(value))
+	return err == nil && there.Unique == r.Unique
+}
+
+// readToEnd calls fn with the records of all partitions from the first one that
+// is not older than since up to the ends as they are now.
+func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time.Time, fn func(*kgo.Record) error) error {
+	left, err := assign(ctx, client, topic, since)
+	for err == nil && len(left) > 0 {
+		err = poll(ctx, client, left, fn)
+	}
+	return err
+}
+
+// assign has the client consume the partitions that have records to read, and returns
+// where they end.
+func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (ends map[int32]int64, err error) {
+	adm := kadm.NewClient(client)
+	ctx, cancel := context.WithTimeout(ctx, stepWait)
+	defer cancel()
+	listed, err := adm.ListEndOffsets(ctx, topic)
+	if err == nil {
+		err = listed.Error()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list end offsets: %w", err)
+	}
+	var starts kadm.ListedOffsets
+	if since.IsZero() {
+		starts, err = adm.ListStartOffsets(ctx, topic)
+	} else {
+		starts, err = adm.ListOffsetsAfterMilli(ctx, since.UnixMilli(), topic)
+	}
+	if err == nil {
+		err = starts.Error()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list start offsets: %w", err)
+	}
+	ends = make(map[int32]int64)
+	from := make(map[int32]kgo.Offset)
+	listed.Each(func(end kadm.ListedOffset) {
+		start, ok := starts.Lookup(topic, end.Partition)
+		if ok && start.Offset >= 0 && start.Offset < end.Offset {
+			ends[end.Partition] = end.Offset
+			from[end.Partition] = kgo.NewOffset().At(start.Offset)
+		}
+	})
+	if len(ends) > 0 {
+		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
+	}
+	return ends, nil
+}
+
+// poll calls fn with the records of one fetch, and removes the partitions from left
+// that were read to their end.
+func poll(ctx context.Context, client *kgo.Client, left map[int32]int64, fn func(*kgo.Record) error) error {
+	ctx, cancel := context.WithTimeout(ctx, lookStall)
+	defer cancel()
+	fetches := client.PollFetches(ctx)
+	if err := fetches.Err0(); err != nil {
+		return fmt.Errorf("read: %w", err)
+	}
+	for _, e := range fetches.Errors() {
+		return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
+	}
+	for r := range fetches.RecordsAll() {
+		end, ok := left[r.Partition]
+		if ok && r.Offset >= end-1 {
+			delete(left, r.Partition)
+		}
+		if ok && r.Offset < end {
+			if err := fn(r); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// lastError is a hook that keeps what went wrong with a connection last. A step
+// that runs into its deadline knows only that it did.
+type lastError struct{ err atomic.Pointer[error] }
+
+var _ kgo.HookBrokerConnect = (*lastError)(nil)
+
+func (l *lastError) OnBrokerConnect(_ kgo.BrokerMetadata, _ time.Duration, _ net.Conn, err error) {
+	if err != nil {
+		l.err.Store(&err)
+	}
+}
+
+func (l *lastError) explain(err error) error {
+	if last := l.err.Load(); last != nil && errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("%w (last: %w)", err, *last)
+	}
+	return err
+}
