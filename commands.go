@@ -174,6 +174,13 @@ func (t *totalsReport) gap(g stream.Gap) {
 	t.complain("gap: %v", g)
 }
 
+// repeats names the records that should not be there, from the given one on.
+func (t *totalsReport) repeats(from int) {
+	for _, r := range t.sums.Repeats()[from:] {
+		t.complain("repeat: %s", r)
+	}
+}
+
 // empty says that there was nothing to add up.
 func (t *totalsReport) empty() {
 	if t.any {
@@ -207,22 +214,14 @@ func (t *totalsReport) read(ctx context.Context, start time.Time, err error) (sk
 // whole reads the records before those by key: then the keys of each are there.
 func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	for r, err := range records {
-		skip, err := t.read(ctx, r.WindowStart, err)
-		if err != nil {
+		if err := t.take(ctx, readRecord{Record: r, err: err}); err != nil {
 			return err
-		}
-		if !skip {
-			t.sums.Add(r)
 		}
 	}
 	if keys != nil {
 		for r, err := range keys {
-			skip, err := t.read(ctx, r.WindowStart, err)
-			if err != nil {
+			if err := t.take(ctx, readRecord{key: &r, err: err}); err != nil {
 				return err
-			}
-			if !skip {
-				t.sums.AddKey(r)
 			}
 		}
 	}
@@ -231,9 +230,7 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 	for _, g := range t.sums.Gaps() {
 		t.gap(g)
 	}
-	for _, r := range t.sums.Repeats() {
-		t.complain("repeat: %s", r)
-	}
+	t.repeats(0)
 	if keys != nil {
 		for _, flaw := range t.sums.Flaws() {
 			t.complain("keys: %v", flaw)
@@ -317,7 +314,7 @@ type groupWindow struct {
 	counter.Span
 }
 
-// take adds a record that comes in order, and names what is missing before it.
+// take adds a record. With --follow it names what is missing before it, and repeats.
 func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	if r.key != nil {
 		r.WindowStart = r.key.WindowStart
@@ -326,18 +323,21 @@ func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	if skip || err != nil {
 		return err
 	}
-	known := len(t.sums.Repeats())
-	if r.key != nil {
+	follow, known := t.changed != nil, len(t.sums.Repeats())
+	switch {
+	case r.key != nil:
 		t.sums.AddKey(*r.key) // its window changes with its record
-	} else {
+	case follow:
 		for _, g := range t.sums.Before(r.Record) {
 			t.gap(g)
 		}
-		t.sums.Add(r.Record)
 		t.changed[groupWindow{r.Group, r.Span()}] = time.Now()
+		fallthrough
+	default:
+		t.sums.Add(r.Record)
 	}
-	for _, again := range t.sums.Repeats()[known:] {
-		t.complain("repeat: %s", again)
+	if follow {
+		t.repeats(known)
 	}
 	return nil
 }

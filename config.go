@@ -263,15 +263,7 @@ func (c *config) explain(err error) error {
 			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase(), why)
 		}
 	}
-	return usageError{errors.New(strings.Map(printable, why))}
-}
-
-// printable keeps an error in one line.
-func printable(r rune) rune {
-	if unicode.IsControl(r) {
-		return ' '
-	}
-	return r
+	return usageError{errors.New(strings.Join(strings.FieldsFunc(why, unicode.IsControl), " "))} // one line
 }
 
 // wanted says what values the flag takes.
@@ -549,14 +541,6 @@ func checkAddress(name, addr string) error {
 	return nil
 }
 
-// spoolDir is the directory of the spool, empty for memory.
-func (c *config) spoolDir() string {
-	if c.DataDir == noDataDir {
-		return ""
-	}
-	return c.DataDir
-}
-
 // inDataDir is a path in the data directory, empty without one.
 func (c *config) inDataDir(name string) string {
 	if c.DataDir == noDataDir {
@@ -608,7 +592,7 @@ func (c *config) redis() redis.Config {
 }
 
 func (c *config) spool() stream.SpoolConfig {
-	return stream.SpoolConfig{Dir: c.spoolDir(), Group: c.Group, Instance: c.Instance}
+	return stream.SpoolConfig{Dir: c.inDataDir("."), Group: c.Group, Instance: c.Instance}
 }
 
 func (c *config) callbacks() callback.Config {

@@ -452,7 +452,7 @@ func (p *program) stop() {
 		// Connections not accepted yet wait for the next process, which can count their ids.
 		{"", func() error { return p.leaveSocket(budget) }},
 		// From here on ids are answered 503: the last record has every id that was answered ok.
-		{"", p.seal},
+		{"", func() error { p.counter.Seal(); return nil }},
 		// Requests that were counted get their answers and start their callbacks.
 		{"requests not finished in time", func() error { return p.server.Shutdown(budget) }},
 		// No request can start another callback. The records need the other half of the time.
@@ -464,7 +464,7 @@ func (p *program) stop() {
 		// Records not delivered stay in the spool for the next start.
 		{"records not delivered in time", func() error { return p.flush(budget) }},
 		// A stop can be over before the goroutine that notifies has run.
-		{"systemd was not notified of the stop in time", func() error { return p.awaitNotified(budget) }},
+		{"systemd was not notified of the stop in time", func() error { return await(budget, p.notified) }},
 		// Nothing is left for them to do.
 		{"a part did not end in time", p.endParts},
 		// Last, so that operators can watch the stop.
@@ -512,11 +512,6 @@ func (p *program) notReady() error {
 	return nil
 }
 
-func (p *program) seal() error {
-	p.counter.Seal()
-	return nil
-}
-
 func (p *program) drainCallbacks(ctx context.Context) error {
 	dropped := p.callbacks.Drain(ctx)
 	p.stopCallbacks()
@@ -528,20 +523,18 @@ func (p *program) drainCallbacks(ctx context.Context) error {
 
 // awaitClosed waits until the last record is published or spooled.
 func (p *program) awaitClosed(ctx context.Context) error {
-	select {
-	case <-p.closed:
-		return nil
-	case <-ctx.Done():
+	err := await(ctx, p.closed)
+	if err != nil {
 		p.stopCounter()
 		<-p.closed
-		return ctx.Err()
 	}
+	return err
 }
 
-// awaitNotified waits until systemd has the notification of the stop.
-func (p *program) awaitNotified(ctx context.Context) error {
+// await waits until done is closed.
+func await(ctx context.Context, done <-chan struct{}) error {
 	select {
-	case <-p.notified:
+	case <-done:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

@@ -54,9 +54,9 @@ type Records struct {
 
 // Sink is where records are delivered to.
 type Sink struct {
-	Name    string // "kafka", "file"
-	Target  string // the topic and its brokers, or the path of the file
-	Failing string // why it does not take records now; empty if it does
+	Name    string `json:"name"`   // "kafka", "file"
+	Target  string `json:"target"` // the topic and its brokers, or the path of the file
+	Failing string `json:"-"`      // why it does not take records now; empty if it does
 }
 
 // AdminConfig of an Admin. All fields but Version, Shared, Sealed, History and

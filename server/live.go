@@ -159,7 +159,7 @@ type liveMessage struct {
 	RatesKept int          `json:"rates_kept"`
 
 	// Sinks are where the records go.
-	Sinks []liveSink `json:"sinks"`
+	Sinks []Sink `json:"sinks"`
 
 	// MaxIDs is how many ids the open window can hold, 0 if that is not known.
 	MaxIDs          uint64 `json:"max_ids"`
@@ -181,12 +181,6 @@ type liveMessage struct {
 type liveGroup struct {
 	Members int  `json:"members"`
 	Leading bool `json:"leading"` // this instance publishes the records
-}
-
-// liveSink is where records go.
-type liveSink struct {
-	Name   string `json:"name"`
-	Target string `json:"target"`
 }
 
 // live tells the pages that are open what happens.
@@ -325,7 +319,7 @@ func (l *live) message(now time.Time) liveMessage {
 	m := liveMessage{
 		Time: now.UnixMilli(), Group: w.Group, Instance: w.Instance, Version: a.cfg.Version,
 		Started: l.started.UnixMilli(), Ready: r, Blocking: r.blocking, Failing: r.failing,
-		Open: w.Open, Windows: w.Windows, RatesKept: liveRates, Sinks: []liveSink{},
+		Open: w.Open, Windows: w.Windows, RatesKept: liveRates, Sinks: append([]Sink{}, a.cfg.Records().Sinks...), // never null
 		MaxIDs: ids.Fit, MaxIDsEstimated: ids.Estimated, IDBytes: ids.Bytes, MaxIDBytes: ids.MaxBytes, Resident: l.resident.Load(),
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
@@ -335,9 +329,6 @@ func (l *live) message(now time.Time) liveMessage {
 	if a.cfg.Shared != nil {
 		g := a.cfg.Shared()
 		m.Shared = &liveGroup{g.Members, g.Leading}
-	}
-	for _, k := range a.cfg.Records().Sinks {
-		m.Sinks = append(m.Sinks, liveSink{k.Name, k.Target})
 	}
 	if addr, ok := a.server.ln.Addr().(*net.TCPAddr); ok {
 		m.PublicPort, m.PublicTLS = addr.Port, a.server.cfg.TLS != nil

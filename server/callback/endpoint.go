@@ -203,15 +203,10 @@ func (ep *Endpoint) assemble(name, target []byte) {
 	ep.host = ep.url[host:hostEnd]
 }
 
-// cutPrefixFold is bytes.CutPrefix for a lower-case ASCII prefix in any case.
+// cutPrefixFold is bytes.CutPrefix for an ASCII prefix in any case, of ASCII.
 func cutPrefixFold(b []byte, prefix string) ([]byte, bool) {
-	if len(b) < len(prefix) {
+	if len(b) < len(prefix) || !bytes.EqualFold(b[:len(prefix)], []byte(prefix)) {
 		return nil, false
-	}
-	for i := range len(prefix) {
-		if lower(b[i]) != prefix[i] {
-			return nil, false
-		}
 	}
 	return b[len(prefix):], true
 }
