@@ -35,7 +35,7 @@ func (c Count) Span() Span { return Span{c.Start, c.Window} }
 type Claim struct {
 	Mine    bool // this instance writes the line
 	Written bool // the line is in a counts file of the group: no instance writes it
-	Doubt   bool // an earlier writer may have written it here without reporting it
+	Unknown bool // an earlier writer may have written it here without reporting it
 }
 
 // Published is what a publisher has of its last window.

@@ -66,7 +66,7 @@ var tornPrefix = []byte(`{"window_start":"`)
 
 func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)) *fileSink {
 	f := &fileSink{path: path, step: step}
-	f.doubt(unsure)
+	f.mayHave(unsure)
 	if path == "-" {
 		if f.stdout = stdout; stdout == nil {
 			f.stdout = os.Stdout
@@ -78,8 +78,8 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 func (f *fileSink) conflicts() uint64 { return 0 }
 func (f *fileSink) close()            {}
 
-// doubt raises unsure.
-func (f *fileSink) doubt(upTo uint64) {
+// mayHave raises unsure.
+func (f *fileSink) mayHave(upTo uint64) {
 	for {
 		was := f.unsure.Load()
 		if was >= upTo || f.unsure.CompareAndSwap(was, upTo) {
@@ -119,8 +119,8 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, erro
 	if err != nil {
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
-	if claim.Doubt {
-		f.doubt(one[0].index)
+	if claim.Unknown {
+		f.mayHave(one[0].index)
 	}
 	switch {
 	case claim.Written:
@@ -137,7 +137,7 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, erro
 		return n, err
 	}
 	if err := f.claims.Written(ctx, s); err != nil {
-		f.doubt(one[0].index) // it is there
+		f.mayHave(one[0].index) // it is there
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
 	return 1, nil
@@ -155,7 +155,7 @@ func (f *fileSink) write(ctx context.Context, batch []spooled) (int, error) {
 	}
 	err, over := unlessOver(ctx, func() error { return f.append(batch) })
 	if err = cmp.Or(err, over); err != nil {
-		f.doubt(batch[len(batch)-1].index)
+		f.mayHave(batch[len(batch)-1].index)
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
 	f.step(stepProduced)

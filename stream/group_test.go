@@ -176,7 +176,7 @@ func (m memberLedger) Leading() bool {
 
 func (m memberLedger) Claim(_ context.Context, s counter.Span) (claim counter.Claim, err error) {
 	err = m.try(func() {
-		claim.Doubt = !s.End().After(m.doubts[m.name])
+		claim.Unknown = !s.End().After(m.doubts[m.name])
 		if e := m.epoch(s); e.written || e.delivered {
 			claim.Written = true
 			return
@@ -187,7 +187,7 @@ func (m memberLedger) Claim(_ context.Context, s counter.Span) (claim counter.Cl
 	return claim, err
 }
 
-func (m memberLedger) Doubt(upTo time.Time) { m.set(func() { m.doubts[m.name] = upTo }) }
+func (m memberLedger) LinesUnknown(upTo time.Time) { m.set(func() { m.doubts[m.name] = upTo }) }
 
 func (m memberLedger) Written(_ context.Context, s counter.Span) error {
 	return m.try(func() { m.epoch(s).written = true })

@@ -584,7 +584,7 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		return spooled{uint64(i + 1), r, b, packKeys(withKeys(window(i), 3).Keys)}
 	}
 	for name, claim := range map[string]counter.Claim{
-		"mine": {Mine: true}, "mine in doubt": {Mine: true, Doubt: true}, "written": {Written: true}, "written in doubt": {Written: true, Doubt: true},
+		"mine": {Mine: true}, "mine, unknown": {Mine: true, Unknown: true}, "written": {Written: true}, "written, unknown": {Written: true, Unknown: true},
 	} {
 		path := filepath.Join(t.TempDir(), "counts.jsonl")
 		f := newFileSink(path, nil, 0, noStep)
@@ -593,7 +593,7 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		left := grouped(1)
 		appendText(t, keysFile(path), strings.TrimSuffix(string(appendLines(nil, &left)), string(left.value)+"\n"))
 		unsure := uint64(2)
-		if claim.Doubt {
+		if claim.Unknown {
 			unsure = 0
 		}
 		f = newFileSink(path, nil, unsure, noStep)

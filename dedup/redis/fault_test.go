@@ -344,7 +344,7 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 		return err == nil
 	})
 	way.refusing.Store(false)
-	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
+	if err := a.noticeLosses(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
 	}
 	untilSettled(t, a)
@@ -384,7 +384,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			})
 			way.cut(0) // its reply is on its way
 			way.latency.Store(0)
-			if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
+			if err := a.noticeLosses(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 				t.Fatal(err)
 			}
 			untilSettled(t, a)
@@ -427,7 +427,7 @@ func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 		server.do("HDEL", l.key, "E"+s.key)
 	}
 	l.mu.Unlock()
-	if err := r.settle(t.Context(), time.Unix(0, e.At(0))); err != nil {
+	if err := r.noticeLosses(t.Context(), time.Unix(0, e.At(0))); err != nil {
 		t.Fatal(err)
 	}
 	untilSettled(t, r)
@@ -695,7 +695,7 @@ func TestRedisLosesItsData(t *testing.T) {
 				r *Set
 				e settest.Epochs
 			}{{a, ea}, {b, eb}} {
-				if err := x.r.settle(t.Context(), time.Unix(0, x.e.At(0))); err != nil {
+				if err := x.r.noticeLosses(t.Context(), time.Unix(0, x.e.At(0))); err != nil {
 					t.Fatal(err)
 				}
 				testproc.Until(t, "all is settled", func() bool {
@@ -736,7 +736,7 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	eb := settest.NewEpochs(t, b)
 	wantInTime(t, b, eb, "42", dedup.Unique)
 	way.refusing.Store(false)
-	if err := a.settle(t.Context(), time.Unix(0, ea.At(0))); err != nil {
+	if err := a.noticeLosses(t.Context(), time.Unix(0, ea.At(0))); err != nil {
 		t.Fatal(err)
 	}
 	untilSettled(t, a)

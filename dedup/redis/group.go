@@ -32,9 +32,9 @@ type epochLedger interface {
 	Reconcile(ctx context.Context, open bool) ([]counter.Span, error)
 	// Leading reports whether this instance is the one that publishes.
 	Leading() bool
-	// Doubt says that lines of epochs that ended at or before upTo may be in a
+	// LinesUnknown says that lines of epochs that ended at or before upTo may be in a
 	// counts file although nobody has said so.
-	Doubt(upTo time.Time)
+	LinesUnknown(upTo time.Time)
 	// Delivered says that all sinks have the record.
 	Delivered(ctx context.Context, s counter.Span) error
 	// Leave takes this instance out of the group. It and Others return how many
@@ -277,7 +277,7 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	if !g.term {
 		// An earlier leader may have written it and not said so. What it has not
 		// left undelivered now, nobody can have written before this one.
-		g.ledger.Doubt(upTo)
+		g.ledger.LinesUnknown(upTo)
 	}
 	index, err := g.records.Append(ctx, c)
 	if err != nil {

@@ -40,11 +40,11 @@ const (
 	// leadLease is how long the publisher of the group stays it without a beat.
 	leadLease = memberTTL
 
-	// settleWait is how long the seal waits, behind the last moment at which it
+	// replayWait is how long the seal waits, behind the last moment at which it
 	// would have come, for members that hold ids Redis does not have.
-	settleWait = 5 * time.Second
+	replayWait = 5 * time.Second
 
-	settlePoll = 10 * time.Millisecond
+	replayPoll = 10 * time.Millisecond
 
 	// sealLock keeps the members from sealing the same epoch at once, and a
 	// member whose try failed from the next one. All would come to the same sum:
@@ -87,9 +87,9 @@ type groupIDs interface {
 	// sealIDs seals the ids of an epoch and counts them: the same sum whoever asks,
 	// however often. sessions are those that have answered ids, as sealScript lists them.
 	sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error)
-	// settle looks whether Redis has lost ids of this process since it was last
+	// noticeLosses looks whether Redis has lost ids of this process since it was last
 	// asked; unsettled then knows.
-	settle(ctx context.Context, start time.Time) error
+	noticeLosses(ctx context.Context, start time.Time) error
 	// keyCounts returns how many ids of a sealed epoch are under each key, and their sum:
 	// the same whoever asks, until dropKeys says that the record is delivered.
 	keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error)
@@ -128,23 +128,23 @@ type Ledger struct {
 	unkept  logline.Sampler    // of the line that it cannot be written
 
 	// mu guards what follows.
-	mu       sync.Mutex
-	epochs   []ledgerEpoch  // this process knows of and has not heard to be delivered, oldest first
-	past     []counter.Span // whose records are known to be delivered, the last ones
-	newest   time.Time      // start of the newest epoch that this process has opened
-	lead     time.Time      // until then this member publishes, as its lease ends
-	others   int            // members alive beside this one
-	offset   time.Duration  // how far the clock of Redis is ahead of this one
-	unsure   time.Duration  // of offset
-	odd      string         // why this member, with another window, stands outside of its group
-	oddAt    time.Time      // when a member of the group was seen last that kept it there
-	strange  string         // another member that stands outside, and why
-	doubted  time.Time      // epochs that ended at or before it: see Doubt
-	beatErr  error          // of the last beat
-	lastBeat time.Time
-	beaten   int64     // when that was, by the clock of Redis
-	back     time.Time // when a beat was answered again after others may be taken for dead
-	keyed    keyedSpan // read last
+	mu        sync.Mutex
+	epochs    []ledgerEpoch  // this process knows of and has not heard to be delivered, oldest first
+	past      []counter.Span // whose records are known to be delivered, the last ones
+	newest    time.Time      // start of the newest epoch that this process has opened
+	lead      time.Time      // until then this member publishes, as its lease ends
+	others    int            // members alive beside this one
+	offset    time.Duration  // how far the clock of Redis is ahead of this one
+	unsure    time.Duration  // of offset
+	odd       string         // why this member, with another window, stands outside of its group
+	oddAt     time.Time      // when a member of the group was seen last that kept it there
+	strange   string         // another member that stands outside, and why
+	unclaimed time.Time      // epochs that ended at or before it: see LinesUnknown
+	beatErr   error          // of the last beat
+	lastBeat  time.Time
+	beaten    int64     // when that was, by the clock of Redis
+	back      time.Time // when a beat was answered again after others may be taken for dead
+	keyed     keyedSpan // read last
 }
 
 // keyedSpan is the keys of a sealed epoch.
@@ -695,7 +695,7 @@ func (l *Ledger) unsettled() string {
 
 // Report says what this process knows of an epoch that it has left for good:
 // whether it served the whole of it, and whether no id was lost. Ids of it that
-// Redis has lost are first put back, if that takes no longer than settleWait.
+// Redis has lost are first put back, if that takes no longer than replayWait.
 //
 // It returns false for an epoch that the group has not taken: no id was added to
 // it, and there is nothing to publish.
@@ -714,7 +714,7 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	}
 	c.Complete = c.Complete && !l.wasLate(s)
 	l.final(s, c.Unique, false)
-	err = l.settle(ctx, s)
+	err = l.replayLosses(ctx, s)
 	if err == nil {
 		n := l.final(s, c.Unique, true)
 		_, err = l.exec(ctx, reportScript,
@@ -741,18 +741,18 @@ func (l *Ledger) takes(s counter.Span) bool {
 	return e == nil || e.registered
 }
 
-// settle asks for losses and waits until they are made good.
-func (l *Ledger) settle(ctx context.Context, s counter.Span) error {
-	if err := l.cfg.IDs.settle(ctx, s.Start); err != nil {
+// replayLosses looks for losses and waits until their ids are in Redis again.
+func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
+	if err := l.cfg.IDs.noticeLosses(ctx, s.Start); err != nil {
 		return err
 	}
-	deadline := time.Now().Add(settleWait)
+	deadline := time.Now().Add(replayWait)
 	for {
 		oldest, newest, some := l.cfg.IDs.unsettled()
 		if !some || oldest.After(s.Start) || newest.Before(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
-		if err := retry.Sleep(ctx, settlePoll); err != nil {
+		if err := retry.Sleep(ctx, replayPoll); err != nil {
 			return err
 		}
 	}
@@ -864,7 +864,7 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
-		ms(l.cfg.MaxSkew), ms(settleWait), ms(sealLock), ms(keepUndelivered), "", "",
+		ms(l.cfg.MaxSkew), ms(replayWait), ms(sealLock), ms(keepUndelivered), "", "",
 	}
 	for {
 		if err := l.othersAreBack(ctx); err != nil {
@@ -911,7 +911,7 @@ func (l *Ledger) othersAreBack(ctx context.Context) error {
 		if !failing && back <= 0 {
 			return nil
 		}
-		if err := retry.Sleep(ctx, settlePoll); err != nil {
+		if err := retry.Sleep(ctx, replayPoll); err != nil {
 			return err
 		}
 	}
@@ -1062,15 +1062,15 @@ func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, erro
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return counter.Claim{Mine: what == 1, Written: what == 2, Doubt: !s.End().After(l.doubted)}, nil
+	return counter.Claim{Mine: what == 1, Written: what == 2, Unknown: !s.End().After(l.unclaimed)}, nil
 }
 
-// Doubt makes Claim say of epochs that ended at or before upTo that an earlier
+// LinesUnknown makes Claim report, for epochs that ended at or before upTo, that an earlier
 // leader may have written their lines without reporting it.
-func (l *Ledger) Doubt(upTo time.Time) {
+func (l *Ledger) LinesUnknown(upTo time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.doubted = upTo
+	l.unclaimed = upTo
 }
 
 // Written says that the line is in a counts file of the group.

@@ -72,7 +72,7 @@ type fakeIDs struct {
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)           { return f.client, nil }
-func (f *fakeIDs) settle(context.Context, time.Time) error { return nil }
+func (f *fakeIDs) noticeLosses(context.Context, time.Time) error { return nil }
 
 func (f *fakeIDs) foreign() bool { return false }
 
@@ -266,7 +266,7 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 	}
 
 	// It is in vain from some time on.
-	s = spanEnded(2*time.Second + settleWait)
+	s = spanEnded(2*time.Second + replayWait)
 	a, b = g.member("c"), g.member("d", holds)
 	held.Store(true)
 	g.report(s, true, b)

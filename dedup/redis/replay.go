@@ -315,10 +315,10 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	return oldest, newest, some
 }
 
-// settle asks every lane of Redis about the epoch that starts at start, so that
+// noticeLosses asks every lane of Redis about the epoch that starts at start, so that
 // a loss is noticed of which this process has not heard. What unsettled says
 // after it is true of that moment.
-func (r *Set) settle(ctx context.Context, start time.Time) error {
+func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 	r.mu.Lock()
 	i := slices.IndexFunc(r.epochs, func(s *redisEpoch) bool { return s.start.Equal(start) })
 	if i < 0 {
