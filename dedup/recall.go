@@ -89,10 +89,10 @@ func (m *Memory) recall() {
 	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
 	v.wideSample.Store(had.wide / sampleEvery)
 	if had.narrow > 0 { // else there may be no table
-		j.first.unfit = m.replay(segments, m.narrowFiller(v, had.narrow))
+		j.first.unfit = m.replay(segments, fillerOf(m, v, m.narrow, narrowKind, had.narrow))
 	}
 	if had.wide > 0 && j.first.unfit == nil {
-		j.first.unfit = m.replay(segments, m.wideFiller(v, had.wide))
+		j.first.unfit = m.replay(segments, fillerOf(m, v, m.wide, wideKind, had.wide))
 	}
 	if j.first.unfit == nil {
 		j.first.unfit = m.replayOptions(v, segments)
@@ -166,52 +166,24 @@ type filler struct {
 	fill func(words []uint64, occupied []uint16) error
 }
 
-func (m *Memory) narrowFiller(v *View, records uint64) filler {
-	first := v.narrow.levels[0].Load()
-	return filler{
-		kind: narrowKind, records: records,
-		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
-		add: func(words []uint64) error {
-			for i, x := range words {
-				v.narrow.prefetch(words[min(i+replayAhead, len(words)-1)], 1)
-				if _, err := m.addNarrow(v, x, false); err != nil {
-					return err
-				}
-			}
-			return nil
-		},
-		fill: func(words []uint64, occupied []uint16) error {
-			far := 0
-			for _, x := range words {
-				bucket, low := bits.Mul64(x, uint64(len(first.buckets))) // as level.choose
-				slot, n := takeFree(&occupied[bucket], low)
-				if n == slotsPerBucket {
-					if _, err := m.addNarrow(v, x, false); err != nil {
-						return err
-					}
-					continue
-				}
-				far = max(far, n)
-				b := (*[slotsPerBucket]uint64)(unsafe.Pointer(&first.buckets[bucket]))
-				b[slot] = low&^tagMask | v.tag
-			}
-			if far >= nearlyFull {
-				crowding(m, v.narrow, 0)
-			}
-			return nil
-		},
+// fillerOf is the filler of a table of v: t has ids of that kind.
+func fillerOf[B any](m *Memory, v *View, t *table[B], kind int, records uint64) filler {
+	first, width := t.levels[0].Load(), 1+kind // width in words
+	add := func(words []uint64) (err error) {
+		if kind == narrowKind {
+			_, err = m.addNarrow(v, words[0], false)
+		} else {
+			_, err = m.addWide(v, words[0], words[1], false)
+		}
+		return err
 	}
-}
-
-func (m *Memory) wideFiller(v *View, records uint64) filler {
-	first := v.wide.levels[0].Load()
 	return filler{
-		kind: wideKind, records: records,
+		kind: kind, records: records,
 		table: first.memory.bytes, buckets: uint64(len(first.buckets)), bucketBytes: uint64(unsafe.Sizeof(first.buckets[0])),
 		add: func(words []uint64) error {
-			for i := 0; i < len(words); i += 2 {
-				v.wide.prefetch(words[min(i+2*replayAhead, len(words)-2)], 1)
-				if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
+			for i := 0; i+width <= len(words); i += width {
+				t.prefetch(words[min(i+width*replayAhead, len(words)-width)], 1)
+				if err := add(words[i:]); err != nil {
 					return err
 				}
 			}
@@ -219,21 +191,23 @@ func (m *Memory) wideFiller(v *View, records uint64) filler {
 		},
 		fill: func(words []uint64, occupied []uint16) error {
 			far := 0
-			for i := 0; i+1 < len(words); i += 2 {
+			for i := 0; i+width <= len(words); i += width {
 				bucket, low := bits.Mul64(words[i], uint64(len(first.buckets))) // as level.choose
-				slot, n := takeFreeWide(&occupied[bucket], low)
+				slot, n := takeFree(&occupied[bucket], low, kind)
 				if n == slotsPerBucket {
-					if _, err := m.addWide(v, words[i], words[i+1], false); err != nil {
+					if err := add(words[i:]); err != nil {
 						return err
 					}
 					continue
 				}
 				far = max(far, n)
-				b := (*[slotsPerBucket][2]uint64)(unsafe.Pointer(&first.buckets[bucket]))
-				b[slot] = [2]uint64{low&^tagMask | v.tag, words[i+1]}
+				to := unsafe.Slice((*uint64)(unsafe.Pointer(&first.buckets[bucket])), slotsPerBucket*width)[int(slot)*width:]
+				if to[0] = low&^tagMask | v.tag; width > 1 {
+					to[1] = words[i+1]
+				}
 			}
 			if far >= nearlyFull {
-				crowding(m, v.wide, 0)
+				crowding(m, t, 0)
 			}
 			return nil
 		},
@@ -244,35 +218,27 @@ func (m *Memory) wideFiller(v *View, records uint64) filler {
 // the word's home on, which is n slots from there. n is slotsPerBucket where there
 // is none. A bit for a slot is looked at instead of the words, which takes no
 // loop whose end is guessed wrong, and waits for no line of the table.
-func takeFree(occupied *uint16, word uint64) (slot uint64, n int) {
-	first := home(word)
-	free := ^*occupied >> (first & lineSlots) // of its line
-	other := ^*occupied >> (first&lineSlots ^ lineSlots)
-	round := -int(first % lineSlots)
-	n = bits.TrailingZeros16(uint16(bits.RotateLeft8(uint8(free), round)) | uint16(bits.RotateLeft8(uint8(other), round))<<lineSlots)
-	slot = slotAt(first, uint64(n))
-	if n < slotsPerBucket {
-		*occupied |= 1 << slot
-	}
-	return slot, n
-}
-
-// takeFreeWide is takeFree of a wide bucket.
-func takeFreeWide(occupied *uint16, word uint64) (slot uint64, n int) {
-	first := home(word)
+func takeFree(occupied *uint16, word uint64, kind int) (slot uint64, n int) {
+	first, at := home(word), slotAt
 	free := ^*occupied
-	// Now its line first, and the others as wideSlotAt has them.
-	if first&wideLineSlots != 0 {
-		free = free>>4&0x0f0f | free<<4&0xf0f0
+	if kind == narrowKind {
+		line, other := free>>(first&lineSlots), free>>(first&lineSlots^lineSlots)
+		round := -int(first % lineSlots)
+		free = uint16(bits.RotateLeft8(uint8(line), round)) | uint16(bits.RotateLeft8(uint8(other), round))<<lineSlots
+	} else {
+		at = wideSlotAt
+		// Now its line first, and the others as wideSlotAt has them.
+		if first&wideLineSlots != 0 {
+			free = free>>4&0x0f0f | free<<4&0xf0f0
+		}
+		free = bits.RotateLeft16(free, int(first&(2*wideLineSlots)))
+		// Now its home first in its line, and in the others likewise.
+		turn := first % wideLineSlots
+		low := uint16(0x1111) * (0xf >> turn)
+		free = free>>turn&low | free<<(wideLineSlots-turn)&^low
 	}
-	free = bits.RotateLeft16(free, int(first&(2*wideLineSlots)))
-	// Now its home first in its line, and in the others likewise.
-	turn := first % wideLineSlots
-	low := uint16(0x1111) * (0xf >> turn)
-	free = free>>turn&low | free<<(wideLineSlots-turn)&^low
-	n = bits.TrailingZeros16(free)
-	slot = wideSlotAt(first, uint64(n))
-	if n < slotsPerBucket {
+	if n = bits.TrailingZeros16(free); n < slotsPerBucket {
+		slot = at(first, uint64(n))
 		*occupied |= 1 << slot
 	}
 	return slot, n

@@ -364,14 +364,14 @@ func TestRecalledIdsStandWhereAddedOnesWould(t *testing.T) {
 		for range slotsPerBucket + 2 {
 			word := rnd.Uint64()&^tagMask | tag
 			p, n := b.add(word, false)
-			slot, m := takeFree(&occupied, word)
+			slot, m := takeFree(&occupied, word, narrowKind)
 			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && b[slot].Load() != word {
 				t.Fatalf("add put %#x %d slots from its home (%v), takeFree %d", word, n, p, m)
 			}
 			p, n = wide.add(word, 1, false)
-			slot, m = takeFreeWide(&occupiedWide, word)
+			slot, m = takeFree(&occupiedWide, word, wideKind)
 			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && wide[slot][0].Load() != word {
-				t.Fatalf("add put %#x %d slots from its home in a wide bucket (%v), takeFreeWide %d", word, n, p, m)
+				t.Fatalf("add put %#x %d slots from its home in a wide bucket (%v), takeFree %d", word, n, p, m)
 			}
 		}
 	}

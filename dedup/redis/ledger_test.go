@@ -71,7 +71,7 @@ type fakeIDs struct {
 	keys   func() []counter.KeyCount // of a sealed epoch; nil: none
 }
 
-func (f *fakeIDs) conn() (rueidis.Client, error)           { return f.client, nil }
+func (f *fakeIDs) conn() (rueidis.Client, error)                 { return f.client, nil }
 func (f *fakeIDs) noticeLosses(context.Context, time.Time) error { return nil }
 
 func (f *fakeIDs) foreign() bool { return false }
