@@ -3,10 +3,8 @@ package stream
 import (
 	"errors"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"unicode"
@@ -80,7 +78,6 @@ func checkBrokers(brokers []string) error {
 
 // badBroker says why a broker cannot be one, or "".
 func badBroker(b string) string {
-	colon := strings.LastIndexByte(b, ':')
 	switch {
 	case b == "":
 		return "it is empty"
@@ -92,34 +89,6 @@ func badBroker(b string) string {
 		return "want HOST:PORT without a scheme"
 	case strings.Contains(b, "@"):
 		return "want HOST:PORT without a user, which --kafka-user is for"
-	case colon < 0:
-		return "want HOST:PORT, the port is missing"
 	}
-	port, err := strconv.ParseUint(b[colon+1:], 10, 16)
-	if err != nil || port == 0 || b[colon+1] == '+' {
-		return "want a port from 1 to 65535 after the colon"
-	}
-	if !isHost(b[:colon]) {
-		return "want a host before the colon: a name, an IPv4 address, or an IPv6 address in brackets"
-	}
-	return ""
-}
-
-var (
-	hostName = regexp.MustCompile(`^([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?$`)
-	numeric  = regexp.MustCompile(`(^|\.)[0-9]+$`) // resolvers take it for an address
-)
-
-// isHost reports whether host can be a name or is an address.
-func isHost(host string) bool {
-	if inner, ok := strings.CutPrefix(host, "["); ok {
-		inner, closed := strings.CutSuffix(inner, "]")
-		addr, err := netip.ParseAddr(inner)
-		return closed && err == nil && addr.Is6()
-	}
-	if numeric.MatchString(host) {
-		addr, err := netip.ParseAddr(host)
-		return err == nil && addr.Is4()
-	}
-	return len(host) <= 253 && hostName.MatchString(host)
+	return setting.BadAddress(b, "")
 }

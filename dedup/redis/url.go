@@ -3,7 +3,6 @@ package redis
 import (
 	"cmp"
 	"net"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -111,7 +110,7 @@ func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why str
 			return nil, o, "want unix:///PATH"
 		}
 	case "redis", "rediss", "valkey", "valkeys":
-		if why := badAddress(u.Host); why != "" {
+		if why := setting.BadAddress(u.Host, "6379"); why != "" {
 			return nil, o, why
 		}
 	default:
@@ -124,29 +123,6 @@ func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why str
 		return nil, o, "malformed" // what it quotes may be part of a password; all that can be wrong is judged above
 	}
 	return u, o, ""
-}
-
-// badAddress says why HOST or HOST:PORT cannot be one, or "".
-func badAddress(address string) string {
-	host, port := address, "6379"
-	if colon := strings.LastIndexByte(address, ':'); colon > strings.LastIndexByte(address, ']') {
-		host, port = address[:colon], address[colon+1:]
-	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return "want a port from 1 to 65535"
-	}
-	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
-	if host == "" {
-		return "want a host"
-	}
-	if _, err := netip.ParseAddr(host); err == nil {
-		return ""
-	}
-	last := host[strings.LastIndexByte(host, '.')+1:]
-	if strings.ContainsAny(host, " :,;<>()|*\\") || strings.Trim(last, "0123456789") == "" && last != "" {
-		return "the host is neither a name nor an address"
-	}
-	return ""
 }
 
 // badParameters says what is wrong with path and query, or "".
@@ -182,7 +158,7 @@ func badParameters(u *url.URL, needsMaster bool) string {
 		if _, _, err := net.SplitHostPort(address); err != nil {
 			return "want addr=HOST:PORT"
 		}
-		if why := badAddress(address); why != "" {
+		if why := setting.BadAddress(address, "6379"); why != "" {
 			return "addr: " + why
 		}
 	}
