@@ -582,3 +582,6 @@ func decodeEntry(k, v []byte) (spooled, error) {
 	}
 	return spooled{index: index, record: r, value: bytes.Clone(value)}, nil
 }
+
+// beKey orders bbolt's keys by number.
+func beKey(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }

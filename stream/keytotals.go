@@ -1,99 +1,14 @@
 package stream
 
 import (
-	"bytes"
 	"cmp"
-	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"iter"
 	"maps"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 
-	"github.com/twmb/franz-go/pkg/kerr"
-
 	"verve/counter"
-	"verve/internal/retry"
 )
-
-// ReadKeysFile yields the lines by key beside a counts file, as ReadFile does. There is no
-// such file until a key was used, and none beside what was standard output: without follow
-// they are then looked for in the counts file itself.
-func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
-	return func(yield func(KeyRecord, error) bool) {
-		path := keysFile(countsFile)
-		for {
-			if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
-				break
-			}
-			if !follow {
-				path = countsFile
-				break
-			}
-			if retry.Sleep(ctx, followEvery) != nil {
-				return
-			}
-		}
-		var p keyParser
-		readFile(ctx, path, follow, func(line []byte) (KeyRecord, error) {
-			r, err := p.parse(line)
-			if err != nil && path == countsFile {
-				err = errOtherKind // ReadFile names what is no record either
-			}
-			return r, err
-		})(yield)
-	}
-}
-
-// ReadKeysTopic yields the records by key of their topic, as ReadTopic does. There is no
-// such topic until a key was used.
-func ReadKeysTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[KeyRecord, error] {
-	return func(yield func(KeyRecord, error) bool) {
-		var p keyParser
-		for r, err := range consumeTopic(ctx, cfg, cfg.keysTopic(), follow, p.parse, (*KeyRecord).ID) {
-			if errors.Is(err, kerr.UnknownTopicOrPartition) {
-				continue
-			}
-			if !yield(r, err) {
-				return
-			}
-		}
-	}
-}
-
-// keyParser is parseKeyRecord for one after the other: those of one record differ in key
-// and unique only.
-type keyParser struct {
-	last  KeyRecord
-	lines *keyJSON // of last's record; nil: none yet
-}
-
-func (p *keyParser) parse(b []byte) (KeyRecord, error) {
-	if p.lines != nil {
-		rest, ok := bytes.CutPrefix(b, p.lines.before)
-		rest, also := bytes.CutSuffix(rest, p.lines.after)
-		key, unique, found := bytes.Cut(rest, p.lines.between)
-		if n, err := strconv.ParseUint(string(unique), 10, 64); ok && also && found && err == nil && len(key) > 2 {
-			r := p.last
-			key = key[1 : len(key)-1]
-			r.Key, r.Unique = string(key), n
-			// A line that would be written otherwise, with escapes, takes the long way.
-			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(key, n), b) {
-				return r, nil
-			}
-		}
-	}
-	r, err := parseKeyRecord(b)
-	if err == nil {
-		of := r.record()
-		p.last, p.lines = r, newKeyJSON(&of)
-	}
-	return r, err
-}
 
 // KeyTotals sums records per window and key over all instances of a group, and the windows
 // as Totals. The zero value is ready. It keeps 40 bytes or so for each key of each record;

@@ -1,0 +1,358 @@
+package stream
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kgo"
+
+	"verve/internal/retry"
+)
+
+// errInvalidRecord marks what a reader yields for a line or a Kafka record that
+// is not one of ours; reading goes on behind it. Any other error ends it.
+var errInvalidRecord = errors.New("not a record of this program")
+
+// IsInvalidRecord reports whether an error is about one record, and not about the source:
+// reading continues after it.
+func IsInvalidRecord(err error) bool { return errors.Is(err, errInvalidRecord) }
+
+// followEvery is how often a followed file is looked at.
+const followEvery = 200 * time.Millisecond
+
+// ReadFile yields the records of a counts file in its order. A last line without
+// its end may be being written: it is read again after a while, and then as it is.
+// With follow it waits for its end, and goes on with what is appended, also when the file
+// is replaced, until ctx ends. Lines by key, which standard output has between those of the records,
+// are left out.
+func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
+	var p keyParser
+	return readFile(ctx, path, follow, func(line []byte) (Record, error) {
+		r, err := parseRecord(line)
+		if err != nil {
+			if _, kerr := p.parse(line); kerr == nil {
+				err = errOtherKind
+			}
+		}
+		return r, err
+	})
+}
+
+// errOtherKind is a line that is right, and not one of those that are read.
+var errOtherKind = errors.New("another kind of record")
+
+func readFile[T any](ctx context.Context, path string, follow bool, parse func([]byte) (T, error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var none T
+		file, err := os.Open(path)
+		if err != nil {
+			yield(none, fmt.Errorf("read counts file: %w", err))
+			return
+		}
+		lines := &countsLines{path: path, file: file, r: bufio.NewReaderSize(file, 1<<16)}
+		defer func() { lines.file.Close() }()
+		for ctx.Err() == nil {
+			line, err := lines.next(ctx, follow)
+			switch {
+			case err == nil:
+				record, err := parse(line)
+				if !errors.Is(err, errOtherKind) && !yield(record, lines.invalid(err)) {
+					return
+				}
+			case errors.Is(err, io.EOF), ctx.Err() != nil:
+				return
+			default:
+				yield(none, fmt.Errorf("read counts file: %w", err))
+				return
+			}
+		}
+	}
+}
+
+// countsLines reads a counts file line by line.
+type countsLines struct {
+	path   string
+	file   *os.File
+	r      *bufio.Reader
+	line   []byte // as far as read
+	offset int64  // read so far
+	number int    // of the last line
+
+	unended bool // without follow: the last line was read before, and had no end
+}
+
+// longestLine is far above a record. If a line is longer, as in a file that is none of ours,
+// the rest is dropped.
+const longestLine = 1 << 16
+
+// next returns the next line, valid until the next call; with follow it waits for it. io.EOF
+// is the end of the file.
+func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
+	for {
+		part, err := c.r.ReadSlice('\n')
+		c.offset += int64(len(part))
+		c.line = append(c.line, part[:min(len(part), longestLine-len(c.line))]...)
+		switch {
+		case err == nil:
+			return c.end(), nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, bufio.ErrBufferFull):
+			continue
+		case !errors.Is(err, io.EOF):
+			return nil, err
+		case follow:
+			err = c.await(ctx)
+		case len(c.line) == 0:
+			return nil, err
+		case c.unended:
+			return c.end(), nil
+		default:
+			c.unended = true
+			err = retry.Sleep(ctx, followEvery)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// end ends the line, which may lack its newline.
+func (c *countsLines) end() []byte {
+	line := bytes.TrimSuffix(c.line, []byte{'\n'})
+	c.line = c.line[:0]
+	c.number++
+	return line
+}
+
+// invalid says of a line that it is no record, if err does.
+func (c *countsLines) invalid(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
+}
+
+// await looks for more after a while.
+func (c *countsLines) await(ctx context.Context) error {
+	if err := retry.Sleep(ctx, followEvery); err != nil {
+		return err
+	}
+	return c.catchUp()
+}
+
+// catchUp turns to the file that has the name now, or to the new end of one that
+// was cut.
+func (c *countsLines) catchUp() error {
+	replaced, cut := fileMoved(c.file, c.path, c.offset)
+	switch {
+	case replaced != nil:
+		c.file.Close()
+		c.file, c.offset, c.number = replaced, 0, 0
+	case cut > 0:
+		// The torn tail that was read is gone; its record comes whole.
+		if _, err := c.file.Seek(cut, io.SeekStart); err != nil {
+			return err
+		}
+		c.offset = cut
+	default:
+		return nil
+	}
+	c.line = c.line[:0]
+	c.r.Reset(c.file)
+	return nil
+}
+
+// fileMoved tells what happened to a followed file at its end: another one took
+// its name (returned open), or it was cut shorter than what was read (returned
+// as the new end).
+func fileMoved(file *os.File, path string, read int64) (replaced *os.File, cut int64) {
+	here, err := file.Stat()
+	if err != nil {
+		return nil, 0
+	}
+	if here.Size() < read {
+		cut = here.Size()
+	}
+	named, err := os.Stat(path)
+	if err != nil || os.SameFile(here, named) {
+		return nil, cut
+	}
+	if replaced, err = os.Open(path); err != nil {
+		return nil, cut
+	}
+	return replaced, cut
+}
+
+// ReadTopic yields the records of the topic, in order within an instance. It
+// reads committed records up to the end that the topic has when it starts; where
+// a transaction is open it waits for its end. With follow it goes on until ctx
+// ends.
+func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Record, error] {
+	return consumeTopic(ctx, cfg, cfg.Topic, follow, parseRecord, (*Record).Key)
+}
+
+// consumeTopic yields what parse makes of the values of a topic; id is the key that goes
+// with it.
+func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, follow bool, parse func([]byte) (T, error), id func(*T) string) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var none T
+		if err := cfg.Check(); err != nil {
+			yield(none, err)
+			return
+		}
+		var last lastError
+		client, err := cfg.client(
+			kgo.WithHooks(&last),
+			kgo.FetchIsolationLevel(kgo.ReadCommitted()),
+			kgo.KeepControlRecords(), // they carry the position over what is not yielded
+			kgo.FetchMaxWait(250*time.Millisecond),
+		)
+		if err != nil {
+			yield(none, err)
+			return
+		}
+		defer client.Close()
+		stopped := errors.New("stopped")
+		emit := func(r *kgo.Record) error {
+			if r.Attrs.IsControl() {
+				return nil
+			}
+			record, err := parse(r.Value)
+			err = cmp.Or(checkSchema(r), err)
+			if err == nil && id(&record) != string(r.Key) {
+				err = fmt.Errorf("key %q belongs to %q", r.Key, id(&record))
+			}
+			if err != nil {
+				err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
+			}
+			if !yield(record, err) {
+				return stopped
+			}
+			return nil
+		}
+		if follow {
+			followTopic(ctx, client, topic, emit, func(err error) bool { return yield(none, err) })
+			return
+		}
+		err = readToEnd(ctx, client, topic, time.Time{}, emit)
+		if err != nil && !errors.Is(err, stopped) {
+			yield(none, fmt.Errorf("read %s: %w", topic, last.explain(err)))
+		}
+	}
+}
+
+// followTopic calls emit with the records of the topic, and fail with what fails,
+// until one of them or ctx ends it.
+func followTopic(ctx context.Context, client *kgo.Client, topic string, emit func(*kgo.Record) error, fail func(error) bool) {
+	client.AddConsumeTopics(topic)
+	for ctx.Err() == nil {
+		fetches := client.PollFetches(ctx)
+		for _, e := range fetches.Errors() {
+			if ctx.Err() == nil && !fail(fmt.Errorf("read %s: %w", topic, e.Err)) {
+				return
+			}
+		}
+		for r := range fetches.RecordsAll() {
+			if emit(r) != nil {
+				return
+			}
+		}
+	}
+}
+
+// checkSchema refuses a Kafka record of another program.
+func checkSchema(r *kgo.Record) error {
+	for _, h := range r.Headers {
+		if h.Key == schemaHeader && string(h.Value) != schemaVersion {
+			return fmt.Errorf("schema %q, this program reads %s", h.Value, schemaVersion)
+		}
+	}
+	return nil
+}
+
+// ReadKeysFile yields the lines by key beside a counts file, as ReadFile does. There is no
+// such file until a key was used, and none beside what was standard output: without follow
+// they are then looked for in the counts file itself.
+func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
+	return func(yield func(KeyRecord, error) bool) {
+		path := keysFile(countsFile)
+		for {
+			if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+				break
+			}
+			if !follow {
+				path = countsFile
+				break
+			}
+			if retry.Sleep(ctx, followEvery) != nil {
+				return
+			}
+		}
+		var p keyParser
+		readFile(ctx, path, follow, func(line []byte) (KeyRecord, error) {
+			r, err := p.parse(line)
+			if err != nil && path == countsFile {
+				err = errOtherKind // ReadFile names what is no record either
+			}
+			return r, err
+		})(yield)
+	}
+}
+
+// ReadKeysTopic yields the records by key of their topic, as ReadTopic does. There is no
+// such topic until a key was used.
+func ReadKeysTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[KeyRecord, error] {
+	return func(yield func(KeyRecord, error) bool) {
+		var p keyParser
+		for r, err := range consumeTopic(ctx, cfg, cfg.keysTopic(), follow, p.parse, (*KeyRecord).ID) {
+			if errors.Is(err, kerr.UnknownTopicOrPartition) {
+				continue
+			}
+			if !yield(r, err) {
+				return
+			}
+		}
+	}
+}
+
+// keyParser is parseKeyRecord for one after the other: those of one record differ in key
+// and unique only.
+type keyParser struct {
+	last  KeyRecord
+	lines *keyJSON // of last's record; nil: none yet
+}
+
+func (p *keyParser) parse(b []byte) (KeyRecord, error) {
+	if p.lines != nil {
+		rest, ok := bytes.CutPrefix(b, p.lines.before)
+		rest, also := bytes.CutSuffix(rest, p.lines.after)
+		key, unique, found := bytes.Cut(rest, p.lines.between)
+		if n, err := strconv.ParseUint(string(unique), 10, 64); ok && also && found && err == nil && len(key) > 2 {
+			r := p.last
+			key = key[1 : len(key)-1]
+			r.Key, r.Unique = string(key), n
+			// A line that would be written otherwise, with escapes, takes the long way.
+			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(key, n), b) {
+				return r, nil
+			}
+		}
+	}
+	r, err := parseKeyRecord(b)
+	if err == nil {
+		of := r.record()
+		p.last, p.lines = r, newKeyJSON(&of)
+	}
+	return r, err
+}

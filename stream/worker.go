@@ -1,0 +1,199 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"verve/internal/logline"
+	"verve/internal/retry"
+)
+
+// worker delivers records from the spool to one sink.
+type worker struct {
+	sink   sink
+	name   string // in the spool and the log
+	target string // for people
+	stream *Stream
+
+	// patience is how long a delivery may take until it is reported as failing; 0:
+	// the sink has timeouts of its own, whose errors say more.
+	patience time.Duration
+
+	log logline.Sampler // of failures; begins anew when the sink works again
+
+	// prepare, if there is one, is called until it succeeds or there is a record:
+	// so what will keep records from the sink shows before the first one. Only run uses it.
+	prepare func(ctx context.Context) error
+
+	// mu guards what Stats reports.
+	mu           sync.Mutex
+	delivery     uint64    // number of the one under way, or of the next one
+	failingSince time.Time // zero while the sink works
+	failure      error     // the last one since then
+}
+
+func (w *worker) run(ctx context.Context) {
+	var wait retry.Backoff
+	for ctx.Err() == nil {
+		moved, err := w.step(ctx)
+		if moved || err == nil {
+			wait = retry.Backoff{} // what moves is worth trying again at once
+		}
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		w.failed(err)
+		w.logFailure(err)
+		if wait.Sleep(ctx) != nil {
+			return
+		}
+	}
+}
+
+// step delivers one batch, or prepares the sink, or waits for a record. moved is set
+// if records were acknowledged.
+func (w *worker) step(ctx context.Context) (moved bool, err error) {
+	spool := w.stream.spool
+	_, changed := spool.watch()
+	batch, err := spool.next(w.name, batchSize, batchKeys)
+	switch {
+	case err != nil:
+		return false, err
+	case len(batch) > 0:
+		w.prepare = nil // the delivery meets the same
+		moved, err = w.deliverBatch(ctx, batch)
+	case w.prepare != nil:
+		if err = w.prepare(ctx); err == nil {
+			w.prepare = nil
+		}
+	default:
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+		return false, nil
+	}
+	if err == nil {
+		w.recovered()
+	}
+	return moved, err
+}
+
+// deliverBatch acknowledges what the sink took of the batch, and a record that the
+// sink can never take when that is set aside.
+func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool, err error) {
+	n, err := w.deliver(ctx, batch)
+	if poison, is := errors.AsType[*poisonError](err); is {
+		if err = w.condemn(batch[n], poison.err); err == nil {
+			n++
+		}
+	}
+	if n > 0 {
+		if aerr := w.ack(ctx, batch[n-1].index); err == nil {
+			err = aerr
+		}
+	}
+	return n > 0, err
+}
+
+// deliver hands a batch to the sink. While that takes longer than the sink's
+// patience it is reported as failing: a write that does not return has no error.
+func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
+	if w.patience == 0 {
+		return w.sink.deliver(ctx, batch)
+	}
+	w.mu.Lock()
+	number := w.delivery
+	w.mu.Unlock()
+	late := time.AfterFunc(w.patience, func() {
+		err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
+		w.mu.Lock()
+		current := w.delivery == number
+		if current {
+			w.fail(err)
+		}
+		w.mu.Unlock()
+		if current {
+			w.logFailure(err)
+		}
+	})
+	defer late.Stop()
+	defer func() {
+		w.mu.Lock()
+		w.delivery++
+		w.mu.Unlock()
+	}()
+	return w.sink.deliver(ctx, batch)
+}
+
+func (w *worker) logFailure(err error) {
+	if hidden, ok := w.log.Allow(time.Now()); ok {
+		w.stream.cfg.Log.Warn().Str("sink", w.name).Err(err).Uint64("hidden", hidden).
+			Msg("records are not delivered, trying again")
+	}
+}
+
+// ack records progress. The disk may refuse; then what is delivered is known to
+// this process only, and a restart finds out by looking at the sink.
+func (w *worker) ack(ctx context.Context, to uint64) error {
+	var wait retry.Backoff
+	for {
+		err := w.stream.spool.ack(w.name, to)
+		if err == nil {
+			w.stream.step(stepAcked)
+			return nil
+		}
+		err = fmt.Errorf("acknowledge in the spool: %w", err)
+		w.failed(err)
+		if wait.Sleep(ctx) != nil {
+			return err
+		}
+	}
+}
+
+func (w *worker) condemn(e spooled, reason error) error {
+	if err := w.stream.spool.condemn(w.name, e, reason.Error()); err != nil {
+		return fmt.Errorf("set a refused record aside: %w", err)
+	}
+	w.stream.cfg.Log.Error().Str("sink", w.name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
+		Msg("record was refused for good and set aside; this sink lacks its count")
+	return nil
+}
+
+func (w *worker) failed(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail(err)
+}
+
+// fail notes an error of the sink. w.mu is held.
+func (w *worker) fail(err error) {
+	w.failure = err
+	if w.failingSince.IsZero() {
+		w.failingSince = time.Now()
+	}
+}
+
+func (w *worker) recovered() {
+	w.mu.Lock()
+	since := w.failingSince
+	w.failingSince = time.Time{}
+	w.mu.Unlock()
+	if !since.IsZero() {
+		w.log.Reset()
+		w.stream.cfg.Log.Info().Str("sink", w.name).Dur("after_ms", time.Since(since)).Msg("records are delivered again")
+	}
+}
+
+func (w *worker) stats() SinkStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	st := SinkStats{Name: w.name, Target: w.target}
+	if !w.failingSince.IsZero() {
+		st.Failing = w.failure.Error()
+	}
+	return st
+}
