@@ -71,7 +71,7 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 // TestEveryCommandIsDocumented: what the code sends is in the documented user's
 // rights, and looked into.
 func TestEveryCommandIsDocumented(t *testing.T) {
-	ledger, err := os.ReadFile("ledger.go")
+	scripts, err := os.ReadFile("scripts.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestEveryCommandIsDocumented(t *testing.T) {
 	}
 	granted := documentedUser(t)
 	command := regexp.MustCompile(`(?:call|try)\('([A-Z]+)'`)
-	for _, m := range command.FindAllStringSubmatch(string(ledger)+string(function), -1) {
+	for _, m := range command.FindAllStringSubmatch(string(scripts)+string(function), -1) {
 		if name := strings.ToLower(m[1]); !slices.Contains(granted, "+"+name) {
 			t.Errorf("docs/instances.md does not grant +%s", name)
 		} else if name != "info" && !strings.Contains(string(function), "{'"+m[1]+"'") {
