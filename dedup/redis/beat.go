@@ -268,29 +268,17 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, e
 	if len(out) != 8 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
-	b.now, err = out[0].AsInt64()
-	if err == nil {
-		b.leads, err = out[1].AsInt64()
+	n, err := numbers(out[:3])
+	who, werr := texts(out[3:5])
+	states, serr := out[5].AsIntSlice()
+	unnamed, uerr := out[7].AsStrSlice()
+	switch err = cmp.Or(err, werr, serr, uerr); {
+	case err != nil:
+		return b, err
+	case len(states) != len(sent):
+		return b, fmt.Errorf("%d states of %d epochs", len(states), len(sent))
 	}
-	if err == nil {
-		b.others, err = out[2].AsInt64()
-	}
-	if err == nil {
-		b.odd, err = out[3].ToString()
-	}
-	if err == nil {
-		b.strange, err = out[4].ToString()
-	}
-	if err == nil {
-		b.states, err = out[5].AsIntSlice()
-	}
-	if err == nil && len(b.states) != len(sent) {
-		err = fmt.Errorf("%d states of %d epochs", len(b.states), len(sent))
-	}
-	var unnamed []string
-	if err == nil {
-		unnamed, err = out[7].AsStrSlice()
-	}
+	b = beatAnswer{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states}
 	for _, name := range unnamed {
 		s, err := parseSpan(name)
 		if err != nil {
@@ -298,10 +286,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, e
 		}
 		b.unnamed = append(b.unnamed, s)
 	}
-	if err == nil {
-		err = b.parseEpochs(out[6], sent)
-	}
-	return b, err
+	return b, b.parseEpochs(out[6], sent)
 }
 
 // parseEpochs reads what is answered of each epoch.
@@ -336,15 +321,9 @@ func parseDecision(s counter.Span, fields []string) (*decision, error) {
 		return nil, fmt.Errorf("a decision of %d parts", len(fields))
 	}
 	unique, err := strconv.ParseUint(fields[0], 10, 64)
-	if err != nil {
-		return nil, err
-	}
-	sealed, err := strconv.ParseInt(fields[3], 10, 64)
-	if err != nil {
-		return nil, err
-	}
-	under, err := strconv.ParseUint(cmp.Or(fields[4], "0"), 10, 64)
-	if err != nil {
+	sealed, serr := strconv.ParseInt(fields[3], 10, 64)
+	under, uerr := strconv.ParseUint(cmp.Or(fields[4], "0"), 10, 64)
+	if err = cmp.Or(err, serr, uerr); err != nil {
 		return nil, err
 	}
 	return &decision{counter.Count{

@@ -155,28 +155,12 @@ func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
 		return a, err
 	}
 	if a.status == statusSealed && len(parts) == 7 {
-		if a.n, err = parts[1].AsUint64(); err != nil {
-			return a, err
-		}
-		exact, err := parts[2].AsUint64()
+		n, err := numbers(parts[1:])
 		if err != nil {
 			return a, err
 		}
-		whole, err := parts[3].AsUint64()
-		if err != nil {
-			return a, err
-		}
-		a.exact, a.whole = exact == 1, whole == 1
-		if a.under, err = parts[4].AsUint64(); err != nil {
-			return a, err
-		}
-		copies, err := parts[5].AsUint64()
-		if err != nil {
-			return a, err
-		}
-		open, err := parts[6].AsUint64()
-		a.copied, a.open = copies == 1, open == 1
-		return a, err
+		a.n, a.exact, a.whole, a.under, a.copied, a.open = uint64(n[0]), n[1] == 1, n[2] == 1, uint64(n[3]), n[4] == 1, n[5] == 1
+		return a, nil
 	}
 	if len(parts) == 4 {
 		if a.codes, err = parts[1].ToString(); err != nil {

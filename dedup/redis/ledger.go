@@ -295,6 +295,17 @@ func texts(parts []rueidis.RedisMessage) (list []string, err error) {
 	return list, nil
 }
 
+// numbers is texts for numbers.
+func numbers(parts []rueidis.RedisMessage) (list []int64, err error) {
+	list = make([]int64, len(parts))
+	for i := range parts {
+		if list[i], err = parts[i].AsInt64(); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
 // Opened notes an epoch that requests may enter; the next beat registers it, and
 // says so in what is returned. It takes no time.
 //
@@ -498,15 +509,11 @@ func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration
 	if err != nil {
 		return 0, 0, fmt.Errorf("ledger: %w", err)
 	}
-	n, err := out[0].AsInt64()
+	n, err := numbers(out[:2])
 	if err != nil {
 		return 0, 0, fmt.Errorf("ledger: %w", err)
 	}
-	heard, err := out[1].AsInt64()
-	if err != nil {
-		return 0, 0, fmt.Errorf("ledger: %w", err)
-	}
-	return int(n), time.Duration(heard) * time.Millisecond, nil
+	return int(n[0]), time.Duration(n[1]) * time.Millisecond, nil
 }
 
 // Stats returns what the last beat told.
