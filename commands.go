@@ -363,9 +363,7 @@ func (t *totalsReport) printChanged(after time.Time) {
 		sums = append(sums, s)
 		delete(t.changed, w)
 	}
-	slices.SortFunc(sums, func(a, b stream.WindowTotal) int {
-		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
-	})
+	slices.SortFunc(sums, stream.WindowTotal.Compare)
 	t.print(sums)
 }
 

@@ -2,6 +2,7 @@ package stream
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -446,32 +447,27 @@ func (b *boltStore) keepInstance(name string) error {
 }
 
 func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func()) error {
+	v := binary.BigEndian.AppendUint64(nil, s.seq)
+	v = binary.BigEndian.AppendUint64(v, uint64(s.start))
+	v = binary.BigEndian.AppendUint64(v, s.unique)
+	if s.keysLost {
+		v = append(v, 1)
+	}
 	return b.update(func(tx *bolt.Tx) error {
-		if err := put(tx.Bucket(bucketRecords), beKey(e.index), e.value); err != nil {
-			return err
+		meta := tx.Bucket(bucketMeta)
+		err := cmp.Or(
+			put(tx.Bucket(bucketRecords), beKey(e.index), e.value),
+			putKeys(tx, &e, identity, &s),
+			put(tx.Bucket(bucketSeries), []byte(identity), v),
+			put(meta, keyHead, beKey(e.index)),
+		)
+		if err == nil && b.instance != "" {
+			err = put(meta, keyInstance, []byte(b.instance))
 		}
-		v := binary.BigEndian.AppendUint64(nil, s.seq)
-		v = binary.BigEndian.AppendUint64(v, uint64(s.start))
-		v = binary.BigEndian.AppendUint64(v, s.unique)
-		if s.keysLost {
-			v = append(v, 1)
+		if err == nil {
+			beforeCommit()
 		}
-		if err := putKeys(tx, &e, identity, &s); err != nil {
-			return err
-		}
-		if err := put(tx.Bucket(bucketSeries), []byte(identity), v); err != nil {
-			return err
-		}
-		if err := put(tx.Bucket(bucketMeta), keyHead, beKey(e.index)); err != nil {
-			return err
-		}
-		if b.instance != "" {
-			if err := put(tx.Bucket(bucketMeta), keyInstance, []byte(b.instance)); err != nil {
-				return err
-			}
-		}
-		beforeCommit()
-		return nil
+		return err // which takes all of it back
 	})
 }
 

@@ -175,15 +175,18 @@ func (t *Totals) Before(r Record) []Gap {
 	return two.Gaps()
 }
 
-// Windows returns the sums in order of their start, then of their group.
+// Compare orders windows by their start, then by their group.
+func (w WindowTotal) Compare(other WindowTotal) int {
+	return cmp.Or(w.Start.Compare(other.Start), cmp.Compare(w.Group, other.Group), cmp.Compare(w.Window, other.Window))
+}
+
+// Windows returns the sums in the order of Compare.
 func (t *Totals) Windows() []WindowTotal {
 	out := make([]WindowTotal, 0, len(t.windows))
 	for _, w := range t.windows {
 		out = append(out, *w)
 	}
-	slices.SortFunc(out, func(a, b WindowTotal) int {
-		return cmp.Or(a.Start.Compare(b.Start), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Window, b.Window))
-	})
+	slices.SortFunc(out, WindowTotal.Compare)
 	return out
 }
 
