@@ -124,9 +124,9 @@ type kafkaSink struct {
 	// one that made a batch fail.
 	single uint64
 
-	// presentTo is the index up to which records are sent with the present time as their
-	// timestamp: the broker refused the end of the window of one of them. A time that is too
-	// old only gets older, and one far ahead would hold up all that follow.
+	// presentTo is the index of the last record that is sent with the present time as its
+	// timestamp: the broker refused the end of its window. A time that is too old only gets
+	// older, and one far ahead would hold up all that follow.
 	presentTo uint64
 
 	room uint64 // sessions are for records with so many keys; it only grows
@@ -192,12 +192,14 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 			return 0, err
 		case poison.ofKeys && k.atOnce > 1 && tooLarge(err):
 			k.atOnce = max(k.atOnce/8, 1) // the topic takes smaller batches only
-		case errors.Is(err, kerr.InvalidTimestamp) && k.presentTo < last:
-			k.presentTo = last
-			k.log.Warn().Str("key", batch[0].record.Key()).Int("records", len(batch)).
-				Msg("broker refused the timestamps of records (the end of their window) as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): the records are sent with the present time instead")
-		case errors.Is(err, kerr.InvalidTimestamp):
+		case errors.Is(err, kerr.InvalidTimestamp) && k.presentTo >= last:
 			return 0, fmt.Errorf("%w, with the present time: its clock and the one here differ by more than the topic allows (message.timestamp.before.max.ms, message.timestamp.after.max.ms)", errors.Unwrap(err))
+		case errors.Is(err, kerr.InvalidTimestamp) && len(batch) == 1:
+			if k.presentTo+1 < last || k.presentTo == 0 { // once for those in a row
+				k.log.Warn().Str("key", batch[0].record.Key()).
+					Msg("broker refused the timestamp of a record (the end of its window) as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): such records are sent with the present time instead")
+			}
+			k.presentTo = last
 		case len(batch) == 1:
 			return 0, err
 		default:
