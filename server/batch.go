@@ -303,15 +303,15 @@ func (b *batch) counts(cause error) (n [words]int) {
 	return n
 }
 
-// nothingJudged returns the reason if every item was refused because none could be
-// judged now.
+// nothingJudged returns the reason if no item could be judged now. Items that are bad do
+// not matter: the client may look at the status alone, and has to send the others again.
 func (b *batch) nothingJudged(n *[words]int) *reason {
-	total := len(b.words)
+	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
 	switch {
-	case total == 0:
-	case n[wordDraining] == total:
+	case good == 0:
+	case n[wordDraining] == good:
 		return &reasonDraining
-	case n[wordUnavailable]+n[wordDraining] == total:
+	case n[wordUnavailable]+n[wordDraining] == good:
 		return &reasonUnavailable
 	}
 	return nil

@@ -215,7 +215,8 @@ func TestBatchStartsOneCallback(t *testing.T) {
 }
 
 // TestBatchAtTheLimitAndTheStop: what cannot be judged has a word of its own, and if
-// that is so of all ids, the answer is 503.
+// that is so of all ids, the answer is 503. Items that are bad do not change that: a
+// client that sends again what was answered 503 would lose the others.
 func TestBatchAtTheLimitAndTheStop(t *testing.T) {
 	set, err := dedup.NewMemory(dedup.Config{Heap: true, MaxIDs: 2})
 	if err != nil {
@@ -226,12 +227,14 @@ func TestBatchAtTheLimitAndTheStop(t *testing.T) {
 		t.Errorf("full: %q", got)
 	}
 	s.cfg.Counter.Seal()
-	resp, got := s.ask(batchPost("", "", "", "1\n2"))
-	if resp.StatusCode != 503 || got != "failed" || resp.Header.Get("Verve-Reason") != "draining" || resp.Header.Get("Retry-After") == "" {
-		t.Errorf("draining: %d %v %q", resp.StatusCode, resp.Header, got)
+	for _, body := range []string{"1\n2", "1\n\n", "\n1\n"} {
+		resp, got := s.ask(batchPost("", "", "", body))
+		if resp.StatusCode != 503 || got != "failed" || resp.Header.Get("Verve-Reason") != "draining" || resp.Header.Get("Retry-After") == "" {
+			t.Errorf("draining, %q: %d %v %q", body, resp.StatusCode, resp.Header, got)
+		}
 	}
-	if resp, got := s.ask(batchPost("", "", "", "1\n\n")); resp.StatusCode != 200 || got != "draining\nbad-id\n" {
-		t.Errorf("draining, with a bad id: %d %q", resp.StatusCode, got)
+	if resp, got := s.ask(batchPost("", "", "", "\n\n")); resp.StatusCode != 200 || got != "bad-id\nbad-id\n" {
+		t.Errorf("draining, bad ids alone: %d %q", resp.StatusCode, got)
 	}
 }
 
