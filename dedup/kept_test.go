@@ -1083,6 +1083,7 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 		{"the state file is empty", func(dir string) error { return os.Truncate(filepath.Join(dir, stateName), 0) }},
 		{"the state file is missing", func(dir string) error { return os.Remove(filepath.Join(dir, stateName)) }},
 		{"the directory is missing", os.RemoveAll},
+		{"the directory is an earlier copy", func(dir string) error { return errors.Join(os.RemoveAll(dir), os.Rename(dir+"-before", dir)) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -1091,9 +1092,12 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 				l := newFakeSpool(t)
 				p := live(t, cfg, cfg.Window, l)
 				p.want(time.Now(), "1", Unique)
-				time.Sleep(time.Hour)
-				synctest.Wait()
-				p.want(time.Now(), "1", Unique)
+				copyDir(t, cfg.Dir, cfg.Dir+"-before")
+				for range 2 {
+					time.Sleep(time.Hour)
+					synctest.Wait()
+					p.want(time.Now(), "1", Unique)
+				}
 				_, before, _ := l.total(p.c.Last().Start().Add(-time.Hour))
 				lost := p.c.Last().Start()
 				p.kill()
@@ -1109,8 +1113,13 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 				if sum, records, exact := l.total(lost); !aside || records != 1 || sum > 0 || exact {
 					t.Errorf("set aside: %t; the window has %d records, which add up to %d, exact %t", aside, records, sum, exact)
 				}
-				if _, records, exact := l.total(lost.Add(-time.Hour)); records != 1 || !exact {
-					t.Errorf("the window before it has %d records, exact %t", records, exact)
+				for _, before := range []time.Time{lost.Add(-time.Hour), lost.Add(-2 * time.Hour)} {
+					if sum, records, exact := l.total(before); sum != 1 || records != 1 || !exact {
+						t.Errorf("the window of %v before it has %d records, which add up to %d, exact %t", before, records, sum, exact)
+					}
+				}
+				if _, records, exact := l.total(p.c.Last().Start()); records != 1 || exact {
+					t.Errorf("the window that was opened then has %d records, exact %t", records, exact)
 				}
 			})
 		})

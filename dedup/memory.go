@@ -64,8 +64,8 @@ type Config struct {
 	// lost as a whole get no record.
 	Window time.Duration
 	// OnSetAside is called with the new name of a Dir that was damaged, or none if it is
-	// missing, and the reason. A new directory is in its place. The epochs that were not
-	// published are not exact.
+	// missing or an earlier copy, and the reason. A new directory is in the place of a damaged
+	// one. The epochs that were not published are not exact.
 	OnSetAside func(name string, reason error)
 	// OnFailure is called with the reason why Dir cannot keep ids any more: from then on
 	// every id gets Unavailable, until OnRepair is called, when Dir accepts writes again

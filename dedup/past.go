@@ -28,9 +28,9 @@ func publisherOf(name string) uint64 {
 // publisher takes over what another one did not publish.
 //
 // An epoch that may have lost ids gets a record also where none is missing: the
-// records before it do not say so. gone: the directory of what this publisher has published
-// was removed.
-func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, gone bool) {
+// records before it do not say so. odd is why ids may be missing in the directory, if it does not
+// fit what this publisher has published.
+func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, odd string) {
 	var err error
 	defer j.caught(&err) // it is kept in broken
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -45,10 +45,15 @@ func (j *journal) past(name string, published map[string]counter.Published) (pas
 	own := by[j.publisher]
 	j.first.pastRead = true
 	j.first.start, j.first.sum = own.Last, own.Unique
-	gone = j.made && !j.aside && !own.Last.IsZero()
-	j.aside = j.aside || gone
+	behind := j.behind(own)
+	if j.made && !j.aside && !own.Last.IsZero() {
+		odd = "is missing, and there are records of the windows before"
+	} else if behind {
+		odd = "is older than the last record, as an earlier copy of it is"
+	}
+	j.aside = j.aside || odd != ""
 	j.recreate()
-	j.guess(own.Last)
+	j.guess(own.Last, behind)
 	past.Serial = j.newest.serial
 	for _, o := range j.unsettled() {
 		its := by[o.publisher]
@@ -83,7 +88,7 @@ func (j *journal) past(name string, published map[string]counter.Published) (pas
 			j.first.start = o.start()
 		}
 	}
-	return past, gone
+	return past, odd
 }
 
 // recoveredEpoch is the State of an epoch that an earlier process counted.
@@ -262,28 +267,48 @@ func salvage(path string) (left []opened) {
 	return left[max(0, len(left)-slotCount+startSlots):]
 }
 
-// restore begins a journal with epochs whose ids are lost: the records of their windows say
-// so.
+// restore adds epochs whose ids are lost: the records of their windows say so.
 func (j *journal) restore(left []opened) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	defer j.caught(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	for n, o := range left {
-		j.newest = opened{
-			serial: uint64(n + 1), number: o.number, window: o.window,
-			publisher: o.publisher, inexact: true, boot: j.boot, slot: n,
+	for _, o := range left {
+		i, free := j.freeSlot()
+		if free == 0 {
+			break // 1,024 epochs wait
 		}
-		j.write(n, &j.newest)
+		j.newest = opened{
+			serial: j.newest.serial + 1, number: o.number, window: o.window,
+			publisher: o.publisher, inexact: true, boot: j.boot, slot: i,
+		}
+		j.write(i, &j.newest)
+		j.resumable = false
 	}
 	return nil
 }
 
-// guess is restore where no slot could be read: the process that was killed had published each
-// window at its end, so the first one behind the last record is likely to be the one that it
-// was in.
-func (j *journal) guess(last time.Time) {
-	if !j.aside || j.newest.serial > 0 || j.window == 0 || last.IsZero() {
+// behind reports whether the directory is older than the records of this publisher, as an
+// earlier copy of it is: an epoch has its slot, and its ids, before its record is published,
+// except after the disk has failed.
+func (j *journal) behind(published counter.Published) bool {
+	n := &j.newest
+	if n.serial == 0 || n.publisher != j.publisher || n.inexact {
+		return false
+	}
+	if j.powerLost { // what was not yet on the disk is missing: recreate
+		return n.end().Add(slotLate).Before(published.Last)
+	}
+	fewer := less(j.counts[n.serial].sum(), n.logged) < less(published.Unique, n.published)
+	return n.start().Before(published.Last) || n.start().Equal(published.Last) && fewer
+}
+
+// guess is restore where no slot of the last epoch could be read: the process that was killed
+// had published each window at its end, so the first one behind the last record is likely to be
+// the one that it was in.
+func (j *journal) guess(last time.Time, behind bool) {
+	known := j.newest.serial > 0 && !behind
+	if !j.aside || known || j.window == 0 || last.IsZero() {
 		return
 	}
 	o := opened{number: last.UnixNano()/int64(j.window) + 1, window: j.window, publisher: j.publisher}

@@ -53,9 +53,9 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}
 	}
-	past, gone := m.journal.past(m.cfg.Publisher, published)
-	if gone && m.cfg.OnSetAside != nil {
-		m.cfg.OnSetAside("", fmt.Errorf("%s is missing, and there are records of the windows before", m.cfg.Dir))
+	past, odd := m.journal.past(m.cfg.Publisher, published)
+	if odd != "" && m.cfg.OnSetAside != nil {
+		m.cfg.OnSetAside("", fmt.Errorf("%s %s", m.cfg.Dir, odd))
 	}
 	return past
 }
