@@ -78,8 +78,11 @@ func checkKey(key string) error {
 }
 
 func checkKeyUnique(n uint64) error {
-	if n == 0 {
+	switch {
+	case n == 0:
 		return errors.New("a key without ids has no record")
+	case n > maxUnique:
+		return fmt.Errorf("unique %d is more than a server counts", n)
 	}
 	return nil
 }

@@ -129,6 +129,7 @@ func TestParseKeyRecordRefusesWhatIsNotCanonical(t *testing.T) {
 		"long key":      strings.Replace(good, `"k"`, `"`+strings.Repeat("k", 129)+`"`, 1),
 		"escaped":       strings.Replace(good, `"k"`, `"\u006b"`, 1),
 		"no ids":        strings.Replace(good, `:5,`, `:0,`, 1),
+		"too many ids":  strings.Replace(good, `:5,`, `:1099511627777,`, 1),
 		"leading zero":  strings.Replace(good, `:5,`, `:05,`, 1),
 		"seq 0":         strings.Replace(good, `"seq":17`, `"seq":0`, 1),
 		"year 10000":    strings.Replace(good, `"2026-11-22T06:36:00Z"`, `"9999-12-31T23:59:59-01:00"`, 1),

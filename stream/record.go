@@ -100,11 +100,24 @@ func (r *Record) check() error {
 	if r.WindowMS <= 0 || r.WindowMS > maxWindowMS {
 		return fmt.Errorf("window_ms %d is out of range", r.WindowMS)
 	}
-	if y := r.WindowStart.UTC().Year(); y < 1970 || y > 9999 {
+	if y := r.WindowStart.UTC().Year(); y < 1970 || y > maxYear {
 		return fmt.Errorf("window_start in year %d", y)
+	}
+	if r.Unique > maxUnique {
+		return fmt.Errorf("unique %d is more than a server counts", r.Unique)
 	}
 	return checkName("group", r.Group)
 }
+
+const (
+	// maxYear is the last whole year whose times fit into 64 bits of nanoseconds. Readers
+	// identify windows by those.
+	maxYear = 2261
+
+	// maxUnique takes 8 TB of memory, at 8 bytes an id. The sums of readers stay within 64
+	// bits by it.
+	maxUnique = 1 << 40
+)
 
 // maxWindowMS is far above any window that the server accepts; it keeps
 // window() from overflowing.

@@ -21,7 +21,7 @@ func TestRecordBytesAreGolden(t *testing.T) {
 	group.Scope, group.Instance, group.Seq, group.Complete = ScopeGroup, "", 0, false
 	short := sampleRecord()
 	short.WindowStart = time.Date(2026, 11, 22, 7, 36, 0, 50e6, time.FixedZone("", 3600))
-	short.WindowMS, short.Unique, short.Instance = 50, 1<<64-1, "h\"<&>\\é"
+	short.WindowMS, short.Unique, short.Instance = 50, maxUnique, "h\"<&>\\é"
 
 	for _, c := range []struct {
 		name, key, json string
@@ -34,7 +34,7 @@ func TestRecordBytesAreGolden(t *testing.T) {
 			`{"window_start":"2026-11-22T06:36:00Z","window_ms":60000,"unique":48211,"scope":"group","group":"verve","instance":"","seq":0,"complete":false,"exact":true,"sealed_at":"2026-11-22T06:37:00.012Z"}`,
 			group},
 		{"short window, other zone, escapes", "verve/2026-11-22T06:36:00.05Z/h\"<&>\\é/17",
-			`{"window_start":"2026-11-22T06:36:00.05Z","window_ms":50,"unique":18446744073709551615,"scope":"instance","group":"verve","instance":"h\"<&>\\é","seq":17,"complete":true,"exact":true,"sealed_at":"2026-11-22T06:37:00.012Z"}`,
+			`{"window_start":"2026-11-22T06:36:00.05Z","window_ms":50,"unique":1099511627776,"scope":"instance","group":"verve","instance":"h\"<&>\\é","seq":17,"complete":true,"exact":true,"sealed_at":"2026-11-22T06:37:00.012Z"}`,
 			short},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -69,6 +69,10 @@ func TestTotalsNameWhatIsMissing(t *testing.T) {
 			[]string{`"unique":5`, `"unique":6`}, "", 0},
 		{"a torn line", countsLine(1, 5, "a", 1) + countsLine(2, 6, "a", 2)[:100],
 			[]string{`"unique":5`}, "invalid: FILE line 2: ", 1},
+		{"counts that no server has, whose sum is none", strings.Replace(countsLine(1, 5, "a", 1), `"unique":5`, `"unique":18446744073709551615`, 1) + countsLine(1, 7, "b", 1),
+			[]string{`"unique":7,"records":1`}, "invalid: FILE line 1: not a record of this program: parse record: unique 18446744073709551615 is more than a server counts\n", 1},
+		{"a time that no clock has", countsLine(1, 5, "a", 1) + strings.ReplaceAll(countsLine(2, 6, "a", 2), "2026-", "2611-"),
+			[]string{`"unique":5`}, "invalid: FILE line 2: not a record of this program: parse record: window_start in year 2611\n", 1},
 		{"a line that is none", countsLine(1, 5, "a", 1) + "{}\n" + countsLine(2, 6, "a", 2),
 			[]string{`"unique":5`, `"unique":6`}, "invalid: ", 1},
 	} {
