@@ -708,7 +708,7 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	if goesOn {
 		o.generation = j.newest.generation + 1
 		o.logged, o.published = j.first.logged, j.first.published
-		o.inexact = o.inexact || j.newest.inexact || j.powerLost
+		o.inexact = o.inexact || j.newest.inexact || j.powerLost || j.aside
 		o.follows = j.newest.follows
 		return o
 	}

@@ -1126,6 +1126,35 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 	}
 }
 
+// TestEarlierCopyOfTheSameWindowIsNotExact: an id that was counted after the copy is not known,
+// and the record has it already; and the window behind the record may be lost.
+func TestEarlierCopyOfTheSameWindowIsNotExact(t *testing.T) {
+	for _, pause := range []time.Duration{0, 3 * time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := small(t.TempDir())
+			cfg.Window = time.Hour
+			l := newFakeSpool(t)
+			p := live(t, cfg, cfg.Window, l)
+			start := p.c.Last().Start()
+			p.want(time.Now(), "1", Unique)
+			copyDir(t, cfg.Dir, cfg.Dir+"-before")
+			p.want(time.Now(), "2", Unique)
+			if p.close(); pause > 0 {
+				time.Sleep(pause)
+			}
+			if err := errors.Join(os.RemoveAll(cfg.Dir), os.Rename(cfg.Dir+"-before", cfg.Dir)); err != nil {
+				t.Fatal(err)
+			}
+			p = live(t, cfg, cfg.Window, l)
+			open := p.c.Last().Exact()
+			p.close()
+			if _, records, exact := l.total(start.Add(time.Hour)); open || pause > 0 && (records != 1 || exact) {
+				t.Errorf("after %v the open window is exact: %t; the one behind the record has %d records, exact %t", pause, open, records, exact)
+			}
+		})
+	}
+}
+
 // TestKillWhileSettingAsideIsNotForgotten: the window is not exact either where
 // the process that set the damaged directory aside did not come further.
 func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
