@@ -194,7 +194,7 @@ func TestStandardOutputGetsTheSameLines(t *testing.T) {
 
 func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "counts.jsonl")
-	all := entries(t, 0, 4)
+	all := entries(t, 0, 5)
 	deliver(t, newFileSink(path, nil, 0, noStep), all[:1])
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -218,10 +218,45 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 			if err := os.Rename(path, path+".1"); err != nil {
 				t.Fatal(err)
 			}
-			go later(all[2:])
+			go later(all[2:4])
 		case 4:
+			if err := os.Truncate(path, 0); err != nil { // copytruncate
+				t.Fatal(err)
+			}
+			go later(all[4:])
+		case 5:
 			cancel()
 		}
 	}
-	wantWindows(t, got, 4)
+	wantWindows(t, got, 5)
+}
+
+// TestReadFileFollowsARenamedFileToItsEnd: a line may be written between the last look at the
+// file and its renaming.
+func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		all := entries(t, 0, 3)
+		write := func(batch []spooled) { deliver(t, newFileSink(path, nil, 0, noStep), batch) }
+		write(all[:1])
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		time.AfterFunc(followEvery/2, func() { // while the reader waits for more
+			write(all[1:2])
+			if err := os.Rename(path, path+".1"); err != nil {
+				t.Error(err)
+			}
+			write(all[2:])
+		})
+		var got []Record
+		for r, err := range ReadFile(ctx, path, true) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got = append(got, r); len(got) == len(all) {
+				cancel()
+			}
+		}
+		wantWindows(t, got, len(all))
+	})
 }

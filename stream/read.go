@@ -152,47 +152,50 @@ func (c *countsLines) await(ctx context.Context) error {
 	return c.catchUp()
 }
 
-// catchUp turns to the file that has the name now, or to the new end of one that
-// was cut.
+// catchUp turns to the file that has the name now, or to the new end of one that was cut.
 func (c *countsLines) catchUp() error {
-	replaced, cut := fileMoved(c.file, c.path, c.offset)
+	here, err := c.file.Stat()
+	if err != nil {
+		return nil // it is read on as it is
+	}
+	size := here.Size()
+	if size > c.offset {
+		return nil // also of a file that was renamed: the rest of it comes first
+	}
+	replaced := c.replacement(here)
 	switch {
 	case replaced != nil:
 		c.file.Close()
 		c.file, c.offset, c.number = replaced, 0, 0
-	case cut > 0:
+	case size < c.offset-int64(len(c.line)):
+		// Whole lines are gone: what is there now came after that.
+		c.offset, c.number = 0, 0
+	case size < c.offset:
 		// The torn tail that was read is gone; its record comes whole.
-		if _, err := c.file.Seek(cut, io.SeekStart); err != nil {
-			return err
-		}
-		c.offset = cut
+		c.offset = size
 	default:
 		return nil
+	}
+	if _, err := c.file.Seek(c.offset, io.SeekStart); err != nil {
+		return err
 	}
 	c.line = c.line[:0]
 	c.r.Reset(c.file)
 	return nil
 }
 
-// fileMoved tells what happened to a followed file at its end: another one took
-// its name (returned open), or it was cut shorter than what was read (returned
-// as the new end).
-func fileMoved(file *os.File, path string, read int64) (replaced *os.File, cut int64) {
-	here, err := file.Stat()
-	if err != nil {
-		return nil, 0
-	}
-	if here.Size() < read {
-		cut = here.Size()
-	}
-	named, err := os.Stat(path)
+// replacement opens the file that has taken the name of the one that is read, which is here;
+// nil if none has.
+func (c *countsLines) replacement(here os.FileInfo) *os.File {
+	named, err := os.Stat(c.path)
 	if err != nil || os.SameFile(here, named) {
-		return nil, cut
+		return nil
 	}
-	if replaced, err = os.Open(path); err != nil {
-		return nil, cut
+	file, err := os.Open(c.path)
+	if err != nil {
+		return nil // it is looked for again
 	}
-	return replaced, cut
+	return file
 }
 
 // ReadTopic yields the records of the topic, in order within an instance. It
