@@ -36,8 +36,8 @@ const (
 	maxSpares = 4 * batchSize
 
 	// A batch is held for holdMost ids at most, as of larger ones an id costs hardly less,
-	// and for holdTime at most. After holds that were in vain 1, 2, 4 and in the end
-	// holdRest batches are not held.
+	// and for holdTime at most. After the second hold in a row that was in vain 1, after the
+	// next ones 2, 4 and in the end holdRest batches are not held.
 	holdMost = 64
 	holdTime = time.Millisecond
 	holdRest = 32
@@ -130,7 +130,7 @@ type lane struct {
 	// run alone uses these.
 	held    time.Time                       // until when the next batch is held at most
 	rest    int                             // batches that are not to be held
-	missed  int                             // rest after the last hold that was in vain
+	missed  int                             // rest after the next hold, if it is in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
 	losses  map[*redisEpoch]uint64          // heard of, not mended yet: what came after a batch, or all
@@ -688,8 +688,8 @@ func (l *lane) idle() bool {
 	case <-l.timer.C:
 		l.mu.Lock()
 		if held { // in vain
-			l.missed = min(max(1, 2*l.missed), holdRest)
 			l.want, l.rest = 0, l.missed
+			l.missed = min(max(1, 2*l.missed), holdRest)
 		} else if len(l.doubt) > 0 {
 			l.queue = append(l.queue, l.doubt...)
 			l.doubt = l.doubt[:0]
