@@ -36,8 +36,8 @@ const (
 	maxSpares = 4 * batchSize
 
 	// A batch is held for holdMost ids at most, as of larger ones an id costs hardly less,
-	// and for holdTime at most. After the second hold in a row that was in vain 1, after the
-	// next ones 2, 4 and in the end holdRest batches are not held.
+	// and for holdTime at most. After holds in a row that were in vain 0, 1, 2, 4 and in the
+	// end holdRest batches are not held.
 	holdMost = 64
 	holdTime = time.Millisecond
 	holdRest = 32
