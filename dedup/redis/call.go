@@ -41,6 +41,7 @@ const opBatch = "batch"
 // Statuses of an answer.
 const (
 	statusOK      = "ok"
+	statusNew     = "new"     // ok, with an answer that is one number: all ids are new, in the generation that was named
 	statusSealed  = "sealed"  // the epoch is
 	statusGap     = "gap"     // writes of this session are missing
 	statusOld     = "old"     // a later batch of this session is there
@@ -147,6 +148,9 @@ func firstLine(err error) string {
 }
 
 func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
+	if n, err := res.AsUint64(); err == nil {
+		return answer{status: statusNew, n: n}, nil
+	}
 	parts, err := res.ToArray()
 	if err != nil || len(parts) == 0 {
 		return a, fmt.Errorf("unexpected answer: %w", err)

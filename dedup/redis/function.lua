@@ -42,10 +42,12 @@
 
 -- Set by prepare: a library that is being loaded sees none of these.
 local sub, find, rep, concat, call, try
-local pack, parse
+local pack, parse, head
 local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
 local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
 local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
+
+local FEW = 9 -- arguments
 
 -- No packed id begins with it.
 local DOUBTED = '\192'
@@ -576,31 +578,39 @@ local function batch(key, a, undo)
   return {'ok', answer, gen, n}
 end
 
--- one is batch for the usual case: a batch of one id, without a key or a token, in an open
--- epoch, that is new. It returns nothing, and has changed nothing, in any other case.
-local function one(key, a)
-  local list, session, field = a[11] .. a[12] .. a[13] .. a[14], a[2], 'E' .. a[5]
-  local k = list == a[11] and 1 or list == a[12] and 2 or list == a[13] and 3 or list == a[14] and 4
-  local id, more
-  if k then id, more = parse(list) end
-  if not id or more then return end
-  local h = call('HMGET', key, 'S' .. session, field, 'hold', 'cuts')
-  if not h[1] or not h[2] or h[3] then return end
-  local last, at = parse(h[1])
-  local gen, held, partly, twice = opened(h[2])
-  local seq = tonumber(a[3])
-  if seq ~= last + 1 or gen ~= a[6] or held[k] == 0 then return end
-  local set = key .. ':' .. a[5] .. ':' .. KINDS[k]
-  if call('SADD', set, id) == 0 then return end
-  held[k] = held[k] + 1
-  if call('SCARD', set) ~= held[k] then
-    call('SREM', set, id)
+-- few is batch for the usual case: a few new ids of one kind, without a key or a token, in an
+-- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
+-- kind, and the list. It answers with how many ids the epoch has. It returns nothing, and
+-- has changed nothing, in any other case.
+local function few(key, a)
+  local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
+  local S, E = 'S' .. session, 'E' .. epoch
+  local h = call('HMGET', key, S, E, 'hold', 'cuts')
+  local state, open = h[1], h[2]
+  if not state or not open or h[3] then return end
+  local _, last, at = head(state, 2)
+  local gen, d, u, t, x, partly, twice, under, tokens, keys = parse(open)
+  local seq, held = tonumber(a[3]), k == 1 and d or k == 2 and u or k == 3 and t or x
+  if seq ~= last + 1 or gen ~= a[6] or held == 0 then return end
+  local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
+  -- Each alone: a command that is given all returns how many are new, not which.
+  local n = #ids
+  for i = 1, n do
+    if call('SADD', set, ids[i]) == 0 then
+      if i > 1 then call('SREM', set, unpack(ids, 1, i - 1)) end
+      return
+    end
+  end
+  held = held + n
+  if call('SCARD', set) ~= held then
+    call('SREM', set, unpack(ids))
     return {'missing'}
   end
-  local n = held[1] + held[2] + held[3] + held[4] + held[UNDER]
-  call('HSET', key, 'S' .. session, pack(seq, at, '1', gen, n, a[5], tonumber(h[4] or 0)), 'I' .. session, list,
-    field, close(gen, held, partly, twice))
-  return {'ok', '1', gen, n}
+  if k == 1 then d = held elseif k == 2 then u = held elseif k == 3 then t = held else x = held end
+  local all = d + u + t + x + (under or 0)
+  call('HSET', key, S, pack(seq, at, rep('1', n), gen, all, epoch, tonumber(h[4] or 0)), 'I' .. session, list,
+    E, under and pack(gen, d, u, t, x, partly, twice, under, tokens, keys) or pack(gen, d, u, t, x, partly, twice))
+  return all
 end
 
 -- hello: session, sequence expected, new sequence, seconds to live, seconds to hold.
@@ -757,16 +767,19 @@ end
 local function prepare()
   if call then return end
   sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
-  pack, parse = cmsgpack.pack, cmsgpack.unpack
+  pack, parse, head = cmsgpack.pack, cmsgpack.unpack, cmsgpack.unpack_limit
   call, try = redis.call, redis.pcall
 end
 
 -- add runs a batch that may need memory: Redis refuses it when it is full.
 local function add(keys, a)
   prepare()
-  if a[4] == 'a' and a[10] == '0' and not a[15] then
-    local answer = one(keys[1], a)
+  if #a == FEW then
+    local answer = few(keys[1], a)
     if answer then return answer end
+    local k, list = tonumber(a[8]), a[9]
+    a[8], a[9], a[10] = '', '', '0'
+    for i = 1, PLAIN do a[10 + i] = i == k and list or '' end
   end
   -- Redis does not take back what a script has written when it fails.
   local undo = {}

@@ -137,6 +137,24 @@ func kindOf(header byte) int {
 // raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
 type lists [len(kinds) + 1]string
 
+// kindNumbers are the numbers of the kinds in function.lua.
+const kindNumbers = "1234"
+
+// only numbers the list that all the ids are in, if that is one of the kinds; else -1.
+func (l *lists) only() int {
+	k := -1
+	for i := range l {
+		switch {
+		case l[i] == "":
+		case k >= 0 || i == namedIDs:
+			return -1
+		default:
+			k = i
+		}
+	}
+	return k
+}
+
 // appendPacked adds an id, as it stands in the log, to such a list.
 func appendPacked(list, id []byte) []byte {
 	body := id[headerLen:]
