@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -329,4 +330,93 @@ func BenchmarkResidentUnderKeys(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkToken is what a token costs: new ids without one and with one, in two Memories
+// that take turns at a few thousand ids, so that what else the machine does meets both. All
+// texts are made beforehand. plain-ns is the CPU time of the thread for an id without a token,
+// and token-ns what its token adds.
+func BenchmarkToken(b *testing.B) {
+	for _, ids := range []int{100_000, 4_000_000} {
+		for _, size := range []int{1, 16, 512} {
+			b.Run(fmt.Sprintf("ids=%d/batch=%d", ids, size), func(b *testing.B) { benchmarkToken(b, ids, size) })
+		}
+	}
+}
+
+func benchmarkToken(b *testing.B, ids, size int) {
+	const slice = 4096
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	type side struct {
+		m       *Memory
+		e       epochs
+		n       int // ids so far
+		spent   []float64
+		options []Options
+	}
+	var sides [2]*side
+	for i := range sides {
+		m := newMemory(b, Config{Expect: uint64(ids), Dir: b.TempDir()})
+		runSet(b, m)
+		sides[i] = &side{m: m, e: newEpochs(b, m), options: make([]Options, slice)}
+	}
+	texts := make([]byte, 0, slice*48)
+	items, verdicts := make([]Item, slice), make([]Verdict, slice)
+	turn := func(i int) {
+		s := sides[i]
+		texts = texts[:0]
+		for at := range items {
+			from := len(texts)
+			texts = strconv.AppendUint(texts, uint64(s.n+at)*7919+1_000_000_000, 10)
+			items[at], verdicts[at] = Item{ID: texts[from:]}, Turned
+			if i == 1 {
+				from = len(texts)
+				texts = uuidOf(texts, uint64(s.n+at)*0x9e3779b97f4a7c15)
+				s.options[at] = Options{Token: texts[from:]}
+				items[at].Options = &s.options[at]
+			}
+		}
+		window := s.n / ids
+		began := threadTime(b)
+		for at := 0; at < slice; at += size {
+			some, of := items[at:at+size], verdicts[at:at+size]
+			s.m.Keys(some)
+			in, _ := s.e.EnterMany(s.e.At(window), 0, uint64(size))
+			if err := s.m.AddMany(in.Epoch, some, of); err != nil || of[0] != Unique {
+				b.Fatal(of[0], err)
+			}
+			in.LeaveMany(uint64(size), 0, 0)
+		}
+		spent := float64((threadTime(b) - began).Nanoseconds()) / slice
+		if s.n += slice; s.n > 3*ids {
+			s.spent = append(s.spent, spent)
+		}
+	}
+	for b.Loop() {
+		turn(0)
+		turn(1)
+	}
+	for len(sides[1].spent) < 50 {
+		turn(0)
+		turn(1)
+	}
+	// The tenth percentile: what else the machine does only adds.
+	var cost [2]float64
+	for i, s := range sides {
+		slices.Sort(s.spent)
+		cost[i] = s.spent[len(s.spent)/10]
+	}
+	b.ReportMetric(cost[0], "plain-ns")
+	b.ReportMetric(cost[1]-cost[0], "token-ns")
+	b.ReportMetric(0, "ns/op")
+}
+
+// threadTime is the CPU time of this thread.
+func threadTime(b *testing.B) time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(t.Nano())
 }

@@ -104,7 +104,7 @@ func TestInterleavingsOfAttemptsKilled(t *testing.T) {
 					for _, l := range f.journal.counts {
 						records += l.sum()
 					}
-					word := f.secret.token(key, attemptOptions.Token)
+					word := f.secret.tokenWord(key, attemptOptions.Token)
 					has := f.recalled.tokens.has(word) || f.recalled.past.has(word)
 					answered := attempts[0].done || attempts[1].done
 					if records > 1 || answered && records == 0 || has != (records == 1) {

@@ -750,6 +750,7 @@ func TestForeignAndNewerFiles(t *testing.T) {
 	}{
 		{"newer", header(func(h []uint64) { h[headerVersionAt]++ }), false, "newer version"},
 		{"before tokens", header(func(h []uint64) { h[headerVersionAt] = withoutTokens }), false, ""},
+		{"with other words of tokens", header(func(h []uint64) { h[headerVersionAt] = withSipWords }), false, ""},
 		{"older than the first", header(func(h []uint64) { h[headerVersionAt] = 0 }), true, ""},
 		{"of another length than the first", header(func(h []uint64) { h[headerVersionAt] = withoutPublisher }), true, ""},
 		{"other geometry", header(func(h []uint64) { h[headerSlotsAt]++ }), true, ""},

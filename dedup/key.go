@@ -14,18 +14,15 @@ type secret struct {
 	xor        [2]uint64
 	odd        [5]uint64 // odd: multiplication by them is a bijection
 	sip0, sip1 uint64
+
+	token [tokenKeys]uint64 // of the words of tokens; they follow from the others
 }
 
 func newSecret() secret {
 	var b [9 * 8]byte
 	rand.Read(b[:]) // never fails: crypto/rand ends the process instead
 	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
-	return secret{
-		xor:  [2]uint64{word(0), word(1)},
-		odd:  [5]uint64{word(2) | 1, word(3) | 1, word(4) | 1, word(5) | 1, word(6) | 1},
-		sip0: word(7),
-		sip1: word(8),
-	}
+	return secretOf([]uint64{word(0), word(1), word(2) | 1, word(3) | 1, word(4) | 1, word(5) | 1, word(6) | 1, word(7), word(8)})
 }
 
 // words are the secret as it is kept on disk.
@@ -34,7 +31,11 @@ func (s *secret) words() []uint64 {
 }
 
 func secretOf(w []uint64) secret {
-	return secret{xor: [2]uint64(w[:2]), odd: [5]uint64(w[2:7]), sip0: w[7], sip1: w[8]}
+	s := secret{xor: [2]uint64(w[:2]), odd: [5]uint64(w[2:7]), sip0: w[7], sip1: w[8]}
+	for i := range s.token {
+		s.token[i] = siphash.Hash(s.sip0, ^s.sip1, []byte{byte(i)})
+	}
+	return s
 }
 
 // scatter maps 64 bits to 64 bits, one to one: xor with a secret and three

@@ -120,7 +120,7 @@ type Memory struct {
 	swept    uint64           // serial at the last step of the cleaner
 	busy     []*counter.Epoch // that may have requests in them, oldest first
 
-	attempts [attemptLocks]attemptLock
+	attempts [attemptLocks]sync.Mutex
 
 	recalled struct{ tokens, past *tokens } // for the first epoch
 
@@ -371,6 +371,9 @@ func (m *Memory) Keys(items []Item) {
 		} else {
 			v.narrow.prefetch(k.lo, narrow)
 		}
+	}
+	if len(items) == 1 {
+		m.prepare(v, &items[0]) // nothing else is done until its places are there
 	}
 }
 

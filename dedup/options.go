@@ -2,215 +2,20 @@ package dedup
 
 import (
 	"bytes"
-	"encoding/binary"
-	"sync"
-	"sync/atomic"
-	"unsafe"
-
-	"github.com/dchest/siphash"
 
 	"verve/counter"
 )
 
 // Ids with a token, or under a key, take this way. Others never come here.
 
-// tokens are those of one epoch: words of 64 bits, a keyed hash of the id and its token
-// each, in a table of their own. It is made when the first one comes and is never used for
-// another epoch: it is looked at in the next one and then released.
-type tokens struct {
-	table  table[narrowBucket]
-	sample atomic.Uint64 // as View.narrowSample
-
-	// spilled are words that found no memory although there had been room for them
-	// before their ids were added.
-	mu      sync.Mutex // guards spilled
-	spilled map[uint64]bool
-	spills  atomic.Bool // there are some
-}
-
-// tokenTag is the tag of all words in such a table.
-const tokenTag = 1
-
-// tokenShare is how many slots there are for an expected token where the table has grown:
-// with so many no level is made ready before the last one comes.
-const tokenShare = 1.7
-
-// attemptLocks is the number of locks that ids with tokens are spread over.
+// attemptLocks is the number of locks that ids with tokens are spread over. Each makes the
+// attempts to count one id wait for each other, in whatever epochs they are. They fill 32 cache
+// lines: with a line for each, the line of a lock had mostly left the core's cache before the
+// lock was needed again.
 const attemptLocks = 256
-
-// attemptLock makes the attempts to count one id wait for each other, in whatever epochs
-// they are.
-type attemptLock struct {
-	sync.Mutex
-	_ [56]byte // locks of their own cache lines
-}
-
-func (t *tokens) load() uint64 {
-	if t == nil {
-		return 0
-	}
-	return t.sample.Load() * sampleEvery
-}
-
-// hold and letTokens count the epochs that use t. Memory.mu is held.
-func (t *tokens) hold() *tokens {
-	if t != nil {
-		t.table.refs++
-	}
-	return t
-}
-
-func (m *Memory) letTokens(t *tokens) {
-	if t == nil {
-		return
-	}
-	if t.table.refs--; t.table.refs == 0 && t.table.depth > 0 {
-		m.oldNarrow = append(m.oldNarrow, &t.table) // freed when the cleaner comes by
-	}
-}
 
 // newView is the view of an epoch that is to be opened.
 func (m *Memory) newView() *View { return &View{tokens: new(tokens), memory: m} }
-
-// has reports whether x is in t, which may be nil.
-func (t *tokens) has(x uint64) bool {
-	if t == nil {
-		return false
-	}
-	p, _ := t.look(nil, x)
-	return p == found
-}
-
-// look looks for x. With m it makes sure that there is a slot for it, if it is not there;
-// others may take the slot before add does.
-func (t *tokens) look(m *Memory, x uint64) (place, error) {
-	if t.spills.Load() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		if t.spilled[x] {
-			return found, nil
-		}
-	}
-	return t.walk(m, x, true)
-}
-
-// roomy reports whether there was room for every token until now. Then there is for those of
-// the requests under way: in the table, or in spilled.
-func (t *tokens) roomy() bool { return t.table.levels[0].Load() != nil && !t.spills.Load() }
-
-// prefetch is that of the table, and of the other cache line of the bucket in its first
-// level: a token that is not there is looked for up to a free slot, in the other line if
-// that of its home is full. t may be nil.
-func (t *tokens) prefetch(x uint64) {
-	if t == nil {
-		return
-	}
-	if levels := t.table.farLevels.Load(); levels > 0 {
-		t.table.prefetch(x, levels)
-		b, rest := t.table.levels[0].Load().choose(x)
-		prefetch(unsafe.Pointer(wordAt(unsafe.Pointer(b), home(rest)^lineSlots)))
-	}
-}
-
-// add puts x in. It always succeeds.
-func (t *tokens) add(m *Memory, x uint64) {
-	p, err := t.walk(m, x, false)
-	if err != nil {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		if t.spilled == nil {
-			t.spilled = map[uint64]bool{}
-		}
-		t.spilled[x] = true
-		t.spills.Store(true)
-	}
-	if p == taken && sampled(x) {
-		t.sample.Add(1)
-	}
-}
-
-// walk looks for x, or adds it. With m it makes a level where all are full.
-func (t *tokens) walk(m *Memory, x uint64, look bool) (place, error) {
-	for i := range t.table.levels {
-		l := t.table.levels[i].Load()
-		if l == nil {
-			if m == nil {
-				return absent, nil
-			}
-			if err := grow(m, &t.table, i, func() []uint64 { return t.sizes(m) }); err != nil {
-				return full, err
-			}
-			l = t.table.levels[i].Load()
-		}
-		b, rest := l.choose(x)
-		p, slot := b.add(rest|tokenTag, look)
-		if p != full {
-			if p == taken && slot >= nearlyFull {
-				crowding(m, &t.table, i)
-			}
-			return p, nil
-		}
-		x = l.next(x)
-	}
-	return full, ErrFull
-}
-
-// sizes returns the size of the level that the table needs next. A table that had none
-// begins with what the last epochs needed. Later ones double it, or make room for as many
-// tokens as the epoch will have if it gets the ids that are expected, up to eight times what
-// is there: memory that no token uses would have to be zeroed for nothing. The lock of the
-// table is held.
-func (t *tokens) sizes(m *Memory) []uint64 {
-	table := &t.table
-	if load := t.load(); table.depth == 0 || !table.outgrown(load) {
-		return table.sizes(load)
-	}
-	n := table.slots / slotsPerBucket
-	if v := m.current.Load(); v != nil && v.tokens == t {
-		l := v.load()
-		share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
-		expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
-		n = max(n, min(less(buckets(uint64(expected), tokenShare), n), 8*n))
-	}
-	return []uint64{n}
-}
-
-// openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
-// held, and m.current is still the epoch before.
-func (m *Memory) openTokens(e *counter.Epoch, v *View) {
-	v.start, v.end = e.Start().UnixNano(), e.End().UnixNano()
-	peak := uint64(0)
-	for _, l := range m.loads {
-		peak = max(peak, l.tokens)
-	}
-	v.tokens.table.expect = peak + peak/4
-	if before := m.current.Load(); before != nil && before.end == v.start {
-		v.past = before.tokens
-	} else if before == nil && m.journal != nil {
-		m.takeRecalled(e, v)
-	}
-	v.tokens.hold()
-	v.past.hold()
-}
-
-// takeRecalled gives the first epoch the tokens that the journal has for it.
-func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
-	tokens, past := m.recalled.tokens, m.recalled.past
-	m.recalled.tokens, m.recalled.past = nil, nil
-	switch newest := &m.journal.newest; {
-	case tokens == nil:
-	case e.Serial() == newest.serial:
-		v.tokens, v.past = tokens, past
-	case e.Start().After(newest.start()) && !e.Start().After(newest.end()): // earlier where the windows got shorter
-		v.past = tokens
-	}
-	if tokens != v.tokens && tokens != v.past {
-		m.letTokens(tokens.hold())
-	}
-	if past != v.past {
-		m.letTokens(past.hold())
-	}
-}
 
 // tokensAhead is how many items before its own the word of a token is made and its places
 // are prefetched: as many as there are misses under way at once.
@@ -276,7 +81,7 @@ func (m *Memory) prepare(v *View, it *Item) uint64 {
 	if it.Options == nil || len(it.Options.Token) == 0 {
 		return 0
 	}
-	token := m.secret.token(it.Key, it.Options.Token)
+	token := m.secret.tokenWord(it.Key, it.Options.Token)
 	v.past.prefetch(token)
 	v.tokens.prefetch(token)
 	return token
@@ -355,20 +160,19 @@ func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdic
 	switch {
 	case m.current.Load() != v:
 		return Turned, nil
-	case v.past.has(token):
+	case m.hasToken(v.past, it, token):
 		return ReplayedBefore, nil
 	}
 	if !v.tokens.roomy() {
-		p, none := v.tokens.look(m, token)
-		if p == found {
+		if m.hasToken(v.tokens, it, token) {
 			return Replayed, nil
 		}
-		if none != nil {
+		if none := v.tokens.roomFor(m, token); none != nil {
 			return m.known(v, it.Key, none)
 		}
 	}
 	verdict, err := m.addWith(r, it, token, fresh)
-	if verdict != Unique && verdict != Turned && v.tokens.has(token) {
+	if verdict != Unique && verdict != Turned && m.hasToken(v.tokens, it, token) {
 		return Replayed, nil
 	}
 	return verdict, err
@@ -411,16 +215,6 @@ func (m *Memory) known(v *View, k Key, cause error) (Verdict, error) {
 		return m.refused(cause), cause
 	}
 	return verdict(p), nil
-}
-
-// token is the word of a token that came with an id. It is never 0.
-func (s *secret) token(k Key, token []byte) uint64 {
-	var text [17 + 64]byte
-	binary.LittleEndian.PutUint64(text[:], k.hi)
-	binary.LittleEndian.PutUint64(text[8:], k.lo)
-	text[16] = k.kind
-	x := s.scatter(siphash.Hash(s.sip0, ^s.sip1, append(text[:17], token...)))
-	return max(x, 1)
 }
 
 // recordKind is the kind of the record of an id.

@@ -9,3 +9,8 @@ import "unsafe"
 //
 //go:noescape
 func prefetch(p unsafe.Pointer)
+
+// prefetchBoth is prefetch for the two cache lines from p on.
+//
+//go:noescape
+func prefetchBoth(p unsafe.Pointer)

@@ -6,3 +6,5 @@ import "unsafe"
 
 // prefetch does nothing: Go has no such instruction for this processor.
 func prefetch(unsafe.Pointer) {}
+
+func prefetchBoth(unsafe.Pointer) {}

@@ -103,7 +103,7 @@ func (m *Memory) recall() {
 // no memory for are left out.
 func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 	n := m.journal.counts[serial].tokens
-	t := &tokens{table: table[narrowBucket]{expect: n + n/4}}
+	t := &tokens{table: table[narrowBucket]{expect: n + n/4}, recalled: true}
 	if n == 0 {
 		return t
 	}
@@ -115,7 +115,7 @@ func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 			}
 			width := int(layouts[kind].words)
 			for at := width - 1; at < len(words); at += width {
-				if _, err := t.walk(m, words[at], false); err != nil {
+				if err := t.put(m, words[at]); err != nil {
 					return err
 				}
 			}

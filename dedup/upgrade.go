@@ -10,9 +10,11 @@ import (
 
 // A state file of an earlier version becomes one of the present version before anything
 // else is read, in one step: a kill leaves the old file or the new one. Segments stay as
-// they are, as every chunk that an earlier version wrote means the same here. The version
-// before refuses what this one has upgraded.
+// they are, as every chunk that an earlier version wrote means the same here, but for the
+// words of tokens. The version before refuses what this one has upgraded.
 const (
+	// withSipWords is the version whose words of tokens are another hash (tokens.recalled).
+	withSipWords = 3
 	// withoutTokens is the version before tokens and keys: what it wrote means the same.
 	withoutTokens = 2
 	// withoutPublisher is the first version. Its slots are half as long as those of today,

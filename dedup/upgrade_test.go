@@ -261,3 +261,57 @@ func TestOrderlyStopOfTheFirstVersionIsKnown(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestTokensOfVersion3AreKnown after an upgrade and one more start, in their window and the
+// next one. Its words of tokens are another hash.
+func TestTokensOfVersion3AreKnown(t *testing.T) {
+	for _, later := range []time.Duration{0, time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			cfg, l := small(t.TempDir()), newFakeSpool(t)
+			p := live(t, cfg, time.Minute, l)
+			in, _ := p.c.Enter(time.Now().UnixNano(), 0)
+			it := Item{ID: []byte("1"), Options: &Options{Token: []byte("a token of version 3")}}
+			it.Key = p.m.secret.keyOf(it.ID, it.Options)
+			j := p.m.journal
+			r := &optionRun{e: in.Epoch, v: in.State.(*View), j: j, w: j.writers.Get().(*writer)}
+			v, err := p.m.addWith(r, &it, p.m.secret.sipWord(it.Key, it.Options.Token), 0)
+			if v != Unique || err != nil {
+				t.Fatal(v, err)
+			}
+			in.Leave(counter.Unique)
+			p.kill()
+			path := filepath.Join(cfg.Dir, stateName)
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h := make([]uint64, headerWords)
+			copy(bytesOf(h), b)
+			h[headerVersionAt] = withSipWords
+			h[headerCheckAt] = checkOf(h[:headerCheckAt])
+			copy(b, bytesOf(h))
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				p = live(t, cfg, time.Minute, l)
+				if v, _, err := p.with(time.Now().Add(later), "2", "", "a token of this one"); v != Unique && v != Replayed || err != nil {
+					t.Errorf("%v later: a new token: %v, %v", later, v, err)
+				}
+				want := Replayed
+				if later > 0 {
+					want = ReplayedBefore
+				}
+				if v, _, err := p.with(time.Now().Add(later), "1", "", "a token of version 3"); v != want || err != nil {
+					t.Errorf("%v later: got %v, %v; want %v", later, v, err, want)
+				}
+				if later == 0 {
+					if v, _, err := p.with(time.Now(), "1", "", "another token"); v != Repeat || err != nil {
+						t.Errorf("another token: got %v, %v; want %v", v, err, Repeat)
+					}
+				}
+				p.kill()
+			}
+		})
+	}
+}

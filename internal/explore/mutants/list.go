@@ -200,7 +200,7 @@ var mutants = []mutant{
 		File: "dedup/options.go", Old: "\tlock.Lock()\n\tdefer lock.Unlock()\n", New: "\t_ = lock\n",
 	}, nil},
 	{"the next window does not look at the tokens before it", "dedup", overlay.Edit{
-		File: "dedup/options.go", Old: "v.past = before.tokens\n", New: "\n",
+		File: "dedup/tokens.go", Old: "v.past = before.tokens\n", New: "\n",
 	}, nil},
 	{"a token is not kept with its id", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "kind |= tokenKind\n", New: "\n",
@@ -212,7 +212,7 @@ var mutants = []mutant{
 		File: "dedup/options.go", Old: "case m.current.Load() != v:", New: "case false:",
 	}, nil},
 	{"a repeat is not looked for among the tokens", "dedup", overlay.Edit{
-		File: "dedup/options.go", Old: "verdict != Unique && verdict != Turned && v.tokens.has(token)", New: "false",
+		File: "dedup/options.go", Old: "verdict != Unique && verdict != Turned && m.hasToken(v.tokens, it, token)", New: "false",
 	}, nil},
 	{"a token is not added", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "\t\t\tv.tokens.add(m, token)\n", New: "\n",

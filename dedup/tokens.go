@@ -1,0 +1,331 @@
+package dedup
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/dchest/siphash"
+
+	"verve/counter"
+)
+
+// tokens are those of one epoch: words of 64 bits, a keyed hash of the id and its token
+// each, in a table of their own. It is made when the first one comes and is never used for
+// another epoch: it is looked at in the next one and then released.
+type tokens struct {
+	table  table[narrowBucket]
+	sample atomic.Uint64 // as View.narrowSample
+
+	// recalled: some are from the journal, where those that version 3 has written are
+	// sipWords.
+	recalled bool
+
+	// spilled are words that found no memory although there had been room for them
+	// before their ids were added.
+	mu      sync.Mutex // guards spilled
+	spilled map[uint64]bool
+	spills  atomic.Bool // there are some
+}
+
+// tokenTag is the tag of all words in such a table.
+const tokenTag = 1
+
+// tokenShare is how many slots there are for an expected token where the table has grown:
+// with so many no level is made ready before the last one comes.
+const tokenShare = 1.7
+
+func (t *tokens) load() uint64 {
+	if t == nil {
+		return 0
+	}
+	return t.sample.Load() * sampleEvery
+}
+
+// hold and letTokens count the epochs that use t. Memory.mu is held.
+func (t *tokens) hold() *tokens {
+	if t != nil {
+		t.table.refs++
+	}
+	return t
+}
+
+func (m *Memory) letTokens(t *tokens) {
+	if t == nil {
+		return
+	}
+	if t.table.refs--; t.table.refs == 0 && t.table.depth > 0 {
+		m.oldNarrow = append(m.oldNarrow, &t.table) // freed when the cleaner comes by
+	}
+}
+
+// has reports whether x is in t, which may be nil.
+func (t *tokens) has(x uint64) bool {
+	if t == nil {
+		return false
+	}
+	if t.spills.Load() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.spilled[x] {
+			return true
+		}
+	}
+	for i := range t.table.levels {
+		l := t.table.levels[i].Load()
+		if l == nil {
+			break
+		}
+		b, rest := l.choose(x)
+		there, room := findIn(b, rest|tokenTag)
+		if there || room {
+			return there
+		}
+		x = l.next(x)
+	}
+	return false
+}
+
+// hasToken reports whether the token of an item, whose word is x, is in t, which may be nil.
+func (m *Memory) hasToken(t *tokens, it *Item, x uint64) bool {
+	return t.has(x) || t != nil && t.recalled && t.has(m.secret.sipWord(it.Key, it.Options.Token))
+}
+
+// roomFor makes sure that there is a slot for x, which is not in t; others may take the slot
+// before add does.
+func (t *tokens) roomFor(m *Memory, x uint64) error {
+	for i := range t.table.levels {
+		l, err := t.level(m, i)
+		if err != nil {
+			return err
+		}
+		b, rest := l.choose(x)
+		if _, room := findIn(b, rest|tokenTag); room {
+			return nil
+		}
+		x = l.next(x)
+	}
+	return ErrFull
+}
+
+// roomy reports whether there was room for every token until now. Then there is for those of
+// the requests under way: in the table, or in spilled.
+func (t *tokens) roomy() bool { return t.table.levels[0].Load() != nil && !t.spills.Load() }
+
+// prefetch prefetches the places of x in the levels that are worth it, and of each the whole
+// bucket: a token that is not there is looked for up to a free slot, in the other line if that
+// of its home is full. t may be nil.
+func (t *tokens) prefetch(x uint64) {
+	if t == nil {
+		return
+	}
+	for i := range t.table.farLevels.Load() {
+		l := t.table.levels[i].Load()
+		b, _ := l.choose(x)
+		prefetchBoth(unsafe.Pointer(b))
+		x = l.next(x)
+	}
+}
+
+// add puts x in, which is not in t. It always succeeds.
+func (t *tokens) add(m *Memory, x uint64) {
+	if t.put(m, x) != nil {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.spilled == nil {
+			t.spilled = map[uint64]bool{}
+		}
+		t.spilled[x] = true
+		t.spills.Store(true)
+		return
+	}
+	if sampled(x) {
+		t.sample.Add(1)
+	}
+}
+
+// put puts x, which is not in the table, there. It makes a level where all are full.
+func (t *tokens) put(m *Memory, x uint64) error {
+	for i := range t.table.levels {
+		l, err := t.level(m, i)
+		if err != nil {
+			return err
+		}
+		b, rest := l.choose(x)
+		if done, other := putIn(b, rest|tokenTag); done {
+			if other {
+				crowding(m, &t.table, i)
+			}
+			return nil
+		}
+		x = l.next(x)
+	}
+	return ErrFull
+}
+
+// level is the i-th level of the table. It is made if the levels before it are all there are.
+func (t *tokens) level(m *Memory, i int) (*level[narrowBucket], error) {
+	if l := t.table.levels[i].Load(); l != nil {
+		return l, nil
+	}
+	if err := grow(m, &t.table, i, func() []uint64 { return t.sizes(m) }); err != nil {
+		return nil, err
+	}
+	return t.table.levels[i].Load(), nil
+}
+
+// findIn reports whether a word is in a bucket of tokens, and if not, whether a slot is free.
+//
+// The table serves one epoch, so a slot is empty or taken for good: a word is in the second
+// line only if the first is full, and in the next level only if the bucket is. So all slots of
+// a line are compared without a branch: how far a search from slot to slot goes is a guess,
+// and a wrong one takes as long as all comparisons (BenchmarkToken).
+func findIn(b *narrowBucket, word uint64) (there, room bool) {
+	for from := home(word) & lineSlots; ; from ^= lineSlots {
+		line := (*[lineSlots]atomic.Uint64)(unsafe.Pointer(wordAt(unsafe.Pointer(b), from)))
+		same, free := uint64(0), uint64(0)
+		for i := range line {
+			w := line[i].Load()
+			same |= isZero(w ^ word)
+			free |= isZero(w)
+		}
+		if same|free != 0 || from != home(word)&lineSlots {
+			return same != 0, free != 0
+		}
+	}
+}
+
+// putIn puts a word, which is not there, into a bucket of tokens, if a slot is free. other: all
+// slots of its own line were taken.
+func putIn(b *narrowBucket, word uint64) (done, other bool) {
+	for from := home(word) & lineSlots; ; from ^= lineSlots {
+		line := (*[lineSlots]atomic.Uint64)(unsafe.Pointer(wordAt(unsafe.Pointer(b), from)))
+		for {
+			free := uint64(0)
+			for i := range line {
+				free |= isZero(line[i].Load()) >> (63 - i)
+			}
+			if free == 0 {
+				break
+			}
+			if line[bits.TrailingZeros64(free)&(lineSlots-1)].CompareAndSwap(0, word) {
+				return true, other
+			}
+		}
+		if other {
+			return false, true
+		}
+		other = true
+	}
+}
+
+// isZero is 1<<63 if x is 0, and else 0.
+func isZero(x uint64) uint64 { return (x - 1) &^ x & (1 << 63) }
+
+// sizes returns the size of the level that the table needs next. A table that had none
+// begins with what the last epochs needed. Later ones double it, or make room for as many
+// tokens as the epoch will have if it gets the ids that are expected, up to eight times what
+// is there: memory that no token uses would have to be zeroed for nothing. The lock of the
+// table is held.
+func (t *tokens) sizes(m *Memory) []uint64 {
+	table := &t.table
+	if load := t.load(); table.depth == 0 || !table.outgrown(load) {
+		return table.sizes(load)
+	}
+	n := table.slots / slotsPerBucket
+	if v := m.current.Load(); v != nil && v.tokens == t {
+		l := v.load()
+		share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
+		expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
+		n = max(n, min(less(buckets(uint64(expected), tokenShare), n), 8*n))
+	}
+	return []uint64{n}
+}
+
+// openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
+// held, and m.current is still the epoch before.
+func (m *Memory) openTokens(e *counter.Epoch, v *View) {
+	v.start, v.end = e.Start().UnixNano(), e.End().UnixNano()
+	peak := uint64(0)
+	for _, l := range m.loads {
+		peak = max(peak, l.tokens)
+	}
+	v.tokens.table.expect = peak + peak/4
+	if before := m.current.Load(); before != nil && before.end == v.start {
+		v.past = before.tokens
+	} else if before == nil && m.journal != nil {
+		m.takeRecalled(e, v)
+	}
+	v.tokens.hold()
+	v.past.hold()
+}
+
+// takeRecalled gives the first epoch the tokens that the journal has for it.
+func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
+	tokens, past := m.recalled.tokens, m.recalled.past
+	m.recalled.tokens, m.recalled.past = nil, nil
+	switch newest := &m.journal.newest; {
+	case tokens == nil:
+	case e.Serial() == newest.serial:
+		v.tokens, v.past = tokens, past
+	case e.Start().After(newest.start()) && !e.Start().After(newest.end()): // earlier where the windows got shorter
+		v.past = tokens
+	}
+	if tokens != v.tokens && tokens != v.past {
+		m.letTokens(tokens.hold())
+	}
+	if past != v.past {
+		m.letTokens(past.hold())
+	}
+}
+
+// tokenKeys is how many words of the secret tokenWord uses: two for the key of the id, two for
+// its kind and the length of the token, and one for each 8 bytes of the longest token.
+const tokenKeys = 12
+
+// tokenWord is the word of a token that came with an id. It is never 0.
+//
+// It is NH (Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC", 1999): to each word of the text
+// a secret one is added, pairs are multiplied, and the products of 128 bits are summed. Two
+// texts that differ have the same sum with a chance of 2^-64 over all secrets. Nobody outside
+// sees the sums. SipHash took three times as long (BenchmarkToken).
+func (s *secret) tokenWord(k Key, token []byte) uint64 {
+	le, n, keys := binary.LittleEndian, len(token), &s.token
+	hi, lo := bits.Mul64(k.hi+keys[0], k.lo+keys[1])
+	h, l := bits.Mul64(uint64(n)+keys[2], uint64(k.kind)+keys[3])
+	a, b := uint64(0), uint64(0) // the last 16 bytes
+	var carry uint64
+	switch {
+	case n >= 16:
+		a, b = le.Uint64(token[n-16:]), le.Uint64(token[n-8:])
+		for i := 6; len(token) > 16 && i+1 < len(keys); i += 2 {
+			lo, carry = bits.Add64(lo, l, 0)
+			hi += h + carry
+			h, l = bits.Mul64(le.Uint64(token)+keys[i], le.Uint64(token[8:])+keys[i+1])
+			token = token[16:]
+		}
+	case n >= 8:
+		a, b = le.Uint64(token), le.Uint64(token[n-8:])
+	default:
+		var text [8]byte
+		copy(text[:], token)
+		a = le.Uint64(text[:])
+	}
+	lo, carry = bits.Add64(lo, l, 0)
+	hi += h + carry
+	h, l = bits.Mul64(a+keys[4], b+keys[5])
+	lo, carry = bits.Add64(lo, l, 0)
+	hi += h + carry
+	return max(s.scatter(lo^hi*s.odd[2]), 1)
+}
+
+// sipWord is the word of a token up to version 3 of the journal.
+func (s *secret) sipWord(k Key, token []byte) uint64 {
+	var text [17 + 64]byte
+	binary.LittleEndian.PutUint64(text[:], k.hi)
+	binary.LittleEndian.PutUint64(text[8:], k.lo)
+	text[16] = k.kind
+	return max(s.scatter(siphash.Hash(s.sip0, ^s.sip1, append(text[:17], token...))), 1)
+}

@@ -1,0 +1,71 @@
+package dedup
+
+import (
+	"bytes"
+	"testing"
+)
+
+// TestWordsOfTokensDiffer: for each length, with any bit of the token, its id or the secret
+// changed, or a zero byte behind it.
+func TestWordsOfTokensDiffer(t *testing.T) {
+	s, k := newSecret(), Key{1 << 40, 7, wideKind}
+	others := newSecret()
+	have := map[uint64]bool{}
+	differs := func(what string, n int, word uint64) {
+		t.Helper()
+		if have[word] {
+			t.Errorf("%d bytes: the word does not change with %s", n, what)
+		}
+		have[word] = true
+	}
+	for n := 1; n <= 64; n++ {
+		token := bytes.Repeat([]byte{'0'}, n)
+		word := s.tokenWord(k, token)
+		differs("the length", n, word)
+		if again := s.tokenWord(k, bytes.Clone(token)); again != word {
+			t.Errorf("%d bytes: got %x, then %x", n, word, again)
+		}
+		for i := range 8 * n {
+			token[i/8] ^= 1 << (i % 8)
+			differs("the token", n, s.tokenWord(k, token))
+			token[i/8] ^= 1 << (i % 8)
+		}
+		if n < 64 {
+			differs("a zero behind it", n, s.tokenWord(k, append(token, 0)))
+		}
+		for i := range 64 {
+			differs("the id", n, s.tokenWord(Key{k.hi ^ 1<<i, k.lo, k.kind}, token))
+			differs("the id", n, s.tokenWord(Key{k.hi, k.lo ^ 1<<i, k.kind}, token))
+		}
+		differs("the kind of the id", n, s.tokenWord(Key{k.hi, k.lo, pairKind}, token))
+		differs("the secret", n, others.tokenWord(k, token))
+	}
+}
+
+// TestBucketOfTokens: words go into all of its slots, each is found from then on, and no other.
+func TestBucketOfTokens(t *testing.T) {
+	for first := range uint64(slotsPerBucket) {
+		var b narrowBucket
+		for n := range uint64(slotsPerBucket) {
+			word := first<<60 | n<<tagBits | tokenTag // all begin at one slot
+			if there, room := findIn(&b, word); there || !room {
+				t.Fatalf("word %d: there %t, room %t before it is put in", n, there, room)
+			}
+			if done, other := putIn(&b, word); !done || other != (n >= lineSlots) {
+				t.Fatalf("word %d: done %t, in the other line %t", n, done, other)
+			}
+			for i := range n + 1 {
+				if there, _ := findIn(&b, first<<60|i<<tagBits|tokenTag); !there {
+					t.Fatalf("word %d is lost when %d are in", i, n+1)
+				}
+			}
+		}
+		other := first<<60 | slotsPerBucket<<tagBits | tokenTag
+		if there, room := findIn(&b, other); there || room {
+			t.Errorf("a full bucket: another word is there: %t, has room: %t", there, room)
+		}
+		if done, other := putIn(&b, other); done || !other {
+			t.Error("a full bucket takes another word")
+		}
+	}
+}
