@@ -117,6 +117,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	if !e.recovered {
 		c.closed.unique += count.Unique
 		c.closed.repeats += count.Repeats
+		c.closed.keys = len(count.Keys)
 	}
 	c.mu.Unlock()
 

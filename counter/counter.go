@@ -136,7 +136,10 @@ type Counter struct {
 	keys   keyMemory
 	change change // of the window's length; fixed in New
 
-	closed  struct{ unique, repeats uint64 } // over all closed epochs
+	closed struct {
+		unique, repeats uint64 // over all closed epochs
+		keys            int    // of the last one
+	}
 	skipped atomic.Uint64
 }
 
@@ -329,10 +332,10 @@ func (c *Counter) leave(e *Epoch) {
 func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	e := c.spare
 	if e == nil {
-		e = new(Epoch)
+		e = c.blank()
 	}
 	c.spare = nil
-	e.number, e.serial, e.keys.max, e.keys.memory = floor(start, window), 1, c.cfg.MaxKeys, &c.keys
+	e.number, e.serial = floor(start, window), 1
 	e.start, e.end, e.window, e.before = start, start+window, window, start-window
 	if end := c.endOf(start, window); end < e.end {
 		e.end, e.interrupted = end, true
@@ -359,22 +362,28 @@ func newRecovered(l Recovered) *Epoch {
 	return e
 }
 
-// provide makes the spare, so that a turn allocates nothing.
+// blank makes the memory of an epoch.
+func (c *Counter) blank() *Epoch {
+	e := &Epoch{label: make([]byte, 0, len(time.RFC3339Nano))}
+	e.keys.max, e.keys.memory = c.cfg.MaxKeys, &c.keys
+	return e
+}
+
+// provide makes the spare, so that a turn allocates nothing. It gets the table of the keys of
+// the last epoch that was closed: so it waits until that is.
 func (c *Counter) provide() {
 	c.mu.Lock()
-	have, last := c.spare != nil, c.last
-	c.mu.Unlock()
-	if have {
-		return
+	if c.spare == nil {
+		c.spare = c.blank()
 	}
-	e := &Epoch{label: make([]byte, 0, len(time.RFC3339Nano))}
-	if n := last.keys.Len(); n > 0 {
-		e.keys.max, e.keys.memory = c.cfg.MaxKeys, &c.keys
-		e.keys.prepare(n)
+	e, keys := c.spare, c.closed.keys
+	if len(c.turned) > 0 {
+		keys = 0
 	}
-	c.mu.Lock()
-	c.spare = e
 	c.mu.Unlock()
+	if keys > 0 {
+		e.keys.prepare(keys)
+	}
 }
 
 // Live returns the start (UTC) of the epoch opened last and the unique ids counted in it

@@ -350,7 +350,7 @@ func (s *scene) files(r *explore.Run, now int64, key string) {
 			s.keyless++
 			return
 		}
-		k.Count(1)
+		keys.Count(k, 1)
 		in.Leave(Unique)
 		s.answers[i] = append(s.answers[i], answer{in.Epoch, in.Start(), 1, 0})
 		at := in.Start().String()

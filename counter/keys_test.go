@@ -3,6 +3,7 @@ package counter
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -24,7 +25,7 @@ func add(ks *Keys, name string) bool {
 		k = ks.Add(hash, []byte(name))
 	}
 	if k != nil {
-		k.Count(1)
+		ks.Count(k, 1)
 	}
 	return k != nil
 }
@@ -88,7 +89,7 @@ func TestKeysAreBounded(t *testing.T) {
 func TestNamesOfOneHashAreNotMixed(t *testing.T) {
 	ks := keysOf(10)
 	a := ks.Add(7, []byte("a"))
-	a.Count(1)
+	ks.Count(a, 1)
 	if b := ks.Add(7, []byte("b")); b != nil || ks.Find(7, []byte("b")) != nil || ks.Find(7, []byte("a")) != a || ks.Len() != 1 {
 		t.Errorf("got %v for the second name, %d keys", b, ks.Len())
 	}
@@ -123,13 +124,103 @@ func TestMemoryOfKeysIsBoundedOverEpochs(t *testing.T) {
 	}
 }
 
+// TestTableOfKeysIsUsedAgain: the keys of an epoch that is released are not in the next one,
+// which has its memory, and names of all lengths stay whole.
+func TestTableOfKeysIsUsedAgain(t *testing.T) {
+	const names = 5000
+	name := func(epoch, i int) string {
+		text := fmt.Sprintf("%d-%d-", epoch, i)
+		return text + strings.Repeat("x", i%(MaxKeyLen+1-len(text)))
+	}
+	var memory keyMemory
+	var table *keyTable
+	for epoch := range 3 {
+		ks := &Keys{max: names, memory: &memory}
+		if epoch > 0 {
+			ks.prepare(names)
+			if ks.table.Load() != table || len(ks.Counts()) > 0 {
+				t.Fatalf("epoch %d has another table, or %d keys of the one before", epoch, len(ks.Counts()))
+			}
+		}
+		want := map[string]uint64{}
+		for i := range names {
+			if !add(ks, name(epoch, i)) {
+				t.Fatalf("no room for key %d", i)
+			}
+			want[name(epoch, i)]++
+		}
+		got := map[string]uint64{}
+		counts := ks.Counts()
+		table = ks.table.Load()
+		ks.release()
+		for _, c := range counts { // they are copies
+			got[c.Key] += c.Unique
+		}
+		if !maps.Equal(got, want) {
+			t.Fatalf("epoch %d: got %d names, want %d, each with one id", epoch, len(got), len(want))
+		}
+		ks.CountLate(1, []byte("late"))
+		if add(ks, "late") || ks.Counts() != nil || memory.used.Load() != 0 {
+			t.Errorf("an epoch that is released has keys, or %d bytes", memory.used.Load())
+		}
+	}
+	(&Keys{max: names, memory: &memory}).release()
+	if memory.free.Load() != nil {
+		t.Error("an epoch without keys has left the table of an earlier one")
+	}
+}
+
+// TestTableThatIsReadIsNotUsedAgain: whoever reads the keys of an epoch while it is released
+// finds its keys or none, and not those of the next one.
+func TestTableThatIsReadIsNotUsedAgain(t *testing.T) {
+	const names = 300
+	var memory keyMemory
+	for epoch := range 50 {
+		ks := &Keys{max: names, memory: &memory}
+		ks.prepare(names)
+		for i := range names {
+			add(ks, fmt.Sprint(epoch, "-", i))
+		}
+		var readers sync.WaitGroup
+		for range 3 {
+			readers.Go(func() {
+				for n := names; n > 0; {
+					counts := ks.Counts()
+					for _, c := range counts {
+						if !strings.HasPrefix(c.Key, fmt.Sprint(epoch, "-")) {
+							t.Errorf("epoch %d has the key %q", epoch, c.Key)
+						}
+					}
+					n = len(counts)
+				}
+			})
+		}
+		ks.release()
+		next := &Keys{max: names, memory: &memory}
+		next.prepare(names)
+		for i := range names {
+			add(next, fmt.Sprint("next-", i))
+		}
+		readers.Wait()
+		next.release()
+	}
+	ks := &Keys{max: names, memory: &memory}
+	add(ks, "a key")
+	memory.free.Store(nil)
+	ks.late.Add(1) // a reader
+	ks.release()
+	if memory.free.Load() != nil {
+		t.Error("the table of a reader is to be used again")
+	}
+}
+
 // TestLargestKeysAreThoseOfASort, whatever the order of the counts, which stays.
 func TestLargestKeysAreThoseOfASort(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for range 200 {
 		counts := make([]KeyCount, rnd.IntN(200))
 		for i := range counts {
-			counts[i] = KeyCount{Key: fmt.Sprint(i), Unique: uint64(rnd.IntN(30))}
+			counts[i] = KeyCount{Key: fmt.Sprint(i), Unique: uint64(1 + rnd.IntN(30))}
 		}
 		given := slices.Clone(counts)
 		want := slices.SortedFunc(slices.Values(counts), func(a, b KeyCount) int {

@@ -90,7 +90,7 @@ func (m *Memory) prepare(v *View, it *Item) uint64 {
 // count adds the new ids to the count of their key.
 func (r *optionRun) count() {
 	if r.new > 0 {
-		r.under.Count(r.new)
+		r.e.Keys().Count(r.under, r.new)
 		r.new = 0
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -19,6 +20,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
+	"verve/counter"
 	"verve/internal/durable"
 )
 
@@ -31,6 +33,10 @@ import (
 type boltStore struct {
 	db       *bolt.DB
 	instance string // goes with each record: there may have been no room for it alone
+
+	// sealed is the memory of the keys of a record, and of those of its series, as they were
+	// stored last: it is used again at each turn. The spool's lock is held.
+	sealed [2][]byte
 
 	// broken is set where a write ended in a panic: bbolt then takes back what it
 	// did by reading the same file, and may fault there again, with its lock held.
@@ -270,7 +276,9 @@ func keysIn(tx *bolt.Tx, bucket, k []byte, number uint64) (packedKeys, error) {
 		return nil, err
 	}
 	n := uint64(0)
+	var pace counter.Pace
 	for range packedKeys(v).all() {
+		pace.Step()
 		n++
 	}
 	if number != anyNumber && n != number {
@@ -290,7 +298,7 @@ func (b *boltStore) keys(index uint64) (p packedKeys, err error) {
 
 // putKeys stores the keys of a record and of its series. It makes the file one of the
 // version that has such.
-func putKeys(tx *bolt.Tx, e *spooled, identity string, s *series) error {
+func (b *boltStore) putKeys(tx *bolt.Tx, e *spooled, identity string, s *series) error {
 	if tx.Bucket(bucketRecordKeys) == nil {
 		if len(s.keys) == 0 && len(e.keys) == 0 && !s.keysLost {
 			return nil
@@ -305,13 +313,16 @@ func putKeys(tx *bolt.Tx, e *spooled, identity string, s *series) error {
 		}
 	}
 	if len(e.keys) > 0 {
-		if err := put(tx.Bucket(bucketRecordKeys), beKey(e.index), e.keys); err != nil {
+		b.sealed[0] = seal(b.sealed[0], beKey(e.index), e.keys)
+		if err := tx.Bucket(bucketRecordKeys).Put(beKey(e.index), b.sealed[0]); err != nil {
 			return err
 		}
 	}
 	if len(s.keys) > 0 {
-		return put(tx.Bucket(bucketSeriesKeys), []byte(identity), s.keys)
+		b.sealed[1] = seal(b.sealed[1], []byte(identity), s.keys)
+		return tx.Bucket(bucketSeriesKeys).Put([]byte(identity), b.sealed[1])
 	}
+	b.sealed = [2][]byte{} // no keys any more
 	return tx.Bucket(bucketSeriesKeys).Delete([]byte(identity))
 }
 
@@ -457,7 +468,7 @@ func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func(
 		meta := tx.Bucket(bucketMeta)
 		err := cmp.Or(
 			put(tx.Bucket(bucketRecords), beKey(e.index), e.value),
-			putKeys(tx, &e, identity, &s),
+			b.putKeys(tx, &e, identity, &s),
 			put(tx.Bucket(bucketSeries), []byte(identity), v),
 			put(meta, keyHead, beKey(e.index)),
 		)
@@ -534,9 +545,21 @@ func (b *boltStore) close() error {
 }
 
 // put stores a value behind a checksum over its key and itself.
-func put(b *bolt.Bucket, k, v []byte) error {
-	sum := crc32.Update(crc32.Checksum(k, durable.Castagnoli), durable.Castagnoli, v)
-	return b.Put(k, append(binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(v)), sum), v...))
+func put(b *bolt.Bucket, k, v []byte) error { return b.Put(k, seal(nil, k, v)) }
+
+// seal returns what put stores, in the memory of room if that is enough. It gives way to
+// requests: all keys of a window are one value.
+func seal(room, k, v []byte) []byte {
+	room = append(slices.Grow(room[:0], 4+len(v)), 0, 0, 0, 0)
+	sum := crc32.Checksum(k, durable.Castagnoli)
+	var pace counter.Pace
+	for piece := range slices.Chunk(v, 4<<10) {
+		pace.Step()
+		sum = crc32.Update(sum, durable.Castagnoli, piece)
+		room = append(room, piece...)
+	}
+	binary.BigEndian.PutUint32(room, sum)
+	return room
 }
 
 // unseal returns the value that put stored under k. It is only valid within the

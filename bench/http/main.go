@@ -37,7 +37,7 @@ import (
 type run struct {
 	Rounds   int      `default:"10" help:"Rounds; each drives every server once."`
 	Seconds  int      `default:"5" help:"Seconds wrk drives a server in a round."`
-	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch,options,group" help:"What is sent: ${enum}."`
+	Scenario []string `default:"unique,duplicates,pipelined" enum:"unique,duplicates,pipelined,headers,batch,options,group,turn" help:"What is sent: ${enum}."`
 	Servers  []string `default:"bare,verve,memory,seed,nethttp" enum:"bare,verve,before,memory,seed,nethttp" help:"What is driven: ${enum}. memory is Verve with --data-dir=none, before that of --before."`
 	Conns    int      `default:"64" help:"Connections."`
 	WarmUp   int      `default:"2" help:"Seconds wrk drives a server before it counts."`
@@ -97,6 +97,7 @@ type sample struct {
 	Redis    float64 `json:"redis_cpu_us,omitempty"` // of CPU, in the scenario group
 	PerSec   float64 `json:"requests_per_second"`
 	P99      float64 `json:"p99_ms"`
+	P999     float64 `json:"p999_ms,omitempty"` // in the scenario turn
 }
 
 func (r *run) run(ctx context.Context, out io.Writer) error {
@@ -130,7 +131,7 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 	res := results{Conns: r.Conns, Seconds: r.Seconds, Flags: r.Flags}
 	for _, scenario := range r.Scenario {
 		if drive, is := map[string]func(context.Context, io.Writer, string, string) ([]sample, error){
-			"batch": r.batches, "options": r.options, "group": r.groups,
+			"batch": r.batches, "options": r.options, "group": r.groups, "turn": r.turns,
 		}[scenario]; is {
 			samples, err := drive(ctx, out, root, dir)
 			res.Samples = append(res.Samples, samples...)

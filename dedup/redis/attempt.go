@@ -73,14 +73,7 @@ func (r *Set) countUnder(e *counter.Epoch, under string) {
 		return
 	}
 	name := []byte(under)
-	hash := r.keyHash(name)
-	k := e.Keys().Find(hash, name)
-	if k == nil {
-		k = e.Keys().Add(hash, name)
-	}
-	if k != nil {
-		k.Count(1)
-	}
+	e.Keys().CountLate(r.keyHash(name), name)
 }
 
 // hasRoom reports whether an id under a key may be new. All keys that this instance has

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	turnKeys   = 100_000
+	turnConns  = 4
+	turnPace   = 250 * time.Microsecond // between two requests
+	turnLength = 2 * time.Second        // of a window
+	turnSpan   = 200 * time.Millisecond // before and after a turn
+
+	// Keys are sent, 1,000 every keyPace, from keysFrom on in a window: that is over before the
+	// requests are timed.
+	keysFrom = 400 * time.Millisecond
+	keyPace  = 10 * time.Millisecond
+)
+
+// turns sends 4,000 new ids a second, each in a request, to a server with short windows, and
+// compares the answers before and after the turns: of windows without keys, and of windows
+// with 100,000 of them, which are published at the turn.
+func (r *run) turns(ctx context.Context, out io.Writer, _, dir string) (samples []sample, err error) {
+	p, err := start("verve", r.Binary, filepath.Join(dir, "turn"), append(slices.Clone(r.Flags), "--window="+turnLength.String()))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, p.end()) }()
+	fmt.Fprintf(out, "turn: answers in the %v before and after the end of a window, ms\n", turnSpan)
+	names := []string{"plain", "keys"}
+	var seen [2][2][]float64
+	for round := range r.Rounds {
+		for i := range names {
+			found, err := driveTurns(ctx, p.addr, names[i] == "keys", max(1, r.Seconds*int(time.Second)/int(turnLength)))
+			if err != nil {
+				return samples, err
+			}
+			for phase, name := range []string{"before", "after"} {
+				seen[i][phase] = append(seen[i][phase], found[phase]...)
+				samples = append(samples, sample{Scenario: "turn", Server: names[i] + "-" + name, Round: round + 1,
+					Requests: uint64(len(found[phase])), P999: quantile(found[phase], .999)})
+			}
+		}
+	}
+	for i, name := range names {
+		before, after := seen[i][0], seen[i][1]
+		for _, q := range []float64{.5, .99, .999} {
+			b, a := quantile(before, q), quantile(after, q)
+			fmt.Fprintf(out, "%5s  p%-4v  before %.3f  after %.3f  after/before %.2f\n", name, 100*q, b, a, a/b)
+		}
+	}
+	fmt.Fprintln(out)
+	return samples, nil
+}
+
+func quantile(v []float64, q float64) float64 {
+	slices.Sort(v)
+	return v[int(q*float64(len(v)))]
+}
+
+// sent is a request on its way. phase is 0 before a turn, 1 after it, -1 elsewhere.
+type sent struct {
+	at    time.Time
+	phase int
+}
+
+// driveTurns returns how long the answers before and after some turns took. No request waits
+// for the answer to another.
+func driveTurns(ctx context.Context, addr string, keys bool, turns int) (seen [2][]float64, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var conns [turnConns]net.Conn
+	var ways [turnConns]chan sent
+	var answers, batches sync.WaitGroup
+	var mu sync.Mutex
+	for i := range conns {
+		if conns[i], err = net.Dial("tcp", addr); err != nil {
+			return seen, err
+		}
+		defer conns[i].Close()
+		ways[i] = make(chan sent, 1<<14)
+		answers.Go(func() {
+			mine, err := readAnswers(conns[i], ways[i])
+			if err != nil {
+				cancel(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for phase := range seen {
+				seen[phase] = append(seen[phase], mine[phase]...)
+			}
+		})
+	}
+	first := time.Now().Truncate(turnLength).Add(4 * turnLength) // the first turn that counts: tables have grown to their sizes
+	last := first.Add(time.Duration(turns-1) * turnLength)
+	if keys {
+		batches.Go(func() {
+			for at := first.Add(keysFrom - 3*turnLength); at.Before(last); at = at.Add(turnLength) {
+				time.Sleep(time.Until(at))
+				if err := sendKeys(addr); err != nil {
+					cancel(err)
+				}
+			}
+		})
+	}
+	request := []byte("GET /api/verve/accept?id=1000000000000 HTTP/1.1\r\nHost: verve\r\n\r\n")
+	id := request[len("GET /api/verve/accept?id="):][:len("1000000000000")]
+	number := time.Now().UnixMicro() % 1e9 * 1000 // other ids in each drive
+	due := time.Now()
+	for i := 0; ctx.Err() == nil; i++ {
+		due = due.Add(turnPace)
+		for pause := time.Until(due); pause > 0; pause = time.Until(due) {
+			wait := unix.NsecToTimespec(int64(pause)) // a sleep of the runtime is right to a millisecond
+			_ = unix.Nanosleep(&wait, nil)
+		}
+		s := sent{at: time.Now(), phase: -1}
+		if s.at.After(last.Add(turnSpan)) {
+			break
+		}
+		switch offset := s.at.Sub(first.Add(-turnLength)); {
+		case offset < turnLength/2:
+		case offset%turnLength < turnSpan:
+			s.phase = 1
+		case offset%turnLength > turnLength-turnSpan:
+			s.phase = 0
+		}
+		number++
+		strconv.AppendInt(id[:0], 1e12+number, 10)
+		ways[i%turnConns] <- s
+		if _, err := conns[i%turnConns].Write(request); err != nil {
+			cancel(err)
+		}
+	}
+	for i := range ways {
+		close(ways[i])
+	}
+	answers.Wait()
+	batches.Wait()
+	return seen, context.Cause(ctx)
+}
+
+// readAnswers times the answers to the requests of a connection, in ms.
+func readAnswers(conn io.Reader, way <-chan sent) (seen [2][]float64, err error) {
+	for phase := range seen {
+		seen[phase] = make([]float64, 0, 1<<16)
+	}
+	r := bufio.NewReader(conn)
+	for s := range way {
+		for blank := false; !blank; {
+			line, err := r.ReadSlice('\n')
+			if err != nil {
+				return seen, err
+			}
+			blank = len(line) == len("\r\n")
+		}
+		body, err := r.Peek(len("ok"))
+		if err != nil || !bytes.Equal(body, []byte("ok")) {
+			return seen, fmt.Errorf("an id that is new: %q, %w", body, err)
+		}
+		_, _ = r.Discard(len(body)) // it is there
+		if s.phase >= 0 {
+			seen[s.phase] = append(seen[s.phase], float64(time.Since(s.at))/float64(time.Millisecond))
+		}
+	}
+	return seen, nil
+}
+
+// sendKeys sends an id under each key.
+func sendKeys(addr string) error {
+	defer runtime.GC() // not while requests are timed
+	for from := 0; from < turnKeys; from += 1000 {
+		began := time.Now()
+		var body bytes.Buffer
+		for i := from; i < from+1000; i++ {
+			fmt.Fprintf(&body, `,{"id":"%d","key":"campaign-%d"}`, i, i)
+		}
+		body.Bytes()[0] = '['
+		body.WriteByte(']')
+		resp, err := http.Post("http://"+addr+"/api/verve/accept", "application/json", &body)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, resp.Body)
+		if err = errors.Join(err, resp.Body.Close()); err != nil || resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("keys: %s, %w", resp.Status, err)
+		}
+		time.Sleep(time.Until(began.Add(keyPace)))
+	}
+	return nil
+}
