@@ -110,7 +110,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 		return err
 	}
 	e.retire()
-	e.keys.release()
+	e.keys.release(e == c.Last())
 
 	c.mu.Lock()
 	c.turned = slices.Delete(c.turned, 0, 1) // keeps the room: a turn allocates nothing

@@ -271,12 +271,15 @@ func (ks *Keys) prepare(keys int) {
 }
 
 // release gives the memory back: the counts are published, and no request is in the epoch. The
-// table is used again, and that of an earlier epoch is not kept for longer.
-func (ks *Keys) release() {
+// table is used again, and that of an earlier epoch is not kept for longer; but the epoch that
+// is the last one keeps its keys, to be shown.
+func (ks *Keys) release(last bool) {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
 	ks.take(-ks.bytes)
-	ks.over = true
+	if ks.over = true; last {
+		return
+	}
 	if table := ks.table.Swap(nil); ks.memory != nil && ks.late.Load() == 0 {
 		ks.memory.free.Store(table)
 	}

@@ -113,8 +113,8 @@ func TestMemoryOfKeysIsBoundedOverEpochs(t *testing.T) {
 	if n := flood(&second); n > 0 || !add(&first, "key-0") {
 		t.Errorf("another epoch got %d keys, or those that are in count no more", n)
 	}
-	first.release()
-	second.release()
+	first.release(false)
+	second.release(false)
 	if memory.used.Load() != 0 {
 		t.Errorf("%d bytes are left", memory.used.Load())
 	}
@@ -152,7 +152,7 @@ func TestTableOfKeysIsUsedAgain(t *testing.T) {
 		got := map[string]uint64{}
 		counts := ks.Counts()
 		table = ks.table.Load()
-		ks.release()
+		ks.release(false)
 		for _, c := range counts { // they are copies
 			got[c.Key] += c.Unique
 		}
@@ -164,7 +164,7 @@ func TestTableOfKeysIsUsedAgain(t *testing.T) {
 			t.Errorf("an epoch that is released has keys, or %d bytes", memory.used.Load())
 		}
 	}
-	(&Keys{max: names, memory: &memory}).release()
+	(&Keys{max: names, memory: &memory}).release(false)
 	if memory.free.Load() != nil {
 		t.Error("an epoch without keys has left the table of an earlier one")
 	}
@@ -195,20 +195,20 @@ func TestTableThatIsReadIsNotUsedAgain(t *testing.T) {
 				}
 			})
 		}
-		ks.release()
+		ks.release(false)
 		next := &Keys{max: names, memory: &memory}
 		next.prepare(names)
 		for i := range names {
 			add(next, fmt.Sprint("next-", i))
 		}
 		readers.Wait()
-		next.release()
+		next.release(false)
 	}
 	ks := &Keys{max: names, memory: &memory}
 	add(ks, "a key")
 	memory.free.Store(nil)
 	ks.late.Add(1) // a reader
-	ks.release()
+	ks.release(false)
 	if memory.free.Load() != nil {
 		t.Error("the table of a reader is to be used again")
 	}
