@@ -299,6 +299,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 		c.turned[n-1].gap = next.start
 		c.turned[n-1].interrupted = true
 		e.retire()
+		e.keys.release(false) // ids that were refused may have been under some
 		return
 	}
 	c.leave(e)

@@ -452,7 +452,9 @@ func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 		for n := range turns + 1 {
 			enter(t, c, base.Add(time.Duration(n)*time.Minute), int(want[n]), Unique)
 			if want[n] == 0 { // somebody asks, and is refused
-				enter(t, c, base.Add(time.Duration(n)*time.Minute), 1, Void)
+				in, _ := c.Enter(base.Add(time.Duration(n)*time.Minute).UnixNano(), 0)
+				in.Keys().Add(1, []byte("key"))
+				in.Leave(Void)
 			}
 		}
 		if got := c.Stats().Unclosed; got > maxWaiting+2 {
@@ -474,6 +476,9 @@ func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 		}
 		if len(got) != turns+1 || len(l.opened) != l.retiredAll {
 			t.Errorf("%d records, want %d; %d of %d epochs were retired", len(got), turns+1, l.retiredAll, len(l.opened))
+		}
+		if n := c.keys.used.Load(); n != 0 {
+			t.Errorf("%d bytes of keys are not given back", n)
 		}
 	})
 }

@@ -251,11 +251,12 @@ func (ks *Keys) take(n int64) {
 }
 
 // prepare makes the table for so many keys, so that no request has to wait for it. Where the
-// one that was used last is of that size, it is used again.
+// one that was used last is of that size, it is used again. It does nothing where the epoch has
+// keys or was released: it may have been opened, and closed, meanwhile.
 func (ks *Keys) prepare(keys int) {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
-	if ks.table.Load() != nil || ks.memory.full() {
+	if ks.table.Load() != nil || ks.over || ks.memory.full() {
 		return
 	}
 	size := max(firstKeys, 1<<bits.Len(uint(2*min(keys, ks.max))))

@@ -164,6 +164,11 @@ func TestTableOfKeysIsUsedAgain(t *testing.T) {
 			t.Errorf("an epoch that is released has keys, or %d bytes", memory.used.Load())
 		}
 	}
+	late := &Keys{max: names, memory: &memory}
+	late.release(false)
+	if late.prepare(names); memory.used.Load() != 0 || late.table.Load() != nil {
+		t.Errorf("an epoch that was closed before it was prepared takes %d bytes", memory.used.Load())
+	}
 	(&Keys{max: names, memory: &memory}).release(false)
 	if memory.free.Load() != nil {
 		t.Error("an epoch without keys has left the table of an earlier one")

@@ -330,7 +330,7 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	} else { // not by way of take: after a wait each function to return from costs 20 ns
 		n, err = c.Conn.Read(p)
 	}
-	for err != nil && c.nudged.Swap(false) && n == 0 && c.goesOn(err) {
+	for err != nil && n == 0 && c.goesOn(err) {
 		if between {
 			return 0, c.park()
 		}

@@ -238,6 +238,9 @@ func (k *scene) check(ended bool) error {
 	if k.begun && k.sock.answers == 0 {
 		return fmt.Errorf("a request that had begun before the stop was not answered")
 	}
+	if k.c.nudged.Load() && !k.sock.late.Load() {
+		return fmt.Errorf("a nudge has lost its deadline: the connection is never parked again")
+	}
 	if ended && (!k.sock.closed.Load() || k.s.ln.open() != 0) {
 		return fmt.Errorf("the connection is open after the stop: closed %v, %d in the list", k.sock.closed.Load(), k.s.ln.open())
 	}

@@ -74,7 +74,7 @@ func (c *conn) await() error {
 			return nil // fasthttp's read fails, too, and it answers 408
 		}
 		// The sweeper may interrupt for parking a connection that was parked meanwhile.
-		if !c.nudged.Swap(false) || !c.goesOn(err) {
+		if !c.goesOn(err) {
 			c.ended.Store(true)
 			return err
 		}
@@ -140,13 +140,20 @@ type beneath struct {
 
 func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
 
-// goesOn reports whether a read that was ended for parking alone may be taken up
-// again. It sets the deadline anew before it looks at stopped, which stopReading sets
+// goesOn reports whether a read that failed was ended for parking alone, so that it may be
+// taken up again. It sets the deadline anew before it looks at stopped, which stopReading sets
 // before its deadline: an end that comes meanwhile is either seen here or has its
 // deadline after this one. The same holds for stopAccepting and stopping, at which await
 // looks next.
+//
+// nudged stays set until then: a nudge in between would lose its deadline and be taken for
+// one that is under way, so that the connection was never parked again.
 func (c *conn) goesOn(err error) bool {
+	if !c.nudged.Load() {
+		return false
+	}
 	_ = c.raw.SetReadDeadline(time.Time{})
+	c.nudged.Store(false)
 	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load()
 }
 

@@ -58,6 +58,55 @@ func TestParkedConnectionIsServedAgain(t *testing.T) {
 	}
 }
 
+// sweptConn is a socket that the sweeper looks at when its deadline is about to be cleared.
+type sweptConn struct {
+	*net.TCPConn
+	c *conn
+}
+
+func (s *sweptConn) SetReadDeadline(t time.Time) error {
+	if t.IsZero() {
+		_, since := s.c.phase()
+		s.c.sweep(since + 2*parkAfter)
+	}
+	return s.TCPConn.SetReadDeadline(t)
+}
+
+// TestConnectionIsParkedAgainWhereTheSweeperCameMeanwhile: it looks a second time at a
+// connection that is being parked.
+func TestConnectionIsParkedAgainWhereTheSweeperCameMeanwhile(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, nil)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	client.SetDeadline(time.Now().Add(patience))
+	nc, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw := &sweptConn{TCPConn: nc.(*net.TCPConn)}
+	raw.c = &conn{Conn: raw, raw: raw, owner: s.ln}
+	raw.c.socket, _ = raw.SyscallConn()
+	s.ln.admit(raw.c)
+	go s.attend(raw.c)
+	r := bufio.NewReader(client)
+	for i := range 3 {
+		io.WriteString(client, get(fmt.Sprint("id=", i)))
+		if _, _, err := answer(r); err != nil {
+			t.Fatal(err)
+		}
+		s.awaitParked(uint64(i + 1))
+	}
+}
+
 // TestParkingLeavesTheIdleTimeoutAlone: it counts from the last answer.
 func TestParkingLeavesTheIdleTimeoutAlone(t *testing.T) {
 	t.Parallel()

@@ -49,7 +49,7 @@ func (f *fastPath) waitAndRead(c *conn, p []byte) (have int, done bool, err erro
 	switch {
 	case ended == nil:
 		return have, done, err
-	case c.nudged.Swap(false) && c.goesOn(ended):
+	case c.goesOn(ended):
 		return 0, true, c.park()
 	default:
 		return 0, true, c.received(p, 0, ended)

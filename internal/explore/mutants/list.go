@@ -255,7 +255,7 @@ var mutants = []mutant{
 		File: "server/conn.go", Old: "if c.parking.Load() {", New: "if false {",
 	}, nil},
 	{"the deadline of parking stays", "server", overlay.Edit{
-		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\treturn", New: "\treturn",
+		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\tc.nudged", New: "\tc.nudged",
 	}, nil},
 	{"the stop closes a connection that the fast path serves", "server", overlay.Edit{
 		File: "server/conn.go", Old: "if c.serving.Load() {", New: "if false {",
@@ -270,7 +270,7 @@ var mutants = []mutant{
 		File: "server/park.go", Old: "&& !c.stopped.Load()\n}", New: "\n}",
 	}, nil},
 	{"the deadline is cleared after the look at the reason", "server", overlay.Edit{
-		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\treturn", New: "\tdefer c.raw.SetReadDeadline(time.Time{})\n\treturn",
+		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\tc.nudged", New: "\tdefer c.raw.SetReadDeadline(time.Time{})\n\tc.nudged",
 	}, nil},
 	{"a parked connection waits without the deadline of the stop", "server", overlay.Edit{
 		File: "server/park.go", Old: "if c.owner.stopping.Load() {", New: "if false {",
@@ -282,7 +282,10 @@ var mutants = []mutant{
 		File: "server/conn.go", Old: "!c.nudged.Swap(true):\n\t\tc.interrupt()", New: "!c.nudged.Load():\n\t\tc.interrupt()\n\t\tc.nudged.Store(true)",
 	}, nil},
 	{"a parked connection remembers that it was to be parked", "server", overlay.Edit{
-		File: "server/park.go", Old: "if !c.nudged.Swap(false) ||", New: "if !c.nudged.Load() ||",
+		File: "server/park.go", Old: "\tc.nudged.Store(false)\n", New: "\n",
+	}, nil},
+	{"a connection is to be parked again before the deadline of the last time is cleared", "server", overlay.Edit{
+		File: "server/park.go", Old: "\t_ = c.raw.SetReadDeadline(time.Time{})\n\tc.nudged.Store(false)\n", New: "\tc.nudged.Store(false)\n\t_ = c.raw.SetReadDeadline(time.Time{})\n",
 	}, nil},
 	{"the fast path forgets that it is done", "server", overlay.Edit{
 		File: "server/fast.go", Old: "\t\tc.serving.Store(false)\n", New: "\n",
