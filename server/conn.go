@@ -134,6 +134,9 @@ type conn struct {
 	reads uint32
 	timed time.Time
 
+	// For the serving goroutine alone: the reads before fasthttp had the connection.
+	readsBefore uint32
+
 	// For the serving goroutine alone: the bytes received since an answer, and
 	// whether they began as those of HTTP/2.
 	taken int
@@ -367,8 +370,8 @@ func (c *conn) received(p []byte, n int, err error) error {
 		}
 		// At an io.EOF before a body fasthttp drops the answers to the requests
 		// before it, if they are not flushed. At any other error it answers it
-		// behind them.
-		if err == io.EOF && phase(c.state.Load()&phaseMask) == phaseReading {
+		// behind them. With TLS the end can be all that came: then there is no request.
+		if err == io.EOF && c.reads != c.readsBefore && phase(c.state.Load()&phaseMask) == phaseReading {
 			err = io.ErrUnexpectedEOF
 		}
 	}

@@ -47,6 +47,7 @@ func (s *Server) attend(c *conn) {
 		c.refuseBusy()
 		return
 	}
+	c.readsBefore = c.reads
 	c.inside.Store(true)
 	_ = s.http.ServeConn(c) // its errors are counted in s.refused
 	c.inside.Store(false)

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -55,6 +56,34 @@ func TestParkedConnectionIsServedAgain(t *testing.T) {
 				t.Errorf("%d ids counted, want 8", n)
 			}
 		})
+	}
+}
+
+// TestTLSConnectionThatEndsWithoutARequestIsNotAnswered, new or parked, nor counted as one
+// that was refused: a request does not begin with the first byte of TLS.
+func TestTLSConnectionThatEndsWithoutARequestIsNotAnswered(t *testing.T) {
+	t.Parallel()
+	s := newTLSSite(t, nil)
+	for name, requests := range map[string]int{"new": 0, "parked": 1} {
+		nc, r := s.dialTLS()
+		c := nc.(*tls.Conn)
+		if err := c.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		for range requests {
+			io.WriteString(c, get("id=1"))
+			answer(r)
+			s.awaitParked(1)
+		}
+		c.CloseWrite()
+		if b, err := io.ReadAll(r); err != nil || len(b) > 0 {
+			t.Errorf("%s: got %q, %v, want the end", name, b, err)
+		}
+	}
+	for _, refused := range s.otherRefusals() {
+		if refused.Count > 0 {
+			t.Errorf("%d are counted as %s", refused.Count, refused.Result)
+		}
 	}
 }
 
