@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"strings"
@@ -41,8 +42,8 @@ func eachCrowded(t *testing.T, change func(*Config), test func(*testing.T, *crow
 }
 
 // sweepOften does the sweeper's work all the time, so that its interrupts meet each
-// step of a connection.
-func (s *site) sweepOften() {
+// step of a connection. To it each phase has lasted longer by idle.
+func (s *site) sweepOften(idle time.Duration) {
 	done := make(chan struct{})
 	var sweeping sync.WaitGroup
 	sweeping.Go(func() {
@@ -52,7 +53,7 @@ func (s *site) sweepOften() {
 				return
 			default:
 			}
-			s.sweepAll(time.Duration(s.ln.now.Load()))
+			s.sweepAll(time.Duration(s.ln.now.Load()) + idle)
 			time.Sleep(100 * time.Microsecond) // leaves the cores to the server
 		}
 	})
@@ -190,7 +191,7 @@ func TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces(t *testin
 	const clients, places, rounds, most = 16, 3, 12, 200
 	few := func(c *Config) { c.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
-		s.sweepOften()
+		s.sweepOften(0)
 		s.wantRecord(s.crowd(clients, func(m *member) error {
 			c, r := s.dial()
 			for range rounds {
@@ -212,7 +213,7 @@ func TestShortConnectionsAreAnsweredBesideFewPlaces(t *testing.T) {
 	const clients, places, rounds = 12, 2, 15
 	few := func(c *Config) { c.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
-		s.sweepOften()
+		s.sweepOften(0)
 		s.wantRecord(s.crowd(clients, func(m *member) error {
 			c, r := s.dial()
 			for range rounds {
@@ -235,7 +236,7 @@ func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
 	const clients, places = 16, 3
 	few := func(c *Config) { c.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
-		s.sweepOften()
+		s.sweepOften(0)
 		stopped := make(chan struct{})
 		var dialled sync.WaitGroup
 		dialled.Add(clients)
@@ -272,6 +273,167 @@ func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
 			t.Errorf("the record has %d ids, %d answers were ok", n, ok)
 		}
 	})
+}
+
+// inPieces sends text in pieces of random length, some with a pause before the next.
+func (m *member) inPieces(w io.Writer, rng *rand.Rand, text string) error {
+	for len(text) > 0 {
+		n := len(text)
+		switch rng.IntN(4) {
+		case 0:
+			n = 1 + rng.IntN(3)
+		case 1:
+			n = 1 + rng.IntN(130)
+		case 2: // a full buffer, or almost
+			n = readBuffer - 1 + rng.IntN(3)
+		}
+		n = min(n, len(text))
+		if _, err := io.WriteString(w, text[:n]); err != nil {
+			return err
+		}
+		text = text[n:]
+		if rng.IntN(8) == 0 {
+			time.Sleep(time.Duration(rng.IntN(2000)) * time.Microsecond)
+		}
+	}
+	return nil
+}
+
+// mixed is a batch with requests between the others that the fast path does not answer.
+func (m *member) mixed(requests int) string {
+	var b strings.Builder
+	var wants []int
+	for range 1 + m.rng.IntN(3) {
+		b.WriteString(m.batch(requests))
+		wants = append(wants, m.wants...)
+		switch m.rng.IntN(3) {
+		case 0:
+			b.WriteString("GET /elsewhere HTTP/1.1\r\nHost: x\r\n\r\n")
+			wants = append(wants, 404)
+		case 1:
+			id := fmt.Sprintf("%08d-%08d", m.number, m.next)
+			m.next++
+			fmt.Fprintf(&b, "POST /api/verve/accept HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s", len(id), id)
+			wants = append(wants, 200)
+		}
+	}
+	m.wants = wants
+	return b.String()
+}
+
+// How a client ends a connection.
+const (
+	closes        = iota // when it has its answers
+	closesItsSide        // behind its last bytes
+	resets
+	ways
+)
+
+// connection sends so many batches on c, and ends it in one of the ways. open is how many
+// ids without an answer may be counted.
+func (m *member) connection(c net.Conn, r *bufio.Reader, rounds, way int) (open uint64, err error) {
+	defer c.Close()
+	for round := range rounds {
+		text, last := m.mixed(1+m.rng.IntN(1+m.rng.IntN(150))), round == rounds-1
+		rng := rand.New(rand.NewPCG(m.rng.Uint64(), 0))
+		sent := make(chan error, 1)
+		go func() {
+			err := m.inPieces(c, rng, text)
+			if err == nil && last && way == closesItsSide {
+				err = c.(interface{ CloseWrite() error }).CloseWrite()
+			}
+			sent <- err
+		}()
+		ends := len(m.wants)
+		if last && way == resets {
+			ends = m.rng.IntN(ends)
+		}
+		for i, want := range m.wants[:ends] {
+			resp, body, err := answer(r)
+			if err == nil && resp.StatusCode != want {
+				err = fmt.Errorf("got %d %q, want %d", resp.StatusCode, body, want)
+			}
+			if err != nil {
+				c.Close()
+				<-sent
+				return countNew(m.wants[i:]), fmt.Errorf("answer %d of %d: %w", i, len(m.wants), err)
+			}
+			m.ok += countNew(m.wants[i : i+1])
+		}
+		if last && way == resets {
+			raw := c
+			if secure, ok := c.(*tls.Conn); ok {
+				raw = secure.NetConn()
+			}
+			_ = raw.(*net.TCPConn).SetLinger(0) // else it is closed
+			raw.Close()
+			<-sent
+			return countNew(m.wants[ends:]), nil
+		}
+		if err := <-sent; err != nil {
+			return 0, err
+		}
+	}
+	if way == closesItsSide {
+		if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
+			return 0, fmt.Errorf("behind the last answer: got %q, %v, want the end", rest, err)
+		}
+	}
+	return 0, nil
+}
+
+// countNew is how many of the answers are for an id that is counted.
+func countNew(wants []int) (n uint64) {
+	for _, want := range wants {
+		if want == 200 {
+			n++
+		}
+	}
+	return n
+}
+
+// TestClientsAreAnsweredHoweverTheySendAndEnd, while their connections are parked all the
+// time, and until the server stops: each gets its answers and nothing else, and then the end.
+func TestClientsAreAnsweredHoweverTheySendAndEnd(t *testing.T) {
+	t.Parallel()
+	const clients, connections = 12, 20
+	for places, name := range map[int]string{3: "few places", clients: "a place for each"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			eachCrowded(t, func(c *Config) { c.MaxServed = places }, func(t *testing.T, s *crowded) {
+				s.sweepOften(2 * parkAfter)
+				var dialled sync.WaitGroup
+				dialled.Add(clients)
+				stopped := make(chan struct{})
+				go func() {
+					defer close(stopped)
+					dialled.Wait()
+					s.stop()
+				}()
+				var open atomic.Uint64
+				ok := s.crowd(clients, func(m *member) error {
+					for range connections {
+						c, r := s.dial()
+						without, err := m.connection(c, r, 1+m.rng.IntN(6), m.rng.IntN(ways))
+						open.Add(without)
+						if err != nil {
+							dialled.Done()
+							return err
+						}
+					}
+					c, r := s.dial()
+					dialled.Done()
+					without, _ := m.connection(c, r, math.MaxInt, closes) // ends with the stop
+					open.Add(without)
+					return nil
+				})
+				<-stopped
+				if n := s.records.sum(); n < ok || n > ok+open.Load() {
+					t.Errorf("the record has %d ids, %d answers were ok and %d have none", n, ok, open.Load())
+				}
+			})
+		})
+	}
 }
 
 // TestPlacesAreGivenInTurn: a client that goes on at once does not get the only place

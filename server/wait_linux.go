@@ -14,8 +14,9 @@ const edgeTriggered = true
 //
 // It is safe to wait without a look where the read before it, within one call of
 // RawConn.Read, has not filled its buffer: the socket was empty then, and what arrives later
-// wakes the waiter (epoll(7), "edge-triggered"). One thing goes unseen: the end of a client's
-// side that came together with its last requests. Parking finds it after a second; a
+// wakes the waiter (epoll(7), "edge-triggered"). Two things go unseen: the end of a client's
+// side that came together with its last requests, and what came behind a byte of urgent data,
+// where a read ends early. Parking finds them after a second; a
 // connection is steady only after steadyAfter reads, as clients that do so, which are small
 // tools, send little.
 //
