@@ -421,6 +421,40 @@ func TestInterleavingsOfKeysInTwoEpochs(t *testing.T) {
 	})
 }
 
+// TestInterleavingsOfKeysWhoseMemoryIsUsedAgain: the keys of an epoch are read, and one is
+// counted late, while it is closed and the next one gets their memory. Neither sees or changes
+// what is of the other epoch.
+func TestInterleavingsOfKeysWhoseMemoryIsUsedAgain(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(2, 2, 3), func(r *explore.Run) {
+		var memory keyMemory
+		first, next := &Keys{max: 8, memory: &memory}, &Keys{max: 8, memory: &memory}
+		first.prepare(1)
+		first.Count(first.Add(1, []byte("a")), 1)
+		var read []KeyCount
+		r.Go("reader", func() { read = first.Counts() })
+		r.Go("late", func() { first.CountLate(2, []byte("late")) })
+		r.Go("closer", func() {
+			first.release()
+			next.prepare(1)
+			next.Count(next.Add(2, []byte("b")), 1)
+		})
+		r.Check(func() error {
+			for _, k := range read {
+				if k.Key != "a" && k.Key != "late" || k.Unique != 1 {
+					return fmt.Errorf("the first epoch has %v", read)
+				}
+			}
+			if got := next.Counts(); len(got) != 1 || got[0] != (KeyCount{"b", 1}) {
+				return fmt.Errorf("the next epoch has %v", got)
+			}
+			if memory.used.Load() != next.bytes {
+				return fmt.Errorf("%d bytes are taken, the next epoch has %d", memory.used.Load(), next.bytes)
+			}
+			return nil
+		})
+	})
+}
+
 // TestInterleavingsOfTooManyKeys: two of three keys find room.
 func TestInterleavingsOfTooManyKeys(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
