@@ -434,7 +434,7 @@ func TestInterleavingsOfKeysWhoseMemoryIsUsedAgain(t *testing.T) {
 		r.Go("reader", func() { read = first.Counts() })
 		r.Go("late", func() { first.CountLate(2, []byte("late")) })
 		r.Go("closer", func() {
-			first.release()
+			first.release(false)
 			next.prepare(1)
 			next.Count(next.Add(2, []byte("b")), 1)
 		})

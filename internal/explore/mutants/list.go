@@ -100,22 +100,25 @@ var mutants = []mutant{
 	}, nil},
 	// Keys.
 	{"a key is added without the lock", "counter", overlay.Edit{
-		File: "counter/keys.go", Old: "\tks.adding.Lock()\n\tdefer ks.adding.Unlock()\n\ttable := ks.room()", New: "\ttable := ks.room()",
+		File: "counter/keys.go", Old: "\tks.adding.Lock()\n\tdefer ks.adding.Unlock()\n\tif ks.over {", New: "\tif ks.over {",
 	}, nil},
 	{"a key is put over another one", "counter", overlay.Edit{
-		File: "counter/keys.go", Old: "\tcase k == nil && (ks.used", New: "\tcase k != nil && k.hash != hash:\n\t\t\tk = &Key{name: string(name), hash: hash, of: ks}\n\t\t\tslot.Store(k)\n\t\t\treturn k\n\t\tcase k == nil && (ks.used",
+		File: "counter/keys.go", Old: "\t\tif at == 0 {", New: "\t\tif at == 0 || table.at(at).hash != hash {",
 	}, nil},
 	{"ids under a key are counted by a load and a store", "counter", overlay.Edit{
 		File: "counter/keys.go", Old: "k.unique.Add(n) == n {", New: "k.unique.Load() == 0 {\n\t\tk.unique.Store(n)",
-	}, []overlay.Edit{{File: "counter/keys.go", Old: "\t\tk.of.filled.Add(1)\n\t}", New: "\t\tk.of.filled.Add(1)\n\t} else {\n\t\tk.unique.Store(k.unique.Load() + n)\n\t}"}}},
+	}, []overlay.Edit{{File: "counter/keys.go", Old: "\t\tks.filled.Add(1)\n\t}", New: "\t\tks.filled.Add(1)\n\t} else {\n\t\tk.unique.Store(k.unique.Load() + n)\n\t}"}}},
 	{"a key that has ids is counted by a load and a store", "counter", overlay.Edit{
-		File: "counter/keys.go", Old: "k.of.filled.Add(1)", New: "k.of.filled.Store(k.of.filled.Load() + 1)",
+		File: "counter/keys.go", Old: "ks.filled.Add(1)", New: "ks.filled.Store(ks.filled.Load() + 1)",
 	}, nil},
 	{"the bound of the keys is looked at before the lock alone", "counter", overlay.Edit{
-		File: "counter/keys.go", Old: "case k == nil && (ks.used >= ks.max || ks.memory.full()):", New: "case k == nil && ks.memory.full():",
+		File: "counter/keys.go", Old: "if ks.used >= ks.max || ks.memory.full() {\n\t\t\t\treturn nil", New: "if ks.memory.full() {\n\t\t\t\treturn nil",
 	}, nil},
 	{"the memory of the keys is counted by a load and a store", "counter", overlay.Edit{
-		File: "counter/keys.go", Old: "ks.memory.used.Add(bytes)", New: "ks.memory.used.Store(ks.memory.used.Load() + bytes)",
+		File: "counter/keys.go", Old: "ks.memory.used.Add(n)", New: "ks.memory.used.Store(ks.memory.used.Load() + n)",
+	}, nil},
+	{"the memory of keys that are read is used again", "counter", overlay.Edit{
+		File: "counter/keys.go", Old: "ks.memory != nil && ks.late.Load() == 0 {", New: "ks.memory != nil {",
 	}, nil},
 	// The table.
 	{"a narrow slot is taken by a store", "dedup", overlay.Edit{
