@@ -124,21 +124,12 @@ func driveTurns(ctx context.Context, addr string, keys bool, turns int) (seen [2
 	due := time.Now()
 	for i := 0; ctx.Err() == nil; i++ {
 		due = due.Add(turnPace)
-		for pause := time.Until(due); pause > 0; pause = time.Until(due) {
-			wait := unix.NsecToTimespec(int64(pause)) // a sleep of the runtime is right to a millisecond
-			_ = unix.Nanosleep(&wait, nil)
-		}
-		s := sent{at: time.Now(), phase: -1}
-		if s.at.After(last.Add(turnSpan)) {
+		sleepUntil(due)
+		now := time.Now()
+		if now.After(last.Add(turnSpan)) {
 			break
 		}
-		switch offset := s.at.Sub(first.Add(-turnLength)); {
-		case offset < turnLength/2:
-		case offset%turnLength < turnSpan:
-			s.phase = 1
-		case offset%turnLength > turnLength-turnSpan:
-			s.phase = 0
-		}
+		s := sent{now, phaseOf(now.Sub(first.Add(-turnLength)))}
 		number++
 		strconv.AppendInt(id[:0], 1e12+number, 10)
 		ways[i%turnConns] <- s
@@ -152,6 +143,27 @@ func driveTurns(ctx context.Context, addr string, keys bool, turns int) (seen [2
 	answers.Wait()
 	batches.Wait()
 	return seen, context.Cause(ctx)
+}
+
+// phaseOf is the phase of a request that is sent so long after the turn before the first.
+func phaseOf(offset time.Duration) int {
+	switch {
+	case offset < turnLength/2:
+		return -1
+	case offset%turnLength < turnSpan:
+		return 1
+	case offset%turnLength > turnLength-turnSpan:
+		return 0
+	}
+	return -1
+}
+
+// sleepUntil is right to some microseconds. A sleep of the runtime is to a millisecond.
+func sleepUntil(due time.Time) {
+	for pause := time.Until(due); pause > 0; pause = time.Until(due) {
+		wait := unix.NsecToTimespec(int64(pause))
+		_ = unix.Nanosleep(&wait, nil)
+	}
 }
 
 // readAnswers times the answers to the requests of a connection, in ms.
