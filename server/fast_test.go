@@ -679,28 +679,11 @@ func (c *countedConn) Read(b []byte) (int, error) {
 func TestSteadyConnectionIsReadWhenThereIsSomething(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, nil)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	there := &countedConn{}
-	go func() {
-		nc, err := ln.Accept()
-		if err != nil {
-			return // and the client sees it
-		}
-		there.TCPConn = nc.(*net.TCPConn)
-		socket, _ := there.SyscallConn()
-		_ = s.http.ServeConn(&conn{Conn: there, raw: there, owner: s.ln, socket: socket})
-	}()
-	c, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
-	r := bufio.NewReader(c)
+	c, r, raw := socketPair(t)
+	there := &countedConn{TCPConn: raw}
+	served := &conn{Conn: there, raw: there, owner: s.ln}
+	served.socket, _ = raw.SyscallConn()
+	go func() { _ = s.http.ServeConn(served) }()
 	const requests = 100
 	for i := range requests {
 		io.WriteString(c, get("id="+strconv.Itoa(i)))

@@ -106,27 +106,12 @@ func (s *sweptConn) SetReadDeadline(t time.Time) error {
 func TestConnectionIsParkedAgainWhereTheSweeperCameMeanwhile(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, nil)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	client, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	client.SetDeadline(time.Now().Add(patience))
-	nc, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw := &sweptConn{TCPConn: nc.(*net.TCPConn)}
+	client, r, there := socketPair(t)
+	raw := &sweptConn{TCPConn: there}
 	raw.c = &conn{Conn: raw, raw: raw, owner: s.ln}
 	raw.c.socket, _ = raw.SyscallConn()
 	s.ln.admit(raw.c)
 	go s.attend(raw.c)
-	r := bufio.NewReader(client)
 	for i := range 3 {
 		io.WriteString(client, get(fmt.Sprint("id=", i)))
 		if _, _, err := answer(r); err != nil {

@@ -174,6 +174,26 @@ func (s *site) dial() (net.Conn, *bufio.Reader) {
 	return c, bufio.NewReader(c)
 }
 
+// socketPair is a client of no site yet, and the other end, which a test serves by hand.
+func socketPair(t testing.TB) (client net.Conn, r *bufio.Reader, there *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if client, err = net.Dial("tcp", ln.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	client.SetDeadline(time.Now().Add(patience))
+	nc, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client, bufio.NewReader(client), nc.(*net.TCPConn)
+}
+
 // answer reads one response.
 func answer(r *bufio.Reader) (*http.Response, string, error) {
 	resp, err := http.ReadResponse(r, nil)

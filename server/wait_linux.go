@@ -10,15 +10,15 @@ const edgeTriggered = true
 
 // waitAndRead is read for a steady connection of which everything is answered: it waits
 // before it reads. Read of package net reads first, and finds nothing after each answer,
-// since the next request comes only then; that costs 8 % of a request (BenchmarkSteady).
+// since the next request comes only then; that costs 8 % of the CPU of a request
+// (bench/README.md, "Against commit 9d5ec71"; BenchmarkSteady has the client's part in it).
 //
 // It is safe to wait without a look where the read before it, within one call of
 // RawConn.Read, has not filled its buffer: the socket was empty then, and what arrives later
 // wakes the waiter (epoll(7), "edge-triggered"). Two things go unseen: the end of a client's
 // side that came together with its last requests, and what came behind a byte of urgent data,
-// where a read ends early. Parking finds them after a second; a
-// connection is steady only after steadyAfter reads, as clients that do so, which are small
-// tools, send little.
+// where a read ends early. Parking finds them after a second. Clients that do so are small
+// tools, which send little; that is why a connection is steady only after steadyAfter reads.
 //
 // It returns as take does, and have > 0 without done where a request has begun.
 func (f *fastPath) waitAndRead(c *conn, p []byte) (have int, done bool, err error) {

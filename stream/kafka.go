@@ -513,7 +513,7 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 	}
 	var pace counter.Pace
 	for i := range entries {
-		lines, of := newKeyJSON(&entries[i].record), entries[i].record.Key()+"/"
+		lines, of, at := newKeyJSON(&entries[i].record), entries[i].record.Key()+"/", k.timeOf(&entries[i])
 		for key, unique := range entries[i].keys.all() {
 			pace.Step()
 			records = append(records, &kgo.Record{
@@ -521,7 +521,7 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 				Partition: k.session.keysPartition,
 				Key:       append([]byte(of), key...),
 				Value:     lines.line(key, unique),
-				Timestamp: k.timeOf(&entries[i]),
+				Timestamp: at,
 				Headers:   schema,
 			})
 			if len(records) == k.atOnce {

@@ -78,13 +78,10 @@ func checkKey(key string) error {
 }
 
 func checkKeyUnique(n uint64) error {
-	switch {
-	case n == 0:
+	if n == 0 {
 		return errors.New("a key without ids has no record")
-	case n > maxUnique:
-		return fmt.Errorf("unique %d is more than a server counts", n)
 	}
-	return nil
+	return checkUnique(n)
 }
 
 func checkKeys(keys []counter.KeyCount) error {

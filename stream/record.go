@@ -103,10 +103,17 @@ func (r *Record) check() error {
 	if y := r.WindowStart.UTC().Year(); y < 1970 || y > maxYear {
 		return fmt.Errorf("window_start in year %d", y)
 	}
-	if r.Unique > maxUnique {
-		return fmt.Errorf("unique %d is more than a server counts", r.Unique)
+	if err := checkUnique(r.Unique); err != nil {
+		return err
 	}
 	return checkName("group", r.Group)
+}
+
+func checkUnique(n uint64) error {
+	if n > maxUnique {
+		return fmt.Errorf("unique %d is more than a server counts", n)
+	}
+	return nil
 }
 
 const (
