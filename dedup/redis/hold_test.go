@@ -1,8 +1,11 @@
 package redis
 
 import (
+	"errors"
 	"testing"
 	"time"
+
+	"verve/dedup"
 )
 
 // holding returns a lane whose last batch answered some requests, while others wait.
@@ -21,7 +24,7 @@ func holding(answered, waiting int) (l *lane, woken *ask) {
 // come has n new ids wait.
 func come(l *lane, n int) {
 	if l.r.latest.Load() == nil {
-		l.r.latest.Store(&redisEpoch{lanes: make([]laneEpoch, 1)})
+		l.r.latest.Store(&redisEpoch{lanes: make([]laneEpoch, 1), admission: new(admission)})
 	}
 	for range n {
 		var enc encoded
@@ -86,6 +89,42 @@ func TestLoneAndLargeBatchesAreNotHeld(t *testing.T) {
 	for _, c := range []struct{ answered, waiting int }{{1, 0}, {0, 5}, {holdMost + 1, 0}, {holdMost, 1}} {
 		if l, woken := holding(c.answered, c.waiting); l.hold(woken, time.Hour) {
 			t.Errorf("%d answered, %d waiting: the batch is held", c.answered, c.waiting)
+		}
+	}
+}
+
+// TestLongQueueIsNoOutage: ids that have waited for too long are refused. Those that come are
+// too only where Redis has not answered, not where many are before them: clients that ask
+// again at once would else keep an instance from all work.
+func TestLongQueueIsNoOutage(t *testing.T) {
+	const timeout = int64(time.Second)
+	l, _ := holding(0, 2*batchSize)
+	l.r.cfg.Timeout, l.r.ledger = time.Duration(timeout), new(Ledger)
+	wait := func(en *entry, at int64) *ask {
+		a := &ask{of: en, at: at, done: make(chan struct{}, 1)}
+		l.enlist(a)
+		return a
+	}
+	last := l.queue[len(l.queue)-1]
+	first, second := wait(last, timeout), wait(last, 2*timeout)
+	l.r.now.Store(2*timeout - 1)
+	if j := l.pick(); j == nil {
+		t.Fatal("nothing is sent")
+	}
+	for _, c := range []struct {
+		now  int64
+		late *ask
+		down bool
+	}{{2 * timeout, first, false}, {3 * timeout, second, true}} {
+		l.expire(c.now)
+		select {
+		case <-c.late.done:
+		default:
+			t.Fatalf("after %v a request is not answered", time.Duration(c.now-c.late.at))
+		}
+		if !errors.Is(c.late.err, dedup.ErrUnavailable) || l.down != c.down {
+			t.Errorf("a batch is under way for %v: a request that waited for longer got %v, and those that come are refused: %t, want %t",
+				time.Duration(c.now-l.job.since), c.late.err, l.down, c.down)
 		}
 	}
 }

@@ -203,6 +203,7 @@ type job struct {
 	lists   lists    // of the ids of the entries, or of the log
 	bytes   int      // of the log, where it is a replay
 	asked   []*question
+	since   int64 // when it was made, as ask.at
 	unknown bool
 	overdue bool // a request that waits for it will soon get 503
 }
@@ -543,8 +544,8 @@ func (l *lane) expire(now int64) {
 	}
 	for a := l.oldest; a != nil && now-a.at >= int64(l.r.cfg.Timeout); a = l.oldest {
 		en := a.of
-		if l.failing == 0 && l.job != nil {
-			l.failing = a.at // no error yet, and no answer either
+		if j := l.job; l.failing == 0 && j != nil && now-j.since >= int64(l.r.cfg.Timeout)/2 {
+			l.failing = a.at // no error yet, and no answer either: it is not that many ids wait
 		}
 		// It is the first of its entry: they began in this order.
 		en.asks = a.beside
@@ -694,7 +695,7 @@ func (l *lane) idle() bool {
 			l.queue = append(l.queue, l.doubt...)
 			l.doubt = l.doubt[:0]
 		} else if l.job == nil {
-			l.job = l.beat()
+			l.begin(l.beat())
 		}
 		l.mu.Unlock()
 	}
@@ -727,9 +728,16 @@ func (l *lane) pick() *job {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.job == nil {
-		l.job = l.choose()
+		l.begin(l.choose())
 	}
 	return l.job
+}
+
+// begin has a batch be under way; nil: none. l.mu is held.
+func (l *lane) begin(j *job) {
+	if l.job = j; j != nil {
+		j.since = l.r.now.Load()
+	}
 }
 
 // choose makes the next batch. l.mu is held.

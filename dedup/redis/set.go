@@ -269,8 +269,10 @@ func (r *Set) unavailable() error {
 	if reason := r.health.reason(); reason != "" {
 		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)
 	}
-	return dedup.ErrUnavailable
+	return errLate
 }
+
+var errLate = fmt.Errorf("%w: no answer of Redis in time", dedup.ErrUnavailable)
 
 // Open implements Set.
 func (r *Set) Open(e *counter.Epoch) counter.State {
