@@ -152,11 +152,10 @@ type Stats struct {
 // took long) hold at most three quarters of the workers and of the table. Names are cheap;
 // any number of tarpits leaves the rest to destinations that answer.
 type Sender struct {
-	cfg      Config
-	guard    *guard
-	key      []byte // signs; nil: unsigned
-	bodyTail []byte // the body from "group" on, which never changes
-	retried  atomic.Uint64
+	cfg     Config
+	guard   *guard
+	key     []byte // signs; nil: unsigned
+	retried atomic.Uint64
 
 	// buffers of connections in use; per worker, not per destination.
 	readers, writers sync.Pool
@@ -219,9 +218,6 @@ func New(cfg Config) (*Sender, error) {
 			return nil, err
 		}
 		c.cfg.Secret = nil
-	}
-	if c.bodyTail, err = bodyTail(cfg.Group, cfg.Instance); err != nil {
-		return nil, err
 	}
 	c.work.L = &c.mu
 	c.readers.New = func() any { return bufio.NewReaderSize(nil, maxAnswerHeader) }
@@ -491,16 +487,8 @@ func (s *Sender) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for range s.cfg.workers {
 		wg.Go(func() {
-			var w *worker // made for its first job: it takes 7 KiB
-			for {
-				j, ok := s.take()
-				if !ok {
-					return
-				}
-				if w == nil {
-					w = s.newWorker()
-				}
-				s.finish(j, s.post(w, j))
+			for j, ok := s.take(); ok; j, ok = s.take() {
+				s.finish(j, s.post(j))
 			}
 		})
 	}
