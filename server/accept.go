@@ -28,7 +28,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	}
 	h := &ctx.Request.Header
 	if !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0" {
-		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
+		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
 		return
 	}
 	lines, ok := inspect(h)

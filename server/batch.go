@@ -38,11 +38,10 @@ var (
 	wordItems = [words]string{`"ok",`, `"duplicate",`, `"replayed",`, `"bad-id",`, `"bad-key",`, `"bad-token",`, `"full",`, `"unavailable",`, `"draining",`}
 )
 
-// wordReasons are the reasons that words of refusal are counted under; nil: the word is
-// none.
-var wordReasons = [words]*reason{
-	wordBadID: &reasonBadID, wordBadKey: &reasonBadKey, wordBadToken: &reasonBadToken,
-	wordFull: &reasonFull, wordUnavailable: &reasonUnavailable, wordDraining: &reasonDraining,
+// wordReasons are the reasons that the words from wordBadID on are counted under.
+var wordReasons = [words]reason{
+	wordBadID: reasonBadID, wordBadKey: reasonBadKey, wordBadToken: reasonBadToken,
+	wordFull: reasonFull, wordUnavailable: reasonUnavailable, wordDraining: reasonDraining,
 }
 
 // batches answers POST requests with a body. The body is read into bounded memory,
@@ -232,11 +231,11 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		s.callbacks.Send(a.endpoint)
 	}
 	bs.answered.Add(1)
-	if refused := b.nothingJudged(&counts); refused != nil {
-		if *refused == reasonDraining {
+	if why, refused := b.nothingJudged(&counts); refused {
+		if why == reasonDraining {
 			ctx.SetConnectionClose()
 		}
-		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, *refused) // counted
+		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, why) // counted
 		return
 	}
 	b.answer(&ctx.Response, f, &counts)
@@ -295,26 +294,22 @@ func (b *batch) counts(cause error) (n [words]int) {
 		}
 		n[w]++
 	}
-	for w, r := range wordReasons {
-		if r != nil && n[w] > 0 {
-			b.owner.server.countRefusals(fasthttp.StatusOK, *r, uint64(n[w]), cause)
+	for w := wordBadID; w < words; w++ {
+		if n[w] > 0 {
+			b.owner.server.countRefusals(fasthttp.StatusOK, wordReasons[w], uint64(n[w]), cause)
 		}
 	}
 	return n
 }
 
-// nothingJudged returns the reason if no item could be judged now. Items that are bad do
+// nothingJudged reports whether no item could be judged now, and why. Items that are bad do
 // not matter: the client may look at the status alone, and has to send the others again.
-func (b *batch) nothingJudged(n *[words]int) *reason {
+func (b *batch) nothingJudged(n *[words]int) (why reason, refused bool) {
 	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
-	switch {
-	case good == 0:
-	case n[wordDraining] == good:
-		return &reasonDraining
-	case n[wordUnavailable]+n[wordDraining] == good:
-		return &reasonUnavailable
+	if good > 0 && n[wordDraining] == good {
+		return reasonDraining, true
 	}
-	return nil
+	return reasonUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
 }
 
 // answer writes the words: a line each, or as JSON. If there is no memory for them, the

@@ -236,7 +236,7 @@ func (l *listener) logRejection(limit *atomic.Uint64) {
 		name = "max-conns-per-address"
 	}
 	if hidden, ok := l.rejections.Allow(time.Now()); ok {
-		l.log.Warn().Str("reason", reasonBusy.name).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
+		l.log.Warn().Stringer("reason", reasonBusy).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
 	}
 }
 

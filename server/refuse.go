@@ -33,38 +33,35 @@ const (
 // errDraining says that the counter takes no more requests.
 var errDraining = errors.New("draining")
 
-// reason is why requests are refused, and its place in refused.
-type reason struct {
-	index int
-	value string // of the Verve-Reason header; empty where the status says it all
-	name  string // in the log
-}
+// reason is why requests are refused.
+type reason uint8
 
-// The reasons of refusals. Their values are part of the contract.
-var (
-	reasonBadID       = reason{0, "bad-id", "bad-id"}
-	reasonBadEndpoint = reason{1, "bad-endpoint", "bad-endpoint"}
-	reasonBadRequest  = reason{2, "bad-request", "bad-request"}
-	reasonVersion     = reason{2, "", "bad-request"} // the status says it all
-	reasonMethod      = reason{3, "method", "method"}
-	reasonNotFound    = reason{4, "not-found", "not-found"}
-	reasonFull        = reason{5, "full", "full"}
-	reasonUnavailable = reason{6, "unavailable", "unavailable"}
-	reasonBusy        = reason{7, "busy", "busy"}
-	reasonDraining    = reason{8, "draining", "draining"}
-	reasonTooLarge    = reason{9, "", "too-large"}
-	reasonTooSlow     = reason{10, "", "too-slow"}
-	reasonPanic       = reason{11, "", "panic"}
-	reasonBadKey      = reason{12, "bad-key", "bad-key"}
-	reasonBadToken    = reason{13, "bad-token", "bad-token"}
+const (
+	reasonBadID reason = iota
+	reasonBadEndpoint
+	reasonBadKey
+	reasonBadToken
+	reasonBadRequest
+	reasonMethod
+	reasonNotFound
+	reasonFull
+	reasonUnavailable
+	reasonBusy
+	reasonDraining
+	reasonTooLarge // from here on the status is all that is answered
+	reasonTooSlow
+	reasonPanic
+	reasons
 )
 
-const reasons = 14
-
-var allReasons = [reasons]reason{
-	reasonBadID, reasonBadEndpoint, reasonBadRequest, reasonMethod, reasonNotFound, reasonFull,
-	reasonUnavailable, reasonBusy, reasonDraining, reasonTooLarge, reasonTooSlow, reasonPanic, reasonBadKey, reasonBadToken,
+// reasonNames are the values of Verve-Reason, which are part of the contract, and the
+// names in the log.
+var reasonNames = [reasons]string{
+	"bad-id", "bad-endpoint", "bad-key", "bad-token", "bad-request", "method", "not-found",
+	"full", "unavailable", "busy", "draining", "too-large", "too-slow", "panic",
 }
+
+func (r reason) String() string { return reasonNames[r] }
 
 // setHead sets what all answers have. A cache that stored one would give it to
 // other callers, whose ids would not be counted.
@@ -87,11 +84,11 @@ func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, c
 // countRefusals counts n refusals, and logs the first of a cause in a while. What the
 // request holds is not logged: it is a stranger's.
 func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
-	s.refused[r.index].Add(n)
+	s.refused[r].Add(n)
 	if r == reasonPanic {
 		return // has a line of its own
 	}
-	if hidden, ok := s.refusalLogs[r.index].Allow(time.Now()); ok {
+	if hidden, ok := s.refusalLogs[r].Allow(time.Now()); ok {
 		s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
 	}
 }
@@ -100,8 +97,8 @@ func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
 func setRefusal(r *fasthttp.Response, status int, why reason) {
 	r.SetStatusCode(status)
 	setHead(r)
-	if why.value != "" {
-		r.Header.SetCanonical(headerReason, []byte(why.value))
+	if why < reasonTooLarge && status != fasthttp.StatusHTTPVersionNotSupported {
+		r.Header.SetCanonical(headerReason, []byte(why.String()))
 	}
 	if status == fasthttp.StatusServiceUnavailable {
 		r.Header.Set(fasthttp.HeaderRetryAfter, retryAfter)
@@ -112,8 +109,8 @@ func setRefusal(r *fasthttp.Response, status int, why reason) {
 // logHiddenRefusals says how many refusals were not logged, when none follows to
 // say it.
 func (s *Server) logHiddenRefusals() {
-	for _, r := range allReasons {
-		if n := s.refusalLogs[r.index].TakeHidden(); n > 0 {
+	for r := range reasons {
+		if n := s.refusalLogs[r].TakeHidden(); n > 0 {
 			s.refusalLine(r).Uint64("hidden", n).Msg("refused requests not logged")
 		}
 	}
@@ -129,7 +126,7 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	if r == reasonFull || r == reasonUnavailable || r == reasonBusy {
 		level = zerolog.WarnLevel
 	}
-	return s.cfg.Log.WithLevel(level).Str("reason", r.name)
+	return s.cfg.Log.WithLevel(level).Stringer("reason", r)
 }
 
 // tellRefusals logs every refusalsEvery how many refusals were not logged.
@@ -209,7 +206,7 @@ func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 	var timeout net.Error
 	switch {
 	case overHTTP2(ctx.Conn()):
-		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
+		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
 	case errors.As(err, &small):
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
