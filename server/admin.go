@@ -261,9 +261,6 @@ func (a *Admin) NotReady() { a.stopping.Store(true) }
 
 // Shutdown ends the listener. Answers under way have adminGrace.
 func (a *Admin) Shutdown(ctx context.Context) error {
-	a.closed.mu.Lock()
-	a.closed.close()
-	a.closed.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, adminGrace)
 	defer cancel()
 	if err := a.http.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {

@@ -32,19 +32,20 @@ func uniques(windows []window) (out []uint64) {
 // another instance do not.
 func TestWindowsOutliveTheProcess(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
-	open := func(instance string) *history {
-		h := openHistory(path, "verve", instance, zerolog.Nop())
-		t.Cleanup(h.close)
-		return h
-	}
+	open := func(instance string) *history { return openHistory(path, "verve", instance, zerolog.Nop()) }
 	h := open("a")
 	for n := 1; n <= 3; n++ {
 		h.add(windowAt(n))
 	}
 	// A write that was cut short, and then one that was not.
-	if _, err := h.file.WriteString("\n" + `{"group":"verve","instance":"a","window_st`); err != nil {
+	half, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = half.WriteString("\n" + `{"group":"verve","instance":"a","window_st`)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
+	half.Close()
 	h.add(windowAt(4))
 
 	h = open("a")
@@ -68,7 +69,6 @@ func TestWindowsOutliveTheProcess(t *testing.T) {
 func TestWindowsShownAreBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
 	h := openHistory(path, "verve", "a", zerolog.Nop())
-	defer h.close()
 	const n = 5*maxWindows + 7
 	for i := range n {
 		h.add(windowAt(i))
@@ -81,7 +81,6 @@ func TestWindowsShownAreBounded(t *testing.T) {
 		t.Errorf("the file has %d lines: %v", lines, err)
 	}
 	again := openHistory(path, "verve", "a", zerolog.Nop())
-	defer again.close()
 	if got := again.last(maxWindows); len(got) != maxWindows || got[0].Unique != n-1 || got[maxWindows-1].Unique != n-maxWindows {
 		t.Errorf("after a restart %d windows, from %v to %v", len(got), got[0].Unique, got[len(got)-1].Unique)
 	}
@@ -113,7 +112,6 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
 	h := openHistory(path, "verve", "a", zerolog.Nop())
-	t.Cleanup(h.close)
 	var counts []counter.KeyCount
 	for i := range 10 * maxKeys {
 		counts = append(counts, counter.KeyCount{Key: fmt.Sprintf("%05d", i), Unique: uint64(i*7919%(10*maxKeys)) + 1})
@@ -135,7 +133,6 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 		}
 	}
 	again := openHistory(path, "verve", "a", zerolog.Nop())
-	t.Cleanup(again.close)
 	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil || !w.forgotten {
 		t.Errorf("after a restart %d keys, %d of them named, forgotten %t", w.Keys, len(w.largest), w.forgotten)
 	}
@@ -182,9 +179,7 @@ func TestWindowsAreShownWithoutADisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.add(windowAt(2))
-	h.close()
 	again := openHistory(h.path, "verve", "a", zerolog.Nop())
-	defer again.close()
 	if got := uniques(again.last(2)); !slices.Equal(got, []uint64{2, 1}) {
 		t.Errorf("after the disk was back and a restart got %v", got)
 	}
