@@ -25,25 +25,22 @@ const (
 	formatUnknown
 )
 
+// formats are those of the media types.
+var formats = map[string]format{
+	"":                                   formatText,
+	"text/plain":                         formatText,
+	"application/json":                   formatJSON,
+	"application/x-ndjson":               formatLines,
+	"application/cloudevents-batch+json": formatEvents,
+	"application/cloudevents+json":       formatEvent,
+}
+
 // formatOf returns the format of a Content-Type: the media type decides, in any
 // case, and its parameters are ignored.
 func formatOf(contentType []byte) format {
 	media, _, _ := bytes.Cut(contentType, []byte(";"))
-	media = bytes.TrimSpace(media)
-	for _, f := range []struct {
-		media string
-		format
-	}{
-		{"", formatText},
-		{"text/plain", formatText},
-		{"application/json", formatJSON},
-		{"application/x-ndjson", formatLines},
-		{"application/cloudevents-batch+json", formatEvents},
-		{"application/cloudevents+json", formatEvent},
-	} {
-		if len(media) == len(f.media) && bytes.EqualFold(media, []byte(f.media)) {
-			return f.format
-		}
+	if f, ok := formats[string(bytes.ToLower(bytes.TrimSpace(media)))]; ok {
+		return f
 	}
 	return formatUnknown
 }
@@ -306,21 +303,10 @@ func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 		}
 		b.scratch.b = out
 		return out[from:len(out):len(out)]
-	case v.Kind() == '0' && numbers && canonicalDecimal(v):
+	case v.Kind() == '0' && numbers && digitsOnly(v): // JSON has no leading zeros
 		return v
 	}
 	return nil
-}
-
-// canonicalDecimal reports whether a JSON number is digits alone: JSON has no leading
-// zeros.
-func canonicalDecimal(v []byte) bool {
-	for _, c := range v {
-		if c < '0' || c > '9' {
-			return false
-		}
-	}
-	return true
 }
 
 // object reads {"id":…,"key":…,"token":…}, each once. Other members are ignored. Of several

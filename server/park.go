@@ -3,13 +3,13 @@ package server
 import (
 	"crypto/tls"
 	"errors"
-	"io"
 	"net"
 	"os"
 	"runtime"
 	"runtime/debug"
-	"sync"
 	"time"
+
+	"github.com/valyala/fasthttp/fasthttputil"
 )
 
 const (
@@ -197,19 +197,10 @@ func (l *listener) stopAccepting() {
 
 // door is a listener for fasthttp, which stops only what it has a listener for. No
 // connection comes through it.
-type door struct {
-	shut chan struct{}
-	once sync.Once
-}
+type door struct{ *fasthttputil.InmemoryListener }
 
-func (d *door) Accept() (net.Conn, error) {
-	<-d.shut
-	return nil, io.EOF
-}
-
-func (d *door) Close() error {
-	d.once.Do(func() { close(d.shut) })
+// Close may be called again.
+func (d door) Close() error {
+	_ = d.InmemoryListener.Close() // reports that it was closed before
 	return nil
 }
-
-func (*door) Addr() net.Addr { return nil }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/rs/zerolog"
 	"github.com/valyala/fasthttp"
+	"github.com/valyala/fasthttp/fasthttputil"
 
 	"verve/counter"
 	"verve/dedup"
@@ -114,7 +115,7 @@ type Server struct {
 	leaving   atomic.Bool // every answer is the last of its connection; read by each request
 	http      fasthttp.Server
 	ln        *listener
-	door      *door
+	door      door
 	batches   *batches
 	stopSweep chan struct{}
 	accepted  chan struct{} // closed when no connection is accepted any more
@@ -179,7 +180,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		cfg:       cfg,
 		callbacks: cfg.Callbacks,
 		ln:        newListener(ln, &cfg),
-		door:      &door{shut: make(chan struct{})},
+		door:      door{fasthttputil.NewInmemoryListener()},
 		stopSweep: make(chan struct{}),
 		accepted:  make(chan struct{}),
 
