@@ -135,11 +135,12 @@ func (ac *addressConn) Close() error {
 
 // limitedDial wraps guard.connect: the limits of the address come first.
 func (s *Sender) limitedDial(d *destination) dialFunc {
-	return func(ctx context.Context, dialer *net.Dialer, addr netip.Addr, address string) (net.Conn, error) {
+	return func(ctx context.Context, dialer *net.Dialer, to netip.AddrPort) (net.Conn, error) {
+		addr := to.Addr()
 		if err := s.acquire(d, addr); err != nil {
 			return nil, err
 		}
-		conn, err := s.guard.connect(ctx, dialer, address)
+		conn, err := s.guard.connect(ctx, dialer, to.String())
 		if err != nil {
 			s.release(d, addr)
 			return nil, err

@@ -182,12 +182,12 @@ func (s *Sender) park(d *destination) {
 		s.warmConn += d.warmConns
 		return
 	}
-	s.evictConns(d)
+	s.toCold(d)
 }
 
-// evictConns puts d, which has no connections, to those remembered only for their
-// breaker and rate.
-func (s *Sender) evictConns(d *destination) {
+// toCold puts d, which has no connections, to those remembered only for their breaker
+// and rate.
+func (s *Sender) toCold(d *destination) {
 	d.client = nil
 	d.state = destCold
 	d.place = s.cold.PushBack(d)
@@ -226,7 +226,7 @@ func (s *Sender) trim(warmBefore, coldBefore time.Time) []*client {
 	for d := first(&s.warm); d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = first(&s.warm) {
 		victims = append(victims, d.client)
 		s.activate(d)
-		s.evictConns(d)
+		s.toCold(d)
 	}
 	for d := first(&s.cold); d != nil && d.idleSince.Before(coldBefore); d = first(&s.cold) {
 		s.drop(d)
