@@ -62,7 +62,7 @@ type batch struct {
 	owner *batches
 	held  int64 // of owner.used
 
-	body, plain, out *buffer // plain is the body, if it came compressed
+	body, unpacked, out *buffer // unpacked is the body, if it came compressed
 	*tables
 	parser
 	packed bytes.Reader
@@ -171,7 +171,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 		if err = b.decompress(); err != nil {
 			return f, err
 		}
-		body = b.plain
+		body = b.unpacked
 	}
 	if body == nil || len(body.b) == 0 {
 		return f, errBadBatch
@@ -179,7 +179,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	return f, b.parse(f, body.b, options)
 }
 
-// decompress makes plain of the body.
+// decompress makes unpacked of the body.
 func (b *batch) decompress() error {
 	if b.body == nil {
 		return errBadBatch
@@ -194,7 +194,7 @@ func (b *batch) decompress() error {
 	if z.Reset(&b.packed) != nil {
 		return errBadBatch
 	}
-	err := b.read(&b.plain, z, b.owner.maxBytes, b.owner.limit)
+	err := b.read(&b.unpacked, z, b.owner.maxBytes, b.owner.limit)
 	if err == nil || errors.Is(err, errBusy) || errors.Is(err, errTooLong) {
 		return err
 	}
