@@ -113,22 +113,22 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
 	h := openHistory(path, "verve", "a", zerolog.Nop())
 	var counts []counter.KeyCount
-	for i := range 10 * maxKeys {
-		counts = append(counts, counter.KeyCount{Key: fmt.Sprintf("%05d", i), Unique: uint64(i*7919%(10*maxKeys)) + 1})
+	for i := range 10 * maxShownKeys {
+		counts = append(counts, counter.KeyCount{Key: fmt.Sprintf("%05d", i), Unique: uint64(i*7919%(10*maxShownKeys)) + 1})
 	}
 	given := slices.Clone(counts)
-	const n = keptKeys/maxKeys + 10
+	const n = keptKeys/maxShownKeys + 10
 	for i := range n {
 		w := windowAt(i)
-		w.Keys, w.largest = len(counts), counter.LargestKeys(counts, maxKeys)
+		w.Keys, w.largest = len(counts), counter.LargestKeys(counts, maxShownKeys)
 		h.add(w)
 	}
 	if !slices.Equal(counts, given) {
 		t.Error("the counts of a window were sorted in their place")
 	}
-	want := counter.LargestKeys(counts, maxKeys)
+	want := counter.LargestKeys(counts, maxShownKeys)
 	for i, w := range h.last(n) {
-		if kept := i < keptKeys/maxKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten {
+		if kept := i < keptKeys/maxShownKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten {
 			t.Fatalf("window %d before the last has %d of %d keys", i, len(w.largest), w.Keys)
 		}
 	}

@@ -558,7 +558,7 @@ func TestKeysOfAGroupAreThoseOfItsRecord(t *testing.T) {
 func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
-	a.closed = openHistory(path, "", "", zerolog.Nop())
+	a.history = openHistory(path, "", "", zerolog.Nop())
 	keys := []counter.KeyCount{{Key: "a", Unique: 2}}
 	closed := func(minute int64, keys []counter.KeyCount) {
 		a.WindowClosed(counter.Count{Start: time.Unix(60*minute, 0).UTC(), Window: time.Minute, Unique: 3, Keys: keys})
@@ -568,7 +568,7 @@ func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 	closed(3, keys)
 	restarted := func() {
 		t.Helper()
-		a.closed = openHistory(path, "", "", zerolog.Nop())
+		a.history = openHistory(path, "", "", zerolog.Nop())
 	}
 	restarted()
 	closed(3, keys)
@@ -623,7 +623,7 @@ func TestRequestsWithOptionsAllocateNothing(t *testing.T) {
 			lines, ok := inspect(&ctx.Request.Header)
 			_, query, _ := splitTarget(ctx.Request.Header.RequestURI())
 			var a asked
-			err := s.read(&a, &ctx.Request.Header, query, lines, true)
+			err := s.parse(&a, &ctx.Request.Header, query, lines, true)
 			w := works.Get().(*work)
 			if !ok || err != nil || s.count(&ctx, w, &a) != nil {
 				t.Fatal(ok, err)

@@ -117,15 +117,15 @@ func (c *conn) refuseBusy() {
 	_ = c.Close()
 }
 
-// take reads from the connection, first what await has read.
-func (c *conn) take(p []byte) (int, error) {
+// pull reads from the connection, first what await has read.
+func (c *conn) pull(p []byte) (int, error) {
 	if c.owner.tls == nil {
-		return c.takeRaw(p)
+		return c.pullRaw(p)
 	}
 	return c.Conn.Read(p)
 }
 
-func (c *conn) takeRaw(p []byte) (int, error) {
+func (c *conn) pullRaw(p []byte) (int, error) {
 	if c.ahead && len(p) > 0 {
 		c.ahead = false
 		return copy(p, c.first[:]), nil
@@ -139,7 +139,7 @@ type beneath struct {
 	c *conn
 }
 
-func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
+func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 
 // goesOn reports whether a read that failed was ended for parking alone, so that it may be
 // taken up again. It sets the deadline anew before it looks at stopped, which stopReading sets

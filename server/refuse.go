@@ -129,8 +129,8 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	return s.cfg.Log.WithLevel(level).Stringer("reason", r)
 }
 
-// tellRefusals logs every refusalsEvery how many refusals were not logged.
-func (s *Server) tellRefusals(stop <-chan struct{}) {
+// logHiddenRegularly logs every refusalsEvery how many refusals were not logged.
+func (s *Server) logHiddenRegularly(stop <-chan struct{}) {
 	tick := time.NewTicker(refusalsEvery)
 	defer tick.Stop()
 	for {
@@ -187,31 +187,20 @@ func (s *Server) refuseAndClose(ctx *fasthttp.RequestCtx, status int, r reason) 
 	s.refuse(ctx, status, r)
 }
 
-// overHTTP2 reports whether a connection begins as one of HTTP/2.
-func overHTTP2(nc net.Conn) bool {
-	c, ok := nc.(*conn)
-	return ok && c.h2 && c.taken >= len(h2Preface)
-}
-
-// tooSlow reports whether a connection was ended in the middle of a request.
-func tooSlow(nc net.Conn) bool {
-	c, ok := nc.(*conn)
-	return ok && c.late.Load()
-}
-
 // refuseBroken answers what fasthttp could not read as a request. It closes the
 // connection after the answer.
 func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error
+	c := ctx.Conn().(*conn) // every connection comes from s.ln
 	switch {
-	case overHTTP2(ctx.Conn()):
+	case c.h2 && c.taken >= len(h2Preface):
 		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
 	case errors.As(err, &small):
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
 		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.As(err, &timeout) && timeout.Timeout(), tooSlow(ctx.Conn()): // what fasthttp says of chunks hides it
+	case errors.As(err, &timeout) && timeout.Timeout(), c.late.Load(): // what fasthttp says of chunks hides it
 		s.refuse(ctx, fasthttp.StatusRequestTimeout, reasonTooSlow)
 	default:
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)

@@ -38,9 +38,9 @@ type query struct {
 	token    []byte
 }
 
-// plain marks the bytes that an id may hold without being decoded or looked at
+// plainBytes are the bytes that an id may hold without being decoded or looked at
 // twice: RFC 3986's unreserved characters.
-var plain = func() (t [256]bool) {
+var plainBytes = func() (t [256]bool) {
 	for c := byte('a'); c <= 'z'; c++ {
 		t[c], t[c-'a'+'A'] = true, true
 	}
@@ -71,7 +71,7 @@ func plainQuery(raw []byte, o *dedup.Options) (id []byte, ok bool) {
 		return nil, false
 	}
 	rest := raw[len(prefix):]
-	n := lengthOf(rest, &plain)
+	n := lengthOf(rest, &plainBytes)
 	id, rest = rest[:n], rest[n:]
 	if n == 0 || n > maxIDLen {
 		return nil, false
@@ -99,7 +99,7 @@ func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
 			return nil, like
 		}
 		b = b[len(start):]
-		n := lengthOf(b, &plain)
+		n := lengthOf(b, &plainBytes)
 		switch {
 		case *value != nil || n > most:
 			return nil, other
