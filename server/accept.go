@@ -92,7 +92,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	err := s.parse(&a, h, raw, lines, !body && !emptyBatch)
 	switch {
 	case err != nil:
-		s.refuse(ctx, fasthttp.StatusBadRequest, queryReason(err))
+		s.refuse(ctx, fasthttp.StatusBadRequest, err.(refusal).reason)
 		return
 	case a.id == nil && body && lines.types > 1: // which of them is meant?
 		s.batches.refuse(ctx, errUnsupported)

@@ -87,41 +87,28 @@ func newBatches(s *Server) *batches {
 	return b
 }
 
-var (
-	errBusy        = errors.New("too much memory is in use by batches")
-	errTooLong     = errors.New("batch too long")
-	errUnsupported = errors.New("unsupported media type or encoding")
-)
-
 // read reads r to its end, in at most limit bytes. It takes memory as bytes come, so
-// that a client that announces much and sends little holds little.
-func (b *batch) read(to **buffer, r io.Reader, limit int, memory int64) (err error) {
-	for {
-		have := 0
-		if *to != nil {
-			have = len((*to).b)
-		}
+// that a client that announces much and sends little holds little. The buffer is the
+// caller's with an error, too.
+func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err error) {
+	for have := 0; err == nil; have = len(buf.b) {
 		into := b.one[:] // is there more than the limit?
 		if have < limit {
-			if *to, err = b.grow(*to, have+1, memory); err != nil {
-				return err
+			if buf, err = b.grow(buf, have+1, memory); err != nil {
+				return buf, err
 			}
-			into = (*to).b[have:min(cap((*to).b), limit)]
+			into = buf.b[have:min(cap(buf.b), limit)]
 		}
-		n, err := r.Read(into)
-		if n > 0 && have == limit {
-			return errTooLong
+		var n int
+		if n, err = r.Read(into); n > 0 && have == limit {
+			return buf, errTooLarge
 		}
-		if *to != nil {
-			(*to).b = (*to).b[:have+n]
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+		buf.b = buf.b[:have+n]
 	}
+	if err == io.EOF {
+		err = nil
+	}
+	return buf, err
 }
 
 // packedSlack is by how much gzip makes longer what it cannot compress, and a header.
@@ -144,7 +131,7 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 		return f, false, errUnsupported
 	}
 	if h.ContentLength() > limit {
-		return f, compressed, errTooLong
+		return f, compressed, errTooLarge
 	}
 	return f, compressed, nil
 }
@@ -163,7 +150,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	if compressed {
 		limit += packedSlack(limit)
 	}
-	if err = b.read(&b.body, stream, limit, b.owner.bodies()); err != nil {
+	if b.body, err = b.read(stream, limit, b.owner.bodies()); err != nil {
 		return f, err
 	}
 	body := b.body
@@ -173,17 +160,14 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 		}
 		body = b.unpacked
 	}
-	if body == nil || len(body.b) == 0 {
+	if len(body.b) == 0 {
 		return f, errBadBatch
 	}
 	return f, b.parse(f, body.b, options)
 }
 
 // decompress makes unpacked of the body.
-func (b *batch) decompress() error {
-	if b.body == nil {
-		return errBadBatch
-	}
+func (b *batch) decompress() (err error) {
 	b.packed.Reset(b.body.b)
 	defer b.packed.Reset(nil)
 	z, _ := b.owner.unpack.Get().(*gzip.Reader)
@@ -194,8 +178,8 @@ func (b *batch) decompress() error {
 	if z.Reset(&b.packed) != nil {
 		return errBadBatch
 	}
-	err := b.read(&b.unpacked, z, b.owner.maxBytes, b.owner.limit)
-	if err == nil || errors.Is(err, errBusy) || errors.Is(err, errTooLong) {
+	b.unpacked, err = b.read(z, b.owner.maxBytes, b.owner.limit)
+	if err == nil || err == errBusy || err == errTooLarge {
 		return err
 	}
 	return errBadBatch
@@ -243,21 +227,13 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 
 // refuse answers a batch of which nothing was counted.
 func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
-	s := bs.server
 	// The rest of the body is not read: nothing behind it can be relied on.
 	ctx.SetConnectionClose()
-	switch {
-	case errors.Is(err, errBadBatch):
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
-	case errors.Is(err, errUnsupported):
-		s.refuse(ctx, fasthttp.StatusUnsupportedMediaType, reasonBadRequest)
-	case errors.Is(err, errTooManyIDs), errors.Is(err, errTooLong):
-		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.Is(err, errBusy):
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
-	default:
-		s.refuseBroken(ctx, err)
+	if r, ok := errors.AsType[refusal](err); ok {
+		bs.server.refuse(ctx, r.status, r.reason)
+		return
 	}
+	bs.server.refuseBroken(ctx, err)
 }
 
 // wordOf is the word for a verdict; cause is behind those that are none.

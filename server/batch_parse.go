@@ -45,11 +45,7 @@ func formatOf(contentType []byte) format {
 	return formatUnknown
 }
 
-var (
-	errBadBatch    = errors.New("the body is no batch")
-	errTooManyIDs  = errors.New("too many ids in a batch")
-	errBatchClosed = errors.New("the body goes on behind the batch")
-)
+var errBatchClosed = errors.New("the body goes on behind the batch")
 
 // parsedItem is one item of a batch in JSON, as it was sent.
 type parsedItem struct {
@@ -119,7 +115,7 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	b.owner.decoders.Put(d)
 	b.decoder, b.json = nil, bytes.Buffer{}
 	switch {
-	case errors.Is(err, errTooManyIDs):
+	case err == errTooLarge:
 		return err
 	case err != nil:
 		return errBadBatch
@@ -134,7 +130,7 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 		n++
 	}
 	if n > b.owner.maxIDs {
-		return errTooManyIDs
+		return errTooLarge
 	}
 	if err := b.makeTables(n); err != nil {
 		return err
@@ -166,7 +162,7 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 // add takes an item of a batch in JSON.
 func (b *batch) add(it parsedItem) error {
 	if len(b.parsed) == b.owner.maxIDs {
-		return errTooManyIDs
+		return errTooLarge
 	}
 	if !validID(it.id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(it.id) {
 		it.word = wordBadID

@@ -30,9 +30,6 @@ const (
 	refusalsEvery = 10 * time.Second
 )
 
-// errDraining says that the counter takes no more requests.
-var errDraining = errors.New("draining")
-
 // reason is why requests are refused.
 type reason uint8
 
@@ -62,6 +59,30 @@ var reasonNames = [reasons]string{
 }
 
 func (r reason) String() string { return reasonNames[r] }
+
+// refusal is the error of a request that is to be refused, and its answer.
+type refusal struct {
+	status int
+	reason reason
+}
+
+func (r refusal) Error() string { return r.reason.String() }
+
+var (
+	// The faults of a query. If it has several, the answer names the first in this order.
+	errBadID       = refusal{fasthttp.StatusBadRequest, reasonBadID}
+	errBadEndpoint = refusal{fasthttp.StatusBadRequest, reasonBadEndpoint}
+	errBadKey      = refusal{fasthttp.StatusBadRequest, reasonBadKey}
+	errBadToken    = refusal{fasthttp.StatusBadRequest, reasonBadToken}
+
+	errBadBatch    = refusal{fasthttp.StatusBadRequest, reasonBadRequest}
+	errUnsupported = refusal{fasthttp.StatusUnsupportedMediaType, reasonBadRequest} // a type or an encoding
+	errTooLarge    = refusal{fasthttp.StatusRequestEntityTooLarge, reasonTooLarge}
+	errBusy        = refusal{fasthttp.StatusServiceUnavailable, reasonBusy} // too much memory is in use by batches
+
+	errDraining = refusal{fasthttp.StatusServiceUnavailable, reasonDraining} // the counter is sealed
+	errPanicked = refusal{fasthttp.StatusInternalServerError, reasonPanic}   // the set did
+)
 
 // setHead sets what all answers have. A cache that stored one would give it to
 // other callers, whose ids would not be counted.
@@ -151,27 +172,12 @@ func refusalReason(v dedup.Verdict) reason {
 	return reasonUnavailable
 }
 
-// queryReason is the reason of an error of parseQuery.
-func queryReason(err error) reason {
-	switch {
-	case errors.Is(err, errBadEndpoint):
-		return reasonBadEndpoint
-	case errors.Is(err, errBadKey):
-		return reasonBadKey
-	case errors.Is(err, errBadToken):
-		return reasonBadToken
-	}
-	return reasonBadID
-}
-
 // refuseError answers a request that the set could not judge.
 func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
+	r, ok := errors.AsType[refusal](err)
 	switch {
-	case errors.Is(err, errDraining):
-		ctx.SetConnectionClose()
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonDraining)
-	case errors.Is(err, errPanicked):
-		s.refuseAndClose(ctx, fasthttp.StatusInternalServerError, reasonPanic)
+	case ok: // draining, or a panic
+		s.refuseAndClose(ctx, r.status, r.reason)
 	case errors.Is(err, dedup.ErrTooManyKeys):
 		s.refuseBecause(ctx, fasthttp.StatusServiceUnavailable, reasonFull, err)
 	case errors.Is(err, dedup.ErrFull):

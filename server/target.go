@@ -3,7 +3,6 @@ package server
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"net/url"
 	"strings"
 	"unicode/utf8"
@@ -20,14 +19,6 @@ const (
 	maxIDLen    = 256
 	maxKeyLen   = counter.MaxKeyLen
 	maxTokenLen = 64
-)
-
-// The faults of a query. If it has several, the answer names the first in this order.
-var (
-	errBadID       = errors.New("bad id")
-	errBadEndpoint = errors.New("bad endpoint")
-	errBadKey      = errors.New("bad key")
-	errBadToken    = errors.New("bad token")
 )
 
 // query is what a request asks of the accept route. nil: it does not name it.
