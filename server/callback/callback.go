@@ -3,7 +3,6 @@ package callback
 import (
 	"bufio"
 	"cmp"
-	"container/heap"
 	"container/list"
 	"context"
 	"crypto/tls"
@@ -176,12 +175,10 @@ type Sender struct {
 	dests     map[destKey]*destination
 	ready     [2]list.List // with a POST to send, in turn; [unproven]
 	turn      int          // list of ready that is served next
-	later     laterHeap    // with a POST to send, but above their rate
 	warm      list.List    // at rest, with pooled connections; oldest first
 	warmConn  int          // pooled connections of warm
 	cold      list.List    // at rest, without; oldest first
 	addresses map[netip.Addr]*address
-	paceWake  chan struct{}
 
 	stats         Stats
 	unprovenSlots int // entries of unproven destinations
@@ -209,7 +206,6 @@ func New(cfg Config) (*Sender, error) {
 		table:     make(map[string]*entry),
 		dests:     make(map[destKey]*destination),
 		addresses: make(map[netip.Addr]*address),
-		paceWake:  make(chan struct{}, 1),
 		okLog:     logline.Sampler{Lines: 1, Every: time.Second},
 		failLog:   logline.Sampler{Lines: 4, Every: time.Second},
 	}
@@ -492,7 +488,7 @@ func (s *Sender) Run(ctx context.Context) error {
 			}
 		})
 	}
-	wg.Go(func() { s.pace(ctx) })
+	wg.Go(func() { s.sweep(ctx) })
 	<-ctx.Done()
 	s.close()
 	wg.Wait()
@@ -510,53 +506,25 @@ func (s *Sender) Run(ctx context.Context) error {
 	return nil
 }
 
-// pace makes destinations ready when their rate allows, and clears out what
-// is idle, until ctx ends.
-func (s *Sender) pace(ctx context.Context) {
-	timer := time.NewTimer(0)
+// sweep clears out what is idle, and logs what was hidden, until ctx ends.
+func (s *Sender) sweep(ctx context.Context) {
+	timer := time.NewTimer(sweepInterval)
 	defer timer.Stop()
-	sweep := time.Now()
 	remember := max(rememberFor, 2*s.cfg.breakerOpen, 2*s.cfg.interval())
 	for {
-		now := time.Now()
-		var victims []*client
-		s.mu.Lock()
-		for len(s.later) > 0 && !s.later[0].next.After(now) {
-			d := heap.Pop(&s.later).(*destination)
-			d.state = destNone
-			s.schedule(d)
-			s.park(d)
-		}
-		swept := !now.Before(sweep)
-		if swept {
-			s.evictAddresses(len(s.addresses))
-			victims = s.trim(now.Add(-idleConnTimeout), now.Add(-remember))
-			sweep = now.Add(sweepInterval)
-		}
-		wake := sweep
-		if len(s.later) > 0 && s.later[0].next.Before(wake) {
-			wake = s.later[0].next
-		}
-		s.mu.Unlock()
-		closeIdle(victims)
-		if swept {
-			s.logHidden()
-		}
-
-		timer.Reset(time.Until(wake))
 		select {
 		case <-timer.C:
-		case <-s.paceWake:
 		case <-ctx.Done():
 			return
 		}
-	}
-}
-
-func (s *Sender) wakePace() {
-	select {
-	case s.paceWake <- struct{}{}:
-	default: // it has not looked since the last one
+		now := time.Now()
+		s.mu.Lock()
+		s.evictAddresses(len(s.addresses))
+		victims := s.trim(now.Add(-idleConnTimeout), now.Add(-remember))
+		s.mu.Unlock()
+		closeIdle(victims)
+		s.logHidden()
+		timer.Reset(sweepInterval)
 	}
 }
 
