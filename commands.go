@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -69,13 +68,6 @@ func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
 		}
 	}
 	return kong.DefaultHelpPrinter(options, ctx)
-}
-
-func names(commands []*kong.Node) (all []string) {
-	for _, c := range commands {
-		all = append(all, c.Name)
-	}
-	return all
 }
 
 // errIncomplete makes verve totals exit 1: it has said what is missing.
@@ -193,24 +185,6 @@ func (t *totalsReport) empty() {
 	fmt.Fprintf(t.err, "no records%s in %s\n", after, t.from)
 }
 
-// read names a record that is none, leaves out those of earlier windows, and
-// returns what ends the reading.
-func (t *totalsReport) read(ctx context.Context, start time.Time, err error) (skip bool, end error) {
-	switch {
-	case stream.IsInvalidRecord(err):
-		t.complain("invalid: %v", err)
-		return true, nil
-	case err != nil && ctx.Err() != nil:
-		return true, nil // told to stop
-	}
-	if err != nil {
-		return false, err
-	}
-	skip = start.Before(t.since)
-	t.any = t.any || !skip
-	return skip, nil
-}
-
 // whole reads the records before those by key: then the keys of each are there.
 func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	for r, err := range records {
@@ -314,15 +288,25 @@ type groupWindow struct {
 	counter.Span
 }
 
-// take adds a record. With --follow it names what is missing before it, and repeats.
+// take adds a record, unless its window is an earlier one, and names one that is none. With
+// --follow it names what is missing before it, and repeats. An error ends the reading.
 func (t *totalsReport) take(ctx context.Context, r readRecord) error {
+	switch {
+	case stream.IsInvalidRecord(r.err):
+		t.complain("invalid: %v", r.err)
+		return nil
+	case r.err != nil && ctx.Err() != nil:
+		return nil // a signal ended it
+	case r.err != nil:
+		return r.err
+	}
 	if r.key != nil {
 		r.WindowStart = r.key.WindowStart
 	}
-	skip, err := t.read(ctx, r.WindowStart, r.err)
-	if skip || err != nil {
-		return err
+	if r.WindowStart.Before(t.since) {
+		return nil
 	}
+	t.any = true
 	follow, known := t.changed != nil, len(t.sums.Repeats())
 	switch {
 	case r.key != nil:
@@ -446,15 +430,8 @@ const healthTimeout = 3 * time.Second
 
 // healthcheck asks the admin listener whether the server is alive.
 func healthcheck(adminListen string) error {
-	host, port, err := net.SplitHostPort(adminListen)
-	if err != nil {
-		return usageError{fmt.Errorf("--admin-listen: %w", err)}
-	}
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
 	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{Proxy: nil}}
-	resp, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+	resp, err := client.Get("http://" + reachable(adminListen) + "/healthz")
 	if err != nil {
 		return fmt.Errorf("not alive: %w", err)
 	}

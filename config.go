@@ -143,7 +143,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 		kong.Writers(stdout, io.Discard),
 		kong.Exit(func(int) { done = true }),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
-		kong.Resolvers(cfg),
+		kong.Resolvers(kong.ResolverFunc(cfg.resolve)),
 		kong.Vars{
 			"version":         "verve " + versionText(),
 			"cleanupInterval": dedup.DefaultCleanupInterval.String(),
@@ -199,8 +199,8 @@ func (c *config) flags() []setting.Flag {
 	return all
 }
 
-// Resolve implements kong.Resolver with the environment and the settings file.
-func (c *config) Resolve(ctx *kong.Context, of *kong.Path, flag *kong.Flag) (any, error) {
+// resolve is a kong.Resolver with the environment and the settings file.
+func (c *config) resolve(ctx *kong.Context, of *kong.Path, flag *kong.Flag) (any, error) {
 	if of.Command == nil && !reads(ctx.Command(), flag.Name) {
 		return nil, nil
 	}
@@ -209,9 +209,6 @@ func (c *config) Resolve(ctx *kong.Context, of *kong.Path, flag *kong.Flag) (any
 	}
 	return nil, nil
 }
-
-// Validate implements kong.Resolver; judge does it.
-func (c *config) Validate(*kong.Application) error { return nil }
 
 // judge refuses what cannot work of the settings that the command reads.
 func (c *config) judge(command string, fileErr error) error {
@@ -249,7 +246,10 @@ func (c *config) explain(err error) error {
 	} else if m := regexp.MustCompile(`^--([a-z0-9-]+)(:| must)`).FindStringSubmatch(why); m != nil {
 		name, why = m[1], "want "+c.wanted(m[1]) // kong could not read it
 	} else if word, ok := strings.CutPrefix(why, "unexpected argument "); ok && !strings.Contains(word, ",") {
-		commands := names(c.model.Children)
+		var commands []string
+		for _, command := range c.model.Children {
+			commands = append(commands, command.Name)
+		}
 		why += cmp.Or(setting.Nearest(word, commands), ", the commands are "+strings.Join(commands, ", "))
 	}
 	if name != "" {
@@ -394,25 +394,12 @@ func withoutPassword(s string) string { return userInfo.ReplaceAllString(s, "://
 // check asks each package about its part of the settings: the bounds are theirs.
 // The secrets that files hold are kept for later.
 func (c *config) check() (err error) {
-	for _, f := range []struct {
-		name string
-		none bool // 0 is the default in the packages, and no value that a user means
-	}{
-		{"duplicate-status", c.DuplicateStatus == 0},
-		{"cleanup-interval", c.CleanupInterval == 0},
-		{"cleanup-batch", c.CleanupBatch == 0},
-		{"callback-concurrency", c.CallbackConcurrency == 0},
-		{"callback-rate", c.CallbackRate == 0},
-		{"callback-timeout", c.CallbackTimeout == 0},
-		{"max-batch-ids", c.MaxBatchIDs == 0},
-		{"max-batch-bytes", c.MaxBatchBytes == 0},
-		{"max-keys", c.MaxKeys == 0},
-		{"slow-timeout", c.SlowTimeout == 0},
-		{"idle-timeout", c.IdleTimeout == 0},
-		{"shutdown-timeout", c.ShutdownTimeout == 0},
+	for _, name := range []string{ // 0 is the default in the packages, and no value that a user means
+		"duplicate-status", "cleanup-interval", "cleanup-batch", "callback-concurrency", "callback-rate", "callback-timeout",
+		"max-batch-ids", "max-batch-bytes", "max-keys", "slow-timeout", "idle-timeout", "shutdown-timeout",
 	} {
-		if f.none {
-			return setting.Errorf(f.name, "want more than 0")
+		if c.setting(name).Target.IsZero() {
+			return setting.Errorf(name, "want more than 0")
 		}
 	}
 	if err := cmp.Or(setting.CheckTimeout("shutdown-timeout", c.ShutdownTimeout), setting.CheckTimeout("shutdown-delay", c.ShutdownDelay)); err != nil {
@@ -466,14 +453,17 @@ func (c *config) checkFiles() (err error) {
 			return err
 		}
 	}
-	if c.callbackSecret, err = secretFile("callback-secret-file", c.CallbackSecretFile); err != nil {
-		return err
-	}
-	if c.sentinelPassword, err = secretFile("redis-sentinel-password-file", c.RedisSentinelPasswordFile); err != nil {
-		return err
-	}
-	if c.adminToken, err = secretFile("admin-token-file", c.AdminTokenFile); err != nil {
-		return err
+	for _, f := range []struct {
+		flag, path string
+		into       *[]byte
+	}{
+		{"callback-secret-file", c.CallbackSecretFile, &c.callbackSecret},
+		{"redis-sentinel-password-file", c.RedisSentinelPasswordFile, &c.sentinelPassword},
+		{"admin-token-file", c.AdminTokenFile, &c.adminToken},
+	} {
+		if *f.into, err = secretFile(f.flag, f.path); err != nil {
+			return err
+		}
 	}
 	return server.CheckToken(c.adminToken)
 }
@@ -551,13 +541,6 @@ func (c *config) inDataDir(name string) string {
 
 // epochsDir is where the ids of the running epoch are kept.
 func (c *config) epochsDir() string { return c.inDataDir("epochs") }
-
-// groupFile keeps what this instance has answered in windows of its group that are not
-// published.
-func (c *config) groupFile() string { return c.inDataDir("group-answers.json") }
-
-// historyFile keeps the windows that the live page shows.
-func (c *config) historyFile() string { return c.inDataDir("windows.jsonl") }
 
 // countsFile resolves the default, and off to the empty path.
 func (c *config) countsFile() string {
@@ -691,10 +674,7 @@ const goroutinesField = "goroutines"
 
 // logger writes to w as the settings say, by way of the queue that it returns.
 func (c *config) logger(w *os.File) (zerolog.Logger, *logline.Writer) {
-	level, err := zerolog.ParseLevel(c.LogLevel)
-	if err != nil {
-		level = zerolog.InfoLevel // cannot be: the flag is an enum
-	}
+	level, _ := zerolog.ParseLevel(c.LogLevel)                // it is one: the flag is an enum
 	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00" // windows may be 50 ms long
 	var out io.Writer = w
 	if c.LogFormat == "console" || c.LogFormat == "auto" && isatty.IsTerminal(w.Fd()) {

@@ -177,7 +177,7 @@ type program struct {
 
 	notified chan struct{} // closed when systemd has been notified of the stop
 
-	stopStream, stopGroup, stopSet, stopCounter, stopCallbacks, stopCertificate context.CancelFunc
+	stopParts, stopCounter, stopCallbacks context.CancelFunc // the first is of all that have none of their own
 
 	// While the stop is limited, unfinished is what it waits for, for the last line
 	// of a process that has to end without it.
@@ -239,7 +239,7 @@ func (p *program) open() error {
 func (p *program) openAdmin() {
 	cfg := server.AdminConfig{
 		Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
-		Group: p.cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(p.cfg.adminToken), History: p.cfg.historyFile(),
+		Group: p.cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(p.cfg.adminToken), History: p.cfg.inDataDir("windows.jsonl"),
 		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
 	}
 	if p.shared != nil {
@@ -405,34 +405,34 @@ func (p *program) delivered(start time.Time) string {
 // run starts every part in a goroutine of its own.
 func (p *program) run() {
 	p.closed = make(chan struct{})
-	p.stopStream = p.start("stream", p.stream.Run)
-	p.stopGroup = func() {}
+	var parts, counting, calling context.Context
+	parts, p.stopParts = context.WithCancel(context.Background())
+	counting, p.stopCounter = context.WithCancel(context.Background())
+	calling, p.stopCallbacks = context.WithCancel(context.Background())
+	p.start("stream", func() error { return p.stream.Run(parts) })
 	if p.group != nil {
-		p.stopGroup = p.start("group", p.group.Run)
+		p.start("group", func() error { return p.group.Run(parts) })
 	}
-	p.stopSet = p.start("dedup", p.set.Run)
-	p.stopCounter = p.start("counter", func(ctx context.Context) error {
+	p.start("dedup", func() error { return p.set.Run(parts) })
+	p.start("counter", func() error {
 		defer close(p.closed)
-		return p.counter.Run(ctx)
+		return p.counter.Run(counting)
 	})
-	p.stopCallbacks = p.start("callbacks", p.callbacks.Run)
-	p.start("admin", func(context.Context) error { return p.admin.Serve(p.private) })
-	p.stopCertificate = func() {}
+	p.start("callbacks", func() error { return p.callbacks.Run(calling) })
+	p.start("admin", func() error { return p.admin.Serve(p.private) })
 	if p.certificate != nil {
-		p.stopCertificate = p.start("certificate", p.certificate.Run)
+		p.start("certificate", func() error { return p.certificate.Run(parts) })
 	}
-	p.start("server", func(context.Context) error { return p.server.Serve() })
+	p.start("server", p.server.Serve)
 }
 
-// start runs a part until the returned function is called or the part ends.
-func (p *program) start(name string, part func(context.Context) error) (stop context.CancelFunc) {
-	ctx, cancel := context.WithCancel(context.Background())
+// start runs a part. The first error of one stops the program.
+func (p *program) start(name string, part func() error) {
 	p.running.Go(func() {
-		if err := part(ctx); err != nil {
+		if err := part(); err != nil {
 			p.failed <- fmt.Errorf("%s: %w", name, err)
 		}
 	})
-	return cancel
 }
 
 // stop ends the parts in order, within the shutdown timeout. A step that cannot be
@@ -478,7 +478,6 @@ func (p *program) stop() {
 	}
 	p.unfinished.Store("a part did not end in time")
 	p.running.Wait()
-	p.stopCounter()
 }
 
 // sendElsewhere counts on for the shutdown delay, and meanwhile makes every answer
@@ -558,10 +557,7 @@ func (p *program) flush(ctx context.Context) error {
 }
 
 func (p *program) endParts() error {
-	p.stopStream()
-	p.stopGroup()
-	p.stopSet()
-	p.stopCertificate()
+	p.stopParts()
 	return p.use.end()
 }
 
@@ -649,7 +645,7 @@ func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger)
 		return nil, err
 	}
 	c := cfg.redis()
-	c.Instance, c.Local, c.File, c.Log = instance, local, cfg.groupFile(), log
+	c.Instance, c.Local, c.File, c.Log = instance, local, cfg.inDataDir("group-answers.json"), log
 	set, err := redis.New(c)
 	if err != nil {
 		_ = local.Close()
@@ -748,22 +744,22 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 	for _, line := range cfg.doubtful() {
 		log.Warn().Msg(line)
 	}
-	curl, url := "curl", "http://"+reachable(public)
+	curl, url := "curl", "http://"+reachable(public.String())
 	if cfg.TLSCertFile != "" {
-		curl, url = "curl -k", "https://"+reachable(public) // the certificate is of another name
+		curl, url = "curl -k", "https://"+reachable(public.String()) // the certificate is of another name
 	}
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=42'", curl, url)
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=43&endpoint=%s/test'", curl, url, url)
-	log.Info().Msgf("watch: http://%s/", reachable(admin))
+	log.Info().Msgf("watch: http://%s/", reachable(admin.String()))
 }
 
-// reachable is addr as a client on this machine would write it.
-func reachable(addr net.Addr) string {
-	host, port, err := net.SplitHostPort(addr.String())
+// reachable is the address of a listener as a client on this machine would write it.
+func reachable(listen string) string {
+	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
-		return addr.String()
+		return listen
 	}
-	if ip := net.ParseIP(host); ip == nil || ip.IsUnspecified() {
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "127.0.0.1"
 	}
 	return net.JoinHostPort(host, port)

@@ -23,12 +23,12 @@ var (
 // answer after it.
 func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	defer s.recovered(ctx)
-	if s.leaving.Load() {
+	if s.lastAnswers.Load() {
 		ctx.SetConnectionClose()
 	}
 	h := &ctx.Request.Header
 	if !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0" {
-		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
+		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
 		return
 	}
 	lines, ok := inspect(h)
@@ -88,10 +88,11 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	}
 
 	var a asked
-	err := s.read(&a, h, raw, lines, !body && (h.IsGet() || h.ContentLength() != 0))
+	emptyBatch := h.IsPost() && h.ContentLength() == 0 // unless there is an id
+	err := s.parse(&a, h, raw, lines, !body && !emptyBatch)
 	switch {
 	case err != nil:
-		s.refuse(ctx, fasthttp.StatusBadRequest, queryReason(err))
+		s.refuse(ctx, fasthttp.StatusBadRequest, err.(refusal).reason)
 		return
 	case a.id == nil && body && lines.types > 1: // which of them is meant?
 		s.batches.refuse(ctx, errUnsupported)
@@ -99,7 +100,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	case a.id == nil && body:
 		s.batches.serve(ctx, &a)
 		return
-	case a.id == nil: // an empty batch
+	case a.id == nil:
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
 	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
@@ -117,6 +118,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 		return
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
+	// The next request may be the same but for its id: the fast path answers it.
 	if a.plain && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
@@ -141,9 +143,9 @@ type asked struct {
 	options  dedup.Options     // of the id, or of each id in the body
 }
 
-// read reads into a, which is empty, what a request asks for in its query and its headers.
+// parse reads into a, which is empty, what a request asks for in its query and its headers.
 // Of several faults the error is the first in the order id, endpoint, key, token.
-func (s *Server) read(a *asked, h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (err error) {
+func (s *Server) parse(a *asked, h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (err error) {
 	id, ok := plainQuery(raw, &a.options)
 	if ok && lines.tokens == 0 {
 		if s.cfg.Uint64IDs && !canonicalUint64(id) {

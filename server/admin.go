@@ -95,13 +95,13 @@ type AdminConfig struct {
 // listener of its own. All methods are safe for concurrent use; Serve is called once, and
 // returns after Shutdown.
 type Admin struct {
-	cfg    AdminConfig
-	server *Server
-	http   http.Server
-	live   *live
-	closed *history
-	crowd  *adminCrowd
-	ln     atomic.Pointer[patientListener] // nil before Serve
+	cfg     AdminConfig
+	server  *Server
+	http    http.Server
+	live    *live
+	history *history
+	crowd   *adminCrowd
+	ln      atomic.Pointer[patientListener] // nil before Serve
 
 	profiles chan struct{} // one for each that is being made
 
@@ -115,7 +115,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 		crowd: &adminCrowd{max: cmp.Or(cfg.MaxConns, adminConns), conns: map[net.Conn]adminConn{}},
 	}
 	a.live = newLive(a)
-	a.closed = openHistory(cfg.History, cfg.Group, cfg.Instance, cfg.Server.cfg.Log)
+	a.history = openHistory(cfg.History, cfg.Group, cfg.Instance, cfg.Server.cfg.Log)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", a.healthz)
 	mux.HandleFunc("GET /readyz", a.readyz)
@@ -244,8 +244,8 @@ func (a *Admin) WindowClosed(c counter.Count) {
 			}
 		}
 	}
-	w.largest = counter.LargestKeys(keys, maxKeys)
-	a.closed.add(w)
+	w.largest = counter.LargestKeys(keys, maxShownKeys)
+	a.history.add(w)
 }
 
 // dedup is the value of --dedup.
@@ -261,9 +261,6 @@ func (a *Admin) NotReady() { a.stopping.Store(true) }
 
 // Shutdown ends the listener. Answers under way have adminGrace.
 func (a *Admin) Shutdown(ctx context.Context) error {
-	a.closed.mu.Lock()
-	a.closed.close()
-	a.closed.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, adminGrace)
 	defer cancel()
 	if err := a.http.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -428,7 +425,7 @@ func (a *Admin) recent(limit int) recentWindows {
 			Start: open.Start(), MS: open.Window().Milliseconds(),
 			Unique: open.Unique(), Duplicates: open.Repeats(), Keys: open.Keys().Len(), Exact: open.Exact(), State: "open",
 		},
-		Windows: a.closed.last(limit),
+		Windows: a.history.last(limit),
 	}
 	if a.cfg.Shared != nil {
 		out.Open.WholeGroup = &groupWindow{Unique: max(a.cfg.Shared().Unique, out.Open.Unique), Exact: out.Open.Exact}

@@ -38,11 +38,10 @@ var (
 	wordItems = [words]string{`"ok",`, `"duplicate",`, `"replayed",`, `"bad-id",`, `"bad-key",`, `"bad-token",`, `"full",`, `"unavailable",`, `"draining",`}
 )
 
-// wordReasons are the reasons that words of refusal are counted under; nil: the word is
-// none.
-var wordReasons = [words]*reason{
-	wordBadID: &reasonBadID, wordBadKey: &reasonBadKey, wordBadToken: &reasonBadToken,
-	wordFull: &reasonFull, wordUnavailable: &reasonUnavailable, wordDraining: &reasonDraining,
+// wordReasons are the reasons that the words from wordBadID on are counted under.
+var wordReasons = [words]reason{
+	wordBadID: reasonBadID, wordBadKey: reasonBadKey, wordBadToken: reasonBadToken,
+	wordFull: reasonFull, wordUnavailable: reasonUnavailable, wordDraining: reasonDraining,
 }
 
 // batches answers POST requests with a body. The body is read into bounded memory,
@@ -63,7 +62,7 @@ type batch struct {
 	owner *batches
 	held  int64 // of owner.used
 
-	body, plain, out *buffer // plain is the body, if it came compressed
+	body, unpacked, out *buffer // unpacked is the body, if it came compressed
 	*tables
 	parser
 	packed bytes.Reader
@@ -88,41 +87,28 @@ func newBatches(s *Server) *batches {
 	return b
 }
 
-var (
-	errBusy        = errors.New("too much memory is in use by batches")
-	errTooLong     = errors.New("batch too long")
-	errUnsupported = errors.New("unsupported media type or encoding")
-)
-
 // read reads r to its end, in at most limit bytes. It takes memory as bytes come, so
-// that a client that announces much and sends little holds little.
-func (b *batch) read(to **buffer, r io.Reader, limit int, memory int64) (err error) {
-	for {
-		have := 0
-		if *to != nil {
-			have = len((*to).b)
-		}
+// that a client that announces much and sends little holds little. The buffer is the
+// caller's with an error, too.
+func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err error) {
+	for have := 0; err == nil; have = len(buf.b) {
 		into := b.one[:] // is there more than the limit?
 		if have < limit {
-			if *to, err = b.grow(*to, have+1, memory); err != nil {
-				return err
+			if buf, err = b.grow(buf, have+1, memory); err != nil {
+				return buf, err
 			}
-			into = (*to).b[have:min(cap((*to).b), limit)]
+			into = buf.b[have:min(cap(buf.b), limit)]
 		}
-		n, err := r.Read(into)
-		if n > 0 && have == limit {
-			return errTooLong
+		var n int
+		if n, err = r.Read(into); n > 0 && have == limit {
+			return buf, errTooLarge
 		}
-		if *to != nil {
-			(*to).b = (*to).b[:have+n]
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+		buf.b = buf.b[:have+n]
 	}
+	if err == io.EOF {
+		err = nil
+	}
+	return buf, err
 }
 
 // packedSlack is by how much gzip makes longer what it cannot compress, and a header.
@@ -145,7 +131,7 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 		return f, false, errUnsupported
 	}
 	if h.ContentLength() > limit {
-		return f, compressed, errTooLong
+		return f, compressed, errTooLarge
 	}
 	return f, compressed, nil
 }
@@ -164,7 +150,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	if compressed {
 		limit += packedSlack(limit)
 	}
-	if err = b.read(&b.body, stream, limit, b.owner.bodies()); err != nil {
+	if b.body, err = b.read(stream, limit, b.owner.bodies()); err != nil {
 		return f, err
 	}
 	body := b.body
@@ -172,19 +158,16 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 		if err = b.decompress(); err != nil {
 			return f, err
 		}
-		body = b.plain
+		body = b.unpacked
 	}
-	if body == nil || len(body.b) == 0 {
+	if len(body.b) == 0 {
 		return f, errBadBatch
 	}
 	return f, b.parse(f, body.b, options)
 }
 
-// decompress makes plain of the body.
-func (b *batch) decompress() error {
-	if b.body == nil {
-		return errBadBatch
-	}
+// decompress makes unpacked of the body.
+func (b *batch) decompress() (err error) {
 	b.packed.Reset(b.body.b)
 	defer b.packed.Reset(nil)
 	z, _ := b.owner.unpack.Get().(*gzip.Reader)
@@ -195,8 +178,8 @@ func (b *batch) decompress() error {
 	if z.Reset(&b.packed) != nil {
 		return errBadBatch
 	}
-	err := b.read(&b.plain, z, b.owner.maxBytes, b.owner.limit)
-	if err == nil || errors.Is(err, errBusy) || errors.Is(err, errTooLong) {
+	b.unpacked, err = b.read(z, b.owner.maxBytes, b.owner.limit)
+	if err == nil || err == errBusy || err == errTooLarge {
 		return err
 	}
 	return errBadBatch
@@ -232,11 +215,11 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		s.callbacks.Send(a.endpoint)
 	}
 	bs.answered.Add(1)
-	if refused := b.nothingJudged(&counts); refused != nil {
-		if *refused == reasonDraining {
+	if why, refused := b.nothingJudged(&counts); refused {
+		if why == reasonDraining {
 			ctx.SetConnectionClose()
 		}
-		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, *refused) // counted
+		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, why) // counted
 		return
 	}
 	b.answer(&ctx.Response, f, &counts)
@@ -244,21 +227,13 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 
 // refuse answers a batch of which nothing was counted.
 func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
-	s := bs.server
 	// The rest of the body is not read: nothing behind it can be relied on.
 	ctx.SetConnectionClose()
-	switch {
-	case errors.Is(err, errBadBatch):
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
-	case errors.Is(err, errUnsupported):
-		s.refuse(ctx, fasthttp.StatusUnsupportedMediaType, reasonBadRequest)
-	case errors.Is(err, errTooManyIDs), errors.Is(err, errTooLong):
-		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.Is(err, errBusy):
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
-	default:
-		s.refuseBroken(ctx, err)
+	if r, ok := errors.AsType[refusal](err); ok {
+		bs.server.refuse(ctx, r.status, r.reason)
+		return
 	}
+	bs.server.refuseBroken(ctx, err)
 }
 
 // wordOf is the word for a verdict; cause is behind those that are none.
@@ -295,26 +270,22 @@ func (b *batch) counts(cause error) (n [words]int) {
 		}
 		n[w]++
 	}
-	for w, r := range wordReasons {
-		if r != nil && n[w] > 0 {
-			b.owner.server.countRefusals(fasthttp.StatusOK, *r, uint64(n[w]), cause)
+	for w := wordBadID; w < words; w++ {
+		if n[w] > 0 {
+			b.owner.server.countRefusals(fasthttp.StatusOK, wordReasons[w], uint64(n[w]), cause)
 		}
 	}
 	return n
 }
 
-// nothingJudged returns the reason if no item could be judged now. Items that are bad do
+// nothingJudged reports whether no item could be judged now, and why. Items that are bad do
 // not matter: the client may look at the status alone, and has to send the others again.
-func (b *batch) nothingJudged(n *[words]int) *reason {
+func (b *batch) nothingJudged(n *[words]int) (why reason, refused bool) {
 	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
-	switch {
-	case good == 0:
-	case n[wordDraining] == good:
-		return &reasonDraining
-	case n[wordUnavailable]+n[wordDraining] == good:
-		return &reasonUnavailable
+	if good > 0 && n[wordDraining] == good {
+		return reasonDraining, true
 	}
-	return nil
+	return reasonUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
 }
 
 // answer writes the words: a line each, or as JSON. If there is no memory for them, the

@@ -41,29 +41,28 @@ func (m *batchMemory) bodies() int64 { return m.limit - m.limit/4 }
 type tables struct {
 	work    work            // of the ids that are well formed
 	words   []word          // of every item
-	items   []item          // as parsed; only JSON has them
+	parsed  []parsedItem    // only JSON has them
 	options []dedup.Options // of the items with options of their own
 }
 
 const (
-	itemBytes = int(unsafe.Sizeof(dedup.Item{}) + unsafe.Sizeof(dedup.Verdict(0)) + unsafe.Sizeof((*counter.Epoch)(nil)) + unsafe.Sizeof(word(0)))
-	jsonBytes = int(unsafe.Sizeof(item{}))
-
+	itemBytes    = int(unsafe.Sizeof(dedup.Item{}) + unsafe.Sizeof(dedup.Verdict(0)) + unsafe.Sizeof((*counter.Epoch)(nil)) + unsafe.Sizeof(word(0)))
+	parsedBytes  = int(unsafe.Sizeof(parsedItem{}))
 	optionsBytes = int(unsafe.Sizeof(dedup.Options{}))
 )
 
 func (t *tables) bytes() int64 {
-	return int64(cap(t.words)*itemBytes + cap(t.items)*jsonBytes + cap(t.options)*optionsBytes)
+	return int64(cap(t.words)*itemBytes + cap(t.parsed)*parsedBytes + cap(t.options)*optionsBytes)
 }
 
 // batchNeeds returns the memory that the largest batch takes: its body while it grows,
 // once more where it comes compressed, and its tables.
 func batchNeeds(maxBytes, maxIDs int) int64 {
-	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+jsonBytes+optionsBytes))
+	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+parsedBytes+optionsBytes))
 }
 
-// take counts n more bytes for b, unless that is over the limit.
-func (b *batch) take(n, limit int64) error {
+// charge counts n more bytes for b, unless that is over the limit.
+func (b *batch) charge(n, limit int64) error {
 	if n > 0 && b.owner.used.Add(n) > limit {
 		b.owner.used.Add(-n)
 		return errBusy
@@ -80,7 +79,7 @@ func (b *batch) grow(buf *buffer, size int, limit int64) (*buffer, error) {
 	}
 	class := bits.Len(uint(max(size-1, 0) / batchStep))
 	size = batchStep << class
-	if err := b.take(int64(size), limit); err != nil {
+	if err := b.charge(int64(size), limit); err != nil {
 		return buf, err
 	}
 	larger, _ := b.owner.buffers[class].Get().(*buffer)
@@ -106,41 +105,29 @@ func (b *batch) drop(buf *buffer) {
 	b.owner.buffers[bits.Len(uint(cap(buf.b)-1)/batchStep)].Put(buf)
 }
 
-// makeTables gives b tables for n items.
-func (b *batch) makeTables(n int, parsed bool) error {
+// room returns an empty slice for n elements: s if it has room. size is what an element
+// takes, with what belongs to it.
+func room[T any](b *batch, s []T, n, size int) ([]T, error) {
+	if n <= cap(s) {
+		return s[:0], nil
+	}
+	if err := b.charge(int64((n-cap(s))*size), b.owner.limit); err != nil {
+		return s, err
+	}
+	return make([]T, 0, n), nil
+}
+
+// makeTables gives b tables for the words and the verdicts of n items.
+func (b *batch) makeTables(n int) (err error) {
 	t, _ := b.owner.tables.Get().(*tables)
-	if t == nil || b.take(t.bytes(), b.owner.limit) != nil {
+	if t == nil || b.charge(t.bytes(), b.owner.limit) != nil {
 		t = new(tables)
 	}
 	b.tables = t
-	if n > cap(t.words) {
-		if err := b.take(int64((n-cap(t.words))*itemBytes), b.owner.limit); err != nil {
-			return err
-		}
-		t.words = make([]word, 0, n)
-		t.work = work{items: make([]dedup.Item, 0, n), verdicts: make([]dedup.Verdict, n), epochs: make([]*counter.Epoch, n)}
+	if t.words, err = room(b, t.words, n, itemBytes); err == nil {
+		t.work.reset(cap(t.words))
 	}
-	if parsed && n > cap(t.items) {
-		if err := b.take(int64((n-cap(t.items))*jsonBytes), b.owner.limit); err != nil {
-			return err
-		}
-		t.items = make([]item, 0, n)
-	}
-	t.words, t.items = t.words[:0], t.items[:0]
-	t.work.reset(cap(t.words))
-	return nil
-}
-
-// makeOptions makes room for the options of n items.
-func (b *batch) makeOptions(n int) error {
-	t := b.tables
-	if n > cap(t.options) {
-		if err := b.take(int64((n-cap(t.options))*optionsBytes), b.owner.limit); err != nil {
-			return err
-		}
-		t.options = make([]dedup.Options, 0, n)
-	}
-	return nil
+	return err
 }
 
 // forget clears what t has of keys and tokens, which belong to a request.
@@ -149,7 +136,7 @@ func (t *tables) forget() {
 		return
 	}
 	clear(t.work.items)
-	clear(t.items)
+	clear(t.parsed)
 	clear(t.options)
 	t.options, t.work.shared = t.options[:0], dedup.Options{}
 }
@@ -157,10 +144,10 @@ func (t *tables) forget() {
 // finish gives back what b needs no more once its answer is rendered. Its tables go on
 // pointing into buffers, which are in the pools, too.
 func (b *batch) finish() {
-	for _, buf := range []*buffer{b.body, b.plain, b.scratch} {
+	for _, buf := range []*buffer{b.body, b.unpacked, b.scratch} {
 		b.drop(buf)
 	}
-	b.body, b.plain, b.scratch = nil, nil, nil
+	b.body, b.unpacked, b.scratch = nil, nil, nil
 	if t := b.tables; t != nil {
 		b.tables = nil
 		t.forget()

@@ -25,37 +25,30 @@ const (
 	formatUnknown
 )
 
+// formats are those of the media types.
+var formats = map[string]format{
+	"":                                   formatText,
+	"text/plain":                         formatText,
+	"application/json":                   formatJSON,
+	"application/x-ndjson":               formatLines,
+	"application/cloudevents-batch+json": formatEvents,
+	"application/cloudevents+json":       formatEvent,
+}
+
 // formatOf returns the format of a Content-Type: the media type decides, in any
 // case, and its parameters are ignored.
 func formatOf(contentType []byte) format {
 	media, _, _ := bytes.Cut(contentType, []byte(";"))
-	media = bytes.TrimSpace(media)
-	for _, f := range []struct {
-		media string
-		format
-	}{
-		{"", formatText},
-		{"text/plain", formatText},
-		{"application/json", formatJSON},
-		{"application/x-ndjson", formatLines},
-		{"application/cloudevents-batch+json", formatEvents},
-		{"application/cloudevents+json", formatEvent},
-	} {
-		if len(media) == len(f.media) && bytes.EqualFold(media, []byte(f.media)) {
-			return f.format
-		}
+	if f, ok := formats[string(bytes.ToLower(bytes.TrimSpace(media)))]; ok {
+		return f
 	}
 	return formatUnknown
 }
 
-var (
-	errBadBatch    = errors.New("the body is no batch")
-	errTooManyIDs  = errors.New("too many ids in a batch")
-	errBatchClosed = errors.New("the body goes on behind the batch")
-)
+var errBatchClosed = errors.New("the body goes on behind the batch")
 
-// item is one id of a batch as it was sent.
-type item struct {
+// parsedItem is one item of a batch in JSON, as it was sent.
+type parsedItem struct {
 	id    []byte // in the body, or in the scratch memory of the batch
 	key   []byte // nil: that of the query
 	token []byte // nil: that of the request
@@ -84,7 +77,12 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	case formatLines:
 		most += bytes.Count(body, []byte("\n"))
 	}
-	if err := b.makeTables(min(most, b.owner.maxIDs), true); err != nil {
+	most = min(most, b.owner.maxIDs)
+	err := b.makeTables(most)
+	if err == nil {
+		b.parsed, err = room(b, b.parsed, most, parsedBytes)
+	}
+	if err != nil {
 		return err
 	}
 	// Unquoted text is at most as long as the body, and so are joined sources and ids. So
@@ -96,7 +94,6 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	if f == formatEvents || f == formatEvent {
 		size += len(body)
 	}
-	var err error
 	if size > 0 {
 		if b.scratch, err = b.grow(nil, size, b.owner.limit); err != nil {
 			return err
@@ -118,9 +115,9 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	b.owner.decoders.Put(d)
 	b.decoder, b.json = nil, bytes.Buffer{}
 	switch {
-	case errors.Is(err, errTooManyIDs):
+	case err == errTooLarge:
 		return err
-	case err != nil, f == formatEvent && len(b.items) == 0: // space alone is no event
+	case err != nil, f == formatEvent && len(b.parsed) == 0: // space alone is no event
 		return errBadBatch
 	}
 	return b.admit(shared)
@@ -133,9 +130,9 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 		n++
 	}
 	if n > b.owner.maxIDs {
-		return errTooManyIDs
+		return errTooLarge
 	}
-	if err := b.makeTables(n, false); err != nil {
+	if err := b.makeTables(n); err != nil {
 		return err
 	}
 	decimals := b.owner.server.cfg.Uint64IDs
@@ -163,37 +160,38 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 }
 
 // add takes an item of a batch in JSON.
-func (b *batch) add(it item) error {
-	if len(b.items) == b.owner.maxIDs {
-		return errTooManyIDs
+func (b *batch) add(it parsedItem) error {
+	if len(b.parsed) == b.owner.maxIDs {
+		return errTooLarge
 	}
 	if !validID(it.id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(it.id) {
 		it.word = wordBadID
 	}
-	b.items = append(b.items, it)
+	b.parsed = append(b.parsed, it)
 	return nil
 }
 
 // admit hands the ids that are well formed on, to be judged.
 func (b *batch) admit(shared *dedup.Options) error {
 	own := 0 // items with options of their own
-	for i := range b.items {
-		if it := &b.items[i]; it.word == wordOK && it.options() {
+	for i := range b.parsed {
+		if it := &b.parsed[i]; it.word == wordOK && it.hasOptions() {
 			own++
 		}
 	}
-	if err := b.makeOptions(own); err != nil {
+	var err error
+	if b.options, err = room(b, b.options, own, optionsBytes); err != nil {
 		return err
 	}
 	of := b.work.sharing(shared)
-	for i := range b.items {
-		it := &b.items[i]
+	for i := range b.parsed {
+		it := &b.parsed[i]
 		b.words = append(b.words, it.word)
 		if it.word != wordOK {
 			continue
 		}
 		options := of
-		if it.options() {
+		if it.hasOptions() {
 			o := dedup.Options{Under: shared.Under, Token: shared.Token}
 			if it.key != nil {
 				o.Under = it.key
@@ -209,8 +207,8 @@ func (b *batch) admit(shared *dedup.Options) error {
 	return nil
 }
 
-// options reports whether an item has options of its own.
-func (it *item) options() bool { return it.key != nil || it.token != nil }
+// hasOptions reports whether an item has options of its own.
+func (it *parsedItem) hasOptions() bool { return it.key != nil || it.token != nil }
 
 // values reads the JSON formats.
 func (b *batch) values(f format, body []byte) error {
@@ -235,7 +233,7 @@ func (b *batch) values(f format, body []byte) error {
 			_, err := d.ReadToken()
 			return atEnd(err)
 		}
-		if f == formatEvent && len(b.items) > 0 {
+		if f == formatEvent && len(b.parsed) > 0 {
 			return errBatchClosed
 		}
 		if err := b.value(f); err != nil {
@@ -283,12 +281,12 @@ func (b *batch) value(f format) error {
 		if err != nil {
 			return err
 		}
-		return b.add(item{id: b.text(v, true)})
+		return b.add(parsedItem{id: b.text(v, true)})
 	}
 	if err := b.decoder.SkipValue(); err != nil {
 		return err
 	}
-	return b.add(item{})
+	return b.add(parsedItem{})
 }
 
 // text returns the text of a JSON string, or of a number that is a canonical decimal
@@ -306,27 +304,16 @@ func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 		}
 		b.scratch.b = out
 		return out[from:len(out):len(out)]
-	case v.Kind() == '0' && numbers && canonicalDecimal(v):
+	case v.Kind() == '0' && numbers && digitsOnly(v): // JSON has no leading zeros
 		return v
 	}
 	return nil
 }
 
-// canonicalDecimal reports whether a JSON number is digits alone: JSON has no leading
-// zeros.
-func canonicalDecimal(v []byte) bool {
-	for _, c := range v {
-		if c < '0' || c > '9' {
-			return false
-		}
-	}
-	return true
-}
-
 // object reads {"id":…,"key":…,"token":…}, each once. Other members are ignored. Of several
 // faults its word is the first in this order.
 func (b *batch) object() error {
-	var it item
+	var it parsedItem
 	var ids, keys, tokens int
 	err := b.members(func(name []byte, v jsontext.Value) {
 		switch string(name) {
@@ -381,12 +368,12 @@ func (b *batch) event() error {
 		return err
 	}
 	if required != 4 || !version || !kind || len(source) == 0 || bytes.IndexByte(source, ' ') >= 0 || len(id) == 0 {
-		return b.add(item{})
+		return b.add(parsedItem{})
 	}
 	from := len(b.scratch.b)
 	out := append(append(append(b.scratch.b, source...), ' '), id...)
 	b.scratch.b = out
-	return b.add(item{id: out[from:len(out):len(out)]})
+	return b.add(parsedItem{id: out[from:len(out):len(out)]})
 }
 
 // members calls member for each of an object's.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"reflect"
+	"strconv"
 
 	"github.com/valyala/fasthttp"
 )
@@ -117,14 +118,11 @@ func (c *chunks) checkTrailer(at int) error {
 //
 //	1*HEXDIG *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
 func chunkSize(line []byte) (size int, ok bool) {
-	n := 0
-	for n < len(line) && unhexDigit(line[n]) <= 0xf {
-		size = size<<4 | int(unhexDigit(line[n]))
-		n++
-	}
+	n := lengthOf(line, &hexBytes)
 	if n == 0 || n > maxSizeDigits {
 		return 0, false
 	}
+	value, _ := strconv.ParseInt(string(line[:n]), 16, 64) // of so many digits
 	for line = line[n:]; len(line) > 0; {
 		if line[0] != ';' {
 			return 0, false
@@ -147,7 +145,7 @@ func chunkSize(line []byte) (size int, ok bool) {
 			return 0, false // space at the end
 		}
 	}
-	return size, true
+	return int(value), true
 }
 
 func skipSpace(b []byte) []byte { return bytes.TrimLeft(b, " \t") }
@@ -173,13 +171,14 @@ func lengthOfQuoted(b []byte) int {
 }
 
 // tokenBytes are those of a token (RFC 9110, section 5.6.2), fieldBytes those of a field's
-// value and of a quoted-string.
-var tokenBytes, fieldBytes = func() (token, field [256]bool) {
+// value and of a quoted-string, hexBytes those of a size.
+var tokenBytes, fieldBytes, hexBytes = func() (token, field, hex [256]bool) {
 	for c := range 256 {
 		letter := 'a' <= c|' ' && c|' ' <= 'z' && c < 0x80
 		digit := '0' <= c && c <= '9'
 		token[c] = letter || digit || c != 0 && c < 0x80 && bytes.IndexByte([]byte("!#$%&'*+-.^_`|~"), byte(c)) >= 0
 		field[c] = c == '\t' || c >= ' ' && c != 0x7f
+		hex[c] = digit || letter && c|' ' <= 'f'
 	}
-	return token, field
+	return token, field, hex
 }()

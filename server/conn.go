@@ -236,7 +236,7 @@ func (l *listener) logRejection(limit *atomic.Uint64) {
 		name = "max-conns-per-address"
 	}
 	if hidden, ok := l.rejections.Allow(time.Now()); ok {
-		l.log.Warn().Str("reason", reasonBusy.name).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
+		l.log.Warn().Stringer("reason", reasonBusy).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
 	}
 }
 
@@ -324,26 +324,26 @@ func (c *conn) Read(p []byte) (int, error) {
 // it may return errParked instead.
 func (c *conn) receive(p []byte, between bool) (int, error) {
 	if between {
-		c.leaveIfAwaited()
+		c.yieldIfAwaited()
 	}
 	var n int
 	var err error
 	if c.ahead {
-		n, err = c.take(p)
-	} else { // not by way of take: after a wait each function to return from costs 20 ns
+		n, err = c.pull(p)
+	} else { // not by way of pull: after a wait each function to return from costs 20 ns
 		n, err = c.Conn.Read(p)
 	}
 	for err != nil && n == 0 && c.goesOn(err) {
 		if between {
 			return 0, c.park()
 		}
-		n, err = c.take(p)
+		n, err = c.pull(p)
 	}
 	return n, c.received(p, n, err)
 }
 
-// leaveIfAwaited has the next wait end for parking if another connection needs the place.
-func (c *conn) leaveIfAwaited() {
+// yieldIfAwaited has the next wait end for parking if another connection needs the place.
+func (c *conn) yieldIfAwaited() {
 	if c.owner.waiting.Load() > 0 && !c.nudged.Swap(true) {
 		c.interrupt() // and not parked at once: TLS may hold requests that it has read
 	}

@@ -236,7 +236,7 @@ func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Option
 		return nil, nil, nil, other
 	}
 	b = b[len(plainStart):]
-	n := lengthOf(b, &plain)
+	n := lengthOf(b, &plainBytes)
 	rest = b[n:]
 	if n > maxIDLen || n == 0 && len(rest) > 0 {
 		return nil, nil, nil, other
@@ -282,7 +282,7 @@ func (f *fastPath) read(c *conn, p []byte) (have int, err error) {
 func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int, done bool, err error) {
 	have += n
 	like := begun
-	if n > 0 && f.server.leaving.Load() {
+	if n > 0 && f.server.lastAnswers.Load() {
 		like = other // fasthttp closes the connection after its answer
 	} else if n > 0 {
 		c.serving.Store(true)

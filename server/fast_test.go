@@ -578,7 +578,7 @@ func TestFastPathAtTheLimitAndTheStop(t *testing.T) {
 		want(503, "full")
 	}
 	want(409, "duplicate")
-	if n, m := s.refused[reasonFull.index].Load(), set.Stats().Full; n != 3 || m != 3 {
+	if n, m := s.refused[reasonFull].Load(), set.Stats().Full; n != 3 || m != 3 {
 		t.Errorf("%d refusals counted, %d by the set, want 3", n, m)
 	}
 	s.cfg.Counter.Seal()

@@ -23,8 +23,7 @@ type history struct {
 	mu      sync.Mutex
 	windows []window // oldest first; the last maxWindows of them are shown
 	lines   int      // in the file
-	file    *os.File // open for appending; nil: without a path, or after a failure
-	failed  bool     // the log has it
+	failed  bool     // the file lacks windows, and the log has that
 }
 
 // historyLine is a line of the file.
@@ -42,7 +41,7 @@ func openHistory(path, group, instance string, log zerolog.Logger) *history {
 	}
 	old, err := os.ReadFile(path)
 	if err != nil && !os.IsNotExist(err) {
-		h.failure(err)
+		h.report(err)
 		return h
 	}
 	for line := range bytes.Lines(old) {
@@ -75,17 +74,21 @@ func (h *history) add(w window) {
 			w.largest, w.forgotten = nil, w.hasKeys()
 		}
 	}
-	switch {
-	case h.path == "":
-	case h.file == nil || h.lines >= 2*maxWindows:
+	if h.path != "" && (h.failed || h.lines >= 2*maxWindows || h.append(w) != nil) {
 		h.rewrite()
-	default:
-		if _, err := h.file.Write(h.line(w)); err != nil {
-			h.failure(err)
-			return
-		}
-		h.lines++
 	}
+}
+
+// append adds a line to the file.
+func (h *history) append(w window) error {
+	f, err := os.OpenFile(h.path, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // nothing was promised
+	_, err = f.Write(h.line(w))
+	h.lines++
+	return err
 }
 
 // line is w in the file. It begins with the newline: half a line before it, of a
@@ -98,7 +101,6 @@ func (h *history) line(w window) []byte {
 // rewrite replaces the file by one with the windows that are shown. h.mu is held,
 // or nobody else has h yet.
 func (h *history) rewrite() {
-	h.close()
 	var all []byte
 	shown := h.windows[max(0, len(h.windows)-maxWindows):]
 	for _, w := range shown {
@@ -109,30 +111,16 @@ func (h *history) rewrite() {
 	if err == nil {
 		err = os.Rename(next, h.path)
 	}
-	if err == nil {
-		h.file, err = os.OpenFile(h.path, os.O_WRONLY|os.O_APPEND, 0o644)
-	}
-	if err != nil {
-		h.failure(err)
-		return
-	}
-	h.lines, h.failed = len(shown), false
+	h.lines = len(shown)
+	h.report(err)
 }
 
-// failure reports the first of a row of errors. The next window tries again.
-func (h *history) failure(err error) {
-	h.close()
-	if !h.failed {
-		h.failed = true
+// report logs the first of a row of errors. The next window tries again.
+func (h *history) report(err error) {
+	if err != nil && !h.failed {
 		h.log.Warn().Err(err).Msg("cannot save the windows that the live page and /api/windows show: the next start begins without them")
 	}
-}
-
-func (h *history) close() {
-	if h.file != nil {
-		_ = h.file.Close() // nothing was promised
-		h.file = nil
-	}
+	h.failed = err != nil
 }
 
 // last returns up to limit windows, the newest first. A window that was closed

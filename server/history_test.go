@@ -32,19 +32,20 @@ func uniques(windows []window) (out []uint64) {
 // another instance do not.
 func TestWindowsOutliveTheProcess(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
-	open := func(instance string) *history {
-		h := openHistory(path, "verve", instance, zerolog.Nop())
-		t.Cleanup(h.close)
-		return h
-	}
+	open := func(instance string) *history { return openHistory(path, "verve", instance, zerolog.Nop()) }
 	h := open("a")
 	for n := 1; n <= 3; n++ {
 		h.add(windowAt(n))
 	}
 	// A write that was cut short, and then one that was not.
-	if _, err := h.file.WriteString("\n" + `{"group":"verve","instance":"a","window_st`); err != nil {
+	half, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = half.WriteString("\n" + `{"group":"verve","instance":"a","window_st`)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
+	half.Close()
 	h.add(windowAt(4))
 
 	h = open("a")
@@ -68,7 +69,6 @@ func TestWindowsOutliveTheProcess(t *testing.T) {
 func TestWindowsShownAreBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
 	h := openHistory(path, "verve", "a", zerolog.Nop())
-	defer h.close()
 	const n = 5*maxWindows + 7
 	for i := range n {
 		h.add(windowAt(i))
@@ -81,7 +81,6 @@ func TestWindowsShownAreBounded(t *testing.T) {
 		t.Errorf("the file has %d lines: %v", lines, err)
 	}
 	again := openHistory(path, "verve", "a", zerolog.Nop())
-	defer again.close()
 	if got := again.last(maxWindows); len(got) != maxWindows || got[0].Unique != n-1 || got[maxWindows-1].Unique != n-maxWindows {
 		t.Errorf("after a restart %d windows, from %v to %v", len(got), got[0].Unique, got[len(got)-1].Unique)
 	}
@@ -113,29 +112,27 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
 	h := openHistory(path, "verve", "a", zerolog.Nop())
-	t.Cleanup(h.close)
 	var counts []counter.KeyCount
-	for i := range 10 * maxKeys {
-		counts = append(counts, counter.KeyCount{Key: fmt.Sprintf("%05d", i), Unique: uint64(i*7919%(10*maxKeys)) + 1})
+	for i := range 10 * maxShownKeys {
+		counts = append(counts, counter.KeyCount{Key: fmt.Sprintf("%05d", i), Unique: uint64(i*7919%(10*maxShownKeys)) + 1})
 	}
 	given := slices.Clone(counts)
-	const n = keptKeys/maxKeys + 10
+	const n = keptKeys/maxShownKeys + 10
 	for i := range n {
 		w := windowAt(i)
-		w.Keys, w.largest = len(counts), counter.LargestKeys(counts, maxKeys)
+		w.Keys, w.largest = len(counts), counter.LargestKeys(counts, maxShownKeys)
 		h.add(w)
 	}
 	if !slices.Equal(counts, given) {
 		t.Error("the counts of a window were sorted in their place")
 	}
-	want := counter.LargestKeys(counts, maxKeys)
+	want := counter.LargestKeys(counts, maxShownKeys)
 	for i, w := range h.last(n) {
-		if kept := i < keptKeys/maxKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten {
+		if kept := i < keptKeys/maxShownKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten {
 			t.Fatalf("window %d before the last has %d of %d keys", i, len(w.largest), w.Keys)
 		}
 	}
 	again := openHistory(path, "verve", "a", zerolog.Nop())
-	t.Cleanup(again.close)
 	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil || !w.forgotten {
 		t.Errorf("after a restart %d keys, %d of them named, forgotten %t", w.Keys, len(w.largest), w.forgotten)
 	}
@@ -182,9 +179,7 @@ func TestWindowsAreShownWithoutADisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.add(windowAt(2))
-	h.close()
 	again := openHistory(h.path, "verve", "a", zerolog.Nop())
-	defer again.close()
 	if got := uniques(again.last(2)); !slices.Equal(got, []uint64{2, 1}) {
 		t.Errorf("after the disk was back and a restart got %v", got)
 	}

@@ -181,7 +181,7 @@ func (k *scene) serve() {
 		} else {
 			k.refused++
 		}
-		last := !open || k.s.leaving.Load()
+		last := !open || k.s.lastAnswers.Load()
 		if _, err := k.c.Write([]byte("answer")); err != nil || last {
 			return
 		}

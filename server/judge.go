@@ -1,7 +1,6 @@
 package server
 
 import (
-	"errors"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -44,9 +43,6 @@ func (w *work) sharing(o *dedup.Options) *dedup.Options {
 	w.shared = *o
 	return &w.shared
 }
-
-// errPanicked is the error of a request in which the set panicked.
-var errPanicked = errors.New("the set panicked")
 
 // judge asks the set about w.items[from:to] in the open epoch and counts each verdict
 // in the epoch that it was given in. Ids whose epoch turned meanwhile are asked again

@@ -10,8 +10,8 @@ import (
 )
 
 const (
-	defaultKeys = 100  // of /api/windows/WINDOW_START/keys
-	maxKeys     = 1000 // of the same: as many as are kept of a closed window
+	defaultShownKeys = 100  // of /api/windows/WINDOW_START/keys
+	maxShownKeys     = 1000 // of the same: as many as are kept of a closed window
 
 	// keptKeys bounds the keys that are kept of all closed windows, the newest first: some
 	// 15 MB if their names are long.
@@ -53,7 +53,7 @@ func addKeys(a, b []counter.KeyCount) []counter.KeyCount {
 	for key, n := range sums {
 		all = append(all, counter.KeyCount{Key: key, Unique: n})
 	}
-	return counter.LargestKeys(all, maxKeys)
+	return counter.LargestKeys(all, maxShownKeys)
 }
 
 // windowKeys is the answer of /api/windows/WINDOW_START/keys.
@@ -67,7 +67,7 @@ type windowKeys struct {
 
 // keys lists the largest keys of the open epoch or of a closed window.
 func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
-	limit, ok := limitOf(w, r, defaultKeys, maxKeys)
+	limit, ok := limitOf(w, r, defaultShownKeys, maxShownKeys)
 	if !ok {
 		return
 	}
@@ -83,7 +83,7 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusOK, out)
 		return
 	}
-	closed := a.closed.last(maxWindows)
+	closed := a.history.last(maxWindows)
 	at := slices.IndexFunc(closed, func(c window) bool { return c.Start.Equal(start) })
 	if at < 0 {
 		writeError(w, http.StatusNotFound, "no such window, or it is too long ago: /api/windows?limit="+strconv.Itoa(maxWindows)+" lists those that are kept")

@@ -124,7 +124,7 @@ func (s *Server) otherRefusals() []resultCount {
 // refusedFor is how many requests, or ids of batches, were refused for each reason.
 func (s *Server) refusedFor(of ...reason) (counts []resultCount) {
 	for _, r := range of {
-		counts = append(counts, resultCount{strings.ReplaceAll(r.name, "-", "_"), s.refused[r.index].Load()})
+		counts = append(counts, resultCount{strings.ReplaceAll(r.String(), "-", "_"), s.refused[r].Load()})
 	}
 	return counts
 }

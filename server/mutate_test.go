@@ -306,7 +306,7 @@ func TestMutatedRequests(t *testing.T) {
 			t.Fatalf("%d descriptors and %d goroutines, %d and %d before:\n%.5000s", openFiles(t), runtime.NumGoroutine(), descriptors, goroutines, buf[:runtime.Stack(buf, true)])
 		}
 	}
-	if n := s.refused[reasonPanic.index].Load(); n != 0 {
+	if n := s.refused[reasonPanic].Load(); n != 0 {
 		t.Errorf("%d panics", n)
 	}
 	if resp, _ := s.ask(get("id=after")); resp.StatusCode != 200 {
@@ -342,7 +342,7 @@ func FuzzConnection(f *testing.F) {
 			t.Fatal(err)
 		}
 		told.Add(ok)
-		if n := s.refused[reasonPanic.index].Load(); n != 0 {
+		if n := s.refused[reasonPanic].Load(); n != 0 {
 			t.Fatalf("%d panics", n)
 		}
 		if st := s.cfg.Counter.Stats(); st.Unique+s.sunk.Load() < told.Load() {

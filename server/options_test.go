@@ -139,7 +139,7 @@ func TestBadKeysAndTokensAreRefused(t *testing.T) {
 	if e.Unique() != 0 || e.Repeats() != 0 || e.Keys().Len() != 0 || s.replayed.Load() != 0 || s.callbacks.Stats().Reserved != 0 {
 		t.Errorf("refused requests counted: %d unique, %d repeats, %d keys, %d replays", e.Unique(), e.Repeats(), e.Keys().Len(), s.replayed.Load())
 	}
-	if n := s.refused[reasonBadKey.index].Load(); n < 10 {
+	if n := s.refused[reasonBadKey].Load(); n < 10 {
 		t.Errorf("%d requests were counted as bad-key", n)
 	}
 }
@@ -558,7 +558,7 @@ func TestKeysOfAGroupAreThoseOfItsRecord(t *testing.T) {
 func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
 	path := filepath.Join(t.TempDir(), "windows.jsonl")
-	a.closed = openHistory(path, "", "", zerolog.Nop())
+	a.history = openHistory(path, "", "", zerolog.Nop())
 	keys := []counter.KeyCount{{Key: "a", Unique: 2}}
 	closed := func(minute int64, keys []counter.KeyCount) {
 		a.WindowClosed(counter.Count{Start: time.Unix(60*minute, 0).UTC(), Window: time.Minute, Unique: 3, Keys: keys})
@@ -568,8 +568,7 @@ func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 	closed(3, keys)
 	restarted := func() {
 		t.Helper()
-		a.closed.close()
-		a.closed = openHistory(path, "", "", zerolog.Nop())
+		a.history = openHistory(path, "", "", zerolog.Nop())
 	}
 	restarted()
 	closed(3, keys)
@@ -587,7 +586,6 @@ func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 	if page := getPage(a, "/api/windows/1970-01-01T00:04:00Z/keys"); page.Code != 200 || !strings.Contains(page.Body.String(), `"scope":"group","keys":1,"unique":9`) {
 		t.Errorf("with the keys of the whole group: got %d %s", page.Code, page.Body)
 	}
-	a.closed.close()
 }
 
 // TestLivePageHasTheLargestKeys of the open window with their share.
@@ -625,7 +623,7 @@ func TestRequestsWithOptionsAllocateNothing(t *testing.T) {
 			lines, ok := inspect(&ctx.Request.Header)
 			_, query, _ := splitTarget(ctx.Request.Header.RequestURI())
 			var a asked
-			err := s.read(&a, &ctx.Request.Header, query, lines, true)
+			err := s.parse(&a, &ctx.Request.Header, query, lines, true)
 			w := works.Get().(*work)
 			if !ok || err != nil || s.count(&ctx, w, &a) != nil {
 				t.Fatal(ok, err)

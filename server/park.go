@@ -3,13 +3,13 @@ package server
 import (
 	"crypto/tls"
 	"errors"
-	"io"
 	"net"
 	"os"
 	"runtime"
 	"runtime/debug"
-	"sync"
 	"time"
+
+	"github.com/valyala/fasthttp/fasthttputil"
 )
 
 const (
@@ -117,15 +117,15 @@ func (c *conn) refuseBusy() {
 	_ = c.Close()
 }
 
-// take reads from the connection, first what await has read.
-func (c *conn) take(p []byte) (int, error) {
+// pull reads from the connection, first what await has read.
+func (c *conn) pull(p []byte) (int, error) {
 	if c.owner.tls == nil {
-		return c.takeRaw(p)
+		return c.pullRaw(p)
 	}
 	return c.Conn.Read(p)
 }
 
-func (c *conn) takeRaw(p []byte) (int, error) {
+func (c *conn) pullRaw(p []byte) (int, error) {
 	if c.ahead && len(p) > 0 {
 		c.ahead = false
 		return copy(p, c.first[:]), nil
@@ -139,7 +139,7 @@ type beneath struct {
 	c *conn
 }
 
-func (b beneath) Read(p []byte) (int, error) { return b.c.takeRaw(p) }
+func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 
 // goesOn reports whether a read that failed was ended for parking alone, so that it may be
 // taken up again. It sets the deadline anew before it looks at stopped, which stopReading sets
@@ -197,19 +197,10 @@ func (l *listener) stopAccepting() {
 
 // door is a listener for fasthttp, which stops only what it has a listener for. No
 // connection comes through it.
-type door struct {
-	shut chan struct{}
-	once sync.Once
-}
+type door struct{ *fasthttputil.InmemoryListener }
 
-func (d *door) Accept() (net.Conn, error) {
-	<-d.shut
-	return nil, io.EOF
-}
-
-func (d *door) Close() error {
-	d.once.Do(func() { close(d.shut) })
+// Close may be called again.
+func (d door) Close() error {
+	_ = d.InmemoryListener.Close() // reports that it was closed before
 	return nil
 }
-
-func (*door) Addr() net.Addr { return nil }

@@ -120,9 +120,9 @@ func startProxy(t *testing.T, name, config string, args []string, server string)
 func (s *site) handled() uint64 {
 	st := s.cfg.Counter.Stats()
 	n := st.Unique + st.Repeats + s.sunk.Load()
-	for i := range s.refused {
-		if i != reasonBadRequest.index && i != reasonTooLarge.index && i != reasonTooSlow.index {
-			n += s.refused[i].Load()
+	for r := range reasons {
+		if r != reasonBadRequest && r != reasonTooLarge && r != reasonTooSlow {
+			n += s.refused[r].Load()
 		}
 	}
 	return n

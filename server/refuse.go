@@ -30,41 +30,59 @@ const (
 	refusalsEvery = 10 * time.Second
 )
 
-// errDraining says that the counter takes no more requests.
-var errDraining = errors.New("draining")
+// reason is why requests are refused.
+type reason uint8
 
-// reason is why requests are refused, and its place in refused.
-type reason struct {
-	index int
-	value string // of the Verve-Reason header; empty where the status says it all
-	name  string // in the log
-}
-
-// The reasons of refusals. Their values are part of the contract.
-var (
-	reasonBadID       = reason{0, "bad-id", "bad-id"}
-	reasonBadEndpoint = reason{1, "bad-endpoint", "bad-endpoint"}
-	reasonBadRequest  = reason{2, "bad-request", "bad-request"}
-	reasonVersion     = reason{2, "", "bad-request"} // the status says it all
-	reasonMethod      = reason{3, "method", "method"}
-	reasonNotFound    = reason{4, "not-found", "not-found"}
-	reasonFull        = reason{5, "full", "full"}
-	reasonUnavailable = reason{6, "unavailable", "unavailable"}
-	reasonBusy        = reason{7, "busy", "busy"}
-	reasonDraining    = reason{8, "draining", "draining"}
-	reasonTooLarge    = reason{9, "", "too-large"}
-	reasonTooSlow     = reason{10, "", "too-slow"}
-	reasonPanic       = reason{11, "", "panic"}
-	reasonBadKey      = reason{12, "bad-key", "bad-key"}
-	reasonBadToken    = reason{13, "bad-token", "bad-token"}
+const (
+	reasonBadID reason = iota
+	reasonBadEndpoint
+	reasonBadKey
+	reasonBadToken
+	reasonBadRequest
+	reasonMethod
+	reasonNotFound
+	reasonFull
+	reasonUnavailable
+	reasonBusy
+	reasonDraining
+	reasonTooLarge // from here on the status is all that is answered
+	reasonTooSlow
+	reasonPanic
+	reasons
 )
 
-const reasons = 14
-
-var allReasons = [reasons]reason{
-	reasonBadID, reasonBadEndpoint, reasonBadRequest, reasonMethod, reasonNotFound, reasonFull,
-	reasonUnavailable, reasonBusy, reasonDraining, reasonTooLarge, reasonTooSlow, reasonPanic, reasonBadKey, reasonBadToken,
+// reasonNames are the values of Verve-Reason, which are part of the contract, and the
+// names in the log.
+var reasonNames = [reasons]string{
+	"bad-id", "bad-endpoint", "bad-key", "bad-token", "bad-request", "method", "not-found",
+	"full", "unavailable", "busy", "draining", "too-large", "too-slow", "panic",
 }
+
+func (r reason) String() string { return reasonNames[r] }
+
+// refusal is the error of a request that is to be refused, and its answer.
+type refusal struct {
+	status int
+	reason reason
+}
+
+func (r refusal) Error() string { return r.reason.String() }
+
+var (
+	// The faults of a query. If it has several, the answer names the first in this order.
+	errBadID       = refusal{fasthttp.StatusBadRequest, reasonBadID}
+	errBadEndpoint = refusal{fasthttp.StatusBadRequest, reasonBadEndpoint}
+	errBadKey      = refusal{fasthttp.StatusBadRequest, reasonBadKey}
+	errBadToken    = refusal{fasthttp.StatusBadRequest, reasonBadToken}
+
+	errBadBatch    = refusal{fasthttp.StatusBadRequest, reasonBadRequest}
+	errUnsupported = refusal{fasthttp.StatusUnsupportedMediaType, reasonBadRequest} // a type or an encoding
+	errTooLarge    = refusal{fasthttp.StatusRequestEntityTooLarge, reasonTooLarge}
+	errBusy        = refusal{fasthttp.StatusServiceUnavailable, reasonBusy} // too much memory is in use by batches
+
+	errDraining = refusal{fasthttp.StatusServiceUnavailable, reasonDraining} // the counter is sealed
+	errPanicked = refusal{fasthttp.StatusInternalServerError, reasonPanic}   // the set did
+)
 
 // setHead sets what all answers have. A cache that stored one would give it to
 // other callers, whose ids would not be counted.
@@ -87,11 +105,11 @@ func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, c
 // countRefusals counts n refusals, and logs the first of a cause in a while. What the
 // request holds is not logged: it is a stranger's.
 func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
-	s.refused[r.index].Add(n)
+	s.refused[r].Add(n)
 	if r == reasonPanic {
 		return // has a line of its own
 	}
-	if hidden, ok := s.refusalLogs[r.index].Allow(time.Now()); ok {
+	if hidden, ok := s.refusalLogs[r].Allow(time.Now()); ok {
 		s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
 	}
 }
@@ -100,8 +118,8 @@ func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
 func setRefusal(r *fasthttp.Response, status int, why reason) {
 	r.SetStatusCode(status)
 	setHead(r)
-	if why.value != "" {
-		r.Header.SetCanonical(headerReason, []byte(why.value))
+	if why < reasonTooLarge && status != fasthttp.StatusHTTPVersionNotSupported {
+		r.Header.SetCanonical(headerReason, []byte(why.String()))
 	}
 	if status == fasthttp.StatusServiceUnavailable {
 		r.Header.Set(fasthttp.HeaderRetryAfter, retryAfter)
@@ -112,8 +130,8 @@ func setRefusal(r *fasthttp.Response, status int, why reason) {
 // logHiddenRefusals says how many refusals were not logged, when none follows to
 // say it.
 func (s *Server) logHiddenRefusals() {
-	for _, r := range allReasons {
-		if n := s.refusalLogs[r.index].TakeHidden(); n > 0 {
+	for r := range reasons {
+		if n := s.refusalLogs[r].TakeHidden(); n > 0 {
 			s.refusalLine(r).Uint64("hidden", n).Msg("refused requests not logged")
 		}
 	}
@@ -129,11 +147,11 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	if r == reasonFull || r == reasonUnavailable || r == reasonBusy {
 		level = zerolog.WarnLevel
 	}
-	return s.cfg.Log.WithLevel(level).Str("reason", r.name)
+	return s.cfg.Log.WithLevel(level).Stringer("reason", r)
 }
 
-// tellRefusals logs every refusalsEvery how many refusals were not logged.
-func (s *Server) tellRefusals(stop <-chan struct{}) {
+// logHiddenRegularly logs every refusalsEvery how many refusals were not logged.
+func (s *Server) logHiddenRegularly(stop <-chan struct{}) {
 	tick := time.NewTicker(refusalsEvery)
 	defer tick.Stop()
 	for {
@@ -154,27 +172,12 @@ func refusalReason(v dedup.Verdict) reason {
 	return reasonUnavailable
 }
 
-// queryReason is the reason of an error of parseQuery.
-func queryReason(err error) reason {
-	switch {
-	case errors.Is(err, errBadEndpoint):
-		return reasonBadEndpoint
-	case errors.Is(err, errBadKey):
-		return reasonBadKey
-	case errors.Is(err, errBadToken):
-		return reasonBadToken
-	}
-	return reasonBadID
-}
-
 // refuseError answers a request that the set could not judge.
 func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
+	r, ok := errors.AsType[refusal](err)
 	switch {
-	case errors.Is(err, errDraining):
-		ctx.SetConnectionClose()
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonDraining)
-	case errors.Is(err, errPanicked):
-		s.refuseAndClose(ctx, fasthttp.StatusInternalServerError, reasonPanic)
+	case ok: // draining, or a panic
+		s.refuseAndClose(ctx, r.status, r.reason)
 	case errors.Is(err, dedup.ErrTooManyKeys):
 		s.refuseBecause(ctx, fasthttp.StatusServiceUnavailable, reasonFull, err)
 	case errors.Is(err, dedup.ErrFull):
@@ -190,31 +193,20 @@ func (s *Server) refuseAndClose(ctx *fasthttp.RequestCtx, status int, r reason) 
 	s.refuse(ctx, status, r)
 }
 
-// overHTTP2 reports whether a connection begins as one of HTTP/2.
-func overHTTP2(nc net.Conn) bool {
-	c, ok := nc.(*conn)
-	return ok && c.h2 && c.taken >= len(h2Preface)
-}
-
-// tooSlow reports whether a connection was ended in the middle of a request.
-func tooSlow(nc net.Conn) bool {
-	c, ok := nc.(*conn)
-	return ok && c.late.Load()
-}
-
 // refuseBroken answers what fasthttp could not read as a request. It closes the
 // connection after the answer.
 func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error
+	c := ctx.Conn().(*conn) // every connection comes from s.ln
 	switch {
-	case overHTTP2(ctx.Conn()):
-		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonVersion)
+	case c.h2 && c.taken >= len(h2Preface):
+		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
 	case errors.As(err, &small):
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
 		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.As(err, &timeout) && timeout.Timeout(), tooSlow(ctx.Conn()): // what fasthttp says of chunks hides it
+	case errors.As(err, &timeout) && timeout.Timeout(), c.late.Load(): // what fasthttp says of chunks hides it
 		s.refuse(ctx, fasthttp.StatusRequestTimeout, reasonTooSlow)
 	default:
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/rs/zerolog"
 	"github.com/valyala/fasthttp"
+	"github.com/valyala/fasthttp/fasthttputil"
 
 	"verve/counter"
 	"verve/dedup"
@@ -109,15 +110,15 @@ type Config struct {
 // Server serves the public listener. Serve is called once and returns after Shutdown; the
 // other methods are safe for concurrent use, while Serve runs.
 type Server struct {
-	cfg       Config
-	callbacks *callback.Sender
-	leaving   atomic.Bool // every answer is the last of its connection; read by each request
-	http      fasthttp.Server
-	ln        *listener
-	door      *door
-	batches   *batches
-	stopSweep chan struct{}
-	accepted  chan struct{} // closed when no connection is accepted any more
+	cfg         Config
+	callbacks   *callback.Sender
+	lastAnswers atomic.Bool // every answer is the last of its connection; read by each request
+	http        fasthttp.Server
+	ln          *listener
+	door        door
+	batches     *batches
+	stopSweep   chan struct{}
+	accepted    chan struct{} // closed when no connection is accepted any more
 
 	firstRequest time.Duration // firstRequestGrace, but for tests
 
@@ -179,7 +180,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		cfg:       cfg,
 		callbacks: cfg.Callbacks,
 		ln:        newListener(ln, &cfg),
-		door:      &door{shut: make(chan struct{})},
+		door:      door{fasthttputil.NewInmemoryListener()},
 		stopSweep: make(chan struct{}),
 		accepted:  make(chan struct{}),
 
@@ -221,7 +222,7 @@ func (quiet) Printf(string, ...any) {}
 // Serve answers requests until Shutdown, or until the listener is closed.
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
-	go s.tellRefusals(s.stopSweep)
+	go s.logHiddenRegularly(s.stopSweep)
 	doored := make(chan error, 1)
 	go func() { doored <- s.http.Serve(s.door) }()
 	for {
@@ -237,7 +238,7 @@ func (s *Server) Serve() error {
 
 // LastAnswers makes every answer from now on the last of its connection, so that
 // clients and load balancers open their next one elsewhere. Ids are still counted.
-func (s *Server) LastAnswers() { s.leaving.Store(true) }
+func (s *Server) LastAnswers() { s.lastAnswers.Store(true) }
 
 // StopAccepting closes the listener, and returns when the connections that it had
 // accepted are answered and gone, or have had nextRequestGrace or firstRequestGrace for

@@ -569,7 +569,7 @@ func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 		t.Fatalf("got %v", resp)
 	}
 	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedStatus == 1 })
-	if n := b.refused[reasonBadRequest.index].Load() + b.refused[reasonBadEndpoint.index].Load(); n != 1 {
+	if n := b.refused[reasonBadRequest].Load() + b.refused[reasonBadEndpoint].Load(); n != 1 {
 		t.Errorf("the other server refused %d POSTs, want 1", n)
 	}
 	if s := b.callbacks.Stats(); s.Reserved+s.InFlight != 0 || s.Delivered+s.FailedConnect+s.FailedRefused+s.FailedStatus != 0 {
@@ -811,8 +811,8 @@ func TestAnswersBeforeAnIncompleteRequestAreSent(t *testing.T) {
 	if _, err := exchange(s.addr, nil, nil); err != nil {
 		t.Error(err)
 	}
-	before := s.refused[reasonBadRequest.index].Load()
-	if got, err := exchange(s.addr, nil, nil); err != nil || len(got) > 0 || s.refused[reasonBadRequest.index].Load() != before {
+	before := s.refused[reasonBadRequest].Load()
+	if got, err := exchange(s.addr, nil, nil); err != nil || len(got) > 0 || s.refused[reasonBadRequest].Load() != before {
 		t.Errorf("a connection for nothing, as of a probe, got %q, %v", got, err)
 	}
 }

@@ -3,7 +3,7 @@ package server
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
+	"net/url"
 	"strings"
 	"unicode/utf8"
 
@@ -21,14 +21,6 @@ const (
 	maxTokenLen = 64
 )
 
-// The faults of a query. If it has several, the answer names the first in this order.
-var (
-	errBadID       = errors.New("bad id")
-	errBadEndpoint = errors.New("bad endpoint")
-	errBadKey      = errors.New("bad key")
-	errBadToken    = errors.New("bad token")
-)
-
 // query is what a request asks of the accept route. nil: it does not name it.
 type query struct {
 	id       []byte
@@ -37,9 +29,9 @@ type query struct {
 	token    []byte
 }
 
-// plain marks the bytes that an id may hold without being decoded or looked at
+// plainBytes are the bytes that an id may hold without being decoded or looked at
 // twice: RFC 3986's unreserved characters.
-var plain = func() (t [256]bool) {
+var plainBytes = func() (t [256]bool) {
 	for c := byte('a'); c <= 'z'; c++ {
 		t[c], t[c-'a'+'A'] = true, true
 	}
@@ -70,7 +62,7 @@ func plainQuery(raw []byte, o *dedup.Options) (id []byte, ok bool) {
 		return nil, false
 	}
 	rest := raw[len(prefix):]
-	n := lengthOf(rest, &plain)
+	n := lengthOf(rest, &plainBytes)
 	id, rest = rest[:n], rest[n:]
 	if n == 0 || n > maxIDLen {
 		return nil, false
@@ -98,7 +90,7 @@ func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
 			return nil, like
 		}
 		b = b[len(start):]
-		n := lengthOf(b, &plain)
+		n := lengthOf(b, &plainBytes)
 		switch {
 		case *value != nil || n > most:
 			return nil, other
@@ -147,16 +139,12 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 // bytes that a URI cannot hold, and no ";", which some readers take for "&". Other
 // parameters are ignored, whatever is in them.
 func parseQuery(raw []byte, needsID bool) (query, error) {
-	var scratch []byte // for what has to be decoded
 	var id, endpoint, key, token parameter
 	for len(raw) > 0 {
 		var pair []byte
 		pair, raw, _ = bytes.Cut(raw, []byte("&"))
 		name, value, _ := bytes.Cut(pair, []byte("="))
-		var ok bool
-		if name, scratch, ok = unescape(name, scratch); !ok {
-			continue // another parameter: no escape is missing in ours
-		}
+		name, _ = unescape(name) // badly escaped: empty, and so another parameter
 		var p *parameter
 		switch string(name) {
 		case "id":
@@ -170,7 +158,7 @@ func parseQuery(raw []byte, needsID bool) (query, error) {
 		default:
 			continue
 		}
-		scratch = p.set(value, scratch)
+		p.set(value)
 	}
 	q := query{id.value, endpoint.value, key.value, token.value}
 	switch {
@@ -193,15 +181,14 @@ type parameter struct {
 }
 
 // set decodes the value of a parameter. A second one is bad, whatever it is.
-func (p *parameter) set(value, scratch []byte) []byte {
+func (p *parameter) set(value []byte) {
 	ok := !p.given && validValue(value)
 	if p.given = true; ok {
-		p.value, scratch, ok = unescape(value, scratch)
+		p.value, ok = unescape(value)
 	}
 	if !ok {
 		p.value, p.bad = nil, true
 	}
-	return scratch
 }
 
 // validValue checks a value before decoding.
@@ -256,58 +243,27 @@ func validToken(token []byte) bool { return len(token) <= maxTokenLen && validID
 // spelling.
 func canonicalUint64(id []byte) bool {
 	const largest = "18446744073709551615"
-	if len(id) == 0 || len(id) > len(largest) || id[0] == '0' && len(id) > 1 {
+	if len(id) == 0 || len(id) > len(largest) || id[0] == '0' && len(id) > 1 || !digitsOnly(id) {
 		return false
-	}
-	for _, c := range id {
-		if c < '0' || c > '9' {
-			return false
-		}
 	}
 	return len(id) < len(largest) || string(id) <= largest
 }
 
-// unescape decodes s once: "%XX" is a byte and "+" a space. Where there is
-// something to decode it appends to scratch, which must have room, or is made
-// anew: results of earlier calls stay valid.
-func unescape(s, scratch []byte) (out, rest []byte, ok bool) {
-	if bytes.IndexByte(s, '%') < 0 && bytes.IndexByte(s, '+') < 0 {
-		return s, scratch, true
-	}
-	if cap(scratch)-len(scratch) < len(s) {
-		scratch = make([]byte, 0, len(s))
-	}
-	from := len(scratch)
-	for i := 0; i < len(s); i++ {
-		switch c := s[i]; c {
-		case '+':
-			scratch = append(scratch, ' ')
-		case '%':
-			if i+2 >= len(s) {
-				return nil, scratch, false
-			}
-			hi, lo := unhexDigit(s[i+1]), unhexDigit(s[i+2])
-			if hi > 0xf || lo > 0xf {
-				return nil, scratch, false
-			}
-			scratch = append(scratch, hi<<4|lo)
-			i += 2
-		default:
-			scratch = append(scratch, c)
+func digitsOnly(b []byte) bool {
+	for _, c := range b {
+		if c < '0' || c > '9' {
+			return false
 		}
 	}
-	return scratch[from:len(scratch):len(scratch)], scratch, true
+	return true
 }
 
-// unhexDigit returns the value of a hexadecimal digit, or more than 0xf.
-func unhexDigit(c byte) byte {
-	switch {
-	case '0' <= c && c <= '9':
-		return c - '0'
-	case 'a' <= c && c <= 'f':
-		return c - 'a' + 10
-	case 'A' <= c && c <= 'F':
-		return c - 'A' + 10
+// unescape decodes s once: "%XX" is a byte and "+" a space. It copies only where there is
+// something to decode.
+func unescape(s []byte) (out []byte, ok bool) {
+	if bytes.IndexByte(s, '%') < 0 && bytes.IndexByte(s, '+') < 0 {
+		return s, true
 	}
-	return 0xff
+	text, err := url.QueryUnescape(string(s))
+	return []byte(text), err == nil
 }

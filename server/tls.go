@@ -3,7 +3,6 @@ package server
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"fmt"
 	"os"
@@ -25,9 +24,9 @@ type Certificate struct {
 	log               zerolog.Logger
 	poll              time.Duration
 
-	current  atomic.Pointer[tls.Certificate]
-	seen     [sha256.Size]byte // of what was in the files when last looked at; Run's
-	failures atomic.Uint64     // changes that were not taken
+	current   atomic.Pointer[tls.Certificate]
+	cert, key []byte        // what was in the files when last looked at; Run's
+	failures  atomic.Uint64 // changes that were not taken
 }
 
 // LoadCertificate reads a certificate, with its chain, and its key, both in PEM.
@@ -47,15 +46,10 @@ func (c *Certificate) load() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	hash := sha256.New()
-	fmt.Fprintln(hash, len(cert))
-	hash.Write(cert)
-	hash.Write(key)
-	sum := [sha256.Size]byte(hash.Sum(nil))
-	if sum == c.seen {
+	if bytes.Equal(cert, c.cert) && bytes.Equal(key, c.key) {
 		return false, nil
 	}
-	c.seen = sum
+	c.cert, c.key = cert, key
 	pair, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		return false, fmt.Errorf("%s and %s: %w", c.certFile, c.keyFile, err)

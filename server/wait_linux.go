@@ -22,7 +22,7 @@ const edgeTriggered = true
 //
 // It returns as take does, and have > 0 without done where a request has begun.
 func (f *fastPath) waitAndRead(c *conn, p []byte) (have int, done bool, err error) {
-	c.leaveIfAwaited()
+	c.yieldIfAwaited()
 	ended := c.socket.Read(func(fd uintptr) bool {
 		for {
 			n, failed := syscall.Read(int(fd), p)
@@ -41,7 +41,7 @@ func (f *fastPath) waitAndRead(c *conn, p []byte) (have int, done bool, err erro
 				return true
 			}
 			c.idle()
-			c.leaveIfAwaited()
+			c.yieldIfAwaited()
 			if n < len(p) || c.nudged.Load() { // then the wait ends at once
 				return false
 			}

@@ -3,6 +3,8 @@ package callback
 import (
 	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -30,17 +32,15 @@ type address struct {
 	next     time.Time // when the next POST is due at the rate: GCRA's theoretical arrival time
 }
 
-// limitedError is the error of a POST whose address is at its limits.
-type limitedError struct{ addr netip.Addr }
-
-func (e limitedError) Error() string { return e.addr.String() + " is at its limits" }
+// errLimited is the error of a POST whose address is at its limits.
+var errLimited = errors.New("at its limits")
 
 // limits reports whether addr has limits for POSTs of d.
 func (s *Sender) limits(d *destination, addr netip.Addr) bool {
 	return d.kind == destPublic && !s.guard.inAllowedNet(addr, d.port)
 }
 
-// acquire counts a POST of d to addr, or returns a limitedError. The rate is kept
+// acquire counts a POST of d to addr, or returns errLimited. The rate is kept
 // by the generic cell rate algorithm (ITU-T I.371).
 func (s *Sender) acquire(d *destination, addr netip.Addr) error {
 	if !s.limits(d, addr) {
@@ -58,7 +58,7 @@ func (s *Sender) acquire(d *destination, addr netip.Addr) error {
 		s.addresses[addr] = a
 	}
 	if a.inFlight >= s.cfg.Concurrency || a.next.Sub(now) > addressBurst*interval {
-		return limitedError{addr}
+		return fmt.Errorf("%v is %w", addr, errLimited)
 	}
 	a.inFlight++
 	if a.next.Before(now) {
@@ -135,11 +135,12 @@ func (ac *addressConn) Close() error {
 
 // limitedDial wraps guard.connect: the limits of the address come first.
 func (s *Sender) limitedDial(d *destination) dialFunc {
-	return func(ctx context.Context, dialer *net.Dialer, addr netip.Addr, address string) (net.Conn, error) {
+	return func(ctx context.Context, dialer *net.Dialer, to netip.AddrPort) (net.Conn, error) {
+		addr := to.Addr()
 		if err := s.acquire(d, addr); err != nil {
 			return nil, err
 		}
-		conn, err := s.guard.connect(ctx, dialer, address)
+		conn, err := s.guard.connect(ctx, dialer, to.String())
 		if err != nil {
 			s.release(d, addr)
 			return nil, err

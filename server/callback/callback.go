@@ -3,7 +3,6 @@ package callback
 import (
 	"bufio"
 	"cmp"
-	"container/heap"
 	"container/list"
 	"context"
 	"crypto/tls"
@@ -152,11 +151,10 @@ type Stats struct {
 // took long) hold at most three quarters of the workers and of the table. Names are cheap;
 // any number of tarpits leaves the rest to destinations that answer.
 type Sender struct {
-	cfg      Config
-	guard    *guard
-	key      []byte // signs; nil: unsigned
-	bodyTail []byte // the body from "group" on, which never changes
-	retried  atomic.Uint64
+	cfg     Config
+	guard   *guard
+	key     []byte // signs; nil: unsigned
+	retried atomic.Uint64
 
 	// buffers of connections in use; per worker, not per destination.
 	readers, writers sync.Pool
@@ -177,12 +175,10 @@ type Sender struct {
 	dests     map[destKey]*destination
 	ready     [2]list.List // with a POST to send, in turn; [unproven]
 	turn      int          // list of ready that is served next
-	later     laterHeap    // with a POST to send, but above their rate
 	warm      list.List    // at rest, with pooled connections; oldest first
 	warmConn  int          // pooled connections of warm
 	cold      list.List    // at rest, without; oldest first
 	addresses map[netip.Addr]*address
-	paceWake  chan struct{}
 
 	stats         Stats
 	unprovenSlots int // entries of unproven destinations
@@ -210,7 +206,6 @@ func New(cfg Config) (*Sender, error) {
 		table:     make(map[string]*entry),
 		dests:     make(map[destKey]*destination),
 		addresses: make(map[netip.Addr]*address),
-		paceWake:  make(chan struct{}, 1),
 		okLog:     logline.Sampler{Lines: 1, Every: time.Second},
 		failLog:   logline.Sampler{Lines: 4, Every: time.Second},
 	}
@@ -219,9 +214,6 @@ func New(cfg Config) (*Sender, error) {
 			return nil, err
 		}
 		c.cfg.Secret = nil
-	}
-	if c.bodyTail, err = bodyTail(cfg.Group, cfg.Instance); err != nil {
-		return nil, err
 	}
 	c.work.L = &c.mu
 	c.readers.New = func() any { return bufio.NewReaderSize(nil, maxAnswerHeader) }
@@ -491,20 +483,12 @@ func (s *Sender) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for range s.cfg.workers {
 		wg.Go(func() {
-			var w *worker // made for its first job: it takes 7 KiB
-			for {
-				j, ok := s.take()
-				if !ok {
-					return
-				}
-				if w == nil {
-					w = s.newWorker()
-				}
-				s.finish(j, s.post(w, j))
+			for j, ok := s.take(); ok; j, ok = s.take() {
+				s.finish(j, s.post(j))
 			}
 		})
 	}
-	wg.Go(func() { s.pace(ctx) })
+	wg.Go(func() { s.sweep(ctx) })
 	<-ctx.Done()
 	s.close()
 	wg.Wait()
@@ -522,53 +506,25 @@ func (s *Sender) Run(ctx context.Context) error {
 	return nil
 }
 
-// pace makes destinations ready when their rate allows, and clears out what
-// is idle, until ctx ends.
-func (s *Sender) pace(ctx context.Context) {
-	timer := time.NewTimer(0)
+// sweep clears out what is idle, and logs what was hidden, until ctx ends.
+func (s *Sender) sweep(ctx context.Context) {
+	timer := time.NewTimer(sweepInterval)
 	defer timer.Stop()
-	sweep := time.Now()
 	remember := max(rememberFor, 2*s.cfg.breakerOpen, 2*s.cfg.interval())
 	for {
-		now := time.Now()
-		var victims []*client
-		s.mu.Lock()
-		for len(s.later) > 0 && !s.later[0].next.After(now) {
-			d := heap.Pop(&s.later).(*destination)
-			d.state = destNone
-			s.schedule(d)
-			s.park(d)
-		}
-		swept := !now.Before(sweep)
-		if swept {
-			s.evictAddresses(len(s.addresses))
-			victims = s.trim(now.Add(-idleConnTimeout), now.Add(-remember))
-			sweep = now.Add(sweepInterval)
-		}
-		wake := sweep
-		if len(s.later) > 0 && s.later[0].next.Before(wake) {
-			wake = s.later[0].next
-		}
-		s.mu.Unlock()
-		closeIdle(victims)
-		if swept {
-			s.logHidden()
-		}
-
-		timer.Reset(time.Until(wake))
 		select {
 		case <-timer.C:
-		case <-s.paceWake:
 		case <-ctx.Done():
 			return
 		}
-	}
-}
-
-func (s *Sender) wakePace() {
-	select {
-	case s.paceWake <- struct{}{}:
-	default: // it has not looked since the last one
+		now := time.Now()
+		s.mu.Lock()
+		s.evictAddresses(len(s.addresses))
+		victims := s.trim(now.Add(-idleConnTimeout), now.Add(-remember))
+		s.mu.Unlock()
+		closeIdle(victims)
+		s.logHidden()
+		timer.Reset(sweepInterval)
 	}
 }
 

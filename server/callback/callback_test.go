@@ -208,7 +208,7 @@ func TestCallbackBodyIsJSONForAnyName(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		body := c.appendBody(nil, start, 1<<64-1)
+		body := c.body()
 		var got struct {
 			WindowStart string `json:"window_start"`
 			Unique      uint64 `json:"unique"`

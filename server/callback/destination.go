@@ -1,7 +1,6 @@
 package callback
 
 import (
-	"container/heap"
 	"container/list"
 	"net/netip"
 	"strconv"
@@ -31,7 +30,7 @@ type destState uint8
 const (
 	destNone  destState = iota
 	destReady           // Sender.ready
-	destLater           // Sender.later
+	destLater           // none: a timer calls due
 	destWarm            // Sender.warm
 	destCold            // Sender.cold
 )
@@ -117,15 +116,21 @@ func (s *Sender) schedule(d *destination) {
 	if d.state != destNone || d.queue == nil || d.inFlight >= s.cfg.Concurrency {
 		return
 	}
-	if d.kind != destListed && time.Until(d.next) > 0 {
+	if wait := time.Until(d.next); d.kind != destListed && wait > 0 {
 		d.state = destLater
-		heap.Push(&s.later, d)
-		if s.later[0] == d {
-			s.wakePace()
-		}
+		time.AfterFunc(wait, func() { s.due(d) })
 		return
 	}
 	s.pushReady(d)
+}
+
+// due schedules d, which is destLater, when its rate allows.
+func (s *Sender) due(d *destination) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d.state = destNone
+	s.schedule(d)
+	s.park(d)
 }
 
 func (s *Sender) pushReady(d *destination) {
@@ -182,12 +187,12 @@ func (s *Sender) park(d *destination) {
 		s.warmConn += d.warmConns
 		return
 	}
-	s.evictConns(d)
+	s.toCold(d)
 }
 
-// evictConns puts d, which has no connections, to those remembered only for their
-// breaker and rate.
-func (s *Sender) evictConns(d *destination) {
+// toCold puts d, which has no connections, to those remembered only for their breaker
+// and rate.
+func (s *Sender) toCold(d *destination) {
 	d.client = nil
 	d.state = destCold
 	d.place = s.cold.PushBack(d)
@@ -226,7 +231,7 @@ func (s *Sender) trim(warmBefore, coldBefore time.Time) []*client {
 	for d := first(&s.warm); d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = first(&s.warm) {
 		victims = append(victims, d.client)
 		s.activate(d)
-		s.evictConns(d)
+		s.toCold(d)
 	}
 	for d := first(&s.cold); d != nil && d.idleSince.Before(coldBefore); d = first(&s.cold) {
 		s.drop(d)
@@ -265,19 +270,4 @@ func (s *Sender) prove(d *destination, quick bool) {
 		s.ready[d.readyIn].Remove(d.place)
 		s.pushReady(d)
 	}
-}
-
-// laterHeap orders destinations by when their rate allows the next POST.
-type laterHeap []*destination
-
-func (h laterHeap) Len() int           { return len(h) }
-func (h laterHeap) Less(i, j int) bool { return h[i].next.Before(h[j].next) }
-func (h laterHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *laterHeap) Push(d any)        { *h = append(*h, d.(*destination)) }
-func (h *laterHeap) Pop() any {
-	old := *h
-	d := old[len(old)-1]
-	old[len(old)-1] = nil
-	*h = old[:len(old)-1]
-	return d
 }

@@ -3,6 +3,7 @@ package callback
 import (
 	"bytes"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 )
@@ -96,6 +97,9 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 		return Endpoint{}, err
 	}
 	ep.assemble(name, target)
+	if _, err := url.PathUnescape(ep.target); err != nil {
+		return Endpoint{}, errEndpointEscape
+	}
 	return ep, nil
 }
 
@@ -123,9 +127,6 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
 	authority = rest
 	if i := bytes.IndexAny(rest, "/?"); i >= 0 {
 		authority, target = rest[:i], rest[i:]
-	}
-	if !validEscapes(target) {
-		return nil, nil, errEndpointEscape
 	}
 	return authority, target, nil
 }
@@ -176,29 +177,29 @@ func (g *guard) classify(ep *Endpoint, name []byte) error {
 
 // assemble builds the canonical URL; the other strings are parts of it.
 func (ep *Endpoint) assemble(name, target []byte) {
-	url := make([]byte, 0, len("https://[]:65535/")+len(name)+len(target))
-	url = append(url, "http"...)
+	text := make([]byte, 0, len("https://[]:65535/")+len(name)+len(target))
+	text = append(text, "http"...)
 	if ep.tls {
-		url = append(url, 's')
+		text = append(text, 's')
 	}
-	url = append(url, "://"...)
+	text = append(text, "://"...)
 	v6 := ep.addr.Is6()
 	if v6 {
-		url = append(url, '[')
+		text = append(text, '[')
 	}
-	host := len(url)
-	url = append(url, name...)
-	hostEnd := len(url)
+	host := len(text)
+	text = append(text, name...)
+	hostEnd := len(text)
 	if v6 {
-		url = append(url, ']')
+		text = append(text, ']')
 	}
-	url = append(url, ':')
-	url = strconv.AppendUint(url, uint64(ep.port), 10)
-	origin := len(url)
+	text = append(text, ':')
+	text = strconv.AppendUint(text, uint64(ep.port), 10)
+	origin := len(text)
 	if len(target) == 0 || target[0] != '/' {
-		url = append(url, '/')
+		text = append(text, '/')
 	}
-	ep.url = string(append(url, target...))
+	ep.url = string(append(text, target...))
 	ep.origin, ep.target = ep.url[:origin], ep.url[origin:]
 	ep.host = ep.url[host:hostEnd]
 }
@@ -216,19 +217,6 @@ func lower(b byte) byte {
 		return b + 'a' - 'A'
 	}
 	return b
-}
-
-func validEscapes(b []byte) bool {
-	for i := 0; i < len(b); i++ {
-		if b[i] != '%' {
-			continue
-		}
-		if i+2 >= len(b) || !isHex(b[i+1]) || !isHex(b[i+2]) {
-			return false
-		}
-		i += 2
-	}
-	return true
 }
 
 func isDigit(b byte) bool { return '0' <= b && b <= '9' }
@@ -265,7 +253,7 @@ func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, err e
 		}
 		return host, 80, nil
 	}
-	port, ok := parsePort(digits)
+	port, ok := parsePort(string(digits))
 	if !ok {
 		return nil, 0, errEndpointPort
 	}
@@ -274,18 +262,9 @@ func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, err e
 
 // parsePort takes the one spelling of a port only: another one would be a
 // second queue for the same destination, or wrap around in a smaller integer.
-func parsePort[T string | []byte](digits T) (uint16, bool) {
-	if len(digits) == 0 || len(digits) > 5 || digits[0] == '0' {
-		return 0, false
-	}
-	n := 0
-	for i := range len(digits) {
-		if !isDigit(digits[i]) {
-			return 0, false
-		}
-		n = n*10 + int(digits[i]-'0')
-	}
-	return uint16(n), n <= 65535
+func parsePort(digits string) (uint16, bool) {
+	n, err := strconv.ParseUint(digits, 10, 16)
+	return uint16(n), err == nil && digits[0] != '0'
 }
 
 // appendName appends the canonical form of host (lower case, no root dot) to

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -297,8 +296,8 @@ func (g *guard) own(addr netip.Addr, port uint16) bool {
 	})
 }
 
-// dialFunc connects to addr, which is address with the port, with the dialer.
-type dialFunc func(ctx context.Context, d *net.Dialer, addr netip.Addr, address string) (net.Conn, error)
+// dialFunc makes a TCP connection with the dialer.
+type dialFunc func(ctx context.Context, d *net.Dialer, to netip.AddrPort) (net.Conn, error)
 
 // dial connects to d, with TLS if d has it, before ctx ends. It tries only those addresses
 // of a name that the policy allows, each by connect.
@@ -359,7 +358,7 @@ func (g *guard) dialTCP(ctx context.Context, d *destination, connect dialFunc) (
 		},
 	}
 	for i, addr := range allowed {
-		conn, dialErr := connectShare(ctx, connect, dialer, addr, d.port, len(allowed)-i)
+		conn, dialErr := connectShare(ctx, connect, dialer, netip.AddrPortFrom(addr, d.port), len(allowed)-i)
 		if dialErr == nil {
 			return conn, nil
 		}
@@ -394,11 +393,11 @@ func (g *guard) dialSelf(ctx context.Context) (conn net.Conn, err error) {
 
 // connectShare tries one of the n addresses that are left, with its share of
 // the time that is left, so that one dead address does not hide the next.
-func connectShare(ctx context.Context, connect dialFunc, dialer *net.Dialer, addr netip.Addr, port uint16, n int) (net.Conn, error) {
+func connectShare(ctx context.Context, connect dialFunc, dialer *net.Dialer, to netip.AddrPort, n int) (net.Conn, error) {
 	if deadline, ok := ctx.Deadline(); ok && n > 1 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(n))
 		defer cancel()
 	}
-	return connect(ctx, dialer, addr, net.JoinHostPort(addr.String(), strconv.Itoa(int(port))))
+	return connect(ctx, dialer, to)
 }

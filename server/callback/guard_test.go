@@ -139,8 +139,8 @@ func noRoute(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) 
 
 // anyRate connects as the workers do, but for the limits of the address.
 func anyRate(c *Sender) dialFunc {
-	return func(ctx context.Context, d *net.Dialer, _ netip.Addr, address string) (net.Conn, error) {
-		return c.guard.connect(ctx, d, address)
+	return func(ctx context.Context, d *net.Dialer, to netip.AddrPort) (net.Conn, error) {
+		return c.guard.connect(ctx, d, to.String())
 	}
 }
 

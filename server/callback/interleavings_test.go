@@ -152,20 +152,22 @@ func (k *scene) drain(ctx context.Context) {
 	}
 }
 
-// paces gives the scene a clock, which moves so often at any moment, and adds the thread that
-// makes destinations ready when their rate allows. It ends with the stop, which begins when
-// no request is left.
+// paces gives the scene a clock, which moves so often at any moment and makes destinations
+// ready when their rate allows, and adds the thread that sweeps. It ends with the stop, which
+// begins when no request is left.
 func (k *scene) paces(r *explore.Run, moves int) {
 	k.clock = clocks.Start(r, moves)
 	k.began = k.clock.Now
 	k.clock.Idle = func() {
 		// A timer is late by what passes between the look at the clock and its setting.
-		if l := k.s.later; len(l) > 0 && k.clock.Now.Sub(l[0].next) > k.clock.Ahead {
-			k.exceeded = fmt.Errorf("a POST was due %v ago, and nothing was to send it", k.clock.Now.Sub(l[0].next))
+		for _, d := range k.s.dests {
+			if late := k.clock.Now.Sub(d.next); d.state == destLater && late > k.clock.Ahead {
+				k.exceeded = fmt.Errorf("a POST was due %v ago, and nothing was to send it", late)
+			}
 		}
 	}
 	ctx := &deadline{context.Background(), make(chan struct{})}
-	r.Go("pace", func() { k.s.pace(ctx) })
+	r.Go("sweep", func() { k.s.sweep(ctx) })
 	r.Go("stop", func() {
 		explore.Until(func() bool { return k.asking == 0 }, "idle", unsafe.Pointer(&k.asking))
 		k.drain(context.Background())

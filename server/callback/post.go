@@ -67,39 +67,21 @@ func (r result) breakerErr() error {
 	return errUnhealthy
 }
 
-// worker holds what one worker uses again for each POST.
-type worker struct {
-	req    fasthttp.Request
-	resp   fasthttp.Response
-	body   []byte
-	signer *signer
-}
-
-func (s *Sender) newWorker() *worker {
-	w := new(worker)
-	if s.key != nil {
-		w.signer = newSigner(s.key)
-	}
-	return w
-}
-
 // post does one exchange.
-func (s *Sender) post(w *worker, j job) result {
+func (s *Sender) post(j job) result {
 	start := time.Now()
-	windowStart, unique := s.cfg.Live()
-	w.body = s.appendBody(w.body[:0], windowStart, unique)
-
-	req := &w.req
-	req.Reset()
+	body := s.body()
+	req, resp := fasthttp.AcquireRequest(), fasthttp.AcquireResponse()
+	defer fasthttp.ReleaseRequest(req)
+	defer fasthttp.ReleaseResponse(resp)
 	setRequest(req, j.dest, j.ep)
-	req.SetBodyRaw(w.body)
-	if w.signer != nil {
-		w.signer.sign(start, w.body, req.Header.Set)
+	req.SetBodyRaw(body)
+	if s.key != nil {
+		sign(&req.Header, s.key, start, body)
 	}
 
 	// Do, not Post: no redirect is followed.
-	err := j.client.DoTimeout(req, &w.resp, s.cfg.Timeout)
-	defer w.resp.Reset() // the body of the answer is not kept until the next one
+	err := j.client.DoTimeout(req, resp, s.cfg.Timeout)
 	r := result{err: err, took: time.Since(start)}
 	// The error first: a failed call leaves a status of 200 behind.
 	if err != nil {
@@ -109,7 +91,7 @@ func (s *Sender) post(w *worker, j job) result {
 		}
 		return r
 	}
-	r.status = w.resp.StatusCode()
+	r.status = resp.StatusCode()
 	switch r.status / 100 {
 	case 2:
 		r.kind = resultDelivered
@@ -142,11 +124,10 @@ func classify(err error) resultKind {
 	var (
 		dnsErr  *net.DNSError
 		dialErr dialError
-		limited limitedError
 		timeout interface{ Timeout() bool }
 	)
 	switch {
-	case errors.As(err, &limited):
+	case errors.Is(err, errLimited):
 		return resultLimited
 	case errors.Is(err, errRefused):
 		return resultRefused
@@ -160,28 +141,19 @@ func classify(err error) resultKind {
 	return resultAnswer
 }
 
-// bodyTail returns the end of the body. The strings are escaped once, here.
-func bodyTail(group, instance string) ([]byte, error) {
+// body returns the body of a POST that is sent now.
+func (s *Sender) body() []byte {
+	start, unique := s.cfg.Live()
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
-	err := enc.Encode(struct {
-		Group    string `json:"group"`
-		Instance string `json:"instance"`
-	}{group, instance})
-	// The opening brace becomes the comma after what goes before.
-	tail := bytes.TrimSuffix(b.Bytes(), []byte("\n"))
-	tail[0] = ','
-	return tail, err
-}
-
-// appendBody appends the body of a POST. RFC3339Nano drops trailing zeros.
-func (s *Sender) appendBody(dst []byte, windowStart time.Time, unique uint64) []byte {
-	dst = append(dst, `{"window_start":"`...)
-	dst = windowStart.UTC().AppendFormat(dst, time.RFC3339Nano)
-	dst = append(dst, `","unique":`...)
-	dst = strconv.AppendUint(dst, unique, 10)
-	return append(dst, s.bodyTail...)
+	_ = enc.Encode(struct { // each of these can be encoded
+		WindowStart time.Time `json:"window_start"`
+		Unique      uint64    `json:"unique"`
+		Group       string    `json:"group"`
+		Instance    string    `json:"instance"`
+	}{start.UTC(), unique, s.cfg.Group, s.cfg.Instance})
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
 // dialError marks an error of the dial, to distinguish it from one of the exchange.

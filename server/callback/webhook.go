@@ -7,9 +7,10 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
-	"hash"
 	"strconv"
 	"time"
+
+	"github.com/valyala/fasthttp"
 
 	"verve/internal/setting"
 )
@@ -54,36 +55,19 @@ func parseSecret(secret []byte) ([]byte, error) {
 	return key[:n], nil
 }
 
-// signer signs webhooks by the Standard Webhooks scheme, version 1: HMAC-SHA256
-// over "id.timestamp.body". One goroutine at a time uses it.
-type signer struct {
-	mac hash.Hash
-	buf []byte
+// signature returns the value of webhook-signature by the Standard Webhooks scheme,
+// version 1: HMAC-SHA256 over "id.timestamp.body".
+func signature(key []byte, id, timestamp string, body []byte) string {
+	mac := hmac.New(sha256.New, key)
+	fmt.Fprintf(mac, "%s.%s.%s", id, timestamp, body)
+	return "v1," + base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
-func newSigner(key []byte) *signer { return &signer{mac: hmac.New(sha256.New, key)} }
-
-// signature returns the value of webhook-signature. It is valid until the
-// next call.
-func (s *signer) signature(id string, timestamp int64, body []byte) []byte {
-	s.mac.Reset()
-	s.buf = append(s.buf[:0], id...)
-	s.buf = append(s.buf, '.')
-	s.buf = strconv.AppendInt(s.buf, timestamp, 10)
-	s.buf = append(s.buf, '.')
-	s.mac.Write(s.buf)
-	s.mac.Write(body)
-	var sum [sha256.Size]byte
-	s.buf = append(s.buf[:0], "v1,"...)
-	s.buf = base64.StdEncoding.AppendEncode(s.buf, s.mac.Sum(sum[:0]))
-	return s.buf
-}
-
-// sign calls set with the three headers of a message. The id is new: receivers
-// use it to recognise a message that reaches them twice.
-func (s *signer) sign(now time.Time, body []byte, set func(key, value string)) {
-	id, timestamp := "msg_"+rand.Text(), now.Unix()
-	set("webhook-id", id)
-	set("webhook-timestamp", strconv.FormatInt(timestamp, 10))
-	set("webhook-signature", string(s.signature(id, timestamp, body)))
+// sign sets the three headers of a message. The id is new: receivers use it to
+// recognise a message that reaches them twice.
+func sign(h *fasthttp.RequestHeader, key []byte, now time.Time, body []byte) {
+	id, timestamp := "msg_"+rand.Text(), strconv.FormatInt(now.Unix(), 10)
+	h.Set("webhook-id", id)
+	h.Set("webhook-timestamp", timestamp)
+	h.Set("webhook-signature", signature(key, id, timestamp, body))
 }

@@ -385,20 +385,17 @@ var mutants = []mutant{
 		File: "server/callback/callback.go", Old: "\td := j.dest\n\ts.mu.Lock()\n", New: "\td := j.dest\n",
 	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.noticeEmpty()\n\tcloseIdle"}}},
 	// The rate of a destination.
-	{"a POST waits for its rate and nothing is woken", "server/callback", overlay.Edit{
-		File: "server/callback/destination.go", Old: "\t\t\ts.wakePace()\n", New: "\n",
+	{"a POST waits for its rate and nothing is to wake it", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "\t\ttime.AfterFunc(wait, func() { s.due(d) })\n", New: "\n",
 	}, nil},
-	{"a wake-up is lost unless it is waited for", "server/callback", overlay.Edit{
-		File: "server/callback/callback.go", Old: "make(chan struct{}, 1)", New: "make(chan struct{})",
-	}, nil},
-	{"the timer is set for the sweep alone", "server/callback", overlay.Edit{
-		File: "server/callback/callback.go", Old: "if len(s.later) > 0 && s.later[0].next.Before(wake) {", New: "if false {",
-	}, nil},
-	{"a POST that waits for its rate is due at any wake-up", "server/callback", overlay.Edit{
-		File: "server/callback/callback.go", Old: "len(s.later) > 0 && !s.later[0].next.After(now)", New: "len(s.later) > 0",
-	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\t\t\td.state = destNone\n\t\t\ts.schedule(d)\n\t\t\ts.park(d)", New: "\t\t\tif d.state = destNone; d.queue != nil {\n\t\t\t\ts.pushReady(d)\n\t\t\t}\n\t\t\ts.park(d)"}}},
+	{"a POST that waits for its rate is due before that allows it", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "time.AfterFunc(wait,", New: "time.AfterFunc(wait/2,",
+	}, []overlay.Edit{{File: "server/callback/destination.go", Old: "\td.state = destNone\n\ts.schedule(d)\n\ts.park(d)", New: "\tif d.state = destNone; d.queue != nil {\n\t\ts.pushReady(d)\n\t}\n\ts.park(d)"}}},
 	{"a POST that is due is not scheduled", "server/callback", overlay.Edit{
-		File: "server/callback/callback.go", Old: "\t\t\td.state = destNone\n\t\t\ts.schedule(d)\n\t\t\ts.park(d)", New: "\t\t\td.state = destNone\n\t\t\ts.park(d)",
+		File: "server/callback/destination.go", Old: "\td.state = destNone\n\ts.schedule(d)\n\ts.park(d)", New: "\td.state = destNone\n\ts.park(d)",
+	}, nil},
+	{"a destination that is due still waits for its rate", "server/callback", overlay.Edit{
+		File: "server/callback/destination.go", Old: "\td.state = destNone\n\ts.schedule(d)\n\ts.park(d)", New: "\ts.schedule(d)\n\ts.park(d)",
 	}, nil},
 	{"idle time is saved for the rate", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "next.Before(earliest) {", New: "false {",

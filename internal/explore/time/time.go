@@ -65,7 +65,11 @@ func Start(r *explore.Run, moves int) *Clock {
 			by := max(t.at.Sub(c.Now), 0)
 			c.Now = c.Now.Add(by)
 			t.armed = false
-			t.c <- c.Now
+			if t.f != nil {
+				t.f()
+			} else {
+				t.c <- c.Now
+			}
 			if moves > 0 {
 				c.Ahead += by
 			} else if c.Idle != nil {
@@ -113,6 +117,7 @@ func Until(t Time) Duration {
 type Timer struct {
 	C     <-chan Time
 	c     chan Time
+	f     func() // called in the place of a send
 	at    Time
 	armed bool
 }
@@ -125,6 +130,14 @@ func NewTimer(d Duration) *Timer {
 	t := &Timer{C: c, c: c}
 	t.Reset(d)
 	clock.timers = append(clock.timers, t)
+	return t
+}
+
+// AfterFunc has the thread of the clock call f, which is as if no other timer were due until
+// f has ended.
+func AfterFunc(d Duration, f func()) *Timer {
+	t := NewTimer(d)
+	t.f = f
 	return t
 }
 
