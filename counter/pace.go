@@ -30,9 +30,13 @@ type Pace struct{ steps int }
 // Step is called between small pieces of the work, of a microsecond at most. Once in a while
 // it sleeps.
 func (p *Pace) Step() {
-	if p.steps++; p.steps%paceSteps != 0 {
-		return
+	if p.steps++; p.steps%paceSteps == 0 {
+		p.Rest()
 	}
+}
+
+// Rest is Step between larger pieces: it looks at the time at each call.
+func (*Pace) Rest() {
 	if at := time.Since(paceBegan) % (paceWork + paceRest); at >= paceWork {
 		time.Sleep(paceWork + paceRest - at)
 	}

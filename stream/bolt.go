@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -30,13 +31,18 @@ import (
 //
 // A commit is two fdatasyncs. That is once per window for the append and once
 // per batch for each sink's acknowledgement, so no batching is built on top.
+//
+// The keys of records are in files beside it. Each is removed when its record is and its
+// window is no longer the last one of its series.
 type boltStore struct {
 	db       *bolt.DB
 	instance string // goes with each record: there may have been no room for it alone
 
-	// sealed is the memory of the keys of a record, and of those of its series, as they were
-	// stored last: it is used again at each turn. The spool's lock is held.
-	sealed [2][]byte
+	// What load found and put and advance have committed since. The spool's lock is held.
+	keyFiles *keyFiles
+	series   map[string]series
+	removed  uint64 // all records up to this index
+	keysLost error  // there were files of keys, and no file of the spool
 
 	// broken is set where a write ended in a panic: bbolt then takes back what it
 	// did by reading the same file, and may fault there again, with its lock held.
@@ -51,7 +57,10 @@ var (
 	bucketRecords = []byte("records") // index -> record
 	bucketPoison  = []byte("poison")  // index, sink -> reason, record, its keys
 
-	// Only in a file of version 2: a record or a series has keys.
+	// Only in a file of version 3: a record or a series has had keys.
+	bucketKeyFiles = []byte("key-files") // index -> keyFile of the record
+
+	// Only of version 2, and what such a version has left: the keys themselves.
 	bucketRecordKeys = []byte("record-keys") // index -> the keys of the record
 	bucketSeriesKeys = []byte("series-keys") // identity -> the keys of its last window
 
@@ -62,8 +71,8 @@ var (
 
 const (
 	// spoolVersion is the newest version that this program reads. A file begins with
-	// version 1 and becomes one of version 2 when there are keys to keep.
-	spoolVersion = 2
+	// version 1 and becomes one of version 3 when there are keys to keep.
+	spoolVersion = 3
 
 	// ownerSuffix is of the file that names the process which has the spool.
 	ownerSuffix = ".owner"
@@ -72,8 +81,7 @@ const (
 	// let go of the file.
 	lockWait = 2 * time.Second
 
-	// mapped is how much of the file is mapped from the start: three million records
-	// without keys, or four hours of minutes with 100,000 keys. It
+	// mapped is how much of the file is mapped from the start: three million records. It
 	// grows by growBy: a record takes 300 bytes or so.
 	mapped = 1 << 30
 	growBy = 16 << 10
@@ -91,6 +99,9 @@ func openBolt(path string) (b *boltStore, setAside string, err error) {
 		return b, "", err
 	}
 	setAside, rerr := durable.SetAside(path)
+	if rerr == nil {
+		_, rerr = keyFilesOf(path).setAside(strings.TrimPrefix(setAside, path))
+	}
 	if rerr != nil {
 		return nil, "", fmt.Errorf("%w; setting it aside: %w", err, rerr)
 	}
@@ -151,7 +162,7 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	db.AllocSize = growBy
-	b = &boltStore{db: db}
+	b = &boltStore{db: db, keyFiles: keyFilesOf(path)}
 	if err := b.init(); err != nil {
 		db.Close()
 		return nil, err
@@ -188,6 +199,11 @@ func owner(path string) string {
 	return "another process"
 }
 
+// keyFilesOf returns the files of the keys beside that of a spool.
+func keyFilesOf(path string) *keyFiles {
+	return &keyFiles{dir: filepath.Join(filepath.Dir(path), keyFilesDir)}
+}
+
 // buckets are those of a file.
 var buckets = [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison}
 
@@ -205,7 +221,14 @@ func (b *boltStore) init() error {
 		return err
 	}
 	if empty {
-		err := b.update(func(tx *bolt.Tx) error {
+		aside, err := b.keyFiles.setAside(durable.Aside("", durable.DamagedSuffix))
+		if err != nil {
+			return err
+		}
+		if aside != "" {
+			b.keysLost = fmt.Errorf("%s is missing: the files of its keys were set aside as %s", spoolFile, aside)
+		}
+		err = b.update(func(tx *bolt.Tx) error {
 			for _, name := range buckets {
 				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 					return err
@@ -217,11 +240,12 @@ func (b *boltStore) init() error {
 			return err
 		}
 	}
-	return b.view(checkFile)
+	return b.view(b.check)
 }
 
-// checkFile reads every page that is in use.
-func checkFile(tx *bolt.Tx) error {
+// check reads every page and every file of keys that is in use, and removes the files that are
+// not.
+func (b *boltStore) check(tx *bolt.Tx) error {
 	for _, name := range buckets {
 		if tx.Bucket(name) == nil {
 			return fmt.Errorf("%w: no bucket %q", errDamaged, name)
@@ -237,11 +261,18 @@ func checkFile(tx *bolt.Tx) error {
 	case version > spoolVersion:
 		return fmt.Errorf("%s %w (format %d, this one reads %d)", tx.DB().Path(), errNewer, version, spoolVersion)
 	}
-	if _, err := loadState(tx); err != nil {
+	st, err := b.loadState(tx)
+	if err != nil {
 		return err
 	}
+	used := make(map[string]bool)
+	for _, s := range st.series {
+		for _, f := range s.files {
+			used[f.name()] = true
+		}
+	}
 	want := uint64(0)
-	return tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
+	err = tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
 		e, err := decodeEntry(k, v)
 		if err != nil {
 			return err
@@ -250,84 +281,148 @@ func checkFile(tx *bolt.Tx) error {
 			return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, want)
 		}
 		want = e.index + 1
-		if e.record.Keys == 0 {
-			return nil
+		f, err := keyFileOf(tx, k)
+		if err != nil || e.record.Keys == 0 {
+			return err
 		}
-		_, err = keysIn(tx, bucketRecordKeys, k, e.record.Keys)
+		n := uint64(0)
+		if f.index > 0 {
+			used[f.name()] = true
+			_, n, err = b.keyFiles.read(f)
+		} else {
+			_, n, err = oldKeys(tx, bucketRecordKeys, k)
+		}
+		if err == nil && n != e.record.Keys {
+			err = fmt.Errorf("%w: %d keys of record %d, not %d", errDamaged, n, e.index, e.record.Keys)
+		}
 		return err
 	})
+	if err != nil {
+		return err
+	}
+	return b.keyFiles.sweep(used)
 }
 
-// anyNumber of keys.
-const anyNumber = 0
+// keyFileOf returns the file that has the keys of the record under k; its index is 0: none has.
+func keyFileOf(tx *bolt.Tx, k []byte) (f keyFile, err error) {
+	b := tx.Bucket(bucketKeyFiles)
+	if b == nil || b.Get(k) == nil {
+		return keyFile{}, nil
+	}
+	v, err := unseal(k, b.Get(k))
+	if err == nil && len(v) != keyFileBytes {
+		err = fmt.Errorf("%w: file of keys %x has %d bytes", errDamaged, k, len(v))
+	}
+	if err != nil {
+		return keyFile{}, err
+	}
+	return decodeKeyFile(v), nil
+}
 
-// keysIn returns the keys that a bucket has under k, valid within the transaction; nil: none.
-// number is how many they must be.
-func keysIn(tx *bolt.Tx, bucket, k []byte, number uint64) (packedKeys, error) {
+// oldKeys returns the keys that a file of version 2 has under k, and how many they are.
+func oldKeys(tx *bolt.Tx, bucket, k []byte) (keys packedKeys, n uint64, err error) {
 	b := tx.Bucket(bucket)
 	if b == nil || b.Get(k) == nil {
-		if number == anyNumber {
-			return nil, nil
-		}
-		return nil, fmt.Errorf("%w: the keys of record %x are missing", errDamaged, k)
+		return nil, 0, nil
 	}
 	v, err := unseal(k, b.Get(k))
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	n := uint64(0)
+	keys = packedKeys{bytes.Clone(v)}
 	var pace counter.Pace
-	for range packedKeys(v).all() {
+	for range keys.all() {
 		pace.Step()
 		n++
 	}
-	if number != anyNumber && n != number {
-		return nil, fmt.Errorf("%w: %d keys of record %x, not %d", errDamaged, n, k, number)
-	}
-	return v, nil
+	return keys, n, nil
 }
 
-func (b *boltStore) keys(index uint64) (p packedKeys, err error) {
+func (b *boltStore) keys(index uint64) (keys packedKeys, err error) {
+	var f keyFile
 	err = b.view(func(tx *bolt.Tx) error {
-		p, err = keysIn(tx, bucketRecordKeys, beKey(index), anyNumber)
-		p = bytes.Clone(p)
+		if f, err = keyFileOf(tx, beKey(index)); err == nil && f.index == 0 {
+			keys, _, err = oldKeys(tx, bucketRecordKeys, beKey(index))
+		}
 		return err
 	})
-	return p, err
+	if err == nil && f.index > 0 {
+		keys, _, err = b.keyFiles.read(f)
+	}
+	return keys, err
 }
 
-// putKeys stores the keys of a record and of its series. It makes the file one of the
-// version that has such.
+// putKeys stores the keys of a record, and which files have the sums of its series. It makes
+// the file one of the version that has such.
 func (b *boltStore) putKeys(tx *bolt.Tx, e *spooled, identity string, s *series) error {
-	if tx.Bucket(bucketRecordKeys) == nil {
-		if len(s.keys) == 0 && len(e.keys) == 0 && !s.keysLost {
-			return nil
-		}
-		for _, name := range [][]byte{bucketRecordKeys, bucketSeriesKeys} {
-			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-				return err
+	before := b.series[identity]
+	s.files = nil
+	if before.start == s.start && !s.keysLost {
+		for _, f := range before.files {
+			if f.index < e.index { // else of an append that is repeated
+				s.files = append(s.files, f)
 			}
 		}
-		if err := put(tx.Bucket(bucketMeta), keyVersion, beKey(2)); err != nil {
+	} else if old := tx.Bucket(bucketSeriesKeys); old != nil {
+		if err := old.Delete([]byte(identity)); err != nil {
 			return err
 		}
 	}
-	if len(e.keys) > 0 {
-		b.sealed[0] = seal(b.sealed[0], beKey(e.index), e.keys)
-		if err := tx.Bucket(bucketRecordKeys).Put(beKey(e.index), b.sealed[0]); err != nil {
-			return err
+	if len(e.keys) == 0 && !s.keysLost {
+		return nil
+	}
+	files, err := tx.CreateBucketIfNotExists(bucketKeyFiles)
+	if err == nil {
+		err = put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion))
+	}
+	if err != nil || len(e.keys) == 0 {
+		return err
+	}
+	f, err := b.keyFiles.write(e.index, e.keys)
+	if err != nil {
+		return err
+	}
+	if !s.keysLost {
+		s.files = append(s.files, f)
+	}
+	return put(files, beKey(e.index), f.append(nil))
+}
+
+// release removes files that nothing refers to any more.
+func (b *boltStore) release(files []keyFile) {
+	for _, f := range files {
+		used := f.index > b.removed
+		for _, s := range b.series {
+			used = used || slices.Contains(s.files, f)
+		}
+		if !used {
+			b.keyFiles.remove(f)
 		}
 	}
-	if len(s.keys) > 0 {
-		b.sealed[1] = seal(b.sealed[1], []byte(identity), s.keys)
-		return tx.Bucket(bucketSeriesKeys).Put([]byte(identity), b.sealed[1])
+}
+
+// keyFilesTo returns the files of the keys of the records up to an index.
+func keyFilesTo(tx *bolt.Tx, index uint64) (files []keyFile, err error) {
+	b := tx.Bucket(bucketKeyFiles)
+	if b == nil {
+		return nil, nil
 	}
-	b.sealed = [2][]byte{} // no keys any more
-	return tx.Bucket(bucketSeriesKeys).Delete([]byte(identity))
+	c := b.Cursor()
+	for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= index; k, _ = c.Next() {
+		f, err := keyFileOf(tx, k)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 // removeTo removes what a bucket has for the records up to an index.
 func removeTo(b *bolt.Bucket, index uint64) error {
+	if b == nil {
+		return nil
+	}
 	c := b.Cursor()
 	for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= index; k, _ = c.First() {
 		if err := c.Delete(); err != nil {
@@ -383,13 +478,15 @@ func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
 
 func (b *boltStore) load() (st state, err error) {
 	err = b.view(func(tx *bolt.Tx) error {
-		st, err = loadState(tx)
+		st, err = b.loadState(tx)
 		return err
 	})
+	b.series, b.removed = maps.Clone(st.series), st.head-uint64(st.pending)
+	st.keysLost = cmp.Or(st.keysLost, b.keysLost)
 	return st, err
 }
 
-func loadState(tx *bolt.Tx) (state, error) {
+func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
 	st := state{series: make(map[string]series), cursors: make(map[string]uint64)}
 	meta := tx.Bucket(bucketMeta)
 	var err error
@@ -404,21 +501,21 @@ func loadState(tx *bolt.Tx) (state, error) {
 		st.instance = string(name)
 	}
 	err = tx.Bucket(bucketSeries).ForEach(func(k, v []byte) error {
-		v, err := unseal(k, v)
+		s, err := decodeSeries(k, v)
 		if err != nil {
 			return err
 		}
-		if len(v) != 24 && len(v) != 25 {
-			return fmt.Errorf("%w: series %q has %d bytes", errDamaged, k, len(v))
+		old, _, err := oldKeys(tx, bucketSeriesKeys, k)
+		if err != nil {
+			return err
 		}
-		keys, err := keysIn(tx, bucketSeriesKeys, k, anyNumber)
-		st.series[string(k)] = series{
-			seq:      binary.BigEndian.Uint64(v),
-			start:    int64(binary.BigEndian.Uint64(v[8:])),
-			unique:   binary.BigEndian.Uint64(v[16:]),
-			keys:     bytes.Clone(keys),
-			keysLost: len(v) == 25,
+		s.keys, err = b.keyFiles.sum(old, s.files)
+		if errors.Is(err, errDamaged) {
+			// The records are delivered, or check finds the same. The sum of the window is known.
+			st.keysLost = err
+			s.files, s.keysLost, err = nil, true, nil
 		}
+		st.series[string(k)] = s
 		return err
 	})
 	if err != nil {
@@ -450,6 +547,42 @@ func loadState(tx *bolt.Tx) (state, error) {
 	return st, err
 }
 
+// encodeSeries returns what decodeSeries reads. Without keys it is that of every version.
+func encodeSeries(s *series) []byte {
+	v := binary.BigEndian.AppendUint64(nil, s.seq)
+	v = binary.BigEndian.AppendUint64(v, uint64(s.start))
+	v = binary.BigEndian.AppendUint64(v, s.unique)
+	switch {
+	case s.keysLost:
+		v = append(v, 1)
+	case len(s.files) > 0:
+		v = append(v, 0)
+	}
+	for _, f := range s.files {
+		v = f.append(v)
+	}
+	return v
+}
+
+func decodeSeries(k, v []byte) (s series, err error) {
+	if v, err = unseal(k, v); err != nil {
+		return s, err
+	}
+	if len(v) != 24 && (len(v) < 25 || (len(v)-25)%keyFileBytes > 0) {
+		return s, fmt.Errorf("%w: series %q has %d bytes", errDamaged, k, len(v))
+	}
+	s.seq = binary.BigEndian.Uint64(v)
+	s.start = int64(binary.BigEndian.Uint64(v[8:]))
+	s.unique = binary.BigEndian.Uint64(v[16:])
+	if len(v) > 24 {
+		s.keysLost = v[24] == 1
+		for f := range slices.Chunk(v[25:], keyFileBytes) {
+			s.files = append(s.files, decodeKeyFile(f))
+		}
+	}
+	return s, nil
+}
+
 func (b *boltStore) keepInstance(name string) error {
 	b.instance = name
 	return b.update(func(tx *bolt.Tx) error {
@@ -458,18 +591,14 @@ func (b *boltStore) keepInstance(name string) error {
 }
 
 func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func()) error {
-	v := binary.BigEndian.AppendUint64(nil, s.seq)
-	v = binary.BigEndian.AppendUint64(v, uint64(s.start))
-	v = binary.BigEndian.AppendUint64(v, s.unique)
-	if s.keysLost {
-		v = append(v, 1)
-	}
-	return b.update(func(tx *bolt.Tx) error {
+	err := b.update(func(tx *bolt.Tx) error {
+		if err := b.putKeys(tx, &e, identity, &s); err != nil {
+			return err
+		}
 		meta := tx.Bucket(bucketMeta)
 		err := cmp.Or(
 			put(tx.Bucket(bucketRecords), beKey(e.index), e.value),
-			b.putKeys(tx, &e, identity, &s),
-			put(tx.Bucket(bucketSeries), []byte(identity), v),
+			put(tx.Bucket(bucketSeries), []byte(identity), encodeSeries(&s)),
 			put(meta, keyHead, beKey(e.index)),
 		)
 		if err == nil && b.instance != "" {
@@ -480,6 +609,13 @@ func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func(
 		}
 		return err // which takes all of it back
 	})
+	if err != nil {
+		return err
+	}
+	before := b.series[identity].files
+	b.series[identity] = s
+	b.release(before)
+	return nil
 }
 
 func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err error) {
@@ -501,7 +637,8 @@ func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err erro
 }
 
 func (b *boltStore) advance(sink string, to, upTo uint64, removed int) error {
-	return b.update(func(tx *bolt.Tx) error {
+	var files []keyFile
+	err := b.update(func(tx *bolt.Tx) (err error) {
 		if sink != "" {
 			if err := put(tx.Bucket(bucketCursors), []byte(sink), beKey(to)); err != nil {
 				return err
@@ -510,13 +647,21 @@ func (b *boltStore) advance(sink string, to, upTo uint64, removed int) error {
 		if removed == 0 {
 			return nil
 		}
-		if b := tx.Bucket(bucketRecordKeys); b != nil {
-			if err := removeTo(b, upTo); err != nil {
-				return err
-			}
+		if files, err = keyFilesTo(tx, upTo); err != nil {
+			return err
 		}
-		return removeTo(tx.Bucket(bucketRecords), upTo)
+		return cmp.Or(
+			removeTo(tx.Bucket(bucketRecords), upTo),
+			removeTo(tx.Bucket(bucketKeyFiles), upTo),
+			removeTo(tx.Bucket(bucketRecordKeys), upTo),
+		)
 	})
+	if err != nil || removed == 0 {
+		return err
+	}
+	b.removed = upTo
+	b.release(files)
+	return nil
 }
 
 func (b *boltStore) condemn(e spooled, sink, reason string) error {
@@ -545,27 +690,18 @@ func (b *boltStore) close() error {
 }
 
 // put stores a value behind a checksum over its key and itself.
-func put(b *bolt.Bucket, k, v []byte) error { return b.Put(k, seal(nil, k, v)) }
+func put(b *bolt.Bucket, k, v []byte) error {
+	return b.Put(k, append(binary.BigEndian.AppendUint32(nil, checksum(k, v)), v...))
+}
 
-// seal returns what put stores, in the memory of room if that is enough. It gives way to
-// requests: all keys of a window are one value.
-func seal(room, k, v []byte) []byte {
-	room = append(slices.Grow(room[:0], 4+len(v)), 0, 0, 0, 0)
-	sum := crc32.Checksum(k, durable.Castagnoli)
-	var pace counter.Pace
-	for piece := range slices.Chunk(v, 4<<10) {
-		pace.Step()
-		sum = crc32.Update(sum, durable.Castagnoli, piece)
-		room = append(room, piece...)
-	}
-	binary.BigEndian.PutUint32(room, sum)
-	return room
+func checksum(k, v []byte) uint32 {
+	return crc32.Update(crc32.Checksum(k, durable.Castagnoli), durable.Castagnoli, v)
 }
 
 // unseal returns the value that put stored under k. It is only valid within the
 // transaction.
 func unseal(k, v []byte) ([]byte, error) {
-	if len(v) < 4 || crc32.Update(crc32.Checksum(k, durable.Castagnoli), durable.Castagnoli, v[4:]) != binary.BigEndian.Uint32(v) {
+	if len(v) < 4 || checksum(k, v[4:]) != binary.BigEndian.Uint32(v) {
 		return nil, fmt.Errorf("%w: checksum of %q", errDamaged, k)
 	}
 	return v[4:], nil

@@ -74,7 +74,7 @@ func (c childSpec) fillDisk() error {
 	refused := 0
 	for i := 0; i < c.Until; {
 		r := record(i)
-		err := sp.append(&r, nil, noStep)
+		err := sp.append(&r, withKeys(window(i), c.Keys).Keys, noStep)
 		switch {
 		case err == nil:
 			i++

@@ -8,7 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"math/bits"
+	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
@@ -150,49 +150,74 @@ func appendUnescaped(b []byte, v any) []byte {
 }
 
 // packedKeys are the keys of a record as the spool keeps them: for each the length of its
-// name, its name, and its count. Nil: none.
-type packedKeys []byte
+// name, its name, and its count. Nil: none. They are in pieces, each of whole keys: memory of
+// a megabyte and more would be cleared in one stretch, while requests wait.
+type packedKeys [][]byte
 
-func packKeys(keys []counter.KeyCount) packedKeys {
-	size := 0
-	for _, k := range keys {
-		size += varintLen(uint64(len(k.Key))) + len(k.Key) + varintLen(k.Unique)
-	}
-	if size == 0 {
-		return nil
-	}
-	p := make(packedKeys, 0, size)
+const (
+	// keyPiece is the size of a piece. It is written to a file in some 10 us.
+	keyPiece = 16 << 10
+
+	// maxPackedKey is how many bytes of it one key takes at most.
+	maxPackedKey = 2 + counter.MaxKeyLen + binary.MaxVarintLen64
+)
+
+func packKeys(keys []counter.KeyCount) (p packedKeys) {
+	var piece []byte
 	var pace counter.Pace
-	for _, k := range keys {
+	for i, k := range keys {
 		pace.Step()
-		p = binary.AppendUvarint(p, uint64(len(k.Key)))
-		p = append(p, k.Key...)
-		p = binary.AppendUvarint(p, k.Unique)
+		if piece == nil {
+			piece = make([]byte, 0, keyPiece)
+		}
+		piece = binary.AppendUvarint(piece, uint64(len(k.Key)))
+		piece = append(piece, k.Key...)
+		piece = binary.AppendUvarint(piece, k.Unique)
+		if i == len(keys)-1 {
+			return append(p, bytes.Clone(piece)) // a record with few keys takes little
+		}
+		if len(piece)+maxPackedKey > keyPiece {
+			p, piece = append(p, piece), nil
+		}
 	}
-	return p
+	return nil
 }
 
-// varintLen is how many bytes binary.AppendUvarint makes of v.
-func varintLen(v uint64) int { return (bits.Len64(v|1) + 6) / 7 }
+// cutKey takes the first key off b; ok: b has all of it.
+func cutKey(b []byte) (key []byte, unique uint64, rest []byte, ok bool) {
+	size, n := binary.Uvarint(b)
+	if n <= 0 || size > uint64(len(b)-n) {
+		return nil, 0, b, false
+	}
+	key, rest = b[n:n+int(size)], b[n+int(size):]
+	if unique, n = binary.Uvarint(rest); n <= 0 {
+		return nil, 0, b, false
+	}
+	return key, unique, rest[n:], true
+}
 
 // all yields each key, as a part of p, and its count. Bytes that packKeys did not make end
 // it early: the spool compares the number of keys with that in the record.
 func (p packedKeys) all() iter.Seq2[[]byte, uint64] {
 	return func(yield func([]byte, uint64) bool) {
-		for rest := p; len(rest) > 0; {
-			size, n := binary.Uvarint(rest)
-			if n <= 0 || size > uint64(len(rest)-n) {
-				return
+		for _, piece := range p {
+			for len(piece) > 0 {
+				key, unique, rest, ok := cutKey(piece)
+				if !ok || !yield(key, unique) {
+					return
+				}
+				piece = rest
 			}
-			key := rest[n : n+int(size)]
-			rest = rest[n+int(size):]
-			unique, n := binary.Uvarint(rest)
-			if n <= 0 || !yield(key, unique) {
-				return
-			}
-			rest = rest[n:]
 		}
 	}
+}
+
+// size is how many bytes they take.
+func (p packedKeys) size() (n int) {
+	for _, piece := range p {
+		n += len(piece)
+	}
+	return n
 }
 
 func (p packedKeys) unpack() (keys []counter.KeyCount) {
@@ -202,21 +227,26 @@ func (p packedKeys) unpack() (keys []counter.KeyCount) {
 	return keys
 }
 
-// plus returns the sums of two.
-func (p packedKeys) plus(q packedKeys) packedKeys {
-	if len(p) == 0 {
-		return q
+// sumKeys returns the sums of some.
+func sumKeys(all ...packedKeys) packedKeys {
+	all = slices.DeleteFunc(all, func(p packedKeys) bool { return len(p) == 0 })
+	if len(all) == 0 {
+		return nil
 	}
-	sums := p.unpack()
-	at := make(map[string]int, len(sums))
-	for i, k := range sums {
-		at[k.Key] = i
+	if len(all) == 1 {
+		return all[0]
 	}
-	for key, unique := range q.all() {
-		if i, both := at[string(key)]; both {
-			sums[i].Unique += unique
-		} else {
-			sums = append(sums, counter.KeyCount{Key: string(key), Unique: unique})
+	var sums []counter.KeyCount
+	at := make(map[string]int)
+	for _, p := range all {
+		for key, unique := range p.all() {
+			if i, again := at[string(key)]; again {
+				sums[i].Unique += unique
+				continue
+			}
+			k := counter.KeyCount{Key: string(key), Unique: unique}
+			at[k.Key] = len(sums)
+			sums = append(sums, k)
 		}
 	}
 	return packKeys(sums)

@@ -204,13 +204,20 @@ func TestSpoolKeepsKeysWithTheirRecord(t *testing.T) {
 	if err := sp.ack("a", 3); err != nil {
 		t.Fatal(err)
 	}
+	if got := keyFileNames(t, dir); len(got) != 1 || !strings.HasPrefix(got[0], "0000000000000003-") {
+		t.Errorf("files %q, want that of the running window, which a restart needs", got)
+	}
+	r := record(3)
+	if err := sp.append(&r, nil, noStep); err != nil {
+		t.Fatal(err)
+	}
 	left := -1
 	sp.store.(*boltStore).view(func(tx *bolt.Tx) error {
-		left = tx.Bucket(bucketRecordKeys).Stats().KeyN
+		left = tx.Bucket(bucketKeyFiles).Stats().KeyN
 		return nil
 	})
-	if left != 0 {
-		t.Errorf("the keys of %d records stayed behind", left)
+	if got := keyFileNames(t, dir); len(got) != 0 || left != 0 {
+		t.Errorf("files %q, and %d that are named, stayed behind", got, left)
 	}
 }
 
@@ -248,7 +255,8 @@ func TestPublishedHasTheKeysOfTheWindow(t *testing.T) {
 // although the disk refused it.
 func TestPublishedKeysOfARepeatedAppend(t *testing.T) {
 	for _, stored := range []bool{false, true} {
-		sp := testSpool(t, t.TempDir())
+		dir := t.TempDir()
+		sp := testSpool(t, dir)
 		keys := withKeys(window(0), 3).Keys
 		r := record(0)
 		if err := sp.append(&r, keys, noStep); err != nil {
@@ -263,10 +271,14 @@ func TestPublishedKeysOfARepeatedAppend(t *testing.T) {
 		if err := sp.append(&r, keys, noStep); err != nil {
 			t.Fatal(err)
 		}
-		for i, k := range sp.Published()["verve/host-1"].Keys {
-			if k.Unique != 2*keys[i].Unique {
-				t.Errorf("stored %v: %s has %d, want %d", stored, k.Key, k.Unique, 2*keys[i].Unique)
+		for _, when := range []string{"now", "after a restart"} {
+			for i, k := range sp.Published()["verve/host-1"].Keys {
+				if k.Unique != 2*keys[i].Unique {
+					t.Errorf("stored %v, %s: %s has %d, want %d", stored, when, k.Key, k.Unique, 2*keys[i].Unique)
+				}
 			}
+			sp.Close()
+			sp = testSpool(t, dir)
 		}
 		sp.Close()
 	}
@@ -320,7 +332,7 @@ func TestSpoolWithoutKeysStaysReadableForOlderPrograms(t *testing.T) {
 		})
 		return v
 	}
-	for i, want := range []uint64{1, 2, 2} {
+	for i, want := range []uint64{1, 3, 3} {
 		r := record(i)
 		if err := sp.append(&r, withKeys(window(i), i%2).Keys, noStep); err != nil {
 			t.Fatal(err)
@@ -723,7 +735,7 @@ func TestKeysThatWaitInMemoryTakeAShareOfIt(t *testing.T) {
 	for i := range 1_000 {
 		keys = append(keys, counter.KeyCount{Key: fmt.Sprintf("campaign-%04d", i), Unique: 1})
 	}
-	one := uint64(len(packKeys(keys)))
+	one := uint64(packKeys(keys).size())
 	for _, tt := range []struct {
 		memory uint64
 		fit    int

@@ -39,11 +39,11 @@ func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) er
 	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+len(e.keys) > m.keysLimit {
+	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+e.keys.size() > m.keysLimit {
 		return fmt.Errorf("%w: %d bytes of keys wait for delivery, of %d at most", errSpoolFull, m.keyBytes, m.keysLimit)
 	}
 	m.entries = append(m.entries, e)
-	m.keyBytes += len(e.keys)
+	m.keyBytes += e.keys.size()
 	return nil
 }
 
@@ -77,7 +77,7 @@ func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
 	defer m.mu.Unlock()
 	n := 0
 	for n < len(m.entries) && m.entries[n].index <= removeTo {
-		m.keyBytes -= len(m.entries[n].keys)
+		m.keyBytes -= m.entries[n].keys.size()
 		m.entries[n] = spooled{} // the slice keeps its array; let the record go
 		n++
 	}

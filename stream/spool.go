@@ -99,7 +99,9 @@ type Spool struct {
 	removed uint64    // records every sink has acknowledged, since the start
 	oldest  time.Time // sealed_at of the first pending record
 	poison  int       // records set aside in the store
-	changed chan struct{}
+	// keysLost is why the sums by key of a series were not known when the store was opened.
+	keysLost error
+	changed  chan struct{}
 
 	dir        string     // the data directory; empty: in memory only
 	checkpoint checkpoint // follows series in a file of its own
@@ -120,7 +122,8 @@ type series struct {
 	unique uint64 // sum of the records appended for that window
 
 	keys     packedKeys // the same by key
-	keysLost bool       // keys are not all of them: the spool that had the others is lost
+	keysLost bool       // keys are not all of them: the spool, or the file, that had the others is lost
+	files    []keyFile  // of boltStore: the records whose keys add up to keys
 }
 
 // spooled is a record with its place in the spool. Indexes are never reused, also
@@ -163,6 +166,7 @@ type state struct {
 	head     uint64
 	pending  int
 	poison   int
+	keysLost error // why the keys of a series are not known; nil: they are
 }
 
 // OpenSpool opens or creates the spool. A file that is damaged is renamed, the
@@ -201,6 +205,10 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	if err != nil {
 		s.store.close()
 		return nil, fmt.Errorf("open spool: %w", err)
+	}
+	if s.keysLost != nil {
+		cfg.Log.Error().Err(s.keysLost).
+			Msg("what was published by key for the last window is not known: the rest of that window, if it is running, is published with exact:false")
 	}
 	if before != "" && before != s.instance {
 		cfg.Log.Warn().Str("before", before).Str("instance", s.instance).Int("records", s.pending).
@@ -252,7 +260,7 @@ func (s *Spool) load(instance string) (before string, err error) {
 		return "", err
 	}
 	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
-	s.pending, s.poison = st.pending, st.poison
+	s.pending, s.poison, s.keysLost = st.pending, st.poison, st.keysLost
 
 	if s.instance = cmp.Or(instance, st.instance, s.checkpoint.Instance); s.instance == "" {
 		if s.instance, err = os.Hostname(); err == nil {
@@ -297,9 +305,9 @@ func (s *Spool) Instance() string { return s.instance }
 // have used the directory before.
 //
 // The sums by key are in the spool only, as the checkpoint has no room for them. Where the spool
-// was lost and some of the window's records had keys, KeysLost is set: then the difference
+// or one of its files was lost and some of the window's records had keys, KeysLost is set: then the difference
 // of each key is not known, and the rest of the window can only be published without keys
-// that are right, so with exact:false. Keys has what was published since, if anything.
+// that are right, so with exact:false. Keys then has a part of them, or none.
 func (s *Spool) Published() map[string]counter.Published {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -359,7 +367,7 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 		next = series{seq: next.seq, start: start, unique: r.Unique, keys: e.keys}
 	} else {
 		next.unique += r.Unique
-		next.keys = next.keys.plus(e.keys)
+		next.keys = sumKeys(next.keys, e.keys)
 	}
 	if err := s.store.put(e, identity, next, func() { step(stepAppended) }); err != nil {
 		return fmt.Errorf("append to the spool: %w", err)

@@ -1,0 +1,217 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"verve/counter"
+	"verve/internal/durable"
+)
+
+// keyFiles are the files of the keys of records, beside the spool's, one for each record that
+// has keys. In bbolt they were copied and written twice in one stretch, in which requests
+// waited for 3 to 4 ms, and bbolt never gives back the room of a long outage.
+//
+// A file is on the disk before the transaction that refers to it, by its size and checksum,
+// and is removed after the one that no longer does. So whatever is there without a reference
+// was left by a kill or by a transaction that failed: the next start removes it.
+type keyFiles struct {
+	dir    string
+	synced bool // the name of dir is on the disk
+
+	testStep func() // called after each change of the disk; nil: none
+}
+
+// keyFile refers to a file. Another content has another name: a transaction that failed may be
+// on the disk even so, and what it refers to stays until the next start.
+type keyFile struct {
+	index uint64 // of the record
+	size  uint64
+	sum   uint32 // over index and content
+}
+
+const (
+	keyFilesDir   = "spool-keys"
+	keyFileSuffix = ".keys"
+	nextKeyFile   = "next" + keyFileSuffix
+
+	// freedAtOnce is how much of a file is freed in one call, in 20 us or so.
+	freedAtOnce = 128 << 10
+
+	// keyFileBytes is how many bytes a reference takes in the spool.
+	keyFileBytes = 8 + 8 + 4
+)
+
+func (f keyFile) name() string { return fmt.Sprintf("%016x-%08x%s", f.index, f.sum, keyFileSuffix) }
+
+func (f keyFile) append(b []byte) []byte {
+	b = binary.BigEndian.AppendUint64(b, f.index)
+	b = binary.BigEndian.AppendUint64(b, f.size)
+	return binary.BigEndian.AppendUint32(b, f.sum)
+}
+
+// decodeKeyFile is the reverse of append; b has keyFileBytes.
+func decodeKeyFile(b []byte) keyFile {
+	return keyFile{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint32(b[16:])}
+}
+
+func (k *keyFiles) step() {
+	if k.testStep != nil {
+		k.testStep()
+	}
+}
+
+// write makes the file of a record durable. It gives way to requests.
+func (k *keyFiles) write(index uint64, keys packedKeys) (keyFile, error) {
+	err := durable.MkdirAll(k.dir)
+	if err == nil && !k.synced { // a kill may have come between
+		err = durable.SyncDir(filepath.Dir(k.dir))
+	}
+	if k.synced = err == nil; err != nil {
+		return keyFile{}, err
+	}
+	k.step()
+	next := filepath.Join(k.dir, nextKeyFile)
+	f, err := k.fill(next, index, keys)
+	if err == nil {
+		err = os.Rename(next, filepath.Join(k.dir, f.name()))
+	}
+	if err != nil {
+		_ = os.Remove(next) // else the next one is written over it
+		return keyFile{}, err
+	}
+	k.step()
+	err = durable.SyncDir(k.dir)
+	k.step()
+	return f, err
+}
+
+func (k *keyFiles) fill(path string, index uint64, keys packedKeys) (f keyFile, err error) {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return keyFile{}, err
+	}
+	k.step()
+	f = keyFile{index: index, sum: crc32.Checksum(beKey(index), durable.Castagnoli)}
+	var pace counter.Pace
+	for _, piece := range keys {
+		if _, err = file.Write(piece); err != nil {
+			break
+		}
+		f.size += uint64(len(piece))
+		f.sum = crc32.Update(f.sum, durable.Castagnoli, piece)
+		k.step()
+		pace.Rest()
+	}
+	if err == nil {
+		err = file.Sync()
+	}
+	return f, errors.Join(err, file.Close())
+}
+
+// read returns the keys of a file and how many they are. It gives way to requests.
+func (k *keyFiles) read(f keyFile) (keys packedKeys, n uint64, err error) {
+	damaged := func(why any) error { return fmt.Errorf("%w: %s: %v", errDamaged, f.name(), why) }
+	file, err := os.Open(filepath.Join(k.dir, f.name()))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, damaged("it is missing")
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	defer file.Close()
+	sum := crc32.Checksum(beKey(f.index), durable.Castagnoli)
+	var part []byte // of a key, at the end of what was read
+	var pace counter.Pace
+	for left := f.size; left > 0; {
+		size := min(left, keyPiece)
+		piece := make([]byte, len(part)+int(size))
+		_, err := io.ReadFull(file, piece[copy(piece, part):])
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.EIO):
+			return nil, 0, damaged(err)
+		case err != nil:
+			return nil, 0, err
+		}
+		left -= size
+		sum = crc32.Update(sum, durable.Castagnoli, piece[len(part):])
+		part = piece
+		for ok := true; ok; pace.Step() {
+			if _, _, part, ok = cutKey(part); ok {
+				n++
+			}
+		}
+		if len(part) >= maxPackedKey {
+			return nil, 0, damaged("a key that is too long")
+		}
+		keys = append(keys, piece[:len(piece)-len(part)])
+		pace.Rest()
+	}
+	if sum != f.sum || len(part) > 0 {
+		return nil, 0, damaged("its checksum differs")
+	}
+	return keys, n, nil
+}
+
+// sum returns the sums of some keys and those of files.
+func (k *keyFiles) sum(keys packedKeys, files []keyFile) (packedKeys, error) {
+	all := []packedKeys{keys}
+	for _, f := range files {
+		keys, _, err := k.read(f)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, keys)
+	}
+	return sumKeys(all...), nil
+}
+
+// remove removes a file; where it cannot, the next start does. It gives way to requests: to
+// free 1.5 MB in one call takes 0.3 ms.
+func (k *keyFiles) remove(f keyFile) {
+	path := filepath.Join(k.dir, f.name())
+	var pace counter.Pace
+	for size := int64(f.size) - freedAtOnce; size > 0; size -= freedAtOnce {
+		_ = os.Truncate(path, size)
+		k.step()
+		pace.Rest()
+	}
+	_ = os.Remove(path)
+	k.step()
+	pace.Rest()
+}
+
+// sweep removes what nothing refers to.
+func (k *keyFiles) sweep(used map[string]bool) error {
+	entries, err := os.ReadDir(k.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), keyFileSuffix) && !used[e.Name()] {
+			_ = os.Remove(filepath.Join(k.dir, e.Name())) // else a later start does
+			k.step()
+		}
+	}
+	return err
+}
+
+// setAside renames the directory if there is something in it, and returns the new name.
+func (k *keyFiles) setAside(suffix string) (name string, err error) {
+	if err := os.Remove(k.dir); err == nil || errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	name = k.dir + suffix
+	if err := os.Rename(k.dir, name); err != nil {
+		return "", err
+	}
+	return name, durable.SyncDir(filepath.Dir(name))
+}
