@@ -66,18 +66,14 @@ func (p phase) busy() bool { return p == phaseReading || p == phaseWriting || p 
 // 12 % of the CPU.
 type listener struct {
 	*patientListener
-	max     int
-	maxAddr int // of one address; 0: no limit
+	cfg *Config
 
 	// maxTaken bounds what is read for an answer: a body in chunks of a byte takes
 	// six, and the headers of this request and those read before it come on top.
 	maxTaken int
 
-	maxAway int           // connections over the limit that are read on; more are closed at once, and may see a reset
-	slow    time.Duration // for a request to arrive, for an answer to be taken
-	idle    time.Duration // between requests
-	tls     *tls.Config   // nil: plain
-	fast    *fastPath     // nil: every request is fasthttp's
+	tls  *tls.Config // nil: plain
+	fast *fastPath   // nil: every request is fasthttp's
 
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
@@ -90,8 +86,8 @@ type listener struct {
 
 	mu         sync.Mutex
 	conns      map[*conn]struct{}
-	perAddr    map[netip.Addr]int // of conns; only with maxAddr
-	turnedAway int                // connections over the limit that are read on
+	perAddr    map[netip.Addr]int // of conns; only with MaxConnsPerAddress
+	turnedAway int                // connections over the limit that are read on; more are closed at once, and may see a reset
 	admitted   uint32
 	stopping   atomic.Bool // set under mu, so that every connection is either refused or ended
 
@@ -160,9 +156,8 @@ type conn struct {
 
 func newListener(ln net.Listener, cfg *Config) *listener {
 	l := &listener{
-		patientListener: newPatientListener(ln, "public", cfg.Log),
-		max:             cfg.MaxConns, maxAddr: cfg.MaxConnsPerAddress, maxAway: cfg.MaxTurnedAway, served: make(chan struct{}, cfg.MaxServed),
-		slow: cfg.SlowTimeout, idle: cfg.IdleTimeout, maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
+		patientListener: newPatientListener(ln, "public", cfg.Log), cfg: cfg,
+		served: make(chan struct{}, cfg.MaxServed), maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
 		took:        newHistogram("verve_request_duration_seconds", requestBuckets),
 		rejections:  logline.Sampler{Every: refusalsEvery},
@@ -203,7 +198,7 @@ func (l *listener) accept() (*conn, error) {
 
 // admit takes c in, or returns the counter of the limit that it is over.
 func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
-	if l.maxAddr > 0 {
+	if l.cfg.MaxConnsPerAddress > 0 {
 		c.from = caller(c.raw.RemoteAddr())
 	}
 	l.mu.Lock()
@@ -211,16 +206,16 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	switch {
 	case l.stopping.Load():
 		return &l.rejected
-	case len(l.conns) >= l.max:
+	case len(l.conns) >= l.cfg.MaxConns:
 		return &l.rejected
-	case l.maxAddr > 0 && l.perAddr[c.from] >= l.maxAddr:
+	case l.cfg.MaxConnsPerAddress > 0 && l.perAddr[c.from] >= l.cfg.MaxConnsPerAddress:
 		return &l.rejectedAddr
 	}
 	l.conns[c] = struct{}{}
 	l.admitted++
 	c.reads = l.admitted // so that connections of one request are sampled alike
 	c.number = uint64(l.admitted)
-	if l.maxAddr > 0 {
+	if l.cfg.MaxConnsPerAddress > 0 {
 		l.perAddr[c.from]++
 	}
 	return nil
@@ -260,7 +255,7 @@ func (l *listener) turnAway(c *conn) {
 		return
 	}
 	l.mu.Lock()
-	readOn := l.turnedAway < l.maxAway
+	readOn := l.turnedAway < l.cfg.MaxTurnedAway
 	if readOn {
 		l.turnedAway++
 	}
@@ -458,7 +453,7 @@ func (c *conn) remove() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.conns, c)
-	if l.maxAddr > 0 {
+	if l.cfg.MaxConnsPerAddress > 0 {
 		if l.perAddr[c.from]--; l.perAddr[c.from] == 0 {
 			delete(l.perAddr, c.from)
 		}
@@ -491,12 +486,12 @@ func (c *conn) sweep(now time.Duration) {
 	p, since := c.phase()
 	lasted := now - since
 	switch l := c.owner; {
-	case p == phaseIdle && lasted > l.idle:
+	case p == phaseIdle && lasted > l.cfg.IdleTimeout:
 		c.end(&l.idleClosed)
-	case p == phaseWriting && lasted > l.slow:
+	case p == phaseWriting && lasted > l.cfg.SlowTimeout:
 		c.end(&l.slowClosed)
 		_ = c.raw.Close() // unblocks the write: the client does not read
-	case (p == phaseNew || p == phaseReading) && lasted > l.slow:
+	case (p == phaseNew || p == phaseReading) && lasted > l.cfg.SlowTimeout:
 		c.late.Store(p == phaseReading)
 		c.end(&l.slowClosed)
 	case p == phaseIdle && c.inside.Load() && (lasted > parkAfter || l.waiting.Load() > 0) && !c.nudged.Swap(true):

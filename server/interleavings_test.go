@@ -289,7 +289,7 @@ func TestInterleavingsOfAnImpatientStop(t *testing.T) {
 func TestInterleavingsOfAnEnd(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		k := newScene()
-		k.s.ln.idle = 3 * parkAfter
+		k.s.ln.cfg.IdleTimeout = 3 * parkAfter
 		k.c.enter(phaseIdle)
 		k.serves(r)
 		k.sweeps(r, 2)
@@ -303,7 +303,7 @@ func TestInterleavingsOfAnUnreadAnswer(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		k := newScene()
 		k.sock.unread = true
-		k.s.ln.slow = 3 * parkAfter
+		k.s.ln.cfg.SlowTimeout = 3 * parkAfter
 		k.c.enter(phaseIdle)
 		k.serves(r)
 		k.sends(r, 1)

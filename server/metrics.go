@@ -223,7 +223,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_callback_breakers_open", "Destinations whose circuit breaker is open.", float64(cb.BreakersOpen))
 
 	e.gauge("verve_connections", "Connections open on the public listener.", float64(s.ln.open()))
-	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.ln.max))
+	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.cfg.MaxConns))
 	e.gauge("verve_connections_served", "Connections with a request, or without one for less than a second.", float64(len(s.ln.served)))
 	e.gauge("verve_connections_served_limit", "Connections that may have a request at once; others wait.", float64(cap(s.ln.served)))
 	adminOpen, adminEnded := a.crowd.stats()

@@ -96,7 +96,7 @@ func (c *conn) takePlace() bool {
 	c.enter(phaseQueued)
 	l.waiting.Add(1)
 	defer l.waiting.Add(-1)
-	patience := time.NewTimer(l.slow)
+	patience := time.NewTimer(l.cfg.SlowTimeout)
 	defer patience.Stop()
 	select {
 	case l.served <- struct{}{}:

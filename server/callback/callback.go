@@ -200,7 +200,7 @@ func New(cfg Config) (*Sender, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Sender{
+	s := &Sender{
 		cfg:       cfg,
 		guard:     g,
 		table:     make(map[string]*entry),
@@ -210,16 +210,16 @@ func New(cfg Config) (*Sender, error) {
 		failLog:   logline.Sampler{Lines: 4, Every: time.Second},
 	}
 	if cfg.Secret != nil {
-		if c.key, err = parseSecret(cfg.Secret); err != nil {
+		if s.key, err = parseSecret(cfg.Secret); err != nil {
 			return nil, err
 		}
-		c.cfg.Secret = nil
+		s.cfg.Secret = nil
 	}
-	c.work.L = &c.mu
-	c.readers.New = func() any { return bufio.NewReaderSize(nil, maxAnswerHeader) }
-	c.writers.New = func() any { return bufio.NewWriter(nil) }
-	c.exchanges, c.cut = context.WithCancel(context.Background())
-	return c, nil
+	s.work.L = &s.mu
+	s.readers.New = func() any { return bufio.NewReaderSize(nil, maxAnswerHeader) }
+	s.writers.New = func() any { return bufio.NewWriter(nil) }
+	s.exchanges, s.cut = context.WithCancel(context.Background())
+	return s, nil
 }
 
 // complete sets defaults and checks the rest.

@@ -3,7 +3,6 @@ package callback
 import (
 	"container/list"
 	"net/netip"
-	"strconv"
 	"strings"
 	"time"
 
@@ -77,13 +76,11 @@ func (s *Sender) newDestination(ep Endpoint) *destination {
 		tls:      ep.tls,
 		unproven: ep.kind == destPublic,
 	}
-	d.hostHeader = d.host
-	if ep.addr.Is6() {
-		d.hostHeader = "[" + d.host + "]"
+	scheme, port := "http://", ":80"
+	if d.tls {
+		scheme, port = "https://", ":443"
 	}
-	if !(d.tls && d.port == 443 || !d.tls && d.port == 80) {
-		d.hostHeader += ":" + strconv.Itoa(int(d.port))
-	}
+	d.hostHeader = strings.TrimSuffix(strings.TrimPrefix(d.key.origin, scheme), port)
 	d.breaker = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		Timeout: s.cfg.breakerOpen,
 		ReadyToTrip: func(counts gobreaker.Counts) bool {
