@@ -533,7 +533,7 @@ func (p *program) awaitClosed(ctx context.Context) error {
 	return err
 }
 
-// await waits until done is closed. What is done when ctx ends is no failure.
+// await waits until done is closed. It is no failure if it is closed when ctx ends.
 func await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
