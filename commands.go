@@ -70,6 +70,20 @@ func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
 	return kong.DefaultHelpPrinter(options, ctx)
 }
 
+// output is the standard output of a command. It keeps the first error: a command whose
+// output is not written has failed, whoever wrote it.
+type output struct {
+	file *os.File
+	err  error
+}
+
+// Write implements io.Writer.
+func (o *output) Write(b []byte) (int, error) {
+	n, err := o.file.Write(b)
+	o.err = cmp.Or(o.err, err)
+	return n, err
+}
+
 // errIncomplete makes verve totals exit 1: it has said what is missing.
 var errIncomplete = errors.New("records are missing or repeated")
 
@@ -111,7 +125,7 @@ func (c totalsCmd) start(now time.Time) (time.Time, error) {
 // totals prints the sum of each window: a table on a terminal, JSON Lines in a
 // pipe. Gaps and repeats go to stderr and make it fail; pauses in which nothing
 // ran go to stderr only.
-func totals(cfg *config, stdout, stderr *os.File) error {
+func totals(cfg *config, stdout *output, stderr *os.File) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	follow := cfg.Totals.Follow
@@ -131,8 +145,8 @@ func totals(cfg *config, stdout, stderr *os.File) error {
 		keys = nil
 	}
 	since, _ := cfg.Totals.start(time.Now()) // judged by config.judge
-	r := totalsReport{from: from, since: since, err: stderr}
-	r.out = newTotalsPrinter(stdout, isatty.IsTerminal(stdout.Fd()), keys != nil)
+	r := totalsReport{from: from, since: since, stdout: stdout, err: stderr}
+	r.out = newTotalsPrinter(stdout, isatty.IsTerminal(stdout.file.Fd()), keys != nil)
 	if follow {
 		return r.follow(ctx, records, keys)
 	}
@@ -148,6 +162,7 @@ type totalsReport struct {
 	sums    stream.KeyTotals          // keys are added with --by-key only
 	changed map[groupWindow]time.Time // by records that were taken and not printed: since when
 	out     *totalsPrinter
+	stdout  *output // of out
 	err     io.Writer
 	bad     bool
 }
@@ -225,6 +240,9 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 		select {
 		case now := <-settled:
 			t.printChanged(now.Add(-totalsKeysWait))
+			if t.stdout.err != nil {
+				return t.verdict()
+			}
 			settled = nil
 			if len(t.changed) > 0 {
 				settled = time.After(totalsSettle)
@@ -366,6 +384,9 @@ func (t *totalsReport) print(windows []stream.WindowTotal) {
 }
 
 func (t *totalsReport) verdict() error {
+	if t.stdout.err != nil {
+		return t.stdout.err
+	}
 	if t.bad {
 		return errIncomplete
 	}

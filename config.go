@@ -184,7 +184,8 @@ func (c *config) flags() []setting.Flag {
 	var all []setting.Flag
 	add := func(flags []*kong.Flag, file bool) {
 		for _, f := range flags {
-			s := setting.Flag{Name: f.Name, Bool: f.IsBool(), List: f.IsSlice(), File: file && len(f.Envs) > 0 && f.Name != "config"}
+			_, text := f.Target.Interface().(string)
+			s := setting.Flag{Name: f.Name, Bool: f.IsBool(), List: f.IsSlice(), Text: text, File: file && len(f.Envs) > 0 && f.Name != "config"}
 			if len(f.Envs) > 0 {
 				s.Env = f.Envs[0]
 			}
@@ -297,7 +298,7 @@ func (c *config) wanted(name string) string {
 // in the place of its file's name.
 var (
 	credentials = regexp.MustCompile(`^(.*?://)?.*@`)
-	secretFiles = []string{"admin-token-file", "callback-secret-file", "kafka-password-file"}
+	secretFiles = []string{"admin-token-file", "callback-secret-file", "kafka-password-file", "redis-sentinel-password-file"}
 )
 
 // shown is a value as it may stand in a message.
@@ -414,6 +415,9 @@ func (c *config) check() (err error) {
 	if err := c.checkFiles(); err != nil {
 		return err
 	}
+	if err := c.checkCountsFile(); err != nil {
+		return err
+	}
 	redis, spool, records := c.redis(), c.spool(), stream.Config{CountsFile: c.countsFile()}
 	limit := memoryLimit() / 2
 	memory := dedup.Config{Expect: c.expectIDs(limit), MaxBytes: limit, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch}
@@ -466,6 +470,50 @@ func (c *config) checkFiles() (err error) {
 		}
 	}
 	return server.CheckToken(c.adminToken)
+}
+
+// checkCountsFile refuses a counts file that is a file of something else: records would
+// destroy it, or be lost with it.
+func (c *config) checkCountsFile() error {
+	records := stream.Config{CountsFile: c.countsFile()}
+	for _, path := range records.CountsFiles() {
+		for _, other := range []struct{ name, path string }{
+			{"config", c.Config},
+			{"tls-cert-file", c.TLSCertFile},
+			{"tls-key-file", c.TLSKeyFile},
+			{"admin-token-file", c.AdminTokenFile},
+			{"callback-secret-file", c.CallbackSecretFile},
+			{"kafka-password-file", c.KafkaPasswordFile},
+			{"redis-sentinel-password-file", c.RedisSentinelPasswordFile},
+		} {
+			if other.path != "" && sameFile(path, other.path) {
+				return setting.Errorf("counts-file", "it is the file of --%s", other.name)
+			}
+		}
+		if c.DataDir == noDataDir {
+			continue
+		}
+		inside := sameFile(filepath.Dir(path), c.DataDir)
+		if inside && ownFile.MatchString(filepath.Base(path)) || sameFile(filepath.Dir(path), c.epochsDir()) {
+			return setting.Errorf("counts-file", "it is one of the files that the server keeps in --data-dir")
+		}
+	}
+	return nil
+}
+
+// ownFile are the names that the server uses in the data directory, but for the counts file.
+var ownFile = regexp.MustCompile(`^(spool\..*|epochs\b.*|windows\.jsonl.*|group-answers\.json.*|last-use\.json.*)$`)
+
+// sameFile reports whether two paths lead to one file, which need not exist.
+func sameFile(a, b string) bool {
+	first, err := os.Stat(a)
+	second, errB := os.Stat(b)
+	if err == nil && errB == nil {
+		return os.SameFile(first, second)
+	}
+	a, err = filepath.Abs(a)
+	b, errB = filepath.Abs(b)
+	return err == nil && errB == nil && a == b
 }
 
 // doubtful are settings that work and are probably not meant, one line each.
@@ -542,10 +590,10 @@ func (c *config) inDataDir(name string) string {
 // epochsDir is where the ids of the running epoch are kept.
 func (c *config) epochsDir() string { return c.inDataDir("epochs") }
 
-// countsFile resolves the default, and off to the empty path.
+// countsFile resolves the default, and off and what has no place to the empty path.
 func (c *config) countsFile() string {
 	switch {
-	case c.CountsFile == "off", c.CountsFile == "" && len(c.KafkaBrokers) > 0:
+	case c.CountsFile == "off", c.CountsFile == "" && (len(c.KafkaBrokers) > 0 || c.DataDir == noDataDir):
 		return ""
 	case c.CountsFile == "":
 		return filepath.Join(c.DataDir, "counts.jsonl")
@@ -598,7 +646,7 @@ func secretFile(flag, path string) ([]byte, error) {
 	if path == "" {
 		return nil, nil
 	}
-	b, err := os.ReadFile(path)
+	b, err := setting.ReadFile(path)
 	if err != nil {
 		return nil, setting.Errorf(flag, "%v", setting.Cause(err))
 	}
@@ -614,7 +662,7 @@ func (c *config) certificate(log zerolog.Logger) (*server.Certificate, error) {
 		return nil, nil
 	}
 	for _, f := range []struct{ name, path string }{{"tls-cert-file", c.TLSCertFile}, {"tls-key-file", c.TLSKeyFile}} {
-		if _, err := os.ReadFile(f.path); err != nil {
+		if _, err := setting.ReadFile(f.path); err != nil {
 			return nil, setting.Errorf(f.name, "%v", setting.Cause(err))
 		}
 	}

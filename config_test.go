@@ -48,7 +48,13 @@ func badSettings(t *testing.T) []badSetting {
 	add("group", "a/b", " a", "a ", "a\u202eb", strings.Repeat("g", 250))
 	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
 	add("data-dir", plain, filepath.Join(plain, "below"))
-	add("counts-file", dir, filepath.Join(plain, "counts.jsonl"), "new/")
+	add("counts-file", dir, filepath.Join(plain, "counts.jsonl"), "new/", strings.Repeat("c", 256), strings.Repeat("c", 250))
+	add("counts-file", "verve-data/spool.db", "./verve-data/../verve-data/spool.mark", "verve-data/windows.jsonl", "verve-data/last-use.json", "verve-data/group-answers.json", "verve-data/epochs/x", "verve-data/epochs")
+	if err := os.Mkdir(filepath.Join(dir, "n-by-key"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	add("counts-file", filepath.Join(dir, "n"))
+	all = append(all, badSetting{name: "counts-file", value: file("token", "token"), with: []string{"--admin-token-file=" + filepath.Join(dir, "token")}})
 	add("id-format", "hex", "OPAQUE")
 	add("dedup", "disk", "memory,redis")
 	add("redis-fail", "maybe")
@@ -104,7 +110,10 @@ func badSettings(t *testing.T) []badSetting {
 	}
 	add("callback-secret-file", filepath.Join(dir, "none"), dir)
 	all = append(all, badSetting{name: "callback-secret-file", value: "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", shown: "not shown"},
-		badSetting{name: "admin-token-file", value: "0123456789abcdef0123456789abcdef", shown: "not shown"})
+		badSetting{name: "admin-token-file", value: "0123456789abcdef0123456789abcdef", shown: "not shown"},
+		badSetting{name: "redis-sentinel-password-file", value: "a s3cret that is long", shown: "not shown"})
+	add("redis-sentinel-user", "me")
+	add("admin-token-file", file("endless", strings.Repeat("x", 4<<20+1)))
 	add("admin-token-file", filepath.Join(dir, "none"), dir, file("no-token", ""), file("two-words", "s3cret s3cret"), file("marked", "\ufeffs3cret"))
 	add("tls-cert-file", plain)
 	add("tls-key-file", plain)
@@ -282,6 +291,23 @@ func TestFlagOverEnvironmentOverFile(t *testing.T) {
 	got := fmt.Sprint(command, " ", c.Window, c.Group, c.Instance, c.MaxIDs, c.CallbackAllow, c.KafkaTopic)
 	if want := "serve 3senvflag5 [a.example.com:1 b.example.com:2]verve.unique-ids"; got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// TestTextInAFileStaysAsItIsWritten: 007 is not the instance 7.
+func TestTextInAFileStaysAsItIsWritten(t *testing.T) {
+	for text, want := range map[string]string{"007": "007", "0x1F": "0x1F", "1.50": "1.50", "1_000": "1_000", "True": "True", ".inf": ".inf", "1e3": "1e3", `"08"`: "08", "2026-11-22": "2026-11-22"} {
+		path := filepath.Join(t.TempDir(), "settings.yaml")
+		if err := os.WriteFile(path, []byte("---\ninstance: "+text+" # a comment\nmax-ids: 1_000\nwindow-header: True\n---\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, _, err := parse([]string{"--config=" + path}, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Instance != want || c.MaxIDs != 1000 || !c.WindowHeader {
+			t.Errorf("%s: got %q, %d, %v", text, c.Instance, c.MaxIDs, c.WindowHeader)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,12 +73,13 @@ func main() {
 }
 
 func run(args []string, stdout, stderr *os.File) error {
-	cfg, command, err := parse(args, stdout)
-	if err != nil || cfg == nil { // --help
-		return err
+	out := &output{file: stdout}
+	cfg, command, err := parse(args, out)
+	if out.err != nil || err != nil || cfg == nil { // --help
+		return cmp.Or(out.err, err)
 	}
 	if cfg.PrintConfig {
-		return cfg.print(stdout)
+		return cfg.print(out)
 	}
 	switch command {
 	case "serve":
@@ -85,13 +87,13 @@ func run(args []string, stdout, stderr *os.File) error {
 		defer lines.Flush(logPatience)
 		return serve(cfg, log, lines)
 	case "totals":
-		return totals(cfg, stdout, stderr)
+		return totals(cfg, out, stderr)
 	case "healthcheck":
 		return healthcheck(cfg.AdminListen)
 	case "version":
-		fmt.Fprintln(stdout, "verve", versionText())
+		fmt.Fprintln(out, "verve", versionText())
 	}
-	return nil
+	return out.err
 }
 
 func versionText() string {
@@ -530,12 +532,17 @@ func (p *program) awaitClosed(ctx context.Context) error {
 	return err
 }
 
-// await waits until done is closed.
+// await waits until done is closed. It is no failure if it is closed when ctx ends.
 func await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
 		return nil
 	case <-ctx.Done():
+	}
+	select {
+	case <-done:
+		return nil
+	default:
 		return ctx.Err()
 	}
 }

@@ -125,3 +125,19 @@ func TestTotalsAreATableOnATerminal(t *testing.T) {
 		t.Errorf("by key: got\n%s\nwant\n%s", out.String(), want)
 	}
 }
+
+// TestWhatIsDoneIsNoTimeout: a stop whose time is over does not log that what is done was not.
+func TestWhatIsDoneIsNoTimeout(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	done := make(chan struct{})
+	if await(over, done) == nil {
+		t.Error("what is not done is no failure")
+	}
+	close(done)
+	for range 100 { // a select of two draws one
+		if err := await(over, done); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

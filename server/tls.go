@@ -5,11 +5,12 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
-	"os"
 	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"verve/internal/setting"
 )
 
 // certificatePoll is how often the files of a certificate are read. Reading
@@ -38,11 +39,11 @@ func LoadCertificate(certFile, keyFile string, log zerolog.Logger) (*Certificate
 
 // load reads the files, and reports whether they hold something new.
 func (c *Certificate) load() (changed bool, err error) {
-	cert, err := os.ReadFile(c.certFile)
+	cert, err := setting.ReadFile(c.certFile)
 	if err != nil {
 		return false, err
 	}
-	key, err := os.ReadFile(c.keyFile)
+	key, err := setting.ReadFile(c.keyFile)
 	if err != nil {
 		return false, err
 	}

@@ -326,8 +326,9 @@ func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, erro
 }
 
 // repairTail makes the file end in a newline. What follows the last one is cut
-// off when it is a torn record or the zeros that a power loss leaves; anything
-// else is not ours and is ended with a newline instead.
+// off when it is a torn record or the zeros that a power loss leaves. Anything
+// else is ended with a newline instead: it is not ours, or a whole record, which an
+// editor leaves without its newline. If a torn write left that one, lookup finds it.
 func repairTail(file *os.File, size int64) error {
 	const chunk = 4096
 	var tail []byte
@@ -349,7 +350,9 @@ func repairTail(file *os.File, size int64) error {
 	if len(tail) == 0 {
 		return nil
 	}
-	torn := bytes.HasPrefix(tail, tornPrefix) || bytes.HasPrefix(tornPrefix, tail) || tail[0] == 0
+	_, notRecord := parseRecord(tail)
+	_, notKeyRecord := parseKeyRecord(tail)
+	torn := notRecord != nil && notKeyRecord != nil && bytes.HasPrefix(tail, tornPrefix) || bytes.HasPrefix(tornPrefix, tail) || tail[0] == 0
 	if !torn {
 		_, err := file.Write([]byte{'\n'})
 		return err

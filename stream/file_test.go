@@ -99,6 +99,23 @@ func TestCountsFileTornLineIsRepaired(t *testing.T) {
 	}
 }
 
+// TestCountsFileKeepsAWholeLastLine: an editor, or a copy, may have taken its newline. Readers
+// count it, so the next record does not take its place.
+func TestCountsFileKeepsAWholeLastLine(t *testing.T) {
+	for _, unsure := range []uint64{0, 3} {
+		all := entries(t, 0, 3)
+		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		deliver(t, newFileSink(path, nil, 0, noStep), all[:1])
+		appendFile(t, path, all[1].value)
+		next := all[2:]
+		if unsure > 0 {
+			next = all[1:] // the write was torn right there
+		}
+		deliver(t, newFileSink(path, nil, unsure, noStep), next)
+		wantWindows(t, readCounts(t, path), 3)
+	}
+}
+
 func TestCountsFileZerosOfAPowerLossAreCutOff(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "counts.jsonl")
 	deliver(t, newFileSink(path, nil, 0, noStep), entries(t, 0, 2))

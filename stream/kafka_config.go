@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
-	"os"
 	"strings"
 	"time"
 
@@ -93,7 +92,7 @@ func (c *KafkaConfig) Check() error {
 }
 
 func (c *KafkaConfig) password() (string, error) {
-	b, err := os.ReadFile(c.PasswordFile)
+	b, err := setting.ReadFile(c.PasswordFile)
 	if err != nil {
 		return "", fmt.Errorf("kafka password file: %w", err)
 	}

@@ -32,6 +32,7 @@ type keyedWindow struct {
 type keyedRecord struct {
 	of     Record // as KeyRecord.record
 	unique map[uint32]uint64
+	values map[uint32][]uint64 // what unique is the sum of, where it is of several
 }
 
 // KeyTotal is the sum of one key in one window of a group.
@@ -72,7 +73,7 @@ func (t *KeyTotals) AddKey(r KeyRecord) {
 	w := t.window(of.Group, of.Span())
 	in := t.records[of.Key()]
 	if in == nil {
-		in = &keyedRecord{of, make(map[uint32]uint64)}
+		in = &keyedRecord{of: of, unique: make(map[uint32]uint64)}
 		t.records[of.Key()] = in
 		w.keyed = append(w.keyed, in)
 	}
@@ -87,13 +88,21 @@ func (t *KeyTotals) AddKey(r KeyRecord) {
 		in.unique[name] = r.Unique
 		return
 	}
-	same := first == r.Unique
+	values := in.values[name]
+	if values == nil {
+		values = []uint64{first}
+	}
+	same := slices.Contains(values, r.Unique)
 	if _, recorded := t.seen[of.Key()]; same && !recorded {
 		return // a file that is followed: lines that a kill had left were written again
 	}
-	t.repeated(r.ID(), r.Scope, first, r.Unique, same)
+	t.repeated(r.ID(), r.Scope, values[0], r.Unique, same)
 	if !same && r.Scope != ScopeGroup {
 		in.unique[name] += r.Unique
+		if in.values == nil {
+			in.values = make(map[uint32][]uint64)
+		}
+		in.values[name] = append(values, r.Unique)
 	}
 }
 

@@ -50,10 +50,32 @@ func (cfg *Config) Check() error {
 	if cfg.CountsFile == "" || cfg.CountsFile == "-" {
 		return nil
 	}
-	if info, err := os.Stat(cfg.CountsFile); err == nil && info.IsDir() || strings.HasSuffix(cfg.CountsFile, "/") {
+	if strings.HasSuffix(cfg.CountsFile, "/") {
 		return setting.Errorf("counts-file", "want a file, not a directory")
 	}
-	return checkDir("counts-file", filepath.Dir(cfg.CountsFile))
+	if err := checkDir("counts-file", filepath.Dir(cfg.CountsFile)); err != nil {
+		return err
+	}
+	for _, path := range cfg.CountsFiles() {
+		switch info, err := os.Stat(path); {
+		case err == nil && info.IsDir():
+			return setting.Errorf("counts-file", "want a file, but %s is a directory", path)
+		case err == nil && info.Mode()&os.ModeSocket != 0:
+			return setting.Errorf("counts-file", "want a file, but %s is a socket", path)
+		case err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission):
+			return setting.Errorf("counts-file", "%s: %v", filepath.Base(path), setting.Cause(err))
+		}
+	}
+	return nil
+}
+
+// CountsFiles are the paths of the counts file and of the lines by key beside it; none of
+// standard output.
+func (cfg *Config) CountsFiles() []string {
+	if cfg.CountsFile == "" || cfg.CountsFile == "-" {
+		return nil
+	}
+	return []string{cfg.CountsFile, keysFile(cfg.CountsFile)}
 }
 
 // checkBrokers wants HOST:PORT of each. Messages name a broker by its place in the

@@ -15,7 +15,8 @@ import (
 // record; it is not safe for concurrent use.
 type Totals struct {
 	windows map[windowKey]*WindowTotal
-	seen    map[string]Record
+	seen    map[string]Record   // by key, the first
+	others  map[string][]Record // of the same key, with other values
 	series  map[string]*seriesTotal
 	repeats []string
 }
@@ -102,16 +103,18 @@ func (t *Totals) Add(r Record) {
 	if t.windows == nil {
 		t.windows = make(map[windowKey]*WindowTotal)
 		t.seen = make(map[string]Record)
+		t.others = make(map[string][]Record)
 		t.series = make(map[string]*seriesTotal)
 	}
 	r.WindowStart, r.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC() // comparable
 	key := r.Key()
 	if first, ok := t.seen[key]; ok {
-		same := first == r || r.Scope == ScopeGroup && first.Unique == r.Unique
+		same := first == r || r.Scope == ScopeGroup && first.Unique == r.Unique || slices.Contains(t.others[key], r)
 		t.repeated(key, r.Scope, first.Unique, r.Unique, same)
 		if same || r.Scope == ScopeGroup {
 			return
 		}
+		t.others[key] = append(t.others[key], r)
 	} else {
 		t.seen[key] = r
 	}
@@ -154,7 +157,7 @@ func (t *Totals) repeated(id string, scope Scope, first, again uint64, same bool
 	counted := "with two values, both are counted"
 	switch {
 	case same:
-		t.repeats = append(t.repeats, fmt.Sprintf("%s is there twice and counted once (unique %d)", id, first))
+		t.repeats = append(t.repeats, fmt.Sprintf("%s is there twice and counted once (unique %d)", id, again))
 		return
 	case scope == ScopeGroup:
 		counted = "with two values, the first is counted"

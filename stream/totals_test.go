@@ -35,6 +35,7 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 		at("a", 5, 2, 3), // records 3 and 4 of a
 		at("a", 2, 1, 7), // a copy
 		at("a", 2, 1, 9), // the same key, another value
+		at("a", 2, 1, 9), // a copy of that one
 		at("a", 5, 3, 2), // the same number for another window
 		group, copied, lying, later,
 	} {
@@ -63,6 +64,7 @@ func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
 	}
 	want = "verve/2026-11-01T00:01:00Z/a/2 is there twice and counted once (unique 7)\n" +
 		"verve/2026-11-01T00:01:00Z/a/2 is there with two values, both are counted (unique 7 and 9)\n" +
+		"verve/2026-11-01T00:01:00Z/a/2 is there twice and counted once (unique 9)\n" +
 		"verve/2026-11-01T00:02:00Z/a/5 shares its number with verve/2026-11-01T00:03:00Z/a/5 (unique 3 and 2)\n" +
 		"other/2026-11-01T00:02:00Z is there twice and counted once (unique 1002)\n" +
 		"other/2026-11-01T00:02:00Z is there with two values, the first is counted (unique 1002 and 1003)\n"

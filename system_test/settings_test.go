@@ -103,6 +103,7 @@ func TestBadSettingsFiles(t *testing.T) {
 		{"- window", ""},
 		{"window", ""},
 		{"window: 1m\nwindow: 2m", `"window"`},
+		{"window: 1m\n---\ngroup: a", "second document"},
 		{"window: [1m]", "--window"},
 		{"window: {a: 1m}", "--window"},
 		{"window:", "--window"},

@@ -300,3 +300,31 @@ func TestStopIsNotifiedHoweverQuickItIs(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 }
+
+// TestOutputThatIsNotWrittenIsAFailure: whoever keeps the output of a command in a file must
+// learn that the disk is full.
+func TestOutputThatIsNotWrittenIsAFailure(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "counts.jsonl")
+	if err := os.WriteFile(file, []byte(countsLine(1, 5, "a", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"totals", "--counts-file=" + file}, {"totals", "--by-key", "--counts-file=" + file}, {"totals", "--follow", "--counts-file=" + file},
+		{"version"}, {"--version"}, {"--help"}, {"help", "totals"}, {"--print-config"},
+	} {
+		full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var stderr bytes.Buffer
+		cmd := testproc.Verve(t, args...)
+		cmd.Stdout, cmd.Stderr = full, &stderr
+		kill := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
+		if code := testproc.ExitCode(cmd.Run()); code != exitFailed || !strings.Contains(stderr.String(), "no space left") {
+			t.Errorf("%q: exit code %d and %q", args, code, &stderr)
+		}
+		kill.Stop()
+		full.Close()
+	}
+}

@@ -29,7 +29,11 @@ func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 		return option, setting.Errorf("redis-url", "a cluster has the database 0 only")
 	}
 	if option.Sentinel.MasterSet == "" && (cfg.SentinelUser != "" || cfg.SentinelPassword != "") {
-		return option, setting.Errorf("redis-sentinel-password-file", "no --redis-url names a Sentinel (redis-sentinel://HOST:PORT?master_set=NAME)")
+		name := "redis-sentinel-password-file"
+		if cfg.SentinelPassword == "" {
+			name = "redis-sentinel-user"
+		}
+		return option, setting.Errorf(name, "no --redis-url names a Sentinel (redis-sentinel://HOST:PORT?master_set=NAME)")
 	}
 	if option.Sentinel.MasterSet != "" {
 		// A missed event would leave the client with the old master for good.

@@ -1,8 +1,10 @@
 package setting
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"math"
@@ -11,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
 )
 
 // Flag is what Sources need to know of a flag.
@@ -18,6 +21,7 @@ type Flag struct {
 	Name, Env string // without the dashes; its variable, or empty
 	Bool      bool   // needs no value
 	List      bool   // takes several values
+	Text      bool   // takes one text, which may look like a number
 	File      bool   // is a key of the settings file
 }
 
@@ -52,11 +56,11 @@ func (s *Sources) ReadFile(name string) error {
 	if s.path == "" {
 		return nil
 	}
-	b, err := os.ReadFile(s.path)
+	b, err := ReadFile(s.path)
 	if err != nil {
 		return Errorf(name, "%v", Cause(err))
 	}
-	if err := yaml.Unmarshal(b, &s.file); err != nil {
+	if err := s.decode(b); err != nil {
 		first, _, _ := strings.Cut(err.Error(), "\n")
 		return Errorf(name, "%s", first)
 	}
@@ -75,6 +79,69 @@ func (s *Sources) ReadFile(name string) error {
 		}
 	}
 	return nil
+}
+
+// decode reads the one document of a settings file.
+func (s *Sources) decode(b []byte) error {
+	documents := yaml.NewDecoder(bytes.NewReader(b))
+	for {
+		var document map[string]any
+		switch err := documents.Decode(&document); {
+		case errors.Is(err, io.EOF):
+			s.keepText(b)
+			return nil
+		case err != nil:
+			return err
+		case s.file != nil && document != nil:
+			return errors.New("there is a second document in it, behind a line ---")
+		case document != nil:
+			s.file = document
+		}
+	}
+}
+
+// keepText puts back what is written in the file for settings that are text: YAML takes
+// 007 for 7, but not whoever numbers instances.
+func (s *Sources) keepText(b []byte) {
+	var nodes map[string]ast.Node
+	if yaml.Unmarshal(b, &nodes) != nil {
+		return // the values stay
+	}
+	for key, node := range nodes {
+		if !s.flags[key].Text {
+			continue
+		}
+		switch node := node.(type) {
+		case *ast.IntegerNode:
+			s.file[key] = node.Token.Value
+		case *ast.FloatNode:
+			s.file[key] = node.Token.Value
+		case *ast.BoolNode:
+			s.file[key] = node.Token.Value
+		case *ast.InfinityNode:
+			s.file[key] = node.Token.Value
+		case *ast.NanNode:
+			s.file[key] = node.Token.Value
+		}
+	}
+}
+
+// longestFile is far above a file of settings, a secret or a chain of certificates.
+const longestFile = 4 << 20
+
+// ReadFile reads a file that a setting names. It refuses what never ends, as a device, before
+// it takes all memory.
+func ReadFile(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	b, err := io.ReadAll(io.LimitReader(file, longestFile+1))
+	if err == nil && len(b) > longestFile {
+		err = fmt.Errorf("it has more than %d MiB", longestFile>>20)
+	}
+	return b, err
 }
 
 // Cause is err without the path and the operation of a file's error.
