@@ -14,22 +14,25 @@ import (
 	"verve/counter"
 )
 
-// run beats until stop is closed or the member has left.
+// run beats until stop is closed or the member has left: with all epochs each second, however
+// often it is woken in between.
 func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
-	for whole := true; !l.left.Load(); {
+	for all := true; !l.left.Load(); {
 		// Without a connection nothing is sent; Stats tells of what fails.
-		if err := l.beat(ctx, whole); err != nil && l.standing.Load() == unheard {
+		err := l.beat(ctx, all)
+		switch {
+		case err != nil && l.standing.Load() == unheard:
 			tick.Reset(firstBeats)
-		} else {
+		case all:
 			tick.Reset(beatEvery)
 		}
 		select {
 		case <-tick.C:
-			whole = true
+			all = true
 		case <-l.wake:
-			whole = false
+			all = false
 		case <-stop:
 			return
 		}
@@ -53,6 +56,11 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args)
+	if err == nil && len(out) == 1 { // it has lost data, and wants all
+		keys, args, sent = l.beatArgs(true, newest)
+		began = time.Now()
+		out, err = l.exec(ctx, beatScript, keys, args)
+	}
 	took := time.Since(began)
 	var b beatAnswer
 	if err == nil {
@@ -64,7 +72,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.beatErr = err; err != nil {
 		return fmt.Errorf("ledger: %w", err)
 	}
-	if !l.lastBeat.IsZero() && (failed || began.Sub(l.lastBeat) > memberTTL-beatEvery) {
+	if !l.lastBeat.IsZero() && (failed || b.behind || began.Sub(l.lastBeat) > memberTTL-beatEvery) {
 		l.back = time.Now()
 	}
 	l.lastBeat, l.beaten = began, b.now
@@ -103,9 +111,13 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	args = []string{
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
+		"-1", flag(all),
 	}
 	if !newest.IsZero() {
 		args[8] = unixMS(newest)
+	}
+	if !l.lastBeat.IsZero() {
+		args[10] = strconv.FormatInt(l.beaten, 10)
 	}
 	for i := range l.epochs {
 		e := &l.epochs[i]
@@ -255,6 +267,7 @@ type beatAnswer struct {
 	answers            []answers   // of each epoch
 	decided            []*decision // where the state is beatDecided
 	unnamed            []counter.Span
+	behind             bool // the ledger has lost data since the last beat
 }
 
 // decision is what an epoch came to.
@@ -265,20 +278,21 @@ type decision struct {
 }
 
 func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, err error) {
-	if len(out) != 8 {
+	if len(out) != 9 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
 	n, err := numbers(out[:3])
 	who, werr := texts(out[3:5])
 	states, serr := out[5].AsIntSlice()
 	unnamed, uerr := out[7].AsStrSlice()
-	switch err = cmp.Or(err, werr, serr, uerr); {
+	behind, berr := out[8].AsInt64()
+	switch err = cmp.Or(err, werr, serr, uerr, berr); {
 	case err != nil:
 		return b, err
 	case len(states) != len(sent):
 		return b, fmt.Errorf("%d states of %d epochs", len(states), len(sent))
 	}
-	b = beatAnswer{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states}
+	b = beatAnswer{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states, behind: behind == 1}
 	for _, name := range unnamed {
 		s, err := parseSpan(name)
 		if err != nil {

@@ -73,6 +73,8 @@ type ledgerBeat struct {
 	claims                    bool
 	unsettled, window, opened string
 	unnamed                   int
+	at                        int64 // of the last one; -1: there was none
+	all                       bool  // it names all epochs of the member
 	epochs                    []ledgerEpochBeat
 }
 
@@ -94,6 +96,7 @@ type ledgerBeatAnswer struct {
 	known        []answers
 	decided      []string
 	unnamed      []string
+	behind       bool
 }
 
 type ledgerDecision struct{ unique, complete, exact, sealed, under string }
@@ -115,8 +118,11 @@ func millis(s string) (n int64, some bool) {
 	return n, err == nil
 }
 
-// beat is beatScript.
-func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
+// beat is beatScript; refused: the ledger has lost data, and wants all epochs.
+func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
+	if a.behind = m.lost(b.me, b.at); a.behind && !b.all && m.rules.wholeBeats {
+		return a, true
+	}
 	m.members[b.me], m.windows[b.me] = m.now, b.window
 	if b.unsettled == "" {
 		delete(m.unsettled, b.me)
@@ -170,7 +176,7 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
 		return slices.ContainsFunc(b.epochs, func(e ledgerEpochBeat) bool { return e.name == name })
 	})
 	a.leads = m.leader == b.me
-	return a
+	return a, false
 }
 
 func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int64, answers, string) {

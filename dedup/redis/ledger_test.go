@@ -329,9 +329,8 @@ func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
 	}
 	g.beat(a)
 	for _, s := range []counter.Span{first, second} {
-		row, err := g.client.Do(t.Context(), g.client.B().Hget().Key(a.keys.ofEpoch(s)).Field("m:a").Build()).ToString()
-		if err != nil || row != "0+" {
-			t.Errorf("the member has answered %q in %v, %v; want 0 or more", row, s, err)
+		if row := g.rowOf(a, s); row != "0+" {
+			t.Errorf("the member has answered %q in %v; want 0 or more", row, s)
 		}
 	}
 }
@@ -355,6 +354,80 @@ func TestSealWaitsForOthersAfterAnOutage(t *testing.T) {
 	g.notYet(a, s, "the beats of a fail")
 	g.beat(a)
 	g.notYet(a, s, "b may be back in a moment")
+	g.report(s, true, b)
+	if c := g.seal(a, s); c.Unique != 20 || !c.Exact {
+		t.Errorf("the record is %+v", c)
+	}
+}
+
+// rowOf is what the ledger has of the answers of a member in an epoch.
+func (g *group) rowOf(m *Ledger, s counter.Span) string {
+	row, _ := g.client.Do(g.t.Context(), g.client.B().Hget().Key(m.keys.ofEpoch(s)).Field("m:"+m.cfg.Member).Build()).ToString()
+	return row
+}
+
+// TestLossIsMendedByTheNextBeatWhateverItIsFor: Redis is emptied, and the next beat of a
+// member is one for the epoch that it has just opened. The ledger does not learn from it that
+// the member has gone on without what it has answered in the epoch before: the record would
+// lack that, and be exact.
+func TestLossIsMendedByTheNextBeatWhateverItIsFor(t *testing.T) {
+	g := newGroup(t)
+	b := g.member("b")
+	over, next := spanEnded(2*time.Second), spanEnded(time.Second)
+	b.Opened(over, func() uint64 { return 3 })
+	g.beat(b)
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	b.Opened(next, func() uint64 { return 0 })
+	g.do(func(ctx context.Context) error { return b.beat(ctx, false) })
+	if got, opened := g.rowOf(b, over), g.rowOf(b, next); got != "3+" || opened != "0+" {
+		t.Errorf("the ledger has %q of the epoch before, and %q of the open one; want 3 or more, and 0 or more", got, opened)
+	}
+}
+
+// TestAllEpochsAreWrittenAgainEachSecondHoweverShortTheyAre: a member that opens an epoch more
+// often than once a second, and beats for each, still writes again what the ledger has lost.
+func TestAllEpochsAreWrittenAgainEachSecondHoweverShortTheyAre(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	m := g.member("m")
+	s := spanEnded(0)
+	m.Opened(s, func() uint64 { return 3 })
+	stop, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		m.run(t.Context(), stop)
+	}()
+	defer func() {
+		close(stop)
+		<-ended
+	}()
+	testproc.Until(t, "the epoch is registered", func() bool { return g.rowOf(m, s) != "" })
+	g.do(func(ctx context.Context) error {
+		return g.client.Do(ctx, g.client.B().Del().Key(m.keys.ofEpoch(s)).Build()).Error()
+	})
+	testproc.Within(t, 10*beatEvery, "the epoch is written again", func() bool {
+		nudge(m.wake)
+		return g.rowOf(m, s) == "3+"
+	})
+}
+
+// TestSealWaitsForOthersAfterALoss: Redis is emptied before a member has learnt that another
+// one is in the epoch. The other one is alive, and its next beat says so: the member that
+// notices the loss waits for that.
+func TestSealWaitsForOthersAfterALoss(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a, b := g.member("a"), g.member("b")
+	s := spanEnded(memberTTL) // the last clock has turned
+	g.beat(a, b)
+	b.Opened(s, func() uint64 { return 10 })
+	g.beat(b)
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.beat(a)
+	g.answers.Store(10)
+	g.counted.Store(20)
+	g.report(s, true, a)
+	g.notYet(a, s, "b is alive, and has not beaten since the loss")
 	g.report(s, true, b)
 	if c := g.seal(a, s); c.Unique != 20 || !c.Exact {
 		t.Errorf("the record is %+v", c)

@@ -63,6 +63,7 @@ type modelMember struct {
 	inside                       bool    // the ledger was reached
 	beaten                       int64   // by the last beat
 	opened, registered, reported bool    // the epoch
+	turned                       bool    // it has opened the next one
 	rows                         answers // as it remembers them
 }
 
@@ -85,9 +86,11 @@ type modelRules struct {
 	strangers  bool // members remember epochs that they did not open
 	removed    bool // a member that has only refused ids is in the account
 	back       bool // after an outage of the ledger a seal waits for the others to be heard
+	wholeBeats bool // a ledger that has lost data takes only a beat with all epochs
+	behind     bool // and who learns that it has waits for the others to be heard
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd       *rand.Rand
@@ -97,6 +100,7 @@ type model struct {
 	oldLane   *laneModel // what a replica, or a file, has
 	oldLedger *ledgerModel
 	down      bool // the ledger is out of reach
+	outage    bool // or was
 	members   []*modelMember
 	dead      []*modelMember // killed, or stopped
 	disks     [3]answers
@@ -184,16 +188,42 @@ func (w *model) onlyDisksKnow() bool {
 	return false
 }
 
-// beat exchanges what is known of the answers.
-func (w *model) beat(m *modelMember) {
-	w.keep(m, strconv.Itoa(len(m.log))+"+")
-	if w.down {
-		return
+// heartbeat is what each beat of a member has.
+func (m *modelMember) heartbeat(all bool) ledgerBeat {
+	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1, all: all}
+	if m.inside {
+		b.at = m.beaten
 	}
-	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000"}
-	if m.opened {
+	if m.turned {
+		b.opened = "1100000"
+	} else if m.opened {
 		b.opened = "1000000"
 	}
+	return b
+}
+
+// turn is the beat of a member that opens the next epoch. It does not name this one, which the
+// ledger had.
+func (w *model) turn(m *modelMember) (behind bool) {
+	w.note("%s turns", m.name)
+	if m.turned = true; w.down || !m.registered {
+		return w.beat(m)
+	}
+	if _, refused := w.ledger.beat(m.heartbeat(false)); refused {
+		return w.beat(m)
+	}
+	m.beaten = w.ledger.now
+	return false
+}
+
+// beat exchanges what is known of the answers. It returns whether the ledger has lost data since
+// the last one.
+func (w *model) beat(m *modelMember) (behind bool) {
+	w.keep(m, strconv.Itoa(len(m.log))+"+")
+	if w.down {
+		return false
+	}
+	b := m.heartbeat(true)
 	if w.rules.strangers {
 		b.unnamed = 1
 	}
@@ -211,7 +241,8 @@ func (w *model) beat(m *modelMember) {
 			}}
 		}
 		m.blind, m.inside, m.beaten = 0, true, w.ledger.now
-		a := w.ledger.beat(b)
+		a, _ := w.ledger.beat(b)
+		b.at, behind = m.beaten, behind || a.behind
 		if named {
 			m.registered = true
 			if w.rules.memory {
@@ -219,7 +250,7 @@ func (w *model) beat(m *modelMember) {
 			}
 		}
 		if len(a.unnamed) == 0 {
-			return
+			return behind
 		}
 	}
 }
@@ -580,6 +611,8 @@ func (w *model) play() {
 	case sceneLose:
 		down := w.down
 		w.down = down || w.rnd.IntN(2) == 0
+		w.outage = w.outage || w.down
+		w.outage = w.outage || w.down
 		w.note("%s: a request; the ledger is out of reach: %t", m.name, w.down)
 		w.add(m, w.rnd.IntN(12), false)
 		w.fault(pick(w.rnd, faultFlush, faultLane, faultFailover))
@@ -598,6 +631,7 @@ func (w *model) refusal(m *modelMember) {
 	}
 	down := w.down
 	w.down = down || w.rnd.IntN(2) == 0
+	w.outage = w.outage || w.down
 	w.note("%s: a request; the ledger is out of reach: %t", m.name, w.down)
 	w.add(m, w.rnd.IntN(12), true)
 	w.fault(faultCopy)
@@ -677,6 +711,7 @@ func (w *model) fault(n int) {
 		lane.identity = strconv.Itoa(w.fresh())
 	default:
 		w.down = !w.down
+		w.outage = true
 		w.note("the ledger is out of reach: %t", w.down)
 		return
 	}
@@ -728,8 +763,10 @@ func (w *model) seal() *ledgerDecision {
 		back = back[:1] // the others are still to reach the ledger
 	}
 	w.down = false
-	for _, m := range back {
-		w.beat(m)
+	for i, m := range back {
+		if i == 0 || w.outage || w.rnd.IntN(4) > 0 { // else it beats next second
+			w.beat(m)
+		}
 	}
 	for _, m := range slices.Clone(back) {
 		if m == late {
@@ -775,11 +812,18 @@ func (w *model) seal() *ledgerDecision {
 	}
 	act := func(seconds float64) {
 		w.pass(seconds)
-		for _, m := range back {
-			if slices.Contains(w.members, m) {
-				w.beat(m)
-				w.clear(m)
+		behind := false
+		for i, m := range back {
+			switch {
+			case !slices.Contains(w.members, m):
+				continue
+			case i > 0 && !behind && w.rnd.IntN(4) == 0: // it beats next second
+			case w.rnd.IntN(2) == 0:
+				behind = w.turn(m) && w.rules.behind || behind
+			default:
+				behind = w.beat(m) && w.rules.behind || behind
 			}
+			w.clear(m)
 		}
 	}
 	for {
@@ -900,6 +944,8 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"what the last beat wrote", func(r *modelRules) { r.asOf = false }},
 		{"others come back", func(r *modelRules) { r.back = false }},
 		{"members that only refused ids", func(r *modelRules) { r.removed = false }},
+		{"others come back after a loss", func(r *modelRules) { r.behind = false }},
+		{"beats with all epochs", func(r *modelRules) { r.wholeBeats = false }},
 		{"numbers that were listed", func(r *modelRules) { r.listed = false }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -43,17 +43,24 @@ end
 // it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, 4
 // where it came to another sum than the one known here, or 5 where what it came to is not
 // known here; and that, or what each member has answered, for this one to write again
-// should it be lost. Last come the newest epochs that this member did not name, for its
-// next beat: it is to remember those of others as well.
+// should it be lost. Then come the newest epochs that this member did not name, for its
+// next beat: it is to remember those of others as well; and last whether the ledger has lost
+// data since the last beat of this member.
+//
+// A beat that does not name all epochs of the member is not taken then, and answered by one
+// number: the ledger would have from it that the member has opened a later epoch, but not
+// what it has answered in those before, and take it for one without a part in them.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
-var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaAnswers + `
+var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + `
 local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
+local behind = lost(KEYS[1], me, ARGV[11])
+if behind and ARGV[12] ~= '1' then return {now} end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -112,7 +119,7 @@ local function takes(key, name)
   return true
 end
 local states, answers, named, unnamed = {}, {}, {}, {}
-local arg = 11
+local arg = 13
 for i = 8, #KEYS do
   local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
   local first = arg + 10
@@ -161,7 +168,7 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {now, leader == me and 1 or 0, others, odd, strange, states, answers, unnamed}
+return {now, leader == me and 1 or 0, others, odd, strange, states, answers, unnamed, behind and 1 or 0}
 `)
 
 // reportScript says that the member has left the epoch, and what it has answered in it:

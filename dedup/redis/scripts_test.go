@@ -315,10 +315,10 @@ func (w *twins) beat() {
 	b := ledgerBeat{
 		me: pick(rnd, "a", "b", "c"), claims: rnd.IntN(4) > 0, window: pick(rnd, "10000", "10000", "10000", "20000"),
 		unsettled: pick(rnd, "", "", "", "1000000 1000000", "990000 1010000"), opened: pick(rnd, "", "1000000", "1000000", "1010000"),
-		unnamed: pick(rnd, 1, 2, 64),
+		unnamed: pick(rnd, 1, 2, 64), at: pick(rnd, -1, w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)), all: rnd.IntN(2) == 0,
 	}
 	k, keys := w.keys, []string(nil)
-	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed)}
+	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed), strconv.FormatInt(b.at, 10), flag(b.all)}
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseSpan(name)
@@ -349,13 +349,18 @@ func (w *twins) beat() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	want, refused := w.ledger.beat(b)
+	if len(out) == 1 || refused {
+		w.same(fmt.Sprintf("%+v", b), fmt.Sprint(len(out) == 1), fmt.Sprint(refused))
+		return
+	}
 	got, err := parseBeat(out, sent)
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	a := ledgerBeatAnswer{
 		leads: got.leads == 1, others: int(got.others), odd: got.odd, strange: got.strange,
-		states: got.states, known: got.answers, decided: make([]string, len(sent)),
+		states: got.states, known: got.answers, decided: make([]string, len(sent)), behind: got.behind,
 	}
 	for i, d := range got.decided {
 		if d != nil {
@@ -365,7 +370,7 @@ func (w *twins) beat() {
 	for _, s := range got.unnamed {
 		a.unnamed = append(a.unnamed, spanName(s))
 	}
-	w.same(fmt.Sprintf("%+v", b), fmt.Sprintf("%d %+v", got.now, a), fmt.Sprintf("%d %+v", w.ledger.now, w.ledger.beat(b)))
+	w.same(fmt.Sprintf("%+v", b), fmt.Sprintf("%d %+v", got.now, a), fmt.Sprintf("%d %+v", w.ledger.now, want))
 }
 
 // reasoned returns a decision without its reason, which the model does not have: there must
