@@ -402,7 +402,9 @@ func TestAllEpochsAreWrittenAgainEachSecondHoweverShortTheyAre(t *testing.T) {
 		<-ended
 	}()
 	testproc.Until(t, "the epoch is registered", func() bool { return g.rowOf(m, s) != "" })
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Del().Key(m.keys.ofEpoch(s)).Build()).Error() })
+	g.do(func(ctx context.Context) error {
+		return g.client.Do(ctx, g.client.B().Del().Key(m.keys.ofEpoch(s)).Build()).Error()
+	})
 	testproc.Within(t, 10*beatEvery, "the epoch is written again", func() bool {
 		nudge(m.wake)
 		return g.rowOf(m, s) == "3+"
