@@ -661,6 +661,38 @@ func TestRedisKeysAreBoundedWhileRedisIsAway(t *testing.T) {
 	}
 }
 
+// TestRedisAKeyThatGetsRoomKeepsItsIDs: an attempt is sent while its key has no room, Redis
+// goes away, and the attempt is made again when the key has room. Its id is added under the
+// key later.
+func TestRedisAKeyThatGetsRoomKeepsItsIDs(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen = true })
+	e := settest.NewEpochs(t, r)
+	wantAs(t, r, e, 0, "41", "", "", dedup.Unique)
+	server.pause()
+	in, _ := e.Enter(e.At(0), 0)
+	items := []dedup.Item{{ID: []byte("42"), Options: &dedup.Options{Under: []byte("key"), Token: []byte("T")}}}
+	r.Keys(items)
+	var en encoded
+	h, m := r.name(&en, &items[0], true)
+	_, a, err := r.lanes[h>>r.shift].add(in.Epoch, in.Epoch.State.(*redisEpoch), items[0].Key, &en, m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if <-a.done; !errors.Is(a.err, dedup.ErrTooManyKeys) {
+		t.Errorf("without room: %v", a.err)
+	}
+	in.Leave(counter.Void)
+	wantAs(t, r, e, 0, "42", "key", "T", dedup.Unique)
+	server.resume()
+	untilSettled(t, r)
+	testproc.Until(t, "Redis answers again", func() bool { ready, reason := r.Health(); return ready && reason == "" })
+	wantAs(t, r, e, 0, "42", "key", "T", dedup.Replayed)
+	if got := keysOf(t, e, r, 0); got != "2 true 1/1 key=1" {
+		t.Errorf("sealed %s", got)
+	}
+}
+
 // TestRedisABatchThatFailsLeavesNothing: a set is gone, so the batch is given up after it
 // has written.
 func TestRedisABatchThatFailsLeavesNothing(t *testing.T) {

@@ -429,7 +429,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 		le.log.unsent(r, logged(enc, m))
 		l.flush(s)
 	default:
-		if en.phase == queued {
+		if en.phase == queued || en.named != nil && en.named.full { // there is room now
 			en.named = m
 		}
 		l.step(en, eventAnsweredAlone, nil)
