@@ -77,7 +77,8 @@ func (r *Set) countUnder(e *counter.Epoch, under string) {
 }
 
 // hasRoom reports whether an id under a key may be new. All keys that this instance has
-// counted are in Redis: if there is no room here for another one, there is none there.
+// counted are in Redis: if there is no room here for another one, there is none there. An id
+// with a token is asked about nevertheless: a retry from the window before needs no room.
 func (r *Set) hasRoom(e *counter.Epoch, under []byte) bool {
 	return len(under) == 0 || !e.Keys().Full() || e.Keys().Find(r.keyHash(under), under) != nil
 }

@@ -547,6 +547,61 @@ func TestRedisMaxKeys(t *testing.T) {
 	}
 }
 
+// TestRedisRetryNeedsNoRoom: a retry from the window before is recognised where there is no
+// room, at either instance, for its key or for further ids. Another attempt, also one that
+// was sent first, is refused, and counts nothing.
+func TestRedisRetryNeedsNoRoom(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		full   error
+		change func(*Config)
+		taken  []string // keys, of an id each
+	}{
+		{"keys", dedup.ErrTooManyKeys, func(c *Config) { c.MaxKeys = 2 }, []string{"key 1", "key 2"}},
+		{"ids", dedup.ErrFull, func(c *Config) { c.MaxIDs = 3 }, []string{"key 1", "key 1", "key 1"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			server := startRedis(t)
+			a, b := newRedis(t, server.Addr, patient, c.change), newRedis(t, server.Addr, patient, c.change)
+			ea := settest.Epochs{Epochs: epochtest.NewWithin(t, a, a.cfg.MaxKeys)}
+			eb := settest.Epochs{Epochs: epochtest.NewWithin(t, b, b.cfg.MaxKeys)}
+			wantAs(t, a, ea, 0, "42", "first", "T", dedup.Unique)
+			for i, key := range c.taken {
+				wantAs(t, a, ea, 1, fmt.Sprint(i), key, "", dedup.Unique)
+			}
+			for _, at := range []struct {
+				r *Set
+				e settest.Epochs
+			}{{a, ea}, {b, eb}} {
+				for range 2 {
+					wantAs(t, at.r, at.e, 1, "42", "first", "T", dedup.ReplayedBefore)
+					for _, token := range []string{"", "U"} {
+						if v, err := addAs(t, at.r, at.e, 1, "42", "first", token); v != dedup.Full || !errors.Is(err, c.full) {
+							t.Errorf("token %q: got %v, %v; want %v", token, v, err, c.full)
+						}
+					}
+				}
+				in, _ := at.e.Enter(at.e.At(1), 0)
+				var items []dedup.Item // of one batch: they wait for each other
+				for _, token := range []string{"U", "", "T", "V", "T"} {
+					items = append(items, dedup.Item{ID: []byte("42"), Options: &dedup.Options{Under: []byte("first"), Token: []byte(token)}})
+				}
+				at.r.Keys(items)
+				got := make([]dedup.Verdict, len(items))
+				_ = at.r.AddMany(in.Epoch, items, got)
+				in.LeaveMany(0, 0, 1)
+				if want := []dedup.Verdict{dedup.Full, dedup.Full, dedup.ReplayedBefore, dedup.Full, dedup.ReplayedBefore}; !slices.Equal(got, want) {
+					t.Errorf("together: got %v, want %v", got, want)
+				}
+			}
+			want := map[string]string{"keys": "2 true 2/2 key 1=1 key 2=1", "ids": "3 true 3/3 key 1=3"}[c.name]
+			if got := keysOf(t, eb, b, 1); got != want {
+				t.Errorf("sealed %s, want %s", got, want)
+			}
+		})
+	}
+}
+
 // TestRedisRetryWhileRedisIsAway: with fail open an instance recognises the attempts that it
 // has answered itself; otherwise a retry waits.
 func TestRedisRetryWhileRedisIsAway(t *testing.T) {
@@ -581,6 +636,60 @@ func TestRedisRetryWhileRedisIsAway(t *testing.T) {
 				t.Errorf("sealed %s", got)
 			}
 		})
+	}
+}
+
+// TestRedisKeysAreBoundedWhileRedisIsAway: with fail open, an id with a token under a further
+// key is refused, whoever waits for Redis and whoever does not.
+func TestRedisKeysAreBoundedWhileRedisIsAway(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen, c.MaxKeys = true, 1 })
+	e := settest.Epochs{Epochs: epochtest.NewWithin(t, r, 1)}
+	wantAs(t, r, e, 0, "42", "key", "T", dedup.Unique)
+	server.pause()
+	for n := range 3 {
+		if v, err := addAs(t, r, e, 0, "42", "further", "T"); v != dedup.Full || !errors.Is(err, dedup.ErrTooManyKeys) {
+			t.Errorf("attempt %d: got %v, %v; want %v", n, v, err, dedup.ErrTooManyKeys)
+		}
+	}
+	wantAs(t, r, e, 0, "42", "key", "T", dedup.Replayed)
+	wantAs(t, r, e, 0, "43", "key", "T", dedup.Unique)
+	server.resume()
+	untilSettled(t, r)
+	if got := keysOf(t, e, r, 0); got != "2 true 2/2 key=2" {
+		t.Errorf("sealed %s", got)
+	}
+}
+
+// TestRedisAKeyThatGetsRoomKeepsItsIDs: an attempt is sent while its key has no room, Redis
+// goes away, and the attempt is made again when the key has room. Its id is added under the
+// key later.
+func TestRedisAKeyThatGetsRoomKeepsItsIDs(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen = true })
+	e := settest.NewEpochs(t, r)
+	wantAs(t, r, e, 0, "41", "", "", dedup.Unique)
+	server.pause()
+	in, _ := e.Enter(e.At(0), 0)
+	items := []dedup.Item{{ID: []byte("42"), Options: &dedup.Options{Under: []byte("key"), Token: []byte("T")}}}
+	r.Keys(items)
+	var en encoded
+	h, m := r.name(&en, &items[0], true)
+	_, a, err := r.lanes[h>>r.shift].add(in.Epoch, in.Epoch.State.(*redisEpoch), items[0].Key, &en, m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if <-a.done; !errors.Is(a.err, dedup.ErrTooManyKeys) {
+		t.Errorf("without room: %v", a.err)
+	}
+	in.Leave(counter.Void)
+	wantAs(t, r, e, 0, "42", "key", "T", dedup.Unique)
+	server.resume()
+	untilSettled(t, r)
+	testproc.Until(t, "Redis answers again", func() bool { ready, reason := r.Health(); return ready && reason == "" })
+	wantAs(t, r, e, 0, "42", "key", "T", dedup.Replayed)
+	if got := keysOf(t, e, r, 0); got != "2 true 1/1 key=1" {
+		t.Errorf("sealed %s", got)
 	}
 }
 

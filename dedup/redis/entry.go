@@ -89,7 +89,7 @@ type recipients uint8
 const (
 	noneAnswered    recipients = iota
 	attemptAnswered            // those that make its attempt; others are sent on their own
-	thereAnswered              // the same, and those without a token: the id is in the epoch
+	thereAnswered              // the same, and those without a token: the id is in the epoch, or has no room there
 	allAnswered
 )
 
@@ -100,7 +100,7 @@ type effects struct {
 	known       bool // a repeat of the id costs no trip from now on
 	to          recipients
 	first, then dedup.Verdict // for the first of its attempt, and for the others; for all: first
-	err         error         // for all
+	err         error         // of the requests that get an answer
 }
 
 // on is the only code that changes the state of an entry. An event that cannot happen in
@@ -173,10 +173,10 @@ func (s state) onFlying(e event) (state, effects) {
 		return s, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}
 	case eventFarBehind:
 		return s, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}
-	case eventFull:
-		return s, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrFull}
+	case eventFull: // another attempt may be a retry from the window before
+		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrFull}
 	default:
-		return s, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrTooManyKeys}
+		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrTooManyKeys}
 	}
 }
 

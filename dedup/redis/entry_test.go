@@ -41,8 +41,8 @@ var steps = []struct {
 	{flying, no, anyWaits, []event{eventBefore}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.ReplayedBefore, then: dedup.ReplayedBefore}},
 	{flying, no, anyWaits, []event{eventBehind}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}},
 	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, anyWaits, []event{eventFull}, state{phase: settled}, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrFull}},
-	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: settled}, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrTooManyKeys}},
+	{flying, no, anyWaits, []event{eventFull}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrFull}},
+	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrTooManyKeys}},
 
 	{untold, any2, anyWaits, []event{eventWithdrawn}, state{phase: taking}, effects{}},
 	{untold, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: untold, alone: true}, effects{}},

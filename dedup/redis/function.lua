@@ -267,12 +267,14 @@ local function sorted(list)
 end
 
 -- count adds new ids to the counts of their keys. An id under a key for which there is no
--- room gets the code 9.
+-- room gets the code 9; \0 stands before a key for which the session has none.
 local function count(hash, list, codes, held, undo, max)
   local more, keys = {}, {}
   for i = 1, #codes do
     local key = list[4 * i]
-    if codes[i] == '1' and key ~= '' then
+    if codes[i] == '1' and sub(key, 1, 1) == '\0' then
+      codes[i] = '9'
+    elseif codes[i] == '1' and key ~= '' then
       if not more[key] then keys[#keys + 1] = key end
       more[key] = (more[key] or 0) + 1
     end

@@ -84,13 +84,21 @@ type token [16]byte
 type named struct {
 	under string // the key; empty: none
 	token token
+	full  bool   // a new id has no room under the key: only a retry has an answer
 	log   []byte // as it stands in the log: kindNamed, length, and a string each, behind its length: the id with its kind, token, key
 }
 
-// newNamed makes the one of an id.
-func newNamed(key [2]uint64, en *encoded, o *dedup.Options) *named {
-	m := &named{under: string(o.Under)}
-	size := headerLen + 3 + int(en.n) + len(o.Under)
+// fullKey stands before a key for which there is no room.
+const fullKey = "\x00"
+
+// newNamed makes the one of an id. full: see named.
+func newNamed(key [2]uint64, en *encoded, o *dedup.Options, full bool) *named {
+	m := &named{under: string(o.Under), full: full}
+	name := m.under
+	if full {
+		name = fullKey + name
+	}
+	size := headerLen + 3 + int(en.n) + len(name)
 	if len(o.Token) > 0 {
 		text := make([]byte, 0, 256)
 		text = binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(text, key[0]), key[1])
@@ -105,7 +113,7 @@ func newNamed(key [2]uint64, en *encoded, o *dedup.Options) *named {
 	} else {
 		m.log = append(m.log, 0)
 	}
-	m.log = append(append(m.log, byte(len(m.under))), m.under...)
+	m.log = append(append(m.log, byte(len(name))), name...)
 	m.log[1] = byte(len(m.log) - headerLen)
 	return m
 }

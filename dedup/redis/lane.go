@@ -391,7 +391,7 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 	switch fx.to {
 	case attemptAnswered, thereAnswered:
-		l.conclude(en, fx.first, fx.then, fx.to == thereAnswered)
+		l.conclude(en, fx)
 	case allAnswered:
 		l.answerAll(en, fx.first, fx.err)
 	}
@@ -413,6 +413,8 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	}
 	le := &s.lanes[l.i]
 	switch {
+	case m != nil && m.full:
+		return dedup.Repeat, dedup.ErrTooManyKeys
 	case !le.log.room(r):
 		return dedup.Repeat, errLog
 	case en != nil && en.phase != queued && en.phase != settled && !sameAttempt(en.named, m) && !r.cfg.Local.Knows(s.view, key.id):
@@ -426,7 +428,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 		le.log.unsent(r, logged(enc, m))
 		l.flush(s)
 	default:
-		if en.phase == queued {
+		if en.phase == queued || en.named != nil && en.named.full { // there is room now
 			en.named = m
 		}
 		l.step(en, eventAnsweredAlone, nil)
@@ -495,19 +497,20 @@ func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
 }
 
 // conclude answers the attempt that en, which is settled, was sent for: the first request
-// that waits with first, and the others with then. there: the id is in the epoch, so a
-// request without a token is a repeat. Other attempts are sent on their own. l.mu is held.
-func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
-	v := first
+// that waits as fx.first, and the others as fx.then. Requests without a token are repeats
+// where the id is in the epoch, and all of these have fx.err where it has no room there.
+// Other attempts are sent on their own. l.mu is held.
+func (l *lane) conclude(en *entry, fx effects) {
+	v := fx.first
 	var others, last *ask
 	for a := en.asks; a != nil; {
 		beside := a.beside
 		switch {
 		case sameAttempt(en.named, a.named):
-			l.answer(a, v, nil)
-			v = then
-		case there && !a.named.hasToken():
-			l.answer(a, dedup.Repeat, nil)
+			l.answer(a, v, fx.err)
+			v = fx.then
+		case fx.to == thereAnswered && !a.named.hasToken():
+			l.answer(a, dedup.Repeat, fx.err)
 		default:
 			a.beside = nil
 			if others == nil {

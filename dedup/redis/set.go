@@ -378,9 +378,11 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 		var h uint64
 		if o == nil {
 			h = en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
-		} else if h, m = r.name(&en, &items[i]); !r.hasRoom(e, o.Under) {
+		} else if full := !r.hasRoom(e, o.Under); full && len(o.Token) == 0 {
 			verdicts[i], err = r.outcome(0, dedup.ErrTooManyKeys, err)
 			continue
+		} else {
+			h, m = r.name(&en, &items[i], full)
 		}
 		l := &r.lanes[h>>r.shift]
 		v, a, cause := l.add(e, s, items[i].Key, &en, m)
@@ -414,8 +416,8 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	return err
 }
 
-// name encodes an id whose request may have named a key or a token.
-func (r *Set) name(en *encoded, item *dedup.Item) (hash uint64, m *named) {
+// name encodes an id whose request may have named a key or a token. full: see named.
+func (r *Set) name(en *encoded, item *dedup.Item, full bool) (hash uint64, m *named) {
 	o := item.Options
 	if len(o.Under) > 0 {
 		hash = en.encodeUnder(r.hash, o.Under, item.ID)
@@ -423,7 +425,7 @@ func (r *Set) name(en *encoded, item *dedup.Item) (hash uint64, m *named) {
 		hash = en.encode(r.hash, item.Key.IsDecimal(), item.ID)
 	}
 	if len(o.Under)+len(o.Token) > 0 {
-		m = newNamed(r.hash, en, o)
+		m = newNamed(r.hash, en, o, full)
 	}
 	return hash, m
 }

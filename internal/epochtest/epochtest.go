@@ -50,8 +50,11 @@ type Epochs struct {
 
 // New seals the counter when the test is over, and waits until every epoch is retired: a
 // store that was made before can then be closed.
-func New(t testing.TB, s counter.Store) Epochs {
-	c, err := counter.New(counter.Config{Window: Window, Store: s, Publisher: Nobody{}})
+func New(t testing.TB, s counter.Store) Epochs { return NewWithin(t, s, 0) }
+
+// NewWithin is New with at most so many keys in an epoch; 0: the default.
+func NewWithin(t testing.TB, s counter.Store, maxKeys int) Epochs {
+	c, err := counter.New(counter.Config{Window: Window, Store: s, Publisher: Nobody{}, MaxKeys: maxKeys})
 	if err != nil {
 		t.Fatal(err)
 	}
