@@ -120,7 +120,7 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	switch {
 	case errors.Is(err, errTooManyIDs):
 		return err
-	case err != nil:
+	case err != nil, f == formatEvent && len(b.items) == 0: // space alone is no event
 		return errBadBatch
 	}
 	return b.admit(shared)
@@ -356,7 +356,8 @@ func (b *batch) object() error {
 }
 
 // event reads a CloudEvent (version 1.0, JSON format): the id counted is its source, a
-// space, and its id, which together tell events apart (section 3.1 there).
+// space, and its id, which together tell events apart (section 3.1 there). A source is a
+// reference of a URI, which holds no space: with one, two events could have the same id.
 func (b *batch) event() error {
 	var source, id []byte
 	var version, kind bool
@@ -379,7 +380,7 @@ func (b *batch) event() error {
 	if err != nil {
 		return err
 	}
-	if required != 4 || !version || !kind || len(source) == 0 || len(id) == 0 {
+	if required != 4 || !version || !kind || len(source) == 0 || bytes.IndexByte(source, ' ') >= 0 || len(id) == 0 {
 		return b.add(item{})
 	}
 	from := len(b.scratch.b)

@@ -87,6 +87,10 @@ func TestBatchHasAVerdictForEachItem(t *testing.T) {
 			`[{"specversion":"1.0","type":"t","source":"/a","id":"1"},{"specversion":"1.0","type":"t","source":"/b","id":"1","data":{"id":"x"}},
 			{"id":"1","source":"/a","type":"u","specversion":"1.0"},{"type":"t","source":"/a","id":"2"},{"specversion":"1.0","type":"t","id":"2"},"1"]`,
 			"ok ok duplicate bad-id bad-id bad-id", "bad-id bad-id bad-id bad-id bad-id bad-id"},
+		{"events whose source and id are divided by another space", "application/cloudevents-batch+json",
+			`[{"specversion":"1.0","type":"t","source":"/a","id":"b c"},{"specversion":"1.0","type":"t","source":"/a b","id":"c"},
+			{"specversion":"1.0","type":"t","source":"/a\u0020b","id":"d"},{"specversion":"1.0","type":"t","source":"/a","id":"b c"}]`,
+			"ok bad-id bad-id duplicate", "bad-id bad-id bad-id bad-id"},
 		{"one event", "application/cloudevents+json; charset=UTF-8", `{"specversion":"1.0","type":"t","source":"/a","id":"1"}`, "ok", "bad-id"},
 	} {
 		for _, uint64IDs := range []bool{false, true} {
@@ -179,6 +183,7 @@ func TestBatchThatIsRefusedCountsNothing(t *testing.T) {
 		{"a leading zero", "", "application/json", "", `["1",01]`, 400},
 		{"a bad line", "", "application/x-ndjson", "", "\"1\"\n{", 400},
 		{"two events", "", "application/cloudevents+json", "", `{"id":"1"}{"id":"2"}`, 400},
+		{"no event", "", "application/cloudevents+json", "", " \n", 400},
 		{"an event that is no object", "", "application/cloudevents-batch+json", "", `{}`, 400},
 		{"an id in the query as well", "?id=1", "text/plain", "", "1\n2", 400},
 		{"a bad id in the query as well", "?id=", "text/plain", "", "1\n2", 400},
