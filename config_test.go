@@ -69,7 +69,7 @@ func badSettings(t *testing.T) []badSetting {
 	add("max-batch-ids", "0", "-1", "1000001", "x")
 	add("max-batch-bytes", "0", "-1", "67108865", "x")
 	add("max-keys", "0", "-1", "x")
-	add("cors-origin", "example.com", "https://example.com/", "null")
+	add("cors-origin", "example.com", "https://example.com/", "null", "https://*.example.com", "https://example.com:443")
 	add("slow-timeout", "0", "-1s", "1us", "1000h")
 	add("idle-timeout", "0", "-1s", "1us")
 	add("shutdown-timeout", "0", "-1s", "x")

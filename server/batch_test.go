@@ -545,9 +545,25 @@ func TestCORS(t *testing.T) {
 		}
 		s.stop()
 	}
-	for _, bad := range []string{"", "a.example", "https://a.example/", "https://a.example/x", "null"} {
+}
+
+// TestOriginsThatNoBrowserSendsAreRefused: they would never be allowed, without a word.
+func TestOriginsThatNoBrowserSendsAreRefused(t *testing.T) {
+	for _, bad := range []string{
+		"", "a.example", "https://a.example/", "https://a.example/x", "null", "HTTPS://a.example",
+		"https://*.a.example", "https://*", "chrome-extension://*", "https://A.example", "https://bücher.example",
+		"https://a.example:443", "http://a.example:80", "https://a.example:", "https://a.example:0", "https://a.example:08443", "https://a.example:65536",
+	} {
 		if checkOrigin(bad) == nil {
 			t.Errorf("%q is taken for an origin", bad)
+		}
+	}
+	for _, good := range []string{
+		"*", "https://a.example", "http://a.example:443", "https://a.example:80", "http://localhost:3000", "https://[::1]:8443",
+		"https://xn--bcher-kva.example", "chrome-extension://abcdefgh", "safari-web-extension://3F33-A",
+	} {
+		if err := checkOrigin(good); err != nil {
+			t.Errorf("%q: %v", good, err)
 		}
 	}
 }

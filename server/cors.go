@@ -4,6 +4,8 @@ import (
 	"errors"
 	"net/url"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/valyala/fasthttp"
 )
@@ -19,7 +21,8 @@ const exposed = "Verve-Reason, Verve-Replayed, Verve-Window, Retry-After"
 // that Chromium takes.
 const preflightAge = "7200"
 
-// checkOrigin checks an entry of the allow-list: "*", or an origin as browsers send it.
+// checkOrigin checks an entry of the allow-list: "*", or an origin as browsers send it, byte
+// by byte. One in another spelling would never be allowed.
 func checkOrigin(origin string) error {
 	if origin == "*" {
 		return nil
@@ -28,7 +31,28 @@ func checkOrigin(origin string) error {
 	if err != nil || u.Scheme == "" || u.Host == "" || origin != u.Scheme+"://"+u.Host {
 		return errors.New("want * or an origin such as https://example.com, without a path")
 	}
+	if strings.Contains(u.Host, "*") {
+		return errors.New("want * alone for all origins, or each by itself: there are no patterns")
+	}
+	if u.Scheme != "http" && u.Scheme != "https" {
+		return nil // of an extension
+	}
+	for _, c := range []byte(u.Host) {
+		if 'A' <= c && c <= 'Z' || c >= 0x80 {
+			return errors.New("want the host as browsers send it, in lower case, other letters than a to z as xn--…")
+		}
+	}
+	if strings.HasSuffix(u.Host, ":") || u.Port() != "" && !sentPort(u.Scheme, u.Port()) {
+		return errors.New("want a port only if it is not that of http (80) or https (443), up to 65535")
+	}
 	return nil
+}
+
+// sentPort reports whether browsers send a port with an origin.
+func sentPort(scheme, port string) bool {
+	n, err := strconv.ParseUint(port, 10, 16)
+	standard := map[string]uint64{"http": 80, "https": 443}[scheme]
+	return err == nil && n > 0 && n != standard && strconv.FormatUint(n, 10) == port
 }
 
 // allowOrigin lets the page that sent the request read its answer, if its origin is on
