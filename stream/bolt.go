@@ -297,10 +297,10 @@ func (b *boltStore) check(tx *bolt.Tx) error {
 		}
 		return err
 	})
-	if err != nil {
-		return err
+	if err == nil {
+		b.keyFiles.sweep(used)
 	}
-	return b.keyFiles.sweep(used)
+	return err
 }
 
 // keyFileOf returns the file that has the keys of the record under k; its index is 0: none has.

@@ -189,24 +189,19 @@ func (k *keyFiles) remove(f keyFile) {
 	pace.Rest()
 }
 
-// sweep removes what nothing refers to.
-func (k *keyFiles) sweep(used map[string]bool) error {
-	entries, err := os.ReadDir(k.dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
+// sweep removes what nothing refers to. Where it cannot, a later start does.
+func (k *keyFiles) sweep(used map[string]bool) {
+	entries, _ := os.ReadDir(k.dir)
 	for _, e := range entries {
 		if strings.HasSuffix(e.Name(), keyFileSuffix) && !used[e.Name()] {
-			_ = os.Remove(filepath.Join(k.dir, e.Name())) // else a later start does
-			k.step()
+			_ = os.Remove(filepath.Join(k.dir, e.Name()))
 		}
 	}
-	return err
 }
 
 // setAside renames the directory if there is something in it, and returns the new name.
 func (k *keyFiles) setAside(suffix string) (name string, err error) {
-	if err := os.Remove(k.dir); err == nil || errors.Is(err, fs.ErrNotExist) {
+	if entries, err := os.ReadDir(k.dir); errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
 		return "", nil
 	}
 	name = k.dir + suffix
