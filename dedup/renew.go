@@ -52,11 +52,22 @@ func (m *Memory) keep(ctx context.Context) {
 		case <-tick.C:
 			if j.broken.Load() != nil {
 				m.renew(j)
-			} else if j.syncMost() == nil {
+			} else if j.noticeRemoval() == nil && j.syncMost() == nil {
 				_ = j.trim() // a file too many; a fault is kept in broken
 			}
 		}
 	}
+}
+
+// noticeRemoval fails a journal whose directory was removed, or moved, while it runs: syncs
+// of the files that it has open succeed, and no later process finds them. Another directory
+// in its place may be that of another process, which is left alone.
+func (j *journal) noticeRemoval() error {
+	if !j.isNew() {
+		return nil
+	}
+	j.moved = true
+	return j.fail(fmt.Errorf("%s was removed while the server runs", j.dir))
 }
 
 // doubt marks the slots of a failed journal: a process that starts before their epochs are

@@ -50,6 +50,51 @@ func (p *life) keep() {
 	p.stop = func() { end(); stop(); running.Wait() }
 }
 
+// TestRemovedDirectoryIsNoticed: what is written to files without a name is not kept, so ids are
+// refused, with the reason, until the next window begins in a directory that is made anew.
+func TestRemovedDirectoryIsNoticed(t *testing.T) {
+	for name, remove := range map[string]func(dir string) error{
+		"removed": os.RemoveAll,
+		"moved":   func(dir string) error { return os.Rename(dir, dir+".elsewhere") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var d disk
+				cfg := d.config(filepath.Join(t.TempDir(), "data", "epochs"))
+				base := time.Now()
+				l := newFakeSpool(t)
+				p := live(t, cfg, time.Minute, l)
+				p.keep()
+				p.want(time.Now(), "0", Unique)
+				time.Sleep(2 * syncEvery)
+				p.want(time.Now(), "1", Unique)
+				if err := remove(cfg.Dir); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(2 * syncEvery)
+				synctest.Wait()
+				if _, _, err := p.add(time.Now(), "2"); !errors.Is(err, ErrUnavailable) || !strings.Contains(p.m.Stats().Problem, "was removed") {
+					t.Errorf("got %v, problem %q", err, p.m.Stats().Problem)
+				}
+				time.Sleep(time.Until(base.Add(time.Minute)))
+				_, _, _ = p.add(time.Now(), "3") // turns the epoch
+				time.Sleep(2 * syncEvery)
+				synctest.Wait()
+				p.want(time.Now(), "0", Unique)
+				if s := p.m.Stats(); s.Problem != "" || d.failures.Load() != 1 || d.repairs.Load() != 1 {
+					t.Errorf("problem %q, told %d times of failure, %d of repair", s.Problem, d.failures.Load(), d.repairs.Load())
+				}
+				p.kill()
+
+				p = live(t, cfg, time.Minute, l)
+				p.want(time.Now(), "0", Repeat)
+				p.want(time.Now(), "1", Unique)
+				p.kill()
+			})
+		})
+	}
+}
+
 // TestFailedJournalIsReplaced: a disk that fails makes every id of the window
 // refused, whatever it is, and what was answered is published. When it is back the
 // next window takes ids, and keeps them: without a restart.
