@@ -490,9 +490,3 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 }
-
-// resultCount is one line of a table of outcomes.
-type resultCount struct {
-	Result string `json:"result"`
-	Count  uint64 `json:"count"`
-}
