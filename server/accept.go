@@ -12,6 +12,9 @@ import (
 	"verve/server/callback"
 )
 
+// noBody is fasthttp's content length of a request that says nothing of a body.
+const noBody = -2
+
 var (
 	bodyOK     = []byte("ok")
 	bodyFailed = []byte("failed")
@@ -73,7 +76,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	if s.preflight(ctx) {
 		return
 	}
-	page := s.allowOrigin(ctx)
+	fromPage := s.allowOrigin(ctx)
 	switch {
 	case !h.IsGet() && !h.IsPost():
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, POST")
@@ -119,7 +122,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
 	// The next request may be the same but for its id: the fast path answers it.
-	if a.plain && !page && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
+	if a.plain && !fromPage && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
 }
@@ -254,6 +257,3 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	setHead(&ctx.Response)
 	ctx.Response.SetBodyRaw(bodyOK)
 }
-
-// noBody is fasthttp's content length of a request that says nothing of a body.
-const noBody = -2

@@ -463,14 +463,7 @@ func (c *conn) remove() {
 // sweep ends the connections whose phase has lasted too long, until stop.
 func (l *listener) sweep(stop <-chan struct{}) {
 	began := time.Now()
-	tick := time.NewTicker(sweepInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-stop:
-			return
-		case <-tick.C:
-		}
+	every(sweepInterval, stop, func() {
 		now := time.Since(began)
 		l.now.Store(int64(now))
 		l.mu.Lock()
@@ -479,7 +472,7 @@ func (l *listener) sweep(stop <-chan struct{}) {
 		}
 		l.mu.Unlock()
 		l.giveBack(now)
-	}
+	})
 }
 
 func (c *conn) sweep(now time.Duration) {

@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/rs/zerolog"
+
+	"verve/counter"
 )
 
 // history is the windows that were closed last. With a path it outlives the
@@ -24,6 +27,39 @@ type history struct {
 	windows []window // oldest first; the last maxWindows of them are shown
 	lines   int      // in the file
 	failed  bool     // the file lacks windows, and the log has that
+}
+
+// window is one line of /api/windows.
+type window struct {
+	Start      time.Time `json:"window_start"`
+	MS         int64     `json:"window_ms"`
+	Unique     uint64    `json:"unique"`
+	Duplicates uint64    `json:"duplicates"`
+	Keys       int       `json:"keys,omitempty"` // with ids; 0: no key was used
+	Complete   bool      `json:"complete"`
+	Exact      bool      `json:"exact"`
+	State      string    `json:"state,omitempty"` // open, sealed, spooled, delivered; given when it is shown
+
+	// WholeGroup is there if the ids of the group are counted together: the other
+	// figures are those of this instance.
+	WholeGroup *groupWindow `json:"whole_group,omitempty"`
+
+	restored bool // an earlier process closed it
+
+	// largest are the largest keys, the largest first: of the whole group if its record
+	// has any, else of this instance. They are in memory only, see keptKeys; forgotten:
+	// they, or those of a part of the window, are not there any more.
+	largest   []counter.KeyCount
+	forgotten bool
+}
+
+// groupWindow is what a window came to in the whole group; of the open one, what
+// is known of it so far.
+type groupWindow struct {
+	Unique   uint64 `json:"unique"`
+	Keys     int    `json:"keys,omitempty"`
+	Complete bool   `json:"complete"`
+	Exact    bool   `json:"exact"`
 }
 
 // historyLine is a line of the file.

@@ -231,20 +231,14 @@ func newLive(a *Admin) *live {
 
 // run samples the rates and tells the pages until ctx ends.
 func (l *live) run(ctx context.Context) {
-	tick := time.NewTicker(l.tick)
-	defer tick.Stop()
 	l.sample(time.Now())
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case now := <-tick.C:
-			if now.Sub(l.sampled) >= liveRate-l.tick/2 {
-				l.sample(now)
-			}
-			l.broadcast(now)
+	every(l.tick, ctx.Done(), func() {
+		now := time.Now()
+		if now.Sub(l.sampled) >= liveRate-l.tick/2 {
+			l.sample(now)
 		}
-	}
+		l.broadcast(now)
+	})
 }
 
 // sample adds the rates since the last sample.
@@ -489,10 +483,4 @@ func (l *live) stream(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 	}
-}
-
-// resultCount is one line of a table of outcomes.
-type resultCount struct {
-	Result string `json:"result"`
-	Count  uint64 `json:"count"`
 }

@@ -107,6 +107,12 @@ func (e exposition) histogram(name, help string, h histogram) {
 	h.set.WritePrometheus(e.w)
 }
 
+// resultCount is one line of a table of outcomes.
+type resultCount struct {
+	Result string `json:"result"`
+	Count  uint64 `json:"count"`
+}
+
 // acceptResults are the answers of the accept route; the names are part of the
 // contract.
 func (s *Server) acceptResults() []resultCount {

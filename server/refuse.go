@@ -150,20 +150,6 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	return s.cfg.Log.WithLevel(level).Stringer("reason", r)
 }
 
-// logHiddenRegularly logs every refusalsEvery how many refusals were not logged.
-func (s *Server) logHiddenRegularly(stop <-chan struct{}) {
-	tick := time.NewTicker(refusalsEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-stop:
-			return
-		case <-tick.C:
-			s.logHiddenRefusals()
-		}
-	}
-}
-
 // refusalReason is the reason of a verdict of refusal.
 func refusalReason(v dedup.Verdict) reason {
 	if v == dedup.Full {

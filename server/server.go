@@ -222,7 +222,7 @@ func (quiet) Printf(string, ...any) {}
 // Serve answers requests until Shutdown, or until the listener is closed.
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
-	go s.logHiddenRegularly(s.stopSweep)
+	go every(refusalsEvery, s.stopSweep, s.logHiddenRefusals)
 	doored := make(chan error, 1)
 	go func() { doored <- s.http.Serve(s.door) }()
 	for {
@@ -282,6 +282,20 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	s.await(ctx, func() bool { return s.ln.open() == 0 }) // lingering closes
 	return nil
+}
+
+// every calls f once in each interval, until stop is closed.
+func every(interval time.Duration, stop <-chan struct{}, f func()) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+			f()
+		}
+	}
 }
 
 // await polls until done or the end of ctx.

@@ -66,15 +66,8 @@ func (c *Certificate) load() (changed bool, err error) {
 // certificate whose key is still to come, is logged once, and the old pair
 // stays.
 func (c *Certificate) Run(ctx context.Context) error {
-	tick := time.NewTicker(c.poll)
-	defer tick.Stop()
 	var last string
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
+	every(c.poll, ctx.Done(), func() {
 		changed, err := c.load()
 		switch {
 		case err != nil && err.Error() != last:
@@ -85,7 +78,8 @@ func (c *Certificate) Run(ctx context.Context) error {
 			last = ""
 			c.log.Info().Str("file", c.certFile).Time("not_after", c.current.Load().Leaf.NotAfter).Msg("new TLS certificate")
 		}
-	}
+	})
+	return nil
 }
 
 // notAfter is when the certificate in use expires.
