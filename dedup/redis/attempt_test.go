@@ -757,6 +757,25 @@ func TestRedisTokensOfTheWindowBeforeAreLost(t *testing.T) {
 	}
 }
 
+// TestRedisTokensThatAreLostAreRememberedIfMoreIsLost: a retry was counted again, as the tokens
+// of the window before were lost. That its window is not exact for that is in Redis, and known
+// to who counted it, should Redis lose that, too.
+func TestRedisTokensThatAreLostAreRememberedIfMoreIsLost(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, patient)
+	e := settest.NewEpochs(t, r)
+	wantAs(t, r, e, 0, "42", "", "T", dedup.Unique)
+	e.Want(t, r, 1, "first", dedup.Unique)
+	before := e.Last().State.(*redisEpoch).before
+	server.do("DEL", r.lanes[0].key+":"+before+":x")
+	wantAs(t, r, e, 1, "42", "", "T", dedup.Unique)
+	server.do("DEL", r.lanes[0].key)
+	e.Want(t, r, 1, "second", dedup.Unique) // which no token is looked up for
+	if n, exact := sealed(t, e, r, 1); n != 3 || exact {
+		t.Errorf("sealed %d, exact %v; want 3, false", n, exact)
+	}
+}
+
 // TestRedisRetriesAfterALoss: Redis loses everything again and again, under load. The ids
 // that are answered ok stay so, and the record has them, under their keys.
 func TestRedisRetriesAfterALoss(t *testing.T) {

@@ -111,7 +111,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	args = []string{
 		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
-		"-1", flag(all),
+		"-1", flag(all), flag(time.Now().After(l.yields)),
 	}
 	if !newest.IsZero() {
 		args[8] = unixMS(newest)

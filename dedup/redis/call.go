@@ -95,6 +95,10 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 		if !isRefusal(err) {
 			return answer{}, err
 		}
+		if m := deniedCommand.FindStringSubmatch(err.Error()); m != nil && m[1] == "fcall" && !r.script.Load() {
+			r.useScripts(err)
+			continue
+		}
 		// Loaded for the first time, or lost with FLUSHALL, a restart, or a node
 		// that is new to the cluster.
 		if attempt == 0 && !r.script.Load() && functionMissing(err) {
@@ -128,9 +132,7 @@ func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 		case err == nil:
 			loaded = true
 		case isRefusal(err) && (strings.Contains(err.Error(), "unknown command") || strings.HasPrefix(err.Error(), "NOPERM")):
-			if !r.script.Swap(true) {
-				r.cfg.Log.Info().Msg("this Redis refuses functions (" + firstLine(err) + "): scripts are used instead")
-			}
+			r.useScripts(err)
 			return nil
 		default: // perhaps a replica, which gets them from its master
 			last = err
@@ -140,6 +142,13 @@ func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 		return nil
 	}
 	return fmt.Errorf("loading the functions: %w", cmp.Or(last, dedup.ErrUnavailable))
+}
+
+// useScripts has scripts take the place of functions.
+func (r *Set) useScripts(why error) {
+	if !r.script.Swap(true) {
+		r.cfg.Log.Info().Msg("this Redis refuses functions (" + firstLine(why) + "): scripts are used instead")
+	}
 }
 
 func firstLine(err error) string {

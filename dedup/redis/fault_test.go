@@ -831,21 +831,25 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	}
 }
 
-// TestRedisScriptsTakeThePlaceOfFunctions where the user may not load them.
+// TestRedisScriptsTakeThePlaceOfFunctions where the user may not load them, or not call them.
 func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
-	server := startRedis(t)
-	server.do("ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "-function", "-fcall", "+info")
-	r := newRedis(t, server.Addr, patient, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
-	e := settest.NewEpochs(t, r)
-	e.Want(t, r, 0, "42", dedup.Unique)
-	e.Want(t, r, 0, "42", dedup.Repeat)
-	if !r.script.Load() {
-		t.Error("functions are used")
-	}
-	server.do("SCRIPT", "FLUSH")
-	e.Want(t, r, 0, "43", dedup.Unique)
-	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
-		t.Errorf("sealed %d, exact %v", n, exact)
+	for _, denied := range [][]string{{"-function", "-fcall"}, {"-function"}, {"-fcall"}} {
+		t.Run(strings.Join(denied, " "), func(t *testing.T) {
+			server := startRedis(t)
+			server.do(append([]string{"ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "+function", "+info"}, denied...)...)
+			r := newRedis(t, server.Addr, patient, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
+			e := settest.NewEpochs(t, r)
+			e.Want(t, r, 0, "42", dedup.Unique)
+			e.Want(t, r, 0, "42", dedup.Repeat)
+			if !r.script.Load() {
+				t.Error("functions are used")
+			}
+			server.do("SCRIPT", "FLUSH")
+			e.Want(t, r, 0, "43", dedup.Unique)
+			if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
+				t.Errorf("sealed %d, exact %v", n, exact)
+			}
+		})
 	}
 }
 

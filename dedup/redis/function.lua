@@ -39,6 +39,8 @@
 -- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
 -- doubt, 3 failed and not done, 4 is not there, 5 cannot be taken back any more, 6 was
 -- there with this token, 7 in the window before, 8 in the window behind, 9 too many keys.
+-- Behind them stands P if the epoch is partly for what the batch has found of tokens: the
+-- session is to say so again should the hash be lost.
 
 -- Set by prepare: a library that is being loaded sees none of these.
 local sub, find, rep, concat, call, try
@@ -524,9 +526,9 @@ local function batch(key, a, undo)
     end
   end
   local named = ''
-  local codes, list
+  local codes, list, doubtful
   if a[15] then
-    local tokens, added, doubtful = held[TOKENS]
+    local tokens, added = held[TOKENS]
     codes, added, doubtful, list = marks(key, a, mode, held, undo)
     if doubtful then partly = 1 end
     if replay then twice = twice + #codes - added end
@@ -570,7 +572,7 @@ local function batch(key, a, undo)
   end
   if replay and more < total then twice = twice + total - more end
 
-  if codes then answer = answer .. concat(codes) end
+  if codes then answer = answer .. concat(codes) .. (doubtful and 'P' or '') end
   if more ~= 0 or replay or codes or not h[2] then
     fields[#fields + 1] = 'E' .. epoch
     fields[#fields + 1] = close(gen, held, partly, twice)

@@ -291,7 +291,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		answer += codes
 		total, more, all = total+len(ids), more+added, append(all, ids...)
 	}
-	codes := ""
+	codes, behind := "", ""
 	if len(b.named) > 0 {
 		tokens := o.held["x"]
 		c, added, doubtful := m.marks(b, mode, o.held)
@@ -300,7 +300,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 			return laneAnswer{status: "missing"}
 		}
 		if doubtful {
-			o.partly = 1
+			o.partly, behind = 1, partly
 		}
 		if replay {
 			o.twice += len(c) - added
@@ -323,7 +323,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	if replay {
 		o.twice += total - more
 	}
-	answer += codes
+	answer += codes + behind
 	if m.hold = hold; more != 0 || replay || len(b.named) > 0 || !begun {
 		m.open[b.epoch] = o
 	}

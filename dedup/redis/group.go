@@ -32,6 +32,8 @@ type epochLedger interface {
 	Reconcile(ctx context.Context, open bool) ([]counter.Span, error)
 	// Leading reports whether this instance is the one that publishes.
 	Leading() bool
+	// Yield gives the lead to another instance, if there is one.
+	Yield()
 	// LinesUnknown says that lines of epochs that ended at or before upTo may be in a
 	// counts file although nobody has said so.
 	LinesUnknown(upTo time.Time)
@@ -102,7 +104,8 @@ type Group struct {
 	// exchanges with the ledger, so that a record is appended once.
 	mu      sync.Mutex
 	spooled map[counter.Span]uint64
-	term    bool // this instance was leading at the last look
+	term    bool      // this instance was leading at the last look
+	failing time.Time // since when it has led and could not take what is over
 }
 
 const (
@@ -250,7 +253,7 @@ func (g *Group) round(ctx context.Context) error {
 		return err
 	}
 	if !g.ledger.Leading() {
-		g.term = false
+		g.term, g.failing = false, time.Time{}
 		return nil
 	}
 	for _, s := range spans {
@@ -258,11 +261,24 @@ func (g *Group) round(ctx context.Context) error {
 			return nil
 		}
 		if err := g.take(ctx, s, spans[len(spans)-1].End()); err != nil {
+			g.yield()
 			return err
 		}
 	}
-	g.term = true
+	g.term, g.failing = true, time.Time{}
 	return nil
+}
+
+// yield gives the lead away if this instance has failed for as long as the others would wait
+// for one that is dead: its rights, or its way to a lane, may lack what theirs have. g.mu is
+// held.
+func (g *Group) yield() {
+	if g.failing.IsZero() {
+		g.failing = time.Now()
+	} else if time.Since(g.failing) > leadLease {
+		g.failing = time.Time{}
+		g.ledger.Yield()
+	}
 }
 
 // take seals an epoch and puts its record into the spool. g.mu is held.

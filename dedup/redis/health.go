@@ -1,6 +1,7 @@
 package redis
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -227,7 +228,12 @@ func (r *Set) checkPolicy() {
 			blind = true
 		}
 	}
+	r.health.mu.Lock()
+	was := r.health.policy
+	r.health.mu.Unlock()
 	switch n, err := r.agreedLanes(ctx); {
+	case err != nil && !r.standsAlone.Load():
+		bad = cmp.Or(bad, was) // no answer does not mean that the others are gone
 	case err != nil:
 	case n/layoutBase != layout:
 		r.standsAlone.Store(false)
@@ -240,7 +246,7 @@ func (r *Set) checkPolicy() {
 	}
 	h := &r.health
 	h.mu.Lock()
-	was, wasBlind := h.policy, h.blind
+	wasBlind := h.blind
 	h.policy, h.blind = bad, blind
 	h.mu.Unlock()
 	h.refused.Store(bad != "")
@@ -298,18 +304,24 @@ func (r *Set) foreign() bool { return !r.standsAlone.Load() }
 // without a layout take for the latter.
 const layoutBase = 1000
 
+// strangeFor is how long an instance that has met others of another form says nothing about
+// it after their word is gone: should Redis have lost that, they are to be first again.
+const strangeFor = 3 * watchEvery
+
 // agreedLanes is the layout of the group's data and over how many lanes it spreads its
 // ids: what the first of its instances said.
 func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	c := *r.client.Load()
 	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
 	mine := strconv.Itoa(layout*layoutBase + len(r.lanes))
-	err := c.Do(ctx, c.B().Set().Key(key).Value(mine).Nx().ExSeconds(lanesTTL).Build()).Error()
-	if err == nil {
-		return layout*layoutBase + len(r.lanes), nil
-	}
-	if !rueidis.IsRedisNil(err) {
-		return 0, err
+	if time.Since(r.strange) > strangeFor {
+		err := c.Do(ctx, c.B().Set().Key(key).Value(mine).Nx().ExSeconds(lanesTTL).Build()).Error()
+		if err == nil {
+			return layout*layoutBase + len(r.lanes), nil
+		}
+		if !rueidis.IsRedisNil(err) {
+			return 0, err
+		}
 	}
 	said, err := c.Do(ctx, c.B().Get().Key(key).Build()).ToString()
 	if err != nil {
@@ -317,6 +329,8 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	}
 	if said == mine {
 		c.Do(ctx, c.B().Expire().Key(key).Seconds(lanesTTL).Build())
+	} else {
+		r.strange = time.Now()
 	}
 	return strconv.Atoi(said)
 }

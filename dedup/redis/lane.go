@@ -918,6 +918,10 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	return l.failed(j, errors.New("unexpected answer "+a.status), wait)
 }
 
+// partly stands behind the codes of a batch that has found tokens to be lost, or to be
+// believed without their ids.
+const partly = "P"
+
 // allNew are the codes of a batch in which all ids are new.
 var allNew = strings.Repeat("1", batchSize)
 
@@ -1011,6 +1015,7 @@ func (l *lane) resolve(j *job, a answer) {
 	le := &j.epoch.lanes[l.i]
 	le.gen = a.gen
 	le.n.Store(a.n)
+	le.log.cut = le.log.cut || strings.HasSuffix(a.codes, partly)
 	switch j.mode {
 	case modeReplay, modeLocal:
 		l.replayed(le, j, a)

@@ -132,6 +132,7 @@ type Ledger struct {
 	past      []counter.Span // whose records are known to be delivered, the last ones
 	newest    time.Time      // start of the newest epoch that this process has opened
 	lead      time.Time      // until then this member publishes, as its lease ends
+	yields    time.Time      // until then it leaves the lead to others
 	others    int            // members alive beside this one
 	offset    time.Duration  // how far the clock of Redis is ahead of this one
 	unsure    time.Duration  // of offset
@@ -413,6 +414,14 @@ func (l *Ledger) Leading() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return time.Now().Before(l.lead)
+}
+
+// Yield leaves the lead to another member, for as long as one takes to take it.
+func (l *Ledger) Yield() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lead, l.yields = time.Time{}, time.Now().Add(leadLease)
+	nudge(l.wake)
 }
 
 // Claim asks, right before the line of a record is written to a counts file, whether

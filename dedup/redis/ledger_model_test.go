@@ -75,6 +75,7 @@ type ledgerBeat struct {
 	unnamed                   int
 	at                        int64 // of the last one; -1: there was none
 	all                       bool  // it names all epochs of the member
+	yields                    bool  // it leaves the lead to others
 	epochs                    []ledgerEpochBeat
 }
 
@@ -166,7 +167,9 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		state, rows, d := m.beatEpoch(b.me, e, inside)
 		a.states, a.known, a.decided = append(a.states, state), append(a.known, rows), append(a.decided, d)
 	}
-	if m.leader == b.me || m.leader == "" && inside {
+	if m.leader == b.me && b.yields {
+		m.leader = ""
+	} else if m.leader == "" && inside && !b.yields {
 		m.leader = b.me
 	}
 	unnamed := slices.SortedFunc(maps.Keys(m.epochs), func(x, y string) int {

@@ -3,6 +3,7 @@ package redis
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -69,6 +70,7 @@ type fakeIDs struct {
 	sealed func() sealedIDs          // nil: what the group has counted
 	oldest func() (time.Time, bool)  // unsettled; nil: none
 	keys   func() []counter.KeyCount // of a sealed epoch; nil: none
+	fails  error                     // of sealing
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)                 { return f.client, nil }
@@ -87,6 +89,9 @@ func (f *fakeIDs) dropKeys(context.Context, counter.Span) error { return nil }
 
 func (f *fakeIDs) sealIDs(context.Context, counter.Span, []string) (sealedIDs, error) {
 	f.seals.Add(1)
+	if f.fails != nil {
+		return sealedIDs{}, f.fails
+	}
 	if f.sealed != nil {
 		return f.sealed(), nil
 	}
@@ -508,6 +513,41 @@ func TestOneMemberPublishes(t *testing.T) {
 	if b.Leading() || !c.Leading() {
 		t.Errorf("after b's lease: leading b %t, c %t", b.Leading(), c.Leading())
 	}
+}
+
+// noRecords are Records that a test has none of.
+type noRecords struct{}
+
+func (noRecords) Append(context.Context, counter.Count) (uint64, error) { return 0, nil }
+func (noRecords) Undelivered() (map[counter.Span]uint64, error) {
+	return map[counter.Span]uint64{}, nil
+}
+func (noRecords) DeliveredTo() (uint64, <-chan struct{}) { return 0, nil }
+
+// TestLeaderThatCannotSealGivesTheLeadAway: one instance whose Redis user lacks a right, or
+// whose way to a part of the ids is cut, does not keep the others from publishing.
+func TestLeaderThatCannotSealGivesTheLeadAway(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a := g.member("a", func(_ *ledgerConfig, ids *fakeIDs) { ids.fails = errors.New("NOPERM") })
+	b := g.member("b")
+	g.beat(a, b)
+	if !a.Leading() {
+		t.Fatal("the first one does not lead")
+	}
+	a.Opened(spanEnded(memberTTL), nil)
+	ga, err := NewGroup(a, noRecords{}, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	for _, f := range []func(){func() { a.run(ctx, ctx.Done()) }, func() { b.run(ctx, ctx.Done()) }, func() { _ = ga.Run(ctx) }} {
+		running.Go(f)
+	}
+	testproc.Until(t, "the other one leads", b.Leading)
+	stop()
+	running.Wait()
 }
 
 // TestLastMemberKnowsThatItIs: if members leave at once, exactly one learns that it is the

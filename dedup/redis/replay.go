@@ -17,7 +17,7 @@ type replayLog struct {
 	have  blocks
 	marks []mark
 	todo  []byte
-	cut   bool // not all of them could be kept
+	cut   bool // not all of them could be kept, or tokens were lost
 }
 
 // blocks are bytes that are appended to and never moved: to copy a hundred

@@ -39,7 +39,7 @@ end
 `
 
 // beatScript says that the member is alive, writes again what it knows of its
-// epochs, also of the answers of others, and takes the lead if nobody has it. Per epoch
+// epochs, also of the answers of others, and takes the lead if nobody has it, or gives it away. Per epoch
 // it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, 4
 // where it came to another sum than the one known here, or 5 where what it came to is not
 // known here; and that, or what each member has answered, for this one to write again
@@ -119,7 +119,7 @@ local function takes(key, name)
   return true
 end
 local states, answers, named, unnamed = {}, {}, {}, {}
-local arg = 13
+local arg = 14
 for i = 8, #KEYS do
   local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
   local first = arg + 10
@@ -161,7 +161,10 @@ for i = 1, 7 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
 end
 local leader = redis.call('GET', KEYS[4])
-if leader == me or (not leader and inside) then
+if leader == me and ARGV[13] ~= '1' then
+  redis.call('DEL', KEYS[4])
+  leader = false
+elseif leader == me or not leader and inside and ARGV[13] == '1' then
   redis.call('SET', KEYS[4], me, 'PX', lease)
   leader = me
 end

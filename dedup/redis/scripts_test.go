@@ -315,10 +315,10 @@ func (w *twins) beat() {
 	b := ledgerBeat{
 		me: pick(rnd, "a", "b", "c"), claims: rnd.IntN(4) > 0, window: pick(rnd, "10000", "10000", "10000", "20000"),
 		unsettled: pick(rnd, "", "", "", "1000000 1000000", "990000 1010000"), opened: pick(rnd, "", "1000000", "1000000", "1010000"),
-		unnamed: pick(rnd, 1, 2, 64), at: pick(rnd, -1, w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)), all: rnd.IntN(2) == 0,
+		unnamed: pick(rnd, 1, 2, 64), at: pick(rnd, -1, w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)), all: rnd.IntN(2) == 0, yields: rnd.IntN(4) == 0,
 	}
 	k, keys := w.keys, []string(nil)
-	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed), strconv.FormatInt(b.at, 10), flag(b.all)}
+	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed), strconv.FormatInt(b.at, 10), flag(b.all), flag(!b.yields)}
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseSpan(name)

@@ -106,6 +106,7 @@ type Set struct {
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 	script atomic.Bool                    // functions are refused: scripts take their place
 
+	strange     time.Time   // when others of another form were met last; watch alone uses it
 	standsAlone atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
 
 	lanes  []lane // clusterLanes or serverLanes of them
