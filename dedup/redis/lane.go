@@ -167,8 +167,7 @@ type entry struct {
 	enc   encoded
 	named *named // what the request named that it is sent for; nil: nothing
 	seq   uint64 // of the batch that added it, where it is untold or taking
-	asks  *ask   // those who wait, the first at the head; also those of another attempt
-	last  *ask
+	asks  []*ask // those who wait, in the order in which they began; also those of another attempt
 	chain *entry // of pendingIDs, or of what is spare
 }
 
@@ -180,7 +179,6 @@ type ask struct {
 	at         int64 // ns since the start of the Set
 	enough     bool  // the lane is to send what waits
 	prev, next *ask  // by time; next is also the next to be woken
-	beside     *ask  // of the same entry
 
 	verdict dedup.Verdict
 	err     error
@@ -340,14 +338,14 @@ func (l *lane) tell(e *counter.Epoch, en *entry) {
 // now is the state of the entry, with what depends on its requests.
 func (en *entry) now() state {
 	s := en.state
-	if s.token, s.waiting = en.named.hasToken(), noRequest; en.asks != nil {
+	s.token = en.named.hasToken()
+	switch {
+	case len(en.asks) == 0:
+		s.waiting = noRequest
+	case slices.ContainsFunc(en.asks, func(a *ask) bool { return sameAttempt(en.named, a.named) }):
+		s.waiting = itsAttempt
+	default:
 		s.waiting = otherAttempts
-	}
-	for a := en.asks; a != nil; a = a.beside {
-		if sameAttempt(en.named, a.named) {
-			s.waiting = itsAttempt
-			break
-		}
 	}
 	return s
 }
@@ -377,7 +375,7 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 	if fx.known {
 		if e == nil {
-			e = en.asks.e
+			e = en.asks[0].e
 		}
 		l.known(e, en.key)
 	}
@@ -445,19 +443,14 @@ func (l *lane) known(e *counter.Epoch, key pendingKey) {
 
 // enlist adds a to those who wait. l.mu is held.
 func (l *lane) enlist(a *ask) {
-	a.beside, a.next, a.prev = nil, nil, l.newest
+	a.next, a.prev = nil, l.newest
 	if l.newest != nil {
 		l.newest.next = a
 	} else {
 		l.oldest = a
 	}
 	l.newest = a
-	if en := a.of; en.asks == nil {
-		en.asks, en.last = a, a
-	} else {
-		en.last.beside = a
-		en.last = a
-	}
+	a.of.asks = append(a.of.asks, a)
 }
 
 // answer ends the waiting of a when unlock releases l.mu. Its entry no longer refers to
@@ -486,12 +479,10 @@ func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 // answerAll answers every request that waits for en, also those of other attempts. l.mu
 // is held.
 func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
-	for a := en.asks; a != nil; {
-		beside := a.beside
+	for _, a := range en.asks {
 		l.answer(a, v, err)
-		a = beside
 	}
-	en.asks, en.last = nil, nil
+	en.asks = en.asks[:0]
 }
 
 // conclude answers the attempt that en, which is settled, was sent for: the first request
@@ -499,9 +490,8 @@ func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
 // request without a token is a repeat. Other attempts are sent on their own. l.mu is held.
 func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
 	v := first
-	var others, last *ask
-	for a := en.asks; a != nil; {
-		beside := a.beside
+	var others []*ask
+	for _, a := range en.asks {
 		switch {
 		case sameAttempt(en.named, a.named):
 			l.answer(a, v, nil)
@@ -509,24 +499,17 @@ func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
 		case there && !a.named.hasToken():
 			l.answer(a, dedup.Repeat, nil)
 		default:
-			a.beside = nil
-			if others == nil {
-				others = a
-			} else {
-				last.beside = a
-			}
-			last = a
+			others = append(others, a)
 		}
-		a = beside
 	}
-	en.asks, en.last = nil, nil
-	if others == nil {
+	en.asks = en.asks[:0]
+	if len(others) == 0 {
 		return
 	}
 	l.r.pending.Add(1)
-	on := l.enter(en.key, &en.enc, others.named)
-	on.asks, on.last = others, last
-	for a := others; a != nil; a = a.beside {
+	on := l.enter(en.key, &en.enc, others[0].named)
+	on.asks = others
+	for _, a := range others {
 		a.of = on
 	}
 	nudge(l.wake)
@@ -546,11 +529,7 @@ func (l *lane) expire(now int64) {
 		if l.failing == 0 && l.job != nil {
 			l.failing = a.at // no error yet, and no answer either
 		}
-		// It is the first of its entry: they began in this order.
-		en.asks = a.beside
-		if en.asks == nil {
-			en.last = nil
-		}
+		en.asks = en.asks[1:] // a is the first of them: they began in this order
 		v, err, what := dedup.Repeat, error(nil), eventAnsweredBeside
 		if en.alone { // answered as new to another request
 			v = en.key.epoch.again(l.i, en.named, a.named)
@@ -561,12 +540,10 @@ func (l *lane) expire(now int64) {
 		}
 		l.answer(a, v, err)
 		if l.step(en, what, nil); en.phase == settled { // decided here: for the others it is a repeat
-			for b := en.asks; b != nil; {
-				beside := b.beside
+			for _, b := range en.asks {
 				l.answer(b, en.key.epoch.again(l.i, a.named, b.named), nil)
-				b = beside
 			}
-			en.asks, en.last = nil, nil
+			en.asks = en.asks[:0]
 		}
 	}
 	if l.failing != 0 && now-l.failing >= int64(l.r.cfg.Timeout)/2 {
@@ -805,8 +782,8 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 			if en.key.epoch != j.epoch {
 				break
 			}
-			if en.state, _ = en.state.on(ev); to == flying && en.asks != nil {
-				en.named = en.asks.named // the request that it was made for may be gone
+			if en.state, _ = en.state.on(ev); to == flying && len(en.asks) > 0 {
+				en.named = en.asks[0].named // the request that it was made for may be gone
 			}
 			counts[en.list()]++
 			taken++
