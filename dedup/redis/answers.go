@@ -124,8 +124,8 @@ func (l *Ledger) keep(end bool) {
 	defer l.keeping.Unlock()
 	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
 	l.mu.Lock()
-	for i := range l.epochs {
-		if e := &l.epochs[i]; e.decided == nil && len(e.answers) > 0 {
+	for _, e := range l.epochs {
+		if e.decided == nil && len(e.answers) > 0 {
 			name := spanName(e.span)
 			k.Epochs[name] = maps.Clone(e.answers)
 			end = end || l.kept[name] == nil
@@ -170,11 +170,8 @@ func (l *Ledger) recall() {
 		return
 	}
 	for name, all := range k.Epochs {
-		s, err := parseSpan(name)
-		if err != nil || time.Since(s.End()) > keepUndelivered {
-			continue
+		if s, err := parseSpan(name); err == nil && time.Since(s.End()) <= keepUndelivered {
+			l.place(s).answers.learn(all)
 		}
-		l.note(s)
-		l.find(s).answers.learn(all)
 	}
 }

@@ -86,8 +86,8 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 func (l *Ledger) noteAnswers() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for i := range l.epochs {
-		l.epochs[i].count(l.cfg.Member)
+	for _, e := range l.epochs {
+		e.count(l.cfg.Member)
 	}
 	return l.newest
 }
@@ -107,8 +107,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	if !newest.IsZero() {
 		args[8] = unixMS(newest)
 	}
-	for i := range l.epochs {
-		e := &l.epochs[i]
+	for _, e := range l.epochs {
 		e.sayDoubt = e.doubts.Load() > 0
 		if e.registered && !all && e.sayDoubt == e.saidDoubt || e.told != nil && e.span.Start.After(newest) {
 			continue
@@ -157,7 +156,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 		switch {
 		case e == nil:
 		case b.states[i] == beatRefused && e.asks:
-			*e = ledgerEpoch{} // it is gone
+			l.drop(s) // it is gone
 		case b.states[i] == beatRefused:
 			e.refused.Store(true)
 			e.late = true
@@ -171,7 +170,6 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 			switch b.states[i] {
 			case beatDelivered:
 				l.pass(s)
-				*e = ledgerEpoch{} // taken out below
 			case beatContradicted:
 				l.contradict(e)
 			case beatDecided:
@@ -179,10 +177,9 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 			}
 		}
 	}
-	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
 	for _, s := range b.unnamed {
 		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
-			l.add(s).asks = true
+			l.place(s).asks = true
 			nudge(l.wake) // the next beat reads what there is of it
 		}
 	}
@@ -190,9 +187,11 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 
 // pass remembers that the record of an epoch is delivered. l.mu is held.
 func (l *Ledger) pass(s counter.Span) {
-	if l.past = append(l.past, s); len(l.past) > maxPast {
-		l.past = slices.Delete(l.past, 0, len(l.past)-maxPast)
+	l.drop(s)
+	if !slices.Contains(l.past, s) {
+		l.past = append(l.past, s)
 	}
+	l.past = slices.Delete(l.past, 0, max(0, len(l.past)-maxPast))
 }
 
 // stand takes over which members have another window. l.mu is held.

@@ -29,18 +29,23 @@ func (l *Ledger) unsettled() string {
 // it, and there is nothing to publish.
 func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err error) {
 	s := c.Span()
-	l.note(s)
-	if !l.takes(s) {
+	l.mu.Lock()
+	l.place(s)
+	l.mu.Unlock()
+	ours, late := l.takes(s)
+	if !ours {
 		err := l.beat(ctx, true)
 		if err != nil && !errors.Is(err, errForeign) {
 			return false, err
 		}
-		if !l.takes(s) {
-			l.forget(s)
+		if ours, late = l.takes(s); !ours {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.drop(s)
 			return false, nil
 		}
 	}
-	c.Complete = c.Complete && !l.wasLate(s)
+	c.Complete = c.Complete && !late
 	l.final(s, c.Unique, false)
 	err = l.replayLosses(ctx, s)
 	if err == nil {
@@ -60,13 +65,13 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	return true, nil
 }
 
-// takes reports whether the group has the epoch, as far as is known here. One that
-// is known no more is delivered.
-func (l *Ledger) takes(s counter.Span) bool {
+// takes reports whether the group has the epoch, as far as is known here, and whether that
+// was open here before. One that is known no more is delivered.
+func (l *Ledger) takes(s counter.Span) (ours, late bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.find(s)
-	return e == nil || e.registered
+	return e == nil || e.registered, e != nil && e.late
 }
 
 // replayLosses looks for losses and waits until their ids are in Redis again.
@@ -84,14 +89,6 @@ func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
 			return err
 		}
 	}
-}
-
-// wasLate reports whether the epoch was open here before the group took it.
-func (l *Ledger) wasLate(s counter.Span) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.find(s)
-	return e != nil && e.late
 }
 
 // reportAgain repeats a report that Redis may have lost since, now and then.
@@ -163,7 +160,7 @@ func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCou
 	l.mu.Lock()
 	had := l.keyed
 	l.mu.Unlock()
-	if had.span.Window == s.Window && had.span.Start.Equal(s.Start) {
+	if had.span == s {
 		return had.keys, had.n, nil
 	}
 	keys, n, err := l.cfg.IDs.keyCounts(ctx, s)
@@ -215,12 +212,9 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 		if err != nil {
 			return nil, nil, err
 		}
-		t := time.NewTimer(min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll))
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return nil, nil, ctx.Err()
+		pause := min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll)
+		if err := retry.Sleep(ctx, pause); err != nil {
+			return nil, nil, err
 		}
 		if err := l.reportAgain(ctx, s); err != nil {
 			return nil, nil, err
@@ -308,11 +302,8 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision
 	if err != nil {
 		return nil, err
 	}
-	l.note(s)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e := l.find(s); e != nil {
-		e.decided = d
-	}
+	l.place(s).decided = d
 	return d, nil
 }
