@@ -108,8 +108,8 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		args[8] = unixMS(newest)
 	}
 	for _, e := range l.epochs {
-		e.sayDoubt = e.doubts.Load() > 0
-		if e.registered && !all && e.sayDoubt == e.saidDoubt || e.told != nil && e.span.Start.After(newest) {
+		e.uncertainSent = e.uncertain.Load() > 0
+		if e.registered && !all && e.uncertainSent == e.uncertainKnown || e.told != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
@@ -125,7 +125,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		if e.asks && !e.registered {
 			had = "?"
 		}
-		args = append(args, had, flag(e.sayDoubt), strconv.Itoa(len(known)))
+		args = append(args, had, flag(e.uncertainSent), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -134,16 +134,15 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	return keys, args, sent
 }
 
-// uncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
+// addUncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
 // in Redis: their outcome is not known, or they are still to be taken back. Should this
 // process be killed meanwhile, nobody can tell them from ids that it has answered ok, so the
 // group is to know before the first is answered.
-func (l *Ledger) uncertain(a *admission, more int64) {
-	a.doubted.Store(true)
-	if now := a.doubts.Add(more); now != 0 && now != more {
-		return
+func (l *Ledger) addUncertain(a *admission, more int64) {
+	a.wasUncertain.Store(true)
+	if now := a.uncertain.Add(more); now == 0 || now == more {
+		nudge(l.wake)
 	}
-	nudge(l.wake)
 }
 
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
@@ -162,7 +161,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 			e.late = true
 		default:
 			e.refused.Store(false)
-			e.saidDoubt = e.sayDoubt
+			e.uncertainKnown = e.uncertainSent
 			if !e.registered {
 				e.registered = true
 				close(e.known)

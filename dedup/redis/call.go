@@ -73,9 +73,9 @@ func (e errRefused) Unwrap() error { return e.err }
 
 // call runs an operation of function.lua on a lane.
 func (r *Set) call(ctx context.Context, key string, args ...string) (answer, error) {
-	c := r.client.Load()
-	if c == nil {
-		return answer{}, errRefused{dedup.ErrUnavailable}
+	c, err := r.conn()
+	if err != nil {
+		return answer{}, errRefused{err}
 	}
 	function, script := freeFunction, freeScript
 	if args[0] == opBatch && (args[3] == modeAdd || args[3] == modeReplay || args[3] == modeLocal) {
@@ -84,9 +84,9 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 	for attempt := 0; ; attempt++ {
 		var res rueidis.RedisResult
 		if r.script.Load() {
-			res = script.Exec(ctx, *c, []string{key}, args)
+			res = script.Exec(ctx, c, []string{key}, args)
 		} else {
-			res = (*c).Do(ctx, (*c).B().Fcall().Function(function).Numkeys(1).Key(key).Arg(args...).Build())
+			res = c.Do(ctx, c.B().Fcall().Function(function).Numkeys(1).Key(key).Arg(args...).Build())
 		}
 		err := res.Error()
 		if err == nil {
@@ -98,7 +98,7 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 		// Loaded for the first time, or lost with FLUSHALL, a restart, or a node
 		// that is new to the cluster.
 		if attempt == 0 && !r.script.Load() && functionMissing(err) {
-			if err := r.load(ctx, *c); err != nil {
+			if err := r.load(ctx, c); err != nil {
 				return answer{}, errRefused{err}
 			}
 			continue

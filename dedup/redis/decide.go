@@ -118,12 +118,12 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 	if d == nil {
 		var out []rueidis.RedisMessage
 		var members []string
-		out, members, err = l.lockSeal(ctx, s)
+		out, members, err = l.awaitSeal(ctx, s)
 		if decides = err == nil && len(out) == 0; decides {
-			out, err = l.seal(ctx, s, members)
+			out, err = l.decide(ctx, s, members)
 		}
 		if err == nil {
-			d, err = l.decision(s, out)
+			d, err = l.keepDecision(s, out)
 		}
 	}
 	var c counter.Count
@@ -181,10 +181,10 @@ func sumOf(keys []counter.KeyCount) (n uint64) {
 	return n
 }
 
-// lockSeal waits until the epoch may be sealed. It returns what another member has
-// decided; or nothing if this process holds the lock of the seal, and then the members, as
-// sealScript lists them.
-func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
+// awaitSeal waits until the epoch may be sealed: for members, while sealLane waits for ids.
+// It returns what another member has decided; or nothing if this process is to seal and
+// decide, and then the members, as sealScript lists them.
+func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
@@ -245,8 +245,9 @@ const (
 	sealWait    = 1
 )
 
-// seal counts the ids, and decides.
-func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
+// decide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
+// a while no other member does the same: see sealLock.
+func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
 	ids, err := l.cfg.IDs.sealIDs(ctx, s, sessions(members))
 	if err != nil {
 		return nil, err
@@ -291,9 +292,9 @@ func (l *Ledger) decided(s counter.Span) *decision {
 	return nil
 }
 
-// decision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
+// keepDecision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
 // lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
+func (l *Ledger) keepDecision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
 	fields, err := texts(out[1:])
 	if err != nil {
 		return nil, err

@@ -6,11 +6,11 @@ import "verve/dedup"
 type phase uint8
 
 const (
-	queued  phase = iota // to be sent
-	flying               // in the batch under way
-	untold               // in Redis, but all its requests got 503; to be taken back
-	taking               // is being taken back
-	settled              // out of the lane
+	queued   phase = iota // to be sent
+	flying                // in the batch under way
+	untold                // in Redis, but all its requests got 503; to be taken back
+	taking                // is being taken back
+	finished              // out of the lane
 )
 
 // audience is which requests wait for an entry.
@@ -24,9 +24,9 @@ const (
 
 // state is all that the next step of an entry depends on.
 type state struct {
-	phase   phase
-	alone   bool // a request was answered as new without Redis
-	doubted bool // a request got 503, or is about to, while the id may be in Redis: see Ledger.uncertain
+	phase     phase
+	alone     bool // a request was answered as new without Redis
+	uncertain bool // a request got 503, or is about to, while the id may be in Redis: see Ledger.addUncertain
 
 	// These are of the moment: see entry.now.
 	waiting audience
@@ -70,7 +70,7 @@ type place uint8
 const (
 	nowhere place = iota
 	inQueue
-	inDoubtful
+	inPostponed
 	inUntold
 )
 
@@ -116,10 +116,10 @@ func (s state) on(e event) (state, effects) {
 		s, fx = s.onUntold(e)
 	case taking:
 		s, fx = s.onTaking(e)
-	case settled:
+	case finished:
 	}
-	if s.phase == settled && was != settled && !(e == eventBelieved && fx.log == notLogged) {
-		s.doubted = false // else the id stays in Redis, and no request got ok for it
+	if s.phase == finished && was != finished && !(e == eventBelieved && fx.log == notLogged) {
+		s.uncertain = false // else the id stays in Redis, and no request got ok for it
 	}
 	return s, fx
 }
@@ -129,11 +129,11 @@ func (s state) onQueued(e event) (state, effects) {
 	case eventSent:
 		s.phase = flying
 	case eventAnsweredAlone:
-		s.phase = settled
+		s.phase = finished
 		return s, effects{log: asUnsent}
 	case eventAnsweredBeside, eventRefusal:
 		if s.waiting == noRequest {
-			s.phase = settled
+			s.phase = finished
 		}
 	}
 	return s, effects{}
@@ -159,9 +159,9 @@ func (s state) onFlying(e event) (state, effects) {
 		return s.notInRedis(nowhere)
 	}
 	if e == eventInDoubt {
-		return s.notInRedis(inDoubtful)
+		return s.notInRedis(inPostponed)
 	}
-	s.phase = settled
+	s.phase = finished
 	switch e {
 	case eventThere:
 		return s, effects{known: s.waiting != noRequest, to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
@@ -189,7 +189,7 @@ func (s state) onUntold(e event) (state, effects) {
 	case eventSealed: // too late to take it back
 		return s.turned()
 	case eventAskedAgain: // that request gets Unique
-		s.phase = settled
+		s.phase = finished
 		return s, effects{log: asTaken, known: true, to: thereAnswered, first: s.retried(), then: s.retried()}
 	case eventAnsweredAlone, eventOverdue, eventRefusal:
 		return s.may(e), effects{}
@@ -207,7 +207,7 @@ func (s state) onTaking(e event) (state, effects) {
 		if s.alone || s.waiting == itsAttempt {
 			return s.inRedis()
 		}
-		s.phase = settled
+		s.phase = finished
 		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
 	case eventSealed:
 		return s.turned()
@@ -222,22 +222,22 @@ func (s state) may(e event) state {
 	if e == eventAnsweredAlone {
 		s.alone = true
 	} else {
-		s.doubted = true
+		s.uncertain = true
 	}
 	return s
 }
 
-// inRedis settles an id that is in Redis, if a request has, or gets, an answer for it.
+// inRedis finishes an id that is in Redis, if a request has, or gets, an answer for it.
 func (s state) inRedis() (state, effects) {
 	switch {
 	case s.alone:
-		s.phase = settled
+		s.phase = finished
 		return s, effects{log: asTaken, to: thereAnswered, first: s.retried(), then: s.retried()}
 	case s.waiting != itsAttempt:
 		s.phase = untold
 		return s, effects{place: inUntold}
 	}
-	s.phase = settled
+	s.phase = finished
 	return s, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: s.retried()}
 }
 
@@ -246,24 +246,24 @@ func (s state) inRedis() (state, effects) {
 func (s state) notInRedis(at place) (state, effects) {
 	switch {
 	case s.alone:
-		s.phase = settled
+		s.phase = finished
 		return s, effects{log: asUnsent, to: thereAnswered, first: s.retried(), then: s.retried()}
 	case s.waiting == noRequest:
-		s.phase = settled
+		s.phase = finished
 		return s, effects{}
 	}
 	s.phase = queued
 	return s, effects{place: at}
 }
 
-// turned settles an id of an epoch that is sealed. If a request was answered as new, Retire
+// turned finishes an id of an epoch that is sealed. If a request was answered as new, Retire
 // reports that the id is in no count.
 func (s state) turned() (state, effects) {
 	fx := effects{to: allAnswered, first: dedup.Turned}
 	if s.alone {
 		fx.log = asUnsent
 	}
-	s.phase = settled
+	s.phase = finished
 	return s, fx
 }
 

@@ -291,7 +291,8 @@ func (r *Set) checkRights(reached []bool) {
 	}
 }
 
-// foreign implements groupIDs.
+// foreign reports whether Redis has, or may have, a group of another layout, which no
+// member of this one may meet.
 func (r *Set) foreign() bool { return !r.standsAlone.Load() }
 
 // layoutBase makes one number of the layout and the number of lanes, which versions

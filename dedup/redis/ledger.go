@@ -79,25 +79,14 @@ type ledgerConfig struct {
 	Log      zerolog.Logger // which members have another window, why a record is not exact
 }
 
-// groupIDs is what a Ledger needs of a Set.
+// groupIDs is what a Ledger needs of a Set, which documents it.
 type groupIDs interface {
-	// conn returns the client, or why there is none.
 	conn() (rueidis.Client, error)
-	// sealIDs seals the ids of an epoch and counts them: the same sum whoever asks,
-	// however often. sessions are those that have answered ids, as sealScript lists them.
 	sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error)
-	// noticeLosses looks whether Redis has lost ids of this process since it was last
-	// asked; unsettled then knows.
 	noticeLosses(ctx context.Context, start time.Time) error
-	// keyCounts returns how many ids of a sealed epoch are under each key, and their sum:
-	// the same whoever asks, until dropKeys says that the record is delivered.
+	unsettled() (oldest, newest time.Time, some bool)
 	keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error)
 	dropKeys(ctx context.Context, s counter.Span) error
-	// unsettled are the starts of the oldest and the newest epoch of which this process
-	// holds ids that Redis may not have.
-	unsettled() (oldest, newest time.Time, some bool)
-	// foreign reports that Redis has, or may have, a group of another layout, which no
-	// member of this one may meet.
 	foreign() bool
 }
 
@@ -166,25 +155,26 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 type admission struct {
 	known   chan struct{} // closed when the group has the epoch
 	refused atomic.Bool   // the group does not take it
-	doubts  atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis
-	doubted atomic.Bool   // there were some
+	// Ids that are answered 503, or soon will be, and may be in Redis: see addUncertain.
+	uncertain    atomic.Int64
+	wasUncertain atomic.Bool // there were some
 }
 
 // ledgerEpoch is an epoch that this process has opened or sealed.
 type ledgerEpoch struct {
 	span counter.Span
 	*admission
-	told       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
-	answers    answers        // what each member has given, as far as this process knows
-	registered bool           // the group has it
-	late       bool           // it was refused for a time
-	asks       bool           // this process has not opened it: it only asks what there is of it
-	sayDoubt   bool           // the last beat said that it is doubted
-	saidDoubt  bool           // the group knows
-	reported   *counter.Count // what this process has said of it
-	reportedAt time.Time
-	decided    *decision // what it came to, as far as this process knows
-	explained  bool      // why that is not exact is in the log
+	told           func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
+	answers        answers        // what each member has given, as far as this process knows
+	registered     bool           // the group has it
+	late           bool           // it was refused for a time
+	asks           bool           // this process has not opened it: it only asks what there is of it
+	uncertainSent  bool           // the last beat had that it has uncertain ids
+	uncertainKnown bool           // the group knows
+	reported       *counter.Count // what this process has said of it
+	reportedAt     time.Time
+	decided        *decision // what it came to, as far as this process knows
+	explained      bool      // why that is not exact is in the log
 
 	contradicted bool // the group says otherwise, which is logged
 }

@@ -651,11 +651,11 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 				admitted := m.Opened(s, func() uint64 { return 20 })
 				g.beat(m)
 				if m.cfg.Member == tt.by && tt.refused {
-					m.uncertain(admitted, 2)
+					m.addUncertain(admitted, 2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
 				}
 				if m.cfg.Member == tt.by && tt.settled {
-					m.uncertain(admitted, -2)
+					m.addUncertain(admitted, -2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) })
 				}
 			}

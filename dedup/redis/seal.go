@@ -85,6 +85,8 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 	return sum, nil
 }
 
+// sealLane waits for ids that Redis lacks, until sessions have added them again or the lane
+// gives them up. That the members have left the epoch is awaitSeal's to wait for.
 func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (answer, error) {
 	var missing time.Time // since when
 	for {
