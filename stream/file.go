@@ -329,25 +329,14 @@ func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, erro
 // off when it is a torn record or the zeros that a power loss leaves; anything
 // else is not ours and is ended with a newline instead.
 func repairTail(file *os.File, size int64) error {
-	const chunk = 4096
+	var start int64
 	var tail []byte
-	start := size
-	for start > 0 && int64(len(tail)) < 64*chunk {
-		n := min(chunk, start)
-		b := make([]byte, n, n+int64(len(tail)))
-		if _, err := file.ReadAt(b, start-n); err != nil {
-			return err
-		}
-		if i := bytes.LastIndexByte(b, '\n'); i >= 0 {
-			tail = append(b[i+1:], tail...)
-			start -= n - int64(i) - 1
-			break
-		}
-		tail = append(b, tail...)
-		start -= n
-	}
-	if len(tail) == 0 {
-		return nil
+	err := linesBack(file, size, func(at int64, line []byte) (more bool) {
+		start, tail = at, line
+		return false
+	})
+	if err != nil || len(tail) == 0 || tail[len(tail)-1] == '\n' {
+		return err
 	}
 	torn := bytes.HasPrefix(tail, tornPrefix) || bytes.HasPrefix(tornPrefix, tail) || tail[0] == 0
 	if !torn {
