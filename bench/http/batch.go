@@ -224,7 +224,7 @@ func startRedis(dir string) (p *process, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p.cmd = pinned(serverCore, "redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--dir", dir, "--logfile", "redis.log")
+	p.cmd = pinned(context.Background(), serverCore, "redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--dir", dir, "--logfile", "redis.log")
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}

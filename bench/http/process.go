@@ -1,16 +1,17 @@
 package main
 
 import (
-	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"runtime"
-	"strconv"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -47,14 +48,14 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 		} else {
 			args = append(args, "--data-dir="+dir)
 		}
-		p.cmd = pinned(serverCore, verve, args...)
+		p.cmd = pinned(context.Background(), serverCore, verve, args...)
 		p.cmd.Stderr = os.Stderr // the others log their counts there
 	} else {
 		self, err := os.Executable()
 		if err != nil {
 			return nil, err
 		}
-		p.cmd = pinned(serverCore, self, "serve", name, p.addr)
+		p.cmd = pinned(context.Background(), serverCore, self, "serve", name, p.addr)
 		if name == "plain" {
 			p.cmd.Args = append(p.cmd.Args, flags...)
 		}
@@ -92,35 +93,22 @@ func (p *process) awaitConnections() error {
 // pinned returns a command bound to a core, where that can be done and there
 // is another one left. taskset replaces itself by the command, so the process
 // is the server's own.
-func pinned(core, name string, args ...string) *exec.Cmd {
+func pinned(ctx context.Context, core, name string, args ...string) *exec.Cmd {
 	if _, err := exec.LookPath("taskset"); err != nil || runtime.NumCPU() < 2 {
-		return exec.Command(name, args...)
+		return exec.CommandContext(ctx, name, args...)
 	}
-	return exec.Command("taskset", append([]string{"-c", core, name}, args...)...)
+	return exec.CommandContext(ctx, "taskset", append([]string{"-c", core, name}, args...)...)
 }
 
-// cpuTime is the CPU time of the process so far, user and system, in the
-// kernel's steps of 10 ms.
+// cpuTime is the CPU time of the process so far, user and system, by the clock that
+// clock_getcpuclockid(3) has for it.
 func (p *process) cpuTime() (time.Duration, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
+	const all = 2 // CPUCLOCK_SCHED of the kernel, of a whole process
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^p.cmd.Process.Pid)<<3|all, &t); err != nil {
+		return 0, fmt.Errorf("CPU time of %s: %w", p.name, err)
 	}
-	// The second field is the command's name in brackets and may hold spaces.
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	if len(fields) < 13 {
-		return 0, errors.New("/proc/PID/stat is cut short")
-	}
-	user, err := strconv.ParseInt(string(fields[11]), 10, 64)
-	if err != nil {
-		return 0, err
-	}
-	system, err := strconv.ParseInt(string(fields[12]), 10, 64)
-	if err != nil {
-		return 0, err
-	}
-	const hertz = 100 // USER_HZ is fixed in Linux's interface
-	return time.Duration(user+system) * time.Second / hertz, nil
+	return time.Duration(t.Nano()), nil
 }
 
 // end stops the server and waits for it.
