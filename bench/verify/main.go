@@ -24,7 +24,6 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/signal"
 	"slices"
@@ -320,11 +319,5 @@ const rereadEvery = 250 * time.Millisecond
 
 // gone says whether no target takes connections any more.
 func (d *driver) gone() bool {
-	return !slices.ContainsFunc(d.targets, func(t target) bool {
-		nc, err := net.DialTimeout("tcp", t.addr, d.load.Timeout)
-		if err == nil {
-			nc.Close()
-		}
-		return err == nil
-	})
+	return !slices.ContainsFunc(d.targets, func(t target) bool { return listens(t.addr, d.load.Timeout) })
 }
