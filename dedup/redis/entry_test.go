@@ -25,46 +25,46 @@ var steps = []struct {
 
 	{flying, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: flying, alone: true}, effects{}},
 	{flying, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: flying, uncertain: true}, effects{}},
-	{flying, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, first: dedup.Turned}},
-	{flying, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
-	{flying, yes, anyWaits, []event{eventAdded}, state{phase: finished}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
+	{flying, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Turned}},
+	{flying, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, verdict: dedup.Turned}},
+	{flying, yes, anyWaits, []event{eventAdded}, state{phase: finished}, effects{log: asTaken, to: thereAnswered, verdict: retried}},
 	{flying, no, []audience{noRequest, otherAttempts}, []event{eventAdded}, state{phase: untold}, effects{place: inUntold}},
-	{flying, no, []audience{itsAttempt}, []event{eventAdded}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: retried}},
-	{flying, yes, anyWaits, append([]event{eventUndone}, notAdded...), state{phase: finished}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
+	{flying, no, []audience{itsAttempt}, []event{eventAdded}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, verdict: dedup.Unique}},
+	{flying, yes, anyWaits, append([]event{eventUndone}, notAdded...), state{phase: finished}, effects{log: asUnsent, to: thereAnswered, verdict: retried}},
 	{flying, no, []audience{noRequest}, []event{eventUndone, eventInDoubt}, state{phase: finished}, effects{}},
 	{flying, no, someWaits, []event{eventUndone}, state{phase: queued}, effects{place: inQueue}},
 	{flying, no, someWaits, []event{eventInDoubt}, state{phase: queued}, effects{place: inPostponed}},
-	{flying, no, []audience{noRequest}, []event{eventThere}, state{phase: finished}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
-	{flying, no, someWaits, []event{eventThere}, state{phase: finished}, effects{known: true, to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
-	{flying, no, []audience{noRequest}, []event{eventThereAs}, state{phase: finished}, effects{to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, someWaits, []event{eventThereAs}, state{phase: finished}, effects{known: true, to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, anyWaits, []event{eventBefore}, state{phase: finished}, effects{to: attemptAnswered, first: dedup.ReplayedBefore, then: dedup.ReplayedBefore}},
-	{flying, no, anyWaits, []event{eventBehind}, state{phase: finished}, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}},
-	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: finished}, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, anyWaits, []event{eventFull}, state{phase: finished}, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrFull}},
-	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: finished}, effects{to: allAnswered, first: dedup.Repeat, err: dedup.ErrTooManyKeys}},
+	{flying, no, []audience{noRequest}, []event{eventThere}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat}},
+	{flying, no, someWaits, []event{eventThere}, state{phase: finished}, effects{known: true, to: thereAnswered, verdict: dedup.Repeat}},
+	{flying, no, []audience{noRequest}, []event{eventThereAs}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Replayed}},
+	{flying, no, someWaits, []event{eventThereAs}, state{phase: finished}, effects{known: true, to: thereAnswered, verdict: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventBefore}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.ReplayedBefore}},
+	{flying, no, anyWaits, []event{eventBehind}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.Turned}},
+	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventFull}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}},
+	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys}},
 
 	{untold, any2, anyWaits, []event{eventWithdrawn}, state{phase: taking}, effects{}},
 	{untold, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: untold, alone: true}, effects{}},
 	{untold, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: untold, uncertain: true}, effects{}},
-	{untold, any2, anyWaits, []event{eventAskedAgain}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, first: retried, then: retried}},
-	{untold, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, first: dedup.Turned}},
-	{untold, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
-	{untold, yes, anyWaits, []event{eventLost}, state{phase: finished}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
+	{untold, any2, anyWaits, []event{eventAskedAgain}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, verdict: retried}},
+	{untold, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Turned}},
+	{untold, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, verdict: dedup.Turned}},
+	{untold, yes, anyWaits, []event{eventLost}, state{phase: finished}, effects{log: asUnsent, to: thereAnswered, verdict: retried}},
 	{untold, no, []audience{noRequest}, []event{eventLost}, state{phase: finished}, effects{}},
 	{untold, no, someWaits, []event{eventLost}, state{phase: queued}, effects{place: inQueue}},
 
 	{taking, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: taking, alone: true}, effects{}},
 	{taking, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: taking, uncertain: true}, effects{}},
-	{taking, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, first: dedup.Turned}},
-	{taking, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
-	{taking, yes, anyWaits, []event{eventRemoved, eventLost}, state{phase: finished}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
+	{taking, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Turned}},
+	{taking, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, verdict: dedup.Turned}},
+	{taking, yes, anyWaits, []event{eventRemoved, eventLost}, state{phase: finished}, effects{log: asUnsent, to: thereAnswered, verdict: retried}},
 	{taking, no, []audience{noRequest}, []event{eventRemoved, eventLost}, state{phase: finished}, effects{}},
 	{taking, no, someWaits, []event{eventRemoved, eventLost}, state{phase: queued}, effects{place: inQueue}},
-	{taking, yes, anyWaits, []event{eventUndone, eventBelieved}, state{phase: finished}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
-	{taking, no, []audience{itsAttempt}, []event{eventUndone, eventBelieved}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: retried}},
+	{taking, yes, anyWaits, []event{eventUndone, eventBelieved}, state{phase: finished}, effects{log: asTaken, to: thereAnswered, verdict: retried}},
+	{taking, no, []audience{itsAttempt}, []event{eventUndone, eventBelieved}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, verdict: dedup.Unique}},
 	{taking, no, []audience{noRequest, otherAttempts}, []event{eventUndone}, state{phase: untold}, effects{place: inUntold}},
-	{taking, no, []audience{noRequest, otherAttempts}, []event{eventBelieved}, state{phase: finished}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
+	{taking, no, []audience{noRequest, otherAttempts}, []event{eventBelieved}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat}},
 }
 
 var (
@@ -91,12 +91,9 @@ func TestEveryStepOfAnEntry(t *testing.T) {
 				want.phase, fx = step.next.phase, step.fx
 				want.alone = s.alone || step.next.alone
 				want.uncertain = (s.uncertain || step.next.uncertain) && (want.phase != finished || e == eventBelieved && fx.log == notLogged)
-				for _, v := range []*dedup.Verdict{&fx.first, &fx.then} {
-					if *v != retried {
-						continue
-					}
-					if *v = dedup.Repeat; s.token {
-						*v = dedup.Replayed
+				if fx.verdict == retried {
+					if fx.verdict = dedup.Repeat; s.token {
+						fx.verdict = dedup.Replayed
 					}
 				}
 			}

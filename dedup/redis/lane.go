@@ -315,9 +315,9 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 	switch fx.to {
 	case attemptAnswered, thereAnswered:
-		l.conclude(en, fx.first, fx.then, fx.to == thereAnswered)
+		l.conclude(en, fx.verdict, fx.to == thereAnswered)
 	case allAnswered:
-		l.answerAll(en, fx.first, fx.err)
+		l.answerAll(en, fx.verdict, fx.err)
 	}
 }
 
@@ -412,16 +412,17 @@ func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
 }
 
 // conclude answers the attempt that en, which is finished, was sent for: the first request
-// that waits with first, and the others with then. there: the id is in the epoch, so a
-// request without a token is a repeat. Other attempts are sent on their own. l.mu is held.
-func (l *lane) conclude(en *entry, first, then dedup.Verdict, there bool) {
-	v := first
+// that waits with v, and the others with the same, or as its retries if it is new. there: the
+// id is in the epoch, so a request without a token is a repeat. Other attempts are sent on
+// their own. l.mu is held.
+func (l *lane) conclude(en *entry, v dedup.Verdict, there bool) {
 	var others []*ask
 	for _, a := range en.asks {
 		switch {
 		case sameAttempt(en.named, a.named):
-			l.answer(a, v, nil)
-			v = then
+			if l.answer(a, v, nil); v == dedup.Unique {
+				v = en.retried()
+			}
 		case there && !a.named.hasToken():
 			l.answer(a, dedup.Repeat, nil)
 		default:
