@@ -163,32 +163,26 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	key := pendingKey{s, k}
 	now := r.now.Load()
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	en := l.pending.find(key)
 	switch le := &s.lanes[l.i]; {
 	case l.closed:
-		l.mu.Unlock()
 		return 0, nil, dedup.ErrUnavailable
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
-		l.mu.Unlock()
 		return dedup.Turned, nil, nil
 	case en != nil && en.phase == untold && sameAttempt(en.named, m):
 		l.tell(e, en)
-		l.unlock()
 		return dedup.Unique, nil, nil
 	case en != nil && en.alone:
-		l.mu.Unlock()
 		return s.again(l.i, en.named, m), nil, nil
 	case s.refused.Load() || r.ledger.standing.Load() == outside:
-		l.mu.Unlock()
 		return 0, nil, errOutside
 	case l.down || r.health.refused.Load():
 		v, err := l.decideAlone(e, key, en, enc, m)
-		l.mu.Unlock()
 		return v, nil, err
 	case en == nil:
 		if r.pending.Add(1) > int64(r.cfg.pending) {
 			r.pending.Add(-1)
-			l.mu.Unlock()
 			return 0, nil, errPending
 		}
 		en = l.enter(key, enc, m)
@@ -197,7 +191,6 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	a.of, a.e, a.at, a.named = en, e, now, m
 	l.enlist(a)
 	a.enough = len(l.queue) >= l.want
-	l.mu.Unlock()
 	return 0, a, nil
 }
 
@@ -259,6 +252,7 @@ func (l *lane) tell(e *counter.Epoch, en *entry) {
 	i := slices.Index(l.untold, en)
 	l.untold = slices.Delete(l.untold, i, i+1)
 	l.step(en, eventAskedAgain, e)
+	wake(l.awake()) // it is rare that there are some
 }
 
 // now is the state of the entry, with what depends on its requests.
@@ -303,7 +297,9 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 		if e == nil {
 			e = en.asks[0].e
 		}
-		l.known(e, en.key)
+		// l.mu is held, so a request that no longer finds the id pending finds it in Local. An
+		// id without room there takes a trip next time.
+		_, _ = r.cfg.Local.Learn(e, s.view, en.key.id)
 	}
 	switch fx.place {
 	case inQueue:
@@ -322,8 +318,7 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 }
 
 // decideAlone answers without Redis: with fail open from Local, else with a refusal. en is
-// what is under way for the id, or nil.
-// l.mu is held.
+// what is under way for the id, or nil. l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if !r.cfg.FailOpen {
@@ -360,12 +355,6 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 }
 
 var errLog = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
-
-// known makes a repeat of the id cost no trip. l.mu is held, so that a request that no
-// longer finds the id pending finds it in Local.
-func (l *lane) known(e *counter.Epoch, key pendingKey) {
-	_, _ = l.r.cfg.Local.Learn(e, key.epoch.view, key.id) // an id without room takes a trip next time
-}
 
 // enlist adds a to those who wait. l.mu is held.
 func (l *lane) enlist(a *ask) {
