@@ -144,33 +144,33 @@ func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) er
 	if under == 0 {
 		return nil
 	}
-	keys, n, err := l.readKeys(ctx, c.Span())
-	if err != nil {
+	var err error
+	if c.Keys, err = l.readKeys(ctx, c.Span()); err != nil {
 		return err
 	}
-	if c.Keys = keys; n != under && c.Exact {
+	if n := sumOf(c.Keys); n != under && c.Exact {
 		c.Exact = false
 		l.logInexact(c.Span(), fmt.Sprintf("Redis has lost the counts of keys: %d ids are left of %d", n, under))
 	}
 	return nil
 }
 
-// readKeys returns the keys of a sealed epoch, and the sum of their ids.
-func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCount, uint64, error) {
+// readKeys returns the keys of a sealed epoch.
+func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
 	l.mu.Lock()
 	had := l.keyed
 	l.mu.Unlock()
 	if had.span == s {
-		return had.keys, had.n, nil
+		return had.keys, nil
 	}
-	keys, n, err := l.cfg.IDs.keyCounts(ctx, s)
+	keys, err := l.cfg.IDs.keyCounts(ctx, s)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.keyed = keyedSpan{s, keys, n}
-	return keys, n, nil
+	l.keyed = keyedSpan{s, keys}
+	return keys, nil
 }
 
 // sumOf is the sum of the ids under keys.
@@ -254,11 +254,11 @@ func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) (
 	}
 	fit := true
 	if ids.under > 0 {
-		_, n, err := l.readKeys(ctx, s)
+		keys, err := l.readKeys(ctx, s)
 		if err != nil {
 			return nil, err
 		}
-		fit = n == ids.under
+		fit = sumOf(keys) == ids.under
 	}
 	me, at := l.asOf()
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{

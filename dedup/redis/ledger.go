@@ -85,7 +85,7 @@ type groupIDs interface {
 	sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error)
 	noticeLosses(ctx context.Context, start time.Time) error
 	unsettled() (oldest, newest time.Time, some bool)
-	keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error)
+	keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error)
 	dropKeys(ctx context.Context, s counter.Span) error
 	foreign() bool
 }
@@ -139,7 +139,6 @@ type Ledger struct {
 type keyedSpan struct {
 	span counter.Span
 	keys []counter.KeyCount
-	n    uint64 // their sum
 }
 
 // Standings of a member.
