@@ -221,7 +221,7 @@ func newDriver(f *flags) (*driver, error) {
 	}
 	if f.Keys > 0 {
 		d.load.Keys = newKeys(f.Keys, d.load.Seed)
-		d.truth.keyOf = d.load.Keys.key
+		d.truth.keys = d.load.Keys
 	}
 	return d, nil
 }
@@ -294,7 +294,7 @@ func (d *driver) await(ctx context.Context, f *flags, read source, windows []*wi
 	for {
 		gone := over() // before the reading: what it wrote last is then read
 		records, invalid, err := read(ctx)
-		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.AllowInexact, f.Verbose, d.load.Keys})
+		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.Verbose})
 		for _, line := range invalid {
 			v.fault("invalid record", "%s", line)
 		}
