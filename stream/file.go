@@ -78,15 +78,9 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 func (f *fileSink) conflicts() uint64 { return 0 }
 func (f *fileSink) close()            {}
 
-// mayHave raises unsure.
-func (f *fileSink) mayHave(upTo uint64) {
-	for {
-		was := f.unsure.Load()
-		if was >= upTo || f.unsure.CompareAndSwap(was, upTo) {
-			return
-		}
-	}
-}
+// mayHave raises unsure. The goroutine that calls deliver alone does so; a write that was left
+// behind reads it.
+func (f *fileSink) mayHave(upTo uint64) { f.unsure.Store(max(f.unsure.Load(), upTo)) }
 
 // Claims is the one question that a counts file asks a group: who writes a line?
 type Claims interface {

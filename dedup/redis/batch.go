@@ -397,7 +397,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		return holdRetry
 	}
 	j.unknown = true
-	return l.failed(j, errors.New("unexpected answer "+a.status), wait)
+	return l.failed(j, errors.New("unexpected reply "+a.status), wait)
 }
 
 // allNew are the codes of a batch in which all ids are new.
@@ -485,7 +485,7 @@ func (l *lane) turn(j *job) {
 }
 
 // resolve answers the entries of a job that was done. It is for rouse to wake them.
-func (l *lane) resolve(j *job, a answer) {
+func (l *lane) resolve(j *job, a reply) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.job = nil

@@ -54,7 +54,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args)
 	took := time.Since(began)
-	var b beatAnswer
+	var b beatReply
 	if err == nil {
 		b, err = parseBeat(out, sent)
 	}
@@ -146,7 +146,7 @@ func (l *Ledger) addUncertain(a *admission, more int64) {
 }
 
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
-func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
+func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	for i, s := range sent {
 		e := l.find(s)
 		if e != nil {
@@ -245,8 +245,8 @@ const (
 	beatDecided      = 5 // what it came to is not known here, and is in the answer
 )
 
-// beatAnswer is what beatScript answers.
-type beatAnswer struct {
+// beatReply is what beatScript replies.
+type beatReply struct {
 	now, leads, others int64
 	odd, strange       string      // LENGTH MEMBER
 	states             []int64     // of each epoch
@@ -262,7 +262,7 @@ type decision struct {
 	why           string // the reason why it is not exact
 }
 
-func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, err error) {
+func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {
 	if len(out) != 8 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
@@ -276,7 +276,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, e
 	case len(states) != len(sent):
 		return b, fmt.Errorf("%d states of %d epochs", len(states), len(sent))
 	}
-	b = beatAnswer{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states}
+	b = beatReply{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states}
 	for _, name := range unnamed {
 		s, err := parseSpan(name)
 		if err != nil {
@@ -288,7 +288,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, e
 }
 
 // parseEpochs reads what is answered of each epoch.
-func (b *beatAnswer) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) error {
+func (b *beatReply) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) error {
 	list, err := m.ToArray()
 	if err != nil || len(list) != len(sent) {
 		return fmt.Errorf("answers of %d epochs, not %d: %w", len(list), len(sent), err)

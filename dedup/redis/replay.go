@@ -152,7 +152,7 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 }
 
 // replayed takes over that ids from the log were added again. l.mu is held.
-func (l *lane) replayed(le *laneEpoch, j *job, a answer) {
+func (l *lane) replayed(le *laneEpoch, j *job, a reply) {
 	if le.retired {
 		return
 	}
@@ -167,7 +167,7 @@ func (l *lane) replayed(le *laneEpoch, j *job, a answer) {
 // recover goes on after a loss: Redis knows nothing of the last batches of this
 // session, or of an epoch, and what it forgot is added again before anything
 // else. The job stays as it is: whatever it did is forgotten too.
-func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
+func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	r := l.r
 	seq := l.seq + seqSkip
 	for {
@@ -227,10 +227,10 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	return -1
 }
 
-// lose notes the loss that an answer about the epoch s reports. statusOld means only that
+// lose notes the loss that a reply about the epoch s reports. statusOld means only that
 // an earlier hello succeeded and its reply was lost; what it reported is already in
 // losses.
-func (l *lane) lose(s *redisEpoch, a answer) {
+func (l *lane) lose(s *redisEpoch, a reply) {
 	switch a.status {
 	case statusLost:
 		l.losses[s] = 0

@@ -56,7 +56,7 @@ type sealedIDs struct {
 // lanes sealed and others not; calling it again goes on.
 func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
 	type part struct {
-		answer
+		reply
 		err error
 	}
 	parts := make(chan part, len(r.lanes))
@@ -87,7 +87,7 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 
 // sealLane waits for ids that Redis lacks, until sessions have added them again or the lane
 // gives them up. That the members have left the epoch is awaitSeal's to wait for.
-func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (answer, error) {
+func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (reply, error) {
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
