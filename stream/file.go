@@ -326,10 +326,13 @@ func repairTail(file *os.File, size int64) error {
 	var start int64
 	var tail []byte
 	err := linesBack(file, size, func(at int64, line []byte) (more bool) {
+		if line[len(line)-1] == '\n' {
+			return false
+		}
 		start, tail = at, line
-		return false
+		return true // it may be a part
 	})
-	if err != nil || len(tail) == 0 || tail[len(tail)-1] == '\n' {
+	if err != nil || len(tail) == 0 {
 		return err
 	}
 	torn := bytes.HasPrefix(tail, tornPrefix) || bytes.HasPrefix(tornPrefix, tail) || tail[0] == 0

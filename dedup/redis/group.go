@@ -127,8 +127,6 @@ func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error
 // stop does not wait: the epoch goes on without this instance, and Leave, or
 // another, publishes it.
 func (g *Group) Publish(ctx context.Context, c counter.Count) error {
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
 	var ours bool
 	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) (err error) {
 		ours, err = g.ledger.Report(ctx, c)
