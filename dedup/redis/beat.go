@@ -148,32 +148,30 @@ func (l *Ledger) addUncertain(a *admission, more int64) {
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
 func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	for i, s := range sent {
-		e := l.find(s)
-		if e != nil {
-			e.answers.learn(b.answers[i])
+		e, state := l.find(s), b.states[i]
+		if e == nil {
+			continue
 		}
-		switch {
-		case e == nil:
-		case b.states[i] == beatRefused && e.asks:
-			l.drop(s) // it is gone
-		case b.states[i] == beatRefused:
-			e.refused.Store(true)
-			e.late = true
-		default:
-			e.refused.Store(false)
-			e.uncertainKnown = e.uncertainSent
-			if !e.registered {
-				e.registered = true
-				close(e.known)
+		e.answers.learn(b.answers[i])
+		e.refused.Store(state == beatRefused)
+		if state == beatRefused {
+			if e.late = true; e.asks {
+				l.drop(s) // it is gone
 			}
-			switch b.states[i] {
-			case beatDelivered:
-				l.pass(s)
-			case beatContradicted:
-				l.contradict(e)
-			case beatDecided:
-				e.decided = b.decided[i]
-			}
+			continue
+		}
+		e.uncertainKnown = e.uncertainSent
+		if !e.registered {
+			e.registered = true
+			close(e.known)
+		}
+		switch state {
+		case beatDelivered:
+			l.pass(s)
+		case beatContradicted:
+			l.contradict(e)
+		case beatDecided:
+			e.decided = b.decided[i]
 		}
 	}
 	for _, s := range b.unnamed {
