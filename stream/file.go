@@ -213,39 +213,34 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	if err != nil {
 		return err
 	}
-	regular := info.Mode().IsRegular() // a pipe or a device has no tail
-	if regular {
-		if err := repairTail(file, info.Size()); err != nil {
-			return err
-		}
-	}
-	var there map[string]bool
-	if regular && batch[0].index <= f.unsure.Load() {
-		if there, err = f.lookup(file, batch); err != nil {
-			return err
-		}
-	}
-	batch = slices.DeleteFunc(slices.Clone(batch), func(e spooled) bool { return there[string(e.value)] })
 	var lines []byte
-	if regular {
-		if err := f.appendKeys(batch); err != nil {
-			return err
-		}
-		for i := range batch {
-			lines = append(append(lines, batch[i].value...), '\n')
-		}
-	} else {
+	if !info.Mode().IsRegular() { // a pipe or a device has no tail
 		for i := range batch {
 			lines = appendLines(lines, &batch[i])
 		}
+		_, err = file.Write(lines)
+		return err
+	}
+	if err := repairTail(file, info.Size()); err != nil {
+		return err
+	}
+	if batch[0].index <= f.unsure.Load() {
+		there, err := f.lookup(file, batch)
+		if err != nil {
+			return err
+		}
+		batch = slices.DeleteFunc(slices.Clone(batch), func(e spooled) bool { return there[string(e.value)] })
+	}
+	if err := f.appendKeys(batch); err != nil {
+		return err
+	}
+	for i := range batch {
+		lines = append(append(lines, batch[i].value...), '\n')
 	}
 	if len(lines) > 0 {
 		if _, err := file.Write(lines); err != nil {
 			return err
 		}
-	}
-	if !regular {
-		return nil
 	}
 	// Also when everything was there: the process that wrote it may have been
 	// killed before its sync.
