@@ -5,6 +5,8 @@ import (
 	"math/bits"
 
 	"github.com/dchest/siphash"
+
+	"verve/dedup"
 )
 
 // wide is the key of an id that is not a number.
@@ -17,7 +19,7 @@ func parse(id []byte) (n uint64, w wide, isNumber bool) {
 	if n, ok := number(id); ok {
 		return n, w, true
 	}
-	hi, lo, ok := uuid(id)
+	hi, lo, ok := dedup.ParseUUID(id)
 	if !ok {
 		hi, lo = siphash.Hash128(0, 0, id)
 	}
@@ -40,35 +42,6 @@ func number(id []byte) (n uint64, ok bool) {
 		n = sum
 	}
 	return n, true
-}
-
-// nibble is the value of a lower-case hexadecimal digit, 0xff for all else.
-var nibble = func() (t [256]byte) {
-	for i := range t {
-		t[i] = 0xff
-	}
-	for i, c := range []byte("0123456789abcdef") {
-		t[c] = byte(i)
-	}
-	return t
-}()
-
-func uuid(id []byte) (hi, lo uint64, ok bool) {
-	if len(id) != 36 || id[8] != '-' || id[13] != '-' || id[18] != '-' || id[23] != '-' {
-		return 0, 0, false
-	}
-	var bad byte
-	hex := func(digits []byte) (n uint64) {
-		for _, c := range digits {
-			d := nibble[c]
-			bad |= d
-			n = n<<4 | uint64(d&0xf)
-		}
-		return n
-	}
-	hi = hex(id[:8])<<32 | hex(id[9:13])<<16 | hex(id[14:18])
-	lo = hex(id[19:23])<<48 | hex(id[24:])
-	return hi, lo, bad&0xf0 == 0
 }
 
 // shardCount keeps two writers out of each other's way: they meet in a shard

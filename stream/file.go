@@ -78,15 +78,9 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 func (f *fileSink) conflicts() uint64 { return 0 }
 func (f *fileSink) close()            {}
 
-// mayHave raises unsure.
-func (f *fileSink) mayHave(upTo uint64) {
-	for {
-		was := f.unsure.Load()
-		if was >= upTo || f.unsure.CompareAndSwap(was, upTo) {
-			return
-		}
-	}
-}
+// mayHave raises unsure. The goroutine that calls deliver alone does so; a write that was left
+// behind reads it.
+func (f *fileSink) mayHave(upTo uint64) { f.unsure.Store(max(f.unsure.Load(), upTo)) }
 
 // Claims is the one question that a counts file asks a group: who writes a line?
 type Claims interface {
@@ -219,39 +213,34 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	if err != nil {
 		return err
 	}
-	regular := info.Mode().IsRegular() // a pipe or a device has no tail
-	if regular {
-		if err := repairTail(file, info.Size()); err != nil {
-			return err
-		}
-	}
-	var there map[string]bool
-	if regular && batch[0].index <= f.unsure.Load() {
-		if there, err = f.lookup(file, batch); err != nil {
-			return err
-		}
-	}
-	batch = slices.DeleteFunc(slices.Clone(batch), func(e spooled) bool { return there[string(e.value)] })
 	var lines []byte
-	if regular {
-		if err := f.appendKeys(batch); err != nil {
-			return err
-		}
-		for i := range batch {
-			lines = append(append(lines, batch[i].value...), '\n')
-		}
-	} else {
+	if !info.Mode().IsRegular() { // a pipe or a device has no tail
 		for i := range batch {
 			lines = appendLines(lines, &batch[i])
 		}
+		_, err = file.Write(lines)
+		return err
+	}
+	if err := repairTail(file, info.Size()); err != nil {
+		return err
+	}
+	if batch[0].index <= f.unsure.Load() {
+		there, err := f.lookup(file, batch)
+		if err != nil {
+			return err
+		}
+		batch = slices.DeleteFunc(slices.Clone(batch), func(e spooled) bool { return there[string(e.value)] })
+	}
+	if err := f.appendKeys(batch); err != nil {
+		return err
+	}
+	for i := range batch {
+		lines = append(append(lines, batch[i].value...), '\n')
 	}
 	if len(lines) > 0 {
 		if _, err := file.Write(lines); err != nil {
 			return err
 		}
-	}
-	if !regular {
-		return nil
 	}
 	// Also when everything was there: the process that wrote it may have been
 	// killed before its sync.
@@ -330,25 +319,17 @@ func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, erro
 // else is ended with a newline instead: it is not ours, or a whole record, which an
 // editor leaves without its newline. If a torn write left that one, lookup finds it.
 func repairTail(file *os.File, size int64) error {
-	const chunk = 4096
+	var start int64
 	var tail []byte
-	start := size
-	for start > 0 && int64(len(tail)) < 64*chunk {
-		n := min(chunk, start)
-		b := make([]byte, n, n+int64(len(tail)))
-		if _, err := file.ReadAt(b, start-n); err != nil {
-			return err
+	err := linesBack(file, size, func(at int64, line []byte) (more bool) {
+		if line[len(line)-1] == '\n' {
+			return false
 		}
-		if i := bytes.LastIndexByte(b, '\n'); i >= 0 {
-			tail = append(b[i+1:], tail...)
-			start -= n - int64(i) - 1
-			break
-		}
-		tail = append(b, tail...)
-		start -= n
-	}
-	if len(tail) == 0 {
-		return nil
+		start, tail = at, line
+		return true // it may be a part
+	})
+	if err != nil || len(tail) == 0 {
+		return err
 	}
 	_, notRecord := parseRecord(tail)
 	_, notKeyRecord := parseKeyRecord(tail)

@@ -117,11 +117,15 @@ func TestCountsFileKeepsAWholeLastLine(t *testing.T) {
 }
 
 func TestCountsFileZerosOfAPowerLossAreCutOff(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "counts.jsonl")
-	deliver(t, newFileSink(path, nil, 0, noStep), entries(t, 0, 2))
-	appendFile(t, path, make([]byte, 10000))
-	deliver(t, newFileSink(path, nil, 3, noStep), entries(t, 1, 3))
-	wantWindows(t, readCounts(t, path), 3)
+	for _, torn := range []int{0, 100} { // bytes of a line before them
+		for _, zeros := range []int{1, 10_000, 1 << 20} {
+			path := filepath.Join(t.TempDir(), "counts.jsonl")
+			deliver(t, newFileSink(path, nil, 0, noStep), entries(t, 0, 2))
+			appendFile(t, path, append(entries(t, 2, 3)[0].value[:torn], make([]byte, zeros)...))
+			deliver(t, newFileSink(path, nil, 3, noStep), entries(t, 1, 3))
+			wantWindows(t, readCounts(t, path), 3)
+		}
+	}
 }
 
 func TestCountsFileLeavesForeignTextAlone(t *testing.T) {

@@ -242,13 +242,13 @@ func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 		}
 		defer client.Close()
 		other := 0
-		if err := readToEnd(t.Context(), client, topic, time.Time{}, func(r *kgo.Record) error {
+		for r, err := range readToEnd(t.Context(), client, topic, time.Time{}) {
+			if err != nil {
+				t.Fatal(err)
+			}
 			if record, err := parseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
 				other++
 			}
-			return nil
-		}); err != nil {
-			t.Fatal(err)
 		}
 		if other == 0 || other > 12 {
 			t.Errorf("%d records have another time than the end of their window", other)

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"slices"
 	"sync/atomic"
@@ -46,8 +47,11 @@ func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error
 	defer k.closing.Go(client.Close)
 
 	there := topicValues{want: want, visible: make(map[string][]string), open: make(map[transaction][]*kgo.Record)}
-	if err := readToEnd(ctx, client, k.cfg.Topic, lookFrom(batch), there.take); err != nil {
-		return nil, k.lacks("Read", k.cfg.Topic, last.explain(err))
+	for r, err := range readToEnd(ctx, client, k.cfg.Topic, lookFrom(batch)) {
+		if err != nil {
+			return nil, k.lacks("Read", k.cfg.Topic, last.explain(err))
+		}
+		there.take(r)
 	}
 	for _, data := range there.open {
 		// Behind the fence every transaction of our id is settled, so this is one
@@ -94,7 +98,7 @@ type transaction struct {
 	producer  int64
 }
 
-func (v *topicValues) take(r *kgo.Record) error {
+func (v *topicValues) take(r *kgo.Record) {
 	of := transaction{r.Partition, r.ProducerID}
 	switch {
 	case r.Attrs.IsControl():
@@ -111,7 +115,6 @@ func (v *topicValues) take(r *kgo.Record) error {
 	default:
 		v.show(r)
 	}
-	return nil
 }
 
 func (v *topicValues) show(r *kgo.Record) {
@@ -150,14 +153,30 @@ func sameCount(value string, r *Record) bool {
 	return err == nil && there.Unique == r.Unique
 }
 
-// readToEnd calls fn with the records of all partitions from the first one that
-// is not older than since up to the ends as they are now.
-func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time.Time, fn func(*kgo.Record) error) error {
-	left, err := assign(ctx, client, topic, since)
-	for err == nil && len(left) > 0 {
-		err = poll(ctx, client, left, fn)
+// readToEnd yields the records of all partitions from the first one that is not older than
+// since up to the ends as they are now. An error is the last it yields.
+func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time.Time) iter.Seq2[*kgo.Record, error] {
+	return func(yield func(*kgo.Record, error) bool) {
+		left, err := assign(ctx, client, topic, since)
+		for err == nil && len(left) > 0 {
+			var fetches kgo.Fetches
+			if fetches, err = poll(ctx, client); err != nil {
+				break
+			}
+			for r := range fetches.RecordsAll() {
+				end, ok := left[r.Partition]
+				if ok && r.Offset >= end-1 {
+					delete(left, r.Partition) // read to its end
+				}
+				if ok && r.Offset < end && !yield(r, nil) {
+					return
+				}
+			}
+		}
+		if err != nil {
+			yield(nil, err)
+		}
 	}
-	return err
 }
 
 // assign has the client consume the partitions that have records to read, and returns
@@ -200,30 +219,18 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 	return ends, nil
 }
 
-// poll calls fn with the records of one fetch, and removes the partitions from left
-// that were read to their end.
-func poll(ctx context.Context, client *kgo.Client, left map[int32]int64, fn func(*kgo.Record) error) error {
+// poll fetches once. It waits for lookStall at most.
+func poll(ctx context.Context, client *kgo.Client) (kgo.Fetches, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookStall)
 	defer cancel()
 	fetches := client.PollFetches(ctx)
 	if err := fetches.Err0(); err != nil {
-		return fmt.Errorf("read: %w", err)
+		return nil, fmt.Errorf("read: %w", err)
 	}
 	for _, e := range fetches.Errors() {
-		return fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
+		return nil, fmt.Errorf("read partition %d: %w", e.Partition, e.Err)
 	}
-	for r := range fetches.RecordsAll() {
-		end, ok := left[r.Partition]
-		if ok && r.Offset >= end-1 {
-			delete(left, r.Partition)
-		}
-		if ok && r.Offset < end {
-			if err := fn(r); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return fetches, nil
 }
 
 // lastError is a hook that keeps what went wrong with a connection last. A step

@@ -113,7 +113,9 @@ func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 		case !errors.Is(err, io.EOF):
 			return nil, err
 		case follow:
-			err = c.await(ctx)
+			if err = retry.Sleep(ctx, followEvery); err == nil {
+				err = c.catchUp()
+			}
 		case len(c.line) == 0:
 			return nil, err
 		case c.unended:
@@ -142,14 +144,6 @@ func (c *countsLines) invalid(err error) error {
 		return nil
 	}
 	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
-}
-
-// await looks for more after a while.
-func (c *countsLines) await(ctx context.Context) error {
-	if err := retry.Sleep(ctx, followEvery); err != nil {
-		return err
-	}
-	return c.catchUp()
 }
 
 // catchUp turns to the file that has the name now, or to the new end of one that was cut.
@@ -227,49 +221,48 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 			return
 		}
 		defer client.Close()
-		stopped := errors.New("stopped")
-		emit := func(r *kgo.Record) error {
-			if r.Attrs.IsControl() {
-				return nil
-			}
-			record, err := parse(r.Value)
-			err = cmp.Or(checkSchema(r), err)
-			if err == nil && id(&record) != string(r.Key) {
-				err = fmt.Errorf("key %q belongs to %q", r.Key, id(&record))
-			}
-			if err != nil {
-				err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
+		records := readToEnd(ctx, client, topic, time.Time{})
+		if follow {
+			records = followTopic(ctx, client, topic)
+		}
+		for r, err := range records {
+			record := none
+			switch {
+			case err != nil:
+				err = fmt.Errorf("read %s: %w", topic, last.explain(err))
+			case r.Attrs.IsControl():
+				continue
+			default:
+				record, err = parse(r.Value)
+				if err = cmp.Or(checkSchema(r), err); err == nil && id(&record) != string(r.Key) {
+					err = fmt.Errorf("key %q belongs to %q", r.Key, id(&record))
+				}
+				if err != nil {
+					err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
+				}
 			}
 			if !yield(record, err) {
-				return stopped
+				return
 			}
-			return nil
-		}
-		if follow {
-			followTopic(ctx, client, topic, emit, func(err error) bool { return yield(none, err) })
-			return
-		}
-		err = readToEnd(ctx, client, topic, time.Time{}, emit)
-		if err != nil && !errors.Is(err, stopped) {
-			yield(none, fmt.Errorf("read %s: %w", topic, last.explain(err)))
 		}
 	}
 }
 
-// followTopic calls emit with the records of the topic, and fail with what fails,
-// until one of them or ctx ends it.
-func followTopic(ctx context.Context, client *kgo.Client, topic string, emit func(*kgo.Record) error, fail func(error) bool) {
-	client.AddConsumeTopics(topic)
-	for ctx.Err() == nil {
-		fetches := client.PollFetches(ctx)
-		for _, e := range fetches.Errors() {
-			if ctx.Err() == nil && !fail(fmt.Errorf("read %s: %w", topic, e.Err)) {
-				return
+// followTopic yields the records of the topic, and what fails, until ctx ends.
+func followTopic(ctx context.Context, client *kgo.Client, topic string) iter.Seq2[*kgo.Record, error] {
+	return func(yield func(*kgo.Record, error) bool) {
+		client.AddConsumeTopics(topic)
+		for ctx.Err() == nil {
+			fetches := client.PollFetches(ctx)
+			for _, e := range fetches.Errors() {
+				if ctx.Err() == nil && !yield(nil, e.Err) {
+					return
+				}
 			}
-		}
-		for r := range fetches.RecordsAll() {
-			if emit(r) != nil {
-				return
+			for r := range fetches.RecordsAll() {
+				if !yield(r, nil) {
+					return
+				}
 			}
 		}
 	}

@@ -139,13 +139,7 @@ func (r *Record) appendJSON(b []byte) ([]byte, error) {
 	}
 	c := *r
 	c.WindowStart, c.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC()
-	buf := bytes.NewBuffer(b)
-	enc := json.NewEncoder(buf)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(&c); err != nil {
-		return b, err
-	}
-	return bytes.TrimSuffix(buf.Bytes(), []byte{'\n'}), nil
+	return appendUnescaped(b, &c), nil
 }
 
 // parseRecord accepts exactly the bytes that a record is written as and nothing

@@ -59,7 +59,7 @@ func TestStalledStandardOutputIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		out := &reader{stall: make(chan struct{})}
 		sp := testSpool(t, t.TempDir())
-		s, err := New(Config{Scope: ScopeInstance, CountsFile: "-", Stdout: out}, sp)
+		s, err := New(Config{Scope: ScopeInstance, CountsFile: "-", stdout: out}, sp)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -110,7 +110,7 @@ func TestStopLeavesAStalledWriteBehind(t *testing.T) {
 	dir := t.TempDir()
 	out := &reader{}
 	sp := testSpool(t, dir)
-	s, err := New(Config{Scope: ScopeInstance, CountsFile: "-", Stdout: &stallsAfter{reader: out, lines: 30}}, sp)
+	s, err := New(Config{Scope: ScopeInstance, CountsFile: "-", stdout: &stallsAfter{reader: out, lines: 30}}, sp)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestStopLeavesAStalledWriteBehind(t *testing.T) {
 	}
 
 	sp = testSpool(t, dir)
-	if s, err = New(Config{Scope: ScopeInstance, CountsFile: "-", Stdout: out}, sp); err != nil {
+	if s, err = New(Config{Scope: ScopeInstance, CountsFile: "-", stdout: out}, sp); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel = context.WithCancel(t.Context())

@@ -42,14 +42,14 @@ type Config struct {
 	// Kafka is where records go. No brokers: nowhere.
 	Kafka KafkaConfig
 
-	// CountsFile is the path of the counts file, "-" for Stdout, empty for none.
+	// CountsFile is the path of the counts file, "-" for standard output, empty for none.
 	CountsFile string
-	// Stdout is what "-" means; nil is os.Stdout.
-	Stdout io.Writer
 
 	// Log gets the failures of the spool and the sinks, sampled. The zero value is
 	// silent.
 	Log zerolog.Logger
+
+	stdout io.Writer // for tests; nil: os.Stdout
 }
 
 // Delivery states of a window.
@@ -158,7 +158,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		})
 	}
 	if cfg.CountsFile != "" {
-		f := newFileSink(cfg.CountsFile, cfg.Stdout, spool.opened, s.step)
+		f := newFileSink(cfg.CountsFile, cfg.stdout, spool.opened, s.step)
 		if cfg.Scope == ScopeGroup {
 			f.claims = cfg.Claims
 		}

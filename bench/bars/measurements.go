@@ -100,16 +100,15 @@ func (m measurements) worst(b bar) (worst float64, known bool) {
 		if k.unit != b.unit || !fits.MatchString(k.name) {
 			continue
 		}
-		if len(b.against) == 0 {
+		if b.against == "" {
 			take(median(m[k]))
+			continue
 		}
-		for _, other := range b.against {
-			than := strings.Replace(k.name, b.design, other, 1)
-			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[key{"close/" + of, k.unit}] != nil {
-				continue // these two have rounds of their own
-			}
-			take(m.ratio(than, k.name, b.unit))
+		than := strings.Replace(k.name, b.design, b.against, 1)
+		if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[key{"close/" + of, k.unit}] != nil {
+			continue // these two have rounds of their own
 		}
+		take(m.ratio(than, k.name, b.unit))
 	}
 	return worst, known
 }

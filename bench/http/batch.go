@@ -2,17 +2,15 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,25 +28,25 @@ type form struct {
 }
 
 var batchForms = []form{
-	{name: "single", script: "unique.lua", ids: 1},
-	{name: "decimals", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal"}},
-	{name: "uuids", script: "batch.lua", ids: 1000, args: []string{"1000", "uuid"}},
-	{name: "json", script: "batch.lua", ids: 1000, args: []string{"1000", "json"}},
-	{name: "hundred", script: "batch.lua", ids: 100, args: []string{"100", "decimal"}},
-	{name: "group", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal"}, group: true},
+	{name: "single", script: "unique", ids: 1},
+	{name: "decimals", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
+	{name: "uuids", script: "batch", ids: 1000, args: []string{"1000", "uuid"}},
+	{name: "json", script: "batch", ids: 1000, args: []string{"1000", "json"}},
+	{name: "hundred", script: "batch", ids: 100, args: []string{"100", "decimal"}},
+	{name: "group", script: "batch", ids: 1000, args: []string{"1000", "decimal"}, group: true},
 }
 
 // optionForms compare requests with a token, or with one of 1,000 keys, with the same
 // without. Those beside each other in a pair are in optionPairs.
 var optionForms = []form{
-	{name: "plain", script: "unique.lua", ids: 1},
-	{name: "token", script: "unique.lua", ids: 1, args: []string{"token"}},
-	{name: "key", script: "unique.lua", ids: 1, args: []string{"key"}},
-	{name: "lines", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal"}},
-	{name: "lines-key", script: "batch.lua", ids: 1000, args: []string{"1000", "decimal", "key"}},
-	{name: "items", script: "batch.lua", ids: 1000, args: []string{"1000", "items"}},
-	{name: "items-key", script: "batch.lua", ids: 1000, args: []string{"1000", "items", "key"}},
-	{name: "items-token", script: "batch.lua", ids: 1000, args: []string{"1000", "items", "token"}},
+	{name: "plain", script: "unique", ids: 1},
+	{name: "token", script: "unique", ids: 1, args: []string{"token"}},
+	{name: "key", script: "unique", ids: 1, args: []string{"key"}},
+	{name: "lines", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
+	{name: "lines-key", script: "batch", ids: 1000, args: []string{"1000", "decimal", "key"}},
+	{name: "items", script: "batch", ids: 1000, args: []string{"1000", "items"}},
+	{name: "items-key", script: "batch", ids: 1000, args: []string{"1000", "items", "key"}},
+	{name: "items-token", script: "batch", ids: 1000, args: []string{"1000", "items", "token"}},
 }
 
 var optionPairs = [][2]string{{"token", "plain"}, {"key", "plain"}, {"lines-key", "lines"}, {"items-key", "items"}, {"items-token", "items"}}
@@ -58,7 +56,7 @@ const turnWindow = 100 * time.Millisecond
 
 // batchExpect is more than the number of ids in a window of these cases: what a table costs
 // that grows is not measured here.
-const batchExpect = 60_000_000
+const batchExpect = "--expect-ids=60000000"
 
 const batchWindow = "--window=15s"
 
@@ -66,26 +64,32 @@ const batchWindow = "--window=15s"
 // instance waits for it, with the core shared by both.
 const groupConns = 2
 
-// driving returns how requests of the forms are sent to the processes that on names.
-func (r *run) driving(ctx context.Context, root, scenario string, forms []form, on func(form) []*process) func(name string, round int) (sample, error) {
-	return func(name string, round int) (sample, error) {
+// forms drives a server with requests of the forms, and a group with those that are for it:
+// one instance and its Redis.
+func (r *run) forms(ctx context.Context, out io.Writer, scenario, title string, forms []form, server *process, group ...*process) (*table, error) {
+	const grow = 3 // seconds more: also the table of UUIDs grows
+	return r.rounds(ctx, out, title, names(forms), r.WarmUp+grow, func(name string, seconds int) (s sample, err error) {
 		f := forms[slices.IndexFunc(forms, func(f form) bool { return f.name == name })]
-		w := wrk{script: filepath.Join(root, "bench", "wrk", f.script), conns: min(r.Conns, 16), args: f.args}
+		w := wrk{script: r.script(f.script), conns: min(r.Conns, 16), args: f.args}
 		if f.group {
 			w.conns = min(r.Conns, groupConns)
+			s, err = measure(ctx, w, seconds, group[:1], group[1:]...)
+		} else {
+			s, err = measure(ctx, w, seconds, []*process{server})
 		}
-		if round == 0 { // the tables grow to their sizes, also that of UUIDs, and requests may wait for that
-			_, _ = measure(ctx, w, r.WarmUp+3, on(f)...)
-			return sample{}, ctx.Err()
-		}
-		s, err := measure(ctx, w, r.Seconds, on(f)...)
-		if err == nil && 100*s.Failed > s.Requests {
-			err = fmt.Errorf("%d requests were refused", s.Failed)
-		}
-		s.Scenario, s.Server = scenario, name
+		s.Scenario = scenario
 		s.CPU /= float64(f.ids)
-		return s, err
+		s.Redis /= float64(f.ids)
+		return s, cmp.Or(err, s.refused())
+	})
+}
+
+// refused returns an error if more than a hundredth of the requests were refused.
+func (s *sample) refused() error {
+	if 100*s.Failed > s.Requests {
+		return fmt.Errorf("%d of %d requests were refused", s.Failed, s.Requests)
 	}
+	return nil
 }
 
 func names(forms []form) (names []string) {
@@ -98,36 +102,26 @@ func names(forms []form) (names []string) {
 // batches drives Verve with batches of ids. A sample's CPU is of an id, not of a
 // request. The first case is how late windows are sealed while batches of 10,000 ids
 // are judged, with no other server on the core.
-func (r *run) batches(ctx context.Context, out io.Writer, root, dir string) (samples []sample, err error) {
-	late, err := r.lateness(ctx, root, dir)
+func (r *run) batches(ctx context.Context, out io.Writer) ([]sample, error) {
+	late, err := r.lateness(ctx)
 	if err != nil {
 		return nil, err
 	}
 	fmt.Fprintf(out, "windows of %v under batches of 10,000: sealed %.2f ms after their end at p99\n", turnWindow, late.P99)
-	var alone, group, redis *process
-	defer func() {
-		for _, p := range []*process{alone, group, redis} {
-			if p != nil {
-				err = errors.Join(err, p.end())
-			}
-		}
-	}()
-	if alone, err = start("verve", r.Binary, filepath.Join(dir, "batch"), append(slices.Clone(r.Flags), batchWindow, "--expect-ids="+strconv.Itoa(batchExpect))); err != nil {
+	alone, err := r.start("verve", "batch", append(slices.Clone(r.Flags), batchWindow, batchExpect))
+	if err != nil {
 		return nil, err
 	}
-	if redis, err = startRedis(dir); err != nil {
+	redis, err := r.startRedis()
+	if err != nil {
 		return nil, err
 	}
-	if group, err = start("verve", r.Binary, filepath.Join(dir, "batch-group"), []string{"--dedup=redis", "--redis-url=redis://" + redis.addr}); err != nil {
+	group, err := r.start("verve", "batch-group", []string{"--dedup=redis", "--redis-url=redis://" + redis.addr})
+	if err != nil {
 		return nil, err
 	}
 	title := "batch: CPU of the server for an id, us (decimals, uuids, json, group: 1,000 ids in a request; hundred: 100)"
-	t, err := r.rounds(out, title, names(batchForms), r.driving(ctx, root, "batch", batchForms, func(f form) []*process {
-		if f.group {
-			return []*process{group, redis}
-		}
-		return []*process{alone}
-	}))
+	t, err := r.forms(ctx, out, "batch", title, batchForms, alone, group, redis)
 	if err != nil {
 		return t.samples, err
 	}
@@ -139,14 +133,13 @@ func (r *run) batches(ctx context.Context, out io.Writer, root, dir string) (sam
 
 // options drives Verve with requests with and without tokens and keys. token-cost is what
 // a token costs more than the same request without.
-func (r *run) options(ctx context.Context, out io.Writer, root, dir string) (samples []sample, err error) {
-	p, err := start("verve", r.Binary, filepath.Join(dir, "options"), append(slices.Clone(r.Flags), batchWindow, "--expect-ids="+strconv.Itoa(batchExpect)))
+func (r *run) options(ctx context.Context, out io.Writer) ([]sample, error) {
+	p, err := r.start("verve", "options", append(slices.Clone(r.Flags), batchWindow, batchExpect))
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, p.end()) }()
 	title := "options: CPU of the server for an id, us (key: one of 1,000; lines: 1,000 ids in a request; items: the same in JSON, an object each)"
-	t, err := r.rounds(out, title, names(optionForms), r.driving(ctx, root, "options", optionForms, func(form) []*process { return []*process{p} }))
+	t, err := r.forms(ctx, out, "options", title, optionForms, p)
 	if err != nil {
 		return t.samples, err
 	}
@@ -171,24 +164,23 @@ func (r *run) options(ctx context.Context, out io.Writer, root, dir string) (sam
 
 // lateness drives a server with short windows, and reads from its records how long
 // after their ends they were sealed, without those of its first seconds.
-func (r *run) lateness(ctx context.Context, root, dir string) (s sample, err error) {
-	data := filepath.Join(dir, "batch-turn")
-	p, err := start("verve", r.Binary, data, []string{"--window=" + turnWindow.String(), "--expect-ids=2000000"})
-	if err != nil {
+func (r *run) lateness(ctx context.Context) (s sample, err error) {
+	const folder = "batch-turn"
+	if _, err := r.start("verve", folder, []string{"--window=" + turnWindow.String(), "--expect-ids=2000000"}); err != nil {
 		return s, err
 	}
 	unix.Sync() // else stores into the journal wait for the disk, which writes what the build has left
-	w := wrk{script: filepath.Join(root, "bench", "wrk", "batch.lua"), conns: 4, args: []string{"10000"}}
+	w := wrk{script: r.script("batch"), conns: 4, args: []string{"10000"}}
 	// In its first windows the server makes the files of its journal, each of which is synced.
-	if _, err = measure(ctx, w, max(r.WarmUp, 3), p); err != nil {
-		return s, errors.Join(err, p.end())
-	}
-	began := time.Now()
-	s, err = measure(ctx, w, max(r.Seconds, 20), p) // 200 windows
-	if err = errors.Join(err, p.end()); err != nil {
+	if _, err = measure(ctx, w, max(r.WarmUp, 3), r.servers); err != nil {
 		return s, err
 	}
-	f, err := os.Open(filepath.Join(data, "counts.jsonl"))
+	began := time.Now()
+	s, err = measure(ctx, w, max(r.Seconds, 20), r.servers) // 200 windows
+	if err = errors.Join(err, r.endAll()); err != nil {
+		return s, err
+	}
+	f, err := os.Open(filepath.Join(r.dir, folder, "counts.jsonl"))
 	if err != nil {
 		return s, err
 	}
@@ -209,28 +201,4 @@ func (r *run) lateness(ctx context.Context, root, dir string) (s sample, err err
 	slices.Sort(late)
 	s.Scenario, s.Server, s.CPU, s.P99 = "batch", "turn", s.CPU/10_000, late[len(late)*99/100]
 	return s, nil
-}
-
-// startRedis runs a Redis on the servers' core.
-func startRedis(dir string) (p *process, err error) {
-	if _, err := exec.LookPath("redis-server"); err != nil {
-		return nil, errors.New("redis-server is not installed")
-	}
-	p = &process{name: "redis", done: make(chan error, 1)}
-	if p.addr, err = freeAddr(); err != nil {
-		return nil, err
-	}
-	_, port, err := net.SplitHostPort(p.addr)
-	if err != nil {
-		return nil, err
-	}
-	p.cmd = pinned(serverCore, "redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--dir", dir, "--logfile", "redis.log")
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	go func() { p.done <- p.cmd.Wait() }()
-	if err := p.awaitConnections(); err != nil {
-		return nil, err
-	}
-	return p, nil
 }

@@ -1,14 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 	"slices"
 	"strconv"
-	"time"
 )
 
 // groupCases are the connections of both instances together, and how many requests each
@@ -22,51 +20,32 @@ var designsOfGroup = []string{"group", "plain"}
 
 // pair is two instances and their Redis.
 type pair struct {
-	instances [2]*process
+	instances []*process
 	redis     *process
-}
-
-func (p *pair) all() []*process {
-	return slices.DeleteFunc([]*process{p.instances[0], p.instances[1], p.redis}, func(p *process) bool { return p == nil })
 }
 
 // groups compares two instances that share a Redis with plain: what each request costs the
 // instances and Redis together. The core of the servers is full in none of the cases but the
 // last ones.
-func (r *run) groups(ctx context.Context, out io.Writer, root, dir string) (samples []sample, err error) {
-	pairs := map[string]*pair{}
-	defer func() {
-		for _, p := range pairs {
-			for _, one := range p.all() {
-				err = errors.Join(err, one.end())
-			}
-		}
-	}()
+func (r *run) groups(ctx context.Context, out io.Writer) (samples []sample, err error) {
+	pairs := map[string]pair{}
 	for _, name := range designsOfGroup {
-		pairs[name] = &pair{}
-		if err = pairs[name].start(r, name, dir); err != nil {
+		if pairs[name], err = r.startPair(name); err != nil {
 			return nil, err
 		}
 	}
 	var rows []string
 	for _, c := range groupCases {
 		scenario := fmt.Sprintf("group-%d-%d", c.conns, c.depth)
-		w := wrk{script: filepath.Join(root, "bench", "wrk", "unique.lua"), conns: c.conns}
+		w := wrk{script: r.script("unique"), conns: c.conns}
 		if c.depth > 1 {
-			w.script = filepath.Join(root, "bench", "wrk", "pipelined.lua")
+			w.script = r.script("pipelined")
 		}
 		title := fmt.Sprintf("%d connections, %d in flight on each: CPU for a request, us", c.conns, c.depth)
-		t, err := r.rounds(out, title, designsOfGroup, func(name string, round int) (sample, error) {
-			if round == 0 { // requests may wait for tables that grow to their size
-				_, _ = pairs[name].measure(ctx, w, r.WarmUp)
-				return sample{}, ctx.Err()
-			}
-			s, err := pairs[name].measure(ctx, w, r.Seconds)
-			if err == nil && 100*s.Failed > s.Requests {
-				err = fmt.Errorf("%d of %d requests were refused", s.Failed, s.Requests)
-			}
-			s.Scenario, s.Server = scenario, name
-			return s, err
+		t, err := r.rounds(ctx, out, title, designsOfGroup, r.WarmUp, func(name string, seconds int) (sample, error) {
+			s, err := measure(ctx, w, seconds, pairs[name].instances, pairs[name].redis)
+			s.Scenario = scenario
+			return s, cmp.Or(err, s.refused())
 		})
 		samples = append(samples, t.samples...)
 		if err != nil {
@@ -94,67 +73,21 @@ func parts(samples []sample, name string) string {
 	return fmt.Sprintf("%.1f + %.1f = %.1f", all-redis, redis, all)
 }
 
-// start runs a Redis and the two instances of a design.
-func (p *pair) start(r *run, design, dir string) (err error) {
-	if p.redis, err = startRedis(dir); err != nil {
-		return err
+// startPair runs a Redis and the two instances of a design.
+func (r *run) startPair(design string) (p pair, err error) {
+	if p.redis, err = r.startRedis(); err != nil {
+		return p, err
 	}
 	server, flags := design, []string{p.redis.addr}
 	if design == "group" {
 		server, flags = "verve", append(slices.Clone(r.Flags), "--dedup=redis", "--redis-url=redis://"+p.redis.addr, batchWindow)
 	}
-	for i := range p.instances {
-		if p.instances[i], err = start(server, r.Binary, filepath.Join(dir, design+strconv.Itoa(i)), flags); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// measure drives both instances, each with half of the connections, or one with the only
-// one. CPU is that of all, Redis its part.
-func (p *pair) measure(ctx context.Context, w wrk, seconds int) (s sample, err error) {
-	driven := p.instances[:min(w.conns, len(p.instances))]
-	w.conns /= len(driven)
-	before, beforeRedis, err := p.cpuTime()
-	if err != nil {
-		return s, err
-	}
-	type outcome struct {
-		sample
-		err error
-	}
-	done := make(chan outcome)
-	for _, instance := range driven {
-		go func() {
-			s, err := w.drive(ctx, instance.addr, seconds)
-			done <- outcome{s, err}
-		}()
-	}
-	for range driven {
-		o := <-done
-		err = errors.Join(err, o.err)
-		s.Requests, s.Failed, s.PerSec, s.P99 = s.Requests+o.Requests, s.Failed+o.Failed, s.PerSec+o.PerSec, max(s.P99, o.P99)
-	}
-	after, afterRedis, cerr := p.cpuTime()
-	if err = errors.Join(err, cerr); err != nil {
-		return s, err
-	}
-	s.CPU = float64((after - before).Microseconds()) / float64(s.Requests)
-	s.Redis = float64((afterRedis - beforeRedis).Microseconds()) / float64(s.Requests)
-	return s, nil
-}
-
-// cpuTime is the CPU time of all so far, and of Redis.
-func (p *pair) cpuTime() (all, redis time.Duration, err error) {
-	for _, one := range p.all() {
-		t, err := one.cpuTime()
+	for i := range 2 {
+		instance, err := r.start(server, design+strconv.Itoa(i), flags)
 		if err != nil {
-			return 0, 0, err
+			return p, err
 		}
-		if all += t; one == p.redis {
-			redis = t
-		}
+		p.instances = append(p.instances, instance)
 	}
-	return all, redis, nil
+	return p, nil
 }

@@ -27,8 +27,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
-	"time"
 
 	"github.com/alecthomas/kong"
 )
@@ -46,6 +46,10 @@ type run struct {
 	Binary   string   `type:"existingfile" help:"Verve to measure, instead of building it."`
 	Before   string   `type:"existingfile" help:"Another build of Verve, to compare with."`
 	JSON     string   `name:"json" placeholder:"FILE" help:"Write the results there too."`
+
+	root    string     `kong:"-"` // of the repository
+	dir     string     `kong:"-"` // of this run
+	servers []*process `kong:"-"` // those that run
 }
 
 // serve is a server to be driven, as a process of its own.
@@ -94,7 +98,7 @@ type sample struct {
 	Requests uint64  `json:"requests"`
 	Failed   uint64  `json:"failed"`                 // answered with a status above 399
 	CPU      float64 `json:"cpu_us"`                 // a request; an id of the scenarios batch and options
-	Redis    float64 `json:"redis_cpu_us,omitempty"` // of CPU, in the scenario group
+	Redis    float64 `json:"redis_cpu_us,omitempty"` // of CPU
 	PerSec   float64 `json:"requests_per_second"`
 	P99      float64 `json:"p99_ms"`
 	P999     float64 `json:"p999_ms,omitempty"` // in the scenario turn
@@ -104,22 +108,21 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 	if r.Rounds < 1 || r.Seconds < 1 || r.Conns < 1 || r.WarmUp < 1 {
 		return errors.New("--rounds, --seconds, --warm-up and --conns must be above 0")
 	}
-	root, err := repository()
-	if err != nil {
+	var err error
+	if r.root, err = repository(); err != nil {
 		return err
 	}
 	if _, err := exec.LookPath("wrk"); err != nil {
 		return errors.New("wrk is not installed")
 	}
-	dir, err := os.MkdirTemp("", "verve-bench")
-	if err != nil {
+	if r.dir, err = os.MkdirTemp("", "verve-bench"); err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer os.RemoveAll(r.dir)
 	if r.Binary == "" {
-		r.Binary = filepath.Join(dir, "verve")
+		r.Binary = filepath.Join(r.dir, "verve")
 		build := exec.CommandContext(ctx, "go", "build", "-o", r.Binary, ".")
-		build.Dir, build.Stdout, build.Stderr = root, os.Stderr, os.Stderr
+		build.Dir, build.Stdout, build.Stderr = r.root, os.Stderr, os.Stderr
 		if err := build.Run(); err != nil {
 			return fmt.Errorf("build: %w", err)
 		}
@@ -130,24 +133,16 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 	}
 	res := results{Conns: r.Conns, Seconds: r.Seconds, Flags: r.Flags}
 	for _, scenario := range r.Scenario {
-		if drive, is := map[string]func(context.Context, io.Writer, string, string) ([]sample, error){
+		drive := map[string]func(context.Context, io.Writer) ([]sample, error){
 			"batch": r.batches, "options": r.options, "group": r.groups, "turn": r.turns,
-		}[scenario]; is {
-			samples, err := drive(ctx, out, root, dir)
-			res.Samples = append(res.Samples, samples...)
-			if err != nil {
-				return err
-			}
-			continue
+		}[scenario]
+		if drive == nil {
+			drive = func(ctx context.Context, out io.Writer) ([]sample, error) { return r.compare(ctx, out, scenario) }
 		}
-		w := wrk{
-			script: filepath.Join(root, "bench", "wrk", scenario+".lua"),
-			conns:  r.Conns,
-		}
-		// New processes for each scenario: none starts with the heap of another.
-		samples, err := r.compare(ctx, out, scenario, w, dir)
+		samples, err := drive(ctx, out)
 		res.Samples = append(res.Samples, samples...)
-		if err != nil {
+		// New processes for each scenario: none starts with the heap of another.
+		if err = errors.Join(err, r.endAll()); err != nil {
 			return err
 		}
 	}
@@ -162,32 +157,19 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 }
 
 // compare drives the servers with one scenario.
-func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk, dir string) (samples []sample, err error) {
-	var servers []*process
-	defer func() {
-		for _, p := range servers {
-			err = errors.Join(err, p.end())
-		}
-	}()
+func (r *run) compare(ctx context.Context, out io.Writer, scenario string) ([]sample, error) {
 	for _, name := range r.Servers {
-		binary := r.Binary
-		if name == "before" {
-			binary = r.Before
-		}
-		p, err := start(name, binary, filepath.Join(dir, scenario+"-"+name), r.Flags)
-		if err != nil {
+		if _, err := r.start(name, scenario+"-"+name, r.Flags); err != nil {
 			return nil, err
 		}
-		servers = append(servers, p)
 	}
-	t, err := r.rounds(out, fmt.Sprintf("%s: CPU of the server for a request, us", scenario), r.Servers, func(name string, round int) (s sample, err error) {
-		p := servers[slices.Index(r.Servers, name)]
-		if round == 0 {
-			_, err = w.drive(ctx, p.addr, r.WarmUp)
-			return s, err
-		}
-		if s, err = measure(ctx, w, r.Seconds, p); err == nil {
-			err = plausible(scenario, s)
+	w := wrk{script: r.script(scenario), conns: r.Conns}
+	title := fmt.Sprintf("%s: CPU of the server for a request, us", scenario)
+	t, err := r.rounds(ctx, out, title, r.Servers, r.WarmUp, func(name string, seconds int) (sample, error) {
+		i := slices.Index(r.Servers, name)
+		s, err := measure(ctx, w, seconds, r.servers[i:i+1])
+		if err == nil {
+			err = plausible(scenario, name, s)
 		}
 		s.Scenario = scenario
 		return s, err
@@ -204,44 +186,49 @@ func (r *run) compare(ctx context.Context, out io.Writer, scenario string, w wrk
 	return t.samples, nil
 }
 
-// measure drives the first of some processes, and takes the CPU time of all.
-func measure(ctx context.Context, w wrk, seconds int, on ...*process) (s sample, err error) {
-	var before, after time.Duration
-	sum := func() (all time.Duration, err error) {
-		for _, p := range on {
-			t, err := p.cpuTime()
-			if err != nil {
-				return 0, err
-			}
-			all += t
-		}
-		return all, nil
-	}
-	if before, err = sum(); err != nil {
+// measure drives some servers, each with a part of the connections. A sample's CPU is that
+// of the servers and of their Redis, if there is one, together.
+func measure(ctx context.Context, w wrk, seconds int, servers []*process, redis ...*process) (s sample, err error) {
+	servers = servers[:min(w.conns, len(servers))]
+	w.conns /= len(servers)
+	before, err := cpuTimes(servers)
+	beforeRedis, rerr := cpuTimes(redis)
+	if err = errors.Join(err, rerr); err != nil {
 		return s, err
 	}
-	if s, err = w.drive(ctx, on[0].addr, seconds); err != nil {
-		return s, err
+	var mu sync.Mutex // of s and err
+	var driving sync.WaitGroup
+	for _, p := range servers {
+		driving.Go(func() {
+			one, failed := w.drive(ctx, p.addr, seconds)
+			mu.Lock()
+			defer mu.Unlock()
+			err = errors.Join(err, failed)
+			s.Requests, s.Failed, s.PerSec, s.P99 = s.Requests+one.Requests, s.Failed+one.Failed, s.PerSec+one.PerSec, max(s.P99, one.P99)
+		})
 	}
-	if after, err = sum(); err != nil {
-		return s, err
-	}
-	s.Server = on[0].name
-	s.CPU = float64((after - before).Microseconds()) / float64(s.Requests)
-	return s, nil
+	driving.Wait()
+	after, aerr := cpuTimes(servers)
+	afterRedis, rerr := cpuTimes(redis)
+	s.Redis = float64((afterRedis - beforeRedis).Microseconds()) / float64(s.Requests)
+	s.CPU = float64((after-before).Microseconds())/float64(s.Requests) + s.Redis
+	return s, errors.Join(err, aerr, rerr)
 }
 
+// script is the path of a script of wrk.
+func (r *run) script(name string) string { return filepath.Join(r.root, "bench", "wrk", name+".lua") }
+
 // plausible refuses a sample whose answers are not those of the scenario.
-func plausible(scenario string, s sample) error {
+func plausible(scenario, server string, s sample) error {
 	failed := float64(s.Failed) / float64(s.Requests)
 	want := 0.0
-	if scenario == "duplicates" && s.Server != "bare" {
+	if scenario == "duplicates" && server != "bare" {
 		want = 0.9
 	}
 	// At a minute's turn repeats are new again, and wrk ends between the
 	// sending of a request and its answer.
 	if failed < want-0.05 || failed > want+0.01 {
-		return fmt.Errorf("%s, %s: %.1f %% of the answers failed, want %.0f %%", s.Server, scenario, 100*failed, 100*want)
+		return fmt.Errorf("%s, %s: %.1f %% of the answers failed, want %.0f %%", server, scenario, 100*failed, 100*want)
 	}
 	return nil
 }

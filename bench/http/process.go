@@ -1,16 +1,19 @@
 package main
 
 import (
-	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
-	"strconv"
+	"slices"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -29,11 +32,10 @@ type process struct {
 	done chan error // the outcome, once
 }
 
-// start runs a server and waits until it takes connections. dir is its own.
-func start(name, verve, dir string, flags []string) (*process, error) {
-	p := &process{name: name, done: make(chan error, 1)}
-	var err error
-	if p.addr, err = freeAddr(); err != nil {
+// start runs a server until endAll. Its data is in a folder of its own.
+func (r *run) start(name, folder string, flags []string) (*process, error) {
+	addr, err := freeAddr()
+	if err != nil {
 		return nil, err
 	}
 	if name == "verve" || name == "before" || name == "memory" {
@@ -41,32 +43,69 @@ func start(name, verve, dir string, flags []string) (*process, error) {
 		if err != nil {
 			return nil, err
 		}
-		args := append([]string{"--listen=" + p.addr, "--admin-listen=" + admin, "--log-level=error"}, flags...)
+		args := append([]string{"--listen=" + addr, "--admin-listen=" + admin, "--log-level=error"}, flags...)
 		if name == "memory" {
 			args = append(args, "--data-dir=none", "--counts-file=off")
 		} else {
-			args = append(args, "--data-dir="+dir)
+			args = append(args, "--data-dir="+filepath.Join(r.dir, folder))
 		}
-		p.cmd = pinned(serverCore, verve, args...)
-		p.cmd.Stderr = os.Stderr // the others log their counts there
-	} else {
-		self, err := os.Executable()
-		if err != nil {
-			return nil, err
+		binary := r.Binary
+		if name == "before" {
+			binary = r.Before
 		}
-		p.cmd = pinned(serverCore, self, "serve", name, p.addr)
-		if name == "plain" {
-			p.cmd.Args = append(p.cmd.Args, flags...)
-		}
+		cmd := pinned(context.Background(), serverCore, binary, args...)
+		cmd.Stderr = os.Stderr // the others log their counts there
+		return r.launch(name, addr, cmd)
 	}
-	if err := p.cmd.Start(); err != nil {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	args := []string{"serve", name, addr}
+	if name == "plain" {
+		args = append(args, flags...)
+	}
+	return r.launch(name, addr, pinned(context.Background(), serverCore, self, args...))
+}
+
+// startRedis runs a Redis on the servers' core until endAll.
+func (r *run) startRedis() (*process, error) {
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		return nil, errors.New("redis-server is not installed")
+	}
+	addr, err := freeAddr()
+	if err != nil {
+		return nil, err
+	}
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	return r.launch("redis", addr, pinned(context.Background(), serverCore,
+		"redis-server", "--bind", host, "--port", port, "--save", "", "--dir", r.dir, "--logfile", "redis.log"))
+}
+
+// launch starts a server, and returns when it takes connections.
+func (r *run) launch(name, addr string, cmd *exec.Cmd) (*process, error) {
+	p := &process{name: name, addr: addr, cmd: cmd, done: make(chan error, 1)}
+	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	go func() { p.done <- p.cmd.Wait() }()
+	go func() { p.done <- cmd.Wait() }()
 	if err := p.awaitConnections(); err != nil {
 		return nil, err
 	}
+	r.servers = append(r.servers, p)
 	return p, nil
+}
+
+// endAll stops the servers, the last one first.
+func (r *run) endAll() (err error) {
+	for _, p := range slices.Backward(r.servers) {
+		err = errors.Join(err, p.end())
+	}
+	r.servers = nil
+	return err
 }
 
 // awaitConnections returns when the process takes connections. If it does not, it is
@@ -92,35 +131,30 @@ func (p *process) awaitConnections() error {
 // pinned returns a command bound to a core, where that can be done and there
 // is another one left. taskset replaces itself by the command, so the process
 // is the server's own.
-func pinned(core, name string, args ...string) *exec.Cmd {
+func pinned(ctx context.Context, core, name string, args ...string) *exec.Cmd {
 	if _, err := exec.LookPath("taskset"); err != nil || runtime.NumCPU() < 2 {
-		return exec.Command(name, args...)
+		return exec.CommandContext(ctx, name, args...)
 	}
-	return exec.Command("taskset", append([]string{"-c", core, name}, args...)...)
+	return exec.CommandContext(ctx, "taskset", append([]string{"-c", core, name}, args...)...)
 }
 
-// cpuTime is the CPU time of the process so far, user and system, in the
-// kernel's steps of 10 ms.
+// cpuTime is the CPU time of the process so far, user and system, by the clock that
+// clock_getcpuclockid(3) has for it.
 func (p *process) cpuTime() (time.Duration, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
+	const all = 2 // CPUCLOCK_SCHED of the kernel, of a whole process
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^p.cmd.Process.Pid)<<3|all, &t); err != nil {
+		return 0, fmt.Errorf("CPU time of %s: %w", p.name, err)
 	}
-	// The second field is the command's name in brackets and may hold spaces.
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	if len(fields) < 13 {
-		return 0, errors.New("/proc/PID/stat is cut short")
+	return time.Duration(t.Nano()), nil
+}
+
+func cpuTimes(of []*process) (sum time.Duration, err error) {
+	for _, p := range of {
+		t, failed := p.cpuTime()
+		sum, err = sum+t, errors.Join(err, failed)
 	}
-	user, err := strconv.ParseInt(string(fields[11]), 10, 64)
-	if err != nil {
-		return 0, err
-	}
-	system, err := strconv.ParseInt(string(fields[12]), 10, 64)
-	if err != nil {
-		return 0, err
-	}
-	const hertz = 100 // USER_HZ is fixed in Linux's interface
-	return time.Duration(user+system) * time.Second / hertz, nil
+	return sum, err
 }
 
 // end stops the server and waits for it.

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"fmt"
 	"io"
 	"slices"
@@ -17,21 +19,25 @@ type table struct {
 }
 
 // rounds drives each column once in a round, each time in another order: being driven
-// after a certain other is no advantage. Round 0 warms up.
-func (r *run) rounds(out io.Writer, title string, columns []string, drive func(column string, round int) (sample, error)) (*table, error) {
+// after a certain other is no advantage. Round 0 warms up: tables grow to their sizes, and
+// requests may fail that wait for it.
+func (r *run) rounds(ctx context.Context, out io.Writer, title string, columns []string, warmUp int, drive func(column string, seconds int) (sample, error)) (*table, error) {
 	fmt.Fprintln(out, title)
 	t := &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), columns: columns}
 	t.row("round", func(name string) string { return name })
 	for round := range r.Rounds + 1 {
 		for i := range columns {
 			name := columns[(round+i)%len(columns)]
-			s, err := drive(name, round)
-			if err != nil {
+			if round == 0 {
+				_, _ = drive(name, warmUp)
+				continue
+			}
+			s, err := drive(name, r.Seconds)
+			if err = cmp.Or(ctx.Err(), err); err != nil {
 				return t, fmt.Errorf("%s: %w", name, err)
 			}
-			if s.Round = round; round > 0 {
-				t.samples = append(t.samples, s)
-			}
+			s.Server, s.Round = name, round
+			t.samples = append(t.samples, s)
 		}
 		if round > 0 {
 			this := t.samples[len(t.samples)-len(columns):]

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -35,12 +34,11 @@ const (
 // turns sends 4,000 new ids a second, each in a request, to a server with short windows, and
 // compares the answers before and after the turns: of windows without keys, and of windows
 // with 100,000 of them, which are published at the turn.
-func (r *run) turns(ctx context.Context, out io.Writer, _, dir string) (samples []sample, err error) {
-	p, err := start("verve", r.Binary, filepath.Join(dir, "turn"), append(slices.Clone(r.Flags), "--window="+turnLength.String()))
+func (r *run) turns(ctx context.Context, out io.Writer) (samples []sample, err error) {
+	p, err := r.start("verve", "turn", append(slices.Clone(r.Flags), "--window="+turnLength.String()))
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, p.end()) }()
 	fmt.Fprintf(out, "turn: answers in the %v before and after the end of a window, ms\n", turnSpan)
 	names := []string{"plain", "keys"}
 	var seen [2][2][]float64

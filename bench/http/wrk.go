@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -34,27 +33,21 @@ func init() { runs.Store(1_000_000 + time.Now().Unix()%1_000_000) }
 
 // drive sends for some seconds with one thread, which is what one core can use.
 func (w wrk) drive(ctx context.Context, addr string, seconds int) (s sample, err error) {
-	cmd := pinned(wrkCore, "wrk", append([]string{"-t1", "-c", strconv.Itoa(w.conns), "-d", strconv.Itoa(seconds), "--latency",
+	cmd := pinned(ctx, wrkCore, "wrk", append([]string{"-t1", "-c", strconv.Itoa(w.conns), "-d", strconv.Itoa(seconds), "--latency",
 		"-s", w.script, "http://" + addr, "--", strconv.FormatInt(runs.Add(1), 10)}, w.args...)...)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		return s, fmt.Errorf("wrk: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGINT) })
-	err = cmd.Wait()
-	stop()
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
 		return s, ctx.Err()
 	}
 	if err != nil {
-		return s, fmt.Errorf("wrk: %w\n%s", err, &out)
+		return s, fmt.Errorf("wrk: %w\n%s", err, out)
 	}
-	if e := wrkErrors.Find(out.Bytes()); e != nil {
+	if e := wrkErrors.Find(out); e != nil {
 		return s, fmt.Errorf("wrk: %s", e)
 	}
 	number := func(re *regexp.Regexp) float64 {
-		m := re.FindSubmatch(out.Bytes())
+		m := re.FindSubmatch(out)
 		if m == nil {
 			return 0
 		}
@@ -63,7 +56,7 @@ func (w wrk) drive(ctx context.Context, addr string, seconds int) (s sample, err
 	}
 	s.Requests, s.Failed = uint64(number(wrkRequests)), uint64(number(wrkFailed))
 	s.PerSec, s.P99 = number(wrkPerSec), number(wrkP99)
-	if m := wrkP99.FindSubmatch(out.Bytes()); m != nil {
+	if m := wrkP99.FindSubmatch(out); m != nil {
 		switch string(m[2]) {
 		case "us":
 			s.P99 /= 1000

@@ -93,9 +93,8 @@ func (d *driver) run(ctx context.Context) {
 		cancel()
 		end()
 	}
-	settler := make(chan struct{})
-	go func() {
-		defer close(settler)
+	var settling sync.WaitGroup
+	settling.Go(func() {
 		tick := time.NewTicker(time.Second)
 		defer tick.Stop()
 		for {
@@ -106,14 +105,14 @@ func (d *driver) run(ctx context.Context) {
 				d.truth.settleOld()
 			}
 		}
-	}()
+	})
 	d.connect(ctx)
 	cancel()
 	if d.load.Tokens {
 		d.drain(whole)
 	}
 	end()
-	<-settler
+	settling.Wait()
 }
 
 // connect runs all connections until ctx ends or there is nothing left to do.
@@ -177,18 +176,10 @@ func (c *conn) Read(b []byte) (n int, err error) {
 
 func (c *conn) run(ctx context.Context) {
 	const minBackoff = time.Millisecond
-	dialer := net.Dialer{Timeout: c.d.load.Timeout}
 	backoff := minBackoff
 	for ctx.Err() == nil {
 		c.answered = false
-		nc, err := dialer.DialContext(ctx, "tcp", c.d.targets[c.target].addr)
-		if err == nil && nc.LocalAddr().String() == nc.RemoteAddr().String() {
-			// With the server away, a port of the range that the kernel draws
-			// from can be connected to itself, and would answer with the request.
-			nc.Close()
-			err = errSelf
-		}
-		if err == nil {
+		if nc, err := dial(ctx, c.d.targets[c.target].addr, c.d.load.Timeout); err == nil {
 			c.d.dials.Add(1)
 			done := c.serve(ctx, nc)
 			nc.Close()
@@ -209,7 +200,26 @@ func (c *conn) run(ctx context.Context) {
 	}
 }
 
-var errSelf = errors.New("connected to itself")
+// dial connects to a server. While that is down, a port of the range that the kernel draws
+// from can be connected to itself, and would answer with the request: that is an error.
+func dial(ctx context.Context, addr string, timeout time.Duration) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: timeout}
+	nc, err := dialer.DialContext(ctx, "tcp", addr)
+	if err == nil && nc.LocalAddr().String() == nc.RemoteAddr().String() {
+		nc.Close()
+		return nil, errors.New("connected to itself")
+	}
+	return nc, err
+}
+
+// listens reports whether a server takes connections.
+func listens(addr string, timeout time.Duration) bool {
+	nc, err := dial(context.Background(), addr, timeout)
+	if err == nil {
+		nc.Close()
+	}
+	return err == nil
+}
 
 // serve uses one connection until it breaks. It says true when there is
 // nothing left to do.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"strconv"
 )
@@ -41,21 +42,14 @@ func (f idForm) append(dst []byte, seed, n uint64) []byte {
 // whole of word stays in the text and ids stay one-to-one with numbers.
 func appendUUID(dst []byte, word, filler uint64) []byte {
 	lost := word >> 12 & 0xf
-	hi := word&^(0xf<<12) | 4<<12
-	lo := filler&^(3<<62|0xf) | 2<<62 | lost
 	var raw [16]byte
-	for i := range 8 {
-		raw[i] = byte(hi >> (56 - 8*i))
-		raw[8+i] = byte(lo >> (56 - 8*i))
+	binary.BigEndian.PutUint64(raw[:8], word&^(0xf<<12)|4<<12)
+	binary.BigEndian.PutUint64(raw[8:], filler&^(3<<62|0xf)|2<<62|lost)
+	dst = hex.AppendEncode(dst, raw[:4])
+	for i := 4; i < 10; i += 2 {
+		dst = hex.AppendEncode(append(dst, '-'), raw[i:i+2])
 	}
-	for i, end := range [...]int{4, 6, 8, 10, 16} {
-		start := [...]int{0, 4, 6, 8, 10}[i]
-		if i > 0 {
-			dst = append(dst, '-')
-		}
-		dst = hex.AppendEncode(dst, raw[start:end])
-	}
-	return dst
+	return hex.AppendEncode(append(dst, '-'), raw[10:])
 }
 
 // mix is the finaliser of SplitMix64: a bijection on 64 bits that spreads

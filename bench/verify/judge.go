@@ -69,12 +69,10 @@ type windowVerdict struct {
 	Bad        string `json:"bad,omitempty"`
 }
 
-// judging is how strict a judge is.
+// judging is which windows a judge judges, and lists.
 type judging struct {
-	skipFirst    bool // the first window is not judged
-	allowInexact bool // nor are the sums of windows whose record says so
-	verbose      bool // all windows are listed
-	keys         *keys
+	skipFirst bool // the first window is not judged
+	verbose   bool // all windows are listed
 }
 
 // judge compares windows, as finish gave them, with every record that could be
@@ -108,7 +106,7 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 	for _, start := range slices.Sorted(maps.Keys(rows)) {
 		r := rows[start]
 		switch {
-		case r.check(how.allowInexact):
+		case r.check(t.lenient):
 			v.Recovered += r.Sum - r.Accepted
 		case r.Bad != "":
 			v.BadWindows++
@@ -124,14 +122,14 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", v.Recovered, t.doubted)
 	}
 	v.Windows = len(rows)
-	v.Second = checkSequence(&v.Faults, records.windows, first, how.allowInexact)
+	v.Second = checkSequence(&v.Faults, records.windows, first, t.lenient)
 	for _, rec := range records.windows {
 		if r := rows[rec.WindowStart.UnixMilli()]; r != nil && r.Records > 1 && rec.Scope == stream.ScopeGroup && rec.Exact && (rec.Unique < r.Least || rec.Unique > r.Most) {
 			v.Faults.add("exact and wrong", "one of the records of %s has %d and exact:true, %d were answered ok", r.Start, rec.Unique, r.Accepted)
 		}
 	}
-	if how.keys != nil {
-		v.judgeKeys(t, how.keys, windows, rows, records, how.allowInexact)
+	if t.keys != nil {
+		v.judgeKeys(t, windows, rows, records)
 	}
 	v.Good = v.BadWindows == 0 && v.Faults.Count == 0
 	return v

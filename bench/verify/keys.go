@@ -69,7 +69,7 @@ func (k *keys) draw(n uint64) int {
 
 // judgeKeys compares, for each window, what is published by key with the answers.
 // without is what is left of the window's sum: the ids without a key.
-func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[int64]*windowVerdict, records published, allowInexact bool) {
+func (v *verdict) judgeKeys(t *truth, windows []*windowTruth, rows map[int64]*windowVerdict, records published) {
 	truths := make(map[int64]*windowTruth, len(windows))
 	for _, w := range windows {
 		truths[w.start] = w
@@ -82,7 +82,7 @@ func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[
 		if rows[start] == nil {
 			continue // before the run, or of a window whose record is still to come
 		}
-		key, known := k.numbers[r.Key]
+		key, known := t.keys.numbers[r.Key]
 		if seen[r.ID()] {
 			v.Faults.add("visible twice", "there are two records %s", r.ID())
 		} else if seen[r.ID()] = true; !known {
@@ -100,14 +100,14 @@ func (v *verdict) judgeKeys(t *truth, k *keys, windows []*windowTruth, rows map[
 		}
 	}
 	for start, row := range rows {
-		if row.Records == 0 || row.Inexact && allowInexact {
+		if row.Records == 0 || row.Inexact && t.lenient {
 			continue
 		}
 		w := truths[start]
 		if w == nil {
 			w = t.unanswered(start)
 		}
-		v.judgeWindowKeys(k, w, row, sums[start])
+		v.judgeWindowKeys(t.keys, w, row, sums[start])
 	}
 }
 

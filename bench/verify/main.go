@@ -24,7 +24,6 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/signal"
 	"slices"
@@ -222,7 +221,7 @@ func newDriver(f *flags) (*driver, error) {
 	}
 	if f.Keys > 0 {
 		d.load.Keys = newKeys(f.Keys, d.load.Seed)
-		d.truth.keyOf = d.load.Keys.key
+		d.truth.keys = d.load.Keys
 	}
 	return d, nil
 }
@@ -295,7 +294,7 @@ func (d *driver) await(ctx context.Context, f *flags, read source, windows []*wi
 	for {
 		gone := over() // before the reading: what it wrote last is then read
 		records, invalid, err := read(ctx)
-		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.AllowInexact, f.Verbose, d.load.Keys})
+		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.Verbose})
 		for _, line := range invalid {
 			v.fault("invalid record", "%s", line)
 		}
@@ -320,11 +319,5 @@ const rereadEvery = 250 * time.Millisecond
 
 // gone says whether no target takes connections any more.
 func (d *driver) gone() bool {
-	return !slices.ContainsFunc(d.targets, func(t target) bool {
-		nc, err := net.DialTimeout("tcp", t.addr, d.load.Timeout)
-		if err == nil {
-			nc.Close()
-		}
-		return err == nil
-	})
+	return !slices.ContainsFunc(d.targets, func(t target) bool { return listens(t.addr, d.load.Timeout) })
 }

@@ -50,7 +50,7 @@ func startInstances(t *testing.T, f *flags) []*instance {
 		if err != nil {
 			t.Fatal(err)
 		}
-		testproc.Until(t, "an instance listens", (&spawner{addr: target.addr}).listens)
+		testproc.Until(t, "an instance listens", func() bool { return listens(target.addr, time.Second) })
 	}
 	f.Spawn = nil
 	return all

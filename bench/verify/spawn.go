@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -125,7 +124,10 @@ func (p *process) stop(limit time.Duration) error {
 // awaitAnswer waits until some connection has got an answer from this process, as far as
 // it is known which are its answers.
 func (s *spawner) awaitAnswer(ctx context.Context) {
-	s.await(ctx, s.listens) // the last answers of the process before are all read by then
+	if s.addr != "" {
+		// The last answers of the process before are all read by then.
+		s.await(ctx, func() bool { return listens(s.addr, time.Second) })
+	}
 	before := s.answers()
 	s.await(ctx, func() bool { return s.answers() != before })
 }
@@ -150,18 +152,6 @@ func (s *spawner) await(ctx context.Context, done func() bool) {
 		case <-poll.C:
 		}
 	}
-}
-
-func (s *spawner) listens() bool {
-	if s.addr == "" {
-		return true
-	}
-	nc, err := net.DialTimeout("tcp", s.addr, time.Second)
-	if err != nil {
-		return false
-	}
-	defer nc.Close()
-	return nc.LocalAddr().String() != nc.RemoteAddr().String() // see errSelf
 }
 
 // live lets the server live for a drawn time, or until ctx ends. It says false

@@ -34,12 +34,12 @@ type truth struct {
 
 	// attempts are those with a lost request and no answer yet, by the number of their token.
 	attempts map[uint64]*attempt
-	span     int64               // length of a window, milliseconds: a token is good in the one that counted it and the next; 0: there are no tokens
-	keyOf    func(id uint64) int // the key that an id is counted under; nil: there are no keys
+	span     int64 // length of a window, milliseconds: a token is good in the one that counted it and the next; 0: there are no tokens
+	keys     *keys // under which ids are counted; nil: there are no keys
 
 	grace     time.Duration
 	strict    bool
-	lenient   bool                  // an id may be ok twice in a window whose record is not exact
+	lenient   bool                  // a window whose record is not exact may not add up, or have an id ok twice
 	clock     func(time.Time) int64 // the driver's, where it is not a test's: Unix milliseconds
 	answers   uint64
 	perTarget []uint64 // answers
@@ -196,8 +196,8 @@ func (t *truth) judged(target int, sent time.Time, a answer) {
 	if a.replayed {
 		t.replays++
 	}
-	if t.keyOf != nil {
-		w.of(t.keyOf(a.id)).accepted++
+	if t.keys != nil {
+		w.of(t.keys.key(a.id)).accepted++
 	}
 	if w.ok.set(a.id) {
 		if w.twice++; t.lenient {
@@ -423,8 +423,8 @@ func (t *truth) settle(w *windowTruth) {
 		if failed {
 			w.sure++
 		}
-		if t.keyOf != nil && !t.strict {
-			k := w.of(t.keyOf(d.id))
+		if t.keys != nil && !t.strict {
+			k := w.of(t.keys.key(d.id))
 			if k.maybe++; failed {
 				k.sure++
 			}
@@ -456,8 +456,8 @@ func (t *truth) unanswered(start int64) *windowTruth {
 	var doubtful bitmap
 	for _, d := range t.doubts {
 		if d.covers(start) && !doubtful.set(d.id) {
-			if w.maybe++; t.keyOf != nil {
-				w.of(t.keyOf(d.id)).maybe++
+			if w.maybe++; t.keys != nil {
+				w.of(t.keys.key(d.id)).maybe++
 			}
 		}
 	}

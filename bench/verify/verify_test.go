@@ -293,7 +293,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turn()
-	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose, keys: d.load.Keys})
+	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose})
 }
 
 // once gives one step to the n-th request and lets the server behave otherwise.
@@ -594,7 +594,7 @@ func TestSecondRecordsOfAGroup(t *testing.T) {
 			truth.record(0, time.Now(), []answer{{id: 1, window: 1000}, {id: 2, window: 1000}, {id: 3, window: 1000}})
 			p := published{windows: tt.records}
 			p.dedupe()
-			if v := judge(truth, truth.finish(), p, judging{allowInexact: tt.lenient}); v.Good != tt.good {
+			if v := judge(truth, truth.finish(), p, judging{}); v.Good != tt.good {
 				t.Errorf("good is %t: %+v", v.Good, v)
 			}
 		})

@@ -52,16 +52,17 @@ func (e *ledgerEpoch) count(member string) {
 	}
 }
 
-// final notes and returns what this process has answered in an epoch that it has left, and,
-// when all that can be is settled, whether ids that it has refused may be in Redis.
-func (l *Ledger) final(s counter.Span, unique uint64, settled bool) string {
+// final notes and returns what this process has answered in an epoch that it has left, and
+// with refusals, when all is taken back that can be, whether ids that it has refused may be in
+// Redis.
+func (l *Ledger) final(s counter.Span, unique uint64, refusals bool) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := strconv.FormatUint(unique, 10)
 	if e := l.find(s); e != nil {
 		e.answers.note(l.cfg.Member, n)
 		e.told = nil
-		if settled && (e.doubts.Load() > 0 || unique == 0 && e.doubted.Load()) {
+		if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
 			n += "?"
 			e.answers.note(l.cfg.Member, n)
 		}
@@ -124,8 +125,8 @@ func (l *Ledger) keep(end bool) {
 	defer l.keeping.Unlock()
 	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
 	l.mu.Lock()
-	for i := range l.epochs {
-		if e := &l.epochs[i]; e.decided == nil && len(e.answers) > 0 {
+	for _, e := range l.epochs {
+		if e.decided == nil && len(e.answers) > 0 {
 			name := spanName(e.span)
 			k.Epochs[name] = maps.Clone(e.answers)
 			end = end || l.kept[name] == nil
@@ -170,11 +171,8 @@ func (l *Ledger) recall() {
 		return
 	}
 	for name, all := range k.Epochs {
-		s, err := parseSpan(name)
-		if err != nil || time.Since(s.End()) > keepUndelivered {
-			continue
+		if s, err := parseSpan(name); err == nil && time.Since(s.End()) <= keepUndelivered {
+			l.place(s).answers.learn(all)
 		}
-		l.note(s)
-		l.find(s).answers.learn(all)
 	}
 }

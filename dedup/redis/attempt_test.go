@@ -77,11 +77,10 @@ func keysOf(t testing.TB, e settest.Epochs, r *Set, n int) string {
 	s := counter.Span{Start: time.Unix(0, e.At(n)), Window: epochtest.Window}
 	var ids sealedIDs
 	var keys []counter.KeyCount
-	var sum uint64
 	testproc.Until(t, "the epoch is sealed", func() bool { // the first try may meet a connection that was cut
 		var err error
 		if ids, err = r.sealIDs(t.Context(), s, nil); err == nil {
-			keys, sum, err = r.keyCounts(t.Context(), s)
+			keys, err = r.keyCounts(t.Context(), s)
 		}
 		return err == nil
 	})
@@ -89,7 +88,7 @@ func keysOf(t testing.TB, e settest.Epochs, r *Set, n int) string {
 	for _, k := range epochtest.ByName(keys) {
 		text = append(text, fmt.Sprintf("%s=%d", k.Key, k.Unique))
 	}
-	return fmt.Sprintf("%d %v %d/%d %s", ids.unique, ids.exact, sum, ids.under, strings.Join(text, " "))
+	return fmt.Sprintf("%d %v %d/%d %s", ids.unique, ids.exact, sumOf(keys), ids.under, strings.Join(text, " "))
 }
 
 // TestRedisRetriesGetTheirAnswer: at both instances, within the window and in the next.

@@ -62,7 +62,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 		out, err = l.exec(ctx, beatScript, keys, args)
 	}
 	took := time.Since(began)
-	var b beatAnswer
+	var b beatReply
 	if err == nil {
 		b, err = parseBeat(out, sent)
 	}
@@ -94,8 +94,8 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 func (l *Ledger) noteAnswers() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for i := range l.epochs {
-		l.epochs[i].count(l.cfg.Member)
+	for _, e := range l.epochs {
+		e.count(l.cfg.Member)
 	}
 	return l.newest
 }
@@ -119,10 +119,9 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	if !l.lastBeat.IsZero() {
 		args[10] = strconv.FormatInt(l.beaten, 10)
 	}
-	for i := range l.epochs {
-		e := &l.epochs[i]
-		e.sayDoubt = e.doubts.Load() > 0
-		if e.registered && !all && e.sayDoubt == e.saidDoubt || e.told != nil && e.span.Start.After(newest) {
+	for _, e := range l.epochs {
+		e.uncertainSent = e.uncertain.Load() > 0
+		if e.registered && !all && e.uncertainSent == e.uncertainKnown || e.told != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
@@ -138,7 +137,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		if e.asks && !e.registered {
 			had = "?"
 		}
-		args = append(args, had, flag(e.sayDoubt), strconv.Itoa(len(known)))
+		args = append(args, had, flag(e.uncertainSent), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -147,54 +146,49 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	return keys, args, sent
 }
 
-// uncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
+// addUncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
 // in Redis: their outcome is not known, or they are still to be taken back. Should this
 // process be killed meanwhile, nobody can tell them from ids that it has answered ok, so the
 // group is to know before the first is answered.
-func (l *Ledger) uncertain(a *admission, more int64) {
-	a.doubted.Store(true)
-	if now := a.doubts.Add(more); now != 0 && now != more {
-		return
+func (l *Ledger) addUncertain(a *admission, more int64) {
+	a.wasUncertain.Store(true)
+	if now := a.uncertain.Add(more); now == 0 || now == more {
+		nudge(l.wake)
 	}
-	nudge(l.wake)
 }
 
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
-func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
+func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	for i, s := range sent {
-		e := l.find(s)
-		if e != nil {
-			e.answers.learn(b.answers[i])
+		e, state := l.find(s), b.states[i]
+		if e == nil {
+			continue
 		}
-		switch {
-		case e == nil:
-		case b.states[i] == beatRefused && e.asks:
-			*e = ledgerEpoch{} // it is gone
-		case b.states[i] == beatRefused:
-			e.refused.Store(true)
-			e.late = true
-		default:
-			e.refused.Store(false)
-			e.saidDoubt = e.sayDoubt
-			if !e.registered {
-				e.registered = true
-				close(e.known)
+		e.answers.learn(b.answers[i])
+		e.refused.Store(state == beatRefused)
+		if state == beatRefused {
+			if e.late = true; e.asks {
+				l.drop(s) // it is gone
 			}
-			switch b.states[i] {
-			case beatDelivered:
-				l.pass(s)
-				*e = ledgerEpoch{} // taken out below
-			case beatContradicted:
-				l.contradict(e)
-			case beatDecided:
-				e.decided = b.decided[i]
-			}
+			continue
+		}
+		e.uncertainKnown = e.uncertainSent
+		if !e.registered {
+			e.registered = true
+			close(e.known)
+		}
+		switch state {
+		case beatDelivered:
+			l.pass(s)
+		case beatContradicted:
+			l.contradict(e)
+		case beatDecided:
+			e.decided = b.decided[i]
 		}
 	}
-	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Window == 0 })
 	for _, s := range b.unnamed {
 		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
-			l.add(s).asks = true
+			l.place(s).asks = true
 			nudge(l.wake) // the next beat reads what there is of it
 		}
 	}
@@ -202,9 +196,11 @@ func (l *Ledger) learn(sent []counter.Span, b beatAnswer) {
 
 // pass remembers that the record of an epoch is delivered. l.mu is held.
 func (l *Ledger) pass(s counter.Span) {
-	if l.past = append(l.past, s); len(l.past) > maxPast {
-		l.past = slices.Delete(l.past, 0, len(l.past)-maxPast)
+	l.drop(s)
+	if !slices.Contains(l.past, s) {
+		l.past = append(l.past, s)
 	}
+	l.past = slices.Delete(l.past, 0, max(0, len(l.past)-maxPast))
 }
 
 // stand takes over which members have another window. l.mu is held.
@@ -259,8 +255,8 @@ const (
 	beatDecided      = 5 // what it came to is not known here, and is in the answer
 )
 
-// beatAnswer is what beatScript answers.
-type beatAnswer struct {
+// beatReply is what beatScript replies.
+type beatReply struct {
 	now, leads, others int64
 	odd, strange       string      // LENGTH MEMBER
 	states             []int64     // of each epoch
@@ -277,7 +273,7 @@ type decision struct {
 	why           string // the reason why it is not exact
 }
 
-func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, err error) {
+func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {
 	if len(out) != 9 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
@@ -292,7 +288,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, e
 	case len(states) != len(sent):
 		return b, fmt.Errorf("%d states of %d epochs", len(states), len(sent))
 	}
-	b = beatAnswer{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states, behind: behind == 1}
+	b = beatReply{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states, behind: behind == 1}
 	for _, name := range unnamed {
 		s, err := parseSpan(name)
 		if err != nil {
@@ -304,7 +300,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatAnswer, e
 }
 
 // parseEpochs reads what is answered of each epoch.
-func (b *beatAnswer) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) error {
+func (b *beatReply) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) error {
 	list, err := m.ToArray()
 	if err != nil || len(list) != len(sent) {
 		return fmt.Errorf("answers of %d epochs, not %d: %w", len(list), len(sent), err)

@@ -38,10 +38,10 @@ var freeFunction = functionName + "_free"
 // opBatch is the operation of function.lua that ids are sent by.
 const opBatch = "batch"
 
-// Statuses of an answer.
+// Statuses of a reply.
 const (
 	statusOK      = "ok"
-	statusNew     = "new"     // ok, with an answer that is one number: all ids are new, in the generation that was named
+	statusNew     = "new"     // ok, as a reply that is one number: all ids are new, in the generation that was named
 	statusSealed  = "sealed"  // the epoch is
 	statusGap     = "gap"     // writes of this session are missing
 	statusOld     = "old"     // a later batch of this session is there
@@ -51,8 +51,8 @@ const (
 	statusLacks   = "lacks"   // the user may not run commands that are needed
 )
 
-// answer is what function.lua returns.
-type answer struct {
+// reply is what function.lua returns.
+type reply struct {
 	status string
 	codes  string
 	gen    string
@@ -64,7 +64,7 @@ type answer struct {
 	open   bool   // of a seal: ids of sessions that have not reported may have had no answer
 }
 
-// errRefused is an answer that says that nothing was done. Any other error
+// errRefused is a reply that says that nothing was done. Any other error
 // leaves that open.
 type errRefused struct{ err error }
 
@@ -72,10 +72,10 @@ func (e errRefused) Error() string { return e.err.Error() }
 func (e errRefused) Unwrap() error { return e.err }
 
 // call runs an operation of function.lua on a lane.
-func (r *Set) call(ctx context.Context, key string, args ...string) (answer, error) {
-	c := r.client.Load()
-	if c == nil {
-		return answer{}, errRefused{dedup.ErrUnavailable}
+func (r *Set) call(ctx context.Context, key string, args ...string) (reply, error) {
+	c, err := r.conn()
+	if err != nil {
+		return reply{}, errRefused{err}
 	}
 	function, script := freeFunction, freeScript
 	if args[0] == opBatch && (args[3] == modeAdd || args[3] == modeReplay || args[3] == modeLocal) {
@@ -84,16 +84,16 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 	for attempt := 0; ; attempt++ {
 		var res rueidis.RedisResult
 		if r.script.Load() {
-			res = script.Exec(ctx, *c, []string{key}, args)
+			res = script.Exec(ctx, c, []string{key}, args)
 		} else {
-			res = (*c).Do(ctx, (*c).B().Fcall().Function(function).Numkeys(1).Key(key).Arg(args...).Build())
+			res = c.Do(ctx, c.B().Fcall().Function(function).Numkeys(1).Key(key).Arg(args...).Build())
 		}
 		err := res.Error()
 		if err == nil {
-			return parseAnswer(res)
+			return parseReply(res)
 		}
 		if !isRefusal(err) {
-			return answer{}, err
+			return reply{}, err
 		}
 		if m := deniedCommand.FindStringSubmatch(err.Error()); m != nil && m[1] == "fcall" && !r.script.Load() {
 			r.useScripts(err)
@@ -102,16 +102,16 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (answer, err
 		// Loaded for the first time, or lost with FLUSHALL, a restart, or a node
 		// that is new to the cluster.
 		if attempt == 0 && !r.script.Load() && functionMissing(err) {
-			if err := r.load(ctx, *c); err != nil {
-				return answer{}, errRefused{err}
+			if err := r.load(ctx, c); err != nil {
+				return reply{}, errRefused{err}
 			}
 			continue
 		}
-		return answer{}, errRefused{err}
+		return reply{}, errRefused{err}
 	}
 }
 
-// isRefusal reports whether an error is an answer of Redis.
+// isRefusal reports whether an error is a reply of Redis.
 func isRefusal(err error) bool {
 	_, ok := errors.AsType[*rueidis.RedisError](err)
 	return ok
@@ -156,13 +156,13 @@ func firstLine(err error) string {
 	return s
 }
 
-func parseAnswer(res rueidis.RedisResult) (a answer, err error) {
+func parseReply(res rueidis.RedisResult) (a reply, err error) {
 	if n, err := res.AsUint64(); err == nil {
-		return answer{status: statusNew, n: n}, nil
+		return reply{status: statusNew, n: n}, nil
 	}
 	parts, err := res.ToArray()
 	if err != nil || len(parts) == 0 {
-		return a, fmt.Errorf("unexpected answer: %w", err)
+		return a, fmt.Errorf("unexpected reply: %w", err)
 	}
 	if a.status, err = parts[0].ToString(); err != nil {
 		return a, err

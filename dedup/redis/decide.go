@@ -29,18 +29,23 @@ func (l *Ledger) unsettled() string {
 // it, and there is nothing to publish.
 func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err error) {
 	s := c.Span()
-	l.note(s)
-	if !l.takes(s) {
+	l.mu.Lock()
+	l.place(s)
+	l.mu.Unlock()
+	ours, late := l.takes(s)
+	if !ours {
 		err := l.beat(ctx, true)
 		if err != nil && !errors.Is(err, errForeign) {
 			return false, err
 		}
-		if !l.takes(s) {
-			l.forget(s)
+		if ours, late = l.takes(s); !ours {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.drop(s)
 			return false, nil
 		}
 	}
-	c.Complete = c.Complete && !l.wasLate(s)
+	c.Complete = c.Complete && !late
 	l.final(s, c.Unique, false)
 	err = l.replayLosses(ctx, s)
 	if err == nil {
@@ -60,13 +65,13 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	return true, nil
 }
 
-// takes reports whether the group has the epoch, as far as is known here. One that
-// is known no more is delivered.
-func (l *Ledger) takes(s counter.Span) bool {
+// takes reports whether the group has the epoch, as far as is known here, and whether that
+// was open here before. One that is known no more is delivered.
+func (l *Ledger) takes(s counter.Span) (ours, late bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.find(s)
-	return e == nil || e.registered
+	return e == nil || e.registered, e != nil && e.late
 }
 
 // replayLosses looks for losses and waits until their ids are in Redis again.
@@ -84,14 +89,6 @@ func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
 			return err
 		}
 	}
-}
-
-// wasLate reports whether the epoch was open here before the group took it.
-func (l *Ledger) wasLate(s counter.Span) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.find(s)
-	return e != nil && e.late
 }
 
 // reportAgain repeats a report that Redis may have lost since, now and then.
@@ -121,12 +118,12 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 	if d == nil {
 		var out []rueidis.RedisMessage
 		var members []string
-		out, members, err = l.lockSeal(ctx, s)
+		out, members, err = l.awaitSeal(ctx, s)
 		if decides = err == nil && len(out) == 0; decides {
-			out, err = l.seal(ctx, s, members)
+			out, err = l.decide(ctx, s, members)
 		}
 		if err == nil {
-			d, err = l.decision(s, out)
+			d, err = l.keepDecision(s, out)
 		}
 	}
 	var c counter.Count
@@ -147,33 +144,33 @@ func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) er
 	if under == 0 {
 		return nil
 	}
-	keys, n, err := l.readKeys(ctx, c.Span())
-	if err != nil {
+	var err error
+	if c.Keys, err = l.readKeys(ctx, c.Span()); err != nil {
 		return err
 	}
-	if c.Keys = keys; n != under && c.Exact {
+	if n := sumOf(c.Keys); n != under && c.Exact {
 		c.Exact = false
 		l.logInexact(c.Span(), fmt.Sprintf("Redis has lost the counts of keys: %d ids are left of %d", n, under))
 	}
 	return nil
 }
 
-// readKeys returns the keys of a sealed epoch, and the sum of their ids.
-func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCount, uint64, error) {
+// readKeys returns the keys of a sealed epoch.
+func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
 	l.mu.Lock()
 	had := l.keyed
 	l.mu.Unlock()
-	if had.span.Window == s.Window && had.span.Start.Equal(s.Start) {
-		return had.keys, had.n, nil
+	if had.span == s {
+		return had.keys, nil
 	}
-	keys, n, err := l.cfg.IDs.keyCounts(ctx, s)
+	keys, err := l.cfg.IDs.keyCounts(ctx, s)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.keyed = keyedSpan{s, keys, n}
-	return keys, n, nil
+	l.keyed = keyedSpan{s, keys}
+	return keys, nil
 }
 
 // sumOf is the sum of the ids under keys.
@@ -184,10 +181,10 @@ func sumOf(keys []counter.KeyCount) (n uint64) {
 	return n
 }
 
-// lockSeal waits until the epoch may be sealed. It returns what another member has
-// decided; or nothing if this process holds the lock of the seal, and then the members, as
-// sealScript lists them.
-func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
+// awaitSeal waits until the epoch may be sealed: for members, while sealLane waits for ids.
+// It returns what another member has decided; or nothing if this process is to seal and
+// decide, and then the members, as sealScript lists them.
+func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
@@ -215,12 +212,9 @@ func (l *Ledger) lockSeal(ctx context.Context, s counter.Span) (decided []rueidi
 		if err != nil {
 			return nil, nil, err
 		}
-		t := time.NewTimer(min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll))
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return nil, nil, ctx.Err()
+		pause := min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll)
+		if err := retry.Sleep(ctx, pause); err != nil {
+			return nil, nil, err
 		}
 		if err := l.reportAgain(ctx, s); err != nil {
 			return nil, nil, err
@@ -251,19 +245,20 @@ const (
 	sealWait    = 1
 )
 
-// seal counts the ids, and decides.
-func (l *Ledger) seal(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
+// decide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
+// a while no other member does the same: see sealLock.
+func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
 	ids, err := l.cfg.IDs.sealIDs(ctx, s, sessions(members))
 	if err != nil {
 		return nil, err
 	}
 	fit := true
 	if ids.under > 0 {
-		_, n, err := l.readKeys(ctx, s)
+		keys, err := l.readKeys(ctx, s)
 		if err != nil {
 			return nil, err
 		}
-		fit = n == ids.under
+		fit = sumOf(keys) == ids.under
 	}
 	me, at := l.asOf()
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
@@ -297,9 +292,9 @@ func (l *Ledger) decided(s counter.Span) *decision {
 	return nil
 }
 
-// decision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
+// keepDecision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
 // lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
+func (l *Ledger) keepDecision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
 	fields, err := texts(out[1:])
 	if err != nil {
 		return nil, err
@@ -308,11 +303,8 @@ func (l *Ledger) decision(s counter.Span, out []rueidis.RedisMessage) (*decision
 	if err != nil {
 		return nil, err
 	}
-	l.note(s)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e := l.find(s); e != nil {
-		e.decided = d
-	}
+	l.place(s).decided = d
 	return d, nil
 }

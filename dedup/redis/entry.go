@@ -6,11 +6,11 @@ import "verve/dedup"
 type phase uint8
 
 const (
-	queued  phase = iota // to be sent
-	flying               // in the batch under way
-	untold               // in Redis, but all its requests got 503; to be taken back
-	taking               // is being taken back
-	settled              // out of the lane
+	queued   phase = iota // to be sent
+	flying                // in the batch under way
+	untold                // in Redis, but all its requests got 503; to be taken back
+	taking                // is being taken back
+	finished              // out of the lane
 )
 
 // audience is which requests wait for an entry.
@@ -24,9 +24,9 @@ const (
 
 // state is all that the next step of an entry depends on.
 type state struct {
-	phase   phase
-	alone   bool // a request was answered as new without Redis
-	doubted bool // a request got 503, or is about to, while the id may be in Redis: see Ledger.uncertain
+	phase     phase
+	alone     bool // a request was answered as new without Redis
+	uncertain bool // a request got 503, or is about to, while the id may be in Redis: see Ledger.addUncertain
 
 	// These are of the moment: see entry.now.
 	waiting audience
@@ -70,7 +70,7 @@ type place uint8
 const (
 	nowhere place = iota
 	inQueue
-	inDoubtful
+	inPostponed
 	inUntold
 )
 
@@ -95,31 +95,39 @@ const (
 
 // effects is what the lane does when an entry has taken a step.
 type effects struct {
-	place       place
-	log         logging
-	known       bool // a repeat of the id costs no trip from now on
-	to          recipients
-	first, then dedup.Verdict // for the first of its attempt, and for the others; for all: first
-	err         error         // of the requests that get an answer
+	place   place
+	log     logging
+	known   bool // a repeat of the id costs no trip from now on
+	to      recipients
+	verdict dedup.Verdict // if that is Unique, the others of the attempt get retried
+	err     error         // of the requests that get an answer
 }
 
 // on is the only code that changes the state of an entry. An event that cannot happen in
 // a state changes nothing.
 func (s state) on(e event) (state, effects) {
 	was, fx := s.phase, effects{}
-	switch s.phase {
-	case queued:
+	switch {
+	case s.phase == finished:
+	case s.phase == queued:
 		s, fx = s.onQueued(e)
-	case flying:
+
+	// From here on the id may be in Redis.
+	case e == eventSealed: // too late to take it back
+		s, fx = s.turned()
+	case e == eventAnsweredAlone:
+		s.alone = true
+	case e == eventOverdue || e == eventRefusal:
+		s.uncertain = true
+	case s.phase == flying:
 		s, fx = s.onFlying(e)
-	case untold:
+	case s.phase == untold:
 		s, fx = s.onUntold(e)
-	case taking:
+	case s.phase == taking:
 		s, fx = s.onTaking(e)
-	case settled:
 	}
-	if s.phase == settled && was != settled && !(e == eventBelieved && fx.log == notLogged) {
-		s.doubted = false // else the id stays in Redis, and no request got ok for it
+	if s.phase == finished && was != finished && !(e == eventBelieved && fx.log == notLogged) {
+		s.uncertain = false // else the id stays in Redis, and no request got ok for it
 	}
 	return s, fx
 }
@@ -129,11 +137,11 @@ func (s state) onQueued(e event) (state, effects) {
 	case eventSent:
 		s.phase = flying
 	case eventAnsweredAlone:
-		s.phase = settled
+		s.phase = finished
 		return s, effects{log: asUnsent}
 	case eventAnsweredBeside, eventRefusal:
 		if s.waiting == noRequest {
-			s.phase = settled
+			s.phase = finished
 		}
 	}
 	return s, effects{}
@@ -145,10 +153,6 @@ func (s state) onFlying(e event) (state, effects) {
 		return s.inRedis()
 	case eventUndone:
 		return s.notInRedis(inQueue)
-	case eventSealed:
-		return s.turned()
-	case eventAnsweredAlone, eventOverdue, eventRefusal:
-		return s.may(e), effects{}
 	case eventThere, eventThereAs, eventBefore, eventBehind, eventFarBehind, eventInDoubt, eventFull, eventKeysFull:
 	default:
 		return s, effects{}
@@ -159,24 +163,24 @@ func (s state) onFlying(e event) (state, effects) {
 		return s.notInRedis(nowhere)
 	}
 	if e == eventInDoubt {
-		return s.notInRedis(inDoubtful)
+		return s.notInRedis(inPostponed)
 	}
-	s.phase = settled
+	s.phase = finished
 	switch e {
 	case eventThere:
-		return s, effects{known: s.waiting != noRequest, to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
+		return s, effects{known: s.waiting != noRequest, to: thereAnswered, verdict: dedup.Repeat}
 	case eventThereAs:
-		return s, effects{known: s.waiting != noRequest, to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}
+		return s, effects{known: s.waiting != noRequest, to: thereAnswered, verdict: dedup.Replayed}
 	case eventBefore:
-		return s, effects{to: attemptAnswered, first: dedup.ReplayedBefore, then: dedup.ReplayedBefore}
+		return s, effects{to: attemptAnswered, verdict: dedup.ReplayedBefore}
 	case eventBehind:
-		return s, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}
+		return s, effects{to: attemptAnswered, verdict: dedup.Turned}
 	case eventFarBehind:
-		return s, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}
+		return s, effects{to: attemptAnswered, verdict: dedup.Replayed}
 	case eventFull: // another attempt may be a retry from the window before
-		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrFull}
+		return s, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}
 	default:
-		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrTooManyKeys}
+		return s, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys}
 	}
 }
 
@@ -186,13 +190,9 @@ func (s state) onUntold(e event) (state, effects) {
 		s.phase = taking
 	case eventLost:
 		return s.notInRedis(inQueue)
-	case eventSealed: // too late to take it back
-		return s.turned()
 	case eventAskedAgain: // that request gets Unique
-		s.phase = settled
-		return s, effects{log: asTaken, known: true, to: thereAnswered, first: s.retried(), then: s.retried()}
-	case eventAnsweredAlone, eventOverdue, eventRefusal:
-		return s.may(e), effects{}
+		s.phase = finished
+		return s, effects{log: asTaken, known: true, to: thereAnswered, verdict: s.retried()}
 	}
 	return s, effects{}
 }
@@ -207,38 +207,24 @@ func (s state) onTaking(e event) (state, effects) {
 		if s.alone || s.waiting == itsAttempt {
 			return s.inRedis()
 		}
-		s.phase = settled
-		return s, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}
-	case eventSealed:
-		return s.turned()
-	case eventAnsweredAlone, eventOverdue, eventRefusal:
-		return s.may(e), effects{}
+		s.phase = finished
+		return s, effects{to: thereAnswered, verdict: dedup.Repeat}
 	}
 	return s, effects{}
 }
 
-// may notes a request that got an answer, or is about to, while the id may be in Redis.
-func (s state) may(e event) state {
-	if e == eventAnsweredAlone {
-		s.alone = true
-	} else {
-		s.doubted = true
-	}
-	return s
-}
-
-// inRedis settles an id that is in Redis, if a request has, or gets, an answer for it.
+// inRedis finishes an id that is in Redis, if a request has, or gets, an answer for it.
 func (s state) inRedis() (state, effects) {
 	switch {
 	case s.alone:
-		s.phase = settled
-		return s, effects{log: asTaken, to: thereAnswered, first: s.retried(), then: s.retried()}
+		s.phase = finished
+		return s, effects{log: asTaken, to: thereAnswered, verdict: s.retried()}
 	case s.waiting != itsAttempt:
 		s.phase = untold
 		return s, effects{place: inUntold}
 	}
-	s.phase = settled
-	return s, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: s.retried()}
+	s.phase = finished
+	return s, effects{log: asTaken, known: true, to: thereAnswered, verdict: dedup.Unique}
 }
 
 // notInRedis queues an id that this session has not added, if a request waits for it. If one
@@ -246,24 +232,24 @@ func (s state) inRedis() (state, effects) {
 func (s state) notInRedis(at place) (state, effects) {
 	switch {
 	case s.alone:
-		s.phase = settled
-		return s, effects{log: asUnsent, to: thereAnswered, first: s.retried(), then: s.retried()}
+		s.phase = finished
+		return s, effects{log: asUnsent, to: thereAnswered, verdict: s.retried()}
 	case s.waiting == noRequest:
-		s.phase = settled
+		s.phase = finished
 		return s, effects{}
 	}
 	s.phase = queued
 	return s, effects{place: at}
 }
 
-// turned settles an id of an epoch that is sealed. If a request was answered as new, Retire
+// turned finishes an id of an epoch that is sealed. If a request was answered as new, Retire
 // reports that the id is in no count.
 func (s state) turned() (state, effects) {
-	fx := effects{to: allAnswered, first: dedup.Turned}
+	fx := effects{to: allAnswered, verdict: dedup.Turned}
 	if s.alone {
 		fx.log = asUnsent
 	}
-	s.phase = settled
+	s.phase = finished
 	return s, fx
 }
 

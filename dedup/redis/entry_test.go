@@ -16,55 +16,55 @@ var steps = []struct {
 	alone   []bool
 	waiting []audience
 	events  []event
-	next    state // phase, and alone or doubted where the step sets it
+	next    state // phase, and alone or uncertain where the step sets it
 	fx      effects
 }{
 	{queued, any2, anyWaits, []event{eventSent}, state{phase: flying}, effects{}},
-	{queued, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: settled}, effects{log: asUnsent}},
-	{queued, any2, []audience{noRequest}, []event{eventAnsweredBeside, eventRefusal}, state{phase: settled}, effects{}},
+	{queued, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: finished}, effects{log: asUnsent}},
+	{queued, any2, []audience{noRequest}, []event{eventAnsweredBeside, eventRefusal}, state{phase: finished}, effects{}},
 
 	{flying, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: flying, alone: true}, effects{}},
-	{flying, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: flying, doubted: true}, effects{}},
-	{flying, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
-	{flying, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
-	{flying, yes, anyWaits, []event{eventAdded}, state{phase: settled}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
+	{flying, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: flying, uncertain: true}, effects{}},
+	{flying, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Turned}},
+	{flying, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, verdict: dedup.Turned}},
+	{flying, yes, anyWaits, []event{eventAdded}, state{phase: finished}, effects{log: asTaken, to: thereAnswered, verdict: retried}},
 	{flying, no, []audience{noRequest, otherAttempts}, []event{eventAdded}, state{phase: untold}, effects{place: inUntold}},
-	{flying, no, []audience{itsAttempt}, []event{eventAdded}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: retried}},
-	{flying, yes, anyWaits, append([]event{eventUndone}, notAdded...), state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
-	{flying, no, []audience{noRequest}, []event{eventUndone, eventInDoubt}, state{phase: settled}, effects{}},
+	{flying, no, []audience{itsAttempt}, []event{eventAdded}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, verdict: dedup.Unique}},
+	{flying, yes, anyWaits, append([]event{eventUndone}, notAdded...), state{phase: finished}, effects{log: asUnsent, to: thereAnswered, verdict: retried}},
+	{flying, no, []audience{noRequest}, []event{eventUndone, eventInDoubt}, state{phase: finished}, effects{}},
 	{flying, no, someWaits, []event{eventUndone}, state{phase: queued}, effects{place: inQueue}},
-	{flying, no, someWaits, []event{eventInDoubt}, state{phase: queued}, effects{place: inDoubtful}},
-	{flying, no, []audience{noRequest}, []event{eventThere}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
-	{flying, no, someWaits, []event{eventThere}, state{phase: settled}, effects{known: true, to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
-	{flying, no, []audience{noRequest}, []event{eventThereAs}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, someWaits, []event{eventThereAs}, state{phase: settled}, effects{known: true, to: thereAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, anyWaits, []event{eventBefore}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.ReplayedBefore, then: dedup.ReplayedBefore}},
-	{flying, no, anyWaits, []event{eventBehind}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.Turned, then: dedup.Turned}},
-	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: settled}, effects{to: attemptAnswered, first: dedup.Replayed, then: dedup.Replayed}},
-	{flying, no, anyWaits, []event{eventFull}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrFull}},
-	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat, err: dedup.ErrTooManyKeys}},
+	{flying, no, someWaits, []event{eventInDoubt}, state{phase: queued}, effects{place: inPostponed}},
+	{flying, no, []audience{noRequest}, []event{eventThere}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat}},
+	{flying, no, someWaits, []event{eventThere}, state{phase: finished}, effects{known: true, to: thereAnswered, verdict: dedup.Repeat}},
+	{flying, no, []audience{noRequest}, []event{eventThereAs}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Replayed}},
+	{flying, no, someWaits, []event{eventThereAs}, state{phase: finished}, effects{known: true, to: thereAnswered, verdict: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventBefore}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.ReplayedBefore}},
+	{flying, no, anyWaits, []event{eventBehind}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.Turned}},
+	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventFull}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}},
+	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys}},
 
 	{untold, any2, anyWaits, []event{eventWithdrawn}, state{phase: taking}, effects{}},
 	{untold, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: untold, alone: true}, effects{}},
-	{untold, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: untold, doubted: true}, effects{}},
-	{untold, any2, anyWaits, []event{eventAskedAgain}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: retried, then: retried}},
-	{untold, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
-	{untold, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
-	{untold, yes, anyWaits, []event{eventLost}, state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
-	{untold, no, []audience{noRequest}, []event{eventLost}, state{phase: settled}, effects{}},
+	{untold, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: untold, uncertain: true}, effects{}},
+	{untold, any2, anyWaits, []event{eventAskedAgain}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, verdict: retried}},
+	{untold, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Turned}},
+	{untold, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, verdict: dedup.Turned}},
+	{untold, yes, anyWaits, []event{eventLost}, state{phase: finished}, effects{log: asUnsent, to: thereAnswered, verdict: retried}},
+	{untold, no, []audience{noRequest}, []event{eventLost}, state{phase: finished}, effects{}},
 	{untold, no, someWaits, []event{eventLost}, state{phase: queued}, effects{place: inQueue}},
 
 	{taking, any2, anyWaits, []event{eventAnsweredAlone}, state{phase: taking, alone: true}, effects{}},
-	{taking, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: taking, doubted: true}, effects{}},
-	{taking, no, anyWaits, []event{eventSealed}, state{phase: settled}, effects{to: allAnswered, first: dedup.Turned}},
-	{taking, yes, anyWaits, []event{eventSealed}, state{phase: settled}, effects{log: asUnsent, to: allAnswered, first: dedup.Turned}},
-	{taking, yes, anyWaits, []event{eventRemoved, eventLost}, state{phase: settled}, effects{log: asUnsent, to: thereAnswered, first: retried, then: retried}},
-	{taking, no, []audience{noRequest}, []event{eventRemoved, eventLost}, state{phase: settled}, effects{}},
+	{taking, any2, anyWaits, []event{eventOverdue, eventRefusal}, state{phase: taking, uncertain: true}, effects{}},
+	{taking, no, anyWaits, []event{eventSealed}, state{phase: finished}, effects{to: allAnswered, verdict: dedup.Turned}},
+	{taking, yes, anyWaits, []event{eventSealed}, state{phase: finished}, effects{log: asUnsent, to: allAnswered, verdict: dedup.Turned}},
+	{taking, yes, anyWaits, []event{eventRemoved, eventLost}, state{phase: finished}, effects{log: asUnsent, to: thereAnswered, verdict: retried}},
+	{taking, no, []audience{noRequest}, []event{eventRemoved, eventLost}, state{phase: finished}, effects{}},
 	{taking, no, someWaits, []event{eventRemoved, eventLost}, state{phase: queued}, effects{place: inQueue}},
-	{taking, yes, anyWaits, []event{eventUndone, eventBelieved}, state{phase: settled}, effects{log: asTaken, to: thereAnswered, first: retried, then: retried}},
-	{taking, no, []audience{itsAttempt}, []event{eventUndone, eventBelieved}, state{phase: settled}, effects{log: asTaken, known: true, to: thereAnswered, first: dedup.Unique, then: retried}},
+	{taking, yes, anyWaits, []event{eventUndone, eventBelieved}, state{phase: finished}, effects{log: asTaken, to: thereAnswered, verdict: retried}},
+	{taking, no, []audience{itsAttempt}, []event{eventUndone, eventBelieved}, state{phase: finished}, effects{log: asTaken, known: true, to: thereAnswered, verdict: dedup.Unique}},
 	{taking, no, []audience{noRequest, otherAttempts}, []event{eventUndone}, state{phase: untold}, effects{place: inUntold}},
-	{taking, no, []audience{noRequest, otherAttempts}, []event{eventBelieved}, state{phase: settled}, effects{to: thereAnswered, first: dedup.Repeat, then: dedup.Repeat}},
+	{taking, no, []audience{noRequest, otherAttempts}, []event{eventBelieved}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat}},
 }
 
 var (
@@ -90,13 +90,10 @@ func TestEveryStepOfAnEntry(t *testing.T) {
 				}
 				want.phase, fx = step.next.phase, step.fx
 				want.alone = s.alone || step.next.alone
-				want.doubted = (s.doubted || step.next.doubted) && (want.phase != settled || e == eventBelieved && fx.log == notLogged)
-				for _, v := range []*dedup.Verdict{&fx.first, &fx.then} {
-					if *v != retried {
-						continue
-					}
-					if *v = dedup.Repeat; s.token {
-						*v = dedup.Replayed
+				want.uncertain = (s.uncertain || step.next.uncertain) && (want.phase != finished || e == eventBelieved && fx.log == notLogged)
+				if fx.verdict == retried {
+					if fx.verdict = dedup.Repeat; s.token {
+						fx.verdict = dedup.Replayed
 					}
 				}
 			}
@@ -114,9 +111,9 @@ func TestEveryStepOfAnEntry(t *testing.T) {
 
 // everyState calls f with each state that an entry can be in.
 func everyState(f func(state)) {
-	for phase := range settled + 1 {
+	for phase := range finished + 1 {
 		for bits := range 8 {
-			s := state{phase: phase, alone: bits&1 != 0, doubted: bits&2 != 0, token: bits&4 != 0}
+			s := state{phase: phase, alone: bits&1 != 0, uncertain: bits&2 != 0, token: bits&4 != 0}
 			for _, s.waiting = range anyWaits {
 				f(s)
 			}

@@ -293,7 +293,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 		l := &a.lanes[0]
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return len(l.lost) > 0
+		return len(l.lacking) > 0
 	})
 	v, err := ea.Add(t, a, 0, "42")
 	way.latency.Store(0)

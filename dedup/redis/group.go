@@ -16,31 +16,16 @@ import (
 	"verve/internal/retry"
 )
 
-// epochLedger is what a Group needs of a Ledger. Each call is atomic and may be
-// repeated after an error, whatever became of it.
+// epochLedger is what a Group needs of a Ledger, which documents it. Each call is atomic and
+// may be repeated after an error, whatever became of it.
 type epochLedger interface {
-	// Report says that this instance has left the epoch for good, whether it
-	// served all of it, and whether ids may be lost. False: the group has not taken
-	// the epoch, so it has no ids and is not published.
 	Report(ctx context.Context, c counter.Count) (ours bool, err error)
-	// Seal waits until the epoch may be sealed and returns what it came to: the
-	// same to every instance.
 	Seal(ctx context.Context, s counter.Span) (counter.Count, error)
-	// Reconcile returns the epochs of the group, whoever opened them, that are not
-	// delivered, oldest first: those that are over, or all. It marks those again that
-	// Redis has forgotten to be delivered.
 	Reconcile(ctx context.Context, open bool) ([]counter.Span, error)
-	// Leading reports whether this instance is the one that publishes.
 	Leading() bool
-	// Yield gives the lead to another instance, if there is one.
-	Yield()
-	// LinesUnknown says that lines of epochs that ended at or before upTo may be in a
-	// counts file although nobody has said so.
 	LinesUnknown(upTo time.Time)
-	// Delivered says that all sinks have the record.
+	Yield()
 	Delivered(ctx context.Context, s counter.Span) error
-	// Leave takes this instance out of the group. It and Others return how many
-	// others are alive, and how long ago one of them was heard.
 	Leave(ctx context.Context) (others int, heard time.Duration, err error)
 	Others(ctx context.Context) (others int, heard time.Duration, err error)
 }
@@ -144,8 +129,6 @@ func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error
 // stop does not wait: the epoch goes on without this instance, and Leave, or
 // another, publishes it.
 func (g *Group) Publish(ctx context.Context, c counter.Count) error {
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
 	var ours bool
 	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) (err error) {
 		ours, err = g.ledger.Report(ctx, c)

@@ -27,13 +27,13 @@ const (
 // health is what is known of the servers.
 type health struct {
 	refused atomic.Bool // ids may not be trusted to Redis, by its policy: see watch
+	blind   bool        // the policy cannot be read; checkPolicy alone uses it
 
 	mu      sync.Mutex
 	policy  string // why ids cannot be trusted to Redis; empty if they can
 	failure string // of the last attempt that failed; empty if the last did not
 	since   time.Time
 	said    map[string]*logline.Sampler // of each line that repeats
-	blind   bool                        // the policy cannot be read
 	rights  string                      // what the user may not do, or which part was never reached
 }
 
@@ -245,19 +245,25 @@ func (r *Set) checkPolicy() {
 		r.standsAlone.Store(true)
 	}
 	h := &r.health
-	h.mu.Lock()
-	wasBlind := h.blind
-	h.policy, h.blind = bad, blind
-	h.mu.Unlock()
+	h.change(r, &h.policy, bad, "ids are refused until it is changed", "Redis keeps ids again")
 	h.refused.Store(bad != "")
-	switch {
-	case bad != "" && bad != was:
-		r.cfg.Log.Error().Msg(bad + "; ids are refused until it is changed")
-	case bad == "" && was != "":
-		r.cfg.Log.Info().Str("was", was).Msg("Redis keeps ids again")
-	}
-	if blind && !wasBlind {
+	if blind && !h.blind {
 		r.cfg.Log.Warn().Msg("the Redis user may run neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
+	}
+	h.blind = blind
+}
+
+// change sets policy or rights, and logs what has come or gone.
+func (h *health) change(r *Set, what *string, now, effect, over string) {
+	h.mu.Lock()
+	was := *what
+	*what = now
+	h.mu.Unlock()
+	switch {
+	case now != "" && now != was:
+		r.cfg.Log.Error().Msg(now + "; " + effect)
+	case now == "" && was != "":
+		r.cfg.Log.Info().Str("was", was).Msg(over)
 	}
 }
 
@@ -285,19 +291,11 @@ func (r *Set) checkRights(reached []bool) {
 		}
 	}
 	h := &r.health
-	h.mu.Lock()
-	was := h.rights
-	h.rights = reason
-	h.mu.Unlock()
-	switch {
-	case reason != "" && reason != was:
-		r.cfg.Log.Error().Msg(reason + "; not ready until it is changed")
-	case reason == "" && was != "":
-		r.cfg.Log.Info().Str("was", was).Msg("the Redis user has all rights that are needed again")
-	}
+	h.change(r, &h.rights, reason, "not ready until it is changed", "the Redis user has all rights that are needed again")
 }
 
-// foreign implements groupIDs.
+// foreign reports whether Redis has, or may have, a group of another layout, which no
+// member of this one may meet.
 func (r *Set) foreign() bool { return !r.standsAlone.Load() }
 
 // layoutBase makes one number of the layout and the number of lanes, which versions

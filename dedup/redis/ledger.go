@@ -79,25 +79,14 @@ type ledgerConfig struct {
 	Log      zerolog.Logger // which members have another window, why a record is not exact
 }
 
-// groupIDs is what a Ledger needs of a Set.
+// groupIDs is what a Ledger needs of a Set, which documents it.
 type groupIDs interface {
-	// conn returns the client, or why there is none.
 	conn() (rueidis.Client, error)
-	// sealIDs seals the ids of an epoch and counts them: the same sum whoever asks,
-	// however often. sessions are those that have answered ids, as sealScript lists them.
 	sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error)
-	// noticeLosses looks whether Redis has lost ids of this process since it was last
-	// asked; unsettled then knows.
 	noticeLosses(ctx context.Context, start time.Time) error
-	// keyCounts returns how many ids of a sealed epoch are under each key, and their sum:
-	// the same whoever asks, until dropKeys says that the record is delivered.
-	keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error)
-	dropKeys(ctx context.Context, s counter.Span) error
-	// unsettled are the starts of the oldest and the newest epoch of which this process
-	// holds ids that Redis may not have.
 	unsettled() (oldest, newest time.Time, some bool)
-	// foreign reports that Redis has, or may have, a group of another layout, which no
-	// member of this one may meet.
+	keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error)
+	dropKeys(ctx context.Context, s counter.Span) error
 	foreign() bool
 }
 
@@ -128,7 +117,7 @@ type Ledger struct {
 
 	// mu guards what follows.
 	mu        sync.Mutex
-	epochs    []ledgerEpoch  // this process knows of and has not heard to be delivered, oldest first
+	epochs    []*ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
 	past      []counter.Span // whose records are known to be delivered, the last ones
 	newest    time.Time      // start of the newest epoch that this process has opened
 	lead      time.Time      // until then this member publishes, as its lease ends
@@ -151,7 +140,6 @@ type Ledger struct {
 type keyedSpan struct {
 	span counter.Span
 	keys []counter.KeyCount
-	n    uint64 // their sum
 }
 
 // Standings of a member.
@@ -167,25 +155,26 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 type admission struct {
 	known   chan struct{} // closed when the group has the epoch
 	refused atomic.Bool   // the group does not take it
-	doubts  atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis
-	doubted atomic.Bool   // there were some
+	// Ids that are answered 503, or soon will be, and may be in Redis: see addUncertain.
+	uncertain    atomic.Int64
+	wasUncertain atomic.Bool // there were some
 }
 
 // ledgerEpoch is an epoch that this process has opened or sealed.
 type ledgerEpoch struct {
 	span counter.Span
 	*admission
-	told       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
-	answers    answers        // what each member has given, as far as this process knows
-	registered bool           // the group has it
-	late       bool           // it was refused for a time
-	asks       bool           // this process has not opened it: it only asks what there is of it
-	sayDoubt   bool           // the last beat said that it is doubted
-	saidDoubt  bool           // the group knows
-	reported   *counter.Count // what this process has said of it
-	reportedAt time.Time
-	decided    *decision // what it came to, as far as this process knows
-	explained  bool      // why that is not exact is in the log
+	told           func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
+	answers        answers        // what each member has given, as far as this process knows
+	registered     bool           // the group has it
+	late           bool           // it was refused for a time
+	asks           bool           // this process has not opened it: it only asks what there is of it
+	uncertainSent  bool           // the last beat had that it has uncertain ids
+	uncertainKnown bool           // the group knows
+	reported       *counter.Count // what this process has said of it
+	reportedAt     time.Time
+	decided        *decision // what it came to, as far as this process knows
+	explained      bool      // why that is not exact is in the log
 
 	contradicted bool // the group says otherwise, which is logged
 }
@@ -286,21 +275,19 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 }
 
 // texts returns the parts of an answer, each of which is a string.
-func texts(parts []rueidis.RedisMessage) (list []string, err error) {
-	list = make([]string, len(parts))
-	for i := range parts {
-		if list[i], err = parts[i].ToString(); err != nil {
-			return nil, err
-		}
-	}
-	return list, nil
+func texts(parts []rueidis.RedisMessage) ([]string, error) {
+	return each(parts, (*rueidis.RedisMessage).ToString)
 }
 
 // numbers is texts for numbers.
-func numbers(parts []rueidis.RedisMessage) (list []int64, err error) {
-	list = make([]int64, len(parts))
+func numbers(parts []rueidis.RedisMessage) ([]int64, error) {
+	return each(parts, (*rueidis.RedisMessage).AsInt64)
+}
+
+func each[T any](parts []rueidis.RedisMessage, read func(*rueidis.RedisMessage) (T, error)) (list []T, err error) {
+	list = make([]T, len(parts))
 	for i := range parts {
-		if list[i], err = parts[i].AsInt64(); err != nil {
+		if list[i], err = read(&parts[i]); err != nil {
 			return nil, err
 		}
 	}
@@ -312,49 +299,44 @@ func numbers(parts []rueidis.RedisMessage) (list []int64, err error) {
 //
 // told counts what this process has answered as new in it, at least.
 func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
-	a := l.note(s)
 	l.mu.Lock()
-	if e := l.find(s); e != nil {
-		e.told, e.asks = told, false
-	}
+	defer l.mu.Unlock()
+	e := l.place(s)
+	e.told, e.asks = told, false
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}
-	l.mu.Unlock()
 	nudge(l.wake)
-	return a
+	return e.admission
 }
 
-// note makes a place for the epoch, if there is none.
-func (l *Ledger) note(s counter.Span) *admission {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if e := l.find(s); e != nil {
-		return e.admission
+// place returns the epoch, and makes a place for it if there is none. If there are too many
+// the oldest ones are dropped, which may be this one. l.mu is held.
+func (l *Ledger) place(s counter.Span) *ledgerEpoch {
+	e := l.find(s)
+	if e != nil {
+		return e
 	}
-	a := l.add(s).admission
-	if n := len(l.epochs) - maxLedgerEpochs; n > 0 {
-		l.epochs = slices.Delete(l.epochs, 0, n)
-	}
-	return a
-}
-
-// add makes a place for the epoch, and returns it. l.mu is held.
-func (l *Ledger) add(s counter.Span) *ledgerEpoch {
-	e := ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
-	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
+	e = &ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
+	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e *ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
-	return &l.epochs[i]
+	l.epochs = slices.Delete(l.epochs, 0, max(0, len(l.epochs)-maxLedgerEpochs))
+	return e
 }
 
 // find returns the epoch, or nil. l.mu is held.
 func (l *Ledger) find(s counter.Span) *ledgerEpoch {
-	for i := len(l.epochs) - 1; i >= 0; i-- {
-		if e := &l.epochs[i]; e.span.Window == s.Window && e.span.Start.Equal(s.Start) {
+	for _, e := range slices.Backward(l.epochs) {
+		if e.span == s {
 			return e
 		}
 	}
 	return nil
+}
+
+// drop takes the epoch out of what each beat writes again. l.mu is held.
+func (l *Ledger) drop(s counter.Span) {
+	l.epochs = slices.DeleteFunc(l.epochs, func(e *ledgerEpoch) bool { return e.span == s })
 }
 
 // Reconcile returns the epochs of the group that are over and whose records are not
@@ -472,22 +454,10 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")
 		}
 	}
-	l.forget(s)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !slices.Contains(l.past, s) {
-		l.pass(s)
-	}
+	l.pass(s)
 	return nil
-}
-
-// forget takes the epoch out of what each beat writes again.
-func (l *Ledger) forget(s counter.Span) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.epochs = slices.DeleteFunc(l.epochs, func(e ledgerEpoch) bool {
-		return e.span.Window == s.Window && e.span.Start.Equal(s.Start)
-	})
 }
 
 // Leave takes this member out of the group: nobody waits for it any more. It
@@ -553,9 +523,9 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 
 // open returns the newest epoch that requests of this process may enter, or nil. l.mu is held.
 func (l *Ledger) open() *ledgerEpoch {
-	for i := len(l.epochs) - 1; i >= 0; i-- {
-		if l.epochs[i].told != nil {
-			return &l.epochs[i]
+	for _, e := range slices.Backward(l.epochs) {
+		if e.told != nil {
+			return e
 		}
 	}
 	return nil
@@ -566,5 +536,5 @@ func (l *Ledger) open() *ledgerEpoch {
 func (l *Ledger) IsDelivered(start time.Time) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return !slices.ContainsFunc(l.epochs, func(e ledgerEpoch) bool { return e.span.Start.Equal(start) })
+	return !slices.ContainsFunc(l.epochs, func(e *ledgerEpoch) bool { return e.span.Start.Equal(start) })
 }

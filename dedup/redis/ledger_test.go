@@ -78,11 +78,11 @@ func (f *fakeIDs) noticeLosses(context.Context, time.Time) error { return nil }
 
 func (f *fakeIDs) foreign() bool { return false }
 
-func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys []counter.KeyCount, n uint64, err error) {
+func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys []counter.KeyCount, err error) {
 	if f.keys != nil {
 		keys = f.keys()
 	}
-	return keys, sumOf(keys), nil
+	return keys, nil
 }
 
 func (f *fakeIDs) dropKeys(context.Context, counter.Span) error { return nil }
@@ -764,11 +764,11 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 				admitted := m.Opened(s, func() uint64 { return 20 })
 				g.beat(m)
 				if m.cfg.Member == tt.by && tt.refused {
-					m.uncertain(admitted, 2)
+					m.addUncertain(admitted, 2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
 				}
 				if m.cfg.Member == tt.by && tt.settled {
-					m.uncertain(admitted, -2)
+					m.addUncertain(admitted, -2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) })
 				}
 			}

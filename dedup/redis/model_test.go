@@ -274,10 +274,10 @@ func (m *modelMember) unsettled() string {
 func (w *model) step(m *modelMember, en *modelEntry, e event) {
 	was := en.state
 	next, fx := en.on(e)
-	if en.state = next; next.doubted && !was.doubted {
+	if en.state = next; next.uncertain && !was.uncertain {
 		m.doubts++
 		m.doubted = true
-	} else if was.doubted && !next.doubted {
+	} else if was.uncertain && !next.uncertain {
 		m.doubts--
 	}
 	if fx.log == asTaken { // and answered as new
@@ -286,7 +286,7 @@ func (w *model) step(m *modelMember, en *modelEntry, e event) {
 		w.answers++
 	}
 	m.known[en.id] = m.known[en.id] || fx.known
-	if en.phase == settled {
+	if en.phase == finished {
 		m.entries = slices.DeleteFunc(m.entries, func(x *modelEntry) bool { return x == en })
 	}
 }
@@ -301,13 +301,13 @@ func (w *model) stepAll(m *modelMember, entries []*modelEntry, e event) {
 // instance is killed in that moment.
 func (w *model) refuse(m *modelMember, en *modelEntry) bool {
 	if w.rules.announce {
-		if w.step(m, en, eventOverdue); en.doubted {
+		if w.step(m, en, eventOverdue); en.uncertain {
 			w.beat(m)
 		}
 	}
 	en.waiting = noRequest
 	w.note("    %s refuses %d", m.name, en.id)
-	if w.step(m, en, eventRefusal); !en.doubted {
+	if w.step(m, en, eventRefusal); !en.uncertain {
 		return true
 	}
 	if w.down {
@@ -491,7 +491,7 @@ func (w *model) add(m *modelMember, id int, replyLost bool) {
 			break
 		}
 	}
-	if en.phase != settled && w.rnd.IntN(2) == 0 {
+	if en.phase != finished && w.rnd.IntN(2) == 0 {
 		w.refuse(m, en)
 	}
 }

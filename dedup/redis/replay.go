@@ -152,7 +152,7 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 }
 
 // replayed takes over that ids from the log were added again. l.mu is held.
-func (l *lane) replayed(le *laneEpoch, j *job, a answer) {
+func (l *lane) replayed(le *laneEpoch, j *job, a reply) {
 	if le.retired {
 		return
 	}
@@ -160,14 +160,14 @@ func (l *lane) replayed(le *laneEpoch, j *job, a answer) {
 	l.r.counts.replayed.Add(uint64(n))
 	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
 	if le.log.left() == 0 {
-		le.lost = false
+		le.forgotten = false
 	}
 }
 
 // recover goes on after a loss: Redis knows nothing of the last batches of this
 // session, or of an epoch, and what it forgot is added again before anything
 // else. The job stays as it is: whatever it did is forgotten too.
-func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
+func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	r := l.r
 	seq := l.seq + seqSkip
 	for {
@@ -192,15 +192,15 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		}
 		le.log.rewind(kept)
 		// Ids that were taken back may be there again, and those of a batch without a reply,
-		// or not yet taken back, may come back with an older state. They are in doubt for good.
+		// or not yet taken back, may come back with an older state. They are uncertain for good.
 		if kept < le.took || j.unknown && j.mode == modeAdd && j.epoch == s {
-			r.ledger.uncertain(s.admission, 1)
+			r.ledger.addUncertain(s.admission, 1)
 			le.took = 0
 		}
 		if kept == 0 {
 			le.gen = ""
 		}
-		le.lost = true
+		le.forgotten = true
 		l.flush(s)
 	}
 	// An unanswered id is in no log. If it is lost, removing it would remove it from the
@@ -209,7 +209,7 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 		kept, some := l.losses[en.key.epoch]
 		lost := some && en.seq > kept
 		if lost {
-			r.ledger.uncertain(en.key.epoch.admission, 1)
+			r.ledger.addUncertain(en.key.epoch.admission, 1)
 			l.step(en, eventLost, nil)
 		}
 		return lost
@@ -227,10 +227,10 @@ func (l *lane) recover(j *job, a answer, wait time.Duration) time.Duration {
 	return -1
 }
 
-// lose notes the loss that an answer about the epoch s reports. statusOld means only that
+// lose notes the loss that a reply about the epoch s reports. statusOld means only that
 // an earlier hello succeeded and its reply was lost; what it reported is already in
 // losses.
-func (l *lane) lose(s *redisEpoch, a answer) {
+func (l *lane) lose(s *redisEpoch, a reply) {
 	switch a.status {
 	case statusLost:
 		l.losses[s] = 0
@@ -268,7 +268,7 @@ func (l *lane) retire(s *redisEpoch) int {
 	le := &s.lanes[l.i]
 	le.retired = true
 	unsent := 0
-	if !le.lost || le.sealed {
+	if !le.forgotten || le.sealed {
 		unsent = countIDs(le.log.todo)
 	}
 	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
@@ -298,14 +298,14 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 		if l.job != nil && l.job.mode != modeBeat && l.job.mode != modeLook {
 			see(l.job.epoch)
 		}
-		for _, s := range l.lost {
+		for _, s := range l.lacking {
 			if le := &s.lanes[i]; !le.sealed && !le.retired {
 				see(s)
 			}
 		}
-		for _, list := range [][]*entry{l.untold, l.queue, l.doubt} {
+		for _, list := range [][]*entry{l.untold, l.queue, l.postponed} {
 			for _, en := range list {
-				if en.phase != settled {
+				if en.phase != finished {
 					see(en.key.epoch)
 				}
 			}
@@ -319,14 +319,11 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 // a loss is noticed of which this process has not heard. What unsettled says
 // after it is true of that moment.
 func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
-	r.mu.Lock()
-	i := slices.IndexFunc(r.epochs, func(s *redisEpoch) bool { return s.start.Equal(start) })
-	if i < 0 {
-		r.mu.Unlock()
+	epochs := r.opened()
+	at := slices.IndexFunc(epochs, func(s *redisEpoch) bool { return s.start.Equal(start) })
+	if at < 0 {
 		return nil // never opened here: there is nothing to be lost
 	}
-	s := r.epochs[i]
-	r.mu.Unlock()
 	done := make(chan error, len(r.lanes))
 	for i := range r.lanes {
 		l := &r.lanes[i]
@@ -335,7 +332,7 @@ func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 			l.mu.Unlock()
 			return dedup.ErrUnavailable
 		}
-		l.asked = append(l.asked, &question{epoch: s, done: done})
+		l.asked = append(l.asked, &question{epoch: epochs[at], done: done})
 		l.mu.Unlock()
 		nudge(l.wake)
 	}

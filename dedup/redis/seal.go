@@ -56,7 +56,7 @@ type sealedIDs struct {
 // lanes sealed and others not; calling it again goes on.
 func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
 	type part struct {
-		answer
+		reply
 		err error
 	}
 	parts := make(chan part, len(r.lanes))
@@ -85,7 +85,9 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 	return sum, nil
 }
 
-func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (answer, error) {
+// sealLane waits for ids that Redis lacks, until sessions have added them again or the lane
+// gives them up. That the members have left the epoch is awaitSeal's to wait for.
+func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (reply, error) {
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
@@ -145,11 +147,11 @@ const (
 )
 
 // keyCounts returns how many ids a sealed epoch has under each key: the same whoever
-// asks, until dropKeys. n is their sum.
-func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys []counter.KeyCount, n uint64, err error) {
+// asks, until dropKeys.
+func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
 	client, err := r.conn()
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	counts := map[string]uint64{}
 	for i := range r.lanes {
@@ -159,25 +161,24 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys []counter.Key
 			page, err := client.Do(ctx, client.B().Arbitrary("HSCAN").Keys(r.keysOf(i, s)).
 				Args(strconv.FormatUint(cursor, 10), "COUNT", scanned).ReadOnly()).AsScanEntry()
 			if err != nil {
-				return nil, 0, fmt.Errorf("reading the keys of %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
+				return nil, fmt.Errorf("reading the keys of %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
 			}
 			cursor = page.Cursor
 			for f := 0; f+1 < len(page.Elements); f += 2 {
 				if lane[page.Elements[f]], err = strconv.ParseUint(page.Elements[f+1], 10, 64); err != nil {
-					return nil, 0, fmt.Errorf("reading the keys: %w", err)
+					return nil, fmt.Errorf("reading the keys: %w", err)
 				}
 			}
 		}
 		for key, unique := range lane {
 			counts[key] += unique
-			n += unique
 		}
 	}
-	keys = make([]counter.KeyCount, 0, len(counts))
+	keys := make([]counter.KeyCount, 0, len(counts))
 	for key, unique := range counts {
 		keys = append(keys, counter.KeyCount{Key: key, Unique: unique})
 	}
-	return keys, n, nil
+	return keys, nil
 }
 
 // dropKeys says that the record of an epoch is delivered: its keys are needed no more.

@@ -370,6 +370,12 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	s := e.State.(*redisEpoch)
 	w := waits.Get().(*waiting)
 	defer waits.Put(w)
+	judged := func(i int, v dedup.Verdict, cause error, m *named) {
+		verdicts[i], err = r.outcome(v, cause, err)
+		if m != nil && verdicts[i] == dedup.Unique {
+			r.countUnder(e, m.under)
+		}
+	}
 	for i := range items {
 		o := items[i].Options
 		if (o == nil || len(o.Token) == 0) && r.cfg.Local.Knows(s.view, items[i].Key) {
@@ -382,7 +388,7 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 		if o == nil {
 			h = en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
 		} else if full := !r.hasRoom(e, o.Under); full && len(o.Token) == 0 {
-			verdicts[i], err = r.outcome(0, dedup.ErrTooManyKeys, err)
+			judged(i, 0, dedup.ErrTooManyKeys, nil)
 			continue
 		} else {
 			h, m = r.name(&en, &items[i], full)
@@ -396,9 +402,7 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 			}
 			continue
 		}
-		if verdicts[i], err = r.outcome(v, cause, err); m != nil && verdicts[i] == dedup.Unique {
-			r.countUnder(e, m.under)
-		}
+		judged(i, v, cause, m)
 	}
 	for i := range r.lanes {
 		if w.lanes&(1<<i) != 0 {
@@ -407,10 +411,7 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	}
 	for n, a := range w.asks {
 		<-a.done
-		verdict, first := r.outcome(a.verdict, a.err, err)
-		if verdicts[w.of[n]], err = verdict, first; a.named != nil && verdict == dedup.Unique {
-			r.countUnder(e, a.named.under)
-		}
+		judged(w.of[n], a.verdict, a.err, a.named)
 		a.of, a.named, a.e, a.err = nil, nil, nil, nil
 		asks.Put(a)
 	}

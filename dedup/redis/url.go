@@ -105,9 +105,8 @@ func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why str
 	case u.Fragment != "" || u.Opaque != "":
 		return nil, o, "want SCHEME://HOST:PORT"
 	}
-	plain := *u
-	sentinel := strings.HasSuffix(u.Scheme, "-sentinel")
-	plain.Scheme = strings.TrimSuffix(u.Scheme, "-sentinel")
+	plain, sentinel := *u, false
+	plain.Scheme, sentinel = strings.CutSuffix(u.Scheme, "-sentinel")
 	switch plain.Scheme {
 	case "unix":
 		if u.Path == "" || u.Host != "" || sentinel {

@@ -167,51 +167,29 @@ func (s *Sources) CheckVariables() error {
 }
 
 // Source is where a value comes from.
-type Source struct {
-	flag, variable, file, key string
-}
+type Source struct{ name, phrase string }
 
-// String is a short name of the source: the flag, the variable, or the file.
-func (s Source) String() string {
-	switch {
-	case s.flag != "":
-		return "--" + s.flag
-	case s.variable != "":
-		return s.variable
-	case s.file != "":
-		return s.file
-	}
-	return "default"
-}
+// String is a short name of the source: the flag, the variable, the file, or "default".
+func (s Source) String() string { return s.name }
 
 // Phrase is the source as it stands in a sentence.
-func (s Source) Phrase() string {
-	switch {
-	case s.flag != "":
-		return "from the command line"
-	case s.variable != "":
-		return "from " + s.variable
-	case s.file != "":
-		return fmt.Sprintf("from %s, key %s", s.file, s.key)
-	}
-	return "the default"
-}
+func (s Source) Phrase() string { return s.phrase }
 
 // Lookup returns the text that sets the flag called name and where it stands; of a
 // flag that is repeated the last one. A list has its values joined by commas. Not
 // ok: nothing sets it, or it stands on the command line without a value.
 func (s *Sources) Lookup(name string) (text string, from Source, ok bool) {
 	if text, given, ok := s.argument(name); given {
-		return text, Source{flag: name}, ok
+		return text, Source{"--" + name, "from the command line"}, ok
 	}
 	if v, ok := s.variables[s.flags[name].Env]; ok {
-		return v, Source{variable: s.flags[name].Env}, true
+		return v, Source{s.flags[name].Env, "from " + s.flags[name].Env}, true
 	}
 	if _, ok := s.file[name]; ok {
 		text, err := s.fileText(name)
-		return text, Source{file: s.path, key: name}, err == nil
+		return text, Source{s.path, fmt.Sprintf("from %s, key %s", s.path, name)}, err == nil
 	}
-	return "", Source{}, false
+	return "", Source{"default", "the default"}, false
 }
 
 // argument looks for the flag on the command line.

@@ -1,0 +1,560 @@
+package redis
+
+import (
+	"errors"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	// batchSize bounds a batch, and so the time Redis does nothing else: 512 ids
+	// take it some 0.5 ms.
+	batchSize = 512
+
+	// fewIDs bounds the batches that few of function.lua adds one id at a time. With 4 it
+	// took half of what batch takes, with 8 of them somewhat more than adding all at once.
+	fewIDs = 8
+
+	// A batch is held for holdMost ids at most, as of larger ones an id costs hardly less,
+	// and for holdTime at most. After holds in a row that were in vain 0, 1, 2, 4 and in the
+	// end holdRest batches are not held.
+	holdMost = 64
+	holdTime = time.Millisecond
+	holdRest = 32
+
+	// ackDelay is how long the ids of a last batch may stay in doubt for others
+	// when nothing follows it.
+	ackDelay = 5 * time.Millisecond
+
+	// laneBeat is how soon a silent lane notices a loss, and says that the
+	// session lives.
+	laneBeat = time.Second
+
+	// noteTime is how often a batch has Redis note when the session was heard. It
+	// costs Redis a command more.
+	noteTime = laneBeat / 2
+
+	// Attempts that fail wait between these, doubling.
+	minRetry = 2 * time.Millisecond
+	maxRetry = 250 * time.Millisecond
+
+	// holdRetry is the wait where Redis asks for patience.
+	holdRetry = 10 * time.Millisecond
+
+	// missingFor is how long keys may be missing before they are taken for lost:
+	// longer than a slot takes to move.
+	missingFor   = 5 * time.Second
+	missingPause = time.Second
+
+	// seqSkip leaves behind, after a loss, every sequence that a batch still on
+	// its way can have.
+	seqSkip = 1000
+)
+
+// question is a caller that waits for an answer of a lane about an epoch.
+type question struct {
+	epoch *redisEpoch
+	done  chan error // with room for the answer
+}
+
+// job is a batch. Once its outcome is unknown it is sent until it is known.
+type job struct {
+	mode    string
+	epoch   *redisEpoch
+	entries []*entry // by kind
+	lists   lists    // of the ids of the entries, or of the log
+	bytes   int      // of the log, where it is a replay
+	asked   []*question
+	since   int64 // when it was made, as ask.at
+	unknown bool
+	overdue bool // a request that waits for it will soon get 503
+}
+
+// Modes of a batch, as in function.lua.
+const (
+	modeAdd    = "a" // adds ids
+	modeLook   = "l" // only looks for them: the epoch is full
+	modeTake   = "r" // takes back those whose requests all got 503
+	modeReplay = "p" // adds again what Redis has lost
+	modeLocal  = "f" // adds what was answered as new without Redis
+	modeBeat   = "b" // has no ids
+)
+
+// run sends batches until Close, and then until nothing is left open.
+func (l *lane) run() {
+	l.timer = time.NewTimer(laneBeat)
+	defer l.timer.Stop()
+	wait := minRetry
+	for {
+		j := l.pick()
+		if j == nil {
+			if !l.idle() {
+				break
+			}
+			continue
+		}
+		sent := time.Now()
+		switch pause := l.perform(j, wait); {
+		case pause < 0: // done
+			wait = minRetry
+			l.rouse(time.Since(sent))
+		case !l.sleep(pause):
+			return // closing took too long
+		default:
+			wait = min(2*wait, maxRetry)
+		}
+	}
+	l.r.call(l.r.life, l.key, "bye", l.r.cfg.session)
+}
+
+// rouse wakes those whom a batch has answered that took trip.
+func (l *lane) rouse(trip time.Duration) {
+	l.mu.Lock()
+	woken, full := l.awake(), len(l.queue) >= batchSize
+	held := l.hold(woken, trip)
+	l.mu.Unlock()
+	if full {
+		// The next batch will not get larger: Redis is to have it meanwhile.
+		l.r.running.Go(func() { wake(woken) })
+		return
+	}
+	wake(woken)
+	if held {
+		return
+	}
+	// They come first, with their next ids: the next batch is half as large without.
+	// Where nothing else is to be run this takes no time.
+	runtime.Gosched()
+}
+
+// hold has the next batch wait for those whom this one has answered, which took trip: most
+// clients ask again at once. Without it those of a few connections stay divided in two
+// halves, each waiting while the other is under way. l.mu is held.
+func (l *lane) hold(answered *ask, trip time.Duration) bool {
+	if l.rest > 0 {
+		l.rest--
+		return false
+	}
+	n := len(l.queue)
+	for a := answered; a != nil && n <= holdMost; a = a.next {
+		n++
+	}
+	if n < 2 || n > holdMost || answered == nil {
+		return false
+	}
+	l.want, l.held = n, time.Now().Add(min(2*trip, holdTime))
+	return true
+}
+
+// idle waits for something to do. It returns false when the lane is to end.
+func (l *lane) idle() bool {
+	l.mu.Lock()
+	select {
+	case <-l.r.closing:
+		held := l.want > 0
+		l.want = 0 // what waits is sent first
+		l.mu.Unlock()
+		return held
+	default:
+	}
+	d := laneBeat
+	switch {
+	case l.want > 0:
+		d = time.Until(l.held)
+	case l.failing != 0:
+		d = maxRetry
+	case l.seq == 0:
+		d = minRetry // Redis is to have the session before the group counts on it
+	case l.unacked:
+		d = ackDelay
+	case len(l.postponed) > 0:
+		d = minRetry
+	}
+	held := l.want > 0
+	l.mu.Unlock()
+	l.timer.Reset(d)
+	select {
+	case <-l.wake:
+	case <-l.r.closing:
+	case <-l.timer.C:
+		l.mu.Lock()
+		if held { // in vain
+			l.want, l.rest = 0, l.missed
+			l.missed = min(max(1, 2*l.missed), holdRest)
+		} else if len(l.postponed) > 0 {
+			l.queue = append(l.queue, l.postponed...)
+			l.postponed = l.postponed[:0]
+		} else if l.job == nil {
+			l.begin(l.beat())
+		}
+		l.mu.Unlock()
+	}
+	return true
+}
+
+// beat is the batch that says that the session lives. l.mu is held.
+func (l *lane) beat() *job {
+	s := l.r.latest.Load()
+	if s == nil {
+		return nil
+	}
+	return &job{mode: modeBeat, epoch: s}
+}
+
+// sleep waits for d. It returns false if Close has given up waiting.
+func (l *lane) sleep(d time.Duration) bool {
+	l.timer.Reset(d)
+	select {
+	case <-l.timer.C:
+		return true
+	case <-l.r.life.Done():
+		return false
+	}
+}
+
+// pick returns the next batch: first the one under way, then what a loss makes
+// necessary, then what must be taken back, then whatever waits.
+func (l *lane) pick() *job {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.job == nil {
+		l.begin(l.choose())
+	}
+	return l.job
+}
+
+// begin has a batch be under way; nil: none. l.mu is held.
+func (l *lane) begin(j *job) {
+	if l.job = j; j != nil {
+		j.since = l.r.now.Load()
+	}
+}
+
+// choose makes the next batch. l.mu is held.
+func (l *lane) choose() *job {
+	if len(l.lacking) > 0 {
+		s := l.lacking[0]
+		le := &s.lanes[l.i]
+		if le.retired || le.sealed || !le.forgotten && le.log.left() == 0 {
+			l.lacking = slices.Delete(l.lacking, 0, 1)
+			return l.choose()
+		}
+		j := &job{mode: modeLocal, epoch: s}
+		if le.forgotten {
+			j.mode = modeReplay
+		}
+		j.lists, j.bytes = le.log.next(batchSize)
+		return j
+	}
+	if len(l.untold) > 0 {
+		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
+		l.untold = l.fill(j, l.untold, eventWithdrawn, taking)
+		return j
+	}
+	if l.failing == 0 {
+		l.down = false
+	}
+	if len(l.postponed) > 0 && len(l.queue) > 0 {
+		l.queue = append(l.queue, l.postponed...)
+		l.postponed = l.postponed[:0]
+	}
+	if len(l.queue) < l.want {
+		return nil
+	}
+	if l.want > 0 {
+		l.want, l.missed = 0, 0
+	}
+	if i := slices.IndexFunc(l.queue, func(en *entry) bool { return en.phase != finished }); i >= 0 {
+		j := &job{mode: modeAdd, epoch: l.queue[i].key.epoch}
+		l.queue = l.fill(j, l.queue, eventSent, flying)
+		return j
+	}
+	l.queue = l.queue[:0]
+	if len(l.asked) > 0 {
+		j := &job{mode: modeBeat, epoch: l.asked[0].epoch}
+		l.asked = slices.DeleteFunc(l.asked, func(q *question) bool {
+			if q.epoch == j.epoch {
+				j.asked = append(j.asked, q)
+			}
+			return q.epoch == j.epoch
+		})
+		return j
+	}
+	return nil // where the last attempt failed, idle sends a beat to find out
+}
+
+// fill moves entries of the job's epoch into it and returns the rest. They enter the phase
+// by the event, which has no effects. l.mu is held.
+func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
+	size := batchSize
+	if limit := l.r.cfg.MaxIDs; limit > 0 && j.mode == modeAdd {
+		// Near the limit the lanes add little at a time, at it they only look.
+		left := limit - min(limit, j.epoch.live())
+		if left == 0 {
+			j.mode = modeLook
+		}
+		size = int(min(uint64(size), max(1, left/uint64(len(l.r.lanes)))))
+	}
+	var counts [len(kinds) + 1]int
+	n, taken := 0, 0
+	for n < len(from) && taken < size {
+		en := from[n]
+		if en.phase != finished {
+			if en.key.epoch != j.epoch {
+				break
+			}
+			if en.state, _ = en.state.on(ev); to == flying && len(en.asks) > 0 {
+				en.named = en.asks[0].named // the request that it was made for may be gone
+			}
+			counts[en.list()]++
+			taken++
+		}
+		n++
+	}
+	j.entries, l.entries = l.entries, nil
+	for k, count := range counts {
+		if count == 0 {
+			continue
+		}
+		l.packed = l.packed[:0]
+		for _, en := range from[:n] {
+			if en.phase == to && en.list() == k {
+				j.entries = append(j.entries, en)
+				l.packed = appendPacked(l.packed, logged(&en.enc, en.named))
+			}
+		}
+		j.lists[k] = string(l.packed)
+	}
+	return slices.Delete(from, 0, n)
+}
+
+// perform sends the job once. It returns how long to wait before the next
+// attempt, or less than 0 where the job is done or given up.
+func (l *lane) perform(j *job, wait time.Duration) time.Duration {
+	le := &j.epoch.lanes[l.i]
+	l.mu.Lock()
+	gen := le.gen
+	whole, tokensLost := flag(!le.log.cut), flag(le.tokensLost)
+	l.mu.Unlock()
+	if err := l.r.await(j.epoch); err != nil && j.mode == modeAdd && !j.unknown {
+		return l.failed(j, errRefused{err}, wait)
+	}
+	l.r.counts.batches.Add(1)
+	now, noting := l.r.now.Load(), "0" // whether Redis notes the time, and that ids are uncertain
+	switch {
+	case j.epoch.uncertain.Load() > 0:
+		noting = "2"
+	case now-l.ticked > int64(noteTime) || len(j.asked) > 0:
+		noting = "1"
+	}
+	args := append(make([]string, 0, 19), opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL)
+	if k := j.lists.only(); noting == "0" && j.mode == modeAdd && k >= 0 && len(j.entries) <= fewIDs {
+		args = append(args, kindNumbers[k:k+1], j.lists[k])
+	} else {
+		args = append(args, refillFor, whole, noting, j.lists[0], j.lists[1], j.lists[2], j.lists[3])
+	}
+	if j.lists[namedIDs] != "" {
+		args = append(args, j.lists[namedIDs], j.epoch.before, j.epoch.after, strconv.Itoa(l.r.cfg.MaxKeys), tokensLost)
+	}
+	a, err := l.r.call(l.r.life, l.key, args...)
+	if err != nil {
+		l.r.counts.retries.Add(1)
+		var refused errRefused
+		if !errors.As(err, &refused) {
+			j.unknown = true
+		}
+		return l.failed(j, err, wait)
+	}
+	l.succeeded()
+	if a.status == statusNew {
+		a.status, a.codes, a.gen = statusOK, allNew[:len(j.entries)], gen
+	}
+	switch a.status {
+	case statusOK:
+		if noting != "0" {
+			l.ticked = now
+		}
+		l.unacked = j.mode == modeAdd
+		clear(l.losses) // where there was one, a server without it has come back
+		l.resolve(j, a)
+		return -1
+	case statusSealed:
+		l.turn(j)
+		return -1
+	case statusGap, statusOld, statusLost:
+		return l.recover(j, a, wait)
+	case statusMissing:
+		// Batches that need none of those keys are answered in between.
+		if now := time.Now(); now.Sub(l.missing.last) > missingPause {
+			l.missing.first, l.missing.last = now, now
+		} else if l.missing.last = now; now.Sub(l.missing.first) > missingFor {
+			if _, err := l.r.call(l.r.life, l.key, "reset", j.epoch.key, gen); err != nil {
+				return l.failed(j, err, wait)
+			}
+			l.missing.first = now
+		}
+		l.r.health.note(l.r, "keys of the open window are missing in Redis, or on the move to another node: ids wait")
+		l.dissolve(j)
+		return holdRetry
+	case statusHold:
+		l.r.health.note(l.r, "ids lost in Redis are being added again: new ones wait")
+		l.dissolve(j)
+		return holdRetry
+	}
+	j.unknown = true
+	return l.failed(j, errors.New("unexpected reply "+a.status), wait)
+}
+
+// partly stands behind the codes of a batch that has found tokens to be lost, or to be
+// believed without their ids.
+const partly = "P"
+
+// allNew are the codes of a batch in which all ids are new.
+var allNew = strings.Repeat("1", batchSize)
+
+// failed notes that an attempt failed.
+func (l *lane) failed(j *job, err error, wait time.Duration) time.Duration {
+	l.r.health.failed(l.r, err)
+	l.noteFailure(err)
+	l.dissolve(j)
+	return wait
+}
+
+// noteFailure notes why nothing reaches Redis, and since when.
+func (l *lane) noteFailure(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.err = err
+	if l.failing == 0 {
+		l.failing = max(1, int64(time.Since(l.r.start)))
+	}
+}
+
+func (l *lane) succeeded() {
+	l.mu.Lock()
+	was := l.failing != 0
+	l.failing, l.err = 0, nil
+	l.mu.Unlock()
+	if was {
+		l.r.health.succeeded(l.r)
+	}
+}
+
+// dissolve puts the entries of a job back, unless it may have been done: then
+// it stays as it is, for its sequence must never mean anything else.
+func (l *lane) dissolve(j *job) {
+	l.mu.Lock()
+	defer l.unlock()
+	if j.unknown {
+		return
+	}
+	l.job = nil
+	switch j.mode {
+	case modeAdd, modeLook:
+		behind := l.queue
+		l.queue = make([]*entry, 0, len(j.entries)+len(behind))
+		l.stepAll(j.entries, eventUndone)
+		l.queue = append(l.queue, behind...)
+	case modeTake:
+		l.stepAll(j.entries, eventUndone)
+	}
+	l.asked = append(l.asked, j.asked...)
+}
+
+func (l *lane) stepAll(entries []*entry, ev event) {
+	for _, en := range entries {
+		l.step(en, ev, nil)
+	}
+}
+
+// flush has what the log of s holds, and Redis does not, added. l.mu is held.
+func (l *lane) flush(s *redisEpoch) {
+	if !slices.Contains(l.lacking, s) {
+		l.lacking = append(l.lacking, s)
+	}
+}
+
+// turn answers the entries of a job whose epoch is sealed.
+func (l *lane) turn(j *job) {
+	l.mu.Lock()
+	defer l.unlock()
+	l.job = nil
+	le := &j.epoch.lanes[l.i]
+	le.sealed = true
+	l.stepAll(j.entries, eventSealed)
+	l.untold = slices.DeleteFunc(l.untold, func(en *entry) bool {
+		if en.key.epoch == j.epoch {
+			l.step(en, eventSealed, nil)
+		}
+		return en.phase == finished
+	})
+	for _, q := range j.asked {
+		q.done <- nil
+	}
+}
+
+// resolve answers the entries of a job that was done. It is for rouse to wake them.
+func (l *lane) resolve(j *job, a reply) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.job = nil
+	l.seq++
+	le := &j.epoch.lanes[l.i]
+	le.gen = a.gen
+	le.n.Store(a.n)
+	le.log.cut = le.log.cut || strings.HasSuffix(a.codes, partly)
+	switch j.mode {
+	case modeReplay, modeLocal:
+		l.replayed(le, j, a)
+	case modeTake:
+		le.took = l.seq
+		for i, en := range j.entries {
+			if i < len(a.codes) && a.codes[i] == '5' {
+				l.step(en, eventBelieved, nil)
+				continue
+			}
+			l.step(en, eventRemoved, nil)
+			l.r.counts.untold.Add(1)
+		}
+	case modeAdd, modeLook:
+		for i, en := range j.entries {
+			code := byte('3')
+			if i < len(a.codes) {
+				code = a.codes[i]
+			}
+			en.seq = l.seq
+			if l.step(en, l.found(en, code), nil); en.phase == finished {
+				l.reuse(en)
+			}
+		}
+		clear(j.entries)
+		l.entries = j.entries[:0]
+	}
+	for _, q := range j.asked {
+		q.done <- nil
+	}
+}
+
+// found is the event that the code of a batch that adds makes known to an entry.
+func (l *lane) found(en *entry, code byte) event {
+	switch code {
+	case '1':
+		return eventAdded
+	case '0':
+		return eventThere
+	case '6':
+		return eventThereAs
+	case '4':
+		return eventFull
+	case '9':
+		return eventKeysFull
+	case '7':
+		return eventBefore
+	case '8':
+		return l.behind(en.key.epoch)
+	}
+	return eventInDoubt
+}
