@@ -71,4 +71,5 @@ var Makers = []Maker{
 	{Name: "seed", New: func(Sizes) Design { return NewSeed() }, MaxIDs: 10_000_000},
 	{Name: "gomaps", New: func(s Sizes) Design { return NewMaps(s) }, Keeps: true},
 	{Name: "xsync", New: func(s Sizes) Design { return NewXsync(s) }, Keeps: true},
+	{Name: "swiss", New: func(s Sizes) Design { return NewSwiss(s) }, Keeps: true},
 }

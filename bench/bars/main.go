@@ -39,19 +39,22 @@ func main() {
 type bar struct {
 	what    string
 	want    float64
-	atLeast bool   // else at most
-	pattern string // of the names of benchmarks; * is any part of a name
-	unit    string // of the figure
-	design  string // to be judged
-	against string // the figure is this design's divided by design's; "": it is design's own
+	atLeast bool     // else at most
+	pattern string   // of the names of benchmarks; * is any part of a name
+	unit    string   // of the figure
+	design  string   // to be judged
+	against []string // designs: the figure is theirs divided by design's
 }
+
+// libraries are the designs made of a library for concurrent or compact maps.
+var libraries = []string{"xsync", "swiss"}
 
 const (
 	adds  = "Add/design=DESIGN/ids=%s/kind=%s/mix=%s/writers=*"
 	turns = "Rollover/design=DESIGN/retired=10000000/load=%s"
 )
 
-func addBar(what string, want float64, ids, kind, mix, design, against string) bar {
+func addBar(what string, want float64, ids, kind, mix, design string, against ...string) bar {
 	return bar{what: "CPU of an add: " + what, want: want, atLeast: true,
 		pattern: fmt.Sprintf(adds, ids, kind, mix), unit: "cpu-ns/op", design: design, against: against}
 }
@@ -70,7 +73,7 @@ func turnBar(want float64, atLeast bool, load, unit string) bar {
 // in which the two were closest in time.
 func httpBar(want float64, scenario, server, of string, atLeast bool) bar {
 	return bar{what: fmt.Sprintf("CPU of a request, %s: %s/%s", scenario, of, server), want: want, atLeast: atLeast,
-		pattern: "*/" + scenario + "/DESIGN", unit: "cpu-us", design: server, against: of}
+		pattern: "*/" + scenario + "/DESIGN", unit: "cpu-us", design: server, against: []string{of}}
 }
 
 // batchBar bounds the CPU of an id in a batch, given in millions of ids per second of
@@ -83,19 +86,19 @@ func batchBar(millions float64, what, kind string) bar {
 // sharedBar compares the set that instances share with another.
 func sharedBar(want float64, atLeast bool, what, unit, design, against string) bar {
 	return bar{what: fmt.Sprintf("%s, %s/%s", what, against, design), want: want, atLeast: atLeast,
-		pattern: "Shared/DESIGN", unit: unit, design: design, against: against}
+		pattern: "Shared/DESIGN", unit: unit, design: design, against: []string{against}}
 }
 
 var bars = []bar{
 	addBar("seed/verve, 50 k new decimals", 8, "50000", "decimal", "unique", "verve", "seed"),
 	addBar("seed/verve, 1 M new decimals", 8, "1000000", "decimal", "unique", "verve", "seed"),
 	addBar("seed/verve, 10 M new decimals", 8, "10000000", "decimal", "unique", "verve", "seed"),
-	addBar("xsync/verve, 10 M new decimals", 2, "10000000", "decimal", "unique", "verve", "xsync"),
-	addBar("xsync/verve, the same, 16 together", 2, "10000000", "decimal", "unique", "verve16", "xsync"),
+	addBar("best library/verve, 10 M new decimals", 2, "10000000", "decimal", "unique", "verve", libraries...),
+	addBar("best library/verve, the same, 16 together", 2, "10000000", "decimal", "unique", "verve16", libraries...),
 	addBar("seed/verve, 99 % repeats of 50 k", 9, "50000", "decimal", "dup99", "verve", "seed"),
-	addBar("xsync/verve, the same", 1, "50000", "decimal", "dup99", "verve", "xsync"),
+	addBar("best library/verve, the same", 1, "50000", "decimal", "dup99", "verve", libraries...),
 	addBar("seed/verve, 99 % repeats of 1 M", 9, "1000000", "decimal", "dup99", "verve", "seed"),
-	addBar("xsync/verve, the same", 1, "1000000", "decimal", "dup99", "verve", "xsync"),
+	addBar("best library/verve, the same", 1, "1000000", "decimal", "dup99", "verve", libraries...),
 	addBar("seed/verve, 1 M new UUIDs", 5, "1000000", "uuid", "unique", "verve", "seed"),
 	{what: "allocations of an add", want: 0, pattern: "Add/design=DESIGN/*", unit: "allocs/op", design: "verve"},
 	residentBar(12.5, "decimal", "right"),
@@ -121,14 +124,14 @@ var bars = []bar{
 	batchBar(3.5, "100 decimals a request", "hundred"),
 	batchBar(0.5, "1,000 decimals a request in a group, with Redis", "group"),
 	{what: "CPU of an id: single/1,000 decimals a request", want: 50, atLeast: true,
-		pattern: "http/batch/DESIGN", unit: "cpu-us", design: "decimals", against: "single"},
+		pattern: "http/batch/DESIGN", unit: "cpu-us", design: "decimals", against: []string{"single"}},
 	{what: "CPU that a token costs, us", want: 0.1, pattern: "http/options/DESIGN", unit: "cpu-us", design: "token-cost"},
 	{what: "CPU of a request with one of 1,000 keys/without", want: 1.05,
-		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: "key"},
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: []string{"key"}},
 	{what: "CPU of an id in a batch with one of 1,000 keys/without", want: 1.5,
-		pattern: "http/options/DESIGN", unit: "cpu-us", design: "lines", against: "lines-key"},
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "lines", against: []string{"lines-key"}},
 	{what: "CPU of an id in a batch with 1,000 keys/without", want: 1.5,
-		pattern: "http/options/DESIGN", unit: "cpu-us", design: "items", against: "items-key"},
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "items", against: []string{"items-key"}},
 	{what: "p99 of windows sealed late under batches of 10,000, ms", want: 5,
 		pattern: "http/batch/DESIGN", unit: "p99-ms", design: "turn"},
 	sharedBar(6, true, "CPU of an id, client and Redis", "cpu-us/id", "verve", "go-redis"),

@@ -100,15 +100,16 @@ func (m measurements) worst(b bar) (worst float64, known bool) {
 		if k.unit != b.unit || !fits.MatchString(k.name) {
 			continue
 		}
-		if b.against == "" {
+		if len(b.against) == 0 {
 			take(median(m[k]))
-			continue
 		}
-		than := strings.Replace(k.name, b.design, b.against, 1)
-		if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[key{"close/" + of, k.unit}] != nil {
-			continue // these two have rounds of their own
+		for _, other := range b.against {
+			than := strings.Replace(k.name, b.design, other, 1)
+			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[key{"close/" + of, k.unit}] != nil {
+				continue // these two have rounds of their own
+			}
+			take(m.ratio(than, k.name, b.unit))
 		}
-		take(m.ratio(than, k.name, b.unit))
 	}
 	return worst, known
 }
