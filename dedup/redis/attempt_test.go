@@ -756,6 +756,25 @@ func TestRedisTokensOfTheWindowBeforeAreLost(t *testing.T) {
 	}
 }
 
+// TestRedisRetryWhileItsWindowIsBegunAgain: keys of a window that has ended were lost, so all
+// of it is dropped and added again. A retry that comes in between, in the next window, counts
+// again, and the record of that says that it is not exact.
+func TestRedisRetryWhileItsWindowIsBegunAgain(t *testing.T) {
+	server := startRedis(t)
+	r := newRedis(t, server.Addr, patient)
+	e := settest.NewEpochs(t, r)
+	wantAs(t, r, e, 0, "42", "", "T", dedup.Unique)
+	s := e.Last().State.(*redisEpoch)
+	e.Want(t, r, 1, "first", dedup.Unique)
+	if _, err := r.call(t.Context(), r.lanes[0].key, "reset", s.key, s.lanes[0].gen); err != nil {
+		t.Fatal(err)
+	}
+	wantAs(t, r, e, 1, "42", "", "T", dedup.Unique)
+	if n, exact := sealed(t, e, r, 1); n != 2 || exact {
+		t.Errorf("sealed %d, exact %v; want 2, false", n, exact)
+	}
+}
+
 // TestRedisTokensThatAreLostAreRememberedIfMoreIsLost: a retry was counted again, as the tokens
 // of the window before were lost. That its window is not exact for that is in Redis, and known
 // to who counted it, should Redis lose that, too.

@@ -635,12 +635,13 @@ local function hello(key, a)
 end
 
 -- reset: epoch, generation. Some of its keys are lost: better all of them are,
--- for that every session notices, and adds its own again.
+-- for that every session notices, and adds its own again. How many tokens it had stays: until
+-- they are there again, a retry in the next window is to find some missing.
 local function reset(key, a)
   local e = call('HGET', key, 'E' .. a[2])
   if e and parse(e) == a[3] then
     discard(key, a[2])
-    call('HDEL', key, 'E' .. a[2], 'X' .. a[2])
+    call('HDEL', key, 'E' .. a[2])
     cut(key, clock())
   end
   return {'ok'}

@@ -506,7 +506,6 @@ func (m *laneModel) reset(epoch, gen string) {
 	if o, is := m.open[epoch]; is && o.gen == gen {
 		delete(m.sets, epoch)
 		delete(m.open, epoch)
-		delete(m.tokens, epoch)
 		m.noteCut()
 	}
 }
