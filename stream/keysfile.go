@@ -227,8 +227,8 @@ func rewrite(file *os.File, path string, from int64, info os.FileInfo, kind func
 }
 
 // linesBack calls fn with the lines of the first size bytes of a file, the last one first,
-// and where each begins, until fn wants no more. What is longer than any of our lines, such as
-// the zeros that a power loss leaves, comes in parts.
+// and where each begins, until fn wants no more. Lines that are longer than any of ours, such as
+// the zeros that a power loss leaves, come in parts.
 func linesBack(file io.ReaderAt, size int64, fn func(at int64, line []byte) (more bool)) error {
 	var rest []byte // of the file, from size on
 	for size > 0 {
