@@ -389,6 +389,9 @@ func benchmarkToken(b *testing.B, ids, size int) {
 			in.LeaveMany(uint64(size), 0, 0)
 		}
 		spent := float64((threadTime(b) - began).Nanoseconds()) / slice
+		if i == 1 && s.n%ids < slice {
+			waitForSieves(s.m)
+		}
 		if s.n += slice; s.n > 3*ids {
 			s.spent = append(s.spent, spent)
 		}
@@ -410,6 +413,56 @@ func benchmarkToken(b *testing.B, ids, size int) {
 	b.ReportMetric(cost[0], "plain-ns")
 	b.ReportMetric(cost[1]-cost[0], "token-ns")
 	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkSieves is the CPU time that the cleaner takes behind a turn for each token of the
+// window before.
+func BenchmarkSieves(b *testing.B) {
+	const tokens, together = 4_000_000, 512
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	m := newMemory(b, Config{Expect: tokens})
+	e := newEpochs(b, m)
+	items, verdicts, options := make([]Item, together), make([]Verdict, together), make([]Options, together)
+	var spent time.Duration
+	window := 0
+	for b.Loop() {
+		for n := 0; n < tokens; n += together {
+			for i := range items {
+				options[i] = Options{Token: strconv.AppendInt(options[i].Token[:0], int64(window*tokens+n+i), 10)}
+				items[i], verdicts[i] = Item{ID: strconv.AppendInt(items[i].ID[:0], int64(n+i), 10), Options: &options[i]}, Turned
+			}
+			m.Keys(items)
+			in, _ := e.EnterMany(e.At(window), 0, together)
+			if err := m.AddMany(in.Epoch, items, verdicts); err != nil {
+				b.Fatal(err)
+			}
+			in.LeaveMany(together, 0, 0)
+			if n == 0 {
+				m.growAhead() // makes the pages resident, in any case
+				began := threadTime(b)
+				m.sift()
+				if window > 1 { // the table of the first window has many levels
+					spent += threadTime(b) - began
+				}
+				m.release()
+			}
+		}
+		window++
+	}
+	b.ReportMetric(float64(spent.Nanoseconds())/float64(max(window-2, 1))/tokens, "ns/token")
+	b.ReportMetric(0, "ns/op")
+}
+
+// waitForSieves waits until the cleaner has filled the sieves of the open window, for a second
+// at most: it takes a part of a window of a minute, and longer than the short ones here.
+func waitForSieves(m *Memory) {
+	for range 1000 {
+		if m.current.Load().tokens.sieved.Load() {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // threadTime is the CPU time of this thread.

@@ -15,7 +15,7 @@ func (m *Memory) growAhead() {
 	l := v.load()
 	growTable(m, v.narrow, l.narrow, func() []uint64 { return v.narrow.sizes(l.narrow) })
 	growTable(m, v.wide, l.wide, func() []uint64 { return v.wide.sizes(l.wide) })
-	growTable(m, &v.tokens.table, l.tokens, func() []uint64 { return v.tokens.sizes(m) })
+	growTable(m, &v.tokens.table, slotsFor(l.tokens), func() []uint64 { return v.tokens.sizes(m) })
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64, sizes func() []uint64) {

@@ -3,6 +3,7 @@
 package dedup
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 
@@ -79,6 +80,37 @@ func TestInterleavingsOfAttempts(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestInterleavingsOfSieves: the same, and behind the turn the cleaner fills the sieves of the
+// next epoch, which the second attempt may look at.
+func TestInterleavingsOfSieves(t *testing.T) {
+	explore.Explore(t, explore.OptionsFor(1, 2, 2), func(r *explore.Run) {
+		s := newScene(Config{}, 1, 1)
+		s.renewTables()
+		first := s.epochs[0]
+		var attempts [2]attempt
+		for i := range attempts {
+			s.tries(r, fmt.Sprint("attempt ", i), kinds[0].key(7, 1), &attempts[i])
+		}
+		r.Go("turn and cleaner", func() {
+			s.c.TurnFrom(first)
+			if _, err := s.m.current.Load().tokens.level(s.m, 0); err != nil {
+				panic(err)
+			}
+			s.m.sift()
+		})
+		r.Check(func() error {
+			a, b := attempts[0].verdict, attempts[1].verdict
+			if (a == Unique) == (b == Unique) || max(a, b) != Replayed && max(a, b) != ReplayedBefore {
+				return fmt.Errorf("the attempts were answered %d and %d", a, b)
+			}
+			if !s.m.current.Load().tokens.sieved.Load() {
+				return errors.New("the sieves were not filled")
+			}
+			return nil
+		})
+	})
 }
 
 // TestInterleavingsOfAttemptsKilled: the same, and the process is killed anywhere. The next

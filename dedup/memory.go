@@ -123,6 +123,7 @@ type Memory struct {
 	attempts [attemptLocks]sync.Mutex
 
 	recalled struct{ tokens, past *tokens } // for the first epoch
+	sifted   uint64                         // the last epoch whose sieves were filled, or not; Run alone uses it
 
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
 	sweep sweeper       // used by Run alone
@@ -751,6 +752,7 @@ func (m *Memory) Run(ctx context.Context) error {
 			return nil
 		case <-m.check:
 			m.growAhead()
+			m.sift()
 			m.kept().prepare()
 			if m.behind() {
 				m.reclaim()
@@ -761,6 +763,7 @@ func (m *Memory) Run(ctx context.Context) error {
 			m.resize()
 			m.release()
 			m.reclaim()
+			m.sift()
 		}
 	}
 }

@@ -82,7 +82,9 @@ func (m *Memory) prepare(v *View, it *Item) uint64 {
 		return 0
 	}
 	token := m.secret.tokenWord(it.Key, it.Options.Token)
-	v.past.prefetch(token)
+	if !v.tokens.sieved.Load() {
+		v.past.prefetch(token)
+	}
 	v.tokens.prefetch(token)
 	return token
 }
@@ -160,7 +162,7 @@ func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdic
 	switch {
 	case m.current.Load() != v:
 		return Turned, nil
-	case m.hasToken(v.past, it, token):
+	case v.tokens.mayBePast(token) && m.hasToken(v.past, it, token):
 		return ReplayedBefore, nil
 	}
 	if !v.tokens.roomy() {

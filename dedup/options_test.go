@@ -298,6 +298,25 @@ func TestTokensGrowToWhatIsExpectedInSteps(t *testing.T) {
 	}
 }
 
+// TestTokensHaveRoomForThoseOfTheWindowBefore: also right behind the turn, when that is not
+// retired.
+func TestTokensHaveRoomForThoseOfTheWindowBefore(t *testing.T) {
+	const tokens = 1 << 20
+	m := newMemory(t, Config{Heap: true})
+	e := newEpochs(t, m)
+	first, _ := e.Counter.Enter(e.At(0), 0)
+	defer first.Leave(counter.Void)
+	first.State.(*View).tokens.sample.Store(tokens / sampleEvery)
+	in, _ := e.Counter.Enter(e.At(1), 0)
+	defer in.Leave(counter.Void)
+	if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != Unique || err != nil {
+		t.Fatal(v, err)
+	}
+	if slots := in.State.(*View).tokens.table.slots; slots < tokens {
+		t.Errorf("the table has %d slots for %d tokens", slots, tokens)
+	}
+}
+
 // TestTooManyKeysAreFull: ids under further keys are refused, and nothing else is; the
 // journal does not grow by them.
 func TestTooManyKeysAreFull(t *testing.T) {

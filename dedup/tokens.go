@@ -16,8 +16,11 @@ import (
 // each, in a table of their own. It is made when the first one comes and is never used for
 // another epoch: it is looked at in the next one and then released.
 type tokens struct {
-	table  table[narrowBucket]
+	sieved atomic.Bool // the sieves have all tokens of the window before (sieve.go)
+	spills atomic.Bool // some are in spilled
+
 	sample atomic.Uint64 // as View.narrowSample
+	table  table[narrowBucket]
 
 	// recalled: some are from the journal, where those that version 3 has written are
 	// sipWords.
@@ -27,7 +30,6 @@ type tokens struct {
 	// before their ids were added.
 	mu      sync.Mutex // guards spilled
 	spilled map[uint64]bool
-	spills  atomic.Bool // there are some
 }
 
 // tokenTag is the tag of all words in such a table.
@@ -36,6 +38,10 @@ const tokenTag = 1
 // tokenShare is how many slots there are for an expected token where the table has grown:
 // with so many no level is made ready before the last one comes.
 const tokenShare = 1.7
+
+// slotsFor is how many slots are taken when there are so many tokens: the first slot of each
+// line is a sieve.
+func slotsFor(tokens uint64) uint64 { return tokens + tokens/(lineSlots-1) }
 
 func (t *tokens) load() uint64 {
 	if t == nil {
@@ -177,6 +183,7 @@ func (t *tokens) level(m *Memory, i int) (*level[narrowBucket], error) {
 }
 
 // findIn reports whether a word is in a bucket of tokens, and if not, whether a slot is free.
+// The first word of each line is none of them.
 //
 // The table serves one epoch, so a slot is empty or taken for good: a word is in the second
 // line only if the first is full, and in the next level only if the bucket is. So all slots of
@@ -186,7 +193,7 @@ func findIn(b *narrowBucket, word uint64) (there, room bool) {
 	for from := home(word) & lineSlots; ; from ^= lineSlots {
 		line := (*[lineSlots]atomic.Uint64)(unsafe.Pointer(wordAt(unsafe.Pointer(b), from)))
 		same, free := uint64(0), uint64(0)
-		for i := range line {
+		for i := 1; i < lineSlots; i++ {
 			w := line[i].Load()
 			same |= isZero(w ^ word)
 			free |= isZero(w)
@@ -204,7 +211,7 @@ func putIn(b *narrowBucket, word uint64) (done, other bool) {
 		line := (*[lineSlots]atomic.Uint64)(unsafe.Pointer(wordAt(unsafe.Pointer(b), from)))
 		for {
 			free := uint64(0)
-			for i := range line {
+			for i := 1; i < lineSlots; i++ {
 				free |= isZero(line[i].Load()) >> (63 - i)
 			}
 			if free == 0 {
@@ -231,7 +238,7 @@ func isZero(x uint64) uint64 { return (x - 1) &^ x & (1 << 63) }
 // table is held.
 func (t *tokens) sizes(m *Memory) []uint64 {
 	table := &t.table
-	if load := t.load(); table.depth == 0 || !table.outgrown(load) {
+	if load := slotsFor(t.load()); table.depth == 0 || !table.outgrown(load) {
 		return table.sizes(load)
 	}
 	n := table.slots / slotsPerBucket
@@ -239,7 +246,7 @@ func (t *tokens) sizes(m *Memory) []uint64 {
 		l := v.load()
 		share := min(1, float64(l.tokens)/float64(max(1, l.sum())))
 		expected := share * float64(max(m.cfg.Expect+m.cfg.ExpectWide, m.cfg.ExpectAny))
-		n = max(n, min(less(buckets(uint64(expected), tokenShare), n), 8*n))
+		n = max(n, min(less(buckets(slotsFor(uint64(expected)), tokenShare), n), 8*n))
 	}
 	return []uint64{n}
 }
@@ -248,12 +255,15 @@ func (t *tokens) sizes(m *Memory) []uint64 {
 // held, and m.current is still the epoch before.
 func (m *Memory) openTokens(e *counter.Epoch, v *View) {
 	v.start, v.end = e.Start().UnixNano(), e.End().UnixNano()
-	peak := uint64(0)
+	peak, before := uint64(0), m.current.Load()
+	if before != nil {
+		peak = before.tokens.load() // it is retired later
+	}
 	for _, l := range m.loads {
 		peak = max(peak, l.tokens)
 	}
 	v.tokens.table.expect = peak + peak/4
-	if before := m.current.Load(); before != nil && before.end == v.start {
+	if before != nil && before.end == v.start {
 		v.past = before.tokens
 	} else if before == nil && m.journal != nil {
 		m.takeRecalled(e, v)

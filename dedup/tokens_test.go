@@ -42,30 +42,36 @@ func TestWordsOfTokensDiffer(t *testing.T) {
 	}
 }
 
-// TestBucketOfTokens: words go into all of its slots, each is found from then on, and no other.
+// TestBucketOfTokens: words go into all of its slots but the sieves, each is found from then
+// on, and no other.
 func TestBucketOfTokens(t *testing.T) {
+	const room = 2 * (lineSlots - 1)
 	for first := range uint64(slotsPerBucket) {
 		var b narrowBucket
-		for n := range uint64(slotsPerBucket) {
-			word := first<<60 | n<<tagBits | tokenTag // all begin at one slot
-			if there, room := findIn(&b, word); there || !room {
+		word := func(n uint64) uint64 { return first<<60 | n<<tagBits | tokenTag } // all begin in one line
+		b[0].Store(word(room))
+		b[lineSlots].Store(word(room))
+		for n := range uint64(room) {
+			if there, room := findIn(&b, word(n)); there || !room {
 				t.Fatalf("word %d: there %t, room %t before it is put in", n, there, room)
 			}
-			if done, other := putIn(&b, word); !done || other != (n >= lineSlots) {
+			if done, other := putIn(&b, word(n)); !done || other != (n >= room/2) {
 				t.Fatalf("word %d: done %t, in the other line %t", n, done, other)
 			}
 			for i := range n + 1 {
-				if there, _ := findIn(&b, first<<60|i<<tagBits|tokenTag); !there {
+				if there, _ := findIn(&b, word(i)); !there {
 					t.Fatalf("word %d is lost when %d are in", i, n+1)
 				}
 			}
 		}
-		other := first<<60 | slotsPerBucket<<tagBits | tokenTag
-		if there, room := findIn(&b, other); there || room {
-			t.Errorf("a full bucket: another word is there: %t, has room: %t", there, room)
+		if there, room := findIn(&b, word(room)); there || room {
+			t.Errorf("a full bucket: the sieve is a word: %t, there is room: %t", there, room)
 		}
-		if done, other := putIn(&b, other); done || !other {
+		if done, other := putIn(&b, word(room)); done || !other {
 			t.Error("a full bucket takes another word")
+		}
+		if b[0].Load() != word(room) || b[lineSlots].Load() != word(room) {
+			t.Error("a word is in the place of a sieve")
 		}
 	}
 }

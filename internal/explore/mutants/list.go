@@ -217,6 +217,12 @@ var mutants = []mutant{
 	{"a repeat is not looked for among the tokens", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "verdict != Unique && verdict != Turned && m.hasToken(v.tokens, it, token)", New: "false",
 	}, nil},
+	{"the sieves are filled while a token may be added", "dedup", overlay.Edit{
+		File: "dedup/sieve.go", Old: "if m.pastSettled(v) && m.fillSieves(", New: "if m.fillSieves(",
+	}, nil},
+	{"the sieves are used before they are filled", "dedup", overlay.Edit{
+		File: "dedup/sieve.go", Old: "if !t.sieved.Load() {", New: "if t.table.levels[0].Load() == nil {",
+	}, nil},
 	{"a token is not added", "dedup", overlay.Edit{
 		File: "dedup/options.go", Old: "\t\t\tv.tokens.add(m, token)\n", New: "\n",
 	}, nil},
