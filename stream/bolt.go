@@ -482,6 +482,7 @@ func (b *boltStore) load() (st state, err error) {
 		return err
 	})
 	b.series, b.removed = maps.Clone(st.series), st.head-uint64(st.pending)
+	b.keyFiles.loaded = true
 	st.keysLost = cmp.Or(st.keysLost, b.keysLost)
 	return st, err
 }

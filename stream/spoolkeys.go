@@ -26,6 +26,7 @@ import (
 type keyFiles struct {
 	dir    string
 	synced bool // the name of dir is on the disk
+	loaded bool // the spool is open: what is read now gives way to requests
 
 	testStep func() // called after each change of the disk; nil: none
 }
@@ -117,7 +118,8 @@ func (k *keyFiles) fill(path string, index uint64, keys packedKeys) (f keyFile, 
 	return f, errors.Join(err, file.Close())
 }
 
-// read returns the keys of a file and how many they are. It gives way to requests.
+// read returns the keys of a file and how many they are. It gives way to requests, but not at
+// the start: there are none, and a long outage has left thousands of files.
 func (k *keyFiles) read(f keyFile) (keys packedKeys, n uint64, err error) {
 	damaged := func(why any) error { return fmt.Errorf("%w: %s: %v", errDamaged, f.name(), why) }
 	file, err := os.Open(filepath.Join(k.dir, f.name()))
@@ -144,7 +146,10 @@ func (k *keyFiles) read(f keyFile) (keys packedKeys, n uint64, err error) {
 		left -= size
 		sum = crc32.Update(sum, durable.Castagnoli, piece[len(part):])
 		part = piece
-		for ok := true; ok; pace.Step() {
+		for ok := true; ok; {
+			if k.loaded {
+				pace.Step()
+			}
 			if _, _, part, ok = cutKey(part); ok {
 				n++
 			}
@@ -153,7 +158,9 @@ func (k *keyFiles) read(f keyFile) (keys packedKeys, n uint64, err error) {
 			return nil, 0, damaged("a key that is too long")
 		}
 		keys = append(keys, piece[:len(piece)-len(part)])
-		pace.Rest()
+		if k.loaded {
+			pace.Rest()
+		}
 	}
 	if sum != f.sum || len(part) > 0 {
 		return nil, 0, damaged("its checksum differs")

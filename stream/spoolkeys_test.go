@@ -479,6 +479,36 @@ func TestFilesOfKeysWithoutASpoolAreSetAside(t *testing.T) {
 	}
 }
 
+// TestAStartReadsTheKeysOfALongOutageWithoutARest: nothing is served meanwhile, and a broker
+// that was away for days has left thousands of files.
+func TestAStartReadsTheKeysOfALongOutageWithoutARest(t *testing.T) {
+	dir := t.TempDir()
+	sp, _ := openLogged(t, dir)
+	defer func() { sp.Close() }()
+	const records = 4
+	for i := range records {
+		r := record(i)
+		if err := sp.append(&r, withKeys(window(i), 50_000).Keys, noStep); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start, delivery := time.Hour, time.Hour
+	for range 5 {
+		sp.Close()
+		began := time.Now()
+		sp, _ = openLogged(t, dir)
+		start = min(start, time.Since(began))
+		began = time.Now()
+		if batch, err := sp.next("a", records, 1<<60); err != nil || len(batch) != records {
+			t.Fatalf("%d records, %v", len(batch), err)
+		}
+		delivery = min(delivery, time.Since(began))
+	}
+	if start > delivery/2 {
+		t.Errorf("the start took %s, and the reading that gives way to requests %s", start, delivery)
+	}
+}
+
 // TestSpoolLeavesOtherFilesBesideItsKeys as they are.
 func TestSpoolLeavesOtherFilesBesideItsKeys(t *testing.T) {
 	dir, _ := twoKeyed(t, 0)
