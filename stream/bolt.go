@@ -103,7 +103,7 @@ func openBolt(path string) (b *boltStore, setAside string, err error) {
 		_, rerr = keyFilesOf(path).setAside(strings.TrimPrefix(setAside, path))
 	}
 	if rerr != nil {
-		return nil, "", fmt.Errorf("%w; setting it aside: %w", err, rerr)
+		return nil, setAside, fmt.Errorf("%w; setting it aside: %w", err, rerr)
 	}
 	b, err = openBoltOnce(path)
 	return b, setAside, err

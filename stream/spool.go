@@ -25,8 +25,8 @@ type SpoolConfig struct {
 	// chosen is kept in Dir.
 	Group    string
 	Instance string // see Group
-	// Log gets one line when a damaged file was set aside. The zero value is
-	// silent.
+	// Log gets a line for each loss: a damaged file that was set aside, one that is not the
+	// last that was there, keys that are not known. The zero value is silent.
 	Log zerolog.Logger
 	// Memory is what the process may take, in bytes; 0: it is not known. Without a Dir
 	// an eighth of it, and 256 MiB at most, is for the keys of records that wait.
@@ -82,6 +82,7 @@ type Spool struct {
 	group, instance string
 	limit           int    // of pending; a variable for tests
 	setAside        string // name of the damaged file, empty if none was found
+	log             zerolog.Logger
 
 	// mu serialises changes: the store, the state below and the watchers move
 	// together. It is held over an fsync, so nothing on a request path may take
@@ -101,6 +102,7 @@ type Spool struct {
 	poison  int       // records set aside in the store
 	// keysLost is why the sums by key of a series were not known when the store was opened.
 	keysLost error
+	outdated bool // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
 
 	dir        string     // the data directory; empty: in memory only
@@ -180,6 +182,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	}
 	s := &Spool{
 		group:   cfg.Group,
+		log:     cfg.Log,
 		dir:     cfg.Dir,
 		limit:   memoryLimit,
 		store:   newMemoryStore(cfg.Memory),
@@ -195,10 +198,6 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		if s.unmade = err; err != nil {
 			cfg.Log.Error().Err(err).Msg("there is no room for the spool: counts wait until there is")
 		}
-		if s.setAside != "" {
-			cfg.Log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Str("set_aside_as", s.setAside).
-				Msg("spool was damaged and set aside, and a new one started: its undelivered records stay in the old file, and seq continues after the last one known")
-		}
 		s.checkpoint = readCheckpoint(s.checkpointPath())
 	}
 	before, err := s.load(cfg.Instance)
@@ -206,9 +205,9 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		s.store.close()
 		return nil, fmt.Errorf("open spool: %w", err)
 	}
-	if s.keysLost != nil {
-		cfg.Log.Error().Err(s.keysLost).
-			Msg("what was published by key for the last window is not known: the rest of that window, if it is running, is published with exact:false")
+	if s.outdated && s.setAside == "" {
+		cfg.Log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Uint64("last_seq", s.checkpoint.Seq).
+			Msg("spool was taken away or is an earlier copy: records that waited in the last one are not delivered from this one, and seq continues after the last one known")
 	}
 	if before != "" && before != s.instance {
 		cfg.Log.Warn().Str("before", before).Str("instance", s.instance).Int("records", s.pending).
@@ -224,7 +223,11 @@ func (s *Spool) openFile() error {
 		return err
 	}
 	b, aside, err := openBolt(filepath.Join(s.dir, spoolFile))
-	s.setAside = cmp.Or(aside, s.setAside)
+	if aside != "" {
+		s.setAside = aside
+		s.log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Str("set_aside_as", aside).
+			Msg("spool was damaged and set aside, and a new one started: its undelivered records stay in the old file, and seq continues after the last one known")
+	}
 	if err == nil {
 		s.store = b
 	}
@@ -261,7 +264,10 @@ func (s *Spool) load(instance string) (before string, err error) {
 	}
 	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
 	s.pending, s.poison, s.keysLost = st.pending, st.poison, st.keysLost
-
+	if s.keysLost != nil {
+		s.log.Error().Err(s.keysLost).
+			Msg("what was published by key for the last window is not known: the rest of that window, if it is running, is published with exact:false")
+	}
 	if s.instance = cmp.Or(instance, st.instance, s.checkpoint.Instance); s.instance == "" {
 		if s.instance, err = os.Hostname(); err == nil {
 			err = checkName("host name", s.instance)
@@ -277,6 +283,7 @@ func (s *Spool) load(instance string) (before string, err error) {
 	}
 	if s.checkpoint.Identity != "" && s.checkpoint.Seq > s.series[s.checkpoint.Identity].seq {
 		// The spool that had it was damaged or taken away.
+		s.outdated = true
 		s.series[s.checkpoint.Identity] = series{seq: s.checkpoint.Seq, start: s.checkpoint.Start, unique: s.checkpoint.Unique, keysLost: s.checkpoint.Keyed}
 	}
 	if own := s.series[s.Identity()]; own.seq > 0 {

@@ -479,6 +479,86 @@ func TestFilesOfKeysWithoutASpoolAreSetAside(t *testing.T) {
 	}
 }
 
+// TestASpoolThatIsNotTheLastOneIsNamedInTheLog: it was taken away, or is an earlier copy.
+// Records that waited are not lost silently, with keys or without.
+func TestASpoolThatIsNotTheLastOneIsNamedInTheLog(t *testing.T) {
+	const reason = "taken away or is an earlier copy"
+	for _, keys := range []int{0, 5} {
+		dir := t.TempDir()
+		earlier := filepath.Join(t.TempDir(), "earlier")
+		sp, _ := openLogged(t, dir)
+		for i := range 2 {
+			r := record(i)
+			if err := sp.append(&r, withKeys(window(i), keys).Keys, noStep); err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 {
+				if err := os.CopyFS(earlier, os.DirFS(dir)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		sp.Close()
+		sp, log := openLogged(t, dir)
+		sp.Close()
+		if strings.Contains(log, reason) {
+			t.Errorf("%d keys: the last one: log %s", keys, log)
+		}
+		for what, change := range map[string]func(dir string) error{
+			"taken away": func(dir string) error { return os.Remove(filepath.Join(dir, spoolFile)) },
+			"taken away with keys": func(dir string) error {
+				return errors.Join(os.Remove(filepath.Join(dir, spoolFile)), os.RemoveAll(filepath.Join(dir, keyFilesDir)))
+			},
+			"an earlier copy": func(dir string) error {
+				return os.Rename(filepath.Join(earlier, spoolFile), filepath.Join(dir, spoolFile))
+			},
+		} {
+			copied := filepath.Join(t.TempDir(), "copied")
+			if err := errors.Join(os.CopyFS(copied, os.DirFS(dir)), change(copied)); err != nil {
+				t.Fatal(err)
+			}
+			sp, log := openLogged(t, copied)
+			if !strings.Contains(log, reason) || !strings.Contains(log, `"last_seq":2`) {
+				t.Errorf("%d keys, %s: log %s", keys, what, log)
+			}
+			r := record(2)
+			if err := sp.append(&r, withKeys(window(2), keys).Keys, noStep); err != nil || r.Seq != 3 {
+				t.Errorf("%d keys, %s: the next record has seq %d, %v", keys, what, r.Seq, err)
+			}
+			sp.Close()
+			sp, log = openLogged(t, copied)
+			sp.Close()
+			if strings.Contains(log, reason) {
+				t.Errorf("%d keys, %s: again at the next start: log %s", keys, what, log)
+			}
+		}
+	}
+}
+
+// TestKeysThatAreSetAsideWhenThereIsRoomAgainAreNamedInTheLog: there was none at the start.
+func TestKeysThatAreSetAsideWhenThereIsRoomAgainAreNamedInTheLog(t *testing.T) {
+	dir, _ := twoKeyed(t, 0)
+	var log testproc.Buffer
+	sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve", Instance: "host-1", Log: zerolog.New(&log)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sp.Close()
+	if err := os.Remove(filepath.Join(dir, spoolFile)); err != nil {
+		t.Fatal(err)
+	}
+	sp.store, sp.unmade = newMemoryStore(0), errDisk
+	r := record(2)
+	if err := sp.append(&r, withKeys(window(2), 3).Keys, noStep); err != nil {
+		t.Fatal(err)
+	}
+	defer sp.Close()
+	aside, err := filepath.Glob(filepath.Join(dir, keyFilesDir+durable.DamagedSuffix+"*"))
+	if err != nil || len(aside) != 1 || !strings.Contains(log.String(), aside[0]) {
+		t.Errorf("set aside %q, %v, log %s", aside, err, log.String())
+	}
+}
+
 // TestAStartReadsTheKeysOfALongOutageWithoutARest: nothing is served meanwhile, and a broker
 // that was away for days has left thousands of files.
 func TestAStartReadsTheKeysOfALongOutageWithoutARest(t *testing.T) {
