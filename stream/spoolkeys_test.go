@@ -559,8 +559,8 @@ func TestKeysThatAreSetAsideWhenThereIsRoomAgainAreNamedInTheLog(t *testing.T) {
 	}
 }
 
-// TestAStartReadsTheKeysOfALongOutageWithoutARest: nothing is served meanwhile, and a broker
-// that was away for days has left thousands of files.
+// TestAStartReadsTheKeysOfALongOutageWithoutARest: nothing is served meanwhile, and days
+// without a broker have left thousands of files.
 func TestAStartReadsTheKeysOfALongOutageWithoutARest(t *testing.T) {
 	dir := t.TempDir()
 	sp, _ := openLogged(t, dir)
