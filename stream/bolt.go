@@ -298,7 +298,7 @@ func (b *boltStore) check(tx *bolt.Tx) error {
 		return err
 	})
 	if err == nil {
-		b.keyFiles.sweep(used)
+		b.keyFiles.sweep(used, st.head)
 	}
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -196,13 +197,24 @@ func (k *keyFiles) remove(f keyFile) {
 	pace.Rest()
 }
 
-// sweep removes what nothing refers to. Where it cannot, a later start does.
-func (k *keyFiles) sweep(used map[string]bool) {
+// sweep removes what nothing refers to, where the last record is at head. Where it cannot, a
+// later start does. A kill leaves a file of the next record at most: if there are later ones, the
+// spool is an earlier copy, and all of them stay for the one that may be put back.
+func (k *keyFiles) sweep(used map[string]bool, head uint64) {
 	entries, _ := os.ReadDir(k.dir)
+	var unused []string
 	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), keyFileSuffix) && !used[e.Name()] {
-			_ = os.Remove(filepath.Join(k.dir, e.Name()))
+		if !strings.HasSuffix(e.Name(), keyFileSuffix) || used[e.Name()] {
+			continue
 		}
+		digits, _, _ := strings.Cut(e.Name(), "-")
+		if index, err := strconv.ParseUint(digits, 16, 64); err == nil && index > head+1 {
+			return
+		}
+		unused = append(unused, e.Name())
+	}
+	for _, name := range unused {
+		_ = os.Remove(filepath.Join(k.dir, name))
 	}
 }
 

@@ -194,11 +194,14 @@ func TestKeysSurviveAKillAtAnyChangeOfTheDisk(t *testing.T) {
 					}
 				})
 			},
-			"removed files are back": func(_ uint64, dir string) {
+			"removed files are back": func(committed uint64, dir string) {
 				if os.MkdirAll(filepath.Join(dir, keyFilesDir), 0o755) != nil {
 					t.Fatal()
 				}
 				for name, b := range k.seen {
+					if name > fmt.Sprintf("%016x", committed+2) {
+						continue // it was not there yet
+					}
 					write(filepath.Join(dir, keyFilesDir, name), b)
 				}
 			},
@@ -532,6 +535,63 @@ func TestASpoolThatIsNotTheLastOneIsNamedInTheLog(t *testing.T) {
 				t.Errorf("%d keys, %s: again at the next start: log %s", keys, what, log)
 			}
 		}
+	}
+}
+
+// TestTheLastSpoolHasItsKeysAfterAnEarlierCopyWasInItsPlace, which has published meanwhile. When
+// that has gone on, and the last one did not come back, its files are removed.
+func TestTheLastSpoolHasItsKeysAfterAnEarlierCopyWasInItsPlace(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	publish := func(sp *Spool, at int) {
+		t.Helper()
+		r := record(at)
+		if err := sp.append(&r, withKeys(window(at), 5+at).Keys, noStep); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sp, _ := openLogged(t, dir)
+	publish(sp, 0)
+	earlier, err := os.ReadFile(file(spoolFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		publish(sp, 1+i)
+	}
+	sp.Close()
+	if err := errors.Join(os.Rename(file(spoolFile), file("last")), os.WriteFile(file(spoolFile), earlier, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	sp, _ = openLogged(t, dir)
+	publish(sp, 5)
+	sp.Close()
+	if err := errors.Join(os.Rename(file(spoolFile), file("earlier")), os.Rename(file("last"), file(spoolFile))); err != nil {
+		t.Fatal(err)
+	}
+	sp, _ = openLogged(t, dir)
+	batch, err := sp.next("a", 10, batchKeys)
+	if err != nil || len(batch) != 5 || sp.setAside != "" {
+		t.Fatalf("%d records, %v, set aside %q", len(batch), err, sp.setAside)
+	}
+	for i, e := range batch {
+		if want := withKeys(window(i), 5+i).Keys; !slices.Equal(e.keys.unpack(), want) {
+			t.Errorf("record %d has %d keys, want %d", e.index, len(e.keys.unpack()), len(want))
+		}
+	}
+	sp.Close()
+	if err := os.WriteFile(file(spoolFile), earlier, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sp, _ = openLogged(t, dir)
+	for i := range 5 {
+		publish(sp, 6+i)
+	}
+	sp.Close()
+	sp, _ = openLogged(t, dir)
+	defer sp.Close()
+	if got := keyFileNames(t, dir); len(got) != 6 {
+		t.Errorf("files %q, want those of 6 records", got)
 	}
 }
 
