@@ -349,6 +349,9 @@ func (b *boltStore) keys(index uint64) (keys packedKeys, err error) {
 	if err == nil && f.index > 0 {
 		keys, _, err = b.keyFiles.read(f)
 	}
+	if err == nil && len(keys) == 0 {
+		err = fmt.Errorf("%w: the keys of record %d are missing", errDamaged, index)
+	}
 	return keys, err
 }
 

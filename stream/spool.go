@@ -150,7 +150,7 @@ type store interface {
 	// scan returns up to max entries with after < index <= upTo, in order, without
 	// their keys.
 	scan(after, upTo uint64, max int) ([]spooled, error)
-	// keys returns those of a record that was not removed.
+	// keys returns those of a record that was not removed and has some.
 	keys(index uint64) (packedKeys, error)
 	// advance moves a sink's cursor and removes every record up to removeTo.
 	advance(sink string, to, removeTo uint64, removed int) error

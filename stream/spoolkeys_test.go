@@ -538,6 +538,19 @@ func TestASpoolThatIsNotTheLastOneIsNamedInTheLog(t *testing.T) {
 	}
 }
 
+// TestARecordWhoseReferenceIsGoneIsNotDeliveredWithoutItsKeys: bbolt does not check its pages.
+func TestARecordWhoseReferenceIsGoneIsNotDeliveredWithoutItsKeys(t *testing.T) {
+	dir, _ := twoKeyed(t, 0)
+	sp, _ := openLogged(t, dir)
+	defer sp.Close()
+	if err := sp.store.(*boltStore).update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKeyFiles).Delete(beKey(1)) }); err != nil {
+		t.Fatal(err)
+	}
+	if batch, err := sp.next("a", 10, batchKeys); !errors.Is(err, errDamaged) {
+		t.Errorf("%d records, %v", len(batch), err)
+	}
+}
+
 // TestTheLastSpoolHasItsKeysAfterAnEarlierCopyWasInItsPlace, which has published meanwhile. When
 // that has gone on, and the last one did not come back, its files are removed.
 func TestTheLastSpoolHasItsKeysAfterAnEarlierCopyWasInItsPlace(t *testing.T) {
