@@ -56,6 +56,24 @@ func (s *scene) renewTables() {
 	s.m.nextNarrow, s.m.nextWide = narrow, wide
 }
 
+// tryTwice has two attempts to count one id with one token.
+func (s *scene) tryTwice(r *explore.Run, key Key) *[2]attempt {
+	attempts := new([2]attempt)
+	for i := range attempts {
+		s.tries(r, fmt.Sprint("attempt ", i), key, &attempts[i])
+	}
+	return attempts
+}
+
+// oneCounts is an error unless one of two attempts counts and the other is its replay.
+func oneCounts(attempts *[2]attempt) error {
+	a, b := attempts[0].verdict, attempts[1].verdict
+	if (a == Unique) == (b == Unique) || max(a, b) != Replayed && max(a, b) != ReplayedBefore {
+		return fmt.Errorf("the attempts were answered %d and %d", a, b)
+	}
+	return nil
+}
+
 // TestInterleavingsOfAttempts: two attempts to count one id with one token, while the epoch
 // turns. One counts, the other is its replay.
 func TestInterleavingsOfAttempts(t *testing.T) {
@@ -65,17 +83,10 @@ func TestInterleavingsOfAttempts(t *testing.T) {
 				s := newScene(Config{}, 1, 1)
 				s.renewTables()
 				first := s.epochs[0]
-				var attempts [2]attempt
-				for i := range attempts {
-					s.tries(r, fmt.Sprint("attempt ", i), kind.key(7, 1), &attempts[i])
-				}
+				attempts := s.tryTwice(r, kind.key(7, 1))
 				r.Go("turn", func() { s.c.TurnFrom(first) })
 				r.Check(func() error {
-					a, b := attempts[0].verdict, attempts[1].verdict
-					if (a == Unique) == (b == Unique) || max(a, b) != Replayed && max(a, b) != ReplayedBefore {
-						return fmt.Errorf("the attempts were answered %d and %d", a, b)
-					}
-					return nil
+					return oneCounts(attempts)
 				})
 			})
 		})
@@ -89,10 +100,7 @@ func TestInterleavingsOfSieves(t *testing.T) {
 		s := newScene(Config{}, 1, 1)
 		s.renewTables()
 		first := s.epochs[0]
-		var attempts [2]attempt
-		for i := range attempts {
-			s.tries(r, fmt.Sprint("attempt ", i), kinds[0].key(7, 1), &attempts[i])
-		}
+		attempts := s.tryTwice(r, kinds[0].key(7, 1))
 		r.Go("turn and cleaner", func() {
 			s.c.TurnFrom(first)
 			if _, err := s.m.current.Load().tokens.level(s.m, 0); err != nil {
@@ -101,9 +109,8 @@ func TestInterleavingsOfSieves(t *testing.T) {
 			s.m.sift()
 		})
 		r.Check(func() error {
-			a, b := attempts[0].verdict, attempts[1].verdict
-			if (a == Unique) == (b == Unique) || max(a, b) != Replayed && max(a, b) != ReplayedBefore {
-				return fmt.Errorf("the attempts were answered %d and %d", a, b)
+			if err := oneCounts(attempts); err != nil {
+				return err
 			}
 			if !s.m.current.Load().tokens.sieved.Load() {
 				return errors.New("the sieves were not filled")
@@ -121,10 +128,7 @@ func TestInterleavingsOfAttemptsKilled(t *testing.T) {
 			explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
 				k := newKept(r, 1)
 				first, key := k.epochs[0], kind.key(7, 1)
-				var attempts [2]attempt
-				for i := range attempts {
-					k.tries(r, fmt.Sprint("attempt ", i), key, &attempts[i])
-				}
+				attempts := k.tryTwice(r, key)
 				r.Go("turn", func() { k.c.TurnFrom(first) })
 				r.Check(func() error {
 					f, err := k.recall()

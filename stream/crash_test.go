@@ -221,16 +221,23 @@ func TestKillAtEveryStepLosesAndDoublesNothing(t *testing.T) {
 	t.Run("keys", func(t *testing.T) { killAtEveryStep(t, c.ListenAddrs(), 5, 4) })
 }
 
-func TestSpoolGoesOnAfterAFullDisk(t *testing.T) {
-	c := childSpec{Dir: t.TempDir(), DiskFull: true, Until: 600}
+// filled runs a process whose disk is full for a while, and opens its spool.
+func (c childSpec) filled(t *testing.T) *Spool {
+	t.Helper()
 	if c.start(t) {
 		t.Fatal("killed")
 	}
 	sp := testSpool(t, c.Dir)
-	defer sp.Close()
+	t.Cleanup(func() { sp.Close() })
 	if err := sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)
 	}
+	return sp
+}
+
+func TestSpoolGoesOnAfterAFullDisk(t *testing.T) {
+	c := childSpec{Dir: t.TempDir(), DiskFull: true, Until: 600}
+	sp := c.filled(t)
 	wantWindows(t, drain(t, sp, "a"), c.Until)
 }
 

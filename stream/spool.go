@@ -312,9 +312,9 @@ func (s *Spool) Instance() string { return s.instance }
 // have used the directory before.
 //
 // The sums by key are in the spool only, as the checkpoint has no room for them. Where the spool
-// or one of its files was lost and some of the window's records had keys, KeysLost is set: then the difference
-// of each key is not known, and the rest of the window can only be published without keys
-// that are right, so with exact:false. Keys then has a part of them, or none.
+// or one of its files was lost and some of the window's records had keys, KeysLost is set: then
+// the difference of each key is not known, and the rest of the window can only be published
+// without keys that are right, so with exact:false. Keys then has a part of them, or none.
 func (s *Spool) Published() map[string]counter.Published {
 	s.mu.Lock()
 	defer s.mu.Unlock()

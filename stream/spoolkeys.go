@@ -22,8 +22,9 @@ import (
 // waited for 3 to 4 ms, and bbolt never gives back the room of a long outage.
 //
 // A file is on the disk before the transaction that refers to it, by its size and checksum,
-// and is removed after the one that no longer does. So whatever is there without a reference
-// was left by a kill or by a transaction that failed: the next start removes it.
+// and is removed after the one that no longer does. A file without a reference was left
+// by a kill, by a transaction that failed, or by a later spool than the one in its place: sweep
+// tells them apart.
 type keyFiles struct {
 	dir    string
 	synced bool // the name of dir is on the disk

@@ -249,14 +249,7 @@ func committedHead(t *testing.T, dir string) (head uint64) {
 // TestFullDiskTakesNoKeysAndNoRecord: none is there until the next try, which finds room.
 func TestFullDiskTakesNoKeysAndNoRecord(t *testing.T) {
 	c := childSpec{Dir: t.TempDir(), DiskFull: true, Until: 4, Keys: 8000}
-	if c.start(t) {
-		t.Fatal("killed")
-	}
-	sp := testSpool(t, c.Dir)
-	defer sp.Close()
-	if err := sp.attach([]string{"a"}); err != nil {
-		t.Fatal(err)
-	}
+	sp := c.filled(t)
 	wantKeyed(t, "after a full disk", c.Dir, sp, []appended{{0, 8000}, {1, 8000}, {2, 8000}, {3, 8000}})
 }
 
