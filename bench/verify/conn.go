@@ -325,7 +325,9 @@ func (c *conn) fill() bool {
 	}
 	// A client asks again for what was never answered. Within the window the
 	// answer also tells whether the lost request had counted.
-	c.retry(size)
+	if c.retry(size); len(c.ids) > 0 && c.ids[0].from != 0 {
+		size = len(c.ids) // new ids would be in another window
+	}
 	for len(c.ids) < size {
 		var a ask
 		if load.Tokens {
@@ -420,11 +422,17 @@ func (l *load) appendToken(dst []byte, n uint64) []byte {
 func (l *load) together() int { return l.Pipeline * max(1, l.Batch) }
 
 // inRequest is how many of the ids that are left the next request has.
-func (c *conn) inRequest(left []ask) (n int) {
-	for n < min(len(left), max(1, c.d.load.Batch)) && !left[n].alone {
-		n++
+func (c *conn) inRequest(left []ask) int {
+	most := max(1, c.d.load.Batch)
+	for n, a := range left {
+		if a.most > 0 {
+			most = min(most, a.most)
+		}
+		if n > 0 && n >= most {
+			return n
+		}
 	}
-	return max(n, 1)
+	return len(left)
 }
 
 // answers reads the answers of the batch, sent at the time given, and reports
@@ -581,7 +589,7 @@ func (c *conn) takeWords(asks []ask, a *fasthttp.Response) error {
 
 // place finds the windows of the answers to a batch. If they are several and an id is
 // replayed, the list does not tell which ids were counted in which of them: they are
-// asked once more, each alone.
+// asked once more, in smaller batches.
 func (c *conn) place(got []answer, judged int, replays bool, text []byte) error {
 	if err := c.readWindows(text); err != nil {
 		return err

@@ -13,7 +13,7 @@ type ask struct {
 	id    uint64
 	token uint64 // number of the attempt, from 1; 0: it has no token
 	from  int64  // the earliest window that can have counted the attempt; 0: nothing of it was lost
-	alone bool   // in a request of its own: the answer to a batch did not tell in which window
+	most  int    // ids in its request: the answer to a larger batch did not tell in which window; 0: no bound
 }
 
 // retries are requests without an answer, which are to be asked again: by a connection
@@ -33,7 +33,8 @@ func (r *retries) put(target int, asks ...ask) {
 	r.waiting.Add(int64(len(asks)))
 }
 
-// take moves up to most requests that this target may be asked to dst.
+// take moves up to most requests that this target may be asked to dst: such as can be in one
+// batch. If an answer has several windows and replays, it does not tell which are in which.
 func (r *retries) take(dst []ask, target, most int) []ask {
 	if r.waiting.Load() == 0 {
 		return dst
@@ -42,11 +43,21 @@ func (r *retries) take(dst []ask, target, most int) []ask {
 	defer r.mu.Unlock()
 	for i := range max(len(r.queues)-1, 1) { // its own only if it is the only one
 		q := &r.queues[(target+1+i)%len(r.queues)]
-		n := min(most, len(*q))
+		if len(*q) == 0 {
+			continue
+		}
+		first := (*q)[0]
+		if first.most > 0 {
+			most = min(most, first.most)
+		}
+		n := 1
+		for n < min(most, len(*q)) && (*q)[n].from == first.from && (*q)[n].most == first.most {
+			n++
+		}
 		dst = append(dst, (*q)[:n]...)
 		*q = (*q)[:copy(*q, (*q)[n:])]
-		most -= n
 		r.waiting.Add(-int64(n))
+		break
 	}
 	return dst
 }
@@ -59,7 +70,7 @@ func (c *conn) retry(most int) {
 	c.ids = c.d.retries.take(c.ids, c.target, most)
 	kept := c.ids[:before]
 	for _, a := range c.ids[before:] {
-		if a.token != 0 && time.Now().UnixMilli() >= a.from+2*c.d.truth.span {
+		if a.from != 0 && a.token != 0 && time.Now().UnixMilli() >= a.from+2*c.d.truth.span {
 			c.d.truth.setAside(a.token)
 			continue
 		}
@@ -150,7 +161,9 @@ func (c *conn) discard(n int, from int64) {
 			a, got := c.ids[i], c.got[i]
 			switch {
 			case throw || got.kind == answerUnplaced:
-				a.alone = got.kind == answerUnplaced
+				if a.most = 0; got.kind == answerUnplaced {
+					a.most = max(1, size/unplacedParts)
+				}
 				a.from = c.d.truth.thrown(a, got, from)
 				c.d.retries.put(c.target, a)
 			case got.kind == answerRefused && a.from != 0 && a.token != 0:
@@ -166,6 +179,10 @@ func (c *conn) discard(n int, from int64) {
 		time.Sleep(refusedPause)
 	}
 }
+
+// unplacedParts is in how many requests a batch is asked again whose answer did not tell the
+// windows. With a request for each id it took seconds, and tokens became too old.
+const unplacedParts = 8
 
 // refusedPause is how long a connection waits when a retry was refused: it is asked again
 // until there is an answer, and would keep the servers busy with nothing else.

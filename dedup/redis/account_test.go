@@ -395,6 +395,60 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	}
 }
 
+// TestARestartedInstanceLeavesNothingInDoubt: a retry of an id in the last batch of an instance
+// that was killed has its answer as soon as the instance is back, and so has another attempt.
+// Where the process of before lives on, it cannot take the id back.
+func TestARestartedInstanceLeavesNothingInDoubt(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	way := startProxy(t, server.Addr)
+	named := func(name string) func(*Config) { return func(c *Config) { c.Instance = name } }
+	a, b := newRedis(t, way.addr(), named("a")), newRedis(t, server.Addr, named("b"))
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	wantInTime(t, a, ea, "before", dedup.Unique)
+	goDeaf(t, server, way, a)
+	if v, err := addAs(t, a, ea, 0, "42", "", "T"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Fatalf("without a reply: %v, %v", v, err)
+	}
+	set := a.lanes[0].key + ":" + epochKey(time.Unix(0, ea.At(0)), epochtest.Window) + ":d"
+	testproc.Until(t, "the id is in Redis", func() bool { return server.do("SISMEMBER", set, "42") == "1" })
+	way.refusing.Store(true)
+	way.cut(0)
+
+	inDoubt := func() string { return server.do("HEXISTS", a.lanes[0].key, "I"+a.cfg.session) }
+	start := func(name string) {
+		r := newRedis(t, server.Addr, named(name))
+		settest.NewEpochs(t, r)
+		testproc.Until(t, "Redis has the session", func() bool {
+			return server.do("HEXISTS", r.lanes[0].key, "S"+r.cfg.session) == "1"
+		})
+	}
+	start("c")
+	if got := inDoubt(); got != "1" {
+		t.Fatalf("after the start of another instance the id is in doubt: %s, want 1", got)
+	}
+	start("a")
+	if got := inDoubt(); got != "0" {
+		t.Fatalf("when its instance is back the id is in doubt: %s, want 0", got)
+	}
+	for token, want := range map[string]dedup.Verdict{"T": dedup.Replayed, "U": dedup.Repeat} {
+		testproc.Until(t, "an attempt is answered", func() bool {
+			v, err := addAs(t, b, eb, 0, "42", "", token)
+			if err == nil && v != want {
+				t.Fatalf("token %s: %v, want %v", token, v, want)
+			}
+			return err == nil
+		})
+	}
+
+	way.deaf.Store(false)
+	way.refusing.Store(false)
+	untilSettled(t, a)
+	if n, exact := sealed(t, eb, b, 0); n != 2 || exact {
+		t.Errorf("sealed %d, exact %v; want 2, false", n, exact)
+	}
+}
+
 // TestGroupKnowsOfAnIDBeforeItIsRefused: when a request has waited for half of its time, the
 // group learns that its id may be in Redis without an answer. So an instance that is killed
 // right after the refusal does not leave a record that counts the id and is exact.

@@ -215,8 +215,8 @@ func (l *lane) sleep(d time.Duration) bool {
 	}
 }
 
-// pick returns the next batch: first the one under way, then what a loss makes
-// necessary, then what must be taken back, then whatever waits.
+// pick returns the next batch: first the one under way, then what must be taken back, then
+// what a loss makes necessary, then whatever waits.
 func (l *lane) pick() *job {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -235,6 +235,12 @@ func (l *lane) begin(j *job) {
 
 // choose makes the next batch. l.mu is held.
 func (l *lane) choose() *job {
+	// First: with the next batch the ids of the last one are no longer in doubt for others.
+	if len(l.untold) > 0 {
+		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
+		l.untold = l.fill(j, l.untold, eventWithdrawn, taking)
+		return j
+	}
 	if len(l.lacking) > 0 {
 		s := l.lacking[0]
 		le := &s.lanes[l.i]
@@ -247,11 +253,6 @@ func (l *lane) choose() *job {
 			j.mode = modeReplay
 		}
 		j.lists, j.bytes = le.log.next(batchSize)
-		return j
-	}
-	if len(l.untold) > 0 {
-		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
-		l.untold = l.fill(j, l.untold, eventWithdrawn, taking)
 		return j
 	}
 	if l.failing == 0 {

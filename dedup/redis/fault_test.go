@@ -436,6 +436,50 @@ func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 	}
 }
 
+// TestRedisIDsAreTakenBackFirst: after any other batch of the instance they are no longer in
+// doubt for the others, which would answer that they were there.
+func TestRedisIDsAreTakenBackFirst(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	way := startProxy(t, server.Addr)
+	r := newRedis(t, way.addr(), patient)
+	e := settest.NewEpochs(t, r)
+	wantInTime(t, r, e, "before", dedup.Unique)
+	way.latency.Store(int64(500 * time.Millisecond))
+	var group sync.WaitGroup
+	group.Go(func() { wantInTime(t, r, e, "meanwhile", dedup.Unique) })
+	l, s := &r.lanes[0], e.Last().State.(*redisEpoch)
+	testproc.Until(t, "a batch is under way", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.job != nil && l.job.mode == modeAdd
+	})
+	leaveUntold(r, e, "42", lastSeq(r))
+	var enc encoded
+	enc.encode(r.hash, true, []byte("43"))
+	l.mu.Lock()
+	s.lanes[0].log.unsent(r, logged(&enc, nil)) // as when it was answered without Redis
+	l.flush(s)
+	l.mu.Unlock()
+	mode := ""
+	testproc.Until(t, "the next batch is under way", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.job != nil && l.job.mode != modeAdd {
+			mode = l.job.mode
+		}
+		return mode != ""
+	})
+	if mode != modeTake {
+		t.Errorf("the next batch has mode %q, want %q", mode, modeTake)
+	}
+	group.Wait()
+	untilSettled(t, r)
+	if n, _ := sealed(t, e, r, 0); n != 3 {
+		t.Errorf("sealed %d, want 3", n)
+	}
+}
+
 // TestRedisIDsAskedForWhileTheyAreTakenBack are given once and counted, whether
 // they can be taken back or not.
 func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {

@@ -54,6 +54,9 @@ local FEW = 9 -- arguments
 -- No packed id begins with it.
 local DOUBTED = '\192'
 
+-- Of the name of a session, the characters that are those of its instance.
+local INSTANCE = 8
+
 -- A session that has not been heard for so long does not keep others in doubt.
 local LAPSE = 10
 -- and one not heard since so long before an epoch that is sealed is forgotten.
@@ -111,12 +114,19 @@ local function remember(key, session, doubt, fields, ...)
   call('HSET', key, 'S' .. session, pack(...), 'I' .. session, doubt, unpack(fields))
 end
 
--- join has others look for ids in doubt of the session.
-local function join(key, session)
+-- join has others look for ids in doubt of the session. If it is new, the sessions before it
+-- of the same instance have ended, and nothing of them stays in doubt: retries would wait for
+-- it until it lapses. Should one go on even so, it is as if it had lapsed.
+local function join(key, session, new)
   local a = call('HGET', key, 'A')
   local active = a and parse(a) or {}
   for i = 1, #active do
-    if active[i] == session then return end
+    local other = active[i]
+    if other == session then return end
+    if new and sub(other, 1, INSTANCE) == sub(session, 1, INSTANCE) then
+      local doubt = call('HGET', key, 'I' .. other)
+      if doubt and doubt ~= '' then call('HDEL', key, 'I' .. other) end
+    end
   end
   active[#active + 1] = session
   call('HSET', key, 'A', pack(active))
@@ -469,7 +479,7 @@ local function batch(key, a, undo)
     now = clock()
     if h[3] and not replay and not beat and holds(key, h[3], now) then return {'hold'} end
     if not at then identify(key, now) end -- before its first id is counted
-    if not at or math.abs(now - at) > LAPSE / 2 then join(key, session) end
+    if not at or math.abs(now - at) > LAPSE / 2 then join(key, session, not at) end
     at = now
   end
 

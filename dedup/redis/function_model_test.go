@@ -173,10 +173,16 @@ func (m *laneModel) over(epoch string) *laneSealed {
 	return nil
 }
 
-func (m *laneModel) join(session string) {
-	if !slices.Contains(m.active, session) {
-		m.active = append(m.active, session)
+func (m *laneModel) join(session string, isNew bool) {
+	for _, other := range m.active {
+		if other == session {
+			return
+		}
+		if isNew && other[:min(8, len(other))] == session[:min(8, len(session))] && (len(m.doubt[other]) > 0 || m.doubted[other]) {
+			delete(m.doubt, other)
+		}
 	}
+	m.active = append(m.active, session)
 }
 
 // doubts are the ids in doubt of other sessions, in an epoch or in all.
@@ -251,7 +257,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 			m.identify()
 		}
 		if !known || math.Abs(m.now-at) > 5 {
-			m.join(b.session)
+			m.join(b.session, !known)
 		}
 		if at = m.now; beat && begun && !m.complete(b.epoch, o.held) {
 			return laneAnswer{status: "missing"}
@@ -490,7 +496,7 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 		return laneAnswer{"gap", "", "", last}
 	}
 	m.identify()
-	m.join(session)
+	m.join(session, false)
 	heard := m.cuts
 	if m.rules.helloHolds {
 		heard = m.noteCut() - 1

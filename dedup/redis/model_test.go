@@ -147,7 +147,8 @@ func (w *model) pass(seconds float64) {
 // start is the start of an instance: it is in the hash and in the ledger before its
 // first answer.
 func (w *model) start(instance int) {
-	m := &modelMember{name: strconv.Itoa(w.fresh()), instance: instance, known: map[int]bool{}, rows: answers{}}
+	name := instance % 2 // two of three have one name, which an operator should not do
+	m := &modelMember{name: fmt.Sprintf("%08d-%d", name, w.fresh()), instance: instance, known: map[int]bool{}, rows: answers{}}
 	if w.rules.disk {
 		m.rows.learn(w.disks[instance])
 	}
@@ -343,14 +344,16 @@ func (m *modelMember) choose() *modelJob {
 		}
 		return len(j.entries) > 0
 	}
-	if m.lost {
+	switch {
+	case take("r", untold, eventWithdrawn):
+	case m.lost:
 		j.batch.mode = "p"
 		for _, a := range m.log {
 			if a.todo {
 				j.batch.ids[0] = append(j.batch.ids[0], strconv.Itoa(a.id))
 			}
 		}
-	} else if !take("r", untold, eventWithdrawn) {
+	default:
 		take("a", queued, eventSent)
 	}
 	return j

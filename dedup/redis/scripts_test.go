@@ -171,9 +171,12 @@ func packed(ids ...string) string {
 
 var twinEpochs = []string{"990000-10000", "1000000-10000", "1010000-10000"}
 
+// twinSessions are two of an instance, and one of another.
+var twinSessions = []string{"0123456-a", "0123456-b", "1234567-c"}
+
 // batch sends a batch as a session may, and one that it may not.
 func (w *twins) batch() {
-	rnd, session := w.rnd, pick(w.rnd, "a", "b", "c")
+	rnd, session := w.rnd, pick(w.rnd, twinSessions...)
 	i := pick(rnd, 1, 1, 1, 1, 1, 2)
 	b := laneBatch{
 		session: session, seq: w.lane.sessions[session].seq + pick(rnd, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2, -1),
@@ -259,7 +262,7 @@ func (w *twins) fill(b *laneBatch) {
 func (w *twins) sealLane() {
 	epoch, giveUp := twinEpochs[1+w.rnd.IntN(2)], w.rnd.IntN(3) == 0
 	var sessions []string
-	for _, s := range []string{"a", "b", "c"} {
+	for _, s := range twinSessions {
 		if w.rnd.IntN(2) == 0 {
 			sessions = append(sessions, pick(w.rnd, "+", "=", "?")+s)
 		}
@@ -274,7 +277,7 @@ func (w *twins) sealLane() {
 
 // other is a rare operation on a lane, or a loss of one of its keys.
 func (w *twins) other() {
-	session, epoch := pick(w.rnd, "a", "b", "c"), twinEpochs[1+w.rnd.IntN(2)]
+	session, epoch := pick(w.rnd, twinSessions...), twinEpochs[1+w.rnd.IntN(2)]
 	switch w.rnd.IntN(8) {
 	case 0, 1, 2:
 		last := w.lane.sessions[session].seq

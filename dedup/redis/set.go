@@ -13,6 +13,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -61,7 +62,7 @@ type Config struct {
 	SentinelUser, SentinelPassword string
 
 	Group    string        // instances with one name count together
-	Instance string        // shown to other instances; optional
+	Instance string        // shown to other instances, each has another one; optional
 	Window   time.Duration // length of an epoch
 
 	// MaxSkew is how far the clocks of instances may differ: so long a record
@@ -167,6 +168,18 @@ func (cfg *Config) Check() error {
 	return nil
 }
 
+// newSession makes a name that no other process has. Its first 8 characters are those of the
+// instance, by which function.lua knows the earlier sessions of the same one.
+func newSession(instance string) string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails
+	if instance != "" {
+		sum := sha256.Sum256([]byte(instance))
+		copy(b[:4], sum[:])
+	}
+	return hex.EncodeToString(b[:])
+}
+
 // New checks cfg and starts to connect. That Redis is down is no error.
 func New(cfg Config) (*Set, error) {
 	if err := cfg.Check(); err != nil {
@@ -180,9 +193,7 @@ func New(cfg Config) (*Set, error) {
 		return nil, errors.New("redis: Timeout must not be negative")
 	}
 	if cfg.session == "" {
-		var b [12]byte
-		rand.Read(b[:]) // never fails
-		cfg.session = hex.EncodeToString(b[:])
+		cfg.session = newSession(cfg.Instance)
 	}
 	cfg.MaxSkew = cmp.Or(cfg.MaxSkew, defaultMaxSkew)
 	cfg.Timeout = cmp.Or(cfg.Timeout, defaultTimeout)
