@@ -99,6 +99,9 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 		v.newest = max(v.newest, rec.WindowStart.UnixMilli())
 	}
 	for _, w := range windows {
+		if r := rows[w.start]; r != nil && w.orphans > 0 && !r.Inexact {
+			v.Faults.add("false duplicate", "%d ids were answered failed and never ok in %s, whose record has exact:true", w.orphans, r.Start)
+		}
 		if r := rows[w.start]; r != nil && t.lenient && w.twice > 0 && !r.Inexact {
 			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record has exact:true", w.twice, r.Start)
 		}

@@ -44,6 +44,7 @@ type truth struct {
 	answers   uint64
 	perTarget []uint64 // answers
 	refused   uint64
+	refusals  bitmap // ids that were refused, if lenient
 	doubted   uint64
 	lost      uint64 // replies that were not read, or thrown away
 	replays   uint64
@@ -79,6 +80,7 @@ type windowTruth struct {
 	accepted uint64
 	repeated uint64
 	twice    uint64 // of accepted, ids that were accepted before
+	orphans  uint64 // ids answered `failed`, never `ok`, of which a request was refused: its instance may have been killed
 
 	// Released when the window is settled. An answer `failed` may be read
 	// before the `ok` that explains it, which another connection has yet to
@@ -157,6 +159,9 @@ func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 			continue
 		}
 		t.refused++
+		if t.lenient {
+			t.refusals.set(a.id)
+		}
 		if len(batch) == 1 && len(t.waits) < maxWaits {
 			t.waits = append(t.waits, time.Since(sent))
 		}
@@ -437,6 +442,11 @@ func (t *truth) settle(w *windowTruth) {
 		if !t.strict && doubtful.has(id) {
 			t.failed++
 			continue
+		}
+		if t.lenient && t.refusals.has(id) {
+			w.orphans++
+			t.failed++
+			continue // the judge decides
 		}
 		t.faults.add("false duplicate", "id #%d was answered failed in %s and never ok", id, label(w.start))
 	}

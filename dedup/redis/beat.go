@@ -72,7 +72,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.beatErr = err; err != nil {
 		return fmt.Errorf("ledger: %w", err)
 	}
-	if !l.lastBeat.IsZero() && (failed || b.behind || began.Sub(l.lastBeat) > memberTTL-beatEvery) {
+	if failed || b.behind || began.Sub(l.lastBeat) > memberTTL-beatEvery {
 		l.back = time.Now()
 	}
 	l.lastBeat, l.beaten = began, b.now

@@ -224,7 +224,8 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) (decided []rueid
 
 // othersAreBack waits, after a time in which this member did not reach the ledger, for as
 // long as it takes the others to be heard again: they are taken for dead, and what they
-// have answered meanwhile is not written down.
+// have answered meanwhile is not written down. So it does after the first beat: the ledger may
+// have lost data just before.
 func (l *Ledger) othersAreBack(ctx context.Context) error {
 	for {
 		l.mu.Lock()

@@ -132,7 +132,7 @@ type Ledger struct {
 	beatErr   error          // of the last beat
 	lastBeat  time.Time
 	beaten    int64     // when that was, by the clock of Redis
-	back      time.Time // when a beat was answered again after others may be taken for dead
+	back      time.Time // when a beat was answered, at the start or after others may be taken for dead
 	keyed     keyedSpan // read last
 }
 

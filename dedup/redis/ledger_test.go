@@ -129,8 +129,19 @@ func (g *group) do(f func(context.Context) error) {
 func (g *group) beat(members ...*Ledger) {
 	g.t.Helper()
 	for _, m := range members {
+		first := m.lastBeat.IsZero()
 		g.do(func(ctx context.Context) error { return m.beat(ctx, true) })
+		if first {
+			othersAreThere(m)
+		}
 	}
+}
+
+// othersAreThere takes away the wait for other members after a start.
+func othersAreThere(l *Ledger) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.back = time.Time{}
 }
 
 func (g *group) report(s counter.Span, complete bool, members ...*Ledger) {
@@ -249,6 +260,29 @@ func TestSealWaitsForEveryClock(t *testing.T) {
 	}
 }
 
+// TestSealAfterAStartWaitsForTheOthers: if Redis has lost its data just before, a member that
+// starts is alone in it until the others have written themselves again.
+func TestSealAfterAStartWaitsForTheOthers(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s := spanEnded(2 * time.Second)
+	old := g.member("old")
+	g.beat(old)
+	old.Opened(s, func() uint64 { return 7 })
+	g.beat(old)
+	if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
+		t.Fatal(err)
+	}
+	starts := g.member("starts")
+	g.do(func(ctx context.Context) error { return starts.beat(ctx, true) })
+	g.notYet(starts, s, "the other member is not heard again")
+	g.beat(old)
+	g.counted.Store(7)
+	if c := g.seal(starts, s); c.Unique != 7 {
+		t.Errorf("the record is %+v, the member that lives has answered 7", c)
+	}
+}
+
 // TestRecordIsNotExactWhereIdsMayBeMissing: members that hold ids that Redis does
 // not have are waited for; where that is in vain the record says so.
 func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
@@ -277,6 +311,7 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 	g.report(s, true, b)
 	g.report(s, true, a)
 	g.beat(b)
+	othersAreThere(a)
 	if c := g.seal(a, s); c.Exact {
 		t.Errorf("b has not settled, and the record is %+v", c)
 	}

@@ -88,9 +88,10 @@ type modelRules struct {
 	back       bool // after an outage of the ledger a seal waits for the others to be heard
 	wholeBeats bool // a ledger that has lost data takes only a beat with all epochs
 	behind     bool // and who learns that it has waits for the others to be heard
+	start      bool // after its start a member waits for the others to be heard before it seals
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd       *rand.Rand
@@ -599,6 +600,7 @@ const (
 	sceneRefuse       // a member refuses an id that a replica has, and goes
 	sceneLose         // a member adds an id, notices that Redis has lost it, and is killed
 	sceneLate         // a member refuses an id too late to take it back, and stops before the seal
+	sceneStart        // Redis loses its data at the end, and a member that has just started seals
 )
 
 // play plays the scene of the schedule, if there is one, but for sceneLate.
@@ -718,10 +720,37 @@ func (w *model) fault(n int) {
 		w.note("the ledger is out of reach: %t", w.down)
 		return
 	}
+	w.lose(lane, ledger)
+	w.second()
+}
+
+// lose has Redis go on with other data.
+func (w *model) lose(lane *laneModel, ledger *ledgerModel) {
 	lane.now, lane.rules, ledger.rules = w.lane.now, w.rules, w.rules
 	w.lane, w.ledger = lane, ledger
 	w.pass(0)
-	w.second()
+}
+
+// starts plays sceneStart and returns the member that has started, or nil. The others have not
+// been heard since the loss.
+func (w *model) starts() *modelMember {
+	i := slices.IndexFunc(w.members, func(m *modelMember) bool { return !m.paused })
+	if w.scene != sceneStart || i < 0 {
+		return nil
+	}
+	instance := (w.members[i].instance + 1) % 3
+	for _, m := range slices.Clone(w.members) {
+		if m.instance == instance {
+			w.kill(m)
+		}
+	}
+	w.note("FLUSHALL, and %d starts", instance)
+	w.down = false
+	lane := newLaneModel()
+	lane.identity = w.lane.identity
+	w.lose(lane, newLedgerModel())
+	w.start(instance)
+	return w.members[len(w.members)-1]
 }
 
 // late is the member of sceneLate, or nil. Its last id has no answer yet.
@@ -742,6 +771,7 @@ func (w *model) seal() *ledgerDecision {
 	late := w.late()
 	// See DESIGN.md, known gaps: those with a disk are started.
 	w.pass(max(0, modelEnd-w.lane.now) + 4) // the last clock has turned
+	starts := w.starts()
 	back := []*modelMember{}
 	if w.onlyDisksKnow() || !slices.ContainsFunc(w.members, func(m *modelMember) bool { return !m.paused }) {
 		w.down = false
@@ -758,7 +788,9 @@ func (w *model) seal() *ledgerDecision {
 		}
 	}
 	for _, m := range w.members {
-		if !m.paused {
+		if m == starts {
+			back = slices.Insert(back, 0, m)
+		} else if !m.paused {
 			back = append(back, m)
 		}
 	}
@@ -767,7 +799,10 @@ func (w *model) seal() *ledgerDecision {
 	}
 	w.down = false
 	for i, m := range back {
-		if i == 0 || w.outage || w.rnd.IntN(4) > 0 { // else it beats next second
+		if starts != nil && i > 0 && !w.rules.start {
+			continue
+		}
+		if i == 0 || w.outage || starts != nil || w.rnd.IntN(4) > 0 { // else it beats next second
 			w.beat(m)
 		}
 	}
@@ -782,7 +817,7 @@ func (w *model) seal() *ledgerDecision {
 			w.report(m)
 		}
 	}
-	losses := 8 // one of so many
+	losses := 4 // one of so many
 	if slices.Contains(w.members, late) {
 		w.stop(late)
 		back = slices.DeleteFunc(back, func(m *modelMember) bool { return m == late })
@@ -878,7 +913,7 @@ func tryModel(seed uint64, rules modelRules, traced bool) (fault string, trace [
 	if w.rnd.IntN(8) == 0 { // before the epoch is opened
 		w.fault(faultLedger)
 	}
-	w.scene = pick(w.rnd, noScene, noScene, noScene, sceneRefuse, sceneRefuse, sceneLose, sceneLate, sceneLate)
+	w.scene = pick(w.rnd, noScene, noScene, noScene, sceneRefuse, sceneRefuse, sceneLose, sceneLate, sceneLate, sceneLate, sceneStart)
 	at, steps := w.rnd.IntN(pick(w.rnd, 1, 10)), 10+w.rnd.IntN(40)
 	if w.scene == sceneLate {
 		steps /= 3 // after most of the faults that may come before it no record is exact
@@ -949,6 +984,7 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"members that only refused ids", func(r *modelRules) { r.removed = false }},
 		{"others come back after a loss", func(r *modelRules) { r.behind = false }},
 		{"beats with all epochs", func(r *modelRules) { r.wholeBeats = false }},
+		{"others come back after a start", func(r *modelRules) { r.start = false }},
 		{"numbers that were listed", func(r *modelRules) { r.listed = false }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

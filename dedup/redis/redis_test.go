@@ -82,6 +82,7 @@ func newRedis(t testing.TB, addr string, change ...func(*Config)) *Set {
 		ready, _ := r.Health()
 		return ready && r.client.Load() != nil
 	})
+	othersAreThere(r.ledger)
 	return r
 }
 
