@@ -293,7 +293,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turn()
-	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose})
+	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, &f)
 }
 
 // once gives one step to the n-th request and lets the server behave otherwise.
@@ -397,7 +397,7 @@ func TestRecordsAreVisibleOnceAndWithoutGaps(t *testing.T) {
 		"two of a group":      {[]stream.Record{group(0, 1), group(0, 0)}, "visible twice"},
 		"older ones, ignored": {[]stream.Record{instance(-9, 7, 1), instance(0, 1, 4)}, ""},
 	} {
-		v := judge(truth, truth.finish(), published{windows: test.records}, judging{})
+		v := judge(truth, truth.finish(), published{windows: test.records}, &flags{})
 		if test.fault == "" && !v.Good || test.fault != "" && (v.Good || v.Faults.Kinds[test.fault] != 1) {
 			t.Errorf("%s: got good=%t, %+v, %+v; want fault %q", name, v.Good, v.Table, v.Faults, test.fault)
 		}
@@ -460,7 +460,7 @@ func TestRetryTellsWhatBecameOfTheRequest(t *testing.T) {
 	truth.record(0, time.Now(), []answer{{id: 2, window: window, kind: answerRepeat}, {id: 3, window: window, kind: answerOK}})
 	windows := truth.finish()
 	for sum, good := range map[uint64]bool{1: false, 2: false, 3: true, 4: true, 5: false} {
-		v := judge(truth, windows, published{windows: []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}}, judging{})
+		v := judge(truth, windows, published{windows: []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}}, &flags{})
 		if v.Good != good {
 			t.Errorf("sum %d: got good=%t, %+v; want %t", sum, v.Good, v.Table, good)
 		}
@@ -594,7 +594,7 @@ func TestSecondRecordsOfAGroup(t *testing.T) {
 			truth.record(0, time.Now(), []answer{{id: 1, window: 1000}, {id: 2, window: 1000}, {id: 3, window: 1000}})
 			p := published{windows: tt.records}
 			p.dedupe()
-			if v := judge(truth, truth.finish(), p, judging{}); v.Good != tt.good {
+			if v := judge(truth, truth.finish(), p, &flags{}); v.Good != tt.good {
 				t.Errorf("good is %t: %+v", v.Good, v)
 			}
 		})
