@@ -159,7 +159,7 @@ type totalsReport struct {
 	since time.Time // windows that start before are left out
 	any   bool      // record was added
 
-	sums    stream.KeyTotals          // keys are added with --by-key only
+	sums    stream.Totals             // keys are added with --by-key only
 	changed map[groupWindow]time.Time // by records that were taken and not printed: since when
 	out     *totalsPrinter
 	stdout  *output // of out

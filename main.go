@@ -397,7 +397,7 @@ func (p *program) live() (time.Time, uint64) {
 
 // delivered returns the state of a window's record, "" if it is not known.
 func (p *program) delivered(start time.Time) string {
-	state := p.stream.Delivered(start)
+	state := p.spool.Delivered(start)
 	if state == "" && p.shared != nil && p.shared.Ledger().IsDelivered(start) {
 		state = stream.StateDelivered
 	}

@@ -2,8 +2,8 @@
 //
 // Each Design is a set of ids keyed by the minute, written as its own author
 // would write it. All pass the same suite of tests, and the benchmarks stop at
-// a wrong answer, so that speed is never bought with exactness. README.md says
-// how to run them and what they gave.
+// a wrong answer, so that speed is never bought with exactness. README.md has
+// the commands and their figures.
 //
 // The commands beside it: http compares servers over HTTP, bars reports which promises
 // hold, verify checks a running server's records against its answers.
@@ -11,7 +11,7 @@ package bench
 
 // Design is a set of ids of the open epoch.
 type Design interface {
-	// Add says whether id is new in the open epoch, and counts it there if so.
+	// Add reports whether id is new in the open epoch, and counts it there if so.
 	// It keeps no reference to id. writer numbers the calling goroutine from 0.
 	// Safe for concurrent use.
 	Add(id []byte, writer int) bool

@@ -36,17 +36,18 @@ import (
 // window is no longer the last one of its series.
 type boltStore struct {
 	db       *bolt.DB
-	instance string // goes with each record: there may have been no room for it alone
+	instance string // is written again with each record: there may have been no room for it alone
 
-	// What load found and put and advance have committed since. The spool's lock is held.
+	found    state // at the start, for load
 	keyFiles *keyFiles
-	series   map[string]series
-	removed  uint64 // all records up to this index
-	keysLost error  // there were files of keys, and no file of the spool
 
-	// broken is set where a write ended in a panic: bbolt then takes back what it
-	// did by reading the same file, and may fault there again, with its lock held.
-	// Who came next waited for ever, and with it readiness and metrics.
+	// The state found at the start, as put and advance have changed it. The spool's lock is held.
+	series  map[string]series
+	removed uint64 // all records up to this index
+
+	// broken is set when a write ended in a panic. bbolt then reads the same file to
+	// roll back, may fault there again, and keeps its lock: the next write would wait
+	// for ever, and readiness and metrics with it.
 	broken atomic.Pointer[error]
 }
 
@@ -74,15 +75,15 @@ const (
 	// version 1 and becomes one of version 3 when there are keys to keep.
 	spoolVersion = 3
 
-	// ownerSuffix is of the file that names the process which has the spool.
+	// ownerSuffix ends the name of the file that has the id of the spool's process.
 	ownerSuffix = ".owner"
 
-	// lockWait is how long a starting process waits for one that is ending to
-	// let go of the file.
+	// lockWait is how long a starting process waits until one that is ending has
+	// released the file.
 	lockWait = 2 * time.Second
 
-	// mapped is how much of the file is mapped from the start: three million records. It
-	// grows by growBy: a record takes 300 bytes or so.
+	// mapped is how much of the address space is reserved for the file: three million
+	// records. The file grows by growBy; a record takes 300 bytes or so.
 	mapped = 1 << 30
 	growBy = 16 << 10
 )
@@ -173,12 +174,12 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 			return nil, err
 		}
 	}
-	// For a message only: where it cannot be written, that names nobody.
+	// Only for the message to a second process, which can do without.
 	_ = os.WriteFile(path+ownerSuffix, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644)
 	return b, nil
 }
 
-// emptied takes back what was written of a new file. It stays there, as another
+// emptied removes what was written into a new file. The file itself stays, as another
 // process may wait for its lock.
 func emptied(path string) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -191,7 +192,7 @@ func emptied(path string) {
 	}
 }
 
-// owner is the process that the file names.
+// owner describes the process that has the spool, by the file beside it.
 func owner(path string) string {
 	if b, err := os.ReadFile(path); err == nil && len(b) > 0 {
 		return "process " + strings.TrimSpace(string(b))
@@ -204,7 +205,7 @@ func keyFilesOf(path string) *keyFiles {
 	return &keyFiles{dir: filepath.Join(filepath.Dir(path), keyFilesDir)}
 }
 
-// buckets are those of a file.
+// buckets are those that every file has.
 var buckets = [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison}
 
 // init creates what a new file needs and reads every page that is in use, so
@@ -226,7 +227,7 @@ func (b *boltStore) init() error {
 			return err
 		}
 		if aside != "" {
-			b.keysLost = fmt.Errorf("%s is missing: the files of its keys were set aside as %s", spoolFile, aside)
+			b.found.keysLost = fmt.Errorf("%s is missing: the files of its keys were set aside as %s", spoolFile, aside)
 		}
 		err = b.update(func(tx *bolt.Tx) error {
 			for _, name := range buckets {
@@ -265,6 +266,8 @@ func (b *boltStore) check(tx *bolt.Tx) error {
 	if err != nil {
 		return err
 	}
+	st.keysLost = cmp.Or(st.keysLost, b.found.keysLost)
+	b.found = st
 	used := make(map[string]bool)
 	for _, s := range st.series {
 		for _, f := range s.files {
@@ -303,7 +306,8 @@ func (b *boltStore) check(tx *bolt.Tx) error {
 	return err
 }
 
-// keyFileOf returns the file that has the keys of the record under k; its index is 0: none has.
+// keyFileOf returns the file that has the keys of the record with the index k; its own index
+// is 0 if there is none.
 func keyFileOf(tx *bolt.Tx, k []byte) (f keyFile, err error) {
 	b := tx.Bucket(bucketKeyFiles)
 	if b == nil || b.Get(k) == nil {
@@ -404,37 +408,6 @@ func (b *boltStore) release(files []keyFile) {
 	}
 }
 
-// keyFilesTo returns the files of the keys of the records up to an index.
-func keyFilesTo(tx *bolt.Tx, index uint64) (files []keyFile, err error) {
-	b := tx.Bucket(bucketKeyFiles)
-	if b == nil {
-		return nil, nil
-	}
-	c := b.Cursor()
-	for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= index; k, _ = c.Next() {
-		f, err := keyFileOf(tx, k)
-		if err != nil {
-			return nil, err
-		}
-		files = append(files, f)
-	}
-	return files, nil
-}
-
-// removeTo removes what a bucket has for the records up to an index.
-func removeTo(b *bolt.Bucket, index uint64) error {
-	if b == nil {
-		return nil
-	}
-	c := b.Cursor()
-	for k, _ := c.First(); k != nil && binary.BigEndian.Uint64(k) <= index; k, _ = c.First() {
-		if err := c.Delete(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // update turns a panic of bbolt about a page, or a fault of the mapping, into an
 // error: a disk that fails while running makes the spool unavailable, it does
 // not end the process. It stays unavailable until the next start, which sets a
@@ -456,7 +429,7 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 	return durable.Retry(func() error { return numbered(b.db.Update(fn)) })
 }
 
-// numbered gives back the number of an error that bbolt has made text of.
+// numbered makes an error of the system that bbolt returns as text an errno again.
 func numbered(err error) error {
 	if err == nil {
 		return nil
@@ -479,17 +452,14 @@ func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
 	return b.db.View(fn)
 }
 
-func (b *boltStore) load() (st state, err error) {
-	err = b.view(func(tx *bolt.Tx) error {
-		st, err = b.loadState(tx)
-		return err
-	})
-	b.series, b.removed = maps.Clone(st.series), st.head-uint64(st.pending)
+func (b *boltStore) load() state {
+	st := b.found
+	b.found, b.series, b.removed = state{}, maps.Clone(st.series), st.head-uint64(st.pending)
 	b.keyFiles.loaded = true
-	st.keysLost = cmp.Or(st.keysLost, b.keysLost)
-	return st, err
+	return st
 }
 
+// loadState reads what the file has, but for the records.
 func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
 	st := state{series: make(map[string]series), cursors: make(map[string]uint64)}
 	meta := tx.Bucket(bucketMeta)
@@ -502,7 +472,7 @@ func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
 		if err != nil {
 			return st, err
 		}
-		st.instance = string(name)
+		st.kept = string(name)
 	}
 	err = tx.Bucket(bucketSeries).ForEach(func(k, v []byte) error {
 		s, err := decodeSeries(k, v)
@@ -611,7 +581,7 @@ func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func(
 		if err == nil {
 			beforeCommit()
 		}
-		return err // which takes all of it back
+		return err // an error rolls all of it back
 	})
 	if err != nil {
 		return err
@@ -640,30 +610,30 @@ func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err erro
 	return out, err
 }
 
-func (b *boltStore) advance(sink string, to, upTo uint64, removed int) error {
+func (b *boltStore) advance(sink string, to, upTo uint64) error {
 	var files []keyFile
 	err := b.update(func(tx *bolt.Tx) (err error) {
+		files = nil // of an attempt before
 		if sink != "" {
-			if err := put(tx.Bucket(bucketCursors), []byte(sink), beKey(to)); err != nil {
-				return err
+			err = put(tx.Bucket(bucketCursors), []byte(sink), beKey(to))
+		}
+		for i := b.removed + 1; i <= upTo && err == nil; i++ {
+			var f keyFile
+			if f, err = keyFileOf(tx, beKey(i)); f.index > 0 {
+				files = append(files, f)
+			}
+			for _, name := range [][]byte{bucketRecords, bucketKeyFiles, bucketRecordKeys} {
+				if bucket := tx.Bucket(name); bucket != nil {
+					err = cmp.Or(err, bucket.Delete(beKey(i)))
+				}
 			}
 		}
-		if removed == 0 {
-			return nil
-		}
-		if files, err = keyFilesTo(tx, upTo); err != nil {
-			return err
-		}
-		return cmp.Or(
-			removeTo(tx.Bucket(bucketRecords), upTo),
-			removeTo(tx.Bucket(bucketKeyFiles), upTo),
-			removeTo(tx.Bucket(bucketRecordKeys), upTo),
-		)
+		return err
 	})
-	if err != nil || removed == 0 {
+	if err != nil {
 		return err
 	}
-	b.removed = upTo
+	b.removed = max(b.removed, upTo)
 	b.release(files)
 	return nil
 }
@@ -685,7 +655,8 @@ func (b *boltStore) dropSink(sink string) error {
 	})
 }
 
-// close leaves a broken file to the end of the process: bbolt may hold its lock.
+// close does not wait for a broken file, whose lock bbolt may hold: the end of the process
+// closes it.
 func (b *boltStore) close() error {
 	if broken := b.broken.Load(); broken != nil {
 		return *broken

@@ -11,13 +11,13 @@ import (
 	"verve/internal/durable"
 )
 
-// checkpoint is what has to be known where the spool is damaged and set aside: how far
-// this instance's records were numbered, and what the last one said. Without it
+// checkpoint is what must be known after the spool was damaged and set aside: the last
+// number of this instance's records, and the last window with its sum. Without it
 // sequence numbers would begin again, and the count of the last window might be
 // published twice.
 //
-// It has a file of its own beside the spool, written after each append, in two
-// places by turns: a write that is cut short leaves the one before.
+// It has a file of its own beside the spool, which is written after each append, into one
+// of two places alternately: a write that is cut short leaves the checkpoint before it.
 type checkpoint struct {
 	Turn     uint64 `json:"turn"` // counts the writes
 	Identity string `json:"identity"`

@@ -58,7 +58,7 @@ type fileSink struct {
 }
 
 // filePatience is far above what a write and a sync take on a disk that works, and
-// so short that a reader who stalls is seen within a few of the shorter windows.
+// so short that a reader that stalls is noticed within a few of the shorter windows.
 const filePatience = 2 * time.Second
 
 // tornPrefix is what a half line of ours begins with.
@@ -82,7 +82,7 @@ func (f *fileSink) close()            {}
 // behind reads it.
 func (f *fileSink) mayHave(upTo uint64) { f.unsure.Store(max(f.unsure.Load(), upTo)) }
 
-// Claims is the one question that a counts file asks a group: who writes a line?
+// Claims is what a counts file asks its group: which instance writes a line?
 type Claims interface {
 	// Claim is called right before the line of a window is written. An error leaves
 	// the line to a later try.
@@ -287,7 +287,7 @@ func openToAppend(path string) (file *os.File, created bool, err error) {
 // lookup returns which of the batch's unsure records are in the file. It reads
 // the file from its start: that happens once after a kill and takes a fraction
 // of a second per year of minutes, while any shorter rule would be a guess about
-// who else writes there.
+// other writers.
 func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, error) {
 	want := make(map[string]bool)
 	for i := range batch {

@@ -23,44 +23,42 @@ import (
 
 // Why a record is visible once.
 //
-// A record is identified by its key. Two mechanisms together make at most one
-// record with it visible, and the spool makes it at least one:
+// A record is identified by its key. The spool delivers it at least once. Two mechanisms
+// together keep a second copy from becoming visible:
 //
-//   - The fence. A session (one kgo client) begins with InitProducerID for a
-//     transactional id that belongs to whoever numbers the records: the group
-//     and instance, or the group alone in group scope. When that returns, every
-//     earlier transaction of the id is either committed or aborted, and no
-//     request of an earlier session, however late it arrives, can become
-//     visible any more. Idempotence alone cannot give that: it is per producer
-//     id, and a restarted process has a new one.
-//   - The look. Records whose outcome is open are searched in the topic after
-//     the fence and before they are produced. Behind the fence the answer stays
-//     true.
+//   - The fence. A session (one kgo client) begins with InitProducerID, for a transactional
+//     id of the group and instance, or of the group alone in group scope. When that returns,
+//     every earlier transaction of the id is committed or aborted, and no request of an
+//     earlier session can become visible any more, however late it arrives. Idempotence
+//     alone does not give that: it holds for one producer id, and a restarted process has
+//     a new one.
+//   - The look. Records whose outcome is open are looked for in the topic, after the fence
+//     and before they are produced. After the fence the answer cannot change.
 //
-// The outcome is open for everything that was in the spool when the process
-// started and for a batch whose attempt failed in any way; then the session is
-// dropped, too. In group scope other processes publish the same records, so all
-// of them are looked for, every time.
+// The outcome is open for every record that was in the spool when the process started, and
+// for every batch of which an attempt failed, in whatever way; then the session is dropped
+// as well. In group scope other processes publish the same records, so all of them are
+// looked for, every time.
 //
-// DESIGN.md, "Records", goes through the moments at which a kill can fall.
-// A lost acknowledgement, a leader that moves and a broker that is killed are the same cases
-// without a kill of ours: the client retries under the same producer id and sequence number,
-// which the broker recognises; when an attempt is given up the session is dropped, and fence
-// and look start again.
+// DESIGN.md, "Records", lists what follows a kill at each moment. A lost acknowledgement, a
+// leader that moves and a broker that is killed are the same cases without a kill of this
+// process: the client retries under the same producer id and sequence number, which the
+// broker recognises. When an attempt is given up the session is dropped, and fence and look
+// start again.
 //
-// Group scope. The instances share one transactional id, so an instance that
-// begins a session fences the others. That is what is wanted: it makes the id a
-// lock around look and produce, and the loser finds the winner's record when it
-// looks again. To fence as rarely as possible an instance without a session first looks
-// without one: it begins one only if a record is missing.
+// Group scope. The instances share one transactional id, so an instance that begins a
+// session fences the others. That makes the id a lock around look and produce: the
+// instance that was fenced finds the record of the other one when it looks again. To fence
+// as rarely as possible, an instance without a session first looks without one, and begins
+// one only if a record is missing.
 //
-// Without transactions. A broker that refuses them (authorisation of the
-// transactional id, or not implemented) leaves idempotence and the look. Open
-// then is: a produce request of a killed process that the broker appends after
-// the next process has looked; and in group scope two instances that look and
-// produce in the same moments. `verve totals` names and does not count the copy
-// of either. A kill between the records by key and their record leaves the first, and
-// they are sent again with it; their copies are named by `verve totals --by-key`.
+// Without transactions. If the broker refuses them (authorisation of the transactional id,
+// or not implemented), idempotence and the look are left. Then a second copy can become
+// visible in two cases: the broker appends a produce request of a killed process after the
+// next process has looked, or two instances of a group look and produce at the same time.
+// `verve totals` names that copy and does not count it. After a kill between the records
+// by key and their record, those by key are sent again with it; `verve totals --by-key`
+// names their copies.
 //
 // Order: all records of an identity go to one partition, one batch at a time,
 // and the next batch follows only when the last one is visible. When the number
@@ -69,13 +67,13 @@ import (
 const (
 	// stepWait bounds each step of a session: finding the topic, the fence, a
 	// produce. A broker that answers at all answers faster; a longer wait would
-	// only delay the error that says what is wrong.
+	// only delay the error.
 	stepWait = 10 * time.Second
 
-	// transactionTimeout is when the broker aborts a transaction whose process
-	// is gone, and readers of the partition see on. It has to outlast a produce
-	// and a commit, stepWait each. The records by key take longer, keyTime each: 5,000
-	// of them in a second, or one megabyte, are what any network should carry.
+	// transactionTimeout is the time after which the broker aborts the transaction of a
+	// process that is gone, which holds up readers of the partition. It has to outlast a
+	// produce and a commit, stepWait each. The records by key take longer, keyTime each:
+	// 5,000 of them in a second, or one megabyte, are what any network should carry.
 	transactionTimeout = 25 * time.Second
 	keyTime            = 200 * time.Microsecond
 
@@ -88,9 +86,9 @@ const (
 	// stop: giving it up would leave the outcome open for nothing.
 	stopWait = time.Second
 
-	// lookStall ends a read that makes no progress. A committed one waits for the
-	// broker to end the transaction of a process that was killed, which it looks
-	// for every ten seconds. One with up to 125,000 keys has twice transactionTimeout.
+	// lookStall ends a read that makes no progress. A read of committed records waits
+	// until the broker has ended the transaction of a killed process, which it checks
+	// every ten seconds. A transaction of 125,000 keys has twice transactionTimeout.
 	lookStall = 2*transactionTimeout + 20*time.Second
 
 	// lookMargin covers the difference of the broker's clock to this one's on
@@ -103,8 +101,8 @@ const (
 	// and look settle it.
 	minTransactionTimeout = time.Second
 
-	// rightsWait is how long the look into the rights of the Kafka user takes,
-	// where the broker does not refuse at once.
+	// rightsWait bounds the check whether the Kafka user may read the topic: a broker
+	// that refuses does so at once.
 	rightsWait = time.Second
 )
 
@@ -116,8 +114,8 @@ type kafkaSink struct {
 
 	session *session // nil: the next delivery starts one
 
-	// unsure is the index up to which a record may be in the topic although the
-	// spool does not say so: all that was in the spool at the start, and every batch that
+	// unsure is the index up to which a record may be in the topic without an
+	// acknowledgement in the spool: all that was in the spool at the start, and every batch that
 	// has failed.
 	unsure uint64
 	// single is the index up to which records are sent one by one, to find the
@@ -129,7 +127,7 @@ type kafkaSink struct {
 	// older, and one far ahead would hold up all that follow.
 	presentTo uint64
 
-	room uint64 // sessions are for records with so many keys; it only grows
+	room uint64 // for how many keys the transactions of the next session have time; it only grows
 	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
 	atOnce int
 
@@ -209,7 +207,7 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 }
 
 // send makes the records of one identity visible. On an error the session is
-// dropped and the outcome open, also where a *poisonError says that the broker
+// dropped and the outcome open, also for a *poisonError: the broker
 // refuses one of them.
 func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, group bool) error {
 	if keys := keysOf(batch); keys > k.room {
@@ -372,7 +370,7 @@ func (k *kafkaSink) prepare(ctx context.Context, identity string, group bool) er
 			return fmt.Errorf("begin a session with the broker: %w", err)
 		}
 	}
-	client, err := k.cfg.client(kgo.FetchMaxWait(250*time.Millisecond), kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
+	client, err := k.cfg.client(kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{
 		k.cfg.Topic: {0: kgo.NewOffset().AtEnd()},
 	}))
 	if err != nil {

@@ -17,7 +17,7 @@ import (
 	"verve/internal/setting"
 )
 
-// KafkaConfig says how to reach the topic.
+// KafkaConfig is how the topic is reached.
 type KafkaConfig struct {
 	Brokers []string // host:port
 	Topic   string   // of the records
@@ -130,6 +130,8 @@ func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
 		kgo.DialTimeout(stepWait / 2),
 		// A topic that appears or a leader that moves is to be seen soon.
 		kgo.MetadataMinAge(250 * time.Millisecond),
+		// So long a broker holds a fetch for which it has nothing.
+		kgo.FetchMaxWait(250 * time.Millisecond),
 	}
 	switch {
 	case c.Dial != nil:

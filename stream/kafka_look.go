@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -39,7 +40,6 @@ func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error
 		kgo.WithHooks(&last),
 		kgo.KeepControlRecords(), // the markers
 		kgo.FetchIsolationLevel(kgo.ReadUncommitted()),
-		kgo.FetchMaxWait(250*time.Millisecond),
 	)
 	if err != nil {
 		return nil, err
@@ -56,7 +56,7 @@ func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error
 	for _, data := range there.open {
 		// Behind the fence every transaction of our id is settled, so this is one
 		// that no fence covers: we look without a session, or the broker has come
-		// to refuse transactions. Only its end tells what it was.
+		// to refuse transactions. Its end will show whether the record is there.
 		return nil, fmt.Errorf("%w: %s", errUnsettled, data[0].Key)
 	}
 	return k.missing(batch, there.visible), nil
@@ -65,18 +65,16 @@ func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error
 // lookFrom returns a time that is before every record of the batch in the topic, zero
 // if there is none.
 func lookFrom(batch []spooled) time.Time {
-	oldest, now := batch[0].record.end(), time.Now()
+	now := time.Now()
+	oldest := now
 	for i := range batch {
-		e := batch[i].record.end()
-		if e.After(now) {
+		end := batch[i].record.end()
+		if end.After(now) {
 			return time.Time{} // it may be there with any time up to the present
 		}
-		if e.Before(oldest) {
-			oldest = e
+		if end.Before(oldest) {
+			oldest = end
 		}
-	}
-	if oldest.IsZero() {
-		return oldest
 	}
 	return oldest.Add(-lookMargin)
 }
@@ -91,8 +89,8 @@ type topicValues struct {
 
 // transaction is one of a producer on one partition. Transactions end on each
 // partition by itself, with a marker of their producer: one producer may have data on
-// two partitions, once the number of those has grown, and the marker of one says
-// nothing about the data of the other.
+// two partitions, once the number of those has grown, and the marker of one
+// means nothing for the data of the other.
 type transaction struct {
 	partition int32
 	producer  int64
@@ -134,7 +132,7 @@ func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missi
 				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
 					Msg("the topic has this key with another value: two processes use the same name")
 			}
-			// The group's record of a window is one, whoever sealed it. An
+			// A group has one record of a window, whichever instance sealed it. An
 			// instance's belongs to a namesake, and ours still has to be counted.
 			same = e.record.Scope == ScopeGroup
 		}
@@ -146,8 +144,8 @@ func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missi
 	return missing
 }
 
-// sameCount tells whether a group's record counts the same; who sealed it and
-// when may differ.
+// sameCount reports whether a group's record has the same count; the time of the seal
+// may differ.
 func sameCount(value string, r *Record) bool {
 	there, err := parseRecord([]byte(value))
 	return err == nil && there.Unique == r.Unique
@@ -186,10 +184,7 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 	ctx, cancel := context.WithTimeout(ctx, stepWait)
 	defer cancel()
 	listed, err := adm.ListEndOffsets(ctx, topic)
-	if err == nil {
-		err = listed.Error()
-	}
-	if err != nil {
+	if err = cmp.Or(err, listed.Error()); err != nil {
 		return nil, fmt.Errorf("list end offsets: %w", err)
 	}
 	var starts kadm.ListedOffsets
@@ -198,10 +193,7 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 	} else {
 		starts, err = adm.ListOffsetsAfterMilli(ctx, since.UnixMilli(), topic)
 	}
-	if err == nil {
-		err = starts.Error()
-	}
-	if err != nil {
+	if err = cmp.Or(err, starts.Error()); err != nil {
 		return nil, fmt.Errorf("list start offsets: %w", err)
 	}
 	ends = make(map[int32]int64)

@@ -632,7 +632,7 @@ func TestKeyTotalsAddUpAndNameWhatIsOdd(t *testing.T) {
 		}
 		return r, of
 	}
-	var sums KeyTotals
+	var sums Totals
 	for _, name := range []string{"x", "y"} {
 		for i := range 4 {
 			r, keys := instance(name, i, 2)

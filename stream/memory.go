@@ -31,8 +31,8 @@ func newMemoryStore(memory uint64) *memoryStore {
 	return &memoryStore{keysLimit: int(limit)}
 }
 
-func (m *memoryStore) load() (state, error) {
-	return state{series: make(map[string]series), cursors: make(map[string]uint64)}, nil
+func (m *memoryStore) load() state {
+	return state{series: make(map[string]series), cursors: make(map[string]uint64)}
 }
 
 func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) error {
@@ -72,7 +72,7 @@ func (m *memoryStore) scan(after, upTo uint64, limit int) ([]spooled, error) {
 	return out, nil
 }
 
-func (m *memoryStore) advance(_ string, _, removeTo uint64, _ int) error {
+func (m *memoryStore) advance(_ string, _, removeTo uint64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n := 0

@@ -67,7 +67,13 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 			switch {
 			case err == nil:
 				record, err := parse(line)
-				if !errors.Is(err, errOtherKind) && !yield(record, lines.invalid(err)) {
+				if errors.Is(err, errOtherKind) {
+					continue
+				}
+				if err != nil {
+					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
+				}
+				if !yield(record, err) {
 					return
 				}
 			case errors.Is(err, io.EOF), ctx.Err() != nil:
@@ -138,14 +144,6 @@ func (c *countsLines) end() []byte {
 	return line
 }
 
-// invalid says of a line that it is no record, if err does.
-func (c *countsLines) invalid(err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("%s line %d: %w: %w", c.path, c.number, errInvalidRecord, err)
-}
-
 // catchUp turns to the file that has the name now, or to the new end of one that was cut.
 func (c *countsLines) catchUp() error {
 	here, err := c.file.Stat()
@@ -214,7 +212,6 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 			kgo.WithHooks(&last),
 			kgo.FetchIsolationLevel(kgo.ReadCommitted()),
 			kgo.KeepControlRecords(), // they carry the position over what is not yielded
-			kgo.FetchMaxWait(250*time.Millisecond),
 		)
 		if err != nil {
 			yield(none, err)

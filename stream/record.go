@@ -13,7 +13,7 @@ import (
 	"verve/counter"
 )
 
-// Scope says what a record counts: the ids of one process, or those of all
+// Scope is what a record counts: the ids of one process, or those of all
 // processes that share a store.
 type Scope string
 
@@ -173,7 +173,7 @@ func (r *Record) Key() string {
 	return k + "/" + r.Instance + "/" + strconv.FormatUint(r.Seq, 10)
 }
 
-// identity names whoever numbers the record: GROUP/INSTANCE, or GROUP where the
+// identity names the series that the record is a part of: GROUP/INSTANCE, or GROUP where the
 // whole group counts as one. The partition and the transactional id follow from
 // it.
 func (r *Record) identity() string {

@@ -98,7 +98,7 @@ func checkBrokers(brokers []string) error {
 	return nil
 }
 
-// badBroker says why a broker cannot be one, or "".
+// badBroker returns why a text cannot be a broker, or "".
 func badBroker(b string) string {
 	switch {
 	case b == "":

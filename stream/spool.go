@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -87,35 +88,36 @@ type Spool struct {
 	// mu serialises changes: the store, the state below and the watchers move
 	// together. It is held over an fsync, so nothing on a request path may take
 	// it. Reading records does not take it.
-	mu      sync.Mutex
-	store   store
-	unmade  error             // why there was no room for the file; the next append tries again
-	series  map[string]series // by identity; committed state only
-	head    uint64            // index of the last committed record
-	opened  uint64            // head when this process opened the spool
-	cursors map[string]uint64 // last index each sink acknowledged
-	sinks   []string
-	held    bool // there is no sink, and records wait for one
-	pending int
-	removed uint64    // records every sink has acknowledged, since the start
-	oldest  time.Time // sealed_at of the first pending record
-	poison  int       // records set aside in the store
-	// keysLost is why the sums by key of a series were not known when the store was opened.
-	keysLost error
-	outdated bool // the checkpoint is of a later spool than the one that was opened
+	mu     sync.Mutex
+	store  store
+	state         // of the store; committed state only
+	unmade error  // why there is no file yet: there was no room. The next append tries again
+	opened uint64 // head when this process opened the spool
+
+	appendErr      error // why records cannot be made durable now; nil: they can
+	appendFailures uint64
+
+	sinks    []string
+	held     bool      // there is no sink, and records wait for one
+	removed  uint64    // records every sink has acknowledged, since the start
+	oldest   time.Time // sealed_at of the first pending record
+	outdated bool      // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
 
 	dir        string     // the data directory; empty: in memory only
-	checkpoint checkpoint // follows series in a file of its own
+	checkpoint checkpoint // the state of this instance's series, in a file of its own
 
-	// recent maps the last windows to the index of their last record, for
-	// Delivered; recentOrder forgets the oldest.
-	recent      map[int64]uint64
-	recentOrder []int64
+	recent []place // of the last records, recentRecords at most, for Delivered
 }
 
-// recentWindows is how many windows Delivered remembers: a day of minutes.
-const recentWindows = 1440
+// place is the index of a record and the start of its window.
+type place struct {
+	start time.Time
+	index uint64
+}
+
+// recentRecords is how many records Delivered remembers: a day of minutes.
+const recentRecords = 1440
 
 // series is the state of one identity's numbering.
 type series struct {
@@ -139,10 +141,11 @@ type spooled struct {
 
 // store is what a Spool needs of the medium. There are two: bbolt and memory.
 // Each call is atomic and, on disk, durable when it returns nil. A call that
-// fails may still have been stored (a failed fsync says nothing either way);
+// fails may still have been stored (after a failed fsync it is not known);
 // that is why every write carries its own keys and is safe to repeat.
 type store interface {
-	load() (state, error)
+	// load is called once, and first.
+	load() state
 	// put calls beforeCommit when everything is written and nothing is
 	// committed or synced.
 	put(e spooled, identity string, s series, beforeCommit func()) error
@@ -153,22 +156,22 @@ type store interface {
 	// keys returns those of a record that was not removed and has some.
 	keys(index uint64) (packedKeys, error)
 	// advance moves a sink's cursor and removes every record up to removeTo.
-	advance(sink string, to, removeTo uint64, removed int) error
+	advance(sink string, to, removeTo uint64) error
 	// condemn sets the record aside for good, with the sink that refused it.
 	condemn(e spooled, sink, reason string) error
 	dropSink(sink string) error
 	close() error
 }
 
-// state is what a store knows when it is opened.
+// state is what a store has.
 type state struct {
-	instance string // empty: none was kept
-	series   map[string]series
-	cursors  map[string]uint64
-	head     uint64
-	pending  int
-	poison   int
-	keysLost error // why the keys of a series are not known; nil: they are
+	kept     string            // the name of the instance at the start; empty: none was kept
+	series   map[string]series // by identity
+	cursors  map[string]uint64 // last index each sink acknowledged
+	head     uint64            // index of the last record
+	pending  int               // records, the last ones, that not every sink has acknowledged
+	poison   int               // records set aside
+	keysLost error             // why the sums by key of a series are not known since the start; nil: they are
 }
 
 // OpenSpool opens or creates the spool. A file that is damaged is renamed, the
@@ -187,7 +190,6 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		limit:   memoryLimit,
 		store:   newMemoryStore(cfg.Memory),
 		changed: make(chan struct{}),
-		recent:  make(map[int64]uint64),
 	}
 	if s.dir != "" {
 		s.limit = spoolLimit
@@ -195,13 +197,12 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		if err != nil && !durable.NoSpace(err) {
 			return nil, fmt.Errorf("open spool: %w", err)
 		}
-		if s.unmade = err; err != nil {
+		if s.unmade, s.appendErr = err, err; err != nil {
 			cfg.Log.Error().Err(err).Msg("there is no room for the spool: counts wait until there is")
 		}
 		s.checkpoint = readCheckpoint(s.checkpointPath())
 	}
-	before, err := s.load(cfg.Instance)
-	if err != nil {
+	if err := s.load(cfg.Instance); err != nil {
 		s.store.close()
 		return nil, fmt.Errorf("open spool: %w", err)
 	}
@@ -209,8 +210,8 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		cfg.Log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Uint64("last_seq", s.checkpoint.Seq).
 			Msg("spool was taken away or is an earlier copy: records that waited in the last one are not delivered from this one, and seq continues after the last one known")
 	}
-	if before != "" && before != s.instance {
-		cfg.Log.Warn().Str("before", before).Str("instance", s.instance).Int("records", s.pending).
+	if s.kept != "" && s.kept != s.instance {
+		cfg.Log.Warn().Str("before", s.kept).Str("instance", s.instance).Int("records", s.pending).
 			Msg("the data directory had another --instance: what it left is delivered under its name, each record once")
 	}
 	return s, nil
@@ -242,7 +243,7 @@ func (s *Spool) makeFile() error {
 	if s.unmade = s.openFile(); s.unmade != nil {
 		return s.unmade
 	}
-	_, err := s.load(s.instance)
+	err := s.load(s.instance)
 	if err == nil && s.head > 0 {
 		err = errors.New("another process has made one meanwhile")
 	}
@@ -255,30 +256,25 @@ func (s *Spool) makeFile() error {
 
 func (s *Spool) checkpointPath() string { return filepath.Join(s.dir, checkpointFile) }
 
-// load takes over what the store knows, settles the name of the instance, and returns the
-// one that it had before.
-func (s *Spool) load(instance string) (before string, err error) {
-	st, err := s.store.load()
-	if err != nil {
-		return "", err
-	}
-	s.series, s.cursors, s.head, s.opened = st.series, st.cursors, st.head, st.head
-	s.pending, s.poison, s.keysLost = st.pending, st.poison, st.keysLost
+// load takes over what the store knows, and settles the name of the instance.
+func (s *Spool) load(instance string) (err error) {
+	s.state = s.store.load()
+	s.opened = s.head
 	if s.keysLost != nil {
 		s.log.Error().Err(s.keysLost).
 			Msg("what was published by key for the last window is not known: the rest of that window, if it is running, is published with exact:false")
 	}
-	if s.instance = cmp.Or(instance, st.instance, s.checkpoint.Instance); s.instance == "" {
+	if s.instance = cmp.Or(instance, s.kept, s.checkpoint.Instance); s.instance == "" {
 		if s.instance, err = os.Hostname(); err == nil {
 			err = checkName("host name", s.instance)
 		}
 		if err != nil {
-			return "", fmt.Errorf("no instance name: %w", err)
+			return fmt.Errorf("no instance name: %w", err)
 		}
 	}
-	if st.instance != s.instance {
+	if s.kept != s.instance {
 		if err := s.store.keepInstance(s.instance); err != nil && !durable.NoSpace(err) { // else it goes with the next record
-			return "", fmt.Errorf("keep the instance name: %w", err)
+			return fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
 	if s.checkpoint.Identity != "" && s.checkpoint.Seq > s.series[s.checkpoint.Identity].seq {
@@ -290,16 +286,16 @@ func (s *Spool) load(instance string) (before string, err error) {
 		s.keepCheckpoint(s.Identity(), own)
 	}
 	if err := s.refreshOldest(); err != nil {
-		return "", err
+		return err
 	}
-	tail, err := s.store.scan(s.head-min(s.head, recentWindows), s.head, recentWindows)
+	tail, err := s.store.scan(s.head-min(s.head, recentRecords), s.head, recentRecords)
 	if err != nil {
-		return "", err
+		return err
 	}
 	for _, e := range tail {
 		s.remember(e.record.WindowStart, e.index)
 	}
-	return st.instance, nil
+	return nil
 }
 
 // Instance is the name in use.
@@ -341,10 +337,15 @@ func (s *Spool) Close() error {
 // append numbers the record and makes it durable. On an error the record is not
 // appended: the next append takes the same number and the same place, which also
 // overwrites one that was stored although the disk said it was not.
-func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) error {
+func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) (err error) {
 	packed := packKeys(keys) // gives way to requests, so without the lock
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer func() {
+		if s.appendErr = err; err != nil {
+			s.appendFailures++
+		}
+	}()
 	identity := r.identity()
 	next := s.series[identity]
 	start := r.WindowStart.UnixNano()
@@ -390,19 +391,16 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) er
 	}
 	s.remember(r.WindowStart, e.index)
 	if len(s.sinks) == 0 && !s.held {
-		// Nobody to deliver to: the record's own log line is all there is.
-		if err := s.store.advance("", e.index, e.index, s.pending); err == nil {
-			s.removed += uint64(s.pending)
-			s.pending, s.oldest = 0, time.Time{}
-		}
+		// Nothing to deliver to: the record's own log line is all there is. If it cannot be
+		// removed now, it is removed with the next record.
+		_ = s.commitCursor("")
 	}
 	s.broadcast()
 	return nil
 }
 
-// keepCheckpoint follows a record of an instance. That it cannot be written matters
-// where the spool is damaged as well, so nothing waits for it: the next append
-// tries again.
+// keepCheckpoint writes the checkpoint of a series. If it cannot be written, that matters only
+// if the spool is damaged as well. So nothing waits for it: the next append tries again.
 func (s *Spool) keepCheckpoint(identity string, at series) {
 	if s.dir == "" || s.checkpoint.Identity == identity && s.checkpoint.Seq == at.seq {
 		return
@@ -413,15 +411,7 @@ func (s *Spool) keepCheckpoint(identity string, at series) {
 }
 
 func (s *Spool) remember(start time.Time, index uint64) {
-	k := start.UnixNano()
-	if _, ok := s.recent[k]; !ok {
-		s.recentOrder = append(s.recentOrder, k)
-		if len(s.recentOrder) > recentWindows {
-			delete(s.recent, s.recentOrder[0])
-			s.recentOrder = s.recentOrder[1:]
-		}
-	}
-	s.recent[k] = index
+	s.recent = append(s.recent[max(0, len(s.recent)+1-recentRecords):], place{start, index})
 }
 
 // attach names the sinks that have to acknowledge a record before it is
@@ -434,17 +424,14 @@ func (s *Spool) attach(sinks []string) error {
 	defer s.mu.Unlock()
 	s.sinks = sinks
 	s.held = len(sinks) == 0 && s.pending > 0
-	want := make(map[string]bool)
-	for _, name := range sinks {
-		want[name] = true
-	}
 	for name := range s.cursors {
-		if !want[name] {
-			if err := s.store.dropSink(name); err != nil && !durable.NoSpace(err) { // else the next start does, and it holds nothing back
-				return fmt.Errorf("forget sink %s: %w", name, err)
-			}
-			delete(s.cursors, name)
+		if slices.Contains(sinks, name) {
+			continue
 		}
+		if err := s.store.dropSink(name); err != nil && !durable.NoSpace(err) { // else the next start does, and it holds nothing back
+			return fmt.Errorf("forget sink %s: %w", name, err)
+		}
+		delete(s.cursors, name)
 	}
 	if s.pending == 0 || len(sinks) == 0 {
 		return nil
@@ -457,25 +444,18 @@ func (s *Spool) attach(sinks []string) error {
 
 // floor is the index up to which every sink has acknowledged.
 func (s *Spool) floor() uint64 {
-	if len(s.sinks) == 0 {
-		return s.head
-	}
-	low := s.head
+	low := s.head // without a sink nothing waits
 	for _, name := range s.sinks {
 		low = min(low, s.cursors[name])
 	}
 	return low
 }
 
-// commitCursor writes a sink's cursor and removes what every sink has acknowledged.
+// commitCursor writes a sink's cursor, if there is one, and removes what every sink has acknowledged.
 func (s *Spool) commitCursor(sink string) error {
 	floor := s.floor()
-	first := s.head + 1 - uint64(s.pending)
-	removed := 0
-	if floor >= first {
-		removed = int(floor - first + 1)
-	}
-	if err := s.store.advance(sink, s.cursors[sink], floor, removed); err != nil {
+	removed := max(0, s.pending-int(s.head-floor))
+	if err := s.store.advance(sink, s.cursors[sink], floor); err != nil {
 		return err
 	}
 	s.pending -= removed
@@ -569,13 +549,6 @@ func (s *Spool) watch() (pending int, changed <-chan struct{}) {
 	return s.pending, s.changed
 }
 
-// deliveredTo is the place up to which every sink has acknowledged.
-func (s *Spool) deliveredTo() uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.floor()
-}
-
 // pendingRange returns how many records are pending, the last of them at head.
 func (s *Spool) pendingRange() (pending, head uint64) {
 	s.mu.Lock()
@@ -583,16 +556,19 @@ func (s *Spool) pendingRange() (pending, head uint64) {
 	return uint64(s.pending), s.head
 }
 
-func (s *Spool) delivered(start time.Time) string {
+// Delivered returns StateSpooled or StateDelivered for a recent window, or an
+// empty string for one it knows nothing about.
+func (s *Spool) Delivered(windowStart time.Time) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	index, ok := s.recent[start.UnixNano()]
-	switch {
-	case !ok:
-		return ""
-	case index <= s.floor():
-		return StateDelivered
-	default:
-		return StateSpooled
+	for _, p := range slices.Backward(s.recent) {
+		switch {
+		case !p.start.Equal(windowStart):
+		case p.index <= s.floor():
+			return StateDelivered
+		default:
+			return StateSpooled
+		}
 	}
+	return ""
 }

@@ -31,8 +31,8 @@ import (
 // Config configures a Stream. Group and instance come from the spool.
 type Config struct {
 	// Scope is ScopeInstance unless the ids of the group are counted in one
-	// shared store; then the record of a window is the same whoever publishes
-	// it, and is made visible once for the whole group.
+	// shared store; then the record of a window is the same whichever instance
+	// publishes it, and is made visible once for the whole group.
 	Scope Scope
 
 	// Claims is asked, in ScopeGroup, before a line is written to the counts file.
@@ -95,24 +95,19 @@ type Stream struct {
 	spool *Spool
 	sinks []*worker
 
-	// mu guards what Stats reports about appending.
-	mu             sync.Mutex
-	appendErr      error // nil unless the last append failed
-	appendFailures uint64
-
 	// testStep, if set, is called at every step constant above.
 	testStep atomic.Pointer[func(step string)]
 }
 
 var _ counter.Publisher = (*Stream)(nil)
 
-// sink is where records go: Kafka or a file. One goroutine calls it.
+// sink is where records go: Kafka or a file. It is called once at a time.
 type sink interface {
 	// deliver hands over records in order and returns how many of them, from
 	// the front, are durably there, which includes those that turn out to have
 	// been there before. It may do less than all without an error. The error is
-	// about the record behind those; a *poisonError says that no retry will
-	// help it. Any other leaves the outcome open: the sink remembers that, and
+	// about the record behind those. After a *poisonError no retry will help that
+	// record. Any other error leaves the outcome open: the sink remembers that, and
 	// on the next call it looks before it writes.
 	deliver(ctx context.Context, batch []spooled) (n int, err error)
 	conflicts() uint64
@@ -141,7 +136,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	if cfg.Scope == ScopeGroup && cfg.CountsFile != "" && cfg.Claims == nil {
 		return nil, errors.New("stream: a counts file of a group needs Claims")
 	}
-	s := &Stream{cfg: cfg, spool: spool, appendErr: spool.unmade}
+	s := &Stream{cfg: cfg, spool: spool}
 	var names []string
 	add := func(w *worker) {
 		w.stream, w.log.Every = s, failureLogEvery
@@ -159,9 +154,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	}
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.stdout, spool.opened, s.step)
-		if cfg.Scope == ScopeGroup {
-			f.claims = cfg.Claims
-		}
+		f.claims = cfg.Claims
 		add(&worker{sink: f, name: "file", target: cfg.CountsFile, patience: filePatience})
 	}
 	if err := spool.attach(names); err != nil {
@@ -208,13 +201,10 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 		// Nothing below a millisecond is of use to a reader.
 		SealedAt: c.SealedAt.UTC().Truncate(time.Millisecond),
 	}
-	valid := r
 	if s.cfg.Scope == ScopeInstance {
-		r.Instance = s.spool.instance
-		valid = r
-		valid.Seq = 1 // the spool gives the real one
+		r.Instance, r.Seq = s.spool.instance, 1 // the spool gives the real number
 	}
-	if err := cmp.Or(valid.check(), checkKeys(c.Keys)); err != nil {
+	if err := cmp.Or(r.check(), checkKeys(c.Keys)); err != nil {
 		return 0, fmt.Errorf("publish: %w", err)
 	}
 	s.step(stepBefore)
@@ -222,12 +212,6 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
 		err := s.spool.append(&r, c.Keys, s.step)
-		s.mu.Lock()
-		s.appendErr = err
-		if err != nil {
-			s.appendFailures++
-		}
-		s.mu.Unlock()
 		if err == nil {
 			break
 		}
@@ -261,7 +245,7 @@ func (s *Stream) Run(ctx context.Context) error {
 
 // Flush waits until every record is delivered. It needs Run to be running: stop
 // Run after it. When ctx ends first the records stay in the spool and the error
-// says how many.
+// has their number.
 func (s *Stream) Flush(ctx context.Context) error {
 	for len(s.sinks) > 0 {
 		pending, changed := s.spool.watch()
@@ -284,8 +268,9 @@ func (s *Stream) Flush(ctx context.Context) error {
 // DeliveredTo returns the place up to which every sink has the records, and a
 // channel that is closed when a record was appended or delivered since.
 func (s *Stream) DeliveredTo() (place uint64, changed <-chan struct{}) {
-	_, changed = s.spool.watch()
-	return s.spool.deliveredTo(), changed
+	s.spool.mu.Lock()
+	defer s.spool.mu.Unlock()
+	return s.spool.floor(), s.spool.changed
 }
 
 // Undelivered returns the places of the records of this group, in ScopeGroup, that
@@ -314,18 +299,15 @@ func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 // Close releases the sinks, after Run has returned. It waits for closeWait at most and
 // does not flush.
 func (s *Stream) Close() {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
+	defer cancel()
+	_, over := unlessOver(ctx, func() struct{} {
 		for _, w := range s.sinks {
 			w.sink.close()
 		}
-	}()
-	t := time.NewTimer(closeWait)
-	defer t.Stop()
-	select {
-	case <-done:
-	case <-t.C:
+		return struct{}{}
+	})
+	if over != nil {
 		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("a sink did not close in time; the stop continues without it")
 	}
 }
@@ -361,20 +343,14 @@ func (s *Stream) Stats() Stats {
 	s.spool.mu.Lock()
 	st.Published = s.spool.removed
 	st.Pending, st.Oldest, st.Poison = s.spool.pending, s.spool.oldest, s.spool.poison
-	s.spool.mu.Unlock()
-	s.mu.Lock()
-	st.AppendFailures = s.appendFailures
-	if s.appendErr != nil {
-		st.AppendError = s.appendErr.Error()
+	st.AppendFailures = s.spool.appendFailures
+	if s.spool.appendErr != nil {
+		st.AppendError = s.spool.appendErr.Error()
 	}
-	s.mu.Unlock()
+	s.spool.mu.Unlock()
 	for _, w := range s.sinks {
 		st.Conflicts += w.sink.conflicts()
 		st.Sinks = append(st.Sinks, w.stats())
 	}
 	return st
 }
-
-// Delivered returns StateSpooled or StateDelivered for a recent window, or an
-// empty string for one it knows nothing about.
-func (s *Stream) Delivered(windowStart time.Time) string { return s.spool.delivered(windowStart) }

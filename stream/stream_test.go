@@ -184,7 +184,7 @@ func TestPublishIsNotSlowedByASink(t *testing.T) {
 		if waited := time.Since(before); waited != 0 { // the bubble's clock
 			t.Errorf("Publish waited %s", waited)
 		}
-		if got := s.Delivered(window(9).Start); got != StateSpooled {
+		if got := s.spool.Delivered(window(9).Start); got != StateSpooled {
 			t.Errorf("state %q, want %q", got, StateSpooled)
 		}
 		fctx, fcancel := context.WithTimeout(ctx, time.Second)
@@ -217,7 +217,7 @@ func TestPublishLogsTheKeyOfEachRecord(t *testing.T) {
 	if st := s.Stats(); st.Pending != 0 || st.Published != 1 {
 		t.Errorf("stats %+v", st)
 	}
-	if got := s.Delivered(window(0).Start); got != StateDelivered {
+	if got := s.spool.Delivered(window(0).Start); got != StateDelivered {
 		t.Errorf("state %q", got)
 	}
 }

@@ -10,14 +10,16 @@ import (
 	"verve/counter"
 )
 
-// Totals sums records per window over all instances of a group. Groups count
-// apart, also in one topic. The zero value is ready. It keeps one small entry per
-// record; it is not safe for concurrent use.
+// Totals sums records per window over all instances of a group, and records by key per
+// window and key. Groups count apart, also in one topic. The zero value is ready. It keeps
+// one small entry per record, and 40 bytes or so for each of its keys; it is not safe for
+// concurrent use.
 type Totals struct {
-	windows map[windowKey]*WindowTotal
+	windows map[windowKey]*windowSum
 	seen    map[string]Record   // by key, the first
 	others  map[string][]Record // of the same key, with other values
 	series  map[string]*seriesTotal
+	keyed   map[string]*keyedRecord // by the key of their record
 	repeats []string
 }
 
@@ -27,6 +29,32 @@ type windowKey struct {
 	group  string
 	start  int64
 	length int64 // ms
+}
+
+// windowSum is what was added of one window. Windows leaves it out until its first record
+// is added: records by key may come before that.
+type windowSum struct {
+	WindowTotal
+	records []Record       // each key once
+	keyed   []*keyedRecord // of records that were added, or not yet
+}
+
+// window returns what was added of one.
+func (t *Totals) window(group string, s counter.Span) *windowSum {
+	if t.windows == nil {
+		t.windows = make(map[windowKey]*windowSum)
+		t.seen = make(map[string]Record)
+		t.others = make(map[string][]Record)
+		t.series = make(map[string]*seriesTotal)
+		t.keyed = make(map[string]*keyedRecord)
+	}
+	at := windowKey{group, s.Start.UnixNano(), s.Window.Milliseconds()}
+	w := t.windows[at]
+	if w == nil {
+		w = &windowSum{WindowTotal: WindowTotal{Group: group, Start: s.Start, Window: s.Window, Complete: true, Exact: true}}
+		t.windows[at] = w
+	}
+	return w
 }
 
 // WindowTotal is the sum of one window of a group.
@@ -50,7 +78,7 @@ type Gap struct {
 	// Idle: nothing is missing, the server did not run in these windows. For an instance
 	// that is certain, because the numbers of the records around them follow each other.
 	// The records of a group have no numbers: there the window before was cut by the stop
-	// and the one behind by the start, and both say so.
+	// and the one behind by the start: neither is complete.
 	Idle bool
 
 	// Either a run of windows, the first and last of them, both missing,
@@ -83,7 +111,7 @@ type seriesTotal struct {
 	last    Record // the one with the latest window
 }
 
-// seriesWindow is what the records of a window say about the windows around it.
+// seriesWindow is what the records of a window imply for the windows around it.
 type seriesWindow struct {
 	length            time.Duration
 	firstSeq, lastSeq uint64
@@ -100,12 +128,7 @@ func (w *seriesWindow) before(next *seriesWindow) bool {
 
 // Add takes one record, in any order.
 func (t *Totals) Add(r Record) {
-	if t.windows == nil {
-		t.windows = make(map[windowKey]*WindowTotal)
-		t.seen = make(map[string]Record)
-		t.others = make(map[string][]Record)
-		t.series = make(map[string]*seriesTotal)
-	}
+	w := t.window(r.Group, r.Span())
 	r.WindowStart, r.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC() // comparable
 	key := r.Key()
 	if first, ok := t.seen[key]; ok {
@@ -117,6 +140,7 @@ func (t *Totals) Add(r Record) {
 		t.others[key] = append(t.others[key], r)
 	} else {
 		t.seen[key] = r
+		w.records = append(w.records, r)
 	}
 	s := t.series[r.identity()]
 	if s == nil {
@@ -137,12 +161,6 @@ func (t *Totals) Add(r Record) {
 		} else if first.Key() != key { // the same key is reported above
 			t.repeats = append(t.repeats, fmt.Sprintf("%s shares its number with %s (unique %d and %d)", first.Key(), key, first.Unique, r.Unique))
 		}
-	}
-	at := windowKey{r.Group, r.WindowStart.UnixNano(), r.WindowMS}
-	w := t.windows[at]
-	if w == nil {
-		w = &WindowTotal{Group: r.Group, Start: r.WindowStart, Window: r.window(), Complete: true, Exact: true}
-		t.windows[at] = w
 	}
 	w.Unique += r.Unique
 	w.Records++
@@ -187,7 +205,9 @@ func (w WindowTotal) Compare(other WindowTotal) int {
 func (t *Totals) Windows() []WindowTotal {
 	out := make([]WindowTotal, 0, len(t.windows))
 	for _, w := range t.windows {
-		out = append(out, *w)
+		if w.Records > 0 {
+			out = append(out, w.WindowTotal)
+		}
 	}
 	slices.SortFunc(out, WindowTotal.Compare)
 	return out
@@ -196,10 +216,10 @@ func (t *Totals) Windows() []WindowTotal {
 // Window returns one sum.
 func (t *Totals) Window(group string, s counter.Span) (WindowTotal, bool) {
 	w := t.windows[windowKey{group, s.Start.UnixNano(), s.Window.Milliseconds()}]
-	if w == nil {
+	if w == nil || w.Records == 0 {
 		return WindowTotal{}, false
 	}
-	return *w, true
+	return w.WindowTotal, true
 }
 
 // Repeats describes the records, and those by key, that should not be there, each in one

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,7 +20,7 @@ type worker struct {
 	stream *Stream
 
 	// patience is how long a delivery may take until it is reported as failing; 0:
-	// the sink has timeouts of its own, whose errors say more.
+	// the sink has timeouts of its own, with better errors.
 	patience time.Duration
 
 	log logline.Sampler // of failures; begins anew when the sink works again
@@ -30,7 +31,6 @@ type worker struct {
 
 	// mu guards what Stats reports.
 	mu           sync.Mutex
-	delivery     uint64    // number of the one under way, or of the next one
 	failingSince time.Time // zero while the sink works
 	failure      error     // the last one since then
 }
@@ -92,41 +92,31 @@ func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool,
 		}
 	}
 	if n > 0 {
-		if aerr := w.ack(ctx, batch[n-1].index); err == nil {
-			err = aerr
-		}
+		err = cmp.Or(err, w.ack(ctx, batch[n-1].index))
 	}
 	return n > 0, err
 }
 
 // deliver hands a batch to the sink. While that takes longer than the sink's
 // patience it is reported as failing: a write that does not return has no error.
-func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
+func (w *worker) deliver(ctx context.Context, batch []spooled) (n int, err error) {
 	if w.patience == 0 {
 		return w.sink.deliver(ctx, batch)
 	}
-	w.mu.Lock()
-	number := w.delivery
-	w.mu.Unlock()
-	late := time.AfterFunc(w.patience, func() {
-		err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
-		w.mu.Lock()
-		current := w.delivery == number
-		if current {
-			w.fail(err)
-		}
-		w.mu.Unlock()
-		if current {
-			w.logFailure(err)
-		}
-	})
-	defer late.Stop()
-	defer func() {
-		w.mu.Lock()
-		w.delivery++
-		w.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		n, err = w.sink.deliver(ctx, batch)
 	}()
-	return w.sink.deliver(ctx, batch)
+	select {
+	case <-done:
+	case <-time.After(w.patience):
+		late := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
+		w.failed(late)
+		w.logFailure(late)
+		<-done
+	}
+	return n, err
 }
 
 func (w *worker) logFailure(err error) {
@@ -163,14 +153,10 @@ func (w *worker) condemn(e spooled, reason error) error {
 	return nil
 }
 
+// failed notes an error for Stats.
 func (w *worker) failed(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.fail(err)
-}
-
-// fail notes an error of the sink. w.mu is held.
-func (w *worker) fail(err error) {
 	w.failure = err
 	if w.failingSince.IsZero() {
 		w.failingSince = time.Now()

@@ -1,4 +1,4 @@
-// Bars says whether the promises of performance hold: it reads what the benchmarks
+// Bars checks whether the promises of performance hold: it reads what the benchmarks
 // printed and prints each promise beside what was measured.
 //
 //	go run ./bench/bars FILE...
@@ -162,6 +162,6 @@ func print(w io.Writer, m measurements) bool {
 		}
 		fmt.Fprintf(t, "%s\t%s %.4g\t%s\t%s\n", b.what, word, b.want, measured, state)
 	}
-	_ = t.Flush() // standard output: nobody is left to tell
+	_ = t.Flush() // standard output: there is no other place for its error
 	return kept
 }

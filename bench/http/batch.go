@@ -1,14 +1,11 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -25,6 +22,7 @@ type form struct {
 	ids    int      // in a request
 	args   []string // of the script, behind the number of the run
 	group  bool     // the ids are in Redis, whose CPU time counts, too
+	than   string   // the form that it is compared with
 }
 
 var batchForms = []form{
@@ -37,19 +35,17 @@ var batchForms = []form{
 }
 
 // optionForms compare requests with a token, or with one of 1,000 keys, with the same
-// without. Those beside each other in a pair are in optionPairs.
+// without.
 var optionForms = []form{
 	{name: "plain", script: "unique", ids: 1},
-	{name: "token", script: "unique", ids: 1, args: []string{"token"}},
-	{name: "key", script: "unique", ids: 1, args: []string{"key"}},
+	{name: "token", script: "unique", ids: 1, args: []string{"token"}, than: "plain"},
+	{name: "key", script: "unique", ids: 1, args: []string{"key"}, than: "plain"},
 	{name: "lines", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
-	{name: "lines-key", script: "batch", ids: 1000, args: []string{"1000", "decimal", "key"}},
+	{name: "lines-key", script: "batch", ids: 1000, args: []string{"1000", "decimal", "key"}, than: "lines"},
 	{name: "items", script: "batch", ids: 1000, args: []string{"1000", "items"}},
-	{name: "items-key", script: "batch", ids: 1000, args: []string{"1000", "items", "key"}},
-	{name: "items-token", script: "batch", ids: 1000, args: []string{"1000", "items", "token"}},
+	{name: "items-key", script: "batch", ids: 1000, args: []string{"1000", "items", "key"}, than: "items"},
+	{name: "items-token", script: "batch", ids: 1000, args: []string{"1000", "items", "token"}, than: "items"},
 }
-
-var optionPairs = [][2]string{{"token", "plain"}, {"key", "plain"}, {"lines-key", "lines"}, {"items-key", "items"}, {"items-token", "items"}}
 
 // turnWindow makes enough windows in a round for a percentile of their lateness.
 const turnWindow = 100 * time.Millisecond
@@ -68,8 +64,8 @@ const groupConns = 2
 // one instance and its Redis.
 func (r *run) forms(ctx context.Context, out io.Writer, scenario, title string, forms []form, server *process, group ...*process) (*table, error) {
 	const grow = 3 // seconds more: also the table of UUIDs grows
-	return r.rounds(ctx, out, title, names(forms), r.WarmUp+grow, func(name string, seconds int) (s sample, err error) {
-		f := forms[slices.IndexFunc(forms, func(f form) bool { return f.name == name })]
+	return r.rounds(ctx, out, scenario, title, names(forms), r.WarmUp+grow, func(name string, seconds int) (s sample, err error) {
+		f := formOf(forms, name)
 		w := wrk{script: r.script(f.script), conns: min(r.Conns, 16), args: f.args}
 		if f.group {
 			w.conns = min(r.Conns, groupConns)
@@ -77,19 +73,14 @@ func (r *run) forms(ctx context.Context, out io.Writer, scenario, title string, 
 		} else {
 			s, err = measure(ctx, w, seconds, []*process{server})
 		}
-		s.Scenario = scenario
 		s.CPU /= float64(f.ids)
 		s.Redis /= float64(f.ids)
-		return s, cmp.Or(err, s.refused())
+		return s, cmp.Or(err, s.plausible(0))
 	})
 }
 
-// refused returns an error if more than a hundredth of the requests were refused.
-func (s *sample) refused() error {
-	if 100*s.Failed > s.Requests {
-		return fmt.Errorf("%d of %d requests were refused", s.Failed, s.Requests)
-	}
-	return nil
+func formOf(forms []form, name string) form {
+	return forms[slices.IndexFunc(forms, func(f form) bool { return f.name == name })]
 }
 
 func names(forms []form) (names []string) {
@@ -144,10 +135,8 @@ func (r *run) options(ctx context.Context, out io.Writer) ([]sample, error) {
 		return t.samples, err
 	}
 	t.row("it/without", func(name string) string {
-		for _, pair := range optionPairs {
-			if pair[0] == name {
-				return fmt.Sprintf("%.3f", median(ratios(t.samples, name, pair[1])))
-			}
+		if than := formOf(optionForms, name).than; than != "" {
+			return fmt.Sprintf("%.3f", median(ratios(t.samples, name, than)))
 		}
 		return ""
 	})
@@ -180,15 +169,9 @@ func (r *run) lateness(ctx context.Context) (s sample, err error) {
 	if err = errors.Join(err, r.endAll()); err != nil {
 		return s, err
 	}
-	f, err := os.Open(filepath.Join(r.dir, folder, "counts.jsonl"))
-	if err != nil {
-		return s, err
-	}
-	defer f.Close()
 	var late []float64
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		var rec stream.Record
-		if err := json.Unmarshal(lines.Bytes(), &rec); err != nil {
+	for rec, err := range stream.ReadFile(ctx, filepath.Join(r.dir, folder, "counts.jsonl"), false) {
+		if err != nil {
 			return s, err
 		}
 		if rec.Complete && rec.Unique > 0 && rec.WindowStart.After(began) {

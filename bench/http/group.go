@@ -42,10 +42,9 @@ func (r *run) groups(ctx context.Context, out io.Writer) (samples []sample, err 
 			w.script = r.script("pipelined")
 		}
 		title := fmt.Sprintf("%d connections, %d in flight on each: CPU for a request, us", c.conns, c.depth)
-		t, err := r.rounds(ctx, out, title, designsOfGroup, r.WarmUp, func(name string, seconds int) (sample, error) {
+		t, err := r.rounds(ctx, out, scenario, title, designsOfGroup, r.WarmUp, func(name string, seconds int) (sample, error) {
 			s, err := measure(ctx, w, seconds, pairs[name].instances, pairs[name].redis)
-			s.Scenario = scenario
-			return s, cmp.Or(err, s.refused())
+			return s, cmp.Or(err, s.plausible(0))
 		})
 		samples = append(samples, t.samples...)
 		if err != nil {

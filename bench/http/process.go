@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -29,7 +30,8 @@ type process struct {
 	name string
 	addr string
 	cmd  *exec.Cmd
-	done chan error // the outcome, once
+	stop context.CancelFunc // sends SIGTERM, and SIGKILL after stopLimit
+	done chan error         // the outcome, once
 }
 
 // start runs a server until endAll. Its data is in a folder of its own.
@@ -53,9 +55,7 @@ func (r *run) start(name, folder string, flags []string) (*process, error) {
 		if name == "before" {
 			binary = r.Before
 		}
-		cmd := pinned(context.Background(), serverCore, binary, args...)
-		cmd.Stderr = os.Stderr // the others log their counts there
-		return r.launch(name, addr, cmd)
+		return r.launch(name, addr, os.Stderr, binary, args...)
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -65,7 +65,7 @@ func (r *run) start(name, folder string, flags []string) (*process, error) {
 	if name == "plain" {
 		args = append(args, flags...)
 	}
-	return r.launch(name, addr, pinned(context.Background(), serverCore, self, args...))
+	return r.launch(name, addr, nil, self, args...)
 }
 
 // startRedis runs a Redis on the servers' core until endAll.
@@ -81,17 +81,22 @@ func (r *run) startRedis() (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	return r.launch("redis", addr, pinned(context.Background(), serverCore,
-		"redis-server", "--bind", host, "--port", port, "--save", "", "--dir", r.dir, "--logfile", "redis.log"))
+	return r.launch("redis", addr, nil, "redis-server", "--bind", host, "--port", port, "--save", "", "--dir", r.dir, "--logfile", "redis.log")
 }
 
-// launch starts a server, and returns when it takes connections.
-func (r *run) launch(name, addr string, cmd *exec.Cmd) (*process, error) {
-	p := &process{name: name, addr: addr, cmd: cmd, done: make(chan error, 1)}
-	if err := cmd.Start(); err != nil {
+// launch starts a server, and returns when it takes connections. stderr may be nil: a seed
+// logs its counts.
+func (r *run) launch(name, addr string, stderr io.Writer, program string, args ...string) (*process, error) {
+	ctx, stop := context.WithCancel(context.Background())
+	p := &process{name: name, addr: addr, cmd: pinned(ctx, serverCore, program, args...), stop: stop, done: make(chan error, 1)}
+	p.cmd.Stderr = stderr
+	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
+	p.cmd.WaitDelay = stopLimit
+	if err := p.cmd.Start(); err != nil {
+		stop()
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	go func() { p.done <- cmd.Wait() }()
+	go func() { p.done <- p.cmd.Wait() }()
 	if err := p.awaitConnections(); err != nil {
 		return nil, err
 	}
@@ -122,8 +127,7 @@ func (p *process) awaitConnections() error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			p.kill()
-			return fmt.Errorf("%s does not take connections", p.name)
+			return errors.Join(fmt.Errorf("%s does not take connections", p.name), p.end())
 		}
 	}
 }
@@ -159,30 +163,19 @@ func cpuTimes(of []*process) (sum time.Duration, err error) {
 
 // end stops the server and waits for it.
 func (p *process) end() error {
-	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+	p.stop()
+	err := <-p.done
+	exit, failed := errors.AsType[*exec.ExitError](err)
+	switch {
+	case failed && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL:
+		return fmt.Errorf("%s did not stop", p.name)
+	case failed && exit.Exited():
 		return fmt.Errorf("%s: %w", p.name, err)
 	}
-	select {
-	case err := <-p.done:
-		if exit, ok := errors.AsType[*exec.ExitError](err); ok && !exit.Exited() {
-			return nil // by the signal: only Verve has a stop of its own
-		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", p.name, err)
-		}
-		return nil
-	case <-time.After(stopLimit):
-		p.kill()
-		return fmt.Errorf("%s did not stop", p.name)
-	}
+	return nil // in order, or by the signal: only Verve has a stop of its own
 }
 
-func (p *process) kill() {
-	_ = p.cmd.Process.Kill() // has ended already if it fails
-	<-p.done
-}
-
-// freeAddr returns an address that nobody listens on.
+// freeAddr returns an address that no process listens on.
 func freeAddr() (string, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

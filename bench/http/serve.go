@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"log"
 	"net"
 	"net/http"
@@ -22,16 +21,23 @@ func (s *serve) run() error {
 		return err
 	}
 	switch s.Design {
-	case "bare":
-		return serveBare(ln)
-	case "seed":
-		return serveSeed(ln)
 	case "nethttp":
 		return serveNetHTTP(ln)
 	case "plain":
 		return servePlain(ln, s.Redis)
+	case "seed":
+		return serveSeed(ln)
 	}
-	return fmt.Errorf("unknown design %q", s.Design)
+	// What fasthttp and the kernel take.
+	return serveFast(ln, func(*fasthttp.RequestCtx) int { return http.StatusOK })
+}
+
+// bodyOf is the body that Verve has with a status.
+func bodyOf(status int) []byte {
+	if status == http.StatusOK {
+		return bodyOK
+	}
+	return bodyFailed
 }
 
 var (
@@ -39,10 +45,16 @@ var (
 	bodyFailed = []byte("failed")
 )
 
-// like returns a server with the settings that Verve's has.
-func like(handler fasthttp.RequestHandler) *fasthttp.Server {
-	return &fasthttp.Server{
-		Handler:                      handler,
+// serveFast serves with the settings that Verve's fasthttp has. judge returns the status of
+// an answer.
+func serveFast(ln net.Listener, judge func(*fasthttp.RequestCtx) int) error {
+	server := fasthttp.Server{
+		Handler: func(ctx *fasthttp.RequestCtx) {
+			status := judge(ctx)
+			ctx.Response.Header.SetContentType("text/plain")
+			ctx.SetStatusCode(status)
+			ctx.SetBody(bodyOf(status))
+		},
 		Concurrency:                  1 << 16,
 		ReadBufferSize:               8 << 10,
 		MaxRequestBodySize:           64 << 10,
@@ -51,14 +63,7 @@ func like(handler fasthttp.RequestHandler) *fasthttp.Server {
 		DisablePreParseMultipartForm: true,
 		CloseOnShutdown:              true,
 	}
-}
-
-// serveBare answers `ok` to everything: what fasthttp and the kernel take.
-func serveBare(ln net.Listener) error {
-	return like(func(ctx *fasthttp.RequestCtx) {
-		ctx.Response.Header.SetContentType("text/plain")
-		ctx.SetBody(bodyOK)
-	}).Serve(ln)
+	return server.Serve(ln)
 }
 
 // servePlain keeps a key per id in a Redis that instances share, as it is usually done: SET
@@ -68,58 +73,54 @@ func servePlain(ln net.Listener, redis string) error {
 	if err != nil {
 		return err
 	}
-	return like(func(ctx *fasthttp.RequestCtx) {
-		ctx.Response.Header.SetContentType("text/plain")
+	return serveFast(ln, func(ctx *fasthttp.RequestCtx) int {
 		minute := time.Now().Unix() / 60
 		key := strconv.FormatInt(minute, 10) + ":" + string(ctx.QueryArgs().Peek("id"))
 		err := client.Do(context.Background(), client.B().Set().Key(key).Value("1").Nx().ExSeconds(120).Build()).Error()
 		switch {
 		case err == nil:
-			ctx.SetBody(bodyOK)
+			return http.StatusOK
 		case rueidis.IsRedisNil(err):
-			ctx.SetStatusCode(fasthttp.StatusConflict)
-			ctx.SetBody(bodyFailed)
-		default:
-			ctx.SetStatusCode(fasthttp.StatusServiceUnavailable)
-			ctx.SetBody(bodyFailed)
+			return http.StatusConflict
 		}
-	}).Serve(ln)
+		return http.StatusServiceUnavailable
+	})
 }
 
-// newSeed is the seed design with its ticker.
-func newSeed() *bench.Seed {
-	seed := bench.NewSeed()
+// seed is the seed design with its ticker.
+type seed struct{ *bench.Seed }
+
+func newSeed() seed {
+	s := seed{bench.NewSeed()}
 	go func() {
 		for range time.Tick(time.Minute) {
-			log.Printf("unique: %d", seed.RPM())
-			seed.Turn()
+			log.Printf("unique: %d", s.RPM())
+			s.Turn()
 		}
 	}()
-	return seed
+	return s
+}
+
+// judge returns the status of the answer to a request for an id.
+func (s seed) judge(id []byte) int {
+	switch {
+	case len(id) == 0:
+		return http.StatusBadRequest
+	case !s.Add(id, 0):
+		return http.StatusConflict
+	}
+	return http.StatusOK
 }
 
 // serveSeed is the seed design on fasthttp.
 func serveSeed(ln net.Listener) error {
 	seed := newSeed()
-	return like(func(ctx *fasthttp.RequestCtx) {
-		ctx.Response.Header.SetContentType("text/plain")
+	return serveFast(ln, func(ctx *fasthttp.RequestCtx) int {
 		if string(ctx.Path()) != "/api/verve/accept" {
-			ctx.SetStatusCode(fasthttp.StatusNotFound)
-			return
+			return http.StatusNotFound
 		}
-		id := ctx.QueryArgs().Peek("id")
-		if len(id) == 0 {
-			ctx.SetStatusCode(fasthttp.StatusBadRequest)
-			ctx.SetBody(bodyFailed)
-			return
-		}
-		if !seed.Add(id, 0) {
-			ctx.SetStatusCode(fasthttp.StatusConflict)
-			ctx.SetBody(bodyFailed)
-			return
-		}
-		ctx.SetBody(bodyOK)
-	}).Serve(ln)
+		return seed.judge(ctx.QueryArgs().Peek("id"))
+	})
 }
 
 // serveNetHTTP is the seed design on net/http.
@@ -127,19 +128,10 @@ func serveNetHTTP(ln net.Listener) error {
 	seed := newSeed()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /api/verve/accept", func(w http.ResponseWriter, r *http.Request) {
+		status := seed.judge([]byte(r.URL.Query().Get("id")))
 		w.Header().Set("Content-Type", "text/plain")
-		id := r.URL.Query().Get("id")
-		if id == "" {
-			w.WriteHeader(http.StatusBadRequest)
-			_, _ = w.Write(bodyFailed) // a failed write is the client's loss
-			return
-		}
-		if !seed.Add([]byte(id), 0) {
-			w.WriteHeader(http.StatusConflict)
-			_, _ = w.Write(bodyFailed)
-			return
-		}
-		_, _ = w.Write(bodyOK)
+		w.WriteHeader(status)
+		_, _ = w.Write(bodyOf(status)) // a failed write is the client's loss
 	})
 	return http.Serve(ln, mux)
 }

@@ -21,7 +21,7 @@ type table struct {
 // rounds drives each column once in a round, each time in another order: being driven
 // after a certain other is no advantage. Round 0 warms up: tables grow to their sizes, and
 // requests may fail that wait for it.
-func (r *run) rounds(ctx context.Context, out io.Writer, title string, columns []string, warmUp int, drive func(column string, seconds int) (sample, error)) (*table, error) {
+func (r *run) rounds(ctx context.Context, out io.Writer, scenario, title string, columns []string, warmUp int, drive func(column string, seconds int) (sample, error)) (*table, error) {
 	fmt.Fprintln(out, title)
 	t := &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), columns: columns}
 	t.row("round", func(name string) string { return name })
@@ -36,7 +36,7 @@ func (r *run) rounds(ctx context.Context, out io.Writer, title string, columns [
 			if err = cmp.Or(ctx.Err(), err); err != nil {
 				return t, fmt.Errorf("%s: %w", name, err)
 			}
-			s.Server, s.Round = name, round
+			s.Scenario, s.Server, s.Round = scenario, name, round
 			t.samples = append(t.samples, s)
 		}
 		if round > 0 {
@@ -57,7 +57,7 @@ func (t *table) row(head string, cell func(column string) string) {
 }
 
 // end prints what is left of the table.
-func (t *table) end() { _ = t.Flush() } // standard output: nobody is left to tell
+func (t *table) end() { _ = t.Flush() } // standard output: there is no other place for its error
 
 func cpu(s sample) float64    { return s.CPU }
 func perSec(s sample) float64 { return s.PerSec }

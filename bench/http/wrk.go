@@ -23,7 +23,7 @@ var (
 	wrkFailed   = regexp.MustCompile(`Non-2xx or 3xx responses: (\d+)`)
 	wrkErrors   = regexp.MustCompile(`Socket errors: .*`)
 	wrkPerSec   = regexp.MustCompile(`Requests/sec:\s+([\d.]+)`)
-	wrkP99      = regexp.MustCompile(`\s99%\s+([\d.]+)(us|ms|s)`)
+	wrkP99      = regexp.MustCompile(`\s99%\s+(\S+)`)
 )
 
 // runs numbers the runs of wrk, so that ids are new over all of them.
@@ -55,14 +55,13 @@ func (w wrk) drive(ctx context.Context, addr string, seconds int) (s sample, err
 		return f
 	}
 	s.Requests, s.Failed = uint64(number(wrkRequests)), uint64(number(wrkFailed))
-	s.PerSec, s.P99 = number(wrkPerSec), number(wrkP99)
+	s.PerSec = number(wrkPerSec)
 	if m := wrkP99.FindSubmatch(out); m != nil {
-		switch string(m[2]) {
-		case "us":
-			s.P99 /= 1000
-		case "s":
-			s.P99 *= 1000
+		p99, err := time.ParseDuration(string(m[1]))
+		if err != nil {
+			return s, fmt.Errorf("wrk: %w", err)
 		}
+		s.P99 = float64(p99) / float64(time.Millisecond)
 	}
 	if s.Requests == 0 {
 		return s, errors.New("wrk: no request was answered")

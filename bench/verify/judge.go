@@ -67,19 +67,15 @@ type windowVerdict struct {
 	Difference int64  `json:"difference"` // sum less `ok` answers
 	Inexact    bool   `json:"inexact,omitempty"`
 	Bad        string `json:"bad,omitempty"`
-}
 
-// judging is which windows a judge judges, and lists.
-type judging struct {
-	skipFirst bool // the first window is not judged
-	verbose   bool // all windows are listed
+	truth *windowTruth
 }
 
 // judge compares windows, as finish gave them, with every record that could be
-// read. Records of windows before the first answer are other people's; with
-// skipFirst so is the first window. From there on nobody else may have called
-// the server.
-func judge(t *truth, windows []*windowTruth, records published, how judging) verdict {
+// read. Records of windows before the first answer belong to other callers; with
+// --skip-first the first window does, too. From there on there may have been no other
+// caller.
+func judge(t *truth, windows []*windowTruth, records published, f *flags) verdict {
 	v := verdict{Again: records.again, Answers: t.answers, Refused: t.refused, Doubted: t.doubted, Lost: t.lost, Replayed: t.replays, Aside: t.aside, OnlyFailed: t.failed}
 	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines), Kinds: maps.Clone(t.faults.Kinds)}
 	for _, w := range windows {
@@ -91,23 +87,21 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 		return v
 	}
 	first := windows[0].start
-	if how.skipFirst {
+	if f.SkipFirst {
 		first++
 	}
 	rows := tabulate(t, windows, records.windows, first)
 	for _, rec := range records.windows {
 		v.newest = max(v.newest, rec.WindowStart.UnixMilli())
 	}
-	for _, w := range windows {
-		if r := rows[w.start]; r != nil && w.orphans > 0 && !r.Inexact {
-			v.Faults.add("false duplicate", "%d ids were answered failed and never ok in %s, whose record has exact:true", w.orphans, r.Start)
-		}
-		if r := rows[w.start]; r != nil && t.lenient && w.twice > 0 && !r.Inexact {
-			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record has exact:true", w.twice, r.Start)
-		}
-	}
 	for _, start := range slices.Sorted(maps.Keys(rows)) {
 		r := rows[start]
+		if r.truth.orphans > 0 && !r.Inexact {
+			v.Faults.add("false duplicate", "%d ids were answered failed and never ok in %s, whose record has exact:true", r.truth.orphans, r.Start)
+		}
+		if t.lenient && r.truth.twice > 0 && !r.Inexact {
+			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record has exact:true", r.truth.twice, r.Start)
+		}
 		switch {
 		case r.check(t.lenient):
 			v.Recovered += r.Sum - r.Accepted
@@ -116,7 +110,7 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 		default:
 			v.Inexact++
 		}
-		if how.verbose || r.Bad != "" {
+		if f.Verbose || r.Bad != "" {
 			v.Table = append(v.Table, *r)
 		}
 	}
@@ -132,7 +126,7 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 		}
 	}
 	if t.keys != nil {
-		v.judgeKeys(t, windows, rows, records)
+		v.judgeKeys(t, rows, records)
 	}
 	v.Good = v.BadWindows == 0 && v.Faults.Count == 0
 	return v
@@ -141,12 +135,17 @@ func judge(t *truth, windows []*windowTruth, records published, how judging) ver
 // tabulate joins answers and records, for each window from first on.
 func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first int64) map[int64]*windowVerdict {
 	rows := make(map[int64]*windowVerdict)
+	add := func(w *windowTruth) *windowVerdict {
+		r := &windowVerdict{
+			Start: label(w.start), Accepted: w.accepted, Repeated: w.repeated, Doubtful: w.maybe,
+			Least: w.accepted + w.sure, Most: w.accepted + w.maybe, truth: w,
+		}
+		rows[w.start] = r
+		return r
+	}
 	for _, w := range windows {
 		if w.start >= first {
-			rows[w.start] = &windowVerdict{
-				Start: label(w.start), Accepted: w.accepted, Repeated: w.repeated, Doubtful: w.maybe,
-				Least: w.accepted + w.sure, Most: w.accepted + w.maybe,
-			}
+			add(w)
 		}
 	}
 	for _, rec := range records {
@@ -156,9 +155,7 @@ func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first i
 		}
 		r := rows[start]
 		if r == nil {
-			doubtful := t.unanswered(start).maybe
-			r = &windowVerdict{Start: label(start), Doubtful: doubtful, Most: doubtful}
-			rows[start] = r
+			r = add(t.unanswered(start))
 		}
 		r.Records++
 		r.Sum += rec.Unique
@@ -168,7 +165,7 @@ func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first i
 }
 
 // check reports whether the window adds up. If it does not, Bad is the reason, unless
-// its record says that it is not exact and that is allowed.
+// its record has exact:false and that is allowed.
 func (r *windowVerdict) check(allowInexact bool) bool {
 	r.Difference = int64(r.Sum - r.Accepted)
 	switch {

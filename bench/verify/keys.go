@@ -69,11 +69,7 @@ func (k *keys) draw(n uint64) int {
 
 // judgeKeys compares, for each window, what is published by key with the answers.
 // without is what is left of the window's sum: the ids without a key.
-func (v *verdict) judgeKeys(t *truth, windows []*windowTruth, rows map[int64]*windowVerdict, records published) {
-	truths := make(map[int64]*windowTruth, len(windows))
-	for _, w := range windows {
-		truths[w.start] = w
-	}
+func (v *verdict) judgeKeys(t *truth, rows map[int64]*windowVerdict, records published) {
 	sums := make(map[int64]map[int]uint64)
 	seen := make(map[string]bool, len(records.keys))
 	parts := make(map[string]uint64) // how many keys a record has
@@ -100,39 +96,35 @@ func (v *verdict) judgeKeys(t *truth, windows []*windowTruth, rows map[int64]*wi
 		}
 	}
 	for start, row := range rows {
-		if row.Records == 0 || row.Inexact && t.lenient {
-			continue
+		if row.Records > 0 && !(row.Inexact && t.lenient) {
+			v.judgeWindowKeys(t.keys, row, sums[start])
 		}
-		w := truths[start]
-		if w == nil {
-			w = t.unanswered(start)
-		}
-		v.judgeWindowKeys(t.keys, w, row, sums[start])
 	}
 }
 
-func (v *verdict) judgeWindowKeys(k *keys, w *windowTruth, row *windowVerdict, sums map[int]uint64) {
-	without := row.Sum
+func (v *verdict) judgeWindowKeys(k *keys, row *windowVerdict, sums map[int]uint64) {
+	differs := func(format string, args ...any) {
+		v.KeyDifferences++
+		v.Faults.add("key", row.Start+format, args...)
+	}
+	answered := row.truth.keys
+	without := row.Sum // below zero it is far above the most
 	for key, sum := range sums {
-		if without -= sum; key > 0 && w.keys[key] == nil {
-			v.KeyDifferences++
-			v.Faults.add("key", "%s, key %q: %d in the records, and no ok answers", row.Start, k.names[key], sum)
+		if without -= sum; key > 0 && answered[key] == nil {
+			differs(", key %q: %d in the records, and no ok answers", k.names[key], sum)
 		}
 	}
-	// Below zero it is far above the most.
-	for key, n := range w.keys {
+	for key, n := range answered {
 		sum, name := sums[key], k.names[key]
 		if key == 0 {
 			sum, name = without, "none"
 		}
 		v.KeyCounts++
 		if sum < n.accepted+n.sure || sum > n.accepted+n.maybe {
-			v.KeyDifferences++
-			v.Faults.add("key", "%s, key %q: %d in the records, %d ok answers, %d to %d of those in doubt", row.Start, name, sum, n.accepted, n.sure, n.maybe)
+			differs(", key %q: %d in the records, %d ok answers, %d to %d of those in doubt", name, sum, n.accepted, n.sure, n.maybe)
 		}
 	}
-	if w.keys[0] == nil && without != 0 {
-		v.KeyDifferences++
-		v.Faults.add("key", "%s: %d ids without a key in the records, and no ok answers", row.Start, int64(without))
+	if answered[0] == nil && without != 0 {
+		differs(": %d ids without a key in the records, and no ok answers", int64(without))
 	}
 }

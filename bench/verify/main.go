@@ -1,10 +1,10 @@
-// Verify drives a running verve over HTTP and says, window by window, whether
+// Verify drives a running verve over HTTP and checks, window by window, whether
 // its records add up to its answers.
 //
 //	verve --window=1s --window-header
 //	go run ./bench/verify --duration=60s
 //
-// Its truth is what the server told its callers: each answer names the window
+// It takes the answers of the server for the truth: each names the window
 // in which its id was judged (--window-header), so the sum of the records of a
 // window must be the number of ids answered `ok` in it, no more and no less.
 // Only requests that were never answered, because a connection broke, leave
@@ -244,7 +244,7 @@ func runAll(ctx context.Context, spawners []*spawner) error {
 	return first
 }
 
-// endAll stops all servers at once, as whoever stops a group does.
+// endAll stops all servers at once, as a stop of the whole group does.
 func endAll(spawners []*spawner) {
 	var ending sync.WaitGroup
 	for _, s := range spawners {
@@ -255,20 +255,14 @@ func endAll(spawners []*spawner) {
 
 func newSpawner(f *flags, i int, d *driver, output io.Writer) (*spawner, error) {
 	s := &spawner{
-		command:   f.Spawn[i],
-		signal:    syscall.SIGTERM,
-		kills:     f.Kills,
-		least:     f.MinAnswers,
-		stopLimit: f.StopLimit,
-		output:    output,
-		rng:       rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
-		truth:     d.truth,
+		flags:   f,
+		command: f.Spawn[i],
+		output:  output,
+		rng:     rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
+		truth:   d.truth,
 	}
 	if len(d.targets) == len(f.Spawn) {
 		s.addr, s.target = d.targets[i].addr, i
-	}
-	if f.Signal == "KILL" {
-		s.signal = syscall.SIGKILL
 	}
 	if f.KillEvery != "" {
 		var err error
@@ -294,7 +288,7 @@ func (d *driver) await(ctx context.Context, f *flags, read source, windows []*wi
 	for {
 		gone := over() // before the reading: what it wrote last is then read
 		records, invalid, err := read(ctx)
-		v := judge(d.truth, windows, records, judging{f.SkipFirst, f.Verbose})
+		v := judge(d.truth, windows, records, f)
 		for _, line := range invalid {
 			v.fault("invalid record", "%s", line)
 		}
@@ -317,7 +311,7 @@ func (d *driver) await(ctx context.Context, f *flags, read source, windows []*wi
 // above what reading a topic from its start costs.
 const rereadEvery = 250 * time.Millisecond
 
-// gone says whether no target takes connections any more.
+// gone reports that no target takes connections any more.
 func (d *driver) gone() bool {
 	return !slices.ContainsFunc(d.targets, func(t target) bool { return listens(t.addr, d.load.Timeout) })
 }

@@ -31,12 +31,12 @@ type source func(ctx context.Context) (records published, invalid []string, err 
 const defaultCountsFile = "verve-data/counts.jsonl"
 
 func newSource(f *flags) source {
-	files := f.CountsFile
-	if len(files) == 0 && len(f.KafkaBrokers) == 0 {
-		files = []string{defaultCountsFile}
-	}
 	if len(f.KafkaBrokers) > 0 {
 		return f.readKafka
+	}
+	files := f.CountsFile
+	if len(files) == 0 {
+		files = []string{defaultCountsFile}
 	}
 	return func(ctx context.Context) (p published, invalid []string, err error) {
 		var missing error
@@ -45,18 +45,18 @@ func newSource(f *flags) source {
 			if err == nil && f.Keys > 0 {
 				err = collect(&p.keys, path, stream.ReadKeysFile(ctx, path, false), &invalid)
 			}
-			if err != nil && len(files) > 1 && errors.Is(err, fs.ErrNotExist) {
+			if errors.Is(err, fs.ErrNotExist) {
 				missing, err = err, nil // an instance that has published nothing yet
 			}
 			if err != nil {
-				break
+				return p, invalid, err
 			}
-		}
-		if err == nil && len(p.windows) == 0 {
-			err = missing
 		}
 		if len(files) > 1 {
 			p.dedupe()
+		}
+		if len(p.windows) == 0 {
+			err = missing
 		}
 		return p, invalid, err
 	}

@@ -116,7 +116,7 @@ func TestAttemptIsCountedOnce(t *testing.T) {
 		for i, sum := range test.sums {
 			records.windows = append(records.windows, stream.Record{WindowStart: time.UnixMilli(window + int64(i)*span), Unique: sum, Seq: uint64(i + 1)})
 		}
-		if v := judge(truth, truth.finish(), records, judging{}); v.Good != test.good {
+		if v := judge(truth, truth.finish(), records, &flags{}); v.Good != test.good {
 			t.Errorf("%s: got good=%t, %+v, %+v", name, v.Good, v.Table, v.Faults)
 		}
 	}

@@ -14,17 +14,14 @@ import (
 // spawner runs the server under test itself, ends it at random moments, and
 // starts it again at once.
 type spawner struct {
-	command   string // for the shell, which gives its place to it
-	addr      string // where it alone answers; empty: unknown
-	target    int    // of the run, with addr
-	signal    syscall.Signal
-	min, max  time.Duration // life of a server; max 0: it is left alone
-	kills     int           // at most so many; 0: no bound
-	least     uint64        // answers of the run, until which the last life goes on
-	stopLimit time.Duration // for an exit after SIGTERM
-	output    io.Writer
-	rng       *rand.Rand
-	truth     *truth
+	*flags
+	command  string        // for the shell, which gives its place to it
+	addr     string        // where it alone answers; empty: unknown
+	target   int           // of the run, with addr
+	min, max time.Duration // life of a server; max 0: it is left alone
+	output   io.Writer
+	rng      *rand.Rand
+	truth    *truth
 
 	killed int      // how often so far
 	server *process // the running one, or the last
@@ -55,22 +52,22 @@ func (s *spawner) run(ctx context.Context) error {
 		if s.server, err = startProcess(s.command, s.output); err != nil {
 			return err
 		}
-		last := s.kills > 0 && s.killed == s.kills
+		last := s.Kills > 0 && s.killed == s.Kills
 		// With SIGTERM a life counts from the first answer, since a process
 		// that has not set its handlers yet dies of the signal. SIGKILL may
 		// fall into the start as well: that is the point of it. On a busy machine
 		// it would always fall there, so every second life counts from its answers.
-		if s.signal != syscall.SIGKILL || s.killed%2 == 1 || last {
+		if s.Signal != "KILL" || s.killed%2 == 1 || last {
 			s.awaitAnswer(ctx)
 		}
 		if last {
-			s.await(ctx, func() bool { return s.truth.progress() >= s.least })
+			s.await(ctx, func() bool { return s.truth.progress() >= s.MinAnswers })
 		}
 		if !s.live(ctx) || ctx.Err() != nil || last {
 			return nil
 		}
 		s.killed++
-		if s.signal == syscall.SIGKILL {
+		if s.Signal == "KILL" {
 			s.server.kill()
 		} else if !s.end() {
 			return nil
@@ -154,7 +151,7 @@ func (s *spawner) await(ctx context.Context, done func() bool) {
 	}
 }
 
-// live lets the server live for a drawn time, or until ctx ends. It says false
+// live lets the server live for a drawn time, or until ctx ends. It returns false
 // if the server ended by itself.
 func (s *spawner) live(ctx context.Context) bool {
 	var up <-chan time.Time
@@ -165,13 +162,13 @@ func (s *spawner) live(ctx context.Context) bool {
 	case <-ctx.Done():
 	case <-up:
 	case <-s.server.exited:
-		s.truth.fault("server exit", "the server ended by itself: %s", outcome(s.server.err))
+		s.truth.fault("server exit", "the server ended by itself: %s", s.server.cmd.ProcessState)
 		return false
 	}
 	return true
 }
 
-// end stops the server with SIGTERM and says whether it ended in time with 0.
+// end stops the server with SIGTERM and reports whether it ended in time with 0.
 // Without a running server it does nothing.
 func (s *spawner) end() bool {
 	server := s.server
@@ -183,16 +180,9 @@ func (s *spawner) end() bool {
 		return true
 	default:
 	}
-	if err := server.stop(s.stopLimit); err != nil {
+	if err := server.stop(s.StopLimit); err != nil {
 		s.truth.fault("server exit", "%v", err)
 		return false
 	}
 	return true
-}
-
-func outcome(err error) string {
-	if err == nil {
-		return "exit status 0"
-	}
-	return err.Error()
 }

@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -24,21 +23,21 @@ func TestServerExitsAreJudged(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name, command string
-		signal        syscall.Signal
+		signal        string
 		kills, killed int
 		stopLimit     time.Duration
 		want          string // a part of the only fault
 	}{
-		{"killed as often as asked", "sh -c 'echo answer; exec sleep 600'", syscall.SIGKILL, 3, 3, time.Minute, "after SIGTERM with signal: terminated"}, // sleep has no handler
-		{"ends by itself", "sh -c 'exit 3'", syscall.SIGTERM, 3, 0, time.Minute, "by itself: exit status 3"},
-		{"ends by itself with 0", "true", syscall.SIGTERM, 3, 0, time.Minute, "by itself: exit status 0"},
-		{"deaf to SIGTERM", `sh -c 'trap "" TERM; while :; do echo answer; sleep 0.01; done'`, syscall.SIGTERM, 1, 1, 200 * time.Millisecond, "did not end within"},
+		{"killed as often as asked", "sh -c 'echo answer; exec sleep 600'", "KILL", 3, 3, time.Minute, "after SIGTERM with signal: terminated"}, // sleep has no handler
+		{"ends by itself", "sh -c 'exit 3'", "TERM", 3, 0, time.Minute, "by itself: exit status 3"},
+		{"ends by itself with 0", "true", "TERM", 3, 0, time.Minute, "by itself: exit status 0"},
+		{"deaf to SIGTERM", `sh -c 'trap "" TERM; while :; do echo answer; sleep 0.01; done'`, "TERM", 1, 1, 200 * time.Millisecond, "did not end within"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			truth := newTruth(1, time.Minute, false)
 			s := &spawner{
-				command: test.command, signal: test.signal, kills: test.kills,
-				min: 50 * time.Millisecond, max: 100 * time.Millisecond, stopLimit: test.stopLimit,
+				flags:   &flags{Signal: test.signal, Kills: test.kills, StopLimit: test.stopLimit},
+				command: test.command, min: 50 * time.Millisecond, max: 100 * time.Millisecond,
 				output: answers{truth}, rng: rand.New(rand.NewPCG(1, 2)), truth: truth,
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

@@ -40,7 +40,7 @@ var levels = []struct {
 	{"ids", "verve_dedup_bytes", 1 << 20},
 	{"goroutines", "go_goroutines", 16},
 	{"descriptors", "process_open_fds", 8},
-	{"disk", "", 9 << 20},
+	{"disk", "", 9 << 20}, // of sizeOf
 }
 
 // run samples until ctx ends, or for about so long.
@@ -73,35 +73,28 @@ func (s *steady) sample(ctx context.Context) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s: %s", req.URL, resp.Status)
 	}
-	found := 0
+	values := map[string]float64{} // by metric
 	lines := bufio.NewScanner(resp.Body)
 	for lines.Scan() {
 		metric, value, _ := strings.Cut(lines.Text(), " ")
-		for _, l := range levels {
-			if l.metric == metric && metric != "" {
-				n, err := strconv.ParseFloat(value, 64)
-				if err != nil {
-					return fmt.Errorf("%s: %w", metric, err)
-				}
-				s.samples[l.name] = append(s.samples[l.name], n)
-				found++
-			}
+		if n, err := strconv.ParseFloat(value, 64); err == nil {
+			values[metric] = n
 		}
 	}
-	if err := lines.Err(); err != nil {
+	if err = lines.Err(); err == nil && s.dir != "" {
+		values[""], err = sizeOf(s.dir)
+	}
+	if err != nil {
 		return err
 	}
-	if found != len(levels)-1 {
-		return fmt.Errorf("%s has %d of the %d metrics", req.URL, found, len(levels)-1)
+	for _, l := range levels {
+		if n, ok := values[l.metric]; ok {
+			s.samples[l.name] = append(s.samples[l.name], n)
+		} else if l.metric != "" {
+			return fmt.Errorf("%s has no %s", req.URL, l.metric)
+		}
 	}
-	if s.dir == "" {
-		return nil
-	}
-	size, err := sizeOf(s.dir)
-	if err == nil {
-		s.samples["disk"] = append(s.samples["disk"], size)
-	}
-	return err
+	return nil
 }
 
 // sizeOf sums the files in dir but the records themselves, which only grow.

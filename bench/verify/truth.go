@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// truth is what the answers of a run say the records must say. Connections
-// report their answers in batches; the judge takes the windows at the end.
+// truth is what the records must contain, according to the answers of a run.
+// Connections report their answers in batches; the judge takes the windows at the end.
 //
 // Three promises are checked on the way, per window and per id:
 //   - an id is answered `ok` at most once;
@@ -24,7 +24,6 @@ import (
 type truth struct {
 	mu      sync.Mutex
 	windows map[int64]*windowTruth // by start, Unix milliseconds
-	last    *windowTruth           // the window of the last answer, to skip the map
 	newest  []int64                // per target, the latest window answered
 	doubts  []doubt                // all of the run, in the order in which they came
 	expired int                    // the first ones, which cover only settled windows
@@ -74,7 +73,7 @@ func newTruth(targets int, grace time.Duration, strict bool) *truth {
 	}
 }
 
-// windowTruth is one window as the answers tell it.
+// windowTruth is one window, according to the answers.
 type windowTruth struct {
 	start    int64
 	accepted uint64
@@ -115,7 +114,7 @@ func (w *windowTruth) of(key int) *tally {
 type doubt struct {
 	id         uint64
 	from, till int64
-	over       bool // the answer to a retry has told
+	over       bool // settled by the answer to a retry
 }
 
 // attempt is one with a token, of which requests were lost.
@@ -177,10 +176,7 @@ func (t *truth) judged(target int, sent time.Time, a answer) {
 	if at := t.attempts[a.token]; at != nil {
 		t.answered(at, a)
 	}
-	w := t.last
-	if w == nil || w.start != a.window {
-		w = t.window(a.window)
-	}
+	w := t.window(a.window)
 	if w.settled {
 		t.faults.add("late answer", "id #%d was judged in %s, long after that window ended", a.id, label(a.window))
 		return
@@ -218,8 +214,8 @@ func (t *truth) judged(target int, sent time.Time, a answer) {
 func (t *truth) window(start int64) *windowTruth {
 	w := t.windows[start]
 	if w == nil {
-		w = &windowTruth{start: start}
-		// A window can be first heard of after its time was settled.
+		w = &windowTruth{start: start, ok: bitmap{}}
+		// The first answer of a window can come after its time was settled.
 		w.settled = start < t.settled
 		if t.span > 0 && start%t.span != 0 {
 			t.faults.add("protocol", "the window %s does not begin at a multiple of %dms: --window", label(start), t.span)
@@ -227,7 +223,6 @@ func (t *truth) window(start int64) *windowTruth {
 		t.windows[start] = w
 		t.ahead = max(t.ahead, start-t.clock(time.Now()))
 	}
-	t.last = w
 	return w
 }
 
@@ -374,7 +369,7 @@ func (t *truth) settleOld() {
 			break
 		}
 		if w := t.windows[start]; !w.settled {
-			t.settle(w)
+			t.settle(w, t.doubts[t.expired:])
 			t.settled = starts[i+1]
 		}
 	}
@@ -392,7 +387,7 @@ func (t *truth) finish() []*windowTruth {
 	for _, start := range t.starts() {
 		w := t.windows[start]
 		if !w.settled {
-			t.settle(w)
+			t.settle(w, t.doubts[t.expired:])
 		}
 		all = append(all, w)
 	}
@@ -417,9 +412,9 @@ func (t *truth) starts() []int64 { return slices.Sorted(maps.Keys(t.windows)) }
 
 // settle draws the conclusions of a window: what the requests in doubt can
 // have added to it, and which `failed` answers nothing explains.
-func (t *truth) settle(w *windowTruth) {
-	var doubtful bitmap
-	for _, d := range t.doubts[t.expired:] {
+func (t *truth) settle(w *windowTruth, doubts []doubt) {
+	doubtful := bitmap{}
+	for _, d := range doubts {
 		if !d.covers(w.start) || doubtful.set(d.id) || w.ok.has(d.id) {
 			continue
 		}
@@ -453,24 +448,14 @@ func (t *truth) settle(w *windowTruth) {
 	if t.strict {
 		w.sure, w.maybe = 0, 0
 	}
-	w.ok, w.early, w.settled = bitmap{}, nil, true
+	w.ok, w.early, w.settled = nil, nil, true
 }
 
 // unanswered is a window that was never named in an answer: ids in doubt may have
 // counted there. Called after finish.
 func (t *truth) unanswered(start int64) *windowTruth {
 	w := &windowTruth{start: start}
-	if t.strict {
-		return w
-	}
-	var doubtful bitmap
-	for _, d := range t.doubts {
-		if d.covers(start) && !doubtful.set(d.id) {
-			if w.maybe++; t.keys != nil {
-				w.of(t.keys.key(d.id)).maybe++
-			}
-		}
-	}
+	t.settle(w, t.doubts)
 	return w
 }
 
@@ -502,11 +487,7 @@ func (f *faults) add(what, format string, args ...any) {
 // bitmap is a set of id numbers: pages of bits, because the ids of a window
 // are a dense stretch of the number line plus a few repeats from before it.
 // Not safe for concurrent use.
-type bitmap struct {
-	pages    map[uint64]*bitPage
-	lastPage *bitPage
-	lastKey  uint64
-}
+type bitmap map[uint64]*bitPage
 
 // A page spans 2^15 ids in 4 KiB: at 100,000 ids a second a window of 50 ms
 // fills a sixth of one, a window of a minute 183 of them.
@@ -514,20 +495,12 @@ const pageBits = 15
 
 type bitPage [1 << pageBits / 64]uint64
 
-// set adds an id and says whether it was there.
-func (b *bitmap) set(id uint64) bool {
-	key := id >> pageBits
-	page := b.lastPage
-	if page == nil || b.lastKey != key {
-		page = b.pages[key]
-		if page == nil {
-			if b.pages == nil {
-				b.pages = make(map[uint64]*bitPage)
-			}
-			page = new(bitPage)
-			b.pages[key] = page
-		}
-		b.lastPage, b.lastKey = page, key
+// set adds an id and reports whether it was there.
+func (b bitmap) set(id uint64) bool {
+	page := b[id>>pageBits]
+	if page == nil {
+		page = new(bitPage)
+		b[id>>pageBits] = page
 	}
 	word, bit := &page[id%(1<<pageBits)/64], uint64(1)<<(id%64)
 	was := *word&bit != 0
@@ -535,7 +508,7 @@ func (b *bitmap) set(id uint64) bool {
 	return was
 }
 
-func (b *bitmap) has(id uint64) bool {
-	page := b.pages[id>>pageBits]
+func (b bitmap) has(id uint64) bool {
+	page := b[id>>pageBits]
 	return page != nil && page[id%(1<<pageBits)/64]&(1<<(id%64)) != 0
 }

@@ -293,7 +293,7 @@ func (s *fakeServer) drive(t *testing.T, args ...func(*flags)) verdict {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.turn()
-	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, judging{skipFirst: f.SkipFirst, verbose: f.Verbose})
+	return judge(d.truth, windows, published{windows: s.records, keys: s.keys}, &f)
 }
 
 // once gives one step to the n-th request and lets the server behave otherwise.
@@ -397,7 +397,7 @@ func TestRecordsAreVisibleOnceAndWithoutGaps(t *testing.T) {
 		"two of a group":      {[]stream.Record{group(0, 1), group(0, 0)}, "visible twice"},
 		"older ones, ignored": {[]stream.Record{instance(-9, 7, 1), instance(0, 1, 4)}, ""},
 	} {
-		v := judge(truth, truth.finish(), published{windows: test.records}, judging{})
+		v := judge(truth, truth.finish(), published{windows: test.records}, &flags{})
 		if test.fault == "" && !v.Good || test.fault != "" && (v.Good || v.Faults.Kinds[test.fault] != 1) {
 			t.Errorf("%s: got good=%t, %+v, %+v; want fault %q", name, v.Good, v.Table, v.Faults, test.fault)
 		}
@@ -460,7 +460,7 @@ func TestRetryTellsWhatBecameOfTheRequest(t *testing.T) {
 	truth.record(0, time.Now(), []answer{{id: 2, window: window, kind: answerRepeat}, {id: 3, window: window, kind: answerOK}})
 	windows := truth.finish()
 	for sum, good := range map[uint64]bool{1: false, 2: false, 3: true, 4: true, 5: false} {
-		v := judge(truth, windows, published{windows: []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}}, judging{})
+		v := judge(truth, windows, published{windows: []stream.Record{{WindowStart: time.UnixMilli(window), Unique: sum, Seq: 1}}}, &flags{})
 		if v.Good != good {
 			t.Errorf("sum %d: got good=%t, %+v; want %t", sum, v.Good, v.Table, good)
 		}
@@ -594,7 +594,33 @@ func TestSecondRecordsOfAGroup(t *testing.T) {
 			truth.record(0, time.Now(), []answer{{id: 1, window: 1000}, {id: 2, window: 1000}, {id: 3, window: 1000}})
 			p := published{windows: tt.records}
 			p.dedupe()
-			if v := judge(truth, truth.finish(), p, judging{}); v.Good != tt.good {
+			if v := judge(truth, truth.finish(), p, &flags{}); v.Good != tt.good {
+				t.Errorf("good is %t: %+v", v.Good, v)
+			}
+		})
+	}
+}
+
+// TestARefusedIDThatIsOnlyAnsweredFailed: its instance may have been killed before it took the id
+// back; then the record is not exact. An id that was never refused is a fault in any case.
+func TestARefusedIDThatIsOnlyAnsweredFailed(t *testing.T) {
+	for name, tt := range map[string]struct{ refused, exact, good bool }{
+		"refused, inexact": {true, false, true},
+		"refused, exact":   {true, true, false},
+		"never refused":    {false, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			truth := newTruth(1, time.Second, false)
+			truth.lenient = true
+			answers := []answer{{id: 1, window: 1000}, {id: 2, window: 1000, kind: answerRepeat}}
+			if tt.refused {
+				answers = append(answers, answer{id: 2, kind: answerRefused})
+			}
+			truth.record(0, time.Now(), answers)
+			p := published{windows: []stream.Record{{
+				WindowStart: time.UnixMilli(1000).UTC(), WindowMS: 1000, Unique: 1, Scope: stream.ScopeGroup, Group: "g", Exact: tt.exact,
+			}}}
+			if v := judge(truth, truth.finish(), p, &flags{}); v.Good != tt.good {
 				t.Errorf("good is %t: %+v", v.Good, v)
 			}
 		})
