@@ -70,6 +70,7 @@ func newTruth(targets int, grace time.Duration, strict bool) *truth {
 		grace:     grace,
 		strict:    strict,
 		clock:     time.Time.UnixMilli,
+		refusals:  bitmap{},
 	}
 }
 
