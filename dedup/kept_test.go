@@ -172,17 +172,17 @@ func (p *life) kill() {
 
 // abandon lets go of memory, mappings and lock as the end of a process does.
 func abandon(m *Memory) {
-	for _, t := range append(m.oldNarrow, m.narrow, m.nextNarrow) {
-		if t != nil {
-			t.free(m.arena)
-		}
-	}
-	for _, t := range append(m.oldWide, m.wide, m.nextWide) {
-		if t != nil {
-			t.free(m.arena)
-		}
-	}
+	m.narrow.abandon(m.arena)
+	m.wide.abandon(m.arena)
 	m.journal.release()
+}
+
+func (ts *tables[B]) abandon(to *arena) {
+	for _, t := range append(ts.old, ts.open, ts.next) {
+		if t != nil {
+			t.free(to)
+		}
+	}
 }
 
 // close stops in order: everything is published.

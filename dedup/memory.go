@@ -96,19 +96,15 @@ type Memory struct {
 	secret secret
 	arena  *arena
 
-	mu         sync.Mutex           // guards what follows; held for moments
-	journal    *journal             // of the epochs to be opened; nil: nothing is kept
-	narrow     *table[narrowBucket] // of the epochs to be opened
-	wide       *table[wideBucket]
-	nextNarrow *table[narrowBucket] // ready to take over at the next turn
-	nextWide   *table[wideBucket]
-	oldNarrow  []*table[narrowBucket] // replaced; freed when no epoch uses them
-	oldWide    []*table[wideBucket]
-	loads      [forecastEpochs]load // of the epochs retired last
-	retired    int
-	unretired  int // epochs opened and not retired
-	spare      *View
-	serial     uint64 // of the epoch opened last
+	mu        sync.Mutex           // guards what follows; held for moments
+	journal   *journal             // of the epochs to be opened; nil: nothing is kept
+	narrow    tables[narrowBucket] // of canonical decimals, and of tokens that are let go
+	wide      tables[wideBucket]   // of all other ids
+	loads     [forecastEpochs]load // of the epochs retired last
+	retired   int
+	unretired int // epochs opened and not retired
+	spare     *View
+	serial    uint64 // of the epoch opened last
 
 	current atomic.Pointer[View] // of the epoch opened last; stored with mu held
 
@@ -126,7 +122,6 @@ type Memory struct {
 	sifted   uint64                         // the last epoch whose sieves were filled, or not; Run alone uses it
 
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
-	sweep sweeper       // used by Run alone
 
 	grown, resized, reclaimed, fulls atomic.Uint64
 }
@@ -230,11 +225,11 @@ func NewMemory(cfg Config) (*Memory, error) {
 }
 
 func (m *Memory) makeTables(expect load) (err error) {
-	if m.narrow, err = firstTable[narrowBucket](expect.narrow, m.cfg.ExpectAny, m.arena); err != nil {
+	if m.narrow.open, err = firstTable[narrowBucket](expect.narrow, m.cfg.ExpectAny, m.arena); err != nil {
 		return err
 	}
-	if m.wide, err = firstTable[wideBucket](expect.wide, m.cfg.ExpectAny, m.arena); err != nil {
-		m.narrow.free(m.arena)
+	if m.wide.open, err = firstTable[wideBucket](expect.wide, m.cfg.ExpectAny, m.arena); err != nil {
+		m.narrow.open.free(m.arena)
 	}
 	return err
 }
@@ -258,14 +253,6 @@ func firstTable[B any](expect, anyKind uint64, from *arena) (*table[B], error) {
 func (m *Memory) Open(e *counter.Epoch) counter.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.nextNarrow != nil {
-		m.oldNarrow = append(m.oldNarrow, m.narrow)
-		m.narrow, m.nextNarrow = m.nextNarrow, nil
-	}
-	if m.nextWide != nil {
-		m.oldWide = append(m.oldWide, m.wide)
-		m.wide, m.nextWide = m.nextWide, nil
-	}
 	v := m.spare
 	if v == nil {
 		v = m.newView()
@@ -275,9 +262,7 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 		m.startAt(e.Serial())
 	}
 	m.serial = e.Serial()
-	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow, m.wide
-	v.narrow.refs++
-	v.wide.refs++
+	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow.take(), m.wide.take()
 	m.openTokens(e, v)
 	m.unretired++
 	if m.journal != nil {
@@ -653,7 +638,7 @@ func (m *Memory) Learn(e *counter.Epoch, v *View, k Key) (Verdict, error) {
 // Stats implements Set.
 func (m *Memory) Stats() Stats {
 	m.mu.Lock()
-	narrow, wide := m.narrow, m.wide
+	narrow, wide := m.narrow.open, m.wide.open
 	var refused error
 	if v := m.current.Load(); v != nil {
 		refused = v.refused
@@ -675,12 +660,8 @@ func (m *Memory) Stats() Stats {
 	if s.Problem == "" && refused != nil {
 		s.Problem = refused.Error()
 	}
-	narrow.mu.Lock()
-	s.Slots, s.Levels = narrow.slots, narrow.depth
-	narrow.mu.Unlock()
-	wide.mu.Lock()
-	s.Slots, s.Levels = s.Slots+wide.slots, max(s.Levels, wide.depth)
-	wide.mu.Unlock()
+	narrow.addTo(&s)
+	wide.addTo(&s)
 	return s
 }
 
@@ -716,23 +697,12 @@ func (m *Memory) fit() (ids uint64, estimated bool) {
 func (m *Memory) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	closeTables(m.arena, append(m.oldNarrow, m.narrow, m.nextNarrow))
-	closeTables(m.arena, append(m.oldWide, m.wide, m.nextWide))
-	m.oldNarrow, m.oldWide = nil, nil
-	m.narrow, m.wide = new(table[narrowBucket]), new(table[wideBucket])
-	m.nextNarrow, m.nextWide = nil, nil
+	m.narrow.close(m.arena)
+	m.wide.close(m.arena)
 	if m.journal != nil {
 		return m.journal.close(m.unretired == 0)
 	}
 	return nil
-}
-
-func closeTables[B any](a *arena, tables []*table[B]) {
-	for _, t := range tables {
-		if t != nil && t.refs == 0 {
-			t.free(a)
-		}
-	}
 }
 
 // Run is the cleaner: it makes levels ready before they are needed, replaces

@@ -85,14 +85,14 @@ func (m *Memory) recall() {
 		r.past = m.recallTokens(segments, newest-1)
 	}
 	j.resumable = true
-	v := &View{tag: tagOf(newest), narrow: m.narrow, wide: m.wide}
+	v := &View{tag: tagOf(newest), narrow: m.narrow.open, wide: m.wide.open}
 	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
 	v.wideSample.Store(had.wide / sampleEvery)
 	if had.narrow > 0 { // else there may be no table
-		j.first.unfit = m.replay(segments, fillerOf(m, v, m.narrow, narrowKind, had.narrow))
+		j.first.unfit = m.replay(segments, fillerOf(m, v, m.narrow.open, narrowKind, had.narrow))
 	}
 	if had.wide > 0 && j.first.unfit == nil {
-		j.first.unfit = m.replay(segments, fillerOf(m, v, m.wide, wideKind, had.wide))
+		j.first.unfit = m.replay(segments, fillerOf(m, v, m.wide.open, wideKind, had.wide))
 	}
 	if j.first.unfit == nil {
 		j.first.unfit = m.replayOptions(v, segments)
@@ -430,7 +430,7 @@ func (m *Memory) startAt(serial uint64) {
 	}
 	m.clean = serial - 1
 	m.swept = serial
-	m.sweep.narrow.clean, m.sweep.wide.clean = m.clean, m.clean
+	m.narrow.sweep.clean, m.wide.sweep.clean = m.clean, m.clean
 }
 
 // peak is the load of the largest epoch of which records are there.

@@ -466,6 +466,13 @@ func newTable[B any](expect uint64, from *arena) (*table[B], error) {
 	return t, nil
 }
 
+// addTo adds what t has to a snapshot.
+func (t *table[B]) addTo(s *Stats) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s.Slots, s.Levels = s.Slots+t.slots, max(s.Levels, t.depth)
+}
+
 // free gives the memory back. Nobody may use t any more.
 func (t *table[B]) free(to *arena) {
 	for i := range t.depth {

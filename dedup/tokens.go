@@ -63,7 +63,7 @@ func (m *Memory) letTokens(t *tokens) {
 		return
 	}
 	if t.table.refs--; t.table.refs == 0 && t.table.depth > 0 {
-		m.oldNarrow = append(m.oldNarrow, &t.table) // freed when the cleaner comes by
+		m.narrow.old = append(m.narrow.old, &t.table) // freed when the cleaner comes by
 	}
 }
 
