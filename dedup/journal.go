@@ -35,16 +35,7 @@ import (
 //	state      the secret, the epochs (slots), and which segments there are
 //	ids-NNNNN  segments: the ids
 type journal struct {
-	dir           string
-	segmentChunks int
-	boot          uint32
-	bootAt        func() time.Time // when the machine was started
-	publisher     uint64           // who publishes the counts, as publisherOf
-	window        time.Duration    // of the epochs to be opened; 0: not known
-	nudge         func()           // wakes Run, which calls prepare
-	onFailure     func(error)      // called with the new value of broken
-	step          func()           // tests: called between the stores of a slot
-	msync         func(name string, b []byte) error
+	journalConfig
 
 	writers sync.Pool // of *writer
 
@@ -83,6 +74,27 @@ type journal struct {
 	powerLost bool              // power was lost since
 	resumable bool              // the newest epoch goes on: its ids are in the tables
 	first     firstEpoch
+}
+
+// journalConfig is what a journal has in common with the one that takes its place.
+type journalConfig struct {
+	dir           string
+	segmentChunks int
+	boot          uint32
+	bootAt        func() time.Time // when the machine was started
+	publisher     uint64           // who publishes the counts, as publisherOf
+	window        time.Duration    // of the epochs to be opened; 0: not known
+	nudge         func()           // wakes Run, which calls prepare
+	onFailure     func(error)      // called with the new value of broken; may be nil
+	step          func()           // tests: called between the stores of a slot
+	msync         func(name string, b []byte) error
+}
+
+// newJournal returns a journal that is not opened yet.
+func newJournal(cfg journalConfig) *journal {
+	j := &journal{journalConfig: cfg, failed: make(chan struct{}, 1), turned: make(chan struct{}, 1)}
+	j.writers.New = func() any { return new(writer) }
+	return j
 }
 
 const (
@@ -209,12 +221,11 @@ func cannotKeep(err error) error {
 
 // openJournal opens or makes the directory. A damaged one is renamed, setAside is called
 // with its new name, and a new one is made.
-func openJournal(j *journal, setAside func(name string, reason error)) (*journal, error) {
+func openJournal(cfg journalConfig, setAside func(name string, reason error)) (*journal, error) {
 	if !mappable {
 		return nil, cannotKeep(errors.ErrUnsupported)
 	}
-	j.writers.New = func() any { return new(writer) }
-	j.failed, j.turned = make(chan struct{}, 1), make(chan struct{}, 1)
+	j := newJournal(cfg)
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
@@ -232,12 +243,12 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 		if setAside != nil {
 			setAside(name, damage)
 		}
-		j = j.again()
+		j = newJournal(j.journalConfig)
 		if err = j.open(); err == nil {
 			err = j.restore(left)
 		}
 	}
-	if durable.NoSpace(err) && j.isNew() {
+	if durable.NoSpace(err) && !hasState(j.dir) {
 		j.release()
 		j.unmade(err)
 		return j, nil
@@ -258,10 +269,11 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 	return j, nil
 }
 
-// isNew reports whether nothing is in the directory that matters.
-func (j *journal) isNew() bool {
-	_, err := os.Stat(filepath.Join(j.dir, stateName))
-	return errors.Is(err, os.ErrNotExist)
+// hasState reports whether the directory of a journal has a state file: without one nothing
+// in it matters.
+func hasState(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, stateName))
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 // unmade makes j a journal without files, as there is no room for them: it refuses ids, and
@@ -274,17 +286,6 @@ func (j *journal) unmade(err error) {
 	if j.onFailure != nil {
 		j.onFailure(reason)
 	}
-}
-
-// again returns another journal, not yet opened, with the settings of j.
-func (j *journal) again() *journal {
-	next := &journal{
-		dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, bootAt: j.bootAt, publisher: j.publisher, window: j.window,
-		nudge: j.nudge, onFailure: j.onFailure, step: j.step, msync: j.msync,
-	}
-	next.writers.New = j.writers.New
-	next.failed, next.turned = make(chan struct{}, 1), make(chan struct{}, 1)
-	return next
 }
 
 func (j *journal) open() error {
@@ -300,7 +301,6 @@ func (j *journal) open() error {
 		return err
 	}
 	have := map[int]bool{}
-	hasState := false
 	for _, entry := range entries {
 		name := entry.Name()
 		var index int
@@ -311,9 +311,8 @@ func (j *journal) open() error {
 		} else if n, err := fmt.Sscanf(name, "ids-%05d", &index); err == nil && n == 1 && name == segmentName(index) && index < maxSegments {
 			have[index] = true
 		}
-		hasState = hasState || name == stateName
 	}
-	if !hasState {
+	if !hasState(j.dir) {
 		if len(have) > 0 {
 			return damaged("the state file is missing")
 		}
@@ -828,10 +827,6 @@ func (j *journal) bytes() uint64 {
 	return n
 }
 
-// sync returns when everything stored before the call is on the disk. It must not run at
-// the same time as trim. Pages that are clean cost a microsecond.
-func (j *journal) sync() error { return j.syncTo(false) }
-
 const (
 	// busyChunks is how many chunks are handed out between two syncs where many ids come: then
 	// the last busyTail of them, which are of the last tenth of that time, are left to the next
@@ -840,10 +835,10 @@ const (
 	busyTail   = 16
 )
 
-// syncMost is sync, but for what many requests are writing now.
-func (j *journal) syncMost() error { return j.syncTo(true) }
-
-func (j *journal) syncTo(most bool) error {
+// sync returns when everything stored before the call is on the disk; with most, all but what
+// many requests are writing now. It must not run at the same time as trim. Pages that are clean
+// cost a microsecond.
+func (j *journal) sync(most bool) error {
 	const pageChunks = 4096 / chunkBytes
 	j.mu.Lock()
 	var names []string
@@ -897,7 +892,7 @@ func (j *journal) syncFound() error {
 // close syncs and lets go of the lock, and of the memory if nobody is in an
 // epoch any more.
 func (j *journal) close(idle bool) error {
-	err := j.sync()
+	err := j.sync(false)
 	if err == nil {
 		err = j.markSynced()
 	}

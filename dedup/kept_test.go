@@ -933,7 +933,7 @@ func TestFileCutShortUnderTheProcessIsAnError(t *testing.T) {
 				}
 				p.m.journal.prepare()
 				_ = p.m.journal.trim()
-				_ = p.m.journal.sync()
+				_ = p.m.journal.sync(false)
 				p.c.Seal()
 				if err := <-p.ended; err != nil {
 					t.Error(err)
@@ -1376,7 +1376,7 @@ func TestRequestsDoNotWaitForTheDisk(t *testing.T) {
 			left  bool
 		}{{"busy", busyChunks, true}, {"quiet", busyChunks - busyTail - 8, false}, {"idle", 0, false}, {"busy again", busyChunks, true}} {
 			handed := chunks(tt.taken)
-			if err := j.syncMost(); err != nil {
+			if err := j.sync(true); err != nil {
 				t.Fatal(err)
 			}
 			left := handed - synced[segmentName(0)]
@@ -1385,7 +1385,7 @@ func TestRequestsDoNotWaitForTheDisk(t *testing.T) {
 			}
 		}
 		handed := chunks(busyChunks - 8)
-		if err := j.sync(); err != nil || synced[segmentName(0)] != handed {
+		if err := j.sync(false); err != nil || synced[segmentName(0)] != handed {
 			t.Errorf("a full sync had %d of %d chunks, %v", synced[segmentName(0)], handed, err)
 		}
 

@@ -3,6 +3,7 @@ package dedup
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -445,7 +446,7 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 		if cause == nil {
 			p, cause = m.insert(e, v, k, fresh)
 		} else {
-			p, cause = m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+			p, cause = m.lookFull(v, k, cause)
 		}
 		switch {
 		case cause != nil:
@@ -469,7 +470,7 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 // counted yet.
 func (m *Memory) insert(e *counter.Epoch, v *View, k Key, fresh uint64) (place, error) {
 	if v.tight.Load() {
-		return m.insertTight(v, int(k.kind), k.hi, k.lo)
+		return m.insertTight(v, k)
 	}
 	if k.kind == narrowKind {
 		p, err := m.addNarrow(v, k.lo, false)
@@ -595,18 +596,14 @@ func (v *View) nothingLeft() bool {
 }
 
 // insertTight adds under the lock that guards what is left of MaxIDs.
-func (m *Memory) insertTight(v *View, kind int, hi, lo uint64) (p place, err error) {
+func (m *Memory) insertTight(v *View, k Key) (place, error) {
 	if v.refused != nil {
 		return full, v.refused
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	look := v.left == 0
-	if kind == narrowKind {
-		p, err = m.addNarrow(v, lo, look)
-	} else {
-		p, err = m.addWide(v, hi, lo, look)
-	}
+	p, err := m.addKey(v, k, look)
 	switch p {
 	case absent:
 		err = ErrFull
@@ -616,15 +613,30 @@ func (m *Memory) insertTight(v *View, kind int, hi, lo uint64) (p place, err err
 	return p, err
 }
 
+// addKey adds a key to its table. With look it only looks for it.
+func (m *Memory) addKey(v *View, k Key, look bool) (place, error) {
+	if k.kind == narrowKind {
+		return m.addNarrow(v, k.lo, look)
+	}
+	return m.addWide(v, k.hi, k.lo, look)
+}
+
+// lookFull answers an id that has no room in the journal, because of refused: if it is in the
+// table it is still a repeat.
+func (m *Memory) lookFull(v *View, k Key, refused error) (place, error) {
+	if !errors.Is(refused, ErrFull) {
+		return full, refused
+	}
+	if p, err := m.addKey(v, k, true); p == found || p == turned {
+		return p, err
+	}
+	return full, refused
+}
+
 // Knows reports whether an id is in v. Nothing is added. Safe for concurrent use
 // between Open and Retire of v's epoch.
 func (m *Memory) Knows(v *View, k Key) bool {
-	var p place
-	if k.kind == narrowKind {
-		p, _ = m.addNarrow(v, k.lo, true)
-	} else {
-		p, _ = m.addWide(v, k.hi, k.lo, true)
-	}
+	p, _ := m.addKey(v, k, true)
 	return p == found
 }
 

@@ -212,7 +212,7 @@ func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, 
 
 // known is the verdict on an id that cannot be added, because of cause.
 func (m *Memory) known(v *View, k Key, cause error) (Verdict, error) {
-	p, cause := m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+	p, cause := m.lookFull(v, k, cause)
 	if cause != nil {
 		return m.refused(cause), cause
 	}

@@ -326,7 +326,7 @@ const slotLate = 2 * time.Second
 // that does not keep its ids there. Without a directory it does nothing. A window
 // that is still running can go on there, with its ids, in a later process.
 func PublishRecovered(cfg Config, published map[string]counter.Published, publish func(counter.Count) error) error {
-	if cfg.Dir == "" || (&journal{dir: cfg.Dir}).isNew() {
+	if cfg.Dir == "" || !hasState(cfg.Dir) {
 		return nil
 	}
 	m := &Memory{cfg: cfg, check: make(chan struct{}, 1)}

@@ -24,7 +24,7 @@ func (m *Memory) openJournal() error {
 	if m.cfg.bootAt == nil {
 		m.cfg.bootAt = bootTime
 	}
-	j, err := openJournal(&journal{
+	j, err := openJournal(journalConfig{
 		dir:           m.cfg.Dir,
 		segmentChunks: cmp.Or(m.cfg.segmentChunks, segmentChunks),
 		boot:          cmp.Or(m.cfg.boot, bootID()),
