@@ -422,15 +422,13 @@ func (j *journal) load(have map[int]bool) (err error) {
 	if err := j.loadState(); err != nil {
 		return err
 	}
-	all, err := j.loadSlots()
+	bySerial, err := j.loadSlots()
 	if err != nil {
 		return err
 	}
 	needed := map[uint64]bool{}
-	for _, o := range all {
-		if !o.ended || o.serial == j.newest.serial {
-			needed[o.serial] = true
-		}
+	for serial, o := range bySerial {
+		needed[serial] = !o.ended || serial == j.newest.serial
 	}
 	j.segments = make([]*segment, maxSegments)
 	j.counts, j.keyed = map[uint64]load{}, map[uint64]*keyed{}
@@ -519,8 +517,8 @@ func (j *journal) loadState() error {
 	return nil
 }
 
-// loadSlots returns the epochs of the slots, the oldest first, and sets newest.
-func (j *journal) loadSlots() ([]opened, error) {
+// loadSlots returns the epochs of the slots, by their serial, and sets newest and known.
+func (j *journal) loadSlots() (map[uint64]opened, error) {
 	bySerial := map[uint64]opened{}
 	for i := range j.slots {
 		o, ok := j.slots[i].read()
@@ -544,16 +542,13 @@ func (j *journal) loadSlots() ([]opened, error) {
 		}
 		bySerial[o.serial] = o
 	}
-	all := make([]opened, 0, len(bySerial))
 	for _, o := range bySerial {
-		all = append(all, o)
 		j.known[o.slot] = known{o.serial, o.ended}
 		if o.serial > j.newest.serial {
 			j.newest = o
 		}
 	}
-	slices.SortFunc(all, func(a, b opened) int { return int(int64(a.serial - b.serial)) })
-	return all, nil
+	return bySerial, nil
 }
 
 // lost reports whether the machine was started again since o was written: with a loss of
@@ -595,8 +590,8 @@ func (s *slot) read() (o opened, ok bool) {
 // words are those under the check.
 func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 7) }
 
-// write puts o into a free slot. j.mu is held.
-func (j *journal) write(i int, o *opened) {
+// write writes o into its slot, which is free. j.mu is held.
+func (j *journal) write(o *opened) {
 	meta := uint64(o.generation&maxGeneration)<<33 | uint64(o.boot)
 	if o.inexact {
 		meta |= 1 << 32
@@ -604,7 +599,7 @@ func (j *journal) write(i int, o *opened) {
 	if o.follows {
 		meta |= 1 << 63
 	}
-	to := &j.slots[i]
+	to := &j.slots[o.slot]
 	whole := slot{
 		id: o.serial<<8 | slotMark, number: uint64(o.number), window: uint64(o.window),
 		logged: o.logged, published: o.published, meta: meta, publisher: o.publisher,
@@ -625,7 +620,7 @@ func (j *journal) write(i int, o *opened) {
 	store(&to.publisher, whole.publisher)
 	store(&to.check, checkOf(whole.words()))
 	store(&to.id, whole.id) // from here on the slot counts
-	j.known[i] = known{o.serial, false}
+	j.known[o.slot] = known{o.serial, false}
 }
 
 func (j *journal) free(i int) {
@@ -677,7 +672,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 		j.keyed[o.serial].resume(e)
 	}
 	of = o.of() // from here on it is for end, also after a fault
-	j.write(i, &o)
+	j.write(&o)
 	if !j.begun || o.window != before.window {
 		if err := j.syncPart(stateName, j.state); err != nil {
 			return of, err

@@ -144,8 +144,7 @@ type View struct {
 
 	tokens *tokens // of the epoch
 	past   *tokens // of the window directly before; nil: there was none
-	start  int64   // of the window, Unix ns
-	end    int64   // when the next one is due
+	end    int64   // when the next epoch is due, Unix ns
 
 	// tight is set when MaxIDs is near: from then on adding is serial and exact.
 	tight   atomic.Bool

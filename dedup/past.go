@@ -209,7 +209,7 @@ func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 	before := *o
 	o.logged, o.published, o.publisher = logged, published, j.publisher
 	o.generation, o.inexact, o.boot, o.slot = o.generation+1, doubtful, j.boot, i
-	j.write(i, o)
+	j.write(o)
 	if j.syncPart(stateName, j.state) != nil {
 		return // it is kept in broken
 	}
@@ -243,7 +243,7 @@ func (j *journal) recreate() {
 			continue // it has its record
 		}
 		o.slot = i
-		j.write(i, &o)
+		j.write(&o)
 		j.newest = o
 		j.resumable = time.Now().Before(o.end())
 	}
@@ -282,7 +282,7 @@ func (j *journal) restore(left []opened) (err error) {
 			serial: j.newest.serial + 1, number: o.number, window: o.window,
 			publisher: o.publisher, inexact: true, boot: j.boot, slot: i,
 		}
-		j.write(i, &j.newest)
+		j.write(&j.newest)
 		j.resumable = false
 	}
 	return nil

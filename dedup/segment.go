@@ -107,7 +107,6 @@ func parseHead(head uint64) (serial uint64, kind int, records uint64, ok bool) {
 // segment is one mapped file. journal.mu guards its fields.
 type segment struct {
 	index  int
-	path   string
 	memory []byte
 	chunks []chunk // the first holds the header
 	next   int     // the first chunk not handed out since the segment was free
@@ -168,13 +167,12 @@ func (j *journal) newSegment(index int) (_ *segment, err error) {
 		return nil, err
 	}
 	touch(memory)
-	return &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1, warm: true}, nil
+	return &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1, warm: true}, nil
 }
 
 // openSegment maps a segment of an earlier process and checks its header.
 func (j *journal) openSegment(index int) (*segment, error) {
-	path := filepath.Join(j.dir, segmentName(index))
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	f, err := os.OpenFile(filepath.Join(j.dir, segmentName(index)), os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, damaged("%s is missing", segmentName(index))
 	}
@@ -186,7 +184,7 @@ func (j *journal) openSegment(index int) (*segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1}
+	s := &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1}
 	header := s.chunks[0][:]
 	if header[segmentMagicAt] != segmentMagic || header[segmentIndexAt] != uint64(index) ||
 		header[segmentOwnerAt] != j.owner() || header[segmentCheckAt] != checkOf(header[:segmentCheckAt]) {
@@ -225,7 +223,7 @@ func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, co
 		}
 		serial, kind, records, ok := parseHead(head)
 		if !ok {
-			return damaged("%s has a bad chunk %d", filepath.Base(s.path), i)
+			return damaged("%s has a bad chunk %d", segmentName(s.index), i)
 		}
 		if serial > newest {
 			atomic.StoreUint64(&s.chunks[i][0], 0)
@@ -518,7 +516,7 @@ func (j *journal) trim() (err error) {
 	j.making.Lock()
 	unmapFile(s.memory)
 	j.making.Unlock()
-	err = os.Remove(s.path)
+	err = os.Remove(filepath.Join(j.dir, segmentName(s.index)))
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.segments[s.index] = nil // the index is free from here on

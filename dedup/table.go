@@ -73,11 +73,9 @@ const (
 	// once: 16 MB of narrow ones, and 128 MB after it.
 	smallTable = 2 << 20
 
-	// In percent of all slots: above needed, a full bucket says that the table
-	// has outgrown its size; at crowdedAt a level is made ready before that, while
-	// the last one still has room for the time it takes.
-	needed    = 70
-	crowdedAt = 78
+	// needed is in percent of all slots. If more are taken and a bucket is full, the table
+	// has outgrown its size.
+	needed = 70
 
 	// nearlyFull is how far from its home an id that takes a slot in the last
 	// level makes the cleaner look whether the table should grow. With three

@@ -254,7 +254,7 @@ func (t *tokens) sizes(m *Memory) []uint64 {
 // openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
 // held, and m.current is still the epoch before.
 func (m *Memory) openTokens(e *counter.Epoch, v *View) {
-	v.start, v.end = e.Start().UnixNano(), e.End().UnixNano()
+	v.end = e.End().UnixNano()
 	peak, before := uint64(0), m.current.Load()
 	if before != nil {
 		peak = before.tokens.load() // it is retired later
@@ -263,7 +263,7 @@ func (m *Memory) openTokens(e *counter.Epoch, v *View) {
 		peak = max(peak, l.tokens)
 	}
 	v.tokens.table.expect = peak + peak/4
-	if before != nil && before.end == v.start {
+	if before != nil && before.end == e.Start().UnixNano() {
 		v.past = before.tokens
 	} else if before == nil && m.journal != nil {
 		m.takeRecalled(e, v)

@@ -287,7 +287,7 @@ func TestTokensOfVersion3AreKnown(t *testing.T) {
 			}
 			h := make([]uint64, headerWords)
 			copy(bytesOf(h), b)
-			h[headerVersionAt] = withSipWords
+			h[headerVersionAt] = 3
 			h[headerCheckAt] = checkOf(h[:headerCheckAt])
 			copy(b, bytesOf(h))
 			if err := os.WriteFile(path, b, 0o600); err != nil {
