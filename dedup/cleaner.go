@@ -20,7 +20,7 @@ func (m *Memory) growAhead() {
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64, sizes func() []uint64) {
-	asked := t.checking.Swap(false) // before the look: who takes a slot after it asks again
+	asked := t.checking.Swap(false) // first: a request that takes a slot from now on sets it again
 	m.grown.Add(uint64(t.prepare(asked, load, sizes, m.arena)))
 }
 

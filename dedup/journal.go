@@ -31,7 +31,7 @@ import (
 //
 // The directory holds
 //
-//	lock       whose lock the process has, and its number
+//	lock       locked by the process that owns the directory; holds its number
 //	state      the secret, the epochs (slots), and which segments there are
 //	ids-NNNNN  segments: the ids
 type journal struct {
@@ -110,8 +110,8 @@ const (
 	stateBytes  = marksAt + maxSegments*8
 
 	// slotCount epochs may wait to be published: 17 hours of minutes. Above that
-	// ids are refused. The last few are for processes that start then, as theirs
-	// go on to the publisher at once.
+	// ids are refused. The last few (startSlots) are for the first epochs of processes that
+	// start then.
 	slotCount  = 1024
 	startSlots = 8
 
@@ -137,10 +137,9 @@ const (
 	headerCheckAt = headerWords - 1
 )
 
-// slot is the place of an epoch in the state file. It is written in this order:
-// id 0, the rest, id. So a kill between two stores leaves it free or whole. Only
-// ended changes later, in one store. A flipped bit fails the check, and no
-// single one frees a slot.
+// slot is the place of an epoch in the state file. It is written in this order: id 0, the
+// rest, id. So a kill between two stores leaves it free or whole. Only ended changes later, in
+// one store. A flipped bit fails the check; one bit cannot make an id 0, which frees a slot.
 type slot struct {
 	id        uint64 // serial<<8 | slotMark; 0: free
 	number    uint64
@@ -158,13 +157,13 @@ const (
 	slotMark   = 0xa5
 	endedMark  = 0x6465646e65767276 // published, or nothing was missing
 	doubtMark  = 0x7462756f64767276 // not published, and ids may be missing: the disk failed
-	syncedMark = 0x6465636e79737672 // and all of it is on the disk
+	syncedMark = 0x6465636e79737672 // as endedMark, and all files are on the disk
 	markMagic  = 0x6d67657365767276
 )
 
 const maxGeneration = 1<<30 - 1
 
-// opened is what a slot says.
+// opened is the content of a slot.
 type opened struct {
 	serial            uint64
 	number            int64
@@ -182,26 +181,26 @@ type opened struct {
 func (o *opened) start() time.Time { return time.Unix(0, o.number*int64(o.window)).UTC() }
 func (o *opened) end() time.Time   { return o.start().Add(o.window) }
 
-// known mirrors a slot: its file may go away under the process.
+// known is what this process knows of a slot in memory: a read of the slot may fault.
 type known struct {
 	serial uint64 // 0: free
 	ended  bool
 }
 
-// firstEpoch is what the first epoch of this process goes on from.
+// firstEpoch is what the start finds for the first epoch of this process.
 type firstEpoch struct {
-	pastRead          bool                // by Past
-	logged, published uint64              // if it is the newest one
-	serial            uint64              // of the newest one, once it goes on
-	load              load                // what it had
-	start             time.Time           // the last window that has records, or will have when Past.Recovered is published
+	pastRead          bool                // journal.past was called
+	logged, published uint64              // for the new slot of the newest epoch, if that goes on
+	serial            uint64              // of the newest epoch, once it goes on
+	load              load                // that it had then
+	start             time.Time           // of the last window that has records, or will have when Past.Recovered is published
 	sum               uint64              // of those records
-	others            []counter.Published // of other publishers: the same
-	settled           bool                // of the newest one nothing is missing, but it was not ended
-	unfit             error               // the ids to be resumed do not fit the tables
+	others            []counter.Published // the last windows of other publishers
+	settled           bool                // the newest epoch is published, but its slot is not ended
+	unfit             error               // the ids of the newest epoch do not fit the tables
 }
 
-// damagedError says that what is in the directory cannot be trusted.
+// damagedError is returned if the content of the directory cannot be trusted.
 type damagedError struct{ reason string }
 
 func (e *damagedError) Error() string { return e.reason }
@@ -210,8 +209,8 @@ func damaged(format string, args ...any) error {
 	return &damagedError{fmt.Sprintf(format, args...)}
 }
 
-// cannotKeep makes an error about what the system or the file system does not have
-// one that says so in one word: the caller may do without a journal.
+// cannotKeep wraps an error of a system, or a file system, that lacks a call in
+// errors.ErrUnsupported: the caller may do without a journal.
 func cannotKeep(err error) error {
 	if durable.Unsupported(err) {
 		return fmt.Errorf("ids cannot be kept on disk: %w: %w", errors.ErrUnsupported, err)
@@ -320,8 +319,8 @@ func (j *journal) open() error {
 			return err
 		}
 		j.made = true
-		// What this one replaces may be damaged, also where the process that set
-		// it aside was killed then.
+		// A damaged directory may have been here: a process that was killed right after it
+		// had set that aside.
 		beside, err := os.ReadDir(filepath.Dir(j.dir))
 		if err != nil {
 			return err
@@ -447,7 +446,7 @@ func (j *journal) load(have map[int]bool) (err error) {
 		if err := s.scan(&j.secret, j.newest.serial, needed, j.counts, j.keyed); err != nil {
 			return err
 		}
-		// Without a mark: the last process was killed making or removing it.
+		// A segment without a mark: the last process was killed while it made or removed it.
 		atomic.StoreUint64(&j.marks[index], markOf(index))
 		if s.next < len(s.chunks) {
 			j.ready = append(j.ready, s)
@@ -457,8 +456,8 @@ func (j *journal) load(have map[int]bool) (err error) {
 	return nil
 }
 
-// damagedByFault is deferred where files are first read: a part that cannot be
-// read is as good as a bad one.
+// damagedByFault is deferred where files are first read: a part that cannot be read counts as
+// damage.
 func damagedByFault(err *error) {
 	if p := recover(); p != nil {
 		fault, ok := p.(interface{ Addr() uintptr })
@@ -469,9 +468,9 @@ func damagedByFault(err *error) {
 	}
 }
 
-// noSpace returns an error if there is no room for a small file in dir. A file system that
-// writes each page to another place, as Btrfs does, then ends a store to a mapped page with
-// the fault of a page that cannot be read.
+// noSpace returns an error if there is no room for a small file in dir. Without room a file
+// system that writes each page to another place, such as Btrfs, ends a store to a mapped page
+// with a fault, which looks like damage.
 func noSpace(dir string) error {
 	path := filepath.Join(dir, "room")
 	err := durable.ReplaceFile(path, make([]byte, os.Getpagesize()), 0o600)
@@ -529,8 +528,8 @@ func (j *journal) loadSlots() (map[uint64]opened, error) {
 			continue
 		}
 		o.slot = i
-		// Two of one epoch: killed between going on with it and freeing the
-		// slot it had.
+		// Two slots of one epoch: a process was killed after it had gone on with the epoch,
+		// and before it freed the slot that the epoch had.
 		if other, twice := bySerial[o.serial]; twice {
 			if other.generation == o.generation {
 				return nil, damaged("slots %d and %d of the state file are of one epoch", i, other.slot)
@@ -557,11 +556,12 @@ func (j *journal) lost(o *opened) bool {
 	return o.serial > 0 && o.boot != j.boot && o.boot != 0 && j.boot != 0
 }
 
-// owner tells the segments of this directory from those of another, and says
-// nothing of the secret.
+// owner is a number that the segments of this directory have in their headers, and those of
+// another directory do not. The secret does not follow from it.
 func (j *journal) owner() uint64 { return checkOf(j.secret.words()) }
 
-// read returns what the slot says; serial 0 if it is free.
+// read returns the content of the slot; serial 0 if it is free. It is not ok if the slot is
+// damaged.
 func (s *slot) read() (o opened, ok bool) {
 	id := atomic.LoadUint64(&s.id)
 	if id == 0 {
@@ -637,10 +637,9 @@ var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable
 // begin writes a slot for e, which is being opened, and returns the slot, which is for end.
 // The ids of e may be added only if there is no error.
 //
-// The first time it returns when that is on the disk, and with it all that the
-// next process will trust: the process may answer then. Later slots follow in the
-// background, for what is lost without them is found out (recreate), but where the
-// length of the windows changes.
+// The slot of the first epoch of a process, and of one of another length than the last, is on
+// the disk when begin returns: the next process trusts it. The other slots are synced in the
+// background. If power is lost before that, the next process makes such slots again (recreate).
 func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -693,7 +692,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	return of, nil
 }
 
-// opening is what the slot of e will say.
+// opening returns the content of the slot of e.
 func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	o := opened{
 		serial: e.Serial(), number: e.Number(), window: e.Window(),
@@ -710,7 +709,7 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }
 	if j.first.pastRead && recorded(counter.Published{Last: j.first.start}) {
 		o.published = j.first.sum
-		o.inexact = true // its ids are gone: the records say that it had some
+		o.inexact = true // it had ids, as it has records, and they are not in the journal
 	}
 	if first {
 		o.inexact = o.inexact || j.aside || slices.ContainsFunc(j.first.others, recorded) ||
@@ -737,8 +736,8 @@ func (j *journal) changed() {
 	}
 }
 
-// end marks the slot of an epoch of which nothing is left to be published. If this process
-// has gone on with the epoch in another slot since, it does nothing.
+// end marks the slot of an epoch of which nothing is left to be published. It does nothing if
+// this process has gone on with the epoch in another slot.
 func (j *journal) end(o slotOf) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -796,7 +795,7 @@ func (j *journal) fail(reason error) error {
 	return *j.broken.Load()
 }
 
-// problem says why ids cannot be kept now; empty if they can.
+// problem returns the reason why ids cannot be kept now; empty if they can.
 func (j *journal) problem() string {
 	if broken := j.broken.Load(); broken != nil {
 		return (*broken).Error()
@@ -823,9 +822,9 @@ func (j *journal) bytes() uint64 {
 }
 
 const (
-	// busyChunks is how many chunks are handed out between two syncs where many ids come: then
-	// the last busyTail of them, which are of the last tenth of that time, are left to the next
-	// sync. A page that is being written to the disk takes no store before that is done.
+	// If busyChunks or more were handed out since the last sync, many ids come. Then the last
+	// busyTail of them, which are of the last tenth of that time, are left to the next sync: a
+	// store into a page that is being written to the disk waits until that is done.
 	busyChunks = 256
 	busyTail   = 16
 )
@@ -869,9 +868,8 @@ func (j *journal) syncPart(name string, b []byte) error {
 	return nil
 }
 
-// syncFound syncs the segments that an earlier process has left, which may have
-// been killed before it could, and what load has cleared in them. The slots say so
-// only afterwards.
+// syncFound syncs the segments that an earlier process has left, as it may have been killed
+// before it did, with what load has cleared in them. The slots are written only afterwards.
 func (j *journal) syncFound() error {
 	for _, s := range j.segments {
 		if s == nil {
@@ -884,8 +882,8 @@ func (j *journal) syncFound() error {
 	return j.syncPart(stateName, j.state)
 }
 
-// close syncs and lets go of the lock, and of the memory if nobody is in an
-// epoch any more.
+// close syncs and releases the lock. If idle, no request is in an epoch any more, and it
+// unmaps the files as well.
 func (j *journal) close(idle bool) error {
 	err := j.sync(false)
 	if err == nil {
@@ -899,7 +897,8 @@ func (j *journal) close(idle bool) error {
 	return err
 }
 
-// markSynced says that after a loss of power from here on all is there.
+// markSynced marks the newest epoch as one whose files are on the disk: a loss of power from
+// here on loses nothing.
 func (j *journal) markSynced() (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -912,8 +911,8 @@ func (j *journal) markSynced() (err error) {
 	return nil
 }
 
-// release gives up the mappings and the lock. Nobody may be in an epoch that was
-// begun in j any more; calls that come late find it broken.
+// release unmaps the files and releases the lock. No request may be in an epoch that was
+// begun in j any more.
 func (j *journal) release() {
 	j.mu.Lock()
 	defer j.mu.Unlock()

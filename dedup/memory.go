@@ -16,8 +16,8 @@ import (
 	"verve/internal/setting"
 )
 
-// Defaults of the cleaner: a table of 64 million slots is swept in about a
-// minute, at 1 ms of one core a step (BenchmarkSweep).
+// Defaults of the cleaner: a table of 64 million slots is swept in about a minute, in steps
+// of about 1 ms of one core.
 const (
 	DefaultCleanupInterval = 250 * time.Millisecond
 	DefaultCleanupBatch    = 1 << 18
@@ -109,9 +109,9 @@ type Memory struct {
 
 	current atomic.Pointer[View] // of the epoch opened last; stored with mu held
 
-	// What keeps words of different epochs less than half a lap apart. No word
-	// of an epoch up to clean is in narrow or wide, and no request is left that
-	// could add one; none later than admitted has been let in.
+	// These keep words of different epochs less than half a lap apart. No word of an epoch up
+	// to clean is in the open tables, and no request is left that could add one. No id of an
+	// epoch after admitted was let in.
 	clean    uint64
 	admitted uint64
 	swept    uint64           // serial at the last step of the cleaner
@@ -120,15 +120,15 @@ type Memory struct {
 	attempts [attemptLocks]sync.Mutex
 
 	recalled struct{ tokens, past *tokens } // for the first epoch
-	sifted   uint64                         // the last epoch whose sieves were filled, or not; Run alone uses it
+	sifted   uint64                         // the last epoch that sift has handled; Run alone uses it
 
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
 
 	grown, resized, reclaimed, fulls atomic.Uint64
 }
 
-// View is what an epoch knows of the tables of a Memory: the State that Open returns. It
-// stays the same from Open to Retire but for its counters.
+// View is the State that Open returns: the tables and the journal that the epoch uses. Only
+// its counters change between Open and Retire.
 type View struct {
 	tag    uint64
 	narrow *table[narrowBucket]
@@ -295,9 +295,8 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 	return v
 }
 
-// settle forgets the epochs that nobody can be in any more. The last one may be
-// just about to be entered, and until it is, the one before it is open. m.mu is
-// held.
+// settle forgets the epochs that no request can be in any more. It keeps the last two: the
+// last one may not be open yet, and then requests enter the one before it. m.mu is held.
 func (m *Memory) settle() {
 	n := 0
 	for n+2 < len(m.busy) && m.busy[n].Idle() {
@@ -314,7 +313,7 @@ func (m *Memory) nudge() {
 	}
 }
 
-// Retire learns from the load of the epoch and lets go of its tables.
+// Retire keeps the load of the epoch, for the size of later tables, and releases its tables.
 func (v *View) Retire() {
 	m := v.memory
 	m.mu.Lock()
@@ -327,7 +326,7 @@ func (v *View) Retire() {
 	m.letTokens(v.tokens)
 	m.letTokens(v.past)
 	m.unretired--
-	if v.refused == nil { // else its load says nothing
+	if v.refused == nil { // else it has no ids, whatever came
 		m.loads[m.retired%forecastEpochs] = v.load()
 		m.retired++
 	}
@@ -410,13 +409,13 @@ func (m *Memory) refused(err error) Verdict {
 	return v
 }
 
-// addKept is AddMany with a journal. A key has room there before it goes into
-// the table, and is there before the next one is looked at, and so before it is
-// answered: a kill in between is one of a request that nobody has an answer to.
+// addKept is AddMany with a journal. A key has a place in the journal before it goes into
+// the table, and is written there before the next key is looked at. So a kill between the two
+// is one before the request was answered.
 //
-// The journal is mapped memory, and faults as the disk under it fails. To be
-// ready for that costs as much as a record: a batch pays it once. After a fault
-// nothing more is judged.
+// The journal is mapped memory: a store into it faults when the disk fails. Catching that
+// costs as much as writing a record, and is done once for a batch. After a fault no further
+// item is judged.
 func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items []Item, verdicts []Verdict) (err error) {
 	n := 0
 	defer func() {
@@ -579,9 +578,8 @@ func (m *Memory) sample(e *counter.Epoch, v *View, of *atomic.Uint64, fresh uint
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if !v.tight.Load() {
-		// First the flag, so that from here on whoever looks at it waits for
-		// left, then the count. Other requests between those two moments can
-		// exceed MaxIDs by their number.
+		// First the flag: a request that sees it waits for v.mu. Then the count. Requests
+		// that saw no flag and are not counted yet can exceed MaxIDs by their number.
 		v.tight.Store(true)
 		v.left = less(m.cfg.MaxIDs, v.before.sum()+e.Unique()+fresh)
 	}
@@ -639,8 +637,8 @@ func (m *Memory) Knows(v *View, k Key) bool {
 	return p == found
 }
 
-// Learn adds an id to v, the View of e, beside the journal. An id that finds no room
-// is not known later: Knows answers false, and the error says why.
+// Learn adds an id to v, the View of e, and not to the journal. If there is no room, it
+// returns an error, and Knows returns false for the id.
 func (m *Memory) Learn(e *counter.Epoch, v *View, k Key) (Verdict, error) {
 	p, err := m.insert(e, v, k, 0)
 	return verdict(p), err
@@ -702,9 +700,8 @@ func (m *Memory) fit() (ids uint64, estimated bool) {
 	return ids, true
 }
 
-// Close gives the memory back, but for the tables of epochs that are not
-// retired: a request may still be in one, and the process, if it ends, takes
-// that memory with it. No Open and no Run may follow.
+// Close gives the memory back, except for the tables of epochs that are not retired: a
+// request may still be in one. No Open and no Run may follow.
 func (m *Memory) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

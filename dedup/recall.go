@@ -46,9 +46,9 @@ func (m *Memory) openJournal() error {
 	return nil
 }
 
-// Past says what earlier processes left in Dir. published is what each publisher
-// has, by its name: Config.Publisher of this process or of an earlier one. With a
-// Dir it must be called, once, and the Counter be given the answer.
+// Past returns what earlier processes left in Dir. published is what each publisher has
+// published, by its name: Config.Publisher of this process or of an earlier one. With a Dir it
+// must be called once, and the result passed to the Counter.
 func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}

@@ -71,7 +71,7 @@ func (j *journal) noticeRemoval() error {
 }
 
 // doubt marks the slots of a failed journal: a process that starts before their epochs are
-// published knows that ids may be missing.
+// published makes records for them that are not exact.
 func (j *journal) doubt() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -122,7 +122,7 @@ func (m *Memory) renew(j *journal) {
 	m.mu.Lock()
 	m.journal = next
 	if v := m.current.Load(); v != nil && v.kept == (slotOf{}) && v.refused == nil && m.unretired > 0 {
-		// Nobody could add to the present epoch: it begins now.
+		// No request could add to the present epoch: it begins now.
 		var refused error
 		if v.kept, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {
 			v.journal.Store(next) // opens it for requests

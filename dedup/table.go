@@ -25,8 +25,8 @@ import (
 // rest of the epoch, and its further ids go to the next level, a table of its own size.
 // Growing adds a level and moves nothing.
 //
-// It replaced sync.Map, Go maps behind locks, and the libraries that stand
-// beside it in bench; BenchmarkAdd there says what it gains.
+// It replaced sync.Map, Go maps behind locks, and the libraries that package bench compares
+// with it (BenchmarkAdd there).
 const (
 	lineSlots      = 8 // words in a cache line
 	slotsPerBucket = 2 * lineSlots
@@ -125,7 +125,7 @@ type (
 	wideBucket [slotsPerBucket][2]atomic.Uint64
 )
 
-// place says what a bucket did with a key.
+// place is what a bucket did with a key.
 type place uint8
 
 const (

@@ -26,8 +26,8 @@ type tokens struct {
 	// sipWords.
 	recalled bool
 
-	// spilled are words that found no memory although there had been room for them
-	// before their ids were added.
+	// spilled are words for which there was room before their ids were added, and no memory
+	// after that.
 	mu      sync.Mutex // guards spilled
 	spilled map[uint64]bool
 }
