@@ -726,21 +726,7 @@ func TestDamageIsSetAsideAndSaid(t *testing.T) {
 // not this one's to touch.
 func TestForeignAndNewerFiles(t *testing.T) {
 	header := func(change func(h []uint64)) func(dir string) {
-		return func(dir string) {
-			path := filepath.Join(dir, stateName)
-			b, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			h := make([]uint64, headerWords)
-			copy(bytesOf(h), b)
-			change(h)
-			h[headerCheckAt] = checkOf(h[:headerCheckAt])
-			copy(b, bytesOf(h))
-			if err := os.WriteFile(path, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
+		return func(dir string) { changeHeader(t, dir, change) }
 	}
 	for _, tt := range []struct {
 		name   string
@@ -803,6 +789,24 @@ func TestForeignAndNewerFiles(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// changeHeader changes the header of a state file, whose check is right afterwards.
+func changeHeader(t *testing.T, dir string, change func(h []uint64)) {
+	t.Helper()
+	path := filepath.Join(dir, stateName)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := make([]uint64, headerWords)
+	copy(bytesOf(h), b)
+	change(h)
+	h[headerCheckAt] = checkOf(h[:headerCheckAt])
+	copy(b, bytesOf(h))
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -725,23 +725,23 @@ func (m *Memory) Run(ctx context.Context) error {
 	tick := time.NewTicker(m.cfg.CleanupInterval)
 	defer tick.Stop()
 	for {
+		due := false
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-m.check:
-			m.growAhead()
-			m.sift()
-			m.kept().prepare()
-			if m.behind() {
-				m.reclaim()
-			}
 		case <-tick.C:
-			m.growAhead()
-			m.kept().prepare()
+			due = true
+		}
+		m.growAhead()
+		m.kept().prepare()
+		m.sift()
+		if due {
 			m.resize()
 			m.release()
+		}
+		if due || m.behind() {
 			m.reclaim()
-			m.sift()
 		}
 	}
 }
