@@ -63,9 +63,10 @@ func (c *Counter) first(now int64) (start, window int64) {
 	return start, length
 }
 
-// lastLength returns the length of the window that starts at NotBefore. If LastLen
-// does not say it, that is the one of today, or the longest of which both have
-// starts; -1 where the clock is behind, which is another matter.
+// lastLength returns the length of the window that starts at NotBefore: LastLen if that is
+// set. Otherwise it is guessed: the present length if a window of it can start there, or the
+// longest divisor of that length for which this holds. It is -1 if the clock is behind
+// NotBefore: nothing can be guessed then.
 func (c *Counter) lastLength(now int64) int64 {
 	last := c.cfg.NotBefore.UnixNano()
 	if c.cfg.LastLen > 0 {
@@ -90,7 +91,7 @@ func (c *Counter) epochAt(ns int64) (start, window int64) {
 	return floor(ns, window) * window, window
 }
 
-// endOf returns when the epoch behind another is due.
+// endOf returns the end of an epoch: when the next one is due.
 func (c *Counter) endOf(start, window int64) int64 {
 	if start < c.change.until {
 		return min(start+window, c.change.until)

@@ -5,10 +5,9 @@ import (
 	"time"
 )
 
-// clockSettle is how long after a step the wall clock counts as not to be
-// trusted: whoever sets a clock often sets it twice, and a load balancer that
-// asks every few seconds should see it. It is bounded because the step may well
-// have put the clock right: then there is nothing more to wait for.
+// clockSettle is how long after a step the wall clock is not trusted: a clock is often
+// set twice, and a load balancer that asks every few seconds should see the problem.
+// It is bounded because the step may have corrected the clock.
 const clockSettle = 10 * time.Second
 
 // reading is one moment by two clocks, in ns.
@@ -31,9 +30,9 @@ type Clock struct {
 	Pauses  uint64        // times the process did not run for more than MaxSkew: stopped, suspended, or starved
 	Paused  time.Duration // all of them together
 
-	// Problem says why epochs cannot be trusted to be those of the time; empty
-	// if they can. It is over when the wall clock has come to the open epoch and
-	// has run evenly for clockSettle.
+	// Problem is the reason why the open epoch may not be that of the present time;
+	// empty if there is none. It ends when the wall clock has reached the open epoch
+	// and no step was seen for clockSettle.
 	Problem string
 }
 
@@ -47,8 +46,8 @@ type clockWatch struct {
 	seen    Clock
 }
 
-// irregular says by how much the wall clock was set since the last tick, and how
-// long the process did not run, if either is more than the skew allowed.
+// irregular returns by how much the wall clock was set since the last tick, and how
+// long the process did not run; 0 for each that is within the skew allowed.
 func (w *clockWatch) irregular(now reading) (step, pause int64) {
 	if w.skew == 0 || w.last == (reading{}) {
 		return 0, 0
@@ -106,9 +105,9 @@ func clockTime(ns int64) string {
 
 func round(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
 
-// watch looks at the clocks for the ticker, which sleeps next, and tells of what
-// has changed. An epoch in which the clock was set, or the process did not run,
-// was not served whole.
+// watch compares the clocks for the ticker, which sleeps next, and reports what has
+// changed. An epoch in which the clock was set, or the process did not run, is not
+// complete.
 func (c *Counter) watch(now reading, sleep time.Duration) {
 	c.mu.Lock()
 	step, pause, changed := c.clock.look(now, c.last, sleep)

@@ -36,8 +36,8 @@ const (
 	// (dedup has 1,016 slots).
 	maxWaiting = 2048
 
-	// startWait is how long after New the caller may take to call Run, without
-	// being told that the process did not run.
+	// startWait is how long after New the caller may take to call Run. More counts as a
+	// time in which the process did not run.
 	startWait = time.Minute
 )
 
@@ -104,8 +104,8 @@ type Past struct {
 	Over   bool
 }
 
-// Recovered is the count of an epoch that an earlier process opened and did not
-// publish, or what is missing in its records.
+// Recovered is the count of an epoch that an earlier process opened and did not publish, or the
+// part of the count that no record of it has.
 type Recovered struct {
 	Serial uint64        // as Epoch.Serial
 	Start  time.Time     // start of the window, UTC

@@ -25,9 +25,9 @@ const (
 	Repeat                // the id was there
 )
 
-// stripe is one share of an epoch's counters. A request counts twice: as entered,
-// and then, as what it did. So what it counted is also that it has left: the
-// last one cannot be seen to have gone before its count is there.
+// stripe is one share of an epoch's counters. A request counts twice: when it enters, and by
+// its outcome when it leaves. So the act of leaving is the count itself: a request cannot be seen
+// to have left before it is counted.
 type stripe struct {
 	entered atomic.Uint64
 	unique  atomic.Uint64 // left with a new id
@@ -62,12 +62,11 @@ type Epoch struct {
 	complete  bool   // opened at its start, from the epoch before
 	recovered bool   // counted by an earlier process
 
-	// inexact is set by whoever learns that ids of the epoch may be lost, and
-	// read when its count is final.
+	// inexact is set by MarkInexact, and read when the count of the epoch is final.
 	inexact atomic.Bool
 
-	// Set, by the one who turns the epoch, before the closer sees it.
-	interrupted bool  // ended before its time, or nobody was there at its end
+	// Set by the turn, before the closer sees the epoch.
+	interrupted bool  // ended before its time, or the process did not run at its end
 	gap         int64 // the start of the next one opened, if there are epochs between; Unix time, ns
 
 	// State is what the Store returned from Open: set before the first request can enter,

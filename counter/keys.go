@@ -11,7 +11,7 @@ import (
 	"unsafe"
 )
 
-// DefaultMaxKeys is how many keys an epoch may have where Config says nothing.
+// DefaultMaxKeys is how many keys an epoch may have unless Config.MaxKeys is set.
 const DefaultMaxKeys = 100_000
 
 // MaxMaxKeys bounds Config.MaxKeys.
@@ -90,9 +90,9 @@ type Keys struct {
 	bytes  int64 // of memory
 	over   bool  // released
 
-	// late is the number of those who use the table and may not be in the epoch. release first
-	// takes the table away and then looks at late; they first count in late and then look for
-	// the table: it is not used again while one of them has it.
+	// late is the number of callers that use the table and may not be in the epoch. They first
+	// count in late and then load the table; release first takes the table away and then loads
+	// late. So a table that one of them has is not used for another epoch.
 	late atomic.Int64
 }
 

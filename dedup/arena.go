@@ -12,8 +12,8 @@ type arena struct {
 	max  uint64 // bytes, 0: no limit
 	used atomic.Uint64
 
-	// workers populate what is handed out: one, when 0, of a server that answers
-	// requests meanwhile, and all processors at the start.
+	// workers is how many goroutines populate a table: all processors at the start, and one
+	// (or 0) while requests are answered.
 	workers int
 }
 
@@ -26,7 +26,7 @@ type memory struct {
 func (m memory) size() uint64 { return uint64(len(m.bytes)) }
 
 // populateMin is the smallest table whose pages are made resident at once.
-// Below it the faults of first use cost less than the pages nobody uses.
+// In a smaller one the faults of first use cost less than pages that are never used.
 const populateMin = 2 << 20
 
 // allocate returns n zeroed values of type B, which must not hold pointers,

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,17 +17,6 @@ import (
 
 	"verve/counter"
 )
-
-// runSet runs the background work until the test is over.
-func runSet(t testing.TB, s Set) {
-	var running sync.WaitGroup
-	ctx, stop := context.WithCancel(context.Background())
-	running.Go(func() { _ = s.Run(ctx) })
-	t.Cleanup(func() {
-		stop()
-		running.Wait()
-	})
-}
 
 // BenchmarkAddKept is BenchmarkAdd with a journal beside the table: what it adds
 // is the price of surviving the process. The two are run in turns, and the
@@ -46,7 +34,7 @@ func BenchmarkAddKept(b *testing.B) {
 					cfg.Dir = b.TempDir()
 				}
 				m := newMemory(b, cfg)
-				runSet(b, m)
+				run(b, m)
 				e := newEpochs(b, m)
 				n := 0
 				id := make([]byte, 0, 20)
@@ -191,7 +179,7 @@ func benchmarkOptions(b *testing.B, with optionForm, ids, size int, uuids bool) 
 		cfg.Expect, cfg.ExpectWide = 0, uint64(ids)
 	}
 	m := newMemory(b, cfg)
-	runSet(b, m)
+	run(b, m)
 	e := newEpochs(b, m)
 	texts := make([][2][]byte, size) // an id and a token
 	under := make([][]byte, with.keys)
@@ -241,46 +229,6 @@ func benchmarkOptions(b *testing.B, with optionForm, ids, size int, uuids bool) 
 	}
 	b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/float64(b.N), "user-ns/id")
 	b.ReportMetric(float64(m.current.Load().tokens.table.bytes)/float64(ids), "token-B/id")
-}
-
-// BenchmarkHotKey has writers, as many as -cpu, add new ids under one key and under a
-// thousand: what it costs that all count in the same word.
-func BenchmarkHotKey(b *testing.B) {
-	const ids = 1_000_000
-	for _, keys := range []int{1, 1000} {
-		b.Run(fmt.Sprintf("keys=%d", keys), func(b *testing.B) {
-			m := newMemory(b, Config{ExpectWide: ids, Dir: b.TempDir()})
-			runSet(b, m)
-			e := newEpochs(b, m)
-			under := make([][]byte, keys)
-			for i := range under {
-				under[i] = fmt.Appendf(nil, "campaign-%d", i)
-			}
-			var next atomic.Int64
-			began := userTime(b)
-			b.RunParallel(func(pb *testing.PB) {
-				var id []byte
-				for pb.Next() {
-					i := next.Add(1)
-					id = strconv.AppendInt(id[:0], i*7, 10)
-					o := Options{Under: under[i%int64(keys)]}
-					items, verdicts := []Item{{ID: id, Options: &o}}, []Verdict{Turned}
-					m.Keys(items)
-					in, _ := e.EnterMany(e.At(int(i/ids)), 0, 1)
-					err := m.AddMany(in.Epoch, items, verdicts)
-					in.LeaveMany(1, 0, 0)
-					if verdicts[0] == Turned { // the other writer is in the next epoch
-						continue
-					}
-					if verdicts[0] != Unique || err != nil {
-						b.Error(verdicts, err)
-						return
-					}
-				}
-			})
-			b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/float64(b.N), "user-ns/id")
-		})
-	}
 }
 
 // uuidOf appends the UUID of a number.
@@ -358,7 +306,7 @@ func benchmarkToken(b *testing.B, ids, size int) {
 	var sides [2]*side
 	for i := range sides {
 		m := newMemory(b, Config{Expect: uint64(ids), Dir: b.TempDir()})
-		runSet(b, m)
+		run(b, m)
 		sides[i] = &side{m: m, e: newEpochs(b, m), options: make([]Options, slice)}
 	}
 	texts := make([]byte, 0, slice*48)

@@ -4,7 +4,6 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"testing"
-	"time"
 
 	"verve/counter"
 )
@@ -73,11 +72,5 @@ func BenchmarkDecimal(b *testing.B) {
 				}
 			})
 		}
-	}
-}
-
-func BenchmarkTimeNow(b *testing.B) {
-	for b.Loop() {
-		_ = time.Now().UnixNano()
 	}
 }

@@ -1,6 +1,7 @@
 package dedup
 
 import (
+	"slices"
 	"sync/atomic"
 	"unsafe"
 )
@@ -19,12 +20,31 @@ func (m *Memory) growAhead() {
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64, sizes func() []uint64) {
-	asked := t.checking.Swap(false) // before the look: who takes a slot after it asks again
+	asked := t.checking.Swap(false) // first: a request that takes a slot from now on sets it again
 	m.grown.Add(uint64(t.prepare(asked, load, sizes, m.arena)))
 }
 
-// resize makes a table of the right size for the next epochs, if that of the
-// present is too small for the largest of the last epochs or far too large for
+// tables are those of one kind of ids. Memory.mu guards them, but for sweep.
+type tables[B any] struct {
+	open *table[B]   // of the epochs to be opened
+	next *table[B]   // of another size: it takes over at the next turn; nil: there is none
+	old  []*table[B] // replaced; freed when no epoch uses them
+
+	sweep position // of the cleaner, which alone uses it
+}
+
+// take returns the table for an epoch that is being opened. m.mu is held.
+func (ts *tables[B]) take() *table[B] {
+	if ts.next != nil {
+		ts.old = append(ts.old, ts.open)
+		ts.open, ts.next = ts.next, nil
+	}
+	ts.open.refs++
+	return ts.open
+}
+
+// resize makes tables of the right size for the next epochs, if those of the
+// present are too small for the largest of the last epochs or far too large for
 // all of them.
 func (m *Memory) resize() {
 	m.mu.Lock()
@@ -33,82 +53,74 @@ func (m *Memory) resize() {
 		peak.narrow, peak.wide = max(peak.narrow, l.narrow), max(peak.wide, l.wide)
 	}
 	sure := m.retired >= forecastEpochs // enough seen to shrink
-	narrow, wide := m.narrow, m.wide
-	if m.nextNarrow != nil {
-		narrow = nil // waits for a turn
-	}
-	if m.nextWide != nil {
-		wide = nil
-	}
 	m.mu.Unlock()
-
-	if t := resized(m, narrow, peak.narrow, max(m.cfg.Expect, m.cfg.ExpectAny), sure); t != nil {
-		m.mu.Lock()
-		m.nextNarrow = t
-		m.mu.Unlock()
-	}
-	if t := resized(m, wide, peak.wide, max(m.cfg.ExpectWide, m.cfg.ExpectAny), sure); t != nil {
-		m.mu.Lock()
-		m.nextWide = t
-		m.mu.Unlock()
-	}
+	m.narrow.resize(m, peak.narrow, max(m.cfg.Expect, m.cfg.ExpectAny), sure)
+	m.wide.resize(m, peak.wide, max(m.cfg.ExpectWide, m.cfg.ExpectAny), sure)
 }
 
-// resized returns a table to replace t, or nil if t serves. What decides about
-// shrinking is the room that t takes, whether it was made or grown so large.
-func resized[B any](m *Memory, t *table[B], peak, least uint64, sure bool) *table[B] {
-	if t == nil {
-		return nil
-	}
+// resize makes the table that takes over, if one of another size is better. What decides
+// about shrinking is the room that the open one takes, whether it was made or grown so large.
+func (ts *tables[B]) resize(m *Memory, peak, least uint64, sure bool) {
+	m.mu.Lock()
+	t, waits := ts.open, ts.next != nil
+	m.mu.Unlock()
 	want := max(least, peak+peak/4) // a quarter more than the largest seen
 	t.mu.Lock()
 	slots := t.slots
 	t.mu.Unlock()
 	first, second := firstLevels(want)
-	switch {
-	case peak > max(t.expect, minBuckets*slotsPerBucket/4*3):
-	case sure && (first+second)*slotsPerBucket < slots/3:
-	default:
-		return nil
+	grow := peak > max(t.expect, minBuckets*slotsPerBucket/4*3)
+	shrink := sure && (first+second)*slotsPerBucket < slots/3
+	if waits || !grow && !shrink {
+		return
 	}
 	next, err := newTable[B](want, m.arena)
 	if err != nil {
-		return nil // no memory for both: the chain of levels serves, only slower
+		return // no memory for both: the chain of levels serves, only slower
 	}
 	m.resized.Add(1)
-	return next
+	m.mu.Lock()
+	ts.next = next
+	m.mu.Unlock()
 }
 
 // release frees replaced tables that no epoch uses any more.
 func (m *Memory) release() {
 	m.mu.Lock()
-	var narrow []*table[narrowBucket]
-	var wide []*table[wideBucket]
-	m.oldNarrow, narrow = unused(m.oldNarrow)
-	m.oldWide, wide = unused(m.oldWide)
+	narrow, wide := m.narrow.unused(), m.wide.unused()
 	m.mu.Unlock()
-	for _, t := range narrow {
-		t.free(m.arena)
-	}
-	for _, t := range wide {
-		t.free(m.arena)
-	}
+	freeAll(narrow, m.arena)
+	freeAll(wide, m.arena)
 }
 
-func unused[B any](tables []*table[B]) (used, free []*table[B]) {
-	for _, t := range tables {
+// unused removes the old tables that no epoch uses, and returns them.
+func (ts *tables[B]) unused() (free []*table[B]) {
+	ts.old = slices.DeleteFunc(ts.old, func(t *table[B]) bool {
 		if t.refs == 0 {
 			free = append(free, t)
-		} else {
-			used = append(used, t)
 		}
-	}
-	return used, free
+		return t.refs == 0
+	})
+	return free
 }
 
-// sweeper is the place of the next step in the tables. Run alone uses it.
-type sweeper struct{ narrow, wide position }
+func freeAll[B any](tables []*table[B], to *arena) {
+	for _, t := range tables {
+		t.free(to)
+	}
+}
 
+// close frees the tables that no epoch uses. m.mu is held.
+func (ts *tables[B]) close(to *arena) {
+	ts.old = append(ts.old, ts.open)
+	if ts.next != nil {
+		ts.old = append(ts.old, ts.next)
+	}
+	freeAll(ts.unused(), to)
+	*ts = tables[B]{open: new(table[B])}
+}
+
+// position is that of the next step of the sweep in a table.
 type position struct {
 	level, bucket int
 	floor         uint64 // of the pass: words of epochs up to it are cleared
@@ -128,7 +140,7 @@ func (m *Memory) behind() bool {
 // still inside keeps its epoch and all later ones from being swept.
 func (m *Memory) reclaim() {
 	m.mu.Lock()
-	narrow, wide := m.narrow, m.wide
+	narrow, wide := m.narrow.open, m.wide.open
 	serial, admitted, turns := m.serial, m.admitted, m.serial-m.swept
 	m.swept = serial
 	m.settle()
@@ -138,16 +150,12 @@ func (m *Memory) reclaim() {
 	}
 	m.mu.Unlock()
 
-	n := sweepTable(narrow, &m.sweep.narrow, floor, batch(m.cfg.CleanupBatch, turns, narrow), func(b *narrowBucket, floor uint64) int {
-		return sweepWords(b[:], 1, admitted, floor)
-	})
-	n += sweepTable(wide, &m.sweep.wide, floor, batch(m.cfg.CleanupBatch, turns, wide), func(b *wideBucket, floor uint64) int {
-		return sweepWords(unsafe.Slice(&b[0][0], 2*slotsPerBucket), 2, admitted, floor)
-	})
+	n := sweepTable(narrow, &m.narrow.sweep, floor, admitted, batch(m.cfg.CleanupBatch, turns, narrow))
+	n += sweepTable(wide, &m.wide.sweep, floor, admitted, batch(m.cfg.CleanupBatch, turns, wide))
 	m.reclaimed.Add(uint64(n))
 
 	m.mu.Lock()
-	m.clean = max(m.clean, min(m.sweep.narrow.clean, m.sweep.wide.clean))
+	m.clean = max(m.clean, min(m.narrow.sweep.clean, m.wide.sweep.clean))
 	m.mu.Unlock()
 }
 
@@ -162,7 +170,7 @@ func batch[B any](least int, turns uint64, t *table[B]) int {
 // sweepTable sweeps the next slots of t. A pass that began in a table, or with
 // a level, that was replaced or added since goes on in the new one: that has
 // words of later epochs only.
-func sweepTable[B any](t *table[B], p *position, floor uint64, slots int, sweep func(b *B, floor uint64) int) (n int) {
+func sweepTable[B any](t *table[B], p *position, floor, admitted uint64, slots int) (n int) {
 	for ; slots > 0; slots -= slotsPerBucket {
 		if p.level == 0 && p.bucket == 0 {
 			if floor <= p.clean {
@@ -172,7 +180,8 @@ func sweepTable[B any](t *table[B], p *position, floor uint64, slots int, sweep 
 		}
 		l := t.levels[p.level].Load()
 		if l != nil && p.bucket < len(l.buckets) {
-			n += sweep(&l.buckets[p.bucket], p.floor)
+			b := &l.buckets[p.bucket]
+			n += sweepWords(unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(b)), unsafe.Sizeof(*b)/8), admitted, p.floor)
 			p.bucket++
 		}
 		if l == nil || p.bucket >= len(l.buckets) {
@@ -185,13 +194,13 @@ func sweepTable[B any](t *table[B], p *position, floor uint64, slots int, sweep 
 	return n
 }
 
-// sweepWords empties the words of epochs up to floor and says how many: of all words, or
-// of every second one, which are those with a tag. These are of epochs less than half a lap
-// before admitted, or of later ones that were opened meanwhile. Nobody can be writing a word
-// of an epoch up to floor.
-func sweepWords(words []atomic.Uint64, step int, admitted, floor uint64) (n int) {
+// sweepWords empties the words of a bucket that are of epochs up to floor, and returns how many
+// it emptied. The first word of each slot has the tag: that of an epoch less than half a lap
+// before admitted, or of a later one that was opened meanwhile. Nobody can be writing a word of
+// an epoch up to floor.
+func sweepWords(words []atomic.Uint64, admitted, floor uint64) (n int) {
 	now := tagOf(admitted)
-	for i := 0; i < len(words); i += step {
+	for i := 0; i < len(words); i += len(words) / slotsPerBucket {
 		w := words[i].Load()
 		t := w & tagMask &^ pending
 		if t == 0 || newer(t, now) || admitted-age(t, now) > floor {

@@ -103,12 +103,12 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 	}
 	s, l := m.Stats(), m.current.Load().load()
 	inFirst := 0
-	for i := range m.narrow.levels[0].Load().buckets {
-		inFirst += tagged(m.narrow.levels[0].Load().buckets[i][:], m.current.Load().tag)
+	for i := range m.narrow.open.levels[0].Load().buckets {
+		inFirst += tagged(m.narrow.open.levels[0].Load().buckets[i][:], m.current.Load().tag)
 	}
-	for i := range m.wide.levels[0].Load().buckets {
+	for i := range m.wide.open.levels[0].Load().buckets {
 		for slot := range slotsPerBucket {
-			inFirst += tagged(m.wide.levels[0].Load().buckets[i][slot][:1], m.current.Load().tag)
+			inFirst += tagged(m.wide.open.levels[0].Load().buckets[i][slot][:1], m.current.Load().tag)
 		}
 	}
 	return flooded{1 - float64(inFirst)/ids, s.Levels, s.Bytes, float64(l.narrow+l.wide) / ids}

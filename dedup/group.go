@@ -6,7 +6,7 @@ import "time"
 type GroupStats struct {
 	LedgerStats
 
-	Unique uint64 // ids of the whole group in the open epoch, as last heard
+	Unique uint64 // ids of the whole group in the open epoch, as of the last heartbeat
 
 	// Away is the present failure of Redis, empty if there is none. Ready reports whether
 	// ids are answered even so.
@@ -27,9 +27,9 @@ type LedgerStats struct {
 	Members int           // alive, this one among them
 	Leading bool          // this one publishes
 	Offset  time.Duration // how far the clock of Redis is ahead of this one
-	Waiting int           // epochs this one knows of and has not heard to be delivered, the open one among them
+	Waiting int           // epochs whose records are not known to be delivered, the open one among them
 
-	// Problem says why this instance should get no requests: its clock or its
-	// windows are not those of the group. Empty if they are.
+	// Problem is the reason why this instance should get no requests: its clock or its
+	// windows are not those of the group. Empty if there is none.
 	Problem string
 }

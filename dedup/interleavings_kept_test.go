@@ -91,7 +91,7 @@ func (k *keptScene) recall() (*successor, error) {
 	}
 	j := m.journal
 	f := &successor{Memory: m, serial: j.newest.serial}
-	f.view = &View{tag: tagOf(f.serial), narrow: m.narrow, wide: m.wide}
+	f.view = &View{tag: tagOf(f.serial), narrow: m.narrow.open, wide: m.wide.open}
 	published := counter.Published{}
 	if n := k.published.Load(); n > 0 {
 		published = counter.Published{Last: k.epochs[0].Start(), Unique: n - 1}

@@ -53,7 +53,7 @@ func (s *scene) renewTables() {
 	if err != nil {
 		panic(err)
 	}
-	s.m.nextNarrow, s.m.nextWide = narrow, wide
+	s.m.narrow.next, s.m.wide.next = narrow, wide
 }
 
 // tryTwice has two attempts to count one id with one token.

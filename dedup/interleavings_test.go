@@ -266,9 +266,9 @@ func TestInterleavingsOfASweep(t *testing.T) {
 					if err := s.room(); err != nil {
 						return err
 					}
-					first := s.m.narrow.levels[0].Load().buckets[0][8].Load()
+					first := s.m.narrow.open.levels[0].Load().buckets[0][8].Load()
 					if kind.name == "wide" {
-						first = s.m.wide.levels[0].Load().buckets[0][8][0].Load()
+						first = s.m.wide.open.levels[0].Load().buckets[0][8][0].Load()
 					}
 					if first != 0 {
 						return fmt.Errorf("the cleaner left the word %#x of an epoch long past", first)
@@ -317,7 +317,7 @@ func TestInterleavingsOfGrowth(t *testing.T) {
 				s.adds(r, "a again", 0, a)
 				s.adds(r, "b", 0, b)
 				r.Check(func() error {
-					if depth := s.m.narrow.depth + s.m.wide.depth; depth != 3 {
+					if depth := s.m.narrow.open.depth + s.m.wide.open.depth; depth != 3 {
 						return fmt.Errorf("there are %d levels, want 3", depth)
 					}
 					return s.room()
@@ -334,14 +334,14 @@ func TestInterleavingsOfGrowthAhead(t *testing.T) {
 			explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 				s := newScene(Config{}, 1, 1)
 				s.crowd(kind.key, 1)
-				s.m.narrow.checking.Store(kind.name == "narrow")
-				s.m.wide.checking.Store(kind.name == "wide")
+				s.m.narrow.open.checking.Store(kind.name == "narrow")
+				s.m.wide.open.checking.Store(kind.name == "wide")
 				a, b := kind.key(7, 1), kind.key(7, 2)
 				s.adds(r, "ab", 0, a, b)
 				s.adds(r, "b", 0, b)
 				r.Go("cleaner", s.m.growAhead)
 				r.Check(func() error {
-					if has, used := s.m.narrow.bytes+s.m.wide.bytes, s.m.arena.used.Load(); has != used {
+					if has, used := s.m.narrow.open.bytes+s.m.wide.open.bytes, s.m.arena.used.Load(); has != used {
 						return fmt.Errorf("the levels have %d bytes, and %d are in use", has, used)
 					}
 					return s.room()

@@ -31,20 +31,11 @@ import (
 //
 // The directory holds
 //
-//	lock       whose lock the process has, and its number
+//	lock       locked by the process that owns the directory; holds its number
 //	state      the secret, the epochs (slots), and which segments there are
 //	ids-NNNNN  segments: the ids
 type journal struct {
-	dir           string
-	segmentChunks int
-	boot          uint32
-	bootAt        func() time.Time // when the machine was started
-	publisher     uint64           // who publishes the counts, as publisherOf
-	window        time.Duration    // of the epochs to be opened; 0: not known
-	nudge         func()           // wakes Run, which calls prepare
-	onFailure     func(error)      // called with the new value of broken
-	step          func()           // tests: called between the stores of a slot
-	msync         func(name string, b []byte) error
+	journalConfig
 
 	writers sync.Pool // of *writer
 
@@ -85,6 +76,27 @@ type journal struct {
 	first     firstEpoch
 }
 
+// journalConfig is what a journal has in common with the one that takes its place.
+type journalConfig struct {
+	dir           string
+	segmentChunks int
+	boot          uint32
+	bootAt        func() time.Time // when the machine was started
+	publisher     uint64           // who publishes the counts, as publisherOf
+	window        time.Duration    // of the epochs to be opened; 0: not known
+	nudge         func()           // wakes Run, which calls prepare
+	onFailure     func(error)      // called with the new value of broken; may be nil
+	step          func()           // tests: called between the stores of a slot
+	msync         func(name string, b []byte) error
+}
+
+// newJournal returns a journal that is not opened yet.
+func newJournal(cfg journalConfig) *journal {
+	j := &journal{journalConfig: cfg, failed: make(chan struct{}, 1), turned: make(chan struct{}, 1)}
+	j.writers.New = func() any { return new(writer) }
+	return j
+}
+
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
 	journalVersion = 4                  // earlier ones: upgrade.go
@@ -98,8 +110,8 @@ const (
 	stateBytes  = marksAt + maxSegments*8
 
 	// slotCount epochs may wait to be published: 17 hours of minutes. Above that
-	// ids are refused. The last few are for processes that start then, as theirs
-	// go on to the publisher at once.
+	// ids are refused. The last few (startSlots) are for the first epochs of processes that
+	// start then.
 	slotCount  = 1024
 	startSlots = 8
 
@@ -125,10 +137,9 @@ const (
 	headerCheckAt = headerWords - 1
 )
 
-// slot is the place of an epoch in the state file. It is written in this order:
-// id 0, the rest, id. So a kill between two stores leaves it free or whole. Only
-// ended changes later, in one store. A flipped bit fails the check, and no
-// single one frees a slot.
+// slot is the place of an epoch in the state file. It is written in this order: id 0, the
+// rest, id. So a kill between two stores leaves it free or whole. Only ended changes later, in
+// one store. A flipped bit fails the check; one bit cannot make an id 0, which frees a slot.
 type slot struct {
 	id        uint64 // serial<<8 | slotMark; 0: free
 	number    uint64
@@ -146,13 +157,13 @@ const (
 	slotMark   = 0xa5
 	endedMark  = 0x6465646e65767276 // published, or nothing was missing
 	doubtMark  = 0x7462756f64767276 // not published, and ids may be missing: the disk failed
-	syncedMark = 0x6465636e79737672 // and all of it is on the disk
+	syncedMark = 0x6465636e79737672 // as endedMark, and all files are on the disk
 	markMagic  = 0x6d67657365767276
 )
 
 const maxGeneration = 1<<30 - 1
 
-// opened is what a slot says.
+// opened is the content of a slot.
 type opened struct {
 	serial            uint64
 	number            int64
@@ -170,26 +181,26 @@ type opened struct {
 func (o *opened) start() time.Time { return time.Unix(0, o.number*int64(o.window)).UTC() }
 func (o *opened) end() time.Time   { return o.start().Add(o.window) }
 
-// known mirrors a slot: its file may go away under the process.
+// known is what this process knows of a slot in memory: a read of the slot may fault.
 type known struct {
 	serial uint64 // 0: free
 	ended  bool
 }
 
-// firstEpoch is what the first epoch of this process goes on from.
+// firstEpoch is what the start finds for the first epoch of this process.
 type firstEpoch struct {
-	pastRead          bool                // by Past
-	logged, published uint64              // if it is the newest one
-	serial            uint64              // of the newest one, once it goes on
-	load              load                // what it had
-	start             time.Time           // the last window that has records, or will have when Past.Recovered is published
+	pastRead          bool                // journal.past was called
+	logged, published uint64              // for the new slot of the newest epoch, if that goes on
+	serial            uint64              // of the newest epoch, once it goes on
+	load              load                // that it had then
+	start             time.Time           // of the last window that has records, or will have when Past.Recovered is published
 	sum               uint64              // of those records
-	others            []counter.Published // of other publishers: the same
-	settled           bool                // of the newest one nothing is missing, but it was not ended
-	unfit             error               // the ids to be resumed do not fit the tables
+	others            []counter.Published // the last windows of other publishers
+	settled           bool                // the newest epoch is published, but its slot is not ended
+	unfit             error               // the ids of the newest epoch do not fit the tables
 }
 
-// damagedError says that what is in the directory cannot be trusted.
+// damagedError is returned if the content of the directory cannot be trusted.
 type damagedError struct{ reason string }
 
 func (e *damagedError) Error() string { return e.reason }
@@ -198,8 +209,8 @@ func damaged(format string, args ...any) error {
 	return &damagedError{fmt.Sprintf(format, args...)}
 }
 
-// cannotKeep makes an error about what the system or the file system does not have
-// one that says so in one word: the caller may do without a journal.
+// cannotKeep wraps an error of a system, or a file system, that lacks a call in
+// errors.ErrUnsupported: the caller may do without a journal.
 func cannotKeep(err error) error {
 	if durable.Unsupported(err) {
 		return fmt.Errorf("ids cannot be kept on disk: %w: %w", errors.ErrUnsupported, err)
@@ -209,12 +220,11 @@ func cannotKeep(err error) error {
 
 // openJournal opens or makes the directory. A damaged one is renamed, setAside is called
 // with its new name, and a new one is made.
-func openJournal(j *journal, setAside func(name string, reason error)) (*journal, error) {
+func openJournal(cfg journalConfig, setAside func(name string, reason error)) (*journal, error) {
 	if !mappable {
 		return nil, cannotKeep(errors.ErrUnsupported)
 	}
-	j.writers.New = func() any { return new(writer) }
-	j.failed, j.turned = make(chan struct{}, 1), make(chan struct{}, 1)
+	j := newJournal(cfg)
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
@@ -232,12 +242,12 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 		if setAside != nil {
 			setAside(name, damage)
 		}
-		j = j.again()
+		j = newJournal(j.journalConfig)
 		if err = j.open(); err == nil {
 			err = j.restore(left)
 		}
 	}
-	if durable.NoSpace(err) && j.isNew() {
+	if durable.NoSpace(err) && !hasState(j.dir) {
 		j.release()
 		j.unmade(err)
 		return j, nil
@@ -258,10 +268,11 @@ func openJournal(j *journal, setAside func(name string, reason error)) (*journal
 	return j, nil
 }
 
-// isNew reports whether nothing is in the directory that matters.
-func (j *journal) isNew() bool {
-	_, err := os.Stat(filepath.Join(j.dir, stateName))
-	return errors.Is(err, os.ErrNotExist)
+// hasState reports whether the directory of a journal has a state file: without one nothing
+// in it matters.
+func hasState(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, stateName))
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 // unmade makes j a journal without files, as there is no room for them: it refuses ids, and
@@ -274,17 +285,6 @@ func (j *journal) unmade(err error) {
 	if j.onFailure != nil {
 		j.onFailure(reason)
 	}
-}
-
-// again returns another journal, not yet opened, with the settings of j.
-func (j *journal) again() *journal {
-	next := &journal{
-		dir: j.dir, segmentChunks: j.segmentChunks, boot: j.boot, bootAt: j.bootAt, publisher: j.publisher, window: j.window,
-		nudge: j.nudge, onFailure: j.onFailure, step: j.step, msync: j.msync,
-	}
-	next.writers.New = j.writers.New
-	next.failed, next.turned = make(chan struct{}, 1), make(chan struct{}, 1)
-	return next
 }
 
 func (j *journal) open() error {
@@ -300,7 +300,6 @@ func (j *journal) open() error {
 		return err
 	}
 	have := map[int]bool{}
-	hasState := false
 	for _, entry := range entries {
 		name := entry.Name()
 		var index int
@@ -311,9 +310,8 @@ func (j *journal) open() error {
 		} else if n, err := fmt.Sscanf(name, "ids-%05d", &index); err == nil && n == 1 && name == segmentName(index) && index < maxSegments {
 			have[index] = true
 		}
-		hasState = hasState || name == stateName
 	}
-	if !hasState {
+	if !hasState(j.dir) {
 		if len(have) > 0 {
 			return damaged("the state file is missing")
 		}
@@ -321,8 +319,8 @@ func (j *journal) open() error {
 			return err
 		}
 		j.made = true
-		// What this one replaces may be damaged, also where the process that set
-		// it aside was killed then.
+		// A damaged directory may have been here: a process that was killed right after it
+		// had set that aside.
 		beside, err := os.ReadDir(filepath.Dir(j.dir))
 		if err != nil {
 			return err
@@ -423,15 +421,13 @@ func (j *journal) load(have map[int]bool) (err error) {
 	if err := j.loadState(); err != nil {
 		return err
 	}
-	all, err := j.loadSlots()
+	bySerial, err := j.loadSlots()
 	if err != nil {
 		return err
 	}
 	needed := map[uint64]bool{}
-	for _, o := range all {
-		if !o.ended || o.serial == j.newest.serial {
-			needed[o.serial] = true
-		}
+	for serial, o := range bySerial {
+		needed[serial] = !o.ended || serial == j.newest.serial
 	}
 	j.segments = make([]*segment, maxSegments)
 	j.counts, j.keyed = map[uint64]load{}, map[uint64]*keyed{}
@@ -450,7 +446,7 @@ func (j *journal) load(have map[int]bool) (err error) {
 		if err := s.scan(&j.secret, j.newest.serial, needed, j.counts, j.keyed); err != nil {
 			return err
 		}
-		// Without a mark: the last process was killed making or removing it.
+		// A segment without a mark: the last process was killed while it made or removed it.
 		atomic.StoreUint64(&j.marks[index], markOf(index))
 		if s.next < len(s.chunks) {
 			j.ready = append(j.ready, s)
@@ -460,8 +456,8 @@ func (j *journal) load(have map[int]bool) (err error) {
 	return nil
 }
 
-// damagedByFault is deferred where files are first read: a part that cannot be
-// read is as good as a bad one.
+// damagedByFault is deferred where files are first read: a part that cannot be read counts as
+// damage.
 func damagedByFault(err *error) {
 	if p := recover(); p != nil {
 		fault, ok := p.(interface{ Addr() uintptr })
@@ -472,9 +468,9 @@ func damagedByFault(err *error) {
 	}
 }
 
-// noSpace returns an error if there is no room for a small file in dir. A file system that
-// writes each page to another place, as Btrfs does, then ends a store to a mapped page with
-// the fault of a page that cannot be read.
+// noSpace returns an error if there is no room for a small file in dir. Without room a file
+// system that writes each page to another place, such as Btrfs, ends a store to a mapped page
+// with a fault, which looks like damage.
 func noSpace(dir string) error {
 	path := filepath.Join(dir, "room")
 	err := durable.ReplaceFile(path, make([]byte, os.Getpagesize()), 0o600)
@@ -520,8 +516,8 @@ func (j *journal) loadState() error {
 	return nil
 }
 
-// loadSlots returns the epochs of the slots, the oldest first, and sets newest.
-func (j *journal) loadSlots() ([]opened, error) {
+// loadSlots returns the epochs of the slots, by their serial, and sets newest and known.
+func (j *journal) loadSlots() (map[uint64]opened, error) {
 	bySerial := map[uint64]opened{}
 	for i := range j.slots {
 		o, ok := j.slots[i].read()
@@ -532,8 +528,8 @@ func (j *journal) loadSlots() ([]opened, error) {
 			continue
 		}
 		o.slot = i
-		// Two of one epoch: killed between going on with it and freeing the
-		// slot it had.
+		// Two slots of one epoch: a process was killed after it had gone on with the epoch,
+		// and before it freed the slot that the epoch had.
 		if other, twice := bySerial[o.serial]; twice {
 			if other.generation == o.generation {
 				return nil, damaged("slots %d and %d of the state file are of one epoch", i, other.slot)
@@ -545,16 +541,13 @@ func (j *journal) loadSlots() ([]opened, error) {
 		}
 		bySerial[o.serial] = o
 	}
-	all := make([]opened, 0, len(bySerial))
 	for _, o := range bySerial {
-		all = append(all, o)
 		j.known[o.slot] = known{o.serial, o.ended}
 		if o.serial > j.newest.serial {
 			j.newest = o
 		}
 	}
-	slices.SortFunc(all, func(a, b opened) int { return int(int64(a.serial - b.serial)) })
-	return all, nil
+	return bySerial, nil
 }
 
 // lost reports whether the machine was started again since o was written: with a loss of
@@ -563,11 +556,12 @@ func (j *journal) lost(o *opened) bool {
 	return o.serial > 0 && o.boot != j.boot && o.boot != 0 && j.boot != 0
 }
 
-// owner tells the segments of this directory from those of another, and says
-// nothing of the secret.
+// owner is a number that the segments of this directory have in their headers, and those of
+// another directory do not. The secret does not follow from it.
 func (j *journal) owner() uint64 { return checkOf(j.secret.words()) }
 
-// read returns what the slot says; serial 0 if it is free.
+// read returns the content of the slot; serial 0 if it is free. It is not ok if the slot is
+// damaged.
 func (s *slot) read() (o opened, ok bool) {
 	id := atomic.LoadUint64(&s.id)
 	if id == 0 {
@@ -596,8 +590,8 @@ func (s *slot) read() (o opened, ok bool) {
 // words are those under the check.
 func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 7) }
 
-// write puts o into a free slot. j.mu is held.
-func (j *journal) write(i int, o *opened) {
+// write writes o into its slot, which is free. j.mu is held.
+func (j *journal) write(o *opened) {
 	meta := uint64(o.generation&maxGeneration)<<33 | uint64(o.boot)
 	if o.inexact {
 		meta |= 1 << 32
@@ -605,7 +599,7 @@ func (j *journal) write(i int, o *opened) {
 	if o.follows {
 		meta |= 1 << 63
 	}
-	to := &j.slots[i]
+	to := &j.slots[o.slot]
 	whole := slot{
 		id: o.serial<<8 | slotMark, number: uint64(o.number), window: uint64(o.window),
 		logged: o.logged, published: o.published, meta: meta, publisher: o.publisher,
@@ -626,7 +620,7 @@ func (j *journal) write(i int, o *opened) {
 	store(&to.publisher, whole.publisher)
 	store(&to.check, checkOf(whole.words()))
 	store(&to.id, whole.id) // from here on the slot counts
-	j.known[i] = known{o.serial, false}
+	j.known[o.slot] = known{o.serial, false}
 }
 
 func (j *journal) free(i int) {
@@ -643,10 +637,9 @@ var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable
 // begin writes a slot for e, which is being opened, and returns the slot, which is for end.
 // The ids of e may be added only if there is no error.
 //
-// The first time it returns when that is on the disk, and with it all that the
-// next process will trust: the process may answer then. Later slots follow in the
-// background, for what is lost without them is found out (recreate), but where the
-// length of the windows changes.
+// The slot of the first epoch of a process, and of one of another length than the last, is on
+// the disk when begin returns: the next process trusts it. The other slots are synced in the
+// background. If power is lost before that, the next process makes such slots again (recreate).
 func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -678,7 +671,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 		j.keyed[o.serial].resume(e)
 	}
 	of = o.of() // from here on it is for end, also after a fault
-	j.write(i, &o)
+	j.write(&o)
 	if !j.begun || o.window != before.window {
 		if err := j.syncPart(stateName, j.state); err != nil {
 			return of, err
@@ -699,7 +692,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 	return of, nil
 }
 
-// opening is what the slot of e will say.
+// opening returns the content of the slot of e.
 func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	o := opened{
 		serial: e.Serial(), number: e.Number(), window: e.Window(),
@@ -716,7 +709,7 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }
 	if j.first.pastRead && recorded(counter.Published{Last: j.first.start}) {
 		o.published = j.first.sum
-		o.inexact = true // its ids are gone: the records say that it had some
+		o.inexact = true // it had ids, as it has records, and they are not in the journal
 	}
 	if first {
 		o.inexact = o.inexact || j.aside || slices.ContainsFunc(j.first.others, recorded) ||
@@ -743,8 +736,8 @@ func (j *journal) changed() {
 	}
 }
 
-// end marks the slot of an epoch of which nothing is left to be published. If this process
-// has gone on with the epoch in another slot since, it does nothing.
+// end marks the slot of an epoch of which nothing is left to be published. It does nothing if
+// this process has gone on with the epoch in another slot.
 func (j *journal) end(o slotOf) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -802,7 +795,7 @@ func (j *journal) fail(reason error) error {
 	return *j.broken.Load()
 }
 
-// problem says why ids cannot be kept now; empty if they can.
+// problem returns the reason why ids cannot be kept now; empty if they can.
 func (j *journal) problem() string {
 	if broken := j.broken.Load(); broken != nil {
 		return (*broken).Error()
@@ -828,22 +821,18 @@ func (j *journal) bytes() uint64 {
 	return n
 }
 
-// sync returns when everything stored before the call is on the disk. It must not run at
-// the same time as trim. Pages that are clean cost a microsecond.
-func (j *journal) sync() error { return j.syncTo(false) }
-
 const (
-	// busyChunks is how many chunks are handed out between two syncs where many ids come: then
-	// the last busyTail of them, which are of the last tenth of that time, are left to the next
-	// sync. A page that is being written to the disk takes no store before that is done.
+	// If busyChunks or more were handed out since the last sync, many ids come. Then the last
+	// busyTail of them, which are of the last tenth of that time, are left to the next sync: a
+	// store into a page that is being written to the disk waits until that is done.
 	busyChunks = 256
 	busyTail   = 16
 )
 
-// syncMost is sync, but for what many requests are writing now.
-func (j *journal) syncMost() error { return j.syncTo(true) }
-
-func (j *journal) syncTo(most bool) error {
+// sync returns when everything stored before the call is on the disk; with most, all but what
+// many requests are writing now. It must not run at the same time as trim. Pages that are clean
+// cost a microsecond.
+func (j *journal) sync(most bool) error {
 	const pageChunks = 4096 / chunkBytes
 	j.mu.Lock()
 	var names []string
@@ -879,9 +868,8 @@ func (j *journal) syncPart(name string, b []byte) error {
 	return nil
 }
 
-// syncFound syncs the segments that an earlier process has left, which may have
-// been killed before it could, and what load has cleared in them. The slots say so
-// only afterwards.
+// syncFound syncs the segments that an earlier process has left, as it may have been killed
+// before it did, with what load has cleared in them. The slots are written only afterwards.
 func (j *journal) syncFound() error {
 	for _, s := range j.segments {
 		if s == nil {
@@ -894,10 +882,10 @@ func (j *journal) syncFound() error {
 	return j.syncPart(stateName, j.state)
 }
 
-// close syncs and lets go of the lock, and of the memory if nobody is in an
-// epoch any more.
+// close syncs and releases the lock. If idle, no request is in an epoch any more, and it
+// unmaps the files as well.
 func (j *journal) close(idle bool) error {
-	err := j.sync()
+	err := j.sync(false)
 	if err == nil {
 		err = j.markSynced()
 	}
@@ -909,7 +897,8 @@ func (j *journal) close(idle bool) error {
 	return err
 }
 
-// markSynced says that after a loss of power from here on all is there.
+// markSynced marks the newest epoch as one whose files are on the disk: a loss of power from
+// here on loses nothing.
 func (j *journal) markSynced() (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -922,8 +911,8 @@ func (j *journal) markSynced() (err error) {
 	return nil
 }
 
-// release gives up the mappings and the lock. Nobody may be in an epoch that was
-// begun in j any more; calls that come late find it broken.
+// release unmaps the files and releases the lock. No request may be in an epoch that was
+// begun in j any more.
 func (j *journal) release() {
 	j.mu.Lock()
 	defer j.mu.Unlock()

@@ -19,10 +19,13 @@ type secret struct {
 }
 
 func newSecret() secret {
-	var b [9 * 8]byte
-	rand.Read(b[:]) // never fails: crypto/rand ends the process instead
-	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
-	return secretOf([]uint64{word(0), word(1), word(2) | 1, word(3) | 1, word(4) | 1, word(5) | 1, word(6) | 1, word(7), word(8)})
+	var words [9]uint64
+	b := bytesOf(words[:])
+	rand.Read(b) // never fails: crypto/rand ends the process instead
+	for i := range words[2:7] {
+		words[2+i] |= 1 // the odd ones
+	}
+	return secretOf(words[:])
 }
 
 // words are the secret as it is kept on disk.

@@ -3,6 +3,7 @@ package dedup
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -15,8 +16,8 @@ import (
 	"verve/internal/setting"
 )
 
-// Defaults of the cleaner: a table of 64 million slots is swept in about a
-// minute, at 1 ms of one core a step (BenchmarkSweep).
+// Defaults of the cleaner: a table of 64 million slots is swept in about a minute, in steps
+// of about 1 ms of one core.
 const (
 	DefaultCleanupInterval = 250 * time.Millisecond
 	DefaultCleanupBatch    = 1 << 18
@@ -96,25 +97,21 @@ type Memory struct {
 	secret secret
 	arena  *arena
 
-	mu         sync.Mutex           // guards what follows; held for moments
-	journal    *journal             // of the epochs to be opened; nil: nothing is kept
-	narrow     *table[narrowBucket] // of the epochs to be opened
-	wide       *table[wideBucket]
-	nextNarrow *table[narrowBucket] // ready to take over at the next turn
-	nextWide   *table[wideBucket]
-	oldNarrow  []*table[narrowBucket] // replaced; freed when no epoch uses them
-	oldWide    []*table[wideBucket]
-	loads      [forecastEpochs]load // of the epochs retired last
-	retired    int
-	unretired  int // epochs opened and not retired
-	spare      *View
-	serial     uint64 // of the epoch opened last
+	mu        sync.Mutex           // guards what follows; held for moments
+	journal   *journal             // of the epochs to be opened; nil: nothing is kept
+	narrow    tables[narrowBucket] // of canonical decimals, and of tokens that are let go
+	wide      tables[wideBucket]   // of all other ids
+	loads     [forecastEpochs]load // of the epochs retired last
+	retired   int
+	unretired int // epochs opened and not retired
+	spare     *View
+	serial    uint64 // of the epoch opened last
 
 	current atomic.Pointer[View] // of the epoch opened last; stored with mu held
 
-	// What keeps words of different epochs less than half a lap apart. No word
-	// of an epoch up to clean is in narrow or wide, and no request is left that
-	// could add one; none later than admitted has been let in.
+	// These keep words of different epochs less than half a lap apart. No word of an epoch up
+	// to clean is in the open tables, and no request is left that could add one. No id of an
+	// epoch after admitted was let in.
 	clean    uint64
 	admitted uint64
 	swept    uint64           // serial at the last step of the cleaner
@@ -123,16 +120,15 @@ type Memory struct {
 	attempts [attemptLocks]sync.Mutex
 
 	recalled struct{ tokens, past *tokens } // for the first epoch
-	sifted   uint64                         // the last epoch whose sieves were filled, or not; Run alone uses it
+	sifted   uint64                         // the last epoch that sift has handled; Run alone uses it
 
 	check chan struct{} // capacity 1: a table may have to grow, or be swept
-	sweep sweeper       // used by Run alone
 
 	grown, resized, reclaimed, fulls atomic.Uint64
 }
 
-// View is what an epoch knows of the tables of a Memory: the State that Open returns. It
-// stays the same from Open to Retire but for its counters.
+// View is the State that Open returns: the tables and the journal that the epoch uses. Only
+// its counters change between Open and Retire.
 type View struct {
 	tag    uint64
 	narrow *table[narrowBucket]
@@ -148,8 +144,7 @@ type View struct {
 
 	tokens *tokens // of the epoch
 	past   *tokens // of the window directly before; nil: there was none
-	start  int64   // of the window, Unix ns
-	end    int64   // when the next one is due
+	end    int64   // when the next epoch is due, Unix ns
 
 	// tight is set when MaxIDs is near: from then on adding is serial and exact.
 	tight   atomic.Bool
@@ -230,11 +225,11 @@ func NewMemory(cfg Config) (*Memory, error) {
 }
 
 func (m *Memory) makeTables(expect load) (err error) {
-	if m.narrow, err = firstTable[narrowBucket](expect.narrow, m.cfg.ExpectAny, m.arena); err != nil {
+	if m.narrow.open, err = firstTable[narrowBucket](expect.narrow, m.cfg.ExpectAny, m.arena); err != nil {
 		return err
 	}
-	if m.wide, err = firstTable[wideBucket](expect.wide, m.cfg.ExpectAny, m.arena); err != nil {
-		m.narrow.free(m.arena)
+	if m.wide.open, err = firstTable[wideBucket](expect.wide, m.cfg.ExpectAny, m.arena); err != nil {
+		m.narrow.open.free(m.arena)
 	}
 	return err
 }
@@ -258,14 +253,6 @@ func firstTable[B any](expect, anyKind uint64, from *arena) (*table[B], error) {
 func (m *Memory) Open(e *counter.Epoch) counter.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.nextNarrow != nil {
-		m.oldNarrow = append(m.oldNarrow, m.narrow)
-		m.narrow, m.nextNarrow = m.nextNarrow, nil
-	}
-	if m.nextWide != nil {
-		m.oldWide = append(m.oldWide, m.wide)
-		m.wide, m.nextWide = m.nextWide, nil
-	}
 	v := m.spare
 	if v == nil {
 		v = m.newView()
@@ -275,9 +262,7 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 		m.startAt(e.Serial())
 	}
 	m.serial = e.Serial()
-	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow, m.wide
-	v.narrow.refs++
-	v.wide.refs++
+	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow.take(), m.wide.take()
 	m.openTokens(e, v)
 	m.unretired++
 	if m.journal != nil {
@@ -310,9 +295,8 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 	return v
 }
 
-// settle forgets the epochs that nobody can be in any more. The last one may be
-// just about to be entered, and until it is, the one before it is open. m.mu is
-// held.
+// settle forgets the epochs that no request can be in any more. It keeps the last two: the
+// last one may not be open yet, and then requests enter the one before it. m.mu is held.
 func (m *Memory) settle() {
 	n := 0
 	for n+2 < len(m.busy) && m.busy[n].Idle() {
@@ -329,7 +313,7 @@ func (m *Memory) nudge() {
 	}
 }
 
-// Retire learns from the load of the epoch and lets go of its tables.
+// Retire keeps the load of the epoch, for the size of later tables, and releases its tables.
 func (v *View) Retire() {
 	m := v.memory
 	m.mu.Lock()
@@ -342,7 +326,7 @@ func (v *View) Retire() {
 	m.letTokens(v.tokens)
 	m.letTokens(v.past)
 	m.unretired--
-	if v.refused == nil { // else its load says nothing
+	if v.refused == nil { // else it has no ids, whatever came
 		m.loads[m.retired%forecastEpochs] = v.load()
 		m.retired++
 	}
@@ -425,13 +409,13 @@ func (m *Memory) refused(err error) Verdict {
 	return v
 }
 
-// addKept is AddMany with a journal. A key has room there before it goes into
-// the table, and is there before the next one is looked at, and so before it is
-// answered: a kill in between is one of a request that nobody has an answer to.
+// addKept is AddMany with a journal. A key has a place in the journal before it goes into
+// the table, and is written there before the next key is looked at. So a kill between the two
+// is one before the request was answered.
 //
-// The journal is mapped memory, and faults as the disk under it fails. To be
-// ready for that costs as much as a record: a batch pays it once. After a fault
-// nothing more is judged.
+// The journal is mapped memory: a store into it faults when the disk fails. Catching that
+// costs as much as writing a record, and is done once for a batch. After a fault no further
+// item is judged.
 func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items []Item, verdicts []Verdict) (err error) {
 	n := 0
 	defer func() {
@@ -460,7 +444,7 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 		if cause == nil {
 			p, cause = m.insert(e, v, k, fresh)
 		} else {
-			p, cause = m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+			p, cause = m.lookFull(v, k, cause)
 		}
 		switch {
 		case cause != nil:
@@ -484,7 +468,7 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 // counted yet.
 func (m *Memory) insert(e *counter.Epoch, v *View, k Key, fresh uint64) (place, error) {
 	if v.tight.Load() {
-		return m.insertTight(v, int(k.kind), k.hi, k.lo)
+		return m.insertTight(v, k)
 	}
 	if k.kind == narrowKind {
 		p, err := m.addNarrow(v, k.lo, false)
@@ -594,9 +578,8 @@ func (m *Memory) sample(e *counter.Epoch, v *View, of *atomic.Uint64, fresh uint
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if !v.tight.Load() {
-		// First the flag, so that from here on whoever looks at it waits for
-		// left, then the count. Other requests between those two moments can
-		// exceed MaxIDs by their number.
+		// First the flag: a request that sees it waits for v.mu. Then the count. Requests
+		// that saw no flag and are not counted yet can exceed MaxIDs by their number.
 		v.tight.Store(true)
 		v.left = less(m.cfg.MaxIDs, v.before.sum()+e.Unique()+fresh)
 	}
@@ -610,18 +593,14 @@ func (v *View) nothingLeft() bool {
 }
 
 // insertTight adds under the lock that guards what is left of MaxIDs.
-func (m *Memory) insertTight(v *View, kind int, hi, lo uint64) (p place, err error) {
+func (m *Memory) insertTight(v *View, k Key) (place, error) {
 	if v.refused != nil {
 		return full, v.refused
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	look := v.left == 0
-	if kind == narrowKind {
-		p, err = m.addNarrow(v, lo, look)
-	} else {
-		p, err = m.addWide(v, hi, lo, look)
-	}
+	p, err := m.addKey(v, k, look)
 	switch p {
 	case absent:
 		err = ErrFull
@@ -631,20 +610,35 @@ func (m *Memory) insertTight(v *View, kind int, hi, lo uint64) (p place, err err
 	return p, err
 }
 
+// addKey adds a key to its table. With look it only looks for it.
+func (m *Memory) addKey(v *View, k Key, look bool) (place, error) {
+	if k.kind == narrowKind {
+		return m.addNarrow(v, k.lo, look)
+	}
+	return m.addWide(v, k.hi, k.lo, look)
+}
+
+// lookFull answers an id that has no room in the journal, because of refused: if it is in the
+// table it is still a repeat.
+func (m *Memory) lookFull(v *View, k Key, refused error) (place, error) {
+	if !errors.Is(refused, ErrFull) {
+		return full, refused
+	}
+	if p, err := m.addKey(v, k, true); p == found || p == turned {
+		return p, err
+	}
+	return full, refused
+}
+
 // Knows reports whether an id is in v. Nothing is added. Safe for concurrent use
 // between Open and Retire of v's epoch.
 func (m *Memory) Knows(v *View, k Key) bool {
-	var p place
-	if k.kind == narrowKind {
-		p, _ = m.addNarrow(v, k.lo, true)
-	} else {
-		p, _ = m.addWide(v, k.hi, k.lo, true)
-	}
+	p, _ := m.addKey(v, k, true)
 	return p == found
 }
 
-// Learn adds an id to v, the View of e, beside the journal. An id that finds no room
-// is not known later: Knows answers false, and the error says why.
+// Learn adds an id to v, the View of e, and not to the journal. If there is no room, it
+// returns an error, and Knows returns false for the id.
 func (m *Memory) Learn(e *counter.Epoch, v *View, k Key) (Verdict, error) {
 	p, err := m.insert(e, v, k, 0)
 	return verdict(p), err
@@ -653,7 +647,7 @@ func (m *Memory) Learn(e *counter.Epoch, v *View, k Key) (Verdict, error) {
 // Stats implements Set.
 func (m *Memory) Stats() Stats {
 	m.mu.Lock()
-	narrow, wide := m.narrow, m.wide
+	narrow, wide := m.narrow.open, m.wide.open
 	var refused error
 	if v := m.current.Load(); v != nil {
 		refused = v.refused
@@ -675,12 +669,8 @@ func (m *Memory) Stats() Stats {
 	if s.Problem == "" && refused != nil {
 		s.Problem = refused.Error()
 	}
-	narrow.mu.Lock()
-	s.Slots, s.Levels = narrow.slots, narrow.depth
-	narrow.mu.Unlock()
-	wide.mu.Lock()
-	s.Slots, s.Levels = s.Slots+wide.slots, max(s.Levels, wide.depth)
-	wide.mu.Unlock()
+	narrow.addTo(&s)
+	wide.addTo(&s)
 	return s
 }
 
@@ -710,29 +700,17 @@ func (m *Memory) fit() (ids uint64, estimated bool) {
 	return ids, true
 }
 
-// Close gives the memory back, but for the tables of epochs that are not
-// retired: a request may still be in one, and the process, if it ends, takes
-// that memory with it. No Open and no Run may follow.
+// Close gives the memory back, except for the tables of epochs that are not retired: a
+// request may still be in one. No Open and no Run may follow.
 func (m *Memory) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	closeTables(m.arena, append(m.oldNarrow, m.narrow, m.nextNarrow))
-	closeTables(m.arena, append(m.oldWide, m.wide, m.nextWide))
-	m.oldNarrow, m.oldWide = nil, nil
-	m.narrow, m.wide = new(table[narrowBucket]), new(table[wideBucket])
-	m.nextNarrow, m.nextWide = nil, nil
+	m.narrow.close(m.arena)
+	m.wide.close(m.arena)
 	if m.journal != nil {
 		return m.journal.close(m.unretired == 0)
 	}
 	return nil
-}
-
-func closeTables[B any](a *arena, tables []*table[B]) {
-	for _, t := range tables {
-		if t != nil && t.refs == 0 {
-			t.free(a)
-		}
-	}
 }
 
 // Run is the cleaner: it makes levels ready before they are needed, replaces
@@ -747,23 +725,23 @@ func (m *Memory) Run(ctx context.Context) error {
 	tick := time.NewTicker(m.cfg.CleanupInterval)
 	defer tick.Stop()
 	for {
+		due := false
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-m.check:
-			m.growAhead()
-			m.sift()
-			m.kept().prepare()
-			if m.behind() {
-				m.reclaim()
-			}
 		case <-tick.C:
-			m.growAhead()
-			m.kept().prepare()
+			due = true
+		}
+		m.growAhead()
+		m.kept().prepare()
+		m.sift()
+		if due {
 			m.resize()
 			m.release()
+		}
+		if due || m.behind() {
 			m.reclaim()
-			m.sift()
 		}
 	}
 }

@@ -279,12 +279,12 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 	retired(1)
 	m.resize() // makes tables for many ids ready
 	old := m.Stats().Bytes
-	if m.nextNarrow == nil || m.nextWide == nil {
+	if m.narrow.next == nil || m.wide.next == nil {
 		t.Fatal("no larger tables were made")
 	}
-	next := m.nextNarrow.bytes + m.nextWide.bytes
+	next := m.narrow.next.bytes + m.wide.next.bytes
 	e.want(t, m, 2, "7", Unique) // turns: in is the last one in the old tables
-	if m.narrow.bytes+m.wide.bytes != next {
+	if m.narrow.open.bytes+m.wide.open.bytes != next {
 		t.Fatal("the larger tables were not taken")
 	}
 	m.release()
@@ -385,24 +385,24 @@ func growsWhenAskedAgain(t *testing.T) error {
 			m.arena.max = limit // growth fails
 		case 735_000:
 			step(m)
-			if m.narrow.depth != 2 || m.narrow.checking.Load() {
-				return fmt.Errorf("%d levels, asked %t: want a growth that failed", m.narrow.depth, m.narrow.checking.Load())
+			if m.narrow.open.depth != 2 || m.narrow.open.checking.Load() {
+				return fmt.Errorf("%d levels, asked %t: want a growth that failed", m.narrow.open.depth, m.narrow.open.checking.Load())
 			}
 			m.arena.max = 0
 		}
-		depth := m.narrow.depth
+		depth := m.narrow.open.depth
 		if v, err := addTo(m, in.Epoch, strconv.AppendInt(nil, int64(i), 10)); v != Unique || err != nil {
 			return fmt.Errorf("id %d: got %v, %v; want Unique", i, v, err)
 		}
-		if m.narrow.depth != depth {
+		if m.narrow.open.depth != depth {
 			return fmt.Errorf("id %d found the last of %d levels full: the cleaner was not asked in time", i, depth)
 		}
 		if i%100 == 0 {
 			step(m)
 		}
 	}
-	if m.narrow.depth < 3 {
-		return fmt.Errorf("%d levels, want more", m.narrow.depth)
+	if m.narrow.open.depth < 3 {
+		return fmt.Errorf("%d levels, want more", m.narrow.open.depth)
 	}
 	return nil
 }

@@ -40,9 +40,9 @@ type optionRun struct {
 // number of those judged, also after a panic; fresh grows by those that were new. An item
 // that turned ends it: so did those behind.
 //
-// What it does for items together is what no other request can see: the words of tokens are
-// made ahead, and the count of a key is added once for the items under it that follow each
-// other, before their request leaves the epoch.
+// Two things are done for several items together, as no other request can see that: the words
+// of tokens are made ahead, and the new ids under one key, of items that follow each other, are
+// added to its count at once, before their request leaves the epoch.
 func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, fresh *uint64) (turned bool, err error) {
 	defer r.count() // also what a fault of the journal leaves
 	ahead := 0
@@ -144,13 +144,12 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 	return k, nil
 }
 
-// addAttempt adds an id that has a token, whose word is token.
+// addAttempt adds an id that has a token. token is the word of that.
 //
-// The attempts to count one id wait for each other if they have tokens, and none of them
-// is judged in an epoch that was left: so one that comes late finds the token of its retry
-// in the open epoch, and a retry in the open epoch that of its first attempt in the one
-// before. An attempt without a token waits for nobody: where it adds the id, no token is
-// added.
+// Attempts with tokens to count one id wait for each other, and none is judged in an epoch
+// that was left. So a late attempt finds the token of its retry in the open epoch, and a retry
+// in the open epoch finds that of its first attempt in the epoch before. An attempt without a
+// token does not wait: if it adds the id, no token is added.
 //
 // A token is in an epoch only if its id is. So it is looked for there only if the id was
 // found: most ids are new.
@@ -212,7 +211,7 @@ func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, 
 
 // known is the verdict on an id that cannot be added, because of cause.
 func (m *Memory) known(v *View, k Key, cause error) (Verdict, error) {
-	p, cause := m.lookFull(v, int(k.kind), k.hi, k.lo, cause)
+	p, cause := m.lookFull(v, k, cause)
 	if cause != nil {
 		return m.refused(cause), cause
 	}

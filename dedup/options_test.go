@@ -372,7 +372,7 @@ func TestLateAttemptFindsItsRetry(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.nextNarrow = next
+	m.narrow.next = next
 	retry, _ := e.Counter.Enter(e.At(1), 0)
 	want := func(in counter.Entry, want Verdict) {
 		t.Helper()

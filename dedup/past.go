@@ -22,14 +22,15 @@ func publisherOf(name string) uint64 {
 // past returns what earlier processes left to be published; published is what each
 // publisher has published.
 //
-// Missing in an epoch are its records in the journal beyond logged, less what its
-// publisher has published beyond published. Both are of one moment, so it does not matter
-// whether the last process was killed before or after its last record was published. This
-// publisher takes over what another one did not publish.
+// The ids that are missing in the records of an epoch: those that the journal has beyond logged,
+// less those that its publisher has published beyond published. The slot has logged and
+// published of one moment, so it does not matter whether the last process was killed before or
+// after its last record was published. This publisher takes over what another one did not
+// publish.
 //
-// An epoch that may have lost ids gets a record also where none is missing: the
-// records before it do not say so. odd is why ids may be missing in the directory, if it does not
-// fit what this publisher has published.
+// An epoch that may have lost ids gets a record even if none is missing: its other records are
+// exact. odd is not empty if the directory does not fit what this publisher has published, so
+// that ids may be missing; it is the reason.
 func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, odd string) {
 	var err error
 	defer j.caught(&err) // it is kept in broken
@@ -138,8 +139,8 @@ func (j *journal) remainder(o *opened, its counter.Published) (r remainder) {
 	return r
 }
 
-// count finds what is missing by key. Where the spool has lost what was published by key,
-// or that does not fit what is missing at all, it is not known.
+// count finds what is missing by key. It is not known if the spool has lost what was published
+// by key, or if that does not fit what is missing in all.
 func (r *remainder) count(k *keyed, published publishedKeys) {
 	if r.missing == 0 || k == nil {
 		return
@@ -196,9 +197,9 @@ func (j *journal) unsettled() (all []opened) {
 	return all
 }
 
-// adopt makes o one of this publisher, which is about to publish what is missing:
-// that is on the disk before, as else a kill after it would have that published by
-// another once more.
+// adopt makes o an epoch of this publisher, which is about to publish what is missing. The new
+// slot is on the disk before that: otherwise, after a kill, another publisher would publish the
+// same ids once more.
 func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -209,7 +210,7 @@ func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 	before := *o
 	o.logged, o.published, o.publisher = logged, published, j.publisher
 	o.generation, o.inexact, o.boot, o.slot = o.generation+1, doubtful, j.boot, i
-	j.write(i, o)
+	j.write(o)
 	if j.syncPart(stateName, j.state) != nil {
 		return // it is kept in broken
 	}
@@ -219,10 +220,10 @@ func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 	j.free(before.slot)
 }
 
-// recreate makes slots for the windows that may have begun, and answered ids,
-// before a loss of power took their slots: those get a record that says so. A slot
-// is on the disk soon after its epoch began, so they began within a moment after
-// the end of the last one that has a slot.
+// recreate makes slots for the windows that may have begun, and had ids answered, before a
+// loss of power took their slots: they get a record that is not exact. A slot is on the disk
+// within slotLate after the beginning of its epoch, so such windows began within that time
+// after the end of the last epoch that has a slot.
 func (j *journal) recreate() {
 	last := j.newest
 	if !j.powerLost {
@@ -243,14 +244,14 @@ func (j *journal) recreate() {
 			continue // it has its record
 		}
 		o.slot = i
-		j.write(i, &o)
+		j.write(&o)
 		j.newest = o
 		j.resumable = time.Now().Before(o.end())
 	}
 }
 
-// salvage returns the epochs that were not published by the slots of a damaged state file
-// that are whole, the oldest first.
+// salvage returns the epochs that were not published, the oldest first, as far as their slots
+// in a damaged state file are whole.
 func salvage(path string) (left []opened) {
 	b, _ := os.ReadFile(path) // what cannot be read has none
 	words := make([]uint64, marksAt/8)
@@ -267,7 +268,7 @@ func salvage(path string) (left []opened) {
 	return left[max(0, len(left)-slotCount+startSlots):]
 }
 
-// restore adds epochs whose ids are lost: the records of their windows say so.
+// restore adds epochs whose ids are lost: their windows get records that are not exact.
 func (j *journal) restore(left []opened) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -282,7 +283,7 @@ func (j *journal) restore(left []opened) (err error) {
 			serial: j.newest.serial + 1, number: o.number, window: o.window,
 			publisher: o.publisher, inexact: true, boot: j.boot, slot: i,
 		}
-		j.write(i, &j.newest)
+		j.write(&j.newest)
 		j.resumable = false
 	}
 	return nil
@@ -303,9 +304,9 @@ func (j *journal) behind(published counter.Published) bool {
 	return n.start().Before(published.Last) || n.start().Equal(published.Last) && fewer
 }
 
-// guess is restore where no slot of the last epoch could be read: the process that was killed
-// had published each window at its end, so the first one behind the last record is likely to be
-// the one that it was in.
+// guess restores the epoch of the last process if no slot of it could be read. That process had
+// published each window at its end, so it was probably killed in the first window behind the
+// last record.
 func (j *journal) guess(last time.Time, behind bool) {
 	known := j.newest.serial > 0 && !behind
 	if !j.aside || known || j.window == 0 || last.IsZero() {
@@ -318,22 +319,22 @@ func (j *journal) guess(last time.Time, behind bool) {
 	_ = j.restore([]opened{o}) // it is kept in broken
 }
 
-// slotLate is how long after the beginning of its epoch a slot is on the disk,
-// however busy that is.
+// slotLate is the longest time from the beginning of an epoch until its slot is on the disk,
+// also if the disk is busy.
 const slotLate = 2 * time.Second
 
 // PublishRecovered publishes what earlier processes have left in cfg.Dir, for a process
 // that does not keep its ids there. Without a directory it does nothing. A window
 // that is still running can go on there, with its ids, in a later process.
 func PublishRecovered(cfg Config, published map[string]counter.Published, publish func(counter.Count) error) error {
-	if cfg.Dir == "" || (&journal{dir: cfg.Dir}).isNew() {
+	if cfg.Dir == "" || !hasState(cfg.Dir) {
 		return nil
 	}
 	m := &Memory{cfg: cfg, check: make(chan struct{}, 1)}
 	if err := m.openJournal(); err != nil {
 		return err
 	}
-	defer m.journal.close(true) // what it says of the disk is in broken
+	defer m.journal.close(true) // an error of the disk is kept in broken
 	for _, l := range m.Past(published).Recovered {
 		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, Keys: l.Keys, SealedAt: time.Now().UTC()}); err != nil {
 			return err

@@ -180,7 +180,7 @@ func diskFailedInRecordedWindow(t *testing.T, within bool) {
 	start := p.c.Last().Start()
 	p.want(time.Now(), "2", Unique)
 	fails = true
-	if err := p.m.journal.sync(); err == nil {
+	if err := p.m.journal.sync(false); err == nil {
 		t.Fatal("the sync did not fail")
 	}
 	p.m.journal.doubt()
@@ -559,7 +559,7 @@ func (r *powerRun) keep(always bool) {
 	j := r.p.m.journal
 	if time.Since(r.synced) >= syncEvery {
 		r.trace("sync")
-		if err := j.syncMost(); err != nil {
+		if err := j.sync(true); err != nil {
 			r.t.Fatal(err)
 		}
 		r.disk.follow()

@@ -52,7 +52,7 @@ func (m *Memory) keep(ctx context.Context) {
 		case <-tick.C:
 			if j.broken.Load() != nil {
 				m.renew(j)
-			} else if j.noticeRemoval() == nil && j.syncMost() == nil {
+			} else if j.noticeRemoval() == nil && j.sync(true) == nil {
 				_ = j.trim() // a file too many; a fault is kept in broken
 			}
 		}
@@ -63,7 +63,7 @@ func (m *Memory) keep(ctx context.Context) {
 // of the files that it has open succeed, and no later process finds them. Another directory
 // in its place may be that of another process, which is left alone.
 func (j *journal) noticeRemoval() error {
-	if !j.isNew() {
+	if hasState(j.dir) {
 		return nil
 	}
 	j.moved = true
@@ -71,7 +71,7 @@ func (j *journal) noticeRemoval() error {
 }
 
 // doubt marks the slots of a failed journal: a process that starts before their epochs are
-// published knows that ids may be missing.
+// published makes records for them that are not exact.
 func (j *journal) doubt() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -112,7 +112,7 @@ func (m *Memory) renew(j *journal) {
 	}
 	j.moved = true
 	j.release() // its space may be all there is
-	next := j.again()
+	next := newJournal(j.journalConfig)
 	next.secret, next.first = m.secret, j.first
 	if err := next.renewed(j.counts != nil); err != nil {
 		next.release()
@@ -122,7 +122,7 @@ func (m *Memory) renew(j *journal) {
 	m.mu.Lock()
 	m.journal = next
 	if v := m.current.Load(); v != nil && v.kept == (slotOf{}) && v.refused == nil && m.unretired > 0 {
-		// Nobody could add to the present epoch: it begins now.
+		// No request could add to the present epoch: it begins now.
 		var refused error
 		if v.kept, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {
 			v.journal.Store(next) // opens it for requests
@@ -163,21 +163,4 @@ func (j *journal) removeReplaced() {
 			_ = os.RemoveAll(filepath.Join(filepath.Dir(j.dir), e.Name()))
 		}
 	}
-}
-
-// lookFull answers an id without room in the journal: if it is in the table it is still a
-// repeat.
-func (m *Memory) lookFull(v *View, kind int, hi, lo uint64, refused error) (p place, err error) {
-	if !errors.Is(refused, ErrFull) {
-		return full, refused
-	}
-	if kind == narrowKind {
-		p, err = m.addNarrow(v, lo, true)
-	} else {
-		p, err = m.addWide(v, hi, lo, true)
-	}
-	if p == found || p == turned {
-		return p, err
-	}
-	return full, refused
 }

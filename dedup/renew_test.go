@@ -5,7 +5,6 @@ package dedup
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -310,45 +309,39 @@ func TestMarkIsSyncedBeforeItsFileIsRemoved(t *testing.T) {
 	})
 }
 
-// TestLargeTablesAreRecalledWhole: sorted by their place, in groups, each kind,
-// and where there is no memory to sort them.
+// TestLargeTablesAreRecalledWhole: ids of each kind, from many segments.
 func TestLargeTablesAreRecalledWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for _, name := range []string{"sorted", "no room to sort"} {
-			cfg := small(t.TempDir())
-			cfg.Expect, cfg.ExpectWide = 1_000_000, 1_000_000
-			ids := 60_000 // more than replaySegments hold
-			if raceEnabled {
-				ids = 4000
-			}
-			l := newFakeSpool(t)
-			p := live(t, cfg, time.Hour, l)
-			for i := range ids {
-				p.want(time.Now(), strconv.Itoa(i), Unique)
-				p.want(time.Now(), "text "+strconv.Itoa(i), Unique)
-			}
-			if name != "sorted" {
-				cfg.MaxBytes = p.m.Stats().Bytes + 1<<10
-			}
-			p.kill()
-			p = live(t, cfg, time.Hour, l)
-			for i := range ids {
-				p.want(time.Now(), strconv.Itoa(i), Repeat)
-				p.want(time.Now(), "text "+strconv.Itoa(i), Repeat)
-			}
-			p.want(time.Now(), strconv.Itoa(ids), Unique)
-			start := p.c.Last().Start()
-			p.close()
-			if sum, _, exact := l.total(start); sum != uint64(2*ids+1) || !exact {
-				t.Errorf("%s: the records add up to %d, exact %t; want %d", name, sum, exact, 2*ids+1)
-			}
+		cfg := small(t.TempDir())
+		cfg.Expect, cfg.ExpectWide = 1_000_000, 1_000_000
+		ids := 60_000
+		if raceEnabled {
+			ids = 4000
+		}
+		l := newFakeSpool(t)
+		p := live(t, cfg, time.Hour, l)
+		for i := range ids {
+			p.want(time.Now(), strconv.Itoa(i), Unique)
+			p.want(time.Now(), "text "+strconv.Itoa(i), Unique)
+		}
+		p.kill()
+		p = live(t, cfg, time.Hour, l)
+		for i := range ids {
+			p.want(time.Now(), strconv.Itoa(i), Repeat)
+			p.want(time.Now(), "text "+strconv.Itoa(i), Repeat)
+		}
+		p.want(time.Now(), strconv.Itoa(ids), Unique)
+		start := p.c.Last().Start()
+		p.close()
+		if sum, _, exact := l.total(start); sum != uint64(2*ids+1) || !exact {
+			t.Errorf("the records add up to %d, exact %t; want %d", sum, exact, 2*ids+1)
 		}
 	})
 }
 
-// TestSortingLeavesRoomForTheIds: memory that serves to put them back quickly is
-// not what a table lacks that has to grow meanwhile.
-func TestSortingLeavesRoomForTheIds(t *testing.T) {
+// TestRecalledIdsFitTheMemoryThatTheyHad: a table that is made for all of them does not, and
+// one that grows does.
+func TestRecalledIdsFitTheMemoryThatTheyHad(t *testing.T) {
 	if raceEnabled {
 		t.Skip("half a million ids take the race detector long")
 	}
@@ -361,7 +354,7 @@ func TestSortingLeavesRoomForTheIds(t *testing.T) {
 		p.want(now, strconv.Itoa(i), Unique)
 	}
 	p.kill()
-	cfg.MaxBytes = 8_300_000 // neither for a table made for so many nor for growing beside what sorts them
+	cfg.MaxBytes = 8_300_000
 	p = live(t, cfg, counter.MaxWindow, l)
 	for i := range ids {
 		p.want(now, strconv.Itoa(i), Repeat)
@@ -372,54 +365,27 @@ func TestSortingLeavesRoomForTheIds(t *testing.T) {
 // TestFaultWhileRecallingIsAnError: a part of a segment that cannot be read, in
 // whatever way it is.
 func TestFaultWhileRecallingIsAnError(t *testing.T) {
-	for _, expect := range []uint64{0, 1_000_000} { // as they came, and sorted
-		cfg := small(t.TempDir())
-		cfg.Expect = expect
-		p := live(t, cfg, time.Hour, newFakeSpool(t))
-		for i := range 100 {
-			p.want(time.Now(), strconv.Itoa(i), Unique)
-		}
-		p.kill()
-		m := &Memory{cfg: cfg, arena: &arena{heap: cfg.Heap}}
-		if err := m.openJournal(); err != nil {
-			t.Fatal(err)
-		}
-		if err := m.makeTables(load{narrow: cfg.Expect}); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Truncate(filepath.Join(cfg.Dir, segmentName(0)), 0); err != nil {
-			t.Fatal(err)
-		}
-		m.recall()
-		if unfit := m.journal.first.unfit; !errors.Is(unfit, ErrUnavailable) || !strings.Contains(unfit.Error(), "fault") {
-			t.Errorf("expecting %d: got %v", expect, unfit)
-		}
-		abandon(m)
+	cfg := small(t.TempDir())
+	p := live(t, cfg, time.Hour, newFakeSpool(t))
+	for i := range 100 {
+		p.want(time.Now(), strconv.Itoa(i), Unique)
 	}
-}
-
-// TestRecalledIdsStandWhereAddedOnesWould, in a bucket of any load.
-func TestRecalledIdsStandWhereAddedOnesWould(t *testing.T) {
-	const tag = 5
-	rnd := rand.New(rand.NewPCG(1, 2))
-	for range 1000 {
-		var b narrowBucket
-		var wide wideBucket
-		var occupied, occupiedWide uint16
-		for range slotsPerBucket + 2 {
-			word := rnd.Uint64()&^tagMask | tag
-			p, n := b.add(word, false)
-			slot, m := takeFree(&occupied, word, narrowKind)
-			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && b[slot].Load() != word {
-				t.Fatalf("add put %#x %d slots from its home (%v), takeFree %d", word, n, p, m)
-			}
-			p, n = wide.add(word, 1, false)
-			slot, m = takeFree(&occupiedWide, word, wideKind)
-			if n != m || (p == full) != (m == slotsPerBucket) || p == taken && wide[slot][0].Load() != word {
-				t.Fatalf("add put %#x %d slots from its home in a wide bucket (%v), takeFree %d", word, n, p, m)
-			}
-		}
+	p.kill()
+	m := &Memory{cfg: cfg, arena: &arena{heap: cfg.Heap, workers: 2}}
+	if err := m.openJournal(); err != nil {
+		t.Fatal(err)
 	}
+	if err := m.makeTables(load{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(filepath.Join(cfg.Dir, segmentName(0)), 0); err != nil {
+		t.Fatal(err)
+	}
+	m.recall()
+	if unfit := m.journal.first.unfit; !errors.Is(unfit, ErrUnavailable) || !strings.Contains(unfit.Error(), "fault") {
+		t.Errorf("got %v", unfit)
+	}
+	abandon(m)
 }
 
 // TestSegmentThatCannotBeMadeRefusesIds, those that find no room: as unavailable

@@ -19,10 +19,10 @@ import (
 // finds its id new leaves the id in a chunk before it answers: a store into
 // memory that outlives the process.
 //
-// A chunk belongs to one writer of one epoch and is written from its front. Its
-// first word, the head, says whose it is and how many records follow: a record
-// is there when the head counts it. So a kill between any two stores leaves the
-// chunk with or without the record, and a chunk needs no clearing for reuse.
+// A chunk belongs to one writer of one epoch and is written from its front. Its first word,
+// the head, has the serial of the epoch, the kind of the records and their number: a record is
+// there when the head counts it. So a kill between any two stores leaves the chunk with or
+// without the record, and a chunk needs no clearing for reuse.
 const (
 	chunkWords = 64 // half a kilobyte: few are cut short by a turn, and 1.6 % is heads
 	chunkBytes = chunkWords * 8
@@ -107,7 +107,6 @@ func parseHead(head uint64) (serial uint64, kind int, records uint64, ok bool) {
 // segment is one mapped file. journal.mu guards its fields.
 type segment struct {
 	index  int
-	path   string
 	memory []byte
 	chunks []chunk // the first holds the header
 	next   int     // the first chunk not handed out since the segment was free
@@ -168,13 +167,12 @@ func (j *journal) newSegment(index int) (_ *segment, err error) {
 		return nil, err
 	}
 	touch(memory)
-	return &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1, warm: true}, nil
+	return &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1, warm: true}, nil
 }
 
 // openSegment maps a segment of an earlier process and checks its header.
 func (j *journal) openSegment(index int) (*segment, error) {
-	path := filepath.Join(j.dir, segmentName(index))
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	f, err := os.OpenFile(filepath.Join(j.dir, segmentName(index)), os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, damaged("%s is missing", segmentName(index))
 	}
@@ -186,7 +184,7 @@ func (j *journal) openSegment(index int) (*segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &segment{index: index, path: path, memory: memory, chunks: chunksOf(memory), next: 1}
+	s := &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1}
 	header := s.chunks[0][:]
 	if header[segmentMagicAt] != segmentMagic || header[segmentIndexAt] != uint64(index) ||
 		header[segmentOwnerAt] != j.owner() || header[segmentCheckAt] != checkOf(header[:segmentCheckAt]) {
@@ -225,7 +223,7 @@ func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, co
 		}
 		serial, kind, records, ok := parseHead(head)
 		if !ok {
-			return damaged("%s has a bad chunk %d", filepath.Base(s.path), i)
+			return damaged("%s has a bad chunk %d", segmentName(s.index), i)
 		}
 		if serial > newest {
 			atomic.StoreUint64(&s.chunks[i][0], 0)
@@ -287,9 +285,9 @@ func (s *segment) records(serial uint64, batch func(kind int, words []uint64) er
 	return nil
 }
 
-// writer is where requests leave the ids they found new: a chunk of each kind
-// for the open epoch and for the one before it, whose last requests may still
-// be under way. One request at a time has it.
+// writer has the chunks that a request writes its new ids to: one of each kind for the open
+// epoch, and the same for the epoch before it, which may still have requests. One request at a
+// time has it.
 type writer struct {
 	of [2]struct {
 		serial  uint64
@@ -303,8 +301,8 @@ type cursor struct {
 	body  uint64 // of its head
 }
 
-// reserve returns a writer's cursor with room for one record of the epoch, so
-// that no id enters the table that could not be kept.
+// reserve returns a cursor of the writer with room for one record of the epoch. It is called
+// before the id goes into the table: an id without room in the journal does not.
 func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
 	if broken := j.broken.Load(); broken != nil {
 		return nil, *broken
@@ -325,10 +323,10 @@ func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
 
 // append adds the record of a key. It is kept when append returns.
 //
-// The stores are plain ones: nobody reads them while this process lives, one
-// into a chunk is not moved past another by the compiler, which cannot tell that
-// they do not meet, and a thread is killed between two instructions, with all
-// stores before that done. An atomic store cost 6 ns more (BenchmarkAddKept).
+// The stores are plain ones. No goroutine reads them while this process lives. The compiler
+// keeps their order, as it does not know that they are to different words. A thread is killed
+// between two instructions, and all stores before that are done. An atomic store cost 6 ns more
+// (BenchmarkAddKept).
 func (c *cursor) append(k Key) {
 	n := c.body & recordMask
 	if k.kind == narrowKind {
@@ -436,9 +434,9 @@ func (j *journal) extend() (err error) {
 	return nil
 }
 
-// prepare makes the next segment ready when the present one is half full, off the request
-// path. One that is used again was synced: the first store into each of its pages is a fault,
-// which waits for the disk if that writes just then.
+// prepare makes the next segment ready, off the request path, when the present one is half
+// full. It touches the pages of a segment that is used again: after a sync the first store into
+// each page is a fault, which waits if the disk is writing just then.
 func (j *journal) prepare() {
 	if j == nil {
 		return // nothing is kept
@@ -459,8 +457,8 @@ func (j *journal) prepare() {
 	}
 }
 
-// coldest returns one of the two segments that are used next, if it was not touched. It
-// counts as touched from then on.
+// coldest returns the first of the two segments that are used next that was not touched, and
+// marks it as touched; nil if both were.
 func (j *journal) coldest() *segment {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -473,8 +471,8 @@ func (j *journal) coldest() *segment {
 	return nil
 }
 
-// recycle makes the segments free that have no records of an epoch that is needed: one not
-// published, or the last; and no tokens of the one before that. j.mu is held.
+// recycle makes segments free. A segment is needed while it has records of an epoch that is not
+// published, of the last epoch, or tokens of the epoch before the last. j.mu is held.
 func (j *journal) recycle() {
 	floor := j.newest.serial
 	for i := range j.slots {
@@ -507,8 +505,8 @@ func (j *journal) trim() (err error) {
 	if s == nil {
 		return nil
 	}
-	// Who still points into it has chunks of epochs that are over, and will not
-	// write: nobody is in them.
+	// Writers may still point into it, to chunks of epochs that are over: no request is in
+	// those, so none writes there.
 	atomic.StoreUint64(&j.marks[s.index], 0)
 	// A mark on the disk without its file is damage; the removal may be there
 	// before what is only in the page cache.
@@ -518,7 +516,7 @@ func (j *journal) trim() (err error) {
 	j.making.Lock()
 	unmapFile(s.memory)
 	j.making.Unlock()
-	err = os.Remove(s.path)
+	err = os.Remove(filepath.Join(j.dir, segmentName(s.index)))
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.segments[s.index] = nil // the index is free from here on

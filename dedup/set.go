@@ -1,4 +1,4 @@
-// Package dedup says whether an id is new in an epoch.
+// Package dedup decides whether an id is new in an epoch.
 //
 // A Set answers Unique exactly once for each id of an epoch, whatever number of requests
 // have it and whenever the epoch turns. The epoch is part of the key: nothing is cleared
@@ -47,8 +47,8 @@ func refusal(err error) Verdict {
 	return Unavailable
 }
 
-// Options are what a request says of an id beside the id. Empty: it says nothing. They must
-// not change once Set.Keys had them: it leaves a hash in them.
+// Options are what a request has with an id. Each may be empty. They must not change after a
+// call of Set.Keys, which stores a hash in them.
 type Options struct {
 	Under []byte // the key under which the id is counted, 1 to 128 bytes: an id is unique within its key
 	Token []byte // names the attempt to count the id, 1 to 64 bytes: its retries have the same one

@@ -17,8 +17,8 @@ import (
 // The cleaner fills the sieves behind the turn, when no token can be added to the window before
 // any more. Until then, and for one token in thirty, the table of that window is looked at.
 
-// sieveMost is how many tokens there are for a line at most: with more, one in six and more
-// passes the sieve.
+// sieveMost bounds the tokens of that window for each line: with more, one in six of the other
+// tokens passes the sieve.
 const sieveMost = 16
 
 // sieveBits is the mask of a word in the sieve of its line. Its highest bit chooses the line.

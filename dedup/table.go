@@ -25,8 +25,8 @@ import (
 // rest of the epoch, and its further ids go to the next level, a table of its own size.
 // Growing adds a level and moves nothing.
 //
-// It replaced sync.Map, Go maps behind locks, and the libraries that stand
-// beside it in bench; BenchmarkAdd there says what it gains.
+// It replaced sync.Map, Go maps behind locks, and the libraries that package bench compares
+// with it (BenchmarkAdd there).
 const (
 	lineSlots      = 8 // words in a cache line
 	slotsPerBucket = 2 * lineSlots
@@ -73,11 +73,9 @@ const (
 	// once: 16 MB of narrow ones, and 128 MB after it.
 	smallTable = 2 << 20
 
-	// In percent of all slots: above needed, a full bucket says that the table
-	// has outgrown its size; at crowdedAt a level is made ready before that, while
-	// the last one still has room for the time it takes.
-	needed    = 70
-	crowdedAt = 78
+	// needed is in percent of all slots. If more are taken and a bucket is full, the table
+	// has outgrown its size.
+	needed = 70
 
 	// nearlyFull is how far from its home an id that takes a slot in the last
 	// level makes the cleaner look whether the table should grow. With three
@@ -127,7 +125,7 @@ type (
 	wideBucket [slotsPerBucket][2]atomic.Uint64
 )
 
-// place says what a bucket did with a key.
+// place is what a bucket did with a key.
 type place uint8
 
 const (
@@ -464,6 +462,13 @@ func newTable[B any](expect uint64, from *arena) (*table[B], error) {
 		return nil, err
 	}
 	return t, nil
+}
+
+// addTo adds what t has to a snapshot.
+func (t *table[B]) addTo(s *Stats) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s.Slots, s.Levels = s.Slots+t.slots, max(s.Levels, t.depth)
 }
 
 // free gives the memory back. Nobody may use t any more.

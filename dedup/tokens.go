@@ -26,8 +26,8 @@ type tokens struct {
 	// sipWords.
 	recalled bool
 
-	// spilled are words that found no memory although there had been room for them
-	// before their ids were added.
+	// spilled are words for which there was room before their ids were added, and no memory
+	// after that.
 	mu      sync.Mutex // guards spilled
 	spilled map[uint64]bool
 }
@@ -63,7 +63,7 @@ func (m *Memory) letTokens(t *tokens) {
 		return
 	}
 	if t.table.refs--; t.table.refs == 0 && t.table.depth > 0 {
-		m.oldNarrow = append(m.oldNarrow, &t.table) // freed when the cleaner comes by
+		m.narrow.old = append(m.narrow.old, &t.table) // freed when the cleaner comes by
 	}
 }
 
@@ -254,7 +254,7 @@ func (t *tokens) sizes(m *Memory) []uint64 {
 // openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
 // held, and m.current is still the epoch before.
 func (m *Memory) openTokens(e *counter.Epoch, v *View) {
-	v.start, v.end = e.Start().UnixNano(), e.End().UnixNano()
+	v.end = e.End().UnixNano()
 	peak, before := uint64(0), m.current.Load()
 	if before != nil {
 		peak = before.tokens.load() // it is retired later
@@ -263,7 +263,7 @@ func (m *Memory) openTokens(e *counter.Epoch, v *View) {
 		peak = max(peak, l.tokens)
 	}
 	v.tokens.table.expect = peak + peak/4
-	if before != nil && before.end == v.start {
+	if before != nil && before.end == e.Start().UnixNano() {
 		v.past = before.tokens
 	} else if before == nil && m.journal != nil {
 		m.takeRecalled(e, v)

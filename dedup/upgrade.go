@@ -12,15 +12,13 @@ import (
 // else is read, in one step: a kill leaves the old file or the new one. Segments stay as
 // they are, as every chunk that an earlier version wrote means the same here, but for the
 // words of tokens. The version before refuses what this one has upgraded.
-const (
-	// withSipWords is the version whose words of tokens are another hash (tokens.recalled).
-	withSipWords = 3
-	// withoutTokens is the version before tokens and keys: what it wrote means the same.
-	withoutTokens = 2
-	// withoutPublisher is the first version. Its slots are half as long as those of today,
-	// and do not say who publishes the epoch.
-	withoutPublisher = 1
-)
+//
+// Version 2 is from before tokens and keys: what it wrote means the same. The words of tokens of
+// version 3 are another hash (tokens.recalled).
+
+// withoutPublisher is the first version. Its slots are half as long as those of today, and the
+// publisher of the epoch is not in them.
+const withoutPublisher = 1
 
 // shortSlot is the slot of the first version. Its fields mean what those of slot mean.
 type shortSlot struct {

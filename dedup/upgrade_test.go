@@ -280,19 +280,7 @@ func TestTokensOfVersion3AreKnown(t *testing.T) {
 			}
 			in.Leave(counter.Unique)
 			p.kill()
-			path := filepath.Join(cfg.Dir, stateName)
-			b, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			h := make([]uint64, headerWords)
-			copy(bytesOf(h), b)
-			h[headerVersionAt] = withSipWords
-			h[headerCheckAt] = checkOf(h[:headerCheckAt])
-			copy(b, bytesOf(h))
-			if err := os.WriteFile(path, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
+			changeHeader(t, cfg.Dir, func(h []uint64) { h[headerVersionAt] = 3 })
 			for range 2 {
 				p = live(t, cfg, time.Minute, l)
 				if v, _, err := p.with(time.Now().Add(later), "2", "", "a token of this one"); v != Unique && v != Replayed || err != nil {

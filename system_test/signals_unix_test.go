@@ -29,7 +29,7 @@ type documented struct {
 // the source. SIGHUP stops a server at a terminal; those here are at none.
 func documentedSignals(t *testing.T) (stop, ignored []documented) {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(testproc.Root(t), "docs", "operations.md"))
+	text, err := os.ReadFile(filepath.Join("..", "docs", "operations.md"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,7 +12,7 @@ import (
 	"verve/counter"
 )
 
-// Nobody publishes nothing: the tests read the counts of the epochs themselves.
+// Nobody is a publisher that publishes nothing: the tests read the counts of the epochs.
 type Nobody struct {
 	Counts chan counter.Count // gets what would be published; nil: nothing does
 }

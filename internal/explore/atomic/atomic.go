@@ -16,84 +16,64 @@ func traced[T any](v T) T {
 	return v
 }
 
-// The numbers of sync/atomic.
+// The types of sync/atomic.
 type (
 	Uint64 = number[uint64, real.Uint64, *real.Uint64]
 	Int64  = number[int64, real.Int64, *real.Int64]
 	Uint32 = number[uint32, real.Uint32, *real.Uint32]
 	Int32  = number[int32, real.Int32, *real.Int32]
+	Bool   = value[bool, real.Bool, *real.Bool]
+
+	Pointer[T any] = value[*T, real.Pointer[T], *real.Pointer[T]]
 )
 
-// number is a V, the atomic of N.
-type number[N, V any, P interface {
+// value is a V, the atomic of T.
+type value[T, V any, P interface {
 	*V
-	operations[N]
+	cell[T]
 }] struct{ v V }
 
-type operations[N any] interface {
-	Load() N
-	Store(N)
-	Add(N) N
-	Swap(N) N
-	CompareAndSwap(a, b N) bool
+type cell[T any] interface {
+	Load() T
+	Store(T)
+	Swap(T) T
+	CompareAndSwap(a, b T) bool
 }
 
-func (x *number[N, V, P]) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *number[N, V, P]) Load() N {
+func (x *value[T, V, P]) at() unsafe.Pointer { return unsafe.Pointer(x) }
+func (x *value[T, V, P]) Load() T {
 	explore.Do(explore.Read, "load", x.at())
 	return traced(P(&x.v).Load())
 }
-func (x *number[N, V, P]) Store(n N) {
+func (x *value[T, V, P]) Store(n T) {
 	explore.Do(explore.Write, "store", x.at())
 	P(&x.v).Store(traced(n))
 }
-func (x *number[N, V, P]) Add(n N) N {
-	explore.Do(explore.Write, "add", x.at())
-	return traced(P(&x.v).Add(n))
-}
-func (x *number[N, V, P]) Swap(n N) N {
+func (x *value[T, V, P]) Swap(n T) T {
 	explore.Do(explore.Write, "swap", x.at())
 	return traced(P(&x.v).Swap(n))
 }
-func (x *number[N, V, P]) CompareAndSwap(a, b N) bool {
+func (x *value[T, V, P]) CompareAndSwap(a, b T) bool {
 	explore.Do(explore.Write, "cas", x.at())
 	return traced(P(&x.v).CompareAndSwap(a, b))
 }
 
+// number is a value that can be added to.
+type number[T, V any, P interface {
+	*V
+	cell[T]
+	Add(T) T
+}] struct{ value[T, V, P] }
+
+func (x *number[T, V, P]) Add(n T) T {
+	explore.Do(explore.Write, "add", x.at())
+	return traced(P(&x.v).Add(n))
+}
+
 // Tally is Add where the result is not looked at (package overlay).
-func (x *number[N, V, P]) Tally(n N) {
+func (x *number[T, V, P]) Tally(n T) {
 	explore.Do(explore.Add, "add", x.at())
 	traced(P(&x.v).Add(n))
-}
-
-// Bool is an atomic.Bool.
-type Bool struct{ v real.Bool }
-
-func (x *Bool) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *Bool) Load() bool         { explore.Do(explore.Read, "load", x.at()); return traced(x.v.Load()) }
-func (x *Bool) Store(b bool)       { explore.Do(explore.Write, "store", x.at()); x.v.Store(traced(b)) }
-func (x *Bool) Swap(b bool) bool {
-	explore.Do(explore.Write, "swap", x.at())
-	return traced(x.v.Swap(b))
-}
-func (x *Bool) CompareAndSwap(a, b bool) bool {
-	explore.Do(explore.Write, "cas", x.at())
-	return traced(x.v.CompareAndSwap(a, b))
-}
-
-// Pointer is an atomic.Pointer.
-type Pointer[T any] struct{ v real.Pointer[T] }
-
-func (x *Pointer[T]) at() unsafe.Pointer { return unsafe.Pointer(x) }
-func (x *Pointer[T]) Load() *T           { explore.Do(explore.Read, "load pointer", x.at()); return x.v.Load() }
-func (x *Pointer[T]) Store(p *T)         { explore.Do(explore.Write, "store pointer", x.at()); x.v.Store(p) }
-func (x *Pointer[T]) Swap(p *T) *T {
-	explore.Do(explore.Write, "swap pointer", x.at())
-	return x.v.Swap(p)
-}
-func (x *Pointer[T]) CompareAndSwap(a, b *T) bool {
-	explore.Do(explore.Write, "cas pointer", x.at())
-	return traced(x.v.CompareAndSwap(a, b))
 }
 
 func LoadUint64(p *uint64) uint64 {

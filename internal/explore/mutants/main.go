@@ -17,6 +17,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -31,12 +32,20 @@ import (
 // table is the page with the faults that were found.
 const table = "docs/interleavings.md"
 
-// mutant is one fault.
+// mutant is one fault. The folder of its file has the scenarios that must find it.
 type mutant struct {
-	name string
-	in   string // the folder with the scenarios
-	overlay.Edit
-	also []overlay.Edit
+	name, file string
+	edits      []overlay.Edit
+}
+
+// fault makes a mutant of pairs of texts: one that the file has once, and the one that takes
+// its place.
+func fault(file, name string, texts ...string) mutant {
+	m := mutant{name: name, file: file}
+	for pair := range slices.Chunk(texts, 2) {
+		m.edits = append(m.edits, overlay.Edit{File: file, Old: pair[0], New: pair[1]})
+	}
+	return m
 }
 
 // found is what finds a fault.
@@ -93,7 +102,7 @@ func main() {
 			survived++
 			f.scenario = "**" + f.err.Error() + "**"
 		}
-		fmt.Printf("| %s | `%s` | %s | %s | %s |\n", m.name, m.File, f.scenario, f.schedules, f.bound)
+		fmt.Printf("| %s | `%s` | %s | %s | %s |\n", m.name, m.file, f.scenario, f.schedules, f.bound)
 	}
 	hunters.Wait()
 	fmt.Fprintf(os.Stderr, "%d faults, %d of them not found, in %v\n", len(wanted), survived, time.Since(began).Round(time.Second))
@@ -125,8 +134,8 @@ func hunt(m mutant, first string) found {
 		return found{err: err}
 	}
 	defer os.RemoveAll(dir)
-	c := overlay.Config{Test: m.in, Folders: []string{"counter"}, Edits: overlay.Counter, FailFast: true}
-	switch m.in {
+	c := overlay.Config{Test: path.Dir(m.file), Folders: []string{"counter"}, Edits: overlay.Counter, FailFast: true}
+	switch c.Test {
 	case "dedup":
 		c.Folders, c.Edits = []string{"counter", "dedup"}, overlay.Dedup
 	case "server":
@@ -134,7 +143,7 @@ func hunt(m mutant, first string) found {
 	case "server/callback":
 		c.Folders, c.Edits, c.Channels = []string{"server/callback"}, nil, true
 	}
-	c.Edits = append(append(slices.Clone(c.Edits), m.Edit), m.also...)
+	c.Edits = slices.Concat(c.Edits, m.edits)
 	binary, out, err := overlay.Build(context.Background(), dir, c)
 	if err != nil {
 		return found{err: notRun(err, out)}

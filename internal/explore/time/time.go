@@ -16,19 +16,11 @@ type (
 )
 
 const (
-	Nanosecond  = real.Nanosecond
-	Microsecond = real.Microsecond
-	Millisecond = real.Millisecond
-	Second      = real.Second
-	Minute      = real.Minute
-	Hour        = real.Hour
-
-	RFC3339     = real.RFC3339
-	RFC3339Nano = real.RFC3339Nano
+	Second = real.Second
+	Minute = real.Minute
 )
 
 func Unix(sec, nsec int64) Time { return real.Unix(sec, nsec) }
-func Sleep(d Duration)          { real.Sleep(d) }
 
 // Clock is the time of a scenario. It is of the location of the channels, on which timers
 // send.
