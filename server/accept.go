@@ -109,7 +109,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
 		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
-	case a.wanted && !s.callbacks.Reserve(a.endpoint):
+	case a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
@@ -163,7 +163,7 @@ func (s *Server) parse(a *asked, h *fasthttp.RequestHeader, raw []byte, lines he
 	}
 	if q.endpoint != nil {
 		var bad error
-		if a.endpoint, bad = s.callbacks.Parse(q.endpoint); bad != nil {
+		if a.endpoint, bad = s.cfg.Callbacks.Parse(q.endpoint); bad != nil {
 			return errBadEndpoint
 		}
 		a.wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
@@ -214,9 +214,9 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	if a.wanted {
 		defer func() {
 			if w.verdicts[0] == dedup.Unique {
-				s.callbacks.Send(a.endpoint)
+				s.cfg.Callbacks.Send(a.endpoint)
 			} else {
-				s.callbacks.Release(a.endpoint)
+				s.cfg.Callbacks.Release(a.endpoint)
 			}
 		}()
 	}

@@ -196,14 +196,14 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		bs.refuse(ctx, err)
 		return
 	}
-	if a.wanted && !s.callbacks.Reserve(a.endpoint) {
+	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 	sent := false
 	defer func() {
 		if a.wanted && !sent {
-			s.callbacks.Release(a.endpoint)
+			s.cfg.Callbacks.Release(a.endpoint)
 		}
 	}()
 	// Not ctx.Time: the body may have taken long.
@@ -212,7 +212,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	s.replayed.Add(uint64(counts[wordReplayed]))
 	if a.wanted && counts[wordOK] > 0 {
 		sent = true
-		s.callbacks.Send(a.endpoint)
+		s.cfg.Callbacks.Send(a.endpoint)
 	}
 	bs.answered.Add(1)
 	if why, refused := b.nothingJudged(&counts); refused {

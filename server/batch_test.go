@@ -212,7 +212,7 @@ func TestBatchStartsOneCallback(t *testing.T) {
 		if resp, got := s.ask(batchPost("?endpoint=http://"+s.addr+"/test", "", "", body)); resp.StatusCode != 200 {
 			t.Fatalf("%d %q", resp.StatusCode, got)
 		}
-		awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
+		awaitCallbacks(t, s.cfg.Callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
 		if n := s.sunk.Load(); n != want {
 			t.Errorf("batch %d: %d callbacks, want %d", i, n, want)
 		}

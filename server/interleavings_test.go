@@ -425,7 +425,7 @@ func TestInterleavingsOfACallback(t *testing.T) {
 		r.Check(func() error {
 			_, unique := count.Live()
 			st := calls.Stats()
-			if early || news+others != 2 || int(unique) != news || st.Waiting != news || st.Reserved != news || st.Merged > 0 {
+			if early || news+others != 2 || int(unique) != news || st.Waiting != news || st.Reserved != news || st.Ended[callback.Merged] > 0 {
 				return fmt.Errorf("%d ids are counted, %d requests answered ok and %d failed; early POST %v; %+v", unique, news, others, early, st)
 			}
 			return nil

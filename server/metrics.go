@@ -143,25 +143,15 @@ func (s *Server) refusals() (n uint64) {
 	return n
 }
 
-func callbackResults(cb callback.Stats) []resultCount {
-	return []resultCount{
-		{"delivered", cb.Delivered},
-		{"merged", cb.Merged},
-		{"dropped", cb.Dropped},
-		{"status", cb.FailedStatus},
-		{"redirect", cb.FailedRedirect},
-		{"timeout", cb.FailedTimeout},
-		{"resolve", cb.FailedResolve},
-		{"connect", cb.FailedConnect},
-		{"refused", cb.FailedRefused},
-		{"answer", cb.FailedAnswer},
-		{"breaker", cb.FailedBreaker},
-		{"limited", cb.FailedLimited},
+func callbackResults(cb callback.Stats) (counts []resultCount) {
+	for r, n := range cb.Ended {
+		counts = append(counts, resultCount{callback.Result(r).String(), n})
 	}
+	return counts
 }
 
-// writeMetrics writes all metrics as Prometheus text. It alone knows their
-// names, and no label ever comes from a caller.
+// writeMetrics writes all metrics as Prometheus text. Their
+// names are here only, and no label ever comes from a caller.
 func (a *Admin) writeMetrics(w io.Writer) {
 	e, s := exposition{w}, a.server
 	e.counters("verve_accept_total", "Ids answered, by result.", "result", s.acceptResults())
@@ -219,7 +209,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.counter("verve_records_conflicts_total", "Records whose key a sink already holds with another value: two processes share a name.", r.Conflicts)
 	e.counter("verve_spool_append_failures_total", "Failed attempts to write a record to the spool.", r.AppendFailures)
 
-	cb := s.callbacks.Stats()
+	cb := s.cfg.Callbacks.Stats()
 	e.counters("verve_callbacks_total", "Callbacks, by result.", "result", callbackResults(cb))
 	e.histogram("verve_callback_duration_seconds", "Time from dialling a callback's endpoint to the end of its answer.", a.cfg.Times.callback)
 	e.counter("verve_callbacks_retried_total", "Callbacks sent again because a pooled connection was dead.", cb.Retried)

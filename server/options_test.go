@@ -136,7 +136,7 @@ func TestBadKeysAndTokensAreRefused(t *testing.T) {
 		t.Errorf("no id: %v", resp.Header)
 	}
 	e := s.cfg.Counter.Last()
-	if e.Unique() != 0 || e.Repeats() != 0 || e.Keys().Len() != 0 || s.replayed.Load() != 0 || s.callbacks.Stats().Reserved != 0 {
+	if e.Unique() != 0 || e.Repeats() != 0 || e.Keys().Len() != 0 || s.replayed.Load() != 0 || s.cfg.Callbacks.Stats().Reserved != 0 {
 		t.Errorf("refused requests counted: %d unique, %d repeats, %d keys, %d replays", e.Unique(), e.Repeats(), e.Keys().Len(), s.replayed.Load())
 	}
 	if n := s.refused[reasonBadKey].Load(); n < 10 {
@@ -210,7 +210,7 @@ func TestRetryIsAnsweredAsItsFirstAttempt(t *testing.T) {
 				t.Errorf("%s, request %d, %s: got %q, want %q", method, i, row.query, got, row.want)
 			}
 		}
-		awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
+		awaitCallbacks(t, s.cfg.Callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
 		e := s.cfg.Counter.Last()
 		if n := e.Unique(); n != 5 || e.Repeats() != 6 || s.replayed.Load() != 3 || s.sunk.Load() != 1 {
 			t.Errorf("%s: %d unique, %d repeats, %d replays, %d callbacks", method, n, e.Repeats(), s.replayed.Load(), s.sunk.Load())

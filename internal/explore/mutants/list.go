@@ -368,7 +368,7 @@ var mutants = []mutant{
 	}, nil},
 	{"the end of a POST is noticed before it is booked", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "\ts.ended(j)\n", New: "\ts.noticeEmpty()\n\ts.ended(j)\n",
-	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.mu.Unlock()\n\tcloseIdle"}}},
+	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\ts.cfg.Took", New: "\ts.mu.Unlock()\n\ts.cfg.Took"}}},
 	{"a destination that becomes proven keeps its places", "server/callback", overlay.Edit{
 		File: "server/callback/destination.go", Old: "\t\ts.unprovenSlots -= d.entries\n", New: "\n",
 	}, nil},
@@ -389,7 +389,7 @@ var mutants = []mutant{
 	}, nil},
 	{"the end of a POST is booked without the lock", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "\td := j.dest\n\ts.mu.Lock()\n", New: "\td := j.dest\n",
-	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\tcloseIdle", New: "\ts.noticeEmpty()\n\tcloseIdle"}}},
+	}, []overlay.Edit{{File: "server/callback/callback.go", Old: "\ts.noticeEmpty()\n\ts.mu.Unlock()\n\ts.cfg.Took", New: "\ts.noticeEmpty()\n\ts.cfg.Took"}}},
 	// The rate of a destination.
 	{"a POST waits for its rate and nothing is to wake it", "server/callback", overlay.Edit{
 		File: "server/callback/destination.go", Old: "\t\ttime.AfterFunc(wait, func() { s.due(d) })\n", New: "\n",
