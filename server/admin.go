@@ -28,7 +28,7 @@ const (
 
 	adminHeaderTimeout = 5 * time.Second
 	adminReadTimeout   = 10 * time.Second
-	adminWriteTimeout  = 10 * time.Second // the live page and profiles have their own
+	adminWriteTimeout  = 10 * time.Second // profiles have their own
 	adminIdleTimeout   = time.Minute
 	adminMaxHeader     = 16 << 10
 
@@ -122,7 +122,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /api/windows", a.windows)
 	mux.HandleFunc("GET /api/windows/{window_start}/keys", a.keys)
-	mux.HandleFunc("GET /api/live", a.live.stream)
+	mux.HandleFunc("GET /api/live", a.live.serve)
 	mux.HandleFunc("GET /debug/pprof/", a.profile(pprof.Index))
 	mux.HandleFunc("GET /debug/pprof/cmdline", a.profile(pprof.Cmdline))
 	mux.HandleFunc("GET /debug/pprof/profile", a.profile(pprof.Profile))
@@ -138,8 +138,6 @@ func NewAdmin(cfg AdminConfig) *Admin {
 		WriteTimeout:      adminWriteTimeout,
 		IdleTimeout:       adminIdleTimeout,
 	}
-	// Streams do not end by themselves, and Shutdown waits for every answer.
-	a.http.RegisterOnShutdown(a.live.end)
 	return a
 }
 

@@ -240,12 +240,6 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		e.gauge("verve_tls_certificate_not_after_seconds", "End of the certificate's validity, Unix time.", float64(cert.notAfter().Unix()))
 	}
 
-	pages, dropped, refused := a.live.stats()
-	e.gauge("verve_live_pages", "Live pages that are open.", float64(pages))
-	e.counters("verve_live_pages_ended_total", "Live pages disconnected because they read too slowly, or refused at the limit, by reason.", "reason", []resultCount{
-		{"slow", dropped}, {"limit", refused},
-	})
-
 	if a.cfg.LogDropped != nil {
 		e.counter("verve_log_lines_dropped_total", "Log lines dropped because the reader of standard error was too slow or gone.", a.cfg.LogDropped())
 	}

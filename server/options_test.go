@@ -592,16 +592,16 @@ func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 func TestLivePageHasTheLargestKeys(t *testing.T) {
 	s, a := newAdminSite(t, new(Records))
 	now := time.Now()
-	if m := a.live.message(now); len(m.Keys) > 0 {
+	if m := a.live.everything(now); len(m.Keys) > 0 {
 		t.Errorf("without a key: %+v", m.Keys)
 	}
 	for i := range liveKeys + 5 {
 		s.ask(batchPost(fmt.Sprint("?key=k", i), "", "", strings.Repeat("1\n2\n3\n4\n5\n", 1)[:2*(1+i%5)]))
 	}
-	if m := a.live.message(now); len(m.Keys) != 0 {
+	if m := a.live.everything(now); len(m.Keys) != 0 {
 		t.Error("the keys were looked for twice in a moment")
 	}
-	m := a.live.message(now.Add(time.Hour))
+	m := a.live.everything(now.Add(time.Hour))
 	if len(m.Keys) != liveKeys || m.Keys[0] != (keyShare{"k14", 5, 5. / 45}) || m.Open.Keys != liveKeys+5 {
 		t.Errorf("got %+v of %d", m.Keys, m.Open.Keys)
 	}

@@ -167,10 +167,9 @@ type page struct {
 	t   *testing.T
 	ctx context.Context
 
-	mu       sync.Mutex
-	faults   []string // exceptions, violations of the policy, foreign requests
-	offline  bool     // failed requests are expected
-	requests int
+	mu      sync.Mutex
+	faults  []string // exceptions, violations of the policy, foreign requests
+	offline bool     // failed requests are expected
 }
 
 func chromium(t *testing.T) string {
@@ -250,7 +249,6 @@ func (p *page) listen(origin string) func(any) {
 			if !strings.HasPrefix(e.Request.URL, origin) && !strings.HasPrefix(e.Request.URL, "data:") {
 				fault("asks for %s", e.Request.URL)
 			}
-			p.requests++
 		}
 	}
 }
@@ -818,7 +816,7 @@ func waitReady(t *testing.T, s *server) {
 // TestPageSaysWhenTheConnectionIsLost, keeps the last figures marked as old, and
 // connects again by itself.
 func TestPageSaysWhenTheConnectionIsLost(t *testing.T) {
-	s := startServer(t, "--window=1h")
+	s := startServer(t, "--window=1h", "--shutdown-delay=1s")
 	l := s.load(time.Millisecond)
 	p := open(t, s, 1280, 900, "light")
 	l.stop()
