@@ -153,8 +153,7 @@ type program struct {
 	log   zerolog.Logger
 	lines *logline.Writer // of log
 
-	memory uint64        // that the process may take, in bytes; 0: not known
-	limits server.Limits // of connections
+	memory uint64 // that the process may take, in bytes; 0: not known
 
 	times       *server.Times
 	public      net.Listener
@@ -220,16 +219,7 @@ func (p *program) open() error {
 	}
 	serverCfg := cfg.front()
 	serverCfg.Counter, serverCfg.Set, serverCfg.Callbacks, serverCfg.TLS, serverCfg.Log = p.counter, p.set, p.callbacks, p.certificate, log
-	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{
-		Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil,
-		MaxBatchBytes: serverCfg.MaxBatchBytes, MaxBatchIDs: serverCfg.MaxBatchIDs,
-	})
-	if cfg.MaxConns > 0 && p.limits.Lowered != "" {
-		log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", p.limits.MaxConns).Str("reason", p.limits.Lowered).
-			Msg("--max-conns is higher than the process has room for")
-	}
-	serverCfg.MaxConns, serverCfg.MaxServed, serverCfg.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
-	serverCfg.BatchMemory = p.limits.BatchMemory
+	serverCfg.Descriptors, serverCfg.Memory = descriptorLimit(), p.memory
 	if p.server, err = server.New(serverCfg, p.public); err != nil {
 		return err
 	}
@@ -240,9 +230,9 @@ func (p *program) open() error {
 // openAdmin makes what operators look at.
 func (p *program) openAdmin() {
 	cfg := server.AdminConfig{
-		Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
+		Listener: p.private, Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
 		Group: p.cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(p.cfg.adminToken), History: p.cfg.inDataDir("windows.jsonl"),
-		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
+		LogDropped: p.lines.Dropped,
 	}
 	if p.shared != nil {
 		cfg.Shared, cfg.Sealed = p.shared.Group, p.group.Sealed
@@ -421,7 +411,7 @@ func (p *program) run() {
 		return p.counter.Run(counting)
 	})
 	p.start("callbacks", func() error { return p.callbacks.Run(calling) })
-	p.start("admin", func() error { return p.admin.Serve(p.private) })
+	p.start("admin", p.admin.Serve)
 	if p.certificate != nil {
 		p.start("certificate", func() error { return p.certificate.Run(parts) })
 	}

@@ -18,13 +18,8 @@ type adminCrowd struct {
 	max int
 
 	mu    sync.Mutex
-	conns map[net.Conn]adminConn
+	conns map[net.Conn]time.Time // since when each waits for a request or the rest of its headers; zero: it has one
 	ended uint64
-}
-
-type adminConn struct {
-	waiting bool // for a request, or the rest of its headers
-	since   time.Time
 }
 
 // changed is the ConnState of the admin's http.Server.
@@ -37,18 +32,18 @@ func (a *adminCrowd) changed(c net.Conn, state http.ConnState) {
 			_ = tcp.SetWriteBuffer(adminSendBuffer) // the default works, too
 		}
 		if len(a.conns) < a.max || a.makeRoom() {
-			a.conns[c] = adminConn{true, time.Now()}
+			a.conns[c] = time.Now()
 			return
 		}
 		a.ended++
 		_ = c.Close() // the http.Server finds out
 	case http.StateActive:
 		if _, ok := a.conns[c]; ok {
-			a.conns[c] = adminConn{}
+			a.conns[c] = time.Time{}
 		}
 	case http.StateIdle:
 		if _, ok := a.conns[c]; ok {
-			a.conns[c] = adminConn{true, time.Now()}
+			a.conns[c] = time.Now()
 		}
 	default:
 		delete(a.conns, c)
@@ -59,9 +54,9 @@ func (a *adminCrowd) changed(c net.Conn, state http.ConnState) {
 func (a *adminCrowd) makeRoom() bool {
 	var end net.Conn
 	longest := time.Now()
-	for c, s := range a.conns {
-		if s.waiting && s.since.Before(longest) {
-			end, longest = c, s.since
+	for c, since := range a.conns {
+		if !since.IsZero() && since.Before(longest) {
+			end, longest = c, since
 		}
 	}
 	if end == nil {

@@ -29,8 +29,9 @@ func listenAdmin(t *testing.T, change func(*Admin)) *adminServer {
 	if err != nil {
 		t.Fatal(err)
 	}
+	a.ln.Listener = ln
 	ended := make(chan error, 1)
-	go func() { ended <- a.Serve(ln) }()
+	go func() { ended <- a.Serve() }()
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()

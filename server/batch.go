@@ -82,7 +82,7 @@ func (b *batch) Close() error {
 
 func newBatches(s *Server) *batches {
 	b := &batches{server: s, maxBytes: s.cfg.MaxBatchBytes, maxIDs: s.cfg.MaxBatchIDs}
-	b.limit = s.cfg.BatchMemory
+	b.limit = s.cfg.limits.BatchMemory
 	b.free.New = func() any { return &batch{owner: b} }
 	return b
 }

@@ -329,7 +329,7 @@ func TestBatchesAndSingleRequestsCountAsOne(t *testing.T) {
 // are answered beside them.
 func TestBatchMemoryIsBounded(t *testing.T) {
 	const memory = 8 << 20
-	s := newSite(t, func(c *Config) { c.BatchMemory = memory })
+	s := newSite(t, func(c *Config) { c.limits.BatchMemory = memory })
 	head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", acceptPath, 1<<20)
 	for range 50 {
 		c, _ := s.dial()
@@ -371,7 +371,7 @@ func TestBatchMemoryIsBounded(t *testing.T) {
 
 // TestLargestBatchFits into the least memory that batches may have, in every format.
 func TestLargestBatchFits(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.BatchMemory = 1 })
+	s := newSite(t, func(c *Config) { c.limits.BatchMemory = batchNeeds(DefaultMaxBatchBytes, DefaultMaxBatchIDs) })
 	var ids []string
 	for i := range DefaultMaxBatchIDs {
 		ids = append(ids, fmt.Sprintf("%099d", i))

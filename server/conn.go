@@ -157,7 +157,7 @@ type conn struct {
 func newListener(ln net.Listener, cfg *Config) *listener {
 	l := &listener{
 		patientListener: newPatientListener(ln, "public", cfg.Log), cfg: cfg,
-		served: make(chan struct{}, cfg.MaxServed), maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
+		served: make(chan struct{}, cfg.limits.MaxServed), maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
 		took:        newHistogram("verve_request_duration_seconds", requestBuckets),
 		rejections:  logline.Sampler{Every: refusalsEvery},
@@ -206,7 +206,7 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	switch {
 	case l.stopping.Load():
 		return &l.rejected
-	case len(l.conns) >= l.cfg.MaxConns:
+	case len(l.conns) >= l.cfg.limits.MaxConns:
 		return &l.rejected
 	case l.cfg.MaxConnsPerAddress > 0 && l.perAddr[c.from] >= l.cfg.MaxConnsPerAddress:
 		return &l.rejectedAddr
@@ -255,7 +255,7 @@ func (l *listener) turnAway(c *conn) {
 		return
 	}
 	l.mu.Lock()
-	readOn := l.turnedAway < l.cfg.MaxTurnedAway
+	readOn := l.turnedAway < l.cfg.limits.MaxTurnedAway
 	if readOn {
 		l.turnedAway++
 	}

@@ -124,7 +124,7 @@ func newScene() *scene {
 	if err != nil {
 		panic(err)
 	}
-	cfg := Config{Counter: count, Set: allNew{}, Log: zerolog.Nop(), MaxConns: 1, MaxServed: 1, SlowTimeout: time.Hour, IdleTimeout: time.Hour}
+	cfg := Config{Counter: count, Set: allNew{}, Log: zerolog.Nop(), limits: Limits{MaxConns: 1, MaxServed: 1}, SlowTimeout: time.Hour, IdleTimeout: time.Hour}
 	k := &scene{s: &Server{cfg: cfg}, sock: new(socket)}
 	k.s.ln = newListener(noListener{}, &k.s.cfg)
 	k.s.ln.fast = newFastPath(k.s)

@@ -219,13 +219,15 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_callback_breakers_open", "Destinations whose circuit breaker is open.", float64(cb.BreakersOpen))
 
 	e.gauge("verve_connections", "Connections open on the public listener.", float64(s.ln.open()))
-	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.cfg.MaxConns))
+	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.cfg.limits.MaxConns))
 	e.gauge("verve_connections_served", "Connections with a request, or without one for less than a second.", float64(len(s.ln.served)))
 	e.gauge("verve_connections_served_limit", "Connections that may have a request at once; others wait.", float64(cap(s.ln.served)))
 	adminOpen, adminEnded := a.crowd.stats()
 	e.gauge("verve_admin_connections", "Connections open on the admin listener.", float64(adminOpen))
 	e.counter("verve_admin_connections_ended_total", "Connections closed because the admin listener had too many.", adminEnded)
-	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", a.acceptErrors())
+	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", []resultCount{
+		{"public", s.ln.failed.Load()}, {"admin", a.ln.failed.Load()},
+	})
 	e.counters("verve_connections_rejected_total", "Connections rejected, by limit: of all connections, or of one client address.", "limit", []resultCount{
 		{"all", s.ln.rejected.Load()}, {"address", s.ln.rejectedAddr.Load()},
 	})
@@ -245,8 +247,12 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	}
 	e.family("verve_build_info", "gauge", "Always 1; the labels are the version and the Go release that built it.")
 	e.value("verve_build_info{version="+labelValue(a.cfg.Version)+",go="+labelValue(runtime.Version())+"}", 1)
+	dedup := "memory"
+	if a.cfg.Shared != nil {
+		dedup = "redis"
+	}
 	e.family("verve_info", "gauge", "Always 1; the labels are --group, the name of the instance, and --dedup.")
-	e.value("verve_info{group="+labelValue(a.cfg.Group)+",instance="+labelValue(a.cfg.Instance)+",dedup="+labelValue(a.dedup())+"}", 1)
+	e.value("verve_info{group="+labelValue(a.cfg.Group)+",instance="+labelValue(a.cfg.Instance)+",dedup="+labelValue(dedup)+"}", 1)
 	writeProcess(w)
 	if a.cfg.Shared != nil {
 		e.group(a.cfg.Shared())

@@ -377,7 +377,7 @@ func TestBatchTablesAreUsedAgainWithoutTheirOptions(t *testing.T) {
 
 // TestLargestBatchWithOptionsFits into the least memory that batches may have.
 func TestLargestBatchWithOptionsFits(t *testing.T) {
-	s, _ := newTokenSite(t, func(c *Config) { c.BatchMemory = 1 })
+	s, _ := newTokenSite(t, func(c *Config) { c.limits.BatchMemory = batchNeeds(DefaultMaxBatchBytes, DefaultMaxBatchIDs) })
 	var items []string
 	for i := range DefaultMaxBatchIDs {
 		items = append(items, fmt.Sprintf(`{"id":"%032d","key":"k%d","token":"%030d"}`, i, i%1000, i))
