@@ -34,8 +34,8 @@ const (
 	// adminGrace is what answers under way get when all else has stopped.
 	adminGrace = 500 * time.Millisecond
 
-	// maxProfiles bounds the profiles that are being made: some take as long as their
-	// request says.
+	// maxProfiles bounds the profiles that are being made: for some the request sets how
+	// long that takes.
 	maxProfiles = 8
 )
 
@@ -163,7 +163,7 @@ func bodiless(next http.Handler) http.Handler {
 	})
 }
 
-// profile answers with a profile, which may take as long as the request says: pprof
+// profile answers with a profile. The request may set how long that takes: pprof
 // sets the deadline of the write, and net/http clears that of the read.
 func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -256,7 +256,7 @@ func (a *Admin) Shutdown(ctx context.Context) error {
 
 func (a *Admin) healthz(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")
-	_, _ = w.Write(bodyOK) // a peer that is gone is nobody's error
+	_, _ = w.Write(bodyOK) // the client may be gone
 }
 
 // check is the state of one dependency.
@@ -290,7 +290,7 @@ func (r *readiness) add(name, reason string, needed bool) {
 	}
 }
 
-// readyz tells whether requests should be sent here, and why not.
+// readyz answers whether requests should be sent here, and why not.
 func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	r := a.readiness()
 	status := http.StatusOK

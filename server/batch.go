@@ -114,7 +114,7 @@ func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err err
 // packedSlack is by how much gzip makes longer what it cannot compress, and a header.
 func packedSlack(n int) int { return n>>10 + 4<<10 }
 
-// head checks what the headers of a batch say.
+// head checks the headers of a batch.
 func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, err error) {
 	if f = formatOf(h.ContentType()); f == formatUnknown {
 		return f, false, errUnsupported

@@ -96,8 +96,7 @@ func (e exposition) value(name string, v float64) {
 	fmt.Fprintf(e.w, "%s %s\n", name, strconv.FormatFloat(v, 'f', -1, 64))
 }
 
-// labelValue quotes a value as the text format has it, which knows fewer escapes
-// than Go.
+// labelValue quotes a value as the text format has it, which has fewer escapes than Go.
 func labelValue(s string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(s) + `"`
 }

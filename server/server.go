@@ -198,7 +198,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ExpectHandler: s.expect,
 		ErrorHandler:  s.refuseBroken,
 		ConnState:     connState,
-		Logger:        quiet{}, // what fasthttp has to say is counted in refused
+		Logger:        quiet{}, // what fasthttp would log is counted in refused
 
 		Concurrency:        math.MaxInt32, // the listener bounds it
 		ReadBufferSize:     readBuffer,
