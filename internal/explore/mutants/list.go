@@ -310,13 +310,13 @@ var mutants = []mutant{
 	}, nil},
 	// Callbacks.
 	{"a callback is sent before its id is counted", "server", overlay.Edit{
-		File: "server/accept.go", Old: "\tif a.wanted {\n\t\tdefer func() {", New: "\tif a.wanted {\n\t\ts.callbacks.Send(a.endpoint)\n\t}\n\tif false {\n\t\tdefer func() {",
+		File: "server/accept.go", Old: "\tif a.wanted {\n\t\tdefer func() {", New: "\tif a.wanted {\n\t\ts.cfg.Callbacks.Send(a.endpoint)\n\t}\n\tif false {\n\t\tdefer func() {",
 	}, nil},
 	{"a repeat is called back, too", "server", overlay.Edit{
 		File: "server/accept.go", Old: "if w.verdicts[0] == dedup.Unique {", New: "if w.verdicts[0] != dedup.Turned {",
 	}, nil},
 	{"the place of an id that is refused stays reserved", "server", overlay.Edit{
-		File: "server/accept.go", Old: "\t\t\t} else {\n\t\t\t\ts.callbacks.Release(a.endpoint)", New: "\t\t\t} else if w.verdicts[0] != dedup.Turned {\n\t\t\t\ts.callbacks.Release(a.endpoint)",
+		File: "server/accept.go", Old: "\t\t\t} else {\n\t\t\t\ts.cfg.Callbacks.Release(a.endpoint)", New: "\t\t\t} else if w.verdicts[0] != dedup.Turned {\n\t\t\t\ts.cfg.Callbacks.Release(a.endpoint)",
 	}, nil},
 	{"a place is reserved while the stop waits for the last ones", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "if s.draining || s.closed {\n\t\treturn false", New: "if s.closed {\n\t\treturn false",
@@ -379,7 +379,7 @@ var mutants = []mutant{
 		File: "server/callback/callback.go", Old: "s.stats.InFlight == 0 && s.stats.Waiting == 0", New: "s.stats.Waiting == 0",
 	}, nil},
 	{"a Send after the stop waits for ever", "server/callback", overlay.Edit{
-		File: "server/callback/callback.go", Old: "\tcase s.closed:\n\t\ts.stats.Dropped++\n", New: "",
+		File: "server/callback/callback.go", Old: "\tcase s.closed:\n\t\ts.stats.Ended[Dropped]++\n", New: "",
 	}, nil},
 	{"the stop cuts nothing off", "server/callback", overlay.Edit{
 		File: "server/callback/callback.go", Old: "\ts.mu.Unlock()\n\ts.cut()\n", New: "\ts.mu.Unlock()\n",
