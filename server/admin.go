@@ -97,7 +97,7 @@ type Admin struct {
 	http    http.Server
 	live    *live
 	history *history
-	crowd   *adminCrowd
+	conns   *connLimit
 	ln      *patientListener
 
 	profiles chan struct{} // one for each that is being made
@@ -109,7 +109,7 @@ type Admin struct {
 func NewAdmin(cfg AdminConfig) *Admin {
 	a := &Admin{
 		cfg: cfg, server: cfg.Server, ln: newPatientListener(cfg.Listener, "admin", cfg.Server.cfg.Log), profiles: make(chan struct{}, maxProfiles),
-		crowd: &adminCrowd{max: cfg.Server.cfg.limits.MaxAdmin, conns: map[net.Conn]time.Time{}},
+		conns: &connLimit{max: cfg.Server.cfg.limits.MaxAdmin, conns: map[net.Conn]time.Time{}},
 	}
 	a.live = newLive(a)
 	a.history = openHistory(cfg.History, cfg.Group, cfg.Instance, cfg.Server.cfg.Log)
@@ -128,7 +128,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /{$}", a.index)
 	a.http = http.Server{
 		Handler:           bodiless(guarded(cfg.Token, mux)),
-		ConnState:         a.crowd.changed,
+		ConnState:         a.conns.changed,
 		MaxHeaderBytes:    adminMaxHeader,
 		ReadHeaderTimeout: adminHeaderTimeout,
 		ReadTimeout:       adminReadTimeout,

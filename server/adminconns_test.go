@@ -90,7 +90,7 @@ func TestAdminBoundsTheHeadersOfARequest(t *testing.T) {
 // TestAdminKeepsRoomForAProbe beside connections that send nothing, or no end.
 func TestAdminKeepsRoomForAProbe(t *testing.T) {
 	const most = 4
-	a := listenAdmin(t, func(a *Admin) { a.crowd.max = most })
+	a := listenAdmin(t, func(a *Admin) { a.conns.max = most })
 	for i := range 5 * most {
 		a.send([]string{"", "GET /healthz HTTP/1.1\r\nHost", adminGet("/healthz")}[i%3])
 	}
@@ -98,7 +98,7 @@ func TestAdminKeepsRoomForAProbe(t *testing.T) {
 	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 200 {
 		t.Fatalf("got %v, %v", resp, err)
 	}
-	if open, ended := a.crowd.stats(); open > most || ended < 4*most {
+	if open, ended := a.conns.stats(); open > most || ended < 4*most {
 		t.Errorf("%d open, %d ended, want %d at most, and %d or more", open, ended, most, 4*most)
 	}
 }
@@ -111,7 +111,7 @@ func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 	a := listenAdmin(t, func(a *Admin) {
 		a.http.WriteTimeout = time.Second
 		a.http.ConnState = func(c net.Conn, state http.ConnState) {
-			a.crowd.changed(c, state)
+			a.conns.changed(c, state)
 			if state == http.StateClosed {
 				close(ended)
 			}
@@ -123,7 +123,7 @@ func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatal("the connection is held")
 	}
-	if open, _ := a.crowd.stats(); open != 0 {
+	if open, _ := a.conns.stats(); open != 0 {
 		t.Errorf("%d connections are counted as open", open)
 	}
 }
@@ -170,7 +170,7 @@ func TestOpenAdminRequestsDoNotDelayTheStop(t *testing.T) {
 		t.Error("all the time for the stop was used")
 	}
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		open, _ := a.crowd.stats()
+		open, _ := a.conns.stats()
 		if open == 0 {
 			break
 		}

@@ -111,15 +111,14 @@ func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
 
 // liveAnswer is what the live page shows, without what the page has already.
 type liveAnswer struct {
+	recentWindows // no Windows if the page has them, in their present state
+
 	Time       int64     `json:"time"` // Unix ms; the page's own clock may be wrong
-	Group      string    `json:"group"`
-	Instance   string    `json:"instance"`
 	Version    string    `json:"version"`
 	Started    int64     `json:"started"` // Unix ms
 	PublicPort int       `json:"public_port,omitempty"`
 	PublicTLS  bool      `json:"public_tls,omitempty"`
 	Ready      readiness `json:"ready"`
-	Open       window    `json:"open"`
 
 	// Has is what the page has after this answer. It sends it back with its next request,
 	// as the parameter of that name. All: this answer depends on no earlier one.
@@ -133,10 +132,6 @@ type liveAnswer struct {
 
 	// Shared is there if the group counts as one.
 	Shared *liveGroup `json:"shared,omitempty"`
-
-	// Windows are all that are shown, the newest first; missing if the page has them, in
-	// their present state.
-	Windows []window `json:"windows,omitempty"`
 
 	// Keys are the largest keys of the open window; missing if no key was used in it.
 	Keys []keyShare `json:"keys,omitempty"`
@@ -233,13 +228,13 @@ func (l *live) largest(now time.Time) []keyShare {
 func (l *live) everything(now time.Time) liveAnswer {
 	a := l.admin
 	cb := a.server.cfg.Callbacks.Stats()
-	w := a.recent(liveWindows)
 	r := a.readiness()
 	ids := a.server.cfg.Set.Stats()
 	m := liveAnswer{
-		Time: now.UnixMilli(), All: true, Group: w.Group, Instance: w.Instance, Version: a.cfg.Version,
-		Started: l.started.UnixMilli(), Ready: r, Blocking: r.blocking, Failing: r.failing,
-		Open: w.Open, Windows: w.Windows, RatesKept: liveRates, Sinks: append([]Sink{}, a.cfg.Records().Sinks...), // never null
+		recentWindows: a.recent(liveWindows),
+		Time:          now.UnixMilli(), All: true, Version: a.cfg.Version, Started: l.started.UnixMilli(),
+		Ready: r, Blocking: r.blocking, Failing: r.failing,
+		RatesKept: liveRates, Sinks: append([]Sink{}, a.cfg.Records().Sinks...), // never null
 		MaxIDs: ids.Fit, MaxIDsEstimated: ids.Estimated, IDBytes: ids.Bytes, MaxIDBytes: ids.MaxBytes, Resident: residentBytes(),
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,

@@ -221,7 +221,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.cfg.limits.MaxConns))
 	e.gauge("verve_connections_served", "Connections with a request, or without one for less than a second.", float64(len(s.ln.served)))
 	e.gauge("verve_connections_served_limit", "Connections that may have a request at once; others wait.", float64(cap(s.ln.served)))
-	adminOpen, adminEnded := a.crowd.stats()
+	adminOpen, adminEnded := a.conns.stats()
 	e.gauge("verve_admin_connections", "Connections open on the admin listener.", float64(adminOpen))
 	e.counter("verve_admin_connections_ended_total", "Connections closed because the admin listener had too many.", adminEnded)
 	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", []resultCount{

@@ -1,6 +1,7 @@
 package callback
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -98,7 +99,7 @@ type guard struct {
 func newGuard(cfg *Config) (*guard, error) {
 	g := &guard{
 		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
-		resolver:   cfg.Resolver,
+		resolver:   cmp.Or(cfg.Resolver, net.DefaultResolver),
 		tls:        cfg.tls,
 		selfTLS:    cfg.SelfTLS,
 		selfPath:   cfg.SelfPath,
@@ -109,9 +110,6 @@ func newGuard(cfg *Config) (*guard, error) {
 		g.connect = func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error) {
 			return d.DialContext(ctx, "tcp", addr)
 		}
-	}
-	if g.resolver == nil {
-		g.resolver = net.DefaultResolver
 	}
 	if err := g.allowAll(cfg.Allow); err != nil {
 		return nil, err
