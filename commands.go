@@ -71,7 +71,7 @@ func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
 }
 
 // output is the standard output of a command. It keeps the first error: a command whose
-// output is not written has failed, whoever wrote it.
+// output is not written has failed.
 type output struct {
 	file *os.File
 	err  error
@@ -84,7 +84,7 @@ func (o *output) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// errIncomplete makes verve totals exit 1: it has said what is missing.
+// errIncomplete makes verve totals exit 1, after the gaps and repeats are printed.
 var errIncomplete = errors.New("records are missing or repeated")
 
 // totalsSettle is how long records may come one after the other before the
@@ -153,7 +153,7 @@ func totals(cfg *config, stdout *output, stderr *os.File) error {
 	return r.whole(ctx, records, keys)
 }
 
-// totalsReport reads records and says what they add up to and what is wrong.
+// totalsReport reads records, and prints what they add up to and what is wrong.
 type totalsReport struct {
 	from  string    // what is read, for messages
 	since time.Time // windows that start before are left out
@@ -188,7 +188,7 @@ func (t *totalsReport) repeats(from int) {
 	}
 }
 
-// empty says that there was nothing to add up.
+// empty reports that there was nothing to add up.
 func (t *totalsReport) empty() {
 	if t.any {
 		return

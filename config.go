@@ -267,7 +267,7 @@ func (c *config) explain(err error) error {
 	return usageError{errors.New(strings.Join(strings.FieldsFunc(why, unicode.IsControl), " "))} // one line
 }
 
-// wanted says what values the flag takes.
+// wanted describes the values that the flag takes.
 func (c *config) wanted(name string) string {
 	flag := c.setting(name)
 	if flag == nil {
@@ -440,6 +440,24 @@ func (c *config) checkKafka() error {
 	return k.Check()
 }
 
+// namedFile is a file that is read because a setting names it.
+type namedFile struct {
+	flag, path string
+	secret     *[]byte // where its content is kept; nil: elsewhere
+}
+
+func (c *config) files() []namedFile {
+	return []namedFile{
+		{"config", c.Config, nil},
+		{"tls-cert-file", c.TLSCertFile, nil},
+		{"tls-key-file", c.TLSKeyFile, nil},
+		{"admin-token-file", c.AdminTokenFile, &c.adminToken},
+		{"callback-secret-file", c.CallbackSecretFile, &c.callbackSecret},
+		{"kafka-password-file", c.KafkaPasswordFile, nil},
+		{"redis-sentinel-password-file", c.RedisSentinelPasswordFile, &c.sentinelPassword},
+	}
+}
+
 // checkFiles reads the files that settings name, and judges pairs of them.
 func (c *config) checkFiles() (err error) {
 	switch {
@@ -457,15 +475,11 @@ func (c *config) checkFiles() (err error) {
 			return err
 		}
 	}
-	for _, f := range []struct {
-		flag, path string
-		into       *[]byte
-	}{
-		{"callback-secret-file", c.CallbackSecretFile, &c.callbackSecret},
-		{"redis-sentinel-password-file", c.RedisSentinelPasswordFile, &c.sentinelPassword},
-		{"admin-token-file", c.AdminTokenFile, &c.adminToken},
-	} {
-		if *f.into, err = secretFile(f.flag, f.path); err != nil {
+	for _, f := range c.files() {
+		if f.secret == nil {
+			continue
+		}
+		if *f.secret, err = secretFile(f.flag, f.path); err != nil {
 			return err
 		}
 	}
@@ -477,17 +491,9 @@ func (c *config) checkFiles() (err error) {
 func (c *config) checkCountsFile() error {
 	records := stream.Config{CountsFile: c.countsFile()}
 	for _, path := range records.CountsFiles() {
-		for _, other := range []struct{ name, path string }{
-			{"config", c.Config},
-			{"tls-cert-file", c.TLSCertFile},
-			{"tls-key-file", c.TLSKeyFile},
-			{"admin-token-file", c.AdminTokenFile},
-			{"callback-secret-file", c.CallbackSecretFile},
-			{"kafka-password-file", c.KafkaPasswordFile},
-			{"redis-sentinel-password-file", c.RedisSentinelPasswordFile},
-		} {
+		for _, other := range c.files() {
 			if other.path != "" && sameFile(path, other.path) {
-				return setting.Errorf("counts-file", "it is the file of --%s", other.name)
+				return setting.Errorf("counts-file", "it is the file of --%s", other.flag)
 			}
 		}
 		if c.DataDir == noDataDir {
@@ -720,7 +726,8 @@ func (c *config) expectIDs(tableBytes uint64) uint64 {
 // goroutinesField is the field of a log line that holds a dump of goroutines.
 const goroutinesField = "goroutines"
 
-// logger writes to w as the settings say, by way of the queue that it returns.
+// logger returns a logger that writes to w in the format of the settings, and the queue
+// between the two.
 func (c *config) logger(w *os.File) (zerolog.Logger, *logline.Writer) {
 	level, _ := zerolog.ParseLevel(c.LogLevel)                // it is one: the flag is an enum
 	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00" // windows may be 50 ms long

@@ -14,7 +14,7 @@ import (
 	"verve/internal/durable"
 )
 
-// lastUse says where the ids of a data directory are counted: here, or in the Redis
+// lastUse is where the ids of a data directory are counted: here, or in the Redis
 // of a group. After a change the ids that were answered before are not known in the
 // window that runs on, so its record is not exact.
 type lastUse struct {
@@ -42,7 +42,7 @@ func (c *config) ids() string {
 }
 
 // begin keeps that ids are counted in ids from now on. It returns until when they
-// were counted elsewhere; the zero time if they were not, or nobody knows.
+// were counted elsewhere; the zero time if they were not, or if that is not known.
 func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
 	if dir == noDataDir {
 		return elsewhere
@@ -51,7 +51,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	var before lastUse
 	if b, err := os.ReadFile(u.path); err == nil && json.Unmarshal(b, &before) == nil && before.Ids != ids {
 		if elsewhere = before.Until; elsewhere.IsZero() {
-			elsewhere = time.Now() // killed, at a time that nobody knows
+			elsewhere = time.Now() // killed, at a time that is not known
 		}
 		log.Warn().Str("before", before.Ids).Str("now", ids).Bool("killed", before.Until.IsZero()).
 			Msg("ids of this data directory were counted elsewhere before: windows left in a group's Redis are published by the next instance of that group, and a window that was running then is not exact")

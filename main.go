@@ -36,7 +36,7 @@ const (
 	exitFailed = 1
 	exitUsage  = 2
 
-	// askGroup bounds what the start waits for the group to say what windows it has.
+	// askGroup bounds how long the start waits for the group's answer about its windows.
 	askGroup = time.Second
 
 	// signalEcho is longer than one signal takes to arrive twice and shorter
@@ -52,7 +52,7 @@ const (
 	logPatience = 500 * time.Millisecond
 )
 
-// version is set by the linker; else it is what the module system knows.
+// version is set by the linker. If it is not, versionText takes that of the module.
 var version = ""
 
 func main() {
@@ -153,8 +153,7 @@ type program struct {
 	log   zerolog.Logger
 	lines *logline.Writer // of log
 
-	memory uint64        // that the process may take, in bytes; 0: not known
-	limits server.Limits // of connections
+	memory uint64 // that the process may take, in bytes; 0: not known
 
 	times       *server.Times
 	public      net.Listener
@@ -220,16 +219,7 @@ func (p *program) open() error {
 	}
 	serverCfg := cfg.front()
 	serverCfg.Counter, serverCfg.Set, serverCfg.Callbacks, serverCfg.TLS, serverCfg.Log = p.counter, p.set, p.callbacks, p.certificate, log
-	p.limits = server.LimitsFor(cfg.MaxConns, server.Room{
-		Descriptors: descriptorLimit(), Memory: p.memory, TLS: p.certificate != nil,
-		MaxBatchBytes: serverCfg.MaxBatchBytes, MaxBatchIDs: serverCfg.MaxBatchIDs,
-	})
-	if cfg.MaxConns > 0 && p.limits.Lowered != "" {
-		log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", p.limits.MaxConns).Str("reason", p.limits.Lowered).
-			Msg("--max-conns is higher than the process has room for")
-	}
-	serverCfg.MaxConns, serverCfg.MaxServed, serverCfg.MaxTurnedAway = p.limits.MaxConns, p.limits.MaxServed, p.limits.MaxTurnedAway
-	serverCfg.BatchMemory = p.limits.BatchMemory
+	serverCfg.Descriptors, serverCfg.Memory = descriptorLimit(), p.memory
 	if p.server, err = server.New(serverCfg, p.public); err != nil {
 		return err
 	}
@@ -240,9 +230,9 @@ func (p *program) open() error {
 // openAdmin makes what operators look at.
 func (p *program) openAdmin() {
 	cfg := server.AdminConfig{
-		Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
+		Listener: p.private, Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
 		Group: p.cfg.Group, Instance: p.spool.Instance(), Version: versionText(), Token: string(p.cfg.adminToken), History: p.cfg.inDataDir("windows.jsonl"),
-		LogDropped: p.lines.Dropped, MaxConns: p.limits.MaxAdmin,
+		LogDropped: p.lines.Dropped,
 	}
 	if p.shared != nil {
 		cfg.Shared, cfg.Sealed = p.shared.Group, p.group.Sealed
@@ -347,7 +337,7 @@ func (p *program) openCounter() (err error) {
 	}
 	if p.shared != nil {
 		p.set, counterCfg.Publisher = p.shared, p.group
-		// Where the group cannot be asked, it says later what it takes.
+		// If the group cannot be asked now, the heartbeat finds out later what length it has.
 		ctx, cancel := context.WithTimeout(context.Background(), askGroup)
 		defer cancel()
 		last, err := p.shared.Ledger().Last(ctx)
@@ -421,7 +411,7 @@ func (p *program) run() {
 		return p.counter.Run(counting)
 	})
 	p.start("callbacks", func() error { return p.callbacks.Run(calling) })
-	p.start("admin", func() error { return p.admin.Serve(p.private) })
+	p.start("admin", p.admin.Serve)
 	if p.certificate != nil {
 		p.start("certificate", func() error { return p.certificate.Run(parts) })
 	}
@@ -459,7 +449,7 @@ func (p *program) stop() {
 		{"requests not finished in time", func() error { return p.server.Shutdown(budget) }},
 		// No request can start another callback. The records need the other half of the time.
 		{"callbacks not sent in time", func() error { return p.drainCallbacks(half) }},
-		// Everybody has left the sealed epoch: the counter publishes it as partial.
+		// All requests have left the sealed epoch: the counter publishes it as partial.
 		{"the last record could not be written in time", func() error { return p.awaitClosed(budget) }},
 		// The instance has reported everything: its group need not wait for it.
 		{"this instance could not leave its group in order", func() error { return p.leaveGroup(budget) }},
@@ -483,7 +473,7 @@ func (p *program) stop() {
 }
 
 // sendElsewhere counts on for the shutdown delay, and meanwhile makes every answer
-// the last of its connection: load balancers learn that this instance is not ready
+// the last of its connection: so load balancers notice that this instance is not ready
 // before it refuses anything.
 func (p *program) sendElsewhere() {
 	p.server.LastAnswers()
@@ -667,7 +657,7 @@ func logLibraries(log zerolog.Logger) {
 	stdlog.SetOutput(log.With().Str("level", "warn").Logger())
 }
 
-// catchSignals acts on every signal as signalActs says, until the process ends.
+// catchSignals does what signalActs lists for each signal, until the process ends.
 // The first one that stops the server is sent to the channel returned. A second
 // SIGTERM, SIGINT or SIGQUIT ends the process at once; what follows the first
 // within signalEcho is the same one: timeout(1) and terminals send it to the
@@ -732,7 +722,7 @@ func (p *program) dump(signal string) {
 	p.log.Info().Str("signal", signal).Bytes(goroutinesField, text[:runtime.Stack(text, true)]).Msg("goroutines")
 }
 
-// greet says what runs where and how to try it.
+// greet logs what runs where, and how to try it.
 func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *config) {
 	to := "counts file " + cfg.countsFile()
 	if len(cfg.KafkaBrokers) > 0 {

@@ -28,7 +28,7 @@ type signalAct struct {
 	silent bool   // ignored without a line
 }
 
-// signalActs is the table of docs/operations.md, which says the reason for each.
+// signalActs is the table of docs/operations.md, which has the reason for each.
 var signalActs = []signalAct{
 	{name: "SIGTERM", stop: true, insist: true},
 	{name: "SIGINT", stop: true, insist: true},
@@ -52,7 +52,7 @@ var signalActs = []signalAct{
 }
 
 // signalsLeft are those that cannot be caught, that the Go runtime needs for
-// itself, or that nobody means to act on the server.
+// itself, or that are not sent to make a server act.
 var signalsLeft = []string{"SIGKILL", "SIGSTOP", "SIGURG", "SIGPROF", "SIGCHLD", "SIGCONT", "SIGWINCH", "SIGINFO"}
 
 // sigrtmin3 is what systemd in a container takes for a request to halt, and

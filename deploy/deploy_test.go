@@ -360,7 +360,7 @@ func TestUnitRestartsAndStopsInOrder(t *testing.T) {
 	if ":"+socket["ListenStream"] != cfg.Listen {
 		t.Errorf("got a socket at port %s, want the usual %s", socket["ListenStream"], cfg.Listen)
 	}
-	if files, err := strconv.Atoi(u["LimitNOFILE"]); err != nil || server.LimitsFor(0, server.Room{Descriptors: uint64(files)}).Lowered != "" {
+	if files, err := strconv.Atoi(u["LimitNOFILE"]); err != nil || server.LimitsFor(server.Config{Descriptors: uint64(files)}).Lowered != "" {
 		t.Errorf("got %d descriptors, %v, want enough for %d connections", files, err, server.DefaultMaxConns)
 	}
 	if u["Restart"] != "on-failure" || u["RestartPreventExitStatus"] != "2" {

@@ -12,7 +12,7 @@ import (
 	"verve/server/callback"
 )
 
-// noBody is fasthttp's content length of a request that says nothing of a body.
+// noBody is fasthttp's content length of a request without a body.
 const noBody = -2
 
 var (
@@ -67,7 +67,7 @@ func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	return ctx.Response.StatusCode()
 }
 
-// accept counts the id of a request. Everything the request says is checked, and a
+// accept counts the id of a request. All parts of the request are checked, and a
 // place for its callback reserved, before the set is touched: a request refused
 // with 4xx or 503 has counted nothing.
 func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) {
@@ -109,7 +109,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
 		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
 		return
-	case a.wanted && !s.callbacks.Reserve(a.endpoint):
+	case a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint):
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
@@ -163,7 +163,7 @@ func (s *Server) parse(a *asked, h *fasthttp.RequestHeader, raw []byte, lines he
 	}
 	if q.endpoint != nil {
 		var bad error
-		if a.endpoint, bad = s.callbacks.Parse(q.endpoint); bad != nil {
+		if a.endpoint, bad = s.cfg.Callbacks.Parse(q.endpoint); bad != nil {
 			return errBadEndpoint
 		}
 		a.wanted = len(h.Peek(callback.Header)) == 0 // callbacks do not start callbacks
@@ -179,7 +179,7 @@ func (s *Server) parse(a *asked, h *fasthttp.RequestHeader, raw []byte, lines he
 	return err
 }
 
-// answer says what the set has said of an id in an epoch.
+// answer writes the verdict of the set on an id. epoch is the one that it was given in.
 func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *counter.Epoch) {
 	setHead(r)
 	if s.cfg.WindowHeader {
@@ -214,9 +214,9 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	if a.wanted {
 		defer func() {
 			if w.verdicts[0] == dedup.Unique {
-				s.callbacks.Send(a.endpoint)
+				s.cfg.Callbacks.Send(a.endpoint)
 			} else {
-				s.callbacks.Release(a.endpoint)
+				s.cfg.Callbacks.Release(a.endpoint)
 			}
 		}()
 	}

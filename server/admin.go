@@ -2,7 +2,6 @@ package server
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -28,15 +27,15 @@ const (
 
 	adminHeaderTimeout = 5 * time.Second
 	adminReadTimeout   = 10 * time.Second
-	adminWriteTimeout  = 10 * time.Second // the live page and profiles have their own
+	adminWriteTimeout  = 10 * time.Second // profiles have their own
 	adminIdleTimeout   = time.Minute
 	adminMaxHeader     = 16 << 10
 
 	// adminGrace is what answers under way get when all else has stopped.
 	adminGrace = 500 * time.Millisecond
 
-	// maxProfiles bounds the profiles that are being made: some take as long as their
-	// request says.
+	// maxProfiles bounds the profiles that are being made: for some the request sets how
+	// long that takes.
 	maxProfiles = 8
 )
 
@@ -62,6 +61,7 @@ type Sink struct {
 // AdminConfig of an Admin. All fields but Version, Shared, Sealed, History and
 // Token are required.
 type AdminConfig struct {
+	Listener  net.Listener                       // that it serves
 	Server    *Server                            // the public listener to report about
 	Times     *Times                             // filled by other parts
 	Records   func() Records                     // the state of delivery; called for each page, concurrently
@@ -72,9 +72,6 @@ type AdminConfig struct {
 
 	// LogDropped is how many lines of the log were dropped. Optional.
 	LogDropped func() uint64
-
-	// MaxConns bounds the connections of the admin listener; adminConns if zero.
-	MaxConns int
 
 	// Shared is the state of the group's Redis, and Sealed what a window that was
 	// just closed came to in the whole group, if that is known. Both are nil if ids
@@ -100,8 +97,8 @@ type Admin struct {
 	http    http.Server
 	live    *live
 	history *history
-	crowd   *adminCrowd
-	ln      atomic.Pointer[patientListener] // nil before Serve
+	conns   *connLimit
+	ln      *patientListener
 
 	profiles chan struct{} // one for each that is being made
 
@@ -111,8 +108,8 @@ type Admin struct {
 // NewAdmin makes the admin server.
 func NewAdmin(cfg AdminConfig) *Admin {
 	a := &Admin{
-		cfg: cfg, server: cfg.Server, profiles: make(chan struct{}, maxProfiles),
-		crowd: &adminCrowd{max: cmp.Or(cfg.MaxConns, adminConns), conns: map[net.Conn]adminConn{}},
+		cfg: cfg, server: cfg.Server, ln: newPatientListener(cfg.Listener, "admin", cfg.Server.cfg.Log), profiles: make(chan struct{}, maxProfiles),
+		conns: &connLimit{max: cfg.Server.cfg.limits.MaxAdmin, conns: map[net.Conn]time.Time{}},
 	}
 	a.live = newLive(a)
 	a.history = openHistory(cfg.History, cfg.Group, cfg.Instance, cfg.Server.cfg.Log)
@@ -122,7 +119,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /metrics", a.metrics)
 	mux.HandleFunc("GET /api/windows", a.windows)
 	mux.HandleFunc("GET /api/windows/{window_start}/keys", a.keys)
-	mux.HandleFunc("GET /api/live", a.live.stream)
+	mux.HandleFunc("GET /api/live", a.live.serve)
 	mux.HandleFunc("GET /debug/pprof/", a.profile(pprof.Index))
 	mux.HandleFunc("GET /debug/pprof/cmdline", a.profile(pprof.Cmdline))
 	mux.HandleFunc("GET /debug/pprof/profile", a.profile(pprof.Profile))
@@ -131,15 +128,13 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /{$}", a.index)
 	a.http = http.Server{
 		Handler:           bodiless(guarded(cfg.Token, mux)),
-		ConnState:         a.crowd.changed,
+		ConnState:         a.conns.changed,
 		MaxHeaderBytes:    adminMaxHeader,
 		ReadHeaderTimeout: adminHeaderTimeout,
 		ReadTimeout:       adminReadTimeout,
 		WriteTimeout:      adminWriteTimeout,
 		IdleTimeout:       adminIdleTimeout,
 	}
-	// Streams do not end by themselves, and Shutdown waits for every answer.
-	a.http.RegisterOnShutdown(a.live.end)
 	return a
 }
 
@@ -168,7 +163,7 @@ func bodiless(next http.Handler) http.Handler {
 	})
 }
 
-// profile answers with a profile, which may take as long as the request says: pprof
+// profile answers with a profile. The request may set how long that takes: pprof
 // sets the deadline of the write, and net/http clears that of the read.
 func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -215,15 +210,13 @@ func guarded(token string, next http.Handler) http.Handler {
 }
 
 // Serve answers until Shutdown.
-func (a *Admin) Serve(ln net.Listener) error {
+func (a *Admin) Serve() error {
 	ctx, stop := context.WithCancel(context.Background())
-	var telling sync.WaitGroup
-	telling.Go(func() { a.live.run(ctx) })
-	defer telling.Wait()
+	var sampling sync.WaitGroup
+	sampling.Go(func() { a.live.run(ctx) })
+	defer sampling.Wait()
 	defer stop()
-	patient := newPatientListener(ln, "admin", a.server.cfg.Log)
-	a.ln.Store(patient)
-	if err := a.http.Serve(patient); !errors.Is(err, http.ErrServerClosed) {
+	if err := a.http.Serve(a.ln); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
@@ -248,14 +241,6 @@ func (a *Admin) WindowClosed(c counter.Count) {
 	a.history.add(w)
 }
 
-// dedup is the value of --dedup.
-func (a *Admin) dedup() string {
-	if a.cfg.Shared != nil {
-		return "redis"
-	}
-	return "memory"
-}
-
 // NotReady makes /readyz answer 503 from now on: the first thing at a stop.
 func (a *Admin) NotReady() { a.stopping.Store(true) }
 
@@ -266,21 +251,12 @@ func (a *Admin) Shutdown(ctx context.Context) error {
 	if err := a.http.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return a.http.Close() // nobody waits for what is left
-}
-
-// acceptErrors counts the failed accepts of both listeners.
-func (a *Admin) acceptErrors() []resultCount {
-	n := []resultCount{{"public", a.server.ln.failed.Load()}, {"admin", 0}}
-	if ln := a.ln.Load(); ln != nil {
-		n[1].Count = ln.failed.Load()
-	}
-	return n
+	return a.http.Close() // what is left would hold up the end
 }
 
 func (a *Admin) healthz(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain")
-	_, _ = w.Write(bodyOK) // a peer that is gone is nobody's error
+	_, _ = w.Write(bodyOK) // the client may be gone
 }
 
 // check is the state of one dependency.
@@ -314,7 +290,7 @@ func (r *readiness) add(name, reason string, needed bool) {
 	}
 }
 
-// readyz tells whether requests should be sent here, and why not.
+// readyz answers whether requests should be sent here, and why not.
 func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	r := a.readiness()
 	status := http.StatusOK
@@ -346,10 +322,8 @@ func (a *Admin) readiness() readiness {
 	for _, k := range rec.Sinks {
 		r.add(k.Name, k.Failing, false)
 	}
-	if ln := a.ln.Load(); ln != nil {
-		if p := ln.problem(); p != "" {
-			r.add("admin", p, false) // this very request was accepted
-		}
+	if p := a.ln.problem(); p != "" {
+		r.add("admin", p, false) // this very request was accepted
 	}
 	if a.cfg.Shared != nil { // if ids are answered without it, it does not count
 		g := a.cfg.Shared()

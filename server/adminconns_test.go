@@ -29,8 +29,9 @@ func listenAdmin(t *testing.T, change func(*Admin)) *adminServer {
 	if err != nil {
 		t.Fatal(err)
 	}
+	a.ln.Listener = ln
 	ended := make(chan error, 1)
-	go func() { ended <- a.Serve(ln) }()
+	go func() { ended <- a.Serve() }()
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
@@ -89,7 +90,7 @@ func TestAdminBoundsTheHeadersOfARequest(t *testing.T) {
 // TestAdminKeepsRoomForAProbe beside connections that send nothing, or no end.
 func TestAdminKeepsRoomForAProbe(t *testing.T) {
 	const most = 4
-	a := listenAdmin(t, func(a *Admin) { a.crowd.max = most })
+	a := listenAdmin(t, func(a *Admin) { a.conns.max = most })
 	for i := range 5 * most {
 		a.send([]string{"", "GET /healthz HTTP/1.1\r\nHost", adminGet("/healthz")}[i%3])
 	}
@@ -97,7 +98,7 @@ func TestAdminKeepsRoomForAProbe(t *testing.T) {
 	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 200 {
 		t.Fatalf("got %v, %v", resp, err)
 	}
-	if open, ended := a.crowd.stats(); open > most || ended < 4*most {
+	if open, ended := a.conns.stats(); open > most || ended < 4*most {
 		t.Errorf("%d open, %d ended, want %d at most, and %d or more", open, ended, most, 4*most)
 	}
 }
@@ -110,7 +111,7 @@ func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 	a := listenAdmin(t, func(a *Admin) {
 		a.http.WriteTimeout = time.Second
 		a.http.ConnState = func(c net.Conn, state http.ConnState) {
-			a.crowd.changed(c, state)
+			a.conns.changed(c, state)
 			if state == http.StateClosed {
 				close(ended)
 			}
@@ -122,105 +123,22 @@ func TestAdminEndsClientsThatDoNotRead(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatal("the connection is held")
 	}
-	if open, _ := a.crowd.stats(); open != 0 {
+	if open, _ := a.conns.stats(); open != 0 {
 		t.Errorf("%d connections are counted as open", open)
 	}
 }
 
-// TestLivePageIsNotLockedOutByReadersThatDoNotRead: a few of its messages fill what
-// the kernel holds for them, and they make room.
-func TestLivePageIsNotLockedOutByReadersThatDoNotRead(t *testing.T) {
-	t.Parallel()
-	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick, a.live.tenure = 4, time.Millisecond, time.Hour })
-	var stuck []*bufio.Reader
-	for range 4 {
-		_, r := a.send(adminGet("/api/live"))
-		stuck = append(stuck, r)
-	}
-	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		if open, _, _ := a.live.stats(); open == 4 {
-			break
-		}
-		if time.Since(start) > patience {
-			t.Fatal("the streams do not begin")
-		}
-	}
-	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		c, r := a.send(adminGet("/api/live"))
-		resp, err := http.ReadResponse(r, nil)
-		c.Close()
-		if err == nil && resp.StatusCode == 200 {
-			break
-		}
-		if time.Since(start) > patience {
-			t.Fatalf("got %v, %v", resp, err)
-		}
-	}
-	if _, dropped, _ := a.live.stats(); dropped == 0 {
-		t.Error("no reader was dropped")
-	}
-	// Whoever was dropped had little waiting.
-	least := 1 << 30
-	for _, r := range stuck {
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n, _ := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20)) // its end may be cut
-		least = min(least, int(n))
-	}
-	if least > 512<<10 {
-		t.Errorf("a reader that did not read had %d bytes waiting", least)
-	}
-}
-
-// TestFurtherPageReplacesTheOldest when all are open that may be, and none is behind.
-func TestFurtherPageReplacesTheOldest(t *testing.T) {
-	a := listenAdmin(t, func(a *Admin) { a.live.maxStreams, a.live.tick, a.live.tenure = 1, time.Hour, time.Hour })
-	open := func() (*http.Response, error) {
-		_, r := a.send(adminGet("/api/live"))
-		return http.ReadResponse(r, nil)
-	}
-	first, err := open()
-	if err != nil || first.StatusCode != 200 {
-		t.Fatalf("got %v, %v", first, err)
-	}
-	if resp, err := open(); err != nil || resp.StatusCode != 503 {
-		t.Errorf("beside a page opened just now: got %v, %v", resp, err)
-	}
-	a.live.mu.Lock()
-	a.live.tenure = 0
-	a.live.mu.Unlock()
-	if resp, err := open(); err != nil || resp.StatusCode != 200 {
-		t.Errorf("beside a page that has been open: got %v, %v", resp, err)
-	}
-	if _, err := io.Copy(io.Discard, first.Body); err != nil {
-		t.Errorf("the first page: %v, want its end", err)
-	}
-}
-
-// TestLongAnswersOutlastTheDeadlines: the live page and a profile go on.
+// TestLongAnswersOutlastTheDeadlines: a profile goes on.
 func TestLongAnswersOutlastTheDeadlines(t *testing.T) {
 	t.Parallel()
 	a := listenAdmin(t, func(a *Admin) {
 		a.http.ReadTimeout, a.http.ReadHeaderTimeout, a.http.WriteTimeout = seldomSlow, seldomSlow, seldomSlow
-		a.live.tick = 50 * time.Millisecond // the kernel holds many: the reader is behind only if it stands still for seconds
 	})
-	_, live := a.send(adminGet("/api/live"))
-	resp, err := http.ReadResponse(live, nil)
-	if err != nil || resp.StatusCode != 200 {
-		t.Fatalf("live: got %v, %v", resp, err)
-	}
-	lines := bufio.NewReader(resp.Body)
-	for range 2 * (seldomSlow + time.Second) / a.live.tick { // two an event
-		if _, err := lines.ReadString('\n'); err != nil {
-			t.Fatalf("live: %v", err)
-		}
-	}
 	began := time.Now()
 	const long = seldomSlow + time.Second
 	_, trace := a.send(adminGet(fmt.Sprint("/debug/pprof/trace?seconds=", long.Seconds())))
-	if resp, err = http.ReadResponse(trace, nil); err != nil || resp.StatusCode != 200 {
+	resp, err := http.ReadResponse(trace, nil)
+	if err != nil || resp.StatusCode != 200 {
 		t.Fatalf("trace: got %v, %v", resp, err)
 	}
 	if _, err := io.Copy(io.Discard, resp.Body); err != nil || time.Since(began) < long {
@@ -235,7 +153,7 @@ func TestOpenAdminRequestsDoNotDelayTheStop(t *testing.T) {
 	a.send("")
 	a.send("GET /healthz HTTP/1.1\r\nHost")
 	a.send(strings.Repeat(adminGet("/metrics"), 200))
-	for _, path := range []string{"/api/live", "/debug/pprof/profile?seconds=3600", "/debug/pprof/trace?seconds=3600", "/debug/pprof/heap?seconds=3600"} {
+	for _, path := range []string{"/debug/pprof/profile?seconds=3600", "/debug/pprof/trace?seconds=3600", "/debug/pprof/heap?seconds=3600"} {
 		a.send(adminGet(path))
 	}
 	for start := time.Now(); len(a.profiles) < 3; time.Sleep(time.Millisecond) {
@@ -252,7 +170,7 @@ func TestOpenAdminRequestsDoNotDelayTheStop(t *testing.T) {
 		t.Error("all the time for the stop was used")
 	}
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		open, _ := a.crowd.stats()
+		open, _ := a.conns.stats()
 		if open == 0 {
 			break
 		}

@@ -82,7 +82,7 @@ func (b *batch) Close() error {
 
 func newBatches(s *Server) *batches {
 	b := &batches{server: s, maxBytes: s.cfg.MaxBatchBytes, maxIDs: s.cfg.MaxBatchIDs}
-	b.limit = s.cfg.BatchMemory
+	b.limit = s.cfg.limits.BatchMemory
 	b.free.New = func() any { return &batch{owner: b} }
 	return b
 }
@@ -114,7 +114,7 @@ func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err err
 // packedSlack is by how much gzip makes longer what it cannot compress, and a header.
 func packedSlack(n int) int { return n>>10 + 4<<10 }
 
-// head checks what the headers of a batch say.
+// head checks the headers of a batch.
 func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, err error) {
 	if f = formatOf(h.ContentType()); f == formatUnknown {
 		return f, false, errUnsupported
@@ -196,14 +196,14 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		bs.refuse(ctx, err)
 		return
 	}
-	if a.wanted && !s.callbacks.Reserve(a.endpoint) {
+	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
 		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 	sent := false
 	defer func() {
 		if a.wanted && !sent {
-			s.callbacks.Release(a.endpoint)
+			s.cfg.Callbacks.Release(a.endpoint)
 		}
 	}()
 	// Not ctx.Time: the body may have taken long.
@@ -212,7 +212,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	s.replayed.Add(uint64(counts[wordReplayed]))
 	if a.wanted && counts[wordOK] > 0 {
 		sent = true
-		s.callbacks.Send(a.endpoint)
+		s.cfg.Callbacks.Send(a.endpoint)
 	}
 	bs.answered.Add(1)
 	if why, refused := b.nothingJudged(&counts); refused {

@@ -138,16 +138,8 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 	decimals := b.owner.server.cfg.Uint64IDs
 	options := b.work.sharing(shared)
 	items, words := b.work.items, b.words
-	for len(body) > 0 {
-		line := body
-		if i := bytes.IndexByte(body, '\n'); i >= 0 {
-			line, body = body[:i], body[i+1:]
-		} else {
-			body = nil
-		}
-		if n := len(line); n > 0 && line[n-1] == '\r' {
-			line = line[:n-1]
-		}
+	for line := range bytes.Lines(body) {
+		line = bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r"))
 		if decimals && !canonicalUint64(line) || !validID(line) {
 			words = append(words, wordBadID)
 			continue

@@ -212,7 +212,7 @@ func TestBatchStartsOneCallback(t *testing.T) {
 		if resp, got := s.ask(batchPost("?endpoint=http://"+s.addr+"/test", "", "", body)); resp.StatusCode != 200 {
 			t.Fatalf("%d %q", resp.StatusCode, got)
 		}
-		awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
+		awaitCallbacks(t, s.cfg.Callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
 		if n := s.sunk.Load(); n != want {
 			t.Errorf("batch %d: %d callbacks, want %d", i, n, want)
 		}
@@ -329,7 +329,7 @@ func TestBatchesAndSingleRequestsCountAsOne(t *testing.T) {
 // are answered beside them.
 func TestBatchMemoryIsBounded(t *testing.T) {
 	const memory = 8 << 20
-	s := newSite(t, func(c *Config) { c.BatchMemory = memory })
+	s := newSite(t, func(c *Config) { c.limits.BatchMemory = memory })
 	head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", acceptPath, 1<<20)
 	for range 50 {
 		c, _ := s.dial()
@@ -371,7 +371,7 @@ func TestBatchMemoryIsBounded(t *testing.T) {
 
 // TestLargestBatchFits into the least memory that batches may have, in every format.
 func TestLargestBatchFits(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.BatchMemory = 1 })
+	s := newSite(t, func(c *Config) { c.limits.BatchMemory = batchNeeds(DefaultMaxBatchBytes, DefaultMaxBatchIDs) })
 	var ids []string
 	for i := range DefaultMaxBatchIDs {
 		ids = append(ids, fmt.Sprintf("%099d", i))

@@ -46,7 +46,7 @@ func bodyOf(ctx *fasthttp.RequestCtx) io.Reader {
 	if stream == nil || ctx.Request.Header.ContentLength() != inChunks {
 		return stream
 	}
-	// fasthttp gives its buffer to nobody. The test of chunks fails if the field is gone;
+	// fasthttp exports no way to its buffer. The test of chunks fails if the field is gone;
 	// a body in chunks is a panic then, which costs its request a 500.
 	field := reflect.ValueOf(stream).Elem().FieldByName("reader")
 	if field.Type() != reflect.TypeFor[*bufio.Reader]() {
@@ -172,13 +172,8 @@ func lengthOfQuoted(b []byte) int {
 
 // tokenBytes are those of a token (RFC 9110, section 5.6.2), fieldBytes those of a field's
 // value and of a quoted-string, hexBytes those of a size.
-var tokenBytes, fieldBytes, hexBytes = func() (token, field, hex [256]bool) {
-	for c := range 256 {
-		letter := 'a' <= c|' ' && c|' ' <= 'z' && c < 0x80
-		digit := '0' <= c && c <= '9'
-		token[c] = letter || digit || c != 0 && c < 0x80 && bytes.IndexByte([]byte("!#$%&'*+-.^_`|~"), byte(c)) >= 0
-		field[c] = c == '\t' || c >= ' ' && c != 0x7f
-		hex[c] = digit || letter && c|' ' <= 'f'
-	}
-	return token, field, hex
-}()
+var (
+	tokenBytes = setOf("!#-'*+.0-9A-Z^-z|~-")
+	fieldBytes = setOf("\t -~\x80-\xff")
+	hexBytes   = setOf("0-9A-Fa-f")
+)

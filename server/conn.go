@@ -31,8 +31,8 @@ const (
 	// lingerBuffer is small, for all connections may be closed at once.
 	lingerBuffer = 512
 
-	// prefix6 is the part of an IPv6 address that stands for a caller: whoever
-	// has one has the rest of its network, too.
+	// prefix6 is the part of an IPv6 address that stands for a caller: a
+	// network of this size belongs to one subscriber.
 	prefix6 = 64
 
 	// h2Preface begins a connection of HTTP/2 (RFC 9113, section 3.4).
@@ -113,8 +113,8 @@ type conn struct {
 	late     atomic.Bool  // ended within a request: its client may still send, and must see the 408
 	close    sync.Once
 
-	// A read of the socket is ended by a deadline in the past. What for is said
-	// before: to park the connection, or for good.
+	// A read of the socket is ended by a deadline in the past. One of these is set
+	// before: nudged to park the connection, stopped to end it for good.
 	nudged, stopped atomic.Bool
 
 	parking atomic.Bool // fasthttp is leaving the connection, which stays open
@@ -157,7 +157,7 @@ type conn struct {
 func newListener(ln net.Listener, cfg *Config) *listener {
 	l := &listener{
 		patientListener: newPatientListener(ln, "public", cfg.Log), cfg: cfg,
-		served: make(chan struct{}, cfg.MaxServed), maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
+		served: make(chan struct{}, cfg.limits.MaxServed), maxTaken: 8*max(maxBody, cfg.MaxBatchBytes) + 2*readBuffer,
 		conns: map[*conn]struct{}{}, perAddr: map[netip.Addr]int{},
 		took:        newHistogram("verve_request_duration_seconds", requestBuckets),
 		rejections:  logline.Sampler{Every: refusalsEvery},
@@ -206,7 +206,7 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	switch {
 	case l.stopping.Load():
 		return &l.rejected
-	case len(l.conns) >= l.cfg.MaxConns:
+	case len(l.conns) >= l.cfg.limits.MaxConns:
 		return &l.rejected
 	case l.cfg.MaxConnsPerAddress > 0 && l.perAddr[c.from] >= l.cfg.MaxConnsPerAddress:
 		return &l.rejectedAddr
@@ -255,7 +255,7 @@ func (l *listener) turnAway(c *conn) {
 		return
 	}
 	l.mu.Lock()
-	readOn := l.turnedAway < l.cfg.MaxTurnedAway
+	readOn := l.turnedAway < l.cfg.limits.MaxTurnedAway
 	if readOn {
 		l.turnedAway++
 	}
@@ -398,8 +398,8 @@ func (c *conn) Write(p []byte) (int, error) {
 var plainOnTLS = []byte("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n" +
 	"Cache-Control: no-store\r\nContent-Length: 6\r\nVerve-Reason: bad-request\r\nConnection: close\r\n\r\nfailed")
 
-// handshakeFailed counts a connection that did not come to speak TLS, and tells
-// a client which spoke plain HTTP so in its own language.
+// handshakeFailed counts a connection whose TLS handshake failed. A client that sent
+// plain HTTP gets an answer in plain HTTP.
 func (c *conn) handshakeFailed(err error) {
 	if secure, ok := c.Conn.(*tls.Conn); !ok || secure.ConnectionState().HandshakeComplete {
 		return
@@ -433,7 +433,7 @@ func (c *conn) Close() error {
 	c.close.Do(func() {
 		c.enter(phaseIdle) // nothing of it is waited for
 		if secure, ok := c.Conn.(*tls.Conn); ok {
-			_ = secure.CloseWrite() // says to the client that this was all
+			_ = secure.CloseWrite() // so the client knows that nothing was cut off
 		}
 		if c.ended.Load() && !c.late.Load() {
 			c.remove()

@@ -80,7 +80,7 @@ func (s *Server) allowOrigin(ctx *fasthttp.RequestCtx) bool {
 }
 
 // preflight answers a browser that asks whether it may send a request to accept. It
-// returns false if that is not what ctx is, or nobody may.
+// returns false if ctx is no such request, or its origin is not allowed.
 func (s *Server) preflight(ctx *fasthttp.RequestCtx) bool {
 	h := &ctx.Request.Header
 	if !ctx.IsOptions() || len(h.Peek(fasthttp.HeaderAccessControlRequestMethod)) == 0 || !s.allowOrigin(ctx) {

@@ -189,7 +189,7 @@ func (s *site) wantRecord(ok uint64) {
 func TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces(t *testing.T) {
 	t.Parallel()
 	const clients, places, rounds, most = 16, 3, 12, 200
-	few := func(c *Config) { c.MaxServed = places }
+	few := func(c *Config) { c.limits.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
 		s.sweepOften(0)
 		s.wantRecord(s.crowd(clients, func(m *member) error {
@@ -211,7 +211,7 @@ func TestEveryPipelinedRequestIsAnsweredWhereConnectionsShareFewPlaces(t *testin
 func TestShortConnectionsAreAnsweredBesideFewPlaces(t *testing.T) {
 	t.Parallel()
 	const clients, places, rounds = 12, 2, 15
-	few := func(c *Config) { c.MaxServed = places }
+	few := func(c *Config) { c.limits.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
 		s.sweepOften(0)
 		s.wantRecord(s.crowd(clients, func(m *member) error {
@@ -234,7 +234,7 @@ func TestShortConnectionsAreAnsweredBesideFewPlaces(t *testing.T) {
 func TestStopAnswersWhatItCountedWhileConnectionsWaitForAPlace(t *testing.T) {
 	t.Parallel()
 	const clients, places = 16, 3
-	few := func(c *Config) { c.MaxServed = places }
+	few := func(c *Config) { c.limits.MaxServed = places }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
 		s.sweepOften(0)
 		stopped := make(chan struct{})
@@ -400,7 +400,7 @@ func TestClientsAreAnsweredHoweverTheySendAndEnd(t *testing.T) {
 	for places, name := range map[int]string{3: "few places", clients: "a place for each"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			eachCrowded(t, func(c *Config) { c.MaxServed = places }, func(t *testing.T, s *crowded) {
+			eachCrowded(t, func(c *Config) { c.limits.MaxServed = places }, func(t *testing.T, s *crowded) {
 				s.sweepOften(2 * parkAfter)
 				var dialled sync.WaitGroup
 				dialled.Add(clients)
@@ -440,7 +440,7 @@ func TestClientsAreAnsweredHoweverTheySendAndEnd(t *testing.T) {
 // again before those that wait for it.
 func TestPlacesAreGivenInTurn(t *testing.T) {
 	const waiting = 4
-	eachCrowded(t, func(c *Config) { c.MaxServed = 1 }, func(t *testing.T, s *crowded) {
+	eachCrowded(t, func(c *Config) { c.limits.MaxServed = 1 }, func(t *testing.T, s *crowded) {
 		want200 := func(who string, r *bufio.Reader) {
 			t.Helper()
 			if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
@@ -476,7 +476,7 @@ func TestPlacesAreGivenInTurn(t *testing.T) {
 // TestWaitingForAPlaceIsNotTheClientsTime: the time for a request to arrive begins with
 // the place.
 func TestWaitingForAPlaceIsNotTheClientsTime(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.MaxServed = 1 })
+	s := newSite(t, func(c *Config) { c.limits.MaxServed = 1 })
 	holder, holderR := s.dial()
 	request := get("id=1")
 	io.WriteString(holder, request[:20])

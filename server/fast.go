@@ -62,10 +62,9 @@ var crlfcrlf = []byte("\r\n\r\n")
 // It works inside conn.Read, when fasthttp waits for the beginning of a request, with
 // nothing read ahead and every answer flushed. It gives other requests, and an id without a
 // verdict (draining, a panic), to fasthttp as if they had just arrived; an id that is Full or
-// Unavailable it refuses itself. (A client
-// that has sent something else, and then sends on without a pause, stays with fasthttp
-// until it has read all that there is.) FuzzFastPathAnswersAsFasthttp holds the two
-// together, BenchmarkServer says what this one gains: a pipelined request takes less CPU
+// Unavailable it refuses itself. (A client that has sent something else, and then sends on
+// without a pause, stays with fasthttp until it has read all that there is.) FuzzFastPathAnswersAsFasthttp holds the two
+// together, BenchmarkServer measures what this one gains: a pipelined request takes less CPU
 // than a bare fasthttp handler's.
 type fastPath struct {
 	server  *Server
@@ -95,7 +94,7 @@ func newFastPath(s *Server) *fastPath {
 	return f
 }
 
-// connState tells a connection that fasthttp is done with a request. If it then
+// connState notes on a connection that fasthttp is done with a request. If fasthttp then
 // reads, it has nothing left in its buffers, in or out.
 func connState(nc net.Conn, state fasthttp.ConnState) {
 	if state == fasthttp.StateClosed { // the connection may be parked, and another's
@@ -146,8 +145,8 @@ func (c *conn) learn(h *fasthttp.RequestHeader) {
 
 // mayDiffer reports whether a request may have another value for a header than the
 // one before it, and still be read and answered in the same way. It may not for what
-// fasthttp acts upon, for what the handler looks at, and for what says how a message
-// is framed, is to be answered, or is passed on.
+// fasthttp acts upon, for what the handler looks at, and for what decides how a message
+// is framed, answered, or passed on.
 func mayDiffer(name []byte) bool {
 	var lower [32]byte
 	if len(name) > len(lower) {
@@ -174,12 +173,7 @@ func mayDiffer(name []byte) bool {
 
 // visible marks the bytes that a value which differs may hold: those of which all
 // readers think the same.
-var visible = func() (t [256]bool) {
-	for c := ' '; c <= '~'; c++ {
-		t[c] = true
-	}
-	return t
-}()
+var visible = setOf(" -~")
 
 // match reports whether b, which does not begin with the tail as it is, begins with one
 // whose values differ, and how long that is.

@@ -6,8 +6,8 @@ import (
 	"github.com/valyala/fasthttp"
 )
 
-// headerLines is what the lines of a request's headers say that fasthttp does not
-// keep: it drops one of two headers that say where a request ends, of two types, or of two tokens.
+// headerLines is what fasthttp does not keep of the lines of a request's headers: of two
+// headers for the end of the request, of two types, or of two tokens it drops one.
 type headerLines struct {
 	encoding bool
 	types    int    // lines with Content-Type
@@ -17,8 +17,8 @@ type headerLines struct {
 
 // inspect looks at the headers as they were sent. They are not ok where fasthttp
 // takes what other readers refuse or read in another way: a line that continues
-// the one before (RFC 9112, section 5.2), a space in a name, two headers that say
-// where the request ends (section 6.1), a Host that is none or, in HTTP/1.1,
+// the one before (RFC 9112, section 5.2), a space in a name, two headers for the
+// end of the request (section 6.1), a Host that is none or, in HTTP/1.1,
 // missing (section 3.2).
 func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 	if host := h.Host(); len(host) == 0 && h.IsHTTP11() || len(host) > 0 && !validHost(host) {
@@ -98,21 +98,6 @@ func tokenOf(value []byte) []byte {
 
 // hostBytes marks what a host and port may hold: what is visible, without the
 // bytes that end an authority or separate its parts (RFC 3986, section 3.2).
-var hostBytes = func() (t [256]bool) {
-	for c := '!'; c <= '~'; c++ {
-		t[c] = true
-	}
-	for _, c := range []byte("\"#,/<>?@\\^`{|}") {
-		t[c] = false
-	}
-	return t
-}()
+var hostBytes = setOf("!$-+.0-;=A-[]_a-z~-")
 
-func validHost(host []byte) bool {
-	for _, c := range host {
-		if !hostBytes[c] {
-			return false
-		}
-	}
-	return len(host) > 0
-}
+func validHost(host []byte) bool { return len(host) > 0 && lengthOf(host, &hostBytes) == len(host) }

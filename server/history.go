@@ -135,7 +135,7 @@ func (h *history) line(w window) []byte {
 }
 
 // rewrite replaces the file by one with the windows that are shown. h.mu is held,
-// or nobody else has h yet.
+// or h is not shared yet.
 func (h *history) rewrite() {
 	var all []byte
 	shown := h.windows[max(0, len(h.windows)-maxWindows):]

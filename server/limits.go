@@ -32,17 +32,14 @@ const (
 	adminConns          = 64
 )
 
-// Room is what the process may use. Zero: not known, or no limit.
-type Room struct {
-	Descriptors uint64 // that the process may open
-	Memory      uint64 // bytes; half of it is for ids
-	TLS         bool   // connections of the public listener speak it
+// What the limits are where there is room.
+const (
+	defaultTurnedAway  = 1024
+	defaultBatchMemory = 64 << 20
+)
 
-	// MaxBatchBytes and MaxBatchIDs are those of Config.
-	MaxBatchBytes, MaxBatchIDs int
-}
-
-// Limits are the bounds of connections that keep the process within a Room.
+// Limits are the bounds of connections and batches that keep the process within its
+// descriptors and its memory.
 type Limits struct {
 	MaxConns      int // open at once on the public listener
 	MaxServed     int // of them, with a request under way
@@ -51,34 +48,37 @@ type Limits struct {
 
 	BatchMemory int64 // of all batches that are read and judged, in bytes
 
-	// Lowered says why MaxConns is less than was wanted; empty if it is not.
+	// Lowered is why MaxConns is less than was wanted; empty if it is not.
 	Lowered string
 }
 
-// LimitsFor returns the limits for a number of connections that is wanted; 0 stands
-// for DefaultMaxConns.
-func LimitsFor(wanted int, room Room) Limits {
-	l := Limits{MaxConns: cmp.Or(wanted, DefaultMaxConns), MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns, BatchMemory: defaultBatchMemory}
-	if room.Descriptors > 0 && room.Descriptors < 1<<30 {
-		all := int(room.Descriptors)
+// LimitsFor returns the limits for what cfg has of connections, batches, descriptors and
+// memory.
+func LimitsFor(cfg Config) Limits {
+	least := batchNeeds(cmp.Or(cfg.MaxBatchBytes, DefaultMaxBatchBytes), cmp.Or(cfg.MaxBatchIDs, DefaultMaxBatchIDs))
+	l := Limits{
+		MaxConns: cmp.Or(cfg.MaxConns, DefaultMaxConns), MaxTurnedAway: defaultTurnedAway, MaxAdmin: adminConns,
+		BatchMemory: max(defaultBatchMemory, least),
+	}
+	if cfg.Descriptors > 0 && cfg.Descriptors < 1<<30 {
+		all := int(cfg.Descriptors)
 		l.MaxTurnedAway = max(1, min(l.MaxTurnedAway, all/20))
 		l.MaxAdmin = min(l.MaxAdmin, max(4, all/8))
 		kept := min(all/2, fileDescriptors+l.MaxAdmin+min(callbackDescriptors, all/8)) + l.MaxTurnedAway
 		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
 	}
-	if room.Memory > 0 {
+	if cfg.Memory > 0 {
 		// Idle connections have five parts of six, those with a request and batches the
 		// rest: half of it each, and batches as much as one of them needs.
-		sixth := (max(room.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 6
+		sixth := (max(cfg.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 6
 		served := sixth - sixth/2
-		least := batchNeeds(cmp.Or(room.MaxBatchBytes, DefaultMaxBatchBytes), cmp.Or(room.MaxBatchIDs, DefaultMaxBatchIDs))
 		l.BatchMemory = max(int64(min(sixth/2, defaultBatchMemory)), least)
 		each := uint64(idleBytes)
-		if room.TLS {
+		if cfg.TLS != nil {
 			each = idleTLSBytes
 		}
 		l.lower(int(min(5*sixth/each, DefaultMaxConns<<4)),
-			fmt.Sprintf("the memory limit is %d MiB, half of it for ids, and a connection takes %d KiB", room.Memory>>20, each>>10))
+			fmt.Sprintf("the memory limit is %d MiB, half of it for ids, and a connection takes %d KiB", cfg.Memory>>20, each>>10))
 		l.MaxTurnedAway = min(l.MaxTurnedAway, max(leastConns, int(min(sixth/turnedAwayBytes, defaultTurnedAway))))
 		l.MaxServed = int(min(served/servedBytes, DefaultMaxConns<<4))
 	}

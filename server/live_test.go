@@ -1,24 +1,19 @@
 package server
 
 import (
-	"bufio"
-	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
 
-// TestLivePageIsOneFileThatItsPolicyAllows: nothing is fetched but the stream,
+// TestLivePageIsOneFileThatItsPolicyAllows: nothing is fetched but its figures,
 // and each script and style is named by its digest.
 func TestLivePageIsOneFileThatItsPolicyAllows(t *testing.T) {
 	_, a := newAdminSite(t, new(Records))
@@ -81,201 +76,63 @@ func TestPlottingLibraryIsTheOneNamed(t *testing.T) {
 	}
 }
 
-// serveAdmin serves a on connections without a buffer, so that a reader who does
-// not read is noticed at once. It returns how to connect and how to stop.
-func serveAdmin(t *testing.T, a *Admin) (dial func() net.Conn, stop func()) {
-	t.Helper()
-	ln := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
-	done := make(chan error, 1)
-	go func() { done <- a.Serve(ln) }()
-	stop = sync.OnceFunc(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := a.Shutdown(ctx); err != nil {
-			t.Errorf("streams hold up the stop: %v", err)
-		}
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(stop)
-	return func() net.Conn {
-		ours, theirs := net.Pipe()
-		t.Cleanup(func() { ours.Close() })
-		ln.conns <- theirs
-		return ours
-	}, stop
-}
-
-type pipes struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-}
-
-func (p *pipes) Accept() (net.Conn, error) {
-	select {
-	case c := <-p.conns:
-		return c, nil
-	case <-p.closed:
-		return nil, net.ErrClosed
-	}
-}
-func (p *pipes) Close() error   { p.once.Do(func() { close(p.closed) }); return nil }
-func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
-
-// openStream asks for the stream.
-func openStream(t *testing.T, c net.Conn) *http.Response {
-	t.Helper()
-	if _, err := io.WriteString(c, "GET /api/live HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil {
-		t.Fatal(err)
-	}
-	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp
-}
-
-// events yields the data of a stream's events, and "event: NAME" for named ones.
-func events(resp *http.Response) func(func(string) bool) {
-	return func(yield func(string) bool) {
-		for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
-			line := strings.TrimPrefix(lines.Text(), "data: ")
-			if line != "" && !yield(line) {
-				return
-			}
-		}
-	}
-}
-
-// TestLiveStreamTellsEverythingOnce: the first message holds all, windows and
-// samples are not told twice, and the counts are those of the counter.
-func TestLiveStreamTellsEverythingOnce(t *testing.T) {
+// TestLiveAnswersHaveEverythingOnce: the first answer has all, later ones neither windows nor
+// samples that the page has, and the counts are those of the counter.
+func TestLiveAnswersHaveEverythingOnce(t *testing.T) {
 	s, a := newAdminSite(t, &Records{Pending: 3, Sinks: []Sink{{Name: "kafka", Failing: "refused"}}})
-	a.live.tick = time.Hour // messages are sent by hand, each when the one before was read
 	s.ask(get("id=1"))
 	s.ask(get("id=1"))
 	s.ask(get("id="))
-	dial, _ := serveAdmin(t, a)
-	resp := openStream(t, dial())
-	if got := resp.Header.Get("Content-Type"); resp.StatusCode != 200 || got != "text/event-stream" {
-		t.Fatalf("got %d %s", resp.StatusCode, got)
+	has := ""
+	ask := func() (m liveAnswer) {
+		t.Helper()
+		w := getPage(a, "/api/live?has="+has)
+		if err := json.Unmarshal(w.Body.Bytes(), &m); w.Code != 200 || err != nil {
+			t.Fatalf("got %d, %v in %s", w.Code, err, w.Body)
+		}
+		has = m.Has
+		return m
 	}
-	n, windows, samples, last := 0, 0, 0, 0.0
-	start := time.Now()
-	for e := range events(resp) {
-		var m liveMessage
-		if err := json.Unmarshal([]byte(e), &m); err != nil {
-			t.Fatalf("%v in %s", err, e)
+	second := time.Unix(1000, 0)
+	sample := func(n int) {
+		for range n {
+			a.live.sample(second)
+			second = second.Add(time.Second)
 		}
-		if m.All != (n == 0) {
-			t.Errorf("message %d: all is %v", n, m.All)
-		}
-		if n == 0 && (m.Open.Unique != 1 || m.Open.Duplicates != 1 || m.Answers[3] != resultCount{"bad_id", 1} ||
-			m.Ready.Pending != 3 || m.Ready.Checks["kafka"].Reason != "refused") {
-			t.Errorf("first message %s", e)
-		}
-		for _, r := range m.Rates {
-			if r[0] <= last {
-				t.Errorf("a sample of %v after one of %v", r[0], last)
-			}
-			samples++
-			last = r[0]
-		}
-		if m.Windows != nil {
-			if windows++; windows > 1 && len(m.Windows) == 0 {
-				t.Error("windows are told without a change")
-			}
-		}
-		if n++; n == 5 {
-			s.cfg.Counter.Seal() // closes the window
-		}
-		if len(m.Windows) == 1 && m.Windows[0].Unique == 1 && m.Windows[0].State == "spooled" && windows == 1 {
-			if samples != n-1 {
-				t.Errorf("%d samples are told in %d messages behind the first, want one in each", samples, n-1)
-			}
-			return
-		}
-		if time.Since(start) > patience {
-			t.Fatal("a closed window is not told")
-		}
-		a.live.mu.Lock()
-		sample := [4]float64{float64(n)}
-		a.live.rates, a.live.fresh = append(a.live.rates, sample), append(a.live.fresh, sample)
-		a.live.mu.Unlock()
-		a.live.broadcast(time.Now())
 	}
-	t.Error("the stream ended")
-}
-
-// TestLiveStreamsAreBounded: one too many is refused with the reason, and one that ends
-// makes room.
-func TestLiveStreamsAreBounded(t *testing.T) {
-	_, a := newAdminSite(t, new(Records))
-	a.live.maxStreams, a.live.tenure = 2, time.Hour
-	a.live.tick = time.Hour // no message but the first, so that no reader is behind
-	dial, _ := serveAdmin(t, a)
-	first := dial()
-	openStream(t, first)
-	go io.Copy(io.Discard, first)
-	second := dial()
-	openStream(t, second)
-	go io.Copy(io.Discard, second)
-	resp := openStream(t, dial())
-	if b, _ := io.ReadAll(resp.Body); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || string(b) != liveFull+"\n" {
-		t.Errorf("the third got %d %q", resp.StatusCode, b)
+	sample(4) // of which the first only begins
+	m := ask()
+	if !m.All || m.Open.Unique != 1 || m.Open.Duplicates != 1 || m.Answers[3] != (resultCount{"bad_id", 1}) ||
+		m.Ready.Pending != 3 || m.Ready.Checks["kafka"].Reason != "refused" || len(m.Rates) != 3 {
+		t.Errorf("first answer %+v", m)
 	}
-	first.Close()
-	eventually(t, "one is open, and one was refused", func() bool {
-		open, _, refused := a.live.stats()
-		return open == 1 && refused == 1
+	for n := range 3 {
+		sample(n)
+		if m := ask(); m.All || len(m.Rates) != n || n > 0 && m.Rates[n-1][0] != float64(second.Unix()-1) {
+			t.Errorf("after %d more samples: %+v", n, m)
+		}
+	}
+	s.cfg.Counter.Seal() // closes the window
+	eventually(t, "a closed window is shown", func() bool {
+		m := ask()
+		return len(m.Windows) == 1 && m.Windows[0].Unique == 1 && m.Windows[0].State == "spooled"
 	})
-	if resp := openStream(t, dial()); resp.StatusCode != 200 {
-		t.Errorf("after one was closed got %d", resp.StatusCode)
+	if m := ask(); m.Windows != nil {
+		t.Errorf("windows are sent again without a change: %+v", m.Windows)
 	}
-}
-
-// TestLiveStreamDropsASlowReader: it holds up neither the others nor the server.
-func TestLiveStreamDropsASlowReader(t *testing.T) {
-	_, a := newAdminSite(t, new(Records))
-	a.live.tick = time.Hour // messages are sent by hand, each when the quick one has the one before
-	dial, _ := serveAdmin(t, a)
-	openStream(t, dial()) // reads nothing more
-	n := 0
-	for range events(openStream(t, dial())) {
-		if n++; n > 100 {
-			t.Fatal("the slow reader is still there")
+	a.cfg.Delivered = func(time.Time) string { return "delivered" }
+	if m := ask(); len(m.Windows) != 1 || m.Windows[0].State != "delivered" {
+		t.Errorf("after the delivery: %+v", m.Windows)
+	}
+	sample(2 * liveRates)
+	if m := ask(); m.All || len(m.Rates) != liveRates {
+		t.Errorf("after more samples than are kept: %d, all is %v", len(m.Rates), m.All)
+	}
+	// What a page has of an earlier process, or of none, is nothing.
+	for _, has = range []string{"1" + has, "x", "0-0-0", strings.Replace(has, "-2", "-9", 1)} {
+		if m := ask(); !m.All || len(m.Windows) != 1 || len(m.Rates) != liveRates {
+			t.Errorf("to a page that has something else: %+v", m)
 		}
-		if open, dropped, _ := a.live.stats(); dropped == 1 && open == 1 {
-			return
-		}
-		a.live.broadcast(time.Now())
-	}
-	t.Error("the quick reader was dropped")
-}
-
-// TestLiveStreamsEndWithTheServer, and say so.
-func TestLiveStreamsEndWithTheServer(t *testing.T) {
-	_, a := newAdminSite(t, new(Records))
-	a.live.tick = time.Hour
-	dial, stop := serveAdmin(t, a)
-	resp := openStream(t, dial())
-	stopped := make(chan struct{})
-	var last []string
-	for e := range events(resp) {
-		if len(last) == 0 {
-			a.live.broadcast(time.Now()) // is on its way at the stop
-			go func() { stop(); close(stopped) }()
-		}
-		last = append(last[max(0, len(last)-1):], e)
-	}
-	if got := strings.Join(last, "|"); got != "event: end|"+liveEnded {
-		t.Errorf("the stream ends with %.200s", got)
-	}
-	<-stopped
-	if w := getPage(a, "/api/live"); w.Code != 503 {
-		t.Errorf("after the stop got %d", w.Code)
 	}
 }
 

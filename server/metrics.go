@@ -96,8 +96,7 @@ func (e exposition) value(name string, v float64) {
 	fmt.Fprintf(e.w, "%s %s\n", name, strconv.FormatFloat(v, 'f', -1, 64))
 }
 
-// labelValue quotes a value as the text format has it, which knows fewer escapes
-// than Go.
+// labelValue quotes a value as the text format has it, which has fewer escapes than Go.
 func labelValue(s string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(s) + `"`
 }
@@ -143,25 +142,15 @@ func (s *Server) refusals() (n uint64) {
 	return n
 }
 
-func callbackResults(cb callback.Stats) []resultCount {
-	return []resultCount{
-		{"delivered", cb.Delivered},
-		{"merged", cb.Merged},
-		{"dropped", cb.Dropped},
-		{"status", cb.FailedStatus},
-		{"redirect", cb.FailedRedirect},
-		{"timeout", cb.FailedTimeout},
-		{"resolve", cb.FailedResolve},
-		{"connect", cb.FailedConnect},
-		{"refused", cb.FailedRefused},
-		{"answer", cb.FailedAnswer},
-		{"breaker", cb.FailedBreaker},
-		{"limited", cb.FailedLimited},
+func callbackResults(cb callback.Stats) (counts []resultCount) {
+	for r, n := range cb.Ended {
+		counts = append(counts, resultCount{callback.Result(r).String(), n})
 	}
+	return counts
 }
 
-// writeMetrics writes all metrics as Prometheus text. It alone knows their
-// names, and no label ever comes from a caller.
+// writeMetrics writes all metrics as Prometheus text. Their
+// names are here only, and no label ever comes from a caller.
 func (a *Admin) writeMetrics(w io.Writer) {
 	e, s := exposition{w}, a.server
 	e.counters("verve_accept_total", "Ids answered, by result.", "result", s.acceptResults())
@@ -219,7 +208,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.counter("verve_records_conflicts_total", "Records whose key a sink already holds with another value: two processes share a name.", r.Conflicts)
 	e.counter("verve_spool_append_failures_total", "Failed attempts to write a record to the spool.", r.AppendFailures)
 
-	cb := s.callbacks.Stats()
+	cb := s.cfg.Callbacks.Stats()
 	e.counters("verve_callbacks_total", "Callbacks, by result.", "result", callbackResults(cb))
 	e.histogram("verve_callback_duration_seconds", "Time from dialling a callback's endpoint to the end of its answer.", a.cfg.Times.callback)
 	e.counter("verve_callbacks_retried_total", "Callbacks sent again because a pooled connection was dead.", cb.Retried)
@@ -229,13 +218,15 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_callback_breakers_open", "Destinations whose circuit breaker is open.", float64(cb.BreakersOpen))
 
 	e.gauge("verve_connections", "Connections open on the public listener.", float64(s.ln.open()))
-	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.cfg.MaxConns))
+	e.gauge("verve_connections_limit", "Connections that may be open on the public listener.", float64(s.cfg.limits.MaxConns))
 	e.gauge("verve_connections_served", "Connections with a request, or without one for less than a second.", float64(len(s.ln.served)))
 	e.gauge("verve_connections_served_limit", "Connections that may have a request at once; others wait.", float64(cap(s.ln.served)))
-	adminOpen, adminEnded := a.crowd.stats()
+	adminOpen, adminEnded := a.conns.stats()
 	e.gauge("verve_admin_connections", "Connections open on the admin listener.", float64(adminOpen))
 	e.counter("verve_admin_connections_ended_total", "Connections closed because the admin listener had too many.", adminEnded)
-	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", a.acceptErrors())
+	e.counters("verve_accept_errors_total", "Connections that could not be accepted, by listener; tried again after a wait.", "listener", []resultCount{
+		{"public", s.ln.failed.Load()}, {"admin", a.ln.failed.Load()},
+	})
 	e.counters("verve_connections_rejected_total", "Connections rejected, by limit: of all connections, or of one client address.", "limit", []resultCount{
 		{"all", s.ln.rejected.Load()}, {"address", s.ln.rejectedAddr.Load()},
 	})
@@ -250,19 +241,17 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		e.gauge("verve_tls_certificate_not_after_seconds", "End of the certificate's validity, Unix time.", float64(cert.notAfter().Unix()))
 	}
 
-	pages, dropped, refused := a.live.stats()
-	e.gauge("verve_live_pages", "Live pages that are open.", float64(pages))
-	e.counters("verve_live_pages_ended_total", "Live pages disconnected because they read too slowly, or refused at the limit, by reason.", "reason", []resultCount{
-		{"slow", dropped}, {"limit", refused},
-	})
-
 	if a.cfg.LogDropped != nil {
 		e.counter("verve_log_lines_dropped_total", "Log lines dropped because the reader of standard error was too slow or gone.", a.cfg.LogDropped())
 	}
 	e.family("verve_build_info", "gauge", "Always 1; the labels are the version and the Go release that built it.")
 	e.value("verve_build_info{version="+labelValue(a.cfg.Version)+",go="+labelValue(runtime.Version())+"}", 1)
+	dedup := "memory"
+	if a.cfg.Shared != nil {
+		dedup = "redis"
+	}
 	e.family("verve_info", "gauge", "Always 1; the labels are --group, the name of the instance, and --dedup.")
-	e.value("verve_info{group="+labelValue(a.cfg.Group)+",instance="+labelValue(a.cfg.Instance)+",dedup="+labelValue(a.dedup())+"}", 1)
+	e.value("verve_info{group="+labelValue(a.cfg.Group)+",instance="+labelValue(a.cfg.Instance)+",dedup="+labelValue(dedup)+"}", 1)
 	writeProcess(w)
 	if a.cfg.Shared != nil {
 		e.group(a.cfg.Shared())

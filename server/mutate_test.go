@@ -280,8 +280,8 @@ func TestMutatedRequests(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight == 0 })
-	counted := s.cfg.Counter.Stats().Unique + s.sunk.Load() - s.callbacks.Stats().Delivered
+	awaitCallbacks(t, s.cfg.Callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight == 0 })
+	counted := s.cfg.Counter.Stats().Unique + s.sunk.Load() - s.cfg.Callbacks.Stats().Ended[callback.Delivered]
 	if told := told.Load(); counted != told {
 		t.Errorf("%d counted, %d told ok", counted, told)
 	}

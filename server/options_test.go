@@ -136,7 +136,7 @@ func TestBadKeysAndTokensAreRefused(t *testing.T) {
 		t.Errorf("no id: %v", resp.Header)
 	}
 	e := s.cfg.Counter.Last()
-	if e.Unique() != 0 || e.Repeats() != 0 || e.Keys().Len() != 0 || s.replayed.Load() != 0 || s.callbacks.Stats().Reserved != 0 {
+	if e.Unique() != 0 || e.Repeats() != 0 || e.Keys().Len() != 0 || s.replayed.Load() != 0 || s.cfg.Callbacks.Stats().Reserved != 0 {
 		t.Errorf("refused requests counted: %d unique, %d repeats, %d keys, %d replays", e.Unique(), e.Repeats(), e.Keys().Len(), s.replayed.Load())
 	}
 	if n := s.refused[reasonBadKey].Load(); n < 10 {
@@ -210,7 +210,7 @@ func TestRetryIsAnsweredAsItsFirstAttempt(t *testing.T) {
 				t.Errorf("%s, request %d, %s: got %q, want %q", method, i, row.query, got, row.want)
 			}
 		}
-		awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
+		awaitCallbacks(t, s.cfg.Callbacks, func(st callback.Stats) bool { return st.Waiting+st.InFlight+st.Reserved == 0 })
 		e := s.cfg.Counter.Last()
 		if n := e.Unique(); n != 5 || e.Repeats() != 6 || s.replayed.Load() != 3 || s.sunk.Load() != 1 {
 			t.Errorf("%s: %d unique, %d repeats, %d replays, %d callbacks", method, n, e.Repeats(), s.replayed.Load(), s.sunk.Load())
@@ -377,7 +377,7 @@ func TestBatchTablesAreUsedAgainWithoutTheirOptions(t *testing.T) {
 
 // TestLargestBatchWithOptionsFits into the least memory that batches may have.
 func TestLargestBatchWithOptionsFits(t *testing.T) {
-	s, _ := newTokenSite(t, func(c *Config) { c.BatchMemory = 1 })
+	s, _ := newTokenSite(t, func(c *Config) { c.limits.BatchMemory = batchNeeds(DefaultMaxBatchBytes, DefaultMaxBatchIDs) })
 	var items []string
 	for i := range DefaultMaxBatchIDs {
 		items = append(items, fmt.Sprintf(`{"id":"%032d","key":"k%d","token":"%030d"}`, i, i%1000, i))
@@ -592,16 +592,16 @@ func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 func TestLivePageHasTheLargestKeys(t *testing.T) {
 	s, a := newAdminSite(t, new(Records))
 	now := time.Now()
-	if m := a.live.message(now); len(m.Keys) > 0 {
+	if m := a.live.everything(now); len(m.Keys) > 0 {
 		t.Errorf("without a key: %+v", m.Keys)
 	}
 	for i := range liveKeys + 5 {
 		s.ask(batchPost(fmt.Sprint("?key=k", i), "", "", strings.Repeat("1\n2\n3\n4\n5\n", 1)[:2*(1+i%5)]))
 	}
-	if m := a.live.message(now); len(m.Keys) != 0 {
+	if m := a.live.everything(now); len(m.Keys) != 0 {
 		t.Error("the keys were looked for twice in a moment")
 	}
-	m := a.live.message(now.Add(time.Hour))
+	m := a.live.everything(now.Add(time.Hour))
 	if len(m.Keys) != liveKeys || m.Keys[0] != (keyShare{"k14", 5, 5. / 45}) || m.Open.Keys != liveKeys+5 {
 		t.Errorf("got %+v of %d", m.Keys, m.Open.Keys)
 	}

@@ -194,7 +194,7 @@ func TestStopEndsParkedConnections(t *testing.T) {
 // few places, and every request is answered.
 func TestRequestsTakeTurnsWithinMaxServed(t *testing.T) {
 	const conns, rounds, places = 40, 5, 2
-	s := newSite(t, func(c *Config) { c.MaxServed = places })
+	s := newSite(t, func(c *Config) { c.limits.MaxServed = places })
 	var crowd sync.WaitGroup
 	for i := range conns {
 		c, r := s.dial()
@@ -222,7 +222,7 @@ func TestRequestsTakeTurnsWithinMaxServed(t *testing.T) {
 func TestHalfSentRequestsTakeNoMoreThanMaxServed(t *testing.T) {
 	t.Parallel()
 	const conns, places = 20, 4
-	few := func(c *Config) { c.MaxServed, c.SlowTimeout = places, seldomSlow }
+	few := func(c *Config) { c.limits.MaxServed, c.SlowTimeout = places, seldomSlow }
 	eachCrowded(t, few, func(t *testing.T, s *crowded) {
 		var slow, busy int
 		var writers []net.Conn

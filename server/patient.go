@@ -96,7 +96,7 @@ func (l *patientListener) succeeded() {
 	l.since = time.Time{}
 }
 
-// problem says why connections are not accepted now; empty if they are. An Accept
+// problem returns why connections are not accepted now; empty if they are. An Accept
 // that has waited longer than any pause after a failure waits for a client.
 func (l *patientListener) problem() string {
 	l.mu.Lock()

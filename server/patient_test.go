@@ -139,9 +139,9 @@ func TestOutOfDescriptorsIsReportedAndPasses(t *testing.T) {
 	ended := make(chan error, 2)
 	go func() { ended <- s.Serve() }()
 	a := NewAdmin(AdminConfig{
-		Server: s, Times: NewTimes(), Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },
+		Listener: adminLn, Server: s, Times: NewTimes(), Records: func() Records { return Records{} }, Delivered: func(time.Time) string { return "" },
 	})
-	go func() { ended <- a.Serve(adminLn) }()
+	go func() { ended <- a.Serve() }()
 	dial := func(to net.Listener) (net.Conn, *bufio.Reader) {
 		c, err := net.Dial("tcp", to.Addr().String())
 		if err != nil {

@@ -127,8 +127,8 @@ func setRefusal(r *fasthttp.Response, status int, why reason) {
 	r.SetBodyRaw(bodyFailed)
 }
 
-// logHiddenRefusals says how many refusals were not logged, when none follows to
-// say it.
+// logHiddenRefusals logs how many refusals were not logged, if no later one has reported
+// that.
 func (s *Server) logHiddenRefusals() {
 	for r := range reasons {
 		if n := s.refusalLogs[r].TakeHidden(); n > 0 {
@@ -192,7 +192,7 @@ func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
 		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.As(err, &timeout) && timeout.Timeout(), c.late.Load(): // what fasthttp says of chunks hides it
+	case errors.As(err, &timeout) && timeout.Timeout(), c.late.Load(): // fasthttp's error of a body in chunks hides it
 		s.refuse(ctx, fasthttp.StatusRequestTimeout, reasonTooSlow)
 	default:
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)

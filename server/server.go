@@ -52,10 +52,6 @@ const (
 	maxMaxBatchIDs   = 1_000_000
 	maxMaxBatchBytes = 64 << 20
 
-	// Bounds of Config.MaxTurnedAway and of Config.BatchMemory.
-	defaultTurnedAway  = 1024
-	defaultBatchMemory = 64 << 20
-
 	// answerGrace bounds the wait, at the stop, for answers that are on their
 	// way. A request that has sent half its headers holds it up so long.
 	answerGrace = 2 * time.Second
@@ -78,13 +74,15 @@ type Config struct {
 
 	Uint64IDs       bool // only canonical decimals up to 2^64-1 are ids
 	DuplicateStatus int  // status of a repeat; 409 if zero
-	WindowHeader    bool // answers say in which window the id was judged
+	WindowHeader    bool // answers name the window in which the id was judged
 
-	// MaxConns bounds the connections that are open, MaxServed those among them that
-	// have a request under way: others wait for a place. MaxTurnedAway bounds the
-	// connections over MaxConns that are read on, so that they see their answer. Zero:
-	// DefaultMaxConns, as many as MaxConns, defaultTurnedAway. See LimitsFor.
-	MaxConns, MaxServed, MaxTurnedAway int
+	// Descriptors and Memory are how many files the process may open and how many bytes
+	// it may take, half of them for ids; 0: not known, or no limit.
+	Descriptors, Memory uint64
+
+	// MaxConns bounds the connections that are open; DefaultMaxConns if zero. It is lowered
+	// to what Descriptors and Memory have room for.
+	MaxConns int
 
 	// MaxConnsPerAddress bounds the connections of one client address (of one
 	// /64 network of IPv6); 0: no bound. All callers behind a load balancer or a
@@ -95,23 +93,21 @@ type Config struct {
 	IdleTimeout time.Duration // between two requests of a connection; DefaultIdleTimeout if zero
 	TLS         *Certificate  // the listener speaks TLS; nil: plain HTTP
 
-	// MaxBatchIDs and MaxBatchBytes bound one batch, after decompression; BatchMemory
-	// bounds the bodies of all batches that are being read and judged, in bytes. Zero:
-	// DefaultMaxBatchIDs, DefaultMaxBatchBytes, defaultBatchMemory.
+	// MaxBatchIDs and MaxBatchBytes bound one batch, after decompression. Zero:
+	// DefaultMaxBatchIDs, DefaultMaxBatchBytes.
 	MaxBatchIDs, MaxBatchBytes int
-	BatchMemory                int64
 
 	// CORSOrigins are the origins whose pages may read answers; "*" is all of them.
 	CORSOrigins []string
 
-	noFastPath bool // of tests
+	limits     Limits // that follow from the above; tests give some
+	noFastPath bool   // of tests
 }
 
 // Server serves the public listener. Serve is called once and returns after Shutdown; the
 // other methods are safe for concurrent use, while Serve runs.
 type Server struct {
 	cfg         Config
-	callbacks   *callback.Sender
 	lastAnswers atomic.Bool // every answer is the last of its connection; read by each request
 	http        fasthttp.Server
 	ln          *listener
@@ -168,17 +164,20 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		return nil, fmt.Errorf("server: %w", err)
 	}
 	cfg.DuplicateStatus = cmp.Or(cfg.DuplicateStatus, fasthttp.StatusConflict)
-	cfg.MaxConns = cmp.Or(cfg.MaxConns, DefaultMaxConns)
-	cfg.MaxServed = cmp.Or(cfg.MaxServed, cfg.MaxConns)
-	cfg.MaxTurnedAway = cmp.Or(cfg.MaxTurnedAway, defaultTurnedAway)
 	cfg.MaxBatchIDs = cmp.Or(cfg.MaxBatchIDs, DefaultMaxBatchIDs)
 	cfg.MaxBatchBytes = cmp.Or(cfg.MaxBatchBytes, DefaultMaxBatchBytes)
-	cfg.BatchMemory = max(cmp.Or(cfg.BatchMemory, defaultBatchMemory), batchNeeds(cfg.MaxBatchBytes, cfg.MaxBatchIDs))
 	cfg.SlowTimeout = cmp.Or(cfg.SlowTimeout, DefaultSlowTimeout)
 	cfg.IdleTimeout = cmp.Or(cfg.IdleTimeout, DefaultIdleTimeout)
+	limits := LimitsFor(cfg)
+	if cfg.MaxConns > 0 && limits.Lowered != "" {
+		cfg.Log.Warn().Int("max_conns", cfg.MaxConns).Int("lowered_to", limits.MaxConns).Str("reason", limits.Lowered).
+			Msg("--max-conns is higher than the process has room for")
+	}
+	limits.MaxServed = cmp.Or(cfg.limits.MaxServed, limits.MaxServed)
+	limits.BatchMemory = cmp.Or(cfg.limits.BatchMemory, limits.BatchMemory)
+	cfg.limits = limits
 	s := &Server{
 		cfg:       cfg,
-		callbacks: cfg.Callbacks,
 		ln:        newListener(ln, &cfg),
 		door:      door{fasthttputil.NewInmemoryListener()},
 		stopSweep: make(chan struct{}),
@@ -199,7 +198,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ExpectHandler: s.expect,
 		ErrorHandler:  s.refuseBroken,
 		ConnState:     connState,
-		Logger:        quiet{}, // what fasthttp has to say is counted in refused
+		Logger:        quiet{}, // what fasthttp would log is counted in refused
 
 		Concurrency:        math.MaxInt32, // the listener bounds it
 		ReadBufferSize:     readBuffer,

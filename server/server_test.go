@@ -549,7 +549,7 @@ func TestAcceptPostsTheCountToTheEndpoint(t *testing.T) {
 	s.ask(get("id=1&endpoint=http%3A%2F%2F" + s.addr + "%2Ftest")) // a repeat: no callback
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	if dropped := s.callbacks.Drain(ctx); dropped != 0 {
+	if dropped := s.cfg.Callbacks.Drain(ctx); dropped != 0 {
 		t.Errorf("%d dropped", dropped)
 	}
 	if got := s.sunk.Load(); got != 1 {
@@ -568,11 +568,11 @@ func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 	if resp.StatusCode != 200 {
 		t.Fatalf("got %v", resp)
 	}
-	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedStatus == 1 })
+	awaitCallbacks(t, a.cfg.Callbacks, func(s callback.Stats) bool { return s.Ended[callback.FailedStatus] == 1 })
 	if n := b.refused[reasonBadRequest].Load() + b.refused[reasonBadEndpoint].Load(); n != 1 {
 		t.Errorf("the other server refused %d POSTs, want 1", n)
 	}
-	if s := b.callbacks.Stats(); s.Reserved+s.InFlight != 0 || s.Delivered+s.FailedConnect+s.FailedRefused+s.FailedStatus != 0 {
+	if s := b.cfg.Callbacks.Stats(); s.Reserved+s.InFlight != 0 || s.Ended[callback.Delivered]+s.Ended[callback.FailedConnect]+s.Ended[callback.FailedRefused]+s.Ended[callback.FailedStatus] != 0 {
 		t.Errorf("the other server started callbacks: %+v", s)
 	}
 	if a.cfg.Counter.Stats().Unique != 1 || b.cfg.Counter.Stats().Unique != 0 {
@@ -583,7 +583,7 @@ func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 	if resp, _ := a.ask(get("id=4&endpoint=" + url.QueryEscape(self))); resp.StatusCode != 200 {
 		t.Fatalf("got %v", resp)
 	}
-	awaitCallbacks(t, a.callbacks, func(s callback.Stats) bool { return s.FailedRefused == 1 })
+	awaitCallbacks(t, a.cfg.Callbacks, func(s callback.Stats) bool { return s.Ended[callback.FailedRefused] == 1 })
 }
 
 // TestCallbacksDoNotStartCallbacks: a loop over two servers ends at depth one.
@@ -593,7 +593,7 @@ func TestCallbacksDoNotStartCallbacks(t *testing.T) {
 	if resp.StatusCode != 200 {
 		t.Fatalf("got %d", resp.StatusCode)
 	}
-	if st := s.callbacks.Stats(); st.Waiting+st.InFlight+int(st.Delivered) != 0 {
+	if st := s.cfg.Callbacks.Stats(); st.Waiting+st.InFlight+int(st.Ended[callback.Delivered]) != 0 {
 		t.Errorf("a callback was started: %+v", st)
 	}
 }
@@ -617,7 +617,7 @@ func TestPanicCostsOneRequestAndTheEpochIsStillSealed(t *testing.T) {
 	if resp, _ := s.ask(get("id=panic&endpoint=http://" + s.addr + "/test")); resp.StatusCode != 500 {
 		t.Errorf("got %d", resp.StatusCode)
 	}
-	if st := s.callbacks.Stats(); st.Reserved != 0 {
+	if st := s.cfg.Callbacks.Stats(); st.Reserved != 0 {
 		t.Errorf("%d places for callbacks were not given back", st.Reserved)
 	}
 	if resp, body := s.ask(get("id=panic")); resp.StatusCode != 500 || body != "failed" || !resp.Close {

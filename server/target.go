@@ -31,18 +31,22 @@ type query struct {
 
 // plainBytes are the bytes that an id may hold without being decoded or looked at
 // twice: RFC 3986's unreserved characters.
-var plainBytes = func() (t [256]bool) {
-	for c := byte('a'); c <= 'z'; c++ {
-		t[c], t[c-'a'+'A'] = true, true
+var plainBytes = setOf("a-zA-Z0-9._~-")
+
+// setOf returns the set of the bytes in list: single ones, and ranges such as a-z.
+func setOf(list string) (set [256]bool) {
+	for i := 0; i < len(list); i++ {
+		first, last := int(list[i]), int(list[i])
+		if i+2 < len(list) && list[i+1] == '-' {
+			last = int(list[i+2])
+			i += 2
+		}
+		for c := first; c <= last; c++ {
+			set[c] = true
+		}
 	}
-	for c := byte('0'); c <= '9'; c++ {
-		t[c] = true
-	}
-	for _, c := range []byte("-._~") {
-		t[c] = true
-	}
-	return t
-}()
+	return set
+}
 
 // lengthOf returns how many of the first bytes of b are in the set.
 func lengthOf(b []byte, set *[256]bool) (n int) {

@@ -266,12 +266,12 @@ func TestCallbackReachesOwnSinkOverTLS(t *testing.T) {
 	if resp, _ := s.askTLS(get("id=1&endpoint=https%3A%2F%2F" + s.addr + "%2Ftest")); resp.StatusCode != 200 {
 		t.Fatalf("got %v", resp)
 	}
-	awaitCallbacks(t, s.callbacks, func(st callback.Stats) bool { return st.Delivered == 1 })
+	awaitCallbacks(t, s.cfg.Callbacks, func(st callback.Stats) bool { return st.Ended[callback.Delivered] == 1 })
 	if s.sunk.Load() != 1 {
 		t.Errorf("/test received %d POSTs, want 1", s.sunk.Load())
 	}
 	for _, url := range []string{"http://" + s.addr + "/test", "https://" + s.addr + "/", "https://" + s.addr + "/api/verve/accept?id=1"} {
-		if _, err := s.callbacks.Parse([]byte(url)); err == nil {
+		if _, err := s.cfg.Callbacks.Parse([]byte(url)); err == nil {
 			t.Errorf("%s is allowed", url)
 		}
 	}

@@ -12,7 +12,7 @@ var (
 	numeric  = regexp.MustCompile(`(^|\.)[0-9]+$`) // resolvers take it for an address
 )
 
-// BadAddress says why the address cannot be HOST:PORT of a server, or "". Its port may be
+// BadAddress returns why the address cannot be HOST:PORT of a server, or "". Its port may be
 // missing if there is a default.
 func BadAddress(address, defaultPort string) string {
 	host, port := address, defaultPort

@@ -101,7 +101,7 @@ func (s *Sources) decode(b []byte) error {
 }
 
 // keepText puts back what is written in the file for settings that are text: YAML takes
-// 007 for 7, but not whoever numbers instances.
+// 007 for the number 7, which as the name of an instance it is not.
 func (s *Sources) keepText(b []byte) {
 	var nodes map[string]ast.Node
 	if yaml.Unmarshal(b, &nodes) != nil {
@@ -111,17 +111,9 @@ func (s *Sources) keepText(b []byte) {
 		if !s.flags[key].Text {
 			continue
 		}
-		switch node := node.(type) {
-		case *ast.IntegerNode:
-			s.file[key] = node.Token.Value
-		case *ast.FloatNode:
-			s.file[key] = node.Token.Value
-		case *ast.BoolNode:
-			s.file[key] = node.Token.Value
-		case *ast.InfinityNode:
-			s.file[key] = node.Token.Value
-		case *ast.NanNode:
-			s.file[key] = node.Token.Value
+		switch node.(type) {
+		case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
+			s.file[key] = node.GetToken().Value
 		}
 	}
 }

@@ -72,7 +72,7 @@ func TestCallbackRateHoldsForAnAddressWithManyNames(t *testing.T) {
 	if most := addressBurst + 1 + int64(time.Since(began).Seconds()*rate) + 1; hits.Load() > most || hits.Load() < addressBurst {
 		t.Errorf("%d POSTs to %d names of one address, want %d to %d", hits.Load(), names, addressBurst, most)
 	}
-	if s.FailedLimited == 0 || failed(s) != s.FailedLimited || sends(s) != names*rounds {
+	if s.Ended[FailedLimited] == 0 || failed(s) != s.Ended[FailedLimited] || sends(s) != names*rounds {
 		t.Errorf("%+v", s)
 	}
 	noneInFlight(t, c)
@@ -87,8 +87,8 @@ func TestCallbackToOneNameNeverMeetsTheLimitOfItsAddress(t *testing.T) {
 		send(t, c, fmt.Sprintf("http://n.victim.example.com/%d", n))
 	}
 	await(t, c, "delivery", func(s Stats) bool { return s.Waiting+s.InFlight == 0 })
-	if s := c.Stats(); s.Delivered != sent {
-		t.Errorf("%d delivered, want %d: %+v", s.Delivered, sent, s)
+	if s := c.Stats(); s.Ended[Delivered] != sent {
+		t.Errorf("%d delivered, want %d: %+v", s.Ended[Delivered], sent, s)
 	}
 	noneInFlight(t, c)
 }
@@ -110,13 +110,13 @@ func TestCallbackConcurrencyHoldsForAnAddressWithManyNames(t *testing.T) {
 	for n := range names {
 		send(t, c, fmt.Sprintf("http://n%d.victim.example.com/", n))
 	}
-	await(t, c, "a full address", func(s Stats) bool { return s.InFlight == limit && s.FailedLimited == names-limit })
+	await(t, c, "a full address", func(s Stats) bool { return s.InFlight == limit && s.Ended[FailedLimited] == names-limit })
 	for n := range 20 {
 		send(t, c, fmt.Sprintf("http://n%d.example.org/", n))
-		await(t, c, "the others", func(s Stats) bool { return s.Delivered == uint64(n)+1 })
+		await(t, c, "the others", func(s Stats) bool { return s.Ended[Delivered] == uint64(n)+1 })
 	}
 	open()
-	s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == limit+20 })
+	s := await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == limit+20 })
 	if most.Load() != limit || sends(s) != names+20 {
 		t.Errorf("%d in flight at most, want %d; %+v", most.Load(), limit, s)
 	}
@@ -133,7 +133,7 @@ func TestCallbackAddressesOfTheAllowedNetworksHaveNoLimit(t *testing.T) {
 	for n := range names {
 		send(t, c, fmt.Sprintf("http://n%d.example.com:%s/", n, port))
 	}
-	if s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == names }); failed(s) != 0 {
+	if s := await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == names }); failed(s) != 0 {
 		t.Errorf("%+v", s)
 	}
 }

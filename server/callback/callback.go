@@ -51,11 +51,11 @@ const (
 	idleConnTimeout = 10 * time.Second
 	maxIdleConns    = 512
 
-	// maxParked is how many destinations without work are remembered, for
-	// their breakers and their rates; about 1 KiB each. Whoever wants one
-	// forgotten, to get around its rate, must have as many others POSTed to
-	// first: at 10,000 POSTs a second that is 2 a second to the victim.
-	maxParked = 4096
+	// maxResting is how many destinations without work are remembered, for their
+	// breakers and their rates; about 1 KiB each. A caller that wants one forgotten,
+	// to get around its rate, must first have POSTs sent to as many others: at 10,000
+	// POSTs a second that is 2 a second to the victim.
+	maxResting = 4096
 
 	// rememberFor is how long one is remembered, space permitting, if its breaker
 	// or its rate does not need longer.
@@ -113,24 +113,35 @@ type Config struct {
 	tls                      *tls.Config   // of https, without the server name; nil: the system's roots, TLS 1.2
 }
 
-// Stats is a snapshot. Every call of Send ends in exactly one of
-// Delivered, Merged, Dropped or a Failed field, or is still Waiting or InFlight.
+// Result is how a call of Send ended.
+type Result uint8
+
+// The results. Those from FailedStatus on are failures.
+const (
+	Delivered      Result = iota // answered 2xx
+	Merged                       // joined a POST that was waiting for the same endpoint
+	Dropped                      // not sent, or cut off, at the stop
+	FailedStatus                 // answered, but neither 2xx nor 3xx
+	FailedRedirect               // answered 3xx; not followed
+	FailedTimeout                // no answer within Timeout
+	FailedResolve                // the name has no address
+	FailedConnect                // TCP or TLS
+	FailedRefused                // the name leads where callbacks may not go
+	FailedAnswer                 // connection lost, or an answer malformed or too large
+	FailedBreaker                // not tried: the breaker of the destination is open
+	FailedLimited                // the address is at its limits
+	Results                      // how many there are
+)
+
+// String is the result as it stands in logs and metrics.
+func (r Result) String() string {
+	return [Results]string{"delivered", "merged", "dropped", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "breaker", "limited"}[r]
+}
+
+// Stats is a snapshot.
 type Stats struct {
-	Delivered uint64 // answered 2xx
-	Merged    uint64 // joined a POST that was waiting for the same endpoint
-	Dropped   uint64 // not sent, or cut off, at the stop
-
-	FailedStatus   uint64 // answered, but neither 2xx nor 3xx
-	FailedRedirect uint64 // answered 3xx; not followed
-	FailedTimeout  uint64 // no answer within Timeout
-	FailedResolve  uint64 // the name has no address
-	FailedConnect  uint64 // TCP or TLS
-	FailedRefused  uint64 // the name leads where callbacks may not go
-	FailedAnswer   uint64 // connection lost, or an answer malformed or too large
-	FailedBreaker  uint64 // not tried: the breaker of the destination is open
-	FailedLimited  uint64 // the address is at its limits
-
-	Retried uint64 // second tries after a dead pooled connection
+	Ended   [Results]uint64 // calls of Send, by their results; the others are Waiting or InFlight
+	Retried uint64          // second tries after a dead pooled connection
 
 	Waiting      int // endpoints with a POST waiting
 	Reserved     int // endpoints in the table, waiting or just reserved
@@ -175,9 +186,8 @@ type Sender struct {
 	dests     map[destKey]*destination
 	ready     [2]list.List // with a POST to send, in turn; [unproven]
 	turn      int          // list of ready that is served next
-	warm      list.List    // at rest, with pooled connections; oldest first
-	warmConn  int          // pooled connections of warm
-	cold      list.List    // at rest, without; oldest first
+	resting   list.List    // destinations without work; those that rest longest first
+	idle      list.List    // connections (*pooled) without a POST; those that were used last are at the end
 	addresses map[netip.Addr]*address
 
 	stats         Stats
@@ -185,7 +195,7 @@ type Sender struct {
 	unprovenBusy  int // workers held by unproven destinations
 	draining      bool
 	closed        bool
-	emptied       chan struct{} // closed when draining and nothing is left; nil: nobody waits
+	emptied       chan struct{} // closed when draining and nothing is left; nil: no Drain waits
 }
 
 // New checks cfg; errors name the bad setting.
@@ -296,8 +306,7 @@ func (s *Sender) Reserve(ep Endpoint) bool {
 	if len(s.table) >= s.cfg.maxWaiting {
 		return false
 	}
-	key := destKey{ep.origin, ep.kind == destSelf}
-	d := s.dests[key]
+	d := s.dests[keyOf(ep)]
 	unproven := ep.kind == destPublic && (d == nil || d.unproven)
 	if d != nil && d.entries >= s.cfg.maxWaitingPerDestination ||
 		unproven && s.unprovenSlots >= unprovenShare(s.cfg.maxWaiting) {
@@ -335,21 +344,16 @@ func (s *Sender) Send(ep Endpoint) {
 	e.refs--
 	switch {
 	case e.queued:
-		s.stats.Merged++
+		s.stats.Ended[Merged]++
 		return
 	case s.closed:
-		s.stats.Dropped++
+		s.stats.Ended[Dropped]++
 	case d.open && d.breaker.State() == gobreaker.StateOpen:
-		s.stats.FailedBreaker++
+		s.stats.Ended[FailedBreaker]++
 	default:
 		e.queued = true
 		s.stats.Waiting++
-		if d.queue == nil {
-			d.queue = e
-		} else {
-			d.queueTail.next = e
-		}
-		d.queueTail = e
+		d.queue = append(d.queue, e)
 		s.schedule(d)
 		return
 	}
@@ -379,8 +383,9 @@ func (s *Sender) unreserve(e *entry) {
 
 // dequeue takes the first waiting entry of d; there is one.
 func (s *Sender) dequeue(d *destination) Endpoint {
-	e := d.queue
-	d.queue, e.next = e.next, nil
+	e := d.queue[0]
+	d.queue[0] = nil
+	d.queue = d.queue[1:]
 	e.queued = false
 	s.stats.Waiting--
 	ep := e.ep
@@ -394,8 +399,7 @@ func (s *Sender) dequeue(d *destination) Endpoint {
 type job struct {
 	ep       Endpoint
 	dest     *destination
-	client   *client
-	done     func(error) // tells the breaker
+	done     func(error) // reports the outcome to the breaker
 	unproven bool        // counted in unprovenBusy
 }
 
@@ -409,7 +413,7 @@ func (s *Sender) take() (job, bool) {
 			s.work.Wait()
 			continue
 		}
-		if d.queue == nil {
+		if len(d.queue) == 0 {
 			s.park(d)
 			continue
 		}
@@ -435,7 +439,7 @@ func (s *Sender) take() (job, bool) {
 		if d.kind != destListed {
 			d.next = s.cfg.after(d.next, time.Now())
 		}
-		j := job{ep: s.dequeue(d), dest: d, client: d.client, done: done, unproven: d.unproven}
+		j := job{ep: s.dequeue(d), dest: d, done: done, unproven: d.unproven}
 		s.schedule(d)
 		return j, true
 	}
@@ -456,7 +460,7 @@ func (s *Sender) finish(j job, r result) {
 	d := j.dest
 	s.mu.Lock()
 	s.ended(j)
-	*r.kind.counter(&s.stats)++
+	s.stats.Ended[r.kind]++
 	j.done(r.breakerErr())
 	if d.kind == destPublic && r.breakerErr() != errNotTried {
 		// A fifth of the time allowed is quick: it takes five such POSTs to
@@ -468,10 +472,8 @@ func (s *Sender) finish(j job, r result) {
 	}
 	s.schedule(d)
 	s.park(d)
-	victims := s.trim(time.Time{}, time.Time{})
 	s.noticeEmpty()
 	s.mu.Unlock()
-	closeIdle(victims)
 	s.cfg.Took(r.took)
 	s.logResult(j.ep, r)
 }
@@ -494,14 +496,9 @@ func (s *Sender) Run(ctx context.Context) error {
 	wg.Wait()
 
 	s.mu.Lock()
-	var idle []*client
-	for _, d := range s.dests {
-		if d.client != nil {
-			idle = append(idle, d.client)
-		}
-	}
+	idle := s.takeIdle(time.Time{}, 0)
 	s.mu.Unlock()
-	closeIdle(idle)
+	closeAll(idle)
 	s.logHidden()
 	return nil
 }
@@ -520,9 +517,12 @@ func (s *Sender) sweep(ctx context.Context) {
 		now := time.Now()
 		s.mu.Lock()
 		s.evictAddresses(len(s.addresses))
-		victims := s.trim(now.Add(-idleConnTimeout), now.Add(-remember))
+		for d := first(&s.resting); d != nil && d.restsSince.Before(now.Add(-remember)); d = first(&s.resting) {
+			s.drop(d)
+		}
+		old := s.takeIdle(now.Add(-idleConnTimeout), maxIdleConns)
 		s.mu.Unlock()
-		closeIdle(victims)
+		closeAll(old)
 		s.logHidden()
 		timer.Reset(sweepInterval)
 	}
@@ -534,7 +534,7 @@ func (s *Sender) sweep(ctx context.Context) {
 // these ways. Run must go on meanwhile.
 func (s *Sender) Drain(ctx context.Context) (dropped int) {
 	s.mu.Lock()
-	before := s.stats.Dropped
+	before := s.stats.Ended[Dropped]
 	s.draining = true
 	empty := s.awaitEmpty()
 	s.mu.Unlock()
@@ -550,7 +550,7 @@ func (s *Sender) Drain(ctx context.Context) (dropped int) {
 	<-empty
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return int(s.stats.Dropped - before)
+	return int(s.stats.Ended[Dropped] - before)
 }
 
 // awaitEmpty returns a channel that is closed when nothing waits or is in
@@ -576,8 +576,8 @@ func (s *Sender) close() {
 	s.mu.Lock()
 	s.closed = true
 	for _, d := range s.dests {
-		for d.queue != nil {
-			s.stats.Dropped++
+		for len(d.queue) > 0 {
+			s.stats.Ended[Dropped]++
 			s.dequeue(d)
 		}
 	}

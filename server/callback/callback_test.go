@@ -99,12 +99,18 @@ func await(t testing.TB, c *Sender, what string, cond func(Stats) bool) Stats {
 
 // sends returns the number of Sends that s accounts for.
 func sends(s Stats) uint64 {
-	return s.Delivered + failed(s) + s.Merged + s.Dropped + uint64(s.Waiting) + uint64(s.InFlight)
+	n := uint64(s.Waiting) + uint64(s.InFlight)
+	for _, ended := range s.Ended {
+		n += ended
+	}
+	return n
 }
 
-func failed(s Stats) uint64 {
-	return s.FailedStatus + s.FailedRedirect + s.FailedTimeout + s.FailedResolve + s.FailedConnect +
-		s.FailedRefused + s.FailedAnswer + s.FailedBreaker + s.FailedLimited
+func failed(s Stats) (n uint64) {
+	for _, ended := range s.Ended[FailedStatus:] {
+		n += ended
+	}
+	return n
 }
 
 // receiver is an HTTP server that a test's callbacks go to.
@@ -194,7 +200,7 @@ func TestCallbackRequestIsExact(t *testing.T) {
 	if got := <-wire; got != want {
 		t.Fatalf("request\n%q, want\n%q", got, want)
 	}
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 1 })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 }
 
 func TestCallbackBodyIsJSONForAnyName(t *testing.T) {
@@ -245,7 +251,7 @@ func TestCallbackMergesWhatWaitsForTheSameEndpoint(t *testing.T) {
 		live.Store(2 + n)
 		send(t, c, url+"/x")
 	}
-	if s := c.Stats(); s.Merged != 99 || s.Waiting != 1 || s.InFlight != 1 {
+	if s := c.Stats(); s.Ended[Merged] != 99 || s.Waiting != 1 || s.InFlight != 1 {
 		t.Fatalf("stats %+v", s)
 	}
 	open()
@@ -253,7 +259,7 @@ func TestCallbackMergesWhatWaitsForTheSameEndpoint(t *testing.T) {
 	if !strings.Contains(first, `"unique":1,`) || !strings.Contains(second, `"unique":101,`) {
 		t.Fatalf("bodies %s, %s", first, second)
 	}
-	s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 2 })
+	s := await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 2 })
 	if sends(s) != 101 || s.Reserved != 0 {
 		t.Fatalf("stats %+v", s)
 	}
@@ -297,7 +303,7 @@ func TestCallbackConcurrencyIsPerDestination(t *testing.T) {
 		t.Fatalf("stats %+v", s)
 	}
 	open()
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 2*posts })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 2*posts })
 	if load[hostport1].most != limit || load[hostport2].most != limit {
 		t.Fatalf("most in flight: %+v, %+v", load[hostport1], load[hostport2])
 	}
@@ -318,7 +324,7 @@ func TestCallbackRateHoldsForDestinationsNotListed(t *testing.T) {
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/test?%d", url, n))
 	}
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == posts })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == posts })
 	mu.Lock()
 	defer mu.Unlock()
 	// The one that makes up for a late wake-up comes on top of the first.
@@ -334,7 +340,7 @@ func TestCallbackRateSparesListedDestinations(t *testing.T) {
 	for n := range posts {
 		send(t, c, fmt.Sprintf("%s/%d", url, n))
 	}
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == posts })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == posts })
 }
 
 func TestCallbackFullTableRefusesBeforeAnythingIsCounted(t *testing.T) {
@@ -421,7 +427,7 @@ func TestCallbackTarpitHoldsUpNobodyElse(t *testing.T) {
 			send(t, c, fmt.Sprintf("%s/%d", url, n))
 		}
 	}
-	s := await(t, c, "the others", func(s Stats) bool { return s.Delivered == others*posts })
+	s := await(t, c, "the others", func(s Stats) bool { return s.Ended[Delivered] == others*posts })
 	if s.InFlight != 4 || s.Waiting != posts-4 || failed(s) != 0 {
 		t.Fatalf("tarpit is not held at its limit: %+v", s)
 	}
@@ -457,7 +463,7 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 		workers: 8, Concurrency: 2, maxWaiting: 40, maxWaitingPerDestination: 10,
 	})
 	send(t, c, "http://good.example.com:"+port+"/first")
-	await(t, c, "proof", func(s Stats) bool { return s.Delivered == 1 })
+	await(t, c, "proof", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 	refused := 0
 	for n := range tarpits {
 		ep, _ := c.Parse(fmt.Appendf(nil, "http://tarpit%d.example.com:%s/", n, port))
@@ -473,7 +479,7 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 	}
 	for n := range posts {
 		send(t, c, fmt.Sprintf("http://good.example.com:%s/%d", port, n))
-		await(t, c, "the proven destination", func(s Stats) bool { return s.Delivered == uint64(n)+2 })
+		await(t, c, "the proven destination", func(s Stats) bool { return s.Ended[Delivered] == uint64(n)+2 })
 	}
 	if s := c.Stats(); s.InFlight != 6 || len(delivered) != posts+1 {
 		t.Fatalf("delivered %d, %+v", len(delivered), s)
@@ -495,7 +501,7 @@ func TestCallbackRedirectIsNotFollowed(t *testing.T) {
 			c := startCallbacks(t, Config{Allow: []string{hostport, trapAddr}})
 			send(t, c, url)
 			s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-			if s.FailedRedirect != 1 {
+			if s.Ended[FailedRedirect] != 1 {
 				t.Errorf("%+v", s)
 			}
 		})
@@ -530,62 +536,52 @@ func TestCallbackHostileAnswersAreBounded(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		answer func(net.Conn)
-		failed func(*Stats) uint64
+		failed Result
 	}{
 		{"ten gigabytes", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Content-Length: 10737418240\r\n\r\n")
 			forever(conn, "x")
-		}, func(s *Stats) uint64 { return s.FailedAnswer }},
+		}, FailedAnswer},
 		{"endless chunks", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\n\r\n")
 			forever(conn, "4\r\nxxxx\r\n")
-		}, func(s *Stats) uint64 { return s.FailedAnswer }},
+		}, FailedAnswer},
 		{"one huge chunk", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n")
 			forever(conn, "x")
-		}, func(s *Stats) uint64 { return s.FailedAnswer }},
+		}, FailedAnswer},
 		{"endless body to the close", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Connection: close\r\n\r\n")
 			forever(conn, "x")
-		}, func(s *Stats) uint64 { return s.FailedAnswer }},
+		}, FailedAnswer},
 		{"endless trailer", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Transfer-Encoding: chunked\r\nTrailer: X\r\n\r\n0\r\n")
 			forever(conn, "X: y\r\n")
-		}, func(s *Stats) uint64 { return s.FailedAnswer }},
+		}, FailedAnswer},
 		{"endless headers", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head)
 			forever(conn, "X: y\r\n")
-		}, func(s *Stats) uint64 { return s.FailedAnswer }},
-		{"endless status line", func(conn net.Conn) { forever(conn, "H") },
-			func(s *Stats) uint64 { return s.FailedAnswer }},
-		{"endless 100", func(conn net.Conn) { forever(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
-			func(s *Stats) uint64 { return s.FailedAnswer }},
-		{"endless 103", func(conn net.Conn) { forever(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n") },
-			func(s *Stats) uint64 { return s.FailedAnswer }},
-		{"dripping 1xx", func(conn net.Conn) { drip(conn, "HTTP/1.1 100 Continue\r\n\r\n") },
-			func(s *Stats) uint64 { return s.FailedTimeout }},
+		}, FailedAnswer},
+		{"endless status line", func(conn net.Conn) { forever(conn, "H") }, FailedAnswer},
+		{"endless 100", func(conn net.Conn) { forever(conn, "HTTP/1.1 100 Continue\r\n\r\n") }, FailedAnswer},
+		{"endless 103", func(conn net.Conn) { forever(conn, "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n") }, FailedAnswer},
+		{"dripping 1xx", func(conn net.Conn) { drip(conn, "HTTP/1.1 100 Continue\r\n\r\n") }, FailedTimeout},
 		{"another protocol", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
 			forever(conn, "x")
-		}, func(s *Stats) uint64 { return s.FailedStatus }},
+		}, FailedStatus},
 		{"dripping body", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, head+"Content-Length: 60000\r\n\r\n")
 			drip(conn, "x")
-		}, func(s *Stats) uint64 { return s.FailedTimeout }},
-		{"dripping header", func(conn net.Conn) { drip(conn, head+strings.Repeat("X: y\r\n", 1000)) },
-			func(s *Stats) uint64 { return s.FailedTimeout }},
-		{"silence", func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) },
-			func(s *Stats) uint64 { return s.FailedTimeout }},
-		{"not HTTP", func(conn net.Conn) { _, _ = io.WriteString(conn, "220 mail ESMTP\r\n\r\n") },
-			func(s *Stats) uint64 { return s.FailedAnswer }},
-		{"cut short", func(conn net.Conn) { _, _ = io.WriteString(conn, head+"Content-Length: 5\r\n\r\nok") },
-			func(s *Stats) uint64 { return s.FailedAnswer }},
-		{"close at once", func(net.Conn) {},
-			func(s *Stats) uint64 { return s.FailedAnswer }},
+		}, FailedTimeout},
+		{"dripping header", func(conn net.Conn) { drip(conn, head+strings.Repeat("X: y\r\n", 1000)) }, FailedTimeout},
+		{"silence", func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) }, FailedTimeout},
+		{"not HTTP", func(conn net.Conn) { _, _ = io.WriteString(conn, "220 mail ESMTP\r\n\r\n") }, FailedAnswer},
+		{"cut short", func(conn net.Conn) { _, _ = io.WriteString(conn, head+"Content-Length: 5\r\n\r\nok") }, FailedAnswer},
+		{"close at once", func(net.Conn) {}, FailedAnswer},
 		{"an error", func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-		},
-			func(s *Stats) uint64 { return s.FailedStatus }},
+		}, FailedStatus},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var posts atomic.Int64
@@ -598,13 +594,13 @@ func TestCallbackHostileAnswersAreBounded(t *testing.T) {
 				tc.answer(conn)
 			})
 			timeout := patience
-			if tc.failed(&Stats{FailedTimeout: 1}) == 1 {
+			if tc.failed == FailedTimeout {
 				timeout = 200 * time.Millisecond
 			}
 			c := startCallbacks(t, Config{Allow: []string{hostport}, Timeout: timeout})
 			send(t, c, url)
 			s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-			if tc.failed(&s) != 1 || sends(s) != 1 || s.Retried != 0 {
+			if s.Ended[tc.failed] != 1 || sends(s) != 1 || s.Retried != 0 {
 				t.Errorf("stats %+v", s)
 			}
 			// The receiver writes until its connection is closed: it was.
@@ -638,7 +634,7 @@ func TestCallbackCompressedAnswerIsNotUnpacked(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	send(t, c, url)
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 1 })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 	runtime.ReadMemStats(&after)
 	if n := after.TotalAlloc - before.TotalAlloc; n > 4<<20 {
 		t.Errorf("%d bytes allocated for an answer of %d", n, bomb.Len())
@@ -669,7 +665,7 @@ func TestCallbackPeerThatRestartsIsFoundAgain(t *testing.T) {
 		for n := range 3 {
 			send(t, c, fmt.Sprintf("http://%s/%d/%d", addr, round, n))
 		}
-		s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == 3*(round+1) })
+		s := await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 3*(round+1) })
 		if failed(s) != 0 {
 			t.Fatalf("round %d: %+v", round, s)
 		}
@@ -702,7 +698,7 @@ func TestCallbackFloodForOneVictimIsMergedAndSlow(t *testing.T) {
 	}
 	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
 	most := time.Since(began).Seconds()*rate + 2
-	if n := hits.Load(); float64(n) > most || uint64(n) != s.Delivered || s.Delivered+s.Merged != flood {
+	if n := hits.Load(); float64(n) > most || uint64(n) != s.Ended[Delivered] || s.Ended[Delivered]+s.Ended[Merged] != flood {
 		t.Errorf("the victim was hit %d times, want at most %.0f; %+v", n, most, s)
 	}
 }
@@ -744,12 +740,12 @@ func TestCallbackMemoryIsBoundedForAnyNumberOfDestinations(t *testing.T) {
 		t.Errorf("%d goroutines, %d before", running, goroutines)
 	}
 	// The table at its fullest, and what is remembered of destinations and addresses.
-	limit := uint64(maxWaiting*(maxEndpoint+1024) + maxParked*2048 + maxAddresses*512)
+	limit := uint64(maxWaiting*(maxEndpoint+1024) + maxResting*2048 + maxAddresses*512)
 	if most > before+limit {
 		t.Errorf("the heap grew by %d MiB, want at most %d", (most-before)>>20, limit>>20)
 	}
 	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-	if sends(s)+refused != uint64(destinations) || s.Destinations > maxParked {
+	if sends(s)+refused != uint64(destinations) || s.Destinations > maxResting {
 		t.Errorf("%d refused, %+v", refused, s)
 	}
 	if after := heap(); after > before+32<<20 {
@@ -764,7 +760,7 @@ func TestCallbackInterimAnswerIsNotTheAnswer(t *testing.T) {
 	})
 	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	send(t, c, url)
-	await(t, c, "the status of the answer", func(s Stats) bool { return s.FailedStatus == 1 })
+	await(t, c, "the status of the answer", func(s Stats) bool { return s.Ended[FailedStatus] == 1 })
 }
 
 // A peer that restarts leaves dead connections in the pool; one retry, on a
@@ -802,14 +798,14 @@ func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
 		<-arrived
 	}
 	open()
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == pooled })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == pooled })
 	mu.Lock()
 	for _, conn := range conns {
 		_ = conn.Close()
 	}
 	mu.Unlock()
 	send(t, c, url+"/after")
-	s := await(t, c, "delivery", func(s Stats) bool { return s.Delivered == pooled+1 })
+	s := await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == pooled+1 })
 	mu.Lock()
 	defer mu.Unlock()
 	if s.Retried != 1 || failed(s) != 0 || len(conns) != pooled+1 || len(ids) != pooled+1 {
@@ -832,7 +828,7 @@ func TestCallbackConnectionWithSurplusBytesIsNotUsedAgain(t *testing.T) {
 	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	for n := range uint64(3) {
 		send(t, c, url)
-		await(t, c, "delivery", func(s Stats) bool { return s.Delivered == n+1 })
+		await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == n+1 })
 	}
 	if n := conns.Load(); n != 3 {
 		t.Fatalf("%d connections, want 3", n)
@@ -853,7 +849,7 @@ func TestCallbackConnectionIsKeptForTheNext(t *testing.T) {
 	c := startCallbacks(t, Config{Allow: []string{hostport}})
 	for n := range uint64(5) {
 		send(t, c, url)
-		await(t, c, "delivery", func(s Stats) bool { return s.Delivered == n+1 })
+		await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == n+1 })
 	}
 	if n := conns.Load(); n != 1 {
 		t.Fatalf("%d connections, want 1", n)
@@ -878,7 +874,7 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 			send(t, c, fmt.Sprintf("%s/%d", url, n))
 		}
 		s := await(t, c, "an open breaker", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-		if s.FailedStatus != failures || s.FailedBreaker != refused || posts.Load() != failures {
+		if s.Ended[FailedStatus] != failures || s.Ended[FailedBreaker] != refused || posts.Load() != failures {
 			t.Fatalf("%d POSTs, %+v", posts.Load(), s)
 		}
 		return c, s
@@ -888,7 +884,7 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 	}
 	c, s := opened(100*time.Millisecond, 0) // may be over when the next is sent
 	healthy.Store(true)
-	for start := time.Now(); c.Stats().Delivered == 0; time.Sleep(time.Millisecond) {
+	for start := time.Now(); c.Stats().Ended[Delivered] == 0; time.Sleep(time.Millisecond) {
 		if time.Since(start) > patience {
 			t.Fatalf("breaker does not close: %+v", c.Stats())
 		}
@@ -902,7 +898,7 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 	}
 	before := failed(s)
 	s = await(t, c, "delivery", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.FailedStatus != failures || s.Delivered < 11 {
+	if s.Ended[FailedStatus] != failures || s.Ended[Delivered] < 11 {
 		t.Fatalf("failed %d before, %+v", before, s)
 	}
 }
@@ -930,12 +926,12 @@ func TestCallbackDrainDeliversWhatWaits(t *testing.T) {
 		}
 	}
 	open()
-	await(t, c, "what waited", func(s Stats) bool { return s.Delivered == posts })
+	await(t, c, "what waited", func(s Stats) bool { return s.Ended[Delivered] == posts })
 	c.Send(late) // its request was answered before the drain
 	if n := <-dropped; n != 0 {
 		t.Fatalf("dropped %d", n)
 	}
-	if s := c.Stats(); s.Delivered != posts+1 || sends(s) != posts+1 {
+	if s := c.Stats(); s.Ended[Delivered] != posts+1 || sends(s) != posts+1 {
 		t.Fatalf("%+v", s)
 	}
 }
@@ -956,7 +952,7 @@ func TestCallbackDrainCountsWhatIsDropped(t *testing.T) {
 	if n := c.Drain(ctx); n != 7 {
 		t.Errorf("dropped %d, want 7", n)
 	}
-	if s := c.Stats(); s.Dropped != 7 || sends(s) != 7 || s.InFlight != 0 {
+	if s := c.Stats(); s.Ended[Dropped] != 7 || sends(s) != 7 || s.InFlight != 0 {
 		t.Errorf("%+v", s)
 	}
 	open()
@@ -973,7 +969,7 @@ func TestCallbackDrainWithoutRunDropsAll(t *testing.T) {
 		t.Fatalf("dropped %d, want 1", n)
 	}
 	c.Send(ep)
-	if s := c.Stats(); s.Dropped != 2 || s.Reserved != 0 {
+	if s := c.Stats(); s.Ended[Dropped] != 2 || s.Reserved != 0 {
 		t.Fatalf("%+v", s)
 	}
 }
@@ -1013,13 +1009,13 @@ func TestCallbackTLSIsVerified(t *testing.T) {
 		c := startCallbacks(t, Config{Allow: []string{hostport}, tls: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}})
 		for n := range uint64(2) { // the second on the pooled connection
 			send(t, c, server.URL)
-			await(t, c, "delivery", func(s Stats) bool { return s.Delivered == n+1 })
+			await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == n+1 })
 		}
 	})
 	t.Run("unknown root", func(t *testing.T) {
 		c := startCallbacks(t, Config{Allow: []string{hostport}})
 		send(t, c, server.URL)
-		await(t, c, "refusal", func(s Stats) bool { return s.FailedConnect == 1 })
+		await(t, c, "refusal", func(s Stats) bool { return s.Ended[FailedConnect] == 1 })
 	})
 }
 
@@ -1041,7 +1037,7 @@ func TestCallbackFailuresAreToldApart(t *testing.T) {
 	send(t, c, "http://nowhere.example.com/")
 	send(t, c, "http://"+nobody+"/")
 	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.FailedRefused != 1 || s.FailedResolve != 1 || s.FailedConnect != 1 || sends(s) != 3 {
+	if s.Ended[FailedRefused] != 1 || s.Ended[FailedResolve] != 1 || s.Ended[FailedConnect] != 1 || sends(s) != 3 {
 		t.Fatalf("%+v", s)
 	}
 }
@@ -1103,7 +1099,7 @@ func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
 	if strings.Contains(out, "tok3n") || strings.Contains(out, secret) || strings.Contains(fmt.Sprintf("%+v", c.cfg), secret) {
 		t.Errorf("log tells a secret:\n%s", out)
 	}
-	if s := c.Stats(); told != posts || s.Delivered+failed(s) != posts || paths == 0 {
+	if s := c.Stats(); told != posts || s.Ended[Delivered]+failed(s) != posts || paths == 0 {
 		t.Errorf("log tells of %d results (%d with a path), want %d; %+v", told, paths, posts, s)
 	}
 }
@@ -1115,7 +1111,7 @@ func TestCallbackDestinationsAreForgotten(t *testing.T) {
 	}
 	c.guard.connect = func(context.Context, *net.Dialer, string) (net.Conn, error) { return nil, errNoRoute }
 	run(t, c)
-	const destinations = 3 * maxParked
+	const destinations = 3 * maxResting
 	for n := range destinations {
 		ep, err := c.Parse(fmt.Appendf(nil, "http://93.%d.%d.%d/", n>>16, n>>8&255, n&255))
 		if err != nil {
@@ -1127,7 +1123,7 @@ func TestCallbackDestinationsAreForgotten(t *testing.T) {
 		c.Send(ep)
 	}
 	s := await(t, c, "an end", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.FailedConnect != destinations || s.Destinations > maxParked || s.BreakersOpen > maxParked || s.BreakersOpen == 0 {
+	if s.Ended[FailedConnect] != destinations || s.Destinations > maxResting || s.BreakersOpen > maxResting || s.BreakersOpen == 0 {
 		t.Fatalf("%+v", s)
 	}
 	// Repeats reserve and release; that must not push out what is remembered.
@@ -1138,8 +1134,8 @@ func TestCallbackDestinationsAreForgotten(t *testing.T) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.dests) != s.Destinations || c.cold.Len() != s.Destinations || len(c.table) != 0 || c.unprovenSlots != 0 {
-		t.Fatalf("%d destinations, %d cold, %d in the table", len(c.dests), c.cold.Len(), len(c.table))
+	if len(c.dests) != s.Destinations || c.resting.Len() != s.Destinations || len(c.table) != 0 || c.unprovenSlots != 0 {
+		t.Fatalf("%d destinations, %d at rest, %d in the table", len(c.dests), c.resting.Len(), len(c.table))
 	}
 }
 
@@ -1163,15 +1159,15 @@ func TestCallbackIdleConnectionsAreBoundedAndClosed(t *testing.T) {
 	for n := range destinations {
 		send(t, c, fmt.Sprintf("http://h%d.example.com:%s/", n, port))
 	}
-	await(t, c, "delivery", func(s Stats) bool { return s.Delivered == destinations })
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == destinations })
 	await(t, c, "closed connections", func(Stats) bool { return open.Load() <= maxIdleConns })
 	c.mu.Lock()
-	warm := c.warmConn
-	victims := c.trim(time.Now().Add(time.Hour), time.Time{})
+	kept := c.idle.Len()
+	old := c.takeIdle(time.Now().Add(time.Hour), maxIdleConns)
 	c.mu.Unlock()
-	closeIdle(victims)
-	if warm != maxIdleConns {
-		t.Errorf("%d idle connections are kept, want %d", warm, maxIdleConns)
+	closeAll(old)
+	if kept != maxIdleConns {
+		t.Errorf("%d idle connections are kept, want %d", kept, maxIdleConns)
 	}
 	await(t, c, "closed connections", func(Stats) bool { return open.Load() == 0 })
 }

@@ -2,7 +2,6 @@ package callback
 
 import (
 	"container/list"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -13,9 +12,8 @@ import (
 type entry struct {
 	ep     Endpoint
 	dest   *destination
-	next   *entry // in dest.queue
-	refs   int    // reservations
-	queued bool   // in dest.queue
+	refs   int  // reservations
+	queued bool // in dest.queue
 }
 
 type destKey struct {
@@ -23,64 +21,51 @@ type destKey struct {
 	self   bool
 }
 
-// destState says which list a destination is in.
+// destState is which list a destination is in.
 type destState uint8
 
 const (
-	destNone  destState = iota
-	destReady           // Sender.ready
-	destLater           // none: a timer calls due
-	destWarm            // Sender.warm
-	destCold            // Sender.cold
+	destNone    destState = iota
+	destReady             // Sender.ready
+	destLater             // none: a timer calls due
+	destResting           // Sender.resting
 )
 
 // destination is a scheme, host and port that endpoints name.
 type destination struct {
 	// Constant.
-	key        destKey
-	host       string
+	Endpoint   // without url and target
 	hostHeader string
-	addr       netip.Addr // of a literal host
-	port       uint16
-	kind       destKind
-	tls        bool
 	breaker    *gobreaker.TwoStepCircuitBreaker[struct{}]
 
 	client *client // nil until used, and again at rest without connections
 
-	queue, queueTail *entry
-	entries          int // in the table
-	inFlight         int
-	next             time.Time // rate: when the next POST is due at the earliest
-	idleSince        time.Time
-	used             bool // a POST was sent
-	open             bool // breaker not closed; kept by its OnStateChange
-	unproven         bool // not known to answer quickly
+	queue    []*entry
+	entries  int // in the table
+	inFlight int
+	next     time.Time // rate: when the next POST is due at the earliest
+	used     bool      // a POST was sent
+	open     bool      // breaker not closed; kept by its OnStateChange
+	unproven bool      // not known to answer quickly
 
-	state     destState
-	readyIn   int           // index in ready while destReady
-	place     *list.Element // in the list of its state; destLater has none
-	warmConns int           // pooled connections, counted when it became warm
+	state      destState
+	readyIn    int           // index in ready while destReady
+	place      *list.Element // in the list of its state; destLater has none
+	restsSince time.Time     // while destResting
 }
+
+func keyOf(ep Endpoint) destKey { return destKey{ep.origin, ep.kind == destSelf} }
 
 // newDestination adds the destination of ep.
 func (s *Sender) newDestination(ep Endpoint) *destination {
-	d := &destination{
-		// Cloned: the strings of ep are parts of the whole URL, which the
-		// destination outlives.
-		key:      destKey{strings.Clone(ep.origin), ep.kind == destSelf},
-		host:     strings.Clone(ep.host),
-		addr:     ep.addr,
-		port:     ep.port,
-		kind:     ep.kind,
-		tls:      ep.tls,
-		unproven: ep.kind == destPublic,
-	}
+	d := &destination{Endpoint: ep, unproven: ep.kind == destPublic}
+	// Cloned: the strings of ep are parts of the whole URL, which the destination outlives.
+	d.url, d.target, d.origin, d.host = "", "", strings.Clone(ep.origin), strings.Clone(ep.host)
 	scheme, port := "http://", ":80"
 	if d.tls {
 		scheme, port = "https://", ":443"
 	}
-	d.hostHeader = strings.TrimSuffix(strings.TrimPrefix(d.key.origin, scheme), port)
+	d.hostHeader = strings.TrimSuffix(strings.TrimPrefix(d.origin, scheme), port)
 	d.breaker = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		Timeout: s.cfg.breakerOpen,
 		ReadyToTrip: func(counts gobreaker.Counts) bool {
@@ -94,7 +79,7 @@ func (s *Sender) newDestination(ep Endpoint) *destination {
 		},
 		IsExcluded: func(err error) bool { return err == errNotTried },
 	})
-	s.dests[d.key] = d
+	s.dests[keyOf(d.Endpoint)] = d
 	return d
 }
 
@@ -110,7 +95,7 @@ func (s *Sender) countOpen(open bool) {
 // Nothing happens if it is there, has no POST, or is at its limit of concurrency; a
 // POST that ends schedules again.
 func (s *Sender) schedule(d *destination) {
-	if d.state != destNone || d.queue == nil || d.inFlight >= s.cfg.Concurrency {
+	if d.state != destNone || len(d.queue) == 0 || d.inFlight >= s.cfg.Concurrency {
 		return
 	}
 	if wait := time.Until(d.next); d.kind != destListed && wait > 0 {
@@ -173,43 +158,22 @@ func (s *Sender) park(d *destination) {
 		s.drop(d)
 		return
 	}
-	d.idleSince = time.Now()
-	d.warmConns = 0
-	if d.client != nil {
-		d.warmConns = d.client.idleConns()
+	if d.client != nil && len(d.client.idle) == 0 {
+		d.client = nil
 	}
-	if d.warmConns > 0 {
-		d.state = destWarm
-		d.place = s.warm.PushBack(d)
-		s.warmConn += d.warmConns
-		return
-	}
-	s.toCold(d)
-}
-
-// toCold puts d, which has no connections, to those remembered only for their breaker
-// and rate.
-func (s *Sender) toCold(d *destination) {
-	d.client = nil
-	d.state = destCold
-	d.place = s.cold.PushBack(d)
-	if s.cold.Len() > maxParked {
-		s.drop(first(&s.cold))
+	d.state, d.restsSince = destResting, time.Now()
+	d.place = s.resting.PushBack(d)
+	if s.resting.Len() > maxResting {
+		s.drop(first(&s.resting))
 	}
 }
 
 // activate takes d out of rest.
 func (s *Sender) activate(d *destination) {
-	switch d.state {
-	case destWarm:
-		s.warm.Remove(d.place)
-		s.warmConn -= d.warmConns
-	case destCold:
-		s.cold.Remove(d.place)
-	default:
-		return
+	if d.state == destResting {
+		s.resting.Remove(d.place)
+		d.state = destNone
 	}
-	d.state = destNone
 }
 
 func (s *Sender) drop(d *destination) {
@@ -217,36 +181,14 @@ func (s *Sender) drop(d *destination) {
 	if d.open {
 		s.countOpen(false)
 	}
-	delete(s.dests, d.key)
-}
-
-// trim gives up connections and destinations at rest: those beyond the limits
-// and those at rest since before. The caller closes the idle connections of
-// what it returns, without the lock.
-func (s *Sender) trim(warmBefore, coldBefore time.Time) []*client {
-	var victims []*client
-	for d := first(&s.warm); d != nil && (s.warmConn > maxIdleConns || d.idleSince.Before(warmBefore)); d = first(&s.warm) {
-		victims = append(victims, d.client)
-		s.activate(d)
-		s.toCold(d)
-	}
-	for d := first(&s.cold); d != nil && d.idleSince.Before(coldBefore); d = first(&s.cold) {
-		s.drop(d)
-	}
-	return victims
-}
-
-func closeIdle(clients []*client) {
-	for _, client := range clients {
-		client.closeIdle()
-	}
+	delete(s.dests, keyOf(d.Endpoint))
 }
 
 // failWaiting fails all that waits for d: its breaker is open. Waiting for it
 // to close would fill d's share of the table and turn callers away.
 func (s *Sender) failWaiting(d *destination) {
-	for d.queue != nil {
-		s.stats.FailedBreaker++
+	for len(d.queue) > 0 {
+		s.stats.Ended[FailedBreaker]++
 		s.dequeue(d)
 	}
 	s.park(d)

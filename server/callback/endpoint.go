@@ -12,7 +12,7 @@ import (
 // proxies agree on, and what bounds the memory of a waiting POST.
 const maxEndpoint = 2048
 
-// endpointError says which rule an endpoint URL breaks.
+// endpointError is the rule that an endpoint URL breaks.
 type endpointError string
 
 func (e endpointError) Error() string { return "endpoint: " + string(e) }
@@ -30,7 +30,7 @@ const (
 	errEndpointAddr     endpointError = "address not allowed"
 )
 
-// destKind says by which rule a destination is allowed, and so what its
+// destKind is the rule by which a destination is allowed, and so decides what its
 // addresses may be and whether it is rate-limited.
 type destKind uint8
 
@@ -111,7 +111,7 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
 	}
 	for _, b := range raw {
 		// '#' and '\' are where readers of URLs differ most; the quotes and
-		// angle brackets are the ones that RFC 3986 tells to encode because
+		// angle brackets are the ones that RFC 3986 has encoded, as
 		// they delimit URLs in text.
 		if b <= ' ' || b >= 0x7f || b == '#' || b == '\\' || b == '"' || b == '<' || b == '>' || b == '`' {
 			return nil, nil, errEndpointByte
@@ -162,7 +162,7 @@ func (g *guard) classify(ep *Endpoint, name []byte) error {
 		ep.kind = destListed
 	case !ep.addr.IsValid() && g.allowedNetPort(ep.port):
 		// Some CIDR:PORT entry has the port: its addresses may have any name,
-		// also an internal one, and the dial tells.
+		// also an internal one, and the dial decides.
 	case !defaultPort(ep.port):
 		return errEndpointPortList
 	case ep.addr.IsValid():
@@ -211,17 +211,6 @@ func cutPrefixFold(b []byte, prefix string) ([]byte, bool) {
 	}
 	return b[len(prefix):], true
 }
-
-func lower(b byte) byte {
-	if 'A' <= b && b <= 'Z' {
-		return b + 'a' - 'A'
-	}
-	return b
-}
-
-func isDigit(b byte) bool { return '0' <= b && b <= '9' }
-
-func isHex(b byte) bool { return isDigit(b) || 'a' <= lower(b) && lower(b) <= 'f' }
 
 // splitAuthority takes host and port apart; the host keeps its brackets. A
 // user part has no place in either and is refused with them.
@@ -277,7 +266,9 @@ func appendName(dst, host []byte) ([]byte, error) {
 	}
 	label := 0 // length of the current label
 	for i, b := range host {
-		b = lower(b)
+		if 'A' <= b && b <= 'Z' {
+			b += 'a' - 'A'
+		}
 		switch {
 		case b == '.':
 			if label == 0 || host[i-1] == '-' {
@@ -288,7 +279,7 @@ func appendName(dst, host []byte) ([]byte, error) {
 			if label == 0 {
 				return nil, errEndpointHost
 			}
-		case 'a' <= b && b <= 'z', isDigit(b), b == '_':
+		case 'a' <= b && b <= 'z', '0' <= b && b <= '9', b == '_':
 		default:
 			return nil, errEndpointHost
 		}
@@ -308,26 +299,17 @@ func appendName(dst, host []byte) ([]byte, error) {
 // old spellings (the rule of the WHATWG URL standard).
 func endsInNumber(name []byte) bool {
 	last := name[bytes.LastIndexByte(name, '.')+1:]
-	if len(last) >= 2 && last[0] == '0' && last[1] == 'x' {
-		for _, b := range last[2:] {
-			if !isHex(b) {
-				return false
-			}
-		}
-		return true
+	digits := "0123456789"
+	if hex, ok := bytes.CutPrefix(last, []byte("0x")); ok {
+		last, digits = hex, "0123456789abcdef"
 	}
-	for _, b := range last {
-		if !isDigit(b) {
-			return false
-		}
-	}
-	return true
+	return len(bytes.TrimLeft(last, digits)) == 0
 }
 
 // internalSuffixes end names that the public DNS does not know: reserved by
 // RFC 2606, 6761, 6762, 7686, 8375 and 9476, by ICANN for private use, or in
 // common use inside networks. The dial would refuse most of what they lead
-// to; refusing the text tells the caller, and asks no resolver about them.
+// to; refusing the text informs the caller, and asks no resolver about them.
 var internalSuffixes = map[string]bool{
 	"localhost": true, "localdomain": true, "local": true, "internal": true,
 	"intranet": true, "private": true, "corp": true, "home": true, "lan": true,

@@ -1,6 +1,7 @@
 package callback
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -76,7 +77,7 @@ type selfAddr struct {
 
 // guard decides where callbacks may go: by the text of the URL (parse), and
 // again by the address of every connection at the moment it is made, so that
-// it does not matter what a resolver said before. It does not change once
+// it does not matter what a resolver answered before. It does not change once
 // built.
 type guard struct {
 	hosts    map[hostPort]bool
@@ -98,7 +99,7 @@ type guard struct {
 func newGuard(cfg *Config) (*guard, error) {
 	g := &guard{
 		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
-		resolver:   cfg.Resolver,
+		resolver:   cmp.Or(cfg.Resolver, net.DefaultResolver),
 		tls:        cfg.tls,
 		selfTLS:    cfg.SelfTLS,
 		selfPath:   cfg.SelfPath,
@@ -110,26 +111,21 @@ func newGuard(cfg *Config) (*guard, error) {
 			return d.DialContext(ctx, "tcp", addr)
 		}
 	}
-	if g.resolver == nil {
-		g.resolver = net.DefaultResolver
-	}
 	if err := g.allowAll(cfg.Allow); err != nil {
 		return nil, err
 	}
-	if cfg.SelfAddr != "" {
-		self, err := parseSelf(cfg.SelfAddr)
-		if err != nil {
-			return nil, fmt.Errorf("listen address %q: %w", cfg.SelfAddr, err)
+	for _, own := range []struct {
+		name, addr string
+		to         *selfAddr
+	}{{"listen", cfg.SelfAddr, &g.self}, {"admin listen", cfg.AdminAddr, new(selfAddr)}} {
+		if own.addr == "" {
+			continue
 		}
-		g.self = self
-		g.ownPorts = append(g.ownPorts, self.port)
-	}
-	if cfg.AdminAddr != "" {
-		admin, err := parseSelf(cfg.AdminAddr)
-		if err != nil {
-			return nil, fmt.Errorf("admin listen address %q: %w", cfg.AdminAddr, err)
+		var err error
+		if *own.to, err = parseSelf(own.addr); err != nil {
+			return nil, fmt.Errorf("%s address %q: %w", own.name, own.addr, err)
 		}
-		g.ownPorts = append(g.ownPorts, admin.port)
+		g.ownPorts = append(g.ownPorts, own.to.port)
 	}
 	return g, nil
 }
@@ -272,7 +268,7 @@ func (g *guard) permit(d *destination, addr netip.Addr) error {
 
 // own reports whether addr and port may be this server: a callback there would
 // be a loop, or reach the admin listener. When the machine's addresses cannot
-// be had it says yes.
+// be had, it may be.
 func (g *guard) own(addr netip.Addr, port uint16) bool {
 	if !slices.Contains(g.ownPorts, port) {
 		return false

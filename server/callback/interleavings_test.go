@@ -108,10 +108,10 @@ func (k *scene) works(r *explore.Run, name string, ends ...result) {
 			k.posted = append(k.posted, count{j.ep.url, unique})
 			k.lookAtRate(j.dest)
 			end := ends[min(n, len(ends)-1)]
-			cut := func() bool { return end.kind != resultCut || k.cut }
+			cut := func() bool { return end.kind != Dropped || k.cut }
 			explore.Until(cut, "answer", unsafe.Pointer(&k.cut))
 			if k.cut {
-				end.kind = resultCut
+				end.kind = Dropped
 			}
 			k.s.finish(j, end)
 			k.look()
@@ -218,13 +218,13 @@ func (k *scene) check() error {
 	if st.Reserved+st.Waiting+st.InFlight+k.s.unprovenSlots+k.s.unprovenBusy != 0 {
 		return fmt.Errorf("something is left: %+v, %d places and %d workers of unproven destinations", st, k.s.unprovenSlots, k.s.unprovenBusy)
 	}
-	if posts := st.Delivered + st.FailedStatus + st.FailedTimeout; posts > uint64(len(k.posted)) ||
-		posts+st.Merged+st.Dropped+st.FailedBreaker != uint64(len(k.sent)) {
+	if posts := st.Ended[Delivered] + st.Ended[FailedStatus] + st.Ended[FailedTimeout]; posts > uint64(len(k.posted)) ||
+		posts+st.Ended[Merged]+st.Ended[Dropped]+st.Ended[FailedBreaker] != uint64(len(k.sent)) {
 		return fmt.Errorf("%d were sent, %d POSTs were made: %+v", len(k.sent), len(k.posted), st)
 	}
 	open := 0
 	for key, d := range k.s.dests {
-		if d.entries+d.inFlight != 0 || d.queue != nil {
+		if d.entries+d.inFlight != 0 || len(d.queue) > 0 {
 			return fmt.Errorf("%v has %d places and %d POSTs in flight at the end", key, d.entries, d.inFlight)
 		}
 		if d.open {
@@ -248,7 +248,7 @@ func (k *scene) checkCounts(st Stats) error {
 	}
 	for _, s := range k.sent {
 		posts[s.url]--
-		if st.Dropped+st.FailedBreaker == 0 && last[s.url] < s.unique {
+		if st.Ended[Dropped]+st.Ended[FailedBreaker] == 0 && last[s.url] < s.unique {
 			return fmt.Errorf("%s got the count %d, and was to get %d", s.url, last[s.url], s.unique)
 		}
 	}
@@ -262,8 +262,8 @@ func (k *scene) checkCounts(st Stats) error {
 
 // all is check, and that nothing was dropped.
 func (k *scene) all() error {
-	if st := k.s.Stats(); k.dropped != 0 || st.Dropped != 0 {
-		return fmt.Errorf("the stop has dropped %d of %d", k.dropped, st.Dropped)
+	if st := k.s.Stats(); k.dropped != 0 || st.Ended[Dropped] != 0 {
+		return fmt.Errorf("the stop has dropped %d of %d", k.dropped, st.Ended[Dropped])
 	}
 	return k.check()
 }
@@ -276,10 +276,10 @@ const (
 )
 
 var (
-	delivered = result{kind: resultDelivered}
-	slow      = result{kind: resultDelivered, took: time.Hour}
-	timesOut  = result{kind: resultTimeout, took: time.Hour}
-	hangs     = result{kind: resultCut}
+	delivered = result{kind: Delivered}
+	slow      = result{kind: Delivered, took: time.Hour}
+	timesOut  = result{kind: FailedTimeout, took: time.Hour}
+	hangs     = result{kind: Dropped}
 )
 
 // TestInterleavingsOfMerging: requests name one endpoint while its POST is reserved, waits or

@@ -3,13 +3,14 @@ package callback
 import (
 	"bufio"
 	"bytes"
+	"container/list"
 	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strconv"
-	"sync"
 	"syscall"
 	"time"
 
@@ -17,33 +18,9 @@ import (
 	"github.com/valyala/fasthttp"
 )
 
-// resultKind is how a POST ended.
-type resultKind uint8
-
-const (
-	resultDelivered resultKind = iota
-	resultStatus
-	resultRedirect
-	resultTimeout
-	resultResolve
-	resultConnect
-	resultRefused
-	resultAnswer
-	resultCut
-	resultLimited // its address is at its limits
-)
-
-var resultNames = [...]string{"delivered", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "cut", "limited"}
-
-func (k resultKind) counter(s *Stats) *uint64 {
-	return [...]*uint64{
-		&s.Delivered, &s.FailedStatus, &s.FailedRedirect, &s.FailedTimeout, &s.FailedResolve,
-		&s.FailedConnect, &s.FailedRefused, &s.FailedAnswer, &s.Dropped, &s.FailedLimited,
-	}[k]
-}
-
+// result is how a POST ended.
 type result struct {
-	kind   resultKind
+	kind   Result
 	status int // of the answer, if there was one
 	err    error
 	took   time.Duration
@@ -58,10 +35,10 @@ var (
 // answer says otherwise.
 func (r result) breakerErr() error {
 	switch {
-	case r.kind == resultCut, r.kind == resultLimited:
+	case r.kind == Dropped, r.kind == FailedLimited:
 		return errNotTried
-	case r.kind == resultDelivered, r.kind == resultRedirect,
-		r.kind == resultStatus && r.status < 500 && r.status != fasthttp.StatusTooManyRequests:
+	case r.kind == Delivered, r.kind == FailedRedirect,
+		r.kind == FailedStatus && r.status < 500 && r.status != fasthttp.StatusTooManyRequests:
 		return nil
 	}
 	return errUnhealthy
@@ -81,24 +58,24 @@ func (s *Sender) post(j job) result {
 	}
 
 	// Do, not Post: no redirect is followed.
-	err := j.client.DoTimeout(req, resp, s.cfg.Timeout)
+	err := j.dest.client.DoTimeout(req, resp, s.cfg.Timeout)
 	r := result{err: err, took: time.Since(start)}
 	// The error first: a failed call leaves a status of 200 behind.
 	if err != nil {
 		r.kind = classify(err)
 		if s.exchanges.Err() != nil {
-			r.kind = resultCut
+			r.kind = Dropped
 		}
 		return r
 	}
 	r.status = resp.StatusCode()
 	switch r.status / 100 {
 	case 2:
-		r.kind = resultDelivered
+		r.kind = Delivered
 	case 3:
-		r.kind = resultRedirect
+		r.kind = FailedRedirect
 	default: // 101 too: another protocol was not requested
-		r.kind = resultStatus
+		r.kind = FailedStatus
 	}
 	return r
 }
@@ -120,7 +97,7 @@ func setRequest(req *fasthttp.Request, d *destination, ep Endpoint) {
 	uri.SetPath(ep.target)
 }
 
-func classify(err error) resultKind {
+func classify(err error) Result {
 	var (
 		dnsErr  *net.DNSError
 		dialErr dialError
@@ -128,17 +105,17 @@ func classify(err error) resultKind {
 	)
 	switch {
 	case errors.Is(err, errLimited):
-		return resultLimited
+		return FailedLimited
 	case errors.Is(err, errRefused):
-		return resultRefused
+		return FailedRefused
 	case errors.As(err, &dnsErr):
-		return resultResolve
+		return FailedResolve
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return resultTimeout
+		return FailedTimeout
 	case errors.As(err, &dialErr):
-		return resultConnect
+		return FailedConnect
 	}
-	return resultAnswer
+	return FailedAnswer
 }
 
 // body returns the body of a POST that is sent now.
@@ -164,27 +141,28 @@ func (e dialError) Unwrap() error { return e.err }
 
 // client sends the POSTs of one destination. fasthttp's HostClient bounds the
 // time of a POST and repeats it; the connections are the client's own, because
-// HostClient starts a goroutine that cleans its pool, for each destination. Here
-// trim does that for all.
+// HostClient starts a goroutine that cleans its pool, for each destination.
 type client struct {
 	fasthttp.HostClient
-	sender  *Sender
-	dest    *destination
-	connect dialFunc
-
-	mu   sync.Mutex
-	idle []*pooled // the one used last is at the end; guarded by mu
+	sender *Sender
+	dest   *destination
+	idle   []*pooled // those of Sender.idle that are its own, in the same order
 }
 
 // pooled is a connection of a client.
 type pooled struct {
 	net.Conn
-	made time.Time
-	used bool // by an exchange before: its peer may have closed it meanwhile
+	client *client
+	made   time.Time
+	used   bool // by an exchange before: its peer may have closed it meanwhile
+
+	// While it is idle.
+	since time.Time
+	place *list.Element // in Sender.idle
 }
 
 func (s *Sender) newClient(d *destination) *client {
-	h := &client{sender: s, dest: d, connect: s.limitedDial(d)}
+	h := &client{sender: s, dest: d}
 	h.HostClient = fasthttp.HostClient{
 		Addr:                      net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
 		IsTLS:                     d.tls,
@@ -209,43 +187,70 @@ func (s *Sender) newClient(d *destination) *client {
 // get returns the idle connection that was used last, or dials. TLS is done by
 // the dial, within the time of the exchange.
 func (h *client) get(timeout time.Duration) (*pooled, error) {
-	h.mu.Lock()
+	s := h.sender
+	s.mu.Lock()
 	if n := len(h.idle); n > 0 {
 		conn := h.idle[n-1]
-		h.idle[n-1] = nil
-		h.idle = h.idle[:n-1]
-		h.mu.Unlock()
+		s.takeOut(conn, n-1)
+		s.mu.Unlock()
 		return conn, nil
 	}
-	h.mu.Unlock()
-	ctx, cancel := context.WithTimeout(h.sender.exchanges, timeout)
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(s.exchanges, timeout)
 	defer cancel()
-	conn, err := h.sender.guard.dial(ctx, h.dest, h.connect)
+	conn, err := s.guard.dial(ctx, h.dest, s.limitedDial(h.dest))
 	if err != nil {
 		return nil, dialError{err}
 	}
-	return &pooled{Conn: conn, made: time.Now()}, nil
+	return &pooled{Conn: conn, client: h, made: time.Now()}, nil
 }
 
+// put keeps conn for the next POST. If too many connections are idle, it closes the one that
+// has been idle for longest.
 func (h *client) put(conn *pooled) {
-	conn.used = true
-	h.mu.Lock()
-	defer h.mu.Unlock()
+	s := h.sender
+	s.mu.Lock()
+	conn.used, conn.since, conn.place = true, time.Now(), s.idle.PushBack(conn)
 	h.idle = append(h.idle, conn)
-}
-
-func (h *client) idleConns() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.idle)
+	surplus := s.takeIdle(time.Time{}, maxIdleConns)
+	s.mu.Unlock()
+	closeAll(surplus)
 }
 
 func (h *client) closeIdle() {
-	h.mu.Lock()
-	idle := h.idle
-	h.idle = nil
-	h.mu.Unlock()
+	h.sender.mu.Lock()
+	idle := slices.Clone(h.idle)
 	for _, conn := range idle {
+		h.sender.takeOut(conn, 0)
+	}
+	h.sender.mu.Unlock()
+	closeAll(idle)
+}
+
+// takeIdle takes out the connections that have been idle since before the time given, and
+// the oldest of the others until at most that many are left. s.mu is held. The caller
+// closes them without it.
+func (s *Sender) takeIdle(before time.Time, most int) (taken []*pooled) {
+	for e := s.idle.Front(); e != nil; e = s.idle.Front() {
+		conn := e.Value.(*pooled)
+		if s.idle.Len() <= most && !conn.since.Before(before) {
+			break
+		}
+		s.takeOut(conn, 0) // it is the oldest of its client, too
+		taken = append(taken, conn)
+	}
+	return taken
+}
+
+// takeOut takes an idle connection, which is the one at that place of its client, for a
+// POST or to be closed. s.mu is held.
+func (s *Sender) takeOut(conn *pooled, at int) {
+	s.idle.Remove(conn.place)
+	conn.client.idle = slices.Delete(conn.client.idle, at, at+1)
+}
+
+func closeAll(conns []*pooled) {
+	for _, conn := range conns {
 		_ = conn.Close()
 	}
 }
@@ -323,14 +328,14 @@ func connectionDead(err error) bool {
 
 func (s *Sender) logResult(ep Endpoint, r result) {
 	sampler, level := &s.failLog, zerolog.WarnLevel
-	if r.kind == resultDelivered {
+	if r.kind == Delivered {
 		sampler, level = &s.okLog, zerolog.InfoLevel
 	}
 	hidden, ok := sampler.Allow(time.Now())
 	if !ok {
 		return
 	}
-	line := s.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", resultNames[r.kind]).Dur("took_ms", r.took)
+	line := s.cfg.Log.WithLevel(level).Str("url", ep.logURL()).Str("result", r.kind.String()).Dur("took_ms", r.took)
 	if r.status != 0 {
 		line = line.Int("status", r.status)
 	}
@@ -340,7 +345,7 @@ func (s *Sender) logResult(ep Endpoint, r result) {
 	line.Err(r.err).Msg("callback")
 }
 
-// logHidden says how many results were not logged, when none follows to say it.
+// logHidden logs how many results were not logged, if no later one has reported that.
 func (s *Sender) logHidden() {
 	if n := s.okLog.TakeHidden(); n > 0 {
 		s.cfg.Log.Info().Uint64("hidden", n).Str("result", "delivered").Msg("callback results not logged")

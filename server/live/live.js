@@ -1,8 +1,7 @@
 "use strict";
 (() => {
-  // The server speaks every quarter of a second; so long a silence is a broken
-  // connection, even where nothing says so.
-  const silence = 3000;
+  const pause = 250; // ms between two requests: as often as a person can read a growing number
+  const silence = 3000; // an answer that takes longer is a broken connection
   const firstRetry = 1000, lastRetry = 10000; // ms
   const slots = 60; // windows shown
   const fewest = 12; // the chart has room for so many, and for more as they come
@@ -10,6 +9,25 @@
   const $ = (id) => document.getElementById(id);
   const whole = new Intl.NumberFormat("en");
   const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+  // changed reports whether what an element shows is to be made anew.
+  const shown = {};
+  const changed = (id, of) => {
+    const made = JSON.stringify(of);
+    if (shown[id] === made) return false;
+    shown[id] = made;
+    return true;
+  };
+  // row makes a row of a table, with its first cell as its head.
+  const row = (cells) => {
+    const tr = document.createElement("tr");
+    cells.forEach((words, i) => {
+      const cell = document.createElement(i ? "td" : "th");
+      if (!i) cell.scope = "row";
+      cell.textContent = words;
+      tr.append(cell);
+    });
+    return tr;
+  };
   const text = (id, s) => { const e = $(id); if (e.textContent !== s) e.textContent = s; };
   const at = (ms) => new Date(ms).toISOString();
 
@@ -38,10 +56,8 @@
 
   function show(m) {
     now = m;
-    if (m.rates) {
-      if (m.all) samples = [];
-      samples = samples.concat(m.rates).slice(-m.rates_kept);
-    }
+    if (m.all) samples = [];
+    samples = samples.concat(m.rates || []).slice(-m.rates_kept);
     const closed = m.windows ? m.windows.slice().reverse() : m.all ? [] : windows.slice(0, -1);
     const turned = windows.length > 0 && m.windows;
     windows = closed.slice(-(slots - 1)).concat([m.open]);
@@ -123,13 +139,12 @@
   const bytes = (n) => n < 1e9 ? Math.round(n / 1e6) + " MB" : (n / 1e9).toFixed(1) + " GB";
 
   function memory(m) {
+    const all = m.resident_bytes ? bytes(m.resident_bytes) + " " : "";
     const ids = bytes(m.id_bytes) + " for ids" + (m.max_id_bytes ? ", at most " + bytes(m.max_id_bytes) : "");
-    const made = (m.resident_bytes ? bytes(m.resident_bytes) : "") + "|" + ids;
-    if ($("memory").dataset.made === made) return;
-    $("memory").dataset.made = made;
+    if (!changed("memory", [all, ids])) return;
     const small = document.createElement("small");
     small.textContent = ids;
-    $("memory").replaceChildren(...(m.resident_bytes ? [bytes(m.resident_bytes) + " "] : []), small);
+    $("memory").replaceChildren(all, small);
   }
 
   // readiness shows in the header, in a banner, in the title and in the icon whether
@@ -163,11 +178,9 @@
   };
   const names = { dedup: "Ids", server: "Server", spool: "Spool", kafka: "Kafka", file: "Counts file", redis: "Redis", clock: "Clock", admin: "Admin listener" };
 
-  let checksShown = "";
   function checks(m) {
-    const r = m.ready, made = JSON.stringify([r.ready, r.checks, m.sinks]);
-    if (made !== checksShown) {
-      checksShown = made;
+    const r = m.ready;
+    if (changed("checks", [r.checks, m.failing, m.sinks])) {
       $("checks").replaceChildren(...Object.entries(r.checks).map(([name, c]) => {
         // What answering ids does not need is a warning.
         const light = c.ok ? "good" : (m.failing || []).includes(name) ? "warn" : "bad";
@@ -206,22 +219,11 @@
   }
 
   // keys lists the largest keys of the open window with their part of it.
-  let keysShown = "";
   function keys(m) {
-    const list = m.keys || [], made = JSON.stringify([m.open.keys, list]);
-    if (made === keysShown) return;
-    keysShown = made;
+    const list = m.keys || [];
+    if (!changed("keys", [m.open.keys, list])) return;
     $("keys-card").hidden = list.length === 0;
-    $("keys").replaceChildren(...list.map((k) => {
-      const row = document.createElement("tr");
-      for (const [kind, words] of [["th", k.key], ["td", whole.format(k.unique)], ["td", percent(k.share) + " %"]]) {
-        const cell = document.createElement(kind);
-        cell.textContent = words;
-        if (kind === "th") cell.scope = "row";
-        row.append(cell);
-      }
-      return row;
-    }));
+    $("keys").replaceChildren(...list.map((k) => row([k.key, whole.format(k.unique), percent(k.share) + " %"])));
     const more = (m.open.keys || 0) - list.length;
     text("keys-more", more > 0 ? "and " + whole.format(more) + (more === 1 ? " more key" : " more keys") : "");
   }
@@ -232,22 +234,13 @@
   // are neither usual nor harmless are faults.
   function results(id, list, usual, harmless = []) {
     const rows = list.filter((r) => r.count > 0 || usual.includes(r.result));
-    const body = $(id);
-    while (body.rows.length > rows.length) body.deleteRow(-1);
-    rows.forEach((r, i) => {
-      let row = body.rows[i];
-      if (!row) {
-        row = body.insertRow();
-        const th = document.createElement("th");
-        th.scope = "row";
-        row.append(th, document.createElement("td"));
-      }
-      row.dataset.result = r.result;
-      row.className = usual.includes(r.result) || harmless.includes(r.result) ? "" : "fault";
-      const words = r.result.replaceAll("_", " "), count = whole.format(r.count);
-      if (row.cells[0].textContent !== words) row.cells[0].textContent = words;
-      if (row.cells[1].textContent !== count) row.cells[1].textContent = count;
-    });
+    if (!changed(id, rows)) return;
+    $(id).replaceChildren(...rows.map((r) => {
+      const tr = row([r.result.replaceAll("_", " "), whole.format(r.count)]);
+      tr.dataset.result = r.result;
+      tr.className = usual.includes(r.result) || harmless.includes(r.result) ? "" : "fault";
+      return tr;
+    }));
   }
 
   // ---- charts
@@ -343,8 +336,6 @@
     return [0, 1, 2, 3].map((k) => s.map((v) => v[k]));
   }
 
-  let tableShown = null;
-
   function draw() {
     if (!charts) build();
     charts.windows.setData(barData());
@@ -392,10 +383,7 @@
   }
 
   function table() {
-    if (!$("table").open) return;
-    const made = JSON.stringify(windows);
-    if (made === tableShown) return;
-    tableShown = made;
+    if (!$("table").open || !changed("table", windows)) return;
     const columns = ["window (UTC)", ...(now.shared ? ["unique, whole group", "unique, this instance", "duplicates, this instance"] : ["unique", "duplicates"]), "record", "notes"];
     $("table").querySelector("thead tr").replaceChildren(...columns.map((name) => {
       const th = document.createElement("th");
@@ -404,14 +392,9 @@
       return th;
     }));
     $("table").querySelector("tbody").replaceChildren(...windows.slice().reverse().map((w) => {
-      const tr = document.createElement("tr");
       const start = Date.parse(w.window_start);
       const day = at(start).slice(0, 10);
-      for (const s of [(day === at(now.time).slice(0, 10) ? "" : day + " ") + clock(start), ...(now.shared ? [figure(unique(w))] : []), whole.format(w.unique), whole.format(w.duplicates), w.state, notes(w).slice(2)]) {
-        const td = document.createElement("td");
-        td.textContent = s;
-        tr.append(td);
-      }
+      const tr = row([(day === at(now.time).slice(0, 10) ? "" : day + " ") + clock(start), ...(now.shared ? [figure(unique(w))] : []), whole.format(w.unique), whole.format(w.duplicates), w.state, notes(w).slice(2)]);
       const record = tr.cells[columns.length - 2], mark = document.createElement("i");
       record.dataset.state = w.state;
       mark.setAttribute("aria-hidden", "true");
@@ -450,12 +433,11 @@
 
   // ---- the connection
 
-  let heard = 0, tries = 0, stream = null, retryAt = 0, ended = "";
+  let asking = false, tries = 0, retryAt = 0;
+  let has = ""; // what the page has, in the words of the server
 
   function live() {
-    heard = performance.now();
     tries = 0;
-    ended = "";
     if (!$("lost").hidden) text("said", "Connected again.");
     $("lost").hidden = true;
     $("lost-why").textContent = "";
@@ -463,8 +445,6 @@
   }
 
   function lost(why) {
-    if (stream) stream.abort();
-    stream = null;
     const wait = Math.min(firstRetry * 2 ** tries++, lastRetry);
     retryAt = performance.now() + wait;
     $("link").dataset.state = "lost";
@@ -473,7 +453,7 @@
     $("alarm").hidden = true;
     text("alarm-what", "");
     $("lost").hidden = false;
-    text("lost-why", ended || why);
+    text("lost-why", why);
     $("main").classList.toggle("stale", now !== null);
     document.title = "not connected · Verve";
     countdown();
@@ -484,54 +464,29 @@
     text("lost-when", (now ? "The figures below are those of " + clock(Math.floor(now.time / 1000) * 1000) + ". " : "") + (s ? "Trying again in " + s + " s." : "Trying again."));
   }
 
-  // connect reads server-sent events by fetch: unlike EventSource it says why a
-  // server refuses.
-  async function connect() {
-    if (stream) stream.abort();
-    const mine = stream = new AbortController();
-    retryAt = 0;
-    heard = performance.now();
-    let why = now ? "Connection lost." : "No connection to the server.";
+  async function ask() {
+    asking = true;
+    const stopping = now && now.ready.checks.server.reason === "shutting down";
+    let m = null, why = !now ? "No connection to the server." : stopping ? "The server is stopping." : "Connection lost.";
     try {
-      const answer = await fetch("api/live", { signal: mine.signal, cache: "no-store", headers: { Accept: "text/event-stream" } });
-      if (!answer.ok) {
-        why = answer.status === 503 ? (await answer.text()).trim() : "The server answers " + answer.status + ".";
-        throw new Error(why);
-      }
-      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-      for (let buffer = ""; ;) {
-        const { value, done } = await reader.read();
-        if (done) break;
-        const events = (buffer + value).split("\n\n");
-        buffer = events.pop();
-        for (const event of events) {
-          if (mine !== stream) return;
-          const field = (name) => event.split("\n").filter((l) => l.startsWith(name + ": ")).map((l) => l.slice(name.length + 2)).join("\n");
-          const data = field("data");
-          if (field("event") === "end") ended = data;
-          else if (data) { show(JSON.parse(data)); live(); }
-        }
-      }
-    } catch (e) {
-      if (!(e instanceof TypeError) && e.name !== "AbortError" && e.message !== why) console.error(e);
-    }
-    if (mine === stream) lost(why);
+      const answer = await fetch("api/live?has=" + has, { signal: AbortSignal.timeout(silence), cache: "no-store" });
+      if (answer.ok) m = await answer.json();
+      else why = "The server answers " + answer.status + ".";
+    } catch { } // no connection, or no answer in time
+    asking = false;
+    if (!m) return lost(why);
+    has = m.has;
+    show(m);
+    live();
   }
 
+  // A page that nobody looks at asks for nothing.
   setInterval(() => {
-    if (document.hidden) return;
-    if (stream && performance.now() - heard > silence) lost("Connection lost.");
-    else if (!stream && retryAt) {
-      countdown();
-      if (performance.now() >= retryAt) connect();
-    }
-  }, 250);
+    if (document.hidden || asking) return;
+    if (performance.now() >= retryAt) ask();
+    else countdown();
+  }, pause);
 
-  $("again").addEventListener("click", () => { tries = 0; connect(); });
-  // A page that nobody looks at leaves its place to others.
-  document.addEventListener("visibilitychange", () => {
-    if (!document.hidden) connect();
-    else if (stream) { stream.abort(); stream = null; retryAt = 0; }
-  });
-  connect();
+  $("again").addEventListener("click", () => { tries = retryAt = 0; });
+  ask();
 })();
