@@ -1,8 +1,6 @@
 package redis
 
 import (
-	"time"
-
 	"verve/counter"
 	"verve/dedup"
 )
@@ -53,17 +51,6 @@ func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
 		return dedup.Replayed
 	}
 	return dedup.Repeat
-}
-
-// behind is the event for a retry of an attempt that was counted in the window behind s:
-// another instance has turned before this one. Asking there gives it its answer. If the
-// window is far from its end, the clock of the other instance is wrong, and this one
-// is not to follow it.
-func (l *lane) behind(s *redisEpoch) event {
-	if s.end-int64(time.Since(l.r.start)) < int64(l.r.cfg.MaxSkew) {
-		return eventBehind
-	}
-	return eventFarBehind
 }
 
 // countUnder counts an id that was answered as new under its key, for what this instance

@@ -521,13 +521,19 @@ func (l *lane) resolve(j *job, a reply) {
 		}
 	case modeAdd, modeLook:
 		for i, en := range j.entries {
-			code := byte('3')
+			ev := eventInDoubt
 			if i < len(a.codes) {
-				code = a.codes[i]
+				ev = eventOf[a.codes[i]]
+			}
+			// Asking in the window behind gives a retry its answer. But if that is far away the
+			// clock of the instance that has opened it is wrong, and this one does not follow.
+			if ev == eventBehind && j.epoch.end-int64(time.Since(l.r.start)) >= int64(l.r.cfg.MaxSkew) {
+				ev = eventFarBehind
 			}
 			en.seq = l.seq
-			if l.step(en, l.found(en, code), nil); en.phase == finished {
-				l.reuse(en)
+			if l.step(en, ev, nil); en.phase == finished && len(l.spare) < maxSpares {
+				en.key.epoch, en.named = nil, nil
+				l.spare = append(l.spare, en)
 			}
 		}
 		clear(j.entries)
@@ -536,25 +542,4 @@ func (l *lane) resolve(j *job, a reply) {
 	for _, q := range j.asked {
 		q.done <- nil
 	}
-}
-
-// found is the event that the code of a batch that adds makes known to an entry.
-func (l *lane) found(en *entry, code byte) event {
-	switch code {
-	case '1':
-		return eventAdded
-	case '0':
-		return eventThere
-	case '6':
-		return eventThereAs
-	case '4':
-		return eventFull
-	case '9':
-		return eventKeysFull
-	case '7':
-		return eventBefore
-	case '8':
-		return l.behind(en.key.epoch)
-	}
-	return eventInDoubt
 }

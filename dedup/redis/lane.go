@@ -76,8 +76,7 @@ type lane struct {
 	seq uint64
 
 	// What batches leave behind for the next ones, which then allocate little.
-	spare   *entry   // chained
-	spares  int      // of them
+	spare   []*entry // finished
 	entries []*entry // empty
 	packed  []byte
 
@@ -122,7 +121,7 @@ type entry struct {
 	named *named // what the request named that it is sent for; nil: nothing
 	seq   uint64 // of the batch that added it, where it is untold or taking
 	asks  []*ask // those who wait, in the order in which they began; also those of another attempt
-	chain *entry // of pendingIDs, or of what is spare
+	chain *entry // of pendingIDs
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -196,10 +195,9 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 
 // enter queues an entry for an id. l.mu is held.
 func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
-	en := l.spare
-	if en != nil {
-		l.spare, en.chain = en.chain, nil
-		l.spares--
+	var en *entry
+	if n := len(l.spare); n > 0 {
+		en, l.spare = l.spare[n-1], l.spare[:n-1]
 	} else {
 		en = new(entry)
 	}
@@ -207,16 +205,6 @@ func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 	l.pending.add(en)
 	l.queue = append(l.queue, en)
 	return en
-}
-
-// reuse takes back an entry that is finished and in no list, and that nobody waits
-// for. l.mu is held.
-func (l *lane) reuse(en *entry) {
-	if l.spares < maxSpares {
-		en.key.epoch, en.named = nil, nil
-		l.spare, en.chain = en, l.spare
-		l.spares++
-	}
 }
 
 // unlock lets go of l.mu and wakes those who were answered meanwhile. They would
@@ -282,7 +270,15 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	} else if was.uncertain && !next.uncertain {
 		r.ledger.addUncertain(s.admission, -1)
 	}
-	if next.phase == finished && was.phase != finished {
+	switch {
+	case next.phase == was.phase:
+	case next.phase == queued && ev == eventInDoubt:
+		l.postponed = append(l.postponed, en)
+	case next.phase == queued:
+		l.queue = append(l.queue, en)
+	case next.phase == untold:
+		l.untold = append(l.untold, en)
+	case next.phase == finished:
 		l.pending.remove(en)
 		r.pending.Add(-1)
 	}
@@ -300,14 +296,6 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 		// l.mu is held, so a request that no longer finds the id pending finds it in Local. An
 		// id without room there takes a trip next time.
 		_, _ = r.cfg.Local.Learn(e, s.view, en.key.id)
-	}
-	switch fx.place {
-	case inQueue:
-		l.queue = append(l.queue, en)
-	case inPostponed:
-		l.postponed = append(l.postponed, en)
-	case inUntold:
-		l.untold = append(l.untold, en)
 	}
 	switch fx.to {
 	case attemptAnswered, thereAnswered:
