@@ -45,13 +45,6 @@ func atLeast(n string) uint64 {
 	return least
 }
 
-// count notes what this process, the member, has answered in the epoch so far.
-func (e *ledgerEpoch) count(member string) {
-	if e.told != nil && e.decided == nil {
-		e.answers.note(member, strconv.FormatUint(e.told(), 10)+"+")
-	}
-}
-
 // final notes and returns what this process has answered in an epoch that it has left, and
 // with refusals, when all is taken back that can be, whether ids that it has refused may be in
 // Redis.
@@ -60,11 +53,11 @@ func (l *Ledger) final(s counter.Span, unique uint64, refusals bool) string {
 	defer l.mu.Unlock()
 	n := strconv.FormatUint(unique, 10)
 	if e := l.find(s); e != nil {
-		e.answers.note(l.cfg.Member, n)
-		e.told = nil
+		e.answers.note(l.member, n)
+		e.unique = nil
 		if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
 			n += "?"
-			e.answers.note(l.cfg.Member, n)
+			e.answers.note(l.member, n)
 		}
 	}
 	return n
@@ -85,9 +78,9 @@ func sessions(members []string) (list []string) {
 // which publishes it, as the other one may have died before, or have got no answer.
 func (l *Ledger) explain(s counter.Span, decides bool) {
 	l.mu.Lock()
-	why, e := "", l.find(s)
-	if e != nil && e.decided != nil && !e.explained && (decides || time.Now().Before(l.lead)) {
-		why, e.explained = e.decided.why, true
+	why := ""
+	if e := l.find(s); e != nil && e.decided != nil && (decides || time.Now().Before(l.lead)) {
+		why, e.decided.why = e.decided.why, "" // it is logged once
 	}
 	l.mu.Unlock()
 	if why != "" {

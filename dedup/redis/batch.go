@@ -345,7 +345,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.r.counts.batches.Add(1)
 	now, noting := l.r.now.Load(), "0" // whether Redis notes the time, and that ids are uncertain
 	switch {
-	case j.epoch.uncertain.Load() > 0:
+	case j.epoch.group.uncertain.Load() > 0:
 		noting = "2"
 	case now-l.ticked > int64(noteTime) || len(j.asked) > 0:
 		noting = "1"

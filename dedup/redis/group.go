@@ -27,7 +27,6 @@ type epochLedger interface {
 	Yield()
 	Delivered(ctx context.Context, s counter.Span) error
 	Leave(ctx context.Context) (others int, heard time.Duration, err error)
-	Others(ctx context.Context) (others int, heard time.Duration, err error)
 }
 
 // Records is where the records of the group go: the spool of this instance, as
@@ -322,7 +321,7 @@ func (g *Group) Leave(ctx context.Context) error {
 	// One that was heard before this one left may be dead, or leave as well.
 	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
 		if err = retry.Sleep(ctx, leavePoll); err == nil {
-			others, heard, err = g.ledger.Others(ctx)
+			others, heard, err = g.ledger.Leave(ctx)
 		}
 	}
 	if err != nil {

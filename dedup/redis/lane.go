@@ -174,7 +174,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 		return dedup.Unique, nil, nil
 	case en != nil && en.alone:
 		return s.again(l.i, en.named, m), nil, nil
-	case s.refused.Load() || r.ledger.standing.Load() == outside:
+	case s.group.refused.Load() || r.ledger.standing.Load() == outside:
 		return 0, nil, errOutside
 	case l.down || r.health.refused.Load():
 		v, err := l.decideAlone(e, key, en, enc, m)
@@ -266,9 +266,9 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	next, fx := en.now().on(ev)
 	en.state = next
 	if next.uncertain && !was.uncertain {
-		r.ledger.addUncertain(s.admission, 1)
+		r.ledger.addUncertain(s.group, 1)
 	} else if was.uncertain && !next.uncertain {
-		r.ledger.addUncertain(s.admission, -1)
+		r.ledger.addUncertain(s.group, -1)
 	}
 	switch {
 	case next.phase == was.phase:

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
-	"github.com/rs/zerolog"
 
 	"verve/counter"
 	"verve/dedup"
@@ -67,18 +66,6 @@ const (
 	forgetMember = 10 * time.Minute
 )
 
-// ledgerConfig of a Ledger. All fields but FailOpen are required.
-type ledgerConfig struct {
-	Group    string
-	Member   string // unique for each process
-	Window   time.Duration
-	MaxSkew  time.Duration // the clocks of the members differ by less, as a rule
-	FailOpen bool
-	IDs      groupIDs
-	File     string         // where answers are kept over a restart; empty: they are not
-	Log      zerolog.Logger // which members have another window, why a record is not exact
-}
-
 // groupIDs is what a Ledger needs of a Set, which documents it.
 type groupIDs interface {
 	conn() (rueidis.Client, error)
@@ -103,9 +90,11 @@ type groupIDs interface {
 //
 // All methods are safe for concurrent use.
 type Ledger struct {
-	cfg  ledgerConfig
-	keys ledgerKeys
-	wake chan struct{} // capacity 1: an epoch was opened
+	cfg    Config
+	member string // the name of this one, unique for each process
+	ids    groupIDs
+	keys   ledgerKeys
+	wake   chan struct{} // capacity 1: an epoch was opened
 
 	beating  sync.Mutex // one beat at a time
 	left     atomic.Bool
@@ -151,32 +140,26 @@ const (
 
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
 
-// admission says whether ids may be added to an epoch.
-type admission struct {
-	known   chan struct{} // closed when the group has the epoch
-	refused atomic.Bool   // the group does not take it
-	// Ids that are answered 503, or soon will be, and may be in Redis: see addUncertain.
-	uncertain    atomic.Int64
-	wasUncertain atomic.Bool // there were some
-}
-
-// ledgerEpoch is an epoch that this process has opened or sealed.
+// ledgerEpoch is an epoch that this process has opened or sealed. Ledger.mu guards all but the
+// first fields, which the Set uses, too.
 type ledgerEpoch struct {
-	span counter.Span
-	*admission
-	told           func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
+	known        chan struct{} // closed when the group has the epoch
+	refused      atomic.Bool   // the group does not take it: no id may be added
+	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
+	wasUncertain atomic.Bool   // there were some
+
+	span           counter.Span
+	unique         func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers        answers        // what each member has given, as far as this process knows
 	registered     bool           // the group has it
 	late           bool           // it was refused for a time
 	asks           bool           // this process has not opened it: it only asks what there is of it
 	uncertainSent  bool           // the last beat had that it has uncertain ids
 	uncertainKnown bool           // the group knows
-	reported       *counter.Count // what this process has said of it
+	reported       *counter.Count // what this process has reported of it
 	reportedAt     time.Time
 	decided        *decision // what it came to, as far as this process knows
-	explained      bool      // why that is not exact is in the log
-
-	contradicted bool // the group says otherwise, which is logged
+	contradicted   bool      // the group has another decision, which is logged
 }
 
 // maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
@@ -192,8 +175,8 @@ const maxUnnamed = 64
 // what an old state of it has, or a slot that moved back.
 const maxPast = 4096
 
-func openLedger(cfg ledgerConfig) *Ledger {
-	l := &Ledger{unkept: logline.Sampler{Every: failureLogEvery}, cfg: cfg, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1)}
+func openLedger(cfg Config, member string, ids groupIDs) *Ledger {
+	l := &Ledger{cfg: cfg, member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
 	l.recall()
 	return l
 }
@@ -257,57 +240,30 @@ func flag(b bool) string {
 }
 
 // exec runs a script with a bounded wait.
-func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) ([]rueidis.RedisMessage, error) {
+func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) rueidis.RedisResult {
 	ctx, cancel := context.WithTimeout(ctx, ledgerWait)
 	defer cancel()
-	client, err := l.cfg.IDs.conn()
+	client, err := l.ids.conn()
 	if err != nil {
-		return nil, err
+		return rueidis.NewErrorResult(err)
 	}
-	m, err := s.Exec(ctx, client, keys, args).ToMessage()
-	if err != nil {
-		return nil, err
-	}
-	if m.IsArray() {
-		return m.ToArray()
-	}
-	return []rueidis.RedisMessage{m}, nil
-}
-
-// texts returns the parts of an answer, each of which is a string.
-func texts(parts []rueidis.RedisMessage) ([]string, error) {
-	return each(parts, (*rueidis.RedisMessage).ToString)
-}
-
-// numbers is texts for numbers.
-func numbers(parts []rueidis.RedisMessage) ([]int64, error) {
-	return each(parts, (*rueidis.RedisMessage).AsInt64)
-}
-
-func each[T any](parts []rueidis.RedisMessage, read func(*rueidis.RedisMessage) (T, error)) (list []T, err error) {
-	list = make([]T, len(parts))
-	for i := range parts {
-		if list[i], err = read(&parts[i]); err != nil {
-			return nil, err
-		}
-	}
-	return list, nil
+	return s.Exec(ctx, client, keys, args)
 }
 
 // Opened notes an epoch that requests may enter; the next beat registers it, and
 // says so in what is returned. It takes no time.
 //
-// told counts what this process has answered as new in it, at least.
-func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
+// unique counts what this process has answered as new in it, at least.
+func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	e.told, e.asks = told, false
+	e.unique, e.asks = unique, false
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}
 	nudge(l.wake)
-	return e.admission
+	return e
 }
 
 // place returns the epoch, and makes a place for it if there is none. If there are too many
@@ -317,7 +273,7 @@ func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	if e != nil {
 		return e
 	}
-	e = &ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
+	e = &ledgerEpoch{span: s, answers: answers{}, known: make(chan struct{})}
 	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e *ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
 	l.epochs = slices.Delete(l.epochs, 0, max(0, len(l.epochs)-maxLedgerEpochs))
@@ -344,11 +300,7 @@ func (l *Ledger) drop(s counter.Span) {
 // If this process knows that a record is delivered, Redis has gone back to an older state,
 // and Reconcile marks the epoch again.
 func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, error) {
-	out, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)})
-	var names []string
-	if err == nil {
-		names, err = texts(out)
-	}
+	names, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)}).AsStrSlice()
 	if err != nil {
 		return nil, fmt.Errorf("ledger: list epochs: %w", err)
 	}
@@ -375,7 +327,7 @@ func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, erro
 // none. It tries until ctx ends.
 func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
 	for {
-		client, err := l.cfg.IDs.conn()
+		client, err := l.ids.conn()
 		if err == nil {
 			var g []string
 			if g, err = client.Do(ctx, client.B().Hmget().Key(l.keys.length).Field("last", "span").Build()).AsStrSlice(); err == nil {
@@ -410,17 +362,13 @@ func (l *Ledger) Yield() {
 // the group has the line, and else whether this member writes it: the lead of a
 // member that is gone is taken.
 func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
-	out, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
-	if err != nil {
-		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
-	}
-	what, err := out[0].AsInt64()
+	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.member, ms(leadLease)}).ToString()
 	if err != nil {
 		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return counter.Claim{Mine: what == 1, Written: what == 2, Unknown: !s.End().After(l.unclaimed)}, nil
+	return counter.Claim{Mine: what == "mine", Written: what == "written", Unknown: !s.End().After(l.unclaimed)}, nil
 }
 
 // LinesUnknown makes Claim report, for epochs that ended at or before upTo, that an earlier
@@ -433,8 +381,7 @@ func (l *Ledger) LinesUnknown(upTo time.Time) {
 
 // Written says that the line is in a counts file of the group.
 func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
-	_, err := l.exec(ctx, writtenScript, []string{l.keys.ofEpoch(s)}, []string{ms(keepUndelivered)})
-	if err != nil {
+	if err := l.exec(ctx, writtenScript, []string{l.keys.ofEpoch(s)}, []string{ms(keepUndelivered)}).Error(); err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	return nil
@@ -443,14 +390,13 @@ func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
 // Delivered marks the record of the epoch as visible for good.
 func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
-	_, err := l.exec(ctx, deliveredScript,
-		[]string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{spanName(s), ms(keep)})
+	err := l.exec(ctx, deliveredScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{spanName(s), ms(keep)}).Error()
 	if err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	if d := l.decided(s); d != nil && d.under > 0 {
 		// If it fails they expire in a week.
-		if err := l.cfg.IDs.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
+		if err := l.ids.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
 			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")
 		}
 	}
@@ -460,42 +406,30 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	return nil
 }
 
-// Leave takes this member out of the group: nobody waits for it any more. It
-// returns how many others are alive, and how long ago one was heard.
+// Leave takes this member out of the group: no seal waits for it any more. It returns how
+// many others are alive, and how long ago the last beat of one was; called again, as of then.
 func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
 	_ = l.beat(ctx, true)
-	l.left.Store(true) // no beat undoes it
-	l.beating.Lock()
-	defer l.beating.Unlock()
-	l.mu.Lock()
-	l.lead = time.Time{}
-	l.mu.Unlock()
-	l.keep(true)
-	return l.whoIsThere(ctx, true)
-}
-
-// Others returns what Leave does, and leaves nothing.
-func (l *Ledger) Others(ctx context.Context) (others int, heard time.Duration, err error) {
-	return l.whoIsThere(ctx, false)
-}
-
-func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration, error) {
-	out, err := l.exec(ctx, othersScript,
-		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
-		[]string{l.cfg.Member, ms(memberTTL), flag(leave), l.unsettled()})
-	if err != nil {
-		return 0, 0, fmt.Errorf("ledger: %w", err)
+	if !l.left.Swap(true) { // from here on no beat is sent, which would undo it
+		l.beating.Lock()
+		defer l.beating.Unlock()
+		l.mu.Lock()
+		l.lead = time.Time{}
+		l.mu.Unlock()
+		l.keep(true)
 	}
-	n, err := numbers(out[:2])
+	n, err := l.exec(ctx, leaveScript,
+		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
+		[]string{l.member, ms(memberTTL), l.unsettled()}).AsIntSlice()
 	if err != nil {
 		return 0, 0, fmt.Errorf("ledger: %w", err)
 	}
 	return int(n[0]), time.Duration(n[1]) * time.Millisecond, nil
 }
 
-// Stats returns what the last beat told.
+// Stats returns what the last beat has shown.
 func (l *Ledger) Stats() dedup.LedgerStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -524,7 +458,7 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 // open returns the newest epoch that requests of this process may enter, or nil. l.mu is held.
 func (l *Ledger) open() *ledgerEpoch {
 	for _, e := range slices.Backward(l.epochs) {
-		if e.told != nil {
+		if e.unique != nil {
 			return e
 		}
 	}

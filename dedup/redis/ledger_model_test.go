@@ -93,7 +93,7 @@ type ledgerBeatAnswer struct {
 	leads        bool
 	others       int
 	odd, strange string
-	states       []int64
+	states       []string
 	known        []answers
 	decided      []string
 	unnamed      []string
@@ -109,9 +109,9 @@ func (d *ledgerDecision) String() string {
 const (
 	modelTTL    = 3000
 	modelSkew   = 2000
-	modelSettle = 5000
+	modelLonger = 5000
 	modelLock   = 1000
-	modelDoubt  = 600_000
+	modelForget = 600_000
 )
 
 func millis(s string) (n int64, some bool) {
@@ -136,7 +136,7 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		}
 	}
 	for name, at := range m.members {
-		if at <= m.now-modelDoubt {
+		if at <= m.now-modelForget {
 			delete(m.members, name)
 			delete(m.unsettled, name)
 			delete(m.windows, name)
@@ -182,24 +182,24 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 	return a, false
 }
 
-func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int64, answers, string) {
+func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (string, answers, string) {
 	rows := answers{}
 	if m.of[e.name]["delivered"] != "" {
-		return 2, rows, ""
+		return "delivered", rows, ""
 	}
 	_, open := m.epochs[e.name]
 	if !e.had && e.decided == nil && (e.asks && !open && len(m.of[e.name]) == 0 || !e.asks && !m.takes(e.name, inside)) {
-		return 3, rows, ""
+		return "refused", rows, ""
 	}
 	m.epochs[e.name] = e.ends
 	h := m.epoch(e.name)
 	if h["unique"] != "" {
 		if e.decided == nil {
-			return 5, rows, decisionOf(h).String()
+			return "decided", rows, decisionOf(h).String()
 		} else if h["unique"] != e.decided.unique {
-			return 4, rows, ""
+			return "contradicted", rows, ""
 		}
-		return 0, rows, ""
+		return "open", rows, ""
 	}
 	for member, n := range e.known {
 		answered(h, member, n)
@@ -209,9 +209,9 @@ func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int6
 	}
 	if d := e.decided; d != nil {
 		m.write(h, d)
-		return 0, rows, ""
+		return "open", rows, ""
 	}
-	return 0, rowsOf(h), ""
+	return "open", rowsOf(h), ""
 }
 
 func rowsOf(h map[string]string) answers {
@@ -304,7 +304,7 @@ func (m *ledgerModel) seal(name, me string, at int64) (d *ledgerDecision, wait i
 		var oldest, newest int64
 		if got, _ := fmt.Sscan(m.unsettled[member], &oldest, &newest); got == 2 && oldest <= start && start <= newest {
 			inexact = true
-			wait = max(wait, ends+modelSkew+modelSettle-m.now)
+			wait = max(wait, ends+modelSkew+modelLonger-m.now)
 		}
 	}
 	if wait > 0 {
@@ -436,14 +436,14 @@ func (m *ledgerModel) unpublished(open bool) (names []string) {
 }
 
 // claim is claimScript.
-func (m *ledgerModel) claim(me, name string) int {
+func (m *ledgerModel) claim(me, name string) string {
 	if h := m.of[name]; h["written"] != "" || h["delivered"] != "" {
-		return 2
+		return "written"
 	} else if m.leader != "" && m.leader != me {
-		return 0
+		return "other"
 	}
 	m.leader = me
-	return 1
+	return "mine"
 }
 
 // delivered is deliveredScript.
@@ -452,24 +452,20 @@ func (m *ledgerModel) delivered(name string) {
 	delete(m.epochs, name)
 }
 
-// others is othersScript.
-func (m *ledgerModel) others(me string, leave bool, unsettled string) (n int, ago int64) {
-	if leave {
-		delete(m.members, me)
-		delete(m.windows, me)
-		delete(m.opened, me)
-		if unsettled == "" {
-			delete(m.unsettled, me)
-		}
+// leave is leaveScript.
+func (m *ledgerModel) leave(me, unsettled string) (n int, ago int64) {
+	delete(m.members, me)
+	delete(m.windows, me)
+	delete(m.opened, me)
+	if unsettled == "" {
+		delete(m.unsettled, me)
 	}
 	last := int64(0)
 	for _, name := range m.alive(modelTTL) {
-		if name != me {
-			n++
-			last = max(last, m.members[name])
-		}
+		n++
+		last = max(last, m.members[name])
 	}
-	if leave && n > 0 && m.leader == me {
+	if n > 0 && m.leader == me {
 		m.leader = ""
 	}
 	return n, m.now - last

@@ -534,7 +534,7 @@ func (w *model) stop(m *modelMember) {
 	}
 	if !w.down {
 		w.beat(m)
-		w.ledger.others(m.name, true, m.unsettled())
+		w.ledger.leave(m.name, m.unsettled())
 	}
 	w.members = slices.DeleteFunc(w.members, func(x *modelMember) bool { return x == m })
 	w.dead = append(w.dead, m)

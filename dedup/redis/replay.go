@@ -194,7 +194,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 		// Ids that were taken back may be there again, and those of a batch without a reply,
 		// or not yet taken back, may come back with an older state. They are uncertain for good.
 		if kept < le.took || j.unknown && j.mode == modeAdd && j.epoch == s {
-			r.ledger.addUncertain(s.admission, 1)
+			r.ledger.addUncertain(s.group, 1)
 			le.took = 0
 		}
 		if kept == 0 {
@@ -209,7 +209,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 		kept, some := l.losses[en.key.epoch]
 		lost := some && en.seq > kept
 		if lost {
-			r.ledger.addUncertain(en.key.epoch.admission, 1)
+			r.ledger.addUncertain(en.key.epoch.group, 1)
 			l.step(en, eventLost, nil)
 		}
 		return lost

@@ -38,29 +38,39 @@ local function answered(key, m, n)
 end
 `
 
-// beatScript says that the member is alive, writes again what it knows of its
-// epochs, also of the answers of others, and takes the lead if nobody has it, or gives it away. Per epoch
-// it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, 4
-// where it came to another sum than the one known here, or 5 where what it came to is not
-// known here; and that, or what each member has answered, for this one to write again
-// should it be lost. Then come the newest epochs that this member did not name, for its
-// next beat: it is to remember those of others as well; and last whether the ledger has lost
-// data since the last beat of this member.
+// luaDecision has a decided epoch, as the caller is to get it.
+const luaDecision = `
+local function decision(key)
+  local h = redis.call('HMGET', key, 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
+  if h[1] then return {'decided', h[1], h[2], h[3], h[4], h[5] or '0', h[6] or ''} end
+end
+`
+
+// beatScript notes that the member is alive, writes again what it knows of its epochs, also
+// of the answers of others, and takes the lead if no member has it, or gives it away. It
+// answers three lists: the time, whether the member leads, how many others are alive, a member
+// that keeps it outside of the group, one that it keeps outside, and whether the ledger has
+// lost data since the last beat of the member; then the newest epochs that it did not name, for
+// its next beat, as it is to remember those of others as well; then a list for each epoch that
+// it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
+// group has another decision; "decided" and the decision, if the member lacks that; or "open"
+// and what each member has answered, for this one to write again should it be lost.
 //
-// A beat that does not name all epochs of the member is not taken then, and answered by one
-// number: the ledger would have from it that the member has opened a later epoch, but not
-// what it has answered in those before, and take it for one without a part in them.
+// A beat that does not name all epochs of the member is not taken if data was lost, and
+// answered by an empty list: the ledger would have from it that the member has opened a later
+// epoch, but not what it has answered in those before, and take it for one without a part in
+// them.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
-var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + `
-local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + luaDecision + `
+local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 local behind = lost(KEYS[1], me, ARGV[11])
-if behind and ARGV[12] ~= '1' then return {now} end
+if behind and ARGV[12] ~= '1' then return {} end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -72,7 +82,7 @@ end
 if opened ~= '' and tonumber(opened) > (tonumber(redis.call('HGET', KEYS[7], me) or '') or -math.huge) then
   redis.call('HSET', KEYS[7], me, opened)
 end
-for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt)) do
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - forget)) do
   redis.call('ZREM', KEYS[1], gone)
   redis.call('HDEL', KEYS[2], gone)
   redis.call('HDEL', KEYS[3], gone)
@@ -118,44 +128,42 @@ local function takes(key, name)
   if not last or start > last and start < now + 3600000 then redis.call('HSET', KEYS[6], 'last', start) end
   return true
 end
-local states, answers, named, unnamed = {}, {}, {}, {}
+local epochs, named, unnamed = {}, {}, {}
 local arg = 14
 for i = 8, #KEYS do
+  local key, answer = KEYS[i], {'open'}
   local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
   local first = arg + 10
   arg = first + 2 * n
   named[name] = true
-  answers[i - 7] = {}
-  if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
-    states[#states + 1] = 2
-  elseif had ~= '1' and unique == '' and not (had == '?' and there(KEYS[i], name) or had == '0' and takes(KEYS[i], name)) then
-    states[#states + 1] = 3
+  if redis.call('HEXISTS', key, 'delivered') == 1 then
+    answer = {'delivered'}
+  elseif had ~= '1' and unique == '' and not (had == '?' and there(key, name) or had == '0' and takes(key, name)) then
+    answer = {'refused'}
   else
-    states[#states + 1] = 0
     redis.call('ZADD', KEYS[5], ends, name)
-    local decided = redis.call('HGET', KEYS[i], 'unique')
+    local decided = decision(key)
     if decided and unique == '' then
-      states[#states] = 5
-      answers[i - 7] = redis.call('HMGET', KEYS[i], 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
+      answer = decided
     elseif decided then
-      if decided ~= unique then states[#states] = 4 end
+      if decided[2] ~= unique then answer = {'contradicted'} end
     else
-      for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
-      if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) else redis.call('HDEL', KEYS[i], 'd:' .. me) end
+      for a = first, arg - 1, 2 do answered(key, ARGV[a], ARGV[a + 1]) end
+      if doubted == '1' then redis.call('HSET', key, 'd:' .. me, 1) else redis.call('HDEL', key, 'd:' .. me) end
       if unique ~= '' then
-        redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
+        redis.call('HSET', key, 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
-        local h = redis.call('HGETALL', KEYS[i])
+        local h = redis.call('HGETALL', key)
         for f = 1, #h, 2 do
           if string.sub(h[f], 1, 2) == 'm:' then
-            table.insert(answers[i - 7], string.sub(h[f], 3))
-            table.insert(answers[i - 7], h[f + 1])
+            answer[#answer + 1], answer[#answer + 2] = string.sub(h[f], 3), h[f + 1]
           end
         end
       end
-      redis.call('PEXPIRE', KEYS[i], keep)
+      redis.call('PEXPIRE', key, keep)
     end
   end
+  epochs[#epochs + 1] = answer
 end
 for i = 1, 7 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
@@ -171,7 +179,7 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {now, leader == me and 1 or 0, others, odd, strange, states, answers, unnamed, behind and 1 or 0}
+return {{string.format('%.0f', now), leader == me and '1' or '0', tostring(others), odd, strange, behind and '1' or '0'}, unnamed, epochs}
 `)
 
 // reportScript says that the member has left the epoch, and what it has answered in it:
@@ -196,8 +204,8 @@ end
 return 1
 `)
 
-// sealScript answers whether the epoch may be sealed now: {0, the decided
-// count}, {1, ms to wait at most} or {2, the members of the epoch}: seal it. "+" stands
+// sealScript answers whether the epoch may be sealed now: "decided" and the decision; or
+// "wait" and for how many ms at most; or "seal" and the members of the epoch. "+" stands
 // before those that have not reported what they have answered, "0" before those without a
 // part in it, "=" before the others, and "?" before members that may have answered ids
 // without the ledger: see decideScript.
@@ -207,13 +215,14 @@ return 1
 // seal the future. A member that is silent, or has not left, is waited for until
 // the last clock must have turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under', 'why')
-if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
-if now < ends - skew then return {1, ends - skew - now} end
-if lost(KEYS[1], ARGV[8], ARGV[9]) then return {1, skew} end
+local skew, longer, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local function pause(ms) return {'wait', string.format('%.0f', ms)} end
+local decided = decision(KEYS[3])
+if decided then return decided end
+if now < ends - skew then return pause(ends - skew - now) end
+if lost(KEYS[1], ARGV[8], ARGV[9]) then return pause(skew) end
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
 local function left(m)
@@ -229,15 +238,16 @@ for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   local oldest, newest = string.match(redis.call('HGET', KEYS[2], m) or '', '^(%-?%d+) (%-?%d+)$')
   if oldest and tonumber(oldest) <= start and start <= tonumber(newest) then
     inexact = true
-    wait = math.max(wait, ends + skew + settle - now)
+    wait = math.max(wait, ends + skew + longer - now)
   end
 end
-if wait > 0 then return {1, wait} end
-if h[5] and tonumber(h[5]) > now then return {1, tonumber(h[5]) - now} end
+if wait > 0 then return pause(wait) end
+local locked = tonumber(redis.call('HGET', KEYS[3], 'locked') or 0)
+if locked > now then return pause(locked - now) end
 redis.call('HSET', KEYS[3], 'locked', now + lock)
 if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
 redis.call('PEXPIRE', KEYS[3], ARGV[7])
-local out, all, listed = {2}, redis.call('HGETALL', KEYS[3]), {}
+local out, all, listed = {'seal'}, redis.call('HGETALL', KEYS[3]), {}
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     listed[string.sub(all[f], 3)] = true
@@ -270,18 +280,18 @@ return out
 //
 // The lanes were sealed for the members that sealScript has listed: if their numbers have
 // changed since, other than from one of those that ended without a report to its report, the
-// answer is {1}, and the seal begins again.
+// answer is "lost", and the seal begins again.
 //
 // The counts of the keys are those of Redis. If ids were added without an answer, they are
 // right if none of those ids is under a key: if there are as many as the members have
 // answered under keys.
-var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
 local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
-local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
-if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
-if lost(KEYS[3], ARGV[11], ARGV[12]) then return {1} end
+local decided = decision(KEYS[2])
+if decided then return decided end
+if lost(KEYS[3], ARGV[11], ARGV[12]) then return {'lost'} end
 local marks = {}
 for i = 13, #ARGV do marks[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
 local all = redis.call('HGETALL', KEYS[2])
@@ -289,12 +299,12 @@ for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     local m = string.sub(all[f], 3)
     local mark = marks[m]
-    if not mark or (mark == '=' or mark == '0') and string.sub(all[f + 1], -1) == '+' then return {1} end
+    if not mark or (mark == '=' or mark == '0') and string.sub(all[f + 1], -1) == '+' then return {'lost'} end
     marks[m] = nil
   end
 end
 for _, mark in pairs(marks) do
-  if mark ~= '?' then return {1} end
+  if mark ~= '?' then return {'lost'} end
 end
 local keyed = 0
 local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
@@ -357,15 +367,15 @@ end
 if not fit then but('the counts of the keys do not add up to the ids under keys') end
 if not whole then but('Redis may have lost ids of instances that were not there to add them again') end
 if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
-if h[5] then but('an instance held ids that Redis did not have') end
-local complete = h[2] or '0'
-unique, exact = string.format('%.0f', unique), why == '' and '1' or '0'
+if redis.call('HGET', KEYS[2], 'inexact') then but('an instance held ids that Redis did not have') end
+local complete = redis.call('HGET', KEYS[2], 'complete') or '0'
+exact = why == '' and '1' or '0'
 if why ~= '' then why = why .. ': ' .. numbers end
-redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under), 'why', why)
+redis.call('HSET', KEYS[2], 'unique', string.format('%.0f', unique), 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under), 'why', why)
 redis.call('HDEL', KEYS[2], 'locked', 'inexact')
 redis.call('PEXPIRE', KEYS[2], keep)
 redis.call('ZADD', KEYS[1], ends, name)
-return {0, unique, complete, exact, tostring(now), string.format('%.0f', under), why}
+return decision(KEYS[2])
 `)
 
 // unpublishedScript lists the epochs that are over and not delivered.
@@ -374,15 +384,15 @@ if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
-// claimScript answers 2 where the line is written, 1 where this member is the
-// one to do it, as it is the leader or takes the lead, and 0 where another is.
+// claimScript answers "written" if the line is, "mine" if this member is to write it, as it
+// is the leader or takes the lead, and else "other".
 var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
 local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
-if h[1] or h[2] then return 2 end
+if h[1] or h[2] then return 'written' end
 local leader = redis.call('GET', KEYS[2])
-if leader and leader ~= ARGV[1] then return 0 end
+if leader and leader ~= ARGV[1] then return 'other' end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return 1
+return 'mine'
 `)
 
 // writtenScript marks the line.
@@ -400,24 +410,19 @@ redis.call('ZREM', KEYS[1], ARGV[1])
 return 1
 `)
 
-// othersScript answers how many members are alive beside this one, and how many
-// ms ago one of them was heard last. With ARGV[3] this one leaves; the lead goes
-// to the others.
-var othersScript = rueidis.NewLuaScriptRetryable(luaNow + `
-local me, ttl = ARGV[1], tonumber(ARGV[2])
-if ARGV[3] == '1' then
-  redis.call('ZREM', KEYS[1], me)
-  redis.call('HDEL', KEYS[3], me)
-  redis.call('HDEL', KEYS[5], me)
-  if ARGV[4] == '' then redis.call('HDEL', KEYS[2], me) end
-end
+// leaveScript takes the member out of the group, and with it the lead. It answers how many
+// others are alive, and how many ms ago one of them was heard last.
+var leaveScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local me, ttl, unsettled = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+redis.call('ZREM', KEYS[1], me)
+redis.call('HDEL', KEYS[3], me)
+redis.call('HDEL', KEYS[5], me)
+if unsettled == '' then redis.call('HDEL', KEYS[2], me) end
 local others, last = 0, 0
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
-  if m ~= me then
-    others = others + 1
-    last = math.max(last, tonumber(redis.call('ZSCORE', KEYS[1], m)))
-  end
+  others = others + 1
+  last = math.max(last, tonumber(redis.call('ZSCORE', KEYS[1], m)))
 end
-if ARGV[3] == '1' and others > 0 and redis.call('GET', KEYS[4]) == me then redis.call('DEL', KEYS[4]) end
+if others > 0 and redis.call('GET', KEYS[4]) == me then redis.call('DEL', KEYS[4]) end
 return {others, now - last}
 `)

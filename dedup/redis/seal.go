@@ -1,6 +1,7 @@
 package redis
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strconv"
@@ -56,24 +57,22 @@ type sealedIDs struct {
 // lanes sealed and others not; calling it again goes on.
 func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
 	type part struct {
-		reply
+		sealedIDs
 		err error
 	}
 	parts := make(chan part, len(r.lanes))
 	for i := range r.lanes {
 		go func() {
-			a, err := r.sealLane(ctx, &r.lanes[i], s, sessions)
-			parts <- part{a, err}
+			ids, err := r.sealLane(ctx, &r.lanes[i], s, sessions)
+			parts <- part{ids, err}
 		}()
 	}
 	sum := sealedIDs{exact: true, whole: true}
 	var err error
 	for range r.lanes {
 		p := <-parts
-		if p.err != nil {
-			err = p.err
-		}
-		sum.unique += p.n
+		err = cmp.Or(err, p.err)
+		sum.unique += p.unique
 		sum.under += p.under
 		sum.exact = sum.exact && p.exact
 		sum.whole = sum.whole && p.whole
@@ -87,27 +86,25 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 
 // sealLane waits for ids that Redis lacks, until sessions have added them again or the lane
 // gives them up. That the members have left the epoch is awaitSeal's to wait for.
-func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (reply, error) {
+func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (sealedIDs, error) {
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
 		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL, seconds(keepTokens(s.Window, r.cfg.MaxSkew))}, sessions...)
 		a, err := r.call(ctx, l.key, args...)
-		if err != nil {
-			return a, err
+		if err == nil && a.status == statusSealed && a.replicas {
+			var has bool
+			has, err = r.confirmed(ctx, l.key)
+			a.sealed.exact, a.sealed.whole = a.sealed.exact && has, a.sealed.whole && has
 		}
-		if a.status == statusSealed {
-			if a.copied {
-				a.copied, err = r.confirmed(ctx, l.key)
-				a.exact, a.whole = a.exact && a.copied, a.whole && a.copied
-			}
-			return a, err
+		if err != nil || a.status == statusSealed {
+			return a.sealed, err
 		}
 		if a.status == statusMissing && missing.IsZero() {
 			missing = time.Now()
 		}
 		if err := retry.Sleep(ctx, sealRetry); err != nil {
-			return a, err
+			return a.sealed, err
 		}
 	}
 }

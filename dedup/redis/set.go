@@ -146,8 +146,8 @@ type redisEpoch struct {
 	view          *dedup.View                // in Local
 	lanes         []laneEpoch
 
-	opened     time.Time
-	*admission // of the ledger
+	opened time.Time
+	group  *ledgerEpoch // what the ledger has of it
 }
 
 // Check refuses what can never work, without a connection.
@@ -202,10 +202,7 @@ func New(cfg Config) (*Set, error) {
 	for i := range r.lanes {
 		r.lanes[i].init(r, i)
 	}
-	r.ledger = openLedger(ledgerConfig{
-		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.session,
-		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, File: cfg.File, IDs: r, Log: cfg.Log,
-	})
+	r.ledger = openLedger(cfg, cfg.Instance+"/"+cfg.session, r)
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
 	r.running.Go(func() { r.ledger.run(r.life, r.closing) })
@@ -294,7 +291,7 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 		l.mu.Unlock()
 	}
 	s.view = r.cfg.Local.Open(e).(*dedup.View)
-	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
+	s.group = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
@@ -313,19 +310,19 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 // or of a process that the group does not know yet: it may have another window.
 func (r *Set) await(s *redisEpoch) error {
 	select {
-	case <-s.known:
+	case <-s.group.known:
 		return nil
 	default:
 	}
 	t := time.NewTimer(time.Until(s.opened.Add(registerWait)))
 	defer t.Stop()
 	select {
-	case <-s.known:
+	case <-s.group.known:
 		return nil
 	case <-t.C:
 	case <-r.life.Done():
 	}
-	if s.refused.Load() || r.ledger.standing.Load() != inside {
+	if s.group.refused.Load() || r.ledger.standing.Load() != inside {
 		return fmt.Errorf("%w: the group has not accepted the window of this instance", dedup.ErrUnavailable)
 	}
 	return nil
