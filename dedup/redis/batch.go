@@ -187,21 +187,12 @@ func (l *lane) idle() bool {
 		} else if len(l.postponed) > 0 {
 			l.queue = append(l.queue, l.postponed...)
 			l.postponed = l.postponed[:0]
-		} else if l.job == nil {
-			l.begin(l.beat())
+		} else if s := l.r.latest.Load(); l.job == nil && s != nil {
+			l.begin(&job{mode: modeBeat, epoch: s})
 		}
 		l.mu.Unlock()
 	}
 	return true
-}
-
-// beat is the batch that says that the session lives. l.mu is held.
-func (l *lane) beat() *job {
-	s := l.r.latest.Load()
-	if s == nil {
-		return nil
-	}
-	return &job{mode: modeBeat, epoch: s}
 }
 
 // sleep waits for d. It returns false if Close has given up waiting.
@@ -238,7 +229,7 @@ func (l *lane) choose() *job {
 	if len(l.lacking) > 0 {
 		s := l.lacking[0]
 		le := &s.lanes[l.i]
-		if le.retired || le.sealed || !le.forgotten && le.log.left() == 0 {
+		if le.retired || le.sealed || !le.forgotten && len(le.log.todo) == 0 {
 			l.lacking = slices.Delete(l.lacking, 0, 1)
 			return l.choose()
 		}
@@ -309,7 +300,7 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 			if en.state, _ = en.state.on(ev); to == flying && len(en.asks) > 0 {
 				en.named = en.asks[0].named // the request that it was made for may be gone
 			}
-			counts[en.list()]++
+			counts[kindOf(logged(&en.enc, en.named)[0])]++
 			taken++
 		}
 		n++
@@ -321,9 +312,9 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 		}
 		l.packed = l.packed[:0]
 		for _, en := range from[:n] {
-			if en.phase == to && en.list() == k {
+			if id := logged(&en.enc, en.named); en.phase == to && kindOf(id[0]) == k {
 				j.entries = append(j.entries, en)
-				l.packed = appendPacked(l.packed, logged(&en.enc, en.named))
+				l.packed = appendPacked(l.packed, id)
 			}
 		}
 		j.lists[k] = string(l.packed)
@@ -352,7 +343,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	}
 	args := append(make([]string, 0, 19), opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL)
 	if k := j.lists.only(); noting == "0" && j.mode == modeAdd && k >= 0 && len(j.entries) <= fewIDs {
-		args = append(args, kindNumbers[k:k+1], j.lists[k])
+		args = append(args, strconv.Itoa(k+1), j.lists[k])
 	} else {
 		args = append(args, refillFor, whole, noting, j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	}
@@ -396,11 +387,11 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 			}
 			l.missing.first = now
 		}
-		l.r.health.note(l.r, "keys of the open window are missing in Redis, or on the move to another node: ids wait")
+		l.r.health.log(l.r.cfg.Log.Warn(), "keys of the open window are missing in Redis, or on the move to another node: ids wait", "")
 		l.dissolve(j)
 		return holdRetry
 	case statusHold:
-		l.r.health.note(l.r, "ids lost in Redis are being added again: new ones wait")
+		l.r.health.log(l.r.cfg.Log.Warn(), "ids lost in Redis are being added again: new ones wait", "")
 		l.dissolve(j)
 		return holdRetry
 	}

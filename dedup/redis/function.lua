@@ -213,11 +213,6 @@ function ways.r(key, ids, undo)
 end
 
 function ways.a(key, ids, undo)
-  if #ids == 1 then
-    if call('SADD', key, ids[1]) == 0 then return 0, {'0'} end
-    undo[#undo + 1] = {key, ids}
-    return 1
-  end
   local there, repeats = call('SMISMEMBER', key, unpack(ids)), 0
   for i = 1, #there do repeats = repeats + there[i] end
   local new, codes = ids

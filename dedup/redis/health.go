@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
 
 	"verve/internal/logline"
 )
@@ -46,18 +47,20 @@ func (h *health) reason() string {
 	return h.failure
 }
 
-// due reports whether a line may be logged now, and how many were not. h.mu is
-// held.
-func (h *health) due(line string) (hidden uint64, ok bool) {
+// log writes a line that may repeat, sampled by its first part.
+func (h *health) log(e *zerolog.Event, line, more string) {
+	h.mu.Lock()
 	if h.said == nil || len(h.said) > 100 {
 		h.said = map[string]*logline.Sampler{}
 	}
-	s := h.said[line]
-	if s == nil {
-		s = &logline.Sampler{Every: logEvery}
-		h.said[line] = s
+	if h.said[line] == nil {
+		h.said[line] = &logline.Sampler{Every: logEvery}
 	}
-	return s.Allow(time.Now())
+	hidden, due := h.said[line].Allow(time.Now())
+	h.mu.Unlock()
+	if due {
+		e.Uint64("hidden", hidden).Msg(line + more)
+	}
 }
 
 // failed notes an error of Redis or of the way to it.
@@ -68,15 +71,12 @@ func (h *health) failed(r *Set, err error) {
 		h.since = time.Now()
 	}
 	h.failure = text
-	hidden, due := h.due(text)
 	h.mu.Unlock()
-	if due {
-		what := "ids get 503 until it works again"
-		if r.cfg.FailOpen {
-			what = "this instance judges ids alone until it works again"
-		}
-		r.cfg.Log.Error().Err(err).Uint64("hidden", hidden).Msg(text + "; " + what)
+	effect := "; ids get 503 until it works again"
+	if r.cfg.FailOpen {
+		effect = "; this instance judges ids alone until it works again"
 	}
+	h.log(r.cfg.Log.Error().Err(err), text, effect)
 }
 
 // succeeded notes that Redis answers.
@@ -87,16 +87,6 @@ func (h *health) succeeded(r *Set) {
 	h.mu.Unlock()
 	if failure != "" {
 		r.cfg.Log.Info().Str("was", failure).Dur("after_ms", time.Since(since)).Msg("Redis works again")
-	}
-}
-
-// note logs a line, sampled.
-func (h *health) note(r *Set, line string) {
-	h.mu.Lock()
-	hidden, due := h.due(line)
-	h.mu.Unlock()
-	if due {
-		r.cfg.Log.Warn().Uint64("hidden", hidden).Msg(line)
 	}
 }
 

@@ -3,6 +3,7 @@ package redis
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"strings"
 
 	"github.com/dchest/siphash"
 
@@ -20,7 +21,7 @@ const (
 	kinds       = "duth"
 
 	// namedIDs numbers, behind the kinds, the list of the ids whose requests named a key or a
-	// token. In the log they have a kind of their own.
+	// token. In the log they have this kind, also those of kindUnder.
 	namedIDs  = len(kinds)
 	kindNamed = 'm'
 
@@ -126,27 +127,12 @@ func sameAttempt(a, b *named) bool {
 	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
-// kindOf numbers the kinds as function.lua does.
-func kindOf(header byte) int {
-	switch header {
-	case kindDecimal:
-		return 0
-	case kindUUID:
-		return 1
-	case kindText:
-		return 2
-	case kindNamed:
-		return namedIDs
-	}
-	return 3
-}
+// kindOf numbers the kinds as function.lua does, from 0.
+func kindOf(header byte) int { return strings.IndexByte(kinds+string(kindNamed), header) }
 
 // lists are ids on their way to function.lua, a list of each kind: MessagePack, one
 // raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
 type lists [len(kinds) + 1]string
-
-// kindNumbers are the numbers of the kinds in function.lua.
-const kindNumbers = "1234"
 
 // only numbers the list that all the ids are in, if that is one of the kinds; else -1.
 func (l *lists) only() int {
@@ -200,12 +186,4 @@ func logged(en *encoded, m *named) []byte {
 		return m.log
 	}
 	return en.bytes()
-}
-
-// list numbers the list that an entry is sent in.
-func (en *entry) list() int {
-	if en.named != nil {
-		return namedIDs
-	}
-	return kindOf(en.enc.data[0])
 }

@@ -138,6 +138,14 @@ type ask struct {
 	done    chan struct{} // capacity 1; verdict and err are there
 }
 
+// Why ids are refused.
+var (
+	errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnavailable)
+	errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
+	errLog     = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
+	errLate    = fmt.Errorf("%w: no answer of Redis in time", dedup.ErrUnavailable)
+)
+
 var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)} }}
 
 func (l *lane) init(r *Set, i int) {
@@ -170,7 +178,9 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		return dedup.Turned, nil, nil
 	case en != nil && en.phase == untold && sameAttempt(en.named, m):
-		l.tell(e, en)
+		l.untold = slices.DeleteFunc(l.untold, func(x *entry) bool { return x == en })
+		l.step(en, eventAskedAgain, e)
+		wake(l.awake()) // it is rare that there are some
 		return dedup.Unique, nil, nil
 	case en != nil && en.alone:
 		return s.again(l.i, en.named, m), nil, nil
@@ -228,19 +238,6 @@ func wake(a *ask) {
 		a.done <- struct{}{}
 		a = next
 	}
-}
-
-var errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnavailable)
-
-var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
-
-// tell takes an entry off untold, the ids that were added while all their requests got 503:
-// the request that sends it again gets Unique. l.mu is held.
-func (l *lane) tell(e *counter.Epoch, en *entry) {
-	i := slices.Index(l.untold, en)
-	l.untold = slices.Delete(l.untold, i, i+1)
-	l.step(en, eventAskedAgain, e)
-	wake(l.awake()) // it is rare that there are some
 }
 
 // now is the state of the entry, with what depends on its requests.
@@ -343,8 +340,6 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	le.answered(r, m)
 	return dedup.Unique, nil
 }
-
-var errLog = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
 
 // enlist adds a to those who wait. l.mu is held.
 func (l *lane) enlist(a *ask) {

@@ -109,8 +109,6 @@ func (g *replayLog) rewind(seq uint64) {
 	g.marks = g.marks[:i]
 }
 
-func (g *replayLog) left() int { return len(g.todo) }
-
 // countIDs counts the ids in a part of the log.
 func countIDs(b []byte) (n int) {
 	for ; len(b) > 0; n++ {
@@ -159,7 +157,7 @@ func (l *lane) replayed(le *laneEpoch, j *job, a reply) {
 	n := le.log.sent(l.seq, j.bytes)
 	l.r.counts.replayed.Add(uint64(n))
 	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
-	if le.log.left() == 0 {
+	if len(le.log.todo) == 0 {
 		le.forgotten = false
 	}
 }
@@ -223,13 +221,14 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	j.unknown = false
 	l.mu.Unlock()
 	l.dissolve(j)
-	r.health.note(r, "Redis has lost ids of the open window (FLUSHALL, a restart or a failover): they are added again from memory")
+	r.health.log(r.cfg.Log.Warn(), "Redis has lost ids of the open window (FLUSHALL, a restart or a failover): they are added again from memory", "")
 	return -1
 }
 
 // lose notes the loss that a reply about the epoch s reports. statusOld means only that
 // an earlier hello succeeded and its reply was lost; what it reported is already in
-// losses.
+// losses. If what was lost began before an epoch, tokens of the window before may be lost,
+// which no instance adds again.
 func (l *lane) lose(s *redisEpoch, a reply) {
 	switch a.status {
 	case statusLost:
@@ -239,18 +238,12 @@ func (l *lane) lose(s *redisEpoch, a reply) {
 			if kept, some := l.losses[s]; !some || a.n < kept {
 				l.losses[s] = a.n
 			}
-			l.forgets(s, a.n)
+			l.mu.Lock()
+			if le := &s.lanes[l.i]; a.n <= le.base {
+				le.tokensLost = true
+			}
+			l.mu.Unlock()
 		}
-	}
-}
-
-// forgets notes that Redis has lost what came after the batch kept. If that began before
-// s, tokens of the window before may be lost, which no instance adds again.
-func (l *lane) forgets(s *redisEpoch, kept uint64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if le := &s.lanes[l.i]; kept <= le.base {
-		le.tokensLost = true
 	}
 }
 

@@ -212,7 +212,7 @@ func (w *twins) batch() {
 	args := []string{"batch", b.session, strconv.Itoa(b.seq), b.mode, b.epoch, b.expect, "1000"}
 	k := all.only()
 	if few := k >= 0 && tick == "0" && b.mode == "a"; few {
-		args = append(args, kindNumbers[k:k+1], all[k])
+		args = append(args, strconv.Itoa(k+1), all[k])
 	} else {
 		args = append(args, "1.5", flag(b.whole), tick, all[0], all[1], all[2], all[3])
 	}

@@ -270,8 +270,6 @@ func (r *Set) unavailable() error {
 	return errLate
 }
 
-var errLate = fmt.Errorf("%w: no answer of Redis in time", dedup.ErrUnavailable)
-
 // Open implements Set.
 func (r *Set) Open(e *counter.Epoch) counter.State {
 	s := &redisEpoch{
@@ -368,8 +366,16 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	w := waits.Get().(*waiting)
 	defer waits.Put(w)
 	judged := func(i int, v dedup.Verdict, cause error, m *named) {
-		verdicts[i], err = r.outcome(v, cause, err)
-		if m != nil && verdicts[i] == dedup.Unique {
+		switch {
+		case cause == nil:
+		case errors.Is(cause, dedup.ErrFull):
+			r.counts.fulls.Add(1)
+			v = dedup.Full
+		default:
+			v = dedup.Unavailable
+		}
+		verdicts[i], err = v, cmp.Or(err, cause)
+		if m != nil && v == dedup.Unique {
 			r.countUnder(e, m.under)
 		}
 	}
@@ -379,17 +385,13 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 			verdicts[i] = dedup.Repeat
 			continue
 		}
-		var en encoded
-		var m *named
-		var h uint64
-		if o == nil {
-			h = en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
-		} else if full := !r.hasRoom(e, o.Under); full && len(o.Token) == 0 {
+		full := o != nil && !r.hasRoom(e, o.Under)
+		if full && len(o.Token) == 0 {
 			judged(i, 0, dedup.ErrTooManyKeys, nil)
 			continue
-		} else {
-			h, m = r.name(&en, &items[i], full)
 		}
+		var en encoded
+		h, m := r.name(&en, &items[i], full)
 		l := &r.lanes[h>>r.shift]
 		v, a, cause := l.add(e, s, items[i].Key, &en, m)
 		if a != nil {
@@ -417,15 +419,15 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	return err
 }
 
-// name encodes an id whose request may have named a key or a token. full: see named.
+// name encodes an id, with what its request has named beside it. full: see named.
 func (r *Set) name(en *encoded, item *dedup.Item, full bool) (hash uint64, m *named) {
 	o := item.Options
-	if len(o.Under) > 0 {
+	if o != nil && len(o.Under) > 0 {
 		hash = en.encodeUnder(r.hash, o.Under, item.ID)
 	} else {
 		hash = en.encode(r.hash, item.Key.IsDecimal(), item.ID)
 	}
-	if len(o.Under)+len(o.Token) > 0 {
+	if o != nil && len(o.Under)+len(o.Token) > 0 {
 		m = newNamed(r.hash, en, o, full)
 	}
 	return hash, m
@@ -441,22 +443,6 @@ type waiting struct {
 }
 
 var waits = sync.Pool{New: func() any { return new(waiting) }}
-
-// outcome returns the verdict on an id, and the first error of its request.
-func (r *Set) outcome(v dedup.Verdict, cause, first error) (dedup.Verdict, error) {
-	if cause == nil {
-		return v, first
-	}
-	v = dedup.Unavailable
-	if errors.Is(cause, dedup.ErrFull) {
-		r.counts.fulls.Add(1)
-		v = dedup.Full
-	}
-	if first == nil {
-		first = cause
-	}
-	return v, first
-}
 
 // Run implements Set: it runs Local's cleaner. The rest runs without it.
 func (r *Set) Run(ctx context.Context) error {
