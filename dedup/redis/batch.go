@@ -54,21 +54,15 @@ const (
 	seqSkip = 1000
 )
 
-// question is a caller that waits for an answer of a lane about an epoch.
-type question struct {
-	epoch *redisEpoch
-	done  chan error // with room for the answer
-}
-
 // job is a batch. Once its outcome is unknown it is sent until it is known.
 type job struct {
 	mode    string
 	epoch   *redisEpoch
-	entries []*entry // by kind
-	lists   lists    // of the ids of the entries, or of the log
-	bytes   int      // of the log, where it is a replay
-	asked   []*question
-	since   int64 // when it was made, as ask.at
+	entries []*entry       // by kind
+	lists   lists          // of the ids of the entries, or of the log
+	bytes   int            // of the log, where it is a replay
+	asked   []chan<- error // with room; for callers that wait for an answer about the epoch
+	since   int64          // when it was made, as ask.at
 	unknown bool
 	overdue bool // a request that waits for it will soon get 503
 }
@@ -264,15 +258,9 @@ func (l *lane) choose() *job {
 		return j
 	}
 	l.queue = l.queue[:0]
-	if len(l.asked) > 0 {
-		j := &job{mode: modeBeat, epoch: l.asked[0].epoch}
-		l.asked = slices.DeleteFunc(l.asked, func(q *question) bool {
-			if q.epoch == j.epoch {
-				j.asked = append(j.asked, q)
-			}
-			return q.epoch == j.epoch
-		})
-		return j
+	for s, asked := range l.asked {
+		delete(l.asked, s)
+		return &job{mode: modeBeat, epoch: s, asked: asked}
 	}
 	return nil // where the last attempt failed, idle sends a beat to find out
 }
@@ -452,7 +440,9 @@ func (l *lane) dissolve(j *job) {
 	case modeTake:
 		l.stepAll(j.entries, eventUndone)
 	}
-	l.asked = append(l.asked, j.asked...)
+	if len(j.asked) > 0 {
+		l.asked[j.epoch] = append(l.asked[j.epoch], j.asked...)
+	}
 }
 
 func (l *lane) stepAll(entries []*entry, ev event) {
@@ -482,8 +472,8 @@ func (l *lane) turn(j *job) {
 		}
 		return en.phase == finished
 	})
-	for _, q := range j.asked {
-		q.done <- nil
+	for _, done := range j.asked {
+		done <- nil
 	}
 }
 
@@ -530,7 +520,7 @@ func (l *lane) resolve(j *job, a reply) {
 		clear(j.entries)
 		l.entries = j.entries[:0]
 	}
-	for _, q := range j.asked {
-		q.done <- nil
+	for _, done := range j.asked {
+		done <- nil
 	}
 }

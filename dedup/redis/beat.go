@@ -128,18 +128,15 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
-		known := e.answers
+		known, decided := e.answers, make([]string, 5)
 		if d := e.decided; d != nil {
-			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10))
-			known = nil
-		} else {
-			args = append(args, "", "", "", "", "")
+			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
 		}
 		had := flag(e.registered)
 		if e.asks && !e.registered {
 			had = "?"
 		}
-		args = append(args, had, flag(e.uncertainSent), strconv.Itoa(len(known)))
+		args = append(append(args, decided...), had, flag(e.uncertainSent), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}

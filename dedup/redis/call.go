@@ -145,13 +145,9 @@ func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 // useScripts has scripts take the place of functions.
 func (r *Set) useScripts(why error) {
 	if !r.script.Swap(true) {
-		r.cfg.Log.Info().Msg("this Redis refuses functions (" + firstLine(why) + "): scripts are used instead")
+		reason, _, _ := strings.Cut(why.Error(), "\n")
+		r.cfg.Log.Info().Msg("this Redis refuses functions (" + reason + "): scripts are used instead")
 	}
-}
-
-func firstLine(err error) string {
-	s, _, _ := strings.Cut(err.Error(), "\n")
-	return s
 }
 
 func parseReply(m rueidis.RedisMessage) (a reply, err error) {

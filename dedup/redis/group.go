@@ -45,25 +45,11 @@ type Records interface {
 // Group publishes the windows of a group: it is the counter's Publisher in place of
 // the stream of records, and puts the records of the group there.
 //
-// Why a window of a group has one record, whichever instance dies when.
-//
-// An instance that has left an epoch reports so and waits until it is sealed.
-// What it came to is decided in the ledger, once. So any instance can publish it,
-// with the same bytes, and it need not have been in the epoch. One at a time
-// does, the leader, so that instances do not fence each other at the broker for
-// each window; when it is gone another takes the lead.
-//
-//	killed before the report     the epoch is in the ledger since it was opened. Nobody
-//	                             waits for the dead longer than the skew of the clocks
-//	killed after the decision,   the next leader finds the epoch undelivered and
-//	before the spool             publishes it
-//	killed with the record in    the next leader publishes it, too. When the dead
-//	its spool                    instance is back it has a copy: the topic is looked
-//	                             into, as ever; for the file the ledger is asked
-//	killed after a sink took it, Kafka: the next leader looks and finds it. File: the
-//	before the ledger knows      line is there twice, in two files, the same; verve
-//	                             totals counts it once and names it
-//	all are killed               the first instance that starts is the leader
+// An instance that has left an epoch reports so and waits until it is sealed. What it came to
+// is decided in the ledger, once. So any instance can publish it, with the same bytes, and it
+// need not have been in the epoch. One at a time does, the leader, so that instances do not
+// fence each other at the broker for each window; when it is gone another takes the lead.
+// DESIGN.md, "The group", has what happens when an instance is killed at any of these steps.
 //
 // A leader that slept through its lease meets its successor where they can harm:
 // at the broker in the fence, and at the file in Claim, right before the line

@@ -41,10 +41,7 @@ type health struct {
 func (h *health) reason() string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.policy != "" {
-		return h.policy
-	}
-	return h.failure
+	return cmp.Or(h.policy, h.failure)
 }
 
 // log writes a line that may repeat, sampled by its first part.
@@ -142,23 +139,15 @@ func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
 	policy, failure, rights := r.health.policy, r.health.failure, r.health.rights
 	r.health.mu.Unlock()
-	if policy != "" {
+	switch {
+	case policy != "":
 		return false, policy
-	}
-	if r.client.Load() == nil {
-		if failure == "" {
-			failure = "Redis is not connected yet"
-		}
-		return r.cfg.FailOpen, failure
-	}
-	if rights != "" {
+	case r.client.Load() == nil:
+		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
+	case rights != "":
 		return r.cfg.FailOpen, rights
-	}
-	if r.ledger.standing.Load() == unheard {
-		if failure == "" {
-			failure = "the group has not answered yet"
-		}
-		return r.cfg.FailOpen, failure
+	case r.ledger.standing.Load() == unheard:
+		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0
 	for i := range r.lanes {
@@ -172,13 +161,11 @@ func (r *Set) Health() (ready bool, reason string) {
 		}
 		l.mu.Unlock()
 	}
+	failure = cmp.Or(failure, "Redis does not answer")
 	switch {
 	case down == 0:
 		return true, ""
-	case failure == "":
-		failure = "Redis does not answer"
-	}
-	if down < len(r.lanes) {
+	case down < len(r.lanes):
 		// Other instances reach the same parts: the rest of the cluster is down.
 		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, len(r.lanes))
 	}

@@ -95,26 +95,19 @@ const fullKey = "\x00"
 // newNamed makes the one of an id. full: see named.
 func newNamed(key [2]uint64, en *encoded, o *dedup.Options, full bool) *named {
 	m := &named{under: string(o.Under), full: full}
-	name := m.under
+	name, token := m.under, m.token[:0]
 	if full {
 		name = fullKey + name
 	}
-	size := headerLen + 3 + int(en.n) + len(name)
 	if len(o.Token) > 0 {
 		text := make([]byte, 0, 256)
 		text = binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(text, key[0]), key[1])
 		sum := sha256.Sum256(append(append(text, en.bytes()...), o.Token...))
-		copy(m.token[:], sum[:])
-		size += len(m.token)
+		token = append(token, sum[:len(m.token)]...)
 	}
-	m.log = append(make([]byte, 0, size), kindNamed, 0)
-	m.log = append(append(append(m.log, en.n-1), en.data[0]), en.bytes()[headerLen:]...)
-	if m.hasToken() {
-		m.log = append(append(m.log, byte(len(m.token))), m.token[:]...)
-	} else {
-		m.log = append(m.log, 0)
-	}
-	m.log = append(append(m.log, byte(len(name))), name...)
+	m.log = append(make([]byte, 0, headerLen+3+int(en.n)+len(token)+len(name)), kindNamed, 0, en.n-1, en.data[0])
+	m.log = append(append(m.log, en.bytes()[headerLen:]...), byte(len(token)))
+	m.log = append(append(append(m.log, token...), byte(len(name))), name...)
 	m.log[1] = byte(len(m.log) - headerLen)
 	return m
 }

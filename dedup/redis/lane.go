@@ -63,8 +63,8 @@ type lane struct {
 	down      bool // no new ids: the last attempts failed for longer than a request waits
 	failing   int64
 	err       error
-	lacking   []*redisEpoch // Redis lacks ids of them that are in the log: see flush
-	asked     []*question
+	lacking   []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
+	asked     map[*redisEpoch][]chan<- error // see job
 	closed    bool
 	want      int // the next batch is held until so many ids wait
 
@@ -153,6 +153,7 @@ func (l *lane) init(r *Set, i int) {
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
 	l.losses = map[*redisEpoch]uint64{}
+	l.asked = map[*redisEpoch][]chan<- error{}
 }
 
 // nudge wakes the goroutine that receives from wake, now or next time. Its capacity is 1.
@@ -462,8 +463,10 @@ func (l *lane) refuseAll() {
 		en := l.oldest.of
 		l.answerAll(en, dedup.Repeat, dedup.ErrUnavailable)
 	}
-	for _, q := range l.asked {
-		q.done <- dedup.ErrUnavailable
+	for _, asked := range l.asked {
+		for _, done := range asked {
+			done <- dedup.ErrUnavailable
+		}
 	}
-	l.asked = nil
+	clear(l.asked)
 }

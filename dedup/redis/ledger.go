@@ -7,7 +7,6 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -216,16 +215,11 @@ func spanName(s counter.Span) string {
 }
 
 func parseSpan(name string) (counter.Span, error) {
-	start, window, _ := strings.Cut(name, ":")
-	from, err := strconv.ParseInt(start, 10, 64)
-	if err != nil {
-		return counter.Span{}, fmt.Errorf("ledger: epoch %q", name)
+	var start, window int64
+	if _, err := fmt.Sscanf(name, "%d:%d", &start, &window); err != nil {
+		return counter.Span{}, fmt.Errorf("ledger: epoch %q: %w", name, err)
 	}
-	length, err := strconv.ParseInt(window, 10, 64)
-	if err != nil {
-		return counter.Span{}, fmt.Errorf("ledger: epoch %q", name)
-	}
-	return counter.Span{Start: time.UnixMilli(from).UTC(), Window: time.Duration(length) * time.Millisecond}, nil
+	return counter.Span{Start: time.UnixMilli(start).UTC(), Window: time.Duration(window) * time.Millisecond}, nil
 }
 
 func ms(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
@@ -445,7 +439,7 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 	case open != nil && open.refused.Load():
 		s.Problem = fmt.Sprintf("the group had windows of another length that ended behind the start of the open one: ids are taken from %s on, in windows of %s",
 			open.span.End().Format(time.RFC3339Nano), l.cfg.Window)
-	case l.cfg.MaxSkew > 0 && off > l.cfg.MaxSkew:
+	case off > l.cfg.MaxSkew:
 		which := "behind"
 		if l.offset < 0 {
 			which = "ahead of"

@@ -325,7 +325,7 @@ func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 			l.mu.Unlock()
 			return dedup.ErrUnavailable
 		}
-		l.asked = append(l.asked, &question{epoch: epochs[at], done: done})
+		l.asked[epochs[at]] = append(l.asked[epochs[at]], done)
 		l.mu.Unlock()
 		nudge(l.wake)
 	}
