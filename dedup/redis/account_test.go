@@ -42,7 +42,7 @@ func startInstance(t *testing.T, server *redisServer, file string, change ...fun
 	i.e = settest.NewEpochs(t, i.r)
 	testproc.Until(t, "the group has the window", func() bool {
 		select {
-		case <-i.e.Last().State.(*redisEpoch).group.known:
+		case <-i.e.Last().State.(*redisEpoch).group.registered:
 			return true
 		default:
 			return false

@@ -34,7 +34,12 @@ func (a answers) learn(from answers) {
 
 func (a answers) note(member, n string) {
 	old, some := a[member]
-	if least, running := strings.CutSuffix(old, "+"); some && n != old+"?" && (!running || strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(least)) {
+	running := strings.HasSuffix(old, "+")
+	switch {
+	case !some || n == old+"?":
+	case !running:
+		return // the old number is final
+	case strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(old):
 		return
 	}
 	a[member] = n

@@ -123,7 +123,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	}
 	for _, e := range l.epochs {
 		e.uncertainSent = e.uncertain.Load() > 0
-		if e.registered && !all && e.uncertainSent == e.uncertainKnown || e.unique != nil && e.span.Start.After(newest) {
+		if e.isRegistered() && !all && e.uncertainSent == e.uncertainKnown || e.unique != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
@@ -132,8 +132,8 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		if d := e.decided; d != nil {
 			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
 		}
-		had := flag(e.registered)
-		if e.asks && !e.registered {
+		had := flag(e.isRegistered())
+		if e.ofOthers && had == "0" {
 			had = "?"
 		}
 		args = append(append(args, decided...), had, flag(e.uncertainSent), strconv.Itoa(len(known)))
@@ -166,15 +166,14 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		e.answers.learn(a.answers)
 		e.refused.Store(a.state == "refused")
 		if e.refused.Load() {
-			if e.late = true; e.asks {
+			if e.wasRefused = true; e.ofOthers {
 				l.drop(s) // it is gone
 			}
 			continue
 		}
 		e.uncertainKnown = e.uncertainSent
-		if !e.registered {
-			e.registered = true
-			close(e.known)
+		if !e.isRegistered() {
+			close(e.registered)
 		}
 		switch a.state {
 		case "delivered":
@@ -189,7 +188,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	}
 	for _, s := range b.unnamed {
 		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
-			l.place(s).asks = true
+			l.place(s).ofOthers = true
 			nudge(l.wake) // the next beat reads what there is of it
 		}
 	}
@@ -206,16 +205,16 @@ func (l *Ledger) pass(s counter.Span) {
 
 // stand takes over which members have another window. l.mu is held.
 func (l *Ledger) stand(odd, strange string) {
-	if strange != "" {
-		window, member, _ := strings.Cut(strange, " ")
-		strange = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(window), l.cfg.Window)
+	if length, member, some := strings.Cut(strange, " "); some {
+		strange = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(length), l.cfg.Window)
 		if strange != l.strange {
 			l.cfg.Log.Error().Msg(strange + ": that instance refuses ids until it has the window of the group")
 		}
 	}
 	l.strange = strange
 	was := l.odd
-	if odd == "" {
+	length, member, out := strings.Cut(odd, " ")
+	if !out {
 		l.odd = ""
 		l.standing.Store(inside)
 		if was != "" {
@@ -223,15 +222,12 @@ func (l *Ledger) stand(odd, strange string) {
 		}
 		return
 	}
-	window, member, _ := strings.Cut(odd, " ")
-	if member != "" {
-		l.oddAt = time.Now()
-	}
 	if member != "" || was == "" {
-		l.odd = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(window))
-		if member != "" {
-			l.odd += " (instance " + member + ")"
-		}
+		l.odd = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(length))
+	}
+	if member != "" {
+		l.odd += " (instance " + member + ")"
+		l.oddAt = time.Now()
 	}
 	l.standing.Store(outside)
 	if was == "" {

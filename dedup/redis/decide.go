@@ -69,7 +69,7 @@ func (l *Ledger) takes(s counter.Span) (ours, late bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.find(s)
-	return e == nil || e.registered, e != nil && e.late
+	return e == nil || e.isRegistered(), e != nil && e.wasRefused
 }
 
 // replayLosses looks for losses and waits until their ids are in Redis again.
@@ -169,8 +169,8 @@ func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCou
 	l.mu.Lock()
 	had := l.keyed
 	l.mu.Unlock()
-	if had.span == s {
-		return had.keys, nil
+	if had.Span() == s {
+		return had.Keys, nil
 	}
 	keys, err := l.ids.keyCounts(ctx, s)
 	if err != nil {
@@ -178,7 +178,7 @@ func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCou
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.keyed = keyedSpan{s, keys}
+	l.keyed = counter.Count{Start: s.Start, Window: s.Window, Keys: keys}
 	return keys, nil
 }
 

@@ -491,7 +491,7 @@ local function batch(key, a, undo)
     if a[9] == '0' then partly = 1 end
   end
 
-  local lists, parts, total, more = {}, nil, 0, 0 -- by kind; parts only if not all codes are 1
+  local lists, parts, total, more = {}, {}, 0, 0 -- by kind; no part if all its codes are 1
   local way = ways[mode] or ways.a
   local prefix = key .. ':' .. epoch .. ':'
   for k = 1, PLAIN do
@@ -513,11 +513,7 @@ local function batch(key, a, undo)
       if held[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end
       held[k] = held[k] + added
       total, more = total + #ids, more + added
-      lists[k] = ids
-      if codes then
-        parts = parts or {}
-        parts[k] = codes
-      end
+      lists[k], parts[k] = ids, codes
     end
   end
   local named = ''
@@ -545,26 +541,21 @@ local function batch(key, a, undo)
   end
   n = n + more
 
-  local answer, doubt = '', doubted
-  if not parts then
-    answer = rep('1', total)
-    if mode == 'a' then doubt = a[11] .. a[12] .. a[13] .. a[14] .. named .. doubted end
-  else
-    local mine, others = {}
-    for k = 1, PLAIN do
-      local ids, codes = lists[k] or {}, parts[k]
-      for i = 1, mode == 'a' and #ids or 0 do
-        if not codes or codes[i] == '1' then
-          mine[#mine + 1] = pack(ids[i])
-        elseif codes[i] == '0' then
-          others = others or doubts(key, session, epoch, now or clock())
-          if among(others, ids[i]) then codes[i] = '2' end
-        end
+  local answer, mine, others = '', {}
+  for k = 1, PLAIN do
+    local ids, codes = lists[k] or {}, parts[k]
+    if mode == 'a' and not codes then mine[#mine + 1] = a[10 + k] end -- the list as it is
+    for i = 1, mode == 'a' and codes and #ids or 0 do
+      if codes[i] == '1' then
+        mine[#mine + 1] = pack(ids[i])
+      else
+        others = others or doubts(key, session, epoch, now or clock())
+        if among(others, ids[i]) then codes[i] = '2' end
       end
-      answer = answer .. (codes and concat(codes) or rep('1', #ids))
     end
-    doubt = concat(mine) .. named .. doubted
+    answer = answer .. (codes and concat(codes) or rep('1', #ids))
   end
+  local doubt = concat(mine) .. named .. doubted
   if replay and more < total then twice = twice + total - more end
 
   if codes then answer = answer .. concat(codes) .. (doubtful and 'P' or '') end

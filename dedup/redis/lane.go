@@ -433,16 +433,14 @@ func (l *lane) expire(now int64) {
 			l.failing = a.at // no error yet, and no answer either: it is not that many ids wait
 		}
 		en.asks = en.asks[1:] // a is the first of them: they began in this order
-		v, err, what := dedup.Repeat, error(nil), eventAnsweredBeside
+		v, err := dedup.Repeat, error(nil)
 		if en.alone { // answered as new to another request
 			v = en.key.epoch.again(l.i, en.named, a.named)
-		} else if l.r.cfg.FailOpen {
-			v, err = l.decideAlone(a.e, en.key, en, &en.enc, a.named)
 		} else {
-			err, what = l.r.unavailable(), eventRefusal
+			v, err = l.decideAlone(a.e, en.key, en, &en.enc, a.named)
 		}
 		l.answer(a, v, err)
-		if l.step(en, what, nil); en.phase == finished { // decided here: for the others it is a repeat
+		if l.step(en, eventAnsweredBeside, nil); en.phase == finished { // decided here: for the others it is a repeat
 			for _, b := range en.asks {
 				l.answer(b, en.key.epoch.again(l.i, a.named, b.named), nil)
 			}

@@ -119,15 +119,9 @@ type Ledger struct {
 	unclaimed time.Time      // epochs that ended at or before it: see LinesUnknown
 	beatErr   error          // of the last beat
 	lastBeat  time.Time
-	beaten    int64     // when that was, by the clock of Redis
-	back      time.Time // when a beat was answered again after others may be taken for dead
-	keyed     keyedSpan // read last
-}
-
-// keyedSpan is the keys of a sealed epoch.
-type keyedSpan struct {
-	span counter.Span
-	keys []counter.KeyCount
+	beaten    int64         // when that was, by the clock of Redis
+	back      time.Time     // when a beat was answered again after others may be taken for dead
+	keyed     counter.Count // the keys of the epoch that they were read of last
 }
 
 // Standings of a member.
@@ -142,7 +136,7 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 // ledgerEpoch is an epoch that this process has opened or sealed. Ledger.mu guards all but the
 // first fields, which the Set uses, too.
 type ledgerEpoch struct {
-	known        chan struct{} // closed when the group has the epoch
+	registered   chan struct{} // closed when the group has the epoch
 	refused      atomic.Bool   // the group does not take it: no id may be added
 	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
 	wasUncertain atomic.Bool   // there were some
@@ -150,15 +144,23 @@ type ledgerEpoch struct {
 	span           counter.Span
 	unique         func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers        answers        // what each member has given, as far as this process knows
-	registered     bool           // the group has it
-	late           bool           // it was refused for a time
-	asks           bool           // this process has not opened it: it only asks what there is of it
+	wasRefused     bool           // for a time
+	ofOthers       bool           // this process has not opened it: it only asks what there is of it
 	uncertainSent  bool           // the last beat had that it has uncertain ids
 	uncertainKnown bool           // the group knows
 	reported       *counter.Count // what this process has reported of it
 	reportedAt     time.Time
 	decided        *decision // what it came to, as far as this process knows
 	contradicted   bool      // the group has another decision, which is logged
+}
+
+func (e *ledgerEpoch) isRegistered() bool {
+	select {
+	case <-e.registered:
+		return true
+	default:
+		return false
+	}
 }
 
 // maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
@@ -252,7 +254,7 @@ func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	e.unique, e.asks = unique, false
+	e.unique, e.ofOthers = unique, false
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}
@@ -267,7 +269,7 @@ func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	if e != nil {
 		return e
 	}
-	e = &ledgerEpoch{span: s, answers: answers{}, known: make(chan struct{})}
+	e = &ledgerEpoch{span: s, answers: answers{}, registered: make(chan struct{})}
 	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e *ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
 	l.epochs = slices.Delete(l.epochs, 0, max(0, len(l.epochs)-maxLedgerEpochs))

@@ -453,7 +453,7 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	}
 	known := dead.Opened(spanEnded(-time.Minute), nil) // is open
 	g.beat(dead)
-	<-known.known
+	<-known.registered
 	later := g.member("later")
 	g.beat(later)
 	if got := g.unpublished(later); !slices.Equal(got, want) {

@@ -204,6 +204,19 @@ end
 return 1
 `)
 
+// luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
+// no later one: they may have answered ids of it before the ledger learns of that.
+const luaUnlisted = `
+local function unlisted(members, opened, listed, start)
+  local list = {}
+  for _, m in ipairs(redis.call('ZRANGE', members, 0, -1)) do
+    local newest = tonumber(redis.call('HGET', opened, m) or '')
+    if not listed[m] and (not newest or newest <= start) then list[#list + 1] = m end
+  end
+  return list
+end
+`
+
 // sealScript answers whether the epoch may be sealed now: "decided" and the decision; or
 // "wait" and for how many ms at most; or "seal" and the members of the epoch. "+" stands
 // before those that have not reported what they have answered, "0" before those without a
@@ -215,7 +228,7 @@ return 1
 // seal the future. A member that is silent, or has not left, is waited for until
 // the last clock must have turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + `
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, longer, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local function pause(ms) return {'wait', string.format('%.0f', ms)} end
@@ -256,86 +269,70 @@ for f = 1, #all, 2 do
     out[#out + 1] = mark .. string.sub(all[f], 3)
   end
 end
-for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-  local opened = tonumber(redis.call('HGET', KEYS[6], m) or '')
-  if not listed[m] and (not opened or opened <= start) then out[#out + 1] = '?' .. m end
-end
+for _, m in ipairs(unlisted(KEYS[1], KEYS[6], listed, start)) do out[#out + 1] = '?' .. m end
 return out
 `)
 
-// decideScript writes what the epoch came to, once, and answers it, with the reason
-// where it is not exact.
+// decideScript decides what the epoch came to, once, and answers "decided" and the decision,
+// with the reason if it is not exact.
 //
-// The record has the sum of the answers that the members have given. The number of ids in
-// Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
-// harm if they were added without an answer. But if the ledger does not have a member in
-// the epoch, and that member has not reported a later one, it may yet open the epoch, or
-// has, and they may be ids that it has answered before the ledger learnt of that (see
-// registerWait). That it was heard since the end is not enough: it may be late itself.
-// Members that are gone have answered the rest of the ids, if that is at least what they
-// reported last, and unless one of the members, gone or not, has refused ids whose outcome
-// it does not know, or one that is gone has not shown a lane that it had the reply to its
-// last batch: it may be asleep, or cut off, and refuse those ids. All of this holds only if no write can have been lost that was not added
-// again (whole): a lost id and one that was added without an answer would cancel each other.
+// The record has the sum of the answers that the members have given, and the number of ids in
+// Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do
+// no harm if they were added without an answer. But they may be ids that a member of
+// luaUnlisted has answered; that it was in contact since the end proves nothing, as it may be
+// late itself.
 //
-// The lanes were sealed for the members that sealScript has listed: if their numbers have
-// changed since, other than from one of those that ended without a report to its report, the
-// answer is "lost", and the seal begins again.
+// Members that ended without a report have answered the rest of the ids, if these are at least
+// what they reported last. But the rest may be ids that were refused: if a member, gone or not,
+// has uncertain ids, or if one that is gone has not shown a lane that it had the reply to its
+// last batch, because it may be asleep, or cut off, and refuse those ids.
 //
-// The counts of the keys are those of Redis. If ids were added without an answer, they are
-// right if none of those ids is under a key: if there are as many as the members have
-// answered under keys.
-var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + `
+// All of this holds only if no write can have been lost that was not added again (whole): a
+// lost id and one that was added without an answer would cancel each other.
+//
+// The lanes were sealed for the members that sealScript has listed. If their numbers have
+// changed since, the answer is "lost", and the seal begins again; but a member that was listed
+// as one without a report may have reported.
+//
+// The counts of the keys are those of Redis. If ids were added without an answer, the counts
+// are right only if as many ids are under keys as the members have answered under keys.
+var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
 local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
 local decided = decision(KEYS[2])
 if decided then return decided end
 if lost(KEYS[3], ARGV[11], ARGV[12]) then return {'lost'} end
-local marks = {}
+local marks, fields = {}, {}
 for i = 13, #ARGV do marks[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
+local sum, least, keyed, members, absent, listed, uncertain = 0, 0, 0, 0, {}, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
-  if string.sub(all[f], 1, 2) == 'm:' then
-    local m = string.sub(all[f], 3)
-    local mark = marks[m]
-    if not mark or (mark == '=' or mark == '0') and string.sub(all[f + 1], -1) == '+' then return {'lost'} end
-    marks[m] = nil
+  local kind, m, n = string.sub(all[f], 1, 2), string.sub(all[f], 3), all[f + 1]
+  if kind == 'm:' then
+    local mark, running = marks[m], string.sub(n, -1) == '+'
+    if not mark or running and (mark == '=' or mark == '0') then return {'lost'} end
+    marks[m], listed[m], members = nil, true, members + 1
+    if running then
+      absent[#absent + 1] = m
+      least = least + tonumber(string.sub(n, 1, -2))
+    else
+      local final, doubt = string.match(n, '^(%d+)(%??)$')
+      sum = sum + tonumber(final)
+      if doubt == '?' then uncertain[#uncertain + 1] = m end
+    end
+  elseif kind == 'k:' then
+    keyed = keyed + tonumber(n)
+  elseif kind == 'd:' then
+    uncertain[#uncertain + 1] = m
   end
+  if string.sub(kind, 2) == ':' then fields[#fields + 1] = all[f] end
 end
 for _, mark in pairs(marks) do
   if mark ~= '?' then return {'lost'} end
 end
-local keyed = 0
-local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
-for f = 1, #all, 2 do
-  if string.sub(all[f], 1, 2) == 'm:' then
-    members = members + 1
-    listed[string.sub(all[f], 3)] = true
-    if string.sub(all[f + 1], -1) == '+' then
-      absent[#absent + 1] = string.sub(all[f], 3)
-      least = least + tonumber(string.sub(all[f + 1], 1, -2))
-    else
-      local n, sure = string.match(all[f + 1], '^(%d+)(%??)$')
-      sum = sum + tonumber(n)
-      if sure == '?' then doubted[#doubted + 1] = string.sub(all[f], 3) end
-    end
-    redis.call('HDEL', KEYS[2], all[f])
-  elseif string.sub(all[f], 1, 2) == 'k:' then
-    keyed = keyed + tonumber(all[f + 1])
-    redis.call('HDEL', KEYS[2], all[f])
-  elseif string.sub(all[f], 1, 2) == 'd:' then
-    doubted[#doubted + 1] = string.sub(all[f], 3)
-    redis.call('HDEL', KEYS[2], all[f])
-  end
-end
-local unknown = {}
-if #absent == 0 and ids > sum then
-  for _, m in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-    local opened = tonumber(redis.call('HGET', KEYS[4], m) or '')
-    if not listed[m] and (not opened or opened <= start) then unknown[#unknown + 1] = m end
-  end
-end
+for _, f in ipairs(fields) do redis.call('HDEL', KEYS[2], f) end
+local unknown = #absent == 0 and ids > sum and unlisted(KEYS[3], KEYS[4], listed, start) or {}
 local unique, why = sum, ''
 local function but(reason) why = why == '' and reason or why .. '; ' .. reason end
 local numbers = string.format('%.0f ids are in Redis, %.0f answers are reported', ids, sum)
@@ -346,8 +343,8 @@ if #absent > 0 then
     but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
   elseif open then
     but('an instance that may have answered alone ended without a report')
-  elseif #doubted > 0 then
-    but('instances had refused ids that may be in Redis (' .. table.concat(doubted, ' ') .. ')')
+  elseif #uncertain > 0 then
+    but('instances had refused ids that may be in Redis (' .. table.concat(uncertain, ' ') .. ')')
   elseif unanswered and ids > sum + least then
     but('the last ids of an instance that ended without a report may have had no answer')
   end

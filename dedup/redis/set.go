@@ -307,15 +307,13 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 // writes the epoch down. It returns an error for an epoch that the group does not accept,
 // or of a process that the group does not know yet: it may have another window.
 func (r *Set) await(s *redisEpoch) error {
-	select {
-	case <-s.group.known:
+	if s.group.isRegistered() {
 		return nil
-	default:
 	}
 	t := time.NewTimer(time.Until(s.opened.Add(registerWait)))
 	defer t.Stop()
 	select {
-	case <-s.group.known:
+	case <-s.group.registered:
 		return nil
 	case <-t.C:
 	case <-r.life.Done():
