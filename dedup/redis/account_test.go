@@ -465,7 +465,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 	server.do("DEL", lanes) // the other stopped, or Redis has lost it
 	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		got := server.do("GET", lanes)
-		if time.Since(began) > strangeFor/2 {
+		if time.Since(began) > otherSeenFor/2 {
 			break
 		}
 		if strings.HasPrefix(got, "3") {

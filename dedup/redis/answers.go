@@ -25,7 +25,7 @@ import (
 // again while Redis loses its data.
 type answers map[string]string
 
-// learn takes over what is known better.
+// learn takes over each number that is better than the one here.
 func (a answers) learn(from answers) {
 	for m, n := range from {
 		a.note(m, n)

@@ -8,10 +8,10 @@ import (
 // tokenBytes is about what a token takes in the memory of an instance.
 const tokenBytes = 40
 
-// answered keeps the token of an id that was answered as new, so that a retry is
+// rememberToken keeps the token of an id that was answered as new, so that a retry is
 // recognised while Redis is unreachable. Without fail open no retry is answered then. The
 // lane's mu is held.
-func (le *laneEpoch) answered(r *Set, m *named) {
+func (le *laneEpoch) rememberToken(r *Set, m *named) {
 	if !r.cfg.FailOpen || !m.hasToken() || le.retired || !le.log.room(r) {
 		return
 	}
@@ -24,9 +24,9 @@ func (le *laneEpoch) answered(r *Set, m *named) {
 	}
 }
 
-// replayed looks for the token among the answers of this process, in s and the window
+// recognise looks for the token among the answers of this process, in s and the window
 // before it. The mu of the lane is held.
-func (s *redisEpoch) replayed(lane int, m *named) (dedup.Verdict, bool) {
+func (s *redisEpoch) recognise(lane int, m *named) (dedup.Verdict, bool) {
 	if !m.hasToken() {
 		return 0, false
 	}
@@ -44,7 +44,7 @@ func (s *redisEpoch) replayed(lane int, m *named) (dedup.Verdict, bool) {
 // again is the verdict on a request for an id that the attempt first has made new, without
 // Redis. The mu of the lane is held.
 func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
-	if v, known := s.replayed(lane, m); known {
+	if v, known := s.recognise(lane, m); known {
 		return v
 	}
 	if m.hasToken() && sameAttempt(first, m) {

@@ -29,12 +29,12 @@ const (
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
 
-	// laneBeat is how soon a silent lane notices a loss, and says that the
-	// session lives.
+	// laneBeat is how often a lane without ids sends a batch nevertheless: it notices a
+	// loss, and Redis notes that the session lives.
 	laneBeat = time.Second
 
-	// noteTime is how often a batch has Redis note when the session was heard. It
-	// costs Redis a command more.
+	// noteTime is how often a batch has Redis note the time as that of the session's last
+	// batch. It costs Redis a command more.
 	noteTime = laneBeat / 2
 
 	// Attempts that fail wait between these, doubling.
@@ -94,7 +94,7 @@ func (l *lane) run() {
 		switch pause := l.perform(j, wait); {
 		case pause < 0: // done
 			wait = minRetry
-			l.rouse(time.Since(sent))
+			l.wakeAnswered(time.Since(sent))
 		case !l.sleep(pause):
 			return // closing took too long
 		default:
@@ -104,10 +104,10 @@ func (l *lane) run() {
 	l.r.call(l.r.life, l.key, "bye", l.r.cfg.session)
 }
 
-// rouse wakes those whom a batch has answered that took trip.
-func (l *lane) rouse(trip time.Duration) {
+// wakeAnswered wakes the requests that a batch has answered; its trip to Redis took so long.
+func (l *lane) wakeAnswered(trip time.Duration) {
 	l.mu.Lock()
-	woken, full := l.awake(), len(l.queue) >= batchSize
+	woken, full := l.takeAnswered(), len(l.queue) >= batchSize
 	held := l.hold(woken, trip)
 	l.mu.Unlock()
 	if full {
@@ -119,14 +119,14 @@ func (l *lane) rouse(trip time.Duration) {
 	if held {
 		return
 	}
-	// They come first, with their next ids: the next batch is half as large without.
-	// Where nothing else is to be run this takes no time.
+	// Their next ids are to be in the next batch, which is half as large without them. If
+	// nothing else is to be run this takes no time.
 	runtime.Gosched()
 }
 
-// hold has the next batch wait for those whom this one has answered, which took trip: most
-// clients ask again at once. Without it those of a few connections stay divided in two
-// halves, each waiting while the other is under way. l.mu is held.
+// hold has the next batch wait for the requests that the last one has answered, whose trip
+// took so long: most clients ask again at once. Without it those of a few connections stay
+// divided in two halves, each waiting while the other is under way. l.mu is held.
 func (l *lane) hold(answered *ask, trip time.Duration) bool {
 	if l.rest > 0 {
 		l.rest--
@@ -234,9 +234,9 @@ func (l *lane) choose() *job {
 		j.lists, j.bytes = le.log.next(batchSize)
 		return j
 	}
-	if len(l.untold) > 0 {
-		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
-		l.untold = l.fill(j, l.untold, eventWithdrawn, taking)
+	if len(l.unanswered) > 0 {
+		j := &job{mode: modeTake, epoch: l.unanswered[0].key.epoch}
+		l.unanswered = l.fill(j, l.unanswered, eventWithdrawn, taking)
 		return j
 	}
 	if l.failing == 0 {
@@ -466,7 +466,7 @@ func (l *lane) turn(j *job) {
 	le := &j.epoch.lanes[l.i]
 	le.sealed = true
 	l.stepAll(j.entries, eventSealed)
-	l.untold = slices.DeleteFunc(l.untold, func(en *entry) bool {
+	l.unanswered = slices.DeleteFunc(l.unanswered, func(en *entry) bool {
 		if en.key.epoch == j.epoch {
 			l.step(en, eventSealed, nil)
 		}
@@ -477,7 +477,7 @@ func (l *lane) turn(j *job) {
 	}
 }
 
-// resolve answers the entries of a job that was done. It is for rouse to wake them.
+// resolve answers the entries of a job that was done. It is for wakeAnswered to wake them.
 func (l *lane) resolve(j *job, a reply) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -489,7 +489,7 @@ func (l *lane) resolve(j *job, a reply) {
 	le.log.cut = le.log.cut || strings.HasSuffix(a.codes, partly)
 	switch j.mode {
 	case modeReplay, modeLocal:
-		l.replayed(le, j, a)
+		l.addedAgain(le, j, a)
 	case modeTake:
 		le.took = l.seq
 		for i, en := range j.entries {
@@ -498,7 +498,7 @@ func (l *lane) resolve(j *job, a reply) {
 				continue
 			}
 			l.step(en, eventRemoved, nil)
-			l.r.counts.untold.Add(1)
+			l.r.counts.takenBack.Add(1)
 		}
 	case modeAdd, modeLook:
 		for i, en := range j.entries {

@@ -20,7 +20,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
 	for all := true; !l.left.Load(); {
-		// Without a connection nothing is sent; Stats tells of what fails.
+		// Without a connection nothing is sent; Set.Health shows what fails.
 		err := l.beat(ctx, all)
 		switch {
 		case err != nil && l.standing.Load() == unheard:
@@ -84,7 +84,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if b.leads {
 		l.lead = began.Add(leadLease)
 	}
-	l.stand(b.odd, b.strange)
+	l.stand(b.insider, b.outsider)
 	l.learn(sent, b)
 	return nil
 }
@@ -112,7 +112,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
 		l.member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
-		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
+		ms(leadLease), flag(time.Since(l.insiderAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
 		"-1", flag(all), flag(time.Now().After(l.yields)),
 	}
 	if !newest.IsZero() {
@@ -147,7 +147,7 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 
 // addUncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
 // in Redis: their outcome is not known, or they are still to be taken back. Should this
-// process be killed meanwhile, nobody can tell them from ids that it has answered ok, so the
+// process be killed meanwhile, nothing distinguishes them from ids that it has answered ok, so the
 // group is to know before the first is answered.
 func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
 	e.wasUncertain.Store(true)
@@ -204,18 +204,18 @@ func (l *Ledger) pass(s counter.Span) {
 }
 
 // stand takes over which members have another window. l.mu is held.
-func (l *Ledger) stand(odd, strange string) {
-	if length, member, some := strings.Cut(strange, " "); some {
-		strange = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(length), l.cfg.Window)
-		if strange != l.strange {
-			l.cfg.Log.Error().Msg(strange + ": that instance refuses ids until it has the window of the group")
+func (l *Ledger) stand(insider, outsider string) {
+	if length, member, some := strings.Cut(outsider, " "); some {
+		outsider = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(length), l.cfg.Window)
+		if outsider != l.outsider {
+			l.cfg.Log.Error().Msg(outsider + ": that instance refuses ids until it has the window of the group")
 		}
 	}
-	l.strange = strange
-	was := l.odd
-	length, member, out := strings.Cut(odd, " ")
+	l.outsider = outsider
+	was := l.outsideWhy
+	length, member, out := strings.Cut(insider, " ")
 	if !out {
-		l.odd = ""
+		l.outsideWhy = ""
 		l.standing.Store(inside)
 		if was != "" {
 			l.cfg.Log.Info().Str("was", was).Msg("this instance and its group have the same window: ids are accepted")
@@ -223,15 +223,15 @@ func (l *Ledger) stand(odd, strange string) {
 		return
 	}
 	if member != "" || was == "" {
-		l.odd = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(length))
+		l.outsideWhy = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(length))
 	}
 	if member != "" {
-		l.odd += " (instance " + member + ")"
-		l.oddAt = time.Now()
+		l.outsideWhy += " (instance " + member + ")"
+		l.insiderAt = time.Now()
 	}
 	l.standing.Store(outside)
 	if was == "" {
-		l.cfg.Log.Error().Msg(l.odd + ": this instance refuses ids until the two are the same, or no other instance is left")
+		l.cfg.Log.Error().Msg(l.outsideWhy + ": this instance refuses ids until the two are the same, or no other instance is left")
 	}
 }
 
@@ -246,12 +246,12 @@ func milliseconds(n string) string {
 
 // beatReply is what beatScript answers.
 type beatReply struct {
-	now           int64
-	others        int
-	leads, behind bool   // behind: the ledger has lost data since the last beat
-	odd, strange  string // LENGTH MEMBER
-	unnamed       []counter.Span
-	epochs        []epochReply // of those that were named
+	now               int64
+	others            int
+	leads, behind     bool   // behind: the ledger has lost data since the last beat
+	insider, outsider string // LENGTH MEMBER
+	unnamed           []counter.Span
+	epochs            []epochReply // of those that were named
 }
 
 type epochReply struct {
@@ -280,7 +280,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 	if len(head) != 6 || len(epochs) != len(sent) {
 		return b, fmt.Errorf("an answer to a beat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
 	}
-	b.leads, b.odd, b.strange, b.behind = head[1] == "1", head[3], head[4], head[5] == "1"
+	b.leads, b.insider, b.outsider, b.behind = head[1] == "1", head[3], head[4], head[5] == "1"
 	if b.now, err = strconv.ParseInt(head[0], 10, 64); err == nil {
 		b.others, err = strconv.Atoi(head[2])
 	}

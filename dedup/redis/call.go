@@ -62,8 +62,8 @@ type reply struct {
 	replicas bool      // of a seal: the master has some, or had
 }
 
-// errRefused is a reply that says that nothing was done. Any other error
-// leaves that open.
+// errRefused is the error of a call that has certainly done nothing. After any other error
+// that is not known.
 type errRefused struct{ err error }
 
 func (e errRefused) Error() string { return e.err.Error() }
@@ -170,7 +170,7 @@ func parseReply(m rueidis.RedisMessage) (a reply, err error) {
 				return a, err
 			}
 		}
-		a.sealed = sealedIDs{unique: n[0], exact: n[1] == 1, whole: n[2] == 1, under: n[3], open: n[5] == 1}
+		a.sealed = sealedIDs{unique: n[0], exact: n[1] == 1, whole: n[2] == 1, under: n[3], unanswered: n[5] == 1}
 		a.replicas = n[4] == 1
 	case len(parts) == 4:
 		a.codes, a.gen = words[1], words[2]

@@ -19,7 +19,7 @@ func (l *Ledger) unsettled() string {
 	return ""
 }
 
-// Report says what this process knows of an epoch that it has left for good:
+// Report reports what this process knows of an epoch that it has left for good:
 // whether it served the whole of it, and whether no id was lost. Ids of it that
 // Redis has lost are first put back, if that takes no longer than replayWait.
 //
@@ -222,8 +222,8 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 }
 
 // othersAreBack waits, after a time in which this member did not reach the ledger, for as
-// long as it takes the others to be heard again: they are taken for dead, and what they
-// have answered meanwhile is not written down.
+// long as the others take to reach it again: until then they are taken for dead, and what
+// they have answered meanwhile is not written down.
 func (l *Ledger) othersAreBack(ctx context.Context) error {
 	for {
 		l.mu.Lock()
@@ -257,7 +257,7 @@ func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) (
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
-		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), me, at,
+		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at,
 	}, members...)).AsStrSlice()
 	if err == nil && out[0] == "lost" {
 		err = errors.New("data was lost meanwhile")

@@ -6,11 +6,11 @@ import "verve/dedup"
 type phase uint8
 
 const (
-	queued   phase = iota // to be sent
-	flying                // in the batch under way
-	untold                // in Redis, but all its requests got 503; to be taken back
-	taking                // is being taken back
-	finished              // out of the lane
+	queued     phase = iota // to be sent
+	flying                  // in the batch under way
+	unanswered              // in Redis, but all its requests got 503; to be taken back
+	taking                  // is being taken back
+	finished                // out of the lane
 )
 
 // audience is which requests wait for an entry.
@@ -126,8 +126,8 @@ func (s state) on(e event) (state, effects) {
 		s.uncertain = true
 	case s.phase == flying:
 		s, fx = s.onFlying(e)
-	case s.phase == untold:
-		s, fx = s.onUntold(e)
+	case s.phase == unanswered:
+		s, fx = s.onUnanswered(e)
 	case s.phase == taking:
 		s, fx = s.onTaking(e)
 	}
@@ -169,7 +169,7 @@ func (s state) onFlying(e event) (state, effects) {
 	return s, fx
 }
 
-func (s state) onUntold(e event) (state, effects) {
+func (s state) onUnanswered(e event) (state, effects) {
 	switch e {
 	case eventWithdrawn:
 		s.phase = taking
@@ -205,7 +205,7 @@ func (s state) inRedis() (state, effects) {
 		s.phase = finished
 		return s, effects{log: asTaken, to: thereAnswered, verdict: s.retried()}
 	case s.waiting != itsAttempt:
-		s.phase = untold
+		s.phase = unanswered
 		return s, effects{}
 	}
 	s.phase = finished

@@ -208,7 +208,7 @@ func (g *Group) Run(ctx context.Context) error {
 }
 
 // round marks what was delivered and, where this instance leads, takes into the
-// spool what is over.
+// spool the epochs that are over.
 func (g *Group) round(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -259,8 +259,8 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 		return err
 	}
 	if !g.term {
-		// An earlier leader may have written it and not said so. What it has not
-		// left undelivered now, nobody can have written before this one.
+		// An earlier leader may have written its line without reporting it; but not the
+		// line of an epoch that ends after those that are undelivered now.
 		g.ledger.LinesUnknown(upTo)
 	}
 	index, err := g.records.Append(ctx, c)
@@ -273,7 +273,7 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	return nil
 }
 
-// mark tells the ledger of the records that all sinks have. g.mu is held.
+// mark reports to the ledger the records that all sinks have. g.mu is held.
 func (g *Group) mark(ctx context.Context) error {
 	floor, _ := g.records.DeliveredTo()
 	var done []counter.Span
@@ -292,19 +292,19 @@ func (g *Group) mark(ctx context.Context) error {
 	return nil
 }
 
-// Leaving says that the process stops: Publish no longer waits for an epoch that
+// Leaving announces that the process stops: Publish no longer waits for an epoch that
 // goes on without this instance. Call it before the counter is sealed.
 func (g *Group) Leaving() { g.leave() }
 
 // Leave takes this instance out of its group when the counter has stopped. The last
 // one to leave puts what the group has not published into the spool, also the open epoch
 // where its end is within the time given: there is one record per window and group, and
-// whoever starts again within the window goes on with its ids, so it cannot be published
+// an instance that starts within the window goes on with its ids, so it cannot be published
 // before its end. Mark follows when all that is delivered.
 func (g *Group) Leave(ctx context.Context) error {
 	g.Leaving()
 	others, heard, err := g.ledger.Leave(ctx)
-	// One that was heard before this one left may be dead, or leave as well.
+	// One whose last beat was before this one left may be dead, or leave as well.
 	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
 		if err = retry.Sleep(ctx, leavePoll); err == nil {
 			others, heard, err = g.ledger.Leave(ctx)

@@ -25,7 +25,7 @@ const (
 	logEvery = 10 * time.Second
 )
 
-// health is what is known of the servers.
+// health is the state of the servers, as far as it is known here.
 type health struct {
 	refused atomic.Bool // ids may not be trusted to Redis, by its policy: see watch
 	blind   bool        // the policy cannot be read; checkPolicy alone uses it
@@ -105,11 +105,11 @@ var explanations = map[string]string{
 	"ASK":         "a Redis slot is on the move",
 }
 
-// deniedCommand is in what Redis says of a command that the user may not run, also
+// deniedCommand is in the error of Redis for a command that the user may not run, also
 // of one within a script, where the first word is another.
 var deniedCommand = regexp.MustCompile(`permissions? to run the '([^']+)' command`)
 
-// explain says in few words what an error means.
+// explain returns in few words what an error means.
 func explain(err error) string {
 	if refused, ok := errors.AsType[*rueidis.RedisError](err); ok {
 		if m := deniedCommand.FindStringSubmatch(refused.Error()); m != nil {
@@ -209,17 +209,17 @@ func (r *Set) checkPolicy() {
 	was := r.health.policy
 	r.health.mu.Unlock()
 	switch n, err := r.agreedLanes(ctx); {
-	case err != nil && !r.standsAlone.Load():
+	case err != nil && !r.formAgreed.Load():
 		bad = cmp.Or(bad, was) // no answer does not mean that the others are gone
 	case err != nil:
 	case n/layoutBase != layout:
-		r.standsAlone.Store(false)
+		r.formAgreed.Store(false)
 		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
 	case n%layoutBase != len(r.lanes):
-		r.standsAlone.Store(false)
+		r.formAgreed.Store(false)
 		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
 	default:
-		r.standsAlone.Store(true)
+		r.formAgreed.Store(true)
 	}
 	h := &r.health
 	h.change(r, &h.policy, bad, "ids are refused until it is changed", "Redis keeps ids again")
@@ -273,23 +273,23 @@ func (r *Set) checkRights(reached []bool) {
 
 // foreign reports whether Redis has, or may have, a group of another layout, which no
 // member of this one may meet.
-func (r *Set) foreign() bool { return !r.standsAlone.Load() }
+func (r *Set) foreign() bool { return !r.formAgreed.Load() }
 
 // layoutBase makes one number of the layout and the number of lanes, which versions
 // without a layout take for the latter.
 const layoutBase = 1000
 
-// strangeFor is how long an instance that has met others of another form says nothing about
+// otherSeenFor is how long an instance that has met others of another form says nothing about
 // it after their word is gone: should Redis have lost that, they are to be first again.
-const strangeFor = 3 * watchEvery
+const otherSeenFor = 3 * watchEvery
 
 // agreedLanes is the layout of the group's data and over how many lanes it spreads its
-// ids: what the first of its instances said.
+// ids: as the first of its instances has written.
 func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	c := *r.client.Load()
 	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
 	mine := strconv.Itoa(layout*layoutBase + len(r.lanes))
-	if time.Since(r.strange) > strangeFor {
+	if time.Since(r.otherSeen) > otherSeenFor {
 		err := c.Do(ctx, c.B().Set().Key(key).Value(mine).Nx().ExSeconds(lanesTTL).Build()).Error()
 		if err == nil {
 			return layout*layoutBase + len(r.lanes), nil
@@ -305,7 +305,7 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	if said == mine {
 		c.Do(ctx, c.B().Expire().Key(key).Seconds(lanesTTL).Build())
 	} else {
-		r.strange = time.Now()
+		r.otherSeen = time.Now()
 	}
 	return strconv.Atoi(said)
 }

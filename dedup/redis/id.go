@@ -29,7 +29,7 @@ const (
 	headerLen = 2 // kind and length
 )
 
-// encoded is an id as Redis holds it, behind a header that tells where it ends.
+// encoded is an id as Redis holds it, behind a header with its kind and length.
 type encoded struct {
 	n    uint8
 	data [headerLen + maxText]byte

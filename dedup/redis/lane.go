@@ -29,11 +29,11 @@ const (
 	// Instances with another one refuse each other: see agreedLanes.
 	layout = 3
 
-	// idsTTL is how many seconds ids live that nobody seals: a week.
+	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
 
-	// refillFor is how many seconds an epoch that lost ids admits no new ones after
-	// somebody has added some again: others may still have to find out.
+	// refillFor is how many seconds an epoch that lost ids admits no new ones after an
+	// instance has added some again: others may not have noticed the loss yet.
 	refillFor = "1.5"
 )
 
@@ -52,24 +52,24 @@ type lane struct {
 	key  string // of the lane's hash; the prefix of all others
 	wake chan struct{}
 
-	mu        sync.Mutex // guards what follows
-	pending   pendingIDs
-	queue     []*entry // to be sent, oldest first
-	postponed []*entry // the batch of another session may have added them: to be sent again, a moment later
-	untold    []*entry // added, but all their requests got 503: to be removed
-	oldest    *ask     // those who wait, by the time they began
-	newest    *ask
-	job       *job // under way
-	down      bool // no new ids: the last attempts failed for longer than a request waits
-	failing   int64
-	err       error
-	lacking   []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
-	asked     map[*redisEpoch][]chan<- error // see job
-	closed    bool
-	want      int // the next batch is held until so many ids wait
+	mu         sync.Mutex // guards what follows
+	pending    pendingIDs
+	queue      []*entry // to be sent, oldest first
+	postponed  []*entry // the batch of another session may have added them: to be sent again, a moment later
+	unanswered []*entry // added, but all their requests got 503: to be removed
+	oldest     *ask     // the requests that wait, by the time they began
+	newest     *ask
+	job        *job // under way
+	down       bool // no new ids: the last attempts failed for longer than a request waits
+	failing    int64
+	err        error
+	lacking    []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
+	asked      map[*redisEpoch][]chan<- error // see job
+	closed     bool
+	want       int // the next batch is held until so many ids wait
 
 	// Requests that are answered and not woken yet, the first and the last.
-	woken, lastWoken *ask
+	answered, lastAnswered *ask
 
 	// seq is that of the last batch that was done. run alone changes it, and so
 	// may read it without mu.
@@ -86,7 +86,7 @@ type lane struct {
 	missed  int                             // rest after the next hold, if it is in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
-	losses  map[*redisEpoch]uint64          // heard of, not mended yet: what came after a batch, or all
+	losses  map[*redisEpoch]uint64          // known, not mended yet: what came after a batch, or all
 	missing struct{ first, last time.Time } // that keys were found to be, without a pause
 	timer   *time.Timer
 }
@@ -98,8 +98,8 @@ type pendingKey struct {
 
 // laneEpoch is what a lane knows of an epoch. The lane's mu guards it.
 type laneEpoch struct {
-	gen       string        // of the epoch in Redis, as last heard
-	n         atomic.Uint64 // ids in it, as last heard
+	gen       string        // of the epoch in Redis, by the last reply
+	n         atomic.Uint64 // ids in it, by the last reply
 	sealed    bool
 	retired   bool
 	forgotten bool // Redis has lost ids of it that are not all added again yet
@@ -119,8 +119,8 @@ type entry struct {
 	key   pendingKey
 	enc   encoded
 	named *named // what the request named that it is sent for; nil: nothing
-	seq   uint64 // of the batch that added it, where it is untold or taking
-	asks  []*ask // those who wait, in the order in which they began; also those of another attempt
+	seq   uint64 // of the batch that added it, where it is unanswered or taking
+	asks  []*ask // the requests that wait, in the order in which they began; also those of another attempt
 	chain *entry // of pendingIDs
 }
 
@@ -178,10 +178,10 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 		return 0, nil, dedup.ErrUnavailable
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		return dedup.Turned, nil, nil
-	case en != nil && en.phase == untold && sameAttempt(en.named, m):
-		l.untold = slices.DeleteFunc(l.untold, func(x *entry) bool { return x == en })
+	case en != nil && en.phase == unanswered && sameAttempt(en.named, m):
+		l.unanswered = slices.DeleteFunc(l.unanswered, func(x *entry) bool { return x == en })
 		l.step(en, eventAskedAgain, e)
-		wake(l.awake()) // it is rare that there are some
+		wake(l.takeAnswered()) // it is rare that there are some
 		return dedup.Unique, nil, nil
 	case en != nil && en.alone:
 		return s.again(l.i, en.named, m), nil, nil
@@ -218,18 +218,18 @@ func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 	return en
 }
 
-// unlock lets go of l.mu and wakes those who were answered meanwhile. They would
+// unlock releases l.mu and wakes the requests that were answered meanwhile. They would
 // run into the lock if it were still held.
 func (l *lane) unlock() {
-	a := l.awake()
+	a := l.takeAnswered()
 	l.mu.Unlock()
 	wake(a)
 }
 
-// awake takes those who were answered out of the lane, to be woken. l.mu is held.
-func (l *lane) awake() *ask {
-	a := l.woken
-	l.woken, l.lastWoken = nil, nil
+// takeAnswered takes the requests that were answered out of the lane, to be woken. l.mu is held.
+func (l *lane) takeAnswered() *ask {
+	a := l.answered
+	l.answered, l.lastAnswered = nil, nil
 	return a
 }
 
@@ -274,8 +274,8 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 		l.postponed = append(l.postponed, en)
 	case next.phase == queued:
 		l.queue = append(l.queue, en)
-	case next.phase == untold:
-		l.untold = append(l.untold, en)
+	case next.phase == unanswered:
+		l.unanswered = append(l.unanswered, en)
 	case next.phase == finished:
 		l.pending.remove(en)
 		r.pending.Add(-1)
@@ -313,7 +313,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 		}
 		return dedup.Repeat, r.unavailable()
 	}
-	if v, known := s.replayed(l.i, m); known {
+	if v, known := s.recognise(l.i, m); known {
 		return v, nil
 	}
 	le := &s.lanes[l.i]
@@ -338,11 +338,11 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 		}
 		l.step(en, eventAnsweredAlone, nil)
 	}
-	le.answered(r, m)
+	le.rememberToken(r, m)
 	return dedup.Unique, nil
 }
 
-// enlist adds a to those who wait. l.mu is held.
+// enlist adds a to the requests that wait. l.mu is held.
 func (l *lane) enlist(a *ask) {
 	a.next, a.prev = nil, l.newest
 	if l.newest != nil {
@@ -369,12 +369,12 @@ func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	}
 	a.verdict, a.err = v, err
 	a.next, a.prev = nil, nil
-	if l.lastWoken != nil {
-		l.lastWoken.next = a
+	if l.lastAnswered != nil {
+		l.lastAnswered.next = a
 	} else {
-		l.woken = a
+		l.answered = a
 	}
-	l.lastWoken = a
+	l.lastAnswered = a
 }
 
 // answerAll answers every request that waits for en, also those of other attempts. l.mu
@@ -418,7 +418,7 @@ func (l *lane) conclude(en *entry, fx effects) {
 	nudge(l.wake)
 }
 
-// expire answers those who have waited for too long, and notices that the job
+// expire answers the requests that have waited for too long, and notices that the job
 // under way has.
 func (l *lane) expire(now int64) {
 	l.mu.Lock()

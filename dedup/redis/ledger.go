@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	// beatEvery is how often a member says that it is alive. Each beat is one
+	// beatEvery is how often a member beats: it shows that it is alive. Each beat is one
 	// small script, and it writes again what the ledger must know of this member,
 	// so that a Redis that lost its data has it back within one.
 	beatEvery = time.Second
@@ -29,7 +29,7 @@ const (
 	// no id is.
 	firstBeats = 20 * time.Millisecond
 
-	// memberTTL is when a member that says nothing is taken for dead. It bounds
+	// memberTTL is after how long without a beat a member is taken for dead. It bounds
 	// how long a record waits for a member that was killed; one that was only
 	// slow finds its epoch sealed, which is never wrong.
 	memberTTL = 3 * beatEvery
@@ -51,7 +51,7 @@ const (
 	// ledgerWait bounds one exchange with Redis.
 	ledgerWait = 2 * time.Second
 
-	// keepUndelivered is how long an epoch waits for somebody to publish it.
+	// keepUndelivered is how long an epoch waits for a member to publish it.
 	keepUndelivered = 7 * 24 * time.Hour
 
 	// The ledger remembers delivered epochs, for a member that returns with a copy in its
@@ -104,24 +104,24 @@ type Ledger struct {
 	unkept  logline.Sampler    // of the line that it cannot be written
 
 	// mu guards what follows.
-	mu        sync.Mutex
-	epochs    []*ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
-	past      []counter.Span // whose records are known to be delivered, the last ones
-	newest    time.Time      // start of the newest epoch that this process has opened
-	lead      time.Time      // until then this member publishes, as its lease ends
-	yields    time.Time      // until then it leaves the lead to others
-	others    int            // members alive beside this one
-	offset    time.Duration  // how far the clock of Redis is ahead of this one
-	unsure    time.Duration  // of offset
-	odd       string         // why this member, with another window, stands outside of its group
-	oddAt     time.Time      // when a member of the group was seen last that kept it there
-	strange   string         // another member that stands outside, and why
-	unclaimed time.Time      // epochs that ended at or before it: see LinesUnknown
-	beatErr   error          // of the last beat
-	lastBeat  time.Time
-	beaten    int64         // when that was, by the clock of Redis
-	back      time.Time     // when a beat was answered again after others may be taken for dead
-	keyed     counter.Count // the keys of the epoch that they were read of last
+	mu         sync.Mutex
+	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
+	past       []counter.Span // whose records are known to be delivered, the last ones
+	newest     time.Time      // start of the newest epoch that this process has opened
+	lead       time.Time      // until then this member publishes, as its lease ends
+	yields     time.Time      // until then it leaves the lead to others
+	others     int            // members alive beside this one
+	offset     time.Duration  // how far the clock of Redis is ahead of this one
+	unsure     time.Duration  // of offset
+	outsideWhy string         // why this member, with another window, stands outside of its group
+	insiderAt  time.Time      // when a member of the group was seen last that kept it there
+	outsider   string         // another member that stands outside, and why
+	unclaimed  time.Time      // epochs that ended at or before it: see LinesUnknown
+	beatErr    error          // of the last beat
+	lastBeat   time.Time
+	beaten     int64         // when that was, by the clock of Redis
+	back       time.Time     // when a beat was answered again after others may be taken for dead
+	keyed      counter.Count // the keys of the epoch that they were read of last
 }
 
 // Standings of a member.
@@ -246,8 +246,8 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 	return s.Exec(ctx, client, keys, args)
 }
 
-// Opened notes an epoch that requests may enter; the next beat registers it, and
-// says so in what is returned. It takes no time.
+// Opened notes an epoch that requests may enter; the next beat registers it, and closes the
+// channel in what is returned. It takes no time.
 //
 // unique counts what this process has answered as new in it, at least.
 func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
@@ -375,7 +375,7 @@ func (l *Ledger) LinesUnknown(upTo time.Time) {
 	l.unclaimed = upTo
 }
 
-// Written says that the line is in a counts file of the group.
+// Written reports that the line is in a counts file of the group.
 func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
 	if err := l.exec(ctx, writtenScript, []string{l.keys.ofEpoch(s)}, []string{ms(keepUndelivered)}).Error(); err != nil {
 		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -436,8 +436,8 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 	off := l.offset.Abs() - l.unsure
 	open := l.open()
 	switch {
-	case l.odd != "":
-		s.Problem = l.odd
+	case l.outsideWhy != "":
+		s.Problem = l.outsideWhy
 	case open != nil && open.refused.Load():
 		s.Problem = fmt.Sprintf("the group had windows of another length that ended behind the start of the open one: ids are taken from %s on, in windows of %s",
 			open.span.End().Format(time.RFC3339Nano), l.cfg.Window)

@@ -80,24 +80,24 @@ type ledgerBeat struct {
 }
 
 type ledgerEpochBeat struct {
-	name         string
-	ends         int64
-	decided      *ledgerDecision
-	had, doubted bool
-	asks         bool
-	known        answers
+	name           string
+	ends           int64
+	decided        *ledgerDecision
+	had, uncertain bool
+	asks           bool
+	known          answers
 }
 
 // ledgerBeatAnswer is the answer, with what is known of each epoch.
 type ledgerBeatAnswer struct {
-	leads        bool
-	others       int
-	odd, strange string
-	states       []string
-	known        []answers
-	decided      []string
-	unnamed      []string
-	behind       bool
+	leads             bool
+	others            int
+	insider, outsider string
+	states            []string
+	known             []answers
+	decided           []string
+	unnamed           []string
+	behind            bool
 }
 
 type ledgerDecision struct{ unique, complete, exact, sealed, under string }
@@ -151,17 +151,17 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		a.others++
 		if w, some := m.windows[name]; some && w != b.window && (w == agreed || agreed == b.window) {
 			if w == agreed {
-				a.odd = w + " " + name
+				a.insider = w + " " + name
 			} else {
-				a.strange = w + " " + name
+				a.outsider = w + " " + name
 			}
 		}
 	}
-	inside := agreed == b.window || a.odd == "" && b.claims
+	inside := agreed == b.window || a.insider == "" && b.claims
 	if inside {
 		m.length["length"] = b.window
-	} else if a.odd == "" {
-		a.odd = agreed + " "
+	} else if a.insider == "" {
+		a.insider = agreed + " "
 	}
 	for _, e := range b.epochs {
 		state, rows, d := m.beatEpoch(b.me, e, inside)
@@ -204,7 +204,7 @@ func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (stri
 	for member, n := range e.known {
 		answered(h, member, n)
 	}
-	if delete(h, "d:"+me); e.doubted {
+	if delete(h, "d:"+me); e.uncertain {
 		h["d:"+me] = "1"
 	}
 	if d := e.decided; d != nil {
@@ -370,21 +370,21 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	}
 	var sum, least, keyed uint64
 	rows := rowsOf(h)
-	absent, doubted := 0, false
+	absent, uncertain := 0, false
 	for _, n := range rows {
 		if strings.HasSuffix(n, "+") {
 			absent++
 			least += atLeast(n)
 		} else {
 			sum += atLeast(n)
-			doubted = doubted || strings.HasSuffix(n, "?")
+			uncertain = uncertain || strings.HasSuffix(n, "?")
 		}
 	}
 	for f, n := range h {
 		if strings.HasPrefix(f, "k:") {
 			keyed += atLeast(n)
 		}
-		doubted = doubted || strings.HasPrefix(f, "d:")
+		uncertain = uncertain || strings.HasPrefix(f, "d:")
 	}
 	maps.DeleteFunc(h, func(f, _ string) bool { return f[1:2] == ":" })
 	late := len(m.unlisted(rows, start)) > 0
@@ -392,7 +392,7 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	switch {
 	case absent > 0:
 		unique = max(ids.unique, sum+least)
-		exact = exact && ids.unique >= sum+least && !open && !(doubted && m.rules.doubts) && !(ids.open && ids.unique > sum+least)
+		exact = exact && ids.unique >= sum+least && !open && !(uncertain && m.rules.doubts) && !(ids.unanswered && ids.unique > sum+least)
 	case len(rows) == 0 && ids.unique > 0, ids.unique > sum && late && m.rules.late:
 		unique, exact = ids.unique, false
 	case !m.rules.account:

@@ -60,7 +60,7 @@ func (bs *blocks) cut(n int) []byte {
 	return off
 }
 
-// mark says that the batch of a sequence ends at a length of have.
+// mark is where the batch of a sequence ends in have.
 type mark struct {
 	seq uint64
 	end int
@@ -71,7 +71,7 @@ func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logByte
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 	g, b := &le.log, logged(&en.enc, en.named)
-	le.answered(r, en.named)
+	le.rememberToken(r, en.named)
 	if le.retired {
 		return
 	}
@@ -149,8 +149,8 @@ func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 	return n
 }
 
-// replayed takes over that ids from the log were added again. l.mu is held.
-func (l *lane) replayed(le *laneEpoch, j *job, a reply) {
+// addedAgain takes over that ids from the log were added again. l.mu is held.
+func (l *lane) addedAgain(le *laneEpoch, j *job, a reply) {
 	if le.retired {
 		return
 	}
@@ -212,7 +212,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 		}
 		return lost
 	}
-	l.untold = slices.DeleteFunc(l.untold, gone)
+	l.unanswered = slices.DeleteFunc(l.unanswered, gone)
 	if j.mode == modeTake {
 		j.entries = slices.DeleteFunc(j.entries, gone)
 	}
@@ -296,7 +296,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 				see(s)
 			}
 		}
-		for _, list := range [][]*entry{l.untold, l.queue, l.postponed} {
+		for _, list := range [][]*entry{l.unanswered, l.queue, l.postponed} {
 			for _, en := range list {
 				if en.phase != finished {
 					see(en.key.epoch)
@@ -309,7 +309,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 }
 
 // noticeLosses asks every lane of Redis about the epoch that starts at start, so that
-// a loss is noticed of which this process has not heard. What unsettled says
+// a loss is noticed that no reply has shown yet. What unsettled returns
 // after it is true of that moment.
 func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 	epochs := r.opened()

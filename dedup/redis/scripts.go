@@ -26,8 +26,8 @@ local function lost(members, me, at)
 end
 `
 
-// luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N?" with
-// ids in doubt, "N+" before, for N at least. A more certain number stays, and a doubt.
+// luaAnswers writes what a member has answered in an epoch: see answers. A more certain number
+// stays, and so does a "?".
 const luaAnswers = `
 local function answered(key, m, n)
   local old = redis.call('HGET', key, 'm:' .. m)
@@ -89,21 +89,21 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - forget)
   redis.call('HDEL', KEYS[7], gone)
 end
 local agreed = redis.call('HGET', KEYS[6], 'length')
-local others, odd, strange = 0, '', ''
+local others, insider, outsider = 0, '', ''
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   if m ~= me then
     others = others + 1
     local w = redis.call('HGET', KEYS[3], m)
     if w and w ~= window and (w == agreed or agreed == window) then
-      if w == agreed then odd = w .. ' ' .. m else strange = w .. ' ' .. m end
+      if w == agreed then insider = w .. ' ' .. m else outsider = w .. ' ' .. m end
     end
   end
 end
-local inside = agreed == window or odd == '' and claims
+local inside = agreed == window or insider == '' and claims
 if inside then
   redis.call('HSET', KEYS[6], 'length', window)
-elseif odd == '' then
-  odd = (agreed or '') .. ' '
+elseif insider == '' then
+  insider = (agreed or '') .. ' '
 end
 local function there(key, name)
   return redis.call('ZSCORE', KEYS[5], name) or redis.call('EXISTS', key) == 1
@@ -132,7 +132,7 @@ local epochs, named, unnamed = {}, {}, {}
 local arg = 14
 for i = 8, #KEYS do
   local key, answer = KEYS[i], {'open'}
-  local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
+  local name, ends, unique, complete, exact, sealed, under, had, uncertain, n = unpack(ARGV, arg, arg + 9)
   local first = arg + 10
   arg = first + 2 * n
   named[name] = true
@@ -149,7 +149,7 @@ for i = 8, #KEYS do
       if decided[2] ~= unique then answer = {'contradicted'} end
     else
       for a = first, arg - 1, 2 do answered(key, ARGV[a], ARGV[a + 1]) end
-      if doubted == '1' then redis.call('HSET', key, 'd:' .. me, 1) else redis.call('HDEL', key, 'd:' .. me) end
+      if uncertain == '1' then redis.call('HSET', key, 'd:' .. me, 1) else redis.call('HDEL', key, 'd:' .. me) end
       if unique ~= '' then
         redis.call('HSET', key, 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
@@ -179,11 +179,11 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {{string.format('%.0f', now), leader == me and '1' or '0', tostring(others), odd, strange, behind and '1' or '0'}, unnamed, epochs}
+return {{string.format('%.0f', now), leader == me and '1' or '0', tostring(others), insider, outsider, behind and '1' or '0'}, unnamed, epochs}
 `)
 
-// reportScript says that the member has left the epoch, and what it has answered in it:
-// nothing of it comes any more.
+// reportScript notes that the member has left the epoch, and what it has answered in it,
+// which is final.
 var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
 local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
 if unsettled ~= '' then
@@ -317,9 +317,9 @@ for f = 1, #all, 2 do
       absent[#absent + 1] = m
       least = least + tonumber(string.sub(n, 1, -2))
     else
-      local final, doubt = string.match(n, '^(%d+)(%??)$')
+      local final, unsure = string.match(n, '^(%d+)(%??)$')
       sum = sum + tonumber(final)
-      if doubt == '?' then uncertain[#uncertain + 1] = m end
+      if unsure == '?' then uncertain[#uncertain + 1] = m end
     end
   elseif kind == 'k:' then
     keyed = keyed + tonumber(n)
@@ -408,7 +408,7 @@ return 1
 `)
 
 // leaveScript takes the member out of the group, and with it the lead. It answers how many
-// others are alive, and how many ms ago one of them was heard last.
+// others are alive, and how many ms ago the last beat of one was.
 var leaveScript = rueidis.NewLuaScriptRetryable(luaNow + `
 local me, ttl, unsettled = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 redis.call('ZREM', KEYS[1], me)

@@ -178,7 +178,7 @@ func (w *twins) batch() {
 	b := laneBatch{
 		session: session, seq: w.lane.sessions[session].seq + pick(rnd, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2, -1),
 		mode: pick(rnd, "a", "a", "a", "a", "l", "r", "r", "p", "f", "b"), epoch: twinEpochs[i], before: twinEpochs[i-1],
-		whole: rnd.IntN(5) > 0, tick: rnd.IntN(2) == 0, doubted: rnd.IntN(6) == 0, maxKeys: 2, tokensLost: rnd.IntN(10) == 0,
+		whole: rnd.IntN(5) > 0, tick: rnd.IntN(2) == 0, uncertain: rnd.IntN(6) == 0, maxKeys: 2, tokensLost: rnd.IntN(10) == 0,
 	}
 	if b.after = "1020000-10000"; i == 1 {
 		b.after = twinEpochs[2]
@@ -188,7 +188,7 @@ func (w *twins) batch() {
 		b.expect = ""
 	}
 	if usual := rnd.IntN(2) == 0; usual {
-		b.seq, b.mode, b.expect, b.tick, b.doubted = w.lane.sessions[session].seq+1, "a", w.lane.open[b.epoch].gen, false, false
+		b.seq, b.mode, b.expect, b.tick, b.uncertain = w.lane.sessions[session].seq+1, "a", w.lane.open[b.epoch].gen, false, false
 		k, first := pick(rnd, 0, 0, 2), rnd.IntN(30)
 		for n := range 1 + rnd.IntN(4) {
 			b.ids[k] = append(b.ids[k], strconv.Itoa(50+first+n))
@@ -206,7 +206,7 @@ func (w *twins) batch() {
 	}
 	all[namedIDs] = packed(named...)
 	tick := flag(b.tick)
-	if b.doubted {
+	if b.uncertain {
 		tick = "2"
 	}
 	args := []string{"batch", b.session, strconv.Itoa(b.seq), b.mode, b.epoch, b.expect, "1000"}
@@ -267,7 +267,7 @@ func (w *twins) sealLane() {
 	status, ids := w.lane.seal(epoch, giveUp, sessions)
 	model := "[" + status + "]"
 	if status == "sealed" {
-		model = fmt.Sprintf("[sealed %d %s %s %d 0 %s]", ids.unique, flag(ids.exact), flag(ids.whole), ids.under, flag(ids.open))
+		model = fmt.Sprintf("[sealed %d %s %s %d 0 %s]", ids.unique, flag(ids.exact), flag(ids.whole), ids.under, flag(ids.unanswered))
 	}
 	w.same(fmt.Sprint("seal ", epoch, giveUp, sessions), w.run("lane", []string{twinLane}, append([]string{"seal", epoch, "120", "3", flag(giveUp), "1000", "100"}, sessions...)...), model)
 }
@@ -322,7 +322,7 @@ func (w *twins) beat() {
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseSpan(name)
-		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, asks: rnd.IntN(3) == 0, doubted: rnd.IntN(5) == 0, known: answers{}}
+		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, asks: rnd.IntN(3) == 0, uncertain: rnd.IntN(5) == 0, known: answers{}}
 		for _, m := range []string{"a", "b", "c"} {
 			if rnd.IntN(2) == 0 {
 				e.known[m] = strconv.Itoa(rnd.IntN(4)) + pick(rnd, "", "?", "+", "+")
@@ -340,7 +340,7 @@ func (w *twins) beat() {
 		if e.asks && !e.had {
 			had = "?"
 		}
-		args = append(args, had, flag(e.doubted), strconv.Itoa(len(e.known)))
+		args = append(args, had, flag(e.uncertain), strconv.Itoa(len(e.known)))
 		for m, n := range e.known {
 			args = append(args, m, n)
 		}
@@ -358,7 +358,7 @@ func (w *twins) beat() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	a := ledgerBeatAnswer{leads: got.leads, others: got.others, odd: got.odd, strange: got.strange, behind: got.behind}
+	a := ledgerBeatAnswer{leads: got.leads, others: got.others, insider: got.insider, outsider: got.outsider, behind: got.behind}
 	for _, e := range got.epochs {
 		decided := ""
 		if d := e.decided; d != nil {
@@ -415,7 +415,7 @@ func (w *twins) ledgerStep() {
 		}
 		w.same("seal "+name, got, model)
 	case 5, 6, 7:
-		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(5) > 0, whole: rnd.IntN(4) > 0, under: uint64(rnd.IntN(3)), open: rnd.IntN(4) == 0}
+		ids := sealedIDs{unique: uint64(rnd.IntN(8)), exact: rnd.IntN(5) > 0, whole: rnd.IntN(4) > 0, under: uint64(rnd.IntN(3)), unanswered: rnd.IntN(4) == 0}
 		fit, open := rnd.IntN(6) > 0, rnd.IntN(4) == 0
 		sealer, at := pick(rnd, "", "", "a", "b"), w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)
 		var members []string
@@ -434,7 +434,7 @@ func (w *twins) ledgerStep() {
 		}
 		d := w.ledger.decide(name, ids, fit, open, sealer, at, members)
 		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
-			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), sealer, strconv.FormatInt(at, 10)}, members...)...)
+			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), sealer, strconv.FormatInt(at, 10)}, members...)...)
 		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at, members); d == nil {
 			w.same(what, out, "[lost]")
 		} else {

@@ -40,15 +40,15 @@ func keepTokens(window, skew time.Duration) time.Duration {
 
 // sealedIDs is what sealing the ids of an epoch came to.
 type sealedIDs struct {
-	unique uint64 // ids in Redis
-	exact  bool   // no id is known to be given twice or forgotten
-	whole  bool   // no write can have been lost since the epoch began
-	under  uint64 // ids in Redis that were counted under keys
-	open   bool   // ids of sessions that have not reported may have had no answer
+	unique     uint64 // ids in Redis
+	exact      bool   // no id is known to be given twice or forgotten
+	whole      bool   // no write can have been lost since the epoch began
+	under      uint64 // ids in Redis that were counted under keys
+	unanswered bool   // ids of sessions that have not reported may have had no answer
 }
 
-// sealIDs seals an epoch in every lane: from then on nobody adds to it, and its
-// count is the same for whoever asks, until keepSeal is over. It need not have
+// sealIDs seals an epoch in every lane: from then on no id is added to it, and its
+// count is the same for all who ask, until keepSeal is over. It need not have
 // been opened here, nor hold ids. It is whole only if each lane has the sessions, those
 // that have answered ids: "+" stands before one that has not reported how many, for
 // which nothing waits, "=" before the others.
@@ -76,7 +76,7 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 		sum.under += p.under
 		sum.exact = sum.exact && p.exact
 		sum.whole = sum.whole && p.whole
-		sum.open = sum.open || p.open
+		sum.unanswered = sum.unanswered || p.unanswered
 	}
 	if err != nil {
 		return sealedIDs{}, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
@@ -143,8 +143,8 @@ const (
 	keysLinger = time.Minute
 )
 
-// keyCounts returns how many ids a sealed epoch has under each key: the same whoever
-// asks, until dropKeys.
+// keyCounts returns how many ids a sealed epoch has under each key: the same to all
+// instances, until dropKeys.
 func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
 	client, err := r.conn()
 	if err != nil {
@@ -178,7 +178,7 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount
 	return keys, nil
 }
 
-// dropKeys says that the record of an epoch is delivered: its keys are needed no more.
+// dropKeys has the keys of an epoch expire, whose record is delivered.
 func (r *Set) dropKeys(ctx context.Context, s counter.Span) error {
 	client, err := r.conn()
 	for i := 0; err == nil && i < len(r.lanes); i++ {

@@ -106,8 +106,8 @@ type Set struct {
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 	script atomic.Bool                    // functions are refused: scripts take their place
 
-	strange     time.Time   // when others of another form were met last; watch alone uses it
-	standsAlone atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
+	otherSeen  time.Time   // when others of another form were met last; watch alone uses it
+	formAgreed atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
 
 	lanes  []lane // clusterLanes or serverLanes of them
 	shift  int    // of a hash, to the number of its lane
@@ -132,7 +132,7 @@ type Set struct {
 
 // redisCounts are for the metrics.
 type redisCounts struct {
-	batches, retries, untold, twice, replayed, dropped, fulls atomic.Uint64
+	batches, retries, takenBack, twice, replayed, dropped, fulls atomic.Uint64
 }
 
 // redisEpoch is the state of an epoch in this process.
@@ -460,8 +460,8 @@ func (r *Set) Stats() dedup.Stats {
 	return s
 }
 
-// Live returns the unique ids of the whole group in the epoch opened last, as
-// this process has heard last.
+// Live returns the unique ids of the whole group in the epoch opened last, by the last
+// replies.
 func (r *Set) Live() uint64 {
 	if s := r.latest.Load(); s != nil {
 		return s.live()
@@ -483,7 +483,7 @@ func (r *Set) Group() dedup.GroupStats {
 		Unique:      r.Live(),
 		Batches:     r.counts.batches.Load(),
 		Retries:     r.counts.retries.Load(),
-		Untold:      r.counts.untold.Load(),
+		TakenBack:   r.counts.takenBack.Load(),
 		Twice:       r.counts.twice.Load(),
 		Replayed:    r.counts.replayed.Load(),
 		Dropped:     r.counts.dropped.Load(),
