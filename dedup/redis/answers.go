@@ -14,10 +14,12 @@ import (
 	"verve/internal/durable"
 )
 
-// answers is how many ids each member of a group has answered as new in an epoch: "N"
-// of one that has left it, "N?" if it has also refused ids that may be in Redis for good
-// (and "0?" if all were taken back: "0" is that of a member without a part in the epoch,
-// and an older state of Redis may have such ids), "N+" of one that has not left it, for N at least.
+// answers is how many ids each member of a group has answered as new in an epoch:
+//
+//	"N+"  N at least: it has not left the epoch
+//	"N"   N, final: it has left the epoch; "0": it has no part in it
+//	"N?"  the same, and it has refused ids that may be in Redis for good; "0?" also if
+//	      all of those were taken back, as an older state of Redis may have them
 //
 // That a record is exact rests on it: see decideScript. So it is kept in three places:
 // with the epoch in Redis, by each member, which learns it from the replies to its beats

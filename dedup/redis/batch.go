@@ -41,7 +41,7 @@ const (
 	minRetry = 2 * time.Millisecond
 	maxRetry = 250 * time.Millisecond
 
-	// holdRetry is the wait where Redis asks for patience.
+	// holdRetry is the wait after the answers hold and missing.
 	holdRetry = 10 * time.Millisecond
 
 	// missingFor is how long keys may be missing before they are taken for lost:
@@ -431,15 +431,10 @@ func (l *lane) dissolve(j *job) {
 		return
 	}
 	l.job = nil
-	switch j.mode {
-	case modeAdd, modeLook:
-		behind := l.queue
-		l.queue = make([]*entry, 0, len(j.entries)+len(behind))
-		l.stepAll(j.entries, eventUndone)
-		l.queue = append(l.queue, behind...)
-	case modeTake:
-		l.stepAll(j.entries, eventUndone)
-	}
+	behind := l.queue
+	l.queue = make([]*entry, 0, len(j.entries)+len(behind))
+	l.stepAll(j.entries, eventUndone)
+	l.queue = append(l.queue, behind...)
 	if len(j.asked) > 0 {
 		l.asked[j.epoch] = append(l.asked[j.epoch], j.asked...)
 	}

@@ -99,7 +99,8 @@ const (
 	allAnswered
 )
 
-// effects is what the lane does when an entry has taken a step.
+// effects is what the lane does when an entry has taken a step, beside putting it into the
+// list of its new phase.
 type effects struct {
 	log     logging
 	known   bool // a repeat of the id costs no trip from now on

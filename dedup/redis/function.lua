@@ -555,7 +555,7 @@ local function batch(key, a, undo)
     end
     answer = answer .. (codes and concat(codes) or rep('1', #ids))
   end
-  local doubt = concat(mine) .. named .. uncertain
+  local doubt = (#mine == 1 and mine[1] or concat(mine)) .. named .. uncertain
   if replay and more < total then twice = twice + total - more end
 
   if codes then answer = answer .. concat(codes) .. (inexact and 'P' or '') end

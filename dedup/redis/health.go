@@ -38,12 +38,6 @@ type health struct {
 	rights  string                      // what the user may not do, or which part was never reached
 }
 
-func (h *health) reason() string {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return cmp.Or(h.policy, h.failure)
-}
-
 // log writes a line that may repeat, sampled by its first part.
 func (h *health) log(e *zerolog.Event, line, more string) {
 	h.mu.Lock()

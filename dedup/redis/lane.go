@@ -54,15 +54,14 @@ type lane struct {
 
 	mu         sync.Mutex // guards what follows
 	pending    pendingIDs
-	queue      []*entry // to be sent, oldest first
-	postponed  []*entry // the batch of another session may have added them: to be sent again, a moment later
-	unanswered []*entry // added, but all their requests got 503: to be removed
-	oldest     *ask     // the requests that wait, by the time they began
-	newest     *ask
-	job        *job // under way
-	down       bool // no new ids: the last attempts failed for longer than a request waits
-	failing    int64
-	err        error
+	queue      []*entry                       // to be sent, oldest first
+	postponed  []*entry                       // the batch of another session may have added them: to be sent again, a moment later
+	unanswered []*entry                       // added, but all their requests got 503: to be removed
+	byTime     ask                            // the head of a ring: before it is the newest request that waits, behind it the oldest
+	job        *job                           // under way
+	down       bool                           // no new ids: the last attempts failed for longer than a request waits
+	failing    int64                          // since when attempts fail, in ns since the start of the Set; 0: they do not
+	err        error                          // of the last attempt, if that has failed
 	lacking    []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
 	asked      map[*redisEpoch][]chan<- error // see job
 	closed     bool
@@ -129,9 +128,10 @@ type ask struct {
 	of         *entry
 	named      *named
 	e          *counter.Epoch
+	item       int   // which of the request
 	at         int64 // ns since the start of the Set
 	enough     bool  // the lane is to send what waits
-	prev, next *ask  // by time; next is also the next to be woken
+	prev, next *ask  // in lane.byTime, by the time they began; next is also the next to be woken
 
 	verdict dedup.Verdict
 	err     error
@@ -154,6 +154,7 @@ func (l *lane) init(r *Set, i int) {
 	l.wake = make(chan struct{}, 1)
 	l.losses = map[*redisEpoch]uint64{}
 	l.asked = map[*redisEpoch][]chan<- error{}
+	l.byTime.prev, l.byTime.next = &l.byTime, &l.byTime
 }
 
 // nudge wakes the goroutine that receives from wake, now or next time. Its capacity is 1.
@@ -295,11 +296,8 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 		// id without room there takes a trip next time.
 		_, _ = r.cfg.Local.Learn(e, s.view, en.key.id)
 	}
-	switch fx.to {
-	case attemptAnswered, thereAnswered:
+	if fx.to != noneAnswered {
 		l.conclude(en, fx)
-	case allAnswered:
-		l.answerAll(en, fx.verdict, fx.err)
 	}
 }
 
@@ -307,6 +305,9 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 // what is under way for the id, or nil. l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
+	if en != nil && en.alone { // answered as new to another request
+		return s.again(l.i, en.named, m), nil
+	}
 	if !r.cfg.FailOpen {
 		if en != nil {
 			l.step(en, eventRefusal, nil)
@@ -344,29 +345,15 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 
 // enlist adds a to the requests that wait. l.mu is held.
 func (l *lane) enlist(a *ask) {
-	a.next, a.prev = nil, l.newest
-	if l.newest != nil {
-		l.newest.next = a
-	} else {
-		l.oldest = a
-	}
-	l.newest = a
+	a.prev, a.next = l.byTime.prev, &l.byTime
+	a.prev.next, a.next.prev = a, a
 	a.of.asks = append(a.of.asks, a)
 }
 
 // answer ends the waiting of a when unlock releases l.mu. Its entry no longer refers to
 // it. l.mu is held.
 func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
-	if a.prev != nil {
-		a.prev.next = a.next
-	} else {
-		l.oldest = a.next
-	}
-	if a.next != nil {
-		a.next.prev = a.prev
-	} else {
-		l.newest = a.prev
-	}
+	a.prev.next, a.next.prev = a.next, a.prev
 	a.verdict, a.err = v, err
 	a.next, a.prev = nil, nil
 	if l.lastAnswered != nil {
@@ -375,15 +362,6 @@ func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 		l.answered = a
 	}
 	l.lastAnswered = a
-}
-
-// answerAll answers every request that waits for en, also those of other attempts. l.mu
-// is held.
-func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
-	for _, a := range en.asks {
-		l.answer(a, v, err)
-	}
-	en.asks = en.asks[:0]
 }
 
 // conclude answers the attempt that en, which is finished, was sent for: the first request
@@ -395,6 +373,8 @@ func (l *lane) conclude(en *entry, fx effects) {
 	var others []*ask
 	for _, a := range en.asks {
 		switch {
+		case fx.to == allAnswered:
+			l.answer(a, v, fx.err)
 		case sameAttempt(en.named, a.named):
 			if l.answer(a, v, fx.err); v == dedup.Unique {
 				v = en.retried()
@@ -423,22 +403,17 @@ func (l *lane) conclude(en *entry, fx effects) {
 func (l *lane) expire(now int64) {
 	l.mu.Lock()
 	defer l.unlock()
-	if j := l.job; j != nil && !j.overdue && l.oldest != nil && now-l.oldest.at >= int64(l.r.cfg.Timeout)/2 {
+	if j, a := l.job, l.byTime.next; j != nil && !j.overdue && a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout)/2 {
 		j.overdue = true // the group is to know before the first is refused
 		l.stepAll(j.entries, eventOverdue)
 	}
-	for a := l.oldest; a != nil && now-a.at >= int64(l.r.cfg.Timeout); a = l.oldest {
+	for a := l.byTime.next; a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout); a = l.byTime.next {
 		en := a.of
 		if j := l.job; l.failing == 0 && j != nil && now-j.since >= int64(l.r.cfg.Timeout)/2 {
 			l.failing = a.at // no error yet, and no answer either: it is not that many ids wait
 		}
 		en.asks = en.asks[1:] // a is the first of them: they began in this order
-		v, err := dedup.Repeat, error(nil)
-		if en.alone { // answered as new to another request
-			v = en.key.epoch.again(l.i, en.named, a.named)
-		} else {
-			v, err = l.decideAlone(a.e, en.key, en, &en.enc, a.named)
-		}
+		v, err := l.decideAlone(a.e, en.key, en, &en.enc, a.named)
 		l.answer(a, v, err)
 		if l.step(en, eventAnsweredBeside, nil); en.phase == finished { // decided here: for the others it is a repeat
 			for _, b := range en.asks {
@@ -457,9 +432,8 @@ func (l *lane) refuseAll() {
 	l.mu.Lock()
 	defer l.unlock()
 	l.closed = true
-	for l.oldest != nil {
-		en := l.oldest.of
-		l.answerAll(en, dedup.Repeat, dedup.ErrUnavailable)
+	for l.byTime.next != &l.byTime {
+		l.conclude(l.byTime.next.of, effects{to: allAnswered, verdict: dedup.Repeat, err: dedup.ErrUnavailable})
 	}
 	for _, asked := range l.asked {
 		for _, done := range asked {

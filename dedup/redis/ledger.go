@@ -377,8 +377,12 @@ func (l *Ledger) LinesUnknown(upTo time.Time) {
 
 // Written reports that the line is in a counts file of the group.
 func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
-	if err := l.exec(ctx, writtenScript, []string{l.keys.ofEpoch(s)}, []string{ms(keepUndelivered)}).Error(); err != nil {
-		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	return l.mark(ctx, s, "written", keepUndelivered)
+}
+
+func (l *Ledger) mark(ctx context.Context, s counter.Span, as string, keep time.Duration) error {
+	if err := l.exec(ctx, markScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{as, ms(keep), spanName(s)}).Error(); err != nil {
+		return fmt.Errorf("ledger: mark %s as %s: %w", s.Start.Format(time.RFC3339Nano), as, err)
 	}
 	return nil
 }
@@ -386,9 +390,8 @@ func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
 // Delivered marks the record of the epoch as visible for good.
 func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
-	err := l.exec(ctx, deliveredScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{spanName(s), ms(keep)}).Error()
-	if err != nil {
-		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	if err := l.mark(ctx, s, "delivered", keep); err != nil {
+		return err
 	}
 	if d := l.decided(s); d != nil && d.under > 0 {
 		// If it fails they expire in a week.

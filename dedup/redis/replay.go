@@ -80,7 +80,12 @@ func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 		return
 	}
 	r.logBytes.Add(int64(len(b)))
-	g.have.append(b)
+	g.taken(seq, b)
+}
+
+// taken adds ids that Redis has, by the batch seq.
+func (g *replayLog) taken(seq uint64, ids []byte) {
+	g.have.append(ids)
 	if n := len(g.marks); n > 0 && g.marks[n-1].seq == seq {
 		g.marks[n-1].end = g.have.len
 		return
@@ -138,13 +143,9 @@ func (g *replayLog) next(n int) (ids lists, size int) {
 // ids they are.
 func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 	n = countIDs(g.todo[:bytes])
-	g.have.append(g.todo[:bytes])
-	g.todo = g.todo[bytes:]
-	if len(g.todo) == 0 {
+	g.taken(seq, g.todo[:bytes])
+	if g.todo = g.todo[bytes:]; len(g.todo) == 0 {
 		g.todo = nil
-	}
-	if bytes > 0 {
-		g.marks = append(g.marks, mark{seq, g.have.len})
 	}
 	return n
 }

@@ -392,18 +392,11 @@ redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 return 'mine'
 `)
 
-// writtenScript marks the line.
-var writtenScript = rueidis.NewLuaScriptRetryable(luaWrites + `
-redis.call('HSET', KEYS[1], 'written', 1)
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-return 1
-`)
-
-// deliveredScript marks the epoch.
-var deliveredScript = rueidis.NewLuaScriptRetryable(luaWrites + `
-redis.call('HSET', KEYS[2], 'delivered', 1)
+// markScript notes that the epoch is "written" (the line in a counts file) or "delivered".
+var markScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+redis.call('HSET', KEYS[2], ARGV[1], 1)
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-redis.call('ZREM', KEYS[1], ARGV[1])
+if ARGV[1] == 'delivered' then redis.call('ZREM', KEYS[1], ARGV[3]) end
 return 1
 `)
 

@@ -28,7 +28,7 @@ func textOf(s *rueidis.Lua) string { return reflect.ValueOf(s).Elem().FieldByNam
 var clockedScripts = map[string]*rueidis.Lua{
 	"lane": clocked(textOf(freeScript)), "beat": clocked(textOf(beatScript)), "report": clocked(textOf(reportScript)),
 	"seal": clocked(textOf(sealScript)), "decide": clocked(textOf(decideScript)), "unpublished": clocked(textOf(unpublishedScript)),
-	"claim": clocked(textOf(claimScript)), "written": clocked(textOf(writtenScript)), "delivered": clocked(textOf(deliveredScript)),
+	"claim": clocked(textOf(claimScript)), "mark": clocked(textOf(markScript)),
 	"leave": clocked(textOf(leaveScript)), "dump lane": rueidis.NewLuaScript(dumpLane), "dump ledger": rueidis.NewLuaScript(dumpLedger),
 }
 
@@ -449,10 +449,10 @@ func (w *twins) ledgerStep() {
 		w.same("claim "+me+name, w.run("claim", []string{epoch, k.leader}, me, "3000000"), w.ledger.claim(me, name))
 	case 10:
 		w.ledger.epoch(name)["written"] = "1"
-		w.same("written "+name, w.run("written", []string{epoch}, "604800000"), "1")
+		w.same("written "+name, w.run("mark", []string{k.epochs, epoch}, "written", "604800000", name), "1")
 	case 11:
 		w.ledger.delivered(name)
-		w.same("delivered "+name, w.run("delivered", []string{k.epochs, epoch}, name, "3600000"), "1")
+		w.same("delivered "+name, w.run("mark", []string{k.epochs, epoch}, "delivered", "3600000", name), "1")
 	case 12:
 		w.ledger.leader = ""
 		w.do("DEL", k.leader)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -56,29 +57,21 @@ type sealedIDs struct {
 // It waits while ids that were lost are being added again. An error leaves some
 // lanes sealed and others not; calling it again goes on.
 func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
-	type part struct {
-		sealedIDs
-		err error
-	}
-	parts := make(chan part, len(r.lanes))
+	parts, errs := make([]sealedIDs, len(r.lanes)), make([]error, len(r.lanes))
+	var all sync.WaitGroup
 	for i := range r.lanes {
-		go func() {
-			ids, err := r.sealLane(ctx, &r.lanes[i], s, sessions)
-			parts <- part{ids, err}
-		}()
+		all.Go(func() { parts[i], errs[i] = r.sealLane(ctx, &r.lanes[i], s, sessions) })
 	}
+	all.Wait()
 	sum := sealedIDs{exact: true, whole: true}
-	var err error
-	for range r.lanes {
-		p := <-parts
-		err = cmp.Or(err, p.err)
+	for _, p := range parts {
 		sum.unique += p.unique
 		sum.under += p.under
 		sum.exact = sum.exact && p.exact
 		sum.whole = sum.whole && p.whole
 		sum.unanswered = sum.unanswered || p.unanswered
 	}
-	if err != nil {
+	if err := cmp.Or(errs...); err != nil {
 		return sealedIDs{}, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
 	}
 	return sum, nil

@@ -13,7 +13,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -179,11 +178,7 @@ func New(cfg Config) (*Set, error) {
 	case cfg.Timeout < 0:
 		return nil, errors.New("redis: Timeout must not be negative")
 	}
-	if cfg.session == "" {
-		var b [12]byte
-		rand.Read(b[:]) // never fails
-		cfg.session = hex.EncodeToString(b[:])
-	}
+	cfg.session = cmp.Or(cfg.session, rand.Text())
 	cfg.MaxSkew = cmp.Or(cfg.MaxSkew, defaultMaxSkew)
 	cfg.Timeout = cmp.Or(cfg.Timeout, defaultTimeout)
 	cfg.MaxKeys = cmp.Or(cfg.MaxKeys, counter.DefaultMaxKeys)
@@ -264,7 +259,10 @@ func (r *Set) conn() (rueidis.Client, error) {
 
 // unavailable is ErrUnavailable with the reason known.
 func (r *Set) unavailable() error {
-	if reason := r.health.reason(); reason != "" {
+	r.health.mu.Lock()
+	reason := cmp.Or(r.health.policy, r.health.failure)
+	r.health.mu.Unlock()
+	if reason != "" {
 		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)
 	}
 	return errLate
@@ -337,9 +335,7 @@ func epochKey(start time.Time, window time.Duration) string {
 func (s *redisEpoch) Retire() {
 	r := s.set
 	r.mu.Lock()
-	if i := slices.Index(r.epochs, s); i >= 0 {
-		r.epochs = slices.Delete(r.epochs, i, i+1)
-	}
+	r.epochs = slices.DeleteFunc(r.epochs, func(x *redisEpoch) bool { return x == s })
 	r.mu.Unlock()
 	unsent := 0
 	for i := range r.lanes {
@@ -364,15 +360,13 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	w := waits.Get().(*waiting)
 	defer waits.Put(w)
 	judged := func(i int, v dedup.Verdict, cause error, m *named) {
-		switch {
-		case cause == nil:
-		case errors.Is(cause, dedup.ErrFull):
-			r.counts.fulls.Add(1)
-			v = dedup.Full
-		default:
-			v = dedup.Unavailable
+		if cause != nil {
+			if v = dedup.Refusal(cause); v == dedup.Full {
+				r.counts.fulls.Add(1)
+			}
+			err = cmp.Or(err, cause)
 		}
-		verdicts[i], err = v, cmp.Or(err, cause)
+		verdicts[i] = v
 		if m != nil && v == dedup.Unique {
 			r.countUnder(e, m.under)
 		}
@@ -393,7 +387,8 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 		l := &r.lanes[h>>r.shift]
 		v, a, cause := l.add(e, s, items[i].Key, &en, m)
 		if a != nil {
-			w.asks, w.of = append(w.asks, a), append(w.of, i)
+			a.item = i
+			w.asks = append(w.asks, a)
 			if a.enough {
 				w.lanes |= 1 << l.i
 			}
@@ -406,14 +401,14 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 			nudge(r.lanes[i].wake) // only now, so that a batch takes all of them
 		}
 	}
-	for n, a := range w.asks {
+	for _, a := range w.asks {
 		<-a.done
-		judged(w.of[n], a.verdict, a.err, a.named)
+		judged(a.item, a.verdict, a.err, a.named)
 		a.of, a.named, a.e, a.err = nil, nil, nil, nil
 		asks.Put(a)
 	}
 	clear(w.asks)
-	w.asks, w.of, w.lanes = w.asks[:0], w.of[:0], 0
+	w.asks, w.lanes = w.asks[:0], 0
 	return err
 }
 
@@ -436,7 +431,6 @@ func (r *Set) keyHash(under []byte) uint64 { return maphash.Bytes(r.seed, under)
 // waiting is the ids of a request that wait for their outcome.
 type waiting struct {
 	asks  []*ask
-	of    []int  // the index of the item of each
 	lanes uint32 // a bit for each lane that got one
 }
 
