@@ -13,13 +13,13 @@ type GroupStats struct {
 	Away  string
 	Ready bool // false: ids are refused, and the instance is not ready
 
-	Batches  uint64 // sent
-	Retries  uint64 // of them that failed
-	Untold   uint64 // ids removed again, because their requests had already got 503
-	Twice    uint64 // ids that several instances answered ok while Redis was unreachable
-	Replayed uint64 // ids added again after Redis had lost them
-	Dropped  uint64 // ids answered as new that are in no record
-	Pending  uint64 // ids that wait for an answer
+	Batches   uint64 // sent
+	Retries   uint64 // of them that failed
+	TakenBack uint64 // ids removed again, because their requests had already got 503
+	Twice     uint64 // ids that several instances answered ok while Redis was unreachable
+	Replayed  uint64 // ids added again after Redis had lost them
+	Dropped   uint64 // ids answered as new that are in no record
+	Pending   uint64 // ids that wait for an answer
 }
 
 // LedgerStats describes the group as one of its members sees it.

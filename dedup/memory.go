@@ -402,7 +402,7 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 
 // refused counts an id that there was no room for, and returns its verdict.
 func (m *Memory) refused(err error) Verdict {
-	v := refusal(err)
+	v := Refusal(err)
 	if v == Full {
 		m.fulls.Add(1)
 	}

@@ -39,8 +39,8 @@ const (
 	Verdicts = iota // how many there are
 )
 
-// refusal is the verdict on an id that could not be judged because of err.
-func refusal(err error) Verdict {
+// Refusal is the verdict on an id that could not be judged because of err.
+func Refusal(err error) Verdict {
 	if errors.Is(err, ErrFull) {
 		return Full
 	}

@@ -199,17 +199,13 @@ func (m memberLedger) Delivered(_ context.Context, s counter.Span) error {
 	return m.try(func() { m.epoch(s).delivered = true })
 }
 
-func (m memberLedger) Leave(ctx context.Context) (int, time.Duration, error) {
+func (m memberLedger) Leave(context.Context) (n int, heard time.Duration, err error) {
 	m.mu.Lock()
 	delete(m.members, m.name)
 	if m.leader == m.name && len(m.members) > 0 {
 		m.leader = ""
 	}
 	m.mu.Unlock()
-	return m.Others(ctx)
-}
-
-func (m memberLedger) Others(context.Context) (n int, heard time.Duration, err error) {
 	err = m.try(func() { n = len(m.members) })
 	return n, 0, err
 }

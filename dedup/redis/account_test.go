@@ -42,7 +42,7 @@ func startInstance(t *testing.T, server *redisServer, file string, change ...fun
 	i.e = settest.NewEpochs(t, i.r)
 	testproc.Until(t, "the group has the window", func() bool {
 		select {
-		case <-i.e.Last().State.(*redisEpoch).known:
+		case <-i.e.Last().State.(*redisEpoch).group.registered:
 			return true
 		default:
 			return false
@@ -201,9 +201,7 @@ func TestAStrangerRemembersTheAccount(t *testing.T) {
 	server := startRedis(t)
 	a := startInstance(t, server, "")
 	a.add("a", 3)
-	stranger := openLedger(ledgerConfig{
-		Group: a.r.cfg.Group, Member: "stranger", Window: epochtest.Window, MaxSkew: 2 * time.Hour, IDs: a.r, Log: zerolog.Nop(),
-	})
+	stranger := openLedger(Config{Group: a.r.cfg.Group, Window: epochtest.Window, MaxSkew: 2 * time.Hour}, "stranger", a.r)
 	beat := func() answers {
 		t.Helper()
 		for range 2 { // the second one names the windows that the first has learnt of
@@ -219,7 +217,7 @@ func TestAStrangerRemembersTheAccount(t *testing.T) {
 		return nil
 	}
 	a.report()
-	if rows := beat(); rows[a.r.ledger.cfg.Member] != "3" {
+	if rows := beat(); rows[a.r.ledger.member] != "3" {
 		t.Errorf("the stranger knows of %v", rows)
 	}
 	c := a.record()
@@ -467,7 +465,7 @@ func TestGroupKnowsOfAnIDBeforeItIsRefused(t *testing.T) {
 	l := &b.r.lanes[0]
 	testproc.Until(t, "the group knows", func() bool {
 		l.expire(int64(time.Since(b.r.start) + 45*time.Minute))
-		row := server.do("HGET", b.r.ledger.keys.ofEpoch(b.span()), "d:"+b.r.ledger.cfg.Member)
+		row := server.do("HGET", b.r.ledger.keys.ofEpoch(b.span()), "d:"+b.r.ledger.member)
 		return row == "1"
 	})
 	select {
@@ -521,7 +519,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 	server.do("DEL", lanes) // the other stopped, or Redis has lost it
 	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		got := server.do("GET", lanes)
-		if time.Since(began) > strangeFor/2 {
+		if time.Since(began) > otherSeenFor/2 {
 			break
 		}
 		if strings.HasPrefix(got, "3") {

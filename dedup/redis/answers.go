@@ -14,10 +14,12 @@ import (
 	"verve/internal/durable"
 )
 
-// answers is how many ids each member of a group has answered as new in an epoch: "N"
-// of one that has left it, "N?" if it has also refused ids that may be in Redis for good
-// (and "0?" if all were taken back: "0" is that of a member without a part in the epoch,
-// and an older state of Redis may have such ids), "N+" of one that has not left it, for N at least.
+// answers is how many ids each member of a group has answered as new in an epoch:
+//
+//	"N+"  N at least: it has not left the epoch
+//	"N"   N, final: it has left the epoch; "0": it has no part in it
+//	"N?"  the same, and it has refused ids that may be in Redis for good; "0?" also if
+//	      all of those were taken back, as an older state of Redis may have them
 //
 // That a record is exact rests on it: see decideScript. So it is kept in three places:
 // with the epoch in Redis, by each member, which learns it from the replies to its beats
@@ -25,7 +27,7 @@ import (
 // again while Redis loses its data.
 type answers map[string]string
 
-// learn takes over what is known better.
+// learn takes over each number that is better than the one here.
 func (a answers) learn(from answers) {
 	for m, n := range from {
 		a.note(m, n)
@@ -34,7 +36,12 @@ func (a answers) learn(from answers) {
 
 func (a answers) note(member, n string) {
 	old, some := a[member]
-	if least, running := strings.CutSuffix(old, "+"); some && n != old+"?" && (!running || strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(least)) {
+	running := strings.HasSuffix(old, "+")
+	switch {
+	case !some || n == old+"?":
+	case !running:
+		return // the old number is final
+	case strings.HasSuffix(n, "+") && atLeast(n) <= atLeast(old):
 		return
 	}
 	a[member] = n
@@ -45,13 +52,6 @@ func atLeast(n string) uint64 {
 	return least
 }
 
-// count notes what this process, the member, has answered in the epoch so far.
-func (e *ledgerEpoch) count(member string) {
-	if e.told != nil && e.decided == nil {
-		e.answers.note(member, strconv.FormatUint(e.told(), 10)+"+")
-	}
-}
-
 // final notes and returns what this process has answered in an epoch that it has left, and
 // with refusals, when all is taken back that can be, whether ids that it has refused may be in
 // Redis.
@@ -60,11 +60,11 @@ func (l *Ledger) final(s counter.Span, unique uint64, refusals bool) string {
 	defer l.mu.Unlock()
 	n := strconv.FormatUint(unique, 10)
 	if e := l.find(s); e != nil {
-		e.answers.note(l.cfg.Member, n)
-		e.told = nil
+		e.answers.note(l.member, n)
+		e.unique = nil
 		if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
 			n += "?"
-			e.answers.note(l.cfg.Member, n)
+			e.answers.note(l.member, n)
 		}
 	}
 	return n
@@ -85,9 +85,9 @@ func sessions(members []string) (list []string) {
 // which publishes it, as the other one may have died before, or have got no answer.
 func (l *Ledger) explain(s counter.Span, decides bool) {
 	l.mu.Lock()
-	why, e := "", l.find(s)
-	if e != nil && e.decided != nil && !e.explained && (decides || time.Now().Before(l.lead)) {
-		why, e.explained = e.decided.why, true
+	why := ""
+	if e := l.find(s); e != nil && e.decided != nil && (decides || time.Now().Before(l.lead)) {
+		why, e.decided.why = e.decided.why, "" // it is logged once
 	}
 	l.mu.Unlock()
 	if why != "" {

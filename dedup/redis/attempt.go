@@ -1,8 +1,6 @@
 package redis
 
 import (
-	"time"
-
 	"verve/counter"
 	"verve/dedup"
 )
@@ -10,10 +8,10 @@ import (
 // tokenBytes is about what a token takes in the memory of an instance.
 const tokenBytes = 40
 
-// answered keeps the token of an id that was answered as new, so that a retry is
+// rememberToken keeps the token of an id that was answered as new, so that a retry is
 // recognised while Redis is unreachable. Without fail open no retry is answered then. The
 // lane's mu is held.
-func (le *laneEpoch) answered(r *Set, m *named) {
+func (le *laneEpoch) rememberToken(r *Set, m *named) {
 	if !r.cfg.FailOpen || !m.hasToken() || le.retired || !le.log.room(r) {
 		return
 	}
@@ -26,9 +24,9 @@ func (le *laneEpoch) answered(r *Set, m *named) {
 	}
 }
 
-// replayed looks for the token among the answers of this process, in s and the window
+// recognise looks for the token among the answers of this process, in s and the window
 // before it. The mu of the lane is held.
-func (s *redisEpoch) replayed(lane int, m *named) (dedup.Verdict, bool) {
+func (s *redisEpoch) recognise(lane int, m *named) (dedup.Verdict, bool) {
 	if !m.hasToken() {
 		return 0, false
 	}
@@ -46,24 +44,13 @@ func (s *redisEpoch) replayed(lane int, m *named) (dedup.Verdict, bool) {
 // again is the verdict on a request for an id that the attempt first has made new, without
 // Redis. The mu of the lane is held.
 func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
-	if v, known := s.replayed(lane, m); known {
+	if v, known := s.recognise(lane, m); known {
 		return v
 	}
 	if m.hasToken() && sameAttempt(first, m) {
 		return dedup.Replayed
 	}
 	return dedup.Repeat
-}
-
-// behind is the event for a retry of an attempt that was counted in the window behind s:
-// another instance has turned before this one. Asking there gives it its answer. If the
-// window is far from its end, the clock of the other instance is wrong, and this one
-// is not to follow it.
-func (l *lane) behind(s *redisEpoch) event {
-	if s.end-int64(time.Since(l.r.start)) < int64(l.r.cfg.MaxSkew) {
-		return eventBehind
-	}
-	return eventFarBehind
 }
 
 // countUnder counts an id that was answered as new under its key, for what this instance

@@ -247,7 +247,7 @@ func TestRedisOneAttemptWinsAfterLostReplies(t *testing.T) {
 	}
 	group.Wait()
 	settled()
-	t.Logf("%d attempts failed, %d ids taken back", failed.Load(), sets[0].counts.untold.Load()+sets[1].counts.untold.Load())
+	t.Logf("%d attempts failed, %d ids taken back", failed.Load(), sets[0].counts.takenBack.Load()+sets[1].counts.takenBack.Load())
 	for n := range ids {
 		winners := 0
 		for attempt := range attempts {
@@ -323,7 +323,7 @@ func TestRedisRetriesAfterLostReplies(t *testing.T) {
 	}
 	group.Wait()
 	settled()
-	t.Logf("%d attempts failed, %d were replayed, %d ids taken back", failed.Load(), replayed.Load(), sets[0].counts.untold.Load()+sets[1].counts.untold.Load())
+	t.Logf("%d attempts failed, %d were replayed, %d ids taken back", failed.Load(), replayed.Load(), sets[0].counts.takenBack.Load()+sets[1].counts.takenBack.Load())
 	sum := int64(0)
 	for n := range 2 {
 		total, under := int64(0), int64(0)

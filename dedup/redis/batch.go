@@ -29,19 +29,19 @@ const (
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
 
-	// laneBeat is how soon a silent lane notices a loss, and says that the
-	// session lives.
+	// laneBeat is how often a lane without ids sends a batch nevertheless: it notices a
+	// loss, and Redis notes that the session lives.
 	laneBeat = time.Second
 
-	// noteTime is how often a batch has Redis note when the session was heard. It
-	// costs Redis a command more.
+	// noteTime is how often a batch has Redis note the time as that of the session's last
+	// batch. It costs Redis a command more.
 	noteTime = laneBeat / 2
 
 	// Attempts that fail wait between these, doubling.
 	minRetry = 2 * time.Millisecond
 	maxRetry = 250 * time.Millisecond
 
-	// holdRetry is the wait where Redis asks for patience.
+	// holdRetry is the wait after the answers hold and missing.
 	holdRetry = 10 * time.Millisecond
 
 	// missingFor is how long keys may be missing before they are taken for lost:
@@ -54,21 +54,15 @@ const (
 	seqSkip = 1000
 )
 
-// question is a caller that waits for an answer of a lane about an epoch.
-type question struct {
-	epoch *redisEpoch
-	done  chan error // with room for the answer
-}
-
 // job is a batch. Once its outcome is unknown it is sent until it is known.
 type job struct {
 	mode    string
 	epoch   *redisEpoch
-	entries []*entry // by kind
-	lists   lists    // of the ids of the entries, or of the log
-	bytes   int      // of the log, where it is a replay
-	asked   []*question
-	since   int64 // when it was made, as ask.at
+	entries []*entry       // by kind
+	lists   lists          // of the ids of the entries, or of the log
+	bytes   int            // of the log, where it is a replay
+	asked   []chan<- error // with room; for callers that wait for an answer about the epoch
+	since   int64          // when it was made, as ask.at
 	unknown bool
 	overdue bool // a request that waits for it will soon get 503
 }
@@ -100,7 +94,7 @@ func (l *lane) run() {
 		switch pause := l.perform(j, wait); {
 		case pause < 0: // done
 			wait = minRetry
-			l.rouse(time.Since(sent))
+			l.wakeAnswered(time.Since(sent))
 		case !l.sleep(pause):
 			return // closing took too long
 		default:
@@ -110,10 +104,10 @@ func (l *lane) run() {
 	l.r.call(l.r.life, l.key, "bye", l.r.cfg.session)
 }
 
-// rouse wakes those whom a batch has answered that took trip.
-func (l *lane) rouse(trip time.Duration) {
+// wakeAnswered wakes the requests that a batch has answered; its trip to Redis took so long.
+func (l *lane) wakeAnswered(trip time.Duration) {
 	l.mu.Lock()
-	woken, full := l.awake(), len(l.queue) >= batchSize
+	woken, full := l.takeAnswered(), len(l.queue) >= batchSize
 	held := l.hold(woken, trip)
 	l.mu.Unlock()
 	if full {
@@ -125,14 +119,14 @@ func (l *lane) rouse(trip time.Duration) {
 	if held {
 		return
 	}
-	// They come first, with their next ids: the next batch is half as large without.
-	// Where nothing else is to be run this takes no time.
+	// Their next ids are to be in the next batch, which is half as large without them. If
+	// nothing else is to be run this takes no time.
 	runtime.Gosched()
 }
 
-// hold has the next batch wait for those whom this one has answered, which took trip: most
-// clients ask again at once. Without it those of a few connections stay divided in two
-// halves, each waiting while the other is under way. l.mu is held.
+// hold has the next batch wait for the requests that the last one has answered, whose trip
+// took so long: most clients ask again at once. Without it those of a few connections stay
+// divided in two halves, each waiting while the other is under way. l.mu is held.
 func (l *lane) hold(answered *ask, trip time.Duration) bool {
 	if l.rest > 0 {
 		l.rest--
@@ -187,21 +181,12 @@ func (l *lane) idle() bool {
 		} else if len(l.postponed) > 0 {
 			l.queue = append(l.queue, l.postponed...)
 			l.postponed = l.postponed[:0]
-		} else if l.job == nil {
-			l.begin(l.beat())
+		} else if s := l.r.latest.Load(); l.job == nil && s != nil {
+			l.begin(&job{mode: modeBeat, epoch: s})
 		}
 		l.mu.Unlock()
 	}
 	return true
-}
-
-// beat is the batch that says that the session lives. l.mu is held.
-func (l *lane) beat() *job {
-	s := l.r.latest.Load()
-	if s == nil {
-		return nil
-	}
-	return &job{mode: modeBeat, epoch: s}
 }
 
 // sleep waits for d. It returns false if Close has given up waiting.
@@ -236,15 +221,15 @@ func (l *lane) begin(j *job) {
 // choose makes the next batch. l.mu is held.
 func (l *lane) choose() *job {
 	// First: with the next batch the ids of the last one are no longer in doubt for others.
-	if len(l.untold) > 0 {
-		j := &job{mode: modeTake, epoch: l.untold[0].key.epoch}
-		l.untold = l.fill(j, l.untold, eventWithdrawn, taking)
+	if len(l.unanswered) > 0 {
+		j := &job{mode: modeTake, epoch: l.unanswered[0].key.epoch}
+		l.unanswered = l.fill(j, l.unanswered, eventWithdrawn, taking)
 		return j
 	}
 	if len(l.lacking) > 0 {
 		s := l.lacking[0]
 		le := &s.lanes[l.i]
-		if le.retired || le.sealed || !le.forgotten && le.log.left() == 0 {
+		if le.retired || le.sealed || !le.forgotten && len(le.log.todo) == 0 {
 			l.lacking = slices.Delete(l.lacking, 0, 1)
 			return l.choose()
 		}
@@ -274,15 +259,9 @@ func (l *lane) choose() *job {
 		return j
 	}
 	l.queue = l.queue[:0]
-	if len(l.asked) > 0 {
-		j := &job{mode: modeBeat, epoch: l.asked[0].epoch}
-		l.asked = slices.DeleteFunc(l.asked, func(q *question) bool {
-			if q.epoch == j.epoch {
-				j.asked = append(j.asked, q)
-			}
-			return q.epoch == j.epoch
-		})
-		return j
+	for s, asked := range l.asked {
+		delete(l.asked, s)
+		return &job{mode: modeBeat, epoch: s, asked: asked}
 	}
 	return nil // where the last attempt failed, idle sends a beat to find out
 }
@@ -310,7 +289,7 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 			if en.state, _ = en.state.on(ev); to == flying && len(en.asks) > 0 {
 				en.named = en.asks[0].named // the request that it was made for may be gone
 			}
-			counts[en.list()]++
+			counts[kindOf(logged(&en.enc, en.named)[0])]++
 			taken++
 		}
 		n++
@@ -322,9 +301,9 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 		}
 		l.packed = l.packed[:0]
 		for _, en := range from[:n] {
-			if en.phase == to && en.list() == k {
+			if id := logged(&en.enc, en.named); en.phase == to && kindOf(id[0]) == k {
 				j.entries = append(j.entries, en)
-				l.packed = appendPacked(l.packed, logged(&en.enc, en.named))
+				l.packed = appendPacked(l.packed, id)
 			}
 		}
 		j.lists[k] = string(l.packed)
@@ -346,14 +325,14 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	l.r.counts.batches.Add(1)
 	now, noting := l.r.now.Load(), "0" // whether Redis notes the time, and that ids are uncertain
 	switch {
-	case j.epoch.uncertain.Load() > 0:
+	case j.epoch.group.uncertain.Load() > 0:
 		noting = "2"
 	case now-l.ticked > int64(noteTime) || len(j.asked) > 0:
 		noting = "1"
 	}
 	args := append(make([]string, 0, 19), opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL)
 	if k := j.lists.only(); noting == "0" && j.mode == modeAdd && k >= 0 && len(j.entries) <= fewIDs {
-		args = append(args, kindNumbers[k:k+1], j.lists[k])
+		args = append(args, strconv.Itoa(k+1), j.lists[k])
 	} else {
 		args = append(args, refillFor, whole, noting, j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	}
@@ -397,11 +376,11 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 			}
 			l.missing.first = now
 		}
-		l.r.health.note(l.r, "keys of the open window are missing in Redis, or on the move to another node: ids wait")
+		l.r.health.log(l.r.cfg.Log.Warn(), "keys of the open window are missing in Redis, or on the move to another node: ids wait", "")
 		l.dissolve(j)
 		return holdRetry
 	case statusHold:
-		l.r.health.note(l.r, "ids lost in Redis are being added again: new ones wait")
+		l.r.health.log(l.r.cfg.Log.Warn(), "ids lost in Redis are being added again: new ones wait", "")
 		l.dissolve(j)
 		return holdRetry
 	}
@@ -453,16 +432,13 @@ func (l *lane) dissolve(j *job) {
 		return
 	}
 	l.job = nil
-	switch j.mode {
-	case modeAdd, modeLook:
-		behind := l.queue
-		l.queue = make([]*entry, 0, len(j.entries)+len(behind))
-		l.stepAll(j.entries, eventUndone)
-		l.queue = append(l.queue, behind...)
-	case modeTake:
-		l.stepAll(j.entries, eventUndone)
+	behind := l.queue
+	l.queue = make([]*entry, 0, len(j.entries)+len(behind))
+	l.stepAll(j.entries, eventUndone)
+	l.queue = append(l.queue, behind...)
+	if len(j.asked) > 0 {
+		l.asked[j.epoch] = append(l.asked[j.epoch], j.asked...)
 	}
-	l.asked = append(l.asked, j.asked...)
 }
 
 func (l *lane) stepAll(entries []*entry, ev event) {
@@ -486,18 +462,18 @@ func (l *lane) turn(j *job) {
 	le := &j.epoch.lanes[l.i]
 	le.sealed = true
 	l.stepAll(j.entries, eventSealed)
-	l.untold = slices.DeleteFunc(l.untold, func(en *entry) bool {
+	l.unanswered = slices.DeleteFunc(l.unanswered, func(en *entry) bool {
 		if en.key.epoch == j.epoch {
 			l.step(en, eventSealed, nil)
 		}
 		return en.phase == finished
 	})
-	for _, q := range j.asked {
-		q.done <- nil
+	for _, done := range j.asked {
+		done <- nil
 	}
 }
 
-// resolve answers the entries of a job that was done. It is for rouse to wake them.
+// resolve answers the entries of a job that was done. It is for wakeAnswered to wake them.
 func (l *lane) resolve(j *job, a reply) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -509,7 +485,7 @@ func (l *lane) resolve(j *job, a reply) {
 	le.log.cut = le.log.cut || strings.HasSuffix(a.codes, partly)
 	switch j.mode {
 	case modeReplay, modeLocal:
-		l.replayed(le, j, a)
+		l.addedAgain(le, j, a)
 	case modeTake:
 		le.took = l.seq
 		for i, en := range j.entries {
@@ -518,44 +494,29 @@ func (l *lane) resolve(j *job, a reply) {
 				continue
 			}
 			l.step(en, eventRemoved, nil)
-			l.r.counts.untold.Add(1)
+			l.r.counts.takenBack.Add(1)
 		}
 	case modeAdd, modeLook:
 		for i, en := range j.entries {
-			code := byte('3')
+			ev := eventInDoubt
 			if i < len(a.codes) {
-				code = a.codes[i]
+				ev = eventOf[a.codes[i]]
+			}
+			// Asking in the window behind gives a retry its answer. But if that is far away the
+			// clock of the instance that has opened it is wrong, and this one does not follow.
+			if ev == eventBehind && j.epoch.end-int64(time.Since(l.r.start)) >= int64(l.r.cfg.MaxSkew) {
+				ev = eventFarBehind
 			}
 			en.seq = l.seq
-			if l.step(en, l.found(en, code), nil); en.phase == finished {
-				l.reuse(en)
+			if l.step(en, ev, nil); en.phase == finished && len(l.spare) < maxSpares {
+				en.key.epoch, en.named = nil, nil
+				l.spare = append(l.spare, en)
 			}
 		}
 		clear(j.entries)
 		l.entries = j.entries[:0]
 	}
-	for _, q := range j.asked {
-		q.done <- nil
+	for _, done := range j.asked {
+		done <- nil
 	}
-}
-
-// found is the event that the code of a batch that adds makes known to an entry.
-func (l *lane) found(en *entry, code byte) event {
-	switch code {
-	case '1':
-		return eventAdded
-	case '0':
-		return eventThere
-	case '6':
-		return eventThereAs
-	case '4':
-		return eventFull
-	case '9':
-		return eventKeysFull
-	case '7':
-		return eventBefore
-	case '8':
-		return l.behind(en.key.epoch)
-	}
-	return eventInDoubt
 }

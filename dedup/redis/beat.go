@@ -20,7 +20,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
 	for all := true; !l.left.Load(); {
-		// Without a connection nothing is sent; Stats tells of what fails.
+		// Without a connection nothing is sent; Set.Health shows what fails.
 		err := l.beat(ctx, all)
 		switch {
 		case err != nil && l.standing.Load() == unheard:
@@ -47,7 +47,7 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if l.left.Load() {
 		return nil
 	}
-	if l.cfg.IDs.foreign() {
+	if l.ids.foreign() {
 		return errForeign
 	}
 	newest := l.noteAnswers()
@@ -55,11 +55,11 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	keys, args, sent := l.beatArgs(all, newest)
 
 	began := time.Now()
-	out, err := l.exec(ctx, beatScript, keys, args)
-	if err == nil && len(out) == 1 { // it has lost data, and wants all
+	out, err := l.exec(ctx, beatScript, keys, args).ToArray()
+	if err == nil && len(out) == 0 { // it has lost data, and wants all
 		keys, args, sent = l.beatArgs(true, newest)
 		began = time.Now()
-		out, err = l.exec(ctx, beatScript, keys, args)
+		out, err = l.exec(ctx, beatScript, keys, args).ToArray()
 	}
 	took := time.Since(began)
 	var b beatReply
@@ -79,12 +79,12 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
 	l.offset = time.UnixMilli(b.now).Sub(began.Add(took / 2))
 	l.unsure = took/2 + time.Millisecond
-	l.others = int(b.others)
+	l.others = b.others
 	l.lead = time.Time{}
-	if b.leads == 1 {
+	if b.leads {
 		l.lead = began.Add(leadLease)
 	}
-	l.stand(b.odd, b.strange)
+	l.stand(b.insider, b.outsider)
 	l.learn(sent, b)
 	return nil
 }
@@ -95,7 +95,9 @@ func (l *Ledger) noteAnswers() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.epochs {
-		e.count(l.cfg.Member)
+		if e.unique != nil && e.decided == nil {
+			e.answers.note(l.member, strconv.FormatUint(e.unique(), 10)+"+")
+		}
 	}
 	return l.newest
 }
@@ -109,8 +111,8 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	defer l.mu.Unlock()
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
-		l.cfg.Member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
-		ms(leadLease), flag(time.Since(l.oddAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
+		l.member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
+		ms(leadLease), flag(time.Since(l.insiderAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
 		"-1", flag(all), flag(time.Now().After(l.yields)),
 	}
 	if !newest.IsZero() {
@@ -121,23 +123,20 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 	}
 	for _, e := range l.epochs {
 		e.uncertainSent = e.uncertain.Load() > 0
-		if e.registered && !all && e.uncertainSent == e.uncertainKnown || e.told != nil && e.span.Start.After(newest) {
+		if e.isRegistered() && !all && e.uncertainSent == e.uncertainKnown || e.unique != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
-		known := e.answers
+		known, decided := e.answers, make([]string, 5)
 		if d := e.decided; d != nil {
-			args = append(args, strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10))
-			known = nil
-		} else {
-			args = append(args, "", "", "", "", "")
+			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
 		}
-		had := flag(e.registered)
-		if e.asks && !e.registered {
+		had := flag(e.isRegistered())
+		if e.ofOthers && had == "0" {
 			had = "?"
 		}
-		args = append(args, had, flag(e.uncertainSent), strconv.Itoa(len(known)))
+		args = append(append(args, decided...), had, flag(e.uncertainSent), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -148,11 +147,11 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 
 // addUncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
 // in Redis: their outcome is not known, or they are still to be taken back. Should this
-// process be killed meanwhile, nobody can tell them from ids that it has answered ok, so the
+// process be killed meanwhile, nothing distinguishes them from ids that it has answered ok, so the
 // group is to know before the first is answered.
-func (l *Ledger) addUncertain(a *admission, more int64) {
-	a.wasUncertain.Store(true)
-	if now := a.uncertain.Add(more); now == 0 || now == more {
+func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
+	e.wasUncertain.Store(true)
+	if now := e.uncertain.Add(more); now == 0 || now == more {
 		nudge(l.wake)
 	}
 }
@@ -160,35 +159,36 @@ func (l *Ledger) addUncertain(a *admission, more int64) {
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
 func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	for i, s := range sent {
-		e, state := l.find(s), b.states[i]
+		e, a := l.find(s), b.epochs[i]
 		if e == nil {
 			continue
 		}
-		e.answers.learn(b.answers[i])
-		e.refused.Store(state == beatRefused)
-		if state == beatRefused {
-			if e.late = true; e.asks {
+		e.answers.learn(a.answers)
+		e.refused.Store(a.state == "refused")
+		if e.refused.Load() {
+			if e.wasRefused = true; e.ofOthers {
 				l.drop(s) // it is gone
 			}
 			continue
 		}
 		e.uncertainKnown = e.uncertainSent
-		if !e.registered {
-			e.registered = true
-			close(e.known)
+		if !e.isRegistered() {
+			close(e.registered)
 		}
-		switch state {
-		case beatDelivered:
+		switch a.state {
+		case "delivered":
 			l.pass(s)
-		case beatContradicted:
+		case "contradicted":
 			l.contradict(e)
-		case beatDecided:
-			e.decided = b.decided[i]
+		case "decided":
+			if e.decided == nil {
+				e.decided = a.decided
+			}
 		}
 	}
 	for _, s := range b.unnamed {
 		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
-			l.place(s).asks = true
+			l.place(s).ofOthers = true
 			nudge(l.wake) // the next beat reads what there is of it
 		}
 	}
@@ -204,37 +204,34 @@ func (l *Ledger) pass(s counter.Span) {
 }
 
 // stand takes over which members have another window. l.mu is held.
-func (l *Ledger) stand(odd, strange string) {
-	if strange != "" {
-		window, member, _ := strings.Cut(strange, " ")
-		strange = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(window), l.cfg.Window)
-		if strange != l.strange {
-			l.cfg.Log.Error().Msg(strange + ": that instance refuses ids until it has the window of the group")
+func (l *Ledger) stand(insider, outsider string) {
+	if length, member, some := strings.Cut(outsider, " "); some {
+		outsider = fmt.Sprintf("instance %s has --window=%s, the group has --window=%s", member, milliseconds(length), l.cfg.Window)
+		if outsider != l.outsider {
+			l.cfg.Log.Error().Msg(outsider + ": that instance refuses ids until it has the window of the group")
 		}
 	}
-	l.strange = strange
-	was := l.odd
-	if odd == "" {
-		l.odd = ""
+	l.outsider = outsider
+	was := l.outsideWhy
+	length, member, out := strings.Cut(insider, " ")
+	if !out {
+		l.outsideWhy = ""
 		l.standing.Store(inside)
 		if was != "" {
 			l.cfg.Log.Info().Str("was", was).Msg("this instance and its group have the same window: ids are accepted")
 		}
 		return
 	}
-	window, member, _ := strings.Cut(odd, " ")
-	if member != "" {
-		l.oddAt = time.Now()
-	}
 	if member != "" || was == "" {
-		l.odd = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(window))
-		if member != "" {
-			l.odd += " (instance " + member + ")"
-		}
+		l.outsideWhy = fmt.Sprintf("this instance has --window=%s, the group has --window=%s", l.cfg.Window, milliseconds(length))
+	}
+	if member != "" {
+		l.outsideWhy += " (instance " + member + ")"
+		l.insiderAt = time.Now()
 	}
 	l.standing.Store(outside)
 	if was == "" {
-		l.cfg.Log.Error().Msg(l.odd + ": this instance refuses ids until the two are the same, or no other instance is left")
+		l.cfg.Log.Error().Msg(l.outsideWhy + ": this instance refuses ids until the two are the same, or no other instance is left")
 	}
 }
 
@@ -247,23 +244,20 @@ func milliseconds(n string) string {
 	return d.String()
 }
 
-// What beatScript answers of an epoch. 0: the group has it, and no more.
-const (
-	beatDelivered    = 2 // its record is delivered
-	beatRefused      = 3 // the group does not take it
-	beatContradicted = 4 // it came to another sum than the one known here
-	beatDecided      = 5 // what it came to is not known here, and is in the answer
-)
-
-// beatReply is what beatScript replies.
+// beatReply is what beatScript answers.
 type beatReply struct {
-	now, leads, others int64
-	odd, strange       string      // LENGTH MEMBER
-	states             []int64     // of each epoch
-	answers            []answers   // of each epoch
-	decided            []*decision // where the state is beatDecided
-	unnamed            []counter.Span
-	behind             bool // the ledger has lost data since the last beat
+	now               int64
+	others            int
+	leads, behind     bool   // behind: the ledger has lost data since the last beat
+	insider, outsider string // LENGTH MEMBER
+	unnamed           []counter.Span
+	epochs            []epochReply // of those that were named
+}
+
+type epochReply struct {
+	state   string
+	answers answers   // if that is "open"
+	decided *decision // if it is "decided"
 }
 
 // decision is what an epoch came to.
@@ -274,70 +268,58 @@ type decision struct {
 }
 
 func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {
-	if len(out) != 9 {
+	if len(out) != 3 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
-	n, err := numbers(out[:3])
-	who, werr := texts(out[3:5])
-	states, serr := out[5].AsIntSlice()
-	unnamed, uerr := out[7].AsStrSlice()
-	behind, berr := out[8].AsInt64()
-	switch err = cmp.Or(err, werr, serr, uerr, berr); {
-	case err != nil:
+	head, err := out[0].AsStrSlice()
+	unnamed, uerr := out[1].AsStrSlice()
+	epochs, eerr := out[2].ToArray()
+	if err = cmp.Or(err, uerr, eerr); err != nil {
 		return b, err
-	case len(states) != len(sent):
-		return b, fmt.Errorf("%d states of %d epochs", len(states), len(sent))
 	}
-	b = beatReply{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states, behind: behind == 1}
-	for _, name := range unnamed {
-		s, err := parseSpan(name)
-		if err != nil {
-			return b, err
-		}
+	if len(head) != 6 || len(epochs) != len(sent) {
+		return b, fmt.Errorf("an answer to a beat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
+	}
+	b.leads, b.insider, b.outsider, b.behind = head[1] == "1", head[3], head[4], head[5] == "1"
+	if b.now, err = strconv.ParseInt(head[0], 10, 64); err == nil {
+		b.others, err = strconv.Atoi(head[2])
+	}
+	for i := 0; err == nil && i < len(unnamed); i++ {
+		var s counter.Span
+		s, err = parseSpan(unnamed[i])
 		b.unnamed = append(b.unnamed, s)
 	}
-	return b, b.parseEpochs(out[6], sent)
-}
-
-// parseEpochs reads what is answered of each epoch.
-func (b *beatReply) parseEpochs(m rueidis.RedisMessage, sent []counter.Span) error {
-	list, err := m.ToArray()
-	if err != nil || len(list) != len(sent) {
-		return fmt.Errorf("answers of %d epochs, not %d: %w", len(list), len(sent), err)
-	}
-	b.answers, b.decided = make([]answers, len(list)), make([]*decision, len(list))
-	for i := range list {
-		fields, err := list[i].AsStrSlice()
-		if err != nil {
-			return err
+	for i := 0; err == nil && i < len(epochs); i++ {
+		var fields []string
+		if fields, err = epochs[i].AsStrSlice(); err != nil {
+			break
 		}
-		if b.states[i] == beatDecided {
-			if b.decided[i], err = parseDecision(sent[i], fields); err != nil {
-				return err
+		e := epochReply{state: fields[0], answers: answers{}}
+		if e.state == "decided" {
+			e.decided, err = parseDecision(sent[i], fields)
+		} else {
+			for f := 1; f+1 < len(fields); f += 2 {
+				e.answers[fields[f]] = fields[f+1]
 			}
-			continue
 		}
-		b.answers[i] = answers{}
-		for f := 0; f+1 < len(fields); f += 2 {
-			b.answers[i][fields[f]] = fields[f+1]
-		}
+		b.epochs = append(b.epochs, e)
 	}
-	return nil
+	return b, err
 }
 
-// parseDecision reads {unique, complete, exact, sealed, under, why}.
+// parseDecision reads {"decided", unique, complete, exact, sealed, under, why}.
 func parseDecision(s counter.Span, fields []string) (*decision, error) {
-	if len(fields) != 6 {
+	if len(fields) != 7 {
 		return nil, fmt.Errorf("a decision of %d parts", len(fields))
 	}
-	unique, err := strconv.ParseUint(fields[0], 10, 64)
-	sealed, serr := strconv.ParseInt(fields[3], 10, 64)
-	under, uerr := strconv.ParseUint(cmp.Or(fields[4], "0"), 10, 64)
+	unique, err := strconv.ParseUint(fields[1], 10, 64)
+	sealed, serr := strconv.ParseInt(fields[4], 10, 64)
+	under, uerr := strconv.ParseUint(fields[5], 10, 64)
 	if err = cmp.Or(err, serr, uerr); err != nil {
 		return nil, err
 	}
 	return &decision{counter.Count{
 		Start: s.Start.UTC(), Window: s.Window, Unique: unique,
-		Complete: fields[1] == "1", Exact: fields[2] == "1", SealedAt: time.UnixMilli(sealed).UTC(),
-	}, under, fields[5]}, nil
+		Complete: fields[2] == "1", Exact: fields[3] == "1", SealedAt: time.UnixMilli(sealed).UTC(),
+	}, under, fields[6]}, nil
 }

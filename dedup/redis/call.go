@@ -57,15 +57,13 @@ type reply struct {
 	codes  string
 	gen    string
 	n      uint64 // ids of the epoch in this lane; the last sequence where status is gap, lost or old
-	exact  bool   // of a seal: no id is known to be given twice or forgotten
-	whole  bool   // of a seal: no write can have been lost
-	under  uint64 // of a seal: ids under keys
-	copied bool   // of a seal: the master has replicas, or had some
-	open   bool   // of a seal: ids of sessions that have not reported may have had no answer
+
+	sealed   sealedIDs // of a seal
+	replicas bool      // of a seal: the master has some, or had
 }
 
-// errRefused is a reply that says that nothing was done. Any other error
-// leaves that open.
+// errRefused is the error of a call that has certainly done nothing. After any other error
+// that is not known.
 type errRefused struct{ err error }
 
 func (e errRefused) Error() string { return e.err.Error() }
@@ -88,14 +86,14 @@ func (r *Set) call(ctx context.Context, key string, args ...string) (reply, erro
 		} else {
 			res = c.Do(ctx, c.B().Fcall().Function(function).Numkeys(1).Key(key).Arg(args...).Build())
 		}
-		err := res.Error()
+		m, err := res.ToMessage()
 		if err == nil {
-			return parseReply(res)
+			return parseReply(m)
 		}
 		if !isRefusal(err) {
 			return reply{}, err
 		}
-		if m := deniedCommand.FindStringSubmatch(err.Error()); m != nil && m[1] == "fcall" && !r.script.Load() {
+		if denied := deniedCommand.FindStringSubmatch(err.Error()); denied != nil && denied[1] == "fcall" && !r.script.Load() {
 			r.useScripts(err)
 			continue
 		}
@@ -147,41 +145,35 @@ func (r *Set) load(ctx context.Context, c rueidis.Client) error {
 // useScripts has scripts take the place of functions.
 func (r *Set) useScripts(why error) {
 	if !r.script.Swap(true) {
-		r.cfg.Log.Info().Msg("this Redis refuses functions (" + firstLine(why) + "): scripts are used instead")
+		reason, _, _ := strings.Cut(why.Error(), "\n")
+		r.cfg.Log.Info().Msg("this Redis refuses functions (" + reason + "): scripts are used instead")
 	}
 }
 
-func firstLine(err error) string {
-	s, _, _ := strings.Cut(err.Error(), "\n")
-	return s
-}
-
-func parseReply(res rueidis.RedisResult) (a reply, err error) {
-	if n, err := res.AsUint64(); err == nil {
-		return reply{status: statusNew, n: n}, nil
+func parseReply(m rueidis.RedisMessage) (a reply, err error) {
+	if m.IsInt64() {
+		a.n, err = m.AsUint64()
+		a.status = statusNew
+		return a, err
 	}
-	parts, err := res.ToArray()
+	parts, err := m.ToArray()
 	if err != nil || len(parts) == 0 {
 		return a, fmt.Errorf("unexpected reply: %w", err)
 	}
-	if a.status, err = parts[0].ToString(); err != nil {
-		return a, err
-	}
-	if a.status == statusSealed && len(parts) == 7 {
-		n, err := numbers(parts[1:])
-		if err != nil {
-			return a, err
+	words, _ := m.AsStrSlice() // numbers are empty
+	a.status = words[0]
+	switch {
+	case a.status == statusSealed && len(parts) == 7:
+		var n [6]uint64
+		for i := range n {
+			if n[i], err = parts[1+i].AsUint64(); err != nil {
+				return a, err
+			}
 		}
-		a.n, a.exact, a.whole, a.under, a.copied, a.open = uint64(n[0]), n[1] == 1, n[2] == 1, uint64(n[3]), n[4] == 1, n[5] == 1
-		return a, nil
-	}
-	if len(parts) == 4 {
-		if a.codes, err = parts[1].ToString(); err != nil {
-			return a, err
-		}
-		if a.gen, err = parts[2].ToString(); err != nil {
-			return a, err
-		}
+		a.sealed = sealedIDs{unique: n[0], exact: n[1] == 1, whole: n[2] == 1, under: n[3], unanswered: n[5] == 1}
+		a.replicas = n[4] == 1
+	case len(parts) == 4:
+		a.codes, a.gen = words[1], words[2]
 		a.n, err = parts[3].AsUint64()
 	}
 	return a, err

@@ -7,21 +7,19 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/redis/rueidis"
-
 	"verve/counter"
 	"verve/internal/retry"
 )
 
 // unsettled is the range of the unsettled epochs, or empty.
 func (l *Ledger) unsettled() string {
-	if oldest, newest, some := l.cfg.IDs.unsettled(); some {
+	if oldest, newest, some := l.ids.unsettled(); some {
 		return unixMS(oldest) + " " + unixMS(newest)
 	}
 	return ""
 }
 
-// Report says what this process knows of an epoch that it has left for good:
+// Report reports what this process knows of an epoch that it has left for good:
 // whether it served the whole of it, and whether no id was lost. Ids of it that
 // Redis has lost are first put back, if that takes no longer than replayWait.
 //
@@ -50,9 +48,9 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	err = l.replayLosses(ctx, s)
 	if err == nil {
 		n := l.final(s, c.Unique, true)
-		_, err = l.exec(ctx, reportScript,
+		err = l.exec(ctx, reportScript,
 			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.cfg.Member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(sumOf(c.Keys), 10)})
+			[]string{l.member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(sumOf(c.Keys), 10)}).Error()
 	}
 	if err != nil {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -71,17 +69,17 @@ func (l *Ledger) takes(s counter.Span) (ours, late bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.find(s)
-	return e == nil || e.registered, e != nil && e.late
+	return e == nil || e.isRegistered(), e != nil && e.wasRefused
 }
 
 // replayLosses looks for losses and waits until their ids are in Redis again.
 func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
-	if err := l.cfg.IDs.noticeLosses(ctx, s.Start); err != nil {
+	if err := l.ids.noticeLosses(ctx, s.Start); err != nil {
 		return err
 	}
 	deadline := time.Now().Add(replayWait)
 	for {
-		oldest, newest, some := l.cfg.IDs.unsettled()
+		oldest, newest, some := l.ids.unsettled()
 		if !some || oldest.After(s.Start) || newest.Before(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
@@ -111,22 +109,11 @@ func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
 // Seal waits until the epoch may be sealed, seals it, and returns what it came
 // to: the same for every member, for as long as Redis keeps it. An error is for
 // the caller to retry.
-func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error) {
-	d := l.decided(s)
-	var err error
-	decides := false
+func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err error) {
+	d, decides := l.decided(s), false
 	if d == nil {
-		var out []rueidis.RedisMessage
-		var members []string
-		out, members, err = l.awaitSeal(ctx, s)
-		if decides = err == nil && len(out) == 0; decides {
-			out, err = l.decide(ctx, s, members)
-		}
-		if err == nil {
-			d, err = l.keepDecision(s, out)
-		}
+		d, decides, err = l.decision(ctx, s)
 	}
-	var c counter.Count
 	if err == nil {
 		l.explain(s, decides)
 		c = d.Count
@@ -136,6 +123,28 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (counter.Count, error
 		return counter.Count{}, fmt.Errorf("ledger: seal %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	return c, nil
+}
+
+// decision waits for what an epoch came to: another member decides it, or this one (here). It
+// is kept: should Redis lose it before it is delivered, the next beat writes it again.
+func (l *Ledger) decision(ctx context.Context, s counter.Span) (d *decision, here bool, err error) {
+	out, err := l.awaitSeal(ctx, s)
+	if here = err == nil && out[0] == "seal"; here {
+		out, err = l.decide(ctx, s, out[1:])
+	}
+	if err == nil {
+		d, err = parseDecision(s, out)
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.place(s)
+	if e.decided == nil {
+		e.decided = d
+	}
+	return e.decided, here, nil
 }
 
 // addKeys adds the counts of the keys to a decided count, with under ids under keys. If
@@ -160,16 +169,16 @@ func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCou
 	l.mu.Lock()
 	had := l.keyed
 	l.mu.Unlock()
-	if had.span == s {
-		return had.keys, nil
+	if had.Span() == s {
+		return had.Keys, nil
 	}
-	keys, err := l.cfg.IDs.keyCounts(ctx, s)
+	keys, err := l.ids.keyCounts(ctx, s)
 	if err != nil {
 		return nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.keyed = keyedSpan{s, keys}
+	l.keyed = counter.Count{Start: s.Start, Window: s.Window, Keys: keys}
 	return keys, nil
 }
 
@@ -182,9 +191,8 @@ func sumOf(keys []counter.KeyCount) (n uint64) {
 }
 
 // awaitSeal waits until the epoch may be sealed: for members, while sealLane waits for ids.
-// It returns what another member has decided; or nothing if this process is to seal and
-// decide, and then the members, as sealScript lists them.
-func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) (decided []rueidis.RedisMessage, members []string, err error) {
+// It returns the answer of sealScript: "decided", or "seal" for this member to do it.
+func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
@@ -193,39 +201,30 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) (decided []rueid
 	}
 	for {
 		if err := l.othersAreBack(ctx); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		args[7], args[8] = l.asOf()
-		out, err := l.exec(ctx, sealScript, keys, args)
+		out, err := l.exec(ctx, sealScript, keys, args).AsStrSlice()
+		if err != nil || out[0] != "wait" {
+			return out, err
+		}
+		wait, err := time.ParseDuration(out[1] + "ms")
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		what, err := out[0].AsInt64()
-		if err != nil || what == sealDecided {
-			return out, nil, err
-		}
-		if what != sealWait {
-			members, err = texts(out[1:])
-			return nil, members, err
-		}
-		wait, err := out[1].AsInt64()
-		if err != nil {
-			return nil, nil, err
-		}
-		pause := min(max(time.Duration(wait)*time.Millisecond, time.Millisecond), poll)
-		if err := retry.Sleep(ctx, pause); err != nil {
-			return nil, nil, err
+		if err := retry.Sleep(ctx, min(max(wait, time.Millisecond), poll)); err != nil {
+			return nil, err
 		}
 		if err := l.reportAgain(ctx, s); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 	}
 }
 
 // othersAreBack waits, after a time in which this member did not reach the ledger, for as
-// long as it takes the others to be heard again: they are taken for dead, and what they
-// have answered meanwhile is not written down. So it does after the first beat: the ledger may
-// have lost data just before.
+// long as the others take to reach it again: until then they are taken for dead, and what
+// they have answered meanwhile is not written down. So it does after the first beat: the
+// ledger may have lost data just before.
 func (l *Ledger) othersAreBack(ctx context.Context) error {
 	for {
 		l.mu.Lock()
@@ -240,16 +239,10 @@ func (l *Ledger) othersAreBack(ctx context.Context) error {
 	}
 }
 
-// What sealScript answers first; anything else: the caller seals.
-const (
-	sealDecided = 0
-	sealWait    = 1
-)
-
 // decide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
 // a while no other member does the same: see sealLock.
-func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) ([]rueidis.RedisMessage, error) {
-	ids, err := l.cfg.IDs.sealIDs(ctx, s, sessions(members))
+func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) ([]string, error) {
+	ids, err := l.ids.sealIDs(ctx, s, sessions(members))
 	if err != nil {
 		return nil, err
 	}
@@ -265,9 +258,9 @@ func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) (
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
-		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.open), me, at,
-	}, members...))
-	if err == nil && len(out) == 1 {
+		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at,
+	}, members...)).AsStrSlice()
+	if err == nil && out[0] == "lost" {
 		err = errors.New("data was lost meanwhile")
 	}
 	return out, err
@@ -280,7 +273,7 @@ func (l *Ledger) asOf() (me, at string) {
 	if l.left.Load() {
 		return "", "0"
 	}
-	return l.cfg.Member, strconv.FormatInt(l.beaten, 10)
+	return l.member, strconv.FormatInt(l.beaten, 10)
 }
 
 // decided returns what the epoch came to, or nil if this process does not know.
@@ -291,21 +284,4 @@ func (l *Ledger) decided(s counter.Span) *decision {
 		return e.decided
 	}
 	return nil
-}
-
-// keepDecision reads {0, unique, complete, exact, sealed, under, why} and keeps it: should Redis
-// lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) keepDecision(s counter.Span, out []rueidis.RedisMessage) (*decision, error) {
-	fields, err := texts(out[1:])
-	if err != nil {
-		return nil, err
-	}
-	d, err := parseDecision(s, fields)
-	if err != nil {
-		return nil, err
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.place(s).decided = d
-	return d, nil
 }

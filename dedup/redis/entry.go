@@ -6,11 +6,11 @@ import "verve/dedup"
 type phase uint8
 
 const (
-	queued   phase = iota // to be sent
-	flying                // in the batch under way
-	untold                // in Redis, but all its requests got 503; to be taken back
-	taking                // is being taken back
-	finished              // out of the lane
+	queued     phase = iota // to be sent
+	flying                  // in the batch under way
+	unanswered              // in Redis, but all its requests got 503; to be taken back
+	taking                  // is being taken back
+	finished                // out of the lane
 )
 
 // audience is which requests wait for an entry.
@@ -37,23 +37,23 @@ type state struct {
 type event uint8
 
 const (
-	eventSent      event = iota // in a batch that adds it
-	eventWithdrawn              // in a batch that takes it back
-	eventUndone                 // that batch was certainly not done
-	eventRemoved                // it was taken back
-	eventLost                   // Redis has lost the batch that added it
-
 	// What a batch that adds has found.
-	eventAdded          // it is new
-	eventThere          // it was there
-	eventThereAs        // it was there with the token of the attempt
-	eventBefore         // the token is in the window before
-	eventBehind         // the token is in the window behind, which this instance is about to open
-	eventFarBehind      // ... which is far away: another clock is wrong
-	eventInDoubt        // another instance may have added it without an answer; or it was not judged
-	eventFull           // there is no room for it
-	eventKeysFull       // there is no room for its key
-	eventBelieved       // the batch that was to take it back found that others have answered for it
+	eventInDoubt   event = iota // another instance may have added it without an answer; or it was not judged
+	eventAdded                  // it is new
+	eventThere                  // it was there
+	eventThereAs                // it was there with the token of the attempt
+	eventBefore                 // the token is in the window before
+	eventBehind                 // the token is in the window behind, which this instance is about to open
+	eventFarBehind              // ... which is far away: another clock is wrong
+	eventFull                   // there is no room for it
+	eventKeysFull               // there is no room for its key
+
+	eventSent           // in a batch that adds it
+	eventWithdrawn      // in a batch that takes it back
+	eventUndone         // that batch was certainly not done
+	eventRemoved        // it was taken back
+	eventBelieved       // it was not: other instances have answered for it
+	eventLost           // Redis has lost the batch that added it
 	eventSealed         // no batch of its epoch is done any more
 	eventAskedAgain     // its attempt is made again, by a request that does not wait
 	eventAnsweredAlone  // a request was answered as new without Redis
@@ -64,15 +64,21 @@ const (
 	numEvents
 )
 
-// place is a list of the lane.
-type place uint8
+// eventOf is the event for each code that function.lua answers in a batch that adds.
+var eventOf = [256]event{
+	'1': eventAdded, '0': eventThere, '6': eventThereAs, '7': eventBefore, '8': eventBehind, '4': eventFull, '9': eventKeysFull,
+}
 
-const (
-	nowhere place = iota
-	inQueue
-	inPostponed
-	inUntold
-)
+// outcomes are the answers to the requests for an id that a batch was to add and did not.
+var outcomes = [numEvents]effects{
+	eventThere:     {to: thereAnswered, verdict: dedup.Repeat, known: true},
+	eventThereAs:   {to: thereAnswered, verdict: dedup.Replayed, known: true},
+	eventBefore:    {to: attemptAnswered, verdict: dedup.ReplayedBefore},
+	eventBehind:    {to: attemptAnswered, verdict: dedup.Turned},
+	eventFarBehind: {to: attemptAnswered, verdict: dedup.Replayed},
+	eventFull:      {to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}, // another attempt may be a retry from the window before
+	eventKeysFull:  {to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys},
+}
 
 // logging is how an id that was answered as new goes into the log.
 type logging uint8
@@ -93,9 +99,9 @@ const (
 	allAnswered
 )
 
-// effects is what the lane does when an entry has taken a step.
+// effects is what the lane does when an entry has taken a step, beside putting it into the
+// list of its new phase.
 type effects struct {
-	place   place
 	log     logging
 	known   bool // a repeat of the id costs no trip from now on
 	to      recipients
@@ -121,8 +127,8 @@ func (s state) on(e event) (state, effects) {
 		s.uncertain = true
 	case s.phase == flying:
 		s, fx = s.onFlying(e)
-	case s.phase == untold:
-		s, fx = s.onUntold(e)
+	case s.phase == unanswered:
+		s, fx = s.onUnanswered(e)
 	case s.phase == taking:
 		s, fx = s.onTaking(e)
 	}
@@ -148,48 +154,28 @@ func (s state) onQueued(e event) (state, effects) {
 }
 
 func (s state) onFlying(e event) (state, effects) {
-	switch e {
-	case eventAdded:
+	fx := outcomes[e]
+	answered := fx.to != noneAnswered
+	switch {
+	case e == eventAdded:
 		return s.inRedis()
-	case eventUndone:
-		return s.notInRedis(inQueue)
-	case eventThere, eventThereAs, eventBefore, eventBehind, eventFarBehind, eventInDoubt, eventFull, eventKeysFull:
-	default:
-		return s, effects{}
+	case e == eventUndone || e == eventInDoubt || answered && s.alone:
+		// If another instance has added it and this one has answered alone, the replay finds it
+		// there, and marks the epoch.
+		return s.notInRedis()
+	case answered:
+		s.phase = finished
+		fx.known = fx.known && s.waiting != noRequest
 	}
-	if s.alone {
-		// If another instance has added it meanwhile, the replay finds it there, and marks
-		// the epoch.
-		return s.notInRedis(nowhere)
-	}
-	if e == eventInDoubt {
-		return s.notInRedis(inPostponed)
-	}
-	s.phase = finished
-	switch e {
-	case eventThere:
-		return s, effects{known: s.waiting != noRequest, to: thereAnswered, verdict: dedup.Repeat}
-	case eventThereAs:
-		return s, effects{known: s.waiting != noRequest, to: thereAnswered, verdict: dedup.Replayed}
-	case eventBefore:
-		return s, effects{to: attemptAnswered, verdict: dedup.ReplayedBefore}
-	case eventBehind:
-		return s, effects{to: attemptAnswered, verdict: dedup.Turned}
-	case eventFarBehind:
-		return s, effects{to: attemptAnswered, verdict: dedup.Replayed}
-	case eventFull: // another attempt may be a retry from the window before
-		return s, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}
-	default:
-		return s, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys}
-	}
+	return s, fx
 }
 
-func (s state) onUntold(e event) (state, effects) {
+func (s state) onUnanswered(e event) (state, effects) {
 	switch e {
 	case eventWithdrawn:
 		s.phase = taking
 	case eventLost:
-		return s.notInRedis(inQueue)
+		return s.notInRedis()
 	case eventAskedAgain: // that request gets Unique
 		s.phase = finished
 		return s, effects{log: asTaken, known: true, to: thereAnswered, verdict: s.retried()}
@@ -202,7 +188,7 @@ func (s state) onTaking(e event) (state, effects) {
 	case eventUndone:
 		return s.inRedis()
 	case eventRemoved, eventLost: // a request may have sent it again meanwhile
-		return s.notInRedis(inQueue)
+		return s.notInRedis()
 	case eventBelieved: // the next request here is the one that it is new to, if there is one
 		if s.alone || s.waiting == itsAttempt {
 			return s.inRedis()
@@ -220,8 +206,8 @@ func (s state) inRedis() (state, effects) {
 		s.phase = finished
 		return s, effects{log: asTaken, to: thereAnswered, verdict: s.retried()}
 	case s.waiting != itsAttempt:
-		s.phase = untold
-		return s, effects{place: inUntold}
+		s.phase = unanswered
+		return s, effects{}
 	}
 	s.phase = finished
 	return s, effects{log: asTaken, known: true, to: thereAnswered, verdict: dedup.Unique}
@@ -229,7 +215,7 @@ func (s state) inRedis() (state, effects) {
 
 // notInRedis queues an id that this session has not added, if a request waits for it. If one
 // was answered as new, it is logged, to be added.
-func (s state) notInRedis(at place) (state, effects) {
+func (s state) notInRedis() (state, effects) {
 	switch {
 	case s.alone:
 		s.phase = finished
@@ -239,7 +225,7 @@ func (s state) notInRedis(at place) (state, effects) {
 		return s, effects{}
 	}
 	s.phase = queued
-	return s, effects{place: at}
+	return s, effects{}
 }
 
 // turned finishes an id of an epoch that is sealed. If a request was answered as new, Retire

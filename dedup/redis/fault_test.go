@@ -121,7 +121,7 @@ func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
 			}
 			stop()
 			t.Logf("%d ids, %d cuts, %d tries failed, %d batches sent again, %d ids taken back", ids, done(), failures,
-				sets[0].counts.retries.Load(), sets[0].counts.untold.Load())
+				sets[0].counts.retries.Load(), sets[0].counts.takenBack.Load())
 			if repeats > 0 {
 				t.Errorf("%d callers were told that somebody had brought their id before", repeats)
 			}
@@ -228,9 +228,9 @@ func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	}
 }
 
-// leaveUntold has r hold an id as one that the batch seq has added and whose requests are
+// leaveUnanswered has r hold an id as one that the batch seq has added and whose requests are
 // all gone.
-func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
+func leaveUnanswered(r *Set, e settest.Epochs, id string, seq uint64) {
 	items := []dedup.Item{{ID: []byte(id)}}
 	r.Keys(items)
 	s, k := e.Last().State.(*redisEpoch), items[0].Key
@@ -241,8 +241,8 @@ func leaveUntold(r *Set, e settest.Epochs, id string, seq uint64) {
 	r.pending.Add(1)
 	en := l.enter(pendingKey{s, k}, &enc, nil)
 	l.queue = l.queue[:len(l.queue)-1]
-	en.phase, en.seq = untold, seq
-	l.untold = append(l.untold, en)
+	en.phase, en.seq = unanswered, seq
+	l.unanswered = append(l.unanswered, en)
 	l.mu.Unlock()
 	nudge(l.wake)
 }
@@ -286,7 +286,7 @@ func TestRedisAnIDThatIsLostBeforeAnybodyIsToldIsNewOnce(t *testing.T) {
 	server, way, a, b, ea, eb := pairByProxy(t)
 	wantInTime(t, a, ea, "before", dedup.Unique)
 	server.Kill() // nothing is saved
-	leaveUntold(a, ea, "42", lastSeq(a))
+	leaveUnanswered(a, ea, "42", lastSeq(a))
 	way.latency.Store(int64(300 * time.Millisecond))
 	server.Start()
 	testproc.Until(t, "the loss is known", func() bool {
@@ -333,8 +333,8 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 	wantInTime(t, a, ea, "later", dedup.Unique)
 	way.refusing.Store(true)
 	server.Kill()
-	leaveUntold(a, ea, "left", saved)
-	leaveUntold(a, ea, "lost", lastSeq(a))
+	leaveUnanswered(a, ea, "left", saved)
+	leaveUnanswered(a, ea, "lost", lastSeq(a))
 	server.Start()
 	testproc.Until(t, "the other instance gives it", func() bool {
 		v, err := eb.Add(t, b, 0, "lost")
@@ -348,7 +348,7 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 		t.Fatal(err)
 	}
 	untilSettled(t, a)
-	if n := a.counts.untold.Load(); n != 1 {
+	if n := a.counts.takenBack.Load(); n != 1 {
 		t.Errorf("%d ids were taken back, want 1", n)
 	}
 	if n, exact := sealed(t, eb, b, 0); n != 3 || !exact {
@@ -454,7 +454,7 @@ func TestRedisIDsAreTakenBackFirst(t *testing.T) {
 		defer l.mu.Unlock()
 		return l.job != nil && l.job.mode == modeAdd
 	})
-	leaveUntold(r, e, "42", lastSeq(r))
+	leaveUnanswered(r, e, "42", lastSeq(r))
 	var enc encoded
 	enc.encode(r.hash, true, []byte("43"))
 	l.mu.Lock()
@@ -502,7 +502,7 @@ func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
 					server.do("CONFIG", "SET", "min-replicas-to-write", "1")
 				}
 				way.latency.Store(int64(500 * time.Millisecond))
-				leaveUntold(a, ea, "42", lastSeq(a))
+				leaveUnanswered(a, ea, "42", lastSeq(a))
 				testproc.Until(t, "it is being taken back", func() bool {
 					l := &a.lanes[0]
 					l.mu.Lock()

@@ -1,14 +1,14 @@
 -- What an instance asks of Redis, in one atomic step each. DESIGN.md, "Many
--- instances: Redis", says why each is needed.
+-- instances: Redis", has the reason for each.
 --
 -- The only key named is the hash of a lane. All that is known of a lane is in it, so
 -- that it is there wholly or not at all, also while its slot moves:
 --
---   S<session>   what the last batch of a session was answered, packed, with when the
---                session was heard (a second old at most)
---   I<session>   the ids that this batch has added, which are in doubt, and DOUBTED if the
---                session has refused others that may be in Redis; not there once the doubt
---                has lapsed
+--   S<session>   what the last batch of a session was answered, packed, with the time of
+--                that (a second old at most)
+--   I<session>   the ids that this batch has added, which are in doubt for other sessions,
+--                and UNCERTAIN if the session has refused ids that may be in Redis; not there
+--                once the doubt has lapsed
 --   A            the sessions that may have ids in doubt
 --   E<epoch>     an open epoch: generation, ids of each of the first four kinds, partly,
 --                twice; where a key or a token was named also the ids under keys, the
@@ -39,8 +39,8 @@
 -- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
 -- doubt, 3 failed and not done, 4 is not there, 5 cannot be taken back any more, 6 was
 -- there with this token, 7 in the window before, 8 in the window behind, 9 too many keys.
--- Behind them stands P if the epoch is partly for what the batch has found of tokens: the
--- session is to say so again should the hash be lost.
+-- Behind them stands P if the epoch is not exact for what the batch has found of tokens: the
+-- session is to note that again should the hash be lost.
 
 -- Set by prepare: a library that is being loaded sees none of these.
 local sub, find, rep, concat, call, try
@@ -52,14 +52,14 @@ local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
 local FEW = 9 -- arguments
 
 -- No packed id begins with it.
-local DOUBTED = '\192'
+local UNCERTAIN = '\192'
 
 -- Of the name of a session, the characters that are those of its instance.
 local INSTANCE = 8
 
--- A session that has not been heard for so long does not keep others in doubt.
+-- A session without a batch for so many seconds does not keep others in doubt.
 local LAPSE = 10
--- and one not heard since so long before an epoch that is sealed is forgotten.
+-- One without a batch since so long before an epoch that is sealed is forgotten.
 local FORGET = 3600
 -- A time that is further ahead was written by a master whose clock was.
 local AHEAD = 5
@@ -76,7 +76,7 @@ local function holds(key, hold, now)
   call('HDEL', key, 'hold')
 end
 
--- cut notes that writes may have been lost: every session has to be heard again.
+-- cut notes that writes may have been lost: every session has to send a batch again.
 local function cut(key, now)
   local cuts = tonumber(call('HGET', key, 'cuts') or 0) + 1
   call('HSET', key, 'cut', now, 'cuts', cuts)
@@ -132,9 +132,9 @@ local function join(key, session, new)
   call('HSET', key, 'A', pack(active))
 end
 
--- doubts are the lists of ids that other sessions have added to the epoch, or to any
--- where none is named, in their last batches and may not have told anybody about. A doubt that has lapsed
--- is over for good: its session cannot take the ids back any more.
+-- doubts are the lists of ids that other sessions have added to the epoch, or to any if none
+-- is named, in their last batches, and may not have answered yet. A doubt that has lapsed is
+-- over for good: its session cannot take the ids back any more.
 local function doubts(key, session, epoch, now)
   local a = call('HGET', key, 'A')
   local active, left, found = a and parse(a) or {}, {}, {}
@@ -157,7 +157,7 @@ local function doubts(key, session, epoch, now)
   return found
 end
 
--- among tells whether an id is in one of the lists. That it takes the middle of
+-- among returns whether an id is in one of the lists. That it takes the middle of
 -- another id for it would make it wait, no more.
 local function among(lists, id)
   local packed = pack(id)
@@ -223,11 +223,6 @@ function ways.r(key, ids, undo)
 end
 
 function ways.a(key, ids, undo)
-  if #ids == 1 then
-    if call('SADD', key, ids[1]) == 0 then return 0, {'0'} end
-    undo[#undo + 1] = {key, ids}
-    return 1
-  end
   local there, repeats = call('SMISMEMBER', key, unpack(ids)), 0
   for i = 1, #there do repeats = repeats + there[i] end
   local new, codes = ids
@@ -406,24 +401,24 @@ end
 -- whether retries may not be recognised, or may be although their id is in no count.
 local function marks(key, a, mode, held, undo)
   local prefix, list = key .. ':' .. a[5] .. ':', {parse(a[15])}
-  local was, tokens, doubtful, codes = {}, false, false
+  local was, tokens, inexact, codes = {}, false, false
   for i = 3, #list, 4 do tokens = tokens or list[i] ~= '' end
   for i = 1, #held do was[i] = held[i] end
   if mode == '5' then
     -- They were believed: the answer to a retry may have been that they are counted.
-    codes, doubtful = {}, tokens
+    codes, inexact = {}, tokens
     for i = 1, #list / 4 do codes[i] = '5' end
   elseif mode == 'r' then
     codes = unmark(prefix, list, held, undo)
   else
     local others = {}
     if tokens and (mode == 'a' or mode == 'l') then
-      doubtful = a[19] == '1'
+      inexact = a[19] == '1'
       local has = call('HMGET', key, 'X' .. a[16], 'X' .. a[17])
       for i = 1, 2 do
         local set = key .. ':' .. a[15 + i] .. ':x'
         others[i] = has[i] and set
-        doubtful = doubtful or try('SCARD', set) ~= tonumber(has[i] or 0)
+        inexact = inexact or try('SCARD', set) ~= tonumber(has[i] or 0)
       end
     end
     codes = mark(prefix, list, mode, held, undo, others, tonumber(a[18]))
@@ -439,12 +434,12 @@ local function marks(key, a, mode, held, undo)
   end
   if was[TOKENS] == 0 and held[TOKENS] > 0 then call('EXPIRE', prefix .. 'x', a[7]) end
   if was[NAMES] == 0 and held[NAMES] > 0 then call('EXPIRE', prefix .. 'n', a[7]) end
-  return codes, more, doubtful, list
+  return codes, more, inexact, list
 end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
 -- seconds to hold, whether the session has all ids that it would have to add
--- again, whether the time is to be noted (2: it is, and DOUBTED), and a list of ids of each
+-- again, whether the time is to be noted (2: it is, and UNCERTAIN), and a list of ids of each
 -- kind. Where there are
 -- some with a key or a token: their list, the epochs before and behind, how many keys the
 -- epoch may have, and whether tokens of the epoch before may be lost.
@@ -484,10 +479,10 @@ local function batch(key, a, undo)
   end
 
   local n = held[1] + held[2] + held[3] + held[4] + held[UNDER]
-  local doubted = a[10] == '2' and DOUBTED or ''
+  local uncertain = a[10] == '2' and UNCERTAIN or ''
   if beat then
     if tick and h[2] and not complete(key .. ':' .. epoch .. ':', held) then return {'missing'} end
-    remember(key, session, doubted, {}, seq, at, '', gen or '', n, epoch, cuts)
+    remember(key, session, uncertain, {}, seq, at, '', gen or '', n, epoch, cuts)
     if tick then call('EXPIRE', key, a[7]) end
     return {'ok', '', gen or '', n}
   end
@@ -501,12 +496,12 @@ local function batch(key, a, undo)
   end
   local fields = {}
   if mode == 'p' then
-    cuts = cut(key, now) - 1 -- heard again when all is added: by the next batch of another mode
+    cuts = cut(key, now) - 1 -- the session counts as back when all is added: by its next batch of another mode
     fields = {'hold', now + tonumber(a[8])}
     if a[9] == '0' then partly = 1 end
   end
 
-  local lists, parts, total, more = {}, nil, 0, 0 -- by kind; parts only if not all codes are 1
+  local lists, parts, total, more = {}, {}, 0, 0 -- by kind; no part if all its codes are 1
   local way = ways[mode] or ways.a
   local prefix = key .. ':' .. epoch .. ':'
   for k = 1, PLAIN do
@@ -528,19 +523,15 @@ local function batch(key, a, undo)
       if held[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end
       held[k] = held[k] + added
       total, more = total + #ids, more + added
-      lists[k] = ids
-      if codes then
-        parts = parts or {}
-        parts[k] = codes
-      end
+      lists[k], parts[k] = ids, codes
     end
   end
   local named = ''
-  local codes, list, doubtful
+  local codes, list, inexact
   if a[15] then
     local tokens, added = held[TOKENS]
-    codes, added, doubtful, list = marks(key, a, mode, held, undo)
-    if doubtful then partly = 1 end
+    codes, added, inexact, list = marks(key, a, mode, held, undo)
+    if inexact then partly = 1 end
     if replay then twice = twice + #codes - added end
     if held[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, held[TOKENS] end
     n = n + added
@@ -560,29 +551,24 @@ local function batch(key, a, undo)
   end
   n = n + more
 
-  local answer, doubt = '', doubted
-  if not parts then
-    answer = rep('1', total)
-    if mode == 'a' then doubt = a[11] .. a[12] .. a[13] .. a[14] .. named .. doubted end
-  else
-    local mine, others = {}
-    for k = 1, PLAIN do
-      local ids, codes = lists[k] or {}, parts[k]
-      for i = 1, mode == 'a' and #ids or 0 do
-        if not codes or codes[i] == '1' then
-          mine[#mine + 1] = pack(ids[i])
-        elseif codes[i] == '0' then
-          others = others or doubts(key, session, epoch, now or clock())
-          if among(others, ids[i]) then codes[i] = '2' end
-        end
+  local answer, mine, others = '', {}
+  for k = 1, PLAIN do
+    local ids, codes = lists[k] or {}, parts[k]
+    if mode == 'a' and not codes then mine[#mine + 1] = a[10 + k] end -- the list as it is
+    for i = 1, mode == 'a' and codes and #ids or 0 do
+      if codes[i] == '1' then
+        mine[#mine + 1] = pack(ids[i])
+      else
+        others = others or doubts(key, session, epoch, now or clock())
+        if among(others, ids[i]) then codes[i] = '2' end
       end
-      answer = answer .. (codes and concat(codes) or rep('1', #ids))
     end
-    doubt = concat(mine) .. named .. doubted
+    answer = answer .. (codes and concat(codes) or rep('1', #ids))
   end
+  local doubt = (#mine == 1 and mine[1] or concat(mine)) .. named .. uncertain
   if replay and more < total then twice = twice + total - more end
 
-  if codes then answer = answer .. concat(codes) .. (doubtful and 'P' or '') end
+  if codes then answer = answer .. concat(codes) .. (inexact and 'P' or '') end
   if more ~= 0 or replay or codes or not h[2] then
     fields[#fields + 1] = 'E' .. epoch
     fields[#fields + 1] = close(gen, held, partly, twice)
@@ -714,12 +700,12 @@ local function seal(key, a)
     local state, _, at, heard, last = f[1]
     if state then _, at, _, _, _, last, heard = parse(state) end
     if mark ~= '=' and last == epoch and f[2] ~= '' then unanswered = 1 end
-    -- One that was heard since writes may have been lost has added its own again, and one
+    -- One with a batch since writes may have been lost has added its own again, and one
     -- that was silent since before the epoch began has added none.
     if not state or recent and heard ~= cuts and (mark ~= '?' or at > began - LAPSE) or absent[session] and not known then whole = 0 end
   end
   -- Writes may have been lost since shortly before the epoch began: every session that
-  -- is there has to be heard again first, for only it knows whether its own are there.
+  -- is there has to send a batch first, for only it knows whether its own are there.
   local all = call('HGETALL', key)
   for i = 1, #all, 2 do
     if sub(all[i], 1, 1) == 'S' then

@@ -17,17 +17,17 @@ type laneModel struct {
 	rules    modelRules
 
 	// The hash of the lane.
-	sessions map[string]laneSession
-	doubt    map[string][]string // ids of the last batch of a session; absent: the doubt has lapsed
-	doubted  map[string]bool     // sessions that have refused other ids that may be in Redis
-	active   []string
-	open     map[string]laneOpen
-	tokens   map[string]int // how many each epoch has
-	sealed   []laneSealed
-	hold     float64 // 0: none
-	cut      float64
-	cuts     int
-	known    string // the identity that is noted
+	sessions  map[string]laneSession
+	doubt     map[string][]string // ids of the last batch of a session; absent: the doubt has lapsed
+	uncertain map[string]bool     // sessions that have refused other ids that may be in Redis
+	active    []string
+	open      map[string]laneOpen
+	tokens    map[string]int // how many each epoch has
+	sealed    []laneSealed
+	hold      float64 // 0: none
+	cut       float64
+	cuts      int
+	known     string // the identity that is noted
 
 	sets map[string]laneSets // of each epoch
 }
@@ -62,7 +62,7 @@ type laneSets map[string]map[string]int
 
 func newLaneModel() *laneModel {
 	return &laneModel{
-		identity: "1", rules: allRules, sessions: map[string]laneSession{}, doubt: map[string][]string{}, doubted: map[string]bool{}, open: map[string]laneOpen{},
+		identity: "1", rules: allRules, sessions: map[string]laneSession{}, doubt: map[string][]string{}, uncertain: map[string]bool{}, open: map[string]laneOpen{},
 		tokens: map[string]int{}, sets: map[string]laneSets{},
 	}
 }
@@ -77,7 +77,7 @@ func (s laneSets) clone() laneSets {
 
 func (m *laneModel) clone() *laneModel {
 	c := *m
-	c.sessions, c.doubt, c.doubted, c.tokens = maps.Clone(m.sessions), maps.Clone(m.doubt), maps.Clone(m.doubted), maps.Clone(m.tokens)
+	c.sessions, c.doubt, c.uncertain, c.tokens = maps.Clone(m.sessions), maps.Clone(m.doubt), maps.Clone(m.uncertain), maps.Clone(m.tokens)
 	c.active, c.sealed = slices.Clone(m.active), slices.Clone(m.sealed)
 	c.open, c.sets = map[string]laneOpen{}, map[string]laneSets{}
 	for epoch, o := range m.open {
@@ -119,7 +119,7 @@ type laneBatch struct {
 	mode          string
 	epoch, expect string
 	whole, tick   bool
-	doubted       bool
+	uncertain     bool
 	ids           [4][]string // of the first four kinds
 	named         []laneNamed
 	before, after string
@@ -249,7 +249,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		return laneAnswer{"lost", "", o.gen, s.seq}
 	}
 	at := s.at
-	if tick := b.tick || b.doubted || !known || m.hold != 0 || replay; tick {
+	if tick := b.tick || b.uncertain || !known || m.hold != 0 || replay; tick {
 		if m.hold != 0 && !replay && !beat && m.holds() {
 			return laneAnswer{status: "hold"}
 		}
@@ -266,7 +266,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	n := idsHeld(o.held)
 	if beat {
 		m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, "", o.gen, n, b.epoch, cuts}, []string{}
-		m.doubted[b.session] = b.doubted
+		m.uncertain[b.session] = b.uncertain
 		return laneAnswer{"ok", "", o.gen, n}
 	}
 	mode := b.mode
@@ -300,12 +300,12 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	codes, behind := "", ""
 	if len(b.named) > 0 {
 		tokens := o.held["x"]
-		c, added, doubtful := m.marks(b, mode, o.held)
+		c, added, inexact := m.marks(b, mode, o.held)
 		if !m.complete(b.epoch, o.held) {
 			m.sets[b.epoch] = was
 			return laneAnswer{status: "missing"}
 		}
-		if doubtful {
+		if inexact {
 			o.partly, behind = 1, partly
 		}
 		if replay {
@@ -334,7 +334,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		m.open[b.epoch] = o
 	}
 	m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, answer, o.gen, n, b.epoch, cuts}, doubt
-	m.doubted[b.session] = b.doubted
+	m.uncertain[b.session] = b.uncertain
 	return laneAnswer{"ok", answer, o.gen, n}
 }
 
@@ -389,7 +389,7 @@ func (m *laneModel) judge(codes string, id func(int) string, session, epoch stri
 }
 
 // marks runs the ids with a token or a key.
-func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes string, more int, doubtful bool) {
+func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes string, more int, inexact bool) {
 	sets, was := m.of(b.epoch), idsHeld(held)
 	tokens := slices.ContainsFunc(b.named, func(n laneNamed) bool { return n.token != "" })
 	switch mode {
@@ -419,10 +419,10 @@ func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes 
 	replay := mode == "p" || mode == "f"
 	var others []laneSets
 	if tokens && !replay {
-		doubtful = b.tokensLost
+		inexact = b.tokensLost
 		for _, epoch := range []string{b.before, b.after} {
 			n, has := m.tokens[epoch]
-			doubtful = doubtful || len(m.sets[epoch]["x"]) != n
+			inexact = inexact || len(m.sets[epoch]["x"]) != n
 			if !has {
 				others = append(others, nil)
 			} else {
@@ -434,7 +434,7 @@ func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes 
 	if replay {
 		room = math.MaxInt
 	}
-	return m.mark(b, mode, held, others, room), idsHeld(held) - was, doubtful
+	return m.mark(b, mode, held, others, room), idsHeld(held) - was, inexact
 }
 
 func (m *laneModel) mark(b laneBatch, mode string, held map[string]int, others []laneSets, room int) string {
@@ -503,7 +503,7 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 		m.hold = m.now + 1.5
 	}
 	m.sessions[session], m.doubt[session] = laneSession{seq: seq, at: m.now, cuts: heard}, []string{}
-	delete(m.doubted, session)
+	delete(m.uncertain, session)
 	return laneAnswer{status: "ok"}
 }
 
@@ -519,7 +519,7 @@ func (m *laneModel) reset(epoch, gen string) {
 // seal is seal of function.lua. Before a session stands whether it has reported: see there.
 func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status string, ids sealedIDs) {
 	answer := func(s laneSealed) (string, sealedIDs) {
-		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under), open: s.unanswered == 1}
+		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under), unanswered: s.unanswered == 1}
 	}
 	if over := m.over(epoch); over != nil {
 		status, ids := answer(*over)
@@ -559,7 +559,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.cuts != m.cuts && (name[0] != '?' || of.at > began-10) {
 			s.whole = 0
 		}
-		if ids, in := m.doubt[name[1:]]; name[0] != '=' && m.sessions[name[1:]].epoch == epoch && (!in || len(ids) > 0 || m.doubted[name[1:]]) && m.rules.unanswered {
+		if ids, in := m.doubt[name[1:]]; name[0] != '=' && m.sessions[name[1:]].epoch == epoch && (!in || len(ids) > 0 || m.uncertain[name[1:]]) && m.rules.unanswered {
 			s.unanswered = 1
 		}
 	}

@@ -27,7 +27,6 @@ type epochLedger interface {
 	Yield()
 	Delivered(ctx context.Context, s counter.Span) error
 	Leave(ctx context.Context) (others int, heard time.Duration, err error)
-	Others(ctx context.Context) (others int, heard time.Duration, err error)
 }
 
 // Records is where the records of the group go: the spool of this instance, as
@@ -46,25 +45,11 @@ type Records interface {
 // Group publishes the windows of a group: it is the counter's Publisher in place of
 // the stream of records, and puts the records of the group there.
 //
-// Why a window of a group has one record, whichever instance dies when.
-//
-// An instance that has left an epoch reports so and waits until it is sealed.
-// What it came to is decided in the ledger, once. So any instance can publish it,
-// with the same bytes, and it need not have been in the epoch. One at a time
-// does, the leader, so that instances do not fence each other at the broker for
-// each window; when it is gone another takes the lead.
-//
-//	killed before the report     the epoch is in the ledger since it was opened. Nobody
-//	                             waits for the dead longer than the skew of the clocks
-//	killed after the decision,   the next leader finds the epoch undelivered and
-//	before the spool             publishes it
-//	killed with the record in    the next leader publishes it, too. When the dead
-//	its spool                    instance is back it has a copy: the topic is looked
-//	                             into, as ever; for the file the ledger is asked
-//	killed after a sink took it, Kafka: the next leader looks and finds it. File: the
-//	before the ledger knows      line is there twice, in two files, the same; verve
-//	                             totals counts it once and names it
-//	all are killed               the first instance that starts is the leader
+// An instance that has left an epoch reports so and waits until it is sealed. What it came to
+// is decided in the ledger, once. So any instance can publish it, with the same bytes, and it
+// need not have been in the epoch. One at a time does, the leader, so that instances do not
+// fence each other at the broker for each window; when it is gone another takes the lead.
+// DESIGN.md, "The group", has what happens when an instance is killed at any of these steps.
 //
 // A leader that slept through its lease meets its successor where they can harm:
 // at the broker in the fence, and at the file in Claim, right before the line
@@ -223,7 +208,7 @@ func (g *Group) Run(ctx context.Context) error {
 }
 
 // round marks what was delivered and, where this instance leads, takes into the
-// spool what is over.
+// spool the epochs that are over.
 func (g *Group) round(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -274,8 +259,8 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 		return err
 	}
 	if !g.term {
-		// An earlier leader may have written it and not said so. What it has not
-		// left undelivered now, nobody can have written before this one.
+		// An earlier leader may have written its line without reporting it; but not the
+		// line of an epoch that ends after those that are undelivered now.
 		g.ledger.LinesUnknown(upTo)
 	}
 	index, err := g.records.Append(ctx, c)
@@ -288,7 +273,7 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	return nil
 }
 
-// mark tells the ledger of the records that all sinks have. g.mu is held.
+// mark reports to the ledger the records that all sinks have. g.mu is held.
 func (g *Group) mark(ctx context.Context) error {
 	floor, _ := g.records.DeliveredTo()
 	var done []counter.Span
@@ -307,22 +292,22 @@ func (g *Group) mark(ctx context.Context) error {
 	return nil
 }
 
-// Leaving says that the process stops: Publish no longer waits for an epoch that
+// Leaving announces that the process stops: Publish no longer waits for an epoch that
 // goes on without this instance. Call it before the counter is sealed.
 func (g *Group) Leaving() { g.leave() }
 
 // Leave takes this instance out of its group when the counter has stopped. The last
 // one to leave puts what the group has not published into the spool, also the open epoch
 // where its end is within the time given: there is one record per window and group, and
-// whoever starts again within the window goes on with its ids, so it cannot be published
+// an instance that starts within the window goes on with its ids, so it cannot be published
 // before its end. Mark follows when all that is delivered.
 func (g *Group) Leave(ctx context.Context) error {
 	g.Leaving()
 	others, heard, err := g.ledger.Leave(ctx)
-	// One that was heard before this one left may be dead, or leave as well.
+	// One whose last beat was before this one left may be dead, or leave as well.
 	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
 		if err = retry.Sleep(ctx, leavePoll); err == nil {
-			others, heard, err = g.ledger.Others(ctx)
+			others, heard, err = g.ledger.Leave(ctx)
 		}
 	}
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
 
 	"verve/internal/logline"
 )
@@ -24,7 +25,7 @@ const (
 	logEvery = 10 * time.Second
 )
 
-// health is what is known of the servers.
+// health is the state of the servers, as far as it is known here.
 type health struct {
 	refused atomic.Bool // ids may not be trusted to Redis, by its policy: see watch
 	blind   bool        // the policy cannot be read; checkPolicy alone uses it
@@ -37,27 +38,20 @@ type health struct {
 	rights  string                      // what the user may not do, or which part was never reached
 }
 
-func (h *health) reason() string {
+// log writes a line that may repeat, sampled by its first part.
+func (h *health) log(e *zerolog.Event, line, more string) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.policy != "" {
-		return h.policy
-	}
-	return h.failure
-}
-
-// due reports whether a line may be logged now, and how many were not. h.mu is
-// held.
-func (h *health) due(line string) (hidden uint64, ok bool) {
 	if h.said == nil || len(h.said) > 100 {
 		h.said = map[string]*logline.Sampler{}
 	}
-	s := h.said[line]
-	if s == nil {
-		s = &logline.Sampler{Every: logEvery}
-		h.said[line] = s
+	if h.said[line] == nil {
+		h.said[line] = &logline.Sampler{Every: logEvery}
 	}
-	return s.Allow(time.Now())
+	hidden, due := h.said[line].Allow(time.Now())
+	h.mu.Unlock()
+	if due {
+		e.Uint64("hidden", hidden).Msg(line + more)
+	}
 }
 
 // failed notes an error of Redis or of the way to it.
@@ -68,15 +62,12 @@ func (h *health) failed(r *Set, err error) {
 		h.since = time.Now()
 	}
 	h.failure = text
-	hidden, due := h.due(text)
 	h.mu.Unlock()
-	if due {
-		what := "ids get 503 until it works again"
-		if r.cfg.FailOpen {
-			what = "this instance judges ids alone until it works again"
-		}
-		r.cfg.Log.Error().Err(err).Uint64("hidden", hidden).Msg(text + "; " + what)
+	effect := "; ids get 503 until it works again"
+	if r.cfg.FailOpen {
+		effect = "; this instance judges ids alone until it works again"
 	}
+	h.log(r.cfg.Log.Error().Err(err), text, effect)
 }
 
 // succeeded notes that Redis answers.
@@ -87,16 +78,6 @@ func (h *health) succeeded(r *Set) {
 	h.mu.Unlock()
 	if failure != "" {
 		r.cfg.Log.Info().Str("was", failure).Dur("after_ms", time.Since(since)).Msg("Redis works again")
-	}
-}
-
-// note logs a line, sampled.
-func (h *health) note(r *Set, line string) {
-	h.mu.Lock()
-	hidden, due := h.due(line)
-	h.mu.Unlock()
-	if due {
-		r.cfg.Log.Warn().Uint64("hidden", hidden).Msg(line)
 	}
 }
 
@@ -118,11 +99,11 @@ var explanations = map[string]string{
 	"ASK":         "a Redis slot is on the move",
 }
 
-// deniedCommand is in what Redis says of a command that the user may not run, also
+// deniedCommand is in the error of Redis for a command that the user may not run, also
 // of one within a script, where the first word is another.
 var deniedCommand = regexp.MustCompile(`permissions? to run the '([^']+)' command`)
 
-// explain says in few words what an error means.
+// explain returns in few words what an error means.
 func explain(err error) string {
 	if refused, ok := errors.AsType[*rueidis.RedisError](err); ok {
 		if m := deniedCommand.FindStringSubmatch(refused.Error()); m != nil {
@@ -152,23 +133,15 @@ func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
 	policy, failure, rights := r.health.policy, r.health.failure, r.health.rights
 	r.health.mu.Unlock()
-	if policy != "" {
+	switch {
+	case policy != "":
 		return false, policy
-	}
-	if r.client.Load() == nil {
-		if failure == "" {
-			failure = "Redis is not connected yet"
-		}
-		return r.cfg.FailOpen, failure
-	}
-	if rights != "" {
+	case r.client.Load() == nil:
+		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
+	case rights != "":
 		return r.cfg.FailOpen, rights
-	}
-	if r.ledger.standing.Load() == unheard {
-		if failure == "" {
-			failure = "the group has not answered yet"
-		}
-		return r.cfg.FailOpen, failure
+	case r.ledger.standing.Load() == unheard:
+		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0
 	for i := range r.lanes {
@@ -182,13 +155,11 @@ func (r *Set) Health() (ready bool, reason string) {
 		}
 		l.mu.Unlock()
 	}
+	failure = cmp.Or(failure, "Redis does not answer")
 	switch {
 	case down == 0:
 		return true, ""
-	case failure == "":
-		failure = "Redis does not answer"
-	}
-	if down < len(r.lanes) {
+	case down < len(r.lanes):
 		// Other instances reach the same parts: the rest of the cluster is down.
 		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, len(r.lanes))
 	}
@@ -232,17 +203,17 @@ func (r *Set) checkPolicy() {
 	was := r.health.policy
 	r.health.mu.Unlock()
 	switch n, err := r.agreedLanes(ctx); {
-	case err != nil && !r.standsAlone.Load():
+	case err != nil && !r.formAgreed.Load():
 		bad = cmp.Or(bad, was) // no answer does not mean that the others are gone
 	case err != nil:
 	case n/layoutBase != layout:
-		r.standsAlone.Store(false)
+		r.formAgreed.Store(false)
 		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
 	case n%layoutBase != len(r.lanes):
-		r.standsAlone.Store(false)
+		r.formAgreed.Store(false)
 		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
 	default:
-		r.standsAlone.Store(true)
+		r.formAgreed.Store(true)
 	}
 	h := &r.health
 	h.change(r, &h.policy, bad, "ids are refused until it is changed", "Redis keeps ids again")
@@ -296,23 +267,23 @@ func (r *Set) checkRights(reached []bool) {
 
 // foreign reports whether Redis has, or may have, a group of another layout, which no
 // member of this one may meet.
-func (r *Set) foreign() bool { return !r.standsAlone.Load() }
+func (r *Set) foreign() bool { return !r.formAgreed.Load() }
 
 // layoutBase makes one number of the layout and the number of lanes, which versions
 // without a layout take for the latter.
 const layoutBase = 1000
 
-// strangeFor is how long an instance that has met others of another form says nothing about
+// otherSeenFor is how long an instance that has met others of another form says nothing about
 // it after their word is gone: should Redis have lost that, they are to be first again.
-const strangeFor = 3 * watchEvery
+const otherSeenFor = 3 * watchEvery
 
 // agreedLanes is the layout of the group's data and over how many lanes it spreads its
-// ids: what the first of its instances said.
+// ids: as the first of its instances has written.
 func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	c := *r.client.Load()
 	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
 	mine := strconv.Itoa(layout*layoutBase + len(r.lanes))
-	if time.Since(r.strange) > strangeFor {
+	if time.Since(r.otherSeen) > otherSeenFor {
 		err := c.Do(ctx, c.B().Set().Key(key).Value(mine).Nx().ExSeconds(lanesTTL).Build()).Error()
 		if err == nil {
 			return layout*layoutBase + len(r.lanes), nil
@@ -328,7 +299,7 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	if said == mine {
 		c.Do(ctx, c.B().Expire().Key(key).Seconds(lanesTTL).Build())
 	} else {
-		r.strange = time.Now()
+		r.otherSeen = time.Now()
 	}
 	return strconv.Atoi(said)
 }

@@ -24,7 +24,7 @@ func holding(answered, waiting int) (l *lane, woken *ask) {
 // come has n new ids wait.
 func come(l *lane, n int) {
 	if l.r.latest.Load() == nil {
-		l.r.latest.Store(&redisEpoch{lanes: make([]laneEpoch, 1), admission: new(admission)})
+		l.r.latest.Store(&redisEpoch{lanes: make([]laneEpoch, 1), group: new(ledgerEpoch)})
 	}
 	for range n {
 		var enc encoded

@@ -3,6 +3,7 @@ package redis
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"strings"
 
 	"github.com/dchest/siphash"
 
@@ -20,7 +21,7 @@ const (
 	kinds       = "duth"
 
 	// namedIDs numbers, behind the kinds, the list of the ids whose requests named a key or a
-	// token. In the log they have a kind of their own.
+	// token. In the log they have this kind, also those of kindUnder.
 	namedIDs  = len(kinds)
 	kindNamed = 'm'
 
@@ -28,7 +29,7 @@ const (
 	headerLen = 2 // kind and length
 )
 
-// encoded is an id as Redis holds it, behind a header that tells where it ends.
+// encoded is an id as Redis holds it, behind a header with its kind and length.
 type encoded struct {
 	n    uint8
 	data [headerLen + maxText]byte
@@ -94,26 +95,19 @@ const fullKey = "\x00"
 // newNamed makes the one of an id. full: see named.
 func newNamed(key [2]uint64, en *encoded, o *dedup.Options, full bool) *named {
 	m := &named{under: string(o.Under), full: full}
-	name := m.under
+	name, token := m.under, m.token[:0]
 	if full {
 		name = fullKey + name
 	}
-	size := headerLen + 3 + int(en.n) + len(name)
 	if len(o.Token) > 0 {
 		text := make([]byte, 0, 256)
 		text = binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(text, key[0]), key[1])
 		sum := sha256.Sum256(append(append(text, en.bytes()...), o.Token...))
-		copy(m.token[:], sum[:])
-		size += len(m.token)
+		token = append(token, sum[:len(m.token)]...)
 	}
-	m.log = append(make([]byte, 0, size), kindNamed, 0)
-	m.log = append(append(append(m.log, en.n-1), en.data[0]), en.bytes()[headerLen:]...)
-	if m.hasToken() {
-		m.log = append(append(m.log, byte(len(m.token))), m.token[:]...)
-	} else {
-		m.log = append(m.log, 0)
-	}
-	m.log = append(append(m.log, byte(len(name))), name...)
+	m.log = append(make([]byte, 0, headerLen+3+int(en.n)+len(token)+len(name)), kindNamed, 0, en.n-1, en.data[0])
+	m.log = append(append(m.log, en.bytes()[headerLen:]...), byte(len(token)))
+	m.log = append(append(append(m.log, token...), byte(len(name))), name...)
 	m.log[1] = byte(len(m.log) - headerLen)
 	return m
 }
@@ -126,27 +120,12 @@ func sameAttempt(a, b *named) bool {
 	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
-// kindOf numbers the kinds as function.lua does.
-func kindOf(header byte) int {
-	switch header {
-	case kindDecimal:
-		return 0
-	case kindUUID:
-		return 1
-	case kindText:
-		return 2
-	case kindNamed:
-		return namedIDs
-	}
-	return 3
-}
+// kindOf numbers the kinds as function.lua does, from 0.
+func kindOf(header byte) int { return strings.IndexByte(kinds+string(kindNamed), header) }
 
 // lists are ids on their way to function.lua, a list of each kind: MessagePack, one
 // raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
 type lists [len(kinds) + 1]string
-
-// kindNumbers are the numbers of the kinds in function.lua.
-const kindNumbers = "1234"
 
 // only numbers the list that all the ids are in, if that is one of the kinds; else -1.
 func (l *lists) only() int {
@@ -200,12 +179,4 @@ func logged(en *encoded, m *named) []byte {
 		return m.log
 	}
 	return en.bytes()
-}
-
-// list numbers the list that an entry is sent in.
-func (en *entry) list() int {
-	if en.named != nil {
-		return namedIDs
-	}
-	return kindOf(en.enc.data[0])
 }

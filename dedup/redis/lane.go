@@ -29,11 +29,11 @@ const (
 	// Instances with another one refuse each other: see agreedLanes.
 	layout = 3
 
-	// idsTTL is how many seconds ids live that nobody seals: a week.
+	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
 
-	// refillFor is how many seconds an epoch that lost ids admits no new ones after
-	// somebody has added some again: others may still have to find out.
+	// refillFor is how many seconds an epoch that lost ids admits no new ones after an
+	// instance has added some again: others may not have noticed the loss yet.
 	refillFor = "1.5"
 )
 
@@ -52,32 +52,30 @@ type lane struct {
 	key  string // of the lane's hash; the prefix of all others
 	wake chan struct{}
 
-	mu        sync.Mutex // guards what follows
-	pending   pendingIDs
-	queue     []*entry // to be sent, oldest first
-	postponed []*entry // the batch of another session may have added them: to be sent again, a moment later
-	untold    []*entry // added, but all their requests got 503: to be removed
-	oldest    *ask     // those who wait, by the time they began
-	newest    *ask
-	job       *job // under way
-	down      bool // no new ids: the last attempts failed for longer than a request waits
-	failing   int64
-	err       error
-	lacking   []*redisEpoch // Redis lacks ids of them that are in the log: see flush
-	asked     []*question
-	closed    bool
-	want      int // the next batch is held until so many ids wait
+	mu         sync.Mutex // guards what follows
+	pending    pendingIDs
+	queue      []*entry                       // to be sent, oldest first
+	postponed  []*entry                       // the batch of another session may have added them: to be sent again, a moment later
+	unanswered []*entry                       // added, but all their requests got 503: to be removed
+	byTime     ask                            // the head of a ring: before it is the newest request that waits, behind it the oldest
+	job        *job                           // under way
+	down       bool                           // no new ids: the last attempts failed for longer than a request waits
+	failing    int64                          // since when attempts fail, in ns since the start of the Set; 0: they do not
+	err        error                          // of the last attempt, if that has failed
+	lacking    []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
+	asked      map[*redisEpoch][]chan<- error // see job
+	closed     bool
+	want       int // the next batch is held until so many ids wait
 
 	// Requests that are answered and not woken yet, the first and the last.
-	woken, lastWoken *ask
+	answered, lastAnswered *ask
 
 	// seq is that of the last batch that was done. run alone changes it, and so
 	// may read it without mu.
 	seq uint64
 
 	// What batches leave behind for the next ones, which then allocate little.
-	spare   *entry   // chained
-	spares  int      // of them
+	spare   []*entry // finished
 	entries []*entry // empty
 	packed  []byte
 
@@ -87,7 +85,7 @@ type lane struct {
 	missed  int                             // rest after the next hold, if it is in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
-	losses  map[*redisEpoch]uint64          // heard of, not mended yet: what came after a batch, or all
+	losses  map[*redisEpoch]uint64          // known, not mended yet: what came after a batch, or all
 	missing struct{ first, last time.Time } // that keys were found to be, without a pause
 	timer   *time.Timer
 }
@@ -99,8 +97,8 @@ type pendingKey struct {
 
 // laneEpoch is what a lane knows of an epoch. The lane's mu guards it.
 type laneEpoch struct {
-	gen       string        // of the epoch in Redis, as last heard
-	n         atomic.Uint64 // ids in it, as last heard
+	gen       string        // of the epoch in Redis, by the last reply
+	n         atomic.Uint64 // ids in it, by the last reply
 	sealed    bool
 	retired   bool
 	forgotten bool // Redis has lost ids of it that are not all added again yet
@@ -120,9 +118,9 @@ type entry struct {
 	key   pendingKey
 	enc   encoded
 	named *named // what the request named that it is sent for; nil: nothing
-	seq   uint64 // of the batch that added it, where it is untold or taking
-	asks  []*ask // those who wait, in the order in which they began; also those of another attempt
-	chain *entry // of pendingIDs, or of what is spare
+	seq   uint64 // of the batch that added it, where it is unanswered or taking
+	asks  []*ask // the requests that wait, in the order in which they began; also those of another attempt
+	chain *entry // of pendingIDs
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -130,14 +128,23 @@ type ask struct {
 	of         *entry
 	named      *named
 	e          *counter.Epoch
+	item       int   // which of the request
 	at         int64 // ns since the start of the Set
 	enough     bool  // the lane is to send what waits
-	prev, next *ask  // by time; next is also the next to be woken
+	prev, next *ask  // in lane.byTime, by the time they began; next is also the next to be woken
 
 	verdict dedup.Verdict
 	err     error
 	done    chan struct{} // capacity 1; verdict and err are there
 }
+
+// Why ids are refused.
+var (
+	errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnavailable)
+	errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
+	errLog     = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
+	errLate    = fmt.Errorf("%w: no answer of Redis in time", dedup.ErrUnavailable)
+)
 
 var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)} }}
 
@@ -146,6 +153,8 @@ func (l *lane) init(r *Set, i int) {
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
 	l.losses = map[*redisEpoch]uint64{}
+	l.asked = map[*redisEpoch][]chan<- error{}
+	l.byTime.prev, l.byTime.next = &l.byTime, &l.byTime
 }
 
 // nudge wakes the goroutine that receives from wake, now or next time. Its capacity is 1.
@@ -170,12 +179,14 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 		return 0, nil, dedup.ErrUnavailable
 	case le.sealed || now > s.end+int64(keepSeal(r.cfg.Window))/2:
 		return dedup.Turned, nil, nil
-	case en != nil && en.phase == untold && sameAttempt(en.named, m):
-		l.tell(e, en)
+	case en != nil && en.phase == unanswered && sameAttempt(en.named, m):
+		l.unanswered = slices.DeleteFunc(l.unanswered, func(x *entry) bool { return x == en })
+		l.step(en, eventAskedAgain, e)
+		wake(l.takeAnswered()) // it is rare that there are some
 		return dedup.Unique, nil, nil
 	case en != nil && en.alone:
 		return s.again(l.i, en.named, m), nil, nil
-	case s.refused.Load() || r.ledger.standing.Load() == outside:
+	case s.group.refused.Load() || r.ledger.standing.Load() == outside:
 		return 0, nil, errOutside
 	case l.down || r.health.refused.Load():
 		v, err := l.decideAlone(e, key, en, enc, m)
@@ -196,10 +207,9 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 
 // enter queues an entry for an id. l.mu is held.
 func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
-	en := l.spare
-	if en != nil {
-		l.spare, en.chain = en.chain, nil
-		l.spares--
+	var en *entry
+	if n := len(l.spare); n > 0 {
+		en, l.spare = l.spare[n-1], l.spare[:n-1]
 	} else {
 		en = new(entry)
 	}
@@ -209,28 +219,18 @@ func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 	return en
 }
 
-// reuse takes back an entry that is finished and in no list, and that nobody waits
-// for. l.mu is held.
-func (l *lane) reuse(en *entry) {
-	if l.spares < maxSpares {
-		en.key.epoch, en.named = nil, nil
-		l.spare, en.chain = en, l.spare
-		l.spares++
-	}
-}
-
-// unlock lets go of l.mu and wakes those who were answered meanwhile. They would
+// unlock releases l.mu and wakes the requests that were answered meanwhile. They would
 // run into the lock if it were still held.
 func (l *lane) unlock() {
-	a := l.awake()
+	a := l.takeAnswered()
 	l.mu.Unlock()
 	wake(a)
 }
 
-// awake takes those who were answered out of the lane, to be woken. l.mu is held.
-func (l *lane) awake() *ask {
-	a := l.woken
-	l.woken, l.lastWoken = nil, nil
+// takeAnswered takes the requests that were answered out of the lane, to be woken. l.mu is held.
+func (l *lane) takeAnswered() *ask {
+	a := l.answered
+	l.answered, l.lastAnswered = nil, nil
 	return a
 }
 
@@ -240,19 +240,6 @@ func wake(a *ask) {
 		a.done <- struct{}{}
 		a = next
 	}
-}
-
-var errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnavailable)
-
-var errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
-
-// tell takes an entry off untold, the ids that were added while all their requests got 503:
-// the request that sends it again gets Unique. l.mu is held.
-func (l *lane) tell(e *counter.Epoch, en *entry) {
-	i := slices.Index(l.untold, en)
-	l.untold = slices.Delete(l.untold, i, i+1)
-	l.step(en, eventAskedAgain, e)
-	wake(l.awake()) // it is rare that there are some
 }
 
 // now is the state of the entry, with what depends on its requests.
@@ -278,11 +265,19 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	next, fx := en.now().on(ev)
 	en.state = next
 	if next.uncertain && !was.uncertain {
-		r.ledger.addUncertain(s.admission, 1)
+		r.ledger.addUncertain(s.group, 1)
 	} else if was.uncertain && !next.uncertain {
-		r.ledger.addUncertain(s.admission, -1)
+		r.ledger.addUncertain(s.group, -1)
 	}
-	if next.phase == finished && was.phase != finished {
+	switch {
+	case next.phase == was.phase:
+	case next.phase == queued && ev == eventInDoubt:
+		l.postponed = append(l.postponed, en)
+	case next.phase == queued:
+		l.queue = append(l.queue, en)
+	case next.phase == unanswered:
+		l.unanswered = append(l.unanswered, en)
+	case next.phase == finished:
 		l.pending.remove(en)
 		r.pending.Add(-1)
 	}
@@ -301,19 +296,8 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 		// id without room there takes a trip next time.
 		_, _ = r.cfg.Local.Learn(e, s.view, en.key.id)
 	}
-	switch fx.place {
-	case inQueue:
-		l.queue = append(l.queue, en)
-	case inPostponed:
-		l.postponed = append(l.postponed, en)
-	case inUntold:
-		l.untold = append(l.untold, en)
-	}
-	switch fx.to {
-	case attemptAnswered, thereAnswered:
+	if fx.to != noneAnswered {
 		l.conclude(en, fx)
-	case allAnswered:
-		l.answerAll(en, fx.verdict, fx.err)
 	}
 }
 
@@ -321,13 +305,16 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 // what is under way for the id, or nil. l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
+	if en != nil && en.alone { // answered as new to another request
+		return s.again(l.i, en.named, m), nil
+	}
 	if !r.cfg.FailOpen {
 		if en != nil {
 			l.step(en, eventRefusal, nil)
 		}
 		return dedup.Repeat, r.unavailable()
 	}
-	if v, known := s.replayed(l.i, m); known {
+	if v, known := s.recognise(l.i, m); known {
 		return v, nil
 	}
 	le := &s.lanes[l.i]
@@ -352,54 +339,29 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 		}
 		l.step(en, eventAnsweredAlone, nil)
 	}
-	le.answered(r, m)
+	le.rememberToken(r, m)
 	return dedup.Unique, nil
 }
 
-var errLog = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
-
-// enlist adds a to those who wait. l.mu is held.
+// enlist adds a to the requests that wait. l.mu is held.
 func (l *lane) enlist(a *ask) {
-	a.next, a.prev = nil, l.newest
-	if l.newest != nil {
-		l.newest.next = a
-	} else {
-		l.oldest = a
-	}
-	l.newest = a
+	a.prev, a.next = l.byTime.prev, &l.byTime
+	a.prev.next, a.next.prev = a, a
 	a.of.asks = append(a.of.asks, a)
 }
 
 // answer ends the waiting of a when unlock releases l.mu. Its entry no longer refers to
 // it. l.mu is held.
 func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
-	if a.prev != nil {
-		a.prev.next = a.next
-	} else {
-		l.oldest = a.next
-	}
-	if a.next != nil {
-		a.next.prev = a.prev
-	} else {
-		l.newest = a.prev
-	}
+	a.prev.next, a.next.prev = a.next, a.prev
 	a.verdict, a.err = v, err
 	a.next, a.prev = nil, nil
-	if l.lastWoken != nil {
-		l.lastWoken.next = a
+	if l.lastAnswered != nil {
+		l.lastAnswered.next = a
 	} else {
-		l.woken = a
+		l.answered = a
 	}
-	l.lastWoken = a
-}
-
-// answerAll answers every request that waits for en, also those of other attempts. l.mu
-// is held.
-func (l *lane) answerAll(en *entry, v dedup.Verdict, err error) {
-	for _, a := range en.asks {
-		l.answer(a, v, err)
-	}
-	en.asks = en.asks[:0]
+	l.lastAnswered = a
 }
 
 // conclude answers the attempt that en, which is finished, was sent for: the first request
@@ -411,6 +373,8 @@ func (l *lane) conclude(en *entry, fx effects) {
 	var others []*ask
 	for _, a := range en.asks {
 		switch {
+		case fx.to == allAnswered:
+			l.answer(a, v, fx.err)
 		case sameAttempt(en.named, a.named):
 			if l.answer(a, v, fx.err); v == dedup.Unique {
 				v = en.retried()
@@ -434,31 +398,24 @@ func (l *lane) conclude(en *entry, fx effects) {
 	nudge(l.wake)
 }
 
-// expire answers those who have waited for too long, and notices that the job
+// expire answers the requests that have waited for too long, and notices that the job
 // under way has.
 func (l *lane) expire(now int64) {
 	l.mu.Lock()
 	defer l.unlock()
-	if j := l.job; j != nil && !j.overdue && l.oldest != nil && now-l.oldest.at >= int64(l.r.cfg.Timeout)/2 {
+	if j, a := l.job, l.byTime.next; j != nil && !j.overdue && a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout)/2 {
 		j.overdue = true // the group is to know before the first is refused
 		l.stepAll(j.entries, eventOverdue)
 	}
-	for a := l.oldest; a != nil && now-a.at >= int64(l.r.cfg.Timeout); a = l.oldest {
+	for a := l.byTime.next; a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout); a = l.byTime.next {
 		en := a.of
 		if j := l.job; l.failing == 0 && j != nil && now-j.since >= int64(l.r.cfg.Timeout)/2 {
 			l.failing = a.at // no error yet, and no answer either: it is not that many ids wait
 		}
 		en.asks = en.asks[1:] // a is the first of them: they began in this order
-		v, err, what := dedup.Repeat, error(nil), eventAnsweredBeside
-		if en.alone { // answered as new to another request
-			v = en.key.epoch.again(l.i, en.named, a.named)
-		} else if l.r.cfg.FailOpen {
-			v, err = l.decideAlone(a.e, en.key, en, &en.enc, a.named)
-		} else {
-			err, what = l.r.unavailable(), eventRefusal
-		}
+		v, err := l.decideAlone(a.e, en.key, en, &en.enc, a.named)
 		l.answer(a, v, err)
-		if l.step(en, what, nil); en.phase == finished { // decided here: for the others it is a repeat
+		if l.step(en, eventAnsweredBeside, nil); en.phase == finished { // decided here: for the others it is a repeat
 			for _, b := range en.asks {
 				l.answer(b, en.key.epoch.again(l.i, a.named, b.named), nil)
 			}
@@ -475,12 +432,13 @@ func (l *lane) refuseAll() {
 	l.mu.Lock()
 	defer l.unlock()
 	l.closed = true
-	for l.oldest != nil {
-		en := l.oldest.of
-		l.answerAll(en, dedup.Repeat, dedup.ErrUnavailable)
+	for l.byTime.next != &l.byTime {
+		l.conclude(l.byTime.next.of, effects{to: allAnswered, verdict: dedup.Repeat, err: dedup.ErrUnavailable})
 	}
-	for _, q := range l.asked {
-		q.done <- dedup.ErrUnavailable
+	for _, asked := range l.asked {
+		for _, done := range asked {
+			done <- dedup.ErrUnavailable
+		}
 	}
-	l.asked = nil
+	clear(l.asked)
 }

@@ -7,13 +7,11 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/redis/rueidis"
-	"github.com/rs/zerolog"
 
 	"verve/counter"
 	"verve/dedup"
@@ -22,7 +20,7 @@ import (
 )
 
 const (
-	// beatEvery is how often a member says that it is alive. Each beat is one
+	// beatEvery is how often a member beats: it shows that it is alive. Each beat is one
 	// small script, and it writes again what the ledger must know of this member,
 	// so that a Redis that lost its data has it back within one.
 	beatEvery = time.Second
@@ -31,7 +29,7 @@ const (
 	// no id is.
 	firstBeats = 20 * time.Millisecond
 
-	// memberTTL is when a member that says nothing is taken for dead. It bounds
+	// memberTTL is after how long without a beat a member is taken for dead. It bounds
 	// how long a record waits for a member that was killed; one that was only
 	// slow finds its epoch sealed, which is never wrong.
 	memberTTL = 3 * beatEvery
@@ -53,7 +51,7 @@ const (
 	// ledgerWait bounds one exchange with Redis.
 	ledgerWait = 2 * time.Second
 
-	// keepUndelivered is how long an epoch waits for somebody to publish it.
+	// keepUndelivered is how long an epoch waits for a member to publish it.
 	keepUndelivered = 7 * 24 * time.Hour
 
 	// The ledger remembers delivered epochs, for a member that returns with a copy in its
@@ -66,18 +64,6 @@ const (
 	// sealScript and decideScript.
 	forgetMember = 10 * time.Minute
 )
-
-// ledgerConfig of a Ledger. All fields but FailOpen are required.
-type ledgerConfig struct {
-	Group    string
-	Member   string // unique for each process
-	Window   time.Duration
-	MaxSkew  time.Duration // the clocks of the members differ by less, as a rule
-	FailOpen bool
-	IDs      groupIDs
-	File     string         // where answers are kept over a restart; empty: they are not
-	Log      zerolog.Logger // which members have another window, why a record is not exact
-}
 
 // groupIDs is what a Ledger needs of a Set, which documents it.
 type groupIDs interface {
@@ -103,9 +89,11 @@ type groupIDs interface {
 //
 // All methods are safe for concurrent use.
 type Ledger struct {
-	cfg  ledgerConfig
-	keys ledgerKeys
-	wake chan struct{} // capacity 1: an epoch was opened
+	cfg    Config
+	member string // the name of this one, unique for each process
+	ids    groupIDs
+	keys   ledgerKeys
+	wake   chan struct{} // capacity 1: an epoch was opened
 
 	beating  sync.Mutex // one beat at a time
 	left     atomic.Bool
@@ -116,30 +104,24 @@ type Ledger struct {
 	unkept  logline.Sampler    // of the line that it cannot be written
 
 	// mu guards what follows.
-	mu        sync.Mutex
-	epochs    []*ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
-	past      []counter.Span // whose records are known to be delivered, the last ones
-	newest    time.Time      // start of the newest epoch that this process has opened
-	lead      time.Time      // until then this member publishes, as its lease ends
-	yields    time.Time      // until then it leaves the lead to others
-	others    int            // members alive beside this one
-	offset    time.Duration  // how far the clock of Redis is ahead of this one
-	unsure    time.Duration  // of offset
-	odd       string         // why this member, with another window, stands outside of its group
-	oddAt     time.Time      // when a member of the group was seen last that kept it there
-	strange   string         // another member that stands outside, and why
-	unclaimed time.Time      // epochs that ended at or before it: see LinesUnknown
-	beatErr   error          // of the last beat
-	lastBeat  time.Time
-	beaten    int64     // when that was, by the clock of Redis
-	back      time.Time // when a beat was answered, at the start or after others may be taken for dead
-	keyed     keyedSpan // read last
-}
-
-// keyedSpan is the keys of a sealed epoch.
-type keyedSpan struct {
-	span counter.Span
-	keys []counter.KeyCount
+	mu         sync.Mutex
+	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
+	past       []counter.Span // whose records are known to be delivered, the last ones
+	newest     time.Time      // start of the newest epoch that this process has opened
+	lead       time.Time      // until then this member publishes, as its lease ends
+	yields     time.Time      // until then it leaves the lead to others
+	others     int            // members alive beside this one
+	offset     time.Duration  // how far the clock of Redis is ahead of this one
+	unsure     time.Duration  // of offset
+	outsideWhy string         // why this member, with another window, stands outside of its group
+	insiderAt  time.Time      // when a member of the group was seen last that kept it there
+	outsider   string         // another member that stands outside, and why
+	unclaimed  time.Time      // epochs that ended at or before it: see LinesUnknown
+	beatErr    error          // of the last beat
+	lastBeat   time.Time
+	beaten     int64         // when that was, by the clock of Redis
+	back       time.Time     // when a beat was answered, at the start or after others may be taken for dead
+	keyed      counter.Count // the keys of the epoch that they were read of last
 }
 
 // Standings of a member.
@@ -151,32 +133,34 @@ const (
 
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
 
-// admission says whether ids may be added to an epoch.
-type admission struct {
-	known   chan struct{} // closed when the group has the epoch
-	refused atomic.Bool   // the group does not take it
-	// Ids that are answered 503, or soon will be, and may be in Redis: see addUncertain.
-	uncertain    atomic.Int64
-	wasUncertain atomic.Bool // there were some
-}
-
-// ledgerEpoch is an epoch that this process has opened or sealed.
+// ledgerEpoch is an epoch that this process has opened or sealed. Ledger.mu guards all but the
+// first fields, which the Set uses, too.
 type ledgerEpoch struct {
-	span counter.Span
-	*admission
-	told           func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
+	registered   chan struct{} // closed when the group has the epoch
+	refused      atomic.Bool   // the group does not take it: no id may be added
+	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
+	wasUncertain atomic.Bool   // there were some
+
+	span           counter.Span
+	unique         func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers        answers        // what each member has given, as far as this process knows
-	registered     bool           // the group has it
-	late           bool           // it was refused for a time
-	asks           bool           // this process has not opened it: it only asks what there is of it
+	wasRefused     bool           // for a time
+	ofOthers       bool           // this process has not opened it: it only asks what there is of it
 	uncertainSent  bool           // the last beat had that it has uncertain ids
 	uncertainKnown bool           // the group knows
-	reported       *counter.Count // what this process has said of it
+	reported       *counter.Count // what this process has reported of it
 	reportedAt     time.Time
 	decided        *decision // what it came to, as far as this process knows
-	explained      bool      // why that is not exact is in the log
+	contradicted   bool      // the group has another decision, which is logged
+}
 
-	contradicted bool // the group says otherwise, which is logged
+func (e *ledgerEpoch) isRegistered() bool {
+	select {
+	case <-e.registered:
+		return true
+	default:
+		return false
+	}
 }
 
 // maxLedgerEpochs bounds what each beat writes again. Epochs beyond that (a broker down
@@ -192,8 +176,8 @@ const maxUnnamed = 64
 // what an old state of it has, or a slot that moved back.
 const maxPast = 4096
 
-func openLedger(cfg ledgerConfig) *Ledger {
-	l := &Ledger{unkept: logline.Sampler{Every: failureLogEvery}, cfg: cfg, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1)}
+func openLedger(cfg Config, member string, ids groupIDs) *Ledger {
+	l := &Ledger{cfg: cfg, member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
 	l.recall()
 	return l
 }
@@ -233,16 +217,11 @@ func spanName(s counter.Span) string {
 }
 
 func parseSpan(name string) (counter.Span, error) {
-	start, window, _ := strings.Cut(name, ":")
-	from, err := strconv.ParseInt(start, 10, 64)
-	if err != nil {
-		return counter.Span{}, fmt.Errorf("ledger: epoch %q", name)
+	var start, window int64
+	if _, err := fmt.Sscanf(name, "%d:%d", &start, &window); err != nil {
+		return counter.Span{}, fmt.Errorf("ledger: epoch %q: %w", name, err)
 	}
-	length, err := strconv.ParseInt(window, 10, 64)
-	if err != nil {
-		return counter.Span{}, fmt.Errorf("ledger: epoch %q", name)
-	}
-	return counter.Span{Start: time.UnixMilli(from).UTC(), Window: time.Duration(length) * time.Millisecond}, nil
+	return counter.Span{Start: time.UnixMilli(start).UTC(), Window: time.Duration(window) * time.Millisecond}, nil
 }
 
 func ms(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
@@ -257,57 +236,30 @@ func flag(b bool) string {
 }
 
 // exec runs a script with a bounded wait.
-func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) ([]rueidis.RedisMessage, error) {
+func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) rueidis.RedisResult {
 	ctx, cancel := context.WithTimeout(ctx, ledgerWait)
 	defer cancel()
-	client, err := l.cfg.IDs.conn()
+	client, err := l.ids.conn()
 	if err != nil {
-		return nil, err
+		return rueidis.NewErrorResult(err)
 	}
-	m, err := s.Exec(ctx, client, keys, args).ToMessage()
-	if err != nil {
-		return nil, err
-	}
-	if m.IsArray() {
-		return m.ToArray()
-	}
-	return []rueidis.RedisMessage{m}, nil
+	return s.Exec(ctx, client, keys, args)
 }
 
-// texts returns the parts of an answer, each of which is a string.
-func texts(parts []rueidis.RedisMessage) ([]string, error) {
-	return each(parts, (*rueidis.RedisMessage).ToString)
-}
-
-// numbers is texts for numbers.
-func numbers(parts []rueidis.RedisMessage) ([]int64, error) {
-	return each(parts, (*rueidis.RedisMessage).AsInt64)
-}
-
-func each[T any](parts []rueidis.RedisMessage, read func(*rueidis.RedisMessage) (T, error)) (list []T, err error) {
-	list = make([]T, len(parts))
-	for i := range parts {
-		if list[i], err = read(&parts[i]); err != nil {
-			return nil, err
-		}
-	}
-	return list, nil
-}
-
-// Opened notes an epoch that requests may enter; the next beat registers it, and
-// says so in what is returned. It takes no time.
+// Opened notes an epoch that requests may enter; the next beat registers it, and closes the
+// channel in what is returned. It takes no time.
 //
-// told counts what this process has answered as new in it, at least.
-func (l *Ledger) Opened(s counter.Span, told func() uint64) *admission {
+// unique counts what this process has answered as new in it, at least.
+func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	e.told, e.asks = told, false
+	e.unique, e.ofOthers = unique, false
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}
 	nudge(l.wake)
-	return e.admission
+	return e
 }
 
 // place returns the epoch, and makes a place for it if there is none. If there are too many
@@ -317,7 +269,7 @@ func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	if e != nil {
 		return e
 	}
-	e = &ledgerEpoch{span: s, answers: answers{}, admission: &admission{known: make(chan struct{})}}
+	e = &ledgerEpoch{span: s, answers: answers{}, registered: make(chan struct{})}
 	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e *ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
 	l.epochs = slices.Delete(l.epochs, 0, max(0, len(l.epochs)-maxLedgerEpochs))
@@ -344,11 +296,7 @@ func (l *Ledger) drop(s counter.Span) {
 // If this process knows that a record is delivered, Redis has gone back to an older state,
 // and Reconcile marks the epoch again.
 func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, error) {
-	out, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)})
-	var names []string
-	if err == nil {
-		names, err = texts(out)
-	}
+	names, err := l.exec(ctx, unpublishedScript, []string{l.keys.epochs}, []string{flag(open)}).AsStrSlice()
 	if err != nil {
 		return nil, fmt.Errorf("ledger: list epochs: %w", err)
 	}
@@ -375,7 +323,7 @@ func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, erro
 // none. It tries until ctx ends.
 func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
 	for {
-		client, err := l.cfg.IDs.conn()
+		client, err := l.ids.conn()
 		if err == nil {
 			var g []string
 			if g, err = client.Do(ctx, client.B().Hmget().Key(l.keys.length).Field("last", "span").Build()).AsStrSlice(); err == nil {
@@ -410,17 +358,13 @@ func (l *Ledger) Yield() {
 // the group has the line, and else whether this member writes it: the lead of a
 // member that is gone is taken.
 func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
-	out, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.cfg.Member, ms(leadLease)})
-	if err != nil {
-		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
-	}
-	what, err := out[0].AsInt64()
+	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.member, ms(leadLease)}).ToString()
 	if err != nil {
 		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return counter.Claim{Mine: what == 1, Written: what == 2, Unknown: !s.End().After(l.unclaimed)}, nil
+	return counter.Claim{Mine: what == "mine", Written: what == "written", Unknown: !s.End().After(l.unclaimed)}, nil
 }
 
 // LinesUnknown makes Claim report, for epochs that ended at or before upTo, that an earlier
@@ -431,11 +375,14 @@ func (l *Ledger) LinesUnknown(upTo time.Time) {
 	l.unclaimed = upTo
 }
 
-// Written says that the line is in a counts file of the group.
+// Written reports that the line is in a counts file of the group.
 func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
-	_, err := l.exec(ctx, writtenScript, []string{l.keys.ofEpoch(s)}, []string{ms(keepUndelivered)})
-	if err != nil {
-		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	return l.mark(ctx, s, "written", keepUndelivered)
+}
+
+func (l *Ledger) mark(ctx context.Context, s counter.Span, as string, keep time.Duration) error {
+	if err := l.exec(ctx, markScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{as, ms(keep), spanName(s)}).Error(); err != nil {
+		return fmt.Errorf("ledger: mark %s as %s: %w", s.Start.Format(time.RFC3339Nano), as, err)
 	}
 	return nil
 }
@@ -443,14 +390,12 @@ func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
 // Delivered marks the record of the epoch as visible for good.
 func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
-	_, err := l.exec(ctx, deliveredScript,
-		[]string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{spanName(s), ms(keep)})
-	if err != nil {
-		return fmt.Errorf("ledger: mark %s: %w", s.Start.Format(time.RFC3339Nano), err)
+	if err := l.mark(ctx, s, "delivered", keep); err != nil {
+		return err
 	}
 	if d := l.decided(s); d != nil && d.under > 0 {
 		// If it fails they expire in a week.
-		if err := l.cfg.IDs.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
+		if err := l.ids.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
 			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")
 		}
 	}
@@ -460,42 +405,30 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	return nil
 }
 
-// Leave takes this member out of the group: nobody waits for it any more. It
-// returns how many others are alive, and how long ago one was heard.
+// Leave takes this member out of the group: no seal waits for it any more. It returns how
+// many others are alive, and how long ago the last beat of one was; called again, as of then.
 func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
 	_ = l.beat(ctx, true)
-	l.left.Store(true) // no beat undoes it
-	l.beating.Lock()
-	defer l.beating.Unlock()
-	l.mu.Lock()
-	l.lead = time.Time{}
-	l.mu.Unlock()
-	l.keep(true)
-	return l.whoIsThere(ctx, true)
-}
-
-// Others returns what Leave does, and leaves nothing.
-func (l *Ledger) Others(ctx context.Context) (others int, heard time.Duration, err error) {
-	return l.whoIsThere(ctx, false)
-}
-
-func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration, error) {
-	out, err := l.exec(ctx, othersScript,
-		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
-		[]string{l.cfg.Member, ms(memberTTL), flag(leave), l.unsettled()})
-	if err != nil {
-		return 0, 0, fmt.Errorf("ledger: %w", err)
+	if !l.left.Swap(true) { // from here on no beat is sent, which would undo it
+		l.beating.Lock()
+		defer l.beating.Unlock()
+		l.mu.Lock()
+		l.lead = time.Time{}
+		l.mu.Unlock()
+		l.keep(true)
 	}
-	n, err := numbers(out[:2])
+	n, err := l.exec(ctx, leaveScript,
+		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
+		[]string{l.member, ms(memberTTL), l.unsettled()}).AsIntSlice()
 	if err != nil {
 		return 0, 0, fmt.Errorf("ledger: %w", err)
 	}
 	return int(n[0]), time.Duration(n[1]) * time.Millisecond, nil
 }
 
-// Stats returns what the last beat told.
+// Stats returns what the last beat has shown.
 func (l *Ledger) Stats() dedup.LedgerStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -506,12 +439,12 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 	off := l.offset.Abs() - l.unsure
 	open := l.open()
 	switch {
-	case l.odd != "":
-		s.Problem = l.odd
+	case l.outsideWhy != "":
+		s.Problem = l.outsideWhy
 	case open != nil && open.refused.Load():
 		s.Problem = fmt.Sprintf("the group had windows of another length that ended behind the start of the open one: ids are taken from %s on, in windows of %s",
 			open.span.End().Format(time.RFC3339Nano), l.cfg.Window)
-	case l.cfg.MaxSkew > 0 && off > l.cfg.MaxSkew:
+	case off > l.cfg.MaxSkew:
 		which := "behind"
 		if l.offset < 0 {
 			which = "ahead of"
@@ -524,7 +457,7 @@ func (l *Ledger) Stats() dedup.LedgerStats {
 // open returns the newest epoch that requests of this process may enter, or nil. l.mu is held.
 func (l *Ledger) open() *ledgerEpoch {
 	for _, e := range slices.Backward(l.epochs) {
-		if e.told != nil {
+		if e.unique != nil {
 			return e
 		}
 	}

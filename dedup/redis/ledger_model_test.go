@@ -80,24 +80,24 @@ type ledgerBeat struct {
 }
 
 type ledgerEpochBeat struct {
-	name         string
-	ends         int64
-	decided      *ledgerDecision
-	had, doubted bool
-	asks         bool
-	known        answers
+	name           string
+	ends           int64
+	decided        *ledgerDecision
+	had, uncertain bool
+	asks           bool
+	known          answers
 }
 
 // ledgerBeatAnswer is the answer, with what is known of each epoch.
 type ledgerBeatAnswer struct {
-	leads        bool
-	others       int
-	odd, strange string
-	states       []int64
-	known        []answers
-	decided      []string
-	unnamed      []string
-	behind       bool
+	leads             bool
+	others            int
+	insider, outsider string
+	states            []string
+	known             []answers
+	decided           []string
+	unnamed           []string
+	behind            bool
 }
 
 type ledgerDecision struct{ unique, complete, exact, sealed, under string }
@@ -109,9 +109,9 @@ func (d *ledgerDecision) String() string {
 const (
 	modelTTL    = 3000
 	modelSkew   = 2000
-	modelSettle = 5000
+	modelLonger = 5000
 	modelLock   = 1000
-	modelDoubt  = 600_000
+	modelForget = 600_000
 )
 
 func millis(s string) (n int64, some bool) {
@@ -136,7 +136,7 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		}
 	}
 	for name, at := range m.members {
-		if at <= m.now-modelDoubt {
+		if at <= m.now-modelForget {
 			delete(m.members, name)
 			delete(m.unsettled, name)
 			delete(m.windows, name)
@@ -151,17 +151,17 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		a.others++
 		if w, some := m.windows[name]; some && w != b.window && (w == agreed || agreed == b.window) {
 			if w == agreed {
-				a.odd = w + " " + name
+				a.insider = w + " " + name
 			} else {
-				a.strange = w + " " + name
+				a.outsider = w + " " + name
 			}
 		}
 	}
-	inside := agreed == b.window || a.odd == "" && b.claims
+	inside := agreed == b.window || a.insider == "" && b.claims
 	if inside {
 		m.length["length"] = b.window
-	} else if a.odd == "" {
-		a.odd = agreed + " "
+	} else if a.insider == "" {
+		a.insider = agreed + " "
 	}
 	for _, e := range b.epochs {
 		state, rows, d := m.beatEpoch(b.me, e, inside)
@@ -182,36 +182,36 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 	return a, false
 }
 
-func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (int64, answers, string) {
+func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (string, answers, string) {
 	rows := answers{}
 	if m.of[e.name]["delivered"] != "" {
-		return 2, rows, ""
+		return "delivered", rows, ""
 	}
 	_, open := m.epochs[e.name]
 	if !e.had && e.decided == nil && (e.asks && !open && len(m.of[e.name]) == 0 || !e.asks && !m.takes(e.name, inside)) {
-		return 3, rows, ""
+		return "refused", rows, ""
 	}
 	m.epochs[e.name] = e.ends
 	h := m.epoch(e.name)
 	if h["unique"] != "" {
 		if e.decided == nil {
-			return 5, rows, decisionOf(h).String()
+			return "decided", rows, decisionOf(h).String()
 		} else if h["unique"] != e.decided.unique {
-			return 4, rows, ""
+			return "contradicted", rows, ""
 		}
-		return 0, rows, ""
+		return "open", rows, ""
 	}
 	for member, n := range e.known {
 		answered(h, member, n)
 	}
-	if delete(h, "d:"+me); e.doubted {
+	if delete(h, "d:"+me); e.uncertain {
 		h["d:"+me] = "1"
 	}
 	if d := e.decided; d != nil {
 		m.write(h, d)
-		return 0, rows, ""
+		return "open", rows, ""
 	}
-	return 0, rowsOf(h), ""
+	return "open", rowsOf(h), ""
 }
 
 func rowsOf(h map[string]string) answers {
@@ -304,7 +304,7 @@ func (m *ledgerModel) seal(name, me string, at int64) (d *ledgerDecision, wait i
 		var oldest, newest int64
 		if got, _ := fmt.Sscan(m.unsettled[member], &oldest, &newest); got == 2 && oldest <= start && start <= newest {
 			inexact = true
-			wait = max(wait, ends+modelSkew+modelSettle-m.now)
+			wait = max(wait, ends+modelSkew+modelLonger-m.now)
 		}
 	}
 	if wait > 0 {
@@ -370,21 +370,21 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	}
 	var sum, least, keyed uint64
 	rows := rowsOf(h)
-	absent, doubted := 0, false
+	absent, uncertain := 0, false
 	for _, n := range rows {
 		if strings.HasSuffix(n, "+") {
 			absent++
 			least += atLeast(n)
 		} else {
 			sum += atLeast(n)
-			doubted = doubted || strings.HasSuffix(n, "?")
+			uncertain = uncertain || strings.HasSuffix(n, "?")
 		}
 	}
 	for f, n := range h {
 		if strings.HasPrefix(f, "k:") {
 			keyed += atLeast(n)
 		}
-		doubted = doubted || strings.HasPrefix(f, "d:")
+		uncertain = uncertain || strings.HasPrefix(f, "d:")
 	}
 	maps.DeleteFunc(h, func(f, _ string) bool { return f[1:2] == ":" })
 	late := len(m.unlisted(rows, start)) > 0
@@ -392,7 +392,7 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	switch {
 	case absent > 0:
 		unique = max(ids.unique, sum+least)
-		exact = exact && ids.unique >= sum+least && !open && !(doubted && m.rules.doubts) && !(ids.open && ids.unique > sum+least)
+		exact = exact && ids.unique >= sum+least && !open && !(uncertain && m.rules.doubts) && !(ids.unanswered && ids.unique > sum+least)
 	case len(rows) == 0 && ids.unique > 0, ids.unique > sum && late && m.rules.late:
 		unique, exact = ids.unique, false
 	case !m.rules.account:
@@ -436,14 +436,14 @@ func (m *ledgerModel) unpublished(open bool) (names []string) {
 }
 
 // claim is claimScript.
-func (m *ledgerModel) claim(me, name string) int {
+func (m *ledgerModel) claim(me, name string) string {
 	if h := m.of[name]; h["written"] != "" || h["delivered"] != "" {
-		return 2
+		return "written"
 	} else if m.leader != "" && m.leader != me {
-		return 0
+		return "other"
 	}
 	m.leader = me
-	return 1
+	return "mine"
 }
 
 // delivered is deliveredScript.
@@ -452,24 +452,20 @@ func (m *ledgerModel) delivered(name string) {
 	delete(m.epochs, name)
 }
 
-// others is othersScript.
-func (m *ledgerModel) others(me string, leave bool, unsettled string) (n int, ago int64) {
-	if leave {
-		delete(m.members, me)
-		delete(m.windows, me)
-		delete(m.opened, me)
-		if unsettled == "" {
-			delete(m.unsettled, me)
-		}
+// leave is leaveScript.
+func (m *ledgerModel) leave(me, unsettled string) (n int, ago int64) {
+	delete(m.members, me)
+	delete(m.windows, me)
+	delete(m.opened, me)
+	if unsettled == "" {
+		delete(m.unsettled, me)
 	}
 	last := int64(0)
 	for _, name := range m.alive(modelTTL) {
-		if name != me {
-			n++
-			last = max(last, m.members[name])
-		}
+		n++
+		last = max(last, m.members[name])
 	}
-	if leave && n > 0 && m.leader == me {
+	if n > 0 && m.leader == me {
 		m.leader = ""
 	}
 	return n, m.now - last

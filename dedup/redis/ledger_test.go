@@ -105,13 +105,13 @@ func (f *fakeIDs) unsettled() (oldest, newest time.Time, some bool) {
 	return oldest, oldest, some
 }
 
-func (g *group) member(name string, change ...func(*ledgerConfig, *fakeIDs)) *Ledger {
+func (g *group) member(name string, change ...func(*Config, *fakeIDs)) *Ledger {
 	ids := &fakeIDs{group: g}
-	cfg := ledgerConfig{Group: "a {b}", Member: name, Window: time.Minute, MaxSkew: time.Second, IDs: ids}
+	cfg := Config{Group: "a {b}", Instance: name, Window: time.Minute, MaxSkew: time.Second}
 	for _, f := range change {
 		f(&cfg, ids)
 	}
-	return openLedger(cfg)
+	return openLedger(cfg, name, ids)
 }
 
 // span is a minute that ended so long ago; negative: it is to come.
@@ -228,7 +228,7 @@ func TestEveryMemberGetsTheSameCount(t *testing.T) {
 // and a dead one no longer than that.
 func TestSealWaitsForEveryClock(t *testing.T) {
 	g := newGroup(t)
-	hour := func(c *ledgerConfig, _ *fakeIDs) { c.MaxSkew = time.Hour }
+	hour := func(c *Config, _ *fakeIDs) { c.MaxSkew = time.Hour }
 	a, b := g.member("a", hour), g.member("b", hour)
 	s := spanEnded(time.Second)
 	g.beat(a, b)
@@ -290,7 +290,7 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 	g := newGroup(t)
 	s := spanEnded(2 * time.Second)
 	var held atomic.Bool
-	holds := func(_ *ledgerConfig, ids *fakeIDs) {
+	holds := func(_ *Config, ids *fakeIDs) {
 		ids.oldest = func() (time.Time, bool) { return s.Start, held.Load() }
 	}
 	a, b := g.member("a"), g.member("b", holds)
@@ -402,7 +402,7 @@ func TestSealWaitsForOthersAfterAnOutage(t *testing.T) {
 
 // rowOf is what the ledger has of the answers of a member in an epoch.
 func (g *group) rowOf(m *Ledger, s counter.Span) string {
-	row, _ := g.client.Do(g.t.Context(), g.client.B().Hget().Key(m.keys.ofEpoch(s)).Field("m:"+m.cfg.Member).Build()).ToString()
+	row, _ := g.client.Do(g.t.Context(), g.client.B().Hget().Key(m.keys.ofEpoch(s)).Field("m:"+m.member).Build()).ToString()
 	return row
 }
 
@@ -488,7 +488,7 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	}
 	known := dead.Opened(spanEnded(-time.Minute), nil) // is open
 	g.beat(dead)
-	<-known.known
+	<-known.registered
 	later := g.member("later")
 	g.beat(later)
 	if got := g.unpublished(later); !slices.Equal(got, want) {
@@ -564,7 +564,7 @@ func (noRecords) DeliveredTo() (uint64, <-chan struct{}) { return 0, nil }
 func TestLeaderThatCannotSealGivesTheLeadAway(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t)
-	a := g.member("a", func(_ *ledgerConfig, ids *fakeIDs) { ids.fails = errors.New("NOPERM") })
+	a := g.member("a", func(_ *Config, ids *fakeIDs) { ids.fails = errors.New("NOPERM") })
 	b := g.member("b")
 	g.beat(a, b)
 	if !a.Leading() {
@@ -612,7 +612,7 @@ func TestLastMemberKnowsThatItIs(t *testing.T) {
 		t.Errorf("%d of them were the last", n)
 	}
 	g.beat(members...) // beats no more
-	if others, _, err := g.member("x").Others(t.Context()); others != 0 || err != nil {
+	if others, _, err := g.member("x").Leave(t.Context()); others != 0 || err != nil {
 		t.Errorf("%d are alive, %v", others, err)
 	}
 }
@@ -652,11 +652,11 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t)
 	logs := map[string]*testproc.Buffer{"a": {}, "b": {}}
-	logged := func(c *ledgerConfig, _ *fakeIDs) { c.Log = zerolog.New(logs[c.Member]) }
+	logged := func(c *Config, _ *fakeIDs) { c.Log = zerolog.New(logs[c.Instance]) }
 	minute := time.Now().Truncate(time.Minute).UTC()
 	hour, next := counter.Span{Start: minute.Truncate(time.Hour), Window: time.Hour}, counter.Span{Start: minute.Truncate(time.Hour).Add(time.Hour), Window: time.Hour}
 	a := g.member("a", logged)
-	b := g.member("b", logged, func(c *ledgerConfig, _ *fakeIDs) { c.Window = time.Hour })
+	b := g.member("b", logged, func(c *Config, _ *fakeIDs) { c.Window = time.Hour })
 	ofA := a.Opened(counter.Span{Start: minute, Window: time.Minute}, nil)
 	g.beat(a)
 	ofB := b.Opened(hour, nil)
@@ -703,7 +703,7 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 // TestLedgerLeavesNothingForEver: every key of it expires by itself.
 func TestLedgerLeavesNothingForEver(t *testing.T) {
 	g := newGroup(t)
-	a := g.member("a", func(_ *ledgerConfig, ids *fakeIDs) { ids.oldest = func() (time.Time, bool) { return time.Now(), true } })
+	a := g.member("a", func(_ *Config, ids *fakeIDs) { ids.oldest = func() (time.Time, bool) { return time.Now(), true } })
 	open, sealed, delivered := spanEnded(time.Hour), spanEnded(time.Minute), spanEnded(time.Second)
 	a.Opened(open, nil)
 	g.beat(a)
@@ -746,7 +746,7 @@ func TestKeysAreTakenIntoAccount(t *testing.T) {
 		{10, 4, 9, 4, 4, false, 10},
 	} {
 		keys := []counter.KeyCount{{Key: "a", Unique: 1}, {Key: "b", Unique: c.counted - 1}}
-		m := g.member(fmt.Sprint("m", i), func(cfg *ledgerConfig, ids *fakeIDs) {
+		m := g.member(fmt.Sprint("m", i), func(cfg *Config, ids *fakeIDs) {
 			cfg.Group = fmt.Sprint("keys ", i)
 			ids.sealed = func() sealedIDs { return sealedIDs{unique: c.ids, exact: true, whole: true, under: c.idsUnder} }
 			ids.keys = func() []counter.KeyCount { return keys }
@@ -764,7 +764,7 @@ func TestKeysAreTakenIntoAccount(t *testing.T) {
 			if got := g.seal(m, s); got.Exact != c.want || got.Unique != c.unique || !slices.Equal(got.Keys, keys) {
 				t.Errorf("%+v: got %+v", c, got)
 			}
-			m = g.member(fmt.Sprint("later ", i), func(cfg *ledgerConfig, ids *fakeIDs) {
+			m = g.member(fmt.Sprint("later ", i), func(cfg *Config, ids *fakeIDs) {
 				cfg.Group = fmt.Sprint("keys ", i)
 				ids.keys = func() []counter.KeyCount { return keys }
 			})
@@ -798,11 +798,11 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 			for _, m := range []*Ledger{a, b} {
 				admitted := m.Opened(s, func() uint64 { return 20 })
 				g.beat(m)
-				if m.cfg.Member == tt.by && tt.refused {
+				if m.member == tt.by && tt.refused {
 					m.addUncertain(admitted, 2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
 				}
-				if m.cfg.Member == tt.by && tt.settled {
+				if m.member == tt.by && tt.settled {
 					m.addUncertain(admitted, -2)
 					g.do(func(ctx context.Context) error { return m.beat(ctx, false) })
 				}

@@ -45,19 +45,19 @@ type modelMember struct {
 	paused   bool
 
 	// In the lane.
-	seq     int
-	gen     string
-	job     *modelJob
-	entries []*modelEntry
-	known   map[int]bool // repeats of these make no trip
-	log     []modelAdd
-	doubts  int  // ids that were refused, or soon will be, and may be in Redis
-	doubted bool // there were some
-	took    int  // the last batch that took ids back
-	blind   int  // those that were refused since the ledger was reached last
-	lost    bool // ids are to be added again
-	losing  bool // it is to say hello: kept is what came before the loss
-	kept    int
+	seq          int
+	gen          string
+	job          *modelJob
+	entries      []*modelEntry
+	known        map[int]bool // repeats of these make no trip
+	log          []modelAdd
+	uncertain    int  // ids that were refused, or soon will be, and may be in Redis
+	wasUncertain bool // there were some
+	took         int  // the last batch that took ids back
+	blind        int  // those that were refused since the ledger was reached last
+	lost         bool // ids are to be added again
+	losing       bool // it is to say hello: kept is what came before the loss
+	kept         int
 
 	// In the ledger.
 	inside                       bool    // the ledger was reached
@@ -239,7 +239,7 @@ func (w *model) beat(m *modelMember) (behind bool) {
 				}
 			}
 			b.epochs = []ledgerEpochBeat{{
-				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, doubted: m.doubts > 0, known: known,
+				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0, known: known,
 			}}
 		}
 		m.blind, m.inside, m.beaten = 0, true, w.ledger.now
@@ -277,10 +277,10 @@ func (w *model) step(m *modelMember, en *modelEntry, e event) {
 	was := en.state
 	next, fx := en.on(e)
 	if en.state = next; next.uncertain && !was.uncertain {
-		m.doubts++
-		m.doubted = true
+		m.uncertain++
+		m.wasUncertain = true
 	} else if was.uncertain && !next.uncertain {
-		m.doubts--
+		m.uncertain--
 	}
 	if fx.log == asTaken { // and answered as new
 		m.log = append(m.log, modelAdd{id: en.id, seq: m.seq})
@@ -346,7 +346,7 @@ func (m *modelMember) choose() *modelJob {
 		return len(j.entries) > 0
 	}
 	switch {
-	case take("r", untold, eventWithdrawn):
+	case take("r", unanswered, eventWithdrawn):
 	case m.lost:
 		j.batch.mode = "p"
 		for _, a := range m.log {
@@ -367,10 +367,10 @@ func (w *model) progress(m *modelMember, replyLost bool) {
 		j = m.choose()
 		m.job = j
 	}
-	j.batch.seq, j.batch.expect, j.batch.doubted = m.seq+1, m.gen, m.doubts > 0
+	j.batch.seq, j.batch.expect, j.batch.uncertain = m.seq+1, m.gen, m.uncertain > 0
 	a := w.lane.batch(j.batch)
 	if w.traced {
-		w.note("    %s sends %s %d %v: %v, lost %t, in doubt %d; the ledger: %v", m.name, j.batch.mode, j.batch.seq, j.batch.ids[0], a, replyLost, m.doubts, w.ledger.of[modelSpan])
+		w.note("    %s sends %s %d %v: %v, lost %t, in doubt %d; the ledger: %v", m.name, j.batch.mode, j.batch.seq, j.batch.ids[0], a, replyLost, m.uncertain, w.ledger.of[modelSpan])
 	}
 	if replyLost {
 		j.unknown = true
@@ -438,7 +438,7 @@ func (w *model) recover(m *modelMember, j *modelJob, a laneAnswer, replyLost boo
 			m.log[i].todo = m.log[i].todo || m.log[i].seq > m.kept
 		}
 		if w.rules.took && (m.kept < m.took || j.unknown && j.batch.mode == "a") {
-			m.doubts++
+			m.uncertain++
 		}
 		if m.kept == 0 {
 			m.gen = ""
@@ -446,9 +446,9 @@ func (w *model) recover(m *modelMember, j *modelJob, a laneAnswer, replyLost boo
 		m.lost = true
 	}
 	for _, en := range slices.Clone(m.entries) {
-		if m.losing && en.seq > m.kept && (en.phase == untold || en.phase == taking) {
+		if m.losing && en.seq > m.kept && (en.phase == unanswered || en.phase == taking) {
 			if w.rules.took {
-				m.doubts++
+				m.uncertain++
 			}
 			w.step(m, en, eventLost)
 			j.entries = slices.DeleteFunc(j.entries, func(x *modelEntry) bool { return x == en })
@@ -479,7 +479,7 @@ func (w *model) add(m *modelMember, id int, replyLost bool) {
 		w.beat(m)
 	}
 	if i := slices.IndexFunc(m.entries, func(en *modelEntry) bool { return en.id == id }); i >= 0 {
-		if m.entries[i].phase == untold {
+		if m.entries[i].phase == unanswered {
 			w.step(m, m.entries[i], eventAskedAgain)
 		}
 		return
@@ -521,7 +521,7 @@ func (w *model) report(m *modelMember) {
 		w.clear(m)
 	}
 	n := strconv.Itoa(len(m.log))
-	if m.doubts > 0 || w.rules.removed && m.doubted && n == "0" {
+	if m.uncertain > 0 || w.rules.removed && m.wasUncertain && n == "0" {
 		n += "?"
 	}
 	w.keep(m, n)
@@ -538,7 +538,7 @@ func (w *model) stop(m *modelMember) {
 	}
 	if !w.down {
 		w.beat(m)
-		w.ledger.others(m.name, true, m.unsettled())
+		w.ledger.leave(m.name, m.unsettled())
 	}
 	w.members = slices.DeleteFunc(w.members, func(x *modelMember) bool { return x == m })
 	w.dead = append(w.dead, m)

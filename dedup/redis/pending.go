@@ -8,8 +8,9 @@ import (
 
 // pendingIDs finds the entries of a lane by their ids. It is a map without what a
 // Go map does for each of them: ids are scattered already and need no hash, and
-// entries are chained without a copy of their keys. The Go map took 0.15 us of the
-// 1.6 that an id took the client.
+// entries are chained without a copy of their keys. To find, add and remove one takes
+// 16 ns, and 76 by a Go map, of the 1.6 us that an id takes the client (Go 1.26, 512 ids
+// at once).
 type pendingIDs struct {
 	buckets []*entry // heads of chains; a power of two of them
 	shift   int      // of a hash, to the number of its bucket

@@ -60,7 +60,7 @@ func (bs *blocks) cut(n int) []byte {
 	return off
 }
 
-// mark says that the batch of a sequence ends at a length of have.
+// mark is where the batch of a sequence ends in have.
 type mark struct {
 	seq uint64
 	end int
@@ -71,7 +71,7 @@ func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logByte
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 	g, b := &le.log, logged(&en.enc, en.named)
-	le.answered(r, en.named)
+	le.rememberToken(r, en.named)
 	if le.retired {
 		return
 	}
@@ -80,7 +80,12 @@ func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 		return
 	}
 	r.logBytes.Add(int64(len(b)))
-	g.have.append(b)
+	g.taken(seq, b)
+}
+
+// taken adds ids that Redis has, by the batch seq.
+func (g *replayLog) taken(seq uint64, ids []byte) {
+	g.have.append(ids)
 	if n := len(g.marks); n > 0 && g.marks[n-1].seq == seq {
 		g.marks[n-1].end = g.have.len
 		return
@@ -108,8 +113,6 @@ func (g *replayLog) rewind(seq uint64) {
 	g.todo = append(g.have.cut(from), g.todo...)
 	g.marks = g.marks[:i]
 }
-
-func (g *replayLog) left() int { return len(g.todo) }
 
 // countIDs counts the ids in a part of the log.
 func countIDs(b []byte) (n int) {
@@ -140,26 +143,22 @@ func (g *replayLog) next(n int) (ids lists, size int) {
 // ids they are.
 func (g *replayLog) sent(seq uint64, bytes int) (n int) {
 	n = countIDs(g.todo[:bytes])
-	g.have.append(g.todo[:bytes])
-	g.todo = g.todo[bytes:]
-	if len(g.todo) == 0 {
+	g.taken(seq, g.todo[:bytes])
+	if g.todo = g.todo[bytes:]; len(g.todo) == 0 {
 		g.todo = nil
-	}
-	if bytes > 0 {
-		g.marks = append(g.marks, mark{seq, g.have.len})
 	}
 	return n
 }
 
-// replayed takes over that ids from the log were added again. l.mu is held.
-func (l *lane) replayed(le *laneEpoch, j *job, a reply) {
+// addedAgain takes over that ids from the log were added again. l.mu is held.
+func (l *lane) addedAgain(le *laneEpoch, j *job, a reply) {
 	if le.retired {
 		return
 	}
 	n := le.log.sent(l.seq, j.bytes)
 	l.r.counts.replayed.Add(uint64(n))
 	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
-	if le.log.left() == 0 {
+	if len(le.log.todo) == 0 {
 		le.forgotten = false
 	}
 }
@@ -194,7 +193,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 		// Ids that were taken back may be there again, and those of a batch without a reply,
 		// or not yet taken back, may come back with an older state. They are uncertain for good.
 		if kept < le.took || j.unknown && j.mode == modeAdd && j.epoch == s {
-			r.ledger.addUncertain(s.admission, 1)
+			r.ledger.addUncertain(s.group, 1)
 			le.took = 0
 		}
 		if kept == 0 {
@@ -209,12 +208,12 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 		kept, some := l.losses[en.key.epoch]
 		lost := some && en.seq > kept
 		if lost {
-			r.ledger.addUncertain(en.key.epoch.admission, 1)
+			r.ledger.addUncertain(en.key.epoch.group, 1)
 			l.step(en, eventLost, nil)
 		}
 		return lost
 	}
-	l.untold = slices.DeleteFunc(l.untold, gone)
+	l.unanswered = slices.DeleteFunc(l.unanswered, gone)
 	if j.mode == modeTake {
 		j.entries = slices.DeleteFunc(j.entries, gone)
 	}
@@ -223,13 +222,14 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	j.unknown = false
 	l.mu.Unlock()
 	l.dissolve(j)
-	r.health.note(r, "Redis has lost ids of the open window (FLUSHALL, a restart or a failover): they are added again from memory")
+	r.health.log(r.cfg.Log.Warn(), "Redis has lost ids of the open window (FLUSHALL, a restart or a failover): they are added again from memory", "")
 	return -1
 }
 
 // lose notes the loss that a reply about the epoch s reports. statusOld means only that
 // an earlier hello succeeded and its reply was lost; what it reported is already in
-// losses.
+// losses. If what was lost began before an epoch, tokens of the window before may be lost,
+// which no instance adds again.
 func (l *lane) lose(s *redisEpoch, a reply) {
 	switch a.status {
 	case statusLost:
@@ -239,18 +239,12 @@ func (l *lane) lose(s *redisEpoch, a reply) {
 			if kept, some := l.losses[s]; !some || a.n < kept {
 				l.losses[s] = a.n
 			}
-			l.forgets(s, a.n)
+			l.mu.Lock()
+			if le := &s.lanes[l.i]; a.n <= le.base {
+				le.tokensLost = true
+			}
+			l.mu.Unlock()
 		}
-	}
-}
-
-// forgets notes that Redis has lost what came after the batch kept. If that began before
-// s, tokens of the window before may be lost, which no instance adds again.
-func (l *lane) forgets(s *redisEpoch, kept uint64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if le := &s.lanes[l.i]; kept <= le.base {
-		le.tokensLost = true
 	}
 }
 
@@ -303,7 +297,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 				see(s)
 			}
 		}
-		for _, list := range [][]*entry{l.untold, l.queue, l.postponed} {
+		for _, list := range [][]*entry{l.unanswered, l.queue, l.postponed} {
 			for _, en := range list {
 				if en.phase != finished {
 					see(en.key.epoch)
@@ -316,7 +310,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 }
 
 // noticeLosses asks every lane of Redis about the epoch that starts at start, so that
-// a loss is noticed of which this process has not heard. What unsettled says
+// a loss is noticed that no reply has shown yet. What unsettled returns
 // after it is true of that moment.
 func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 	epochs := r.opened()
@@ -332,7 +326,7 @@ func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 			l.mu.Unlock()
 			return dedup.ErrUnavailable
 		}
-		l.asked = append(l.asked, &question{epoch: epochs[at], done: done})
+		l.asked[epochs[at]] = append(l.asked[epochs[at]], done)
 		l.mu.Unlock()
 		nudge(l.wake)
 	}

@@ -26,8 +26,8 @@ local function lost(members, me, at)
 end
 `
 
-// luaAnswers has what a member has answered in an epoch: "N" once it has left it, "N?" with
-// ids in doubt, "N+" before, for N at least. A more certain number stays, and a doubt.
+// luaAnswers writes what a member has answered in an epoch: see answers. A more certain number
+// stays, and so does a "?".
 const luaAnswers = `
 local function answered(key, m, n)
   local old = redis.call('HGET', key, 'm:' .. m)
@@ -38,29 +38,39 @@ local function answered(key, m, n)
 end
 `
 
-// beatScript says that the member is alive, writes again what it knows of its
-// epochs, also of the answers of others, and takes the lead if nobody has it, or gives it away. Per epoch
-// it answers 0, 2 where the epoch is delivered, 3 where the group does not take it, 4
-// where it came to another sum than the one known here, or 5 where what it came to is not
-// known here; and that, or what each member has answered, for this one to write again
-// should it be lost. Then come the newest epochs that this member did not name, for its
-// next beat: it is to remember those of others as well; and last whether the ledger has lost
-// data since the last beat of this member.
+// luaDecision has a decided epoch, as the caller is to get it.
+const luaDecision = `
+local function decision(key)
+  local h = redis.call('HMGET', key, 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
+  if h[1] then return {'decided', h[1], h[2], h[3], h[4], h[5] or '0', h[6] or ''} end
+end
+`
+
+// beatScript notes that the member is alive, writes again what it knows of its epochs, also
+// of the answers of others, and takes the lead if no member has it, or gives it away. It
+// answers three lists: the time, whether the member leads, how many others are alive, a member
+// that keeps it outside of the group, one that it keeps outside, and whether the ledger has
+// lost data since the last beat of the member; then the newest epochs that it did not name, for
+// its next beat, as it is to remember those of others as well; then a list for each epoch that
+// it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
+// group has another decision; "decided" and the decision, if the member lacks that; or "open"
+// and what each member has answered, for this one to write again should it be lost.
 //
-// A beat that does not name all epochs of the member is not taken then, and answered by one
-// number: the ledger would have from it that the member has opened a later epoch, but not
-// what it has answered in those before, and take it for one without a part in them.
+// A beat that does not name all epochs of the member is not taken if data was lost, and
+// answered by an empty list: the ledger would have from it that the member has opened a later
+// epoch, but not what it has answered in those before, and take it for one without a part in
+// them.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
-var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + `
-local me, ttl, keep, doubt = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + luaDecision + `
+local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 local behind = lost(KEYS[1], me, ARGV[11])
-if behind and ARGV[12] ~= '1' then return {now} end
+if behind and ARGV[12] ~= '1' then return {} end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -72,28 +82,28 @@ end
 if opened ~= '' and tonumber(opened) > (tonumber(redis.call('HGET', KEYS[7], me) or '') or -math.huge) then
   redis.call('HSET', KEYS[7], me, opened)
 end
-for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt)) do
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - forget)) do
   redis.call('ZREM', KEYS[1], gone)
   redis.call('HDEL', KEYS[2], gone)
   redis.call('HDEL', KEYS[3], gone)
   redis.call('HDEL', KEYS[7], gone)
 end
 local agreed = redis.call('HGET', KEYS[6], 'length')
-local others, odd, strange = 0, '', ''
+local others, insider, outsider = 0, '', ''
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   if m ~= me then
     others = others + 1
     local w = redis.call('HGET', KEYS[3], m)
     if w and w ~= window and (w == agreed or agreed == window) then
-      if w == agreed then odd = w .. ' ' .. m else strange = w .. ' ' .. m end
+      if w == agreed then insider = w .. ' ' .. m else outsider = w .. ' ' .. m end
     end
   end
 end
-local inside = agreed == window or odd == '' and claims
+local inside = agreed == window or insider == '' and claims
 if inside then
   redis.call('HSET', KEYS[6], 'length', window)
-elseif odd == '' then
-  odd = (agreed or '') .. ' '
+elseif insider == '' then
+  insider = (agreed or '') .. ' '
 end
 local function there(key, name)
   return redis.call('ZSCORE', KEYS[5], name) or redis.call('EXISTS', key) == 1
@@ -118,44 +128,42 @@ local function takes(key, name)
   if not last or start > last and start < now + 3600000 then redis.call('HSET', KEYS[6], 'last', start) end
   return true
 end
-local states, answers, named, unnamed = {}, {}, {}, {}
+local epochs, named, unnamed = {}, {}, {}
 local arg = 14
 for i = 8, #KEYS do
-  local name, ends, unique, complete, exact, sealed, under, had, doubted, n = unpack(ARGV, arg, arg + 9)
+  local key, answer = KEYS[i], {'open'}
+  local name, ends, unique, complete, exact, sealed, under, had, uncertain, n = unpack(ARGV, arg, arg + 9)
   local first = arg + 10
   arg = first + 2 * n
   named[name] = true
-  answers[i - 7] = {}
-  if redis.call('HEXISTS', KEYS[i], 'delivered') == 1 then
-    states[#states + 1] = 2
-  elseif had ~= '1' and unique == '' and not (had == '?' and there(KEYS[i], name) or had == '0' and takes(KEYS[i], name)) then
-    states[#states + 1] = 3
+  if redis.call('HEXISTS', key, 'delivered') == 1 then
+    answer = {'delivered'}
+  elseif had ~= '1' and unique == '' and not (had == '?' and there(key, name) or had == '0' and takes(key, name)) then
+    answer = {'refused'}
   else
-    states[#states + 1] = 0
     redis.call('ZADD', KEYS[5], ends, name)
-    local decided = redis.call('HGET', KEYS[i], 'unique')
+    local decided = decision(key)
     if decided and unique == '' then
-      states[#states] = 5
-      answers[i - 7] = redis.call('HMGET', KEYS[i], 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
+      answer = decided
     elseif decided then
-      if decided ~= unique then states[#states] = 4 end
+      if decided[2] ~= unique then answer = {'contradicted'} end
     else
-      for a = first, arg - 1, 2 do answered(KEYS[i], ARGV[a], ARGV[a + 1]) end
-      if doubted == '1' then redis.call('HSET', KEYS[i], 'd:' .. me, 1) else redis.call('HDEL', KEYS[i], 'd:' .. me) end
+      for a = first, arg - 1, 2 do answered(key, ARGV[a], ARGV[a + 1]) end
+      if uncertain == '1' then redis.call('HSET', key, 'd:' .. me, 1) else redis.call('HDEL', key, 'd:' .. me) end
       if unique ~= '' then
-        redis.call('HSET', KEYS[i], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
+        redis.call('HSET', key, 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
-        local h = redis.call('HGETALL', KEYS[i])
+        local h = redis.call('HGETALL', key)
         for f = 1, #h, 2 do
           if string.sub(h[f], 1, 2) == 'm:' then
-            table.insert(answers[i - 7], string.sub(h[f], 3))
-            table.insert(answers[i - 7], h[f + 1])
+            answer[#answer + 1], answer[#answer + 2] = string.sub(h[f], 3), h[f + 1]
           end
         end
       end
-      redis.call('PEXPIRE', KEYS[i], keep)
+      redis.call('PEXPIRE', key, keep)
     end
   end
+  epochs[#epochs + 1] = answer
 end
 for i = 1, 7 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
@@ -171,11 +179,11 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {now, leader == me and 1 or 0, others, odd, strange, states, answers, unnamed, behind and 1 or 0}
+return {{string.format('%.0f', now), leader == me and '1' or '0', tostring(others), insider, outsider, behind and '1' or '0'}, unnamed, epochs}
 `)
 
-// reportScript says that the member has left the epoch, and what it has answered in it:
-// nothing of it comes any more.
+// reportScript notes that the member has left the epoch, and what it has answered in it,
+// which is final.
 var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
 local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
 if unsettled ~= '' then
@@ -196,8 +204,21 @@ end
 return 1
 `)
 
-// sealScript answers whether the epoch may be sealed now: {0, the decided
-// count}, {1, ms to wait at most} or {2, the members of the epoch}: seal it. "+" stands
+// luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
+// no later one: they may have answered ids of it before the ledger learns of that.
+const luaUnlisted = `
+local function unlisted(members, opened, listed, start)
+  local list = {}
+  for _, m in ipairs(redis.call('ZRANGE', members, 0, -1)) do
+    local newest = tonumber(redis.call('HGET', opened, m) or '')
+    if not listed[m] and (not newest or newest <= start) then list[#list + 1] = m end
+  end
+  return list
+end
+`
+
+// sealScript answers whether the epoch may be sealed now: "decided" and the decision; or
+// "wait" and for how many ms at most; or "seal" and the members of the epoch. "+" stands
 // before those that have not reported what they have answered, "0" before those without a
 // part in it, "=" before the others, and "?" before members that may have answered ids
 // without the ledger: see decideScript.
@@ -207,13 +228,14 @@ return 1
 // seal the future. A member that is silent, or has not left, is waited for until
 // the last clock must have turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under', 'why')
-if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
-if now < ends - skew then return {1, ends - skew - now} end
-if lost(KEYS[1], ARGV[8], ARGV[9]) then return {1, skew} end
+local skew, longer, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local function pause(ms) return {'wait', string.format('%.0f', ms)} end
+local decided = decision(KEYS[3])
+if decided then return decided end
+if now < ends - skew then return pause(ends - skew - now) end
+if lost(KEYS[1], ARGV[8], ARGV[9]) then return pause(skew) end
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
 local function left(m)
@@ -229,15 +251,16 @@ for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   local oldest, newest = string.match(redis.call('HGET', KEYS[2], m) or '', '^(%-?%d+) (%-?%d+)$')
   if oldest and tonumber(oldest) <= start and start <= tonumber(newest) then
     inexact = true
-    wait = math.max(wait, ends + skew + settle - now)
+    wait = math.max(wait, ends + skew + longer - now)
   end
 end
-if wait > 0 then return {1, wait} end
-if h[5] and tonumber(h[5]) > now then return {1, tonumber(h[5]) - now} end
+if wait > 0 then return pause(wait) end
+local locked = tonumber(redis.call('HGET', KEYS[3], 'locked') or 0)
+if locked > now then return pause(locked - now) end
 redis.call('HSET', KEYS[3], 'locked', now + lock)
 if inexact then redis.call('HSET', KEYS[3], 'inexact', 1) end
 redis.call('PEXPIRE', KEYS[3], ARGV[7])
-local out, all, listed = {2}, redis.call('HGETALL', KEYS[3]), {}
+local out, all, listed = {'seal'}, redis.call('HGETALL', KEYS[3]), {}
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     listed[string.sub(all[f], 3)] = true
@@ -246,86 +269,70 @@ for f = 1, #all, 2 do
     out[#out + 1] = mark .. string.sub(all[f], 3)
   end
 end
-for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-  local opened = tonumber(redis.call('HGET', KEYS[6], m) or '')
-  if not listed[m] and (not opened or opened <= start) then out[#out + 1] = '?' .. m end
-end
+for _, m in ipairs(unlisted(KEYS[1], KEYS[6], listed, start)) do out[#out + 1] = '?' .. m end
 return out
 `)
 
-// decideScript writes what the epoch came to, once, and answers it, with the reason
-// where it is not exact.
+// decideScript decides what the epoch came to, once, and answers "decided" and the decision,
+// with the reason if it is not exact.
 //
-// The record has the sum of the answers that the members have given. The number of ids in
-// Redis is the check: fewer are ids that are lost, or were given twice. More ids do no
-// harm if they were added without an answer. But if the ledger does not have a member in
-// the epoch, and that member has not reported a later one, it may yet open the epoch, or
-// has, and they may be ids that it has answered before the ledger learnt of that (see
-// registerWait). That it was heard since the end is not enough: it may be late itself.
-// Members that are gone have answered the rest of the ids, if that is at least what they
-// reported last, and unless one of the members, gone or not, has refused ids whose outcome
-// it does not know, or one that is gone has not shown a lane that it had the reply to its
-// last batch: it may be asleep, or cut off, and refuse those ids. All of this holds only if no write can have been lost that was not added
-// again (whole): a lost id and one that was added without an answer would cancel each other.
+// The record has the sum of the answers that the members have given, and the number of ids in
+// Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do
+// no harm if they were added without an answer. But they may be ids that a member of
+// luaUnlisted has answered; that it was in contact since the end proves nothing, as it may be
+// late itself.
 //
-// The lanes were sealed for the members that sealScript has listed: if their numbers have
-// changed since, other than from one of those that ended without a report to its report, the
-// answer is {1}, and the seal begins again.
+// Members that ended without a report have answered the rest of the ids, if these are at least
+// what they reported last. But the rest may be ids that were refused: if a member, gone or not,
+// has uncertain ids, or if one that is gone has not shown a lane that it had the reply to its
+// last batch, because it may be asleep, or cut off, and refuse those ids.
 //
-// The counts of the keys are those of Redis. If ids were added without an answer, they are
-// right if none of those ids is under a key: if there are as many as the members have
-// answered under keys.
-var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+// All of this holds only if no write can have been lost that was not added again (whole): a
+// lost id and one that was added without an answer would cancel each other.
+//
+// The lanes were sealed for the members that sealScript has listed. If their numbers have
+// changed since, the answer is "lost", and the seal begins again; but a member that was listed
+// as one without a report may have reported.
+//
+// The counts of the keys are those of Redis. If ids were added without an answer, the counts
+// are right only if as many ids are under keys as the members have answered under keys.
+var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
 local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
-local h = redis.call('HMGET', KEYS[2], 'unique', 'complete', 'exact', 'sealed', 'inexact', 'under', 'why')
-if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
-if lost(KEYS[3], ARGV[11], ARGV[12]) then return {1} end
-local marks = {}
+local decided = decision(KEYS[2])
+if decided then return decided end
+if lost(KEYS[3], ARGV[11], ARGV[12]) then return {'lost'} end
+local marks, fields = {}, {}
 for i = 13, #ARGV do marks[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
+local sum, least, keyed, members, absent, listed, uncertain = 0, 0, 0, 0, {}, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
-  if string.sub(all[f], 1, 2) == 'm:' then
-    local m = string.sub(all[f], 3)
-    local mark = marks[m]
-    if not mark or (mark == '=' or mark == '0') and string.sub(all[f + 1], -1) == '+' then return {1} end
-    marks[m] = nil
+  local kind, m, n = string.sub(all[f], 1, 2), string.sub(all[f], 3), all[f + 1]
+  if kind == 'm:' then
+    local mark, running = marks[m], string.sub(n, -1) == '+'
+    if not mark or running and (mark == '=' or mark == '0') then return {'lost'} end
+    marks[m], listed[m], members = nil, true, members + 1
+    if running then
+      absent[#absent + 1] = m
+      least = least + tonumber(string.sub(n, 1, -2))
+    else
+      local final, unsure = string.match(n, '^(%d+)(%??)$')
+      sum = sum + tonumber(final)
+      if unsure == '?' then uncertain[#uncertain + 1] = m end
+    end
+  elseif kind == 'k:' then
+    keyed = keyed + tonumber(n)
+  elseif kind == 'd:' then
+    uncertain[#uncertain + 1] = m
   end
+  if string.sub(kind, 2) == ':' then fields[#fields + 1] = all[f] end
 end
 for _, mark in pairs(marks) do
-  if mark ~= '?' then return {1} end
+  if mark ~= '?' then return {'lost'} end
 end
-local keyed = 0
-local sum, least, absent, members, listed, doubted = 0, 0, {}, 0, {}, {}
-for f = 1, #all, 2 do
-  if string.sub(all[f], 1, 2) == 'm:' then
-    members = members + 1
-    listed[string.sub(all[f], 3)] = true
-    if string.sub(all[f + 1], -1) == '+' then
-      absent[#absent + 1] = string.sub(all[f], 3)
-      least = least + tonumber(string.sub(all[f + 1], 1, -2))
-    else
-      local n, sure = string.match(all[f + 1], '^(%d+)(%??)$')
-      sum = sum + tonumber(n)
-      if sure == '?' then doubted[#doubted + 1] = string.sub(all[f], 3) end
-    end
-    redis.call('HDEL', KEYS[2], all[f])
-  elseif string.sub(all[f], 1, 2) == 'k:' then
-    keyed = keyed + tonumber(all[f + 1])
-    redis.call('HDEL', KEYS[2], all[f])
-  elseif string.sub(all[f], 1, 2) == 'd:' then
-    doubted[#doubted + 1] = string.sub(all[f], 3)
-    redis.call('HDEL', KEYS[2], all[f])
-  end
-end
-local unknown = {}
-if #absent == 0 and ids > sum then
-  for _, m in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-    local opened = tonumber(redis.call('HGET', KEYS[4], m) or '')
-    if not listed[m] and (not opened or opened <= start) then unknown[#unknown + 1] = m end
-  end
-end
+for _, f in ipairs(fields) do redis.call('HDEL', KEYS[2], f) end
+local unknown = #absent == 0 and ids > sum and unlisted(KEYS[3], KEYS[4], listed, start) or {}
 local unique, why = sum, ''
 local function but(reason) why = why == '' and reason or why .. '; ' .. reason end
 local numbers = string.format('%.0f ids are in Redis, %.0f answers are reported', ids, sum)
@@ -336,8 +343,8 @@ if #absent > 0 then
     but(string.format('at least %.0f ids are lost or were given twice', sum + least - ids))
   elseif open then
     but('an instance that may have answered alone ended without a report')
-  elseif #doubted > 0 then
-    but('instances had refused ids that may be in Redis (' .. table.concat(doubted, ' ') .. ')')
+  elseif #uncertain > 0 then
+    but('instances had refused ids that may be in Redis (' .. table.concat(uncertain, ' ') .. ')')
   elseif unanswered and ids > sum + least then
     but('the last ids of an instance that ended without a report may have had no answer')
   end
@@ -357,15 +364,15 @@ end
 if not fit then but('the counts of the keys do not add up to the ids under keys') end
 if not whole then but('Redis may have lost ids of instances that were not there to add them again') end
 if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
-if h[5] then but('an instance held ids that Redis did not have') end
-local complete = h[2] or '0'
-unique, exact = string.format('%.0f', unique), why == '' and '1' or '0'
+if redis.call('HGET', KEYS[2], 'inexact') then but('an instance held ids that Redis did not have') end
+local complete = redis.call('HGET', KEYS[2], 'complete') or '0'
+exact = why == '' and '1' or '0'
 if why ~= '' then why = why .. ': ' .. numbers end
-redis.call('HSET', KEYS[2], 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under), 'why', why)
+redis.call('HSET', KEYS[2], 'unique', string.format('%.0f', unique), 'complete', complete, 'exact', exact, 'sealed', now, 'under', string.format('%.0f', under), 'why', why)
 redis.call('HDEL', KEYS[2], 'locked', 'inexact')
 redis.call('PEXPIRE', KEYS[2], keep)
 redis.call('ZADD', KEYS[1], ends, name)
-return {0, unique, complete, exact, tostring(now), string.format('%.0f', under), why}
+return decision(KEYS[2])
 `)
 
 // unpublishedScript lists the epochs that are over and not delivered.
@@ -374,50 +381,38 @@ if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
-// claimScript answers 2 where the line is written, 1 where this member is the
-// one to do it, as it is the leader or takes the lead, and 0 where another is.
+// claimScript answers "written" if the line is, "mine" if this member is to write it, as it
+// is the leader or takes the lead, and else "other".
 var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
 local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
-if h[1] or h[2] then return 2 end
+if h[1] or h[2] then return 'written' end
 local leader = redis.call('GET', KEYS[2])
-if leader and leader ~= ARGV[1] then return 0 end
+if leader and leader ~= ARGV[1] then return 'other' end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return 1
+return 'mine'
 `)
 
-// writtenScript marks the line.
-var writtenScript = rueidis.NewLuaScriptRetryable(luaWrites + `
-redis.call('HSET', KEYS[1], 'written', 1)
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-return 1
-`)
-
-// deliveredScript marks the epoch.
-var deliveredScript = rueidis.NewLuaScriptRetryable(luaWrites + `
-redis.call('HSET', KEYS[2], 'delivered', 1)
+// markScript notes that the epoch is "written" (the line in a counts file) or "delivered".
+var markScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+redis.call('HSET', KEYS[2], ARGV[1], 1)
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-redis.call('ZREM', KEYS[1], ARGV[1])
+if ARGV[1] == 'delivered' then redis.call('ZREM', KEYS[1], ARGV[3]) end
 return 1
 `)
 
-// othersScript answers how many members are alive beside this one, and how many
-// ms ago one of them was heard last. With ARGV[3] this one leaves; the lead goes
-// to the others.
-var othersScript = rueidis.NewLuaScriptRetryable(luaNow + `
-local me, ttl = ARGV[1], tonumber(ARGV[2])
-if ARGV[3] == '1' then
-  redis.call('ZREM', KEYS[1], me)
-  redis.call('HDEL', KEYS[3], me)
-  redis.call('HDEL', KEYS[5], me)
-  if ARGV[4] == '' then redis.call('HDEL', KEYS[2], me) end
-end
+// leaveScript takes the member out of the group, and with it the lead. It answers how many
+// others are alive, and how many ms ago the last beat of one was.
+var leaveScript = rueidis.NewLuaScriptRetryable(luaNow + `
+local me, ttl, unsettled = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+redis.call('ZREM', KEYS[1], me)
+redis.call('HDEL', KEYS[3], me)
+redis.call('HDEL', KEYS[5], me)
+if unsettled == '' then redis.call('HDEL', KEYS[2], me) end
 local others, last = 0, 0
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
-  if m ~= me then
-    others = others + 1
-    last = math.max(last, tonumber(redis.call('ZSCORE', KEYS[1], m)))
-  end
+  others = others + 1
+  last = math.max(last, tonumber(redis.call('ZSCORE', KEYS[1], m)))
 end
-if ARGV[3] == '1' and others > 0 and redis.call('GET', KEYS[4]) == me then redis.call('DEL', KEYS[4]) end
+if others > 0 and redis.call('GET', KEYS[4]) == me then redis.call('DEL', KEYS[4]) end
 return {others, now - last}
 `)

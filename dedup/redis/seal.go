@@ -1,9 +1,11 @@
 package redis
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -39,15 +41,15 @@ func keepTokens(window, skew time.Duration) time.Duration {
 
 // sealedIDs is what sealing the ids of an epoch came to.
 type sealedIDs struct {
-	unique uint64 // ids in Redis
-	exact  bool   // no id is known to be given twice or forgotten
-	whole  bool   // no write can have been lost since the epoch began
-	under  uint64 // ids in Redis that were counted under keys
-	open   bool   // ids of sessions that have not reported may have had no answer
+	unique     uint64 // ids in Redis
+	exact      bool   // no id is known to be given twice or forgotten
+	whole      bool   // no write can have been lost since the epoch began
+	under      uint64 // ids in Redis that were counted under keys
+	unanswered bool   // ids of sessions that have not reported may have had no answer
 }
 
-// sealIDs seals an epoch in every lane: from then on nobody adds to it, and its
-// count is the same for whoever asks, until keepSeal is over. It need not have
+// sealIDs seals an epoch in every lane: from then on no id is added to it, and its
+// count is the same for all who ask, until keepSeal is over. It need not have
 // been opened here, nor hold ids. It is whole only if each lane has the sessions, those
 // that have answered ids: "+" stands before one that has not reported how many, for
 // which nothing waits, "=" before the others.
@@ -55,31 +57,21 @@ type sealedIDs struct {
 // It waits while ids that were lost are being added again. An error leaves some
 // lanes sealed and others not; calling it again goes on.
 func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
-	type part struct {
-		reply
-		err error
-	}
-	parts := make(chan part, len(r.lanes))
+	parts, errs := make([]sealedIDs, len(r.lanes)), make([]error, len(r.lanes))
+	var all sync.WaitGroup
 	for i := range r.lanes {
-		go func() {
-			a, err := r.sealLane(ctx, &r.lanes[i], s, sessions)
-			parts <- part{a, err}
-		}()
+		all.Go(func() { parts[i], errs[i] = r.sealLane(ctx, &r.lanes[i], s, sessions) })
 	}
+	all.Wait()
 	sum := sealedIDs{exact: true, whole: true}
-	var err error
-	for range r.lanes {
-		p := <-parts
-		if p.err != nil {
-			err = p.err
-		}
-		sum.unique += p.n
+	for _, p := range parts {
+		sum.unique += p.unique
 		sum.under += p.under
 		sum.exact = sum.exact && p.exact
 		sum.whole = sum.whole && p.whole
-		sum.open = sum.open || p.open
+		sum.unanswered = sum.unanswered || p.unanswered
 	}
-	if err != nil {
+	if err := cmp.Or(errs...); err != nil {
 		return sealedIDs{}, fmt.Errorf("sealing %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
 	}
 	return sum, nil
@@ -87,27 +79,25 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 
 // sealLane waits for ids that Redis lacks, until sessions have added them again or the lane
 // gives them up. That the members have left the epoch is awaitSeal's to wait for.
-func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (reply, error) {
+func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (sealedIDs, error) {
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
 		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL, seconds(keepTokens(s.Window, r.cfg.MaxSkew))}, sessions...)
 		a, err := r.call(ctx, l.key, args...)
-		if err != nil {
-			return a, err
+		if err == nil && a.status == statusSealed && a.replicas {
+			var has bool
+			has, err = r.confirmed(ctx, l.key)
+			a.sealed.exact, a.sealed.whole = a.sealed.exact && has, a.sealed.whole && has
 		}
-		if a.status == statusSealed {
-			if a.copied {
-				a.copied, err = r.confirmed(ctx, l.key)
-				a.exact, a.whole = a.exact && a.copied, a.whole && a.copied
-			}
-			return a, err
+		if err != nil || a.status == statusSealed {
+			return a.sealed, err
 		}
 		if a.status == statusMissing && missing.IsZero() {
 			missing = time.Now()
 		}
 		if err := retry.Sleep(ctx, sealRetry); err != nil {
-			return a, err
+			return a.sealed, err
 		}
 	}
 }
@@ -146,8 +136,8 @@ const (
 	keysLinger = time.Minute
 )
 
-// keyCounts returns how many ids a sealed epoch has under each key: the same whoever
-// asks, until dropKeys.
+// keyCounts returns how many ids a sealed epoch has under each key: the same to all
+// instances, until dropKeys.
 func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
 	client, err := r.conn()
 	if err != nil {
@@ -181,7 +171,7 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount
 	return keys, nil
 }
 
-// dropKeys says that the record of an epoch is delivered: its keys are needed no more.
+// dropKeys has the keys of an epoch expire, whose record is delivered.
 func (r *Set) dropKeys(ctx context.Context, s counter.Span) error {
 	client, err := r.conn()
 	for i := 0; err == nil && i < len(r.lanes); i++ {

@@ -14,7 +14,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -107,8 +106,8 @@ type Set struct {
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 	script atomic.Bool                    // functions are refused: scripts take their place
 
-	strange     time.Time   // when others of another form were met last; watch alone uses it
-	standsAlone atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
+	otherSeen  time.Time   // when others of another form were met last; watch alone uses it
+	formAgreed atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
 
 	lanes  []lane // clusterLanes or serverLanes of them
 	shift  int    // of a hash, to the number of its lane
@@ -133,7 +132,7 @@ type Set struct {
 
 // redisCounts are for the metrics.
 type redisCounts struct {
-	batches, retries, untold, twice, replayed, dropped, fulls atomic.Uint64
+	batches, retries, takenBack, twice, replayed, dropped, fulls atomic.Uint64
 }
 
 // redisEpoch is the state of an epoch in this process.
@@ -147,8 +146,8 @@ type redisEpoch struct {
 	view          *dedup.View                // in Local
 	lanes         []laneEpoch
 
-	opened     time.Time
-	*admission // of the ledger
+	opened time.Time
+	group  *ledgerEpoch // what the ledger has of it
 }
 
 // Check refuses what can never work, without a connection.
@@ -171,13 +170,11 @@ func (cfg *Config) Check() error {
 // newSession makes a name that no other process has. Its first 8 characters are those of the
 // instance, by which function.lua knows the earlier sessions of the same one.
 func newSession(instance string) string {
-	var b [16]byte
-	rand.Read(b[:]) // never fails
-	if instance != "" {
-		sum := sha256.Sum256([]byte(instance))
-		copy(b[:4], sum[:])
+	if instance == "" {
+		return rand.Text()
 	}
-	return hex.EncodeToString(b[:])
+	sum := sha256.Sum256([]byte(instance))
+	return fmt.Sprintf("%x", sum[:4]) + rand.Text()
 }
 
 // New checks cfg and starts to connect. That Redis is down is no error.
@@ -192,9 +189,7 @@ func New(cfg Config) (*Set, error) {
 	case cfg.Timeout < 0:
 		return nil, errors.New("redis: Timeout must not be negative")
 	}
-	if cfg.session == "" {
-		cfg.session = newSession(cfg.Instance)
-	}
+	cfg.session = cmp.Or(cfg.session, newSession(cfg.Instance))
 	cfg.MaxSkew = cmp.Or(cfg.MaxSkew, defaultMaxSkew)
 	cfg.Timeout = cmp.Or(cfg.Timeout, defaultTimeout)
 	cfg.MaxKeys = cmp.Or(cfg.MaxKeys, counter.DefaultMaxKeys)
@@ -213,10 +208,7 @@ func New(cfg Config) (*Set, error) {
 	for i := range r.lanes {
 		r.lanes[i].init(r, i)
 	}
-	r.ledger = openLedger(ledgerConfig{
-		Group: cfg.Group, Member: cfg.Instance + "/" + cfg.session,
-		Window: cfg.Window, MaxSkew: cfg.MaxSkew, FailOpen: cfg.FailOpen, File: cfg.File, IDs: r, Log: cfg.Log,
-	})
+	r.ledger = openLedger(cfg, cfg.Instance+"/"+cfg.session, r)
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
 	r.running.Go(func() { r.ledger.run(r.life, r.closing) })
@@ -278,13 +270,14 @@ func (r *Set) conn() (rueidis.Client, error) {
 
 // unavailable is ErrUnavailable with the reason known.
 func (r *Set) unavailable() error {
-	if reason := r.health.reason(); reason != "" {
+	r.health.mu.Lock()
+	reason := cmp.Or(r.health.policy, r.health.failure)
+	r.health.mu.Unlock()
+	if reason != "" {
 		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)
 	}
 	return errLate
 }
-
-var errLate = fmt.Errorf("%w: no answer of Redis in time", dedup.ErrUnavailable)
 
 // Open implements Set.
 func (r *Set) Open(e *counter.Epoch) counter.State {
@@ -305,7 +298,7 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 		l.mu.Unlock()
 	}
 	s.view = r.cfg.Local.Open(e).(*dedup.View)
-	s.admission = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
+	s.group = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)
@@ -323,20 +316,18 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 // writes the epoch down. It returns an error for an epoch that the group does not accept,
 // or of a process that the group does not know yet: it may have another window.
 func (r *Set) await(s *redisEpoch) error {
-	select {
-	case <-s.known:
+	if s.group.isRegistered() {
 		return nil
-	default:
 	}
 	t := time.NewTimer(time.Until(s.opened.Add(registerWait)))
 	defer t.Stop()
 	select {
-	case <-s.known:
+	case <-s.group.registered:
 		return nil
 	case <-t.C:
 	case <-r.life.Done():
 	}
-	if s.refused.Load() || r.ledger.standing.Load() != inside {
+	if s.group.refused.Load() || r.ledger.standing.Load() != inside {
 		return fmt.Errorf("%w: the group has not accepted the window of this instance", dedup.ErrUnavailable)
 	}
 	return nil
@@ -355,9 +346,7 @@ func epochKey(start time.Time, window time.Duration) string {
 func (s *redisEpoch) Retire() {
 	r := s.set
 	r.mu.Lock()
-	if i := slices.Index(r.epochs, s); i >= 0 {
-		r.epochs = slices.Delete(r.epochs, i, i+1)
-	}
+	r.epochs = slices.DeleteFunc(r.epochs, func(x *redisEpoch) bool { return x == s })
 	r.mu.Unlock()
 	unsent := 0
 	for i := range r.lanes {
@@ -382,8 +371,14 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	w := waits.Get().(*waiting)
 	defer waits.Put(w)
 	judged := func(i int, v dedup.Verdict, cause error, m *named) {
-		verdicts[i], err = r.outcome(v, cause, err)
-		if m != nil && verdicts[i] == dedup.Unique {
+		if cause != nil {
+			if v = dedup.Refusal(cause); v == dedup.Full {
+				r.counts.fulls.Add(1)
+			}
+			err = cmp.Or(err, cause)
+		}
+		verdicts[i] = v
+		if m != nil && v == dedup.Unique {
 			r.countUnder(e, m.under)
 		}
 	}
@@ -393,21 +388,18 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 			verdicts[i] = dedup.Repeat
 			continue
 		}
-		var en encoded
-		var m *named
-		var h uint64
-		if o == nil {
-			h = en.encode(r.hash, items[i].Key.IsDecimal(), items[i].ID)
-		} else if full := !r.hasRoom(e, o.Under); full && len(o.Token) == 0 {
+		full := o != nil && !r.hasRoom(e, o.Under)
+		if full && len(o.Token) == 0 {
 			judged(i, 0, dedup.ErrTooManyKeys, nil)
 			continue
-		} else {
-			h, m = r.name(&en, &items[i], full)
 		}
+		var en encoded
+		h, m := r.name(&en, &items[i], full)
 		l := &r.lanes[h>>r.shift]
 		v, a, cause := l.add(e, s, items[i].Key, &en, m)
 		if a != nil {
-			w.asks, w.of = append(w.asks, a), append(w.of, i)
+			a.item = i
+			w.asks = append(w.asks, a)
 			if a.enough {
 				w.lanes |= 1 << l.i
 			}
@@ -420,26 +412,26 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 			nudge(r.lanes[i].wake) // only now, so that a batch takes all of them
 		}
 	}
-	for n, a := range w.asks {
+	for _, a := range w.asks {
 		<-a.done
-		judged(w.of[n], a.verdict, a.err, a.named)
+		judged(a.item, a.verdict, a.err, a.named)
 		a.of, a.named, a.e, a.err = nil, nil, nil, nil
 		asks.Put(a)
 	}
 	clear(w.asks)
-	w.asks, w.of, w.lanes = w.asks[:0], w.of[:0], 0
+	w.asks, w.lanes = w.asks[:0], 0
 	return err
 }
 
-// name encodes an id whose request may have named a key or a token. full: see named.
+// name encodes an id, with what its request has named beside it. full: see named.
 func (r *Set) name(en *encoded, item *dedup.Item, full bool) (hash uint64, m *named) {
 	o := item.Options
-	if len(o.Under) > 0 {
+	if o != nil && len(o.Under) > 0 {
 		hash = en.encodeUnder(r.hash, o.Under, item.ID)
 	} else {
 		hash = en.encode(r.hash, item.Key.IsDecimal(), item.ID)
 	}
-	if len(o.Under)+len(o.Token) > 0 {
+	if o != nil && len(o.Under)+len(o.Token) > 0 {
 		m = newNamed(r.hash, en, o, full)
 	}
 	return hash, m
@@ -450,27 +442,10 @@ func (r *Set) keyHash(under []byte) uint64 { return maphash.Bytes(r.seed, under)
 // waiting is the ids of a request that wait for their outcome.
 type waiting struct {
 	asks  []*ask
-	of    []int  // the index of the item of each
 	lanes uint32 // a bit for each lane that got one
 }
 
 var waits = sync.Pool{New: func() any { return new(waiting) }}
-
-// outcome returns the verdict on an id, and the first error of its request.
-func (r *Set) outcome(v dedup.Verdict, cause, first error) (dedup.Verdict, error) {
-	if cause == nil {
-		return v, first
-	}
-	v = dedup.Unavailable
-	if errors.Is(cause, dedup.ErrFull) {
-		r.counts.fulls.Add(1)
-		v = dedup.Full
-	}
-	if first == nil {
-		first = cause
-	}
-	return v, first
-}
 
 // Run implements Set: it runs Local's cleaner. The rest runs without it.
 func (r *Set) Run(ctx context.Context) error {
@@ -490,8 +465,8 @@ func (r *Set) Stats() dedup.Stats {
 	return s
 }
 
-// Live returns the unique ids of the whole group in the epoch opened last, as
-// this process has heard last.
+// Live returns the unique ids of the whole group in the epoch opened last, by the last
+// replies.
 func (r *Set) Live() uint64 {
 	if s := r.latest.Load(); s != nil {
 		return s.live()
@@ -513,7 +488,7 @@ func (r *Set) Group() dedup.GroupStats {
 		Unique:      r.Live(),
 		Batches:     r.counts.batches.Load(),
 		Retries:     r.counts.retries.Load(),
-		Untold:      r.counts.untold.Load(),
+		TakenBack:   r.counts.takenBack.Load(),
 		Twice:       r.counts.twice.Load(),
 		Replayed:    r.counts.replayed.Load(),
 		Dropped:     r.counts.dropped.Load(),

@@ -92,7 +92,7 @@ func joinURLs(urls []string) (option rueidis.ClientOption, err error) {
 	return option, nil
 }
 
-// redisURL parses one URL, or says why it cannot work. The first names the master
+// redisURL parses one URL, or returns why it cannot work. The first names the master
 // set of Sentinels.
 func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why string) {
 	u, err := url.Parse(s)
@@ -128,7 +128,7 @@ func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why str
 	return u, o, ""
 }
 
-// badParameters says what is wrong with path and query, or "".
+// badParameters returns what is wrong with path and query, or "".
 func badParameters(u *url.URL, needsMaster bool) string {
 	q, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
@@ -168,7 +168,7 @@ func badParameters(u *url.URL, needsMaster bool) string {
 	return ""
 }
 
-// badDatabase says what is wrong with the number of the database, or "".
+// badDatabase returns what is wrong with the number of the database, or "".
 func badDatabase(u *url.URL, q url.Values) string {
 	db := strings.TrimPrefix(u.Path, "/")
 	if u.Scheme == "unix" {
@@ -186,7 +186,7 @@ func badDatabase(u *url.URL, q url.Values) string {
 	return ""
 }
 
-// differs says in what a further URL contradicts the first, or "". But for the
+// differs returns in what a further URL contradicts the first, or "". But for the
 // address it may be silent: the first one's settings are for all.
 func differs(first, u *url.URL) string {
 	const but = " differs from that of the first URL, which is for all"
