@@ -178,7 +178,7 @@ func (m *laneModel) join(session string, isNew bool) {
 		if other == session {
 			return
 		}
-		if isNew && other[:min(8, len(other))] == session[:min(8, len(session))] && (len(m.doubt[other]) > 0 || m.doubted[other]) {
+		if isNew && other[:min(8, len(other))] == session[:min(8, len(session))] && (len(m.doubt[other]) > 0 || m.uncertain[other]) {
 			delete(m.doubt, other)
 		}
 	}
