@@ -261,7 +261,8 @@ return out
 // harm if they were added without an answer. But if the ledger does not have a member in
 // the epoch, and that member has not reported a later one, it may yet open the epoch, or
 // has, and they may be ids that it has answered before the ledger learnt of that (see
-// registerWait). That it was heard since the end is not enough: it may be late itself.
+// registerWait); with fail open also ids that are not in Redis. That it was heard since the
+// end is not enough: it may be late itself.
 // Members that are gone have answered the rest of the ids, if that is at least what they
 // reported last, and unless one of the members, gone or not, has refused ids whose outcome
 // it does not know, or one that is gone has not shown a lane that it had the reply to its
@@ -320,7 +321,7 @@ for f = 1, #all, 2 do
   end
 end
 local unknown = {}
-if #absent == 0 and ids > sum then
+if #absent == 0 and (ids > sum or open) then
   for _, m in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
     local opened = tonumber(redis.call('HGET', KEYS[4], m) or '')
     if not listed[m] and (not opened or opened <= start) then unknown[#unknown + 1] = m end
@@ -344,9 +345,11 @@ if #absent > 0 then
 elseif members == 0 and ids > 0 then
   unique = ids
   but('what the instances have answered is lost')
-elseif #unknown > 0 then
+elseif #unknown > 0 and ids > sum then
   unique = ids
   but(string.format('%.0f ids may have been answered by instances that have not reported the window yet (%s)', ids - sum, table.concat(unknown, ' ')))
+elseif #unknown > 0 then
+  but(string.format('instances that may have answered alone have not reported the window (%s)', table.concat(unknown, ' ')))
 elseif ids < sum then
   but(string.format('%.0f ids are lost or were given twice', sum - ids))
 end
