@@ -393,6 +393,56 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	}
 }
 
+// TestALateBatchIsNotTakenBack: the batch of an instance that was cut off reaches Redis when all
+// that it had in doubt has lapsed. It has the others look for its ids again only with a batch
+// that notes the time; what they have answered by then stays true.
+func TestALateBatchIsNotTakenBack(t *testing.T) {
+	t.Parallel()
+	for _, kind := range []string{"without a token", "with a token"} {
+		t.Run(kind, func(t *testing.T) {
+			server := startRedis(t)
+			r := newRedis(t, server.Addr)
+			key := strings.Replace(r.lanes[0].key, r.cfg.Group, "late", 1)
+			epoch, id, codes := []string{epochKey(time.Unix(0, 0), time.Hour), "other", "next"}, packed("42"), "0"
+			named := []string{id, "", "", ""}
+			if kind == "with a token" {
+				named = append([]string{"", "", "", "", packed("d", "42", "T", "")}, append(epoch[1:], "10", "0")...)
+				codes = "6"
+			}
+			gen := ""
+			batch := func(session, seq, mode, noting string, lists []string) string {
+				t.Helper()
+				args := append([]string{opBatch, session, seq, mode, epoch[0], gen, idsTTL, refillFor, "1", noting}, lists...)
+				a, err := r.call(t.Context(), key, args...)
+				if err != nil || a.status != statusOK {
+					t.Fatalf("%s of %s: %+v, %v", mode, session, a, err)
+				}
+				gen = a.gen
+				return strings.TrimSuffix(a.codes, partly)
+			}
+			first := []string{packed("1"), "", "", ""}
+			batch("a", "1", modeAdd, "1", first)
+			// Twenty seconds later.
+			server.do("EVAL", `local s = {cmsgpack.unpack(redis.call('HGET', KEYS[1], 'Sa'))}
+				s[2] = s[2] - 20
+				redis.call('HSET', KEYS[1], 'Sa', cmsgpack.pack(unpack(s)))`, "1", key)
+			batch("b", "1", modeAdd, "1", first)
+			if got := batch("a", "2", modeAdd, "0", named); got != "1" {
+				t.Fatalf("the late batch: code %s", got)
+			}
+			if got := batch("b", "2", modeAdd, "1", named); got != codes {
+				t.Fatalf("another instance has the id: code %s, want %s", got, codes)
+			}
+			if got := batch("a", "3", modeTake, "2", named); got != "5" {
+				t.Errorf("the id is taken back: code %s, want 5", got)
+			}
+			if n := server.do("SISMEMBER", key+":"+epoch[0]+":d", "42"); n != "1" {
+				t.Error("an id is gone that another instance has answered for")
+			}
+		})
+	}
+}
+
 // TestARestartedInstanceLeavesNothingInDoubt: a retry of an id in the last batch of an instance
 // that was killed has its answer as soon as the instance is back, and so has another attempt.
 // Where the process of before lives on, it cannot take the id back.

@@ -157,6 +157,19 @@ local function doubts(key, session, epoch, now)
   return found
 end
 
+-- withdraws reports whether a session may take back the ids of its last batch: others have
+-- looked for them ever since. They do not if the session is no longer in the list, as it had
+-- lapsed before a batch arrived that was long on its way.
+local function withdraws(key, session)
+  if call('HEXISTS', key, 'I' .. session) == 0 then return false end
+  local a = call('HGET', key, 'A')
+  local active = a and parse(a) or {}
+  for i = 1, #active do
+    if active[i] == session then return true end
+  end
+  return false
+end
+
 -- among returns whether an id is in one of the lists. That it takes the middle of
 -- another id for it would make it wait, no more.
 local function among(lists, id)
@@ -468,6 +481,7 @@ local function batch(key, a, undo)
   end
   if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
 
+  if mode == 'r' and not withdraws(key, session) then mode = '5' end -- before it joins again
   local now
   local tick = a[10] ~= '0' or not at or h[3] or replay
   if tick then
@@ -486,8 +500,6 @@ local function batch(key, a, undo)
     if tick then call('EXPIRE', key, a[7]) end
     return {'ok', '', gen or '', n}
   end
-  if mode == 'r' and call('HEXISTS', key, 'I' .. session) == 0 then mode = '5' end
-
   if not gen then
     now = now or clock()
     identify(key, now)

@@ -248,6 +248,10 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	if b.expect != "" && (!has || o.gen != b.expect) {
 		return laneAnswer{"lost", "", o.gen, s.seq}
 	}
+	mode := b.mode
+	if _, in := m.doubt[b.session]; mode == "r" && !(in && slices.Contains(m.active, b.session)) {
+		mode = "5"
+	}
 	at := s.at
 	if tick := b.tick || b.uncertain || !known || m.hold != 0 || replay; tick {
 		if m.hold != 0 && !replay && !beat && m.holds() {
@@ -268,10 +272,6 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, "", o.gen, n, b.epoch, cuts}, []string{}
 		m.uncertain[b.session] = b.uncertain
 		return laneAnswer{"ok", "", o.gen, n}
-	}
-	mode := b.mode
-	if _, in := m.doubt[b.session]; mode == "r" && !in {
-		mode = "5"
 	}
 	if !has {
 		m.identify()

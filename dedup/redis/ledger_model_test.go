@@ -393,8 +393,8 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	case absent > 0:
 		unique = max(ids.unique, sum+least)
 		exact = exact && ids.unique >= sum+least && !open && !(uncertain && m.rules.doubts) && !(ids.unanswered && ids.unique > sum+least)
-	case len(rows) == 0 && ids.unique > 0, ids.unique > sum && late && m.rules.late:
-		unique, exact = ids.unique, false
+	case len(rows) == 0 && ids.unique > 0, (ids.unique > sum || open) && late && m.rules.late:
+		unique, exact = max(ids.unique, sum), false
 	case !m.rules.account:
 		exact = ids.exact
 	default:

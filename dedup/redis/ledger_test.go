@@ -354,6 +354,31 @@ func TestMemberThatDoesNotReachTheLedgerIsNotLost(t *testing.T) {
 	}
 }
 
+// TestMemberThatMayHaveAnsweredAloneIsNotLost: with fail open a member that does not reach Redis
+// goes on. The ids in Redis prove nothing of it, so the record is not exact, unless the member
+// has reported a later epoch.
+func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, tt := range []struct {
+		open   bool
+		opened int // the epoch, from s on, before its last heartbeat
+		exact  bool
+	}{{true, -1, false}, {true, 1, true}, {false, -1, true}} {
+		g := newGroup(t)
+		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
+		a, b := g.member("a", open), g.member("b", open)
+		b.Opened(counter.Span{Start: s.Start.Add(time.Duration(tt.opened) * s.Window), Window: s.Window}, nil)
+		g.beat(a, b)
+		g.answers.Store(10)
+		g.counted.Store(10)
+		g.report(s, true, a)
+		if c := g.seal(a, s); c.Unique != 10 || c.Exact != tt.exact {
+			t.Errorf("%+v: the record is %+v", tt, c)
+		}
+	}
+}
+
 // TestGroupLearnsOfAnEpochAndItsMemberAtOnce: an epoch that is opened while a heartbeat is
 // being made, behind the count of the answers, is for the next heartbeat.
 func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {

@@ -279,8 +279,8 @@ return out
 // The record has the sum of the answers that the members have given, and the number of ids in
 // Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do
 // no harm if they were added without an answer. But they may be ids that a member of
-// luaUnlisted has answered; that it was in contact since the end proves nothing, as it may be
-// late itself.
+// luaUnlisted has answered, and with fail open such a member may have answered ids that are not
+// in Redis; that it was in contact since the end proves nothing, as it may be late itself.
 //
 // Members that ended without a report have answered the rest of the ids, if these are at least
 // what they reported last. But the rest may be ids that were refused: if a member, gone or not,
@@ -332,7 +332,7 @@ for _, mark in pairs(marks) do
   if mark ~= '?' then return {'lost'} end
 end
 for _, f in ipairs(fields) do redis.call('HDEL', KEYS[2], f) end
-local unknown = #absent == 0 and ids > sum and unlisted(KEYS[3], KEYS[4], listed, start) or {}
+local unknown = #absent == 0 and (ids > sum or open) and unlisted(KEYS[3], KEYS[4], listed, start) or {}
 local unique, why = sum, ''
 local function but(reason) why = why == '' and reason or why .. '; ' .. reason end
 local numbers = string.format('%.0f ids are in Redis, %.0f answers are reported', ids, sum)
@@ -351,9 +351,11 @@ if #absent > 0 then
 elseif members == 0 and ids > 0 then
   unique = ids
   but('what the instances have answered is lost')
-elseif #unknown > 0 then
+elseif #unknown > 0 and ids > sum then
   unique = ids
   but(string.format('%.0f ids may have been answered by instances that have not reported the window yet (%s)', ids - sum, table.concat(unknown, ' ')))
+elseif #unknown > 0 then
+  but(string.format('instances that may have answered alone have not reported the window (%s)', table.concat(unknown, ' ')))
 elseif ids < sum then
   but(string.format('%.0f ids are lost or were given twice', sum - ids))
 end
