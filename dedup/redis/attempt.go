@@ -55,12 +55,11 @@ func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
 
 // countUnder counts an id that was answered as new under its key, for what this instance
 // shows: the record has the counts of Redis.
-func (r *Set) countUnder(e *counter.Epoch, under string) {
-	if under == "" {
-		return
+func (r *Set) countUnder(e *counter.Epoch, m *named) {
+	if m != nil && m.under != "" {
+		name := []byte(m.under)
+		e.Keys().CountLate(r.keyHash(name), name)
 	}
-	name := []byte(under)
-	e.Keys().CountLate(r.keyHash(name), name)
 }
 
 // hasRoom reports whether an id under a key may be new. All keys that this instance has

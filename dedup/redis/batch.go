@@ -223,7 +223,7 @@ func (l *lane) choose() *job {
 	// First: with the next batch the ids of the last one are no longer in doubt for others.
 	if len(l.unanswered) > 0 {
 		j := &job{mode: modeTake, epoch: l.unanswered[0].key.epoch}
-		l.unanswered = l.fill(j, l.unanswered, eventWithdrawn, taking)
+		l.unanswered = l.fill(j, l.unanswered)
 		return j
 	}
 	if len(l.lacking) > 0 {
@@ -255,7 +255,7 @@ func (l *lane) choose() *job {
 	}
 	if i := slices.IndexFunc(l.queue, func(en *entry) bool { return en.phase != finished }); i >= 0 {
 		j := &job{mode: modeAdd, epoch: l.queue[i].key.epoch}
-		l.queue = l.fill(j, l.queue, eventSent, flying)
+		l.queue = l.fill(j, l.queue)
 		return j
 	}
 	l.queue = l.queue[:0]
@@ -266,9 +266,8 @@ func (l *lane) choose() *job {
 	return nil // where the last attempt failed, idle sends a beat to find out
 }
 
-// fill moves entries of the job's epoch into it and returns the rest. They enter the phase
-// by the event, which has no effects. l.mu is held.
-func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
+// fill moves entries of the job's epoch into it and returns the rest. l.mu is held.
+func (l *lane) fill(j *job, from []*entry) []*entry {
 	size := batchSize
 	if limit := l.r.cfg.MaxIDs; limit > 0 && j.mode == modeAdd {
 		// Near the limit the lanes add little at a time, at it they only look.
@@ -286,7 +285,8 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 			if en.key.epoch != j.epoch {
 				break
 			}
-			if en.state, _ = en.state.on(ev); to == flying && len(en.asks) > 0 {
+			en.state, _ = en.state.on(eventSent) // which has no effects
+			if en.phase == flying && len(en.asks) > 0 {
 				en.named = en.asks[0].named // the request that it was made for may be gone
 			}
 			counts[kindOf(logged(&en.enc, en.named)[0])]++
@@ -301,7 +301,7 @@ func (l *lane) fill(j *job, from []*entry, ev event, to phase) []*entry {
 		}
 		l.packed = l.packed[:0]
 		for _, en := range from[:n] {
-			if id := logged(&en.enc, en.named); en.phase == to && kindOf(id[0]) == k {
+			if id := logged(&en.enc, en.named); en.phase != finished && kindOf(id[0]) == k {
 				j.entries = append(j.entries, en)
 				l.packed = appendPacked(l.packed, id)
 			}
@@ -493,7 +493,7 @@ func (l *lane) resolve(j *job, a reply) {
 				l.step(en, eventBelieved, nil)
 				continue
 			}
-			l.step(en, eventRemoved, nil)
+			l.step(en, eventGone, nil)
 			l.r.counts.takenBack.Add(1)
 		}
 	case modeAdd, modeLook:

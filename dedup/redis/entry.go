@@ -48,18 +48,15 @@ const (
 	eventFull                   // there is no room for it
 	eventKeysFull               // there is no room for its key
 
-	eventSent           // in a batch that adds it
-	eventWithdrawn      // in a batch that takes it back
+	eventSent           // in a batch that adds it, or takes it back
 	eventUndone         // that batch was certainly not done
-	eventRemoved        // it was taken back
-	eventBelieved       // it was not: other instances have answered for it
-	eventLost           // Redis has lost the batch that added it
+	eventBelieved       // it was not taken back: other instances have answered for it
+	eventGone           // Redis does not have it any more: it was taken back, or lost
 	eventSealed         // no batch of its epoch is done any more
 	eventAskedAgain     // its attempt is made again, by a request that does not wait
 	eventAnsweredAlone  // a request was answered as new without Redis
 	eventAnsweredBeside // a request that waited has another answer
-	eventOverdue        // a request will soon get 503
-	eventRefusal        // a request got 503
+	eventRefused        // a request got 503, or soon will
 
 	numEvents
 )
@@ -123,7 +120,7 @@ func (s state) on(e event) (state, effects) {
 		s, fx = s.turned()
 	case e == eventAnsweredAlone:
 		s.alone = true
-	case e == eventOverdue || e == eventRefusal:
+	case e == eventRefused:
 		s.uncertain = true
 	case s.phase == flying:
 		s, fx = s.onFlying(e)
@@ -145,7 +142,7 @@ func (s state) onQueued(e event) (state, effects) {
 	case eventAnsweredAlone:
 		s.phase = finished
 		return s, effects{log: asUnsent}
-	case eventAnsweredBeside, eventRefusal:
+	case eventAnsweredBeside:
 		if s.waiting == noRequest {
 			s.phase = finished
 		}
@@ -172,9 +169,9 @@ func (s state) onFlying(e event) (state, effects) {
 
 func (s state) onUnanswered(e event) (state, effects) {
 	switch e {
-	case eventWithdrawn:
+	case eventSent:
 		s.phase = taking
-	case eventLost:
+	case eventGone:
 		return s.notInRedis()
 	case eventAskedAgain: // that request gets Unique
 		s.phase = finished
@@ -187,7 +184,7 @@ func (s state) onTaking(e event) (state, effects) {
 	switch e {
 	case eventUndone:
 		return s.inRedis()
-	case eventRemoved, eventLost: // a request may have sent it again meanwhile
+	case eventGone: // a request may have sent it again meanwhile
 		return s.notInRedis()
 	case eventBelieved: // the next request here is the one that it is new to, if there is one
 		if s.alone || s.waiting == itsAttempt {

@@ -201,6 +201,35 @@ func TestRedisIDsNobodyWasToldAboutAreNobodys(t *testing.T) {
 	}
 }
 
+// TestRedisIDsInDoubtAreNoRepeatsWhenTheEpochIsFull: an instance only looks for ids then. One
+// that another instance has added without an answer may yet be taken back.
+func TestRedisIDsInDoubtAreNoRepeatsWhenTheEpochIsFull(t *testing.T) {
+	server := startRedis(t)
+	way := startProxy(t, server.Addr)
+	full := func(c *Config) { c.MaxIDs = 2 }
+	a, b := newRedis(t, way.addr(), full), newRedis(t, server.Addr, full)
+	ea, eb := settest.NewEpochs(t, a), settest.NewEpochs(t, b)
+	wantInTime(t, a, ea, "1", dedup.Unique)
+	goDeaf(t, server, way, a)
+	if v, err := ea.Add(t, a, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Fatalf("without a reply: %v, %v", v, err)
+	}
+	testproc.Until(t, "the id is in Redis", func() bool {
+		return server.do("SCARD", a.lanes[0].key+":"+eb.Last().State.(*redisEpoch).key+":d") == "2"
+	})
+	wantInTime(t, b, eb, "1", dedup.Repeat) // from here on the epoch is full to b
+	if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+		t.Errorf("at the other instance: %v, %v; want ErrUnavailable", v, err)
+	}
+	way.deaf.Store(false)
+	way.cut(0)
+	untilSettled(t, a)
+	wantInTime(t, b, eb, "42", dedup.Unique)
+	if n, exact := sealed(t, eb, b, 0); n != 2 || !exact {
+		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
+	}
+}
+
 // TestRedisIDsNobodyAsksForAgainAreNotCounted: the count is that of the answers.
 func TestRedisIDsNobodyAsksForAgainAreNotCounted(t *testing.T) {
 	server := startRedis(t)

@@ -538,7 +538,7 @@ local function batch(key, a, undo)
       lists[k], parts[k] = ids, codes
     end
   end
-  local named = ''
+  local named, asks = '', mode == 'a' or mode == 'l'
   local codes, list, inexact
   if a[15] then
     local tokens, added = held[TOKENS]
@@ -547,7 +547,7 @@ local function batch(key, a, undo)
     if replay then twice = twice + #codes - added end
     if held[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, held[TOKENS] end
     n = n + added
-    if mode == 'a' or mode == 'l' then
+    if asks then
       local mine, others = {}
       for i = 1, #codes do
         local id, code = list[4 * i - 2], codes[i]
@@ -567,10 +567,10 @@ local function batch(key, a, undo)
   for k = 1, PLAIN do
     local ids, codes = lists[k] or {}, parts[k]
     if mode == 'a' and not codes then mine[#mine + 1] = a[10 + k] end -- the list as it is
-    for i = 1, mode == 'a' and codes and #ids or 0 do
+    for i = 1, asks and codes and #ids or 0 do
       if codes[i] == '1' then
         mine[#mine + 1] = pack(ids[i])
-      else
+      elseif codes[i] == '0' then
         others = others or doubts(key, session, epoch, now or clock())
         if among(others, ids[i]) then codes[i] = '2' end
       end

@@ -322,7 +322,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		codes, named = m.judge(codes, func(i int) string { return b.named[i].id }, b.session, "")
 	}
 	n += more
-	if mode == "a" {
+	if mode == "a" || mode == "l" {
 		answer, doubt = m.judge(answer, func(i int) string { return all[i] }, b.session, b.epoch)
 		doubt = append(doubt, named...)
 	}

@@ -310,7 +310,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	}
 	if !r.cfg.FailOpen {
 		if en != nil {
-			l.step(en, eventRefusal, nil)
+			l.step(en, eventRefused, nil)
 		}
 		return dedup.Repeat, r.unavailable()
 	}
@@ -405,7 +405,7 @@ func (l *lane) expire(now int64) {
 	defer l.unlock()
 	if j, a := l.job, l.byTime.next; j != nil && !j.overdue && a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout)/2 {
 		j.overdue = true // the group is to know before the first is refused
-		l.stepAll(j.entries, eventOverdue)
+		l.stepAll(j.entries, eventRefused)
 	}
 	for a := l.byTime.next; a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout); a = l.byTime.next {
 		en := a.of

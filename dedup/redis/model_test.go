@@ -303,13 +303,14 @@ func (w *model) stepAll(m *modelMember, entries []*modelEntry, e event) {
 // instance is killed in that moment.
 func (w *model) refuse(m *modelMember, en *modelEntry) bool {
 	if w.rules.announce {
-		if w.step(m, en, eventOverdue); en.uncertain {
+		if w.step(m, en, eventRefused); en.uncertain {
 			w.beat(m)
 		}
 	}
 	en.waiting = noRequest
 	w.note("    %s refuses %d", m.name, en.id)
-	if w.step(m, en, eventRefusal); !en.uncertain {
+	w.step(m, en, eventRefused)
+	if w.step(m, en, eventAnsweredBeside); !en.uncertain {
 		return true
 	}
 	if w.down {
@@ -346,7 +347,7 @@ func (m *modelMember) choose() *modelJob {
 		return len(j.entries) > 0
 	}
 	switch {
-	case take("r", unanswered, eventWithdrawn):
+	case take("r", unanswered, eventSent):
 	case m.lost:
 		j.batch.mode = "p"
 		for _, a := range m.log {
@@ -400,7 +401,7 @@ func (w *model) resolve(m *modelMember, j *modelJob, codes string) {
 		en.seq = m.seq
 		e := map[byte]event{'0': eventThere, '1': eventAdded, '2': eventInDoubt, '5': eventBelieved}[codes[i]]
 		if j.batch.mode == "r" && codes[i] == '1' {
-			e = eventRemoved
+			e = eventGone
 		}
 		w.step(m, en, e)
 	}
@@ -450,7 +451,7 @@ func (w *model) recover(m *modelMember, j *modelJob, a laneAnswer, replyLost boo
 			if w.rules.took {
 				m.uncertain++
 			}
-			w.step(m, en, eventLost)
+			w.step(m, en, eventGone)
 			j.entries = slices.DeleteFunc(j.entries, func(x *modelEntry) bool { return x == en })
 		}
 	}

@@ -209,7 +209,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 		lost := some && en.seq > kept
 		if lost {
 			r.ledger.addUncertain(en.key.epoch.group, 1)
-			l.step(en, eventLost, nil)
+			l.step(en, eventGone, nil)
 		}
 		return lost
 	}

@@ -378,8 +378,8 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 			err = cmp.Or(err, cause)
 		}
 		verdicts[i] = v
-		if m != nil && v == dedup.Unique {
-			r.countUnder(e, m.under)
+		if v == dedup.Unique {
+			r.countUnder(e, m)
 		}
 	}
 	for i := range items {
