@@ -39,15 +39,13 @@ func (e epochs) add(t testing.TB, s Set, n int, id string) (Verdict, error) {
 		t.Fatal("the counter is sealed")
 	}
 	v, err := addTo(s, in.Epoch, []byte(id))
-	switch {
-	case err != nil || v == Turned:
-		in.Leave(counter.Void)
-	case v == Unique:
-		in.Leave(counter.Unique)
-	default:
-		in.Leave(counter.Repeat)
-	}
+	leave(in, v)
 	return v, err
+}
+
+// leave ends the stay of a request whose id got that verdict.
+func leave(in counter.Entry, v Verdict) {
+	in.Leave([Verdicts]counter.Outcome{Unique: counter.Unique, Repeat: counter.Repeat}[v])
 }
 
 func (e epochs) want(t testing.TB, s Set, n int, id string, want Verdict) {

@@ -177,17 +177,13 @@ func (k *keptScene) total(next *successor, serial uint64, answered, brought int)
 // TestInterleavingsOfRecords: the process is killed between any two stores, among
 // them those of the words of a record.
 func TestInterleavingsOfRecords(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(1, 1, 2), func(r *explore.Run) {
-				k := newKept(r, 1)
-				a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(9, 3)
-				k.adds(r, "abc", 0, a, b, c)
-				k.adds(r, "ba", 0, b, a)
-				r.Check(k.check)
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(1, 1, 2), func(r *explore.Run, kind kind) {
+		k := newKept(r, 1)
+		a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(9, 3)
+		k.adds(r, "abc", 0, a, b, c)
+		k.adds(r, "ba", 0, b, a)
+		r.Check(k.check)
+	})
 }
 
 // TestInterleavingsOfChunks: more ids than a segment has room for.
@@ -208,34 +204,30 @@ func TestInterleavingsOfChunks(t *testing.T) {
 // TestInterleavingsOfPublishing: an epoch is left, its count published and its slot
 // ended, while requests are inside it, or add to the next.
 func TestInterleavingsOfPublishing(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
-				k := newKept(r, 1)
-				first := k.epochs[0]
-				k.added = []add{{epoch: 0, key: kind.key(7, 1)}, {epoch: 0, key: kind.key(7, 2)}}
-				for i := range k.added {
-					a := &k.added[i]
-					r.Go(fmt.Sprint("request ", i), func() { k.answer(a) })
-				}
-				r.Go("turn", func() { k.c.TurnFrom(first) })
-				r.Go("closer", func() {
-					for k.c.Last() == first || !first.Idle() {
-						explore.Wait()
-					}
-					k.published.Store(first.Unique() + 1)
-					first.State.Retire()
-				})
-				r.Check(func() error {
-					k.epochs = []*counter.Epoch{first}
-					if last := k.c.Last(); last != first {
-						k.epochs = append(k.epochs, last)
-					}
-					return k.check()
-				})
-			})
+	eachKind(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run, kind kind) {
+		k := newKept(r, 1)
+		first := k.epochs[0]
+		k.added = []add{{epoch: 0, key: kind.key(7, 1)}, {epoch: 0, key: kind.key(7, 2)}}
+		for i := range k.added {
+			a := &k.added[i]
+			r.Go(fmt.Sprint("request ", i), func() { k.answer(a) })
+		}
+		r.Go("turn", func() { k.c.TurnFrom(first) })
+		r.Go("closer", func() {
+			for k.c.Last() == first || !first.Idle() {
+				explore.Wait()
+			}
+			k.published.Store(first.Unique() + 1)
+			first.State.Retire()
 		})
-	}
+		r.Check(func() error {
+			k.epochs = []*counter.Epoch{first}
+			if last := k.c.Last(); last != first {
+				k.epochs = append(k.epochs, last)
+			}
+			return k.check()
+		})
+	})
 }
 
 // answer is a request that adds a key to the open epoch, as the server does.

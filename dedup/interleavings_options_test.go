@@ -77,20 +77,16 @@ func oneCounts(attempts *[2]attempt) error {
 // TestInterleavingsOfAttempts: two attempts to count one id with one token, while the epoch
 // turns. One counts, the other is its replay.
 func TestInterleavingsOfAttempts(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(1, 2, 3), func(r *explore.Run) {
-				s := newScene(Config{}, 1, 1)
-				s.renewTables()
-				first := s.epochs[0]
-				attempts := s.tryTwice(r, kind.key(7, 1))
-				r.Go("turn", func() { s.c.TurnFrom(first) })
-				r.Check(func() error {
-					return oneCounts(attempts)
-				})
-			})
+	eachKind(t, explore.OptionsFor(1, 2, 3), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, 1, 1)
+		s.renewTables()
+		first := s.epochs[0]
+		attempts := s.tryTwice(r, kind.key(7, 1))
+		r.Go("turn", func() { s.c.TurnFrom(first) })
+		r.Check(func() error {
+			return oneCounts(attempts)
 		})
-	}
+	})
 }
 
 // TestInterleavingsOfSieves: the same, and behind the turn the cleaner fills the sieves of the
@@ -123,34 +119,30 @@ func TestInterleavingsOfSieves(t *testing.T) {
 // TestInterleavingsOfAttemptsKilled: the same, and the process is killed anywhere. The next
 // one has the id once or not at all, with its token; it has it if an attempt was answered.
 func TestInterleavingsOfAttemptsKilled(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
-				k := newKept(r, 1)
-				first, key := k.epochs[0], kind.key(7, 1)
-				attempts := k.tryTwice(r, key)
-				r.Go("turn", func() { k.c.TurnFrom(first) })
-				r.Check(func() error {
-					f, err := k.recall()
-					if err != nil {
-						return err
-					}
-					defer letGo(f.Memory)
-					records := uint64(0)
-					for _, l := range f.journal.counts {
-						records += l.sum()
-					}
-					word := f.secret.tokenWord(key, attemptOptions.Token)
-					has := f.recalled.tokens.has(word) || f.recalled.past.has(word)
-					answered := attempts[0].done || attempts[1].done
-					if records > 1 || answered && records == 0 || has != (records == 1) {
-						return fmt.Errorf("%d records; the token is there: %t; an attempt was answered: %t", records, has, answered)
-					}
-					return nil
-				})
-			})
+	eachKind(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run, kind kind) {
+		k := newKept(r, 1)
+		first, key := k.epochs[0], kind.key(7, 1)
+		attempts := k.tryTwice(r, key)
+		r.Go("turn", func() { k.c.TurnFrom(first) })
+		r.Check(func() error {
+			f, err := k.recall()
+			if err != nil {
+				return err
+			}
+			defer letGo(f.Memory)
+			records := uint64(0)
+			for _, l := range f.journal.counts {
+				records += l.sum()
+			}
+			word := f.secret.tokenWord(key, attemptOptions.Token)
+			has := f.recalled.tokens.has(word) || f.recalled.past.has(word)
+			answered := attempts[0].done || attempts[1].done
+			if records > 1 || answered && records == 0 || has != (records == 1) {
+				return fmt.Errorf("%d records; the token is there: %t; an attempt was answered: %t", records, has, answered)
+			}
+			return nil
 		})
-	}
+	})
 }
 
 // TestInterleavingsOfTokens: two ids with tokens make the table of tokens, one of them while

@@ -94,18 +94,14 @@ func (s *scene) explained(h *history) error {
 // TestInterleavingsOfASet: two writers of one key, one of a key that wants its slot, and a
 // reader.
 func TestInterleavingsOfASet(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
-				s, h := newScene(Config{}, 1, 1), new(history)
-				a, b := question{key: kind.key(7, 1)}, question{key: kind.key(7, 2)}
-				s.asks(r, h, 0, a)
-				s.asks(r, h, 1, b, a)
-				s.asks(r, h, 2, look(a), look(a))
-				r.Check(func() error { return s.explained(h) })
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run, kind kind) {
+		s, h := newScene(Config{}, 1, 1), new(history)
+		a, b := question{key: kind.key(7, 1)}, question{key: kind.key(7, 2)}
+		s.asks(r, h, 0, a)
+		s.asks(r, h, 1, b, a)
+		s.asks(r, h, 2, look(a), look(a))
+		r.Check(func() error { return s.explained(h) })
+	})
 }
 
 func look(q question) question {
@@ -116,16 +112,12 @@ func look(q question) question {
 // TestInterleavingsOfASetThatTurns: a writer and a reader of an epoch, and those of the next
 // one, which takes the slots.
 func TestInterleavingsOfASetThatTurns(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
-				s, h := newScene(Config{}, lap, 2), new(history)
-				a, b := kind.key(7, 1), kind.key(7, 2)
-				s.asks(r, h, 0, question{key: a}, question{key: a})
-				s.asks(r, h, 1, question{epoch: 1, key: b}, question{epoch: 1, key: a, look: true})
-				s.asks(r, h, 2, question{epoch: 1, key: a}, question{epoch: 1, key: a, look: true})
-				r.Check(func() error { return s.explained(h) })
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run, kind kind) {
+		s, h := newScene(Config{}, lap, 2), new(history)
+		a, b := kind.key(7, 1), kind.key(7, 2)
+		s.asks(r, h, 0, question{key: a}, question{key: a})
+		s.asks(r, h, 1, question{epoch: 1, key: b}, question{epoch: 1, key: a, look: true})
+		s.asks(r, h, 2, question{epoch: 1, key: a}, question{epoch: 1, key: a, look: true})
+		r.Check(func() error { return s.explained(h) })
+	})
 }

@@ -12,14 +12,25 @@ import (
 	"verve/internal/explore"
 )
 
-// kinds of ids: each scenario runs with both.
-var kinds = []struct {
+// kind is a kind of ids.
+type kind struct {
 	name string
 	key  func(home, id uint64) Key // ids of one home meet in one slot
-}{
+}
+
+var kinds = []kind{
 	{"narrow", func(home, id uint64) Key { return Key{lo: home<<60 | id<<20, kind: narrowKind} }},
 	// All share the first word of their key, but for the home.
 	{"wide", func(home, id uint64) Key { return Key{hi: home<<60 | 1<<20, lo: id, kind: wideKind} }},
+}
+
+// eachKind explores a scenario with each kind of ids.
+func eachKind(t *testing.T, o explore.Options, scenario func(r *explore.Run, kind kind)) {
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) {
+			explore.Explore(t, o, func(r *explore.Run) { scenario(r, kind) })
+		})
+	}
 }
 
 // scene is a Memory whose epochs are opened by hand.
@@ -180,33 +191,25 @@ func (s *scene) room() error {
 
 // TestInterleavingsOfAnAdd: requests for one id, and for one that wants its slot.
 func TestInterleavingsOfAnAdd(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run) {
-				s := newScene(Config{}, 1, 1)
-				a, b := kind.key(7, 1), kind.key(7, 2)
-				s.adds(r, "a", 0, a)
-				s.adds(r, "a again", 0, a)
-				s.adds(r, "b", 0, b)
-				r.Check(s.room)
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, 1, 1)
+		a, b := kind.key(7, 1), kind.key(7, 2)
+		s.adds(r, "a", 0, a)
+		s.adds(r, "a again", 0, a)
+		s.adds(r, "b", 0, b)
+		r.Check(s.room)
+	})
 }
 
 // TestInterleavingsOfBatches: the same ids in two orders.
 func TestInterleavingsOfBatches(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run) {
-				s := newScene(Config{}, 1, 1)
-				a, b := kind.key(7, 1), kind.key(7, 2)
-				s.adds(r, "ab", 0, a, b)
-				s.adds(r, "bba", 0, b, b, a)
-				r.Check(s.room)
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, 1, 1)
+		a, b := kind.key(7, 1), kind.key(7, 2)
+		s.adds(r, "ab", 0, a, b)
+		s.adds(r, "bba", 0, b, b, a)
+		r.Check(s.room)
+	})
 }
 
 // TestInterleavingsOfAStraggler: requests of an epoch add while the next one takes
@@ -232,52 +235,44 @@ func TestInterleavingsOfAStraggler(t *testing.T) {
 
 // TestInterleavingsOfThreeEpochs: two of them write where a third still reads.
 func TestInterleavingsOfThreeEpochs(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
-				s := newScene(Config{}, lap-1, 3)
-				a, b := kind.key(7, 1), kind.key(7, 2)
-				s.set(0, a)
-				s.adds(r, "first a", 0, a)
-				s.adds(r, "second b", 1, b)
-				s.adds(r, "third a", 2, a)
-				s.adds(r, "third b", 2, b)
-				r.Check(s.room)
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, lap-1, 3)
+		a, b := kind.key(7, 1), kind.key(7, 2)
+		s.set(0, a)
+		s.adds(r, "first a", 0, a)
+		s.adds(r, "second b", 1, b)
+		s.adds(r, "third a", 2, a)
+		s.adds(r, "third b", 2, b)
+		r.Check(s.room)
+	})
 }
 
 // TestInterleavingsOfASweep: the cleaner empties what the adds take.
 func TestInterleavingsOfASweep(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
-				s := newScene(Config{}, 1, 1)
-				a, b := kind.key(7, 1), kind.key(8, 2)
-				s.set(0, a, b)
-				s.added = nil
-				// As if staleAge and more epochs had been opened and left since.
-				*s = *s.after(staleAge + 2)
-				s.adds(r, "a", 0, a)
-				s.adds(r, "a again", 0, a)
-				r.Go("cleaner", s.m.reclaim)
-				r.Check(func() error {
-					if err := s.room(); err != nil {
-						return err
-					}
-					first := s.m.narrow.open.levels[0].Load().buckets[0][8].Load()
-					if kind.name == "wide" {
-						first = s.m.wide.open.levels[0].Load().buckets[0][8][0].Load()
-					}
-					if first != 0 {
-						return fmt.Errorf("the cleaner left the word %#x of an epoch long past", first)
-					}
-					return nil
-				})
-			})
+	eachKind(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, 1, 1)
+		a, b := kind.key(7, 1), kind.key(8, 2)
+		s.set(0, a, b)
+		s.added = nil
+		// As if staleAge and more epochs had been opened and left since.
+		*s = *s.after(staleAge + 2)
+		s.adds(r, "a", 0, a)
+		s.adds(r, "a again", 0, a)
+		r.Go("cleaner", s.m.reclaim)
+		r.Check(func() error {
+			if err := s.room(); err != nil {
+				return err
+			}
+			first := s.m.narrow.open.levels[0].Load().buckets[0][8].Load()
+			if kind.name == "wide" {
+				first = s.m.wide.open.levels[0].Load().buckets[0][8][0].Load()
+			}
+			if first != 0 {
+				return fmt.Errorf("the cleaner left the word %#x of an epoch long past", first)
+			}
+			return nil
 		})
-	}
+	})
 }
 
 // after returns the scene n epochs later, with the open one alone.
@@ -307,65 +302,53 @@ func (s *scene) crowd(key func(home, id uint64) Key, free uint64) {
 // TestInterleavingsOfGrowth: the last slot of a level is taken, and one level is added
 // by the requests that find it full.
 func TestInterleavingsOfGrowth(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(1, 3, explore.All), func(r *explore.Run) {
-				s := newScene(Config{}, 1, 1)
-				s.crowd(kind.key, 1)
-				a, b := kind.key(7, 1), kind.key(7, 2)
-				s.adds(r, "a", 0, a)
-				s.adds(r, "a again", 0, a)
-				s.adds(r, "b", 0, b)
-				r.Check(func() error {
-					if depth := s.m.narrow.open.depth + s.m.wide.open.depth; depth != 3 {
-						return fmt.Errorf("there are %d levels, want 3", depth)
-					}
-					return s.room()
-				})
-			})
+	eachKind(t, explore.OptionsFor(1, 3, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, 1, 1)
+		s.crowd(kind.key, 1)
+		a, b := kind.key(7, 1), kind.key(7, 2)
+		s.adds(r, "a", 0, a)
+		s.adds(r, "a again", 0, a)
+		s.adds(r, "b", 0, b)
+		r.Check(func() error {
+			if depth := s.m.narrow.open.depth + s.m.wide.open.depth; depth != 3 {
+				return fmt.Errorf("there are %d levels, want 3", depth)
+			}
+			return s.room()
 		})
-	}
+	})
 }
 
 // TestInterleavingsOfGrowthAhead: the cleaner adds a level meanwhile.
 func TestInterleavingsOfGrowthAhead(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
-				s := newScene(Config{}, 1, 1)
-				s.crowd(kind.key, 1)
-				s.m.narrow.open.checking.Store(kind.name == "narrow")
-				s.m.wide.open.checking.Store(kind.name == "wide")
-				a, b := kind.key(7, 1), kind.key(7, 2)
-				s.adds(r, "ab", 0, a, b)
-				s.adds(r, "b", 0, b)
-				r.Go("cleaner", s.m.growAhead)
-				r.Check(func() error {
-					if has, used := s.m.narrow.open.bytes+s.m.wide.open.bytes, s.m.arena.used.Load(); has != used {
-						return fmt.Errorf("the levels have %d bytes, and %d are in use", has, used)
-					}
-					return s.room()
-				})
-			})
+	eachKind(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{}, 1, 1)
+		s.crowd(kind.key, 1)
+		s.m.narrow.open.checking.Store(kind.name == "narrow")
+		s.m.wide.open.checking.Store(kind.name == "wide")
+		a, b := kind.key(7, 1), kind.key(7, 2)
+		s.adds(r, "ab", 0, a, b)
+		s.adds(r, "b", 0, b)
+		r.Go("cleaner", s.m.growAhead)
+		r.Check(func() error {
+			if has, used := s.m.narrow.open.bytes+s.m.wide.open.bytes, s.m.arena.used.Load(); has != used {
+				return fmt.Errorf("the levels have %d bytes, and %d are in use", has, used)
+			}
+			return s.room()
 		})
-	}
+	})
 }
 
 // TestInterleavingsOfTheLimit: with room for two ids exactly two get in, repeats are
 // known, and take no room.
 func TestInterleavingsOfTheLimit(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run) {
-				s := newScene(Config{MaxIDs: 2}, 1, 1)
-				a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(8, 3)
-				s.adds(r, "a", 0, a)
-				s.adds(r, "a again", 0, a)
-				s.adds(r, "bc", 0, b, c)
-				r.Check(func() error { return s.limited(2, 0) })
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{MaxIDs: 2}, 1, 1)
+		a, b, c := kind.key(7, 1), kind.key(7, 2), kind.key(8, 3)
+		s.adds(r, "a", 0, a)
+		s.adds(r, "a again", 0, a)
+		s.adds(r, "bc", 0, b, c)
+		r.Check(func() error { return s.limited(2, 0) })
+	})
 }
 
 // limited checks that max ids are in, or so many more, and that none was refused
@@ -385,17 +368,13 @@ func (s *scene) limited(max, over int) error {
 // TestInterleavingsOfTheLimitComingNear: the epoch becomes strict while requests add.
 // Only those under way then may be too many.
 func TestInterleavingsOfTheLimitComingNear(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
-				s := newScene(Config{MaxIDs: 3}, 1, 1)
-				for id := range uint64(3) {
-					s.visits(r, fmt.Sprint("id ", id), kind.key(2*id, 10+id), kind.key(2*id, 20+id))
-				}
-				r.Check(func() error { return s.limited(3, 2) })
-			})
-		})
-	}
+	eachKind(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{MaxIDs: 3}, 1, 1)
+		for id := range uint64(3) {
+			s.visits(r, fmt.Sprint("id ", id), kind.key(2*id, 10+id), kind.key(2*id, 20+id))
+		}
+		r.Check(func() error { return s.limited(3, 2) })
+	})
 }
 
 // TestInterleavingsOfTheLimitBetweenSamples: one id is sampled, and with it the epoch becomes
@@ -403,31 +382,27 @@ func TestInterleavingsOfTheLimitComingNear(t *testing.T) {
 // more than the request under way, all of those too many came before the epoch was strict:
 // what was left was found after that, and has them.
 func TestInterleavingsOfTheLimitBetweenSamples(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
-				s := newScene(Config{MaxIDs: 3}, 1, 1)
-				for id := range uint64(4) {
-					k := kind.key(2*id, 10+id)
-					k.lo |= 1 << 50
-					s.added = append(s.added, add{key: k})
-				}
-				view, late := s.epochs[0].State.(*View), 0
-				r.Go("not sampled", func() {
-					for i := range 4 {
-						strict := view.tight.Load()
-						s.visit(&s.added[i])
-						late += b2i(strict && s.added[i].verdict == Unique)
-					}
-				})
-				s.visits(r, "sampled", kind.key(9, 1))
-				r.Check(func() error {
-					if late > 0 {
-						return s.limited(3, 1)
-					}
-					return s.limited(3, 2)
-				})
-			})
+	eachKind(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run, kind kind) {
+		s := newScene(Config{MaxIDs: 3}, 1, 1)
+		for id := range uint64(4) {
+			k := kind.key(2*id, 10+id)
+			k.lo |= 1 << 50
+			s.added = append(s.added, add{key: k})
+		}
+		view, late := s.epochs[0].State.(*View), 0
+		r.Go("not sampled", func() {
+			for i := range 4 {
+				strict := view.tight.Load()
+				s.visit(&s.added[i])
+				late += b2i(strict && s.added[i].verdict == Unique)
+			}
 		})
-	}
+		s.visits(r, "sampled", kind.key(9, 1))
+		r.Check(func() error {
+			if late > 0 {
+				return s.limited(3, 1)
+			}
+			return s.limited(3, 2)
+		})
+	})
 }

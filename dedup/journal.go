@@ -377,16 +377,16 @@ func (j *journal) create() error {
 	}
 	copy(header[headerSecretAt:], j.secret.words())
 	header[headerCheckAt] = checkOf(header[:headerCheckAt])
-	if err := j.replaceState(header); err != nil {
+	if err := j.makeFile(stateName, stateBytes, header); err != nil {
 		return err
 	}
 	return durable.SyncDir(filepath.Dir(j.dir))
 }
 
-// replaceState makes a state file with these words and zeros behind them, in the place of
-// the one there, if there is one. It is complete before it has its name.
-func (j *journal) replaceState(words []uint64) (err error) {
-	path := filepath.Join(j.dir, stateName)
+// makeFile makes a file of size bytes with these words and zeros behind them, in the place of
+// the one of that name, if there is one. The file is complete and synced before it has its name.
+func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
+	path := filepath.Join(j.dir, name)
 	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
@@ -398,7 +398,7 @@ func (j *journal) replaceState(words []uint64) (err error) {
 		}
 	}()
 	for _, step := range []func() error{
-		func() error { return durable.Allocate(f, stateBytes) },
+		func() error { return durable.Allocate(f, size) },
 		func() error { _, err := f.WriteAt(bytesOf(words), 0); return err },
 		f.Sync,
 		func() error { return os.Rename(path+tmpSuffix, path) },

@@ -221,15 +221,7 @@ func (p *life) add(now time.Time, id string) (Verdict, time.Time, error) {
 	} else {
 		v, err = addTo(p.m, in.Epoch, []byte(id))
 	}
-	o := counter.Void
-	switch {
-	case err != nil:
-	case v == Unique:
-		o = counter.Unique
-	case v == Repeat:
-		o = counter.Repeat
-	}
-	in.Leave(o)
+	leave(in, v)
 	return v, in.Start(), err
 }
 
@@ -386,7 +378,7 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 			again()
 		case 1: // stop
 			for _, s := range inside {
-				s.Leave(outcome(s.v))
+				leave(s.Entry, s.v)
 			}
 			inside = nil
 			l.mu.Lock()
@@ -428,7 +420,7 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 		case 9:
 			if len(inside) > 0 {
 				i := rnd.IntN(len(inside))
-				inside[i].Leave(outcome(inside[i].v))
+				leave(inside[i].Entry, inside[i].v)
 				inside[i] = inside[len(inside)-1]
 				inside = inside[:len(inside)-1]
 			}
@@ -476,13 +468,13 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 				if rnd.IntN(50) == 0 {
 					inside = append(inside, stay{in, v}) // its answer comes later, or never
 				} else {
-					in.Leave(outcome(v))
+					leave(in, v)
 				}
 			}
 		}
 	}
 	for _, s := range inside {
-		s.Leave(outcome(s.v))
+		leave(s.Entry, s.v)
 	}
 	for l.block { // the publisher hangs: the next life says the rest
 		p.kill()
@@ -505,13 +497,6 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 	if l.topic != nil {
 		l.topic.check(want)
 	}
-}
-
-func outcome(v Verdict) counter.Outcome {
-	if v == Unique {
-		return counter.Unique
-	}
-	return counter.Repeat
 }
 
 // TestEveryStepOfASlotLeavesTheOldOrTheNew copies the files between every two
@@ -1709,15 +1694,9 @@ func liveUntilKilled(dir string) {
 				}
 				v, err := addTo(m, in.Epoch, []byte(id))
 				check(err)
-				word := "failed"
-				switch v {
-				case Unique:
-					word = "ok"
-					in.Leave(counter.Unique)
-				case Repeat:
-					in.Leave(counter.Repeat)
-				default:
-					in.Leave(counter.Void)
+				leave(in, v)
+				word := map[Verdict]string{Unique: "ok", Repeat: "failed"}[v]
+				if word == "" {
 					continue
 				}
 				line = fmt.Appendf(line[:0], "%d %s %s\n", in.Start().UnixNano(), id, word)

@@ -28,14 +28,7 @@ func (p *life) with(now time.Time, id, under, token string) (Verdict, time.Time,
 		p.t.Fatal("sealed")
 	}
 	v, err := addOptions(p.m, in.Epoch, id, under, token)
-	o := counter.Void
-	switch v {
-	case Unique:
-		o = counter.Unique
-	case Repeat:
-		o = counter.Repeat
-	}
-	in.Leave(o)
+	leave(in, v)
 	return v, in.Start(), err
 }
 
@@ -186,11 +179,7 @@ func TestAttemptsAtOnceAreCountedOnce(t *testing.T) {
 								return
 							}
 							v, err := addOptions(m, in.Epoch, id, "", fmt.Sprint("token ", which))
-							if v == Unique {
-								in.Leave(counter.Unique)
-							} else {
-								in.Leave(counter.Void)
-							}
+							leave(in, v)
 							switch {
 							case err != nil:
 								t.Error(err)
@@ -397,7 +386,7 @@ func TestTokensServeInTheNextWindowOnly(t *testing.T) {
 	}{{0, Unique}, {0, Replayed}, {1, ReplayedBefore}, {2, Unique}, {4, Unique}, {5, ReplayedBefore}} {
 		in, _ := e.Counter.Enter(e.At(tt.window), 0)
 		v, err := addOptions(m, in.Epoch, "1", "a key", "a token")
-		in.LeaveMany(uint64(b2u(v == Unique)), 0, uint64(b2u(v != Unique)))
+		leave(in, v)
 		if v != tt.want || err != nil {
 			t.Errorf("window %d: got %v, %v; want %v", tt.window, v, err, tt.want)
 		}
@@ -446,13 +435,6 @@ func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 	if got := epochtest.ByName(in.Epoch.Keys().Counts()); !slices.Equal(got, want) {
 		t.Errorf("by key %v, want %v", got, want)
 	}
-}
-
-func b2u(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 // TestKeysThatTheSpoolLostAreNotGuessed: where the spool has lost what it published by key,

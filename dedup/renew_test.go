@@ -209,7 +209,7 @@ func TestFailedAgainIsReplacedAgain(t *testing.T) {
 			if state, err := os.Stat(filepath.Join(cfg.Dir, stateName)); err != nil || state.Size() == 0 {
 				t.Errorf("round %d: the files that are needed are gone: %v", round, err)
 			}
-			held.Leave(outcome(Repeat))
+			held.Leave(counter.Repeat)
 			time.Sleep(2 * syncEvery)
 			synctest.Wait()
 			if got := d.repairs.Load(); got != int64(round+1) {

@@ -128,54 +128,44 @@ const (
 
 func segmentName(index int) string { return fmt.Sprintf("ids-%05d", index) }
 
-// newSegment makes the file under a temporary name: what has a final name is
-// complete, on the disk and all there.
-func (j *journal) newSegment(index int) (_ *segment, err error) {
-	path := filepath.Join(j.dir, segmentName(index))
-	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		_ = f.Close() // synced, or given up
-		if err != nil {
-			_ = os.Remove(path + tmpSuffix) // else the next start does
-		}
-	}()
-	size := j.segmentChunks * chunkBytes
-	if err = durable.Allocate(f, size); err != nil {
-		return nil, err
-	}
+// newSegment makes a segment.
+func (j *journal) newSegment(index int) (*segment, error) {
 	header := make([]uint64, chunkWords)
 	header[segmentMagicAt], header[segmentIndexAt], header[segmentOwnerAt] = segmentMagic, uint64(index), j.owner()
 	header[segmentCheckAt] = checkOf(header[:segmentCheckAt])
-	if _, err = f.WriteAt(bytesOf(header), 0); err != nil {
+	if err := j.makeFile(segmentName(index), j.segmentChunks*chunkBytes, header); err != nil {
 		return nil, err
 	}
-	if err = f.Sync(); err != nil {
-		return nil, err
-	}
-	memory, err := mapFile(f, size)
+	s, err := j.mapSegment(index)
 	if err != nil {
 		return nil, err
 	}
-	if err = os.Rename(path+tmpSuffix, path); err == nil {
-		err = durable.SyncDir(j.dir)
-	}
-	if err != nil {
-		unmapFile(memory)
-		return nil, err
-	}
-	touch(memory)
-	return &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1, warm: true}, nil
+	touch(s.memory)
+	s.warm = true
+	return s, nil
 }
 
 // openSegment maps a segment of an earlier process and checks its header.
 func (j *journal) openSegment(index int) (*segment, error) {
-	f, err := os.OpenFile(filepath.Join(j.dir, segmentName(index)), os.O_RDWR, 0)
+	s, err := j.mapSegment(index)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, damaged("%s is missing", segmentName(index))
 	}
+	if err != nil {
+		return nil, err
+	}
+	header := s.chunks[0][:]
+	if header[segmentMagicAt] != segmentMagic || header[segmentIndexAt] != uint64(index) ||
+		header[segmentOwnerAt] != j.owner() || header[segmentCheckAt] != checkOf(header[:segmentCheckAt]) {
+		unmapFile(s.memory)
+		return nil, damaged("%s has a bad header", segmentName(index))
+	}
+	return s, nil
+}
+
+// mapSegment maps the file of a segment.
+func (j *journal) mapSegment(index int) (*segment, error) {
+	f, err := os.OpenFile(filepath.Join(j.dir, segmentName(index)), os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -184,14 +174,7 @@ func (j *journal) openSegment(index int) (*segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1}
-	header := s.chunks[0][:]
-	if header[segmentMagicAt] != segmentMagic || header[segmentIndexAt] != uint64(index) ||
-		header[segmentOwnerAt] != j.owner() || header[segmentCheckAt] != checkOf(header[:segmentCheckAt]) {
-		unmapFile(memory)
-		return nil, damaged("%s has a bad header", segmentName(index))
-	}
-	return s, nil
+	return &segment{index: index, memory: memory, chunks: chunksOf(memory), next: 1}, nil
 }
 
 // mapWhole maps a file that must have this size.

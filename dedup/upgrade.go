@@ -76,7 +76,7 @@ func (j *journal) lengthenSlots(f *os.File, header []uint64) error {
 			return damaged("slot %d of the state file is bad", i)
 		}
 	}
-	return j.replaceState(whole)
+	return j.makeFile(stateName, stateBytes, whole)
 }
 
 // lengthen returns today's slot for s; a free one for a free one. The first version knew

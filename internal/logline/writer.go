@@ -8,7 +8,6 @@ package logline
 import (
 	"bytes"
 	"io"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -37,37 +36,28 @@ type Writer struct {
 
 	missing atomic.Uint64 // dropped and not reported yet
 	dropped atomic.Uint64 // dropped ever
-
-	// mu guards the two counts and what waits for them to meet.
-	mu      sync.Mutex
-	taken   uint64 // lines that were queued
-	written uint64 // lines that out has taken or refused
-	moved   chan struct{}
 }
 
-// line is a log line, and how many lines are missing before it.
+// line is a log line, and how many lines are missing before it; or the mark of a Flush.
 type line struct {
 	text    []byte
 	missing uint64
+	flushed chan struct{} // of a mark: closed when the lines before it were written
 }
 
 // NewWriter returns a Writer to out, which one goroutine calls with a line at a
 // time. A line of JSON reports missing ones, so out has to take JSON.
 func NewWriter(out io.Writer) *Writer {
-	w := &Writer{out: out, lines: make(chan line, queued), moved: make(chan struct{})}
+	w := &Writer{out: out, lines: make(chan line, queued)}
 	go w.run()
 	return w
 }
 
 // Write queues a copy of p. It never fails.
 func (w *Writer) Write(p []byte) (int, error) {
-	l := line{text: bytes.Clone(p)}
-	w.mu.Lock() // held for no longer than a send that does not wait
-	defer w.mu.Unlock()
-	l.missing = w.missing.Swap(0)
+	l := line{text: bytes.Clone(p), missing: w.missing.Swap(0)}
 	select {
 	case w.lines <- l:
-		w.taken++
 	default:
 		w.missing.Add(l.missing)
 		w.lost()
@@ -81,23 +71,15 @@ func (w *Writer) Dropped() uint64 { return w.dropped.Load() }
 // Flush waits until the lines that were queued before it are written, or for
 // within: a reader that stalls does not hold the end of the process up for longer.
 func (w *Writer) Flush(within time.Duration) {
-	timeout := time.NewTimer(within)
-	defer timeout.Stop()
-	w.mu.Lock()
-	upTo := w.taken
-	w.mu.Unlock()
-	for {
-		w.mu.Lock()
-		done, moved := w.written >= upTo, w.moved
-		w.mu.Unlock()
-		if done {
-			return
-		}
-		select {
-		case <-moved:
-		case <-timeout.C:
-			return
-		}
+	timeout, mark := time.After(within), line{flushed: make(chan struct{})}
+	select {
+	case w.lines <- mark:
+	case <-timeout:
+		return
+	}
+	select {
+	case <-mark.flushed:
+	case <-timeout:
 	}
 }
 
@@ -109,16 +91,18 @@ func (w *Writer) lost() {
 func (w *Writer) run() {
 	for l := range w.lines {
 		w.report(l.missing)
-		if _, err := w.out.Write(l.text); err != nil {
+		var err error
+		if l.flushed == nil {
+			_, err = w.out.Write(l.text)
+		}
+		if err != nil {
 			w.lost()
 		} else if len(w.lines) == 0 {
 			w.report(w.missing.Swap(0)) // no line follows that would carry it
 		}
-		w.mu.Lock()
-		w.written++
-		close(w.moved)
-		w.moved = make(chan struct{})
-		w.mu.Unlock()
+		if l.flushed != nil {
+			close(l.flushed)
+		}
 	}
 }
 

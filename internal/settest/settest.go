@@ -86,15 +86,13 @@ func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict,
 		t.Fatal("the counter is sealed")
 	}
 	v, err := AddTo(s, in.Epoch, []byte(id))
-	switch {
-	case err != nil || v == dedup.Turned:
-		in.Leave(counter.Void)
-	case v == dedup.Unique:
-		in.Leave(counter.Unique)
-	default:
-		in.Leave(counter.Repeat)
-	}
+	leave(in, v)
 	return v, err
+}
+
+// leave ends the stay of a request whose id got that verdict.
+func leave(in counter.Entry, v dedup.Verdict) {
+	in.Leave([dedup.Verdicts]counter.Outcome{dedup.Unique: counter.Unique, dedup.Repeat: counter.Repeat}[v])
 }
 
 // Want fails the test unless the n-th epoch answers want to id.
@@ -318,14 +316,12 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 							switch v {
 							case dedup.Unique:
 								a.unique++
-								in.Leave(counter.Unique)
 							case dedup.Repeat:
 								a.repeat++
-								in.Leave(counter.Repeat)
 							case dedup.Turned:
 								stale.Add(1)
-								in.Leave(counter.Void)
 							}
+							leave(in, v)
 							given[w][k] = a
 						}
 					}
