@@ -657,7 +657,7 @@ func logLibraries(log zerolog.Logger) {
 	stdlog.SetOutput(log.With().Str("level", "warn").Logger())
 }
 
-// catchSignals does what signalActs lists for each signal, until the process ends.
+// catchSignals does what actOf returns for each signal, until the process ends.
 // The first one that stops the server is sent to the channel returned. A second
 // SIGTERM, SIGINT or SIGQUIT ends the process at once; what follows the first
 // within signalEcho is the same one: timeout(1) and terminals send it to the

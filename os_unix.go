@@ -18,37 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// signalAct is what a signal does to a server. A signal that is neither in
-// signalActs nor in signalsLeft is ignored, with a line in the log.
+// signalAct is what a signal does to a server.
 type signalAct struct {
 	name   string // as unix.SignalName has it
 	stop   bool   // the server stops in order
 	insist bool   // a second one of these ends the process at once
 	dump   bool   // what every goroutine does is logged
-	silent bool   // ignored without a line
-}
-
-// signalActs is the table of docs/operations.md, which has the reason for each.
-var signalActs = []signalAct{
-	{name: "SIGTERM", stop: true, insist: true},
-	{name: "SIGINT", stop: true, insist: true},
-	{name: "SIGQUIT", stop: true, insist: true, dump: true},
-	{name: "SIGABRT", stop: true, dump: true},
-	{name: "SIGHUP"}, // stops a server that was started at a terminal: see actOf
-	{name: "SIGPWR", stop: true},
-	{name: "SIGXCPU", stop: true},
-	{name: sigrtmin3, stop: true},
-	{name: "SIGILL", stop: true},
-	{name: "SIGBUS", stop: true},
-	{name: "SIGFPE", stop: true},
-	{name: "SIGSEGV", stop: true},
-	// A write to a pipe without a reader, or of a file beyond RLIMIT_FSIZE, returns an
-	// error; one to a terminal by a server in its background is done.
-	{name: "SIGPIPE", silent: true},
-	{name: "SIGXFSZ", silent: true},
-	{name: "SIGTSTP", silent: true},
-	{name: "SIGTTIN", silent: true},
-	{name: "SIGTTOU", silent: true},
+	silent bool   // ignored without a line in the log
 }
 
 // signalsLeft are those that cannot be caught, that the Go runtime needs for
@@ -74,17 +50,27 @@ func signalName(s os.Signal) string {
 	return fmt.Sprintf("signal %d", n)
 }
 
-// actOf returns what the signal does.
+// actOf returns what a signal does that is not in signalsLeft. The table of
+// docs/operations.md has the same, with reasons.
 func actOf(s os.Signal) signalAct {
-	name := signalName(s)
-	for _, a := range signalActs {
-		if a.name == name {
-			// Log rotation sends it to daemons; a terminal sends it as it is closed.
-			a.stop = a.stop || s == syscall.SIGHUP && atTerminal
-			return a
-		}
+	a := signalAct{name: signalName(s)}
+	switch a.name {
+	case "SIGTERM", "SIGINT":
+		a.stop, a.insist = true, true
+	case "SIGQUIT":
+		a.stop, a.insist, a.dump = true, true, true
+	case "SIGABRT":
+		a.stop, a.dump = true, true
+	case "SIGPWR", "SIGXCPU", sigrtmin3, "SIGILL", "SIGBUS", "SIGFPE", "SIGSEGV":
+		a.stop = true
+	case "SIGHUP": // log rotation sends it to daemons; a terminal sends it as it is closed
+		a.stop = atTerminal
+	case "SIGPIPE", "SIGXFSZ", "SIGTSTP", "SIGTTIN", "SIGTTOU":
+		// A write to a pipe without a reader, or of a file beyond RLIMIT_FSIZE, returns an
+		// error; one to a terminal by a server in its background is done.
+		a.silent = true
 	}
-	return signalAct{name: name}
+	return a
 }
 
 // atTerminal is whether the server was started at a terminal. When that is closed

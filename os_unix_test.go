@@ -13,7 +13,7 @@ import (
 )
 
 // TestSignalTableIsDocumented: the table of docs/operations.md says of each signal
-// what signalActs does with it.
+// what actOf does with it.
 func TestSignalTableIsDocumented(t *testing.T) {
 	text, err := os.ReadFile("docs/operations.md")
 	if err != nil {

@@ -25,7 +25,6 @@ type history struct {
 
 	mu      sync.Mutex
 	windows []window // oldest first; the last maxWindows of them are shown
-	lines   int      // in the file
 	failed  bool     // the file lacks windows, and the log has that
 }
 
@@ -47,10 +46,8 @@ type window struct {
 	restored bool // an earlier process closed it
 
 	// largest are the largest keys, the largest first: of the whole group if its record
-	// has any, else of this instance. They are in memory only, see keptKeys; forgotten:
-	// they, or those of a part of the window, are not there any more.
-	largest   []counter.KeyCount
-	forgotten bool
+	// has any, else of this instance. They are in memory only, see keptKeys.
+	largest []counter.KeyCount
 }
 
 // groupWindow is what a window came to in the whole group; of the open one, what
@@ -85,7 +82,7 @@ func openHistory(path, group, instance string, log zerolog.Logger) *history {
 		if json.Unmarshal(line, &l) != nil || l.Group != group || l.Instance != instance || l.Start.IsZero() {
 			continue
 		}
-		l.restored, l.forgotten = true, l.hasKeys()
+		l.restored = true
 		h.windows = append(h.windows, l.window)
 	}
 	h.windows = h.windows[max(0, len(h.windows)-maxWindows):]
@@ -98,7 +95,8 @@ func (h *history) add(w window) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.windows = append(h.windows, w)
-	if len(h.windows) > 2*maxWindows {
+	tooMany := len(h.windows) > 2*maxWindows
+	if tooMany {
 		n := copy(h.windows, h.windows[len(h.windows)-maxWindows:])
 		clear(h.windows[n:]) // they may have keys
 		h.windows = h.windows[:n]
@@ -107,10 +105,10 @@ func (h *history) add(w window) {
 	for i := len(h.windows) - 1; i >= 0; i-- {
 		w := &h.windows[i]
 		if kept += len(w.largest); kept > keptKeys {
-			w.largest, w.forgotten = nil, w.hasKeys()
+			w.largest = nil
 		}
 	}
-	if h.path != "" && (h.failed || h.lines >= 2*maxWindows || h.append(w) != nil) {
+	if h.path != "" && (h.failed || tooMany || h.append(w) != nil) {
 		h.rewrite()
 	}
 }
@@ -123,7 +121,6 @@ func (h *history) append(w window) error {
 	}
 	defer f.Close() // nothing was promised
 	_, err = f.Write(h.line(w))
-	h.lines++
 	return err
 }
 
@@ -138,8 +135,7 @@ func (h *history) line(w window) []byte {
 // or h is not shared yet.
 func (h *history) rewrite() {
 	var all []byte
-	shown := h.windows[max(0, len(h.windows)-maxWindows):]
-	for _, w := range shown {
+	for _, w := range h.windows[max(0, len(h.windows)-maxWindows):] {
 		all = append(all, h.line(w)...)
 	}
 	next := h.path + ".new"
@@ -147,7 +143,6 @@ func (h *history) rewrite() {
 	if err == nil {
 		err = os.Rename(next, h.path)
 	}
-	h.lines = len(shown)
 	h.report(err)
 }
 
@@ -183,17 +178,23 @@ func (h *history) last(limit int) []window {
 // hasKeys reports whether a key was used in the window.
 func (w *window) hasKeys() bool { return w.Keys > 0 || w.WholeGroup != nil && w.WholeGroup.Keys > 0 }
 
+// forgotten reports whether the keys of the window, or of a part of it, are not in memory
+// any more.
+func (w *window) forgotten() bool { return w.hasKeys() && len(w.largest) == 0 }
+
 // include adds an earlier part of the same window.
 func (w *window) include(part window) {
 	w.Unique += part.Unique
 	w.Duplicates += part.Duplicates
 	group := func(w window) bool { return w.WholeGroup != nil && w.WholeGroup.Keys > 0 }
 	switch ours, theirs := group(*w), group(part); {
-	case ours == theirs && ours: // w is the newer one
-	case ours == theirs:
-		w.largest, w.forgotten = addKeys(w.largest, part.largest), w.forgotten || part.forgotten
+	case ours: // w is the newer one
 	case theirs:
-		w.largest, w.forgotten = part.largest, part.forgotten
+		w.largest = part.largest
+	case w.forgotten() || part.forgotten():
+		w.largest = nil
+	default:
+		w.largest = addKeys(w.largest, part.largest)
 	}
 	w.Keys = max(w.Keys, part.Keys, len(w.largest)) // at least: which of them are the same is known of the largest
 	w.Complete = w.Complete && part.Complete

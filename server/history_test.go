@@ -128,13 +128,13 @@ func TestKeysOfWindowsAreBounded(t *testing.T) {
 	}
 	want := counter.LargestKeys(counts, maxShownKeys)
 	for i, w := range h.last(n) {
-		if kept := i < keptKeys/maxShownKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten {
+		if kept := i < keptKeys/maxShownKeys; w.Keys != len(counts) || kept != slices.Equal(w.largest, want) || !kept && w.largest != nil || kept == w.forgotten() {
 			t.Fatalf("window %d before the last has %d of %d keys", i, len(w.largest), w.Keys)
 		}
 	}
 	again := openHistory(path, "verve", "a", zerolog.Nop())
-	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil || !w.forgotten {
-		t.Errorf("after a restart %d keys, %d of them named, forgotten %t", w.Keys, len(w.largest), w.forgotten)
+	if w := again.last(1)[0]; w.Keys != len(counts) || w.largest != nil || !w.forgotten() {
+		t.Errorf("after a restart %d keys, %d of them named, forgotten %t", w.Keys, len(w.largest), w.forgotten())
 	}
 	if b, err := os.ReadFile(path); err != nil || len(b) > 400*n {
 		t.Errorf("the file has %d bytes for %d windows: %v", len(b), n, err)

@@ -90,7 +90,7 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c := &closed[at]
-	if c.forgotten {
+	if c.forgotten() {
 		writeError(w, http.StatusGone, "the keys of this window are not in memory any more: an earlier process closed it, or a part of it, or later windows took its place; the records by key have them")
 		return
 	}

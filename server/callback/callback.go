@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -162,10 +161,9 @@ type Stats struct {
 // took long) hold at most three quarters of the workers and of the table. Names are cheap;
 // any number of tarpits leaves the rest to destinations that answer.
 type Sender struct {
-	cfg     Config
-	guard   *guard
-	key     []byte // signs; nil: unsigned
-	retried atomic.Uint64
+	cfg   Config
+	guard *guard
+	key   []byte // signs; nil: unsigned
 
 	// buffers of connections in use; per worker, not per destination.
 	readers, writers sync.Pool
@@ -592,7 +590,6 @@ func (s *Sender) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.stats
-	st.Retried = s.retried.Load()
 	st.Reserved = len(s.table)
 	st.Destinations = len(s.dests)
 	return st

@@ -175,10 +175,7 @@ func (s *Sender) newClient(d *destination) *client {
 		SecureErrorLogMessage:     true,
 	}
 	h.RetryIfErr = func(*fasthttp.Request, int, error) (resetTimeout, retry bool) {
-		// RoundTrip asks for a retry on a dead idle connection only. The others
-		// are as old: the peer restarted, most likely.
-		h.closeIdle()
-		s.retried.Add(1)
+		h.retry()
 		return false, true
 	}
 	return h
@@ -217,13 +214,17 @@ func (h *client) put(conn *pooled) {
 	closeAll(surplus)
 }
 
-func (h *client) closeIdle() {
-	h.sender.mu.Lock()
+// retry prepares for a second try. RoundTrip asks for one on a dead idle connection only.
+// The others are as old: the peer restarted, most likely.
+func (h *client) retry() {
+	s := h.sender
+	s.mu.Lock()
+	s.stats.Retried++
 	idle := slices.Clone(h.idle)
 	for _, conn := range idle {
-		h.sender.takeOut(conn, 0)
+		s.takeOut(conn, 0)
 	}
-	h.sender.mu.Unlock()
+	s.mu.Unlock()
 	closeAll(idle)
 }
 

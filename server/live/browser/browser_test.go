@@ -765,7 +765,7 @@ func TestPageShowsTheWindowsOfEarlierRuns(t *testing.T) {
 	p.until(`[...document.querySelectorAll("#table tbody tr")].slice(1).filter(r => r.cells[1].textContent > "0").length >= 1`)
 	// The first bar that reaches a tenth of the height, which is 1.06 times the largest count,
 	// and where it begins there, both as the place of a window in a chart that has room for
-	// twelve.
+	// twelve, or for all if there are more: a busy machine may have been slow to open the page.
 	const firstBar = `(() => {
 		const c = document.querySelector("#windows canvas"), plot = document.querySelector("#windows .u-over");
 		const scale = c.width / c.clientWidth, left = plot.offsetLeft * scale, width = Math.floor(plot.clientWidth * scale);
@@ -774,10 +774,10 @@ func TestPageShowsTheWindowsOfEarlierRuns(t *testing.T) {
 		const coloured = (x) => row[4 * x + 3] > 100 && Math.max(...row.slice(4 * x, 4 * x + 3)) - Math.min(...row.slice(4 * x, 4 * x + 3)) > 60;
 		let x = 0;
 		while (x < width && !coloured(x)) x++;
-		return [counts.findIndex(n => n > Math.max(...counts) * .106), x / width * 12, counts.length];
+		return [counts.findIndex(n => n > Math.max(...counts) * .106), x / width * Math.max(12, counts.length), counts.length];
 	})()`
-	if at := value[[3]float64](p, firstBar); at[2] > 12 || at[1] < at[0]-.5 || at[1] > at[0]+1 {
-		t.Errorf("the bar of window %v of %v begins at place %.2f of 12", at[0], at[2], at[1])
+	if at := value[[3]float64](p, firstBar); at[1] < at[0]-.5 || at[1] > at[0]+1 {
+		t.Errorf("the bar of window %v of %v begins at place %.2f", at[0], at[2], at[1])
 	}
 	p.until(`document.querySelectorAll("#table tbody tr").length >= 5`)
 	l.stop()
