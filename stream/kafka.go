@@ -277,59 +277,20 @@ func (k *kafkaSink) timeOf(e *spooled) time.Time {
 	return e.record.end()
 }
 
-// open starts a session. When it returns, the topic is there, and the one of the keys if
-// records had some, and the fence is up.
+// open starts a session, in transactions if the broker allows them.
 func (k *kafkaSink) open(ctx context.Context, identity string) error {
-	compression := kgo.NoCompression() // a record is a quarter of a kilobyte and there is one a minute
-	if k.room > 0 {
-		compression = kgo.SnappyCompression() // records by key are alike: a sixth remains
-	}
-	options := []kgo.Opt{
-		kgo.DefaultProduceTopic(k.cfg.Topic),
-		kgo.RecordPartitioner(kgo.ManualPartitioner()),
-		kgo.RequiredAcks(kgo.AllISRAcks()),
-		kgo.AllowAutoTopicCreation(),
-		kgo.UnknownTopicRetries(-1), // a missing topic is waited for
-		kgo.ProducerLinger(0),       // the batch is complete when it is handed over
-		kgo.ProducerBatchCompression(compression),
-	}
-	connect := func(more ...kgo.Opt) (*session, error) {
-		var last lastError
-		client, err := k.cfg.client(slices.Concat(options, more, []kgo.Opt{kgo.WithHooks(&last)})...)
-		if err != nil {
-			return nil, err
-		}
-		s := &session{client: client, identity: identity, room: k.room}
-		s.partition, err = k.findPartition(ctx, client, k.cfg.Topic, identity)
-		if err == nil && s.room > 0 {
-			s.keysPartition, err = k.findPartition(ctx, client, k.cfg.keysTopic(), identity)
-		}
-		if err == nil {
-			err = s.fence(ctx)
-		}
-		if err != nil {
-			k.closing.Go(client.Close)
-			return nil, last.explain(err)
-		}
-		return s, nil
-	}
-
 	wanted := transactionTimeout + time.Duration(k.room)*keyTime
 	timeout := min(wanted, cmp.Or(k.allowed, wanted))
-	inTransactions := func() (*session, error) {
-		return connect(kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(timeout))
-	}
-	s, err := inTransactions()
+	s, err := k.connect(ctx, identity, timeout)
 	for errors.Is(err, kerr.InvalidTransactionTimeout) && timeout > minTransactionTimeout {
 		timeout = max(timeout/2, minTransactionTimeout)
 		k.allowed = timeout
-		if s, err = inTransactions(); err == nil {
+		if s, err = k.connect(ctx, identity, timeout); err == nil {
 			k.log.Info().Str("timeout", timeout.String()).Str("wanted", wanted.String()).
 				Msg("broker allows shorter transactions only (transaction.max.timeout.ms): using this timeout")
 		}
 	}
 	if err == nil {
-		s.transactional = true
 		if k.refused {
 			k.log.Info().Msg("broker accepts transactions again")
 		}
@@ -340,10 +301,49 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 				Msg("broker refuses transactions: records are sent without them, so a kill may leave a second copy of a record")
 		}
 		k.refused = true
-		s, err = connect()
+		s, err = k.connect(ctx, identity, 0)
 	}
 	k.session = s
 	return k.lacks("", "", err)
+}
+
+// connect starts a session. When it returns, the topic is there, and the one of the keys if
+// records had some, and the fence is up. timeout is that of its transactions; 0: it has none.
+func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.Duration) (*session, error) {
+	s := &session{identity: identity, room: k.room, transactional: timeout > 0}
+	var last lastError
+	options := []kgo.Opt{
+		kgo.WithHooks(&last),
+		kgo.RecordPartitioner(kgo.ManualPartitioner()),
+		kgo.RequiredAcks(kgo.AllISRAcks()),
+		kgo.AllowAutoTopicCreation(),
+		kgo.UnknownTopicRetries(-1), // a missing topic is waited for
+		kgo.ProducerLinger(0),       // the batch is complete when it is handed over
+	}
+	if s.room > 0 {
+		options = append(options, kgo.ProducerBatchCompression(kgo.SnappyCompression())) // records by key are alike: a sixth remains
+	} else {
+		options = append(options, kgo.ProducerBatchCompression(kgo.NoCompression())) // a quarter of a kilobyte a minute
+	}
+	if s.transactional {
+		options = append(options, kgo.TransactionalID(transactionalID(identity)), kgo.TransactionTimeout(timeout))
+	}
+	var err error
+	if s.client, err = k.cfg.client(options...); err != nil {
+		return nil, err
+	}
+	s.partition, err = k.findPartition(ctx, s.client, k.cfg.Topic, identity)
+	if err == nil && s.room > 0 {
+		s.keysPartition, err = k.findPartition(ctx, s.client, k.cfg.keysTopic(), identity)
+	}
+	if err == nil {
+		err = s.fence(ctx)
+	}
+	if err != nil {
+		k.closing.Go(s.client.Close)
+		return nil, last.explain(err)
+	}
+	return s, nil
 }
 
 // lacks adds to an error by which the broker refuses a right the ACL that would

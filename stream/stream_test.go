@@ -217,6 +217,9 @@ func TestPublishLogsTheKeyOfEachRecord(t *testing.T) {
 	if st := s.Stats(); st.Pending != 0 || st.Published != 1 {
 		t.Errorf("stats %+v", st)
 	}
+	if got := s.spool.Delivered(window(5).Start); got != "" {
+		t.Errorf("a window without a record is %q", got)
+	}
 	if got := s.spool.Delivered(window(0).Start); got != StateDelivered {
 		t.Errorf("state %q", got)
 	}
