@@ -49,7 +49,7 @@ type config struct {
 	Listen       string        `default:":8080" help:"Address of the public listener." group:"General"`
 	AdminListen  string        `default:"127.0.0.1:8081" help:"Address of the admin listener: live page, health, metrics, windows, profiles." group:"General"`
 	Window       time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
-	MaxClockSkew time.Duration `default:"2s" help:"Report not ready when the clock steps by more than this, is behind the open window by more, or (with --dedup=redis) differs from the clock of Redis by more. 0 disables the check." group:"General"`
+	MaxClockSkew time.Duration `default:"2s" help:"Report not ready when the clock steps by more than this, is behind the open window by more, or (with --dedup=redis) differs from the clock of Redis by more. 0 turns off the checks of this machine's clock; with Redis, 2s is then the tolerance." group:"General"`
 	Group        string        `default:"verve" help:"Name of the group of instances that this one belongs to." group:"General"`
 	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
 	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk." group:"General"`

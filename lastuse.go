@@ -41,7 +41,7 @@ func (c *config) ids() string {
 	return "group " + c.Group + " in Redis at " + strings.Join(hosts, ", ")
 }
 
-// begin keeps that ids are counted in ids from now on. It returns until when they
+// begin notes that ids is the place where ids are counted from now on. It returns until when they
 // were counted elsewhere; the zero time if they were not, or if that is not known.
 func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
 	if dir == noDataDir {
@@ -63,7 +63,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	return elsewhere
 }
 
-// end keeps that no id is counted any more.
+// end notes that no id is counted any more.
 func (u *lastUse) end() error {
 	u.Until = time.Now().UTC()
 	return u.write()

@@ -1,6 +1,6 @@
 // Verve counts unique ids per minute, exactly.
 //
-// This file starts the parts in order and stops them in reverse; the settings are in
+// This file starts and stops the parts, each in an order of its own; the settings are in
 // config.go, and DESIGN.md follows the path of a request.
 package main
 
@@ -355,7 +355,7 @@ func (p *program) openCounter() (err error) {
 		for _, l := range counterCfg.Past.Recovered {
 			if l.NoKeys {
 				p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
-					Msg("how many of the ids that an earlier process left are under which key is lost with the spool: their record has no keys, and is not exact")
+					Msg("the counts by key of ids that an earlier process left are lost with the spool: their record has no keys, and is not exact")
 			}
 		}
 		for _, l := range counterCfg.Past.Lost {
@@ -440,11 +440,11 @@ func (p *program) stop() {
 		do     func() error
 	}{
 		// Load balancers should send requests elsewhere before any is refused.
-		{"", p.notReady},
+		{"/readyz was not changed in time", p.notReady},
 		// Connections not accepted yet wait for the next process, which can count their ids.
-		{"", func() error { return p.leaveSocket(budget) }},
+		{"the socket was not left in time", func() error { return p.leaveSocket(budget) }},
 		// From here on ids are answered 503: the last record has every id that was answered ok.
-		{"", func() error { p.counter.Seal(); return nil }},
+		{"the counter was not sealed in time", func() error { p.counter.Seal(); return nil }},
 		// Requests that were counted get their answers and start their callbacks.
 		{"requests not finished in time", func() error { return p.server.Shutdown(budget) }},
 		// No request can start another callback. The records need the other half of the time.

@@ -50,7 +50,7 @@ type flags struct {
 	IDs         idForm        `name:"ids" default:"decimal" enum:"decimal,uuid,string" help:"Form of the ids: ${enum}."`
 	Seed        uint64        `help:"Of the ids and the repeats (0: drawn)."`
 	Timeout     time.Duration `default:"5s" help:"For one answer; then the request is in doubt."`
-	MinAnswers  uint64        `default:"1" help:"Fewer answers than this are a failure. With --kills the run goes on until they have come."`
+	MinAnswers  uint64        `default:"1" help:"Fewer answers than this are a failure. With --kills the run waits for them, up to --duration."`
 
 	DuplicateStatus int  `default:"409" help:"Status of repeats, as set on the server."`
 	SkipFirst       bool `help:"Do not judge the first window, in which others called the server too."`
