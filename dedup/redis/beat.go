@@ -75,11 +75,14 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	if failed || b.behind || began.Sub(l.lastBeat) > memberTTL-beatEvery {
 		l.back = time.Now()
 	}
+	if b.behind {
+		l.remind()
+	}
 	l.lastBeat, l.beaten = began, b.now
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
 	l.offset = time.UnixMilli(b.now).Sub(began.Add(took / 2))
 	l.unsure = took/2 + time.Millisecond
-	l.others = int(b.others)
+	l.others = b.others
 	l.lead = time.Time{}
 	if b.leads == 1 {
 		l.lead = began.Add(leadLease)
@@ -154,6 +157,23 @@ func (l *Ledger) addUncertain(a *admission, more int64) {
 	a.wasUncertain.Store(true)
 	if now := a.uncertain.Add(more); now == 0 || now == more {
 		nudge(l.wake)
+	}
+}
+
+// remind notes, when the ledger has lost data, that the members that were alive at the last beat
+// may have answered ids in the epochs that were open since: one that is killed may have opened
+// such an epoch after that beat, and no other knows. Those that live report their own numbers.
+// l.mu is held.
+func (l *Ledger) remind() {
+	for _, e := range l.epochs {
+		if e.decided != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
+			continue
+		}
+		for _, m := range l.others {
+			if e.answers[m] == "" {
+				e.answers.note(m, "0+")
+			}
+		}
 	}
 }
 
@@ -257,13 +277,14 @@ const (
 
 // beatReply is what beatScript replies.
 type beatReply struct {
-	now, leads, others int64
-	odd, strange       string      // LENGTH MEMBER
-	states             []int64     // of each epoch
-	answers            []answers   // of each epoch
-	decided            []*decision // where the state is beatDecided
-	unnamed            []counter.Span
-	behind             bool // the ledger has lost data since the last beat
+	now, leads   int64
+	others       []string    // members that are alive
+	odd, strange string      // LENGTH MEMBER
+	states       []int64     // of each epoch
+	answers      []answers   // of each epoch
+	decided      []*decision // where the state is beatDecided
+	unnamed      []counter.Span
+	behind       bool // the ledger has lost data since the last beat
 }
 
 // decision is what an epoch came to.
@@ -277,18 +298,19 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 	if len(out) != 9 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
-	n, err := numbers(out[:3])
+	n, err := numbers(out[:2])
+	others, oerr := out[2].AsStrSlice()
 	who, werr := texts(out[3:5])
 	states, serr := out[5].AsIntSlice()
 	unnamed, uerr := out[7].AsStrSlice()
 	behind, berr := out[8].AsInt64()
-	switch err = cmp.Or(err, werr, serr, uerr, berr); {
+	switch err = cmp.Or(err, oerr, werr, serr, uerr, berr); {
 	case err != nil:
 		return b, err
 	case len(states) != len(sent):
 		return b, fmt.Errorf("%d states of %d epochs", len(states), len(sent))
 	}
-	b = beatReply{now: n[0], leads: n[1], others: n[2], odd: who[0], strange: who[1], states: states, behind: behind == 1}
+	b = beatReply{now: n[0], leads: n[1], others: others, odd: who[0], strange: who[1], states: states, behind: behind == 1}
 	for _, name := range unnamed {
 		s, err := parseSpan(name)
 		if err != nil {

@@ -122,7 +122,7 @@ type Ledger struct {
 	newest    time.Time      // start of the newest epoch that this process has opened
 	lead      time.Time      // until then this member publishes, as its lease ends
 	yields    time.Time      // until then it leaves the lead to others
-	others    int            // members alive beside this one
+	others    []string       // members alive beside this one, as of the last beat
 	offset    time.Duration  // how far the clock of Redis is ahead of this one
 	unsure    time.Duration  // of offset
 	odd       string         // why this member, with another window, stands outside of its group
@@ -499,7 +499,7 @@ func (l *Ledger) whoIsThere(ctx context.Context, leave bool) (int, time.Duration
 func (l *Ledger) Stats() dedup.LedgerStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := dedup.LedgerStats{Members: l.others + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
+	s := dedup.LedgerStats{Members: len(l.others) + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
 	if l.lastBeat.IsZero() {
 		return s
 	}

@@ -45,7 +45,7 @@ end
 // known here; and that, or what each member has answered, for this one to write again
 // should it be lost. Then come the newest epochs that this member did not name, for its
 // next beat: it is to remember those of others as well; and last whether the ledger has lost
-// data since the last beat of this member.
+// data since the last beat of this member. Third are the names of the others that are alive.
 //
 // A beat that does not name all epochs of the member is not taken then, and answered by one
 // number: the ledger would have from it that the member has opened a later epoch, but not
@@ -79,10 +79,10 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - doubt))
   redis.call('HDEL', KEYS[7], gone)
 end
 local agreed = redis.call('HGET', KEYS[6], 'length')
-local others, odd, strange = 0, '', ''
+local others, odd, strange = {}, '', ''
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   if m ~= me then
-    others = others + 1
+    others[#others + 1] = m
     local w = redis.call('HGET', KEYS[3], m)
     if w and w ~= window and (w == agreed or agreed == window) then
       if w == agreed then odd = w .. ' ' .. m else strange = w .. ' ' .. m end

@@ -362,7 +362,7 @@ func (w *twins) beat() {
 		w.t.Fatal(err)
 	}
 	a := ledgerBeatAnswer{
-		leads: got.leads == 1, others: int(got.others), odd: got.odd, strange: got.strange,
+		leads: got.leads == 1, others: got.others, odd: got.odd, strange: got.strange,
 		states: got.states, known: got.answers, decided: make([]string, len(sent)), behind: got.behind,
 	}
 	for i, d := range got.decided {
