@@ -22,6 +22,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	for all := true; !l.left.Load(); {
 		// Without a connection nothing is sent; Stats tells of what fails.
 		err := l.beat(ctx, all)
+		l.deliverAgain(ctx)
 		switch {
 		case err != nil && l.standing.Load() == unheard:
 			tick.Reset(firstBeats)
@@ -207,9 +208,27 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		}
 	}
 	for _, s := range b.unnamed {
-		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
+		switch {
+		case l.find(s) != nil:
+		case slices.Contains(l.past, s):
+			l.again = append(l.again, s)
+		case len(l.epochs) < maxLedgerEpochs:
 			l.place(s).asks = true
 			nudge(l.wake) // the next beat reads what there is of it
+		}
+	}
+}
+
+// deliverAgain marks epochs whose records are delivered, and of which the ledger has lost that,
+// before another member publishes them: after a loss that one waits for longer than this takes.
+func (l *Ledger) deliverAgain(ctx context.Context) {
+	l.mu.Lock()
+	again := l.again
+	l.again = nil
+	l.mu.Unlock()
+	for _, s := range again {
+		if l.Delivered(ctx, s) != nil {
+			return // the next beat finds it again
 		}
 	}
 }

@@ -119,6 +119,7 @@ type Ledger struct {
 	mu        sync.Mutex
 	epochs    []*ledgerEpoch // this process knows of and has not heard to be delivered, oldest first
 	past      []counter.Span // whose records are known to be delivered, the last ones
+	again     []counter.Span // the same, and the ledger has lost it
 	newest    time.Time      // start of the newest epoch that this process has opened
 	lead      time.Time      // until then this member publishes, as its lease ends
 	yields    time.Time      // until then it leaves the lead to others
