@@ -22,6 +22,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	for all := true; !l.left.Load(); {
 		// Without a connection nothing is sent; Set.Health shows what fails.
 		err := l.beat(ctx, all)
+		l.deliverAgain(ctx)
 		switch {
 		case err != nil && l.standing.Load() == unheard:
 			tick.Reset(firstBeats)
@@ -74,6 +75,9 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	}
 	if failed || b.behind || began.Sub(l.lastBeat) > memberTTL-beatEvery {
 		l.back = time.Now()
+	}
+	if b.behind {
+		l.remind()
 	}
 	l.lastBeat, l.beaten = began, b.now
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
@@ -156,6 +160,23 @@ func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
 	}
 }
 
+// remind notes, when the ledger has lost data, that the members that were alive at the last beat
+// may have answered ids in the epochs that were open since: one that is killed may have opened
+// such an epoch after that beat, and no other knows. Those that live report their own numbers.
+// l.mu is held.
+func (l *Ledger) remind() {
+	for _, e := range l.epochs {
+		if e.decided != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
+			continue
+		}
+		for _, m := range l.others {
+			if e.answers[m] == "" {
+				e.answers.note(m, "0+")
+			}
+		}
+	}
+}
+
 // learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
 func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	for i, s := range sent {
@@ -187,9 +208,27 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		}
 	}
 	for _, s := range b.unnamed {
-		if l.find(s) == nil && len(l.epochs) < maxLedgerEpochs && !slices.Contains(l.past, s) {
+		switch {
+		case l.find(s) != nil:
+		case slices.Contains(l.past, s):
+			l.again = append(l.again, s)
+		case len(l.epochs) < maxLedgerEpochs:
 			l.place(s).ofOthers = true
 			nudge(l.wake) // the next beat reads what there is of it
+		}
+	}
+}
+
+// deliverAgain marks epochs whose records are delivered, and of which the ledger has lost that,
+// before another member publishes them: after a loss that one waits for longer than this takes.
+func (l *Ledger) deliverAgain(ctx context.Context) {
+	l.mu.Lock()
+	again := l.again
+	l.again = nil
+	l.mu.Unlock()
+	for _, s := range again {
+		if l.Delivered(ctx, s) != nil {
+			return // the next beat finds it again
 		}
 	}
 }
@@ -247,9 +286,9 @@ func milliseconds(n string) string {
 // beatReply is what beatScript answers.
 type beatReply struct {
 	now               int64
-	others            int
-	leads, behind     bool   // behind: the ledger has lost data since the last beat
-	insider, outsider string // LENGTH MEMBER
+	others            []string // members that are alive
+	leads, behind     bool     // behind: the ledger has lost data since the last beat
+	insider, outsider string   // LENGTH MEMBER
 	unnamed           []counter.Span
 	epochs            []epochReply // of those that were named
 }
@@ -268,22 +307,21 @@ type decision struct {
 }
 
 func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {
-	if len(out) != 3 {
+	if len(out) != 4 {
 		return b, fmt.Errorf("%d answers to a beat", len(out))
 	}
 	head, err := out[0].AsStrSlice()
-	unnamed, uerr := out[1].AsStrSlice()
-	epochs, eerr := out[2].ToArray()
-	if err = cmp.Or(err, uerr, eerr); err != nil {
+	others, oerr := out[1].AsStrSlice()
+	unnamed, uerr := out[2].AsStrSlice()
+	epochs, eerr := out[3].ToArray()
+	if err = cmp.Or(err, oerr, uerr, eerr); err != nil {
 		return b, err
 	}
-	if len(head) != 6 || len(epochs) != len(sent) {
+	if len(head) != 5 || len(epochs) != len(sent) {
 		return b, fmt.Errorf("an answer to a beat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
 	}
-	b.leads, b.insider, b.outsider, b.behind = head[1] == "1", head[3], head[4], head[5] == "1"
-	if b.now, err = strconv.ParseInt(head[0], 10, 64); err == nil {
-		b.others, err = strconv.Atoi(head[2])
-	}
+	b.leads, b.insider, b.outsider, b.behind, b.others = head[1] == "1", head[2], head[3], head[4] == "1", others
+	b.now, err = strconv.ParseInt(head[0], 10, 64)
 	for i := 0; err == nil && i < len(unnamed); i++ {
 		var s counter.Span
 		s, err = parseSpan(unnamed[i])

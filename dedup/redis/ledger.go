@@ -107,10 +107,11 @@ type Ledger struct {
 	mu         sync.Mutex
 	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
 	past       []counter.Span // whose records are known to be delivered, the last ones
+	again      []counter.Span // the same, and the ledger has lost it
 	newest     time.Time      // start of the newest epoch that this process has opened
 	lead       time.Time      // until then this member publishes, as its lease ends
 	yields     time.Time      // until then it leaves the lead to others
-	others     int            // members alive beside this one
+	others     []string       // members alive beside this one, as of the last beat
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group
@@ -432,7 +433,7 @@ func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, er
 func (l *Ledger) Stats() dedup.LedgerStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := dedup.LedgerStats{Members: l.others + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
+	s := dedup.LedgerStats{Members: len(l.others) + 1, Leading: time.Now().Before(l.lead), Offset: l.offset, Waiting: len(l.epochs)}
 	if l.lastBeat.IsZero() {
 		return s
 	}

@@ -91,7 +91,7 @@ type ledgerEpochBeat struct {
 // ledgerBeatAnswer is the answer, with what is known of each epoch.
 type ledgerBeatAnswer struct {
 	leads             bool
-	others            int
+	others            []string
 	insider, outsider string
 	states            []string
 	known             []answers
@@ -148,7 +148,7 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		if name == b.me {
 			continue
 		}
-		a.others++
+		a.others = append(a.others, name)
 		if w, some := m.windows[name]; some && w != b.window && (w == agreed || agreed == b.window) {
 			if w == agreed {
 				a.insider = w + " " + name

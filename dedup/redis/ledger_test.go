@@ -71,6 +71,7 @@ type fakeIDs struct {
 	oldest func() (time.Time, bool)  // unsettled; nil: none
 	keys   func() []counter.KeyCount // of a sealed epoch; nil: none
 	fails  error                     // of sealing
+	gone   string                    // a session that no lane has
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)                 { return f.client, nil }
@@ -87,7 +88,7 @@ func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys []counter.KeyCo
 
 func (f *fakeIDs) dropKeys(context.Context, counter.Span) error { return nil }
 
-func (f *fakeIDs) sealIDs(context.Context, counter.Span, []string) (sealedIDs, error) {
+func (f *fakeIDs) sealIDs(_ context.Context, _ counter.Span, sessions []string) (sealedIDs, error) {
 	f.seals.Add(1)
 	if f.fails != nil {
 		return sealedIDs{}, f.fails
@@ -95,7 +96,10 @@ func (f *fakeIDs) sealIDs(context.Context, counter.Span, []string) (sealedIDs, e
 	if f.sealed != nil {
 		return f.sealed(), nil
 	}
-	return sealedIDs{unique: f.counted.Load(), exact: true, whole: true}, nil
+	return sealedIDs{
+		unique: f.counted.Load(), exact: true,
+		whole: f.gone == "" || !slices.ContainsFunc(sessions, func(s string) bool { return s[1:] == f.gone }),
+	}, nil
 }
 
 func (f *fakeIDs) unsettled() (oldest, newest time.Time, some bool) {
@@ -375,6 +379,40 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 		g.report(s, true, a)
 		if c := g.seal(a, s); c.Unique != 10 || c.Exact != tt.exact {
 			t.Errorf("%+v: the record is %+v", tt, c)
+		}
+	}
+}
+
+// TestMemberThatIsLostWithTheLedgerIsNotForgotten: a member is killed, and the ledger loses its
+// data, before the next heartbeat of another one, which has not learnt that it was in the epoch.
+// It has learnt that the member was alive.
+func TestMemberThatIsLostWithTheLedgerIsNotForgotten(t *testing.T) {
+	t.Parallel()
+	for _, killed := range []bool{true, false} {
+		g := newGroup(t)
+		s := spanEnded(2 * time.Second)
+		a, b := g.member("a"), g.member("b")
+		if killed {
+			a.ids.(*fakeIDs).gone = "b"
+		}
+		g.beat(b, a)
+		a.Opened(s, nil)
+		g.beat(a)
+		b.Opened(s, nil)
+		g.beat(b)
+		if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
+			t.Fatal(err)
+		}
+		a.lastBeat = s.Start
+		g.beat(a)
+		othersAreThere(a)
+		if !killed {
+			g.report(s, true, b)
+		}
+		g.report(s, true, a)
+		g.beat(a)
+		if c := g.seal(a, s); c.Exact == killed {
+			t.Errorf("b is killed: %v; the record is %+v", killed, c)
 		}
 	}
 }
@@ -666,6 +704,35 @@ func TestLostLedgerComesBack(t *testing.T) {
 	if got := g.seal(g.member("c"), sealed); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
+}
+
+// TestRecordStaysDeliveredAfterALoss: the ledger loses its data right after a record was delivered,
+// before another member has learnt of that, which writes the epoch again. A heartbeat of the
+// member that knows better has it marked, so that there is no second record.
+func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a, b := g.member("a"), g.member("b")
+	s := spanEnded(2 * time.Second)
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.beat(b)
+	g.seal(a, s)
+	g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.beat(b)
+	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{s}) {
+		t.Fatalf("b has written again %v, want %v", got, s)
+	}
+	stop := make(chan struct{})
+	var running sync.WaitGroup
+	running.Go(func() { a.run(t.Context(), stop) })
+	defer running.Wait()
+	defer close(stop)
+	testproc.Until(t, "the record is delivered", func() bool {
+		claim, err := b.Claim(t.Context(), s)
+		return err == nil && claim.Written
+	})
 }
 
 // TestMemberWithAnotherWindowStandsOutside: two windows in one group would count an

@@ -48,9 +48,9 @@ end
 
 // beatScript notes that the member is alive, writes again what it knows of its epochs, also
 // of the answers of others, and takes the lead if no member has it, or gives it away. It
-// answers three lists: the time, whether the member leads, how many others are alive, a member
-// that keeps it outside of the group, one that it keeps outside, and whether the ledger has
-// lost data since the last beat of the member; then the newest epochs that it did not name, for
+// answers four lists: the time, whether the member leads, a member that keeps it outside of the
+// group, one that it keeps outside, and whether the ledger has lost data since the last beat of
+// the member; then the others that are alive; then the newest epochs that it did not name, for
 // its next beat, as it is to remember those of others as well; then a list for each epoch that
 // it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
 // group has another decision; "decided" and the decision, if the member lacks that; or "open"
@@ -89,10 +89,10 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - forget)
   redis.call('HDEL', KEYS[7], gone)
 end
 local agreed = redis.call('HGET', KEYS[6], 'length')
-local others, insider, outsider = 0, '', ''
+local others, insider, outsider = {}, '', ''
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
   if m ~= me then
-    others = others + 1
+    others[#others + 1] = m
     local w = redis.call('HGET', KEYS[3], m)
     if w and w ~= window and (w == agreed or agreed == window) then
       if w == agreed then insider = w .. ' ' .. m else outsider = w .. ' ' .. m end
@@ -179,7 +179,7 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {{string.format('%.0f', now), leader == me and '1' or '0', tostring(others), insider, outsider, behind and '1' or '0'}, unnamed, epochs}
+return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0'}, others, unnamed, epochs}
 `)
 
 // reportScript notes that the member has left the epoch, and what it has answered in it,
