@@ -86,7 +86,7 @@ type journalConfig struct {
 	window        time.Duration    // of the epochs to be opened; 0: not known
 	nudge         func()           // wakes Run, which calls prepare
 	onFailure     func(error)      // called with the new value of broken; may be nil
-	step          func()           // tests: called between the stores of a slot
+	step          func()           // tests: called between the stores of a slot, and between the steps of making a file
 	msync         func(name string, b []byte) error
 }
 
