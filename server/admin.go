@@ -58,8 +58,8 @@ type Sink struct {
 	Failing string `json:"-"`      // why it does not take records now; empty if it does
 }
 
-// AdminConfig of an Admin. All fields but Version, Shared, Sealed, History and
-// Token are required.
+// AdminConfig of an Admin. Required are Listener, Server, Times, Records, Delivered, Group and
+// Instance.
 type AdminConfig struct {
 	Listener  net.Listener                       // that it serves
 	Server    *Server                            // the public listener to report about

@@ -1,3 +1,5 @@
+//go:build linux
+
 // Http compares servers over HTTP by the CPU time that a request costs them.
 //
 //	go run ./bench/http

@@ -42,10 +42,10 @@ func parseEvery(s string) (low, high time.Duration, err error) {
 	return low, high, nil
 }
 
-// run starts the server and ends it again and again, until ctx ends or the kills are used
-// up, the run has got its least answers and one more life is over. The server is then still running; end stops it. An
-// unexpected exit, and one after SIGTERM that is late or not 0, is a fault of the run and
-// ends it.
+// run starts the server and ends it again and again, until ctx ends, or until the kills are
+// used up, the run has got its least answers and one more life is over. The server is then
+// still running; end stops it. An unexpected exit, and one after SIGTERM that is late or not
+// 0, is a fault of the run and ends it.
 func (s *spawner) run(ctx context.Context) error {
 	for {
 		var err error

@@ -115,7 +115,7 @@ type kept struct {
 	Epochs map[string]answers `json:"epochs"`
 }
 
-// keep writes what is known of the epochs that are not decided to the disk: if the
+// keep writes to the disk what is known of the epochs that are not decided: if the
 // file lacks one of them, or at the end, with the last numbers.
 func (l *Ledger) keep(end bool) {
 	if l.cfg.File == "" {

@@ -200,7 +200,7 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 		ms(l.cfg.MaxSkew), ms(replayWait), ms(sealLock), ms(keepUndelivered), "", "",
 	}
 	for {
-		if err := l.othersAreBack(ctx); err != nil {
+		if err := l.awaitOthers(ctx); err != nil {
 			return nil, err
 		}
 		args[7], args[8] = l.asOf()
@@ -221,11 +221,11 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 	}
 }
 
-// othersAreBack waits, after a time in which this member did not reach the ledger, for as
+// awaitOthers waits, after a time in which this member did not reach the ledger, for as
 // long as the others take to reach it again: until then they are taken for dead, and what
 // they have answered meanwhile is not written down. So it does after the first beat: the
 // ledger may have lost data just before.
-func (l *Ledger) othersAreBack(ctx context.Context) error {
+func (l *Ledger) awaitOthers(ctx context.Context) error {
 	for {
 		l.mu.Lock()
 		failing, back := l.beatErr != nil && !l.left.Load(), time.Until(l.back.Add(memberTTL))

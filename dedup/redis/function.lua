@@ -8,7 +8,7 @@
 --                that (a second old at most)
 --   I<session>   the ids that this batch has added, which are in doubt for other sessions,
 --                and UNCERTAIN if the session has refused ids that may be in Redis; not there
---                once the doubt has lapsed
+--                once the doubt is over
 --   A            the sessions that may have ids in doubt
 --   E<epoch>     an open epoch: generation, ids of each of the first four kinds, partly,
 --                twice; where a key or a token was named also the ids under keys, the

@@ -155,7 +155,7 @@ func (g *Group) Sealed(span counter.Span) (counter.Count, bool) {
 func (g *Group) orLeft(c counter.Count, err error) error {
 	if g.leaving.Err() != nil {
 		g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
-			Msg("the other instances publish this window")
+			Msg("this window is left to the group")
 		return nil
 	}
 	return fmt.Errorf("publish %s: %w", c.Start.Format(time.RFC3339Nano), err)

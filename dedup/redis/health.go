@@ -216,7 +216,7 @@ func (r *Set) checkPolicy() {
 		r.formAgreed.Store(true)
 	}
 	h := &r.health
-	h.change(r, &h.policy, bad, "ids are refused until it is changed", "Redis keeps ids again")
+	h.change(r, &h.policy, bad, "ids are refused until it is changed", "ids are taken again")
 	h.refused.Store(bad != "")
 	if blind && !h.blind {
 		r.cfg.Log.Warn().Msg("the Redis user may run neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
@@ -262,7 +262,7 @@ func (r *Set) checkRights(reached []bool) {
 		}
 	}
 	h := &r.health
-	h.change(r, &h.rights, reason, "not ready until it is changed", "the Redis user has all rights that are needed again")
+	h.change(r, &h.rights, reason, "this is checked again each second", "the rights of the Redis user suffice, and all parts of the ids are in reach")
 }
 
 // foreign reports whether Redis has, or may have, a group of another layout, which no

@@ -107,7 +107,7 @@ type laneEpoch struct {
 	// tokens of the ids that this process has answered as new, with fail open.
 	tokens map[token]struct{}
 
-	base       uint64 // no later batch was sent before the epoch was opened
+	base       uint64 // the last batch that may have been sent before the epoch was opened
 	tokensLost bool   // Redis may have lost tokens of the window before
 	took       uint64 // the last batch that took ids back
 }

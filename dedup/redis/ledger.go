@@ -37,8 +37,8 @@ const (
 	// leadLease is how long the publisher of the group stays it without a beat.
 	leadLease = memberTTL
 
-	// replayWait is how long the seal waits, behind the last moment at which it
-	// would have come, for members that hold ids Redis does not have.
+	// replayWait is how long a report, and then the seal behind its latest time, waits for ids
+	// that Redis does not have.
 	replayWait = 5 * time.Second
 
 	replayPoll = 10 * time.Millisecond
@@ -83,7 +83,7 @@ type groupIDs interface {
 // whatever the outcome of the first attempt.
 //
 // The steps of an epoch: a member that opens it writes it down; a member that has left it
-// reports that; when all live members have, or the last clock must have turned, one of
+// reports that; when all live members have, or the slowest clock has turned, one of
 // them seals the ids and decides the count, which is then the same for all members; the
 // leader publishes it and marks it as delivered.
 //
@@ -115,7 +115,7 @@ type Ledger struct {
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group
-	insiderAt  time.Time      // when a member of the group was seen last that kept it there
+	insiderAt  time.Time      // when a member that keeps this one outside was last seen
 	outsider   string         // another member that stands outside, and why
 	unclaimed  time.Time      // epochs that ended at or before it: see LinesUnknown
 	beatErr    error          // of the last beat

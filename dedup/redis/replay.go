@@ -255,7 +255,7 @@ func (r *Set) opened() []*redisEpoch {
 	return slices.Clone(r.epochs)
 }
 
-// retire lets go of an epoch and returns how many ids of it Redis never got.
+// retire lets go of an epoch and returns how many ids of it, answered ok, Redis lacks.
 func (l *lane) retire(s *redisEpoch) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -274,8 +274,8 @@ func (l *lane) retire(s *redisEpoch) int {
 	return unsent
 }
 
-// unsettled returns the starts of the oldest and the newest epoch with ids in an unknown
-// state: answered ok but possibly missing from Redis, or added without an answer.
+// unsettled returns the starts of the oldest and the newest epoch with ids that are under way:
+// waiting for Redis, answered ok but possibly missing there, or added without an answer.
 func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	see := func(s *redisEpoch) {
 		if !some || s.start.Before(oldest) {

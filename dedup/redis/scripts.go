@@ -226,7 +226,7 @@ end
 // It may when every member that is alive has left it, and not before its end, but
 // for the skew, by the clock of Redis: a single member with a wild clock must not
 // seal the future. A member that is silent, or has not left, is waited for until
-// the last clock must have turned. One that holds ids that Redis does not have is
+// the slowest clock has turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
 var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])

@@ -52,7 +52,7 @@ type sealedIDs struct {
 // count is the same for all who ask, until keepSeal is over. It need not have
 // been opened here, nor hold ids. It is whole only if each lane has the sessions, those
 // that have answered ids: "+" stands before one that has not reported how many, for
-// which nothing waits, "=" before the others.
+// which nothing waits, "?" before one that may have answered some, "=" before the others.
 //
 // It waits while ids that were lost are being added again. An error leaves some
 // lanes sealed and others not; calling it again goes on.

@@ -79,7 +79,7 @@ type Config struct {
 
 	MaxIDs  uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
 	MaxKeys int           // keys an epoch may have, in each lane and by each instance; 0: counter.DefaultMaxKeys
-	Timeout time.Duration // longest wait of an Add
+	Timeout time.Duration // longest wait of an id
 
 	// File keeps how many ids were answered in the windows that are not published, over
 	// a restart; empty: nothing does.
@@ -225,7 +225,7 @@ const (
 	// know it: one exchange takes a fraction of it.
 	registerWait = 50 * time.Millisecond
 
-	// tick is the precision of the waiting time of an Add.
+	// tick is the precision of the waiting time of an id.
 	tick = 5 * time.Millisecond
 
 	// closeWait bounds what Close waits for the outcome of batches under way.
@@ -356,7 +356,7 @@ func (s *redisEpoch) Retire() {
 	if unsent > 0 {
 		r.counts.dropped.Add(uint64(unsent))
 		r.cfg.Log.Error().Str("window_start", s.start.Format(time.RFC3339Nano)).Int("ids", unsent).
-			Msg("the window was sealed without ids that were answered ok while Redis was unreachable")
+			Msg("the window was sealed without ids that were answered ok and that Redis lacked")
 	}
 	s.view.Retire()
 }

@@ -47,7 +47,7 @@
 
   const length = (ms) => ms % 3600000 === 0 ? ms / 3600000 + " h" : ms % 60000 === 0 ? ms / 60000 + " min" : ms >= 1000 ? ms / 1000 + " s" : ms + " ms";
 
-  // The state of the page: the last message, and what earlier messages contained.
+  // The state of the page: the last answer, and what earlier answers contained.
   let now = null;
   let windows = []; // oldest first, the open one last
   let samples = []; // [unix seconds, unique, duplicate, refused], each per second
