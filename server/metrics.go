@@ -268,7 +268,7 @@ func (e exposition) group(g dedup.GroupStats) {
 	e.gauge("verve_redis_up", "1 if Redis works, else 0; /readyz has the reason.", flag(g.Away == ""))
 	e.gauge("verve_redis_pending_ids", "Ids waiting for an answer from Redis.", float64(g.Pending))
 	e.counter("verve_redis_batches_total", "Batches sent to Redis, heartbeats and further attempts included.", g.Batches)
-	e.counter("verve_redis_failures_total", "Of these, attempts that failed.", g.Retries)
+	e.counter("verve_redis_failures_total", "Attempts that failed, of all batches.", g.Retries)
 	e.counter("verve_redis_ids_taken_back_total", "Ids removed from Redis because their requests had already been answered 503.", g.TakenBack)
 	e.counter("verve_redis_ids_given_twice_total", "Ids that were in Redis already when an instance added them again: more than one instance may have answered ok.", g.Twice)
 	e.counter("verve_redis_ids_replayed_total", "Ids that were answered ok and added to Redis later, after a loss or without Redis.", g.Replayed)
