@@ -207,13 +207,18 @@ return 1
 // seal the future. A member that is silent, or has not left, is waited for until
 // the last clock must have turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + `
+//
+// First it writes again what the caller knows that the members have answered: one that has left
+// beats no more, and may be the only one that remembers it.
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, settle, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local h = redis.call('HMGET', KEYS[3], 'unique', 'complete', 'exact', 'sealed', 'locked', 'under', 'why')
 if h[1] then return {0, h[1], h[2], h[3], h[4], h[6] or '0', h[7] or ''} end
 if now < ends - skew then return {1, ends - skew - now} end
 if lost(KEYS[1], ARGV[8], ARGV[9]) then return {1, skew} end
+for i = 10, #ARGV, 2 do answered(KEYS[3], ARGV[i], ARGV[i + 1]) end
+redis.call('PEXPIRE', KEYS[3], ARGV[7])
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
 local function left(m)
