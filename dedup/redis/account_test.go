@@ -393,6 +393,25 @@ func TestDoubtThatLapsedIsOver(t *testing.T) {
 	}
 }
 
+// TestLossInARetiredEpochDoesNotHoldItsSeal: an instance that stops has let go of its last epoch,
+// and adds none of it again. It was heard after the loss, so the seal does not wait for it.
+func TestLossInARetiredEpochDoesNotHoldItsSeal(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	r := newRedis(t, server.Addr)
+	e := settest.NewEpochs(t, r)
+	wantInTime(t, r, e, "42", dedup.Unique)
+	e.Last().State.Retire()
+	server.do("FLUSHALL")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	testproc.Until(t, "the loss is noticed", func() bool { return server.do("HEXISTS", r.lanes[0].key, "cuts") == "1" })
+	ids, err := r.sealIDs(ctx, counter.Span{Start: time.Unix(0, e.At(0)), Window: epochtest.Window}, []string{"=" + r.cfg.session})
+	if ids.unique != 0 || err != nil {
+		t.Errorf("sealed %+v, %v", ids, err)
+	}
+}
+
 // TestALateBatchIsNotTakenBack: the batch of an instance that was cut off reaches Redis when all
 // that it had in doubt has lapsed. It has the others look for its ids again only with a batch
 // that notes the time; what they have answered by then stays true.

@@ -317,6 +317,9 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	le := &j.epoch.lanes[l.i]
 	l.mu.Lock()
 	gen := le.gen
+	if le.retired && j.mode == modeBeat {
+		gen = "" // what is lost of it is not added again, and hello after hello would hold its seal
+	}
 	whole, tokensLost := flag(!le.log.cut), flag(le.tokensLost)
 	l.mu.Unlock()
 	if err := l.r.await(j.epoch); err != nil && j.mode == modeAdd && !j.unknown {

@@ -204,7 +204,7 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 			return nil, err
 		}
 		args[7], args[8] = l.asOf()
-		out, err := l.exec(ctx, sealScript, keys, args).AsStrSlice()
+		out, err := l.exec(ctx, sealScript, keys, append(args, l.rows(s)...)).AsStrSlice()
 		if err != nil || out[0] != "wait" {
 			return out, err
 		}
@@ -264,6 +264,18 @@ func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) (
 		err = errors.New("data was lost meanwhile")
 	}
 	return out, err
+}
+
+// rows are what the members have answered in an epoch, as far as this one knows.
+func (l *Ledger) rows(s counter.Span) (args []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.find(s); e != nil {
+		for m, n := range e.answers {
+			args = append(args, m, n)
+		}
+	}
+	return args
 }
 
 // asOf is this member and the time of its last beat, for luaLost.

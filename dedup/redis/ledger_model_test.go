@@ -281,7 +281,7 @@ func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, 
 
 // seal is sealScript: what was decided, or for how long to wait, or the members that have
 // answered ids, for the caller to seal.
-func (m *ledgerModel) seal(name, me string, at int64) (d *ledgerDecision, wait int64, members []string) {
+func (m *ledgerModel) seal(name, me string, at int64, known answers) (d *ledgerDecision, wait int64, members []string) {
 	s, _ := parseSpan(name)
 	start, ends := s.Start.UnixMilli(), s.End().UnixMilli()
 	h := m.of[name]
@@ -293,6 +293,10 @@ func (m *ledgerModel) seal(name, me string, at int64) (d *ledgerDecision, wait i
 	}
 	if m.lost(me, at) {
 		return nil, modelSkew, nil
+	}
+	for member, n := range known {
+		h = m.epoch(name)
+		answered(h, member, n)
 	}
 	inexact := false
 	for _, member := range m.alive(modelTTL) {

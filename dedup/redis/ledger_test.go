@@ -706,6 +706,29 @@ func TestLostLedgerComesBack(t *testing.T) {
 	}
 }
 
+// TestMemberThatHasLeftRemembersItsAnswers: the last member has left the group, and waits for the
+// end of the window to publish it. If the ledger loses its data meanwhile, the record has what
+// that member knows.
+func TestMemberThatHasLeftRemembersItsAnswers(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a := g.member("a")
+	s := spanEnded(2 * time.Second)
+	g.beat(a)
+	a.Opened(s, nil)
+	g.beat(a)
+	g.answers.Store(7)
+	g.report(s, true, a)
+	g.do(func(ctx context.Context) error { _, _, err := a.Leave(ctx); return err })
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	if c := g.seal(a, s); c.Unique != 7 || c.Exact {
+		t.Errorf("7 ids were answered and none is left in Redis: the record is %+v", c)
+	}
+	if ttl, err := g.client.Do(t.Context(), g.client.B().Ttl().Key(a.keys.ofEpoch(s)).Build()).AsInt64(); ttl <= 0 || err != nil {
+		t.Errorf("the epoch expires in %d s, %v", ttl, err)
+	}
+}
+
 // TestRecordStaysDeliveredAfterALoss: the ledger loses its data right after a record was delivered,
 // before another member has learnt of that, which writes the epoch again. A heartbeat of the
 // member that knows better has it marked, so that there is no second record.

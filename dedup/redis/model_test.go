@@ -841,13 +841,13 @@ func (w *model) seal() *ledgerDecision {
 		w.note("the ledger has lost data")
 	}
 	lose()
-	sealer := func() (name string, at int64) {
+	sealer := func() (name string, at int64, known answers) {
 		for _, m := range back {
 			if slices.Contains(w.members, m) && w.rules.asOf {
-				return m.name, m.beaten
+				return m.name, m.beaten, m.rows
 			}
 		}
-		return "", 0 // it has left
+		return "", 0, nil // it has left
 	}
 	act := func(seconds float64) {
 		w.pass(seconds)
@@ -870,8 +870,8 @@ func (w *model) seal() *ledgerDecision {
 			w.stop(back[1])
 			back = slices.Delete(back, 1, 2)
 		}
-		me, at := sealer()
-		d, wait, members := w.ledger.seal(modelSpan, me, at)
+		me, at, known := sealer()
+		d, wait, members := w.ledger.seal(modelSpan, me, at, known)
 		if d != nil {
 			return d
 		}
@@ -887,7 +887,7 @@ func (w *model) seal() *ledgerDecision {
 			if late != nil || w.rnd.IntN(2) == 0 {
 				act(0) // heartbeats
 			}
-			me, at := sealer()
+			me, at, _ := sealer()
 			if d := w.ledger.decide(modelSpan, ids, true, false, me, at, members); d != nil {
 				return d
 			}

@@ -228,7 +228,10 @@ end
 // seal the future. A member that is silent, or has not left, is waited for until
 // the slowest clock has turned. One that holds ids that Redis does not have is
 // waited for longer; after that the record is not exact.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
+//
+// First it writes again what the caller knows that the members have answered: one that has left
+// beats no more, and may be the only one that remembers it.
+var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + luaDecision + luaUnlisted + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, longer, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local function pause(ms) return {'wait', string.format('%.0f', ms)} end
@@ -236,6 +239,8 @@ local decided = decision(KEYS[3])
 if decided then return decided end
 if now < ends - skew then return pause(ends - skew - now) end
 if lost(KEYS[1], ARGV[8], ARGV[9]) then return pause(skew) end
+for i = 10, #ARGV, 2 do answered(KEYS[3], ARGV[i], ARGV[i + 1]) end
+redis.call('PEXPIRE', KEYS[3], ARGV[7])
 -- One with another window has left every epoch of the group.
 local agreed = redis.call('HGET', KEYS[5], 'length')
 local function left(m)

@@ -400,14 +400,21 @@ func (w *twins) ledgerStep() {
 			w.run("report", []string{k.epochs, epoch, k.unsettled}, me, "604800000", name, strconv.FormatInt(ends, 10), flag(complete), flag(exact), unsettled, n, under), flag(taken))
 	case 3, 4:
 		sealer, at := pick(rnd, "", "a", "b"), w.ledger.now-pick[int64](rnd, 0, 250, 1000, 4000)
-		d, wait, members := w.ledger.seal(name, sealer, at)
+		known, rows := answers{}, []string(nil)
+		if m := pick(rnd, "", "", "a", "c"); m != "" {
+			known[m] = strconv.Itoa(rnd.IntN(4)) + pick(rnd, "", "?", "+")
+			rows = []string{m, known[m]}
+		}
+		d, wait, members := w.ledger.seal(name, sealer, at, known)
 		model := fmt.Sprintf("[wait %d]", wait)
 		if d != nil {
 			model = "[decided " + d.String() + "]"
 		} else if members != nil {
 			model = "[" + strings.TrimSpace("seal "+strings.Join(members, " ")) + "]"
 		}
-		got := w.run("seal", []string{k.members, k.unsettled, epoch, k.windows, k.length, k.opened}, "3000", strconv.FormatInt(s.Start.UnixMilli(), 10), strconv.FormatInt(ends, 10), "2000", "5000", "1000", "604800000", sealer, strconv.FormatInt(at, 10))
+		got := w.run("seal", []string{k.members, k.unsettled, epoch, k.windows, k.length, k.opened}, append([]string{
+			"3000", strconv.FormatInt(s.Start.UnixMilli(), 10), strconv.FormatInt(ends, 10), "2000", "5000", "1000", "604800000", sealer, strconv.FormatInt(at, 10),
+		}, rows...)...)
 		if strings.HasPrefix(got, "[seal ") {
 			list := strings.Fields(strings.Trim(got, "[]"))
 			slices.Sort(list[1:])
