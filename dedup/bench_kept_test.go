@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -135,6 +136,46 @@ func BenchmarkFirstWindow(b *testing.B) {
 				}
 			})
 		}
+	}
+}
+
+// BenchmarkHotKey has writers, as many as -cpu, add new ids under one key and under a
+// thousand: what it costs that all count in the same word. See bench/README.md.
+func BenchmarkHotKey(b *testing.B) {
+	const ids = 1_000_000
+	for _, keys := range []int{1, 1000} {
+		b.Run(fmt.Sprintf("keys=%d", keys), func(b *testing.B) {
+			m := newMemory(b, Config{ExpectWide: ids, Dir: b.TempDir()})
+			run(b, m)
+			e := newEpochs(b, m)
+			under := make([][]byte, keys)
+			for i := range under {
+				under[i] = fmt.Appendf(nil, "campaign-%d", i)
+			}
+			var next atomic.Int64
+			began := userTime(b)
+			b.RunParallel(func(pb *testing.PB) {
+				var id []byte
+				for pb.Next() {
+					i := next.Add(1)
+					id = strconv.AppendInt(id[:0], i*7, 10)
+					o := Options{Under: under[i%int64(keys)]}
+					items, verdicts := []Item{{ID: id, Options: &o}}, []Verdict{Turned}
+					m.Keys(items)
+					in, _ := e.EnterMany(e.At(int(i/ids)), 0, 1)
+					err := m.AddMany(in.Epoch, items, verdicts)
+					in.LeaveMany(1, 0, 0)
+					if verdicts[0] == Turned { // the other writer is in the next epoch
+						continue
+					}
+					if verdicts[0] != Unique || err != nil {
+						b.Error(verdicts, err)
+						return
+					}
+				}
+			})
+			b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/float64(b.N), "user-ns/id")
+		})
 	}
 }
 
