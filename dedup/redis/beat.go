@@ -186,6 +186,9 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 			continue
 		}
 		e.answers.learn(b.answers[i])
+		if state != beatDelivered && state != beatRefused && slices.Contains(l.past, s) {
+			l.again = append(l.again, s) // this member reports it late
+		}
 		e.refused.Store(state == beatRefused)
 		if state == beatRefused {
 			if e.late = true; e.asks {
