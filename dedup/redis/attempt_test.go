@@ -135,6 +135,18 @@ func TestRedisRetryAtAnInstanceThatHasNotTurned(t *testing.T) {
 	}
 }
 
+// TestRedisRetryAtAnInstanceThatWasNotThere: the attempt was counted at another instance in a
+// window in which this one was asleep. The answer names that window.
+func TestRedisRetryAtAnInstanceThatWasNotThere(t *testing.T) {
+	_, a, b, ea, eb := pair(t)
+	wantAs(t, b, eb, 0, "1", "", "T", dedup.Unique)
+	wantAs(t, a, ea, 1, "42", "", "T", dedup.Unique)
+	wantAs(t, b, eb, 2, "42", "", "T", dedup.ReplayedBefore)
+	if got, want := eb.Last().Before(), time.Unix(0, eb.At(1)); !got.Equal(want) {
+		t.Errorf("counted in the window of %v, want %v", got, want)
+	}
+}
+
 // TestRedisOneAttemptAtOnceEverywhere: many requests of the same and of other attempts
 // for one id, at two instances at once. One attempt wins, and all of its requests are
 // answered so.
