@@ -108,6 +108,10 @@ func (e *Epoch) Label() []byte { return e.label }
 // Keys returns the keys of the epoch. The Store counts into them.
 func (e *Epoch) Keys() *Keys { return &e.keys }
 
+// FollowsWindow has Before return the start of the window before, also if that was not opened. A
+// Store that others have opened it in calls it in Open.
+func (e *Epoch) FollowsWindow() { e.before = e.start - e.window }
+
 // MarkInexact marks the epoch as one whose ids may have been lost or forgotten: its count
 // gets Exact false. A Store that knows this when the epoch opens calls it in Open.
 func (e *Epoch) MarkInexact() { e.inexact.Store(true) }

@@ -135,6 +135,18 @@ func TestRedisRetryAtAnInstanceThatHasNotTurned(t *testing.T) {
 	}
 }
 
+// TestRedisRetryAtAnInstanceThatWasNotThere: the attempt was counted at another instance in a
+// window in which this one was asleep. The answer names that window.
+func TestRedisRetryAtAnInstanceThatWasNotThere(t *testing.T) {
+	_, a, b, ea, eb := pair(t)
+	wantAs(t, b, eb, 0, "1", "", "T", dedup.Unique)
+	wantAs(t, a, ea, 1, "42", "", "T", dedup.Unique)
+	wantAs(t, b, eb, 2, "42", "", "T", dedup.ReplayedBefore)
+	if got, want := eb.Last().Before(), time.Unix(0, eb.At(1)); !got.Equal(want) {
+		t.Errorf("counted in the window of %v, want %v", got, want)
+	}
+}
+
 // TestRedisOneAttemptAtOnceEverywhere: many requests of the same and of other attempts
 // for one id, at two instances at once. One attempt wins, and all of its requests are
 // answered so.
@@ -773,6 +785,30 @@ func TestRedisRetryWhileItsWindowIsBegunAgain(t *testing.T) {
 	if n, exact := sealed(t, e, r, 1); n != 2 || exact {
 		t.Errorf("sealed %d, exact %v; want 2, false", n, exact)
 	}
+}
+
+// TestRedisAKeyIsLostBeforeAnInstanceStarts: all who knew the generation of the epoch are gone. It
+// is begun again even so; ids waited until its end.
+func TestRedisAKeyIsLostBeforeAnInstanceStarts(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	a := startInstance(t, server, "")
+	wantInTime(t, a.r, a.e, "42", dedup.Unique)
+	a.vanish()
+	for _, k := range server.keys() {
+		if strings.HasSuffix(k, ":d") {
+			server.do("DEL", k)
+		}
+	}
+	r := newRedisAway(t, server.Addr)
+	e := settest.NewEpochs(t, r)
+	testproc.Until(t, "an id is answered", func() bool {
+		v, err := e.Add(t, r, 0, "43")
+		if err == nil && v != dedup.Unique {
+			t.Fatalf("got %v", v)
+		}
+		return err == nil
+	})
 }
 
 // TestRedisTokensThatAreLostAreRememberedIfMoreIsLost: a retry was counted again, as the tokens

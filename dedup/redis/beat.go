@@ -185,6 +185,9 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 			continue
 		}
 		e.answers.learn(a.answers)
+		if a.state != "delivered" && a.state != "refused" && slices.Contains(l.past, s) {
+			l.again = append(l.again, s) // this member reports it late
+		}
 		e.refused.Store(a.state == "refused")
 		if e.refused.Load() {
 			if e.wasRefused = true; e.ofOthers {

@@ -642,12 +642,14 @@ local function hello(key, a)
   return {'ok'}
 end
 
--- reset: epoch, generation. Some of its keys are lost: better all of them are,
--- for that every session notices, and adds its own again. How many tokens it had stays: until
+-- reset: epoch, generation, which is empty if the session does not know it. Some of its keys
+-- are lost: better all of them are, for that every session notices, and adds its own again. How many tokens it had stays: until
 -- they are there again, a retry in the next window is to find some missing.
 local function reset(key, a)
   local e = call('HGET', key, 'E' .. a[2])
-  if e and parse(e) == a[3] then
+  local gen, held = nil, nil
+  if e then gen, held = opened(e) end
+  if e and (gen == a[3] or a[3] == '' and not complete(key .. ':' .. a[2] .. ':', held)) then
     discard(key, a[2])
     call('HDEL', key, 'E' .. a[2])
     cut(key, clock())

@@ -509,7 +509,7 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 
 // reset is reset of function.lua.
 func (m *laneModel) reset(epoch, gen string) {
-	if o, is := m.open[epoch]; is && o.gen == gen {
+	if o, is := m.open[epoch]; is && (o.gen == gen || gen == "" && !m.complete(epoch, o.held)) {
 		delete(m.sets, epoch)
 		delete(m.open, epoch)
 		m.noteCut()

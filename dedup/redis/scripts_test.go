@@ -292,7 +292,7 @@ func (w *twins) other() {
 		w.lane.bye(session)
 		w.same("bye "+session, w.run("lane", []string{twinLane}, "bye", session), "[ok]")
 	case 4:
-		gen := pick(w.rnd, w.lane.open[epoch].gen, "other")
+		gen := pick(w.rnd, w.lane.open[epoch].gen, "other", "")
 		w.lane.reset(epoch, gen)
 		w.same("reset "+epoch+gen, w.run("lane", []string{twinLane}, "reset", epoch, gen), "[ok]")
 	case 5:

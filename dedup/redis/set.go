@@ -306,6 +306,8 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 	s.previous.Store(last)
 	if last != nil && last.end == int64(s.start.Sub(r.start)) {
 		s.before = last.key // also after a change of --window
+	} else {
+		e.FollowsWindow()
 	}
 	return s
 }
