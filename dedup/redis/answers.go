@@ -111,12 +111,13 @@ func (l *Ledger) contradict(e *ledgerEpoch) {
 
 // kept is the file of answers.
 type kept struct {
-	Group  string             `json:"group"`
-	Epochs map[string]answers `json:"epochs"`
+	Group   string             `json:"group"`
+	Members []string           `json:"members"` // the process that has written it, and earlier ones that may be members still
+	Epochs  map[string]answers `json:"epochs"`
 }
 
-// keep writes to the disk what is known of the epochs that are not decided: if the
-// file lacks one of them, or at the end, with the last numbers.
+// keep writes to the disk what is known of the epochs that are not decided: if the file lacks
+// one of them, or the name of this process, or at the end, with the last numbers.
 func (l *Ledger) keep(end bool) {
 	if l.cfg.File == "" {
 		return
@@ -125,6 +126,8 @@ func (l *Ledger) keep(end bool) {
 	defer l.keeping.Unlock()
 	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
 	l.mu.Lock()
+	k.Members = append([]string{l.member}, l.earlier...)
+	end = end || l.kept == nil
 	for _, e := range l.epochs {
 		if e.decided == nil && len(e.answers) > 0 {
 			name := spanName(e.span)
@@ -170,6 +173,7 @@ func (l *Ledger) recall() {
 	if k.Group != l.cfg.Group {
 		return
 	}
+	l.earlier = k.Members
 	for name, all := range k.Epochs {
 		if s, err := parseSpan(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)

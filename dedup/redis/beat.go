@@ -23,6 +23,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 		// Without a connection nothing is sent; Set.Health shows what fails.
 		err := l.beat(ctx, all)
 		l.deliverAgain(ctx)
+		l.dismiss(ctx)
 		switch {
 		case err != nil && l.standing.Load() == unheard:
 			tick.Reset(firstBeats)
@@ -234,6 +235,28 @@ func (l *Ledger) deliverAgain(ctx context.Context) {
 			return // the next beat finds it again
 		}
 	}
+}
+
+// dismiss takes processes before this one, in its place, off the members, when all windows are
+// decided in which they may have answered ids. With fail open no later window would be exact
+// while they are listed: they might go on without Redis.
+func (l *Ledger) dismiss(ctx context.Context) {
+	l.mu.Lock()
+	earlier, last := l.earlier, l.began.Add(l.cfg.MaxSkew)
+	due := time.Since(last) > l.cfg.Window+memberTTL &&
+		!slices.ContainsFunc(l.epochs, func(e *ledgerEpoch) bool { return e.decided == nil && e.span.Start.Before(last) })
+	l.mu.Unlock()
+	if !due {
+		return
+	}
+	for _, m := range earlier {
+		if _, _, err := l.takeOff(ctx, m, ""); err != nil {
+			return // the next beat tries again
+		}
+	}
+	l.mu.Lock()
+	l.earlier = nil
+	l.mu.Unlock()
 }
 
 // pass remembers that the record of an epoch is delivered. l.mu is held.

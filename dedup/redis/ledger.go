@@ -90,6 +90,7 @@ type groupIDs interface {
 // All methods are safe for concurrent use.
 type Ledger struct {
 	cfg    Config
+	began  time.Time
 	member string // the name of this one, unique for each process
 	ids    groupIDs
 	keys   ledgerKeys
@@ -108,6 +109,7 @@ type Ledger struct {
 	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
 	past       []counter.Span // whose records are known to be delivered, the last ones
 	again      []counter.Span // the same, and the ledger has lost it
+	earlier    []string       // members that were processes before this one, in its place: they have ended
 	newest     time.Time      // start of the newest epoch that this process has opened
 	lead       time.Time      // until then this member publishes, as its lease ends
 	yields     time.Time      // until then it leaves the lead to others
@@ -178,7 +180,7 @@ const maxUnnamed = 64
 const maxPast = 4096
 
 func openLedger(cfg Config, member string, ids groupIDs) *Ledger {
-	l := &Ledger{cfg: cfg, member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
+	l := &Ledger{cfg: cfg, began: time.Now(), member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
 	l.recall()
 	return l
 }
@@ -420,9 +422,15 @@ func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, er
 		l.mu.Unlock()
 		l.keep(true)
 	}
+	return l.takeOff(ctx, l.member, l.unsettled())
+}
+
+// takeOff takes a member off the list. It returns how many others are alive, and how long ago
+// the last beat of one was.
+func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others int, heard time.Duration, err error) {
 	n, err := l.exec(ctx, leaveScript,
 		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
-		[]string{l.member, ms(memberTTL), l.unsettled()}).AsIntSlice()
+		[]string{member, ms(memberTTL), unsettled}).AsIntSlice()
 	if err != nil {
 		return 0, 0, fmt.Errorf("ledger: %w", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -380,6 +381,50 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 		if c := g.seal(a, s); c.Unique != 10 || c.Exact != tt.exact {
 			t.Errorf("%+v: the record is %+v", tt, c)
 		}
+	}
+}
+
+// TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
+// no record is exact. The next process in its place is sure that it has ended, but keeps it on
+// the list until the windows that it was in are decided.
+func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s := spanEnded(10 * time.Second)
+	change := func(c *Config, _ *fakeIDs) { c.FailOpen, c.File = true, filepath.Join(t.TempDir(), "answers.json") }
+	killed := g.member("killed", change)
+	g.beat(killed)
+	before := counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}
+	killed.Opened(before, nil)
+	g.beat(killed)
+
+	change = func(c *Config, _ *fakeIDs) { c.FailOpen, c.File = true, killed.cfg.File }
+	again := g.member("again", change)
+	listed := func() bool {
+		_, err := g.client.Do(t.Context(), g.client.B().Zscore().Key(again.keys.members).Member("killed").Build()).AsFloat64()
+		return err == nil
+	}
+	g.beat(again)
+	if again.dismiss(t.Context()); !listed() {
+		t.Fatal("it is off the list at the start of the next process")
+	}
+	again.began = time.Now().Add(-time.Hour)
+	again.Opened(s, nil)
+	g.beat(again)
+	again.began = s.Start.Add(time.Second)
+	if again.dismiss(t.Context()); !listed() {
+		t.Fatal("it is off the list before the window of the kill is decided")
+	}
+	g.report(s, true, again)
+	if c := g.seal(again, s); c.Exact {
+		t.Errorf("the window of the kill: %+v", c)
+	}
+	if c := g.seal(again, before); c.Exact {
+		t.Errorf("the window before: %+v", c)
+	}
+	again.began = time.Now().Add(-time.Hour)
+	if again.dismiss(t.Context()); listed() {
+		t.Error("it is still on the list")
 	}
 }
 
