@@ -499,13 +499,7 @@ func TestARestartedInstanceLeavesNothingInDoubt(t *testing.T) {
 		t.Fatalf("when its instance is back the id is in doubt: %s, want 0", got)
 	}
 	for token, want := range map[string]dedup.Verdict{"T": dedup.Replayed, "U": dedup.Repeat} {
-		testproc.Until(t, "an attempt is answered", func() bool {
-			v, err := addAs(t, b, eb, 0, "42", "", token)
-			if err == nil && v != want {
-				t.Fatalf("token %s: %v, want %v", token, v, want)
-			}
-			return err == nil
-		})
+		untilAs(t, b, eb, 0, "42", "", token, want)
 	}
 
 	way.deaf.Store(false)

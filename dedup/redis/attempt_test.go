@@ -62,6 +62,18 @@ func wantAs(t testing.TB, r *Set, e settest.Epochs, n int, id, key, token string
 	}
 }
 
+// untilAs asks as addAs does until there is an answer, which must be want.
+func untilAs(t testing.TB, r *Set, e settest.Epochs, n int, id, key, token string, want dedup.Verdict) {
+	t.Helper()
+	testproc.Until(t, "an attempt is answered", func() bool {
+		v, err := addAs(t, r, e, n, id, key, token)
+		if err == nil && v != want {
+			t.Fatalf("token %q: %v, want %v", token, v, want)
+		}
+		return err == nil
+	})
+}
+
 // pair is two instances of a group.
 func pair(t *testing.T, change ...func(*Config)) (server *redisServer, a, b *Set, ea, eb settest.Epochs) {
 	t.Helper()
@@ -406,13 +418,7 @@ func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
 	a, b := startInstance(t, server, ""), startInstance(t, server, "")
 	wantAs(t, a.r, a.e, 0, "42", "key", "T", dedup.Unique)
 	a.vanish()
-	testproc.Until(t, "the other instance answers", func() bool {
-		v, err := addAs(t, b.r, b.e, 0, "42", "key", "T")
-		if err == nil && v != dedup.Replayed {
-			t.Fatalf("got %v", v)
-		}
-		return err == nil
-	})
+	untilAs(t, b.r, b.e, 0, "42", "key", "T", dedup.Replayed)
 	wantAs(t, b.r, b.e, 0, "42", "key", "U", dedup.Repeat)
 	wantAs(t, b.r, b.e, 1, "42", "key", "T", dedup.ReplayedBefore)
 	if c := b.record(); c.Unique != 1 || c.Exact || !slices.Equal(c.Keys, []counter.KeyCount{{Key: "key", Unique: 1}}) {
@@ -927,13 +933,7 @@ func TestRedisABelievedDoubtIsNotExact(t *testing.T) {
 	})
 	way.refusing.Store(true)
 	way.cut(0)
-	testproc.Until(t, "the retry is answered", func() bool {
-		v, err := addAs(t, b, eb, 0, "42", "", "T")
-		if err == nil && v != dedup.Replayed {
-			t.Fatalf("got %v", v)
-		}
-		return err == nil
-	})
+	untilAs(t, b, eb, 0, "42", "", "T", dedup.Replayed)
 	way.deaf.Store(false)
 	way.refusing.Store(false)
 	untilSettled(t, a)

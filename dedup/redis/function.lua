@@ -114,12 +114,17 @@ local function remember(key, session, doubt, fields, ...)
   call('HSET', key, 'S' .. session, pack(...), 'I' .. session, doubt, unpack(fields))
 end
 
+-- listed are the sessions that may have ids in doubt.
+local function listed(key)
+  local a = call('HGET', key, 'A')
+  return a and parse(a) or {}
+end
+
 -- join has others look for ids in doubt of the session. If it is new, the sessions before it
 -- of the same instance have ended, and nothing of them stays in doubt: retries would wait for
 -- it until it lapses. Should one go on even so, it is as if it had lapsed.
 local function join(key, session, new)
-  local a = call('HGET', key, 'A')
-  local active = a and parse(a) or {}
+  local active = listed(key)
   for i = 1, #active do
     local other = active[i]
     if other == session then return end
@@ -136,8 +141,7 @@ end
 -- is named, in their last batches, and may not have answered yet. A doubt that has lapsed is
 -- over for good: its session cannot take the ids back any more.
 local function doubts(key, session, epoch, now)
-  local a = call('HGET', key, 'A')
-  local active, left, found = a and parse(a) or {}, {}, {}
+  local active, left, found = listed(key), {}, {}
   for i = 1, #active do
     local other = active[i]
     local f = call('HMGET', key, 'S' .. other, 'I' .. other)
@@ -162,8 +166,7 @@ end
 -- lapsed before a batch arrived that was long on its way.
 local function withdraws(key, session)
   if call('HEXISTS', key, 'I' .. session) == 0 then return false end
-  local a = call('HGET', key, 'A')
-  local active = a and parse(a) or {}
+  local active = listed(key)
   for i = 1, #active do
     if active[i] == session then return true end
   end
