@@ -77,7 +77,7 @@ func TestKeysThatWaitFollowTheMemoryLimit(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 			defer cancel()
 			start := time.Unix(int64(n)*60, 0).UTC()
-			return p.stream.Publish(ctx, counter.Count{Start: start, Window: time.Minute, Unique: 10_000, Keys: keys, SealedAt: start.Add(time.Minute)})
+			return p.stream.Publish(ctx, counter.Count{Start: start, Window: time.Minute, Unique: 10_000, Keys: counter.KeyCountsOf(keys...), SealedAt: start.Add(time.Minute)})
 		}
 		if err := publish(1); err != nil {
 			t.Errorf("with %d bytes, the first record: %v", memory, err)

@@ -15,7 +15,7 @@ type Count struct {
 	Complete bool          // this process served the whole window
 	Exact    bool          // false only where something known may have lost ids
 	SealedAt time.Time     // when the last request left the epoch, UTC
-	Keys     []KeyCount    // the part of Unique under each key that has ids, each key once, in any order; nil: no key was used
+	Keys     KeyCounts     // the part of Unique under each key that has ids; none: no key was used
 }
 
 // Span is a window of time, the same for every instance that counts it.
@@ -40,9 +40,9 @@ type Claim struct {
 
 // Published is what a publisher has of its last window.
 type Published struct {
-	Last   time.Time  // its start; zero: it has none
-	Unique uint64     // the sum of the records for it
-	Keys   []KeyCount // the same for each key
+	Last   time.Time // its start; zero: it has none
+	Unique uint64    // the sum of the records for it
+	Keys   KeyCounts // the same for each key
 
 	// KeysLost: some of Unique is under keys, and Keys does not have all of it.
 	KeysLost bool

@@ -111,9 +111,9 @@ type Recovered struct {
 	Start  time.Time     // start of the window, UTC
 	Window time.Duration // length of the window
 	Unique uint64        // ids counted and not published
-	Keys   []KeyCount    // the same for each key
+	Keys   KeyCounts     // the same for each key
 	Exact  bool          // false if ids may be missing
-	NoKeys bool          // what is under keys is not known: Keys is nil
+	NoKeys bool          // what is under keys is not known: Keys has none
 	State  State         // of the Store, as Epoch.State; may be nil
 }
 

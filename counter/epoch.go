@@ -74,7 +74,7 @@ type Epoch struct {
 	State State
 
 	keys Keys
-	owed []KeyCount // of a recovered epoch: what its record is to have by key
+	owed KeyCounts // of a recovered epoch: what its record is to have by key
 
 	// Every request reads end and State, and every request of the first stripe
 	// writes there: they must not share a cache line.

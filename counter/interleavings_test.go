@@ -370,13 +370,13 @@ func (s *scene) filed(max int) error {
 	of := map[string][]KeyCount{}
 	memory := int64(0)
 	for _, c := range s.published {
-		of[c.Start.String()] = c.Keys
+		of[c.Start.String()] = c.Keys.List()
 	}
 	for _, e := range s.opened[len(s.retired):] {
-		if e.keys.Len() != len(e.keys.Counts()) {
-			return fmt.Errorf("epoch %v has %d keys; %d are counted", e.Start(), len(e.keys.Counts()), e.keys.Len())
+		if e.keys.Len() != e.keys.Counts().Len() {
+			return fmt.Errorf("epoch %v has %d keys; %d are counted", e.Start(), e.keys.Counts().Len(), e.keys.Len())
 		}
-		of[e.Start().String()] = e.keys.Counts()
+		of[e.Start().String()] = e.keys.Counts().List()
 		memory += e.keys.bytes
 	}
 	if used := s.c.keys.used.Load(); used != memory {
@@ -431,7 +431,7 @@ func TestInterleavingsOfKeysWhoseMemoryIsUsedAgain(t *testing.T) {
 		first.prepare(1)
 		first.Count(first.Add(1, []byte("a")), 1)
 		var read []KeyCount
-		r.Go("reader", func() { read = first.Counts() })
+		r.Go("reader", func() { read = first.Counts().List() })
 		r.Go("late", func() { first.CountLate(2, []byte("late")) })
 		r.Go("closer", func() {
 			first.release(false)
@@ -444,7 +444,7 @@ func TestInterleavingsOfKeysWhoseMemoryIsUsedAgain(t *testing.T) {
 					return fmt.Errorf("the first epoch has %v", read)
 				}
 			}
-			if got := next.Counts(); len(got) != 1 || got[0] != (KeyCount{"b", 1}) {
+			if got := next.Counts().List(); len(got) != 1 || got[0] != (KeyCount{"b", 1}) {
 				return fmt.Errorf("the next epoch has %v", got)
 			}
 			if memory.used.Load() != next.bytes {

@@ -2,10 +2,7 @@ package counter
 
 import (
 	"bytes"
-	"cmp"
 	"math/bits"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -19,12 +16,6 @@ const MaxMaxKeys = 10_000_000
 
 // MaxKeyLen is how many bytes a key may have.
 const MaxKeyLen = 128
-
-// KeyCount is the number of new ids under a key in one window.
-type KeyCount struct {
-	Key    string // 1 to MaxKeyLen bytes
-	Unique uint64 // ids answered as new
-}
 
 // Key is the count of one key in an epoch, in a line of memory of its own: two keys in one
 // cache line would slow each other. All methods are safe for concurrent use.
@@ -86,7 +77,6 @@ type Keys struct {
 
 	adding sync.Mutex // held while a key is added; guards what follows, and the lines of the table
 	used   int
-	text   int   // bytes of the names
 	bytes  int64 // of memory
 	over   bool  // released
 
@@ -113,7 +103,7 @@ const (
 
 	// keyBytes is what a key takes beside its lines while its epoch is published, and its name
 	// once more.
-	keyBytes = int64(unsafe.Sizeof(KeyCount{})) + 32
+	keyBytes = 2 + 10 + 32
 )
 
 // Find returns the key of a name, or nil if it is not in the epoch. hash is a hash of the
@@ -156,7 +146,6 @@ func (ks *Keys) Add(hash uint64, name []byte) *Key {
 			ks.take(int64(keyLines(len(name)))*int64(unsafe.Sizeof(Key{})) + keyBytes + int64(len(name)))
 			slot.Store(at)
 			ks.used++
-			ks.text += len(name)
 			return k
 		}
 		if k := table.at(at); k.hash == hash {
@@ -296,23 +285,15 @@ func (ks *Keys) Full() bool {
 	return ks.used >= ks.max || ks.memory.full()
 }
 
-// Largest returns the n keys with the most ids, the largest first.
-func (ks *Keys) Largest(n int) []KeyCount { return LargestKeys(ks.Counts(), n) }
-
-// Counts returns the keys that have ids, in any order; nil if there are none. While requests
-// are in flight it has Unique's weak promise. It gives way to requests.
-func (ks *Keys) Counts() (counts []KeyCount) {
+// Counts returns the keys that have ids. While requests are in flight it has Unique's weak
+// promise. It gives way to requests.
+func (ks *Keys) Counts() (counts KeyCounts) {
 	ks.late.Add(1)
 	defer ks.late.Add(-1)
 	table := ks.table.Load()
 	if table == nil {
-		return nil
+		return counts
 	}
-	counts = make([]KeyCount, 0, ks.Len())
-	var names strings.Builder // one piece of memory for all
-	ks.adding.Lock()
-	names.Grow(ks.text)
-	ks.adding.Unlock()
 	var pace Pace
 	for i := range table.slots {
 		pace.Step()
@@ -321,40 +302,8 @@ func (ks *Keys) Counts() (counts []KeyCount) {
 			continue
 		}
 		if k := table.at(slot); k.unique.Load() > 0 {
-			from := names.Len()
-			names.Write(k.name())
-			counts = append(counts, KeyCount{names.String()[from:], k.unique.Load()})
+			counts.Add(k.name(), k.unique.Load())
 		}
 	}
 	return counts
-}
-
-// LargestKeys returns the n keys with the most ids, the largest first and those alike by
-// name, and leaves counts as they are. It sorts few of them and gives way: a window may
-// have a hundred thousand, and requests come while it closes.
-func LargestKeys(counts []KeyCount, n int) []KeyCount {
-	var pace Pace
-	order := func(a, b KeyCount) int {
-		pace.Step()
-		return cmp.Or(cmp.Compare(b.Unique, a.Unique), strings.Compare(a.Key, b.Key))
-	}
-	top := make([]KeyCount, 0, min(len(counts), 2*n))
-	var least KeyCount // the last one of the n largest so far; those behind it are passed over
-	for _, c := range counts {
-		if order(c, least) > 0 && least.Unique > 0 {
-			continue
-		}
-		if len(top) == 2*n {
-			slices.SortFunc(top, order)
-			top = top[:n]
-			least = top[n-1]
-		}
-		top = append(top, c)
-	}
-	slices.SortFunc(top, order)
-	top = slices.Clone(top[:min(n, len(top))]) // it was twice as long
-	for i := range top {
-		top[i].Key = strings.Clone(top[i].Key) // those of Counts share their memory
-	}
-	return top
 }

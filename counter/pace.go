@@ -20,7 +20,7 @@ const (
 var paceBegan = time.Now()
 
 // Pace lets work in the background, such as the publishing of 100,000 keys at the turn, give
-// way to requests. The zero value is ready. One goroutine at a time uses it.
+// way to requests. The zero value is ready; nil never sleeps. One goroutine at a time uses it.
 //
 // All rest at the same time, by the clock. Two that rested each for itself worked in turns: the
 // scheduler of Go always had one of them to run, and while it has it does not look whether
@@ -30,13 +30,18 @@ type Pace struct{ steps int }
 // Step is called between small pieces of the work, of a microsecond at most. Once in a while
 // it sleeps.
 func (p *Pace) Step() {
+	if p == nil {
+		return
+	}
 	if p.steps++; p.steps%paceSteps == 0 {
-		p.Rest()
+		Rest()
 	}
 }
 
-// Rest is Step between larger pieces: it looks at the time at each call.
-func (*Pace) Rest() {
+// Rest is Pace.Step between larger pieces, such as the steps of publishing a record, of which
+// each takes a processor for some 50 us: it looks at the time at each call. It is safe for
+// concurrent use.
+func Rest() {
 	if at := time.Since(paceBegan) % (paceWork + paceRest); at >= paceWork {
 		time.Sleep(paceWork + paceRest - at)
 	}

@@ -181,7 +181,7 @@ func TestInterleavingsOfTheLastKey(t *testing.T) {
 			})
 		}
 		r.Check(func() error {
-			counts := s.epochs[0].Keys().Counts()
+			counts := s.epochs[0].Keys().Counts().List()
 			want := map[string]uint64{}
 			for i, name := range names {
 				if verdicts[i] == Unique {

@@ -78,7 +78,7 @@ func (l *fakeSpool) Publish(ctx context.Context, c counter.Count) error {
 		l.last, l.sum, l.keys = c.Start, 0, map[string]uint64{}
 	}
 	l.sum += c.Unique
-	for _, k := range c.Keys {
+	for _, k := range c.Keys.List() {
 		l.keys[k.Key] += k.Unique
 	}
 	l.records[c.Start.UnixNano()] = append(l.records[c.Start.UnixNano()], c)
@@ -99,7 +99,7 @@ func (l *fakeSpool) published() map[string]counter.Published {
 	if !l.last.IsZero() {
 		p := counter.Published{Last: l.last, Unique: l.sum}
 		for name, n := range l.keys {
-			p.Keys = append(p.Keys, counter.KeyCount{Key: name, Unique: n})
+			p.Keys.Add([]byte(name), n)
 		}
 		all[l.name] = p
 	}
@@ -111,7 +111,7 @@ func (l *fakeSpool) rename(name string) {
 	l.others = l.published()
 	l.name = name
 	l.last, l.sum, l.keys = l.others[name].Last, l.others[name].Unique, map[string]uint64{}
-	for _, k := range l.others[name].Keys {
+	for _, k := range l.others[name].Keys.List() {
 		l.keys[k.Key] = k.Unique
 	}
 	delete(l.others, name)

@@ -307,14 +307,14 @@ func (k *keyed) readName(s *secret, record []uint64) error {
 
 // counts returns the ids under each key less those that are published. It is not
 // ok if a name is missing.
-func (k *keyed) counts(published map[string]uint64) (counts []counter.KeyCount, sum uint64, ok bool) {
+func (k *keyed) counts(published map[string]uint64) (counts counter.KeyCounts, sum uint64, ok bool) {
 	for hash, n := range k.ids {
 		name, named := k.names[hash]
 		if !named {
-			return nil, 0, false
+			return counter.KeyCounts{}, 0, false
 		}
 		if n = less(n, published[name]); n > 0 {
-			counts = append(counts, counter.KeyCount{Key: name, Unique: n})
+			counts.Add([]byte(name), n)
 			sum += n
 		}
 	}

@@ -82,7 +82,7 @@ func (m *optionsModel) check() {
 			}
 			keyless := c.Unique
 			once := map[string]bool{}
-			for _, k := range c.Keys {
+			for _, k := range c.Keys.List() {
 				if once[k.Key] || k.Unique == 0 {
 					m.t.Fatalf("a key of a record is there twice, or empty: %v", c.Keys)
 				}
@@ -432,7 +432,7 @@ func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 		t.Errorf("got %v, %v", verdicts, err)
 	}
 	want := []counter.KeyCount{{Key: "a key", Unique: 3}, {Key: "another", Unique: 1}}
-	if got := epochtest.ByName(in.Epoch.Keys().Counts()); !slices.Equal(got, want) {
+	if got := in.Epoch.Keys().Counts().List(); !slices.Equal(got, want) {
 		t.Errorf("by key %v, want %v", got, want)
 	}
 }
@@ -448,7 +448,7 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 	}{
 		{"nothing published", func(time.Time) counter.Published { return counter.Published{} }, true, 1},
 		{"one of two published", func(at time.Time) counter.Published {
-			return counter.Published{Last: at, Unique: 1, Keys: []counter.KeyCount{{Key: "a", Unique: 1}}}
+			return counter.Published{Last: at, Unique: 1, Keys: counter.KeyCountsOf([]counter.KeyCount{{Key: "a", Unique: 1}}...)}
 		}, true, 1},
 		{"lost", func(at time.Time) counter.Published { return counter.Published{Last: at, Unique: 1, KeysLost: true} }, false, 0},
 		{"lost without a word", func(at time.Time) counter.Published { return counter.Published{Last: at, Unique: 1} }, false, 0},
@@ -471,7 +471,7 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 				}
 				defer abandon(m)
 				left := m.Past(map[string]counter.Published{"": tt.published(start)}).Recovered
-				if len(left) != 1 || left[0].Exact != tt.exact || len(left[0].Keys) != tt.keys {
+				if len(left) != 1 || left[0].Exact != tt.exact || left[0].Keys.Len() != tt.keys {
 					t.Errorf("got %+v; want exact %t and %d keys", left, tt.exact, tt.keys)
 				}
 			})

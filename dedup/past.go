@@ -103,12 +103,12 @@ func (l recoveredEpoch) Retire() { l.in.end(l.of) }
 
 // remainder is what an epoch still needs.
 type remainder struct {
-	have     uint64             // ids in the journal
-	missing  uint64             // ids that no record has
-	doubtful bool               // ids may be lost
-	settled  bool               // no record is to be published for it
-	keys     []counter.KeyCount // the part of missing that is under keys
-	keysLost bool               // it is not known
+	have     uint64            // ids in the journal
+	missing  uint64            // ids that no record has
+	doubtful bool              // ids may be lost
+	settled  bool              // no record is to be published for it
+	keys     counter.KeyCounts // the part of missing that is under keys
+	keysLost bool              // it is not known
 
 	// Set if ids that no record has cannot get one any more.
 	lost        bool
@@ -147,7 +147,7 @@ func (r *remainder) count(k *keyed, published publishedKeys) {
 	}
 	keys, sum, ok := k.counts(published.ids)
 	if r.keys = keys; !ok || published.lost || sum > r.missing {
-		r.keys, r.keysLost, r.doubtful = nil, true, true
+		r.keys, r.keysLost, r.doubtful = counter.KeyCounts{}, true, true
 	}
 }
 
@@ -165,8 +165,8 @@ func keysOf(published map[string]counter.Published) map[int64]publishedKeys {
 		if of.ids == nil {
 			of.ids = map[string]uint64{}
 		}
-		for _, k := range p.Keys {
-			of.ids[k.Key] += k.Unique
+		for key, unique := range p.Keys.All() {
+			of.ids[string(key)] += unique
 		}
 		of.lost = of.lost || p.KeysLost
 		all[p.Last.UnixNano()] = of

@@ -226,18 +226,18 @@ func (a *Admin) Serve() error {
 func (a *Admin) WindowClosed(c counter.Count) {
 	w := window{
 		Start: c.Start, MS: c.Window.Milliseconds(), Unique: c.Unique, Duplicates: c.Repeats,
-		Complete: c.Complete, Exact: c.Exact, Keys: len(c.Keys),
+		Complete: c.Complete, Exact: c.Exact, Keys: c.Keys.Len(),
 	}
 	keys := c.Keys
 	if a.cfg.Sealed != nil {
 		if g, ok := a.cfg.Sealed(c.Span()); ok {
-			w.WholeGroup = &groupWindow{g.Unique, len(g.Keys), g.Complete, g.Exact}
-			if len(g.Keys) > 0 {
+			w.WholeGroup = &groupWindow{g.Unique, g.Keys.Len(), g.Complete, g.Exact}
+			if g.Keys.Len() > 0 {
 				keys = g.Keys
 			}
 		}
 	}
-	w.largest = counter.LargestKeys(keys, maxShownKeys)
+	w.largest = keys.Largest(maxShownKeys)
 	a.history.add(w)
 }
 

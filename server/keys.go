@@ -45,15 +45,8 @@ func addKeys(a, b []counter.KeyCount) []counter.KeyCount {
 	if len(a) == 0 || len(b) == 0 {
 		return slices.Concat(a, b)
 	}
-	sums := make(map[string]uint64, len(a)+len(b))
-	for _, c := range slices.Concat(a, b) {
-		sums[c.Key] += c.Unique
-	}
-	all := make([]counter.KeyCount, 0, len(sums))
-	for key, n := range sums {
-		all = append(all, counter.KeyCount{Key: key, Unique: n})
-	}
-	return counter.LargestKeys(all, maxShownKeys)
+	sums := counter.SumKeys(counter.KeyCountsOf(a...), counter.KeyCountsOf(b...))
+	return sums.Largest(maxShownKeys)
 }
 
 // windowKeys is the answer of /api/windows/WINDOW_START/keys.
@@ -79,7 +72,7 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 	out := windowKeys{Start: start.UTC(), Scope: "instance"}
 	if open := a.server.cfg.Counter.Last(); open.Start().Equal(start) {
 		out.Keys, out.Unique = open.Keys().Len(), open.Unique()
-		out.Results = keyShares(open.Keys().Largest(limit), out.Unique)
+		out.Results = keyShares(open.Keys().Counts().Largest(limit), out.Unique)
 		writeJSON(w, http.StatusOK, out)
 		return
 	}

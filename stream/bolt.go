@@ -288,14 +288,14 @@ func (b *boltStore) check(tx *bolt.Tx) error {
 		if err != nil || e.record.Keys == 0 {
 			return err
 		}
-		n := uint64(0)
+		var keys counter.KeyCounts
 		if f.index > 0 {
 			used[f.name()] = true
-			_, n, err = b.keyFiles.read(f)
+			keys, err = b.keyFiles.read(f)
 		} else {
-			_, n, err = oldKeys(tx, bucketRecordKeys, k)
+			keys, err = oldKeys(tx, bucketRecordKeys, k)
 		}
-		if err == nil && n != e.record.Keys {
+		if n := uint64(keys.Len()); err == nil && n != e.record.Keys {
 			err = fmt.Errorf("%w: %d keys of record %d, not %d", errDamaged, n, e.index, e.record.Keys)
 		}
 		return err
@@ -323,37 +323,31 @@ func keyFileOf(tx *bolt.Tx, k []byte) (f keyFile, err error) {
 	return decodeKeyFile(v), nil
 }
 
-// oldKeys returns the keys that a file of version 2 has under k, and how many they are.
-func oldKeys(tx *bolt.Tx, bucket, k []byte) (keys packedKeys, n uint64, err error) {
+// oldKeys returns the keys that a file of version 2 has under k.
+func oldKeys(tx *bolt.Tx, bucket, k []byte) (keys counter.KeyCounts, err error) {
 	b := tx.Bucket(bucket)
 	if b == nil || b.Get(k) == nil {
-		return nil, 0, nil
+		return keys, nil
 	}
 	v, err := unseal(k, b.Get(k))
-	if err != nil {
-		return nil, 0, err
+	if err == nil {
+		keys.AddPacked(bytes.Clone(v), nil)
 	}
-	keys = packedKeys{bytes.Clone(v)}
-	var pace counter.Pace
-	for range keys.all() {
-		pace.Step()
-		n++
-	}
-	return keys, n, nil
+	return keys, err
 }
 
-func (b *boltStore) keys(index uint64) (keys packedKeys, err error) {
+func (b *boltStore) keys(index uint64) (keys counter.KeyCounts, err error) {
 	var f keyFile
 	err = b.view(func(tx *bolt.Tx) error {
 		if f, err = keyFileOf(tx, beKey(index)); err == nil && f.index == 0 {
-			keys, _, err = oldKeys(tx, bucketRecordKeys, beKey(index))
+			keys, err = oldKeys(tx, bucketRecordKeys, beKey(index))
 		}
 		return err
 	})
 	if err == nil && f.index > 0 {
-		keys, _, err = b.keyFiles.read(f)
+		keys, err = b.keyFiles.read(f)
 	}
-	if err == nil && len(keys) == 0 {
+	if err == nil && keys.Len() == 0 {
 		err = fmt.Errorf("%w: the keys of record %d are missing", errDamaged, index)
 	}
 	return keys, err
@@ -375,14 +369,14 @@ func (b *boltStore) putKeys(tx *bolt.Tx, e *spooled, identity string, s *series)
 			return err
 		}
 	}
-	if len(e.keys) == 0 && !s.keysLost {
+	if e.keys.Len() == 0 && !s.keysLost {
 		return nil
 	}
 	files, err := tx.CreateBucketIfNotExists(bucketKeyFiles)
 	if err == nil {
 		err = put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion))
 	}
-	if err != nil || len(e.keys) == 0 {
+	if err != nil || e.keys.Len() == 0 {
 		return err
 	}
 	f, err := b.keyFiles.write(e.index, e.keys)
@@ -426,7 +420,13 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 	}()
 	// bbolt does not repeat a sync that was interrupted. The bytes written then may be
 	// there or not, as after any error, and are written again.
-	return durable.Retry(func() error { return numbered(b.db.Update(fn)) })
+	return durable.Retry(func() error {
+		return numbered(b.db.Update(func(tx *bolt.Tx) error {
+			err := fn(tx)
+			counter.Rest() // the commit takes as long
+			return err
+		}))
+	})
 }
 
 // numbered makes an error of the system that bbolt returns as text an errno again.
@@ -479,7 +479,7 @@ func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
 		if err != nil {
 			return err
 		}
-		old, _, err := oldKeys(tx, bucketSeriesKeys, k)
+		old, err := oldKeys(tx, bucketSeriesKeys, k)
 		if err != nil {
 			return err
 		}
@@ -642,7 +642,7 @@ func (b *boltStore) condemn(e spooled, sink, reason string) error {
 	return b.update(func(tx *bolt.Tx) error {
 		v := append(append([]byte(reason), '\n'), e.value...)
 		lines := newKeyJSON(&e.record)
-		for key, unique := range e.keys.all() {
+		for key, unique := range e.keys.All() {
 			v = lines.append(append(v, '\n'), key, unique)
 		}
 		return put(tx.Bucket(bucketPoison), append(beKey(e.index), sink...), v)

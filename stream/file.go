@@ -224,6 +224,7 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	if err := repairTail(file, info.Size()); err != nil {
 		return err
 	}
+	counter.Rest()
 	if batch[0].index <= f.unsure.Load() {
 		there, err := f.lookup(file, batch)
 		if err != nil {
@@ -242,6 +243,7 @@ func (f *fileSink) append(batch []spooled) (err error) {
 			return err
 		}
 	}
+	counter.Rest()
 	// Also when everything was there: the process that wrote it may have been
 	// killed before its sync.
 	if err := file.Sync(); err != nil {
@@ -255,11 +257,9 @@ func (f *fileSink) append(batch []spooled) (err error) {
 
 // appendLines appends the lines by key of a record, and its own.
 func appendLines(b []byte, e *spooled) []byte {
-	if len(e.keys) > 0 {
+	if e.keys.Len() > 0 {
 		lines := newKeyJSON(&e.record)
-		var pace counter.Pace
-		for key, unique := range e.keys.all() {
-			pace.Step()
+		for key, unique := range e.keys.All() {
 			b = append(lines.append(b, key, unique), '\n')
 		}
 	}

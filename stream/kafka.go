@@ -17,7 +17,6 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
-	"verve/counter"
 	"verve/internal/retry"
 )
 
@@ -509,11 +508,9 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 		}
 		return err
 	}
-	var pace counter.Pace
 	for i := range entries {
 		lines, of, at := newKeyJSON(&entries[i].record), entries[i].record.Key()+"/", k.timeOf(&entries[i])
-		for key, unique := range entries[i].keys.all() {
-			pace.Step()
+		for key, unique := range entries[i].keys.All() {
 			records = append(records, &kgo.Record{
 				Topic:     k.cfg.keysTopic(),
 				Partition: k.session.keysPartition,

@@ -3,12 +3,9 @@ package stream
 import (
 	"bytes"
 	"cmp"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
-	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
@@ -57,7 +54,7 @@ func parseKeyRecord(b []byte) (KeyRecord, error) {
 		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
 	}
 	of := r.record()
-	if err := cmp.Or(of.check(), checkKey(r.Key), checkKeyUnique(r.Unique)); err != nil {
+	if err := cmp.Or(of.check(), checkKey([]byte(r.Key)), checkKeyUnique(r.Unique)); err != nil {
 		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
 	}
 	if !bytes.Equal(newKeyJSON(&of).line([]byte(r.Key), r.Unique), b) {
@@ -67,11 +64,11 @@ func parseKeyRecord(b []byte) (KeyRecord, error) {
 	return r, nil
 }
 
-func checkKey(key string) error {
+func checkKey(key []byte) error {
 	switch {
-	case key == "" || len(key) > counter.MaxKeyLen:
+	case len(key) == 0 || len(key) > counter.MaxKeyLen:
 		return fmt.Errorf("a key has %d bytes, the limits are 1 and %d", len(key), counter.MaxKeyLen)
-	case !utf8.ValidString(key):
+	case !utf8.Valid(key):
 		return fmt.Errorf("key %q is not valid UTF-8", key)
 	}
 	return nil
@@ -84,11 +81,9 @@ func checkKeyUnique(n uint64) error {
 	return checkUnique(n)
 }
 
-func checkKeys(keys []counter.KeyCount) error {
-	var pace counter.Pace
-	for _, k := range keys {
-		pace.Step()
-		if err := cmp.Or(checkKey(k.Key), checkKeyUnique(k.Unique)); err != nil {
+func checkKeys(keys counter.KeyCounts) error {
+	for key, unique := range keys.All() {
+		if err := cmp.Or(checkKey(key), checkKeyUnique(unique)); err != nil {
 			return err
 		}
 	}
@@ -147,107 +142,4 @@ func appendUnescaped(b []byte, v any) []byte {
 		panic(err) // strings, numbers and a time whose year was checked
 	}
 	return bytes.TrimSuffix(buf.Bytes(), []byte{'\n'})
-}
-
-// packedKeys are the keys of a record as the spool keeps them: for each the length of its
-// name, its name, and its count. Nil: none. They are in pieces, each of whole keys: memory of
-// a megabyte and more would be cleared in one stretch, while requests wait.
-type packedKeys [][]byte
-
-const (
-	// keyPiece is the size of a piece. It is written to a file in some 10 us.
-	keyPiece = 16 << 10
-
-	// maxPackedKey is how many bytes of it one key takes at most.
-	maxPackedKey = 2 + counter.MaxKeyLen + binary.MaxVarintLen64
-)
-
-func packKeys(keys []counter.KeyCount) (p packedKeys) {
-	var piece []byte
-	var pace counter.Pace
-	for i, k := range keys {
-		pace.Step()
-		if piece == nil {
-			piece = make([]byte, 0, keyPiece)
-		}
-		piece = binary.AppendUvarint(piece, uint64(len(k.Key)))
-		piece = append(piece, k.Key...)
-		piece = binary.AppendUvarint(piece, k.Unique)
-		if i == len(keys)-1 {
-			return append(p, bytes.Clone(piece)) // a record with few keys takes little
-		}
-		if len(piece)+maxPackedKey > keyPiece {
-			p, piece = append(p, piece), nil
-		}
-	}
-	return nil
-}
-
-// cutKey takes the first key off b; ok: b has all of it.
-func cutKey(b []byte) (key []byte, unique uint64, rest []byte, ok bool) {
-	size, n := binary.Uvarint(b)
-	if n <= 0 || size > uint64(len(b)-n) {
-		return nil, 0, b, false
-	}
-	key, rest = b[n:n+int(size)], b[n+int(size):]
-	if unique, n = binary.Uvarint(rest); n <= 0 {
-		return nil, 0, b, false
-	}
-	return key, unique, rest[n:], true
-}
-
-// all yields each key, as a part of p, and its count. Bytes that packKeys did not make end
-// it early: the spool compares the number of keys with that in the record.
-func (p packedKeys) all() iter.Seq2[[]byte, uint64] {
-	return func(yield func([]byte, uint64) bool) {
-		for _, piece := range p {
-			for len(piece) > 0 {
-				key, unique, rest, ok := cutKey(piece)
-				if !ok || !yield(key, unique) {
-					return
-				}
-				piece = rest
-			}
-		}
-	}
-}
-
-// size is how many bytes they take.
-func (p packedKeys) size() (n int) {
-	for _, piece := range p {
-		n += len(piece)
-	}
-	return n
-}
-
-func (p packedKeys) unpack() (keys []counter.KeyCount) {
-	for key, unique := range p.all() {
-		keys = append(keys, counter.KeyCount{Key: string(key), Unique: unique})
-	}
-	return keys
-}
-
-// sumKeys returns the sums of some.
-func sumKeys(all ...packedKeys) packedKeys {
-	all = slices.DeleteFunc(all, func(p packedKeys) bool { return len(p) == 0 })
-	if len(all) == 0 {
-		return nil
-	}
-	if len(all) == 1 {
-		return all[0]
-	}
-	var sums []counter.KeyCount
-	at := make(map[string]int)
-	for _, p := range all {
-		for key, unique := range p.all() {
-			if i, again := at[string(key)]; again {
-				sums[i].Unique += unique
-				continue
-			}
-			k := counter.KeyCount{Key: string(key), Unique: unique}
-			at[k.Key] = len(sums)
-			sums = append(sums, k)
-		}
-	}
-	return packKeys(sums)
 }

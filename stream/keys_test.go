@@ -20,17 +20,17 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"verve/counter"
-	"verve/internal/epochtest"
 	"verve/internal/testproc"
 )
 
 // withKeys gives a count keys, in order, so that one id has none.
 func withKeys(c counter.Count, keys int) counter.Count {
 	for i := range keys {
-		c.Keys = append(c.Keys, counter.KeyCount{Key: fmt.Sprintf("campaign/%06d \"é\"", i), Unique: uint64(i%7 + 1)})
-		if i%2 == 0 {
-			c.Keys[i].Key = fmt.Sprintf("campaign/%06d", i)
+		key := fmt.Appendf(nil, "campaign/%06d", i)
+		if i%2 != 0 {
+			key = append(key, ` "é"`...)
 		}
+		c.Keys.Add(key, uint64(i%7+1))
 	}
 	return c
 }
@@ -52,7 +52,7 @@ func wantKeys(t *testing.T, got []KeyRecord, n, keys int) {
 	if len(got) != n*keys {
 		t.Fatalf("%d records by key, want %d", len(got), n*keys)
 	}
-	of := withKeys(counter.Count{}, keys).Keys
+	of := withKeys(counter.Count{}, keys).Keys.List()
 	for i, r := range got {
 		w, k := window(i/keys), of[i%keys]
 		if !r.WindowStart.Equal(w.Start) || r.Seq != uint64(i/keys+1) || r.Key != k.Key || r.Unique != k.Unique {
@@ -153,7 +153,7 @@ func FuzzParseKeyRecord(f *testing.F) {
 	f.Add([]byte(`"é`), newKeyJSON(&r).append(nil, []byte(`"é`), 1<<63))
 	f.Fuzz(func(t *testing.T, before, b []byte) {
 		var p keyParser
-		if checkKey(string(before)) == nil {
+		if checkKey(before) == nil {
 			if _, err := p.parse(newKeyJSON(&r).append(nil, before, 1)); err != nil {
 				t.Fatal(err)
 			}
@@ -197,7 +197,7 @@ func TestSpoolKeepsKeysWithTheirRecord(t *testing.T) {
 		t.Fatalf("%d records, %v", len(batch), err)
 	}
 	for i, e := range batch {
-		if got, want := e.keys.unpack(), withKeys(window(i), want[i]).Keys; !slices.Equal(got, want) || e.record.Keys != uint64(len(want)) {
+		if got, want := e.keys.List(), withKeys(window(i), want[i]).Keys.List(); !slices.Equal(got, want) || e.record.Keys != uint64(len(want)) {
 			t.Errorf("record %d has %d keys %v, want %v", i, e.record.Keys, got, want)
 		}
 	}
@@ -208,7 +208,7 @@ func TestSpoolKeepsKeysWithTheirRecord(t *testing.T) {
 		t.Errorf("files %q, want that of the running window, which a restart needs", got)
 	}
 	r := record(3)
-	if err := sp.append(&r, nil, noStep); err != nil {
+	if err := sp.append(&r, counter.KeyCounts{}, noStep); err != nil {
 		t.Fatal(err)
 	}
 	left := -1
@@ -229,7 +229,7 @@ func TestPublishedHasTheKeysOfTheWindow(t *testing.T) {
 		sp := testSpool(t, dir)
 		defer sp.Close()
 		r := record(at)
-		if err := sp.append(&r, keys, noStep); err != nil {
+		if err := sp.append(&r, counter.KeyCountsOf(keys...), noStep); err != nil {
 			t.Fatal(err)
 		}
 		return sp.Published()["verve/host-1"]
@@ -239,7 +239,7 @@ func TestPublishedHasTheKeysOfTheWindow(t *testing.T) {
 		t.Helper()
 		sp := testSpool(t, dir)
 		defer sp.Close()
-		if kept := sp.Published()["verve/host-1"]; !slices.Equal(epochtest.ByName(got.Keys), keys) || got.KeysLost || !slices.Equal(epochtest.ByName(kept.Keys), keys) || kept.KeysLost {
+		if kept := sp.Published()["verve/host-1"]; !slices.Equal(got.Keys.List(), keys) || got.KeysLost || !slices.Equal(kept.Keys.List(), keys) || kept.KeysLost {
 			t.Errorf("published %+v, after a restart %+v, want the keys %v", got, kept, keys)
 		}
 	}
@@ -272,9 +272,9 @@ func TestPublishedKeysOfARepeatedAppend(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, when := range []string{"now", "after a restart"} {
-			for i, k := range sp.Published()["verve/host-1"].Keys {
-				if k.Unique != 2*keys[i].Unique {
-					t.Errorf("stored %v, %s: %s has %d, want %d", stored, when, k.Key, k.Unique, 2*keys[i].Unique)
+			for i, k := range sp.Published()["verve/host-1"].Keys.List() {
+				if want := 2 * keys.List()[i].Unique; k.Unique != want {
+					t.Errorf("stored %v, %s: %s has %d, want %d", stored, when, k.Key, k.Unique, want)
 				}
 			}
 			sp.Close()
@@ -305,7 +305,7 @@ func TestKeysOfALostSpoolAreKnownToBeLost(t *testing.T) {
 			t.Errorf("round %d: %+v", round, p)
 		}
 		r := record(1)
-		if err := sp.append(&r, nil, noStep); err != nil {
+		if err := sp.append(&r, counter.KeyCounts{}, noStep); err != nil {
 			t.Fatal(err)
 		}
 		sp.Close()
@@ -313,7 +313,7 @@ func TestKeysOfALostSpoolAreKnownToBeLost(t *testing.T) {
 	sp = testSpool(t, dir)
 	defer sp.Close()
 	r := record(2)
-	if err := sp.append(&r, nil, noStep); err != nil {
+	if err := sp.append(&r, counter.KeyCounts{}, noStep); err != nil {
 		t.Fatal(err)
 	}
 	if p := sp.Published()["verve/host-1"]; p.KeysLost {
@@ -352,7 +352,7 @@ func TestPublishRefusesKeysThatAreNone(t *testing.T) {
 		"no text": {{Key: "\xff", Unique: 1}},
 	} {
 		c := window(0)
-		c.Keys = keys
+		c.Keys = counter.KeyCountsOf(keys...)
 		if err := s.Publish(t.Context(), c); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
@@ -464,7 +464,7 @@ func TestKafkaKeysAreGolden(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
 		count := window(0)
-		count.Keys = []counter.KeyCount{{Key: "a/b", Unique: 7}}
+		count.Keys = counter.KeyCountsOf([]counter.KeyCount{{Key: "a/b", Unique: 7}}...)
 		if err := s.Publish(t.Context(), count); err != nil {
 			t.Fatal(err)
 		}
@@ -594,7 +594,7 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return spooled{uint64(i + 1), r, b, packKeys(withKeys(window(i), 3).Keys)}
+		return spooled{uint64(i + 1), r, b, withKeys(window(i), 3).Keys}
 	}
 	for name, claim := range map[string]counter.Claim{
 		"mine": {Mine: true}, "mine, unknown": {Mine: true, Unknown: true}, "written": {Written: true}, "written, unknown": {Written: true, Unknown: true},
@@ -737,7 +737,7 @@ func TestKeysThatWaitInMemoryTakeAShareOfIt(t *testing.T) {
 	for i := range 1_000 {
 		keys = append(keys, counter.KeyCount{Key: fmt.Sprintf("campaign-%04d", i), Unique: 1})
 	}
-	one := uint64(packKeys(keys).size())
+	one := uint64(counter.KeyCountsOf(keys...).Size())
 	for _, tt := range []struct {
 		memory uint64
 		fit    int
@@ -754,7 +754,7 @@ func TestKeysThatWaitInMemoryTakeAShareOfIt(t *testing.T) {
 		n := 0
 		put := func(keys []counter.KeyCount) error {
 			r := record(n)
-			err := sp.append(&r, keys, noStep)
+			err := sp.append(&r, counter.KeyCountsOf(keys...), noStep)
 			if err == nil {
 				n++
 			}

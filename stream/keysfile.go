@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"verve/counter"
 	"verve/internal/durable"
 )
 
@@ -48,11 +47,9 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	defer func() { err = errors.Join(err, file.Close()) }()
 	w := bufio.NewWriterSize(file, 1<<16)
 	var line []byte
-	var pace counter.Pace
 	for i := range batch {
 		lines := newKeyJSON(&batch[i].record)
-		for key, unique := range batch[i].keys.all() {
-			pace.Step()
+		for key, unique := range batch[i].keys.All() {
 			line = append(lines.append(line[:0], key, unique), '\n')
 			if _, err := w.Write(line); err != nil {
 				return err

@@ -3,6 +3,8 @@ package stream
 import (
 	"fmt"
 	"sync"
+
+	"verve/counter"
 )
 
 const (
@@ -39,18 +41,18 @@ func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) er
 	beforeCommit()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(e.keys) > 0 && m.keyBytes > 0 && m.keyBytes+e.keys.size() > m.keysLimit {
+	if e.keys.Len() > 0 && m.keyBytes > 0 && m.keyBytes+e.keys.Size() > m.keysLimit {
 		return fmt.Errorf("%w: %d bytes of keys wait for delivery, of %d at most", errSpoolFull, m.keyBytes, m.keysLimit)
 	}
 	m.entries = append(m.entries, e)
-	m.keyBytes += e.keys.size()
+	m.keyBytes += e.keys.Size()
 	return nil
 }
 
-func (m *memoryStore) keys(index uint64) (packedKeys, error) {
+func (m *memoryStore) keys(index uint64) (counter.KeyCounts, error) {
 	found, err := m.scan(index-1, index, 1)
 	if err != nil || len(found) == 0 {
-		return nil, err
+		return counter.KeyCounts{}, err
 	}
 	return found[0].keys, nil
 }
@@ -77,7 +79,7 @@ func (m *memoryStore) advance(_ string, _, removeTo uint64) error {
 	defer m.mu.Unlock()
 	n := 0
 	for n < len(m.entries) && m.entries[n].index <= removeTo {
-		m.keyBytes -= m.entries[n].keys.size()
+		m.keyBytes -= m.entries[n].keys.Size()
 		m.entries[n] = spooled{} // the slice keeps its array; let the record go
 		n++
 	}

@@ -337,7 +337,7 @@ func (p *keyParser) parse(b []byte) (KeyRecord, error) {
 			key = key[1 : len(key)-1]
 			r.Key, r.Unique = string(key), n
 			// A line that would be written otherwise, with escapes, takes the long way.
-			if cmp.Or(checkKey(r.Key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(key, n), b) {
+			if cmp.Or(checkKey(key), checkKeyUnique(n)) == nil && bytes.Equal(p.lines.line(key, n), b) {
 				return r, nil
 			}
 		}

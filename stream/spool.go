@@ -125,9 +125,9 @@ type series struct {
 	start  int64  // last appended window, Unix nanoseconds
 	unique uint64 // sum of the records appended for that window
 
-	keys     packedKeys // the same by key
-	keysLost bool       // keys are not all of them: the spool, or the file, that had the others is lost
-	files    []keyFile  // of boltStore: the records whose keys add up to keys
+	keys     counter.KeyCounts // the same by key
+	keysLost bool              // keys are not all of them: the spool, or the file, that had the others is lost
+	files    []keyFile         // of boltStore: the records whose keys add up to keys
 }
 
 // spooled is a record with its place in the spool. Indexes are never reused, also
@@ -135,8 +135,8 @@ type series struct {
 type spooled struct {
 	index  uint64
 	record Record
-	value  []byte     // the record's bytes
-	keys   packedKeys // what is under each of its keys; scan leaves them out
+	value  []byte            // the record's bytes
+	keys   counter.KeyCounts // what is under each of its keys; scan leaves them out
 }
 
 // store is what a Spool needs of the medium. There are two: bbolt and memory.
@@ -154,7 +154,7 @@ type store interface {
 	// their keys.
 	scan(after, upTo uint64, max int) ([]spooled, error)
 	// keys returns those of a record that was not removed and has some.
-	keys(index uint64) (packedKeys, error)
+	keys(index uint64) (counter.KeyCounts, error)
 	// advance moves a sink's cursor and removes every record up to removeTo.
 	advance(sink string, to, removeTo uint64) error
 	// condemn sets the record aside for good, with the sink that refused it.
@@ -318,7 +318,7 @@ func (s *Spool) Published() map[string]counter.Published {
 	for identity, last := range s.series {
 		all[identity] = counter.Published{
 			Last: time.Unix(0, last.start).UTC(), Unique: last.unique,
-			Keys: last.keys.unpack(), KeysLost: last.keysLost,
+			Keys: last.keys, KeysLost: last.keysLost,
 		}
 	}
 	return all
@@ -337,8 +337,7 @@ func (s *Spool) Close() error {
 // append numbers the record and makes it durable. On an error the record is not
 // appended: the next append takes the same number and the same place, which also
 // overwrites one that was stored although the disk said it was not.
-func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) (err error) {
-	packed := packKeys(keys) // gives way to requests, so without the lock
+func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	defer func() {
@@ -365,21 +364,22 @@ func (s *Spool) append(r *Record, keys []counter.KeyCount, step func(string)) (e
 	if s.pending >= s.limit {
 		return fmt.Errorf("%w: %d records wait for delivery", errSpoolFull, s.pending)
 	}
-	r.Keys = uint64(len(keys))
+	r.Keys = uint64(keys.Len())
 	value, err := r.appendJSON(nil)
 	if err != nil {
 		return err
 	}
-	e := spooled{index: s.head + 1, record: *r, value: value, keys: packed}
+	e := spooled{index: s.head + 1, record: *r, value: value, keys: keys}
 	if start != next.start {
 		next = series{seq: next.seq, start: start, unique: r.Unique, keys: e.keys}
 	} else {
 		next.unique += r.Unique
-		next.keys = sumKeys(next.keys, e.keys)
+		next.keys = counter.SumKeys(next.keys, e.keys)
 	}
 	if err := s.store.put(e, identity, next, func() { step(stepAppended) }); err != nil {
 		return fmt.Errorf("append to the spool: %w", err)
 	}
+	counter.Rest()
 	s.series[identity] = next
 	if r.Scope == ScopeInstance {
 		s.keepCheckpoint(identity, next)
@@ -406,7 +406,7 @@ func (s *Spool) keepCheckpoint(identity string, at series) {
 		return
 	}
 	s.checkpoint.Identity, s.checkpoint.Instance = identity, s.instance
-	s.checkpoint.Seq, s.checkpoint.Start, s.checkpoint.Unique, s.checkpoint.Keyed = at.seq, at.start, at.unique, len(at.keys) > 0 || at.keysLost
+	s.checkpoint.Seq, s.checkpoint.Start, s.checkpoint.Unique, s.checkpoint.Keyed = at.seq, at.start, at.unique, at.keys.Len() > 0 || at.keysLost
 	_ = s.checkpoint.write(s.checkpointPath())
 }
 

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+
+	"verve/counter"
 )
 
 func noStep(string) {}
@@ -27,7 +29,7 @@ func appendTo(t *testing.T, sp *Spool, from, to int) {
 	t.Helper()
 	for i := from; i < to; i++ {
 		r := record(i)
-		if err := sp.append(&r, nil, noStep); err != nil {
+		if err := sp.append(&r, counter.KeyCounts{}, noStep); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -200,7 +202,7 @@ func TestSpoolRepeatsAFailedAppendInPlace(t *testing.T) {
 	for _, stored := range []bool{false, true} {
 		sp.store = &failing{store: disk, stored: stored}
 		r := record(1)
-		if err := sp.append(&r, nil, noStep); !errors.Is(err, errDisk) {
+		if err := sp.append(&r, counter.KeyCounts{}, noStep); !errors.Is(err, errDisk) {
 			t.Fatalf("append: %v", err)
 		}
 		if batch, err := sp.next("a", 10, batchKeys); err != nil || len(batch) != 1 {

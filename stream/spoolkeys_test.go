@@ -19,7 +19,6 @@ import (
 
 	"verve/counter"
 	"verve/internal/durable"
-	"verve/internal/epochtest"
 	"verve/internal/testproc"
 )
 
@@ -109,20 +108,20 @@ func wantKeyed(t *testing.T, what, dir string, sp *Spool, records []appended) {
 	files := map[uint64]bool{}
 	for _, e := range batch {
 		of := records[e.index-1]
-		if want := withKeys(window(of.at), of.keys).Keys; !slices.Equal(e.keys.unpack(), want) || !e.record.WindowStart.Equal(window(of.at).Start) {
-			t.Errorf("%s: record %d has %d keys, want %d", what, e.index, len(e.keys.unpack()), len(want))
+		if want := withKeys(window(of.at), of.keys).Keys.List(); !slices.Equal(e.keys.List(), want) || !e.record.WindowStart.Equal(window(of.at).Start) {
+			t.Errorf("%s: record %d has %d keys, want %d", what, e.index, len(e.keys.List()), len(want))
 		}
 		files[e.index] = of.keys > 0
 	}
 	sums := map[string]uint64{}
 	for i := len(records); i > 0 && records[i-1].at == records[len(records)-1].at; i-- {
-		for _, key := range withKeys(counter.Count{}, records[i-1].keys).Keys {
+		for _, key := range withKeys(counter.Count{}, records[i-1].keys).Keys.List() {
 			sums[key.Key] += key.Unique
 		}
 		files[uint64(i)] = records[i-1].keys > 0
 	}
 	got := map[string]uint64{}
-	for _, key := range sp.Published()["verve/host-1"].Keys {
+	for _, key := range sp.Published()["verve/host-1"].Keys.List() {
 		got[key.Key] += key.Unique
 	}
 	if !maps.Equal(got, sums) {
@@ -375,8 +374,8 @@ func TestSpoolWithAFlippedBitHasTheKeysOfItsRecords(t *testing.T) {
 		}
 		for _, e := range batch {
 			i := int(e.record.WindowStart.Sub(window(0).Start) / time.Minute)
-			if want := withKeys(window(i), 5-i).Keys; !slices.Equal(e.keys.unpack(), want) {
-				t.Errorf("bit flipped at %d: record %d has %d keys", at, e.index, len(e.keys.unpack()))
+			if want := withKeys(window(i), 5-i).Keys.List(); !slices.Equal(e.keys.List(), want) {
+				t.Errorf("bit flipped at %d: record %d has %d keys", at, e.index, len(e.keys.List()))
 			}
 		}
 		switch {
@@ -581,8 +580,8 @@ func TestTheLastSpoolHasItsKeysAfterAnEarlierCopyWasInItsPlace(t *testing.T) {
 		t.Fatalf("%d records, %v, set aside %q", len(batch), err, sp.setAside)
 	}
 	for i, e := range batch {
-		if want := withKeys(window(i), 5+i).Keys; !slices.Equal(e.keys.unpack(), want) {
-			t.Errorf("record %d has %d keys, want %d", e.index, len(e.keys.unpack()), len(want))
+		if want := withKeys(window(i), 5+i).Keys.List(); !slices.Equal(e.keys.List(), want) {
+			t.Errorf("record %d has %d keys, want %d", e.index, len(e.keys.List()), len(want))
 		}
 	}
 	sp.Close()
@@ -726,7 +725,7 @@ func TestKeysOfEveryNameOnADirectoryStay(t *testing.T) {
 	publish("host-2", 1, 4)
 	publish("host-2", 2, 0)
 	all := publish("host-1", 1, 2)
-	if got := all["verve/host-1"]; len(got.Keys) != 3 || got.Keys[0].Unique != 2 || len(all["verve/host-2"].Keys) != 0 {
+	if got := all["verve/host-1"]; got.Keys.Len() != 3 || got.Keys.List()[0].Unique != 2 || all["verve/host-2"].Keys.Len() != 0 {
 		t.Errorf("published %+v", all)
 	}
 	if got := keyFileNames(t, dir); len(got) != 2 {
@@ -757,11 +756,11 @@ func TestSpoolOfVersion2GoesOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	sums := func(files ...int) []counter.KeyCount {
-		var all []packedKeys
+		var all []counter.KeyCounts
 		for _, keys := range files {
-			all = append(all, packKeys(withKeys(counter.Count{}, keys).Keys))
+			all = append(all, withKeys(counter.Count{}, keys).Keys)
 		}
-		return epochtest.ByName(sumKeys(all...).unpack())
+		return counter.SumKeys(all...).List()
 	}
 	check := func(what string, sp *Spool, pending []int, own, other []counter.KeyCount) {
 		t.Helper()
@@ -773,15 +772,15 @@ func TestSpoolOfVersion2GoesOn(t *testing.T) {
 			t.Fatalf("%s: %d records, %v, want %d", what, len(batch), err, len(pending))
 		}
 		for i, e := range batch {
-			if got, want := e.keys.unpack(), withKeys(counter.Count{}, pending[i]).Keys; !slices.Equal(got, want) || e.record.Keys != uint64(len(want)) {
+			if got, want := e.keys.List(), withKeys(counter.Count{}, pending[i]).Keys.List(); !slices.Equal(got, want) || e.record.Keys != uint64(len(want)) {
 				t.Errorf("%s: record %d has %d keys, want %d", what, e.index, len(got), len(want))
 			}
 		}
 		p := sp.Published()
-		if got := epochtest.ByName(p["verve/host-1"].Keys); !slices.Equal(got, own) {
+		if got := p["verve/host-1"].Keys.List(); !slices.Equal(got, own) {
 			t.Errorf("%s: host-1 has %v, want %v", what, got, own)
 		}
-		if got := epochtest.ByName(p["verve/host-2"].Keys); !slices.Equal(got, other) {
+		if got := p["verve/host-2"].Keys.List(); !slices.Equal(got, other) {
 			t.Errorf("%s: host-2 has %v, want %v", what, got, other)
 		}
 	}
@@ -848,19 +847,20 @@ func TestPackedKeysComeInPiecesOfWholeKeys(t *testing.T) {
 		for i := range 1500 {
 			keys = append(keys, counter.KeyCount{Key: fmt.Sprintf("%0*d", 1+i%counter.MaxKeyLen, i), Unique: 1 << (i % 64)})
 		}
-		p := packKeys(keys)
-		for _, piece := range p {
-			if len(piece) > keyPiece {
+		p := counter.KeyCountsOf(keys...)
+		for _, piece := range p.Pieces() {
+			if len(piece) > counter.KeyPiece {
 				t.Fatalf("a piece of %d bytes", len(piece))
 			}
 		}
 		f, err := files.write(7, p)
-		if err != nil || f.size != uint64(p.size()) {
+		if err != nil || f.size != uint64(p.Size()) {
 			t.Fatalf("%+v, %v", f, err)
 		}
-		got, n, err := files.read(f)
-		if err != nil || n != uint64(len(keys)) || !slices.Equal(got.unpack(), keys) || !slices.Equal(p.unpack(), keys) {
-			t.Fatalf("%d keys, %v, want %d", n, err, len(keys))
+		slices.SortFunc(keys, func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
+		got, err := files.read(f)
+		if err != nil || got.Len() != len(keys) || !slices.Equal(got.List(), keys) || !slices.Equal(p.List(), keys) {
+			t.Fatalf("%d keys, %v, want %d", got.Len(), err, len(keys))
 		}
 	}
 }

@@ -211,6 +211,7 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 	var wait retry.Backoff
 	log := logline.Sampler{Every: failureLogEvery}
 	for {
+		counter.Rest()
 		err := s.spool.append(&r, c.Keys, s.step)
 		if err == nil {
 			break

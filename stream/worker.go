@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"verve/counter"
 	"verve/internal/logline"
 	"verve/internal/retry"
 )
@@ -56,6 +57,7 @@ func (w *worker) run(ctx context.Context) {
 // step delivers one batch, or prepares the sink, or waits for a record. moved is set
 // if records were acknowledged.
 func (w *worker) step(ctx context.Context) (moved bool, err error) {
+	counter.Rest() // an append and an acknowledgement wake the workers
 	spool := w.stream.spool
 	_, changed := spool.watch()
 	batch, err := spool.next(w.name, batchSize, batchKeys)
@@ -64,6 +66,7 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 		return false, err
 	case len(batch) > 0:
 		w.prepare = nil // the delivery meets the same
+		counter.Rest()
 		moved, err = w.deliverBatch(ctx, batch)
 	case w.prepare != nil:
 		if err = w.prepare(ctx); err == nil {
@@ -131,6 +134,7 @@ func (w *worker) logFailure(err error) {
 func (w *worker) ack(ctx context.Context, to uint64) error {
 	var wait retry.Backoff
 	for {
+		counter.Rest()
 		err := w.stream.spool.ack(w.name, to)
 		if err == nil {
 			w.stream.step(stepAcked)

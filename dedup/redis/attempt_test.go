@@ -88,7 +88,7 @@ func keysOf(t testing.TB, e settest.Epochs, r *Set, n int) string {
 	t.Helper()
 	s := counter.Span{Start: time.Unix(0, e.At(n)), Window: epochtest.Window}
 	var ids sealedIDs
-	var keys []counter.KeyCount
+	var keys counter.KeyCounts
 	testproc.Until(t, "the epoch is sealed", func() bool { // the first try may meet a connection that was cut
 		var err error
 		if ids, err = r.sealIDs(t.Context(), s, nil); err == nil {
@@ -97,10 +97,10 @@ func keysOf(t testing.TB, e settest.Epochs, r *Set, n int) string {
 		return err == nil
 	})
 	var text []string
-	for _, k := range epochtest.ByName(keys) {
+	for _, k := range keys.List() {
 		text = append(text, fmt.Sprintf("%s=%d", k.Key, k.Unique))
 	}
-	return fmt.Sprintf("%d %v %d/%d %s", ids.unique, ids.exact, sumOf(keys), ids.under, strings.Join(text, " "))
+	return fmt.Sprintf("%d %v %d/%d %s", ids.unique, ids.exact, keys.Unique(), ids.under, strings.Join(text, " "))
 }
 
 // TestRedisRetriesGetTheirAnswer: at both instances, within the window and in the next.
@@ -421,7 +421,7 @@ func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
 	untilAs(t, b.r, b.e, 0, "42", "key", "T", dedup.Replayed)
 	wantAs(t, b.r, b.e, 0, "42", "key", "U", dedup.Repeat)
 	wantAs(t, b.r, b.e, 1, "42", "key", "T", dedup.ReplayedBefore)
-	if c := b.record(); c.Unique != 1 || c.Exact || !slices.Equal(c.Keys, []counter.KeyCount{{Key: "key", Unique: 1}}) {
+	if c := b.record(); c.Unique != 1 || c.Exact || !slices.Equal(c.Keys.List(), []counter.KeyCount{{Key: "key", Unique: 1}}) {
 		t.Errorf("the record is %+v", c)
 	}
 }
@@ -465,10 +465,10 @@ func TestRedisTokensAndKeysComeBack(t *testing.T) {
 			b.report()
 			b.beat()
 			c := a.record()
-			c.Keys = epochtest.ByName(c.Keys)
+			keys := c.Keys.List()
 			// A retry of the window before would not have been recognised.
 			tokensLost := lost == "FLUSHALL" || lost == "restart"
-			if c.Exact == tokensLost || c.Unique != 150 || len(c.Keys) != 5 || c.Keys[0].Unique != 17+10 || c.Keys[3].Unique != 10 {
+			if c.Exact == tokensLost || c.Unique != 150 || len(keys) != 5 || keys[0].Unique != 17+10 || keys[3].Unique != 10 {
 				t.Errorf("the record is %+v, a has %v", c, want)
 			}
 		})
@@ -492,21 +492,21 @@ func TestRedisRecordsHaveTheKeysOfTheGroup(t *testing.T) {
 	b.report()
 	c := a.record()
 	sum := uint64(0)
-	for i, k := range epochtest.ByName(c.Keys) {
+	for i, k := range c.Keys.List() {
 		sum += k.Unique
 		if k.Key != fmt.Sprintf("key %04d", i) {
 			t.Fatalf("key %d is %s", i, k.Key)
 		}
 	}
-	if !c.Exact || c.Unique != 5000 || sum != 5000 || len(c.Keys) != 2000 {
-		t.Errorf("%d keys with %d ids; exact %v, %d", len(c.Keys), sum, c.Exact, c.Unique)
+	if !c.Exact || c.Unique != 5000 || sum != 5000 || c.Keys.Len() != 2000 {
+		t.Errorf("%d keys with %d ids; exact %v, %d", c.Keys.Len(), sum, c.Exact, c.Unique)
 	}
 	a.vanish() // before its spool has it
 	late := startInstance(t, server, "")
 	for _, i := range []*instance{b, late} {
 		got, err := i.r.ledger.Seal(t.Context(), a.span())
-		if err != nil || got.Unique != c.Unique || !got.Exact || !slices.Equal(epochtest.ByName(got.Keys), epochtest.ByName(c.Keys)) {
-			t.Errorf("%v, %d, %v, %d keys", err, got.Unique, got.Exact, len(got.Keys))
+		if err != nil || got.Unique != c.Unique || !got.Exact || !slices.Equal(got.Keys.List(), c.Keys.List()) {
+			t.Errorf("%v, %d, %v, %d keys", err, got.Unique, got.Exact, got.Keys.Len())
 		}
 	}
 	if err := b.r.ledger.Delivered(t.Context(), a.span()); err != nil {
@@ -526,7 +526,7 @@ func TestRedisKeysThatAreLostMakeTheRecordInexact(t *testing.T) {
 	wantAs(t, a.r, a.e, 0, "42", "key", "", dedup.Unique)
 	a.ok++
 	b.report()
-	if c := a.record(); !c.Exact || len(c.Keys) != 1 {
+	if c := a.record(); !c.Exact || c.Keys.Len() != 1 {
 		t.Fatalf("the record is %+v", c)
 	}
 	for _, k := range server.keys() {
@@ -912,7 +912,7 @@ func TestRedisRetriesAfterALoss(t *testing.T) {
 	b.beat()
 	record := a.record()
 	want := []counter.KeyCount{{Key: "key 1", Unique: counts[1].Load()}, {Key: "key 2", Unique: counts[2].Load()}}
-	if record.Unique != a.ok+b.ok || !slices.Equal(epochtest.ByName(record.Keys), want) {
+	if record.Unique != a.ok+b.ok || !slices.Equal(record.Keys.List(), want) {
 		t.Errorf("%d ids and keys %v, the record is %+v", a.ok+b.ok, want, record)
 	}
 	t.Logf("%d ids; exact %v", record.Unique, record.Exact)

@@ -50,7 +50,7 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 		n := l.final(s, c.Unique, true)
 		err = l.exec(ctx, reportScript,
 			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(sumOf(c.Keys), 10)}).Error()
+			[]string{l.member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(c.Keys.Unique(), 10)}).Error()
 	}
 	if err != nil {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
@@ -157,7 +157,7 @@ func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) er
 	if c.Keys, err = l.readKeys(ctx, c.Span()); err != nil {
 		return err
 	}
-	if n := sumOf(c.Keys); n != under && c.Exact {
+	if n := c.Keys.Unique(); n != under && c.Exact {
 		c.Exact = false
 		l.logInexact(c.Span(), fmt.Sprintf("Redis has lost the counts of keys: %d ids are left of %d", n, under))
 	}
@@ -165,7 +165,7 @@ func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) er
 }
 
 // readKeys returns the keys of a sealed epoch.
-func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
+func (l *Ledger) readKeys(ctx context.Context, s counter.Span) (counter.KeyCounts, error) {
 	l.mu.Lock()
 	had := l.keyed
 	l.mu.Unlock()
@@ -174,20 +174,12 @@ func (l *Ledger) readKeys(ctx context.Context, s counter.Span) ([]counter.KeyCou
 	}
 	keys, err := l.ids.keyCounts(ctx, s)
 	if err != nil {
-		return nil, err
+		return keys, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.keyed = counter.Count{Start: s.Start, Window: s.Window, Keys: keys}
 	return keys, nil
-}
-
-// sumOf is the sum of the ids under keys.
-func sumOf(keys []counter.KeyCount) (n uint64) {
-	for i := range keys {
-		n += keys[i].Unique
-	}
-	return n
 }
 
 // awaitSeal waits until the epoch may be sealed: for members, while sealLane waits for ids.
@@ -252,7 +244,7 @@ func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) (
 		if err != nil {
 			return nil, err
 		}
-		fit = sumOf(keys) == ids.under
+		fit = keys.Unique() == ids.under
 	}
 	me, at := l.asOf()
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{

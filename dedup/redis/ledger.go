@@ -71,7 +71,7 @@ type groupIDs interface {
 	sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error)
 	noticeLosses(ctx context.Context, start time.Time) error
 	unsettled() (oldest, newest time.Time, some bool)
-	keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error)
+	keyCounts(ctx context.Context, s counter.Span) (counter.KeyCounts, error)
 	dropKeys(ctx context.Context, s counter.Span) error
 	foreign() bool
 }

@@ -68,11 +68,11 @@ func newGroup(t *testing.T) *group {
 // fakeIDs are the ids of a member of a test's group.
 type fakeIDs struct {
 	*group
-	sealed func() sealedIDs          // nil: what the group has counted
-	oldest func() (time.Time, bool)  // unsettled; nil: none
-	keys   func() []counter.KeyCount // of a sealed epoch; nil: none
-	fails  error                     // of sealing
-	gone   string                    // a session that no lane has
+	sealed func() sealedIDs         // nil: what the group has counted
+	oldest func() (time.Time, bool) // unsettled; nil: none
+	keys   func() counter.KeyCounts // of a sealed epoch; nil: none
+	fails  error                    // of sealing
+	gone   string                   // a session that no lane has
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)                 { return f.client, nil }
@@ -80,7 +80,7 @@ func (f *fakeIDs) noticeLosses(context.Context, time.Time) error { return nil }
 
 func (f *fakeIDs) foreign() bool { return false }
 
-func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys []counter.KeyCount, err error) {
+func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys counter.KeyCounts, err error) {
 	if f.keys != nil {
 		keys = f.keys()
 	}
@@ -914,24 +914,24 @@ func TestKeysAreTakenIntoAccount(t *testing.T) {
 		m := g.member(fmt.Sprint("m", i), func(cfg *Config, ids *fakeIDs) {
 			cfg.Group = fmt.Sprint("keys ", i)
 			ids.sealed = func() sealedIDs { return sealedIDs{unique: c.ids, exact: true, whole: true, under: c.idsUnder} }
-			ids.keys = func() []counter.KeyCount { return keys }
+			ids.keys = func() counter.KeyCounts { return counter.KeyCountsOf(keys...) }
 		})
 		s := spanEnded(time.Hour)
 		g.beat(m)
 		g.do(func(ctx context.Context) error {
 			_, err := m.Report(ctx, counter.Count{
 				Start: s.Start, Window: s.Window, Unique: c.answers, Exact: true,
-				Keys: []counter.KeyCount{{Key: "a", Unique: 1}, {Key: "b", Unique: c.answersUnder - 1}},
+				Keys: counter.KeyCountsOf([]counter.KeyCount{{Key: "a", Unique: 1}, {Key: "b", Unique: c.answersUnder - 1}}...),
 			})
 			return err
 		})
 		for range 2 { // as decided here, and as Redis has it
-			if got := g.seal(m, s); got.Exact != c.want || got.Unique != c.unique || !slices.Equal(got.Keys, keys) {
+			if got := g.seal(m, s); got.Exact != c.want || got.Unique != c.unique || !slices.Equal(got.Keys.List(), keys) {
 				t.Errorf("%+v: got %+v", c, got)
 			}
 			m = g.member(fmt.Sprint("later ", i), func(cfg *Config, ids *fakeIDs) {
 				cfg.Group = fmt.Sprint("keys ", i)
-				ids.keys = func() []counter.KeyCount { return keys }
+				ids.keys = func() counter.KeyCounts { return counter.KeyCountsOf(keys...) }
 			})
 		}
 	}

@@ -138,10 +138,10 @@ const (
 
 // keyCounts returns how many ids a sealed epoch has under each key: the same to all
 // instances, until dropKeys.
-func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount, error) {
+func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys counter.KeyCounts, err error) {
 	client, err := r.conn()
 	if err != nil {
-		return nil, err
+		return keys, err
 	}
 	counts := map[string]uint64{}
 	for i := range r.lanes {
@@ -151,12 +151,12 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount
 			page, err := client.Do(ctx, client.B().Arbitrary("HSCAN").Keys(r.keysOf(i, s)).
 				Args(strconv.FormatUint(cursor, 10), "COUNT", scanned).ReadOnly()).AsScanEntry()
 			if err != nil {
-				return nil, fmt.Errorf("reading the keys of %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
+				return keys, fmt.Errorf("reading the keys of %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
 			}
 			cursor = page.Cursor
 			for f := 0; f+1 < len(page.Elements); f += 2 {
 				if lane[page.Elements[f]], err = strconv.ParseUint(page.Elements[f+1], 10, 64); err != nil {
-					return nil, fmt.Errorf("reading the keys: %w", err)
+					return keys, fmt.Errorf("reading the keys: %w", err)
 				}
 			}
 		}
@@ -164,9 +164,8 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) ([]counter.KeyCount
 			counts[key] += unique
 		}
 	}
-	keys := make([]counter.KeyCount, 0, len(counts))
 	for key, unique := range counts {
-		keys = append(keys, counter.KeyCount{Key: key, Unique: unique})
+		keys.Add([]byte(key), unique)
 	}
 	return keys, nil
 }

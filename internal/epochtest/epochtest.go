@@ -4,8 +4,6 @@ package epochtest
 
 import (
 	"context"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -23,11 +21,6 @@ func (n Nobody) Publish(_ context.Context, c counter.Count) error {
 		n.Counts <- c
 	}
 	return nil
-}
-
-// ByName returns the keys in the order of their names.
-func ByName(keys []counter.KeyCount) []counter.KeyCount {
-	return slices.SortedFunc(slices.Values(keys), func(a, b counter.KeyCount) int { return strings.Compare(a.Key, b.Key) })
 }
 
 // Window is the length of windows of which the present one began minutes ago and is not

@@ -186,7 +186,7 @@ func agreesOnTokensAndKeys(t *testing.T, c Config) {
 				t.Fatalf("epoch %d: got %v, %v; want %v", n, verdicts, err, wants)
 			}
 		}
-		for _, k := range e.Last().Keys().Counts() {
+		for _, k := range e.Last().Keys().Counts().List() {
 			if unique[k.Key] != k.Unique {
 				t.Errorf("epoch %d: key %q has %d ids, want %d", n, k.Key, k.Unique, unique[k.Key])
 			}
