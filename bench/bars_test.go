@@ -140,7 +140,7 @@ var bars = []bar{
 		pattern: "http/batch/DESIGN", unit: "cpu-us", design: "decimals", against: []string{"single"}},
 	{what: "CPU that a token costs, us", want: 0.1, pattern: "http/options/DESIGN", unit: "cpu-us", design: "token-cost"},
 	{what: "CPU of a request with one of 1,000 keys/without", want: 1.05,
-		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: []string{"key"}},
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: []string{"plain-key"}},
 	{what: "CPU of an id in a batch with one of 1,000 keys/without", want: 1.5,
 		pattern: "http/options/DESIGN", unit: "cpu-us", design: "lines", against: []string{"lines-key"}},
 	{what: "CPU of an id in a batch with 1,000 keys/without", want: 1.5,
