@@ -1,3 +1,9 @@
+// Package bench measures Verve beside what else one could write: README.md has the commands
+// and their figures. Benchmarks and designs are in test files, but for Seed, which http
+// serves, too.
+//
+// The commands beside it: http compares servers over HTTP, verify checks a running server's
+// records against its answers.
 package bench
 
 import (
@@ -39,7 +45,7 @@ func NewSeed() *Seed {
 	return s
 }
 
-// Add implements Design.
+// Add reports whether id is new in the open minute.
 func (s *Seed) Add(id []byte, _ int) bool {
 	// Not fmt.Sprintf: the seed is not to lose by the price of formatting.
 	key := strconv.FormatInt(s.minute.Load(), 10) + ":" + string(id)
@@ -60,13 +66,13 @@ func (s *Seed) Turn() {
 // RPM returns the unique ids of the open minute so far.
 func (s *Seed) RPM() int64 { return s.rpm.Load() }
 
-// Settle implements Design.
+// Settle returns the unique ids of the minutes before, of which no entry is left.
 func (s *Seed) Settle() uint64 {
 	s.evict()
 	return s.total
 }
 
-// Close implements Design.
+// Close ends the cleanup thread.
 func (s *Seed) Close() {
 	close(s.stop)
 	s.stopped.Wait()

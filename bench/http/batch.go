@@ -3,13 +3,13 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,36 +17,35 @@ import (
 	"verve/stream"
 )
 
-// form is a form of requests: a column of a table, driven in rounds beside the others.
-type form struct {
-	name   string
-	script string
-	ids    int      // in a request
-	args   []string // of the script, behind the number of the run
-	group  bool     // the ids are in Redis, whose CPU time counts, too
-	than   string   // the form that it is compared with
-}
+// batchLoads compare forms of requests, and options the same with a token, or with one of
+// 1,000 keys: what stands before the hyphen is the form without.
+var (
+	batchLoads = []load{
+		{name: "single", script: "unique"},
+		{name: "decimals", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
+		{name: "uuids", script: "batch", ids: 1000, args: []string{"1000", "uuid"}},
+		{name: "json", script: "batch", ids: 1000, args: []string{"1000", "json"}},
+		{name: "hundred", script: "batch", ids: 100, args: []string{"100", "decimal"}},
+	}
+	optionLoads = []load{
+		{name: "plain", script: "unique"},
+		{name: "plain-token", script: "unique", args: []string{"token"}},
+		{name: "plain-key", script: "unique", args: []string{"key"}},
+		{name: "lines", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
+		{name: "lines-key", script: "batch", ids: 1000, args: []string{"1000", "decimal", "key"}},
+		{name: "items", script: "batch", ids: 1000, args: []string{"1000", "items"}},
+		{name: "items-key", script: "batch", ids: 1000, args: []string{"1000", "items", "key"}},
+		{name: "items-token", script: "batch", ids: 1000, args: []string{"1000", "items", "token"}},
+	}
+)
 
-var batchForms = []form{
-	{name: "single", script: "unique", ids: 1},
-	{name: "decimals", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
-	{name: "uuids", script: "batch", ids: 1000, args: []string{"1000", "uuid"}},
-	{name: "json", script: "batch", ids: 1000, args: []string{"1000", "json"}},
-	{name: "hundred", script: "batch", ids: 100, args: []string{"100", "decimal"}},
-	{name: "group", script: "batch", ids: 1000, args: []string{"1000", "decimal"}, group: true},
-}
-
-// optionForms compare requests with a token, or with one of 1,000 keys, with the same
-// without.
-var optionForms = []form{
-	{name: "plain", script: "unique", ids: 1},
-	{name: "token", script: "unique", ids: 1, args: []string{"token"}, than: "plain"},
-	{name: "key", script: "unique", ids: 1, args: []string{"key"}, than: "plain"},
-	{name: "lines", script: "batch", ids: 1000, args: []string{"1000", "decimal"}},
-	{name: "lines-key", script: "batch", ids: 1000, args: []string{"1000", "decimal", "key"}, than: "lines"},
-	{name: "items", script: "batch", ids: 1000, args: []string{"1000", "items"}},
-	{name: "items-key", script: "batch", ids: 1000, args: []string{"1000", "items", "key"}, than: "items"},
-	{name: "items-token", script: "batch", ids: 1000, args: []string{"1000", "items", "token"}, than: "items"},
+// sentTo returns the loads with the server that they are for.
+func (r *run) sentTo(p *process, loads []load) []load {
+	loads = slices.Clone(loads)
+	for i := range loads {
+		loads[i].conns, loads[i].servers = min(r.Conns, 16), []*process{p}
+	}
+	return loads
 }
 
 // turnWindow makes enough windows in a round for a percentile of their lateness.
@@ -62,35 +61,8 @@ const batchWindow = "--window=15s"
 // instance waits for it, with the core shared by both.
 const groupConns = 2
 
-// forms drives a server with requests of the forms, and a group with those that are for it:
-// one instance and its Redis.
-func (r *run) forms(ctx context.Context, out io.Writer, scenario, title string, forms []form, server *process, group ...*process) (*table, error) {
-	const grow = 3 // seconds more: also the table of UUIDs grows
-	return r.rounds(ctx, out, scenario, title, names(forms), r.WarmUp+grow, func(name string, seconds int) (s sample, err error) {
-		f := formOf(forms, name)
-		w := wrk{script: r.script(f.script), conns: min(r.Conns, 16), args: f.args}
-		if f.group {
-			w.conns = min(r.Conns, groupConns)
-			s, err = measure(ctx, w, seconds, group[:1], group[1:]...)
-		} else {
-			s, err = measure(ctx, w, seconds, []*process{server})
-		}
-		s.CPU /= float64(f.ids)
-		s.Redis /= float64(f.ids)
-		return s, cmp.Or(err, s.plausible(0))
-	})
-}
-
-func formOf(forms []form, name string) form {
-	return forms[slices.IndexFunc(forms, func(f form) bool { return f.name == name })]
-}
-
-func names(forms []form) (names []string) {
-	for _, f := range forms {
-		names = append(names, f.name)
-	}
-	return names
-}
+// grow is how many seconds more it takes to warm up: also the table of UUIDs grows.
+const grow = 3
 
 // batches drives Verve with batches of ids. A sample's CPU is of an id, not of a
 // request. The first case is how late windows are sealed while batches of 10,000 ids
@@ -113,8 +85,12 @@ func (r *run) batches(ctx context.Context, out io.Writer) ([]sample, error) {
 	if err != nil {
 		return nil, err
 	}
+	loads := append(r.sentTo(alone, batchLoads), load{
+		name: "group", script: "batch", ids: 1000, args: []string{"1000", "decimal"},
+		conns: min(r.Conns, groupConns), servers: []*process{group}, redis: []*process{redis},
+	})
 	title := "batch: CPU of the server for an id, us (decimals, uuids, json, group: 1,000 ids in a request; hundred: 100)"
-	t, err := r.forms(ctx, out, "batch", title, batchForms, alone, group, redis)
+	t, err := r.rounds(ctx, out, "batch", title, r.WarmUp+grow, loads)
 	if err != nil {
 		return t.samples, err
 	}
@@ -132,19 +108,19 @@ func (r *run) options(ctx context.Context, out io.Writer) ([]sample, error) {
 		return nil, err
 	}
 	title := "options: CPU of the server for an id, us (key: one of 1,000; lines: 1,000 ids in a request; items: the same in JSON, an object each)"
-	t, err := r.forms(ctx, out, "options", title, optionForms, p)
+	t, err := r.rounds(ctx, out, "options", title, r.WarmUp+grow, r.sentTo(p, optionLoads))
 	if err != nil {
 		return t.samples, err
 	}
 	t.row("it/without", func(name string) string {
-		if than := formOf(optionForms, name).than; than != "" {
-			return fmt.Sprintf("%.3f", median(ratios(t.samples, name, than)))
+		if without, _, with := strings.Cut(name, "-"); with {
+			return fmt.Sprintf("%.3f", median(ratios(t.samples, name, without)))
 		}
 		return ""
 	})
 	t.end()
 	plain := column(t.samples, "plain", cpu)
-	costs := column(t.samples, "token", cpu)
+	costs := column(t.samples, "plain-token", cpu)
 	for i := range costs {
 		costs[i] -= plain[i]
 		t.samples = append(t.samples, sample{Scenario: "options", Server: "token-cost", Round: i + 1, CPU: costs[i]})
@@ -157,17 +133,18 @@ func (r *run) options(ctx context.Context, out io.Writer) ([]sample, error) {
 // after their ends they were sealed, without those of its first seconds.
 func (r *run) lateness(ctx context.Context) (s sample, err error) {
 	const folder = "batch-turn"
-	if _, err := r.start("verve", folder, []string{"--window=" + turnWindow.String(), "--expect-ids=2000000"}); err != nil {
+	p, err := r.start("verve", folder, []string{"--window=" + turnWindow.String(), "--expect-ids=2000000"})
+	if err != nil {
 		return s, err
 	}
 	unix.Sync() // else stores into the journal wait for the disk, which writes what the build has left
-	w := wrk{script: r.script("batch"), conns: 4, args: []string{"10000"}}
+	l := load{script: "batch", conns: 4, args: []string{"10000"}, ids: 10_000, servers: []*process{p}}
 	// In its first windows the server makes the files of its journal, each of which is synced.
-	if _, err = measure(ctx, w, max(r.WarmUp, 3), r.servers); err != nil {
+	if _, err = r.drive(ctx, l, max(r.WarmUp, 3)); err != nil {
 		return s, err
 	}
 	began := time.Now()
-	s, err = measure(ctx, w, max(r.Seconds, 20), r.servers) // 200 windows
+	s, err = r.drive(ctx, l, max(r.Seconds, 20)) // 200 windows
 	if err = errors.Join(err, r.endAll()); err != nil {
 		return s, err
 	}
@@ -183,7 +160,6 @@ func (r *run) lateness(ctx context.Context) (s sample, err error) {
 	if len(late) == 0 {
 		return s, errors.New("no window was sealed under load")
 	}
-	slices.Sort(late)
-	s.Scenario, s.Server, s.CPU, s.P99 = "batch", "turn", s.CPU/10_000, late[len(late)*99/100]
+	s.Scenario, s.Server, s.P99 = "batch", "turn", quantile(late, .99)
 	return s, nil
 }

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -17,78 +16,54 @@ var groupCases = []struct {
 	conns, depth int
 }{{1, 1}, {8, 1}, {16, 1}, {64, 1}, {256, 1}, {1024, 1}, {4, 16}, {64, 16}}
 
-// designsOfGroup: two instances of Verve, and two of plain, each pair with a Redis of its own.
-var designsOfGroup = []string{"group", "plain"}
-
-// pair is two instances and their Redis.
-type pair struct {
-	instances []*process
-	redis     *process
-}
-
-// groups compares two instances that share a Redis with plain: what each request costs the
-// instances and Redis together. The core of the servers is full in none of the cases but the
-// last ones.
+// groups compares two instances of Verve that share a Redis with two of plain: what each request
+// costs the instances and Redis together. The core of the servers is full in none of the cases
+// but the last ones.
 func (r *run) groups(ctx context.Context, out io.Writer) (samples []sample, err error) {
-	pairs := map[string]pair{}
-	for _, name := range designsOfGroup {
-		if pairs[name], err = r.startPair(name); err != nil {
+	loads := make([]load, 2)
+	for i, name := range []string{"group", "plain"} {
+		if loads[i], err = r.startPair(name); err != nil {
 			return nil, err
 		}
 	}
-	var rows []string
 	for _, c := range groupCases {
-		scenario := fmt.Sprintf("group-%d-%d", c.conns, c.depth)
-		w := wrk{script: r.script("unique"), conns: c.conns}
+		scenario, script := fmt.Sprintf("group-%d-%d", c.conns, c.depth), "unique"
 		if c.depth > 1 {
-			w.script = r.script("pipelined")
+			script = "pipelined"
+		}
+		for i := range loads {
+			loads[i].script, loads[i].conns = script, c.conns
 		}
 		title := fmt.Sprintf("%d connections, %d in flight on each: CPU for a request, us", c.conns, c.depth)
-		t, err := r.rounds(ctx, out, scenario, title, designsOfGroup, r.WarmUp, func(name string, seconds int) (sample, error) {
-			s, err := measure(ctx, w, seconds, pairs[name].instances, pairs[name].redis)
-			return s, cmp.Or(err, s.plausible(0))
-		})
+		t, err := r.rounds(ctx, out, scenario, title, r.WarmUp, loads)
 		samples = append(samples, t.samples...)
 		if err != nil {
 			return samples, err
 		}
+		t.row("of that, Redis", func(name string) string { return fmt.Sprintf("%.3f", median(column(t.samples, name, redisCPU))) })
+		t.row("it/plain", func(name string) string { return fmt.Sprintf("%.2f", median(ratios(t.samples, name, "plain"))) })
 		t.end()
-		label := strconv.Itoa(c.conns)
-		if c.depth > 1 {
-			label += fmt.Sprintf(", pipelined by %d", c.depth)
-		}
-		rows = append(rows, fmt.Sprintf("| %s | %s | %s | %.2f |", label,
-			parts(t.samples, "group"), parts(t.samples, "plain"), median(ratios(t.samples, "group", "plain"))))
-	}
-	fmt.Fprint(out, "\n| connections | verve, 2 instances + Redis, us | plain, 2 instances + Redis, us | verve/plain |\n|---|---|---|---|\n")
-	for _, row := range rows {
-		fmt.Fprintln(out, row)
 	}
 	return samples, nil
 }
 
-// parts is what a request costs the instances and Redis.
-func parts(samples []sample, name string) string {
-	redis := median(column(samples, name, func(s sample) float64 { return s.Redis }))
-	all := median(column(samples, name, cpu))
-	return fmt.Sprintf("%.1f + %.1f = %.1f", all-redis, redis, all)
-}
-
-// startPair runs a Redis and the two instances of a design.
-func (r *run) startPair(design string) (p pair, err error) {
-	if p.redis, err = r.startRedis(); err != nil {
-		return p, err
+// startPair runs a Redis of their own and two instances of a design.
+func (r *run) startPair(design string) (l load, err error) {
+	redis, err := r.startRedis()
+	if err != nil {
+		return l, err
 	}
-	server, flags := design, []string{p.redis.addr}
+	server, flags := design, []string{redis.addr}
 	if design == "group" {
-		server, flags = "verve", append(slices.Clone(r.Flags), "--dedup=redis", "--redis-url=redis://"+p.redis.addr, batchWindow)
+		server, flags = "verve", append(slices.Clone(r.Flags), "--dedup=redis", "--redis-url=redis://"+redis.addr, batchWindow)
 	}
+	l = load{name: design, redis: []*process{redis}}
 	for i := range 2 {
 		instance, err := r.start(server, design+strconv.Itoa(i), flags)
 		if err != nil {
-			return p, err
+			return l, err
 		}
-		p.instances = append(p.instances, instance)
+		l.servers = append(l.servers, instance)
 	}
-	return p, nil
+	return l, nil
 }

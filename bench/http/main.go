@@ -17,7 +17,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,11 +28,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
-	"sync"
 	"syscall"
 
 	"github.com/alecthomas/kong"
+
+	"verve/internal/testproc"
 )
 
 // run holds the settings of a comparison.
@@ -71,21 +70,10 @@ func main() {
 	var c cli
 	k := kong.Parse(&c, kong.Name("http"), kong.UsageOnError(),
 		kong.Description("Compares servers over HTTP by the CPU time that a request costs them."))
-	var err error
-	if strings.HasPrefix(k.Command(), "serve") {
-		err = c.Serve.run()
-	} else {
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-		err = c.Run.run(ctx, os.Stdout)
-		stop()
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "http:", err)
-		os.Exit(1)
-	}
+	k.FatalIfErrorf(k.Run())
 }
 
-// results is the JSON file: bars reads it.
+// results is the JSON file: TestBars of bench reads it.
 type results struct {
 	Conns   int      `json:"conns"`
 	Seconds int      `json:"seconds"`
@@ -107,12 +95,15 @@ type sample struct {
 	P999     float64 `json:"p999_ms,omitempty"` // in the scenario turn
 }
 
-func (r *run) run(ctx context.Context, out io.Writer) error {
+// Run makes the comparison.
+func (r *run) Run() error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	if r.Rounds < 1 || r.Seconds < 1 || r.Conns < 1 || r.WarmUp < 1 {
 		return errors.New("--rounds, --seconds, --warm-up and --conns must be above 0")
 	}
 	var err error
-	if r.root, err = repository(); err != nil {
+	if r.root, err = testproc.ModuleRoot(); err != nil {
 		return err
 	}
 	if _, err := exec.LookPath("wrk"); err != nil {
@@ -142,7 +133,7 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 		if drive == nil {
 			drive = func(ctx context.Context, out io.Writer) ([]sample, error) { return r.compare(ctx, out, scenario) }
 		}
-		samples, err := drive(ctx, out)
+		samples, err := drive(ctx, os.Stdout)
 		res.Samples = append(res.Samples, samples...)
 		// New processes for each scenario: none starts with the heap of another.
 		if err = errors.Join(err, r.endAll()); err != nil {
@@ -161,22 +152,20 @@ func (r *run) run(ctx context.Context, out io.Writer) error {
 
 // compare drives the servers with one scenario.
 func (r *run) compare(ctx context.Context, out io.Writer, scenario string) ([]sample, error) {
+	var loads []load
 	for _, name := range r.Servers {
-		if _, err := r.start(name, scenario+"-"+name, r.Flags); err != nil {
+		p, err := r.start(name, scenario+"-"+name, r.Flags)
+		if err != nil {
 			return nil, err
 		}
-	}
-	w := wrk{script: r.script(scenario), conns: r.Conns}
-	title := fmt.Sprintf("%s: CPU of the server for a request, us", scenario)
-	t, err := r.rounds(ctx, out, scenario, title, r.Servers, r.WarmUp, func(name string, seconds int) (sample, error) {
-		i := slices.Index(r.Servers, name)
-		s, err := measure(ctx, w, seconds, r.servers[i:i+1])
-		failing := 0.0
+		l := load{name: name, script: scenario, conns: r.Conns, servers: []*process{p}}
 		if scenario == "duplicates" && name != "bare" {
-			failing = 0.9
+			l.failing = 0.9
 		}
-		return s, cmp.Or(err, s.plausible(failing))
-	})
+		loads = append(loads, l)
+	}
+	title := scenario + ": CPU of the server for a request, us"
+	t, err := r.rounds(ctx, out, scenario, title, r.WarmUp, loads)
 	if err != nil {
 		return t.samples, err
 	}
@@ -185,62 +174,5 @@ func (r *run) compare(ctx context.Context, out io.Writer, scenario string) ([]sa
 		t.row("server/verve", func(name string) string { return fmt.Sprintf("%.3f", median(ratios(t.samples, name, "verve"))) })
 	}
 	t.end()
-	fmt.Fprintln(out)
 	return t.samples, nil
-}
-
-// measure drives some servers, each with a part of the connections. A sample's CPU is that
-// of the servers and of their Redis, if there is one, together.
-func measure(ctx context.Context, w wrk, seconds int, servers []*process, redis ...*process) (s sample, err error) {
-	servers = servers[:min(w.conns, len(servers))]
-	w.conns /= len(servers)
-	before, err := cpuTimes(servers)
-	beforeRedis, rerr := cpuTimes(redis)
-	if err = errors.Join(err, rerr); err != nil {
-		return s, err
-	}
-	var mu sync.Mutex // of s and err
-	var driving sync.WaitGroup
-	for _, p := range servers {
-		driving.Go(func() {
-			one, failed := w.drive(ctx, p.addr, seconds)
-			mu.Lock()
-			defer mu.Unlock()
-			err = errors.Join(err, failed)
-			s.Requests, s.Failed, s.PerSec, s.P99 = s.Requests+one.Requests, s.Failed+one.Failed, s.PerSec+one.PerSec, max(s.P99, one.P99)
-		})
-	}
-	driving.Wait()
-	after, aerr := cpuTimes(servers)
-	afterRedis, rerr := cpuTimes(redis)
-	s.Redis = float64((afterRedis - beforeRedis).Microseconds()) / float64(s.Requests)
-	s.CPU = float64((after-before).Microseconds())/float64(s.Requests) + s.Redis
-	return s, errors.Join(err, aerr, rerr)
-}
-
-// script is the path of a script of wrk.
-func (r *run) script(name string) string { return filepath.Join(r.root, "bench", "wrk", name+".lua") }
-
-// plausible returns an error if another share of the answers has failed than is wanted.
-func (s *sample) plausible(want float64) error {
-	failed := float64(s.Failed) / float64(s.Requests)
-	// At a minute's turn repeats are new again, and wrk ends between the
-	// sending of a request and its answer.
-	if failed < want-0.05 || failed > want+0.01 {
-		return fmt.Errorf("%.1f %% of the answers failed, want %.0f %%", 100*failed, 100*want)
-	}
-	return nil
-}
-
-// repository returns the root of the module.
-func repository() (string, error) {
-	mod, err := exec.Command("go", "env", "GOMOD").Output()
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Dir(strings.TrimSpace(string(mod)))
-	if _, err := os.Stat(filepath.Join(dir, "bench", "wrk")); err != nil {
-		return "", errors.New("run it in the repository")
-	}
-	return dir, nil
 }

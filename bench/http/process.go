@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -39,35 +40,24 @@ type process struct {
 // start runs a server until endAll. Its data is in a folder of its own.
 func (r *run) start(name, folder string, flags []string) (*process, error) {
 	addr, err := freeAddr()
-	if err != nil {
+	admin, failed := freeAddr()
+	self, unknown := os.Executable()
+	if err = errors.Join(err, failed, unknown); err != nil {
 		return nil, err
 	}
-	if name == "verve" || name == "before" || name == "memory" {
-		admin, err := freeAddr()
-		if err != nil {
-			return nil, err
-		}
-		args := append([]string{"--listen=" + addr, "--admin-listen=" + admin, "--log-level=error"}, flags...)
-		if name == "memory" {
-			args = append(args, "--data-dir=none", "--counts-file=off")
-		} else {
-			args = append(args, "--data-dir="+filepath.Join(r.dir, folder))
-		}
-		binary := r.Binary
-		if name == "before" {
-			binary = r.Before
-		}
-		return r.launch(name, addr, os.Stderr, binary, args...)
+	verve := append([]string{"--listen=" + addr, "--admin-listen=" + admin, "--log-level=error"}, flags...)
+	data := "--data-dir=" + filepath.Join(r.dir, folder)
+	switch name {
+	case "verve":
+		return r.launch(name, addr, os.Stderr, r.Binary, append(verve, data)...)
+	case "before":
+		return r.launch(name, addr, os.Stderr, r.Before, append(verve, data)...)
+	case "memory":
+		return r.launch(name, addr, os.Stderr, r.Binary, append(verve, "--data-dir=none", "--counts-file=off")...)
+	case "plain":
+		return r.launch(name, addr, nil, self, append([]string{"serve", name, addr}, flags...)...)
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	args := []string{"serve", name, addr}
-	if name == "plain" {
-		args = append(args, flags...)
-	}
-	return r.launch(name, addr, nil, self, args...)
+	return r.launch(name, addr, nil, self, "serve", name, addr)
 }
 
 // startRedis runs a Redis on the servers' core until endAll.
@@ -79,10 +69,7 @@ func (r *run) startRedis() (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, err
-	}
+	host, port, _ := strings.Cut(addr, ":")
 	return r.launch("redis", addr, nil, "redis-server", "--bind", host, "--port", port, "--save", "", "--dir", r.dir, "--logfile", "redis.log")
 }
 
@@ -155,12 +142,15 @@ func (p *process) cpuTime() (time.Duration, error) {
 	return time.Duration(t.Nano()), nil
 }
 
-func cpuTimes(of []*process) (sum time.Duration, err error) {
-	for _, p := range of {
-		t, failed := p.cpuTime()
-		sum, err = sum+t, errors.Join(err, failed)
+// cpuTimes sums that up over servers, and over their Redis.
+func cpuTimes(servers, redis []*process) (sums [2]time.Duration, err error) {
+	for i, of := range [][]*process{servers, redis} {
+		for _, p := range of {
+			t, failed := p.cpuTime()
+			sums[i], err = sums[i]+t, errors.Join(err, failed)
+		}
 	}
-	return sum, err
+	return sums, err
 }
 
 // end stops the server and waits for it.

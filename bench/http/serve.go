@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -16,8 +17,8 @@ import (
 	"verve/bench"
 )
 
-// run serves until the process is ended.
-func (s *serve) run() error {
+// Run serves until the process is ended.
+func (s *serve) Run() error {
 	ln, err := net.Listen("tcp", s.Listen)
 	if err != nil {
 		return err
@@ -35,17 +36,12 @@ func (s *serve) run() error {
 }
 
 // bodyOf is the body that Verve has with a status.
-func bodyOf(status int) []byte {
+func bodyOf(status int) string {
 	if status == http.StatusOK {
-		return bodyOK
+		return "ok"
 	}
-	return bodyFailed
+	return "failed"
 }
-
-var (
-	bodyOK     = []byte("ok")
-	bodyFailed = []byte("failed")
-)
 
 // serveFast serves with the settings that Verve's fasthttp has. judge returns the status of
 // an answer.
@@ -55,7 +51,7 @@ func serveFast(ln net.Listener, judge func(*fasthttp.RequestCtx) int) error {
 			status := judge(ctx)
 			ctx.Response.Header.SetContentType("text/plain")
 			ctx.SetStatusCode(status)
-			ctx.SetBody(bodyOf(status))
+			ctx.SetBodyString(bodyOf(status))
 		},
 		Concurrency:                  1 << 16,
 		ReadBufferSize:               8 << 10,
@@ -133,7 +129,7 @@ func serveNetHTTP(ln net.Listener) error {
 		status := seed.judge([]byte(r.URL.Query().Get("id")))
 		w.Header().Set("Content-Type", "text/plain")
 		w.WriteHeader(status)
-		_, _ = w.Write(bodyOf(status)) // a failed write is the client's loss
+		_, _ = io.WriteString(w, bodyOf(status)) // a failed write is the client's loss
 	})
 	return http.Serve(ln, mux)
 }

@@ -12,37 +12,36 @@ import (
 	"text/tabwriter"
 )
 
-// table is printed while its rounds are driven: a column for each server, or for each
-// form of requests.
+// table is printed while its rounds are driven: a column for each load.
 type table struct {
 	*tabwriter.Writer
-	columns []string
+	loads   []load
 	samples []sample
 }
 
-// rounds drives each column once in a round, each time in another order: being driven
+// rounds drives each load once in a round, each time in another order: being driven
 // after a certain other is no advantage. Round 0 warms up: tables grow to their sizes, and
 // requests may fail that wait for it.
-func (r *run) rounds(ctx context.Context, out io.Writer, scenario, title string, columns []string, warmUp int, drive func(column string, seconds int) (sample, error)) (*table, error) {
+func (r *run) rounds(ctx context.Context, out io.Writer, scenario, title string, warmUp int, loads []load) (*table, error) {
 	fmt.Fprintln(out, title)
-	t := &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), columns: columns}
+	t := &table{Writer: tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight), loads: loads}
 	t.row("round", func(name string) string { return name })
 	for round := range r.Rounds + 1 {
-		for i := range columns {
-			name := columns[(round+i)%len(columns)]
+		for i := range loads {
+			l := loads[(round+i)%len(loads)]
 			if round == 0 {
-				_, _ = drive(name, warmUp)
+				_, _ = r.drive(ctx, l, warmUp)
 				continue
 			}
-			s, err := drive(name, r.Seconds)
+			s, err := r.drive(ctx, l, r.Seconds)
 			if err = cmp.Or(ctx.Err(), err); err != nil {
-				return t, fmt.Errorf("%s: %w", name, err)
+				return t, fmt.Errorf("%s: %w", l.name, err)
 			}
-			s.Scenario, s.Server, s.Round = scenario, name, round
+			s.Scenario, s.Server, s.Round = scenario, l.name, round
 			t.samples = append(t.samples, s)
 		}
 		if round > 0 {
-			this := t.samples[len(t.samples)-len(columns):]
+			this := t.samples[len(t.samples)-len(loads):]
 			t.row(strconv.Itoa(round), func(name string) string { return fmt.Sprintf("%.3f", column(this, name, cpu)[0]) })
 		}
 	}
@@ -50,19 +49,23 @@ func (r *run) rounds(ctx context.Context, out io.Writer, scenario, title string,
 	return t, nil
 }
 
-func (t *table) row(head string, cell func(column string) string) {
+func (t *table) row(head string, cell func(name string) string) {
 	fmt.Fprint(t, head, "\t")
-	for _, name := range t.columns {
-		fmt.Fprint(t, cell(name), "\t")
+	for _, l := range t.loads {
+		fmt.Fprint(t, cell(l.name), "\t")
 	}
 	fmt.Fprintln(t)
 }
 
 // end prints what is left of the table.
-func (t *table) end() { _ = t.Flush() } // standard output: there is no other place for its error
+func (t *table) end() {
+	fmt.Fprintln(t)
+	_ = t.Flush() // standard output: there is no other place for its error
+}
 
-func cpu(s sample) float64    { return s.CPU }
-func perSec(s sample) float64 { return s.PerSec }
+func cpu(s sample) float64      { return s.CPU }
+func redisCPU(s sample) float64 { return s.Redis }
+func perSec(s sample) float64   { return s.PerSec }
 
 // column returns a value of the server's samples, in order of the rounds.
 func column(samples []sample, server string, value func(sample) float64) (c []float64) {

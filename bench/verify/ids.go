@@ -1,8 +1,7 @@
 package main
 
 import (
-	"encoding/binary"
-	"encoding/hex"
+	"fmt"
 	"strconv"
 )
 
@@ -42,14 +41,9 @@ func (f idForm) append(dst []byte, seed, n uint64) []byte {
 // whole of word stays in the text and ids stay one-to-one with numbers.
 func appendUUID(dst []byte, word, filler uint64) []byte {
 	lost := word >> 12 & 0xf
-	var raw [16]byte
-	binary.BigEndian.PutUint64(raw[:8], word&^(0xf<<12)|4<<12)
-	binary.BigEndian.PutUint64(raw[8:], filler&^(3<<62|0xf)|2<<62|lost)
-	dst = hex.AppendEncode(dst, raw[:4])
-	for i := 4; i < 10; i += 2 {
-		dst = hex.AppendEncode(append(dst, '-'), raw[i:i+2])
-	}
-	return hex.AppendEncode(append(dst, '-'), raw[10:])
+	word = word&^(0xf<<12) | 4<<12
+	half := filler&^(3<<62|0xf) | 2<<62 | lost
+	return fmt.Appendf(dst, "%08x-%04x-%04x-%04x-%012x", word>>32, word>>16&0xffff, word&0xffff, half>>48, half&(1<<48-1))
 }
 
 // mix is the finaliser of SplitMix64: a bijection on 64 bits that spreads

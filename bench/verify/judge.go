@@ -14,18 +14,12 @@ import (
 
 // verdict is what a run found out. Its JSON is the output of --json.
 type verdict struct {
-	Good       bool    `json:"good"`
-	Answers    uint64  `json:"answers"`
+	Good bool `json:"good"`
+	totals
 	Accepted   uint64  `json:"ok"`
 	Repeated   uint64  `json:"failed"`
-	Refused    uint64  `json:"refused"`
 	RefusedP99 float64 `json:"refused_p99_ms"` // of those sent one at a time
-	Doubted    uint64  `json:"in_doubt"`       // requests that were never answered
-	Recovered  uint64  `json:"recovered"`      // of these, how many the records count
-	Lost       uint64  `json:"lost"`           // replies that were not read, thrown away, or broken off
-	Replayed   uint64  `json:"replayed"`       // of ok, answers to retries
-	Aside      uint64  `json:"set_aside"`      // attempts whose token was too old before they had an answer
-	OnlyFailed uint64  `json:"only_failed"`    // ids counted in a window, as far as can be known, and never answered ok
+	Recovered  uint64  `json:"recovered"`      // of the requests in doubt, how many the records count
 	Dials      uint64  `json:"connects"`
 	Kills      int     `json:"kills"`
 	Seconds    float64 `json:"seconds"`
@@ -52,23 +46,16 @@ func (v *verdict) fault(what, format string, args ...any) {
 	v.Good = false
 }
 
-// windowVerdict compares the answers and the records of one window. Sum must
-// lie between Least and Most: the `ok` answers, and on top of them what the
-// requests in doubt can or must have added.
+// windowVerdict compares the answers and the records of one window. Sum must be the `ok`
+// answers, and on top of them what the requests in doubt can or must have added.
 type windowVerdict struct {
-	Start      string `json:"window_start"`
-	Accepted   uint64 `json:"ok"`
-	Repeated   uint64 `json:"failed"`
-	Doubtful   uint64 `json:"in_doubt"`
-	Least      uint64 `json:"least"`
-	Most       uint64 `json:"most"`
+	Start string `json:"window_start"`
+	windowTruth
 	Records    int    `json:"records"`
 	Sum        uint64 `json:"sum"`
 	Difference int64  `json:"difference"` // sum less `ok` answers
 	Inexact    bool   `json:"inexact,omitempty"`
 	Bad        string `json:"bad,omitempty"`
-
-	truth *windowTruth
 }
 
 // judge compares windows, as finish gave them, with every record that could be
@@ -76,11 +63,14 @@ type windowVerdict struct {
 // --skip-first the first window does, too. From there on there may have been no other
 // caller.
 func judge(t *truth, windows []*windowTruth, records published, f *flags) verdict {
-	v := verdict{Again: records.again, Answers: t.answers, Refused: t.refused, Doubted: t.doubted, Lost: t.lost, Replayed: t.replays, Aside: t.aside, OnlyFailed: t.failed}
+	v := verdict{Again: records.again, totals: t.totals}
 	v.Faults = faults{Count: t.faults.Count, Lines: slices.Clone(t.faults.Lines), Kinds: maps.Clone(t.faults.Kinds)}
+	for _, line := range records.invalid {
+		v.Faults.add("invalid record", "%s", line)
+	}
 	for _, w := range windows {
-		v.Accepted += w.accepted
-		v.Repeated += w.repeated
+		v.Accepted += w.Accepted
+		v.Repeated += w.Repeated
 	}
 	if len(windows) == 0 {
 		v.Faults.add("nothing to judge", "no request was answered ok or failed")
@@ -91,16 +81,16 @@ func judge(t *truth, windows []*windowTruth, records published, f *flags) verdic
 		first++
 	}
 	rows := tabulate(t, windows, records.windows, first)
-	for _, rec := range records.windows {
-		v.newest = max(v.newest, rec.WindowStart.UnixMilli())
-	}
 	for _, start := range slices.Sorted(maps.Keys(rows)) {
 		r := rows[start]
-		if r.truth.orphans > 0 && !r.Inexact {
-			v.Faults.add("false duplicate", "%d ids were answered failed and never ok in %s, whose record has exact:true", r.truth.orphans, r.Start)
+		if r.Records > 0 {
+			v.newest = start
 		}
-		if t.lenient && r.truth.twice > 0 && !r.Inexact {
-			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record has exact:true", r.truth.twice, r.Start)
+		if r.orphans > 0 && !r.Inexact {
+			v.Faults.add("false duplicate", "%d ids were answered failed and never ok in %s, whose record has exact:true", r.orphans, r.Start)
+		}
+		if t.lenient && r.twice > 0 && !r.Inexact {
+			v.Faults.add("ok twice", "%d ids were answered ok twice in %s, whose record has exact:true", r.twice, r.Start)
 		}
 		switch {
 		case r.check(t.lenient):
@@ -115,13 +105,13 @@ func judge(t *truth, windows []*windowTruth, records published, f *flags) verdic
 		}
 	}
 	// A request in doubt may fit into two windows; it has counted in one.
-	if v.Recovered > t.doubted {
-		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", v.Recovered, t.doubted)
+	if v.Recovered > v.Doubted {
+		v.Faults.add("counted twice", "the records count %d ids more than were answered ok, with %d requests in doubt", v.Recovered, v.Doubted)
 	}
 	v.Windows = len(rows)
 	v.Second = checkSequence(&v.Faults, records.windows, first, t.lenient)
 	for _, rec := range records.windows {
-		if r := rows[rec.WindowStart.UnixMilli()]; r != nil && r.Records > 1 && rec.Scope == stream.ScopeGroup && rec.Exact && (rec.Unique < r.Least || rec.Unique > r.Most) {
+		if r := rows[rec.WindowStart.UnixMilli()]; r != nil && r.Records > 1 && rec.Scope == stream.ScopeGroup && rec.Exact && !r.allows(rec.Unique) {
 			v.Faults.add("exact and wrong", "one of the records of %s has %d and exact:true, %d were answered ok", r.Start, rec.Unique, r.Accepted)
 		}
 	}
@@ -135,17 +125,9 @@ func judge(t *truth, windows []*windowTruth, records published, f *flags) verdic
 // tabulate joins answers and records, for each window from first on.
 func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first int64) map[int64]*windowVerdict {
 	rows := make(map[int64]*windowVerdict)
-	add := func(w *windowTruth) *windowVerdict {
-		r := &windowVerdict{
-			Start: label(w.start), Accepted: w.accepted, Repeated: w.repeated, Doubtful: w.maybe,
-			Least: w.accepted + w.sure, Most: w.accepted + w.maybe, truth: w,
-		}
-		rows[w.start] = r
-		return r
-	}
 	for _, w := range windows {
 		if w.start >= first {
-			add(w)
+			rows[w.start] = &windowVerdict{Start: label(w.start), windowTruth: *w}
 		}
 	}
 	for _, rec := range records {
@@ -155,7 +137,8 @@ func tabulate(t *truth, windows []*windowTruth, records []stream.Record, first i
 		}
 		r := rows[start]
 		if r == nil {
-			r = add(t.unanswered(start))
+			r = &windowVerdict{Start: label(start), windowTruth: *t.unanswered(start)}
+			rows[start] = r
 		}
 		r.Records++
 		r.Sum += rec.Unique
@@ -173,10 +156,10 @@ func (r *windowVerdict) check(allowInexact bool) bool {
 		r.Bad = "no record"
 	case r.Inexact && allowInexact:
 		return false
-	case r.Sum < r.Least:
-		r.Bad = fmt.Sprintf("%d lost", r.Least-r.Sum)
-	case r.Sum > r.Most:
-		r.Bad = fmt.Sprintf("%d too many", r.Sum-r.Most)
+	case r.Sum < r.least():
+		r.Bad = fmt.Sprintf("%d lost", r.least()-r.Sum)
+	case r.Sum > r.most():
+		r.Bad = fmt.Sprintf("%d too many", r.Sum-r.most())
 	}
 	return r.Bad == ""
 }
@@ -233,7 +216,7 @@ func (v *verdict) print(out io.Writer) {
 		tw := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 		fmt.Fprintln(tw, "window\tok answers\tin doubt\trecords\tsum\tdifference\t\t")
 		for _, r := range v.Table {
-			fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%+d\t%s\t\n", r.Start, r.Accepted, r.Doubtful, r.Records, r.Sum, r.Difference, r.Bad)
+			fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%+d\t%s\t\n", r.Start, r.Accepted, r.Maybe, r.Records, r.Sum, r.Difference, r.Bad)
 		}
 		tw.Flush()
 	}

@@ -51,11 +51,6 @@ func (k *keys) of(n uint64) (id uint64, key int) {
 	return n - 1, key
 }
 
-func (k *keys) key(n uint64) int {
-	_, key := k.of(n)
-	return key
-}
-
 // draw spreads ids over keys as the world does: a key has about half of what the one
 // half as far down the list has.
 func (k *keys) draw(n uint64) int {
@@ -107,7 +102,7 @@ func (v *verdict) judgeWindowKeys(k *keys, row *windowVerdict, sums map[int]uint
 		v.KeyDifferences++
 		v.Faults.add("key", row.Start+format, args...)
 	}
-	answered := row.truth.keys
+	answered := row.keys
 	without := row.Sum // below zero it is far above the most
 	for key, sum := range sums {
 		if without -= sum; key > 0 && answered[key] == nil {
@@ -120,8 +115,8 @@ func (v *verdict) judgeWindowKeys(k *keys, row *windowVerdict, sums map[int]uint
 			sum, name = without, "none"
 		}
 		v.KeyCounts++
-		if sum < n.accepted+n.sure || sum > n.accepted+n.maybe {
-			differs(", key %q: %d in the records, %d ok answers, %d to %d of those in doubt", name, sum, n.accepted, n.sure, n.maybe)
+		if !n.allows(sum) {
+			differs(", key %q: %d in the records, %d ok answers, %d to %d of those in doubt", name, sum, n.Accepted, n.Sure, n.Maybe)
 		}
 	}
 	if answered[0] == nil && without != 0 {

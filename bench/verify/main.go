@@ -21,12 +21,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"os/signal"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -57,14 +54,14 @@ type flags struct {
 	Strict          bool `help:"Requests that were never answered must not have counted."`
 	AllowInexact    bool `help:"A window whose record has exact:false may not add up, or have an id ok twice."`
 
-	CountsFile   []string      `type:"path" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
-	KafkaBrokers []string      `help:"Read the records from Kafka."`
+	CountsFile   []string      `type:"path" xor:"records" help:"Where the records are (default: verve-data/counts.jsonl unless there are brokers)."`
+	KafkaBrokers []string      `xor:"records" help:"Read the records from Kafka."`
 	KafkaTopic   string        `default:"verve.unique-ids" help:"The topic of the records."`
 	KeysTopic    string        `name:"kafka-keys-topic" default:"verve.unique-ids-by-key" help:"The topic of the records of the keys."`
 	Wait         time.Duration `default:"75s" help:"How long the last records may take to appear."`
 
 	Spawn     []string      `sep:"none" placeholder:"COMMAND" help:"Run this server, and stop it at the end. Repeatable: instances of a group, in the order of --url."`
-	SpawnLog  string        `type:"path" help:"File for the output of the server (default: standard error)."`
+	SpawnLog  string        `type:"path" default:"/dev/stderr" help:"File for the output of the server."`
 	KillEvery string        `placeholder:"MIN-MAX" help:"End the server after a random time between these, and start it again."`
 	Signal    string        `enum:"TERM,KILL" default:"TERM" help:"How the server is ended: ${enum}."`
 	Kills     int           `help:"End the run after so many kills of each server (0: by time alone)."`
@@ -77,26 +74,43 @@ type flags struct {
 	Verbose bool `short:"v" help:"List all windows, not only the bad ones."`
 }
 
+// maxBatch ids are as many as a server takes by default.
+const maxBatch = 10_000
+
+// Validate implements kong's interface of that name.
+func (f *flags) Validate() error {
+	for _, rule := range []struct {
+		kept bool
+		text string
+	}{
+		{f.Connections >= 1, "--connections: must be at least 1"},
+		{f.Pipeline >= 1 && f.Pipeline <= 1024, "--pipeline: must be 1 to 1024"},
+		{f.Batch >= 0 && f.Batch <= maxBatch, fmt.Sprint("--batch: must be 0 to ", maxBatch)},
+		{f.Rate >= 0, "--rate: must not be negative"},
+		{f.Repeats >= 0 && f.Repeats <= 1, "--repeats: must be 0 to 1"},
+		{f.Lose >= 0 && f.Lose <= 1, "--lose: must be 0 to 1"},
+		{f.Keys >= 0 && f.Keys <= maxKeys, fmt.Sprint("--keys: must be 0 to ", maxKeys)},
+		{f.Window >= time.Millisecond, "--window: must be the server's"},
+		{f.Timeout > 0, "--timeout: must be above 0"},
+	} {
+		if !rule.kept {
+			return errors.New(rule.text)
+		}
+	}
+	return nil
+}
+
 func main() {
 	var f flags
-	parser := kong.Must(&f, kong.Name("verify"),
-		kong.Description("Drives a running verve and reports whether its records add up to its answers."))
-	if _, err := parser.Parse(os.Args[1:]); err != nil {
-		fmt.Fprintln(os.Stderr, "verify:", err)
-		os.Exit(2)
-	}
+	k := kong.Parse(&f, kong.Name("verify"),
+		kong.Description("Drives a running verve and reports whether its records add up to its answers."),
+		kong.Exit(func(code int) { os.Exit(2 * min(code, 1)) })) // kong has codes of its own for errors
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second interrupt ends the judging too
 	v, err := run(ctx, &f)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "verify:", err)
-		os.Exit(2)
-	}
+	k.FatalIfErrorf(err)
 	if f.JSON {
-		if err := json.NewEncoder(os.Stdout).Encode(v); err != nil {
-			fmt.Fprintln(os.Stderr, "verify:", err)
-			os.Exit(2)
-		}
+		k.FatalIfErrorf(json.NewEncoder(os.Stdout).Encode(v))
 	} else {
 		v.print(os.Stdout)
 	}
@@ -112,13 +126,6 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(f.CountsFile) > 0 && len(f.KafkaBrokers) > 0 {
-		// Each is a complete account; together they would count double.
-		return nil, errors.New("--counts-file and --kafka-brokers: give one of them")
-	}
-	drive, cancel := context.WithTimeout(ctx, f.Duration)
-	defer cancel()
-	spawned := make(chan error, 1)
 	var spawners []*spawner
 	if len(f.Spawn) > 0 {
 		log, err := spawnLog(f.SpawnLog)
@@ -126,47 +133,37 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 			return nil, err
 		}
 		defer log.Close()
-		for i := range f.Spawn {
-			s, err := newSpawner(f, i, d, log)
-			if err != nil {
-				return nil, err
-			}
-			spawners = append(spawners, s)
+		if spawners, err = newSpawners(d, log); err != nil {
+			return nil, err
 		}
-		go func() {
-			spawned <- runAll(drive, spawners)
-			cancel() // the kills are used up, or there is no server to drive
-		}()
-	} else {
-		spawned <- nil
 	}
-	var level *steady
-	var sampling sync.WaitGroup
+	drive, cancel := context.WithTimeout(ctx, f.Duration)
+	defer cancel()
+	var beside sync.WaitGroup
+	if len(spawners) > 0 {
+		beside.Go(func() {
+			defer cancel() // the kills are used up, or there is no server to drive
+			each(spawners, func(s *spawner) { s.run(drive) })
+		})
+	}
+	level := &steady{admin: f.Admin, dir: f.DataDir}
 	if f.Admin != "" {
-		level = &steady{admin: f.Admin, dir: f.DataDir}
-		sampling.Go(func() { level.run(drive, f.Duration) })
+		beside.Go(func() { level.run(drive, f.Duration) })
 	}
 	began := time.Now()
 	d.run(drive)
-	cancel()
-	sampling.Wait()
 	seconds := time.Since(began).Seconds()
-	err = <-spawned
-	endAll(spawners)
-	if err != nil {
-		return nil, err
-	}
+	cancel()
+	beside.Wait()
+	each(spawners, func(s *spawner) { s.end() })
 
-	windows := d.truth.finish()
-	// A load balancer before the servers takes connections on.
-	over := func() bool { return len(spawners) > 0 || d.gone() }
-	v := d.await(context.WithoutCancel(ctx), f, newSource(f), windows, over)
+	v := d.await(context.WithoutCancel(ctx), d.truth.finish(), len(spawners) > 0)
 	v.Seconds, v.PerSecond = seconds, float64(v.Answers)/seconds
 	v.Dials = d.dials.Load()
-	if level != nil {
+	if f.Admin != "" {
 		level.judge(&v)
 	}
-	v.RefusedP99 = float64(d.truth.refusedWithin(0.99)) / float64(time.Millisecond)
+	v.RefusedP99 = quantile(d.truth.waits, .99)
 	for _, s := range spawners {
 		v.Kills += s.killed
 	}
@@ -176,122 +173,19 @@ func run(ctx context.Context, f *flags) (*verdict, error) {
 	return &v, nil
 }
 
-// maxBatch ids are as many as a server takes by default.
-const maxBatch = 10_000
-
-func newDriver(f *flags) (*driver, error) {
-	switch {
-	case f.Connections < 1:
-		return nil, errors.New("--connections: must be at least 1")
-	case f.Pipeline < 1 || f.Pipeline > 1024:
-		return nil, errors.New("--pipeline: must be 1 to 1024")
-	case f.Batch < 0 || f.Batch > maxBatch:
-		return nil, fmt.Errorf("--batch: must be 0 to %d", maxBatch)
-	case f.Rate < 0:
-		return nil, errors.New("--rate: must not be negative")
-	case f.Repeats < 0 || f.Repeats > 1:
-		return nil, errors.New("--repeats: must be 0 to 1")
-	case f.Lose < 0 || f.Lose > 1:
-		return nil, errors.New("--lose: must be 0 to 1")
-	case f.Keys < 0 || f.Keys > maxKeys:
-		return nil, fmt.Errorf("--keys: must be 0 to %d", maxKeys)
-	case f.Tokens && f.Window < time.Millisecond:
-		return nil, errors.New("--window: must be the server's")
-	case f.Timeout <= 0:
-		return nil, errors.New("--timeout: must be above 0")
-	}
-	d := &driver{load: load{flags: *f}}
-	if d.load.Seed == 0 {
-		d.load.Seed = rand.Uint64()
-	}
-	for _, raw := range f.URL {
-		t, err := newTarget(raw)
-		if err != nil {
-			return nil, err
-		}
-		d.targets = append(d.targets, t)
-	}
-	// A request is answered or given up within 1.25 timeouts, and one that was
-	// given up may be served within another: see conn.serve and load.lag.
-	d.truth = newTruth(len(d.targets), 4*f.Timeout, f.Strict)
-	d.truth.lenient = f.AllowInexact
-	d.retries = newRetries(len(d.targets))
-	if f.Tokens {
-		d.truth.span = f.Window.Milliseconds()
-	}
-	if f.Keys > 0 {
-		d.load.Keys = newKeys(f.Keys, d.load.Seed)
-		d.truth.keys = d.load.Keys
-	}
-	return d, nil
-}
-
-// runAll runs every spawner until its end, or until one has nothing to run.
-func runAll(ctx context.Context, spawners []*spawner) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	ended := make(chan error, len(spawners))
-	for _, s := range spawners {
-		go func() { ended <- s.run(ctx) }()
-	}
-	var first error
-	for range spawners {
-		if err := <-ended; err != nil && first == nil {
-			first = err
-			cancel()
-		}
-	}
-	return first
-}
-
-// endAll stops all servers at once, as a stop of the whole group does.
-func endAll(spawners []*spawner) {
-	var ending sync.WaitGroup
-	for _, s := range spawners {
-		ending.Go(func() { s.end() })
-	}
-	ending.Wait()
-}
-
-func newSpawner(f *flags, i int, d *driver, output io.Writer) (*spawner, error) {
-	s := &spawner{
-		flags:   f,
-		command: f.Spawn[i],
-		output:  output,
-		rng:     rand.New(rand.NewPCG(d.load.Seed, uint64(i))),
-		truth:   d.truth,
-	}
-	if len(d.targets) == len(f.Spawn) {
-		s.addr, s.target = d.targets[i].addr, i
-	}
-	if f.KillEvery != "" {
-		var err error
-		if s.min, s.max, err = parseEvery(f.KillEvery); err != nil {
-			return nil, err
-		}
-	}
-	return s, nil
-}
-
-func spawnLog(path string) (*os.File, error) {
-	if path == "" {
-		return os.Stderr, nil
-	}
-	return os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
-}
+// rereadEvery is far below the shortest wait that matters, a window, and far
+// above what reading a topic from its start costs.
+const rereadEvery = 250 * time.Millisecond
 
 // await reads the records until they add up and no more can come, or for
 // --wait. No more can come for the windows of the run when there is a record
-// of a later one, or when no server answers any longer.
-func (d *driver) await(ctx context.Context, f *flags, read source, windows []*windowTruth, over func() bool) verdict {
-	deadline := time.Now().Add(f.Wait)
-	for {
-		gone := over() // before the reading: what it wrote last is then read
-		records, invalid, err := read(ctx)
-		v := judge(d.truth, windows, records, f)
-		for _, line := range invalid {
-			v.fault("invalid record", "%s", line)
-		}
+// of a later one, or when no server answers any longer, as is known if the run has ended them:
+// a load balancer before them takes connections on.
+func (d *driver) await(ctx context.Context, windows []*windowTruth, ended bool) verdict {
+	for deadline := time.Now().Add(d.Wait); ; time.Sleep(rereadEvery) {
+		gone := ended || d.gone() // before the reading: what it wrote last is then read
+		records, err := d.readRecords(ctx)
+		v := judge(d.truth, windows, records, &d.flags)
 		if err != nil {
 			v.fault("reading the records", "%v", err)
 		}
@@ -303,15 +197,5 @@ func (d *driver) await(ctx context.Context, f *flags, read source, windows []*wi
 		case v.Good && v.newest > windows[len(windows)-1].start:
 			return v
 		}
-		time.Sleep(rereadEvery)
 	}
-}
-
-// rereadEvery is far below the shortest wait that matters, a window, and far
-// above what reading a topic from its start costs.
-const rereadEvery = 250 * time.Millisecond
-
-// gone reports that no target takes connections any more.
-func (d *driver) gone() bool {
-	return !slices.ContainsFunc(d.targets, func(t target) bool { return listens(t.addr, d.load.Timeout) })
 }

@@ -1,10 +1,9 @@
 package main
 
 import (
-	"context"
 	"net"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -19,9 +18,8 @@ type ask struct {
 // retries are requests without an answer, which are to be asked again: by a connection
 // to another target than the last one, where there are several. Safe for concurrent use.
 type retries struct {
-	mu      sync.Mutex
-	queues  [][]ask // by the target that was asked last; guarded by mu
-	waiting atomic.Int64
+	mu     sync.Mutex
+	queues [][]ask // by the target that was asked last; guarded by mu
 }
 
 func newRetries(targets int) *retries { return &retries{queues: make([][]ask, targets)} }
@@ -30,15 +28,11 @@ func (r *retries) put(target int, asks ...ask) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.queues[target] = append(r.queues[target], asks...)
-	r.waiting.Add(int64(len(asks)))
 }
 
 // take moves up to most requests that this target may be asked to dst: such as can be in one
 // batch. If an answer has several windows and replays, it does not tell which are in which.
 func (r *retries) take(dst []ask, target, most int) []ask {
-	if r.waiting.Load() == 0 {
-		return dst
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for i := range max(len(r.queues)-1, 1) { // its own only if it is the only one
@@ -56,27 +50,22 @@ func (r *retries) take(dst []ask, target, most int) []ask {
 		}
 		dst = append(dst, (*q)[:n]...)
 		*q = (*q)[:copy(*q, (*q)[n:])]
-		r.waiting.Add(-int64(n))
 		break
 	}
 	return dst
 }
 
-// retry adds what is to be asked again to the batch that is built. A token is good for
-// the window that counted its id and the next one: an attempt that cannot be asked
-// again by then is set aside.
+// retry begins a batch with what is to be asked again. A token is good for the window that
+// counted its id and the next one: an attempt that cannot be asked again by then is set
+// aside.
 func (c *conn) retry(most int) {
-	before := len(c.ids)
-	c.ids = c.d.retries.take(c.ids, c.target, most)
-	kept := c.ids[:before]
-	for _, a := range c.ids[before:] {
-		if a.from != 0 && a.token != 0 && time.Now().UnixMilli() >= a.from+2*c.d.truth.span {
+	c.ids = slices.DeleteFunc(c.d.retries.take(c.ids[:0], c.target, most), func(a ask) bool {
+		old := a.from != 0 && a.token != 0 && time.Now().UnixMilli() >= a.from+2*c.d.truth.span
+		if old {
 			c.d.truth.setAside(a.token)
-			continue
 		}
-		kept = append(kept, a)
-	}
-	c.ids = kept
+		return old
+	})
 }
 
 // lost notes requests that will not be answered. They are asked again.
@@ -103,50 +92,27 @@ func (c *conn) earliest(sent time.Time) int64 {
 // from a connection that the driver closed. On a busy machine that is more than a second.
 const stray = 5 * time.Second
 
-// cut is how a connection loses replies: the driver closes it.
-type cut struct {
-	now   bool // before anything of the reply is read
-	reset bool // with a TCP reset
-	bytes int  // after so many bytes of the reply; 0: after answers
-	after int  // ids answered
-}
+// cutShare of the replies that are lost are lost with their connection, as far as one reply a
+// connection goes; discard loses the others.
+const cutShare = 2. / 3
 
-// draw decides whether the replies to a batch are lost with their connection. Two thirds
-// of what is lost is lost so, as far as one reply a connection goes; see discard.
-func (c *conn) draw() (x cut, lose bool) {
-	if share := c.d.load.Lose; share == 0 || c.rng.Float64() >= share*2/3 {
-		return x, false
-	}
-	switch c.rng.IntN(4) {
-	case 0:
-		x.now = true
-	case 1:
-		x.now, x.reset = true, true
-	case 2:
-		x.bytes = 1 + c.rng.IntN(40)
-	default:
-		x.after = c.rng.IntN(len(c.ids))
-	}
-	return x, true
-}
-
-// lose closes a connection whose batch was sent, at another moment each time.
-func (c *conn) lose(nc net.Conn, x cut, sent time.Time) {
-	from := c.earliest(sent)
+// lose closes a connection whose batch was sent, at a moment that is drawn.
+func (c *conn) lose(sent time.Time) {
+	from, n := c.earliest(sent), 0
 	c.got = c.got[:0]
-	n := 0
-	switch {
-	case x.now:
-		if tcp, ok := nc.(*net.TCPConn); ok && x.reset {
+	switch c.rng.IntN(4) {
+	case 0: // before anything of the reply is read
+	case 1: // the same, with a TCP reset
+		if tcp, ok := c.net.(*net.TCPConn); ok {
 			_ = tcp.SetLinger(0)
 		}
-	case x.bytes > 0:
-		_, _ = nc.Read(make([]byte, x.bytes)) // whatever came of it is thrown away
-	case x.after > 0:
-		n, _, _ = c.read(x.after)
+	case 2: // within a reply
+		_, _ = c.net.Read(make([]byte, 1+c.rng.IntN(40))) // whatever came of it is thrown away
+	case 3: // after some answers
+		n, _, _ = c.read(c.rng.IntN(len(c.ids)))
 		c.report(sent, from, n)
 	}
-	nc.Close()
+	c.net.Close()
 	c.lost(c.ids[n:], from, stray)
 }
 
@@ -156,7 +122,7 @@ func (c *conn) discard(n int, from int64) {
 	kept, refused := c.got[:0], false
 	for at := 0; at < n; {
 		size := c.inRequest(c.ids[at:n])
-		throw := c.d.load.Lose > 0 && c.rng.Float64() < c.d.load.Lose/3
+		throw := c.d.Lose > 0 && c.rng.Float64() < c.d.Lose*(1-cutShare)
 		for i := at; i < at+size; i++ {
 			a, got := c.ids[i], c.got[i]
 			switch {
@@ -187,11 +153,3 @@ const unplacedParts = 8
 // refusedPause is how long a connection waits when a retry was refused: it is asked again
 // until there is an answer, and would keep the servers busy with nothing else.
 const refusedPause = 10 * time.Millisecond
-
-// drain asks again what has a token and no answer yet, when the load is over.
-func (d *driver) drain(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, 4*d.load.Timeout)
-	defer cancel()
-	d.draining, d.load.Lose, d.load.Rate = true, 0, 0
-	d.connect(ctx)
-}

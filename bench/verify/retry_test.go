@@ -128,7 +128,7 @@ func TestRetriesGoToAnotherTarget(t *testing.T) {
 	if got := r.take(nil, 0, 5); len(got) != 0 {
 		t.Errorf("the target that lost them was given %v", got)
 	}
-	if got := r.take(nil, 1, 1); len(got) != 1 || got[0].id != 1 || r.waiting.Load() != 1 {
+	if got := r.take(nil, 1, 1); len(got) != 1 || got[0].id != 1 || len(r.queues[0]) != 1 {
 		t.Errorf("got %v, want the first", got)
 	}
 	r = newRetries(1)

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -25,6 +27,40 @@ type spawner struct {
 
 	killed int      // how often so far
 	server *process // the running one, or the last
+}
+
+// newSpawners returns one for each --spawn.
+func newSpawners(d *driver, output io.Writer) (all []*spawner, err error) {
+	var low, high time.Duration
+	if d.KillEvery != "" {
+		if low, high, err = parseEvery(d.KillEvery); err != nil {
+			return nil, err
+		}
+	}
+	for i, command := range d.Spawn {
+		s := &spawner{
+			flags: &d.flags, command: command, min: low, max: high, output: output,
+			rng: rand.New(rand.NewPCG(d.Seed, uint64(i))), truth: d.truth,
+		}
+		if len(d.targets) == len(d.Spawn) {
+			s.addr, s.target = d.targets[i].addr, i
+		}
+		all = append(all, s)
+	}
+	return all, nil
+}
+
+// each calls f for all spawners at once, and returns when all calls have.
+func each(spawners []*spawner, f func(*spawner)) {
+	var all sync.WaitGroup
+	for _, s := range spawners {
+		all.Go(func() { f(s) })
+	}
+	all.Wait()
+}
+
+func spawnLog(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 }
 
 // parseEvery reads MIN-MAX, or one duration for both.
@@ -46,12 +82,14 @@ func parseEvery(s string) (low, high time.Duration, err error) {
 // used up, the run has got its least answers and one more life is over. The server is then
 // still running; end stops it. An unexpected exit, and one after SIGTERM that is late or not
 // 0, is a fault of the run and ends it.
-func (s *spawner) run(ctx context.Context) error {
+func (s *spawner) run(ctx context.Context) {
 	for {
-		var err error
-		if s.server, err = startProcess(s.command, s.output); err != nil {
-			return err
+		server, err := startProcess(s.command, s.output)
+		if err != nil {
+			s.truth.fault("server exit", "%v", err)
+			return
 		}
+		s.server = server
 		last := s.Kills > 0 && s.killed == s.Kills
 		// With SIGTERM a life counts from the first answer, since a process
 		// that has not set its handlers yet dies of the signal. SIGKILL may
@@ -64,13 +102,13 @@ func (s *spawner) run(ctx context.Context) error {
 			s.await(ctx, func() bool { return s.truth.progress() >= s.MinAnswers })
 		}
 		if !s.live(ctx) || ctx.Err() != nil || last {
-			return nil
+			return
 		}
 		s.killed++
 		if s.Signal == "KILL" {
 			s.server.kill()
 		} else if !s.end() {
-			return nil
+			return
 		}
 	}
 }
@@ -171,16 +209,15 @@ func (s *spawner) live(ctx context.Context) bool {
 // end stops the server with SIGTERM and reports whether it ended in time with 0.
 // Without a running server it does nothing.
 func (s *spawner) end() bool {
-	server := s.server
-	if server == nil {
+	if s.server == nil {
 		return true
 	}
 	select {
-	case <-server.exited:
+	case <-s.server.exited:
 		return true
 	default:
 	}
-	if err := server.stop(s.StopLimit); err != nil {
+	if err := s.server.stop(s.StopLimit); err != nil {
 		s.truth.fault("server exit", "%v", err)
 		return false
 	}

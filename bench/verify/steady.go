@@ -1,18 +1,20 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"verve/internal/retry"
 )
 
 // steady samples what a server takes while it is driven, and judges whether that
@@ -46,46 +48,33 @@ var levels = []struct {
 // run samples until ctx ends, or for about so long.
 func (s *steady) run(ctx context.Context, about time.Duration) {
 	s.samples = make(map[string][]float64)
-	tick := time.NewTicker(max(about/steadySamples, 100*time.Millisecond))
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if err := s.sample(ctx); err != nil && ctx.Err() == nil && s.failed == nil {
+	for retry.Sleep(ctx, max(about/steadySamples, 100*time.Millisecond)) == nil {
+		if err := s.sample(); err != nil && ctx.Err() == nil && s.failed == nil {
 			s.failed = err
 		}
 	}
 }
 
-func (s *steady) sample(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(s.admin, "/")+"/metrics", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s", req.URL, resp.Status)
+// sampleLimit is how long the server may take to answer.
+const sampleLimit = 10 * time.Second
+
+func (s *steady) sample() error {
+	url := strings.TrimSuffix(s.admin, "/") + "/metrics"
+	status, body, err := fasthttp.GetTimeout(nil, url, sampleLimit)
+	if err != nil || status != fasthttp.StatusOK {
+		return fmt.Errorf("%s: status %d, %v", url, status, err)
 	}
 	values := map[string]float64{} // by metric
-	lines := bufio.NewScanner(resp.Body)
-	for lines.Scan() {
-		metric, value, _ := strings.Cut(lines.Text(), " ")
+	for line := range strings.Lines(string(body)) {
+		metric, value, _ := strings.Cut(strings.TrimSpace(line), " ")
 		if n, err := strconv.ParseFloat(value, 64); err == nil {
 			values[metric] = n
 		}
 	}
-	if err = lines.Err(); err == nil && s.dir != "" {
-		values[""], err = sizeOf(s.dir)
-	}
-	if err != nil {
-		return err
+	if s.dir != "" {
+		if values[""], err = sizeOf(s.dir); err != nil {
+			return err
+		}
 	}
 	for _, l := range levels {
 		if n, ok := values[l.metric]; ok { // else judge has too few of them
@@ -98,24 +87,18 @@ func (s *steady) sample(ctx context.Context) error {
 // sizeOf sums the files in dir but the records themselves, which only grow.
 func sizeOf(dir string) (sum float64, err error) {
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || strings.HasSuffix(path, ".jsonl") {
-			return ignoreMissing(err)
+		if err == nil && !d.IsDir() && !strings.HasSuffix(path, ".jsonl") {
+			var info fs.FileInfo
+			if info, err = d.Info(); err == nil {
+				sum += float64(info.Size())
+			}
 		}
-		info, err := d.Info()
-		if err == nil {
-			sum += float64(info.Size())
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // files come and go
 		}
-		return ignoreMissing(err)
+		return err
 	})
 	return sum, err
-}
-
-// ignoreMissing: files come and go.
-func ignoreMissing(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
 }
 
 // level is what of one thing the server took: the medians of the second and the
@@ -140,7 +123,7 @@ func (s *steady) judge(v *verdict) {
 			}
 			continue
 		}
-		found := level{median(n[len(n)/4 : len(n)/2]), median(n[len(n)*3/4:]), slices.Max(n)}
+		found := level{quantile(n[len(n)/4:len(n)/2], .5), quantile(n[len(n)*3/4:], .5), slices.Max(n)}
 		v.Levels[l.name] = found
 		if found.Last > found.Second*1.1+l.slack {
 			v.fault("grows", "%s: %.0f in the second quarter of the run, %.0f in the last", l.name, found.Second, found.Last)
@@ -148,9 +131,13 @@ func (s *steady) judge(v *verdict) {
 	}
 }
 
-func median(n []float64) float64 {
-	n = slices.Sorted(slices.Values(n))
-	return n[len(n)/2]
+// quantile returns the value that the given share of all is below; 0 of none.
+func quantile(values []float64, share float64) float64 {
+	if len(values) == 0 {
+		return 0
+	}
+	values = slices.Sorted(slices.Values(values))
+	return values[min(len(values)-1, int(share*float64(len(values))))]
 }
 
 // printLevels writes the levels for people.

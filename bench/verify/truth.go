@@ -29,6 +29,7 @@ type truth struct {
 	expired int                    // the first ones, which cover only settled windows
 	settled int64                  // windows before this one are settled
 	mark    int64                  // the latest window at the previous settleOld
+	marked  time.Time              // when that was
 	ahead   int64                  // by how many milliseconds the server's clock is seen to lead
 
 	// attempts are those with a lost request and no answer yet, by the number of their token.
@@ -40,20 +41,25 @@ type truth struct {
 	strict    bool
 	lenient   bool                  // a window whose record is not exact may not add up, or have an id ok twice
 	clock     func(time.Time) int64 // the driver's, where it is not a test's: Unix milliseconds
-	answers   uint64
-	perTarget []uint64 // answers
-	refused   uint64
-	refusals  bitmap // ids that were refused, if lenient
-	doubted   uint64
-	lost      uint64 // replies that were not read, or thrown away
-	replays   uint64
-	aside     uint64 // attempts whose token was too old before they had an answer
-	failed    uint64 // ids of a window that were answered `failed`, never `ok`, and may have counted
+	perTarget []uint64              // answers
+	refusals  bitmap                // ids that were refused, if lenient
+	totals    totals
 	faults    faults
 
 	// waits are how long the first maxWaits refused requests took, of those that
-	// were sent one at a time.
-	waits []time.Duration
+	// were sent one at a time, ms.
+	waits []float64
+}
+
+// totals are the sums over a run.
+type totals struct {
+	Answers    uint64 `json:"answers"`
+	Refused    uint64 `json:"refused"`
+	Doubted    uint64 `json:"in_doubt"`    // requests that were never answered
+	Lost       uint64 `json:"lost"`        // replies that were not read, thrown away, or broken off
+	Replayed   uint64 `json:"replayed"`    // of ok, answers to retries
+	Aside      uint64 `json:"set_aside"`   // attempts whose token was too old before they had an answer
+	OnlyFailed uint64 `json:"only_failed"` // ids of a window that were answered `failed`, never `ok`, and may have counted
 }
 
 // maxWaits bounds what a server that refuses everything makes a run remember.
@@ -70,17 +76,42 @@ func newTruth(targets int, grace time.Duration, strict bool) *truth {
 		grace:     grace,
 		strict:    strict,
 		clock:     time.Time.UnixMilli,
+		marked:    time.Now(),
 		refusals:  bitmap{},
 	}
 }
 
+// tally is what the answers say of a count: of a window, or of a key in it.
+type tally struct {
+	Accepted uint64 `json:"ok"`
+
+	// Set when the window is settled. An id in doubt that was answered `failed` and never
+	// `ok` must have been counted; one that was never answered may have been.
+	Sure  uint64 `json:"in_doubt_and_counted"`
+	Maybe uint64 `json:"in_doubt"`
+}
+
+// doubt adds an id of which a request is in doubt.
+func (t *tally) doubt(failed bool) {
+	if t.Maybe++; failed {
+		t.Sure++
+	}
+}
+
+func (t tally) least() uint64 { return t.Accepted + t.Sure }
+
+func (t tally) most() uint64 { return t.Accepted + t.Maybe }
+
+func (t tally) allows(count uint64) bool { return t.least() <= count && count <= t.most() }
+
 // windowTruth is one window, according to the answers.
 type windowTruth struct {
-	start    int64
-	accepted uint64
-	repeated uint64
-	twice    uint64 // of accepted, ids that were accepted before
-	orphans  uint64 // ids answered `failed`, never `ok`, of which a request was refused: its instance may have been killed
+	tally
+	Repeated uint64 `json:"failed"`
+
+	start   int64
+	twice   uint64 // of Accepted, ids that were accepted before
+	orphans uint64 // ids answered `failed`, never `ok`, of which a request was refused: its instance may have been killed
 
 	// Released when the window is settled. An answer `failed` may be read
 	// before the `ok` that explains it, which another connection has yet to
@@ -88,18 +119,14 @@ type windowTruth struct {
 	ok    bitmap
 	early map[uint64]time.Time
 
-	// Set by settle. An id in doubt that was answered `failed` and never `ok`
-	// must have been counted; one that was never answered may have been.
-	settled     bool
-	sure, maybe uint64
+	settled bool
 
 	keys map[int]*tally // by key; 0: ids without one. nil: there are no keys
 }
 
-// tally is a window's accepted, sure and maybe of one key.
-type tally struct{ accepted, sure, maybe uint64 }
-
-func (w *windowTruth) of(key int) *tally {
+// ofKey is the tally of an id's key.
+func (w *windowTruth) ofKey(keys *keys, id uint64) *tally {
+	_, key := keys.of(id)
 	if w.keys == nil {
 		w.keys = make(map[int]*tally)
 	}
@@ -114,8 +141,7 @@ func (w *windowTruth) of(key int) *tally {
 // open when the connection was known to be gone.
 type doubt struct {
 	id         uint64
-	from, till int64
-	over       bool // settled by the answer to a retry
+	from, till int64 // none if from is the later one: the answer to a retry has settled it
 }
 
 // attempt is one with a token, of which requests were lost.
@@ -125,7 +151,7 @@ type attempt struct {
 	okIn   int64 // an `ok` that was thrown away named this window; 0: none was
 }
 
-func (d doubt) covers(start int64) bool { return !d.over && d.from <= start && start <= d.till }
+func (d doubt) covers(start int64) bool { return d.from <= start && start <= d.till }
 
 type kind uint8
 
@@ -144,27 +170,29 @@ type answer struct {
 	replayed bool
 }
 
-// record takes the answers that one connection to a target got to a batch that
-// it had sent no earlier than the time given, and returns
-// the latest window that this target has answered in: no request sent from now
-// on can be judged in an earlier one.
+// record takes the answers, if any, that one connection to a target got to a batch that it had
+// sent no earlier than the time given. It returns the latest window that this target has
+// answered in: no request sent from now on can be judged in an earlier one.
 func (t *truth) record(target int, sent time.Time, batch []answer) int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.perTarget[target] += uint64(len(batch))
 	for _, a := range batch {
-		t.answers++
+		t.totals.Answers++
 		if a.kind != answerRefused {
 			t.judged(target, sent, a)
 			continue
 		}
-		t.refused++
+		t.totals.Refused++
 		if t.lenient {
 			t.refusals.set(a.id)
 		}
 		if len(batch) == 1 && len(t.waits) < maxWaits {
-			t.waits = append(t.waits, time.Since(sent))
+			t.waits = append(t.waits, float64(time.Since(sent))/float64(time.Millisecond))
 		}
+	}
+	if time.Since(t.marked) > settleEvery {
+		t.settleOld()
 	}
 	return t.newest[target]
 }
@@ -185,7 +213,7 @@ func (t *truth) judged(target int, sent time.Time, a answer) {
 	t.newest[target] = max(t.newest[target], a.window)
 	failed, early := w.early[a.id]
 	if a.kind == answerRepeat {
-		w.repeated++
+		w.Repeated++
 		if !early && !w.ok.has(a.id) {
 			if w.early == nil {
 				w.early = make(map[uint64]time.Time)
@@ -194,12 +222,12 @@ func (t *truth) judged(target int, sent time.Time, a answer) {
 		}
 		return
 	}
-	w.accepted++
+	w.Accepted++
 	if a.replayed {
-		t.replays++
+		t.totals.Replayed++
 	}
 	if t.keys != nil {
-		w.of(t.keys.key(a.id)).accepted++
+		w.ofKey(t.keys, a.id).Accepted++
 	}
 	if w.ok.set(a.id) {
 		if w.twice++; t.lenient {
@@ -236,7 +264,7 @@ func (t *truth) window(start int64) *windowTruth {
 func (t *truth) answered(at *attempt, a answer) {
 	delete(t.attempts, a.token)
 	if a.window > at.from+t.span {
-		t.aside++ // a retry was judged after its token was good: it may have counted twice
+		t.totals.Aside++ // a retry was judged after its token was good: it may have counted twice
 		return
 	}
 	next := a.window + t.span
@@ -246,8 +274,7 @@ func (t *truth) answered(at *attempt, a answer) {
 	for _, i := range at.doubts {
 		d := &t.doubts[i]
 		if d.from = max(d.from, next); d.from > d.till {
-			d.over = true
-			t.doubted--
+			t.totals.Doubted--
 		}
 	}
 	if at.okIn != 0 && (a.kind != answerOK || !a.replayed || a.window != at.okIn) {
@@ -267,7 +294,7 @@ func (t *truth) broken(asks []ask, from int64, lag time.Duration) {
 	for i := range asks {
 		t.doubtful(&asks[i], from, till)
 	}
-	t.lost += uint64(len(asks))
+	t.totals.Lost += uint64(len(asks))
 }
 
 // thrown takes the answer to a request that is asked again as if there had been none. from
@@ -276,7 +303,7 @@ func (t *truth) broken(asks []ask, from int64, lag time.Duration) {
 func (t *truth) thrown(a ask, got answer, from int64) int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.lost++
+	t.totals.Lost++
 	switch got.kind {
 	case answerOK:
 		t.doubtful(&a, got.window, got.window)
@@ -297,7 +324,7 @@ func (t *truth) doubtful(a *ask, from, till int64) {
 		at.doubts = append(at.doubts, len(t.doubts))
 	}
 	t.doubts = append(t.doubts, doubt{id: a.id, from: from, till: till})
-	t.doubted++
+	t.totals.Doubted++
 }
 
 // attempt returns the attempt of a request, none without a token. mu is held.
@@ -319,7 +346,7 @@ func (t *truth) setAside(token uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.attempts, token)
-	t.aside++
+	t.totals.Aside++
 }
 
 // pending is the number of attempts with a lost request and no answer yet.
@@ -327,12 +354,6 @@ func (t *truth) pending() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return len(t.attempts)
-}
-
-func (t *truth) newestOf(target int) int64 {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.newest[target]
 }
 
 func (t *truth) fault(what, format string, args ...any) {
@@ -345,7 +366,7 @@ func (t *truth) fault(what, format string, args ...any) {
 func (t *truth) progress() uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.answers
+	return t.totals.Answers
 }
 
 // answersOf is progress of one target.
@@ -355,15 +376,17 @@ func (t *truth) answersOf(target int) uint64 {
 	return t.perTarget[target]
 }
 
+// settleEvery is how often the windows are looked through for old ones.
+const settleEvery = time.Second
+
 // settleOld settles the windows that no answer and no doubt can reach any more,
 // so that a run of hours needs the memory of seconds. It goes by the labels it
 // had seen at the previous call: after a suspend of this machine one connection
-// may see a new label while another still has old answers in its buffer.
+// may see a new label while another still has old answers in its buffer. The caller
+// holds mu.
 func (t *truth) settleOld() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	limit := t.mark - t.grace.Milliseconds()
-	t.mark = slices.Min(t.newest) // one instance's clock may run behind another's
+	t.mark, t.marked = slices.Min(t.newest), time.Now() // one instance's clock may run behind another's
 	starts := t.starts()
 	for i, start := range starts {
 		if i+1 == len(starts) || starts[i+1]+t.span > limit { // a replay names the window before
@@ -392,21 +415,9 @@ func (t *truth) finish() []*windowTruth {
 		}
 		all = append(all, w)
 	}
-	t.aside += uint64(len(t.attempts))
+	t.totals.Aside += uint64(len(t.attempts))
 	clear(t.attempts)
 	return all
-}
-
-// refusedWithin returns how long the given share of the refused requests took at
-// most.
-func (t *truth) refusedWithin(share float64) time.Duration {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(t.waits) == 0 {
-		return 0
-	}
-	slices.Sort(t.waits)
-	return t.waits[min(len(t.waits)-1, int(share*float64(len(t.waits))))]
 }
 
 func (t *truth) starts() []int64 { return slices.Sorted(maps.Keys(t.windows)) }
@@ -414,40 +425,31 @@ func (t *truth) starts() []int64 { return slices.Sorted(maps.Keys(t.windows)) }
 // settle draws the conclusions of a window: what the requests in doubt can
 // have added to it, and which `failed` answers nothing explains.
 func (t *truth) settle(w *windowTruth, doubts []doubt) {
+	if t.strict {
+		doubts = nil
+	}
 	doubtful := bitmap{}
 	for _, d := range doubts {
 		if !d.covers(w.start) || doubtful.set(d.id) || w.ok.has(d.id) {
 			continue
 		}
 		_, failed := w.early[d.id]
-		w.maybe++
-		if failed {
-			w.sure++
-		}
-		if t.keys != nil && !t.strict {
-			k := w.of(t.keys.key(d.id))
-			if k.maybe++; failed {
-				k.sure++
-			}
+		w.doubt(failed)
+		if t.keys != nil {
+			w.ofKey(t.keys, d.id).doubt(failed)
 		}
 	}
 	for id := range w.early {
-		if w.ok.has(id) {
-			continue
-		}
-		if !t.strict && doubtful.has(id) {
-			t.failed++
-			continue
-		}
-		if t.lenient && t.refusals.has(id) {
+		switch {
+		case w.ok.has(id): // which explains it
+		case doubtful.has(id):
+			t.totals.OnlyFailed++
+		case t.lenient && t.refusals.has(id): // the judge decides
 			w.orphans++
-			t.failed++
-			continue // the judge decides
+			t.totals.OnlyFailed++
+		default:
+			t.faults.add("false duplicate", "id #%d was answered failed in %s and never ok", id, label(w.start))
 		}
-		t.faults.add("false duplicate", "id #%d was answered failed in %s and never ok", id, label(w.start))
-	}
-	if t.strict {
-		w.sure, w.maybe = 0, 0
 	}
 	w.ok, w.early, w.settled = nil, nil, true
 }

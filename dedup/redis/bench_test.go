@@ -27,10 +27,10 @@ const (
 
 // BenchmarkShared measures the set that instances share against what is usually done: a key
 // per id with SET NX, by go-redis and by rueidis. Only ratios within a run mean anything;
-// bench/bars has those that are promised:
+// TestBars of bench has those that are promised:
 //
 //	for i in 1 2 3; do go test ./dedup/redis -run '^$' -bench Shared -benchtime 1x; done | tee redis.txt
-//	go run ./bench/bars redis.txt
+//	go test ./bench -v -run '^TestBars$' -measured "$PWD/redis.txt"
 func BenchmarkShared(b *testing.B) {
 	type open func(b *testing.B, addr string) (ask func(id []byte) error)
 	server := startRedis(b)

@@ -1,36 +1,49 @@
-// Bars checks whether the promises of performance hold: it reads what the benchmarks
-// printed and prints each promise beside what was measured.
-//
-//	go run ./bench/bars FILE...
-//
-// A FILE ending in .json is of bench/http, any other the output of go test -bench, of as
-// many runs as there are. Every ratio is taken within a run, between
-// neighbours in time, and then the median over the runs; every other figure is the
-// median over the runs. The exit status is 1 if a promise is missed. Tables of
-// everything that was measured are made by benchstat (bench/run).
-package main
+package bench
 
 import (
+	"flag"
 	"fmt"
-	"io"
 	"os"
+	"path/filepath"
+	"strings"
+	"testing"
 	"text/tabwriter"
 )
 
-func main() {
-	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: bars FILE...")
-		os.Exit(2)
+var (
+	measuredFlag = flag.String("measured", "", "files that TestBars judges, comma-separated, instead of those in results")
+	updateFlag   = flag.Bool("update", false, "TestBars writes results/bars.txt")
+)
+
+// TestBars checks whether the promises of performance hold: it prints each beside what was
+// measured, and fails if one is missed.
+//
+//	go test ./bench -v -run '^TestBars$' -measured FILE,...
+//
+// A FILE ending in .json is of bench/http, any other the output of go test -bench, of as
+// many runs as there are. Every ratio is taken within a run, between neighbours in time,
+// and then the median over the runs; every other figure is the median over the runs.
+// Tables of everything that was measured are made by benchstat (bench/run).
+//
+// Without a FILE it checks that results/bars.txt is the table of the measurements beside it.
+func TestBars(t *testing.T) {
+	if *measuredFlag != "" {
+		table, missed := measure(t, strings.Split(*measuredFlag, ",")...).table()
+		fmt.Print(table)
+		if missed > 0 {
+			t.Errorf("%d bars are missed", missed)
+		}
+		return
 	}
-	m := measurements{}
-	for _, file := range os.Args[1:] {
-		if err := m.read(file); err != nil {
-			fmt.Fprintf(os.Stderr, "bars: %s: %v\n", file, err)
-			os.Exit(2)
+	of := func(name string) string { return filepath.Join("results", name) }
+	table, _ := measure(t, of("runs.txt"), of("once.txt"), of("http.json"), of("close.json")).table()
+	if *updateFlag {
+		if err := os.WriteFile(of("bars.txt"), []byte(table), 0o644); err != nil {
+			t.Fatal(err)
 		}
 	}
-	if !print(os.Stdout, m) {
-		os.Exit(1)
+	if kept, err := os.ReadFile(of("bars.txt")); err != nil || string(kept) != table {
+		t.Errorf("results/bars.txt: %v; got\n%s\nwant, as by -update\n%s", err, kept, table)
 	}
 }
 
@@ -127,7 +140,7 @@ var bars = []bar{
 		pattern: "http/batch/DESIGN", unit: "cpu-us", design: "decimals", against: []string{"single"}},
 	{what: "CPU that a token costs, us", want: 0.1, pattern: "http/options/DESIGN", unit: "cpu-us", design: "token-cost"},
 	{what: "CPU of a request with one of 1,000 keys/without", want: 1.05,
-		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: []string{"key"}},
+		pattern: "http/options/DESIGN", unit: "cpu-us", design: "plain", against: []string{"plain-key"}},
 	{what: "CPU of an id in a batch with one of 1,000 keys/without", want: 1.5,
 		pattern: "http/options/DESIGN", unit: "cpu-us", design: "lines", against: []string{"lines-key"}},
 	{what: "CPU of an id in a batch with 1,000 keys/without", want: 1.5,
@@ -142,11 +155,11 @@ var bars = []bar{
 	sharedBar(1/0.7, true, "bytes of Redis for a UUID", "B/id", "verve-uuids", "rueidis-uuids"),
 }
 
-// print writes the table and reports whether no promise is missed.
-func print(w io.Writer, m measurements) bool {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+// table returns the bars with what was measured, and how many are missed.
+func (m measurements) table() (table string, missed int) {
+	var text strings.Builder
+	t := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "bar\twanted\tmeasured\t")
-	kept := true
 	for _, b := range bars {
 		word := "at most"
 		if b.atLeast {
@@ -157,11 +170,83 @@ func print(w io.Writer, m measurements) bool {
 		if known {
 			state, measured = "met", fmt.Sprintf("%.4g", got)
 			if b.atLeast && got < b.want || !b.atLeast && got > b.want {
-				state, kept = "MISSED", false
+				state = "MISSED"
+				missed++
 			}
 		}
 		fmt.Fprintf(t, "%s\t%s %.4g\t%s\t%s\n", b.what, word, b.want, measured, state)
 	}
-	_ = t.Flush() // standard output: there is no other place for its error
-	return kept
+	_ = t.Flush() // into memory
+	return text.String(), missed
+}
+
+const goOutput = `goos: linux
+cpu: A Machine
+commit: abc
+BenchmarkAdd/design=verve/ids=1000000/kind=uuid/mix=unique/writers=2-8   3   50 ns/op   100 cpu-ns/op   0 B/op   0 allocs/op
+BenchmarkAdd/design=seed/ids=1000000/kind=uuid/mix=unique/writers=2-8    1   900 ns/op   700 cpu-ns/op   160 B/op   4 allocs/op
+BenchmarkAdd/design=verve/ids=1000000/kind=uuid/mix=unique/writers=2-8   3   50 ns/op   200 cpu-ns/op   0 B/op   0 allocs/op
+BenchmarkAdd/design=seed/ids=1000000/kind=uuid/mix=unique/writers=2-8    1   900 ns/op   800 cpu-ns/op   160 B/op   4 allocs/op
+BenchmarkAdd/design=verve/ids=1000000/kind=uuid/mix=unique/writers=2-8   3   50 ns/op   100 cpu-ns/op   0 B/op   0 allocs/op
+BenchmarkAdd/design=seed/ids=1000000/kind=uuid/mix=unique/writers=2-8    1   900 ns/op   600 cpu-ns/op   160 B/op   4 allocs/op
+BenchmarkGC/design=verve/ids=100000000-8  5  3000000 ns/op  3 ms/gc
+PASS
+`
+
+const httpOutput = `{"samples":[
+ {"scenario":"unique","server":"bare","cpu_us":8},{"scenario":"unique","server":"verve","cpu_us":10},
+ {"scenario":"unique","server":"bare","cpu_us":9.9},{"scenario":"unique","server":"verve","cpu_us":10},
+ {"scenario":"unique","server":"bare","cpu_us":19},{"scenario":"unique","server":"verve","cpu_us":20}]}`
+
+func writeFile(t *testing.T, name, text string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+func TestBarsAreJudgedByMediansOfRatios(t *testing.T) {
+	m := measure(t, writeFile(t, "go.txt", goOutput), writeFile(t, "http.json", httpOutput))
+	want := map[string]struct {
+		got   float64
+		known bool
+	}{
+		"CPU of an add: seed/verve, 1 M new UUIDs":                     {6, true},
+		"allocations of an add":                                        {0, true},
+		"full GC with 100 M ids":                                       {3, true},
+		"CPU of a request, unique: bare/verve":                         {0.95, true},
+		"CPU of a request, unique: seed/verve":                         {0, false},
+		"CPU of an add: seed/verve, 10 M new decimals":                 {0, false},
+		"resident bytes per decimal, forecast right, 1 M ids and more": {0, false},
+	}
+	for _, b := range bars {
+		w, ok := want[b.what]
+		if !ok {
+			continue
+		}
+		delete(want, b.what)
+		if got, known := m.worst(b); got != w.got || known != w.known {
+			t.Errorf("%s: got %v, %v; want %v, %v", b.what, got, known, w.got, w.known)
+		}
+	}
+	for what := range want {
+		t.Errorf("no bar %q", what)
+	}
+	if table, missed := m.table(); missed == 0 {
+		t.Errorf("a full GC of 3 ms misses its bar of 2 ms:\n%s", table)
+	}
+}
+
+// TestServersThatAreCloseAreJudgedByTheirOwnRounds: those of all servers are further
+// apart in time.
+func TestServersThatAreCloseAreJudgedByTheirOwnRounds(t *testing.T) {
+	own := strings.ReplaceAll(httpOutput, `"verve","cpu_us":10`, `"verve","cpu_us":11`)
+	m := measure(t, writeFile(t, "http.json", httpOutput), writeFile(t, "close.json", own))
+	for _, b := range bars {
+		if got, _ := m.worst(b); b.what == "CPU of a request, unique: bare/verve" && got != 0.9 {
+			t.Errorf("got %v, want 0.9", got)
+		}
+	}
 }

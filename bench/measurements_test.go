@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"bufio"
@@ -10,17 +10,30 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"testing"
 )
 
 // measurements are all samples by name and unit, in order of the runs.
-type measurements map[key][]float64
+type measurements map[figure][]float64
 
-// key names what was measured: a benchmark's name without the number of
+// figure names what was measured: a benchmark's name without the number of
 // cores, or FILE/SCENARIO/SERVER: http has all servers, close those that differ by
 // little, in rounds of their own.
-type key struct{ name, unit string }
+type figure struct{ name, unit string }
 
 var coresTail = regexp.MustCompile(`-\d+$`)
+
+// measure reads what was measured from files.
+func measure(t *testing.T, files ...string) measurements {
+	t.Helper()
+	m := measurements{}
+	for _, file := range files {
+		if err := m.read(file); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+	}
+	return m
+}
 
 func (m measurements) read(file string) error {
 	b, err := os.ReadFile(file)
@@ -49,7 +62,7 @@ func (m measurements) readLine(line string) {
 		if err != nil {
 			return // a log line in between
 		}
-		k := key{name, fields[i+1]}
+		k := figure{name, fields[i+1]}
 		m[k] = append(m[k], v)
 	}
 }
@@ -70,7 +83,7 @@ func (m measurements) readHTTP(b []byte, of string) error {
 	}
 	for _, s := range r.Samples {
 		for unit, v := range map[string]float64{"cpu-us": s.CPU, "requests/s": s.PerSec, "p99-ms": s.P99} {
-			k := key{of + "/" + s.Scenario + "/" + s.Server, unit}
+			k := figure{of + "/" + s.Scenario + "/" + s.Server, unit}
 			m[k] = append(m[k], v)
 		}
 	}
@@ -79,7 +92,7 @@ func (m measurements) readHTTP(b []byte, of string) error {
 
 // ratio of a to b: of each run, then the median.
 func (m measurements) ratio(a, b, unit string) (float64, bool) {
-	va, vb := m[key{a, unit}], m[key{b, unit}]
+	va, vb := m[figure{a, unit}], m[figure{b, unit}]
 	ratios := make([]float64, min(len(va), len(vb)))
 	for i := range ratios {
 		ratios[i] = va[i] / vb[i]
@@ -105,7 +118,7 @@ func (m measurements) worst(b bar) (worst float64, known bool) {
 		}
 		for _, other := range b.against {
 			than := strings.Replace(k.name, b.design, other, 1)
-			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[key{"close/" + of, k.unit}] != nil {
+			if of, isHTTP := strings.CutPrefix(than, "http/"); isHTTP && m[figure{"close/" + of, k.unit}] != nil {
 				continue // these two have rounds of their own
 			}
 			take(m.ratio(than, k.name, b.unit))
