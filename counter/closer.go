@@ -100,7 +100,6 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	if err = drain(ctx, e); err != nil {
 		return err
 	}
-	Rest()
 	// Sealed: e is not open and empty, so its sums are final.
 	count.Unique, count.Repeats, count.Exact = e.Unique(), e.Repeats(), e.Exact()
 	count.Keys, count.SealedAt = e.owed, c.wall()
@@ -110,7 +109,6 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	if err = c.cfg.Publisher.Publish(ctx, count); err != nil {
 		return err
 	}
-	Rest()
 	e.retire()
 	e.keys.release(e == c.Last())
 
