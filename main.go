@@ -378,11 +378,11 @@ func (p *program) openCounter() (err error) {
 
 // live returns the open window and its count: of the whole group if ids are shared.
 func (p *program) live() (time.Time, uint64) {
-	start, here := p.counter.Live()
+	e := p.counter.Last()
 	if p.shared != nil {
-		return start, max(here, p.shared.Live())
+		return e.Start(), max(e.Unique(), p.shared.Live())
 	}
-	return start, here
+	return e.Start(), e.Unique()
 }
 
 // delivered returns the state of a window's record, "" if it is not known.

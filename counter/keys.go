@@ -296,9 +296,6 @@ func (ks *Keys) Full() bool {
 	return ks.used >= ks.max || ks.memory.full()
 }
 
-// Largest returns the n keys with the most ids, the largest first.
-func (ks *Keys) Largest(n int) []KeyCount { return LargestKeys(ks.Counts(), n) }
-
 // Counts returns the keys that have ids, in any order; nil if there are none. While requests
 // are in flight it has Unique's weak promise. It gives way to requests.
 func (ks *Keys) Counts() (counts []KeyCount) {

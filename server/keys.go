@@ -79,7 +79,7 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 	out := windowKeys{Start: start.UTC(), Scope: "instance"}
 	if open := a.server.cfg.Counter.Last(); open.Start().Equal(start) {
 		out.Keys, out.Unique = open.Keys().Len(), open.Unique()
-		out.Results = keyShares(open.Keys().Largest(limit), out.Unique)
+		out.Results = keyShares(counter.LargestKeys(open.Keys().Counts(), limit), out.Unique)
 		writeJSON(w, http.StatusOK, out)
 		return
 	}

@@ -219,7 +219,7 @@ func (l *live) largest(now time.Time) []keyShare {
 		return l.keys
 	}
 	began := time.Now()
-	l.keys, l.keysOf = keyShares(e.Keys().Largest(liveKeys), e.Unique()), e
+	l.keys, l.keysOf = keyShares(counter.LargestKeys(e.Keys().Counts(), liveKeys), e.Unique()), e
 	l.keysDue = now.Add(max(liveRate, liveKeysRest*time.Since(began)))
 	return l.keys
 }
