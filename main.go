@@ -793,7 +793,7 @@ func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, waiting 
 
 func recordStats(s stream.Stats) server.Records {
 	r := server.Records{
-		Published: s.Published, Pending: s.Pending, Oldest: s.Oldest, Poison: s.Poison,
+		Published: s.Published, Pending: s.Pending, Oldest: s.Oldest, Poison: s.DeadLetters,
 		Conflicts: s.Conflicts, AppendFailures: s.AppendFailures, Blocked: s.AppendError,
 	}
 	for _, k := range s.Sinks {

@@ -156,7 +156,7 @@ func TestKafkaEveryErrorIsOvercome(t *testing.T) {
 						s.publish(t, 4, 5)
 						s.flush(t, 5*time.Minute)
 						st := s.Stats()
-						if st.Poison != 0 || st.Conflicts != 0 || firstError(st) != "" {
+						if st.DeadLetters != 0 || st.Conflicts != 0 || firstError(st) != "" {
 							t.Errorf("stats %+v", st)
 						}
 						s.stop()
@@ -517,7 +517,7 @@ func TestKafkaPoisonIsSetAsideAndBlocksNothing(t *testing.T) {
 				sp.Close()
 				s := start(t, dir, Config{Kafka: cfg, Log: zerolog.New(&log)})
 				s.flush(t, 5*time.Minute)
-				if st := s.Stats(); st.Poison != 1 || firstError(st) != "" {
+				if st := s.Stats(); st.DeadLetters != 1 || firstError(st) != "" {
 					t.Errorf("stats %+v", st)
 				}
 				if !strings.Contains(log.String(), string(victim)) {

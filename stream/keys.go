@@ -51,9 +51,7 @@ func (r *KeyRecord) ID() string { return r.RecordKey() + "/" + r.Key }
 // parseRecord does.
 func parseKeyRecord(b []byte) (KeyRecord, error) {
 	var r KeyRecord
-	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&r); err != nil {
+	if err := json.Unmarshal(b, &r); err != nil {
 		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
 	}
 	of := r.record()
@@ -183,8 +181,8 @@ func packKeys(keys []counter.KeyCount) (p packedKeys) {
 	return nil
 }
 
-// cutKey takes the first key off b; ok: b has all of it.
-func cutKey(b []byte) (key []byte, unique uint64, rest []byte, ok bool) {
+// firstKey takes the first key off b; ok: b has all of it.
+func firstKey(b []byte) (key []byte, unique uint64, rest []byte, ok bool) {
 	size, n := binary.Uvarint(b)
 	if n <= 0 || size > uint64(len(b)-n) {
 		return nil, 0, b, false
@@ -202,7 +200,7 @@ func (p packedKeys) all() iter.Seq2[[]byte, uint64] {
 	return func(yield func([]byte, uint64) bool) {
 		for _, piece := range p {
 			for len(piece) > 0 {
-				key, unique, rest, ok := cutKey(piece)
+				key, unique, rest, ok := firstKey(piece)
 				if !ok || !yield(key, unique) {
 					return
 				}

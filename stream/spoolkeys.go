@@ -33,8 +33,9 @@ type keyFiles struct {
 	testStep func() // called after each change of the disk; nil: none
 }
 
-// keyFile refers to a file. Another content has another name: a transaction that failed may be
-// on the disk even so, and what it refers to stays until the next start.
+// keyFile refers to a file: its record does, and its series for as long as it is one of the
+// records of the last window. Another content has another name: a transaction that failed may
+// be on the disk even so, and what it refers to stays until the next start.
 type keyFile struct {
 	index uint64 // of the record
 	size  uint64
@@ -152,7 +153,7 @@ func (k *keyFiles) read(f keyFile) (keys packedKeys, n uint64, err error) {
 			if k.loaded {
 				pace.Step()
 			}
-			if _, _, part, ok = cutKey(part); ok {
+			if _, _, part, ok = firstKey(part); ok {
 				n++
 			}
 		}
@@ -170,9 +171,9 @@ func (k *keyFiles) read(f keyFile) (keys packedKeys, n uint64, err error) {
 	return keys, n, nil
 }
 
-// sum returns the sums of some keys and those of files.
-func (k *keyFiles) sum(keys packedKeys, files []keyFile) (packedKeys, error) {
-	all := []packedKeys{keys}
+// sum returns the sums of the keys of files.
+func (k *keyFiles) sum(files []keyFile) (packedKeys, error) {
+	var all []packedKeys
 	for _, f := range files {
 		keys, _, err := k.read(f)
 		if err != nil {

@@ -318,8 +318,9 @@ type Stats struct {
 	Published uint64    // records acknowledged by every sink, since the start
 	Pending   int       // records in the spool
 	Oldest    time.Time // when the oldest of them was sealed; zero without one
-	Poison    int       // records set aside because a sink will never take them, ever
 	Conflicts uint64    // keys found with another value: two processes share a name
+
+	DeadLetters int // records that a sink will never take, ever; the file of the spool has them
 
 	// AppendError is why records cannot be made durable right now, empty when
 	// they can. While it is set, Publish waits.
@@ -342,7 +343,7 @@ func (s *Stream) Stats() Stats {
 	st := Stats{SetAside: s.spool.setAside}
 	s.spool.mu.Lock()
 	st.Published = s.spool.removed
-	st.Pending, st.Oldest, st.Poison = s.spool.pending, s.spool.oldest, s.spool.poison
+	st.Pending, st.Oldest, st.DeadLetters = s.spool.pending, s.spool.oldest, s.spool.deadLetters
 	st.AppendFailures = s.spool.appendFailures
 	if s.spool.appendErr != nil {
 		st.AppendError = s.spool.appendErr.Error()

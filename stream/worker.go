@@ -83,11 +83,11 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 }
 
 // deliverBatch acknowledges what the sink took of the batch, and a record that the
-// sink can never take when that is set aside.
+// sink can never take when that is a dead letter.
 func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool, err error) {
 	n, err := w.deliver(ctx, batch)
 	if poison, is := errors.AsType[*poisonError](err); is {
-		if err = w.condemn(batch[n], poison.err); err == nil {
+		if err = w.deadLetter(batch[n], poison.err); err == nil {
 			n++
 		}
 	}
@@ -144,12 +144,12 @@ func (w *worker) ack(ctx context.Context, to uint64) error {
 	}
 }
 
-func (w *worker) condemn(e spooled, reason error) error {
-	if err := w.stream.spool.condemn(w.name, e, reason.Error()); err != nil {
-		return fmt.Errorf("set a refused record aside: %w", err)
+func (w *worker) deadLetter(e spooled, reason error) error {
+	if err := w.stream.spool.deadLetter(w.name, e, reason.Error()); err != nil {
+		return fmt.Errorf("keep a dead letter: %w", err)
 	}
 	w.stream.cfg.Log.Error().Str("sink", w.name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
-		Msg("record was refused for good and set aside; this sink lacks its count")
+		Msg("record was refused for good and is a dead letter; this sink lacks its count")
 	return nil
 }
 
