@@ -644,8 +644,8 @@ func TestKafkaNamesakeIsReported(t *testing.T) {
 		second := newKafkaSink(cfg, zerolog.Nop(), 1, noStep)
 		deliver(t, second, other)
 		second.close()
-		if second.conflicts() != 1 {
-			t.Errorf("%d conflicts, want 1", second.conflicts())
+		if second.conflicts.Load() != 1 {
+			t.Errorf("%d conflicts, want 1", second.conflicts.Load())
 		}
 		var totals Totals
 		for _, r := range readTopic(t, cfg) {

@@ -23,7 +23,8 @@ import (
 // reads the file takes lines by key for what they are only with the line of their record.
 //
 // The lock of the counts file covers both. With one process the lines to remove are the
-// last ones. Where several share the files, others may have appended behind them since.
+// last ones. Where several share the files, others may have appended behind them since: there
+// they stay, and only those that are missing are written.
 
 // keysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
 // for counts.jsonl.
@@ -41,7 +42,7 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	if keysOf(batch) == 0 {
 		return nil
 	}
-	file, created, err := f.openKeys(batch)
+	file, created, stay, err := f.openKeys(batch)
 	if err != nil {
 		return err
 	}
@@ -54,6 +55,9 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 		for key, unique := range batch[i].keys.all() {
 			pace.Step()
 			line = append(lines.append(line[:0], key, unique), '\n')
+			if stay[string(line)] {
+				continue
+			}
 			if _, err := w.Write(line); err != nil {
 				return err
 			}
@@ -72,39 +76,29 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	return err
 }
 
-// openKeys opens the file, to append, without what an earlier attempt has left of the
-// records.
-func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, err error) {
-	path := keysFile(f.path)
-	if file, created, err = openToAppend(path); err != nil {
-		return nil, false, err
+// openKeys opens the file, to append, and removes what an earlier attempt has left of the
+// records at its end. Those lines of them that stay are returned.
+func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, stay map[string]bool, err error) {
+	if file, created, err = openToAppend(keysFile(f.path)); err != nil {
+		return nil, false, nil, err
 	}
-	replaced, err := f.cutKeys(file, batch)
-	if err == nil && !replaced {
-		return file, created, nil
-	}
-	if err = errors.Join(err, file.Close()); err == nil {
-		file, _, err = openToAppend(path)
-	}
-	return file, created, err
-}
-
-// cutKeys removes what an earlier attempt has left. replaced: another file has the name now.
-func (f *fileSink) cutKeys(file *os.File, batch []spooled) (replaced bool, err error) {
 	info, err := file.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return false, err
+	if err == nil && info.Mode().IsRegular() {
+		err = repairTail(file, info.Size())
+		if err == nil && batch[0].index <= f.unsure {
+			stay, err = removeLeft(file, &batch[0].record)
+		}
 	}
-	if err := repairTail(file, info.Size()); err != nil || batch[0].index > f.unsure.Load() {
-		return false, err
+	if err != nil {
+		return nil, false, nil, errors.Join(err, file.Close())
 	}
-	return cutOut(file, keysFile(f.path), leftover(&batch[0].record))
+	return file, created, stay, nil
 }
 
 // removeKeys removes what an earlier attempt has left of a record whose line another
 // instance has written to its own file.
 func (f *fileSink) removeKeys(one []spooled) (err error) {
-	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure.Load() {
+	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure {
 		return nil
 	}
 	counts, _, err := openToAppend(f.path)
@@ -122,7 +116,7 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	if err != nil || len(there) > 0 {
 		return err
 	}
-	file, _, err := f.openKeys(one)
+	file, _, _, err := f.openKeys(one)
 	if err != nil {
 		return err
 	}
@@ -162,68 +156,34 @@ func leftover(first *Record) func(line []byte) lineKind {
 	}
 }
 
-// cutOut removes the lines that were left over. Where others are behind them it writes the
-// file anew.
-func cutOut(file *os.File, path string, kind func(line []byte) lineKind) (replaced bool, err error) {
+// removeLeft removes the lines that were left over, as far as no others are behind them. The
+// others of them are returned.
+func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) {
 	info, err := file.Stat()
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	from, behind, stays := info.Size(), false, false
-	err = linesBack(file, info.Size(), func(at int64, line []byte) (more bool) {
+	kind, from, last := leftover(first), info.Size(), true
+	stay = make(map[string]bool)
+	err = linesBack(file, from, func(at int64, line []byte) (more bool) {
 		switch kind(line) {
 		case lineEarlier:
 			return false
-		case lineLeft:
-			from, behind = at, stays
 		case lineForeign:
-			stays = true
+			last = false
+		case lineLeft:
+			if last {
+				from = at
+			} else {
+				stay[string(line)] = true
+			}
 		}
 		return true
 	})
-	switch {
-	case err != nil || from == info.Size():
-		return false, err
-	case !behind:
-		return false, file.Truncate(from)
+	if err == nil && from < info.Size() {
+		err = file.Truncate(from)
 	}
-	return true, rewrite(file, path, from, info, kind)
-}
-
-// rewrite puts a file in the place of another that has the same bytes up to from, and of
-// the lines behind only those that were not left over.
-func rewrite(file *os.File, path string, from int64, info os.FileInfo, kind func(line []byte) lineKind) (err error) {
-	made, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, info.Mode().Perm())
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(made.Name())
-		}
-	}()
-	w := bufio.NewWriterSize(made, 1<<16)
-	_, err = io.Copy(w, io.NewSectionReader(file, 0, from))
-	r := bufio.NewReader(io.NewSectionReader(file, from, info.Size()-from))
-	for err == nil {
-		var line []byte
-		if line, err = r.ReadBytes('\n'); kind(line) != lineLeft {
-			w.Write(line) // Flush has the error
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		err = w.Flush()
-	}
-	if err == nil {
-		err = made.Sync()
-	}
-	if err = errors.Join(err, made.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(made.Name(), path); err != nil {
-		return err
-	}
-	return durable.SyncDir(filepath.Dir(path))
+	return stay, err
 }
 
 // linesBack calls fn with the lines of the first size bytes of a file, the last one first,

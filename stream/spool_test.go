@@ -411,6 +411,14 @@ func TestSpoolOfTheFirstFormatGoesOn(t *testing.T) {
 		if log != "" || sp.deadLetters != 1 || sp.Instance() != "host-1" {
 			t.Errorf("%d dead letters, instance %q, log %s", sp.deadLetters, sp.Instance(), log)
 		}
+		version := uint64(0)
+		sp.store.(*boltStore).view(func(tx *bolt.Tx) (err error) {
+			version, err = unsealUint(keyVersion, tx.Bucket(bucketMeta).Get(keyVersion))
+			return err
+		})
+		if want := uint64([]int{firstVersion, spoolVersion, spoolVersion}[i]); version != want {
+			t.Errorf("after %d records the format is %d, want %d: that commit must refuse what it cannot read", i, version, want)
+		}
 		last := want[len(want)-1]
 		if at, unique := lastWindow(sp); !at.Equal(window(last).Start) || i == 0 && unique != 2*window(4).Unique {
 			t.Errorf("last window %s with %d", at, unique)

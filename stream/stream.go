@@ -94,6 +94,7 @@ type Stream struct {
 	cfg   Config
 	spool *Spool
 	sinks []*worker
+	kafka *kafkaSink // one of them; nil: no broker
 
 	// testStep, if set, is called at every step constant above.
 	testStep atomic.Pointer[func(step string)]
@@ -110,8 +111,6 @@ type sink interface {
 	// record. Any other error leaves the outcome open: the sink remembers that, and
 	// on the next call it looks before it writes.
 	deliver(ctx context.Context, batch []spooled) (n int, err error)
-	conflicts() uint64
-	close()
 }
 
 // poisonError marks a record that a sink will never accept.
@@ -146,10 +145,12 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		if err := cfg.Kafka.Check(); err != nil {
 			return nil, fmt.Errorf("stream: %w", err)
 		}
-		k := newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
+		s.kafka = newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
 		add(&worker{
-			sink: k, name: "kafka", target: "topic " + cfg.Kafka.Topic + " at " + strings.Join(cfg.Kafka.Brokers, ", "),
-			prepare: func(ctx context.Context) error { return k.prepare(ctx, spool.Identity(), cfg.Scope == ScopeGroup) },
+			sink: s.kafka, name: "kafka", target: "topic " + cfg.Kafka.Topic + " at " + strings.Join(cfg.Kafka.Brokers, ", "),
+			prepare: func(ctx context.Context) error {
+				return s.kafka.prepare(ctx, spool.Identity(), cfg.Scope == ScopeGroup)
+			},
 		})
 	}
 	if cfg.CountsFile != "" {
@@ -296,19 +297,17 @@ func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 	return spooled, nil
 }
 
-// Close releases the sinks, after Run has returned. It waits for closeWait at most and
-// does not flush.
+// Close releases the clients of the broker, after Run has returned. It waits for closeWait
+// at most and does not flush.
 func (s *Stream) Close() {
+	if s.kafka == nil {
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
 	defer cancel()
-	_, over := unlessOver(ctx, func() struct{} {
-		for _, w := range s.sinks {
-			w.sink.close()
-		}
-		return struct{}{}
-	})
+	_, over := unlessOver(ctx, func() bool { s.kafka.close(); return true })
 	if over != nil {
-		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("a sink did not close in time; the stop continues without it")
+		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("the broker's clients did not close in time; the stop continues without them")
 	}
 }
 
@@ -349,9 +348,29 @@ func (s *Stream) Stats() Stats {
 		st.AppendError = s.spool.appendErr.Error()
 	}
 	s.spool.mu.Unlock()
+	if s.kafka != nil {
+		st.Conflicts = s.kafka.conflicts.Load()
+	}
 	for _, w := range s.sinks {
-		st.Conflicts += w.sink.conflicts()
 		st.Sinks = append(st.Sinks, w.stats())
 	}
 	return st
+}
+
+// unlessOver returns what do returns. When ctx ends first it leaves do behind and
+// returns the error of ctx.
+func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) {
+	done := make(chan T, 1)
+	go func() { done <- do() }()
+	select {
+	case result = <-done:
+		return result, nil
+	case <-ctx.Done():
+	}
+	select {
+	case result = <-done: // both at once
+		return result, nil
+	default:
+		return result, ctx.Err()
+	}
 }

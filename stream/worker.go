@@ -19,8 +19,10 @@ type worker struct {
 	target string // for people
 	stream *Stream
 
-	// patience is how long a delivery may take until it is reported as failing; 0:
-	// the sink has timeouts of its own, with better errors.
+	// patience is how long a delivery may take until it is reported as failing. A write to a
+	// pipe whose reader stalls, or to a file system that hangs, cannot be interrupted, and
+	// must not delay a stop: the delivery is left behind then. 0: the sink has timeouts of
+	// its own, with better errors.
 	patience time.Duration
 
 	log logline.Sampler // of failures; begins anew when the sink works again
@@ -97,26 +99,39 @@ func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool,
 	return n > 0, err
 }
 
-// deliver hands a batch to the sink. While that takes longer than the sink's
-// patience it is reported as failing: a write that does not return has no error.
-func (w *worker) deliver(ctx context.Context, batch []spooled) (n int, err error) {
+// deliver hands a batch to the sink, see patience.
+func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if w.patience == 0 {
 		return w.sink.deliver(ctx, batch)
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		n, err = w.sink.deliver(ctx, batch)
-	}()
-	select {
-	case <-done:
-	case <-time.After(w.patience):
-		late := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
-		w.failed(late)
-		w.logFailure(late)
-		<-done
+	type outcome struct {
+		n   int
+		err error
 	}
-	return n, err
+	done := make(chan outcome, 1)
+	go func() {
+		n, err := w.sink.deliver(ctx, batch)
+		done <- outcome{n, err}
+	}()
+	late := time.After(w.patience)
+	for {
+		select {
+		case o := <-done:
+			return o.n, o.err
+		case <-late:
+			err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
+			w.failed(err)
+			w.logFailure(err)
+			continue
+		case <-ctx.Done():
+		}
+		select {
+		case o := <-done: // both at once
+			return o.n, o.err
+		default:
+			return 0, ctx.Err()
+		}
+	}
 }
 
 func (w *worker) logFailure(err error) {
