@@ -123,36 +123,24 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	return errors.Join(file.Sync(), file.Close())
 }
 
-// lineKind is what a line by key is to a record that is about to be written.
-type lineKind int
-
-const (
-	lineForeign lineKind = iota // of somebody else: it stays
-	lineEarlier                 // of a record before it: nothing in front of it is left over
-	lineLeft                    // left over
-)
-
 // leftover returns what tells the lines that were left of a record, and of those that were
-// to be written with it: records are written in order, so where it is missing they are.
-func leftover(first *Record) func(line []byte) lineKind {
+// to be written with it: records are written in order, so where it is missing they are. A line
+// is left, or of a record before: then nothing in front of it is left; or of somebody else.
+func leftover(first *Record) func(line []byte) (left, before bool) {
 	key := first.Key()
 	series := bytes.TrimRight(newKeyJSON(first).after, "}0123456789") // to the number
-	return func(line []byte) lineKind {
+	return func(line []byte) (left, before bool) {
 		if bytes.IndexByte(line, 0) >= 0 {
-			return lineLeft // a power loss has left zeros
+			return true, false // a power loss has left zeros
 		}
 		var r KeyRecord
 		if !bytes.Contains(line, series) || json.Unmarshal(line, &r) != nil {
-			return lineForeign // most of a shared file is
+			return false, false // most of a shared file is
 		}
-		of := r.record()
-		switch {
-		case of.Seq < first.Seq || of.WindowStart.Before(first.WindowStart):
-			return lineEarlier
-		case first.Scope == ScopeInstance || of.Key() == key:
-			return lineLeft
+		if r.Seq < first.Seq || r.WindowStart.Before(first.WindowStart) {
+			return false, true
 		}
-		return lineForeign // another window of the group
+		return first.Scope == ScopeInstance || r.RecordKey() == key, false // else another window of the group
 	}
 }
 
@@ -166,17 +154,16 @@ func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) 
 	kind, from, last := leftover(first), info.Size(), true
 	stay = make(map[string]bool)
 	err = linesBack(file, from, func(at int64, line []byte) (more bool) {
-		switch kind(line) {
-		case lineEarlier:
+		left, before := kind(line)
+		switch {
+		case before:
 			return false
-		case lineForeign:
+		case !left:
 			last = false
-		case lineLeft:
-			if last {
-				from = at
-			} else {
-				stay[string(line)] = true
-			}
+		case last:
+			from = at
+		default:
+			stay[string(line)] = true
 		}
 		return true
 	})
