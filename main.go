@@ -378,11 +378,11 @@ func (p *program) openCounter() (err error) {
 
 // live returns the open window and its count: of the whole group if ids are shared.
 func (p *program) live() (time.Time, uint64) {
-	start, here := p.counter.Live()
+	e := p.counter.Last()
 	if p.shared != nil {
-		return start, max(here, p.shared.Live())
+		return e.Start(), max(e.Unique(), p.shared.Live())
 	}
-	return start, here
+	return e.Start(), e.Unique()
 }
 
 // delivered returns the state of a window's record, "" if it is not known.
@@ -793,7 +793,7 @@ func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, waiting 
 
 func recordStats(s stream.Stats) server.Records {
 	r := server.Records{
-		Published: s.Published, Pending: s.Pending, Oldest: s.Oldest, Poison: s.Poison,
+		Published: s.Published, Pending: s.Pending, Oldest: s.Oldest, Poison: s.DeadLetters,
 		Conflicts: s.Conflicts, AppendFailures: s.AppendFailures, Blocked: s.AppendError,
 	}
 	for _, k := range s.Sinks {

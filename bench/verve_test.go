@@ -65,7 +65,7 @@ func (v *Verve) judge(ids [][]byte, writer int) (fresh int) {
 	}
 	v.set.Keys(made[:len(ids)])
 	for items := made[:len(ids)]; len(items) > 0; {
-		in, open := v.count.EnterMany(v.now.Load(), uint64(writer), uint64(len(items)))
+		in, open := v.count.Enter(v.now.Load(), uint64(writer), uint64(len(items)))
 		if !open {
 			panic("bench: an id after Close")
 		}
@@ -80,7 +80,7 @@ func (v *Verve) judge(ids [][]byte, writer int) (fresh int) {
 		for _, verdict := range of {
 			left[verdict]++
 		}
-		in.LeaveMany(left[dedup.Unique], left[dedup.Repeat], left[dedup.Turned])
+		in.Leave(left[dedup.Unique], left[dedup.Repeat], left[dedup.Turned])
 		fresh += int(left[dedup.Unique])
 		items = items[uint64(len(items))-left[dedup.Turned]:] // if the epoch turned, the others ask in the next
 	}
@@ -93,8 +93,8 @@ func (v *Verve) Turn() { v.now.Add(int64(window)) }
 // Settle turns the epoch, if no Add has, and waits until those before are
 // closed. What they left in the tables needs no reclaiming.
 func (v *Verve) Settle() uint64 {
-	if in, open := v.count.Enter(v.now.Load(), 0); open {
-		in.Leave(counter.Void)
+	if in, open := v.count.Enter(v.now.Load(), 0, 1); open {
+		in.Leave(0, 0, 1)
 	}
 	for v.count.Stats().Unclosed > 0 {
 		time.Sleep(50 * time.Microsecond)

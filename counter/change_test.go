@@ -101,7 +101,7 @@ func oneProcess(t *testing.T, d *directory, window time.Duration, rnd *rand.Rand
 	}
 	for range ids {
 		now := time.Now()
-		in, ok := c.Enter(now.UnixNano(), 0)
+		in, ok := c.Enter(now.UnixNano(), 0, 1)
 		if !ok {
 			t.Fatal("an id is not taken")
 		}
@@ -109,7 +109,7 @@ func oneProcess(t *testing.T, d *directory, window time.Duration, rnd *rand.Rand
 			t.Errorf("window %v: an id of %v is counted in that of %v for %v", window, now, in.Start(), in.Window())
 		}
 		d.answered[in.Start().UnixNano()]++
-		in.Leave(Unique)
+		in.Leave(1, 0, 0)
 		time.Sleep(time.Duration(rnd.Int64N(1 << rnd.IntN(37))))
 	}
 	synctest.Wait()

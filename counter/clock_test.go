@@ -188,19 +188,19 @@ func TestRequestThatTurnsSeesThePause(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				base := time.Now()
 				c, w, _, stop := startClock(t, Config{Window: time.Minute, MaxSkew: 2 * time.Second})
-				enter(t, c, w.now(), 1, Unique)
+				enter(t, c, w.now(), 1, unique)
 				time.Sleep(90 * time.Second)
 				synctest.Wait()
-				enter(t, c, w.now(), 1, Unique)
+				enter(t, c, w.now(), 1, unique)
 				if tt.set+tt.suspended == 0 {
 					time.Sleep(31 * time.Second)
 				}
 				w.set.Add(int64(tt.set))
 				w.suspended.Add(int64(tt.suspended))
-				enter(t, c, w.now(), 1, Unique) // the ticker sleeps
+				enter(t, c, w.now(), 1, unique) // the ticker sleeps
 				time.Sleep(time.Until(base.Add(3*time.Minute + time.Second - tt.set - tt.suspended)))
 				synctest.Wait()
-				enter(t, c, w.now(), 1, Unique)
+				enter(t, c, w.now(), 1, unique)
 				wantCounts(t, base, stop(), tt.want)
 			})
 		})
@@ -221,7 +221,7 @@ func TestStarvedTickerLosesNoEpoch(t *testing.T) {
 	}
 	for n := range 10 {
 		now = base.Add(time.Duration(n)*time.Second + time.Millisecond)
-		enter(t, c, now, n, Unique)
+		enter(t, c, now, n, unique)
 	}
 	c.Seal()
 	if err := c.Run(t.Context()); err != nil {

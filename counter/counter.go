@@ -213,17 +213,13 @@ func New(cfg Config) (*Counter, error) {
 	return c, nil
 }
 
-// Enter puts a request that arrived at now (Unix time, ns) into the open epoch,
-// turning it first if its time is over. It returns false after Seal. Requests
+// Enter puts n requests that arrived together, at now (Unix time, ns), into the open
+// epoch, turning it first if its time is over. It returns false after Seal. Requests
 // with different hints count in different cache lines: pass something that
 // stays with a core, such as the number of the connection.
 //
 // Safe for concurrent use; takes no lock but in the one call that turns.
-func (c *Counter) Enter(now int64, hint uint64) (Entry, bool) { return c.EnterMany(now, hint, 1) }
-
-// EnterMany is Enter for n requests that arrived together, at the price of one.
-// They are in the same epoch, and leave it together by LeaveMany.
-func (c *Counter) EnterMany(now int64, hint, n uint64) (Entry, bool) {
+func (c *Counter) Enter(now int64, hint, n uint64) (Entry, bool) {
 	for {
 		e := c.open.Load()
 		if e == nil {
@@ -385,13 +381,6 @@ func (c *Counter) provide() {
 	if keys > 0 {
 		e.keys.prepare(keys)
 	}
-}
-
-// Live returns the start (UTC) of the epoch opened last and the unique ids counted in it
-// so far. After Seal that is the epoch that was sealed.
-func (c *Counter) Live() (start time.Time, unique uint64) {
-	e := c.Last()
-	return e.Start(), e.Unique()
 }
 
 // Last returns the epoch opened last: the open one until Seal.

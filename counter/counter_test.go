@@ -106,16 +106,32 @@ func start(t *testing.T, l *recorder, window time.Duration) (c *Counter, stop fu
 	}
 }
 
+// outcome is what a request of a test does in its epoch.
+type outcome uint8
+
+const (
+	void   outcome = iota // counted nothing
+	unique                // the id was new
+	repeat                // the id was there
+)
+
+// leave leaves for one request.
+func (e Entry) leave(o outcome) {
+	var n [3]uint64
+	n[o] = 1
+	e.Leave(n[unique], n[repeat], n[void])
+}
+
 // enter makes n requests that arrive at now and have the outcome o.
-func enter(t *testing.T, c *Counter, now time.Time, n int, o Outcome) *Epoch {
+func enter(t *testing.T, c *Counter, now time.Time, n int, o outcome) *Epoch {
 	t.Helper()
 	var in Entry
 	for i := range n {
 		var ok bool
-		if in, ok = c.Enter(now.UnixNano(), uint64(i)); !ok {
+		if in, ok = c.Enter(now.UnixNano(), uint64(i), 1); !ok {
 			t.Fatal("Enter: sealed")
 		}
-		in.Leave(o)
+		in.leave(o)
 	}
 	return in.Epoch
 }
@@ -203,10 +219,10 @@ func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
 		c, stop := start(t, &recorder{t: t}, time.Minute)
-		enter(t, c, base, 2, Unique)
-		enter(t, c, base.Add(time.Minute-1), 3, Unique)
-		enter(t, c, base.Add(time.Minute), 5, Unique) // the ticker has not come yet
-		if start, unique := c.Live(); !start.Equal(base.Add(time.Minute)) || unique != 5 {
+		enter(t, c, base, 2, unique)
+		enter(t, c, base.Add(time.Minute-1), 3, unique)
+		enter(t, c, base.Add(time.Minute), 5, unique) // the ticker has not come yet
+		if start, unique := c.Last().Start(), c.Last().Unique(); !start.Equal(base.Add(time.Minute)) || unique != 5 {
 			t.Errorf("Live is %v, %d; want %v, 5", start, unique, base.Add(time.Minute))
 		}
 		wantCounts(t, base, stop(), "0:5- 1:5-")
@@ -220,21 +236,21 @@ func TestEpochThatTheGroupSealedIsLeftOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
 		c, stop := start(t, &recorder{t: t}, time.Minute)
-		first := enter(t, c, base, 2, Unique)
+		first := enter(t, c, base, 2, unique)
 		var both sync.WaitGroup
 		for range 8 {
 			both.Go(func() { c.TurnFrom(first) }) // only the first of them turns
 		}
 		both.Wait()
-		if e := enter(t, c, base.Add(59*time.Second), 3, Unique); e.Number() != first.Number()+1 {
+		if e := enter(t, c, base.Add(59*time.Second), 3, unique); e.Number() != first.Number()+1 {
 			t.Errorf("after the turn epoch %d is open, want %d", e.Number(), first.Number()+1)
 		}
 		c.TurnFrom(first) // long left
-		enter(t, c, base.Add(time.Minute), 5, Unique)
-		enter(t, c, base.Add(2*time.Minute), 7, Unique)
+		enter(t, c, base.Add(time.Minute), 5, unique)
+		enter(t, c, base.Add(2*time.Minute), 7, unique)
 		wantCounts(t, base, stop(), "0:2- 1:8 2:7-")
 		c.TurnFrom(c.Last())
-		if _, open := c.Enter(base.Add(3*time.Minute).UnixNano(), 0); open {
+		if _, open := c.Enter(base.Add(3*time.Minute).UnixNano(), 0, 1); open {
 			t.Error("TurnFrom opened an epoch after Seal")
 		}
 	})
@@ -245,11 +261,11 @@ func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 		base := time.Now()
 		c, stop := start(t, &recorder{t: t}, time.Minute)
 		at := func(n int) time.Time { return base.Add(time.Duration(n) * time.Minute) }
-		enter(t, c, at(1), 1, Unique)
-		enter(t, c, at(2), 2, Unique) // 1 is complete
-		enter(t, c, at(6), 6, Unique) // nobody was there at the end of 2
-		enter(t, c, at(7), 7, Unique) // 6 was opened late
-		enter(t, c, at(8), 8, Unique) // 7 is complete
+		enter(t, c, at(1), 1, unique)
+		enter(t, c, at(2), 2, unique) // 1 is complete
+		enter(t, c, at(6), 6, unique) // nobody was there at the end of 2
+		enter(t, c, at(7), 7, unique) // 6 was opened late
+		enter(t, c, at(8), 8, unique) // 7 is complete
 		wantCounts(t, base, stop(), "0:0- 1:1 2:2- 3:0- 4:0- 5:0- 6:6- 7:7 8:8-")
 		if got := c.Stats().Skipped; got != 3 {
 			t.Errorf("skipped %d epochs, want 3", got)
@@ -262,8 +278,8 @@ func TestLongGapPublishesABoundedNumberOfEpochs(t *testing.T) {
 		base := time.Now()
 		c, stop := start(t, &recorder{t: t}, MinWindow)
 		const gap = 100_000
-		enter(t, c, base, 1, Unique)
-		enter(t, c, base.Add(gap*MinWindow), 2, Unique)
+		enter(t, c, base, 1, unique)
+		enter(t, c, base.Add(gap*MinWindow), 2, unique)
 		got := stop()
 		if len(got) != maxSkipped+2 {
 			t.Fatalf("published %d counts, want %d", len(got), maxSkipped+2)
@@ -283,18 +299,18 @@ func TestClockStepsNeverReopenNorMerge(t *testing.T) {
 		base := time.Now()
 		c, stop := start(t, &recorder{t: t}, time.Minute)
 		at := func(n int) time.Time { return base.Add(time.Duration(n) * time.Minute) }
-		enter(t, c, at(0), 1, Unique)
-		five := enter(t, c, at(5), 5, Unique)
+		enter(t, c, at(0), 1, unique)
+		five := enter(t, c, at(5), 5, unique)
 		for _, back := range []time.Time{at(0), at(4), at(5).Add(-1), base.Add(-1000 * time.Hour)} {
-			if e := enter(t, c, back, 1, Unique); e != five {
+			if e := enter(t, c, back, 1, unique); e != five {
 				t.Errorf("a request of %v entered the epoch of %v, want that of %v", back, e.Start(), five.Start())
 			}
 		}
 		time.Sleep(3 * time.Minute) // the ticker works on times before epoch 5
-		if e := enter(t, c, at(6).Add(-1), 1, Unique); e != five {
+		if e := enter(t, c, at(6).Add(-1), 1, unique); e != five {
 			t.Errorf("the epoch of %v is open, want that of %v", e.Start(), five.Start())
 		}
-		enter(t, c, at(6), 6, Unique)
+		enter(t, c, at(6), 6, unique)
 		wantCounts(t, base, stop(), "0:1- 1:0- 2:0- 3:0- 4:0- 5:10- 6:6-")
 	})
 }
@@ -323,14 +339,14 @@ func TestRandomStepsAgreeWithAModel(t *testing.T) {
 			}
 			var inside []stay
 			leave := func(i int) {
-				o := Outcome(rnd.IntN(3))
+				o := outcome(rnd.IntN(3))
 				switch m := model[inside[i].epoch]; o {
-				case Unique:
+				case unique:
 					m.unique++
-				case Repeat:
+				case repeat:
 					m.repeats++
 				}
-				inside[i].Leave(o)
+				inside[i].leave(o)
 				inside[i] = inside[len(inside)-1]
 				inside = inside[:len(inside)-1]
 			}
@@ -362,7 +378,7 @@ func TestRandomStepsAgreeWithAModel(t *testing.T) {
 						leave(rnd.IntN(len(inside)))
 					}
 				default:
-					in, ok := c.Enter(now.UnixNano(), rnd.Uint64())
+					in, ok := c.Enter(now.UnixNano(), rnd.Uint64(), 1)
 					if !ok {
 						t.Fatal("sealed")
 					}
@@ -414,21 +430,21 @@ func TestSealPublishesTheLastEpochAsPartial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
 		c, stop := start(t, &recorder{t: t}, time.Minute)
-		enter(t, c, base.Add(time.Minute), 3, Unique)
-		enter(t, c, base.Add(time.Minute), 2, Repeat)
-		last, _ := c.Enter(base.Add(time.Minute).UnixNano(), 9)
+		enter(t, c, base.Add(time.Minute), 3, unique)
+		enter(t, c, base.Add(time.Minute), 2, repeat)
+		last, _ := c.Enter(base.Add(time.Minute).UnixNano(), 9, 1)
 		time.Sleep(90 * time.Second)
 		c.Seal()
 		c.Seal() // twice is as once
 		for _, now := range []time.Time{base, time.Now(), base.Add(24 * time.Hour)} {
-			if _, ok := c.Enter(now.UnixNano(), 0); ok {
+			if _, ok := c.Enter(now.UnixNano(), 0, 1); ok {
 				t.Errorf("Enter(%v) succeeded after Seal", now)
 			}
 		}
 		time.Sleep(time.Minute)
-		last.Leave(Unique) // was inside before: counts
+		last.Leave(1, 0, 0) // was inside before: counts
 		wantCounts(t, base, stop(), "0:0- 1:4+2-")
-		if start, unique := c.Live(); !start.Equal(base.Add(time.Minute)) || unique != 4 {
+		if start, unique := c.Last().Start(), c.Last().Unique(); !start.Equal(base.Add(time.Minute)) || unique != 4 {
 			t.Errorf("after Seal Live is %v, %d; want the sealed epoch, 4", start, unique)
 		}
 	})
@@ -450,11 +466,11 @@ func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 		const turns = maxWaiting + 500
 		want := map[int]uint64{0: 1, maxWaiting + 100: 5, turns: 7}
 		for n := range turns + 1 {
-			enter(t, c, base.Add(time.Duration(n)*time.Minute), int(want[n]), Unique)
+			enter(t, c, base.Add(time.Duration(n)*time.Minute), int(want[n]), unique)
 			if want[n] == 0 { // somebody asks, and is refused
-				in, _ := c.Enter(base.Add(time.Duration(n)*time.Minute).UnixNano(), 0)
+				in, _ := c.Enter(base.Add(time.Duration(n)*time.Minute).UnixNano(), 0, 1)
 				in.Keys().Add(1, []byte("key"))
-				in.Leave(Void)
+				in.Leave(0, 0, 1)
 			}
 		}
 		if got := c.Stats().Unclosed; got > maxWaiting+2 {
@@ -514,15 +530,15 @@ func TestHeldEntryDelaysOnlyPublishing(t *testing.T) {
 		base := time.Now()
 		l := &recorder{t: t}
 		c, stop := start(t, l, time.Second)
-		enter(t, c, base, 1, Unique)
-		held, _ := c.Enter(base.UnixNano(), 7)
+		enter(t, c, base, 1, unique)
+		held, _ := c.Enter(base.UnixNano(), 7, 1)
 		for n := 1; n <= 61; n++ {
 			time.Sleep(time.Second)
 			synctest.Wait()
 			if got := c.Last().Start(); !got.Equal(time.Now()) {
 				t.Fatalf("at %v the epoch of %v is open", time.Now(), got)
 			}
-			enter(t, c, time.Now(), n, Unique)
+			enter(t, c, time.Now(), n, unique)
 		}
 		if got := c.Stats(); got.Unclosed != 61 || got.Unique != 1+61*62/2 {
 			t.Errorf("Stats %+v, want 61 unclosed epochs and %d unique ids", got, 1+61*62/2)
@@ -530,7 +546,7 @@ func TestHeldEntryDelaysOnlyPublishing(t *testing.T) {
 		if got := l.counts(); len(got) > 0 {
 			t.Errorf("published %s with a request in the first epoch", show(base, got))
 		}
-		held.Leave(Unique)
+		held.Leave(1, 0, 0)
 		time.Sleep(drainMax)
 		synctest.Wait()
 		got := l.counts()
@@ -552,7 +568,7 @@ func TestBlockedPublisherDelaysNoTurnAndLosesNothing(t *testing.T) {
 		l.fault = func(Count) (error, bool) { <-unblock; return nil, true }
 		c, stop := start(t, l, time.Second)
 		for n := range 100 {
-			enter(t, c, time.Now(), n, Unique)
+			enter(t, c, time.Now(), n, unique)
 			time.Sleep(time.Second)
 		}
 		synctest.Wait()
@@ -596,9 +612,9 @@ func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				enter(t, c, base, 1, Unique)
-				enter(t, c, base.Add(time.Second), 2, Unique)
-				enter(t, c, base.Add(2*time.Second), 3, Unique)
+				enter(t, c, base, 1, unique)
+				enter(t, c, base.Add(time.Second), 2, unique)
+				enter(t, c, base.Add(2*time.Second), 3, unique)
 				if err := c.Run(t.Context()); !errors.Is(err, broken) {
 					t.Errorf("Run returned %v, want %v", err, broken)
 				}
@@ -631,7 +647,7 @@ func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 func TestRunEndsWithItsContext(t *testing.T) {
 	for name, prepare := range map[string]func(c *Counter){
 		"idle":     func(*Counter) {},
-		"draining": func(c *Counter) { c.Enter(time.Now().UnixNano(), 0); c.Seal() },
+		"draining": func(c *Counter) { c.Enter(time.Now().UnixNano(), 0, 1); c.Seal() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -681,7 +697,7 @@ func TestFirstEpochIsNotBeforeTheLastPublished(t *testing.T) {
 			if got := c.Last().Start(); !got.Equal(tt.want) {
 				t.Errorf("window %v, not before %v: opened %v, want %v", tt.window, tt.notBefore, got, tt.want)
 			}
-			if e := enter(t, c, now, 1, Unique); !e.Start().Equal(tt.want) {
+			if e := enter(t, c, now, 1, unique); !e.Start().Equal(tt.want) {
 				t.Errorf("window %v, not before %v: entered %v, want %v", tt.window, tt.notBefore, e.Start(), tt.want)
 			}
 		}

@@ -16,15 +16,6 @@ const (
 	paddingSize = 128
 )
 
-// Outcome is what a request did in its epoch.
-type Outcome uint8
-
-const (
-	Void   Outcome = iota // counted nothing
-	Unique                // the id was new
-	Repeat                // the id was there
-)
-
 // stripe is one share of an epoch's counters. A request counts twice: when it enters, and by
 // its outcome when it leaves. So the act of leaving is the count itself: a request cannot be seen
 // to have left before it is counted.
@@ -160,28 +151,16 @@ func (e *Epoch) retire() {
 	}
 }
 
-// Entry is a request inside an epoch. The epoch is not sealed before Leave.
+// Entry is some requests inside an epoch, which is not sealed before Leave.
 type Entry struct {
 	*Epoch
 	stripe *stripe
 }
 
-// Leave counts the outcome, and by that ends the request's stay in the epoch. It must be
-// called exactly once for each Entry of one request: without it the epoch is never sealed.
-func (e Entry) Leave(o Outcome) {
-	switch o {
-	case Unique:
-		e.stripe.unique.Add(1)
-	case Repeat:
-		e.stripe.repeats.Add(1)
-	default:
-		e.stripe.void.Add(1)
-	}
-}
-
-// LeaveMany is Leave for the requests of an Entry by EnterMany, which must add up
-// to as many.
-func (e Entry) LeaveMany(unique, repeats, void uint64) {
+// Leave counts how many of the requests had a new id, one that was there, and neither,
+// and by that ends their stay in the epoch. It must be called exactly once, with numbers
+// that add up to as many as entered: else the epoch is never sealed.
+func (e Entry) Leave(unique, repeats, void uint64) {
 	if unique > 0 {
 		e.stripe.unique.Add(unique)
 	}

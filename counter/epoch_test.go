@@ -27,19 +27,19 @@ func TestLeaveCountsItsOutcome(t *testing.T) {
 	}
 	e := c.Last()
 	for _, tt := range []struct {
-		outcome         Outcome
+		outcome         outcome
 		unique, repeats uint64
 	}{
-		{Void, 0, 0}, {Unique, 1, 0}, {Repeat, 1, 1}, {Unique, 2, 1}, {Void, 2, 1}, {Outcome(99), 2, 1},
+		{void, 0, 0}, {unique, 1, 0}, {repeat, 1, 1}, {unique, 2, 1}, {void, 2, 1},
 	} {
-		in, ok := c.Enter(e.start, 5)
+		in, ok := c.Enter(e.start, 5, 1)
 		if !ok || in.Epoch != e {
 			t.Fatal("Enter gave no entry of the open epoch")
 		}
 		if e.Idle() {
 			t.Error("the epoch is idle with a request in it")
 		}
-		in.Leave(tt.outcome)
+		in.leave(tt.outcome)
 		if !e.Idle() {
 			t.Error("the epoch is not idle after the request left")
 		}
@@ -60,7 +60,7 @@ func TestManyRequestsInOneStripeAreAllWaitedFor(t *testing.T) {
 	e := c.Last()
 	in := make([]Entry, 1<<17)
 	for i := range in {
-		in[i], _ = c.Enter(e.start, 32)
+		in[i], _ = c.Enter(e.start, 32, 1)
 		if e.Idle() {
 			t.Fatalf("idle with %d requests in flight", i+1)
 		}
@@ -69,7 +69,7 @@ func TestManyRequestsInOneStripeAreAllWaitedFor(t *testing.T) {
 		if e.Idle() {
 			t.Fatalf("idle with %d requests in flight", len(in)-i)
 		}
-		in[i].Leave(Unique)
+		in[i].Leave(1, 0, 0)
 	}
 	if !e.Idle() || e.Unique() != uint64(len(in)) {
 		t.Errorf("idle %t, %d unique; want true, %d", e.Idle(), e.Unique(), len(in))
@@ -86,10 +86,10 @@ func TestEnterAndLeaveAllocateNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	now := c.Last().start
-	for _, o := range []Outcome{Void, Unique, Repeat} {
+	for _, o := range []outcome{void, unique, repeat} {
 		if n := testing.AllocsPerRun(1000, func() {
-			in, _ := c.Enter(now, 3)
-			in.Leave(o)
+			in, _ := c.Enter(now, 3, 1)
+			in.leave(o)
 		}); n != 0 {
 			t.Errorf("Enter and Leave(%d) allocate %v times, want 0", o, n)
 		}
@@ -117,9 +117,9 @@ func TestTurnAllocatesNothing(t *testing.T) {
 		now := c.Last().end
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		in, _ := c.Enter(now, 0)
+		in, _ := c.Enter(now, 0, 1)
 		runtime.ReadMemStats(&after)
-		in.Leave(Unique)
+		in.Leave(1, 0, 0)
 		if got := after.Mallocs - before.Mallocs; got > 0 && n > 0 { // the first makes room
 			t.Errorf("turn %d allocated %d times, want 0", n, got)
 		}

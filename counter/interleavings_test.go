@@ -62,38 +62,18 @@ func newKeyScene(keys int) *scene {
 	return s
 }
 
-// request adds a thread that enters at the given moment and leaves with an outcome.
-func (s *scene) request(r *explore.Run, name string, now int64, hint uint64, o Outcome) {
+// request adds a thread of so many requests, which enter together at the given moment and
+// leave.
+func (s *scene) request(r *explore.Run, name string, now int64, hint, unique, repeats, void uint64) {
 	i := len(s.answers)
 	s.answers = append(s.answers, nil)
 	r.Go(name, func() {
-		in, open := s.c.Enter(now, hint)
-		if !open {
-			return
-		}
-		a := answer{epoch: in.Epoch, start: in.Start()}
-		in.Leave(o)
-		switch o {
-		case Unique:
-			a.unique++
-		case Repeat:
-			a.repeats++
-		}
-		s.answers[i] = append(s.answers[i], a)
-	})
-}
-
-// batch is request for as many as it has outcomes.
-func (s *scene) batch(r *explore.Run, name string, now int64, hint, unique, repeats, void uint64) {
-	i := len(s.answers)
-	s.answers = append(s.answers, nil)
-	r.Go(name, func() {
-		in, open := s.c.EnterMany(now, hint, unique+repeats+void)
+		in, open := s.c.Enter(now, hint, unique+repeats+void)
 		if !open {
 			return
 		}
 		a := answer{in.Epoch, in.Start(), unique, repeats}
-		in.LeaveMany(unique, repeats, void)
+		in.Leave(unique, repeats, void)
 		s.answers[i] = append(s.answers[i], a)
 	})
 }
@@ -190,9 +170,9 @@ func TestInterleavingsOfEnterLeaveTurnClose(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.request(r, "early", end-1, 0, Unique)
-		s.request(r, "other", end-1, 0, Unique)
-		s.request(r, "late", end, 1, Unique)
+		s.request(r, "early", end-1, 0, 1, 0, 0)
+		s.request(r, "other", end-1, 0, 1, 0, 0)
+		s.request(r, "late", end, 1, 1, 0, 0)
 		s.closer(r, 1)
 		r.Check(s.opens(2))
 	})
@@ -202,9 +182,9 @@ func TestInterleavingsOfOutcomes(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.request(r, "repeat", end-1, 0, Repeat)
-		s.request(r, "void", end-1, 1, Void)
-		s.request(r, "late", end, 0, Repeat)
+		s.request(r, "repeat", end-1, 0, 0, 1, 0)
+		s.request(r, "void", end-1, 1, 0, 0, 1)
+		s.request(r, "late", end, 0, 0, 1, 0)
 		s.closer(r, 1)
 		r.Check(s.opens(2))
 	})
@@ -214,9 +194,9 @@ func TestInterleavingsOfBatches(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.batch(r, "batch", end-1, 0, 2, 1, 0)
-		s.request(r, "single", end-1, 0, Unique)
-		s.batch(r, "late", end, 0, 0, 1, 1)
+		s.request(r, "batch", end-1, 0, 2, 1, 0)
+		s.request(r, "single", end-1, 0, 1, 0, 0)
+		s.request(r, "late", end, 0, 0, 1, 1)
 		s.closer(r, 1)
 		r.Check(s.opens(2))
 	})
@@ -226,8 +206,8 @@ func TestInterleavingsOfSeal(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.request(r, "early", end-1, 0, Unique)
-		s.request(r, "late", end, 0, Unique)
+		s.request(r, "early", end-1, 0, 1, 0, 0)
+		s.request(r, "late", end, 0, 1, 0, 0)
 		r.Go("stop", func() { s.c.Seal() })
 		s.closer(r, -1)
 		r.Check(func() error {
@@ -243,8 +223,8 @@ func TestInterleavingsOfTurns(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.request(r, "late", end, 0, Unique)
-		s.request(r, "later", end+1, 1, Unique)
+		s.request(r, "late", end, 0, 1, 0, 0)
+		s.request(r, "later", end+1, 1, 1, 0, 0)
 		r.Go("turn from", func() { s.c.TurnFrom(s.first) })
 		r.Go("spare", func() { s.c.provide() })
 		r.Check(s.opens(2))
@@ -257,9 +237,9 @@ func TestInterleavingsOfTwoTurns(t *testing.T) {
 		s.c.provide()
 		end := s.first.end
 		window := int64(time.Second)
-		s.request(r, "early", end-1, 0, Unique)
-		s.request(r, "late", end, 0, Unique)
-		s.request(r, "next", end+window, 0, Unique)
+		s.request(r, "early", end-1, 0, 1, 0, 0)
+		s.request(r, "late", end, 0, 1, 0, 0)
+		s.request(r, "next", end+window, 0, 1, 0, 0)
 		s.closer(r, 1)
 		r.Check(s.check)
 	})
@@ -273,15 +253,15 @@ func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
 		end, window := s.first.end, int64(time.Second)
 		for i := range int64(maxWaiting) {
 			if i == 0 {
-				in, _ := s.c.Enter(end-1, 0)
-				in.Leave(Unique)
+				in, _ := s.c.Enter(end-1, 0, 1)
+				in.Leave(1, 0, 0)
 				s.answers = append(s.answers, []answer{{in.Epoch, in.Start(), 1, 0}})
 			}
 			s.c.turn(end + i*window)
 		}
 		open := s.c.Last()
-		s.request(r, "early", open.end-1, 0, Unique)
-		s.request(r, "late", open.end, 0, Unique)
+		s.request(r, "early", open.end-1, 0, 1, 0, 0)
+		s.request(r, "late", open.end, 0, 1, 0, 0)
 		r.Go("next", func() { s.c.turn(open.end + window) })
 		r.Check(func() error {
 			for _, answers := range s.answers {
@@ -304,8 +284,8 @@ func TestInterleavingsOfStats(t *testing.T) {
 		s := newScene()
 		end := s.first.end
 		var before, after Stats
-		s.request(r, "early", end-1, 0, Unique)
-		s.request(r, "late", end, 0, Repeat)
+		s.request(r, "early", end-1, 0, 1, 0, 0)
+		s.request(r, "late", end, 0, 0, 1, 0)
 		s.closer(r, 1)
 		r.Go("stats", func() { before, after = s.c.Stats(), s.c.Stats() })
 		r.Check(func() error {
@@ -322,10 +302,10 @@ func TestInterleavingsOfLeaves(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
 		end := s.first.end
-		s.request(r, "repeat", end-1, 0, Repeat)
-		s.request(r, "void", end-1, 0, Void)
-		s.batch(r, "batch", end-1, 0, 0, 1, 1)
-		s.batch(r, "void batch", end-1, 0, 0, 0, 1)
+		s.request(r, "repeat", end-1, 0, 0, 1, 0)
+		s.request(r, "void", end-1, 0, 0, 0, 1)
+		s.request(r, "batch", end-1, 0, 0, 1, 1)
+		s.request(r, "void batch", end-1, 0, 0, 0, 1)
 		r.Check(s.opens(1))
 	})
 }
@@ -337,7 +317,7 @@ func (s *scene) files(r *explore.Run, now int64, key string) {
 	s.answers = append(s.answers, nil)
 	hash := uint64(key[0]) * 8
 	r.Go(key, func() {
-		in, _ := s.c.Enter(now, 0)
+		in, _ := s.c.Enter(now, 0, 1)
 		keys := in.Keys()
 		k := keys.Find(hash, []byte(key))
 		if full := k == nil && keys.Full(); full {
@@ -346,12 +326,12 @@ func (s *scene) files(r *explore.Run, now int64, key string) {
 			k = keys.Add(hash, []byte(key))
 		}
 		if k == nil {
-			in.Leave(Void)
+			in.Leave(0, 0, 1)
 			s.keyless++
 			return
 		}
 		keys.Count(k, 1)
-		in.Leave(Unique)
+		in.Leave(1, 0, 0)
 		s.answers[i] = append(s.answers[i], answer{in.Epoch, in.Start(), 1, 0})
 		at := in.Start().String()
 		if s.under == nil {

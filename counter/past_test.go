@@ -58,11 +58,11 @@ func TestFirstEpochGoesOnFromThePast(t *testing.T) {
 			if e := c.Last(); !e.Start().Equal(tt.start) || e.Serial() != tt.serial {
 				t.Errorf("%s: opened %v, serial %d; want %v, %d", tt.name, e.Start(), e.Serial(), tt.start, tt.serial)
 			}
-			next, _ := c.Enter(c.Last().end, 0)
+			next, _ := c.Enter(c.Last().end, 0, 1)
 			if next.Serial() != tt.serial+1 {
 				t.Errorf("%s: the second epoch has serial %d, want %d", tt.name, next.Serial(), tt.serial+1)
 			}
-			next.Leave(Void)
+			next.Leave(0, 0, 1)
 		}
 	})
 }
@@ -96,7 +96,7 @@ func TestLeftCountsArePublishedFirst(t *testing.T) {
 			}
 			ended := make(chan error, 1)
 			go func() { ended <- c.Run(t.Context()) }()
-			enter(t, c, now, 1, Unique)
+			enter(t, c, now, 1, unique)
 			if s := c.Stats(); s.Unique != 1 {
 				t.Errorf("%s: Stats has %d unique ids before they are published, want 1", tt.name, s.Unique)
 			}

@@ -46,7 +46,7 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 				group.Go(func() {
 					rnd := rand.New(rand.NewPCG(uint64(w), 3))
 					for {
-						in, ok := c.Enter(clock(), rnd.Uint64N(2*writers))
+						in, ok := c.Enter(clock(), rnd.Uint64N(2*writers), 1)
 						if !ok {
 							return
 						}
@@ -59,17 +59,17 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 							}
 							late.Add(1)
 						}
-						o := Outcome(rnd.IntN(3))
+						o := outcome(rnd.IntN(3))
 						s := answers[w][in.Number()]
 						switch o {
-						case Unique:
+						case unique:
 							s.unique++
-						case Repeat:
+						case repeat:
 							s.repeats++
 						}
 						answers[w][in.Number()] = s
 						total.Add(1)
-						in.Leave(o)
+						in.leave(o)
 					}
 				})
 			}
@@ -88,15 +88,15 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 						t.Errorf("Stats fell from %+v to %+v", last, s)
 					}
 					last = s
-					c.Live()
+					c.Last().Unique()
 					time.Sleep(50 * time.Microsecond)
 				}
 			})
 
 			for c.Last().Serial() <= uint64(tt.turns) {
 				// All writers may be waiting for the turn.
-				if in, ok := c.Enter(clock(), 0); ok {
-					in.Leave(Void)
+				if in, ok := c.Enter(clock(), 0, 1); ok {
+					in.Leave(0, 0, 1)
 				}
 				time.Sleep(time.Millisecond)
 			}
@@ -163,7 +163,7 @@ func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 					now = clock.Load()
 				}
 				many := uint64(1 + i%3)
-				in, ok := c.EnterMany(now, uint64(w), many)
+				in, ok := c.Enter(now, uint64(w), many)
 				if !ok || in.Number() != number {
 					counted[w][number] += n
 					n = 0
@@ -174,9 +174,9 @@ func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 				number = in.Number()
 				n++
 				if many == 1 {
-					in.Leave(Unique)
+					in.Leave(1, 0, 0)
 				} else {
-					in.LeaveMany(1, many-2, 1)
+					in.Leave(1, many-2, 1)
 				}
 			}
 		})
@@ -186,8 +186,8 @@ func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 			time.Sleep(time.Millisecond) // on a busy machine the closer falls behind
 			continue
 		}
-		if in, ok := c.Enter(clock.Add(int64(MaxWindow)), 0); ok {
-			in.Leave(Void)
+		if in, ok := c.Enter(clock.Add(int64(MaxWindow)), 0, 1); ok {
+			in.Leave(0, 0, 1)
 		}
 		time.Sleep(100 * time.Microsecond) // the length of an epoch
 	}

@@ -46,11 +46,11 @@ func BenchmarkAddKept(b *testing.B) {
 						n++
 					}
 					id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
-					in, _ := e.Enter(e.At(n), 0)
+					in, _ := e.Enter(e.At(n), 0, 1)
 					if v, err := addTo(m, in.Epoch, id); v != Unique || err != nil {
 						b.Fatal(v, err)
 					}
-					in.Leave(counter.Unique)
+					in.Leave(1, 0, 0)
 				}
 			})
 		}
@@ -117,7 +117,7 @@ func BenchmarkFirstWindow(b *testing.B) {
 					e := newEpochs(b, m)
 					ctx, stop := context.WithCancel(context.Background())
 					go func() { _ = m.Run(ctx) }()
-					in, _ := e.Enter(e.At(0), 0)
+					in, _ := e.Enter(e.At(0), 0, 1)
 					var id []byte
 					began := userTime(b)
 					b.StartTimer()
@@ -128,7 +128,7 @@ func BenchmarkFirstWindow(b *testing.B) {
 						}
 					}
 					b.StopTimer()
-					in.Leave(counter.Void)
+					in.Leave(0, 0, 1)
 					b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/ids, "user-ns/id")
 					b.ReportMetric(float64(m.Stats().Levels), "levels")
 					stop()
@@ -162,9 +162,9 @@ func BenchmarkHotKey(b *testing.B) {
 					o := Options{Under: under[i%int64(keys)]}
 					items, verdicts := []Item{{ID: id, Options: &o}}, []Verdict{Turned}
 					m.Keys(items)
-					in, _ := e.EnterMany(e.At(int(i/ids)), 0, 1)
+					in, _ := e.Enter(e.At(int(i/ids)), 0, 1)
 					err := m.AddMany(in.Epoch, items, verdicts)
-					in.LeaveMany(1, 0, 0)
+					in.Leave(1, 0, 0)
 					if verdicts[0] == Turned { // the other writer is in the next epoch
 						continue
 					}
@@ -262,11 +262,11 @@ func benchmarkOptions(b *testing.B, with optionForm, ids, size int, uuids bool) 
 			}
 		}
 		m.Keys(items)
-		in, _ := e.EnterMany(e.At(n), 0, uint64(size))
+		in, _ := e.Enter(e.At(n), 0, uint64(size))
 		if err := m.AddMany(in.Epoch, items, verdicts); verdicts[size-1] != Unique || err != nil {
 			b.Fatal(verdicts, err)
 		}
-		in.LeaveMany(uint64(size), 0, 0)
+		in.Leave(uint64(size), 0, 0)
 	}
 	b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/float64(b.N), "user-ns/id")
 	b.ReportMetric(float64(m.current.Load().tokens.table.bytes)/float64(ids), "token-B/id")
@@ -294,7 +294,7 @@ func BenchmarkResidentUnderKeys(b *testing.B) {
 				runtime.ReadMemStats(&before)
 				m := newMemory(b, Config{ExpectAny: ids})
 				e := newEpochs(b, m)
-				in, _ := e.Enter(e.At(0), 0)
+				in, _ := e.Enter(e.At(0), 0, 1)
 				items, verdicts := make([]Item, 1), make([]Verdict, 1)
 				var id, under []byte
 				for i := range uint64(ids) {
@@ -315,7 +315,7 @@ func BenchmarkResidentUnderKeys(b *testing.B) {
 				if n := in.Keys().Len(); n != keys {
 					b.Errorf("%d keys", n)
 				}
-				in.Leave(counter.Void)
+				in.Leave(0, 0, 1)
 			}
 		})
 	}
@@ -371,11 +371,11 @@ func benchmarkToken(b *testing.B, ids, size int) {
 		for at := 0; at < slice; at += size {
 			some, of := items[at:at+size], verdicts[at:at+size]
 			s.m.Keys(some)
-			in, _ := s.e.EnterMany(s.e.At(window), 0, uint64(size))
+			in, _ := s.e.Enter(s.e.At(window), 0, uint64(size))
 			if err := s.m.AddMany(in.Epoch, some, of); err != nil || of[0] != Unique {
 				b.Fatal(of[0], err)
 			}
-			in.LeaveMany(uint64(size), 0, 0)
+			in.Leave(uint64(size), 0, 0)
 		}
 		spent := float64((threadTime(b) - began).Nanoseconds()) / slice
 		if i == 1 && s.n%ids < slice {
@@ -422,11 +422,11 @@ func BenchmarkSieves(b *testing.B) {
 				items[i], verdicts[i] = Item{ID: strconv.AppendInt(items[i].ID[:0], int64(n+i), 10), Options: &options[i]}, Turned
 			}
 			m.Keys(items)
-			in, _ := e.EnterMany(e.At(window), 0, together)
+			in, _ := e.Enter(e.At(window), 0, together)
 			if err := m.AddMany(in.Epoch, items, verdicts); err != nil {
 				b.Fatal(err)
 			}
-			in.LeaveMany(together, 0, 0)
+			in.Leave(together, 0, 0)
 			if n == 0 {
 				m.growAhead() // makes the pages resident, in any case
 				began := threadTime(b)

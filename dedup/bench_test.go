@@ -4,8 +4,6 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"testing"
-
-	"verve/counter"
 )
 
 // BenchmarkAdd adds new decimals to one epoch. The baselines and the other mixes are in
@@ -18,8 +16,8 @@ func BenchmarkAdd(b *testing.B) {
 			n := 0
 			id := make([]byte, 0, 20)
 			b.ReportAllocs()
-			in, _ := e.Enter(e.At(0), 0)
-			in.Leave(counter.Void)
+			in, _ := e.Enter(e.At(0), 0, 1)
+			in.Leave(0, 0, 1)
 			for i := 0; b.Loop(); i++ {
 				if i == ids {
 					i = 0
@@ -27,12 +25,12 @@ func BenchmarkAdd(b *testing.B) {
 					m.reclaim() // the cleaner's part
 				}
 				id = strconv.AppendUint(id[:0], uint64(i)*7, 10)
-				in, _ := e.Enter(e.At(n), 0)
+				in, _ := e.Enter(e.At(n), 0, 1)
 				v, err := addTo(m, in.Epoch, id)
 				if v != Unique || err != nil {
 					b.Fatal(v, err)
 				}
-				in.Leave(counter.Unique)
+				in.Leave(1, 0, 0)
 			}
 			b.ReportMetric(float64(m.arena.used.Load())/float64(ids), "B/id")
 		})

@@ -34,7 +34,7 @@ func newEpochs(t testing.TB, s Set) epochs { return epochs{epochtest.New(t, s)} 
 // add adds id to the n-th epoch.
 func (e epochs) add(t testing.TB, s Set, n int, id string) (Verdict, error) {
 	t.Helper()
-	in, ok := e.Enter(e.At(n), 0)
+	in, ok := e.Enter(e.At(n), 0, 1)
 	if !ok {
 		t.Fatal("the counter is sealed")
 	}
@@ -45,7 +45,9 @@ func (e epochs) add(t testing.TB, s Set, n int, id string) (Verdict, error) {
 
 // leave ends the stay of a request whose id got that verdict.
 func leave(in counter.Entry, v Verdict) {
-	in.Leave([Verdicts]counter.Outcome{Unique: counter.Unique, Repeat: counter.Repeat}[v])
+	var n [Verdicts]uint64
+	n[v] = 1
+	in.Leave(n[Unique], n[Repeat], 1-n[Unique]-n[Repeat])
 }
 
 func (e epochs) want(t testing.TB, s Set, n int, id string, want Verdict) {

@@ -3,8 +3,6 @@ package dedup
 import (
 	"fmt"
 	"testing"
-
-	"verve/counter"
 )
 
 // TestExpectedIdsOfAnyKindHaveTheirRoom: the first id of a kind makes a table for as
@@ -20,8 +18,8 @@ func TestExpectedIdsOfAnyKindHaveTheirRoom(t *testing.T) {
 				t.Errorf("before the first id there are %d bytes in %d levels", s.Bytes, s.Levels)
 			}
 			e := newEpochs(t, m)
-			in, _ := e.Enter(e.At(0), 0)
-			defer in.Leave(counter.Void)
+			in, _ := e.Enter(e.At(0), 0, 1)
+			defer in.Leave(0, 0, 1)
 			for i := range ids {
 				if v, err := addTo(m, in.Epoch, fmt.Appendf(nil, format, i)); v != Unique || err != nil {
 					t.Fatalf("id %d: %v, %v", i, v, err)

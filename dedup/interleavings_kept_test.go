@@ -233,11 +233,11 @@ func TestInterleavingsOfPublishing(t *testing.T) {
 // answer is a request that adds a key to the open epoch, as the server does.
 func (k *keptScene) answer(a *add) {
 	for {
-		in, _ := k.c.Enter(k.epochs[0].Start().UnixNano(), 0)
+		in, _ := k.c.Enter(k.epochs[0].Start().UnixNano(), 0, 1)
 		verdicts := []Verdict{Turned}
 		a.epoch = int(in.Serial()) - 1
 		_ = k.m.AddMany(in.Epoch, []Item{{Key: a.key}}, verdicts)
-		in.Leave([Verdicts]counter.Outcome{Unique: counter.Unique, Repeat: counter.Repeat}[verdicts[0]])
+		leaveScene(in, verdicts[0])
 		if a.verdict = verdicts[0]; a.verdict != Turned {
 			a.done = true
 			return

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"testing"
 
-	"verve/counter"
 	"verve/internal/explore"
 )
 
@@ -24,13 +23,13 @@ var attemptOptions = &Options{Token: []byte("token")}
 func (s *scene) tries(r *explore.Run, name string, key Key, a *attempt) {
 	r.Go(name, func() {
 		for {
-			in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0)
+			in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0, 1)
 			verdicts := []Verdict{Turned}
 			_ = s.m.AddMany(in.Epoch, []Item{{Key: key, Options: attemptOptions}}, verdicts)
 			if verdicts[0] == Unique {
-				in.Leave(counter.Unique)
+				in.Leave(1, 0, 0)
 			} else {
-				in.Leave(counter.Void)
+				in.Leave(0, 0, 1)
 			}
 			explore.Note("%s: verdict %d in epoch %d", name, verdicts[0], in.Serial())
 			if verdicts[0] != Turned {

@@ -128,9 +128,16 @@ func (s *scene) visits(r *explore.Run, name string, keys ...Key) {
 
 // visit adds a key inside the only epoch.
 func (s *scene) visit(a *add) {
-	in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0)
+	in, _ := s.c.Enter(s.epochs[0].Start().UnixNano(), 0, 1)
 	a.verdict, a.done = s.judge(0, a.key)[0], true
-	in.Leave([Verdicts]counter.Outcome{Unique: counter.Unique, Repeat: counter.Repeat}[a.verdict])
+	leaveScene(in, a.verdict)
+}
+
+// leaveScene ends the stay of a request whose id got that verdict.
+func leaveScene(in counter.Entry, v Verdict) {
+	var n [Verdicts]uint64
+	n[v] = 1
+	in.Leave(n[Unique], n[Repeat], 1-n[Unique]-n[Repeat])
 }
 
 // check holds the answers of each id in each epoch against a set: Unique once, and Repeat

@@ -210,7 +210,7 @@ func (p *life) close() {
 // add adds id at now, every other time in a batch, and returns the start of its epoch.
 func (p *life) add(now time.Time, id string) (Verdict, time.Time, error) {
 	p.t.Helper()
-	in, ok := p.c.Enter(now.UnixNano(), 0)
+	in, ok := p.c.Enter(now.UnixNano(), 0, 1)
 	if !ok {
 		p.t.Fatal("sealed")
 	}
@@ -449,7 +449,7 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 				if rnd.IntN(2) == 0 {
 					id = "id-" + id
 				}
-				in, ok := p.c.Enter(time.Now().Add(skew).UnixNano(), rnd.Uint64())
+				in, ok := p.c.Enter(time.Now().Add(skew).UnixNano(), rnd.Uint64(), 1)
 				if !ok {
 					t.Fatal("sealed")
 				}
@@ -1268,7 +1268,7 @@ func TestWaitingEpochsKeepTheirIds(t *testing.T) {
 		for allowed := range 4 { // the publisher takes so many records and hangs
 			l.block, l.allowed = true, allowed
 			p := live(t, cfg, time.Minute, l)
-			held, _ := p.c.Enter(time.Now().UnixNano(), 0) // no epoch is published before all are there
+			held, _ := p.c.Enter(time.Now().UnixNano(), 0, 1) // no epoch is published before all are there
 			for range 5 {
 				for i := range 200 {
 					p.want(time.Now(), strconv.Itoa(i), Unique)
@@ -1276,7 +1276,7 @@ func TestWaitingEpochsKeepTheirIds(t *testing.T) {
 				time.Sleep(time.Minute)
 				synctest.Wait()
 			}
-			held.Leave(counter.Void)
+			held.Leave(0, 0, 1)
 			time.Sleep(time.Second)
 			synctest.Wait()
 			for i := range 200 {
@@ -1467,8 +1467,8 @@ func TestKeptAddAllocatesNothing(t *testing.T) {
 	dir := t.TempDir()
 	m := newMemory(t, Config{Dir: dir, Expect: 100_000, ExpectWide: 100_000})
 	e := newEpochs(t, m)
-	in, _ := e.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	for name, format := range map[string]string{"decimal": "1%d", "text": "text %d"} {
 		ids := make([][]byte, 20_000)
 		for i := range ids {
@@ -1688,7 +1688,7 @@ func liveUntilKilled(dir string) {
 				if rnd.IntN(2) == 0 {
 					id = "t" + id
 				}
-				in, ok := c.Enter(time.Now().UnixNano(), uint64(w))
+				in, ok := c.Enter(time.Now().UnixNano(), uint64(w), 1)
 				if !ok {
 					return
 				}

@@ -50,11 +50,11 @@ func newMemory(t testing.TB, cfg Config) *Memory {
 // are new.
 func fill(t testing.TB, e epochs, m *Memory, k, from, n int) {
 	t.Helper()
-	in, ok := e.Enter(e.At(k), 0)
+	in, ok := e.Enter(e.At(k), 0, 1)
 	if !ok {
 		t.Fatal("the counter is sealed")
 	}
-	defer in.Leave(counter.Void)
+	defer in.Leave(0, 0, 1)
 	var b [24]byte
 	for i := from; i < from+n; i++ {
 		id := strconv.AppendInt(b[:0], int64(i), 10)
@@ -163,7 +163,7 @@ func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 	m := newMemory(t, Config{CleanupBatch: 1 << 30})
 	e := newEpochs(t, m)
 	fill(t, e, m, 0, 0, ids)
-	in, _ := e.Enter(e.At(0), 3)
+	in, _ := e.Enter(e.At(0), 3, 1)
 	refused := 0
 	for n := 1; n < lap+50; n++ {
 		m.reclaim()
@@ -190,7 +190,7 @@ func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 	if want := lap + 49 - (halfLap - 1); refused != want {
 		t.Errorf("%d epochs were refused, want %d", refused, want)
 	}
-	in.Leave(counter.Void)
+	in.Leave(0, 0, 1)
 	m.reclaim() // first a pass that was begun before the request left
 	m.reclaim()
 	fill(t, e, m, lap+60, 0, ids)
@@ -275,7 +275,7 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 		}
 	}
 	fill(t, e, m, 0, 0, many)
-	in, _ := e.Enter(e.At(1), 0)
+	in, _ := e.Enter(e.At(1), 0, 1)
 	retired(1)
 	m.resize() // makes tables for many ids ready
 	old := m.Stats().Bytes
@@ -298,7 +298,7 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 			}
 		}
 	}
-	in.Leave(counter.Void)
+	in.Leave(0, 0, 1)
 	retired(2)
 	m.release()
 	if got := m.Stats().Bytes; got != next {
@@ -321,8 +321,8 @@ func TestSetGrowsUnderWriters(t *testing.T) {
 	var group sync.WaitGroup
 	for w := range writers {
 		group.Go(func() {
-			in, _ := e.Enter(e.At(0), uint64(w))
-			defer in.Leave(counter.Void)
+			in, _ := e.Enter(e.At(0), uint64(w), 1)
+			defer in.Leave(0, 0, 1)
 			var b [24]byte
 			for n := range ids {
 				i := n
@@ -375,8 +375,8 @@ func TestGrowthIsAskedForAgain(t *testing.T) {
 func growsWhenAskedAgain(t *testing.T) error {
 	m := newMemory(t, Config{Expect: 700_000})
 	e := newEpochs(t, m)
-	in, _ := e.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	m.check <- struct{}{} // another wish
 	limit := m.arena.used.Load() + 1
 	for i := range 2_500_000 {
@@ -515,7 +515,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, _ := c.Enter(time.Now().UnixNano(), 0)
+	in, _ := c.Enter(time.Now().UnixNano(), 0, 1)
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -524,7 +524,7 @@ func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 			t.Errorf("id %s: got %v, %v; want Unique", id, v, err)
 		}
 	}
-	in.Leave(counter.Void)
+	in.Leave(0, 0, 1)
 	m.Stats() // the metrics page may still be read
 }
 
@@ -550,12 +550,12 @@ func TestAddAllocatesNothing(t *testing.T) {
 			"repeat":   func() []byte { return append(b[:0], "42"...) },
 		} {
 			if n := testing.AllocsPerRun(2000, func() {
-				in, _ := e.Enter(e.At(0), 0)
+				in, _ := e.Enter(e.At(0), 0, 1)
 				v, err := addOne(m, in.Epoch, id())
 				if err != nil || v == Turned {
 					t.Error(v, err)
 				}
-				in.Leave(counter.Unique)
+				in.Leave(1, 0, 0)
 			}); n != 0 {
 				t.Errorf("%s, %s: %v allocations an add, want 0", name, kind, n)
 			}
@@ -584,7 +584,7 @@ func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 						ids[i] = fmt.Appendf(nil, "text %d", n)
 					}
 				}
-				in, _ := f.EnterMany(f.At(turn), 0, uint64(len(ids)))
+				in, _ := f.Enter(f.At(turn), 0, uint64(len(ids)))
 				verdicts := make([]Verdict, len(ids))
 				items := make([]Item, len(ids))
 				for i, id := range ids {
@@ -598,7 +598,7 @@ func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 						t.Fatalf("id %q: %v in a batch; %v, %v alone", ids[i], v, got, cause)
 					}
 				}
-				in.LeaveMany(left[Unique], left[Repeat], left[Full])
+				in.Leave(left[Unique], left[Repeat], left[Full])
 				if left[Turned]+left[Unavailable] > 0 || (left[Full] > 0) != errors.Is(err, ErrFull) {
 					t.Fatalf("%v, %v", verdicts, err)
 				}
@@ -652,11 +652,11 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 				id = strconv.AppendUint(id[:0], n, 10)
 				items[i].Key, verdicts[i] = m.secret.keyOf(id, nil), Turned
 			}
-			in, _ := e.EnterMany(e.At(0), 0, 20)
+			in, _ := e.Enter(e.At(0), 0, 20)
 			if err := m.AddMany(in.Epoch, items, verdicts); verdicts[19] != Unique || err != nil {
 				t.Fatal(verdicts, err)
 			}
-			in.LeaveMany(20, 0, 0)
+			in.Leave(20, 0, 0)
 		}); got != 0 {
 			t.Errorf("with directory %q: %v allocations, want 0", dir, got)
 		}
@@ -676,8 +676,8 @@ func TestOpenAllocatesNothing(t *testing.T) {
 	}
 	base := c.Last().Start().UnixNano()
 	for n := range cap(es) - 1 {
-		in, _ := c.Enter(base+int64(n+1)*int64(epochtest.Window), 0)
-		in.Leave(counter.Void)
+		in, _ := c.Enter(base+int64(n+1)*int64(epochtest.Window), 0, 1)
+		in.Leave(0, 0, 1)
 	}
 	for n, e := range es {
 		var before, after runtime.MemStats
@@ -743,8 +743,8 @@ func TestNewTablesServeAnySerial(t *testing.T) {
 		}
 		base := c.Last().Start().UnixNano()
 		for n := range first + lap {
-			in, _ := c.Enter(base+int64(n)*int64(epochtest.Window), 0)
-			in.Leave(counter.Void)
+			in, _ := c.Enter(base+int64(n)*int64(epochtest.Window), 0, 1)
+			in.Leave(0, 0, 1)
 		}
 		for _, e := range es[first:] {
 			e.State = m.Open(e)

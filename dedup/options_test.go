@@ -23,7 +23,7 @@ import (
 // with adds an id with a key and a token, at now.
 func (p *life) with(now time.Time, id, under, token string) (Verdict, time.Time, error) {
 	p.t.Helper()
-	in, ok := p.c.Enter(now.UnixNano(), 0)
+	in, ok := p.c.Enter(now.UnixNano(), 0, 1)
 	if !ok {
 		p.t.Fatal("sealed")
 	}
@@ -173,7 +173,7 @@ func TestAttemptsAtOnceAreCountedOnce(t *testing.T) {
 					all.Go(func() {
 						which := n % tokens
 						for {
-							in, ok := e.Counter.Enter(e.At(int(turn.Load())), uint64(n))
+							in, ok := e.Counter.Enter(e.At(int(turn.Load())), uint64(n), 1)
 							if !ok {
 								t.Error("sealed")
 								return
@@ -214,8 +214,8 @@ func TestAttemptsAtOnceAreCountedOnce(t *testing.T) {
 func TestTokenWithoutMemoryIsRefusedBeforeItsIDIsIn(t *testing.T) {
 	m := newMemory(t, Config{MaxBytes: tableSize[narrowBucket](0) + tableSize[wideBucket](0), Heap: true})
 	e := newEpochs(t, m)
-	in, _ := e.Counter.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Counter.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != Full || err == nil {
 		t.Fatalf("got %v, %v", v, err)
 	}
@@ -241,8 +241,8 @@ func TestWordsThatSpilledAreFound(t *testing.T) {
 func TestTokensStayWithinTheirMemory(t *testing.T) {
 	m := newMemory(t, Config{Expect: 1 << 20, Heap: true})
 	e := newEpochs(t, m)
-	in, _ := e.Counter.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Counter.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	counted := 0
 	for ; ; counted++ {
 		v, err := addOptions(m, in.Epoch, fmt.Sprint(counted), "", "a token")
@@ -273,8 +273,8 @@ func TestTokensGrowToWhatIsExpectedInSteps(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
 	m.cfg.Expect = 60_000_000
 	e := newEpochs(t, m)
-	in, _ := e.Counter.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Counter.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != Unique || err != nil {
 		t.Fatal(v, err)
 	}
@@ -293,11 +293,11 @@ func TestTokensHaveRoomForThoseOfTheWindowBefore(t *testing.T) {
 	const tokens = 1 << 20
 	m := newMemory(t, Config{Heap: true})
 	e := newEpochs(t, m)
-	first, _ := e.Counter.Enter(e.At(0), 0)
-	defer first.Leave(counter.Void)
+	first, _ := e.Counter.Enter(e.At(0), 0, 1)
+	defer first.Leave(0, 0, 1)
 	first.State.(*View).tokens.sample.Store(tokens / sampleEvery)
-	in, _ := e.Counter.Enter(e.At(1), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Counter.Enter(e.At(1), 0, 1)
+	defer in.Leave(0, 0, 1)
 	if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != Unique || err != nil {
 		t.Fatal(v, err)
 	}
@@ -322,7 +322,7 @@ func TestTooManyKeysAreFull(t *testing.T) {
 	defer stop()
 	ended := make(chan error, 1)
 	go func() { ended <- c.Run(ctx) }()
-	in, _ := c.EnterMany(time.Now().UnixNano(), 0, 4)
+	in, _ := c.Enter(time.Now().UnixNano(), 0, 4)
 	for i := range 3 {
 		if v, err := addOptions(m, in.Epoch, "1", fmt.Sprint(i), ""); v != Unique || err != nil {
 			t.Fatalf("key %d: got %v, %v", i, v, err)
@@ -340,7 +340,7 @@ func TestTooManyKeysAreFull(t *testing.T) {
 	if v, _ := addOptions(m, in.Epoch, "2", "1", ""); v != Unique {
 		t.Errorf("an id under a key that is in: got %v", v)
 	}
-	in.LeaveMany(4, 0, 0)
+	in.Leave(4, 0, 0)
 	c.Seal()
 	if err := <-ended; err != nil {
 		t.Error(err)
@@ -356,13 +356,13 @@ func TestTooManyKeysAreFull(t *testing.T) {
 func TestLateAttemptFindsItsRetry(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
 	e := newEpochs(t, m)
-	late, _ := e.Counter.Enter(e.At(0), 0)
+	late, _ := e.Counter.Enter(e.At(0), 0, 1)
 	next, err := newTable[narrowBucket](0, m.arena)
 	if err != nil {
 		t.Fatal(err)
 	}
 	m.narrow.next = next
-	retry, _ := e.Counter.Enter(e.At(1), 0)
+	retry, _ := e.Counter.Enter(e.At(1), 0, 1)
 	want := func(in counter.Entry, want Verdict) {
 		t.Helper()
 		if v, err := addOptions(m, in.Epoch, "1", "", "a token"); v != want || err != nil {
@@ -371,9 +371,9 @@ func TestLateAttemptFindsItsRetry(t *testing.T) {
 	}
 	want(retry, Unique)
 	want(late, Turned)
-	late.Leave(counter.Void)
+	late.Leave(0, 0, 1)
 	want(retry, Replayed)
-	retry.Leave(counter.Unique)
+	retry.Leave(1, 0, 0)
 }
 
 // TestTokensServeInTheNextWindowOnly: not in the next one that was opened, if that is later.
@@ -384,7 +384,7 @@ func TestTokensServeInTheNextWindowOnly(t *testing.T) {
 		window int
 		want   Verdict
 	}{{0, Unique}, {0, Replayed}, {1, ReplayedBefore}, {2, Unique}, {4, Unique}, {5, ReplayedBefore}} {
-		in, _ := e.Counter.Enter(e.At(tt.window), 0)
+		in, _ := e.Counter.Enter(e.At(tt.window), 0, 1)
 		v, err := addOptions(m, in.Epoch, "1", "a key", "a token")
 		leave(in, v)
 		if v != tt.want || err != nil {
@@ -404,8 +404,8 @@ func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 	always := new(writer)               // where the race detector has the pool forget
 	m.journal.writers.New = func() any { return always }
 	e := newEpochs(t, m)
-	in, _ := e.Counter.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Counter.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	add := func(id, under, token string) {
 		t.Helper()
 		if v, err := addOptions(m, in.Epoch, id, under, token); v != Unique || err != nil {

@@ -28,11 +28,11 @@ func BenchmarkAddMany(b *testing.B) {
 					items[j].ID = strconv.AppendUint(items[j].ID[:0], uint64(n+j)*7, 10)
 				}
 				m.Keys(items)
-				in, _ := e.EnterMany(e.At(window), 0, uint64(size))
+				in, _ := e.Enter(e.At(window), 0, uint64(size))
 				if err := m.AddMany(in.Epoch, items, verdicts); err != nil || verdicts[size-1] != Unique {
 					b.Fatal(err, verdicts)
 				}
-				in.LeaveMany(uint64(size), 0, 0)
+				in.Leave(uint64(size), 0, 0)
 			}
 		})
 	}

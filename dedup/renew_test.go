@@ -198,7 +198,7 @@ func TestFailedAgainIsReplacedAgain(t *testing.T) {
 		for round := range 4 {
 			p.want(time.Now(), "a", Unique)
 			want[int(time.Since(base)/time.Minute)]++
-			held, _ := p.c.Enter(time.Now().UnixNano(), 0)
+			held, _ := p.c.Enter(time.Now().UnixNano(), 0, 1)
 			d.failing.Store(true)
 			time.Sleep(2 * syncEvery)
 			d.failing.Store(false)
@@ -209,7 +209,7 @@ func TestFailedAgainIsReplacedAgain(t *testing.T) {
 			if state, err := os.Stat(filepath.Join(cfg.Dir, stateName)); err != nil || state.Size() == 0 {
 				t.Errorf("round %d: the files that are needed are gone: %v", round, err)
 			}
-			held.Leave(counter.Repeat)
+			held.Leave(0, 1, 0)
 			time.Sleep(2 * syncEvery)
 			synctest.Wait()
 			if got := d.repairs.Load(); got != int64(round+1) {

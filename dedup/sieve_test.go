@@ -48,7 +48,7 @@ func siftedMemory(t *testing.T, ids int, change func(past *tokens)) (*Memory, *V
 	e := newEpochs(t, m)
 	var entry counter.Entry
 	for n := range 2 {
-		in, _ := e.Counter.Enter(e.At(n), 0)
+		in, _ := e.Counter.Enter(e.At(n), 0, 1)
 		entry = in
 		for id := range ids {
 			if n == 1 {
@@ -62,10 +62,10 @@ func siftedMemory(t *testing.T, ids int, change func(past *tokens)) (*Memory, *V
 			}
 		}
 		if n == 0 {
-			in.Leave(counter.Void)
+			in.Leave(0, 0, 1)
 		}
 	}
-	t.Cleanup(func() { entry.Leave(counter.Void) })
+	t.Cleanup(func() { entry.Leave(0, 0, 1) })
 	v := entry.State.(*View)
 	change(v.past)
 	m.sift()

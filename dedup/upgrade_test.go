@@ -278,7 +278,7 @@ func TestTokensOfVersion3AreKnown(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			cfg, l := small(t.TempDir()), newFakeSpool(t)
 			p := live(t, cfg, time.Minute, l)
-			in, _ := p.c.Enter(time.Now().UnixNano(), 0)
+			in, _ := p.c.Enter(time.Now().UnixNano(), 0, 1)
 			it := Item{ID: []byte("1"), Options: &Options{Token: []byte("a token of version 3")}}
 			it.Key = p.m.secret.keyOf(it.ID, it.Options)
 			j := p.m.journal
@@ -287,7 +287,7 @@ func TestTokensOfVersion3AreKnown(t *testing.T) {
 			if v != Unique || err != nil {
 				t.Fatal(v, err)
 			}
-			in.Leave(counter.Unique)
+			in.Leave(1, 0, 0)
 			p.kill()
 			changeHeader(t, cfg.Dir, func(h []uint64) { h[headerVersionAt] = 3 })
 			for range 2 {

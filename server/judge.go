@@ -55,7 +55,7 @@ func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error
 		for i := from; i < to; i++ {
 			w.verdicts[i] = dedup.Turned
 		}
-		entry, open := s.cfg.Counter.EnterMany(now, hint, uint64(to-from))
+		entry, open := s.cfg.Counter.Enter(now, hint, uint64(to-from))
 		if !open {
 			return err
 		}
@@ -129,7 +129,7 @@ func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned
 		}
 		turned = left[dedup.Turned]
 		unique, repeats := left[dedup.Unique], left[dedup.Repeat]
-		entry.LeaveMany(uint64(unique), uint64(repeats), uint64(to-from-unique-repeats))
+		entry.Leave(uint64(unique), uint64(repeats), uint64(to-from-unique-repeats))
 	}()
 	for at := from; at < to; at += together {
 		end := min(at+together, to)

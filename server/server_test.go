@@ -94,8 +94,9 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config
 	if change != nil {
 		change(&cfg)
 	}
+	live := func() (time.Time, uint64) { return count.Last().Start(), count.Last().Unique() }
 	callbackCfg := callback.Config{
-		SelfAddr: s.addr, SelfPath: SinkPath, Group: "verve", Instance: "test", Live: count.Live, Log: zerolog.Nop(),
+		SelfAddr: s.addr, SelfPath: SinkPath, Group: "verve", Instance: "test", Live: live, Log: zerolog.Nop(),
 		Timeout: patience,
 	}
 	if cfg.TLS != nil {

@@ -82,11 +82,11 @@ func (s *serving) turn(b *testing.B, ids int) {
 			items[i] = dedup.Item{ID: strconv.AppendInt(items[i].ID[:0], int64(s.window+7919*(n+i)), 10), Options: &options[i]}
 		}
 		s.cfg.Set.Keys(items)
-		in, _ := s.cfg.Counter.EnterMany(time.Now().UnixNano(), 0, together)
+		in, _ := s.cfg.Counter.Enter(time.Now().UnixNano(), 0, together)
 		if err := s.cfg.Set.AddMany(in.Epoch, items, verdicts); err != nil {
 			b.Fatal(err)
 		}
-		in.LeaveMany(together, 0, 0)
+		in.Leave(together, 0, 0)
 	}
 }
 

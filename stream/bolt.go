@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -31,19 +30,8 @@ import (
 //
 // A commit is two fdatasyncs. That is once per window for the append and once
 // per batch for each sink's acknowledgement, so no batching is built on top.
-//
-// The keys of records are in files beside it. Each is removed when its record is and its
-// window is no longer the last one of its series.
 type boltStore struct {
-	db       *bolt.DB
-	instance string // is written again with each record: there may have been no room for it alone
-
-	found    state // at the start, for load
-	keyFiles *keyFiles
-
-	// The state found at the start, as put and advance have changed it. The spool's lock is held.
-	series  map[string]series
-	removed uint64 // all records up to this index
+	db *bolt.DB
 
 	// broken is set when a write ended in a panic. bbolt then reads the same file to
 	// roll back, may fault there again, and keeps its lock: the next write would wait
@@ -53,27 +41,25 @@ type boltStore struct {
 
 var (
 	bucketMeta    = []byte("meta")    // the keys below
-	bucketSeries  = []byte("series")  // identity -> seq, start, unique
+	bucketSeries  = []byte("series")  // identity -> seq, start, unique, files of keys
 	bucketCursors = []byte("cursors") // sink -> index
-	bucketRecords = []byte("records") // index -> record
+	bucketRecords = []byte("records") // index -> file of its keys if it has some, record
 	bucketPoison  = []byte("poison")  // index, sink -> reason, record, its keys
-
-	// Only in a file of version 3: a record or a series has had keys.
-	bucketKeyFiles = []byte("key-files") // index -> keyFile of the record
-
-	// Only of version 2, and what such a version has left: the keys themselves.
-	bucketRecordKeys = []byte("record-keys") // index -> the keys of the record
-	bucketSeriesKeys = []byte("series-keys") // identity -> the keys of its last window
 
 	keyVersion  = []byte("version")
 	keyInstance = []byte("instance")
 	keyHead     = []byte("head")
 )
 
+// buckets are those that every file has.
+var buckets = [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison}
+
 const (
-	// spoolVersion is the newest version that this program reads. A file begins with
-	// version 1 and becomes one of version 3 when there are keys to keep.
-	spoolVersion = 3
+	// spoolVersion is the format of a file that this program has written to. It also reads
+	// firstVersion, which is the same without keys, and makes it spoolVersion with the next
+	// record. No release had the formats between.
+	spoolVersion = 4
+	firstVersion = 1
 
 	// ownerSuffix ends the name of the file that has the id of the spool's process.
 	ownerSuffix = ".owner"
@@ -90,27 +76,27 @@ const (
 
 var (
 	errDamaged = errors.New("spool file is damaged")
-	errNewer   = errors.New("was written by a newer version of this program")
+	errVersion = errors.New("has a format that this version of the program does not read")
 )
 
-// openBolt opens path, or sets it aside and starts a new one.
-func openBolt(path string) (b *boltStore, setAside string, err error) {
-	b, err = openBoltOnce(path)
+// openBolt opens path, or sets it and the files of keys aside and starts with new ones.
+func openBolt(path string, files *keyFiles) (b *boltStore, st state, setAside string, err error) {
+	b, st, err = openBoltOnce(path, files)
 	if !errors.Is(err, errDamaged) {
-		return b, "", err
+		return b, st, "", err
 	}
 	setAside, rerr := durable.SetAside(path)
 	if rerr == nil {
-		_, rerr = keyFilesOf(path).setAside(strings.TrimPrefix(setAside, path))
+		_, rerr = files.setAside(strings.TrimPrefix(setAside, path))
 	}
 	if rerr != nil {
-		return nil, setAside, fmt.Errorf("%w; setting it aside: %w", err, rerr)
+		return nil, st, setAside, fmt.Errorf("%w; setting it aside: %w", err, rerr)
 	}
-	b, err = openBoltOnce(path)
-	return b, setAside, err
+	b, st, err = openBoltOnce(path, files)
+	return b, st, setAside, err
 }
 
-func openBoltOnce(path string) (b *boltStore, err error) {
+func openBoltOnce(path string, files *keyFiles) (b *boltStore, st state, err error) {
 	// bbolt trusts its pages: it panics on one that makes no sense, and reads
 	// beyond the end of a file cut short fault. Both mean the same here. On
 	// this path the mapping and the descriptor of the damaged file may leak,
@@ -128,7 +114,7 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 	if statErr == nil && info.Mode().IsRegular() && info.Size() > 0 && info.Size() < int64(2*os.Getpagesize()) {
 		// bbolt has no sentinel for it. An empty file is one that was created
 		// and not written before a crash: bbolt initialises it.
-		return nil, fmt.Errorf("%w: %d bytes do not hold its header", errDamaged, info.Size())
+		return nil, st, fmt.Errorf("%w: %d bytes do not hold its header", errDamaged, info.Size())
 	}
 	var db *bolt.DB
 	err = durable.Retry(func() (err error) {
@@ -147,36 +133,34 @@ func openBoltOnce(path string) (b *boltStore, err error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, berrors.ErrTimeout):
-		return nil, fmt.Errorf("%s is in use by %s", path, owner(path+ownerSuffix))
+		return nil, st, fmt.Errorf("%s is in use by %s", path, owner(path+ownerSuffix))
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrVersionMismatch),
 		errors.Is(err, berrors.ErrChecksum), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return nil, fmt.Errorf("%w: %w", errDamaged, err)
+		return nil, st, fmt.Errorf("%w: %w", errDamaged, err)
 	case blank && durable.NoSpace(err):
 		// bbolt may have written a part.
 		emptied(path)
-		return nil, err
+		return nil, st, err
 	case durable.Unsupported(err), errors.Is(err, syscall.ENOLCK):
-		return nil, fmt.Errorf("%s: the file system does not have the locks (flock), mappings and syncs that the spool needs; use another one, or none: %w", path, err)
+		return nil, st, fmt.Errorf("%s: the file system does not have the locks (flock), mappings and syncs that the spool needs; use another one, or none: %w", path, err)
 	default:
 		// Permissions, a read-only disk, a directory in the way: the file may be
 		// sound, so it is left alone.
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, st, fmt.Errorf("%s: %w", path, err)
 	}
 	db.AllocSize = growBy
-	b = &boltStore{db: db, keyFiles: keyFilesOf(path)}
-	if err := b.init(); err != nil {
-		db.Close()
-		return nil, err
+	b = &boltStore{db: db}
+	st, err = b.init(files)
+	if err == nil && fresh {
+		err = durable.SyncDir(filepath.Dir(path))
 	}
-	if fresh {
-		if err := durable.SyncDir(filepath.Dir(path)); err != nil {
-			db.Close()
-			return nil, err
-		}
+	if err != nil {
+		db.Close()
+		return nil, st, err
 	}
 	// Only for the message to a second process, which can do without.
 	_ = os.WriteFile(path+ownerSuffix, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644)
-	return b, nil
+	return b, st, nil
 }
 
 // emptied removes what was written into a new file. The file itself stays, as another
@@ -200,34 +184,26 @@ func owner(path string) string {
 	return "another process"
 }
 
-// keyFilesOf returns the files of the keys beside that of a spool.
-func keyFilesOf(path string) *keyFiles {
-	return &keyFiles{dir: filepath.Join(filepath.Dir(path), keyFilesDir)}
-}
-
-// buckets are those that every file has.
-var buckets = [][]byte{bucketMeta, bucketSeries, bucketCursors, bucketRecords, bucketPoison}
-
-// init creates what a new file needs and reads every page that is in use, so
-// that damage shows here, where it can be dealt with, and not in the middle of a
-// run.
-func (b *boltStore) init() error {
+// init makes what a new file needs, and reads every page and every file of keys that is in
+// use, so that damage shows here, where it can be dealt with, and not in the middle of a run.
+func (b *boltStore) init(files *keyFiles) (st state, err error) {
 	empty := false
-	err := b.view(func(tx *bolt.Tx) error {
+	err = b.view(func(tx *bolt.Tx) error {
 		first, _ := tx.Cursor().First()
 		empty = first == nil
 		return nil
 	})
 	if err != nil {
-		return err
+		return st, err
 	}
+	var lost error
 	if empty {
-		aside, err := b.keyFiles.setAside(durable.Aside("", durable.DamagedSuffix))
+		aside, err := files.setAside(durable.Aside("", durable.DamagedSuffix))
 		if err != nil {
-			return err
+			return st, err
 		}
 		if aside != "" {
-			b.found.keysLost = fmt.Errorf("%s is missing: the files of its keys were set aside as %s", spoolFile, aside)
+			lost = fmt.Errorf("%s is missing: the files of its keys were set aside as %s", spoolFile, aside)
 		}
 		err = b.update(func(tx *bolt.Tx) error {
 			for _, name := range buckets {
@@ -235,171 +211,122 @@ func (b *boltStore) init() error {
 					return err
 				}
 			}
-			return put(tx.Bucket(bucketMeta), keyVersion, beKey(1))
+			return put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion))
 		})
 		if err != nil {
-			return err
+			return st, err
 		}
 	}
-	return b.view(b.check)
+	err = b.view(func(tx *bolt.Tx) error {
+		st, err = readState(tx, files)
+		return err
+	})
+	st.keysLost = cmp.Or(st.keysLost, lost)
+	return st, err
 }
 
-// check reads every page and every file of keys that is in use, and removes the files that are
-// not.
-func (b *boltStore) check(tx *bolt.Tx) error {
+// readState reads all of the file, and the files of keys that it refers to. It removes the
+// others of these.
+func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 	for _, name := range buckets {
 		if tx.Bucket(name) == nil {
-			return fmt.Errorf("%w: no bucket %q", errDamaged, name)
+			return st, fmt.Errorf("%w: no bucket %q", errDamaged, name)
 		}
 	}
 	meta := tx.Bucket(bucketMeta)
 	version, err := unsealUint(keyVersion, meta.Get(keyVersion))
 	switch {
 	case err != nil:
-		return err
+		return st, err
 	case version == 0:
-		return fmt.Errorf("%w: no version", errDamaged)
-	case version > spoolVersion:
-		return fmt.Errorf("%s %w (format %d, this one reads %d)", tx.DB().Path(), errNewer, version, spoolVersion)
+		return st, fmt.Errorf("%w: no version", errDamaged)
+	case version != firstVersion && version != spoolVersion:
+		return st, fmt.Errorf("%s %w (it has format %d, and %d or %d can be read)", tx.DB().Path(), errVersion, version, firstVersion, spoolVersion)
 	}
-	st, err := b.loadState(tx)
-	if err != nil {
-		return err
+	if st.head, err = unsealUint(keyHead, meta.Get(keyHead)); err != nil {
+		return st, err
 	}
-	st.keysLost = cmp.Or(st.keysLost, b.found.keysLost)
-	b.found = st
+	if v := meta.Get(keyInstance); v != nil {
+		name, err := unseal(keyInstance, v)
+		if err != nil {
+			return st, err
+		}
+		st.kept = string(name)
+	}
 	used := make(map[string]bool)
-	for _, s := range st.series {
+	if err := st.readSeries(tx, files, used); err != nil {
+		return st, err
+	}
+	st.cursors = make(map[string]uint64)
+	err = tx.Bucket(bucketCursors).ForEach(func(k, v []byte) error {
+		at, err := unsealUint(k, v)
+		if err == nil && at > st.head {
+			err = fmt.Errorf("%w: cursor %d beyond the head %d", errDamaged, at, st.head)
+		}
+		st.cursors[string(k)] = at
+		return err
+	})
+	if err != nil {
+		return st, err
+	}
+	if err := st.readRecords(tx, files, used); err != nil {
+		return st, err
+	}
+	files.sweep(used, st.head)
+	err = tx.Bucket(bucketPoison).ForEach(func(_, _ []byte) error { st.deadLetters++; return nil })
+	return st, err
+}
+
+// readSeries reads the series and the sums by key of their last windows.
+func (st *state) readSeries(tx *bolt.Tx, files *keyFiles, used map[string]bool) error {
+	st.series = make(map[string]series)
+	return tx.Bucket(bucketSeries).ForEach(func(k, v []byte) error {
+		s, err := decodeSeries(k, v)
+		if err != nil {
+			return err
+		}
+		s.keys, err = files.sum(s.files)
+		if errors.Is(err, errDamaged) {
+			// The records are delivered, or readRecords finds the same. The sum of the window
+			// is known.
+			st.keysLost = err
+			s.files, s.keysLost, err = nil, true, nil
+		}
 		for _, f := range s.files {
 			used[f.name()] = true
 		}
-	}
-	want := uint64(0)
-	err = tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
+		st.series[string(k)] = s
+		return err
+	})
+}
+
+// readRecords reads the records, and checks that each has its keys.
+func (st *state) readRecords(tx *bolt.Tx, files *keyFiles, used map[string]bool) error {
+	last := uint64(0)
+	err := tx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
 		e, err := decodeEntry(k, v)
 		if err != nil {
 			return err
 		}
-		if want != 0 && e.index != want {
-			return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, want)
+		if last != 0 && e.index != last+1 {
+			return fmt.Errorf("%w: record %d where %d belongs", errDamaged, e.index, last+1)
 		}
-		want = e.index + 1
-		f, err := keyFileOf(tx, k)
-		if err != nil || e.record.Keys == 0 {
-			return err
+		last = e.index
+		st.pending++
+		if e.record.Keys == 0 {
+			return nil
 		}
-		var keys counter.KeyCounts
-		if f.index > 0 {
-			used[f.name()] = true
-			keys, err = b.keyFiles.read(f)
-		} else {
-			keys, err = oldKeys(tx, bucketRecordKeys, k)
-		}
+		used[e.file.name()] = true
+		keys, err := files.read(e.file)
 		if n := uint64(keys.Len()); err == nil && n != e.record.Keys {
 			err = fmt.Errorf("%w: %d keys of record %d, not %d", errDamaged, n, e.index, e.record.Keys)
 		}
 		return err
 	})
-	if err == nil {
-		b.keyFiles.sweep(used, st.head)
+	if err == nil && st.pending > 0 && last != st.head {
+		err = fmt.Errorf("%w: the last record is not the head", errDamaged)
 	}
 	return err
-}
-
-// keyFileOf returns the file that has the keys of the record with the index k; its own index
-// is 0 if there is none.
-func keyFileOf(tx *bolt.Tx, k []byte) (f keyFile, err error) {
-	b := tx.Bucket(bucketKeyFiles)
-	if b == nil || b.Get(k) == nil {
-		return keyFile{}, nil
-	}
-	v, err := unseal(k, b.Get(k))
-	if err == nil && len(v) != keyFileBytes {
-		err = fmt.Errorf("%w: file of keys %x has %d bytes", errDamaged, k, len(v))
-	}
-	if err != nil {
-		return keyFile{}, err
-	}
-	return decodeKeyFile(v), nil
-}
-
-// oldKeys returns the keys that a file of version 2 has under k.
-func oldKeys(tx *bolt.Tx, bucket, k []byte) (keys counter.KeyCounts, err error) {
-	b := tx.Bucket(bucket)
-	if b == nil || b.Get(k) == nil {
-		return keys, nil
-	}
-	v, err := unseal(k, b.Get(k))
-	if err == nil {
-		keys.AddPacked(bytes.Clone(v), nil)
-	}
-	return keys, err
-}
-
-func (b *boltStore) keys(index uint64) (keys counter.KeyCounts, err error) {
-	var f keyFile
-	err = b.view(func(tx *bolt.Tx) error {
-		if f, err = keyFileOf(tx, beKey(index)); err == nil && f.index == 0 {
-			keys, err = oldKeys(tx, bucketRecordKeys, beKey(index))
-		}
-		return err
-	})
-	if err == nil && f.index > 0 {
-		keys, err = b.keyFiles.read(f)
-	}
-	if err == nil && keys.Len() == 0 {
-		err = fmt.Errorf("%w: the keys of record %d are missing", errDamaged, index)
-	}
-	return keys, err
-}
-
-// putKeys stores the keys of a record, and which files have the sums of its series. It makes
-// the file one of the version that has such.
-func (b *boltStore) putKeys(tx *bolt.Tx, e *spooled, identity string, s *series) error {
-	before := b.series[identity]
-	s.files = nil
-	if before.start == s.start && !s.keysLost {
-		for _, f := range before.files {
-			if f.index < e.index { // else of an append that is repeated
-				s.files = append(s.files, f)
-			}
-		}
-	} else if old := tx.Bucket(bucketSeriesKeys); old != nil {
-		if err := old.Delete([]byte(identity)); err != nil {
-			return err
-		}
-	}
-	if e.keys.Len() == 0 && !s.keysLost {
-		return nil
-	}
-	files, err := tx.CreateBucketIfNotExists(bucketKeyFiles)
-	if err == nil {
-		err = put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion))
-	}
-	if err != nil || e.keys.Len() == 0 {
-		return err
-	}
-	f, err := b.keyFiles.write(e.index, e.keys)
-	if err != nil {
-		return err
-	}
-	if !s.keysLost {
-		s.files = append(s.files, f)
-	}
-	return put(files, beKey(e.index), f.append(nil))
-}
-
-// release removes files that nothing refers to any more.
-func (b *boltStore) release(files []keyFile) {
-	for _, f := range files {
-		used := f.index > b.removed
-		for _, s := range b.series {
-			used = used || slices.Contains(s.files, f)
-		}
-		if !used {
-			b.keyFiles.remove(f)
-		}
-	}
 }
 
 // update turns a panic of bbolt about a page, or a fault of the mapping, into an
@@ -452,76 +379,7 @@ func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
 	return b.db.View(fn)
 }
 
-func (b *boltStore) load() state {
-	st := b.found
-	b.found, b.series, b.removed = state{}, maps.Clone(st.series), st.head-uint64(st.pending)
-	b.keyFiles.loaded = true
-	return st
-}
-
-// loadState reads what the file has, but for the records.
-func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
-	st := state{series: make(map[string]series), cursors: make(map[string]uint64)}
-	meta := tx.Bucket(bucketMeta)
-	var err error
-	if st.head, err = unsealUint(keyHead, meta.Get(keyHead)); err != nil {
-		return st, err
-	}
-	if v := meta.Get(keyInstance); v != nil {
-		name, err := unseal(keyInstance, v)
-		if err != nil {
-			return st, err
-		}
-		st.kept = string(name)
-	}
-	err = tx.Bucket(bucketSeries).ForEach(func(k, v []byte) error {
-		s, err := decodeSeries(k, v)
-		if err != nil {
-			return err
-		}
-		old, err := oldKeys(tx, bucketSeriesKeys, k)
-		if err != nil {
-			return err
-		}
-		s.keys, err = b.keyFiles.sum(old, s.files)
-		if errors.Is(err, errDamaged) {
-			// The records are delivered, or check finds the same. The sum of the window is known.
-			st.keysLost = err
-			s.files, s.keysLost, err = nil, true, nil
-		}
-		st.series[string(k)] = s
-		return err
-	})
-	if err != nil {
-		return st, err
-	}
-	err = tx.Bucket(bucketCursors).ForEach(func(k, v []byte) error {
-		at, err := unsealUint(k, v)
-		if err != nil {
-			return err
-		}
-		if at > st.head {
-			return fmt.Errorf("%w: cursor %d beyond the head %d", errDamaged, at, st.head)
-		}
-		st.cursors[string(k)] = at
-		return nil
-	})
-	if err != nil {
-		return st, err
-	}
-	c := tx.Bucket(bucketRecords).Cursor()
-	if first, _ := c.First(); first != nil {
-		last, _ := c.Last()
-		if len(first) != 8 || len(last) != 8 || binary.BigEndian.Uint64(last) != st.head {
-			return st, fmt.Errorf("%w: the last record is not the head", errDamaged)
-		}
-		st.pending = int(st.head - binary.BigEndian.Uint64(first) + 1)
-	}
-	err = tx.Bucket(bucketPoison).ForEach(func(_, _ []byte) error { st.poison++; return nil })
-	return st, err
-}
-
-// encodeSeries returns what decodeSeries reads. Without keys it is that of every version.
+// encodeSeries returns what decodeSeries reads. Without keys it is that of firstVersion.
 func encodeSeries(s *series) []byte {
 	v := binary.BigEndian.AppendUint64(nil, s.seq)
 	v = binary.BigEndian.AppendUint64(v, uint64(s.start))
@@ -558,38 +416,29 @@ func decodeSeries(k, v []byte) (s series, err error) {
 }
 
 func (b *boltStore) keepInstance(name string) error {
-	b.instance = name
 	return b.update(func(tx *bolt.Tx) error {
 		return put(tx.Bucket(bucketMeta), keyInstance, []byte(name))
 	})
 }
 
 func (b *boltStore) put(e spooled, identity string, s series, beforeCommit func()) error {
-	err := b.update(func(tx *bolt.Tx) error {
-		if err := b.putKeys(tx, &e, identity, &s); err != nil {
-			return err
-		}
+	value := e.value
+	if e.record.Keys > 0 {
+		value = append(e.file.append(nil), value...)
+	}
+	return b.update(func(tx *bolt.Tx) error {
 		meta := tx.Bucket(bucketMeta)
 		err := cmp.Or(
-			put(tx.Bucket(bucketRecords), beKey(e.index), e.value),
+			put(tx.Bucket(bucketRecords), beKey(e.index), value),
 			put(tx.Bucket(bucketSeries), []byte(identity), encodeSeries(&s)),
 			put(meta, keyHead, beKey(e.index)),
+			put(meta, keyVersion, beKey(spoolVersion)),
 		)
-		if err == nil && b.instance != "" {
-			err = put(meta, keyInstance, []byte(b.instance))
-		}
 		if err == nil {
 			beforeCommit()
 		}
 		return err // an error rolls all of it back
 	})
-	if err != nil {
-		return err
-	}
-	before := b.series[identity].files
-	b.series[identity] = s
-	b.release(before)
-	return nil
 }
 
 func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err error) {
@@ -610,35 +459,27 @@ func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err erro
 	return out, err
 }
 
-func (b *boltStore) advance(sink string, to, upTo uint64) error {
-	var files []keyFile
-	err := b.update(func(tx *bolt.Tx) (err error) {
+func (b *boltStore) advance(sink string, to, removed, upTo uint64) (files []keyFile, err error) {
+	err = b.update(func(tx *bolt.Tx) (err error) {
 		files = nil // of an attempt before
 		if sink != "" {
 			err = put(tx.Bucket(bucketCursors), []byte(sink), beKey(to))
 		}
-		for i := b.removed + 1; i <= upTo && err == nil; i++ {
+		records := tx.Bucket(bucketRecords)
+		for i := removed + 1; i <= upTo && err == nil; i++ {
+			k := beKey(i)
 			var f keyFile
-			if f, err = keyFileOf(tx, beKey(i)); f.index > 0 {
+			if f, _, err = splitEntry(k, records.Get(k)); f.index > 0 {
 				files = append(files, f)
 			}
-			for _, name := range [][]byte{bucketRecords, bucketKeyFiles, bucketRecordKeys} {
-				if bucket := tx.Bucket(name); bucket != nil {
-					err = cmp.Or(err, bucket.Delete(beKey(i)))
-				}
-			}
+			err = cmp.Or(err, records.Delete(k))
 		}
 		return err
 	})
-	if err != nil {
-		return err
-	}
-	b.removed = max(b.removed, upTo)
-	b.release(files)
-	return nil
+	return files, err
 }
 
-func (b *boltStore) condemn(e spooled, sink, reason string) error {
+func (b *boltStore) deadLetter(e spooled, sink, reason string) error {
 	return b.update(func(tx *bolt.Tx) error {
 		v := append(append([]byte(reason), '\n'), e.value...)
 		lines := newKeyJSON(&e.record)
@@ -646,12 +487,6 @@ func (b *boltStore) condemn(e spooled, sink, reason string) error {
 			v = lines.append(append(v, '\n'), key, unique)
 		}
 		return put(tx.Bucket(bucketPoison), append(beKey(e.index), sink...), v)
-	})
-}
-
-func (b *boltStore) dropSink(sink string) error {
-	return b.update(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketCursors).Delete([]byte(sink))
 	})
 }
 
@@ -697,20 +532,31 @@ func unsealUint(k, v []byte) (uint64, error) {
 	return binary.BigEndian.Uint64(v), nil
 }
 
-func decodeEntry(k, v []byte) (spooled, error) {
+func decodeEntry(k, v []byte) (e spooled, err error) {
 	if len(k) != 8 {
-		return spooled{}, fmt.Errorf("%w: key of %d bytes", errDamaged, len(k))
+		return e, fmt.Errorf("%w: key of %d bytes", errDamaged, len(k))
 	}
-	index := binary.BigEndian.Uint64(k)
-	value, err := unseal(k, v)
-	if err != nil {
-		return spooled{}, err
+	e.index = binary.BigEndian.Uint64(k)
+	if e.file, v, err = splitEntry(k, v); err != nil {
+		return e, err
 	}
-	r, err := parseRecord(value)
-	if err != nil {
-		return spooled{}, fmt.Errorf("%w: record %d: %w", errDamaged, index, err)
+	e.value = bytes.Clone(v)
+	if e.record, err = parseRecord(v); err != nil {
+		return e, fmt.Errorf("%w: record %d: %w", errDamaged, e.index, err)
 	}
-	return spooled{index: index, record: r, value: bytes.Clone(value)}, nil
+	if e.record.Keys > 0 && e.file.index == 0 {
+		return e, fmt.Errorf("%w: record %d does not refer to its keys", errDamaged, e.index)
+	}
+	return e, nil
+}
+
+// splitEntry returns the file of the keys of a record, which is before the record in its
+// value and begins with a zero, and the bytes of the record.
+func splitEntry(k, v []byte) (f keyFile, record []byte, err error) {
+	if v, err = unseal(k, v); err != nil || len(v) < keyFileBytes || v[0] != 0 {
+		return f, v, err
+	}
+	return decodeKeyFile(v), v[keyFileBytes:], nil
 }
 
 // beKey orders bbolt's keys by number.

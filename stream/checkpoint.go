@@ -3,10 +3,9 @@ package stream
 import (
 	"encoding/binary"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"hash/crc32"
 	"os"
+	"slices"
 
 	"verve/internal/durable"
 )
@@ -16,64 +15,51 @@ import (
 // sequence numbers would begin again, and the count of the last window might be
 // published twice.
 //
-// It has a file of its own beside the spool, which is written after each append, into one
-// of two places alternately: a write that is cut short leaves the checkpoint before it.
+// It has a file of its own beside the spool, which is replaced after each append: a
+// checksum, the length, and the checkpoint as JSON. An earlier version wrote into one of two
+// places of the file in turns.
 type checkpoint struct {
-	Turn     uint64 `json:"turn"` // counts the writes
 	Identity string `json:"identity"`
 	Instance string `json:"instance"`
 	Seq      uint64 `json:"seq"`
 	Start    int64  `json:"start"` // of the last window, Unix nanoseconds
 	Unique   uint64 `json:"unique"`
 	Keyed    bool   `json:"keyed,omitempty"` // some of Unique is under keys: those are lost with the spool
+	Turn     uint64 `json:"turn,omitempty"`  // of the two places, the one with the higher number counts
 }
 
 const (
 	checkpointFile  = "spool.mark"
-	checkpointBytes = 4096 // a place: two names of maxName at most, and a page
+	checkpointPlace = 4096 // bytes of each of the two places
 )
 
-// readCheckpoint returns the newer of the two checkpoints that are whole, or a zero one.
-func readCheckpoint(path string) (newest checkpoint) {
+// readCheckpoint returns the last checkpoint, or a zero one if there is none that is whole.
+func readCheckpoint(path string) (last checkpoint) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return checkpoint{} // none yet, or as good as none
 	}
-	for place := range 2 {
-		if len(b) < (place+1)*checkpointBytes {
+	for p := range slices.Chunk(b, checkpointPlace) {
+		if len(p) < 8 {
 			break
 		}
-		p := b[place*checkpointBytes : (place+1)*checkpointBytes]
-		n := binary.BigEndian.Uint32(p[4:])
-		if n > checkpointBytes-8 || crc32.Checksum(p[4:8+n], durable.Castagnoli) != binary.BigEndian.Uint32(p) {
-			continue
-		}
-		var m checkpoint
-		if json.Unmarshal(p[8:8+n], &m) == nil && m.Turn >= newest.Turn {
-			newest = m
+		sum, p := binary.BigEndian.Uint32(p), p[4:]
+		n := 4 + uint64(binary.BigEndian.Uint32(p))
+		var c checkpoint
+		if n <= uint64(len(p)) && crc32.Checksum(p[:n], durable.Castagnoli) == sum && json.Unmarshal(p[4:n], &c) == nil && c.Turn >= last.Turn {
+			last = c
 		}
 	}
-	return newest
+	last.Turn = 0
+	return last
 }
 
-// write makes the next checkpoint durable.
-func (m *checkpoint) write(path string) error {
-	m.Turn++
-	value, err := json.Marshal(m)
+// write makes the checkpoint durable.
+func (c *checkpoint) write(path string) error {
+	value, err := json.Marshal(c)
 	if err != nil {
 		return err
 	}
-	p := make([]byte, checkpointBytes)
-	if len(value) > checkpointBytes-8 {
-		return fmt.Errorf("%s: a checkpoint of %d bytes", path, len(value))
-	}
-	copy(p[8:], value)
-	binary.BigEndian.PutUint32(p[4:], uint32(len(value)))
-	binary.BigEndian.PutUint32(p, crc32.Checksum(p[4:8+len(value)], durable.Castagnoli))
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(p, int64(m.Turn%2)*checkpointBytes)
-	return errors.Join(err, f.Sync(), f.Close())
+	value = append(binary.BigEndian.AppendUint32(nil, uint32(len(value))), value...)
+	return durable.ReplaceFile(path, append(binary.BigEndian.AppendUint32(nil, crc32.Checksum(value, durable.Castagnoli)), value...), 0o644)
 }

@@ -49,9 +49,8 @@ func TestNumbersGoOnBehindADamagedSpool(t *testing.T) {
 	}
 }
 
-// TestDamagedMarkIsNoMark: of the two places the other one serves, and a good
-// spool needs neither.
-func TestDamagedMarkIsNoMark(t *testing.T) {
+// TestDamagedCheckpointIsNone, and a good spool does not need it.
+func TestDamagedCheckpointIsNone(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, checkpointFile)
 	sp := testSpool(t, dir)
@@ -64,21 +63,23 @@ func TestDamagedMarkIsNoMark(t *testing.T) {
 	if got := readCheckpoint(path); got.Seq != 5 || got.Unique != window(4).Unique {
 		t.Errorf("read %+v", got)
 	}
-	for at := range whole {
-		b := bytes.Clone(whole)
-		b[at] ^= 0x10
+	write := func(b []byte) {
+		t.Helper()
 		if err := os.WriteFile(path, b, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if got := readCheckpoint(path); got.Seq != 5 && got.Seq != 4 {
+	}
+	for at := range whole {
+		b := bytes.Clone(whole)
+		b[at] ^= 0x10
+		write(b)
+		if got := readCheckpoint(path); got != (checkpoint{}) {
 			t.Fatalf("with byte %d changed: %+v", at, got)
 		}
 	}
 	for size := range len(whole) {
-		if err := os.WriteFile(path, whole[:size], 0o644); err != nil {
-			t.Fatal(err)
-		}
-		if got := readCheckpoint(path); got.Seq != 0 && got.Seq != 5 && got.Seq != 4 {
+		write(whole[:size])
+		if got := readCheckpoint(path); got != (checkpoint{}) {
 			t.Fatalf("cut to %d bytes: %+v", size, got)
 		}
 	}
@@ -88,4 +89,42 @@ func TestDamagedMarkIsNoMark(t *testing.T) {
 	if got := readCheckpoint(path); got.Seq != 6 {
 		t.Errorf("read %+v, want 6", got)
 	}
+}
+
+// TestCheckpointInTwoPlacesIsRead: of the form of an earlier version, of which either place may
+// be cut short, the newer one counts.
+func TestCheckpointInTwoPlacesIsRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), checkpointFile)
+	two := make([]byte, 2*checkpointPlace)
+	place := func(turn, seq uint64) {
+		t.Helper()
+		c := checkpoint{Identity: "verve/host-1", Instance: "host-1", Seq: seq, Turn: turn}
+		if err := c.write(path); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		copy(two[turn%2*checkpointPlace:], b)
+	}
+	want := func(what string, seq uint64, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := readCheckpoint(path); got.Seq != seq {
+			t.Errorf("%s: read %+v, want %d", what, got, seq)
+		}
+	}
+	place(1, 1)
+	want("the first one", 1, two)
+	place(2, 2)
+	want("both", 2, two)
+	place(3, 3)
+	want("the first place again", 3, two)
+	want("cut", 2, two[:checkpointPlace+40])
+	damaged := bytes.Clone(two)
+	damaged[checkpointPlace+20] ^= 1
+	want("damaged", 2, damaged)
 }

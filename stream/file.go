@@ -3,7 +3,6 @@ package stream
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,8 +51,8 @@ type fileSink struct {
 	restOf uint64
 
 	// unsure is the index up to which a record may be in the file although the
-	// spool does not say so. It only grows.
-	unsure atomic.Uint64
+	// spool does not have its acknowledgement. It only grows.
+	unsure uint64
 }
 
 // filePatience is far above what a write and a sync take on a disk that works, and
@@ -65,8 +63,7 @@ const filePatience = 2 * time.Second
 var tornPrefix = []byte(`{"window_start":"`)
 
 func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)) *fileSink {
-	f := &fileSink{path: path, step: step}
-	f.mayHave(unsure)
+	f := &fileSink{path: path, unsure: unsure, step: step}
 	if path == "-" {
 		if f.stdout = stdout; stdout == nil {
 			f.stdout = os.Stdout
@@ -75,12 +72,8 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 	return f
 }
 
-func (f *fileSink) conflicts() uint64 { return 0 }
-func (f *fileSink) close()            {}
-
-// mayHave raises unsure. The goroutine that calls deliver alone does so; a write that was left
-// behind reads it.
-func (f *fileSink) mayHave(upTo uint64) { f.unsure.Store(max(f.unsure.Load(), upTo)) }
+// mayHave raises unsure.
+func (f *fileSink) mayHave(upTo uint64) { f.unsure = max(f.unsure, upTo) }
 
 // Claims is what a counts file asks its group: which instance writes a line?
 type Claims interface {
@@ -102,7 +95,7 @@ func (f *fileSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if i := slices.IndexFunc(batch, func(e spooled) bool { return e.record.Scope == ScopeGroup }); i > 0 && f.claims != nil {
 		batch = batch[:i]
 	}
-	return f.write(ctx, batch)
+	return f.write(batch)
 }
 
 // deliverClaimed writes the line of one record of a group, if it is this
@@ -119,15 +112,14 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, erro
 	switch {
 	case claim.Written:
 		// By another instance perhaps, after this one was killed at its keys.
-		err, over := unlessOver(ctx, func() error { return f.removeKeys(one) })
-		if err = cmp.Or(err, over); err != nil {
+		if err := f.removeKeys(one); err != nil {
 			return 0, fmt.Errorf("counts file: %w", err)
 		}
 		return 1, nil
 	case !claim.Mine:
 		return 0, errElsewhere
 	}
-	if n, err := f.write(ctx, one); err != nil {
+	if n, err := f.write(one); err != nil {
 		return n, err
 	}
 	if err := f.claims.Written(ctx, s); err != nil {
@@ -137,18 +129,14 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, erro
 	return 1, nil
 }
 
-func (f *fileSink) write(ctx context.Context, batch []spooled) (int, error) {
+func (f *fileSink) write(batch []spooled) (n int, err error) {
 	if f.stdout != nil {
-		for i := range batch {
-			if err := f.print(ctx, batch[i]); err != nil {
-				return i, fmt.Errorf("standard output: %w", err)
-			}
+		// Each is acknowledged by itself: a stop repeats no line that was taken.
+		batch = batch[:1]
+		if err = f.print(&batch[0]); err != nil {
+			return 0, fmt.Errorf("standard output: %w", err)
 		}
-		f.step(stepProduced)
-		return len(batch), nil
-	}
-	err, over := unlessOver(ctx, func() error { return f.append(batch) })
-	if err = cmp.Or(err, over); err != nil {
+	} else if err = f.append(batch); err != nil {
 		f.mayHave(batch[len(batch)-1].index)
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
@@ -156,48 +144,18 @@ func (f *fileSink) write(ctx context.Context, batch []spooled) (int, error) {
 	return len(batch), nil
 }
 
-// print writes a record's line to standard output. A pipe takes it whole or not at
-// all; of what takes a part of it, as a file on a full disk does, the next call
+// print writes a record's lines to standard output. A pipe takes them whole or not at
+// all; of what takes a part of them, as a file on a full disk does, the next call
 // writes the rest.
-func (f *fileSink) print(ctx context.Context, e spooled) error {
+func (f *fileSink) print(e *spooled) error {
 	if f.rest == nil || f.restOf != e.index {
-		f.rest, f.restOf = appendLines(nil, &e), e.index
+		f.rest, f.restOf = appendLines(nil, e), e.index
 	}
-	type outcome struct {
-		n   int
-		err error
-	}
-	rest := f.rest
-	o, over := unlessOver(ctx, func() outcome {
-		n, err := f.stdout.Write(rest)
-		return outcome{n, err}
-	})
-	if over != nil {
-		return over
-	}
-	if f.rest = rest[o.n:]; o.err == nil {
+	n, err := f.stdout.Write(f.rest)
+	if f.rest = f.rest[n:]; err == nil {
 		f.rest = nil
 	}
-	return o.err
-}
-
-// unlessOver returns what do returns. When ctx ends first it leaves do behind and
-// returns the error of ctx: a write to a pipe whose reader stalls, or to a file
-// system that hangs, cannot be interrupted, and must not hold up a stop.
-func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) {
-	done := make(chan T, 1)
-	go func() { done <- do() }()
-	select {
-	case result = <-done:
-		return result, nil
-	case <-ctx.Done():
-	}
-	select {
-	case result = <-done: // both at once
-		return result, nil
-	default:
-		return result, ctx.Err()
-	}
+	return err
 }
 
 func (f *fileSink) append(batch []spooled) (err error) {
@@ -225,7 +183,7 @@ func (f *fileSink) append(batch []spooled) (err error) {
 		return err
 	}
 	counter.Rest()
-	if batch[0].index <= f.unsure.Load() {
+	if batch[0].index <= f.unsure {
 		there, err := f.lookup(file, batch)
 		if err != nil {
 			return err
@@ -291,25 +249,21 @@ func openToAppend(path string) (file *os.File, created bool, err error) {
 func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, error) {
 	want := make(map[string]bool)
 	for i := range batch {
-		if batch[i].index <= f.unsure.Load() {
+		if batch[i].index <= f.unsure {
 			want[string(batch[i].value)] = true
 		}
 	}
 	there := make(map[string]bool)
-	r := bufio.NewReaderSize(io.NewSectionReader(file, 0, 1<<62), 1<<16)
+	lines := countsLines{r: bufio.NewReaderSize(io.NewSectionReader(file, 0, 1<<62), 1<<16)}
 	for {
-		line, err := r.ReadSlice('\n')
-		if err == nil && want[string(line[:len(line)-1])] {
-			there[string(line[:len(line)-1])] = true
-		}
-		for errors.Is(err, bufio.ErrBufferFull) { // not a record: longer than any
-			_, err = r.ReadSlice('\n')
-		}
-		if errors.Is(err, io.EOF) {
+		line, err := lines.next(context.Background(), false)
+		switch {
+		case errors.Is(err, io.EOF):
 			return there, nil
-		}
-		if err != nil {
+		case err != nil:
 			return nil, err
+		case want[string(line)]:
+			there[string(line)] = true
 		}
 	}
 }

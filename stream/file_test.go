@@ -29,8 +29,12 @@ func entries(t *testing.T, from, to int) []spooled {
 
 func deliver(t *testing.T, k sink, batch []spooled) {
 	t.Helper()
-	if n, err := k.deliver(context.Background(), batch); n != len(batch) || err != nil {
-		t.Fatalf("delivered %d of %d, %v", n, len(batch), err)
+	for len(batch) > 0 {
+		n, err := k.deliver(context.Background(), batch)
+		if n == 0 || err != nil {
+			t.Fatalf("delivered %d of %d, %v", n, len(batch), err)
+		}
+		batch = batch[n:]
 	}
 }
 

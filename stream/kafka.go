@@ -130,10 +130,10 @@ type kafkaSink struct {
 	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
 	atOnce int
 
-	refused  bool          // transactions were refused when the last session began
-	allowed  time.Duration // what the broker allows transactions to take; 0: it has not refused any
-	conflict atomic.Uint64
-	closing  sync.WaitGroup // clients on their way out
+	refused   bool          // transactions were refused when the last session began
+	allowed   time.Duration // what the broker allows transactions to take; 0: it has not refused any
+	conflicts atomic.Uint64
+	closing   sync.WaitGroup // clients on their way out
 }
 
 // session is a client whose producer id is the newest of its identity.
@@ -149,8 +149,6 @@ type session struct {
 func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(string)) *kafkaSink {
 	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, atOnce: keysAtOnce}
 }
-
-func (k *kafkaSink) conflicts() uint64 { return k.conflict.Load() }
 
 func (k *kafkaSink) close() {
 	k.drop()
@@ -532,27 +530,21 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 // sendRecords hands records of one topic to the broker and waits until it has acknowledged
 // them.
 func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record) error {
-	results := make(chan error, len(records)) // as many as promises: none ever blocks
-	for _, r := range records {
-		// The records' context is not ours: the client may not give a record up
-		// while its fate is open. The wait below is what is bounded.
-		k.session.client.Produce(context.Background(), r, func(_ *kgo.Record, err error) { results <- err })
+	ctx, cancel := context.WithTimeoutCause(ctx, stepWait, fmt.Errorf("no acknowledgement within %s", stepWait))
+	defer cancel()
+	client := k.session.client
+	// The records' context is not ours: the client may not give a record up while its fate is
+	// open. The wait is what is bounded.
+	results, over := unlessOver(ctx, func() kgo.ProduceResults { return client.ProduceSync(context.Background(), records...) })
+	if over != nil {
+		return fmt.Errorf("produce: %w", context.Cause(ctx))
 	}
-	deadline := time.NewTimer(stepWait)
-	defer deadline.Stop()
 	var failed error
-	for range records {
-		select {
-		case err := <-results:
-			// The first failure is the cause of those behind it, except that a
-			// record is refused for its own sake.
-			if failed == nil || (poison(err) && !poison(failed)) {
-				failed = cmp.Or(err, failed)
-			}
-		case <-deadline.C:
-			return fmt.Errorf("produce: no acknowledgement within %s", stepWait)
-		case <-ctx.Done():
-			return fmt.Errorf("produce: %w", ctx.Err())
+	for _, r := range results {
+		// The first failure is the cause of those behind it, except that a record is
+		// refused for its own sake.
+		if failed == nil || poison(r.Err) && !poison(failed) {
+			failed = cmp.Or(r.Err, failed)
 		}
 	}
 	if failed != nil {

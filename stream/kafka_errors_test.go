@@ -176,7 +176,7 @@ func TestKafkaTimeThatIsRefused(t *testing.T) {
 				if took := time.Since(began); took > 10*time.Second {
 					t.Errorf("delivered after %v", took)
 				}
-				if st := s.Stats(); st.Poison != 0 || firstError(st) != "" {
+				if st := s.Stats(); st.DeadLetters != 0 || firstError(st) != "" {
 					t.Errorf("stats %+v, want nothing set aside", st)
 				}
 				s.stop()
@@ -229,7 +229,7 @@ func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 			}
 		}
 		s.flush(t, time.Minute)
-		if st := s.Stats(); st.Poison != 0 || firstError(st) != "" {
+		if st := s.Stats(); st.DeadLetters != 0 || firstError(st) != "" {
 			t.Errorf("stats %+v", st)
 		}
 		s.stop()
@@ -267,7 +267,7 @@ func TestKafkaClockThatTheTopicRefuses(t *testing.T) {
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
 		s.publish(t, 0, 3)
 		time.Sleep(30 * time.Minute)
-		if st := s.Stats(); st.Poison != 0 || !strings.Contains(firstError(st), "clock") {
+		if st := s.Stats(); st.DeadLetters != 0 || !strings.Contains(firstError(st), "clock") {
 			t.Errorf("stats %+v", st)
 		}
 		s.flush(t, 2*time.Hour)

@@ -128,7 +128,7 @@ func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missi
 		same := slices.Contains(values, string(e.value))
 		if len(values) > 0 && !same {
 			if e.record.Scope == ScopeInstance || !sameCount(values[0], &e.record) {
-				k.conflict.Add(1)
+				k.conflicts.Add(1)
 				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
 					Msg("the topic has this key with another value: two processes use the same name")
 			}

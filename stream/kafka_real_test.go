@@ -321,7 +321,7 @@ func TestRealKafka(t *testing.T) {
 			}
 		}
 		s.flush(t, brokerPatience)
-		if n := s.Stats().Poison; n != 0 {
+		if n := s.Stats().DeadLetters; n != 0 {
 			t.Errorf("%d records are set aside", n)
 		}
 		wantWindows(t, readTopic(t, cfg), 60)
@@ -341,7 +341,7 @@ func TestRealKafka(t *testing.T) {
 			}
 		}
 		s.flush(t, brokerPatience)
-		if n := s.Stats().Poison; n != 0 {
+		if n := s.Stats().DeadLetters; n != 0 {
 			t.Errorf("%d records are set aside", n)
 		}
 		wantWindows(t, readTopic(t, cfg), 2)

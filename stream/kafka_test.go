@@ -156,7 +156,7 @@ func TestKafkaEveryErrorIsOvercome(t *testing.T) {
 						s.publish(t, 4, 5)
 						s.flush(t, 5*time.Minute)
 						st := s.Stats()
-						if st.Poison != 0 || st.Conflicts != 0 || firstError(st) != "" {
+						if st.DeadLetters != 0 || st.Conflicts != 0 || firstError(st) != "" {
 							t.Errorf("stats %+v", st)
 						}
 						s.stop()
@@ -517,7 +517,7 @@ func TestKafkaPoisonIsSetAsideAndBlocksNothing(t *testing.T) {
 				sp.Close()
 				s := start(t, dir, Config{Kafka: cfg, Log: zerolog.New(&log)})
 				s.flush(t, 5*time.Minute)
-				if st := s.Stats(); st.Poison != 1 || firstError(st) != "" {
+				if st := s.Stats(); st.DeadLetters != 1 || firstError(st) != "" {
 					t.Errorf("stats %+v", st)
 				}
 				if !strings.Contains(log.String(), string(victim)) {
@@ -644,8 +644,8 @@ func TestKafkaNamesakeIsReported(t *testing.T) {
 		second := newKafkaSink(cfg, zerolog.Nop(), 1, noStep)
 		deliver(t, second, other)
 		second.close()
-		if second.conflicts() != 1 {
-			t.Errorf("%d conflicts, want 1", second.conflicts())
+		if second.conflicts.Load() != 1 {
+			t.Errorf("%d conflicts, want 1", second.conflicts.Load())
 		}
 		var totals Totals
 		for _, r := range readTopic(t, cfg) {

@@ -48,9 +48,7 @@ func (r *KeyRecord) ID() string { return r.RecordKey() + "/" + r.Key }
 // parseRecord does.
 func parseKeyRecord(b []byte) (KeyRecord, error) {
 	var r KeyRecord
-	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&r); err != nil {
+	if err := json.Unmarshal(b, &r); err != nil {
 		return KeyRecord{}, fmt.Errorf("parse record of a key: %w", err)
 	}
 	of := r.record()

@@ -22,7 +22,8 @@ import (
 // reads the file takes lines by key for what they are only with the line of their record.
 //
 // The lock of the counts file covers both. With one process the lines to remove are the
-// last ones. Where several share the files, others may have appended behind them since.
+// last ones. Where several share the files, others may have appended behind them since: there
+// they stay, and only those that are missing are written.
 
 // keysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
 // for counts.jsonl.
@@ -40,7 +41,7 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	if keysOf(batch) == 0 {
 		return nil
 	}
-	file, created, err := f.openKeys(batch)
+	file, created, stay, err := f.openKeys(batch)
 	if err != nil {
 		return err
 	}
@@ -51,6 +52,9 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 		lines := newKeyJSON(&batch[i].record)
 		for key, unique := range batch[i].keys.All() {
 			line = append(lines.append(line[:0], key, unique), '\n')
+			if stay[string(line)] {
+				continue
+			}
 			if _, err := w.Write(line); err != nil {
 				return err
 			}
@@ -69,39 +73,29 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	return err
 }
 
-// openKeys opens the file, to append, without what an earlier attempt has left of the
-// records.
-func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, err error) {
-	path := keysFile(f.path)
-	if file, created, err = openToAppend(path); err != nil {
-		return nil, false, err
+// openKeys opens the file, to append, and removes what an earlier attempt has left of the
+// records at its end. Those lines of them that stay are returned.
+func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, stay map[string]bool, err error) {
+	if file, created, err = openToAppend(keysFile(f.path)); err != nil {
+		return nil, false, nil, err
 	}
-	replaced, err := f.cutKeys(file, batch)
-	if err == nil && !replaced {
-		return file, created, nil
-	}
-	if err = errors.Join(err, file.Close()); err == nil {
-		file, _, err = openToAppend(path)
-	}
-	return file, created, err
-}
-
-// cutKeys removes what an earlier attempt has left. replaced: another file has the name now.
-func (f *fileSink) cutKeys(file *os.File, batch []spooled) (replaced bool, err error) {
 	info, err := file.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return false, err
+	if err == nil && info.Mode().IsRegular() {
+		err = repairTail(file, info.Size())
+		if err == nil && batch[0].index <= f.unsure {
+			stay, err = removeLeft(file, &batch[0].record)
+		}
 	}
-	if err := repairTail(file, info.Size()); err != nil || batch[0].index > f.unsure.Load() {
-		return false, err
+	if err != nil {
+		return nil, false, nil, errors.Join(err, file.Close())
 	}
-	return cutOut(file, keysFile(f.path), leftover(&batch[0].record))
+	return file, created, stay, nil
 }
 
 // removeKeys removes what an earlier attempt has left of a record whose line another
 // instance has written to its own file.
 func (f *fileSink) removeKeys(one []spooled) (err error) {
-	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure.Load() {
+	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure {
 		return nil
 	}
 	counts, _, err := openToAppend(f.path)
@@ -119,108 +113,61 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	if err != nil || len(there) > 0 {
 		return err
 	}
-	file, _, err := f.openKeys(one)
+	file, _, _, err := f.openKeys(one)
 	if err != nil {
 		return err
 	}
 	return errors.Join(file.Sync(), file.Close())
 }
 
-// lineKind is what a line by key is to a record that is about to be written.
-type lineKind int
-
-const (
-	lineForeign lineKind = iota // of somebody else: it stays
-	lineEarlier                 // of a record before it: nothing in front of it is left over
-	lineLeft                    // left over
-)
-
 // leftover returns what tells the lines that were left of a record, and of those that were
-// to be written with it: records are written in order, so where it is missing they are.
-func leftover(first *Record) func(line []byte) lineKind {
+// to be written with it: records are written in order, so where it is missing they are. A line
+// is left, or of a record before: then nothing in front of it is left; or of somebody else.
+func leftover(first *Record) func(line []byte) (left, before bool) {
 	key := first.Key()
 	series := bytes.TrimRight(newKeyJSON(first).after, "}0123456789") // to the number
-	return func(line []byte) lineKind {
+	return func(line []byte) (left, before bool) {
 		if bytes.IndexByte(line, 0) >= 0 {
-			return lineLeft // a power loss has left zeros
+			return true, false // a power loss has left zeros
 		}
 		var r KeyRecord
 		if !bytes.Contains(line, series) || json.Unmarshal(line, &r) != nil {
-			return lineForeign // most of a shared file is
+			return false, false // most of a shared file is
 		}
-		of := r.record()
-		switch {
-		case of.Seq < first.Seq || of.WindowStart.Before(first.WindowStart):
-			return lineEarlier
-		case first.Scope == ScopeInstance || of.Key() == key:
-			return lineLeft
+		if r.Seq < first.Seq || r.WindowStart.Before(first.WindowStart) {
+			return false, true
 		}
-		return lineForeign // another window of the group
+		return first.Scope == ScopeInstance || r.RecordKey() == key, false // else another window of the group
 	}
 }
 
-// cutOut removes the lines that were left over. Where others are behind them it writes the
-// file anew.
-func cutOut(file *os.File, path string, kind func(line []byte) lineKind) (replaced bool, err error) {
+// removeLeft removes the lines that were left over, as far as no others are behind them. The
+// others of them are returned.
+func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) {
 	info, err := file.Stat()
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	from, behind, stays := info.Size(), false, false
-	err = linesBack(file, info.Size(), func(at int64, line []byte) (more bool) {
-		switch kind(line) {
-		case lineEarlier:
+	kind, from, last := leftover(first), info.Size(), true
+	stay = make(map[string]bool)
+	err = linesBack(file, from, func(at int64, line []byte) (more bool) {
+		left, before := kind(line)
+		switch {
+		case before:
 			return false
-		case lineLeft:
-			from, behind = at, stays
-		case lineForeign:
-			stays = true
+		case !left:
+			last = false
+		case last:
+			from = at
+		default:
+			stay[string(line)] = true
 		}
 		return true
 	})
-	switch {
-	case err != nil || from == info.Size():
-		return false, err
-	case !behind:
-		return false, file.Truncate(from)
+	if err == nil && from < info.Size() {
+		err = file.Truncate(from)
 	}
-	return true, rewrite(file, path, from, info, kind)
-}
-
-// rewrite puts a file in the place of another that has the same bytes up to from, and of
-// the lines behind only those that were not left over.
-func rewrite(file *os.File, path string, from int64, info os.FileInfo, kind func(line []byte) lineKind) (err error) {
-	made, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, info.Mode().Perm())
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(made.Name())
-		}
-	}()
-	w := bufio.NewWriterSize(made, 1<<16)
-	_, err = io.Copy(w, io.NewSectionReader(file, 0, from))
-	r := bufio.NewReader(io.NewSectionReader(file, from, info.Size()-from))
-	for err == nil {
-		var line []byte
-		if line, err = r.ReadBytes('\n'); kind(line) != lineLeft {
-			w.Write(line) // Flush has the error
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		err = w.Flush()
-	}
-	if err == nil {
-		err = made.Sync()
-	}
-	if err = errors.Join(err, made.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(made.Name(), path); err != nil {
-		return err
-	}
-	return durable.SyncDir(filepath.Dir(path))
+	return stay, err
 }
 
 // linesBack calls fn with the lines of the first size bytes of a file, the last one first,

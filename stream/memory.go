@@ -1,10 +1,10 @@
 package stream
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"sync"
-
-	"verve/counter"
 )
 
 const (
@@ -17,7 +17,7 @@ const (
 
 // memoryStore is the store of --data-dir=none.
 type memoryStore struct {
-	mu        sync.Mutex // guards entries against scan and keys, which do not hold the spool's
+	mu        sync.Mutex // guards entries against scan, which does not hold the spool's
 	entries   []spooled
 	keyBytes  int // of the keys of entries
 	keysLimit int // of keyBytes
@@ -33,10 +33,6 @@ func newMemoryStore(memory uint64) *memoryStore {
 	return &memoryStore{keysLimit: int(limit)}
 }
 
-func (m *memoryStore) load() state {
-	return state{series: make(map[string]series), cursors: make(map[string]uint64)}
-}
-
 func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) error {
 	beforeCommit()
 	m.mu.Lock()
@@ -49,45 +45,31 @@ func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) er
 	return nil
 }
 
-func (m *memoryStore) keys(index uint64) (counter.KeyCounts, error) {
-	found, err := m.scan(index-1, index, 1)
-	if err != nil || len(found) == 0 {
-		return counter.KeyCounts{}, err
-	}
-	return found[0].keys, nil
+// at returns how many entries are before an index. mu is held.
+func (m *memoryStore) at(index uint64) int {
+	n, _ := slices.BinarySearchFunc(m.entries, index, func(e spooled, index uint64) int { return cmp.Compare(e.index, index) })
+	return n
 }
 
 func (m *memoryStore) scan(after, upTo uint64, limit int) ([]spooled, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var out []spooled
-	if len(m.entries) == 0 {
-		return nil, nil
-	}
-	skip := uint64(0)
-	if first := m.entries[0].index; after >= first {
-		skip = after - first + 1 // indexes are consecutive
-	}
-	for i := skip; i < uint64(len(m.entries)) && len(out) < limit && m.entries[i].index <= upTo; i++ {
-		out = append(out, m.entries[i])
-	}
-	return out, nil
+	from, to := m.at(after+1), m.at(upTo+1)
+	return slices.Clone(m.entries[from:min(to, from+limit)]), nil
 }
 
-func (m *memoryStore) advance(_ string, _, removeTo uint64) error {
+func (m *memoryStore) advance(_ string, _, _, upTo uint64) ([]keyFile, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	n := 0
-	for n < len(m.entries) && m.entries[n].index <= removeTo {
-		m.keyBytes -= m.entries[n].keys.Size()
-		m.entries[n] = spooled{} // the slice keeps its array; let the record go
-		n++
+	n := m.at(upTo + 1)
+	for i := range m.entries[:n] {
+		m.keyBytes -= m.entries[i].keys.Size()
+		m.entries[i] = spooled{} // the slice keeps its array; let the record go
 	}
 	m.entries = m.entries[n:]
-	return nil
+	return nil, nil
 }
 
-func (m *memoryStore) condemn(spooled, string, string) error { return nil } // the log has it
-func (m *memoryStore) keepInstance(string) error             { return nil }
-func (m *memoryStore) dropSink(string) error                 { return nil }
-func (m *memoryStore) close() error                          { return nil }
+func (m *memoryStore) deadLetter(spooled, string, string) error { return nil } // the log has it
+func (m *memoryStore) keepInstance(string) error                { return nil }
+func (m *memoryStore) close() error                             { return nil }

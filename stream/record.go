@@ -148,9 +148,7 @@ func (r *Record) appendJSON(b []byte) ([]byte, error) {
 // must not guess.
 func parseRecord(b []byte) (Record, error) {
 	var r Record
-	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&r); err != nil {
+	if err := json.Unmarshal(b, &r); err != nil {
 		return Record{}, fmt.Errorf("parse record: %w", err)
 	}
 	canonical, err := r.appendJSON(nil)

@@ -90,15 +90,16 @@ type Spool struct {
 	// it. Reading records does not take it.
 	mu     sync.Mutex
 	store  store
-	state         // of the store; committed state only
-	unmade error  // why there is no file yet: there was no room. The next append tries again
-	opened uint64 // head when this process opened the spool
+	files  *keyFiles // of the keys of records; nil: the store is in memory, and they are, too
+	state            // of the store; committed state only
+	unmade error     // why there is no file yet: there was no room. The next append tries again
+	opened uint64    // head when this process opened the spool
 
 	appendErr      error // why records cannot be made durable now; nil: they can
 	appendFailures uint64
 
 	sinks    []string
-	held     bool      // there is no sink, and records wait for one
+	sinkless bool      // there is no sink, and records wait for one
 	removed  uint64    // records every sink has acknowledged, since the start
 	oldest   time.Time // sealed_at of the first pending record
 	outdated bool      // the checkpoint is of a later spool than the one that was opened
@@ -127,7 +128,7 @@ type series struct {
 
 	keys     counter.KeyCounts // the same by key
 	keysLost bool              // keys are not all of them: the spool, or the file, that had the others is lost
-	files    []keyFile         // of boltStore: the records whose keys add up to keys
+	files    []keyFile         // on disk: those whose keys add up to keys
 }
 
 // spooled is a record with its place in the spool. Indexes are never reused, also
@@ -136,7 +137,8 @@ type spooled struct {
 	index  uint64
 	record Record
 	value  []byte            // the record's bytes
-	keys   counter.KeyCounts // what is under each of its keys; scan leaves them out
+	keys   counter.KeyCounts // what is under each of its keys; on disk scan leaves them out
+	file   keyFile           // which has them, on disk
 }
 
 // store is what a Spool needs of the medium. There are two: bbolt and memory.
@@ -144,34 +146,29 @@ type spooled struct {
 // fails may still have been stored (after a failed fsync it is not known);
 // that is why every write carries its own keys and is safe to repeat.
 type store interface {
-	// load is called once, and first.
-	load() state
 	// put calls beforeCommit when everything is written and nothing is
 	// committed or synced.
 	put(e spooled, identity string, s series, beforeCommit func()) error
 	keepInstance(name string) error
-	// scan returns up to max entries with after < index <= upTo, in order, without
-	// their keys.
+	// scan returns up to max entries with after < index <= upTo, in order.
 	scan(after, upTo uint64, max int) ([]spooled, error)
-	// keys returns those of a record that was not removed and has some.
-	keys(index uint64) (counter.KeyCounts, error)
-	// advance moves a sink's cursor and removes every record up to removeTo.
-	advance(sink string, to, removeTo uint64) error
-	// condemn sets the record aside for good, with the sink that refused it.
-	condemn(e spooled, sink, reason string) error
-	dropSink(sink string) error
+	// advance moves a sink's cursor and removes the records behind removed up to upTo. It
+	// returns the files of their keys.
+	advance(sink string, to, removed, upTo uint64) ([]keyFile, error)
+	// deadLetter keeps a record for good, with the sink that refused it.
+	deadLetter(e spooled, sink, reason string) error
 	close() error
 }
 
 // state is what a store has.
 type state struct {
-	kept     string            // the name of the instance at the start; empty: none was kept
-	series   map[string]series // by identity
-	cursors  map[string]uint64 // last index each sink acknowledged
-	head     uint64            // index of the last record
-	pending  int               // records, the last ones, that not every sink has acknowledged
-	poison   int               // records set aside
-	keysLost error             // why the sums by key of a series are not known since the start; nil: they are
+	kept        string            // the name of the instance at the start; empty: none was kept
+	series      map[string]series // by identity
+	cursors     map[string]uint64 // last index each sink acknowledged
+	head        uint64            // index of the last record
+	pending     int               // records, the last ones, that not every sink has acknowledged
+	deadLetters int               // records that a sink refused for good
+	keysLost    error             // why the sums by key of a series are not known since the start; nil: they are
 }
 
 // OpenSpool opens or creates the spool. A file that is damaged is renamed, the
@@ -189,6 +186,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		dir:     cfg.Dir,
 		limit:   memoryLimit,
 		store:   newMemoryStore(cfg.Memory),
+		state:   state{series: make(map[string]series), cursors: make(map[string]uint64)},
 		changed: make(chan struct{}),
 	}
 	if s.dir != "" {
@@ -223,14 +221,16 @@ func (s *Spool) openFile() error {
 	if err := durable.MkdirAll(s.dir); err != nil {
 		return err
 	}
-	b, aside, err := openBolt(filepath.Join(s.dir, spoolFile))
+	files := &keyFiles{dir: filepath.Join(s.dir, keyFilesDir)}
+	b, st, aside, err := openBolt(filepath.Join(s.dir, spoolFile), files)
 	if aside != "" {
 		s.setAside = aside
 		s.log.Error().Str("file", filepath.Join(s.dir, spoolFile)).Str("set_aside_as", aside).
 			Msg("spool was damaged and set aside, and a new one started: its undelivered records stay in the old file, and seq continues after the last one known")
 	}
 	if err == nil {
-		s.store = b
+		s.store, s.files, s.state = b, files, st
+		files.loaded = true
 	}
 	return err
 }
@@ -256,9 +256,8 @@ func (s *Spool) makeFile() error {
 
 func (s *Spool) checkpointPath() string { return filepath.Join(s.dir, checkpointFile) }
 
-// load takes over what the store knows, and settles the name of the instance.
+// load settles the name of the instance, and what the store and the checkpoint do not agree on.
 func (s *Spool) load(instance string) (err error) {
-	s.state = s.store.load()
 	s.opened = s.head
 	if s.keysLost != nil {
 		s.log.Error().Err(s.keysLost).
@@ -273,7 +272,7 @@ func (s *Spool) load(instance string) (err error) {
 		}
 	}
 	if s.kept != s.instance {
-		if err := s.store.keepInstance(s.instance); err != nil && !durable.NoSpace(err) { // else it goes with the next record
+		if err := s.store.keepInstance(s.instance); err != nil && !durable.NoSpace(err) { // else the checkpoint has it, or the next start keeps it
 			return fmt.Errorf("keep the instance name: %w", err)
 		}
 	}
@@ -346,8 +345,8 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 		}
 	}()
 	identity := r.identity()
-	next := s.series[identity]
-	start := r.WindowStart.UnixNano()
+	before := s.series[identity]
+	next, start := before, r.WindowStart.UnixNano()
 	if r.Scope == ScopeInstance {
 		// Labels of an instance strictly increase. A second record for the same
 		// window is what a restart within it publishes.
@@ -376,6 +375,14 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 		next.unique += r.Unique
 		next.keys = counter.SumKeys(next.keys, e.keys)
 	}
+	if keys.Len() > 0 && s.files != nil {
+		if e.file, err = s.files.write(e.index, keys); err != nil {
+			return fmt.Errorf("append to the spool: %w", err)
+		}
+		if !next.keysLost {
+			next.files = append(slices.Clone(next.files), e.file)
+		}
+	}
 	if err := s.store.put(e, identity, next, func() { step(stepAppended) }); err != nil {
 		return fmt.Errorf("append to the spool: %w", err)
 	}
@@ -386,11 +393,12 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 	}
 	s.head = e.index
 	s.pending++
+	s.release(before.files)
 	if s.pending == 1 {
 		s.oldest = r.SealedAt
 	}
 	s.remember(r.WindowStart, e.index)
-	if len(s.sinks) == 0 && !s.held {
+	if len(s.sinks) == 0 && !s.sinkless {
 		// Nothing to deliver to: the record's own log line is all there is. If it cannot be
 		// removed now, it is removed with the next record.
 		_ = s.commitCursor("")
@@ -399,14 +407,29 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 	return nil
 }
 
+// release removes the files of keys that nothing refers to any more.
+func (s *Spool) release(files []keyFile) {
+	for _, f := range files {
+		used := f.index > s.head-uint64(s.pending)
+		for _, last := range s.series {
+			used = used || slices.Contains(last.files, f)
+		}
+		if !used {
+			s.files.remove(f)
+		}
+	}
+}
+
 // keepCheckpoint writes the checkpoint of a series. If it cannot be written, that matters only
 // if the spool is damaged as well. So nothing waits for it: the next append tries again.
 func (s *Spool) keepCheckpoint(identity string, at series) {
 	if s.dir == "" || s.checkpoint.Identity == identity && s.checkpoint.Seq == at.seq {
 		return
 	}
-	s.checkpoint.Identity, s.checkpoint.Instance = identity, s.instance
-	s.checkpoint.Seq, s.checkpoint.Start, s.checkpoint.Unique, s.checkpoint.Keyed = at.seq, at.start, at.unique, at.keys.Len() > 0 || at.keysLost
+	s.checkpoint = checkpoint{
+		Identity: identity, Instance: s.instance,
+		Seq: at.seq, Start: at.start, Unique: at.unique, Keyed: at.keys.Len() > 0 || at.keysLost,
+	}
 	_ = s.checkpoint.write(s.checkpointPath())
 }
 
@@ -415,24 +438,15 @@ func (s *Spool) remember(start time.Time, index uint64) {
 }
 
 // attach names the sinks that have to acknowledge a record before it is
-// removed. A sink that is no longer configured no longer holds records back,
-// and one that comes back starts with what is there. Without any sink a record is
-// removed when it is appended, unless some were there before: they had a sink, and all
-// wait for the start that has one again.
+// removed. A sink that is no longer configured no longer keeps records, and one that
+// comes back gets those that are there and that it has not acknowledged. Without any sink
+// a record is removed when it is appended, unless some were there before: they had a sink,
+// and all wait for the start that has one again.
 func (s *Spool) attach(sinks []string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sinks = sinks
-	s.held = len(sinks) == 0 && s.pending > 0
-	for name := range s.cursors {
-		if slices.Contains(sinks, name) {
-			continue
-		}
-		if err := s.store.dropSink(name); err != nil && !durable.NoSpace(err) { // else the next start does, and it holds nothing back
-			return fmt.Errorf("forget sink %s: %w", name, err)
-		}
-		delete(s.cursors, name)
-	}
+	s.sinkless = len(sinks) == 0 && s.pending > 0
 	if s.pending == 0 || len(sinks) == 0 {
 		return nil
 	}
@@ -453,13 +467,16 @@ func (s *Spool) floor() uint64 {
 
 // commitCursor writes a sink's cursor, if there is one, and removes what every sink has acknowledged.
 func (s *Spool) commitCursor(sink string) error {
-	floor := s.floor()
-	removed := max(0, s.pending-int(s.head-floor))
-	if err := s.store.advance(sink, s.cursors[sink], floor); err != nil {
+	floor, removed := s.floor(), s.head-uint64(s.pending)
+	files, err := s.store.advance(sink, s.cursors[sink], removed, floor)
+	if err != nil {
 		return err
 	}
-	s.pending -= removed
-	s.removed += uint64(removed)
+	if floor > removed {
+		s.pending = int(s.head - floor)
+		s.removed += floor - removed
+	}
+	s.release(files)
 	return s.refreshOldest()
 }
 
@@ -481,7 +498,7 @@ func (s *Spool) refreshOldest() error {
 // still be taken back.
 func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]spooled, error) {
 	s.mu.Lock()
-	after, upTo, st := s.cursors[sink], s.head, s.store
+	after, upTo, st, files := s.cursors[sink], s.head, s.store, s.files
 	s.mu.Unlock()
 	if after >= upTo {
 		return nil, nil
@@ -496,8 +513,8 @@ func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]spooled, error)
 		if keys += e.record.Keys; i > 0 && keys > keyLimit {
 			return batch[:i], nil
 		}
-		if e.record.Keys > 0 {
-			if e.keys, err = st.keys(e.index); err != nil {
+		if e.file.index > 0 {
+			if e.keys, err = files.read(e.file); err != nil {
 				return nil, err
 			}
 		}
@@ -524,14 +541,14 @@ func (s *Spool) ack(sink string, to uint64) error {
 	return s.commitCursor(sink)
 }
 
-// condemn sets a record aside that a sink will never take.
-func (s *Spool) condemn(sink string, e spooled, reason string) error {
+// deadLetter keeps a record that a sink will never take.
+func (s *Spool) deadLetter(sink string, e spooled, reason string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.store.condemn(e, sink, reason); err != nil {
+	if err := s.store.deadLetter(e, sink, reason); err != nil {
 		return err
 	}
-	s.poison++
+	s.deadLetters++
 	return nil
 }
 

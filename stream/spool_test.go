@@ -1,9 +1,12 @@
 package stream
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -375,22 +378,105 @@ func TestSpoolWithAFlippedBitIsNeverMisread(t *testing.T) {
 	}
 }
 
-func TestSpoolRefusesANewerFormatAndLeavesItAlone(t *testing.T) {
+// TestSpoolOfTheFirstFormatGoesOn: testdata has the files that commit 9d5ec71 has left, before
+// there were keys: windows 0 to 3 with a record each, of which three were delivered and the
+// fourth is a dead letter, and two records of window 4.
+func TestSpoolOfTheFirstFormatGoesOn(t *testing.T) {
 	dir := t.TempDir()
-	sp := testSpool(t, dir)
-	err := sp.store.(*boltStore).update(func(tx *bolt.Tx) error {
-		return put(tx.Bucket(bucketMeta), keyVersion, beKey(spoolVersion+1))
-	})
-	if err != nil {
+	restore := func(name string) {
+		t.Helper()
+		packed, err := os.Open(filepath.Join("testdata", "first-format", name+".gz"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer packed.Close()
+		r, err := gzip.NewReader(packed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(r)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), b, 0o644)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	restore(spoolFile)
+	restore(checkpointFile)
+	if got := readCheckpoint(filepath.Join(dir, checkpointFile)); got.Seq != 6 || got.Unique != 2*window(4).Unique || got.Instance != "host-1" {
+		t.Errorf("checkpoint %+v", got)
+	}
+	want := []int{3, 4, 4}
+	for i := range 3 { // read as it is; with a record; with one that has keys
+		sp, log := openLogged(t, dir)
+		if log != "" || sp.deadLetters != 1 || sp.Instance() != "host-1" {
+			t.Errorf("%d dead letters, instance %q, log %s", sp.deadLetters, sp.Instance(), log)
+		}
+		version := uint64(0)
+		sp.store.(*boltStore).view(func(tx *bolt.Tx) (err error) {
+			version, err = unsealUint(keyVersion, tx.Bucket(bucketMeta).Get(keyVersion))
+			return err
+		})
+		if want := uint64([]int{firstVersion, spoolVersion, spoolVersion}[i]); version != want {
+			t.Errorf("after %d records the format is %d, want %d: that commit must refuse what it cannot read", i, version, want)
+		}
+		last := want[len(want)-1]
+		if at, unique := lastWindow(sp); !at.Equal(window(last).Start) || i == 0 && unique != 2*window(4).Unique {
+			t.Errorf("last window %s with %d", at, unique)
+		}
+		batch, err := sp.next("a", batchSize, batchKeys)
+		if err != nil || len(batch) != len(want) {
+			t.Fatalf("%d records wait, %v, want %v", len(batch), err, want)
+		}
+		for j, e := range batch {
+			if !e.record.WindowStart.Equal(window(want[j]).Start) || e.record.Seq != uint64(4+j) || len(e.keys.List()) != 4*max(0, j-3) {
+				t.Errorf("record %d is %+v with %d keys", j, e.record, len(e.keys.List()))
+			}
+		}
+		if i < 2 {
+			r := record(5 + i)
+			if err := sp.append(&r, withKeys(window(5+i), 4*i).Keys, noStep); err != nil {
+				t.Fatal(err)
+			}
+			want = append(want, 5+i)
+		}
+		sp.Close()
+	}
+	// Where it is damaged, its numbers go on.
+	dir = t.TempDir()
+	restore(checkpointFile)
+	if err := os.WriteFile(filepath.Join(dir, spoolFile), bytes.Repeat([]byte("x"), 1<<16), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	sp.Close()
-	_, err = OpenSpool(SpoolConfig{Dir: dir, Group: "verve"})
-	if !errors.Is(err, errNewer) {
-		t.Errorf("got %v", err)
+	sp := testSpool(t, dir)
+	defer sp.Close()
+	r := record(5)
+	if err := sp.append(&r, counter.KeyCounts{}, noStep); err != nil || r.Seq != 7 {
+		t.Errorf("behind a damaged one: seq %d, %v", r.Seq, err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, spoolFile)); err != nil {
-		t.Error(err)
+}
+
+func TestSpoolRefusesOtherFormatsAndLeavesThemAlone(t *testing.T) {
+	for _, version := range []uint64{firstVersion + 1, spoolVersion - 1, spoolVersion + 1} {
+		dir, files := twoKeyed(t, 0)
+		sp := testSpool(t, dir)
+		err := sp.store.(*boltStore).update(func(tx *bolt.Tx) error {
+			return put(tx.Bucket(bucketMeta), keyVersion, beKey(version))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sp.Close()
+		_, err = OpenSpool(SpoolConfig{Dir: dir, Group: "verve"})
+		if !errors.Is(err, errVersion) {
+			t.Errorf("format %d: got %v", version, err)
+		}
+		for _, file := range append(files, filepath.Join(dir, spoolFile)) {
+			if _, err := os.Stat(file); err != nil {
+				t.Errorf("format %d: %v", version, err)
+			}
+		}
 	}
 }
 
@@ -421,13 +507,13 @@ func TestSpoolSetsPoisonAside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sp.condemn("a", batch[0], "too large"); err != nil {
+	if err := sp.deadLetter("a", batch[0], "too large"); err != nil {
 		t.Fatal(err)
 	}
 	sp.Close()
 	sp = testSpool(t, dir)
 	defer sp.Close()
-	if sp.poison != 1 {
-		t.Errorf("%d records set aside, want 1", sp.poison)
+	if sp.deadLetters != 1 {
+		t.Errorf("%d records set aside, want 1", sp.deadLetters)
 	}
 }

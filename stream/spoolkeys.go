@@ -33,8 +33,9 @@ type keyFiles struct {
 	testStep func() // called after each change of the disk; nil: none
 }
 
-// keyFile refers to a file. Another content has another name: a transaction that failed may be
-// on the disk even so, and what it refers to stays until the next start.
+// keyFile refers to a file: its record does, and its series for as long as it is one of the
+// records of the last window. Another content has another name: a transaction that failed may
+// be on the disk even so, and what it refers to stays until the next start.
 type keyFile struct {
 	index uint64 // of the record
 	size  uint64
@@ -162,9 +163,9 @@ func (k *keyFiles) read(f keyFile) (keys counter.KeyCounts, err error) {
 	return keys, nil
 }
 
-// sum returns the sums of some keys and those of files.
-func (k *keyFiles) sum(keys counter.KeyCounts, files []keyFile) (counter.KeyCounts, error) {
-	all := []counter.KeyCounts{keys}
+// sum returns the sums of the keys of files.
+func (k *keyFiles) sum(files []keyFile) (counter.KeyCounts, error) {
+	var all []counter.KeyCounts
 	for _, f := range files {
 		keys, err := k.read(f)
 		if err != nil {

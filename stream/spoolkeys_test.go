@@ -2,10 +2,8 @@ package stream
 
 import (
 	"bytes"
-	"compress/gzip"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -149,7 +147,7 @@ func TestKeysSurviveAKillAtAnyChangeOfTheDisk(t *testing.T) {
 	if err := k.sp.attach([]string{"a"}); err != nil {
 		t.Fatal(err)
 	}
-	k.sp.store.(*boltStore).keyFiles.testStep = k.copy
+	k.sp.files.testStep = k.copy
 	k.append(0, 9000) // pieces, when it is written and when it is removed
 	k.append(1, 3)
 	k.append(1, 5)
@@ -535,7 +533,15 @@ func TestARecordWhoseReferenceIsGoneIsNotDeliveredWithoutItsKeys(t *testing.T) {
 	dir, _ := twoKeyed(t, 0)
 	sp, _ := openLogged(t, dir)
 	defer sp.Close()
-	if err := sp.store.(*boltStore).update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKeyFiles).Delete(beKey(1)) }); err != nil {
+	err := sp.store.(*boltStore).update(func(tx *bolt.Tx) error {
+		records := tx.Bucket(bucketRecords)
+		_, record, err := splitEntry(beKey(1), records.Get(beKey(1)))
+		if err != nil {
+			return err
+		}
+		return put(records, beKey(1), bytes.Clone(record))
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	if batch, err := sp.next("a", 10, batchKeys); !errors.Is(err, errDamaged) {
@@ -690,7 +696,7 @@ func TestARecordInThePlaceOfOneThatFailed(t *testing.T) {
 			}
 			want[killed] = appended{0, 5}
 		}
-		disk.(*boltStore).keyFiles.testStep = kill
+		sp.files.testStep = kill
 		r = record(again.at)
 		if err := sp.append(&r, withKeys(window(again.at), again.keys).Keys, func(string) { kill() }); err != nil {
 			t.Fatal(err)
@@ -730,112 +736,6 @@ func TestKeysOfEveryNameOnADirectoryStay(t *testing.T) {
 	}
 	if got := keyFileNames(t, dir); len(got) != 2 {
 		t.Errorf("files %q, want the two of host-1 in its last window", got)
-	}
-}
-
-// TestSpoolOfVersion2GoesOn: testdata has the file of a program that kept keys in bbolt, and
-// had delivered the first three of these records:
-//
-//	1 host-1, window 0, 3 keys
-//	2 host-1, window 1, 3 keys
-//	3 host-2, window 1, 2 keys
-//	4 host-1, window 1, 5 keys
-//	5 host-1, window 1, no keys
-func TestSpoolOfVersion2GoesOn(t *testing.T) {
-	packed, err := os.Open("testdata/version-2-spool.db.gz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer packed.Close()
-	r, err := gzip.NewReader(packed)
-	if err != nil {
-		t.Fatal(err)
-	}
-	old, err := io.ReadAll(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sums := func(files ...int) []counter.KeyCount {
-		var all []counter.KeyCounts
-		for _, keys := range files {
-			all = append(all, withKeys(counter.Count{}, keys).Keys)
-		}
-		return counter.SumKeys(all...).List()
-	}
-	check := func(what string, sp *Spool, pending []int, own, other []counter.KeyCount) {
-		t.Helper()
-		if sp.setAside != "" || sp.keysLost != nil {
-			t.Fatalf("%s: set aside %q, lost %v", what, sp.setAside, sp.keysLost)
-		}
-		batch, err := sp.next("a", 10, batchKeys)
-		if err != nil || len(batch) != len(pending) {
-			t.Fatalf("%s: %d records, %v, want %d", what, len(batch), err, len(pending))
-		}
-		for i, e := range batch {
-			if got, want := e.keys.List(), withKeys(counter.Count{}, pending[i]).Keys.List(); !slices.Equal(got, want) || e.record.Keys != uint64(len(want)) {
-				t.Errorf("%s: record %d has %d keys, want %d", what, e.index, len(got), len(want))
-			}
-		}
-		p := sp.Published()
-		if got := p["verve/host-1"].Keys.List(); !slices.Equal(got, own) {
-			t.Errorf("%s: host-1 has %v, want %v", what, got, own)
-		}
-		if got := p["verve/host-2"].Keys.List(); !slices.Equal(got, other) {
-			t.Errorf("%s: host-2 has %v, want %v", what, got, other)
-		}
-	}
-	dir := t.TempDir()
-	path := filepath.Join(dir, spoolFile)
-	if err := os.WriteFile(path, old, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	// Opened alone, it stays as it is: the earlier program may go on.
-	sp, _ := openLogged(t, dir)
-	check("opened", sp, []int{5, 0}, sums(3, 5), sums(2))
-	sp.Close()
-	now, err := os.ReadFile(path)
-	if err != nil || !bytes.Contains(now, bucketRecordKeys) {
-		t.Errorf("%d bytes, %v", len(now), err)
-	}
-	for _, step := range []struct {
-		at, keys int
-		ack      uint64
-		pending  []int
-		own      []counter.KeyCount
-	}{
-		{1, 4, 0, []int{5, 0, 4}, sums(3, 5, 4)},
-		{1, 0, 0, []int{5, 0, 4, 0}, sums(3, 5, 4)},
-		{1, 2, 4, []int{0, 4, 0, 2}, sums(3, 5, 4, 2)},
-		{2, 6, 7, []int{2, 6}, sums(6)},
-		{3, 0, 9, []int{0}, nil},
-	} {
-		what := fmt.Sprintf("window %d with %d keys", step.at, step.keys)
-		sp, _ = openLogged(t, dir)
-		r := record(step.at)
-		if err := sp.append(&r, withKeys(window(step.at), step.keys).Keys, noStep); err != nil {
-			t.Fatal(err)
-		}
-		if step.ack > 0 {
-			if err := sp.ack("a", step.ack); err != nil {
-				t.Fatal(err)
-			}
-		}
-		check(what, sp, step.pending, step.own, sums(2))
-		sp.Close()
-		sp, _ = openLogged(t, dir)
-		check(what+", after a restart", sp, step.pending, step.own, sums(2))
-		if step.at == 3 {
-			if got := keyFileNames(t, dir); len(got) != 0 {
-				t.Errorf("files %q stayed behind", got)
-			}
-			sp.store.(*boltStore).view(func(tx *bolt.Tx) error {
-				if n, m := tx.Bucket(bucketRecordKeys).Stats().KeyN, tx.Bucket(bucketSeriesKeys).Stats().KeyN; n != 0 || m != 1 {
-					t.Errorf("the keys of %d records and %d series stayed in the file, want those of host-2", n, m)
-				}
-				return nil
-			})
-		}
-		sp.Close()
 	}
 }
 

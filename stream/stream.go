@@ -94,6 +94,7 @@ type Stream struct {
 	cfg   Config
 	spool *Spool
 	sinks []*worker
+	kafka *kafkaSink // one of them; nil: no broker
 
 	// testStep, if set, is called at every step constant above.
 	testStep atomic.Pointer[func(step string)]
@@ -110,8 +111,6 @@ type sink interface {
 	// record. Any other error leaves the outcome open: the sink remembers that, and
 	// on the next call it looks before it writes.
 	deliver(ctx context.Context, batch []spooled) (n int, err error)
-	conflicts() uint64
-	close()
 }
 
 // poisonError marks a record that a sink will never accept.
@@ -146,10 +145,12 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 		if err := cfg.Kafka.Check(); err != nil {
 			return nil, fmt.Errorf("stream: %w", err)
 		}
-		k := newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
+		s.kafka = newKafkaSink(cfg.Kafka, cfg.Log, spool.opened, s.step)
 		add(&worker{
-			sink: k, name: "kafka", target: "topic " + cfg.Kafka.Topic + " at " + strings.Join(cfg.Kafka.Brokers, ", "),
-			prepare: func(ctx context.Context) error { return k.prepare(ctx, spool.Identity(), cfg.Scope == ScopeGroup) },
+			sink: s.kafka, name: "kafka", target: "topic " + cfg.Kafka.Topic + " at " + strings.Join(cfg.Kafka.Brokers, ", "),
+			prepare: func(ctx context.Context) error {
+				return s.kafka.prepare(ctx, spool.Identity(), cfg.Scope == ScopeGroup)
+			},
 		})
 	}
 	if cfg.CountsFile != "" {
@@ -297,19 +298,17 @@ func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 	return spooled, nil
 }
 
-// Close releases the sinks, after Run has returned. It waits for closeWait at most and
-// does not flush.
+// Close releases the clients of the broker, after Run has returned. It waits for closeWait
+// at most and does not flush.
 func (s *Stream) Close() {
+	if s.kafka == nil {
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
 	defer cancel()
-	_, over := unlessOver(ctx, func() struct{} {
-		for _, w := range s.sinks {
-			w.sink.close()
-		}
-		return struct{}{}
-	})
+	_, over := unlessOver(ctx, func() bool { s.kafka.close(); return true })
 	if over != nil {
-		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("a sink did not close in time; the stop continues without it")
+		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("the broker's clients did not close in time; the stop continues without them")
 	}
 }
 
@@ -319,8 +318,9 @@ type Stats struct {
 	Published uint64    // records acknowledged by every sink, since the start
 	Pending   int       // records in the spool
 	Oldest    time.Time // when the oldest of them was sealed; zero without one
-	Poison    int       // records set aside because a sink will never take them, ever
 	Conflicts uint64    // keys found with another value: two processes share a name
+
+	DeadLetters int // records that a sink will never take, ever; the file of the spool has them
 
 	// AppendError is why records cannot be made durable right now, empty when
 	// they can. While it is set, Publish waits.
@@ -343,15 +343,35 @@ func (s *Stream) Stats() Stats {
 	st := Stats{SetAside: s.spool.setAside}
 	s.spool.mu.Lock()
 	st.Published = s.spool.removed
-	st.Pending, st.Oldest, st.Poison = s.spool.pending, s.spool.oldest, s.spool.poison
+	st.Pending, st.Oldest, st.DeadLetters = s.spool.pending, s.spool.oldest, s.spool.deadLetters
 	st.AppendFailures = s.spool.appendFailures
 	if s.spool.appendErr != nil {
 		st.AppendError = s.spool.appendErr.Error()
 	}
 	s.spool.mu.Unlock()
+	if s.kafka != nil {
+		st.Conflicts = s.kafka.conflicts.Load()
+	}
 	for _, w := range s.sinks {
-		st.Conflicts += w.sink.conflicts()
 		st.Sinks = append(st.Sinks, w.stats())
 	}
 	return st
+}
+
+// unlessOver returns what do returns. When ctx ends first it leaves do behind and
+// returns the error of ctx.
+func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) {
+	done := make(chan T, 1)
+	go func() { done <- do() }()
+	select {
+	case result = <-done:
+		return result, nil
+	case <-ctx.Done():
+	}
+	select {
+	case result = <-done: // both at once
+		return result, nil
+	default:
+		return result, ctx.Err()
+	}
 }

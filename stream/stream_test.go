@@ -154,8 +154,6 @@ func TestNewNamesTheBadSetting(t *testing.T) {
 // stuck is a sink that never comes back before its context ends.
 type stuck struct{}
 
-func (stuck) conflicts() uint64 { return 0 }
-func (stuck) close()            {}
 func (stuck) deliver(ctx context.Context, _ []spooled) (int, error) {
 	<-ctx.Done()
 	return 0, ctx.Err()

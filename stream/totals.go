@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"verve/counter"
@@ -16,8 +18,7 @@ import (
 // concurrent use.
 type Totals struct {
 	windows map[windowKey]*windowSum
-	seen    map[string]Record   // by key, the first
-	others  map[string][]Record // of the same key, with other values
+	seen    map[string][]Record // by key; several have different values
 	series  map[string]*seriesTotal
 	keyed   map[string]*keyedRecord // by the key of their record
 	repeats []string
@@ -43,8 +44,7 @@ type windowSum struct {
 func (t *Totals) window(group string, s counter.Span) *windowSum {
 	if t.windows == nil {
 		t.windows = make(map[windowKey]*windowSum)
-		t.seen = make(map[string]Record)
-		t.others = make(map[string][]Record)
+		t.seen = make(map[string][]Record)
 		t.series = make(map[string]*seriesTotal)
 		t.keyed = make(map[string]*keyedRecord)
 	}
@@ -89,20 +89,18 @@ type Gap struct {
 
 // String describes the gap in one line.
 func (g Gap) String() string {
-	first, last := g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano)
-	switch {
-	case g.Idle && first == last:
-		return fmt.Sprintf("%s: nothing ran in the window %s", g.Series, first)
-	case g.Idle:
-		return fmt.Sprintf("%s: nothing ran in the windows %s to %s", g.Series, first, last)
-	case g.FirstSeq != 0 && g.FirstSeq == g.LastSeq:
-		return fmt.Sprintf("%s: record %d is missing", g.Series, g.FirstSeq)
-	case g.FirstSeq != 0:
-		return fmt.Sprintf("%s: records %d to %d are missing", g.Series, g.FirstSeq, g.LastSeq)
-	case first == last:
-		return fmt.Sprintf("%s: window %s is missing", g.Series, first)
+	what, first, last := "window", g.FirstWindow.Format(time.RFC3339Nano), g.LastWindow.Format(time.RFC3339Nano)
+	if g.FirstSeq != 0 {
+		what, first, last = "record", strconv.FormatUint(g.FirstSeq, 10), strconv.FormatUint(g.LastSeq, 10)
 	}
-	return fmt.Sprintf("%s: windows %s to %s are missing", g.Series, first, last)
+	are := " is missing"
+	if what += " " + first; first != last {
+		what, are = strings.Replace(what, " ", "s ", 1)+" to "+last, " are missing"
+	}
+	if g.Idle {
+		return g.Series + ": nothing ran in the " + what
+	}
+	return g.Series + ": " + what + are
 }
 
 type seriesTotal struct {
@@ -131,17 +129,16 @@ func (t *Totals) Add(r Record) {
 	w := t.window(r.Group, r.Span())
 	r.WindowStart, r.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC() // comparable
 	key := r.Key()
-	if first, ok := t.seen[key]; ok {
-		same := first == r || r.Scope == ScopeGroup && first.Unique == r.Unique || slices.Contains(t.others[key], r)
-		t.repeated(key, r.Scope, first.Unique, r.Unique, same)
+	if seen := t.seen[key]; len(seen) > 0 {
+		same := slices.Contains(seen, r) || r.Scope == ScopeGroup && seen[0].Unique == r.Unique
+		t.repeated(key, r.Scope, seen[0].Unique, r.Unique, same)
 		if same || r.Scope == ScopeGroup {
 			return
 		}
-		t.others[key] = append(t.others[key], r)
 	} else {
-		t.seen[key] = r
 		w.records = append(w.records, r)
 	}
+	t.seen[key] = append(t.seen[key], r)
 	s := t.series[r.identity()]
 	if s == nil {
 		s = &seriesTotal{windows: make(map[int64]*seriesWindow), seqs: make(map[uint64]Record)}

@@ -20,8 +20,10 @@ type worker struct {
 	target string // for people
 	stream *Stream
 
-	// patience is how long a delivery may take until it is reported as failing; 0:
-	// the sink has timeouts of its own, with better errors.
+	// patience is how long a delivery may take until it is reported as failing. A write to a
+	// pipe whose reader stalls, or to a file system that hangs, cannot be interrupted, and
+	// must not delay a stop: the delivery is left behind then. 0: the sink has timeouts of
+	// its own, with better errors.
 	patience time.Duration
 
 	log logline.Sampler // of failures; begins anew when the sink works again
@@ -86,11 +88,11 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 }
 
 // deliverBatch acknowledges what the sink took of the batch, and a record that the
-// sink can never take when that is set aside.
+// sink can never take when that is a dead letter.
 func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool, err error) {
 	n, err := w.deliver(ctx, batch)
 	if poison, is := errors.AsType[*poisonError](err); is {
-		if err = w.condemn(batch[n], poison.err); err == nil {
+		if err = w.deadLetter(batch[n], poison.err); err == nil {
 			n++
 		}
 	}
@@ -100,26 +102,39 @@ func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool,
 	return n > 0, err
 }
 
-// deliver hands a batch to the sink. While that takes longer than the sink's
-// patience it is reported as failing: a write that does not return has no error.
-func (w *worker) deliver(ctx context.Context, batch []spooled) (n int, err error) {
+// deliver hands a batch to the sink, see patience.
+func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if w.patience == 0 {
 		return w.sink.deliver(ctx, batch)
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		n, err = w.sink.deliver(ctx, batch)
-	}()
-	select {
-	case <-done:
-	case <-time.After(w.patience):
-		late := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
-		w.failed(late)
-		w.logFailure(late)
-		<-done
+	type outcome struct {
+		n   int
+		err error
 	}
-	return n, err
+	done := make(chan outcome, 1)
+	go func() {
+		n, err := w.sink.deliver(ctx, batch)
+		done <- outcome{n, err}
+	}()
+	late := time.After(w.patience)
+	for {
+		select {
+		case o := <-done:
+			return o.n, o.err
+		case <-late:
+			err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
+			w.failed(err)
+			w.logFailure(err)
+			continue
+		case <-ctx.Done():
+		}
+		select {
+		case o := <-done: // both at once
+			return o.n, o.err
+		default:
+			return 0, ctx.Err()
+		}
+	}
 }
 
 func (w *worker) logFailure(err error) {
@@ -148,12 +163,12 @@ func (w *worker) ack(ctx context.Context, to uint64) error {
 	}
 }
 
-func (w *worker) condemn(e spooled, reason error) error {
-	if err := w.stream.spool.condemn(w.name, e, reason.Error()); err != nil {
-		return fmt.Errorf("set a refused record aside: %w", err)
+func (w *worker) deadLetter(e spooled, reason error) error {
+	if err := w.stream.spool.deadLetter(w.name, e, reason.Error()); err != nil {
+		return fmt.Errorf("keep a dead letter: %w", err)
 	}
 	w.stream.cfg.Log.Error().Str("sink", w.name).Str("key", e.record.Key()).RawJSON("record", e.value).Err(reason).
-		Msg("record was refused for good and set aside; this sink lacks its count")
+		Msg("record was refused for good and is a dead letter; this sink lacks its count")
 	return nil
 }
 

@@ -89,16 +89,16 @@ func startSkewed(t *testing.T, name, dir, addr string, window, ahead time.Durati
 func (s *skewed) accept(id string) (window time.Time, unique bool, err error) {
 	now := time.Now().Add(s.ahead).UnixNano()
 	for {
-		in, open := s.count.Enter(now, 0)
+		in, open := s.count.Enter(now, 0, 1)
 		if !open {
 			return time.Time{}, false, errors.New("sealed")
 		}
 		v, err := settest.AddTo(s.set, in.Epoch, []byte(id))
-		outcome := counter.Void
 		if err == nil && v == dedup.Unique {
-			outcome = counter.Unique
+			in.Leave(1, 0, 0)
+		} else {
+			in.Leave(0, 0, 1)
 		}
-		in.Leave(outcome)
 		if err != nil || v != dedup.Turned {
 			return in.Start(), v == dedup.Unique, err
 		}

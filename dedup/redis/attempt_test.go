@@ -29,7 +29,7 @@ func addAs(t testing.TB, r *Set, e settest.Epochs, n int, id, key, token string)
 // addIn also returns the epoch.
 func addIn(t testing.TB, r *Set, e settest.Epochs, n int, id, key, token string) (dedup.Verdict, *counter.Epoch, error) {
 	t.Helper()
-	in, ok := e.Enter(e.At(n), 0)
+	in, ok := e.Enter(e.At(n), 0, 1)
 	if !ok {
 		t.Fatal("the counter is sealed")
 	}
@@ -40,11 +40,11 @@ func addIn(t testing.TB, r *Set, e settest.Epochs, n int, id, key, token string)
 	err := r.AddMany(in.Epoch, items, verdicts[:])
 	switch v := verdicts[0]; {
 	case v == dedup.Unique:
-		in.Leave(counter.Unique)
+		in.Leave(1, 0, 0)
 	case v == dedup.Repeat:
-		in.Leave(counter.Repeat)
+		in.Leave(0, 1, 0)
 	default:
-		in.Leave(counter.Void)
+		in.Leave(0, 0, 1)
 	}
 	return verdicts[0], in.Epoch, err
 }
@@ -598,7 +598,7 @@ func TestRedisRetryNeedsNoRoom(t *testing.T) {
 						}
 					}
 				}
-				in, _ := at.e.Enter(at.e.At(1), 0)
+				in, _ := at.e.Enter(at.e.At(1), 0, 1)
 				var items []dedup.Item // of one batch: they wait for each other
 				for _, token := range []string{"U", "", "T", "V", "T"} {
 					items = append(items, dedup.Item{ID: []byte("42"), Options: &dedup.Options{Under: []byte("first"), Token: []byte(token)}})
@@ -606,7 +606,7 @@ func TestRedisRetryNeedsNoRoom(t *testing.T) {
 				at.r.Keys(items)
 				got := make([]dedup.Verdict, len(items))
 				_ = at.r.AddMany(in.Epoch, items, got)
-				in.LeaveMany(0, 0, 1)
+				in.Leave(0, 0, 1)
 				if want := []dedup.Verdict{dedup.Full, dedup.Full, dedup.ReplayedBefore, dedup.Full, dedup.ReplayedBefore}; !slices.Equal(got, want) {
 					t.Errorf("together: got %v, want %v", got, want)
 				}
@@ -687,7 +687,7 @@ func TestRedisAKeyThatGetsRoomKeepsItsIDs(t *testing.T) {
 	e := settest.NewEpochs(t, r)
 	wantAs(t, r, e, 0, "41", "", "", dedup.Unique)
 	server.pause()
-	in, _ := e.Enter(e.At(0), 0)
+	in, _ := e.Enter(e.At(0), 0, 1)
 	items := []dedup.Item{{ID: []byte("42"), Options: &dedup.Options{Under: []byte("key"), Token: []byte("T")}}}
 	r.Keys(items)
 	var en encoded
@@ -699,7 +699,7 @@ func TestRedisAKeyThatGetsRoomKeepsItsIDs(t *testing.T) {
 	if <-a.done; !errors.Is(a.err, dedup.ErrTooManyKeys) {
 		t.Errorf("without room: %v", a.err)
 	}
-	in.Leave(counter.Void)
+	in.Leave(0, 0, 1)
 	wantAs(t, r, e, 0, "42", "key", "T", dedup.Unique)
 	server.resume()
 	untilSettled(t, r)

@@ -114,8 +114,8 @@ func openVerve(b *testing.B, addr string) func(id []byte) error {
 	if err != nil {
 		b.Fatal(err)
 	}
-	in, _ := count.Enter(count.Last().Start().UnixNano(), 0)
-	b.Cleanup(func() { in.Leave(counter.Void) })
+	in, _ := count.Enter(count.Last().Start().UnixNano(), 0, 1)
+	b.Cleanup(func() { in.Leave(0, 0, 1) })
 	ask := func(id []byte) error {
 		verdicts := [1]dedup.Verdict{dedup.Turned}
 		items := []dedup.Item{{ID: id}}

@@ -990,8 +990,8 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	testproc.Until(t, "an id is taken", func() bool {
-		in, _ := c.Enter(c.Last().Start().UnixNano(), 0)
-		defer in.Leave(counter.Void)
+		in, _ := c.Enter(c.Last().Start().UnixNano(), 0, 1)
+		defer in.Leave(0, 0, 1)
 		_, err := settest.AddTo(r, in.Epoch, []byte("42"))
 		return err == nil
 	})

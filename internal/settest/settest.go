@@ -81,7 +81,7 @@ func NewEpochs(t testing.TB, s dedup.Set) Epochs { return Epochs{epochtest.New(t
 // Add adds id to the n-th epoch.
 func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict, error) {
 	t.Helper()
-	in, ok := e.Enter(e.At(n), 0)
+	in, ok := e.Enter(e.At(n), 0, 1)
 	if !ok {
 		t.Fatal("the counter is sealed")
 	}
@@ -92,7 +92,9 @@ func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict,
 
 // leave ends the stay of a request whose id got that verdict.
 func leave(in counter.Entry, v dedup.Verdict) {
-	in.Leave([dedup.Verdicts]counter.Outcome{dedup.Unique: counter.Unique, dedup.Repeat: counter.Repeat}[v])
+	var n [dedup.Verdicts]uint64
+	n[v] = 1
+	in.Leave(n[dedup.Unique], n[dedup.Repeat], 1-n[dedup.Unique]-n[dedup.Repeat])
 }
 
 // Want fails the test unless the n-th epoch answers want to id.
@@ -179,9 +181,9 @@ func agreesOnTokensAndKeys(t *testing.T, c Config) {
 				}
 			}
 			s.Keys(items)
-			in, _ := e.EnterMany(e.At(n), 0, uint64(len(items)))
+			in, _ := e.Enter(e.At(n), 0, uint64(len(items)))
 			err := s.AddMany(in.Epoch, items, verdicts)
-			in.LeaveMany(0, 0, uint64(len(items)))
+			in.Leave(0, 0, uint64(len(items)))
 			if err != nil || !slices.Equal(verdicts, wants) {
 				t.Fatalf("epoch %d: got %v, %v; want %v", n, verdicts, err, wants)
 			}
@@ -199,8 +201,8 @@ func growsFarBeyondWhatWasExpected(t *testing.T, c Config) {
 	ids := cmp.Or(c.Many, 10_000)
 	s := c.New(t, 0)
 	e := NewEpochs(t, s)
-	in, _ := e.Enter(e.At(0), 0)
-	defer in.Leave(counter.Void)
+	in, _ := e.Enter(e.At(0), 0, 1)
+	defer in.Leave(0, 0, 1)
 	for pass, want := range []dedup.Verdict{dedup.Unique, dedup.Repeat} {
 		for i := range ids {
 			var id []byte
@@ -296,7 +298,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 						now := began.UnixNano() + int64(time.Since(began)*tt.speed/5)
 						i := rnd.IntN(tt.ids)
 						for again := true; again; {
-							in, open := count.Enter(now, uint64(w))
+							in, open := count.Enter(now, uint64(w), 1)
 							if !open {
 								return
 							}
@@ -396,8 +398,8 @@ func keepsLateRequestsOutOfLaterEpochs(t *testing.T, c Config) {
 	for i := range ids / 2 {
 		e.Want(t, s, 0, id(i), dedup.Unique)
 	}
-	in, _ := e.Enter(e.At(0), 1)
-	defer in.Leave(counter.Void)
+	in, _ := e.Enter(e.At(0), 1, 1)
+	defer in.Leave(0, 0, 1)
 	late := map[int]bool{}
 	for n := 1; n < 4; n++ {
 		for i := 0; i < ids; i += 2 + n {
