@@ -128,7 +128,7 @@ const (
 	FailedRefused                // the name leads where callbacks may not go
 	FailedAnswer                 // connection lost, or an answer malformed or too large
 	FailedBreaker                // not tried: the breaker of the destination is open
-	FailedLimited                // the address is at its limits
+	FailedLimited                // the address is at its limit
 	Results                      // how many there are
 )
 
@@ -182,11 +182,11 @@ type Sender struct {
 	work      sync.Cond // ready destinations, or closed
 	table     map[string]*entry
 	dests     map[destKey]*destination
-	ready     [2]list.List // with a POST to send, in turn; [unproven]
-	turn      int          // list of ready that is served next
-	resting   list.List    // destinations without work; those that rest longest first
-	idle      list.List    // connections (*pooled) without a POST; those that were used last are at the end
-	addresses map[netip.Addr]*address
+	ready     [2]list.List             // with a POST to send, in turn; [unproven]
+	turn      int                      // list of ready that is served next
+	resting   list.List                // destinations without work; those that rest longest first
+	idle      list.List                // connections (*pooled) without a POST; those that were used last are at the end
+	addresses map[netip.Addr]time.Time // see admit
 
 	stats         Stats
 	unprovenSlots int // entries of unproven destinations
@@ -213,7 +213,7 @@ func New(cfg Config) (*Sender, error) {
 		guard:     g,
 		table:     make(map[string]*entry),
 		dests:     make(map[destKey]*destination),
-		addresses: make(map[netip.Addr]*address),
+		addresses: make(map[netip.Addr]time.Time),
 		okLog:     logline.Sampler{Lines: 1, Every: time.Second},
 		failLog:   logline.Sampler{Lines: 4, Every: time.Second},
 	}

@@ -59,8 +59,8 @@ func keyOf(ep Endpoint) destKey { return destKey{ep.origin, ep.kind == destSelf}
 // newDestination adds the destination of ep.
 func (s *Sender) newDestination(ep Endpoint) *destination {
 	d := &destination{Endpoint: ep, unproven: ep.kind == destPublic}
-	// Cloned: the strings of ep are parts of the whole URL, which the destination outlives.
-	d.url, d.target, d.origin, d.host = "", "", strings.Clone(ep.origin), strings.Clone(ep.host)
+	// Cloned: it is a part of the whole URL, which the destination outlives.
+	d.url, d.target, d.origin = "", "", strings.Clone(ep.origin)
 	scheme, port := "http://", ":80"
 	if d.tls {
 		scheme, port = "https://", ":443"

@@ -2,6 +2,7 @@ package callback
 
 import (
 	"bytes"
+	"net"
 	"net/netip"
 	"net/url"
 	"strconv"
@@ -82,21 +83,17 @@ func (g *guard) parse(raw []byte) (Endpoint, error) {
 		return Endpoint{}, err
 	}
 	ep.port = port
-	var buf [256]byte // a name has at most 253 bytes
-	name, addr, err := canonicalHost(buf[:0], host)
-	if err != nil {
+	if ep.host, ep.addr, err = canonicalHost(host); err != nil {
 		return Endpoint{}, err
 	}
-	ep.addr = addr
 	path, _, _ := bytes.Cut(target, []byte("?"))
-	if ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(name, ep.addr, port) {
+	if ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(ep.host, ep.addr, port) {
 		// All names of this server are one destination.
-		ep.kind, ep.addr = destSelf, netip.Addr{}
-		name = append(name[:0], "localhost"...)
-	} else if err := g.classify(&ep, name); err != nil {
+		ep.kind, ep.host, ep.addr = destSelf, "localhost", netip.Addr{}
+	} else if err := g.classify(&ep); err != nil {
 		return Endpoint{}, err
 	}
-	ep.assemble(name, target)
+	ep.assemble(target)
 	if _, err := url.PathUnescape(ep.target); err != nil {
 		return Endpoint{}, errEndpointEscape
 	}
@@ -131,32 +128,32 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
 	return authority, target, nil
 }
 
-// canonicalHost appends the host to dst in its one spelling, without brackets, and returns
-// the address if it is one. dst is empty and holds the longest name.
-func canonicalHost(dst, host []byte) (name []byte, addr netip.Addr, err error) {
+// canonicalHost returns the host in its one spelling, without brackets, and the address if it
+// is one.
+func canonicalHost(host []byte) (name string, addr netip.Addr, err error) {
 	if inner, ok := bytes.CutPrefix(host, []byte("[")); ok {
 		inner, ok = bytes.CutSuffix(inner, []byte("]"))
 		// A v4 address in v6 clothes is another spelling of the address.
 		addr, err := netip.ParseAddr(string(inner))
 		if !ok || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
-			return nil, netip.Addr{}, errEndpointHost
+			return "", netip.Addr{}, errEndpointHost
 		}
-		return addr.AppendTo(dst), addr, nil
+		return addr.String(), addr, nil
 	}
-	if name, err = appendName(dst, host); err != nil || !endsInNumber(name) {
+	if name, err = canonicalName(host); err != nil || !endsInNumber(name) {
 		return name, netip.Addr{}, err
 	}
 	// A dot at the end would make it another spelling, too.
 	if addr, err = netip.ParseAddr(string(host)); err != nil || !addr.Is4() {
-		return nil, netip.Addr{}, errEndpointNumeric
+		return "", netip.Addr{}, errEndpointNumeric
 	}
 	return name, addr, nil
 }
 
 // classify decides by what rule another server than this one may be called.
-func (g *guard) classify(ep *Endpoint, name []byte) error {
+func (g *guard) classify(ep *Endpoint) error {
 	switch {
-	case g.listed(name, ep.port):
+	case g.hosts[hostPort{ep.host, ep.port}]:
 		ep.kind = destListed
 	case ep.addr.IsValid() && g.inAllowedNet(ep.addr, ep.port):
 		ep.kind = destListed
@@ -170,38 +167,23 @@ func (g *guard) classify(ep *Endpoint, name []byte) error {
 			return errEndpointAddr
 		}
 	default:
-		return checkPublicName(name)
+		return checkPublicName(ep.host)
 	}
 	return nil
 }
 
-// assemble builds the canonical URL; the other strings are parts of it.
-func (ep *Endpoint) assemble(name, target []byte) {
-	text := make([]byte, 0, len("https://[]:65535/")+len(name)+len(target))
-	text = append(text, "http"...)
+// assemble builds the canonical URL; the origin and the target are parts of it.
+func (ep *Endpoint) assemble(target []byte) {
+	scheme := "http://"
 	if ep.tls {
-		text = append(text, 's')
+		scheme = "https://"
 	}
-	text = append(text, "://"...)
-	v6 := ep.addr.Is6()
-	if v6 {
-		text = append(text, '[')
-	}
-	host := len(text)
-	text = append(text, name...)
-	hostEnd := len(text)
-	if v6 {
-		text = append(text, ']')
-	}
-	text = append(text, ':')
-	text = strconv.AppendUint(text, uint64(ep.port), 10)
-	origin := len(text)
+	ep.origin = scheme + net.JoinHostPort(ep.host, strconv.Itoa(int(ep.port)))
 	if len(target) == 0 || target[0] != '/' {
-		text = append(text, '/')
+		target = append([]byte("/"), target...)
 	}
-	ep.url = string(append(text, target...))
-	ep.origin, ep.target = ep.url[:origin], ep.url[origin:]
-	ep.host = ep.url[host:hostEnd]
+	ep.url = ep.origin + string(target)
+	ep.origin, ep.target = ep.url[:len(ep.origin)], ep.url[len(ep.origin):]
 }
 
 // cutPrefixFold is bytes.CutPrefix for an ASCII prefix in any case, of ASCII.
@@ -256,54 +238,37 @@ func parsePort(digits string) (uint16, bool) {
 	return uint16(n), err == nil && digits[0] != '0'
 }
 
-// appendName appends the canonical form of host (lower case, no root dot) to
-// dst, if it is made of letters, digits, hyphens and underscores as names of
-// hosts are. dst is empty and holds the longest name.
-func appendName(dst, host []byte) ([]byte, error) {
+// canonicalName returns the canonical form of host (lower case, no root dot), if its labels
+// are of letters, digits, hyphens and underscores as names of hosts are.
+func canonicalName(host []byte) (string, error) {
 	host = bytes.TrimSuffix(host, []byte("."))
-	if len(host) == 0 || len(host) > 253 {
-		return nil, errEndpointHost
+	if len(host) > 253 {
+		return "", errEndpointHost
 	}
-	label := 0 // length of the current label
-	for i, b := range host {
-		if 'A' <= b && b <= 'Z' {
-			b += 'a' - 'A'
+	for label := range bytes.SplitSeq(host, []byte(".")) {
+		n := len(label)
+		if n == 0 || n > 63 || label[0] == '-' || label[n-1] == '-' || bytes.ContainsFunc(label, notInName) {
+			return "", errEndpointHost
 		}
-		switch {
-		case b == '.':
-			if label == 0 || host[i-1] == '-' {
-				return nil, errEndpointHost
-			}
-			label = -1
-		case b == '-':
-			if label == 0 {
-				return nil, errEndpointHost
-			}
-		case 'a' <= b && b <= 'z', '0' <= b && b <= '9', b == '_':
-		default:
-			return nil, errEndpointHost
-		}
-		if label++; label > 63 {
-			return nil, errEndpointHost
-		}
-		dst = append(dst, b)
 	}
-	if label == 0 || host[len(host)-1] == '-' {
-		return nil, errEndpointHost
-	}
-	return dst, nil
+	return string(bytes.ToLower(host)), nil
+}
+
+func notInName(r rune) bool {
+	letter := r | 0x20 // in lower case
+	return r != '-' && r != '_' && (r < '0' || r > '9') && (letter < 'a' || letter > 'z')
 }
 
 // endsInNumber reports whether the last label of name is a number, in which
 // case some resolver takes the whole for an IPv4 address in one of its many
 // old spellings (the rule of the WHATWG URL standard).
-func endsInNumber(name []byte) bool {
-	last := name[bytes.LastIndexByte(name, '.')+1:]
+func endsInNumber(name string) bool {
+	last := name[strings.LastIndexByte(name, '.')+1:]
 	digits := "0123456789"
-	if hex, ok := bytes.CutPrefix(last, []byte("0x")); ok {
+	if hex, ok := strings.CutPrefix(last, "0x"); ok {
 		last, digits = hex, "0123456789abcdef"
 	}
-	return len(bytes.TrimLeft(last, digits)) == 0
+	return len(strings.TrimLeft(last, digits)) == 0
 }
 
 // internalSuffixes end names that the public DNS does not know: reserved by
@@ -318,14 +283,14 @@ var internalSuffixes = map[string]bool{
 }
 
 // checkPublicName refuses names that cannot be those of public hosts.
-func checkPublicName(name []byte) error {
-	dot := bytes.LastIndexByte(name, '.')
-	if dot < 0 || internalSuffixes[string(name[dot+1:])] {
+func checkPublicName(name string) error {
+	dot := strings.LastIndexByte(name, '.')
+	if dot < 0 || internalSuffixes[name[dot+1:]] {
 		return errEndpointName
 	}
 	// Underscores occur in names given by container engines: good for the
 	// allow-list, not for public hosts.
-	if bytes.IndexByte(name, '_') >= 0 {
+	if strings.Contains(name, "_") {
 		return errEndpointHost
 	}
 	return nil

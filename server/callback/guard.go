@@ -155,8 +155,6 @@ func (g *guard) allow(entry string) error {
 		return errors.New("want HOST:PORT or CIDR:PORT")
 	case strings.Contains(entry, "://"):
 		return errors.New("want HOST:PORT or CIDR:PORT, without a scheme")
-	case strings.ContainsAny(entry, "\"'`"):
-		return errors.New("there is a quote in it: env files keep the quotes around a value")
 	}
 	host := entry[:colon]
 	port, ok := parsePort(entry[colon+1:])
@@ -175,11 +173,11 @@ func (g *guard) allow(entry string) error {
 		g.nets = append(g.nets, allowedNet{prefix, port})
 		return nil
 	}
-	name, _, err := canonicalHost(nil, []byte(host))
+	name, _, err := canonicalHost([]byte(host))
 	if err != nil {
 		return errors.New("bad host, want a name, an IPv4 address, or an IPv6 address in brackets")
 	}
-	g.hosts[hostPort{string(name), port}] = true
+	g.hosts[hostPort{name, port}] = true
 	return nil
 }
 
@@ -201,12 +199,8 @@ func parseSelf(listen string) (selfAddr, error) {
 			return self, nil
 		}
 	} else if host != "" {
-		name, err := appendName(nil, []byte(host))
-		if err != nil {
-			return selfAddr{}, err
-		}
-		self.host = string(name)
-		return self, nil
+		self.host, err = canonicalName([]byte(host))
+		return self, err
 	}
 	// By address: without a hosts file, as in an empty container, the name
 	// localhost would be asked of the network.
@@ -215,13 +209,9 @@ func parseSelf(listen string) (selfAddr, error) {
 }
 
 // isSelf reports whether host and port name this server's public listener.
-func (g *guard) isSelf(host []byte, addr netip.Addr, port uint16) bool {
-	return port == g.self.port && (string(host) == "localhost" || string(host) == g.self.host ||
+func (g *guard) isSelf(host string, addr netip.Addr, port uint16) bool {
+	return port == g.self.port && (host == "localhost" || host == g.self.host ||
 		addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}))
-}
-
-func (g *guard) listed(host []byte, port uint16) bool {
-	return len(g.hosts) > 0 && g.hosts[hostPort{string(host), port}]
 }
 
 func (g *guard) inAllowedNet(addr netip.Addr, port uint16) bool {

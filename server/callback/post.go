@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"syscall"
@@ -153,6 +154,7 @@ type client struct {
 type pooled struct {
 	net.Conn
 	client *client
+	addr   netip.Addr // that was dialled
 	made   time.Time
 	used   bool // by an exchange before: its peer may have closed it meanwhile
 
@@ -182,24 +184,38 @@ func (s *Sender) newClient(d *destination) *client {
 }
 
 // get returns the idle connection that was used last, or dials. TLS is done by
-// the dial, within the time of the exchange.
+// the dial, within the time of the exchange. The POST is counted at its address.
 func (h *client) get(timeout time.Duration) (*pooled, error) {
 	s := h.sender
 	s.mu.Lock()
 	if n := len(h.idle); n > 0 {
+		defer s.mu.Unlock()
 		conn := h.idle[n-1]
+		if err := s.admit(h.dest, conn.addr); err != nil {
+			return nil, err
+		}
 		s.takeOut(conn, n-1)
-		s.mu.Unlock()
 		return conn, nil
 	}
 	s.mu.Unlock()
 	ctx, cancel := context.WithTimeout(s.exchanges, timeout)
 	defer cancel()
-	conn, err := s.guard.dial(ctx, h.dest, s.limitedDial(h.dest))
+	conn := &pooled{client: h, made: time.Now()}
+	var err error
+	conn.Conn, err = s.guard.dial(ctx, h.dest, func(ctx context.Context, dialer *net.Dialer, to netip.AddrPort) (net.Conn, error) {
+		s.mu.Lock()
+		err := s.admit(h.dest, to.Addr())
+		s.mu.Unlock()
+		if err != nil {
+			return nil, err
+		}
+		conn.addr = to.Addr()
+		return s.guard.connect(ctx, dialer, to.String())
+	})
 	if err != nil {
 		return nil, dialError{err}
 	}
-	return &pooled{Conn: conn, client: h, made: time.Now()}, nil
+	return conn, nil
 }
 
 // put keeps conn for the next POST. If too many connections are idle, it closes the one that
@@ -266,13 +282,6 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	if err != nil {
 		return false, err
 	}
-	counted := addressConnOf(conn.Conn)
-	if counted != nil {
-		if err := counted.acquire(); err != nil {
-			h.put(conn)
-			return false, err
-		}
-	}
 	keep := false
 	defer func() {
 		if !keep {
@@ -311,9 +320,6 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	// What follows an answer unasked would be taken for the next one.
 	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(conn.made) > maxConnAge {
 		return false, nil
-	}
-	if counted != nil {
-		counted.release() // before another POST may use it
 	}
 	keep = true
 	h.put(conn)
