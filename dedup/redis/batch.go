@@ -14,7 +14,7 @@ const (
 	// take it some 0.5 ms.
 	batchSize = 512
 
-	// fewIDs bounds the batches that few of function.lua adds one id at a time. With 4 it
+	// fewIDs bounds the batches that few of lane.lua adds one id at a time. With 4 it
 	// took half of what batch takes, with 8 of them somewhat more than adding all at once.
 	fewIDs = 8
 
@@ -67,7 +67,7 @@ type job struct {
 	overdue bool // a request that waits for it will soon get 503
 }
 
-// Modes of a batch, as in function.lua.
+// Modes of a batch, as in lane.lua.
 const (
 	modeAdd    = "a" // adds ids
 	modeLook   = "l" // only looks for them: the epoch is full
@@ -333,7 +333,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	case now-l.ticked > int64(noteTime) || len(j.asked) > 0:
 		noting = "1"
 	}
-	args := append(make([]string, 0, 19), opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL)
+	args := append(make([]string, 0, 19), "batch", l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL)
 	if k := j.lists.only(); noting == "0" && j.mode == modeAdd && k >= 0 && len(j.entries) <= fewIDs {
 		args = append(args, strconv.Itoa(k+1), j.lists[k])
 	} else {

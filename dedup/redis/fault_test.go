@@ -722,7 +722,7 @@ func TestRedisLosesItsData(t *testing.T) {
 	}{
 		{"FLUSHALL", func(s *redisServer) { s.do("FLUSHALL") }},
 		{"restart", func(s *redisServer) { s.Kill(); s.Start() }},
-		{"functions", func(s *redisServer) { s.do("FUNCTION", "FLUSH") }},
+		{"scripts", func(s *redisServer) { s.do("SCRIPT", "FLUSH") }},
 		{"an epoch", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane3") })...)...)
 		}},
@@ -901,28 +901,6 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	}
 	if n := r.pending.Load(); n > 1000 {
 		t.Errorf("%d ids wait", n)
-	}
-}
-
-// TestRedisScriptsTakeThePlaceOfFunctions where the user may not load them, or not call them.
-func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
-	for _, denied := range [][]string{{"-function", "-fcall"}, {"-function"}, {"-fcall"}} {
-		t.Run(strings.Join(denied, " "), func(t *testing.T) {
-			server := startRedis(t)
-			server.do(append([]string{"ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "+function", "+info"}, denied...)...)
-			r := newRedis(t, server.Addr, patient, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
-			e := settest.NewEpochs(t, r)
-			e.Want(t, r, 0, "42", dedup.Unique)
-			e.Want(t, r, 0, "42", dedup.Repeat)
-			if !r.script.Load() {
-				t.Error("functions are used")
-			}
-			server.do("SCRIPT", "FLUSH")
-			e.Want(t, r, 0, "43", dedup.Unique)
-			if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
-				t.Errorf("sealed %d, exact %v", n, exact)
-			}
-		})
 	}
 }
 

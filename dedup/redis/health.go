@@ -219,7 +219,7 @@ func (r *Set) checkPolicy() {
 	h.change(r, &h.policy, bad, "ids are refused until it is changed", "ids are taken again")
 	h.refused.Store(bad != "")
 	if blind && !h.blind {
-		r.cfg.Log.Warn().Msg("the Redis user may run neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
+		r.cfg.Log.Warn().Msg("the Redis user may not run INFO memory: make sure that the policy is " + noEviction)
 	}
 	h.blind = blind
 }
@@ -309,16 +309,9 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 const lanesTTL = 60
 
 func evictionPolicy(ctx context.Context, node rueidis.Client) (string, error) {
-	m, err := node.Do(ctx, node.B().ConfigGet().Parameter("maxmemory-policy").Build()).AsStrMap()
-	if policy := m["maxmemory-policy"]; err == nil && policy != "" {
-		return policy, nil
-	}
 	info, err := node.Do(ctx, node.B().Info().Section("memory").Build()).ToString()
-	if err != nil {
-		return "", err
-	}
 	if m := policyLine.FindStringSubmatch(info); m != nil {
 		return m[1], nil
 	}
-	return noEviction, nil // such a server evicts nothing
+	return noEviction, err // a server that has none evicts nothing
 }

@@ -120,10 +120,10 @@ func sameAttempt(a, b *named) bool {
 	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
-// kindOf numbers the kinds as function.lua does, from 0.
+// kindOf numbers the kinds as lane.lua does, from 0.
 func kindOf(header byte) int { return strings.IndexByte(kinds+string(kindNamed), header) }
 
-// lists are ids on their way to function.lua, a list of each kind: MessagePack, one
+// lists are ids on their way to lane.lua, a list of each kind: MessagePack, one
 // raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
 type lists [len(kinds) + 1]string
 

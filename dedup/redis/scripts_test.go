@@ -26,7 +26,7 @@ func clocked(text string) *rueidis.Lua {
 func textOf(s *rueidis.Lua) string { return reflect.ValueOf(s).Elem().FieldByName("script").String() }
 
 var clockedScripts = map[string]*rueidis.Lua{
-	"lane": clocked(textOf(freeScript)), "beat": clocked(textOf(beatScript)), "report": clocked(textOf(reportScript)),
+	"lane": clocked(laneLua), "beat": clocked(textOf(beatScript)), "report": clocked(textOf(reportScript)),
 	"seal": clocked(textOf(sealScript)), "decide": clocked(textOf(decideScript)), "unpublished": clocked(textOf(unpublishedScript)),
 	"claim": clocked(textOf(claimScript)), "mark": clocked(textOf(markScript)),
 	"leave": clocked(textOf(leaveScript)), "dump lane": rueidis.NewLuaScript(dumpLane), "dump ledger": rueidis.NewLuaScript(dumpLedger),

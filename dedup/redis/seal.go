@@ -118,12 +118,11 @@ func (r *Set) confirmed(ctx context.Context, key string) (bool, error) {
 		if err := out[0].Error(); err != nil {
 			return err
 		}
-		replicas, err = out[1].AsInt64()
+		if replicas, err = out[1].AsInt64(); isRefusal(err) {
+			return nil // the user may not run it
+		}
 		return err
 	})
-	if err != nil && functionMissing(err) { // the user may not run it
-		return false, nil
-	}
 	return replicas > 0, err
 }
 

@@ -3,7 +3,7 @@
 //
 // It guarantees that an id is Unique once in the whole group, and that a window has
 // one record, whichever instance publishes it. DESIGN.md, "Many instances: Redis",
-// has the protocol; function.lua is its part in Redis.
+// has the protocol; lane.lua is its part in Redis.
 //
 // server adds ids to a Set, package counter reports epochs to a Group as its
 // Publisher, and the Group hands the records of the group to package stream.
@@ -104,7 +104,6 @@ type Set struct {
 	seed   maphash.Seed // of keys, in an epoch's Keys
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
-	script atomic.Bool                    // functions are refused: scripts take their place
 
 	otherSeen  time.Time   // when others of another form were met last; watch alone uses it
 	formAgreed atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
@@ -168,7 +167,7 @@ func (cfg *Config) Check() error {
 }
 
 // newSession makes a name that no other process has. Its first 8 characters are those of the
-// instance, by which function.lua knows the earlier sessions of the same one.
+// instance, by which lane.lua knows the earlier sessions of the same one.
 func newSession(instance string) string {
 	if instance == "" {
 		return rand.Text()

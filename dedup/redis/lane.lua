@@ -1,5 +1,5 @@
--- What an instance asks of Redis, in one atomic step each. DESIGN.md, "Many
--- instances: Redis", has the reason for each.
+-- The script that an instance has Redis run on a lane, one atomic step each. DESIGN.md,
+-- "Many instances: Redis", has the reason for each.
 --
 -- The only key named is the hash of a lane. All that is known of a lane is in it, so
 -- that it is there wholly or not at all, also while its slot moves:
@@ -42,14 +42,57 @@
 -- Behind them stands P if the epoch is not exact for what the batch has found of tokens: the
 -- session is to note that again should the hash be lost.
 
--- Set by prepare: a library that is being loaded sees none of these.
-local sub, find, rep, concat, call, try
-local pack, parse, head
+local call, pack, parse = redis.call, cmsgpack.pack, cmsgpack.unpack
 local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
+
+-- few is batch for the usual case: a few new ids of one kind, without a key or a token, in an
+-- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
+-- kind, and the list: nine. It answers with how many ids the epoch has. It returns nothing,
+-- and has changed nothing, in any other case. It comes first because Redis makes each function
+-- anew in each run: the others would take it as long.
+local function few(key, a)
+  local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
+  local S, E = 'S' .. session, 'E' .. epoch
+  local h = call('HMGET', key, S, E, 'hold', 'cuts')
+  local state, open = h[1], h[2]
+  if not state or not open or h[3] then return end
+  local _, last, at = cmsgpack.unpack_limit(state, 2)
+  local gen, d, u, t, x, partly, twice, under, tokens, keys = parse(open)
+  local seq, held = tonumber(a[3]), k == 1 and d or k == 2 and u or k == 3 and t or x
+  if seq ~= last + 1 or gen ~= a[6] or held == 0 then return end
+  local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
+  -- Each alone: a command that is given all returns how many are new, not which.
+  local n = #ids
+  for i = 1, n do
+    if call('SADD', set, ids[i]) == 0 then
+      if i > 1 then call('SREM', set, unpack(ids, 1, i - 1)) end
+      return
+    end
+  end
+  held = held + n
+  if call('SCARD', set) ~= held then
+    call('SREM', set, unpack(ids))
+    return {'missing'}
+  end
+  if k == 1 then d = held elseif k == 2 then u = held elseif k == 3 then t = held else x = held end
+  local all = d + u + t + x + (under or 0)
+  call('HSET', key, S, pack(seq, at, string.rep('1', n), gen, all, epoch, tonumber(h[4] or 0)), 'I' .. session, list,
+    E, under and pack(gen, d, u, t, x, partly, twice, under, tokens, keys) or pack(gen, d, u, t, x, partly, twice))
+  return all
+end
+
+if ARGV[1] == 'batch' and #ARGV == 9 then
+  local answer = few(KEYS[1], ARGV)
+  if answer then return answer end
+  local k, list = tonumber(ARGV[8]), ARGV[9]
+  ARGV[8], ARGV[9], ARGV[10] = '', '', '0'
+  for i = 1, PLAIN do ARGV[10 + i] = i == k and list or '' end
+end
+
+local sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
+local try = redis.pcall
 local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
 local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
-
-local FEW = 9 -- arguments
 
 -- No packed id begins with it.
 local UNCERTAIN = '\192'
@@ -593,41 +636,6 @@ local function batch(key, a, undo)
   return {'ok', answer, gen, n}
 end
 
--- few is batch for the usual case: a few new ids of one kind, without a key or a token, in an
--- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
--- kind, and the list. It answers with how many ids the epoch has. It returns nothing, and
--- has changed nothing, in any other case.
-local function few(key, a)
-  local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
-  local S, E = 'S' .. session, 'E' .. epoch
-  local h = call('HMGET', key, S, E, 'hold', 'cuts')
-  local state, open = h[1], h[2]
-  if not state or not open or h[3] then return end
-  local _, last, at = head(state, 2)
-  local gen, d, u, t, x, partly, twice, under, tokens, keys = parse(open)
-  local seq, held = tonumber(a[3]), k == 1 and d or k == 2 and u or k == 3 and t or x
-  if seq ~= last + 1 or gen ~= a[6] or held == 0 then return end
-  local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
-  -- Each alone: a command that is given all returns how many are new, not which.
-  local n = #ids
-  for i = 1, n do
-    if call('SADD', set, ids[i]) == 0 then
-      if i > 1 then call('SREM', set, unpack(ids, 1, i - 1)) end
-      return
-    end
-  end
-  held = held + n
-  if call('SCARD', set) ~= held then
-    call('SREM', set, unpack(ids))
-    return {'missing'}
-  end
-  if k == 1 then d = held elseif k == 2 then u = held elseif k == 3 then t = held else x = held end
-  local all = d + u + t + x + (under or 0)
-  call('HSET', key, S, pack(seq, at, rep('1', n), gen, all, epoch, tonumber(h[4] or 0)), 'I' .. session, list,
-    E, under and pack(gen, d, u, t, x, partly, twice, under, tokens, keys) or pack(gen, d, u, t, x, partly, twice))
-  return all
-end
-
 -- hello: session, sequence expected, new sequence, seconds to live, seconds to hold.
 -- After a loss the session goes on from a sequence that no batch still on its way
 -- can have. The lost ids are still to be added: no seal may come before that.
@@ -782,26 +790,10 @@ local function rights(key)
   return {'ok', '', '', 0}
 end
 
-local function prepare()
-  if call then return end
-  sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
-  pack, parse, head = cmsgpack.pack, cmsgpack.unpack, cmsgpack.unpack_limit
-  call, try = redis.call, redis.pcall
-end
-
--- add runs a batch that may need memory: Redis refuses it when it is full.
-local function add(keys, a)
-  prepare()
-  if #a == FEW then
-    local answer = few(keys[1], a)
-    if answer then return answer end
-    local k, list = tonumber(a[8]), a[9]
-    a[8], a[9], a[10] = '', '', '0'
-    for i = 1, PLAIN do a[10 + i] = i == k and list or '' end
-  end
-  -- Redis does not take back what a script has written when it fails.
+-- add runs a batch. Redis does not take back what a script has written when it fails.
+local function add(key, a)
   local undo = {}
-  local ok, res = pcall(batch, keys[1], a, undo)
+  local ok, res = pcall(batch, key, a, undo)
   if ok then return res end
   for i = #undo, 1, -1 do
     local at, members, how = undo[i][1], undo[i][2], undo[i][3]
@@ -812,25 +804,9 @@ local function add(keys, a)
   return redis.error_reply(tostring(res))
 end
 
--- free runs all that makes memory free, or needs next to none: it must work when
--- Redis is full, or Redis would stay full.
-local function free(keys, a)
-  prepare()
-  local op = a[1]
-  -- In a script, which cannot ask for it, a command that frees must come first.
-  call('HDEL', keys[1], '')
-  if op == 'batch' then
-    return add(keys, a)
-  elseif op == 'seal' then
-    return seal(keys[1], a)
-  elseif op == 'reset' then
-    return reset(keys[1], a)
-  elseif op == 'hello' then
-    return hello(keys[1], a)
-  elseif op == 'bye' then
-    return bye(keys[1], a)
-  elseif op == 'rights' then
-    return rights(keys[1])
-  end
-  return redis.error_reply('ERR verve: unknown operation')
-end
+local operations = {batch = add, hello = hello, reset = reset, seal = seal, bye = bye, rights = rights}
+local mode = ARGV[1] == 'batch' and ARGV[4]
+-- All that makes memory free, or needs next to none, must work when Redis is full, or Redis
+-- would stay full: it lets a script write that has first run a command that frees.
+if mode ~= 'a' and mode ~= 'p' and mode ~= 'f' then call('HDEL', KEYS[1], '') end
+return operations[ARGV[1]](KEYS[1], ARGV)

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// laneModel is a model of function.lua: a lane in Redis. TestTheScriptsDoWhatTheModelsDo
+// laneModel is a model of lane.lua: a lane in Redis. TestTheScriptsDoWhatTheModelsDo
 // holds the real code to it, and model_test.go drives it.
 type laneModel struct {
 	now      float64 // s, by the clock of the master
@@ -218,7 +218,7 @@ func idsHeld(held map[string]int) (n int) {
 	return n
 }
 
-// batch is batch of function.lua.
+// batch is batch of lane.lua.
 func (m *laneModel) batch(b laneBatch) laneAnswer {
 	s, known := m.sessions[b.session]
 	cuts := m.cuts
@@ -487,7 +487,7 @@ func (m *laneModel) mark(b laneBatch, mode string, held map[string]int, others [
 	return string(codes)
 }
 
-// hello is hello of function.lua.
+// hello is hello of lane.lua.
 func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 	last := m.sessions[session].seq
 	if last == seq {
@@ -507,7 +507,7 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 	return laneAnswer{status: "ok"}
 }
 
-// reset is reset of function.lua.
+// reset is reset of lane.lua.
 func (m *laneModel) reset(epoch, gen string) {
 	if o, is := m.open[epoch]; is && (o.gen == gen || gen == "" && !m.complete(epoch, o.held)) {
 		delete(m.sets, epoch)
@@ -516,7 +516,7 @@ func (m *laneModel) reset(epoch, gen string) {
 	}
 }
 
-// seal is seal of function.lua. Before a session stands whether it has reported: see there.
+// seal is seal of lane.lua. Before a session stands whether it has reported: see there.
 func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status string, ids sealedIDs) {
 	answer := func(s laneSealed) (string, sealedIDs) {
 		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under), unanswered: s.unanswered == 1}
@@ -582,7 +582,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	return answer(s)
 }
 
-// bye is bye of function.lua.
+// bye is bye of lane.lua.
 func (m *laneModel) bye(session string) { delete(m.doubt, session) }
 
 // dumpLane is what a lane has, a line each: dump of laneModel gives the same.
