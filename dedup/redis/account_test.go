@@ -124,7 +124,7 @@ func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
 		"restart":  func(s *redisServer) { s.Kill(); s.Start() },
 		"a lane": func(s *redisServer) {
 			for _, k := range s.keys() {
-				if strings.Contains(k, ":lane3") {
+				if strings.Contains(k, ":lane4") {
 					s.do("DEL", k)
 				}
 			}
@@ -580,7 +580,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		if time.Since(began) > otherSeenFor/2 {
 			break
 		}
-		if strings.HasPrefix(got, "3") {
+		if strings.HasPrefix(got, "4") {
 			t.Fatalf("the key has %s at once: others that are alive were to be first", got)
 		}
 	}
@@ -589,7 +589,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		return v == dedup.Unique && err == nil
 	})
 	// What the others read as the number of lanes is one that they cannot have.
-	if got := server.do("GET", lanes); got != "3001" {
-		t.Errorf("the key has %s, want 3001", got)
+	if got := server.do("GET", lanes); got != "4001" {
+		t.Errorf("the key has %s, want 4001", got)
 	}
 }

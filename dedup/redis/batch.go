@@ -303,7 +303,7 @@ func (l *lane) fill(j *job, from []*entry) []*entry {
 		for _, en := range from[:n] {
 			if id := logged(&en.enc, en.named); en.phase != finished && kindOf(id[0]) == k {
 				j.entries = append(j.entries, en)
-				l.packed = appendPacked(l.packed, id)
+				l.packed = append(l.packed, id[1:]...)
 			}
 		}
 		j.lists[k] = string(l.packed)

@@ -27,7 +27,7 @@ const (
 	// layout numbers the form of all data in Redis, that of the lanes and of the ledger. It
 	// counts up with every change of a key or of what is in one (DESIGN.md, "The group").
 	// Instances with another one refuse each other: see agreedLanes.
-	layout = 3
+	layout = 4
 
 	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
@@ -52,8 +52,8 @@ type lane struct {
 	key  string // of the lane's hash; the prefix of all others
 	wake chan struct{}
 
-	mu         sync.Mutex // guards what follows
-	pending    pendingIDs
+	mu         sync.Mutex                     // guards what follows
+	pending    map[pendingKey]*entry          // all that wait
 	queue      []*entry                       // to be sent, oldest first
 	postponed  []*entry                       // the batch of another session may have added them: to be sent again, a moment later
 	unanswered []*entry                       // added, but all their requests got 503: to be removed
@@ -120,7 +120,6 @@ type entry struct {
 	named *named // what the request named that it is sent for; nil: nothing
 	seq   uint64 // of the batch that added it, where it is unanswered or taking
 	asks  []*ask // the requests that wait, in the order in which they began; also those of another attempt
-	chain *entry // of pendingIDs
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -152,7 +151,7 @@ func (l *lane) init(r *Set, i int) {
 	l.r, l.i = r, i
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
-	l.losses = map[*redisEpoch]uint64{}
+	l.pending, l.losses = map[pendingKey]*entry{}, map[*redisEpoch]uint64{}
 	l.asked = map[*redisEpoch][]chan<- error{}
 	l.byTime.prev, l.byTime.next = &l.byTime, &l.byTime
 }
@@ -173,7 +172,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	now := r.now.Load()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	en := l.pending.find(key)
+	en := l.pending[key]
 	switch le := &s.lanes[l.i]; {
 	case l.closed:
 		return 0, nil, dedup.ErrUnavailable
@@ -214,7 +213,7 @@ func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 		en = new(entry)
 	}
 	en.key, en.enc, en.named, en.state = key, *enc, m, state{}
-	l.pending.add(en)
+	l.pending[key] = en
 	l.queue = append(l.queue, en)
 	return en
 }
@@ -278,7 +277,7 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	case next.phase == unanswered:
 		l.unanswered = append(l.unanswered, en)
 	case next.phase == finished:
-		l.pending.remove(en)
+		delete(l.pending, en.key)
 		r.pending.Add(-1)
 	}
 	switch fx.log {

@@ -887,7 +887,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 		if err != nil || ttl <= 0 {
 			t.Errorf("%s lives for %d ms, %v", k, ttl, err)
 		}
-		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:3:") {
+		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:4:") {
 			t.Errorf("%s has another hash tag", k)
 		}
 	}

@@ -1,45 +1,72 @@
 package redis
 
 import (
-	"bytes"
+	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"testing"
 )
 
-// TestLogBlocksAreWhatWasAppended compares them with plain bytes, around the ends
-// of blocks too.
-func TestLogBlocksAreWhatWasAppended(t *testing.T) {
+// TestLogHasWhatCameAfterABatch compares it with a plain list, through losses and what is added
+// again after them.
+func TestLogHasWhatCameAfterABatch(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
-	var bs blocks
-	var want []byte
-	for range 2000 {
-		b := make([]byte, rnd.IntN(100))
-		if rnd.IntN(10) == 0 {
-			b = make([]byte, blockBytes-len(want)%blockBytes+rnd.IntN(3)-1)
-		}
-		for i := range b {
-			b[i] = byte(rnd.Uint32())
-		}
-		bs.append(b)
-		want = append(want, b...)
-		if rnd.IntN(20) == 0 {
-			n := rnd.IntN(len(want) + 1)
-			switch rnd.IntN(3) {
-			case 0:
-				n -= n % blockBytes
-			case 1:
-				n = len(want)
+	r := &Set{cfg: Config{logBytes: 1 << 30}}
+	type added struct {
+		seq uint64
+		id  string
+	}
+	var le laneEpoch
+	var have []added // that Redis has
+	var todo []string
+	seq := uint64(0)
+	for n := range 5000 {
+		var en entry
+		id := strings.Repeat("x", rnd.IntN(40)) + fmt.Sprint("-", n)
+		en.enc.encode(r.hash, false, []byte(id))
+		packed := string(en.enc.bytes()[1:])
+		switch k := rnd.IntN(20); {
+		case k < 12:
+			seq += uint64(rnd.IntN(2))
+			le.applied(r, seq, &en)
+			have = append(have, added{seq, packed})
+		case k < 16:
+			le.log.unsent(r, en.enc.bytes())
+			todo = append(todo, packed)
+		case k < 17:
+			kept := seq - min(seq, uint64(rnd.IntN(30)))
+			le.log.rewind(kept)
+			i, _ := slices.BinarySearchFunc(have, kept+1, func(a added, seq uint64) int { return int(a.seq) - int(seq) })
+			var again []string
+			for _, a := range have[i:] {
+				again = append(again, a.id)
 			}
-			if off := bs.cut(n); !bytes.Equal(off, want[n:]) {
-				t.Fatalf("cut at %d of %d: %d bytes, want %d", n, len(want), len(off), len(want)-n)
+			todo, have = append(again, todo...), have[:i]
+		default:
+			seq++
+			ids, size := le.log.next(7)
+			want := todo[:min(7, len(todo))]
+			got := ""
+			for _, list := range ids {
+				got += list
 			}
-			want = want[:n]
+			if sent := le.log.sent(seq, size); sent != len(want) || len(got) != len(strings.Join(want, "")) {
+				t.Fatalf("%d ids, %d bytes, are added again, want %q", sent, len(got), want)
+			}
+			for _, id := range want {
+				if !strings.Contains(got, id) {
+					t.Fatalf("%q is not added again", id)
+				}
+				have = append(have, added{seq, id})
+			}
+			todo = todo[len(want):]
 		}
-		if bs.len != len(want) {
-			t.Fatalf("%d bytes, want %d", bs.len, len(want))
+		if countIDs(le.log.todo) != len(todo) {
+			t.Fatalf("%d ids are to be added again, want %d", countIDs(le.log.todo), len(todo))
 		}
 	}
-	if all := bs.cut(0); !bytes.Equal(all, want) || bs.len != 0 {
-		t.Errorf("%d bytes, want %d, and none left", len(all), len(want))
+	if n := r.logBytes.Load(); n != int64(le.log.size) {
+		t.Errorf("%d bytes are noted, the log has %d", n, le.log.size)
 	}
 }
