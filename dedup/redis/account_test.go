@@ -72,7 +72,7 @@ func (i *instance) span() counter.Span {
 // beat has the instance report to the group, and learn of the others.
 func (i *instance) beat() {
 	i.t.Helper()
-	if err := i.r.ledger.beat(i.t.Context(), true); err != nil {
+	if err := i.r.ledger.beat(i.t.Context()); err != nil {
 		i.t.Fatal(err)
 	}
 }
@@ -205,7 +205,7 @@ func TestAStrangerRemembersTheAccount(t *testing.T) {
 	beat := func() answers {
 		t.Helper()
 		for range 2 { // the second one names the windows that the first has learnt of
-			if err := stranger.beat(t.Context(), true); err != nil {
+			if err := stranger.beat(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -52,22 +52,18 @@ func atLeast(n string) uint64 {
 	return least
 }
 
-// final notes and returns what this process has answered in an epoch that it has left, and
+// final notes what this process has answered in an epoch that it has left, and
 // with refusals, when all is taken back that can be, whether ids that it has refused may be in
 // Redis.
-func (l *Ledger) final(s counter.Span, unique uint64, refusals bool) string {
+func (l *Ledger) final(e *ledgerEpoch, unique uint64, refusals bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := strconv.FormatUint(unique, 10)
-	if e := l.find(s); e != nil {
-		e.answers.note(l.member, n)
-		e.unique = nil
-		if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
-			n += "?"
-			e.answers.note(l.member, n)
-		}
+	e.answers.note(l.member, n)
+	e.unique = nil
+	if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
+		e.answers.note(l.member, n+"?")
 	}
-	return n
 }
 
 // sessions are those of the members with a part in an epoch, each with its mark: see sealScript.

@@ -14,36 +14,27 @@ import (
 	"verve/counter"
 )
 
-// run beats until stop is closed or the member has left: with all epochs each second, however
-// often it is woken in between.
+// run beats until stop is closed or the member has left.
 func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
-	tick := time.NewTicker(beatEvery)
-	defer tick.Stop()
-	for all := true; !l.left.Load(); {
+	for !l.left.Load() {
+		wait := beatEvery
 		// Without a connection nothing is sent; Set.Health shows what fails.
-		err := l.beat(ctx, all)
+		if l.beat(ctx) != nil && l.standing.Load() == unheard {
+			wait = firstBeats
+		}
 		l.deliverAgain(ctx)
 		l.dismiss(ctx)
-		switch {
-		case err != nil && l.standing.Load() == unheard:
-			tick.Reset(firstBeats)
-		case all:
-			tick.Reset(beatEvery)
-		}
 		select {
-		case <-tick.C:
-			all = true
+		case <-time.After(wait):
 		case <-l.wake:
-			all = false
 		case <-stop:
 			return
 		}
 	}
 }
 
-// beat writes to Redis what it must know of this member: with all epochs, or with
-// those only that it does not know yet.
-func (l *Ledger) beat(ctx context.Context, all bool) error {
+// beat writes to Redis what it must know of this member.
+func (l *Ledger) beat(ctx context.Context) error {
 	l.beating.Lock()
 	defer l.beating.Unlock()
 	if l.left.Load() {
@@ -54,15 +45,10 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	}
 	newest := l.noteAnswers()
 	l.keep(false)
-	keys, args, sent := l.beatArgs(all, newest)
+	keys, args, sent := l.beatArgs(newest)
 
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args).ToArray()
-	if err == nil && len(out) == 0 { // it has lost data, and wants all
-		keys, args, sent = l.beatArgs(true, newest)
-		began = time.Now()
-		out, err = l.exec(ctx, beatScript, keys, args).ToArray()
-	}
 	took := time.Since(began)
 	var b beatReply
 	if err == nil {
@@ -111,14 +97,14 @@ func (l *Ledger) noteAnswers() (newest time.Time) {
 // this process has opened up to the newest that noteAnswers has returned. One that was opened
 // since has no answers of this member yet, so the group would know the epoch, but not
 // that this member is in it.
-func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent []counter.Span) {
+func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter.Span) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
 		l.member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.insiderAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
-		"-1", flag(all), flag(time.Now().After(l.yields)),
+		"-1", flag(time.Now().After(l.yields)),
 	}
 	if !newest.IsZero() {
 		args[8] = unixMS(newest)
@@ -127,21 +113,22 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		args[10] = strconv.FormatInt(l.beaten, 10)
 	}
 	for _, e := range l.epochs {
-		e.uncertainSent = e.uncertain.Load() > 0
-		if e.isRegistered() && !all && e.uncertainSent == e.uncertainKnown || e.unique != nil && e.span.Start.After(newest) {
+		if e.unique != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
 		known, decided := e.answers, make([]string, 5)
-		if d := e.decided; d != nil {
+		if d, r := e.decided, e.reported; d == nil && r != nil {
+			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact), "", strconv.FormatUint(e.under, 10)}
+		} else if d != nil {
 			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
 		}
 		had := flag(e.isRegistered())
 		if e.ofOthers && had == "0" {
 			had = "?"
 		}
-		args = append(append(args, decided...), had, flag(e.uncertainSent), strconv.Itoa(len(known)))
+		args = append(append(args, decided...), had, flag(e.uncertain.Load() > 0), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -196,7 +183,6 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 			}
 			continue
 		}
-		e.uncertainKnown = e.uncertainSent
 		if !e.isRegistered() {
 			close(e.registered)
 		}

@@ -28,48 +28,27 @@ func (l *Ledger) unsettled() string {
 func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err error) {
 	s := c.Span()
 	l.mu.Lock()
-	l.place(s)
+	e := l.place(s)
 	l.mu.Unlock()
-	ours, late := l.takes(s)
-	if !ours {
-		err := l.beat(ctx, true)
-		if err != nil && !errors.Is(err, errForeign) {
-			return false, err
-		}
-		if ours, late = l.takes(s); !ours {
-			l.mu.Lock()
-			defer l.mu.Unlock()
-			l.drop(s)
-			return false, nil
-		}
+	l.final(e, c.Unique, false)
+	if err = l.replayLosses(ctx, s); err == nil {
+		l.final(e, c.Unique, true)
+		l.mu.Lock()
+		e.under, c.Keys = sumOf(c.Keys), nil
+		e.reported = &c
+		l.mu.Unlock()
+		err = l.beat(ctx)
 	}
-	c.Complete = c.Complete && !late
-	l.final(s, c.Unique, false)
-	err = l.replayLosses(ctx, s)
-	if err == nil {
-		n := l.final(s, c.Unique, true)
-		err = l.exec(ctx, reportScript,
-			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(sumOf(c.Keys), 10)}).Error()
-	}
-	if err != nil {
+	if err != nil && (e.isRegistered() || !errors.Is(err, errForeign)) {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e := l.find(s); e != nil {
-		e.reported, e.reportedAt = &c, time.Now()
+	// One that is known no more is delivered.
+	if ours = l.find(s) == nil || e.isRegistered(); !ours {
+		l.drop(s)
 	}
-	return true, nil
-}
-
-// takes reports whether the group has the epoch, as far as is known here, and whether that
-// was open here before. One that is known no more is delivered.
-func (l *Ledger) takes(s counter.Span) (ours, late bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.find(s)
-	return e == nil || e.isRegistered(), e != nil && e.wasRefused
+	return ours, nil
 }
 
 // replayLosses looks for losses and waits until their ids are in Redis again.
@@ -87,23 +66,6 @@ func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
 			return err
 		}
 	}
-}
-
-// reportAgain repeats a report that Redis may have lost since, now and then.
-func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
-	l.mu.Lock()
-	e := l.find(s)
-	due := e != nil && e.reported != nil && time.Since(e.reportedAt) > beatEvery
-	var c counter.Count
-	if due {
-		c = *e.reported
-	}
-	l.mu.Unlock()
-	if !due {
-		return nil
-	}
-	_, err := l.Report(ctx, c)
-	return err
 }
 
 // Seal waits until the epoch may be sealed, seals it, and returns what it came
@@ -213,9 +175,6 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 			return nil, err
 		}
 		if err := retry.Sleep(ctx, min(max(wait, time.Millisecond), poll)); err != nil {
-			return nil, err
-		}
-		if err := l.reportAgain(ctx, s); err != nil {
 			return nil, err
 		}
 	}

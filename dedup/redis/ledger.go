@@ -144,17 +144,15 @@ type ledgerEpoch struct {
 	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
 	wasUncertain atomic.Bool   // there were some
 
-	span           counter.Span
-	unique         func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
-	answers        answers        // what each member has given, as far as this process knows
-	wasRefused     bool           // for a time
-	ofOthers       bool           // this process has not opened it: it only asks what there is of it
-	uncertainSent  bool           // the last beat had that it has uncertain ids
-	uncertainKnown bool           // the group knows
-	reported       *counter.Count // what this process has reported of it
-	reportedAt     time.Time
-	decided        *decision // what it came to, as far as this process knows
-	contradicted   bool      // the group has another decision, which is logged
+	span         counter.Span
+	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
+	answers      answers        // what each member has given, as far as this process knows
+	wasRefused   bool           // for a time
+	ofOthers     bool           // this process has not opened it: it only asks what there is of it
+	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
+	under        uint64         // of that, under keys
+	decided      *decision      // what it came to, as far as this process knows
+	contradicted bool           // the group has another decision, which is logged
 }
 
 func (e *ledgerEpoch) isRegistered() bool {
@@ -413,7 +411,7 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
-	_ = l.beat(ctx, true)
+	_ = l.beat(ctx)
 	if !l.left.Swap(true) { // from here on no beat is sent, which would undo it
 		l.beating.Lock()
 		defer l.beating.Unlock()

@@ -86,12 +86,11 @@ type modelRules struct {
 	strangers  bool // members remember epochs that they did not open
 	removed    bool // a member that has only refused ids is in the account
 	back       bool // after an outage of the ledger a seal waits for the others to be heard
-	wholeBeats bool // a ledger that has lost data takes only a beat with all epochs
 	behind     bool // and who learns that it has waits for the others to be heard
 	start      bool // after its start a member waits for the others to be heard before it seals
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd       *rand.Rand
@@ -191,8 +190,8 @@ func (w *model) onlyDisksKnow() bool {
 }
 
 // heartbeat is what each beat of a member has.
-func (m *modelMember) heartbeat(all bool) ledgerBeat {
-	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1, all: all}
+func (m *modelMember) heartbeat() ledgerBeat {
+	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1}
 	if m.inside {
 		b.at = m.beaten
 	}
@@ -204,20 +203,6 @@ func (m *modelMember) heartbeat(all bool) ledgerBeat {
 	return b
 }
 
-// turn is the beat of a member that opens the next epoch. It does not name this one, which the
-// ledger had.
-func (w *model) turn(m *modelMember) (behind bool) {
-	w.note("%s turns", m.name)
-	if m.turned = true; w.down || !m.registered {
-		return w.beat(m)
-	}
-	if _, refused := w.ledger.beat(m.heartbeat(false)); refused {
-		return w.beat(m)
-	}
-	m.beaten = w.ledger.now
-	return false
-}
-
 // beat exchanges what is known of the answers. It returns whether the ledger has lost data since
 // the last one.
 func (w *model) beat(m *modelMember) (behind bool) {
@@ -225,7 +210,7 @@ func (w *model) beat(m *modelMember) (behind bool) {
 	if w.down {
 		return false
 	}
-	b := m.heartbeat(true)
+	b := m.heartbeat()
 	if w.rules.strangers {
 		b.unnamed = 1
 	}
@@ -241,9 +226,12 @@ func (w *model) beat(m *modelMember) (behind bool) {
 			b.epochs = []ledgerEpochBeat{{
 				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0, known: known,
 			}}
+			if m.reported {
+				b.epochs[0].reported = &ledgerReport{true, true, "0"}
+			}
 		}
 		m.blind, m.inside, m.beaten = 0, true, w.ledger.now
-		a, _ := w.ledger.beat(b)
+		a := w.ledger.beat(b)
 		b.at, behind = m.beaten, behind || a.behind
 		if named {
 			m.registered = true
@@ -526,10 +514,8 @@ func (w *model) report(m *modelMember) {
 		n += "?"
 	}
 	w.keep(m, n)
-	if m.opened && !w.down {
-		m.reported = true
-		w.ledger.report(m.name, modelSpan, modelEnd*1000, true, true, m.unsettled(), n, "0")
-	}
+	m.reported = m.opened
+	w.beat(m)
 }
 
 // stop is SIGTERM. If the ledger is out of reach, the disk alone has the number.
@@ -538,7 +524,6 @@ func (w *model) stop(m *modelMember) {
 		return // killed meanwhile
 	}
 	if !w.down {
-		w.beat(m)
 		w.ledger.leave(m.name, m.unsettled())
 	}
 	w.members = slices.DeleteFunc(w.members, func(x *modelMember) bool { return x == m })
@@ -818,6 +803,12 @@ func (w *model) seal() *ledgerDecision {
 			w.report(m)
 		}
 	}
+	for i, m := range slices.Clone(back) {
+		if i > 0 && m != late && !m.opened && slices.Contains(w.members, m) {
+			w.note("%s opens the epoch only now", m.name)
+			w.add(m, w.rnd.IntN(12), false)
+		}
+	}
 	losses := 4 // one of so many
 	if slices.Contains(w.members, late) {
 		w.stop(late)
@@ -857,9 +848,8 @@ func (w *model) seal() *ledgerDecision {
 			case !slices.Contains(w.members, m):
 				continue
 			case i > 0 && !behind && w.rnd.IntN(4) == 0: // it beats next second
-			case w.rnd.IntN(2) == 0:
-				behind = w.turn(m) && w.rules.behind || behind
 			default:
+				m.turned = m.turned || w.rnd.IntN(2) == 0
 				behind = w.beat(m) && w.rules.behind || behind
 			}
 			w.clear(m)
@@ -984,7 +974,6 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"others come back", func(r *modelRules) { r.back = false }},
 		{"members that only refused ids", func(r *modelRules) { r.removed = false }},
 		{"others come back after a loss", func(r *modelRules) { r.behind = false }},
-		{"beats with all epochs", func(r *modelRules) { r.wholeBeats = false }},
 		{"others come back after a start", func(r *modelRules) { r.start = false }},
 		{"numbers that were listed", func(r *modelRules) { r.listed = false }},
 	} {

@@ -47,7 +47,7 @@ end
 `
 
 // beatScript notes that the member is alive, writes again what it knows of its epochs, also
-// of the answers of others, and takes the lead if no member has it, or gives it away. It
+// of the answers of others and of what it has reported, and takes the lead if no member has it, or gives it away. It
 // answers four lists: the time, whether the member leads, a member that keeps it outside of the
 // group, one that it keeps outside, and whether the ledger has lost data since the last beat of
 // the member; then the others that are alive; then the newest epochs that it did not name, for
@@ -55,11 +55,6 @@ end
 // it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
 // group has another decision; "decided" and the decision, if the member lacks that; or "open"
 // and what each member has answered, for this one to write again should it be lost.
-//
-// A beat that does not name all epochs of the member is not taken if data was lost, and
-// answered by an empty list: the ledger would have from it that the member has opened a later
-// epoch, but not what it has answered in those before, and take it for one without a part in
-// them.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
@@ -70,7 +65,6 @@ var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + l
 local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 local behind = lost(KEYS[1], me, ARGV[11])
-if behind and ARGV[12] ~= '1' then return {} end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -129,7 +123,7 @@ local function takes(key, name)
   return true
 end
 local epochs, named, unnamed = {}, {}, {}
-local arg = 14
+local arg = 13
 for i = 8, #KEYS do
   local key, answer = KEYS[i], {'open'}
   local name, ends, unique, complete, exact, sealed, under, had, uncertain, n = unpack(ARGV, arg, arg + 9)
@@ -153,6 +147,10 @@ for i = 8, #KEYS do
       if unique ~= '' then
         redis.call('HSET', key, 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
+        -- What the member has reported; else these are empty.
+        if complete == '1' then redis.call('HSET', key, 'complete', 1) end
+        if exact == '0' then redis.call('HSET', key, 'inexact', 1) end
+        if under ~= '' and under ~= '0' then redis.call('HSET', key, 'k:' .. me, under) end
         local h = redis.call('HGETALL', key)
         for f = 1, #h, 2 do
           if string.sub(h[f], 1, 2) == 'm:' then
@@ -169,10 +167,10 @@ for i = 1, 7 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
 end
 local leader = redis.call('GET', KEYS[4])
-if leader == me and ARGV[13] ~= '1' then
+if leader == me and ARGV[12] ~= '1' then
   redis.call('DEL', KEYS[4])
   leader = false
-elseif leader == me or not leader and inside and ARGV[13] == '1' then
+elseif leader == me or not leader and inside and ARGV[12] == '1' then
   redis.call('SET', KEYS[4], me, 'PX', lease)
   leader = me
 end
@@ -180,28 +178,6 @@ for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
 return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0'}, others, unnamed, epochs}
-`)
-
-// reportScript notes that the member has left the epoch, and what it has answered in it,
-// which is final.
-var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
-local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
-if unsettled ~= '' then
-  redis.call('HSET', KEYS[3], me, unsettled)
-  redis.call('PEXPIRE', KEYS[3], keep)
-end
-if redis.call('HEXISTS', KEYS[2], 'delivered') == 1 then return 0 end
-redis.call('ZADD', KEYS[1], ends, name)
-redis.call('PEXPIRE', KEYS[1], keep)
-if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
-  if complete == '1' then redis.call('HSET', KEYS[2], 'complete', 1) end
-  if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
-  answered(KEYS[2], me, answers)
-  if under ~= '0' then redis.call('HSET', KEYS[2], 'k:' .. me, under) end
-  redis.call('HDEL', KEYS[2], 'd:' .. me) -- the answers have it
-  redis.call('PEXPIRE', KEYS[2], keep)
-end
-return 1
 `)
 
 // luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
