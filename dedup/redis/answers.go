@@ -77,17 +77,14 @@ func sessions(members []string) (list []string) {
 	return list
 }
 
-// explain logs why a record is not exact: by the member that decides it, and by the leader,
-// which publishes it, as the other one may have died before, or have got no answer.
-func (l *Ledger) explain(s counter.Span, decides bool) {
-	l.mu.Lock()
-	why := ""
-	if e := l.find(s); e != nil && e.decided != nil && (decides || time.Now().Before(l.lead)) {
-		why, e.decided.why = e.decided.why, "" // it is logged once
+// decide notes what an epoch came to, and logs why it is not exact. The first decision stays.
+// l.mu is held.
+func (l *Ledger) decide(e *ledgerEpoch, d *decision) {
+	if e.decision != nil {
+		return
 	}
-	l.mu.Unlock()
-	if why != "" {
-		l.logInexact(s, why)
+	if e.decision = d; d.why != "" {
+		l.logInexact(e.span, d.why)
 	}
 }
 
@@ -97,11 +94,11 @@ func (l *Ledger) logInexact(s counter.Span, why string) {
 
 // contradict logs that a window has two records. l.mu is held.
 func (l *Ledger) contradict(e *ledgerEpoch) {
-	if e.contradicted || e.decided == nil {
+	if e.contradicted || e.decision == nil {
 		return
 	}
 	e.contradicted = true
-	l.cfg.Log.Error().Str("window_start", e.span.Start.Format(time.RFC3339Nano)).Uint64("unique_here", e.decided.Unique).
+	l.cfg.Log.Error().Str("window_start", e.span.Start.Format(time.RFC3339Nano)).Uint64("unique_here", e.decision.Unique).
 		Msg("the group has decided another count for this window: two parts of it counted apart, and the window may have two records that both are wrong")
 }
 
@@ -125,7 +122,7 @@ func (l *Ledger) keep(end bool) {
 	k.Members = append([]string{l.member}, l.earlier...)
 	end = end || l.kept == nil
 	for _, e := range l.epochs {
-		if e.decided == nil && len(e.answers) > 0 {
+		if e.decision == nil && len(e.answers) > 0 {
 			name := spanName(e.span)
 			k.Epochs[name] = maps.Clone(e.answers)
 			end = end || l.kept[name] == nil

@@ -58,11 +58,11 @@ const (
 type job struct {
 	mode    string
 	epoch   *redisEpoch
-	entries []*entry       // by kind
-	lists   lists          // of the ids of the entries, or of the log
-	bytes   int            // of the log, where it is a replay
-	asked   []chan<- error // with room; for callers that wait for an answer about the epoch
-	since   int64          // when it was made, as ask.at
+	entries []*entry          // by kind
+	lists   lists             // of the ids of the entries, or of the log
+	bytes   int               // of the log, where it is a replay
+	asked   []chan<- struct{} // with room; for callers that wait for an answer about the epoch
+	since   int64             // when it was made, as ask.at
 	unknown bool
 	overdue bool // a request that waits for it will soon get 503
 }
@@ -401,16 +401,15 @@ var allNew = strings.Repeat("1", batchSize)
 // failed notes that an attempt failed.
 func (l *lane) failed(j *job, err error, wait time.Duration) time.Duration {
 	l.r.health.failed(l.r, err)
-	l.noteFailure(err)
+	l.noteFailure()
 	l.dissolve(j)
 	return wait
 }
 
-// noteFailure notes why nothing reaches Redis, and since when.
-func (l *lane) noteFailure(err error) {
+// noteFailure notes since when nothing reaches Redis.
+func (l *lane) noteFailure() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.err = err
 	if l.failing == 0 {
 		l.failing = max(1, int64(time.Since(l.r.start)))
 	}
@@ -419,7 +418,7 @@ func (l *lane) noteFailure(err error) {
 func (l *lane) succeeded() {
 	l.mu.Lock()
 	was := l.failing != 0
-	l.failing, l.err = 0, nil
+	l.failing = 0
 	l.mu.Unlock()
 	if was {
 		l.r.health.succeeded(l.r)
@@ -472,7 +471,7 @@ func (l *lane) turn(j *job) {
 		return en.phase == finished
 	})
 	for _, done := range j.asked {
-		done <- nil
+		done <- struct{}{}
 	}
 }
 
@@ -520,6 +519,6 @@ func (l *lane) resolve(j *job, a reply) {
 		l.entries = j.entries[:0]
 	}
 	for _, done := range j.asked {
-		done <- nil
+		done <- struct{}{}
 	}
 }

@@ -86,7 +86,7 @@ func (l *Ledger) noteAnswers() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.epochs {
-		if e.unique != nil && e.decided == nil {
+		if e.unique != nil && e.decision == nil {
 			e.answers.note(l.member, strconv.FormatUint(e.unique(), 10)+"+")
 		}
 	}
@@ -119,7 +119,7 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 		keys = append(keys, l.keys.ofEpoch(e.span))
 		args = append(args, spanName(e.span), unixMS(e.span.End()))
 		known, decided := e.answers, make([]string, 5)
-		if d, r := e.decided, e.reported; d == nil && r != nil {
+		if d, r := e.decision, e.reported; d == nil && r != nil {
 			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact), "", strconv.FormatUint(e.under, 10)}
 		} else if d != nil {
 			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
@@ -128,7 +128,7 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 		if e.ofOthers && had == "0" {
 			had = "?"
 		}
-		args = append(append(args, decided...), had, flag(e.uncertain.Load() > 0), strconv.Itoa(len(known)))
+		args = append(append(args, decided...), had, flag(e.uncertain.Load() > 0 && !strings.HasSuffix(known[l.member], "?")), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -154,7 +154,7 @@ func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
 // l.mu is held.
 func (l *Ledger) remind() {
 	for _, e := range l.epochs {
-		if e.decided != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
+		if e.decision != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
 			continue
 		}
 		for _, m := range l.others {
@@ -192,9 +192,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		case "contradicted":
 			l.contradict(e)
 		case "decided":
-			if e.decided == nil {
-				e.decided = a.decided
-			}
+			l.decide(e, a.decision)
 		}
 	}
 	for _, s := range b.unnamed {
@@ -230,7 +228,7 @@ func (l *Ledger) dismiss(ctx context.Context) {
 	l.mu.Lock()
 	earlier, last := l.earlier, l.began.Add(l.cfg.MaxSkew)
 	due := time.Since(last) > l.cfg.Window+memberTTL &&
-		!slices.ContainsFunc(l.epochs, func(e *ledgerEpoch) bool { return e.decided == nil && e.span.Start.Before(last) })
+		!slices.ContainsFunc(l.epochs, func(e *ledgerEpoch) bool { return e.decision == nil && e.span.Start.Before(last) })
 	l.mu.Unlock()
 	if !due {
 		return
@@ -306,9 +304,9 @@ type beatReply struct {
 }
 
 type epochReply struct {
-	state   string
-	answers answers   // if that is "open"
-	decided *decision // if it is "decided"
+	state    string
+	answers  answers   // if that is "open"
+	decision *decision // if it is "decided"
 }
 
 // decision is what an epoch came to.
@@ -346,7 +344,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 		}
 		e := epochReply{state: fields[0], answers: answers{}}
 		if e.state == "decided" {
-			e.decided, err = parseDecision(sent[i], fields)
+			e.decision, err = parseDecision(sent[i], fields)
 		} else {
 			for f := 1; f+1 < len(fields); f += 2 {
 				e.answers[fields[f]] = fields[f+1]

@@ -72,12 +72,11 @@ func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
 // to: the same for every member, for as long as Redis keeps it. An error is for
 // the caller to retry.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err error) {
-	d, decides := l.decided(s), false
+	d := l.decisionOf(s)
 	if d == nil {
-		d, decides, err = l.decision(ctx, s)
+		d, err = l.awaitDecision(ctx, s)
 	}
 	if err == nil {
-		l.explain(s, decides)
 		c = d.Count
 		err = l.addKeys(ctx, &c, d.under)
 	}
@@ -87,26 +86,25 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err
 	return c, nil
 }
 
-// decision waits for what an epoch came to: another member decides it, or this one (here). It
-// is kept: should Redis lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) decision(ctx context.Context, s counter.Span) (d *decision, here bool, err error) {
+// awaitDecision waits for what an epoch came to: another member decides it, or this one. It is
+// kept: should Redis lose it before it is delivered, the next beat writes it again.
+func (l *Ledger) awaitDecision(ctx context.Context, s counter.Span) (*decision, error) {
 	out, err := l.awaitSeal(ctx, s)
-	if here = err == nil && out[0] == "seal"; here {
-		out, err = l.decide(ctx, s, out[1:])
-	}
-	if err == nil {
-		d, err = parseDecision(s, out)
+	if err == nil && out[0] == "seal" {
+		out, err = l.sealAndDecide(ctx, s, out[1:])
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, err
+	}
+	d, err := parseDecision(s, out)
+	if err != nil {
+		return nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	if e.decided == nil {
-		e.decided = d
-	}
-	return e.decided, here, nil
+	l.decide(e, d)
+	return e.decision, nil
 }
 
 // addKeys adds the counts of the keys to a decided count, with under ids under keys. If
@@ -198,9 +196,9 @@ func (l *Ledger) awaitOthers(ctx context.Context) error {
 	}
 }
 
-// decide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
+// sealAndDecide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
 // a while no other member does the same: see sealLock.
-func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) ([]string, error) {
+func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []string) ([]string, error) {
 	ids, err := l.ids.sealIDs(ctx, s, sessions(members))
 	if err != nil {
 		return nil, err
@@ -247,12 +245,12 @@ func (l *Ledger) asOf() (me, at string) {
 	return l.member, strconv.FormatInt(l.beaten, 10)
 }
 
-// decided returns what the epoch came to, or nil if this process does not know.
-func (l *Ledger) decided(s counter.Span) *decision {
+// decisionOf returns what the epoch came to, or nil if this process does not know.
+func (l *Ledger) decisionOf(s counter.Span) *decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
-		return e.decided
+		return e.decision
 	}
 	return nil
 }

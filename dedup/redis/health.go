@@ -149,9 +149,6 @@ func (r *Set) Health() (ready bool, reason string) {
 		l.mu.Lock()
 		if l.down {
 			down++
-			if l.err != nil {
-				failure = explain(l.err)
-			}
 		}
 		l.mu.Unlock()
 	}

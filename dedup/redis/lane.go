@@ -52,18 +52,17 @@ type lane struct {
 	key  string // of the lane's hash; the prefix of all others
 	wake chan struct{}
 
-	mu         sync.Mutex                     // guards what follows
-	pending    map[pendingKey]*entry          // all that wait
-	queue      []*entry                       // to be sent, oldest first
-	postponed  []*entry                       // the batch of another session may have added them: to be sent again, a moment later
-	unanswered []*entry                       // added, but all their requests got 503: to be removed
-	byTime     ask                            // the head of a ring: before it is the newest request that waits, behind it the oldest
-	job        *job                           // under way
-	down       bool                           // no new ids: the last attempts failed for longer than a request waits
-	failing    int64                          // since when attempts fail, in ns since the start of the Set; 0: they do not
-	err        error                          // of the last attempt, if that has failed
-	lacking    []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
-	asked      map[*redisEpoch][]chan<- error // see job
+	mu         sync.Mutex                        // guards what follows
+	pending    map[pendingKey]*entry             // all that wait
+	queue      []*entry                          // to be sent, oldest first
+	postponed  []*entry                          // the batch of another session may have added them: to be sent again, a moment later
+	unanswered []*entry                          // added, but all their requests got 503: to be removed
+	byTime     ask                               // the head of a ring: before it is the newest request that waits, behind it the oldest
+	job        *job                              // under way
+	down       bool                              // no new ids: the last attempts failed for longer than a request waits
+	failing    int64                             // since when attempts fail, in ns since the start of the Set; 0: they do not
+	lacking    []*redisEpoch                     // Redis lacks ids of them that are in the log: see flush
+	asked      map[*redisEpoch][]chan<- struct{} // see job
 	closed     bool
 	want       int // the next batch is held until so many ids wait
 
@@ -152,7 +151,7 @@ func (l *lane) init(r *Set, i int) {
 	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
 	l.pending, l.losses = map[pendingKey]*entry{}, map[*redisEpoch]uint64{}
-	l.asked = map[*redisEpoch][]chan<- error{}
+	l.asked = map[*redisEpoch][]chan<- struct{}{}
 	l.byTime.prev, l.byTime.next = &l.byTime, &l.byTime
 }
 
@@ -434,10 +433,4 @@ func (l *lane) refuseAll() {
 	for l.byTime.next != &l.byTime {
 		l.conclude(l.byTime.next.of, effects{to: allAnswered, verdict: dedup.Repeat, err: dedup.ErrUnavailable})
 	}
-	for _, asked := range l.asked {
-		for _, done := range asked {
-			done <- dedup.ErrUnavailable
-		}
-	}
-	clear(l.asked)
 }

@@ -10,9 +10,8 @@
 --                and UNCERTAIN if the session has refused ids that may be in Redis; not there
 --                once the doubt is over
 --   A            the sessions that may have ids in doubt
---   E<epoch>     an open epoch: generation, ids of each of the first four kinds, partly,
---                twice; where a key or a token was named also the ids under keys, the
---                tokens, and the keys; packed
+--   E<epoch>     an open epoch: generation, whether it is inexact, ids of each kind, tokens,
+--                and keys; packed
 --   X<epoch>     how many tokens it has, also once it is sealed
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
 --                under keys, whether the master had replicas, unanswered}
@@ -57,9 +56,9 @@ local function few(key, a)
   local state, open = h[1], h[2]
   if not state or not open or h[3] then return end
   local _, last, at = cmsgpack.unpack_limit(state, 2)
-  local gen, d, u, t, x, partly, twice, under, tokens, keys = parse(open)
-  local seq, held = tonumber(a[3]), k == 1 and d or k == 2 and u or k == 3 and t or x
-  if seq ~= last + 1 or gen ~= a[6] or held == 0 then return end
+  local e = {parse(open)}
+  local seq, held = tonumber(a[3]), e[2 + k]
+  if seq ~= last + 1 or e[1] ~= a[6] or held == 0 then return end
   local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
   -- Each alone: a command that is given all returns how many are new, not which.
   local n = #ids
@@ -74,10 +73,9 @@ local function few(key, a)
     call('SREM', set, unpack(ids))
     return {'missing'}
   end
-  if k == 1 then d = held elseif k == 2 then u = held elseif k == 3 then t = held else x = held end
-  local all = d + u + t + x + (under or 0)
-  call('HSET', key, S, pack(seq, at, string.rep('1', n), gen, all, epoch, tonumber(h[4] or 0)), 'I' .. session, list,
-    E, under and pack(gen, d, u, t, x, partly, twice, under, tokens, keys) or pack(gen, d, u, t, x, partly, twice))
+  e[2 + k] = held
+  local all = e[3] + e[4] + e[5] + e[6] + e[7]
+  call('HSET', key, S, pack(seq, at, string.rep('1', n), e[1], all, epoch, tonumber(h[4] or 0)), 'I' .. session, list, E, pack(unpack(e)))
   return all
 end
 
@@ -226,17 +224,11 @@ local function among(lists, id)
   return false
 end
 
--- opened reads an open epoch: generation, its numbers, partly, twice.
+-- opened reads an open epoch: generation, its numbers, and whether it is inexact: an id may have
+-- been given twice, or is not in the log of its instance.
 local function opened(packed)
-  local gen, d, u, t, h, partly, twice, under, tokens, keys = parse(packed)
-  return gen, {d, u, t, h, under or 0, tokens or 0, keys or 0}, partly, twice
-end
-
-local function close(gen, held, partly, twice)
-  if held[UNDER] + held[TOKENS] + held[NAMES] == 0 then
-    return pack(gen, held[1], held[2], held[3], held[4], partly, twice)
-  end
-  return pack(gen, held[1], held[2], held[3], held[4], partly, twice, held[UNDER], held[TOKENS], held[NAMES])
+  local e = {parse(packed)}
+  return e[1], {unpack(e, 3)}, e[2]
 end
 
 -- complete reports whether the epoch has all that it should have: nothing of it was evicted
@@ -517,9 +509,9 @@ local function batch(key, a, undo)
   if seq ~= last + 1 then return {'gap', '', '', last} end
 
   local replay, beat = mode == 'p' or mode == 'f', mode == 'b'
-  local gen, held, partly, twice = nil, {0, 0, 0, 0, 0, 0, 0}, 0, 0
+  local gen, held, inexact = nil, {0, 0, 0, 0, 0, 0, 0}, 0
   if h[2] then
-    gen, held, partly, twice = opened(h[2])
+    gen, held, inexact = opened(h[2])
   elseif not beat or expect ~= '' then
     local _, over = sealed(key, epoch)
     if over and not beat then return {'sealed'} end
@@ -556,7 +548,7 @@ local function batch(key, a, undo)
   if mode == 'p' then
     cuts = cut(key, now) - 1 -- the session counts as back when all is added: by its next batch of another mode
     fields = {'hold', now + tonumber(a[8])}
-    if a[9] == '0' then partly = 1 end
+    if a[9] == '0' then inexact = 1 end
   end
 
   local lists, parts, total, more = {}, {}, 0, 0 -- by kind; no part if all its codes are 1
@@ -585,12 +577,11 @@ local function batch(key, a, undo)
     end
   end
   local named, asks = '', mode == 'a' or mode == 'l'
-  local codes, list, inexact
+  local codes, list, unsure
   if a[15] then
     local tokens, added = held[TOKENS]
-    codes, added, inexact, list = marks(key, a, mode, held, undo)
-    if inexact then partly = 1 end
-    if replay then twice = twice + #codes - added end
+    codes, added, unsure, list = marks(key, a, mode, held, undo)
+    if unsure or replay and added < #codes then inexact = 1 end
     if held[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, held[TOKENS] end
     n = n + added
     if asks then
@@ -624,12 +615,11 @@ local function batch(key, a, undo)
     answer = answer .. (codes and concat(codes) or rep('1', #ids))
   end
   local doubt = (#mine == 1 and mine[1] or concat(mine)) .. named .. uncertain
-  if replay and more < total then twice = twice + total - more end
+  if replay and more < total then inexact = 1 end
 
-  if codes then answer = answer .. concat(codes) .. (inexact and 'P' or '') end
+  if codes then answer = answer .. concat(codes) .. (unsure and 'P' or '') end
   if more ~= 0 or replay or codes or not h[2] then
-    fields[#fields + 1] = 'E' .. epoch
-    fields[#fields + 1] = close(gen, held, partly, twice)
+    fields[#fields + 1], fields[#fields + 2] = 'E' .. epoch, pack(gen, inexact, unpack(held))
   end
   remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch, cuts)
   if tick then call('EXPIRE', key, a[7]) end
@@ -701,8 +691,8 @@ local function seal(key, a)
 
   if h[1] then
     local prefix = key .. ':' .. epoch .. ':'
-    local _, held, partly, twice = opened(h[1])
-    if partly ~= 0 or twice ~= 0 then exact = 0 end
+    local _, held, inexact = opened(h[1])
+    exact = 1 - inexact
     if not complete(prefix, held) then
       if a[5] ~= '1' then return {'missing'} end
       whole, exact = 0, 0

@@ -43,9 +43,9 @@ type laneSession struct {
 
 // laneOpen is an open epoch: its numbers are by the letter of their key.
 type laneOpen struct {
-	gen           string
-	held          map[string]int
-	partly, twice int
+	gen     string
+	held    map[string]int
+	inexact int
 }
 
 type laneSealed struct {
@@ -281,7 +281,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	if mode == "p" {
 		cuts = m.noteCut() - 1
 		if hold = m.now + 1.5; !b.whole {
-			o.partly = 1
+			o.inexact = 1
 		}
 	}
 	was := m.of(b.epoch).clone()
@@ -306,10 +306,10 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 			return laneAnswer{status: "missing"}
 		}
 		if inexact {
-			o.partly, behind = 1, partly
+			o.inexact, behind = 1, partly
 		}
-		if replay {
-			o.twice += len(c) - added
+		if replay && added < len(c) {
+			o.inexact = 1
 		}
 		if o.held["x"] != tokens {
 			m.tokens[b.epoch] = o.held["x"]
@@ -326,8 +326,8 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		answer, doubt = m.judge(answer, func(i int) string { return all[i] }, b.session, b.epoch)
 		doubt = append(doubt, named...)
 	}
-	if replay {
-		o.twice += total - more
+	if replay && more < total {
+		o.inexact = 1
 	}
 	answer += codes + behind
 	if m.hold = hold; more != 0 || replay || len(b.named) > 0 || !begun {
@@ -539,9 +539,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	s := laneSealed{epoch: epoch, exact: 1, whole: 1, until: m.now + 120, sessions: slices.Clone(sessions)}
 	if o, is := m.open[epoch]; is {
 		held := maps.Clone(o.held)
-		if o.partly != 0 || o.twice != 0 {
-			s.exact = 0
-		}
+		s.exact = 1 - o.inexact
 		if !m.complete(epoch, held) {
 			if !giveUp {
 				return "missing", ids
@@ -660,11 +658,8 @@ func (m *laneModel) dump() (out []string) {
 		line("A", strings.Join(m.active, " "))
 	}
 	for epoch, o := range m.open {
-		if h := o.held; h["k"]+h["x"]+h["n"] == 0 {
-			line("E", epoch, o.gen, h["d"], h["u"], h["t"], h["h"], o.partly, o.twice)
-		} else {
-			line("E", epoch, o.gen, h["d"], h["u"], h["t"], h["h"], o.partly, o.twice, h["k"], h["x"], h["n"])
-		}
+		h := o.held
+		line("E", epoch, o.gen, o.inexact, h["d"], h["u"], h["t"], h["h"], h["k"], h["x"], h["n"])
 	}
 	for epoch, n := range m.tokens {
 		line("X", epoch, n)

@@ -151,7 +151,7 @@ type ledgerEpoch struct {
 	ofOthers     bool           // this process has not opened it: it only asks what there is of it
 	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
 	under        uint64         // of that, under keys
-	decided      *decision      // what it came to, as far as this process knows
+	decision     *decision      // what it came to, as far as this process knows
 	contradicted bool           // the group has another decision, which is logged
 }
 
@@ -394,7 +394,7 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	if err := l.mark(ctx, s, "delivered", keep); err != nil {
 		return err
 	}
-	if d := l.decided(s); d != nil && d.under > 0 {
+	if d := l.decisionOf(s); d != nil && d.under > 0 {
 		// If it fails they expire in a week.
 		if err := l.ids.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
 			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")

@@ -224,7 +224,7 @@ func (w *model) beat(m *modelMember) (behind bool) {
 				}
 			}
 			b.epochs = []ledgerEpochBeat{{
-				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0, known: known,
+				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0 && !strings.HasSuffix(known[m.name], "?"), known: known,
 			}}
 			if m.reported {
 				b.epochs[0].reported = &ledgerReport{true, true, "0"}

@@ -280,26 +280,21 @@ func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 	if at < 0 {
 		return nil // never opened here: there is nothing to be lost
 	}
-	done := make(chan error, len(r.lanes))
+	done := make(chan struct{}, len(r.lanes))
 	for i := range r.lanes {
 		l := &r.lanes[i]
 		l.mu.Lock()
-		if l.closed {
-			l.mu.Unlock()
-			return dedup.ErrUnavailable
-		}
 		l.asked[epochs[at]] = append(l.asked[epochs[at]], done)
 		l.mu.Unlock()
 		nudge(l.wake)
 	}
 	for range r.lanes {
 		select {
-		case err := <-done:
-			if err != nil {
-				return err
-			}
+		case <-done:
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-r.life.Done():
+			return dedup.ErrUnavailable
 		}
 	}
 	return nil

@@ -363,7 +363,7 @@ func (w *twins) beat() {
 	a := ledgerBeatAnswer{leads: got.leads, others: got.others, insider: got.insider, outsider: got.outsider, behind: got.behind}
 	for _, e := range got.epochs {
 		decided := ""
-		if d := e.decided; d != nil {
+		if d := e.decision; d != nil {
 			decided = strings.TrimSpace(fmt.Sprintln(d.Unique, flag(d.Complete), flag(d.Exact), d.SealedAt.UnixMilli(), d.under))
 		}
 		a.states, a.known, a.decided = append(a.states, e.state), append(a.known, e.answers), append(a.decided, decided)

@@ -243,7 +243,7 @@ func (r *Set) connect() {
 		}
 		r.health.failed(r, err)
 		for i := range r.lanes {
-			r.lanes[i].noteFailure(err)
+			r.lanes[i].noteFailure()
 		}
 		select {
 		case <-r.closing:
