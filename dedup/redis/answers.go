@@ -66,7 +66,7 @@ func (l *Ledger) final(e *ledgerEpoch, unique uint64, refusals bool) {
 	}
 }
 
-// sessions are those of the members with a part in an epoch, each with its mark: see sealScript.
+// sessions are those of the members with a part in an epoch, each with its part: see sealScript.
 func sessions(members []string) (list []string) {
 	for _, m := range members {
 		if m[0] != '0' {
@@ -77,9 +77,9 @@ func sessions(members []string) (list []string) {
 	return list
 }
 
-// decide notes what an epoch came to, and logs why it is not exact. The first decision stays.
+// noteDecision notes what an epoch came to, and logs why it is not exact. The first decision stays.
 // l.mu is held.
-func (l *Ledger) decide(e *ledgerEpoch, d *decision) {
+func (l *Ledger) noteDecision(e *ledgerEpoch, d *decision) {
 	if e.decision != nil {
 		return
 	}
@@ -123,7 +123,7 @@ func (l *Ledger) keep(end bool) {
 	end = end || l.kept == nil
 	for _, e := range l.epochs {
 		if e.decision == nil && len(e.answers) > 0 {
-			name := spanName(e.span)
+			name := epochName(e.span)
 			k.Epochs[name] = maps.Clone(e.answers)
 			end = end || l.kept[name] == nil
 		}
@@ -168,7 +168,7 @@ func (l *Ledger) recall() {
 	}
 	l.earlier = k.Members
 	for name, all := range k.Epochs {
-		if s, err := parseSpan(name); err == nil && time.Since(s.End()) <= keepUndelivered {
+		if s, err := parseEpochName(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)
 		}
 	}

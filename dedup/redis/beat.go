@@ -117,7 +117,7 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
-		args = append(args, spanName(e.span), unixMS(e.span.End()))
+		args = append(args, epochName(e.span), unixMS(e.span.End()))
 		known, decided := e.answers, make([]string, 5)
 		if d, r := e.decision, e.reported; d == nil && r != nil {
 			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact), "", strconv.FormatUint(e.under, 10)}
@@ -192,7 +192,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		case "contradicted":
 			l.contradict(e)
 		case "decided":
-			l.decide(e, a.decision)
+			l.noteDecision(e, a.decision)
 		}
 	}
 	for _, s := range b.unnamed {
@@ -334,7 +334,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 	b.now, err = strconv.ParseInt(head[0], 10, 64)
 	for i := 0; err == nil && i < len(unnamed); i++ {
 		var s counter.Span
-		s, err = parseSpan(unnamed[i])
+		s, err = parseEpochName(unnamed[i])
 		b.unnamed = append(b.unnamed, s)
 	}
 	for i := 0; err == nil && i < len(epochs); i++ {

@@ -23,7 +23,7 @@ const (
 	statusGap     = "gap"     // writes of this session are missing
 	statusOld     = "old"     // a later batch of this session is there
 	statusLost    = "lost"    // the epoch was begun again since
-	statusHold    = "hold"    // others are adding again what was lost
+	statusFrozen  = "frozen"  // others are adding again what was lost
 	statusMissing = "missing" // keys are gone or on the move
 	statusLacks   = "lacks"   // the user may not run commands that are needed
 )
@@ -47,12 +47,12 @@ func (e errRefused) Error() string { return e.err.Error() }
 func (e errRefused) Unwrap() error { return e.err }
 
 // call runs an operation of lane.lua on a lane.
-func (r *Set) call(ctx context.Context, key string, args ...string) (reply, error) {
+func (r *Set) call(ctx context.Context, redisKey string, args ...string) (reply, error) {
 	c, err := r.conn()
 	if err != nil {
 		return reply{}, errRefused{err}
 	}
-	m, err := laneScript.Exec(ctx, c, []string{key}, args).ToMessage()
+	m, err := laneScript.Exec(ctx, c, []string{redisKey}, args).ToMessage()
 	if err == nil {
 		return parseReply(m)
 	}

@@ -21,7 +21,7 @@ func (l *Ledger) unsettled() string {
 
 // Report reports what this process knows of an epoch that it has left for good:
 // whether it served the whole of it, and whether no id was lost. Ids of it that
-// Redis has lost are first put back, if that takes no longer than replayWait.
+// Redis has lost are first put back, if that takes no longer than restoreWait.
 //
 // It returns false for an epoch that the group has not taken: no id was added to
 // it, and there is nothing to publish.
@@ -31,7 +31,7 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	e := l.place(s)
 	l.mu.Unlock()
 	l.final(e, c.Unique, false)
-	if err = l.replayLosses(ctx, s); err == nil {
+	if err = l.restoreLosses(ctx, s); err == nil {
 		l.final(e, c.Unique, true)
 		l.mu.Lock()
 		e.under, c.Keys = sumOf(c.Keys), nil
@@ -51,18 +51,18 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	return ours, nil
 }
 
-// replayLosses looks for losses and waits until their ids are in Redis again.
-func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
+// restoreLosses looks for losses and waits until their ids are in Redis again.
+func (l *Ledger) restoreLosses(ctx context.Context, s counter.Span) error {
 	if err := l.ids.noticeLosses(ctx, s.Start); err != nil {
 		return err
 	}
-	deadline := time.Now().Add(replayWait)
+	deadline := time.Now().Add(restoreWait)
 	for {
 		oldest, newest, some := l.ids.unsettled()
 		if !some || oldest.After(s.Start) || newest.Before(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
-		if err := retry.Sleep(ctx, replayPoll); err != nil {
+		if err := retry.Sleep(ctx, restorePoll); err != nil {
 			return err
 		}
 	}
@@ -103,7 +103,7 @@ func (l *Ledger) awaitDecision(ctx context.Context, s counter.Span) (*decision, 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	l.decide(e, d)
+	l.noteDecision(e, d)
 	return e.decision, nil
 }
 
@@ -157,7 +157,7 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
-		ms(l.cfg.MaxSkew), ms(replayWait), ms(sealLock), ms(keepUndelivered), "", "",
+		ms(l.cfg.MaxSkew), ms(restoreWait), ms(sealLock), ms(keepUndelivered), "", "",
 	}
 	for {
 		if err := l.awaitOthers(ctx); err != nil {
@@ -190,7 +190,7 @@ func (l *Ledger) awaitOthers(ctx context.Context) error {
 		if !failing && back <= 0 {
 			return nil
 		}
-		if err := retry.Sleep(ctx, replayPoll); err != nil {
+		if err := retry.Sleep(ctx, restorePoll); err != nil {
 			return err
 		}
 	}
@@ -214,7 +214,7 @@ func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []st
 	me, at := l.asOf()
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
-		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
+		epochName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
 		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at,
 	}, members...)).AsStrSlice()
 	if err == nil && out[0] == "lost" {

@@ -141,8 +141,8 @@ func appendRaw[T []byte | string](list []byte, body T) []byte {
 	return append(list, body...)
 }
 
-// laneKey is the key of the hash that chooses lanes.
-func laneKey(group string) [2]uint64 {
+// hashKey is the key of the hash that chooses lanes, which all instances compute alike.
+func hashKey(group string) [2]uint64 {
 	sum := sha256.Sum256([]byte("verve lane\x00" + group))
 	return [2]uint64{binary.LittleEndian.Uint64(sum[:]), binary.LittleEndian.Uint64(sum[8:])}
 }

@@ -32,9 +32,9 @@ const (
 	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
 
-	// refillFor is how many seconds an epoch that lost ids admits no new ones after an
+	// freezeTime is for how many seconds a lane takes no new ids after an
 	// instance has added some again: others may not have noticed the loss yet.
-	refillFor = "1.5"
+	freezeTime = "1.5"
 )
 
 // laneTags choose hash slots evenly: slot 512 + 1024 i for the i-th.
@@ -47,10 +47,10 @@ var laneTags = [clusterLanes]string{
 // that is under way. One batch at a time, each with the next sequence of this
 // session: a batch sent again is recognised by it, whatever became of the reply.
 type lane struct {
-	r    *Set
-	i    int
-	key  string // of the lane's hash; the prefix of all others
-	wake chan struct{}
+	r        *Set
+	i        int
+	redisKey string // of the lane's hash; the prefix of all others
+	wake     chan struct{}
 
 	mu         sync.Mutex                        // guards what follows
 	pending    map[pendingKey]*entry             // all that wait
@@ -64,7 +64,7 @@ type lane struct {
 	lacking    []*redisEpoch                     // Redis lacks ids of them that are in the log: see flush
 	asked      map[*redisEpoch][]chan<- struct{} // see job
 	closed     bool
-	want       int // the next batch is held until so many ids wait
+	want       int // the next batch lingers until so many ids wait
 
 	// Requests that are answered and not woken yet, the first and the last.
 	answered, lastAnswered *ask
@@ -79,9 +79,9 @@ type lane struct {
 	packed  []byte
 
 	// run alone uses these.
-	held    time.Time                       // until when the next batch is held at most
-	rest    int                             // batches that are not to be held
-	missed  int                             // rest after the next hold, if it is in vain
+	lingers time.Time                       // until when the next batch does, at most
+	rest    int                             // batches that are not to linger
+	missed  int                             // rest after the next time, if it is in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
 	losses  map[*redisEpoch]uint64          // known, not mended yet: what came after a batch, or all
@@ -101,7 +101,7 @@ type laneEpoch struct {
 	sealed    bool
 	retired   bool
 	forgotten bool // Redis has lost ids of it that are not all added again yet
-	log       replayLog
+	log       idLog
 
 	// tokens of the ids that this process has answered as new, with fail open.
 	tokens map[token]struct{}
@@ -148,7 +148,7 @@ var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)}
 
 func (l *lane) init(r *Set, i int) {
 	l.r, l.i = r, i
-	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
+	l.redisKey = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
 	l.pending, l.losses = map[pendingKey]*entry{}, map[*redisEpoch]uint64{}
 	l.asked = map[*redisEpoch][]chan<- struct{}{}

@@ -249,7 +249,7 @@ func (m *ledgerModel) takes(name string, inside bool) bool {
 	} else if !inside {
 		return false
 	}
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	start, span := s.Start.UnixMilli(), ms(s.Window)
 	last, some := millis(m.length["last"])
 	switch {
@@ -273,7 +273,7 @@ func (m *ledgerModel) takes(name string, inside bool) bool {
 // seal is sealScript: what was decided, or for how long to wait, or the members that have
 // answered ids, for the caller to seal.
 func (m *ledgerModel) seal(name, me string, at int64, known answers) (d *ledgerDecision, wait int64, members []string) {
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	start, ends := s.Start.UnixMilli(), s.End().UnixMilli()
 	h := m.of[name]
 	if h["unique"] != "" {
@@ -344,7 +344,7 @@ func (m *ledgerModel) lost(me string, at int64) bool {
 
 // decide is decideScript; nil: the ledger has lost data.
 func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me string, at int64, members []string) *ledgerDecision {
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	start, h := s.Start.UnixMilli(), m.epoch(name)
 	if h["unique"] != "" {
 		return decisionOf(h)

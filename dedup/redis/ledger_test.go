@@ -310,7 +310,7 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 	}
 
 	// It is in vain from some time on.
-	s = spanEnded(2*time.Second + replayWait)
+	s = spanEnded(2*time.Second + restoreWait)
 	a, b = g.member("c"), g.member("d", holds)
 	held.Store(true)
 	g.report(s, true, b)

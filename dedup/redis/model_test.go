@@ -15,9 +15,8 @@ import (
 // seeded scheduler drives it through faults.
 
 const (
-	modelKey  = "1000000-100000" // of the epoch, in the lane
-	modelSpan = "1000000:100000" // and in the ledger
-	modelEnd  = 1100             // s
+	modelEpoch = "1000000:100000"
+	modelEnd   = 1100 // s
 )
 
 // modelEntry is an id that waits, as entry is.
@@ -69,25 +68,25 @@ type modelMember struct {
 
 // modelRules are the repairs that a test can take out.
 type modelRules struct {
-	account    bool // the sum of the answers is compared with the ids
-	identity   bool // another identity of the data is noted as a loss
-	sessions   bool // an absent session must be in the hash
-	helloHolds bool // hello notes the loss and holds the seal
-	memory     bool // members write again what others have answered
-	disk       bool // and keep it over a restart
-	whole      bool // what members that are gone have answered is inferred from lanes that are whole
-	doubts     bool // a member that refused ids that may be in Redis is not vouched for
-	announce   bool // the group knows of such ids before their requests are refused
-	took       bool // ids without an answer stay in doubt when they are lost, or their removal
-	late       bool // a member that the ledger does not have in the epoch may have answered ids
-	unanswered bool // the last ids of a member that is gone may have had no answer
-	asOf       bool // one that has lost data since the last beat of a member is not believed by it
-	listed     bool // what was lost since the lanes were sealed is not decided on
-	strangers  bool // members remember epochs that they did not open
-	removed    bool // a member that has only refused ids is in the account
-	back       bool // after an outage of the ledger a seal waits for the others to be heard
-	behind     bool // and who learns that it has waits for the others to be heard
-	start      bool // after its start a member waits for the others to be heard before it seals
+	account      bool // the sum of the answers is compared with the ids
+	identity     bool // another identity of the data is noted as a loss
+	sessions     bool // an absent session must be in the hash
+	helloFreezes bool // hello notes the loss and freezes the lane
+	memory       bool // members write again what others have answered
+	disk         bool // and keep it over a restart
+	whole        bool // what members that are gone have answered is inferred from lanes that are whole
+	doubts       bool // a member that refused ids that may be in Redis is not vouched for
+	announce     bool // the group knows of such ids before their requests are refused
+	took         bool // ids without an answer stay in doubt when they are lost, or their removal
+	late         bool // a member that the ledger does not have in the epoch may have answered ids
+	unanswered   bool // the last ids of a member that is gone may have had no answer
+	asOf         bool // one that has lost data since the last beat of a member is not believed by it
+	listed       bool // what was lost since the lanes were sealed is not decided on
+	strangers    bool // members remember epochs that they did not open
+	removed      bool // a member that has only refused ids is in the account
+	back         bool // after an outage of the ledger a seal waits for the others to be heard
+	behind       bool // and who learns that it has waits for the others to be heard
+	start        bool // after its start a member waits for the others to be heard before it seals
 }
 
 var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
@@ -173,7 +172,7 @@ func (w *model) second() {
 // onlyDisksKnow reports whether a member that is gone has a part in the epoch of which neither
 // the ledger nor another member knows.
 func (w *model) onlyDisksKnow() bool {
-	known := rowsOf(w.ledger.of[modelSpan])
+	known := rowsOf(w.ledger.of[modelEpoch])
 	for _, m := range w.members {
 		if !m.paused {
 			known.learn(m.rows)
@@ -224,7 +223,7 @@ func (w *model) beat(m *modelMember) (behind bool) {
 				}
 			}
 			b.epochs = []ledgerEpochBeat{{
-				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0 && !strings.HasSuffix(known[m.name], "?"), known: known,
+				name: modelEpoch, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0 && !strings.HasSuffix(known[m.name], "?"), known: known,
 			}}
 			if m.reported {
 				b.epochs[0].reported = &ledgerReport{true, true, "0"}
@@ -322,7 +321,7 @@ func (w *model) kill(m *modelMember) {
 
 // choose is choose of the lane.
 func (m *modelMember) choose() *modelJob {
-	j := &modelJob{batch: laneBatch{session: m.name, mode: "b", epoch: modelKey, whole: true, tick: true, before: "900000-100000", after: "1100000-100000"}}
+	j := &modelJob{batch: laneBatch{session: m.name, mode: "b", epoch: modelEpoch, whole: true, tick: true, before: "900000:100000", after: "1100000:100000"}}
 	take := func(mode string, from phase, e event) bool {
 		for _, en := range m.entries {
 			if en.phase == from {
@@ -359,7 +358,7 @@ func (w *model) progress(m *modelMember, replyLost bool) {
 	j.batch.seq, j.batch.expect, j.batch.uncertain = m.seq+1, m.gen, m.uncertain > 0
 	a := w.lane.batch(j.batch)
 	if w.traced {
-		w.note("    %s sends %s %d %v: %v, lost %t, in doubt %d; the ledger: %v", m.name, j.batch.mode, j.batch.seq, j.batch.ids[0], a, replyLost, m.uncertain, w.ledger.of[modelSpan])
+		w.note("    %s sends %s %d %v: %v, lost %t, in doubt %d; the ledger: %v", m.name, j.batch.mode, j.batch.seq, j.batch.ids[0], a, replyLost, m.uncertain, w.ledger.of[modelEpoch])
 	}
 	if replyLost {
 		j.unknown = true
@@ -373,7 +372,7 @@ func (w *model) progress(m *modelMember, replyLost bool) {
 	case "sealed":
 		m.job = nil
 		w.stepAll(m, m.entries, eventSealed)
-	case "hold":
+	case "frozen":
 		w.dissolve(m, j)
 	default:
 		w.recover(m, j, a, w.rnd.IntN(6) == 0)
@@ -861,7 +860,7 @@ func (w *model) seal() *ledgerDecision {
 			back = slices.Delete(back, 1, 2)
 		}
 		me, at, known := sealer()
-		d, wait, members := w.ledger.seal(modelSpan, me, at, known)
+		d, wait, members := w.ledger.seal(modelEpoch, me, at, known)
 		if d != nil {
 			return d
 		}
@@ -869,16 +868,16 @@ func (w *model) seal() *ledgerDecision {
 			act(min(float64(wait)/1000, 0.5))
 			continue
 		}
-		status, ids := w.lane.seal(modelKey, false, sessions(members))
+		status, ids := w.lane.seal(modelEpoch, false, sessions(members))
 		if status == "sealed" {
 			ids.whole = ids.whole || !w.rules.whole
-			w.note("sealed: %+v, %v", ids, w.ledger.of[modelSpan])
+			w.note("sealed: %+v, %v", ids, w.ledger.of[modelEpoch])
 			lose()
 			if late != nil || w.rnd.IntN(2) == 0 {
 				act(0) // heartbeats
 			}
 			me, at, _ := sealer()
-			if d := w.ledger.decide(modelSpan, ids, true, false, me, at, members); d != nil {
+			if d := w.ledger.decide(modelEpoch, ids, true, false, me, at, members); d != nil {
 				return d
 			}
 		}
@@ -962,7 +961,7 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"account", func(r *modelRules) { r.account = false }},
 		{"identity of the data", func(r *modelRules) { r.identity = false }},
 		{"sessions in the hash", func(r *modelRules) { r.sessions = false }},
-		{"hello holds the seal", func(r *modelRules) { r.helloHolds = false }},
+		{"hello freezes the lane", func(r *modelRules) { r.helloFreezes = false }},
 		{"memory of the others", func(r *modelRules) { r.memory = false }},
 		{"disk", func(r *modelRules) { r.disk = false }},
 		{"whole lanes", func(r *modelRules) { r.whole = false }},

@@ -28,7 +28,7 @@ func textOf(s *rueidis.Lua) string { return reflect.ValueOf(s).Elem().FieldByNam
 var clockedScripts = map[string]*rueidis.Lua{
 	"lane": clocked(laneLua), "beat": clocked(textOf(beatScript)),
 	"seal": clocked(textOf(sealScript)), "decide": clocked(textOf(decideScript)), "unpublished": clocked(textOf(unpublishedScript)),
-	"claim": clocked(textOf(claimScript)), "mark": clocked(textOf(markScript)),
+	"claim": clocked(textOf(claimScript)), "mark": clocked(textOf(publishedScript)),
 	"leave": clocked(textOf(leaveScript)), "dump lane": rueidis.NewLuaScript(dumpLane), "dump ledger": rueidis.NewLuaScript(dumpLedger),
 }
 
@@ -169,7 +169,7 @@ func packed(ids ...string) string {
 	return b.String()
 }
 
-var twinEpochs = []string{"990000-10000", "1000000-10000", "1010000-10000"}
+var twinEpochs = []string{"990000:10000", "1000000:10000", "1010000:10000"}
 
 // twinSessions are two of an instance, and one of another.
 var twinSessions = []string{"0123456-a", "0123456-b", "1234567-c"}
@@ -183,7 +183,7 @@ func (w *twins) batch() {
 		mode: pick(rnd, "a", "a", "a", "a", "l", "r", "r", "p", "f", "b"), epoch: twinEpochs[i], before: twinEpochs[i-1],
 		whole: rnd.IntN(5) > 0, tick: rnd.IntN(2) == 0, uncertain: rnd.IntN(6) == 0, maxKeys: 2, tokensLost: rnd.IntN(10) == 0,
 	}
-	if b.after = "1020000-10000"; i == 1 {
+	if b.after = "1020000:10000"; i == 1 {
 		b.after = twinEpochs[2]
 	}
 	b.expect = pick(rnd, "", w.lane.open[b.epoch].gen, w.lane.open[b.epoch].gen, w.lane.open[b.epoch].gen, "other")
@@ -324,7 +324,7 @@ func (w *twins) beat() {
 	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed), strconv.FormatInt(b.at, 10), flag(!b.yields)}
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
-		s, _ := parseSpan(name)
+		s, _ := parseEpochName(name)
 		e := ledgerEpochBeat{name: name, ends: s.End().UnixMilli(), had: rnd.IntN(2) == 0, asks: rnd.IntN(3) == 0, uncertain: rnd.IntN(5) == 0, known: answers{}}
 		for _, m := range []string{"a", "b", "c"} {
 			if rnd.IntN(2) == 0 {
@@ -369,7 +369,7 @@ func (w *twins) beat() {
 		a.states, a.known, a.decided = append(a.states, e.state), append(a.known, e.answers), append(a.decided, decided)
 	}
 	for _, s := range got.unnamed {
-		a.unnamed = append(a.unnamed, spanName(s))
+		a.unnamed = append(a.unnamed, epochName(s))
 	}
 	w.same(fmt.Sprintf("%+v", b), fmt.Sprintf("%d %+v", got.now, a), fmt.Sprintf("%d %+v", w.ledger.now, want))
 }
@@ -388,7 +388,7 @@ func (w *twins) reasoned(decision string) string {
 func (w *twins) ledgerStep() {
 	rnd, k := w.rnd, w.keys
 	me, name := pick(rnd, "a", "b", "c"), pick(rnd, twinSpans...)
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	ends, epoch := s.End().UnixMilli(), w.ofEpoch(name)
 	switch rnd.IntN(11) {
 	case 0, 1:
@@ -525,7 +525,7 @@ func TestTheScriptsDoWhatTheModelsDo(t *testing.T) {
 	if w.short < 50 {
 		t.Errorf("%d batches had the short answer: the sequences do not reach it", w.short)
 	}
-	for _, status := range []string{"ok", "old", "gap", "lost", "sealed", "hold", "missing"} {
+	for _, status := range []string{"ok", "old", "gap", "lost", "sealed", "frozen", "missing"} {
 		if statuses[status] < 50 {
 			t.Errorf("%d operations were answered %s: the sequences do not reach it", statuses[status], status)
 		}

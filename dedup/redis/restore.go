@@ -4,19 +4,18 @@ import (
 	"context"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"verve/dedup"
 )
 
-// replayLog holds the ids of an epoch and a lane that this process has answered
+// idLog holds the ids of an epoch and a lane that this process has answered
 // as new: those that Redis has taken, by their batch, and those that it has not or has lost.
-type replayLog struct {
-	have []takenIDs
-	todo []byte
-	size int  // of all of them
-	cut  bool // not all of them could be kept, or tokens were lost
+type idLog struct {
+	have       []takenIDs
+	todo       []byte
+	size       int  // of all of them
+	incomplete bool // not all of them could be kept, or tokens were lost
 }
 
 // takenIDs are those of the batch of a sequence.
@@ -25,7 +24,7 @@ type takenIDs struct {
 	ids []byte
 }
 
-func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logBytes }
+func (g *idLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logBytes }
 
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
@@ -35,20 +34,20 @@ func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 		return
 	}
 	if !g.room(r) {
-		g.cut = true
+		g.incomplete = true
 		return
 	}
 	g.grow(r, len(b))
 	g.taken(seq, b)
 }
 
-func (g *replayLog) grow(r *Set, bytes int) {
+func (g *idLog) grow(r *Set, bytes int) {
 	g.size += bytes
 	r.logBytes.Add(int64(bytes))
 }
 
 // taken adds ids that Redis has, by the batch seq.
-func (g *replayLog) taken(seq uint64, ids []byte) {
+func (g *idLog) taken(seq uint64, ids []byte) {
 	if n := len(g.have); n == 0 || g.have[n-1].seq != seq {
 		g.have = append(g.have, takenIDs{seq: seq})
 	}
@@ -58,13 +57,13 @@ func (g *replayLog) taken(seq uint64, ids []byte) {
 
 // unsent adds an id that Redis does not have. It is kept whatever its size: the caller has
 // reserved room, or it is one of a batch.
-func (g *replayLog) unsent(r *Set, b []byte) {
+func (g *idLog) unsent(r *Set, b []byte) {
 	g.grow(r, len(b))
 	g.todo = append(g.todo, b...)
 }
 
 // rewind makes what was taken after the batch seq be sent again.
-func (g *replayLog) rewind(seq uint64) {
+func (g *idLog) rewind(seq uint64) {
 	i := len(g.have)
 	for i > 0 && g.have[i-1].seq > seq {
 		i--
@@ -87,7 +86,7 @@ func countIDs(b []byte) (n int) {
 
 // next returns up to n ids that are left, and how many bytes of the log they
 // take.
-func (g *replayLog) next(n int) (ids lists, size int) {
+func (g *idLog) next(n int) (ids lists, size int) {
 	var packed [len(kinds) + 1][]byte
 	for ; n > 0 && size < len(g.todo); n-- {
 		id := firstLogged(g.todo[size:])
@@ -103,26 +102,13 @@ func (g *replayLog) next(n int) (ids lists, size int) {
 
 // sent moves the first bytes of what was left to what Redis has, and returns how many
 // ids they are.
-func (g *replayLog) sent(seq uint64, bytes int) (n int) {
+func (g *idLog) sent(seq uint64, bytes int) (n int) {
 	n = countIDs(g.todo[:bytes])
 	g.taken(seq, g.todo[:bytes])
 	if g.todo = g.todo[bytes:]; len(g.todo) == 0 {
 		g.todo = nil
 	}
 	return n
-}
-
-// addedAgain takes over that ids from the log were added again. l.mu is held.
-func (l *lane) addedAgain(le *laneEpoch, j *job, a reply) {
-	if le.retired {
-		return
-	}
-	n := le.log.sent(l.seq, j.bytes)
-	l.r.counts.replayed.Add(uint64(n))
-	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
-	if len(le.log.todo) == 0 {
-		le.forgotten = false
-	}
 }
 
 // recover goes on after a loss: Redis knows nothing of the last batches of this
@@ -133,7 +119,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	seq := l.seq + seqSkip
 	for {
 		l.lose(j.epoch, a)
-		h, err := r.call(r.life, l.key, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, refillFor)
+		h, err := r.call(r.life, l.redisKey, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, freezeTime)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}
@@ -228,7 +214,7 @@ func (l *lane) retire(s *redisEpoch) int {
 		unsent = countIDs(le.log.todo)
 	}
 	l.r.logBytes.Add(-int64(le.log.size))
-	le.log = replayLog{}
+	le.log = idLog{}
 	if before := s.previous.Load(); before != nil {
 		l.r.logBytes.Add(-tokenBytes * int64(len(before.lanes[l.i].tokens)))
 		before.lanes[l.i].tokens = nil
@@ -251,7 +237,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	for i := range r.lanes {
 		l := &r.lanes[i]
 		l.mu.Lock()
-		if l.job != nil && l.job.mode != modeBeat && l.job.mode != modeLook {
+		if l.job != nil && l.job.mode != modePing && l.job.mode != modeLook {
 			see(l.job.epoch)
 		}
 		for _, s := range l.lacking {

@@ -24,7 +24,7 @@ func TestLogHasWhatCameAfterABatch(t *testing.T) {
 	for n := range 5000 {
 		var en entry
 		id := strings.Repeat("x", rnd.IntN(40)) + fmt.Sprint("-", n)
-		en.enc.encode(r.hash, false, []byte(id))
+		en.enc.encode(r.hashKey, false, []byte(id))
 		packed := string(en.enc.bytes()[1:])
 		switch k := rnd.IntN(20); {
 		case k < 12:
