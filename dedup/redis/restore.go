@@ -48,8 +48,10 @@ func (g *idLog) grow(r *Set, bytes int) {
 
 // taken adds ids that Redis has, by the batch seq.
 func (g *idLog) taken(seq uint64, ids []byte) {
-	if n := len(g.have); n == 0 || g.have[n-1].seq != seq {
+	if n := len(g.have); n == 0 {
 		g.have = append(g.have, takenIDs{seq: seq})
+	} else if last := &g.have[n-1]; last.seq != seq { // it is likely to get as large
+		g.have = append(g.have, takenIDs{seq, make([]byte, 0, max(len(ids), len(last.ids)))})
 	}
 	last := &g.have[len(g.have)-1]
 	last.ids = append(last.ids, ids...)
