@@ -548,7 +548,7 @@ func (p *program) leaveGroup(ctx context.Context) error {
 func (p *program) flush(ctx context.Context) error {
 	err := p.stream.Flush(ctx)
 	if err == nil && p.group != nil {
-		err = p.group.Mark(ctx)
+		err = p.group.ReportDelivered(ctx)
 	}
 	return err
 }

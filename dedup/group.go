@@ -17,7 +17,7 @@ type GroupStats struct {
 	Retries   uint64 // of them that failed
 	TakenBack uint64 // ids removed again, because their requests had already got 503
 	Twice     uint64 // ids that Redis had already when an instance added them again
-	Replayed  uint64 // ids added again after Redis had lost them
+	Restored  uint64 // ids added again after Redis had lost them
 	Dropped   uint64 // ids answered as new that are in no record
 	Pending   uint64 // ids that wait for an answer
 }

@@ -100,9 +100,6 @@ type Key struct {
 // IsDecimal reports whether the id was a canonical decimal up to 2^64-1.
 func (k Key) IsDecimal() bool { return k.kind == narrowKind }
 
-// Hash returns 64 bits of the key, of which the highest are the most even.
-func (k Key) Hash() uint64 { return k.lo }
-
 func (s *secret) key(id []byte) Key {
 	if n, ok := decimal(id); ok {
 		return Key{lo: s.scatter(n), kind: narrowKind}

@@ -271,7 +271,7 @@ func (e exposition) group(g dedup.GroupStats) {
 	e.counter("verve_redis_failures_total", "Attempts that failed, of all batches.", g.Retries)
 	e.counter("verve_redis_ids_taken_back_total", "Ids removed from Redis because their requests had already been answered 503.", g.TakenBack)
 	e.counter("verve_redis_ids_given_twice_total", "Ids that were in Redis already when an instance added them again: more than one instance may have answered ok.", g.Twice)
-	e.counter("verve_redis_ids_replayed_total", "Ids that were answered ok and added to Redis later, after a loss or without Redis.", g.Replayed)
+	e.counter("verve_redis_ids_replayed_total", "Ids that were answered ok and added to Redis later, after a loss or without Redis.", g.Restored)
 	e.counter("verve_redis_ids_dropped_total", "Ids answered with ok that are in no record, because the window was sealed without them.", g.Dropped)
 }
 

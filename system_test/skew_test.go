@@ -73,7 +73,7 @@ func startSkewed(t *testing.T, name, dir, addr string, window, ahead time.Durati
 		group.Leaving()
 		count.Seal()
 		<-closed
-		if err := errors.Join(group.Leave(leaving), records.Flush(leaving), group.Mark(leaving)); err != nil {
+		if err := errors.Join(group.Leave(leaving), records.Flush(leaving), group.ReportDelivered(leaving)); err != nil {
 			t.Error(err)
 		}
 		stop()

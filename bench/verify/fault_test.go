@@ -264,7 +264,7 @@ func (o outage) check(t *testing.T, change, most time.Duration) {
 	}
 }
 
-var calls = regexp.MustCompile(`cmdstat_(?:fcall|evalsha):calls=(\d+)`)
+var calls = regexp.MustCompile(`cmdstat_(?:evalsha):calls=(\d+)`)
 
 // batchesAt is how many batches of ids each of the masters has had.
 func batchesAt(masters []string) (batches []int) {

@@ -52,25 +52,21 @@ func atLeast(n string) uint64 {
 	return least
 }
 
-// final notes and returns what this process has answered in an epoch that it has left, and
+// final notes what this process has answered in an epoch that it has left, and
 // with refusals, when all is taken back that can be, whether ids that it has refused may be in
 // Redis.
-func (l *Ledger) final(s counter.Span, unique uint64, refusals bool) string {
+func (l *Ledger) final(e *ledgerEpoch, unique uint64, refusals bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := strconv.FormatUint(unique, 10)
-	if e := l.find(s); e != nil {
-		e.answers.note(l.member, n)
-		e.unique = nil
-		if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
-			n += "?"
-			e.answers.note(l.member, n)
-		}
+	e.answers.note(l.member, n)
+	e.unique = nil
+	if refusals && (e.uncertain.Load() > 0 || unique == 0 && e.wasUncertain.Load()) {
+		e.answers.note(l.member, n+"?")
 	}
-	return n
 }
 
-// sessions are those of the members with a part in an epoch, each with its mark: see sealScript.
+// sessions are those of the members with a part in an epoch, each with its part: see sealScript.
 func sessions(members []string) (list []string) {
 	for _, m := range members {
 		if m[0] != '0' {
@@ -81,17 +77,14 @@ func sessions(members []string) (list []string) {
 	return list
 }
 
-// explain logs why a record is not exact: by the member that decides it, and by the leader,
-// which publishes it, as the other one may have died before, or have got no answer.
-func (l *Ledger) explain(s counter.Span, decides bool) {
-	l.mu.Lock()
-	why := ""
-	if e := l.find(s); e != nil && e.decided != nil && (decides || time.Now().Before(l.lead)) {
-		why, e.decided.why = e.decided.why, "" // it is logged once
+// noteDecision notes what an epoch came to, and logs why it is not exact. The first decision stays.
+// l.mu is held.
+func (l *Ledger) noteDecision(e *ledgerEpoch, d *decision) {
+	if e.decision != nil {
+		return
 	}
-	l.mu.Unlock()
-	if why != "" {
-		l.logInexact(s, why)
+	if e.decision = d; d.why != "" {
+		l.logInexact(e.span, d.why)
 	}
 }
 
@@ -101,11 +94,11 @@ func (l *Ledger) logInexact(s counter.Span, why string) {
 
 // contradict logs that a window has two records. l.mu is held.
 func (l *Ledger) contradict(e *ledgerEpoch) {
-	if e.contradicted || e.decided == nil {
+	if e.contradicted || e.decision == nil {
 		return
 	}
 	e.contradicted = true
-	l.cfg.Log.Error().Str("window_start", e.span.Start.Format(time.RFC3339Nano)).Uint64("unique_here", e.decided.Unique).
+	l.cfg.Log.Error().Str("window_start", e.span.Start.Format(time.RFC3339Nano)).Uint64("unique_here", e.decision.Unique).
 		Msg("the group has decided another count for this window: two parts of it counted apart, and the window may have two records that both are wrong")
 }
 
@@ -129,8 +122,8 @@ func (l *Ledger) keep(end bool) {
 	k.Members = append([]string{l.member}, l.earlier...)
 	end = end || l.kept == nil
 	for _, e := range l.epochs {
-		if e.decided == nil && len(e.answers) > 0 {
-			name := spanName(e.span)
+		if e.decision == nil && len(e.answers) > 0 {
+			name := epochName(e.span)
 			k.Epochs[name] = maps.Clone(e.answers)
 			end = end || l.kept[name] == nil
 		}
@@ -175,7 +168,7 @@ func (l *Ledger) recall() {
 	}
 	l.earlier = k.Members
 	for name, all := range k.Epochs {
-		if s, err := parseSpan(name); err == nil && time.Since(s.End()) <= keepUndelivered {
+		if s, err := parseEpochName(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)
 		}
 	}

@@ -33,7 +33,7 @@ func (s *redisEpoch) recognise(lane int, m *named) (dedup.Verdict, bool) {
 	if _, there := s.lanes[lane].tokens[m.token]; there {
 		return dedup.Replayed, true
 	}
-	if before := s.previous.Load(); before != nil && before.key == s.before {
+	if before := s.previous.Load(); before != nil && before.name == s.before {
 		if _, there := before.lanes[lane].tokens[m.token]; there {
 			return dedup.ReplayedBefore, true
 		}

@@ -385,7 +385,7 @@ func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
 			t.Fatalf("without a reply: %v, %v", v, err)
 		}
 		testproc.Until(t, "the id is in Redis", func() bool {
-			return server.do("SCARD", a.lanes[0].key+":"+epochKey(time.Unix(0, ea.At(0)), epochtest.Window)+":k") == fmt.Sprint(i+1)
+			return server.do("SCARD", a.lanes[0].redisKey+":"+epochName(counter.Span{Start: time.Unix(0, ea.At(0)), Window: epochtest.Window})+":k") == fmt.Sprint(i+1)
 		})
 		if v, err := addAs(t, b, eb, 0, id, "key", "T"); !errors.Is(err, dedup.ErrUnavailable) {
 			t.Fatalf("at the other instance: %v, %v; want ErrUnavailable, as nobody was told", v, err)
@@ -718,7 +718,7 @@ func TestRedisABatchThatFailsLeavesNothing(t *testing.T) {
 	e := settest.NewEpochs(t, r)
 	wantAs(t, r, e, 0, "1", "key", "T", dedup.Unique)
 	wantAs(t, r, e, 0, "2", "key", "T", dedup.Unique)
-	prefix := r.lanes[0].key + ":" + epochKey(time.Unix(0, e.At(0)), epochtest.Window) + ":"
+	prefix := r.lanes[0].redisKey + ":" + epochName(counter.Span{Start: time.Unix(0, e.At(0)), Window: epochtest.Window}) + ":"
 	server.do("RENAME", prefix+"x", "verve:saved")
 	state := func() string {
 		return strings.Join([]string{server.do("HGETALL", prefix+"n"), server.do("SCARD", prefix+"k"), server.do("SCARD", prefix+"x"), server.do("EXISTS", prefix+"t")}, "/")
@@ -784,7 +784,7 @@ func TestRedisRetryWhileItsWindowIsBegunAgain(t *testing.T) {
 	wantAs(t, r, e, 0, "42", "", "T", dedup.Unique)
 	s := e.Last().State.(*redisEpoch)
 	e.Want(t, r, 1, "first", dedup.Unique)
-	if _, err := r.call(t.Context(), r.lanes[0].key, "reset", s.key, s.lanes[0].gen); err != nil {
+	if _, err := r.call(t.Context(), r.lanes[0].redisKey, "reset", s.name, s.lanes[0].gen); err != nil {
 		t.Fatal(err)
 	}
 	wantAs(t, r, e, 1, "42", "", "T", dedup.Unique)
@@ -827,9 +827,9 @@ func TestRedisTokensThatAreLostAreRememberedIfMoreIsLost(t *testing.T) {
 	wantAs(t, r, e, 0, "42", "", "T", dedup.Unique)
 	e.Want(t, r, 1, "first", dedup.Unique)
 	before := e.Last().State.(*redisEpoch).before
-	server.do("DEL", r.lanes[0].key+":"+before+":x")
+	server.do("DEL", r.lanes[0].redisKey+":"+before+":x")
 	wantAs(t, r, e, 1, "42", "", "T", dedup.Unique)
-	server.do("DEL", r.lanes[0].key)
+	server.do("DEL", r.lanes[0].redisKey)
 	e.Want(t, r, 1, "second", dedup.Unique) // which no token is looked up for
 	if n, exact := sealed(t, e, r, 1); n != 3 || exact {
 		t.Errorf("sealed %d, exact %v; want 3, false", n, exact)
@@ -929,7 +929,7 @@ func TestRedisABelievedDoubtIsNotExact(t *testing.T) {
 		t.Fatalf("without a reply: %v, %v", v, err)
 	}
 	testproc.Until(t, "the id is in Redis", func() bool {
-		return server.do("SISMEMBER", a.lanes[0].key+":"+epochKey(time.Unix(0, ea.At(0)), epochtest.Window)+":d", "42") == "1"
+		return server.do("SISMEMBER", a.lanes[0].redisKey+":"+epochName(counter.Span{Start: time.Unix(0, ea.At(0)), Window: epochtest.Window})+":d", "42") == "1"
 	})
 	way.refusing.Store(true)
 	way.cut(0)

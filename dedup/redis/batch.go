@@ -14,35 +14,35 @@ const (
 	// take it some 0.5 ms.
 	batchSize = 512
 
-	// fewIDs bounds the batches that few of function.lua adds one id at a time. With 4 it
+	// fewIDs bounds the batches that few of lane.lua adds one id at a time. With 4 it
 	// took half of what batch takes, with 8 of them somewhat more than adding all at once.
 	fewIDs = 8
 
-	// A batch is held for holdMost ids at most, as of larger ones an id costs hardly less,
-	// and for holdTime at most. After holds in a row that were in vain 0, 1, 2, 4 and in the
-	// end holdRest batches are not held.
-	holdMost = 64
-	holdTime = time.Millisecond
-	holdRest = 32
+	// A batch lingers for lingerIDs ids at most, as of larger ones an id costs hardly less,
+	// and for lingerTime at most. If it has done so in vain, the next 0, then 1, 2, 4 and in the
+	// end lingerRest batches do not.
+	lingerIDs  = 64
+	lingerTime = time.Millisecond
+	lingerRest = 32
 
 	// ackDelay is how long the ids of a last batch may stay in doubt for others
 	// when nothing follows it.
 	ackDelay = 5 * time.Millisecond
 
-	// laneBeat is how often a lane without ids sends a batch nevertheless: it notices a
+	// pingEvery is how often a lane without ids sends a batch nevertheless: it notices a
 	// loss, and Redis notes that the session lives.
-	laneBeat = time.Second
+	pingEvery = time.Second
 
 	// noteTime is how often a batch has Redis note the time as that of the session's last
 	// batch. It costs Redis a command more.
-	noteTime = laneBeat / 2
+	noteTime = pingEvery / 2
 
 	// Attempts that fail wait between these, doubling.
 	minRetry = 2 * time.Millisecond
 	maxRetry = 250 * time.Millisecond
 
-	// holdRetry is the wait after the answers hold and missing.
-	holdRetry = 10 * time.Millisecond
+	// frozenRetry is the wait after the answers frozen and missing.
+	frozenRetry = 10 * time.Millisecond
 
 	// missingFor is how long keys may be missing before they are taken for lost:
 	// longer than a slot takes to move.
@@ -58,28 +58,28 @@ const (
 type job struct {
 	mode    string
 	epoch   *redisEpoch
-	entries []*entry       // by kind
-	lists   lists          // of the ids of the entries, or of the log
-	bytes   int            // of the log, where it is a replay
-	asked   []chan<- error // with room; for callers that wait for an answer about the epoch
-	since   int64          // when it was made, as ask.at
+	entries []*entry          // by kind
+	lists   lists             // of the ids of the entries, or of the log
+	bytes   int               // of the log, where it restores ids
+	asked   []chan<- struct{} // with room; for callers that wait for an answer about the epoch
+	since   int64             // when it was made, as ask.at
 	unknown bool
 	overdue bool // a request that waits for it will soon get 503
 }
 
-// Modes of a batch, as in function.lua.
+// Modes of a batch, as in lane.lua.
 const (
-	modeAdd    = "a" // adds ids
-	modeLook   = "l" // only looks for them: the epoch is full
-	modeTake   = "r" // takes back those whose requests all got 503
-	modeReplay = "p" // adds again what Redis has lost
-	modeLocal  = "f" // adds what was answered as new without Redis
-	modeBeat   = "b" // has no ids
+	modeAdd     = "a" // adds ids
+	modeLook    = "l" // only looks for them: the epoch is full
+	modeTake    = "r" // takes back those whose requests all got 503
+	modeRestore = "p" // adds again what Redis has lost
+	modeLocal   = "f" // adds what was answered as new without Redis
+	modePing    = "b" // has no ids
 )
 
 // run sends batches until Close, and then until nothing is left open.
 func (l *lane) run() {
-	l.timer = time.NewTimer(laneBeat)
+	l.timer = time.NewTimer(pingEvery)
 	defer l.timer.Stop()
 	wait := minRetry
 	for {
@@ -101,14 +101,14 @@ func (l *lane) run() {
 			wait = min(2*wait, maxRetry)
 		}
 	}
-	l.r.call(l.r.life, l.key, "bye", l.r.cfg.session)
+	l.r.call(l.r.life, l.redisKey, "bye", l.r.cfg.session)
 }
 
 // wakeAnswered wakes the requests that a batch has answered; its trip to Redis took so long.
 func (l *lane) wakeAnswered(trip time.Duration) {
 	l.mu.Lock()
 	woken, full := l.takeAnswered(), len(l.queue) >= batchSize
-	held := l.hold(woken, trip)
+	lingers := l.linger(woken, trip)
 	l.mu.Unlock()
 	if full {
 		// The next batch will not get larger: Redis is to have it meanwhile.
@@ -116,7 +116,7 @@ func (l *lane) wakeAnswered(trip time.Duration) {
 		return
 	}
 	wake(woken)
-	if held {
+	if lingers {
 		return
 	}
 	// Their next ids are to be in the next batch, which is half as large without them. If
@@ -124,22 +124,22 @@ func (l *lane) wakeAnswered(trip time.Duration) {
 	runtime.Gosched()
 }
 
-// hold has the next batch wait for the requests that the last one has answered, whose trip
+// linger has the next batch wait for the requests that the last one has answered, whose trip
 // took so long: most clients ask again at once. Without it those of a few connections stay
 // divided in two halves, each waiting while the other is under way. l.mu is held.
-func (l *lane) hold(answered *ask, trip time.Duration) bool {
+func (l *lane) linger(answered *ask, trip time.Duration) bool {
 	if l.rest > 0 {
 		l.rest--
 		return false
 	}
 	n := len(l.queue)
-	for a := answered; a != nil && n <= holdMost; a = a.next {
+	for a := answered; a != nil && n <= lingerIDs; a = a.next {
 		n++
 	}
-	if n < 2 || n > holdMost || answered == nil {
+	if n < 2 || n > lingerIDs || answered == nil {
 		return false
 	}
-	l.want, l.held = n, time.Now().Add(min(2*trip, holdTime))
+	l.want, l.lingers = n, time.Now().Add(min(2*trip, lingerTime))
 	return true
 }
 
@@ -148,16 +148,16 @@ func (l *lane) idle() bool {
 	l.mu.Lock()
 	select {
 	case <-l.r.closing:
-		held := l.want > 0
+		lingers := l.want > 0
 		l.want = 0 // what waits is sent first
 		l.mu.Unlock()
-		return held
+		return lingers
 	default:
 	}
-	d := laneBeat
+	d := pingEvery
 	switch {
 	case l.want > 0:
-		d = time.Until(l.held)
+		d = time.Until(l.lingers)
 	case l.failing != 0:
 		d = maxRetry
 	case l.seq == 0:
@@ -167,7 +167,7 @@ func (l *lane) idle() bool {
 	case len(l.postponed) > 0:
 		d = minRetry
 	}
-	held := l.want > 0
+	lingers := l.want > 0
 	l.mu.Unlock()
 	l.timer.Reset(d)
 	select {
@@ -175,14 +175,14 @@ func (l *lane) idle() bool {
 	case <-l.r.closing:
 	case <-l.timer.C:
 		l.mu.Lock()
-		if held { // in vain
+		if lingers { // in vain
 			l.want, l.rest = 0, l.missed
-			l.missed = min(max(1, 2*l.missed), holdRest)
+			l.missed = min(max(1, 2*l.missed), lingerRest)
 		} else if len(l.postponed) > 0 {
 			l.queue = append(l.queue, l.postponed...)
 			l.postponed = l.postponed[:0]
 		} else if s := l.r.latest.Load(); l.job == nil && s != nil {
-			l.begin(&job{mode: modeBeat, epoch: s})
+			l.begin(&job{mode: modePing, epoch: s})
 		}
 		l.mu.Unlock()
 	}
@@ -235,7 +235,7 @@ func (l *lane) choose() *job {
 		}
 		j := &job{mode: modeLocal, epoch: s}
 		if le.forgotten {
-			j.mode = modeReplay
+			j.mode = modeRestore
 		}
 		j.lists, j.bytes = le.log.next(batchSize)
 		return j
@@ -261,9 +261,9 @@ func (l *lane) choose() *job {
 	l.queue = l.queue[:0]
 	for s, asked := range l.asked {
 		delete(l.asked, s)
-		return &job{mode: modeBeat, epoch: s, asked: asked}
+		return &job{mode: modePing, epoch: s, asked: asked}
 	}
-	return nil // where the last attempt failed, idle sends a beat to find out
+	return nil // where the last attempt failed, idle sends a ping to find out
 }
 
 // fill moves entries of the job's epoch into it and returns the rest. l.mu is held.
@@ -303,7 +303,7 @@ func (l *lane) fill(j *job, from []*entry) []*entry {
 		for _, en := range from[:n] {
 			if id := logged(&en.enc, en.named); en.phase != finished && kindOf(id[0]) == k {
 				j.entries = append(j.entries, en)
-				l.packed = appendPacked(l.packed, id)
+				l.packed = append(l.packed, id[1:]...)
 			}
 		}
 		j.lists[k] = string(l.packed)
@@ -317,10 +317,10 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	le := &j.epoch.lanes[l.i]
 	l.mu.Lock()
 	gen := le.gen
-	if le.retired && j.mode == modeBeat {
-		gen = "" // what is lost of it is not added again, and hello after hello would hold its seal
+	if le.retired && j.mode == modePing {
+		gen = "" // what is lost of it is not added again, and hello after hello would keep it from its seal
 	}
-	whole, tokensLost := flag(!le.log.cut), flag(le.tokensLost)
+	whole, tokensLost := flag(!le.log.incomplete), flag(le.tokensLost)
 	l.mu.Unlock()
 	if err := l.r.await(j.epoch); err != nil && j.mode == modeAdd && !j.unknown {
 		return l.failed(j, errRefused{err}, wait)
@@ -333,16 +333,16 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	case now-l.ticked > int64(noteTime) || len(j.asked) > 0:
 		noting = "1"
 	}
-	args := append(make([]string, 0, 19), opBatch, l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.key, gen, idsTTL)
+	args := append(make([]string, 0, 19), "batch", l.r.cfg.session, strconv.FormatUint(l.seq+1, 10), j.mode, j.epoch.name, gen, idsTTL)
 	if k := j.lists.only(); noting == "0" && j.mode == modeAdd && k >= 0 && len(j.entries) <= fewIDs {
 		args = append(args, strconv.Itoa(k+1), j.lists[k])
 	} else {
-		args = append(args, refillFor, whole, noting, j.lists[0], j.lists[1], j.lists[2], j.lists[3])
+		args = append(args, freezeTime, whole, noting, j.lists[0], j.lists[1], j.lists[2], j.lists[3])
 	}
 	if j.lists[namedIDs] != "" {
 		args = append(args, j.lists[namedIDs], j.epoch.before, j.epoch.after, strconv.Itoa(l.r.cfg.MaxKeys), tokensLost)
 	}
-	a, err := l.r.call(l.r.life, l.key, args...)
+	a, err := l.r.call(l.r.life, l.redisKey, args...)
 	if err != nil {
 		l.r.counts.retries.Add(1)
 		var refused errRefused
@@ -374,26 +374,26 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 		if now := time.Now(); now.Sub(l.missing.last) > missingPause {
 			l.missing.first, l.missing.last = now, now
 		} else if l.missing.last = now; now.Sub(l.missing.first) > missingFor {
-			if _, err := l.r.call(l.r.life, l.key, "reset", j.epoch.key, gen); err != nil {
+			if _, err := l.r.call(l.r.life, l.redisKey, "reset", j.epoch.name, gen); err != nil {
 				return l.failed(j, err, wait)
 			}
 			l.missing.first = now
 		}
 		l.r.health.log(l.r.cfg.Log.Warn(), "keys of the open window are missing in Redis, or on the move to another node: ids wait", "")
 		l.dissolve(j)
-		return holdRetry
-	case statusHold:
+		return frozenRetry
+	case statusFrozen:
 		l.r.health.log(l.r.cfg.Log.Warn(), "ids lost in Redis are being added again: new ones wait", "")
 		l.dissolve(j)
-		return holdRetry
+		return frozenRetry
 	}
 	j.unknown = true
 	return l.failed(j, errors.New("unexpected reply "+a.status), wait)
 }
 
-// partly stands behind the codes of a batch that has found tokens to be lost, or to be
+// codeInexact stands behind the codes of a batch that has found tokens to be lost, or to be
 // believed without their ids.
-const partly = "P"
+const codeInexact = "P"
 
 // allNew are the codes of a batch in which all ids are new.
 var allNew = strings.Repeat("1", batchSize)
@@ -401,16 +401,15 @@ var allNew = strings.Repeat("1", batchSize)
 // failed notes that an attempt failed.
 func (l *lane) failed(j *job, err error, wait time.Duration) time.Duration {
 	l.r.health.failed(l.r, err)
-	l.noteFailure(err)
+	l.noteFailure()
 	l.dissolve(j)
 	return wait
 }
 
-// noteFailure notes why nothing reaches Redis, and since when.
-func (l *lane) noteFailure(err error) {
+// noteFailure notes since when nothing reaches Redis.
+func (l *lane) noteFailure() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.err = err
 	if l.failing == 0 {
 		l.failing = max(1, int64(time.Since(l.r.start)))
 	}
@@ -419,7 +418,7 @@ func (l *lane) noteFailure(err error) {
 func (l *lane) succeeded() {
 	l.mu.Lock()
 	was := l.failing != 0
-	l.failing, l.err = 0, nil
+	l.failing = 0
 	l.mu.Unlock()
 	if was {
 		l.r.health.succeeded(l.r)
@@ -472,7 +471,7 @@ func (l *lane) turn(j *job) {
 		return en.phase == finished
 	})
 	for _, done := range j.asked {
-		done <- nil
+		done <- struct{}{}
 	}
 }
 
@@ -485,10 +484,14 @@ func (l *lane) resolve(j *job, a reply) {
 	le := &j.epoch.lanes[l.i]
 	le.gen = a.gen
 	le.n.Store(a.n)
-	le.log.cut = le.log.cut || strings.HasSuffix(a.codes, partly)
+	le.log.incomplete = le.log.incomplete || strings.HasSuffix(a.codes, codeInexact)
 	switch j.mode {
-	case modeReplay, modeLocal:
-		l.addedAgain(le, j, a)
+	case modeRestore, modeLocal:
+		if !le.retired {
+			l.r.counts.restored.Add(uint64(le.log.sent(l.seq, j.bytes)))
+			l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
+			le.forgotten = le.forgotten && len(le.log.todo) > 0
+		}
 	case modeTake:
 		le.took = l.seq
 		for i, en := range j.entries {
@@ -520,6 +523,6 @@ func (l *lane) resolve(j *job, a reply) {
 		l.entries = j.entries[:0]
 	}
 	for _, done := range j.asked {
-		done <- nil
+		done <- struct{}{}
 	}
 }

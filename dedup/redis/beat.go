@@ -14,36 +14,27 @@ import (
 	"verve/counter"
 )
 
-// run beats until stop is closed or the member has left: with all epochs each second, however
-// often it is woken in between.
+// run beats until stop is closed or the member has left.
 func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
-	tick := time.NewTicker(beatEvery)
-	defer tick.Stop()
-	for all := true; !l.left.Load(); {
+	for !l.left.Load() {
+		wait := beatEvery
 		// Without a connection nothing is sent; Set.Health shows what fails.
-		err := l.beat(ctx, all)
+		if l.beat(ctx) != nil && l.standing.Load() == unheard {
+			wait = firstBeats
+		}
 		l.deliverAgain(ctx)
 		l.dismiss(ctx)
-		switch {
-		case err != nil && l.standing.Load() == unheard:
-			tick.Reset(firstBeats)
-		case all:
-			tick.Reset(beatEvery)
-		}
 		select {
-		case <-tick.C:
-			all = true
+		case <-time.After(wait):
 		case <-l.wake:
-			all = false
 		case <-stop:
 			return
 		}
 	}
 }
 
-// beat writes to Redis what it must know of this member: with all epochs, or with
-// those only that it does not know yet.
-func (l *Ledger) beat(ctx context.Context, all bool) error {
+// beat writes to Redis what it must know of this member.
+func (l *Ledger) beat(ctx context.Context) error {
 	l.beating.Lock()
 	defer l.beating.Unlock()
 	if l.left.Load() {
@@ -54,15 +45,10 @@ func (l *Ledger) beat(ctx context.Context, all bool) error {
 	}
 	newest := l.noteAnswers()
 	l.keep(false)
-	keys, args, sent := l.beatArgs(all, newest)
+	keys, args, sent := l.beatArgs(newest)
 
 	began := time.Now()
 	out, err := l.exec(ctx, beatScript, keys, args).ToArray()
-	if err == nil && len(out) == 0 { // it has lost data, and wants all
-		keys, args, sent = l.beatArgs(true, newest)
-		began = time.Now()
-		out, err = l.exec(ctx, beatScript, keys, args).ToArray()
-	}
 	took := time.Since(began)
 	var b beatReply
 	if err == nil {
@@ -100,7 +86,7 @@ func (l *Ledger) noteAnswers() (newest time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.epochs {
-		if e.unique != nil && e.decided == nil {
+		if e.unique != nil && e.decision == nil {
 			e.answers.note(l.member, strconv.FormatUint(e.unique(), 10)+"+")
 		}
 	}
@@ -111,14 +97,14 @@ func (l *Ledger) noteAnswers() (newest time.Time) {
 // this process has opened up to the newest that noteAnswers has returned. One that was opened
 // since has no answers of this member yet, so the group would know the epoch, but not
 // that this member is in it.
-func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent []counter.Span) {
+func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter.Span) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	keys = []string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.epochs, l.keys.length, l.keys.opened}
 	args = []string{
 		l.member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.insiderAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
-		"-1", flag(all), flag(time.Now().After(l.yields)),
+		"-1", flag(time.Now().After(l.yields)),
 	}
 	if !newest.IsZero() {
 		args[8] = unixMS(newest)
@@ -127,21 +113,22 @@ func (l *Ledger) beatArgs(all bool, newest time.Time) (keys, args []string, sent
 		args[10] = strconv.FormatInt(l.beaten, 10)
 	}
 	for _, e := range l.epochs {
-		e.uncertainSent = e.uncertain.Load() > 0
-		if e.isRegistered() && !all && e.uncertainSent == e.uncertainKnown || e.unique != nil && e.span.Start.After(newest) {
+		if e.unique != nil && e.span.Start.After(newest) {
 			continue
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
-		args = append(args, spanName(e.span), unixMS(e.span.End()))
+		args = append(args, epochName(e.span), unixMS(e.span.End()))
 		known, decided := e.answers, make([]string, 5)
-		if d := e.decided; d != nil {
+		if d, r := e.decision, e.reported; d == nil && r != nil {
+			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact), "", strconv.FormatUint(e.under, 10)}
+		} else if d != nil {
 			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
 		}
 		had := flag(e.isRegistered())
 		if e.ofOthers && had == "0" {
 			had = "?"
 		}
-		args = append(append(args, decided...), had, flag(e.uncertainSent), strconv.Itoa(len(known)))
+		args = append(append(args, decided...), had, flag(e.uncertain.Load() > 0 && !strings.HasSuffix(known[l.member], "?")), strconv.Itoa(len(known)))
 		for m, n := range known {
 			args = append(args, m, n)
 		}
@@ -167,7 +154,7 @@ func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
 // l.mu is held.
 func (l *Ledger) remind() {
 	for _, e := range l.epochs {
-		if e.decided != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
+		if e.decision != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
 			continue
 		}
 		for _, m := range l.others {
@@ -196,7 +183,6 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 			}
 			continue
 		}
-		e.uncertainKnown = e.uncertainSent
 		if !e.isRegistered() {
 			close(e.registered)
 		}
@@ -206,9 +192,7 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		case "contradicted":
 			l.contradict(e)
 		case "decided":
-			if e.decided == nil {
-				e.decided = a.decided
-			}
+			l.noteDecision(e, a.decision)
 		}
 	}
 	for _, s := range b.unnamed {
@@ -244,7 +228,7 @@ func (l *Ledger) dismiss(ctx context.Context) {
 	l.mu.Lock()
 	earlier, last := l.earlier, l.began.Add(l.cfg.MaxSkew)
 	due := time.Since(last) > l.cfg.Window+memberTTL &&
-		!slices.ContainsFunc(l.epochs, func(e *ledgerEpoch) bool { return e.decided == nil && e.span.Start.Before(last) })
+		!slices.ContainsFunc(l.epochs, func(e *ledgerEpoch) bool { return e.decision == nil && e.span.Start.Before(last) })
 	l.mu.Unlock()
 	if !due {
 		return
@@ -320,9 +304,9 @@ type beatReply struct {
 }
 
 type epochReply struct {
-	state   string
-	answers answers   // if that is "open"
-	decided *decision // if it is "decided"
+	state    string
+	answers  answers   // if that is "open"
+	decision *decision // if it is "decided"
 }
 
 // decision is what an epoch came to.
@@ -350,7 +334,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 	b.now, err = strconv.ParseInt(head[0], 10, 64)
 	for i := 0; err == nil && i < len(unnamed); i++ {
 		var s counter.Span
-		s, err = parseSpan(unnamed[i])
+		s, err = parseEpochName(unnamed[i])
 		b.unnamed = append(b.unnamed, s)
 	}
 	for i := 0; err == nil && i < len(epochs); i++ {
@@ -360,7 +344,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 		}
 		e := epochReply{state: fields[0], answers: answers{}}
 		if e.state == "decided" {
-			e.decided, err = parseDecision(sent[i], fields)
+			e.decision, err = parseDecision(sent[i], fields)
 		} else {
 			for f := 1; f+1 < len(fields); f += 2 {
 				e.answers[fields[f]] = fields[f+1]

@@ -21,101 +21,62 @@ func (l *Ledger) unsettled() string {
 
 // Report reports what this process knows of an epoch that it has left for good:
 // whether it served the whole of it, and whether no id was lost. Ids of it that
-// Redis has lost are first put back, if that takes no longer than replayWait.
+// Redis has lost are first put back, if that takes no longer than restoreWait.
 //
 // It returns false for an epoch that the group has not taken: no id was added to
 // it, and there is nothing to publish.
 func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err error) {
 	s := c.Span()
 	l.mu.Lock()
-	l.place(s)
+	e := l.place(s)
 	l.mu.Unlock()
-	ours, late := l.takes(s)
-	if !ours {
-		err := l.beat(ctx, true)
-		if err != nil && !errors.Is(err, errForeign) {
-			return false, err
-		}
-		if ours, late = l.takes(s); !ours {
-			l.mu.Lock()
-			defer l.mu.Unlock()
-			l.drop(s)
-			return false, nil
-		}
+	l.final(e, c.Unique, false)
+	if err = l.restoreLosses(ctx, s); err == nil {
+		l.final(e, c.Unique, true)
+		l.mu.Lock()
+		e.under, c.Keys = c.Keys.Unique(), counter.KeyCounts{}
+		e.reported = &c
+		l.mu.Unlock()
+		err = l.beat(ctx)
 	}
-	c.Complete = c.Complete && !late
-	l.final(s, c.Unique, false)
-	err = l.replayLosses(ctx, s)
-	if err == nil {
-		n := l.final(s, c.Unique, true)
-		err = l.exec(ctx, reportScript,
-			[]string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.unsettled},
-			[]string{l.member, ms(keepUndelivered), spanName(s), unixMS(s.End()), flag(c.Complete), flag(c.Exact), l.unsettled(), n, strconv.FormatUint(c.Keys.Unique(), 10)}).Error()
-	}
-	if err != nil {
+	if err != nil && (e.isRegistered() || !errors.Is(err, errForeign)) {
 		return false, fmt.Errorf("ledger: report %s: %w", s.Start.Format(time.RFC3339Nano), err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e := l.find(s); e != nil {
-		e.reported, e.reportedAt = &c, time.Now()
+	// One that is known no more is delivered.
+	if ours = l.find(s) == nil || e.isRegistered(); !ours {
+		l.drop(s)
 	}
-	return true, nil
+	return ours, nil
 }
 
-// takes reports whether the group has the epoch, as far as is known here, and whether that
-// was open here before. One that is known no more is delivered.
-func (l *Ledger) takes(s counter.Span) (ours, late bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.find(s)
-	return e == nil || e.isRegistered(), e != nil && e.wasRefused
-}
-
-// replayLosses looks for losses and waits until their ids are in Redis again.
-func (l *Ledger) replayLosses(ctx context.Context, s counter.Span) error {
+// restoreLosses looks for losses and waits until their ids are in Redis again.
+func (l *Ledger) restoreLosses(ctx context.Context, s counter.Span) error {
 	if err := l.ids.noticeLosses(ctx, s.Start); err != nil {
 		return err
 	}
-	deadline := time.Now().Add(replayWait)
+	deadline := time.Now().Add(restoreWait)
 	for {
 		oldest, newest, some := l.ids.unsettled()
 		if !some || oldest.After(s.Start) || newest.Before(s.Start) || time.Now().After(deadline) {
 			return nil
 		}
-		if err := retry.Sleep(ctx, replayPoll); err != nil {
+		if err := retry.Sleep(ctx, restorePoll); err != nil {
 			return err
 		}
 	}
-}
-
-// reportAgain repeats a report that Redis may have lost since, now and then.
-func (l *Ledger) reportAgain(ctx context.Context, s counter.Span) error {
-	l.mu.Lock()
-	e := l.find(s)
-	due := e != nil && e.reported != nil && time.Since(e.reportedAt) > beatEvery
-	var c counter.Count
-	if due {
-		c = *e.reported
-	}
-	l.mu.Unlock()
-	if !due {
-		return nil
-	}
-	_, err := l.Report(ctx, c)
-	return err
 }
 
 // Seal waits until the epoch may be sealed, seals it, and returns what it came
 // to: the same for every member, for as long as Redis keeps it. An error is for
 // the caller to retry.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err error) {
-	d, decides := l.decided(s), false
+	d := l.decisionOf(s)
 	if d == nil {
-		d, decides, err = l.decision(ctx, s)
+		d, err = l.awaitDecision(ctx, s)
 	}
 	if err == nil {
-		l.explain(s, decides)
 		c = d.Count
 		err = l.addKeys(ctx, &c, d.under)
 	}
@@ -125,26 +86,25 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err
 	return c, nil
 }
 
-// decision waits for what an epoch came to: another member decides it, or this one (here). It
-// is kept: should Redis lose it before it is delivered, the next beat writes it again.
-func (l *Ledger) decision(ctx context.Context, s counter.Span) (d *decision, here bool, err error) {
+// awaitDecision waits for what an epoch came to: another member decides it, or this one. It is
+// kept: should Redis lose it before it is delivered, the next beat writes it again.
+func (l *Ledger) awaitDecision(ctx context.Context, s counter.Span) (*decision, error) {
 	out, err := l.awaitSeal(ctx, s)
-	if here = err == nil && out[0] == "seal"; here {
-		out, err = l.decide(ctx, s, out[1:])
-	}
-	if err == nil {
-		d, err = parseDecision(s, out)
+	if err == nil && out[0] == "seal" {
+		out, err = l.sealAndDecide(ctx, s, out[1:])
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, err
+	}
+	d, err := parseDecision(s, out)
+	if err != nil {
+		return nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	if e.decided == nil {
-		e.decided = d
-	}
-	return e.decided, here, nil
+	l.noteDecision(e, d)
+	return e.decision, nil
 }
 
 // addKeys adds the counts of the keys to a decided count, with under ids under keys. If
@@ -189,7 +149,7 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
 	args := []string{
 		ms(memberTTL), unixMS(s.Start), unixMS(s.End()),
-		ms(l.cfg.MaxSkew), ms(replayWait), ms(sealLock), ms(keepUndelivered), "", "",
+		ms(l.cfg.MaxSkew), ms(restoreWait), ms(sealLock), ms(keepUndelivered), "", "",
 	}
 	for {
 		if err := l.awaitOthers(ctx); err != nil {
@@ -207,9 +167,6 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 		if err := retry.Sleep(ctx, min(max(wait, time.Millisecond), poll)); err != nil {
 			return nil, err
 		}
-		if err := l.reportAgain(ctx, s); err != nil {
-			return nil, err
-		}
 	}
 }
 
@@ -225,15 +182,15 @@ func (l *Ledger) awaitOthers(ctx context.Context) error {
 		if !failing && back <= 0 {
 			return nil
 		}
-		if err := retry.Sleep(ctx, replayPoll); err != nil {
+		if err := retry.Sleep(ctx, restorePoll); err != nil {
 			return err
 		}
 	}
 }
 
-// decide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
+// sealAndDecide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
 // a while no other member does the same: see sealLock.
-func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) ([]string, error) {
+func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []string) ([]string, error) {
 	ids, err := l.ids.sealIDs(ctx, s, sessions(members))
 	if err != nil {
 		return nil, err
@@ -249,7 +206,7 @@ func (l *Ledger) decide(ctx context.Context, s counter.Span, members []string) (
 	me, at := l.asOf()
 	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
-		spanName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
+		epochName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
 		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at,
 	}, members...)).AsStrSlice()
 	if err == nil && out[0] == "lost" {
@@ -280,12 +237,12 @@ func (l *Ledger) asOf() (me, at string) {
 	return l.member, strconv.FormatInt(l.beaten, 10)
 }
 
-// decided returns what the epoch came to, or nil if this process does not know.
-func (l *Ledger) decided(s counter.Span) *decision {
+// decisionOf returns what the epoch came to, or nil if this process does not know.
+func (l *Ledger) decisionOf(s counter.Span) *decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.find(s); e != nil {
-		return e.decided
+		return e.decision
 	}
 	return nil
 }

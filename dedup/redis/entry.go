@@ -61,7 +61,7 @@ const (
 	numEvents
 )
 
-// eventOf is the event for each code that function.lua answers in a batch that adds.
+// eventOf is the event for each code that lane.lua answers in a batch that adds.
 var eventOf = [256]event{
 	'1': eventAdded, '0': eventThere, '6': eventThereAs, '7': eventBefore, '8': eventBehind, '4': eventFull, '9': eventKeysFull,
 }

@@ -215,7 +215,7 @@ func TestRedisIDsInDoubtAreNoRepeatsWhenTheEpochIsFull(t *testing.T) {
 		t.Fatalf("without a reply: %v, %v", v, err)
 	}
 	testproc.Until(t, "the id is in Redis", func() bool {
-		return server.do("SCARD", a.lanes[0].key+":"+eb.Last().State.(*redisEpoch).key+":d") == "2"
+		return server.do("SCARD", a.lanes[0].redisKey+":"+eb.Last().State.(*redisEpoch).name+":d") == "2"
 	})
 	wantInTime(t, b, eb, "1", dedup.Repeat) // from here on the epoch is full to b
 	if v, err := eb.Add(t, b, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
@@ -264,7 +264,7 @@ func leaveUnanswered(r *Set, e settest.Epochs, id string, seq uint64) {
 	r.Keys(items)
 	s, k := e.Last().State.(*redisEpoch), items[0].Key
 	var enc encoded
-	h := enc.encode(r.hash, k.IsDecimal(), []byte(id))
+	h := enc.encode(r.hashKey, k.IsDecimal(), []byte(id))
 	l := &r.lanes[h>>r.shift]
 	l.mu.Lock()
 	r.pending.Add(1)
@@ -290,7 +290,7 @@ func goDeaf(t *testing.T, server *redisServer, way *proxy, r *Set) {
 	t.Helper()
 	l := &r.lanes[0]
 	testproc.Until(t, "nothing is under way", func() bool {
-		if server.do("HSTRLEN", l.key, "I"+r.cfg.session) != "0" {
+		if server.do("HSTRLEN", l.redisKey, "I"+r.cfg.session) != "0" {
 			return false // the last ids are still to be confirmed
 		}
 		l.mu.Lock()
@@ -408,7 +408,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 			way.refusing.Store(false)
 			testproc.Until(t, "the hello is done", func() bool {
 				var seq uint64
-				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], 'S' .. ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].key, a.cfg.session), &seq)
+				fmt.Sscan(server.do("EVAL", "return (cmsgpack.unpack(redis.call('HGET', KEYS[1], 'S' .. ARGV[1]) or cmsgpack.pack(0)))", "1", a.lanes[0].redisKey, a.cfg.session), &seq)
 				return seq > last
 			})
 			way.cut(0) // its reply is on its way
@@ -446,14 +446,14 @@ func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
 	s, l := e.Last().State.(*redisEpoch), &r.lanes[0]
 	l.mu.Lock()
 	var enc encoded
-	enc.encode(r.hash, false, []byte("late"))
+	enc.encode(r.hashKey, false, []byte("late"))
 	s.lanes[0].log.unsent(r, enc.bytes()) // as decide does where a request has waited for too long
 	l.flush(s)
 	for _, k := range server.keys() {
 		if strings.Contains(k, epochLength+":") {
 			server.do("DEL", k)
 		}
-		server.do("HDEL", l.key, "E"+s.key)
+		server.do("HDEL", l.redisKey, "E"+s.name)
 	}
 	l.mu.Unlock()
 	if err := r.noticeLosses(t.Context(), time.Unix(0, e.At(0))); err != nil {
@@ -485,7 +485,7 @@ func TestRedisIDsAreTakenBackFirst(t *testing.T) {
 	})
 	leaveUnanswered(r, e, "42", lastSeq(r))
 	var enc encoded
-	enc.encode(r.hash, true, []byte("43"))
+	enc.encode(r.hashKey, true, []byte("43"))
 	l.mu.Lock()
 	s.lanes[0].log.unsent(r, logged(&enc, nil)) // as when it was answered without Redis
 	l.flush(s)
@@ -582,7 +582,7 @@ func TestRedisIDsGivenAtTheLimitAreCounted(t *testing.T) {
 	way.latency.Store(int64(500 * time.Millisecond))
 	e.Want(t, r, 0, "42", dedup.Unique)
 	way.latency.Store(0)
-	testproc.Until(t, "it is added", func() bool { return r.counts.replayed.Load() == 1 })
+	testproc.Until(t, "it is added", func() bool { return r.counts.restored.Load() == 1 })
 	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
 		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 	}
@@ -722,12 +722,12 @@ func TestRedisLosesItsData(t *testing.T) {
 	}{
 		{"FLUSHALL", func(s *redisServer) { s.do("FLUSHALL") }},
 		{"restart", func(s *redisServer) { s.Kill(); s.Start() }},
-		{"functions", func(s *redisServer) { s.do("FUNCTION", "FLUSH") }},
+		{"scripts", func(s *redisServer) { s.do("SCRIPT", "FLUSH") }},
 		{"an epoch", func(s *redisServer) {
-			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane3") })...)...)
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane4") })...)...)
 		}},
 		{"the hashes of lanes, and no sets", func(s *redisServer) {
-			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":lane3") })...)...)
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":lane4") })...)...)
 		}},
 		{"some keys", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":t") })...)...)
@@ -904,28 +904,6 @@ func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
 	}
 }
 
-// TestRedisScriptsTakeThePlaceOfFunctions where the user may not load them, or not call them.
-func TestRedisScriptsTakeThePlaceOfFunctions(t *testing.T) {
-	for _, denied := range [][]string{{"-function", "-fcall"}, {"-function"}, {"-fcall"}} {
-		t.Run(strings.Join(denied, " "), func(t *testing.T) {
-			server := startRedis(t)
-			server.do(append([]string{"ACL", "SETUSER", "plain", "on", ">pw", "~*", "+@all", "-@dangerous", "+function", "+info"}, denied...)...)
-			r := newRedis(t, server.Addr, patient, func(c *Config) { c.URLs = []string{"redis://plain:pw@" + server.Addr} })
-			e := settest.NewEpochs(t, r)
-			e.Want(t, r, 0, "42", dedup.Unique)
-			e.Want(t, r, 0, "42", dedup.Repeat)
-			if !r.script.Load() {
-				t.Error("functions are used")
-			}
-			server.do("SCRIPT", "FLUSH")
-			e.Want(t, r, 0, "43", dedup.Unique)
-			if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
-				t.Errorf("sealed %d, exact %v", n, exact)
-			}
-		})
-	}
-}
-
 // TestRedisKeysGoAway: ids at the seal, sessions at the end, the rest by itself.
 func TestRedisKeysGoAway(t *testing.T) {
 	server := startRedis(t)
@@ -936,8 +914,8 @@ func TestRedisKeysGoAway(t *testing.T) {
 		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
 		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
 	}
-	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane3:\d+` + epochLength + `:(d|u|t|h|k|x|n)$`)
-	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane3|lanes|lane3:rights)$`)
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane4:\d+` + epochLength + `:(d|u|t|h|k|x|n)$`)
+	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane4|lanes|lane4:rights)$`)
 	kinds := map[byte]bool{}
 	for _, k := range server.keys() {
 		if strings.HasPrefix(k, "verve:{test}:") {
@@ -963,7 +941,7 @@ func TestRedisKeysGoAway(t *testing.T) {
 		}
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane3") {
+		if strings.HasSuffix(k, ":lane4") {
 			// The answer to the session, its ids in doubt, the sessions with some, whose
 			// data these are, whether there are replicas, what is sealed, and for whom.
 			if n := server.do("HLEN", k); n != "7" {
@@ -1003,7 +981,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane3") && strings.Contains(server.do("HKEYS", k), "I"+r.cfg.session) {
+		if strings.HasSuffix(k, ":lane4") && strings.Contains(server.do("HKEYS", k), "I"+r.cfg.session) {
 			t.Errorf("ids in doubt are left in %s", k)
 		}
 	}
@@ -1059,7 +1037,7 @@ func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	a := newRedis(t, server.Addr, patient)
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
-	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "3016")
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "4016")
 	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
 		return !ready && strings.Contains(reason, "lanes")

@@ -212,7 +212,7 @@ func (g *Group) Run(ctx context.Context) error {
 func (g *Group) round(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if err := g.mark(ctx); err != nil {
+	if err := g.reportDelivered(ctx); err != nil {
 		return err
 	}
 	// Also if another instance leads: this one may be the only one that knows of a delivery.
@@ -273,8 +273,8 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	return nil
 }
 
-// mark reports to the ledger the records that all sinks have. g.mu is held.
-func (g *Group) mark(ctx context.Context) error {
+// reportDelivered reports to the ledger the records that all sinks have. g.mu is held.
+func (g *Group) reportDelivered(ctx context.Context) error {
 	floor, _ := g.records.DeliveredTo()
 	var done []counter.Span
 	for s, index := range g.spooled {
@@ -300,7 +300,7 @@ func (g *Group) Leaving() { g.leave() }
 // one to leave puts what the group has not published into the spool, also the open epoch
 // where its end is within the time given: there is one record per window and group, and
 // an instance that starts within the window goes on with its ids, so it cannot be published
-// before its end. Mark follows when all that is delivered.
+// before its end. ReportDelivered follows when all that is delivered.
 func (g *Group) Leave(ctx context.Context) error {
 	g.Leaving()
 	others, heard, err := g.ledger.Leave(ctx)
@@ -344,10 +344,10 @@ func (g *Group) Leave(ctx context.Context) error {
 	return nil
 }
 
-// Mark reports to the group which records are delivered: what Run does, once more
+// ReportDelivered reports to the group which records are delivered: what Run does, once more
 // after it.
-func (g *Group) Mark(ctx context.Context) error {
+func (g *Group) ReportDelivered(ctx context.Context) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.mark(ctx)
+	return g.reportDelivered(ctx)
 }

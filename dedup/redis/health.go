@@ -27,15 +27,15 @@ const (
 
 // health is the state of the servers, as far as it is known here.
 type health struct {
-	refused atomic.Bool // ids may not be trusted to Redis, by its policy: see watch
-	blind   bool        // the policy cannot be read; checkPolicy alone uses it
+	refused atomic.Bool // ids may not be trusted to Redis, by their configuration: see checkConfig
+	blind   bool        // the policy cannot be read; checkConfig alone uses it
 
-	mu      sync.Mutex
-	policy  string // why ids cannot be trusted to Redis; empty if they can
-	failure string // of the last attempt that failed; empty if the last did not
-	since   time.Time
-	said    map[string]*logline.Sampler // of each line that repeats
-	rights  string                      // what the user may not do, or which part was never reached
+	mu            sync.Mutex
+	misconfigured string // why ids cannot be trusted to Redis, or this group; empty if they can
+	failure       string // of the last attempt that failed; empty if the last did not
+	since         time.Time
+	said          map[string]*logline.Sampler // of each line that repeats
+	rights        string                      // what the user may not do, or which part was never reached
 }
 
 // log writes a line that may repeat, sampled by its first part.
@@ -131,11 +131,11 @@ func explain(err error) string {
 // routes requests to this instance.
 func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
-	policy, failure, rights := r.health.policy, r.health.failure, r.health.rights
+	misconfigured, failure, rights := r.health.misconfigured, r.health.failure, r.health.rights
 	r.health.mu.Unlock()
 	switch {
-	case policy != "":
-		return false, policy
+	case misconfigured != "":
+		return false, misconfigured
 	case r.client.Load() == nil:
 		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
 	case rights != "":
@@ -149,9 +149,6 @@ func (r *Set) Health() (ready bool, reason string) {
 		l.mu.Lock()
 		if l.down {
 			down++
-			if l.err != nil {
-				failure = explain(l.err)
-			}
 		}
 		l.mu.Unlock()
 	}
@@ -177,7 +174,7 @@ func (r *Set) watch() {
 	defer t.Stop()
 	reached := make([]bool, len(r.lanes))
 	for {
-		r.checkPolicy()
+		r.checkConfig()
 		r.checkRights(reached)
 		select {
 		case <-r.closing:
@@ -187,20 +184,20 @@ func (r *Set) watch() {
 	}
 }
 
-func (r *Set) checkPolicy() {
+func (r *Set) checkConfig() {
 	ctx, cancel := context.WithTimeout(r.life, watchEvery)
 	defer cancel()
 	bad, blind := "", false
 	for addr, node := range (*r.client.Load()).Nodes() {
-		policy, err := evictionPolicy(ctx, node)
-		if err == nil && policy != noEviction {
-			bad = fmt.Sprintf("maxmemory-policy of Redis at %s is %s, want %s", addr, policy, noEviction)
-		} else if isRefusal(err) {
-			blind = true
+		info, err := node.Do(ctx, node.B().Info().Section("memory").Build()).ToString()
+		// A server that has no policy evicts nothing.
+		if m := policyLine.FindStringSubmatch(info); m != nil && m[1] != noEviction {
+			bad = fmt.Sprintf("maxmemory-policy of Redis at %s is %s, want %s", addr, m[1], noEviction)
 		}
+		blind = blind || isRefusal(err)
 	}
 	r.health.mu.Lock()
-	was := r.health.policy
+	was := r.health.misconfigured
 	r.health.mu.Unlock()
 	switch n, err := r.agreedLanes(ctx); {
 	case err != nil && !r.formAgreed.Load():
@@ -216,15 +213,15 @@ func (r *Set) checkPolicy() {
 		r.formAgreed.Store(true)
 	}
 	h := &r.health
-	h.change(r, &h.policy, bad, "ids are refused until it is changed", "ids are taken again")
+	h.change(r, &h.misconfigured, bad, "ids are refused until it is changed", "ids are taken again")
 	h.refused.Store(bad != "")
 	if blind && !h.blind {
-		r.cfg.Log.Warn().Msg("the Redis user may run neither CONFIG GET maxmemory-policy nor INFO memory: make sure that the policy is " + noEviction)
+		r.cfg.Log.Warn().Msg("the Redis user may not run INFO memory: make sure that the policy is " + noEviction)
 	}
 	h.blind = blind
 }
 
-// change sets policy or rights, and logs what has come or gone.
+// change sets misconfigured or rights, and logs what has come or gone.
 func (h *health) change(r *Set, what *string, now, effect, over string) {
 	h.mu.Lock()
 	was := *what
@@ -249,15 +246,13 @@ func (r *Set) checkRights(reached []bool) {
 		if i > 0 && reached[i] {
 			continue // the users of the nodes are alike
 		}
-		a, err := r.call(ctx, r.lanes[i].key, "rights")
+		a, err := r.call(ctx, r.lanes[i].redisKey, "rights")
 		switch {
 		case err == nil && a.status == statusLacks:
 			reason = explanations["NOPERM"] + ": " + a.codes
 		case err == nil:
 			reached[i] = true
-		case isRefusal(err) && strings.HasPrefix(explain(err), explanations["NOPERM"]):
-			reason = explain(err)
-		case !reached[i]:
+		case !reached[i], isRefusal(err) && strings.HasPrefix(explain(err), explanations["NOPERM"]):
 			reason = explain(err)
 		}
 	}
@@ -307,18 +302,3 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 // lanesTTL is how many seconds, after the last instance has stopped, the group
 // may come back with another number of lanes.
 const lanesTTL = 60
-
-func evictionPolicy(ctx context.Context, node rueidis.Client) (string, error) {
-	m, err := node.Do(ctx, node.B().ConfigGet().Parameter("maxmemory-policy").Build()).AsStrMap()
-	if policy := m["maxmemory-policy"]; err == nil && policy != "" {
-		return policy, nil
-	}
-	info, err := node.Do(ctx, node.B().Info().Section("memory").Build()).ToString()
-	if err != nil {
-		return "", err
-	}
-	if m := policyLine.FindStringSubmatch(info); m != nil {
-		return m[1], nil
-	}
-	return noEviction, nil // such a server evicts nothing
-}

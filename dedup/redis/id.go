@@ -25,14 +25,13 @@ const (
 	namedIDs  = len(kinds)
 	kindNamed = 'm'
 
-	maxText   = 40
-	headerLen = 2 // kind and length
+	maxText = 40
 )
 
-// encoded is an id as Redis holds it, behind a header with its kind and length.
+// encoded is an id as Redis holds it: its kind, and then the id as a MessagePack raw.
 type encoded struct {
 	n    uint8
-	data [headerLen + maxText]byte
+	data [1 + 2 + maxText]byte
 }
 
 func (en *encoded) bytes() []byte { return en.data[:en.n] }
@@ -41,39 +40,30 @@ func (en *encoded) bytes() []byte { return en.data[:en.n] }
 // instances of a group must agree on it, so its key cannot be a secret: who
 // knows it can make one lane busier than the others, no more.
 func (en *encoded) encode(key [2]uint64, decimal bool, id []byte) uint64 {
-	body := en.data[headerLen:headerLen]
 	if decimal && (len(id) < 19 || len(id) == 19 && string(id) <= "9223372036854775807") {
-		en.data[0] = kindDecimal
-		body = append(body, id...)
-	} else if hi, lo, ok := dedup.ParseUUID(id); ok {
-		en.data[0] = kindUUID
-		body = binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(body, hi), lo)
-	} else if len(id) <= maxText {
-		en.data[0] = kindText
-		body = append(body, id...)
-	} else {
-		en.data[0] = kindDigest
-		sum := sha256.Sum256(id)
-		body = append(body, sum[:]...)
+		return en.set(key, kindDecimal, id)
 	}
-	return en.finish(key, body)
+	if hi, lo, ok := dedup.ParseUUID(id); ok {
+		var uuid [16]byte
+		return en.set(key, kindUUID, binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(uuid[:0], hi), lo))
+	}
+	if len(id) <= maxText {
+		return en.set(key, kindText, id)
+	}
+	sum := sha256.Sum256(id)
+	return en.set(key, kindDigest, sum[:])
 }
 
 // encodeUnder does the same for an id that is counted under a key.
 func (en *encoded) encodeUnder(key [2]uint64, under, id []byte) uint64 {
 	var text [1 + 128 + 256]byte
-	pair := append(append(append(text[:0], byte(len(under))), under...), id...)
-	sum := sha256.Sum256(pair)
-	en.data[0] = kindUnder
-	return en.finish(key, append(en.data[headerLen:headerLen], sum[:16]...))
+	sum := sha256.Sum256(append(append(append(text[:0], byte(len(under))), under...), id...))
+	return en.set(key, kindUnder, sum[:16])
 }
 
-// finish ends an id whose kind and body are there, and returns the hash that chooses the
-// lane.
-func (en *encoded) finish(key [2]uint64, body []byte) uint64 {
-	en.data[1] = byte(len(body))
-	en.n = uint8(headerLen + len(body))
-	return siphash.Hash(key[0], key[1]^uint64(en.data[0]), body)
+func (en *encoded) set(key [2]uint64, kind byte, body []byte) uint64 {
+	en.n = uint8(len(appendRaw(append(en.data[:0], kind), body)))
+	return siphash.Hash(key[0], key[1]^uint64(kind), body)
 }
 
 // token is a digest of an id, in its form, and the token of its request: no other pair
@@ -86,7 +76,7 @@ type named struct {
 	under string // the key; empty: none
 	token token
 	full  bool   // a new id has no room under the key: only a retry has an answer
-	log   []byte // as it stands in the log: kindNamed, length, and a string each, behind its length: the id with its kind, token, key
+	log   []byte // as it stands in the log: kindNamed, and a raw each: kind, id, token, key
 }
 
 // fullKey stands before a key for which there is no room.
@@ -105,10 +95,9 @@ func newNamed(key [2]uint64, en *encoded, o *dedup.Options, full bool) *named {
 		sum := sha256.Sum256(append(append(text, en.bytes()...), o.Token...))
 		token = append(token, sum[:len(m.token)]...)
 	}
-	m.log = append(make([]byte, 0, headerLen+3+int(en.n)+len(token)+len(name)), kindNamed, 0, en.n-1, en.data[0])
-	m.log = append(append(m.log, en.bytes()[headerLen:]...), byte(len(token)))
-	m.log = append(append(append(m.log, token...), byte(len(name))), name...)
-	m.log[1] = byte(len(m.log) - headerLen)
+	m.log = append(make([]byte, 0, 6+int(en.n)+len(token)+len(name)), kindNamed)
+	m.log = append(appendRaw(m.log, en.data[:1]), en.bytes()[1:]...)
+	m.log = appendRaw(appendRaw(m.log, token), name)
 	return m
 }
 
@@ -120,10 +109,10 @@ func sameAttempt(a, b *named) bool {
 	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
-// kindOf numbers the kinds as function.lua does, from 0.
+// kindOf numbers the kinds as lane.lua does, from 0.
 func kindOf(header byte) int { return strings.IndexByte(kinds+string(kindNamed), header) }
 
-// lists are ids on their way to function.lua, a list of each kind: MessagePack, one
+// lists are ids on their way to lane.lua, a list of each kind: MessagePack, one
 // raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
 type lists [len(kinds) + 1]string
 
@@ -142,23 +131,8 @@ func (l *lists) only() int {
 	return k
 }
 
-// appendPacked adds an id, as it stands in the log, to such a list.
-func appendPacked(list, id []byte) []byte {
-	body := id[headerLen:]
-	if id[0] != kindNamed {
-		return appendRaw(list, body)
-	}
-	list = appendRaw(list, body[1:2])
-	n := int(body[0]) + 1
-	list = appendRaw(list, body[2:n])
-	for body = body[n:]; len(body) > 0; body = body[n:] {
-		n = int(body[0]) + 1
-		list = appendRaw(list, body[1:n])
-	}
-	return list
-}
-
-func appendRaw(list, body []byte) []byte {
+// appendRaw adds a raw to such a list.
+func appendRaw[T []byte | string](list []byte, body T) []byte {
 	if len(body) < 32 {
 		list = append(list, 0xa0|byte(len(body)))
 	} else {
@@ -167,8 +141,8 @@ func appendRaw(list, body []byte) []byte {
 	return append(list, body...)
 }
 
-// laneKey is the key of the hash that chooses lanes.
-func laneKey(group string) [2]uint64 {
+// hashKey is the key of the hash that chooses lanes, which all instances compute alike.
+func hashKey(group string) [2]uint64 {
 	sum := sha256.Sum256([]byte("verve lane\x00" + group))
 	return [2]uint64{binary.LittleEndian.Uint64(sum[:]), binary.LittleEndian.Uint64(sum[8:])}
 }
@@ -179,4 +153,20 @@ func logged(en *encoded, m *named) []byte {
 		return m.log
 	}
 	return en.bytes()
+}
+
+// firstLogged is the first id of a part of the log.
+func firstLogged(b []byte) []byte {
+	raws, n := 1, 1
+	if b[0] == kindNamed {
+		raws = 4
+	}
+	for range raws {
+		if b[n] == 0xd9 {
+			n += 2 + int(b[n+1])
+		} else {
+			n += 1 + int(b[n]&0x1f)
+		}
+	}
+	return b[:n]
 }

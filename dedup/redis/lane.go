@@ -27,14 +27,14 @@ const (
 	// layout numbers the form of all data in Redis, that of the lanes and of the ledger. It
 	// counts up with every change of a key or of what is in one (DESIGN.md, "The group").
 	// Instances with another one refuse each other: see agreedLanes.
-	layout = 3
+	layout = 4
 
 	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
 
-	// refillFor is how many seconds an epoch that lost ids admits no new ones after an
+	// freezeTime is for how many seconds a lane takes no new ids after an
 	// instance has added some again: others may not have noticed the loss yet.
-	refillFor = "1.5"
+	freezeTime = "1.5"
 )
 
 // laneTags choose hash slots evenly: slot 512 + 1024 i for the i-th.
@@ -47,25 +47,24 @@ var laneTags = [clusterLanes]string{
 // that is under way. One batch at a time, each with the next sequence of this
 // session: a batch sent again is recognised by it, whatever became of the reply.
 type lane struct {
-	r    *Set
-	i    int
-	key  string // of the lane's hash; the prefix of all others
-	wake chan struct{}
+	r        *Set
+	i        int
+	redisKey string // of the lane's hash; the prefix of all others
+	wake     chan struct{}
 
-	mu         sync.Mutex // guards what follows
-	pending    pendingIDs
-	queue      []*entry                       // to be sent, oldest first
-	postponed  []*entry                       // the batch of another session may have added them: to be sent again, a moment later
-	unanswered []*entry                       // added, but all their requests got 503: to be removed
-	byTime     ask                            // the head of a ring: before it is the newest request that waits, behind it the oldest
-	job        *job                           // under way
-	down       bool                           // no new ids: the last attempts failed for longer than a request waits
-	failing    int64                          // since when attempts fail, in ns since the start of the Set; 0: they do not
-	err        error                          // of the last attempt, if that has failed
-	lacking    []*redisEpoch                  // Redis lacks ids of them that are in the log: see flush
-	asked      map[*redisEpoch][]chan<- error // see job
+	mu         sync.Mutex                        // guards what follows
+	pending    map[pendingKey]*entry             // all that wait
+	queue      []*entry                          // to be sent, oldest first
+	postponed  []*entry                          // the batch of another session may have added them: to be sent again, a moment later
+	unanswered []*entry                          // added, but all their requests got 503: to be removed
+	byTime     ask                               // the head of a ring: before it is the newest request that waits, behind it the oldest
+	job        *job                              // under way
+	down       bool                              // no new ids: the last attempts failed for longer than a request waits
+	failing    int64                             // since when attempts fail, in ns since the start of the Set; 0: they do not
+	lacking    []*redisEpoch                     // Redis lacks ids of them that are in the log: see flush
+	asked      map[*redisEpoch][]chan<- struct{} // see job
 	closed     bool
-	want       int // the next batch is held until so many ids wait
+	want       int // the next batch lingers until so many ids wait
 
 	// Requests that are answered and not woken yet, the first and the last.
 	answered, lastAnswered *ask
@@ -80,9 +79,9 @@ type lane struct {
 	packed  []byte
 
 	// run alone uses these.
-	held    time.Time                       // until when the next batch is held at most
-	rest    int                             // batches that are not to be held
-	missed  int                             // rest after the next hold, if it is in vain
+	lingers time.Time                       // until when the next batch does, at most
+	rest    int                             // batches that are not to linger
+	missed  int                             // rest after the next time, if it is in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
 	losses  map[*redisEpoch]uint64          // known, not mended yet: what came after a batch, or all
@@ -102,7 +101,7 @@ type laneEpoch struct {
 	sealed    bool
 	retired   bool
 	forgotten bool // Redis has lost ids of it that are not all added again yet
-	log       replayLog
+	log       idLog
 
 	// tokens of the ids that this process has answered as new, with fail open.
 	tokens map[token]struct{}
@@ -120,7 +119,6 @@ type entry struct {
 	named *named // what the request named that it is sent for; nil: nothing
 	seq   uint64 // of the batch that added it, where it is unanswered or taking
 	asks  []*ask // the requests that wait, in the order in which they began; also those of another attempt
-	chain *entry // of pendingIDs
 }
 
 // ask is a request that waits for the outcome of an entry.
@@ -150,10 +148,10 @@ var asks = sync.Pool{New: func() any { return &ask{done: make(chan struct{}, 1)}
 
 func (l *lane) init(r *Set, i int) {
 	l.r, l.i = r, i
-	l.key = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
+	l.redisKey = "verve:{" + laneTags[i] + "}:" + r.cfg.Group + ":lane" + strconv.Itoa(layout)
 	l.wake = make(chan struct{}, 1)
-	l.losses = map[*redisEpoch]uint64{}
-	l.asked = map[*redisEpoch][]chan<- error{}
+	l.pending, l.losses = map[pendingKey]*entry{}, map[*redisEpoch]uint64{}
+	l.asked = map[*redisEpoch][]chan<- struct{}{}
 	l.byTime.prev, l.byTime.next = &l.byTime, &l.byTime
 }
 
@@ -173,7 +171,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	now := r.now.Load()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	en := l.pending.find(key)
+	en := l.pending[key]
 	switch le := &s.lanes[l.i]; {
 	case l.closed:
 		return 0, nil, dedup.ErrUnavailable
@@ -214,7 +212,7 @@ func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
 		en = new(entry)
 	}
 	en.key, en.enc, en.named, en.state = key, *enc, m, state{}
-	l.pending.add(en)
+	l.pending[key] = en
 	l.queue = append(l.queue, en)
 	return en
 }
@@ -278,7 +276,7 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	case next.phase == unanswered:
 		l.unanswered = append(l.unanswered, en)
 	case next.phase == finished:
-		l.pending.remove(en)
+		delete(l.pending, en.key)
 		r.pending.Add(-1)
 	}
 	switch fx.log {
@@ -435,10 +433,4 @@ func (l *lane) refuseAll() {
 	for l.byTime.next != &l.byTime {
 		l.conclude(l.byTime.next.of, effects{to: allAnswered, verdict: dedup.Repeat, err: dedup.ErrUnavailable})
 	}
-	for _, asked := range l.asked {
-		for _, done := range asked {
-			done <- dedup.ErrUnavailable
-		}
-	}
-	clear(l.asked)
 }

@@ -37,11 +37,11 @@ const (
 	// leadLease is how long the publisher of the group stays it without a beat.
 	leadLease = memberTTL
 
-	// replayWait is how long a report, and then the seal behind its latest time, waits for ids
+	// restoreWait is how long a report, and then the seal behind its latest time, waits for ids
 	// that Redis does not have.
-	replayWait = 5 * time.Second
+	restoreWait = 5 * time.Second
 
-	replayPoll = 10 * time.Millisecond
+	restorePoll = 10 * time.Millisecond
 
 	// sealLock keeps the members from sealing the same epoch at once, and a
 	// member whose try failed from the next one. All would come to the same sum:
@@ -144,17 +144,15 @@ type ledgerEpoch struct {
 	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
 	wasUncertain atomic.Bool   // there were some
 
-	span           counter.Span
-	unique         func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
-	answers        answers        // what each member has given, as far as this process knows
-	wasRefused     bool           // for a time
-	ofOthers       bool           // this process has not opened it: it only asks what there is of it
-	uncertainSent  bool           // the last beat had that it has uncertain ids
-	uncertainKnown bool           // the group knows
-	reported       *counter.Count // what this process has reported of it
-	reportedAt     time.Time
-	decided        *decision // what it came to, as far as this process knows
-	contradicted   bool      // the group has another decision, which is logged
+	span         counter.Span
+	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
+	answers      answers        // what each member has given, as far as this process knows
+	wasRefused   bool           // for a time
+	ofOthers     bool           // this process has not opened it: it only asks what there is of it
+	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
+	under        uint64         // of that, under keys
+	decision     *decision      // what it came to, as far as this process knows
+	contradicted bool           // the group has another decision, which is logged
 }
 
 func (e *ledgerEpoch) isRegistered() bool {
@@ -213,13 +211,15 @@ func newLedgerKeys(group string) ledgerKeys {
 // (of it, under keys), complete, exact, why not, and sealed. Then written (the line of a
 // counts file) and delivered. The members of an epoch are in the same key, so they cannot be
 // lost alone.
-func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + spanName(s) }
+func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + epochName(s) }
 
-func spanName(s counter.Span) string {
+// epochName is the name of an epoch in Redis, and in the file of answers. Groups that were
+// given different windows by mistake do not mix them up.
+func epochName(s counter.Span) string {
 	return strconv.FormatInt(s.Start.UnixMilli(), 10) + ":" + strconv.FormatInt(s.Window.Milliseconds(), 10)
 }
 
-func parseSpan(name string) (counter.Span, error) {
+func parseEpochName(name string) (counter.Span, error) {
 	var start, window int64
 	if _, err := fmt.Sscanf(name, "%d:%d", &start, &window); err != nil {
 		return counter.Span{}, fmt.Errorf("ledger: epoch %q: %w", name, err)
@@ -305,7 +305,7 @@ func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, erro
 	}
 	spans := make([]counter.Span, 0, len(names))
 	for _, name := range names {
-		s, err := parseSpan(name)
+		s, err := parseEpochName(name)
 		if err != nil {
 			return nil, err
 		}
@@ -333,7 +333,7 @@ func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
 				if g[0] == "" {
 					return counter.Span{}, nil
 				}
-				return parseSpan(g[0] + ":" + g[1])
+				return parseEpochName(g[0] + ":" + g[1])
 			}
 		}
 		if retry.Sleep(ctx, firstBeats) != nil {
@@ -380,12 +380,12 @@ func (l *Ledger) LinesUnknown(upTo time.Time) {
 
 // Written reports that the line is in a counts file of the group.
 func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
-	return l.mark(ctx, s, "written", keepUndelivered)
+	return l.publish(ctx, s, "written", keepUndelivered)
 }
 
-func (l *Ledger) mark(ctx context.Context, s counter.Span, as string, keep time.Duration) error {
-	if err := l.exec(ctx, markScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{as, ms(keep), spanName(s)}).Error(); err != nil {
-		return fmt.Errorf("ledger: mark %s as %s: %w", s.Start.Format(time.RFC3339Nano), as, err)
+func (l *Ledger) publish(ctx context.Context, s counter.Span, as string, keep time.Duration) error {
+	if err := l.exec(ctx, publishedScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{as, ms(keep), epochName(s)}).Error(); err != nil {
+		return fmt.Errorf("ledger: note %s as %s: %w", s.Start.Format(time.RFC3339Nano), as, err)
 	}
 	return nil
 }
@@ -393,10 +393,10 @@ func (l *Ledger) mark(ctx context.Context, s counter.Span, as string, keep time.
 // Delivered marks the record of the epoch as visible for good.
 func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
-	if err := l.mark(ctx, s, "delivered", keep); err != nil {
+	if err := l.publish(ctx, s, "delivered", keep); err != nil {
 		return err
 	}
-	if d := l.decided(s); d != nil && d.under > 0 {
+	if d := l.decisionOf(s); d != nil && d.under > 0 {
 		// If it fails they expire in a week.
 		if err := l.ids.dropKeys(ctx, s); err != nil && ctx.Err() == nil {
 			l.cfg.Log.Warn().Err(err).Msg("the counts of the keys of a delivered window stay in Redis for a week")
@@ -413,7 +413,7 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
-	_ = l.beat(ctx, true)
+	_ = l.beat(ctx)
 	if !l.left.Swap(true) { // from here on no beat is sent, which would undo it
 		l.beating.Lock()
 		defer l.beating.Unlock()

@@ -74,7 +74,6 @@ type ledgerBeat struct {
 	unsettled, window, opened string
 	unnamed                   int
 	at                        int64 // of the last one; -1: there was none
-	all                       bool  // it names all epochs of the member
 	yields                    bool  // it leaves the lead to others
 	epochs                    []ledgerEpochBeat
 }
@@ -83,9 +82,16 @@ type ledgerEpochBeat struct {
 	name           string
 	ends           int64
 	decided        *ledgerDecision
+	reported       *ledgerReport
 	had, uncertain bool
 	asks           bool
 	known          answers
+}
+
+// ledgerReport is what a member has reported of an epoch, beside its answers.
+type ledgerReport struct {
+	complete, exact bool
+	under           string
 }
 
 // ledgerBeatAnswer is the answer, with what is known of each epoch.
@@ -119,11 +125,9 @@ func millis(s string) (n int64, some bool) {
 	return n, err == nil
 }
 
-// beat is beatScript; refused: the ledger has lost data, and wants all epochs.
-func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
-	if a.behind = m.lost(b.me, b.at); a.behind && !b.all && m.rules.wholeBeats {
-		return a, true
-	}
+// beat is beatScript.
+func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
+	a.behind = m.lost(b.me, b.at)
 	m.members[b.me], m.windows[b.me] = m.now, b.window
 	if b.unsettled == "" {
 		delete(m.unsettled, b.me)
@@ -179,7 +183,7 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer, refused bool) {
 		return slices.ContainsFunc(b.epochs, func(e ledgerEpochBeat) bool { return e.name == name })
 	})
 	a.leads = m.leader == b.me
-	return a, false
+	return a
 }
 
 func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (string, answers, string) {
@@ -211,6 +215,17 @@ func (m *ledgerModel) beatEpoch(me string, e ledgerEpochBeat, inside bool) (stri
 		m.write(h, d)
 		return "open", rows, ""
 	}
+	if r := e.reported; r != nil {
+		if r.complete {
+			h["complete"] = "1"
+		}
+		if !r.exact {
+			h["inexact"] = "1"
+		}
+		if r.under != "0" {
+			h["k:"+me] = r.under
+		}
+	}
 	return "open", rowsOf(h), ""
 }
 
@@ -234,7 +249,7 @@ func (m *ledgerModel) takes(name string, inside bool) bool {
 	} else if !inside {
 		return false
 	}
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	start, span := s.Start.UnixMilli(), ms(s.Window)
 	last, some := millis(m.length["last"])
 	switch {
@@ -255,34 +270,10 @@ func (m *ledgerModel) takes(name string, inside bool) bool {
 	return true
 }
 
-// report is reportScript.
-func (m *ledgerModel) report(me, name string, ends int64, complete, exact bool, unsettled, n, under string) bool {
-	if unsettled != "" {
-		m.unsettled[me] = unsettled
-	}
-	if m.of[name]["delivered"] != "" {
-		return false
-	}
-	m.epochs[name] = ends
-	if h := m.epoch(name); h["unique"] == "" {
-		if complete {
-			h["complete"] = "1"
-		}
-		if !exact {
-			h["inexact"] = "1"
-		}
-		if answered(h, me, n); under != "0" {
-			h["k:"+me] = under
-		}
-		delete(h, "d:"+me)
-	}
-	return true
-}
-
 // seal is sealScript: what was decided, or for how long to wait, or the members that have
 // answered ids, for the caller to seal.
 func (m *ledgerModel) seal(name, me string, at int64, known answers) (d *ledgerDecision, wait int64, members []string) {
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	start, ends := s.Start.UnixMilli(), s.End().UnixMilli()
 	h := m.of[name]
 	if h["unique"] != "" {
@@ -353,7 +344,7 @@ func (m *ledgerModel) lost(me string, at int64) bool {
 
 // decide is decideScript; nil: the ledger has lost data.
 func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me string, at int64, members []string) *ledgerDecision {
-	s, _ := parseSpan(name)
+	s, _ := parseEpochName(name)
 	start, h := s.Start.UnixMilli(), m.epoch(name)
 	if h["unique"] != "" {
 		return decisionOf(h)

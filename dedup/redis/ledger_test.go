@@ -135,7 +135,7 @@ func (g *group) beat(members ...*Ledger) {
 	g.t.Helper()
 	for _, m := range members {
 		first := m.lastBeat.IsZero()
-		g.do(func(ctx context.Context) error { return m.beat(ctx, true) })
+		g.do(func(ctx context.Context) error { return m.beat(ctx) })
 		if first {
 			othersAreThere(m)
 		}
@@ -279,7 +279,7 @@ func TestSealAfterAStartWaitsForTheOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	starts := g.member("starts")
-	g.do(func(ctx context.Context) error { return starts.beat(ctx, true) })
+	g.do(func(ctx context.Context) error { return starts.beat(ctx) })
 	g.notYet(starts, s, "the other member is not heard again")
 	g.beat(old)
 	g.counted.Store(7)
@@ -310,7 +310,7 @@ func TestRecordIsNotExactWhereIdsMayBeMissing(t *testing.T) {
 	}
 
 	// It is in vain from some time on.
-	s = spanEnded(2*time.Second + replayWait)
+	s = spanEnded(2*time.Second + restoreWait)
 	a, b = g.member("c"), g.member("d", holds)
 	held.Store(true)
 	g.report(s, true, b)
@@ -472,7 +472,7 @@ func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
 	a.Opened(first, none)
 	newest := a.noteAnswers()
 	a.Opened(second, none)
-	if _, args, sent := a.beatArgs(true, newest); len(sent) != 1 || sent[0] != first || args[8] != unixMS(first.Start) {
+	if _, args, sent := a.beatArgs(newest); len(sent) != 1 || sent[0] != first || args[8] != unixMS(first.Start) {
 		t.Errorf("the heartbeat has %v, and %s as the newest epoch; want the first alone", sent, args[8])
 	}
 	g.beat(a)
@@ -492,15 +492,14 @@ func TestSealWaitsForOthersAfterAnOutage(t *testing.T) {
 	g.beat(a, b)
 	gone, end := context.WithCancel(t.Context())
 	end()
-	if a.beat(gone, true) == nil {
+	if a.beat(gone) == nil {
 		t.Fatal("a beat without Redis succeeds")
 	}
 	s := spanEnded(memberTTL) // the last clock has turned
 	g.answers.Store(10)
 	g.counted.Store(20)
-	g.report(s, true, a)
 	g.notYet(a, s, "the beats of a fail")
-	g.beat(a)
+	g.report(s, true, a)
 	g.notYet(a, s, "b may be back in a moment")
 	g.report(s, true, b)
 	if c := g.seal(a, s); c.Unique != 20 || !c.Exact {
@@ -526,7 +525,7 @@ func TestLossIsMendedByTheNextBeatWhateverItIsFor(t *testing.T) {
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 	b.Opened(next, func() uint64 { return 0 })
-	g.do(func(ctx context.Context) error { return b.beat(ctx, false) })
+	g.do(func(ctx context.Context) error { return b.beat(ctx) })
 	if got, opened := g.rowOf(b, over), g.rowOf(b, next); got != "3+" || opened != "0+" {
 		t.Errorf("the ledger has %q of the epoch before, and %q of the open one; want 3 or more, and 0 or more", got, opened)
 	}
@@ -887,7 +886,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 		if err != nil || ttl <= 0 {
 			t.Errorf("%s lives for %d ms, %v", k, ttl, err)
 		}
-		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:3:") {
+		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:4:") {
 			t.Errorf("%s has another hash tag", k)
 		}
 	}
@@ -965,11 +964,11 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 				g.beat(m)
 				if m.member == tt.by && tt.refused {
 					m.addUncertain(admitted, 2)
-					g.do(func(ctx context.Context) error { return m.beat(ctx, false) }) // which it has woken
+					g.do(func(ctx context.Context) error { return m.beat(ctx) }) // which it has woken
 				}
 				if m.member == tt.by && tt.settled {
 					m.addUncertain(admitted, -2)
-					g.do(func(ctx context.Context) error { return m.beat(ctx, false) })
+					g.do(func(ctx context.Context) error { return m.beat(ctx) })
 				}
 			}
 			g.counted.Store(100)

@@ -15,9 +15,8 @@ import (
 // seeded scheduler drives it through faults.
 
 const (
-	modelKey  = "1000000-100000" // of the epoch, in the lane
-	modelSpan = "1000000:100000" // and in the ledger
-	modelEnd  = 1100             // s
+	modelEpoch = "1000000:100000"
+	modelEnd   = 1100 // s
 )
 
 // modelEntry is an id that waits, as entry is.
@@ -69,29 +68,28 @@ type modelMember struct {
 
 // modelRules are the repairs that a test can take out.
 type modelRules struct {
-	account    bool // the sum of the answers is compared with the ids
-	identity   bool // another identity of the data is noted as a loss
-	sessions   bool // an absent session must be in the hash
-	helloHolds bool // hello notes the loss and holds the seal
-	memory     bool // members write again what others have answered
-	disk       bool // and keep it over a restart
-	whole      bool // what members that are gone have answered is inferred from lanes that are whole
-	doubts     bool // a member that refused ids that may be in Redis is not vouched for
-	announce   bool // the group knows of such ids before their requests are refused
-	took       bool // ids without an answer stay in doubt when they are lost, or their removal
-	late       bool // a member that the ledger does not have in the epoch may have answered ids
-	unanswered bool // the last ids of a member that is gone may have had no answer
-	asOf       bool // one that has lost data since the last beat of a member is not believed by it
-	listed     bool // what was lost since the lanes were sealed is not decided on
-	strangers  bool // members remember epochs that they did not open
-	removed    bool // a member that has only refused ids is in the account
-	back       bool // after an outage of the ledger a seal waits for the others to be heard
-	wholeBeats bool // a ledger that has lost data takes only a beat with all epochs
-	behind     bool // and who learns that it has waits for the others to be heard
-	start      bool // after its start a member waits for the others to be heard before it seals
+	account      bool // the sum of the answers is compared with the ids
+	identity     bool // another identity of the data is noted as a loss
+	sessions     bool // an absent session must be in the hash
+	helloFreezes bool // hello notes the loss and freezes the lane
+	memory       bool // members write again what others have answered
+	disk         bool // and keep it over a restart
+	whole        bool // what members that are gone have answered is inferred from lanes that are whole
+	doubts       bool // a member that refused ids that may be in Redis is not vouched for
+	announce     bool // the group knows of such ids before their requests are refused
+	took         bool // ids without an answer stay in doubt when they are lost, or their removal
+	late         bool // a member that the ledger does not have in the epoch may have answered ids
+	unanswered   bool // the last ids of a member that is gone may have had no answer
+	asOf         bool // one that has lost data since the last beat of a member is not believed by it
+	listed       bool // what was lost since the lanes were sealed is not decided on
+	strangers    bool // members remember epochs that they did not open
+	removed      bool // a member that has only refused ids is in the account
+	back         bool // after an outage of the ledger a seal waits for the others to be heard
+	behind       bool // and who learns that it has waits for the others to be heard
+	start        bool // after its start a member waits for the others to be heard before it seals
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd       *rand.Rand
@@ -174,7 +172,7 @@ func (w *model) second() {
 // onlyDisksKnow reports whether a member that is gone has a part in the epoch of which neither
 // the ledger nor another member knows.
 func (w *model) onlyDisksKnow() bool {
-	known := rowsOf(w.ledger.of[modelSpan])
+	known := rowsOf(w.ledger.of[modelEpoch])
 	for _, m := range w.members {
 		if !m.paused {
 			known.learn(m.rows)
@@ -191,8 +189,8 @@ func (w *model) onlyDisksKnow() bool {
 }
 
 // heartbeat is what each beat of a member has.
-func (m *modelMember) heartbeat(all bool) ledgerBeat {
-	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1, all: all}
+func (m *modelMember) heartbeat() ledgerBeat {
+	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1}
 	if m.inside {
 		b.at = m.beaten
 	}
@@ -204,20 +202,6 @@ func (m *modelMember) heartbeat(all bool) ledgerBeat {
 	return b
 }
 
-// turn is the beat of a member that opens the next epoch. It does not name this one, which the
-// ledger had.
-func (w *model) turn(m *modelMember) (behind bool) {
-	w.note("%s turns", m.name)
-	if m.turned = true; w.down || !m.registered {
-		return w.beat(m)
-	}
-	if _, refused := w.ledger.beat(m.heartbeat(false)); refused {
-		return w.beat(m)
-	}
-	m.beaten = w.ledger.now
-	return false
-}
-
 // beat exchanges what is known of the answers. It returns whether the ledger has lost data since
 // the last one.
 func (w *model) beat(m *modelMember) (behind bool) {
@@ -225,7 +209,7 @@ func (w *model) beat(m *modelMember) (behind bool) {
 	if w.down {
 		return false
 	}
-	b := m.heartbeat(true)
+	b := m.heartbeat()
 	if w.rules.strangers {
 		b.unnamed = 1
 	}
@@ -239,11 +223,14 @@ func (w *model) beat(m *modelMember) (behind bool) {
 				}
 			}
 			b.epochs = []ledgerEpochBeat{{
-				name: modelSpan, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0, known: known,
+				name: modelEpoch, ends: modelEnd * 1000, had: m.registered, asks: len(m.rows) == 0 && !m.registered, uncertain: m.uncertain > 0 && !strings.HasSuffix(known[m.name], "?"), known: known,
 			}}
+			if m.reported {
+				b.epochs[0].reported = &ledgerReport{true, true, "0"}
+			}
 		}
 		m.blind, m.inside, m.beaten = 0, true, w.ledger.now
-		a, _ := w.ledger.beat(b)
+		a := w.ledger.beat(b)
 		b.at, behind = m.beaten, behind || a.behind
 		if named {
 			m.registered = true
@@ -334,7 +321,7 @@ func (w *model) kill(m *modelMember) {
 
 // choose is choose of the lane.
 func (m *modelMember) choose() *modelJob {
-	j := &modelJob{batch: laneBatch{session: m.name, mode: "b", epoch: modelKey, whole: true, tick: true, before: "900000-100000", after: "1100000-100000"}}
+	j := &modelJob{batch: laneBatch{session: m.name, mode: "b", epoch: modelEpoch, whole: true, tick: true, before: "900000:100000", after: "1100000:100000"}}
 	take := func(mode string, from phase, e event) bool {
 		for _, en := range m.entries {
 			if en.phase == from {
@@ -371,7 +358,7 @@ func (w *model) progress(m *modelMember, replyLost bool) {
 	j.batch.seq, j.batch.expect, j.batch.uncertain = m.seq+1, m.gen, m.uncertain > 0
 	a := w.lane.batch(j.batch)
 	if w.traced {
-		w.note("    %s sends %s %d %v: %v, lost %t, in doubt %d; the ledger: %v", m.name, j.batch.mode, j.batch.seq, j.batch.ids[0], a, replyLost, m.uncertain, w.ledger.of[modelSpan])
+		w.note("    %s sends %s %d %v: %v, lost %t, in doubt %d; the ledger: %v", m.name, j.batch.mode, j.batch.seq, j.batch.ids[0], a, replyLost, m.uncertain, w.ledger.of[modelEpoch])
 	}
 	if replyLost {
 		j.unknown = true
@@ -385,7 +372,7 @@ func (w *model) progress(m *modelMember, replyLost bool) {
 	case "sealed":
 		m.job = nil
 		w.stepAll(m, m.entries, eventSealed)
-	case "hold":
+	case "frozen":
 		w.dissolve(m, j)
 	default:
 		w.recover(m, j, a, w.rnd.IntN(6) == 0)
@@ -526,10 +513,8 @@ func (w *model) report(m *modelMember) {
 		n += "?"
 	}
 	w.keep(m, n)
-	if m.opened && !w.down {
-		m.reported = true
-		w.ledger.report(m.name, modelSpan, modelEnd*1000, true, true, m.unsettled(), n, "0")
-	}
+	m.reported = m.opened
+	w.beat(m)
 }
 
 // stop is SIGTERM. If the ledger is out of reach, the disk alone has the number.
@@ -538,7 +523,6 @@ func (w *model) stop(m *modelMember) {
 		return // killed meanwhile
 	}
 	if !w.down {
-		w.beat(m)
 		w.ledger.leave(m.name, m.unsettled())
 	}
 	w.members = slices.DeleteFunc(w.members, func(x *modelMember) bool { return x == m })
@@ -818,6 +802,12 @@ func (w *model) seal() *ledgerDecision {
 			w.report(m)
 		}
 	}
+	for i, m := range slices.Clone(back) {
+		if i > 0 && m != late && !m.opened && slices.Contains(w.members, m) {
+			w.note("%s opens the epoch only now", m.name)
+			w.add(m, w.rnd.IntN(12), false)
+		}
+	}
 	losses := 4 // one of so many
 	if slices.Contains(w.members, late) {
 		w.stop(late)
@@ -857,9 +847,8 @@ func (w *model) seal() *ledgerDecision {
 			case !slices.Contains(w.members, m):
 				continue
 			case i > 0 && !behind && w.rnd.IntN(4) == 0: // it beats next second
-			case w.rnd.IntN(2) == 0:
-				behind = w.turn(m) && w.rules.behind || behind
 			default:
+				m.turned = m.turned || w.rnd.IntN(2) == 0
 				behind = w.beat(m) && w.rules.behind || behind
 			}
 			w.clear(m)
@@ -871,7 +860,7 @@ func (w *model) seal() *ledgerDecision {
 			back = slices.Delete(back, 1, 2)
 		}
 		me, at, known := sealer()
-		d, wait, members := w.ledger.seal(modelSpan, me, at, known)
+		d, wait, members := w.ledger.seal(modelEpoch, me, at, known)
 		if d != nil {
 			return d
 		}
@@ -879,16 +868,16 @@ func (w *model) seal() *ledgerDecision {
 			act(min(float64(wait)/1000, 0.5))
 			continue
 		}
-		status, ids := w.lane.seal(modelKey, false, sessions(members))
+		status, ids := w.lane.seal(modelEpoch, false, sessions(members))
 		if status == "sealed" {
 			ids.whole = ids.whole || !w.rules.whole
-			w.note("sealed: %+v, %v", ids, w.ledger.of[modelSpan])
+			w.note("sealed: %+v, %v", ids, w.ledger.of[modelEpoch])
 			lose()
 			if late != nil || w.rnd.IntN(2) == 0 {
 				act(0) // heartbeats
 			}
 			me, at, _ := sealer()
-			if d := w.ledger.decide(modelSpan, ids, true, false, me, at, members); d != nil {
+			if d := w.ledger.decide(modelEpoch, ids, true, false, me, at, members); d != nil {
 				return d
 			}
 		}
@@ -972,7 +961,7 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"account", func(r *modelRules) { r.account = false }},
 		{"identity of the data", func(r *modelRules) { r.identity = false }},
 		{"sessions in the hash", func(r *modelRules) { r.sessions = false }},
-		{"hello holds the seal", func(r *modelRules) { r.helloHolds = false }},
+		{"hello freezes the lane", func(r *modelRules) { r.helloFreezes = false }},
 		{"memory of the others", func(r *modelRules) { r.memory = false }},
 		{"disk", func(r *modelRules) { r.disk = false }},
 		{"whole lanes", func(r *modelRules) { r.whole = false }},
@@ -984,7 +973,6 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"others come back", func(r *modelRules) { r.back = false }},
 		{"members that only refused ids", func(r *modelRules) { r.removed = false }},
 		{"others come back after a loss", func(r *modelRules) { r.behind = false }},
-		{"beats with all epochs", func(r *modelRules) { r.wholeBeats = false }},
 		{"others come back after a start", func(r *modelRules) { r.start = false }},
 		{"numbers that were listed", func(r *modelRules) { r.listed = false }},
 	} {

@@ -87,7 +87,7 @@ func newRedis(t testing.TB, addr string, change ...func(*Config)) *Set {
 }
 
 // epochLength is how the keys of an epoch name its length.
-var epochLength = fmt.Sprint("-", epochtest.Window.Milliseconds())
+var epochLength = fmt.Sprint(":", epochtest.Window.Milliseconds())
 
 // newRedisAway does not wait for a connection.
 func newRedisAway(t testing.TB, addr string, change ...func(*Config)) *Set {

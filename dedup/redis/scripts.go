@@ -11,7 +11,7 @@ const luaWrites = `
 redis.call('HDEL', KEYS[1] .. ':', '')
 `
 
-const luaNow = luaWrites + `
+const luaNow = `
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
@@ -46,31 +46,25 @@ local function decision(key)
 end
 `
 
-// beatScript notes that the member is alive, writes again what it knows of its epochs, also
-// of the answers of others, and takes the lead if no member has it, or gives it away. It
-// answers four lists: the time, whether the member leads, a member that keeps it outside of the
-// group, one that it keeps outside, and whether the ledger has lost data since the last beat of
-// the member; then the others that are alive; then the newest epochs that it did not name, for
+// beatScript notes that the member is alive, writes again what it knows of its epochs, also of
+// the answers of others and of what it has reported, and takes the lead if no member has it, or
+// gives it away. It answers four lists: the time, whether the member leads, a member that keeps
+// it outside of the group, one that it keeps outside, and whether the ledger has lost data since
+// the last beat of the member; then the others that are alive; then the newest epochs that it did not name, for
 // its next beat, as it is to remember those of others as well; then a list for each epoch that
 // it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
 // group has another decision; "decided" and the decision, if the member lacks that; or "open"
 // and what each member has answered, for this one to write again should it be lost.
-//
-// A beat that does not name all epochs of the member is not taken if data was lost, and
-// answered by an empty list: the ledger would have from it that the member has opened a later
-// epoch, but not what it has answered in those before, and take it for one without a part in
-// them.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
-var beatScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + luaDecision + `
+var beatScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaAnswers + luaDecision + `
 local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 local behind = lost(KEYS[1], me, ARGV[11])
-if behind and ARGV[12] ~= '1' then return {} end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -129,7 +123,7 @@ local function takes(key, name)
   return true
 end
 local epochs, named, unnamed = {}, {}, {}
-local arg = 14
+local arg = 13
 for i = 8, #KEYS do
   local key, answer = KEYS[i], {'open'}
   local name, ends, unique, complete, exact, sealed, under, had, uncertain, n = unpack(ARGV, arg, arg + 9)
@@ -153,6 +147,10 @@ for i = 8, #KEYS do
       if unique ~= '' then
         redis.call('HSET', key, 'unique', unique, 'complete', complete, 'exact', exact, 'sealed', sealed, 'under', under)
       else
+        -- What the member has reported; else these are empty.
+        if complete == '1' then redis.call('HSET', key, 'complete', 1) end
+        if exact == '0' then redis.call('HSET', key, 'inexact', 1) end
+        if under ~= '' and under ~= '0' then redis.call('HSET', key, 'k:' .. me, under) end
         local h = redis.call('HGETALL', key)
         for f = 1, #h, 2 do
           if string.sub(h[f], 1, 2) == 'm:' then
@@ -169,10 +167,10 @@ for i = 1, 7 do
   if i ~= 4 then redis.call('PEXPIRE', KEYS[i], keep) end
 end
 local leader = redis.call('GET', KEYS[4])
-if leader == me and ARGV[13] ~= '1' then
+if leader == me and ARGV[12] ~= '1' then
   redis.call('DEL', KEYS[4])
   leader = false
-elseif leader == me or not leader and inside and ARGV[13] == '1' then
+elseif leader == me or not leader and inside and ARGV[12] == '1' then
   redis.call('SET', KEYS[4], me, 'PX', lease)
   leader = me
 end
@@ -180,28 +178,6 @@ for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
 return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0'}, others, unnamed, epochs}
-`)
-
-// reportScript notes that the member has left the epoch, and what it has answered in it,
-// which is final.
-var reportScript = rueidis.NewLuaScriptRetryable(luaWrites + luaAnswers + `
-local me, keep, name, ends, complete, exact, unsettled, answers, under = unpack(ARGV)
-if unsettled ~= '' then
-  redis.call('HSET', KEYS[3], me, unsettled)
-  redis.call('PEXPIRE', KEYS[3], keep)
-end
-if redis.call('HEXISTS', KEYS[2], 'delivered') == 1 then return 0 end
-redis.call('ZADD', KEYS[1], ends, name)
-redis.call('PEXPIRE', KEYS[1], keep)
-if redis.call('HEXISTS', KEYS[2], 'unique') == 0 then
-  if complete == '1' then redis.call('HSET', KEYS[2], 'complete', 1) end
-  if exact == '0' then redis.call('HSET', KEYS[2], 'inexact', 1) end
-  answered(KEYS[2], me, answers)
-  if under ~= '0' then redis.call('HSET', KEYS[2], 'k:' .. me, under) end
-  redis.call('HDEL', KEYS[2], 'd:' .. me) -- the answers have it
-  redis.call('PEXPIRE', KEYS[2], keep)
-end
-return 1
 `)
 
 // luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
@@ -231,7 +207,7 @@ end
 //
 // First it writes again what the caller knows that the members have answered: one that has left
 // beats no more, and may be the only one that remembers it.
-var sealScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaAnswers + luaDecision + luaUnlisted + `
+var sealScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaAnswers + luaDecision + luaUnlisted + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, longer, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local function pause(ms) return {'wait', string.format('%.0f', ms)} end
@@ -269,9 +245,9 @@ local out, all, listed = {'seal'}, redis.call('HGETALL', KEYS[3]), {}
 for f = 1, #all, 2 do
   if string.sub(all[f], 1, 2) == 'm:' then
     listed[string.sub(all[f], 3)] = true
-    local n, mark = all[f + 1], '='
-    if n == '0' then mark = '0' elseif string.sub(n, -1) == '+' then mark = '+' end
-    out[#out + 1] = mark .. string.sub(all[f], 3)
+    local n, part = all[f + 1], '='
+    if n == '0' then part = '0' elseif string.sub(n, -1) == '+' then part = '+' end
+    out[#out + 1] = part .. string.sub(all[f], 3)
   end
 end
 for _, m in ipairs(unlisted(KEYS[1], KEYS[6], listed, start)) do out[#out + 1] = '?' .. m end
@@ -301,23 +277,23 @@ return out
 //
 // The counts of the keys are those of Redis. If ids were added without an answer, the counts
 // are right only if as many ids are under keys as the members have answered under keys.
-var decideScript = rueidis.NewLuaScriptRetryable(luaNow + luaLost + luaDecision + luaUnlisted + `
+var decideScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaDecision + luaUnlisted + `
 local ids, exact, whole, keep, name, ends, open = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4], ARGV[5], ARGV[6], ARGV[7] == '1'
 local start = tonumber(string.match(name, '^(%-?%d+):'))
 local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1'
 local decided = decision(KEYS[2])
 if decided then return decided end
 if lost(KEYS[3], ARGV[11], ARGV[12]) then return {'lost'} end
-local marks, fields = {}, {}
-for i = 13, #ARGV do marks[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
+local parts, fields = {}, {}
+for i = 13, #ARGV do parts[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
 local sum, least, keyed, members, absent, listed, uncertain = 0, 0, 0, 0, {}, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
   local kind, m, n = string.sub(all[f], 1, 2), string.sub(all[f], 3), all[f + 1]
   if kind == 'm:' then
-    local mark, running = marks[m], string.sub(n, -1) == '+'
-    if not mark or running and (mark == '=' or mark == '0') then return {'lost'} end
-    marks[m], listed[m], members = nil, true, members + 1
+    local part, running = parts[m], string.sub(n, -1) == '+'
+    if not part or running and (part == '=' or part == '0') then return {'lost'} end
+    parts[m], listed[m], members = nil, true, members + 1
     if running then
       absent[#absent + 1] = m
       least = least + tonumber(string.sub(n, 1, -2))
@@ -333,8 +309,8 @@ for f = 1, #all, 2 do
   end
   if string.sub(kind, 2) == ':' then fields[#fields + 1] = all[f] end
 end
-for _, mark in pairs(marks) do
-  if mark ~= '?' then return {'lost'} end
+for _, part in pairs(parts) do
+  if part ~= '?' then return {'lost'} end
 end
 for _, f in ipairs(fields) do redis.call('HDEL', KEYS[2], f) end
 local unknown = #absent == 0 and (ids > sum or open) and unlisted(KEYS[3], KEYS[4], listed, start) or {}
@@ -383,7 +359,7 @@ return decision(KEYS[2])
 `)
 
 // unpublishedScript lists the epochs that are over and not delivered.
-var unpublishedScript = rueidis.NewLuaScriptRetryable(luaNow + `
+var unpublishedScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + `
 if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
@@ -399,8 +375,9 @@ redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 return 'mine'
 `)
 
-// markScript notes that the epoch is "written" (the line in a counts file) or "delivered".
-var markScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+// publishedScript notes that the record of the epoch is "written" (the line in a counts file)
+// or "delivered".
+var publishedScript = rueidis.NewLuaScriptRetryable(luaWrites + `
 redis.call('HSET', KEYS[2], ARGV[1], 1)
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 if ARGV[1] == 'delivered' then redis.call('ZREM', KEYS[1], ARGV[3]) end
@@ -409,7 +386,7 @@ return 1
 
 // leaveScript takes the member out of the group, and with it the lead. It answers how many
 // others are alive, and how many ms ago the last beat of one was.
-var leaveScript = rueidis.NewLuaScriptRetryable(luaNow + `
+var leaveScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + `
 local me, ttl, unsettled = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 redis.call('ZREM', KEYS[1], me)
 redis.call('HDEL', KEYS[3], me)

@@ -83,11 +83,11 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 	var missing time.Time // since when
 	for {
 		giveUp := flag(!missing.IsZero() && time.Since(missing) > missingFor)
-		args := append([]string{"seal", epochKey(s.Start, s.Window), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL, seconds(keepTokens(s.Window, r.cfg.MaxSkew))}, sessions...)
-		a, err := r.call(ctx, l.key, args...)
+		args := append([]string{"seal", epochName(s), seconds(keepSeal(s.Window)), switchWait, giveUp, idsTTL, seconds(keepTokens(s.Window, r.cfg.MaxSkew))}, sessions...)
+		a, err := r.call(ctx, l.redisKey, args...)
 		if err == nil && a.status == statusSealed && a.replicas {
 			var has bool
-			has, err = r.confirmed(ctx, l.key)
+			has, err = r.confirmed(ctx, l.redisKey)
 			a.sealed.exact, a.sealed.whole = a.sealed.exact && has, a.sealed.whole && has
 		}
 		if err != nil || a.status == statusSealed {
@@ -105,7 +105,7 @@ func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []
 // confirmed reports whether a replica has all that was written to a lane so far. If not, the
 // master may be cut off, and another one counts the same window; or a replica that becomes
 // the master takes ids of an epoch that is published.
-func (r *Set) confirmed(ctx context.Context, key string) (bool, error) {
+func (r *Set) confirmed(ctx context.Context, redisKey string) (bool, error) {
 	client, err := r.conn()
 	if err != nil {
 		return false, err
@@ -113,17 +113,16 @@ func (r *Set) confirmed(ctx context.Context, key string) (bool, error) {
 	var replicas int64
 	err = client.Dedicated(func(c rueidis.DedicatedClient) error {
 		// WAIT is for what its connection has written.
-		out := c.DoMulti(ctx, c.B().Arbitrary("EXPIRE").Keys(key).Args(idsTTL).Build(),
+		out := c.DoMulti(ctx, c.B().Arbitrary("EXPIRE").Keys(redisKey).Args(idsTTL).Build(),
 			c.B().Wait().Numreplicas(1).Timeout(copyWait.Milliseconds()).Build())
 		if err := out[0].Error(); err != nil {
 			return err
 		}
-		replicas, err = out[1].AsInt64()
+		if replicas, err = out[1].AsInt64(); isRefusal(err) {
+			return nil // the user may not run it
+		}
 		return err
 	})
-	if err != nil && functionMissing(err) { // the user may not run it
-		return false, nil
-	}
 	return replicas > 0, err
 }
 
@@ -148,7 +147,7 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys counter.KeyCo
 		// A hash that grows while it is scanned returns a field twice.
 		lane := map[string]uint64{}
 		for cursor, first := uint64(0), true; first || cursor != 0; first = false {
-			page, err := client.Do(ctx, client.B().Arbitrary("HSCAN").Keys(r.keysOf(i, s)).
+			page, err := client.Do(ctx, client.B().Arbitrary("HSCAN").Keys(r.countsOf(i, s)).
 				Args(strconv.FormatUint(cursor, 10), "COUNT", scanned).ReadOnly()).AsScanEntry()
 			if err != nil {
 				return keys, fmt.Errorf("reading the keys of %s: %w", s.Start.UTC().Format(time.RFC3339Nano), err)
@@ -174,11 +173,11 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys counter.KeyCo
 func (r *Set) dropKeys(ctx context.Context, s counter.Span) error {
 	client, err := r.conn()
 	for i := 0; err == nil && i < len(r.lanes); i++ {
-		err = client.Do(ctx, client.B().Pexpire().Key(r.keysOf(i, s)).Milliseconds(keysLinger.Milliseconds()).Build()).Error()
+		err = client.Do(ctx, client.B().Pexpire().Key(r.countsOf(i, s)).Milliseconds(keysLinger.Milliseconds()).Build()).Error()
 	}
 	return err
 }
 
-func (r *Set) keysOf(lane int, s counter.Span) string {
-	return r.lanes[lane].key + ":" + epochKey(s.Start, s.Window) + ":n"
+func (r *Set) countsOf(lane int, s counter.Span) string {
+	return r.lanes[lane].redisKey + ":" + epochName(s) + ":n"
 }

@@ -3,7 +3,7 @@
 //
 // It guarantees that an id is Unique once in the whole group, and that a window has
 // one record, whichever instance publishes it. DESIGN.md, "Many instances: Redis",
-// has the protocol; function.lua is its part in Redis.
+// has the protocol; lane.lua is its part in Redis.
 //
 // server adds ids to a Set, package counter reports epochs to a Group as its
 // Publisher, and the Group hands the records of the group to package stream.
@@ -98,13 +98,12 @@ type Config struct {
 // Its goroutines run from New to Close. All methods are safe for concurrent use, by the
 // rule of dedup.Set.
 type Set struct {
-	cfg    Config
-	option rueidis.ClientOption
-	hash   [2]uint64
-	seed   maphash.Seed // of keys, in an epoch's Keys
+	cfg     Config
+	option  rueidis.ClientOption
+	hashKey [2]uint64    // of the hash that chooses lanes
+	seed    maphash.Seed // of keys, in an epoch's Keys
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
-	script atomic.Bool                    // functions are refused: scripts take their place
 
 	otherSeen  time.Time   // when others of another form were met last; watch alone uses it
 	formAgreed atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
@@ -132,15 +131,15 @@ type Set struct {
 
 // redisCounts are for the metrics.
 type redisCounts struct {
-	batches, retries, takenBack, twice, replayed, dropped, fulls atomic.Uint64
+	batches, retries, takenBack, twice, restored, dropped, fulls atomic.Uint64
 }
 
 // redisEpoch is the state of an epoch in this process.
 type redisEpoch struct {
 	set           *Set
 	start         time.Time
-	key           string                     // start and window, in ms
-	before, after string                     // the keys of the windows directly before and behind it
+	name          string                     // in Redis: see epochName
+	before, after string                     // the names of the windows directly before and behind it
 	previous      atomic.Pointer[redisEpoch] // opened before it; nil once it is retired
 	end           int64                      // ns since the start of the Set, of when the epoch was to end
 	view          *dedup.View                // in Local
@@ -168,7 +167,7 @@ func (cfg *Config) Check() error {
 }
 
 // newSession makes a name that no other process has. Its first 8 characters are those of the
-// instance, by which function.lua knows the earlier sessions of the same one.
+// instance, by which lane.lua knows the earlier sessions of the same one.
 func newSession(instance string) string {
 	if instance == "" {
 		return rand.Text()
@@ -196,7 +195,7 @@ func New(cfg Config) (*Set, error) {
 	cfg.pending = cmp.Or(cfg.pending, defaultPending)
 	cfg.logBytes = cmp.Or(cfg.logBytes, defaultLogBytes)
 	r := &Set{
-		cfg: cfg, option: option, hash: laneKey(cfg.Group), seed: maphash.MakeSeed(),
+		cfg: cfg, option: option, hashKey: hashKey(cfg.Group), seed: maphash.MakeSeed(),
 		start: time.Now(), closing: make(chan struct{}),
 	}
 	r.life, r.end = context.WithCancel(context.Background())
@@ -244,7 +243,7 @@ func (r *Set) connect() {
 		}
 		r.health.failed(r, err)
 		for i := range r.lanes {
-			r.lanes[i].noteFailure(err)
+			r.lanes[i].noteFailure()
 		}
 		select {
 		case <-r.closing:
@@ -253,7 +252,7 @@ func (r *Set) connect() {
 		}
 		wait = min(2*wait, time.Second)
 	}
-	r.checkPolicy() // before the first id is sent
+	r.checkConfig() // before the first id is sent
 	for i := range r.lanes {
 		r.running.Go(r.lanes[i].run)
 	}
@@ -271,7 +270,7 @@ func (r *Set) conn() (rueidis.Client, error) {
 // unavailable is ErrUnavailable with the reason known.
 func (r *Set) unavailable() error {
 	r.health.mu.Lock()
-	reason := cmp.Or(r.health.policy, r.health.failure)
+	reason := cmp.Or(r.health.misconfigured, r.health.failure)
 	r.health.mu.Unlock()
 	if reason != "" {
 		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)
@@ -285,9 +284,9 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 		set:    r,
 		opened: time.Now(),
 		start:  e.Start(),
-		key:    epochKey(e.Start(), e.Window()),
-		before: epochKey(e.Start().Add(-e.Window()), e.Window()),
-		after:  epochKey(e.Start().Add(e.Window()), e.Window()),
+		name:   epochName(counter.Span{Start: e.Start(), Window: e.Window()}),
+		before: epochName(counter.Span{Start: e.Start().Add(-e.Window()), Window: e.Window()}),
+		after:  epochName(counter.Span{Start: e.Start().Add(e.Window()), Window: e.Window()}),
 		end:    int64(e.End().Sub(r.start)),
 		lanes:  make([]laneEpoch, len(r.lanes)),
 	}
@@ -305,7 +304,7 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 	last := r.latest.Swap(s)
 	s.previous.Store(last)
 	if last != nil && last.end == int64(s.start.Sub(r.start)) {
-		s.before = last.key // also after a change of --window
+		s.before = last.name // also after a change of --window
 	} else {
 		e.FollowsWindow()
 	}
@@ -337,12 +336,6 @@ func (r *Set) await(s *redisEpoch) error {
 
 // Ledger returns the ledger of the group.
 func (r *Set) Ledger() *Ledger { return r.ledger }
-
-// epochKey names an epoch in Redis. Groups that were given different windows
-// by mistake do not mix them up.
-func epochKey(start time.Time, window time.Duration) string {
-	return fmt.Sprintf("%d-%d", start.UnixMilli(), window.Milliseconds())
-}
 
 // Retire implements counter.State.
 func (s *redisEpoch) Retire() {
@@ -429,12 +422,12 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 func (r *Set) name(en *encoded, item *dedup.Item, full bool) (hash uint64, m *named) {
 	o := item.Options
 	if o != nil && len(o.Under) > 0 {
-		hash = en.encodeUnder(r.hash, o.Under, item.ID)
+		hash = en.encodeUnder(r.hashKey, o.Under, item.ID)
 	} else {
-		hash = en.encode(r.hash, item.Key.IsDecimal(), item.ID)
+		hash = en.encode(r.hashKey, item.Key.IsDecimal(), item.ID)
 	}
 	if o != nil && len(o.Under)+len(o.Token) > 0 {
-		m = newNamed(r.hash, en, o, full)
+		m = newNamed(r.hashKey, en, o, full)
 	}
 	return hash, m
 }
@@ -492,7 +485,7 @@ func (r *Set) Group() dedup.GroupStats {
 		Retries:     r.counts.retries.Load(),
 		TakenBack:   r.counts.takenBack.Load(),
 		Twice:       r.counts.twice.Load(),
-		Replayed:    r.counts.replayed.Load(),
+		Restored:    r.counts.restored.Load(),
 		Dropped:     r.counts.dropped.Load(),
 		Pending:     uint64(max(0, r.pending.Load())),
 	}

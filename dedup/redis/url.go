@@ -1,7 +1,6 @@
 package redis
 
 import (
-	"cmp"
 	"net"
 	"net/url"
 	"slices"
@@ -66,14 +65,19 @@ func joinURLs(urls []string) (option rueidis.ClientOption, err error) {
 	if len(urls) == 0 {
 		return option, setting.Errorf("redis-url", "want a URL")
 	}
-	var first *url.URL
+	var scheme string
 	seen := make(map[string]bool)
 	for i, s := range urls {
 		u, o, why := redisURL(s, i == 0)
-		if why == "" && i == 0 {
-			first, option = u, o
-		} else if why == "" {
-			why = differs(first, u)
+		switch {
+		case why != "":
+		case i == 0:
+			scheme, option = u.Scheme, o
+		case u.Scheme != scheme || scheme == "unix":
+			why = "further URLs have the scheme of the first, which is not unix"
+		case differs(option, o):
+			why = "the user, the password, the database or a parameter differs from that of the first URL, which is for all"
+		default:
 			option.InitAddress = append(option.InitAddress, o.InitAddress...)
 		}
 		for _, address := range o.InitAddress {
@@ -119,17 +123,14 @@ func redisURL(s string, first bool) (u *url.URL, o rueidis.ClientOption, why str
 	default:
 		return nil, o, "want a scheme of redis, rediss (TLS), redis-sentinel, rediss-sentinel or unix"
 	}
-	if why := badParameters(&plain, sentinel && first); why != "" {
-		return nil, o, why
+	if o, err = rueidis.ParseURL(plain.String()); err != nil { // what it quotes may be part of a password
+		return nil, o, "want a number as the database, and skip_verify=true or false"
 	}
-	if o, err = rueidis.ParseURL(plain.String()); err != nil {
-		return nil, o, "malformed" // what it quotes may be part of a password; all that can be wrong is judged above
-	}
-	return u, o, ""
+	return u, o, badParameters(&plain, o, sentinel && first)
 }
 
-// badParameters returns what is wrong with path and query, or "".
-func badParameters(u *url.URL, needsMaster bool) string {
+// badParameters returns what is wrong with path and query beyond what rueidis refuses, or "".
+func badParameters(u *url.URL, o rueidis.ClientOption, needsMaster bool) string {
 	q, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
 		return "malformed parameters"
@@ -142,20 +143,15 @@ func badParameters(u *url.URL, needsMaster bool) string {
 			return name + " is there twice"
 		}
 	}
-	skip, protocol := q.Get("skip_verify"), q.Get("protocol")
-	_, notBool := strconv.ParseBool(skip)
-	switch {
-	case skip != "" && notBool != nil:
-		return "want skip_verify=true or false"
-	case q.Has("skip_verify") && u.Scheme != "rediss" && u.Scheme != "valkeys":
+	switch protocol := q.Get("protocol"); {
+	case o.SelectDB < 0, q.Has("db") && u.Scheme != "unix" && strings.Trim(u.Path, "/") != "":
+		return "want one number as the database, 0 or more"
+	case q.Has("skip_verify") && o.TLSConfig == nil:
 		return "skip_verify is for rediss"
 	case q.Has("protocol") && protocol != "2" && protocol != "3":
 		return "want protocol=2 or 3"
 	case q.Get("master_set") == "" && (needsMaster || q.Has("master_set")):
 		return "want ?master_set=NAME"
-	}
-	if why := badDatabase(u, q); why != "" {
-		return why
 	}
 	for _, address := range q["addr"] {
 		if _, _, err := net.SplitHostPort(address); err != nil {
@@ -168,44 +164,12 @@ func badParameters(u *url.URL, needsMaster bool) string {
 	return ""
 }
 
-// badDatabase returns what is wrong with the number of the database, or "".
-func badDatabase(u *url.URL, q url.Values) string {
-	db := strings.TrimPrefix(u.Path, "/")
-	if u.Scheme == "unix" {
-		db = "" // the path is the socket's
-	}
-	if q.Has("db") {
-		if db != "" && db != q.Get("db") {
-			return "the path and db name two databases"
-		}
-		db = q.Get("db")
-	}
-	if n, err := strconv.Atoi(db); (db != "" || q.Has("db")) && (err != nil || n < 0) {
-		return "want a number of the database, 0 or more"
-	}
-	return ""
-}
-
-// differs returns in what a further URL contradicts the first, or "". But for the
-// address it may be silent: the first one's settings are for all.
-func differs(first, u *url.URL) string {
-	const but = " differs from that of the first URL, which is for all"
-	db := func(u *url.URL) string { return cmp.Or(strings.TrimPrefix(u.Path, "/"), u.Query().Get("db"), "0") }
-	silent := strings.Trim(u.Path, "/") == "" && !u.Query().Has("db")
-	switch {
-	case u.Scheme == "unix" || first.Scheme == "unix":
-		return "a socket is one server: want no further URL"
-	case u.Scheme != first.Scheme:
-		return "the scheme" + but
-	case u.User != nil && (first.User == nil || u.User.String() != first.User.String()):
-		return "the user or the password" + but
-	case !silent && db(u) != db(first):
-		return "the database" + but
-	}
-	for _, name := range []string{"master_set", "protocol", "skip_verify"} {
-		if u.Query().Has(name) && u.Query().Get(name) != first.Query().Get(name) {
-			return name + but
-		}
-	}
-	return ""
+// differs reports whether a further URL contradicts the first. But for the address it may be
+// silent: the first one's settings are for all.
+func differs(first, o rueidis.ClientOption) bool {
+	insecure := func(o rueidis.ClientOption) bool { return o.TLSConfig != nil && o.TLSConfig.InsecureSkipVerify }
+	return o.Username+o.Password != "" && (o.Username != first.Username || o.Password != first.Password) ||
+		o.SelectDB != 0 && o.SelectDB != first.SelectDB ||
+		o.Sentinel.MasterSet != "" && o.Sentinel.MasterSet != first.Sentinel.MasterSet ||
+		o.AlwaysRESP2 && !first.AlwaysRESP2 || insecure(o) && !insecure(first)
 }

@@ -1,5 +1,5 @@
--- What an instance asks of Redis, in one atomic step each. DESIGN.md, "Many
--- instances: Redis", has the reason for each.
+-- The script that an instance has Redis run on a lane, one atomic step each. DESIGN.md,
+-- "Many instances: Redis", has the reason for each.
 --
 -- The only key named is the hash of a lane. All that is known of a lane is in it, so
 -- that it is there wholly or not at all, also while its slot moves:
@@ -10,17 +10,16 @@
 --                and UNCERTAIN if the session has refused ids that may be in Redis; not there
 --                once the doubt is over
 --   A            the sessions that may have ids in doubt
---   E<epoch>     an open epoch: generation, ids of each of the first four kinds, partly,
---                twice; where a key or a token was named also the ids under keys, the
---                tokens, and the keys; packed
+--   E<epoch>     an open epoch: generation, whether it is inexact, ids of each kind, tokens,
+--                and keys; packed
 --   X<epoch>     how many tokens it has, also once it is sealed
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
 --                under keys, whether the master had replicas, unanswered}
 --   L<epoch>     the sessions that it was sealed with, as the ledger had listed them
 --   id           whose data these are
---   cut, cuts    when writes of it may have been lost last, and how often
+--   loss, losses when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
---   hold         no new ids until then: lost ones are being added again
+--   freeze       no new ids until then: lost ones are being added again
 --
 -- Its neighbours, under the same prefix and so in the same slot, are the sets
 --
@@ -42,14 +41,56 @@
 -- Behind them stands P if the epoch is not exact for what the batch has found of tokens: the
 -- session is to note that again should the hash be lost.
 
--- Set by prepare: a library that is being loaded sees none of these.
-local sub, find, rep, concat, call, try
-local pack, parse, head
+local call, pack, parse = redis.call, cmsgpack.pack, cmsgpack.unpack
 local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
-local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
-local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's numbers
 
-local FEW = 9 -- arguments
+-- few is batch for the usual case: a few new ids of one kind, without a key or a token, in an
+-- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
+-- kind, and the list: nine. It answers with how many ids the epoch has. It returns nothing,
+-- and has changed nothing, in any other case. It comes first because each run makes all functions
+-- anew, which takes as long as few itself.
+local function few(key, a)
+  local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
+  local S, E = 'S' .. session, 'E' .. epoch
+  local h = call('HMGET', key, S, E, 'freeze', 'losses')
+  local state, open = h[1], h[2]
+  if not state or not open or h[3] then return end
+  local _, last, at = cmsgpack.unpack_limit(state, 2)
+  local e = {parse(open)}
+  local seq, size = tonumber(a[3]), e[2 + k]
+  if seq ~= last + 1 or e[1] ~= a[6] or size == 0 then return end
+  local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
+  -- Each alone: a command that is given all returns how many are new, not which.
+  local n = #ids
+  for i = 1, n do
+    if call('SADD', set, ids[i]) == 0 then
+      if i > 1 then call('SREM', set, unpack(ids, 1, i - 1)) end
+      return
+    end
+  end
+  size = size + n
+  if call('SCARD', set) ~= size then
+    call('SREM', set, unpack(ids))
+    return {'missing'}
+  end
+  e[2 + k] = size
+  local all = e[3] + e[4] + e[5] + e[6] + e[7]
+  call('HSET', key, S, pack(seq, at, string.rep('1', n), e[1], all, epoch, tonumber(h[4] or 0)), 'I' .. session, list, E, pack(unpack(e)))
+  return all
+end
+
+if ARGV[1] == 'batch' and #ARGV == 9 then
+  local answer = few(KEYS[1], ARGV)
+  if answer then return answer end
+  local k, list = tonumber(ARGV[8]), ARGV[9]
+  ARGV[8], ARGV[9], ARGV[10] = '', '', '0'
+  for i = 1, PLAIN do ARGV[10 + i] = i == k and list or '' end
+end
+
+local sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
+local try = redis.pcall
+local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
+local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's sizes
 
 -- No packed id begins with it.
 local UNCERTAIN = '\192'
@@ -69,18 +110,18 @@ local function clock()
   return t[1] + t[2] / 1e6
 end
 
--- holds reports whether new ids are to wait.
-local function holds(key, hold, now)
-  local left = tonumber(hold) - now
+-- frozen reports whether new ids are to wait.
+local function frozen(key, freeze, now)
+  local left = tonumber(freeze) - now
   if left > 0 and left < AHEAD then return true end
-  call('HDEL', key, 'hold')
+  call('HDEL', key, 'freeze')
 end
 
--- cut notes that writes may have been lost: every session has to send a batch again.
-local function cut(key, now)
-  local cuts = tonumber(call('HGET', key, 'cuts') or 0) + 1
-  call('HSET', key, 'cut', now, 'cuts', cuts)
-  return cuts
+-- note_loss notes that writes may have been lost: every session has to send a batch again.
+local function note_loss(key, now)
+  local losses = tonumber(call('HGET', key, 'losses') or 0) + 1
+  call('HSET', key, 'loss', now, 'losses', losses)
+  return losses
 end
 
 -- identify notes whose data these are: the id changes when another process, or a
@@ -91,7 +132,7 @@ local function identify(key, now)
   local id = type(info) == 'string' and string.match(info, 'master_replid:(%x+)')
   if not id then return false, false end
   local was = call('HMGET', key, 'id', 'replicas')
-  if was[1] and was[1] ~= id then cut(key, now) end
+  if was[1] and was[1] ~= id then note_loss(key, now) end
   local some = string.match(info, 'connected_slaves:(%d+)') ~= '0' and '1' or '0'
   if was[1] ~= id or was[2] ~= some then call('HSET', key, 'id', id, 'replicas', some) end
   return true, some == '1' or was[1] == id and was[2] == '1'
@@ -183,27 +224,21 @@ local function among(lists, id)
   return false
 end
 
--- opened reads an open epoch: generation, its numbers, partly, twice.
+-- opened reads an open epoch: generation, its sizes, and whether it is inexact: an id may have
+-- been given twice, or is not in the log of its instance.
 local function opened(packed)
-  local gen, d, u, t, h, partly, twice, under, tokens, keys = parse(packed)
-  return gen, {d, u, t, h, under or 0, tokens or 0, keys or 0}, partly, twice
-end
-
-local function close(gen, held, partly, twice)
-  if held[UNDER] + held[TOKENS] + held[NAMES] == 0 then
-    return pack(gen, held[1], held[2], held[3], held[4], partly, twice)
-  end
-  return pack(gen, held[1], held[2], held[3], held[4], partly, twice, held[UNDER], held[TOKENS], held[NAMES])
+  local e = {parse(packed)}
+  return e[1], {unpack(e, 3)}, e[2]
 end
 
 -- complete reports whether the epoch has all that it should have: nothing of it was evicted
 -- or deleted, or is on the move to another node.
-local function complete(prefix, held)
+local function complete(prefix, sizes)
   for k = 1, #KINDS do
-    if (k <= PLAIN or held[k] > 0) and try('SCARD', prefix .. KINDS[k]) ~= held[k] then return false end
+    if (k <= PLAIN or sizes[k] > 0) and try('SCARD', prefix .. KINDS[k]) ~= sizes[k] then return false end
   end
-  return (held[TOKENS] == 0 or try('SCARD', prefix .. 'x') == held[TOKENS]) and
-    (held[NAMES] == 0 or try('HLEN', prefix .. 'n') == held[NAMES])
+  return (sizes[TOKENS] == 0 or try('SCARD', prefix .. 'x') == sizes[TOKENS]) and
+    (sizes[NAMES] == 0 or try('HLEN', prefix .. 'n') == sizes[NAMES])
 end
 
 -- drop deletes the ids of an epoch.
@@ -291,7 +326,7 @@ end
 
 -- count adds new ids to the counts of their keys. An id under a key for which there is no
 -- room gets the code 9; \0 stands before a key for which the session has none.
-local function count(hash, list, codes, held, undo, max)
+local function count(hash, list, codes, sizes, undo, max)
   local more, keys = {}, {}
   for i = 1, #codes do
     local key = list[4 * i]
@@ -308,9 +343,9 @@ local function count(hash, list, codes, held, undo, max)
     local key = keys[i]
     if was[i] then
       old[#old + 1], old[#old + 2] = key, was[i]
-    elseif held[NAMES] < max then
+    elseif sizes[NAMES] < max then
       new[#new + 1] = key
-      held[NAMES] = held[NAMES] + 1
+      sizes[NAMES] = sizes[NAMES] + 1
     else
       full = full or {}
       full[key] = true
@@ -336,10 +371,10 @@ local function put(set, members, undo)
   return #members
 end
 
--- mark judges a list in the modes that add or look, and returns the codes. others are the
+-- add_named judges a list in the modes that add or look, and returns the codes. others are the
 -- sets of the tokens of the windows before and behind, where there are some.
-local function mark(prefix, list, mode, held, undo, others, max)
-  local codes, replay = {}, mode == 'p' or mode == 'f'
+local function add_named(prefix, list, mode, sizes, undo, others, max)
+  local codes, restoring = {}, mode == 'p' or mode == 'f'
   local ids, at = sorted(list)
   local there, absent = {}, {} -- those with a token
   for k = 1, #KINDS do
@@ -357,9 +392,9 @@ local function mark(prefix, list, mode, held, undo, others, max)
       of[#of + 1] = i
     end
   end
-  local same = replay and {} or codes -- what is added again was given, whatever its token
+  local same = restoring and {} or codes -- what is added again was given, whatever its token
   recognise(prefix .. 'x', list, known, same, '6')
-  if not replay then
+  if not restoring then
     for i = 1, 2 do
       if others[i] then
         recognise(others[i], list, known, codes, i == 1 and '7' or '8')
@@ -370,62 +405,62 @@ local function mark(prefix, list, mode, held, undo, others, max)
   for i = 1, #codes do
     codes[i] = codes[i] or there[i] and '0' or mode == 'l' and '4' or '1'
   end
-  count(prefix .. 'n', list, codes, held, undo, replay and math.huge or max)
+  count(prefix .. 'n', list, codes, sizes, undo, restoring and math.huge or max)
   for k = 1, #KINDS do
     local new = {}
     for i = 1, ids[k] and #ids[k] or 0 do
       if codes[at[k][i]] == '1' then new[#new + 1] = ids[k][i] end
     end
-    held[k] = held[k] + put(prefix .. KINDS[k], new, undo)
+    sizes[k] = sizes[k] + put(prefix .. KINDS[k], new, undo)
   end
   local new = {}
   for i = 1, #absent do
     if codes[absent[i]] == '1' then new[#new + 1] = list[4 * absent[i] - 1] end
   end
-  for i = 1, replay and #known or 0 do
+  for i = 1, restoring and #known or 0 do
     if not same[known[i]] then new[#new + 1] = list[4 * known[i] - 1] end
   end
-  held[TOKENS] = held[TOKENS] + put(prefix .. 'x', new, undo)
+  sizes[TOKENS] = sizes[TOKENS] + put(prefix .. 'x', new, undo)
   return codes
 end
 
--- unmark takes a list back.
-local function unmark(prefix, list, held, undo)
+-- take_back_named takes a list back.
+local function take_back_named(prefix, list, sizes, undo)
   local codes = {}
   for i = 1, #list, 4 do
     local kind, id, token, key = list[i], list[i + 1], list[i + 2], list[i + 3]
     codes[#codes + 1] = '1'
     if call('SREM', prefix .. kind, id) == 1 then
       undo[#undo + 1] = {prefix .. kind, {id}, 'SADD'}
-      held[NUMBER[kind]] = held[NUMBER[kind]] - 1
+      sizes[NUMBER[kind]] = sizes[NUMBER[kind]] - 1
       if key ~= '' then
         local left = call('HINCRBY', prefix .. 'n', key, -1) -- below 0: the count is lost
         if left >= 0 then undo[#undo + 1] = {prefix .. 'n', {key, 1}, 'HINCRBY'} end
         if left <= 0 then call('HDEL', prefix .. 'n', key) end
-        if left == 0 then held[NAMES] = held[NAMES] - 1 end
+        if left == 0 then sizes[NAMES] = sizes[NAMES] - 1 end
       end
       if token ~= '' and call('SREM', prefix .. 'x', token) == 1 then
         undo[#undo + 1] = {prefix .. 'x', {token}, 'SADD'}
-        held[TOKENS] = held[TOKENS] - 1
+        sizes[TOKENS] = sizes[TOKENS] - 1
       end
     end
   end
   return codes
 end
 
--- marks runs a list: see batch. It returns the codes, how many ids the epoch has more, and
+-- run_named runs a list: see batch. It returns the codes, how many ids the epoch has more, and
 -- whether retries may not be recognised, or may be although their id is in no count.
-local function marks(key, a, mode, held, undo)
+local function run_named(key, a, mode, sizes, undo)
   local prefix, list = key .. ':' .. a[5] .. ':', {parse(a[15])}
   local was, tokens, inexact, codes = {}, false, false
   for i = 3, #list, 4 do tokens = tokens or list[i] ~= '' end
-  for i = 1, #held do was[i] = held[i] end
+  for i = 1, #sizes do was[i] = sizes[i] end
   if mode == '5' then
     -- They were believed: the answer to a retry may have been that they are counted.
     codes, inexact = {}, tokens
     for i = 1, #list / 4 do codes[i] = '5' end
   elseif mode == 'r' then
-    codes = unmark(prefix, list, held, undo)
+    codes = take_back_named(prefix, list, sizes, undo)
   else
     local others = {}
     if tokens and (mode == 'a' or mode == 'l') then
@@ -437,34 +472,33 @@ local function marks(key, a, mode, held, undo)
         inexact = inexact or try('SCARD', set) ~= tonumber(has[i] or 0)
       end
     end
-    codes = mark(prefix, list, mode, held, undo, others, tonumber(a[18]))
+    codes = add_named(prefix, list, mode, sizes, undo, others, tonumber(a[18]))
   end
-  if not complete(prefix, held) then
+  if not complete(prefix, sizes) then
     undo.missing = true
     error('missing')
   end
   local more = 0
   for k = 1, #KINDS do
-    more = more + held[k] - was[k]
-    if was[k] == 0 and held[k] > 0 then call('EXPIRE', prefix .. KINDS[k], a[7]) end
+    more = more + sizes[k] - was[k]
+    if was[k] == 0 and sizes[k] > 0 then call('EXPIRE', prefix .. KINDS[k], a[7]) end
   end
-  if was[TOKENS] == 0 and held[TOKENS] > 0 then call('EXPIRE', prefix .. 'x', a[7]) end
-  if was[NAMES] == 0 and held[NAMES] > 0 then call('EXPIRE', prefix .. 'n', a[7]) end
+  if was[TOKENS] == 0 and sizes[TOKENS] > 0 then call('EXPIRE', prefix .. 'x', a[7]) end
+  if was[NAMES] == 0 and sizes[NAMES] > 0 then call('EXPIRE', prefix .. 'n', a[7]) end
   return codes, more, inexact, list
 end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
--- seconds to hold, whether the session has all ids that it would have to add
+-- seconds to freeze, whether the session has all ids that it would have to add
 -- again, whether the time is to be noted (2: it is, and UNCERTAIN), and a list of ids of each
--- kind. Where there are
--- some with a key or a token: their list, the epochs before and behind, how many keys the
+-- kind. Where there are some with a key or a token: their list, the epochs before and behind, how many keys the
 -- epoch may have, and whether tokens of the epoch before may be lost.
--- Modes: a add, l look, r take back, p replay what was lost, f replay what was
+-- Modes: a add, l look, r take back, p restore what was lost, f add what was
 -- decided without Redis, b show that the session lives.
 local function batch(key, a, undo)
   local session, seq, mode, epoch, expect = a[2], tonumber(a[3]), a[4], a[5], a[6]
-  local h = call('HMGET', key, 'S' .. session, 'E' .. epoch, 'hold', 'cuts')
-  local cuts = tonumber(h[4] or 0)
+  local h = call('HMGET', key, 'S' .. session, 'E' .. epoch, 'freeze', 'losses')
+  local losses = tonumber(h[4] or 0)
   local last, at, codes0, gen0, n0 = 0
   if h[1] then
     last, at, codes0, gen0, n0 = parse(h[1])
@@ -473,33 +507,33 @@ local function batch(key, a, undo)
   if seq < last then return {'old', '', '', last} end
   if seq ~= last + 1 then return {'gap', '', '', last} end
 
-  local replay, beat = mode == 'p' or mode == 'f', mode == 'b'
-  local gen, held, partly, twice = nil, {0, 0, 0, 0, 0, 0, 0}, 0, 0
+  local restoring, ping = mode == 'p' or mode == 'f', mode == 'b'
+  local gen, sizes, inexact = nil, {0, 0, 0, 0, 0, 0, 0}, 0
   if h[2] then
-    gen, held, partly, twice = opened(h[2])
-  elseif not beat or expect ~= '' then
+    gen, sizes, inexact = opened(h[2])
+  elseif not ping or expect ~= '' then
     local _, over = sealed(key, epoch)
-    if over and not beat then return {'sealed'} end
-    if over then gen, held[1] = expect, over[2] end
+    if over and not ping then return {'sealed'} end
+    if over then gen, sizes[1] = expect, over[2] end
   end
   if expect ~= '' and gen ~= expect then return {'lost', '', gen or '', last} end
 
   if mode == 'r' and not withdraws(key, session) then mode = '5' end -- before it joins again
   local now
-  local tick = a[10] ~= '0' or not at or h[3] or replay
+  local tick = a[10] ~= '0' or not at or h[3] or restoring
   if tick then
     now = clock()
-    if h[3] and not replay and not beat and holds(key, h[3], now) then return {'hold'} end
+    if h[3] and not restoring and not ping and frozen(key, h[3], now) then return {'frozen'} end
     if not at then identify(key, now) end -- before its first id is counted
     if not at or math.abs(now - at) > LAPSE / 2 then join(key, session, not at) end
     at = now
   end
 
-  local n = held[1] + held[2] + held[3] + held[4] + held[UNDER]
+  local n = sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[UNDER]
   local uncertain = a[10] == '2' and UNCERTAIN or ''
-  if beat then
-    if tick and h[2] and not complete(key .. ':' .. epoch .. ':', held) then return {'missing'} end
-    remember(key, session, uncertain, {}, seq, at, '', gen or '', n, epoch, cuts)
+  if ping then
+    if tick and h[2] and not complete(key .. ':' .. epoch .. ':', sizes) then return {'missing'} end
+    remember(key, session, uncertain, {}, seq, at, '', gen or '', n, epoch, losses)
     if tick then call('EXPIRE', key, a[7]) end
     return {'ok', '', gen or '', n}
   end
@@ -511,9 +545,9 @@ local function batch(key, a, undo)
   end
   local fields = {}
   if mode == 'p' then
-    cuts = cut(key, now) - 1 -- the session counts as back when all is added: by its next batch of another mode
-    fields = {'hold', now + tonumber(a[8])}
-    if a[9] == '0' then partly = 1 end
+    losses = note_loss(key, now) - 1 -- the session counts as back when all is added: by its next batch of another mode
+    fields = {'freeze', now + tonumber(a[8])}
+    if a[9] == '0' then inexact = 1 end
   end
 
   local lists, parts, total, more = {}, {}, 0, 0 -- by kind; no part if all its codes are 1
@@ -531,24 +565,23 @@ local function batch(key, a, undo)
       end
       -- A set that is not as large as it should be was evicted, deleted, or its slot
       -- is on the move to or from here: nothing may be judged with it.
-      if try('SCARD', set) ~= held[k] + added then
+      if try('SCARD', set) ~= sizes[k] + added then
         undo.missing = true
         error('missing')
       end
-      if held[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end
-      held[k] = held[k] + added
+      if sizes[k] == 0 and added > 0 then call('EXPIRE', set, a[7]) end
+      sizes[k] = sizes[k] + added
       total, more = total + #ids, more + added
       lists[k], parts[k] = ids, codes
     end
   end
   local named, asks = '', mode == 'a' or mode == 'l'
-  local codes, list, inexact
+  local codes, list, unsure
   if a[15] then
-    local tokens, added = held[TOKENS]
-    codes, added, inexact, list = marks(key, a, mode, held, undo)
-    if inexact then partly = 1 end
-    if replay then twice = twice + #codes - added end
-    if held[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, held[TOKENS] end
+    local tokens, added = sizes[TOKENS]
+    codes, added, unsure, list = run_named(key, a, mode, sizes, undo)
+    if unsure or restoring and added < #codes then inexact = 1 end
+    if sizes[TOKENS] ~= tokens then fields[#fields + 1], fields[#fields + 2] = 'X' .. epoch, sizes[TOKENS] end
     n = n + added
     if asks then
       local mine, others = {}
@@ -581,54 +614,18 @@ local function batch(key, a, undo)
     answer = answer .. (codes and concat(codes) or rep('1', #ids))
   end
   local doubt = (#mine == 1 and mine[1] or concat(mine)) .. named .. uncertain
-  if replay and more < total then twice = twice + total - more end
+  if restoring and more < total then inexact = 1 end
 
-  if codes then answer = answer .. concat(codes) .. (inexact and 'P' or '') end
-  if more ~= 0 or replay or codes or not h[2] then
-    fields[#fields + 1] = 'E' .. epoch
-    fields[#fields + 1] = close(gen, held, partly, twice)
+  if codes then answer = answer .. concat(codes) .. (unsure and 'P' or '') end
+  if more ~= 0 or restoring or codes or not h[2] then
+    fields[#fields + 1], fields[#fields + 2] = 'E' .. epoch, pack(gen, inexact, unpack(sizes))
   end
-  remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch, cuts)
+  remember(key, session, doubt, fields, seq, at, answer, gen, n, epoch, losses)
   if tick then call('EXPIRE', key, a[7]) end
   return {'ok', answer, gen, n}
 end
 
--- few is batch for the usual case: a few new ids of one kind, without a key or a token, in an
--- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
--- kind, and the list. It answers with how many ids the epoch has. It returns nothing, and
--- has changed nothing, in any other case.
-local function few(key, a)
-  local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
-  local S, E = 'S' .. session, 'E' .. epoch
-  local h = call('HMGET', key, S, E, 'hold', 'cuts')
-  local state, open = h[1], h[2]
-  if not state or not open or h[3] then return end
-  local _, last, at = head(state, 2)
-  local gen, d, u, t, x, partly, twice, under, tokens, keys = parse(open)
-  local seq, held = tonumber(a[3]), k == 1 and d or k == 2 and u or k == 3 and t or x
-  if seq ~= last + 1 or gen ~= a[6] or held == 0 then return end
-  local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
-  -- Each alone: a command that is given all returns how many are new, not which.
-  local n = #ids
-  for i = 1, n do
-    if call('SADD', set, ids[i]) == 0 then
-      if i > 1 then call('SREM', set, unpack(ids, 1, i - 1)) end
-      return
-    end
-  end
-  held = held + n
-  if call('SCARD', set) ~= held then
-    call('SREM', set, unpack(ids))
-    return {'missing'}
-  end
-  if k == 1 then d = held elseif k == 2 then u = held elseif k == 3 then t = held else x = held end
-  local all = d + u + t + x + (under or 0)
-  call('HSET', key, S, pack(seq, at, rep('1', n), gen, all, epoch, tonumber(h[4] or 0)), 'I' .. session, list,
-    E, under and pack(gen, d, u, t, x, partly, twice, under, tokens, keys) or pack(gen, d, u, t, x, partly, twice))
-  return all
-end
-
--- hello: session, sequence expected, new sequence, seconds to live, seconds to hold.
+-- hello: session, sequence expected, new sequence, seconds to live, seconds to freeze.
 -- After a loss the session goes on from a sequence that no batch still on its way
 -- can have. The lost ids are still to be added: no seal may come before that.
 local function hello(key, a)
@@ -640,22 +637,23 @@ local function hello(key, a)
   local now = clock()
   identify(key, now)
   join(key, session)
-  remember(key, session, '', {'hold', now + tonumber(a[6])}, seq, now, '', '', 0, '', cut(key, now) - 1)
+  remember(key, session, '', {'freeze', now + tonumber(a[6])}, seq, now, '', '', 0, '', note_loss(key, now) - 1)
   call('EXPIRE', key, a[5])
   return {'ok'}
 end
 
 -- reset: epoch, generation, which is empty if the session does not know it. Some of its keys
--- are lost: better all of them are, for that every session notices, and adds its own again. How many tokens it had stays: until
--- they are there again, a retry in the next window is to find some missing.
+-- are lost: better all of them are, for that every session notices, and adds its own again. How
+-- many tokens it had stays: until they are there again, a retry in the next window is to find
+-- some missing.
 local function reset(key, a)
   local e = call('HGET', key, 'E' .. a[2])
-  local gen, held = nil, nil
-  if e then gen, held = opened(e) end
-  if e and (gen == a[3] or a[3] == '' and not complete(key .. ':' .. a[2] .. ':', held)) then
+  local gen, sizes = nil, nil
+  if e then gen, sizes = opened(e) end
+  if e and (gen == a[3] or a[3] == '' and not complete(key .. ':' .. a[2] .. ':', sizes)) then
     discard(key, a[2])
     call('HDEL', key, 'E' .. a[2])
-    cut(key, clock())
+    note_loss(key, clock())
   end
   return {'ok'}
 end
@@ -686,40 +684,40 @@ local function seal(key, a)
   local known, replicas = identify(key, now)
   replicas = replicas and 1 or 0
   local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
-  local h = call('HMGET', key, 'E' .. epoch, 'hold', 'cut', 'cuts')
-  local cut_at, cuts = tonumber(h[3] or 0), tonumber(h[4] or 0)
-  local recent = cut_at > began - LAPSE
-  if h[2] and holds(key, h[2], now) then return {'hold'} end
+  local h = call('HMGET', key, 'E' .. epoch, 'freeze', 'loss', 'losses')
+  local lost_at, losses = tonumber(h[3] or 0), tonumber(h[4] or 0)
+  local recent = lost_at > began - LAPSE
+  if h[2] and frozen(key, h[2], now) then return {'frozen'} end
 
   if h[1] then
     local prefix = key .. ':' .. epoch .. ':'
-    local _, held, partly, twice = opened(h[1])
-    if partly ~= 0 or twice ~= 0 then exact = 0 end
-    if not complete(prefix, held) then
+    local _, sizes, inexact = opened(h[1])
+    exact = 1 - inexact
+    if not complete(prefix, sizes) then
       if a[5] ~= '1' then return {'missing'} end
       whole, exact = 0, 0
       for k = 1, #KINDS do
         local there = try('SCARD', prefix .. KINDS[k])
-        held[k] = type(there) == 'number' and there or 0
+        sizes[k] = type(there) == 'number' and there or 0
       end
     end
-    n, under = held[1] + held[2] + held[3] + held[4] + held[UNDER], held[UNDER]
-    if held[TOKENS] > 0 then try('EXPIRE', prefix .. 'x', a[7]) end
-    if held[NAMES] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
+    n, under = sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[UNDER], sizes[UNDER]
+    if sizes[TOKENS] > 0 then try('EXPIRE', prefix .. 'x', a[7]) end
+    if sizes[NAMES] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
   end
 
   -- A hash that lacks one of them was lost since, and begun again.
   local absent = {}
   for i = 8, #a do
-    local mark, session = sub(a[i], 1, 1), sub(a[i], 2)
-    absent[session] = mark == '+'
+    local part, session = sub(a[i], 1, 1), sub(a[i], 2)
+    absent[session] = part == '+'
     local f = call('HMGET', key, 'S' .. session, 'I' .. session)
-    local state, _, at, heard, last = f[1]
-    if state then _, at, _, _, _, last, heard = parse(state) end
-    if mark ~= '=' and last == epoch and f[2] ~= '' then unanswered = 1 end
+    local state, _, at, seen, last = f[1]
+    if state then _, at, _, _, _, last, seen = parse(state) end
+    if part ~= '=' and last == epoch and f[2] ~= '' then unanswered = 1 end
     -- One with a batch since writes may have been lost has added its own again, and one
     -- that was silent since before the epoch began has added none.
-    if not state or recent and heard ~= cuts and (mark ~= '?' or at > began - LAPSE) or absent[session] and not known then whole = 0 end
+    if not state or recent and seen ~= losses and (part ~= '?' or at > began - LAPSE) or absent[session] and not known then whole = 0 end
   end
   -- Writes may have been lost since shortly before the epoch began: every session that
   -- is there has to send a batch first, for only it knows whether its own are there.
@@ -727,9 +725,9 @@ local function seal(key, a)
   for i = 1, #all, 2 do
     if sub(all[i], 1, 1) == 'S' then
       local session = sub(all[i], 2)
-      local _, at, _, _, _, _, heard = parse(all[i + 1])
-      if recent and heard ~= cuts and at > began - LAPSE and not absent[session] and
-        call('HEXISTS', key, 'I' .. session) == 1 and math.abs(now - cut_at) < tonumber(a[4]) then return {'hold'} end
+      local _, at, _, _, _, _, seen = parse(all[i + 1])
+      if recent and seen ~= losses and at > began - LAPSE and not absent[session] and
+        call('HEXISTS', key, 'I' .. session) == 1 and math.abs(now - lost_at) < tonumber(a[4]) then return {'frozen'} end
       if at < began - FORGET then call('HDEL', key, 'S' .. session, 'I' .. session) end
     end
   end
@@ -782,26 +780,10 @@ local function rights(key)
   return {'ok', '', '', 0}
 end
 
-local function prepare()
-  if call then return end
-  sub, find, rep, concat = string.sub, string.find, string.rep, table.concat
-  pack, parse, head = cmsgpack.pack, cmsgpack.unpack, cmsgpack.unpack_limit
-  call, try = redis.call, redis.pcall
-end
-
--- add runs a batch that may need memory: Redis refuses it when it is full.
-local function add(keys, a)
-  prepare()
-  if #a == FEW then
-    local answer = few(keys[1], a)
-    if answer then return answer end
-    local k, list = tonumber(a[8]), a[9]
-    a[8], a[9], a[10] = '', '', '0'
-    for i = 1, PLAIN do a[10 + i] = i == k and list or '' end
-  end
-  -- Redis does not take back what a script has written when it fails.
+-- add runs a batch. Redis does not take back what a script has written when it fails.
+local function add(key, a)
   local undo = {}
-  local ok, res = pcall(batch, keys[1], a, undo)
+  local ok, res = pcall(batch, key, a, undo)
   if ok then return res end
   for i = #undo, 1, -1 do
     local at, members, how = undo[i][1], undo[i][2], undo[i][3]
@@ -812,25 +794,9 @@ local function add(keys, a)
   return redis.error_reply(tostring(res))
 end
 
--- free runs all that makes memory free, or needs next to none: it must work when
--- Redis is full, or Redis would stay full.
-local function free(keys, a)
-  prepare()
-  local op = a[1]
-  -- In a script, which cannot ask for it, a command that frees must come first.
-  call('HDEL', keys[1], '')
-  if op == 'batch' then
-    return add(keys, a)
-  elseif op == 'seal' then
-    return seal(keys[1], a)
-  elseif op == 'reset' then
-    return reset(keys[1], a)
-  elseif op == 'hello' then
-    return hello(keys[1], a)
-  elseif op == 'bye' then
-    return bye(keys[1], a)
-  elseif op == 'rights' then
-    return rights(keys[1])
-  end
-  return redis.error_reply('ERR verve: unknown operation')
-end
+local operations = {batch = add, hello = hello, reset = reset, seal = seal, bye = bye, rights = rights}
+local mode = ARGV[1] == 'batch' and ARGV[4]
+-- All that makes memory free, or needs next to none, must work when Redis is full, or Redis
+-- would stay full: it lets a script write that has first run a command that frees.
+if mode ~= 'a' and mode ~= 'p' and mode ~= 'f' then call('HDEL', KEYS[1], '') end
+return operations[ARGV[1]](KEYS[1], ARGV)

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// laneModel is a model of function.lua: a lane in Redis. TestTheScriptsDoWhatTheModelsDo
+// laneModel is a model of lane.lua: a lane in Redis. TestTheScriptsDoWhatTheModelsDo
 // holds the real code to it, and model_test.go drives it.
 type laneModel struct {
 	now      float64 // s, by the clock of the master
@@ -24,9 +24,9 @@ type laneModel struct {
 	open      map[string]laneOpen
 	tokens    map[string]int // how many each epoch has
 	sealed    []laneSealed
-	hold      float64 // 0: none
-	cut       float64
-	cuts      int
+	freeze    float64 // 0: none
+	loss      float64
+	losses    int
 	known     string // the identity that is noted
 
 	sets map[string]laneSets // of each epoch
@@ -38,14 +38,14 @@ type laneSession struct {
 	codes, gen string
 	n          int
 	epoch      string
-	cuts       int
+	losses     int
 }
 
 // laneOpen is an open epoch: its numbers are by the letter of their key.
 type laneOpen struct {
-	gen           string
-	held          map[string]int
-	partly, twice int
+	gen     string
+	sizes   map[string]int
+	inexact int
 }
 
 type laneSealed struct {
@@ -81,7 +81,7 @@ func (m *laneModel) clone() *laneModel {
 	c.active, c.sealed = slices.Clone(m.active), slices.Clone(m.sealed)
 	c.open, c.sets = map[string]laneOpen{}, map[string]laneSets{}
 	for epoch, o := range m.open {
-		o.held = maps.Clone(o.held)
+		o.sizes = maps.Clone(o.sizes)
 		c.open[epoch] = o
 	}
 	for epoch, sets := range m.sets {
@@ -127,7 +127,7 @@ type laneBatch struct {
 	tokensLost    bool
 }
 
-// laneAnswer is what the function answers.
+// laneAnswer is what the script answers.
 type laneAnswer struct {
 	status, codes, gen string
 	n                  int
@@ -135,7 +135,7 @@ type laneAnswer struct {
 
 func (a laneAnswer) String() string {
 	switch a.status {
-	case "missing", "hold", "sealed":
+	case "missing", "frozen", "sealed":
 		return "[" + a.status + "]"
 	}
 	return fmt.Sprint([]any{a.status, a.codes, a.gen, a.n})
@@ -143,23 +143,23 @@ func (a laneAnswer) String() string {
 
 func luaNumber(f float64) string { return fmt.Sprintf("%.14g", f) }
 
-func (m *laneModel) holds() bool {
-	if left := m.hold - m.now; left > 0 && left < 5 {
+func (m *laneModel) frozen() bool {
+	if left := m.freeze - m.now; left > 0 && left < 5 {
 		return true
 	}
-	m.hold = 0
+	m.freeze = 0
 	return false
 }
 
-func (m *laneModel) noteCut() int {
-	m.cuts++
-	m.cut = m.now
-	return m.cuts
+func (m *laneModel) noteLoss() int {
+	m.losses++
+	m.loss = m.now
+	return m.losses
 }
 
 func (m *laneModel) identify() {
 	if m.known != "" && m.known != m.identity && m.rules.identity {
-		m.noteCut()
+		m.noteLoss()
 	}
 	m.known = m.identity
 }
@@ -201,27 +201,27 @@ func (m *laneModel) doubts(session, epoch string) (found []string) {
 	return found
 }
 
-func (m *laneModel) complete(epoch string, held map[string]int) bool {
+func (m *laneModel) complete(epoch string, sizes map[string]int) bool {
 	for _, k := range laneKinds + "xn" {
 		plain := k != 'k' && k != 'x' && k != 'n'
-		if n := held[string(k)]; (plain || n > 0) && len(m.sets[epoch][string(k)]) != n {
+		if n := sizes[string(k)]; (plain || n > 0) && len(m.sets[epoch][string(k)]) != n {
 			return false
 		}
 	}
 	return true
 }
 
-func idsHeld(held map[string]int) (n int) {
+func sumOfIDs(sizes map[string]int) (n int) {
 	for _, k := range laneKinds {
-		n += held[string(k)]
+		n += sizes[string(k)]
 	}
 	return n
 }
 
-// batch is batch of function.lua.
+// batch is batch of lane.lua.
 func (m *laneModel) batch(b laneBatch) laneAnswer {
 	s, known := m.sessions[b.session]
-	cuts := m.cuts
+	losses := m.losses
 	switch {
 	case known && b.seq == s.seq:
 		return laneAnswer{"ok", s.codes, s.gen, s.n}
@@ -230,19 +230,19 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	case b.seq != s.seq+1:
 		return laneAnswer{"gap", "", "", s.seq}
 	}
-	replay, beat := b.mode == "p" || b.mode == "f", b.mode == "b"
+	restoring, ping := b.mode == "p" || b.mode == "f", b.mode == "b"
 	o, begun := m.open[b.epoch]
-	o.held = maps.Clone(o.held)
-	if o.held == nil {
-		o.held = map[string]int{}
+	o.sizes = maps.Clone(o.sizes)
+	if o.sizes == nil {
+		o.sizes = map[string]int{}
 	}
 	has := begun // a generation is known
-	if !begun && (!beat || b.expect != "") {
+	if !begun && (!ping || b.expect != "") {
 		if over := m.over(b.epoch); over != nil {
-			if !beat {
+			if !ping {
 				return laneAnswer{status: "sealed"}
 			}
-			has, o.gen, o.held["d"] = true, b.expect, over.n
+			has, o.gen, o.sizes["d"] = true, b.expect, over.n
 		}
 	}
 	if b.expect != "" && (!has || o.gen != b.expect) {
@@ -253,9 +253,9 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		mode = "5"
 	}
 	at := s.at
-	if tick := b.tick || b.uncertain || !known || m.hold != 0 || replay; tick {
-		if m.hold != 0 && !replay && !beat && m.holds() {
-			return laneAnswer{status: "hold"}
+	if tick := b.tick || b.uncertain || !known || m.freeze != 0 || restoring; tick {
+		if m.freeze != 0 && !restoring && !ping && m.frozen() {
+			return laneAnswer{status: "frozen"}
 		}
 		if !known {
 			m.identify()
@@ -263,13 +263,13 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		if !known || math.Abs(m.now-at) > 5 {
 			m.join(b.session, !known)
 		}
-		if at = m.now; beat && begun && !m.complete(b.epoch, o.held) {
+		if at = m.now; ping && begun && !m.complete(b.epoch, o.sizes) {
 			return laneAnswer{status: "missing"}
 		}
 	}
-	n := idsHeld(o.held)
-	if beat {
-		m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, "", o.gen, n, b.epoch, cuts}, []string{}
+	n := sumOfIDs(o.sizes)
+	if ping {
+		m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, "", o.gen, n, b.epoch, losses}, []string{}
 		m.uncertain[b.session] = b.uncertain
 		return laneAnswer{"ok", "", o.gen, n}
 	}
@@ -277,11 +277,11 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		m.identify()
 		o.gen = b.session + ":" + strconv.Itoa(b.seq) + ":" + luaNumber(m.now)
 	}
-	hold := m.hold
+	freeze := m.freeze
 	if mode == "p" {
-		cuts = m.noteCut() - 1
-		if hold = m.now + 1.5; !b.whole {
-			o.partly = 1
+		losses = m.noteLoss() - 1
+		if freeze = m.now + 1.5; !b.whole {
+			o.inexact = 1
 		}
 	}
 	was := m.of(b.epoch).clone()
@@ -290,7 +290,7 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	for k, ids := range b.ids {
 		added, codes := m.add(b.epoch, laneKinds[k:k+1], ids, mode)
 		kind := laneKinds[k : k+1]
-		if o.held[kind] += added; len(ids) > 0 && len(m.sets[b.epoch][kind]) != o.held[kind] {
+		if o.sizes[kind] += added; len(ids) > 0 && len(m.sets[b.epoch][kind]) != o.sizes[kind] {
 			m.sets[b.epoch] = was
 			return laneAnswer{status: "missing"}
 		}
@@ -299,20 +299,20 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 	}
 	codes, behind := "", ""
 	if len(b.named) > 0 {
-		tokens := o.held["x"]
-		c, added, inexact := m.marks(b, mode, o.held)
-		if !m.complete(b.epoch, o.held) {
+		tokens := o.sizes["x"]
+		c, added, inexact := m.runNamed(b, mode, o.sizes)
+		if !m.complete(b.epoch, o.sizes) {
 			m.sets[b.epoch] = was
 			return laneAnswer{status: "missing"}
 		}
 		if inexact {
-			o.partly, behind = 1, partly
+			o.inexact, behind = 1, codeInexact
 		}
-		if replay {
-			o.twice += len(c) - added
+		if restoring && added < len(c) {
+			o.inexact = 1
 		}
-		if o.held["x"] != tokens {
-			m.tokens[b.epoch] = o.held["x"]
+		if o.sizes["x"] != tokens {
+			m.tokens[b.epoch] = o.sizes["x"]
 		}
 		n += added
 		codes = c
@@ -326,14 +326,14 @@ func (m *laneModel) batch(b laneBatch) laneAnswer {
 		answer, doubt = m.judge(answer, func(i int) string { return all[i] }, b.session, b.epoch)
 		doubt = append(doubt, named...)
 	}
-	if replay {
-		o.twice += total - more
+	if restoring && more < total {
+		o.inexact = 1
 	}
 	answer += codes + behind
-	if m.hold = hold; more != 0 || replay || len(b.named) > 0 || !begun {
+	if m.freeze = freeze; more != 0 || restoring || len(b.named) > 0 || !begun {
 		m.open[b.epoch] = o
 	}
-	m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, answer, o.gen, n, b.epoch, cuts}, doubt
+	m.sessions[b.session], m.doubt[b.session] = laneSession{b.seq, at, answer, o.gen, n, b.epoch, losses}, doubt
 	m.uncertain[b.session] = b.uncertain
 	return laneAnswer{"ok", answer, o.gen, n}
 }
@@ -388,9 +388,9 @@ func (m *laneModel) judge(codes string, id func(int) string, session, epoch stri
 	return judged, added
 }
 
-// marks runs the ids with a token or a key.
-func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes string, more int, inexact bool) {
-	sets, was := m.of(b.epoch), idsHeld(held)
+// runNamed runs the ids with a token or a key.
+func (m *laneModel) runNamed(b laneBatch, mode string, sizes map[string]int) (codes string, more int, inexact bool) {
+	sets, was := m.of(b.epoch), sumOfIDs(sizes)
 	tokens := slices.ContainsFunc(b.named, func(n laneNamed) bool { return n.token != "" })
 	switch mode {
 	case "5":
@@ -402,23 +402,23 @@ func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes 
 				continue
 			}
 			delete(sets[n.kind], n.id)
-			held[n.kind]--
+			sizes[n.kind]--
 			if n.key != "" && sets.has("n", n.key) { // else the counts are lost
 				if sets.put("n", n.key, sets["n"][n.key]-1); sets["n"][n.key] == 0 {
 					delete(sets["n"], n.key)
-					held["n"]--
+					sizes["n"]--
 				}
 			}
 			if n.token != "" && sets.has("x", n.token) {
 				delete(sets["x"], n.token)
-				held["x"]--
+				sizes["x"]--
 			}
 		}
-		return codes, idsHeld(held) - was, false
+		return codes, sumOfIDs(sizes) - was, false
 	}
-	replay := mode == "p" || mode == "f"
+	restoring := mode == "p" || mode == "f"
 	var others []laneSets
-	if tokens && !replay {
+	if tokens && !restoring {
 		inexact = b.tokensLost
 		for _, epoch := range []string{b.before, b.after} {
 			n, has := m.tokens[epoch]
@@ -431,21 +431,21 @@ func (m *laneModel) marks(b laneBatch, mode string, held map[string]int) (codes 
 		}
 	}
 	room := b.maxKeys
-	if replay {
+	if restoring {
 		room = math.MaxInt
 	}
-	return m.mark(b, mode, held, others, room), idsHeld(held) - was, inexact
+	return m.addNamed(b, mode, sizes, others, room), sumOfIDs(sizes) - was, inexact
 }
 
-func (m *laneModel) mark(b laneBatch, mode string, held map[string]int, others []laneSets, room int) string {
-	sets, replay := m.of(b.epoch), mode == "p" || mode == "f"
+func (m *laneModel) addNamed(b laneBatch, mode string, sizes map[string]int, others []laneSets, room int) string {
+	sets, restoring := m.of(b.epoch), mode == "p" || mode == "f"
 	codes := make([]byte, len(b.named))
 	var full []string
 	fresh := map[string]bool{}
 	for i, n := range b.named {
 		there := sets.has(n.kind, n.id)
 		switch {
-		case there && !replay && n.token != "" && sets.has("x", n.token):
+		case there && !restoring && n.token != "" && sets.has("x", n.token):
 			codes[i] = '6'
 		case len(others) > 0 && n.token != "" && others[0].has("x", n.token):
 			codes[i] = '7'
@@ -459,11 +459,11 @@ func (m *laneModel) mark(b laneBatch, mode string, held map[string]int, others [
 			codes[i] = '1'
 		}
 		if codes[i] == '1' && n.key != "" && !sets.has("n", n.key) && !fresh[n.key] {
-			if held["n"] >= room {
+			if sizes["n"] >= room {
 				full = append(full, n.key)
 			} else {
 				fresh[n.key] = true
-				held["n"]++
+				sizes["n"]++
 			}
 		}
 	}
@@ -477,17 +477,17 @@ func (m *laneModel) mark(b laneBatch, mode string, held map[string]int, others [
 				sets.put("n", n.key, sets["n"][n.key]+1)
 			}
 			sets.put(n.kind, n.id, 0)
-			held[n.kind]++
+			sizes[n.kind]++
 		}
-		if n.token != "" && (codes[i] == '1' || replay && there && !sets.has("x", n.token)) {
+		if n.token != "" && (codes[i] == '1' || restoring && there && !sets.has("x", n.token)) {
 			sets.put("x", n.token, 0)
-			held["x"]++
+			sizes["x"]++
 		}
 	}
 	return string(codes)
 }
 
-// hello is hello of function.lua.
+// hello is hello of lane.lua.
 func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 	last := m.sessions[session].seq
 	if last == seq {
@@ -497,26 +497,26 @@ func (m *laneModel) hello(session string, expect, seq int) laneAnswer {
 	}
 	m.identify()
 	m.join(session, false)
-	heard := m.cuts
-	if m.rules.helloHolds {
-		heard = m.noteCut() - 1
-		m.hold = m.now + 1.5
+	heard := m.losses
+	if m.rules.helloFreezes {
+		heard = m.noteLoss() - 1
+		m.freeze = m.now + 1.5
 	}
-	m.sessions[session], m.doubt[session] = laneSession{seq: seq, at: m.now, cuts: heard}, []string{}
+	m.sessions[session], m.doubt[session] = laneSession{seq: seq, at: m.now, losses: heard}, []string{}
 	delete(m.uncertain, session)
 	return laneAnswer{status: "ok"}
 }
 
-// reset is reset of function.lua.
+// reset is reset of lane.lua.
 func (m *laneModel) reset(epoch, gen string) {
-	if o, is := m.open[epoch]; is && (o.gen == gen || gen == "" && !m.complete(epoch, o.held)) {
+	if o, is := m.open[epoch]; is && (o.gen == gen || gen == "" && !m.complete(epoch, o.sizes)) {
 		delete(m.sets, epoch)
 		delete(m.open, epoch)
-		m.noteCut()
+		m.noteLoss()
 	}
 }
 
-// seal is seal of function.lua. Before a session stands whether it has reported: see there.
+// seal is seal of lane.lua. Before a session stands whether it has reported: see there.
 func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status string, ids sealedIDs) {
 	answer := func(s laneSealed) (string, sealedIDs) {
 		return "sealed", sealedIDs{unique: uint64(s.n), exact: s.exact == 1, whole: s.whole == 1, under: uint64(s.under), unanswered: s.unanswered == 1}
@@ -529,34 +529,32 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 		return status, ids
 	}
 	m.identify()
-	start, _, _ := strings.Cut(epoch, "-")
+	start, _, _ := strings.Cut(epoch, ":")
 	began, _ := strconv.ParseFloat(start, 64)
 	began /= 1000
-	recent := m.cut > began-10
-	if m.hold != 0 && m.holds() {
-		return "hold", ids
+	recent := m.loss > began-10
+	if m.freeze != 0 && m.frozen() {
+		return "frozen", ids
 	}
 	s := laneSealed{epoch: epoch, exact: 1, whole: 1, until: m.now + 120, sessions: slices.Clone(sessions)}
 	if o, is := m.open[epoch]; is {
-		held := maps.Clone(o.held)
-		if o.partly != 0 || o.twice != 0 {
-			s.exact = 0
-		}
-		if !m.complete(epoch, held) {
+		sizes := maps.Clone(o.sizes)
+		s.exact = 1 - o.inexact
+		if !m.complete(epoch, sizes) {
 			if !giveUp {
 				return "missing", ids
 			}
 			s.whole, s.exact = 0, 0
 			for _, k := range laneKinds {
-				held[string(k)] = len(m.sets[epoch][string(k)])
+				sizes[string(k)] = len(m.sets[epoch][string(k)])
 			}
 		}
-		s.n, s.under = idsHeld(held), held["k"]
+		s.n, s.under = sumOfIDs(sizes), sizes["k"]
 	}
 	absent := map[string]bool{}
 	for _, name := range sessions {
 		absent[name[1:]] = name[0] == '+'
-		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.cuts != m.cuts && (name[0] != '?' || of.at > began-10) {
+		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.losses != m.losses && (name[0] != '?' || of.at > began-10) {
 			s.whole = 0
 		}
 		if ids, in := m.doubt[name[1:]]; name[0] != '=' && m.sessions[name[1:]].epoch == epoch && (!in || len(ids) > 0 || m.uncertain[name[1:]]) && m.rules.unanswered {
@@ -564,8 +562,8 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 		}
 	}
 	for name, of := range m.sessions {
-		if _, in := m.doubt[name]; in && recent && of.cuts != m.cuts && of.at > began-10 && !absent[name] && math.Abs(m.now-m.cut) < 3 {
-			return "hold", ids
+		if _, in := m.doubt[name]; in && recent && of.losses != m.losses && of.at > began-10 && !absent[name] && math.Abs(m.now-m.loss) < 3 {
+			return "frozen", ids
 		}
 	}
 	m.sealed = slices.DeleteFunc(m.sealed, func(old laneSealed) bool {
@@ -582,7 +580,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	return answer(s)
 }
 
-// bye is bye of function.lua.
+// bye is bye of lane.lua.
 func (m *laneModel) bye(session string) { delete(m.doubt, session) }
 
 // dumpLane is what a lane has, a line each: dump of laneModel gives the same.
@@ -600,7 +598,7 @@ local h = redis.call('HGETALL', KEYS[1])
 for i = 1, #h, 2 do
   local f, v = h[i], h[i + 1]
   local c, name = string.sub(f, 1, 1), string.sub(f, 2)
-  if f == 'hold' or f == 'cut' or f == 'cuts' then line(f, tonumber(v))
+  if f == 'freeze' or f == 'loss' or f == 'losses' then line(f, tonumber(v))
   elseif f == 'id' then line(f, v)
   elseif f == 'replicas' then
   elseif c == 'S' then line('S', name, cmsgpack.unpack(v))
@@ -639,18 +637,18 @@ func (m *laneModel) dump() (out []string) {
 		}
 		out = append(out, strings.TrimSuffix(fmt.Sprintln(parts...), "\n"))
 	}
-	if m.hold != 0 {
-		line("hold", m.hold)
+	if m.freeze != 0 {
+		line("freeze", m.freeze)
 	}
-	if m.cuts != 0 {
-		line("cut", m.cut)
-		line("cuts", m.cuts)
+	if m.losses != 0 {
+		line("loss", m.loss)
+		line("losses", m.losses)
 	}
 	if m.known != "" {
 		line("id", m.known)
 	}
 	for name, s := range m.sessions {
-		line("S", name, s.seq, s.at, s.codes, s.gen, s.n, s.epoch, s.cuts)
+		line("S", name, s.seq, s.at, s.codes, s.gen, s.n, s.epoch, s.losses)
 	}
 	for name, ids := range m.doubt {
 		ids = slices.Sorted(slices.Values(ids))
@@ -660,11 +658,8 @@ func (m *laneModel) dump() (out []string) {
 		line("A", strings.Join(m.active, " "))
 	}
 	for epoch, o := range m.open {
-		if h := o.held; h["k"]+h["x"]+h["n"] == 0 {
-			line("E", epoch, o.gen, h["d"], h["u"], h["t"], h["h"], o.partly, o.twice)
-		} else {
-			line("E", epoch, o.gen, h["d"], h["u"], h["t"], h["h"], o.partly, o.twice, h["k"], h["x"], h["n"])
-		}
+		h := o.sizes
+		line("E", epoch, o.gen, o.inexact, h["d"], h["u"], h["t"], h["h"], h["k"], h["x"], h["n"])
 	}
 	for epoch, n := range m.tokens {
 		line("X", epoch, n)

@@ -8,8 +8,8 @@ import (
 	"verve/dedup"
 )
 
-// holding returns a lane whose last batch answered some requests, while others wait.
-func holding(answered, waiting int) (l *lane, woken *ask) {
+// lingering returns a lane whose last batch answered some requests, while others wait.
+func lingering(answered, waiting int) (l *lane, woken *ask) {
 	r := &Set{lanes: make([]lane, 1), closing: make(chan struct{})}
 	l = &r.lanes[0]
 	l.init(r, 0)
@@ -28,15 +28,15 @@ func come(l *lane, n int) {
 	}
 	for range n {
 		var enc encoded
-		enc.encode(l.r.hash, true, []byte("1"))
+		enc.encode(l.r.hashKey, true, []byte("1"))
 		l.enter(pendingKey{epoch: l.r.latest.Load()}, &enc, nil)
 	}
 }
 
-func TestBatchIsHeldForThoseWhoAskAgain(t *testing.T) {
-	l, woken := holding(3, 1)
-	if !l.hold(woken, time.Hour) {
-		t.Fatal("the batch is not held")
+func TestBatchLingersForThoseWhoAskAgain(t *testing.T) {
+	l, woken := lingering(3, 1)
+	if !l.linger(woken, time.Hour) {
+		t.Fatal("the batch does not linger")
 	}
 	come(l, 2)
 	if j := l.pick(); j != nil {
@@ -48,34 +48,34 @@ func TestBatchIsHeldForThoseWhoAskAgain(t *testing.T) {
 	}
 }
 
-func TestBatchIsNotHeldInVainForLong(t *testing.T) {
-	l, woken := holding(3, 1)
+func TestBatchLingersInVainNotForLong(t *testing.T) {
+	l, woken := lingering(3, 1)
 	for vain, rest := range []int{0, 1, 2} {
-		if !l.hold(woken, 0) {
-			t.Fatalf("after %d holds in vain, and a rest, the batch is not held", vain)
+		if !l.linger(woken, 0) {
+			t.Fatalf("after %d times in vain, and a rest, the batch does not linger", vain)
 		}
 		if !l.idle() || l.job != nil {
-			t.Fatal("the end of a hold is taken for the end of the silence after which the lane sends a beat")
+			t.Fatal("the end of the lingering is taken for the end of the silence after which the lane sends a ping")
 		}
 		if j := l.pick(); j == nil || len(j.entries) != 1 {
-			t.Fatalf("after the hold the batch is %+v, want the one that waits", j)
+			t.Fatalf("after that the batch is %+v, want the one that waits", j)
 		}
 		l.job = nil
 		come(l, 1)
 		for range rest {
-			if l.hold(woken, 0) {
-				t.Fatalf("after %d holds in vain less than %d batches are not held", vain+1, rest)
+			if l.linger(woken, 0) {
+				t.Fatalf("after %d times in vain less than %d batches do not linger", vain+1, rest)
 			}
 		}
 	}
 }
 
-func TestBatchThatIsHeldIsSentAtTheEnd(t *testing.T) {
-	l, woken := holding(3, 1)
-	l.hold(woken, time.Hour)
+func TestBatchThatLingersIsSentAtTheEnd(t *testing.T) {
+	l, woken := lingering(3, 1)
+	l.linger(woken, time.Hour)
 	close(l.r.closing)
 	if !l.idle() {
-		t.Fatal("the lane ends before what it holds")
+		t.Fatal("the lane ends before what lingers")
 	}
 	if j := l.pick(); j == nil || len(j.entries) != 1 {
 		t.Fatalf("the batch is %+v, want the one that waits", j)
@@ -85,10 +85,10 @@ func TestBatchThatIsHeldIsSentAtTheEnd(t *testing.T) {
 	}
 }
 
-func TestLoneAndLargeBatchesAreNotHeld(t *testing.T) {
-	for _, c := range []struct{ answered, waiting int }{{1, 0}, {0, 5}, {holdMost + 1, 0}, {holdMost, 1}} {
-		if l, woken := holding(c.answered, c.waiting); l.hold(woken, time.Hour) {
-			t.Errorf("%d answered, %d waiting: the batch is held", c.answered, c.waiting)
+func TestLoneAndLargeBatchesDoNotLinger(t *testing.T) {
+	for _, c := range []struct{ answered, waiting int }{{1, 0}, {0, 5}, {lingerIDs + 1, 0}, {lingerIDs, 1}} {
+		if l, woken := lingering(c.answered, c.waiting); l.linger(woken, time.Hour) {
+			t.Errorf("%d answered, %d waiting: the batch lingers", c.answered, c.waiting)
 		}
 	}
 }
@@ -98,7 +98,7 @@ func TestLoneAndLargeBatchesAreNotHeld(t *testing.T) {
 // again at once would else keep an instance from all work.
 func TestLongQueueIsNoOutage(t *testing.T) {
 	const timeout = int64(time.Second)
-	l, _ := holding(0, 2*batchSize)
+	l, _ := lingering(0, 2*batchSize)
 	l.r.cfg.Timeout, l.r.ledger = time.Duration(timeout), new(Ledger)
 	wait := func(en *entry, at int64) *ask {
 		a := &ask{of: en, at: at, done: make(chan struct{}, 1)}

@@ -4,69 +4,27 @@ import (
 	"context"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"verve/dedup"
 )
 
-// replayLog holds the ids of an epoch and a lane that this process has answered
-// as new, as they stand in blobs: those that Redis has taken, with the sequence
-// of their batch, and those that it has not or has lost.
-type replayLog struct {
-	have  blocks
-	marks []mark
-	todo  []byte
-	cut   bool // not all of them could be kept, or tokens were lost
+// idLog holds the ids of an epoch and a lane that this process has answered
+// as new: those that Redis has taken, by their batch, and those that it has not or has lost.
+type idLog struct {
+	have       []takenIDs
+	todo       []byte
+	size       int  // of all of them
+	incomplete bool // not all of them could be kept, or tokens were lost
 }
 
-// blocks are bytes that are appended to and never moved: to copy a hundred
-// megabytes of log would hold the lane for as long.
-type blocks struct {
-	list [][]byte // each full, but for the last
-	len  int
-}
-
-// blockBytes is some 1,400 decimals.
-const blockBytes = 16 << 10
-
-func (bs *blocks) append(b []byte) {
-	bs.len += len(b)
-	for len(b) > 0 {
-		last := len(bs.list) - 1
-		if last < 0 || len(bs.list[last]) == blockBytes {
-			bs.list = append(bs.list, make([]byte, 0, blockBytes))
-			last++
-		}
-		n := min(len(b), blockBytes-len(bs.list[last]))
-		bs.list[last] = append(bs.list[last], b[:n]...)
-		b = b[n:]
-	}
-}
-
-// cut takes off and returns what is behind the first n bytes.
-func (bs *blocks) cut(n int) []byte {
-	first, rest := n/blockBytes, n%blockBytes
-	bs.len = n
-	if first == len(bs.list) {
-		return nil
-	}
-	off := slices.Clone(bs.list[first][rest:])
-	for _, b := range bs.list[first+1:] {
-		off = append(off, b...)
-	}
-	bs.list[first] = bs.list[first][:rest]
-	bs.list = slices.Delete(bs.list, first+1, len(bs.list))
-	return off
-}
-
-// mark is where the batch of a sequence ends in have.
-type mark struct {
+// takenIDs are those of the batch of a sequence.
+type takenIDs struct {
 	seq uint64
-	end int
+	ids []byte
 }
 
-func (g *replayLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logBytes }
+func (g *idLog) room(r *Set) bool { return r.logBytes.Load() < r.cfg.logBytes }
 
 // applied logs an id that Redis has taken in the batch seq.
 func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
@@ -76,62 +34,67 @@ func (le *laneEpoch) applied(r *Set, seq uint64, en *entry) {
 		return
 	}
 	if !g.room(r) {
-		g.cut = true
+		g.incomplete = true
 		return
 	}
-	r.logBytes.Add(int64(len(b)))
+	g.grow(r, len(b))
 	g.taken(seq, b)
 }
 
+func (g *idLog) grow(r *Set, bytes int) {
+	g.size += bytes
+	r.logBytes.Add(int64(bytes))
+}
+
 // taken adds ids that Redis has, by the batch seq.
-func (g *replayLog) taken(seq uint64, ids []byte) {
-	g.have.append(ids)
-	if n := len(g.marks); n > 0 && g.marks[n-1].seq == seq {
-		g.marks[n-1].end = g.have.len
-		return
+func (g *idLog) taken(seq uint64, ids []byte) {
+	if n := len(g.have); n == 0 {
+		g.have = append(g.have, takenIDs{seq: seq})
+	} else if last := &g.have[n-1]; last.seq != seq { // it is likely to get as large
+		g.have = append(g.have, takenIDs{seq, make([]byte, 0, max(len(ids), len(last.ids)))})
 	}
-	g.marks = append(g.marks, mark{seq, g.have.len})
+	last := &g.have[len(g.have)-1]
+	last.ids = append(last.ids, ids...)
 }
 
 // unsent adds an id that Redis does not have. It is kept whatever its size: the caller has
 // reserved room, or it is one of a batch.
-func (g *replayLog) unsent(r *Set, b []byte) {
-	r.logBytes.Add(int64(len(b)))
+func (g *idLog) unsent(r *Set, b []byte) {
+	g.grow(r, len(b))
 	g.todo = append(g.todo, b...)
 }
 
 // rewind makes what was taken after the batch seq be sent again.
-func (g *replayLog) rewind(seq uint64) {
-	i := len(g.marks)
-	for i > 0 && g.marks[i-1].seq > seq {
+func (g *idLog) rewind(seq uint64) {
+	i := len(g.have)
+	for i > 0 && g.have[i-1].seq > seq {
 		i--
 	}
-	from := 0
-	if i > 0 {
-		from = g.marks[i-1].end
+	var again []byte
+	for _, b := range g.have[i:] {
+		again = append(again, b.ids...)
 	}
-	g.todo = append(g.have.cut(from), g.todo...)
-	g.marks = g.marks[:i]
+	g.todo = append(again, g.todo...)
+	g.have = slices.Delete(g.have, i, len(g.have))
 }
 
 // countIDs counts the ids in a part of the log.
 func countIDs(b []byte) (n int) {
 	for ; len(b) > 0; n++ {
-		b = b[headerLen+int(b[1]):]
+		b = b[len(firstLogged(b)):]
 	}
 	return n
 }
 
 // next returns up to n ids that are left, and how many bytes of the log they
 // take.
-func (g *replayLog) next(n int) (ids lists, size int) {
+func (g *idLog) next(n int) (ids lists, size int) {
 	var packed [len(kinds) + 1][]byte
 	for ; n > 0 && size < len(g.todo); n-- {
-		b := g.todo[size:]
-		b = b[:headerLen+int(b[1])]
-		k := kindOf(b[0])
-		packed[k] = appendPacked(packed[k], b)
-		size += len(b)
+		id := firstLogged(g.todo[size:])
+		k := kindOf(id[0])
+		packed[k] = append(packed[k], id[1:]...)
+		size += len(id)
 	}
 	for k, list := range packed {
 		ids[k] = string(list)
@@ -141,26 +104,13 @@ func (g *replayLog) next(n int) (ids lists, size int) {
 
 // sent moves the first bytes of what was left to what Redis has, and returns how many
 // ids they are.
-func (g *replayLog) sent(seq uint64, bytes int) (n int) {
+func (g *idLog) sent(seq uint64, bytes int) (n int) {
 	n = countIDs(g.todo[:bytes])
 	g.taken(seq, g.todo[:bytes])
 	if g.todo = g.todo[bytes:]; len(g.todo) == 0 {
 		g.todo = nil
 	}
 	return n
-}
-
-// addedAgain takes over that ids from the log were added again. l.mu is held.
-func (l *lane) addedAgain(le *laneEpoch, j *job, a reply) {
-	if le.retired {
-		return
-	}
-	n := le.log.sent(l.seq, j.bytes)
-	l.r.counts.replayed.Add(uint64(n))
-	l.r.counts.twice.Add(uint64(strings.Count(a.codes, "0")))
-	if len(le.log.todo) == 0 {
-		le.forgotten = false
-	}
 }
 
 // recover goes on after a loss: Redis knows nothing of the last batches of this
@@ -171,7 +121,7 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	seq := l.seq + seqSkip
 	for {
 		l.lose(j.epoch, a)
-		h, err := r.call(r.life, l.key, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, refillFor)
+		h, err := r.call(r.life, l.redisKey, "hello", r.cfg.session, strconv.FormatUint(a.n, 10), strconv.FormatUint(seq, 10), idsTTL, freezeTime)
 		if err != nil {
 			return l.failed(j, err, wait)
 		}
@@ -265,8 +215,8 @@ func (l *lane) retire(s *redisEpoch) int {
 	if !le.forgotten || le.sealed {
 		unsent = countIDs(le.log.todo)
 	}
-	l.r.logBytes.Add(-int64(le.log.have.len + len(le.log.todo)))
-	le.log = replayLog{}
+	l.r.logBytes.Add(-int64(le.log.size))
+	le.log = idLog{}
 	if before := s.previous.Load(); before != nil {
 		l.r.logBytes.Add(-tokenBytes * int64(len(before.lanes[l.i].tokens)))
 		before.lanes[l.i].tokens = nil
@@ -289,7 +239,7 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	for i := range r.lanes {
 		l := &r.lanes[i]
 		l.mu.Lock()
-		if l.job != nil && l.job.mode != modeBeat && l.job.mode != modeLook {
+		if l.job != nil && l.job.mode != modePing && l.job.mode != modeLook {
 			see(l.job.epoch)
 		}
 		for _, s := range l.lacking {
@@ -318,26 +268,21 @@ func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 	if at < 0 {
 		return nil // never opened here: there is nothing to be lost
 	}
-	done := make(chan error, len(r.lanes))
+	done := make(chan struct{}, len(r.lanes))
 	for i := range r.lanes {
 		l := &r.lanes[i]
 		l.mu.Lock()
-		if l.closed {
-			l.mu.Unlock()
-			return dedup.ErrUnavailable
-		}
 		l.asked[epochs[at]] = append(l.asked[epochs[at]], done)
 		l.mu.Unlock()
 		nudge(l.wake)
 	}
 	for range r.lanes {
 		select {
-		case err := <-done:
-			if err != nil {
-				return err
-			}
+		case <-done:
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-r.life.Done():
+			return dedup.ErrUnavailable
 		}
 	}
 	return nil
