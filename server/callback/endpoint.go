@@ -2,7 +2,6 @@ package callback
 
 import (
 	"bytes"
-	"net"
 	"net/netip"
 	"net/url"
 	"strconv"
@@ -174,16 +173,22 @@ func (g *guard) classify(ep *Endpoint) error {
 
 // assemble builds the canonical URL; the origin and the target are parts of it.
 func (ep *Endpoint) assemble(target []byte) {
-	scheme := "http://"
+	scheme, host := "http://", ep.host
 	if ep.tls {
 		scheme = "https://"
 	}
-	ep.origin = scheme + net.JoinHostPort(ep.host, strconv.Itoa(int(ep.port)))
-	if len(target) == 0 || target[0] != '/' {
-		target = append([]byte("/"), target...)
+	if ep.addr.Is6() {
+		host = "[" + host + "]"
 	}
-	ep.url = ep.origin + string(target)
-	ep.origin, ep.target = ep.url[:len(ep.origin)], ep.url[len(ep.origin):]
+	text := make([]byte, 0, len("https://:65535/")+len(host)+len(target))
+	text = append(append(append(text, scheme...), host...), ':')
+	text = strconv.AppendUint(text, uint64(ep.port), 10)
+	origin := len(text)
+	if len(target) == 0 || target[0] != '/' {
+		text = append(text, '/')
+	}
+	ep.url = string(append(text, target...))
+	ep.origin, ep.target = ep.url[:origin], ep.url[origin:]
 }
 
 // cutPrefixFold is bytes.CutPrefix for an ASCII prefix in any case, of ASCII.
@@ -251,7 +256,7 @@ func canonicalName(host []byte) (string, error) {
 			return "", errEndpointHost
 		}
 	}
-	return string(bytes.ToLower(host)), nil
+	return strings.ToLower(string(host)), nil
 }
 
 func notInName(r rune) bool {
