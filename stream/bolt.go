@@ -461,7 +461,7 @@ func (b *boltStore) load() state {
 
 // loadState reads what the file has, but for the records.
 func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
-	st := state{series: make(map[string]series), cursors: make(map[string]uint64)}
+	st := state{series: make(map[string]series), cursors: make(map[string]uint64), lacking: make(map[int64]bool)}
 	meta := tx.Bucket(bucketMeta)
 	var err error
 	if st.head, err = unsealUint(keyHead, meta.Get(keyHead)); err != nil {
@@ -517,7 +517,17 @@ func (b *boltStore) loadState(tx *bolt.Tx) (state, error) {
 		}
 		st.pending = int(st.head - binary.BigEndian.Uint64(first) + 1)
 	}
-	err = tx.Bucket(bucketPoison).ForEach(func(_, _ []byte) error { st.poison++; return nil })
+	err = tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
+		st.poison++
+		// The reason may have lines, too; the records by key are behind the record.
+		for line := range bytes.Lines(v) {
+			if r, err := parseRecord(bytes.TrimSuffix(line, []byte("\n"))); err == nil {
+				st.lacking[r.WindowStart.UnixNano()] = true
+				break
+			}
+		}
+		return nil
+	})
 	return st, err
 }
 

@@ -32,7 +32,7 @@ func newMemoryStore(memory uint64) *memoryStore {
 }
 
 func (m *memoryStore) load() state {
-	return state{series: make(map[string]series), cursors: make(map[string]uint64)}
+	return state{series: make(map[string]series), cursors: make(map[string]uint64), lacking: make(map[int64]bool)}
 }
 
 func (m *memoryStore) put(e spooled, _ string, _ series, beforeCommit func()) error {

@@ -100,6 +100,7 @@ type Spool struct {
 	sinks    []string
 	held     bool      // there is no sink, and records wait for one
 	removed  uint64    // records every sink has acknowledged, since the start
+	aside    []uint64  // indexes of records set aside since the start that are still pending
 	oldest   time.Time // sealed_at of the first pending record
 	outdated bool      // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
@@ -171,6 +172,7 @@ type state struct {
 	head     uint64            // index of the last record
 	pending  int               // records, the last ones, that not every sink has acknowledged
 	poison   int               // records set aside
+	lacking  map[int64]bool    // windows with one of those: their starts, Unix nanoseconds
 	keysLost error             // why the sums by key of a series are not known since the start; nil: they are
 }
 
@@ -459,7 +461,9 @@ func (s *Spool) commitCursor(sink string) error {
 		return err
 	}
 	s.pending -= removed
-	s.removed += uint64(removed)
+	set := len(s.aside)
+	s.aside = slices.DeleteFunc(s.aside, func(index uint64) bool { return index <= floor })
+	s.removed += uint64(max(0, removed-(set-len(s.aside)))) // a sink lacks those
 	return s.refreshOldest()
 }
 
@@ -532,6 +536,8 @@ func (s *Spool) condemn(sink string, e spooled, reason string) error {
 		return err
 	}
 	s.poison++
+	s.lacking[e.record.WindowStart.UnixNano()] = true
+	s.aside = append(s.aside, e.index)
 	return nil
 }
 
@@ -557,10 +563,14 @@ func (s *Spool) pendingRange() (pending, head uint64) {
 }
 
 // Delivered returns StateSpooled or StateDelivered for a recent window, or an
-// empty string for one it knows nothing about.
+// empty string for one it knows nothing about. A window with a record that was set aside
+// is never delivered: a sink lacks its count.
 func (s *Spool) Delivered(windowStart time.Time) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.lacking[windowStart.UnixNano()] {
+		return StateSpooled
+	}
 	for _, p := range slices.Backward(s.recent) {
 		switch {
 		case !p.start.Equal(windowStart):
