@@ -363,9 +363,15 @@ func (p *program) openCounter() (err error) {
 				Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
 		}
 		p.set, counterCfg.Publisher = mem, p.stream
+		if !mem.Keeps() {
+			counterCfg.InexactBefore = time.Now()
+			p.log.Info().Msg("ids are in memory only: what an earlier process has answered in the running window is not known, so that window gets exact:false")
+		}
 	}
 	counterCfg.Store = p.set
-	counterCfg.InexactBefore = p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log)
+	if elsewhere := p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log); elsewhere.After(counterCfg.InexactBefore) {
+		counterCfg.InexactBefore = elsewhere
+	}
 	if p.counter, err = counter.New(counterCfg); err != nil {
 		return err
 	}

@@ -55,6 +55,29 @@ func TestKilledServerGoesOn(t *testing.T) {
 	}
 }
 
+// TestWithoutADiskTheFirstWindowPromisesNothing: ids that a killed process has answered are
+// not known to the next one, so its record of their window is not exact.
+func TestWithoutADiskTheFirstWindowPromisesNothing(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "counts.jsonl")
+	for life := range 2 {
+		v := testproc.Start(t, "--window=1h", "--data-dir=none", "--counts-file="+file)
+		if status, body := v.Get(v.Public + "/api/verve/accept?id=42"); status != 200 {
+			t.Errorf("life %d: got %d %s, want 200", life, status, body)
+		}
+		if life == 0 {
+			v.Kill()
+			continue
+		}
+		if code := v.Stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, v.Text())
+		}
+	}
+	if r := testproc.Records(t, file); len(r) != 1 || r[0].Unique != 1 || r[0].Exact {
+		t.Errorf("records %+v, want one with exact:false", r)
+	}
+}
+
 // TestDamagedEpochsAreSetAside: the server starts, and says what it could not
 // use.
 func TestDamagedEpochsAreSetAside(t *testing.T) {
