@@ -167,6 +167,7 @@ type program struct {
 	set         dedup.Set    // shared, or one in memory
 	use         lastUse
 	counter     *counter.Counter
+	earlier     counter.Published // in memory mode: the last window of the processes before, also what they have not published
 	callbacks   *callback.Sender
 	server      *server.Server
 	admin       *server.Admin
@@ -350,8 +351,10 @@ func (p *program) openCounter() (err error) {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = mem.Close() })
-		counterCfg.NotBefore = counter.LastOf(p.spool.Published())
-		counterCfg.Past = mem.Past(p.spool.Published())
+		published := p.spool.Published()
+		counterCfg.NotBefore = counter.LastOf(published)
+		counterCfg.Past = mem.Past(published)
+		p.earlier = published[p.spool.Identity()]
 		for _, l := range counterCfg.Past.Recovered {
 			if l.NoKeys {
 				p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
@@ -375,6 +378,14 @@ func (p *program) openCounter() (err error) {
 	if p.counter, err = counter.New(counterCfg); err != nil {
 		return err
 	}
+	for _, l := range counterCfg.Past.Recovered {
+		switch {
+		case l.Start.Equal(p.earlier.Last):
+			p.earlier.Unique += l.Unique
+		case l.Start.After(p.earlier.Last):
+			p.earlier.Last, p.earlier.Unique = l.Start, l.Unique
+		}
+	}
 	if old, until, changes := p.counter.Change(); changes {
 		p.log.Warn().Str("window", old.String()).Str("until", until.Format(time.RFC3339Nano)).Str("then", p.cfg.Window.String()).
 			Msg("--window was changed: windows keep their previous length until the first window of the new length begins")
@@ -382,9 +393,13 @@ func (p *program) openCounter() (err error) {
 	return nil
 }
 
-// live returns the open window and its count: of the whole group if ids are shared.
+// live returns the open window and its count: of the whole group if ids are shared, else with
+// what earlier processes have counted in it.
 func (p *program) live() (time.Time, uint64) {
 	start, here := p.counter.Live()
+	if start.Equal(p.earlier.Last) {
+		here += p.earlier.Unique
+	}
 	if p.shared != nil {
 		return start, max(here, p.shared.Live())
 	}

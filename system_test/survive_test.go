@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,6 +53,36 @@ func TestKilledServerGoesOn(t *testing.T) {
 	}
 	if want := 2 * lives * each; sum != want {
 		t.Errorf("the records add up to %d, want %d", sum, want)
+	}
+}
+
+// TestCallbacksCountTheWholeWindow: the count of the open window does not begin again where the
+// server was started again, after a kill and after a stop.
+func TestCallbacksCountTheWholeWindow(t *testing.T) {
+	t.Parallel()
+	got := make(chan uint64, 1)
+	receiver := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		var body struct{ Unique uint64 }
+		if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+			t.Error(err)
+		}
+		got <- body.Unique
+	}))
+	defer receiver.Close()
+	dir := t.TempDir()
+	for life := range uint64(3) {
+		v := testproc.Start(t, "--window=1h", "--data-dir="+dir, "--callback-allow="+strings.TrimPrefix(receiver.URL, "http://"))
+		if status, _ := v.Get(fmt.Sprintf("%s/api/verve/accept?id=%d&endpoint=%s/", v.Public, life, receiver.URL)); status != 200 {
+			t.Errorf("life %d: status %d", life, status)
+		}
+		if n := <-got; n != life+1 {
+			t.Errorf("life %d: the callback has %d unique ids, want %d", life, n, life+1)
+		}
+		if life == 0 {
+			v.Kill()
+		} else if code := v.Stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, v.Text())
+		}
 	}
 }
 
