@@ -57,7 +57,7 @@ func TestKilledServerGoesOn(t *testing.T) {
 }
 
 // TestCallbacksCountTheWholeWindow: the count of the open window does not begin again where the
-// server was started again, after a kill and after a stop.
+// server was started again, after a kill and after a stop, in callbacks and in what is shown.
 func TestCallbacksCountTheWholeWindow(t *testing.T) {
 	t.Parallel()
 	got := make(chan uint64, 1)
@@ -78,6 +78,10 @@ func TestCallbacksCountTheWholeWindow(t *testing.T) {
 		if n := <-got; n != life+1 {
 			t.Errorf("life %d: the callback has %d unique ids, want %d", life, n, life+1)
 		}
+		testproc.Until(t, "the open window is shown with all of them", func() bool { // a kill's are published after the start
+			_, metrics := v.Get(v.Admin + "/metrics")
+			return strings.Contains(metrics, fmt.Sprintf("\nverve_unique_ids %d\n", life+1)) && strings.Contains(metrics, "\nverve_last_window_unique_ids 0\n")
+		})
 		if life == 0 {
 			v.Kill()
 		} else if code := v.Stop(); code != 0 {
