@@ -12,11 +12,13 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"verve/counter"
 	"verve/internal/setting"
@@ -169,7 +171,21 @@ type totalsReport struct {
 
 func (t *totalsReport) complain(format string, args ...any) {
 	t.bad = true
-	fmt.Fprintf(t.err, format+"\n", args...)
+	fmt.Fprintln(t.err, printable(fmt.Sprintf(format, args...)))
+}
+
+// printable returns s with escapes for what does not print. A key is a caller's text and may
+// have characters, such as U+009B, by which a terminal does other things than to show them.
+func printable(s string) string {
+	var b strings.Builder
+	for _, r := range s {
+		if unicode.IsPrint(r) {
+			b.WriteRune(r)
+			continue
+		}
+		b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+	}
+	return b.String()
 }
 
 // gap names what is missing, and what is not because nothing ran.
@@ -435,7 +451,7 @@ func (p *totalsPrinter) print(w stream.WindowTotal, k *stream.KeyTotal) {
 	// Padded, as rows that are printed later should stand below each other.
 	fmt.Fprintf(p.table, "%-20s\t%-8s\t", w.Start.Format(time.RFC3339Nano), w.Group)
 	if key != nil {
-		fmt.Fprintf(p.table, "%-20s\t", cmp.Or(*key, "(no key)"))
+		fmt.Fprintf(p.table, "%-20s\t", cmp.Or(printable(*key), "(no key)"))
 	}
 	fmt.Fprintf(p.table, "%12d\t%7d\t%s\n", w.Unique, w.Records, strings.Join(notes, ", "))
 }

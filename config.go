@@ -500,7 +500,7 @@ func (c *config) checkCountsFile() error {
 			continue
 		}
 		inside := sameFile(filepath.Dir(path), c.DataDir)
-		if inside && ownFile.MatchString(filepath.Base(path)) || sameFile(filepath.Dir(path), c.epochsDir()) {
+		if inside && ownFile.MatchString(filepath.Base(path)) || sameFile(filepath.Dir(path), c.epochsDir()) || sameFile(filepath.Dir(path), c.inDataDir("spool-keys")) {
 			return setting.Errorf("counts-file", "it is one of the files that the server keeps in --data-dir")
 		}
 	}
@@ -508,7 +508,7 @@ func (c *config) checkCountsFile() error {
 }
 
 // ownFile are the names that the server uses in the data directory, but for the counts file.
-var ownFile = regexp.MustCompile(`^(spool\..*|epochs\b.*|windows\.jsonl.*|group-answers\.json.*|last-use\.json.*)$`)
+var ownFile = regexp.MustCompile(`^(spool(\.|-keys).*|epochs\b.*|windows\.jsonl.*|group-answers\.json.*|last-use\.json.*)$`)
 
 // sameFile reports whether two paths lead to one file, which need not exist.
 func sameFile(a, b string) bool {

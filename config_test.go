@@ -49,7 +49,8 @@ func badSettings(t *testing.T) []badSetting {
 	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
 	add("data-dir", plain, filepath.Join(plain, "below"))
 	add("counts-file", dir, filepath.Join(plain, "counts.jsonl"), "new/", strings.Repeat("c", 256), strings.Repeat("c", 250))
-	add("counts-file", "verve-data/spool.db", "./verve-data/../verve-data/spool.mark", "verve-data/windows.jsonl", "verve-data/last-use.json", "verve-data/group-answers.json", "verve-data/epochs/x", "verve-data/epochs")
+	add("counts-file", "verve-data/spool.db", "./verve-data/../verve-data/spool.mark", "verve-data/windows.jsonl", "verve-data/last-use.json", "verve-data/group-answers.json", "verve-data/epochs/x", "verve-data/epochs",
+		"verve-data/spool-keys", "verve-data/spool-keys/x")
 	if err := os.Mkdir(filepath.Join(dir, "n-by-key"), 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -167,6 +167,7 @@ type program struct {
 	set         dedup.Set    // shared, or one in memory
 	use         lastUse
 	counter     *counter.Counter
+	earlier     counter.Published // in memory mode: the last window of the processes before, also what they have not published
 	callbacks   *callback.Sender
 	server      *server.Server
 	admin       *server.Admin
@@ -350,8 +351,10 @@ func (p *program) openCounter() (err error) {
 			return err
 		}
 		p.closers = append(p.closers, func() { _ = mem.Close() })
-		counterCfg.NotBefore = counter.LastOf(p.spool.Published())
-		counterCfg.Past = mem.Past(p.spool.Published())
+		published := p.spool.Published()
+		counterCfg.NotBefore = counter.LastOf(published)
+		counterCfg.Past = mem.Past(published)
+		p.earlier = published[p.spool.Identity()]
 		for _, l := range counterCfg.Past.Recovered {
 			if l.NoKeys {
 				p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
@@ -363,11 +366,25 @@ func (p *program) openCounter() (err error) {
 				Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
 		}
 		p.set, counterCfg.Publisher = mem, p.stream
+		if !mem.Keeps() {
+			counterCfg.InexactBefore = time.Now()
+			p.log.Info().Msg("ids are in memory only: what an earlier process has answered in the running window is not known, so that window gets exact:false")
+		}
 	}
 	counterCfg.Store = p.set
-	counterCfg.InexactBefore = p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log)
+	if elsewhere := p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log); elsewhere.After(counterCfg.InexactBefore) {
+		counterCfg.InexactBefore = elsewhere
+	}
 	if p.counter, err = counter.New(counterCfg); err != nil {
 		return err
+	}
+	for _, l := range counterCfg.Past.Recovered {
+		switch {
+		case l.Start.Equal(p.earlier.Last):
+			p.earlier.Unique += l.Unique
+		case l.Start.After(p.earlier.Last):
+			p.earlier.Last, p.earlier.Unique = l.Start, l.Unique
+		}
 	}
 	if old, until, changes := p.counter.Change(); changes {
 		p.log.Warn().Str("window", old.String()).Str("until", until.Format(time.RFC3339Nano)).Str("then", p.cfg.Window.String()).
@@ -376,13 +393,18 @@ func (p *program) openCounter() (err error) {
 	return nil
 }
 
-// live returns the open window and its count: of the whole group if ids are shared.
-func (p *program) live() (time.Time, uint64) {
+// live returns the open window and its count: of the whole group if ids are shared, else with
+// what earlier processes have counted in it.
+func (p *program) live() (start time.Time, unique uint64) {
 	e := p.counter.Last()
-	if p.shared != nil {
-		return e.Start(), max(e.Unique(), p.shared.Live())
+	start, unique = e.Start(), e.Unique()
+	if start.Equal(p.earlier.Last) {
+		unique += p.earlier.Unique
 	}
-	return e.Start(), e.Unique()
+	if p.shared != nil {
+		unique = max(unique, p.shared.Live())
+	}
+	return start, unique
 }
 
 // delivered returns the state of a window's record, "" if it is not known.

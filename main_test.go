@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -123,6 +124,21 @@ func TestTotalsAreATableOnATerminal(t *testing.T) {
 		"2026-11-22T06:37:00Z  verve     campaign-7                       7        1  partial, not exact\n"
 	if out.String() != want {
 		t.Errorf("by key: got\n%s\nwant\n%s", out.String(), want)
+	}
+}
+
+// TestKeysCannotControlATerminal: a key may have any character but control bytes, and some that
+// are none control a terminal.
+func TestKeysCannotControlATerminal(t *testing.T) {
+	const key, shown = "a\u009b2J\u202eé\ufeff", `a\u009b2J\u202eé\ufeff`
+	var out bytes.Buffer
+	p := newTotalsPrinter(&out, true, true)
+	p.print(stream.WindowTotal{Group: "verve", Unique: 1, Records: 1}, &stream.KeyTotal{Key: key, Unique: 1, Records: 1})
+	p.flush()
+	r := totalsReport{err: &out}
+	r.complain("repeat: %s is there twice", key)
+	if n := strings.Count(out.String(), shown); n != 2 || strings.Contains(out.String(), "\u009b") {
+		t.Errorf("want %s twice, got\n%q", shown, out.String())
 	}
 }
 

@@ -40,7 +40,11 @@ func (c *Counter) Run(ctx context.Context) error {
 			}
 			continue
 		}
-		if err := c.close(ctx, e); err != nil {
+		err := c.close(ctx, e)
+		if err == nil { // e is reported before those behind it
+			err = c.publishSkipped(ctx, e)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -120,8 +124,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 		c.closed.keys = count.Keys.Len()
 	}
 	c.mu.Unlock()
-
-	return c.publishSkipped(ctx, e)
+	return nil
 }
 
 // wall is the present time, UTC.

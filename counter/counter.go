@@ -393,6 +393,9 @@ func (c *Counter) Last() *Epoch {
 	return c.last
 }
 
+// Taking reports whether ids are counted: until Seal.
+func (c *Counter) Taking() bool { return c.open.Load() != nil }
+
 // Stats is a snapshot for the metrics.
 type Stats struct {
 	Unique   uint64 // answered as new, since the start of the process

@@ -273,6 +273,28 @@ func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 	})
 }
 
+// TestEpochsAreReportedInOrder, also those around a gap: what is shown of them relies on it.
+func TestEpochsAreReportedInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := time.Now()
+		var reported []Count
+		l := &recorder{t: t}
+		c, err := New(Config{Window: time.Minute, Store: l, Publisher: l, OnClose: func(n Count, _ time.Duration, _ error) { reported = append(reported, n) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error)
+		go func() { done <- c.Run(t.Context()) }()
+		enter(t, c, base, 1, Unique)
+		enter(t, c, base.Add(3*time.Minute), 2, Unique)
+		c.Seal()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		wantCounts(t, base, reported, "0:1- 1:0- 2:0- 3:2-")
+	})
+}
+
 func TestLongGapPublishesABoundedNumberOfEpochs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()

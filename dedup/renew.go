@@ -35,6 +35,9 @@ func (m *Memory) kept() *journal {
 	return m.journal
 }
 
+// Keeps reports whether ids are kept for the next process.
+func (m *Memory) Keeps() bool { return m.kept() != nil }
+
 // keep syncs the journal until ctx ends, removes segments that are not needed,
 // and replaces a journal that failed.
 func (m *Memory) keep(ctx context.Context) {

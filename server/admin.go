@@ -358,6 +358,7 @@ type recentWindows struct {
 
 func (a *Admin) recent(limit int) recentWindows {
 	c := a.server.cfg.Counter
+	closed := a.history.last(limit + 1) // before the open one: that is not among them
 	open := c.Last()
 	out := recentWindows{
 		Group:    a.cfg.Group,
@@ -366,8 +367,13 @@ func (a *Admin) recent(limit int) recentWindows {
 			Start: open.Start(), MS: open.Window().Milliseconds(),
 			Unique: open.Unique(), Duplicates: open.Repeats(), Keys: open.Keys().Len(), Exact: open.Exact(), State: "open",
 		},
-		Windows: a.history.last(limit),
 	}
+	// Earlier processes may have counted in the open window, which is not over.
+	if len(closed) > 0 && c.Taking() && closed[0].Start.Equal(out.Open.Start) && closed[0].MS == out.Open.MS {
+		out.Open.include(closed[0])
+		closed = closed[1:]
+	}
+	out.Windows = closed[:min(limit, len(closed))]
 	if a.cfg.Shared != nil {
 		out.Open.WholeGroup = &groupWindow{Unique: max(a.cfg.Shared().Unique, out.Open.Unique), Exact: out.Open.Exact}
 	}

@@ -139,7 +139,9 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 	options := b.work.sharing(shared)
 	items, words := b.work.items, b.words
 	for line := range bytes.Lines(body) {
-		line = bytes.TrimSuffix(bytes.TrimSuffix(line, []byte("\n")), []byte("\r"))
+		if ended, ok := bytes.CutSuffix(line, []byte("\n")); ok {
+			line = bytes.TrimSuffix(ended, []byte("\r"))
+		}
 		if decimals && !canonicalUint64(line) || !validID(line) {
 			words = append(words, wordBadID)
 			continue
@@ -349,7 +351,7 @@ func (b *batch) event() error {
 		case "id":
 			id = b.text(v, false)
 		case "specversion":
-			version = string(v) == `"1.0"`
+			version = string(b.text(v, false)) == "1.0"
 		case "type":
 			kind = v.Kind() == '"' && len(v) > len(`""`)
 		default:

@@ -63,6 +63,7 @@ func TestBatchHasAVerdictForEachItem(t *testing.T) {
 		{"no type", "", "1\n2", "ok ok", ""},
 		{"type with a parameter, in capitals", "Text/Plain; charset=utf-8", "1", "ok", ""},
 		{"CRLF, and none at the end", "text/plain", "1\r\n2\r\n1", "ok ok duplicate", ""},
+		{"CR without LF, which ends no line", "text/plain", "1\r2\n1\r", "bad-id bad-id", ""},
 		{"an empty line", "text/plain", "1\n\n2\n", "ok bad-id ok", ""},
 		{"one empty line", "text/plain", "\n", "bad-id", ""},
 		{"raw bytes: nothing is decoded", "text/plain", "a%20b\na b\na+b\na%20b", "ok ok ok duplicate", "bad-id bad-id bad-id bad-id"},
@@ -91,6 +92,7 @@ func TestBatchHasAVerdictForEachItem(t *testing.T) {
 			`[{"specversion":"1.0","type":"t","source":"/a","id":"b c"},{"specversion":"1.0","type":"t","source":"/a b","id":"c"},
 			{"specversion":"1.0","type":"t","source":"/a\u0020b","id":"d"},{"specversion":"1.0","type":"t","source":"/a","id":"b c"}]`,
 			"ok bad-id bad-id duplicate", "bad-id bad-id bad-id bad-id"},
+		{"an event with escapes", "application/cloudevents+json", `{"specv\u0065rsion":"1\u002e0","type":"t","source":"/\u0061","id":"1"}`, "ok", "bad-id"},
 		{"one event", "application/cloudevents+json; charset=UTF-8", `{"specversion":"1.0","type":"t","source":"/a","id":"1"}`, "ok", "bad-id"},
 	} {
 		for _, uint64IDs := range []bool{false, true} {

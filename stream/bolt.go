@@ -257,7 +257,7 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 	if err := st.readSeries(tx, files, used); err != nil {
 		return st, err
 	}
-	st.cursors = make(map[string]uint64)
+	st.cursors, st.lacking = make(map[string]uint64), make(map[int64]bool)
 	err = tx.Bucket(bucketCursors).ForEach(func(k, v []byte) error {
 		at, err := unsealUint(k, v)
 		if err == nil && at > st.head {
@@ -273,7 +273,17 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		return st, err
 	}
 	files.sweep(used, st.head)
-	err = tx.Bucket(bucketPoison).ForEach(func(_, _ []byte) error { st.deadLetters++; return nil })
+	err = tx.Bucket(bucketPoison).ForEach(func(_, v []byte) error {
+		st.deadLetters++
+		// The reason may have lines, too; the records by key are behind the record.
+		for line := range bytes.Lines(v) {
+			if r, err := parseRecord(bytes.TrimSuffix(line, []byte("\n"))); err == nil {
+				st.lacking[r.WindowStart.UnixNano()] = true
+				break
+			}
+		}
+		return nil
+	})
 	return st, err
 }
 

@@ -101,6 +101,7 @@ type Spool struct {
 	sinks    []string
 	sinkless bool      // there is no sink, and records wait for one
 	removed  uint64    // records every sink has acknowledged, since the start
+	refused  []uint64  // indexes of the dead letters since the start that are still pending
 	oldest   time.Time // sealed_at of the first pending record
 	outdated bool      // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
@@ -168,6 +169,7 @@ type state struct {
 	head        uint64            // index of the last record
 	pending     int               // records, the last ones, that not every sink has acknowledged
 	deadLetters int               // records that a sink refused for good
+	lacking     map[int64]bool    // windows with one of those: their starts, Unix nanoseconds
 	keysLost    error             // why the sums by key of a series are not known since the start; nil: they are
 }
 
@@ -186,7 +188,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		dir:     cfg.Dir,
 		limit:   memoryLimit,
 		store:   newMemoryStore(cfg.Memory),
-		state:   state{series: make(map[string]series), cursors: make(map[string]uint64)},
+		state:   state{series: make(map[string]series), cursors: make(map[string]uint64), lacking: make(map[int64]bool)},
 		changed: make(chan struct{}),
 	}
 	if s.dir != "" {
@@ -474,7 +476,9 @@ func (s *Spool) commitCursor(sink string) error {
 	}
 	if floor > removed {
 		s.pending = int(s.head - floor)
-		s.removed += floor - removed
+		dead := len(s.refused)
+		s.refused = slices.DeleteFunc(s.refused, func(index uint64) bool { return index <= floor })
+		s.removed += floor - removed - uint64(dead-len(s.refused)) // a sink lacks those
 	}
 	s.release(files)
 	return s.refreshOldest()
@@ -549,6 +553,8 @@ func (s *Spool) deadLetter(sink string, e spooled, reason string) error {
 		return err
 	}
 	s.deadLetters++
+	s.lacking[e.record.WindowStart.UnixNano()] = true
+	s.refused = append(s.refused, e.index)
 	return nil
 }
 
@@ -574,10 +580,14 @@ func (s *Spool) pendingRange() (pending, head uint64) {
 }
 
 // Delivered returns StateSpooled or StateDelivered for a recent window, or an
-// empty string for one it knows nothing about.
+// empty string for one it knows nothing about. A window with a record that a sink refused for
+// good is never delivered: that sink lacks its count.
 func (s *Spool) Delivered(windowStart time.Time) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.lacking[windowStart.UnixNano()] {
+		return StateSpooled
+	}
 	for _, p := range slices.Backward(s.recent) {
 		switch {
 		case !p.start.Equal(windowStart):

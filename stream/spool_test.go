@@ -507,13 +507,26 @@ func TestSpoolSetsPoisonAside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sp.deadLetter("a", batch[0], "too large"); err != nil {
+	if err := sp.deadLetter("a", batch[0], "too large,\nin two lines"); err != nil {
 		t.Fatal(err)
+	}
+	if err := sp.ack("a", 2); err != nil {
+		t.Fatal(err)
+	}
+	if sp.removed != 1 {
+		t.Errorf("%d records published, want 1: one of two was refused for good", sp.removed)
+	}
+	refused, delivered := window(0).Start, window(1).Start
+	if a, b := sp.Delivered(refused), sp.Delivered(delivered); a != StateSpooled || b != StateDelivered {
+		t.Errorf("states %q and %q, want %q and %q", a, b, StateSpooled, StateDelivered)
 	}
 	sp.Close()
 	sp = testSpool(t, dir)
 	defer sp.Close()
 	if sp.deadLetters != 1 {
 		t.Errorf("%d records set aside, want 1", sp.deadLetters)
+	}
+	if a := sp.Delivered(refused); a != StateSpooled {
+		t.Errorf("state %q after a restart, want %q", a, StateSpooled)
 	}
 }

@@ -54,7 +54,7 @@ type Config struct {
 
 // Delivery states of a window.
 const (
-	StateSpooled   = "spooled"   // on disk, at least one sink has not acknowledged it
+	StateSpooled   = "spooled"   // on disk, at least one sink has not acknowledged it, or never will
 	StateDelivered = "delivered" // every sink has acknowledged it
 )
 

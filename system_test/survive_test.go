@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,6 +53,63 @@ func TestKilledServerGoesOn(t *testing.T) {
 	}
 	if want := 2 * lives * each; sum != want {
 		t.Errorf("the records add up to %d, want %d", sum, want)
+	}
+}
+
+// TestCallbacksCountTheWholeWindow: the count of the open window does not begin again where the
+// server was started again, after a kill and after a stop, in callbacks and in what is shown.
+func TestCallbacksCountTheWholeWindow(t *testing.T) {
+	t.Parallel()
+	got := make(chan uint64, 1)
+	receiver := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		var body struct{ Unique uint64 }
+		if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+			t.Error(err)
+		}
+		got <- body.Unique
+	}))
+	defer receiver.Close()
+	dir := t.TempDir()
+	for life := range uint64(3) {
+		v := testproc.Start(t, "--window=1h", "--data-dir="+dir, "--callback-allow="+strings.TrimPrefix(receiver.URL, "http://"))
+		if status, _ := v.Get(fmt.Sprintf("%s/api/verve/accept?id=%d&endpoint=%s/", v.Public, life, receiver.URL)); status != 200 {
+			t.Errorf("life %d: status %d", life, status)
+		}
+		if n := <-got; n != life+1 {
+			t.Errorf("life %d: the callback has %d unique ids, want %d", life, n, life+1)
+		}
+		testproc.Until(t, "the open window is shown with all of them", func() bool { // a kill's are published after the start
+			_, metrics := v.Get(v.Admin + "/metrics")
+			return strings.Contains(metrics, fmt.Sprintf("\nverve_unique_ids %d\n", life+1)) && strings.Contains(metrics, "\nverve_last_window_unique_ids 0\n")
+		})
+		if life == 0 {
+			v.Kill()
+		} else if code := v.Stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, v.Text())
+		}
+	}
+}
+
+// TestWithoutADiskTheFirstWindowPromisesNothing: ids that a killed process has answered are
+// not known to the next one, so its record of their window is not exact.
+func TestWithoutADiskTheFirstWindowPromisesNothing(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "counts.jsonl")
+	for life := range 2 {
+		v := testproc.Start(t, "--window=1h", "--data-dir=none", "--counts-file="+file)
+		if status, body := v.Get(v.Public + "/api/verve/accept?id=42"); status != 200 {
+			t.Errorf("life %d: got %d %s, want 200", life, status, body)
+		}
+		if life == 0 {
+			v.Kill()
+			continue
+		}
+		if code := v.Stop(); code != 0 {
+			t.Errorf("exit code %d\n%s", code, v.Text())
+		}
+	}
+	if r := testproc.Records(t, file); len(r) != 1 || r[0].Unique != 1 || r[0].Exact {
+		t.Errorf("records %+v, want one with exact:false", r)
 	}
 }
 

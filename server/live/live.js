@@ -214,7 +214,7 @@
       }));
     }
     text("records", !m.sinks.length ? "Records go nowhere: no broker and no counts file is set." :
-      r.records_pending === 0 ? (m.shared ? "No record waits in the spool of this instance." : "Every record is delivered.") :
+      r.records_pending === 0 ? "No record waits in the spool" + (m.shared ? " of this instance." : ".") :
       whole.format(r.records_pending) + (r.records_pending === 1 ? " record waits" : " records wait") + " in the spool, the oldest for " + span(r.records_oldest_age_seconds) + ".");
   }
 
