@@ -285,8 +285,8 @@ func TestEpochsAreReportedInOrder(t *testing.T) {
 		}
 		done := make(chan error)
 		go func() { done <- c.Run(t.Context()) }()
-		enter(t, c, base, 1, Unique)
-		enter(t, c, base.Add(3*time.Minute), 2, Unique)
+		enter(t, c, base, 1, unique)
+		enter(t, c, base.Add(3*time.Minute), 2, unique)
 		c.Seal()
 		if err := <-done; err != nil {
 			t.Error(err)
