@@ -471,15 +471,18 @@ func (b *boltStore) scan(after, upTo uint64, limit int) (out []spooled, err erro
 
 func (b *boltStore) advance(sink string, to, removed, upTo uint64) (files []keyFile, err error) {
 	err = b.update(func(tx *bolt.Tx) (err error) {
-		files = nil // of an attempt before
 		if sink != "" {
 			err = put(tx.Bucket(bucketCursors), []byte(sink), beKey(to))
 		}
 		records := tx.Bucket(bucketRecords)
 		for i := removed + 1; i <= upTo && err == nil; i++ {
 			k := beKey(i)
+			v := records.Get(k)
+			if v == nil {
+				continue // an attempt that failed was stored
+			}
 			var f keyFile
-			if f, _, err = splitEntry(k, records.Get(k)); f.index > 0 {
+			if f, _, err = splitEntry(k, v); f.index > 0 && !slices.Contains(files, f) {
 				files = append(files, f)
 			}
 			err = cmp.Or(err, records.Delete(k))

@@ -223,6 +223,28 @@ func TestSpoolRepeatsAFailedAppendInPlace(t *testing.T) {
 	wantWindows(t, drain(t, sp, "a"), 3)
 }
 
+// TestAcknowledgementThatFailedAndWasStoredIsRepeated: a sync that is interrupted may have done
+// its work.
+func TestAcknowledgementThatFailedAndWasStoredIsRepeated(t *testing.T) {
+	dir, _ := twoKeyed(t, 0)
+	sp, _ := openLogged(t, dir)
+	if _, err := sp.store.advance("a", 1, 0, 1); err != nil {
+		t.Fatal(err)
+	}
+	for to := range uint64(2) {
+		if err := sp.ack("a", 1+to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if sp.pending != 0 || sp.removed != 2 {
+		t.Errorf("%d records wait, %d were removed", sp.pending, sp.removed)
+	}
+	sp.Close()
+	sp, _ = openLogged(t, dir)
+	defer sp.Close()
+	wantKeyed(t, "after a restart", dir, sp, []appended{{0, 5}, {1, 4}})
+}
+
 var errDisk = errors.New("no space left on device")
 
 // failing fails each write, stored or not.
