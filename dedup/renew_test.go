@@ -126,10 +126,12 @@ func TestFailedJournalIsReplaced(t *testing.T) {
 				tt.fail(&d, cfg)
 				answered := uint64(100)
 				for i := 100; ; i++ { // a chunk has room, and the sync comes in time
-					if v, _, err := p.add(time.Now(), strconv.Itoa(i)); err != nil {
-						break
-					} else if v == Unique {
+					v, _, err := p.add(time.Now(), strconv.Itoa(i))
+					if v == Unique { // also where its repeat in the same batch failed
 						answered++
+					}
+					if err != nil {
+						break
 					}
 					time.Sleep(10 * time.Millisecond)
 				}
