@@ -471,13 +471,13 @@ func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
 		dir, l := t.TempDir(), newSharedLedger()
 		r := l.in(t, "a", dir)
 		r.publish(t, 0, 3)
-		time.Sleep(2 * groupRound)
+		time.Sleep(2*groupRound + groupRound/2) // nothing is under way then
 		l.set(func() {
 			for _, e := range l.epochs {
 				e.written, e.delivered = false, false
 			}
 		})
-		time.Sleep(2 * groupRound)
+		time.Sleep(2*groupRound + groupRound/2) // nothing is under way then
 		wantLines(t, lines(t, dir), 3, 1)
 		l.set(func() {
 			for s, e := range l.epochs {
