@@ -123,7 +123,7 @@ func (c KeyCounts) List() (list []KeyCount) {
 	return list
 }
 
-// SumKeys returns the sums of some, by key.
+// SumKeys returns the sums of some, by key. It gives way to requests.
 func SumKeys(all ...KeyCounts) KeyCounts {
 	all = slices.DeleteFunc(all, func(c KeyCounts) bool { return c.n == 0 })
 	if len(all) == 0 {
@@ -139,7 +139,9 @@ func SumKeys(all ...KeyCounts) KeyCounts {
 		}
 	}
 	var sum KeyCounts
+	var pace Pace
 	for key, unique := range sums {
+		pace.Step()
 		sum.Add([]byte(key), unique)
 	}
 	return sum

@@ -101,9 +101,9 @@ const (
 	// firstKeys is the size of the smallest table.
 	firstKeys = 1 << 10
 
-	// keyBytes is what a key takes beside its lines while its epoch is published, and its name
-	// once more.
-	keyBytes = 2 + 10 + 32
+	// keyBytes is what a key takes beside its lines and its name while its epoch is published:
+	// in KeyCounts, and what the allocator adds.
+	keyBytes = MaxPackedKey - MaxKeyLen + 32
 )
 
 // Find returns the key of a name, or nil if it is not in the epoch. hash is a hash of the

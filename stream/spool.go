@@ -554,7 +554,9 @@ func (s *Spool) deadLetter(sink string, e spooled, reason string) error {
 	}
 	s.deadLetters++
 	s.lacking[e.record.WindowStart.UnixNano()] = true
-	s.refused = append(s.refused, e.index)
+	if !slices.Contains(s.refused, e.index) { // by another sink, too
+		s.refused = append(s.refused, e.index)
+	}
 	return nil
 }
 
