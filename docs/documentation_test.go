@@ -274,4 +274,85 @@ func TestDesignHasARowForEveryLock(t *testing.T) {
 			return true
 		})
 	})
+	// What a row may then take is a lock that has a row, too.
+	table := regexp.MustCompile("(?m)^\\| `([\\w.]+)`.*\\|([^|]*)\\|$").FindAllStringSubmatch(locks, -1)
+	for _, row := range table {
+		for _, m := range regexp.MustCompile("`([\\w.]+)`").FindAllStringSubmatch(row[2], -1) {
+			name := m[1]
+			hasRow := func(other []string) bool { return other[1] == name || strings.HasSuffix(other[1], "."+name) }
+			if regexp.MustCompile(`^\w+\.(mu|\w*ing|attempts)$|\.mu$`).MatchString(name) && !slices.ContainsFunc(table, hasRow) {
+				t.Errorf("DESIGN.md, Locks: %s may take %s, which has no row", row[1], name)
+			}
+		}
+	}
+	if len(table) == 0 {
+		t.Error("DESIGN.md, Locks: no table was found")
+	}
+}
+
+// TestDesignNamesWhatThereIs: a function, a type or a file that is gone, or has another name
+// now, is the first sign of a page that is not true any more.
+func TestDesignNamesWhatThereIs(t *testing.T) {
+	word := regexp.MustCompile(`[A-Za-z_]\w*`)
+	files, words := make(map[string]bool), make(map[string]bool)
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != ".":
+			return fs.SkipDir
+		case d.IsDir():
+			return nil
+		}
+		files[filepath.ToSlash(path)], files[d.Name()] = true, true
+		if slices.Contains([]string{".go", ".lua", ".js", ".s", ".html", ".mod"}, filepath.Ext(path)) {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			for _, w := range word.FindAllString(string(b), -1) {
+				words[w] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := regexp.MustCompile(`^[\w./-]+\.(go|lua|js|s|tsv)$`)
+	name := regexp.MustCompile(`^\w+(\.\w+)*$`)
+	outside := []string{"RawConn.Read", "UNSTEADY", "vX.Y.Z"} // of Go, of .ci/run, and a form
+	for _, page := range []string{"DESIGN.md", "CONTRIBUTING.md"} {
+		text := regexp.MustCompile("(?s)```.*?```").ReplaceAllString(pages(t)[page], "")
+		for _, m := range regexp.MustCompile("`([^`\n]+)`").FindAllStringSubmatch(text, -1) {
+			switch {
+			case slices.Contains(outside, m[1]):
+			case file.MatchString(m[1]):
+				if !files[m[1]] {
+					t.Errorf("%s: there is no file %s", page, m[1])
+				}
+			case name.MatchString(m[1]):
+				for _, w := range word.FindAllString(m[1], -1) {
+					if !words[w] && !files[m[1]] {
+						t.Errorf("%s: %s names %s, which is nowhere in the code", page, m[1], w)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestDesignListsItsSections, in their order.
+func TestDesignListsItsSections(t *testing.T) {
+	page := pages(t)["DESIGN.md"]
+	var listed, there []string
+	for _, m := range regexp.MustCompile(`(?m)^\d+\. \[([^\]]+)\]\(#`).FindAllStringSubmatch(page, -1) {
+		listed = append(listed, m[1])
+	}
+	for _, m := range regexp.MustCompile(`(?m)^## (.+)$`).FindAllStringSubmatch(page, -1) {
+		there = append(there, m[1])
+	}
+	if len(there) < 2 || !slices.Equal(listed, there[1:]) { // the first is about the page
+		t.Errorf("DESIGN.md lists the sections %q, and has %q", listed, there)
+	}
 }
