@@ -32,12 +32,13 @@ func pages(t *testing.T) map[string]string {
 	return texts
 }
 
-// TestMain runs the tests at the root: pages are named as from there.
-func TestMain(m *testing.M) {
-	if err := os.Chdir(".."); err != nil {
-		panic(err)
-	}
-	testproc.Main(m)
+func TestMain(m *testing.M) { testproc.Main(m) }
+
+// atRoot runs the test at the root: pages are named as from there. In TestMain, before go test
+// notes which files a test reads, this made it show old results for pages that had changed.
+func atRoot(t *testing.T) {
+	t.Helper()
+	t.Chdir("..")
 }
 
 func help(t *testing.T, args ...string) string {
@@ -53,6 +54,7 @@ var flagName = regexp.MustCompile(`--([a-z][a-z0-9-]+)`)
 
 // TestSettingsPageHasEverySetting, and no other.
 func TestSettingsPageHasEverySetting(t *testing.T) {
+	atRoot(t)
 	page := pages(t)["docs/settings.md"]
 	_, table, ok := strings.Cut(page, "\n| flag |")
 	if !ok {
@@ -82,6 +84,7 @@ func TestSettingsPageHasEverySetting(t *testing.T) {
 // TestPagesNameWhatThereIs: flags in code spans, metrics, and files that are
 // linked to.
 func TestPagesNameWhatThereIs(t *testing.T) {
+	atRoot(t)
 	// An unreachable Redis has metrics, too.
 	v := testproc.Start(t, "--window=1h", "--dedup=redis", "--redis-url=redis://127.0.0.1:1")
 	_, metrics := v.Get(v.Admin + "/metrics")
@@ -125,6 +128,7 @@ func TestPagesNameWhatThereIs(t *testing.T) {
 
 // TestEveryAlertHasItsPlaceInOperations: an operator finds there what to do.
 func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
+	atRoot(t)
 	rules, err := os.ReadFile("deploy/prometheus/verve.rules.yml")
 	if err != nil {
 		t.Fatal(err)
@@ -155,6 +159,7 @@ func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
 // TestPagesHaveOneVersion: of the changelog's newest entry, the HTTP interface and
 // the image that the manifests name.
 func TestPagesHaveOneVersion(t *testing.T) {
+	atRoot(t)
 	found := make(map[string]string)
 	for file, version := range map[string]string{
 		"CHANGELOG.md":      `(?m)^## \[(\d\S*)\]|It becomes (\d+\.\d+\.\d+)\.`,
@@ -180,6 +185,7 @@ func TestPagesHaveOneVersion(t *testing.T) {
 
 // TestEveryPictureIsShown: by a page, or it is in the way.
 func TestEveryPictureIsShown(t *testing.T) {
+	atRoot(t)
 	pictures, err := filepath.Glob("docs/*.png")
 	if err != nil || len(pictures) == 0 {
 		t.Fatalf("no pictures: %v", err)
@@ -203,6 +209,7 @@ var (
 
 // TestReadmeCanBeReadAtOnce: what does not fit goes to docs/.
 func TestReadmeCanBeReadAtOnce(t *testing.T) {
+	atRoot(t)
 	const most = 1800
 	if n := len(strings.Fields(pages(t)["README.md"])); n > most {
 		t.Errorf("README.md has %d words, want %d at most", n, most)
@@ -211,6 +218,7 @@ func TestReadmeCanBeReadAtOnce(t *testing.T) {
 
 // TestDesignHasARowForEveryFile of the product, and none for a file that is gone.
 func TestDesignHasARowForEveryFile(t *testing.T) {
+	atRoot(t)
 	rows := make(map[string]bool)
 	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+\\.(?:go|lua|s|js))` \\|").FindAllStringSubmatch(pages(t)["DESIGN.md"], -1) {
 		if rows[m[1]] {
@@ -246,6 +254,7 @@ func TestDesignHasARowForEveryFile(t *testing.T) {
 // TestDesignHasARowForEveryLock: the order of the locks names each mutex of the
 // product, as a reader finds it in the code.
 func TestDesignHasARowForEveryLock(t *testing.T) {
+	atRoot(t)
 	_, locks, _ := strings.Cut(pages(t)["DESIGN.md"], "\n## Locks\n")
 	locks, _, _ = strings.Cut(locks, "\n## ")
 	testproc.ProductFiles(t, 0, func(path string, _ *token.FileSet, f *ast.File) {
@@ -293,6 +302,7 @@ func TestDesignHasARowForEveryLock(t *testing.T) {
 // TestDesignNamesWhatThereIs: a function, a type or a file that is gone, or has another name
 // now, is the first sign of a page that is not true any more.
 func TestDesignNamesWhatThereIs(t *testing.T) {
+	atRoot(t)
 	word := regexp.MustCompile(`[A-Za-z_]\w*`)
 	files, words := make(map[string]bool), make(map[string]bool)
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
@@ -344,6 +354,7 @@ func TestDesignNamesWhatThereIs(t *testing.T) {
 
 // TestDesignListsItsSections, in their order.
 func TestDesignListsItsSections(t *testing.T) {
+	atRoot(t)
 	page := pages(t)["DESIGN.md"]
 	var listed, there []string
 	for _, m := range regexp.MustCompile(`(?m)^\d+\. \[([^\]]+)\]\(#`).FindAllStringSubmatch(page, -1) {

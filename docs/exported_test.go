@@ -15,6 +15,7 @@ import (
 // and variable of a package, and every exported field of an exported struct, has a
 // comment of its own or shares that of its group.
 func TestExportedNamesAreDocumented(t *testing.T) {
+	atRoot(t)
 	testproc.ProductFiles(t, parser.ParseComments, func(path string, _ *token.FileSet, f *ast.File) {
 		path = filepath.ToSlash(path)
 		if f.Name.Name == "main" || strings.HasPrefix(path, "bench/") || strings.HasPrefix(path, "internal/explore/") {

@@ -37,6 +37,7 @@ var unplainForUsers = []*regexp.Regexp{
 // TestTextsArePlain: what users read, and what the next author reads. Each hit
 // names the place and the words.
 func TestTextsArePlain(t *testing.T) {
+	atRoot(t)
 	all, comment := texts(t)
 	for place, text := range all {
 		flat := strings.Join(strings.Fields(text), " ")
