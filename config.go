@@ -52,7 +52,7 @@ type config struct {
 	MaxClockSkew time.Duration `default:"2s" help:"Report not ready when the clock steps by more than this, is behind the open window by more, or (with --dedup=redis) differs from the clock of Redis by more. 0 turns off the checks of this machine's clock; with Redis, 2s is then the tolerance." group:"General"`
 	Group        string        `default:"verve" help:"Name of the group of instances that this one belongs to." group:"General"`
 	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
-	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk." group:"General"`
+	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk, and needs brokers or --counts-file." group:"General"`
 
 	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener with its chain, in PEM; read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
 	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
@@ -63,9 +63,9 @@ type config struct {
 	WindowHeader    bool          `help:"Add the header Verve-Window to each answer: the start of the window that the id was judged in." group:"Ids"`
 	DuplicateStatus int           `default:"409" help:"HTTP status of the answer to an id already seen in the window." group:"Ids"`
 	ExpectIDs       uint64        `name:"expect-ids" placeholder:"N" help:"Unique ids per window to reserve memory for at the start. Default: learnt from the last windows." group:"Ids"`
-	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Most unique ids per window; further ids are answered 503 full. Default: as many as fit into half of the memory limit." group:"Ids"`
-	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of the cleaner, which frees the slots of past windows." group:"Ids"`
-	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots that the cleaner looks at in one step." group:"Ids"`
+	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Maximum unique ids per window; further ids are answered 503 full. Default: as many as fit into half of the memory limit." group:"Ids"`
+	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of the cleaner, which frees what past windows left in the tables of ids." group:"Ids"`
+	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots, each the room for one id, that the cleaner looks at in one step." group:"Ids"`
 
 	RedisURL                  []string `name:"redis-url" default:"redis://127.0.0.1:6379" help:"Redis of the group: redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, redis-sentinel://HOST:PORT?master_set=NAME. Repeatable: nodes of a cluster, or Sentinels." placeholder:"URL" group:"Ids"`
 	RedisSentinelUser         string   `help:"User of the Sentinels, if it is not that of the Redis." placeholder:"NAME" group:"Ids"`
@@ -83,8 +83,8 @@ type config struct {
 	CountsFile        string   `help:"File that records are appended to as JSON Lines; - for standard output; off for none. Default: counts.jsonl in the data directory without brokers, off with them." placeholder:"FILE" group:"Records"`
 
 	CallbackAllow       []string      `help:"HOST:PORT or CIDR:PORT that callbacks may reach in addition to public addresses. Repeatable." placeholder:"HOST:PORT" group:"Callbacks"`
-	CallbackConcurrency int           `default:"8" help:"Most POSTs in flight to one destination." group:"Callbacks"`
-	CallbackRate        float64       `default:"50" help:"Most POSTs per second to a destination that --callback-allow does not list." group:"Callbacks"`
+	CallbackConcurrency int           `default:"8" help:"Maximum POSTs in flight to one destination." group:"Callbacks"`
+	CallbackRate        float64       `default:"50" help:"Maximum POSTs per second to a destination that --callback-allow does not list." group:"Callbacks"`
 	CallbackTimeout     time.Duration `default:"5s" help:"Time limit of one POST, from dialling to the end of the answer." group:"Callbacks"`
 	CallbackSecretFile  string        `help:"File with the secret that signs callbacks by the Standard Webhooks scheme: 24 to 64 bytes in base64, with or without the prefix whsec_." placeholder:"FILE" group:"Callbacks"`
 

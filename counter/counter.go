@@ -401,7 +401,7 @@ type Stats struct {
 	Unique   uint64 // answered as new, since the start of the process
 	Repeats  uint64 // answered as already seen, since the start of the process
 	Unclosed int    // epochs left but not yet published
-	Skipped  uint64 // epochs that passed while the process did not run
+	Skipped  uint64 // epochs that were not opened: the clock was set forward, or the process did not run
 	Lost     int    // windows of the Past that no record can be made of
 	Clock    Clock  // the wall clock, and pauses of the process
 }

@@ -635,7 +635,7 @@ func TestRedisFailures(t *testing.T) {
 		{"answers nothing", "Redis is unreachable",
 			func(s *redisServer) { s.pause() },
 			func(s *redisServer) { s.resume() }},
-		{"wants a password", "Redis wants a password",
+		{"requires a password", "Redis requires a password",
 			func(s *redisServer) {
 				s.do("ACL", "SETUSER", "admin", "on", ">x", "+@all", "~*")
 				set(s, "requirepass", "secret")
