@@ -21,7 +21,7 @@ import (
 // journal keeps, in files, what the next process needs where this one is
 // killed: which epochs were opened and not yet published, and their ids. It
 // takes no system call to keep an id: the files are mapped and shared, and what
-// was stored in them is there after a kill -9. Once a second they are synced,
+// was stored in them is there after a kill -9. They are synced every syncEvery,
 // which bounds what a loss of power costs.
 //
 // The table itself in a mapped file was the plainer way. A table is written at

@@ -122,7 +122,7 @@ const segmentMagic = 0x5347534449565256 // "VRVIDSGS"
 const (
 	segmentMagicAt = iota
 	segmentIndexAt
-	segmentOwnerAt // tells the segments of one directory from those of another
+	segmentOwnerAt // differs between the directories
 	segmentCheckAt
 )
 

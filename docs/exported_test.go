@@ -38,6 +38,21 @@ func TestExportedNamesAreDocumented(t *testing.T) {
 	})
 }
 
+// TestEveryPackageHasAComment: what it guarantees, who calls it, and what it hands on.
+func TestEveryPackageHasAComment(t *testing.T) {
+	atRoot(t)
+	has := make(map[string]bool)
+	testproc.ProductFiles(t, parser.ParseComments, func(path string, _ *token.FileSet, f *ast.File) {
+		dir := filepath.ToSlash(filepath.Dir(path))
+		has[dir] = has[dir] || f.Doc != nil
+	})
+	for dir, commented := range has {
+		if !commented {
+			t.Errorf("no file of %s has a package comment", dir)
+		}
+	}
+}
+
 // receiverOf returns the name of the type that a method belongs to.
 func receiverOf(d *ast.FuncDecl) string {
 	if d.Recv == nil {

@@ -179,8 +179,8 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// stranger is set in the context of a request that came without the token.
-type stranger struct{}
+// tokenless is set in the context of a request that came without the token.
+type tokenless struct{}
 
 // guarded answers 401 to requests without the token. Probes and load balancers have none:
 // they learn whether the process is alive and ready, but not the reasons.
@@ -201,7 +201,7 @@ func guarded(token string, next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		case r.URL.Path == "/healthz", r.URL.Path == "/readyz":
-			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), stranger{}, true)))
+			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), tokenless{}, true)))
 			return
 		}
 		w.Header()["Www-Authenticate"] = []string{`Bearer realm="verve"`, `Basic realm="verve", charset="UTF-8"`}
@@ -297,7 +297,7 @@ func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	if !r.Ready {
 		status = http.StatusServiceUnavailable
 	}
-	if req.Context().Value(stranger{}) != nil {
+	if req.Context().Value(tokenless{}) != nil {
 		writeJSON(w, status, map[string]bool{"ready": r.Ready})
 		return
 	}

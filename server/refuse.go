@@ -23,7 +23,7 @@ var (
 
 const (
 	// retryAfter is what a refused caller is asked to wait, in seconds: the
-	// least the header can say. Overload passes sooner.
+	// least the header can hold. Overload passes sooner.
 	retryAfter = "1"
 
 	// refusalsEvery samples the log of refusals, cause by cause.
@@ -103,7 +103,7 @@ func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, c
 }
 
 // countRefusals counts n refusals, and logs the first of a cause in a while. What the
-// request holds is not logged: it is a stranger's.
+// request holds is not logged: any caller can write it.
 func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
 	s.refused[r].Add(n)
 	if r == reasonPanic {

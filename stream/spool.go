@@ -59,8 +59,9 @@ const (
 	// counter until there is room.
 	spoolLimit = 1 << 20
 
-	// memoryLimit is 45 days of one-minute windows in about 25 MB.
-	memoryLimit = 1 << 16
+	// memorySpoolLimit is the same without a directory: 45 days of one-minute windows in
+	// about 25 MB.
+	memorySpoolLimit = 1 << 16
 
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
@@ -186,7 +187,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		group:   cfg.Group,
 		log:     cfg.Log,
 		dir:     cfg.Dir,
-		limit:   memoryLimit,
+		limit:   memorySpoolLimit,
 		store:   newMemoryStore(cfg.Memory),
 		state:   state{series: make(map[string]series), cursors: make(map[string]uint64), lacking: make(map[int64]bool)},
 		changed: make(chan struct{}),
@@ -337,7 +338,7 @@ func (s *Spool) Close() error {
 
 // append numbers the record and makes it durable. On an error the record is not
 // appended: the next append takes the same number and the same place, which also
-// overwrites one that was stored although the disk said it was not.
+// overwrites one that was stored although the disk reported that it was not.
 func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -19,7 +19,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	for !l.left.Load() {
 		wait := beatEvery
 		// Without a connection nothing is sent; Set.Health shows what fails.
-		if l.beat(ctx) != nil && l.standing.Load() == unheard {
+		if l.beat(ctx) != nil && l.standing.Load() == unconfirmed {
 			wait = firstBeats
 		}
 		l.deliverAgain(ctx)

@@ -268,7 +268,7 @@ func leaveUnanswered(r *Set, e settest.Epochs, id string, seq uint64) {
 	l := &r.lanes[h>>r.shift]
 	l.mu.Lock()
 	r.pending.Add(1)
-	en := l.enter(pendingKey{s, k}, &enc, nil)
+	en := l.enqueue(pendingKey{s, k}, &enc, nil)
 	l.queue = l.queue[:len(l.queue)-1]
 	en.phase, en.seq = unanswered, seq
 	l.unanswered = append(l.unanswered, en)

@@ -140,7 +140,7 @@ func (r *Set) Health() (ready bool, reason string) {
 		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
 	case rights != "":
 		return r.cfg.FailOpen, rights
-	case r.ledger.standing.Load() == unheard:
+	case r.ledger.standing.Load() == unconfirmed:
 		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0

@@ -194,7 +194,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 			r.pending.Add(-1)
 			return 0, nil, errPending
 		}
-		en = l.enter(key, enc, m)
+		en = l.enqueue(key, enc, m)
 	}
 	a := asks.Get().(*ask)
 	a.of, a.e, a.at, a.named = en, e, now, m
@@ -203,8 +203,8 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	return 0, a, nil
 }
 
-// enter queues an entry for an id. l.mu is held.
-func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
+// enqueue queues an entry for an id. l.mu is held.
+func (l *lane) enqueue(key pendingKey, enc *encoded, m *named) *entry {
 	var en *entry
 	if n := len(l.spare); n > 0 {
 		en, l.spare = l.spare[n-1], l.spare[:n-1]
@@ -388,7 +388,7 @@ func (l *lane) conclude(en *entry, fx effects) {
 		return
 	}
 	l.r.pending.Add(1)
-	on := l.enter(en.key, &en.enc, others[0].named)
+	on := l.enqueue(en.key, &en.enc, others[0].named)
 	on.asks = others
 	for _, a := range others {
 		a.of = on
@@ -425,7 +425,7 @@ func (l *lane) expire(now int64) {
 	}
 }
 
-// refuseAll answers everybody, at the end.
+// refuseAll answers every request that waits, at the end.
 func (l *lane) refuseAll() {
 	l.mu.Lock()
 	defer l.unlock()

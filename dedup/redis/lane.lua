@@ -48,7 +48,7 @@ local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
 -- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
 -- kind, and the list: nine. It answers with how many ids the epoch has. It returns nothing,
 -- and has changed nothing, in any other case. It comes first because each run makes all functions
--- anew, which takes as long as few itself.
+-- again, which takes as long as few itself.
 local function few(key, a)
   local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
   local S, E = 'S' .. session, 'E' .. epoch

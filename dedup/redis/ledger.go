@@ -129,9 +129,9 @@ type Ledger struct {
 
 // Standings of a member.
 const (
-	unheard = iota // no beat has been answered
-	inside         // the group has the window of this member
-	outside        // it has another, of members that were there before: see beatScript
+	unconfirmed = iota // no beat has been answered
+	inside             // the group has the window of this member
+	outside            // it has another, of members that were there before: see beatScript
 )
 
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
@@ -410,7 +410,7 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 
 // Leave takes this member out of the group: no seal waits for it any more. It returns how
 // many others are alive, and how long ago the last beat of one was; called again, as of then.
-func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
+func (l *Ledger) Leave(ctx context.Context) (others int, silent time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
 	_ = l.beat(ctx)
@@ -427,7 +427,7 @@ func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, er
 
 // takeOff takes a member off the list. It returns how many others are alive, and how long ago
 // the last beat of one was.
-func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others int, heard time.Duration, err error) {
+func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others int, silent time.Duration, err error) {
 	n, err := l.exec(ctx, leaveScript,
 		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
 		[]string{member, ms(memberTTL), unsettled}).AsIntSlice()

@@ -79,7 +79,7 @@ type Config struct {
 
 	MaxIDs  uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
 	MaxKeys int           // keys an epoch may have, in each lane and by each instance; 0: counter.DefaultMaxKeys
-	Timeout time.Duration // longest wait of an id
+	Timeout time.Duration // longest wait of an id; 0: defaultTimeout
 
 	// File keeps how many ids were answered in the windows that are not published, over
 	// a restart; empty: nothing does.

@@ -57,7 +57,7 @@ func isLink(name, value string) bool {
 }
 
 // variables returns those of environ that may be settings: with the prefix, not
-// empty, and not somebody else's.
+// empty, and not another program's.
 func variables(environ []string, known map[string]bool) map[string]string {
 	found := make(map[string]string)
 	for _, e := range environ {
