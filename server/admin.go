@@ -44,7 +44,7 @@ type Records struct {
 	Published      uint64    // acknowledged by every sink
 	Pending        int       // in the spool
 	Oldest         time.Time // when the oldest of them was sealed; zero without one
-	Poison         int       // set aside because a sink will never take them
+	Poison         int       // dead letters: a sink will never take them
 	Conflicts      uint64    // keys found with another value
 	AppendFailures uint64    // tries to make a record durable that failed
 	Blocked        string    // why records cannot be made durable now; empty if they can
