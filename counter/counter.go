@@ -53,8 +53,8 @@ type Store interface {
 type State interface {
 	// Retire releases it. It is called once, when the count of the epoch is published and
 	// no request can be in the epoch any more. The calls come in the order of the epochs,
-	// but that the one for an epoch in which nothing was counted may come early, with the
-	// lock of Open held.
+	// with one exception: that of an epoch in which nothing was counted may come early, with
+	// the lock of Open held.
 	Retire()
 }
 
@@ -75,8 +75,8 @@ type Config struct {
 
 	OnClose func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 
-	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or the
-	// process not run, before Stats reports it. 0: the clock is not watched.
+	// MaxSkew bounds how far the wall clock may be set or be behind the open epoch, and for
+	// how long the process may not run, before Stats reports it. 0: the clock is not watched.
 	MaxSkew time.Duration
 	OnClock func(problem string)       // called when Clock.Problem begins (with its text) and ends (empty). Optional.
 	OnPause func(absent time.Duration) // called after the process did not run, with the time it missed. Optional.
@@ -92,7 +92,7 @@ type Past struct {
 	Recovered []Recovered
 
 	// Lost are counts that no record can be made of: this publisher has published a
-	// later window. That takes files that an earlier version has left.
+	// later window. Only files that an earlier version has left have some.
 	Lost []Recovered
 
 	// Serial, Start and Window are those of the epoch opened last. Unless it is

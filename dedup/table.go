@@ -12,8 +12,8 @@ import (
 // The table is an epoch-tagged hash table without locks.
 //
 // A key is first scattered to 64 bits, one to one. Multiplied by the number of
-// buckets, the high half of the product chooses the bucket and the low half
-// tells the keys of that bucket apart: two of them differ by at least the
+// buckets, the high half of the product chooses the bucket, and the low half
+// distinguishes the keys of that bucket: two of them differ by at least the
 // number of buckets there, so with minBuckets the low tagBits bits can go. In
 // their place stands the tag of the epoch. Bucket and word give the key back:
 // the table is exact at 8 bytes a slot.
