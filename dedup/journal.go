@@ -99,7 +99,7 @@ func newJournal(cfg journalConfig) *journal {
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 4                  // earlier ones: upgrade.go
+	journalVersion = 4                  // the first one: upgrade.go
 
 	// The state file: a header, the slots, the marks. A slot is a quarter of a
 	// sector, which a loss of power leaves old or new.
@@ -496,14 +496,16 @@ func (j *journal) loadState() error {
 		return damaged("the state file has a bad header")
 	case header[headerVersionAt] > journalVersion:
 		return fmt.Errorf("%s has the format %d of a newer version; this one knows %d", f.Name(), header[headerVersionAt], journalVersion)
+	case header[headerVersionAt] > withoutPublisher && header[headerVersionAt] < journalVersion:
+		return fmt.Errorf("%s has the format %d, which this version does not read; it reads %d and %d", f.Name(), header[headerVersionAt], withoutPublisher, journalVersion)
 	case header[headerVersionAt] < withoutPublisher || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
 		header[headerChunksAt] < 2 || header[headerChunksAt] > maxSegmentChunks:
 		return damaged("the state file has a header that no version writes")
-	case header[headerVersionAt] < journalVersion:
+	case header[headerVersionAt] == withoutPublisher:
 		if err := j.upgrade(f, header); err != nil {
 			return err
 		}
-		return j.loadState() // it may be another file
+		return j.loadState() // it is another file now
 	}
 	if j.state, err = mapWhole(f, stateBytes); err != nil {
 		return err

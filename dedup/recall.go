@@ -121,7 +121,7 @@ func (m *Memory) recallIDs(v *View, segments []*segment) error {
 // no memory for are left out.
 func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 	n := m.journal.counts[serial].tokens
-	t := &tokens{table: table[narrowBucket]{expect: n + n/4}, recalled: true}
+	t := &tokens{table: table[narrowBucket]{expect: n + n/4}}
 	if n == 0 {
 		return t
 	}

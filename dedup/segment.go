@@ -33,7 +33,7 @@ const (
 
 	// A head is check<<48 | kind bit 2<<47 | serial<<8 | kind bit 0<<7 | kind bit 1<<6 |
 	// records. A flipped bit does not pass the check: checkFactor has no 16 equal bits
-	// in a row. Version 2 had bit 0 of the kind alone, and zeros for the others.
+	// in a row. The first version had bit 0 of the kind alone, and zeros for the others.
 	serialBits  = 39
 	recordMask  = 1<<6 - 1
 	checkShift  = 48

@@ -159,7 +159,7 @@ var mutants = []mutant{
 	fault("dedup/options.go", "an attempt is judged in an epoch that was left",
 		"case m.current.Load() != v:", "case false:"),
 	fault("dedup/options.go", "a repeat is not looked for among the tokens",
-		"verdict != Unique && verdict != Turned && m.hasToken(v.tokens, it, token)", "false"),
+		"verdict != Unique && verdict != Turned && v.tokens.has(token)", "false"),
 	fault("dedup/sieve.go", "the sieves are filled while a token may be added",
 		"if m.pastSettled(v) && m.fillSieves(", "if m.fillSieves("),
 	fault("dedup/sieve.go", "the sieves are used before they are filled",
