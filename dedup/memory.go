@@ -384,8 +384,7 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 				}
 			}
 		}()
-		defer j.caught(&err)
-		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		defer j.caught(&err, debug.SetPanicOnFault(true))
 	}
 	fresh := uint64(0)
 	for ; n < len(items); n++ {

@@ -337,8 +337,7 @@ func (c *cursor) put(words []uint64) {
 func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if broken := j.broken.Load(); broken != nil {
 		return *broken
 	}
@@ -395,8 +394,7 @@ func (j *journal) extend() (err error) {
 	s, err := j.newSegment(index)
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if err != nil {
 		kind := ErrUnavailable
 		if durable.NoSpace(err) {
@@ -482,8 +480,7 @@ func (j *journal) recycle() {
 
 // trim removes a segment if more are free than the last epochs needed.
 func (j *journal) trim() (err error) {
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	s := j.spareSegment()
 	if s == nil {
 		return nil
