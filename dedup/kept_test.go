@@ -720,8 +720,8 @@ func TestForeignAndNewerFiles(t *testing.T) {
 		err    string
 	}{
 		{"newer", header(func(h []uint64) { h[headerVersionAt]++ }), false, "newer version"},
-		{"before tokens", header(func(h []uint64) { h[headerVersionAt] = 2 }), false, ""},
-		{"with other words of tokens", header(func(h []uint64) { h[headerVersionAt] = 3 }), false, ""},
+		{"before tokens", header(func(h []uint64) { h[headerVersionAt] = 2 }), false, "the format 2"},
+		{"with other words of tokens", header(func(h []uint64) { h[headerVersionAt] = 3 }), false, "the format 3"},
 		{"older than the first", header(func(h []uint64) { h[headerVersionAt] = 0 }), true, ""},
 		{"of another length than the first", header(func(h []uint64) { h[headerVersionAt] = withoutPublisher }), true, ""},
 		{"other geometry", header(func(h []uint64) { h[headerSlotsAt]++ }), true, ""},

@@ -32,9 +32,7 @@ func publisherOf(name string) uint64 {
 // exact. odd is not empty if the directory does not fit what this publisher has published, so
 // that ids may be missing; it is the reason.
 func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, odd string) {
-	var err error
-	defer j.caught(&err) // it is kept in broken
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // an error is kept in broken
 	by := map[uint64]counter.Published{}
 	for other, p := range published {
 		by[publisherOf(other)] = p
@@ -272,8 +270,7 @@ func salvage(path string) (left []opened) {
 func (j *journal) restore(left []opened) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	for _, o := range left {
 		i, free := j.freeSlot()
 		if free == 0 {

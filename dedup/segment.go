@@ -33,7 +33,7 @@ const (
 
 	// A head is check<<48 | kind bit 2<<47 | serial<<8 | kind bit 0<<7 | kind bit 1<<6 |
 	// records. A flipped bit does not pass the check: checkFactor has no 16 equal bits
-	// in a row. Version 2 had bit 0 of the kind alone, and zeros for the others.
+	// in a row. The first version had bit 0 of the kind alone, and zeros for the others.
 	serialBits  = 39
 	recordMask  = 1<<6 - 1
 	checkShift  = 48
@@ -337,8 +337,7 @@ func (c *cursor) put(words []uint64) {
 func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if broken := j.broken.Load(); broken != nil {
 		return *broken
 	}
@@ -395,8 +394,7 @@ func (j *journal) extend() (err error) {
 	s, err := j.newSegment(index)
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if err != nil {
 		kind := ErrUnavailable
 		if durable.NoSpace(err) {
@@ -482,8 +480,7 @@ func (j *journal) recycle() {
 
 // trim removes a segment if more are free than the last epochs needed.
 func (j *journal) trim() (err error) {
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	s := j.spareSegment()
 	if s == nil {
 		return nil

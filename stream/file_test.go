@@ -78,7 +78,7 @@ func TestReadFileNamesATornLine(t *testing.T) {
 				switch {
 				case err == nil:
 					records++
-				case IsInvalidRecord(err):
+				case errors.Is(err, ErrInvalidRecord):
 					invalid++
 				default:
 					t.Error(err)
@@ -145,7 +145,7 @@ func TestCountsFileLeavesForeignTextAlone(t *testing.T) {
 	}
 	var records, invalid int
 	for _, err := range ReadFile(t.Context(), path, false) {
-		if IsInvalidRecord(err) {
+		if errors.Is(err, ErrInvalidRecord) {
 			invalid++
 		} else if err == nil {
 			records++

@@ -535,8 +535,8 @@ func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record) erro
 	client := k.session.client
 	// The records' context is not ours: the client may not give a record up while its fate is
 	// open. The wait is what is bounded.
-	results, over := unlessOver(ctx, func() kgo.ProduceResults { return client.ProduceSync(context.Background(), records...) })
-	if over != nil {
+	var results kgo.ProduceResults
+	if await(ctx, launch(func() { results = client.ProduceSync(context.Background(), records...) })) != nil {
 		return fmt.Errorf("produce: %w", context.Cause(ctx))
 	}
 	var failed error
