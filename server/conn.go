@@ -78,7 +78,7 @@ type listener struct {
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	served  chan struct{} // one for each connection that fasthttp serves; its capacity is the limit
-	waiting atomic.Int32  // connections with a request that wait for a place in served
+	waiting atomic.Int32  // what waits for a place in served: connections with a request, and the stop for all places
 
 	steadyAfter int // see steadyAfter; another value in tests
 
@@ -148,10 +148,6 @@ type conn struct {
 	// not to be used, and how many reads have given plain requests and nothing else.
 	socket syscall.RawConn
 	steady int
-
-	// serving is set while the fastPath has requests: fasthttp takes the connection for
-	// idle then. Close leaves it to the fastPath.
-	serving atomic.Bool
 }
 
 func newListener(ln net.Listener, cfg *Config) *listener {
@@ -417,17 +413,10 @@ func (c *conn) handshakeFailed(err error) {
 	_, _ = c.raw.Write(plainOnTLS)
 }
 
-// Close lets the client read its last answer before the connection goes. At the stop
-// fasthttp closes what it takes for idle. A connection that the fastPath serves is not
-// idle: its next read fails, and it is closed then.
-//
-// A connection that is being parked stays open.
+// Close lets the client read its last answer before the connection goes. A connection that
+// is being parked stays open.
 func (c *conn) Close() error {
 	if c.parking.Load() {
-		return nil
-	}
-	if c.serving.Load() {
-		c.stopReading()
 		return nil
 	}
 	c.close.Do(func() {

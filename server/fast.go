@@ -279,9 +279,7 @@ func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int,
 	if n > 0 && f.server.lastAnswers.Load() {
 		like = other // fasthttp closes the connection after its answer
 	} else if n > 0 {
-		c.serving.Store(true)
 		rest, as, unwritten := f.serve(c, p[:have])
-		c.serving.Store(false)
 		if unwritten != nil {
 			return 0, true, unwritten
 		}
