@@ -338,7 +338,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 // the set panicked, and are for the handler to refuse.
 func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	n := len(w.items)
-	err := f.server.judge(now.UnixNano(), c.number, &w.work, 0, n)
+	err := f.server.judge(now.UnixNano(), c.number, &w.work)
 	judged := n
 	for judged > 0 && w.verdicts[judged-1] == dedup.Turned {
 		judged--
