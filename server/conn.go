@@ -110,7 +110,6 @@ type conn struct {
 	owner    *listener
 	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
-	late     atomic.Bool  // ended within a request: its client may still send, and must see the 408
 	close    sync.Once
 
 	// A read of the socket is ended by a deadline in the past. One of these is set
@@ -420,11 +419,13 @@ func (c *conn) Close() error {
 		return nil
 	}
 	c.close.Do(func() {
+		p, _ := c.phase()
 		c.enter(phaseIdle) // nothing of it is waited for
 		if secure, ok := c.Conn.(*tls.Conn); ok {
 			_ = secure.CloseWrite() // so the client knows that nothing was cut off
 		}
-		if c.ended.Load() && !c.late.Load() {
+		// A client that was ended within a request may still send, and must see its 408.
+		if c.ended.Load() && !(c.stopped.Load() && p == phaseReading) {
 			c.remove()
 			return
 		}
@@ -474,7 +475,6 @@ func (c *conn) sweep(now time.Duration) {
 		c.end(&l.slowClosed)
 		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.cfg.SlowTimeout:
-		c.late.Store(p == phaseReading)
 		c.end(&l.slowClosed)
 	case p == phaseIdle && c.inside.Load() && (lasted > parkAfter || l.waiting.Load() > 0) && !c.nudged.Swap(true):
 		c.interrupt()
