@@ -257,11 +257,11 @@ func (c *config) explain(err error) error {
 		text, from, ok := c.sources.Lookup(name)
 		switch {
 		case ok:
-			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, text), from.Phrase(), why)
-		case from.String() != "default":
-			why = fmt.Sprintf("--%s (%s): the value is missing, %s", name, from.Phrase(), why)
+			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, text), from.Phrase, why)
+		case from.Name != "default":
+			why = fmt.Sprintf("--%s (%s): the value is missing, %s", name, from.Phrase, why)
 		default:
-			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase(), why)
+			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase, why)
 		}
 	}
 	return usageError{errors.New(strings.Join(strings.FieldsFunc(why, unicode.IsControl), " "))} // one line
@@ -379,7 +379,7 @@ func (c *config) print(w io.Writer) error {
 		if !shown {
 			line = "# " + line
 		}
-		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, source); err != nil {
+		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, source.Name); err != nil {
 			return err
 		}
 	}
@@ -419,9 +419,7 @@ func (c *config) check() (err error) {
 		return err
 	}
 	redis, spool, records := c.redis(), c.spool(), stream.Config{CountsFile: c.countsFile()}
-	limit := memoryLimit() / 2
-	memory := dedup.Config{Expect: c.expectIDs(limit), MaxBytes: limit, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch}
-	callbacks, front := c.callbacks(), c.front()
+	memory, callbacks, front := c.memory(memoryLimit()), c.callbacks(), c.front()
 	for _, part := range []interface{ Check() error }{&spool, &records, &memory, &redis, &callbacks, &front} {
 		if err := part.Check(); err != nil {
 			return err
@@ -527,7 +525,7 @@ func (c *config) doubtful() (lines []string) {
 	if len(c.KafkaBrokers) == 0 {
 		for _, name := range []string{"kafka-topic", "kafka-keys-topic", "kafka-tls", "kafka-sasl"} {
 			if _, from, ok := c.sources.Lookup(name); ok {
-				lines = append(lines, fmt.Sprintf("--%s (%s) has no effect: there are no --kafka-brokers, and the records go to the counts file", name, from.Phrase()))
+				lines = append(lines, fmt.Sprintf("--%s (%s) has no effect: there are no --kafka-brokers, and the records go to the counts file", name, from.Phrase))
 			}
 		}
 	}
@@ -618,8 +616,14 @@ func (c *config) kafka() stream.KafkaConfig {
 	return k
 }
 
-// redis, spool, callbacks and front are the settings of the parts. main.go adds what
+// memory, redis, spool, callbacks and front are the settings of the parts. main.go adds what
 // exists only after the start.
+func (c *config) memory(limit uint64) dedup.Config {
+	return dedup.Config{
+		Expect: c.expectIDs(limit / 2), MaxBytes: limit / 2, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch,
+	}
+}
+
 func (c *config) redis() redis.Config {
 	return redis.Config{
 		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,

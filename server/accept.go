@@ -225,7 +225,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	options := w.sharing(&a.options)
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
 	s.cfg.Set.Keys(w.items)
-	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
+	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // the time of the end of the request's headers
 	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
 		s.replayed.Add(1)
 	} else if err == nil && v == dedup.Turned {

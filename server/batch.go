@@ -207,7 +207,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		}
 	}()
 	// Not ctx.Time: the body may have taken long.
-	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work, 0, len(b.work.items))
+	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work)
 	counts := b.settle(cause)
 	s.replayed.Add(uint64(counts[wordReplayed]))
 	if a.wanted && counts[wordOK] > 0 {

@@ -159,13 +159,10 @@ func (s *Sources) CheckVariables() error {
 }
 
 // Source is where a value comes from.
-type Source struct{ name, phrase string }
-
-// String is a short name of the source: the flag, the variable, the file, or "default".
-func (s Source) String() string { return s.name }
-
-// Phrase is the source as it stands in a sentence.
-func (s Source) Phrase() string { return s.phrase }
+type Source struct {
+	Name   string // the flag, the variable, the file, or "default"
+	Phrase string // the same as it stands in a sentence
+}
 
 // Lookup returns the text that sets the flag called name and where it stands; of a
 // flag that is repeated the last one. A list has its values joined by commas. Not
