@@ -57,8 +57,11 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 // body, unless it goes where one is taken. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	h := &ctx.Request.Header
-	if path, _, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
+	if path, raw, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
 		_, _, unfit := s.batches.head(h)
+		if unfit != nil && h.ContentLength() == inChunks { // which may be empty: no batch, if the query has an id
+			_, unfit = parseQuery(raw, true)
+		}
 		if string(path) == SinkPath || string(path) == acceptPath && unfit == nil {
 			return fasthttp.StatusContinue
 		}
