@@ -237,7 +237,7 @@ func (a *Admin) WindowClosed(c counter.Count) {
 			}
 		}
 	}
-	w.largest = keys.Largest(maxShownKeys)
+	w.largest, w.cut = keys.Largest(maxShownKeys), !w.over()
 	a.history.add(w)
 }
 
@@ -357,20 +357,13 @@ type recentWindows struct {
 }
 
 func (a *Admin) recent(limit int) recentWindows {
-	c := a.server.cfg.Counter
 	closed := a.history.last(limit + 1) // before the open one: that is not among them
-	open := c.Last()
-	out := recentWindows{
-		Group:    a.cfg.Group,
-		Instance: a.cfg.Instance,
-		Open: window{
-			Start: open.Start(), MS: open.Window().Milliseconds(),
-			Unique: open.Unique(), Duplicates: open.Repeats(), Keys: open.Keys().Len(), Exact: open.Exact(), State: "open",
-		},
-	}
-	// Earlier processes may have counted in the open window, which is not over.
-	if len(closed) > 0 && c.Taking() && closed[0].Start.Equal(out.Open.Start) && closed[0].MS == out.Open.MS {
-		out.Open.include(closed[0])
+	out := recentWindows{Group: a.cfg.Group, Instance: a.cfg.Instance, Open: openWindow(a.server.cfg.Counter.Last())}
+	if part, ok := a.earlierPart(&out.Open, closed); ok {
+		if part.hasKeys() {
+			out.Open.largest = a.live.largest(time.Now())
+		}
+		out.Open.include(part)
 		closed = closed[1:]
 	}
 	out.Windows = closed[:min(limit, len(closed))]
@@ -381,6 +374,23 @@ func (a *Admin) recent(limit int) recentWindows {
 		out.Windows[i].State = a.state(&out.Windows[i])
 	}
 	return out
+}
+
+// openWindow is what this process has counted in the open window.
+func openWindow(e *counter.Epoch) window {
+	return window{
+		Start: e.Start(), MS: e.Window().Milliseconds(),
+		Unique: e.Unique(), Duplicates: e.Repeats(), Keys: e.Keys().Len(), Exact: e.Exact(), State: "open",
+	}
+}
+
+// earlierPart returns what earlier processes have counted in the open window, which is not
+// over. Of the closed windows it is the last one.
+func (a *Admin) earlierPart(open *window, closed []window) (part window, ok bool) {
+	if len(closed) == 0 || !a.server.cfg.Counter.Taking() || !closed[0].same(open) {
+		return part, false
+	}
+	return closed[0], true
 }
 
 // state is that of a closed window's record. The spool of an earlier process has

@@ -173,9 +173,9 @@ type live struct {
 
 	// mu guards what follows.
 	mu      sync.Mutex
-	rates   [][4]float64 // the last liveRates
-	sampled int          // how many there have been
-	keys    []keyShare   // the largest keys of keysOf, looked for before keysDue
+	rates   [][4]float64       // the last liveRates
+	sampled int                // how many there have been
+	keys    []counter.KeyCount // the largest keys of keysOf, looked for before keysDue
 	keysOf  *counter.Epoch
 	keysDue time.Time // when they are looked for again
 
@@ -211,7 +211,7 @@ func (l *live) sample(now time.Time) {
 }
 
 // largest returns the largest keys of the open epoch, as of some moment before now.
-func (l *live) largest(now time.Time) []keyShare {
+func (l *live) largest(now time.Time) []counter.KeyCount {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.admin.server.cfg.Counter.Last()
@@ -219,7 +219,7 @@ func (l *live) largest(now time.Time) []keyShare {
 		return l.keys
 	}
 	began := time.Now()
-	l.keys, l.keysOf = keyShares(e.Keys().Counts().Largest(liveKeys), e.Unique()), e
+	l.keys, l.keysOf = e.Keys().Counts().Largest(maxShownKeys), e
 	l.keysDue = now.Add(max(liveRate, liveKeysRest*time.Since(began)))
 	return l.keys
 }
@@ -239,8 +239,12 @@ func (l *live) everything(now time.Time) liveAnswer {
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
 		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(), Batches: a.server.batches.answered.Load(),
-		Keys: l.largest(now),
 	}
+	keys := m.Open.largest // with those of earlier processes
+	if keys == nil {
+		keys = l.largest(now)
+	}
+	m.Keys = keyShares(keys[:min(liveKeys, len(keys))], m.Open.Unique)
 	if a.cfg.Shared != nil {
 		g := a.cfg.Shared()
 		m.Shared = &liveGroup{g.Members, g.Leading}
