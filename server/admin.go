@@ -385,7 +385,7 @@ func openWindow(e *counter.Epoch) window {
 }
 
 // earlierPart returns what earlier processes have counted in the open window, which is not
-// over. Of the closed windows it is the last one.
+// over: it is the newest of the closed windows then.
 func (a *Admin) earlierPart(open *window, closed []window) (part window, ok bool) {
 	if len(closed) == 0 || !a.server.cfg.Counter.Taking() || !closed[0].same(open) {
 		return part, false
