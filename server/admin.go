@@ -127,7 +127,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /debug/pprof/trace", a.profile(pprof.Trace))
 	mux.HandleFunc("GET /{$}", a.index)
 	a.http = http.Server{
-		Handler:           bodiless(guarded(cfg.Token, mux)),
+		Handler:           unstored(bodiless(guarded(cfg.Token, mux))),
 		ConnState:         a.conns.changed,
 		MaxHeaderBytes:    adminMaxHeader,
 		ReadHeaderTimeout: adminHeaderTimeout,
@@ -147,6 +147,15 @@ func CheckToken(token []byte) error {
 		}
 	}
 	return nil
+}
+
+// unstored lets no cache on the way keep an answer, as it would a 404 by itself (RFC 9110,
+// section 15.1): each is about this moment. The live page sets another rule.
+func unstored(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		next.ServeHTTP(w, r)
+	})
 }
 
 // bodiless refuses a request with a body, for which no route has a use, without waiting
@@ -191,8 +200,10 @@ func guarded(token string, next http.Handler) http.Handler {
 	want := sha256.Sum256([]byte(token))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		given = strings.TrimLeft(given, " ") // any number of them is one (RFC 9110, section 11.4)
 		if !strings.EqualFold(scheme, "bearer") {
-			_, given, _ = r.BasicAuth()
+			spaced := http.Request{Header: http.Header{"Authorization": {scheme + " " + given}}}
+			_, given, _ = spaced.BasicAuth()
 		}
 		// The hashes have the same length, so the time of the comparison reveals nothing.
 		got := sha256.Sum256([]byte(given))
@@ -421,7 +432,6 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	_, _ = w.Write(append(b, '\n'))
 }

@@ -2,6 +2,7 @@ package server
 
 import (
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"time"
@@ -119,12 +120,17 @@ func (a *Admin) windowAt(start time.Time) (w window, ok bool) {
 // limitOf returns the parameter limit of a request. If it is not one, the request is
 // answered 400 and ok is false.
 func limitOf(w http.ResponseWriter, r *http.Request, otherwise, most int) (limit int, ok bool) {
-	s := r.URL.Query().Get("limit")
-	if s == "" {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		writeError(w, http.StatusBadRequest, "the query is badly formed")
+		return 0, false
+	}
+	given := query["limit"]
+	if len(given) == 0 || len(given) == 1 && given[0] == "" {
 		return otherwise, true
 	}
-	limit, err := strconv.Atoi(s)
-	if err != nil || limit < 1 || limit > most {
+	limit, err = strconv.Atoi(given[0])
+	if err != nil || len(given) > 1 || limit < 1 || limit > most {
 		writeError(w, http.StatusBadRequest, "limit must be a number from 1 to "+strconv.Itoa(most))
 		return 0, false
 	}

@@ -51,7 +51,7 @@ var (
 // page is a document with its headers.
 type page struct {
 	body, gzipped []byte
-	policy, etag  string
+	policy, tag   string // the tag of body
 }
 
 // livePage puts the page together. Its policy lets run what is in it and
@@ -70,7 +70,7 @@ var livePage = sync.OnceValue(func() page {
 		body: body, gzipped: gz.Bytes(),
 		policy: "default-src 'none'; script-src " + scriptsPolicy + "; style-src " + stylesPolicy +
 			"; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-		etag: `"` + base64.RawURLEncoding.EncodeToString(sum[:12]) + `"`,
+		tag: base64.RawURLEncoding.EncodeToString(sum[:12]),
 	}
 })
 
@@ -96,17 +96,26 @@ func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cross-Origin-Opener-Policy", "same-origin")
 	h.Set("Cache-Control", "no-cache") // kept, but asked about
 	h.Set("Vary", "Accept-Encoding")
-	h.Set("ETag", p.etag)
-	if r.Header.Get("If-None-Match") == p.etag {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
-	body := p.body
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+	body, tag := p.body, p.tag
+	if acceptsGzip(r.Header) {
 		h.Set("Content-Encoding", "gzip")
-		body = p.gzipped
+		body, tag = p.gzipped, tag+"-gzip" // other bytes, another tag (RFC 9110, section 8.8.3.3)
 	}
-	_, _ = w.Write(body) // the client may be gone
+	h.Set("ETag", `"`+tag+`"`)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body)) // or 304, if the client has it
+}
+
+// acceptsGzip reports whether a client takes gzip: it names it, with a weight that is not
+// zero or none (RFC 9110, section 12.5.3).
+func acceptsGzip(h http.Header) bool {
+	for item := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
+		coding, weight, _ := strings.Cut(item, ";")
+		if strings.EqualFold(strings.TrimSpace(coding), "gzip") {
+			_, q, given := strings.Cut(weight, "=")
+			return !given || strings.Trim(q, " \t0.") != ""
+		}
+	}
+	return false
 }
 
 // liveAnswer is what the live page shows, without what the page has already.

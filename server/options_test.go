@@ -517,6 +517,7 @@ func TestKeysOfAWindow(t *testing.T) {
 	}
 	for target, status := range map[string]int{
 		path + "?limit=0": 400, path + "?limit=1001": 400, path + "?limit=x": 400, path + "?limit=-1": 400, path + "?limit=1000": 200,
+		path + "?limit=5;": 400, path + "?limit=%zz": 400, path + "?limit=5&limit=5": 400, path + "?limit=": 200, "/api/windows?limit=5;": 400,
 		"/api/windows/now/keys": 400, "/api/windows//keys": 404, "/api/windows/2026-11-22/keys": 400, "/api/windows/2001-01-01T00:00:00Z/keys": 404,
 		"/api/windows/" + start.In(time.FixedZone("", 3600)).Format(time.RFC3339) + "/keys": 200,
 	} {
