@@ -51,6 +51,8 @@ func TestConnectionBehindABatch(t *testing.T) {
 		{"a request to wait for", strings.Replace(small, "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1) + single, "100 200 200"},
 		{"one to wait for that is too large", strings.Replace(batchPost("", "", "", strings.Repeat("1\n", 1<<20)), "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1), "413 close"},
 		{"one to wait for of an unknown type", strings.Replace(batchPost("", "a/b", "", "1\n"), "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1), "415 close"},
+		{"one for the sink to wait for", "POST " + SinkPath + " HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat("x", maxBody) + single, "100 200 200"},
+		{"one for the sink that is too large", "POST " + SinkPath + " HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 65537\r\n\r\n", "413 close"},
 		{"HTTP/1.0", strings.Replace(small, "HTTP/1.1", "HTTP/1.0", 1), "200 close"},
 		{"the last one", strings.Replace(small, "Host: x\r\n", "Host: x\r\nConnection: close\r\n", 1) + single, "200 close"},
 		{"single POST requests", "POST " + acceptPath + "?id=9 HTTP/1.1\r\nHost: x\r\n\r\n" + "POST " + acceptPath + "?id=9 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", "200 409"},
