@@ -197,7 +197,8 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		return
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.countRefusals(fasthttp.StatusServiceUnavailable, reasonBusy, uint64(max(1, len(b.words))), nil)
+		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 	sent := false

@@ -221,6 +221,22 @@ func TestBatchStartsOneCallback(t *testing.T) {
 	}
 }
 
+// TestBatchWithoutRoomForItsCallbackCountsNothing, and the metric has each of its ids.
+func TestBatchWithoutRoomForItsCallbackCountsNothing(t *testing.T) {
+	s := newSite(t, nil)
+	s.cfg.Callbacks.Drain(t.Context()) // has no room from now on
+	resp, got := s.ask(batchPost("?endpoint=http://"+s.addr+"/test", "", "", "1\n2\n3"))
+	if resp.StatusCode != 503 || got != "failed" || resp.Header.Get("Verve-Reason") != "busy" || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("%d %v %q", resp.StatusCode, resp.Header, got)
+	}
+	if n := s.refused[reasonBusy].Load(); n != 3 {
+		t.Errorf("%d ids are counted as busy, want 3", n)
+	}
+	if _, got := s.ask(batchPost("", "", "", "1\n2\n3")); got != "ok\nok\nok\n" {
+		t.Errorf("afterwards %q", got)
+	}
+}
+
 // TestBatchAtTheLimitAndTheStop: what cannot be judged has a word of its own, and if
 // that is so of all ids, the answer is 503. Items that are bad do not change that: a
 // client that sends again what was answered 503 would lose the others.
