@@ -27,7 +27,7 @@ const (
 	// layout numbers the form of all data in Redis, that of the lanes and of the ledger. It
 	// counts up with every change of a key or of what is in one (DESIGN.md, "The group").
 	// Instances with another one refuse each other: see agreedLanes.
-	layout = 4
+	layout = 5
 
 	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"

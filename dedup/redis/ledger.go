@@ -114,6 +114,7 @@ type Ledger struct {
 	lead       time.Time      // until then this member publishes, as its lease ends
 	yields     time.Time      // until then it leaves the lead to others
 	others     []string       // members alive beside this one, as of the last beat
+	silent     []string       // other members that are listed, as of the last beat
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group

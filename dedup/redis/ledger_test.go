@@ -462,6 +462,41 @@ func TestMemberThatIsLostWithTheLedgerIsNotForgotten(t *testing.T) {
 	}
 }
 
+// TestSilentMemberIsNotForgottenWithTheLedger: the ledger loses its data, or the list of the
+// members alone, while one of them does not reach it. That one may go on and answer ids in later
+// epochs, of which the ledger then knows nothing.
+func TestSilentMemberIsNotForgottenWithTheLedger(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, tt := range []struct {
+		open    bool
+		command string
+	}{{true, "FLUSHALL"}, {false, "FLUSHALL"}, {true, "DEL"}, {false, "DEL"}} {
+		g := newGroup(t)
+		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
+		a, b := g.member("a", open), g.member("b", open)
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		g.beat(b, a)
+		for range 2 { // each loss is mended
+			lose := g.client.B().Arbitrary(tt.command)
+			if tt.command == "DEL" {
+				lose = lose.Keys(a.keys.members)
+			}
+			g.do(func(ctx context.Context) error { return g.client.Do(ctx, lose.Build()).Error() })
+			g.beat(a)
+			othersAreThere(a)
+		}
+		a.Opened(s, nil)
+		g.beat(a)
+		g.answers.Store(10)
+		g.counted.Store(20) // b has reached the lanes; with fail open it need not
+		g.report(s, true, a)
+		if c := g.seal(a, s); c.Unique != 20 || c.Exact {
+			t.Errorf("%+v: the record is %+v", tt, c)
+		}
+	}
+}
+
 // TestGroupLearnsOfAnEpochAndItsMemberAtOnce: an epoch that is opened while a heartbeat is
 // being made, behind the count of the answers, is for the next heartbeat.
 func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
@@ -886,7 +921,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 		if err != nil || ttl <= 0 {
 			t.Errorf("%s lives for %d ms, %v", k, ttl, err)
 		}
-		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:4:") {
+		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:5:") {
 			t.Errorf("%s has another hash tag", k)
 		}
 	}

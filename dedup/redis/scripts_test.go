@@ -322,6 +322,12 @@ func (w *twins) beat() {
 	}
 	k, keys := w.keys, []string(nil)
 	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed), strconv.FormatInt(b.at, 10), flag(!b.yields)}
+	for _, m := range []string{"a", "b", "c"} {
+		if m != b.me && rnd.IntN(2) == 0 {
+			b.listed = append(b.listed, m)
+		}
+	}
+	args = append(append(args, strconv.Itoa(len(b.listed))), b.listed...)
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseEpochName(name)
@@ -360,7 +366,7 @@ func (w *twins) beat() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	a := ledgerBeatAnswer{leads: got.leads, others: got.others, insider: got.insider, outsider: got.outsider, behind: got.behind}
+	a := ledgerBeatAnswer{leads: got.leads, others: got.others, silent: got.silent, insider: got.insider, outsider: got.outsider, behind: got.behind}
 	for _, e := range got.epochs {
 		decided := ""
 		if d := e.decision; d != nil {
