@@ -135,6 +135,8 @@ const (
 	outside        // it has another, of members that were there before: see beatScript
 )
 
+var errUnheard = errors.New("Redis may have lost which records are published: other instances have 3 s to report that again")
+
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
 
 // ledgerEpoch is an epoch that this process has opened or sealed. Ledger.mu guards all but the
@@ -360,9 +362,14 @@ func (l *Ledger) Yield() {
 
 // Claim asks, right before the line of a record is written to a counts file, whether
 // the group has the line, and else whether this member writes it: the lead of a
-// member that is gone is taken.
+// member that is gone is taken. If the ledger may have lost which lines there are, no member
+// writes one before the others had the time to report them again.
 func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
-	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.member, ms(leadLease)}).ToString()
+	me, at := l.asOf()
+	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader, l.keys.members}, []string{l.member, ms(leadLease), me, at}).ToString()
+	if err == nil && (what == "lost" || what == "mine" && l.othersUnheard()) {
+		err = errUnheard
+	}
 	if err != nil {
 		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}

@@ -440,9 +440,11 @@ func (m *ledgerModel) unpublished(open bool) (names []string) {
 }
 
 // claim is claimScript.
-func (m *ledgerModel) claim(me, name string) string {
+func (m *ledgerModel) claim(me, name string, at int64) string {
 	if h := m.of[name]; h["written"] != "" || h["delivered"] != "" {
 		return "written"
+	} else if m.lost(me, at) {
+		return "lost"
 	} else if m.leader != "" && m.leader != me {
 		return "other"
 	}

@@ -675,10 +675,11 @@ func TestOneMemberPublishes(t *testing.T) {
 		t.Errorf("after a left: leading a %t, b %t", a.Leading(), b.Leading())
 	}
 	// b is killed: its lease ends with the key.
+	c := g.member("c")
+	g.beat(c)
 	g.do(func(ctx context.Context) error {
 		return g.client.Do(ctx, g.client.B().Del().Key(b.keys.leader).Build()).Error()
 	})
-	c := g.member("c")
 	if claim, err := c.Claim(t.Context(), s); !claim.Mine || err != nil {
 		t.Errorf("c may write: %t, %v", mine, err)
 	}
@@ -839,6 +840,40 @@ func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
 		})
 		close(stop)
 		running.Wait()
+	}
+}
+
+// TestLineIsNotWrittenAgainAfterALoss: a member knows what a window came to, and the ledger loses
+// that its line is written before the member learns of it. It writes no line before the one that
+// did has had the time to report it again.
+func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
+	t.Parallel()
+	for _, beats := range []bool{false, true} {
+		g := newGroup(t)
+		a, b := g.member("a"), g.member("b")
+		s := spanEnded(2 * time.Second)
+		g.beat(a, b)
+		g.report(s, true, a, b)
+		g.seal(a, s)
+		g.beat(b)
+		if claim, err := a.Claim(t.Context(), s); err != nil || !claim.Mine {
+			t.Fatalf("a is to write the line: %+v, %v", claim, err)
+		}
+		g.do(func(ctx context.Context) error { return a.Written(ctx, s) })
+		g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+		g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+		if beats {
+			g.beat(b)
+		}
+		if claim, err := b.Claim(t.Context(), s); err == nil {
+			t.Errorf("b has sent a heartbeat since the loss: %t; it has the claim %+v", beats, claim)
+		}
+		g.beat(b, a)
+		a.deliverAgain(t.Context())
+		othersAreThere(b)
+		if claim, err := b.Claim(t.Context(), s); err != nil || !claim.Written {
+			t.Errorf("a has reported the line again: %+v, %v", claim, err)
+		}
 	}
 }
 

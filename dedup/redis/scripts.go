@@ -374,10 +374,12 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
 // claimScript answers "written" if the line is, "mine" if this member is to write it, as it
-// is the leader or takes the lead, and else "other".
-var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
+// is the leader or takes the lead, "lost" if the ledger has lost data since its last beat, and
+// else "other".
+var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + luaLost + `
 local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
 if h[1] or h[2] then return 'written' end
+if lost(KEYS[3], ARGV[3], ARGV[4]) then return 'lost' end
 local leader = redis.call('GET', KEYS[2])
 if leader and leader ~= ARGV[1] then return 'other' end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])

@@ -455,7 +455,8 @@ func (w *twins) ledgerStep() {
 		slices.Sort(list)
 		w.same("unpublished", strings.Join(list, " "), strings.Join(w.ledger.unpublished(open), " "))
 	case 6:
-		w.same("claim "+me+name, w.run("claim", []string{epoch, k.leader}, me, "3000000"), w.ledger.claim(me, name))
+		at := w.ledger.now - pick[int64](rnd, 0, 1000, 4000)
+		w.same(fmt.Sprint("claim ", me, name, at), w.run("claim", []string{epoch, k.leader, k.members}, me, "3000000", me, strconv.FormatInt(at, 10)), w.ledger.claim(me, name, at))
 	case 7:
 		w.ledger.epoch(name)["written"] = "1"
 		w.same("written "+name, w.run("mark", []string{k.epochs, epoch}, "written", "604800000", name), "1")
