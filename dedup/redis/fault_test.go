@@ -2,6 +2,7 @@ package redis
 
 import (
 	"net"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -864,6 +865,45 @@ func TestRedisFailOpen(t *testing.T) {
 				t.Errorf("sealed %d, exact %v; want %d, %v", n, exact, want, !same)
 			}
 		})
+	}
+}
+
+// TestWindowIsOnTheDiskBeforeItsFirstAnswer: an instance opens a window while Redis does not answer, and
+// its heartbeat waits for that. Before it answers an id of the window alone, the window is on its
+// disk, so that the next process in its place has it published, whatever becomes of this one.
+func TestWindowIsOnTheDiskBeforeItsFirstAnswer(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	file := filepath.Join(t.TempDir(), "answers.json")
+	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen, c.File = true, file })
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "before", dedup.Unique)
+	server.pause()
+	defer server.resume()
+	waits := make(chan error, 1)
+	go func() { waits <- r.ledger.beat(t.Context()) }()
+	testproc.Until(t, "the heartbeat is under way", func() bool {
+		if !r.ledger.beating.TryLock() {
+			return true
+		}
+		r.ledger.beating.Unlock()
+		return false
+	})
+	testproc.Until(t, "an id is answered without Redis", func() bool {
+		v, err := e.Add(t, r, 1, "42")
+		return err == nil && v == dedup.Unique
+	})
+	next := openLedger(Config{Group: "test", File: file}, "next", nil)
+	span := counter.Span{Start: time.Unix(0, e.At(1)).UTC(), Window: epochtest.Window}
+	if next.find(span) == nil {
+		t.Error("the next process does not know of the window")
+	}
+	select {
+	case err := <-waits:
+		if err == nil {
+			t.Error("Redis has answered")
+		}
+	default:
 	}
 }
 

@@ -95,6 +95,7 @@ type Ledger struct {
 	ids    groupIDs
 	keys   ledgerKeys
 	wake   chan struct{} // capacity 1: an epoch was opened
+	unsafe chan struct{} // capacity 1: the file may lack an epoch
 
 	beating  sync.Mutex // one beat at a time
 	left     atomic.Bool
@@ -143,6 +144,7 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 // first fields, which the Set uses, too.
 type ledgerEpoch struct {
 	registered   chan struct{} // closed when the group has the epoch
+	kept         chan struct{} // closed when this process has noted it on its disk, or has tried
 	refused      atomic.Bool   // the group does not take it: no id may be added
 	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
 	wasUncertain atomic.Bool   // there were some
@@ -158,9 +160,11 @@ type ledgerEpoch struct {
 	contradicted bool           // the group has another decision, which is logged
 }
 
-func (e *ledgerEpoch) isRegistered() bool {
+func (e *ledgerEpoch) isRegistered() bool { return isClosed(e.registered) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-e.registered:
+	case <-c:
 		return true
 	default:
 		return false
@@ -181,7 +185,7 @@ const maxUnnamed = 64
 const maxPast = 4096
 
 func openLedger(cfg Config, member string, ids groupIDs) *Ledger {
-	l := &Ledger{cfg: cfg, began: time.Now(), member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
+	l := &Ledger{cfg: cfg, began: time.Now(), member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unsafe: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
 	l.recall()
 	return l
 }
@@ -265,6 +269,7 @@ func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
 		l.newest = s.Start
 	}
 	nudge(l.wake)
+	nudge(l.unsafe)
 	return e
 }
 
@@ -275,7 +280,10 @@ func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	if e != nil {
 		return e
 	}
-	e = &ledgerEpoch{span: s, answers: answers{}, registered: make(chan struct{})}
+	e = &ledgerEpoch{span: s, answers: answers{}, registered: make(chan struct{}), kept: make(chan struct{})}
+	if l.cfg.File == "" {
+		close(e.kept)
+	}
 	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e *ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
 	l.epochs = slices.Delete(l.epochs, 0, max(0, len(l.epochs)-maxLedgerEpochs))
