@@ -124,7 +124,7 @@ func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
 		"restart":  func(s *redisServer) { s.Kill(); s.Start() },
 		"a lane": func(s *redisServer) {
 			for _, k := range s.keys() {
-				if strings.Contains(k, ":lane4") {
+				if strings.Contains(k, ":lane5") {
 					s.do("DEL", k)
 				}
 			}
@@ -609,7 +609,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		return v == dedup.Unique && err == nil
 	})
 	// What the others read as the number of lanes is one that they cannot have.
-	if got := server.do("GET", lanes); got != "4001" {
-		t.Errorf("the key has %s, want 4001", got)
+	if got := server.do("GET", lanes); got != "5001" {
+		t.Errorf("the key has %s, want 5001", got)
 	}
 }

@@ -147,8 +147,8 @@ func (l *Ledger) keep(end bool) {
 	l.kept = k.Epochs
 }
 
-// noteKept notes which epochs are in the file, or would be if it could be written: this process
-// goes on all the same.
+// noteKept notes which epochs are in the file, or would be if it could be written: the process
+// goes on without.
 func (l *Ledger) noteKept(epochs map[string]answers) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
