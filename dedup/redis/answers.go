@@ -193,7 +193,7 @@ func (l *Ledger) recall() {
 	if k.Group != l.cfg.Group {
 		return
 	}
-	l.earlier = k.Members
+	l.earlier, l.before = k.Members, k.Members
 	for name, all := range k.Epochs {
 		if s, err := parseEpochName(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)

@@ -37,6 +37,11 @@ const (
 	// leadLease is how long the publisher of the group stays it without a beat.
 	leadLease = memberTTL
 
+	// claimWait is how long the line of a counts file is left to the member that was to write
+	// it and has not reported it: longer than a process takes to be started again. As long do
+	// the records behind it wait.
+	claimWait = 30 * time.Second
+
 	// restoreWait is how long a report, and then the seal behind its latest time, waits for ids
 	// that Redis does not have.
 	restoreWait = 5 * time.Second
@@ -110,7 +115,8 @@ type Ledger struct {
 	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
 	past       []counter.Span // whose records are known to be delivered, the last ones
 	again      []counter.Span // the same, and the ledger has lost it
-	earlier    []string       // members that were processes before this one, in its place: they have ended
+	earlier    []string       // members that were processes before this one, in its place, and are listed: they have ended
+	before     []string       // the same, also those that are listed no more
 	newest     time.Time      // start of the newest epoch that this process has opened
 	lead       time.Time      // until then this member publishes, as its lease ends
 	yields     time.Time      // until then it leaves the lead to others
@@ -215,8 +221,8 @@ func newLedgerKeys(group string) ledgerKeys {
 // ofEpoch is a hash. Until the epoch is decided: "m:" MEMBER -> its answers (see answers),
 // "k:" MEMBER -> those under keys, "d:" MEMBER -> it has refused ids that may be in Redis;
 // complete and inexact as reported; locked, while a member seals. As decided: unique, under
-// (of it, under keys), complete, exact, why not, and sealed. Then written (the line of a
-// counts file) and delivered. The members of an epoch are in the same key, so they cannot be
+// (of it, under keys), complete, exact, why not, and sealed. Then claimed (when, and by which
+// MEMBER, which is to write the line of a counts file), written (the line is) and delivered. The members of an epoch are in the same key, so they cannot be
 // lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + epochName(s) }
 
@@ -370,20 +376,34 @@ func (l *Ledger) Yield() {
 
 // Claim asks, right before the line of a record is written to a counts file, whether
 // the group has the line, and else whether this member writes it: the lead of a
-// member that is gone is taken. If the ledger may have lost which lines there are, no member
+// member that is gone is taken. A line that another one was to write is left to it, or to the
+// next process in its place, for claimWait. If the ledger may have lost which lines there are, no member
 // writes one before the others had the time to report them again.
 func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
+	if l.othersUnheard() {
+		return counter.Claim{}, fmt.Errorf("ledger: %w", errUnheard)
+	}
 	me, at := l.asOf()
-	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader, l.keys.members}, []string{l.member, ms(leadLease), me, at}).ToString()
-	if err == nil && (what == "lost" || what == "mine" && l.othersUnheard()) {
+	l.mu.Lock()
+	args := append([]string{l.member, ms(leadLease), me, at, ms(claimWait)}, l.before...)
+	l.mu.Unlock()
+	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader, l.keys.members}, args).ToString()
+	if err == nil && what == "lost" {
 		err = errUnheard
 	}
 	if err != nil {
 		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}
+	if what == "late" {
+		l.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).
+			Msg("the instance that was to write the line of this window has not reported it: it is written here, and may be in two counts files")
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return counter.Claim{Mine: what == "mine", Written: what == "written", Unknown: !s.End().After(l.unclaimed)}, nil
+	return counter.Claim{
+		Mine: what == "mine" || what == "again" || what == "late", Written: what == "written",
+		Unknown: what == "again" || !s.End().After(l.unclaimed),
+	}, nil
 }
 
 // LinesUnknown makes Claim report, for epochs that ended at or before upTo, that an earlier

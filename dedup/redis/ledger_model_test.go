@@ -119,6 +119,7 @@ const (
 	modelLonger = 5000
 	modelLock   = 1000
 	modelForget = 600_000
+	modelClaim  = 2000
 )
 
 func millis(s string) (n int64, some bool) {
@@ -440,16 +441,31 @@ func (m *ledgerModel) unpublished(open bool) (names []string) {
 }
 
 // claim is claimScript.
-func (m *ledgerModel) claim(me, name string, at int64) string {
-	if h := m.of[name]; h["written"] != "" || h["delivered"] != "" {
+func (m *ledgerModel) claim(me, name string, at int64, before []string) string {
+	h := m.of[name]
+	if h["written"] != "" || h["delivered"] != "" {
 		return "written"
 	} else if m.lost(me, at) {
 		return "lost"
-	} else if m.leader != "" && m.leader != me {
-		return "other"
 	}
-	m.leader = me
-	return "mine"
+	answer := "mine"
+	if since, claimant, claimed := strings.Cut(h["claimed"], " "); claimed {
+		if then, _ := millis(since); slices.Contains(before, claimant) {
+			answer = "again"
+		} else if claimant != me && m.now-then < modelClaim {
+			return "other"
+		} else if claimant != me {
+			answer = "late"
+		}
+	}
+	if answer != "again" {
+		if m.leader != "" && m.leader != me {
+			return "other"
+		}
+		m.leader = me
+	}
+	m.epoch(name)["claimed"] = strconv.FormatInt(m.now, 10) + " " + me
+	return answer
 }
 
 // delivered is deliveredScript.

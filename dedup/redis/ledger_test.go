@@ -877,6 +877,62 @@ func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
 	}
 }
 
+// TestLineIsLeftToItsWriter: a leader was to write a line and has not reported it, because it was
+// killed or is asleep. The next leader does not write it; the process in the place of the first
+// one does, if it is not in its file, and else reports it. Only if neither comes back in time the
+// next leader writes the line, and logs that there may be two.
+func TestLineIsLeftToItsWriter(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s, file := spanEnded(2*time.Second), filepath.Join(t.TempDir(), "answers.json")
+	kept := func(c *Config, _ *fakeIDs) { c.File = file }
+	var log testproc.Buffer
+	a, b := g.member("a", kept), g.member("b", func(c *Config, _ *fakeIDs) { c.Log = zerolog.New(&log) })
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.seal(a, s)
+	want := func(m *Ledger, want counter.Claim) {
+		t.Helper()
+		if got, err := m.Claim(t.Context(), s); err != nil || got != want {
+			t.Errorf("%s has the claim %+v, %v; want %+v", m.member, got, err, want)
+		}
+	}
+	leads := func(m *Ledger) {
+		t.Helper()
+		g.do(func(ctx context.Context) error {
+			return g.client.Do(ctx, g.client.B().Del().Key(m.keys.leader).Build()).Error()
+		})
+		if g.beat(m); !m.Leading() {
+			t.Fatalf("%s does not lead", m.member)
+		}
+	}
+	want(a, counter.Claim{Mine: true})
+	leads(b)
+	want(b, counter.Claim{})
+	again := g.member("a again", kept)
+	g.beat(again)
+	if again.Leading() {
+		t.Fatal("the next process leads")
+	}
+	want(again, counter.Claim{Mine: true, Unknown: true})
+	want(b, counter.Claim{})
+	if log.String() != "" {
+		t.Errorf("logged %s", log.String())
+	}
+
+	g.do(func(ctx context.Context) error { // so long ago
+		return g.client.Do(ctx, g.client.B().Hset().Key(b.keys.ofEpoch(s)).FieldValue().
+			FieldValue("claimed", unixMS(time.Now().Add(-claimWait))+" "+again.member).Build()).Error()
+	})
+	want(b, counter.Claim{Mine: true})
+	if !strings.Contains(log.String(), "may be in two counts files") {
+		t.Errorf("logged %s", log.String())
+	}
+	want(again, counter.Claim{})
+	g.do(func(ctx context.Context) error { return b.Written(ctx, s) })
+	want(again, counter.Claim{Written: true})
+}
+
 // TestMemberWithAnotherWindowStandsOutside: two windows in one group would count an
 // id twice, and give two records one key. The member that comes with another one
 // has no epoch and no lead; those that were first go on, and both log the two

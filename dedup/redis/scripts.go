@@ -376,14 +376,34 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 // claimScript answers "written" if the line is, "mine" if this member is to write it, as it
 // is the leader or takes the lead, "lost" if the ledger has lost data since its last beat, and
 // else "other".
-var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + luaLost + `
-local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
+//
+// A member that was to write the line, and has not reported it, may have written it before it was
+// killed, or may be asleep before the write. So the claim is its own for a time, whichever member
+// leads: "again" answers the process that has taken its place, which can look into the file;
+// "late" answers the leader after that time.
+var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + `
+local me, lease, patience = ARGV[1], ARGV[2], tonumber(ARGV[5])
+local h = redis.call('HMGET', KEYS[1], 'written', 'delivered', 'claimed')
 if h[1] or h[2] then return 'written' end
 if lost(KEYS[3], ARGV[3], ARGV[4]) then return 'lost' end
-local leader = redis.call('GET', KEYS[2])
-if leader and leader ~= ARGV[1] then return 'other' end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return 'mine'
+local answer = 'mine'
+if h[3] then
+  local at, claimant = string.match(h[3], '^(%d+) (.*)$')
+  for i = 6, #ARGV do
+    if claimant == ARGV[i] then answer = 'again' end
+  end
+  if claimant ~= me and answer == 'mine' then
+    if now - at < patience then return 'other' end
+    answer = 'late'
+  end
+end
+if answer ~= 'again' then
+  local leader = redis.call('GET', KEYS[2])
+  if leader and leader ~= me then return 'other' end
+  redis.call('SET', KEYS[2], me, 'PX', lease)
+end
+redis.call('HSET', KEYS[1], 'claimed', string.format('%.0f', now) .. ' ' .. me)
+return answer
 `)
 
 // publishedScript notes that the record of the epoch is "written" (the line in a counts file)

@@ -456,7 +456,10 @@ func (w *twins) ledgerStep() {
 		w.same("unpublished", strings.Join(list, " "), strings.Join(w.ledger.unpublished(open), " "))
 	case 6:
 		at := w.ledger.now - pick[int64](rnd, 0, 1000, 4000)
-		w.same(fmt.Sprint("claim ", me, name, at), w.run("claim", []string{epoch, k.leader, k.members}, me, "3000000", me, strconv.FormatInt(at, 10)), w.ledger.claim(me, name, at))
+		before := pick(rnd, nil, nil, []string{"b"}, []string{"a", "b"})
+		before = slices.DeleteFunc(slices.Clone(before), func(m string) bool { return m == me })
+		w.same(fmt.Sprint("claim ", me, name, at, before), w.run("claim", []string{epoch, k.leader, k.members},
+			append([]string{me, "3000000", me, strconv.FormatInt(at, 10), "2000"}, before...)...), w.ledger.claim(me, name, at, before))
 	case 7:
 		w.ledger.epoch(name)["written"] = "1"
 		w.same("written "+name, w.run("mark", []string{k.epochs, epoch}, "written", "604800000", name), "1")
