@@ -102,7 +102,6 @@ type Spool struct {
 	sinks    []string
 	sinkless bool      // there is no sink, and records wait for one
 	removed  uint64    // records every sink has acknowledged, since the start
-	refused  []uint64  // indexes of the dead letters since the start that are still pending
 	oldest   time.Time // sealed_at of the first pending record
 	outdated bool      // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
@@ -166,6 +165,7 @@ type state struct {
 	head        uint64            // index of the last record
 	pending     int               // records, the last ones, that not every sink has acknowledged
 	deadLetters int               // records that a sink refused for good
+	refused     []uint64          // indexes of those that are still pending
 	lacking     map[int64]bool    // windows with one of those: their starts, Unix nanoseconds
 	keysLost    error             // why the sums by key of a series are not known since the start; nil: they are
 }
@@ -547,10 +547,10 @@ func (s *Spool) deadLetter(sink string, e spooled, reason string) error {
 	if err := s.store.deadLetter(e, sink, reason); err != nil {
 		return err
 	}
-	s.deadLetters++
 	s.lacking[e.record.WindowStart.UnixNano()] = true
-	if !slices.Contains(s.refused, e.index) { // by another sink, too
+	if !slices.Contains(s.refused, e.index) { // by another sink, or before a restart
 		s.refused = append(s.refused, e.index)
+		s.deadLetters++
 	}
 	return nil
 }
