@@ -99,7 +99,7 @@ func newJournal(cfg journalConfig) *journal {
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 4                  // earlier ones: upgrade.go
+	journalVersion = 5                  // earlier ones: upgrade.go
 
 	// The state file: a header, the slots, the marks. A slot is a quarter of a
 	// sector, which a loss of power leaves old or new.

@@ -14,7 +14,8 @@ import (
 // words of tokens. The version before refuses what this one has upgraded.
 //
 // Version 2 is from before tokens and keys: what it wrote means the same. The words of tokens of
-// version 3 are another hash (tokens.recalled).
+// version 3 are another hash (tokens.recalled). The heads of chunks up to version 4 have no check
+// of their records.
 
 // withoutPublisher is the first version. Its slots are half as long as those of today, and the
 // publisher of the epoch is not in them.
