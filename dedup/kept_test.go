@@ -1117,6 +1117,39 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 	}
 }
 
+// TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact: its slot is lost as well, and there
+// is no record to go by, or one from long before its start.
+func TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact(t *testing.T) {
+	for _, earlier := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := small(t.TempDir())
+			cfg.Window = time.Hour
+			l := newFakeSpool(t)
+			if earlier {
+				p := live(t, cfg, cfg.Window, l)
+				p.want(time.Now(), "1", Unique)
+				p.close()
+				time.Sleep(5 * time.Hour)
+			}
+			start := time.Now()
+			p := live(t, cfg, cfg.Window, l)
+			p.want(time.Now(), "1", Unique)
+			lost := p.c.Last().Start()
+			p.kill()
+			// The time of a file is not that of the bubble.
+			if err := errors.Join(os.Chtimes(filepath.Join(cfg.Dir, lockName), start, start), os.Truncate(filepath.Join(cfg.Dir, stateName), 0)); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(3 * time.Hour)
+			p = live(t, cfg, cfg.Window, l)
+			p.close()
+			if sum, records, exact := l.total(lost); records != 1 || sum > 0 || exact {
+				t.Errorf("earlier records: %t: the window has %d records, which add up to %d, exact %t", earlier, records, sum, exact)
+			}
+		})
+	}
+}
+
 // TestEarlierCopyOfTheSameWindowIsNotExact: an id that was counted after the copy is not known,
 // and the record has it already; and the window behind the record may be lost.
 func TestEarlierCopyOfTheSameWindowIsNotExact(t *testing.T) {
