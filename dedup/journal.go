@@ -40,6 +40,7 @@ type journal struct {
 	writers sync.Pool // of *writer
 
 	lock   *os.File
+	ran    time.Time // when the process before took the lock: right after its start; zero: not known
 	state  []byte
 	slots  []slot   // in state
 	marks  []uint64 // in state: the segments that must be there
@@ -242,8 +243,10 @@ func openJournal(cfg journalConfig, setAside func(name string, reason error)) (*
 		if setAside != nil {
 			setAside(name, damage)
 		}
+		ran := j.ran
 		j = newJournal(j.journalConfig)
 		if err = j.open(); err == nil {
+			j.ran = ran
 			err = j.restore(left)
 		}
 	}
@@ -334,7 +337,11 @@ func (j *journal) open() error {
 
 // takeLock makes this process the owner of the directory.
 func (j *journal) takeLock() error {
-	f, err := os.OpenFile(filepath.Join(j.dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
+	path := filepath.Join(j.dir, lockName)
+	if before, err := os.Stat(path); err == nil {
+		j.ran = before.ModTime() // it was written to last then, below
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}

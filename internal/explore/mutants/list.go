@@ -145,7 +145,7 @@ var mutants = []mutant{
 		"v.before.sum()+e.Unique()+fresh)\n", "v.before.sum()+e.Unique()+fresh); v.tight.Store(true)\n"),
 	// The journal.
 	fault("dedup/segment.go", "the head counts a record before it is there",
-		"n := c.body & recordMask\n", "n := c.body & recordMask; c.chunk[0] = headOf(c.body + 1)\n"),
+		"n := c.body & recordMask\n", "n := c.body & recordMask; c.chunk[0] = headOf(c.body+1, c.sum^k.lo)\n"),
 	// Tokens.
 	fault("dedup/options.go", "attempts do not wait for each other",
 		"\tlock.Lock()\n\tdefer lock.Unlock()\n", "\t_ = lock\n"),
@@ -167,7 +167,7 @@ var mutants = []mutant{
 	fault("dedup/options.go", "a token is not added",
 		"\t\t\tv.tokens.add(m, token)\n", "\n"),
 	fault("dedup/segment.go", "the head does not count the record",
-		"c.chunk[0] = headOf(c.body)", "c.chunk[0] = headOf(c.body - 1)"),
+		"c.chunk[0] = headOf(c.body, c.sum)", "c.chunk[0] = headOf(c.body-1, c.sum)"),
 	fault("dedup/memory.go", "an id is answered before it is in the journal",
 		"w = j.writers.Get().(*writer)\n\t\tdefer j.writers.Put(w)\n",
 		"w = j.writers.Get().(*writer)\n\t\tj.writers.Put(w)\n"),
