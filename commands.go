@@ -326,7 +326,7 @@ type groupWindow struct {
 // --follow it names what is missing before it, and repeats. An error ends the reading.
 func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	switch {
-	case stream.IsInvalidRecord(r.err):
+	case errors.Is(r.err, stream.ErrInvalidRecord):
 		t.complain("invalid: %v", r.err)
 		return nil
 	case r.err != nil && ctx.Err() != nil:
@@ -473,9 +473,6 @@ func healthcheck(adminListen string) error {
 		return fmt.Errorf("not alive: %w", err)
 	}
 	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10)); err != nil {
-		return fmt.Errorf("not alive: %w", err)
-	}
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("not alive: %s", resp.Status)
 	}

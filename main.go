@@ -623,20 +623,16 @@ const keyShare = 16
 // openSet makes the set, with the ids that the last process left in the data
 // directory. On a system that cannot keep them there it does without.
 func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (*dedup.Memory, error) {
-	limit := memory / 2
-	c := dedup.Config{
-		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
-		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-		Dir: cfg.epochsDir(), Publisher: publisher, Window: cfg.Window,
-		OnSetAside: func(name string, reason error) {
-			log.Error().Err(reason).Str("set_aside_as", name).
-				Msg("the ids of the last process are damaged or missing: the windows that it has not published and the open one are counted without them and get exact:false")
-		},
-		OnFailure: func(err error) {
-			log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
-		},
-		OnRepair: func() { log.Info().Msg("ids are kept on disk again") },
+	c := cfg.memory(memory)
+	c.MaxIDs, c.Dir, c.Publisher, c.Window = cfg.MaxIDs, cfg.epochsDir(), publisher, cfg.Window
+	c.OnSetAside = func(name string, reason error) {
+		log.Error().Err(reason).Str("set_aside_as", name).
+			Msg("the ids of the last process are damaged or missing: the windows that it has not published and the open one are counted without them and get exact:false")
 	}
+	c.OnFailure = func(err error) {
+		log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
+	}
+	c.OnRepair = func() { log.Info().Msg("ids are kept on disk again") }
 	if cfg.ExpectIDs > 0 && cfg.IDFormat != "uint64" { // decimals, UUIDs or text
 		c.Expect, c.ExpectAny = 0, cfg.ExpectIDs
 	}
@@ -655,11 +651,7 @@ const dedupRedis = "redis"
 // openShared makes the set that the group shares. What this instance has learnt
 // of its ids stays in memory, as Redis keeps them.
 func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*redis.Set, error) {
-	limit := memory / 2
-	local, err := dedup.NewMemory(dedup.Config{
-		Expect: cfg.expectIDs(limit), MaxBytes: limit,
-		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-	})
+	local, err := dedup.NewMemory(cfg.memory(memory))
 	if err != nil {
 		return nil, err
 	}

@@ -57,9 +57,12 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 // one. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	h := &ctx.Request.Header
-	if path, _, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
+	if path, raw, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
 		_, _, unfit := s.batches.head(h)
-		if string(path) == SinkPath || string(path) == acceptPath && unfit == nil {
+		if unfit != nil && h.ContentLength() == inChunks { // which may be empty: no batch, if the query has an id
+			_, unfit = parseQuery(raw, true)
+		}
+		if string(path) == SinkPath && h.ContentLength() <= maxBody || string(path) == acceptPath && unfit == nil {
 			return fasthttp.StatusContinue
 		}
 	}
@@ -225,7 +228,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	options := w.sharing(&a.options)
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
 	s.cfg.Set.Keys(w.items)
-	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
+	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // the time of the end of the request's headers
 	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
 		s.replayed.Add(1)
 	} else if err == nil && v == dedup.Turned {
@@ -240,6 +243,10 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	if !h.IsPost() {
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
 		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+		return
+	}
+	if h.ContentLength() > maxBody {
+		s.refuseAndClose(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
 		return
 	}
 	if body := bodyOf(ctx); body != nil {

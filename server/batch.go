@@ -119,21 +119,39 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 	if f = formatOf(h.ContentType()); f == formatUnknown {
 		return f, false, errUnsupported
 	}
+	compressed, ok := isGzip(h.PeekAll(fasthttp.HeaderContentEncoding))
+	if !ok {
+		return f, false, errUnsupported
+	}
 	limit := bs.maxBytes
-	switch encoding := h.ContentEncoding(); {
-	case len(h.PeekAll(fasthttp.HeaderContentEncoding)) > 1: // one over the other, as in a list
-		return f, false, errUnsupported
-	case len(encoding) == 0, bytes.EqualFold(encoding, []byte("identity")):
-	case bytes.EqualFold(encoding, []byte("gzip")), bytes.EqualFold(encoding, []byte("x-gzip")):
-		compressed = true
+	if compressed {
 		limit += packedSlack(limit)
-	default:
-		return f, false, errUnsupported
 	}
 	if h.ContentLength() > limit {
 		return f, compressed, errTooLarge
 	}
 	return f, compressed, nil
+}
+
+// isGzip reports whether a body with these lines of Content-Encoding comes in gzip. It is ok
+// if they name nothing else, and not one encoding over the other. A list may have empty
+// elements (RFC 9110, section 5.6.1.2).
+func isGzip(lines [][]byte) (yes, ok bool) {
+	named := 0
+	for _, line := range lines {
+		for name := range bytes.SplitSeq(line, []byte(",")) {
+			switch name = bytes.Trim(name, " \t"); {
+			case len(name) == 0:
+				continue
+			case bytes.EqualFold(name, []byte("gzip")), bytes.EqualFold(name, []byte("x-gzip")):
+				yes = true
+			case !bytes.EqualFold(name, []byte("identity")):
+				return false, false
+			}
+			named++
+		}
+	}
+	return yes, named <= 1
 }
 
 // load reads and parses the body of a request, whose query has options for all items.
@@ -197,7 +215,8 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		return
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.countRefusals(fasthttp.StatusServiceUnavailable, reasonBusy, uint64(max(1, len(b.words))), nil)
+		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, reasonBusy)
 		return
 	}
 	sent := false
@@ -207,7 +226,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		}
 	}()
 	// Not ctx.Time: the body may have taken long.
-	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work, 0, len(b.work.items))
+	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work)
 	counts := b.settle(cause)
 	s.replayed.Add(uint64(counts[wordReplayed]))
 	if a.wanted && counts[wordOK] > 0 {

@@ -78,7 +78,7 @@ type listener struct {
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	served  chan struct{} // one for each connection that fasthttp serves; its capacity is the limit
-	waiting atomic.Int32  // connections with a request that wait for a place in served
+	waiting atomic.Int32  // what waits for a place in served: connections with a request, and the stop for all places
 
 	steadyAfter int // see steadyAfter; another value in tests
 
@@ -110,7 +110,6 @@ type conn struct {
 	owner    *listener
 	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
-	late     atomic.Bool  // ended within a request: its client may still send, and must see the 408
 	close    sync.Once
 
 	// A read of the socket is ended by a deadline in the past. One of these is set
@@ -148,10 +147,6 @@ type conn struct {
 	// not to be used, and how many reads have given plain requests and nothing else.
 	socket syscall.RawConn
 	steady int
-
-	// serving is set while the fastPath has requests: fasthttp takes the connection for
-	// idle then. Close leaves it to the fastPath.
-	serving atomic.Bool
 }
 
 func newListener(ln net.Listener, cfg *Config) *listener {
@@ -417,25 +412,20 @@ func (c *conn) handshakeFailed(err error) {
 	_, _ = c.raw.Write(plainOnTLS)
 }
 
-// Close lets the client read its last answer before the connection goes. At the stop
-// fasthttp closes what it takes for idle. A connection that the fastPath serves is not
-// idle: its next read fails, and it is closed then.
-//
-// A connection that is being parked stays open.
+// Close lets the client read its last answer before the connection goes. A connection that
+// is being parked stays open.
 func (c *conn) Close() error {
 	if c.parking.Load() {
 		return nil
 	}
-	if c.serving.Load() {
-		c.stopReading()
-		return nil
-	}
 	c.close.Do(func() {
+		p, _ := c.phase()
 		c.enter(phaseIdle) // nothing of it is waited for
 		if secure, ok := c.Conn.(*tls.Conn); ok {
 			_ = secure.CloseWrite() // so the client knows that nothing was cut off
 		}
-		if c.ended.Load() && !c.late.Load() {
+		// A client that was ended within a request may still send, and must see its 408.
+		if c.ended.Load() && !(c.stopped.Load() && p == phaseReading) {
 			c.remove()
 			return
 		}
@@ -485,7 +475,6 @@ func (c *conn) sweep(now time.Duration) {
 		c.end(&l.slowClosed)
 		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.cfg.SlowTimeout:
-		c.late.Store(p == phaseReading)
 		c.end(&l.slowClosed)
 	case p == phaseIdle && c.inside.Load() && (lasted > parkAfter || l.waiting.Load() > 0) && !c.nudged.Swap(true):
 		c.interrupt()

@@ -280,9 +280,7 @@ func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int,
 	if n > 0 && f.server.lastAnswers.Load() {
 		like = other // fasthttp closes the connection after its answer
 	} else if n > 0 {
-		c.serving.Store(true)
 		rest, as, unwritten := f.serve(c, p[:have])
-		c.serving.Store(false)
 		if unwritten != nil {
 			return 0, true, unwritten
 		}
@@ -341,7 +339,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 // the set panicked, and are for the handler to refuse.
 func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	n := len(w.items)
-	err := f.server.judge(now.UnixNano(), c.number, &w.work, 0, n)
+	err := f.server.judge(now.UnixNano(), c.number, &w.work)
 	judged := n
 	for judged > 0 && w.verdicts[judged-1] == dedup.Turned {
 		judged--

@@ -192,7 +192,7 @@ func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
 		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.As(err, &timeout) && timeout.Timeout(), c.late.Load(): // fasthttp's error of a body in chunks hides it
+	case errors.As(err, &timeout) && timeout.Timeout(), c.stopped.Load(): // fasthttp's error of a body in chunks hides it
 		s.refuse(ctx, fasthttp.StatusRequestTimeout, reasonTooSlow)
 	default:
 		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)

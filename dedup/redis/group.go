@@ -53,7 +53,7 @@ type Records interface {
 //
 // A leader that slept through its lease meets its successor where they can harm:
 // at the broker in the fence, and at the file in Claim, right before the line
-// is written. Between that and the write nothing holds it: the same line twice.
+// is written, which leaves the line to it for claimWait.
 //
 // The record is in the leader's spool as any record is, so a broker may be down
 // for days, and Redis may lose everything meanwhile.

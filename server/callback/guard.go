@@ -173,8 +173,8 @@ func (g *guard) allow(entry string) error {
 		g.nets = append(g.nets, allowedNet{prefix, port})
 		return nil
 	}
-	name, _, err := canonicalHost([]byte(host))
-	if err != nil {
+	name, _, ok := canonicalHost([]byte(host))
+	if !ok {
 		return errors.New("bad host, want a name, an IPv4 address, or an IPv6 address in brackets")
 	}
 	g.hosts[hostPort{name, port}] = true
@@ -199,8 +199,10 @@ func parseSelf(listen string) (selfAddr, error) {
 			return self, nil
 		}
 	} else if host != "" {
-		self.host, err = canonicalName([]byte(host))
-		return self, err
+		if self.host, ok = canonicalName([]byte(host)); !ok {
+			return selfAddr{}, errors.New("bad host")
+		}
+		return self, nil
 	}
 	// By address: without a hosts file, as in an empty container, the name
 	// localhost would be asked of the network.
