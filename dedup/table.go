@@ -248,7 +248,7 @@ func pause(n int) {
 type level[B any] struct {
 	buckets []B
 	odd     uint64 // gives the key another place in the next level
-	memory  memory
+	memory  []byte // of buckets, as the arena gave it
 }
 
 // table is a chain of levels. A level, once there, stays until the table is
@@ -260,8 +260,7 @@ type table[B any] struct {
 	mu    sync.Mutex // guards growing
 	depth int        // levels there
 	slots uint64     // in all levels
-	bytes uint64     // of all levels
-	cold  []memory   // of levels that requests added, whose pages are not resident yet
+	cold  [][]byte   // of levels that requests added, whose pages are not resident yet
 
 	// Levels of far buckets or more are worth a prefetch. None behind the first farLevels is.
 	far, farLevels atomic.Uint64
@@ -313,7 +312,6 @@ func (t *table[B]) append(l *level[B], from *arena) error {
 		}
 	}
 	t.slots += n * slotsPerBucket
-	t.bytes += l.memory.size()
 	return nil
 }
 
