@@ -144,7 +144,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	}
 	stream := bodyOf(ctx)
 	if stream == nil {
-		return f, errBadBatch
+		return f, errBadRequest
 	}
 	limit := b.owner.maxBytes
 	if compressed {
@@ -161,7 +161,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 		body = b.unpacked
 	}
 	if len(body.b) == 0 {
-		return f, errBadBatch
+		return f, errBadRequest
 	}
 	return f, b.parse(f, body.b, options)
 }
@@ -176,13 +176,13 @@ func (b *batch) decompress() (err error) {
 	}
 	defer b.owner.unpack.Put(z)
 	if z.Reset(&b.packed) != nil {
-		return errBadBatch
+		return errBadRequest
 	}
 	b.unpacked, err = b.read(z, b.owner.maxBytes, b.owner.limit)
 	if err == nil || err == errBusy || err == errTooLarge {
 		return err
 	}
-	return errBadBatch
+	return errBadRequest
 }
 
 // serve answers a request with a body, and starts one callback for it if wanted.
@@ -193,11 +193,11 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	defer b.finish() // the answer is still to be written
 	f, err := b.load(ctx, &a.options)
 	if err != nil {
-		bs.refuse(ctx, err)
+		s.refuseBroken(ctx, err)
 		return
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.refuse(ctx, errNoPlace)
 		return
 	}
 	sent := false
@@ -216,24 +216,13 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	}
 	bs.answered.Add(1)
 	if why, refused := b.nothingJudged(&counts); refused {
-		if why == reasonDraining {
+		if why.last {
 			ctx.SetConnectionClose()
 		}
-		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, why) // counted
+		setRefusal(&ctx.Response, why) // counted
 		return
 	}
 	b.answer(&ctx.Response, f, &counts)
-}
-
-// refuse answers a batch of which nothing was counted.
-func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
-	// The rest of the body is not read: nothing behind it can be relied on.
-	ctx.SetConnectionClose()
-	if r, ok := errors.AsType[refusal](err); ok {
-		bs.server.refuse(ctx, r.status, r.reason)
-		return
-	}
-	bs.server.refuseBroken(ctx, err)
 }
 
 // wordOf is the word for a verdict; cause is behind those that are none.
@@ -280,12 +269,12 @@ func (b *batch) settle(cause error) (n [words]int) {
 
 // nothingJudged reports whether no item could be judged now, and why. Items that are bad do
 // not matter: the client may look at the status alone, and has to send the others again.
-func (b *batch) nothingJudged(n *[words]int) (why reason, refused bool) {
+func (b *batch) nothingJudged(n *[words]int) (why refusal, refused bool) {
 	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
 	if good > 0 && n[wordDraining] == good {
-		return reasonDraining, true
+		return errDraining, true
 	}
-	return reasonUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
+	return errUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
 }
 
 // answer writes the words: a line each, or as JSON. If there is no memory for them, the
