@@ -326,7 +326,7 @@ type groupWindow struct {
 // --follow it names what is missing before it, and repeats. An error ends the reading.
 func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	switch {
-	case stream.IsInvalidRecord(r.err):
+	case errors.Is(r.err, stream.ErrInvalidRecord):
 		t.complain("invalid: %v", r.err)
 		return nil
 	case r.err != nil && ctx.Err() != nil:

@@ -742,15 +742,8 @@ func (p *program) dump(signal string) {
 
 // greet logs what runs where, and how to try it.
 func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *config) {
-	to := "counts file " + cfg.countsFile()
-	if len(cfg.KafkaBrokers) > 0 {
-		to = "topic " + cfg.KafkaTopic + " at " + strings.Join(cfg.KafkaBrokers, ",")
-		if f := cfg.countsFile(); f != "" {
-			to += " and counts file " + f
-		}
-	}
 	log.Info().Str("version", versionText()).Str("listen", public.String()).Str("admin", admin.String()).
-		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", to).
+		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", cfg.recordsGo()).
 		Msg("listening")
 	if addr, ok := admin.(*net.TCPAddr); ok && !addr.IP.IsLoopback() && cfg.AdminTokenFile == "" {
 		log.Warn().Str("admin", admin.String()).
@@ -766,6 +759,25 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=42'", curl, url)
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=43&endpoint=%s/test'", curl, url, url)
 	log.Info().Msgf("watch: http://%s/", reachable(admin.String()))
+}
+
+// recordsGo names where the records go.
+func (c *config) recordsGo() string {
+	var to []string
+	if len(c.KafkaBrokers) > 0 {
+		to = append(to, "topic "+c.KafkaTopic+" at "+strings.Join(c.KafkaBrokers, ","))
+	}
+	switch f := c.countsFile(); f {
+	case "":
+	case "-":
+		to = append(to, "standard output")
+	default:
+		to = append(to, "counts file "+f)
+	}
+	if len(to) == 0 {
+		return "nowhere: there are no brokers, and --counts-file is off"
+	}
+	return strings.Join(to, " and ")
 }
 
 // reachable is the address of a listener as a client on this machine would write it.

@@ -21,7 +21,7 @@ import (
 // journal keeps, in files, what the next process needs where this one is
 // killed: which epochs were opened and not yet published, and their ids. It
 // takes no system call to keep an id: the files are mapped and shared, and what
-// was stored in them is there after a kill -9. Once a second they are synced,
+// was stored in them is there after a kill -9. They are synced every syncEvery,
 // which bounds what a loss of power costs.
 //
 // The table itself in a mapped file was the plainer way. A table is written at
@@ -40,6 +40,7 @@ type journal struct {
 	writers sync.Pool // of *writer
 
 	lock   *os.File
+	ran    time.Time // when the process before took the lock: right after its start; zero: not known
 	state  []byte
 	slots  []slot   // in state
 	marks  []uint64 // in state: the segments that must be there
@@ -99,7 +100,7 @@ func newJournal(cfg journalConfig) *journal {
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 4                  // earlier ones: upgrade.go
+	journalVersion = 4                  // the first one: upgrade.go
 
 	// The state file: a header, the slots, the marks. A slot is a quarter of a
 	// sector, which a loss of power leaves old or new.
@@ -242,8 +243,10 @@ func openJournal(cfg journalConfig, setAside func(name string, reason error)) (*
 		if setAside != nil {
 			setAside(name, damage)
 		}
+		ran := j.ran
 		j = newJournal(j.journalConfig)
 		if err = j.open(); err == nil {
+			j.ran = ran
 			err = j.restore(left)
 		}
 	}
@@ -334,7 +337,11 @@ func (j *journal) open() error {
 
 // takeLock makes this process the owner of the directory.
 func (j *journal) takeLock() error {
-	f, err := os.OpenFile(filepath.Join(j.dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
+	path := filepath.Join(j.dir, lockName)
+	if before, err := os.Stat(path); err == nil {
+		j.ran = before.ModTime() // it was written to last then, below
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}
@@ -416,8 +423,7 @@ func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
 
 // load reads the state and the segments that are there.
 func (j *journal) load(have map[int]bool) (err error) {
-	defer damagedByFault(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer damagedByFault(&err, debug.SetPanicOnFault(true))
 	if err := j.loadState(); err != nil {
 		return err
 	}
@@ -456,18 +462,6 @@ func (j *journal) load(have map[int]bool) (err error) {
 	return nil
 }
 
-// damagedByFault is deferred where files are first read: a part that cannot be read counts as
-// damage.
-func damagedByFault(err *error) {
-	if p := recover(); p != nil {
-		fault, ok := p.(interface{ Addr() uintptr })
-		if !ok {
-			panic(p)
-		}
-		*err = damaged("fault at %#x: a file cannot be read", fault.Addr())
-	}
-}
-
 // noSpace returns an error if there is no room for a small file in dir. Without room a file
 // system that writes each page to another place, such as Btrfs, ends a store to a mapped page
 // with a fault, which looks like damage.
@@ -496,14 +490,16 @@ func (j *journal) loadState() error {
 		return damaged("the state file has a bad header")
 	case header[headerVersionAt] > journalVersion:
 		return fmt.Errorf("%s has the format %d of a newer version; this one knows %d", f.Name(), header[headerVersionAt], journalVersion)
+	case header[headerVersionAt] > withoutPublisher && header[headerVersionAt] < journalVersion:
+		return fmt.Errorf("%s has the format %d, which this version does not read; it reads %d and %d", f.Name(), header[headerVersionAt], withoutPublisher, journalVersion)
 	case header[headerVersionAt] < withoutPublisher || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
 		header[headerChunksAt] < 2 || header[headerChunksAt] > maxSegmentChunks:
 		return damaged("the state file has a header that no version writes")
-	case header[headerVersionAt] < journalVersion:
+	case header[headerVersionAt] == withoutPublisher:
 		if err := j.upgrade(f, header); err != nil {
 			return err
 		}
-		return j.loadState() // it may be another file
+		return j.loadState() // it is another file now
 	}
 	if j.state, err = mapWhole(f, stateBytes); err != nil {
 		return err
@@ -651,8 +647,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 		}
 		return of, *broken
 	}
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if goesOn && j.first.unfit != nil {
 		return j.newest.of(), j.first.unfit
 	}
@@ -741,9 +736,7 @@ func (j *journal) changed() {
 func (j *journal) end(o slotOf) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	var err error
-	defer j.caught(&err) // it is kept in broken
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // an error is kept in broken
 	j.endLocked(o)
 }
 
@@ -769,18 +762,38 @@ type slotOf struct {
 
 func (o *opened) of() slotOf { return slotOf{o.slot, o.serial} }
 
-// caught is deferred where mapped memory is stored to: a fault there, as of a
-// disk that fails or a file that was cut short, is an error from then on.
-func (j *journal) caught(err *error) {
-	p := recover()
-	if p == nil {
-		return
+// caught is deferred where mapped memory is stored to, and gets debug.SetPanicOnFault(true): a
+// fault there, as of a disk that fails or a file that was cut short, is an error from then on,
+// for err, too, if that is not nil.
+func (j *journal) caught(err *error, before bool) {
+	debug.SetPanicOnFault(before)
+	if fault := faultOf(recover()); fault != nil {
+		fault = j.fail(fmt.Errorf("%w: a file in %s cannot be written", fault, j.dir))
+		if err != nil {
+			*err = fault
+		}
 	}
-	fault, ok := p.(interface{ Addr() uintptr })
-	if !ok {
-		panic(p)
+}
+
+// damagedByFault is deferred like caught where files are first read: a part that cannot be read
+// counts as damage.
+func damagedByFault(err *error, before bool) {
+	debug.SetPanicOnFault(before)
+	if fault := faultOf(recover()); fault != nil {
+		*err = damaged("%v: a file cannot be read", fault)
 	}
-	*err = j.fail(fmt.Errorf("fault at %#x: a file in %s cannot be written", fault.Addr(), j.dir))
+}
+
+// faultOf returns the fault that a panic was about, or nil if there was none. It panics again
+// about anything else.
+func faultOf(p any) error {
+	switch p := p.(type) {
+	case nil:
+		return nil
+	case interface{ Addr() uintptr }:
+		return fmt.Errorf("fault at %#x", p.Addr())
+	}
+	panic(p)
 }
 
 // fail makes the journal refuse from now on, with the first reason.
@@ -902,8 +915,7 @@ func (j *journal) close(idle bool) error {
 func (j *journal) markSynced() (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if n := j.newest; n.serial > 0 && j.known[n.slot].ended {
 		atomic.StoreUint64(&j.slots[n.slot].ended, syncedMark^(n.serial<<8|slotMark))
 		return j.syncPart(stateName, j.state)

@@ -362,71 +362,30 @@ func (m *Memory) Keys(items []Item) {
 	}
 }
 
-// AddMany implements Set.
-func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (err error) {
-	v := e.State.(*View)
-	j := v.journal.Load()
-	if j != nil {
-		w := j.writers.Get().(*writer)
-		defer j.writers.Put(w)
-		return m.addKept(e, v, j, w, items, verdicts)
-	}
-	fresh := uint64(0)
-	for i := 0; i < len(items); i++ {
-		if items[i].Options != nil {
-			n, unique := 0, fresh
-			turned, cause := m.addRun(&optionRun{e: e, v: v}, items[i:], verdicts[i:], &n, &unique)
-			if err = cmp.Or(err, cause); turned {
-				return err
-			}
-			i, fresh = i+n-1, unique
-			continue
-		}
-		p, cause := m.insert(e, v, items[i].Key, fresh)
-		switch {
-		case cause != nil:
-			verdicts[i] = m.refused(cause)
-			if err == nil {
-				err = cause
-			}
-		case p == turned:
-			return err // so are those behind it
-		default:
-			if verdicts[i] = verdict(p); p == taken {
-				fresh++
-			}
-		}
-	}
-	return err
-}
-
-// refused counts an id that there was no room for, and returns its verdict.
-func (m *Memory) refused(err error) Verdict {
-	v := Refusal(err)
-	if v == Full {
-		m.fulls.Add(1)
-	}
-	return v
-}
-
-// addKept is AddMany with a journal. A key has a place in the journal before it goes into
-// the table, and is written there before the next key is looked at. So a kill between the two
-// is one before the request was answered.
+// AddMany implements Set. With a journal a key has a place there before it goes into the table,
+// and is written there before the next key is looked at. So a kill between the two is one before
+// the request was answered.
 //
 // The journal is mapped memory: a store into it faults when the disk fails. Catching that
 // costs as much as writing a record, and is done once for a batch. After a fault no further
 // item is judged.
-func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items []Item, verdicts []Verdict) (err error) {
+func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (err error) {
+	v := e.State.(*View)
+	j := v.journal.Load() // nil, as w, where nothing is kept
+	var w *writer
 	n := 0
-	defer func() {
-		if err != nil && j.broken.Load() != nil {
-			for ; n < len(items); n++ {
-				verdicts[n] = Unavailable
+	if j != nil {
+		w = j.writers.Get().(*writer)
+		defer j.writers.Put(w)
+		defer func() {
+			if err != nil && j.broken.Load() != nil {
+				for ; n < len(items); n++ {
+					verdicts[n] = Unavailable
+				}
 			}
-		}
-	}()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		}()
+		defer j.caught(&err, debug.SetPanicOnFault(true))
+	}
 	fresh := uint64(0)
 	for ; n < len(items); n++ {
 		if items[n].Options != nil {
@@ -439,8 +398,12 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 			continue
 		}
 		k := items[n].Key
+		var c *cursor
 		var p place
-		c, cause := j.reserve(w, v.serial, int(k.kind))
+		var cause error
+		if j != nil {
+			c, cause = j.reserve(w, v.serial, int(k.kind))
+		}
 		if cause == nil {
 			p, cause = m.insert(e, v, k, fresh)
 		} else {
@@ -449,19 +412,28 @@ func (m *Memory) addKept(e *counter.Epoch, v *View, j *journal, w *writer, items
 		switch {
 		case cause != nil:
 			verdicts[n] = m.refused(cause)
-			if err == nil {
-				err = cause
-			}
+			err = cmp.Or(err, cause)
 			continue
 		case p == turned:
 			return err // so are those behind it
 		case p == taken:
-			c.append(k)
+			if c != nil {
+				c.append(k)
+			}
 			fresh++
 		}
 		verdicts[n] = verdict(p)
 	}
 	return err
+}
+
+// refused counts an id that there was no room for, and returns its verdict.
+func (m *Memory) refused(err error) Verdict {
+	v := Refusal(err)
+	if v == Full {
+		m.fulls.Add(1)
+	}
+	return v
 }
 
 // insert adds a key to its table. fresh ids that came with it are in there and not

@@ -161,11 +161,11 @@ func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdic
 	switch {
 	case m.current.Load() != v:
 		return Turned, nil
-	case v.tokens.mayBePast(token) && m.hasToken(v.past, it, token):
+	case v.tokens.mayBePast(token) && v.past.has(token):
 		return ReplayedBefore, nil
 	}
 	if !v.tokens.roomy() {
-		if m.hasToken(v.tokens, it, token) {
+		if v.tokens.has(token) {
 			return Replayed, nil
 		}
 		if none := v.tokens.roomFor(m, token); none != nil {
@@ -173,7 +173,7 @@ func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdic
 		}
 	}
 	verdict, err := m.addWith(r, it, token, fresh)
-	if verdict != Unique && verdict != Turned && m.hasToken(v.tokens, it, token) {
+	if verdict != Unique && verdict != Turned && v.tokens.has(token) {
 		return Replayed, nil
 	}
 	return verdict, err

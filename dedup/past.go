@@ -32,9 +32,7 @@ func publisherOf(name string) uint64 {
 // exact. odd is not empty if the directory does not fit what this publisher has published, so
 // that ids may be missing; it is the reason.
 func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, odd string) {
-	var err error
-	defer j.caught(&err) // it is kept in broken
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // an error is kept in broken
 	by := map[uint64]counter.Published{}
 	for other, p := range published {
 		by[publisherOf(other)] = p
@@ -272,8 +270,7 @@ func salvage(path string) (left []opened) {
 func (j *journal) restore(left []opened) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(&err, debug.SetPanicOnFault(true))
 	for _, o := range left {
 		i, free := j.freeSlot()
 		if free == 0 {
@@ -306,13 +303,22 @@ func (j *journal) behind(published counter.Published) bool {
 
 // guess restores the epoch of the last process if no slot of it could be read. That process had
 // published each window at its end, so it was probably killed in the first window behind the
-// last record.
+// last record, or behind its own start if that is later.
 func (j *journal) guess(last time.Time, behind bool) {
-	known := j.newest.serial > 0 && !behind
-	if !j.aside || known || j.window == 0 || last.IsZero() {
+	known, began := j.newest.serial > 0 && !behind, j.ran
+	if behind || began.After(time.Now()) { // the start of the process that was copied; a clock was wrong
+		began = time.Time{}
+	}
+	if !j.aside || known || j.window == 0 || last.IsZero() && began.IsZero() {
 		return
 	}
-	o := opened{number: last.UnixNano()/int64(j.window) + 1, window: j.window, publisher: j.publisher}
+	o := opened{window: j.window, publisher: j.publisher}
+	if !last.IsZero() {
+		o.number = last.UnixNano()/int64(j.window) + 1
+	}
+	if !began.IsZero() {
+		o.number = max(o.number, began.UnixNano()/int64(j.window))
+	}
 	if time.Now().Before(o.end()) {
 		return // the epoch to be opened is not exact
 	}

@@ -121,7 +121,7 @@ func (m *Memory) recallIDs(v *View, segments []*segment) error {
 // no memory for are left out.
 func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 	n := m.journal.counts[serial].tokens
-	t := &tokens{table: table[narrowBucket]{expect: n + n/4}, recalled: true}
+	t := &tokens{table: table[narrowBucket]{expect: n + n/4}}
 	if n == 0 {
 		return t
 	}
@@ -149,8 +149,7 @@ func (m *Memory) eachChunk(segments []*segment, serial uint64, visit func(kind i
 	var running sync.WaitGroup
 	for w := range errs {
 		running.Go(func() {
-			defer m.journal.caught(&errs[w])
-			defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+			defer m.journal.caught(&errs[w], debug.SetPanicOnFault(true))
 			for errs[w] == nil {
 				i := int(taken.Add(1)) - 1
 				if i >= len(segments) {

@@ -78,9 +78,7 @@ func (j *journal) noticeRemoval() error {
 func (j *journal) doubt() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	var err error
-	defer j.caught(&err) // the files are broken, as is known
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // the files are broken, as is known
 	for i, k := range &j.known {
 		if k.serial > 0 && !k.ended && j.state != nil {
 			atomic.StoreUint64(&j.slots[i].ended, doubtMark^(k.serial<<8|slotMark))

@@ -75,13 +75,13 @@ func (m *Memory) pastSettled(v *View) bool {
 }
 
 // fillSieves adds the tokens of past, to which none is added any more, to the sieves of t. It
-// gives up if they are not all in the table, or have words that are not those of tokenWord, if
-// they are too many, if most are not in the first level, and if the epoch turns. The order of
-// the first level is that of the lines of t: a token of another one takes a cache miss.
+// gives up if they are not all in the table, if they are too many, if most are not in the first
+// level, and if the epoch turns. The order of the first level is that of the lines of t: a token
+// of another one takes a cache miss.
 func (m *Memory) fillSieves(v *View, t, past *tokens) bool {
 	const part = minBuckets
 	first := t.table.levels[0].Load()
-	if past.recalled || past.spills.Load() || past.load() > 2*sieveMost*uint64(len(first.buckets)) {
+	if past.spills.Load() || past.load() > 2*sieveMost*uint64(len(first.buckets)) {
 		return false
 	}
 	past.table.mu.Lock()
@@ -104,7 +104,7 @@ func (m *Memory) fillSieves(v *View, t, past *tokens) bool {
 				}
 			}
 			pace.Step()
-			// Plain loads and stores: nobody writes here any more, and nobody looks at a sieve
+			// Plain loads and stores: no request writes here any more, and none looks at a sieve
 			// before all are filled. With an atomic store each waits for those before it.
 			for at, word := range (*[slotsPerBucket]uint64)(unsafe.Pointer(&l.buckets[n])) {
 				if at%lineSlots == 0 || word == 0 {

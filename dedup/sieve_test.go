@@ -104,12 +104,11 @@ func TestSievesKnowEveryTokenOfTheWindowBefore(t *testing.T) {
 	}
 }
 
-// TestSievesAreNotUsedWithoutAllTokens: with tokens beside the table, words of an earlier
-// version, too many tokens or too many levels, the window before is looked at for every token.
+// TestSievesAreNotUsedWithoutAllTokens: with tokens beside the table, too many tokens or too
+// many levels, the window before is looked at for every token.
 func TestSievesAreNotUsedWithoutAllTokens(t *testing.T) {
 	for name, change := range map[string]func(*tokens){
 		"spilled":           func(past *tokens) { past.spills.Store(true) },
-		"recalled":          func(past *tokens) { past.recalled = true },
 		"too many":          func(past *tokens) { past.sample.Store(2*sieveMost*minBuckets/sampleEvery + 1) },
 		"in further levels": func(past *tokens) { past.table.slots *= 3 },
 	} {

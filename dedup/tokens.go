@@ -7,8 +7,6 @@ import (
 	"sync/atomic"
 	"unsafe"
 
-	"github.com/dchest/siphash"
-
 	"verve/counter"
 )
 
@@ -21,10 +19,6 @@ type tokens struct {
 
 	sample atomic.Uint64 // as View.narrowSample
 	table  table[narrowBucket]
-
-	// recalled: some are from the journal, where those that version 3 has written are
-	// sipWords.
-	recalled bool
 
 	// spilled are words for which there was room before their ids were added, and no memory
 	// after that.
@@ -92,11 +86,6 @@ func (t *tokens) has(x uint64) bool {
 		x = l.next(x)
 	}
 	return false
-}
-
-// hasToken reports whether the token of an item, whose word is x, is in t, which may be nil.
-func (m *Memory) hasToken(t *tokens, it *Item, x uint64) bool {
-	return t.has(x) || t != nil && t.recalled && t.has(m.secret.sipWord(it.Key, it.Options.Token))
 }
 
 // roomFor makes sure that there is a slot for x, which is not in t; others may take the slot
@@ -329,13 +318,4 @@ func (s *secret) tokenWord(k Key, token []byte) uint64 {
 	lo, carry = bits.Add64(lo, l, 0)
 	hi += h + carry
 	return max(s.scatter(lo^hi*s.odd[2]), 1)
-}
-
-// sipWord is the word of a token up to version 3 of the journal.
-func (s *secret) sipWord(k Key, token []byte) uint64 {
-	var text [17 + 64]byte
-	binary.LittleEndian.PutUint64(text[:], k.hi)
-	binary.LittleEndian.PutUint64(text[8:], k.lo)
-	text[16] = k.kind
-	return max(s.scatter(siphash.Hash(s.sip0, ^s.sip1, append(text[:17], token...))), 1)
 }

@@ -1,20 +1,17 @@
 package dedup
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"unsafe"
 )
 
-// A state file of an earlier version becomes one of the present version before anything
+// A state file of the first version becomes one of the present version before anything
 // else is read, in one step: a kill leaves the old file or the new one. Segments stay as
-// they are, as every chunk that an earlier version wrote means the same here, but for the
-// words of tokens. The version before refuses what this one has upgraded.
-//
-// Version 2 is from before tokens and keys: what it wrote means the same. The words of tokens of
-// version 3 are another hash (tokens.recalled).
+// they are: every chunk of the first version means the same here, but that its check does not cover
+// its records. The first version refuses what this one has upgraded. No release had the versions
+// between.
 
 // withoutPublisher is the first version. Its slots are half as long as those of today, and the
 // publisher of the epoch is not in them.
@@ -30,30 +27,12 @@ const (
 	shortBytes   = shortMarksAt + maxSegments*8
 )
 
-// upgrade gives f, a state file with this header, the present version. The header of a file
-// whose slots stay is one sector: old or new.
+// upgrade replaces f, a state file of the first version with this header, by one of the present
+// version. It gets its name when it is complete and on the disk; a start removes what a kill
+// before that has left.
 func (j *journal) upgrade(f *os.File, header []uint64) error {
-	from := header[headerVersionAt]
 	header[headerVersionAt] = journalVersion
 	header[headerCheckAt] = checkOf(header[:headerCheckAt])
-	var err error
-	if from == withoutPublisher {
-		err = j.lengthenSlots(f, header)
-	} else if _, err = f.WriteAt(bytesOf(header), 0); err == nil {
-		err = f.Sync()
-	}
-	var damage *damagedError
-	if err == nil || errors.As(err, &damage) {
-		return err
-	}
-	return fmt.Errorf("the file of version %d cannot be upgraded; it is whole: free %d KiB there, or remove what prevents writing, and start again: %w",
-		from, stateBytes>>10, err)
-}
-
-// lengthenSlots replaces f, a state file of the first version, by one with today's slots.
-// It gets its name when it is complete and on the disk; a start removes what a kill before
-// that has left.
-func (j *journal) lengthenSlots(f *os.File, header []uint64) error {
 	old := make([]uint64, shortBytes/8)
 	info, err := f.Stat()
 	if err != nil {
@@ -76,7 +55,11 @@ func (j *journal) lengthenSlots(f *os.File, header []uint64) error {
 			return damaged("slot %d of the state file is bad", i)
 		}
 	}
-	return j.makeFile(stateName, stateBytes, whole)
+	if err := j.makeFile(stateName, stateBytes, whole); err != nil {
+		return fmt.Errorf("the file of version %d cannot be upgraded; it is whole: free %d KiB there, or remove what prevents writing, and start again: %w",
+			withoutPublisher, stateBytes>>10, err)
+	}
+	return nil
 }
 
 // lengthen returns today's slot for s; a free one for a free one. The first version knew

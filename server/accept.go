@@ -57,9 +57,12 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 // body, unless it goes where one is taken. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	h := &ctx.Request.Header
-	if path, _, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
+	if path, raw, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
 		_, _, unfit := s.batches.head(h)
-		if string(path) == SinkPath || string(path) == acceptPath && unfit == nil {
+		if unfit != nil && h.ContentLength() == inChunks { // which may be empty: no batch, if the query has an id
+			_, unfit = parseQuery(raw, true)
+		}
+		if string(path) == SinkPath && h.ContentLength() <= maxBody || string(path) == acceptPath && unfit == nil {
 			return fasthttp.StatusContinue
 		}
 	}
@@ -240,6 +243,10 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	if !h.IsPost() {
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
 		s.refuse(ctx, errMethod)
+		return
+	}
+	if h.ContentLength() > maxBody {
+		s.refuse(ctx, errTooLarge)
 		return
 	}
 	if body := bodyOf(ctx); body != nil {

@@ -204,7 +204,7 @@ func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
 				t.Errorf("%s with %q: got %d %v, want 401", path, bad, w.Code, w.Header())
 			}
 		}
-		for _, good := range []string{"Bearer open sesame", "bearer open sesame", basic("me", "open sesame")} {
+		for _, good := range []string{"Bearer open sesame", "bearer open sesame", "BEARER   open sesame", basic("me", "open sesame"), strings.Replace(basic("me", "open sesame"), " ", "  ", 1)} {
 			if w := ask(path, good); w.Code == http.StatusUnauthorized {
 				t.Errorf("%s with %q: got 401", path, good)
 			}

@@ -119,21 +119,39 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 	if f = formatOf(h.ContentType()); f == formatUnknown {
 		return f, false, errUnsupported
 	}
+	compressed, ok := isGzip(h.PeekAll(fasthttp.HeaderContentEncoding))
+	if !ok {
+		return f, false, errUnsupported
+	}
 	limit := bs.maxBytes
-	switch encoding := h.ContentEncoding(); {
-	case len(h.PeekAll(fasthttp.HeaderContentEncoding)) > 1: // one over the other, as in a list
-		return f, false, errUnsupported
-	case len(encoding) == 0, bytes.EqualFold(encoding, []byte("identity")):
-	case bytes.EqualFold(encoding, []byte("gzip")), bytes.EqualFold(encoding, []byte("x-gzip")):
-		compressed = true
+	if compressed {
 		limit += packedSlack(limit)
-	default:
-		return f, false, errUnsupported
 	}
 	if h.ContentLength() > limit {
 		return f, compressed, errTooLarge
 	}
 	return f, compressed, nil
+}
+
+// isGzip reports whether a body with these lines of Content-Encoding comes in gzip. It is ok
+// if they name nothing else, and not one encoding over the other. A list may have empty
+// elements (RFC 9110, section 5.6.1.2).
+func isGzip(lines [][]byte) (yes, ok bool) {
+	named := 0
+	for _, line := range lines {
+		for name := range bytes.SplitSeq(line, []byte(",")) {
+			switch name = bytes.Trim(name, " \t"); {
+			case len(name) == 0:
+				continue
+			case bytes.EqualFold(name, []byte("gzip")), bytes.EqualFold(name, []byte("x-gzip")):
+				yes = true
+			case !bytes.EqualFold(name, []byte("identity")):
+				return false, false
+			}
+			named++
+		}
+	}
+	return yes, named <= 1
 }
 
 // load reads and parses the body of a request, whose query has options for all items.
@@ -197,7 +215,8 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		return
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
-		s.refuse(ctx, errNoPlace)
+		s.countRefusals(errNoPlace, uint64(max(1, len(b.words))), nil)
+		setRefusal(&ctx.Response, errNoPlace)
 		return
 	}
 	sent := false
@@ -261,7 +280,7 @@ func (b *batch) settle(cause error) (n [words]int) {
 	}
 	for w := wordBadID; w < words; w++ {
 		if n[w] > 0 {
-			b.owner.server.countRefusals(fasthttp.StatusOK, wordReasons[w], uint64(n[w]), cause)
+			b.owner.server.countRefusals(refusal{status: fasthttp.StatusOK, reason: wordReasons[w]}, uint64(n[w]), cause)
 		}
 	}
 	return n

@@ -171,7 +171,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.gauge("verve_last_window_unique_ids", "Unique ids in the last closed window.", float64(last.Unique))
 	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", unixSeconds(last.Start))
 	e.gauge("verve_epochs_unclosed", "Epochs that have ended and are not yet published.", float64(c.Unclosed))
-	e.counter("verve_epochs_skipped_total", "Epochs that passed while the process did not run.", c.Skipped)
+	e.counter("verve_epochs_skipped_total", "Epochs that were not opened, as the clock was set forward or the process did not run.", c.Skipped)
 	e.counter("verve_windows_lost_total", "Windows that an earlier process left and that no record can be made of, as a later one is published.", uint64(c.Lost))
 	e.gauge("verve_clock_behind_seconds", "How far the clock is behind the start of the open epoch.", c.Clock.Behind.Seconds())
 	e.counters("verve_clock_steps_total", "Steps of the clock, by direction.", "direction", []resultCount{
@@ -184,7 +184,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.histogram("verve_epoch_close_duration_seconds", "Time to drain an epoch's last requests and publish its count.", a.cfg.Times.closeTook)
 
 	d := s.cfg.Set.Stats()
-	e.gauge("verve_max_ids", "Most ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
+	e.gauge("verve_max_ids", "Maximum ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
 	e.gauge("verve_dedup_bytes", "Memory of the tables of ids.", float64(d.Bytes))
 	e.gauge("verve_dedup_slots", "Slots in the tables of ids, taken or free.", float64(d.Slots))
 	e.gauge("verve_dedup_levels", "Depth of the deepest chain of tables.", float64(d.Levels))
@@ -271,7 +271,7 @@ func (e exposition) group(g dedup.GroupStats) {
 	e.counter("verve_redis_failures_total", "Attempts that failed, of all batches.", g.Retries)
 	e.counter("verve_redis_ids_taken_back_total", "Ids removed from Redis because their requests had already been answered 503.", g.TakenBack)
 	e.counter("verve_redis_ids_given_twice_total", "Ids that were in Redis already when an instance added them again: more than one instance may have answered ok.", g.Twice)
-	e.counter("verve_redis_ids_replayed_total", "Ids that were answered ok and added to Redis later, after a loss or without Redis.", g.Restored)
+	e.counter("verve_redis_ids_replayed_total", "Ids answered ok that were added to Redis later: after it had lost them, or as it was unreachable.", g.Restored)
 	e.counter("verve_redis_ids_dropped_total", "Ids answered with ok that are in no record, because the window was sealed without them.", g.Dropped)
 }
 

@@ -140,7 +140,7 @@ type beneath struct {
 func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 
 // goesOn reports whether a read that failed was ended for parking alone, so that it may be
-// taken up again. It sets the deadline anew before it looks at stopped, which stopReading sets
+// taken up again. It sets the deadline before it looks at stopped, which stopReading sets
 // before its deadline: an end that comes meanwhile is either seen here or has its
 // deadline after this one. The same holds for stopAccepting and stopping, at which await
 // looks next.

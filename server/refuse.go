@@ -23,7 +23,7 @@ var (
 
 const (
 	// retryAfter is what a refused caller is asked to wait, in seconds: the
-	// least the header can say. Overload passes sooner.
+	// least the header can hold. Overload passes sooner.
 	retryAfter = "1"
 
 	// refusalsEvery samples the log of refusals, cause by cause.
@@ -118,19 +118,19 @@ func (s *Server) refuse(ctx *fasthttp.RequestCtx, err error) {
 	if r.last {
 		ctx.SetConnectionClose()
 	}
-	s.countRefusals(r.status, r.reason, 1, err)
+	s.countRefusals(r, 1, err)
 	setRefusal(&ctx.Response, r)
 }
 
 // countRefusals counts n refusals, and logs the first of a cause in a while. What the
-// request holds is not logged: it is a stranger's.
-func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
-	s.refused[r].Add(n)
-	if r == reasonPanic {
+// request holds is not logged: any caller can write it.
+func (s *Server) countRefusals(r refusal, n uint64, cause error) {
+	s.refused[r.reason].Add(n)
+	if r.reason == reasonPanic {
 		return // has a line of its own
 	}
-	if hidden, ok := s.refusalLogs[r].Allow(time.Now()); ok {
-		s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
+	if hidden, ok := s.refusalLogs[r.reason].Allow(time.Now()); ok {
+		s.refusalLine(r.reason).Int("status", r.status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
 	}
 }
 

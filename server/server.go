@@ -209,7 +209,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	return s, nil
 }
 
-// quiet drops what fasthttp would print: bytes of strangers' requests.
+// quiet drops what fasthttp would print: bytes that callers have sent.
 type quiet struct{}
 
 func (quiet) Printf(string, ...any) {}

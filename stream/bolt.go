@@ -273,8 +273,20 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		return st, err
 	}
 	files.sweep(used, st.head)
-	err = tx.Bucket(bucketPoison).ForEach(func(_, v []byte) error {
+	last := uint64(0)
+	err = tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
+		if len(k) < 8 {
+			return fmt.Errorf("%w: dead letter with a key of %d bytes", errDamaged, len(k))
+		}
+		index := binary.BigEndian.Uint64(k)
+		if index == last {
+			return nil // of another sink
+		}
+		last = index
 		st.deadLetters++
+		if index > st.head-uint64(st.pending) {
+			st.refused = append(st.refused, index)
+		}
 		// The reason may have lines, too; the records by key are behind the record.
 		for line := range bytes.Lines(v) {
 			if r, err := parseRecord(bytes.TrimSuffix(line, []byte("\n"))); err == nil {
@@ -295,12 +307,12 @@ func (st *state) readSeries(tx *bolt.Tx, files *keyFiles, used map[string]bool) 
 		if err != nil {
 			return err
 		}
-		s.keys, err = files.sum(s.files)
+		s.Keys, err = files.sum(s.files)
 		if errors.Is(err, errDamaged) {
 			// The records are delivered, or readRecords finds the same. The sum of the window
 			// is known.
 			st.keysLost = err
-			s.files, s.keysLost, err = nil, true, nil
+			s.files, s.KeysLost, err = nil, true, nil
 		}
 		for _, f := range s.files {
 			used[f.name()] = true
@@ -392,10 +404,10 @@ func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
 // encodeSeries returns what decodeSeries reads. Without keys it is that of firstVersion.
 func encodeSeries(s *series) []byte {
 	v := binary.BigEndian.AppendUint64(nil, s.seq)
-	v = binary.BigEndian.AppendUint64(v, uint64(s.start))
-	v = binary.BigEndian.AppendUint64(v, s.unique)
+	v = binary.BigEndian.AppendUint64(v, uint64(s.Last.UnixNano()))
+	v = binary.BigEndian.AppendUint64(v, s.Unique)
 	switch {
-	case s.keysLost:
+	case s.KeysLost:
 		v = append(v, 1)
 	case len(s.files) > 0:
 		v = append(v, 0)
@@ -414,10 +426,10 @@ func decodeSeries(k, v []byte) (s series, err error) {
 		return s, fmt.Errorf("%w: series %q has %d bytes", errDamaged, k, len(v))
 	}
 	s.seq = binary.BigEndian.Uint64(v)
-	s.start = int64(binary.BigEndian.Uint64(v[8:]))
-	s.unique = binary.BigEndian.Uint64(v[16:])
+	s.Last = time.Unix(0, int64(binary.BigEndian.Uint64(v[8:]))).UTC()
+	s.Unique = binary.BigEndian.Uint64(v[16:])
 	if len(v) > 24 {
-		s.keysLost = v[24] == 1
+		s.KeysLost = v[24] == 1
 		for f := range slices.Chunk(v[25:], keyFileBytes) {
 			s.files = append(s.files, decodeKeyFile(f))
 		}

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"verve/counter"
 )
 
 func entries(t *testing.T, from, to int) []spooled {
@@ -78,7 +80,7 @@ func TestReadFileNamesATornLine(t *testing.T) {
 				switch {
 				case err == nil:
 					records++
-				case IsInvalidRecord(err):
+				case errors.Is(err, ErrInvalidRecord):
 					invalid++
 				default:
 					t.Error(err)
@@ -145,7 +147,7 @@ func TestCountsFileLeavesForeignTextAlone(t *testing.T) {
 	}
 	var records, invalid int
 	for _, err := range ReadFile(t.Context(), path, false) {
-		if IsInvalidRecord(err) {
+		if errors.Is(err, ErrInvalidRecord) {
 			invalid++
 		} else if err == nil {
 			records++
@@ -284,4 +286,50 @@ func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
 		}
 		wantWindows(t, got, len(all))
 	})
+}
+
+// TestRecordOfAGroupIsNeverRevised: the line of a window is in the file, and the group, whose
+// Redis has lost that, gives the window again with another record. Nothing is written.
+func TestRecordOfAGroupIsNeverRevised(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	of := func(group string, exact bool, keys ...string) []spooled {
+		r := record(1)
+		r.Scope, r.Instance, r.Group, r.Exact = ScopeGroup, "", group, exact
+		var counts counter.KeyCounts
+		for _, key := range keys {
+			counts.Add([]byte(key), 2)
+		}
+		r.Keys = uint64(len(keys))
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []spooled{{index: 1, record: r, value: b, keys: counts}}
+	}
+	deliver(t, newFileSink(path, nil, 0, noStep), of("verve", true, "a", "b"))
+	deliver(t, newFileSink(path, nil, 0, noStep), of("other", true))
+	lines, keys := fileText(t, path), fileText(t, keysFile(path))
+
+	f := newFileSink(path, nil, 0, noStep)
+	f.claims = claimed{counter.Claim{Mine: true, Unknown: true}}
+	deliver(t, f, of("verve", false, "a"))
+	if got := fileText(t, path); got != lines {
+		t.Errorf("the file is %q, want %q", got, lines)
+	}
+	if got := fileText(t, keysFile(path)); got != keys {
+		t.Errorf("the lines by key are %q, want %q", got, keys)
+	}
+	deliver(t, f, of("third", false))
+	if got := fileText(t, path); got == lines || !strings.HasPrefix(got, lines) {
+		t.Errorf("the line of another group is not written: %q", got)
+	}
+}
+
+func fileText(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

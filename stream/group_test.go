@@ -45,6 +45,7 @@ type sharedEpoch struct {
 type memberLedger struct {
 	*sharedLedger
 	name string
+	past map[counter.Span]bool // that it has reported as delivered; the lock of the ledger guards it
 }
 
 var errAway = errors.New("ledger is down")
@@ -64,7 +65,7 @@ func (l *sharedLedger) join(name string) memberLedger {
 	}
 	l.members[name] = true
 	delete(l.dead, name)
-	return memberLedger{l, name}
+	return memberLedger{l, name, map[counter.Span]bool{}}
 }
 
 // killed is what the others see when a lease ends.
@@ -156,7 +157,7 @@ func (m memberLedger) decide(s counter.Span) *counter.Count {
 func (m memberLedger) Reconcile(_ context.Context, open bool) (out []counter.Span, err error) {
 	err = m.try(func() {
 		for s, e := range m.epochs {
-			if !e.delivered && (open || !s.End().After(time.Now())) {
+			if e.delivered = e.delivered || m.past[s]; !e.delivered && (open || !s.End().After(time.Now())) {
 				out = append(out, s)
 			}
 		}
@@ -196,7 +197,7 @@ func (m memberLedger) Written(_ context.Context, s counter.Span) error {
 }
 
 func (m memberLedger) Delivered(_ context.Context, s counter.Span) error {
-	return m.try(func() { m.epoch(s).delivered = true })
+	return m.try(func() { m.epoch(s).delivered, m.past[s] = true, true })
 }
 
 func (m memberLedger) Leave(context.Context) (n int, heard time.Duration, err error) {

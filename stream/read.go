@@ -20,13 +20,9 @@ import (
 	"verve/internal/retry"
 )
 
-// errInvalidRecord marks what a reader yields for a line or a Kafka record that
+// ErrInvalidRecord marks what a reader yields for a line or a Kafka record that
 // is not one of ours; reading goes on behind it. Any other error ends it.
-var errInvalidRecord = errors.New("not a record of this program")
-
-// IsInvalidRecord reports whether an error is about one record, and not about the source:
-// reading continues after it.
-func IsInvalidRecord(err error) bool { return errors.Is(err, errInvalidRecord) }
+var ErrInvalidRecord = errors.New("not a record of this program")
 
 // followEvery is how often a followed file is looked at.
 const followEvery = 200 * time.Millisecond
@@ -71,7 +67,7 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 					continue
 				}
 				if err != nil {
-					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, errInvalidRecord, err)
+					err = fmt.Errorf("%s line %d: %w: %w", path, lines.number, ErrInvalidRecord, err)
 				}
 				if !yield(record, err) {
 					return
@@ -235,7 +231,7 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 					err = fmt.Errorf("key %q belongs to %q", r.Key, id(&record))
 				}
 				if err != nil {
-					err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, errInvalidRecord, err)
+					err = fmt.Errorf("%s partition %d offset %d: %w: %w", r.Topic, r.Partition, r.Offset, ErrInvalidRecord, err)
 				}
 			}
 			if !yield(record, err) {

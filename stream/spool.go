@@ -59,8 +59,9 @@ const (
 	// counter until there is room.
 	spoolLimit = 1 << 20
 
-	// memoryLimit is 45 days of one-minute windows in about 25 MB.
-	memoryLimit = 1 << 16
+	// memorySpoolLimit is the same without a directory: 45 days of one-minute windows in
+	// about 25 MB.
+	memorySpoolLimit = 1 << 16
 
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
@@ -101,7 +102,6 @@ type Spool struct {
 	sinks    []string
 	sinkless bool      // there is no sink, and records wait for one
 	removed  uint64    // records every sink has acknowledged, since the start
-	refused  []uint64  // indexes of the dead letters since the start that are still pending
 	oldest   time.Time // sealed_at of the first pending record
 	outdated bool      // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
@@ -123,13 +123,9 @@ const recentRecords = 1440
 
 // series is the state of one identity's numbering.
 type series struct {
-	seq    uint64 // last assigned
-	start  int64  // last appended window, Unix nanoseconds
-	unique uint64 // sum of the records appended for that window
-
-	keys     counter.KeyCounts // the same by key
-	keysLost bool              // keys are not all of them: the spool, or the file, that had the others is lost
-	files    []keyFile         // on disk: those whose keys add up to keys
+	seq               uint64    // last assigned
+	counter.Published           // the last appended window
+	files             []keyFile // on disk: those whose keys add up to Keys
 }
 
 // spooled is a record with its place in the spool. Indexes are never reused, also
@@ -169,6 +165,7 @@ type state struct {
 	head        uint64            // index of the last record
 	pending     int               // records, the last ones, that not every sink has acknowledged
 	deadLetters int               // records that a sink refused for good
+	refused     []uint64          // indexes of those that are still pending
 	lacking     map[int64]bool    // windows with one of those: their starts, Unix nanoseconds
 	keysLost    error             // why the sums by key of a series are not known since the start; nil: they are
 }
@@ -186,7 +183,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		group:   cfg.Group,
 		log:     cfg.Log,
 		dir:     cfg.Dir,
-		limit:   memoryLimit,
+		limit:   memorySpoolLimit,
 		store:   newMemoryStore(cfg.Memory),
 		state:   state{series: make(map[string]series), cursors: make(map[string]uint64), lacking: make(map[int64]bool)},
 		changed: make(chan struct{}),
@@ -281,7 +278,9 @@ func (s *Spool) load(instance string) (err error) {
 	if s.checkpoint.Identity != "" && s.checkpoint.Seq > s.series[s.checkpoint.Identity].seq {
 		// The spool that had it was damaged or taken away.
 		s.outdated = true
-		s.series[s.checkpoint.Identity] = series{seq: s.checkpoint.Seq, start: s.checkpoint.Start, unique: s.checkpoint.Unique, keysLost: s.checkpoint.Keyed}
+		s.series[s.checkpoint.Identity] = series{seq: s.checkpoint.Seq, Published: counter.Published{
+			Last: time.Unix(0, s.checkpoint.Start).UTC(), Unique: s.checkpoint.Unique, KeysLost: s.checkpoint.Keyed,
+		}}
 	}
 	if own := s.series[s.Identity()]; own.seq > 0 {
 		s.keepCheckpoint(s.Identity(), own)
@@ -317,10 +316,7 @@ func (s *Spool) Published() map[string]counter.Published {
 	defer s.mu.Unlock()
 	all := map[string]counter.Published{}
 	for identity, last := range s.series {
-		all[identity] = counter.Published{
-			Last: time.Unix(0, last.start).UTC(), Unique: last.unique,
-			Keys: last.keys, KeysLost: last.keysLost,
-		}
+		all[identity] = last.Published
 	}
 	return all
 }
@@ -337,7 +333,7 @@ func (s *Spool) Close() error {
 
 // append numbers the record and makes it durable. On an error the record is not
 // appended: the next append takes the same number and the same place, which also
-// overwrites one that was stored although the disk said it was not.
+// overwrites one that was stored although the disk reported that it was not.
 func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -348,13 +344,12 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 	}()
 	identity := r.identity()
 	before := s.series[identity]
-	next, start := before, r.WindowStart.UnixNano()
+	next := before
 	if r.Scope == ScopeInstance {
 		// Labels of an instance strictly increase. A second record for the same
 		// window is what a restart within it publishes.
-		if next.seq > 0 && start < next.start {
-			return fmt.Errorf("%w: %s after %s", errOutOfOrder,
-				r.WindowStart.UTC().Format(time.RFC3339Nano), time.Unix(0, next.start).UTC().Format(time.RFC3339Nano))
+		if r.WindowStart.Before(next.Last) {
+			return fmt.Errorf("%w: %s after %s", errOutOfOrder, r.WindowStart.UTC().Format(time.RFC3339Nano), next.Last.Format(time.RFC3339Nano))
 		}
 		next.seq++
 		r.Seq = next.seq
@@ -371,17 +366,17 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 		return err
 	}
 	e := spooled{index: s.head + 1, record: *r, value: value, keys: keys}
-	if start != next.start {
-		next = series{seq: next.seq, start: start, unique: r.Unique, keys: e.keys}
+	if !r.WindowStart.Equal(next.Last) {
+		next = series{seq: next.seq, Published: counter.Published{Last: r.WindowStart.UTC(), Unique: r.Unique, Keys: keys}}
 	} else {
-		next.unique += r.Unique
-		next.keys = counter.SumKeys(next.keys, e.keys)
+		next.Unique += r.Unique
+		next.Keys = counter.SumKeys(next.Keys, keys)
 	}
 	if keys.Len() > 0 && s.files != nil {
 		if e.file, err = s.files.write(e.index, keys); err != nil {
 			return fmt.Errorf("append to the spool: %w", err)
 		}
-		if !next.keysLost {
+		if !next.KeysLost {
 			next.files = append(slices.Clone(next.files), e.file)
 		}
 	}
@@ -430,7 +425,7 @@ func (s *Spool) keepCheckpoint(identity string, at series) {
 	}
 	s.checkpoint = checkpoint{
 		Identity: identity, Instance: s.instance,
-		Seq: at.seq, Start: at.start, Unique: at.unique, Keyed: at.keys.Len() > 0 || at.keysLost,
+		Seq: at.seq, Start: at.Last.UnixNano(), Unique: at.Unique, Keyed: at.Keys.Len() > 0 || at.KeysLost,
 	}
 	_ = s.checkpoint.write(s.checkpointPath())
 }
@@ -552,10 +547,10 @@ func (s *Spool) deadLetter(sink string, e spooled, reason string) error {
 	if err := s.store.deadLetter(e, sink, reason); err != nil {
 		return err
 	}
-	s.deadLetters++
 	s.lacking[e.record.WindowStart.UnixNano()] = true
-	if !slices.Contains(s.refused, e.index) { // by another sink, too
+	if !slices.Contains(s.refused, e.index) { // by another sink, or before a restart
 		s.refused = append(s.refused, e.index)
+		s.deadLetters++
 	}
 	return nil
 }

@@ -156,7 +156,11 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.stdout, spool.opened, s.step)
 		f.claims = cfg.Claims
-		add(&worker{sink: f, name: "file", target: cfg.CountsFile, patience: filePatience})
+		target := cfg.CountsFile
+		if f.stdout != nil {
+			target = "standard output"
+		}
+		add(&worker{sink: f, name: "file", target: target, patience: filePatience})
 	}
 	if err := spool.attach(names); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
@@ -306,8 +310,7 @@ func (s *Stream) Close() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
 	defer cancel()
-	_, over := unlessOver(ctx, func() bool { s.kafka.close(); return true })
-	if over != nil {
+	if await(ctx, launch(s.kafka.close)) != nil {
 		s.cfg.Log.Warn().Dur("after_ms", closeWait).Msg("the broker's clients did not close in time; the stop continues without them")
 	}
 }
@@ -334,7 +337,7 @@ type Stats struct {
 // SinkStats is the state of one sink.
 type SinkStats struct {
 	Name    string // "kafka" or "file"
-	Target  string // the topic and its brokers, or the path of the file
+	Target  string // the topic and its brokers, the path of the file, or "standard output"
 	Failing string // why the last attempt failed, and the next one follows; empty if it did not
 }
 
@@ -358,20 +361,28 @@ func (s *Stream) Stats() Stats {
 	return st
 }
 
-// unlessOver returns what do returns. When ctx ends first it leaves do behind and
-// returns the error of ctx.
-func unlessOver[T any](ctx context.Context, do func() T) (result T, over error) {
-	done := make(chan T, 1)
-	go func() { done <- do() }()
+// launch calls do in a goroutine of its own. The channel is closed when it has returned.
+func launch(do func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		do()
+		close(done)
+	}()
+	return done
+}
+
+// await waits for what was launched. When ctx ends first it is left behind, and the error is
+// that of ctx.
+func await(ctx context.Context, done <-chan struct{}) error {
 	select {
-	case result = <-done:
-		return result, nil
+	case <-done:
+		return nil
 	case <-ctx.Done():
 	}
 	select {
-	case result = <-done: // both at once
-		return result, nil
+	case <-done: // both at once
+		return nil
 	default:
-		return result, ctx.Err()
+		return ctx.Err()
 	}
 }

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -146,7 +147,7 @@ func TestReadFileOfAMissingFile(t *testing.T) {
 	for _, err := range ReadFile(t.Context(), filepath.Join(t.TempDir(), "none"), false) {
 		last = err
 	}
-	if last == nil || IsInvalidRecord(last) {
+	if last == nil || errors.Is(last, ErrInvalidRecord) {
 		t.Errorf("got %v", last)
 	}
 }

@@ -49,7 +49,6 @@ func (w *worker) run(ctx context.Context) {
 			continue
 		}
 		w.failed(err)
-		w.logFailure(err)
 		if wait.Sleep(ctx) != nil {
 			return
 		}
@@ -107,41 +106,20 @@ func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if w.patience == 0 {
 		return w.sink.deliver(ctx, batch)
 	}
-	type outcome struct {
-		n   int
-		err error
+	var n int
+	var err error
+	done := launch(func() { n, err = w.sink.deliver(ctx, batch) })
+	patience, cancel := context.WithTimeout(ctx, w.patience)
+	defer cancel()
+	over := await(patience, done)
+	if over != nil && ctx.Err() == nil {
+		w.failed(fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience))
+		over = await(ctx, done)
 	}
-	done := make(chan outcome, 1)
-	go func() {
-		n, err := w.sink.deliver(ctx, batch)
-		done <- outcome{n, err}
-	}()
-	late := time.After(w.patience)
-	for {
-		select {
-		case o := <-done:
-			return o.n, o.err
-		case <-late:
-			err := fmt.Errorf("a write has not returned for %s: the reader stalls, or the file system hangs", w.patience)
-			w.failed(err)
-			w.logFailure(err)
-			continue
-		case <-ctx.Done():
-		}
-		select {
-		case o := <-done: // both at once
-			return o.n, o.err
-		default:
-			return 0, ctx.Err()
-		}
+	if over != nil {
+		return 0, over
 	}
-}
-
-func (w *worker) logFailure(err error) {
-	if hidden, ok := w.log.Allow(time.Now()); ok {
-		w.stream.cfg.Log.Warn().Str("sink", w.name).Err(err).Uint64("hidden", hidden).
-			Msg("records are not delivered, trying again")
-	}
+	return n, err
 }
 
 // ack records progress. The disk may refuse; then what is delivered is known to
@@ -172,13 +150,17 @@ func (w *worker) deadLetter(e spooled, reason error) error {
 	return nil
 }
 
-// failed notes an error for Stats.
+// failed notes an error for Stats, and logs it.
 func (w *worker) failed(err error) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.failure = err
 	if w.failingSince.IsZero() {
 		w.failingSince = time.Now()
+	}
+	w.mu.Unlock()
+	if hidden, ok := w.log.Allow(time.Now()); ok {
+		w.stream.cfg.Log.Warn().Str("sink", w.name).Err(err).Uint64("hidden", hidden).
+			Msg("records are not delivered, trying again")
 	}
 }
 

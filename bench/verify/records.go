@@ -72,7 +72,7 @@ func collect[R any](p *published, to []R, seq iter.Seq2[R, error]) ([]R, error) 
 		switch {
 		case err == nil:
 			to = append(to, r)
-		case stream.IsInvalidRecord(err):
+		case errors.Is(err, stream.ErrInvalidRecord):
 			p.invalid = append(p.invalid, err.Error())
 		default:
 			return to, err

@@ -118,6 +118,7 @@ func (l *Ledger) keep(end bool) {
 	l.keeping.Lock()
 	defer l.keeping.Unlock()
 	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
+	defer l.noteKept(k.Epochs)
 	l.mu.Lock()
 	k.Members = append([]string{l.member}, l.earlier...)
 	end = end || l.kept == nil
@@ -146,6 +147,32 @@ func (l *Ledger) keep(end bool) {
 	l.kept = k.Epochs
 }
 
+// noteKept notes which epochs are in the file, or would be if it could be written: the process
+// goes on without.
+func (l *Ledger) noteKept(epochs map[string]answers) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.epochs {
+		if epochs[epochName(e.span)][l.member] != "" && !isClosed(e.kept) {
+			close(e.kept)
+		}
+	}
+}
+
+// keepAll notes each epoch on the disk when it is opened, until stop is closed. A heartbeat does
+// so, too, but may be waiting for a Redis that does not answer.
+func (l *Ledger) keepAll(stop <-chan struct{}) {
+	for {
+		select {
+		case <-l.unsafe:
+		case <-stop:
+			return
+		}
+		l.noteAnswers()
+		l.keep(false)
+	}
+}
+
 // recall reads what the last process has kept, for the first beat to report.
 func (l *Ledger) recall() {
 	if l.cfg.File == "" {
@@ -166,7 +193,7 @@ func (l *Ledger) recall() {
 	if k.Group != l.cfg.Group {
 		return
 	}
-	l.earlier = k.Members
+	l.earlier, l.before = k.Members, k.Members
 	for name, all := range k.Epochs {
 		if s, err := parseEpochName(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)

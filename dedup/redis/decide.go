@@ -176,16 +176,20 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 // ledger may have lost data just before.
 func (l *Ledger) awaitOthers(ctx context.Context) error {
 	for {
-		l.mu.Lock()
-		failing, back := l.beatErr != nil && !l.left.Load(), time.Until(l.back.Add(memberTTL))
-		l.mu.Unlock()
-		if !failing && back <= 0 {
+		if !l.othersUnheard() {
 			return nil
 		}
 		if err := retry.Sleep(ctx, restorePoll); err != nil {
 			return err
 		}
 	}
+}
+
+// othersUnheard reports whether others may still have to write again what the ledger has lost.
+func (l *Ledger) othersUnheard() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.beatErr != nil && !l.left.Load() || time.Since(l.back) <= memberTTL
 }
 
 // sealAndDecide has the lanes sealed, which counts the ids, and decides what the epoch came to. For

@@ -26,7 +26,7 @@ type epochLedger interface {
 	LinesUnknown(upTo time.Time)
 	Yield()
 	Delivered(ctx context.Context, s counter.Span) error
-	Leave(ctx context.Context) (others int, heard time.Duration, err error)
+	Leave(ctx context.Context) (others int, silent time.Duration, err error)
 }
 
 // Records is where the records of the group go: the spool of this instance, as
@@ -53,9 +53,9 @@ type Records interface {
 //
 // A leader that slept through its lease meets its successor where they can harm:
 // at the broker in the fence, and at the file in Claim, right before the line
-// is written. Between that and the write nothing holds it: the same line twice.
+// is written, which leaves the line to it for claimWait.
 //
-// The record is in the leader's spool as any record is, so a broker may be away
+// The record is in the leader's spool as any record is, so a broker may be down
 // for days, and Redis may lose everything meanwhile.
 type Group struct {
 	ledger  epochLedger
@@ -303,11 +303,11 @@ func (g *Group) Leaving() { g.leave() }
 // before its end. ReportDelivered follows when all that is delivered.
 func (g *Group) Leave(ctx context.Context) error {
 	g.Leaving()
-	others, heard, err := g.ledger.Leave(ctx)
+	others, silent, err := g.ledger.Leave(ctx)
 	// One whose last beat was before this one left may be dead, or leave as well.
-	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
+	for left := time.Now(); err == nil && others > 0 && silent >= time.Since(left); {
 		if err = retry.Sleep(ctx, leavePoll); err == nil {
-			others, heard, err = g.ledger.Leave(ctx)
+			others, silent, err = g.ledger.Leave(ctx)
 		}
 	}
 	if err != nil {

@@ -34,20 +34,20 @@ type health struct {
 	misconfigured string // why ids cannot be trusted to Redis, or this group; empty if they can
 	failure       string // of the last attempt that failed; empty if the last did not
 	since         time.Time
-	said          map[string]*logline.Sampler // of each line that repeats
+	samplers      map[string]*logline.Sampler // of each line that repeats
 	rights        string                      // what the user may not do, or which part was never reached
 }
 
 // log writes a line that may repeat, sampled by its first part.
 func (h *health) log(e *zerolog.Event, line, more string) {
 	h.mu.Lock()
-	if h.said == nil || len(h.said) > 100 {
-		h.said = map[string]*logline.Sampler{}
+	if h.samplers == nil || len(h.samplers) > 100 {
+		h.samplers = map[string]*logline.Sampler{}
 	}
-	if h.said[line] == nil {
-		h.said[line] = &logline.Sampler{Every: logEvery}
+	if h.samplers[line] == nil {
+		h.samplers[line] = &logline.Sampler{Every: logEvery}
 	}
-	hidden, due := h.said[line].Allow(time.Now())
+	hidden, due := h.samplers[line].Allow(time.Now())
 	h.mu.Unlock()
 	if due {
 		e.Uint64("hidden", hidden).Msg(line + more)
@@ -90,7 +90,7 @@ var explanations = map[string]string{
 	"MASTERDOWN":  "the master of this Redis is unreachable",
 	"MISCONF":     "Redis cannot write to its disk and takes no ids",
 	"NOREPLICAS":  "Redis has too few replicas and takes no ids",
-	"NOAUTH":      "Redis wants a password",
+	"NOAUTH":      "Redis requires a password",
 	"WRONGPASS":   "Redis, or its Sentinel, refuses the user or the password",
 	"NOPERM":      "the Redis user lacks a permission",
 	"BUSY":        "Redis is busy with a script",
@@ -127,8 +127,8 @@ func explain(err error) string {
 	return "Redis is unreachable"
 }
 
-// Health reports whether ids can be answered, and why not: to be shown to who
-// routes requests to this instance.
+// Health reports whether ids can be answered, and why not, for /readyz and whatever routes
+// requests to this instance.
 func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
 	misconfigured, failure, rights := r.health.misconfigured, r.health.failure, r.health.rights
@@ -140,7 +140,7 @@ func (r *Set) Health() (ready bool, reason string) {
 		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
 	case rights != "":
 		return r.cfg.FailOpen, rights
-	case r.ledger.standing.Load() == unheard:
+	case r.ledger.standing.Load() == unconfirmed:
 		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0
@@ -268,8 +268,8 @@ func (r *Set) foreign() bool { return !r.formAgreed.Load() }
 // without a layout take for the latter.
 const layoutBase = 1000
 
-// otherSeenFor is how long an instance that has met others of another form says nothing about
-// it after their word is gone: should Redis have lost that, they are to be first again.
+// otherSeenFor is how long an instance that has met others of another form does not register its
+// own form after their entry is gone: should Redis only have lost that, they are to be first again.
 const otherSeenFor = 3 * watchEvery
 
 // agreedLanes is the layout of the group's data and over how many lanes it spreads its
@@ -287,16 +287,16 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 			return 0, err
 		}
 	}
-	said, err := c.Do(ctx, c.B().Get().Key(key).Build()).ToString()
+	agreed, err := c.Do(ctx, c.B().Get().Key(key).Build()).ToString()
 	if err != nil {
 		return 0, err
 	}
-	if said == mine {
+	if agreed == mine {
 		c.Do(ctx, c.B().Expire().Key(key).Seconds(lanesTTL).Build())
 	} else {
 		r.otherSeen = time.Now()
 	}
-	return strconv.Atoi(said)
+	return strconv.Atoi(agreed)
 }
 
 // lanesTTL is how many seconds, after the last instance has stopped, the group

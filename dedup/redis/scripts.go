@@ -48,11 +48,11 @@ end
 
 // beatScript notes that the member is alive, writes again what it knows of its epochs, also of
 // the answers of others and of what it has reported, and takes the lead if no member has it, or
-// gives it away. It answers four lists: the time, whether the member leads, a member that keeps
+// gives it away. It answers five lists: the time, whether the member leads, a member that keeps
 // it outside of the group, one that it keeps outside, and whether the ledger has lost data since
 // the last beat of the member; then the others that are alive; then the newest epochs that it did not name, for
-// its next beat, as it is to remember those of others as well; then a list for each epoch that
-// it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
+// its next beat, as it is to remember those of others as well; then the others that are silent;
+// then a list for each epoch that it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
 // group has another decision; "decided" and the decision, if the member lacks that; or "open"
 // and what each member has answered, for this one to write again should it be lost.
 //
@@ -61,10 +61,19 @@ end
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
+//
+// If the ledger has lost data, the others that this member knew of are listed again, as silent
+// ones: one that does not reach the ledger may go on and answer ids in every later epoch.
 var beatScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaAnswers + luaDecision + `
 local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 local behind = lost(KEYS[1], me, ARGV[11])
+local arg = 14 + tonumber(ARGV[13])
+if behind then
+  for i = 14, arg - 1 do
+    if not redis.call('ZSCORE', KEYS[1], ARGV[i]) then redis.call('ZADD', KEYS[1], now - ttl - 1, ARGV[i]) end
+  end
+end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -123,7 +132,6 @@ local function takes(key, name)
   return true
 end
 local epochs, named, unnamed = {}, {}, {}
-local arg = 13
 for i = 8, #KEYS do
   local key, answer = KEYS[i], {'open'}
   local name, ends, unique, complete, exact, sealed, under, had, uncertain, n = unpack(ARGV, arg, arg + 9)
@@ -177,7 +185,8 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0'}, others, unnamed, epochs}
+return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0'}, others, unnamed,
+  redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ttl - 1), epochs}
 `)
 
 // luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
@@ -365,14 +374,36 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
 // claimScript answers "written" if the line is, "mine" if this member is to write it, as it
-// is the leader or takes the lead, and else "other".
-var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
-local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
+// is the leader or takes the lead, "lost" if the ledger has lost data since its last beat, and
+// else "other".
+//
+// A member that was to write the line, and has not reported it, may have written it before it was
+// killed, or may be asleep before the write. So the claim is its own for a time, whichever member
+// leads: "again" answers the process that has taken its place, which can look into the file;
+// "late" answers the leader after that time.
+var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + `
+local me, lease, patience = ARGV[1], ARGV[2], tonumber(ARGV[5])
+local h = redis.call('HMGET', KEYS[1], 'written', 'delivered', 'claimed')
 if h[1] or h[2] then return 'written' end
-local leader = redis.call('GET', KEYS[2])
-if leader and leader ~= ARGV[1] then return 'other' end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return 'mine'
+if lost(KEYS[3], ARGV[3], ARGV[4]) then return 'lost' end
+local answer = 'mine'
+if h[3] then
+  local at, claimant = string.match(h[3], '^(%d+) (.*)$')
+  for i = 6, #ARGV do
+    if claimant == ARGV[i] then answer = 'again' end
+  end
+  if claimant ~= me and answer == 'mine' then
+    if now - at < patience then return 'other' end
+    answer = 'late'
+  end
+end
+if answer ~= 'again' then
+  local leader = redis.call('GET', KEYS[2])
+  if leader and leader ~= me then return 'other' end
+  redis.call('SET', KEYS[2], me, 'PX', lease)
+end
+redis.call('HSET', KEYS[1], 'claimed', string.format('%.0f', now) .. ' ' .. me)
+return answer
 `)
 
 // publishedScript notes that the record of the epoch is "written" (the line in a counts file)

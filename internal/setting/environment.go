@@ -28,7 +28,7 @@ var link = regexp.MustCompile(`(?s)^` + Prefix + `([^=]*_)?(` + strings.Join([]s
 }, "|") + `)$`)
 
 // variables returns those of environ that may be settings: with the prefix, not
-// empty, and not somebody else's.
+// empty, and not another program's.
 func variables(environ []string, known map[string]bool) map[string]string {
 	found := make(map[string]string)
 	for _, e := range environ {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -59,6 +60,10 @@ func (s *Sources) ReadFile(name string) error {
 	b, err := ReadFile(s.path)
 	if err != nil {
 		return Errorf(name, "%v", Cause(err))
+	}
+	b = bytes.TrimPrefix(b, []byte("\ufeff")) // some editors begin a file with it
+	if !utf8.Valid(b) {
+		return Errorf(name, "it is not in UTF-8")
 	}
 	if err := s.decode(b); err != nil {
 		first, _, _ := strings.Cut(err.Error(), "\n")
@@ -153,6 +158,17 @@ func (s *Sources) CheckVariables() error {
 	for _, name := range slices.Sorted(maps.Keys(s.variables)) {
 		if !slices.Contains(known, name) {
 			return fmt.Errorf("environment: unknown variable %q%s", name, Nearest(name, known))
+		}
+	}
+	return nil
+}
+
+// CheckText refuses a value that is not in UTF-8: the parser of the command line would put
+// other characters in its place, and with them the name of another file, or of another instance.
+func (s *Sources) CheckText() error {
+	for _, name := range slices.Sorted(maps.Keys(s.flags)) {
+		if text, _, ok := s.Lookup(name); ok && !utf8.ValidString(text) {
+			return Errorf(name, "it is not in UTF-8")
 		}
 	}
 	return nil

@@ -1,3 +1,12 @@
+// Package callback sends the current count to the endpoints that callers name.
+//
+// It guarantees that a POST goes only to an address that the policy allows, checked when it is
+// dialled; that no destination and no public address gets more than its limits; that a slow
+// destination does not slow another one; and that no caller waits for a POST. It does not
+// guarantee that a POST arrives: one is dropped, or merged with a newer one, and counted.
+//
+// server reserves a place for each endpoint before it counts an id, and sends or releases it
+// after that; main runs the Sender and drains it at the stop.
 package callback
 
 import (
