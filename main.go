@@ -12,6 +12,7 @@ import (
 	stdlog "log"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -210,7 +211,7 @@ func (p *program) open() error {
 		return err
 	}
 	callbacks := cfg.callbacks()
-	callbacks.SelfAddr, callbacks.SelfPath, callbacks.AdminAddr = p.public.Addr().String(), server.SinkPath, p.private.Addr().String()
+	callbacks.SelfAddr, callbacks.SelfPath, callbacks.AdminAddr = boundTo(p.public), server.SinkPath, boundTo(p.private)
 	if p.certificate != nil {
 		callbacks.SelfTLS = p.certificate.OwnConfig
 	}
@@ -269,6 +270,9 @@ func (p *program) listen() error {
 	}
 	return nil
 }
+
+// boundTo is the address of a listener, which is one of TCP.
+func boundTo(ln net.Listener) netip.AddrPort { return ln.Addr().(*net.TCPAddr).AddrPort() }
 
 // openRecords makes the spool, the group's set if there is one, and the stream of
 // records into Kafka and the counts file.

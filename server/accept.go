@@ -31,13 +31,13 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	}
 	h := &ctx.Request.Header
 	if !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0" {
-		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
+		s.refuse(ctx, errVersion)
 		return
 	}
 	lines, ok := inspect(h)
 	path, raw, known := splitTarget(h.RequestURI())
 	if !ok || !known {
-		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errBadRequest)
 		return
 	}
 	switch string(path) {
@@ -46,7 +46,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	case SinkPath:
 		s.sink(ctx)
 	default:
-		s.refuse(ctx, fasthttp.StatusNotFound, reasonNotFound)
+		s.refuse(ctx, errNotFound)
 	}
 	if lines.encoding && ctx.Response.StatusCode() != fasthttp.StatusOK {
 		ctx.SetConnectionClose() // chunks that were not read to their end were not checked
@@ -83,13 +83,13 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	switch {
 	case !h.IsGet() && !h.IsPost():
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, POST")
-		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+		s.refuse(ctx, errMethod)
 		return
 	case h.ContentLength() > s.http.MaxRequestBodySize:
-		s.refuseAndClose(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
+		s.refuse(ctx, errTooLarge)
 		return
 	case body && h.IsGet():
-		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errBadRequest)
 		return
 	}
 
@@ -98,29 +98,29 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	err := s.parse(&a, h, raw, lines, !body && !emptyBatch)
 	switch {
 	case err != nil:
-		s.refuse(ctx, fasthttp.StatusBadRequest, err.(refusal).reason)
+		s.refuse(ctx, err)
 		return
 	case a.id == nil && body && lines.types > 1: // which of them is meant?
-		s.batches.refuse(ctx, errUnsupported)
+		s.refuse(ctx, errUnsupported)
 		return
 	case a.id == nil && body:
 		s.batches.serve(ctx, &a)
 		return
 	case a.id == nil:
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errNothing)
 		return
 	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
-		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errBadRequest)
 		return
 	case a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint):
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.refuse(ctx, errNoPlace)
 		return
 	}
 
 	w := works.Get().(*work)
 	defer works.Put(w)
 	if err := s.count(ctx, w, &a); err != nil {
-		s.refuseError(ctx, err)
+		s.refuse(ctx, err)
 		return
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
@@ -242,11 +242,11 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Request.Header
 	if !h.IsPost() {
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
-		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+		s.refuse(ctx, errMethod)
 		return
 	}
 	if h.ContentLength() > maxBody {
-		s.refuseAndClose(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
+		s.refuse(ctx, errTooLarge)
 		return
 	}
 	if body := bodyOf(ctx); body != nil {
@@ -255,7 +255,6 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 			err = fasthttp.ErrBodyTooLarge
 		}
 		if err != nil {
-			ctx.SetConnectionClose()
 			s.refuseBroken(ctx, err)
 			return
 		}

@@ -162,7 +162,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	}
 	stream := bodyOf(ctx)
 	if stream == nil {
-		return f, errBadBatch
+		return f, errBadRequest
 	}
 	limit := b.owner.maxBytes
 	if compressed {
@@ -179,7 +179,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 		body = b.unpacked
 	}
 	if len(body.b) == 0 {
-		return f, errBadBatch
+		return f, errBadRequest
 	}
 	return f, b.parse(f, body.b, options)
 }
@@ -194,13 +194,13 @@ func (b *batch) decompress() (err error) {
 	}
 	defer b.owner.unpack.Put(z)
 	if z.Reset(&b.packed) != nil {
-		return errBadBatch
+		return errBadRequest
 	}
 	b.unpacked, err = b.read(z, b.owner.maxBytes, b.owner.limit)
 	if err == nil || err == errBusy || err == errTooLarge {
 		return err
 	}
-	return errBadBatch
+	return errBadRequest
 }
 
 // serve answers a request with a body, and starts one callback for it if wanted.
@@ -211,12 +211,12 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	defer b.finish() // the answer is still to be written
 	f, err := b.load(ctx, &a.options)
 	if err != nil {
-		bs.refuse(ctx, err)
+		s.refuseBroken(ctx, err)
 		return
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
-		s.countRefusals(fasthttp.StatusServiceUnavailable, reasonBusy, uint64(max(1, len(b.words))), nil)
-		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.countRefusals(errNoPlace, uint64(max(1, len(b.words))), nil)
+		setRefusal(&ctx.Response, errNoPlace)
 		return
 	}
 	sent := false
@@ -235,24 +235,13 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	}
 	bs.answered.Add(1)
 	if why, refused := b.nothingJudged(&counts); refused {
-		if why == reasonDraining {
+		if why.last {
 			ctx.SetConnectionClose()
 		}
-		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, why) // counted
+		setRefusal(&ctx.Response, why) // counted
 		return
 	}
 	b.answer(&ctx.Response, f, &counts)
-}
-
-// refuse answers a batch of which nothing was counted.
-func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
-	// The rest of the body is not read: nothing behind it can be relied on.
-	ctx.SetConnectionClose()
-	if r, ok := errors.AsType[refusal](err); ok {
-		bs.server.refuse(ctx, r.status, r.reason)
-		return
-	}
-	bs.server.refuseBroken(ctx, err)
 }
 
 // wordOf is the word for a verdict; cause is behind those that are none.
@@ -291,7 +280,7 @@ func (b *batch) settle(cause error) (n [words]int) {
 	}
 	for w := wordBadID; w < words; w++ {
 		if n[w] > 0 {
-			b.owner.server.countRefusals(fasthttp.StatusOK, wordReasons[w], uint64(n[w]), cause)
+			b.owner.server.countRefusals(refusal{status: fasthttp.StatusOK, reason: wordReasons[w]}, uint64(n[w]), cause)
 		}
 	}
 	return n
@@ -299,12 +288,12 @@ func (b *batch) settle(cause error) (n [words]int) {
 
 // nothingJudged reports whether no item could be judged now, and why. Items that are bad do
 // not matter: the client may look at the status alone, and has to send the others again.
-func (b *batch) nothingJudged(n *[words]int) (why reason, refused bool) {
+func (b *batch) nothingJudged(n *[words]int) (why refusal, refused bool) {
 	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
 	if good > 0 && n[wordDraining] == good {
-		return reasonDraining, true
+		return errDraining, true
 	}
-	return reasonUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
+	return errUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
 }
 
 // answer writes the words: a line each, or as JSON. If there is no memory for them, the

@@ -90,7 +90,7 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 		}
 	}
 	if !utf8.Valid(body) {
-		return errBadBatch
+		return errBadRequest
 	}
 	d, _ := b.owner.decoders.Get().(*jsontext.Decoder)
 	if d == nil {
@@ -108,7 +108,7 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	case err == errTooLarge, err == errBusy:
 		return err
 	case err != nil, f == formatEvent && len(b.words) == 0: // space alone is no event
-		return errBadBatch
+		return errBadRequest
 	}
 	return nil
 }
@@ -173,7 +173,7 @@ func (b *batch) values(f format, body []byte) error {
 	d := b.decoder
 	if f == formatJSON || f == formatEvents {
 		if t, err := d.ReadToken(); err != nil || t.Kind() != '[' {
-			return errBadBatch
+			return errBadRequest
 		}
 		for d.PeekKind() != ']' {
 			if err := b.value(f); err != nil {
@@ -201,7 +201,7 @@ func (b *batch) values(f format, body []byte) error {
 			from := end
 			end = d.InputOffset()
 			if !ownLine(body[from:end], from == 0) {
-				return errBadBatch
+				return errBadRequest
 			}
 		}
 	}

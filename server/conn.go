@@ -181,9 +181,9 @@ func (l *listener) accept() (*conn, error) {
 			c.socket, _ = sc.SyscallConn() // or nil: then the usual way
 		}
 		c.enter(phaseNew)
-		if refused := l.admit(c); refused != nil {
+		if refused, limit := l.admit(c); refused != nil {
 			refused.Add(1)
-			l.logRejection(refused)
+			l.logRejection(limit)
 			l.turnAway(c)
 			continue
 		}
@@ -191,20 +191,18 @@ func (l *listener) accept() (*conn, error) {
 	}
 }
 
-// admit takes c in, or returns the counter of the limit that it is over.
-func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
+// admit takes c in, or returns the limit that it is over, and its counter.
+func (l *listener) admit(c *conn) (refused *atomic.Uint64, limit string) {
 	if l.cfg.MaxConnsPerAddress > 0 {
 		c.from = caller(c.raw.RemoteAddr())
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case l.stopping.Load():
-		return &l.rejected
-	case len(l.conns) >= l.cfg.limits.MaxConns:
-		return &l.rejected
+	case l.stopping.Load(), len(l.conns) >= l.cfg.limits.MaxConns:
+		return &l.rejected, "max-conns"
 	case l.cfg.MaxConnsPerAddress > 0 && l.perAddr[c.from] >= l.cfg.MaxConnsPerAddress:
-		return &l.rejectedAddr
+		return &l.rejectedAddr, "max-conns-per-address"
 	}
 	l.conns[c] = struct{}{}
 	l.admitted++
@@ -213,20 +211,16 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	if l.cfg.MaxConnsPerAddress > 0 {
 		l.perAddr[c.from]++
 	}
-	return nil
+	return nil, ""
 }
 
 // logRejection logs the first connection over a limit in a while.
-func (l *listener) logRejection(limit *atomic.Uint64) {
+func (l *listener) logRejection(limit string) {
 	if l.stopping.Load() {
 		return
 	}
-	name := "max-conns"
-	if limit == &l.rejectedAddr {
-		name = "max-conns-per-address"
-	}
 	if hidden, ok := l.rejections.Allow(time.Now()); ok {
-		l.log.Warn().Stringer("reason", reasonBusy).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
+		l.log.Warn().Stringer("reason", reasonBusy).Str("limit", limit).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
 	}
 }
 

@@ -355,7 +355,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
 				v = dedup.Unavailable
 			}
-			f.server.countRefusals(fasthttp.StatusServiceUnavailable, refusalReason(v), 1, err)
+			f.server.countRefusals(refusalOf(v), 1, err)
 		}
 		if f.server.cfg.WindowHeader && w.epochs[i] != nil {
 			a = f.answers(second, w.epochs[i])
@@ -384,7 +384,7 @@ func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 		if v := dedup.Verdict(v); v <= dedup.ReplayedBefore {
 			f.server.answer(&r, v, e)
 		} else {
-			setRefusal(&r, fasthttp.StatusServiceUnavailable, refusalReason(v))
+			setRefusal(&r, refusalOf(v))
 		}
 		_, _ = r.WriteTo(&b) // a Buffer takes everything
 		a.of[v] = b.Bytes()

@@ -1,11 +1,11 @@
 package server
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
 	"io"
 	"maps"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -169,7 +169,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		last = recent.Windows[0]
 	}
 	e.gauge("verve_last_window_unique_ids", "Unique ids in the last closed window.", float64(last.Unique))
-	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", unixSeconds(last.Start))
+	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", max(0, float64(last.Start.UnixMilli())/1e3))
 	e.gauge("verve_epochs_unclosed", "Epochs that have ended and are not yet published.", float64(c.Unclosed))
 	e.counter("verve_epochs_skipped_total", "Epochs that were not opened, as the clock was set forward or the process did not run.", c.Skipped)
 	e.counter("verve_windows_lost_total", "Windows that an earlier process left and that no record can be made of, as a later one is published.", uint64(c.Lost))
@@ -306,6 +306,9 @@ var processHelp = map[string]struct{ kind, help string }{
 	"process_virtual_memory_bytes":                  {"gauge", "Virtual memory."},
 }
 
+// series is the beginning of a line of a family.
+var series = regexp.MustCompile(`^(\w+?)(_bucket|_sum|_count)?[{ ]`)
+
 // writeProcess writes the families of processHelp. What the library has beside
 // them goes by names and types that the conventions do not allow.
 func writeProcess(w io.Writer) {
@@ -313,24 +316,20 @@ func writeProcess(w io.Writer) {
 	metrics.WriteProcessMetrics(&all)
 	metrics.WriteFDMetrics(&all)
 	last := ""
-	for lines := bufio.NewScanner(&all); lines.Scan(); {
-		line := lines.Text()
-		name := line[:max(0, strings.IndexAny(line, "{ "))]
-		family, known := name, false
-		for _, suffix := range []string{"", "_bucket", "_sum", "_count"} {
-			if f, ok := strings.CutSuffix(name, suffix); ok && !known {
-				family = f
-				_, known = processHelp[f]
-			}
-		}
-		if !known {
+	for line := range bytes.Lines(all.Bytes()) {
+		m := series.FindSubmatch(line)
+		if m == nil {
 			continue
 		}
-		if family != last {
-			exposition{w}.family(family, processHelp[family].kind, processHelp[family].help)
+		family := string(m[1])
+		about, known := processHelp[family]
+		if known && family != last {
+			exposition{w}.family(family, about.kind, about.help)
 			last = family
 		}
-		fmt.Fprintln(w, line)
+		if known {
+			_, _ = w.Write(line)
+		}
 	}
 }
 
@@ -339,13 +338,6 @@ func flag(b bool) float64 {
 		return 1
 	}
 	return 0
-}
-
-func unixSeconds(t time.Time) float64 {
-	if t.IsZero() {
-		return 0
-	}
-	return float64(t.UnixMilli()) / 1e3
 }
 
 // age is how long ago t was, in seconds; 0 for the zero time.

@@ -92,13 +92,13 @@ type Config struct {
 	Secret []byte
 	// SelfAddr is the address on which this server listens for the public: its own
 	// /test may be named there, nothing else is reached on its port. Optional.
-	SelfAddr string
+	SelfAddr netip.AddrPort
 	// SelfPath is the path of the sink there, the only one that a callback may name.
 	SelfPath string
 	// SelfTLS configures a connection to that address; nil: it speaks plain HTTP.
 	SelfTLS func() *tls.Config
-	// AdminAddr is the admin listen address; never reached by a callback.
-	AdminAddr string
+	// AdminAddr is the address of the admin listener; never reached by a callback.
+	AdminAddr netip.AddrPort
 	// Group and Instance go into the body.
 	Group, Instance string
 	// Took is called with the duration of each exchange. Optional.
