@@ -248,7 +248,8 @@ func (a *Admin) WindowClosed(c counter.Count) {
 			}
 		}
 	}
-	w.largest, w.cut = keys.Largest(maxShownKeys), !w.over()
+	w.largest = keys.Largest(maxShownKeys)
+	w.cut = !w.Start.Before(a.server.cfg.Counter.Last().Start()) // no other has been opened
 	a.history.add(w)
 }
 
