@@ -122,6 +122,7 @@ type Ledger struct {
 	yields     time.Time      // until then it leaves the lead to others
 	others     []string       // members alive beside this one, as of the last beat
 	silent     []string       // other members that are listed, as of the last beat
+	alone      int64          // when a member beat last that may answer alone, by the clock of Redis
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group
@@ -214,7 +215,7 @@ func newLedgerKeys(group string) ledgerKeys {
 		leader:    p + "leader",    // string with an expiry: who publishes
 		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
 		opened:    p + "opened",    // hash: member -> start of the newest epoch that it has opened, Unix ms
-		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last
+		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last; alone, when a member with fail open beat last
 	}
 }
 

@@ -384,6 +384,31 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 	}
 }
 
+// TestOneMemberMayAnswerAlone: the members differ in --redis-fail, as while that is changed. One
+// that may have answered alone is taken into account whichever member decides, also if the ledger
+// has lost its data since, and another one has learnt of it meanwhile.
+func TestOneMemberMayAnswerAlone(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, tt := range []struct{ open, lost bool }{{true, false}, {true, true}, {false, true}} {
+		g := newGroup(t)
+		a, b := g.member("a"), g.member("b", func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open })
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		g.beat(b, a)
+		if tt.lost {
+			g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+			g.beat(a)
+			othersAreThere(a)
+		}
+		g.answers.Store(10)
+		g.counted.Store(10)
+		g.report(s, true, a)
+		if c := g.seal(a, s); c.Unique != 10 || c.Exact == tt.open {
+			t.Errorf("%+v: the record is %+v", tt, c)
+		}
+	}
+}
+
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
 // the list until the windows that it was in are decided.
