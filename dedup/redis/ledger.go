@@ -100,11 +100,12 @@ type Ledger struct {
 	ids    groupIDs
 	keys   ledgerKeys
 	wake   chan struct{} // capacity 1: an epoch was opened
-	unsafe chan struct{} // capacity 1: the file may lack an epoch
+	unsafe chan struct{} // capacity 1: the file may lack an epoch, or a delivery
 
 	beating  sync.Mutex // one beat at a time
 	left     atomic.Bool
 	standing atomic.Int32 // of this member in the group
+	delivers atomic.Bool  // the file lacks a record that this member has delivered
 
 	keeping sync.Mutex         // guards what follows: one writes the file at a time
 	kept    map[string]answers // of the epochs in the file
@@ -442,6 +443,8 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.pass(s)
+	l.delivers.Store(true)
+	nudge(l.unsafe)
 	return nil
 }
 

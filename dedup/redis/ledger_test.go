@@ -902,6 +902,39 @@ func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
 	}
 }
 
+// TestDeliveryIsOnTheDiskOfTheLeader: a leader delivers a record and is killed, and the ledger loses
+// its data, before another member learns of the delivery. The next process in its place reports it
+// again.
+func TestDeliveryIsOnTheDiskOfTheLeader(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s, file := spanEnded(2*time.Second), filepath.Join(t.TempDir(), "answers.json")
+	kept := func(c *Config, _ *fakeIDs) { c.File = file }
+	a, b := g.member("a", kept), g.member("b")
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.seal(a, s)
+	g.beat(b)
+	stop := make(chan struct{})
+	var running sync.WaitGroup
+	running.Go(func() { a.keepAll(stop) })
+	g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+	testproc.Until(t, "the delivery is on the disk", func() bool { return slices.Contains(g.member("a", kept).past, s) })
+	close(stop)
+	running.Wait()
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.beat(b)
+	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{s}) {
+		t.Fatalf("b has written again %v, want %v", got, s)
+	}
+	again := g.member("a again", kept)
+	g.beat(again)
+	again.deliverAgain(t.Context())
+	if got := g.unpublished(b); len(got) > 0 {
+		t.Errorf("b is to publish %v again", got)
+	}
+}
+
 // TestLineIsLeftToItsWriter: a leader was to write a line and has not reported it, because it was
 // killed or is asleep. The next leader does not write it; the process in the place of the first
 // one does, if it is not in its file, and else reports it. Only if neither comes back in time the
