@@ -144,7 +144,7 @@ const (
 	outside        // it has another, of members that were there before: see beatScript
 )
 
-var errUnheard = errors.New("Redis may have lost which records are published: other instances have 3 s to report that again")
+var errUnheard = errors.New("other instances have 3 s to report which records are published, as Redis may have lost that")
 
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
 
