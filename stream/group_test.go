@@ -438,6 +438,39 @@ func TestKilledPublisherWritesNothingAgain(t *testing.T) {
 	})
 }
 
+// TestDeliveryIsReportedBeforeTheNextSeal: the leader waits for an instance that has not left the
+// next window. The others learn of the record that is delivered meanwhile.
+func TestDeliveryIsReportedBeforeTheNextSeal(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		b := l.join("b")
+		a := l.in(t, "a", dir)
+		l.set(func() { l.leader = "a" })
+		if _, err := b.Report(t.Context(), window(0)); err != nil {
+			t.Fatal(err)
+		}
+		published := make(chan error, 1)
+		go func() { published <- a.group.Publish(context.Background(), window(1)) }()
+		synctest.Wait()
+		a.publish(t, 0, 1)
+		time.Sleep(groupRound / 2)
+		l.set(func() {
+			if e := l.epoch(window(0).Span()); !e.delivered {
+				t.Error("the delivery is not reported")
+			}
+		})
+		if _, err := b.Report(t.Context(), window(1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-published; err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * groupRound)
+		wantLines(t, lines(t, dir), 2, 2)
+		a.stop()
+	})
+}
+
 // TestLedgerAwayLosesNoRecord: what was left unsaid is said when it is back.
 func TestLedgerAwayLosesNoRecord(t *testing.T) {
 	inGroupBubble(t, func(t *testing.T) {

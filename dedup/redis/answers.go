@@ -107,10 +107,18 @@ type kept struct {
 	Group   string             `json:"group"`
 	Members []string           `json:"members"` // the process that has written it, and earlier ones that may be members still
 	Epochs  map[string]answers `json:"epochs"`
+
+	// Delivered are the last epochs whose records are. Redis may lose that before another member
+	// knows, and as this process is killed.
+	Delivered []string `json:"delivered,omitempty"`
 }
 
+// keptDelivered is more than a leader delivers until another member learns of the first.
+const keptDelivered = 64
+
 // keep writes to the disk what is known of the epochs that are not decided: if the file lacks
-// one of them, or the name of this process, or at the end, with the last numbers.
+// one of them, or the name of this process, or at the end, with the last numbers, or a record
+// that this process has delivered.
 func (l *Ledger) keep(end bool) {
 	if l.cfg.File == "" {
 		return
@@ -122,6 +130,9 @@ func (l *Ledger) keep(end bool) {
 	l.mu.Lock()
 	k.Members = append([]string{l.member}, l.earlier...)
 	end = end || l.kept == nil
+	for _, s := range l.past[max(0, len(l.past)-keptDelivered):] {
+		k.Delivered = append(k.Delivered, epochName(s))
+	}
 	for _, e := range l.epochs {
 		if e.decision == nil && len(e.answers) > 0 {
 			name := epochName(e.span)
@@ -169,7 +180,7 @@ func (l *Ledger) keepAll(stop <-chan struct{}) {
 			return
 		}
 		l.noteAnswers()
-		l.keep(false)
+		l.keep(l.delivers.Swap(false))
 	}
 }
 
@@ -194,6 +205,11 @@ func (l *Ledger) recall() {
 		return
 	}
 	l.earlier, l.before = k.Members, k.Members
+	for _, name := range k.Delivered {
+		if s, err := parseEpochName(name); err == nil {
+			l.past = append(l.past, s)
+		}
+	}
 	for name, all := range k.Epochs {
 		if s, err := parseEpochName(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)

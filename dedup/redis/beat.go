@@ -70,7 +70,7 @@ func (l *Ledger) beat(ctx context.Context) error {
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
 	l.offset = time.UnixMilli(b.now).Sub(began.Add(took / 2))
 	l.unsure = took/2 + time.Millisecond
-	l.others, l.silent = b.others, b.silent
+	l.others, l.silent, l.alone = b.others, b.silent, b.alone
 	l.lead = time.Time{}
 	if b.leads {
 		l.lead = began.Add(leadLease)
@@ -104,7 +104,10 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 	args = []string{
 		l.member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.insiderAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
-		"-1", flag(time.Now().After(l.yields)), strconv.Itoa(len(l.others) + len(l.silent)),
+		"-1", flag(time.Now().After(l.yields)), strconv.FormatInt(l.alone, 10), strconv.Itoa(len(l.others) + len(l.silent)),
+	}
+	if l.cfg.FailOpen {
+		args[12] = ""
 	}
 	args = append(append(args, l.others...), l.silent...)
 	if !newest.IsZero() {
@@ -296,7 +299,7 @@ func milliseconds(n string) string {
 
 // beatReply is what beatScript answers.
 type beatReply struct {
-	now               int64
+	now, alone        int64
 	others, silent    []string // members that are alive, and the others that are listed
 	leads, behind     bool     // behind: the ledger has lost data since the last beat
 	insider, outsider string   // LENGTH MEMBER
@@ -329,12 +332,15 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 	if err = cmp.Or(err, oerr, uerr, serr, eerr); err != nil {
 		return b, err
 	}
-	if len(head) != 5 || len(epochs) != len(sent) {
+	if len(head) != 6 || len(epochs) != len(sent) {
 		return b, fmt.Errorf("an answer to a heartbeat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
 	}
 	b.leads, b.insider, b.outsider, b.behind, b.others = head[1] == "1", head[2], head[3], head[4] == "1", others
 	b.silent = silent
 	b.now, err = strconv.ParseInt(head[0], 10, 64)
+	if err == nil {
+		b.alone, err = strconv.ParseInt(head[5], 10, 64)
+	}
 	for i := 0; err == nil && i < len(unnamed); i++ {
 		var s counter.Span
 		s, err = parseEpochName(unnamed[i])

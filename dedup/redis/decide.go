@@ -208,10 +208,10 @@ func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []st
 		fit = keys.Unique() == ids.under
 	}
 	me, at := l.asOf()
-	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened, l.keys.length}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		epochName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
-		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at,
+		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at, ms(forgetMember),
 	}, members...)).AsStrSlice()
 	if err == nil && out[0] == "lost" {
 		err = errors.New("data was lost meanwhile")

@@ -983,8 +983,8 @@ func TestRedisKeysGoAway(t *testing.T) {
 	for _, k := range server.keys() {
 		if strings.HasSuffix(k, ":lane5") {
 			// The answer to the session, its ids in doubt, the sessions with some, whose
-			// data these are, whether there are replicas, what is sealed, and for whom.
-			if n := server.do("HLEN", k); n != "7" {
+			// data these are, since when, whether there are replicas, what is sealed, and for whom.
+			if n := server.do("HLEN", k); n != "8" {
 				t.Errorf("%s fields in %s, want those of one session and of what is sealed: %s", n, k, server.do("HKEYS", k))
 			}
 		}

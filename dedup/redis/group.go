@@ -69,13 +69,17 @@ type Group struct {
 	leaving context.Context // ended: the process stops
 	leave   context.CancelFunc
 
-	// mu guards spooled, the records of epochs that are in the spool, or were, and
-	// that the ledger does not know as delivered yet: their place. It is held over
-	// exchanges with the ledger, so that a record is appended once.
-	mu      sync.Mutex
-	spooled map[counter.Span]uint64
+	// taking guards what follows. It is held over exchanges with the ledger, so that a record is
+	// appended once.
+	taking  sync.Mutex
 	term    bool      // this instance was leading at the last look
 	failing time.Time // since when it has led and could not take what is over
+
+	// mu guards spooled, the records of epochs that are in the spool, or were, and
+	// that the ledger does not know as delivered yet: their place. An epoch is taken out of it
+	// with taking held, too.
+	mu      sync.Mutex
+	spooled map[counter.Span]uint64
 }
 
 const (
@@ -190,6 +194,10 @@ func (g *Group) Run(ctx context.Context) error {
 	tick := time.NewTicker(groupEvery)
 	defer tick.Stop()
 	log := logline.Sampler{Every: failureLogEvery}
+	var announcing sync.WaitGroup
+	announcing.Go(func() { g.announce(ctx) })
+	defer announcing.Wait()
+	defer stop()
 	for {
 		_, changed := g.records.DeliveredTo()
 		if err := g.round(ctx); err != nil && ctx.Err() == nil {
@@ -210,8 +218,8 @@ func (g *Group) Run(ctx context.Context) error {
 // round marks what was delivered and, where this instance leads, takes into the
 // spool the epochs that are over.
 func (g *Group) round(ctx context.Context) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	g.taking.Lock()
+	defer g.taking.Unlock()
 	if err := g.reportDelivered(ctx); err != nil {
 		return err
 	}
@@ -238,8 +246,8 @@ func (g *Group) round(ctx context.Context) error {
 }
 
 // yield gives the lead away if this instance has failed for as long as the others would wait
-// for one that is dead: its rights, or its way to a lane, may lack what theirs have. g.mu is
-// held.
+// for one that is dead: its rights, or its way to a lane, may lack what theirs have. g.taking
+// is held.
 func (g *Group) yield() {
 	if g.failing.IsZero() {
 		g.failing = time.Now()
@@ -249,9 +257,12 @@ func (g *Group) yield() {
 	}
 }
 
-// take seals an epoch and puts its record into the spool. g.mu is held.
+// take seals an epoch and puts its record into the spool. g.taking is held.
 func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error {
-	if _, there := g.spooled[s]; there {
+	g.mu.Lock()
+	_, there := g.spooled[s]
+	g.mu.Unlock()
+	if there {
 		return nil
 	}
 	c, err := g.ledger.Seal(ctx, s)
@@ -267,29 +278,62 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	if err != nil {
 		return err
 	}
+	g.mu.Lock()
 	g.spooled[s] = index
+	g.mu.Unlock()
 	g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
 		Bool("complete", c.Complete).Bool("exact", c.Exact).Msg("window published for the group")
 	return nil
 }
 
-// reportDelivered reports to the ledger the records that all sinks have. g.mu is held.
-func (g *Group) reportDelivered(ctx context.Context) error {
+// delivered returns the epochs in spooled whose records all sinks have.
+func (g *Group) delivered() (done []counter.Span) {
 	floor, _ := g.records.DeliveredTo()
-	var done []counter.Span
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	for s, index := range g.spooled {
 		if index <= floor {
 			done = append(done, s)
 		}
 	}
 	slices.SortFunc(done, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
-	for _, s := range done {
+	return done
+}
+
+// reportDelivered reports to the ledger the records that all sinks have. g.taking is held.
+func (g *Group) reportDelivered(ctx context.Context) error {
+	for _, s := range g.delivered() {
 		if err := g.ledger.Delivered(ctx, s); err != nil {
 			return err
 		}
+		g.mu.Lock()
 		delete(g.spooled, s)
+		g.mu.Unlock()
 	}
 	return nil
+}
+
+// announce reports each record to the ledger as soon as all sinks have it, until ctx ends: round
+// may be waiting for the seal of the next epoch. The others are to know of the record before
+// Redis may lose that. The next round reports it again, as this may fail, and only then takes
+// the epoch out of spooled, where take finds it until then.
+func (g *Group) announce(ctx context.Context) {
+	var last []counter.Span
+	for {
+		_, changed := g.records.DeliveredTo()
+		done := g.delivered()
+		for _, s := range done {
+			if !slices.Contains(last, s) {
+				_ = g.ledger.Delivered(ctx, s)
+			}
+		}
+		last = done
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // Leaving announces that the process stops: Publish no longer waits for an epoch that
@@ -333,10 +377,10 @@ func (g *Group) Leave(ctx context.Context) error {
 				return err
 			}
 		}
-		g.mu.Lock()
+		g.taking.Lock()
 		g.term = false
 		err := g.take(ctx, s, spans[len(spans)-1].End())
-		g.mu.Unlock()
+		g.taking.Unlock()
 		if err != nil {
 			return err
 		}
@@ -347,7 +391,7 @@ func (g *Group) Leave(ctx context.Context) error {
 // ReportDelivered reports to the group which records are delivered: what Run does, once more
 // after it.
 func (g *Group) ReportDelivered(ctx context.Context) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	g.taking.Lock()
+	defer g.taking.Unlock()
 	return g.reportDelivered(ctx)
 }

@@ -100,11 +100,12 @@ type Ledger struct {
 	ids    groupIDs
 	keys   ledgerKeys
 	wake   chan struct{} // capacity 1: an epoch was opened
-	unsafe chan struct{} // capacity 1: the file may lack an epoch
+	unsafe chan struct{} // capacity 1: the file may lack an epoch, or a delivery
 
 	beating  sync.Mutex // one beat at a time
 	left     atomic.Bool
 	standing atomic.Int32 // of this member in the group
+	delivers atomic.Bool  // the file lacks a record that this member has delivered
 
 	keeping sync.Mutex         // guards what follows: one writes the file at a time
 	kept    map[string]answers // of the epochs in the file
@@ -122,6 +123,7 @@ type Ledger struct {
 	yields     time.Time      // until then it leaves the lead to others
 	others     []string       // members alive beside this one, as of the last beat
 	silent     []string       // other members that are listed, as of the last beat
+	alone      int64          // when a member beat last that may answer alone, by the clock of Redis
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group
@@ -142,7 +144,7 @@ const (
 	outside            // it has another, of members that were there before: see beatScript
 )
 
-var errUnheard = errors.New("Redis may have lost which records are published: other instances have 3 s to report that again")
+var errUnheard = errors.New("other instances have 3 s to report which records are published, as Redis may have lost that")
 
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
 
@@ -214,7 +216,7 @@ func newLedgerKeys(group string) ledgerKeys {
 		leader:    p + "leader",    // string with an expiry: who publishes
 		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
 		opened:    p + "opened",    // hash: member -> start of the newest epoch that it has opened, Unix ms
-		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last
+		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last; alone, when a member with fail open beat last
 	}
 }
 
@@ -441,6 +443,8 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.pass(s)
+	l.delivers.Store(true)
+	nudge(l.unsafe)
 	return nil
 }
 

@@ -76,6 +76,7 @@ type ledgerBeat struct {
 	at                        int64 // of the last one; -1: there was none
 	yields                    bool  // it leaves the lead to others
 	listed                    []string
+	alone                     int64 // -1: it may answer alone itself
 	epochs                    []ledgerEpochBeat
 }
 
@@ -105,6 +106,7 @@ type ledgerBeatAnswer struct {
 	decided           []string
 	unnamed           []string
 	behind            bool
+	alone             int64
 }
 
 type ledgerDecision struct{ unique, complete, exact, sealed, under string }
@@ -154,6 +156,14 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
 			delete(m.windows, name)
 			delete(m.opened, name)
 		}
+	}
+	if a.alone = b.alone; b.alone < 0 {
+		a.alone = m.now
+	}
+	if last, _ := millis(m.length["alone"]); a.alone > last {
+		m.length["alone"] = strconv.FormatInt(a.alone, 10)
+	} else {
+		a.alone = last
 	}
 	agreed := m.length["length"]
 	for _, name := range m.alive(modelTTL) {
@@ -362,6 +372,8 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	if m.lost(me, at) {
 		return nil
 	}
+	last, _ := millis(m.length["alone"])
+	open = open || last > m.now-modelForget
 	for _, listed := range members {
 		mark, n := listed[:1], h["m:"+listed[1:]]
 		if m.rules.listed && (mark != "?" && n == "" || (mark == "=" || mark == "0") && strings.HasSuffix(n, "+")) {

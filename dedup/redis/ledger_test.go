@@ -384,6 +384,31 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 	}
 }
 
+// TestOneMemberMayAnswerAlone: the members differ in --redis-fail, as while that is changed. One
+// that may have answered alone is taken into account whichever member decides, also if the ledger
+// has lost its data since, and another one has learnt of it meanwhile.
+func TestOneMemberMayAnswerAlone(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, tt := range []struct{ open, lost bool }{{true, false}, {true, true}, {false, true}} {
+		g := newGroup(t)
+		a, b := g.member("a"), g.member("b", func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open })
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		g.beat(b, a)
+		if tt.lost {
+			g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+			g.beat(a)
+			othersAreThere(a)
+		}
+		g.answers.Store(10)
+		g.counted.Store(10)
+		g.report(s, true, a)
+		if c := g.seal(a, s); c.Unique != 10 || c.Exact == tt.open {
+			t.Errorf("%+v: the record is %+v", tt, c)
+		}
+	}
+}
+
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
 // the list until the windows that it was in are decided.
@@ -874,6 +899,39 @@ func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
 		if claim, err := b.Claim(t.Context(), s); err != nil || !claim.Written {
 			t.Errorf("a has reported the line again: %+v, %v", claim, err)
 		}
+	}
+}
+
+// TestDeliveryIsOnTheDiskOfTheLeader: a leader delivers a record and is killed, and the ledger loses
+// its data, before another member learns of the delivery. The next process in its place reports it
+// again.
+func TestDeliveryIsOnTheDiskOfTheLeader(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s, file := spanEnded(2*time.Second), filepath.Join(t.TempDir(), "answers.json")
+	kept := func(c *Config, _ *fakeIDs) { c.File = file }
+	a, b := g.member("a", kept), g.member("b")
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.seal(a, s)
+	g.beat(b)
+	stop := make(chan struct{})
+	var running sync.WaitGroup
+	running.Go(func() { a.keepAll(stop) })
+	g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+	testproc.Until(t, "the delivery is on the disk", func() bool { return slices.Contains(g.member("a", kept).past, s) })
+	close(stop)
+	running.Wait()
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.beat(b)
+	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{s}) {
+		t.Fatalf("b has written again %v, want %v", got, s)
+	}
+	again := g.member("a again", kept)
+	g.beat(again)
+	again.deliverAgain(t.Context())
+	if got := g.unpublished(b); len(got) > 0 {
+		t.Errorf("b is to publish %v again", got)
 	}
 }
 

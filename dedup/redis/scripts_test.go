@@ -327,7 +327,12 @@ func (w *twins) beat() {
 			b.listed = append(b.listed, m)
 		}
 	}
-	args = append(append(args, strconv.Itoa(len(b.listed))), b.listed...)
+	b.alone = pick(rnd, 0, 0, 0, 0, -1, w.ledger.now-500)
+	alone := strconv.FormatInt(b.alone, 10)
+	if b.alone < 0 {
+		alone = ""
+	}
+	args = append(append(args, alone, strconv.Itoa(len(b.listed))), b.listed...)
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseEpochName(name)
@@ -366,7 +371,7 @@ func (w *twins) beat() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	a := ledgerBeatAnswer{leads: got.leads, others: got.others, silent: got.silent, insider: got.insider, outsider: got.outsider, behind: got.behind}
+	a := ledgerBeatAnswer{leads: got.leads, others: got.others, silent: got.silent, insider: got.insider, outsider: got.outsider, behind: got.behind, alone: got.alone}
 	for _, e := range got.epochs {
 		decided := ""
 		if d := e.decision; d != nil {
@@ -442,8 +447,8 @@ func (w *twins) ledgerStep() {
 			}
 		}
 		d := w.ledger.decide(name, ids, fit, open, sealer, at, members)
-		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
-			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), sealer, strconv.FormatInt(at, 10)}, members...)...)
+		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened, k.length}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
+			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), sealer, strconv.FormatInt(at, 10), strconv.Itoa(modelForget)}, members...)...)
 		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at, members); d == nil {
 			w.same(what, out, "[lost]")
 		} else {
