@@ -231,6 +231,9 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	}
 	var got []Record
 	for r, err := range ReadFile(ctx, path, true) {
+		if IsCaughtUp(err) {
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -275,6 +278,9 @@ func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
 		})
 		var got []Record
 		for r, err := range ReadFile(ctx, path, true) {
+			if IsCaughtUp(err) {
+				continue
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -179,13 +179,22 @@ func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time
 
 // assign has the client consume the partitions that have records to read, and returns
 // where they end.
-func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (ends map[int32]int64, err error) {
+func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (map[int32]int64, error) {
+	from, ends, err := bounds(ctx, client, topic, since)
+	if len(ends) > 0 {
+		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
+	}
+	return ends, err
+}
+
+// bounds returns where the partitions that have records to read begin and end.
+func bounds(ctx context.Context, client *kgo.Client, topic string, since time.Time) (from map[int32]kgo.Offset, ends map[int32]int64, err error) {
 	adm := kadm.NewClient(client)
 	ctx, cancel := context.WithTimeout(ctx, stepWait)
 	defer cancel()
 	listed, err := adm.ListEndOffsets(ctx, topic)
 	if err = cmp.Or(err, listed.Error()); err != nil {
-		return nil, fmt.Errorf("list end offsets: %w", err)
+		return nil, nil, fmt.Errorf("list end offsets: %w", err)
 	}
 	var starts kadm.ListedOffsets
 	if since.IsZero() {
@@ -194,10 +203,9 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 		starts, err = adm.ListOffsetsAfterMilli(ctx, since.UnixMilli(), topic)
 	}
 	if err = cmp.Or(err, starts.Error()); err != nil {
-		return nil, fmt.Errorf("list start offsets: %w", err)
+		return nil, nil, fmt.Errorf("list start offsets: %w", err)
 	}
-	ends = make(map[int32]int64)
-	from := make(map[int32]kgo.Offset)
+	ends, from = make(map[int32]int64), make(map[int32]kgo.Offset)
 	listed.Each(func(end kadm.ListedOffset) {
 		start, ok := starts.Lookup(topic, end.Partition)
 		if ok && start.Offset >= 0 && start.Offset < end.Offset {
@@ -205,10 +213,7 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 			from[end.Partition] = kgo.NewOffset().At(start.Offset)
 		}
 	})
-	if len(ends) > 0 {
-		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
-	}
-	return ends, nil
+	return from, ends, nil
 }
 
 // poll fetches once. It waits for lookStall at most.
