@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
@@ -128,6 +130,30 @@ func TestReadTopicFollows(t *testing.T) {
 		}
 		wantWindows(t, got, 4)
 		synctest.Wait()
+	})
+}
+
+// TestReadTopicNamesAnOpenTransaction, behind which nothing can be read.
+func TestReadTopicNamesAnOpenTransaction(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		client, err := cfg.client(kgo.TransactionalID("another"), kgo.TransactionTimeout(10*time.Minute))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		if err := client.BeginTransaction(); err != nil {
+			t.Fatal(err)
+		}
+		if err := client.ProduceSync(t.Context(), &kgo.Record{Topic: topic}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+		var last error
+		for _, err := range ReadTopic(t.Context(), cfg, false) {
+			last = err
+		}
+		if last == nil || !strings.Contains(last.Error(), "a transaction is open") {
+			t.Errorf("error %v", last)
+		}
 	})
 }
 
