@@ -96,11 +96,12 @@ func badSettings(t *testing.T) []badSetting {
 		badSetting{name: "kafka-brokers", value: `'a:1'`, shown: `'a:1'`},
 		badSetting{name: "kafka-brokers", value: "me:s3cret@kafka:9092", shown: "hidden@kafka:9092"},
 	)
-	add("kafka-topic", "a b", ".", "..", "a/b", "ä", strings.Repeat("t", 250))
+	add("kafka-topic", "a b", ".", "..", "a/b", "ä", strings.Repeat("t", 250), "__consumer_offsets", "__transaction_state")
+	add("kafka-keys-topic", "a b", "verve.unique-ids", "verve_unique-ids", "__consumer_offsets")
 	add("kafka-sasl", "MD5", "PLAIN", "scram-sha-256")
 	add("kafka-user", "me")
 	add("kafka-password-file", password)
-	for _, v := range []string{filepath.Join(dir, "none"), dir, file("empty", "\n")} {
+	for _, v := range []string{filepath.Join(dir, "none"), dir, file("empty", "\n"), file("utf-16", "\xff\xfes\x00e\x00"), file("nul", "s\x00e")} {
 		all = append(all, badSetting{name: "kafka-password-file", value: v, with: []string{"--kafka-sasl=PLAIN", "--kafka-user=me"}})
 	}
 	add("redis-url", "h", "h:6379", "http://h", "redis://", "redis://:6379", "redis://h:99999", "redis://h:0", "redis://h:x", "redis://h/x", "redis://h/-1", "redis://h/1/2", "redis://h?db=x", "redis://h/1?db=2",

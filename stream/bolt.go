@@ -273,8 +273,13 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		return st, err
 	}
 	files.sweep(used, st.head)
+	return st, st.readPoison(tx)
+}
+
+// readPoison reads which records are dead letters.
+func (st *state) readPoison(tx *bolt.Tx) error {
 	last := uint64(0)
-	err = tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
+	return tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
 		if len(k) < 8 {
 			return fmt.Errorf("%w: dead letter with a key of %d bytes", errDamaged, len(k))
 		}
@@ -296,7 +301,6 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		}
 		return nil
 	})
-	return st, err
 }
 
 // readSeries reads the series and the sums by key of their last windows.

@@ -162,6 +162,7 @@ type session struct {
 	keysPartition int32  // in the topic of the records by key
 	room          uint64 // for how many keys its transactions have time; 0: it is not prepared for any
 	transactional bool
+	last          *lastError
 	began         time.Time
 	timeout       time.Duration // of its transactions
 	keysWait      time.Duration // stepWait of records by key
@@ -370,12 +371,12 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 // records had some, and the fence is up. timeout is that of its transactions; 0: it has none.
 func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.Duration) (*session, error) {
 	s := &session{
-		identity: identity, room: k.room, transactional: timeout > 0,
+		identity: identity, room: k.room, transactional: timeout > 0, last: new(lastError),
 		began: time.Now(), timeout: timeout, keysWait: stepWait * time.Duration(k.slow),
 	}
-	var last lastError
 	options := []kgo.Opt{
-		kgo.WithHooks(&last),
+		kgo.WithHooks(s.last),
+		kgo.WithLogger(s.last),
 		kgo.RecordPartitioner(kgo.ManualPartitioner()),
 		kgo.RequiredAcks(kgo.AllISRAcks()),
 		kgo.AllowAutoTopicCreation(),
@@ -403,7 +404,7 @@ func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.D
 	}
 	if err != nil {
 		k.closing.Go(s.client.Close)
-		return nil, last.explain(err)
+		return nil, s.last.explain(err)
 	}
 	return s, nil
 }
@@ -599,12 +600,13 @@ var errNoAcknowledgement = errors.New("no acknowledgement")
 func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record, wait time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("%w within %s", errNoAcknowledgement, wait))
 	defer cancel()
-	client := k.session.client
+	client, last := k.session.client, k.session.last
+	last.err.Store(nil) // what was before is over
 	// The records' context is not ours: the client may not give a record up while its fate is
 	// open. The wait is what is bounded.
 	var results kgo.ProduceResults
 	if await(ctx, launch(func() { results = client.ProduceSync(context.Background(), records...) })) != nil {
-		return fmt.Errorf("produce: %w", context.Cause(ctx))
+		return fmt.Errorf("produce: %w", last.explain(context.Cause(ctx)))
 	}
 	var failed error
 	for _, r := range results {

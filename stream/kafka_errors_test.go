@@ -306,6 +306,23 @@ func TestKafkaShortWindowsThatAreTooOldAreSentTogether(t *testing.T) {
 	})
 }
 
+// TestKafkaReasonOfABatchThatIsSentAgainIsNamed: the client tries again what may pass, such as
+// too few replicas for min.insync.replicas.
+func TestKafkaReasonOfABatchThatIsSentAgainIsNamed(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.NotEnoughReplicas, Count: -1})
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		s.publish(t, 0, 3)
+		time.Sleep(time.Minute)
+		if got := firstError(s.Stats()); !strings.Contains(got, "NOT_ENOUGH_REPLICAS") {
+			t.Errorf("the reason is %q", got)
+		}
+		refuse.Remove()
+		s.flush(t, time.Minute)
+		wantWindows(t, readTopic(t, cfg), 3)
+	})
+}
+
 // TestKafkaClockThatTheTopicRefuses: no record is set aside where the topic refuses
 // the present time; all arrive when the clocks agree again.
 func TestKafkaClockThatTheTopicRefuses(t *testing.T) {

@@ -24,6 +24,11 @@ import (
 // is not one of ours; reading goes on behind it. Any other error ends it.
 var ErrInvalidRecord = errors.New("not a record of this program")
 
+// ErrCaughtUp is no error: a reader that follows yields it, once or more, when it has yielded what
+// was there when it began. Until then records of one instance may come in another order than it
+// sent them, as a topic has several partitions. Reading goes on behind it.
+var ErrCaughtUp = errors.New("all that was there is read")
+
 // followEvery is how often a followed file is looked at.
 const followEvery = 200 * time.Millisecond
 
@@ -72,6 +77,10 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 				if !yield(record, err) {
 					return
 				}
+			case errors.Is(err, ErrCaughtUp):
+				if !yield(none, err) {
+					return
+				}
 			case errors.Is(err, io.EOF), ctx.Err() != nil:
 				return
 			default:
@@ -92,15 +101,16 @@ type countsLines struct {
 	last   []byte // the last whole line of it; empty: none, or it was too long
 	number int    // of the last line
 
-	unended bool // without follow: the last line was read before, and had no end
+	unended  bool // without follow: the last line was read before, and had no end
+	caughtUp bool // with follow: the end was reached once
 }
 
 // longestLine is far above a record. If a line is longer, as in a file that is none of ours,
 // the rest is dropped.
 const longestLine = 1 << 16
 
-// next returns the next line, valid until the next call; with follow it waits for it. io.EOF
-// is the end of the file.
+// next returns the next line, valid until the next call; with follow it waits for it, and
+// returns ErrCaughtUp when it first does. io.EOF is the end of the file.
 func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 	for {
 		part, err := c.r.ReadSlice('\n')
@@ -115,6 +125,9 @@ func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 			continue
 		case !errors.Is(err, io.EOF):
 			return nil, err
+		case follow && !c.caughtUp:
+			c.caughtUp = true
+			return nil, ErrCaughtUp
 		case follow:
 			if err = retry.Sleep(ctx, followEvery); err == nil {
 				err = c.catchUp()
@@ -259,22 +272,62 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 	}
 }
 
-// followTopic yields the records of the topic, and what fails, until ctx ends.
+// followTopic yields the records of the topic, and what fails, until ctx ends, and between
+// them ErrCaughtUp.
 func followTopic(ctx context.Context, client *kgo.Client, topic string) iter.Seq2[*kgo.Record, error] {
 	return func(yield func(*kgo.Record, error) bool) {
 		client.AddConsumeTopics(topic)
-		for ctx.Err() == nil {
-			fetches := client.PollFetches(ctx)
-			for _, e := range fetches.Errors() {
-				if ctx.Err() == nil && !yield(nil, e.Err) {
+		left := endsNow(ctx, client, topic)
+		for caughtUp := false; ctx.Err() == nil; {
+			if !caughtUp && len(left) == 0 {
+				if caughtUp = true; !yield(nil, ErrCaughtUp) {
 					return
 				}
 			}
-			for r := range fetches.RecordsAll() {
-				if !yield(r, nil) {
-					return
-				}
+			fetches, stalled := pollFor(ctx, client, lookStall)
+			if stalled {
+				left = nil // what was there was deleted
+			} else if !yieldFetches(ctx, fetches, left, yield) {
+				return
 			}
+		}
+	}
+}
+
+// yieldFetches yields records and errors, and takes the partitions that were read to their
+// ends out of left.
+func yieldFetches(ctx context.Context, fetches kgo.Fetches, left map[int32]int64, yield func(*kgo.Record, error) bool) (more bool) {
+	for _, e := range fetches.Errors() {
+		if ctx.Err() == nil && !yield(nil, e.Err) {
+			return false
+		}
+	}
+	for r := range fetches.RecordsAll() {
+		if r.Offset >= left[r.Partition]-1 {
+			delete(left, r.Partition)
+		}
+		if !yield(r, nil) {
+			return false
+		}
+	}
+	return true
+}
+
+// pollFor fetches once. stalled: nothing came within the time.
+func pollFor(ctx context.Context, client *kgo.Client, most time.Duration) (fetches kgo.Fetches, stalled bool) {
+	within, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	fetches = client.PollFetches(within)
+	return fetches, ctx.Err() == nil && errors.Is(fetches.Err0(), context.DeadlineExceeded)
+}
+
+// endsNow returns the ends of the partitions that have records, as soon as the brokers answer.
+// A topic that is missing, or may not be read, has none: the reader finds the same.
+func endsNow(ctx context.Context, client *kgo.Client, topic string) map[int32]int64 {
+	for {
+		_, ends, err := bounds(ctx, client, topic, time.Time{})
+		if _, refused := errors.AsType[*kerr.Error](err); err == nil || refused || retry.Sleep(ctx, time.Second) != nil {
+			return ends
 		}
 	}
 }
@@ -295,7 +348,7 @@ func checkSchema(r *kgo.Record) error {
 func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
 	return func(yield func(KeyRecord, error) bool) {
 		path := keysFile(countsFile)
-		for {
+		for waits := false; ; {
 			if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 				break
 			}
@@ -303,6 +356,10 @@ func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2
 				path = countsFile
 				break
 			}
+			if !waits && !yield(KeyRecord{}, ErrCaughtUp) {
+				return
+			}
+			waits = true
 			if retry.Sleep(ctx, followEvery) != nil {
 				return
 			}
