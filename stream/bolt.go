@@ -273,8 +273,15 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		return st, err
 	}
 	files.sweep(used, st.head)
+	err = st.readDeadLetters(tx)
+	return st, err
+}
+
+// readDeadLetters counts the records that a sink has refused for good, each once, and notes the
+// windows that lack them.
+func (st *state) readDeadLetters(tx *bolt.Tx) error {
 	last := uint64(0)
-	err = tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
+	return tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
 		if len(k) < 8 {
 			return fmt.Errorf("%w: dead letter with a key of %d bytes", errDamaged, len(k))
 		}
@@ -296,7 +303,6 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		}
 		return nil
 	})
-	return st, err
 }
 
 // readSeries reads the series and the sums by key of their last windows.
