@@ -244,7 +244,7 @@ func TestGoodSettingsAreTaken(t *testing.T) {
 		"--callback-allow=a.lan:1, 10.0.0.0/8:2", "--callback-allow=[fd00::/8]:80", "--callback-allow=[::1]:80",
 		"--group=größe {x}", "--instance=host-1.example.com", "--instance=",
 		"--listen=[::1]:0", "--listen=localhost:http", "--listen=:8081", "--window=50ms", "--window=1h", "--max-clock-skew=0", "--max-ids=0", "--duplicate-status=200",
-		"--counts-file=" + filepath.Join(dir, "new", "counts.jsonl"), "--counts-file=-", "--counts-file=off", "--data-dir=" + filepath.Join(dir, "a", "b"), "--data-dir=./~", "--data-dir=a~ 'b'",  "--data-dir=none --counts-file=off",
+		"--counts-file=" + filepath.Join(dir, "new", "counts.jsonl"), "--counts-file=-", "--counts-file=off", "--data-dir=" + filepath.Join(dir, "a", "b"), "--data-dir=./~", "--data-dir=a~ 'b'", "--data-dir=none --counts-file=off",
 		"--kafka-topic=Verve_1.unique-ids", "--dedup=redis",
 	} {
 		args := []string{"--admin-listen=127.0.0.1:0", arg}
