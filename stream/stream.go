@@ -220,10 +220,7 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 		if errors.Is(err, errOutOfOrder) {
 			return 0, fmt.Errorf("publish: %w", err)
 		}
-		if hidden, ok := log.Allow(time.Now()); ok {
-			s.cfg.Log.Error().Err(err).Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).Uint64("hidden", hidden).
-				Msg("record is not in the spool yet, trying again")
-		}
+		log.Msg(s.cfg.Log.Error().Err(err).Str("window_start", r.WindowStart.Format(time.RFC3339Nano)), "record is not in the spool yet, trying again")
 		if werr := wait.Sleep(ctx); werr != nil {
 			return 0, fmt.Errorf("publish %s: %w (%w)", r.WindowStart.Format(time.RFC3339Nano), err, werr)
 		}
