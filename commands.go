@@ -161,12 +161,18 @@ type totalsReport struct {
 	since time.Time // windows that start before are left out
 	any   bool      // record was added
 
-	sums    stream.Totals             // keys are added with --by-key only
-	changed map[groupWindow]time.Time // by records that were taken and not printed: since when
-	out     *totalsPrinter
-	stdout  *output // of out
-	err     io.Writer
-	bad     bool
+	sums stream.Totals // keys are added with --by-key only
+
+	// With --follow only: records that were taken and not added, windows that were added to and
+	// not printed, since when, and whether what was there at the start is not all read.
+	fresh              []stream.Record
+	changed            map[groupWindow]time.Time // nil: without --follow
+	behind, keysBehind bool
+
+	out    *totalsPrinter
+	stdout *output // of out
+	err    io.Writer
+	bad    bool
 }
 
 func (t *totalsReport) complain(format string, args ...any) {
@@ -188,13 +194,16 @@ func printable(s string) string {
 	return b.String()
 }
 
-// gap names what is missing, and what is not because nothing ran.
+// gap names what is missing, and what is not because nothing ran. With --follow what is
+// missing may still come.
 func (t *totalsReport) gap(g stream.Gap) {
+	name := "gap"
 	if g.Idle {
-		fmt.Fprintf(t.err, "idle: %v\n", g)
-		return
+		name = "idle"
+	} else if t.changed == nil {
+		t.bad = true
 	}
-	t.complain("gap: %v", g)
+	fmt.Fprintln(t.err, printable(fmt.Sprintf("%s: %v", name, g)))
 }
 
 // repeats names the records that should not be there, from the given one on.
@@ -251,6 +260,7 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 	defer close(done)
 	reads := readBoth(records, keys, done)
 	t.changed = make(map[groupWindow]time.Time)
+	t.behind, t.keysBehind = true, keys != nil
 	var settled <-chan time.Time
 	for {
 		select {
@@ -267,14 +277,14 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 			if !ok {
 				t.printChanged(time.Time{})
 				t.empty()
-				t.bad = t.bad || slices.ContainsFunc(t.sums.Gaps(), func(g stream.Gap) bool { return !g.Idle })
+				t.bad = t.bad || !t.behind && slices.ContainsFunc(t.sums.Gaps(), func(g stream.Gap) bool { return !g.Idle })
 				return t.verdict()
 			}
 			if err := t.take(ctx, r); err != nil {
 				t.printChanged(time.Time{})
 				return err
 			}
-			if settled == nil && len(t.changed) > 0 {
+			if settled == nil && len(t.fresh)+len(t.changed) > 0 {
 				settled = time.After(totalsSettle)
 			}
 		}
@@ -323,9 +333,12 @@ type groupWindow struct {
 }
 
 // take adds a record, unless its window is an earlier one, and names one that is none. With
-// --follow it names what is missing before it, and repeats. An error ends the reading.
+// --follow it is added later. An error ends the reading.
 func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 	switch {
+	case errors.Is(r.err, stream.ErrCaughtUp):
+		t.caughtUp(r.key != nil)
+		return nil
 	case errors.Is(r.err, stream.ErrInvalidRecord):
 		t.complain("invalid: %v", r.err)
 		return nil
@@ -341,28 +354,68 @@ func (t *totalsReport) take(ctx context.Context, r readRecord) error {
 		return nil
 	}
 	t.any = true
-	follow, known := t.changed != nil, len(t.sums.Repeats())
+	known := len(t.sums.Repeats())
 	switch {
-	case r.key != nil:
-		t.sums.AddKey(*r.key) // its window changes with its record
-	case follow:
-		for _, g := range t.sums.Before(r.Record) {
-			t.gap(g)
-		}
-		t.changed[groupWindow{r.Group, r.Span()}] = time.Now()
-		fallthrough
-	default:
+	case r.key == nil && t.changed != nil:
+		t.fresh = append(t.fresh, r.Record)
+	case r.key == nil:
 		t.sums.Add(r.Record)
-	}
-	if follow {
-		t.repeats(known)
+	default:
+		t.sums.AddKey(*r.key) // its window changes with its record
+		if t.changed != nil {
+			t.repeats(known)
+		}
 	}
 	return nil
 }
 
+// addFresh adds the records that were taken since it was last called, and names what is
+// missing before them, and repeats. Those of one instance may come from two partitions, as its
+// records go to another one when their number grows: so they are put in order first.
+func (t *totalsReport) addFresh() {
+	slices.SortStableFunc(t.fresh, func(a, b stream.Record) int {
+		return cmp.Or(a.WindowStart.Compare(b.WindowStart), cmp.Compare(a.Seq, b.Seq))
+	})
+	known := len(t.sums.Repeats())
+	for _, r := range t.fresh {
+		if !t.behind {
+			for _, g := range t.sums.Before(r) {
+				t.gap(g)
+			}
+		}
+		t.changed[groupWindow{r.Group, r.Span()}] = time.Now()
+		t.sums.Add(r)
+	}
+	t.fresh = t.fresh[:0]
+	t.repeats(known)
+}
+
+// caughtUp notes that what was there at the start is read, of the records or of those by key.
+// Only now it is known what is missing.
+func (t *totalsReport) caughtUp(ofKeys bool) {
+	switch {
+	case ofKeys && t.keysBehind:
+		t.keysBehind = false
+		for w := range t.changed {
+			t.changed[w] = time.Now()
+		}
+	case !ofKeys && t.behind:
+		t.addFresh()
+		t.behind = false
+		for _, g := range t.sums.Gaps() {
+			t.gap(g)
+		}
+	}
+}
+
 // printChanged prints the windows that were added to since it was last called. One that
-// lacks records by key is left for later, if it was added to after the time given.
+// lacks records by key is left for later, if it was added to after the time given, and all are
+// while those by key are not read up to where they ended at the start.
 func (t *totalsReport) printChanged(after time.Time) {
+	t.addFresh()
+	if t.keysBehind {
+		return
+	}
 	var sums []stream.WindowTotal
 	for w, at := range t.changed {
 		s, ok := t.sums.Window(w.group, w.Span)
@@ -473,9 +526,6 @@ func healthcheck(adminListen string) error {
 		return fmt.Errorf("not alive: %w", err)
 	}
 	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10)); err != nil {
-		return fmt.Errorf("not alive: %w", err)
-	}
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("not alive: %s", resp.Status)
 	}

@@ -52,7 +52,7 @@ type config struct {
 	MaxClockSkew time.Duration `default:"2s" help:"Report not ready when the clock steps by more than this, is behind the open window by more, or (with --dedup=redis) differs from the clock of Redis by more. 0 turns off the checks of this machine's clock; with Redis, 2s is then the tolerance." group:"General"`
 	Group        string        `default:"verve" help:"Name of the group of instances that this one belongs to." group:"General"`
 	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
-	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk." group:"General"`
+	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk, and needs brokers or --counts-file." group:"General"`
 
 	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener with its chain, in PEM; read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
 	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
@@ -63,9 +63,9 @@ type config struct {
 	WindowHeader    bool          `help:"Add the header Verve-Window to each answer: the start of the window that the id was judged in." group:"Ids"`
 	DuplicateStatus int           `default:"409" help:"HTTP status of the answer to an id already seen in the window." group:"Ids"`
 	ExpectIDs       uint64        `name:"expect-ids" placeholder:"N" help:"Unique ids per window to reserve memory for at the start. Default: learnt from the last windows." group:"Ids"`
-	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Most unique ids per window; further ids are answered 503 full. Default: as many as fit into half of the memory limit." group:"Ids"`
-	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of the cleaner, which frees the slots of past windows." group:"Ids"`
-	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots that the cleaner looks at in one step." group:"Ids"`
+	MaxIDs          uint64        `name:"max-ids" placeholder:"N" help:"Maximum unique ids per window; further ids are answered 503 full. Default: as many as fit into half of the memory limit." group:"Ids"`
+	CleanupInterval time.Duration `default:"${cleanupInterval}" help:"Pause between two steps of the cleaner, which frees what past windows left in the tables of ids." group:"Ids"`
+	CleanupBatch    int           `default:"${cleanupBatch}" help:"Slots, each the room for one id, that the cleaner looks at in one step." group:"Ids"`
 
 	RedisURL                  []string `name:"redis-url" default:"redis://127.0.0.1:6379" help:"Redis of the group: redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, redis-sentinel://HOST:PORT?master_set=NAME. Repeatable: nodes of a cluster, or Sentinels." placeholder:"URL" group:"Ids"`
 	RedisSentinelUser         string   `help:"User of the Sentinels, if it is not that of the Redis." placeholder:"NAME" group:"Ids"`
@@ -83,8 +83,8 @@ type config struct {
 	CountsFile        string   `help:"File that records are appended to as JSON Lines; - for standard output; off for none. Default: counts.jsonl in the data directory without brokers, off with them." placeholder:"FILE" group:"Records"`
 
 	CallbackAllow       []string      `help:"HOST:PORT or CIDR:PORT that callbacks may reach in addition to public addresses. Repeatable." placeholder:"HOST:PORT" group:"Callbacks"`
-	CallbackConcurrency int           `default:"8" help:"Most POSTs in flight to one destination." group:"Callbacks"`
-	CallbackRate        float64       `default:"50" help:"Most POSTs per second to a destination that --callback-allow does not list." group:"Callbacks"`
+	CallbackConcurrency int           `default:"8" help:"Maximum POSTs in flight to one destination." group:"Callbacks"`
+	CallbackRate        float64       `default:"50" help:"Maximum POSTs per second to a destination that --callback-allow does not list." group:"Callbacks"`
 	CallbackTimeout     time.Duration `default:"5s" help:"Time limit of one POST, from dialling to the end of the answer." group:"Callbacks"`
 	CallbackSecretFile  string        `help:"File with the secret that signs callbacks by the Standard Webhooks scheme: 24 to 64 bytes in base64, with or without the prefix whsec_." placeholder:"FILE" group:"Callbacks"`
 
@@ -219,7 +219,7 @@ func (c *config) judge(command string, fileErr error) error {
 	if fileErr != nil {
 		return fileErr
 	}
-	if err := c.sources.CheckVariables(); err != nil {
+	if err := cmp.Or(c.sources.CheckVariables(), c.sources.CheckText()); err != nil {
 		return err
 	}
 	for _, list := range []*[]string{&c.RedisURL, &c.KafkaBrokers, &c.CallbackAllow, &c.CORSOrigin} {
@@ -257,11 +257,13 @@ func (c *config) explain(err error) error {
 		text, from, ok := c.sources.Lookup(name)
 		switch {
 		case ok:
-			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, text), from.Phrase(), why)
-		case from.String() != "default":
-			why = fmt.Sprintf("--%s (%s): the value is missing, %s", name, from.Phrase(), why)
+			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, text), from.Phrase, why)
+		case from.Name == "--"+name:
+			why = fmt.Sprintf("--%s (%s): the value is missing, %s", name, from.Phrase, why)
+		case from.Name != "default": // in the file, and no text
+			why = fmt.Sprintf("--%s (%s): %s", name, from.Phrase, why)
 		default:
-			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase(), why)
+			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase, why)
 		}
 	}
 	return usageError{errors.New(strings.Join(strings.FieldsFunc(why, unicode.IsControl), " "))} // one line
@@ -379,7 +381,7 @@ func (c *config) print(w io.Writer) error {
 		if !shown {
 			line = "# " + line
 		}
-		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, source); err != nil {
+		if _, err := fmt.Fprintf(w, "%-45s # %s\n", line, source.Name); err != nil {
 			return err
 		}
 	}
@@ -419,9 +421,7 @@ func (c *config) check() (err error) {
 		return err
 	}
 	redis, spool, records := c.redis(), c.spool(), stream.Config{CountsFile: c.countsFile()}
-	limit := memoryLimit() / 2
-	memory := dedup.Config{Expect: c.expectIDs(limit), MaxBytes: limit, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch}
-	callbacks, front := c.callbacks(), c.front()
+	memory, callbacks, front := c.memory(memoryLimit()), c.callbacks(), c.front()
 	for _, part := range []interface{ Check() error }{&spool, &records, &memory, &redis, &callbacks, &front} {
 		if err := part.Check(); err != nil {
 			return err
@@ -470,6 +470,9 @@ func (c *config) checkFiles() (err error) {
 	case c.DataDir == "":
 		return setting.Errorf("data-dir", "want a directory, or none")
 	}
+	if err := cmp.Or(checkPath("data-dir", c.DataDir), checkPath("counts-file", c.CountsFile)); err != nil {
+		return err
+	}
 	if c.TLSCertFile != "" {
 		if _, err := c.certificate(zerolog.Nop()); err != nil {
 			return err
@@ -486,11 +489,26 @@ func (c *config) checkFiles() (err error) {
 	return server.CheckToken(c.adminToken)
 }
 
+// checkPath refuses a path that is probably not the one that is meant: it would be made, and
+// what is written there would not be found.
+func checkPath(name, path string) error {
+	switch {
+	case strings.TrimSpace(path) != path:
+		return setting.Errorf(name, "there is space at its beginning or end")
+	case len(path) > 1 && strings.Contains("\"'`", path[:1]) && path[len(path)-1] == path[0]:
+		return setting.Errorf(name, "there are quotes around it: env files keep the quotes around a value")
+	}
+	return nil
+}
+
 // checkCountsFile refuses a counts file that is a file of something else: records would
 // destroy it, or be lost with it.
 func (c *config) checkCountsFile() error {
 	records := stream.Config{CountsFile: c.countsFile()}
 	for _, path := range records.CountsFiles() {
+		if c.DataDir != noDataDir && within(c.DataDir, path) {
+			return setting.Errorf("counts-file", "%s is --data-dir=%s, or a directory above it", path, c.DataDir)
+		}
 		for _, other := range c.files() {
 			if other.path != "" && sameFile(path, other.path) {
 				return setting.Errorf("counts-file", "it is the file of --%s", other.flag)
@@ -522,19 +540,49 @@ func sameFile(a, b string) bool {
 	return err == nil && errB == nil && a == b
 }
 
+// within reports whether dir, which need not exist, is at or below path.
+func within(dir, path string) bool {
+	dir, err := filepath.Abs(dir)
+	path, errB := filepath.Abs(path)
+	if err != nil || errB != nil {
+		return false
+	}
+	rest, err := filepath.Rel(path, dir)
+	return err == nil && rest != ".." && !strings.HasPrefix(rest, "../")
+}
+
 // doubtful are settings that work and are probably not meant, one line each.
 func (c *config) doubtful() (lines []string) {
 	if len(c.KafkaBrokers) == 0 {
 		for _, name := range []string{"kafka-topic", "kafka-keys-topic", "kafka-tls", "kafka-sasl"} {
 			if _, from, ok := c.sources.Lookup(name); ok {
-				lines = append(lines, fmt.Sprintf("--%s (%s) has no effect: there are no --kafka-brokers, and the records go to the counts file", name, from.Phrase()))
+				lines = append(lines, fmt.Sprintf("--%s (%s) has no effect: there are no --kafka-brokers, and the records go to the counts file", name, from.Phrase))
 			}
 		}
+	}
+	if c.discards() {
+		lines = append(lines, fmt.Sprintf("--counts-file=%s keeps no records: it is %s, or standard output that is closed", c.CountsFile, os.DevNull))
 	}
 	if len(c.KafkaBrokers) > 0 && strings.EqualFold(c.KafkaSASL, "PLAIN") && !c.KafkaTLS {
 		lines = append(lines, "--kafka-sasl=PLAIN without --kafka-tls sends the password unencrypted")
 	}
 	return lines
+}
+
+// discards reports whether what is written to the counts file is lost. If standard output is
+// closed, Go opens os.DevNull in its place.
+func (c *config) discards() bool {
+	null, err := os.Stat(os.DevNull)
+	if err != nil {
+		return false
+	}
+	var to os.FileInfo
+	if c.CountsFile == "-" {
+		to, err = os.Stdout.Stat()
+	} else {
+		to, err = os.Stat(c.countsFile())
+	}
+	return err == nil && os.SameFile(null, to)
 }
 
 // checkAddresses refuses those that can never be listened on. A port in use, or an
@@ -561,13 +609,9 @@ func (c *config) checkAddresses() error {
 	if public == nil || public.Port == 0 || public.Port != admin.Port {
 		return nil
 	}
-	// An address of all interfaces of one family overlaps with each of its own;
-	// without a host it is of both families.
+	// Go listens on all interfaces of both families, whichever of them 0.0.0.0 or [::] is of.
 	everywhere := func(a *net.TCPAddr) bool { return a.IP == nil || a.IP.IsUnspecified() }
-	family := func(a *net.TCPAddr) bool { return a.IP.To4() != nil }
-	bothFamilies := public.IP == nil || admin.IP == nil
-	if public.IP.Equal(admin.IP) && public.Zone == admin.Zone ||
-		(everywhere(public) || everywhere(admin)) && (bothFamilies || family(public) == family(admin)) {
+	if public.IP.Equal(admin.IP) && public.Zone == admin.Zone || everywhere(public) || everywhere(admin) {
 		return setting.Errorf("admin-listen", "the port is that of --listen=%s", c.Listen)
 	}
 	return nil
@@ -618,8 +662,14 @@ func (c *config) kafka() stream.KafkaConfig {
 	return k
 }
 
-// redis, spool, callbacks and front are the settings of the parts. main.go adds what
+// memory, redis, spool, callbacks and front are the settings of the parts. main.go adds what
 // exists only after the start.
+func (c *config) memory(limit uint64) dedup.Config {
+	return dedup.Config{
+		Expect: c.expectIDs(limit / 2), MaxBytes: limit / 2, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch,
+	}
+}
+
 func (c *config) redis() redis.Config {
 	return redis.Config{
 		URLs: c.RedisURL, Group: c.Group, Window: c.Window, MaxSkew: c.MaxClockSkew,

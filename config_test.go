@@ -47,10 +47,18 @@ func badSettings(t *testing.T) []badSetting {
 	add("max-clock-skew", "-1s", "2")
 	add("group", "a/b", " a", "a ", "a\u202eb", strings.Repeat("g", 250))
 	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
-	add("data-dir", plain, filepath.Join(plain, "below"))
+	add("data-dir", plain, filepath.Join(plain, "below"), "data ", " data")
+	all = append(all,
+		badSetting{name: "data-dir", value: `"/data"`, shown: `\"/data\"`},
+		badSetting{name: "counts-file", value: "'off'", shown: "'off'"},
+	)
 	add("counts-file", dir, filepath.Join(plain, "counts.jsonl"), "new/", strings.Repeat("c", 256), strings.Repeat("c", 250))
 	add("counts-file", "verve-data/spool.db", "./verve-data/../verve-data/spool.mark", "verve-data/windows.jsonl", "verve-data/last-use.json", "verve-data/group-answers.json", "verve-data/epochs/x", "verve-data/epochs",
-		"verve-data/spool-keys", "verve-data/spool-keys/x")
+		"verve-data/spool-keys", "verve-data/spool-keys/x", "- ", "verve-data", "./new/../verve-data")
+	all = append(all,
+		badSetting{name: "counts-file", value: "new", with: []string{"--data-dir=new/data"}},
+		badSetting{name: "counts-file", value: "new.x", with: []string{"--data-dir=new-by-key.x"}},
+	)
 	if err := os.Mkdir(filepath.Join(dir, "n-by-key"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -88,11 +96,12 @@ func badSettings(t *testing.T) []badSetting {
 		badSetting{name: "kafka-brokers", value: `'a:1'`, shown: `'a:1'`},
 		badSetting{name: "kafka-brokers", value: "me:s3cret@kafka:9092", shown: "hidden@kafka:9092"},
 	)
-	add("kafka-topic", "a b", ".", "..", "a/b", "ä", strings.Repeat("t", 250))
+	add("kafka-topic", "a b", ".", "..", "a/b", "ä", strings.Repeat("t", 250), "__consumer_offsets", "__transaction_state")
+	add("kafka-keys-topic", "a b", "verve.unique-ids", "verve_unique-ids", "__consumer_offsets")
 	add("kafka-sasl", "MD5", "PLAIN", "scram-sha-256")
 	add("kafka-user", "me")
 	add("kafka-password-file", password)
-	for _, v := range []string{filepath.Join(dir, "none"), dir, file("empty", "\n")} {
+	for _, v := range []string{filepath.Join(dir, "none"), dir, file("empty", "\n"), file("utf-16", "\xff\xfes\x00e\x00"), file("nul", "s\x00e")} {
 		all = append(all, badSetting{name: "kafka-password-file", value: v, with: []string{"--kafka-sasl=PLAIN", "--kafka-user=me"}})
 	}
 	add("redis-url", "h", "h:6379", "http://h", "redis://", "redis://:6379", "redis://h:99999", "redis://h:0", "redis://h:x", "redis://h/x", "redis://h/-1", "redis://h/1/2", "redis://h?db=x", "redis://h/1?db=2",
@@ -125,6 +134,8 @@ func badSettings(t *testing.T) []badSetting {
 		badSetting{name: "admin-listen", value: "127.0.0.1:20001", with: []string{"--listen=127.0.0.1:20001"}},
 		badSetting{name: "admin-listen", value: ":20001", with: []string{"--listen=127.0.0.1:20001"}},
 		badSetting{name: "admin-listen", value: "localhost:20001", with: []string{"--listen=0.0.0.0:20001"}},
+		badSetting{name: "admin-listen", value: "127.0.0.1:20001", with: []string{"--listen=[::]:20001"}},
+		badSetting{name: "admin-listen", value: "[::1]:20001", with: []string{"--listen=0.0.0.0:20001"}},
 		badSetting{name: "data-dir", value: "none", with: []string{"--counts-file="}},
 	)
 	return all
@@ -188,6 +199,41 @@ func wantNamed(t *testing.T, err error, what string, parts ...string) {
 	}
 }
 
+// TestWhatIsNotInUTF8IsRefused: it would become the name of another file or instance. A file
+// of settings may begin with the mark that some editors write.
+func TestWhatIsNotInUTF8IsRefused(t *testing.T) {
+	const latin1 = "m\xfcller"
+	for _, name := range []string{"data-dir", "counts-file", "instance", "group", "kafka-topic", "tls-cert-file"} {
+		_, _, err := parse([]string{"--" + name + "=" + latin1}, io.Discard)
+		wantNamed(t, err, name, "--"+name, `m\xfcller`, "from the command line", "UTF-8")
+	}
+	path := filepath.Join(t.TempDir(), "settings.yaml")
+	for text, good := range map[string]bool{"instance: " + latin1: false, "\xff\xfei\x00": false, "\ufeffinstance: x\r\n": true, "\ufeff{\"instance\":\"x\"}": true} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, _, err := parse([]string{"--config=" + path}, io.Discard)
+		if !good {
+			wantNamed(t, err, text, "--config", path, "UTF-8")
+		} else if err != nil || c.Instance != "x" {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// TestValuesOfAnotherKindInAFileAreNotMissing: the line names what is wanted.
+func TestValuesOfAnotherKindInAFileAreNotMissing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "settings.yaml")
+	if err := os.WriteFile(path, []byte("window: [1s]"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := parse([]string{"--config=" + path}, io.Discard)
+	wantNamed(t, err, "a list", "--window", "key window", "want one value, not a list")
+	if err != nil && strings.Contains(err.Error(), "missing") {
+		t.Error(err)
+	}
+}
+
 // TestGoodSettingsAreTaken: what people write and what works, next to what is
 // refused above.
 func TestGoodSettingsAreTaken(t *testing.T) {
@@ -225,6 +271,13 @@ func TestDoubtfulSettingsAreReported(t *testing.T) {
 	if err := os.WriteFile(password, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	null, err := os.Open(os.DevNull) // as Go does where standard output is closed
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	defer func(was *os.File) { os.Stdout = was }(os.Stdout)
+	os.Stdout = null
 	sasl := "--kafka-sasl=PLAIN --kafka-user=u --kafka-password-file=" + password
 	for args, want := range map[string][]string{
 		"":                                {},
@@ -232,6 +285,8 @@ func TestDoubtfulSettingsAreReported(t *testing.T) {
 		"--kafka-tls " + sasl:             {"--kafka-tls", "--kafka-sasl"},
 		"--kafka-brokers=a:1 " + sasl:     {"--kafka-sasl=PLAIN without --kafka-tls"},
 		"--kafka-brokers=a:1 --kafka-tls": {},
+		"--counts-file=" + os.DevNull:     {"--counts-file=" + os.DevNull + " keeps no records"},
+		"--counts-file=-":                 {"--counts-file=- keeps no records"},
 	} {
 		c, _, err := parse(strings.Fields(args), io.Discard)
 		if err != nil {

@@ -12,6 +12,7 @@ import (
 	stdlog "log"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -210,7 +211,7 @@ func (p *program) open() error {
 		return err
 	}
 	callbacks := cfg.callbacks()
-	callbacks.SelfAddr, callbacks.SelfPath, callbacks.AdminAddr = p.public.Addr().String(), server.SinkPath, p.private.Addr().String()
+	callbacks.SelfAddr, callbacks.SelfPath, callbacks.AdminAddr = boundTo(p.public), server.SinkPath, boundTo(p.private)
 	if p.certificate != nil {
 		callbacks.SelfTLS = p.certificate.OwnConfig
 	}
@@ -269,6 +270,9 @@ func (p *program) listen() error {
 	}
 	return nil
 }
+
+// boundTo is the address of a listener, which is one of TCP.
+func boundTo(ln net.Listener) netip.AddrPort { return ln.Addr().(*net.TCPAddr).AddrPort() }
 
 // openRecords makes the spool, the group's set if there is one, and the stream of
 // records into Kafka and the counts file.
@@ -623,20 +627,16 @@ const keyShare = 16
 // openSet makes the set, with the ids that the last process left in the data
 // directory. On a system that cannot keep them there it does without.
 func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (*dedup.Memory, error) {
-	limit := memory / 2
-	c := dedup.Config{
-		Expect: cfg.expectIDs(limit), MaxIDs: cfg.MaxIDs, MaxBytes: limit,
-		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-		Dir: cfg.epochsDir(), Publisher: publisher, Window: cfg.Window,
-		OnSetAside: func(name string, reason error) {
-			log.Error().Err(reason).Str("set_aside_as", name).
-				Msg("the ids of the last process are damaged or missing: the windows that it has not published and the open one are counted without them and get exact:false")
-		},
-		OnFailure: func(err error) {
-			log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
-		},
-		OnRepair: func() { log.Info().Msg("ids are kept on disk again") },
+	c := cfg.memory(memory)
+	c.MaxIDs, c.Dir, c.Publisher, c.Window = cfg.MaxIDs, cfg.epochsDir(), publisher, cfg.Window
+	c.OnSetAside = func(name string, reason error) {
+		log.Error().Err(reason).Str("set_aside_as", name).
+			Msg("the ids of the last process are damaged or missing: the windows that it has not published and the open one are counted without them and get exact:false")
 	}
+	c.OnFailure = func(err error) {
+		log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
+	}
+	c.OnRepair = func() { log.Info().Msg("ids are kept on disk again") }
 	if cfg.ExpectIDs > 0 && cfg.IDFormat != "uint64" { // decimals, UUIDs or text
 		c.Expect, c.ExpectAny = 0, cfg.ExpectIDs
 	}
@@ -655,11 +655,7 @@ const dedupRedis = "redis"
 // openShared makes the set that the group shares. What this instance has learnt
 // of its ids stays in memory, as Redis keeps them.
 func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*redis.Set, error) {
-	limit := memory / 2
-	local, err := dedup.NewMemory(dedup.Config{
-		Expect: cfg.expectIDs(limit), MaxBytes: limit,
-		CleanupInterval: cfg.CleanupInterval, CleanupBatch: cfg.CleanupBatch,
-	})
+	local, err := dedup.NewMemory(cfg.memory(memory))
 	if err != nil {
 		return nil, err
 	}
@@ -746,15 +742,8 @@ func (p *program) dump(signal string) {
 
 // greet logs what runs where, and how to try it.
 func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *config) {
-	to := "counts file " + cfg.countsFile()
-	if len(cfg.KafkaBrokers) > 0 {
-		to = "topic " + cfg.KafkaTopic + " at " + strings.Join(cfg.KafkaBrokers, ",")
-		if f := cfg.countsFile(); f != "" {
-			to += " and counts file " + f
-		}
-	}
 	log.Info().Str("version", versionText()).Str("listen", public.String()).Str("admin", admin.String()).
-		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", to).
+		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", cfg.recordsGo()).
 		Msg("listening")
 	if addr, ok := admin.(*net.TCPAddr); ok && !addr.IP.IsLoopback() && cfg.AdminTokenFile == "" {
 		log.Warn().Str("admin", admin.String()).
@@ -770,6 +759,25 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=42'", curl, url)
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=43&endpoint=%s/test'", curl, url, url)
 	log.Info().Msgf("watch: http://%s/", reachable(admin.String()))
+}
+
+// recordsGo names where the records go.
+func (c *config) recordsGo() string {
+	var to []string
+	if len(c.KafkaBrokers) > 0 {
+		to = append(to, "topic "+c.KafkaTopic+" at "+strings.Join(c.KafkaBrokers, ","))
+	}
+	switch f := c.countsFile(); f {
+	case "":
+	case "-":
+		to = append(to, "standard output")
+	default:
+		to = append(to, "counts file "+f)
+	}
+	if len(to) == 0 {
+		return "nowhere: there are no brokers, and --counts-file is off"
+	}
+	return strings.Join(to, " and ")
 }
 
 // reachable is the address of a listener as a client on this machine would write it.

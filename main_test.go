@@ -58,6 +58,27 @@ func TestLibrariesPrintNoLinesOfTheirOwn(t *testing.T) {
 	}
 }
 
+// TestTheStartNamesWhereRecordsGo: in the line "listening", whatever is set.
+func TestTheStartNamesWhereRecordsGo(t *testing.T) {
+	for _, c := range []struct {
+		brokers []string
+		file    string
+		want    string
+	}{
+		{nil, "", "counts file data/counts.jsonl"},
+		{nil, "/var/counts.jsonl", "counts file /var/counts.jsonl"},
+		{nil, "-", "standard output"},
+		{nil, "off", "nowhere: there are no brokers, and --counts-file is off"},
+		{[]string{"a:9092", "b:9092"}, "", "topic t at a:9092,b:9092"},
+		{[]string{"a:9092"}, "-", "topic t at a:9092 and standard output"},
+	} {
+		cfg := &config{DataDir: "data", KafkaBrokers: c.brokers, KafkaTopic: "t", CountsFile: c.file}
+		if got := cfg.recordsGo(); got != c.want {
+			t.Errorf("brokers %q, counts file %q: got %q, want %q", c.brokers, c.file, got, c.want)
+		}
+	}
+}
+
 // TestKeysThatWaitFollowTheMemoryLimit: the spool in memory gets the limit of the process.
 func TestKeysThatWaitFollowTheMemoryLimit(t *testing.T) {
 	var keys []counter.KeyCount

@@ -53,8 +53,8 @@ type Store interface {
 type State interface {
 	// Retire releases it. It is called once, when the count of the epoch is published and
 	// no request can be in the epoch any more. The calls come in the order of the epochs,
-	// but that the one for an epoch in which nothing was counted may come early, with the
-	// lock of Open held.
+	// with one exception: that of an epoch in which nothing was counted may come early, with
+	// the lock of Open held.
 	Retire()
 }
 
@@ -75,8 +75,8 @@ type Config struct {
 
 	OnClose func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 
-	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or the
-	// process not run, before Stats reports it. 0: the clock is not watched.
+	// MaxSkew bounds how far the wall clock may be set or be behind the open epoch, and for
+	// how long the process may not run, before Stats reports it. 0: the clock is not watched.
 	MaxSkew time.Duration
 	OnClock func(problem string)       // called when Clock.Problem begins (with its text) and ends (empty). Optional.
 	OnPause func(absent time.Duration) // called after the process did not run, with the time it missed. Optional.
@@ -92,7 +92,7 @@ type Past struct {
 	Recovered []Recovered
 
 	// Lost are counts that no record can be made of: this publisher has published a
-	// later window. That takes files that an earlier version has left.
+	// later window. Only files that an earlier version has left have some.
 	Lost []Recovered
 
 	// Serial, Start and Window are those of the epoch opened last. Unless it is
@@ -287,10 +287,10 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 	}
 	next.State = c.cfg.Store.Open(next)
 	c.last = next
-	c.open.Store(next) // from here on nobody enters e
+	c.open.Store(next) // from here on no request enters e
 	if n := len(c.turned); n >= maxWaiting && e.Idle() && e.Unique()+e.Repeats() == 0 {
 		// The publisher has stood still for so long that the Store refuses ids, or
-		// nobody sent any. The window becomes part of the gap after the last one
+		// no caller sent any. The window becomes part of the gap after the last one
 		// that waits, which is not being closed: it is not the first.
 		c.turned[n-1].gap = next.start
 		c.turned[n-1].complete = false
@@ -298,7 +298,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 		e.keys.release(false) // ids that were refused may have been under some
 		return
 	}
-	c.leave(e)
+	c.handOver(e)
 }
 
 // Seal ends the open epoch before its time. Enter returns false from here on,
@@ -312,11 +312,11 @@ func (c *Counter) Seal() {
 	}
 	e.complete = false
 	c.open.Store(nil)
-	c.leave(e)
+	c.handOver(e)
 }
 
-// leave hands e to the closer. c.mu is held.
-func (c *Counter) leave(e *Epoch) {
+// handOver gives e, which no request enters any more, to the closer. c.mu is held.
+func (c *Counter) handOver(e *Epoch) {
 	c.turned = append(c.turned, e)
 	select {
 	case c.wake <- struct{}{}:
@@ -325,7 +325,7 @@ func (c *Counter) leave(e *Epoch) {
 }
 
 // newEpoch makes the epoch that starts at start and follows prev. c.mu is held, or
-// nobody else has c yet.
+// no other goroutine has c yet.
 func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	e := c.spare
 	if e == nil {
@@ -400,7 +400,7 @@ type Stats struct {
 	Unique   uint64 // answered as new, since the start of the process
 	Repeats  uint64 // answered as already seen, since the start of the process
 	Unclosed int    // epochs left but not yet published
-	Skipped  uint64 // epochs that passed while the process did not run
+	Skipped  uint64 // epochs that were not opened: the clock was set forward, or the process did not run
 	Lost     int    // windows of the Past that no record can be made of
 	Clock    Clock  // the wall clock, and pauses of the process
 }

@@ -107,7 +107,7 @@ const (
 )
 
 // Find returns the key of a name, or nil if it is not in the epoch. hash is a hash of the
-// name that nobody outside can choose, the same at every call. It may miss one that is
+// name that no caller can choose, the same at every call. It may miss one that is
 // being added. The caller is in the epoch, as that of Add and Count.
 func (ks *Keys) Find(hash uint64, name []byte) *Key {
 	table := ks.table.Load()

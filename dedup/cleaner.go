@@ -196,7 +196,7 @@ func sweepTable[B any](t *table[B], p *position, floor, admitted uint64, slots i
 
 // sweepWords empties the words of a bucket that are of epochs up to floor, and returns how many
 // it emptied. The first word of each slot has the tag: that of an epoch less than half a lap
-// before admitted, or of a later one that was opened meanwhile. Nobody can be writing a word of
+// before admitted, or of a later one that was opened meanwhile. No request can be writing a word of
 // an epoch up to floor.
 func sweepWords(words []atomic.Uint64, admitted, floor uint64) (n int) {
 	now := tagOf(admitted)

@@ -21,7 +21,7 @@ func advise(b []byte, advice int) error {
 	return durable.Retry(func() error { return unix.Madvise(b, advice) })
 }
 
-// bootID tells the boots of the machine apart; 0 if it cannot.
+// bootID differs between the boots of the machine; 0 if it is not known.
 func bootID() uint32 {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil || len(id) == 0 {

@@ -22,7 +22,7 @@ import (
 // journal keeps, in files, what the next process needs where this one is
 // killed: which epochs were opened and not yet published, and their ids. It
 // takes no system call to keep an id: the files are mapped and shared, and what
-// was stored in them is there after a kill -9. Once a second they are synced,
+// was stored in them is there after a kill -9. They are synced every syncEvery,
 // which bounds what a loss of power costs.
 //
 // The table itself in a mapped file was the plainer way. A table is written at
@@ -43,6 +43,7 @@ type journal struct {
 	writers sync.Pool // of *writer
 
 	lock   *os.File
+	ran    time.Time // when the process before took the lock: right after its start; zero: not known
 	state  []byte
 	slots  []slot   // in state
 	marks  []uint64 // in state: the segments that must be there
@@ -236,8 +237,10 @@ func openJournal(cfg Config, nudge func()) (*journal, error) {
 		if j.OnSetAside != nil {
 			j.OnSetAside(name, damage)
 		}
+		ran := j.ran
 		j = newJournal(j.Config, nudge)
 		if err = j.open(); err == nil {
+			j.ran = ran
 			err = j.restore(left)
 		}
 	}
@@ -328,7 +331,11 @@ func (j *journal) open() error {
 
 // takeLock makes this process the owner of the directory.
 func (j *journal) takeLock() error {
-	f, err := os.OpenFile(filepath.Join(j.Dir, lockName), os.O_RDWR|os.O_CREATE, 0o644)
+	path := filepath.Join(j.Dir, lockName)
+	if before, err := os.Stat(path); err == nil {
+		j.ran = before.ModTime() // it was written to last then, below
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -1116,6 +1117,39 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 	}
 }
 
+// TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact: its slot is lost as well, and there
+// is no record to go by, or one from long before its start.
+func TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact(t *testing.T) {
+	for _, earlier := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := small(t.TempDir())
+			cfg.Window = time.Hour
+			l := newFakeSpool(t)
+			if earlier {
+				p := live(t, cfg, cfg.Window, l)
+				p.want(time.Now(), "1", Unique)
+				p.close()
+				time.Sleep(5 * time.Hour)
+			}
+			start := time.Now()
+			p := live(t, cfg, cfg.Window, l)
+			p.want(time.Now(), "1", Unique)
+			lost := p.c.Last().Start()
+			p.kill()
+			// The time of a file is not that of the bubble.
+			if err := errors.Join(os.Chtimes(filepath.Join(cfg.Dir, lockName), start, start), os.Truncate(filepath.Join(cfg.Dir, stateName), 0)); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(3 * time.Hour)
+			p = live(t, cfg, cfg.Window, l)
+			p.close()
+			if sum, records, exact := l.total(lost); records != 1 || sum > 0 || exact {
+				t.Errorf("earlier records: %t: the window has %d records, which add up to %d, exact %t", earlier, records, sum, exact)
+			}
+		})
+	}
+}
+
 // TestEarlierCopyOfTheSameWindowIsNotExact: an id that was counted after the copy is not known,
 // and the record has it already; and the window behind the record may be lost.
 func TestEarlierCopyOfTheSameWindowIsNotExact(t *testing.T) {
@@ -1486,26 +1520,103 @@ func TestKeptAddAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestFlippedHeadsAreFound: every bit of a chunk's head.
-func TestFlippedHeadsAreFound(t *testing.T) {
+// TestFlippedBitsOfChunksAreFound: every bit of a head, and of a record that it counts. One of
+// the number or the kind of the records may pass once in 65,536 times, and so may a record whose
+// check is by chance that of the first version.
+func TestFlippedBitsOfChunksAreFound(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 1))
-	for range 2000 {
+	tried, missed := 0, 0
+	for range 300 {
 		kind := rnd.IntN(recordKinds)
 		if layouts[kind].words == 0 {
 			continue
 		}
-		opened, records := 1+rnd.Uint64N(1<<rnd.IntN(serialBits)), rnd.Uint64N(chunkRoom[kind]+1)
-		head := headOf(bodyOf(opened, kind) | records)
-		serial, k, n, ok := parseHead(head)
-		if !ok || serial != opened || k != kind || n != records {
-			t.Fatalf("head %x: %d, %d, %d, %t", head, serial, k, n, ok)
+		var ch chunk
+		for i := range ch {
+			ch[i] = rnd.Uint64() // what an earlier epoch left
 		}
-		for bit := range 64 {
-			if _, _, _, ok := parseHead(head ^ 1<<bit); ok {
-				t.Fatalf("bit %d of head %x", bit, head)
+		opened, records := 1+rnd.Uint64N(1<<rnd.IntN(serialBits)), rnd.Uint64N(chunkRoom[kind]+1)
+		c := cursor{chunk: &ch, body: bodyOf(opened, kind)}
+		ch[0] = headOf(c.body, 0)
+		for range records {
+			words := make([]uint64, layouts[kind].words)
+			for i := range words {
+				words[i] = rnd.Uint64()
+			}
+			switch kind {
+			case narrowKind:
+				c.append(Key{kind: narrowKind, lo: words[0]})
+			case wideKind, pairKind:
+				c.append(Key{kind: wideKind, hi: words[0], lo: words[1]})
+			default:
+				c.put(words)
 			}
 		}
+		serial, k, n, ok := ch.parse()
+		if !ok || serial != opened || k != kind || n != records {
+			t.Fatalf("head %x: %d, %d, %d, %t", ch[0], serial, k, n, ok)
+		}
+		for bit := range 64 * (1 + int(records*layouts[kind].words)) {
+			ch[bit/64] ^= 1 << (bit % 64)
+			if _, _, _, ok := ch.parse(); ok {
+				missed++
+			}
+			ch[bit/64] ^= 1 << (bit % 64)
+			tried++
+		}
 	}
+	if tried < 100_000 || missed > tried/10_000 {
+		t.Errorf("of %d flipped bits %d were missed", tried, missed)
+	}
+}
+
+// TestFlippedRecordsAreDamage: an id that is not in the journal as it was answered would get ok
+// twice in a window that is exact, a token that is not would be refused a replay.
+func TestFlippedRecordsAreDamage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		cfg := small(dir)
+		p := live(t, cfg, time.Hour, newFakeSpool(t))
+		for i, options := range [][2]string{{"", ""}, {"key", ""}, {"", "token"}, {"key", "token"}} {
+			for _, id := range []string{strconv.Itoa(i), fmt.Sprint("text ", i)} {
+				if v, _, err := p.with(time.Now(), id, options[0], options[1]); err != nil || v != Unique {
+					t.Fatal(id, options, v, err)
+				}
+			}
+		}
+		p.kill()
+		whole, err := os.ReadFile(filepath.Join(cfg.Dir, segmentName(0)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tried := 0
+		for at := chunkBytes; at < len(whole); at += 8 {
+			if at%chunkBytes == 0 || binary.NativeEndian.Uint64(whole[at:]) == 0 {
+				continue
+			}
+			tried++
+			again := small(filepath.Join(dir, "again"))
+			copyDir(t, cfg.Dir, again.Dir)
+			b := bytes.Clone(whole)
+			b[at+tried%8] ^= 1 << (tried / 8 % 8)
+			if err := os.WriteFile(filepath.Join(again.Dir, segmentName(0)), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			aside := false
+			again.OnSetAside = func(string, error) { aside = true }
+			p := live(t, again, time.Hour, newFakeSpool(t))
+			if exact := p.c.Last().Exact(); !aside || exact {
+				t.Errorf("word %d of chunk %d has a flipped bit: set aside: %t, the window is exact: %t", at%chunkBytes/8, at/chunkBytes, aside, exact)
+			}
+			p.close()
+			if err := os.RemoveAll(filepath.Join(dir, "again")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if tried < 10 {
+			t.Errorf("%d words are not 0", tried)
+		}
+	})
 }
 
 // TestKilledProcessesLoseNothing kills processes under load. Whatever they

@@ -8,7 +8,7 @@ import (
 	"github.com/dchest/siphash"
 )
 
-// secret keys every placement and hash, so that nobody outside can choose ids
+// secret keys every placement and hash, so that no caller can choose ids
 // that fall together. It lives as long as the table whose words it made.
 type secret struct {
 	xor        [2]uint64

@@ -303,13 +303,22 @@ func (j *journal) behind(published counter.Published) bool {
 
 // guess restores the epoch of the last process if no slot of it could be read. That process had
 // published each window at its end, so it was probably killed in the first window behind the
-// last record.
+// last record, or behind its own start if that is later.
 func (j *journal) guess(last time.Time, behind bool) {
-	known := j.newest.serial > 0 && !behind
-	if !j.aside || known || j.Window == 0 || last.IsZero() {
+	known, began := j.newest.serial > 0 && !behind, j.ran
+	if behind || began.After(time.Now()) { // the start of the process that was copied; a clock was wrong
+		began = time.Time{}
+	}
+	if !j.aside || known || j.Window == 0 || last.IsZero() && began.IsZero() {
 		return
 	}
-	o := opened{number: last.UnixNano()/int64(j.Window) + 1, window: j.Window, publisher: j.publisher}
+	o := opened{window: j.Window, publisher: j.publisher}
+	if !last.IsZero() {
+		o.number = last.UnixNano()/int64(j.Window) + 1
+	}
+	if !began.IsZero() {
+		o.number = max(o.number, began.UnixNano()/int64(j.Window))
+	}
 	if time.Now().Before(o.end()) {
 		return // the epoch to be opened is not exact
 	}

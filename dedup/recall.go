@@ -43,8 +43,8 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 // too, and those of the window before it in it.
 func (m *Memory) recall() {
 	j := m.journal
-	past := time.Since(j.newest.end()) // its end; negative: it is not over
-	if j.newest.serial == 0 || past >= j.newest.window {
+	past := time.Since(j.newest.end())                                      // its end; negative: it is not over
+	if j.newest.serial == 0 || past >= max(j.newest.window, m.cfg.Window) { // so is the window after it
 		return
 	}
 	var segments []*segment

@@ -20,9 +20,10 @@ import (
 // memory that outlives the process.
 //
 // A chunk belongs to one writer of one epoch and is written from its front. Its first word,
-// the head, has the serial of the epoch, the kind of the records and their number: a record is
-// there when the head counts it. So a kill between any two stores leaves the chunk with or
-// without the record, and a chunk needs no clearing for reuse.
+// the head, has the serial of the epoch, the kind of the records, their number, and a check of
+// these and of the records: a record is there when the head counts it. So a kill between any
+// two stores leaves the chunk with or without the record, and a chunk needs no clearing for
+// reuse.
 const (
 	chunkWords = 64 // half a kilobyte: few are cut short by a turn, and 1.6 % is heads
 	chunkBytes = chunkWords * 8
@@ -32,8 +33,11 @@ const (
 	segmentChunks = 8192
 
 	// A head is check<<48 | kind bit 2<<47 | serial<<8 | kind bit 0<<7 | kind bit 1<<6 |
-	// records. A flipped bit does not pass the check: checkFactor has no 16 equal bits
-	// in a row. The first version had bit 0 of the kind alone, and zeros for the others.
+	// records. The check is of these bits and the sum of the records. A flipped bit of a record
+	// or of the serial does not pass it: checkFactor has no 16 equal bits in a row. One of the
+	// number or the kind changes which words are summed, and passes once in 65,536 times.
+	// The first version had bit 0 of the kind alone, zeros for the others, and a check without
+	// the sum.
 	serialBits  = 39
 	recordMask  = 1<<6 - 1
 	checkShift  = 48
@@ -88,7 +92,7 @@ var chunkRoom = func() (room [recordKinds]uint64) {
 
 type chunk [chunkWords]uint64
 
-func headOf(body uint64) uint64 { return body*checkFactor>>checkShift<<checkShift | body }
+func headOf(body, sum uint64) uint64 { return (body^sum)*checkFactor>>checkShift<<checkShift | body }
 
 // bodyOf is the body of the head of a chunk without records.
 func bodyOf(serial uint64, kind int) uint64 {
@@ -96,12 +100,24 @@ func bodyOf(serial uint64, kind int) uint64 {
 	return k>>2<<47 | serial<<8 | k&1<<7 | k>>1&1<<6
 }
 
-// parseHead splits a head; ok is false for one that no writer wrote.
-func parseHead(head uint64) (serial uint64, kind int, records uint64, ok bool) {
+// serialOf is that of a head; 0 if there is none.
+func serialOf(head uint64) uint64 { return head >> 8 & (1<<serialBits - 1) }
+
+// parse splits the head of a chunk; ok is false if no writer wrote it, or the records are not
+// those that it was written for.
+func (c *chunk) parse() (serial uint64, kind int, records uint64, ok bool) {
+	head := c[0]
 	body := head & (1<<checkShift - 1)
-	serial, records = body>>8&(1<<serialBits-1), body&recordMask
+	serial, records = serialOf(head), body&recordMask
 	kind = int(body>>7&1 | body>>6&1<<1 | body>>47<<2)
-	return serial, kind, records, headOf(body) == head && serial > 0 && layouts[kind].words > 0 && records <= chunkRoom[kind]
+	if serial == 0 || layouts[kind].words == 0 || records > chunkRoom[kind] {
+		return serial, kind, records, false
+	}
+	var sum uint64
+	for _, w := range c.records(kind, records) {
+		sum ^= w
+	}
+	return serial, kind, records, head == headOf(body, sum) || head == headOf(body, 0) // of the first version
 }
 
 // segment is one mapped file. journal.mu guards its fields.
@@ -122,7 +138,7 @@ const segmentMagic = 0x5347534449565256 // "VRVIDSGS"
 const (
 	segmentMagicAt = iota
 	segmentIndexAt
-	segmentOwnerAt // tells the segments of one directory from those of another
+	segmentOwnerAt // differs between the directories
 	segmentCheckAt
 )
 
@@ -200,11 +216,10 @@ func chunksOf(memory []byte) []chunk {
 // power. Its serial will be used again, so they are cleared.
 func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, counts map[uint64]load, keyed map[uint64]*keyed) error {
 	for i := 1; i < len(s.chunks); i++ {
-		head := s.chunks[i][0]
-		if head == 0 {
+		if s.chunks[i][0] == 0 {
 			continue
 		}
-		serial, kind, records, ok := parseHead(head)
+		serial, kind, records, ok := s.chunks[i].parse()
 		if !ok {
 			return damaged("%s has a bad chunk %d", segmentName(s.index), i)
 		}
@@ -257,9 +272,12 @@ func (c *chunk) records(kind int, n uint64) []uint64 { return c[1 : 1+n*layouts[
 func (s *segment) records(serial uint64, batch func(kind int, words []uint64) error) error {
 	for i := range s.chunks[1:] {
 		c := &s.chunks[1+i]
-		of, kind, records, ok := parseHead(c[0])
-		if !ok || of != serial {
+		if serialOf(c[0]) != serial {
 			continue
+		}
+		_, kind, records, ok := c.parse()
+		if !ok {
+			return damaged("%s has a bad chunk %d", segmentName(s.index), 1+i) // it was good when it was scanned
 		}
 		if err := batch(kind, c.records(kind, records)); err != nil {
 			return err
@@ -282,6 +300,7 @@ type writer struct {
 type cursor struct {
 	chunk *chunk
 	body  uint64 // of its head
+	sum   uint64 // of its records: their words in one exclusive or
 }
 
 // reserve returns a cursor of the writer with room for one record of the epoch. It is called
@@ -316,20 +335,25 @@ func (c *cursor) append(k Key) {
 		c.chunk[1+n] = k.lo
 	} else {
 		c.chunk[1+2*n], c.chunk[2+2*n] = k.hi, k.lo
+		c.sum ^= k.hi
 	}
+	c.sum ^= k.lo
 	c.count()
 }
 
 // count makes the record that was written count.
 func (c *cursor) count() {
 	c.body++
-	c.chunk[0] = headOf(c.body)
+	c.chunk[0] = headOf(c.body, c.sum)
 }
 
 // put adds a record of so many words.
 func (c *cursor) put(words []uint64) {
 	n := int(c.body&recordMask) * len(words)
 	copy(c.chunk[1+n:], words)
+	for _, w := range words {
+		c.sum ^= w
+	}
 	c.count()
 }
 
@@ -356,8 +380,8 @@ func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	}
 	s := j.current
 	body := bodyOf(serial, kind)
-	atomic.StoreUint64(&s.chunks[s.next][0], headOf(body))
-	*c = cursor{&s.chunks[s.next], body}
+	atomic.StoreUint64(&s.chunks[s.next][0], headOf(body, 0))
+	*c = cursor{chunk: &s.chunks[s.next], body: body}
 	s.next++
 	s.last = max(s.last, serial)
 	if layouts[kind].token {

@@ -104,7 +104,7 @@ func (m *Memory) fillSieves(v *View, t, past *tokens) bool {
 				}
 			}
 			pace.Step()
-			// Plain loads and stores: nobody writes here any more, and nobody looks at a sieve
+			// Plain loads and stores: no request writes here any more, and none looks at a sieve
 			// before all are filled. With an atomic store each waits for those before it.
 			for at, word := range (*[slotsPerBucket]uint64)(unsafe.Pointer(&l.buckets[n])) {
 				if at%lineSlots == 0 || word == 0 {

@@ -12,8 +12,8 @@ import (
 // The table is an epoch-tagged hash table without locks.
 //
 // A key is first scattered to 64 bits, one to one. Multiplied by the number of
-// buckets, the high half of the product chooses the bucket and the low half
-// tells the keys of that bucket apart: two of them differ by at least the
+// buckets, the high half of the product chooses the bucket, and the low half
+// distinguishes the keys of that bucket: two of them differ by at least the
 // number of buckets there, so with minBuckets the low tagBits bits can go. In
 // their place stands the tag of the epoch. Bucket and word give the key back:
 // the table is exact at 8 bytes a slot.
@@ -189,7 +189,7 @@ func (b *narrowBucket) add(word uint64, look bool) (place, int) {
 // add puts the key of two words into the bucket. With look it only looks.
 //
 // The first word is claimed with the pending bit set, then the second is
-// written, then the bit is cleared. From claim to clearing nobody else writes
+// written, then the bit is cleared. From claim to clearing no other request writes
 // either word: an older epoch's pending word is waited for, not taken.
 func (b *wideBucket) add(word, second uint64, look bool) (place, int) {
 	tag := word & tagMask
@@ -247,7 +247,7 @@ func pause(n int) {
 // level is one table of a chain.
 type level[B any] struct {
 	buckets []B
-	odd     uint64 // places the key anew in the next level
+	odd     uint64 // gives the key another place in the next level
 	memory  []byte // of buckets, as the arena gave it
 }
 
@@ -295,7 +295,7 @@ func newLevel[B any](n uint64, from *arena, resident bool) (*level[B], error) {
 	return &level[B]{buckets: buckets, odd: newSecret().odd[0], memory: memory}, nil
 }
 
-// append puts l behind the other levels. t.mu is held, or nobody else has t yet.
+// append puts l behind the other levels. t.mu is held, or no other goroutine has t yet.
 func (t *table[B]) append(l *level[B], from *arena) error {
 	if t.depth == maxLevels {
 		from.free(l.memory)
@@ -356,7 +356,7 @@ func (t *table[B]) grow(have int, sizes func() []uint64, from *arena) (grown boo
 
 // prepare makes the pages resident of the levels that requests have added. If none has and
 // the table is crowded with so many ids, it adds the levels that are needed next, which
-// requests find resident. One at a time may call it, and nobody may free t meanwhile. asked:
+// requests find resident. One at a time may call it, and t must not be freed meanwhile. asked:
 // a bucket of the last level is nearly full.
 func (t *table[B]) prepare(asked bool, load uint64, sizes func() []uint64, from *arena) (grown int) {
 	t.mu.Lock()
@@ -469,7 +469,7 @@ func (t *table[B]) addTo(s *Stats) {
 	s.Slots, s.Levels = s.Slots+t.slots, max(s.Levels, t.depth)
 }
 
-// free gives the memory back. Nobody may use t any more.
+// free gives the memory back. No goroutine may use t any more.
 func (t *table[B]) free(to *arena) {
 	for i := range t.depth {
 		to.free(t.levels[i].Load().memory)

@@ -9,8 +9,9 @@ import (
 
 // A state file of the first version becomes one of the present version before anything
 // else is read, in one step: a kill leaves the old file or the new one. Segments stay as
-// they are, as every chunk of the first version means the same here. The first version refuses
-// what this one has upgraded. No release had the versions between.
+// they are: every chunk of the first version means the same here, but that its check does not cover
+// its records. The first version refuses what this one has upgraded. No release had the versions
+// between.
 
 // withoutPublisher is the first version. Its slots are half as long as those of today, and the
 // publisher of the epoch is not in them.

@@ -248,6 +248,7 @@ func TestNothingIsLeftOutByMistake(t *testing.T) {
 
 // TestPagesCanBeRead is what can be checked where the commands are not run.
 func TestPagesCanBeRead(t *testing.T) {
+	atRoot(t)
 	for page, text := range pages(t) {
 		if _, err := parse(text); err != nil && page != "DESIGN.md" && page != "CHANGELOG.md" && page != "SECURITY.md" {
 			t.Errorf("%s: %v", page, err)

@@ -43,6 +43,7 @@ const (
 // A command with a comment "# prints TEXT" at its end must print that, where …
 // stands for anything. What a page leaves behind is removed after it.
 func TestCommandsOfThePages(t *testing.T) {
+	atRoot(t)
 	named := strings.Fields(os.Getenv("VERVE_TEST_DOCS"))
 	if len(named) == 0 {
 		t.Skip("VERVE_TEST_DOCS names no pages; .ci/run docs runs their commands")
@@ -238,6 +239,7 @@ func (s *server) stop(limit time.Duration) error {
 }
 
 func TestBlocksMustDoAsThePageSays(t *testing.T) {
+	atRoot(t)
 	if _, err := exec.LookPath("bash"); err != nil {
 		t.Skip("there is no bash here")
 	}

@@ -32,12 +32,13 @@ func pages(t *testing.T) map[string]string {
 	return texts
 }
 
-// TestMain runs the tests at the root: pages are named as from there.
-func TestMain(m *testing.M) {
-	if err := os.Chdir(".."); err != nil {
-		panic(err)
-	}
-	testproc.Main(m)
+func TestMain(m *testing.M) { testproc.Main(m) }
+
+// atRoot runs the test at the root: pages are named as from there. In TestMain, before go test
+// notes which files a test reads, this made it show old results for pages that had changed.
+func atRoot(t *testing.T) {
+	t.Helper()
+	t.Chdir("..")
 }
 
 func help(t *testing.T, args ...string) string {
@@ -53,6 +54,7 @@ var flagName = regexp.MustCompile(`--([a-z][a-z0-9-]+)`)
 
 // TestSettingsPageHasEverySetting, and no other.
 func TestSettingsPageHasEverySetting(t *testing.T) {
+	atRoot(t)
 	page := pages(t)["docs/settings.md"]
 	_, table, ok := strings.Cut(page, "\n| flag |")
 	if !ok {
@@ -82,6 +84,7 @@ func TestSettingsPageHasEverySetting(t *testing.T) {
 // TestPagesNameWhatThereIs: flags in code spans, metrics, and files that are
 // linked to.
 func TestPagesNameWhatThereIs(t *testing.T) {
+	atRoot(t)
 	// An unreachable Redis has metrics, too.
 	v := testproc.Start(t, "--window=1h", "--dedup=redis", "--redis-url=redis://127.0.0.1:1")
 	_, metrics := v.Get(v.Admin + "/metrics")
@@ -125,6 +128,7 @@ func TestPagesNameWhatThereIs(t *testing.T) {
 
 // TestEveryAlertHasItsPlaceInOperations: an operator finds there what to do.
 func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
+	atRoot(t)
 	rules, err := os.ReadFile("deploy/prometheus/verve.rules.yml")
 	if err != nil {
 		t.Fatal(err)
@@ -155,6 +159,7 @@ func TestEveryAlertHasItsPlaceInOperations(t *testing.T) {
 // TestPagesHaveOneVersion: of the changelog's newest entry, the HTTP interface and
 // the image that the manifests name.
 func TestPagesHaveOneVersion(t *testing.T) {
+	atRoot(t)
 	found := make(map[string]string)
 	for file, version := range map[string]string{
 		"CHANGELOG.md":      `(?m)^## \[(\d\S*)\]|It becomes (\d+\.\d+\.\d+)\.`,
@@ -180,6 +185,7 @@ func TestPagesHaveOneVersion(t *testing.T) {
 
 // TestEveryPictureIsShown: by a page, or it is in the way.
 func TestEveryPictureIsShown(t *testing.T) {
+	atRoot(t)
 	pictures, err := filepath.Glob("docs/*.png")
 	if err != nil || len(pictures) == 0 {
 		t.Fatalf("no pictures: %v", err)
@@ -203,6 +209,7 @@ var (
 
 // TestReadmeCanBeReadAtOnce: what does not fit goes to docs/.
 func TestReadmeCanBeReadAtOnce(t *testing.T) {
+	atRoot(t)
 	const most = 1800
 	if n := len(strings.Fields(pages(t)["README.md"])); n > most {
 		t.Errorf("README.md has %d words, want %d at most", n, most)
@@ -211,6 +218,7 @@ func TestReadmeCanBeReadAtOnce(t *testing.T) {
 
 // TestDesignHasARowForEveryFile of the product, and none for a file that is gone.
 func TestDesignHasARowForEveryFile(t *testing.T) {
+	atRoot(t)
 	rows := make(map[string]bool)
 	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+\\.(?:go|lua|s|js))` \\|").FindAllStringSubmatch(pages(t)["DESIGN.md"], -1) {
 		if rows[m[1]] {
@@ -246,6 +254,7 @@ func TestDesignHasARowForEveryFile(t *testing.T) {
 // TestDesignHasARowForEveryLock: the order of the locks names each mutex of the
 // product, as a reader finds it in the code.
 func TestDesignHasARowForEveryLock(t *testing.T) {
+	atRoot(t)
 	_, locks, _ := strings.Cut(pages(t)["DESIGN.md"], "\n## Locks\n")
 	locks, _, _ = strings.Cut(locks, "\n## ")
 	testproc.ProductFiles(t, 0, func(path string, _ *token.FileSet, f *ast.File) {
@@ -274,4 +283,87 @@ func TestDesignHasARowForEveryLock(t *testing.T) {
 			return true
 		})
 	})
+	// What a row may then take is a lock that has a row, too.
+	table := regexp.MustCompile("(?m)^\\| `([\\w.]+)`.*\\|([^|]*)\\|$").FindAllStringSubmatch(locks, -1)
+	for _, row := range table {
+		for _, m := range regexp.MustCompile("`([\\w.]+)`").FindAllStringSubmatch(row[2], -1) {
+			name := m[1]
+			hasRow := func(other []string) bool { return other[1] == name || strings.HasSuffix(other[1], "."+name) }
+			if regexp.MustCompile(`^\w+\.(mu|\w*ing|attempts)$|\.mu$`).MatchString(name) && !slices.ContainsFunc(table, hasRow) {
+				t.Errorf("DESIGN.md, Locks: %s may take %s, which has no row", row[1], name)
+			}
+		}
+	}
+	if len(table) == 0 {
+		t.Error("DESIGN.md, Locks: no table was found")
+	}
+}
+
+// TestDesignNamesWhatThereIs: a function, a type or a file that is gone, or has another name
+// now, is the first sign of a page that is not true any more.
+func TestDesignNamesWhatThereIs(t *testing.T) {
+	atRoot(t)
+	word := regexp.MustCompile(`[A-Za-z_]\w*`)
+	files, words := make(map[string]bool), make(map[string]bool)
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != ".":
+			return fs.SkipDir
+		case d.IsDir():
+			return nil
+		}
+		files[filepath.ToSlash(path)], files[d.Name()] = true, true
+		if slices.Contains([]string{".go", ".lua", ".js", ".s", ".html", ".mod"}, filepath.Ext(path)) {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			for _, w := range word.FindAllString(string(b), -1) {
+				words[w] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := regexp.MustCompile(`^[\w./-]+\.(go|lua|js|s|tsv)$`)
+	name := regexp.MustCompile(`^\w+(\.\w+)*$`)
+	outside := []string{"RawConn.Read", "UNSTEADY", "vX.Y.Z"} // of Go, of .ci/run, and a form
+	for _, page := range []string{"DESIGN.md", "CONTRIBUTING.md"} {
+		text := regexp.MustCompile("(?s)```.*?```").ReplaceAllString(pages(t)[page], "")
+		for _, m := range regexp.MustCompile("`([^`\n]+)`").FindAllStringSubmatch(text, -1) {
+			switch {
+			case slices.Contains(outside, m[1]):
+			case file.MatchString(m[1]):
+				if !files[m[1]] {
+					t.Errorf("%s: there is no file %s", page, m[1])
+				}
+			case name.MatchString(m[1]):
+				for _, w := range word.FindAllString(m[1], -1) {
+					if !words[w] && !files[m[1]] {
+						t.Errorf("%s: %s names %s, which is nowhere in the code", page, m[1], w)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestDesignListsItsSections, in their order.
+func TestDesignListsItsSections(t *testing.T) {
+	atRoot(t)
+	page := pages(t)["DESIGN.md"]
+	var listed, there []string
+	for _, m := range regexp.MustCompile(`(?m)^\d+\. \[([^\]]+)\]\(#`).FindAllStringSubmatch(page, -1) {
+		listed = append(listed, m[1])
+	}
+	for _, m := range regexp.MustCompile(`(?m)^## (.+)$`).FindAllStringSubmatch(page, -1) {
+		there = append(there, m[1])
+	}
+	if len(there) < 2 || !slices.Equal(listed, there[1:]) { // the first is about the page
+		t.Errorf("DESIGN.md lists the sections %q, and has %q", listed, there)
+	}
 }

@@ -15,6 +15,7 @@ import (
 // and variable of a package, and every exported field of an exported struct, has a
 // comment of its own or shares that of its group.
 func TestExportedNamesAreDocumented(t *testing.T) {
+	atRoot(t)
 	testproc.ProductFiles(t, parser.ParseComments, func(path string, _ *token.FileSet, f *ast.File) {
 		path = filepath.ToSlash(path)
 		if f.Name.Name == "main" || strings.HasPrefix(path, "bench/") || strings.HasPrefix(path, "internal/explore/") {
@@ -35,6 +36,21 @@ func TestExportedNamesAreDocumented(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestEveryPackageHasAComment: what it guarantees, who calls it, and what it hands on.
+func TestEveryPackageHasAComment(t *testing.T) {
+	atRoot(t)
+	has := make(map[string]bool)
+	testproc.ProductFiles(t, parser.ParseComments, func(path string, _ *token.FileSet, f *ast.File) {
+		dir := filepath.ToSlash(filepath.Dir(path))
+		has[dir] = has[dir] || f.Doc != nil
+	})
+	for dir, commented := range has {
+		if !commented {
+			t.Errorf("no file of %s has a package comment", dir)
+		}
+	}
 }
 
 // receiverOf returns the name of the type that a method belongs to.

@@ -178,6 +178,7 @@ func (d *openapi) ask(t *testing.T, server, method, target string, status int, b
 // TestOpenAPIDescribesTheServer holds the document against real answers, of
 // each operation with each status, and against the routes in the source.
 func TestOpenAPIDescribesTheServer(t *testing.T) {
+	atRoot(t)
 	d := readOpenAPI(t)
 	received := make(chan []byte, 1)
 	endpoint := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

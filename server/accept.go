@@ -31,13 +31,13 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	}
 	h := &ctx.Request.Header
 	if !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0" {
-		s.refuseAndClose(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
+		s.refuse(ctx, errVersion)
 		return
 	}
 	lines, ok := inspect(h)
 	path, raw, known := splitTarget(h.RequestURI())
 	if !ok || !known {
-		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errBadRequest)
 		return
 	}
 	switch string(path) {
@@ -46,20 +46,23 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	case SinkPath:
 		s.sink(ctx)
 	default:
-		s.refuse(ctx, fasthttp.StatusNotFound, reasonNotFound)
+		s.refuse(ctx, errNotFound)
 	}
 	if lines.encoding && ctx.Response.StatusCode() != fasthttp.StatusOK {
 		ctx.SetConnectionClose() // chunks that were not read to their end were not checked
 	}
 }
 
-// expect answers a request with "Expect: 100-continue" without asking for its
-// body, unless it goes where one is taken. fasthttp writes the answer and closes.
+// expect answers a request with "Expect: 100-continue" without its body, unless its route takes
+// one. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	h := &ctx.Request.Header
-	if path, _, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
+	if path, raw, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
 		_, _, unfit := s.batches.head(h)
-		if string(path) == SinkPath || string(path) == acceptPath && unfit == nil {
+		if unfit != nil && h.ContentLength() == inChunks { // which may be empty: no batch, if the query has an id
+			_, unfit = parseQuery(raw, true)
+		}
+		if string(path) == SinkPath && h.ContentLength() <= maxBody || string(path) == acceptPath && unfit == nil {
 			return fasthttp.StatusContinue
 		}
 	}
@@ -80,13 +83,13 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	switch {
 	case !h.IsGet() && !h.IsPost():
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, POST")
-		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+		s.refuse(ctx, errMethod)
 		return
 	case h.ContentLength() > s.http.MaxRequestBodySize:
-		s.refuseAndClose(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
+		s.refuse(ctx, errTooLarge)
 		return
 	case body && h.IsGet():
-		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errBadRequest)
 		return
 	}
 
@@ -95,29 +98,29 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	err := s.parse(&a, h, raw, lines, !body && !emptyBatch)
 	switch {
 	case err != nil:
-		s.refuse(ctx, fasthttp.StatusBadRequest, err.(refusal).reason)
+		s.refuse(ctx, err)
 		return
 	case a.id == nil && body && lines.types > 1: // which of them is meant?
-		s.batches.refuse(ctx, errUnsupported)
+		s.refuse(ctx, errUnsupported)
 		return
 	case a.id == nil && body:
 		s.batches.serve(ctx, &a)
 		return
 	case a.id == nil:
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errNothing)
 		return
 	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
-		s.refuseAndClose(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		s.refuse(ctx, errBadRequest)
 		return
 	case a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint):
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.refuse(ctx, errNoPlace)
 		return
 	}
 
 	w := works.Get().(*work)
 	defer works.Put(w)
 	if err := s.count(ctx, w, &a); err != nil {
-		s.refuseError(ctx, err)
+		s.refuse(ctx, err)
 		return
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
@@ -225,7 +228,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	options := w.sharing(&a.options)
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
 	s.cfg.Set.Keys(w.items)
-	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w, 0, 1) // the time of the end of the request's headers
+	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // the time of the end of the request's headers
 	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
 		s.replayed.Add(1)
 	} else if err == nil && v == dedup.Turned {
@@ -239,7 +242,11 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Request.Header
 	if !h.IsPost() {
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
-		s.refuse(ctx, fasthttp.StatusMethodNotAllowed, reasonMethod)
+		s.refuse(ctx, errMethod)
+		return
+	}
+	if h.ContentLength() > maxBody {
+		s.refuse(ctx, errTooLarge)
 		return
 	}
 	if body := bodyOf(ctx); body != nil {
@@ -248,7 +255,6 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 			err = fasthttp.ErrBodyTooLarge
 		}
 		if err != nil {
-			ctx.SetConnectionClose()
 			s.refuseBroken(ctx, err)
 			return
 		}

@@ -44,7 +44,7 @@ type Records struct {
 	Published      uint64    // acknowledged by every sink
 	Pending        int       // in the spool
 	Oldest         time.Time // when the oldest of them was sealed; zero without one
-	Poison         int       // set aside because a sink will never take them
+	Poison         int       // dead letters: a sink will never take them
 	Conflicts      uint64    // keys found with another value
 	AppendFailures uint64    // tries to make a record durable that failed
 	Blocked        string    // why records cannot be made durable now; empty if they can
@@ -127,7 +127,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /debug/pprof/trace", a.profile(pprof.Trace))
 	mux.HandleFunc("GET /{$}", a.index)
 	a.http = http.Server{
-		Handler:           bodiless(guarded(cfg.Token, mux)),
+		Handler:           unstored(bodiless(guarded(cfg.Token, mux))),
 		ConnState:         a.conns.changed,
 		MaxHeaderBytes:    adminMaxHeader,
 		ReadHeaderTimeout: adminHeaderTimeout,
@@ -147,6 +147,15 @@ func CheckToken(token []byte) error {
 		}
 	}
 	return nil
+}
+
+// unstored lets no cache on the way keep an answer, as it would a 404 by itself (RFC 9110,
+// section 15.1): each is about this moment. The live page sets another rule.
+func unstored(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		next.ServeHTTP(w, r)
+	})
 }
 
 // bodiless refuses a request with a body, for which no route has a use, without waiting
@@ -179,8 +188,8 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// stranger is set in the context of a request that came without the token.
-type stranger struct{}
+// tokenless is set in the context of a request that came without the token.
+type tokenless struct{}
 
 // guarded answers 401 to requests without the token. Probes and load balancers have none:
 // they learn whether the process is alive and ready, but not the reasons.
@@ -191,8 +200,10 @@ func guarded(token string, next http.Handler) http.Handler {
 	want := sha256.Sum256([]byte(token))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		given = strings.TrimLeft(given, " ") // any number of them is one (RFC 9110, section 11.4)
 		if !strings.EqualFold(scheme, "bearer") {
-			_, given, _ = r.BasicAuth()
+			spaced := http.Request{Header: http.Header{"Authorization": {scheme + " " + given}}}
+			_, given, _ = spaced.BasicAuth()
 		}
 		// The hashes have the same length, so the time of the comparison reveals nothing.
 		got := sha256.Sum256([]byte(given))
@@ -201,7 +212,7 @@ func guarded(token string, next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		case r.URL.Path == "/healthz", r.URL.Path == "/readyz":
-			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), stranger{}, true)))
+			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), tokenless{}, true)))
 			return
 		}
 		w.Header()["Www-Authenticate"] = []string{`Bearer realm="verve"`, `Basic realm="verve", charset="UTF-8"`}
@@ -238,6 +249,7 @@ func (a *Admin) WindowClosed(c counter.Count) {
 		}
 	}
 	w.largest = keys.Largest(maxShownKeys)
+	w.cut = !w.Start.Before(a.server.cfg.Counter.Last().Start()) // no other has been opened
 	a.history.add(w)
 }
 
@@ -297,7 +309,7 @@ func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	if !r.Ready {
 		status = http.StatusServiceUnavailable
 	}
-	if req.Context().Value(stranger{}) != nil {
+	if req.Context().Value(tokenless{}) != nil {
 		writeJSON(w, status, map[string]bool{"ready": r.Ready})
 		return
 	}
@@ -357,20 +369,13 @@ type recentWindows struct {
 }
 
 func (a *Admin) recent(limit int) recentWindows {
-	c := a.server.cfg.Counter
 	closed := a.history.last(limit + 1) // before the open one: that is not among them
-	open := c.Last()
-	out := recentWindows{
-		Group:    a.cfg.Group,
-		Instance: a.cfg.Instance,
-		Open: window{
-			Start: open.Start(), MS: open.Window().Milliseconds(),
-			Unique: open.Unique(), Duplicates: open.Repeats(), Keys: open.Keys().Len(), Exact: open.Exact(), State: "open",
-		},
-	}
-	// Earlier processes may have counted in the open window, which is not over.
-	if len(closed) > 0 && c.Taking() && closed[0].Start.Equal(out.Open.Start) && closed[0].MS == out.Open.MS {
-		out.Open.include(closed[0])
+	out := recentWindows{Group: a.cfg.Group, Instance: a.cfg.Instance, Open: openWindow(a.server.cfg.Counter.Last())}
+	if part, ok := a.earlierPart(&out.Open, closed); ok {
+		if part.hasKeys() {
+			out.Open.largest = a.live.largest(time.Now())
+		}
+		out.Open.include(part)
 		closed = closed[1:]
 	}
 	out.Windows = closed[:min(limit, len(closed))]
@@ -381,6 +386,23 @@ func (a *Admin) recent(limit int) recentWindows {
 		out.Windows[i].State = a.state(&out.Windows[i])
 	}
 	return out
+}
+
+// openWindow is what this process has counted in the open window.
+func openWindow(e *counter.Epoch) window {
+	return window{
+		Start: e.Start(), MS: e.Window().Milliseconds(),
+		Unique: e.Unique(), Duplicates: e.Repeats(), Keys: e.Keys().Len(), Exact: e.Exact(), State: "open",
+	}
+}
+
+// earlierPart returns what earlier processes have counted in the open window, which is not
+// over: it is the newest of the closed windows then.
+func (a *Admin) earlierPart(open *window, closed []window) (part window, ok bool) {
+	if len(closed) == 0 || !a.server.cfg.Counter.Taking() || !closed[0].same(open) {
+		return part, false
+	}
+	return closed[0], true
 }
 
 // state is that of a closed window's record. The spool of an earlier process has
@@ -411,7 +433,6 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	_, _ = w.Write(append(b, '\n'))
 }

@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -163,6 +165,34 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 	}
 }
 
+// TestMetricsAreThoseOfTheList: dashboards and alerts of others know them by these names. A new
+// one gets a line in testdata/metrics.txt; a name that goes or changes is a change for users.
+func TestMetricsAreThoseOfTheList(t *testing.T) {
+	list, err := os.ReadFile("testdata/metrics.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("metrics.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, m := range regexp.MustCompile(`"(verve_[a-z_]+)`).FindAllSubmatch(source, -1) {
+		got = append(got, string(m[1]))
+	}
+	want := strings.Fields(string(list))
+	for _, name := range got {
+		if !slices.Contains(want, name) {
+			t.Errorf("%s is not in testdata/metrics.txt", name)
+		}
+	}
+	for _, name := range want {
+		if !slices.Contains(got, name) {
+			t.Errorf("%s is in testdata/metrics.txt, and no metric has that name", name)
+		}
+	}
+}
+
 // TestLabelsAreQuotedAsTheTextFormatHasIt: --group and --instance may hold any
 // character but control characters and slashes, and the format knows three escapes.
 func TestLabelsAreQuotedAsTheTextFormatHasIt(t *testing.T) {
@@ -204,7 +234,7 @@ func TestAdminTokenIsAskedForEverythingButProbes(t *testing.T) {
 				t.Errorf("%s with %q: got %d %v, want 401", path, bad, w.Code, w.Header())
 			}
 		}
-		for _, good := range []string{"Bearer open sesame", "bearer open sesame", basic("me", "open sesame")} {
+		for _, good := range []string{"Bearer open sesame", "bearer open sesame", "BEARER   open sesame", basic("me", "open sesame"), strings.Replace(basic("me", "open sesame"), " ", "  ", 1)} {
 			if w := ask(path, good); w.Code == http.StatusUnauthorized {
 				t.Errorf("%s with %q: got 401", path, good)
 			}

@@ -111,7 +111,7 @@ func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err err
 	return buf, err
 }
 
-// packedSlack is by how much gzip makes longer what it cannot compress, and a header.
+// packedSlack is how many bytes gzip may add to n bytes that it cannot compress, and its header.
 func packedSlack(n int) int { return n>>10 + 4<<10 }
 
 // head checks the headers of a batch.
@@ -119,21 +119,39 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 	if f = formatOf(h.ContentType()); f == formatUnknown {
 		return f, false, errUnsupported
 	}
+	compressed, ok := isGzip(h.PeekAll(fasthttp.HeaderContentEncoding))
+	if !ok {
+		return f, false, errUnsupported
+	}
 	limit := bs.maxBytes
-	switch encoding := h.ContentEncoding(); {
-	case len(h.PeekAll(fasthttp.HeaderContentEncoding)) > 1: // one over the other, as in a list
-		return f, false, errUnsupported
-	case len(encoding) == 0, bytes.EqualFold(encoding, []byte("identity")):
-	case bytes.EqualFold(encoding, []byte("gzip")), bytes.EqualFold(encoding, []byte("x-gzip")):
-		compressed = true
+	if compressed {
 		limit += packedSlack(limit)
-	default:
-		return f, false, errUnsupported
 	}
 	if h.ContentLength() > limit {
 		return f, compressed, errTooLarge
 	}
 	return f, compressed, nil
+}
+
+// isGzip reports whether a body with these lines of Content-Encoding comes in gzip. It is ok
+// if they name nothing else, and not one encoding over the other. A list may have empty
+// elements (RFC 9110, section 5.6.1.2).
+func isGzip(lines [][]byte) (yes, ok bool) {
+	named := 0
+	for _, line := range lines {
+		for name := range bytes.SplitSeq(line, []byte(",")) {
+			switch name = bytes.Trim(name, " \t"); {
+			case len(name) == 0:
+				continue
+			case bytes.EqualFold(name, []byte("gzip")), bytes.EqualFold(name, []byte("x-gzip")):
+				yes = true
+			case !bytes.EqualFold(name, []byte("identity")):
+				return false, false
+			}
+			named++
+		}
+	}
+	return yes, named <= 1
 }
 
 // load reads and parses the body of a request, whose query has options for all items.
@@ -144,7 +162,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	}
 	stream := bodyOf(ctx)
 	if stream == nil {
-		return f, errBadBatch
+		return f, errBadRequest
 	}
 	limit := b.owner.maxBytes
 	if compressed {
@@ -161,7 +179,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 		body = b.unpacked
 	}
 	if len(body.b) == 0 {
-		return f, errBadBatch
+		return f, errBadRequest
 	}
 	return f, b.parse(f, body.b, options)
 }
@@ -176,13 +194,13 @@ func (b *batch) decompress() (err error) {
 	}
 	defer b.owner.unpack.Put(z)
 	if z.Reset(&b.packed) != nil {
-		return errBadBatch
+		return errBadRequest
 	}
 	b.unpacked, err = b.read(z, b.owner.maxBytes, b.owner.limit)
 	if err == nil || err == errBusy || err == errTooLarge {
 		return err
 	}
-	return errBadBatch
+	return errBadRequest
 }
 
 // serve answers a request with a body, and starts one callback for it if wanted.
@@ -193,11 +211,12 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	defer b.finish() // the answer is still to be written
 	f, err := b.load(ctx, &a.options)
 	if err != nil {
-		bs.refuse(ctx, err)
+		s.refuseBroken(ctx, err)
 		return
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonBusy)
+		s.countRefusals(errNoPlace, uint64(max(1, len(b.words))), nil)
+		setRefusal(&ctx.Response, errNoPlace)
 		return
 	}
 	sent := false
@@ -207,7 +226,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 		}
 	}()
 	// Not ctx.Time: the body may have taken long.
-	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work, 0, len(b.work.items))
+	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work)
 	counts := b.settle(cause)
 	s.replayed.Add(uint64(counts[wordReplayed]))
 	if a.wanted && counts[wordOK] > 0 {
@@ -216,24 +235,13 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 	}
 	bs.answered.Add(1)
 	if why, refused := b.nothingJudged(&counts); refused {
-		if why == reasonDraining {
+		if why.last {
 			ctx.SetConnectionClose()
 		}
-		setRefusal(&ctx.Response, fasthttp.StatusServiceUnavailable, why) // counted
+		setRefusal(&ctx.Response, why) // counted
 		return
 	}
 	b.answer(&ctx.Response, f, &counts)
-}
-
-// refuse answers a batch of which nothing was counted.
-func (bs *batches) refuse(ctx *fasthttp.RequestCtx, err error) {
-	// The rest of the body is not read: nothing behind it can be relied on.
-	ctx.SetConnectionClose()
-	if r, ok := errors.AsType[refusal](err); ok {
-		bs.server.refuse(ctx, r.status, r.reason)
-		return
-	}
-	bs.server.refuseBroken(ctx, err)
 }
 
 // wordOf is the word for a verdict; cause is behind those that are none.
@@ -272,7 +280,7 @@ func (b *batch) settle(cause error) (n [words]int) {
 	}
 	for w := wordBadID; w < words; w++ {
 		if n[w] > 0 {
-			b.owner.server.countRefusals(fasthttp.StatusOK, wordReasons[w], uint64(n[w]), cause)
+			b.owner.server.countRefusals(refusal{status: fasthttp.StatusOK, reason: wordReasons[w]}, uint64(n[w]), cause)
 		}
 	}
 	return n
@@ -280,12 +288,12 @@ func (b *batch) settle(cause error) (n [words]int) {
 
 // nothingJudged reports whether no item could be judged now, and why. Items that are bad do
 // not matter: the client may look at the status alone, and has to send the others again.
-func (b *batch) nothingJudged(n *[words]int) (why reason, refused bool) {
+func (b *batch) nothingJudged(n *[words]int) (why refusal, refused bool) {
 	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
 	if good > 0 && n[wordDraining] == good {
-		return reasonDraining, true
+		return errDraining, true
 	}
-	return reasonUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
+	return errUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
 }
 
 // answer writes the words: a line each, or as JSON. If there is no memory for them, the

@@ -18,6 +18,9 @@ const chunkedBatch = "POST " + acceptPath + " HTTP/1.1\r\nHost: x\r\nTransfer-En
 func TestConnectionBehindABatch(t *testing.T) {
 	single := get("id=single")
 	oneInChunks := strings.Replace(chunkedBatch, acceptPath, acceptPath+"?id=9", 1)
+	toWaitFor := func(contentType string) string {
+		return strings.Replace(oneInChunks, "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\nContent-Type: "+contentType+"\r\n", 1)
+	}
 	small := batchPost("", "", "", "1\n2")
 	large := batchPost("", "", "", strings.Repeat("12345678901234567890\n", 4000))
 	long := func(line string) string {
@@ -48,11 +51,17 @@ func TestConnectionBehindABatch(t *testing.T) {
 		{"a request to wait for", strings.Replace(small, "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1) + single, "100 200 200"},
 		{"one to wait for that is too large", strings.Replace(batchPost("", "", "", strings.Repeat("1\n", 1<<20)), "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1), "413 close"},
 		{"one to wait for of an unknown type", strings.Replace(batchPost("", "a/b", "", "1\n"), "Host: x\r\n", "Host: x\r\nExpect: 100-continue\r\n", 1), "415 close"},
+		{"one for the sink to wait for", "POST " + SinkPath + " HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat("x", maxBody) + single, "100 200 200"},
+		{"one for the sink that is too large", "POST " + SinkPath + " HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 65537\r\n\r\n", "413 close"},
 		{"HTTP/1.0", strings.Replace(small, "HTTP/1.1", "HTTP/1.0", 1), "200 close"},
 		{"the last one", strings.Replace(small, "Host: x\r\n", "Host: x\r\nConnection: close\r\n", 1) + single, "200 close"},
 		{"single POST requests", "POST " + acceptPath + "?id=9 HTTP/1.1\r\nHost: x\r\n\r\n" + "POST " + acceptPath + "?id=9 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", "200 409"},
 		{"a single POST request in no chunks", oneInChunks + "0\r\n\r\n" + single, "200 200"},
 		{"the same twice", strings.Repeat(oneInChunks+"0\r\n\r\n", 2), "200 409 close"},
+		{"one to wait for, of whatever type", toWaitFor("a/b") + "0\r\n\r\n" + single, "100 200 200"},
+		{"one to wait for, of whatever type, in chunks", toWaitFor("a/b") + "1\r\n1\r\n0\r\n\r\n", "100 400 close"},
+		{"a batch in chunks to wait for, of an unknown type", strings.Replace(toWaitFor("a/b"), "?id=9", "", 1), "415 close"},
+		{"a bad id in the query, to wait for", strings.Replace(toWaitFor("a/b"), "?id=9", "?id=", 1), "400 close"},
 		{"an id in the query and chunks", oneInChunks + "1\r\n1\r\n0\r\n\r\n" + single, "400 close"},
 		{"an id in the query and bad chunks", oneInChunks + "1\r\n\r\n" + single, "400 close"},
 		{"no id and no body", "POST " + acceptPath + " HTTP/1.1\r\nHost: x\r\n\r\n" + single, "400 200"},

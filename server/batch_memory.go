@@ -41,24 +41,22 @@ func (m *batchMemory) bodies() int64 { return m.limit - m.limit/4 }
 type tables struct {
 	work    work            // of the ids that are well formed
 	words   []word          // of every item
-	parsed  []parsedItem    // only JSON has them
 	options []dedup.Options // of the items with options of their own
 }
 
 const (
 	itemBytes    = int(unsafe.Sizeof(dedup.Item{}) + unsafe.Sizeof(dedup.Verdict(0)) + unsafe.Sizeof((*counter.Epoch)(nil)) + unsafe.Sizeof(word(0)))
-	parsedBytes  = int(unsafe.Sizeof(parsedItem{}))
 	optionsBytes = int(unsafe.Sizeof(dedup.Options{}))
 )
 
 func (t *tables) bytes() int64 {
-	return int64(cap(t.words)*itemBytes + cap(t.parsed)*parsedBytes + cap(t.options)*optionsBytes)
+	return int64(cap(t.words)*itemBytes + cap(t.options)*optionsBytes)
 }
 
 // batchNeeds returns the memory that the largest batch takes: its body while it grows,
 // once more where it comes compressed, and its tables.
 func batchNeeds(maxBytes, maxIDs int) int64 {
-	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+parsedBytes+optionsBytes))
+	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+optionsBytes))
 }
 
 // charge counts n more bytes for b, unless that is over the limit.
@@ -136,7 +134,6 @@ func (t *tables) forget() {
 		return
 	}
 	clear(t.work.items)
-	clear(t.parsed)
 	clear(t.options)
 	t.options, t.work.shared = t.options[:0], dedup.Options{}
 }
@@ -147,7 +144,7 @@ func (b *batch) finish() {
 	for _, buf := range []*buffer{b.body, b.unpacked, b.scratch} {
 		b.drop(buf)
 	}
-	b.body, b.unpacked, b.scratch = nil, nil, nil
+	b.body, b.unpacked, b.scratch, b.common = nil, nil, nil, nil
 	if t := b.tables; t != nil {
 		b.tables = nil
 		t.forget()

@@ -47,19 +47,12 @@ func formatOf(contentType []byte) format {
 
 var errBatchClosed = errors.New("the body goes on behind the batch")
 
-// parsedItem is one item of a batch in JSON, as it was sent.
-type parsedItem struct {
-	id    []byte // in the body, or in the scratch memory of the batch
-	key   []byte // nil: that of the query
-	token []byte // nil: that of the request
-	word  word   // wordOK while nothing is wrong with it
-}
-
 // parser is what a batch has while it is taken apart.
 type parser struct {
 	scratch *buffer // what had to be unquoted or put together
 	decoder *jsontext.Decoder
-	json    bytes.Buffer // of the decoder, which reads the body in place
+	json    bytes.Buffer   // of the decoder, which reads the body in place
+	common  *dedup.Options // of the items that have none of their own; nil: they have none
 }
 
 // parse takes the body apart: into the words of its items, and the ids that are well
@@ -67,23 +60,20 @@ type parser struct {
 // about the body as a whole; what is wrong with one item is its word. shared are the
 // options of all items, but for what an item has itself.
 func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
-	if f == formatText {
-		return b.lines(body, shared)
-	}
 	most := 1
 	switch f {
 	case formatJSON, formatEvents:
 		most += bytes.Count(body, []byte(","))
-	case formatLines:
+	case formatText, formatLines:
 		most += bytes.Count(body, []byte("\n"))
 	}
-	most = min(most, b.owner.maxIDs)
-	err := b.makeTables(most)
-	if err == nil {
-		b.parsed, err = room(b, b.parsed, most, parsedBytes)
-	}
+	err := b.makeTables(min(most, b.owner.maxIDs))
 	if err != nil {
 		return err
+	}
+	b.common = b.work.sharing(shared)
+	if f == formatText {
+		return b.lines(body)
 	}
 	// Unquoted text is at most as long as the body, and so are joined sources and ids. So
 	// scratch never moves.
@@ -100,7 +90,7 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 		}
 	}
 	if !utf8.Valid(body) {
-		return errBadBatch
+		return errBadRequest
 	}
 	d, _ := b.owner.decoders.Get().(*jsontext.Decoder)
 	if d == nil {
@@ -115,30 +105,23 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	b.owner.decoders.Put(d)
 	b.decoder, b.json = nil, bytes.Buffer{}
 	switch {
-	case err == errTooLarge:
+	case err == errTooLarge, err == errBusy:
 		return err
-	case err != nil, f == formatEvent && len(b.parsed) == 0: // space alone is no event
-		return errBadBatch
+	case err != nil, f == formatEvent && len(b.words) == 0: // space alone is no event
+		return errBadRequest
 	}
-	return b.admit(shared)
+	return nil
 }
 
-// lines reads an id a line. The end of the last one is optional.
-func (b *batch) lines(body []byte, shared *dedup.Options) error {
-	n := bytes.Count(body, []byte("\n"))
-	if body[len(body)-1] != '\n' {
-		n++
-	}
-	if n > b.owner.maxIDs {
-		return errTooLarge
-	}
-	if err := b.makeTables(n); err != nil {
-		return err
-	}
+// lines reads an id a line, as add takes one, which would cost 11 ns for each. The end of the
+// last one is optional.
+func (b *batch) lines(body []byte) error {
 	decimals := b.owner.server.cfg.Uint64IDs
-	options := b.work.sharing(shared)
 	items, words := b.work.items, b.words
 	for line := range bytes.Lines(body) {
+		if len(words) == b.owner.maxIDs {
+			return errTooLarge
+		}
 		if ended, ok := bytes.CutSuffix(line, []byte("\n")); ok {
 			line = bytes.TrimSuffix(ended, []byte("\r"))
 		}
@@ -147,69 +130,50 @@ func (b *batch) lines(body []byte, shared *dedup.Options) error {
 			continue
 		}
 		words = append(words, wordOK)
-		items = append(items, dedup.Item{ID: line, Options: options})
+		items = append(items, dedup.Item{ID: line, Options: b.common})
 	}
 	b.work.items, b.words = items, words
 	return nil
 }
 
-// add takes an item of a batch in JSON.
-func (b *batch) add(it parsedItem) error {
-	if len(b.parsed) == b.owner.maxIDs {
+// add takes an item with its word so far, and the key and the token that it has itself. An id
+// that is well formed is to be judged.
+func (b *batch) add(id []byte, w word, own dedup.Options) (err error) {
+	if len(b.words) == b.owner.maxIDs {
 		return errTooLarge
 	}
-	if !validID(it.id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(it.id) {
-		it.word = wordBadID
+	if !validID(id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(id) {
+		w = wordBadID
 	}
-	b.parsed = append(b.parsed, it)
-	return nil
-}
-
-// admit hands the ids that are well formed on, to be judged.
-func (b *batch) admit(shared *dedup.Options) error {
-	own := 0 // items with options of their own
-	for i := range b.parsed {
-		if it := &b.parsed[i]; it.word == wordOK && it.hasOptions() {
-			own++
+	options := b.common
+	if w == wordOK && (own.Under != nil || own.Token != nil) {
+		if own.Under == nil {
+			own.Under = b.work.shared.Under
 		}
-	}
-	var err error
-	if b.options, err = room(b, b.options, own, optionsBytes); err != nil {
-		return err
-	}
-	of := b.work.sharing(shared)
-	for i := range b.parsed {
-		it := &b.parsed[i]
-		b.words = append(b.words, it.word)
-		if it.word != wordOK {
-			continue
+		if own.Token == nil {
+			own.Token = b.work.shared.Token
 		}
-		options := of
-		if it.hasOptions() {
-			o := dedup.Options{Under: shared.Under, Token: shared.Token}
-			if it.key != nil {
-				o.Under = it.key
+		if len(b.options) == 0 { // pointers lead into it: it has room for all items that may come
+			if b.options, err = room(b, b.options, cap(b.words)-len(b.words), optionsBytes); err != nil {
+				return err
 			}
-			if it.token != nil {
-				o.Token = it.token
-			}
-			b.options = append(b.options, o) // never moves: pointers lead into it
-			options = &b.options[len(b.options)-1]
 		}
-		b.work.items = append(b.work.items, dedup.Item{ID: it.id, Options: options})
+		b.options = append(b.options, own)
+		options = &b.options[len(b.options)-1]
+	}
+	b.words = append(b.words, w)
+	if w == wordOK {
+		b.work.items = append(b.work.items, dedup.Item{ID: id, Options: options})
 	}
 	return nil
 }
-
-// hasOptions reports whether an item has options of its own.
-func (it *parsedItem) hasOptions() bool { return it.key != nil || it.token != nil }
 
 // values reads the JSON formats.
 func (b *batch) values(f format, body []byte) error {
 	d := b.decoder
 	if f == formatJSON || f == formatEvents {
 		if t, err := d.ReadToken(); err != nil || t.Kind() != '[' {
-			return errBadBatch
+			return errBadRequest
 		}
 		for d.PeekKind() != ']' {
 			if err := b.value(f); err != nil {
@@ -227,7 +191,7 @@ func (b *batch) values(f format, body []byte) error {
 			_, err := d.ReadToken()
 			return atEnd(err)
 		}
-		if f == formatEvent && len(b.parsed) > 0 {
+		if f == formatEvent && len(b.words) > 0 {
 			return errBatchClosed
 		}
 		if err := b.value(f); err != nil {
@@ -237,7 +201,7 @@ func (b *batch) values(f format, body []byte) error {
 			from := end
 			end = d.InputOffset()
 			if !ownLine(body[from:end], from == 0) {
-				return errBadBatch
+				return errBadRequest
 			}
 		}
 	}
@@ -275,12 +239,12 @@ func (b *batch) value(f format) error {
 		if err != nil {
 			return err
 		}
-		return b.add(parsedItem{id: b.text(v, true)})
+		return b.add(b.text(v, true), wordOK, dedup.Options{})
 	}
 	if err := b.decoder.SkipValue(); err != nil {
 		return err
 	}
-	return b.add(parsedItem{})
+	return b.add(nil, wordBadID, dedup.Options{})
 }
 
 // text returns the text of a JSON string, or of a number that is a canonical decimal
@@ -307,33 +271,34 @@ func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 // object reads {"id":…,"key":…,"token":…}, each once. Other members are ignored. Of several
 // faults its word is the first in this order.
 func (b *batch) object() error {
-	var it parsedItem
+	var id []byte
+	var own dedup.Options
 	var ids, keys, tokens int
 	err := b.members(func(name []byte, v jsontext.Value) {
 		switch string(name) {
 		case "id":
 			ids++
-			it.id = b.text(v, true)
+			id = b.text(v, true)
 		case "key":
 			keys++
-			it.key = b.text(v, false)
+			own.Under = b.text(v, false)
 		case "token":
 			tokens++
-			it.token = b.text(v, false)
+			own.Token = b.text(v, false)
 		}
 	})
-	if ids > 1 {
-		it.id = nil
-	}
+	w := wordOK
 	switch {
 	case err != nil:
 		return err
-	case keys > 1 || keys == 1 && !validKey(it.key):
-		it.word = wordBadKey
-	case tokens > 1 || tokens == 1 && !validToken(it.token):
-		it.word = wordBadToken
+	case ids != 1:
+		w = wordBadID
+	case keys > 1 || keys == 1 && !validKey(own.Under):
+		w = wordBadKey
+	case tokens > 1 || tokens == 1 && !validToken(own.Token):
+		w = wordBadToken
 	}
-	return b.add(it)
+	return b.add(id, w, own)
 }
 
 // event reads a CloudEvent (version 1.0, JSON format): the id counted is its source, a
@@ -362,12 +327,12 @@ func (b *batch) event() error {
 		return err
 	}
 	if required != 4 || !version || !kind || len(source) == 0 || bytes.IndexByte(source, ' ') >= 0 || len(id) == 0 {
-		return b.add(parsedItem{})
+		return b.add(nil, wordBadID, dedup.Options{})
 	}
 	from := len(b.scratch.b)
 	out := append(append(append(b.scratch.b, source...), ' '), id...)
 	b.scratch.b = out
-	return b.add(parsedItem{id: out[from:len(out):len(out)]})
+	return b.add(out[from:len(out):len(out)], wordOK, dedup.Options{})
 }
 
 // members calls member for each of an object's.

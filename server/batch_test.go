@@ -96,11 +96,11 @@ func TestBatchHasAVerdictForEachItem(t *testing.T) {
 		{"one event", "application/cloudevents+json; charset=UTF-8", `{"specversion":"1.0","type":"t","source":"/a","id":"1"}`, "ok", "bad-id"},
 	} {
 		for _, uint64IDs := range []bool{false, true} {
-			for _, encoding := range []string{"", "gzip", "identity"} {
+			for _, encoding := range []string{"", "gzip", "identity", ", GZIP ,", "gzip\r\nContent-Encoding:"} {
 				t.Run(fmt.Sprint(c.name, uint64IDs, encoding), func(t *testing.T) {
 					s := newSite(t, func(cfg *Config) { cfg.Uint64IDs = uint64IDs })
 					body := c.body
-					if encoding == "gzip" {
+					if strings.Contains(strings.ToLower(encoding), "gzip") {
 						body = compressed(t, body)
 					}
 					want := c.want
@@ -171,6 +171,8 @@ func TestBatchThatIsRefusedCountsNothing(t *testing.T) {
 		{"two headers of a type", "", "application/json\r\nContent-Type: text/plain", "", `["1"]`, 415},
 		{"an unknown encoding", "", "text/plain", "br", "1", 415},
 		{"two encodings", "", "text/plain", "gzip, gzip", "1", 415},
+		{"one encoding over the other", "", "text/plain", "gzip, identity", compressed(t, "1"), 415},
+		{"an encoding twice", "", "text/plain", "gzip\r\nContent-Encoding: gzip", compressed(t, "1"), 415},
 		{"two headers of an encoding", "", "text/plain", "identity\r\nContent-Encoding: br", "1", 415},
 		{"one encoding over another", "", "text/plain", "identity\r\ncontent-encoding: gzip", compressed(t, "1"), 415},
 		{"no gzip", "", "text/plain", "gzip", "1\n2", 400},
@@ -218,6 +220,22 @@ func TestBatchStartsOneCallback(t *testing.T) {
 		if n := s.sunk.Load(); n != want {
 			t.Errorf("batch %d: %d callbacks, want %d", i, n, want)
 		}
+	}
+}
+
+// TestBatchWithoutRoomForItsCallbackCountsNothing, and the metric has each of its ids.
+func TestBatchWithoutRoomForItsCallbackCountsNothing(t *testing.T) {
+	s := newSite(t, nil)
+	s.cfg.Callbacks.Drain(t.Context()) // has no room from now on
+	resp, got := s.ask(batchPost("?endpoint=http://"+s.addr+"/test", "", "", "1\n2\n3"))
+	if resp.StatusCode != 503 || got != "failed" || resp.Header.Get("Verve-Reason") != "busy" || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("%d %v %q", resp.StatusCode, resp.Header, got)
+	}
+	if n := s.refused[reasonBusy].Load(); n != 3 {
+		t.Errorf("%d ids are counted as busy, want 3", n)
+	}
+	if _, got := s.ask(batchPost("", "", "", "1\n2\n3")); got != "ok\nok\nok\n" {
+		t.Errorf("afterwards %q", got)
 	}
 }
 

@@ -78,7 +78,7 @@ type listener struct {
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	served  chan struct{} // one for each connection that fasthttp serves; its capacity is the limit
-	waiting atomic.Int32  // connections with a request that wait for a place in served
+	waiting atomic.Int32  // what waits for a place in served: connections with a request, and the stop for all places
 
 	steadyAfter int // see steadyAfter; another value in tests
 
@@ -110,7 +110,6 @@ type conn struct {
 	owner    *listener
 	state    atomic.Int64 // phase and its beginning; written by the serving goroutine
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
-	late     atomic.Bool  // ended within a request: its client may still send, and must see the 408
 	close    sync.Once
 
 	// A read of the socket is ended by a deadline in the past. One of these is set
@@ -133,10 +132,11 @@ type conn struct {
 	// For the serving goroutine alone: the reads before fasthttp had the connection.
 	readsBefore uint32
 
-	// For the serving goroutine alone: the bytes received since an answer, and
-	// whether they began as those of HTTP/2.
-	taken int
-	h2    bool
+	// For the serving goroutine alone: the bytes received since an answer, whether there
+	// was one, and whether the connection began as one of HTTP/2.
+	taken    int
+	answered bool
+	h2       bool
 
 	// For the fastPath, and the serving goroutine alone: whether fasthttp is
 	// between two requests, and what followed the query in a plain one.
@@ -148,10 +148,6 @@ type conn struct {
 	// not to be used, and how many reads have given plain requests and nothing else.
 	socket syscall.RawConn
 	steady int
-
-	// serving is set while the fastPath has requests: fasthttp takes the connection for
-	// idle then. Close leaves it to the fastPath.
-	serving atomic.Bool
 }
 
 func newListener(ln net.Listener, cfg *Config) *listener {
@@ -186,9 +182,9 @@ func (l *listener) accept() (*conn, error) {
 			c.socket, _ = sc.SyscallConn() // or nil: then the usual way
 		}
 		c.enter(phaseNew)
-		if refused := l.admit(c); refused != nil {
+		if refused, limit := l.admit(c); refused != nil {
 			refused.Add(1)
-			l.logRejection(refused)
+			l.logRejection(limit)
 			l.turnAway(c)
 			continue
 		}
@@ -196,20 +192,18 @@ func (l *listener) accept() (*conn, error) {
 	}
 }
 
-// admit takes c in, or returns the counter of the limit that it is over.
-func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
+// admit takes c in, or returns the limit that it is over, and its counter.
+func (l *listener) admit(c *conn) (refused *atomic.Uint64, limit string) {
 	if l.cfg.MaxConnsPerAddress > 0 {
 		c.from = caller(c.raw.RemoteAddr())
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case l.stopping.Load():
-		return &l.rejected
-	case len(l.conns) >= l.cfg.limits.MaxConns:
-		return &l.rejected
+	case l.stopping.Load(), len(l.conns) >= l.cfg.limits.MaxConns:
+		return &l.rejected, "max-conns"
 	case l.cfg.MaxConnsPerAddress > 0 && l.perAddr[c.from] >= l.cfg.MaxConnsPerAddress:
-		return &l.rejectedAddr
+		return &l.rejectedAddr, "max-conns-per-address"
 	}
 	l.conns[c] = struct{}{}
 	l.admitted++
@@ -218,20 +212,16 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64) {
 	if l.cfg.MaxConnsPerAddress > 0 {
 		l.perAddr[c.from]++
 	}
-	return nil
+	return nil, ""
 }
 
 // logRejection logs the first connection over a limit in a while.
-func (l *listener) logRejection(limit *atomic.Uint64) {
+func (l *listener) logRejection(limit string) {
 	if l.stopping.Load() {
 		return
 	}
-	name := "max-conns"
-	if limit == &l.rejectedAddr {
-		name = "max-conns-per-address"
-	}
 	if hidden, ok := l.rejections.Allow(time.Now()); ok {
-		l.log.Warn().Stringer("reason", reasonBusy).Str("limit", name).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
+		l.log.Warn().Stringer("reason", reasonBusy).Str("limit", limit).Uint64("hidden", hidden).Msg("a connection over the limit was refused")
 	}
 }
 
@@ -351,7 +341,7 @@ func (c *conn) received(p []byte, n int, err error) error {
 	}
 	if c.taken < len(h2Preface) {
 		next := h2Preface[c.taken:min(c.taken+n, len(h2Preface))]
-		c.h2 = (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
+		c.h2 = !c.answered && (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
 	}
 	// Endless input ends here: the handler bounds a body, but not how many chunks it comes
 	// in, each with its extensions.
@@ -384,7 +374,7 @@ func (c *conn) Write(p []byte) (int, error) {
 	c.enter(phaseWriting)
 	n, err := c.Conn.Write(p)
 	c.enter(phaseReading)
-	c.taken = 0
+	c.taken, c.answered = 0, true
 	if !c.timed.IsZero() {
 		c.owner.took.observe(time.Since(c.timed))
 		c.timed = time.Time{}
@@ -417,25 +407,20 @@ func (c *conn) handshakeFailed(err error) {
 	_, _ = c.raw.Write(plainOnTLS)
 }
 
-// Close lets the client read its last answer before the connection goes. At the stop
-// fasthttp closes what it takes for idle. A connection that the fastPath serves is not
-// idle: its next read fails, and it is closed then.
-//
-// A connection that is being parked stays open.
+// Close lets the client read its last answer before the connection goes. A connection that
+// is being parked stays open.
 func (c *conn) Close() error {
 	if c.parking.Load() {
 		return nil
 	}
-	if c.serving.Load() {
-		c.stopReading()
-		return nil
-	}
 	c.close.Do(func() {
+		p, _ := c.phase()
 		c.enter(phaseIdle) // nothing of it is waited for
 		if secure, ok := c.Conn.(*tls.Conn); ok {
 			_ = secure.CloseWrite() // so the client knows that nothing was cut off
 		}
-		if c.ended.Load() && !c.late.Load() {
+		// A client that was ended within a request may still send, and must see its 408.
+		if c.ended.Load() && !(c.stopped.Load() && p == phaseReading) {
 			c.remove()
 			return
 		}
@@ -485,7 +470,6 @@ func (c *conn) sweep(now time.Duration) {
 		c.end(&l.slowClosed)
 		_ = c.raw.Close() // unblocks the write: the client does not read
 	case (p == phaseNew || p == phaseReading) && lasted > l.cfg.SlowTimeout:
-		c.late.Store(p == phaseReading)
 		c.end(&l.slowClosed)
 	case p == phaseIdle && c.inside.Load() && (lasted > parkAfter || l.waiting.Load() > 0) && !c.nudged.Swap(true):
 		c.interrupt()

@@ -63,9 +63,10 @@ var crlfcrlf = []byte("\r\n\r\n")
 // nothing read ahead and every answer flushed. It gives other requests, and an id without a
 // verdict (draining, a panic), to fasthttp as if they had just arrived; an id that is Full or
 // Unavailable it refuses itself. (A client that has sent something else, and then sends on
-// without a pause, stays with fasthttp until it has read all that there is.) FuzzFastPathAnswersAsFasthttp holds the two
-// together, BenchmarkServer measures what this one gains: a pipelined request takes less CPU
-// than a bare fasthttp handler's.
+// without a pause, stays with fasthttp until it has read all that there is.)
+//
+// FuzzFastPathAnswersAsFasthttp compares the answers of the two. BenchmarkServer measures what
+// this one gains: a pipelined request takes less CPU than a bare fasthttp handler's.
 type fastPath struct {
 	server  *Server
 	free    sync.Pool               // of *reads
@@ -171,8 +172,8 @@ func mayDiffer(name []byte) bool {
 	return true
 }
 
-// visible marks the bytes that a value which differs may hold: those of which all
-// readers think the same.
+// visible marks the bytes that a value may hold if it differs from the one that was learnt: all
+// readers take these in the same way.
 var visible = setOf(" -~")
 
 // match reports whether b, which does not begin with the tail as it is, begins with one
@@ -279,9 +280,7 @@ func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int,
 	if n > 0 && f.server.lastAnswers.Load() {
 		like = other // fasthttp closes the connection after its answer
 	} else if n > 0 {
-		c.serving.Store(true)
 		rest, as, unwritten := f.serve(c, p[:have])
-		c.serving.Store(false)
 		if unwritten != nil {
 			return 0, true, unwritten
 		}
@@ -340,7 +339,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 // the set panicked, and are for the handler to refuse.
 func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	n := len(w.items)
-	err := f.server.judge(now.UnixNano(), c.number, &w.work, 0, n)
+	err := f.server.judge(now.UnixNano(), c.number, &w.work)
 	judged := n
 	for judged > 0 && w.verdicts[judged-1] == dedup.Turned {
 		judged--
@@ -356,7 +355,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
 				v = dedup.Unavailable
 			}
-			f.server.countRefusals(fasthttp.StatusServiceUnavailable, refusalReason(v), 1, err)
+			f.server.countRefusals(refusalOf(v), 1, err)
 		}
 		if f.server.cfg.WindowHeader && w.epochs[i] != nil {
 			a = f.answers(second, w.epochs[i])
@@ -385,7 +384,7 @@ func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 		if v := dedup.Verdict(v); v <= dedup.ReplayedBefore {
 			f.server.answer(&r, v, e)
 		} else {
-			setRefusal(&r, fasthttp.StatusServiceUnavailable, refusalReason(v))
+			setRefusal(&r, refusalOf(v))
 		}
 		_, _ = r.WriteTo(&b) // a Buffer takes everything
 		a.of[v] = b.Bytes()

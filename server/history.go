@@ -44,11 +44,21 @@ type window struct {
 	WholeGroup *groupWindow `json:"whole_group,omitempty"`
 
 	restored bool // an earlier process closed it
+	cut      bool // it was the open one when the process ended: the next may go on with it
 
 	// largest are the largest keys, the largest first: of the whole group if its record
-	// has any, else of this instance. They are in memory only, see keptKeys.
+	// has any, else of this instance. They are in memory, see keptKeys; those of a window
+	// that was cut are in the file, too.
 	largest []counter.KeyCount
 }
+
+// over reports whether the time of the window has passed.
+func (w *window) over() bool {
+	return !time.Now().Before(w.Start.Add(time.Duration(w.MS) * time.Millisecond))
+}
+
+// same reports whether a and b are parts of one window.
+func (w *window) same(b *window) bool { return w.Start.Equal(b.Start) && w.MS == b.MS }
 
 // groupWindow is what a window came to in the whole group; of the open one, what
 // is known of it so far.
@@ -64,6 +74,7 @@ type historyLine struct {
 	Group    string `json:"group"`
 	Instance string `json:"instance"`
 	window
+	Largest map[string]uint64 `json:"largest,omitempty"` // of a window that was cut
 }
 
 // openHistory reads what earlier processes of this instance have left.
@@ -83,6 +94,14 @@ func openHistory(path, group, instance string, log zerolog.Logger) *history {
 			continue
 		}
 		l.restored = true
+		if len(l.Largest) > 0 && !l.over() {
+			l.cut, l.largest = true, largestOf(l.Largest)
+		}
+		// A process that is started again and again leaves many parts of a window.
+		if n := len(h.windows); n > 0 && h.windows[n-1].same(&l.window) {
+			l.include(h.windows[n-1])
+			h.windows = h.windows[:n-1]
+		}
 		h.windows = append(h.windows, l.window)
 	}
 	h.windows = h.windows[max(0, len(h.windows)-maxWindows):]
@@ -127,7 +146,14 @@ func (h *history) append(w window) error {
 // line is w in the file. It begins with the newline: half a line before it, of a
 // write that was cut short, spoils only itself.
 func (h *history) line(w window) []byte {
-	b, _ := json.Marshal(historyLine{h.group, h.instance, w}) // it can be
+	l := historyLine{h.group, h.instance, w, nil}
+	if w.cut && len(w.largest) > 0 {
+		l.Largest = make(map[string]uint64, len(w.largest))
+		for _, k := range w.largest {
+			l.Largest[k.Key] = k.Unique
+		}
+	}
+	b, _ := json.Marshal(l) // it can be
 	return append([]byte{'\n'}, b...)
 }
 
@@ -163,7 +189,7 @@ func (h *history) last(limit int) []window {
 	out := make([]window, 0, min(limit, len(h.windows)))
 	for i := len(h.windows) - 1; i >= 0; i-- {
 		w := h.windows[i]
-		if n := len(out); n > 0 && out[n-1].Start.Equal(w.Start) && out[n-1].MS == w.MS {
+		if n := len(out); n > 0 && out[n-1].same(&w) {
 			out[n-1].include(w)
 			continue
 		}

@@ -113,7 +113,6 @@ type scene struct {
 	s    *Server
 	c    *conn
 	sock *socket
-	idle atomic.Int32 // as fasthttp has it: 0 a request is read, 1 idle, 2 taken by the stop
 
 	refused int  // requests answered 503
 	begun   bool // a request had begun when the server was to stop
@@ -157,12 +156,8 @@ func (k *scene) serves(r *explore.Run) {
 // serve is fasthttp's work on the connection: its reads, and the requests that it
 // gets there.
 func (k *scene) serve() {
-	defer k.idle.Store(0) // fasthttp forgets the connection
 	buffer := make([]byte, readBuffer)
 	for have := 0; ; {
-		if k.c.between {
-			k.idle.Store(1)
-		}
 		n, err := k.c.Read(buffer[have:])
 		if err != nil {
 			return
@@ -171,9 +166,6 @@ func (k *scene) serve() {
 			continue
 		}
 		have = 0
-		if k.c.between && !k.idle.CompareAndSwap(1, 0) {
-			return // closed by the stop
-		}
 		k.c.between = false
 		in, open := k.s.cfg.Counter.Enter(0, 0, 1)
 		if open {
@@ -210,9 +202,6 @@ func (k *scene) stops(r *explore.Run, patience bool) {
 			explore.Wait()
 		}
 		k.s.ln.stopAccepting()
-		if k.idle.CompareAndSwap(1, 2) {
-			_ = k.c.Close()
-		}
 	})
 }
 

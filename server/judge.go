@@ -44,17 +44,18 @@ func (w *work) sharing(o *dedup.Options) *dedup.Options {
 	return &w.shared
 }
 
-// judge asks the set about w.items[from:to] in the open epoch and counts each verdict
-// in the epoch that it was given in. Ids whose epoch turned meanwhile are asked again
-// in the next. An id is left with the verdict Turned only after Seal, or if the set
-// panicked. err is the reason behind the first verdict Full or Unavailable.
+// judge asks the set about w.items in the open epoch and counts each verdict in the epoch
+// that it was given in. Ids whose epoch turned meanwhile are asked again in the next. An id
+// is left with the verdict Turned only after Seal, or if the set panicked. err is the reason
+// behind the first verdict Full or Unavailable.
 //
 // now is when the request arrived, in Unix ns; hint spreads requests over cache lines.
-func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error) {
-	for from < to {
-		for i := from; i < to; i++ {
-			w.verdicts[i] = dedup.Turned
-		}
+func (s *Server) judge(now int64, hint uint64, w *work) (err error) {
+	from, to := 0, len(w.items)
+	for i := range to {
+		w.verdicts[i] = dedup.Turned
+	}
+	for left := to; left > 0; {
 		entry, open := s.cfg.Counter.Enter(now, hint, uint64(to-from))
 		if !open {
 			return err
@@ -66,22 +67,21 @@ func (s *Server) judge(now int64, hint uint64, w *work, from, to int) (err error
 		if s.cfg.WindowHeader {
 			w.note(entry.Epoch, from, to)
 		}
-		if turned == 0 || panicked {
+		if left -= to - from - turned; left == 0 || panicked {
 			return err
 		}
-		s.cfg.Counter.TurnFrom(entry.Epoch)
-		// Those that turned are the last, unless the parts of a shared store turned
-		// one after the other.
-		tail := to
-		for tail > from && w.verdicts[tail-1] == dedup.Turned {
-			tail--
+		if turned > 0 {
+			s.cfg.Counter.TurnFrom(entry.Epoch)
 		}
-		if to-tail < turned {
-			if cause := s.judgeAgain(now, hint, w, from, tail); err == nil {
-				err = cause
-			}
+		// Those that turned are the last, unless the parts of a shared store turned one
+		// after the other: then each run of them is judged by itself.
+		for w.verdicts[from] != dedup.Turned {
+			from++
 		}
-		from = tail
+		to = from
+		for to < len(w.items) && w.verdicts[to] == dedup.Turned {
+			to++
+		}
 	}
 	return err
 }
@@ -93,25 +93,6 @@ func (w *work) note(e *counter.Epoch, from, to int) {
 			w.epochs[i] = e
 		}
 	}
-}
-
-// judgeAgain judges each run of ids that are Turned between others that are not.
-func (s *Server) judgeAgain(now int64, hint uint64, w *work, from, to int) (err error) {
-	for from < to {
-		if w.verdicts[from] != dedup.Turned {
-			from++
-			continue
-		}
-		end := from
-		for end < to && w.verdicts[end] == dedup.Turned {
-			end++
-		}
-		if cause := s.judge(now, hint, w, from, end); err == nil {
-			err = cause
-		}
-		from = end
-	}
-	return err
 }
 
 // addAndLeave leaves the epoch whatever happens in the set: an entry never left would

@@ -2,6 +2,7 @@ package server
 
 import (
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"time"
@@ -40,6 +41,17 @@ func keyShares(counts []counter.KeyCount, unique uint64) []keyShare {
 	return out
 }
 
+// largestOf returns the largest of some keys.
+func largestOf(keys map[string]uint64) []counter.KeyCount {
+	var counts counter.KeyCounts
+	for key, unique := range keys {
+		if key != "" && len(key) <= counter.MaxKeyLen { // else someone has changed the file
+			counts.Add([]byte(key), unique)
+		}
+	}
+	return counts.Largest(maxShownKeys)
+}
+
 // addKeys adds up the largest keys of two parts of a window.
 func addKeys(a, b []counter.KeyCount) []counter.KeyCount {
 	if len(a) == 0 || len(b) == 0 {
@@ -70,19 +82,11 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	out := windowKeys{Start: start.UTC(), Scope: "instance"}
-	if open := a.server.cfg.Counter.Last(); open.Start().Equal(start) {
-		out.Keys, out.Unique = open.Keys().Len(), open.Unique()
-		out.Results = keyShares(open.Keys().Counts().Largest(limit), out.Unique)
-		writeJSON(w, http.StatusOK, out)
-		return
-	}
-	closed := a.history.last(maxWindows)
-	at := slices.IndexFunc(closed, func(c window) bool { return c.Start.Equal(start) })
-	if at < 0 {
+	c, ok := a.windowAt(start)
+	if !ok {
 		writeError(w, http.StatusNotFound, "no such window, or it is too long ago: /api/windows?limit="+strconv.Itoa(maxWindows)+" lists those that are kept")
 		return
 	}
-	c := &closed[at]
 	if c.forgotten() {
 		writeError(w, http.StatusGone, "the keys of this window are not in memory any more: an earlier process closed it, or a part of it, or later windows took its place; the records by key have them")
 		return
@@ -95,15 +99,40 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, out)
 }
 
+// windowAt returns a window with its largest keys, if it is open or among those that are kept.
+func (a *Admin) windowAt(start time.Time) (w window, ok bool) {
+	closed := a.history.last(maxWindows)
+	at := slices.IndexFunc(closed, func(c window) bool { return c.Start.Equal(start) })
+	e := a.server.cfg.Counter.Last()
+	switch {
+	case e.Start().Equal(start) && (at < 0 || a.server.cfg.Counter.Taking()):
+		w = openWindow(e)
+		w.largest = e.Keys().Counts().Largest(maxShownKeys)
+		if part, ok := a.earlierPart(&w, closed); ok {
+			w.include(part)
+		}
+	case at >= 0:
+		w = closed[at]
+	default:
+		return w, false
+	}
+	return w, true
+}
+
 // limitOf returns the parameter limit of a request. If it is not one, the request is
 // answered 400 and ok is false.
 func limitOf(w http.ResponseWriter, r *http.Request, otherwise, most int) (limit int, ok bool) {
-	s := r.URL.Query().Get("limit")
-	if s == "" {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		writeError(w, http.StatusBadRequest, "the query is badly formed")
+		return 0, false
+	}
+	given := query["limit"]
+	if len(given) == 0 || len(given) == 1 && given[0] == "" {
 		return otherwise, true
 	}
-	limit, err := strconv.Atoi(s)
-	if err != nil || limit < 1 || limit > most {
+	limit, err = strconv.Atoi(given[0])
+	if err != nil || len(given) > 1 || limit < 1 || limit > most {
 		writeError(w, http.StatusBadRequest, "limit must be a number from 1 to "+strconv.Itoa(most))
 		return 0, false
 	}

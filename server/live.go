@@ -51,7 +51,7 @@ var (
 // page is a document with its headers.
 type page struct {
 	body, gzipped []byte
-	policy, etag  string
+	policy, tag   string // the tag of body
 }
 
 // livePage puts the page together. Its policy lets run what is in it and
@@ -70,7 +70,7 @@ var livePage = sync.OnceValue(func() page {
 		body: body, gzipped: gz.Bytes(),
 		policy: "default-src 'none'; script-src " + scriptsPolicy + "; style-src " + stylesPolicy +
 			"; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-		etag: `"` + base64.RawURLEncoding.EncodeToString(sum[:12]) + `"`,
+		tag: base64.RawURLEncoding.EncodeToString(sum[:12]),
 	}
 })
 
@@ -96,17 +96,26 @@ func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cross-Origin-Opener-Policy", "same-origin")
 	h.Set("Cache-Control", "no-cache") // kept, but asked about
 	h.Set("Vary", "Accept-Encoding")
-	h.Set("ETag", p.etag)
-	if r.Header.Get("If-None-Match") == p.etag {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
-	body := p.body
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+	body, tag := p.body, p.tag
+	if acceptsGzip(r.Header) {
 		h.Set("Content-Encoding", "gzip")
-		body = p.gzipped
+		body, tag = p.gzipped, tag+"-gzip" // other bytes, another tag (RFC 9110, section 8.8.3.3)
 	}
-	_, _ = w.Write(body) // the client may be gone
+	h.Set("ETag", `"`+tag+`"`)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body)) // or 304, if the client has it
+}
+
+// acceptsGzip reports whether a client takes gzip: it names it, with a weight that is not
+// zero or none (RFC 9110, section 12.5.3).
+func acceptsGzip(h http.Header) bool {
+	for item := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
+		coding, weight, _ := strings.Cut(item, ";")
+		if strings.EqualFold(strings.TrimSpace(coding), "gzip") {
+			_, q, given := strings.Cut(weight, "=")
+			return !given || strings.Trim(q, " \t0.") != ""
+		}
+	}
+	return false
 }
 
 // liveAnswer is what the live page shows, without what the page has already.
@@ -173,9 +182,9 @@ type live struct {
 
 	// mu guards what follows.
 	mu      sync.Mutex
-	rates   [][4]float64 // the last liveRates
-	sampled int          // how many there have been
-	keys    []keyShare   // the largest keys of keysOf, looked for before keysDue
+	rates   [][4]float64       // the last liveRates
+	sampled int                // how many there have been
+	keys    []counter.KeyCount // the largest keys of keysOf, looked for before keysDue
 	keysOf  *counter.Epoch
 	keysDue time.Time // when they are looked for again
 
@@ -211,7 +220,7 @@ func (l *live) sample(now time.Time) {
 }
 
 // largest returns the largest keys of the open epoch, as of some moment before now.
-func (l *live) largest(now time.Time) []keyShare {
+func (l *live) largest(now time.Time) []counter.KeyCount {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.admin.server.cfg.Counter.Last()
@@ -219,7 +228,7 @@ func (l *live) largest(now time.Time) []keyShare {
 		return l.keys
 	}
 	began := time.Now()
-	l.keys, l.keysOf = keyShares(e.Keys().Counts().Largest(liveKeys), e.Unique()), e
+	l.keys, l.keysOf = e.Keys().Counts().Largest(maxShownKeys), e
 	l.keysDue = now.Add(max(liveRate, liveKeysRest*time.Since(began)))
 	return l.keys
 }
@@ -239,8 +248,12 @@ func (l *live) everything(now time.Time) liveAnswer {
 		Answers:   append(a.server.acceptResults(), a.server.otherRefusals()...),
 		Callbacks: callbackResults(cb), CallbacksWaiting: cb.Waiting, CallbacksInFlight: cb.InFlight,
 		BreakersOpen: cb.BreakersOpen, Connections: a.server.ln.open(), Batches: a.server.batches.answered.Load(),
-		Keys: l.largest(now),
 	}
+	keys := m.Open.largest // with those of earlier processes
+	if keys == nil {
+		keys = l.largest(now)
+	}
+	m.Keys = keyShares(keys[:min(liveKeys, len(keys))], m.Open.Unique)
 	if a.cfg.Shared != nil {
 		g := a.cfg.Shared()
 		m.Shared = &liveGroup{g.Members, g.Leading}

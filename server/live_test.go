@@ -49,12 +49,60 @@ func TestLivePageIsOneFileThatItsPolicyAllows(t *testing.T) {
 		t.Error("the page has attributes that its policy forbids")
 	}
 
-	again := httptest.NewRequest(http.MethodGet, "/", nil)
-	again.Header.Set("If-None-Match", w.Header().Get("ETag"))
-	if w := httptest.NewRecorder(); w.Header() != nil {
-		a.http.Handler.ServeHTTP(w, again)
-		if w.Code != http.StatusNotModified || w.Body.Len() != 0 {
-			t.Errorf("a page that is known is sent again: %d", w.Code)
+}
+
+// TestLivePageIsSentOnceInEachEncoding, however a client spells what it has and what it takes.
+func TestLivePageIsSentOnceInEachEncoding(t *testing.T) {
+	_, a := newAdminSite(t, new(Records))
+	ask := func(header ...string) *httptest.ResponseRecorder {
+		r := httptest.NewRequest(http.MethodGet, "/", nil)
+		for i := 0; i < len(header); i += 2 {
+			r.Header.Add(header[i], header[i+1])
+		}
+		w := httptest.NewRecorder()
+		a.http.Handler.ServeHTTP(w, r)
+		if got := w.Header().Get("Cache-Control"); got != "no-cache" {
+			t.Errorf("%q: Cache-Control: %s", header, got)
+		}
+		return w
+	}
+	plain, packed := ask(), ask("Accept-Encoding", "gzip")
+	tag, packedTag := plain.Header().Get("ETag"), packed.Header().Get("ETag")
+	if tag == packedTag || plain.Header().Get("Content-Encoding") != "" || packed.Header().Get("Content-Encoding") != "gzip" || packed.Body.Len() >= plain.Body.Len()/2 {
+		t.Errorf("%d bytes as %s, in gzip %d as %s", plain.Body.Len(), tag, packed.Body.Len(), packedTag)
+	}
+	for _, accept := range []string{"GZIP", "br, gzip;q=0.5", "gzip; q=1", "deflate,gzip"} {
+		if got := ask("Accept-Encoding", accept).Header().Get("Content-Encoding"); got != "gzip" {
+			t.Errorf("to %q the page is sent as %q", accept, got)
+		}
+	}
+	for _, accept := range []string{"", "identity", "gzip;q=0", "gzip; q=0.00, br", "gzipped", "br"} {
+		if w := ask("Accept-Encoding", accept); w.Header().Get("Content-Encoding") != "" || w.Body.String() != plain.Body.String() {
+			t.Errorf("to %q the page is sent in an encoding: %v", accept, w.Header())
+		}
+	}
+	if got := ask("Accept-Encoding", "br", "Accept-Encoding", "gzip").Header().Get("Content-Encoding"); got != "gzip" {
+		t.Errorf("to two lines the page is sent as %q", got)
+	}
+	for _, has := range []string{tag, "W/" + tag, `"x", ` + tag, "*"} {
+		if w := ask("If-None-Match", has); w.Code != http.StatusNotModified || w.Body.Len() != 0 || w.Header().Get("ETag") != tag {
+			t.Errorf("If-None-Match: %s: got %d with %d bytes, %v", has, w.Code, w.Body.Len(), w.Header())
+		}
+	}
+	if w := ask("If-None-Match", packedTag, "Accept-Encoding", "gzip"); w.Code != http.StatusNotModified {
+		t.Errorf("the packed page is sent again: %d", w.Code)
+	}
+	if w := ask("If-None-Match", packedTag); w.Code != http.StatusOK {
+		t.Errorf("a client that has the packed page alone gets %d to a request for the other", w.Code)
+	}
+}
+
+// TestNoCacheKeepsAnAdminAnswer: what is not there now may be there in a moment.
+func TestNoCacheKeepsAnAdminAnswer(t *testing.T) {
+	_, a := newAdminSite(t, new(Records))
+	for _, path := range []string{"/healthz", "/readyz", "/metrics", "/api/live", "/api/windows", "/api/windows?limit=x", "/api/windows/2001-01-01T00:00:00Z/keys", "/nowhere", "/debug/pprof/nothing"} {
+		if w := getPage(a, path); w.Header().Get("Cache-Control") != "no-store" {
+			t.Errorf("%s: %d %v", path, w.Code, w.Header())
 		}
 	}
 }

@@ -1,11 +1,11 @@
 package server
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
 	"io"
 	"maps"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -169,9 +169,9 @@ func (a *Admin) writeMetrics(w io.Writer) {
 		last = recent.Windows[0]
 	}
 	e.gauge("verve_last_window_unique_ids", "Unique ids in the last closed window.", float64(last.Unique))
-	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", unixSeconds(last.Start))
+	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", max(0, float64(last.Start.UnixMilli())/1e3))
 	e.gauge("verve_epochs_unclosed", "Epochs that have ended and are not yet published.", float64(c.Unclosed))
-	e.counter("verve_epochs_skipped_total", "Epochs that passed while the process did not run.", c.Skipped)
+	e.counter("verve_epochs_skipped_total", "Epochs that were not opened, as the clock was set forward or the process did not run.", c.Skipped)
 	e.counter("verve_windows_lost_total", "Windows that an earlier process left and that no record can be made of, as a later one is published.", uint64(c.Lost))
 	e.gauge("verve_clock_behind_seconds", "How far the clock is behind the start of the open epoch.", c.Clock.Behind.Seconds())
 	e.counters("verve_clock_steps_total", "Steps of the clock, by direction.", "direction", []resultCount{
@@ -184,7 +184,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.histogram("verve_epoch_close_duration_seconds", "Time to drain an epoch's last requests and publish its count.", a.cfg.Times.closeTook)
 
 	d := s.cfg.Set.Stats()
-	e.gauge("verve_max_ids", "Most ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
+	e.gauge("verve_max_ids", "Maximum ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
 	e.gauge("verve_dedup_bytes", "Memory of the tables of ids.", float64(d.Bytes))
 	e.gauge("verve_dedup_slots", "Slots in the tables of ids, taken or free.", float64(d.Slots))
 	e.gauge("verve_dedup_levels", "Depth of the deepest chain of tables.", float64(d.Levels))
@@ -204,7 +204,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.counter("verve_records_published_total", "Records acknowledged by every sink.", r.Published)
 	e.gauge("verve_records_pending", "Records in the spool.", float64(r.Pending))
 	e.gauge("verve_records_oldest_age_seconds", "Time since the oldest record in the spool was sealed.", age(r.Oldest))
-	e.gauge("verve_records_poison", "Records set aside because a sink refuses them for good.", float64(r.Poison))
+	e.gauge("verve_records_poison", "Dead letters: records that a sink has refused for good.", float64(r.Poison))
 	e.counter("verve_records_conflicts_total", "Records whose key a sink already holds with another value: two processes share a name.", r.Conflicts)
 	e.counter("verve_spool_append_failures_total", "Failed attempts to write a record to the spool.", r.AppendFailures)
 
@@ -271,7 +271,7 @@ func (e exposition) group(g dedup.GroupStats) {
 	e.counter("verve_redis_failures_total", "Attempts that failed, of all batches.", g.Retries)
 	e.counter("verve_redis_ids_taken_back_total", "Ids removed from Redis because their requests had already been answered 503.", g.TakenBack)
 	e.counter("verve_redis_ids_given_twice_total", "Ids that were in Redis already when an instance added them again: more than one instance may have answered ok.", g.Twice)
-	e.counter("verve_redis_ids_replayed_total", "Ids that were answered ok and added to Redis later, after a loss or without Redis.", g.Restored)
+	e.counter("verve_redis_ids_replayed_total", "Ids answered ok that were added to Redis later: after it had lost them, or as it was unreachable.", g.Restored)
 	e.counter("verve_redis_ids_dropped_total", "Ids answered with ok that are in no record, because the window was sealed without them.", g.Dropped)
 }
 
@@ -306,6 +306,9 @@ var processHelp = map[string]struct{ kind, help string }{
 	"process_virtual_memory_bytes":                  {"gauge", "Virtual memory."},
 }
 
+// series is the beginning of a line of a family.
+var series = regexp.MustCompile(`^(\w+?)(_bucket|_sum|_count)?[{ ]`)
+
 // writeProcess writes the families of processHelp. What the library has beside
 // them goes by names and types that the conventions do not allow.
 func writeProcess(w io.Writer) {
@@ -313,24 +316,20 @@ func writeProcess(w io.Writer) {
 	metrics.WriteProcessMetrics(&all)
 	metrics.WriteFDMetrics(&all)
 	last := ""
-	for lines := bufio.NewScanner(&all); lines.Scan(); {
-		line := lines.Text()
-		name := line[:max(0, strings.IndexAny(line, "{ "))]
-		family, known := name, false
-		for _, suffix := range []string{"", "_bucket", "_sum", "_count"} {
-			if f, ok := strings.CutSuffix(name, suffix); ok && !known {
-				family = f
-				_, known = processHelp[f]
-			}
-		}
-		if !known {
+	for line := range bytes.Lines(all.Bytes()) {
+		m := series.FindSubmatch(line)
+		if m == nil {
 			continue
 		}
-		if family != last {
-			exposition{w}.family(family, processHelp[family].kind, processHelp[family].help)
+		family := string(m[1])
+		about, known := processHelp[family]
+		if known && family != last {
+			exposition{w}.family(family, about.kind, about.help)
 			last = family
 		}
-		fmt.Fprintln(w, line)
+		if known {
+			_, _ = w.Write(line)
+		}
 	}
 }
 
@@ -339,13 +338,6 @@ func flag(b bool) float64 {
 		return 1
 	}
 	return 0
-}
-
-func unixSeconds(t time.Time) float64 {
-	if t.IsZero() {
-		return 0
-	}
-	return float64(t.UnixMilli()) / 1e3
 }
 
 // age is how long ago t was, in seconds; 0 for the zero time.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -516,6 +517,7 @@ func TestKeysOfAWindow(t *testing.T) {
 	}
 	for target, status := range map[string]int{
 		path + "?limit=0": 400, path + "?limit=1001": 400, path + "?limit=x": 400, path + "?limit=-1": 400, path + "?limit=1000": 200,
+		path + "?limit=5;": 400, path + "?limit=%zz": 400, path + "?limit=5&limit=5": 400, path + "?limit=": 200, "/api/windows?limit=5;": 400,
 		"/api/windows/now/keys": 400, "/api/windows//keys": 404, "/api/windows/2026-11-22/keys": 400, "/api/windows/2001-01-01T00:00:00Z/keys": 404,
 		"/api/windows/" + start.In(time.FixedZone("", 3600)).Format(time.RFC3339) + "/keys": 200,
 	} {
@@ -583,6 +585,55 @@ func TestKeysThatAreNotInMemoryAreGone(t *testing.T) {
 	closed(4, keys)
 	if page := getPage(a, "/api/windows/1970-01-01T00:04:00Z/keys"); page.Code != 200 || !strings.Contains(page.Body.String(), `"scope":"group","keys":1,"unique":9`) {
 		t.Errorf("with the keys of the whole group: got %d %s", page.Code, page.Body)
+	}
+}
+
+// TestKeysOfTheOpenWindowOutliveTheProcess: a process that is started again within a window
+// adds what it counts to what its predecessors have, however many they were.
+func TestKeysOfTheOpenWindowOutliveTheProcess(t *testing.T) {
+	s, a := newAdminSite(t, new(Records))
+	open := s.cfg.Counter.Last()
+	path := filepath.Join(t.TempDir(), "windows.jsonl")
+	restarted := func() {
+		t.Helper()
+		a.history = openHistory(path, "", "", zerolog.Nop())
+	}
+	restarted()
+	odd := "<é\u2028\">"
+	for range 3 {
+		a.WindowClosed(counter.Count{Start: open.Start(), Window: open.Window(), Unique: 3, Keys: counter.KeyCountsOf(
+			counter.KeyCount{Key: "a", Unique: 2}, counter.KeyCount{Key: odd, Unique: 1})})
+		restarted()
+	}
+	if lines, err := os.ReadFile(path); err != nil || bytes.Count(lines, []byte("\n")) != 1 {
+		t.Errorf("the parts of one window are kept apart: %s, %v", lines, err)
+	}
+	s.ask(batchPost("?key=a", "", "", "1\n"))
+	s.ask(batchPost("?key=b", "", "", "1\n2\n"))
+	var w windowKeys
+	page := getPage(a, "/api/windows/"+open.Start().Format(time.RFC3339)+"/keys")
+	if err := json.Unmarshal(page.Body.Bytes(), &w); err != nil {
+		t.Fatalf("%v: %s", err, page.Body)
+	}
+	want := []keyShare{{"a", 7, 7. / 12}, {odd, 3, 3. / 12}, {"b", 2, 2. / 12}}
+	if !slices.Equal(w.Results, want) || w.Keys != 3 || w.Unique != 12 {
+		t.Errorf("got %+v", w)
+	}
+	if m := a.live.everything(time.Now()); !slices.Equal(m.Keys, want) || m.Open.Keys != 3 || m.Open.Unique != 12 {
+		t.Errorf("the live page shows %+v of %+v", m.Keys, m.Open)
+	}
+	if got := getPage(a, "/metrics").Body.String(); !strings.Contains(got, "\nverve_keys 3\n") {
+		t.Error("no verve_keys 3")
+	}
+	s.stop() // the last part is closed, too
+	if closed := getPage(a, "/api/windows/"+open.Start().Format(time.RFC3339)+"/keys").Body.String(); closed != page.Body.String() {
+		t.Errorf("at the stop: got %s, want %s", closed, page.Body)
+	}
+	// A window before the open one is not gone on with, whatever this clock makes of its end:
+	// its keys are not kept in the file.
+	a.WindowClosed(counter.Count{Start: open.Start().Add(-time.Minute), Window: 2 * open.Window(), Keys: counter.KeyCountsOf(counter.KeyCount{Key: "old", Unique: 1})})
+	if lines, err := os.ReadFile(path); err != nil || bytes.Contains(lines, []byte("old")) {
+		t.Errorf("got %s, %v", lines, err)
 	}
 }
 

@@ -8,8 +8,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"time"
-
-	"github.com/valyala/fasthttp/fasthttputil"
 )
 
 const (
@@ -142,7 +140,7 @@ type beneath struct {
 func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 
 // goesOn reports whether a read that failed was ended for parking alone, so that it may be
-// taken up again. It sets the deadline anew before it looks at stopped, which stopReading sets
+// taken up again. It sets the deadline before it looks at stopped, which stopReading sets
 // before its deadline: an end that comes meanwhile is either seen here or has its
 // deadline after this one. The same holds for stopAccepting and stopping, at which await
 // looks next.
@@ -182,25 +180,17 @@ func (l *listener) giveBack(now time.Duration) {
 	}()
 }
 
-// stopAccepting closes the listener, and the connections without a request.
+// stopAccepting closes the listener, and the connections without a request. One that has a
+// request is parked behind its answer, and closed then.
 func (l *listener) stopAccepting() {
 	_ = l.Close()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.stopping.Store(true)
+	l.waiting.Add(1)
 	for c := range l.conns {
 		if p, _ := c.phase(); !p.busy() {
 			_ = c.raw.SetReadDeadline(time.Now().Add(stopGrace))
 		}
 	}
-}
-
-// door is a listener for fasthttp, which stops only what it has a listener for. No
-// connection comes through it.
-type door struct{ *fasthttputil.InmemoryListener }
-
-// Close may be called again.
-func (d door) Close() error {
-	_ = d.InmemoryListener.Close() // reports that it was closed before
-	return nil
 }

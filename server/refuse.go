@@ -23,7 +23,7 @@ var (
 
 const (
 	// retryAfter is what a refused caller is asked to wait, in seconds: the
-	// least the header can say. Overload passes sooner.
+	// least the header can hold. Overload passes sooner.
 	retryAfter = "1"
 
 	// refusalsEvery samples the log of refusals, cause by cause.
@@ -64,24 +64,34 @@ func (r reason) String() string { return reasonNames[r] }
 type refusal struct {
 	status int
 	reason reason
+	last   bool // nothing behind the request can be relied on to be one: its connection is closed
 }
 
 func (r refusal) Error() string { return r.reason.String() }
 
 var (
 	// The faults of a query. If it has several, the answer names the first in this order.
-	errBadID       = refusal{fasthttp.StatusBadRequest, reasonBadID}
-	errBadEndpoint = refusal{fasthttp.StatusBadRequest, reasonBadEndpoint}
-	errBadKey      = refusal{fasthttp.StatusBadRequest, reasonBadKey}
-	errBadToken    = refusal{fasthttp.StatusBadRequest, reasonBadToken}
+	errBadID       = refusal{fasthttp.StatusBadRequest, reasonBadID, false}
+	errBadEndpoint = refusal{fasthttp.StatusBadRequest, reasonBadEndpoint, false}
+	errBadKey      = refusal{fasthttp.StatusBadRequest, reasonBadKey, false}
+	errBadToken    = refusal{fasthttp.StatusBadRequest, reasonBadToken, false}
 
-	errBadBatch    = refusal{fasthttp.StatusBadRequest, reasonBadRequest}
-	errUnsupported = refusal{fasthttp.StatusUnsupportedMediaType, reasonBadRequest} // a type or an encoding
-	errTooLarge    = refusal{fasthttp.StatusRequestEntityTooLarge, reasonTooLarge}
-	errBusy        = refusal{fasthttp.StatusServiceUnavailable, reasonBusy} // too much memory is in use by batches
+	errNothing     = refusal{fasthttp.StatusBadRequest, reasonBadRequest, false} // neither an id nor a body
+	errNotFound    = refusal{fasthttp.StatusNotFound, reasonNotFound, false}
+	errMethod      = refusal{fasthttp.StatusMethodNotAllowed, reasonMethod, false}
+	errNoPlace     = refusal{fasthttp.StatusServiceUnavailable, reasonBusy, false} // for its callback
+	errFull        = refusal{fasthttp.StatusServiceUnavailable, reasonFull, false}
+	errUnavailable = refusal{fasthttp.StatusServiceUnavailable, reasonUnavailable, false}
 
-	errDraining = refusal{fasthttp.StatusServiceUnavailable, reasonDraining} // the counter is sealed
-	errPanicked = refusal{fasthttp.StatusInternalServerError, reasonPanic}   // the set did
+	errBadRequest  = refusal{fasthttp.StatusBadRequest, reasonBadRequest, true}
+	errVersion     = refusal{fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest, true}
+	errUnsupported = refusal{fasthttp.StatusUnsupportedMediaType, reasonBadRequest, true} // a type or an encoding
+	errTooLarge    = refusal{fasthttp.StatusRequestEntityTooLarge, reasonTooLarge, true}
+	errHeaders     = refusal{fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge, true}
+	errTooSlow     = refusal{fasthttp.StatusRequestTimeout, reasonTooSlow, true}
+	errBusy        = refusal{fasthttp.StatusServiceUnavailable, reasonBusy, true}     // too much memory is in use by batches
+	errDraining    = refusal{fasthttp.StatusServiceUnavailable, reasonDraining, true} // the counter is sealed
+	errPanicked    = refusal{fasthttp.StatusInternalServerError, reasonPanic, true}   // the set or the handler did
 )
 
 // setHead sets what all answers have. A cache that stored one would give it to
@@ -91,37 +101,47 @@ func setHead(r *fasthttp.Response) {
 	r.Header.SetCanonical(headerCache, valueNoStore)
 }
 
-// refuse answers failed and counts why.
-func (s *Server) refuse(ctx *fasthttp.RequestCtx, status int, r reason) {
-	s.refuseBecause(ctx, status, r, nil)
-}
-
-// refuseBecause is refuse with the error that is behind it.
-func (s *Server) refuseBecause(ctx *fasthttp.RequestCtx, status int, r reason, cause error) {
-	s.countRefusals(status, r, 1, cause)
-	setRefusal(&ctx.Response, status, r)
+// refuse answers failed and counts why: err is a refusal, or the reason why the set could not
+// judge the id.
+func (s *Server) refuse(ctx *fasthttp.RequestCtx, err error) {
+	r, ok := errors.AsType[refusal](err)
+	switch {
+	case ok:
+		err = nil // it has no cause
+	case errors.Is(err, dedup.ErrTooManyKeys):
+		r = errFull
+	case errors.Is(err, dedup.ErrFull):
+		r, err = errFull, nil
+	default:
+		r = errUnavailable
+	}
+	if r.last {
+		ctx.SetConnectionClose()
+	}
+	s.countRefusals(r, 1, err)
+	setRefusal(&ctx.Response, r)
 }
 
 // countRefusals counts n refusals, and logs the first of a cause in a while. What the
-// request holds is not logged: it is a stranger's.
-func (s *Server) countRefusals(status int, r reason, n uint64, cause error) {
-	s.refused[r].Add(n)
-	if r == reasonPanic {
+// request holds is not logged: any caller can write it.
+func (s *Server) countRefusals(r refusal, n uint64, cause error) {
+	s.refused[r.reason].Add(n)
+	if r.reason == reasonPanic {
 		return // has a line of its own
 	}
-	if hidden, ok := s.refusalLogs[r].Allow(time.Now()); ok {
-		s.refusalLine(r).Int("status", status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
+	if hidden, ok := s.refusalLogs[r.reason].Allow(time.Now()); ok {
+		s.refusalLine(r.reason).Int("status", r.status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
 	}
 }
 
-// setRefusal makes r an answer of refusal.
-func setRefusal(r *fasthttp.Response, status int, why reason) {
-	r.SetStatusCode(status)
+// setRefusal makes r the answer of a refusal.
+func setRefusal(r *fasthttp.Response, why refusal) {
+	r.SetStatusCode(why.status)
 	setHead(r)
-	if why < reasonTooLarge && status != fasthttp.StatusHTTPVersionNotSupported {
-		r.Header.SetCanonical(headerReason, []byte(why.String()))
+	if why.reason < reasonTooLarge && why != errVersion {
+		r.Header.SetCanonical(headerReason, []byte(why.reason.String()))
 	}
-	if status == fasthttp.StatusServiceUnavailable {
+	if why.status == fasthttp.StatusServiceUnavailable {
 		r.Header.Set(fasthttp.HeaderRetryAfter, retryAfter)
 	}
 	r.SetBodyRaw(bodyFailed)
@@ -150,53 +170,34 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	return s.cfg.Log.WithLevel(level).Stringer("reason", r)
 }
 
-// refusalReason is the reason of a verdict of refusal.
-func refusalReason(v dedup.Verdict) reason {
+// refusalOf is the refusal of an id with that verdict.
+func refusalOf(v dedup.Verdict) refusal {
 	if v == dedup.Full {
-		return reasonFull
+		return errFull
 	}
-	return reasonUnavailable
+	return errUnavailable
 }
 
-// refuseError answers a request that the set could not judge.
-func (s *Server) refuseError(ctx *fasthttp.RequestCtx, err error) {
-	r, ok := errors.AsType[refusal](err)
-	switch {
-	case ok: // draining, or a panic
-		s.refuseAndClose(ctx, r.status, r.reason)
-	case errors.Is(err, dedup.ErrTooManyKeys):
-		s.refuseBecause(ctx, fasthttp.StatusServiceUnavailable, reasonFull, err)
-	case errors.Is(err, dedup.ErrFull):
-		s.refuse(ctx, fasthttp.StatusServiceUnavailable, reasonFull)
-	default:
-		s.refuseBecause(ctx, fasthttp.StatusServiceUnavailable, reasonUnavailable, err)
-	}
-}
-
-// refuseAndClose answers a request behind which nothing can be relied on to be one.
-func (s *Server) refuseAndClose(ctx *fasthttp.RequestCtx, status int, r reason) {
-	ctx.SetConnectionClose()
-	s.refuse(ctx, status, r)
-}
-
-// refuseBroken answers what fasthttp could not read as a request. It closes the
-// connection after the answer.
+// refuseBroken refuses a request that could not be read to its end, by fasthttp or by a handler.
 func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error
 	c := ctx.Conn().(*conn) // every connection comes from s.ln
+	r, ok := errors.AsType[refusal](err)
 	switch {
+	case ok:
 	case c.h2 && c.taken >= len(h2Preface):
-		s.refuse(ctx, fasthttp.StatusHTTPVersionNotSupported, reasonBadRequest)
+		r = errVersion
 	case errors.As(err, &small):
-		s.refuse(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, reasonTooLarge)
+		r = errHeaders
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
-		s.refuse(ctx, fasthttp.StatusRequestEntityTooLarge, reasonTooLarge)
-	case errors.As(err, &timeout) && timeout.Timeout(), c.late.Load(): // fasthttp's error of a body in chunks hides it
-		s.refuse(ctx, fasthttp.StatusRequestTimeout, reasonTooSlow)
+		r = errTooLarge
+	case errors.As(err, &timeout) && timeout.Timeout(), c.stopped.Load(): // fasthttp's error of a body in chunks hides it
+		r = errTooSlow
 	default:
-		s.refuse(ctx, fasthttp.StatusBadRequest, reasonBadRequest)
+		r = errBadRequest
 	}
+	s.refuse(ctx, r)
 }
 
 // recovered turns a panic into one failed request: fasthttp itself would let
@@ -208,6 +209,5 @@ func (s *Server) recovered(ctx *fasthttp.RequestCtx) {
 	}
 	s.logPanic(p)
 	ctx.Response.Reset()
-	ctx.SetConnectionClose()
-	s.refuse(ctx, fasthttp.StatusInternalServerError, reasonPanic)
+	s.refuse(ctx, errPanicked)
 }

@@ -49,7 +49,7 @@ func TestEveryCauseOfRefusalsIsLogged(t *testing.T) {
 		for range 4 {
 			callers.Go(func() {
 				for range each / 4 {
-					s.refuse(&fasthttp.RequestCtx{}, 400, r)
+					s.refuse(&fasthttp.RequestCtx{}, refusal{400, r, false})
 				}
 			})
 		}

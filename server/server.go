@@ -18,7 +18,6 @@ import (
 
 	"github.com/rs/zerolog"
 	"github.com/valyala/fasthttp"
-	"github.com/valyala/fasthttp/fasthttputil"
 
 	"verve/counter"
 	"verve/dedup"
@@ -111,7 +110,6 @@ type Server struct {
 	lastAnswers atomic.Bool // every answer is the last of its connection; read by each request
 	http        fasthttp.Server
 	ln          *listener
-	door        door
 	batches     *batches
 	stopSweep   chan struct{}
 	accepted    chan struct{} // closed when no connection is accepted any more
@@ -179,7 +177,6 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	s := &Server{
 		cfg:       cfg,
 		ln:        newListener(ln, &cfg),
-		door:      door{fasthttputil.NewInmemoryListener()},
 		stopSweep: make(chan struct{}),
 		accepted:  make(chan struct{}),
 
@@ -208,28 +205,24 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		NoDefaultServerHeader:        true,
 		SecureErrorLogMessage:        true,
 		DisablePreParseMultipartForm: true,
-		CloseOnShutdown:              true,
 	}
 	return s, nil
 }
 
-// quiet drops what fasthttp would print: bytes of strangers' requests.
+// quiet drops what fasthttp would print: bytes that callers have sent.
 type quiet struct{}
 
 func (quiet) Printf(string, ...any) {}
 
-// Serve answers requests until Shutdown, or until the listener is closed.
+// Serve accepts connections until Shutdown, or until the listener is closed.
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
 	go every(refusalsEvery, s.stopSweep, s.logHiddenRefusals)
-	doored := make(chan error, 1)
-	go func() { doored <- s.http.Serve(s.door) }()
 	for {
 		c, err := s.ln.accept()
 		if err != nil { // the listener is closed
 			close(s.accepted)
-			_ = s.door.Close()
-			return <-doored
+			return nil
 		}
 		go s.attend(c)
 	}
@@ -264,22 +257,16 @@ func (s *Server) StopAccepting(ctx context.Context) {
 func (s *Server) Shutdown(ctx context.Context) error {
 	defer s.logHiddenRefusals()
 	defer close(s.stopSweep)
-	// fasthttp closes connections that it takes for idle, even if an answer to
-	// a pipelined request waits to be flushed; so they must be idle first.
+	s.LastAnswers()
+	// What still comes meanwhile is answered, and not met by a closed socket.
 	grace, cancel := context.WithTimeout(ctx, answerGrace)
 	defer cancel()
 	s.await(grace, func() bool { return s.ln.busy() == 0 })
 	s.ln.stopAccepting()
-	late, cancelLate := context.WithTimeout(ctx, 2*stopGrace)
-	defer cancelLate()
-	s.await(late, func() bool { return s.ln.open() == 0 })
-	err := s.http.ShutdownWithContext(ctx)
-	// Where fasthttp's Serve has not begun yet, it knows no listener to close.
-	_ = s.door.Close()
-	if err != nil {
-		return fmt.Errorf("server: %d connections were still open: %w", s.ln.open(), err)
+	s.await(ctx, func() bool { return s.ln.open() == 0 })
+	if n := s.ln.open(); n > 0 && ctx.Err() != nil {
+		return fmt.Errorf("server: %d connections were still open: %w", n, ctx.Err())
 	}
-	s.await(ctx, func() bool { return s.ln.open() == 0 }) // lingering closes
 	return nil
 }
 

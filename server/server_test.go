@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"strings"
@@ -96,7 +97,7 @@ func newSiteWith(t testing.TB, change func(*Config), calls func(*callback.Config
 	}
 	live := func() (time.Time, uint64) { return count.Last().Start(), count.Last().Unique() }
 	callbackCfg := callback.Config{
-		SelfAddr: s.addr, SelfPath: SinkPath, Group: "verve", Instance: "test", Live: live, Log: zerolog.Nop(),
+		SelfAddr: netip.MustParseAddrPort(s.addr), SelfPath: SinkPath, Group: "verve", Instance: "test", Live: live, Log: zerolog.Nop(),
 		Timeout: patience,
 	}
 	if cfg.TLS != nil {
@@ -563,7 +564,7 @@ func TestAcceptPostsTheCountToTheEndpoint(t *testing.T) {
 // body, which is refused; and what bears the mark of a callback starts none.
 func TestLoopOverTwoServersEndsAtDepthOne(t *testing.T) {
 	b := newSite(t, nil)
-	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddr} })
+	a := newSiteWith(t, nil, func(c *callback.Config) { c.Allow = []string{b.addr, c.SelfAddr.String()} })
 	back := "http://" + a.addr + "/api/verve/accept?id=2&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=3")
 	resp, _ := a.ask(get("id=1&endpoint=" + url.QueryEscape("http://"+b.addr+"/api/verve/accept?id=1&endpoint="+url.QueryEscape(back))))
 	if resp.StatusCode != 200 {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/url"
-	"strings"
 	"unicode/utf8"
 
 	"verve/counter"
@@ -112,21 +111,16 @@ func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
 // sent. An absolute-form target (RFC 9112, section 3.2.2) has them behind its
 // authority; ok is false if that is no host.
 func splitTarget(target []byte) (path, query []byte, ok bool) {
-	for _, scheme := range []string{"http://", "https://"} {
-		if len(target) == 0 || target[0] == '/' {
-			break
+	scheme, rest, absolute := bytes.Cut(target, []byte("://"))
+	if absolute && (bytes.EqualFold(scheme, []byte("http")) || bytes.EqualFold(scheme, []byte("https"))) {
+		end := bytes.IndexAny(rest, "/?#")
+		if end < 0 {
+			end = len(rest)
 		}
-		if len(target) < len(scheme) || !strings.EqualFold(string(target[:len(scheme)]), scheme) {
-			continue
-		}
-		host := target[len(scheme):]
-		target = nil
-		if end := bytes.IndexAny(host, "/?#"); end >= 0 {
-			host, target = host[:end], host[end:]
-		}
-		if !validHost(host) {
+		if !validHost(rest[:end]) {
 			return nil, nil, false
 		}
+		target = rest[end:]
 	}
 	path, query, _ = bytes.Cut(target, []byte("?"))
 	return path, query, true

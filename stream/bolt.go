@@ -268,8 +268,25 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		return st, err
 	}
 	files.sweep(used, st.head)
-	err = tx.Bucket(bucketPoison).ForEach(func(_, v []byte) error {
+	return st, st.readPoison(tx)
+}
+
+// readPoison reads which records are dead letters.
+func (st *state) readPoison(tx *bolt.Tx) error {
+	last := uint64(0)
+	return tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
+		if len(k) < 8 {
+			return fmt.Errorf("%w: dead letter with a key of %d bytes", errDamaged, len(k))
+		}
+		index := binary.BigEndian.Uint64(k)
+		if index == last {
+			return nil // of another sink
+		}
+		last = index
 		st.deadLetters++
+		if index > st.head-uint64(st.pending) {
+			st.refused = append(st.refused, index)
+		}
 		// The reason may have lines, too; the records by key are behind the record.
 		for line := range bytes.Lines(v) {
 			if r, err := parseRecord(bytes.TrimSuffix(line, []byte("\n"))); err == nil {
@@ -279,7 +296,6 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		}
 		return nil
 	})
-	return st, err
 }
 
 // readSeries reads the series and the sums by key of their last windows.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -16,6 +15,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kfake"
+
+	"verve/internal/testproc"
 )
 
 // childEnv makes the test binary a server's worth of stream that kills itself.
@@ -59,16 +60,8 @@ func (c childSpec) fillDisk() error {
 	if err := sp.attach([]string{"a"}); err != nil {
 		return err
 	}
-	signal.Ignore(syscall.SIGXFSZ)
-	limit := func(n uint64) error {
-		var l syscall.Rlimit
-		if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &l); err != nil {
-			return err
-		}
-		l.Cur = n
-		return syscall.Setrlimit(syscall.RLIMIT_FSIZE, &l)
-	}
-	if err := limit(96 << 10); err != nil {
+	testproc.SurviveFileSize()
+	if err := testproc.LimitFileSize(96 << 10); err != nil {
 		return err
 	}
 	refused := 0
@@ -82,7 +75,7 @@ func (c childSpec) fillDisk() error {
 			refused++
 		case refused == 3:
 			refused++
-			if err := limit(1 << 30); err != nil {
+			if err := testproc.LimitFileSize(1 << 30); err != nil {
 				return err
 			}
 		default:
@@ -114,7 +107,8 @@ func (c childSpec) run() error {
 	var came atomic.Int64
 	stepHook := func(step string) {
 		if step == c.Step && came.Add(1) == c.Nth {
-			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			self, _ := os.FindProcess(os.Getpid()) // it is there
+			_ = self.Kill()
 			select {}
 		}
 	}

@@ -246,11 +246,19 @@ func openToAppend(path string) (file *os.File, created bool, err error) {
 // the file from its start: that happens once after a kill and takes a fraction
 // of a second per year of minutes, while any shorter rule would be a guess about
 // other writers.
+//
+// The record of a group is there if a line of its window and group is: a leader that was killed
+// behind that line takes the window again if Redis has lost all that, and by then the counts of
+// its keys may be lost as well. A record is never revised.
 func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, error) {
 	want := make(map[string]bool)
+	windows := make(map[string]*spooled) // of groups, by what their lines begin with
 	for i := range batch {
-		if batch[i].index <= f.unsure {
-			want[string(batch[i].value)] = true
+		if e := &batch[i]; e.index <= f.unsure {
+			want[string(e.value)] = true
+			if begins, _, is := bytes.Cut(e.value, uniqueField); is && e.record.Scope == ScopeGroup {
+				windows[string(begins)] = e
+			}
 		}
 	}
 	there := make(map[string]bool)
@@ -264,9 +272,19 @@ func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, erro
 			return nil, err
 		case want[string(line)]:
 			there[string(line)] = true
+		case len(windows) > 0:
+			begins, _, _ := bytes.Cut(line, uniqueField)
+			if e := windows[string(begins)]; e != nil {
+				if r, err := parseRecord(line); err == nil && r.Key() == e.record.Key() {
+					there[string(e.value)] = true
+				}
+			}
 		}
 	}
 }
+
+// uniqueField stands behind the window in a line.
+var uniqueField = []byte(`,"unique":`)
 
 // repairTail makes the file end in a newline. What follows the last one is cut
 // off when it is a torn record or the zeros that a power loss leaves. Anything

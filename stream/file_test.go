@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"verve/counter"
 )
 
 func entries(t *testing.T, from, to int) []spooled {
@@ -231,6 +233,9 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	}
 	var got []Record
 	for r, err := range ReadFile(ctx, path, true) {
+		if errors.Is(err, ErrCaughtUp) {
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -256,6 +261,40 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	wantWindows(t, got, 5)
 }
 
+// TestReadFileFollowsAFileThatIsAsLongAgain: it is cut, as log rotation does, and has at least as
+// many bytes again before the reader looks. Also in the middle of a line.
+func TestReadFileFollowsAFileThatIsAsLongAgain(t *testing.T) {
+	for _, again := range []int{1, 2, 3} {
+		for _, torn := range []int{0, 20} {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), "counts.jsonl")
+				all := entries(t, 0, 2+again)
+				write := func(batch []spooled) { deliver(t, newFileSink(path, nil, 0, noStep), batch) }
+				write(all[:2])
+				appendFile(t, path, all[2].value[:torn])
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				time.AfterFunc(followEvery/2, func() { // while the reader waits for more
+					if err := os.Truncate(path, 0); err != nil {
+						t.Error(err)
+					}
+					write(all[2:])
+				})
+				var got []Record
+				for r, err := range ReadFile(ctx, path, true) {
+					if err != nil {
+						t.Fatal(again, torn, err)
+					}
+					if got = append(got, r); len(got) == len(all) {
+						cancel()
+					}
+				}
+				wantWindows(t, got, len(all))
+			})
+		}
+	}
+}
+
 // TestReadFileFollowsARenamedFileToItsEnd: a line may be written between the last look at the
 // file and its renaming.
 func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
@@ -275,6 +314,9 @@ func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
 		})
 		var got []Record
 		for r, err := range ReadFile(ctx, path, true) {
+			if errors.Is(err, ErrCaughtUp) {
+				continue
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -284,4 +326,50 @@ func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
 		}
 		wantWindows(t, got, len(all))
 	})
+}
+
+// TestRecordOfAGroupIsNeverRevised: the line of a window is in the file, and the group, whose
+// Redis has lost that, gives the window again with another record. Nothing is written.
+func TestRecordOfAGroupIsNeverRevised(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	of := func(group string, exact bool, keys ...string) []spooled {
+		r := record(1)
+		r.Scope, r.Instance, r.Group, r.Exact = ScopeGroup, "", group, exact
+		var counts counter.KeyCounts
+		for _, key := range keys {
+			counts.Add([]byte(key), 2)
+		}
+		r.Keys = uint64(len(keys))
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []spooled{{index: 1, record: r, value: b, keys: counts}}
+	}
+	deliver(t, newFileSink(path, nil, 0, noStep), of("verve", true, "a", "b"))
+	deliver(t, newFileSink(path, nil, 0, noStep), of("other", true))
+	lines, keys := fileText(t, path), fileText(t, keysFile(path))
+
+	f := newFileSink(path, nil, 0, noStep)
+	f.claims = claimed{counter.Claim{Mine: true, Unknown: true}}
+	deliver(t, f, of("verve", false, "a"))
+	if got := fileText(t, path); got != lines {
+		t.Errorf("the file is %q, want %q", got, lines)
+	}
+	if got := fileText(t, keysFile(path)); got != keys {
+		t.Errorf("the lines by key are %q, want %q", got, keys)
+	}
+	deliver(t, f, of("third", false))
+	if got := fileText(t, path); got == lines || !strings.HasPrefix(got, lines) {
+		t.Errorf("the line of another group is not written: %q", got)
+	}
+}
+
+func fileText(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

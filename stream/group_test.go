@@ -45,6 +45,7 @@ type sharedEpoch struct {
 type memberLedger struct {
 	*sharedLedger
 	name string
+	past map[counter.Span]bool // that it has reported as delivered; the lock of the ledger guards it
 }
 
 var errAway = errors.New("ledger is down")
@@ -64,7 +65,7 @@ func (l *sharedLedger) join(name string) memberLedger {
 	}
 	l.members[name] = true
 	delete(l.dead, name)
-	return memberLedger{l, name}
+	return memberLedger{l, name, map[counter.Span]bool{}}
 }
 
 // killed is what the others see when a lease ends.
@@ -156,7 +157,7 @@ func (m memberLedger) decide(s counter.Span) *counter.Count {
 func (m memberLedger) Reconcile(_ context.Context, open bool) (out []counter.Span, err error) {
 	err = m.try(func() {
 		for s, e := range m.epochs {
-			if !e.delivered && (open || !s.End().After(time.Now())) {
+			if e.delivered = e.delivered || m.past[s]; !e.delivered && (open || !s.End().After(time.Now())) {
 				out = append(out, s)
 			}
 		}
@@ -196,7 +197,7 @@ func (m memberLedger) Written(_ context.Context, s counter.Span) error {
 }
 
 func (m memberLedger) Delivered(_ context.Context, s counter.Span) error {
-	return m.try(func() { m.epoch(s).delivered = true })
+	return m.try(func() { m.epoch(s).delivered, m.past[s] = true, true })
 }
 
 func (m memberLedger) Leave(context.Context) (n int, heard time.Duration, err error) {
@@ -434,6 +435,39 @@ func TestKilledPublisherWritesNothingAgain(t *testing.T) {
 		wantLines(t, lines(t, dir), 1, 1)
 		a.stop()
 		b.stop()
+	})
+}
+
+// TestDeliveryIsReportedBeforeTheNextSeal: the leader waits for an instance that has not left the
+// next window. The others learn of the record that is delivered meanwhile.
+func TestDeliveryIsReportedBeforeTheNextSeal(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		b := l.join("b")
+		a := l.in(t, "a", dir)
+		l.set(func() { l.leader = "a" })
+		if _, err := b.Report(t.Context(), window(0)); err != nil {
+			t.Fatal(err)
+		}
+		published := make(chan error, 1)
+		go func() { published <- a.group.Publish(context.Background(), window(1)) }()
+		synctest.Wait()
+		a.publish(t, 0, 1)
+		time.Sleep(groupRound / 2)
+		l.set(func() {
+			if e := l.epoch(window(0).Span()); !e.delivered {
+				t.Error("the delivery is not reported")
+			}
+		})
+		if _, err := b.Report(t.Context(), window(1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-published; err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * groupRound)
+		wantLines(t, lines(t, dir), 2, 2)
+		a.stop()
 	})
 }
 

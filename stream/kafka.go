@@ -72,9 +72,12 @@ const (
 	// transactionTimeout is the time after which the broker aborts the transaction of a
 	// process that is gone, which holds up readers of the partition. It has to outlast a
 	// produce and a commit, stepWait each. The records by key take longer, keyTime each:
-	// 5,000 of them in a second, or one megabyte, are what any network should carry.
+	// 5,000 of them in a second, or one megabyte, are what any network should carry. Where it
+	// does not, or the broker takes only small batches or has a quota, the time doubles with
+	// each attempt that ran out of it: maxSlow is beyond what brokers allow by default.
 	transactionTimeout = 25 * time.Second
 	keyTime            = 200 * time.Microsecond
+	maxSlow            = 32
 
 	// keysAtOnce is how many records by key are handed to the client before their
 	// acknowledgement is waited for: a batch or two of the size that brokers take by
@@ -94,11 +97,20 @@ const (
 	// topics that stamp records with the time of appending.
 	lookMargin = time.Hour
 
+	// offMargin is less than the default window: the records of minutes are tried one
+	// by one, and only those that the broker refuses have another time than the end of
+	// their window. Of shorter windows, those of an eighth of the topic's limit may have, too.
+	offMargin = 30 * time.Second
+
 	// minTransactionTimeout is the shortest that is tried where the broker's
 	// transaction.max.timeout.ms is below transactionTimeout. A transaction that
 	// the broker ends because it took longer is one whose outcome is open: fence
 	// and look settle it.
 	minTransactionTimeout = time.Second
+
+	// refusedFor is how long a session without transactions lasts: the next one finds out
+	// whether the right to them was granted.
+	refusedFor = 10 * time.Minute
 
 	// rightsWait bounds the check whether the Kafka user may read the topic: a broker
 	// that refuses does so at once.
@@ -125,8 +137,14 @@ type kafkaSink struct {
 	// timestamp: the broker refused the end of its window. A time that is too old only gets
 	// older, and one far ahead would hold up all that follow.
 	presentTo uint64
+	// offBy is by how much the end of that window was in the past, or in the future if it is
+	// negative, when the broker refused it. 0: a later record was taken with its own time.
+	offBy time.Duration
 
 	room uint64 // for how many keys the transactions of the next session have time; it only grows
+	// slow is by how much more time records by key have in the next session, a power of two. It
+	// doubles when it was too short for them, and is 1 again when they are delivered.
+	slow uint
 	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
 	atOnce int
 
@@ -144,10 +162,14 @@ type session struct {
 	keysPartition int32  // in the topic of the records by key
 	room          uint64 // for how many keys its transactions have time; 0: it is not prepared for any
 	transactional bool
+	last          *lastError
+	began         time.Time
+	timeout       time.Duration // of its transactions
+	keysWait      time.Duration // stepWait of records by key
 }
 
 func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(string)) *kafkaSink {
-	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, atOnce: keysAtOnce}
+	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, slow: 1, atOnce: keysAtOnce}
 }
 
 func (k *kafkaSink) close() {
@@ -172,15 +194,21 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if i := slices.IndexFunc(batch, other); i > 0 {
 		batch = batch[:i] // the name was changed between two starts
 	}
+	atOnce := k.atOnce
 	for {
-		if batch[0].index <= k.single {
+		if n := k.refusedAlike(batch); n > 0 {
+			batch = batch[:n]
+		} else if batch[0].index <= k.single {
 			batch = batch[:1]
 		}
 		err := k.send(ctx, batch, identity, scope == ScopeGroup)
+		last := batch[len(batch)-1].index
 		if err == nil {
+			if last > k.presentTo {
+				k.offBy = 0
+			}
 			return len(batch), nil
 		}
-		last := batch[len(batch)-1].index
 		poison, refused := errors.AsType[*poisonError](err)
 		switch {
 		case !refused || ctx.Err() != nil:
@@ -194,13 +222,40 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 				k.log.Warn().Str("key", batch[0].record.Key()).
 					Msg("broker refused the timestamp of a record (the end of its window) as too old or too far ahead (message.timestamp.before.max.ms, message.timestamp.after.max.ms): such records are sent with the present time instead")
 			}
-			k.presentTo = last
+			k.presentTo, k.offBy = last, time.Since(batch[0].record.end())
 		case len(batch) == 1:
+			k.atOnce = atOnce // a key that is too large by itself says nothing about others
 			return 0, err
 		default:
-			k.single = last // one of them is at fault: each by itself
+			k.single, k.offBy = last, 0 // one of them is at fault: each by itself
 		}
 	}
+}
+
+// refusedAlike returns how many records at the front of the batch are sent with the present
+// time: those up to presentTo, and those directly behind them that are off by as much. To try
+// each of them would take two sessions a record: records of short windows come faster than that,
+// and all of them would be too old in the end.
+//
+// The limit of the topic is not known, so a record counts as off by as much if it is so by
+// offMargin less: otherwise those of short windows would have to be tried again, as each
+// is a little younger than the one before.
+func (k *kafkaSink) refusedAlike(batch []spooled) (n int) {
+	if k.offBy == 0 {
+		return 0
+	}
+	now, margin := time.Now(), min(k.offBy.Abs()/8, offMargin)
+	for n < len(batch) && batch[n].index <= k.presentTo+1 {
+		if batch[n].index > k.presentTo {
+			off := now.Sub(batch[n].record.end())
+			if off > 0 != (k.offBy > 0) || off.Abs() < k.offBy.Abs()-margin {
+				break
+			}
+			k.presentTo = batch[n].index
+		}
+		n++
+	}
+	return n
 }
 
 // send makes the records of one identity visible. On an error the session is
@@ -210,7 +265,7 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 	if keys := keysOf(batch); keys > k.room {
 		k.room = max(batchKeys, uint64(1)<<bits.Len64(keys))
 	}
-	if s := k.session; s != nil && (s.identity != identity || s.room < k.room) {
+	if s := k.session; s != nil && (s.identity != identity || s.room < k.room || !s.transactional && time.Since(s.began) > refusedFor) {
 		k.drop()
 	}
 	if group && k.session == nil {
@@ -236,9 +291,14 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 	if len(missing) == 0 {
 		return nil
 	}
+	began := time.Now()
 	err := k.produce(ctx, missing)
 	if err == nil {
+		k.slow = 1
 		return nil
+	}
+	if s := k.session; keysOf(missing) > 0 && (errors.Is(err, errNoAcknowledgement) || s.transactional && time.Since(began) >= s.timeout/2) {
+		k.slow = min(2*k.slow, maxSlow)
 	}
 	k.drop()
 	k.unsure = max(k.unsure, batch[len(batch)-1].index)
@@ -277,6 +337,9 @@ func (k *kafkaSink) timeOf(e *spooled) time.Time {
 // open starts a session, in transactions if the broker allows them.
 func (k *kafkaSink) open(ctx context.Context, identity string) error {
 	wanted := transactionTimeout + time.Duration(k.room)*keyTime
+	if k.room > 0 {
+		wanted *= time.Duration(k.slow)
+	}
 	timeout := min(wanted, cmp.Or(k.allowed, wanted))
 	s, err := k.connect(ctx, identity, timeout)
 	for errors.Is(err, kerr.InvalidTransactionTimeout) && timeout > minTransactionTimeout {
@@ -307,10 +370,13 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 // connect starts a session. When it returns, the topic is there, and the one of the keys if
 // records had some, and the fence is up. timeout is that of its transactions; 0: it has none.
 func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.Duration) (*session, error) {
-	s := &session{identity: identity, room: k.room, transactional: timeout > 0}
-	var last lastError
+	s := &session{
+		identity: identity, room: k.room, transactional: timeout > 0, last: new(lastError),
+		began: time.Now(), timeout: timeout, keysWait: stepWait * time.Duration(k.slow),
+	}
 	options := []kgo.Opt{
-		kgo.WithHooks(&last),
+		kgo.WithHooks(s.last),
+		kgo.WithLogger(s.last),
 		kgo.RecordPartitioner(kgo.ManualPartitioner()),
 		kgo.RequiredAcks(kgo.AllISRAcks()),
 		kgo.AllowAutoTopicCreation(),
@@ -338,7 +404,7 @@ func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.D
 	}
 	if err != nil {
 		k.closing.Go(s.client.Close)
-		return nil, last.explain(err)
+		return nil, s.last.explain(err)
 	}
 	return s, nil
 }
@@ -479,7 +545,7 @@ func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 			Headers:   schema,
 		}
 	}
-	if err := k.sendRecords(ctx, records); err != nil {
+	if err := k.sendRecords(ctx, records, stepWait); err != nil {
 		return err
 	}
 	k.step(stepProduced)
@@ -499,7 +565,7 @@ var schema = []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)
 func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 	records := make([]*kgo.Record, 0, min(uint64(k.atOnce), keysOf(entries)))
 	send := func() error {
-		err := k.sendRecords(ctx, records)
+		err := k.sendRecords(ctx, records, k.session.keysWait)
 		records = records[:0]
 		if poison, ok := errors.AsType[*poisonError](err); ok {
 			poison.ofKeys = true
@@ -527,17 +593,20 @@ func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 	return send()
 }
 
+var errNoAcknowledgement = errors.New("no acknowledgement")
+
 // sendRecords hands records of one topic to the broker and waits until it has acknowledged
 // them.
-func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, stepWait, fmt.Errorf("no acknowledgement within %s", stepWait))
+func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record, wait time.Duration) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("%w within %s", errNoAcknowledgement, wait))
 	defer cancel()
-	client := k.session.client
+	client, last := k.session.client, k.session.last
+	last.err.Store(nil) // what was before is over
 	// The records' context is not ours: the client may not give a record up while its fate is
 	// open. The wait is what is bounded.
 	var results kgo.ProduceResults
 	if await(ctx, launch(func() { results = client.ProduceSync(context.Background(), records...) })) != nil {
-		return fmt.Errorf("produce: %w", context.Cause(ctx))
+		return fmt.Errorf("produce: %w", last.explain(context.Cause(ctx)))
 	}
 	var failed error
 	for _, r := range results {

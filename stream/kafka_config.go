@@ -6,8 +6,10 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/sasl"
@@ -62,8 +64,14 @@ func (c *KafkaConfig) Check() error {
 		return setting.Errorf("kafka-topic", allowed)
 	case badTopic(c.keysTopic()):
 		return setting.Errorf("kafka-keys-topic", allowed)
+	case slices.Contains(internalTopics, c.Topic):
+		return setting.Errorf("kafka-topic", "it is a topic of the brokers' own, which they let nothing else write to")
+	case slices.Contains(internalTopics, c.keysTopic()):
+		return setting.Errorf("kafka-keys-topic", "it is a topic of the brokers' own, which they let nothing else write to")
 	case c.keysTopic() == c.Topic:
 		return setting.Errorf("kafka-keys-topic", "want another topic than --kafka-topic")
+	case collides(c.keysTopic(), c.Topic):
+		return setting.Errorf("kafka-keys-topic", "Kafka makes no topic whose name differs from that of another, --kafka-topic, in dots and underscores only")
 	}
 	switch {
 	case c.SASL == "" && c.User != "":
@@ -87,8 +95,18 @@ func (c *KafkaConfig) Check() error {
 		return setting.Errorf("kafka-password-file", "%v", setting.Cause(err))
 	case p == "":
 		return setting.Errorf("kafka-password-file", "the file is empty")
+	case !utf8.ValidString(p), strings.ContainsRune(p, 0):
+		return setting.Errorf("kafka-password-file", "want text in UTF-8, as brokers take no other password")
 	}
 	return nil
+}
+
+// internalTopics are refused by brokers.
+var internalTopics = []string{"__consumer_offsets", "__transaction_state", "__share_group_state", "__cluster_metadata"}
+
+// collides reports whether brokers take two topics for one in the names of their metrics.
+func collides(a, b string) bool {
+	return strings.ReplaceAll(a, ".", "_") == strings.ReplaceAll(b, ".", "_")
 }
 
 func (c *KafkaConfig) password() (string, error) {

@@ -256,6 +256,73 @@ func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 	})
 }
 
+// TestKafkaShortWindowsThatAreTooOldAreSentTogether: the topic takes records of the last three
+// seconds, the broker was down for twenty, and there are twenty records a second. To try each
+// that is too old would take longer than a window, so the queue would never become shorter.
+func TestKafkaShortWindowsThatAreTooOldAreSentTogether(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		const away, limit, window, windows = 20 * time.Second, 3 * time.Second, 50 * time.Millisecond, 2 * 400
+		began := time.Now()
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.KafkaStorageError, Count: -1, When: func(r kmsg.Request) bool {
+			return time.Since(began) < away
+		}})
+		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.InvalidTimestamp, Count: -1, When: func(r kmsg.Request) bool {
+			return time.Since(began) >= away && time.Since(time.UnixMilli(slices.Min(timesOf(t, r)))) > limit
+		}})
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		for range windows {
+			at := time.Now().Truncate(window).UTC()
+			time.Sleep(window)
+			if err := s.Publish(t.Context(), counter.Count{Start: at, Window: window, Unique: 1, Exact: true, SealedAt: at.Add(window)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.flush(t, time.Minute)
+		s.stop()
+		if n := refuse.Hits(); n == 0 || n > 40 {
+			t.Errorf("%d requests were refused", n)
+		}
+		if n := len(readTopic(t, cfg)); n != windows {
+			t.Errorf("in the topic: %d of %d records", n, windows)
+		}
+		client, err := cfg.client(kgo.KeepControlRecords())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		other := 0
+		for r, err := range readToEnd(t.Context(), client, topic, time.Time{}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if record, err := parseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
+				other++
+			}
+		}
+		// Those of an eighth of the limit, beside those that were too old.
+		if most := int((away + 2*time.Second - limit + limit/8) / window); other == 0 || other > most {
+			t.Errorf("%d records have another time than the end of their window, want %d at most", other, most)
+		}
+	})
+}
+
+// TestKafkaReasonOfABatchThatIsSentAgainIsNamed: the client tries again what may pass, such as
+// too few replicas for min.insync.replicas.
+func TestKafkaReasonOfABatchThatIsSentAgainIsNamed(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.NotEnoughReplicas, Count: -1})
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		s.publish(t, 0, 3)
+		time.Sleep(time.Minute)
+		if got := firstError(s.Stats()); !strings.Contains(got, "NOT_ENOUGH_REPLICAS") {
+			t.Errorf("the reason is %q", got)
+		}
+		refuse.Remove()
+		s.flush(t, time.Minute)
+		wantWindows(t, readTopic(t, cfg), 3)
+	})
+}
+
 // TestKafkaClockThatTheTopicRefuses: no record is set aside where the topic refuses
 // the present time; all arrive when the clocks agree again.
 func TestKafkaClockThatTheTopicRefuses(t *testing.T) {

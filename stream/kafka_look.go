@@ -9,6 +9,7 @@ import (
 	"iter"
 	"net"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -179,13 +180,22 @@ func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time
 
 // assign has the client consume the partitions that have records to read, and returns
 // where they end.
-func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (ends map[int32]int64, err error) {
+func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (map[int32]int64, error) {
+	from, ends, err := bounds(ctx, client, topic, since)
+	if len(ends) > 0 {
+		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
+	}
+	return ends, err
+}
+
+// bounds returns where the partitions that have records to read begin and end.
+func bounds(ctx context.Context, client *kgo.Client, topic string, since time.Time) (from map[int32]kgo.Offset, ends map[int32]int64, err error) {
 	adm := kadm.NewClient(client)
 	ctx, cancel := context.WithTimeout(ctx, stepWait)
 	defer cancel()
 	listed, err := adm.ListEndOffsets(ctx, topic)
 	if err = cmp.Or(err, listed.Error()); err != nil {
-		return nil, fmt.Errorf("list end offsets: %w", err)
+		return nil, nil, fmt.Errorf("list end offsets: %w", err)
 	}
 	var starts kadm.ListedOffsets
 	if since.IsZero() {
@@ -194,10 +204,9 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 		starts, err = adm.ListOffsetsAfterMilli(ctx, since.UnixMilli(), topic)
 	}
 	if err = cmp.Or(err, starts.Error()); err != nil {
-		return nil, fmt.Errorf("list start offsets: %w", err)
+		return nil, nil, fmt.Errorf("list start offsets: %w", err)
 	}
-	ends = make(map[int32]int64)
-	from := make(map[int32]kgo.Offset)
+	ends, from = make(map[int32]int64), make(map[int32]kgo.Offset)
 	listed.Each(func(end kadm.ListedOffset) {
 		start, ok := starts.Lookup(topic, end.Partition)
 		if ok && start.Offset >= 0 && start.Offset < end.Offset {
@@ -205,17 +214,15 @@ func assign(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 			from[end.Partition] = kgo.NewOffset().At(start.Offset)
 		}
 	})
-	if len(ends) > 0 {
-		client.AddConsumePartitions(map[string]map[int32]kgo.Offset{topic: from})
-	}
-	return ends, nil
+	return from, ends, nil
 }
 
 // poll fetches once. It waits for lookStall at most.
 func poll(ctx context.Context, client *kgo.Client) (kgo.Fetches, error) {
-	ctx, cancel := context.WithTimeout(ctx, lookStall)
-	defer cancel()
-	fetches := client.PollFetches(ctx)
+	fetches, stalled := pollFor(ctx, client, lookStall)
+	if stalled {
+		return nil, fmt.Errorf("nothing came for %s, as while a transaction is open: if its process was killed, the broker ends it when its timeout is over: %w", lookStall, fetches.Err0())
+	}
 	if err := fetches.Err0(); err != nil {
 		return nil, fmt.Errorf("read: %w", err)
 	}
@@ -225,11 +232,34 @@ func poll(ctx context.Context, client *kgo.Client) (kgo.Fetches, error) {
 	return fetches, nil
 }
 
-// lastError is a hook that keeps what went wrong with a connection last. A step
+// lastError is a hook that keeps what went wrong with a connection last, and a logger that
+// keeps why a broker did not take a batch, which the client sends again. A step
 // that runs into its deadline knows only that it did.
 type lastError struct{ err atomic.Pointer[error] }
 
-var _ kgo.HookBrokerConnect = (*lastError)(nil)
+var (
+	_ kgo.HookBrokerConnect = (*lastError)(nil)
+	_ kgo.Logger            = (*lastError)(nil)
+)
+
+// Level implements kgo.Logger.
+func (*lastError) Level() kgo.LogLevel { return kgo.LogLevelDebug }
+
+// Log implements kgo.Logger. kgo has no other way to show why it tries again.
+func (l *lastError) Log(_ kgo.LogLevel, msg string, keyvals ...any) {
+	if msg != "produced" {
+		return
+	}
+	for _, v := range keyvals {
+		text, _ := v.(string)
+		_, why, retried := strings.Cut(text, "{retrying@")
+		_, why, found := strings.Cut(why, "(")
+		if why, _, ended := strings.Cut(why, ")}"); retried && found && ended {
+			err := errors.New(why)
+			l.err.Store(&err)
+		}
+	}
+}
 
 func (l *lastError) OnBrokerConnect(_ kgo.BrokerMetadata, _ time.Duration, _ net.Conn, err error) {
 	if err != nil {
@@ -238,7 +268,7 @@ func (l *lastError) OnBrokerConnect(_ kgo.BrokerMetadata, _ time.Duration, _ net
 }
 
 func (l *lastError) explain(err error) error {
-	if last := l.err.Load(); last != nil && errors.Is(err, context.DeadlineExceeded) {
+	if last := l.err.Load(); last != nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errNoAcknowledgement)) {
 		return fmt.Errorf("%w (last: %w)", err, *last)
 	}
 	return err

@@ -266,7 +266,7 @@ func TestRealKafka(t *testing.T) {
 		s := start(t, t.TempDir(), Config{Kafka: b.config("frozen")})
 		s.publish(t, 0, 2)
 		s.flush(t, brokerPatience)
-		if err := b.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		if err := testproc.Pause(b.cmd.Process); err != nil {
 			t.Fatal(err)
 		}
 		s.publish(t, 2, 5)
@@ -275,7 +275,7 @@ func TestRealKafka(t *testing.T) {
 		if err := s.Flush(ctx); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("flush to a frozen broker: %v", err)
 		}
-		if err := b.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		if err := testproc.Resume(b.cmd.Process); err != nil {
 			t.Fatal(err)
 		}
 		s.flush(t, brokerPatience)

@@ -568,6 +568,30 @@ func TestKafkaWithoutTransactionsFallsBackWithOneLine(t *testing.T) {
 	})
 }
 
+// TestKafkaTransactionsAreUsedAgain some minutes after the right to them is granted, although
+// nothing fails meanwhile.
+func TestKafkaTransactionsAreUsedAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.InitProducerID}, Err: kerr.TransactionalIDAuthorizationFailed, Count: -1, TopLevel: true,
+			When: func(r kmsg.Request) bool { return r.(*kmsg.InitProducerIDRequest).TransactionalID != nil }})
+		var log testproc.Buffer
+		s := start(t, t.TempDir(), Config{Kafka: cfg, Log: zerolog.New(&log)})
+		for i := range 60 {
+			if i == 30 {
+				refuse.Remove()
+			}
+			s.publish(t, i, i+1)
+			s.flush(t, time.Minute)
+			time.Sleep(time.Minute)
+		}
+		s.stop()
+		if got := log.String(); strings.Count(got, "refuses transactions") != 1 || strings.Count(got, "accepts transactions again") != 1 {
+			t.Errorf("the log: %s", got)
+		}
+		wantWindows(t, readTopic(t, cfg), 60)
+	})
+}
+
 func TestKafkaWrongPasswordIsPutRightWithoutARestart(t *testing.T) {
 	for _, mechanism := range []string{"PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"} {
 		t.Run(mechanism, func(t *testing.T) {

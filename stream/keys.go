@@ -30,7 +30,7 @@ type KeyRecord struct {
 	Seq         uint64    `json:"seq"`          // see WindowStart
 }
 
-// record has what r says about the record that it belongs to.
+// record has what r has of the record that it belongs to.
 func (r *KeyRecord) record() Record {
 	return Record{WindowStart: r.WindowStart, WindowMS: r.WindowMS, Scope: r.Scope, Group: r.Group, Instance: r.Instance, Seq: r.Seq}
 }
@@ -98,7 +98,7 @@ func newKeyJSON(r *Record) *keyJSON {
 		WindowStart: r.WindowStart.UTC(), WindowMS: r.WindowMS, Key: unescaped,
 		Scope: r.Scope, Group: r.Group, Instance: r.Instance, Seq: r.Seq,
 	})
-	// The first is ours: in what precedes it there is no text of anybody.
+	// The first is ours: what precedes it has no text of a user.
 	before, rest, _ := bytes.Cut(all, []byte(`" "`))
 	between, after, _ := bytes.Cut(rest, []byte("0"))
 	return &keyJSON{before, between, after}

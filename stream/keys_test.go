@@ -16,6 +16,7 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 	bolt "go.etcd.io/bbolt"
 
@@ -498,6 +499,86 @@ func TestKafkaKeysThatAreTooManyForABatch(t *testing.T) {
 	}, kfake.AllowAutoTopicCreation())
 }
 
+// TestKafkaKeyThatIsTooLargeSlowsNoOther: it is set aside with its record, and the records by
+// key of the next window are sent as many at a time as before.
+func TestKafkaKeyThatIsTooLargeSlowsNoOther(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		const large = "a key that is too large"
+		requests := 0
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.MessageTooLarge, Count: -1, When: func(r kmsg.Request) bool {
+			requests++
+			return containsKey(r, large)
+		}})
+		const keys = 3000
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		count := window(0)
+		count.Keys = counter.KeyCountsOf(counter.KeyCount{Key: large, Unique: 7})
+		for _, c := range []counter.Count{count, withKeys(window(1), keys), withKeys(window(2), keys)} {
+			if err := s.Publish(t.Context(), c); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.flush(t, 5*time.Minute)
+		if st := s.Stats(); st.DeadLetters != 1 {
+			t.Errorf("stats %+v", st)
+		}
+		if requests > 50 {
+			t.Errorf("%d requests for %d records by key", requests, 2*keys)
+		}
+		if got := readKeys(t, ReadKeysTopic(t.Context(), cfg, false)); len(got) != 2*keys {
+			t.Errorf("%d records by key", len(got))
+		}
+	}, kfake.AllowAutoTopicCreation())
+}
+
+// TestKafkaSlowKeysGetMoreTime: a broker that takes few records by key a second, here as it
+// takes only small batches, has them all in the end.
+func TestKafkaSlowKeysGetMoreTime(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		// kfake keeps the timeout of the first session of a transactional id: this one is so
+		// long that none is used, and the faults below abort as a broker does.
+		first, err := cfg.client(kgo.TransactionalID(transactionalID("verve/host-1")), kgo.TransactionTimeout(15*time.Minute))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := first.ProducerID(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		first.Close()
+		var timeout time.Duration // of the session
+		var began time.Time       // its transaction; zero: there is none
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.InitProducerID}, Err: kerr.UnknownServerError, Count: -1, When: func(r kmsg.Request) bool {
+			timeout, began = time.Duration(r.(*kmsg.InitProducerIDRequest).TransactionTimeoutMillis)*time.Millisecond, time.Time{}
+			return false
+		}})
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.EndTxn}, Err: kerr.UnknownServerError, Count: -1, When: func(kmsg.Request) bool {
+			began = time.Time{}
+			return false
+		}})
+		aborted := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.InvalidProducerEpoch, Count: -1, When: func(kmsg.Request) bool {
+			if began.IsZero() {
+				began = time.Now()
+			}
+			time.Sleep(100 * time.Millisecond)
+			return time.Since(began) > timeout
+		}})
+		refuseKeys(t, c, kerr.MessageTooLarge, 600)
+		const keys = 3000
+		s := start(t, t.TempDir(), Config{Kafka: cfg})
+		for i := range 2 {
+			if err := s.Publish(t.Context(), withKeys(window(i), keys)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.flush(t, time.Hour)
+		if aborted.Hits() == 0 {
+			t.Error("no transaction took too long")
+		}
+		wantWindows(t, readTopic(t, cfg), 2)
+		wantKeys(t, readKeys(t, ReadKeysTopic(t.Context(), cfg, false)), 2, keys)
+	})
+}
+
 // TestKafkaRefusedKeysAreSetAsideWithTheirRecord, so that they can be produced by hand.
 func TestKafkaRefusedKeysAreSetAsideWithTheirRecord(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
@@ -671,6 +752,9 @@ func TestReadKeysFollow(t *testing.T) {
 	time.AfterFunc(followEvery/2, func() { f.deliver(context.Background(), all[:1]) })
 	var got []KeyRecord
 	for r, err := range ReadKeysFile(t.Context(), path, true) {
+		if errors.Is(err, ErrCaughtUp) {
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -691,6 +775,9 @@ func TestReadKeysFollow(t *testing.T) {
 		time.AfterFunc(time.Minute, func() { s.Publish(t.Context(), withKeys(window(0), 2)) })
 		var got []KeyRecord
 		for r, err := range ReadKeysTopic(t.Context(), cfg, true) {
+			if errors.Is(err, ErrCaughtUp) {
+				continue
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -18,8 +18,8 @@ import (
 // The lines by key of a record are written and synced before its own line. So the keys of a
 // record whose line is there are there, and lines by key without that line are what a
 // kill, or a disk that was full, left: the record is in the spool still, and its next
-// delivery removes them before it writes them again. It is as with a torn line: whoever
-// reads the file takes lines by key for what they are only with the line of their record.
+// delivery removes them before it writes them again. It is as with a torn line: a reader
+// takes lines by key for what they are only with the line of their record.
 //
 // The lock of the counts file covers both. With one process the lines to remove are the
 // last ones. Where several share the files, others may have appended behind them since: there
@@ -120,9 +120,11 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	return errors.Join(file.Sync(), file.Close())
 }
 
-// leftover returns what tells the lines that were left of a record, and of those that were
-// to be written with it: records are written in order, so where it is missing they are. A line
-// is left, or of a record before: then nothing in front of it is left; or of somebody else.
+// leftover returns a function that sorts the lines of the file. A line is left if it is of the
+// first record, or of one that was to be written with it: records are written in order, so if
+// the line of the first one is missing, theirs are. A line is before if it is of an earlier
+// record: then no line in front of it is left. Any other line is of another process, or of
+// another window of the group.
 func leftover(first *Record) func(line []byte) (left, before bool) {
 	key := first.Key()
 	series := bytes.TrimRight(newKeyJSON(first).after, "}0123456789") // to the number
@@ -141,8 +143,8 @@ func leftover(first *Record) func(line []byte) (left, before bool) {
 	}
 }
 
-// removeLeft removes the lines that were left over, as far as no others are behind them. The
-// others of them are returned.
+// removeLeft removes the lines that were left over, as far as no other lines are behind them.
+// It returns those that stay.
 func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) {
 	info, err := file.Stat()
 	if err != nil {

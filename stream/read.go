@@ -24,6 +24,11 @@ import (
 // is not one of ours; reading goes on behind it. Any other error ends it.
 var ErrInvalidRecord = errors.New("not a record of this program")
 
+// ErrCaughtUp is no error: a reader that follows yields it, once or more, when it has yielded what
+// was there when it began. Until then records of one instance may come in another order than it
+// sent them, as a topic has several partitions. Reading goes on behind it.
+var ErrCaughtUp = errors.New("all that was there is read")
+
 // followEvery is how often a followed file is looked at.
 const followEvery = 200 * time.Millisecond
 
@@ -72,6 +77,10 @@ func readFile[T any](ctx context.Context, path string, follow bool, parse func([
 				if !yield(record, err) {
 					return
 				}
+			case errors.Is(err, ErrCaughtUp):
+				if !yield(none, err) {
+					return
+				}
 			case errors.Is(err, io.EOF), ctx.Err() != nil:
 				return
 			default:
@@ -89,17 +98,19 @@ type countsLines struct {
 	r      *bufio.Reader
 	line   []byte // as far as read
 	offset int64  // read so far
+	last   []byte // the last whole line of it; empty: none, or it was too long
 	number int    // of the last line
 
-	unended bool // without follow: the last line was read before, and had no end
+	unended  bool // without follow: the last line was read before, and had no end
+	caughtUp bool // with follow: the end was reached once
 }
 
 // longestLine is far above a record. If a line is longer, as in a file that is none of ours,
 // the rest is dropped.
 const longestLine = 1 << 16
 
-// next returns the next line, valid until the next call; with follow it waits for it. io.EOF
-// is the end of the file.
+// next returns the next line, valid until the next call; with follow it waits for it, and
+// returns ErrCaughtUp when it first does. io.EOF is the end of the file.
 func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 	for {
 		part, err := c.r.ReadSlice('\n')
@@ -114,6 +125,9 @@ func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 			continue
 		case !errors.Is(err, io.EOF):
 			return nil, err
+		case follow && !c.caughtUp:
+			c.caughtUp = true
+			return nil, ErrCaughtUp
 		case follow:
 			if err = retry.Sleep(ctx, followEvery); err == nil {
 				err = c.catchUp()
@@ -134,6 +148,10 @@ func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 
 // end ends the line, which may lack its newline.
 func (c *countsLines) end() []byte {
+	c.last = append(c.last[:0], c.line...)
+	if len(c.line) == longestLine {
+		c.last = c.last[:0]
+	}
 	line := bytes.TrimSuffix(c.line, []byte{'\n'})
 	c.line = c.line[:0]
 	c.number++
@@ -146,8 +164,10 @@ func (c *countsLines) catchUp() error {
 	if err != nil {
 		return nil // it is read on as it is
 	}
-	size := here.Size()
-	if size > c.offset {
+	size, whole := here.Size(), c.offset-int64(len(c.line))
+	cut := size < whole || len(c.line) < longestLine && !c.has(c.last, whole-int64(len(c.last)))
+	torn := size < c.offset || !c.has(c.line, whole)
+	if size > c.offset && !cut && !torn {
 		return nil // also of a file that was renamed: the rest of it comes first
 	}
 	replaced := c.replacement(here)
@@ -155,21 +175,32 @@ func (c *countsLines) catchUp() error {
 	case replaced != nil:
 		c.file.Close()
 		c.file, c.offset, c.number = replaced, 0, 0
-	case size < c.offset-int64(len(c.line)):
+	case cut:
 		// Whole lines are gone: what is there now came after that.
 		c.offset, c.number = 0, 0
-	case size < c.offset:
+	case torn:
 		// The torn tail that was read is gone; its record comes whole.
-		c.offset = size
+		c.offset = whole
 	default:
 		return nil
 	}
 	if _, err := c.file.Seek(c.offset, io.SeekStart); err != nil {
 		return err
 	}
-	c.line = c.line[:0]
+	c.line, c.last = c.line[:0], c.last[:0]
 	c.r.Reset(c.file)
 	return nil
+}
+
+// has reports whether the file has b at this place, as it had when that was read: it may have
+// been cut, and have become as long as before since.
+func (c *countsLines) has(b []byte, at int64) bool {
+	if len(b) == 0 || len(b) == longestLine {
+		return true // not known
+	}
+	there := make([]byte, len(b))
+	_, err := c.file.ReadAt(there, at)
+	return err == nil && bytes.Equal(there, b)
 }
 
 // replacement opens the file that has taken the name of the one that is read, which is here;
@@ -241,22 +272,62 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 	}
 }
 
-// followTopic yields the records of the topic, and what fails, until ctx ends.
+// followTopic yields the records of the topic, and what fails, until ctx ends, and between
+// them ErrCaughtUp.
 func followTopic(ctx context.Context, client *kgo.Client, topic string) iter.Seq2[*kgo.Record, error] {
 	return func(yield func(*kgo.Record, error) bool) {
 		client.AddConsumeTopics(topic)
-		for ctx.Err() == nil {
-			fetches := client.PollFetches(ctx)
-			for _, e := range fetches.Errors() {
-				if ctx.Err() == nil && !yield(nil, e.Err) {
+		left := endsNow(ctx, client, topic)
+		for caughtUp := false; ctx.Err() == nil; {
+			if !caughtUp && len(left) == 0 {
+				if caughtUp = true; !yield(nil, ErrCaughtUp) {
 					return
 				}
 			}
-			for r := range fetches.RecordsAll() {
-				if !yield(r, nil) {
-					return
-				}
+			fetches, stalled := pollFor(ctx, client, lookStall)
+			if stalled {
+				left = nil // what was there was deleted
+			} else if !yieldFetches(ctx, fetches, left, yield) {
+				return
 			}
+		}
+	}
+}
+
+// yieldFetches yields records and errors, and takes the partitions that were read to their
+// ends out of left.
+func yieldFetches(ctx context.Context, fetches kgo.Fetches, left map[int32]int64, yield func(*kgo.Record, error) bool) (more bool) {
+	for _, e := range fetches.Errors() {
+		if ctx.Err() == nil && !yield(nil, e.Err) {
+			return false
+		}
+	}
+	for r := range fetches.RecordsAll() {
+		if r.Offset >= left[r.Partition]-1 {
+			delete(left, r.Partition)
+		}
+		if !yield(r, nil) {
+			return false
+		}
+	}
+	return true
+}
+
+// pollFor fetches once. stalled: nothing came within the time.
+func pollFor(ctx context.Context, client *kgo.Client, most time.Duration) (fetches kgo.Fetches, stalled bool) {
+	within, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	fetches = client.PollFetches(within)
+	return fetches, ctx.Err() == nil && errors.Is(fetches.Err0(), context.DeadlineExceeded)
+}
+
+// endsNow returns the ends of the partitions that have records, as soon as the brokers answer.
+// A topic that is missing, or may not be read, has none: the reader finds the same.
+func endsNow(ctx context.Context, client *kgo.Client, topic string) map[int32]int64 {
+	for {
+		_, ends, err := bounds(ctx, client, topic, time.Time{})
+		if _, refused := errors.AsType[*kerr.Error](err); err == nil || refused || retry.Sleep(ctx, time.Second) != nil {
+			return ends
 		}
 	}
 }
@@ -277,7 +348,7 @@ func checkSchema(r *kgo.Record) error {
 func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
 	return func(yield func(KeyRecord, error) bool) {
 		path := keysFile(countsFile)
-		for {
+		for waits := false; ; {
 			if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 				break
 			}
@@ -285,6 +356,10 @@ func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2
 				path = countsFile
 				break
 			}
+			if !waits && !yield(KeyRecord{}, ErrCaughtUp) {
+				return
+			}
+			waits = true
 			if retry.Sleep(ctx, followEvery) != nil {
 				return
 			}

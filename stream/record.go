@@ -42,8 +42,8 @@ type Record struct {
 	SealedAt    time.Time `json:"sealed_at"`      // UTC, milliseconds
 }
 
-// The header every Kafka record carries, so that a consumer can tell a later
-// schema from this one without looking into the value.
+// The header every Kafka record carries, so that a consumer can distinguish
+// a later schema from this one without looking into the value.
 const (
 	schemaHeader  = "verve-schema"
 	schemaVersion = "1"

@@ -59,8 +59,9 @@ const (
 	// counter until there is room.
 	spoolLimit = 1 << 20
 
-	// memoryLimit is 45 days of one-minute windows in about 25 MB.
-	memoryLimit = 1 << 16
+	// memorySpoolLimit is the same without a directory: 45 days of one-minute windows in
+	// about 25 MB.
+	memorySpoolLimit = 1 << 16
 
 	// spoolFile is the name in the data directory.
 	spoolFile = "spool.db"
@@ -101,7 +102,6 @@ type Spool struct {
 	sinks    []string
 	sinkless bool      // there is no sink, and records wait for one
 	removed  uint64    // records every sink has acknowledged, since the start
-	refused  []uint64  // indexes of the dead letters since the start that are still pending
 	oldest   time.Time // sealed_at of the first pending record
 	outdated bool      // the checkpoint is of a later spool than the one that was opened
 	changed  chan struct{}
@@ -165,6 +165,7 @@ type state struct {
 	head        uint64            // index of the last record
 	pending     int               // records, the last ones, that not every sink has acknowledged
 	deadLetters int               // records that a sink refused for good
+	refused     []uint64          // indexes of those that are still pending
 	lacking     map[int64]bool    // windows with one of those: their starts, Unix nanoseconds
 	keysLost    error             // why the sums by key of a series are not known since the start; nil: they are
 }
@@ -182,7 +183,7 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		group:   cfg.Group,
 		log:     cfg.Log,
 		dir:     cfg.Dir,
-		limit:   memoryLimit,
+		limit:   memorySpoolLimit,
 		store:   newMemoryStore(cfg.Memory),
 		state:   state{series: make(map[string]series), cursors: make(map[string]uint64), lacking: make(map[int64]bool)},
 		changed: make(chan struct{}),
@@ -332,7 +333,7 @@ func (s *Spool) Close() error {
 
 // append numbers the record and makes it durable. On an error the record is not
 // appended: the next append takes the same number and the same place, which also
-// overwrites one that was stored although the disk said it was not.
+// overwrites one that was stored although the disk reported that it was not.
 func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -538,10 +539,10 @@ func (s *Spool) deadLetter(sink string, e spooled, reason string) error {
 	if err := s.store.deadLetter(e, sink, reason); err != nil {
 		return err
 	}
-	s.deadLetters++
 	s.lacking[e.record.WindowStart.UnixNano()] = true
-	if !slices.Contains(s.refused, e.index) { // by another sink, too
+	if !slices.Contains(s.refused, e.index) { // by another sink, or before a restart
 		s.refused = append(s.refused, e.index)
+		s.deadLetters++
 	}
 	return nil
 }

@@ -529,11 +529,24 @@ func TestSpoolSetsPoisonAside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // again, as after an acknowledgement that failed
+	refuse := func() {
+		t.Helper()
 		if err := sp.deadLetter("a", batch[0], "too large,\nin two lines"); err != nil {
 			t.Fatal(err)
 		}
+		if sp.deadLetters != 1 {
+			t.Errorf("%d records set aside, want 1", sp.deadLetters)
+		}
 	}
+	for range 2 { // again, as after an acknowledgement that failed
+		refuse()
+	}
+	sp.Close() // and as after a kill before it
+	sp = testSpool(t, dir)
+	if err := sp.attach([]string{"a"}); err != nil {
+		t.Fatal(err)
+	}
+	refuse()
 	if err := sp.ack("a", 2); err != nil {
 		t.Fatal(err)
 	}

@@ -24,7 +24,7 @@ import (
 // A file is on the disk before the transaction that refers to it, by its size and checksum,
 // and is removed after the one that no longer does. A file without a reference was left
 // by a kill, by a transaction that failed, or by a later spool than the one in its place: sweep
-// tells them apart.
+// distinguishes them.
 type keyFiles struct {
 	dir    string
 	synced bool // the name of dir is on the disk

@@ -156,7 +156,11 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.stdout, spool.opened, s.step)
 		f.claims = cfg.Claims
-		add(&worker{sink: f, name: "file", target: cfg.CountsFile, patience: filePatience})
+		target := cfg.CountsFile
+		if f.stdout != nil {
+			target = "standard output"
+		}
+		add(&worker{sink: f, name: "file", target: target, patience: filePatience})
 	}
 	if err := spool.attach(names); err != nil {
 		return nil, fmt.Errorf("stream: %w", err)
@@ -330,7 +334,7 @@ type Stats struct {
 // SinkStats is the state of one sink.
 type SinkStats struct {
 	Name    string // "kafka" or "file"
-	Target  string // the topic and its brokers, or the path of the file
+	Target  string // the topic and its brokers, the path of the file, or "standard output"
 	Failing string // why the last attempt failed, and the next one follows; empty if it did not
 }
 

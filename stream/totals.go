@@ -181,10 +181,11 @@ func (t *Totals) repeated(id string, scope Scope, first, again uint64, same bool
 }
 
 // Before returns what is missing between the last record of r's series and r,
-// which was not added yet: for records that come in order, as they come.
+// which was not added yet: for records that come in order, as they come. Before one that is
+// earlier than the last record nothing is: it was missing when that one came.
 func (t *Totals) Before(r Record) []Gap {
 	s := t.series[r.identity()]
-	if s == nil {
+	if s == nil || cmp.Or(r.WindowStart.Compare(s.last.WindowStart), cmp.Compare(r.Seq, s.last.Seq)) < 0 {
 		return nil
 	}
 	var two Totals

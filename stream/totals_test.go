@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
 )
 
 func TestTotalsAddUpOverInstancesAndNameWhatIsOdd(t *testing.T) {
@@ -104,25 +106,55 @@ func TestGapsAreKnownAsTheyCome(t *testing.T) {
 	}
 }
 
+// TestReadTopicFollows, and marks where it has read what was there, of every partition.
 func TestReadTopicFollows(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		s := start(t, t.TempDir(), Config{Kafka: cfg})
 		s.publish(t, 0, 2)
 		s.flush(t, time.Minute)
 		var got []Record
+		marks := 0
 		for r, err := range ReadTopic(t.Context(), cfg, true) {
+			if errors.Is(err, ErrCaughtUp) {
+				if marks++; marks > 1 || len(got) != 2 {
+					t.Errorf("mark %d behind %d records", marks, len(got))
+				}
+				s.publish(t, 2, 4)
+				continue
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got = append(got, r); len(got) == 2 {
-				s.publish(t, 2, 4)
-			}
-			if len(got) == 4 {
+			if got = append(got, r); len(got) == 4 {
 				break
 			}
 		}
 		wantWindows(t, got, 4)
 		synctest.Wait()
+	})
+}
+
+// TestReadTopicNamesAnOpenTransaction, behind which nothing can be read.
+func TestReadTopicNamesAnOpenTransaction(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		client, err := cfg.client(kgo.TransactionalID("another"), kgo.TransactionTimeout(10*time.Minute))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		if err := client.BeginTransaction(); err != nil {
+			t.Fatal(err)
+		}
+		if err := client.ProduceSync(t.Context(), &kgo.Record{Topic: topic}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+		var last error
+		for _, err := range ReadTopic(t.Context(), cfg, false) {
+			last = err
+		}
+		if last == nil || !strings.Contains(last.Error(), "a transaction is open") {
+			t.Errorf("error %v", last)
+		}
 	})
 }
 

@@ -32,12 +32,7 @@ func init() {
 	if err != nil {
 		return
 	}
-	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
-		panic(err)
-	}
-	limit.Cur = n // not Max: a test may lift the limit
-	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+	if err := testproc.LimitFileSize(n); err != nil {
 		panic(err)
 	}
 	panic(syscall.Exec(os.Args[0], os.Args, os.Environ()))

@@ -1,5 +1,5 @@
 // A calm load, then at once many times as much, then calm again. In the spike
-// the server may say 503; it may not give a wrong answer, and afterwards it
+// the server may answer 503; it may not give a wrong answer, and afterwards it
 // must be as quick as before.
 //
 //   k6 run bench/k6/spike.js

@@ -5,11 +5,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"os"
 	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -102,7 +102,7 @@ func (n *clusterNode) kill() {
 	_ = n.cmd.Wait() // killed
 }
 
-func (n *clusterNode) signal(s syscall.Signal) { _ = n.cmd.Process.Signal(s) }
+func (n *clusterNode) signal(s os.Signal) { _ = n.cmd.Process.Signal(s) }
 
 // ask sends a command and returns the answer: empty if none comes within seconds.
 func (n *clusterNode) ask(command ...string) string {

@@ -123,9 +123,9 @@ var randomFaults = []fault{
 		x.must(i.start())
 	})},
 	{"an instance is paused", ofInstance(7*time.Second, func(_ *chaos, i *instance, d time.Duration) {
-		_ = i.cmd.Process.Signal(syscall.SIGSTOP)
+		_ = testproc.Pause(i.cmd.Process)
 		time.Sleep(d)
-		_ = i.cmd.Process.Signal(syscall.SIGCONT)
+		_ = testproc.Resume(i.cmd.Process)
 	})},
 	{"a master is killed", ofMaster(5*time.Second, func(x *chaos, m *clusterNode, gone time.Duration) {
 		m.kill()
@@ -139,9 +139,9 @@ var randomFaults = []fault{
 		x.must(m.start())
 	})},
 	{"a master is paused", ofMaster(5*time.Second, func(_ *chaos, m *clusterNode, d time.Duration) {
-		m.signal(syscall.SIGSTOP)
+		_ = testproc.Pause(m.cmd.Process)
 		time.Sleep(d)
-		m.signal(syscall.SIGCONT)
+		_ = testproc.Resume(m.cmd.Process)
 	})},
 	{"a master is flushed", ofMaster(0, func(_ *chaos, m *clusterNode, _ time.Duration) { m.ask("FLUSHALL") })},
 	{"the connections of a master are cut", ofMaster(400*time.Millisecond, func(_ *chaos, m *clusterNode, d time.Duration) {

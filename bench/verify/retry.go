@@ -60,7 +60,7 @@ func (r *retries) take(dst []ask, target, most int) []ask {
 // aside.
 func (c *conn) retry(most int) {
 	c.ids = slices.DeleteFunc(c.d.retries.take(c.ids[:0], c.target, most), func(a ask) bool {
-		old := a.from != 0 && a.token != 0 && time.Now().UnixMilli() >= a.from+2*c.d.truth.span
+		old := a.from != 0 && a.token != 0 && c.d.truth.clock(time.Now()) >= a.from+2*c.d.truth.span
 		if old {
 			c.d.truth.setAside(a.token)
 		}

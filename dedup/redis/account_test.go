@@ -124,7 +124,7 @@ func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
 		"restart":  func(s *redisServer) { s.Kill(); s.Start() },
 		"a lane": func(s *redisServer) {
 			for _, k := range s.keys() {
-				if strings.Contains(k, ":lane4") {
+				if strings.Contains(k, ":lane5") {
 					s.do("DEL", k)
 				}
 			}
@@ -407,6 +407,26 @@ func TestLossInARetiredEpochDoesNotHoldItsSeal(t *testing.T) {
 	}
 }
 
+// TestSilentInstanceTaintsNoWindowBehindALoss: Redis has nothing of an instance that is silent
+// since before a loss. It may have ids in a window that had begun by then, and in no later one.
+func TestSilentInstanceTaintsNoWindowBehindALoss(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	r := newRedis(t, server.Addr)
+	e := settest.NewEpochs(t, r)
+	wantInTime(t, r, e, "42", dedup.Unique)
+	now := time.Now().Truncate(time.Second)
+	for _, tt := range []struct {
+		start time.Time
+		whole bool
+	}{{now, false}, {now.Add(time.Hour), true}} {
+		ids, err := r.sealIDs(t.Context(), counter.Span{Start: tt.start, Window: time.Second}, []string{"?gone"})
+		if err != nil || ids.whole != tt.whole {
+			t.Errorf("a window from %v on: %+v, %v", tt.start.Sub(now), ids, err)
+		}
+	}
+}
+
 // TestALateBatchIsNotTakenBack: the batch of an instance that was cut off reaches Redis when all
 // that it had in doubt has lapsed. It has the others look for its ids again only with a batch
 // that notes the time; what they have answered by then stays true.
@@ -589,7 +609,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		return v == dedup.Unique && err == nil
 	})
 	// What the others read as the number of lanes is one that they cannot have.
-	if got := server.do("GET", lanes); got != "4001" {
-		t.Errorf("the key has %s, want 4001", got)
+	if got := server.do("GET", lanes); got != "5001" {
+		t.Errorf("the key has %s, want 5001", got)
 	}
 }

@@ -107,10 +107,18 @@ type kept struct {
 	Group   string             `json:"group"`
 	Members []string           `json:"members"` // the process that has written it, and earlier ones that may be members still
 	Epochs  map[string]answers `json:"epochs"`
+
+	// Delivered are the last epochs whose records are. Redis may lose that before another member
+	// knows, and as this process is killed.
+	Delivered []string `json:"delivered,omitempty"`
 }
 
+// keptDelivered is more than a leader delivers until another member learns of the first.
+const keptDelivered = 64
+
 // keep writes to the disk what is known of the epochs that are not decided: if the file lacks
-// one of them, or the name of this process, or at the end, with the last numbers.
+// one of them, or the name of this process, or at the end, with the last numbers, or a record
+// that this process has delivered.
 func (l *Ledger) keep(end bool) {
 	if l.cfg.File == "" {
 		return
@@ -118,9 +126,13 @@ func (l *Ledger) keep(end bool) {
 	l.keeping.Lock()
 	defer l.keeping.Unlock()
 	k := kept{Group: l.cfg.Group, Epochs: map[string]answers{}}
+	defer l.noteKept(k.Epochs)
 	l.mu.Lock()
 	k.Members = append([]string{l.member}, l.earlier...)
 	end = end || l.kept == nil
+	for _, s := range l.past[max(0, len(l.past)-keptDelivered):] {
+		k.Delivered = append(k.Delivered, epochName(s))
+	}
 	for _, e := range l.epochs {
 		if e.decision == nil && len(e.answers) > 0 {
 			name := epochName(e.span)
@@ -144,6 +156,32 @@ func (l *Ledger) keep(end bool) {
 	l.kept = k.Epochs
 }
 
+// noteKept notes which epochs are in the file, or would be if it could be written: the process
+// goes on without.
+func (l *Ledger) noteKept(epochs map[string]answers) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.epochs {
+		if epochs[epochName(e.span)][l.member] != "" && !isClosed(e.kept) {
+			close(e.kept)
+		}
+	}
+}
+
+// keepAll notes each epoch on the disk when it is opened, until stop is closed. A heartbeat does
+// so, too, but may be waiting for a Redis that does not answer.
+func (l *Ledger) keepAll(stop <-chan struct{}) {
+	for {
+		select {
+		case <-l.unsafe:
+		case <-stop:
+			return
+		}
+		l.noteAnswers()
+		l.keep(l.delivers.Swap(false))
+	}
+}
+
 // recall reads what the last process has kept, for the first beat to report.
 func (l *Ledger) recall() {
 	if l.cfg.File == "" {
@@ -164,7 +202,12 @@ func (l *Ledger) recall() {
 	if k.Group != l.cfg.Group {
 		return
 	}
-	l.earlier = k.Members
+	l.earlier, l.before = k.Members, k.Members
+	for _, name := range k.Delivered {
+		if s, err := parseEpochName(name); err == nil {
+			l.past = append(l.past, s)
+		}
+	}
 	for name, all := range k.Epochs {
 		if s, err := parseEpochName(name); err == nil && time.Since(s.End()) <= keepUndelivered {
 			l.place(s).answers.learn(all)

@@ -19,7 +19,7 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	for !l.left.Load() {
 		wait := beatEvery
 		// Without a connection nothing is sent; Set.Health shows what fails.
-		if l.beat(ctx) != nil && l.standing.Load() == unheard {
+		if l.beat(ctx) != nil && l.standing.Load() == unconfirmed {
 			wait = firstBeats
 		}
 		l.deliverAgain(ctx)
@@ -70,7 +70,7 @@ func (l *Ledger) beat(ctx context.Context) error {
 	// Redis read its clock at some moment of the exchange, and cut it to ms.
 	l.offset = time.UnixMilli(b.now).Sub(began.Add(took / 2))
 	l.unsure = took/2 + time.Millisecond
-	l.others = b.others
+	l.others, l.silent, l.alone = b.others, b.silent, b.alone
 	l.lead = time.Time{}
 	if b.leads {
 		l.lead = began.Add(leadLease)
@@ -104,8 +104,12 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 	args = []string{
 		l.member, ms(memberTTL), ms(keepUndelivered), ms(forgetMember),
 		ms(leadLease), flag(time.Since(l.insiderAt) > memberTTL), l.unsettled(), ms(l.cfg.Window), "", strconv.Itoa(maxUnnamed),
-		"-1", flag(time.Now().After(l.yields)),
+		"-1", flag(time.Now().After(l.yields)), strconv.FormatInt(l.alone, 10), strconv.Itoa(len(l.others) + len(l.silent)),
 	}
+	if l.cfg.FailOpen {
+		args[12] = ""
+	}
+	args = append(append(args, l.others...), l.silent...)
 	if !newest.IsZero() {
 		args[8] = unixMS(newest)
 	}
@@ -295,8 +299,8 @@ func milliseconds(n string) string {
 
 // beatReply is what beatScript answers.
 type beatReply struct {
-	now               int64
-	others            []string // members that are alive
+	now, alone        int64
+	others, silent    []string // members that are alive, and the others that are listed
 	leads, behind     bool     // behind: the ledger has lost data since the last beat
 	insider, outsider string   // LENGTH MEMBER
 	unnamed           []counter.Span
@@ -317,21 +321,26 @@ type decision struct {
 }
 
 func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {
-	if len(out) != 4 {
-		return b, fmt.Errorf("%d answers to a beat", len(out))
+	if len(out) != 5 {
+		return b, fmt.Errorf("%d answers to a heartbeat", len(out))
 	}
 	head, err := out[0].AsStrSlice()
 	others, oerr := out[1].AsStrSlice()
 	unnamed, uerr := out[2].AsStrSlice()
-	epochs, eerr := out[3].ToArray()
-	if err = cmp.Or(err, oerr, uerr, eerr); err != nil {
+	silent, serr := out[3].AsStrSlice()
+	epochs, eerr := out[4].ToArray()
+	if err = cmp.Or(err, oerr, uerr, serr, eerr); err != nil {
 		return b, err
 	}
-	if len(head) != 5 || len(epochs) != len(sent) {
-		return b, fmt.Errorf("an answer to a beat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
+	if len(head) != 6 || len(epochs) != len(sent) {
+		return b, fmt.Errorf("an answer to a heartbeat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
 	}
 	b.leads, b.insider, b.outsider, b.behind, b.others = head[1] == "1", head[2], head[3], head[4] == "1", others
+	b.silent = silent
 	b.now, err = strconv.ParseInt(head[0], 10, 64)
+	if err == nil {
+		b.alone, err = strconv.ParseInt(head[5], 10, 64)
+	}
 	for i := 0; err == nil && i < len(unnamed); i++ {
 		var s counter.Span
 		s, err = parseEpochName(unnamed[i])

@@ -176,16 +176,20 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 // ledger may have lost data just before.
 func (l *Ledger) awaitOthers(ctx context.Context) error {
 	for {
-		l.mu.Lock()
-		failing, back := l.beatErr != nil && !l.left.Load(), time.Until(l.back.Add(memberTTL))
-		l.mu.Unlock()
-		if !failing && back <= 0 {
+		if !l.othersUnheard() {
 			return nil
 		}
 		if err := retry.Sleep(ctx, restorePoll); err != nil {
 			return err
 		}
 	}
+}
+
+// othersUnheard reports whether others may still have to write again what the ledger has lost.
+func (l *Ledger) othersUnheard() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.beatErr != nil && !l.left.Load() || time.Since(l.back) <= memberTTL
 }
 
 // sealAndDecide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
@@ -204,10 +208,10 @@ func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []st
 		fit = keys.Unique() == ids.under
 	}
 	me, at := l.asOf()
-	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened}, append([]string{
+	out, err := l.exec(ctx, decideScript, []string{l.keys.epochs, l.keys.ofEpoch(s), l.keys.members, l.keys.opened, l.keys.length}, append([]string{
 		strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), ms(keepUndelivered),
 		epochName(s), unixMS(s.End()), flag(l.cfg.FailOpen),
-		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at,
+		strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), me, at, ms(forgetMember),
 	}, members...)).AsStrSlice()
 	if err == nil && out[0] == "lost" {
 		err = errors.New("data was lost meanwhile")

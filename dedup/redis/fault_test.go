@@ -2,6 +2,7 @@ package redis
 
 import (
 	"net"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -268,7 +269,7 @@ func leaveUnanswered(r *Set, e settest.Epochs, id string, seq uint64) {
 	l := &r.lanes[h>>r.shift]
 	l.mu.Lock()
 	r.pending.Add(1)
-	en := l.enter(pendingKey{s, k}, &enc, nil)
+	en := l.enqueue(pendingKey{s, k}, &enc, nil)
 	l.queue = l.queue[:len(l.queue)-1]
 	en.phase, en.seq = unanswered, seq
 	l.unanswered = append(l.unanswered, en)
@@ -635,7 +636,7 @@ func TestRedisFailures(t *testing.T) {
 		{"answers nothing", "Redis is unreachable",
 			func(s *redisServer) { s.pause() },
 			func(s *redisServer) { s.resume() }},
-		{"wants a password", "Redis wants a password",
+		{"requires a password", "Redis requires a password",
 			func(s *redisServer) {
 				s.do("ACL", "SETUSER", "admin", "on", ">x", "+@all", "~*")
 				set(s, "requirepass", "secret")
@@ -724,10 +725,10 @@ func TestRedisLosesItsData(t *testing.T) {
 		{"restart", func(s *redisServer) { s.Kill(); s.Start() }},
 		{"scripts", func(s *redisServer) { s.do("SCRIPT", "FLUSH") }},
 		{"an epoch", func(s *redisServer) {
-			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane4") })...)...)
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return strings.HasSuffix(k, ":lane5") })...)...)
 		}},
 		{"the hashes of lanes, and no sets", func(s *redisServer) {
-			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":lane4") })...)...)
+			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":lane5") })...)...)
 		}},
 		{"some keys", func(s *redisServer) {
 			s.do(append([]string{"DEL"}, slices.DeleteFunc(s.keys(), func(k string) bool { return !strings.HasSuffix(k, ":t") })...)...)
@@ -867,6 +868,45 @@ func TestRedisFailOpen(t *testing.T) {
 	}
 }
 
+// TestWindowIsOnTheDiskBeforeItsFirstAnswer: an instance opens a window while Redis does not answer, and
+// its heartbeat waits for that. Before it answers an id of the window alone, the window is on its
+// disk, so that the next process in its place has it published, whatever becomes of this one.
+func TestWindowIsOnTheDiskBeforeItsFirstAnswer(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	file := filepath.Join(t.TempDir(), "answers.json")
+	r := newRedis(t, server.Addr, func(c *Config) { c.FailOpen, c.File = true, file })
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "before", dedup.Unique)
+	server.pause()
+	defer server.resume()
+	waits := make(chan error, 1)
+	go func() { waits <- r.ledger.beat(t.Context()) }()
+	testproc.Until(t, "the heartbeat is under way", func() bool {
+		if !r.ledger.beating.TryLock() {
+			return true
+		}
+		r.ledger.beating.Unlock()
+		return false
+	})
+	testproc.Until(t, "an id is answered without Redis", func() bool {
+		v, err := e.Add(t, r, 1, "42")
+		return err == nil && v == dedup.Unique
+	})
+	next := openLedger(Config{Group: "test", File: file}, "next", nil)
+	span := counter.Span{Start: time.Unix(0, e.At(1)).UTC(), Window: epochtest.Window}
+	if next.find(span) == nil {
+		t.Error("the next process does not know of the window")
+	}
+	select {
+	case err := <-waits:
+		if err == nil {
+			t.Error("Redis has answered")
+		}
+	default:
+	}
+}
+
 // TestRedisAnswersSoonWhileItIsAway: waiting is bounded, and once Redis is known
 // to be away there is none.
 func TestRedisAnswersSoonWhileItIsAway(t *testing.T) {
@@ -914,8 +954,8 @@ func TestRedisKeysGoAway(t *testing.T) {
 		e.Want(t, r, 0, fmt.Sprint(1000+i), dedup.Unique)
 		e.Want(t, r, 0, strings.Repeat(id, 50), dedup.Unique)
 	}
-	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane4:\d+` + epochLength + `:(d|u|t|h|k|x|n)$`)
-	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane4|lanes|lane4:rights)$`)
+	ids := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:lane5:\d+` + epochLength + `:(d|u|t|h|k|x|n)$`)
+	rest := regexp.MustCompile(`^verve:\{[0-9a-z]{2,3}\}:test:(lane5|lanes|lane5:rights)$`)
 	kinds := map[byte]bool{}
 	for _, k := range server.keys() {
 		if strings.HasPrefix(k, "verve:{test}:") {
@@ -941,10 +981,10 @@ func TestRedisKeysGoAway(t *testing.T) {
 		}
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane4") {
+		if strings.HasSuffix(k, ":lane5") {
 			// The answer to the session, its ids in doubt, the sessions with some, whose
-			// data these are, whether there are replicas, what is sealed, and for whom.
-			if n := server.do("HLEN", k); n != "7" {
+			// data these are, since when, whether there are replicas, what is sealed, and for whom.
+			if n := server.do("HLEN", k); n != "8" {
 				t.Errorf("%s fields in %s, want those of one session and of what is sealed: %s", n, k, server.do("HKEYS", k))
 			}
 		}
@@ -981,7 +1021,7 @@ func TestRedisCloseEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, k := range server.keys() {
-		if strings.HasSuffix(k, ":lane4") && strings.Contains(server.do("HKEYS", k), "I"+r.cfg.session) {
+		if strings.HasSuffix(k, ":lane5") && strings.Contains(server.do("HKEYS", k), "I"+r.cfg.session) {
 			t.Errorf("ids in doubt are left in %s", k)
 		}
 	}
@@ -1037,10 +1077,10 @@ func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	a := newRedis(t, server.Addr, patient)
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
-	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "4016")
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "5016")
 	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
-		return !ready && strings.Contains(reason, "lanes")
+		return !ready && strings.Contains(reason, "over 16 parts")
 	})
 	if v, err := ea.Add(t, a, 0, "43"); !errors.Is(err, dedup.ErrUnavailable) {
 		t.Errorf("got %v, %v; want ErrUnavailable", v, err)

@@ -26,7 +26,7 @@ type epochLedger interface {
 	LinesUnknown(upTo time.Time)
 	Yield()
 	Delivered(ctx context.Context, s counter.Span) error
-	Leave(ctx context.Context) (others int, heard time.Duration, err error)
+	Leave(ctx context.Context) (others int, silent time.Duration, err error)
 }
 
 // Records is where the records of the group go: the spool of this instance, as
@@ -53,9 +53,9 @@ type Records interface {
 //
 // A leader that slept through its lease meets its successor where they can harm:
 // at the broker in the fence, and at the file in Claim, right before the line
-// is written. Between that and the write nothing holds it: the same line twice.
+// is written, which leaves the line to it for claimWait.
 //
-// The record is in the leader's spool as any record is, so a broker may be away
+// The record is in the leader's spool as any record is, so a broker may be down
 // for days, and Redis may lose everything meanwhile.
 type Group struct {
 	ledger  epochLedger
@@ -69,13 +69,17 @@ type Group struct {
 	leaving context.Context // ended: the process stops
 	leave   context.CancelFunc
 
-	// mu guards spooled, the records of epochs that are in the spool, or were, and
-	// that the ledger does not know as delivered yet: their place. It is held over
-	// exchanges with the ledger, so that a record is appended once.
-	mu      sync.Mutex
-	spooled map[counter.Span]uint64
+	// taking guards what follows. It is held over exchanges with the ledger, so that a record is
+	// appended once.
+	taking  sync.Mutex
 	term    bool      // this instance was leading at the last look
 	failing time.Time // since when it has led and could not take what is over
+
+	// mu guards spooled, the records of epochs that are in the spool, or were, and
+	// that the ledger does not know as delivered yet: their place. An epoch is taken out of it
+	// with taking held, too.
+	mu      sync.Mutex
+	spooled map[counter.Span]uint64
 }
 
 const (
@@ -188,6 +192,10 @@ func (g *Group) Run(ctx context.Context) error {
 	tick := time.NewTicker(groupEvery)
 	defer tick.Stop()
 	log := logline.Sampler{Every: failureLogEvery}
+	var announcing sync.WaitGroup
+	announcing.Go(func() { g.announce(ctx) })
+	defer announcing.Wait()
+	defer stop()
 	for {
 		_, changed := g.records.DeliveredTo()
 		if err := g.round(ctx); err != nil && ctx.Err() == nil {
@@ -206,8 +214,8 @@ func (g *Group) Run(ctx context.Context) error {
 // round marks what was delivered and, where this instance leads, takes into the
 // spool the epochs that are over.
 func (g *Group) round(ctx context.Context) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	g.taking.Lock()
+	defer g.taking.Unlock()
 	if err := g.reportDelivered(ctx); err != nil {
 		return err
 	}
@@ -234,8 +242,8 @@ func (g *Group) round(ctx context.Context) error {
 }
 
 // yield gives the lead away if this instance has failed for as long as the others would wait
-// for one that is dead: its rights, or its way to a lane, may lack what theirs have. g.mu is
-// held.
+// for one that is dead: its rights, or its way to a lane, may lack what theirs have. g.taking
+// is held.
 func (g *Group) yield() {
 	if g.failing.IsZero() {
 		g.failing = time.Now()
@@ -245,9 +253,12 @@ func (g *Group) yield() {
 	}
 }
 
-// take seals an epoch and puts its record into the spool. g.mu is held.
+// take seals an epoch and puts its record into the spool. g.taking is held.
 func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error {
-	if _, there := g.spooled[s]; there {
+	g.mu.Lock()
+	_, there := g.spooled[s]
+	g.mu.Unlock()
+	if there {
 		return nil
 	}
 	c, err := g.ledger.Seal(ctx, s)
@@ -263,29 +274,62 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	if err != nil {
 		return err
 	}
+	g.mu.Lock()
 	g.spooled[s] = index
+	g.mu.Unlock()
 	g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
 		Bool("complete", c.Complete).Bool("exact", c.Exact).Msg("window published for the group")
 	return nil
 }
 
-// reportDelivered reports to the ledger the records that all sinks have. g.mu is held.
-func (g *Group) reportDelivered(ctx context.Context) error {
+// delivered returns the epochs in spooled whose records all sinks have.
+func (g *Group) delivered() (done []counter.Span) {
 	floor, _ := g.records.DeliveredTo()
-	var done []counter.Span
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	for s, index := range g.spooled {
 		if index <= floor {
 			done = append(done, s)
 		}
 	}
 	slices.SortFunc(done, func(a, b counter.Span) int { return a.Start.Compare(b.Start) })
-	for _, s := range done {
+	return done
+}
+
+// reportDelivered reports to the ledger the records that all sinks have. g.taking is held.
+func (g *Group) reportDelivered(ctx context.Context) error {
+	for _, s := range g.delivered() {
 		if err := g.ledger.Delivered(ctx, s); err != nil {
 			return err
 		}
+		g.mu.Lock()
 		delete(g.spooled, s)
+		g.mu.Unlock()
 	}
 	return nil
+}
+
+// announce reports each record to the ledger as soon as all sinks have it, until ctx ends: round
+// may be waiting for the seal of the next epoch. The others are to know of the record before
+// Redis may lose that. The next round reports it again, as this may fail, and only then takes
+// the epoch out of spooled, where take finds it until then.
+func (g *Group) announce(ctx context.Context) {
+	var last []counter.Span
+	for {
+		_, changed := g.records.DeliveredTo()
+		done := g.delivered()
+		for _, s := range done {
+			if !slices.Contains(last, s) {
+				_ = g.ledger.Delivered(ctx, s)
+			}
+		}
+		last = done
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // Leaving announces that the process stops: Publish no longer waits for an epoch that
@@ -299,11 +343,11 @@ func (g *Group) Leaving() { g.leave() }
 // before its end. ReportDelivered follows when all that is delivered.
 func (g *Group) Leave(ctx context.Context) error {
 	g.Leaving()
-	others, heard, err := g.ledger.Leave(ctx)
+	others, silent, err := g.ledger.Leave(ctx)
 	// One whose last beat was before this one left may be dead, or leave as well.
-	for left := time.Now(); err == nil && others > 0 && heard >= time.Since(left); {
+	for left := time.Now(); err == nil && others > 0 && silent >= time.Since(left); {
 		if err = retry.Sleep(ctx, leavePoll); err == nil {
-			others, heard, err = g.ledger.Leave(ctx)
+			others, silent, err = g.ledger.Leave(ctx)
 		}
 	}
 	if err != nil {
@@ -329,10 +373,10 @@ func (g *Group) Leave(ctx context.Context) error {
 				return err
 			}
 		}
-		g.mu.Lock()
+		g.taking.Lock()
 		g.term = false
 		err := g.take(ctx, s, spans[len(spans)-1].End())
-		g.mu.Unlock()
+		g.taking.Unlock()
 		if err != nil {
 			return err
 		}
@@ -343,7 +387,7 @@ func (g *Group) Leave(ctx context.Context) error {
 // ReportDelivered reports to the group which records are delivered: what Run does, once more
 // after it.
 func (g *Group) ReportDelivered(ctx context.Context) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	g.taking.Lock()
+	defer g.taking.Unlock()
 	return g.reportDelivered(ctx)
 }

@@ -34,20 +34,20 @@ type health struct {
 	misconfigured string // why ids cannot be trusted to Redis, or this group; empty if they can
 	failure       string // of the last attempt that failed; empty if the last did not
 	since         time.Time
-	said          map[string]*logline.Sampler // of each line that repeats
+	samplers      map[string]*logline.Sampler // of each line that repeats
 	rights        string                      // what the user may not do, or which part was never reached
 }
 
 // log writes a line that may repeat, sampled by its first part.
 func (h *health) log(e *zerolog.Event, line, more string) {
 	h.mu.Lock()
-	if h.said == nil || len(h.said) > 100 {
-		h.said = map[string]*logline.Sampler{}
+	if h.samplers == nil || len(h.samplers) > 100 {
+		h.samplers = map[string]*logline.Sampler{}
 	}
-	if h.said[line] == nil {
-		h.said[line] = &logline.Sampler{Every: logEvery}
+	if h.samplers[line] == nil {
+		h.samplers[line] = &logline.Sampler{Every: logEvery}
 	}
-	s := h.said[line]
+	s := h.samplers[line]
 	h.mu.Unlock()
 	s.Msg(e, line+more)
 }
@@ -88,7 +88,7 @@ var explanations = map[string]string{
 	"MASTERDOWN":  "the master of this Redis is unreachable",
 	"MISCONF":     "Redis cannot write to its disk and takes no ids",
 	"NOREPLICAS":  "Redis has too few replicas and takes no ids",
-	"NOAUTH":      "Redis wants a password",
+	"NOAUTH":      "Redis requires a password",
 	"WRONGPASS":   "Redis, or its Sentinel, refuses the user or the password",
 	"NOPERM":      "the Redis user lacks a permission",
 	"BUSY":        "Redis is busy with a script",
@@ -125,8 +125,8 @@ func explain(err error) string {
 	return "Redis is unreachable"
 }
 
-// Health reports whether ids can be answered, and why not: to be shown to who
-// routes requests to this instance.
+// Health reports whether ids can be answered, and why not, for /readyz and whatever routes
+// requests to this instance.
 func (r *Set) Health() (ready bool, reason string) {
 	r.health.mu.Lock()
 	misconfigured, failure, rights := r.health.misconfigured, r.health.failure, r.health.rights
@@ -138,7 +138,7 @@ func (r *Set) Health() (ready bool, reason string) {
 		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
 	case rights != "":
 		return r.cfg.FailOpen, rights
-	case r.ledger.standing.Load() == unheard:
+	case r.ledger.standing.Load() == unconfirmed:
 		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0
@@ -206,7 +206,7 @@ func (r *Set) checkConfig() {
 		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
 	case n%layoutBase != len(r.lanes):
 		r.formAgreed.Store(false)
-		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
+		bad = fmt.Sprintf("another instance of the group spreads ids over %d parts, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
 	default:
 		r.formAgreed.Store(true)
 	}
@@ -214,7 +214,7 @@ func (r *Set) checkConfig() {
 	h.change(r, &h.misconfigured, bad, "ids are refused until it is changed", "ids are taken again")
 	h.refused.Store(bad != "")
 	if blind && !h.blind {
-		r.cfg.Log.Warn().Msg("the Redis user may not run INFO memory: make sure that the policy is " + noEviction)
+		r.cfg.Log.Warn().Msg("the Redis user may not run INFO memory: make sure that maxmemory-policy is " + noEviction)
 	}
 	h.blind = blind
 }
@@ -266,8 +266,8 @@ func (r *Set) foreign() bool { return !r.formAgreed.Load() }
 // without a layout take for the latter.
 const layoutBase = 1000
 
-// otherSeenFor is how long an instance that has met others of another form says nothing about
-// it after their word is gone: should Redis have lost that, they are to be first again.
+// otherSeenFor is how long an instance that has met others of another form does not register its
+// own form after their entry is gone: should Redis only have lost that, they are to be first again.
 const otherSeenFor = 3 * watchEvery
 
 // agreedLanes is the layout of the group's data and over how many lanes it spreads its
@@ -285,16 +285,16 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 			return 0, err
 		}
 	}
-	said, err := c.Do(ctx, c.B().Get().Key(key).Build()).ToString()
+	agreed, err := c.Do(ctx, c.B().Get().Key(key).Build()).ToString()
 	if err != nil {
 		return 0, err
 	}
-	if said == mine {
+	if agreed == mine {
 		c.Do(ctx, c.B().Expire().Key(key).Seconds(lanesTTL).Build())
 	} else {
 		r.otherSeen = time.Now()
 	}
-	return strconv.Atoi(said)
+	return strconv.Atoi(agreed)
 }
 
 // lanesTTL is how many seconds, after the last instance has stopped, the group

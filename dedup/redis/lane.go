@@ -27,7 +27,7 @@ const (
 	// layout numbers the form of all data in Redis, that of the lanes and of the ledger. It
 	// counts up with every change of a key or of what is in one (DESIGN.md, "The group").
 	// Instances with another one refuse each other: see agreedLanes.
-	layout = 4
+	layout = 5
 
 	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
@@ -141,6 +141,7 @@ var (
 	errOutside = fmt.Errorf("%w: the group uses another --window", dedup.ErrUnavailable)
 	errPending = fmt.Errorf("%w: too many ids wait for Redis", dedup.ErrUnavailable)
 	errLog     = fmt.Errorf("%w: the log of ids that Redis lacks is full", dedup.ErrUnavailable)
+	errNotKept = fmt.Errorf("%w: the disk has not taken the name of the window yet", dedup.ErrUnavailable)
 	errLate    = fmt.Errorf("%w: no answer of Redis in time", dedup.ErrUnavailable)
 )
 
@@ -186,7 +187,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 		return s.again(l.i, en.named, m), nil, nil
 	case s.group.refused.Load() || r.ledger.standing.Load() == outside:
 		return 0, nil, errOutside
-	case l.down || r.health.refused.Load():
+	case r.health.refused.Load() || l.down && (!r.cfg.FailOpen || isClosed(s.group.kept)): // else it waits as if Redis were slow
 		v, err := l.decideAlone(e, key, en, enc, m)
 		return v, nil, err
 	case en == nil:
@@ -194,7 +195,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 			r.pending.Add(-1)
 			return 0, nil, errPending
 		}
-		en = l.enter(key, enc, m)
+		en = l.enqueue(key, enc, m)
 	}
 	a := asks.Get().(*ask)
 	a.of, a.e, a.at, a.named = en, e, now, m
@@ -203,8 +204,8 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	return 0, a, nil
 }
 
-// enter queues an entry for an id. l.mu is held.
-func (l *lane) enter(key pendingKey, enc *encoded, m *named) *entry {
+// enqueue queues an entry for an id. l.mu is held.
+func (l *lane) enqueue(key pendingKey, enc *encoded, m *named) *entry {
 	var en *entry
 	if n := len(l.spare); n > 0 {
 		en, l.spare = l.spare[n-1], l.spare[:n-1]
@@ -317,6 +318,8 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	}
 	le := &s.lanes[l.i]
 	switch {
+	case !isClosed(s.group.kept):
+		return dedup.Repeat, errNotKept // should all instances be killed, the window would have no record
 	case m != nil && m.full:
 		return dedup.Repeat, dedup.ErrTooManyKeys
 	case !le.log.room(r):
@@ -388,7 +391,7 @@ func (l *lane) conclude(en *entry, fx effects) {
 		return
 	}
 	l.r.pending.Add(1)
-	on := l.enter(en.key, &en.enc, others[0].named)
+	on := l.enqueue(en.key, &en.enc, others[0].named)
 	on.asks = others
 	for _, a := range others {
 		a.of = on
@@ -425,7 +428,7 @@ func (l *lane) expire(now int64) {
 	}
 }
 
-// refuseAll answers everybody, at the end.
+// refuseAll answers every request that waits, at the end.
 func (l *lane) refuseAll() {
 	l.mu.Lock()
 	defer l.unlock()

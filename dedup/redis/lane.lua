@@ -19,6 +19,7 @@
 --   id           whose data these are
 --   loss, losses when writes of it may have been lost last, and how often
 --   replicas     whether the master had any
+--   born         when the hash was begun
 --   freeze       no new ids until then: lost ones are being added again
 --
 -- Its neighbours, under the same prefix and so in the same slot, are the sets
@@ -48,7 +49,7 @@ local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
 -- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
 -- kind, and the list: nine. It answers with how many ids the epoch has. It returns nothing,
 -- and has changed nothing, in any other case. It comes first because each run makes all functions
--- anew, which takes as long as few itself.
+-- again, which takes as long as few itself.
 local function few(key, a)
   local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
   local S, E = 'S' .. session, 'E' .. epoch
@@ -126,8 +127,10 @@ end
 
 -- identify notes whose data these are: the id changes when another process, or a
 -- replica, becomes the master, which may lack the last writes. It returns whether that
--- can be known, and whether this master has replicas, or had some at the last look.
+-- can be known, and whether this master has replicas, or had some at the last look. It
+-- also notes when the hash was begun.
 local function identify(key, now)
+  if call('HEXISTS', key, 'born') == 0 then call('HSET', key, 'born', now) end
   local info = try('INFO', 'replication') -- which the user may not be allowed to run
   local id = type(info) == 'string' and string.match(info, 'master_replid:(%x+)')
   if not id then return false, false end
@@ -684,9 +687,10 @@ local function seal(key, a)
   local known, replicas = identify(key, now)
   replicas = replicas and 1 or 0
   local began = tonumber(string.match(epoch, '^%-?%d+')) / 1000
-  local h = call('HMGET', key, 'E' .. epoch, 'freeze', 'loss', 'losses')
+  local h = call('HMGET', key, 'E' .. epoch, 'freeze', 'loss', 'losses', 'born')
   local lost_at, losses = tonumber(h[3] or 0), tonumber(h[4] or 0)
   local recent = lost_at > began - LAPSE
+  local young = recent or tonumber(h[5]) > began - LAPSE
   if h[2] and frozen(key, h[2], now) then return {'frozen'} end
 
   if h[1] then
@@ -706,7 +710,8 @@ local function seal(key, a)
     if sizes[NAMES] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
   end
 
-  -- A hash that lacks one of them was lost since, and begun again.
+  -- A hash that lacks one of them was lost since, and begun again. One that may have
+  -- answered ids has none here if that was before the epoch began.
   local absent = {}
   for i = 8, #a do
     local part, session = sub(a[i], 1, 1), sub(a[i], 2)
@@ -717,7 +722,8 @@ local function seal(key, a)
     if part ~= '=' and last == epoch and f[2] ~= '' then unanswered = 1 end
     -- One with a batch since writes may have been lost has added its own again, and one
     -- that was silent since before the epoch began has added none.
-    if not state or recent and seen ~= losses and (part ~= '?' or at > began - LAPSE) or absent[session] and not known then whole = 0 end
+    if not state and (part ~= '?' or young) or state and recent and seen ~= losses and (part ~= '?' or at > began - LAPSE) or
+      absent[session] and not known then whole = 0 end
   end
   -- Writes may have been lost since shortly before the epoch began: every session that
   -- is there has to send a batch first, for only it knows whether its own are there.

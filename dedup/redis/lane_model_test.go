@@ -28,6 +28,7 @@ type laneModel struct {
 	loss      float64
 	losses    int
 	known     string // the identity that is noted
+	born      float64
 
 	sets map[string]laneSets // of each epoch
 }
@@ -162,6 +163,9 @@ func (m *laneModel) identify() {
 		m.noteLoss()
 	}
 	m.known = m.identity
+	if m.born == 0 {
+		m.born = m.now
+	}
 }
 
 func (m *laneModel) over(epoch string) *laneSealed {
@@ -533,6 +537,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	began, _ := strconv.ParseFloat(start, 64)
 	began /= 1000
 	recent := m.loss > began-10
+	young := recent || m.born > began-10
 	if m.freeze != 0 && m.frozen() {
 		return "frozen", ids
 	}
@@ -554,7 +559,7 @@ func (m *laneModel) seal(epoch string, giveUp bool, sessions []string) (status s
 	absent := map[string]bool{}
 	for _, name := range sessions {
 		absent[name[1:]] = name[0] == '+'
-		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions || is && recent && of.losses != m.losses && (name[0] != '?' || of.at > began-10) {
+		if of, is := m.sessions[name[1:]]; !is && m.rules.sessions && (name[0] != '?' || young) || is && recent && of.losses != m.losses && (name[0] != '?' || of.at > began-10) {
 			s.whole = 0
 		}
 		if ids, in := m.doubt[name[1:]]; name[0] != '=' && m.sessions[name[1:]].epoch == epoch && (!in || len(ids) > 0 || m.uncertain[name[1:]]) && m.rules.unanswered {
@@ -598,7 +603,7 @@ local h = redis.call('HGETALL', KEYS[1])
 for i = 1, #h, 2 do
   local f, v = h[i], h[i + 1]
   local c, name = string.sub(f, 1, 1), string.sub(f, 2)
-  if f == 'freeze' or f == 'loss' or f == 'losses' then line(f, tonumber(v))
+  if f == 'freeze' or f == 'loss' or f == 'losses' or f == 'born' then line(f, tonumber(v))
   elseif f == 'id' then line(f, v)
   elseif f == 'replicas' then
   elseif c == 'S' then line('S', name, cmsgpack.unpack(v))
@@ -645,6 +650,7 @@ func (m *laneModel) dump() (out []string) {
 		line("losses", m.losses)
 	}
 	if m.known != "" {
+		line("born", m.born)
 		line("id", m.known)
 	}
 	for name, s := range m.sessions {

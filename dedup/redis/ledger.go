@@ -37,6 +37,11 @@ const (
 	// leadLease is how long the publisher of the group stays it without a beat.
 	leadLease = memberTTL
 
+	// claimWait is how long the line of a counts file is left to the member that was to write
+	// it and has not reported it: longer than a process takes to be started again. As long do
+	// the records behind it wait.
+	claimWait = 30 * time.Second
+
 	// restoreWait is how long a report, and then the seal behind its latest time, waits for ids
 	// that Redis does not have.
 	restoreWait = 5 * time.Second
@@ -95,10 +100,12 @@ type Ledger struct {
 	ids    groupIDs
 	keys   ledgerKeys
 	wake   chan struct{} // capacity 1: an epoch was opened
+	unsafe chan struct{} // capacity 1: the file may lack an epoch, or a delivery
 
 	beating  sync.Mutex // one beat at a time
 	left     atomic.Bool
 	standing atomic.Int32 // of this member in the group
+	delivers atomic.Bool  // the file lacks a record that this member has delivered
 
 	keeping sync.Mutex         // guards what follows: one writes the file at a time
 	kept    map[string]answers // of the epochs in the file
@@ -109,11 +116,14 @@ type Ledger struct {
 	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
 	past       []counter.Span // whose records are known to be delivered, the last ones
 	again      []counter.Span // the same, and the ledger has lost it
-	earlier    []string       // members that were processes before this one, in its place: they have ended
+	earlier    []string       // members that were processes before this one, in its place, and are listed: they have ended
+	before     []string       // the same, also those that are listed no more
 	newest     time.Time      // start of the newest epoch that this process has opened
 	lead       time.Time      // until then this member publishes, as its lease ends
 	yields     time.Time      // until then it leaves the lead to others
 	others     []string       // members alive beside this one, as of the last beat
+	silent     []string       // other members that are listed, as of the last beat
+	alone      int64          // when a member beat last that may answer alone, by the clock of Redis
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group
@@ -129,10 +139,12 @@ type Ledger struct {
 
 // Standings of a member.
 const (
-	unheard = iota // no beat has been answered
-	inside         // the group has the window of this member
-	outside        // it has another, of members that were there before: see beatScript
+	unconfirmed = iota // no beat has been answered
+	inside             // the group has the window of this member
+	outside            // it has another, of members that were there before: see beatScript
 )
+
+var errUnheard = errors.New("other instances have 3 s to report which records are published, as Redis may have lost that")
 
 var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
 
@@ -140,6 +152,7 @@ var errForeign = errors.New("ledger: Redis has, or may have, a group of another 
 // first fields, which the Set uses, too.
 type ledgerEpoch struct {
 	registered   chan struct{} // closed when the group has the epoch
+	kept         chan struct{} // closed when this process has noted it on its disk, or has tried
 	refused      atomic.Bool   // the group does not take it: no id may be added
 	uncertain    atomic.Int64  // ids that are answered 503, or soon will be, and may be in Redis: see addUncertain
 	wasUncertain atomic.Bool   // there were some
@@ -155,9 +168,11 @@ type ledgerEpoch struct {
 	contradicted bool           // the group has another decision, which is logged
 }
 
-func (e *ledgerEpoch) isRegistered() bool {
+func (e *ledgerEpoch) isRegistered() bool { return isClosed(e.registered) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-e.registered:
+	case <-c:
 		return true
 	default:
 		return false
@@ -178,7 +193,7 @@ const maxUnnamed = 64
 const maxPast = 4096
 
 func openLedger(cfg Config, member string, ids groupIDs) *Ledger {
-	l := &Ledger{cfg: cfg, began: time.Now(), member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
+	l := &Ledger{cfg: cfg, began: time.Now(), member: member, ids: ids, keys: newLedgerKeys(cfg.Group), wake: make(chan struct{}, 1), unsafe: make(chan struct{}, 1), unkept: logline.Sampler{Every: failureLogEvery}}
 	l.recall()
 	return l
 }
@@ -201,15 +216,15 @@ func newLedgerKeys(group string) ledgerKeys {
 		leader:    p + "leader",    // string with an expiry: who publishes
 		epochs:    p + "epochs",    // sorted set: epochs not delivered, by their end, Unix ms
 		opened:    p + "opened",    // hash: member -> start of the newest epoch that it has opened, Unix ms
-		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last
+		length:    p + "length",    // hash: the --window of the group, ms; of its epochs the length, the first with it, the last; alone, when a member with fail open beat last
 	}
 }
 
 // ofEpoch is a hash. Until the epoch is decided: "m:" MEMBER -> its answers (see answers),
 // "k:" MEMBER -> those under keys, "d:" MEMBER -> it has refused ids that may be in Redis;
 // complete and inexact as reported; locked, while a member seals. As decided: unique, under
-// (of it, under keys), complete, exact, why not, and sealed. Then written (the line of a
-// counts file) and delivered. The members of an epoch are in the same key, so they cannot be
+// (of it, under keys), complete, exact, why not, and sealed. Then claimed (when, and by which
+// MEMBER, which is to write the line of a counts file), written (the line is) and delivered. The members of an epoch are in the same key, so they cannot be
 // lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + epochName(s) }
 
@@ -262,6 +277,7 @@ func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
 		l.newest = s.Start
 	}
 	nudge(l.wake)
+	nudge(l.unsafe)
 	return e
 }
 
@@ -272,7 +288,10 @@ func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	if e != nil {
 		return e
 	}
-	e = &ledgerEpoch{span: s, answers: answers{}, registered: make(chan struct{})}
+	e = &ledgerEpoch{span: s, answers: answers{}, registered: make(chan struct{}), kept: make(chan struct{})}
+	if l.cfg.File == "" {
+		close(e.kept)
+	}
 	i, _ := slices.BinarySearchFunc(l.epochs, s.Start, func(e *ledgerEpoch, start time.Time) int { return e.span.Start.Compare(start) })
 	l.epochs = slices.Insert(l.epochs, i, e)
 	l.epochs = slices.Delete(l.epochs, 0, max(0, len(l.epochs)-maxLedgerEpochs))
@@ -359,15 +378,34 @@ func (l *Ledger) Yield() {
 
 // Claim asks, right before the line of a record is written to a counts file, whether
 // the group has the line, and else whether this member writes it: the lead of a
-// member that is gone is taken.
+// member that is gone is taken. A line that another one was to write is left to it, or to the
+// next process in its place, for claimWait. If the ledger may have lost which lines there are, no member
+// writes one before the others had the time to report them again.
 func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
-	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader}, []string{l.member, ms(leadLease)}).ToString()
+	if l.othersUnheard() {
+		return counter.Claim{}, fmt.Errorf("ledger: %w", errUnheard)
+	}
+	me, at := l.asOf()
+	l.mu.Lock()
+	args := append([]string{l.member, ms(leadLease), me, at, ms(claimWait)}, l.before...)
+	l.mu.Unlock()
+	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader, l.keys.members}, args).ToString()
+	if err == nil && what == "lost" {
+		err = errUnheard
+	}
 	if err != nil {
 		return counter.Claim{}, fmt.Errorf("ledger: %w", err)
 	}
+	if what == "late" {
+		l.cfg.Log.Warn().Str("window_start", s.Start.Format(time.RFC3339Nano)).
+			Msg("the instance that was to write the line of this window has not reported it: it is written here, and may be in two counts files")
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return counter.Claim{Mine: what == "mine", Written: what == "written", Unknown: !s.End().After(l.unclaimed)}, nil
+	return counter.Claim{
+		Mine: what == "mine" || what == "again" || what == "late", Written: what == "written",
+		Unknown: what == "again" || !s.End().After(l.unclaimed),
+	}, nil
 }
 
 // LinesUnknown makes Claim report, for epochs that ended at or before upTo, that an earlier
@@ -405,12 +443,14 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.pass(s)
+	l.delivers.Store(true)
+	nudge(l.unsafe)
 	return nil
 }
 
 // Leave takes this member out of the group: no seal waits for it any more. It returns how
 // many others are alive, and how long ago the last beat of one was; called again, as of then.
-func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, err error) {
+func (l *Ledger) Leave(ctx context.Context) (others int, silent time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
 	_ = l.beat(ctx)
@@ -427,7 +467,7 @@ func (l *Ledger) Leave(ctx context.Context) (others int, heard time.Duration, er
 
 // takeOff takes a member off the list. It returns how many others are alive, and how long ago
 // the last beat of one was.
-func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others int, heard time.Duration, err error) {
+func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others int, silent time.Duration, err error) {
 	n, err := l.exec(ctx, leaveScript,
 		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
 		[]string{member, ms(memberTTL), unsettled}).AsIntSlice()

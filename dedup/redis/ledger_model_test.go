@@ -75,6 +75,8 @@ type ledgerBeat struct {
 	unnamed                   int
 	at                        int64 // of the last one; -1: there was none
 	yields                    bool  // it leaves the lead to others
+	listed                    []string
+	alone                     int64 // -1: it may answer alone itself
 	epochs                    []ledgerEpochBeat
 }
 
@@ -97,13 +99,14 @@ type ledgerReport struct {
 // ledgerBeatAnswer is the answer, with what is known of each epoch.
 type ledgerBeatAnswer struct {
 	leads             bool
-	others            []string
+	others, silent    []string
 	insider, outsider string
 	states            []string
 	known             []answers
 	decided           []string
 	unnamed           []string
 	behind            bool
+	alone             int64
 }
 
 type ledgerDecision struct{ unique, complete, exact, sealed, under string }
@@ -118,6 +121,7 @@ const (
 	modelLonger = 5000
 	modelLock   = 1000
 	modelForget = 600_000
+	modelClaim  = 2000
 )
 
 func millis(s string) (n int64, some bool) {
@@ -127,7 +131,13 @@ func millis(s string) (n int64, some bool) {
 
 // beat is beatScript.
 func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
-	a.behind = m.lost(b.me, b.at)
+	if a.behind = m.lost(b.me, b.at); a.behind {
+		for _, name := range b.listed {
+			if _, there := m.members[name]; !there {
+				m.members[name] = m.now - modelTTL - 1
+			}
+		}
+	}
 	m.members[b.me], m.windows[b.me] = m.now, b.window
 	if b.unsettled == "" {
 		delete(m.unsettled, b.me)
@@ -146,6 +156,14 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
 			delete(m.windows, name)
 			delete(m.opened, name)
 		}
+	}
+	if a.alone = b.alone; b.alone < 0 {
+		a.alone = m.now
+	}
+	if last, _ := millis(m.length["alone"]); a.alone > last {
+		m.length["alone"] = strconv.FormatInt(a.alone, 10)
+	} else {
+		a.alone = last
 	}
 	agreed := m.length["length"]
 	for _, name := range m.alive(modelTTL) {
@@ -182,6 +200,8 @@ func (m *ledgerModel) beat(b ledgerBeat) (a ledgerBeatAnswer) {
 	a.unnamed = slices.DeleteFunc(unnamed[max(0, len(unnamed)-b.unnamed):], func(name string) bool {
 		return slices.ContainsFunc(b.epochs, func(e ledgerEpochBeat) bool { return e.name == name })
 	})
+	a.silent = m.alive(modelForget)
+	a.silent = a.silent[:len(a.silent)-len(m.alive(modelTTL))]
 	a.leads = m.leader == b.me
 	return a
 }
@@ -352,6 +372,8 @@ func (m *ledgerModel) decide(name string, ids sealedIDs, fit, open bool, me stri
 	if m.lost(me, at) {
 		return nil
 	}
+	last, _ := millis(m.length["alone"])
+	open = open || last > m.now-modelForget
 	for _, listed := range members {
 		mark, n := listed[:1], h["m:"+listed[1:]]
 		if m.rules.listed && (mark != "?" && n == "" || (mark == "=" || mark == "0") && strings.HasSuffix(n, "+")) {
@@ -431,14 +453,31 @@ func (m *ledgerModel) unpublished(open bool) (names []string) {
 }
 
 // claim is claimScript.
-func (m *ledgerModel) claim(me, name string) string {
-	if h := m.of[name]; h["written"] != "" || h["delivered"] != "" {
+func (m *ledgerModel) claim(me, name string, at int64, before []string) string {
+	h := m.of[name]
+	if h["written"] != "" || h["delivered"] != "" {
 		return "written"
-	} else if m.leader != "" && m.leader != me {
-		return "other"
+	} else if m.lost(me, at) {
+		return "lost"
 	}
-	m.leader = me
-	return "mine"
+	answer := "mine"
+	if since, claimant, claimed := strings.Cut(h["claimed"], " "); claimed {
+		if then, _ := millis(since); slices.Contains(before, claimant) {
+			answer = "again"
+		} else if claimant != me && m.now-then < modelClaim {
+			return "other"
+		} else if claimant != me {
+			answer = "late"
+		}
+	}
+	if answer != "again" {
+		if m.leader != "" && m.leader != me {
+			return "other"
+		}
+		m.leader = me
+	}
+	m.epoch(name)["claimed"] = strconv.FormatInt(m.now, 10) + " " + me
+	return answer
 }
 
 // delivered is deliveredScript.

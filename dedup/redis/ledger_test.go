@@ -384,6 +384,31 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 	}
 }
 
+// TestOneMemberMayAnswerAlone: the members differ in --redis-fail, as while that is changed. One
+// that may have answered alone is taken into account whichever member decides, also if the ledger
+// has lost its data since, and another one has learnt of it meanwhile.
+func TestOneMemberMayAnswerAlone(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, tt := range []struct{ open, lost bool }{{true, false}, {true, true}, {false, true}} {
+		g := newGroup(t)
+		a, b := g.member("a"), g.member("b", func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open })
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		g.beat(b, a)
+		if tt.lost {
+			g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+			g.beat(a)
+			othersAreThere(a)
+		}
+		g.answers.Store(10)
+		g.counted.Store(10)
+		g.report(s, true, a)
+		if c := g.seal(a, s); c.Unique != 10 || c.Exact == tt.open {
+			t.Errorf("%+v: the record is %+v", tt, c)
+		}
+	}
+}
+
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
 // the list until the windows that it was in are decided.
@@ -458,6 +483,41 @@ func TestMemberThatIsLostWithTheLedgerIsNotForgotten(t *testing.T) {
 		g.beat(a)
 		if c := g.seal(a, s); c.Exact == killed {
 			t.Errorf("b is killed: %v; the record is %+v", killed, c)
+		}
+	}
+}
+
+// TestSilentMemberIsNotForgottenWithTheLedger: the ledger loses its data, or the list of the
+// members alone, while one of them does not reach it. That one may go on and answer ids in later
+// epochs, of which the ledger then knows nothing.
+func TestSilentMemberIsNotForgottenWithTheLedger(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, tt := range []struct {
+		open    bool
+		command string
+	}{{true, "FLUSHALL"}, {false, "FLUSHALL"}, {true, "DEL"}, {false, "DEL"}} {
+		g := newGroup(t)
+		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
+		a, b := g.member("a", open), g.member("b", open)
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		g.beat(b, a)
+		for range 2 { // each loss is mended
+			lose := g.client.B().Arbitrary(tt.command)
+			if tt.command == "DEL" {
+				lose = lose.Keys(a.keys.members)
+			}
+			g.do(func(ctx context.Context) error { return g.client.Do(ctx, lose.Build()).Error() })
+			g.beat(a)
+			othersAreThere(a)
+		}
+		a.Opened(s, nil)
+		g.beat(a)
+		g.answers.Store(10)
+		g.counted.Store(20) // b has reached the lanes; with fail open it need not
+		g.report(s, true, a)
+		if c := g.seal(a, s); c.Unique != 20 || c.Exact {
+			t.Errorf("%+v: the record is %+v", tt, c)
 		}
 	}
 }
@@ -640,10 +700,11 @@ func TestOneMemberPublishes(t *testing.T) {
 		t.Errorf("after a left: leading a %t, b %t", a.Leading(), b.Leading())
 	}
 	// b is killed: its lease ends with the key.
+	c := g.member("c")
+	g.beat(c)
 	g.do(func(ctx context.Context) error {
 		return g.client.Do(ctx, g.client.B().Del().Key(b.keys.leader).Build()).Error()
 	})
-	c := g.member("c")
 	if claim, err := c.Claim(t.Context(), s); !claim.Mine || err != nil {
 		t.Errorf("c may write: %t, %v", mine, err)
 	}
@@ -807,6 +868,129 @@ func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
 	}
 }
 
+// TestLineIsNotWrittenAgainAfterALoss: a member knows what a window came to, and the ledger loses
+// that its line is written before the member learns of it. It writes no line before the one that
+// did has had the time to report it again.
+func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
+	t.Parallel()
+	for _, beats := range []bool{false, true} {
+		g := newGroup(t)
+		a, b := g.member("a"), g.member("b")
+		s := spanEnded(2 * time.Second)
+		g.beat(a, b)
+		g.report(s, true, a, b)
+		g.seal(a, s)
+		g.beat(b)
+		if claim, err := a.Claim(t.Context(), s); err != nil || !claim.Mine {
+			t.Fatalf("a is to write the line: %+v, %v", claim, err)
+		}
+		g.do(func(ctx context.Context) error { return a.Written(ctx, s) })
+		g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+		g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+		if beats {
+			g.beat(b)
+		}
+		if claim, err := b.Claim(t.Context(), s); err == nil {
+			t.Errorf("b has sent a heartbeat since the loss: %t; it has the claim %+v", beats, claim)
+		}
+		g.beat(b, a)
+		a.deliverAgain(t.Context())
+		othersAreThere(b)
+		if claim, err := b.Claim(t.Context(), s); err != nil || !claim.Written {
+			t.Errorf("a has reported the line again: %+v, %v", claim, err)
+		}
+	}
+}
+
+// TestDeliveryIsOnTheDiskOfTheLeader: a leader delivers a record and is killed, and the ledger loses
+// its data, before another member learns of the delivery. The next process in its place reports it
+// again.
+func TestDeliveryIsOnTheDiskOfTheLeader(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s, file := spanEnded(2*time.Second), filepath.Join(t.TempDir(), "answers.json")
+	kept := func(c *Config, _ *fakeIDs) { c.File = file }
+	a, b := g.member("a", kept), g.member("b")
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.seal(a, s)
+	g.beat(b)
+	stop := make(chan struct{})
+	var running sync.WaitGroup
+	running.Go(func() { a.keepAll(stop) })
+	g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+	testproc.Until(t, "the delivery is on the disk", func() bool { return slices.Contains(g.member("a", kept).past, s) })
+	close(stop)
+	running.Wait()
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.beat(b)
+	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{s}) {
+		t.Fatalf("b has written again %v, want %v", got, s)
+	}
+	again := g.member("a again", kept)
+	g.beat(again)
+	again.deliverAgain(t.Context())
+	if got := g.unpublished(b); len(got) > 0 {
+		t.Errorf("b is to publish %v again", got)
+	}
+}
+
+// TestLineIsLeftToItsWriter: a leader was to write a line and has not reported it, because it was
+// killed or is asleep. The next leader does not write it; the process in the place of the first
+// one does, if it is not in its file, and else reports it. Only if neither comes back in time the
+// next leader writes the line, and logs that there may be two.
+func TestLineIsLeftToItsWriter(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	s, file := spanEnded(2*time.Second), filepath.Join(t.TempDir(), "answers.json")
+	kept := func(c *Config, _ *fakeIDs) { c.File = file }
+	var log testproc.Buffer
+	a, b := g.member("a", kept), g.member("b", func(c *Config, _ *fakeIDs) { c.Log = zerolog.New(&log) })
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.seal(a, s)
+	want := func(m *Ledger, want counter.Claim) {
+		t.Helper()
+		if got, err := m.Claim(t.Context(), s); err != nil || got != want {
+			t.Errorf("%s has the claim %+v, %v; want %+v", m.member, got, err, want)
+		}
+	}
+	leads := func(m *Ledger) {
+		t.Helper()
+		g.do(func(ctx context.Context) error {
+			return g.client.Do(ctx, g.client.B().Del().Key(m.keys.leader).Build()).Error()
+		})
+		if g.beat(m); !m.Leading() {
+			t.Fatalf("%s does not lead", m.member)
+		}
+	}
+	want(a, counter.Claim{Mine: true})
+	leads(b)
+	want(b, counter.Claim{})
+	again := g.member("a again", kept)
+	g.beat(again)
+	if again.Leading() {
+		t.Fatal("the next process leads")
+	}
+	want(again, counter.Claim{Mine: true, Unknown: true})
+	want(b, counter.Claim{})
+	if log.String() != "" {
+		t.Errorf("logged %s", log.String())
+	}
+
+	g.do(func(ctx context.Context) error { // so long ago
+		return g.client.Do(ctx, g.client.B().Hset().Key(b.keys.ofEpoch(s)).FieldValue().
+			FieldValue("claimed", unixMS(time.Now().Add(-claimWait))+" "+again.member).Build()).Error()
+	})
+	want(b, counter.Claim{Mine: true})
+	if !strings.Contains(log.String(), "may be in two counts files") {
+		t.Errorf("logged %s", log.String())
+	}
+	want(again, counter.Claim{})
+	g.do(func(ctx context.Context) error { return b.Written(ctx, s) })
+	want(again, counter.Claim{Written: true})
+}
+
 // TestMemberWithAnotherWindowStandsOutside: two windows in one group would count an
 // id twice, and give two records one key. The member that comes with another one
 // has no epoch and no lead; those that were first go on, and both log the two
@@ -886,7 +1070,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 		if err != nil || ttl <= 0 {
 			t.Errorf("%s lives for %d ms, %v", k, ttl, err)
 		}
-		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:4:") {
+		if !strings.HasPrefix(k, "verve:{a+%7Bb%7D}:5:") {
 			t.Errorf("%s has another hash tag", k)
 		}
 	}

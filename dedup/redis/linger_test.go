@@ -29,7 +29,7 @@ func come(l *lane, n int) {
 	for range n {
 		var enc encoded
 		enc.encode(l.r.hashKey, true, []byte("1"))
-		l.enter(pendingKey{epoch: l.r.latest.Load()}, &enc, nil)
+		l.enqueue(pendingKey{epoch: l.r.latest.Load()}, &enc, nil)
 	}
 }
 

@@ -64,6 +64,7 @@ type modelMember struct {
 	opened, registered, reported bool    // the epoch
 	turned                       bool    // it has opened the next one
 	rows                         answers // as it remembers them
+	listed                       []string
 }
 
 // modelRules are the repairs that a test can take out.
@@ -87,9 +88,10 @@ type modelRules struct {
 	back         bool // after an outage of the ledger a seal waits for the others to be heard
 	behind       bool // and who learns that it has waits for the others to be heard
 	start        bool // after its start a member waits for the others to be heard before it seals
+	names        bool // members list the others again
 }
 
-var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
+var allRules = modelRules{true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true, true}
 
 type model struct {
 	rnd       *rand.Rand
@@ -190,7 +192,7 @@ func (w *model) onlyDisksKnow() bool {
 
 // heartbeat is what each beat of a member has.
 func (m *modelMember) heartbeat() ledgerBeat {
-	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1}
+	b := ledgerBeat{me: m.name, claims: true, unsettled: m.unsettled(), window: "100000", opened: "900000", at: -1, listed: m.listed}
 	if m.inside {
 		b.at = m.beaten
 	}
@@ -232,6 +234,10 @@ func (w *model) beat(m *modelMember) (behind bool) {
 		m.blind, m.inside, m.beaten = 0, true, w.ledger.now
 		a := w.ledger.beat(b)
 		b.at, behind = m.beaten, behind || a.behind
+		m.listed = append(a.others, a.silent...)
+		if b.listed = m.listed; !w.rules.names {
+			m.listed, b.listed = nil, nil
+		}
 		if named {
 			m.registered = true
 			if w.rules.memory {
@@ -972,7 +978,8 @@ func TestEachRuleOfTheAccountIsNeeded(t *testing.T) {
 		{"what the last beat wrote", func(r *modelRules) { r.asOf = false }},
 		{"others come back", func(r *modelRules) { r.back = false }},
 		{"members that only refused ids", func(r *modelRules) { r.removed = false }},
-		{"others come back after a loss", func(r *modelRules) { r.behind = false }},
+		// Either is enough in the one epoch of the model.
+		{"others come back, or are listed again, after a loss", func(r *modelRules) { r.behind, r.names = false, false }},
 		{"others come back after a start", func(r *modelRules) { r.start = false }},
 		{"numbers that were listed", func(r *modelRules) { r.listed = false }},
 	} {

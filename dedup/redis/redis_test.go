@@ -7,7 +7,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -38,8 +37,8 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 }
 
 // pause stops the process, so that it answers nothing, until resume.
-func (s *redisServer) pause()  { s.Process().Signal(syscall.SIGSTOP) }
-func (s *redisServer) resume() { s.Process().Signal(syscall.SIGCONT) }
+func (s *redisServer) pause()  { testproc.Pause(s.Process()) }
+func (s *redisServer) resume() { testproc.Resume(s.Process()) }
 
 // do runs a command on a connection of its own and returns its answer as text.
 func (s *redisServer) do(args ...string) string {

@@ -48,11 +48,11 @@ end
 
 // beatScript notes that the member is alive, writes again what it knows of its epochs, also of
 // the answers of others and of what it has reported, and takes the lead if no member has it, or
-// gives it away. It answers four lists: the time, whether the member leads, a member that keeps
-// it outside of the group, one that it keeps outside, and whether the ledger has lost data since
-// the last beat of the member; then the others that are alive; then the newest epochs that it did not name, for
-// its next beat, as it is to remember those of others as well; then a list for each epoch that
-// it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
+// gives it away. It answers five lists: the time, whether the member leads, a member that keeps
+// it outside of the group, one that it keeps outside, whether the ledger has lost data since
+// the last beat of the member, and when one was there that may answer alone; then the others that are alive; then the newest epochs that it did not name, for
+// its next beat, as it is to remember those of others as well; then the others that are silent;
+// then a list for each epoch that it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
 // group has another decision; "decided" and the decision, if the member lacks that; or "open"
 // and what each member has answered, for this one to write again should it be lost.
 //
@@ -61,10 +61,23 @@ end
 // accepted. When none is, and it was not outside just now (Redis may have lost the list of
 // members), its window becomes that of the group. An epoch of another length than those
 // before is taken only behind all of them, so that no label comes twice.
+//
+// It notes when a member was there last that may answer alone: this one now, if no time is
+// given, or another one, as this one has learnt. Members may differ in that, as while
+// --redis-fail is changed.
+//
+// If the ledger has lost data, the others that this member knew of are listed again, as silent
+// ones: one that does not reach the ledger may go on and answer ids in every later epoch.
 var beatScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaAnswers + luaDecision + `
 local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
 local behind = lost(KEYS[1], me, ARGV[11])
+local arg = 15 + tonumber(ARGV[14])
+if behind then
+  for i = 15, arg - 1 do
+    if not redis.call('ZSCORE', KEYS[1], ARGV[i]) then redis.call('ZADD', KEYS[1], now - ttl - 1, ARGV[i]) end
+  end
+end
 redis.call('ZADD', KEYS[1], now, me)
 redis.call('HSET', KEYS[3], me, window)
 if unsettled == '' then
@@ -82,6 +95,8 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - forget)
   redis.call('HDEL', KEYS[3], gone)
   redis.call('HDEL', KEYS[7], gone)
 end
+local alone, last_alone = ARGV[13] == '' and now or tonumber(ARGV[13]), tonumber(redis.call('HGET', KEYS[6], 'alone') or 0)
+if alone > last_alone then redis.call('HSET', KEYS[6], 'alone', string.format('%.0f', alone)) end
 local agreed = redis.call('HGET', KEYS[6], 'length')
 local others, insider, outsider = {}, '', ''
 for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ttl, '+inf')) do
@@ -123,7 +138,6 @@ local function takes(key, name)
   return true
 end
 local epochs, named, unnamed = {}, {}, {}
-local arg = 13
 for i = 8, #KEYS do
   local key, answer = KEYS[i], {'open'}
   local name, ends, unique, complete, exact, sealed, under, had, uncertain, n = unpack(ARGV, arg, arg + 9)
@@ -177,7 +191,9 @@ end
 for _, name in ipairs(redis.call('ZRANGE', KEYS[5], '-' .. ARGV[10], -1)) do
   if not named[name] then unnamed[#unnamed + 1] = name end
 end
-return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0'}, others, unnamed, epochs}
+return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsider, behind and '1' or '0',
+  string.format('%.0f', math.max(alone, last_alone))}, others, unnamed,
+  redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ttl - 1), epochs}
 `)
 
 // luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
@@ -260,7 +276,7 @@ return out
 // The record has the sum of the answers that the members have given, and the number of ids in
 // Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do
 // no harm if they were added without an answer. But they may be ids that a member of
-// luaUnlisted has answered, and with fail open such a member may have answered ids that are not
+// luaUnlisted has answered, and with fail open, of any member in the last minutes, such a member may have answered ids that are not
 // in Redis; that it was in contact since the end proves nothing, as it may be late itself.
 //
 // Members that ended without a report have answered the rest of the ids, if these are at least
@@ -284,8 +300,9 @@ local under, fit, unanswered = tonumber(ARGV[8]), ARGV[9] == '1', ARGV[10] == '1
 local decided = decision(KEYS[2])
 if decided then return decided end
 if lost(KEYS[3], ARGV[11], ARGV[12]) then return {'lost'} end
+open = open or tonumber(redis.call('HGET', KEYS[5], 'alone') or 0) > now - tonumber(ARGV[13])
 local parts, fields = {}, {}
-for i = 13, #ARGV do parts[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
+for i = 14, #ARGV do parts[string.sub(ARGV[i], 2)] = string.sub(ARGV[i], 1, 1) end
 local sum, least, keyed, members, absent, listed, uncertain = 0, 0, 0, 0, {}, {}, {}
 local all = redis.call('HGETALL', KEYS[2])
 for f = 1, #all, 2 do
@@ -365,14 +382,36 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
 // claimScript answers "written" if the line is, "mine" if this member is to write it, as it
-// is the leader or takes the lead, and else "other".
-var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + `
-local h = redis.call('HMGET', KEYS[1], 'written', 'delivered')
+// is the leader or takes the lead, "lost" if the ledger has lost data since its last beat, and
+// else "other".
+//
+// A member that was to write the line, and has not reported it, may have written it before it was
+// killed, or may be asleep before the write. So the claim is its own for a time, whichever member
+// leads: "again" answers the process that has taken its place, which can look into the file;
+// "late" answers the leader after that time.
+var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + `
+local me, lease, patience = ARGV[1], ARGV[2], tonumber(ARGV[5])
+local h = redis.call('HMGET', KEYS[1], 'written', 'delivered', 'claimed')
 if h[1] or h[2] then return 'written' end
-local leader = redis.call('GET', KEYS[2])
-if leader and leader ~= ARGV[1] then return 'other' end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return 'mine'
+if lost(KEYS[3], ARGV[3], ARGV[4]) then return 'lost' end
+local answer = 'mine'
+if h[3] then
+  local at, claimant = string.match(h[3], '^(%d+) (.*)$')
+  for i = 6, #ARGV do
+    if claimant == ARGV[i] then answer = 'again' end
+  end
+  if claimant ~= me and answer == 'mine' then
+    if now - at < patience then return 'other' end
+    answer = 'late'
+  end
+end
+if answer ~= 'again' then
+  local leader = redis.call('GET', KEYS[2])
+  if leader and leader ~= me then return 'other' end
+  redis.call('SET', KEYS[2], me, 'PX', lease)
+end
+redis.call('HSET', KEYS[1], 'claimed', string.format('%.0f', now) .. ' ' .. me)
+return answer
 `)
 
 // publishedScript notes that the record of the epoch is "written" (the line in a counts file)

@@ -322,6 +322,17 @@ func (w *twins) beat() {
 	}
 	k, keys := w.keys, []string(nil)
 	args := []string{b.me, "3000", "604800000", "600000", "3000", flag(b.claims), b.unsettled, b.window, b.opened, strconv.Itoa(b.unnamed), strconv.FormatInt(b.at, 10), flag(!b.yields)}
+	for _, m := range []string{"a", "b", "c"} {
+		if m != b.me && rnd.IntN(2) == 0 {
+			b.listed = append(b.listed, m)
+		}
+	}
+	b.alone = pick(rnd, 0, 0, 0, 0, -1, w.ledger.now-500)
+	alone := strconv.FormatInt(b.alone, 10)
+	if b.alone < 0 {
+		alone = ""
+	}
+	args = append(append(args, alone, strconv.Itoa(len(b.listed))), b.listed...)
 	var sent []counter.Span
 	for _, name := range slices.Compact(slices.Sorted(slices.Values([]string{pick(rnd, twinSpans...), pick(rnd, twinSpans...)}))) {
 		s, _ := parseEpochName(name)
@@ -360,7 +371,7 @@ func (w *twins) beat() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	a := ledgerBeatAnswer{leads: got.leads, others: got.others, insider: got.insider, outsider: got.outsider, behind: got.behind}
+	a := ledgerBeatAnswer{leads: got.leads, others: got.others, silent: got.silent, insider: got.insider, outsider: got.outsider, behind: got.behind, alone: got.alone}
 	for _, e := range got.epochs {
 		decided := ""
 		if d := e.decision; d != nil {
@@ -436,8 +447,8 @@ func (w *twins) ledgerStep() {
 			}
 		}
 		d := w.ledger.decide(name, ids, fit, open, sealer, at, members)
-		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
-			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), sealer, strconv.FormatInt(at, 10)}, members...)...)
+		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened, k.length}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
+			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), sealer, strconv.FormatInt(at, 10), strconv.Itoa(modelForget)}, members...)...)
 		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at, members); d == nil {
 			w.same(what, out, "[lost]")
 		} else {
@@ -449,7 +460,11 @@ func (w *twins) ledgerStep() {
 		slices.Sort(list)
 		w.same("unpublished", strings.Join(list, " "), strings.Join(w.ledger.unpublished(open), " "))
 	case 6:
-		w.same("claim "+me+name, w.run("claim", []string{epoch, k.leader}, me, "3000000"), w.ledger.claim(me, name))
+		at := w.ledger.now - pick[int64](rnd, 0, 1000, 4000)
+		before := pick(rnd, nil, nil, []string{"b"}, []string{"a", "b"})
+		before = slices.DeleteFunc(slices.Clone(before), func(m string) bool { return m == me })
+		w.same(fmt.Sprint("claim ", me, name, at, before), w.run("claim", []string{epoch, k.leader, k.members},
+			append([]string{me, "3000000", me, strconv.FormatInt(at, 10), "2000"}, before...)...), w.ledger.claim(me, name, at, before))
 	case 7:
 		w.ledger.epoch(name)["written"] = "1"
 		w.same("written "+name, w.run("mark", []string{k.epochs, epoch}, "written", "604800000", name), "1")

@@ -79,7 +79,7 @@ type Config struct {
 
 	MaxIDs  uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
 	MaxKeys int           // keys an epoch may have, in each lane and by each instance; 0: counter.DefaultMaxKeys
-	Timeout time.Duration // longest wait of an id
+	Timeout time.Duration // longest wait of an id; 0: defaultTimeout
 
 	// File keeps how many ids were answered in the windows that are not published, over
 	// a restart; empty: nothing does.
@@ -211,6 +211,7 @@ func New(cfg Config) (*Set, error) {
 	r.running.Go(r.connect)
 	r.running.Go(r.sweep)
 	r.running.Go(func() { r.ledger.run(r.life, r.closing) })
+	r.running.Go(func() { r.ledger.keepAll(r.closing) })
 	return r, nil
 }
 
@@ -313,8 +314,8 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 
 // await gives the ledger a moment to learn of the epoch before an id of it is answered:
 // then it is published whatever becomes of this process. If the ledger is unreachable, in
-// a failed part of the cluster, ids are answered anyway; the next beat that succeeds
-// writes the epoch down. It returns an error for an epoch that the group does not accept,
+// a failed part of the cluster, ids are answered anyway, once this process has noted the epoch
+// on its disk; the next beat that succeeds writes the epoch down. It returns an error for an epoch that the group does not accept,
 // or of a process that the group does not know yet: it may have another window.
 func (r *Set) await(s *redisEpoch) error {
 	if s.group.isRegistered() {
@@ -331,7 +332,16 @@ func (r *Set) await(s *redisEpoch) error {
 	if s.group.refused.Load() || r.ledger.standing.Load() != inside {
 		return fmt.Errorf("%w: the group has not accepted the window of this instance", dedup.ErrUnavailable)
 	}
-	return nil
+	t.Reset(replyTimeout)
+	select {
+	case <-s.group.registered:
+		return nil
+	case <-s.group.kept:
+		return nil
+	case <-t.C:
+	case <-r.life.Done():
+	}
+	return errNotKept
 }
 
 // Ledger returns the ledger of the group.

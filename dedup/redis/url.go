@@ -60,7 +60,7 @@ func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 	return option, nil
 }
 
-// joinURLs makes one setting of the URLs, of which the first one says how to connect.
+// joinURLs makes one setting of the URLs, of which the first one has all but host and port.
 func joinURLs(urls []string) (option rueidis.ClientOption, err error) {
 	if len(urls) == 0 {
 		return option, setting.Errorf("redis-url", "want a URL")

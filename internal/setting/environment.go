@@ -1,9 +1,7 @@
 package setting
 
 import (
-	"net/netip"
 	"regexp"
-	"strconv"
 	"strings"
 )
 
@@ -18,53 +16,26 @@ const testPrefix = Prefix + "TEST_"
 // such a value, so a variable with one is theirs even if a flag has its name.
 var linkURL = regexp.MustCompile(`^(tcp|udp|sctp)://`)
 
-// links are the variables that Kubernetes makes in each pod for a service named
-// verve or verve-SOMETHING, and that Docker makes for a link: by the end of the
-// name, and the value.
-var links = []struct {
-	name  *regexp.Regexp
-	value func(string) bool
-}{
-	{regexp.MustCompile(`_SERVICE_HOST$`), isAddress},
-	{regexp.MustCompile(`_SERVICE_PORT(_[A-Z0-9_]+)?$`), isPort},
-	{regexp.MustCompile(`_PORT(_[0-9]+_(TCP|UDP|SCTP)(_START|_END)?)?$`), linkURL.MatchString},
-	{regexp.MustCompile(`_PORT_[0-9]+_(TCP|UDP|SCTP)_PROTO$`), regexp.MustCompile(`^(tcp|udp|sctp)$`).MatchString},
-	{regexp.MustCompile(`_PORT_[0-9]+_(TCP|UDP|SCTP)_PORT(_START|_END)?$`), isPort},
-	{regexp.MustCompile(`_PORT_[0-9]+_(TCP|UDP|SCTP)_ADDR$`), isAddress},
-	{regexp.MustCompile(`_NAME$`), func(v string) bool { return strings.HasPrefix(v, "/") }}, // Docker: /CONTAINER/ALIAS
-	{regexp.MustCompile(`_ENV_.`), func(string) bool { return true }},                        // Docker: the other container's variables
-}
-
-func isAddress(v string) bool {
-	_, err := netip.ParseAddr(v)
-	return err == nil
-}
-
-func isPort(v string) bool {
-	n, err := strconv.ParseUint(v, 10, 16)
-	return err == nil && n > 0
-}
-
-// isLink reports whether a variable that is no setting was made by Kubernetes or
-// Docker.
-func isLink(name, value string) bool {
-	for _, l := range links {
-		if l.name.MatchString(name) && l.value(value) {
-			return true
-		}
-	}
-	return false
-}
+// link is a variable, with its value, that Kubernetes makes in each pod for a service named
+// verve or verve-SOMETHING, or that Docker makes for a link.
+var link = regexp.MustCompile(`(?s)^` + Prefix + `([^=]*_)?(` + strings.Join([]string{
+	`SERVICE_HOST=[0-9a-f.:]+`,
+	`SERVICE_PORT(_[A-Z0-9_]+)?=[0-9]+`,
+	`PORT(_[0-9]+_(TCP|UDP|SCTP)(_START|_END)?)?=(tcp|udp|sctp)://.*`,
+	`PORT_[0-9]+_(TCP|UDP|SCTP)_(PROTO=(tcp|udp|sctp)|PORT(_START|_END)?=[0-9]+|ADDR=[0-9a-f.:]+)`,
+	`NAME=/.*`,     // Docker: /CONTAINER/ALIAS
+	`ENV_[^=]+=.*`, // Docker: the other container's variables
+}, "|") + `)$`)
 
 // variables returns those of environ that may be settings: with the prefix, not
-// empty, and not somebody else's.
+// empty, and not another program's.
 func variables(environ []string, known map[string]bool) map[string]string {
 	found := make(map[string]string)
 	for _, e := range environ {
 		name, value, _ := strings.Cut(e, "=")
 		switch {
 		case !strings.HasPrefix(name, Prefix), value == "", strings.HasPrefix(name, testPrefix):
-		case known[name] && linkURL.MatchString(value), !known[name] && isLink(name, value):
+		case known[name] && linkURL.MatchString(value), !known[name] && link.MatchString(e):
 		default:
 			found[name] = value
 		}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -59,6 +60,10 @@ func (s *Sources) ReadFile(name string) error {
 	b, err := ReadFile(s.path)
 	if err != nil {
 		return Errorf(name, "%v", Cause(err))
+	}
+	b = bytes.TrimPrefix(b, []byte("\ufeff")) // some editors begin a file with it
+	if !utf8.Valid(b) {
+		return Errorf(name, "it is not in UTF-8")
 	}
 	if err := s.decode(b); err != nil {
 		first, _, _ := strings.Cut(err.Error(), "\n")
@@ -158,14 +163,22 @@ func (s *Sources) CheckVariables() error {
 	return nil
 }
 
+// CheckText refuses a value that is not in UTF-8: the parser of the command line would put
+// other characters in its place, and with them the name of another file, or of another instance.
+func (s *Sources) CheckText() error {
+	for _, name := range slices.Sorted(maps.Keys(s.flags)) {
+		if text, _, ok := s.Lookup(name); ok && !utf8.ValidString(text) {
+			return Errorf(name, "it is not in UTF-8")
+		}
+	}
+	return nil
+}
+
 // Source is where a value comes from.
-type Source struct{ name, phrase string }
-
-// String is a short name of the source: the flag, the variable, the file, or "default".
-func (s Source) String() string { return s.name }
-
-// Phrase is the source as it stands in a sentence.
-func (s Source) Phrase() string { return s.phrase }
+type Source struct {
+	Name   string // the flag, the variable, the file, or "default"
+	Phrase string // the same as it stands in a sentence
+}
 
 // Lookup returns the text that sets the flag called name and where it stands; of a
 // flag that is repeated the last one. A list has its values joined by commas. Not

@@ -1,3 +1,12 @@
+// Package callback sends the current count to the endpoints that callers name.
+//
+// It guarantees that a POST goes only to an address that the policy allows, checked when it is
+// dialled; that no destination and no public address gets more than its limits; that a slow
+// destination does not slow another one; and that no caller waits for a POST. It does not
+// guarantee that a POST arrives: one is dropped, or merged with a newer one, and counted.
+//
+// server reserves a place for each endpoint before it counts an id, and sends or releases it
+// after that; main runs the Sender and drains it at the stop.
 package callback
 
 import (
@@ -83,13 +92,13 @@ type Config struct {
 	Secret []byte
 	// SelfAddr is the address on which this server listens for the public: its own
 	// /test may be named there, nothing else is reached on its port. Optional.
-	SelfAddr string
+	SelfAddr netip.AddrPort
 	// SelfPath is the path of the sink there, the only one that a callback may name.
 	SelfPath string
 	// SelfTLS configures a connection to that address; nil: it speaks plain HTTP.
 	SelfTLS func() *tls.Config
-	// AdminAddr is the admin listen address; never reached by a callback.
-	AdminAddr string
+	// AdminAddr is the address of the admin listener; never reached by a callback.
+	AdminAddr netip.AddrPort
 	// Group and Instance go into the body.
 	Group, Instance string
 	// Took is called with the duration of each exchange. Optional.

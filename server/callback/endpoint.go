@@ -2,6 +2,7 @@ package callback
 
 import (
 	"bytes"
+	"errors"
 	"net/netip"
 	"net/url"
 	"strconv"
@@ -12,23 +13,9 @@ import (
 // proxies agree on, and what bounds the memory of a waiting POST.
 const maxEndpoint = 2048
 
-// endpointError is the rule that an endpoint URL breaks.
-type endpointError string
-
-func (e endpointError) Error() string { return "endpoint: " + string(e) }
-
-const (
-	errEndpointLength   endpointError = "longer than 2048 bytes"
-	errEndpointByte     endpointError = "a byte that has no place in a URL"
-	errEndpointEscape   endpointError = "bad percent-encoding"
-	errEndpointScheme   endpointError = "not http:// or https://"
-	errEndpointHost     endpointError = "malformed host"
-	errEndpointNumeric  endpointError = "numeric host that is no canonical address"
-	errEndpointPort     endpointError = "malformed port"
-	errEndpointPortList endpointError = "port not allowed"
-	errEndpointName     endpointError = "name of an internal network"
-	errEndpointAddr     endpointError = "address not allowed"
-)
+// errEndpoint refuses an endpoint URL. It does not name the rule that the URL breaks, as the
+// answer to the request does not either.
+var errEndpoint = errors.New("the endpoint is malformed, or not allowed by its URL")
 
 // destKind is the rule by which a destination is allowed, and so decides what its
 // addresses may be and whether it is rate-limited.
@@ -73,50 +60,50 @@ func (ep Endpoint) logURL() string {
 // bytes (fasthttp, net/url, a proxy, a log viewer) sees another host in them.
 func (g *guard) parse(raw []byte) (Endpoint, error) {
 	var ep Endpoint
-	authority, target, err := ep.splitURL(raw)
-	if err != nil {
-		return Endpoint{}, err
+	authority, target, ok := ep.splitURL(raw)
+	if !ok {
+		return Endpoint{}, errEndpoint
 	}
-	host, port, err := splitAuthority(authority, ep.tls)
-	if err != nil {
-		return Endpoint{}, err
+	host, port, ok := splitAuthority(authority, ep.tls)
+	if !ok {
+		return Endpoint{}, errEndpoint
 	}
 	ep.port = port
-	if ep.host, ep.addr, err = canonicalHost(host); err != nil {
-		return Endpoint{}, err
+	if ep.host, ep.addr, ok = canonicalHost(host); !ok {
+		return Endpoint{}, errEndpoint
 	}
 	path, _, _ := bytes.Cut(target, []byte("?"))
 	if ep.tls == (g.selfTLS != nil) && string(path) == g.selfPath && g.isSelf(ep.host, ep.addr, port) {
 		// All names of this server are one destination.
 		ep.kind, ep.host, ep.addr = destSelf, "localhost", netip.Addr{}
-	} else if err := g.classify(&ep); err != nil {
-		return Endpoint{}, err
+	} else if !g.classify(&ep) {
+		return Endpoint{}, errEndpoint
 	}
 	ep.assemble(target)
 	if _, err := url.PathUnescape(ep.target); err != nil {
-		return Endpoint{}, errEndpointEscape
+		return Endpoint{}, errEndpoint
 	}
 	return ep, nil
 }
 
 // splitURL checks the bytes and the scheme, and returns the rest of the URL in two
 // parts.
-func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
+func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, ok bool) {
 	if len(raw) > maxEndpoint {
-		return nil, nil, errEndpointLength
+		return nil, nil, false
 	}
 	for _, b := range raw {
 		// '#' and '\' are where readers of URLs differ most; the quotes and
 		// angle brackets are the ones that RFC 3986 has encoded, as
 		// they delimit URLs in text.
 		if b <= ' ' || b >= 0x7f || b == '#' || b == '\\' || b == '"' || b == '<' || b == '>' || b == '`' {
-			return nil, nil, errEndpointByte
+			return nil, nil, false
 		}
 	}
 	rest, ok := cutPrefixFold(raw, "http://")
 	if !ok {
 		if rest, ok = cutPrefixFold(raw, "https://"); !ok {
-			return nil, nil, errEndpointScheme
+			return nil, nil, false
 		}
 		ep.tls = true
 	}
@@ -124,33 +111,31 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, err error) {
 	if i := bytes.IndexAny(rest, "/?"); i >= 0 {
 		authority, target = rest[:i], rest[i:]
 	}
-	return authority, target, nil
+	return authority, target, true
 }
 
 // canonicalHost returns the host in its one spelling, without brackets, and the address if it
 // is one.
-func canonicalHost(host []byte) (name string, addr netip.Addr, err error) {
+func canonicalHost(host []byte) (name string, addr netip.Addr, ok bool) {
 	if inner, ok := bytes.CutPrefix(host, []byte("[")); ok {
 		inner, ok = bytes.CutSuffix(inner, []byte("]"))
 		// A v4 address in v6 clothes is another spelling of the address.
 		addr, err := netip.ParseAddr(string(inner))
 		if !ok || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
-			return "", netip.Addr{}, errEndpointHost
+			return "", netip.Addr{}, false
 		}
-		return addr.String(), addr, nil
+		return addr.String(), addr, true
 	}
-	if name, err = canonicalName(host); err != nil || !endsInNumber(name) {
-		return name, netip.Addr{}, err
+	if name, ok = canonicalName(host); !ok || !endsInNumber(name) {
+		return name, netip.Addr{}, ok
 	}
 	// A dot at the end would make it another spelling, too.
-	if addr, err = netip.ParseAddr(string(host)); err != nil || !addr.Is4() {
-		return "", netip.Addr{}, errEndpointNumeric
-	}
-	return name, addr, nil
+	addr, err := netip.ParseAddr(string(host))
+	return name, addr, err == nil && addr.Is4()
 }
 
-// classify decides by what rule another server than this one may be called.
-func (g *guard) classify(ep *Endpoint) error {
+// classify decides by what rule another server than this one may be called, if it may.
+func (g *guard) classify(ep *Endpoint) bool {
 	switch {
 	case g.hosts[hostPort{ep.host, ep.port}]:
 		ep.kind = destListed
@@ -160,15 +145,13 @@ func (g *guard) classify(ep *Endpoint) error {
 		// Some CIDR:PORT entry has the port: its addresses may have any name,
 		// also an internal one, and the dial decides.
 	case !defaultPort(ep.port):
-		return errEndpointPortList
+		return false
 	case ep.addr.IsValid():
-		if g.base.SafeAddr(ep.addr) != nil {
-			return errEndpointAddr
-		}
+		return g.base.SafeAddr(ep.addr) == nil
 	default:
-		return checkPublicName(ep.host)
+		return isPublicName(ep.host)
 	}
-	return nil
+	return true
 }
 
 // assemble builds the canonical URL; the origin and the target are parts of it.
@@ -201,39 +184,24 @@ func cutPrefixFold(b []byte, prefix string) ([]byte, bool) {
 
 // splitAuthority takes host and port apart; the host keeps its brackets. A
 // user part has no place in either and is refused with them.
-func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, err error) {
-	host = authority
-	var digits []byte
-	hasPort := false
+func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, ok bool) {
+	port = 80
+	if tls {
+		port = 443
+	}
+	end := bytes.IndexByte(authority, ':')
 	if len(authority) > 0 && authority[0] == '[' {
-		i := bytes.IndexByte(authority, ']')
-		if i < 0 {
-			return nil, 0, errEndpointHost
+		end = bytes.IndexByte(authority, ']') + 1
+	}
+	host = authority
+	if end >= 0 && end < len(authority) {
+		host = authority[:end]
+		port, ok = parsePort(string(authority[end+1:]))
+		if !ok || authority[end] != ':' {
+			return nil, 0, false
 		}
-		host = authority[:i+1]
-		if after := authority[i+1:]; len(after) > 0 {
-			if after[0] != ':' {
-				return nil, 0, errEndpointHost
-			}
-			digits, hasPort = after[1:], true
-		}
-	} else {
-		host, digits, hasPort = bytes.Cut(authority, []byte(":"))
 	}
-	if len(host) == 0 {
-		return nil, 0, errEndpointHost
-	}
-	if !hasPort {
-		if tls {
-			return host, 443, nil
-		}
-		return host, 80, nil
-	}
-	port, ok := parsePort(string(digits))
-	if !ok {
-		return nil, 0, errEndpointPort
-	}
-	return host, port, nil
+	return host, port, len(host) > 0
 }
 
 // parsePort takes the one spelling of a port only: another one would be a
@@ -245,18 +213,18 @@ func parsePort(digits string) (uint16, bool) {
 
 // canonicalName returns the canonical form of host (lower case, no root dot), if its labels
 // are of letters, digits, hyphens and underscores as names of hosts are.
-func canonicalName(host []byte) (string, error) {
+func canonicalName(host []byte) (name string, ok bool) {
 	host = bytes.TrimSuffix(host, []byte("."))
 	if len(host) > 253 {
-		return "", errEndpointHost
+		return "", false
 	}
 	for label := range bytes.SplitSeq(host, []byte(".")) {
 		n := len(label)
 		if n == 0 || n > 63 || label[0] == '-' || label[n-1] == '-' || bytes.ContainsFunc(label, notInName) {
-			return "", errEndpointHost
+			return "", false
 		}
 	}
-	return strings.ToLower(string(host)), nil
+	return strings.ToLower(string(host)), true
 }
 
 func notInName(r rune) bool {
@@ -287,16 +255,9 @@ var internalSuffixes = map[string]bool{
 	"onion": true, "alt": true,
 }
 
-// checkPublicName refuses names that cannot be those of public hosts.
-func checkPublicName(name string) error {
+// isPublicName reports whether name can be that of a public host. Underscores occur in names
+// given by container engines: good for the allow-list, not for public hosts.
+func isPublicName(name string) bool {
 	dot := strings.LastIndexByte(name, '.')
-	if dot < 0 || internalSuffixes[name[dot+1:]] {
-		return errEndpointName
-	}
-	// Underscores occur in names given by container engines: good for the
-	// allow-list, not for public hosts.
-	if strings.Contains(name, "_") {
-		return errEndpointHost
-	}
-	return nil
+	return dot >= 0 && !internalSuffixes[name[dot+1:]] && !strings.Contains(name, "_")
 }

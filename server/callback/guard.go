@@ -68,13 +68,6 @@ type hostPort struct {
 	port uint16
 }
 
-// selfAddr is a public listen address of this server.
-type selfAddr struct {
-	host string // canonical; empty: all addresses
-	port uint16
-	dial []string // where the listener is reached, tried in order
-}
-
 // guard decides where callbacks may go: by the text of the URL (parse), and
 // again by the address of every connection at the moment it is made, so that
 // it does not matter what a resolver answered before. It does not change once
@@ -82,8 +75,8 @@ type selfAddr struct {
 type guard struct {
 	hosts    map[hostPort]bool
 	nets     []allowedNet
-	self     selfAddr // the zero one without a listener
-	ownPorts []uint16 // public and admin
+	self     netip.AddrPort // of the public listener; the zero one without
+	ownPorts []uint16       // public and admin; 0 without one
 	selfTLS  func() *tls.Config
 	selfPath string
 	base     *ssrf.Guardian
@@ -101,6 +94,8 @@ func newGuard(cfg *Config) (*guard, error) {
 		base:       ssrf.New(ssrf.WithAnyPort(), ssrf.WithAnyNetwork(), ssrf.WithDeniedV4Prefixes(extraDenied4...)),
 		resolver:   cmp.Or(cfg.Resolver, net.DefaultResolver),
 		tls:        cfg.tls,
+		self:       cfg.SelfAddr,
+		ownPorts:   []uint16{cfg.SelfAddr.Port(), cfg.AdminAddr.Port()},
 		selfTLS:    cfg.SelfTLS,
 		selfPath:   cfg.SelfPath,
 		interfaces: net.InterfaceAddrs,
@@ -113,19 +108,6 @@ func newGuard(cfg *Config) (*guard, error) {
 	}
 	if err := g.allowAll(cfg.Allow); err != nil {
 		return nil, err
-	}
-	for _, own := range []struct {
-		name, addr string
-		to         *selfAddr
-	}{{"listen", cfg.SelfAddr, &g.self}, {"admin listen", cfg.AdminAddr, new(selfAddr)}} {
-		if own.addr == "" {
-			continue
-		}
-		var err error
-		if *own.to, err = parseSelf(own.addr); err != nil {
-			return nil, fmt.Errorf("%s address %q: %w", own.name, own.addr, err)
-		}
-		g.ownPorts = append(g.ownPorts, own.to.port)
 	}
 	return g, nil
 }
@@ -173,45 +155,18 @@ func (g *guard) allow(entry string) error {
 		g.nets = append(g.nets, allowedNet{prefix, port})
 		return nil
 	}
-	name, _, err := canonicalHost([]byte(host))
-	if err != nil {
+	name, _, ok := canonicalHost([]byte(host))
+	if !ok {
 		return errors.New("bad host, want a name, an IPv4 address, or an IPv6 address in brackets")
 	}
 	g.hosts[hostPort{name, port}] = true
 	return nil
 }
 
-// parseSelf reads an own listen address. Listeners name all addresses in
-// several ways; those are reached over loopback.
-func parseSelf(listen string) (selfAddr, error) {
-	host, digits, err := net.SplitHostPort(listen)
-	if err != nil {
-		return selfAddr{}, err
-	}
-	port, ok := parsePort(digits)
-	if !ok {
-		return selfAddr{}, errors.New("bad port")
-	}
-	self := selfAddr{port: port, dial: []string{listen}}
-	if addr, err := netip.ParseAddr(host); err == nil {
-		if !addr.IsUnspecified() {
-			self.host = addr.Unmap().WithZone("").String()
-			return self, nil
-		}
-	} else if host != "" {
-		self.host, err = canonicalName([]byte(host))
-		return self, err
-	}
-	// By address: without a hosts file, as in an empty container, the name
-	// localhost would be asked of the network.
-	self.dial = []string{net.JoinHostPort("127.0.0.1", digits), net.JoinHostPort("::1", digits)}
-	return self, nil
-}
-
 // isSelf reports whether host and port name this server's public listener.
 func (g *guard) isSelf(host string, addr netip.Addr, port uint16) bool {
-	return port == g.self.port && (host == "localhost" || host == g.self.host ||
-		addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}))
+	return port == g.self.Port() && (host == "localhost" || addr.IsValid() && (addr == g.self.Addr().Unmap().WithZone("") ||
+		addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1})))
 }
 
 func (g *guard) inAllowedNet(addr netip.Addr, port uint16) bool {
@@ -366,11 +321,16 @@ func (g *guard) lookupName(d *destination) string {
 	return d.host
 }
 
-// dialSelf connects to this server's own listener, wherever that is: no name
-// and no address of the URL is used.
+// dialSelf connects to this server's own listener: no name and no address of the URL is used.
+// One that listens on all addresses is reached over loopback. The name localhost would be
+// asked of the network where there is no hosts file, as in an empty container.
 func (g *guard) dialSelf(ctx context.Context) (conn net.Conn, err error) {
-	for _, addr := range g.self.dial {
-		if conn, err = g.connect(ctx, &net.Dialer{}, addr); err == nil {
+	at := []netip.Addr{g.self.Addr()}
+	if at[0].IsUnspecified() {
+		at = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
+	}
+	for _, addr := range at {
+		if conn, err = g.connect(ctx, &net.Dialer{}, netip.AddrPortFrom(addr, g.self.Port()).String()); err == nil {
 			break
 		}
 	}

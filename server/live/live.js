@@ -464,12 +464,15 @@
     text("lost-when", (now ? "The figures below are those of " + clock(Math.floor(now.time / 1000) * 1000) + ". " : "") + (s ? "Trying again in " + s + " s." : "Trying again."));
   }
 
+  // A user and a password in the address of the page are not in it: fetch takes no such URL.
+  const source = new URL("api/live", location.origin + location.pathname);
+
   async function ask() {
     asking = true;
     const stopping = now && now.ready.checks.server.reason === "shutting down";
     let m = null, why = !now ? "No connection to the server." : stopping ? "The server is stopping." : "Connection lost.";
     try {
-      const answer = await fetch("api/live?has=" + has, { signal: AbortSignal.timeout(silence), cache: "no-store" });
+      const answer = await fetch(source + "?has=" + has, { signal: AbortSignal.timeout(silence), cache: "no-store" });
       if (answer.ok) m = await answer.json();
       else why = "The server answers " + answer.status + ".";
     } catch { } // no connection, or no answer in time

@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -208,12 +209,18 @@ func browse(t *testing.T, seen func(p *page) func(any)) *page {
 // open shows the page of s in a window of the given width.
 func open(t *testing.T, s *server, width, height int64, scheme string) *page {
 	t.Helper()
-	p := browse(t, func(p *page) func(any) { return p.listen("http://" + s.admin + "/") })
+	return openAs(t, s, "", width, height, scheme)
+}
+
+// openAs is open with what is before the host in the address: a user and a password.
+func openAs(t *testing.T, s *server, user string, width, height int64, scheme string) *page {
+	t.Helper()
+	p := browse(t, func(p *page) func(any) { return p.listen("http://"+s.admin+"/", "http://"+user+s.admin+"/") })
 	call(p, log.Enable, cdp.Empty{})
 	call(p, network.Enable, network.EnableParams{})
 	p.do(chromedp.EmulateViewport(width, height, chromedp.EmulateScale(1)))
 	p.prefer(scheme)
-	p.do(chromedp.Navigate("http://" + s.admin + "/"))
+	p.do(chromedp.Navigate("http://" + user + s.admin + "/"))
 	p.until(`["live", "warn", "bad"].includes(document.getElementById("link").dataset.state)`)
 	t.Cleanup(func() {
 		p.mu.Lock()
@@ -226,7 +233,7 @@ func open(t *testing.T, s *server, width, height int64, scheme string) *page {
 }
 
 // listen notes what a page that needs nothing but its server never does.
-func (p *page) listen(origin string) func(any) {
+func (p *page) listen(origins ...string) func(any) {
 	fault := func(format string, args ...any) {
 		p.faults = append(p.faults, fmt.Sprintf(format, args...))
 	}
@@ -246,7 +253,8 @@ func (p *page) listen(origin string) func(any) {
 				fault("%s: %s", e.Entry.Level, e.Entry.Text)
 			}
 		case *network.EventRequestWillBeSent:
-			if !strings.HasPrefix(e.Request.URL, origin) && !strings.HasPrefix(e.Request.URL, "data:") {
+			its := func(origin string) bool { return strings.HasPrefix(e.Request.URL, origin) }
+			if !slices.ContainsFunc(origins, its) && !its("data:") {
 				fault("asks for %s", e.Request.URL)
 			}
 		}
@@ -812,6 +820,17 @@ func waitReady(t *testing.T, s *server) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	t.Fatal("the server does not get ready")
+}
+
+// TestPageTakesTheTokenFromItsAddress: people keep http://user:TOKEN@host/ as a bookmark.
+func TestPageTakesTheTokenFromItsAddress(t *testing.T) {
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte("open-sesame\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := startServer(t, "--admin-token-file="+token)
+	p := openAs(t, s, "anyone:open-sesame@", 1280, 900, "light")
+	p.until(`document.getElementById("who").textContent === "verve / host-1"`)
 }
 
 // TestPageSaysWhenTheConnectionIsLost, keeps the last figures marked as old, and
