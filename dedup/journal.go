@@ -188,8 +188,6 @@ type known struct {
 type firstEpoch struct {
 	pastRead          bool                // journal.past was called
 	logged, published uint64              // for the new slot of the newest epoch, if that goes on
-	serial            uint64              // of the newest epoch, once it goes on
-	load              load                // that it had then
 	start             time.Time           // of the last window that has records, or will have when Past.Recovered is published
 	sum               uint64              // of those records
 	others            []counter.Published // the last windows of other publishers
@@ -626,13 +624,14 @@ func (j *journal) free(i int) {
 // errWaiting answers the ids of an epoch that got no slot.
 var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable, slotCount-startSlots)
 
-// begin writes a slot for e, which is being opened, and returns the slot, which is for end.
-// The ids of e may be added only if there is no error.
+// begin writes a slot for e, which is being opened, and returns the slot, which is for end, and
+// what the tables have of e, if an earlier process opened it. The ids of e may be added only if
+// there is no error.
 //
 // The slot of the first epoch of a process, and of one of another length than the last, is on
 // the disk when begin returns: the next process trusts it. The other slots are synced in the
 // background. If power is lost before that, the next process makes such slots again (recreate).
-func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
+func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	first := j.counts != nil
@@ -641,31 +640,31 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 		if goesOn {
 			of = j.newest.of()
 		}
-		return of, *broken
+		return of, had, *broken
 	}
 	defer j.caught(&err, debug.SetPanicOnFault(true))
 	if goesOn && j.first.unfit != nil {
-		return j.newest.of(), j.first.unfit
+		return j.newest.of(), had, j.first.unfit
 	}
 	if !goesOn && e.Serial() <= j.newest.serial {
-		return of, fmt.Errorf("%w: epoch %d was opened by an earlier process", ErrUnavailable, e.Serial())
+		return of, had, fmt.Errorf("%w: epoch %d was opened by an earlier process", ErrUnavailable, e.Serial())
 	}
 	i, free := j.freeSlot()
 	if free == 0 || free <= startSlots && !first {
-		return of, errWaiting
+		return of, had, errWaiting
 	}
 	o := j.opening(e, first, goesOn)
 	o.slot = i
 	before := j.newest
 	if goesOn {
-		j.first.serial, j.first.load = o.serial, j.counts[o.serial]
+		had = j.counts[o.serial]
 		j.keyed[o.serial].resume(e)
 	}
 	of = o.of() // from here on it is for end, also after a fault
 	j.write(&o)
 	if !j.begun || o.window != before.window {
 		if err := j.syncPart(stateName, j.state); err != nil {
-			return of, err
+			return of, had, err
 		}
 		j.begun = true
 	}
@@ -680,7 +679,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, err error) {
 		e.MarkInexact()
 	}
 	j.changed()
-	return of, nil
+	return of, had, nil
 }
 
 // opening returns the content of the slot of e.

@@ -267,10 +267,9 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 	m.unretired++
 	if m.journal != nil {
 		v.journal.Store(m.journal)
-		if v.kept, v.refused = m.journal.begin(e); m.journal.broken.Load() != nil {
+		if v.kept, v.before, v.refused = m.journal.begin(e); m.journal.broken.Load() != nil {
 			v.refused = nil // the journal refuses, until it is replaced
 		}
-		v.before = m.journal.resumed(e.Serial())
 		v.narrowSample.Store(v.before.narrow / sampleEvery)
 		v.wideSample.Store(v.before.wide / sampleEvery)
 	}

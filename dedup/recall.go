@@ -164,12 +164,3 @@ func (j *journal) peak() (p load) {
 	}
 	return p
 }
-
-// resumed returns what the tables have of the epoch just begun, if an earlier
-// process opened it.
-func (j *journal) resumed(serial uint64) load {
-	if serial != j.first.serial {
-		return load{}
-	}
-	return j.first.load
-}

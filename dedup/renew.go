@@ -125,7 +125,7 @@ func (m *Memory) renew(j *journal) {
 	if v := m.current.Load(); v != nil && v.kept == (slotOf{}) && v.refused == nil && m.unretired > 0 {
 		// No request could add to the present epoch: it begins now.
 		var refused error
-		if v.kept, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {
+		if v.kept, _, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {
 			v.journal.Store(next) // opens it for requests
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"verve/counter"
 )
@@ -117,4 +119,35 @@ func TestSievesAreNotUsedWithoutAllTokens(t *testing.T) {
 			t.Errorf("%s: the sieves are used", name)
 		}
 	}
+}
+
+// TestTokensOfAKilledProcessAreInTheSieves: a start puts them into a table, and the sieves of the
+// next window have all of them.
+func TestTokensOfAKilledProcessAreInTheSieves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const ids = 300
+		cfg, l := small(t.TempDir()), newFakeSpool(t)
+		p := live(t, cfg, time.Minute, l)
+		for id := range ids {
+			if v, _, err := p.with(time.Now(), fmt.Sprint(id), "", "a token"); v != Unique || err != nil {
+				t.Fatal(v, err)
+			}
+		}
+		p.kill()
+		p = live(t, cfg, time.Minute, l)
+		later := time.Now().Add(time.Minute)
+		if v, _, err := p.with(later, "new", "", "a token"); v != Unique || err != nil {
+			t.Fatal(v, err)
+		}
+		p.m.sift()
+		if !p.m.current.Load().tokens.sieved.Load() {
+			t.Error("the sieves are not used")
+		}
+		for id := range ids {
+			if v, _, err := p.with(later, fmt.Sprint(id), "", "a token"); v != ReplayedBefore || err != nil {
+				t.Errorf("the retry of id %d: got %v, %v", id, v, err)
+			}
+		}
+		p.kill()
+	})
 }

@@ -101,12 +101,7 @@ func openBoltOnce(path string, files *keyFiles) (b *boltStore, st state, err err
 	// beyond the end of a file cut short fault. Both mean the same here. On
 	// this path the mapping and the descriptor of the damaged file may leak,
 	// once, which is the price of going on.
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			b, err = nil, fmt.Errorf("%w: %v", errDamaged, r)
-		}
-	}()
+	defer damagedByPanic(&err, debug.SetPanicOnFault(true))
 
 	info, statErr := os.Stat(path)
 	fresh := errors.Is(statErr, os.ErrNotExist)
@@ -398,13 +393,16 @@ func numbered(err error) error {
 }
 
 func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", errDamaged, r)
-		}
-	}()
+	defer damagedByPanic(&err, debug.SetPanicOnFault(true))
 	return b.db.View(fn)
+}
+
+// damagedByPanic is deferred where bbolt reads its file, and gets debug.SetPanicOnFault(true).
+func damagedByPanic(err *error, before bool) {
+	debug.SetPanicOnFault(before)
+	if r := recover(); r != nil {
+		*err = fmt.Errorf("%w: %v", errDamaged, r)
+	}
 }
 
 // encodeSeries returns what decodeSeries reads. Without keys it is that of firstVersion.

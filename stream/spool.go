@@ -534,14 +534,6 @@ func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]spooled, error)
 	return batch, nil
 }
 
-// scan is that of the store.
-func (s *Spool) scan(after, upTo uint64, limit int) ([]spooled, error) {
-	s.mu.Lock()
-	st := s.store
-	s.mu.Unlock()
-	return st.scan(after, upTo, limit)
-}
-
 // ack moves the sink's cursor. It moves in memory even when the disk refuses, so
 // that this process does not deliver twice; the error is for the caller to
 // retry, and a restart before it is repaired looks at the sink's tail.
@@ -582,11 +574,11 @@ func (s *Spool) watch() (pending int, changed <-chan struct{}) {
 	return s.pending, s.changed
 }
 
-// pendingRange returns how many records are pending, the last of them at head.
-func (s *Spool) pendingRange() (pending, head uint64) {
+// last returns the index of the last record.
+func (s *Spool) last() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return uint64(s.pending), s.head
+	return s.head
 }
 
 // Delivered returns StateSpooled or StateDelivered for a recent window, or an

@@ -224,18 +224,14 @@ func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err
 		if errors.Is(err, errOutOfOrder) {
 			return 0, fmt.Errorf("publish: %w", err)
 		}
-		if hidden, ok := log.Allow(time.Now()); ok {
-			s.cfg.Log.Error().Err(err).Str("window_start", r.WindowStart.Format(time.RFC3339Nano)).Uint64("hidden", hidden).
-				Msg("record is not in the spool yet, trying again")
-		}
+		log.Msg(s.cfg.Log.Error().Err(err).Str("window_start", r.WindowStart.Format(time.RFC3339Nano)), "record is not in the spool yet, trying again")
 		if werr := wait.Sleep(ctx); werr != nil {
 			return 0, fmt.Errorf("publish %s: %w (%w)", r.WindowStart.Format(time.RFC3339Nano), err, werr)
 		}
 	}
 	s.step(stepSynced)
 	s.cfg.Log.Debug().Str("key", r.Key()).Uint64("unique", r.Unique).Msg("record is in the spool")
-	_, head := s.spool.pendingRange() // one goroutine appends
-	return head, nil
+	return s.spool.last(), nil // one goroutine appends
 }
 
 // Run delivers until ctx ends. The sinks are independent of each other: each has
@@ -282,10 +278,11 @@ func (s *Stream) DeliveredTo() (place uint64, changed <-chan struct{}) {
 // Undelivered returns the places of the records of this group, in ScopeGroup, that
 // not every sink has.
 func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
+	s.spool.mu.Lock()
+	defer s.spool.mu.Unlock()
 	spooled := make(map[counter.Span]uint64)
-	pending, head := s.spool.pendingRange()
-	for after := head - pending; after < head; {
-		batch, err := s.spool.scan(after, head, batchSize)
+	for after, head := s.spool.head-uint64(s.spool.pending), s.spool.head; after < head; {
+		batch, err := s.spool.store.scan(after, head, batchSize)
 		if err != nil {
 			return nil, fmt.Errorf("read the spool: %w", err)
 		}
@@ -296,8 +293,8 @@ func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 			if e.record.Scope == ScopeGroup && e.record.Group == s.spool.group {
 				spooled[e.record.Span()] = e.index
 			}
+			after = e.index
 		}
-		after = batch[len(batch)-1].index
 	}
 	return spooled, nil
 }

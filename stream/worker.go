@@ -158,10 +158,7 @@ func (w *worker) failed(err error) {
 		w.failingSince = time.Now()
 	}
 	w.mu.Unlock()
-	if hidden, ok := w.log.Allow(time.Now()); ok {
-		w.stream.cfg.Log.Warn().Str("sink", w.name).Err(err).Uint64("hidden", hidden).
-			Msg("records are not delivered, trying again")
-	}
+	w.log.Msg(w.stream.cfg.Log.Warn().Str("sink", w.name).Err(err), "records are not delivered, trying again")
 }
 
 func (w *worker) recovered() {

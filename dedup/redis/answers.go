@@ -149,10 +149,8 @@ func (l *Ledger) keep(end bool) {
 		err = durable.ReplaceFile(l.cfg.File, b, 0o600)
 	}
 	if err != nil {
-		if hidden, ok := l.unkept.Allow(time.Now()); ok {
-			l.cfg.Log.Warn().Err(err).Uint64("hidden", hidden).
-				Msg("the answers of the open window are not kept on disk: a restart of this instance forgets that it has a part in it")
-		}
+		l.unkept.Msg(l.cfg.Log.Warn().Err(err),
+			"the answers of the open window are not kept on disk: a restart of this instance forgets that it has a part in it")
 		return
 	}
 	l.kept = k.Epochs

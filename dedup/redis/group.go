@@ -177,9 +177,7 @@ func (g *Group) try(ctx context.Context, message string, f func(context.Context)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		if hidden, ok := log.Allow(time.Now()); ok {
-			g.log.Warn().Err(err).Uint64("hidden", hidden).Msg(message)
-		}
+		log.Msg(g.log.Warn().Err(err), message)
 		if werr := wait.Sleep(ctx); werr != nil {
 			return errors.Join(err, werr)
 		}
@@ -201,9 +199,7 @@ func (g *Group) Run(ctx context.Context) error {
 	for {
 		_, changed := g.records.DeliveredTo()
 		if err := g.round(ctx); err != nil && ctx.Err() == nil {
-			if hidden, ok := log.Allow(time.Now()); ok {
-				g.log.Warn().Err(err).Uint64("hidden", hidden).Msg("the records of the group could not be published, trying again")
-			}
+			log.Msg(g.log.Warn().Err(err), "the records of the group could not be published, trying again")
 		}
 		select {
 		case <-g.wake:

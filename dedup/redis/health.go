@@ -47,11 +47,9 @@ func (h *health) log(e *zerolog.Event, line, more string) {
 	if h.samplers[line] == nil {
 		h.samplers[line] = &logline.Sampler{Every: logEvery}
 	}
-	hidden, due := h.samplers[line].Allow(time.Now())
+	s := h.samplers[line]
 	h.mu.Unlock()
-	if due {
-		e.Uint64("hidden", hidden).Msg(line + more)
-	}
+	s.Msg(e, line+more)
 }
 
 // failed notes an error of Redis or of the way to it.

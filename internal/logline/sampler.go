@@ -4,6 +4,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/rs/zerolog"
 )
 
 // Sampler lets the first Lines lines of each period of Every through and counts
@@ -41,6 +43,14 @@ func (s *Sampler) Allow(now time.Time) (hidden uint64, ok bool) {
 	}
 	s.lines++
 	return s.hidden.Swap(0), true
+}
+
+// Msg writes a line, with how many were hidden, if one may be written now. It is for what
+// fails a few times a second: the line is made even if it is hidden.
+func (s *Sampler) Msg(e *zerolog.Event, text string) {
+	if hidden, ok := s.Allow(time.Now()); ok {
+		e.Uint64("hidden", hidden).Msg(text)
+	}
 }
 
 // TakeHidden returns how many lines were hidden since the last one: for a report
