@@ -112,7 +112,7 @@ func (c *Counter) watch(now reading, sleep time.Duration) {
 	c.mu.Lock()
 	step, pause, changed := c.clock.look(now, c.last, sleep)
 	if e := c.open.Load(); e != nil && (step != 0 || pause > 0 && now.wall-e.start > c.clock.skew) {
-		e.interrupted = true
+		e.complete = false
 	}
 	problem := c.clock.seen.Problem
 	c.mu.Unlock()

@@ -94,7 +94,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	count := Count{
 		Start:    e.Start(),
 		Window:   e.Window(),
-		Complete: e.complete && !e.interrupted,
+		Complete: e.complete,
 		Exact:    e.Exact(),
 	}
 	if c.cfg.OnClose != nil {

@@ -53,8 +53,8 @@ type Store interface {
 type State interface {
 	// Retire releases it. It is called once, when the count of the epoch is published and
 	// no request can be in the epoch any more. The calls come in the order of the epochs,
-	// but that the one for an epoch in which nothing was counted may come early, with the
-	// lock of Open held.
+	// with one exception: that of an epoch in which nothing was counted may come early, with
+	// the lock of Open held.
 	Retire()
 }
 
@@ -75,8 +75,8 @@ type Config struct {
 
 	OnClose func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
 
-	// MaxSkew is how far the wall clock may be set, be behind the open epoch, or the
-	// process not run, before Stats reports it. 0: the clock is not watched.
+	// MaxSkew bounds how far the wall clock may be set or be behind the open epoch, and for
+	// how long the process may not run, before Stats reports it. 0: the clock is not watched.
 	MaxSkew time.Duration
 	OnClock func(problem string)       // called when Clock.Problem begins (with its text) and ends (empty). Optional.
 	OnPause func(absent time.Duration) // called after the process did not run, with the time it missed. Optional.
@@ -92,7 +92,7 @@ type Past struct {
 	Recovered []Recovered
 
 	// Lost are counts that no record can be made of: this publisher has published a
-	// later window. That takes files that an earlier version has left.
+	// later window. Only files that an earlier version has left have some.
 	Lost []Recovered
 
 	// Serial, Start and Window are those of the epoch opened last. Unless it is
@@ -196,7 +196,7 @@ func New(cfg Config) (*Counter, error) {
 		if l.Serial == serial && l.Unique == 0 {
 			continue // it goes on, and will have a record
 		}
-		c.turned = append(c.turned, newRecovered(l))
+		c.turned = append(c.turned, c.newRecovered(l))
 	}
 	e := c.newEpoch(nil, start, window)
 	e.serial = serial
@@ -276,13 +276,13 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 	start, window := c.epochAt(at)
 	next := c.newEpoch(e, start, window)
 	if next.start > e.end {
-		e.interrupted = true
+		e.complete = false
 		e.gap = next.start
 	}
 	if c.clock.skew > 0 { // the ticker may see it only after both
 		if step, pause := c.clock.irregular(c.cfg.clocks()); step != 0 || pause > 0 {
-			e.interrupted = true
-			next.interrupted = now-next.start > c.clock.skew
+			e.complete = false
+			next.complete = next.complete && now-next.start <= c.clock.skew
 		}
 	}
 	next.State = c.cfg.Store.Open(next)
@@ -293,7 +293,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 		// no caller sent any. The window becomes part of the gap after the last one
 		// that waits, which is not being closed: it is not the first.
 		c.turned[n-1].gap = next.start
-		c.turned[n-1].interrupted = true
+		c.turned[n-1].complete = false
 		e.retire()
 		e.keys.release(false) // ids that were refused may have been under some
 		return
@@ -310,7 +310,7 @@ func (c *Counter) Seal() {
 	if e == nil {
 		return
 	}
-	e.interrupted = true
+	e.complete = false
 	c.open.Store(nil)
 	c.handOver(e)
 }
@@ -334,25 +334,24 @@ func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	c.spare = nil
 	e.number, e.serial = floor(start, window), 1
 	e.start, e.end, e.window, e.before = start, start+window, window, start-window
-	if end := c.endOf(start, window); end < e.end {
-		e.end, e.interrupted = end, true
-	}
 	if prev != nil {
 		e.serial, e.before = prev.serial+1, prev.start
 		e.complete = prev.end == start
+	}
+	if end := c.endOf(start, window); end < e.end {
+		e.end, e.complete = end, false
 	}
 	e.label = time.Unix(0, e.start).UTC().AppendFormat(e.label[:0], time.RFC3339Nano)
 	return e
 }
 
 // newRecovered makes the sealed epoch of a count that an earlier process left.
-func newRecovered(l Recovered) *Epoch {
-	start := l.Start.UnixNano()
-	e := &Epoch{
-		number: start / int64(l.Window), serial: l.Serial, recovered: true, State: l.State,
-		start: start, end: start + int64(l.Window), window: int64(l.Window),
-		label: l.Start.UTC().AppendFormat(nil, time.RFC3339Nano), owed: l.Keys,
-	}
+func (c *Counter) newRecovered(l Recovered) *Epoch {
+	e := c.blank()
+	e.start, e.window = l.Start.UnixNano(), int64(l.Window)
+	e.end, e.number = e.start+e.window, e.start/e.window
+	e.serial, e.recovered, e.State, e.owed = l.Serial, true, l.State, l.Keys
+	e.label = l.Start.UTC().AppendFormat(e.label, time.RFC3339Nano)
 	e.inexact.Store(!l.Exact)
 	e.stripes[0].entered.Store(l.Unique)
 	e.stripes[0].unique.Store(l.Unique)

@@ -50,15 +50,14 @@ type Epoch struct {
 	window    int64  // its length, ns; it ends before that where the length changes
 	label     []byte // start, RFC 3339
 	before    int64  // start of the epoch before it, or of the window before; Unix time, ns
-	complete  bool   // opened at its start, from the epoch before
 	recovered bool   // counted by an earlier process
 
 	// inexact is set by MarkInexact, and read when the count of the epoch is final.
 	inexact atomic.Bool
 
-	// Set by the turn, before the closer sees the epoch.
-	interrupted bool  // ended before its time, or the process did not run at its end
-	gap         int64 // the start of the next one opened, if there are epochs between; Unix time, ns
+	// Set by the turns and the clock watch, before the closer sees the epoch. Counter.mu is held.
+	complete bool  // opened at its start, from the epoch before, and left at its end; the process ran then, and the clock was not set
+	gap      int64 // the start of the next one opened, if there are epochs between; Unix time, ns
 
 	// State is what the Store returned from Open: set before the first request can enter,
 	// and nil again once it is retired.

@@ -71,7 +71,7 @@ func (t *keyTable) at(slot uint32) *Key {
 // key. All methods are safe for concurrent use.
 type Keys struct {
 	max    int
-	memory *keyMemory // of all epochs; nil: none is bounded or used again
+	memory *keyMemory // of all epochs
 	filled atomic.Int64
 	table  atomic.Pointer[keyTable] // nil: no key yet, or released
 
@@ -95,7 +95,7 @@ type keyMemory struct {
 }
 
 // full reports whether there is no room for another key.
-func (m *keyMemory) full() bool { return m != nil && m.limit > 0 && m.used.Load() >= m.limit }
+func (m *keyMemory) full() bool { return m.limit > 0 && m.used.Load() >= m.limit }
 
 const (
 	// firstKeys is the size of the smallest table.
@@ -234,9 +234,7 @@ func (ks *Keys) resize(size int) *keyTable {
 // take counts memory. ks.adding is held.
 func (ks *Keys) take(n int64) {
 	ks.bytes += n
-	if ks.memory != nil {
-		ks.memory.used.Add(n)
-	}
+	ks.memory.used.Add(n)
 }
 
 // prepare makes the table for so many keys, so that no request has to wait for it. Where the
@@ -270,7 +268,7 @@ func (ks *Keys) release(last bool) {
 	if ks.over = true; last {
 		return
 	}
-	if table := ks.table.Swap(nil); ks.memory != nil && ks.late.Load() == 0 {
+	if table := ks.table.Swap(nil); ks.late.Load() == 0 {
 		ks.memory.free.Store(table)
 	}
 }

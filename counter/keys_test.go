@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-func keysOf(most int) *Keys { return &Keys{max: most} }
+func keysOf(most int) *Keys { return &Keys{max: most, memory: new(keyMemory)} }
 
 // add counts one id under a key, as a Store does. The hash is a bad one: keys collide.
 func add(ks *Keys, name string) bool {

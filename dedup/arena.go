@@ -17,14 +17,6 @@ type arena struct {
 	workers int
 }
 
-// memory is what was handed out: the bytes, and whether the system gave them.
-type memory struct {
-	bytes  []byte
-	mapped bool
-}
-
-func (m memory) size() uint64 { return uint64(len(m.bytes)) }
-
 // populateMin is the smallest table whose pages are made resident at once.
 // In a smaller one the faults of first use cost less than pages that are never used.
 const populateMin = 2 << 20
@@ -33,32 +25,31 @@ const populateMin = 2 << 20
 // aligned to their own cache lines. Large ones are resident when it returns:
 // a fault in a request costs more than the request. Those that are not resident
 // take memory as they are used.
-func allocate[B any](a *arena, n uint64, resident bool) ([]B, memory, error) {
+func allocate[B any](a *arena, n uint64, resident bool) (values []B, memory []byte, err error) {
 	var b B
 	size := n * uint64(unsafe.Sizeof(b))
 	if err := a.room(size); err != nil {
-		return nil, memory{}, err
+		return nil, nil, err
 	}
 	// Two that ask for the last room at the same time can both be refused.
 	if used := a.used.Add(size); a.max > 0 && used > a.max {
 		a.used.Add(-size)
-		return nil, memory{}, errNoRoom
+		return nil, nil, errNoRoom
 	}
 	if a.heap {
 		// No pointers inside: the garbage collector does not look into it.
-		values := make([]B, n)
-		return values, memory{bytes: unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), size)}, nil
+		values = make([]B, n)
+		return values, unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), size), nil
 	}
 	workers := 0
 	if resident && size >= populateMin {
 		workers = max(1, a.workers)
 	}
-	bytes, err := mapMemory(size, workers)
-	if err != nil {
+	if memory, err = mapMemory(size, workers); err != nil {
 		a.used.Add(-size)
-		return nil, memory{}, fmt.Errorf("%w: %d bytes: %w", ErrFull, size, err)
+		return nil, nil, fmt.Errorf("%w: %d bytes: %w", ErrFull, size, err)
 	}
-	return unsafe.Slice((*B)(unsafe.Pointer(&bytes[0])), n), memory{bytes: bytes, mapped: true}, nil
+	return unsafe.Slice((*B)(unsafe.Pointer(&memory[0])), n), memory, nil
 }
 
 // errNoRoom is made once: with the tables full it answers every request.
@@ -73,15 +64,15 @@ func (a *arena) room(size uint64) error {
 }
 
 // populate makes memory resident that others may be using.
-func (a *arena) populate(m memory) {
-	if m.mapped && m.size() >= populateMin {
-		populateMemory(m.bytes, max(1, a.workers))
+func (a *arena) populate(memory []byte) {
+	if !a.heap && len(memory) >= populateMin {
+		populateMemory(memory, max(1, a.workers))
 	}
 }
 
-func (a *arena) free(m memory) {
-	a.used.Add(-m.size())
-	if m.mapped {
-		unmapMemory(m.bytes)
+func (a *arena) free(memory []byte) {
+	a.used.Add(-uint64(len(memory)))
+	if !a.heap {
+		unmapMemory(memory)
 	}
 }

@@ -269,7 +269,7 @@ func benchmarkOptions(b *testing.B, with optionForm, ids, size int, uuids bool) 
 		in.Leave(uint64(size), 0, 0)
 	}
 	b.ReportMetric(float64((userTime(b)-began).Nanoseconds())/float64(b.N), "user-ns/id")
-	b.ReportMetric(float64(m.current.Load().tokens.table.bytes)/float64(ids), "token-B/id")
+	b.ReportMetric(float64(m.current.Load().tokens.table.slots*8)/float64(ids), "token-B/id")
 }
 
 // uuidOf appends the UUID of a number.

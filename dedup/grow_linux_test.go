@@ -10,8 +10,8 @@ import (
 // resident returns how many pages of a level are in memory, and how many it has.
 func resident(t *testing.T, l *level[narrowBucket]) (n, all int) {
 	t.Helper()
-	pages := make([]byte, (l.memory.size()+4095)/4096)
-	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&l.memory.bytes[0])), uintptr(l.memory.size()), uintptr(unsafe.Pointer(&pages[0]))); errno != 0 {
+	pages := make([]byte, (len(l.memory)+4095)/4096)
+	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&l.memory[0])), uintptr(len(l.memory)), uintptr(unsafe.Pointer(&pages[0]))); errno != 0 {
 		t.Fatal(errno)
 	}
 	for _, p := range pages {

@@ -337,7 +337,7 @@ func TestInterleavingsOfGrowthAhead(t *testing.T) {
 		s.adds(r, "b", 0, b)
 		r.Go("cleaner", s.m.growAhead)
 		r.Check(func() error {
-			if has, used := s.m.narrow.open.bytes+s.m.wide.open.bytes, s.m.arena.used.Load(); has != used {
+			if has, used := s.m.narrow.open.slots*8+s.m.wide.open.slots*16, s.m.arena.used.Load(); has != used {
 				return fmt.Errorf("the levels have %d bytes, and %d are in use", has, used)
 			}
 			return s.room()

@@ -1,6 +1,7 @@
 package dedup
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -35,7 +36,9 @@ import (
 //	state      the secret, the epochs (slots), and which segments there are
 //	ids-NNNNN  segments: the ids
 type journal struct {
-	journalConfig
+	Config           // of its Memory
+	publisher uint64 // who publishes the counts, as publisherOf
+	nudge     func() // wakes Run, which calls prepare
 
 	writers sync.Pool // of *writer
 
@@ -77,23 +80,16 @@ type journal struct {
 	first     firstEpoch
 }
 
-// journalConfig is what a journal has in common with the one that takes its place.
-type journalConfig struct {
-	dir           string
-	segmentChunks int
-	boot          uint32
-	bootAt        func() time.Time // when the machine was started
-	publisher     uint64           // who publishes the counts, as publisherOf
-	window        time.Duration    // of the epochs to be opened; 0: not known
-	nudge         func()           // wakes Run, which calls prepare
-	onFailure     func(error)      // called with the new value of broken; may be nil
-	step          func()           // tests: called between the stores of a slot, and between the steps of making a file
-	msync         func(name string, b []byte) error
-}
-
 // newJournal returns a journal that is not opened yet.
-func newJournal(cfg journalConfig) *journal {
-	j := &journal{journalConfig: cfg, failed: make(chan struct{}, 1), turned: make(chan struct{}, 1)}
+func newJournal(cfg Config, nudge func()) *journal {
+	cfg.boot, cfg.segmentChunks = cmp.Or(cfg.boot, bootID()), cmp.Or(cfg.segmentChunks, segmentChunks)
+	if cfg.bootAt == nil {
+		cfg.bootAt = bootTime
+	}
+	if cfg.msync == nil {
+		cfg.msync = func(_ string, b []byte) error { return syncMapped(b) }
+	}
+	j := &journal{Config: cfg, publisher: publisherOf(cfg.Publisher), nudge: nudge, failed: make(chan struct{}, 1), turned: make(chan struct{}, 1)}
 	j.writers.New = func() any { return new(writer) }
 	return j
 }
@@ -219,38 +215,38 @@ func cannotKeep(err error) error {
 	return err
 }
 
-// openJournal opens or makes the directory. A damaged one is renamed, setAside is called
+// openJournal opens or makes the directory. A damaged one is renamed, OnSetAside is called
 // with its new name, and a new one is made.
-func openJournal(cfg journalConfig, setAside func(name string, reason error)) (*journal, error) {
+func openJournal(cfg Config, nudge func()) (*journal, error) {
 	if !mappable {
 		return nil, cannotKeep(errors.ErrUnsupported)
 	}
-	j := newJournal(cfg)
+	j := newJournal(cfg, nudge)
 	err := j.open()
 	var damage *damagedError
 	if errors.As(err, &damage) {
-		if full := noSpace(j.dir); full != nil {
+		if full := noSpace(j.Dir); full != nil {
 			j.release()
-			return nil, fmt.Errorf("dedup: %s cannot be opened: %w: %w", j.dir, full, damage)
+			return nil, fmt.Errorf("dedup: %s cannot be opened: %w: %w", j.Dir, full, damage)
 		}
-		left := salvage(filepath.Join(j.dir, stateName))
-		name, asideErr := durable.SetAside(j.dir)
+		left := salvage(filepath.Join(j.Dir, stateName))
+		name, asideErr := durable.SetAside(j.Dir)
 		if asideErr != nil {
 			j.release()
-			return nil, fmt.Errorf("dedup: %s is damaged (%w) and cannot be set aside: %w", j.dir, damage, asideErr)
+			return nil, fmt.Errorf("dedup: %s is damaged (%w) and cannot be set aside: %w", j.Dir, damage, asideErr)
 		}
 		j.release()
-		if setAside != nil {
-			setAside(name, damage)
+		if j.OnSetAside != nil {
+			j.OnSetAside(name, damage)
 		}
 		ran := j.ran
-		j = newJournal(j.journalConfig)
+		j = newJournal(j.Config, nudge)
 		if err = j.open(); err == nil {
 			j.ran = ran
 			err = j.restore(left)
 		}
 	}
-	if durable.NoSpace(err) && !hasState(j.dir) {
+	if durable.NoSpace(err) && !hasState(j.Dir) {
 		j.release()
 		j.unmade(err)
 		return j, nil
@@ -266,7 +262,7 @@ func openJournal(cfg journalConfig, setAside func(name string, reason error)) (*
 	serves := err == nil || errors.Is(err, ErrFull) || j.broken.Load() != nil && !errors.Is(err, errors.ErrUnsupported)
 	if !serves {
 		j.release()
-		return nil, fmt.Errorf("open %s: %w", j.dir, err)
+		return nil, fmt.Errorf("open %s: %w", j.Dir, err)
 	}
 	return j, nil
 }
@@ -285,20 +281,20 @@ func (j *journal) unmade(err error) {
 	j.broken.Store(&reason)
 	j.moved = true
 	j.counts = map[uint64]load{}
-	if j.onFailure != nil {
-		j.onFailure(reason)
+	if j.OnFailure != nil {
+		j.OnFailure(reason)
 	}
 }
 
 func (j *journal) open() error {
-	if err := durable.MkdirAll(j.dir); err != nil {
+	if err := durable.MkdirAll(j.Dir); err != nil {
 		return err
 	}
 	if err := j.takeLock(); err != nil {
 		return err
 	}
 	j.removeReplaced() // what it holds was published
-	entries, err := os.ReadDir(j.dir)
+	entries, err := os.ReadDir(j.Dir)
 	if err != nil {
 		return err
 	}
@@ -307,14 +303,14 @@ func (j *journal) open() error {
 		name := entry.Name()
 		var index int
 		if strings.HasSuffix(name, tmpSuffix) {
-			if err := os.Remove(filepath.Join(j.dir, name)); err != nil {
+			if err := os.Remove(filepath.Join(j.Dir, name)); err != nil {
 				return err
 			}
 		} else if n, err := fmt.Sscanf(name, "ids-%05d", &index); err == nil && n == 1 && name == segmentName(index) && index < maxSegments {
 			have[index] = true
 		}
 	}
-	if !hasState(j.dir) {
+	if !hasState(j.Dir) {
 		if len(have) > 0 {
 			return damaged("the state file is missing")
 		}
@@ -324,12 +320,12 @@ func (j *journal) open() error {
 		j.made = true
 		// A damaged directory may have been here: a process that was killed right after it
 		// had set that aside.
-		beside, err := os.ReadDir(filepath.Dir(j.dir))
+		beside, err := os.ReadDir(filepath.Dir(j.Dir))
 		if err != nil {
 			return err
 		}
 		j.aside = slices.ContainsFunc(beside, func(e os.DirEntry) bool {
-			return strings.HasPrefix(e.Name(), filepath.Base(j.dir)+durable.DamagedSuffix)
+			return strings.HasPrefix(e.Name(), filepath.Base(j.Dir)+durable.DamagedSuffix)
 		})
 	}
 	return j.load(have)
@@ -337,7 +333,7 @@ func (j *journal) open() error {
 
 // takeLock makes this process the owner of the directory.
 func (j *journal) takeLock() error {
-	path := filepath.Join(j.dir, lockName)
+	path := filepath.Join(j.Dir, lockName)
 	if before, err := os.Stat(path); err == nil {
 		j.ran = before.ModTime() // it was written to last then, below
 	}
@@ -354,7 +350,7 @@ func (j *journal) takeLock() error {
 		owner := make([]byte, 64)
 		n, _ := f.ReadAt(owner, 0)
 		_ = f.Close()
-		return fmt.Errorf("%s is in use by process %s", j.dir, strings.TrimSpace(string(owner[:n])))
+		return fmt.Errorf("%s is in use by process %s", j.Dir, strings.TrimSpace(string(owner[:n])))
 	}
 	j.lock = f
 	// The owner before may have renamed the directory between the two calls.
@@ -363,7 +359,7 @@ func (j *journal) takeLock() error {
 		return err
 	}
 	if there, err := os.Stat(f.Name()); err != nil || !os.SameFile(mine, there) {
-		return fmt.Errorf("%s is in use by another process", j.dir)
+		return fmt.Errorf("%s is in use by another process", j.Dir)
 	}
 	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
@@ -387,13 +383,13 @@ func (j *journal) create() error {
 	if err := j.makeFile(stateName, stateBytes, header); err != nil {
 		return err
 	}
-	return durable.SyncDir(filepath.Dir(j.dir))
+	return durable.SyncDir(filepath.Dir(j.Dir))
 }
 
 // makeFile makes a file of size bytes with these words and zeros behind them, in the place of
 // the one of that name, if there is one. The file is complete and synced before it has its name.
 func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
-	path := filepath.Join(j.dir, name)
+	path := filepath.Join(j.Dir, name)
 	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
@@ -409,7 +405,7 @@ func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
 		func() error { _, err := f.WriteAt(bytesOf(words), 0); return err },
 		f.Sync,
 		func() error { return os.Rename(path+tmpSuffix, path) },
-		func() error { return durable.SyncDir(j.dir) },
+		func() error { return durable.SyncDir(j.Dir) },
 	} {
 		if j.step != nil {
 			j.step()
@@ -476,7 +472,7 @@ func noSpace(dir string) error {
 }
 
 func (j *journal) loadState() error {
-	f, err := os.OpenFile(filepath.Join(j.dir, stateName), os.O_RDWR, 0)
+	f, err := os.OpenFile(filepath.Join(j.Dir, stateName), os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
@@ -768,7 +764,7 @@ func (o *opened) of() slotOf { return slotOf{o.slot, o.serial} }
 func (j *journal) caught(err *error, before bool) {
 	debug.SetPanicOnFault(before)
 	if fault := faultOf(recover()); fault != nil {
-		fault = j.fail(fmt.Errorf("%w: a file in %s cannot be written", fault, j.dir))
+		fault = j.fail(fmt.Errorf("%w: a file in %s cannot be written", fault, j.Dir))
 		if err != nil {
 			*err = fault
 		}
@@ -801,8 +797,8 @@ func (j *journal) fail(reason error) error {
 	err := fmt.Errorf("%w: %w", ErrUnavailable, reason)
 	if j.broken.CompareAndSwap(nil, &err) {
 		j.failed <- struct{}{}
-		if j.onFailure != nil {
-			j.onFailure(err)
+		if j.OnFailure != nil {
+			j.OnFailure(err)
 		}
 	}
 	return *j.broken.Load()
@@ -876,7 +872,7 @@ func (j *journal) syncPart(name string, b []byte) error {
 		return *broken
 	}
 	if err := j.msync(name, b); err != nil {
-		return j.fail(fmt.Errorf("sync %s: %w", filepath.Join(j.dir, name), err))
+		return j.fail(fmt.Errorf("sync %s: %w", filepath.Join(j.Dir, name), err))
 	}
 	return nil
 }

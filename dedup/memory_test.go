@@ -282,9 +282,9 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 	if m.narrow.next == nil || m.wide.next == nil {
 		t.Fatal("no larger tables were made")
 	}
-	next := m.narrow.next.bytes + m.wide.next.bytes
+	next := m.narrow.next.slots*8 + m.wide.next.slots*16
 	e.want(t, m, 2, "7", Unique) // turns: in is the last one in the old tables
-	if m.narrow.open.bytes+m.wide.open.bytes != next {
+	if m.narrow.open.slots*8+m.wide.open.slots*16 != next {
 		t.Fatal("the larger tables were not taken")
 	}
 	m.release()

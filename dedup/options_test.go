@@ -480,14 +480,19 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 }
 
 // TestTokensServeAfterAChangeOfWindow: the windows got shorter, and the one that counted the
-// id is not over.
+// id is not over; or they got longer, and the next one has lasted longer than that one.
 func TestTokensServeAfterAChangeOfWindow(t *testing.T) {
 	for _, tt := range []struct {
-		before, after, sleep time.Duration
-	}{{5 * time.Second, time.Second, 2 * time.Second}, {5 * time.Second, time.Second, 0}, {time.Second, 2 * time.Second, 1500 * time.Millisecond}} {
+		at, before, after, sleep time.Duration
+	}{
+		{0, 5 * time.Second, time.Second, 2 * time.Second}, {0, 5 * time.Second, time.Second, 0},
+		{0, time.Second, 2 * time.Second, 1500 * time.Millisecond}, {3500 * time.Millisecond, 500 * time.Millisecond, 4 * time.Second, 2 * time.Second},
+	} {
 		synctest.Test(t, func(t *testing.T) {
+			time.Sleep(tt.at)
 			l := newFakeSpool(t)
 			cfg := small(t.TempDir())
+			cfg.Window = tt.before
 			p := live(t, cfg, tt.before, l)
 			v, counted, err := p.with(time.Now(), "1", "", "a token")
 			if v != Unique || err != nil {
@@ -495,6 +500,7 @@ func TestTokensServeAfterAChangeOfWindow(t *testing.T) {
 			}
 			p.kill()
 			time.Sleep(tt.sleep)
+			cfg.Window = tt.after
 			p = live(t, cfg, tt.after, l)
 			e := p.c.Last()
 			v, _, err = p.with(time.Now(), "1", "", "a token")

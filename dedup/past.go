@@ -31,12 +31,12 @@ func publisherOf(name string) uint64 {
 // An epoch that may have lost ids gets a record even if none is missing: its other records are
 // exact. odd is not empty if the directory does not fit what this publisher has published, so
 // that ids may be missing; it is the reason.
-func (j *journal) past(name string, published map[string]counter.Published) (past counter.Past, odd string) {
+func (j *journal) past(published map[string]counter.Published) (past counter.Past, odd string) {
 	defer j.caught(nil, debug.SetPanicOnFault(true)) // an error is kept in broken
 	by := map[uint64]counter.Published{}
 	for other, p := range published {
 		by[publisherOf(other)] = p
-		if other != name {
+		if other != j.Publisher {
 			j.first.others = append(j.first.others, p)
 		}
 	}
@@ -309,15 +309,15 @@ func (j *journal) guess(last time.Time, behind bool) {
 	if behind || began.After(time.Now()) { // the start of the process that was copied; a clock was wrong
 		began = time.Time{}
 	}
-	if !j.aside || known || j.window == 0 || last.IsZero() && began.IsZero() {
+	if !j.aside || known || j.Window == 0 || last.IsZero() && began.IsZero() {
 		return
 	}
-	o := opened{window: j.window, publisher: j.publisher}
+	o := opened{window: j.Window, publisher: j.publisher}
 	if !last.IsZero() {
-		o.number = last.UnixNano()/int64(j.window) + 1
+		o.number = last.UnixNano()/int64(j.Window) + 1
 	}
 	if !began.IsZero() {
-		o.number = max(o.number, began.UnixNano()/int64(j.window))
+		o.number = max(o.number, began.UnixNano()/int64(j.Window))
 	}
 	if time.Now().Before(o.end()) {
 		return // the epoch to be opened is not exact

@@ -13,24 +13,7 @@ import (
 
 // openJournal opens the journal of cfg.Dir.
 func (m *Memory) openJournal() error {
-	if m.cfg.msync == nil {
-		m.cfg.msync = func(_ string, b []byte) error { return syncMapped(b) }
-	}
-	if m.cfg.bootAt == nil {
-		m.cfg.bootAt = bootTime
-	}
-	j, err := openJournal(journalConfig{
-		dir:           m.cfg.Dir,
-		segmentChunks: cmp.Or(m.cfg.segmentChunks, segmentChunks),
-		boot:          cmp.Or(m.cfg.boot, bootID()),
-		bootAt:        m.cfg.bootAt,
-		publisher:     publisherOf(m.cfg.Publisher),
-		window:        m.cfg.Window,
-		nudge:         m.nudge,
-		onFailure:     m.cfg.OnFailure,
-		step:          m.cfg.step,
-		msync:         m.cfg.msync,
-	}, m.cfg.OnSetAside)
+	j, err := openJournal(m.cfg, m.nudge)
 	if err != nil {
 		return err
 	}
@@ -48,7 +31,7 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}
 	}
-	past, odd := m.journal.past(m.cfg.Publisher, published)
+	past, odd := m.journal.past(published)
 	if odd != "" && m.cfg.OnSetAside != nil {
 		m.cfg.OnSetAside("", fmt.Errorf("%s %s", m.cfg.Dir, odd))
 	}
@@ -61,7 +44,7 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 func (m *Memory) recall() {
 	j := m.journal
 	past := time.Since(j.newest.end()) // its end; negative: it is not over
-	if j.newest.serial == 0 || past >= j.newest.window {
+	if j.newest.serial == 0 || past >= max(j.newest.window, m.cfg.Window) { // so is the window after it
 		return
 	}
 	var segments []*segment

@@ -66,11 +66,11 @@ func (m *Memory) keep(ctx context.Context) {
 // of the files that it has open succeed, and no later process finds them. Another directory
 // in its place may be that of another process, which is left alone.
 func (j *journal) noticeRemoval() error {
-	if hasState(j.dir) {
+	if hasState(j.Dir) {
 		return nil
 	}
 	j.moved = true
-	return j.fail(fmt.Errorf("%s was removed while the server runs", j.dir))
+	return j.fail(fmt.Errorf("%s was removed while the server runs", j.Dir))
 }
 
 // doubt marks the slots of a failed journal: a process that starts before their epochs are
@@ -107,13 +107,13 @@ func (m *Memory) renew(j *journal) {
 	if !j.settled() {
 		return
 	}
-	err := os.Rename(j.dir, durable.Aside(j.dir, replacedSuffix))
+	err := os.Rename(j.Dir, durable.Aside(j.Dir, replacedSuffix))
 	if err != nil && !(j.moved && errors.Is(err, fs.ErrNotExist)) {
 		return // the next tick tries again
 	}
 	j.moved = true
 	j.release() // its space may be all there is
-	next := newJournal(j.journalConfig)
+	next := newJournal(j.Config, j.nudge)
 	next.secret, next.first = m.secret, j.first
 	if err := next.renewed(j.counts != nil); err != nil {
 		next.release()
@@ -142,7 +142,7 @@ func (j *journal) renewed(first bool) error {
 		return err
 	}
 	if j.newest.serial != 0 {
-		return fmt.Errorf("%s has epochs of another process", j.dir)
+		return fmt.Errorf("%s has epochs of another process", j.Dir)
 	}
 	if !first {
 		j.counts, j.aside, j.powerLost = nil, false, false
@@ -155,13 +155,13 @@ func (j *journal) renewed(first bool) error {
 
 // removeReplaced removes what journals that were replaced have left.
 func (j *journal) removeReplaced() {
-	beside, err := os.ReadDir(filepath.Dir(j.dir))
+	beside, err := os.ReadDir(filepath.Dir(j.Dir))
 	if err != nil {
 		return // only space is lost, and the next start tries again
 	}
 	for _, e := range beside {
-		if strings.HasPrefix(e.Name(), filepath.Base(j.dir)+replacedSuffix) {
-			_ = os.RemoveAll(filepath.Join(filepath.Dir(j.dir), e.Name()))
+		if strings.HasPrefix(e.Name(), filepath.Base(j.Dir)+replacedSuffix) {
+			_ = os.RemoveAll(filepath.Join(filepath.Dir(j.Dir), e.Name()))
 		}
 	}
 }

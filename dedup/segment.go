@@ -181,7 +181,7 @@ func (j *journal) openSegment(index int) (*segment, error) {
 
 // mapSegment maps the file of a segment.
 func (j *journal) mapSegment(index int) (*segment, error) {
-	f, err := os.OpenFile(filepath.Join(j.dir, segmentName(index)), os.O_RDWR, 0)
+	f, err := os.OpenFile(filepath.Join(j.Dir, segmentName(index)), os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -520,7 +520,7 @@ func (j *journal) trim() (err error) {
 	j.making.Lock()
 	unmapFile(s.memory)
 	j.making.Unlock()
-	err = os.Remove(filepath.Join(j.dir, segmentName(s.index)))
+	err = os.Remove(filepath.Join(j.Dir, segmentName(s.index)))
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.segments[s.index] = nil // the index is free from here on

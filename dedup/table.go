@@ -12,8 +12,8 @@ import (
 // The table is an epoch-tagged hash table without locks.
 //
 // A key is first scattered to 64 bits, one to one. Multiplied by the number of
-// buckets, the high half of the product chooses the bucket and the low half
-// tells the keys of that bucket apart: two of them differ by at least the
+// buckets, the high half of the product chooses the bucket, and the low half
+// distinguishes the keys of that bucket: two of them differ by at least the
 // number of buckets there, so with minBuckets the low tagBits bits can go. In
 // their place stands the tag of the epoch. Bucket and word give the key back:
 // the table is exact at 8 bytes a slot.
@@ -248,7 +248,7 @@ func pause(n int) {
 type level[B any] struct {
 	buckets []B
 	odd     uint64 // gives the key another place in the next level
-	memory  memory
+	memory  []byte // of buckets, as the arena gave it
 }
 
 // table is a chain of levels. A level, once there, stays until the table is
@@ -260,8 +260,7 @@ type table[B any] struct {
 	mu    sync.Mutex // guards growing
 	depth int        // levels there
 	slots uint64     // in all levels
-	bytes uint64     // of all levels
-	cold  []memory   // of levels that requests added, whose pages are not resident yet
+	cold  [][]byte   // of levels that requests added, whose pages are not resident yet
 
 	// Levels of far buckets or more are worth a prefetch. None behind the first farLevels is.
 	far, farLevels atomic.Uint64
@@ -313,7 +312,6 @@ func (t *table[B]) append(l *level[B], from *arena) error {
 		}
 	}
 	t.slots += n * slotsPerBucket
-	t.bytes += l.memory.size()
 	return nil
 }
 

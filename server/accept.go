@@ -53,8 +53,8 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	}
 }
 
-// expect answers a request with "Expect: 100-continue" without asking for its
-// body, unless it goes where one is taken. fasthttp writes the answer and closes.
+// expect answers a request with "Expect: 100-continue" without its body, unless its route takes
+// one. fasthttp writes the answer and closes.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	h := &ctx.Request.Header
 	if path, raw, _ := splitTarget(h.RequestURI()); ctx.IsPost() {

@@ -44,7 +44,7 @@ type Records struct {
 	Published      uint64    // acknowledged by every sink
 	Pending        int       // in the spool
 	Oldest         time.Time // when the oldest of them was sealed; zero without one
-	Poison         int       // set aside because a sink will never take them
+	Poison         int       // dead letters: a sink will never take them
 	Conflicts      uint64    // keys found with another value
 	AppendFailures uint64    // tries to make a record durable that failed
 	Blocked        string    // why records cannot be made durable now; empty if they can
@@ -248,7 +248,8 @@ func (a *Admin) WindowClosed(c counter.Count) {
 			}
 		}
 	}
-	w.largest, w.cut = keys.Largest(maxShownKeys), !w.over()
+	w.largest = keys.Largest(maxShownKeys)
+	w.cut = !w.Start.Before(a.server.cfg.Counter.Last().Start()) // no other has been opened
 	a.history.add(w)
 }
 

@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -159,6 +161,34 @@ func TestMetricsKeepTheirNames(t *testing.T) {
 			t.Errorf("twice: %q", l)
 		} else {
 			seen[name] = true
+		}
+	}
+}
+
+// TestMetricsAreThoseOfTheList: dashboards and alerts of others know them by these names. A new
+// one gets a line in testdata/metrics.txt; a name that goes or changes is a change for users.
+func TestMetricsAreThoseOfTheList(t *testing.T) {
+	list, err := os.ReadFile("testdata/metrics.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("metrics.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, m := range regexp.MustCompile(`"(verve_[a-z_]+)`).FindAllSubmatch(source, -1) {
+		got = append(got, string(m[1]))
+	}
+	want := strings.Fields(string(list))
+	for _, name := range got {
+		if !slices.Contains(want, name) {
+			t.Errorf("%s is not in testdata/metrics.txt", name)
+		}
+	}
+	for _, name := range want {
+		if !slices.Contains(got, name) {
+			t.Errorf("%s is in testdata/metrics.txt, and no metric has that name", name)
 		}
 	}
 }

@@ -111,7 +111,7 @@ func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err err
 	return buf, err
 }
 
-// packedSlack is by how much gzip makes longer what it cannot compress, and a header.
+// packedSlack is how many bytes gzip may add to n bytes that it cannot compress, and its header.
 func packedSlack(n int) int { return n>>10 + 4<<10 }
 
 // head checks the headers of a batch.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"regexp"
@@ -172,6 +173,32 @@ func TestEveryFormOfARequestIsUnderstoodOrRefused(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPrefaceOfHTTP2BehindARequestIsBad, in whatever pieces the two come: HTTP/2 begins a
+// connection or is none.
+func TestPrefaceOfHTTP2BehindARequestIsBad(t *testing.T) {
+	const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+	for _, apart := range []bool{false, true} {
+		for _, fast := range []bool{false, true} {
+			c, r := newSite(t, func(cfg *Config) { cfg.noFastPath = !fast }).dial()
+			first, second := get("id=1")+get("id=2")+preface, ""
+			if apart {
+				first, second = get("id=1")+get("id=2"), preface
+			}
+			for i, want := range []int{200, 200, 400} {
+				if text := map[int]string{0: first, 2: second}[i]; text != "" {
+					if _, err := io.WriteString(c, text); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if resp, _, err := answer(r); err != nil || resp.StatusCode != want {
+					t.Errorf("apart %t, fast %t: answer %d is %v, %v; want %d", apart, fast, i, resp, err, want)
+					break
+				}
+			}
+		}
 	}
 }
 

@@ -132,10 +132,11 @@ type conn struct {
 	// For the serving goroutine alone: the reads before fasthttp had the connection.
 	readsBefore uint32
 
-	// For the serving goroutine alone: the bytes received since an answer, and
-	// whether they began as those of HTTP/2.
-	taken int
-	h2    bool
+	// For the serving goroutine alone: the bytes received since an answer, whether there
+	// was one, and whether the connection began as one of HTTP/2.
+	taken    int
+	answered bool
+	h2       bool
 
 	// For the fastPath, and the serving goroutine alone: whether fasthttp is
 	// between two requests, and what followed the query in a plain one.
@@ -340,7 +341,7 @@ func (c *conn) received(p []byte, n int, err error) error {
 	}
 	if c.taken < len(h2Preface) {
 		next := h2Preface[c.taken:min(c.taken+n, len(h2Preface))]
-		c.h2 = (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
+		c.h2 = !c.answered && (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
 	}
 	// Endless input ends here: the handler bounds a body, but not how many chunks it comes
 	// in, each with its extensions.
@@ -373,7 +374,7 @@ func (c *conn) Write(p []byte) (int, error) {
 	c.enter(phaseWriting)
 	n, err := c.Conn.Write(p)
 	c.enter(phaseReading)
-	c.taken = 0
+	c.taken, c.answered = 0, true
 	if !c.timed.IsZero() {
 		c.owner.took.observe(time.Since(c.timed))
 		c.timed = time.Time{}

@@ -172,8 +172,8 @@ func mayDiffer(name []byte) bool {
 	return true
 }
 
-// visible marks the bytes that a value which differs may hold: those of which all
-// readers think the same.
+// visible marks the bytes that a value may hold if it differs from the one that was learnt: all
+// readers take these in the same way.
 var visible = setOf(" -~")
 
 // match reports whether b, which does not begin with the tail as it is, begins with one

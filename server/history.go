@@ -44,7 +44,7 @@ type window struct {
 	WholeGroup *groupWindow `json:"whole_group,omitempty"`
 
 	restored bool // an earlier process closed it
-	cut      bool // it was closed before its time was over: the next process goes on with it
+	cut      bool // it was the open one when the process ended: the next may go on with it
 
 	// largest are the largest keys, the largest first: of the whole group if its record
 	// has any, else of this instance. They are in memory, see keptKeys; those of a window

@@ -102,19 +102,21 @@ func (a *Admin) keys(w http.ResponseWriter, r *http.Request) {
 // windowAt returns a window with its largest keys, if it is open or among those that are kept.
 func (a *Admin) windowAt(start time.Time) (w window, ok bool) {
 	closed := a.history.last(maxWindows)
-	if e := a.server.cfg.Counter.Last(); e.Start().Equal(start) {
+	at := slices.IndexFunc(closed, func(c window) bool { return c.Start.Equal(start) })
+	e := a.server.cfg.Counter.Last()
+	switch {
+	case e.Start().Equal(start) && (at < 0 || a.server.cfg.Counter.Taking()):
 		w = openWindow(e)
 		w.largest = e.Keys().Counts().Largest(maxShownKeys)
 		if part, ok := a.earlierPart(&w, closed); ok {
 			w.include(part)
 		}
-		return w, true
-	}
-	at := slices.IndexFunc(closed, func(c window) bool { return c.Start.Equal(start) })
-	if at < 0 {
+	case at >= 0:
+		w = closed[at]
+	default:
 		return w, false
 	}
-	return closed[at], true
+	return w, true
 }
 
 // limitOf returns the parameter limit of a request. If it is not one, the request is

@@ -204,7 +204,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	e.counter("verve_records_published_total", "Records acknowledged by every sink.", r.Published)
 	e.gauge("verve_records_pending", "Records in the spool.", float64(r.Pending))
 	e.gauge("verve_records_oldest_age_seconds", "Time since the oldest record in the spool was sealed.", age(r.Oldest))
-	e.gauge("verve_records_poison", "Records set aside because a sink refuses them for good.", float64(r.Poison))
+	e.gauge("verve_records_poison", "Dead letters: records that a sink has refused for good.", float64(r.Poison))
 	e.counter("verve_records_conflicts_total", "Records whose key a sink already holds with another value: two processes share a name.", r.Conflicts)
 	e.counter("verve_spool_append_failures_total", "Failed attempts to write a record to the spool.", r.AppendFailures)
 

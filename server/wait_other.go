@@ -2,10 +2,11 @@
 
 package server
 
-// edgeTriggered: not known of this system.
+// edgeTriggered is false: it is not known whether this system wakes a reader that waits without
+// a look.
 const edgeTriggered = false
 
-// waitAndRead is for systems of which that is known.
+// waitAndRead is not called where edgeTriggered is false.
 func (*fastPath) waitAndRead(*conn, []byte) (have int, done bool, err error) {
 	panic("server: this system may not wake a reader that has not looked")
 }

@@ -258,6 +258,40 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	wantWindows(t, got, 5)
 }
 
+// TestReadFileFollowsAFileThatIsAsLongAgain: it is cut, as log rotation does, and has at least as
+// many bytes again before the reader looks. Also in the middle of a line.
+func TestReadFileFollowsAFileThatIsAsLongAgain(t *testing.T) {
+	for _, again := range []int{1, 2, 3} {
+		for _, torn := range []int{0, 20} {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), "counts.jsonl")
+				all := entries(t, 0, 2+again)
+				write := func(batch []spooled) { deliver(t, newFileSink(path, nil, 0, noStep), batch) }
+				write(all[:2])
+				appendFile(t, path, all[2].value[:torn])
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				time.AfterFunc(followEvery/2, func() { // while the reader waits for more
+					if err := os.Truncate(path, 0); err != nil {
+						t.Error(err)
+					}
+					write(all[2:])
+				})
+				var got []Record
+				for r, err := range ReadFile(ctx, path, true) {
+					if err != nil {
+						t.Fatal(again, torn, err)
+					}
+					if got = append(got, r); len(got) == len(all) {
+						cancel()
+					}
+				}
+				wantWindows(t, got, len(all))
+			})
+		}
+	}
+}
+
 // TestReadFileFollowsARenamedFileToItsEnd: a line may be written between the last look at the
 // file and its renaming.
 func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {

@@ -89,6 +89,7 @@ type countsLines struct {
 	r      *bufio.Reader
 	line   []byte // as far as read
 	offset int64  // read so far
+	last   []byte // the last whole line of it; empty: none, or it was too long
 	number int    // of the last line
 
 	unended bool // without follow: the last line was read before, and had no end
@@ -134,6 +135,10 @@ func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 
 // end ends the line, which may lack its newline.
 func (c *countsLines) end() []byte {
+	c.last = append(c.last[:0], c.line...)
+	if len(c.line) == longestLine {
+		c.last = c.last[:0]
+	}
 	line := bytes.TrimSuffix(c.line, []byte{'\n'})
 	c.line = c.line[:0]
 	c.number++
@@ -146,8 +151,10 @@ func (c *countsLines) catchUp() error {
 	if err != nil {
 		return nil // it is read on as it is
 	}
-	size := here.Size()
-	if size > c.offset {
+	size, whole := here.Size(), c.offset-int64(len(c.line))
+	cut := size < whole || len(c.line) < longestLine && !c.has(c.last, whole-int64(len(c.last)))
+	torn := size < c.offset || !c.has(c.line, whole)
+	if size > c.offset && !cut && !torn {
 		return nil // also of a file that was renamed: the rest of it comes first
 	}
 	replaced := c.replacement(here)
@@ -155,21 +162,32 @@ func (c *countsLines) catchUp() error {
 	case replaced != nil:
 		c.file.Close()
 		c.file, c.offset, c.number = replaced, 0, 0
-	case size < c.offset-int64(len(c.line)):
+	case cut:
 		// Whole lines are gone: what is there now came after that.
 		c.offset, c.number = 0, 0
-	case size < c.offset:
+	case torn:
 		// The torn tail that was read is gone; its record comes whole.
-		c.offset = size
+		c.offset = whole
 	default:
 		return nil
 	}
 	if _, err := c.file.Seek(c.offset, io.SeekStart); err != nil {
 		return err
 	}
-	c.line = c.line[:0]
+	c.line, c.last = c.line[:0], c.last[:0]
 	c.r.Reset(c.file)
 	return nil
+}
+
+// has reports whether the file has b at this place, as it had when that was read: it may have
+// been cut, and have become as long as before since.
+func (c *countsLines) has(b []byte, at int64) bool {
+	if len(b) == 0 || len(b) == longestLine {
+		return true // not known
+	}
+	there := make([]byte, len(b))
+	_, err := c.file.ReadAt(there, at)
+	return err == nil && bytes.Equal(there, b)
 }
 
 // replacement opens the file that has taken the name of the one that is read, which is here;

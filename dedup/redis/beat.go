@@ -319,7 +319,7 @@ type decision struct {
 
 func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {
 	if len(out) != 5 {
-		return b, fmt.Errorf("%d answers to a beat", len(out))
+		return b, fmt.Errorf("%d answers to a heartbeat", len(out))
 	}
 	head, err := out[0].AsStrSlice()
 	others, oerr := out[1].AsStrSlice()
@@ -330,7 +330,7 @@ func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, er
 		return b, err
 	}
 	if len(head) != 5 || len(epochs) != len(sent) {
-		return b, fmt.Errorf("an answer to a beat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
+		return b, fmt.Errorf("an answer to a heartbeat of %d parts, with %d epochs of %d", len(head), len(epochs), len(sent))
 	}
 	b.leads, b.insider, b.outsider, b.behind, b.others = head[1] == "1", head[2], head[3], head[4] == "1", others
 	b.silent = silent

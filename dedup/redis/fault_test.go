@@ -1080,7 +1080,7 @@ func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "5016")
 	testproc.Until(t, "not ready", func() bool {
 		ready, reason := a.Health()
-		return !ready && strings.Contains(reason, "lanes")
+		return !ready && strings.Contains(reason, "over 16 parts")
 	})
 	if v, err := ea.Add(t, a, 0, "43"); !errors.Is(err, dedup.ErrUnavailable) {
 		t.Errorf("got %v, %v; want ErrUnavailable", v, err)

@@ -208,7 +208,7 @@ func (r *Set) checkConfig() {
 		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
 	case n%layoutBase != len(r.lanes):
 		r.formAgreed.Store(false)
-		bad = fmt.Sprintf("another instance of the group spreads ids over %d lanes, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
+		bad = fmt.Sprintf("another instance of the group spreads ids over %d parts, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
 	default:
 		r.formAgreed.Store(true)
 	}
@@ -216,7 +216,7 @@ func (r *Set) checkConfig() {
 	h.change(r, &h.misconfigured, bad, "ids are refused until it is changed", "ids are taken again")
 	h.refused.Store(bad != "")
 	if blind && !h.blind {
-		r.cfg.Log.Warn().Msg("the Redis user may not run INFO memory: make sure that the policy is " + noEviction)
+		r.cfg.Log.Warn().Msg("the Redis user may not run INFO memory: make sure that maxmemory-policy is " + noEviction)
 	}
 	h.blind = blind
 }

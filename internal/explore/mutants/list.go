@@ -88,7 +88,7 @@ var mutants = []mutant{
 	fault("counter/keys.go", "the memory of the keys is counted by a load and a store",
 		"ks.memory.used.Add(n)", "ks.memory.used.Store(ks.memory.used.Load() + n)"),
 	fault("counter/keys.go", "the memory of keys that are read is used again",
-		"ks.memory != nil && ks.late.Load() == 0 {", "ks.memory != nil {"),
+		"ks.table.Swap(nil); ks.late.Load() == 0 {", "ks.table.Swap(nil); true {"),
 	// The table.
 	fault("dedup/table.go", "a narrow slot is taken by a store",
 		"if slot.CompareAndSwap(w, word) {", "if slot.Store(word); true {"),

@@ -345,8 +345,8 @@ var Dedup = append(slices.Clone(Counter),
 	Edit{"dedup/journal.go", "\t\tf.Sync,\n", ""},
 	Edit{"dedup/journal.go", "slotCount  = 1024", "slotCount  = 16"},
 	Edit{"dedup/journal.go", "maxSegments = 4096", "maxSegments = 8"},
-	Edit{"dedup/journal.go", "return durable.SyncDir(filepath.Dir(j.dir))", "return nil"},
-	Edit{"dedup/journal.go", "return durable.SyncDir(j.dir) }", "return nil }"},
+	Edit{"dedup/journal.go", "return durable.SyncDir(filepath.Dir(j.Dir))", "return nil"},
+	Edit{"dedup/journal.go", "return durable.SyncDir(j.Dir) }", "return nil }"},
 	Edit{"dedup/recall.go", "time.Since(j.newest.end())", "time.Duration(-1)"}, // the last epoch goes on
 )
 
