@@ -497,6 +497,8 @@ func checkPath(name, path string) error {
 		return setting.Errorf(name, "there is space at its beginning or end")
 	case len(path) > 1 && strings.Contains("\"'`", path[:1]) && path[len(path)-1] == path[0]:
 		return setting.Errorf(name, "there are quotes around it: env files keep the quotes around a value")
+	case path == "~" || strings.HasPrefix(path, "~/"):
+		return setting.Errorf(name, "~ stands for no directory here: want the path in its place, or ./~")
 	}
 	return nil
 }

@@ -47,14 +47,14 @@ func badSettings(t *testing.T) []badSetting {
 	add("max-clock-skew", "-1s", "2")
 	add("group", "a/b", " a", "a ", "a\u202eb", strings.Repeat("g", 250))
 	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
-	add("data-dir", plain, filepath.Join(plain, "below"), "data ", " data")
+	add("data-dir", plain, filepath.Join(plain, "below"), "data ", " data", "~", "~/data")
 	all = append(all,
 		badSetting{name: "data-dir", value: `"/data"`, shown: `\"/data\"`},
 		badSetting{name: "counts-file", value: "'off'", shown: "'off'"},
 	)
 	add("counts-file", dir, filepath.Join(plain, "counts.jsonl"), "new/", strings.Repeat("c", 256), strings.Repeat("c", 250))
 	add("counts-file", "verve-data/spool.db", "./verve-data/../verve-data/spool.mark", "verve-data/windows.jsonl", "verve-data/last-use.json", "verve-data/group-answers.json", "verve-data/epochs/x", "verve-data/epochs",
-		"verve-data/spool-keys", "verve-data/spool-keys/x", "- ", "verve-data", "./new/../verve-data")
+		"verve-data/spool-keys", "verve-data/spool-keys/x", "- ", "~/counts.jsonl", "verve-data", "./new/../verve-data")
 	all = append(all,
 		badSetting{name: "counts-file", value: "new", with: []string{"--data-dir=new/data"}},
 		badSetting{name: "counts-file", value: "new.x", with: []string{"--data-dir=new-by-key.x"}},
@@ -245,7 +245,7 @@ func TestGoodSettingsAreTaken(t *testing.T) {
 		"--callback-allow=a.lan:1, 10.0.0.0/8:2", "--callback-allow=[fd00::/8]:80", "--callback-allow=[::1]:80",
 		"--group=größe {x}", "--instance=host-1.example.com", "--instance=",
 		"--listen=[::1]:0", "--listen=localhost:http", "--listen=:8081", "--window=50ms", "--window=1h", "--max-clock-skew=0", "--max-ids=0", "--duplicate-status=200",
-		"--counts-file=" + filepath.Join(dir, "new", "counts.jsonl"), "--counts-file=-", "--counts-file=off", "--data-dir=" + filepath.Join(dir, "a", "b"), "--data-dir=none --counts-file=off",
+		"--counts-file=" + filepath.Join(dir, "new", "counts.jsonl"), "--counts-file=-", "--counts-file=off", "--data-dir=" + filepath.Join(dir, "a", "b"), "--data-dir=./~", "--data-dir=a~ 'b'", "--data-dir=none --counts-file=off",
 		"--kafka-topic=Verve_1.unique-ids", "--dedup=redis",
 	} {
 		args := []string{"--admin-listen=127.0.0.1:0", arg}

@@ -30,23 +30,23 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		ctx.SetConnectionClose()
 	}
 	h := &ctx.Request.Header
-	if !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0" {
-		s.refuse(ctx, errVersion)
-		return
-	}
 	lines, ok := inspect(h)
 	path, raw, known := splitTarget(h.RequestURI())
-	if !ok || !known {
-		s.refuse(ctx, errBadRequest)
-		return
-	}
-	switch string(path) {
-	case acceptPath:
-		s.accept(ctx, raw, lines)
-	case SinkPath:
-		s.sink(ctx)
+	var err error
+	switch {
+	case !h.IsHTTP11() && string(h.Protocol()) != "HTTP/1.0":
+		err = errVersion
+	case !ok || !known:
+		err = errBadRequest
+	case string(path) == acceptPath:
+		err = s.accept(ctx, raw, lines)
+	case string(path) == SinkPath:
+		err = s.sink(ctx)
 	default:
-		s.refuse(ctx, errNotFound)
+		err = errNotFound
+	}
+	if err != nil {
+		s.refuse(ctx, err)
 	}
 	if lines.encoding && ctx.Response.StatusCode() != fasthttp.StatusOK {
 		ctx.SetConnectionClose() // chunks that were not read to their end were not checked
@@ -72,25 +72,22 @@ func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 
 // accept counts the id of a request. All parts of the request are checked, and a
 // place for its callback reserved, before the set is touched: a request refused
-// with 4xx or 503 has counted nothing.
-func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) {
+// with 4xx or 503 has counted nothing. It returns why a request is refused.
+func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) error {
 	h := &ctx.Request.Header
 	body := lines.encoding || h.ContentLength() > 0 // chunks may be empty
 	if s.preflight(ctx) {
-		return
+		return nil
 	}
 	fromPage := s.allowOrigin(ctx)
 	switch {
 	case !h.IsGet() && !h.IsPost():
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, POST")
-		s.refuse(ctx, errMethod)
-		return
+		return errMethod
 	case h.ContentLength() > s.http.MaxRequestBodySize:
-		s.refuse(ctx, errTooLarge)
-		return
+		return errTooLarge
 	case body && h.IsGet():
-		s.refuse(ctx, errBadRequest)
-		return
+		return errBadRequest
 	}
 
 	var a asked
@@ -98,36 +95,30 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	err := s.parse(&a, h, raw, lines, !body && !emptyBatch)
 	switch {
 	case err != nil:
-		s.refuse(ctx, err)
-		return
+		return err
 	case a.id == nil && body && lines.types > 1: // which of them is meant?
-		s.refuse(ctx, errUnsupported)
-		return
+		return errUnsupported
 	case a.id == nil && body:
-		s.batches.serve(ctx, &a)
-		return
+		return s.batches.serve(ctx, &a)
 	case a.id == nil:
-		s.refuse(ctx, errNothing)
-		return
+		return errNothing
 	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
-		s.refuse(ctx, errBadRequest)
-		return
+		return errBadRequest
 	case a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint):
-		s.refuse(ctx, errNoPlace)
-		return
+		return errNoPlace
 	}
 
 	w := works.Get().(*work)
 	defer works.Put(w)
 	if err := s.count(ctx, w, &a); err != nil {
-		s.refuse(ctx, err)
-		return
+		return err
 	}
 	s.answer(&ctx.Response, w.verdicts[0], w.epochs[0])
 	// The next request may be the same but for its id: the fast path answers it.
 	if a.plain && !fromPage && h.IsGet() && h.IsHTTP11() && h.ContentLength() == noBody && !h.ConnectionClose() && !ctx.Request.MayContinue() {
 		ctx.Conn().(*conn).learn(h) // every connection comes from s.ln
 	}
+	return nil
 }
 
 // isEmpty reports whether a body that came in chunks has none. What it reads is lost.
@@ -238,16 +229,14 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 }
 
 // sink is the built-in receiver of callbacks. It reads the body and keeps nothing.
-func (s *Server) sink(ctx *fasthttp.RequestCtx) {
+func (s *Server) sink(ctx *fasthttp.RequestCtx) error {
 	h := &ctx.Request.Header
 	if !h.IsPost() {
 		ctx.Response.Header.Set(fasthttp.HeaderAllow, fasthttp.MethodPost)
-		s.refuse(ctx, errMethod)
-		return
+		return errMethod
 	}
 	if h.ContentLength() > maxBody {
-		s.refuse(ctx, errTooLarge)
-		return
+		return errTooLarge
 	}
 	if body := bodyOf(ctx); body != nil {
 		n, err := io.Copy(io.Discard, io.LimitReader(body, maxBody+1))
@@ -255,11 +244,11 @@ func (s *Server) sink(ctx *fasthttp.RequestCtx) {
 			err = fasthttp.ErrBodyTooLarge
 		}
 		if err != nil {
-			s.refuseBroken(ctx, err)
-			return
+			return broken(ctx, err)
 		}
 	}
 	s.sunk.Add(1)
 	setHead(&ctx.Response)
 	ctx.Response.SetBodyRaw(bodyOK)
+	return nil
 }

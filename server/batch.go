@@ -203,21 +203,21 @@ func (b *batch) decompress() (err error) {
 	return errBadRequest
 }
 
-// serve answers a request with a body, and starts one callback for it if wanted.
-func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
+// serve answers a request with a body, and starts one callback for it if wanted, or returns
+// why it is refused.
+func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) error {
 	s := bs.server
 	b := bs.free.Get().(*batch)
 	ctx.SetUserValue(batchValue, b)
 	defer b.finish() // the answer is still to be written
 	f, err := b.load(ctx, &a.options)
 	if err != nil {
-		s.refuseBroken(ctx, err)
-		return
+		return broken(ctx, err)
 	}
 	if a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint) {
 		s.countRefusals(errNoPlace, uint64(max(1, len(b.words))), nil)
 		setRefusal(&ctx.Response, errNoPlace)
-		return
+		return nil
 	}
 	sent := false
 	defer func() {
@@ -239,9 +239,10 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) {
 			ctx.SetConnectionClose()
 		}
 		setRefusal(&ctx.Response, why) // counted
-		return
+		return nil
 	}
 	b.answer(&ctx.Response, f, &counts)
+	return nil
 }
 
 // wordOf is the word for a verdict; cause is behind those that are none.

@@ -26,6 +26,7 @@ import (
 	"verve/counter"
 	"verve/dedup"
 	"verve/internal/epochtest"
+	"verve/internal/testproc"
 )
 
 // witness counts how ids reach the Set: the work of the fast path has room for more
@@ -261,11 +262,11 @@ func FuzzFastPathAnswersAsFasthttp(f *testing.F) {
 // concern it: of series of plain requests.
 func TestFastPathAgreesWithFasthttp(t *testing.T) {
 	rounds := 1500
+	if testing.Short() || raceEnabled || !testproc.Thorough() {
+		rounds = 300
+	}
 	if n, err := strconv.Atoi(os.Getenv("VERVE_TEST_ROUNDS")); err == nil {
 		rounds = n
-	}
-	if testing.Short() || raceEnabled {
-		rounds = min(rounds, 300)
 	}
 	for name, change := range map[string]func(*Config){
 		"default": nil,

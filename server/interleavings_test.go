@@ -396,8 +396,8 @@ func TestInterleavingsOfACallback(t *testing.T) {
 			ctx.Init(new(fasthttp.Request), nil, nil)
 			ctx.Request.SetRequestURI(acceptPath + "?id=1&endpoint=http%3A%2F%2Flisted.example.com%2F")
 			r.Go("request", func() {
-				s.accept(&ctx, ctx.URI().QueryString(), headerLines{})
-				if ctx.Response.StatusCode() == fasthttp.StatusOK {
+				err := s.accept(&ctx, ctx.URI().QueryString(), headerLines{})
+				if err == nil && ctx.Response.StatusCode() == fasthttp.StatusOK {
 					news++
 				} else {
 					others++

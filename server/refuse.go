@@ -178,26 +178,27 @@ func refusalOf(v dedup.Verdict) refusal {
 	return errUnavailable
 }
 
-// refuseBroken refuses a request that could not be read to its end, by fasthttp or by a handler.
-func (s *Server) refuseBroken(ctx *fasthttp.RequestCtx, err error) {
+// broken is the refusal of a request that could not be read to its end, by fasthttp or by a
+// handler.
+func broken(ctx *fasthttp.RequestCtx, err error) refusal {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error
 	c := ctx.Conn().(*conn) // every connection comes from s.ln
 	r, ok := errors.AsType[refusal](err)
 	switch {
 	case ok:
+		return r
 	case c.h2 && c.taken >= len(h2Preface):
-		r = errVersion
+		return errVersion
 	case errors.As(err, &small):
-		r = errHeaders
+		return errHeaders
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
-		r = errTooLarge
+		return errTooLarge
 	case errors.As(err, &timeout) && timeout.Timeout(), c.stopped.Load(): // fasthttp's error of a body in chunks hides it
-		r = errTooSlow
+		return errTooSlow
 	default:
-		r = errBadRequest
+		return errBadRequest
 	}
-	s.refuse(ctx, r)
 }
 
 // recovered turns a panic into one failed request: fasthttp itself would let

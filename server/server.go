@@ -193,7 +193,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	s.http = fasthttp.Server{
 		Handler:       s.handle,
 		ExpectHandler: s.expect,
-		ErrorHandler:  s.refuseBroken,
+		ErrorHandler:  func(ctx *fasthttp.RequestCtx, err error) { s.refuse(ctx, broken(ctx, err)) },
 		ConnState:     connState,
 		Logger:        quiet{}, // what fasthttp would log is counted in refused
 

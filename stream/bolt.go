@@ -268,11 +268,13 @@ func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 		return st, err
 	}
 	files.sweep(used, st.head)
-	return st, st.readPoison(tx)
+	err = st.readDeadLetters(tx)
+	return st, err
 }
 
-// readPoison reads which records are dead letters.
-func (st *state) readPoison(tx *bolt.Tx) error {
+// readDeadLetters counts the records that a sink has refused for good, each once, and notes the
+// windows that lack them.
+func (st *state) readDeadLetters(tx *bolt.Tx) error {
 	last := uint64(0)
 	return tx.Bucket(bucketPoison).ForEach(func(k, v []byte) error {
 		if len(k) < 8 {

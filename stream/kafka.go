@@ -112,6 +112,10 @@ const (
 	// whether the right to them was granted.
 	refusedFor = 10 * time.Minute
 
+	// maxTooShort is how many transactions in a row may run out of the longest timeout that the
+	// broker allows, until the records are sent without: they would hold up all others for good.
+	maxTooShort = 4
+
 	// rightsWait bounds the check whether the Kafka user may read the topic: a broker
 	// that refuses does so at once.
 	rightsWait = time.Second
@@ -145,6 +149,9 @@ type kafkaSink struct {
 	// slow is by how much more time records by key have in the next session, a power of two. It
 	// doubles when it was too short for them, and is 1 again when they are delivered.
 	slow uint
+	// tooShort is how many transactions in a row ran out of a timeout that the broker does not
+	// allow to be longer.
+	tooShort int
 	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
 	atOnce int
 
@@ -165,6 +172,7 @@ type session struct {
 	last          *lastError
 	began         time.Time
 	timeout       time.Duration // of its transactions
+	limited       bool          // the broker does not allow a longer one
 	keysWait      time.Duration // stepWait of records by key
 }
 
@@ -294,11 +302,11 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 	began := time.Now()
 	err := k.produce(ctx, missing)
 	if err == nil {
-		k.slow = 1
+		k.slow, k.tooShort = 1, 0
 		return nil
 	}
-	if s := k.session; keysOf(missing) > 0 && (errors.Is(err, errNoAcknowledgement) || s.transactional && time.Since(began) >= s.timeout/2) {
-		k.slow = min(2*k.slow, maxSlow)
+	if keysOf(missing) > 0 {
+		k.giveTime(err, time.Since(began))
 	}
 	k.drop()
 	k.unsure = max(k.unsure, batch[len(batch)-1].index)
@@ -306,6 +314,21 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 		err = fmt.Errorf("%w (another process publishes as %q, or the broker timed the transaction out)", err, identity)
 	}
 	return err
+}
+
+// giveTime gives the next attempt to send records by key more time, if this one, which took so
+// long, may have had too little.
+func (k *kafkaSink) giveTime(err error, took time.Duration) {
+	s := k.session
+	switch {
+	case errors.Is(err, errNoAcknowledgement):
+		k.slow = min(2*k.slow, maxSlow)
+	case s.transactional && took >= s.timeout/2: // a broker may abort early
+		k.slow = min(2*k.slow, maxSlow)
+		if s.limited {
+			k.tooShort++
+		}
+	}
 }
 
 // poison reports whether an error is about a record that no retry can help. All other
@@ -341,6 +364,9 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 		wanted *= time.Duration(k.slow)
 	}
 	timeout := min(wanted, cmp.Or(k.allowed, wanted))
+	if k.tooShort >= maxTooShort {
+		return k.openWithout(ctx, identity, fmt.Errorf("%d transactions took longer than it allows (transaction.max.timeout.ms)", k.tooShort))
+	}
 	s, err := k.connect(ctx, identity, timeout)
 	for errors.Is(err, kerr.InvalidTransactionTimeout) && timeout > minTransactionTimeout {
 		timeout = max(timeout/2, minTransactionTimeout)
@@ -350,20 +376,28 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 				Msg("broker allows shorter transactions only (transaction.max.timeout.ms): using this timeout")
 		}
 	}
+	if refusal(err) {
+		return k.openWithout(ctx, identity, err)
+	}
 	if err == nil {
 		if k.refused {
 			k.log.Info().Msg("broker accepts transactions again")
 		}
 		k.refused = false
-	} else if refusal(err) {
-		if !k.refused {
-			k.log.Warn().Err(k.lacks("", "", err)).Str("transactional_id", transactionalID(identity)).
-				Msg("broker refuses transactions: records are sent without them, so a kill may leave a second copy of a record")
-		}
-		k.refused = true
-		s, err = k.connect(ctx, identity, 0)
+		s.limited = timeout < wanted
 	}
 	k.session = s
+	return k.lacks("", "", err)
+}
+
+// openWithout starts a session without transactions, for a reason that the log gets once.
+func (k *kafkaSink) openWithout(ctx context.Context, identity string, reason error) (err error) {
+	if !k.refused {
+		k.log.Warn().Err(k.lacks("", "", reason)).Str("transactional_id", transactionalID(identity)).
+			Msg("broker refuses transactions: records are sent without them, so a kill may leave a second copy of a record")
+	}
+	k.refused = true
+	k.session, err = k.connect(ctx, identity, 0)
 	return k.lacks("", "", err)
 }
 

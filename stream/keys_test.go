@@ -579,6 +579,43 @@ func TestKafkaSlowKeysGetMoreTime(t *testing.T) {
 	})
 }
 
+// TestKafkaKeysForWhichTransactionsAreTooShort: where a broker does not allow transactions as
+// long as the records by key take, they are sent without, and hold nothing up.
+func TestKafkaKeysForWhichTransactionsAreTooShort(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.UnknownServerError, Count: -1, When: func(kmsg.Request) bool {
+			time.Sleep(time.Second)
+			return false
+		}})
+		var log testproc.Buffer
+		const keys = 3 * keysAtOnce
+		s := start(t, t.TempDir(), Config{Kafka: cfg, Log: zerolog.New(&log).Level(zerolog.WarnLevel)})
+		for i := range 2 {
+			if err := s.Publish(t.Context(), withKeys(window(i), keys)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.flush(t, time.Hour)
+		s.stop()
+		if n := strings.Count(log.String(), "transaction.max.timeout.ms"); n != 1 {
+			t.Errorf("%d lines about it: %s", n, log.String())
+		}
+		wantWindows(t, readTopic(t, cfg), 2)
+		wanted := make(map[string]int)
+		for _, r := range readKeys(t, ReadKeysTopic(t.Context(), cfg, false)) {
+			wanted[r.ID()]++
+		}
+		if len(wanted) != 2*keys {
+			t.Errorf("%d records by key, want %d", len(wanted), 2*keys)
+		}
+		for id, n := range wanted {
+			if n != 1 {
+				t.Fatalf("%s is there %d times", id, n)
+			}
+		}
+	}, kfake.AllowAutoTopicCreation(), kfake.BrokerConfigs(map[string]string{"transaction.max.timeout.ms": "1500"}))
+}
+
 // TestKafkaRefusedKeysAreSetAsideWithTheirRecord, so that they can be produced by hand.
 func TestKafkaRefusedKeysAreSetAsideWithTheirRecord(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {

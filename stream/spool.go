@@ -444,8 +444,21 @@ func (s *Spool) attach(sinks []string) error {
 	defer s.mu.Unlock()
 	s.sinks = sinks
 	s.sinkless = len(sinks) == 0 && s.pending > 0
+	for _, name := range sinks {
+		if _, known := s.cursors[name]; !known {
+			// Without this a start without the sink would not know that records wait for it.
+			s.cursors[name] = s.head - uint64(s.pending)
+			_ = s.commitCursor(name) // else the first acknowledgement does
+		}
+	}
 	if s.pending == 0 || len(sinks) == 0 {
 		return nil
+	}
+	for name, at := range s.cursors {
+		if waits := min(s.head-at, uint64(s.pending)); waits > 0 && !slices.Contains(sinks, name) {
+			s.log.Warn().Str("sink", name).Uint64("records", waits).
+				Msg("records have waited for a sink that is not set now: those that are set get them, and if it is set again it lacks what they have got")
+		}
 	}
 	if err := s.commitCursor(sinks[0]); err != nil && !durable.NoSpace(err) { // else the next acknowledgement does
 		return err

@@ -13,9 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rs/zerolog"
 	bolt "go.etcd.io/bbolt"
 
 	"verve/counter"
+	"verve/internal/testproc"
 )
 
 func noStep(string) {}
@@ -109,6 +111,46 @@ func TestRecordsWaitForASinkThatWasTakenAway(t *testing.T) {
 			}
 		}
 		sp.Close()
+	}
+}
+
+// TestASinkThatIsReplacedWhileRecordsWaitIsNamed: the other one gets them, also if the first one
+// has never had a record.
+func TestASinkThatIsReplacedWhileRecordsWaitIsNamed(t *testing.T) {
+	dir := t.TempDir()
+	for i, tt := range []struct {
+		sinks []string
+		acked uint64 // by the first of them
+		want  string // in the log
+	}{
+		{[]string{"kafka"}, 0, ""},                           // 1 to 3 wait
+		{[]string{"kafka"}, 0, ""},                           // 1 to 6
+		{[]string{"file"}, 9, `"sink":"kafka","records":6`},  // it has all
+		{[]string{"kafka"}, 11, ""},                          // 12 waits
+		{[]string{"file", "kafka"}, 15, ""},                  // 12 to 15 for kafka
+		{[]string{"file"}, 18, `"sink":"kafka","records":4`}, // it had 12 to 15
+		{[]string{"file", "kafka"}, 21, ""},                  // 19 to 21 for kafka
+		{nil, 0, ""},                                         // all wait
+		{[]string{"kafka", "file"}, 24, ""},
+	} {
+		var log testproc.Buffer
+		sp, err := OpenSpool(SpoolConfig{Dir: dir, Group: "verve", Instance: "host-1", Log: zerolog.New(&log)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sp.attach(tt.sinks); err != nil {
+			t.Fatal(err)
+		}
+		appendTo(t, sp, 3*i, 3*i+3)
+		if tt.acked > 0 {
+			if err := sp.ack(tt.sinks[0], tt.acked); err != nil {
+				t.Fatal(err)
+			}
+		}
+		sp.Close()
+		if got := log.String(); (got == "") != (tt.want == "") || !strings.Contains(got, tt.want) {
+			t.Errorf("start %d: the log is %q, want %q in it", i, got, tt.want)
+		}
 	}
 }
 

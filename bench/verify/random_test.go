@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"math/rand/v2"
@@ -405,6 +406,20 @@ func driveWhile(t *testing.T, f *flags, during func()) *verdict {
 	return v
 }
 
+// awaitRecords waits until the group has published so many more windows with ids.
+func awaitRecords(t *testing.T, f *flags, more int) {
+	t.Helper()
+	published := func() (n int) {
+		for _, file := range f.CountsFile {
+			b, _ := os.ReadFile(file) // none yet
+			n += bytes.Count(b, []byte("\n")) - bytes.Count(b, []byte(`"unique":0,`))
+		}
+		return n
+	}
+	before := published()
+	testproc.Until(t, "windows are published", func() bool { return published() >= before+more })
+}
+
 // TestAKillTaintsItsWindowAlone: with a healthy Redis, one kill -9 of an instance makes at
 // most those windows inexact in which the instance took part and had not reported.
 func TestAKillTaintsItsWindowAlone(t *testing.T) {
@@ -418,14 +433,15 @@ func TestAKillTaintsItsWindowAlone(t *testing.T) {
 	instances := startInstances(t, f)
 	var killed time.Time
 	v := driveWhile(t, f, func() {
-		time.Sleep(4500 * time.Millisecond)
+		awaitRecords(t, f, 4)
+		time.Sleep(500 * time.Millisecond) // within a window: the faults under test come with time
 		killed = time.Now()
 		instances[1].kill()
 		time.Sleep(2 * time.Second)
 		if err := instances[1].start(); err != nil {
 			t.Error(err)
 		}
-		time.Sleep(4 * time.Second)
+		awaitRecords(t, f, 4)
 	})
 	for _, i := range instances {
 		if err := i.stop(stopWait); err != nil {

@@ -239,7 +239,7 @@ func TestAStrangerRemembersTheAccount(t *testing.T) {
 func TestFullRedisComesBack(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)
-	i := startInstance(t, server, "")
+	i := startInstance(t, server, "", func(c *Config) { c.Timeout = time.Second })
 	var used int
 	if _, err := fmt.Sscan(strings.Split(strings.Split(server.do("INFO", "memory"), "used_memory:")[1], "\r")[0], &used); err != nil {
 		t.Fatal(err)
@@ -247,7 +247,7 @@ func TestFullRedisComesBack(t *testing.T) {
 	server.do("CONFIG", "SET", "maxmemory", fmt.Sprint(used+1_000_000))
 	for n := 0; ; n++ {
 		v, err := i.e.Add(t, i.r, 0, fmt.Sprint("an id that is long enough ", n))
-		if err != nil {
+		if err != nil && strings.HasPrefix(server.do("SET", "more", "x"), "OOM") {
 			break
 		}
 		if v == dedup.Unique {

@@ -265,16 +265,8 @@ func (cfg *Config) complete() error {
 // errors do not quote the secret.
 func (cfg *Config) Check() error {
 	c := *cfg // defaults stay out of cfg
-	if err := c.complete(); err != nil {
-		return err
-	}
-	if err := new(guard).allowAll(cfg.Allow); err != nil {
-		return err
-	}
-	if cfg.Secret == nil {
-		return nil
-	}
-	_, err := parseSecret(cfg.Secret)
+	c.Live = func() (start time.Time, unique uint64) { return start, 0 }
+	_, err := New(c)
 	return err
 }
 
@@ -292,10 +284,6 @@ func (cfg *Config) after(next, now time.Time) time.Time {
 	}
 	return next.Add(interval)
 }
-
-// Parse checks raw, the percent-decoded value of the endpoint parameter, by
-// its text. It does not keep raw.
-func (s *Sender) Parse(raw []byte) (Endpoint, error) { return s.guard.parse(raw) }
 
 // Reserve keeps a place for a POST to ep, to be filled by Send or given back
 // by Release. False: the table is full, or this destination's share of it is,

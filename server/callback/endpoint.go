@@ -54,11 +54,12 @@ func (ep Endpoint) logURL() string {
 	return ep.origin + path
 }
 
-// parse checks raw, the percent-decoded value of the endpoint parameter, and
-// takes it apart. It asks no resolver: where a name leads is checked at the
+// Parse checks raw, the percent-decoded value of the endpoint parameter, and
+// takes it apart. It does not keep raw. It asks no resolver: where a name leads is checked at the
 // dial. It is stricter than the URL grammar, so that no reader of the same
 // bytes (fasthttp, net/url, a proxy, a log viewer) sees another host in them.
-func (g *guard) parse(raw []byte) (Endpoint, error) {
+func (s *Sender) Parse(raw []byte) (Endpoint, error) {
+	g := s.guard
 	var ep Endpoint
 	authority, target, ok := ep.splitURL(raw)
 	if !ok {

@@ -68,7 +68,7 @@ type hostPort struct {
 	port uint16
 }
 
-// guard decides where callbacks may go: by the text of the URL (parse), and
+// guard decides where callbacks may go: by the text of the URL (Sender.Parse), and
 // again by the address of every connection at the moment it is made, so that
 // it does not matter what a resolver answered before. It does not change once
 // built.

@@ -63,7 +63,7 @@ func (s *Sender) post(j job) result {
 	r := result{err: err, took: time.Since(start)}
 	// The error first: a failed call leaves a status of 200 behind.
 	if err != nil {
-		r.kind = classify(err)
+		r.kind = resultOf(err)
 		if s.exchanges.Err() != nil {
 			r.kind = Dropped
 		}
@@ -98,7 +98,8 @@ func setRequest(req *fasthttp.Request, d *destination, ep Endpoint) {
 	uri.SetPath(ep.target)
 }
 
-func classify(err error) Result {
+// resultOf is the result of a POST that ended with err.
+func resultOf(err error) Result {
 	var (
 		dnsErr  *net.DNSError
 		dialErr dialError
