@@ -139,8 +139,11 @@ type beneath struct {
 
 func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 
-// goesOn reports whether a read that failed was ended for parking alone, so that it may be
-// taken up again. It sets the deadline before it looks at stopped, which stopReading sets
+// goesOn reports whether a read that failed may be taken up again: it was ended for parking
+// alone, or by the deadline of the stop for connections without a request, on which one has
+// begun meanwhile. (It may have waited for a place until then.)
+//
+// It sets the deadline before it looks at stopped, which stopReading sets
 // before its deadline: an end that comes meanwhile is either seen here or has its
 // deadline after this one. The same holds for stopAccepting and stopping, at which await
 // looks next.
@@ -148,7 +151,8 @@ func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 // nudged stays set until then: a nudge in between would lose its deadline and be taken for
 // one that is under way, so that the connection was never parked again.
 func (c *conn) goesOn(err error) bool {
-	if !c.nudged.Load() {
+	p, _ := c.phase()
+	if !c.nudged.Load() && (p != phaseReading || !c.owner.stopping.Load()) {
 		return false
 	}
 	_ = c.raw.SetReadDeadline(time.Time{})

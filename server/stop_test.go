@@ -163,6 +163,29 @@ func TestStopAcceptingWaitsForFirstRequests(t *testing.T) {
 	}
 }
 
+// TestStopEndsNoRequestThatWaitsForAPlace: the deadline of the stop is for connections
+// without a request. One that begins before it, and waits for a place until it has passed, is
+// answered.
+func TestStopEndsNoRequestThatWaitsForAPlace(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, func(c *Config) { c.limits.MaxServed = 1 })
+	s.ln.served <- struct{}{} // the only place
+	c, r := s.dial()
+	eventually(t, "the connection is accepted", func() bool { return s.ln.open() == 1 })
+	s.ln.stopping.Store(true)
+	io.WriteString(c, get("id=1"))
+	eventually(t, "it waits for a place", func() bool { return s.ln.waiting.Load() == 1 })
+	s.ln.mu.Lock()
+	for c := range s.ln.conns {
+		_ = c.raw.SetReadDeadline(time.Now()) // that of the stop has passed
+	}
+	s.ln.mu.Unlock()
+	<-s.ln.served
+	if resp, body, err := answer(r); err != nil || resp.StatusCode != 200 {
+		t.Errorf("got %v %q, %v", resp, body, err)
+	}
+}
+
 // looking has a look before each add.
 type looking struct {
 	dedup.Set
