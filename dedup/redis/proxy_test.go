@@ -23,6 +23,7 @@ type proxy struct {
 	bandwidth atomic.Int64 // bytes per second of replies, 0: no limit
 	deaf      atomic.Bool  // replies are thrown away
 	refusing  atomic.Bool  // connections are closed at once
+	passed    atomic.Int64 // pieces of replies that have arrived, since cutAgain last cut
 
 	mu    sync.Mutex
 	conns map[net.Conn]*atomic.Bool // of clients; set: replies are thrown away
@@ -108,6 +109,7 @@ func (p *proxy) replies(c, s net.Conn, deaf *atomic.Bool) {
 			if _, err := c.Write(buf[:n]); err != nil {
 				return
 			}
+			p.passed.Add(1)
 		}
 		if err != nil {
 			return
