@@ -213,11 +213,54 @@ func (b *boltStore) init(files *keyFiles) (st state, err error) {
 		}
 	}
 	err = b.view(func(tx *bolt.Tx) error {
-		st, err = readState(tx, files)
+		if st, err = readState(tx, files); err == nil {
+			err = checkPages(b.db, tx)
+		}
 		return err
 	})
 	st.keysLost = cmp.Or(st.keysLost, lost)
 	return st, err
+}
+
+// checkPages checks what shows only when a record is appended, and then fails at every start: the
+// numbers that pages have of themselves, and the list of the free ones. bbolt's own check comes last:
+// it takes all memory where the length of a page is damaged, and a fault in its goroutine could not
+// be caught.
+func checkPages(db *bolt.DB, tx *bolt.Tx) error {
+	file, err := os.Open(db.Path())
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	size, own := int64(db.Info().PageSize), make([]byte, 8)
+	free, pages := 0, int(tx.Size()/size)
+	for id := 2; id < pages; { // behind the meta pages
+		page, err := tx.Page(id)
+		switch {
+		case err != nil:
+			return err
+		case page.Type == "free":
+			free++
+			id++
+			continue
+		}
+		if _, err := file.ReadAt(own, int64(id)*size); err != nil {
+			return fmt.Errorf("%w: page %d: %w", errDamaged, id, err)
+		}
+		if n := binary.NativeEndian.Uint64(own); n != uint64(id) || page.OverflowCount >= pages-id {
+			return fmt.Errorf("%w: page %d has the number %d, and %d behind it", errDamaged, id, n, page.OverflowCount)
+		}
+		id += 1 + page.OverflowCount
+	}
+	if stats := db.Stats(); free != stats.FreePageN+stats.PendingPageN {
+		return fmt.Errorf("%w: %d pages are free, and %d in the list of them", errDamaged, free, stats.FreePageN+stats.PendingPageN)
+	}
+	for flaw := range tx.Check() { // to its end, where the goroutine ends
+		if err == nil {
+			err = fmt.Errorf("%w: %w", errDamaged, flaw)
+		}
+	}
+	return err
 }
 
 // readState reads all of the file, and the files of keys that it refers to. It removes the

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -434,6 +435,21 @@ func TestSpoolWithAFlippedBitIsNeverMisread(t *testing.T) {
 	}
 	for i := 2 * os.Getpagesize(); i < len(whole); i += 331 { // a sample of the rest
 		offsets = append(offsets, i)
+	}
+	const flags, count, list, ids = 8, 10, 0x10, 16 // of a page of bbolt with the list of the free ones
+	lists := 0
+	for at := 0; at < len(whole); at += os.Getpagesize() {
+		if p := whole[at:]; binary.NativeEndian.Uint16(p[flags:]) == list {
+			lists++
+			for i := range ids + 8*int(binary.NativeEndian.Uint16(p[count:])) {
+				offsets = append(offsets, at+i)
+			}
+		} else {
+			offsets = append(offsets, at, at+1) // the number of the page
+		}
+	}
+	if lists == 0 {
+		t.Error("no page with the list of free pages")
 	}
 	for _, i := range offsets {
 		b := append([]byte(nil), whole...)
