@@ -506,11 +506,13 @@ func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
 		r := l.in(t, "a", dir)
 		r.publish(t, 0, 3)
 		time.Sleep(2*groupRound + groupRound/2) // nothing is under way then
+		r.stop()
 		l.set(func() {
 			for _, e := range l.epochs {
 				e.written, e.delivered = false, false
 			}
 		})
+		r = l.in(t, "a", dir) // the process before knew of the delivery
 		time.Sleep(2*groupRound + groupRound/2) // nothing is under way then
 		wantLines(t, lines(t, dir), 3, 1)
 		l.set(func() {
