@@ -512,7 +512,7 @@ func TestLedgerThatForgotGetsNoSecondLine(t *testing.T) {
 				e.written, e.delivered = false, false
 			}
 		})
-		r = l.in(t, "a", dir) // the process before knew of the delivery
+		r = l.in(t, "a", dir)                   // the process before knew of the delivery
 		time.Sleep(2*groupRound + groupRound/2) // nothing is under way then
 		wantLines(t, lines(t, dir), 3, 1)
 		l.set(func() {
