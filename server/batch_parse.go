@@ -139,8 +139,11 @@ func (b *batch) lines(body []byte) error {
 // add takes an item with its word so far, and the key and the token that it has itself. An id
 // that is well formed is to be judged.
 func (b *batch) add(id []byte, w word, own dedup.Options) (err error) {
-	if len(b.words) == b.owner.maxIDs {
+	switch len(b.words) {
+	case b.owner.maxIDs:
 		return errTooLarge
+	case cap(b.words): // several are on one line; the tables of the items have the same room
+		return errBadRequest
 	}
 	if !validID(id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(id) {
 		w = wordBadID

@@ -482,6 +482,23 @@ func TestBatchOfLinesAllocatesNothingPerID(t *testing.T) {
 	}
 }
 
+// TestRefusedBatchLeavesNothingToTheNext: a body with more items than lines is refused, and the
+// memory of its tables is used again.
+func TestRefusedBatchLeavesNothingToTheNext(t *testing.T) {
+	s := newSite(t, nil)
+	for n := range 200 {
+		lines := strings.Repeat("1\n", n%20)
+		for _, body := range []string{lines + "1 1", lines + `{"id":1,"key":"a"}{"id":2,"key":"b"}`} {
+			if resp, _ := s.ask(batchPost("", "application/x-ndjson", "", body)); resp.StatusCode != 400 {
+				t.Fatalf("%q: got %d, want 400", body, resp.StatusCode)
+			}
+		}
+		if resp, got := s.ask(batchPost("", "application/x-ndjson", "", fmt.Sprint(n))); resp.StatusCode != 200 || !strings.Contains(got, `["ok"]`) {
+			t.Fatalf("got %d %s, want 200 and ok", resp.StatusCode, got)
+		}
+	}
+}
+
 // FuzzBatch: no body makes the parser panic, and what it takes is well formed.
 func FuzzBatch(f *testing.F) {
 	for _, body := range []string{
