@@ -43,8 +43,9 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 // too, and those of the window before it in it.
 func (m *Memory) recall() {
 	j := m.journal
-	past := time.Since(j.newest.end())                                      // its end; negative: it is not over
-	if j.newest.serial == 0 || past >= max(j.newest.window, m.cfg.Window) { // so is the window after it
+	past := time.Since(j.newest.end()) // its end; negative: it is not over
+	// Then the window after it is over as well.
+	if j.newest.serial == 0 || past >= max(j.newest.window, m.cfg.Window) {
 		return
 	}
 	var segments []*segment

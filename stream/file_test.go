@@ -261,6 +261,25 @@ func TestReadFileFollowsAppendsRepairsAndRotation(t *testing.T) {
 	wantWindows(t, got, 5)
 }
 
+// followed returns the first n records that a reader which follows the file yields.
+func followed(t *testing.T, path string, n int) (got []Record) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for r, err := range ReadFile(ctx, path, true) {
+		if errors.Is(err, ErrCaughtUp) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got = append(got, r); len(got) == n {
+			cancel()
+		}
+	}
+	return got
+}
+
 // TestReadFileFollowsAFileThatIsAsLongAgain: it is cut, as log rotation does, and has at least as
 // many bytes again before the reader looks. Also in the middle of a line.
 func TestReadFileFollowsAFileThatIsAsLongAgain(t *testing.T) {
@@ -272,27 +291,13 @@ func TestReadFileFollowsAFileThatIsAsLongAgain(t *testing.T) {
 				write := func(batch []spooled) { deliver(t, newFileSink(path, nil, 0, noStep), batch) }
 				write(all[:2])
 				appendFile(t, path, all[2].value[:torn])
-				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-				defer cancel()
 				time.AfterFunc(followEvery/2, func() { // while the reader waits for more
 					if err := os.Truncate(path, 0); err != nil {
 						t.Error(err)
 					}
 					write(all[2:])
 				})
-				var got []Record
-				for r, err := range ReadFile(ctx, path, true) {
-					if errors.Is(err, ErrCaughtUp) {
-						continue
-					}
-					if err != nil {
-						t.Fatal(again, torn, err)
-					}
-					if got = append(got, r); len(got) == len(all) {
-						cancel()
-					}
-				}
-				wantWindows(t, got, len(all))
+				wantWindows(t, followed(t, path, len(all)), len(all))
 			})
 		}
 	}
@@ -306,8 +311,6 @@ func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
 		all := entries(t, 0, 3)
 		write := func(batch []spooled) { deliver(t, newFileSink(path, nil, 0, noStep), batch) }
 		write(all[:1])
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
 		time.AfterFunc(followEvery/2, func() { // while the reader waits for more
 			write(all[1:2])
 			if err := os.Rename(path, path+".1"); err != nil {
@@ -315,19 +318,7 @@ func TestReadFileFollowsARenamedFileToItsEnd(t *testing.T) {
 			}
 			write(all[2:])
 		})
-		var got []Record
-		for r, err := range ReadFile(ctx, path, true) {
-			if errors.Is(err, ErrCaughtUp) {
-				continue
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got = append(got, r); len(got) == len(all) {
-				cancel()
-			}
-		}
-		wantWindows(t, got, len(all))
+		wantWindows(t, followed(t, path, len(all)), len(all))
 	})
 }
 

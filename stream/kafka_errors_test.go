@@ -236,24 +236,31 @@ func TestKafkaOutageLongerThanTheTopicTakesRecords(t *testing.T) {
 		if n := len(readTopic(t, cfg)); n != windows {
 			t.Errorf("in the topic: %d of %d records", n, windows)
 		}
-		client, err := cfg.client(kgo.KeepControlRecords())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		other := 0
-		for r, err := range readToEnd(t.Context(), client, topic, time.Time{}) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			if record, err := parseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
-				other++
-			}
-		}
+		other := withOtherTime(t, cfg)
 		if other == 0 || other > 12 {
 			t.Errorf("%d records have another time than the end of their window", other)
 		}
 	})
+}
+
+// withOtherTime returns how many records of the topic have another time than the end of their
+// window.
+func withOtherTime(t *testing.T, cfg KafkaConfig) (n int) {
+	t.Helper()
+	client, err := cfg.client(kgo.KeepControlRecords())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	for r, err := range readToEnd(t.Context(), client, topic, time.Time{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if record, err := parseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
+			n++
+		}
+	}
+	return n
 }
 
 // TestKafkaShortWindowsThatAreTooOldAreSentTogether: the topic takes records of the last three
@@ -285,20 +292,7 @@ func TestKafkaShortWindowsThatAreTooOldAreSentTogether(t *testing.T) {
 		if n := len(readTopic(t, cfg)); n != windows {
 			t.Errorf("in the topic: %d of %d records", n, windows)
 		}
-		client, err := cfg.client(kgo.KeepControlRecords())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		other := 0
-		for r, err := range readToEnd(t.Context(), client, topic, time.Time{}) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			if record, err := parseRecord(r.Value); err == nil && !record.end().Equal(r.Timestamp) {
-				other++
-			}
-		}
+		other := withOtherTime(t, cfg)
 		// Those of an eighth of the limit, beside those that were too old.
 		if most := int((away + 2*time.Second - limit + limit/8) / window); other == 0 || other > most {
 			t.Errorf("%d records have another time than the end of their window, want %d at most", other, most)

@@ -220,12 +220,12 @@ func newLedgerKeys(group string) ledgerKeys {
 	}
 }
 
-// ofEpoch is a hash. Until the epoch is decided: "m:" MEMBER -> its answers (see answers),
-// "k:" MEMBER -> those under keys, "d:" MEMBER -> it has refused ids that may be in Redis;
-// complete and inexact as reported; locked, while a member seals. As decided: unique, under
-// (of it, under keys), complete, exact, why not, and sealed. Then claimed (when, and by which
-// MEMBER, which is to write the line of a counts file), written (the line is) and delivered. The members of an epoch are in the same key, so they cannot be
-// lost alone.
+// ofEpoch is a hash. Until the epoch is decided: "m:" MEMBER -> its answers (see answers), "k:"
+// MEMBER -> those under keys, "d:" MEMBER -> it has refused ids that may be in Redis; complete
+// and inexact as reported; locked, while a member seals. As decided: unique, under (of it, under
+// keys), complete, exact, why not, and sealed. Then claimed (when, and by which MEMBER, which is
+// to write the line of a counts file), written (the line is) and delivered. The members of an
+// epoch are in the same key, so they cannot be lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + epochName(s) }
 
 // epochName is the name of an epoch in Redis, and in the file of answers. Groups that were

@@ -49,12 +49,13 @@ end
 // beatScript notes that the member is alive, writes again what it knows of its epochs, also of
 // the answers of others and of what it has reported, and takes the lead if no member has it, or
 // gives it away. It answers five lists: the time, whether the member leads, a member that keeps
-// it outside of the group, one that it keeps outside, whether the ledger has lost data since
-// the last beat of the member, and when one was there that may answer alone; then the others that are alive; then the newest epochs that it did not name, for
-// its next beat, as it is to remember those of others as well; then the others that are silent;
-// then a list for each epoch that it has named: "delivered"; "refused", if the group does not take it; "contradicted", if the
-// group has another decision; "decided" and the decision, if the member lacks that; or "open"
-// and what each member has answered, for this one to write again should it be lost.
+// it outside of the group, one that it keeps outside, whether the ledger has lost data since the
+// last beat of the member, and when one was there that may answer alone; then the others that
+// are alive; then the newest epochs that it did not name, for its next beat, as it is to
+// remember those of others as well; then the others that are silent; then a list for each epoch
+// that it has named: "delivered"; "refused", if the group does not take it; "contradicted", if
+// the group has another decision; "decided" and the decision, if the member lacks that; or
+// "open" and what each member has answered, for this one to write again should it be lost.
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
@@ -274,10 +275,11 @@ return out
 // with the reason if it is not exact.
 //
 // The record has the sum of the answers that the members have given, and the number of ids in
-// Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do
-// no harm if they were added without an answer. But they may be ids that a member of
-// luaUnlisted has answered, and with fail open, of any member in the last minutes, such a member may have answered ids that are not
-// in Redis; that it was in contact since the end proves nothing, as it may be late itself.
+// Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do no
+// harm if they were added without an answer. But they may be ids that a member of luaUnlisted
+// has answered, and with fail open, of any member in the last minutes, such a member may have
+// answered ids that are not in Redis; that it was in contact since the end proves nothing, as it
+// may be late itself.
 //
 // Members that ended without a report have answered the rest of the ids, if these are at least
 // what they reported last. But the rest may be ids that were refused: if a member, gone or not,

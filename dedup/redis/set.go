@@ -312,11 +312,12 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 	return s
 }
 
-// await gives the ledger a moment to learn of the epoch before an id of it is answered:
-// then it is published whatever becomes of this process. If the ledger is unreachable, in
-// a failed part of the cluster, ids are answered anyway, once this process has noted the epoch
-// on its disk; the next beat that succeeds writes the epoch down. It returns an error for an epoch that the group does not accept,
-// or of a process that the group does not know yet: it may have another window.
+// await gives the ledger a moment to learn of the epoch before an id of it is answered: then it
+// is published whatever becomes of this process. If the ledger is unreachable, in a failed part
+// of the cluster, ids are answered anyway, once this process has noted the epoch on its disk;
+// the next beat that succeeds writes the epoch down. It returns an error for an epoch that the
+// group does not accept, or of a process that the group does not know yet: it may have another
+// window.
 func (r *Set) await(s *redisEpoch) error {
 	if s.group.isRegistered() {
 		return nil
