@@ -21,7 +21,12 @@ type headerLines struct {
 // end of the request (section 6.1), a Host that is none or, in HTTP/1.1,
 // missing (section 3.2).
 func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
-	if host := h.Host(); len(host) == 0 && h.IsHTTP11() || len(host) > 0 && !validHost(host) {
+	host := h.Host()
+	if len(host) == 0 && h.IsHTTP11() || len(host) > 0 && !validHost(host) {
+		return lines, false
+	}
+	// fasthttp parses the host and port of this header only if the target has none.
+	if !bytes.HasPrefix(h.RequestURI(), rootPath) && new(fasthttp.URI).Parse(host, rootPath) != nil {
 		return lines, false
 	}
 	length := false
@@ -63,6 +68,8 @@ var (
 	transferEncoding = []byte(fasthttp.HeaderTransferEncoding)
 
 	headerIdempotencyKey = []byte("Idempotency-Key")
+
+	rootPath = []byte("/")
 )
 
 // tokenOf returns the token in the value of Idempotency-Key: the value without the space
