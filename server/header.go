@@ -21,12 +21,7 @@ type headerLines struct {
 // end of the request (section 6.1), a Host that is none or, in HTTP/1.1,
 // missing (section 3.2).
 func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
-	host := h.Host()
-	if len(host) == 0 && h.IsHTTP11() || len(host) > 0 && !validHost(host) {
-		return lines, false
-	}
-	// fasthttp parses the host and port of this header only if the target has none.
-	if !bytes.HasPrefix(h.RequestURI(), rootPath) && new(fasthttp.URI).Parse(host, rootPath) != nil {
+	if !hostFits(h) {
 		return lines, false
 	}
 	length := false
@@ -60,6 +55,16 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 		}
 	}
 	return lines, !length || !lines.encoding
+}
+
+// hostFits reports whether the request names a host, which HTTP/1.0 need not. fasthttp parses
+// the Host itself only if the target has no host of its own.
+func hostFits(h *fasthttp.RequestHeader) bool {
+	host := h.Host()
+	if len(host) == 0 {
+		return !h.IsHTTP11()
+	}
+	return validHost(host) && (bytes.HasPrefix(h.RequestURI(), rootPath) || new(fasthttp.URI).Parse(host, rootPath) == nil)
 }
 
 var (
