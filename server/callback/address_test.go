@@ -65,17 +65,25 @@ func TestCallbackRateHoldsForAnAddressWithManyNames(t *testing.T) {
 	}
 }
 
-// TestCallbackToOneNameNeverMeetsTheLimitOfItsAddress: its own rate is the same.
+// TestCallbackToOneNameNeverMeetsTheLimitOfItsAddress: its own rate is the same, also if each
+// POST is sent twice because the peer ends connections without a word.
 func TestCallbackToOneNameNeverMeetsTheLimitOfItsAddress(t *testing.T) {
 	const sent = 100
-	_, addr := receiver(t, func(http.ResponseWriter, *http.Request) {})
-	c := startPublicCallbacks(t, Config{Rate: 200}, addr, addr)
-	for n := range sent {
-		send(t, c, fmt.Sprintf("http://n.victim.example.com/%d", n))
-	}
-	await(t, c, "delivery", func(s Stats) bool { return s.Waiting+s.InFlight == 0 })
-	if s := c.Stats(); s.Ended[Delivered] != sent {
-		t.Errorf("%d delivered, want %d: %+v", s.Ended[Delivered], sent, s)
+	_, keeps := receiver(t, func(http.ResponseWriter, *http.Request) {})
+	_, ends := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+		if _, err := readPOST(r); err == nil {
+			_, _ = io.WriteString(conn, okAnswer)
+		}
+	})
+	for _, addr := range []string{keeps, ends} {
+		c := startPublicCallbacks(t, Config{Rate: 200}, addr, addr)
+		for n := range sent {
+			send(t, c, fmt.Sprintf("http://n.victim.example.com/%d", n))
+		}
+		await(t, c, "delivery", func(s Stats) bool { return s.Waiting+s.InFlight == 0 })
+		if s := c.Stats(); s.Ended[Delivered] != sent {
+			t.Errorf("%d delivered, want %d: %+v", s.Ended[Delivered], sent, s)
+		}
 	}
 }
 

@@ -275,14 +275,17 @@ func (cfg *Config) interval() time.Duration {
 	return time.Duration(float64(time.Second) / cfg.Rate)
 }
 
-// after is when the next POST is due if one is sent now. A late wake-up may be
-// made up for by one POST, so that the rate is met; idle time is not saved.
-func (cfg *Config) after(next, now time.Time) time.Time {
-	interval := cfg.interval()
-	if earliest := now.Add(-interval); next.Before(earliest) {
-		next = earliest
+// pace notes that a POST to d is sent now, for its rate. A late wake-up may be made up for
+// by one POST, so that the rate is met; idle time is not saved.
+func (s *Sender) pace(d *destination) {
+	if d.kind == destListed {
+		return
 	}
-	return next.Add(interval)
+	interval := s.cfg.interval()
+	if earliest := time.Now().Add(-interval); d.next.Before(earliest) {
+		d.next = earliest
+	}
+	d.next = d.next.Add(interval)
 }
 
 // Reserve keeps a place for a POST to ep, to be filled by Send or given back
@@ -431,9 +434,7 @@ func (s *Sender) take() (job, bool) {
 		if d.unproven {
 			s.unprovenBusy++
 		}
-		if d.kind != destListed {
-			d.next = s.cfg.after(d.next, time.Now())
-		}
+		s.pace(d)
 		j := job{ep: s.dequeue(d), dest: d, done: done, unproven: d.unproven}
 		s.schedule(d)
 		return j, true

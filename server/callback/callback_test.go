@@ -23,6 +23,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -810,6 +811,115 @@ func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
 	defer mu.Unlock()
 	if s.Retried != 1 || failed(s) != 0 || len(conns) != pooled+1 || len(ids) != pooled+1 {
 		t.Fatalf("%d connections, %d POSTs, %+v", len(conns), len(ids), s)
+	}
+}
+
+// resetConn is a connection that its peer resets at its end.
+type resetConn struct{ net.Conn }
+
+func (c resetConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.EOF {
+		err = syscall.ECONNRESET
+	}
+	return n, err
+}
+
+// A POST whose answer began is not sent again, wherever that answer breaks off: its peer
+// has had it.
+func TestCallbackIsNotRepeatedOnceItsAnswerBegins(t *testing.T) {
+	for _, begun := range []string{
+		"\r\n",
+		"H",
+		"HTTP/1.1 100 Continue\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: 1",
+		"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+	} {
+		for _, reset := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%q reset %v", begun, reset), func(t *testing.T) {
+				var posts atomic.Int64
+				c := startCallbacks(t, Config{Allow: []string{"127.0.0.1:1"}, Connect: func(context.Context, *net.Dialer, string) (net.Conn, error) {
+					conn, peer := net.Pipe() // what is written has been read
+					go func() {
+						defer peer.Close()
+						for r, answer := bufio.NewReader(peer), okAnswer; ; answer = begun {
+							if _, err := readPOST(r); err != nil {
+								return
+							}
+							posts.Add(1)
+							if _, _ = io.WriteString(peer, answer); answer == begun {
+								return
+							}
+						}
+					}()
+					if reset {
+						conn = resetConn{conn}
+					}
+					return conn, nil
+				}})
+				send(t, c, "http://127.0.0.1:1/")
+				await(t, c, "a kept connection", func(s Stats) bool { return s.Ended[Delivered] == 1 })
+				send(t, c, "http://127.0.0.1:1/")
+				s := await(t, c, "the end", func(s Stats) bool { return s.Waiting+s.InFlight == 0 })
+				if posts.Load() != 2 || s.Ended[FailedAnswer] != 1 || s.Retried != 0 {
+					t.Errorf("%d POSTs, %+v", posts.Load(), s)
+				}
+			})
+		}
+	}
+}
+
+// closeFunc is a connection that calls a function when it is closed.
+type closeFunc struct {
+	net.Conn
+	closed func()
+}
+
+func (c closeFunc) Close() error {
+	c.closed()
+	return c.Conn.Close()
+}
+
+// The second try is on a new connection, also if another POST has put back a connection
+// meanwhile that is dead as well: the peer ends each after its answer, without a word.
+func TestCallbackIsRetriedOnANewConnection(t *testing.T) {
+	var c *Sender
+	var closes, dials atomic.Int64
+	gate, open := newGate()
+	three, arrived := newGate()
+	c = startCallbacks(t, Config{Allow: []string{"127.0.0.1:1"}, Connect: func(context.Context, *net.Dialer, string) (net.Conn, error) {
+		conn, peer := net.Pipe()
+		last := dials.Add(1) == 3
+		go func() {
+			defer peer.Close()
+			if _, err := readPOST(bufio.NewReader(peer)); err == nil {
+				if last {
+					arrived()
+					<-gate
+				}
+				<-three
+				_, _ = io.WriteString(peer, okAnswer)
+			}
+		}()
+		return closeFunc{conn, func() {
+			if closes.Add(1) == 2 { // the first was the dead one, the second is one as old
+				open()
+				await(t, c, "the third POST to put its connection back", func(s Stats) bool { return s.Ended[Delivered] == 3 })
+			}
+		}}, nil
+	}})
+	t.Cleanup(arrived)
+	t.Cleanup(open)
+	for n := range 3 {
+		send(t, c, fmt.Sprintf("http://127.0.0.1:1/%d", n))
+	}
+	await(t, c, "two kept connections", func(s Stats) bool { return s.Ended[Delivered] == 2 })
+	send(t, c, "http://127.0.0.1:1/after")
+	if s := await(t, c, "the end", func(s Stats) bool { return s.Waiting+s.InFlight == 0 }); s.Ended[Delivered] != 4 || s.Retried != 1 {
+		t.Errorf("%+v", s)
 	}
 }
 

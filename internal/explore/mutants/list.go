@@ -299,5 +299,5 @@ var mutants = []mutant{
 	fault("server/callback/callback.go", "idle time is saved for the rate",
 		"next.Before(earliest) {", "false {"),
 	fault("server/callback/callback.go", "a POST does not count for the rate",
-		"\t\t\td.next = s.cfg.after(d.next, time.Now())\n", "\n"),
+		"\td.next = d.next.Add(interval)\n", "\n"),
 }
