@@ -166,9 +166,10 @@ type Stats struct {
 // before anything is counted; Send cannot fail. A fixed number of workers (Run) takes
 // POSTs from the destinations that have some, in turn, so that none waits for another
 // one's slowness: a destination holds at most Concurrency workers, and all those together
-// that are not known to answer quickly (newcomers, and those whose last POST failed or
-// took long) hold at most three quarters of the workers and of the table. Names are cheap;
-// any number of tarpits leaves the rest to destinations that answer.
+// that are not known to answer quickly (newcomers that no HOST:PORT entry names, and those
+// whose last POST failed or took long) hold at most three quarters of the workers and of the
+// table. Names are cheap, and so are the addresses of an allowed network; any number of
+// tarpits leaves the rest to destinations that answer.
 type Sender struct {
 	cfg   Config
 	guard *guard
@@ -305,7 +306,10 @@ func (s *Sender) Reserve(ep Endpoint) bool {
 		return false
 	}
 	d := s.dests[keyOf(ep)]
-	unproven := ep.kind == destPublic && (d == nil || d.unproven)
+	unproven := !s.guard.vouched(&ep)
+	if d != nil {
+		unproven = d.unproven
+	}
 	if d != nil && d.entries >= s.cfg.maxWaitingPerDestination ||
 		unproven && s.unprovenSlots >= unprovenShare(s.cfg.maxWaiting) {
 		return false
@@ -458,7 +462,7 @@ func (s *Sender) finish(j job, r result) {
 	s.ended(j)
 	s.stats.Ended[r.kind]++
 	j.done(r.breakerErr())
-	if d.kind == destPublic && r.breakerErr() != errNotTried {
+	if r.breakerErr() != errNotTried {
 		// A fifth of the time allowed is quick: it takes five such POSTs to
 		// hold a worker as long as one that times out.
 		s.prove(d, r.breakerErr() == nil && r.took <= s.cfg.Timeout/5)

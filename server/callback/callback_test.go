@@ -434,13 +434,19 @@ func TestCallbackTarpitHoldsUpNobodyElse(t *testing.T) {
 	}
 }
 
-// Names cost nothing: any number of tarpits leaves workers and places to the
-// destinations that have answered.
+// Names cost nothing, and so do the addresses of an allowed network: any number of tarpits
+// leaves workers and places to the destinations that have answered.
 func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
+	for _, tarpit := range []string{"http://tarpit%d.example.com:%s/", "http://127.0.1.%d:%s/"} {
+		t.Run(tarpit, func(t *testing.T) { manyTarpitsLeaveRoom(t, tarpit) })
+	}
+}
+
+func manyTarpitsLeaveRoom(t *testing.T, tarpit string) {
 	const tarpits, posts = 40, 50
 	var mu sync.Mutex
 	var delivered []string
-	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+	_, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
 		for {
 			req, err := readPOST(r)
 			if err != nil {
@@ -458,16 +464,18 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 	})
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("127.0.0.1") })
 	_, port, _ := net.SplitHostPort(hostport)
-	_ = url
 	c := startCallbacks(t, Config{
 		Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, Rate: 1e6, Timeout: time.Hour,
 		workers: 8, Concurrency: 2, maxWaiting: 40, maxWaitingPerDestination: 10,
+		Connect: func(ctx context.Context, d *net.Dialer, _ string) (net.Conn, error) {
+			return d.DialContext(ctx, "tcp", hostport)
+		},
 	})
 	send(t, c, "http://good.example.com:"+port+"/first")
 	await(t, c, "proof", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 	refused := 0
 	for n := range tarpits {
-		ep, _ := c.Parse(fmt.Appendf(nil, "http://tarpit%d.example.com:%s/", n, port))
+		ep, _ := c.Parse(fmt.Appendf(nil, tarpit, n, port))
 		if !c.Reserve(ep) {
 			refused++
 			continue
@@ -485,6 +493,31 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 	if s := c.Stats(); s.InFlight != 6 || len(delivered) != posts+1 {
 		t.Fatalf("delivered %d, %+v", len(delivered), s)
 	}
+}
+
+// A destination that the operator names is taken for one that answers quickly, until it does
+// not: then it leaves workers to the others.
+func TestCallbackNamedDestinationThatFailsLeavesRoom(t *testing.T) {
+	gate, open := newGate()
+	var first atomic.Bool
+	first.Store(true)
+	slow, slowAddr := receiver(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusInternalServerError)
+		if !first.Swap(false) {
+			<-gate
+		}
+	})
+	quick, quickAddr := receiver(t, func(http.ResponseWriter, *http.Request) {})
+	c := startCallbacks(t, Config{Allow: []string{slowAddr, quickAddr}, Concurrency: 4, workers: 4})
+	t.Cleanup(open)
+	send(t, c, slow)
+	await(t, c, "a failure", func(s Stats) bool { return s.Ended[FailedStatus] == 1 })
+	for n := range 4 {
+		send(t, c, fmt.Sprintf("%s/%d", slow, n))
+	}
+	await(t, c, "the share of those that do not answer quickly", func(s Stats) bool { return s.InFlight == 3 })
+	send(t, c, quick)
+	await(t, c, "the other destination", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 }
 
 func TestCallbackRedirectIsNotFollowed(t *testing.T) {
