@@ -32,6 +32,11 @@ import (
 // starts no callback, which ends a loop over several servers at depth one.
 const Header = "Verve-Callback"
 
+// DescriptorShare is the part of the descriptors of the process, 1/n, that callbacks take
+// at most: endpoints that do not answer must not keep callers from connecting, nor records
+// from their file.
+const DescriptorShare = 8
+
 const (
 	defaultConcurrency = 8
 	maxConcurrency     = 10_000 // four workers each
@@ -101,6 +106,10 @@ type Config struct {
 	AdminAddr netip.AddrPort
 	// Group and Instance go into the body.
 	Group, Instance string
+	// Descriptors is how many files the process may open, 0 if that is not known. Callbacks
+	// have the share of DescriptorShare: a third for idle connections, and two to resolve
+	// a name and then connect, for each POST in flight. Concurrency is lowered to that.
+	Descriptors uint64
 	// Took is called with the duration of each exchange. Optional.
 	Took func(time.Duration)
 	// Live returns start and count of the open epoch. Required.
@@ -116,6 +125,7 @@ type Config struct {
 	maxWaiting               int           // endpoints in the table
 	maxWaitingPerDestination int           // of them of one destination
 	workers                  int           // POSTs in flight in all
+	maxIdleConns             int           // connections without a POST
 	breakerFailures          int           // in a row open the breaker of a destination,
 	breakerOpen              time.Duration // for this long; then one POST tries
 	tls                      *tls.Config   // of https, without the server name; nil: the system's roots, TLS 1.2
@@ -258,6 +268,12 @@ func (cfg *Config) complete() error {
 		return setting.Errorf("callback-concurrency", "want 1 to %d", maxConcurrency)
 	case !(cfg.Rate >= 0.001 && cfg.Rate <= 1e6): // not a number fails, too
 		return setting.Errorf("callback-rate", "want 0.001 to 1000000")
+	}
+	cfg.maxIdleConns = maxIdleConns
+	if cfg.Descriptors > 0 {
+		third := int(max(4, min(cfg.Descriptors, 1<<30)/DescriptorShare/3))
+		cfg.workers, cfg.maxIdleConns = min(cfg.workers, third), min(maxIdleConns, third)
+		cfg.Concurrency = min(cfg.Concurrency, max(1, cfg.workers/4))
 	}
 	return setting.CheckTimeout("callback-timeout", cfg.Timeout)
 }
@@ -520,7 +536,7 @@ func (s *Sender) sweep(ctx context.Context) {
 		for d := first(&s.resting); d != nil && d.restsSince.Before(now.Add(-remember)); d = first(&s.resting) {
 			s.drop(d)
 		}
-		old := s.takeIdle(now.Add(-idleConnTimeout), maxIdleConns)
+		old := s.takeIdle(now.Add(-idleConnTimeout), s.cfg.maxIdleConns)
 		s.mu.Unlock()
 		closeAll(old)
 		s.logHidden()

@@ -520,6 +520,44 @@ func TestCallbackNamedDestinationThatFailsLeavesRoom(t *testing.T) {
 	await(t, c, "the other destination", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 }
 
+// Connections, those without a POST among them, leave most descriptors to others.
+func TestCallbackKeepsToItsShareOfTheDescriptors(t *testing.T) {
+	const descriptors, destinations = 400, 100
+	gate, open := newGate()
+	_, hostport := receiver(t, func(_ http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			<-gate
+		}
+	})
+	_, port, _ := net.SplitHostPort(hostport)
+	var conns, most atomic.Int64
+	c := startCallbacks(t, Config{
+		Allow: []string{"127.0.0.0/8:" + port}, Descriptors: descriptors,
+		Connect: func(ctx context.Context, d *net.Dialer, _ string) (net.Conn, error) {
+			now := conns.Add(1)
+			for was := most.Load(); now > was && !most.CompareAndSwap(was, now); was = most.Load() {
+			}
+			conn, err := d.DialContext(ctx, "tcp", hostport)
+			return closeFunc{conn, func() { conns.Add(-1) }}, err
+		},
+	})
+	t.Cleanup(open)
+	for n := range destinations {
+		send(t, c, fmt.Sprintf("http://127.0.1.%d:%s/", n, port))
+	}
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == destinations })
+	for n := range destinations {
+		send(t, c, fmt.Sprintf("http://127.0.2.%d:%s/slow", n, port))
+		send(t, c, fmt.Sprintf("http://127.0.1.%d:%s/slow", n, port))
+	}
+	await(t, c, "as many POSTs as may be in flight", func(s Stats) bool { return s.InFlight == descriptors/DescriptorShare/3 })
+	open()
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 3*destinations })
+	if n := most.Load(); n > descriptors/DescriptorShare*2/3 {
+		t.Errorf("%d connections, and of %d descriptors callbacks have %d, a third of them to resolve names", n, descriptors, descriptors/DescriptorShare)
+	}
+}
+
 func TestCallbackRedirectIsNotFollowed(t *testing.T) {
 	var followed atomic.Int64
 	trap, trapAddr := receiver(t, func(http.ResponseWriter, *http.Request) { followed.Add(1) })

@@ -224,7 +224,7 @@ func (h *client) put(conn *pooled) {
 	s.mu.Lock()
 	conn.since, conn.place = time.Now(), s.idle.PushBack(conn)
 	h.idle = append(h.idle, conn)
-	surplus := s.takeIdle(time.Time{}, maxIdleConns)
+	surplus := s.takeIdle(time.Time{}, s.cfg.maxIdleConns)
 	s.mu.Unlock()
 	closeAll(surplus)
 }
