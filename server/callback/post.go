@@ -275,7 +275,7 @@ func closeAll(conns []*pooled) {
 
 // RoundTrip does the exchange of a POST, on an idle connection if there is one. If that is
 // dead, it does one more, on a new connection. It replaces fasthttp's, which cannot tell a
-// dead connection from an answer that breaks off: that one is not to be asked for twice.
+// dead connection from an answer that breaks off: behind that, nothing is sent again.
 func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
 	deadline := time.Now().Add(req.GetTimeOut())
 	conn, err := h.kept()
