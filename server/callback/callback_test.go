@@ -1285,6 +1285,23 @@ func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
 	}
 }
 
+// TestCallbackLogLineIsShort whatever the path is, and the error: the certificate of a
+// receiver may have names of any length.
+func TestCallbackLogLineIsShort(t *testing.T) {
+	var logged testproc.Buffer
+	c := startCallbacks(t, Config{
+		Allow: []string{"127.0.0.1:1"}, Log: zerolog.New(&logged),
+		Connect: func(context.Context, *net.Dialer, string) (net.Conn, error) {
+			return nil, x509.HostnameError{Certificate: &x509.Certificate{DNSNames: []string{strings.Repeat("n", 1<<16)}}, Host: "hooks.example.com"}
+		},
+	})
+	send(t, c, "http://127.0.0.1:1/"+strings.Repeat("p", 2000))
+	await(t, c, "the line", func(Stats) bool { return logged.String() != "" })
+	if line := logged.String(); len(line) > 1024 || !strings.Contains(line, "certificate is valid for nnn") {
+		t.Errorf("%d bytes: %.300s", len(line), line)
+	}
+}
+
 func TestCallbackDestinationsAreForgotten(t *testing.T) {
 	c, err := New(Config{Live: func() (time.Time, uint64) { return time.Time{}, 0 }, breakerFailures: 1})
 	if err != nil {

@@ -368,7 +368,10 @@ func (s *Sender) logResult(ep Endpoint, r result) {
 	if hidden > 0 {
 		line = line.Uint64("hidden", hidden)
 	}
-	line.Err(r.err).Msg("callback")
+	if r.err != nil {
+		line = line.Str(zerolog.ErrorFieldName, shortened(r.err.Error())) // a certificate has the names that its server likes
+	}
+	line.Msg("callback")
 }
 
 // logHidden logs how many results were not logged, if no later one has reported that.
