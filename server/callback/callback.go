@@ -179,7 +179,8 @@ type Stats struct {
 // that are not known to answer quickly (newcomers that no HOST:PORT entry names, and those
 // whose last POST failed or took long) hold at most three quarters of the workers and of the
 // table. Names are cheap, and so are the addresses of an allowed network; any number of
-// tarpits leaves the rest to destinations that answer.
+// tarpits leaves the rest to destinations that answer. One that stops to answer counts as one
+// of them when its first POST times out.
 type Sender struct {
 	cfg   Config
 	guard *guard
