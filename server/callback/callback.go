@@ -16,6 +16,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -274,7 +275,12 @@ func (cfg *Config) complete() error {
 	if cfg.Descriptors > 0 {
 		third := int(max(4, min(cfg.Descriptors, 1<<30)/DescriptorShare/3))
 		cfg.workers, cfg.maxIdleConns = min(cfg.workers, third), min(maxIdleConns, third)
-		cfg.Concurrency = min(cfg.Concurrency, max(1, cfg.workers/4))
+		if most := max(1, cfg.workers/4); cfg.Concurrency > most {
+			cfg.Log.Warn().Int("callback_concurrency", cfg.Concurrency).Int("lowered_to", most).
+				Str("reason", fmt.Sprintf("the process may open %d files (ulimit -n), and callbacks have one in %d of them", cfg.Descriptors, DescriptorShare)).
+				Msg("--callback-concurrency is higher than the process has room for")
+			cfg.Concurrency = most
+		}
 	}
 	return setting.CheckTimeout("callback-timeout", cfg.Timeout)
 }

@@ -523,6 +523,7 @@ func TestCallbackNamedDestinationThatFailsLeavesRoom(t *testing.T) {
 // Connections, those without a POST among them, leave most descriptors to others.
 func TestCallbackKeepsToItsShareOfTheDescriptors(t *testing.T) {
 	const descriptors, destinations = 400, 100
+	var logged testproc.Buffer
 	gate, open := newGate()
 	_, hostport := receiver(t, func(_ http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/slow" {
@@ -532,7 +533,7 @@ func TestCallbackKeepsToItsShareOfTheDescriptors(t *testing.T) {
 	_, port, _ := net.SplitHostPort(hostport)
 	var conns, most atomic.Int64
 	c := startCallbacks(t, Config{
-		Allow: []string{"127.0.0.0/8:" + port}, Descriptors: descriptors,
+		Allow: []string{"127.0.0.0/8:" + port}, Descriptors: descriptors, Log: zerolog.New(&logged),
 		Connect: func(ctx context.Context, d *net.Dialer, _ string) (net.Conn, error) {
 			now := conns.Add(1)
 			for was := most.Load(); now > was && !most.CompareAndSwap(was, now); was = most.Load() {
@@ -542,6 +543,9 @@ func TestCallbackKeepsToItsShareOfTheDescriptors(t *testing.T) {
 		},
 	})
 	t.Cleanup(open)
+	if !strings.Contains(logged.String(), `"callback_concurrency":8,"lowered_to":4,"reason":"the process may open 400 files`) {
+		t.Errorf("the log does not have what was lowered: %s", logged.String())
+	}
 	for n := range destinations {
 		send(t, c, fmt.Sprintf("http://127.0.1.%d:%s/", n, port))
 	}
