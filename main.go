@@ -215,6 +215,7 @@ func (p *program) open() error {
 	if p.certificate != nil {
 		callbacks.SelfTLS = p.certificate.OwnConfig
 	}
+	callbacks.Descriptors = descriptorLimit()
 	callbacks.Instance, callbacks.Live, callbacks.Took, callbacks.Log = p.spool.Instance(), p.live, p.times.CallbackEnded, log
 	if p.callbacks, err = callback.New(callbacks); err != nil {
 		return err
