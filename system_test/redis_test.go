@@ -103,6 +103,39 @@ func TestFromAGroupToMemoryWithinAWindow(t *testing.T) {
 	}
 }
 
+// TestFromDamagedIdsToAGroup: a process that joins a group reports that the ids which the one
+// before kept for itself are damaged, and their window gets a record that is not exact.
+func TestFromDamagedIdsToAGroup(t *testing.T) {
+	redis := testproc.StartRedis(t, "--maxmemory-policy", "noeviction")
+	dir := t.TempDir()
+	data := filepath.Join(dir, "a")
+	v := testproc.Start(t, "--instance=a", "--data-dir="+data, "--window=1s", "--window-header")
+	_, window := judged(t, v, "1")
+	v.Kill()
+	if err := os.WriteFile(filepath.Join(data, "epochs", "state"), make([]byte, 1<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	start, err := time.Parse(time.RFC3339Nano, window)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Until(start.Add(time.Second)))
+	v = member(t, "a", dir, redis.Addr, "--window=1s")
+	if !strings.Contains(v.Text(), "epochs.damaged-") {
+		t.Errorf("the log does not name what was set aside:\n%s", v.Text())
+	}
+	v.Stop()
+	var got []testproc.Record
+	for _, r := range groupRecords(t, dir)[start] {
+		if r.Instance == "a" {
+			got = append(got, r)
+		}
+	}
+	if len(got) != 1 || got[0].Exact {
+		t.Errorf("records of the window of the damaged ids: %+v; want one that is not exact", got)
+	}
+}
+
 // judged asks about an id until it is ok, or a repeat, in a window: on a busy machine Redis
 // may take too long for one, which then counts nothing.
 func judged(t *testing.T, v *testproc.Server, id string) (ok bool, window string) {
