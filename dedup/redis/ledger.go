@@ -160,6 +160,7 @@ type ledgerEpoch struct {
 	span         counter.Span
 	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers      answers        // what each member has given, as far as this process knows
+	inexact      bool           // it was not exact when this process opened it
 	wasRefused   bool           // for a time
 	ofOthers     bool           // this process has not opened it: it only asks what there is of it
 	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
@@ -267,12 +268,13 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 // Opened notes an epoch that requests may enter; the next beat registers it, and closes the
 // channel in what is returned. It takes no time.
 //
-// unique counts what this process has answered as new in it, at least.
-func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
+// unique counts what this process has answered as new in it, at least. If the epoch is not exact
+// at its start, the group is to know before the first id, as this process may be killed.
+func (l *Ledger) Opened(s counter.Span, unique func() uint64, exact bool) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	e.unique, e.ofOthers = unique, false
+	e.unique, e.ofOthers, e.inexact = unique, false, !exact
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}

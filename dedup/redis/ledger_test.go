@@ -273,7 +273,7 @@ func TestSealAfterAStartWaitsForTheOthers(t *testing.T) {
 	s := spanEnded(2 * time.Second)
 	old := g.member("old")
 	g.beat(old)
-	old.Opened(s, func() uint64 { return 7 })
+	old.Opened(s, func() uint64 { return 7 }, true)
 	g.beat(old)
 	if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
 		t.Fatal(err)
@@ -347,7 +347,7 @@ func TestMemberThatDoesNotReachTheLedgerIsNotLost(t *testing.T) {
 		g.beat(a, b)
 		for _, n := range tt.opened {
 			b = g.member("b")
-			b.Opened(at(n), nil)
+			b.Opened(at(n), nil, true)
 			g.beat(b)
 		}
 		g.answers.Store(reported)
@@ -373,7 +373,7 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 		g := newGroup(t)
 		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
 		a, b := g.member("a", open), g.member("b", open)
-		b.Opened(counter.Span{Start: s.Start.Add(time.Duration(tt.opened) * s.Window), Window: s.Window}, nil)
+		b.Opened(counter.Span{Start: s.Start.Add(time.Duration(tt.opened) * s.Window), Window: s.Window}, nil, true)
 		g.beat(a, b)
 		g.answers.Store(10)
 		g.counted.Store(10)
@@ -393,7 +393,7 @@ func TestOneMemberMayAnswerAlone(t *testing.T) {
 	for _, tt := range []struct{ open, lost bool }{{true, false}, {true, true}, {false, true}} {
 		g := newGroup(t)
 		a, b := g.member("a"), g.member("b", func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open })
-		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil, true)
 		g.beat(b, a)
 		if tt.lost {
 			g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
@@ -409,6 +409,24 @@ func TestOneMemberMayAnswerAlone(t *testing.T) {
 	}
 }
 
+// TestWhatIsNotExactAtItsStartIsNotAfterAKill: a member opens an epoch whose ids it has counted
+// elsewhere before, and is killed before it has reported that.
+func TestWhatIsNotExactAtItsStartIsNotAfterAKill(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, exact := range []bool{true, false} {
+		g := newGroup(t)
+		killed, b := g.member("killed"), g.member("b")
+		killed.Opened(s, func() uint64 { return 5 }, exact)
+		g.beat(killed, b)
+		g.counted.Store(5)
+		g.report(s, true, b)
+		if c := g.seal(b, s); c.Unique != 5 || c.Exact != exact {
+			t.Errorf("exact at its start %t: the record is %+v", exact, c)
+		}
+	}
+}
+
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
 // the list until the windows that it was in are decided.
@@ -420,7 +438,7 @@ func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 	killed := g.member("killed", change)
 	g.beat(killed)
 	before := counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}
-	killed.Opened(before, nil)
+	killed.Opened(before, nil, true)
 	g.beat(killed)
 
 	change = func(c *Config, _ *fakeIDs) { c.FailOpen, c.File = true, killed.cfg.File }
@@ -434,7 +452,7 @@ func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 		t.Fatal("it is off the list at the start of the next process")
 	}
 	again.began = time.Now().Add(-time.Hour)
-	again.Opened(s, nil)
+	again.Opened(s, nil, true)
 	g.beat(again)
 	again.began = s.Start.Add(time.Second)
 	if again.dismiss(t.Context()); !listed() {
@@ -466,9 +484,9 @@ func TestMemberThatIsLostWithTheLedgerIsNotForgotten(t *testing.T) {
 			a.ids.(*fakeIDs).gone = "b"
 		}
 		g.beat(b, a)
-		a.Opened(s, nil)
+		a.Opened(s, nil, true)
 		g.beat(a)
-		b.Opened(s, nil)
+		b.Opened(s, nil, true)
 		g.beat(b)
 		if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
 			t.Fatal(err)
@@ -500,7 +518,7 @@ func TestSilentMemberIsNotForgottenWithTheLedger(t *testing.T) {
 		g := newGroup(t)
 		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
 		a, b := g.member("a", open), g.member("b", open)
-		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil, true)
 		g.beat(b, a)
 		for range 2 { // each loss is mended
 			lose := g.client.B().Arbitrary(tt.command)
@@ -511,7 +529,7 @@ func TestSilentMemberIsNotForgottenWithTheLedger(t *testing.T) {
 			g.beat(a)
 			othersAreThere(a)
 		}
-		a.Opened(s, nil)
+		a.Opened(s, nil, true)
 		g.beat(a)
 		g.answers.Store(10)
 		g.counted.Store(20) // b has reached the lanes; with fail open it need not
@@ -529,9 +547,9 @@ func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
 	a := g.member("a")
 	first, second := spanEnded(time.Minute), spanEnded(0)
 	none := func() uint64 { return 0 }
-	a.Opened(first, none)
+	a.Opened(first, none, true)
 	newest := a.noteAnswers()
-	a.Opened(second, none)
+	a.Opened(second, none, true)
 	if _, args, sent := a.beatArgs(newest); len(sent) != 1 || sent[0] != first || args[8] != unixMS(first.Start) {
 		t.Errorf("the heartbeat has %v, and %s as the newest epoch; want the first alone", sent, args[8])
 	}
@@ -581,10 +599,10 @@ func TestLossIsMendedByTheNextBeatWhateverItIsFor(t *testing.T) {
 	g := newGroup(t)
 	b := g.member("b")
 	over, next := spanEnded(2*time.Second), spanEnded(time.Second)
-	b.Opened(over, func() uint64 { return 3 })
+	b.Opened(over, func() uint64 { return 3 }, true)
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
-	b.Opened(next, func() uint64 { return 0 })
+	b.Opened(next, func() uint64 { return 0 }, true)
 	g.do(func(ctx context.Context) error { return b.beat(ctx) })
 	if got, opened := g.rowOf(b, over), g.rowOf(b, next); got != "3+" || opened != "0+" {
 		t.Errorf("the ledger has %q of the epoch before, and %q of the open one; want 3 or more, and 0 or more", got, opened)
@@ -598,7 +616,7 @@ func TestAllEpochsAreWrittenAgainEachSecondHoweverShortTheyAre(t *testing.T) {
 	g := newGroup(t)
 	m := g.member("m")
 	s := spanEnded(0)
-	m.Opened(s, func() uint64 { return 3 })
+	m.Opened(s, func() uint64 { return 3 }, true)
 	stop, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -627,7 +645,7 @@ func TestSealWaitsForOthersAfterALoss(t *testing.T) {
 	a, b := g.member("a"), g.member("b")
 	s := spanEnded(memberTTL) // the last clock has turned
 	g.beat(a, b)
-	b.Opened(s, func() uint64 { return 10 })
+	b.Opened(s, func() uint64 { return 10 }, true)
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 	g.beat(a)
@@ -651,9 +669,9 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 		want = append(want, spanEnded(ago))
 	}
 	for _, i := range []int{2, 0, 1} {
-		dead.Opened(want[i], nil)
+		dead.Opened(want[i], nil, true)
 	}
-	known := dead.Opened(spanEnded(-time.Minute), nil) // is open
+	known := dead.Opened(spanEnded(-time.Minute), nil, true) // is open
 	g.beat(dead)
 	<-known.registered
 	later := g.member("later")
@@ -738,7 +756,7 @@ func TestLeaderThatCannotSealGivesTheLeadAway(t *testing.T) {
 	if !a.Leading() {
 		t.Fatal("the first one does not lead")
 	}
-	a.Opened(spanEnded(memberTTL), nil)
+	a.Opened(spanEnded(memberTTL), nil, true)
 	ga, err := NewGroup(a, noRecords{}, zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
@@ -798,7 +816,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 	g.answers.Store(0)
 	g.report(sealed, true, b)
 	want := g.seal(a, sealed)
-	b.Opened(over, nil)
+	b.Opened(over, nil, true)
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 	g.counted.Store(0)
@@ -820,7 +838,7 @@ func TestMemberThatHasLeftRemembersItsAnswers(t *testing.T) {
 	a := g.member("a")
 	s := spanEnded(2 * time.Second)
 	g.beat(a)
-	a.Opened(s, nil)
+	a.Opened(s, nil, true)
 	g.beat(a)
 	g.answers.Store(7)
 	g.report(s, true, a)
@@ -1005,9 +1023,9 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	hour, next := counter.Span{Start: minute.Truncate(time.Hour), Window: time.Hour}, counter.Span{Start: minute.Truncate(time.Hour).Add(time.Hour), Window: time.Hour}
 	a := g.member("a", logged)
 	b := g.member("b", logged, func(c *Config, _ *fakeIDs) { c.Window = time.Hour })
-	ofA := a.Opened(counter.Span{Start: minute, Window: time.Minute}, nil)
+	ofA := a.Opened(counter.Span{Start: minute, Window: time.Minute}, nil, true)
 	g.beat(a)
-	ofB := b.Opened(hour, nil)
+	ofB := b.Opened(hour, nil, true)
 	g.beat(b, a, b)
 	if ofA.refused.Load() || a.standing.Load() != inside || a.Stats().Problem != "" {
 		t.Errorf("the first: %+v, problem %q", ofA, a.Stats().Problem)
@@ -1038,7 +1056,7 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 		g.beat(b)
 		return b.standing.Load() == inside
 	})
-	ofNext := b.Opened(next, nil)
+	ofNext := b.Opened(next, nil, true)
 	g.beat(b)
 	if !ofB.refused.Load() && !minute.Equal(hour.Start) || ofNext.refused.Load() || !b.Leading() || b.Stats().Problem != "" {
 		t.Errorf("epoch before those of the group %+v, behind them %+v; %+v", ofB, ofNext, b.Stats())
@@ -1053,7 +1071,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 	g := newGroup(t)
 	a := g.member("a", func(_ *Config, ids *fakeIDs) { ids.oldest = func() (time.Time, bool) { return time.Now(), true } })
 	open, sealed, delivered := spanEnded(time.Hour), spanEnded(time.Minute), spanEnded(time.Second)
-	a.Opened(open, nil)
+	a.Opened(open, nil, true)
 	g.beat(a)
 	g.report(open, true, a)
 	for _, s := range []counter.Span{sealed, delivered} {
@@ -1144,7 +1162,7 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 			a, b := g.member("a"), g.member("b")
 			s := spanEnded(3 * time.Second)
 			for _, m := range []*Ledger{a, b} {
-				admitted := m.Opened(s, func() uint64 { return 20 })
+				admitted := m.Opened(s, func() uint64 { return 20 }, true)
 				g.beat(m)
 				if m.member == tt.by && tt.refused {
 					m.addUncertain(admitted, 2)
