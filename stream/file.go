@@ -75,13 +75,14 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 // mayHave raises unsure.
 func (f *fileSink) mayHave(upTo uint64) { f.unsure = max(f.unsure, upTo) }
 
-// Claims is what a counts file asks its group: which instance writes a line?
+// Claims is what a counts file asks the group of a record: which instance writes the line? It may
+// be another group than that of this process, which has found the record in the spool.
 type Claims interface {
 	// Claim is called right before the line of a window is written. An error leaves
 	// the line to a later try.
-	Claim(ctx context.Context, s counter.Span) (counter.Claim, error)
+	Claim(ctx context.Context, group string, s counter.Span) (counter.Claim, error)
 	// Written reports that the line is in a counts file of the group.
-	Written(ctx context.Context, s counter.Span) error
+	Written(ctx context.Context, group string, s counter.Span) error
 }
 
 // errElsewhere keeps a record in the spool until its writer has reported it.
@@ -101,8 +102,8 @@ func (f *fileSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 // deliverClaimed writes the line of one record of a group, if it is this
 // instance's to write.
 func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, error) {
-	s := one[0].record.Span()
-	claim, err := f.claims.Claim(ctx, s)
+	group, s := one[0].record.Group, one[0].record.Span()
+	claim, err := f.claims.Claim(ctx, group, s)
 	if err != nil {
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
@@ -122,7 +123,7 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, erro
 	if n, err := f.write(one); err != nil {
 		return n, err
 	}
-	if err := f.claims.Written(ctx, s); err != nil {
+	if err := f.claims.Written(ctx, group, s); err != nil {
 		f.mayHave(one[0].index) // it is there
 		return 0, fmt.Errorf("counts file: %w", err)
 	}

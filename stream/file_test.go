@@ -359,6 +359,39 @@ func TestRecordOfAGroupIsNeverRevised(t *testing.T) {
 	}
 }
 
+// byGroup is a ledger in which the lines of some groups are written.
+type byGroup map[string]bool
+
+func (b byGroup) Claim(_ context.Context, group string, _ counter.Span) (counter.Claim, error) {
+	return counter.Claim{Mine: !b[group], Written: b[group]}, nil
+}
+
+func (b byGroup) Written(_ context.Context, group string, _ counter.Span) error {
+	b[group] = true
+	return nil
+}
+
+// TestLineIsClaimedFromItsGroup: a record that another --group has left in the spool is not taken
+// for the one of this group in the same window, nor this one for that.
+func TestLineIsClaimedFromItsGroup(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	f := newFileSink(path, nil, 0, noStep)
+	f.claims = byGroup{"written": true}
+	for i, group := range []string{"before", "now", "written"} {
+		r := record(0)
+		r.Scope, r.Group, r.Instance, r.Seq = ScopeGroup, group, "", 0
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		deliver(t, f, []spooled{{index: uint64(i + 1), record: r, value: b}})
+	}
+	text := fileText(t, path)
+	if strings.Count(text, "\n") != 2 || strings.Contains(text, "written") {
+		t.Errorf("the file is %q, want the lines of two groups", text)
+	}
+}
+
 func fileText(t *testing.T, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(path)

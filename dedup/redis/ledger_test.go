@@ -427,6 +427,42 @@ func TestWhatIsNotExactAtItsStartIsNotAfterAKill(t *testing.T) {
 	}
 }
 
+// TestLineOfAnotherGroupIsClaimedThere: two groups have records of one window. An instance that went
+// from one to the other with a record of the first in its spool writes that line, and
+// neither group takes it for the line of the second.
+func TestLineOfAnotherGroupIsClaimedThere(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	of := func(group string) func(*Config, *fakeIDs) {
+		return func(c *Config, _ *fakeIDs) { c.Group = group }
+	}
+	first, second := g.member("a", of("first")), g.member("b", of("second"))
+	g.beat(first, second)
+	s, next := spanEnded(0), spanEnded(-time.Minute)
+	claim := func(m *Ledger, group string, s counter.Span) (c counter.Claim) {
+		t.Helper()
+		g.do(func(ctx context.Context) (err error) { c, err = m.Claim(ctx, group, s); return err })
+		return c
+	}
+	g.do(func(ctx context.Context) error { return second.Written(ctx, "second", s) })
+	if c := claim(second, "first", s); c.Mine || c.Written {
+		t.Errorf("the first group has a leader, and the claim of its line is %+v", c)
+	}
+	g.do(func(ctx context.Context) error { // its lease ends
+		return g.client.Do(ctx, g.client.B().Del().Key(first.keys.leader).Build()).Error()
+	})
+	if c := claim(second, "first", s); !c.Mine {
+		t.Errorf("the first group has no leader, and the claim of its line is %+v", c)
+	}
+	g.do(func(ctx context.Context) error { return second.Written(ctx, "first", next) })
+	if c := claim(second, "second", next); !c.Mine {
+		t.Errorf("the line of the first group is written, and the claim of that of the second is %+v", c)
+	}
+	if c := claim(second, "first", next); !c.Written {
+		t.Errorf("the line of the first group is written, and its claim is %+v", c)
+	}
+}
+
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
 // the list until the windows that it was in are decided.
@@ -687,7 +723,7 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	if got := g.unpublished(later); !slices.Equal(got, want[1:]) {
 		t.Errorf("got %v, want %v", got, want[1:])
 	}
-	if claim, err := dead.Claim(t.Context(), want[0]); err != nil || !claim.Written {
+	if claim, err := dead.Claim(t.Context(), dead.cfg.Group, want[0]); err != nil || !claim.Written {
 		t.Errorf("written: %t, %v", claim.Written, err)
 	}
 }
@@ -704,7 +740,7 @@ func TestOneMemberPublishes(t *testing.T) {
 	if !a.Leading() || b.Leading() {
 		t.Fatalf("leading: a %t, b %t", a.Leading(), b.Leading())
 	}
-	claim, err := b.Claim(t.Context(), s)
+	claim, err := b.Claim(t.Context(), b.cfg.Group, s)
 	mine, written := claim.Mine, claim.Written
 	if mine || written || err != nil {
 		t.Errorf("b may write: %t, %t, %v", mine, written, err)
@@ -723,11 +759,11 @@ func TestOneMemberPublishes(t *testing.T) {
 	g.do(func(ctx context.Context) error {
 		return g.client.Do(ctx, g.client.B().Del().Key(b.keys.leader).Build()).Error()
 	})
-	if claim, err := c.Claim(t.Context(), s); !claim.Mine || err != nil {
+	if claim, err := c.Claim(t.Context(), c.cfg.Group, s); !claim.Mine || err != nil {
 		t.Errorf("c may write: %t, %v", mine, err)
 	}
-	g.do(func(ctx context.Context) error { return c.Written(ctx, s) })
-	if claim, err := c.Claim(t.Context(), s); claim.Mine || !claim.Written || err != nil {
+	g.do(func(ctx context.Context) error { return c.Written(ctx, c.cfg.Group, s) })
+	if claim, err := c.Claim(t.Context(), c.cfg.Group, s); claim.Mine || !claim.Written || err != nil {
 		t.Errorf("c may write again: %t, %t, %v", mine, written, err)
 	}
 	g.beat(b, c)
@@ -878,7 +914,7 @@ func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
 		var running sync.WaitGroup
 		running.Go(func() { a.run(t.Context(), stop) })
 		testproc.Until(t, "the record is delivered", func() bool {
-			claim, err := b.Claim(t.Context(), s)
+			claim, err := b.Claim(t.Context(), b.cfg.Group, s)
 			return err == nil && claim.Written
 		})
 		close(stop)
@@ -899,22 +935,22 @@ func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
 		g.report(s, true, a, b)
 		g.seal(a, s)
 		g.beat(b)
-		if claim, err := a.Claim(t.Context(), s); err != nil || !claim.Mine {
+		if claim, err := a.Claim(t.Context(), a.cfg.Group, s); err != nil || !claim.Mine {
 			t.Fatalf("a is to write the line: %+v, %v", claim, err)
 		}
-		g.do(func(ctx context.Context) error { return a.Written(ctx, s) })
+		g.do(func(ctx context.Context) error { return a.Written(ctx, a.cfg.Group, s) })
 		g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
 		g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 		if beats {
 			g.beat(b)
 		}
-		if claim, err := b.Claim(t.Context(), s); err == nil {
+		if claim, err := b.Claim(t.Context(), b.cfg.Group, s); err == nil {
 			t.Errorf("b has sent a heartbeat since the loss: %t; it has the claim %+v", beats, claim)
 		}
 		g.beat(b, a)
 		a.deliverAgain(t.Context())
 		othersAreThere(b)
-		if claim, err := b.Claim(t.Context(), s); err != nil || !claim.Written {
+		if claim, err := b.Claim(t.Context(), b.cfg.Group, s); err != nil || !claim.Written {
 			t.Errorf("a has reported the line again: %+v, %v", claim, err)
 		}
 	}
@@ -969,7 +1005,7 @@ func TestLineIsLeftToItsWriter(t *testing.T) {
 	g.seal(a, s)
 	want := func(m *Ledger, want counter.Claim) {
 		t.Helper()
-		if got, err := m.Claim(t.Context(), s); err != nil || got != want {
+		if got, err := m.Claim(t.Context(), m.cfg.Group, s); err != nil || got != want {
 			t.Errorf("%s has the claim %+v, %v; want %+v", m.member, got, err, want)
 		}
 	}
@@ -1005,7 +1041,7 @@ func TestLineIsLeftToItsWriter(t *testing.T) {
 		t.Errorf("logged %s", log.String())
 	}
 	want(again, counter.Claim{})
-	g.do(func(ctx context.Context) error { return b.Written(ctx, s) })
+	g.do(func(ctx context.Context) error { return b.Written(ctx, b.cfg.Group, s) })
 	want(again, counter.Claim{Written: true})
 }
 
