@@ -1201,7 +1201,7 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 }
 
 // TestKillBeforeTheFirstEpochOfANewDirectory: the process that made a directory in the place of
-// one that was damaged or missing is killed before it has begun an epoch. What is lost is known
+// one that was damaged or missing is killed before it has begun an epoch. The loss is known
 // to the next one: the window of the ids has a record, and neither that nor the open one is exact.
 func TestKillBeforeTheFirstEpochOfANewDirectory(t *testing.T) {
 	for name, damage := range map[string]func(dir string) error{
