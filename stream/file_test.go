@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -37,6 +38,40 @@ func deliver(t *testing.T, k sink, batch []spooled) {
 			t.Fatalf("delivered %d of %d, %v", n, len(batch), err)
 		}
 		batch = batch[n:]
+	}
+}
+
+// TestLinesWhoseSyncFailedAreWrittenAgain: the next sync succeeds without what the first one could
+// not write. The lines by key are taken back before they are written again.
+func TestLinesWhoseSyncFailedAreWrittenAgain(t *testing.T) {
+	for failing := range 2 { // the lines by key, the line of the record
+		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		f := newFileSink(path, nil, 0, noStep)
+		deliver(t, f, entries(t, 0, 1))
+		r := record(1)
+		r.Seq, r.Keys = 2, 1
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		second := []spooled{{index: 2, record: r, value: b, keys: withKeys(counter.Count{}, 1).Keys}}
+		before, syncs := fileText(t, path), 0
+		f.sync = func(file *os.File) error {
+			if syncs++; syncs == failing+1 {
+				return syscall.EIO
+			}
+			return file.Sync()
+		}
+		if n, err := f.deliver(t.Context(), second); n != 0 || !errors.Is(err, syscall.EIO) {
+			t.Fatalf("delivered %d, %v; want the error", n, err)
+		}
+		if got := fileText(t, path); got != before {
+			t.Errorf("after the failure the file is %q, want %q", got, before)
+		}
+		deliver(t, f, second)
+		if got, keys := fileText(t, path), fileText(t, keysFile(path)); got != before+string(b)+"\n" || strings.Count(keys, "\n") != 1 {
+			t.Errorf("the file is %q, and that of the keys %q", got, keys)
+		}
 	}
 }
 
