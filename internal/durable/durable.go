@@ -49,9 +49,13 @@ func SetAside(path string) (name string, err error) {
 	return name, SyncDir(filepath.Dir(path))
 }
 
-// SetAsideSince reports whether path was set aside at t or later.
+// SetAsideSince reports whether path was set aside at t or later, as far as this process may read the
+// directory.
 func SetAsideSince(path string, t time.Time) (bool, error) {
 	beside, err := os.ReadDir(filepath.Dir(path))
+	if errors.Is(err, os.ErrPermission) {
+		err = nil
+	}
 	return slices.ContainsFunc(beside, func(e os.DirEntry) bool {
 		at, is := strings.CutPrefix(e.Name(), filepath.Base(path)+DamagedSuffix)
 		aside, err := time.Parse(timeFormat, at)
