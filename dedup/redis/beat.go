@@ -182,8 +182,9 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		}
 		e.refused.Store(a.state == "refused")
 		if e.refused.Load() {
-			if e.wasRefused = true; e.ofOthers {
-				l.drop(s) // it is gone
+			// Not opened here: it is gone, or an earlier process in this place had another --window.
+			if e.wasRefused = true; e.ofOthers || l.outsideWhy == "" && e.answers[l.member] == "" {
+				l.drop(s)
 			}
 			continue
 		}

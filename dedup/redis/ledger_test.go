@@ -411,7 +411,8 @@ func TestOneMemberMayAnswerAlone(t *testing.T) {
 
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
-// the list until the windows that it was in are decided.
+// the list until the windows that it was in are decided. One that the group has refused, as it
+// was of another length, never is.
 func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t)
@@ -422,6 +423,11 @@ func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 	before := counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}
 	killed.Opened(before, nil)
 	g.beat(killed)
+	other := killed.Opened(counter.Span{Start: before.Start.Add(-2 * time.Hour), Window: 2 * s.Window}, func() uint64 { return 0 })
+	g.beat(killed)
+	if killed.keep(true); !other.refused.Load() {
+		t.Fatal("a window of another length is taken")
+	}
 
 	change = func(c *Config, _ *fakeIDs) { c.FailOpen, c.File = true, killed.cfg.File }
 	again := g.member("again", change)
