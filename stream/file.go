@@ -44,6 +44,7 @@ type fileSink struct {
 	stdout io.Writer // not nil: the sink is standard output
 	step   func(string)
 	claims Claims // nil: this instance counts for itself
+	group  string // of claims
 
 	// rest is what a write to standard output left of the line of the record at
 	// restOf: the next one goes on there.
@@ -88,11 +89,15 @@ type Claims interface {
 var errElsewhere = errors.New("another instance of the group publishes, this record is left to it")
 
 func (f *fileSink) deliver(ctx context.Context, batch []spooled) (int, error) {
-	if batch[0].record.Scope == ScopeGroup && f.claims != nil {
-		return f.deliverClaimed(ctx, batch[:1])
+	// A record of this instance alone, or of another group, is from before it joined this one,
+	// which may have a record of the same window.
+	ours := func(e spooled) bool {
+		return f.claims != nil && e.record.Scope == ScopeGroup && e.record.Group == f.group
 	}
-	// A record of this instance alone is from before it joined a group.
-	if i := slices.IndexFunc(batch, func(e spooled) bool { return e.record.Scope == ScopeGroup }); i > 0 && f.claims != nil {
+	switch i := slices.IndexFunc(batch, ours); {
+	case i == 0:
+		return f.deliverClaimed(ctx, batch[:1])
+	case i > 0:
 		batch = batch[:i]
 	}
 	return f.write(batch)

@@ -345,7 +345,7 @@ func TestRecordOfAGroupIsNeverRevised(t *testing.T) {
 	lines, keys := fileText(t, path), fileText(t, keysFile(path))
 
 	f := newFileSink(path, nil, 0, noStep)
-	f.claims = claimed{counter.Claim{Mine: true, Unknown: true}}
+	f.claims, f.group = claimed{counter.Claim{Mine: true, Unknown: true}}, "verve"
 	deliver(t, f, of("verve", false, "a"))
 	if got := fileText(t, path); got != lines {
 		t.Errorf("the file is %q, want %q", got, lines)

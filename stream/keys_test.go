@@ -690,18 +690,17 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 	for name, claim := range map[string]counter.Claim{
 		"mine": {Mine: true}, "mine, unknown": {Mine: true, Unknown: true}, "written": {Written: true}, "written, unknown": {Written: true, Unknown: true},
 	} {
-		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		path, left := filepath.Join(t.TempDir(), "counts.jsonl"), grouped(1)
 		f := newFileSink(path, nil, 0, noStep)
-		f.claims = claimed{counter.Claim{Mine: true}}
+		f.claims, f.group = claimed{counter.Claim{Mine: true}}, left.record.Group
 		deliver(t, f, []spooled{grouped(0)})
-		left := grouped(1)
 		appendText(t, keysFile(path), strings.TrimSuffix(string(appendLines(nil, &left)), string(left.value)+"\n"))
 		unsure := uint64(2)
 		if claim.Unknown {
 			unsure = 0
 		}
 		f = newFileSink(path, nil, unsure, noStep)
-		f.claims = claimed{claim}
+		f.claims, f.group = claimed{claim}, left.record.Group
 		deliver(t, f, []spooled{left})
 		want := 1
 		if claim.Mine {
@@ -710,6 +709,33 @@ func TestGroupLinesByKeyOfAKillAreRemoved(t *testing.T) {
 		if lines, keys := len(readCounts(t, path)), len(readKeys(t, ReadKeysFile(t.Context(), path, false))); lines != want || keys != 3*want {
 			t.Errorf("%s: %d lines and %d by key, want %d and %d", name, lines, keys, want, 3*want)
 		}
+	}
+}
+
+// TestRecordOfAnotherGroupIsWritten where that of the group of this instance is not, as it has
+// written that of the same window.
+func TestRecordOfAnotherGroupIsWritten(t *testing.T) {
+	var all []spooled
+	for i, group := range []string{"before", "before", "now", "before"} {
+		r := record(i / 2)
+		r.Scope, r.Instance, r.Group = ScopeGroup, "", group
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, spooled{index: uint64(i + 1), record: r, value: b})
+	}
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	f := newFileSink(path, nil, 0, noStep)
+	f.claims, f.group = claimed{counter.Claim{Written: true}}, "now"
+	deliver(t, f, all)
+	for i, r := range readCounts(t, path) {
+		if r.Group != "before" {
+			t.Errorf("line %d is of group %s", i, r.Group)
+		}
+	}
+	if n := len(readCounts(t, path)); n != 3 {
+		t.Errorf("%d lines, want the 3 of the group before", n)
 	}
 }
 

@@ -155,7 +155,7 @@ func New(cfg Config, spool *Spool) (*Stream, error) {
 	}
 	if cfg.CountsFile != "" {
 		f := newFileSink(cfg.CountsFile, cfg.stdout, spool.opened, s.step)
-		f.claims = cfg.Claims
+		f.claims, f.group = cfg.Claims, spool.group
 		target := cfg.CountsFile
 		if f.stdout != nil {
 			target = "standard output"
