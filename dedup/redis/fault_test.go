@@ -1081,7 +1081,7 @@ func TestRedisConfig(t *testing.T) {
 // be new twice.
 func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	server := startRedis(t)
-	a := newRedis(t, server.Addr, patient)
+	a := newRedis(t, server.Addr, patient, func(c *Config) { c.FailOpen = true })
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
 	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "5016")

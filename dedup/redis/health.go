@@ -198,17 +198,17 @@ func (r *Set) checkConfig() {
 	was := r.health.misconfigured
 	r.health.mu.Unlock()
 	switch n, err := r.agreedLanes(ctx); {
-	case err != nil && !r.formAgreed.Load():
+	case err != nil && r.foreign():
 		bad = cmp.Or(bad, was) // no answer does not mean that the others are gone
 	case err != nil:
 	case n/layoutBase != layout:
-		r.formAgreed.Store(false)
+		r.form.Store(formOther)
 		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
 	case n%layoutBase != len(r.lanes):
-		r.formAgreed.Store(false)
+		r.form.Store(formOther)
 		bad = fmt.Sprintf("another instance of the group spreads ids over %d parts, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
 	default:
-		r.formAgreed.Store(true)
+		r.form.Store(formAgreed)
 	}
 	h := &r.health
 	h.change(r, &h.misconfigured, bad, "ids are refused until it is changed", "ids are taken again")
@@ -258,9 +258,16 @@ func (r *Set) checkRights(reached []bool) {
 	h.change(r, &h.rights, reason, "this is checked again each second", "the rights of the Redis user suffice, and all parts of the ids are in reach")
 }
 
+// Forms of the group in Redis: the layout of its data, and the number of lanes.
+const (
+	formUnknown = iota // not read yet
+	formAgreed         // that of this instance
+	formOther
+)
+
 // foreign reports whether Redis has, or may have, a group of another layout, which no
 // member of this one may meet.
-func (r *Set) foreign() bool { return !r.formAgreed.Load() }
+func (r *Set) foreign() bool { return r.form.Load() != formAgreed }
 
 // layoutBase makes one number of the layout and the number of lanes, which versions
 // without a layout take for the latter.

@@ -105,8 +105,8 @@ type Set struct {
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
 
-	otherSeen  time.Time   // when others of another form were met last; watch alone uses it
-	formAgreed atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
+	otherSeen time.Time    // when others of another form were met last; watch alone uses it
+	form      atomic.Int32 // of the group in Redis
 
 	lanes  []lane // clusterLanes or serverLanes of them
 	shift  int    // of a hash, to the number of its lane
