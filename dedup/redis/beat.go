@@ -40,8 +40,8 @@ func (l *Ledger) beat(ctx context.Context) error {
 	if l.left.Load() {
 		return nil
 	}
-	if l.ids.foreign() {
-		return errForeign
+	if err := l.ids.formAgrees(); err != nil {
+		return err
 	}
 	newest := l.noteAnswers()
 	l.keep(false)

@@ -186,6 +186,7 @@ func (r *Set) checkConfig() {
 	ctx, cancel := context.WithTimeout(r.life, watchEvery)
 	defer cancel()
 	bad, blind := "", false
+	n, err := r.agreedLanes(ctx) // first: a node that hangs takes all the time that is left
 	for addr, node := range (*r.client.Load()).Nodes() {
 		info, err := node.Do(ctx, node.B().Info().Section("memory").Build()).ToString()
 		// A server that has no policy evicts nothing.
@@ -197,8 +198,8 @@ func (r *Set) checkConfig() {
 	r.health.mu.Lock()
 	was := r.health.misconfigured
 	r.health.mu.Unlock()
-	switch n, err := r.agreedLanes(ctx); {
-	case err != nil && r.foreign():
+	switch {
+	case err != nil && r.formAgrees() != nil:
 		bad = cmp.Or(bad, was) // no answer does not mean that the others are gone
 	case err != nil:
 	case n/layoutBase != layout:
@@ -265,9 +266,17 @@ const (
 	formOther
 )
 
-// foreign reports whether Redis has, or may have, a group of another layout, which no
-// member of this one may meet.
-func (r *Set) foreign() bool { return r.form.Load() != formAgreed }
+// formAgrees returns an error if Redis has, or may have, a group of another form, which no member
+// of this one may meet.
+func (r *Set) formAgrees() error {
+	switch r.form.Load() {
+	case formAgreed:
+		return nil
+	case formOther:
+		return errForeign
+	}
+	return errFormUnknown
+}
 
 // layoutBase makes one number of the layout and the number of lanes, which versions
 // without a layout take for the latter.

@@ -307,7 +307,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	if en != nil && en.alone { // answered as new to another request
 		return s.again(l.i, en.named, m), nil
 	}
-	if !r.cfg.FailOpen || r.form.Load() == formOther { // that group would not have what is answered here
+	if !r.cfg.FailOpen || r.form.Load() == formOther || s.group.refused.Load() { // the group would not have what is answered here
 		if en != nil {
 			l.step(en, eventRefused, nil)
 		}

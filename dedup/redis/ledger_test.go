@@ -72,13 +72,14 @@ type fakeIDs struct {
 	oldest func() (time.Time, bool) // unsettled; nil: none
 	keys   func() counter.KeyCounts // of a sealed epoch; nil: none
 	fails  error                    // of sealing
+	form   error                    // of formAgrees
 	gone   string                   // a session that no lane has
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)                 { return f.client, nil }
 func (f *fakeIDs) noticeLosses(context.Context, time.Time) error { return nil }
 
-func (f *fakeIDs) foreign() bool { return false }
+func (f *fakeIDs) formAgrees() error { return f.form }
 
 func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys counter.KeyCounts, err error) {
 	if f.keys != nil {
@@ -1026,8 +1027,15 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 			t.Errorf("the log of %s: %s", name, got)
 		}
 	}
-	if ours, err := b.Report(t.Context(), counter.Count{Start: hour.Start, Window: hour.Window}); ours || err != nil {
-		t.Errorf("its epoch is reported: %v, %v", ours, err)
+	alone, err := NewGroup(b, noRecords{}, b.cfg.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := alone.Publish(t.Context(), counter.Count{Start: hour.Start, Window: hour.Window, Unique: 7}); err != nil {
+		t.Errorf("its epoch is published: %v", err)
+	}
+	if got := logs["b"].String(); !strings.Contains(got, `"ids":7`) || !strings.Contains(got, "in no record") {
+		t.Errorf("it does not log that what it has answered before, with Redis down, is lost: %s", got)
 	}
 	if got := g.unpublished(b); slices.Contains(got, hour) {
 		t.Errorf("the ledger has %v", got)
@@ -1051,6 +1059,27 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	}
 	if last, err := b.Last(t.Context()); err != nil || last.Window != time.Hour {
 		t.Errorf("the last epoch is %v, %v", last, err)
+	}
+}
+
+// TestEpochIsKeptUntilTheFormIsKnown: with fail open ids are answered while Redis is down at the
+// start. That the member cannot look for a group of another form yet is no reason to drop them.
+func TestEpochIsKeptUntilTheFormIsKnown(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a := g.member("a", func(c *Config, ids *fakeIDs) { c.FailOpen, ids.form = true, errFormUnknown })
+	s := spanEnded(time.Second)
+	a.Opened(s, nil)
+	c := counter.Count{Start: s.Start, Window: s.Window, Unique: 7, Exact: true}
+	if ours, err := a.Report(t.Context(), c); ours || err == nil {
+		t.Errorf("the form is not known: %v, %v; want an error", ours, err)
+	}
+	a.ids.(*fakeIDs).form = nil
+	if ours, err := a.Report(t.Context(), c); !ours || err != nil {
+		t.Errorf("it is known: %v, %v", ours, err)
+	}
+	if got := g.unpublished(a); !slices.Contains(got, s) {
+		t.Errorf("the ledger has %v", got)
 	}
 }
 
