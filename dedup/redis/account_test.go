@@ -583,6 +583,17 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 	t.Run("open", func(t *testing.T) { t.Parallel(); refusesOtherKeys(t, true) })
 }
 
+// TestSlowRedisIsAskedForTheFormFirst: what else is looked at each second may take the rest of it.
+func TestSlowRedisIsAskedForTheFormFirst(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "5001")
+	way := startProxy(t, server.Addr)
+	way.latency.Store(int64(2 * watchEvery / 5))
+	r := newRedisAway(t, way.addr())
+	testproc.Until(t, "the form is known", func() bool { return r.formAgrees() == nil })
+}
+
 func refusesOtherKeys(t *testing.T, open bool) {
 	server := startRedis(t)
 	lanes := "verve:{" + laneTags[0] + "}:test:lanes"
