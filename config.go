@@ -71,7 +71,7 @@ type config struct {
 	RedisSentinelUser         string   `help:"User of the Sentinels, if it is not that of the Redis." placeholder:"NAME" group:"Ids"`
 	RedisSentinelPasswordFile string   `help:"File with the password of the Sentinels, if it is not that of the Redis." placeholder:"FILE" group:"Ids"`
 
-	RedisFail string `default:"closed" enum:"closed,open" help:"While Redis is unreachable: closed answers new ids 503; open lets each instance decide alone and marks the record exact:false if an id was answered ok twice." group:"Ids"`
+	RedisFail string `default:"closed" enum:"closed,open" help:"While Redis is unreachable: closed answers new ids 503; open lets each instance that has reached Redis since its start decide alone and marks the record exact:false if an id was answered ok twice." group:"Ids"`
 
 	KafkaBrokers      []string `help:"Kafka brokers for the records, HOST:PORT,... Default: none; records go to the counts file." placeholder:"HOST:PORT" group:"Records"`
 	KafkaTopic        string   `default:"verve.unique-ids" help:"Kafka topic of the records." group:"Records"`

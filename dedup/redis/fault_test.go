@@ -826,6 +826,32 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	}
 }
 
+// TestInstanceThatTheGroupDoesNotKnowAnswersNothingAlone: one with fail open starts and does not
+// reach Redis. The others do, and nothing would make their records inexact.
+func TestInstanceThatTheGroupDoesNotKnowAnswersNothingAlone(t *testing.T) {
+	t.Parallel()
+	way := startProxy(t, startRedis(t).Addr)
+	way.refusing.Store(true)
+	way.cut(0)
+	r := newRedisAway(t, way.addr(), func(c *Config) { c.FailOpen, c.Log = true, zerolog.Nop() })
+	e := settest.NewEpochs(t, r)
+	for began := time.Now(); time.Since(began) < 2*r.cfg.Timeout; time.Sleep(tick) {
+		if v, err := e.Add(t, r, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+			t.Fatalf("before it has reached Redis: %v, %v; want ErrUnavailable", v, err)
+		}
+	}
+	if ready, reason := r.Health(); ready || reason == "" {
+		t.Errorf("before it has reached Redis: ready %v, %q", ready, reason)
+	}
+	way.refusing.Store(false)
+	testproc.Until(t, "the store is ready", func() bool { ready, _ := r.Health(); return ready })
+	wantInTime(t, r, e, "42", dedup.Unique)
+	way.refusing.Store(true)
+	way.cut(0)
+	testproc.Until(t, "ids are judged here", func() bool { _, away := r.Health(); return away != "" })
+	wantInTime(t, r, e, "43", dedup.Unique)
+}
+
 // TestRedisFailOpen: while Redis is unreachable each instance judges alone, and the record
 // says so if an id was given twice.
 func TestRedisFailOpen(t *testing.T) {

@@ -62,7 +62,7 @@ func (h *health) failed(r *Set, err error) {
 	h.failure = text
 	h.mu.Unlock()
 	effect := "; ids get 503 until it works again"
-	if r.cfg.FailOpen {
+	if r.mayAnswerAlone() {
 		effect = "; this instance judges ids alone until it works again"
 	}
 	h.log(r.cfg.Log.Error().Err(err), text, effect)
@@ -135,11 +135,11 @@ func (r *Set) Health() (ready bool, reason string) {
 	case misconfigured != "":
 		return false, misconfigured
 	case r.client.Load() == nil:
-		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
+		return false, cmp.Or(failure, "Redis is not connected yet")
+	case r.ledger.standing.Load() == unconfirmed:
+		return false, cmp.Or(rights, failure, "the group has not answered yet")
 	case rights != "":
 		return r.cfg.FailOpen, rights
-	case r.ledger.standing.Load() == unconfirmed:
-		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0
 	for i := range r.lanes {

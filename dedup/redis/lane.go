@@ -300,6 +300,13 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 }
 
+// mayAnswerAlone reports whether ids are answered without Redis: with fail open, once the group
+// knows this instance. Until then nothing would make the records of the others inexact that lack
+// what is answered here.
+func (r *Set) mayAnswerAlone() bool {
+	return r.cfg.FailOpen && r.ledger.standing.Load() == inside && r.form.Load() != formOther
+}
+
 // decideAlone answers without Redis: with fail open from Local, else with a refusal. en is
 // what is under way for the id, or nil. l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
@@ -307,7 +314,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	if en != nil && en.alone { // answered as new to another request
 		return s.again(l.i, en.named, m), nil
 	}
-	if !r.cfg.FailOpen || r.form.Load() == formOther || s.group.refused.Load() { // the group would not have what is answered here
+	if !r.mayAnswerAlone() {
 		if en != nil {
 			l.step(en, eventRefused, nil)
 		}

@@ -1035,7 +1035,7 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 		t.Errorf("its epoch is published: %v", err)
 	}
 	if got := logs["b"].String(); !strings.Contains(got, `"ids":7`) || !strings.Contains(got, "in no record") {
-		t.Errorf("it does not log that what it has answered before, with Redis down, is lost: %s", got)
+		t.Errorf("it does not log that what it has answered is lost: %s", got)
 	}
 	if got := g.unpublished(b); slices.Contains(got, hour) {
 		t.Errorf("the ledger has %v", got)
@@ -1062,8 +1062,8 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	}
 }
 
-// TestEpochIsKeptUntilTheFormIsKnown: with fail open ids are answered while Redis is down at the
-// start. That the member cannot look for a group of another form yet is no reason to drop them.
+// TestEpochIsKeptUntilTheFormIsKnown: that a member cannot look for a group of another form yet
+// is no reason to drop a window.
 func TestEpochIsKeptUntilTheFormIsKnown(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t)
