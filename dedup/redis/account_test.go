@@ -581,13 +581,29 @@ func TestSecondRecordOfAWindowIsLogged(t *testing.T) {
 }
 
 // TestVersionsWithOtherKeysRefuseEachOther: one that keeps its data in another form
-// would not see the ids of this one.
+// would not see the ids of this one, which no record would have, also with fail open.
 func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
-	t.Parallel() // it mostly waits
+	t.Parallel()
+	t.Run("closed", func(t *testing.T) { t.Parallel(); refusesOtherKeys(t, false) })
+	t.Run("open", func(t *testing.T) { t.Parallel(); refusesOtherKeys(t, true) })
+}
+
+// TestSlowRedisIsAskedForTheFormFirst: what else is looked at each second may take the rest of it.
+func TestSlowRedisIsAskedForTheFormFirst(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "5001")
+	way := startProxy(t, server.Addr)
+	way.latency.Store(int64(2 * watchEvery / 5))
+	r := newRedisAway(t, way.addr())
+	testproc.Until(t, "the form is known", func() bool { return r.formAgrees() == nil })
+}
+
+func refusesOtherKeys(t *testing.T, open bool) {
 	server := startRedis(t)
 	lanes := "verve:{" + laneTags[0] + "}:test:lanes"
 	server.do("SET", lanes, "1") // as versions before the layout had a number
-	r := newRedisAway(t, server.Addr)
+	r := newRedisAway(t, server.Addr, func(c *Config) { c.FailOpen = open })
 	e := settest.NewEpochs(t, r)
 	testproc.Until(t, "it says so", func() bool {
 		ready, reason := r.Health()
@@ -605,7 +621,7 @@ func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
 		if time.Since(began) > otherSeenFor/2 {
 			break
 		}
-		if strings.HasPrefix(got, "4") {
+		if strings.HasPrefix(got, "5") {
 			t.Fatalf("the key has %s at once: others that are alive were to be first", got)
 		}
 	}

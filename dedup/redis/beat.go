@@ -40,8 +40,8 @@ func (l *Ledger) beat(ctx context.Context) error {
 	if l.left.Load() {
 		return nil
 	}
-	if l.ids.foreign() {
-		return errForeign
+	if err := l.ids.formAgrees(); err != nil {
+		return err
 	}
 	newest := l.noteAnswers()
 	l.keep(false)
@@ -183,8 +183,9 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 		}
 		e.refused.Store(a.state == "refused")
 		if e.refused.Load() {
-			if e.wasRefused = true; e.ofOthers {
-				l.drop(s) // it is gone
+			// Not opened here: it is gone, or an earlier process in this place had another --window.
+			if e.wasRefused = true; e.ofOthers || l.outsideWhy == "" && e.answers[l.member] == "" {
+				l.drop(s)
 			}
 			continue
 		}

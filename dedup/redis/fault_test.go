@@ -833,6 +833,55 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 	}
 }
 
+// TestInstanceThatTheGroupDoesNotKnowAnswersNothingAlone: one with fail open starts and does not
+// reach Redis. The others do, and nothing would make their records inexact.
+func TestInstanceThatTheGroupDoesNotKnowAnswersNothingAlone(t *testing.T) {
+	t.Parallel()
+	way := startProxy(t, startRedis(t).Addr)
+	way.refusing.Store(true)
+	way.cut(0)
+	r := newRedisAway(t, way.addr(), func(c *Config) { c.FailOpen, c.Log = true, zerolog.Nop() })
+	e := settest.NewEpochs(t, r)
+	for began := time.Now(); time.Since(began) < 2*r.cfg.Timeout; time.Sleep(tick) {
+		if v, err := e.Add(t, r, 0, "42"); !errors.Is(err, dedup.ErrUnavailable) {
+			t.Fatalf("before it has reached Redis: %v, %v; want ErrUnavailable", v, err)
+		}
+	}
+	if ready, reason := r.Health(); ready || reason == "" {
+		t.Errorf("before it has reached Redis: ready %v, %q", ready, reason)
+	}
+	way.refusing.Store(false)
+	testproc.Until(t, "the store is ready", func() bool { ready, _ := r.Health(); return ready })
+	wantInTime(t, r, e, "42", dedup.Unique)
+	way.refusing.Store(true)
+	way.cut(0)
+	testproc.Until(t, "ids are judged here", func() bool { _, away := r.Health(); return away != "" })
+	wantInTime(t, r, e, "43", dedup.Unique)
+}
+
+// TestInstanceThatStartsBeforeItsRedisAnswersAlone: with fail open, if the server refuses
+// connections. The ids are in the group's count when Redis is there.
+func TestInstanceThatStartsBeforeItsRedisAnswersAlone(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	server.Kill()
+	r := newRedisAway(t, server.Addr, func(c *Config) { c.FailOpen, c.Log = true, zerolog.Nop() })
+	e := settest.NewEpochs(t, r)
+	wantInTime(t, r, e, "42", dedup.Unique)
+	if v, err := e.Add(t, r, 0, "42"); v != dedup.Repeat || err != nil {
+		t.Errorf("again: %v, %v; want a repeat", v, err)
+	}
+	if ready, reason := r.Health(); !ready || reason == "" {
+		t.Errorf("health: %v, %q; want ready, and a reason", ready, reason)
+	}
+	server.Start()
+	wantInTime(t, r, e, "43", dedup.Unique)
+	testproc.Until(t, "Redis has both", func() bool { return r.Live() == 2 })
+	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
+		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
+	}
+}
+
 // TestRedisFailOpen: while Redis is unreachable each instance judges alone, and the record
 // says so if an id was given twice.
 func TestRedisFailOpen(t *testing.T) {
@@ -1089,7 +1138,7 @@ func TestRedisConfig(t *testing.T) {
 // be new twice.
 func TestRedisInstancesMustAgreeOnTheLanes(t *testing.T) {
 	server := startRedis(t)
-	a := newRedis(t, server.Addr, patient)
+	a := newRedis(t, server.Addr, patient, func(c *Config) { c.FailOpen = true })
 	ea := settest.NewEpochs(t, a)
 	ea.Want(t, a, 0, "42", dedup.Unique)
 	server.do("SET", "verve:{"+laneTags[0]+"}:test:lanes", "5016")

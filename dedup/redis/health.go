@@ -62,7 +62,7 @@ func (h *health) failed(r *Set, err error) {
 	h.failure = text
 	h.mu.Unlock()
 	effect := "; ids get 503 until it works again"
-	if r.cfg.FailOpen {
+	if r.mayAnswerAlone() {
 		effect = "; this instance judges ids alone until it works again"
 	}
 	h.log(r.cfg.Log.Error().Err(err), text, effect)
@@ -135,11 +135,11 @@ func (r *Set) Health() (ready bool, reason string) {
 	case misconfigured != "":
 		return false, misconfigured
 	case r.client.Load() == nil:
-		return r.cfg.FailOpen, cmp.Or(failure, "Redis is not connected yet")
+		return r.mayAnswerAlone(), cmp.Or(failure, "Redis is not connected yet")
+	case r.ledger.standing.Load() == unconfirmed:
+		return false, cmp.Or(rights, failure, "the group has not answered yet")
 	case rights != "":
 		return r.cfg.FailOpen, rights
-	case r.ledger.standing.Load() == unconfirmed:
-		return r.cfg.FailOpen, cmp.Or(failure, "the group has not answered yet")
 	}
 	down := 0
 	for i := range r.lanes {
@@ -186,6 +186,7 @@ func (r *Set) checkConfig() {
 	ctx, cancel := context.WithTimeout(r.life, watchEvery)
 	defer cancel()
 	bad, blind := "", false
+	n, err := r.agreedLanes(ctx) // first: a node that hangs takes all the time that is left
 	for addr, node := range (*r.client.Load()).Nodes() {
 		info, err := node.Do(ctx, node.B().Info().Section("memory").Build()).ToString()
 		// A server that has no policy evicts nothing.
@@ -197,18 +198,18 @@ func (r *Set) checkConfig() {
 	r.health.mu.Lock()
 	was := r.health.misconfigured
 	r.health.mu.Unlock()
-	switch n, err := r.agreedLanes(ctx); {
-	case err != nil && !r.formAgreed.Load():
+	switch {
+	case err != nil && r.formAgrees() != nil:
 		bad = cmp.Or(bad, was) // no answer does not mean that the others are gone
 	case err != nil:
 	case n/layoutBase != layout:
-		r.formAgreed.Store(false)
+		r.form.Store(formOther)
 		bad = "an instance of the group is of a version that keeps its data in another form: stop it, or this one; a minute after it was stopped ids are taken"
 	case n%layoutBase != len(r.lanes):
-		r.formAgreed.Store(false)
+		r.form.Store(formOther)
 		bad = fmt.Sprintf("another instance of the group spreads ids over %d parts, this one over %d: give all instances the same --redis-url", n%layoutBase, len(r.lanes))
 	default:
-		r.formAgreed.Store(true)
+		r.form.Store(formAgreed)
 	}
 	h := &r.health
 	h.change(r, &h.misconfigured, bad, "ids are refused until it is changed", "ids are taken again")
@@ -258,9 +259,24 @@ func (r *Set) checkRights(reached []bool) {
 	h.change(r, &h.rights, reason, "this is checked again each second", "the rights of the Redis user suffice, and all parts of the ids are in reach")
 }
 
-// foreign reports whether Redis has, or may have, a group of another layout, which no
-// member of this one may meet.
-func (r *Set) foreign() bool { return !r.formAgreed.Load() }
+// Forms of the group in Redis: the layout of its data, and the number of lanes.
+const (
+	formUnknown = iota // not read yet
+	formAgreed         // that of this instance
+	formOther
+)
+
+// formAgrees returns an error if Redis has, or may have, a group of another form, which no member
+// of this one may meet.
+func (r *Set) formAgrees() error {
+	switch r.form.Load() {
+	case formAgreed:
+		return nil
+	case formOther:
+		return errForeign
+	}
+	return errFormUnknown
+}
 
 // layoutBase makes one number of the layout and the number of lanes, which versions
 // without a layout take for the latter.

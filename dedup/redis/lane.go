@@ -300,6 +300,16 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	}
 }
 
+// mayAnswerAlone reports whether ids are answered without Redis. That takes FailOpen, and that the
+// group knows this instance: until then nothing makes the records of the others inexact that lack
+// what is answered here. The exception is a Redis that is down when this instance starts: while
+// its only server refuses connections, no instance reaches it. When it is back the others wait
+// for this one before they seal an epoch (Ledger.awaitOthers).
+func (r *Set) mayAnswerAlone() bool {
+	known := r.ledger.standing.Load() == inside && r.form.Load() != formOther
+	return r.cfg.FailOpen && (known || r.absent.Load())
+}
+
 // decideAlone answers without Redis: with fail open from Local, else with a refusal. en is
 // what is under way for the id, or nil. l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
@@ -307,7 +317,7 @@ func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *enc
 	if en != nil && en.alone { // answered as new to another request
 		return s.again(l.i, en.named, m), nil
 	}
-	if !r.cfg.FailOpen {
+	if !r.mayAnswerAlone() {
 		if en != nil {
 			l.step(en, eventRefused, nil)
 		}

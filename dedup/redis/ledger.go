@@ -78,7 +78,7 @@ type groupIDs interface {
 	unsettled() (oldest, newest time.Time, some bool)
 	keyCounts(ctx context.Context, s counter.Span) (counter.KeyCounts, error)
 	dropKeys(ctx context.Context, s counter.Span) error
-	foreign() bool
+	formAgrees() error
 }
 
 // Ledger is what the members of a group share about their epochs: which members are alive,
@@ -146,7 +146,10 @@ const (
 
 var errUnheard = errors.New("other instances have 3 s to report which records are published, as Redis may have lost that")
 
-var errForeign = errors.New("ledger: Redis has, or may have, a group of another version")
+var (
+	errForeign     = errors.New("ledger: Redis has a group of another version")
+	errFormUnknown = errors.New("ledger: it is not known yet whether Redis has a group of another version")
+)
 
 // ledgerEpoch is an epoch that this process has opened or sealed. Ledger.mu guards all but the
 // first fields, which the Set uses, too.

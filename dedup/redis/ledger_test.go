@@ -72,13 +72,14 @@ type fakeIDs struct {
 	oldest func() (time.Time, bool) // unsettled; nil: none
 	keys   func() counter.KeyCounts // of a sealed epoch; nil: none
 	fails  error                    // of sealing
+	form   error                    // of formAgrees
 	gone   string                   // a session that no lane has
 }
 
 func (f *fakeIDs) conn() (rueidis.Client, error)                 { return f.client, nil }
 func (f *fakeIDs) noticeLosses(context.Context, time.Time) error { return nil }
 
-func (f *fakeIDs) foreign() bool { return false }
+func (f *fakeIDs) formAgrees() error { return f.form }
 
 func (f *fakeIDs) keyCounts(context.Context, counter.Span) (keys counter.KeyCounts, err error) {
 	if f.keys != nil {
@@ -465,7 +466,8 @@ func TestLineOfAnotherGroupIsClaimedThere(t *testing.T) {
 
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
-// the list until the windows that it was in are decided.
+// the list until the windows that it was in are decided. One that the group has refused, as it
+// was of another length, never is.
 func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t)
@@ -476,6 +478,11 @@ func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 	before := counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}
 	killed.Opened(before, nil, true)
 	g.beat(killed)
+	other := killed.Opened(counter.Span{Start: before.Start.Add(-2 * time.Hour), Window: 2 * s.Window}, func() uint64 { return 0 }, true)
+	g.beat(killed)
+	if killed.keep(true); !other.refused.Load() {
+		t.Fatal("a window of another length is taken")
+	}
 
 	change = func(c *Config, _ *fakeIDs) { c.FailOpen, c.File = true, killed.cfg.File }
 	again := g.member("again", change)
@@ -1074,8 +1081,15 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 			t.Errorf("the log of %s: %s", name, got)
 		}
 	}
-	if ours, err := b.Report(t.Context(), counter.Count{Start: hour.Start, Window: hour.Window}); ours || err != nil {
-		t.Errorf("its epoch is reported: %v, %v", ours, err)
+	alone, err := NewGroup(b, noRecords{}, b.cfg.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := alone.Publish(t.Context(), counter.Count{Start: hour.Start, Window: hour.Window, Unique: 7}); err != nil {
+		t.Errorf("its epoch is published: %v", err)
+	}
+	if got := logs["b"].String(); !strings.Contains(got, `"ids":7`) || !strings.Contains(got, "in no record") {
+		t.Errorf("it does not log that what it has answered is lost: %s", got)
 	}
 	if got := g.unpublished(b); slices.Contains(got, hour) {
 		t.Errorf("the ledger has %v", got)
@@ -1099,6 +1113,27 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	}
 	if last, err := b.Last(t.Context()); err != nil || last.Window != time.Hour {
 		t.Errorf("the last epoch is %v, %v", last, err)
+	}
+}
+
+// TestEpochIsKeptUntilTheFormIsKnown: that a member cannot look for a group of another form yet
+// is no reason to drop a window.
+func TestEpochIsKeptUntilTheFormIsKnown(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a := g.member("a", func(c *Config, ids *fakeIDs) { c.FailOpen, ids.form = true, errFormUnknown })
+	s := spanEnded(time.Second)
+	a.Opened(s, nil, true)
+	c := counter.Count{Start: s.Start, Window: s.Window, Unique: 7, Exact: true}
+	if ours, err := a.Report(t.Context(), c); ours || err == nil {
+		t.Errorf("the form is not known: %v, %v; want an error", ours, err)
+	}
+	a.ids.(*fakeIDs).form = nil
+	if ours, err := a.Report(t.Context(), c); !ours || err != nil {
+		t.Errorf("it is known: %v, %v", ours, err)
+	}
+	if got := g.unpublished(a); !slices.Contains(got, s) {
+		t.Errorf("the ledger has %v", got)
 	}
 }
 

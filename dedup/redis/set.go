@@ -21,6 +21,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -104,9 +105,10 @@ type Set struct {
 	seed    maphash.Seed // of keys, in an epoch's Keys
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
+	absent atomic.Bool                    // the server refused the first connection: see mayAnswerAlone
 
-	otherSeen  time.Time   // when others of another form were met last; watch alone uses it
-	formAgreed atomic.Bool // no group with another layout of its data, or other lanes, is in Redis
+	otherSeen time.Time    // when others of another form were met last; watch alone uses it
+	form      atomic.Int32 // of the group in Redis
 
 	lanes  []lane // clusterLanes or serverLanes of them
 	shift  int    // of a hash, to the number of its lane
@@ -238,6 +240,7 @@ func (r *Set) connect() {
 	wait := 20 * time.Millisecond
 	for {
 		client, err := rueidis.NewClient(r.option)
+		r.absent.Store(errors.Is(err, syscall.ECONNREFUSED) && len(r.option.InitAddress) == 1 && r.option.Sentinel.MasterSet == "")
 		if err == nil {
 			r.client.Store(&client)
 			break
