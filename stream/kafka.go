@@ -452,7 +452,7 @@ func (k *kafkaSink) lacks(operation, topic string, err error) error {
 	case errors.Is(err, kerr.TransactionalIDAuthorizationFailed):
 		return fmt.Errorf("%w (the Kafka user lacks the ACLs Write and Describe on transactional ids with the prefix %s)", err, transactionalID(""))
 	case errors.Is(err, kerr.ClusterAuthorizationFailed):
-		return fmt.Errorf("%w (the Kafka user lacks the ACL IdempotentWrite on the cluster)", err)
+		return fmt.Errorf("%w (the Kafka user lacks the ACL Write on topic %s, or, if the broker is older than 2.8, IdempotentWrite on the cluster)", err, k.cfg.Topic)
 	}
 	return err
 }
