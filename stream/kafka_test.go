@@ -536,6 +536,32 @@ func TestKafkaPoisonIsSetAsideAndBlocksNothing(t *testing.T) {
 	}
 }
 
+// TestKafkaTopicOfSmallBatchesTakesManyRecordsAtOnce: after an outage a transaction, and a look,
+// for each record would take longer than records of short windows take to come.
+func TestKafkaTopicOfSmallBatchesTakesManyRecordsAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		cfg.Topic = "small"
+		if err := c.CreateTopic(cfg.Topic, 1, map[string]string{"max.message.bytes": "20000"}); err != nil {
+			t.Fatal(err)
+		}
+		const records = 2000
+		k := newKafkaSink(cfg, zerolog.Nop(), records, noStep)
+		batches := 0
+		for left := entries(t, 0, records); len(left) > 0; batches++ {
+			n, err := k.deliver(t.Context(), left[:min(len(left), batchSize)])
+			if err != nil {
+				t.Fatal(err)
+			}
+			left = left[n:]
+		}
+		k.close()
+		if batches > records/20 { // a batch of 20 has 6 KB
+			t.Errorf("%d batches for %d records", batches, records)
+		}
+		wantWindows(t, readTopic(t, cfg), records)
+	})
+}
+
 func TestKafkaWithoutTransactionsFallsBackWithOneLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.InitProducerID}, Err: kerr.TransactionalIDAuthorizationFailed, Count: -1, TopLevel: true,
