@@ -153,7 +153,8 @@ type kafkaSink struct {
 	// allow to be longer.
 	tooShort int
 	// most is how many records are sent at once, and atOnce how many by key: batchSize and
-	// keysAtOnce, or less where the topic takes only smaller batches.
+	// keysAtOnce, or less where the topic takes only smaller batches. most is 0 behind one that
+	// was refused by itself: the next is tried alone, too, and if it is taken all are again.
 	most, atOnce int
 
 	refused   bool          // transactions were refused when the last session began
@@ -209,12 +210,15 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 		} else if batch[0].index <= k.single {
 			batch = batch[:1]
 		}
-		batch = batch[:min(len(batch), k.most)]
+		batch = batch[:min(len(batch), max(k.most, 1))]
 		err := k.send(ctx, batch, identity, scope == ScopeGroup)
 		last := batch[len(batch)-1].index
 		if err == nil {
 			if last > k.presentTo {
 				k.offBy = 0
+			}
+			if k.most == 0 {
+				k.most = batchSize
 			}
 			return len(batch), nil
 		}
@@ -235,7 +239,7 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 			}
 			k.presentTo, k.offBy = last, time.Since(batch[0].record.end())
 		case len(batch) == 1:
-			k.most, k.atOnce = batchSize, keysAtOnce // one that is too large by itself says nothing about others
+			k.most, k.atOnce = 0, keysAtOnce // one that is too large by itself says nothing about others
 			return 0, err
 		default:
 			k.single, k.offBy = last, 0 // one of them is at fault: each by itself

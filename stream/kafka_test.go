@@ -562,6 +562,27 @@ func TestKafkaTopicOfSmallBatchesTakesManyRecordsAtOnce(t *testing.T) {
 	})
 }
 
+// TestKafkaTopicThatTakesNoRecordIsAskedOnceForEach, behind the first.
+func TestKafkaTopicThatTakesNoRecordIsAskedOnceForEach(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		const records = 300
+		asked := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.MessageTooLarge, Count: -1})
+		k := newKafkaSink(cfg, zerolog.Nop(), records, noStep)
+		aside := 0
+		for left := entries(t, 0, records); len(left) > 0; aside++ {
+			n, err := k.deliver(t.Context(), left[:min(len(left), batchSize)])
+			if _, poison := errors.AsType[*poisonError](err); !poison || n != 0 {
+				t.Fatalf("%d, %v", n, err)
+			}
+			left = left[1:]
+		}
+		k.close()
+		if n := asked.Hits(); aside != records || n > records+10 {
+			t.Errorf("%d set aside of %d, with %d requests", aside, records, n)
+		}
+	})
+}
+
 func TestKafkaWithoutTransactionsFallsBackWithOneLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.InitProducerID}, Err: kerr.TransactionalIDAuthorizationFailed, Count: -1, TopLevel: true,
