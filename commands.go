@@ -128,9 +128,13 @@ func (c totalsCmd) start(now time.Time) (time.Time, error) {
 // pipe. Gaps and repeats go to stderr and make it fail; pauses in which nothing
 // ran go to stderr only.
 func totals(cfg *config, stdout *output, stderr *os.File) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stop()
 	follow := cfg.Totals.Follow
+	ctx := context.Background()
+	if follow { // else a signal would leave sums of a part, as if they were all
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, syscall.SIGTERM, os.Interrupt)
+		context.AfterFunc(ctx, stop) // a second signal ends it at once, also in a read that does not return
+	}
 	var records iter.Seq2[stream.Record, error]
 	var keys iter.Seq2[stream.KeyRecord, error]
 	from := "topic " + cfg.KafkaTopic

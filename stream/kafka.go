@@ -152,8 +152,10 @@ type kafkaSink struct {
 	// tooShort is how many transactions in a row ran out of a timeout that the broker does not
 	// allow to be longer.
 	tooShort int
-	// atOnce is keysAtOnce, or less where the topic takes only smaller batches.
-	atOnce int
+	// most is how many records are sent at once, and atOnce how many by key: batchSize and
+	// keysAtOnce, or less where the topic takes only smaller batches. most is 0 behind one that
+	// was refused by itself: the next is tried alone, too, and if it is taken all are again.
+	most, atOnce int
 
 	refused   bool          // transactions were refused when the last session began
 	allowed   time.Duration // what the broker allows transactions to take; 0: it has not refused any
@@ -177,7 +179,7 @@ type session struct {
 }
 
 func newKafkaSink(cfg KafkaConfig, log zerolog.Logger, unsure uint64, step func(string)) *kafkaSink {
-	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, slow: 1, atOnce: keysAtOnce}
+	return &kafkaSink{cfg: cfg, log: log, unsure: unsure, step: step, slow: 1, most: batchSize, atOnce: keysAtOnce}
 }
 
 func (k *kafkaSink) close() {
@@ -202,18 +204,21 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 	if i := slices.IndexFunc(batch, other); i > 0 {
 		batch = batch[:i] // the name was changed between two starts
 	}
-	atOnce := k.atOnce
 	for {
 		if n := k.refusedAlike(batch); n > 0 {
 			batch = batch[:n]
 		} else if batch[0].index <= k.single {
 			batch = batch[:1]
 		}
+		batch = batch[:min(len(batch), max(k.most, 1))]
 		err := k.send(ctx, batch, identity, scope == ScopeGroup)
 		last := batch[len(batch)-1].index
 		if err == nil {
 			if last > k.presentTo {
 				k.offBy = 0
+			}
+			if k.most == 0 {
+				k.most = batchSize
 			}
 			return len(batch), nil
 		}
@@ -221,8 +226,10 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 		switch {
 		case !refused || ctx.Err() != nil:
 			return 0, err
+		case tooLarge(err) && len(batch) > 1: // not one by one: those of short windows would come faster than they go
+			k.most = len(batch) / 2
 		case poison.ofKeys && k.atOnce > 1 && tooLarge(err):
-			k.atOnce = max(k.atOnce/8, 1) // the topic takes smaller batches only
+			k.most, k.atOnce = batchSize, max(k.atOnce/8, 1) // the topic takes smaller batches only
 		case errors.Is(err, kerr.InvalidTimestamp) && k.presentTo >= last:
 			return 0, fmt.Errorf("%w, with the present time: its clock and the one here differ by more than the topic allows (message.timestamp.before.max.ms, message.timestamp.after.max.ms)", errors.Unwrap(err))
 		case errors.Is(err, kerr.InvalidTimestamp) && len(batch) == 1:
@@ -232,7 +239,7 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 			}
 			k.presentTo, k.offBy = last, time.Since(batch[0].record.end())
 		case len(batch) == 1:
-			k.atOnce = atOnce // a key that is too large by itself says nothing about others
+			k.most, k.atOnce = 0, keysAtOnce // one that is too large by itself says nothing about others
 			return 0, err
 		default:
 			k.single, k.offBy = last, 0 // one of them is at fault: each by itself
@@ -452,7 +459,7 @@ func (k *kafkaSink) lacks(operation, topic string, err error) error {
 	case errors.Is(err, kerr.TransactionalIDAuthorizationFailed):
 		return fmt.Errorf("%w (the Kafka user lacks the ACLs Write and Describe on transactional ids with the prefix %s)", err, transactionalID(""))
 	case errors.Is(err, kerr.ClusterAuthorizationFailed):
-		return fmt.Errorf("%w (the Kafka user lacks the ACL IdempotentWrite on the cluster)", err)
+		return fmt.Errorf("%w (the Kafka user lacks the ACL Write on topic %s, or, if the broker is older than 2.8, IdempotentWrite on the cluster)", err, k.cfg.Topic)
 	}
 	return err
 }

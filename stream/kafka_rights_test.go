@@ -77,6 +77,7 @@ func TestKafkaRightsThatAreMissingAreNamed(t *testing.T) {
 		{"nothing about the topic", func(r right) bool { return r.kind == "topic" }, true, "Describe, and Create if it is missing, on topic verve.unique-ids", "", true},
 		{"no writing", func(r right) bool { return r.kind == "topic" && r.operation == "Write" }, true, "Write on topic verve.unique-ids", "", false},
 		{"no reading", func(r right) bool { return r.operation == "Read" }, true, "", "Read on topic verve.unique-ids", true},
+		{"neither writing nor transactions", func(r right) bool { return r.operation == "Write" }, true, "Write on topic verve.unique-ids", "", true},
 		{"no transactions", func(r right) bool { return r.kind == "transactional-id" }, true, "", "Write and Describe on transactional ids with the prefix verve/", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -536,6 +536,53 @@ func TestKafkaPoisonIsSetAsideAndBlocksNothing(t *testing.T) {
 	}
 }
 
+// TestKafkaTopicOfSmallBatchesTakesManyRecordsAtOnce: after an outage a transaction, and a look,
+// for each record would take longer than records of short windows take to come.
+func TestKafkaTopicOfSmallBatchesTakesManyRecordsAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		cfg.Topic = "small"
+		if err := c.CreateTopic(cfg.Topic, 1, map[string]string{"max.message.bytes": "20000"}); err != nil {
+			t.Fatal(err)
+		}
+		const records = 2000
+		k := newKafkaSink(cfg, zerolog.Nop(), records, noStep)
+		batches := 0
+		for left := entries(t, 0, records); len(left) > 0; batches++ {
+			n, err := k.deliver(t.Context(), left[:min(len(left), batchSize)])
+			if err != nil {
+				t.Fatal(err)
+			}
+			left = left[n:]
+		}
+		k.close()
+		if batches > records/20 { // a batch of 20 has 6 KB
+			t.Errorf("%d batches for %d records", batches, records)
+		}
+		wantWindows(t, readTopic(t, cfg), records)
+	})
+}
+
+// TestKafkaTopicThatTakesNoRecordIsAskedOnceForEach, behind the first.
+func TestKafkaTopicThatTakesNoRecordIsAskedOnceForEach(t *testing.T) {
+	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+		const records = 300
+		asked := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Err: kerr.MessageTooLarge, Count: -1})
+		k := newKafkaSink(cfg, zerolog.Nop(), records, noStep)
+		aside := 0
+		for left := entries(t, 0, records); len(left) > 0; aside++ {
+			n, err := k.deliver(t.Context(), left[:min(len(left), batchSize)])
+			if _, poison := errors.AsType[*poisonError](err); !poison || n != 0 {
+				t.Fatalf("%d, %v", n, err)
+			}
+			left = left[1:]
+		}
+		k.close()
+		if n := asked.Hits(); aside != records || n > records+10 {
+			t.Errorf("%d set aside of %d, with %d requests", aside, records, n)
+		}
+	})
+}
+
 func TestKafkaWithoutTransactionsFallsBackWithOneLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		refuse := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.InitProducerID}, Err: kerr.TransactionalIDAuthorizationFailed, Count: -1, TopLevel: true,

@@ -500,7 +500,8 @@ func TestKafkaKeysThatAreTooManyForABatch(t *testing.T) {
 }
 
 // TestKafkaKeyThatIsTooLargeSlowsNoOther: it is set aside with its record, and the records by
-// key of the next window are sent as many at a time as before.
+// key of the others are sent as many at a time as before, also if they are in one batch with it,
+// as after an outage.
 func TestKafkaKeyThatIsTooLargeSlowsNoOther(t *testing.T) {
 	inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
 		const large = "a key that is too large"
@@ -509,23 +510,36 @@ func TestKafkaKeyThatIsTooLargeSlowsNoOther(t *testing.T) {
 			requests++
 			return containsKey(r, large)
 		}})
-		const keys = 3000
-		s := start(t, t.TempDir(), Config{Kafka: cfg})
-		count := window(0)
-		count.Keys = counter.KeyCountsOf(counter.KeyCount{Key: large, Unique: 7})
-		for _, c := range []counter.Count{count, withKeys(window(1), keys), withKeys(window(2), keys)} {
-			if err := s.Publish(t.Context(), c); err != nil {
+		const keys, records, victim = 3000, 5, 2
+		batch := entries(t, 0, records)
+		for i := range batch {
+			e := &batch[i]
+			if e.keys = withKeys(window(i), keys).Keys; i == victim {
+				e.keys = counter.KeyCountsOf(counter.KeyCount{Key: large, Unique: 7})
+			}
+			e.record.Keys = uint64(e.keys.Len())
+			e.value, _ = e.record.appendJSON(nil)
+		}
+		k := newKafkaSink(cfg, zerolog.Nop(), 0, noStep)
+		var aside []string
+		for len(batch) > 0 {
+			n, err := k.deliver(t.Context(), batch)
+			if _, poison := errors.AsType[*poisonError](err); poison {
+				aside = append(aside, batch[n].record.Key())
+				n++
+			} else if err != nil {
 				t.Fatal(err)
 			}
+			batch = batch[n:]
 		}
-		s.flush(t, 5*time.Minute)
-		if st := s.Stats(); st.DeadLetters != 1 {
-			t.Errorf("stats %+v", st)
+		k.close()
+		if len(aside) != 1 || !strings.HasSuffix(aside[0], "/3") {
+			t.Errorf("set aside: %q", aside)
 		}
 		if requests > keys/2 { // else one for each
-			t.Errorf("%d requests for %d records by key", requests, 2*keys)
+			t.Errorf("%d requests for %d records by key", requests, (records-1)*keys)
 		}
-		if got := readKeys(t, ReadKeysTopic(t.Context(), cfg, false)); len(got) != 2*keys {
+		if got := readKeys(t, ReadKeysTopic(t.Context(), cfg, false)); len(got) != (records-1)*keys {
 			t.Errorf("%d records by key", len(got))
 		}
 	}, kfake.AllowAutoTopicCreation())

@@ -273,11 +273,16 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 }
 
 // followTopic yields the records of the topic, and what fails, until ctx ends, and between
-// them ErrCaughtUp.
+// them ErrCaughtUp. A topic that is missing may be on its way; another failure at the start is
+// no outage that it could outlast, but a wrong address or a wrong password.
 func followTopic(ctx context.Context, client *kgo.Client, topic string) iter.Seq2[*kgo.Record, error] {
 	return func(yield func(*kgo.Record, error) bool) {
+		_, left, err := bounds(ctx, client, topic, time.Time{})
+		if err != nil && !errors.Is(err, kerr.UnknownTopicOrPartition) {
+			yield(nil, err)
+			return
+		}
 		client.AddConsumeTopics(topic)
-		left := endsNow(ctx, client, topic)
 		for caughtUp := false; ctx.Err() == nil; {
 			if !caughtUp && len(left) == 0 {
 				if caughtUp = true; !yield(nil, ErrCaughtUp) {
@@ -319,17 +324,6 @@ func pollFor(ctx context.Context, client *kgo.Client, most time.Duration) (fetch
 	defer cancel()
 	fetches = client.PollFetches(within)
 	return fetches, ctx.Err() == nil && errors.Is(fetches.Err0(), context.DeadlineExceeded)
-}
-
-// endsNow returns the ends of the partitions that have records, as soon as the brokers answer.
-// A topic that is missing, or may not be read, has none: the reader finds the same.
-func endsNow(ctx context.Context, client *kgo.Client, topic string) map[int32]int64 {
-	for {
-		_, ends, err := bounds(ctx, client, topic, time.Time{})
-		if _, refused := errors.AsType[*kerr.Error](err); err == nil || refused || retry.Sleep(ctx, time.Second) != nil {
-			return ends
-		}
-	}
 }
 
 // checkSchema refuses a Kafka record of another program.

@@ -1,8 +1,10 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -132,6 +134,56 @@ func TestReadTopicFollows(t *testing.T) {
 		wantWindows(t, got, 4)
 		synctest.Wait()
 	})
+}
+
+// TestReadTopicFollowsOnlyWhatItCanReach: a wrong address or password ends it, with the reason, as
+// without follow. A topic that is missing it waits for.
+func TestReadTopicFollowsOnlyWhatItCanReach(t *testing.T) {
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("wrong"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name  string
+		with  kfake.Opt
+		wrong func(cfg *KafkaConfig)
+		want  string // empty: it waits
+	}{
+		{"address", kfake.AllowAutoTopicCreation(), func(cfg *KafkaConfig) { cfg.Brokers = []string{"127.0.0.1:1"} }, "unable to dial"},
+		{"password", kfake.EnableSASL(), func(cfg *KafkaConfig) { cfg.SASL, cfg.User, cfg.PasswordFile = "PLAIN", "admin", password }, "list end offsets: EOF"},
+		{"topic", kfake.AllowAutoTopicCreation(), func(cfg *KafkaConfig) { cfg.Topic = "later" }, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, c *kfake.Cluster, cfg KafkaConfig) {
+				right := cfg
+				tt.wrong(&cfg)
+				if tt.want == "" {
+					right.Topic = cfg.Topic
+					dir := t.TempDir()
+					time.AfterFunc(time.Minute, func() { start(t, dir, Config{Kafka: right}).publish(t, 0, 1) })
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				var last error
+				var got []Record
+				for r, err := range ReadTopic(ctx, cfg, true) {
+					if errors.Is(err, ErrCaughtUp) {
+						continue
+					}
+					if last = err; err == nil {
+						got = append(got, r)
+						break
+					}
+				}
+				if tt.want == "" {
+					wantWindows(t, got, 1)
+				} else if last == nil || !strings.Contains(last.Error(), tt.want) {
+					t.Errorf("error %v, want %q", last, tt.want)
+				}
+				synctest.Wait()
+			}, tt.with)
+		})
+	}
 }
 
 // TestReadTopicNamesAnOpenTransaction, behind which nothing can be read.

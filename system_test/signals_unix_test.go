@@ -3,14 +3,17 @@
 package system_test
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -201,6 +204,51 @@ func TestTotalsIntoAClosedPipeEndsQuietly(t *testing.T) {
 	_ = w.Close()
 	if status := totals.ProcessState.Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != syscall.SIGPIPE || said.Len() > 0 {
 		t.Errorf("%v: %q", totals.ProcessState, said.String())
+	}
+}
+
+// TestTotalsThatASignalEndsHaveNoSums of a part: they would look as those of all. With --follow
+// they stop in order, and at once with a second signal.
+func TestTotalsThatASignalEndsHaveNoSums(t *testing.T) {
+	t.Parallel()
+	for _, follow := range []bool{false, true} {
+		file := filepath.Join(t.TempDir(), "counts.jsonl")
+		if err := syscall.Mkfifo(file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		totals := testproc.Verve(t, "totals", "--counts-file="+file, "--follow="+strconv.FormatBool(follow))
+		var stdout, stderr bytes.Buffer
+		totals.Stdout, totals.Stderr = &stdout, &stderr
+		if err := totals.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w, err := os.OpenFile(file, os.O_WRONLY, 0) // returns when it reads
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		if _, err := w.WriteString(countsLine(1, 5, "a", 1)); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- totals.Wait() }()
+		signals := time.NewTicker(100 * time.Millisecond)
+		defer signals.Stop()
+		for sent, over := 0, false; !over; {
+			select {
+			case <-ended:
+				over = true
+			case <-signals.C:
+				if sent++; sent > 300 {
+					_ = totals.Process.Kill()
+				}
+				_ = totals.Process.Signal(syscall.SIGTERM)
+			}
+		}
+		status := totals.ProcessState.Sys().(syscall.WaitStatus)
+		if !status.Signaled() || status.Signal() != syscall.SIGTERM || stdout.Len() > 0 && !follow {
+			t.Errorf("follow %t: %v: %q, %q", follow, totals.ProcessState, stdout.String(), stderr.String())
+		}
 	}
 }
 
