@@ -271,7 +271,7 @@ func (r *Set) conn() (rueidis.Client, error) {
 // unavailable is ErrUnavailable with the reason known.
 func (r *Set) unavailable() error {
 	r.health.mu.Lock()
-	reason := cmp.Or(r.health.misconfigured, r.health.failure)
+	reason := cmp.Or(r.health.misconfigured, r.health.rights, r.health.failure)
 	r.health.mu.Unlock()
 	if reason != "" {
 		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)
