@@ -124,7 +124,7 @@ func badSettings(t *testing.T) []badSetting {
 		badSetting{name: "redis-sentinel-password-file", value: "a s3cret that is long", shown: "not shown"})
 	add("redis-sentinel-user", "me")
 	add("admin-token-file", file("endless", strings.Repeat("x", 4<<20+1)))
-	add("admin-token-file", filepath.Join(dir, "none"), dir, file("no-token", ""), file("two-words", "s3cret s3cret"), file("marked", "\ufeffs3cret"))
+	add("admin-token-file", filepath.Join(dir, "none"), dir, file("no-token", ""), file("two-words", "s3cret s3cret"))
 	add("tls-cert-file", plain)
 	add("tls-key-file", plain)
 	all = append(all,
@@ -218,6 +218,21 @@ func TestWhatIsNotInUTF8IsRefused(t *testing.T) {
 		} else if err != nil || c.Instance != "x" {
 			t.Errorf("%q: %v", text, err)
 		}
+	}
+}
+
+// TestMarkOfAnEditorIsNoPartOfASecret, nor is the end of its line: a server would refuse it.
+func TestMarkOfAnEditorIsNoPartOfASecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(path, []byte("\ufeffs3cret\r\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, _, err := parse([]string{"--admin-token-file=" + path, "--redis-url=redis-sentinel://h?master_set=m", "--redis-sentinel-password-file=" + path}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(c.adminToken) != "s3cret" || string(c.sentinelPassword) != "s3cret" {
+		t.Errorf("the token is %q and the password %q", c.adminToken, c.sentinelPassword)
 	}
 }
 
