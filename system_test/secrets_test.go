@@ -87,11 +87,12 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 		}
 		return path
 	}
-	const signing, token, password, query = "c2lnbmluZy1zM2NyZXQtMDEyMzQ1Njc4OQ==", "admin-s3cret", "kafka-s3cret", "query-s3cret"
+	const signing, token, password, query, redis = "c2lnbmluZy1zM2NyZXQtMDEyMzQ1Njc4OQ==", "admin-s3cret", "kafka-s3cret", "query-s3cret", "redis-s3cret"
 	args := []string{
 		"--window=1h", "--log-level=debug", "--shutdown-timeout=300ms", "--kafka-brokers=127.0.0.1:9",
 		"--callback-secret-file=" + secret("signing", signing), "--admin-token-file=" + secret("token", token),
 		"--kafka-sasl=PLAIN", "--kafka-user=verve", "--kafka-password-file=" + secret("password", password),
+		"--redis-url=redis://me:" + redis + "@127.0.0.1:9",
 	}
 	v := testproc.Start(t, args...)
 	v.Get(v.Public + "/api/verve/accept?id=1&endpoint=" + v.Public + "/test%3Fkey=" + query)
@@ -128,7 +129,7 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 	}
 	said.WriteString(v.Text())
 	said.Write(printed)
-	for _, s := range []string{signing, token, password, query} {
+	for _, s := range []string{signing, token, password, query, redis} {
 		if i := strings.Index(said.String(), s); i >= 0 {
 			t.Errorf("%s is told: ...%q...", s, said.String()[max(0, i-100):i+len(s)])
 		}
