@@ -44,7 +44,7 @@ func badSettings(t *testing.T) []badSetting {
 	add("listen", "nowhere", "localhost:99999", "unix:/x", "no-such-host.invalid:80", ":-1", ":x", "127.0.0.1", "::1:80", "http://127.0.0.1:80", "127.0.0.1:80:80", "'127.0.0.1:80'")
 	add("admin-listen", "nowhere", "localhost:99999", "unix:/x", "no-such-host.invalid:80")
 	add("window", "fast", "1", "49ms", "61m", "50500us", "-1m", "0", "99999999999h")
-	add("max-clock-skew", "-1s", "2")
+	add("max-clock-skew", "-1s", "2", "999us", "25h")
 	add("group", "a/b", " a", "a ", "a\u202eb", strings.Repeat("g", 250))
 	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
 	add("data-dir", plain, filepath.Join(plain, "below"), "data ", " data", "~", "~/data")

@@ -160,10 +160,7 @@ func (cfg *Config) Check() error {
 	if err := counter.CheckWindow(cfg.Window); err != nil {
 		return setting.Errorf("window", "%v", err)
 	}
-	if cfg.MaxSkew < 0 {
-		return setting.Errorf("max-clock-skew", "want 0 or more")
-	}
-	return nil
+	return setting.CheckTimeout("max-clock-skew", cfg.MaxSkew)
 }
 
 // newSession makes a name that no other process has. Its first 8 characters are those of the
