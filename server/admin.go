@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -194,7 +193,7 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 // have a password.
 func commandName(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	_, _ = io.WriteString(w, os.Args[0]) // the client may be gone
+	_, _ = io.WriteString(w, "verve") // the client may be gone
 }
 
 // tokenless is set in the context of a request that came without the token.
