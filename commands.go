@@ -229,13 +229,13 @@ func (t *totalsReport) empty() {
 // whole reads the records before those by key: then the keys of each are there.
 func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	for r, err := range records {
-		if err := t.take(ctx, readRecord{Record: r, err: err}); err != nil {
+		if err := t.add(ctx, readRecord{Record: r, err: err}); err != nil {
 			return err
 		}
 	}
 	if keys != nil {
 		for r, err := range keys {
-			if err := t.take(ctx, readRecord{key: &r, err: err}); err != nil {
+			if err := t.add(ctx, readRecord{key: &r, err: err}); err != nil {
 				return err
 			}
 		}
@@ -262,17 +262,17 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 	reads := readBoth(records, keys, done)
 	t.changed = make(map[groupWindow]time.Time)
 	t.behind, t.keysBehind = true, keys != nil
-	var settled <-chan time.Time
+	var quiet <-chan time.Time
 	for {
 		select {
-		case now := <-settled:
+		case now := <-quiet:
 			t.printChanged(now.Add(-totalsKeysWait))
 			if t.stdout.err != nil {
 				return t.verdict()
 			}
-			settled = nil
+			quiet = nil
 			if len(t.changed) > 0 {
-				settled = time.After(totalsSettle)
+				quiet = time.After(totalsSettle)
 			}
 		case r, ok := <-reads:
 			if !ok {
@@ -281,12 +281,12 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 				t.bad = t.bad || !t.behind && slices.ContainsFunc(t.sums.Gaps(), func(g stream.Gap) bool { return !g.Idle })
 				return t.verdict()
 			}
-			if err := t.take(ctx, r); err != nil {
+			if err := t.add(ctx, r); err != nil {
 				t.printChanged(time.Time{})
 				return err
 			}
-			if settled == nil && len(t.fresh)+len(t.changed) > 0 {
-				settled = time.After(totalsSettle)
+			if quiet == nil && len(t.fresh)+len(t.changed) > 0 {
+				quiet = time.After(totalsSettle)
 			}
 		}
 	}
@@ -333,9 +333,9 @@ type groupWindow struct {
 	counter.Span
 }
 
-// take adds a record, unless its window is an earlier one, and names one that is none. With
+// add adds a record, unless its window is an earlier one, and names one that is none. With
 // --follow it is added later. An error ends the reading.
-func (t *totalsReport) take(ctx context.Context, r readRecord) error {
+func (t *totalsReport) add(ctx context.Context, r readRecord) error {
 	switch {
 	case errors.Is(r.err, stream.ErrCaughtUp):
 		t.caughtUp(r.key != nil)

@@ -51,14 +51,14 @@ type config struct {
 	Window       time.Duration `default:"1m" help:"Length of a window, 50ms to 1h." group:"General"`
 	MaxClockSkew time.Duration `default:"2s" help:"Report not ready when the clock steps by more than this, is behind the open window by more, or (with --dedup=redis) differs from the clock of Redis by more. 0 turns off the checks of this machine's clock; with Redis, 2s is then the tolerance." group:"General"`
 	Group        string        `default:"verve" help:"Name of the group of instances that this one belongs to." group:"General"`
-	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one kept in the data directory, else the host name." group:"General"`
+	Instance     string        `placeholder:"NAME" help:"Name of this instance. Default: the one stored in the data directory, else the host name." group:"General"`
 	DataDir      string        `default:"verve-data" help:"Directory for the ids of the running window, undelivered records and the counts file; none keeps nothing on disk, and needs brokers or --counts-file." group:"General"`
 
 	TLSCertFile    string `name:"tls-cert-file" help:"Certificate of the public listener with its chain, in PEM; read again when it changes. Default: plain HTTP." placeholder:"FILE" group:"General"`
 	TLSKeyFile     string `name:"tls-key-file" help:"Key of --tls-cert-file in PEM." placeholder:"FILE" group:"General"`
 	AdminTokenFile string `help:"File with the bearer token required on the admin listener; /healthz and /readyz stay open. Default: no token required." placeholder:"FILE" group:"General"`
 
-	Dedup           string        `default:"memory" enum:"memory,redis" help:"Where ids are kept: ${enum}. With redis all instances of a group count as one." group:"Ids"`
+	Dedup           string        `default:"memory" enum:"memory,redis" help:"Where ids are stored: ${enum}. With redis all instances of a group count as one." group:"Ids"`
 	IDFormat        string        `name:"id-format" default:"opaque" enum:"opaque,uint64" help:"What an id is: any text (opaque), or canonical decimals up to 2^64-1 only (uint64)." group:"Ids"`
 	WindowHeader    bool          `help:"Add the header Verve-Window to each answer: the start of the window that the id was judged in." group:"Ids"`
 	DuplicateStatus int           `default:"409" help:"HTTP status of the answer to an id already seen in the window." group:"Ids"`

@@ -143,7 +143,7 @@ func (ks *Keys) Add(hash uint64, name []byte) *Key {
 				return nil
 			}
 			k, at := table.put(hash, name)
-			ks.take(int64(keyLines(len(name)))*int64(unsafe.Sizeof(Key{})) + keyBytes + int64(len(name)))
+			ks.account(int64(keyLines(len(name)))*int64(unsafe.Sizeof(Key{})) + keyBytes + int64(len(name)))
 			slot.Store(at)
 			ks.used++
 			return k
@@ -213,7 +213,7 @@ func (ks *Keys) room() *keyTable {
 // on finding them. ks.adding is held.
 func (ks *Keys) resize(size int) *keyTable {
 	made := newKeyTable(size)
-	ks.take(int64(size) * int64(unsafe.Sizeof(made.slots[0])))
+	ks.account(int64(size) * int64(unsafe.Sizeof(made.slots[0])))
 	if old := ks.table.Load(); old != nil {
 		made.lines = old.lines
 		copy(made.chunks, old.chunks)
@@ -231,8 +231,8 @@ func (ks *Keys) resize(size int) *keyTable {
 	return made
 }
 
-// take counts memory. ks.adding is held.
-func (ks *Keys) take(n int64) {
+// account counts memory. ks.adding is held.
+func (ks *Keys) account(n int64) {
 	ks.bytes += n
 	ks.memory.used.Add(n)
 }
@@ -254,7 +254,7 @@ func (ks *Keys) prepare(keys int) {
 	}
 	clear(free.slots)
 	free.lines = 0
-	ks.take(int64(size) * int64(unsafe.Sizeof(free.slots[0])))
+	ks.account(int64(size) * int64(unsafe.Sizeof(free.slots[0])))
 	ks.table.Store(free)
 }
 
@@ -264,7 +264,7 @@ func (ks *Keys) prepare(keys int) {
 func (ks *Keys) release(last bool) {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
-	ks.take(-ks.bytes)
+	ks.account(-ks.bytes)
 	if ks.over = true; last {
 		return
 	}

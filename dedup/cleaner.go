@@ -33,8 +33,8 @@ type tables[B any] struct {
 	sweep position // of the cleaner, which alone uses it
 }
 
-// take returns the table for an epoch that is being opened. m.mu is held.
-func (ts *tables[B]) take() *table[B] {
+// acquire returns the table for an epoch that is being opened. m.mu is held.
+func (ts *tables[B]) acquire() *table[B] {
 	if ts.next != nil {
 		ts.old = append(ts.old, ts.open)
 		ts.open, ts.next = ts.next, nil
@@ -143,7 +143,7 @@ func (m *Memory) reclaim() {
 	narrow, wide := m.narrow.open, m.wide.open
 	serial, admitted, turns := m.serial, m.admitted, m.serial-m.swept
 	m.swept = serial
-	m.settle()
+	m.dropIdle()
 	floor := less(serial, staleAge)
 	if len(m.busy) > 0 {
 		floor = min(floor, m.busy[0].Serial()-1)

@@ -262,7 +262,7 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 		m.startAt(e.Serial())
 	}
 	m.serial = e.Serial()
-	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow.take(), m.wide.take()
+	v.serial, v.tag, v.narrow, v.wide = m.serial, tagOf(m.serial), m.narrow.acquire(), m.wide.acquire()
 	m.openTokens(e, v)
 	m.unretired++
 	if m.journal != nil {
@@ -277,7 +277,7 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 		v.left = less(m.cfg.MaxIDs, before)
 		v.tight.Store(true)
 	}
-	m.settle()
+	m.dropIdle()
 	m.busy = append(m.busy, e)
 	if m.serial-m.clean > halfLap {
 		v.refused = errBehind
@@ -294,9 +294,9 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 	return v
 }
 
-// settle forgets the epochs that no request can be in any more. It keeps the last two: the
+// dropIdle forgets the epochs that no request can be in any more. It keeps the last two: the
 // last one may not be open yet, and then requests enter the one before it. m.mu is held.
-func (m *Memory) settle() {
+func (m *Memory) dropIdle() {
 	n := 0
 	for n+2 < len(m.busy) && m.busy[n].Idle() {
 		n++

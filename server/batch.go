@@ -227,7 +227,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) error {
 	}()
 	// Not ctx.Time: the body may have taken long.
 	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work)
-	counts := b.settle(cause)
+	counts := b.assignWords(cause)
 	s.replayed.Add(uint64(counts[wordReplayed]))
 	if a.wanted && counts[wordOK] > 0 {
 		sent = true
@@ -263,9 +263,9 @@ func wordOf(v dedup.Verdict, cause error) word {
 	}
 }
 
-// settle gives the items that were judged their words, and counts all words; those of
+// assignWords gives the items that were judged their words, and counts all words; those of
 // refusal also under their reasons. cause is behind those that the set has refused.
-func (b *batch) settle(cause error) (n [words]int) {
+func (b *batch) assignWords(cause error) (n [words]int) {
 	of := [dedup.Verdicts]word{}
 	for v := range of {
 		of[v] = wordOf(dedup.Verdict(v), cause)

@@ -16,6 +16,7 @@ const chunkedBatch = "POST " + acceptPath + " HTTP/1.1\r\nHost: x\r\nTransfer-En
 // connection is a request of its own, or the connection is closed. The statuses are
 // those of the requests and, if it is still open, of a last one.
 func TestConnectionBehindABatch(t *testing.T) {
+	t.Parallel()
 	single := get("id=single")
 	oneInChunks := strings.Replace(chunkedBatch, acceptPath, acceptPath+"?id=9", 1)
 	toWaitFor := func(contentType string) string {

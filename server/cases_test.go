@@ -69,6 +69,7 @@ func httpCases(t testing.TB) (rows []httpCase) {
 // random places. The test wants one of the choices that the row leaves. The probe that
 // converse sends afterwards shows whether an earlier answer belongs to its request.
 func TestEveryHTTPCase(t *testing.T) {
+	t.Parallel()
 	// The statuses in their order; alternatives after "|", "close" at the end.
 	// After ";" what uint64 wants, if it is not the same.
 	want := map[string]string{
@@ -151,6 +152,7 @@ func TestEveryHTTPCase(t *testing.T) {
 // a conformance suite tries, legal spellings of a header or a target, and queries
 // with other parameters. Each is a name, the bytes and the answers.
 func TestEveryFormOfARequestIsUnderstoodOrRefused(t *testing.T) {
+	t.Parallel()
 	file, err := os.ReadFile("testdata/probe_cases.tsv")
 	if err != nil {
 		t.Fatal(err)

@@ -17,6 +17,7 @@ import (
 // prefers), or chosen, where the contract wants another answer than the suite. SECURITY.md
 // lists those.
 func TestEveryProbeOfHttp11Probe(t *testing.T) {
+	t.Parallel()
 	file, err := os.ReadFile("testdata/http11probe_cases.tsv")
 	if err != nil {
 		t.Fatal(err)

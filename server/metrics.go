@@ -170,9 +170,9 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	}
 	e.gauge("verve_last_window_unique_ids", "Unique ids in the last closed window.", float64(last.Unique))
 	e.gauge("verve_last_window_start_timestamp_seconds", "Start of the last closed window, Unix time; 0 before the first.", max(0, float64(last.Start.UnixMilli())/1e3))
-	e.gauge("verve_epochs_unclosed", "Epochs that have ended and are not yet published.", float64(c.Unclosed))
+	e.gauge("verve_epochs_unclosed", "Epochs that have ended and whose count is not yet in the spool, or reported to the group.", float64(c.Unclosed))
 	e.counter("verve_epochs_skipped_total", "Epochs that were not opened, as the clock was set forward or the process did not run.", c.Skipped)
-	e.counter("verve_windows_lost_total", "Windows that an earlier process left and that no record can be made of, as a later one is published.", uint64(c.Lost))
+	e.counter("verve_windows_lost_total", "Windows that an earlier process left and that no record can be made of, as a later one has its record.", uint64(c.Lost))
 	e.gauge("verve_clock_behind_seconds", "How far the clock is behind the start of the open epoch.", c.Clock.Behind.Seconds())
 	e.counters("verve_clock_steps_total", "Steps of the clock, by direction.", "direction", []resultCount{
 		{"forward", c.Clock.Forward}, {"back", c.Clock.Back},
@@ -186,9 +186,9 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	d := s.cfg.Set.Stats()
 	e.gauge("verve_max_ids", "Maximum ids that the window can hold: --max-ids, or an estimate of what fits into the memory allowed; 0 if unknown.", float64(d.Fit))
 	e.gauge("verve_dedup_bytes", "Memory of the tables of ids.", float64(d.Bytes))
-	e.gauge("verve_dedup_slots", "Slots in the tables of ids, taken or free.", float64(d.Slots))
+	e.gauge("verve_dedup_slots", "Slots in the tables of ids, used or free.", float64(d.Slots))
 	e.gauge("verve_dedup_levels", "Depth of the deepest chain of tables.", float64(d.Levels))
-	e.gauge("verve_dedup_kept_bytes", "Size of the files that keep the ids of unpublished epochs for the next start.", float64(d.Kept))
+	e.gauge("verve_dedup_kept_bytes", "Size of the files with the ids of epochs whose record is not yet in the spool, for the next start.", float64(d.Kept))
 	e.counter("verve_dedup_grown_total", "Tables added while an epoch ran.", d.Grown)
 	e.counter("verve_dedup_resized_total", "Tables replaced by one of a better size.", d.Resized)
 	e.counter("verve_dedup_reclaimed_total", "Slots of past epochs reclaimed.", d.Reclaimed)

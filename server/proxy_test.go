@@ -206,6 +206,7 @@ func smugglingForms() map[string]string {
 // server. Nobody may be answered a request of another's, and there are as many
 // answers as requests.
 func TestProxiesAndWeAgreeWhereRequestsEnd(t *testing.T) {
+	t.Parallel()
 	forms := smugglingForms()
 	for _, row := range httpCases(t) {
 		if row.raw != "" {

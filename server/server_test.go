@@ -230,6 +230,7 @@ func get(query string) string {
 // the connection the next request on it must be answered for itself: no byte
 // of a request may be taken for the next one.
 func TestEachKindOfRequestIsAnsweredAsTheContractSays(t *testing.T) {
+	t.Parallel()
 	const host = "Host: x\r\n\r\n"
 	post := func(headers, body string) string {
 		return "POST /test HTTP/1.1\r\nHost: x\r\n" + headers + "\r\n" + body

@@ -34,6 +34,7 @@ func everyError() (all []*kerr.Error) {
 // whatever request of a session, the record comes through, once and in order;
 // only what a broker says of the record itself sets it aside.
 func TestKafkaWholeErrorListIsOvercome(t *testing.T) {
+	t.Parallel()
 	all := everyError()
 	if len(all) < 130 {
 		t.Fatalf("the list has %d errors", len(all))

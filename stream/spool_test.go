@@ -180,6 +180,7 @@ func TestSpoolKeepsAWeekOfMinutes(t *testing.T) {
 	if testing.Short() {
 		t.Skip("10,080 synced transactions")
 	}
+	t.Parallel()
 	dir := t.TempDir()
 	sp := testSpool(t, dir)
 	// The test is about keeping records; 10,080 single syncs would take longer than the

@@ -142,6 +142,7 @@ func wantKeyed(t *testing.T, what, dir string, sp *Spool, records []appended) {
 // TestKeysSurviveAKillAtAnyChangeOfTheDisk, and a loss of power, which leaves of what was not
 // synced a part or none, and may undo a removal. No file stays behind.
 func TestKeysSurviveAKillAtAnyChangeOfTheDisk(t *testing.T) {
+	t.Parallel()
 	k := &keysRun{T: t, dir: t.TempDir(), seen: map[string][]byte{}}
 	k.sp = testSpool(t, k.dir)
 	if err := k.sp.attach([]string{"a"}); err != nil {

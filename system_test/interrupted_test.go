@@ -20,6 +20,7 @@ import (
 // ids and records, at the start and while running. Every second one is, first the
 // odd ones and then the even ones: ids are answered, counted and found again.
 func TestInterruptedCallsAreRepeated(t *testing.T) {
+	t.Parallel()
 	strace := testproc.Needs(t, "strace", "strace")
 	for _, call := range []string{"fallocate", "flock", "fsync", "msync", "fdatasync", "madvise", "openat", "ftruncate", "renameat"} {
 		for first := 1; first <= 2 && (first == 1 || testproc.Thorough()); first++ {
@@ -80,6 +81,7 @@ func injected(t *testing.T, strace string, cmd *exec.Cmd, call, err string, path
 // long as ids are safe over a kill. Where they are not, the log says so, and where
 // records are not, the server does not start.
 func TestFileSystemsWithoutACall(t *testing.T) {
+	t.Parallel()
 	strace := testproc.Needs(t, "strace", "strace")
 	for _, tt := range []struct {
 		call    string
@@ -171,6 +173,7 @@ func TestCountsWaitForRoomForTheSpool(t *testing.T) {
 // server runs and gives the reason. Ids without room are full; those with room are
 // counted, and their record waits for room.
 func TestNoRoomUnderAQuotaIsAFullDisk(t *testing.T) {
+	t.Parallel()
 	strace := testproc.Needs(t, "strace", "strace")
 	for _, tt := range []struct {
 		call, path, check string

@@ -110,6 +110,7 @@ func (s *skewed) accept(id string) (window time.Time, unique bool, err error) {
 // window apart. Every window's record is the number of ids that were ok in it,
 // each once, wherever it was asked.
 func TestClocksThatDifferChangeNoSum(t *testing.T) {
+	t.Parallel()
 	server, dir := testproc.StartRedis(t), t.TempDir()
 	const window = 400 * time.Millisecond
 	type key struct {

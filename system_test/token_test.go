@@ -79,6 +79,7 @@ func TestRetryGetsItsOwnAnswer(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel()
 	for _, restart := range []string{"none", "kill", "stop", "kill, another instance", "stop, another instance"} {
 		t.Run(restart, func(t *testing.T) {
 			t.Parallel() // they wait more than they work

@@ -15,6 +15,7 @@ func TestSIGTERMUnderLoadLosesNothing(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	dir := t.TempDir()
 	server := testproc.Program(t)
 	listen, admin := testproc.FreeAddr(t), testproc.FreeAddr(t)
@@ -47,6 +48,7 @@ func TestBatchesAddUpOverKillsAndStops(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	server := testproc.Program(t)
 	for _, signal := range []string{"TERM", "KILL"} {
 		t.Run(signal, func(t *testing.T) {
@@ -71,6 +73,7 @@ func TestServerHasEveryMetricThatMustStayLevel(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	dir := t.TempDir()
 	listen, admin := testproc.FreeAddr(t), testproc.FreeAddr(t)
 	data := filepath.Join(dir, "data")

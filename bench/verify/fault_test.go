@@ -127,6 +127,7 @@ func TestFaultsOnTheWayToRedis(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	p := newFaultyProxy(t, testproc.StartRedis(t).Addr)
 	f := groupOf(t, 2, p.addr, "1s")
 	f.Pipeline, f.Connections, f.IDs = 1, 32, idsDecimal
@@ -288,6 +289,7 @@ func TestClusterThatLosesAMaster(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	const nodeTimeout = 1500 * time.Millisecond
 	c := startCluster(t, nodeTimeout)
 	var masters []string

@@ -342,6 +342,7 @@ func TestRandomFaults(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	seed := rand.Uint64N(1e9)
 	if n, err := strconv.ParseUint(os.Getenv("VERVE_TEST_SEED"), 10, 64); err == nil {
 		seed = n
@@ -426,6 +427,8 @@ func TestAKillTaintsItsWindowAlone(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
+
 	c := startCluster(t, time.Minute) // on a busy machine no node is taken for dead
 	f := groupOf(t, 5, c.nodes[0].addr, "1s", "--redis-url=redis://"+c.nodes[1].addr, "--redis-url=redis://"+c.nodes[2].addr, "--log-format=json")
 	f.Rate, f.Pipeline, f.Connections = 2000, 1, 40

@@ -44,6 +44,7 @@ func TestServerThatKeepsTokensIsFoundGood(t *testing.T) {
 }
 
 func TestEveryFaultWithTokensIsFound(t *testing.T) {
+	t.Parallel() // they wait more than they work
 	for name, test := range map[string]struct {
 		fault tokenFault
 		want  string
@@ -150,6 +151,7 @@ func TestKeysAddUp(t *testing.T) {
 }
 
 func TestEveryFaultOfKeysIsFound(t *testing.T) {
+	t.Parallel() // they wait more than they work
 	third := func(change func([]stream.KeyRecord) []stream.KeyRecord) func(int, []stream.KeyRecord) []stream.KeyRecord {
 		return func(window int, r []stream.KeyRecord) []stream.KeyRecord {
 			if window == 3 {
@@ -230,6 +232,7 @@ func TestRetriesGetTheirOwnAnswersOverKills(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	server := testproc.Program(t)
 	for _, batch := range []int{0, 100} {
 		t.Run(fmt.Sprint("batches of ", batch), func(t *testing.T) {

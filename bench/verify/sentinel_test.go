@@ -80,6 +80,7 @@ func TestSentinelChangesTheMaster(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds of real time")
 	}
+	t.Parallel() // they wait more than they work
 	const password = "hunter2"
 	for name, tt := range map[string]struct {
 		change func(t *testing.T, process *exec.Cmd, sentinel string)

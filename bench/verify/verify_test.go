@@ -328,6 +328,7 @@ func TestCorrectServerIsFoundGood(t *testing.T) {
 }
 
 func TestEveryFaultIsFound(t *testing.T) {
+	t.Parallel() // they wait more than they work
 	for _, test := range []struct {
 		name  string
 		fault func(int) faultStep

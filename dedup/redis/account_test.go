@@ -118,6 +118,7 @@ func (i *instance) record() counter.Count {
 // there to add them again when Redis loses its data. The record says that it is not
 // exact, and the log why; without a loss it is exact, and right.
 func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
+	t.Parallel()
 	losses := map[string]func(*redisServer){
 		"nothing":  func(*redisServer) {},
 		"FLUSHALL": func(s *redisServer) { s.do("FLUSHALL") },
@@ -183,6 +184,7 @@ func TestRedisForgetsWhileAnInstanceIsAbsent(t *testing.T) {
 // TestRedisForgetsWhileAllAreThere: the instances add their ids again, which the
 // numbers of their answers prove.
 func TestRedisForgetsWhileAllAreThere(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	a, b := startInstance(t, server, ""), startInstance(t, server, "")
 	a.add("a", 20)
@@ -198,6 +200,7 @@ func TestRedisForgetsWhileAllAreThere(t *testing.T) {
 // others have answered in it, and what it came to. If Redis loses both and all who were in
 // the window are gone, it writes them again.
 func TestAStrangerRemembersTheAccount(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	a := startInstance(t, server, "")
 	a.add("a", 3)
@@ -529,6 +532,7 @@ func TestARestartedInstanceLeavesNothingInDoubt(t *testing.T) {
 // group learns that its id may be in Redis without an answer. So an instance that is killed
 // right after the refusal does not leave a record that counts the id and is exact.
 func TestGroupKnowsOfAnIDBeforeItIsRefused(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	a := startInstance(t, server, "")
 	b := startInstance(t, server, "", func(c *Config) { c.Timeout = time.Hour }) // the test refuses
@@ -579,6 +583,7 @@ func TestSecondRecordOfAWindowIsLogged(t *testing.T) {
 // TestVersionsWithOtherKeysRefuseEachOther: one that keeps its data in another form
 // would not see the ids of this one.
 func TestVersionsWithOtherKeysRefuseEachOther(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	lanes := "verve:{" + laneTags[0] + "}:test:lanes"
 	server.do("SET", lanes, "1") // as versions before the layout had a number

@@ -163,6 +163,7 @@ func TestRedisRetryAtAnInstanceThatWasNotThere(t *testing.T) {
 // for one id, at two instances at once. One attempt wins, and all of its requests are
 // answered so.
 func TestRedisOneAttemptAtOnceEverywhere(t *testing.T) {
+	t.Parallel() // it mostly waits
 	_, a, b, ea, eb := pair(t)
 	const attempts, requests, ids = 3, 3, 200
 	sets, at := []*Set{a, b}, []settest.Epochs{ea, eb}
@@ -373,6 +374,7 @@ func TestRedisRetriesAfterLostReplies(t *testing.T) {
 // TestRedisAttemptsWaitForTheirOutcome: an attempt is in Redis and its request gone. Another
 // attempt for the id is new, once the first is taken back.
 func TestRedisAttemptsWaitForTheirOutcome(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
 	a, b, c := newRedis(t, way.addr()), newRedis(t, server.Addr), newRedis(t, server.Addr)
@@ -428,6 +430,7 @@ func TestRedisRetryAfterAnInstanceIsKilled(t *testing.T) {
 
 // TestRedisTokensAndKeysComeBack: Redis loses everything, or one of its keys.
 func TestRedisTokensAndKeysComeBack(t *testing.T) {
+	t.Parallel()
 	for _, lost := range []string{"FLUSHALL", "restart", ":k", ":x", ":n"} {
 		t.Run(lost, func(t *testing.T) {
 			t.Parallel()
@@ -756,6 +759,7 @@ func TestRedisABatchThatFailsLeavesNothing(t *testing.T) {
 // TestRedisTokensOfTheWindowBeforeAreLost: their retries are new, so the record of their
 // window says that it is not exact; the next one is.
 func TestRedisTokensOfTheWindowBeforeAreLost(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	r := newRedis(t, server.Addr, patient)
 	e := settest.NewEpochs(t, r)
@@ -832,6 +836,7 @@ func TestRedisAKeyIsLostBeforeAnInstanceStarts(t *testing.T) {
 // of the window before were lost. That its window is not exact for that is in Redis, and known
 // to who counted it, should Redis lose that, too.
 func TestRedisTokensThatAreLostAreRememberedIfMoreIsLost(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	r := newRedis(t, server.Addr, patient)
 	e := settest.NewEpochs(t, r)

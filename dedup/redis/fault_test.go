@@ -95,6 +95,7 @@ func cutAgain(ways []*proxy, away time.Duration) (stop func()) {
 // attempt is taken for another caller's, and no id is Unique twice, also if the next
 // attempt goes to the other instance.
 func TestRedisLostRepliesAreNoRepeats(t *testing.T) {
+	t.Parallel() // it mostly waits
 	const callers = 200
 	each, cuts := 300, 100
 	if testing.Short() {
@@ -396,6 +397,7 @@ func TestRedisTakesBackNothingThatOthersWereGiven(t *testing.T) {
 // TestRedisALossIsRememberedUntilItIsMended: the reply to the hello of a session
 // that goes on after a loss is lost itself.
 func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for _, all := range []bool{true, false} {
 		t.Run(fmt.Sprint("all is lost: ", all), func(t *testing.T) {
 			server, way, a, b, ea, eb := pairByProxy(t)
@@ -444,6 +446,7 @@ func TestRedisALossIsRememberedUntilItIsMended(t *testing.T) {
 // TestRedisLosesAnEpochWhileIDsAreDecidedHere: those that are added late do not
 // hide that the others are lost.
 func TestRedisLosesAnEpochWhileIDsAreDecidedHere(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	r := newRedis(t, server.Addr, patient, func(c *Config) { c.FailOpen = true })
 	e := settest.NewEpochs(t, r)
@@ -520,6 +523,7 @@ func TestRedisIDsAreTakenBackFirst(t *testing.T) {
 // TestRedisIDsAskedForWhileTheyAreTakenBack are given once and counted, whether
 // they can be taken back or not.
 func TestRedisIDsAskedForWhileTheyAreTakenBack(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for _, open := range []bool{false, true} {
 		for _, refused := range []bool{false, true} {
 			t.Run(fmt.Sprintf("open %v, refused %v", open, refused), func(t *testing.T) {
@@ -619,6 +623,7 @@ func TestRedisSequenceIsReadWhileBatchesAreDone(t *testing.T) {
 // the log and in the reason for not being ready, ids get ErrUnavailable, soon,
 // and when it is over everything goes on and the count is right.
 func TestRedisFailures(t *testing.T) {
+	t.Parallel()
 	set := func(s *redisServer, key, value string) {
 		if got := s.do("CONFIG", "SET", key, value); got != "OK" {
 			s.t.Fatalf("CONFIG SET %s %s: %s", key, value, got)
@@ -724,6 +729,7 @@ func TestRedisFailures(t *testing.T) {
 // from memory, before anything else, and the count is right. No id is new for a
 // second time.
 func TestRedisLosesItsData(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		lose func(s *redisServer)
@@ -805,6 +811,7 @@ func TestRedisLosesItsData(t *testing.T) {
 // TestRedisSaysWhatItMayHaveGivenTwice: after a loss another instance takes an
 // id as new before the one that had answered for it can add it again.
 func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := startRedis(t)
 	way := startProxy(t, server.Addr)
 	a := newRedis(t, way.addr())
@@ -829,6 +836,7 @@ func TestRedisSaysWhatItMayHaveGivenTwice(t *testing.T) {
 // TestRedisFailOpen: while Redis is unreachable each instance judges alone, and the record
 // says so if an id was given twice.
 func TestRedisFailOpen(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for _, same := range []bool{false, true} {
 		t.Run(fmt.Sprint("the same ids at both: ", same), func(t *testing.T) {
 			server := startRedis(t)

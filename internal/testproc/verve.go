@@ -27,9 +27,9 @@ var program struct {
 	err  error
 }
 
-// Main runs the tests of a package that starts the program.
+// Main does what Setup does and runs the tests of a package that starts the program.
 func Main(m *testing.M) {
-	inMemory() // and no more at once than there are cores: whole programs work, too
+	Setup()
 	code := m.Run()
 	if program.dir != "" {
 		_ = os.RemoveAll(program.dir)
