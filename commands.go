@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -524,8 +525,12 @@ const healthTimeout = 3 * time.Second
 
 // healthcheck asks the admin listener whether the server is alive.
 func healthcheck(adminListen string) error {
-	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{Proxy: nil}}
-	resp, err := client.Get("http://" + reachable(adminListen) + "/healthz")
+	// A URL has no place for all that an address may be: http-alt as a port, fe80::1%eth0 as a host.
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, reachable(adminListen))
+	}
+	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{DialContext: dial}}
+	resp, err := client.Get("http://admin/healthz")
 	if err != nil {
 		return fmt.Errorf("not alive: %w", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,7 +22,6 @@ import (
 
 	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/alecthomas/kong"
-	"github.com/goccy/go-yaml"
 	"github.com/mattn/go-isatty"
 	"github.com/rs/zerolog"
 
@@ -373,11 +373,11 @@ func (c *config) print(w io.Writer) error {
 			}
 			value, shown = list, len(v) > 0 && slices.Equal(v, list)
 		}
-		b, err := yaml.MarshalWithOptions(value, yaml.Flow(true))
+		b, err := json.Marshal(value) // YAML as well, whatever characters a text has
 		if err != nil {
 			return fmt.Errorf("--%s: %w", flag.Name, err)
 		}
-		line := fmt.Sprintf("%s: %s", flag.Name, strings.TrimSpace(string(b)))
+		line := fmt.Sprintf("%s: %s", flag.Name, b)
 		if !shown {
 			line = "# " + line
 		}

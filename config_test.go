@@ -44,7 +44,7 @@ func badSettings(t *testing.T) []badSetting {
 	add("listen", "nowhere", "localhost:99999", "unix:/x", "no-such-host.invalid:80", ":-1", ":x", "127.0.0.1", "::1:80", "http://127.0.0.1:80", "127.0.0.1:80:80", "'127.0.0.1:80'")
 	add("admin-listen", "nowhere", "localhost:99999", "unix:/x", "no-such-host.invalid:80")
 	add("window", "fast", "1", "49ms", "61m", "50500us", "-1m", "0", "99999999999h")
-	add("max-clock-skew", "-1s", "2")
+	add("max-clock-skew", "-1s", "2", "999us", "25h")
 	add("group", "a/b", " a", "a ", "a\u202eb", strings.Repeat("g", 250))
 	add("instance", "a/b", "a\u0085b", strings.Repeat("i", 250))
 	add("data-dir", plain, filepath.Join(plain, "below"), "data ", " data", "~", "~/data")
@@ -124,7 +124,7 @@ func badSettings(t *testing.T) []badSetting {
 		badSetting{name: "redis-sentinel-password-file", value: "a s3cret that is long", shown: "not shown"})
 	add("redis-sentinel-user", "me")
 	add("admin-token-file", file("endless", strings.Repeat("x", 4<<20+1)))
-	add("admin-token-file", filepath.Join(dir, "none"), dir, file("no-token", ""), file("two-words", "s3cret s3cret"), file("marked", "\ufeffs3cret"))
+	add("admin-token-file", filepath.Join(dir, "none"), dir, file("no-token", ""), file("two-words", "s3cret s3cret"))
 	add("tls-cert-file", plain)
 	add("tls-key-file", plain)
 	all = append(all,
@@ -218,6 +218,21 @@ func TestWhatIsNotInUTF8IsRefused(t *testing.T) {
 		} else if err != nil || c.Instance != "x" {
 			t.Errorf("%q: %v", text, err)
 		}
+	}
+}
+
+// TestMarkOfAnEditorIsNoPartOfASecret, nor is the end of its line: a server would refuse it.
+func TestMarkOfAnEditorIsNoPartOfASecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(path, []byte("\ufeffs3cret\r\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, _, err := parse([]string{"--admin-token-file=" + path, "--redis-url=redis-sentinel://h?master_set=m", "--redis-sentinel-password-file=" + path}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(c.adminToken) != "s3cret" || string(c.sentinelPassword) != "s3cret" {
+		t.Errorf("the token is %q and the password %q", c.adminToken, c.sentinelPassword)
 	}
 }
 

@@ -490,8 +490,8 @@ func (p *program) stop() {
 		{"records not delivered in time", func() error { return p.flush(budget) }},
 		// A stop can be over before the goroutine that notifies has run.
 		{"systemd was not notified of the stop in time", func() error { return await(budget, p.notified) }},
-		// Nothing is left for them to do.
-		{"a part did not end in time", p.endParts},
+		// Nothing is left for the parts to do.
+		{"when counting ended could not be noted in last-use.json", p.endParts},
 		// Last, so that operators can watch the stop.
 		{"admin requests not ended", func() error { return p.admin.Shutdown(budget) }},
 	}

@@ -178,3 +178,16 @@ func TestWhatIsDoneIsNoTimeout(t *testing.T) {
 		}
 	}
 }
+
+// TestHealthcheckDialsWhateverTheServerListensOn: --admin-listen may have the name of a port,
+// and the zone of an address, which no URL may.
+func TestHealthcheckDialsWhateverTheServerListensOn(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:gopher", "[fe80::1%lo]:gopher"} {
+		if err := checkAddress("admin-listen", address); err != nil {
+			t.Fatal(err)
+		}
+		if err := healthcheck(address); err == nil || !strings.Contains(err.Error(), "dial tcp") { // nothing listens there
+			t.Errorf("%s: %v, want an attempt to dial it", address, err)
+		}
+	}
+}

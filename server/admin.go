@@ -7,6 +7,7 @@ import (
 	"crypto/subtle"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -121,7 +122,7 @@ func NewAdmin(cfg AdminConfig) *Admin {
 	mux.HandleFunc("GET /api/windows/{window_start}/keys", a.keys)
 	mux.HandleFunc("GET /api/live", a.live.serve)
 	mux.HandleFunc("GET /debug/pprof/", a.profile(pprof.Index))
-	mux.HandleFunc("GET /debug/pprof/cmdline", a.profile(pprof.Cmdline))
+	mux.HandleFunc("GET /debug/pprof/cmdline", a.profile(commandName))
 	mux.HandleFunc("GET /debug/pprof/profile", a.profile(pprof.Profile))
 	mux.HandleFunc("GET /debug/pprof/symbol", a.profile(pprof.Symbol))
 	mux.HandleFunc("GET /debug/pprof/trace", a.profile(pprof.Trace))
@@ -186,6 +187,13 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 		}
 		make(w, r)
 	}
+}
+
+// commandName is the command line of net/http/pprof without its arguments: one of them may
+// have a password.
+func commandName(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	_, _ = io.WriteString(w, "verve") // the client may be gone
 }
 
 // tokenless is set in the context of a request that came without the token.

@@ -47,7 +47,7 @@ func (c *Certificate) load() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if bytes.Equal(cert, c.cert) && bytes.Equal(key, c.key) {
+	if c.current.Load() != nil && bytes.Equal(cert, c.cert) && bytes.Equal(key, c.key) {
 		return false, nil
 	}
 	c.cert, c.key = cert, key

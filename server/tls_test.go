@@ -384,6 +384,12 @@ func TestBadKeyFilesStopTheStart(t *testing.T) {
 	if _, err := LoadCertificate(files.cert, files.key, zerolog.Nop()); err == nil {
 		t.Error("a missing key was taken")
 	}
+	files.replace(files.cert, nil)
+	files.replace(files.key, nil)
+	if _, err := LoadCertificate(files.cert, files.key, zerolog.Nop()); err == nil || !strings.Contains(err.Error(), files.cert) {
+		t.Errorf("two empty files: %v, want an error that names them", err)
+	}
+	files.replace(files.cert, cert)
 	files.replace(files.key, key)
 	if _, err := LoadCertificate(files.cert, files.key, zerolog.Nop()); err == nil || !strings.Contains(err.Error(), files.key) {
 		t.Errorf("another's key: %v, want an error that names the files", err)

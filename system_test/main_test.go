@@ -66,6 +66,26 @@ func TestFirstMinute(t *testing.T) {
 	}
 }
 
+// TestStopNamesTheStepThatFailed: the last of them that writes a file is not called a part
+// that did not end.
+func TestStopNamesTheStepThatFailed(t *testing.T) {
+	t.Parallel()
+	v := testproc.Start(t, "--window=1h")
+	file := filepath.Join(v.Dir, "verve-data", "last-use.json")
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(file, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if code := v.Stop(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if text := v.Text(); !strings.Contains(text, "could not be noted in last-use.json") || strings.Contains(text, "did not end in time") {
+		t.Errorf("want the step by its name, got\n%s", text)
+	}
+}
+
 // TestRestartKeepsNameAndSequence: the data directory, not the host, is the
 // instance; its records are numbered without a gap.
 func TestRestartKeepsNameAndSequence(t *testing.T) {

@@ -21,20 +21,21 @@ import (
 // with the same effect, each value with its source, and it starts nothing.
 func TestPrintedConfigIsTheOneInForce(t *testing.T) {
 	t.Parallel()
+	const odd = "a\tb\nc: <\u0085> # d"
 	dir := t.TempDir()
 	file := filepath.Join(dir, "settings.yaml")
 	if err := os.WriteFile(file, []byte("group: from-file\nwindow: 3s\nid-format: uint64\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := testproc.Verve(t, "--print-config", "--config="+file, "--window=2s", "--callback-allow=a.lan:1", "--callback-allow=10.0.0.0/8:9")
+	cmd := testproc.Verve(t, "--print-config", "--config="+file, "--window=2s", "--callback-allow=a.lan:1", "--callback-allow=10.0.0.0/8:9", "--instance=?", "--counts-file="+odd)
 	cmd.Env = append(cmd.Env, "VERVE_ID_FORMAT=opaque", "VERVE_CALLBACK_RATE=12.5")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for _, want := range []string{
-		`group: from-file +# ` + regexp.QuoteMeta(file), `window: 2s +# --window`, `id-format: opaque +# VERVE_ID_FORMAT`,
-		`callback-rate: 12.5 +# VERVE_CALLBACK_RATE`, `listen: ":8080" +# default`, `callback-allow: \["?a.lan:1"?, "?10.0.0.0/8:9"?\] +# --callback-allow`,
+		`group: "from-file" +# ` + regexp.QuoteMeta(file), `window: "2s" +# --window`, `id-format: "opaque" +# VERVE_ID_FORMAT`,
+		`callback-rate: 12.5 +# VERVE_CALLBACK_RATE`, `listen: ":8080" +# default`, `callback-allow: \["a.lan:1","10.0.0.0/8:9"\] +# --callback-allow`, `instance: "\?" +# --instance`,
 	} {
 		if !regexp.MustCompile(`(?m)^` + want + `$`).Match(out) {
 			t.Errorf("no line %s in\n%s", want, out)
@@ -61,6 +62,9 @@ func TestPrintedConfigIsTheOneInForce(t *testing.T) {
 	if got, want := sprint(two), sprint(one); got != want {
 		t.Errorf("read back it is\n%s, want\n%s", got, want)
 	}
+	if two["counts-file"] != odd {
+		t.Errorf("read back the counts file is %q, want %q", two["counts-file"], odd)
+	}
 	if out, err := testproc.Verve(t, "--print-config", "--window=1ns").CombinedOutput(); err == nil || !bytes.Contains(out, []byte("--window")) {
 		t.Errorf("a bad setting: %v %s", err, out)
 	}
@@ -83,11 +87,12 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 		}
 		return path
 	}
-	const signing, token, password, query = "c2lnbmluZy1zM2NyZXQtMDEyMzQ1Njc4OQ==", "admin-s3cret", "kafka-s3cret", "query-s3cret"
+	const signing, token, password, query, redis = "c2lnbmluZy1zM2NyZXQtMDEyMzQ1Njc4OQ==", "admin-s3cret", "kafka-s3cret", "query-s3cret", "redis-s3cret"
 	args := []string{
 		"--window=1h", "--log-level=debug", "--shutdown-timeout=300ms", "--kafka-brokers=127.0.0.1:9",
 		"--callback-secret-file=" + secret("signing", signing), "--admin-token-file=" + secret("token", token),
 		"--kafka-sasl=PLAIN", "--kafka-user=verve", "--kafka-password-file=" + secret("password", password),
+		"--redis-url=redis://me:" + redis + "@127.0.0.1:9",
 	}
 	v := testproc.Start(t, args...)
 	v.Get(v.Public + "/api/verve/accept?id=1&endpoint=" + v.Public + "/test%3Fkey=" + query)
@@ -124,7 +129,7 @@ func TestSecretsAreToldToNobody(t *testing.T) {
 	}
 	said.WriteString(v.Text())
 	said.Write(printed)
-	for _, s := range []string{signing, token, password, query} {
+	for _, s := range []string{signing, token, password, query, redis} {
 		if i := strings.Index(said.String(), s); i >= 0 {
 			t.Errorf("%s is told: ...%q...", s, said.String()[max(0, i-100):i+len(s)])
 		}

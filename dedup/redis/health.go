@@ -15,6 +15,7 @@ import (
 	"github.com/redis/rueidis"
 	"github.com/rs/zerolog"
 
+	"verve/dedup"
 	"verve/internal/logline"
 )
 
@@ -23,6 +24,9 @@ const (
 
 	// logEvery samples the log of what goes on failing.
 	logEvery = 10 * time.Second
+
+	// longestWhy bounds what a reason has of an error that explanations lacks.
+	longestWhy = 100
 )
 
 // health is the state of the servers, as far as it is known here.
@@ -117,7 +121,11 @@ func explain(err error) string {
 		if s, ok := explanations[strings.ToUpper(word)]; ok {
 			return s
 		}
-		return "Redis refuses"
+		why, _, _ := strings.Cut(refused.Error(), ", with args") // the text of a script, or ids
+		return "Redis refuses: " + strings.ToValidUTF8(why[:min(len(why), longestWhy)], "")
+	}
+	if _, why, own := strings.Cut(err.Error(), dedup.ErrUnavailable.Error()+": "); own {
+		return why
 	}
 	if _, why, certificate := strings.Cut(err.Error(), "x509: "); certificate {
 		return "the certificate of Redis is refused: " + why

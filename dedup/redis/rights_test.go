@@ -6,6 +6,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
 
 	"verve/dedup"
 	"verve/internal/settest"
@@ -65,6 +68,34 @@ func TestRedisRightsThatAreMissingAreNamed(t *testing.T) {
 	untilSettled(t, r) // a right that was missing may have been taken for a loss
 	if n, exact := sealed(t, e, r, 0); n != 3 || !exact {
 		t.Errorf("sealed %d, exact %t; want 3, true", n, exact)
+	}
+}
+
+// TestRefusalIsNoOutage: what Redis refuses from the start on is the reason for not being
+// ready, for each id that is refused, and in the log, and nothing calls it unreachable.
+func TestRefusalIsNoOutage(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ path, deny, why string }{
+		{"", "-evalsha", "the Redis user lacks a permission: +evalsha"},
+		{"", "resetkeys", "the Redis user lacks a permission: ~verve:*"},
+		{"/99", "+evalsha", "Redis refuses: DB index is out of range"},
+	} {
+		server := startRedis(t)
+		server.do(documentedUser(t)...)
+		server.do("ACL", "SETUSER", "verve", tt.deny)
+		var log testproc.Buffer
+		r := newRedisAway(t, server.Addr, func(c *Config) {
+			c.URLs, c.Log, c.Timeout = []string{"redis://verve:secret@" + server.Addr + tt.path}, zerolog.New(&log), 2*time.Second
+		})
+		e := settest.NewEpochs(t, r)
+		testproc.Until(t, "each id, the readiness and the log have "+tt.why, func() bool {
+			_, err := e.Add(t, r, 0, "42")
+			ready, reason := r.Health()
+			return !ready && reason == tt.why && err != nil && strings.Contains(err.Error(), tt.why) && strings.Contains(log.String(), tt.why)
+		})
+		if strings.Contains(log.String(), "unreachable") {
+			t.Errorf("%s: the log calls it unreachable:\n%s", tt.why, log.String())
+		}
 	}
 }
 

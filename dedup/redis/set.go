@@ -162,10 +162,7 @@ func (cfg *Config) Check() error {
 	if err := counter.CheckWindow(cfg.Window); err != nil {
 		return setting.Errorf("window", "%v", err)
 	}
-	if cfg.MaxSkew < 0 {
-		return setting.Errorf("max-clock-skew", "want 0 or more")
-	}
-	return nil
+	return setting.CheckTimeout("max-clock-skew", cfg.MaxSkew)
 }
 
 // newSession makes a name that no other process has. Its first 8 characters are those of the
@@ -274,7 +271,7 @@ func (r *Set) conn() (rueidis.Client, error) {
 // unavailable is ErrUnavailable with the reason known.
 func (r *Set) unavailable() error {
 	r.health.mu.Lock()
-	reason := cmp.Or(r.health.misconfigured, r.health.failure)
+	reason := cmp.Or(r.health.misconfigured, r.health.rights, r.health.failure)
 	r.health.mu.Unlock()
 	if reason != "" {
 		return fmt.Errorf("%w: %s", dedup.ErrUnavailable, reason)

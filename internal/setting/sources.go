@@ -61,7 +61,6 @@ func (s *Sources) ReadFile(name string) error {
 	if err != nil {
 		return Errorf(name, "%v", Cause(err))
 	}
-	b = bytes.TrimPrefix(b, []byte("\ufeff")) // some editors begin a file with it
 	if !utf8.Valid(b) {
 		return Errorf(name, "it is not in UTF-8")
 	}
@@ -126,8 +125,8 @@ func (s *Sources) keepText(b []byte) {
 // longestFile is far above a file of settings, a secret or a chain of certificates.
 const longestFile = 4 << 20
 
-// ReadFile reads a file that a setting names. It refuses what never ends, as a device, before
-// it takes all memory.
+// ReadFile reads a file that a setting names, without the mark U+FEFF that some editors begin
+// a file with. It refuses what never ends, as a device, before it takes all memory.
 func ReadFile(path string) ([]byte, error) {
 	file, err := os.Open(path)
 	if err != nil {
@@ -138,7 +137,7 @@ func ReadFile(path string) ([]byte, error) {
 	if err == nil && len(b) > longestFile {
 		err = fmt.Errorf("it has more than %d MiB", longestFile>>20)
 	}
-	return b, err
+	return bytes.TrimPrefix(b, []byte("\ufeff")), err
 }
 
 // Cause is err without the path and the operation of a file's error.
