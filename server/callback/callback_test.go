@@ -1051,7 +1051,7 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 	})
-	opened := func(breakerOpen time.Duration, refused uint64) (*Sender, Stats) {
+	opened := func(t *testing.T, breakerOpen time.Duration, refused uint64) (*Sender, Stats) {
 		t.Helper()
 		posts.Store(0)
 		c := startCallbacks(t, Config{Allow: []string{hostport}, Concurrency: 1, breakerFailures: failures, breakerOpen: breakerOpen})
@@ -1064,28 +1064,32 @@ func TestCallbackBreakerOpensAndCloses(t *testing.T) {
 		}
 		return c, s
 	}
-	if _, s := opened(time.Hour, refused); s.BreakersOpen != 1 {
-		t.Errorf("%+v", s)
-	}
-	c, s := opened(100*time.Millisecond, 0) // may be over when the next is sent
-	healthy.Store(true)
-	for start := time.Now(); c.Stats().Ended[Delivered] == 0; time.Sleep(time.Millisecond) {
-		if time.Since(start) > patience {
-			t.Fatalf("breaker does not close: %+v", c.Stats())
+	t.Run("opens", func(t *testing.T) {
+		if _, s := opened(t, time.Hour, refused); s.BreakersOpen != 1 {
+			t.Errorf("%+v", s)
 		}
-		send(t, c, url+"/again")
-	}
-	if s := await(t, c, "a closed breaker", func(s Stats) bool { return s.InFlight+s.Waiting == 0 }); s.BreakersOpen != 0 {
-		t.Fatalf("%+v", s)
-	}
-	for n := range 10 {
-		send(t, c, fmt.Sprintf("%s/%d", url, n))
-	}
-	before := failed(s)
-	s = await(t, c, "delivery", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
-	if s.Ended[FailedStatus] != failures || s.Ended[Delivered] < 11 {
-		t.Fatalf("failed %d before, %+v", before, s)
-	}
+	})
+	t.Run("closes", func(t *testing.T) {
+		c, s := opened(t, 100*time.Millisecond, 0) // may be over when the next is sent
+		healthy.Store(true)
+		for start := time.Now(); c.Stats().Ended[Delivered] == 0; time.Sleep(time.Millisecond) {
+			if time.Since(start) > patience {
+				t.Fatalf("breaker does not close: %+v", c.Stats())
+			}
+			send(t, c, url+"/again")
+		}
+		if s := await(t, c, "a closed breaker", func(s Stats) bool { return s.InFlight+s.Waiting == 0 }); s.BreakersOpen != 0 {
+			t.Fatalf("%+v", s)
+		}
+		for n := range 10 {
+			send(t, c, fmt.Sprintf("%s/%d", url, n))
+		}
+		before := failed(s)
+		s = await(t, c, "delivery", func(s Stats) bool { return s.InFlight+s.Waiting == 0 })
+		if s.Ended[FailedStatus] != failures || s.Ended[Delivered] < 11 {
+			t.Fatalf("failed %d before, %+v", before, s)
+		}
+	})
 }
 
 func TestCallbackDrainDeliversWhatWaits(t *testing.T) {
