@@ -221,7 +221,7 @@ func bounds(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 func poll(ctx context.Context, client *kgo.Client) (kgo.Fetches, error) {
 	fetches, stalled := pollFor(ctx, client, lookStall)
 	if stalled {
-		return nil, fmt.Errorf("nothing came for %s: a transaction may be open, which the broker ends after its timeout if its process was killed: %w", lookStall, fetches.Err0())
+		return nil, fmt.Errorf("nothing came for %s, perhaps because a transaction is open: if its process was killed, the broker ends it after its timeout: %w", lookStall, fetches.Err0())
 	}
 	if err := fetches.Err0(); err != nil {
 		return nil, fmt.Errorf("read: %w", err)
