@@ -12,23 +12,22 @@ const (
 	// the rate.
 	maxAddresses = 1 << 14
 
-	// addressBurst is how many POSTs an address takes at once after a pause. A
-	// destination alone at its address never meets the limit: its own rate is the
-	// same, and what varies is the time from taking a POST to dialling.
+	// addressBurst is how many POSTs an address gets at once after a pause. A
+	// destination that is alone at its address never meets the limit: its own rate is
+	// the same, and only the time from taking a POST to dialling varies.
 	addressBurst = 16
 )
 
-// errLimited is the error of a POST whose address is at its limit.
+// errLimited is the error of a POST to an address that is at its limit.
 var errLimited = errors.New("at its limit")
 
-// admit counts a POST of d to addr, or returns errLimited. The rate of a destination holds
-// for a public address, too: names are cheap, and any number of them may lead to one victim.
-// The address of a name is known when it is dialled, so a POST that finds its address at the
-// limit ends there, as FailedLimited. Addresses of the operator's own networks (CIDR:PORT)
-// have no limit.
+// admit counts a POST of d to addr, or returns errLimited. A public address has the same rate
+// as a destination: names are cheap, and any number of them may lead to one victim. The address
+// of a name is known only when it is dialled, so a POST whose address is at the limit ends there,
+// as FailedLimited. Addresses of the operator's own networks (CIDR:PORT) have no limit.
 //
-// Sender.addresses has when the next POST to an address is due: the theoretical arrival time
-// of the generic cell rate algorithm (ITU-T I.371). s.mu is held.
+// Sender.addresses has the time when the next POST to each address is due: the theoretical
+// arrival time of the generic cell rate algorithm (ITU-T I.371). s.mu is held.
 func (s *Sender) admit(d *destination, addr netip.Addr) error {
 	if d.kind != destPublic || s.guard.inAllowedNet(addr, d.port) {
 		return nil

@@ -32,8 +32,8 @@ var (
 	errUnhealthy = errors.New("unhealthy destination")
 )
 
-// breakerErr is what the breaker gets. A destination that answers counts as up, unless its
-// answer says otherwise.
+// breakerErr returns the outcome for the breaker. A destination that answers counts as up,
+// unless the status is 429 or 5xx.
 func (r result) breakerErr() error {
 	switch {
 	case r.kind == Dropped, r.kind == FailedLimited:
@@ -61,7 +61,7 @@ func (s *Sender) post(j job) result {
 	// Do, not Post: no redirect is followed.
 	err := j.dest.client.DoTimeout(req, resp, s.cfg.Timeout)
 	r := result{err: err, took: time.Since(start)}
-	// The error first: a failed call leaves a status of 200 behind.
+	// The error is checked first, because after a failed call the status is 200.
 	if err != nil {
 		r.kind = resultOf(err)
 		if s.exchanges.Err() != nil {
@@ -93,7 +93,7 @@ func setRequest(req *fasthttp.Request, d *destination, ep Endpoint) {
 		uri.SetScheme("https")
 	}
 	uri.SetHost(d.hostHeader)
-	// The target goes out as it came in, query and all: nothing is decoded and
+	// The target is sent as it was given, with its query: nothing is decoded and
 	// encoded again (the client has DisablePathNormalizing).
 	uri.SetPath(ep.target)
 }
@@ -245,9 +245,8 @@ func (h *client) retry() {
 	closeAll(idle)
 }
 
-// takeIdle takes out the connections that have been idle since before the time given, and
-// the oldest of the others until at most that many are left. s.mu is held. The caller
-// closes them without it.
+// takeIdle takes out the connections that became idle before the time before, and the oldest
+// of the others until most are left. s.mu is held. The caller closes them without holding it.
 func (s *Sender) takeIdle(before time.Time, most int) (taken []*pooled) {
 	for e := s.idle.Front(); e != nil; e = s.idle.Front() {
 		conn := e.Value.(*pooled)
@@ -289,7 +288,7 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 			_ = conn.Close()
 		}
 	}()
-	// One deadline for all: a peer that drips bytes gains no time by it.
+	// There is one deadline for the exchange: a peer that sends byte by byte gains no time.
 	if err := conn.SetDeadline(deadline); err != nil {
 		return conn.used, err
 	}
@@ -318,7 +317,7 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 		return conn.used && connectionDead(err), err
 	}
 
-	// What follows an answer unasked would be taken for the next one.
+	// Bytes after the answer would be taken for the next one.
 	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(conn.made) > maxConnAge {
 		return false, nil
 	}
