@@ -188,7 +188,7 @@ func (a *Admin) profile(make http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// tokenless is the key in the context of a probe that came without the token.
+// tokenless is set in the context of a request that came without the token.
 type tokenless struct{}
 
 // guarded answers 401 to requests without the token. Probes and load balancers have none:
