@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -18,8 +20,9 @@ import (
 // of a group. After a change the ids that were answered before are not known in the
 // window that runs on, so its record is not exact.
 type lastUse struct {
-	Ids   string    `json:"ids"` // as config.ids
-	Until time.Time `json:"until,omitzero"`
+	Ids       string    `json:"ids"` // as config.ids
+	Until     time.Time `json:"until,omitzero"`
+	Elsewhere time.Time `json:"elsewhere,omitzero"` // until when they were counted in another place before
 
 	path string // empty: nothing is on disk
 }
@@ -42,23 +45,29 @@ func (c *config) ids() string {
 }
 
 // begin notes that ids is the place where ids are counted from now on. It returns until when they
-// were counted elsewhere; the zero time if they were not, or if that is not known.
+// were counted elsewhere, also if that was noted by a process before that was killed; the zero
+// time if they were not.
 func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
 	if dir == noDataDir {
 		return elsewhere
 	}
 	u.path = filepath.Join(dir, lastUseFile)
-	var before lastUse
-	if b, err := os.ReadFile(u.path); err == nil && json.Unmarshal(b, &before) == nil && before.Ids != ids {
+	before := lastUse{Ids: "unknown"} // the file is empty or damaged
+	b, err := os.ReadFile(u.path)
+	if err == nil {
+		err = json.Unmarshal(b, &before)
+	}
+	elsewhere = before.Elsewhere
+	if before.Ids != ids && !errors.Is(err, fs.ErrNotExist) {
 		if elsewhere = before.Until; elsewhere.IsZero() {
 			elsewhere = time.Now() // killed, at a time that is not known
 		}
 		log.Warn().Str("before", before.Ids).Str("now", ids).Bool("killed", before.Until.IsZero()).
 			Msg("ids of this data directory were counted elsewhere before: windows left in a group's Redis are published by the next instance of that group, and a window that was running then is not exact")
 	}
-	u.Ids, u.Until = ids, time.Time{}
+	u.Ids, u.Until, u.Elsewhere = ids, time.Time{}, elsewhere
 	if err := u.write(); err != nil {
-		log.Warn().Err(err).Msg("a later change of --dedup, --group or --redis-url within a window would not be noticed")
+		log.Warn().Err(err).Msg("a later change of --dedup, --group or --redis-url within a window may not be noticed")
 	}
 	return elsewhere
 }
@@ -77,5 +86,12 @@ func (u *lastUse) write() error {
 	if err != nil {
 		return err
 	}
-	return durable.ReplaceFile(u.path, append(b, '\n'), 0o644)
+	b = append(b, '\n')
+	err = durable.ReplaceFile(u.path, b, 0o644)
+	if err != nil {
+		// Where there is no room for a second file there may be for this one. If not, it is
+		// left empty, and the next start does not take an older one for the last.
+		err = os.WriteFile(u.path, b, 0o644)
+	}
+	return err
 }

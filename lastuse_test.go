@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -9,14 +11,22 @@ import (
 )
 
 // TestLastUse: after a change of where ids are counted it is known until when they were
-// counted elsewhere, and not without one.
+// counted elsewhere, by the processes after the next one, too, and not without one.
 func TestLastUse(t *testing.T) {
 	dir := t.TempDir()
+	path := filepath.Join(dir, lastUseFile)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 	killed := false
-	var ended time.Time // of the process before, if it was not killed
+	var ended, last time.Time // of the process before, if it was not killed; what it got
 	for i, tt := range []struct {
 		ids    string
 		change bool
+		before func() error
 		killed bool // at its end
 	}{
 		{ids: "memory"},
@@ -25,23 +35,32 @@ func TestLastUse(t *testing.T) {
 		{ids: "group a", killed: true},
 		{ids: "group b", change: true, killed: true},
 		{ids: "group b"},
-		{ids: "memory", change: true},
+		{ids: "group b", killed: true},
+		{ids: "memory", change: true, killed: true},
+		// No room for a second file: this one is written in its place.
+		{ids: "group a", change: true, killed: true, before: func() error { return os.Mkdir(path+".tmp", 0o755) }},
+		{ids: "group a", killed: true, before: func() error { return os.Remove(path + ".tmp") }},
+		// No room for this one either has left it empty.
+		{ids: "group a", change: true, killed: true, before: func() error { return os.Truncate(path, 0) }},
+		{ids: "group a", killed: true},
 	} {
+		if tt.before != nil {
+			must(tt.before())
+		}
 		var u lastUse
 		started := time.Now()
 		until := u.begin(dir, tt.ids, zerolog.Nop())
 		switch {
-		case until.IsZero() == tt.change:
-			t.Errorf("process %d: elsewhere until %v, want a time: %t", i, until, tt.change)
-		case tt.change && killed && until.Before(started), tt.change && !killed && until.After(ended):
+		case !tt.change && !until.Equal(last):
+			t.Errorf("process %d: elsewhere until %v, want %v as before", i, until, last)
+		case tt.change && killed && until.Before(started), tt.change && !killed && until.After(ended), tt.change && until.IsZero():
 			t.Errorf("process %d: elsewhere until %v; it started at %v, the one before ended at %v (killed: %t)", i, until, started, ended, killed)
 		}
+		last = until
 		if killed = tt.killed; killed {
 			continue
 		}
-		if err := u.end(); err != nil {
-			t.Fatal(err)
-		}
+		must(u.end())
 		ended = time.Now()
 	}
 }

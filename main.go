@@ -215,6 +215,7 @@ func (p *program) open() error {
 	if p.certificate != nil {
 		callbacks.SelfTLS = p.certificate.OwnConfig
 	}
+	callbacks.Descriptors = descriptorLimit()
 	callbacks.Instance, callbacks.Live, callbacks.Took, callbacks.Log = p.spool.Instance(), p.live, p.times.CallbackEnded, log
 	if p.callbacks, err = callback.New(callbacks); err != nil {
 		return err
@@ -319,8 +320,8 @@ func (p *program) publishRecovered(streamCfg stream.Config) error {
 	defer out.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), leftWait)
 	defer cancel()
-	left := dedup.Config{Dir: p.cfg.epochsDir(), Publisher: p.spool.Identity()}
-	err = dedup.PublishRecovered(left, p.spool.Published(), func(c counter.Count) error {
+	left := p.cfg.kept(dedup.Config{}, p.spool.Identity(), p.log)
+	err = dedup.PublishRecovered(left, p.spool.Published(), p.logPast, func(c counter.Count) error {
 		if err := out.Publish(ctx, c); err != nil {
 			return fmt.Errorf("the window of %s with %d ids: %w", c.Start.Format(time.RFC3339Nano), c.Unique, err)
 		}
@@ -358,17 +359,8 @@ func (p *program) openCounter() (err error) {
 		published := p.spool.Published()
 		counterCfg.NotBefore = counter.LastOf(published)
 		counterCfg.Past = mem.Past(published)
+		p.logPast(counterCfg.Past)
 		p.earlier = published[p.spool.Identity()]
-		for _, l := range counterCfg.Past.Recovered {
-			if l.NoKeys {
-				p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
-					Msg("the counts by key of ids that an earlier process left are lost with the spool: their record has no keys, and is not exact")
-			}
-		}
-		for _, l := range counterCfg.Past.Lost {
-			p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique).
-				Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
-		}
 		p.set, counterCfg.Publisher = mem, p.stream
 		if !mem.Keeps() {
 			counterCfg.InexactBefore = time.Now()
@@ -395,6 +387,21 @@ func (p *program) openCounter() (err error) {
 			Msg("--window was changed: windows keep their previous length until the first window of the new length begins")
 	}
 	return nil
+}
+
+// logPast logs what is lost of what earlier processes left.
+func (p *program) logPast(past counter.Past) {
+	line := func(l counter.Recovered) *zerolog.Event {
+		return p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique)
+	}
+	for _, l := range past.Recovered {
+		if l.NoKeys {
+			line(l).Msg("the counts by key of ids that an earlier process left are lost with the spool: their record has no keys, and is not exact")
+		}
+	}
+	for _, l := range past.Lost {
+		line(l).Msg("no record can be made of a window that an earlier process left: this instance has published a later one")
+	}
 }
 
 // live returns the open window and its count: of the whole group if ids are shared, else with
@@ -624,15 +631,21 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 // take: with what is made of them at a turn they take several times as much.
 const keyShare = 16
 
+// kept adds to c where the last process left its ids.
+func (c *config) kept(to dedup.Config, publisher string, log zerolog.Logger) dedup.Config {
+	to.Dir, to.Publisher, to.Window = c.epochsDir(), publisher, c.Window
+	to.OnSetAside = func(name string, reason error) {
+		log.Error().Err(reason).Str("set_aside_as", name).
+			Msg("the ids of the last process are damaged or missing: the windows that it has not published, and with --dedup=memory the open one, are counted without them and get exact:false")
+	}
+	return to
+}
+
 // openSet makes the set, with the ids that the last process left in the data
 // directory. On a system that cannot keep them there it does without.
 func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (*dedup.Memory, error) {
-	c := cfg.memory(memory)
-	c.MaxIDs, c.Dir, c.Publisher, c.Window = cfg.MaxIDs, cfg.epochsDir(), publisher, cfg.Window
-	c.OnSetAside = func(name string, reason error) {
-		log.Error().Err(reason).Str("set_aside_as", name).
-			Msg("the ids of the last process are damaged or missing: the windows that it has not published and the open one are counted without them and get exact:false")
-	}
+	c := cfg.kept(cfg.memory(memory), publisher, log)
+	c.MaxIDs = cfg.MaxIDs
 	c.OnFailure = func(err error) {
 		log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
 	}

@@ -73,7 +73,7 @@ type journal struct {
 	// while counts is not nil, this process has begun no epoch.
 	counts    map[uint64]load   // records by serial
 	keyed     map[uint64]*keyed // of the epochs that are needed: by key
-	made      bool              // by this process: there was no directory, or a damaged one
+	made      bool              // no process has begun an epoch in the directory: there was none, or a damaged one
 	aside     bool              // a damaged directory was replaced, or one that is gone
 	powerLost bool              // power was lost since
 	resumable bool              // the newest epoch goes on: its ids are in the tables
@@ -315,18 +315,16 @@ func (j *journal) open() error {
 		if err := j.create(); err != nil {
 			return err
 		}
-		j.made = true
-		// A damaged directory may have been here: a process that was killed right after it
-		// had set that aside.
-		beside, err := os.ReadDir(filepath.Dir(j.Dir))
-		if err != nil {
-			return err
-		}
-		j.aside = slices.ContainsFunc(beside, func(e os.DirEntry) bool {
-			return strings.HasPrefix(e.Name(), filepath.Base(j.Dir)+durable.DamagedSuffix)
-		})
 	}
-	return j.load(have)
+	if err := j.load(have); err != nil {
+		return err
+	}
+	if j.newest.serial == 0 {
+		j.made, j.ran = true, time.Time{} // the process before may have been killed while it made this
+	}
+	// One that was killed right after it had set a damaged directory aside has begun no epoch.
+	j.aside, err = durable.SetAsideSince(j.Dir, j.newest.end())
+	return err
 }
 
 // takeLock makes this process the owner of the directory.

@@ -1186,7 +1186,7 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 		dir := t.TempDir()
 		killed(t, dir, 10)
 		cfg := small(dir)
-		if err := os.Rename(cfg.Dir, cfg.Dir+durable.DamagedSuffix+"then"); err != nil {
+		if _, err := durable.SetAside(cfg.Dir); err != nil {
 			t.Fatal(err)
 		}
 		for _, exact := range []bool{false, true} { // of this window, and of the next
@@ -1198,6 +1198,52 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 			time.Sleep(time.Hour)
 		}
 	})
+}
+
+// TestKillBeforeTheFirstEpochOfANewDirectory: the process that made a directory in the place of
+// one that was damaged or missing is killed before it has begun an epoch. The loss is known
+// to the next one: the window of the ids has a record, and neither that nor the open one is exact.
+func TestKillBeforeTheFirstEpochOfANewDirectory(t *testing.T) {
+	for name, damage := range map[string]func(dir string) error{
+		"damaged": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, stateName), make([]byte, stateBytes), 0o600)
+		},
+		"missing": os.RemoveAll,
+	} {
+		for _, pause := range []time.Duration{0, 2 * time.Hour} {
+			t.Run(fmt.Sprint(name, pause), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					cfg, l := small(t.TempDir()), newFakeSpool(t)
+					cfg.Window = time.Hour
+					p := live(t, cfg, cfg.Window, l)
+					time.Sleep(time.Hour)
+					synctest.Wait() // the first window is published
+					start := p.c.Last().Start()
+					p.want(time.Now(), "1", Unique)
+					p.kill()
+					if err := damage(cfg.Dir); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(pause)
+					for range 2 {
+						m, err := NewMemory(cfg)
+						if err != nil {
+							t.Fatal(err)
+						}
+						abandon(m)
+					}
+					p = live(t, cfg, cfg.Window, l)
+					if p.c.Last().Exact() {
+						t.Error("the open window is exact")
+					}
+					p.close()
+					if _, records, exact := l.total(start); records != 1 || exact {
+						t.Errorf("the window of the ids has %d records, exact %t", records, exact)
+					}
+				})
+			})
+		}
+	}
 }
 
 // TestOtherWindowGoesOnFromTheLast: a process with windows of another length

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"os"
 	"runtime/debug"
 	"slices"
@@ -330,22 +331,33 @@ func (j *journal) guess(last time.Time, behind bool) {
 const slotLate = 2 * time.Second
 
 // PublishRecovered publishes what earlier processes have left in cfg.Dir, for a process
-// that does not keep its ids there. Without a directory it does nothing. A window
+// that does not keep its ids there. report gets it before. Without a directory it does nothing,
+// unless this publisher has records, which shows that there was one. A window
 // that is still running can go on there, with its ids, in a later process.
-func PublishRecovered(cfg Config, published map[string]counter.Published, publish func(counter.Count) error) error {
-	if cfg.Dir == "" || !hasState(cfg.Dir) {
+func PublishRecovered(cfg Config, published map[string]counter.Published, report func(counter.Past), publish func(counter.Count) error) error {
+	was := cfg.Dir != "" && hasState(cfg.Dir)
+	if cfg.Dir == "" || !was && published[cfg.Publisher].Last.IsZero() {
 		return nil
 	}
 	m := &Memory{cfg: cfg, check: make(chan struct{}, 1)}
-	if err := m.openJournal(); err != nil {
+	switch err := m.openJournal(); {
+	case !was && errors.Is(err, errors.ErrUnsupported):
+		return nil // its ids were never kept
+	case err != nil:
 		return err
 	}
-	defer m.journal.close(true) // an error of the disk is kept in broken
-	for _, l := range m.Past(published).Recovered {
+	j := m.journal
+	defer j.close(true) // an error of the disk is kept in broken
+	past := m.Past(published)
+	report(past)
+	for _, l := range past.Recovered {
 		if err := publish(counter.Count{Start: l.Start, Window: l.Window, Unique: l.Unique, Exact: l.Exact, Keys: l.Keys, SealedAt: time.Now().UTC()}); err != nil {
 			return err
 		}
 		l.State.Retire()
+	}
+	if broken := j.broken.Load(); broken != nil {
+		return *broken
 	}
 	return nil
 }

@@ -4,8 +4,11 @@ package dedup
 
 import (
 	"context"
+	"errors"
 	"os"
+	"path/filepath"
 	"strconv"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,7 +29,7 @@ func TestLeftCountsArePublishedOnce(t *testing.T) {
 		}
 		p.kill()
 		for range 2 {
-			if err := PublishRecovered(cfg, l.published(), func(c counter.Count) error { return l.Publish(context.Background(), c) }); err != nil {
+			if err := publishRecovered(cfg, l); err != nil {
 				t.Fatal(err)
 			}
 			if sum, records, exact := l.total(start); sum != 10 || records != 1 || !exact {
@@ -41,8 +44,69 @@ func TestLeftCountsArePublishedOnce(t *testing.T) {
 			t.Errorf("the records add up to %d, exact %t; want 11", sum, exact)
 		}
 		none := Config{Dir: cfg.Dir + "-missing"}
-		if err := PublishRecovered(none, nil, nil); err != nil {
+		if err := PublishRecovered(none, nil, nil, nil); err != nil {
 			t.Errorf("no directory: %v", err)
+		}
+	})
+}
+
+// publishRecovered is what a process does that keeps its ids elsewhere.
+func publishRecovered(cfg Config, l *fakeSpool) error {
+	return PublishRecovered(cfg, l.published(), func(counter.Past) {}, func(c counter.Count) error { return l.Publish(context.Background(), c) })
+}
+
+// TestLeftCountsThatAreDamagedAreNotExact: a process that keeps its ids elsewhere reports that
+// those of a killed one are lost, whatever has become of their directory, and their window gets
+// a record, once.
+func TestLeftCountsThatAreDamagedAreNotExact(t *testing.T) {
+	state := func(dir string) string { return filepath.Join(dir, stateName) }
+	for name, damage := range map[string]func(dir string) error{
+		"header": func(dir string) error { return os.WriteFile(state(dir), make([]byte, stateBytes), 0o600) },
+		"size":   func(dir string) error { return os.Truncate(state(dir), stateBytes-1) },
+		"state":  func(dir string) error { return os.Remove(state(dir)) },
+		"ids":    func(dir string) error { return os.Remove(filepath.Join(dir, segmentName(0))) },
+		"all":    os.RemoveAll,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cfg, l := small(t.TempDir()), newFakeSpool(t)
+				cfg.Window = time.Minute
+				p := live(t, cfg, time.Minute, l)
+				time.Sleep(time.Minute)
+				synctest.Wait() // the first window is published
+				start := p.c.Last().Start()
+				p.want(time.Now(), "1", Unique)
+				p.kill()
+				if err := damage(cfg.Dir); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(2 * time.Minute)
+				said := 0
+				cfg.OnSetAside = func(string, error) { said++ }
+				for range 2 {
+					if err := publishRecovered(cfg, l); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if sum, records, exact := l.total(start); sum != 0 || records != 1 || exact || said != 1 {
+					t.Errorf("%d records with %d ids, exact %t, and %d reports; want one record that is not exact, and one report", records, sum, exact, said)
+				}
+			})
+		})
+	}
+}
+
+// TestLeftCountsOnAFailedDisk: a process that keeps its ids elsewhere gets the error of the
+// disk that those of a killed one are on.
+func TestLeftCountsOnAFailedDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg, l := small(t.TempDir()), newFakeSpool(t)
+		p := live(t, cfg, time.Hour, l)
+		p.want(time.Now(), "1", Unique)
+		p.kill()
+		cfg.msync = func(string, []byte) error { return syscall.EIO }
+		if err := publishRecovered(cfg, l); !errors.Is(err, syscall.EIO) {
+			t.Errorf("got %v, want the error of the disk", err)
 		}
 	})
 }

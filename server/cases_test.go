@@ -204,6 +204,25 @@ func TestPrefaceOfHTTP2BehindARequestIsBad(t *testing.T) {
 	}
 }
 
+// TestHostIsCheckedInEveryFormOfTarget, also where the target has a host of its own (RFC 9112,
+// section 3.2): what is refused in one form is in the other.
+func TestHostIsCheckedInEveryFormOfTarget(t *testing.T) {
+	s := newSite(t, nil)
+	for host, good := range map[string]bool{
+		"x": true, "x:": true, "x:80": true, "a.b-c_d:8080": true, "[::1]": true, "[::1]:80": true, "[::ffff:1.2.3.4]": true,
+		"": false, "x:8a": false, "x:-1": false, "x:80:80": false, "::1": false, "[::1": false, "::1]": false, "[::1]80": false, "[::1]:8a": false,
+		"[zz]": false, "[]": false, "a[b]": false, "u@h": false, "x/y": false, "x y": false, "x\xe9": false, "x%2": false,
+	} {
+		want := map[bool]string{true: "200 404", false: "400"}[good] // which closes
+		for i, target := range []string{"", "http://h", "HTTPS://[::1]:443"} {
+			raw := fmt.Sprintf("GET %s%s?id=%d-%x HTTP/1.1\r\nHost: %s\r\n\r\n", target, acceptPath, i, host, host)
+			if got := s.statuses(raw+"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n", 0); got != want {
+				t.Errorf("Host %q, target %q: got %s, want %s", host, target, got, want)
+			}
+		}
+	}
+}
+
 // TestHeaderByteByByteIsRefusedAtTheBuffersEnd: nothing more is read than fits
 // the buffer, and the time of the server, which looks at what it has with each
 // byte, goes with the square of that and no more.

@@ -21,7 +21,7 @@ type headerLines struct {
 // end of the request (section 6.1), a Host that is none or, in HTTP/1.1,
 // missing (section 3.2).
 func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
-	if host := h.Host(); len(host) == 0 && h.IsHTTP11() || len(host) > 0 && !validHost(host) {
+	if !hostFits(h) {
 		return lines, false
 	}
 	length := false
@@ -57,12 +57,24 @@ func inspect(h *fasthttp.RequestHeader) (lines headerLines, ok bool) {
 	return lines, !length || !lines.encoding
 }
 
+// hostFits reports whether the request names a host, which HTTP/1.0 need not. fasthttp parses
+// the Host itself only if the target has no host of its own.
+func hostFits(h *fasthttp.RequestHeader) bool {
+	host := h.Host()
+	if len(host) == 0 {
+		return !h.IsHTTP11()
+	}
+	return validHost(host) && (bytes.HasPrefix(h.RequestURI(), rootPath) || new(fasthttp.URI).Parse(host, rootPath) == nil)
+}
+
 var (
 	contentType      = []byte(fasthttp.HeaderContentType)
 	contentLength    = []byte(fasthttp.HeaderContentLength)
 	transferEncoding = []byte(fasthttp.HeaderTransferEncoding)
 
 	headerIdempotencyKey = []byte("Idempotency-Key")
+
+	rootPath = []byte("/")
 )
 
 // tokenOf returns the token in the value of Idempotency-Key: the value without the space

@@ -3,6 +3,8 @@ package server
 import (
 	"cmp"
 	"fmt"
+
+	"verve/server/callback"
 )
 
 // The bytes that a connection takes, measured with 8,000 of them in a memory cgroup; the
@@ -64,7 +66,7 @@ func LimitsFor(cfg Config) Limits {
 		all := int(cfg.Descriptors)
 		l.MaxTurnedAway = max(1, min(l.MaxTurnedAway, all/20))
 		l.MaxAdmin = min(l.MaxAdmin, max(4, all/8))
-		kept := min(all/2, fileDescriptors+l.MaxAdmin+min(callbackDescriptors, all/8)) + l.MaxTurnedAway
+		kept := min(all/2, fileDescriptors+l.MaxAdmin+min(callbackDescriptors, all/callback.DescriptorShare)) + l.MaxTurnedAway
 		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
 	}
 	if cfg.Memory > 0 {

@@ -52,6 +52,12 @@ type fileSink struct {
 	// unsure is the index up to which a record may be in the file although the
 	// spool does not have its acknowledgement. It only grows.
 	unsure uint64
+
+	// named is set while the names of the files are known to be on the disk: a process that was
+	// killed may have made them.
+	named bool
+
+	sync func(*os.File) error // os.File.Sync; a variable for tests
 }
 
 // filePatience is far longer than a write and a sync take on a disk that works, and short
@@ -62,7 +68,7 @@ const filePatience = 2 * time.Second
 var tornPrefix = []byte(`{"window_start":"`)
 
 func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)) *fileSink {
-	f := &fileSink{path: path, unsure: unsure, step: step}
+	f := &fileSink{path: path, unsure: unsure, step: step, sync: (*os.File).Sync}
 	if path == "-" {
 		if f.stdout = stdout; stdout == nil {
 			f.stdout = os.Stdout
@@ -74,13 +80,14 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 // mayHave raises unsure.
 func (f *fileSink) mayHave(upTo uint64) { f.unsure = max(f.unsure, upTo) }
 
-// Claims is what a counts file asks its group: which instance writes a line?
+// Claims is what a counts file asks the group of a record: which instance writes the line? It may
+// be another group than that of this process, which has found the record in the spool.
 type Claims interface {
 	// Claim is called right before the line of a window is written. An error leaves
 	// the line to a later try.
-	Claim(ctx context.Context, s counter.Span) (counter.Claim, error)
+	Claim(ctx context.Context, group string, s counter.Span) (counter.Claim, error)
 	// Written reports that the line is in a counts file of the group.
-	Written(ctx context.Context, s counter.Span) error
+	Written(ctx context.Context, group string, s counter.Span) error
 }
 
 // errElsewhere keeps a record in the spool until its writer has reported it.
@@ -100,8 +107,8 @@ func (f *fileSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 // deliverClaimed writes the line of one record of a group, if it is this
 // instance's to write.
 func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, error) {
-	s := one[0].record.Span()
-	claim, err := f.claims.Claim(ctx, s)
+	group, s := one[0].record.Group, one[0].record.Span()
+	claim, err := f.claims.Claim(ctx, group, s)
 	if err != nil {
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
@@ -121,7 +128,7 @@ func (f *fileSink) deliverClaimed(ctx context.Context, one []spooled) (int, erro
 	if n, err := f.write(one); err != nil {
 		return n, err
 	}
-	if err := f.claims.Written(ctx, s); err != nil {
+	if err := f.claims.Written(ctx, group, s); err != nil {
 		f.mayHave(one[0].index) // it is there
 		return 0, fmt.Errorf("counts file: %w", err)
 	}
@@ -158,7 +165,7 @@ func (f *fileSink) print(e *spooled) error {
 }
 
 func (f *fileSink) append(batch []spooled) (err error) {
-	file, created, err := openToAppend(f.path)
+	file, err := f.open(f.path)
 	if err != nil {
 		return err
 	}
@@ -195,21 +202,34 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	for i := range batch {
 		lines = append(append(lines, batch[i].value...), '\n')
 	}
+	if err := f.appendSynced(file, lines); err != nil {
+		return err
+	}
+	if !f.named {
+		err = durable.SyncDir(filepath.Dir(f.path))
+		f.named = err == nil
+	}
+	return err
+}
+
+// appendSynced appends lines and syncs the file, also without any: the process that wrote what is
+// there may have been killed before its sync. Where that fails, Linux takes what it could not write
+// for written, and the next sync would succeed. So the lines are taken back, to be written again.
+func (f *fileSink) appendSynced(file *os.File, lines []byte) error {
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
 	if len(lines) > 0 {
 		if _, err := file.Write(lines); err != nil {
 			return err
 		}
 	}
 	counter.Rest()
-	// Also when everything was there: the process that wrote it may have been
-	// killed before its sync.
-	if err := file.Sync(); err != nil {
-		return err
+	if err = f.sync(file); err != nil && len(lines) > 0 {
+		err = errors.Join(err, file.Truncate(info.Size()))
 	}
-	if created {
-		return durable.SyncDir(filepath.Dir(f.path))
-	}
-	return nil
+	return err
 }
 
 // appendLines appends the lines by key of a record, and its own.
@@ -223,22 +243,23 @@ func appendLines(b []byte, e *spooled) []byte {
 	return append(append(b, e.value...), '\n')
 }
 
-func openToAppend(path string) (file *os.File, created bool, err error) {
+// open opens one of the files to append to it, and makes it if it is missing.
+func (f *fileSink) open(path string) (file *os.File, err error) {
 	info, err := os.Stat(path)
 	if err == nil && info.Mode()&os.ModeNamedPipe != 0 {
 		// Opened for reading too, it would take lines that nothing reads.
 		if file, err = os.OpenFile(path, os.O_WRONLY|syscall.O_NONBLOCK, 0); errors.Is(err, syscall.ENXIO) {
 			err = fmt.Errorf("nothing reads from the pipe %s", path)
 		}
-		return file, false, err
+		return file, err
 	}
-	if created = errors.Is(err, os.ErrNotExist); created {
+	if errors.Is(err, os.ErrNotExist) {
+		f.named = false
 		if err := durable.MkdirAll(filepath.Dir(path)); err != nil {
-			return nil, false, err
+			return nil, err
 		}
 	}
-	file, err = os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o644)
-	return file, created, err
+	return os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o644)
 }
 
 // lookup returns which of the batch's unsure records are in the file. It reads

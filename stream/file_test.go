@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -37,6 +38,40 @@ func deliver(t *testing.T, k sink, batch []spooled) {
 			t.Fatalf("delivered %d of %d, %v", n, len(batch), err)
 		}
 		batch = batch[n:]
+	}
+}
+
+// TestLinesWhoseSyncFailedAreWrittenAgain: the next sync succeeds without what the first one could
+// not write. The lines by key are taken back before they are written again.
+func TestLinesWhoseSyncFailedAreWrittenAgain(t *testing.T) {
+	for failing := range 2 { // the lines by key, the line of the record
+		path := filepath.Join(t.TempDir(), "counts.jsonl")
+		f := newFileSink(path, nil, 0, noStep)
+		deliver(t, f, entries(t, 0, 1))
+		r := record(1)
+		r.Seq, r.Keys = 2, 1
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		second := []spooled{{index: 2, record: r, value: b, keys: withKeys(counter.Count{}, 1).Keys}}
+		before, syncs := fileText(t, path), 0
+		f.sync = func(file *os.File) error {
+			if syncs++; syncs == failing+1 {
+				return syscall.EIO
+			}
+			return file.Sync()
+		}
+		if n, err := f.deliver(t.Context(), second); n != 0 || !errors.Is(err, syscall.EIO) {
+			t.Fatalf("delivered %d, %v; want the error", n, err)
+		}
+		if got := fileText(t, path); got != before {
+			t.Errorf("after the failure the file is %q, want %q", got, before)
+		}
+		deliver(t, f, second)
+		if got, keys := fileText(t, path), fileText(t, keysFile(path)); got != before+string(b)+"\n" || strings.Count(keys, "\n") != 1 {
+			t.Errorf("the file is %q, and that of the keys %q", got, keys)
+		}
 	}
 }
 
@@ -356,6 +391,39 @@ func TestRecordOfAGroupIsNeverRevised(t *testing.T) {
 	deliver(t, f, of("third", false))
 	if got := fileText(t, path); got == lines || !strings.HasPrefix(got, lines) {
 		t.Errorf("the line of another group is not written: %q", got)
+	}
+}
+
+// byGroup is a ledger in which the lines of some groups are written.
+type byGroup map[string]bool
+
+func (b byGroup) Claim(_ context.Context, group string, _ counter.Span) (counter.Claim, error) {
+	return counter.Claim{Mine: !b[group], Written: b[group]}, nil
+}
+
+func (b byGroup) Written(_ context.Context, group string, _ counter.Span) error {
+	b[group] = true
+	return nil
+}
+
+// TestLineIsClaimedFromItsGroup: a record that another --group has left in the spool is not taken
+// for the one of this group in the same window, nor this one for that.
+func TestLineIsClaimedFromItsGroup(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "counts.jsonl")
+	f := newFileSink(path, nil, 0, noStep)
+	f.claims = byGroup{"written": true}
+	for i, group := range []string{"before", "now", "written"} {
+		r := record(0)
+		r.Scope, r.Group, r.Instance, r.Seq = ScopeGroup, group, "", 0
+		b, err := r.appendJSON(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		deliver(t, f, []spooled{{index: uint64(i + 1), record: r, value: b}})
+	}
+	text := fileText(t, path)
+	if strings.Count(text, "\n") != 2 || strings.Contains(text, "written") {
+		t.Errorf("the file is %q, want the lines of two groups", text)
 	}
 }
 

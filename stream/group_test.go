@@ -175,7 +175,7 @@ func (m memberLedger) Leading() bool {
 	return m.leader == m.name
 }
 
-func (m memberLedger) Claim(_ context.Context, s counter.Span) (claim counter.Claim, err error) {
+func (m memberLedger) Claim(_ context.Context, _ string, s counter.Span) (claim counter.Claim, err error) {
 	err = m.try(func() {
 		claim.Unknown = !s.End().After(m.doubts[m.name])
 		if e := m.epoch(s); e.written || e.delivered {
@@ -192,7 +192,7 @@ func (m memberLedger) Yield() {} // what fails here fails for all
 
 func (m memberLedger) LinesUnknown(upTo time.Time) { m.set(func() { m.doubts[m.name] = upTo }) }
 
-func (m memberLedger) Written(_ context.Context, s counter.Span) error {
+func (m memberLedger) Written(_ context.Context, _ string, s counter.Span) error {
 	return m.try(func() { m.epoch(s).written = true })
 }
 

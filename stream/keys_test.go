@@ -672,8 +672,10 @@ func TestKafkaMissingRightOnTheTopicOfTheKeysIsNamed(t *testing.T) {
 // claimed is a group that answers every question alike.
 type claimed struct{ answer counter.Claim }
 
-func (c claimed) Claim(context.Context, counter.Span) (counter.Claim, error) { return c.answer, nil }
-func (claimed) Written(context.Context, counter.Span) error                  { return nil }
+func (c claimed) Claim(context.Context, string, counter.Span) (counter.Claim, error) {
+	return c.answer, nil
+}
+func (claimed) Written(context.Context, string, counter.Span) error { return nil }
 
 // TestGroupLinesByKeyOfAKillAreRemoved by the instance that was killed, whether it writes
 // the line of the window in the end or another one did; those of other windows stay.

@@ -41,7 +41,7 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	if keysOf(batch) == 0 {
 		return nil
 	}
-	file, created, stay, err := f.openKeys(batch)
+	file, stay, err := f.openKeys(batch)
 	if err != nil {
 		return err
 	}
@@ -63,10 +63,10 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	if err := file.Sync(); err != nil {
+	if err := f.sync(file); err != nil {
 		return err
 	}
-	if created {
+	if !f.named {
 		err = durable.SyncDir(filepath.Dir(f.path))
 	}
 	f.step(stepKeys)
@@ -75,9 +75,9 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 
 // openKeys opens the file, to append, and removes the lines that an earlier attempt has left of
 // these records, if they are at its end. It returns those that stay.
-func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, stay map[string]bool, err error) {
-	if file, created, err = openToAppend(keysFile(f.path)); err != nil {
-		return nil, false, nil, err
+func (f *fileSink) openKeys(batch []spooled) (file *os.File, stay map[string]bool, err error) {
+	if file, err = f.open(keysFile(f.path)); err != nil {
+		return nil, nil, err
 	}
 	info, err := file.Stat()
 	if err == nil && info.Mode().IsRegular() {
@@ -87,9 +87,9 @@ func (f *fileSink) openKeys(batch []spooled) (file *os.File, created bool, stay 
 		}
 	}
 	if err != nil {
-		return nil, false, nil, errors.Join(err, file.Close())
+		return nil, nil, errors.Join(err, file.Close())
 	}
-	return file, created, stay, nil
+	return file, stay, nil
 }
 
 // removeKeys removes what an earlier attempt has left of a record whose line another
@@ -98,7 +98,7 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	if f.stdout != nil || keysOf(one) == 0 || one[0].index > f.unsure {
 		return nil
 	}
-	counts, _, err := openToAppend(f.path)
+	counts, err := f.open(f.path)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	if err != nil || len(there) > 0 {
 		return err
 	}
-	file, _, _, err := f.openKeys(one)
+	file, _, err := f.openKeys(one)
 	if err != nil {
 		return err
 	}

@@ -265,7 +265,7 @@ func TestMoreConnectionsThanDescriptors(t *testing.T) {
 		if code := v.Stop(); code != 0 {
 			t.Errorf("%v: exit code %d", args, code)
 		}
-		lowered := strings.Contains(v.Text(), `"reason":"the process may open 200 files (ulimit -n)`)
+		lowered := strings.Contains(v.Text(), `"reason":"the process may open 200 files (ulimit -n), and keeps`)
 		if lowered != (len(args) > 0) {
 			t.Errorf("%v: a line says that --max-conns is lowered: %v", args, lowered)
 		}

@@ -103,6 +103,35 @@ func TestFromAGroupToMemoryWithinAWindow(t *testing.T) {
 	}
 }
 
+// TestFromDamagedIdsToAGroup: a process that joins a group reports that the ids which the one
+// before kept for itself are damaged, and their window gets a record that is not exact.
+func TestFromDamagedIdsToAGroup(t *testing.T) {
+	redis := testproc.StartRedis(t, "--maxmemory-policy", "noeviction")
+	dir := t.TempDir()
+	data := filepath.Join(dir, "a")
+	v := testproc.Start(t, "--instance=a", "--data-dir="+data, "--window=1s")
+	judged(t, v, "1")
+	v.Kill()
+	if err := os.WriteFile(filepath.Join(data, "epochs", "state"), make([]byte, 1<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // the window of the kill is over
+	v = member(t, "a", dir, redis.Addr, "--window=1s")
+	if !strings.Contains(v.Text(), "epochs.damaged-") {
+		t.Errorf("the log does not name what was set aside:\n%s", v.Text())
+	}
+	v.Stop()
+	inexact := 0
+	for _, r := range testproc.Records(t, filepath.Join(data, "counts.jsonl")) {
+		if r.Instance == "a" && !r.Exact {
+			inexact++
+		}
+	}
+	if inexact != 1 {
+		t.Errorf("%d records are not exact; want one, for the damaged ids", inexact)
+	}
+}
+
 // judged asks about an id until it is ok, or a repeat, in a window: on a busy machine Redis
 // may take too long for one, which then counts nothing.
 func judged(t *testing.T, v *testproc.Server, id string) (ok bool, window string) {

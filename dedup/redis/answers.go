@@ -202,10 +202,11 @@ func (l *Ledger) recall() {
 		l.cfg.Log.Warn().Err(err).Msg("what the last process has answered in windows that are not published cannot be read")
 		return
 	}
+	l.before = k.Members // also of another group: they have ended
 	if k.Group != l.cfg.Group {
 		return
 	}
-	l.earlier, l.before = k.Members, k.Members
+	l.earlier = k.Members
 	for _, name := range k.Delivered {
 		if s, err := parseEpochName(name); err == nil {
 			l.past = append(l.past, s)

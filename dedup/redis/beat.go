@@ -123,7 +123,8 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 		}
 		keys = append(keys, l.keys.ofEpoch(e.span))
 		args = append(args, epochName(e.span), unixMS(e.span.End()))
-		known, decided := e.answers, make([]string, 5)
+		// Before this member has reported: an id that it answers may have been counted elsewhere.
+		known, decided := e.answers, []string{"", "", flag(!e.inexact), "", ""}
 		if d, r := e.decision, e.reported; d == nil && r != nil {
 			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact), "", strconv.FormatUint(e.under, 10)}
 		} else if d != nil {

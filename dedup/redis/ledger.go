@@ -160,6 +160,7 @@ type ledgerEpoch struct {
 	span         counter.Span
 	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers      answers        // what each member has given, as far as this process knows
+	inexact      bool           // it was not exact when this process opened it
 	wasRefused   bool           // for a time
 	ofOthers     bool           // this process has not opened it: it only asks what there is of it
 	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
@@ -268,12 +269,13 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 // Opened notes an epoch that requests may enter; the next beat registers it, and closes the
 // channel in what is returned. It takes no time.
 //
-// unique counts what this process has answered as new in it, at least.
-func (l *Ledger) Opened(s counter.Span, unique func() uint64) *ledgerEpoch {
+// unique counts what this process has answered as new in it, at least. If the epoch is not exact
+// at its start, the group is to know before the first id, as this process may be killed.
+func (l *Ledger) Opened(s counter.Span, unique func() uint64, exact bool) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	e.unique, e.ofOthers = unique, false
+	e.unique, e.ofOthers, e.inexact = unique, false, !exact
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}
@@ -383,15 +385,21 @@ func (l *Ledger) Yield() {
 // member that is gone is taken. A line that another one was to write is left to it, or to the
 // next process in its place, for claimWait. If the ledger may have lost which lines there are, no member
 // writes one before the others had the time to report them again.
-func (l *Ledger) Claim(ctx context.Context, s counter.Span) (counter.Claim, error) {
-	if l.othersUnheard() {
-		return counter.Claim{}, fmt.Errorf("ledger: %w", errUnheard)
+//
+// A record of another group is one that an earlier process has left in the spool. Its line is claimed
+// in the ledger of that group, of which this process is no member.
+func (l *Ledger) Claim(ctx context.Context, group string, s counter.Span) (counter.Claim, error) {
+	keys, me, at := l.keysOf(group), "", "0"
+	if group == l.cfg.Group {
+		if l.othersUnheard() {
+			return counter.Claim{}, fmt.Errorf("ledger: %w", errUnheard)
+		}
+		me, at = l.asOf()
 	}
-	me, at := l.asOf()
 	l.mu.Lock()
 	args := append([]string{l.member, ms(leadLease), me, at, ms(claimWait)}, l.before...)
 	l.mu.Unlock()
-	what, err := l.exec(ctx, claimScript, []string{l.keys.ofEpoch(s), l.keys.leader, l.keys.members}, args).ToString()
+	what, err := l.exec(ctx, claimScript, []string{keys.ofEpoch(s), keys.leader, keys.members}, args).ToString()
 	if err == nil && what == "lost" {
 		err = errUnheard
 	}
@@ -419,12 +427,20 @@ func (l *Ledger) LinesUnknown(upTo time.Time) {
 }
 
 // Written reports that the line is in a counts file of the group.
-func (l *Ledger) Written(ctx context.Context, s counter.Span) error {
-	return l.publish(ctx, s, "written", keepUndelivered)
+func (l *Ledger) Written(ctx context.Context, group string, s counter.Span) error {
+	return l.publish(ctx, l.keysOf(group), s, "written", keepUndelivered)
 }
 
-func (l *Ledger) publish(ctx context.Context, s counter.Span, as string, keep time.Duration) error {
-	if err := l.exec(ctx, publishedScript, []string{l.keys.epochs, l.keys.ofEpoch(s)}, []string{as, ms(keep), epochName(s)}).Error(); err != nil {
+// keysOf are those of a group, mostly of this one.
+func (l *Ledger) keysOf(group string) ledgerKeys {
+	if group == l.cfg.Group {
+		return l.keys
+	}
+	return newLedgerKeys(group)
+}
+
+func (l *Ledger) publish(ctx context.Context, keys ledgerKeys, s counter.Span, as string, keep time.Duration) error {
+	if err := l.exec(ctx, publishedScript, []string{keys.epochs, keys.ofEpoch(s)}, []string{as, ms(keep), epochName(s)}).Error(); err != nil {
 		return fmt.Errorf("ledger: note %s as %s: %w", s.Start.Format(time.RFC3339Nano), as, err)
 	}
 	return nil
@@ -433,7 +449,7 @@ func (l *Ledger) publish(ctx context.Context, s counter.Span, as string, keep ti
 // Delivered marks the record of the epoch as visible for good.
 func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 	keep := min(max(keepDelivered*s.Window, minKeepDelivered), keepUndelivered)
-	if err := l.publish(ctx, s, "delivered", keep); err != nil {
+	if err := l.publish(ctx, l.keys, s, "delivered", keep); err != nil {
 		return err
 	}
 	if d := l.decisionOf(s); d != nil && d.under > 0 {

@@ -273,7 +273,7 @@ func TestSealAfterAStartWaitsForTheOthers(t *testing.T) {
 	s := spanEnded(2 * time.Second)
 	old := g.member("old")
 	g.beat(old)
-	old.Opened(s, func() uint64 { return 7 })
+	old.Opened(s, func() uint64 { return 7 }, true)
 	g.beat(old)
 	if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
 		t.Fatal(err)
@@ -347,7 +347,7 @@ func TestMemberThatDoesNotReachTheLedgerIsNotLost(t *testing.T) {
 		g.beat(a, b)
 		for _, n := range tt.opened {
 			b = g.member("b")
-			b.Opened(at(n), nil)
+			b.Opened(at(n), nil, true)
 			g.beat(b)
 		}
 		g.answers.Store(reported)
@@ -373,7 +373,7 @@ func TestMemberThatMayHaveAnsweredAloneIsNotLost(t *testing.T) {
 		g := newGroup(t)
 		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
 		a, b := g.member("a", open), g.member("b", open)
-		b.Opened(counter.Span{Start: s.Start.Add(time.Duration(tt.opened) * s.Window), Window: s.Window}, nil)
+		b.Opened(counter.Span{Start: s.Start.Add(time.Duration(tt.opened) * s.Window), Window: s.Window}, nil, true)
 		g.beat(a, b)
 		g.answers.Store(10)
 		g.counted.Store(10)
@@ -393,7 +393,7 @@ func TestOneMemberMayAnswerAlone(t *testing.T) {
 	for _, tt := range []struct{ open, lost bool }{{true, false}, {true, true}, {false, true}} {
 		g := newGroup(t)
 		a, b := g.member("a"), g.member("b", func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open })
-		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil, true)
 		g.beat(b, a)
 		if tt.lost {
 			g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
@@ -409,6 +409,60 @@ func TestOneMemberMayAnswerAlone(t *testing.T) {
 	}
 }
 
+// TestWhatIsNotExactAtItsStartIsNotAfterAKill: a member opens an epoch whose ids it has counted
+// elsewhere before, and is killed before it has reported that.
+func TestWhatIsNotExactAtItsStartIsNotAfterAKill(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, exact := range []bool{true, false} {
+		g := newGroup(t)
+		killed, b := g.member("killed"), g.member("b")
+		killed.Opened(s, func() uint64 { return 5 }, exact)
+		g.beat(killed, b)
+		g.counted.Store(5)
+		g.report(s, true, b)
+		if c := g.seal(b, s); c.Unique != 5 || c.Exact != exact {
+			t.Errorf("exact at its start %t: the record is %+v", exact, c)
+		}
+	}
+}
+
+// TestLineOfAnotherGroupIsClaimedThere: two groups have records of one window. An instance that went
+// from one to the other with a record of the first in its spool writes that line, and
+// neither group takes it for the line of the second.
+func TestLineOfAnotherGroupIsClaimedThere(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	of := func(group string) func(*Config, *fakeIDs) {
+		return func(c *Config, _ *fakeIDs) { c.Group = group }
+	}
+	first, second := g.member("a", of("first")), g.member("b", of("second"))
+	g.beat(first, second)
+	s, next := spanEnded(0), spanEnded(-time.Minute)
+	claim := func(m *Ledger, group string, s counter.Span) (c counter.Claim) {
+		t.Helper()
+		g.do(func(ctx context.Context) (err error) { c, err = m.Claim(ctx, group, s); return err })
+		return c
+	}
+	g.do(func(ctx context.Context) error { return second.Written(ctx, "second", s) })
+	if c := claim(second, "first", s); c.Mine || c.Written {
+		t.Errorf("the first group has a leader, and the claim of its line is %+v", c)
+	}
+	g.do(func(ctx context.Context) error { // its lease ends
+		return g.client.Do(ctx, g.client.B().Del().Key(first.keys.leader).Build()).Error()
+	})
+	if c := claim(second, "first", s); !c.Mine {
+		t.Errorf("the first group has no leader, and the claim of its line is %+v", c)
+	}
+	g.do(func(ctx context.Context) error { return second.Written(ctx, "first", next) })
+	if c := claim(second, "second", next); !c.Mine {
+		t.Errorf("the line of the first group is written, and the claim of that of the second is %+v", c)
+	}
+	if c := claim(second, "first", next); !c.Written {
+		t.Errorf("the line of the first group is written, and its claim is %+v", c)
+	}
+}
+
 // TestMemberThatWasRestartedIsDismissed: with fail open a killed member may go on without Redis, so
 // no record is exact. The next process in its place is sure that it has ended, but keeps it on
 // the list until the windows that it was in are decided.
@@ -420,7 +474,7 @@ func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 	killed := g.member("killed", change)
 	g.beat(killed)
 	before := counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}
-	killed.Opened(before, nil)
+	killed.Opened(before, nil, true)
 	g.beat(killed)
 
 	change = func(c *Config, _ *fakeIDs) { c.FailOpen, c.File = true, killed.cfg.File }
@@ -434,7 +488,7 @@ func TestMemberThatWasRestartedIsDismissed(t *testing.T) {
 		t.Fatal("it is off the list at the start of the next process")
 	}
 	again.began = time.Now().Add(-time.Hour)
-	again.Opened(s, nil)
+	again.Opened(s, nil, true)
 	g.beat(again)
 	again.began = s.Start.Add(time.Second)
 	if again.dismiss(t.Context()); !listed() {
@@ -466,9 +520,9 @@ func TestMemberThatIsLostWithTheLedgerIsNotForgotten(t *testing.T) {
 			a.ids.(*fakeIDs).gone = "b"
 		}
 		g.beat(b, a)
-		a.Opened(s, nil)
+		a.Opened(s, nil, true)
 		g.beat(a)
-		b.Opened(s, nil)
+		b.Opened(s, nil, true)
 		g.beat(b)
 		if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
 			t.Fatal(err)
@@ -500,7 +554,7 @@ func TestSilentMemberIsNotForgottenWithTheLedger(t *testing.T) {
 		g := newGroup(t)
 		open := func(c *Config, _ *fakeIDs) { c.FailOpen = tt.open }
 		a, b := g.member("a", open), g.member("b", open)
-		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil)
+		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil, true)
 		g.beat(b, a)
 		for range 2 { // each loss is mended
 			lose := g.client.B().Arbitrary(tt.command)
@@ -511,7 +565,7 @@ func TestSilentMemberIsNotForgottenWithTheLedger(t *testing.T) {
 			g.beat(a)
 			othersAreThere(a)
 		}
-		a.Opened(s, nil)
+		a.Opened(s, nil, true)
 		g.beat(a)
 		g.answers.Store(10)
 		g.counted.Store(20) // b has reached the lanes; with fail open it need not
@@ -529,9 +583,9 @@ func TestGroupLearnsOfAnEpochAndItsMemberAtOnce(t *testing.T) {
 	a := g.member("a")
 	first, second := spanEnded(time.Minute), spanEnded(0)
 	none := func() uint64 { return 0 }
-	a.Opened(first, none)
+	a.Opened(first, none, true)
 	newest := a.noteAnswers()
-	a.Opened(second, none)
+	a.Opened(second, none, true)
 	if _, args, sent := a.beatArgs(newest); len(sent) != 1 || sent[0] != first || args[8] != unixMS(first.Start) {
 		t.Errorf("the heartbeat has %v, and %s as the newest epoch; want the first alone", sent, args[8])
 	}
@@ -581,10 +635,10 @@ func TestLossIsMendedByTheNextBeatWhateverItIsFor(t *testing.T) {
 	g := newGroup(t)
 	b := g.member("b")
 	over, next := spanEnded(2*time.Second), spanEnded(time.Second)
-	b.Opened(over, func() uint64 { return 3 })
+	b.Opened(over, func() uint64 { return 3 }, true)
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
-	b.Opened(next, func() uint64 { return 0 })
+	b.Opened(next, func() uint64 { return 0 }, true)
 	g.do(func(ctx context.Context) error { return b.beat(ctx) })
 	if got, opened := g.rowOf(b, over), g.rowOf(b, next); got != "3+" || opened != "0+" {
 		t.Errorf("the ledger has %q of the epoch before, and %q of the open one; want 3 or more, and 0 or more", got, opened)
@@ -598,7 +652,7 @@ func TestAllEpochsAreWrittenAgainEachSecondHoweverShortTheyAre(t *testing.T) {
 	g := newGroup(t)
 	m := g.member("m")
 	s := spanEnded(0)
-	m.Opened(s, func() uint64 { return 3 })
+	m.Opened(s, func() uint64 { return 3 }, true)
 	stop, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -627,7 +681,7 @@ func TestSealWaitsForOthersAfterALoss(t *testing.T) {
 	a, b := g.member("a"), g.member("b")
 	s := spanEnded(memberTTL) // the last clock has turned
 	g.beat(a, b)
-	b.Opened(s, func() uint64 { return 10 })
+	b.Opened(s, func() uint64 { return 10 }, true)
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 	g.beat(a)
@@ -651,9 +705,9 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 		want = append(want, spanEnded(ago))
 	}
 	for _, i := range []int{2, 0, 1} {
-		dead.Opened(want[i], nil)
+		dead.Opened(want[i], nil, true)
 	}
-	known := dead.Opened(spanEnded(-time.Minute), nil) // is open
+	known := dead.Opened(spanEnded(-time.Minute), nil, true) // is open
 	g.beat(dead)
 	<-known.registered
 	later := g.member("later")
@@ -669,7 +723,7 @@ func TestEpochsOutliveTheirMembers(t *testing.T) {
 	if got := g.unpublished(later); !slices.Equal(got, want[1:]) {
 		t.Errorf("got %v, want %v", got, want[1:])
 	}
-	if claim, err := dead.Claim(t.Context(), want[0]); err != nil || !claim.Written {
+	if claim, err := dead.Claim(t.Context(), dead.cfg.Group, want[0]); err != nil || !claim.Written {
 		t.Errorf("written: %t, %v", claim.Written, err)
 	}
 }
@@ -686,7 +740,7 @@ func TestOneMemberPublishes(t *testing.T) {
 	if !a.Leading() || b.Leading() {
 		t.Fatalf("leading: a %t, b %t", a.Leading(), b.Leading())
 	}
-	claim, err := b.Claim(t.Context(), s)
+	claim, err := b.Claim(t.Context(), b.cfg.Group, s)
 	mine, written := claim.Mine, claim.Written
 	if mine || written || err != nil {
 		t.Errorf("b may write: %t, %t, %v", mine, written, err)
@@ -705,11 +759,11 @@ func TestOneMemberPublishes(t *testing.T) {
 	g.do(func(ctx context.Context) error {
 		return g.client.Do(ctx, g.client.B().Del().Key(b.keys.leader).Build()).Error()
 	})
-	if claim, err := c.Claim(t.Context(), s); !claim.Mine || err != nil {
+	if claim, err := c.Claim(t.Context(), c.cfg.Group, s); !claim.Mine || err != nil {
 		t.Errorf("c may write: %t, %v", mine, err)
 	}
-	g.do(func(ctx context.Context) error { return c.Written(ctx, s) })
-	if claim, err := c.Claim(t.Context(), s); claim.Mine || !claim.Written || err != nil {
+	g.do(func(ctx context.Context) error { return c.Written(ctx, c.cfg.Group, s) })
+	if claim, err := c.Claim(t.Context(), c.cfg.Group, s); claim.Mine || !claim.Written || err != nil {
 		t.Errorf("c may write again: %t, %t, %v", mine, written, err)
 	}
 	g.beat(b, c)
@@ -738,7 +792,7 @@ func TestLeaderThatCannotSealGivesTheLeadAway(t *testing.T) {
 	if !a.Leading() {
 		t.Fatal("the first one does not lead")
 	}
-	a.Opened(spanEnded(memberTTL), nil)
+	a.Opened(spanEnded(memberTTL), nil, true)
 	ga, err := NewGroup(a, noRecords{}, zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
@@ -798,7 +852,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 	g.answers.Store(0)
 	g.report(sealed, true, b)
 	want := g.seal(a, sealed)
-	b.Opened(over, nil)
+	b.Opened(over, nil, true)
 	g.beat(b)
 	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 	g.counted.Store(0)
@@ -820,7 +874,7 @@ func TestMemberThatHasLeftRemembersItsAnswers(t *testing.T) {
 	a := g.member("a")
 	s := spanEnded(2 * time.Second)
 	g.beat(a)
-	a.Opened(s, nil)
+	a.Opened(s, nil, true)
 	g.beat(a)
 	g.answers.Store(7)
 	g.report(s, true, a)
@@ -860,7 +914,7 @@ func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
 		var running sync.WaitGroup
 		running.Go(func() { a.run(t.Context(), stop) })
 		testproc.Until(t, "the record is delivered", func() bool {
-			claim, err := b.Claim(t.Context(), s)
+			claim, err := b.Claim(t.Context(), b.cfg.Group, s)
 			return err == nil && claim.Written
 		})
 		close(stop)
@@ -881,22 +935,22 @@ func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
 		g.report(s, true, a, b)
 		g.seal(a, s)
 		g.beat(b)
-		if claim, err := a.Claim(t.Context(), s); err != nil || !claim.Mine {
+		if claim, err := a.Claim(t.Context(), a.cfg.Group, s); err != nil || !claim.Mine {
 			t.Fatalf("a is to write the line: %+v, %v", claim, err)
 		}
-		g.do(func(ctx context.Context) error { return a.Written(ctx, s) })
+		g.do(func(ctx context.Context) error { return a.Written(ctx, a.cfg.Group, s) })
 		g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
 		g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
 		if beats {
 			g.beat(b)
 		}
-		if claim, err := b.Claim(t.Context(), s); err == nil {
+		if claim, err := b.Claim(t.Context(), b.cfg.Group, s); err == nil {
 			t.Errorf("b has sent a heartbeat since the loss: %t; it has the claim %+v", beats, claim)
 		}
 		g.beat(b, a)
 		a.deliverAgain(t.Context())
 		othersAreThere(b)
-		if claim, err := b.Claim(t.Context(), s); err != nil || !claim.Written {
+		if claim, err := b.Claim(t.Context(), b.cfg.Group, s); err != nil || !claim.Written {
 			t.Errorf("a has reported the line again: %+v, %v", claim, err)
 		}
 	}
@@ -951,7 +1005,7 @@ func TestLineIsLeftToItsWriter(t *testing.T) {
 	g.seal(a, s)
 	want := func(m *Ledger, want counter.Claim) {
 		t.Helper()
-		if got, err := m.Claim(t.Context(), s); err != nil || got != want {
+		if got, err := m.Claim(t.Context(), m.cfg.Group, s); err != nil || got != want {
 			t.Errorf("%s has the claim %+v, %v; want %+v", m.member, got, err, want)
 		}
 	}
@@ -987,7 +1041,7 @@ func TestLineIsLeftToItsWriter(t *testing.T) {
 		t.Errorf("logged %s", log.String())
 	}
 	want(again, counter.Claim{})
-	g.do(func(ctx context.Context) error { return b.Written(ctx, s) })
+	g.do(func(ctx context.Context) error { return b.Written(ctx, b.cfg.Group, s) })
 	want(again, counter.Claim{Written: true})
 }
 
@@ -1005,9 +1059,9 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 	hour, next := counter.Span{Start: minute.Truncate(time.Hour), Window: time.Hour}, counter.Span{Start: minute.Truncate(time.Hour).Add(time.Hour), Window: time.Hour}
 	a := g.member("a", logged)
 	b := g.member("b", logged, func(c *Config, _ *fakeIDs) { c.Window = time.Hour })
-	ofA := a.Opened(counter.Span{Start: minute, Window: time.Minute}, nil)
+	ofA := a.Opened(counter.Span{Start: minute, Window: time.Minute}, nil, true)
 	g.beat(a)
-	ofB := b.Opened(hour, nil)
+	ofB := b.Opened(hour, nil, true)
 	g.beat(b, a, b)
 	if ofA.refused.Load() || a.standing.Load() != inside || a.Stats().Problem != "" {
 		t.Errorf("the first: %+v, problem %q", ofA, a.Stats().Problem)
@@ -1038,7 +1092,7 @@ func TestMemberWithAnotherWindowStandsOutside(t *testing.T) {
 		g.beat(b)
 		return b.standing.Load() == inside
 	})
-	ofNext := b.Opened(next, nil)
+	ofNext := b.Opened(next, nil, true)
 	g.beat(b)
 	if !ofB.refused.Load() && !minute.Equal(hour.Start) || ofNext.refused.Load() || !b.Leading() || b.Stats().Problem != "" {
 		t.Errorf("epoch before those of the group %+v, behind them %+v; %+v", ofB, ofNext, b.Stats())
@@ -1053,7 +1107,7 @@ func TestLedgerLeavesNothingForEver(t *testing.T) {
 	g := newGroup(t)
 	a := g.member("a", func(_ *Config, ids *fakeIDs) { ids.oldest = func() (time.Time, bool) { return time.Now(), true } })
 	open, sealed, delivered := spanEnded(time.Hour), spanEnded(time.Minute), spanEnded(time.Second)
-	a.Opened(open, nil)
+	a.Opened(open, nil, true)
 	g.beat(a)
 	g.report(open, true, a)
 	for _, s := range []counter.Span{sealed, delivered} {
@@ -1144,7 +1198,7 @@ func TestDeadInstanceThatRefusedIDsIsNotVouchedFor(t *testing.T) {
 			a, b := g.member("a"), g.member("b")
 			s := spanEnded(3 * time.Second)
 			for _, m := range []*Ledger{a, b} {
-				admitted := m.Opened(s, func() uint64 { return 20 })
+				admitted := m.Opened(s, func() uint64 { return 20 }, true)
 				g.beat(m)
 				if m.member == tt.by && tt.refused {
 					m.addUncertain(admitted, 2)

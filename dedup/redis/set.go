@@ -300,7 +300,7 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 		l.mu.Unlock()
 	}
 	s.view = r.cfg.Local.Open(e).(*dedup.View)
-	s.group = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique)
+	s.group = r.ledger.Opened(counter.Span{Start: s.start, Window: e.Window()}, e.Unique, e.Exact())
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.epochs = append(r.epochs, s)

@@ -12,6 +12,8 @@ import (
 	"hash/crc32"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -45,6 +47,20 @@ func SetAside(path string) (name string, err error) {
 		return "", err
 	}
 	return name, SyncDir(filepath.Dir(path))
+}
+
+// SetAsideSince reports whether path was set aside at t or later, as far as this process may read the
+// directory.
+func SetAsideSince(path string, t time.Time) (bool, error) {
+	beside, err := os.ReadDir(filepath.Dir(path))
+	if errors.Is(err, os.ErrPermission) {
+		err = nil
+	}
+	return slices.ContainsFunc(beside, func(e os.DirEntry) bool {
+		at, is := strings.CutPrefix(e.Name(), filepath.Base(path)+DamagedSuffix)
+		aside, err := time.Parse(timeFormat, at)
+		return is && err == nil && !aside.Before(t)
+	}), err
 }
 
 // Aside is a name beside path with the suffix and the time.

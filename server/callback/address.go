@@ -9,7 +9,8 @@ import (
 
 const (
 	// maxAddresses is how many addresses are remembered. One matters for one interval of
-	// the rate.
+	// the rate. Where that is long, all may matter, and one of them is forgotten: a caller
+	// that wants that must have POSTs sent to as many others.
 	maxAddresses = 1 << 14
 
 	// addressBurst is how many POSTs an address gets at once after a pause. A
@@ -47,12 +48,13 @@ func (s *Sender) admit(d *destination, addr netip.Addr) error {
 	return nil
 }
 
-// evictAddresses looks at n addresses and drops those that need not be remembered.
+// evictAddresses looks at n addresses and drops those that need not be remembered, and those
+// that are too many.
 // s.mu is held.
 func (s *Sender) evictAddresses(n int) {
 	now := time.Now()
 	for addr, due := range s.addresses {
-		if !due.After(now) {
+		if !due.After(now) || len(s.addresses) >= maxAddresses {
 			delete(s.addresses, addr)
 		}
 		if n--; n == 0 {

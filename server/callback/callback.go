@@ -17,6 +17,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -32,6 +33,11 @@ import (
 // Header marks the requests of callbacks. A server that receives it
 // starts no callback, which ends a loop over several servers at depth one.
 const Header = "Verve-Callback"
+
+// DescriptorShare is the part of the descriptors of the process, 1/n, that callbacks take
+// at most: endpoints that do not answer must not keep callers from connecting, nor records
+// from their file.
+const DescriptorShare = 8
 
 const (
 	defaultConcurrency = 8
@@ -103,6 +109,10 @@ type Config struct {
 	AdminAddr netip.AddrPort
 	// Group and Instance go into the body.
 	Group, Instance string
+	// Descriptors is how many files the process may open, 0 if that is not known. Callbacks
+	// have the share of DescriptorShare: a third for idle connections, and two to resolve
+	// a name and then connect, for each POST in flight. Concurrency is lowered to that.
+	Descriptors uint64
 	// Took is called with the duration of each exchange. Optional.
 	Took func(time.Duration)
 	// Live returns start and count of the open epoch. It is called concurrently, like
@@ -119,6 +129,7 @@ type Config struct {
 	maxWaiting               int           // endpoints in the table
 	maxWaitingPerDestination int           // how many of these may be of one destination
 	workers                  int           // POSTs in flight in all
+	maxIdleConns             int           // connections without a POST
 	breakerFailures          int           // in a row open the breaker of a destination,
 	breakerOpen              time.Duration // for this long; then one POST tries
 	tls                      *tls.Config   // of https, without the server name; nil: the system's roots, TLS 1.2
@@ -169,9 +180,11 @@ type Stats struct {
 // before anything is counted; Send cannot fail. A fixed number of workers (Run) takes
 // POSTs from the destinations that have some, in turn, so that none waits for another
 // one's slowness: a destination holds at most Concurrency workers, and all those together
-// that are not known to answer quickly (newcomers, and those whose last POST failed or
-// took long) hold at most three quarters of the workers and of the table. Names are cheap;
-// any number of tarpits leaves the rest to destinations that answer.
+// that are not known to answer quickly (newcomers that no HOST:PORT entry names, and those
+// whose last POST failed or took long) hold at most three quarters of the workers and of the
+// table. Names are cheap, and so are the addresses of an allowed network; any number of
+// tarpits leaves the rest to destinations that answer. One that stops to answer counts as one
+// of them when its first POST times out.
 type Sender struct {
 	cfg   Config
 	guard *guard
@@ -262,6 +275,17 @@ func (cfg *Config) complete() error {
 	case !(cfg.Rate >= 0.001 && cfg.Rate <= 1e6): // not a number fails, too
 		return setting.Errorf("callback-rate", "want 0.001 to 1000000")
 	}
+	cfg.maxIdleConns = maxIdleConns
+	if cfg.Descriptors > 0 {
+		third := int(max(4, min(cfg.Descriptors, 1<<30)/DescriptorShare/3))
+		cfg.workers, cfg.maxIdleConns = min(cfg.workers, third), min(maxIdleConns, third)
+		if most := max(1, cfg.workers/4); cfg.Concurrency > most {
+			cfg.Log.Warn().Int("callback_concurrency", cfg.Concurrency).Int("lowered_to", most).
+				Str("reason", fmt.Sprintf("the process may open %d files (ulimit -n), and callbacks have one in %d of them", cfg.Descriptors, DescriptorShare)).
+				Msg("--callback-concurrency is higher than the process has room for")
+			cfg.Concurrency = most
+		}
+	}
 	return setting.CheckTimeout("callback-timeout", cfg.Timeout)
 }
 
@@ -280,14 +304,17 @@ func (cfg *Config) interval() time.Duration {
 	return time.Duration(float64(time.Second) / cfg.Rate)
 }
 
-// after is when the next POST is due if one is sent now. A late wake-up may be
-// made up for by one POST, so that the rate is met; idle time is not saved.
-func (cfg *Config) after(next, now time.Time) time.Time {
-	interval := cfg.interval()
-	if earliest := now.Add(-interval); next.Before(earliest) {
-		next = earliest
+// pace notes that a POST to d is sent now, for its rate. A late wake-up may be made up for
+// by one POST, so that the rate is met; idle time is not saved.
+func (s *Sender) pace(d *destination) {
+	if d.kind == destListed {
+		return
 	}
-	return next.Add(interval)
+	interval := s.cfg.interval()
+	if earliest := time.Now().Add(-interval); d.next.Before(earliest) {
+		d.next = earliest
+	}
+	d.next = d.next.Add(interval)
 }
 
 // Reserve keeps a place for a POST to ep. The caller then calls Send, to fill it, or
@@ -307,7 +334,10 @@ func (s *Sender) Reserve(ep Endpoint) bool {
 		return false
 	}
 	d := s.dests[keyOf(ep)]
-	unproven := ep.kind == destPublic && (d == nil || d.unproven)
+	unproven := !s.guard.vouched(&ep)
+	if d != nil {
+		unproven = d.unproven
+	}
 	if d != nil && d.entries >= s.cfg.maxWaitingPerDestination ||
 		unproven && s.unprovenSlots >= unprovenShare(s.cfg.maxWaiting) {
 		return false
@@ -436,9 +466,7 @@ func (s *Sender) take() (job, bool) {
 		if d.unproven {
 			s.unprovenBusy++
 		}
-		if d.kind != destListed {
-			d.next = s.cfg.after(d.next, time.Now())
-		}
+		s.pace(d)
 		j := job{ep: s.dequeue(d), dest: d, done: done, unproven: d.unproven}
 		s.schedule(d)
 		return j, true
@@ -462,7 +490,7 @@ func (s *Sender) finish(j job, r result) {
 	s.ended(j)
 	s.stats.Ended[r.kind]++
 	j.done(r.breakerErr())
-	if d.kind == destPublic && r.breakerErr() != errNotTried {
+	if r.breakerErr() != errNotTried {
 		// A fifth of the time allowed is quick: it takes five such POSTs to
 		// hold a worker as long as one that times out.
 		s.prove(d, r.breakerErr() == nil && r.took <= s.cfg.Timeout/5)
@@ -521,7 +549,7 @@ func (s *Sender) sweep(ctx context.Context) {
 		for d := first(&s.resting); d != nil && d.restsSince.Before(now.Add(-remember)); d = first(&s.resting) {
 			s.drop(d)
 		}
-		old := s.takeIdle(now.Add(-idleConnTimeout), maxIdleConns)
+		old := s.takeIdle(now.Add(-idleConnTimeout), s.cfg.maxIdleConns)
 		s.mu.Unlock()
 		closeAll(old)
 		s.logHidden()

@@ -23,6 +23,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -433,13 +434,19 @@ func TestCallbackTarpitHoldsUpNobodyElse(t *testing.T) {
 	}
 }
 
-// Names cost nothing: any number of tarpits leaves workers and places to the
-// destinations that have answered.
+// Names cost nothing, and so do the addresses of an allowed network: any number of tarpits
+// leaves workers and places to the destinations that have answered.
 func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
+	for _, tarpit := range []string{"http://tarpit%d.example.com:%s/", "http://127.0.1.%d:%s/"} {
+		t.Run(tarpit, func(t *testing.T) { manyTarpitsLeaveRoom(t, tarpit) })
+	}
+}
+
+func manyTarpitsLeaveRoom(t *testing.T, tarpit string) {
 	const tarpits, posts = 40, 50
 	var mu sync.Mutex
 	var delivered []string
-	url, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
+	_, hostport := rawReceiver(t, func(conn net.Conn, r *bufio.Reader) {
 		for {
 			req, err := readPOST(r)
 			if err != nil {
@@ -457,16 +464,18 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 	})
 	_, resolver := newNameServer(t, func(string, int64) []netip.Addr { return addrs("127.0.0.1") })
 	_, port, _ := net.SplitHostPort(hostport)
-	_ = url
 	c := startCallbacks(t, Config{
 		Allow: []string{"127.0.0.0/8:" + port}, Resolver: resolver, Rate: 1e6, Timeout: time.Hour,
 		workers: 8, Concurrency: 2, maxWaiting: 40, maxWaitingPerDestination: 10,
+		Connect: func(ctx context.Context, d *net.Dialer, _ string) (net.Conn, error) {
+			return d.DialContext(ctx, "tcp", hostport)
+		},
 	})
 	send(t, c, "http://good.example.com:"+port+"/first")
 	await(t, c, "proof", func(s Stats) bool { return s.Ended[Delivered] == 1 })
 	refused := 0
 	for n := range tarpits {
-		ep, _ := c.Parse(fmt.Appendf(nil, "http://tarpit%d.example.com:%s/", n, port))
+		ep, _ := c.Parse(fmt.Appendf(nil, tarpit, n, port))
 		if !c.Reserve(ep) {
 			refused++
 			continue
@@ -483,6 +492,73 @@ func TestCallbackManyTarpitsLeaveRoomForProvenDestinations(t *testing.T) {
 	}
 	if s := c.Stats(); s.InFlight != 6 || len(delivered) != posts+1 {
 		t.Fatalf("delivered %d, %+v", len(delivered), s)
+	}
+}
+
+// A destination that the operator names is taken for one that answers quickly, until it does
+// not: then it leaves workers to the others.
+func TestCallbackNamedDestinationThatFailsLeavesRoom(t *testing.T) {
+	gate, open := newGate()
+	var first atomic.Bool
+	first.Store(true)
+	slow, slowAddr := receiver(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusInternalServerError)
+		if !first.Swap(false) {
+			<-gate
+		}
+	})
+	quick, quickAddr := receiver(t, func(http.ResponseWriter, *http.Request) {})
+	c := startCallbacks(t, Config{Allow: []string{slowAddr, quickAddr}, Concurrency: 4, workers: 4})
+	t.Cleanup(open)
+	send(t, c, slow)
+	await(t, c, "a failure", func(s Stats) bool { return s.Ended[FailedStatus] == 1 })
+	for n := range 4 {
+		send(t, c, fmt.Sprintf("%s/%d", slow, n))
+	}
+	await(t, c, "the share of those that do not answer quickly", func(s Stats) bool { return s.InFlight == 3 })
+	send(t, c, quick)
+	await(t, c, "the other destination", func(s Stats) bool { return s.Ended[Delivered] == 1 })
+}
+
+// Connections, those without a POST among them, leave most descriptors to others.
+func TestCallbackKeepsToItsShareOfTheDescriptors(t *testing.T) {
+	const descriptors, destinations = 400, 100
+	var logged testproc.Buffer
+	gate, open := newGate()
+	_, hostport := receiver(t, func(_ http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			<-gate
+		}
+	})
+	_, port, _ := net.SplitHostPort(hostport)
+	var conns, most atomic.Int64
+	c := startCallbacks(t, Config{
+		Allow: []string{"127.0.0.0/8:" + port}, Descriptors: descriptors, Log: zerolog.New(&logged),
+		Connect: func(ctx context.Context, d *net.Dialer, _ string) (net.Conn, error) {
+			now := conns.Add(1)
+			for was := most.Load(); now > was && !most.CompareAndSwap(was, now); was = most.Load() {
+			}
+			conn, err := d.DialContext(ctx, "tcp", hostport)
+			return closeFunc{conn, func() { conns.Add(-1) }}, err
+		},
+	})
+	t.Cleanup(open)
+	if !strings.Contains(logged.String(), `"callback_concurrency":8,"lowered_to":4,"reason":"the process may open 400 files`) {
+		t.Errorf("the log does not have what was lowered: %s", logged.String())
+	}
+	for n := range destinations {
+		send(t, c, fmt.Sprintf("http://127.0.1.%d:%s/", n, port))
+	}
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == destinations })
+	for n := range destinations {
+		send(t, c, fmt.Sprintf("http://127.0.2.%d:%s/slow", n, port))
+		send(t, c, fmt.Sprintf("http://127.0.1.%d:%s/slow", n, port))
+	}
+	await(t, c, "as many POSTs as may be in flight", func(s Stats) bool { return s.InFlight == descriptors/DescriptorShare/3 })
+	open()
+	await(t, c, "delivery", func(s Stats) bool { return s.Ended[Delivered] == 3*destinations })
+	if n := most.Load(); n > descriptors/DescriptorShare*2/3 {
+		t.Errorf("%d connections, and of %d descriptors callbacks have %d, a third of them to resolve names", n, descriptors, descriptors/DescriptorShare)
 	}
 }
 
@@ -813,6 +889,115 @@ func TestCallbackDeadPooledConnectionIsRetriedOnce(t *testing.T) {
 	}
 }
 
+// resetConn is a connection that its peer resets at its end.
+type resetConn struct{ net.Conn }
+
+func (c resetConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.EOF {
+		err = syscall.ECONNRESET
+	}
+	return n, err
+}
+
+// A POST whose answer began is not sent again, wherever that answer breaks off: its peer
+// has had it.
+func TestCallbackIsNotRepeatedOnceItsAnswerBegins(t *testing.T) {
+	for _, begun := range []string{
+		"\r\n",
+		"H",
+		"HTTP/1.1 100 Continue\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: 1",
+		"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+	} {
+		for _, reset := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%q reset %v", begun, reset), func(t *testing.T) {
+				var posts atomic.Int64
+				c := startCallbacks(t, Config{Allow: []string{"127.0.0.1:1"}, Connect: func(context.Context, *net.Dialer, string) (net.Conn, error) {
+					conn, peer := net.Pipe() // what is written has been read
+					go func() {
+						defer peer.Close()
+						for r, answer := bufio.NewReader(peer), okAnswer; ; answer = begun {
+							if _, err := readPOST(r); err != nil {
+								return
+							}
+							posts.Add(1)
+							if _, _ = io.WriteString(peer, answer); answer == begun {
+								return
+							}
+						}
+					}()
+					if reset {
+						conn = resetConn{conn}
+					}
+					return conn, nil
+				}})
+				send(t, c, "http://127.0.0.1:1/")
+				await(t, c, "a kept connection", func(s Stats) bool { return s.Ended[Delivered] == 1 })
+				send(t, c, "http://127.0.0.1:1/")
+				s := await(t, c, "the end", func(s Stats) bool { return s.Waiting+s.InFlight == 0 })
+				if posts.Load() != 2 || s.Ended[FailedAnswer] != 1 || s.Retried != 0 {
+					t.Errorf("%d POSTs, %+v", posts.Load(), s)
+				}
+			})
+		}
+	}
+}
+
+// closeFunc is a connection that calls a function when it is closed.
+type closeFunc struct {
+	net.Conn
+	closed func()
+}
+
+func (c closeFunc) Close() error {
+	c.closed()
+	return c.Conn.Close()
+}
+
+// The second try is on a new connection, also if another POST has put back a connection
+// meanwhile that is dead as well: the peer ends each after its answer, without a word.
+func TestCallbackIsRetriedOnANewConnection(t *testing.T) {
+	var c *Sender
+	var closes, dials atomic.Int64
+	gate, open := newGate()
+	three, arrived := newGate()
+	c = startCallbacks(t, Config{Allow: []string{"127.0.0.1:1"}, Connect: func(context.Context, *net.Dialer, string) (net.Conn, error) {
+		conn, peer := net.Pipe()
+		last := dials.Add(1) == 3
+		go func() {
+			defer peer.Close()
+			if _, err := readPOST(bufio.NewReader(peer)); err == nil {
+				if last {
+					arrived()
+					<-gate
+				}
+				<-three
+				_, _ = io.WriteString(peer, okAnswer)
+			}
+		}()
+		return closeFunc{conn, func() {
+			if closes.Add(1) == 2 { // the first was the dead one, the second is one as old
+				open()
+				await(t, c, "the third POST to put its connection back", func(s Stats) bool { return s.Ended[Delivered] == 3 })
+			}
+		}}, nil
+	}})
+	t.Cleanup(arrived)
+	t.Cleanup(open)
+	for n := range 3 {
+		send(t, c, fmt.Sprintf("http://127.0.0.1:1/%d", n))
+	}
+	await(t, c, "two kept connections", func(s Stats) bool { return s.Ended[Delivered] == 2 })
+	send(t, c, "http://127.0.0.1:1/after")
+	if s := await(t, c, "the end", func(s Stats) bool { return s.Waiting+s.InFlight == 0 }); s.Ended[Delivered] != 4 || s.Retried != 1 {
+		t.Errorf("%+v", s)
+	}
+}
+
 // Bytes after an answer would be taken for the answer to the next POST.
 func TestCallbackConnectionWithSurplusBytesIsNotUsedAgain(t *testing.T) {
 	var conns atomic.Int64
@@ -1101,6 +1286,23 @@ func TestCallbackLogTellsNoSecretAndHidesNothing(t *testing.T) {
 	}
 	if s := c.Stats(); told != posts || s.Ended[Delivered]+failed(s) != posts || paths == 0 {
 		t.Errorf("log tells of %d results (%d with a path), want %d; %+v", told, paths, posts, s)
+	}
+}
+
+// TestCallbackLogLineIsShort whatever the path is, and the error: the certificate of a
+// receiver may have names of any length.
+func TestCallbackLogLineIsShort(t *testing.T) {
+	var logged testproc.Buffer
+	c := startCallbacks(t, Config{
+		Allow: []string{"127.0.0.1:1"}, Log: zerolog.New(&logged),
+		Connect: func(context.Context, *net.Dialer, string) (net.Conn, error) {
+			return nil, x509.HostnameError{Certificate: &x509.Certificate{DNSNames: []string{strings.Repeat("n", 1<<16)}}, Host: "hooks.example.com"}
+		},
+	})
+	send(t, c, "http://127.0.0.1:1/"+strings.Repeat("p", 2000))
+	await(t, c, "the line", func(Stats) bool { return logged.String() != "" })
+	if line := logged.String(); len(line) > 1024 || !strings.Contains(line, "certificate is valid for nnn") {
+		t.Errorf("%d bytes: %.300s", len(line), line)
 	}
 }
 

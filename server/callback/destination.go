@@ -58,7 +58,7 @@ func keyOf(ep Endpoint) destKey { return destKey{ep.origin, ep.kind == destSelf}
 
 // newDestination adds the destination of ep.
 func (s *Sender) newDestination(ep Endpoint) *destination {
-	d := &destination{Endpoint: ep, unproven: ep.kind == destPublic}
+	d := &destination{Endpoint: ep, unproven: !s.guard.vouched(&ep)}
 	// The origin is cloned: it is a part of the whole URL, which would stay in memory.
 	d.url, d.target, d.origin = "", "", strings.Clone(ep.origin)
 	scheme, port := "http://", ":80"

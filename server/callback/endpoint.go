@@ -46,12 +46,17 @@ type Endpoint struct {
 // where callers keep tokens, and not the whole of an overlong path. A user
 // part cannot occur: such URLs are refused.
 func (ep Endpoint) logURL() string {
-	const longest = 200
 	path, _, _ := strings.Cut(ep.target, "?")
-	if len(path) > longest {
-		path = path[:longest] + "..."
+	return ep.origin + shortened(path)
+}
+
+// shortened bounds what others put into a line of the log.
+func shortened(text string) string {
+	const longest = 200
+	if len(text) > longest {
+		text = text[:longest] + "..."
 	}
-	return ep.origin + path
+	return text
 }
 
 // Parse checks raw, the percent-decoded value of the endpoint parameter, and splits it

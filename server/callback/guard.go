@@ -167,6 +167,12 @@ func (g *guard) isSelf(host string, addr netip.Addr, port uint16) bool {
 		addr == netip.IPv6Loopback() || addr == netip.AddrFrom4([4]byte{127, 0, 0, 1})))
 }
 
+// vouched reports whether the operator named the destination itself: it is taken for one that
+// answers quickly until it does not.
+func (g *guard) vouched(ep *Endpoint) bool {
+	return ep.kind == destSelf || g.hosts[hostPort{ep.host, ep.port}]
+}
+
 func (g *guard) inAllowedNet(addr netip.Addr, port uint16) bool {
 	return slices.ContainsFunc(g.nets, func(n allowedNet) bool { return n.port == port && n.prefix.Contains(addr) })
 }

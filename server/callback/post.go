@@ -7,12 +7,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io"
 	"net"
 	"net/netip"
 	"slices"
 	"strconv"
-	"syscall"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -103,7 +101,6 @@ func resultOf(err error) Result {
 	var (
 		dnsErr  *net.DNSError
 		dialErr dialError
-		timeout interface{ Timeout() bool }
 	)
 	switch {
 	case errors.Is(err, errLimited):
@@ -112,7 +109,7 @@ func resultOf(err error) Result {
 		return FailedRefused
 	case errors.As(err, &dnsErr):
 		return FailedResolve
-	case errors.As(err, &timeout) && timeout.Timeout():
+	case timedOut(err):
 		return FailedTimeout
 	case errors.As(err, &dialErr):
 		return FailedConnect
@@ -142,8 +139,8 @@ func (e dialError) Error() string { return e.err.Error() }
 func (e dialError) Unwrap() error { return e.err }
 
 // client sends the POSTs of one destination. fasthttp's HostClient bounds the
-// time of a POST and repeats it; the connections are the client's own, because
-// HostClient starts a goroutine that cleans its pool, for each destination.
+// time of a POST; the connections are the client's own, because HostClient
+// starts a goroutine that cleans its pool, for each destination.
 type client struct {
 	fasthttp.HostClient
 	sender *Sender
@@ -157,7 +154,6 @@ type pooled struct {
 	client *client
 	addr   netip.Addr // that was dialled
 	made   time.Time
-	used   bool // by an exchange before: its peer may have closed it meanwhile
 
 	// While it is idle.
 	since time.Time
@@ -167,39 +163,41 @@ type pooled struct {
 func (s *Sender) newClient(d *destination) *client {
 	h := &client{sender: s, dest: d}
 	h.HostClient = fasthttp.HostClient{
-		Addr:                      net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
-		IsTLS:                     d.tls,
-		Transport:                 h,
-		Name:                      "verve",
-		MaxConns:                  s.cfg.Concurrency,
-		MaxIdemponentCallAttempts: 2,
-		MaxResponseBodySize:       maxAnswer,
-		DisablePathNormalizing:    true,
-		SecureErrorLogMessage:     true,
-	}
-	h.RetryIfErr = func(*fasthttp.Request, int, error) (resetTimeout, retry bool) {
-		h.retry()
-		return false, true
+		Addr:                   net.JoinHostPort(d.host, strconv.Itoa(int(d.port))),
+		IsTLS:                  d.tls,
+		Transport:              h,
+		Name:                   "verve",
+		MaxConns:               s.cfg.Concurrency,
+		MaxResponseBodySize:    maxAnswer,
+		DisablePathNormalizing: true,
+		SecureErrorLogMessage:  true,
 	}
 	return h
 }
 
-// get returns the idle connection that was used last, or dials. TLS is done by
-// the dial, within the time of the exchange. The POST is counted at its address.
-func (h *client) get(timeout time.Duration) (*pooled, error) {
+// kept takes the idle connection that was used last, or returns nil. The POST is counted
+// at its address.
+func (h *client) kept() (*pooled, error) {
 	s := h.sender
 	s.mu.Lock()
-	if n := len(h.idle); n > 0 {
-		defer s.mu.Unlock()
-		conn := h.idle[n-1]
-		if err := s.admit(h.dest, conn.addr); err != nil {
-			return nil, err
-		}
-		s.takeOut(conn, n-1)
-		return conn, nil
+	defer s.mu.Unlock()
+	n := len(h.idle)
+	if n == 0 {
+		return nil, nil
 	}
-	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(s.exchanges, timeout)
+	conn := h.idle[n-1]
+	if err := s.admit(h.dest, conn.addr); err != nil {
+		return nil, err
+	}
+	s.takeOut(conn, n-1)
+	return conn, nil
+}
+
+// dial makes a connection, with TLS if the destination has it. The POST is counted at its
+// address.
+func (h *client) dial(deadline time.Time) (*pooled, error) {
+	s := h.sender
+	ctx, cancel := context.WithDeadline(s.exchanges, deadline)
 	defer cancel()
 	conn := &pooled{client: h, made: time.Now()}
 	var err error
@@ -224,19 +222,21 @@ func (h *client) get(timeout time.Duration) (*pooled, error) {
 func (h *client) put(conn *pooled) {
 	s := h.sender
 	s.mu.Lock()
-	conn.used, conn.since, conn.place = true, time.Now(), s.idle.PushBack(conn)
+	conn.since, conn.place = time.Now(), s.idle.PushBack(conn)
 	h.idle = append(h.idle, conn)
-	surplus := s.takeIdle(time.Time{}, maxIdleConns)
+	surplus := s.takeIdle(time.Time{}, s.cfg.maxIdleConns)
 	s.mu.Unlock()
 	closeAll(surplus)
 }
 
-// retry prepares for a second try. RoundTrip asks for one on a dead idle connection only.
-// The others are as old: the peer restarted, most likely.
+// retry prepares for a second try: the first was on an idle connection that was dead. The
+// others are as old: the peer restarted, most likely. The try counts for the rate, so that
+// the address, at which it is counted too, is not at its limit before the destination is.
 func (h *client) retry() {
 	s := h.sender
 	s.mu.Lock()
 	s.stats.Retried++
+	s.pace(h.dest)
 	idle := slices.Clone(h.idle)
 	for _, conn := range idle {
 		s.takeOut(conn, 0)
@@ -272,16 +272,33 @@ func closeAll(conns []*pooled) {
 	}
 }
 
-// RoundTrip does one exchange. It replaces fasthttp's because it knows whether
-// the connection was used before, which decides about a retry, and because it
-// ends when the server stops.
+// RoundTrip does the exchange of a POST, on an idle connection if there is one. If that is
+// dead, it does one more, on a new connection. It replaces fasthttp's, which cannot tell a
+// dead connection from an answer that breaks off: behind that, nothing is sent again.
 func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
-	s := h.sender
 	deadline := time.Now().Add(req.GetTimeOut())
-	conn, err := h.get(req.GetTimeOut())
+	conn, err := h.kept()
 	if err != nil {
 		return false, err
 	}
+	if conn != nil {
+		unanswered, err := h.exchange(conn, deadline, req, resp)
+		if !unanswered || timedOut(err) {
+			return false, err
+		}
+		h.retry()
+	}
+	if conn, err = h.dial(deadline); err != nil {
+		return false, err
+	}
+	_, err = h.exchange(conn, deadline, req, resp)
+	return false, err
+}
+
+// exchange sends req on conn and reads its answer, and keeps or closes conn. It ends when
+// the server stops. unanswered: it failed, and no byte of an answer came.
+func (h *client) exchange(conn *pooled, deadline time.Time, req *fasthttp.Request, resp *fasthttp.Response) (unanswered bool, err error) {
+	s := h.sender
 	keep := false
 	defer func() {
 		if !keep {
@@ -290,7 +307,7 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	}()
 	// There is one deadline for the exchange: a peer that sends byte by byte gains no time.
 	if err := conn.SetDeadline(deadline); err != nil {
-		return conn.used, err
+		return true, err
 	}
 	stop := context.AfterFunc(s.exchanges, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -304,17 +321,20 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	bw.Reset(nil)
 	s.writers.Put(bw)
 	if err != nil {
-		return conn.used && connectionDead(err), err
+		return true, err
 	}
 
 	br := s.readers.Get().(*bufio.Reader)
 	br.Reset(conn)
-	err = resp.ReadLimitBody(br, h.MaxResponseBodySize)
+	_, err = br.Peek(1)
+	if unanswered = err != nil; !unanswered {
+		err = resp.ReadLimitBody(br, h.MaxResponseBodySize)
+	}
 	surplus := br.Buffered() > 0
 	br.Reset(nil)
 	s.readers.Put(br)
 	if err != nil {
-		return conn.used && connectionDead(err), err
+		return unanswered, err
 	}
 
 	// Bytes after the answer would be taken for the next one.
@@ -326,11 +346,9 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	return false, nil
 }
 
-// connectionDead reports whether err is that of a connection which the peer
-// had closed before it saw the request, as far as one can tell: no byte of an
-// answer came. fasthttp turns errors at the first byte into io.EOF.
-func connectionDead(err error) bool {
-	return err == io.EOF || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)
+func timedOut(err error) bool {
+	var timeout interface{ Timeout() bool }
+	return errors.As(err, &timeout) && timeout.Timeout()
 }
 
 func (s *Sender) logResult(ep Endpoint, r result) {
@@ -349,7 +367,10 @@ func (s *Sender) logResult(ep Endpoint, r result) {
 	if hidden > 0 {
 		line = line.Uint64("hidden", hidden)
 	}
-	line.Err(r.err).Msg("callback")
+	if r.err != nil {
+		line = line.Str(zerolog.ErrorFieldName, shortened(r.err.Error())) // a certificate has the names that its server likes
+	}
+	line.Msg("callback")
 }
 
 // logHidden logs how many results were not logged, if no later one has reported that.

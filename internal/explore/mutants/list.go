@@ -297,7 +297,7 @@ var mutants = []mutant{
 	fault("server/callback/destination.go", "a destination that is due still waits for its rate",
 		"\td.state = destNone\n\ts.schedule(d)\n\ts.park(d)", "\ts.schedule(d)\n\ts.park(d)"),
 	fault("server/callback/callback.go", "idle time is saved for the rate",
-		"next.Before(earliest) {", "false {"),
+		"d.next.Before(earliest) {", "false {"),
 	fault("server/callback/callback.go", "a POST does not count for the rate",
-		"\t\t\td.next = s.cfg.after(d.next, time.Now())\n", "\n"),
+		"\td.next = d.next.Add(interval)\n", "\n"),
 }
