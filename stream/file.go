@@ -53,8 +53,8 @@ type fileSink struct {
 	// spool does not have its acknowledgement. It only grows.
 	unsure uint64
 
-	// named is set while the names of the files are known to be on the disk: a process that was
-	// killed may have made them.
+	// named is set while the names of the files are known to be on the disk. That is not known
+	// at the start: an earlier process may have made them, and been killed before its sync.
 	named bool
 
 	sync func(*os.File) error // os.File.Sync; a variable for tests
@@ -80,8 +80,8 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 // mayHave raises unsure.
 func (f *fileSink) mayHave(upTo uint64) { f.unsure = max(f.unsure, upTo) }
 
-// Claims is what a counts file asks the group of a record: which instance writes the line? It may
-// be another group than that of this process, which has found the record in the spool.
+// Claims decides which instance of a group writes the line of a record. The group may be another
+// one than that of this process, if an earlier process left the record in the spool.
 type Claims interface {
 	// Claim is called right before the line of a window is written. An error leaves
 	// the line to a later try.
@@ -212,9 +212,10 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	return err
 }
 
-// appendSynced appends lines and syncs the file, also without any: the process that wrote what is
-// there may have been killed before its sync. Where that fails, Linux takes what it could not write
-// for written, and the next sync would succeed. So the lines are taken back, to be written again.
+// appendSynced appends lines and syncs the file. It syncs also without lines, because the process
+// that wrote those in the file may have been killed before its sync. After a sync that failed Linux
+// takes the lines for written, and the next sync would succeed. So they are taken back, to be
+// written again.
 func (f *fileSink) appendSynced(file *os.File, lines []byte) error {
 	info, err := file.Stat()
 	if err != nil {

@@ -161,11 +161,11 @@ type ledgerEpoch struct {
 	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers      answers        // what each member has given, as far as this process knows
 	inexact      bool           // it was not exact when this process opened it
-	wasRefused   bool           // for a time
-	ofOthers     bool           // this process has not opened it: it only asks what there is of it
-	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
-	under        uint64         // of that, under keys
-	decision     *decision      // what it came to, as far as this process knows
+	wasRefused   bool           // refused was set at some time
+	ofOthers     bool           // this process has not opened it: it only asks what the ledger has of it
+	reported     *counter.Count // the count of this process, once it has left it; without the keys
+	under        uint64         // how many ids of reported are under keys
+	decision     *decision      // its decided count, if this process knows it
 	contradicted bool           // the group has another decision, which is logged
 }
 
@@ -266,11 +266,11 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 	return s.Exec(ctx, client, keys, args)
 }
 
-// Opened notes an epoch that requests may enter; the next beat registers it, and closes the
-// channel in what is returned. It takes no time.
+// Opened notes an epoch that requests may enter. It does not wait: the next heartbeat registers
+// the epoch, and then closes the channel registered in the result.
 //
-// unique counts what this process has answered as new in it, at least. If the epoch is not exact
-// at its start, the group is to know before the first id, as this process may be killed.
+// unique returns how many ids this process has answered as new in it, at least. If the epoch is
+// not exact at its start, the group must know before the first id, as this process may be killed.
 func (l *Ledger) Opened(s counter.Span, unique func() uint64, exact bool) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -380,14 +380,15 @@ func (l *Ledger) Yield() {
 	nudge(l.wake)
 }
 
-// Claim asks, right before the line of a record is written to a counts file, whether
-// the group has the line, and else whether this member writes it: the lead of a
-// member that is gone is taken. A line that another one was to write is left to it, or to the
-// next process in its place, for claimWait. If the ledger may have lost which lines there are, no member
-// writes one before the others had the time to report them again.
+// Claim is called right before the line of a record is written to a counts file. It returns
+// whether the line is written already, and if not, whether this member is to write it: for that
+// it takes the lead if no member has it. A line that another member was to write is left for
+// claimWait to that member, or to the next process of that instance. If the ledger may have lost
+// which lines are written, Claim returns an error until the others had the time to report them
+// again.
 //
-// A record of another group is one that an earlier process has left in the spool. Its line is claimed
-// in the ledger of that group, of which this process is no member.
+// If group is another group, the record was left in the spool by an earlier process. Its line is
+// claimed in the ledger of that group, of which this process is no member.
 func (l *Ledger) Claim(ctx context.Context, group string, s counter.Span) (counter.Claim, error) {
 	keys, me, at := l.keysOf(group), "", "0"
 	if group == l.cfg.Group {

@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	// maxAddresses is how many addresses are remembered. One matters for one interval of
-	// the rate. Where that is long, all may matter, and one of them is forgotten: a caller
-	// that wants that must have POSTs sent to as many others.
+	// maxAddresses is how many addresses are remembered. An address matters for one interval
+	// of the rate. If that is long, all may matter, and some are forgotten: a caller that
+	// wants one forgotten must have POSTs sent to as many others.
 	maxAddresses = 1 << 14
 
 	// addressBurst is how many POSTs an address gets at once after a pause. A
@@ -48,9 +48,8 @@ func (s *Sender) admit(d *destination, addr netip.Addr) error {
 	return nil
 }
 
-// evictAddresses looks at n addresses and drops those that need not be remembered, and those
-// that are too many.
-// s.mu is held.
+// evictAddresses checks n addresses. It drops those that need not be remembered, and any while
+// there are too many. s.mu is held.
 func (s *Sender) evictAddresses(n int) {
 	now := time.Now()
 	for addr, due := range s.addresses {

@@ -178,13 +178,13 @@ type Stats struct {
 // for each successful Reserve: without a reservation they panic. All methods are safe for
 // concurrent use; Run is called once. A reservation keeps the place of a waiting POST
 // before anything is counted; Send cannot fail. A fixed number of workers (Run) takes
-// POSTs from the destinations that have some, in turn, so that none waits for another
-// one's slowness: a destination holds at most Concurrency workers, and all those together
-// that are not known to answer quickly (newcomers that no HOST:PORT entry names, and those
-// whose last POST failed or took long) hold at most three quarters of the workers and of the
-// table. Names are cheap, and so are the addresses of an allowed network; any number of
-// tarpits leaves the rest to destinations that answer. One that stops to answer counts as one
-// of them when its first POST times out.
+// POSTs from the destinations that have some, in turn, so that no destination waits for a
+// slow one: each holds at most Concurrency workers, and those that are not known to answer
+// quickly (newcomers that no HOST:PORT entry names, and those whose last POST failed or took
+// long) together hold at most three quarters of the workers and of the table. Names are cheap,
+// and so are the addresses of an allowed network. But any number of destinations that do not
+// answer leaves the rest to the others. A destination that stops answering is no longer known
+// to answer quickly when its first POST times out.
 type Sender struct {
 	cfg   Config
 	guard *guard

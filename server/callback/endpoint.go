@@ -50,7 +50,7 @@ func (ep Endpoint) logURL() string {
 	return ep.origin + shortened(path)
 }
 
-// shortened bounds what others put into a line of the log.
+// shortened bounds a text in a line of the log that callers or receivers choose.
 func shortened(text string) string {
 	const longest = 200
 	if len(text) > longest {

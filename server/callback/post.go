@@ -273,8 +273,9 @@ func closeAll(conns []*pooled) {
 }
 
 // RoundTrip does the exchange of a POST, on an idle connection if there is one. If that is
-// dead, it does one more, on a new connection. It replaces fasthttp's, which cannot tell a
-// dead connection from an answer that breaks off: behind that, nothing is sent again.
+// dead, it does one more, on a new connection. It replaces that of fasthttp, which cannot
+// distinguish a dead connection from an answer that breaks off, after which nothing may be
+// sent again.
 func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
 	deadline := time.Now().Add(req.GetTimeOut())
 	conn, err := h.kept()
@@ -295,8 +296,8 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	return false, err
 }
 
-// exchange sends req on conn and reads its answer, and keeps or closes conn. It ends when
-// the server stops. unanswered: it failed, and no byte of an answer came.
+// exchange sends req on conn and reads the answer, and keeps or closes conn. A stop of the
+// server ends it. unanswered: it failed, and no byte of an answer arrived.
 func (h *client) exchange(conn *pooled, deadline time.Time, req *fasthttp.Request, resp *fasthttp.Response) (unanswered bool, err error) {
 	s := h.sender
 	keep := false
