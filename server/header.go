@@ -15,8 +15,8 @@ type headerLines struct {
 	token    []byte // the value of the last of them, as it was sent
 }
 
-// inspect looks at the headers as they were sent. They are not ok where fasthttp
-// takes what other readers refuse or read in another way: a line that continues
+// inspect checks the headers as they were sent. They are not ok if fasthttp accepts
+// in them what other readers refuse or read in another way: a line that continues
 // the one before (RFC 9112, section 5.2), a space in a name, two headers for the
 // end of the request (section 6.1), a Host that is none or, in HTTP/1.1,
 // missing (section 3.2).

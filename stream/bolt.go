@@ -234,7 +234,7 @@ func checkPages(db *bolt.DB, tx *bolt.Tx) error {
 	defer file.Close()
 	size, own := int64(db.Info().PageSize), make([]byte, 8)
 	free, pages := 0, int(tx.Size()/size)
-	for id := 2; id < pages; { // behind the meta pages
+	for id := 2; id < pages; { // after the meta pages
 		page, err := tx.Page(id)
 		switch {
 		case err != nil:

@@ -13,7 +13,7 @@ import (
 	"verve/internal/durable"
 )
 
-// The file of the lines by key, beside the counts file.
+// The file of the lines by key, next to the counts file.
 //
 // The lines by key of a record are written and synced before its own line. So if the line of a
 // record is there, its keys are. Lines by key without that line were left by a kill, or by a
@@ -25,8 +25,8 @@ import (
 // last ones. If several processes share the files, others may have appended lines after them:
 // then they stay, and only the missing ones are written.
 
-// keysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
-// for counts.jsonl.
+// keysFile returns the path of the file of the lines by key of a counts file:
+// counts-by-key.jsonl for counts.jsonl.
 func keysFile(countsFile string) string {
 	ext := filepath.Ext(countsFile)
 	if ext == filepath.Base(countsFile) {

@@ -12,8 +12,8 @@ import (
 	"verve/internal/setting"
 )
 
-// checkSettingName is checkName for a name that a user gives, where space at the
-// ends and invisible characters are mistakes.
+// checkSettingName is checkName for a name in a setting. It also refuses space at the
+// ends and invisible characters, because these are mistakes of the user.
 func checkSettingName(name, value string) error {
 	switch {
 	case checkName(name, value) != nil:

@@ -67,8 +67,8 @@ func (l *Ledger) final(e *ledgerEpoch, unique uint64, refusals bool) {
 	}
 }
 
-// sessions returns the sessions of the members that have a part in an epoch, each behind the
-// sign of its part: see sealScript.
+// sessions returns the sessions of the members that have a part in an epoch. Before each
+// stands the sign of its part: see sealScript.
 func sessions(members []string) (list []string) {
 	for _, m := range members {
 		if m[0] != '0' {

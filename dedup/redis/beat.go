@@ -315,7 +315,7 @@ type epochReply struct {
 	decision *decision // if it is "decided"
 }
 
-// decision is what an epoch came to.
+// decision is the decided count of an epoch.
 type decision struct {
 	counter.Count        // without its keys
 	under         uint64 // how many of the ids were counted under keys

@@ -58,7 +58,7 @@ type lane struct {
 	queue      []*entry                          // to be sent, oldest first
 	postponed  []*entry                          // in doubt, as the batch of another session may have added them: to be sent again, a moment later
 	unanswered []*entry                          // added, but all their requests got 503: to be removed
-	byTime     ask                               // the head of a ring: before it is the newest request that waits, behind it the oldest
+	byTime     ask                               // the head of a ring: its prev is the newest request that waits, its next the oldest
 	job        *job                              // under way
 	down       bool                              // attempts have failed for half of Config.Timeout: new ids are decided without Redis
 	failing    int64                             // since when attempts fail, in ns since the start of the Set; 0: they do not

@@ -278,7 +278,7 @@ for _, m in ipairs(unlisted(KEYS[1], KEYS[6], listed, start)) do out[#out + 1] =
 return out
 `)
 
-// decideScript decides what the epoch came to, once, and answers "decided" and the decision,
+// decideScript decides the count of the epoch, once, and answers "decided" and the decision,
 // with the reason if it is not exact.
 //
 // The record has the sum of the answers that the members have reported; the number of ids in

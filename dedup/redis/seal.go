@@ -132,7 +132,7 @@ const (
 	scanned = "1000"
 
 	// keysLinger is how long the counts of the keys are kept once the record is delivered,
-	// for an instance that is late in asking what the window came to.
+	// for an instance that reads the count of the window late.
 	keysLinger = time.Minute
 )
 

@@ -139,7 +139,7 @@ type redisEpoch struct {
 	set           *Set
 	start         time.Time
 	name          string                     // in Redis: see epochName
-	before, after string                     // the names of the windows directly before and behind it
+	before, after string                     // the names of the windows directly before and after it
 	previous      atomic.Pointer[redisEpoch] // opened before this one; nil once this one is retired
 	end           int64                      // when the epoch is due to end, in ns since the start of the Set
 	view          *dedup.View                // in Local
