@@ -21,9 +21,9 @@ var (
 	textPlain  = []byte("text/plain")
 )
 
-// handle answers one request: the route by the path as it was sent, then the
-// method, then the rest. fasthttp reads the request before and writes the
-// answer after it.
+// handle answers one request. It first finds the route, by the path as it was sent,
+// then checks the method, then the rest. fasthttp reads the request before handle and
+// writes the answer after it.
 func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	defer s.recovered(ctx)
 	if s.lastAnswers.Load() {
@@ -53,13 +53,14 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 	}
 }
 
-// expect answers a request with "Expect: 100-continue" without its body, unless its route takes
-// one. fasthttp writes the answer and closes.
+// expect is called for a request with "Expect: 100-continue". If its route accepts the body it
+// returns 100. Else it answers the request without the body, and returns the status; fasthttp
+// writes the answer and closes the connection.
 func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	h := &ctx.Request.Header
 	if path, raw, _ := splitTarget(h.RequestURI()); ctx.IsPost() {
 		_, _, unfit := s.batches.head(h)
-		if unfit != nil && h.ContentLength() == inChunks { // which may be empty: no batch, if the query has an id
+		if unfit != nil && h.ContentLength() == inChunks { // these may be empty: then it is no batch if the query has an id
 			_, unfit = parseQuery(raw, true)
 		}
 		if string(path) == SinkPath && h.ContentLength() <= maxBody || string(path) == acceptPath && unfit == nil {
@@ -70,9 +71,9 @@ func (s *Server) expect(ctx *fasthttp.RequestCtx) int {
 	return ctx.Response.StatusCode()
 }
 
-// accept counts the id of a request. All parts of the request are checked, and a
-// place for its callback reserved, before the set is touched: a request refused
-// with 4xx or 503 has counted nothing. It returns why a request is refused.
+// accept counts the id of a request. It checks all parts of the request, and reserves
+// a place for its callback, before it adds the id to the set: a request that is refused
+// with 4xx or 503 has counted nothing. The error is why a request is refused.
 func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines) error {
 	h := &ctx.Request.Header
 	body := lines.encoding || h.ContentLength() > 0 // chunks may be empty
@@ -96,13 +97,13 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	switch {
 	case err != nil:
 		return err
-	case a.id == nil && body && lines.types > 1: // which of them is meant?
+	case a.id == nil && body && lines.types > 1: // it is not clear which type is meant
 		return errUnsupported
 	case a.id == nil && body:
 		return s.batches.serve(ctx, &a)
 	case a.id == nil:
 		return errNothing
-	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: which of them is meant?
+	case body && !(lines.encoding && isEmpty(bodyOf(ctx))): // and an id in the query: it is not clear which is meant
 		return errBadRequest
 	case a.wanted && !s.cfg.Callbacks.Reserve(a.endpoint):
 		return errNoPlace
@@ -121,7 +122,7 @@ func (s *Server) accept(ctx *fasthttp.RequestCtx, raw []byte, lines headerLines)
 	return nil
 }
 
-// isEmpty reports whether a body that came in chunks has none. What it reads is lost.
+// isEmpty reports whether a body in chunks has no bytes. If it has some, the first is lost.
 func isEmpty(body io.Reader) bool {
 	if body == nil {
 		return false
@@ -131,17 +132,17 @@ func isEmpty(body io.Reader) bool {
 	return err == io.EOF
 }
 
-// asked is what a request asks for beside the ids in its body.
+// asked is what a request asks for in its query and its headers.
 type asked struct {
 	id       []byte            // nil: there is none in the query
-	plain    bool              // there is nothing but what plainQuery takes
+	plain    bool              // the query is as plainQuery reads it, and there is no Idempotency-Key
 	endpoint callback.Endpoint // see wanted
-	wanted   bool              // a callback
+	wanted   bool              // a callback to endpoint is
 	options  dedup.Options     // of the id, or of each id in the body
 }
 
 // parse reads into a, which is empty, what a request asks for in its query and its headers.
-// Of several faults the error is the first in the order id, endpoint, key, token.
+// If there are several faults, the error is the first in the order id, endpoint, key, token.
 func (s *Server) parse(a *asked, h *fasthttp.RequestHeader, raw []byte, lines headerLines, needsID bool) (err error) {
 	id, ok := plainQuery(raw, &a.options)
 	if ok && lines.tokens == 0 {
@@ -173,7 +174,7 @@ func (s *Server) parse(a *asked, h *fasthttp.RequestHeader, raw []byte, lines he
 	return err
 }
 
-// answer writes the verdict of the set on an id. epoch is the one that it was given in.
+// answer writes the verdict of the set on an id. epoch is the one in which it was given.
 func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *counter.Epoch) {
 	setHead(r)
 	if s.cfg.WindowHeader {
@@ -192,8 +193,8 @@ func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *coun
 	r.SetBodyRaw(bodyOK)
 }
 
-// judgedIn returns the start of the window that an id was counted or repeated in, and the
-// same as an answer names it. e is the epoch of its verdict.
+// judgedIn returns the start of the window in which an id was counted or repeated, also as the
+// text in an answer. e is the epoch of its verdict.
 func judgedIn(v dedup.Verdict, e *counter.Epoch) (start time.Time, label []byte) {
 	if start = e.Start(); v != dedup.ReplayedBefore {
 		return start, e.Label()
@@ -202,8 +203,8 @@ func judgedIn(v dedup.Verdict, e *counter.Epoch) (start time.Time, label []byte)
 	return start, start.AppendFormat(nil, time.RFC3339Nano)
 }
 
-// count judges one id. The callback for which a place is reserved is sent for a new
-// id, and its place is given back otherwise, also after a panic.
+// count judges one id. If a place for a callback is reserved, it sends the callback for a new
+// id, and gives the place back otherwise, also after a panic.
 func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	if a.wanted {
 		defer func() {
@@ -219,7 +220,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	options := w.sharing(&a.options)
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
 	s.cfg.Set.Keys(w.items)
-	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // the time of the end of the request's headers
+	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // ctx.Time is when the headers had arrived
 	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
 		s.replayed.Add(1)
 	} else if err == nil && v == dedup.Turned {

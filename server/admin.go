@@ -32,20 +32,20 @@ const (
 	adminIdleTimeout   = time.Minute
 	adminMaxHeader     = 16 << 10
 
-	// adminGrace is what answers under way get when all else has stopped.
+	// adminGrace is how long answers under way may take when all else has stopped.
 	adminGrace = 500 * time.Millisecond
 
-	// maxProfiles bounds the profiles that are being made: for some the request sets how
-	// long that takes.
+	// maxProfiles bounds how many profiles are made at once: for some of them the request
+	// sets how long that takes.
 	maxProfiles = 8
 )
 
-// Records is what the admin listener shows of the records' delivery.
+// Records is what the admin listener shows about the delivery of records.
 type Records struct {
 	Published      uint64    // acknowledged by every sink
 	Pending        int       // in the spool
 	Oldest         time.Time // when the oldest of them was sealed; zero without one
-	Poison         int       // dead letters: a sink will never take them
+	Poison         int       // dead letters: records that a sink will never take
 	Conflicts      uint64    // keys found with another value
 	AppendFailures uint64    // tries to make a record durable that failed
 	Blocked        string    // why records cannot be made durable now; empty if they can
@@ -74,18 +74,18 @@ type AdminConfig struct {
 	// LogDropped is how many lines of the log were dropped. Optional.
 	LogDropped func() uint64
 
-	// Shared is the state of the group's Redis, and Sealed what a window that was
-	// just closed came to in the whole group, if that is known. Both are nil if ids
-	// are in memory.
+	// Shared returns the state of the group's Redis, and Sealed the count of a window
+	// that was just closed in the whole group, if it is known. Both are nil if ids are in
+	// memory.
 	Shared func() dedup.GroupStats
 	Sealed func(counter.Span) (counter.Count, bool) // see Shared
 
-	// History is the file that keeps the last windows for the next start. Empty:
-	// they are shown until the process ends.
+	// History is the path of the file that keeps the last windows for the next start.
+	// Empty: they are only in memory.
 	History string
 
-	// Token is asked of every request but probes, as a bearer token or, for
-	// browsers, as the password of any user. Empty: none is.
+	// Token is required of every request but probes, as a bearer token or, for
+	// browsers, as the password of any user. Empty: none is required.
 	Token string
 }
 
@@ -106,7 +106,7 @@ type Admin struct {
 	stopping atomic.Bool
 }
 
-// NewAdmin makes the admin server.
+// NewAdmin makes the admin server. It reads cfg.History. The caller must Serve it.
 func NewAdmin(cfg AdminConfig) *Admin {
 	a := &Admin{
 		cfg: cfg, server: cfg.Server, ln: newPatientListener(cfg.Listener, "admin", cfg.Server.cfg.Log), profiles: make(chan struct{}, maxProfiles),
@@ -150,8 +150,8 @@ func CheckToken(token []byte) error {
 	return nil
 }
 
-// unstored lets no cache on the way keep an answer, as it would a 404 by itself (RFC 9110,
-// section 15.1): each is about this moment. The live page sets another rule.
+// unstored forbids caches to keep an answer, because each is about this moment. Without it they
+// might keep a 404 (RFC 9110, section 15.1). The live page sets another rule.
 func unstored(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
@@ -159,13 +159,13 @@ func unstored(next http.Handler) http.Handler {
 	})
 }
 
-// bodiless refuses a request with a body, for which no route has a use, without waiting
-// for the body, and closes the connection: net/http skips what is wrong in chunks.
+// bodiless refuses a request with a body, which no route uses, and closes the connection: net/http
+// would skip what is wrong in chunks. It does not wait for the body.
 func bodiless(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength != 0 {
 			w.Header().Set("Connection", "close")
-			_ = http.NewResponseController(w).SetReadDeadline(time.Now()) // else what is left is read first
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now()) // otherwise net/http reads the rest first
 			http.Error(w, "a request here has no body", http.StatusBadRequest)
 			return
 		}
@@ -241,7 +241,8 @@ func (a *Admin) Serve() error {
 	return nil
 }
 
-// WindowClosed adds the count of a published epoch to the windows that are shown.
+// WindowClosed adds the count of a published epoch to the windows that are shown, and writes it
+// into the file for the next start.
 func (a *Admin) WindowClosed(c counter.Count) {
 	w := window{
 		Start: c.Start, MS: c.Window.Milliseconds(), Unique: c.Unique, Duplicates: c.Repeats,
@@ -257,21 +258,21 @@ func (a *Admin) WindowClosed(c counter.Count) {
 		}
 	}
 	w.largest = keys.Largest(maxShownKeys)
-	w.cut = !w.Start.Before(a.server.cfg.Counter.Last().Start()) // no other has been opened
+	w.cut = !w.Start.Before(a.server.cfg.Counter.Last().Start()) // no later epoch has been opened
 	a.history.add(w)
 }
 
 // NotReady makes /readyz answer 503 from now on: the first thing at a stop.
 func (a *Admin) NotReady() { a.stopping.Store(true) }
 
-// Shutdown ends the listener. Answers under way have adminGrace.
+// Shutdown ends the listener. Answers under way have adminGrace, or until ctx ends.
 func (a *Admin) Shutdown(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, adminGrace)
 	defer cancel()
 	if err := a.http.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return a.http.Close() // what is left would hold up the end
+	return a.http.Close() // connections that are left would delay the end of the process
 }
 
 func (a *Admin) healthz(w http.ResponseWriter, _ *http.Request) {
@@ -297,7 +298,8 @@ type readiness struct {
 	blocking, failing []string
 }
 
-// add takes the outcome of a check. needed: without it the instance is not ready.
+// add adds the outcome of a check; reason is empty if it succeeded. needed: if it failed, the
+// instance is not ready.
 func (r *readiness) add(name, reason string, needed bool) {
 	r.Checks[name] = check{reason == "", reason}
 	switch {
@@ -324,10 +326,10 @@ func (a *Admin) readyz(w http.ResponseWriter, req *http.Request) {
 	writeJSON(w, status, r)
 }
 
-// readiness asks every dependency. A sink that fails is shown and does not count:
-// ids are answered without it, and their records wait in the spool. What answering
-// ids or the spool need does count, and a clock that cannot be trusted: other
-// instances would count the ids in other windows.
+// readiness checks every dependency. A sink that fails is shown, but the instance is
+// still ready: ids are answered without it, and their records wait in the spool. The
+// instance is not ready if it cannot answer ids or write the spool, or if its clock cannot
+// be trusted: other instances would count the ids in other windows.
 func (a *Admin) readiness() readiness {
 	rec := a.cfg.Records()
 	r := readiness{Ready: true, Checks: map[string]check{}, Pending: rec.Pending, OldestAge: age(rec.Oldest)}
@@ -345,12 +347,12 @@ func (a *Admin) readiness() readiness {
 	if p := a.ln.problem(); p != "" {
 		r.add("admin", p, false) // this very request was accepted
 	}
-	if a.cfg.Shared != nil { // if ids are answered without it, it does not count
+	if a.cfg.Shared != nil { // Ready is set if ids are answered without Redis
 		g := a.cfg.Shared()
 		r.add("redis", g.Away, !g.Ready)
 		r.Ready = r.Ready && g.Ready
 	}
-	// Ids that are refused because of Redis are one fault.
+	// If ids are refused because of Redis, both checks have the same fault: it is named once.
 	if r.Checks["dedup"] == r.Checks["redis"] {
 		r.blocking = slices.DeleteFunc(r.blocking, func(name string) bool { return name == "dedup" && slices.Contains(r.blocking, "redis") })
 	}
@@ -377,7 +379,7 @@ type recentWindows struct {
 }
 
 func (a *Admin) recent(limit int) recentWindows {
-	closed := a.history.last(limit + 1) // before the open one: that is not among them
+	closed := a.history.last(limit + 1) // read before Counter.Last, so the open epoch of now is not among them
 	out := recentWindows{Group: a.cfg.Group, Instance: a.cfg.Instance, Open: openWindow(a.server.cfg.Counter.Last())}
 	if part, ok := a.earlierPart(&out.Open, closed); ok {
 		if part.hasKeys() {
@@ -404,8 +406,8 @@ func openWindow(e *counter.Epoch) window {
 	}
 }
 
-// earlierPart returns what earlier processes have counted in the open window, which is not
-// over: it is the newest of the closed windows then.
+// earlierPart returns what earlier processes have counted in the open window, if any have: the
+// newest of the closed windows is then a part of the open one.
 func (a *Admin) earlierPart(open *window, closed []window) (part window, ok bool) {
 	if len(closed) == 0 || !a.server.cfg.Counter.Taking() || !closed[0].same(open) {
 		return part, false
@@ -413,9 +415,8 @@ func (a *Admin) earlierPart(open *window, closed []window) (part window, ok bool
 	return closed[0], true
 }
 
-// state is that of a closed window's record. The spool of an earlier process has
-// forgotten the records that were delivered; in a group another instance may have
-// those that were not.
+// state returns the state of a closed window's record. The spool does not have the records
+// of an earlier process that were delivered. In a group another instance may have the others.
 func (a *Admin) state(w *window) string {
 	state := a.cfg.Delivered(w.Start)
 	switch {

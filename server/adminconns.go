@@ -7,13 +7,13 @@ import (
 	"time"
 )
 
-// adminSendBuffer bounds what the kernel holds for a client that does not read, and
-// with that the time until a write waits.
+// adminSendBuffer bounds what the kernel holds for a client that does not read, in bytes. A
+// write waits when it is full, and then ends at its deadline.
 const adminSendBuffer = 16 << 10
 
-// connLimit bounds the connections of the admin listener. One too many ends the one
-// that has waited longest without a request: a probe needs a moment, a flood of
-// connections waits. Where all have a request, the new one goes.
+// connLimit bounds the connections of the admin listener. If there is one too many, it ends
+// the one that has waited longest without a request: a probe needs only a moment, and a flood
+// of connections waits. If all have a request, it ends the new one.
 type connLimit struct {
 	max int
 
@@ -29,14 +29,14 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateNew:
 		if tcp, ok := c.(*net.TCPConn); ok {
-			_ = tcp.SetWriteBuffer(adminSendBuffer) // the default works, too
+			_ = tcp.SetWriteBuffer(adminSendBuffer) // if it fails, the default works, too
 		}
 		if len(l.conns) < l.max || l.makeRoom() {
 			l.conns[c] = time.Now()
 			return
 		}
 		l.ended++
-		_ = c.Close() // the http.Server finds out
+		_ = c.Close() // the http.Server notices at its next read
 	case http.StateActive:
 		if _, ok := l.conns[c]; ok {
 			l.conns[c] = time.Time{}

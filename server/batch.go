@@ -38,14 +38,14 @@ var (
 	wordItems = [words]string{`"ok",`, `"duplicate",`, `"replayed",`, `"bad-id",`, `"bad-key",`, `"bad-token",`, `"full",`, `"unavailable",`, `"draining",`}
 )
 
-// wordReasons are the reasons that the words from wordBadID on are counted under.
+// wordReasons are the reasons under which the words from wordBadID on are counted.
 var wordReasons = [words]reason{
 	wordBadID: reasonBadID, wordBadKey: reasonBadKey, wordBadToken: reasonBadToken,
 	wordFull: reasonFull, wordUnavailable: reasonUnavailable, wordDraining: reasonDraining,
 }
 
-// batches answers POST requests with a body. The body is read into bounded memory,
-// parsed as a whole, and only then are its ids judged, each on its own.
+// batches answers POST requests with a body. It reads the body into bounded memory, and parses
+// all of it. Only then it judges the ids, each on its own.
 type batches struct {
 	batchMemory
 	server   *Server
@@ -60,7 +60,7 @@ type batches struct {
 // batch is a request with a body, from its arrival until its answer is written.
 type batch struct {
 	owner *batches
-	held  int64 // of owner.used
+	held  int64 // its part of owner.used
 
 	body, unpacked, out *buffer // unpacked is the body, if it came compressed
 	*tables
@@ -69,7 +69,7 @@ type batch struct {
 	one    [1]byte
 }
 
-// batchValue is the name under which a request has its batch. fasthttp closes the
+// batchValue is the name of the value of a request that is its batch. fasthttp closes the
 // values of a request when its answer is written.
 const batchValue = "batch"
 
@@ -87,12 +87,12 @@ func newBatches(s *Server) *batches {
 	return b
 }
 
-// read reads r to its end, in at most limit bytes. It takes memory as bytes come, so
-// that a client that announces much and sends little holds little. The buffer is the
-// caller's with an error, too.
+// read reads r to its end, or returns errTooLarge if that is more than limit bytes. It takes
+// memory as bytes arrive, so that a client that announces much and sends little holds little
+// memory. The caller drops the buffer, also after an error.
 func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err error) {
 	for have := 0; err == nil; have = len(buf.b) {
-		into := b.one[:] // is there more than the limit?
+		into := b.one[:] // at the limit: to see whether there is one more byte
 		if have < limit {
 			if buf, err = b.grow(buf, have+1, memory); err != nil {
 				return buf, err
@@ -111,10 +111,11 @@ func (b *batch) read(r io.Reader, limit int, memory int64) (buf *buffer, err err
 	return buf, err
 }
 
-// packedSlack is how many bytes gzip may add to n bytes that it cannot compress, and its header.
+// packedSlack is how many bytes longer than its content a gzip body may be: what gzip adds to n
+// bytes that it cannot compress, and its header.
 func packedSlack(n int) int { return n>>10 + 4<<10 }
 
-// head checks the headers of a batch.
+// head checks the headers of a batch, and returns its format and whether it is compressed.
 func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, err error) {
 	if f = formatOf(h.ContentType()); f == formatUnknown {
 		return f, false, errUnsupported
@@ -133,9 +134,9 @@ func (bs *batches) head(h *fasthttp.RequestHeader) (f format, compressed bool, e
 	return f, compressed, nil
 }
 
-// isGzip reports whether a body with these lines of Content-Encoding comes in gzip. It is ok
-// if they name nothing else, and not one encoding over the other. A list may have empty
-// elements (RFC 9110, section 5.6.1.2).
+// isGzip reports whether a body with these lines of Content-Encoding is compressed with gzip. It
+// is not ok if they name another encoding than gzip and identity, or more than one. A list may
+// have empty elements (RFC 9110, section 5.6.1.2).
 func isGzip(lines [][]byte) (yes, ok bool) {
 	named := 0
 	for _, line := range lines {
@@ -154,7 +155,7 @@ func isGzip(lines [][]byte) (yes, ok bool) {
 	return yes, named <= 1
 }
 
-// load reads and parses the body of a request, whose query has options for all items.
+// load reads and parses the body of a request. options are those of the query, for all items.
 func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format, err error) {
 	f, compressed, err := b.owner.head(&ctx.Request.Header)
 	if err != nil {
@@ -184,7 +185,7 @@ func (b *batch) load(ctx *fasthttp.RequestCtx, options *dedup.Options) (f format
 	return f, b.parse(f, body.b, options)
 }
 
-// decompress makes unpacked of the body.
+// decompress sets unpacked to the decompressed body.
 func (b *batch) decompress() (err error) {
 	b.packed.Reset(b.body.b)
 	defer b.packed.Reset(nil)
@@ -203,13 +204,13 @@ func (b *batch) decompress() (err error) {
 	return errBadRequest
 }
 
-// serve answers a request with a body, and starts one callback for it if wanted, or returns
-// why it is refused.
+// serve answers a request with a body, and sends one callback if that is wanted and an id is
+// new. Or it returns why the request is refused.
 func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) error {
 	s := bs.server
 	b := bs.free.Get().(*batch)
 	ctx.SetUserValue(batchValue, b)
-	defer b.finish() // the answer is still to be written
+	defer b.finish() // Close releases the rest, when the answer is written
 	f, err := b.load(ctx, &a.options)
 	if err != nil {
 		return broken(ctx, err)
@@ -225,7 +226,7 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) error {
 			s.cfg.Callbacks.Release(a.endpoint)
 		}
 	}()
-	// Not ctx.Time: the body may have taken long.
+	// Not ctx.Time: the body may have arrived much later.
 	cause := s.judge(time.Now().UnixNano(), ctx.ConnID(), &b.work)
 	counts := b.assignWords(cause)
 	s.replayed.Add(uint64(counts[wordReplayed]))
@@ -238,14 +239,14 @@ func (bs *batches) serve(ctx *fasthttp.RequestCtx, a *asked) error {
 		if why.last {
 			ctx.SetConnectionClose()
 		}
-		setRefusal(&ctx.Response, why) // counted
+		setRefusal(&ctx.Response, why) // assignWords has counted it
 		return nil
 	}
 	b.answer(&ctx.Response, f, &counts)
 	return nil
 }
 
-// wordOf is the word for a verdict; cause is behind those that are none.
+// wordOf returns the word for a verdict. cause is why an id got no verdict of the set.
 func wordOf(v dedup.Verdict, cause error) word {
 	switch {
 	case v == dedup.Unique:
@@ -263,8 +264,8 @@ func wordOf(v dedup.Verdict, cause error) word {
 	}
 }
 
-// assignWords gives the items that were judged their words, and counts all words; those of
-// refusal also under their reasons. cause is behind those that the set has refused.
+// assignWords sets the words of the items that were judged, and counts all words. It also counts
+// refusals under their reasons. cause is why the set has refused items.
 func (b *batch) assignWords(cause error) (n [words]int) {
 	of := [dedup.Verdicts]word{}
 	for v := range of {
@@ -287,8 +288,9 @@ func (b *batch) assignWords(cause error) (n [words]int) {
 	return n
 }
 
-// nothingJudged reports whether no item could be judged now, and why. Items that are bad do
-// not matter: the client may look at the status alone, and has to send the others again.
+// nothingJudged reports whether none of the well-formed items could be judged now, and why. Then
+// the status is that of a refusal, because a client that looks at the status alone has to send
+// these items again.
 func (b *batch) nothingJudged(n *[words]int) (why refusal, refused bool) {
 	good := len(b.words) - n[wordBadID] - n[wordBadKey] - n[wordBadToken]
 	if good > 0 && n[wordDraining] == good {
@@ -297,8 +299,8 @@ func (b *batch) nothingJudged(n *[words]int) (why refusal, refused bool) {
 	return errUnavailable, good > 0 && n[wordUnavailable]+n[wordDraining] == good
 }
 
-// answer writes the words: a line each, or as JSON. If there is no memory for them, the
-// answer is still given: the ids are counted.
+// answer writes the words: one per line, or as JSON. If the memory of batches is used up, it
+// writes them nevertheless, because the ids are counted.
 func (b *batch) answer(r *fasthttp.Response, f format, n *[words]int) {
 	setHead(r)
 	texts := &wordLines
@@ -333,13 +335,13 @@ func (b *batch) answer(r *fasthttp.Response, f format, n *[words]int) {
 	if b.owner.server.cfg.WindowHeader {
 		b.setWindows(r)
 	}
-	r.SetBodyRaw(out) // not copied: it is b's until the answer is written
+	r.SetBodyRaw(out) // not copied: b keeps it until the answer is written
 }
 
 var applicationJSON = []byte("application/json")
 
-// setWindows names the windows that ids were judged in: one by itself, more with the
-// number of ids in each. A replay is in the window that counted its id.
+// setWindows names in a header the windows in which ids were judged. If there are several, each
+// has its number of ids. A replay is in the window that counted its id.
 func (b *batch) setWindows(r *fasthttp.Response) {
 	type window struct {
 		start time.Time

@@ -14,16 +14,16 @@ const (
 	// batchStep is the size of the smallest buffer: most batches fit in a few of these.
 	batchStep = 16 << 10
 
-	// bufferClasses is how many sizes of buffers there are, each twice the one before:
-	// the largest is larger than maxMaxBatchBytes.
+	// bufferClasses is how many sizes of buffers there are. Each is twice the one before.
+	// The largest is larger than maxMaxBatchBytes.
 	bufferClasses = 14
 
-	// keptItems bounds the tables that are kept for the next batch.
+	// keptItems bounds, in items, the tables that are kept for the next batch.
 	keptItems = DefaultMaxBatchIDs
 )
 
-// batchMemory bounds the memory that all batches use together. Memory in use is counted;
-// memory in the pools was in use before, and the garbage collection releases it.
+// batchMemory bounds the memory that all batches use together, in bytes. Memory in use is
+// counted. Memory in the pools is not: it was in use before, and the garbage collector frees it.
 type batchMemory struct {
 	limit   int64
 	used    atomic.Int64
@@ -33,11 +33,11 @@ type batchMemory struct {
 
 type buffer struct{ b []byte }
 
-// bodies is the part of the memory that bodies may take. They may arrive slowly; the
-// rest is for batches that have arrived, which need it for a moment.
+// bodies is the part of the memory that bodies may take, because they may arrive slowly. The
+// rest is for batches that have arrived, which need it only for a moment.
 func (m *batchMemory) bodies() int64 { return m.limit - m.limit/4 }
 
-// tables are what is known about each id of a batch.
+// tables have what is known about each item of a batch.
 type tables struct {
 	work    work            // of the ids that are well formed
 	words   []word          // of every item
@@ -53,8 +53,8 @@ func (t *tables) bytes() int64 {
 	return int64(cap(t.words)*itemBytes + cap(t.options)*optionsBytes)
 }
 
-// batchNeeds returns the memory that the largest batch takes: its body while it grows,
-// once more where it comes compressed, and its tables.
+// batchNeeds returns the memory that the largest batch takes, in bytes: for its body while it
+// grows, for the decompressed body if it was compressed, and for its tables.
 func batchNeeds(maxBytes, maxIDs int) int64 {
 	return 4*int64(maxBytes) + int64(maxIDs*(itemBytes+optionsBytes))
 }
@@ -69,8 +69,8 @@ func (b *batch) charge(n, limit int64) error {
 	return nil
 }
 
-// grow returns a buffer of at least size bytes with the content of buf, which is
-// given back.
+// grow returns a buffer of at least size bytes with the content of buf: buf itself if it is
+// large enough, else a larger one, and drops buf.
 func (b *batch) grow(buf *buffer, size int, limit int64) (*buffer, error) {
 	if buf != nil && cap(buf.b) >= size {
 		return buf, nil
@@ -92,7 +92,7 @@ func (b *batch) grow(buf *buffer, size int, limit int64) (*buffer, error) {
 	return larger, nil
 }
 
-// drop gives a buffer back.
+// drop gives a buffer back to its pool; nil: it does nothing.
 func (b *batch) drop(buf *buffer) {
 	if buf == nil {
 		return
@@ -103,8 +103,8 @@ func (b *batch) drop(buf *buffer) {
 	b.owner.buffers[bits.Len(uint(cap(buf.b)-1)/batchStep)].Put(buf)
 }
 
-// room returns an empty slice for n elements: s if it has room. size is what an element
-// takes, with what belongs to it.
+// room returns an empty slice for n elements: s if it has room. size is how many bytes an
+// element takes, with what belongs to it.
 func room[T any](b *batch, s []T, n, size int) ([]T, error) {
 	if n <= cap(s) {
 		return s[:0], nil
@@ -128,7 +128,7 @@ func (b *batch) makeTables(n int) (err error) {
 	return err
 }
 
-// forget clears what t has of keys and tokens, which belong to a request.
+// forget clears the keys and tokens in t: they belong to one request.
 func (t *tables) forget() {
 	if t.work.shared.Under == nil && t.work.shared.Token == nil && len(t.options) == 0 {
 		return
@@ -138,8 +138,8 @@ func (t *tables) forget() {
 	t.options, t.work.shared = t.options[:0], dedup.Options{}
 }
 
-// finish gives back what b needs no more once its answer is rendered. Its tables go on
-// pointing into buffers, which are in the pools, too.
+// finish gives back what b no longer needs when its answer is rendered. Its tables still point
+// into buffers, but those are in the pools as well.
 func (b *batch) finish() {
 	for _, buf := range []*buffer{b.body, b.unpacked, b.scratch} {
 		b.drop(buf)

@@ -17,15 +17,15 @@ import (
 type format uint8
 
 const (
-	formatText   format = iota // an id a line, raw bytes
+	formatText   format = iota // one id per line, raw bytes
 	formatJSON                 // an array of items
-	formatLines                // an item a line
+	formatLines                // one item per line
 	formatEvents               // an array of CloudEvents
 	formatEvent                // one CloudEvent
 	formatUnknown
 )
 
-// formats are those of the media types.
+// formats has the format of each media type.
 var formats = map[string]format{
 	"":                                   formatText,
 	"text/plain":                         formatText,
@@ -35,8 +35,8 @@ var formats = map[string]format{
 	"application/cloudevents+json":       formatEvent,
 }
 
-// formatOf returns the format of a Content-Type: the media type decides, in any
-// case, and its parameters are ignored.
+// formatOf returns the format of a Content-Type. Only the media type decides, in upper or lower
+// case; its parameters are ignored.
 func formatOf(contentType []byte) format {
 	media, _, _ := bytes.Cut(contentType, []byte(";"))
 	if f, ok := formats[string(bytes.ToLower(bytes.TrimSpace(media)))]; ok {
@@ -47,18 +47,18 @@ func formatOf(contentType []byte) format {
 
 var errBatchClosed = errors.New("the body goes on behind the batch")
 
-// parser is what a batch has while it is taken apart.
+// parser is what a batch has while it is parsed.
 type parser struct {
-	scratch *buffer // what had to be unquoted or put together
+	scratch *buffer // text that had to be unquoted or joined
 	decoder *jsontext.Decoder
 	json    bytes.Buffer   // of the decoder, which reads the body in place
-	common  *dedup.Options // of the items that have none of their own; nil: they have none
+	common  *dedup.Options // of the items without options of their own; nil: these have none
 }
 
-// parse takes the body apart: into the words of its items, and the ids that are well
-// formed, to be judged. The body must stay as it is while they are used. An error is
-// about the body as a whole; what is wrong with one item is its word. shared are the
-// options of all items, but for what an item has itself.
+// parse splits the body into its items: each gets a word, and the well-formed ids are
+// to be judged. They point into the body, which must not change while they are used. An
+// error is about the body as a whole; a fault of one item is its word. shared are the
+// options of all items, as far as an item has none itself.
 func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	most := 1
 	switch f {
@@ -76,7 +76,7 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 		return b.lines(body)
 	}
 	// Unquoted text is at most as long as the body, and so are joined sources and ids. So
-	// scratch never moves.
+	// scratch never grows: pointers lead into it.
 	size := 0
 	if bytes.IndexByte(body, '\\') >= 0 {
 		size += len(body)
@@ -98,8 +98,8 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	}
 	b.decoder, b.json = d, *bytes.NewBuffer(body)
 	// The grammar of JSON allows a name twice in an object (RFC 8259, section 4) and half of a
-	// surrogate pair in a string (section 8.2), which object, event and text find: each is the
-	// fault of its item alone.
+	// surrogate pair in a string (section 8.2). The decoder lets both pass; object, event and
+	// text find them, so that each is the fault of its item alone.
 	d.Reset(&b.json, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	err = b.values(f, body)
 	b.owner.decoders.Put(d)
@@ -113,8 +113,8 @@ func (b *batch) parse(f format, body []byte, shared *dedup.Options) error {
 	return nil
 }
 
-// lines reads an id a line, as add takes one, which would cost 11 ns for each. The end of the
-// last one is optional.
+// lines reads one id per line. It does what add does, whose call would cost 11 ns per id. The
+// newline of the last line is optional.
 func (b *batch) lines(body []byte) error {
 	decimals := b.owner.server.cfg.Uint64IDs
 	items, words := b.work.items, b.words
@@ -136,13 +136,13 @@ func (b *batch) lines(body []byte) error {
 	return nil
 }
 
-// add takes an item with its word so far, and the key and the token that it has itself. An id
-// that is well formed is to be judged.
+// add adds an item. w is its word so far: wordOK, or its fault. own are the key and the token
+// that it has itself. A well-formed item is to be judged.
 func (b *batch) add(id []byte, w word, own dedup.Options) (err error) {
 	switch len(b.words) {
 	case b.owner.maxIDs:
 		return errTooLarge
-	case cap(b.words): // several are on one line; the tables of the items have the same room
+	case cap(b.words): // several items are on one line; the tables of the items have the same capacity
 		return errBadRequest
 	}
 	if !validID(id) || b.owner.server.cfg.Uint64IDs && !canonicalUint64(id) {
@@ -156,7 +156,7 @@ func (b *batch) add(id []byte, w word, own dedup.Options) (err error) {
 		if own.Token == nil {
 			own.Token = b.work.shared.Token
 		}
-		if len(b.options) == 0 { // pointers lead into it: it has room for all items that may come
+		if len(b.options) == 0 { // pointers lead into it, so it gets room for all items that may come
 			if b.options, err = room(b, b.options, cap(b.words)-len(b.words), optionsBytes); err != nil {
 				return err
 			}
@@ -210,8 +210,8 @@ func (b *batch) values(f format, body []byte) error {
 	}
 }
 
-// ownLine reports whether an item, with the space before it, is on a line of its own:
-// its line ends before it began, unless it is the first one, and not within it.
+// ownLine reports whether an item is on a line of its own. item begins with the space before
+// it, in which a line must end, unless the item is the first. No line may end within the item.
 func ownLine(item []byte, first bool) bool {
 	began := bytes.TrimLeft(item, " \t\r\n")
 	space := item[:len(item)-len(began)]
@@ -229,7 +229,7 @@ func atEnd(err error) error {
 	return err
 }
 
-// value reads one item. JSON that is no item is a bad id.
+// value reads one item. JSON that is no item is added as a bad id.
 func (b *batch) value(f format) error {
 	events := f == formatEvents || f == formatEvent
 	switch kind := b.decoder.PeekKind(); {
@@ -251,8 +251,8 @@ func (b *batch) value(f format) error {
 }
 
 // text returns the text of a JSON string, or of a number that is a canonical decimal
-// if numbers are allowed; nil for any other value. It is in the body, or in scratch if
-// it has an escape.
+// if numbers are allowed; nil for any other value. The text is in the body, or in scratch
+// if the string has an escape.
 func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 	switch {
 	case v.Kind() == '"' && bytes.IndexByte(v, '\\') < 0:
@@ -271,8 +271,8 @@ func (b *batch) text(v jsontext.Value, numbers bool) []byte {
 	return nil
 }
 
-// object reads {"id":…,"key":…,"token":…}, each once. Other members are ignored. Of several
-// faults its word is the first in this order.
+// object reads {"id":…,"key":…,"token":…}, each once at most. Other members are ignored. If
+// there are several faults, the word is that of the first in this order.
 func (b *batch) object() error {
 	var id []byte
 	var own dedup.Options
@@ -304,13 +304,13 @@ func (b *batch) object() error {
 	return b.add(id, w, own)
 }
 
-// event reads a CloudEvent (version 1.0, JSON format): the id counted is its source, a
-// space, and its id, which together tell events apart (section 3.1 there). A source is a
-// reference of a URI, which holds no space: with one, two events could have the same id.
+// event reads a CloudEvent (version 1.0, JSON format). The id that is counted is its source, a
+// space, and its id: source and id together identify an event (section 3.1 there). A source is a
+// URI reference, which has no space: with one, two events could have the same id.
 func (b *batch) event() error {
 	var source, id []byte
 	var version, kind bool
-	required := 0 // attributes; each is there once
+	required := 0 // how many required attributes were read; all four must be there once
 	err := b.members(func(name []byte, v jsontext.Value) {
 		required++
 		switch string(name) {
@@ -338,7 +338,7 @@ func (b *batch) event() error {
 	return b.add(out[from:len(out):len(out)], wordOK, dedup.Options{})
 }
 
-// members calls member for each of an object's.
+// members calls member for each member of an object.
 func (b *batch) members(member func(name []byte, v jsontext.Value)) error {
 	d := b.decoder
 	if _, err := d.ReadToken(); err != nil {
@@ -352,7 +352,7 @@ func (b *batch) members(member func(name []byte, v jsontext.Value)) error {
 		}
 		n, err := jsontext.AppendUnquote(name[:0], v)
 		if err != nil {
-			n = nil // half of a surrogate pair: none of ours
+			n = nil // half of a surrogate pair: it is no name that is used here
 		}
 		if v, err = d.ReadValue(); err != nil {
 			return err

@@ -15,9 +15,9 @@ const (
 	// inChunks is fasthttp's content length of a body in chunks.
 	inChunks = -1
 
-	// maxChunkLine bounds the line before a chunk: its size and its extensions, which no
-	// caller is known to send. maxTrailer bounds the fields behind the last chunk. A request
-	// may have either in full beside headers that fill readBuffer.
+	// maxChunkLine bounds the line before a chunk, in bytes: its size and its extensions,
+	// which no caller is known to send. maxTrailer bounds the fields after the last chunk.
+	// Both apply in addition to the headers, which may fill readBuffer.
 	maxChunkLine = 256
 	maxTrailer   = 1 << 10
 
@@ -27,13 +27,13 @@ const (
 
 var errBadChunks = errors.New("the body has badly formed chunks")
 
-// chunks reads a body in chunks, and ends in errBadChunks where the body is not as RFC
-// 9112, section 7.1, writes it. fasthttp reads the same bytes afterwards, but it skips an
-// extension without a look, allows spaces behind a size, and bounds neither. So each line
+// chunks reads a body in chunks, and returns errBadChunks if the body does not follow RFC
+// 9112, section 7.1. fasthttp reads the same bytes afterwards, but it skips an
+// extension without a check, allows spaces after a size, and bounds neither. So each line
 // and the trailer are checked while they are still in fasthttp's buffer.
 //
-// Bad whitespace around the parts of an extension is allowed, but not behind the size:
-// fasthttp refuses it there.
+// Whitespace around the parts of an extension is allowed (BWS in the RFC), but not directly
+// after the size: fasthttp refuses it there.
 type chunks struct {
 	stream io.Reader     // fasthttp's
 	ahead  *bufio.Reader // what stream reads from
@@ -46,8 +46,8 @@ func bodyOf(ctx *fasthttp.RequestCtx) io.Reader {
 	if stream == nil || ctx.Request.Header.ContentLength() != inChunks {
 		return stream
 	}
-	// fasthttp exports no way to its buffer. The test of chunks fails if the field is gone;
-	// a body in chunks is a panic then, which costs its request a 500.
+	// fasthttp does not export its buffer. If the field is gone the test of chunks fails, and
+	// a request with a body in chunks panics and gets 500.
 	field := reflect.ValueOf(stream).Elem().FieldByName("reader")
 	if field.Type() != reflect.TypeFor[*bufio.Reader]() {
 		panic("server: fasthttp's stream has no reader")
@@ -77,8 +77,8 @@ func (c *chunks) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// line returns the line that begins behind the first skip bytes, of at most limit bytes,
-// without the CRLF at its end. It reads nothing from ahead.
+// line returns the line that begins after the first skip bytes, without the CRLF at its
+// end. With it the line has limit bytes at most. It takes nothing out of ahead.
 func (c *chunks) line(skip, limit int) ([]byte, error) {
 	for seen := skip; ; {
 		b, err := c.ahead.Peek(max(c.ahead.Buffered(), seen+1)) // waits if all is seen
@@ -122,7 +122,7 @@ func chunkSize(line []byte) (size int, ok bool) {
 	if n == 0 || n > maxSizeDigits {
 		return 0, false
 	}
-	value, _ := strconv.ParseInt(string(line[:n]), 16, 64) // of so many digits
+	value, _ := strconv.ParseInt(string(line[:n]), 16, 64) // it fits: there are maxSizeDigits at most
 	for line = line[n:]; len(line) > 0; {
 		if line[0] != ';' {
 			return 0, false

@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	// sweepInterval is how often connections are looked at, and the resolution
+	// sweepInterval is how often the sweeper checks all connections, and the resolution
 	// of their time stamps: fine enough for timeouts of seconds.
 	sweepInterval = 100 * time.Millisecond
 
@@ -25,10 +25,10 @@ const (
 	// read on for a moment: an immediate close would reset the connection, and
 	// a reset can overtake the answer.
 	lingerTime = 250 * time.Millisecond
-	// A batch that is four times too large is still read to its end.
+	// lingerBytes is how much is read then: a batch four times too large, to its end.
 	lingerBytes = 4 * DefaultMaxBatchBytes
 
-	// lingerBuffer is small, for all connections may be closed at once.
+	// lingerBuffer is small, because all connections may be closed at once.
 	lingerBuffer = 512
 
 	// prefix6 is the part of an IPv6 address that stands for a caller: a
@@ -38,13 +38,13 @@ const (
 	// h2Preface begins a connection of HTTP/2 (RFC 9113, section 3.4).
 	h2Preface = "PRI * HTTP/2"
 
-	// sampleEvery is how many reads from a connection pass until one is timed.
-	// Two looks at the clock, 150 ns, are then 10 ns a read, of 7,000 and more.
+	// sampleEvery: one of so many reads from a connection is timed. Reading the clock
+	// twice takes 150 ns, so it costs 10 ns per read, of 7,000 ns and more.
 	sampleEvery = 16
 )
 
-// phase is what a connection is doing. It is kept in the three lowest bits of
-// conn.state, under the time it began, in nanoseconds.
+// phase is what a connection is doing. It is the three lowest bits of conn.state; the
+// other bits are the time when it began, in nanoseconds.
 type phase int64
 
 const (
@@ -60,16 +60,16 @@ const (
 // busy reports whether there is a request whose answer is not yet with the kernel.
 func (p phase) busy() bool { return p == phaseReading || p == phaseWriting || p == phaseQueued }
 
-// listener wraps the public listener: it bounds the number of connections, parks
-// those that are idle (park.go) and ends those that are slow, or idle for long. The
-// stamp costs two stores per read or write call, where a deadline per request costs
-// 12 % of the CPU.
+// listener wraps the public listener. It bounds the number of connections, parks
+// those that are idle (park.go) and ends those that are slow, or idle for long. For that
+// each connection has a stamp, conn.state. It costs two stores per read or write call; a
+// deadline per request would cost 12 % of the CPU.
 type listener struct {
 	*patientListener
 	cfg *Config
 
-	// maxTaken bounds what is read for an answer: a body in chunks of a byte takes
-	// six, and the headers of this request and those read before it come on top.
+	// maxTaken bounds the bytes that are read for one answer. In chunks of one byte each
+	// byte of a body takes six. The headers, and those of requests read before, are added.
 	maxTaken int
 
 	tls  *tls.Config // nil: plain
@@ -78,7 +78,7 @@ type listener struct {
 	now atomic.Int64 // coarse clock: ns since the first sweep, at sweepInterval
 
 	served  chan struct{} // one for each connection that fasthttp serves; its capacity is the limit
-	waiting atomic.Int32  // what waits for a place in served: connections with a request, and the stop for all places
+	waiting atomic.Int32  // how many connections with a request wait for a place in served; the stop adds 1
 
 	steadyAfter int // see steadyAfter; another value in tests
 
@@ -93,8 +93,8 @@ type listener struct {
 
 	parked atomic.Uint64 // connections parked so far
 
-	// For the sweeper alone: parked at its last look and when it last gave memory
-	// back, and when that was.
+	// Only the sweeper uses these: parked in its last round, parked when it last gave
+	// memory back, and when that was.
 	parkedSeen, parkedGone uint64
 	gaveBack               time.Duration
 
@@ -112,40 +112,40 @@ type conn struct {
 	ended    atomic.Bool  // the peer is gone, or the sweeper has ended it
 	close    sync.Once
 
-	// A read of the socket is ended by a deadline in the past. One of these is set
-	// before: nudged to park the connection, stopped to end it for good.
+	// A deadline in the past ends a read of the socket. Before it is set, one of these is:
+	// nudged to park the connection, stopped to end it for good.
 	nudged, stopped atomic.Bool
 
 	parking atomic.Bool // fasthttp is leaving the connection, which stays open
 	inside  atomic.Bool // fasthttp has it
 
-	// For attend and then for the serving goroutine: the first byte of a request,
-	// not yet read by fasthttp.
+	// Only attend, and then the serving goroutine, use these: the first byte of a request,
+	// and whether fasthttp has not read it yet.
 	first [1]byte
 	ahead bool
 
-	// For the serving goroutine alone: the reads so far, and when the one that is
-	// timed returned; zero while none is.
+	// Only the serving goroutine uses the following fields. These are the reads so far, and
+	// when the read that is timed returned; zero while none is timed.
 	reads uint32
 	timed time.Time
 
-	// For the serving goroutine alone: the reads before fasthttp had the connection.
+	// The reads before fasthttp had the connection.
 	readsBefore uint32
 
-	// For the serving goroutine alone: the bytes received since an answer, whether there
-	// was one, and whether the connection began as one of HTTP/2.
+	// The bytes received since the last answer, whether there was one, and whether the
+	// connection began as one of HTTP/2.
 	taken    int
 	answered bool
 	h2       bool
 
-	// For the fastPath, and the serving goroutine alone: whether fasthttp is
-	// between two requests, and what followed the query in a plain one.
+	// For the fastPath: whether fasthttp is between two requests, what followed the query
+	// in a plain one, and a number by which connections are spread over cache lines.
 	between bool
 	tail    tail
 	number  uint64
 
-	// For fastPath.waitAndRead, and the serving goroutine alone: the socket, nil where it is
-	// not to be used, and how many reads have given plain requests and nothing else.
+	// For fastPath.waitAndRead: the socket, nil if it is not to be used, and how many reads
+	// have given plain requests and nothing else.
 	socket syscall.RawConn
 	steady int
 }
@@ -168,7 +168,7 @@ func newListener(ln net.Listener, cfg *Config) *listener {
 var tooManyConns = []byte("HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n" +
 	"Cache-Control: no-store\r\nContent-Length: 6\r\nRetry-After: " + retryAfter + "\r\nVerve-Reason: busy\r\nConnection: close\r\n\r\nfailed")
 
-// accept returns the next connection within the limits. Those over one get 503.
+// accept returns the next connection within the limits. A connection over a limit gets 503.
 func (l *listener) accept() (*conn, error) {
 	for {
 		nc, err := l.Accept()
@@ -179,7 +179,7 @@ func (l *listener) accept() (*conn, error) {
 		if l.tls != nil {
 			c.Conn = tls.Server(beneath{nc, c}, l.tls) // shakes hands at the first Read
 		} else if sc, ok := nc.(syscall.Conn); ok && edgeTriggered {
-			c.socket, _ = sc.SyscallConn() // or nil: then the usual way
+			c.socket, _ = sc.SyscallConn() // if this fails it is nil, and not used
 		}
 		c.enter(phaseNew)
 		if refused, limit := l.admit(c); refused != nil {
@@ -192,7 +192,8 @@ func (l *listener) accept() (*conn, error) {
 	}
 }
 
-// admit takes c in, or returns the limit that it is over, and its counter.
+// admit adds c to the connections, or returns the counter of the limit that it is over, and its
+// name.
 func (l *listener) admit(c *conn) (refused *atomic.Uint64, limit string) {
 	if l.cfg.MaxConnsPerAddress > 0 {
 		c.from = caller(c.raw.RemoteAddr())
@@ -207,7 +208,7 @@ func (l *listener) admit(c *conn) (refused *atomic.Uint64, limit string) {
 	}
 	l.conns[c] = struct{}{}
 	l.admitted++
-	c.reads = l.admitted // so that connections of one request are sampled alike
+	c.reads = l.admitted // so that of connections with a single read one in sampleEvery is timed
 	c.number = uint64(l.admitted)
 	if l.cfg.MaxConnsPerAddress > 0 {
 		l.perAddr[c.from]++
@@ -241,7 +242,7 @@ func caller(addr net.Addr) netip.Addr {
 // turnAway answers a connection over the limit, and closes it.
 func (l *listener) turnAway(c *conn) {
 	if l.tls != nil {
-		_ = c.raw.Close() // a TLS handshake only to refuse costs too much
+		_ = c.raw.Close() // a TLS handshake only for a refusal costs too much
 		return
 	}
 	l.mu.Lock()
@@ -250,7 +251,7 @@ func (l *listener) turnAway(c *conn) {
 		l.turnedAway++
 	}
 	l.mu.Unlock()
-	// An empty send buffer takes so few bytes without blocking.
+	// This does not block: the send buffer is empty, and these are few bytes.
 	_, _ = c.raw.Write(tooManyConns)
 	if !readOn {
 		_ = c.raw.Close()
@@ -264,8 +265,8 @@ func (l *listener) turnAway(c *conn) {
 	}()
 }
 
-// linger closes a connection whose last answer is written, when the client has
-// closed it, too, or has had time to read.
+// linger closes a connection whose last answer is written. Before that it waits until the
+// client has closed its side, or has had lingerTime to read.
 func linger(raw net.Conn) {
 	if half, ok := raw.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
 		_ = raw.SetReadDeadline(time.Now().Add(lingerTime))
@@ -288,13 +289,13 @@ func (c *conn) phase() (p phase, since time.Duration) {
 	return phase(s & phaseMask), time.Duration(s &^ phaseMask)
 }
 
-// idle is before the first byte of a request.
+// idle notes that the connection waits for the first byte of a request.
 func (c *conn) idle() {
 	c.enter(phaseIdle)
 	c.taken = 0
 }
 
-// Read gives fasthttp what the fastPath does not answer.
+// Read gives fasthttp the bytes of requests that the fastPath does not answer.
 func (c *conn) Read(p []byte) (int, error) {
 	if c.between {
 		if len(c.tail.bytes) > 0 {
@@ -305,8 +306,8 @@ func (c *conn) Read(p []byte) (int, error) {
 	return c.receive(p, c.between)
 }
 
-// receive marks the beginning of a request with its first byte. Between two requests
-// it may return errParked instead.
+// receive reads from the connection. With the first byte of a request it enters phaseReading.
+// Between two requests it may return errParked instead.
 func (c *conn) receive(p []byte, between bool) (int, error) {
 	if between {
 		c.yieldIfAwaited()
@@ -315,7 +316,7 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	var err error
 	if c.ahead {
 		n, err = c.pull(p)
-	} else { // not by way of pull: after a wait each function to return from costs 20 ns
+	} else { // pull is not called: after a wait each function to return from costs 20 ns
 		n, err = c.Conn.Read(p)
 	}
 	for err != nil && n == 0 && c.goesOn(err) {
@@ -327,10 +328,10 @@ func (c *conn) receive(p []byte, between bool) (int, error) {
 	return n, c.received(p, n, err)
 }
 
-// yieldIfAwaited has the next wait end for parking if another connection needs the place.
+// yieldIfAwaited makes the next read end, to park c, if another connection waits for its place.
 func (c *conn) yieldIfAwaited() {
 	if c.owner.waiting.Load() > 0 && !c.nudged.Swap(true) {
-		c.interrupt() // and not parked at once: TLS may hold requests that it has read
+		c.interrupt() // c is not parked at once, because TLS may have requests that it has read
 	}
 }
 
@@ -343,8 +344,8 @@ func (c *conn) received(p []byte, n int, err error) error {
 		next := h2Preface[c.taken:min(c.taken+n, len(h2Preface))]
 		c.h2 = !c.answered && (c.h2 || c.taken == 0) && string(p[:len(next)]) == next
 	}
-	// Endless input ends here: the handler bounds a body, but not how many chunks it comes
-	// in, each with its extensions.
+	// Endless input ends here: the handler bounds the bytes of a body, but not the number of
+	// its chunks, which may have extensions.
 	if c.taken += n; c.taken > c.owner.maxTaken {
 		err = fasthttp.ErrBodyTooLarge
 	}
@@ -353,23 +354,24 @@ func (c *conn) received(p []byte, n int, err error) error {
 		if c.owner.tls != nil {
 			c.handshakeFailed(err)
 		}
-		// At an io.EOF before a body fasthttp drops the answers to the requests
-		// before it, if they are not flushed. At any other error it answers it
-		// behind them. With TLS the end can be all that came: then there is no request.
+		// If fasthttp gets an io.EOF before a body, it drops the answers to earlier
+		// requests that are not flushed. After any other error it writes these and then
+		// the answer to the error. With TLS the end can be all that came: then there is
+		// no request.
 		if err == io.EOF && c.reads != c.readsBefore && phase(c.state.Load()&phaseMask) == phaseReading {
 			err = io.ErrUnexpectedEOF
 		}
 	}
-	// A request in several parts is timed from its last.
+	// A request that arrives in several parts is timed from the last one.
 	if c.reads++; c.reads%sampleEvery == 0 || !c.timed.IsZero() {
 		c.timed = time.Now()
 	}
 	return err
 }
 
-// Write marks the end of a request with its answer. The connection is not idle
-// before more is read: fasthttp writes when its buffer is full, too, with the
-// answers to the requests after these still to come.
+// Write marks the end of requests with their answers. The connection is idle only when more
+// is to be read: fasthttp also writes when its buffer is full, while the answers to later
+// requests are still to come.
 func (c *conn) Write(p []byte) (int, error) {
 	c.enter(phaseWriting)
 	n, err := c.Conn.Write(p)
@@ -415,11 +417,12 @@ func (c *conn) Close() error {
 	}
 	c.close.Do(func() {
 		p, _ := c.phase()
-		c.enter(phaseIdle) // nothing of it is waited for
+		c.enter(phaseIdle) // the stop does not wait for it
 		if secure, ok := c.Conn.(*tls.Conn); ok {
 			_ = secure.CloseWrite() // so the client knows that nothing was cut off
 		}
-		// A client that was ended within a request may still send, and must see its 408.
+		// If the sweeper has ended c within a request, the client may still send, and must
+		// get its 408: c lingers. Else an ended connection is closed at once.
 		if c.ended.Load() && !(c.stopped.Load() && p == phaseReading) {
 			c.remove()
 			return
@@ -476,9 +479,9 @@ func (c *conn) sweep(now time.Duration) {
 	}
 }
 
-// end makes the next read fail: a request begun is answered 408, an idle
-// connection is closed. It is counted the first time, and before its client can
-// know.
+// end makes the next read fail: then a request that has begun is answered 408, and an
+// idle connection is closed. It counts the connection, once, and before the client can
+// notice the end.
 func (c *conn) end(count *atomic.Uint64) {
 	if !c.ended.Swap(true) {
 		count.Add(1)
@@ -486,7 +489,7 @@ func (c *conn) end(count *atomic.Uint64) {
 	c.stopReading()
 }
 
-// stopReading makes the read that waits, or the next one, fail.
+// stopReading makes the read under way, or the next one, fail.
 func (c *conn) stopReading() {
 	c.stopped.Store(true)
 	c.interrupt()
@@ -497,7 +500,8 @@ func (c *conn) interrupt() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) } // lon
 // busy counts the connections whose answer is not yet with the kernel.
 func (l *listener) busy() int { return l.count(phase.busy) }
 
-// expecting counts those, and the new ones, whose clients expect an answer as well.
+// expecting counts the connections that are busy or new: the clients of new ones expect an
+// answer as well.
 func (l *listener) expecting() int {
 	return l.count(func(p phase) bool { return p == phaseNew || p.busy() })
 }

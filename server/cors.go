@@ -17,12 +17,12 @@ import (
 // exposed are the headers of an answer that a page may read.
 const exposed = "Verve-Reason, Verve-Replayed, Verve-Window, Retry-After"
 
-// preflightAge is how long a browser may remember that it may send, in seconds: the most
-// that Chromium takes.
+// preflightAge is how long a browser may remember that it may send requests, in seconds: the
+// longest time that Chromium accepts.
 const preflightAge = "7200"
 
-// checkOrigin checks an entry of the allow-list: "*", or an origin as browsers send it, byte
-// by byte. One in another spelling would never be allowed.
+// checkOrigin refuses an entry of the allow-list that is neither "*" nor an origin as browsers
+// send it, byte by byte. In another spelling it would never match.
 func checkOrigin(origin string) error {
 	if origin == "*" {
 		return nil
@@ -56,7 +56,7 @@ func sentPort(scheme, port string) bool {
 }
 
 // allowOrigin lets the page that sent the request read its answer, if its origin is on
-// the list. It reports whether it is.
+// the list. It reports whether the origin is.
 func (s *Server) allowOrigin(ctx *fasthttp.RequestCtx) bool {
 	if len(s.cfg.CORSOrigins) == 0 {
 		return false

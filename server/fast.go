@@ -29,44 +29,43 @@ const (
 	// readBuffer.
 	maxBegun = 4 << 10
 
-	// maxTogether bounds the requests that are put into the set at once, and with
-	// that how long their epoch waits for them.
+	// maxTogether bounds how many requests are put into the set at once, and so how
+	// long the seal of their epoch waits for them.
 	maxTogether = 16
 
-	// steadyAfter is how many reads of a connection give plain requests and nothing else
-	// until it is steady (waitAndRead).
+	// steadyAfter is after how many reads that gave plain requests and nothing else a
+	// connection is steady (waitAndRead).
 	steadyAfter = 16
 
-	// enoughOut is how many bytes of answers are written at once, unless fewer are
-	// all there are: what fasthttp's own writer holds.
+	// enoughOut is after how many bytes answers are written while more requests are
+	// there: the size of fasthttp's own write buffer.
 	enoughOut = 4 << 10
 )
 
 var crlfcrlf = []byte("\r\n\r\n")
 
-// fastPath answers a plain request without having fasthttp read it. Such a request differs
-// from one before it on the same connection in its id, its key, its token, and in the values
-// of headers that decide nothing. That is what clients that keep their connections send, all
-// but the first request; and, with an id and a time of its own for each request, what
-// proxies send.
+// fastPath answers a plain request itself, without fasthttp. A plain request differs from
+// an earlier one on the same connection only in its id, its key, its token, and in the values
+// of headers that have no effect. Clients that keep their connections send such requests, all
+// but the first one. So do proxies, which add an id and a time of its own to each request.
 //
-// fasthttp reads the first request and whatever is not plain. Where the handler has
-// answered a plain one it leaves the tail with the connection (accept, conn.learn). The
-// bytes that follow the query decide alone how fasthttp reads them, so a request with the
-// same tail would be read, and answered, the same way: no header is parsed here, and none can
-// be read otherwise than by fasthttp. The same names in the same order, with another value
-// of visible bytes where neither fasthttp nor the handler looks at the value, are read in
-// the same way, too. The ids of requests that arrived together go into the set together,
-// so that their cache misses overlap, and their answers into one write.
+// fasthttp reads the first request and every one that is not plain. When the handler has
+// answered a plain one, the connection remembers its tail (accept, conn.learn). How fasthttp
+// reads the bytes after the query depends on these bytes alone, so it would read, and answer, a
+// request with the same tail in the same way. Therefore no header is parsed here, and none can
+// be read differently than by fasthttp. The same holds for the same names in the same order
+// with another value of visible bytes, if neither fasthttp nor the handler uses that value. The
+// ids of requests that arrived together go into the set together, so that their cache misses
+// overlap, and their answers are written together.
 //
-// It works inside conn.Read, when fasthttp waits for the beginning of a request, with
-// nothing read ahead and every answer flushed. It gives other requests, and an id without a
-// verdict (draining, a panic), to fasthttp as if they had just arrived; an id that is Full or
-// Unavailable it refuses itself. (A client that has sent something else, and then sends on
-// without a pause, stays with fasthttp until it has read all that there is.)
+// It works inside conn.Read, when fasthttp waits for the beginning of a request, has
+// nothing read ahead, and has flushed every answer. It leaves other requests, and an id without
+// a verdict (draining, a panic), to fasthttp as if they had just arrived. It refuses an id that
+// is Full or Unavailable itself. (If a client has sent another request, and sends on without a
+// pause, fasthttp serves it until it has read all that there is.)
 //
 // FuzzFastPathAnswersAsFasthttp compares the answers of the two. BenchmarkServer measures what
-// this one gains: a pipelined request takes less CPU than a bare fasthttp handler's.
+// the fastPath gains: a pipelined request takes less CPU than one of a bare fasthttp handler.
 type fastPath struct {
 	server  *Server
 	free    sync.Pool               // of *reads
@@ -82,10 +81,10 @@ type reads struct {
 	out     []byte
 }
 
-// answers are what fasthttp writes for a verdict, in a second of its Date.
+// answers are the bytes that fasthttp writes for each verdict, for one second of the Date header.
 type answers struct {
 	second int64
-	epoch  *counter.Epoch // that they name; nil: they name none
+	epoch  *counter.Epoch // the one that they name; nil: they name none
 	of     [dedup.Verdicts][]byte
 }
 
@@ -95,15 +94,15 @@ func newFastPath(s *Server) *fastPath {
 	return f
 }
 
-// connState notes on a connection that fasthttp is done with a request. If fasthttp then
-// reads, it has nothing left in its buffers, in or out.
+// connState is called by fasthttp. It notes on the connection that fasthttp is done with a
+// request: if fasthttp reads next, its buffers, in and out, are empty.
 func connState(nc net.Conn, state fasthttp.ConnState) {
-	if state == fasthttp.StateClosed { // the connection may be parked, and another's
+	if state == fasthttp.StateClosed { // the connection may be parked, and belong to another goroutine
 		return
 	}
 	c := nc.(*conn)
 	if c.between = state == fasthttp.StateIdle; c.between {
-		c.taken = 0 // what was read for this request; the next may be here already
+		c.taken = 0 // of the request that is done; the next one may be here already
 	}
 }
 
@@ -116,8 +115,8 @@ type tail struct {
 type span struct{ from, to uint16 }
 
 // learn remembers the tail of a plain request that fasthttp has read and that
-// leaves the connection open. Headers that end in another way than with an empty
-// line between two CRLF are read by what follows them, too.
+// leaves the connection open. It remembers none if the headers do not end in CRLFCRLF:
+// how they are read then depends on the bytes after them, too.
 func (c *conn) learn(h *fasthttp.RequestHeader) {
 	headers := h.RawHeaders()
 	t := &c.tail
@@ -135,7 +134,7 @@ func (c *conn) learn(h *fasthttp.RequestHeader) {
 			return // the empty line
 		}
 		if line[len(line)-1] != '\r' {
-			t.values = t.values[:0] // a line that readers end in different places
+			t.values = t.values[:0] // readers differ about where this line ends
 			return
 		}
 		if colon := bytes.IndexByte(line, ':'); mayDiffer(line[:colon]) {
@@ -144,14 +143,14 @@ func (c *conn) learn(h *fasthttp.RequestHeader) {
 	}
 }
 
-// mayDiffer reports whether a request may have another value for a header than the
-// one before it, and still be read and answered in the same way. It may not for what
-// fasthttp acts upon, for what the handler looks at, and for what decides how a message
-// is framed, answered, or passed on.
+// mayDiffer reports whether a request may have another value for this header than the
+// one before it, and still be read and answered in the same way. It may not if fasthttp or
+// the handler uses the header, or if the header decides how a message is framed, answered,
+// or passed on.
 func mayDiffer(name []byte) bool {
 	var lower [32]byte
 	if len(name) > len(lower) {
-		return true // longer than each of those
+		return true // it is longer than each name below
 	}
 	for i, c := range name {
 		if 'A' <= c && c <= 'Z' {
@@ -172,12 +171,12 @@ func mayDiffer(name []byte) bool {
 	return true
 }
 
-// visible marks the bytes that a value may hold if it differs from the one that was learnt: all
-// readers take these in the same way.
+// visible are the bytes that a value may have if it differs from the one that was learnt: all
+// readers read these in the same way.
 var visible = setOf(" -~")
 
-// match reports whether b, which does not begin with the tail as it is, begins with one
-// whose values differ, and how long that is.
+// match is called if b does not begin with t itself. It reports whether b begins with a tail
+// that differs from t in values only, and how long that is.
 func (t *tail) match(b []byte) (n int, like likeness) {
 	at := 0
 	for _, v := range t.values {
@@ -186,7 +185,7 @@ func (t *tail) match(b []byte) (n int, like likeness) {
 			return 0, like
 		}
 		n += from - at
-		// With the CR behind it: else it is the beginning of a longer one.
+		// The CR after the value is compared, too: without it the value may be longer.
 		if begins(b[n:], t.bytes[from:to+1]) == whole {
 			n += to - from
 		} else {
@@ -197,7 +196,7 @@ func (t *tail) match(b []byte) (n int, like likeness) {
 	return n + len(t.bytes) - at, begins(b[n:], t.bytes[at:])
 }
 
-// begins reports whether b begins with what, or is the beginning of it.
+// begins returns whole if b begins with what, begun if b is the beginning of what, else other.
 func begins(b, what []byte) likeness {
 	switch {
 	case len(b) >= len(what) && string(b[:len(what)]) == string(what):
@@ -218,8 +217,8 @@ const (
 )
 
 // cut takes the first request from b if it is plain and ends in the tail that c
-// remembers. A key and a token are written into o, which is then returned; of a request
-// with neither, nil is.
+// remembers. It writes a key and a token into o, and returns o as options; nil if the
+// request has neither.
 func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Options, rest []byte, like likeness) {
 	if len(b) < len(plainStart) {
 		if plainStart[:len(b)] == string(b) {
@@ -254,8 +253,8 @@ func (c *conn) cut(b []byte, o *dedup.Options) (id []byte, options *dedup.Option
 	return nil, nil, nil, other
 }
 
-// read is conn.Read when a request may begin. It answers the plain requests that arrive, and
-// returns when there is something else, for fasthttp, or an error.
+// read is conn.Read when a request may begin. It answers the plain requests that arrive. It
+// returns when there are other bytes, which are for fasthttp, or an error.
 func (f *fastPath) read(c *conn, p []byte) (have int, err error) {
 	for done := false; !done; {
 		if have == 0 {
@@ -271,9 +270,9 @@ func (f *fastPath) read(c *conn, p []byte) (have int, err error) {
 	return have, err
 }
 
-// take answers the plain requests in p, of which a read has just given n bytes, or failed,
-// behind the first have. It returns how much is left, at the front of p, and whether that is
-// for fasthttp.
+// take answers the plain requests in p. p has bytes from earlier reads, have of them, and the n
+// bytes of a read that returned the error failed. take moves what is left to the front of p. It
+// returns how many bytes that are; done: they, or the error, are for fasthttp.
 func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int, done bool, err error) {
 	have += n
 	like := begun
@@ -291,8 +290,8 @@ func (f *fastPath) take(c *conn, p []byte, have, n int, failed error) (left int,
 	return have, failed != nil || like == other, failed
 }
 
-// serve answers the plain requests that b begins with. It returns what follows
-// them: not plain, or begun.
+// serve answers the plain requests that b begins with. It returns the bytes after them, and
+// whether these are not plain (other) or a request that has begun (begun).
 func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err error) {
 	w := f.free.Get().(*reads)
 	defer f.free.Put(w)
@@ -313,7 +312,7 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 				break
 			}
 			rest, end = after, len(b)-len(after)
-			it := &items[n] // filled in its place: a copy of it costs some ns (BenchmarkServer)
+			it := &items[n] // it is filled in place: a copy would cost some ns (BenchmarkServer)
 			it.ID, it.Options, w.ends[n] = id, options, end
 		}
 		w.items, w.keyed = items[:n], n
@@ -335,8 +334,8 @@ func (f *fastPath) serve(c *conn, b []byte) (rest []byte, like likeness, err err
 }
 
 // count judges the ids of w and appends their answers. It returns how many requests,
-// from the front, are answered: the others were not judged, as the counter is sealed or
-// the set panicked, and are for the handler to refuse.
+// from the front, are answered. The others were not judged, because the counter is sealed
+// or the set panicked: the handler refuses them.
 func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	n := len(w.items)
 	err := f.server.judge(now.UnixNano(), c.number, &w.work)
@@ -352,7 +351,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 		case v <= dedup.ReplayedBefore:
 			f.server.replayed.Add(1)
 		default:
-			if v == dedup.Turned { // a shared store has judged ids behind it: it cannot be asked again
+			if v == dedup.Turned { // a shared store has judged ids after this one, so it must be answered, too
 				v = dedup.Unavailable
 			}
 			f.server.countRefusals(refusalOf(v), 1, err)
@@ -366,8 +365,8 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	return judged
 }
 
-// answers returns what the handler would answer in the present second to an id that
-// was judged in e.
+// answers returns what the handler would answer, in the present second, to ids that
+// were judged in e; nil: in the last epoch.
 func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 	if !f.server.cfg.WindowHeader {
 		e = nil

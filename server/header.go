@@ -6,8 +6,8 @@ import (
 	"github.com/valyala/fasthttp"
 )
 
-// headerLines is what fasthttp does not keep of the lines of a request's headers: of two
-// headers for the end of the request, of two types, or of two tokens it drops one.
+// headerLines is what fasthttp does not keep of the lines of a request's headers: it drops one
+// of two headers that determine the end of the request, one of two types, or of two tokens.
 type headerLines struct {
 	encoding bool
 	types    int    // lines with Content-Type
@@ -15,8 +15,8 @@ type headerLines struct {
 	token    []byte // the value of the last of them, as it was sent
 }
 
-// inspect looks at the headers as they were sent. They are not ok where fasthttp
-// takes what other readers refuse or read in another way: a line that continues
+// inspect checks the headers as they were sent. They are not ok if fasthttp accepts
+// in them what other readers refuse or read in another way: a line that continues
 // the one before (RFC 9112, section 5.2), a space in a name, two headers for the
 // end of the request (section 6.1), a Host that is none or, in HTTP/1.1,
 // missing (section 3.2).
@@ -79,8 +79,8 @@ var (
 
 // tokenOf returns the token in the value of Idempotency-Key: the value without the space
 // around it. The IETF draft for the header (draft-ietf-httpapi-idempotency-key-header)
-// writes it as a string of Structured Fields (RFC 9651, section 3.3.3): of a value that
-// begins with a double quote the token is the content. nil: that is no such string.
+// writes the value as a string of Structured Fields (RFC 9651, section 3.3.3). So if it begins
+// with a double quote, the token is the content of that string; nil: it is no such string.
 func tokenOf(value []byte) []byte {
 	value = bytes.Trim(bytes.TrimSuffix(value, []byte("\r")), " \t")
 	if len(value) == 0 || value[0] != '"' {
@@ -108,8 +108,8 @@ func tokenOf(value []byte) []byte {
 	return token
 }
 
-// hostBytes marks what a host and port may hold: what is visible, without the
-// bytes that end an authority or separate its parts (RFC 3986, section 3.2).
+// hostBytes are the bytes that a host and port may have: the visible ones, without those
+// that end an authority or separate its parts (RFC 3986, section 3.2).
 var hostBytes = setOf("!$-+.0-;=A-[]_a-z~-")
 
 func validHost(host []byte) bool { return len(host) > 0 && lengthOf(host, &hostBytes) == len(host) }

@@ -12,12 +12,12 @@ import (
 	"verve/counter"
 )
 
-// history is the windows that were closed last. With a path it outlives the
+// history has the windows that were closed last. With a path it outlives the
 // process: each window is appended to that file, which is read at the start.
 //
-// It is for people who look, and no count depends on it: the file is not synced,
-// a line that cannot be read is skipped, and one that cannot be written is missing
-// after the next start.
+// It is only shown, and no count depends on it. The file is not synced, a line that
+// cannot be read is skipped, and a line that cannot be written is missing after the
+// next start.
 type history struct {
 	path            string // empty: in memory only
 	group, instance string // windows of others in the file are ignored
@@ -25,7 +25,7 @@ type history struct {
 
 	mu      sync.Mutex
 	windows []window // oldest first; the last maxWindows of them are shown
-	failed  bool     // the file lacks windows, and the log has that
+	failed  bool     // the file lacks windows, and that is logged
 }
 
 // window is one line of /api/windows.
@@ -34,7 +34,7 @@ type window struct {
 	MS         int64     `json:"window_ms"`
 	Unique     uint64    `json:"unique"`
 	Duplicates uint64    `json:"duplicates"`
-	Keys       int       `json:"keys,omitempty"` // with ids; 0: no key was used
+	Keys       int       `json:"keys,omitempty"` // how many keys have ids; 0: no key was used
 	Complete   bool      `json:"complete"`
 	Exact      bool      `json:"exact"`
 	State      string    `json:"state,omitempty"` // open, sealed, spooled, delivered; given when it is shown
@@ -44,11 +44,11 @@ type window struct {
 	WholeGroup *groupWindow `json:"whole_group,omitempty"`
 
 	restored bool // an earlier process closed it
-	cut      bool // it was the open one when the process ended: the next may go on with it
+	cut      bool // it was open when the process ended: the next process may go on with it
 
-	// largest are the largest keys, the largest first: of the whole group if its record
-	// has any, else of this instance. They are in memory, see keptKeys; those of a window
-	// that was cut are in the file, too.
+	// largest are the largest keys, the largest first: those of the whole group if its
+	// record has any, else those of this instance. They are in memory, see keptKeys; those
+	// of a window that was cut are in the file, too.
 	largest []counter.KeyCount
 }
 
@@ -60,8 +60,8 @@ func (w *window) over() bool {
 // same reports whether a and b are parts of one window.
 func (w *window) same(b *window) bool { return w.Start.Equal(b.Start) && w.MS == b.MS }
 
-// groupWindow is what a window came to in the whole group; of the open one, what
-// is known of it so far.
+// groupWindow is the count of a window in the whole group; for the open one, what is
+// known of it so far.
 type groupWindow struct {
 	Unique   uint64 `json:"unique"`
 	Keys     int    `json:"keys,omitempty"`
@@ -97,7 +97,7 @@ func openHistory(path, group, instance string, log zerolog.Logger) *history {
 		if len(l.Largest) > 0 && !l.over() {
 			l.cut, l.largest = true, largestOf(l.Largest)
 		}
-		// A process that is started again and again leaves many parts of a window.
+		// If the process is started many times within a window, there are many parts of it.
 		if n := len(h.windows); n > 0 && h.windows[n-1].same(&l.window) {
 			l.include(h.windows[n-1])
 			h.windows = h.windows[:n-1]
@@ -138,13 +138,13 @@ func (h *history) append(w window) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() // nothing was promised
+	defer f.Close() // its error does not matter: no count depends on the file
 	_, err = f.Write(h.line(w))
 	return err
 }
 
-// line is w in the file. It begins with the newline: half a line before it, of a
-// write that was cut short, spoils only itself.
+// line returns the line of w in the file. It begins with the newline, so that half a line
+// before it, of a write that was cut short, spoils only itself.
 func (h *history) line(w window) []byte {
 	l := historyLine{h.group, h.instance, w, nil}
 	if w.cut && len(w.largest) > 0 {
@@ -153,7 +153,7 @@ func (h *history) line(w window) []byte {
 			l.Largest[k.Key] = k.Unique
 		}
 	}
-	b, _ := json.Marshal(l) // it can be
+	b, _ := json.Marshal(l) // never fails: all fields can be encoded
 	return append([]byte{'\n'}, b...)
 }
 
@@ -181,8 +181,8 @@ func (h *history) report(err error) {
 }
 
 // last returns up to limit windows, the newest first. A window that was closed
-// more than once, because the process was started again within it, is one: what
-// was counted adds up.
+// more than once, because the process was started again within it, is returned once,
+// with the sums of its parts.
 func (h *history) last(limit int) []window {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -222,7 +222,7 @@ func (w *window) include(part window) {
 	default:
 		w.largest = addKeys(w.largest, part.largest)
 	}
-	w.Keys = max(w.Keys, part.Keys, len(w.largest)) // at least: which of them are the same is known of the largest
+	w.Keys = max(w.Keys, part.Keys, len(w.largest)) // at least this many: which keys both parts have is only known of the largest
 	w.Complete = w.Complete && part.Complete
 	w.Exact = w.Exact && part.Exact
 	if w.WholeGroup == nil {

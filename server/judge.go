@@ -9,11 +9,11 @@ import (
 	"verve/dedup"
 )
 
-// together is how many ids of a batch are put into the set at once: what a shared store
-// takes in one trip. In memory their cache misses are waited for together.
+// together is how many ids of a batch are put into the set at once: as many as a shared store
+// takes in one trip. In memory, their cache misses overlap.
 const together = 512
 
-// work is the ids that are judged together, and what became of them. It is used again.
+// work is the ids that are judged together, and their verdicts. It is reused.
 type work struct {
 	items    []dedup.Item
 	keyed    int              // of items, from the front, have their Key
@@ -35,7 +35,8 @@ func (w *work) reset(n int) {
 	w.verdicts, w.epochs = w.verdicts[:cap(w.items)], w.epochs[:cap(w.items)]
 }
 
-// sharing makes o the options of the items that have none of their own; nil: they have none.
+// sharing keeps o as the options of the items without options of their own, and returns a
+// pointer to it; nil if o is empty.
 func (w *work) sharing(o *dedup.Options) *dedup.Options {
 	if o.Under == nil && o.Token == nil {
 		return nil
@@ -44,10 +45,10 @@ func (w *work) sharing(o *dedup.Options) *dedup.Options {
 	return &w.shared
 }
 
-// judge asks the set about w.items in the open epoch and counts each verdict in the epoch
-// that it was given in. Ids whose epoch turned meanwhile are asked again in the next. An id
-// is left with the verdict Turned only after Seal, or if the set panicked. err is the reason
-// behind the first verdict Full or Unavailable.
+// judge adds w.items to the set in the open epoch, and counts each verdict in the epoch in
+// which it was given. Ids whose epoch turned meanwhile are added again in the next epoch. An id
+// has the verdict Turned at the end only after Seal, or if the set panicked. err is the reason
+// for the first verdict Full or Unavailable.
 //
 // now is when the request arrived, in Unix ns; hint spreads requests over cache lines.
 func (s *Server) judge(now int64, hint uint64, w *work) (err error) {
@@ -73,8 +74,8 @@ func (s *Server) judge(now int64, hint uint64, w *work) (err error) {
 		if turned > 0 {
 			s.cfg.Counter.TurnFrom(entry.Epoch)
 		}
-		// Those that turned are the last, unless the parts of a shared store turned one
-		// after the other: then each run of them is judged by itself.
+		// The ids that turned are the last ones, unless the lanes of a shared store turned
+		// one after the other: then each run of such ids is judged by itself.
 		for w.verdicts[from] != dedup.Turned {
 			from++
 		}
@@ -95,9 +96,9 @@ func (w *work) note(e *counter.Epoch, from, to int) {
 	}
 }
 
-// addAndLeave leaves the epoch whatever happens in the set: an entry never left would
-// keep its epoch from being sealed for ever. The verdicts are Turned before; after a
-// panic, ids that were not judged still are.
+// addAndLeave adds w.items[from:to] to the set, and leaves the epoch whatever happens there:
+// an entry that is never left would keep its epoch from being sealed for ever. The verdicts are
+// Turned before the call; after a panic, those of ids that were not judged still are.
 func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned int, panicked bool, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -122,14 +123,14 @@ func (s *Server) addAndLeave(entry counter.Entry, w *work, from, to int) (turned
 			err = cause
 		}
 		if w.verdicts[end-1] == dedup.Turned {
-			break // so are those behind
+			break // so are those after them
 		}
 	}
 	return 0, false, err
 }
 
-// logPanic logs a panic of the set or of the handler, sampled: a client that finds a
-// request which panics will send more of them.
+// logPanic logs a panic of the set or of the handler, sampled: a client whose request causes
+// one may send it again and again.
 func (s *Server) logPanic(p any) {
 	if hidden, ok := s.panicLog.Allow(time.Now()); ok {
 		s.cfg.Log.Error().Interface("panic", p).Bytes("stack", debug.Stack()).Uint64("hidden", hidden).Msg("a request panicked")

@@ -14,13 +14,13 @@ const (
 	defaultShownKeys = 100  // of /api/windows/WINDOW_START/keys
 	maxShownKeys     = 1000 // of the same: as many as are kept of a closed window
 
-	// keptKeys bounds the keys that are kept of all closed windows, the newest first: some
-	// 15 MB if their names are long.
+	// keptKeys bounds the keys that are kept of all closed windows together, the newest
+	// windows first: some 15 MB if the names of the keys are long.
 	keptKeys = 100_000
 
-	// liveKeys is how many keys the live page shows. They are looked for every liveRate at
-	// most, and only so often that it takes 1 % of a core: an epoch has up to
-	// counter.MaxMaxKeys.
+	// liveKeys is how many keys the live page shows. The server looks for them once per
+	// liveRate at most, and then rests for liveKeysRest times as long as it took, so that it
+	// uses 1 % of a core: an epoch has up to counter.MaxMaxKeys keys.
 	liveKeys     = 10
 	liveKeysRest = 100
 )
@@ -52,7 +52,7 @@ func largestOf(keys map[string]uint64) []counter.KeyCount {
 	return counts.Largest(maxShownKeys)
 }
 
-// addKeys adds up the largest keys of two parts of a window.
+// addKeys adds the largest keys of two parts of a window.
 func addKeys(a, b []counter.KeyCount) []counter.KeyCount {
 	if len(a) == 0 || len(b) == 0 {
 		return slices.Concat(a, b)
@@ -119,8 +119,8 @@ func (a *Admin) windowAt(start time.Time) (w window, ok bool) {
 	return w, true
 }
 
-// limitOf returns the parameter limit of a request. If it is not one, the request is
-// answered 400 and ok is false.
+// limitOf returns the parameter limit of a request, or otherwise if there is none. If it is no
+// number from 1 to most, limitOf answers 400 and ok is false.
 func limitOf(w http.ResponseWriter, r *http.Request, otherwise, most int) (limit int, ok bool) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {

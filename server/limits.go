@@ -7,34 +7,34 @@ import (
 	"verve/server/callback"
 )
 
-// What a connection costs, measured with 8,000 of them in a memory cgroup, the
-// kernel's share among it (docs/operations.md, Sizing).
+// The bytes that a connection takes, measured with 8,000 of them in a memory cgroup; the
+// kernel's part is included (docs/operations.md, Sizing).
 const (
 	idleBytes    = 5 << 10  // parked: 3.7 KB of the process, 1.4 KB of the kernel
 	idleTLSBytes = 24 << 10 // parked, with the state of TLS
 	servedBytes  = 48 << 10 // with a request: buffers, a stack, 8 KiB of headers twice, the first 8 KiB of a body
 
-	// turnedAwayBytes lets those that are turned away take half of what those with a
-	// request may.
+	// turnedAwayBytes is counted for a connection that is turned away: together these may
+	// take a sixth as much memory as all other connections and batches.
 	turnedAwayBytes = 16 << 10
 
 	// fixedBytes is what the process takes without ids and connections: the Go
 	// runtime, the metrics, and the pages of the binary that are always in use.
 	fixedBytes = 16 << 20
 
-	// leastConns keeps a server usable that has almost nothing.
+	// leastConns keeps a server usable that has almost no memory or descriptors.
 	leastConns = 16
 )
 
-// Descriptors that are not for connections: data directory, brokers, Redis; the
-// workers and the kept connections of callbacks.
+// Descriptors that are not for callers' connections: for the data directory, brokers and
+// Redis; for the workers and the idle connections of callbacks; for the admin listener.
 const (
 	fileDescriptors     = 64
 	callbackDescriptors = 768
 	adminConns          = 64
 )
 
-// What the limits are where there is room.
+// The limits if there is room for them.
 const (
 	defaultTurnedAway  = 1024
 	defaultBatchMemory = 64 << 20
@@ -44,8 +44,8 @@ const (
 // descriptors and its memory.
 type Limits struct {
 	MaxConns      int // open at once on the public listener
-	MaxServed     int // of them, with a request under way
-	MaxTurnedAway int // over MaxConns, that are read on
+	MaxServed     int // of these, with a request under way
+	MaxTurnedAway int // over MaxConns, that are read on until their client has the answer
 	MaxAdmin      int // on the admin listener
 
 	BatchMemory int64 // of all batches that are read and judged, in bytes
@@ -54,8 +54,8 @@ type Limits struct {
 	Lowered string
 }
 
-// LimitsFor returns the limits for what cfg has of connections, batches, descriptors and
-// memory.
+// LimitsFor returns the limits that follow from the connections, batches, descriptors and
+// memory in cfg.
 func LimitsFor(cfg Config) Limits {
 	least := batchNeeds(cmp.Or(cfg.MaxBatchBytes, DefaultMaxBatchBytes), cmp.Or(cfg.MaxBatchIDs, DefaultMaxBatchIDs))
 	l := Limits{
@@ -70,8 +70,8 @@ func LimitsFor(cfg Config) Limits {
 		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
 	}
 	if cfg.Memory > 0 {
-		// Idle connections have five parts of six, those with a request and batches the
-		// rest: half of it each, and batches as much as one of them needs.
+		// Idle connections get five sixths. The rest is for connections with a request and
+		// for batches, half each; but batches get at least what one of them needs.
 		sixth := (max(cfg.Memory/2, fixedBytes+fixedBytes/2) - fixedBytes) / 6
 		served := sixth - sixth/2
 		l.BatchMemory = max(int64(min(sixth/2, defaultBatchMemory)), least)

@@ -31,8 +31,8 @@ const (
 	liveWindows = 60
 )
 
-// The page, in its parts. They are put together once, so that what is sent is
-// one file that needs nothing else.
+// The parts of the page. They are put together once, so that one file is sent that
+// needs nothing else.
 var (
 	//go:embed live/index.html
 	liveHTML string
@@ -51,11 +51,11 @@ var (
 // page is a document with its headers.
 type page struct {
 	body, gzipped []byte
-	policy, tag   string // the tag of body
+	policy, tag   string // Content-Security-Policy, and the ETag of body
 }
 
-// livePage puts the page together. Its policy lets run what is in it and
-// nothing else: the scripts and styles are named by their digests.
+// livePage puts the page together. Its policy names the scripts and styles in it by their
+// digests, so that nothing else can run in it.
 var livePage = sync.OnceValue(func() page {
 	styles, stylesPolicy := inline("style", uplotCSS, liveCSS)
 	scripts, scriptsPolicy := inline("script", uplotJS, liveJS)
@@ -94,7 +94,7 @@ func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "no-referrer")
 	h.Set("Cross-Origin-Opener-Policy", "same-origin")
-	h.Set("Cache-Control", "no-cache") // kept, but asked about
+	h.Set("Cache-Control", "no-cache") // a browser may keep it, but checks each time whether it has changed
 	h.Set("Vary", "Accept-Encoding")
 	body, tag := p.body, p.tag
 	if acceptsGzip(r.Header) {
@@ -105,8 +105,8 @@ func (a *Admin) index(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body)) // or 304, if the client has it
 }
 
-// acceptsGzip reports whether a client takes gzip: it names it, with a weight that is not
-// zero or none (RFC 9110, section 12.5.3).
+// acceptsGzip reports whether a client accepts gzip: it names gzip without a weight, or with one
+// that is not zero (RFC 9110, section 12.5.3).
 func acceptsGzip(h http.Header) bool {
 	for item := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
 		coding, weight, _ := strings.Cut(item, ";")
@@ -118,7 +118,7 @@ func acceptsGzip(h http.Header) bool {
 	return false
 }
 
-// liveAnswer is what the live page shows, without what the page has already.
+// liveAnswer is what the live page shows, less what the page has already.
 type liveAnswer struct {
 	recentWindows // no Windows if the page has them, in their present state
 
@@ -175,7 +175,7 @@ type liveGroup struct {
 	Leading bool `json:"leading"` // this instance publishes the records
 }
 
-// live answers what the live page shows. The page asks for it several times a second.
+// live answers /api/live. Each open page requests that several times a second.
 type live struct {
 	admin   *Admin
 	started time.Time
@@ -183,10 +183,10 @@ type live struct {
 	// mu guards what follows.
 	mu      sync.Mutex
 	rates   [][4]float64       // the last liveRates
-	sampled int                // how many there have been
-	keys    []counter.KeyCount // the largest keys of keysOf, looked for before keysDue
+	sampled int                // how many samples there have been
+	keys    []counter.KeyCount // the largest keys of keysOf, as they were when last looked for
 	keysOf  *counter.Epoch
-	keysDue time.Time // when they are looked for again
+	keysDue time.Time // when they may be looked for again
 
 	// The sums at the last sample; only run uses them.
 	at   time.Time
@@ -219,7 +219,8 @@ func (l *live) sample(now time.Time) {
 	l.at, l.sums = now, sums
 }
 
-// largest returns the largest keys of the open epoch, as of some moment before now.
+// largest returns the largest keys of the open epoch, as they were when last looked for: see
+// liveKeys.
 func (l *live) largest(now time.Time) []counter.KeyCount {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -233,7 +234,7 @@ func (l *live) largest(now time.Time) []counter.KeyCount {
 	return l.keys
 }
 
-// everything is the answer to a page that has nothing.
+// everything returns the answer to a page that has nothing yet.
 func (l *live) everything(now time.Time) liveAnswer {
 	a := l.admin
 	cb := a.server.cfg.Callbacks.Stats()
@@ -264,11 +265,11 @@ func (l *live) everything(now time.Time) liveAnswer {
 	return m
 }
 
-// answer is everything but the windows and the rates that a page has: has is Has of the
-// answer before.
+// answer returns everything, less the windows and the rates that a page has already. has is
+// liveAnswer.Has of the page's last answer.
 func (l *live) answer(now time.Time, has string) liveAnswer {
 	m := l.everything(now)
-	b, _ := json.Marshal(m.Windows) // it can be
+	b, _ := json.Marshal(m.Windows) // never fails: all fields can be encoded
 	windows := crc32.ChecksumIEEE(b)
 	l.mu.Lock()
 	m.Rates = slices.Clone(l.rates)
@@ -289,8 +290,8 @@ func (l *live) answer(now time.Time, has string) liveAnswer {
 	return m
 }
 
-// residentBytes is the memory of the process that is in RAM; 0 if the system does
-// not report it.
+// residentBytes returns the memory of the process that is in RAM, in bytes; 0 if the system
+// does not report it.
 func residentBytes() uint64 {
 	b, err := os.ReadFile("/proc/self/statm") // pages: all, resident, shared, ...
 	if err != nil {

@@ -19,17 +19,17 @@ import (
 	"verve/server/callback"
 )
 
-// Buckets of the histograms, in seconds. A request takes microseconds here and
-// up to the slow timeout with a client that does not read its answer; a callback
-// takes its network and ends at its timeout; an epoch is published by an fsync.
+// Buckets of the histograms, in seconds. A request takes microseconds, or up to the
+// slow timeout if the client does not read its answer. A callback takes as long as its
+// network, up to its timeout. An epoch takes an fsync.
 var (
 	requestBuckets  = []float64{1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
 	callbackBuckets = []float64{5e-4, 1e-3, 2.5e-3, 5e-3, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 	epochBuckets    = []float64{5e-4, 1e-3, 2.5e-3, 5e-3, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 )
 
-// histogram is one with classic buckets. Each is a set of its own: only sets
-// are written as text.
+// histogram is a histogram with classic buckets. Each has a set of its own, because the
+// library writes only whole sets as text.
 type histogram struct {
 	set *metrics.Set
 	*metrics.PrometheusHistogram
@@ -42,8 +42,8 @@ func newHistogram(name string, buckets []float64) histogram {
 
 func (h histogram) observe(d time.Duration) { h.Update(d.Seconds()) }
 
-// Times are the histograms of what other packages measure. They exist before the
-// parts that fill them. Safe for concurrent use.
+// Times are the histograms of durations that other packages measure. They are made before the
+// parts that fill them. All methods are safe for concurrent use.
 type Times struct{ sealDelay, closeTook, callback histogram }
 
 // NewTimes makes empty histograms.
@@ -55,8 +55,8 @@ func NewTimes() *Times {
 	}
 }
 
-// EpochClosed records how long the epoch of c took to drain and publish, and how
-// late it was sealed: unknown for one that did not run to its end.
+// EpochClosed records how long the epoch of c took to drain and publish. If c is complete, it
+// also records how late the epoch was sealed.
 func (t *Times) EpochClosed(c counter.Count, took time.Duration) {
 	if c.Complete && !c.SealedAt.IsZero() {
 		t.sealDelay.observe(max(0, c.SealedAt.Sub(c.Start.Add(c.Window))))
@@ -96,7 +96,7 @@ func (e exposition) value(name string, v float64) {
 	fmt.Fprintf(e.w, "%s %s\n", name, strconv.FormatFloat(v, 'f', -1, 64))
 }
 
-// labelValue quotes a value as the text format has it, which has fewer escapes than Go.
+// labelValue quotes a value for the text format, which has fewer escapes than Go.
 func labelValue(s string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(s) + `"`
 }
@@ -121,12 +121,12 @@ func (s *Server) acceptResults() []resultCount {
 		reasonUnavailable, reasonFull, reasonBusy, reasonDraining)...)
 }
 
-// otherRefusals are requests refused whatever they wanted.
+// otherRefusals returns the refusals that are not in acceptResults.
 func (s *Server) otherRefusals() []resultCount {
 	return s.refusedFor(reasonBadRequest, reasonMethod, reasonNotFound, reasonTooLarge, reasonTooSlow, reasonPanic)
 }
 
-// refusedFor is how many requests, or ids of batches, were refused for each reason.
+// refusedFor returns how many requests, or ids of batches, were refused for each reason.
 func (s *Server) refusedFor(of ...reason) (counts []resultCount) {
 	for _, r := range of {
 		counts = append(counts, resultCount{strings.ReplaceAll(r.String(), "-", "_"), s.refused[r].Load()})
@@ -134,7 +134,7 @@ func (s *Server) refusedFor(of ...reason) (counts []resultCount) {
 	return counts
 }
 
-// refusals is how many requests were refused, for any reason.
+// refusals returns how many requests, or ids of batches, were refused, for any reason.
 func (s *Server) refusals() (n uint64) {
 	for i := range s.refused {
 		n += s.refused[i].Load()
@@ -258,7 +258,7 @@ func (a *Admin) writeMetrics(w io.Writer) {
 	}
 }
 
-// group writes what is known of the group's Redis.
+// group writes the metrics of a group and its Redis.
 func (e exposition) group(g dedup.GroupStats) {
 	e.gauge("verve_group_unique_ids", "Unique ids of the whole group in the open window, as last reported by Redis.", float64(g.Unique))
 	e.gauge("verve_group_members", "Live instances of the group, including this one.", float64(g.Members))
@@ -267,7 +267,7 @@ func (e exposition) group(g dedup.GroupStats) {
 	e.gauge("verve_group_clock_offset_seconds", "How far the clock of Redis is ahead of the clock of this machine.", g.Offset.Seconds())
 	e.gauge("verve_redis_up", "1 if Redis works, else 0; /readyz has the reason.", flag(g.Away == ""))
 	e.gauge("verve_redis_pending_ids", "Ids waiting for an answer from Redis.", float64(g.Pending))
-	e.counter("verve_redis_batches_total", "Batches sent to Redis, heartbeats and further attempts included.", g.Batches)
+	e.counter("verve_redis_batches_total", "Batches sent to Redis, empty ones and further attempts included.", g.Batches)
 	e.counter("verve_redis_failures_total", "Attempts that failed, of all batches.", g.Retries)
 	e.counter("verve_redis_ids_taken_back_total", "Ids removed from Redis because their requests had already been answered 503.", g.TakenBack)
 	e.counter("verve_redis_ids_given_twice_total", "Ids that were in Redis already when an instance added them again: more than one instance may have answered ok.", g.Twice)
@@ -275,8 +275,8 @@ func (e exposition) group(g dedup.GroupStats) {
 	e.counter("verve_redis_ids_dropped_total", "Ids answered with ok that are in no record, because the window was sealed without them.", g.Dropped)
 }
 
-// processHelp are the families that are shown of the process and the Go
-// runtime, under the names that Prometheus' own clients gave them.
+// processHelp has the families of the process and the Go runtime that are written, with
+// the names that they have in Prometheus' own clients.
 var processHelp = map[string]struct{ kind, help string }{
 	"go_gc_cpu_seconds_total":                       {"counter", "CPU time of the garbage collector."},
 	"go_gc_duration_seconds":                        {"summary", "Pauses caused by the garbage collector."},
@@ -306,11 +306,11 @@ var processHelp = map[string]struct{ kind, help string }{
 	"process_virtual_memory_bytes":                  {"gauge", "Virtual memory."},
 }
 
-// series is the beginning of a line of a family.
+// series matches the beginning of a line of a family.
 var series = regexp.MustCompile(`^(\w+?)(_bucket|_sum|_count)?[{ ]`)
 
-// writeProcess writes the families of processHelp. What the library has beside
-// them goes by names and types that the conventions do not allow.
+// writeProcess writes the families of processHelp. The library has others, but with names
+// and types that the conventions of Prometheus do not allow.
 func writeProcess(w io.Writer) {
 	var all bytes.Buffer
 	metrics.WriteProcessMetrics(&all)

@@ -11,18 +11,18 @@ import (
 )
 
 const (
-	// parkAfter is how long a connection is idle until fasthttp gives it back. A
-	// client that asks once in a while then pays for a goroutine and the reading of
-	// its headers, some 10 us, each time; one under load never does.
+	// parkAfter is after how long an idle connection is taken from fasthttp. Each request of
+	// a client that asks rarely then costs a goroutine and the parsing of its headers, some
+	// 10 us. A connection under load is never parked.
 	parkAfter = time.Second
 
-	// stopGrace is how long a connection without a request is open after the server
-	// has stopped accepting: one may be on its way.
+	// stopGrace is how long a connection without a request stays open after the server
+	// has stopped accepting: a request may be on its way.
 	stopGrace = 50 * time.Millisecond
 
-	// After giveBackParked parkings, of 20 KB each, and with none since the last
-	// sweep, memory goes back to the system, at most once in giveBackPause: without
-	// requests there is no garbage collection for two minutes.
+	// After giveBackParked parkings, which free 20 KB each, memory is returned to the
+	// system, if none was parked since the last sweep, and at most once in giveBackPause.
+	// Without requests the garbage collector would not run for two minutes.
 	giveBackParked = 256
 	giveBackPause  = 10 * time.Second
 )
@@ -30,11 +30,11 @@ const (
 // errParked ends fasthttp's work on a connection that stays open.
 var errParked = errors.New("server: the connection is parked")
 
-// attend waits for the first byte of a request and has fasthttp serve the connection
-// until it is idle for a while. That gives back what fasthttp needs for it: buffers of
-// 12 KiB and a stack of 8 KiB. What a waiting connection costs is a goroutine with the
-// smallest stack. So a connection without a request costs little, however many there
-// are, and the memory of those with one is bounded by l.served.
+// attend waits for the first byte of a request, and then lets fasthttp serve the connection
+// until it has been idle for parkAfter. Then what fasthttp needs for it is free again: buffers
+// of 12 KiB and a stack of 8 KiB. A connection that waits has a goroutine with the smallest
+// stack. So connections without a request cost little, however many there are, and the
+// memory of those with a request is bounded by l.served.
 func (s *Server) attend(c *conn) {
 	l := s.ln
 	if err := c.await(); err != nil {
@@ -51,13 +51,13 @@ func (s *Server) attend(c *conn) {
 	c.inside.Store(false)
 	<-l.served
 	if c.parking.Swap(false) {
-		go s.attend(c) // the stack of this goroutine is large by now
+		go s.attend(c) // a new goroutine, because the stack of this one is large by now
 	}
 }
 
-// await returns when a request begins, or when a connection without one has been open
-// for too long and is to be answered 408. It reads one byte: no other way to learn that
-// the socket has some works on every system.
+// await returns nil when a request begins, or when a new connection has sent none for too long
+// and is to be answered 408. It reads one byte: there is no other way that works on every system
+// to learn that bytes have arrived.
 func (c *conn) await() error {
 	for {
 		if c.owner.stopping.Load() {
@@ -72,7 +72,7 @@ func (c *conn) await() error {
 		if p, _ := c.phase(); p == phaseNew && c.ended.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil // fasthttp's read fails, too, and it answers 408
 		}
-		// The sweeper may interrupt for parking a connection that was parked meanwhile.
+		// The sweeper may interrupt, to park it, a connection that was parked meanwhile.
 		if !c.goesOn(err) {
 			c.ended.Store(true)
 			return err
@@ -80,10 +80,9 @@ func (c *conn) await() error {
 	}
 }
 
-// takePlace takes a place in l.served. It waits for one as long as a request may take to
-// arrive; meanwhile the connections that are idle are parked. Places are given in the
-// order in which connections came to wait: a channel serves its senders so. The time
-// for the request to arrive begins with the place.
+// takePlace takes a place in l.served. It waits for one for SlowTimeout at most; meanwhile
+// idle connections are parked. Waiting connections get places in their order, because a channel
+// serves its senders in order. The time in which the request must arrive begins with the place.
 func (c *conn) takePlace() bool {
 	l := c.owner
 	select {
@@ -105,8 +104,8 @@ func (c *conn) takePlace() bool {
 	}
 }
 
-// refuseBusy answers 503 to a connection whose request could not be read in time, because
-// too many others are being read. A TLS handshake only for that costs too much.
+// refuseBusy answers 503 to a connection that got no place in time, because too many others
+// have a request. It does not answer if that would take a TLS handshake, which costs too much.
 func (c *conn) refuseBusy() {
 	c.owner.rejected.Add(1)
 	if secure, ok := c.Conn.(*tls.Conn); !ok || secure.ConnectionState().HandshakeComplete {
@@ -115,7 +114,7 @@ func (c *conn) refuseBusy() {
 	_ = c.Close()
 }
 
-// pull reads from the connection, first what await has read.
+// pull reads from the connection: first the byte that await has read.
 func (c *conn) pull(p []byte) (int, error) {
 	if c.owner.tls == nil {
 		return c.pullRaw(p)
@@ -139,17 +138,17 @@ type beneath struct {
 
 func (b beneath) Read(p []byte) (int, error) { return b.c.pullRaw(p) }
 
-// goesOn reports whether a read that failed may be taken up again: it was ended for parking
-// alone, or by the deadline of the stop for connections without a request, on which one has
-// begun meanwhile. (It may have waited for a place until then.)
+// goesOn reports whether a read that failed may be repeated. It may if the read was ended only
+// to park the connection; or by the deadline that the stop sets on connections without a
+// request, if a request has begun meanwhile. (It may have waited for a place until then.)
 //
-// It sets the deadline before it looks at stopped, which stopReading sets
-// before its deadline: an end that comes meanwhile is either seen here or has its
-// deadline after this one. The same holds for stopAccepting and stopping, at which await
-// looks next.
+// It removes the deadline before it reads stopped, and stopReading sets stopped before its
+// deadline. So if the connection is ended meanwhile, either goesOn sees stopped, or that
+// deadline is set after this one. The same holds for stopAccepting and stopping, which await
+// reads next.
 //
-// nudged stays set until then: a nudge in between would lose its deadline and be taken for
-// one that is under way, so that the connection was never parked again.
+// nudged is cleared only after the deadline: a nudge in between would lose its deadline but
+// look like one under way, and the connection would never be parked again.
 func (c *conn) goesOn(err error) bool {
 	p, _ := c.phase()
 	if !c.nudged.Load() && (p != phaseReading || !c.owner.stopping.Load()) {
@@ -160,8 +159,8 @@ func (c *conn) goesOn(err error) bool {
 	return errors.Is(err, os.ErrDeadlineExceeded) && !c.stopped.Load()
 }
 
-// park makes fasthttp leave the connection. What conn has learnt of its requests is
-// dropped.
+// park makes fasthttp leave the connection, by the error that it returns. It drops what conn
+// has learnt of its requests.
 func (c *conn) park() error {
 	c.parking.Store(true)
 	c.owner.parked.Add(1)
@@ -179,13 +178,13 @@ func (l *listener) giveBack(now time.Duration) {
 	}
 	l.parkedGone, l.gaveBack = parked, now
 	go func() {
-		runtime.GC()         // what pools hold is free after the second
-		debug.FreeOSMemory() // which is this
+		runtime.GC()         // what is in pools is free after two collections
+		debug.FreeOSMemory() // this is the second one
 	}()
 }
 
-// stopAccepting closes the listener, and the connections without a request. One that has a
-// request is parked behind its answer, and closed then.
+// stopAccepting closes the listener, and after stopGrace the connections without a request. A
+// connection with a request is parked after its answer, and closed then.
 func (l *listener) stopAccepting() {
 	_ = l.Close()
 	l.mu.Lock()

@@ -14,12 +14,12 @@ import (
 )
 
 const (
-	// An accept that failed is tried again after acceptWait, and after twice as long
-	// each time, up to acceptWaitMost.
+	// A failed accept is tried again after acceptWait, then each time after twice as
+	// long, up to acceptWaitMost.
 	acceptWait     = 5 * time.Millisecond
 	acceptWaitMost = time.Second
 
-	// acceptBlip is how long accepts must fail one after another to be reported: a
+	// acceptBlip is how long all accepts must have failed before problem reports it: a
 	// client that leaves before it is accepted is an error of accept, too.
 	acceptBlip = 100 * time.Millisecond
 )
@@ -27,7 +27,7 @@ const (
 // patientListener is a listener whose Accept fails only once it is closed. Any other
 // error passes: of the process (EMFILE), of the system (ENFILE, ENOBUFS, ENOMEM), of
 // the client (ECONNABORTED), of the network (accept(2) lists those). Each is counted,
-// and Accept waits and tries again, while the connections there are go on.
+// and Accept waits and tries again, while open connections are served.
 type patientListener struct {
 	net.Listener
 	name string // in the log and the metrics
@@ -39,8 +39,8 @@ type patientListener struct {
 	lines  logline.Sampler
 
 	mu     sync.Mutex
-	since  time.Time // of the first of the failures with no success between; zero: none
-	last   time.Time // of the last of them
+	since  time.Time // of the first failure since the last success; zero: there is none
+	last   time.Time // of the last failure
 	reason string
 }
 
@@ -96,8 +96,8 @@ func (l *patientListener) succeeded() {
 	l.since = time.Time{}
 }
 
-// problem returns why connections are not accepted now; empty if they are. An Accept
-// that has waited longer than any pause after a failure waits for a client.
+// problem returns why connections are not accepted now; empty if they are. If the last
+// failure is longer ago than any pause, Accept has tried again, and waits for a client.
 func (l *patientListener) problem() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -107,8 +107,8 @@ func (l *patientListener) problem() string {
 	return fmt.Sprintf("connections to the %s listener cannot be accepted: %s", l.name, l.reason)
 }
 
-// Close closes the socket of this process. It may be called again: the first call has
-// the result.
+// Close closes the socket of this process. It may be called again: only the first call
+// returns an error.
 func (l *patientListener) Close() (err error) {
 	l.closed.Do(func() {
 		close(l.stop)

@@ -26,7 +26,7 @@ const (
 	// least the header can hold. Overload passes sooner.
 	retryAfter = "1"
 
-	// refusalsEvery samples the log of refusals, cause by cause.
+	// refusalsEvery is how often refusals are logged, for each reason.
 	refusalsEvery = 10 * time.Second
 )
 
@@ -45,7 +45,7 @@ const (
 	reasonUnavailable
 	reasonBusy
 	reasonDraining
-	reasonTooLarge // from here on the status is all that is answered
+	reasonTooLarge // from here on the answer has no Verve-Reason, only the status
 	reasonTooSlow
 	reasonPanic
 	reasons
@@ -64,7 +64,7 @@ func (r reason) String() string { return reasonNames[r] }
 type refusal struct {
 	status int
 	reason reason
-	last   bool // nothing behind the request can be relied on to be one: its connection is closed
+	last   bool // what follows the request may not be a request: its connection is closed
 }
 
 func (r refusal) Error() string { return r.reason.String() }
@@ -122,12 +122,12 @@ func (s *Server) refuse(ctx *fasthttp.RequestCtx, err error) {
 	setRefusal(&ctx.Response, r)
 }
 
-// countRefusals counts n refusals, and logs the first of a cause in a while. What the
-// request holds is not logged: any caller can write it.
+// countRefusals counts n refusals, and logs one of each reason per refusalsEvery. The content
+// of the request is not logged: callers could write anything into the log.
 func (s *Server) countRefusals(r refusal, n uint64, cause error) {
 	s.refused[r.reason].Add(n)
 	if r.reason == reasonPanic {
-		return // has a line of its own
+		return // logPanic logs it
 	}
 	if hidden, ok := s.refusalLogs[r.reason].Allow(time.Now()); ok {
 		s.refusalLine(r.reason).Int("status", r.status).Uint64("hidden", hidden).Err(cause).Msg("a request was refused")
@@ -160,8 +160,8 @@ func (s *Server) logHiddenRefusals() {
 	}
 }
 
-// refusalLine is a warning if the server is the cause: the request may be as good as
-// any.
+// refusalLine begins a line of the log: a warning if the server is the cause, because then
+// the request may be right.
 func (s *Server) refusalLine(r reason) *zerolog.Event {
 	level := zerolog.InfoLevel
 	if r == reasonFull || r == reasonUnavailable || r == reasonBusy {
@@ -170,7 +170,7 @@ func (s *Server) refusalLine(r reason) *zerolog.Event {
 	return s.cfg.Log.WithLevel(level).Stringer("reason", r)
 }
 
-// refusalOf is the refusal of an id with that verdict.
+// refusalOf returns the refusal of an id with this verdict, which is Full or Unavailable.
 func refusalOf(v dedup.Verdict) refusal {
 	if v == dedup.Full {
 		return errFull
@@ -178,8 +178,8 @@ func refusalOf(v dedup.Verdict) refusal {
 	return errUnavailable
 }
 
-// broken is the refusal of a request that could not be read to its end, by fasthttp or by a
-// handler.
+// broken returns the refusal of a request that fasthttp, or a handler, could not read to its
+// end.
 func broken(ctx *fasthttp.RequestCtx, err error) refusal {
 	var small *fasthttp.ErrSmallBuffer
 	var timeout net.Error

@@ -1,9 +1,9 @@
 // Package server is Verve's front: the accept route and the sink for
 // callbacks on the public listener, callbacks out, and the admin listener.
 //
-// A request is answered by handle in accept.go: parsed, put into the open
-// epoch of package counter, asked about in the Set of package dedup, and
-// answered. main starts a Server and stops it first.
+// handle in accept.go answers a request: it parses it, enters the open epoch of
+// package counter, adds the id to the Set of package dedup, and writes the verdict.
+// main starts a Server, and stops it first.
 package server
 
 import (
@@ -46,20 +46,19 @@ const (
 	// maxMaxConns is more than any system has descriptors for.
 	maxMaxConns = 1 << 30
 
-	// A batch beyond these is better sent as several: none of it is judged before all of
-	// it has come.
+	// A larger batch is better sent as several: none of its ids is judged before all of
+	// it has arrived.
 	maxMaxBatchIDs   = 1_000_000
 	maxMaxBatchBytes = 64 << 20
 
-	// answerGrace bounds the wait, at the stop, for answers that are on their
-	// way. A request that has sent half its headers holds it up so long.
+	// answerGrace bounds how long the stop waits for answers that are on their way. A
+	// client that has sent half of its headers delays the stop by that.
 	answerGrace = 2 * time.Second
 
-	// nextRequestGrace is how long StopAccepting lets clients send the next request
-	// of a connection between two of them. firstRequestGrace is for the first request
-	// of a connection accepted just now, whose client does not expect an end, and for
-	// those under way: a busy machine may need it. Their answers close their
-	// connections.
+	// nextRequestGrace is how long StopAccepting lets clients send the next request on
+	// an idle connection. firstRequestGrace is for the first request of a connection that
+	// was accepted just now, whose client does not expect an end, and for requests under
+	// way: a busy machine may need it. The answers close the connections.
 	nextRequestGrace  = 250 * time.Millisecond
 	firstRequestGrace = 2 * time.Second
 )
@@ -99,15 +98,15 @@ type Config struct {
 	// CORSOrigins are the origins whose pages may read answers; "*" is all of them.
 	CORSOrigins []string
 
-	limits     Limits // that follow from the above; tests give some
-	noFastPath bool   // of tests
+	limits     Limits // follow from the above; tests set some
+	noFastPath bool   // set by tests
 }
 
-// Server serves the public listener. Serve is called once and returns after Shutdown; the
-// other methods are safe for concurrent use, while Serve runs.
+// Server serves the public listener. Serve and Shutdown are called once each, and Serve returns
+// after Shutdown. The other methods are safe for concurrent use, while Serve runs.
 type Server struct {
 	cfg         Config
-	lastAnswers atomic.Bool // every answer is the last of its connection; read by each request
+	lastAnswers atomic.Bool // every answer is the last one of its connection; each request reads it
 	http        fasthttp.Server
 	ln          *listener
 	batches     *batches
@@ -153,7 +152,8 @@ func (cfg *Config) Check() error {
 	return setting.CheckTimeout("idle-timeout", cfg.IdleTimeout)
 }
 
-// New checks cfg and makes a server for ln.
+// New checks cfg and makes a server for ln. An error names the bad setting; then ln is still
+// the caller's to close.
 func New(cfg Config, ln net.Listener) (*Server, error) {
 	if cfg.Counter == nil || cfg.Set == nil || cfg.Callbacks == nil {
 		return nil, errors.New("server: Counter, Set and Callbacks are required")
@@ -195,7 +195,7 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 		ExpectHandler: s.expect,
 		ErrorHandler:  func(ctx *fasthttp.RequestCtx, err error) { s.refuse(ctx, broken(ctx, err)) },
 		ConnState:     connState,
-		Logger:        quiet{}, // what fasthttp would log is counted in refused
+		Logger:        quiet{}, // refused counts what fasthttp would log
 
 		Concurrency:        math.MaxInt32, // the listener bounds it
 		ReadBufferSize:     readBuffer,
@@ -209,12 +209,13 @@ func New(cfg Config, ln net.Listener) (*Server, error) {
 	return s, nil
 }
 
-// quiet drops what fasthttp would print: bytes that callers have sent.
+// quiet drops what fasthttp would log, because that has bytes that callers have sent.
 type quiet struct{}
 
 func (quiet) Printf(string, ...any) {}
 
-// Serve accepts connections until Shutdown, or until the listener is closed.
+// Serve accepts connections until Shutdown, StopAccepting, or until the listener is closed.
+// It always returns nil.
 func (s *Server) Serve() error {
 	go s.ln.sweep(s.stopSweep)
 	go every(refusalsEvery, s.stopSweep, s.logHiddenRefusals)
@@ -233,9 +234,9 @@ func (s *Server) Serve() error {
 func (s *Server) LastAnswers() { s.lastAnswers.Store(true) }
 
 // StopAccepting closes the listener, and returns when the connections that it had
-// accepted are answered and gone, or have had nextRequestGrace or firstRequestGrace for
-// that. Where another process holds the same socket open, the kernel keeps every connection
-// that was not accepted here for the process that accepts next.
+// accepted are answered and closed, or have had nextRequestGrace or firstRequestGrace for
+// that, or when ctx ends. If another process has the same socket open, the kernel keeps every
+// connection that was not accepted here for the process that accepts next.
 func (s *Server) StopAccepting(ctx context.Context) {
 	_ = s.ln.Close() // nothing can be done about a failed close
 	began := time.Now()
@@ -244,21 +245,22 @@ func (s *Server) StopAccepting(ctx context.Context) {
 	s.await(first, func() bool {
 		select {
 		case <-s.accepted:
-		default: // the last connection may not be among those that are open yet
+		default: // the connection accepted last may not be counted yet
 			return false
 		}
 		return s.ln.open() == 0 || s.ln.expecting() == 0 && time.Since(began) > nextRequestGrace
 	})
 }
 
-// Shutdown lets every request that was counted be answered, then closes the
-// connections and the listener. The counter must be sealed before: what still
-// comes is answered 503 and counts nothing.
+// Shutdown waits until every request that was counted is answered, then closes the
+// listener and the connections. Seal the counter before: then requests that still
+// arrive are answered 503 and count nothing. If connections are still open when ctx ends,
+// the error has their number. A second call panics.
 func (s *Server) Shutdown(ctx context.Context) error {
 	defer s.logHiddenRefusals()
 	defer close(s.stopSweep)
 	s.LastAnswers()
-	// What still comes meanwhile is answered, and not met by a closed socket.
+	// Requests that arrive meanwhile are answered: the socket is still open.
 	grace, cancel := context.WithTimeout(ctx, answerGrace)
 	defer cancel()
 	s.await(grace, func() bool { return s.ln.busy() == 0 })
@@ -284,7 +286,7 @@ func every(interval time.Duration, stop <-chan struct{}, f func()) {
 	}
 }
 
-// await polls until done or the end of ctx.
+// await polls until done returns true or ctx ends.
 func (s *Server) await(ctx context.Context, done func() bool) {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()

@@ -20,7 +20,7 @@ const (
 	maxTokenLen = 64
 )
 
-// query is what a request asks of the accept route. nil: it does not name it.
+// query has the parameters of a request to the accept route. nil: it does not have this one.
 type query struct {
 	id       []byte
 	endpoint []byte
@@ -28,8 +28,8 @@ type query struct {
 	token    []byte
 }
 
-// plainBytes are the bytes that an id may hold without being decoded or looked at
-// twice: RFC 3986's unreserved characters.
+// plainBytes are the bytes that need neither decoding nor another check in an id: the
+// unreserved characters of RFC 3986.
 var plainBytes = setOf("a-zA-Z0-9._~-")
 
 // setOf returns the set of the bytes in list: single ones, and ranges such as a-z.
@@ -56,9 +56,9 @@ func lengthOf(b []byte, set *[256]bool) (n int) {
 }
 
 // plainQuery is the common case of parseQuery: a query that is exactly "id=" and plain
-// bytes, and a key and a token of plain bytes behind them if it has them, in any order,
-// needs no decoding. Anything else, good or bad, is parseQuery's.
-// FuzzPlainQueryAgreesWithParseQuery holds the two together.
+// bytes, with or without a key and a token of plain bytes after them, in any order. It
+// needs no decoding. parseQuery parses any other query, good or bad.
+// FuzzPlainQueryAgreesWithParseQuery checks that the two agree.
 func plainQuery(raw []byte, o *dedup.Options) (id []byte, ok bool) {
 	const prefix = "id="
 	if len(raw) <= len(prefix) || string(raw[:len(prefix)]) != prefix {
@@ -79,9 +79,9 @@ var (
 	tokenStart = []byte("&token=")
 )
 
-// plainOptions makes o the key and the token that b begins with, each of plain bytes and
-// at most once. It returns what follows them. If b ends before a value begins, they have
-// only begun; a value at the end of b is taken, and may go on in what is still to be read.
+// plainOptions sets o to the key and the token that b begins with, each of plain bytes and
+// at most once, and returns the bytes after them. If b ends before a value begins, it returns
+// begun. A value may end with b: then it may go on in bytes that are still to be read.
 func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
 	*o = dedup.Options{}
 	for len(b) > 0 && b[0] == '&' {
@@ -108,7 +108,7 @@ func plainOptions(b []byte, o *dedup.Options) (rest []byte, like likeness) {
 }
 
 // splitTarget returns the path and the query of a request's target as they were
-// sent. An absolute-form target (RFC 9112, section 3.2.2) has them behind its
+// sent. In an absolute-form target (RFC 9112, section 3.2.2) they follow the
 // authority; ok is false if that is no host.
 func splitTarget(target []byte) (path, query []byte, ok bool) {
 	scheme, rest, absolute := bytes.Cut(target, []byte("://"))
@@ -129,13 +129,13 @@ func splitTarget(target []byte) (path, query []byte, ok bool) {
 // parseQuery reads the raw query of an accept request. The result may point into raw.
 //
 // A query without an id is an error only if needsID: the ids of a batch are in the body.
-// With an error, the result has the parts of the query that nothing is wrong with, unless
-// the id is bad.
+// After an error, the result still has the parts of the query that are right, unless the id
+// is bad.
 //
-// It is strict where two readers could disagree: exactly one id, at most one
-// endpoint, key and token, whatever way their names are spelt; and in their values no
-// bytes that a URI cannot hold, and no ";", which some readers take for "&". Other
-// parameters are ignored, whatever is in them.
+// It is strict if two readers could disagree: exactly one id, at most one endpoint, key
+// and token, however their names are escaped. Their values may have no bytes that a URI
+// cannot have, and no ";", which some readers take for "&". Other parameters are ignored,
+// whatever they contain.
 func parseQuery(raw []byte, needsID bool) (query, error) {
 	var id, endpoint, key, token parameter
 	for len(raw) > 0 {
@@ -172,13 +172,13 @@ func parseQuery(raw []byte, needsID bool) (query, error) {
 	return q, nil
 }
 
-// parameter is one of a query that may be given once.
+// parameter is a parameter of a query that may be given once.
 type parameter struct {
 	value      []byte
 	given, bad bool
 }
 
-// set decodes the value of a parameter. A second one is bad, whatever it is.
+// set decodes the value of a parameter. If it is given twice, it is bad, whatever the values.
 func (p *parameter) set(value []byte) {
 	ok := !p.given && validValue(value)
 	if p.given = true; ok {
@@ -199,8 +199,8 @@ func validValue(value []byte) bool {
 	return true
 }
 
-// validID checks an id after decoding. Eight bytes at a time, unless one of them is not
-// visible ASCII or a space: batches contain ids that were not checked before.
+// validID checks an id after decoding. It checks eight bytes at a time as long as all are
+// visible ASCII or spaces, because a batch may have very many ids.
 func validID(id []byte) bool {
 	if len(id) == 0 || len(id) > maxIDLen || id[0] == ' ' || id[len(id)-1] == ' ' {
 		return false
@@ -256,7 +256,7 @@ func digitsOnly(b []byte) bool {
 	return true
 }
 
-// unescape decodes s once: "%XX" is a byte and "+" a space. It copies only where there is
+// unescape decodes s once: "%XX" is a byte and "+" a space. It copies s only if there is
 // something to decode.
 func unescape(s []byte) (out []byte, ok bool) {
 	if bytes.IndexByte(s, '%') < 0 && bytes.IndexByte(s, '+') < 0 {

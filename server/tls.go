@@ -13,31 +13,32 @@ import (
 	"verve/internal/setting"
 )
 
-// certificatePoll is how often the files of a certificate are read. Reading
-// notices every way of replacing a file, which watching its name does not
-// (a mounted secret is a link to a link).
+// certificatePoll is how often the files of a certificate are read. Reading them
+// notices every way of replacing a file; watching their names does not (a mounted
+// secret is a link to a link).
 const certificatePoll = 5 * time.Second
 
-// Certificate is a TLS certificate with its key, from files that are read again
-// when they change. It is safe for concurrent use.
+// Certificate is a TLS certificate with its key, from files that Run reads again
+// every certificatePoll. It is safe for concurrent use; Run is called once.
 type Certificate struct {
 	certFile, keyFile string
 	log               zerolog.Logger
 	poll              time.Duration
 
 	current   atomic.Pointer[tls.Certificate]
-	cert, key []byte        // what was in the files when last looked at; Run's
-	failures  atomic.Uint64 // changes that were not taken
+	cert, key []byte        // what was last read from the files; only load uses them
+	failures  atomic.Uint64 // changed files that could not be used
 }
 
-// LoadCertificate reads a certificate, with its chain, and its key, both in PEM.
+// LoadCertificate reads a certificate, with its chain, and its key, both in PEM. It returns an
+// error if a file cannot be read or the two do not fit together.
 func LoadCertificate(certFile, keyFile string, log zerolog.Logger) (*Certificate, error) {
 	c := &Certificate{certFile: certFile, keyFile: keyFile, log: log, poll: certificatePoll}
 	_, err := c.load()
 	return c, err
 }
 
-// load reads the files, and reports whether they hold something new.
+// load reads the files, and reports whether it took over a new pair from them.
 func (c *Certificate) load() (changed bool, err error) {
 	cert, err := setting.ReadFile(c.certFile)
 	if err != nil {
@@ -62,9 +63,9 @@ func (c *Certificate) load() (changed bool, err error) {
 	return true, nil
 }
 
-// Run takes over new files until ctx ends. What cannot be used, such as a new
-// certificate whose key is still to come, is logged once, and the old pair
-// stays.
+// Run takes over new files until ctx ends, and then returns nil. If the files cannot be
+// used, such as a new certificate whose key is not written yet, it logs that once, and
+// the old pair stays.
 func (c *Certificate) Run(ctx context.Context) error {
 	var last string
 	every(c.poll, ctx.Done(), func() {
@@ -95,8 +96,9 @@ func (c *Certificate) serverConfig() *tls.Config {
 	}
 }
 
-// OwnConfig is for connections to this server itself, by its address: whatever
-// names the certificate has, it must be the one that is served here.
+// OwnConfig returns the configuration for connections to this server itself, by its
+// address. The certificate may have any names, but it must be the one that is served
+// here, now or when OwnConfig was called.
 func (c *Certificate) OwnConfig() *tls.Config {
 	before := c.current.Load()
 	return &tls.Config{

@@ -8,19 +8,19 @@ import (
 // edgeTriggered: the runtime waits for a socket with EPOLLET.
 const edgeTriggered = true
 
-// waitAndRead is read for a steady connection of which everything is answered: it waits
-// before it reads. Read of package net reads first, and finds nothing after each answer,
-// since the next request comes only then; that costs 8 % of the CPU of a request
-// (bench/README.md, "Against commit 9d5ec71"; BenchmarkSteady has the client's part in it).
+// waitAndRead does what read does, for a steady connection on which everything is answered:
+// it waits before it reads. Read of package net reads first. After an answer it finds nothing,
+// because the client sends its next request only then, and that costs 8 % of the CPU of a request
+// (bench/README.md, "Against commit 9d5ec71"; BenchmarkSteady includes the client's part).
 //
-// It is safe to wait without a look where the read before it, within one call of
-// RawConn.Read, has not filled its buffer: the socket was empty then, and what arrives later
-// wakes the waiter (epoll(7), "edge-triggered"). Two things go unseen: the end of a client's
-// side that came together with its last requests, and what came behind a byte of urgent data,
-// where a read ends early. Parking finds them after a second. Clients that do so are small
-// tools, which send little; that is why a connection is steady only after steadyAfter reads.
+// To wait without a read is safe if the read before, within one call of RawConn.Read, has not
+// filled its buffer: then the socket was empty, and bytes that arrive later wake the waiter
+// (epoll(7), "edge-triggered"). Two things are missed: that a client closed its side together
+// with its last requests, and bytes after a byte of urgent data, at which a read ends early.
+// Parking finds both after parkAfter. Clients that do so are small tools, which send little;
+// that is why a connection is steady only after steadyAfter reads.
 //
-// It returns as take does, and have > 0 without done where a request has begun.
+// It returns what take does, and have > 0 without done if a request has begun.
 func (f *fastPath) waitAndRead(c *conn, p []byte) (have int, done bool, err error) {
 	c.yieldIfAwaited()
 	ended := c.socket.Read(func(fd uintptr) bool {
@@ -42,7 +42,7 @@ func (f *fastPath) waitAndRead(c *conn, p []byte) (have int, done bool, err erro
 			}
 			c.idle()
 			c.yieldIfAwaited()
-			if n < len(p) || c.nudged.Load() { // then the wait ends at once
+			if n < len(p) || c.nudged.Load() { // if nudged, the wait ends at once
 				return false
 			}
 		}

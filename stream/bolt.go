@@ -35,7 +35,7 @@ type boltStore struct {
 
 	// broken is set when a write ended in a panic. bbolt then reads the same file to
 	// roll back, may fault there again, and keeps its lock: the next write would wait
-	// for ever, and readiness and metrics with it.
+	// for ever, and so would readiness and metrics.
 	broken atomic.Pointer[error]
 }
 
@@ -97,10 +97,10 @@ func openBolt(path string, files *keyFiles) (b *boltStore, st state, setAside st
 }
 
 func openBoltOnce(path string, files *keyFiles) (b *boltStore, st state, err error) {
-	// bbolt trusts its pages: it panics on one that makes no sense, and reads
-	// beyond the end of a file cut short fault. Both mean the same here. On
-	// this path the mapping and the descriptor of the damaged file may leak,
-	// once, which is the price of going on.
+	// bbolt trusts its pages: it panics on a page that makes no sense, and a read
+	// beyond the end of a truncated file faults. Both mean that the file is damaged.
+	// Then its mapping and its descriptor may leak, once: that is the price of
+	// going on.
 	defer damagedByPanic(&err, debug.SetPanicOnFault(true))
 
 	info, statErr := os.Stat(path)
@@ -119,8 +119,8 @@ func openBoltOnce(path string, files *keyFiles) (b *boltStore, st state, err err
 			// The freelist stays synced: without it bbolt rebuilds it in a goroutine
 			// of its own, where a panic about a damaged page could not be caught.
 			NoFreelistSync: false,
-			// A file that outgrows its mapping is mapped anew, and where that is
-			// interrupted bbolt has none. Address space costs nothing.
+			// A file that outgrows its mapping is mapped again. If that is
+			// interrupted bbolt has no mapping. Address space costs nothing.
 			InitialMmapSize: mapped,
 		})
 		return numbered(err)
@@ -133,7 +133,7 @@ func openBoltOnce(path string, files *keyFiles) (b *boltStore, st state, err err
 		errors.Is(err, berrors.ErrChecksum), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, st, fmt.Errorf("%w: %w", errDamaged, err)
 	case blank && durable.NoSpace(err):
-		// bbolt may have written a part.
+		// bbolt may have written a part of its header.
 		emptied(path)
 		return nil, st, err
 	case durable.Unsupported(err), errors.Is(err, syscall.ENOLCK):
@@ -153,13 +153,13 @@ func openBoltOnce(path string, files *keyFiles) (b *boltStore, st state, err err
 		db.Close()
 		return nil, st, err
 	}
-	// Only for the message to a second process, which can do without.
+	// This is only for the message of a second process, which can do without.
 	_ = os.WriteFile(path+ownerSuffix, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644)
 	return b, st, nil
 }
 
-// emptied removes what was written into a new file. The file itself stays, as another
-// process may wait for its lock.
+// emptied truncates a new file. It does not remove the file, because another process may wait
+// for its lock.
 func emptied(path string) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
@@ -171,7 +171,7 @@ func emptied(path string) {
 	}
 }
 
-// owner describes the process that has the spool, by the file beside it.
+// owner describes the process that uses the spool, by the file next to it.
 func owner(path string) string {
 	if b, err := os.ReadFile(path); err == nil && len(b) > 0 {
 		return "process " + strings.TrimSpace(string(b))
@@ -179,8 +179,8 @@ func owner(path string) string {
 	return "another process"
 }
 
-// init makes what a new file needs, and reads every page and every file of keys that is in
-// use, so that damage shows here, where it can be dealt with, and not in the middle of a run.
+// init makes the buckets of a new file. It reads every page, and every file of keys that is in
+// use, so that damage shows here, where the file can be set aside, and not in the middle of a run.
 func (b *boltStore) init(files *keyFiles) (st state, err error) {
 	empty := false
 	err = b.view(func(tx *bolt.Tx) error {
@@ -222,10 +222,10 @@ func (b *boltStore) init(files *keyFiles) (st state, err error) {
 	return st, err
 }
 
-// checkPages checks what shows only when a record is appended, and then fails at every start: the
-// numbers that pages have of themselves, and the list of the free ones. bbolt's own check comes last:
-// it takes all memory where the length of a page is damaged, and a fault in its goroutine could not
-// be caught.
+// checkPages looks for damage that would otherwise show only when a record is appended, after every
+// start again: wrong numbers of pages, and a wrong list of the free ones. bbolt's own check comes
+// last: if the length of a page is damaged it takes all memory, and a fault in its goroutine could
+// not be caught.
 func checkPages(db *bolt.DB, tx *bolt.Tx) error {
 	file, err := os.Open(db.Path())
 	if err != nil {
@@ -234,7 +234,7 @@ func checkPages(db *bolt.DB, tx *bolt.Tx) error {
 	defer file.Close()
 	size, own := int64(db.Info().PageSize), make([]byte, 8)
 	free, pages := 0, int(tx.Size()/size)
-	for id := 2; id < pages; { // behind the meta pages
+	for id := 2; id < pages; { // after the meta pages
 		page, err := tx.Page(id)
 		switch {
 		case err != nil:
@@ -255,7 +255,7 @@ func checkPages(db *bolt.DB, tx *bolt.Tx) error {
 	if stats := db.Stats(); free != stats.FreePageN+stats.PendingPageN {
 		return fmt.Errorf("%w: %d pages are free, and %d in the list of them", errDamaged, free, stats.FreePageN+stats.PendingPageN)
 	}
-	for flaw := range tx.Check() { // to its end, where the goroutine ends
+	for flaw := range tx.Check() { // read to its end: only then its goroutine ends
 		if err == nil {
 			err = fmt.Errorf("%w: %w", errDamaged, flaw)
 		}
@@ -263,8 +263,8 @@ func checkPages(db *bolt.DB, tx *bolt.Tx) error {
 	return err
 }
 
-// readState reads all of the file, and the files of keys that it refers to. It removes the
-// others of these.
+// readState reads all of the file, and the files of keys that it refers to. It removes files of
+// keys that nothing refers to: see keyFiles.sweep.
 func readState(tx *bolt.Tx, files *keyFiles) (st state, err error) {
 	for _, name := range buckets {
 		if tx.Bucket(name) == nil {
@@ -325,14 +325,14 @@ func (st *state) readDeadLetters(tx *bolt.Tx) error {
 		}
 		index := binary.BigEndian.Uint64(k)
 		if index == last {
-			return nil // of another sink
+			return nil // the same record, refused by another sink
 		}
 		last = index
 		st.deadLetters++
 		if index > st.head-uint64(st.pending) {
 			st.refused = append(st.refused, index)
 		}
-		// The reason may have lines, too; the records by key are behind the record.
+		// The value is the reason, which may have several lines, the record, and its records by key.
 		for line := range bytes.Lines(v) {
 			if r, err := parseRecord(bytes.TrimSuffix(line, []byte("\n"))); err == nil {
 				st.lacking[r.WindowStart.UnixNano()] = true
@@ -353,8 +353,8 @@ func (st *state) readSeries(tx *bolt.Tx, files *keyFiles, used map[string]bool) 
 		}
 		s.Keys, err = files.sum(s.files)
 		if errors.Is(err, errDamaged) {
-			// The records are delivered, or readRecords finds the same. The sum of the window
-			// is known.
+			// Either these records are delivered, or readRecords finds the same damage. Only
+			// the sums by key are lost: that of the window is known.
 			st.keysLost = err
 			s.files, s.KeysLost, err = nil, true, nil
 		}
@@ -395,9 +395,9 @@ func (st *state) readRecords(tx *bolt.Tx, files *keyFiles, used map[string]bool)
 	return err
 }
 
-// update turns a panic of bbolt about a page, or a fault of the mapping, into an
-// error: a disk that fails while running makes the spool unavailable, it does
-// not end the process. It stays unavailable until the next start, which sets a
+// update runs fn in a transaction that writes. It turns a panic of bbolt about a page, or a
+// fault of the mapping, into an error: a disk that fails makes the spool unavailable, but
+// does not end the process. The spool stays unavailable until the next start, which sets a
 // damaged file aside.
 func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 	if broken := b.broken.Load(); broken != nil {
@@ -411,8 +411,8 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 			err = broken
 		}
 	}()
-	// bbolt does not repeat a sync that was interrupted. The bytes written then may be
-	// there or not, as after any error, and are written again.
+	// bbolt does not repeat a sync that was interrupted, so the transaction is repeated.
+	// What it wrote may be on the disk or not, as after any error.
 	return durable.Retry(func() error {
 		return numbered(b.db.Update(func(tx *bolt.Tx) error {
 			err := fn(tx)
@@ -422,7 +422,7 @@ func (b *boltStore) update(fn func(*bolt.Tx) error) (err error) {
 	})
 }
 
-// numbered makes an error of the system that bbolt returns as text an errno again.
+// numbered wraps the errno in a system error that bbolt returns as text only.
 func numbered(err error) error {
 	if err == nil {
 		return nil
@@ -440,7 +440,8 @@ func (b *boltStore) view(fn func(*bolt.Tx) error) (err error) {
 	return b.db.View(fn)
 }
 
-// damagedByPanic is deferred where bbolt reads its file, and gets debug.SetPanicOnFault(true).
+// damagedByPanic is deferred in functions in which bbolt reads its file: it makes a panic an
+// error. before is the result of debug.SetPanicOnFault(true), and is restored.
 func damagedByPanic(err *error, before bool) {
 	debug.SetPanicOnFault(before)
 	if r := recover(); r != nil {
@@ -448,7 +449,7 @@ func damagedByPanic(err *error, before bool) {
 	}
 }
 
-// encodeSeries returns what decodeSeries reads. Without keys it is that of firstVersion.
+// encodeSeries returns what decodeSeries reads. Without keys the format is that of firstVersion.
 func encodeSeries(s *series) []byte {
 	v := binary.BigEndian.AppendUint64(nil, s.seq)
 	v = binary.BigEndian.AppendUint64(v, uint64(s.Last.UnixNano()))
@@ -538,7 +539,7 @@ func (b *boltStore) advance(sink string, to, removed, upTo uint64) (files []keyF
 			k := beKey(i)
 			v := records.Get(k)
 			if v == nil {
-				continue // an attempt that failed was stored
+				continue // removed by an attempt that failed and was stored nevertheless
 			}
 			var f keyFile
 			if f, _, err = splitEntry(k, v); f.index > 0 && !slices.Contains(files, f) {
@@ -571,7 +572,7 @@ func (b *boltStore) close() error {
 	return b.db.Close()
 }
 
-// put stores a value behind a checksum over its key and itself.
+// put stores a value after a checksum over the key and the value.
 func put(b *bolt.Bucket, k, v []byte) error {
 	return b.Put(k, append(binary.BigEndian.AppendUint32(nil, checksum(k, v)), v...))
 }
@@ -622,8 +623,8 @@ func decodeEntry(k, v []byte) (e spooled, err error) {
 	return e, nil
 }
 
-// splitEntry returns the file of the keys of a record, which is before the record in its
-// value and begins with a zero, and the bytes of the record.
+// splitEntry splits a value into the reference to the file of the record's keys, if there is
+// one, and the bytes of the record. A reference begins with a zero byte, a record does not.
 func splitEntry(k, v []byte) (f keyFile, record []byte, err error) {
 	if v, err = unseal(k, v); err != nil || len(v) < keyFileBytes || v[0] != 0 {
 		return f, v, err

@@ -15,9 +15,9 @@ import (
 // sequence numbers would begin again, and the count of the last window might be
 // published twice.
 //
-// It has a file of its own beside the spool, which is replaced after each append: a
-// checksum, the length, and the checkpoint as JSON. An earlier version wrote into one of two
-// places of the file in turns.
+// It has a file of its own next to the spool, which is replaced after each append: a
+// checksum, the length, and the checkpoint as JSON. An earlier version had two places in the
+// file and wrote into them in turn.
 type checkpoint struct {
 	Identity string `json:"identity"`
 	Instance string `json:"instance"`
@@ -37,7 +37,7 @@ const (
 func readCheckpoint(path string) (last checkpoint) {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return checkpoint{} // none yet, or as good as none
+		return checkpoint{} // there is none yet, or it cannot be read
 	}
 	for p := range slices.Chunk(b, checkpointPlace) {
 		if len(p) < 8 {

@@ -19,10 +19,10 @@ import (
 
 // fileSink appends records to the counts file, one a line, and syncs them.
 //
-// A kill between the write and the spool's acknowledgement leaves lines that the
-// next process would write again; one within the write leaves half a line. So a
+// A kill between the write and the acknowledgement in the spool leaves lines that the
+// next process would write again; a kill within the write leaves half a line. So a
 // half line is cut off before the next append (its record is still in the
-// spool), and records whose outcome is open are looked for in the file first.
+// spool), and records whose outcome is open are first looked for in the file.
 //
 // The file may be renamed or removed at any time, as log rotation does: it is
 // opened by its path again for every batch. Records that were written and not
@@ -30,23 +30,22 @@ import (
 // again. Several processes may share a file; each batch is appended under a
 // lock.
 //
-// On standard output and in a pipe nothing can be looked up: a kill there may write the
-// last batch again. A named pipe without a reader takes nothing.
+// On standard output and in a pipe nothing can be looked up: after a kill the last batch may
+// be written there again. A named pipe without a reader is an error.
 //
 // The lines by key are in a file of their own, see keysfile.go; on standard output, and in
 // a pipe, they are right before the line of their record.
 //
-// The instances of a group write one line per window into all their files
-// together: each line is claimed right before it is written, and reported as
-// written right after.
+// The files of a group together have one line per window: an instance claims each line
+// right before it writes it, and reports it as written right after.
 type fileSink struct {
 	path   string
 	stdout io.Writer // not nil: the sink is standard output
 	step   func(string)
 	claims Claims // nil: this instance counts for itself
 
-	// rest is what a write to standard output left of the line of the record at
-	// restOf: the next one goes on there.
+	// rest is the part of the lines of the record at restOf that standard output has
+	// not taken: the next write begins with it.
 	rest   []byte
 	restOf uint64
 
@@ -54,15 +53,15 @@ type fileSink struct {
 	// spool does not have its acknowledgement. It only grows.
 	unsure uint64
 
-	// named is set while the names of the files are known to be on the disk: a process that was
-	// killed may have made them.
+	// named is set while the names of the files are known to be on the disk. That is not known
+	// at the start: an earlier process may have made them, and been killed before its sync.
 	named bool
 
 	sync func(*os.File) error // os.File.Sync; a variable for tests
 }
 
-// filePatience is far above what a write and a sync take on a disk that works, and
-// so short that a reader that stalls is noticed within a few of the shorter windows.
+// filePatience is far longer than a write and a sync take on a disk that works, and short
+// enough that a reader that stalls is noticed within a few of the shorter windows.
 const filePatience = 2 * time.Second
 
 // tornPrefix is what a half line of ours begins with.
@@ -81,8 +80,8 @@ func newFileSink(path string, stdout io.Writer, unsure uint64, step func(string)
 // mayHave raises unsure.
 func (f *fileSink) mayHave(upTo uint64) { f.unsure = max(f.unsure, upTo) }
 
-// Claims is what a counts file asks the group of a record: which instance writes the line? It may
-// be another group than that of this process, which has found the record in the spool.
+// Claims decides which instance of a group writes the line of a record. The group may be another
+// one than that of this process, if an earlier process left the record in the spool.
 type Claims interface {
 	// Claim is called right before the line of a window is written. An error leaves
 	// the line to a later try.
@@ -213,9 +212,10 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	return err
 }
 
-// appendSynced appends lines and syncs the file, also without any: the process that wrote what is
-// there may have been killed before its sync. Where that fails, Linux takes what it could not write
-// for written, and the next sync would succeed. So the lines are taken back, to be written again.
+// appendSynced appends lines and syncs the file. It syncs also without lines, because the process
+// that wrote those in the file may have been killed before its sync. After a sync that failed Linux
+// takes the lines for written, and the next sync would succeed. So they are taken back, to be
+// written again.
 func (f *fileSink) appendSynced(file *os.File, lines []byte) error {
 	info, err := file.Stat()
 	if err != nil {
@@ -265,12 +265,12 @@ func (f *fileSink) open(path string) (file *os.File, err error) {
 
 // lookup returns which of the batch's unsure records are in the file. It reads
 // the file from its start: that happens once after a kill and takes a fraction
-// of a second per year of minutes, while any shorter rule would be a guess about
-// other writers.
+// of a second per year of minutes. To read less would be a guess about what other
+// processes have written.
 //
-// The record of a group is there if a line of its window and group is: a leader that was killed
-// behind that line takes the window again if Redis has lost all that, and by then the counts of
-// its keys may be lost as well. A record is never revised.
+// The record of a group counts as there if a line of its window and group is, even with other
+// values: if a leader is killed after that line and Redis loses everything, the window is
+// published again, perhaps without the counts of its keys. A record is never revised.
 func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, error) {
 	want := make(map[string]bool)
 	windows := make(map[string]*spooled) // of groups, by what their lines begin with
@@ -304,13 +304,13 @@ func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, erro
 	}
 }
 
-// uniqueField stands behind the window in a line.
+// uniqueField follows the window in a line.
 var uniqueField = []byte(`,"unique":`)
 
-// repairTail makes the file end in a newline. What follows the last one is cut
-// off when it is a torn record or the zeros that a power loss leaves. Anything
-// else is ended with a newline instead: it is not ours, or a whole record, which an
-// editor leaves without its newline. If a torn write left that one, lookup finds it.
+// repairTail makes the file end in a newline. It cuts off what follows the last one
+// if that is a torn record or the zeros that a power loss leaves. Anything else gets
+// a newline instead: it is of another program, or a whole record that an editor has
+// saved without its newline. If a torn write left a whole record, lookup finds it.
 func repairTail(file *os.File, size int64) error {
 	var start int64
 	var tail []byte
@@ -319,7 +319,7 @@ func repairTail(file *os.File, size int64) error {
 			return false
 		}
 		start, tail = at, line
-		return true // it may be a part
+		return true // it may be a part of the line
 	})
 	if err != nil || len(tail) == 0 {
 		return err

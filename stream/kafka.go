@@ -35,7 +35,7 @@ import (
 //     and before they are produced. After the fence the answer cannot change.
 //
 // The outcome is open for every record that was in the spool when the process started, and
-// for every batch of which an attempt failed, in whatever way; then the session is dropped
+// for every batch after an attempt that failed, in whatever way; the session is then dropped
 // as well. In group scope other processes publish the same records, so all of them are
 // looked for, every time.
 //
@@ -71,10 +71,10 @@ const (
 
 	// transactionTimeout is the time after which the broker aborts the transaction of a
 	// process that is gone, which holds up readers of the partition. It has to outlast a
-	// produce and a commit, stepWait each. The records by key take longer, keyTime each:
-	// 5,000 of them in a second, or one megabyte, are what any network should carry. Where it
-	// does not, or the broker takes only small batches or has a quota, the time doubles with
-	// each attempt that ran out of it: maxSlow is beyond what brokers allow by default.
+	// produce and a commit, stepWait each. Each record by key adds keyTime: any network
+	// should carry 5,000 of them, or one megabyte, in a second. If it does not, or the
+	// broker takes only small batches or has a quota, the time doubles after each attempt
+	// that ran out of it, up to maxSlow times, which is beyond what brokers allow by default.
 	transactionTimeout = 25 * time.Second
 	keyTime            = 200 * time.Microsecond
 	maxSlow            = 32
@@ -85,7 +85,7 @@ const (
 	keysAtOnce = 5000
 
 	// stopWait is how much longer a commit that is on its way may take after the
-	// stop: giving it up would leave the outcome open for nothing.
+	// stop: to give it up would leave the outcome open without need.
 	stopWait = time.Second
 
 	// lookStall ends a read that makes no progress. A read of committed records waits
@@ -97,15 +97,16 @@ const (
 	// topics that stamp records with the time of appending.
 	lookMargin = time.Hour
 
-	// offMargin is less than the default window: the records of minutes are tried one
-	// by one, and only those that the broker refuses have another time than the end of
-	// their window. Of shorter windows, those of an eighth of the topic's limit may have, too.
+	// offMargin is less than the default window. So the records of minutes are tried one
+	// by one, and only those that the broker refuses get another time than the end of
+	// their window. Records of shorter windows may get it although the broker would have
+	// taken them, if they are within an eighth of the topic's limit.
 	offMargin = 30 * time.Second
 
-	// minTransactionTimeout is the shortest that is tried where the broker's
-	// transaction.max.timeout.ms is below transactionTimeout. A transaction that
-	// the broker ends because it took longer is one whose outcome is open: fence
-	// and look settle it.
+	// minTransactionTimeout is the shortest that is tried if the broker's
+	// transaction.max.timeout.ms is below transactionTimeout. If the broker ends a
+	// transaction because it took longer, its outcome is open, and the next session
+	// finds it out by fence and look.
 	minTransactionTimeout = time.Second
 
 	// refusedFor is how long a session without transactions lasts: the next one finds out
@@ -113,7 +114,8 @@ const (
 	refusedFor = 10 * time.Minute
 
 	// maxTooShort is how many transactions in a row may run out of the longest timeout that the
-	// broker allows, until the records are sent without: they would hold up all others for good.
+	// broker allows. Then the records are sent without transactions: otherwise they would hold
+	// up all others for ever.
 	maxTooShort = 4
 
 	// rightsWait bounds the check whether the Kafka user may read the topic: a broker
@@ -138,8 +140,8 @@ type kafkaSink struct {
 	single uint64
 
 	// presentTo is the index of the last record that is sent with the present time as its
-	// timestamp: the broker refused the end of its window. A time that is too old only gets
-	// older, and one far ahead would hold up all that follow.
+	// timestamp, because the broker refused the end of its window. To wait does not help: a time
+	// that is too old only gets older, and a time far ahead would hold up all later records.
 	presentTo uint64
 	// offBy is by how much the end of that window was in the past, or in the future if it is
 	// negative, when the broker refused it. 0: a later record was taken with its own time.
@@ -187,8 +189,8 @@ func (k *kafkaSink) close() {
 	k.closing.Wait()
 }
 
-// drop gives the session up. Closing fails what the client still buffers, which
-// is wanted, and may wait for a broker, which is not.
+// drop gives the session up. It closes the client in a goroutine, because closing may wait for
+// a broker. Closing fails the records that the client still buffers, as it should.
 func (k *kafkaSink) drop() {
 	if k.session == nil {
 		return
@@ -248,13 +250,13 @@ func (k *kafkaSink) deliver(ctx context.Context, batch []spooled) (int, error) {
 }
 
 // refusedAlike returns how many records at the front of the batch are sent with the present
-// time: those up to presentTo, and those directly behind them that are off by as much. To try
-// each of them would take two sessions a record: records of short windows come faster than that,
-// and all of them would be too old in the end.
+// time: those up to presentTo, and those directly after them whose time is off by as much. To
+// try each with its own time would take two sessions per record. Records of short windows come
+// faster than that, so all of them would be too old in the end.
 //
-// The limit of the topic is not known, so a record counts as off by as much if it is so by
-// offMargin less: otherwise those of short windows would have to be tried again, as each
-// is a little younger than the one before.
+// The limit of the topic is not known. So a record already counts if its time is off by offMargin
+// less, or by an eighth less: otherwise each record of a short window would be tried with its
+// own time, because it is a little younger than the one before.
 func (k *kafkaSink) refusedAlike(batch []spooled) (n int) {
 	if k.offBy == 0 {
 		return 0
@@ -273,9 +275,9 @@ func (k *kafkaSink) refusedAlike(batch []spooled) (n int) {
 	return n
 }
 
-// send makes the records of one identity visible. On an error the session is
-// dropped and the outcome open, also for a *poisonError: the broker
-// refuses one of them.
+// send makes the records of one identity visible. After an error the session is
+// dropped and the outcome is open. That includes a *poisonError, which means that the
+// broker refuses one of the records.
 func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, group bool) error {
 	if keys := keysOf(batch); keys > k.room {
 		k.room = max(batchKeys, uint64(1)<<bits.Len64(keys))
@@ -288,7 +290,7 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 		if err == nil && len(missing) == 0 {
 			return nil
 		}
-		// If the look failed, or records are missing: with a session, below.
+		// If the look failed, or records are missing, it is repeated below, in a session.
 	}
 	if k.session == nil {
 		if err := k.open(ctx, identity); err != nil {
@@ -323,8 +325,8 @@ func (k *kafkaSink) send(ctx context.Context, batch []spooled, identity string, 
 	return err
 }
 
-// giveTime gives the next attempt to send records by key more time, if this one, which took so
-// long, may have had too little.
+// giveTime gives the next attempt to send records by key more time, if this one may have had too
+// little. took is how long this one took.
 func (k *kafkaSink) giveTime(err error, took time.Duration) {
 	s := k.session
 	switch {
@@ -397,7 +399,8 @@ func (k *kafkaSink) open(ctx context.Context, identity string) error {
 	return k.lacks("", "", err)
 }
 
-// openWithout starts a session without transactions, for a reason that the log gets once.
+// openWithout starts a session without transactions. It logs the reason, once until the broker
+// accepts transactions again.
 func (k *kafkaSink) openWithout(ctx context.Context, identity string, reason error) (err error) {
 	if !k.refused {
 		k.log.Warn().Err(k.lacks("", "", reason)).Str("transactional_id", transactionalID(identity)).
@@ -408,8 +411,9 @@ func (k *kafkaSink) openWithout(ctx context.Context, identity string, reason err
 	return k.lacks("", "", err)
 }
 
-// connect starts a session. When it returns, the topic is there, and the one of the keys if
-// records had some, and the fence is up. timeout is that of its transactions; 0: it has none.
+// connect starts a session. When it returns one, the topic is there, also that of the records by
+// key if records have had keys, and the fence is up. timeout is that of its transactions; 0: it
+// has none.
 func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.Duration) (*session, error) {
 	s := &session{
 		identity: identity, room: k.room, transactional: timeout > 0, last: new(lastError),
@@ -450,8 +454,8 @@ func (k *kafkaSink) connect(ctx context.Context, identity string, timeout time.D
 	return s, nil
 }
 
-// lacks adds to an error by which the broker refuses a right the ACL that would
-// grant it; operation is the one on the topic, if the error is about one.
+// lacks returns err and, if the broker has refused a right, adds the ACL that would grant it.
+// operation is the ACL operation on the topic that was tried; empty: none was.
 func (k *kafkaSink) lacks(operation, topic string, err error) error {
 	switch {
 	case operation != "" && errors.Is(err, kerr.TopicAuthorizationFailed):
@@ -464,9 +468,9 @@ func (k *kafkaSink) lacks(operation, topic string, err error) error {
 	return err
 }
 
-// prepare does early what the first record would need: it begins the session of an
-// identity, but in a group, where that would disturb the others, and looks whether
-// the user may read the topic. That right is needed only where the outcome of a
+// prepare does early what the first record would need. It begins the session of an
+// identity, except in a group, where that would fence the others. And it checks whether
+// the user may read the topic: that right is needed only when the outcome of a
 // delivery is open, perhaps after weeks, and then nothing goes on without it.
 func (k *kafkaSink) prepare(ctx context.Context, identity string, group bool) error {
 	if !group {
@@ -495,7 +499,7 @@ func (k *kafkaSink) prepare(ctx context.Context, identity string, group bool) er
 // transactionalID has a prefix so that one ACL can cover every instance.
 func transactionalID(identity string) string { return "verve/" + identity }
 
-// errNoTransactions is a broker that does not know InitProducerID.
+// errNoTransactions is the error for a broker without InitProducerID.
 var errNoTransactions = errors.New("broker is too old for transactions")
 
 func refusal(err error) bool {
@@ -503,7 +507,7 @@ func refusal(err error) bool {
 		errors.Is(err, errNoTransactions) || errors.Is(err, kerr.InvalidTransactionTimeout)
 }
 
-// fence gets a producer id: for a transactional client that ends every earlier
+// fence gets a producer id. If the client is transactional, the broker then ends every earlier
 // session of the same transactional id.
 func (s *session) fence(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, stepWait)
@@ -547,7 +551,7 @@ func (k *kafkaSink) findPartition(ctx context.Context, client *kgo.Client, name,
 		if err != nil && !kerr.IsRetriable(err) {
 			return 0, k.lacks("Describe, and Create if it is missing,", name, fmt.Errorf("find topic %s: %w", name, err))
 		}
-		missing = err // or on its way
+		missing = err // nil: the topic is being created
 		if err := retry.Sleep(ctx, 250*time.Millisecond); err != nil {
 			return 0, fmt.Errorf("find topic %s: %w", name, cmp.Or(missing, err))
 		}
@@ -561,7 +565,7 @@ func partitionFor(identity string, partitions int) int32 {
 	return int32(h.Sum32() % uint32(partitions))
 }
 
-// produce makes the records visible, all or, on an error, with an open outcome.
+// produce makes all the records visible. After an error the outcome is open.
 func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 	s := k.session
 	if s.transactional {
@@ -601,8 +605,8 @@ func (k *kafkaSink) produce(ctx context.Context, entries []spooled) error {
 
 var schema = []kgo.RecordHeader{{Key: schemaHeader, Value: []byte(schemaVersion)}}
 
-// sendKeys hands the records by key to the broker, atOnce at a time: what is in memory, and
-// in one request, stays the same however many there are.
+// sendKeys hands the records by key to the broker, atOnce at a time: so the memory that they
+// take, and the size of a request, do not depend on how many there are.
 func (k *kafkaSink) sendKeys(ctx context.Context, entries []spooled) error {
 	records := make([]*kgo.Record, 0, min(uint64(k.atOnce), keysOf(entries)))
 	send := func() error {
@@ -643,16 +647,16 @@ func (k *kafkaSink) sendRecords(ctx context.Context, records []*kgo.Record, wait
 	defer cancel()
 	client, last := k.session.client, k.session.last
 	last.err.Store(nil) // what was before is over
-	// The records' context is not ours: the client may not give a record up while its fate is
-	// open. The wait is what is bounded.
+	// The records do not have ctx: the client must not give a record up while its outcome is
+	// open. Only the wait for them is bounded.
 	var results kgo.ProduceResults
 	if await(ctx, launch(func() { results = client.ProduceSync(context.Background(), records...) })) != nil {
 		return fmt.Errorf("produce: %w", last.explain(context.Cause(ctx)))
 	}
 	var failed error
 	for _, r := range results {
-		// The first failure is the cause of those behind it, except that a record is
-		// refused for its own sake.
+		// The first failure is the cause of the later ones, unless one of these is
+		// about its own record.
 		if failed == nil || poison(r.Err) && !poison(failed) {
 			failed = cmp.Or(r.Err, failed)
 		}
@@ -670,8 +674,8 @@ func (s *session) commit(ctx context.Context) error {
 	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stepWait)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(stopWait, cancel) })()
-	// Nothing is buffered, every promise has been kept: this aborts nothing. It
-	// is called for the lock it takes. kgo 1.22.2 hands the records of a topic
+	// Nothing is buffered, all callbacks have returned: this aborts nothing. It
+	// is called for the lock that it takes. kgo 1.22.2 hands the records of a topic
 	// that is new to the client to their broker before it stores the topic's
 	// partitions, under that lock; a broker that acknowledges faster than that
 	// leaves EndTransaction with a transaction it believes empty, which it aborts,

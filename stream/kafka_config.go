@@ -19,7 +19,7 @@ import (
 	"verve/internal/setting"
 )
 
-// KafkaConfig is how the topic is reached.
+// KafkaConfig has the topics, and how to reach their brokers.
 type KafkaConfig struct {
 	Brokers []string // host:port
 	Topic   string   // of the records
@@ -30,10 +30,10 @@ type KafkaConfig struct {
 	// TLS, if not nil, is used for every connection.
 	TLS *tls.Config
 
-	// SASL is empty, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512, in any case. The
+	// SASL is empty, PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512, in upper or lower case. The
 	// password is the content of PasswordFile without the line end. It is read
-	// for each connection, so a wrong or rotated one is put right by writing
-	// the file.
+	// for each connection, so a new password in the file is used without a
+	// restart.
 	SASL         string
 	User         string // for SASL
 	PasswordFile string // see SASL
@@ -52,7 +52,8 @@ func badTopic(topic string) bool {
 		strings.Trim(topic, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != ""
 }
 
-// Check refuses what no broker can make work; it is fine without brokers.
+// Check returns an error, which names the setting, for settings that no broker can make
+// work. It dials nothing, but reads the password file. No brokers is no error.
 func (c *KafkaConfig) Check() error {
 	if err := checkBrokers(c.Brokers); err != nil {
 		return err
@@ -136,7 +137,7 @@ func (c *KafkaConfig) mechanism() (sasl.Mechanism, error) {
 	return nil, setting.Errorf("kafka-sasl", "want PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
 }
 
-// client dials nothing yet.
+// client makes a client of the brokers. It dials nothing yet.
 func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
 	opts := []kgo.Opt{
 		kgo.SeedBrokers(c.Brokers...),
@@ -146,9 +147,9 @@ func (c *KafkaConfig) client(more ...kgo.Opt) (*kgo.Client, error) {
 		// tries as often as it likes.
 		kgo.RetryTimeout(stepWait),
 		kgo.DialTimeout(stepWait / 2),
-		// A topic that appears or a leader that moves is to be seen soon.
+		// So a topic that appears, or a leader that moves, is noticed soon.
 		kgo.MetadataMinAge(250 * time.Millisecond),
-		// So long a broker holds a fetch for which it has nothing.
+		// This is how long a broker holds a fetch for which it has no records.
 		kgo.FetchMaxWait(250 * time.Millisecond),
 	}
 	switch {

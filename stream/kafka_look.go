@@ -17,19 +17,19 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// errUnsettled is an open transaction that holds a record that is looked for.
+// errUnsettled is the error for an open transaction that has a record which is looked for.
 var errUnsettled = errors.New("a transaction that is still open holds the record")
 
-// look returns the entries that are not in the topic, each key once. Behind a
-// session's fence the answer is final for its identity.
+// look returns the entries that are not in the topic, each key once. After the
+// fence of a session the answer is final for its identity.
 //
-// It finds its place by time: a record's timestamp is the end of its window,
+// It begins to read by time: a record's timestamp is the end of its window,
 // so the first offset at or after the oldest open record's timestamp is not
-// behind it, in whatever order the windows of several instances arrived; topics
-// that stamp with the time of appending stamp later, give or take lookMargin.
+// after that record, in whatever order the windows of several instances arrived.
+// Topics that stamp records when they append them stamp later, give or take lookMargin.
 // All partitions are read, as the number of them may have grown. They are read
-// to their end, uncommitted, and the commit and abort markers are followed by
-// hand: a transaction that another instance left open would hold back a
+// to their end, uncommitted, and look itself evaluates the commit and abort
+// markers: a transaction that another instance left open would hold back a
 // committed read until the broker times it out.
 func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error) {
 	want := make(map[string]bool, len(batch))
@@ -55,16 +55,16 @@ func (k *kafkaSink) look(ctx context.Context, batch []spooled) ([]spooled, error
 		there.take(r)
 	}
 	for _, data := range there.open {
-		// Behind the fence every transaction of our id is settled, so this is one
-		// that no fence covers: we look without a session, or the broker has come
-		// to refuse transactions. Its end will show whether the record is there.
+		// After the fence no transaction of our id is open, so this is one that no
+		// fence covers: we look without a session, or the broker now refuses
+		// transactions. Its end will show whether the record is there.
 		return nil, fmt.Errorf("%w: %s", errUnsettled, data[0].Key)
 	}
 	return k.missing(batch, there.visible), nil
 }
 
-// lookFrom returns a time that is before every record of the batch in the topic, zero
-// if there is none.
+// lookFrom returns a time that is before the timestamps which the records of the batch can have
+// in the topic, or zero if no such time is known.
 func lookFrom(batch []spooled) time.Time {
 	now := time.Now()
 	oldest := now
@@ -80,18 +80,18 @@ func lookFrom(batch []spooled) time.Time {
 	return oldest.Add(-lookMargin)
 }
 
-// topicValues collects the committed values of some keys from a topic that is read
-// from its control records on.
+// topicValues collects the committed values of some keys from a topic that is read with
+// its control records.
 type topicValues struct {
 	want    map[string]bool
 	visible map[string][]string // key -> values
 	open    map[transaction][]*kgo.Record
 }
 
-// transaction is one of a producer on one partition. Transactions end on each
-// partition by itself, with a marker of their producer: one producer may have data on
-// two partitions, once the number of those has grown, and the marker of one
-// means nothing for the data of the other.
+// transaction identifies the open transaction of a producer on one partition. A transaction
+// ends on each partition by itself, with a marker of its producer: one producer may have
+// data on two partitions if their number has grown, and the marker on one means nothing
+// for the data on the other.
 type transaction struct {
 	partition int32
 	producer  int64
@@ -133,8 +133,8 @@ func (k *kafkaSink) missing(batch []spooled, visible map[string][]string) (missi
 				k.log.Error().Str("key", key).RawJSON("record", e.value).Str("there", values[0]).
 					Msg("the topic has this key with another value: two processes use the same name")
 			}
-			// A group has one record of a window, whichever instance sealed it. An
-			// instance's belongs to a namesake, and ours still has to be counted.
+			// A group has one record of a window, whichever instance sealed it. That of
+			// an instance is of another process with its name, and ours still has to count.
 			same = e.record.Scope == ScopeGroup
 		}
 		if !same && !taken[key] {
@@ -178,7 +178,7 @@ func readToEnd(ctx context.Context, client *kgo.Client, topic string, since time
 	}
 }
 
-// assign has the client consume the partitions that have records to read, and returns
+// assign makes the client consume the partitions that have records to read, and returns
 // where they end.
 func assign(ctx context.Context, client *kgo.Client, topic string, since time.Time) (map[int32]int64, error) {
 	from, ends, err := bounds(ctx, client, topic, since)
@@ -221,7 +221,7 @@ func bounds(ctx context.Context, client *kgo.Client, topic string, since time.Ti
 func poll(ctx context.Context, client *kgo.Client) (kgo.Fetches, error) {
 	fetches, stalled := pollFor(ctx, client, lookStall)
 	if stalled {
-		return nil, fmt.Errorf("nothing came for %s, as while a transaction is open: if its process was killed, the broker ends it when its timeout is over: %w", lookStall, fetches.Err0())
+		return nil, fmt.Errorf("nothing came for %s, perhaps because a transaction is open: if its process was killed, the broker ends it after its timeout: %w", lookStall, fetches.Err0())
 	}
 	if err := fetches.Err0(); err != nil {
 		return nil, fmt.Errorf("read: %w", err)
@@ -232,9 +232,9 @@ func poll(ctx context.Context, client *kgo.Client) (kgo.Fetches, error) {
 	return fetches, nil
 }
 
-// lastError is a hook that keeps what went wrong with a connection last, and a logger that
-// keeps why a broker did not take a batch, which the client sends again. A step
-// that runs into its deadline knows only that it did.
+// lastError is a hook that keeps the last error of a connection, and a logger that keeps
+// why a broker did not take a batch, which the client sends again. The error of a step that
+// ran into its deadline has neither.
 type lastError struct{ err atomic.Pointer[error] }
 
 var (

@@ -20,7 +20,7 @@ import (
 //
 // The order of the fields is the order of the bytes.
 type KeyRecord struct {
-	WindowStart time.Time `json:"window_start"` // that of the record, as what follows but Key and Unique
+	WindowStart time.Time `json:"window_start"` // that of the record, like all fields but Key and Unique
 	WindowMS    int64     `json:"window_ms"`    // see WindowStart
 	Key         string    `json:"key"`          // 1 to 128 bytes
 	Unique      uint64    `json:"unique"`       // ids answered as new under the key, at least 1
@@ -30,7 +30,7 @@ type KeyRecord struct {
 	Seq         uint64    `json:"seq"`          // see WindowStart
 }
 
-// record has what r has of the record that it belongs to.
+// record returns a Record with the fields that r shares with the record that it belongs to.
 func (r *KeyRecord) record() Record {
 	return Record{WindowStart: r.WindowStart, WindowMS: r.WindowMS, Scope: r.Scope, Group: r.Group, Instance: r.Instance, Seq: r.Seq}
 }
@@ -44,8 +44,7 @@ func (r *KeyRecord) RecordKey() string {
 // ID is the identity of r: at most one KeyRecord with it is visible.
 func (r *KeyRecord) ID() string { return r.RecordKey() + "/" + r.Key }
 
-// parseKeyRecord accepts exactly the bytes that a KeyRecord is written as, as
-// parseRecord does.
+// parseKeyRecord accepts only the bytes that keyJSON writes: see parseRecord.
 func parseKeyRecord(b []byte) (KeyRecord, error) {
 	var r KeyRecord
 	if err := json.Unmarshal(b, &r); err != nil {
@@ -98,7 +97,7 @@ func newKeyJSON(r *Record) *keyJSON {
 		WindowStart: r.WindowStart.UTC(), WindowMS: r.WindowMS, Key: unescaped,
 		Scope: r.Scope, Group: r.Group, Instance: r.Instance, Seq: r.Seq,
 	})
-	// The first is ours: what precedes it has no text of a user.
+	// The first match is ours: no text of a user precedes it.
 	before, rest, _ := bytes.Cut(all, []byte(`" "`))
 	between, after, _ := bytes.Cut(rest, []byte("0"))
 	return &keyJSON{before, between, after}
@@ -125,7 +124,7 @@ func isPlain(key []byte) bool {
 	return true
 }
 
-// line returns one of them.
+// line returns the bytes of one KeyRecord.
 func (j *keyJSON) line(key []byte, unique uint64) []byte {
 	const room = len(`""`) + len("18446744073709551615")
 	return j.append(make([]byte, 0, len(j.before)+len(j.between)+len(j.after)+len(key)+room), key, unique)

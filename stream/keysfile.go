@@ -13,20 +13,20 @@ import (
 	"verve/internal/durable"
 )
 
-// The file of the lines by key, beside the counts file.
+// The file of the lines by key, next to the counts file.
 //
-// The lines by key of a record are written and synced before its own line. So the keys of a
-// record whose line is there are there, and lines by key without that line are what a
-// kill, or a disk that was full, left: the record is in the spool still, and its next
-// delivery removes them before it writes them again. It is as with a torn line: a reader
-// takes lines by key for what they are only with the line of their record.
+// The lines by key of a record are written and synced before its own line. So if the line of a
+// record is there, its keys are. Lines by key without that line were left by a kill, or by a
+// disk that was full: the record is still in the spool, and its next delivery removes them
+// before it writes them again. A reader takes them as it takes a torn line: lines by key count
+// only together with the line of their record.
 //
-// The lock of the counts file covers both. With one process the lines to remove are the
-// last ones. Where several share the files, others may have appended behind them since: there
-// they stay, and only those that are missing are written.
+// The lock of the counts file covers both files. With one process the lines to remove are the
+// last ones. If several processes share the files, others may have appended lines after them:
+// then they stay, and only the missing ones are written.
 
-// keysFile returns the path of the lines by key beside a counts file: counts-by-key.jsonl
-// for counts.jsonl.
+// keysFile returns the path of the file of the lines by key of a counts file:
+// counts-by-key.jsonl for counts.jsonl.
 func keysFile(countsFile string) string {
 	ext := filepath.Ext(countsFile)
 	if ext == filepath.Base(countsFile) {
@@ -73,8 +73,8 @@ func (f *fileSink) appendKeys(batch []spooled) (err error) {
 	return err
 }
 
-// openKeys opens the file, to append, and removes what an earlier attempt has left of the
-// records at its end. Those lines of them that stay are returned.
+// openKeys opens the file, to append, and removes the lines that an earlier attempt has left of
+// these records, if they are at its end. It returns those that stay.
 func (f *fileSink) openKeys(batch []spooled) (file *os.File, stay map[string]bool, err error) {
 	if file, err = f.open(keysFile(f.path)); err != nil {
 		return nil, nil, err
@@ -120,11 +120,11 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	return errors.Join(file.Sync(), file.Close())
 }
 
-// leftover returns a function that sorts the lines of the file. A line is left if it is of the
-// first record, or of one that was to be written with it: records are written in order, so if
-// the line of the first one is missing, theirs are. A line is before if it is of an earlier
-// record: then no line in front of it is left. Any other line is of another process, or of
-// another window of the group.
+// leftover returns a function that sorts the lines of the file. A line is left if an earlier
+// attempt left it: it is of the first record, or of one that was to be written with it. Records
+// are written in order, so if the line of the first one is missing, theirs are, too. A line is
+// before if it is of an earlier record: then no earlier line is left. Any other line is of
+// another process, or of another window of the group.
 func leftover(first *Record) func(line []byte) (left, before bool) {
 	key := first.Key()
 	series := bytes.TrimRight(newKeyJSON(first).after, "}0123456789") // to the number
@@ -134,7 +134,7 @@ func leftover(first *Record) func(line []byte) (left, before bool) {
 		}
 		var r KeyRecord
 		if !bytes.Contains(line, series) || json.Unmarshal(line, &r) != nil {
-			return false, false // most of a shared file is
+			return false, false // of another process, as most lines of a shared file
 		}
 		if r.Seq < first.Seq || r.WindowStart.Before(first.WindowStart) {
 			return false, true
@@ -143,8 +143,8 @@ func leftover(first *Record) func(line []byte) (left, before bool) {
 	}
 }
 
-// removeLeft removes the lines that were left over, as far as no other lines are behind them.
-// It returns those that stay.
+// removeLeft removes the lines that an earlier attempt has left, as far as no other lines follow
+// them. It returns those that stay.
 func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) {
 	info, err := file.Stat()
 	if err != nil {
@@ -172,9 +172,9 @@ func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) 
 	return stay, err
 }
 
-// linesBack calls fn with the lines of the first size bytes of a file, the last one first,
-// and where each begins, until fn wants no more. Lines that are longer than any of ours, such as
-// the zeros that a power loss leaves, come in parts.
+// linesBack calls fn with the lines of the first size bytes of a file, the last one first, and
+// with the offset of each, until fn returns false. Lines that are longer than any of ours, such
+// as the zeros that a power loss leaves, come in parts.
 func linesBack(file io.ReaderAt, size int64, fn func(at int64, line []byte) (more bool)) error {
 	var rest []byte // of the file, from size on
 	for size > 0 {

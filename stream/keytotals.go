@@ -12,8 +12,8 @@ import (
 // keyedRecord is what the records by key of a record contain.
 type keyedRecord struct {
 	of     Record                             // as KeyRecord.record
-	sums   map[unique.Handle[string]]uint64   // by key, which is in memory once
-	values map[unique.Handle[string]][]uint64 // what a sum is of, if it is of several
+	sums   map[unique.Handle[string]]uint64   // by key; each text of a key is in memory once
+	values map[unique.Handle[string]][]uint64 // the values that a sum is of, if there are several
 }
 
 // KeyTotal is the sum of one key in one window of a group.
@@ -23,7 +23,7 @@ type KeyTotal struct {
 	Records int    // how many have the key
 }
 
-// AddKey takes one record by key, in any order.
+// AddKey adds one record by key. They may come in any order, also before their record.
 func (t *Totals) AddKey(r KeyRecord) {
 	of := r.record()
 	w := t.window(of.Group, of.Span())
@@ -45,7 +45,7 @@ func (t *Totals) AddKey(r KeyRecord) {
 	}
 	same := slices.Contains(values, r.Unique)
 	if _, recorded := t.seen[of.Key()]; same && !recorded {
-		return // a file that is followed: lines that a kill had left were written again
+		return // in a file that is followed, lines that a kill had left were written again
 	}
 	t.repeated(r.ID(), r.Scope, values[0], r.Unique, same)
 	if !same && r.Scope != ScopeGroup {
@@ -103,7 +103,7 @@ func (t *Totals) Flaws() (flaws []string) {
 	return flaws
 }
 
-// isPast reports whether a record's series has a later one: then it is not about to come.
+// isPast reports whether the series of r has a later record: then r itself will not come.
 func (t *Totals) isPast(r *Record) bool {
 	s := t.series[r.identity()]
 	return s != nil && (r.Seq < s.last.Seq || r.WindowStart.Before(s.last.WindowStart))

@@ -9,8 +9,8 @@ import (
 
 const (
 	// memoryKeysLimit bounds the keys of the records in memory, in bytes: two hours of
-	// minutes with 100,000 keys of a dozen letters. memoryKeysShare of SpoolConfig.Memory
-	// bounds them, too. One record is always taken.
+	// minutes with 100,000 keys of a dozen letters. They also take at most this share
+	// of SpoolConfig.Memory: 1/memoryKeysShare. The first record with keys is always taken.
 	memoryKeysLimit = 256 << 20
 	memoryKeysShare = 8
 )
@@ -23,8 +23,8 @@ type memoryStore struct {
 	keysLimit int // of keyBytes
 }
 
-// newMemoryStore returns the store of a process that may take so many bytes; 0: it is not
-// known how many.
+// newMemoryStore returns the store of a process that may use this many bytes of memory; 0: it
+// is not known how many.
 func newMemoryStore(memory uint64) *memoryStore {
 	limit := uint64(memoryKeysLimit)
 	if memory > 0 {

@@ -20,23 +20,24 @@ import (
 	"verve/internal/retry"
 )
 
-// ErrInvalidRecord marks what a reader yields for a line or a Kafka record that
-// is not one of ours; reading goes on behind it. Any other error ends it.
+// ErrInvalidRecord is in the error that a reader yields for a line or a Kafka record that
+// is not one of ours; reading goes on after it. A reader that follows a topic may go on after
+// other errors, too. For all others any error but this one and ErrCaughtUp is the last.
 var ErrInvalidRecord = errors.New("not a record of this program")
 
 // ErrCaughtUp is no error: a reader that follows yields it, once or more, when it has yielded what
-// was there when it began. Until then records of one instance may come in another order than it
-// sent them, as a topic has several partitions. Reading goes on behind it.
+// was there when it began. Before that, records of one instance may come in another order than it
+// sent them, because a topic has several partitions. Reading goes on after it.
 var ErrCaughtUp = errors.New("all that was there is read")
 
-// followEvery is how often a followed file is looked at.
+// followEvery is how often a followed file is checked for new lines.
 const followEvery = 200 * time.Millisecond
 
-// ReadFile yields the records of a counts file in its order. A last line without
-// its end may be being written: it is read again after a while, and then as it is.
-// With follow it waits for its end, and goes on with what is appended, also when the file
-// is replaced, until ctx ends. Lines by key, which standard output has between those of the records,
-// are left out.
+// ReadFile yields the records of a counts file in its order. A last line without a
+// newline may still be written: it is read again after followEvery, and then taken as it is.
+// With follow it waits for the newline, and goes on with what is appended, also when the file
+// is replaced, until ctx ends. Lines by key, which standard output has between those of the
+// records, are left out.
 func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, error] {
 	var p keyParser
 	return readFile(ctx, path, follow, func(line []byte) (Record, error) {
@@ -50,7 +51,7 @@ func ReadFile(ctx context.Context, path string, follow bool) iter.Seq2[Record, e
 	})
 }
 
-// errOtherKind is a line that is right, and not one of those that are read.
+// errOtherKind is the error of parse for a valid line of a kind that is not read.
 var errOtherKind = errors.New("another kind of record")
 
 func readFile[T any](ctx context.Context, path string, follow bool, parse func([]byte) (T, error)) iter.Seq2[T, error] {
@@ -109,8 +110,8 @@ type countsLines struct {
 // the rest is dropped.
 const longestLine = 1 << 16
 
-// next returns the next line, valid until the next call; with follow it waits for it, and
-// returns ErrCaughtUp when it first does. io.EOF is the end of the file.
+// next returns the next line, valid until the next call. At the end of the file it returns
+// io.EOF. With follow it waits for a line there instead, and returns ErrCaughtUp the first time.
 func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 	for {
 		part, err := c.r.ReadSlice('\n')
@@ -146,7 +147,7 @@ func (c *countsLines) next(ctx context.Context, follow bool) ([]byte, error) {
 	}
 }
 
-// end ends the line, which may lack its newline.
+// end returns the line that was read, which may lack its newline, and begins the next one.
 func (c *countsLines) end() []byte {
 	c.last = append(c.last[:0], c.line...)
 	if len(c.line) == longestLine {
@@ -158,7 +159,8 @@ func (c *countsLines) end() []byte {
 	return line
 }
 
-// catchUp turns to the file that has the name now, or to the new end of one that was cut.
+// catchUp goes on with the file that has the name now, or at the new end of a file that was
+// truncated.
 func (c *countsLines) catchUp() error {
 	here, err := c.file.Stat()
 	if err != nil {
@@ -168,7 +170,7 @@ func (c *countsLines) catchUp() error {
 	cut := size < whole || len(c.line) < longestLine && !c.has(c.last, whole-int64(len(c.last)))
 	torn := size < c.offset || !c.has(c.line, whole)
 	if size > c.offset && !cut && !torn {
-		return nil // also of a file that was renamed: the rest of it comes first
+		return nil // there is more to read; if the file was renamed, its rest comes first, too
 	}
 	replaced := c.replacement(here)
 	switch {
@@ -176,10 +178,10 @@ func (c *countsLines) catchUp() error {
 		c.file.Close()
 		c.file, c.offset, c.number = replaced, 0, 0
 	case cut:
-		// Whole lines are gone: what is there now came after that.
+		// Whole lines are gone: all that is there now was written after that.
 		c.offset, c.number = 0, 0
 	case torn:
-		// The torn tail that was read is gone; its record comes whole.
+		// The torn tail that was read is gone; its record is written again, whole.
 		c.offset = whole
 	default:
 		return nil
@@ -192,8 +194,8 @@ func (c *countsLines) catchUp() error {
 	return nil
 }
 
-// has reports whether the file has b at this place, as it had when that was read: it may have
-// been cut, and have become as long as before since.
+// has reports whether the file still has b, which was read there, at this place. The file may
+// have been truncated, and may have grown to the same length since.
 func (c *countsLines) has(b []byte, at int64) bool {
 	if len(b) == 0 || len(b) == longestLine {
 		return true // not known
@@ -203,8 +205,8 @@ func (c *countsLines) has(b []byte, at int64) bool {
 	return err == nil && bytes.Equal(there, b)
 }
 
-// replacement opens the file that has taken the name of the one that is read, which is here;
-// nil if none has.
+// replacement opens the file that now has the name of the one that is read; nil: it is the
+// same. here is the one that is read.
 func (c *countsLines) replacement(here os.FileInfo) *os.File {
 	named, err := os.Stat(c.path)
 	if err != nil || os.SameFile(here, named) {
@@ -218,7 +220,7 @@ func (c *countsLines) replacement(here os.FileInfo) *os.File {
 }
 
 // ReadTopic yields the records of the topic, in order within an instance. It
-// reads committed records up to the end that the topic has when it starts; where
+// reads committed records up to the end that the topic has when it starts. If
 // a transaction is open it waits for its end. With follow it goes on until ctx
 // ends.
 func ReadTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[Record, error] {
@@ -238,7 +240,7 @@ func consumeTopic[T any](ctx context.Context, cfg KafkaConfig, topic string, fol
 		client, err := cfg.client(
 			kgo.WithHooks(&last),
 			kgo.FetchIsolationLevel(kgo.ReadCommitted()),
-			kgo.KeepControlRecords(), // they carry the position over what is not yielded
+			kgo.KeepControlRecords(), // they show the position after records that are not yielded
 		)
 		if err != nil {
 			yield(none, err)
@@ -336,9 +338,9 @@ func checkSchema(r *kgo.Record) error {
 	return nil
 }
 
-// ReadKeysFile yields the lines by key beside a counts file, as ReadFile does. There is no
-// such file until a key was used, and none beside what was standard output: without follow
-// they are then looked for in the counts file itself.
+// ReadKeysFile yields the lines by key of a counts file, as ReadFile does. Their file does not
+// exist before a key is used, and never if the counts file was standard output: without follow
+// the lines are then looked for in the counts file itself.
 func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2[KeyRecord, error] {
 	return func(yield func(KeyRecord, error) bool) {
 		path := keysFile(countsFile)
@@ -362,7 +364,7 @@ func ReadKeysFile(ctx context.Context, countsFile string, follow bool) iter.Seq2
 		readFile(ctx, path, follow, func(line []byte) (KeyRecord, error) {
 			r, err := p.parse(line)
 			if err != nil && path == countsFile {
-				err = errOtherKind // ReadFile names what is no record either
+				err = errOtherKind // ReadFile reports a line that is no record either
 			}
 			return r, err
 		})(yield)
@@ -385,8 +387,8 @@ func ReadKeysTopic(ctx context.Context, cfg KafkaConfig, follow bool) iter.Seq2[
 	}
 }
 
-// keyParser is parseKeyRecord for one after the other: those of one record differ in key
-// and unique only.
+// keyParser does what parseKeyRecord does, faster if records by key of one record follow each
+// other: these differ in key and unique only.
 type keyParser struct {
 	last  KeyRecord
 	lines *keyJSON // of last's record; nil: none yet

@@ -42,8 +42,8 @@ type Record struct {
 	SealedAt    time.Time `json:"sealed_at"`      // UTC, milliseconds
 }
 
-// The header every Kafka record carries, so that a consumer can distinguish
-// a later schema from this one without looking into the value.
+// The header that every Kafka record has, so that a consumer can distinguish
+// a later schema from this one without parsing the value.
 const (
 	schemaHeader  = "verve-schema"
 	schemaVersion = "1"
@@ -53,8 +53,8 @@ const (
 // and the topic's every record. 249 is what Kafka allows a topic name.
 const maxName = 249
 
-// checkName accepts what can stand in a record key. A slash would make two
-// different (group, instance) pairs share one key.
+// checkName returns an error for a text that cannot be a part of a record's key. A slash
+// would make two different pairs of group and instance share one key.
 func checkName(what, s string) error {
 	switch {
 	case s == "":
@@ -79,8 +79,8 @@ func (r *Record) Span() counter.Span {
 // end is the end of the window and the timestamp of the Kafka record.
 func (r *Record) end() time.Time { return r.WindowStart.Add(r.window()) }
 
-// check holds for every record that this package writes and every one that it
-// reads, so that a reader may rely on it.
+// check returns an error for a record that this package neither writes nor reads: a
+// reader may rely on that.
 func (r *Record) check() error {
 	switch r.Scope {
 	case ScopeInstance:
@@ -117,12 +117,12 @@ func checkUnique(n uint64) error {
 }
 
 const (
-	// maxYear is the last whole year whose times fit into 64 bits of nanoseconds. Readers
-	// identify windows by those.
+	// maxYear is the last whole year whose times fit into 64 bits of nanoseconds, by which
+	// readers identify windows.
 	maxYear = 2261
 
-	// maxUnique takes 8 TB of memory, at 8 bytes an id. The sums of readers stay within 64
-	// bits by it.
+	// maxUnique ids would take 8 TB of memory, at 8 bytes each. The limit keeps the sums of
+	// readers within 64 bits.
 	maxUnique = 1 << 40
 )
 
@@ -142,10 +142,9 @@ func (r *Record) appendJSON(b []byte) ([]byte, error) {
 	return appendUnescaped(b, &c), nil
 }
 
-// parseRecord accepts exactly the bytes that a record is written as and nothing
-// else: unknown, missing, repeated or reordered fields, other spellings of a
-// time or a number, and trailing bytes are errors. A reader that sums counts
-// must not guess.
+// parseRecord accepts only the bytes that appendJSON writes: unknown, missing, repeated
+// or reordered fields, other spellings of a time or a number, and trailing bytes are
+// errors. A reader that sums counts must not guess.
 func parseRecord(b []byte) (Record, error) {
 	var r Record
 	if err := json.Unmarshal(b, &r); err != nil {
@@ -171,9 +170,8 @@ func (r *Record) Key() string {
 	return k + "/" + r.Instance + "/" + strconv.FormatUint(r.Seq, 10)
 }
 
-// identity names the series that the record is a part of: GROUP/INSTANCE, or GROUP where the
-// whole group counts as one. The partition and the transactional id follow from
-// it.
+// identity returns the name of the series that the record is a part of: GROUP/INSTANCE, or
+// GROUP if the whole group counts as one. It determines the partition and the transactional id.
 func (r *Record) identity() string {
 	if r.Scope == ScopeGroup {
 		return r.Group

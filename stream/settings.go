@@ -12,8 +12,8 @@ import (
 	"verve/internal/setting"
 )
 
-// checkSettingName is checkName for a name that a user gives, where space at the
-// ends and invisible characters are mistakes.
+// checkSettingName is checkName for a name in a setting. It also refuses space at the
+// ends and invisible characters, because these are mistakes of the user.
 func checkSettingName(name, value string) error {
 	switch {
 	case checkName(name, value) != nil:
@@ -26,7 +26,7 @@ func checkSettingName(name, value string) error {
 	return nil
 }
 
-// checkDir refuses a path that is no directory and where none can be made.
+// checkDir refuses a path that is no directory and cannot become one.
 func checkDir(name, path string) error {
 	for {
 		info, err := os.Stat(path)
@@ -38,14 +38,15 @@ func checkDir(name, path string) error {
 		case errors.Is(err, fs.ErrNotExist) && filepath.Dir(path) != path:
 			path = filepath.Dir(path) // the rest of it will be made
 		case errors.Is(err, fs.ErrPermission):
-			return nil // may be given before the file is needed
+			return nil // the right may be granted before the file is needed
 		default:
 			return setting.Errorf(name, "%v", setting.Cause(err))
 		}
 	}
 }
 
-// Check refuses a counts file that cannot be written to.
+// Check returns an error, which names the setting, for a counts file that cannot be written
+// to. It makes nothing.
 func (cfg *Config) Check() error {
 	if cfg.CountsFile == "" || cfg.CountsFile == "-" {
 		return nil
@@ -69,8 +70,8 @@ func (cfg *Config) Check() error {
 	return nil
 }
 
-// CountsFiles are the paths of the counts file and of the lines by key beside it; none of
-// standard output.
+// CountsFiles returns the paths of the counts file and of the file of the lines by key next
+// to it; none for standard output.
 func (cfg *Config) CountsFiles() []string {
 	if cfg.CountsFile == "" || cfg.CountsFile == "-" {
 		return nil
@@ -78,8 +79,8 @@ func (cfg *Config) CountsFiles() []string {
 	return []string{cfg.CountsFile, keysFile(cfg.CountsFile)}
 }
 
-// checkBrokers wants HOST:PORT of each. Messages name a broker by its place in the
-// list, as what stands there may be a password.
+// checkBrokers refuses brokers that are not HOST:PORT. Messages name a broker by its place in
+// the list, because the text there may be a password.
 func checkBrokers(brokers []string) error {
 	seen := make(map[string]bool)
 	for i, b := range brokers {

@@ -19,18 +19,19 @@ import (
 // SpoolConfig configures a Spool.
 type SpoolConfig struct {
 	// Dir is the data directory; it is created if missing. Empty: the spool is
-	// in memory, survives nothing, and Publish is durable in name only.
+	// in memory, and lost with the process, although Publish has returned.
 	Dir string
-	// Group and Instance name the series of records this process numbers. An
-	// empty Instance means the name kept in Dir, else the host name; what was
-	// chosen is kept in Dir.
+	// Group and Instance name the series of records that this process numbers. An
+	// empty Instance means the name that is kept in Dir, or else the host name. The
+	// name that was chosen is kept in Dir.
 	Group    string
 	Instance string // see Group
-	// Log gets a line for each loss: a damaged file that was set aside, one that is not the
-	// last that was there, keys that are not known. The zero value is silent.
+	// Log gets a line for each loss: a damaged file that was set aside, an earlier copy in
+	// place of the last file, counts of keys that are lost. The zero value is silent.
 	Log zerolog.Logger
-	// Memory is what the process may take, in bytes; 0: it is not known. Without a Dir
-	// an eighth of it, and 256 MiB at most, is for the keys of records that wait.
+	// Memory is how much the process may use, in bytes; 0: it is not known. Without a Dir
+	// 1/memoryKeysShare of it, and memoryKeysLimit at most, is for the keys of records that
+	// wait for delivery.
 	Memory uint64
 }
 
@@ -52,11 +53,11 @@ func (cfg *SpoolConfig) Check() error {
 }
 
 const (
-	// spoolLimit is two years of one-minute windows, or twelve hours of
-	// the shortest (50ms), and about half a gigabyte of disk. Above it the spool
-	// refuses: dropping the oldest record would be a silent loss, while a
-	// refused one makes the server not ready with a reason and stays with the
-	// counter until there is room.
+	// spoolLimit is two years of one-minute windows, or fourteen hours of
+	// the shortest (50 ms), and about half a gigabyte of disk. Above it an append
+	// fails: dropping the oldest record would be a silent loss, while a record that
+	// is not appended stays in the counter until there is room, and the server is
+	// not ready and reports why.
 	spoolLimit = 1 << 20
 
 	// memorySpoolLimit is the same without a directory: 45 days of one-minute windows in
@@ -67,9 +68,8 @@ const (
 	spoolFile = "spool.db"
 )
 
-// errSpoolFull and errOutOfOrder are errors of append. Stream.Append retries
-// the first until there is room and returns the second at once: no later try
-// can make it right.
+// errSpoolFull and errOutOfOrder are errors of append. After the first Stream.Append tries
+// again until there is room. It returns the second at once: a later try would fail as well.
 var (
 	errSpoolFull  = errors.New("spool is full")
 	errOutOfOrder = errors.New("window is older than the last one published")
@@ -91,7 +91,7 @@ type Spool struct {
 	// it. Reading records does not take it.
 	mu     sync.Mutex
 	store  store
-	files  *keyFiles // of the keys of records; nil: the store is in memory, and they are, too
+	files  *keyFiles // of the keys of records; nil: the store is in memory, and so are the keys
 	state            // of the store; committed state only
 	unmade error     // why there is no file yet: there was no room. The next append tries again
 	opened uint64    // head when this process opened the spool
@@ -134,23 +134,23 @@ type spooled struct {
 	index  uint64
 	record Record
 	value  []byte            // the record's bytes
-	keys   counter.KeyCounts // what is under each of its keys; on disk scan leaves them out
-	file   keyFile           // which has them, on disk
+	keys   counter.KeyCounts // the counts of its keys; scan leaves them out if they are on disk
+	file   keyFile           // the one on disk that has the keys
 }
 
 // store is what a Spool needs of the medium. There are two: bbolt and memory.
-// Each call is atomic and, on disk, durable when it returns nil. A call that
-// fails may still have been stored (after a failed fsync it is not known);
-// that is why every write carries its own keys and is safe to repeat.
+// Each call is atomic and, on disk, durable when it returns nil. What a call was to store
+// may be there although it failed (after a failed fsync that is not known). So every
+// write has its own keys in the store, and may be repeated.
 type store interface {
-	// put calls beforeCommit when everything is written and nothing is
-	// committed or synced.
+	// put stores a record and the state of its series. It calls beforeCommit when
+	// everything is written and nothing is committed or synced.
 	put(e spooled, identity string, s series, beforeCommit func()) error
 	keepInstance(name string) error
 	// scan returns up to max entries with after < index <= upTo, in order.
 	scan(after, upTo uint64, max int) ([]spooled, error)
-	// advance moves a sink's cursor and removes the records behind removed up to upTo. It
-	// returns the files of their keys.
+	// advance moves a sink's cursor to to, and removes the records with removed < index <=
+	// upTo. It returns the files of their keys.
 	advance(sink string, to, removed, upTo uint64) ([]keyFile, error)
 	// deadLetter keeps a record for good, with the sink that refused it.
 	deadLetter(e spooled, sink, reason string) error
@@ -166,15 +166,16 @@ type state struct {
 	pending     int               // records, the last ones, that not every sink has acknowledged
 	deadLetters int               // records that a sink refused for good
 	refused     []uint64          // indexes of those that are still pending
-	lacking     map[int64]bool    // windows with one of those: their starts, Unix nanoseconds
-	keysLost    error             // why the sums by key of a series are not known since the start; nil: they are
+	lacking     map[int64]bool    // windows with a record that a sink refused: their starts, Unix nanoseconds
+	keysLost    error             // why the sums by key of a series were not known at the start; nil: they were
 }
 
-// OpenSpool opens or creates the spool. A file that is damaged is renamed, the
-// new name logged, and an empty spool started in its place: what it held cannot
-// be trusted, and refusing to start would turn a lost count into an outage. A
-// file of another process, of a newer version, or one that cannot be read or
-// written for reasons outside it is an error.
+// OpenSpool opens or creates the spool. It renames a damaged file, logs the new
+// name, and starts an empty spool in its place: the content cannot be trusted, and
+// refusing to start would turn a lost count into an outage. If the disk is full, it
+// starts without a file, which append makes when there is room. A file that another
+// process uses, that has an unknown format, or that cannot be read or written for a
+// reason outside of it is an error.
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
@@ -214,8 +215,8 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	return s, nil
 }
 
-// openFile opens or creates the file, in place of the store in memory. Where there
-// is no room, nothing is in it that is missed.
+// openFile opens or creates the file, in place of the store in memory, which has no
+// record then: append makes the file first.
 func (s *Spool) openFile() error {
 	if err := durable.MkdirAll(s.dir); err != nil {
 		return err
@@ -255,7 +256,8 @@ func (s *Spool) makeFile() error {
 
 func (s *Spool) checkpointPath() string { return filepath.Join(s.dir, checkpointFile) }
 
-// load settles the name of the instance, and what the store and the checkpoint do not agree on.
+// load determines the name of the instance, and takes over from the checkpoint what the store
+// lacks.
 func (s *Spool) load(instance string) (err error) {
 	s.opened = s.head
 	if s.keysLost != nil {
@@ -276,7 +278,7 @@ func (s *Spool) load(instance string) (err error) {
 		}
 	}
 	if s.checkpoint.Identity != "" && s.checkpoint.Seq > s.series[s.checkpoint.Identity].seq {
-		// The spool that had it was damaged or taken away.
+		// The spool that had this number was damaged or taken away.
 		s.outdated = true
 		s.series[s.checkpoint.Identity] = series{seq: s.checkpoint.Seq, Published: counter.Published{
 			Last: time.Unix(0, s.checkpoint.Start).UTC(), Unique: s.checkpoint.Unique, KeysLost: s.checkpoint.Keyed,
@@ -307,10 +309,10 @@ func (s *Spool) Instance() string { return s.instance }
 // spool before it was killed, publishes the difference. Other instances and groups may
 // have used the directory before.
 //
-// The sums by key are in the spool only, as the checkpoint has no room for them. Where the spool
+// The sums by key are in the spool only, as the checkpoint has no room for them. If the spool
 // or one of its files was lost and some of the window's records had keys, KeysLost is set: then
-// the difference of each key is not known, and the rest of the window can only be published
-// without keys that are right, so with exact:false. Keys then has a part of them, or none.
+// the difference of each key is not known, so the keys of the rest of the window cannot be
+// right, and it is published with exact:false. Keys then has a part of the sums, or none.
 func (s *Spool) Published() map[string]counter.Published {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -331,9 +333,9 @@ func (s *Spool) Close() error {
 	return s.store.close()
 }
 
-// append numbers the record and makes it durable. On an error the record is not
-// appended: the next append takes the same number and the same place, which also
-// overwrites one that was stored although the disk reported that it was not.
+// append numbers the record and makes it durable. After an error the record is not
+// appended: the next append has the same number and the same place. So it also
+// overwrites a record that was stored although the disk reported an error.
 func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -346,8 +348,8 @@ func (s *Spool) append(r *Record, keys counter.KeyCounts, step func(string)) (er
 	before := s.series[identity]
 	next := before
 	if r.Scope == ScopeInstance {
-		// Labels of an instance strictly increase. A second record for the same
-		// window is what a restart within it publishes.
+		// Labels of an instance strictly increase, except that a process which was
+		// restarted within a window publishes a second record for it.
 		if r.WindowStart.Before(next.Last) {
 			return fmt.Errorf("%w: %s after %s", errOutOfOrder, r.WindowStart.UTC().Format(time.RFC3339Nano), next.Last.Format(time.RFC3339Nano))
 		}
@@ -417,8 +419,8 @@ func (s *Spool) release(files []keyFile) {
 	}
 }
 
-// keepCheckpoint writes the checkpoint of a series. If it cannot be written, that matters only
-// if the spool is damaged as well. So nothing waits for it: the next append tries again.
+// keepCheckpoint writes the checkpoint of a series. If that fails, it matters only if the spool
+// is damaged as well. So it is not tried again: the next append writes a newer one.
 func (s *Spool) keepCheckpoint(identity string, at series) {
 	if s.dir == "" || s.checkpoint.Identity == identity && s.checkpoint.Seq == at.seq {
 		return
@@ -435,10 +437,10 @@ func (s *Spool) remember(start time.Time, index uint64) {
 }
 
 // attach names the sinks that have to acknowledge a record before it is
-// removed. A sink that is no longer configured no longer keeps records, and one that
-// comes back gets those that are there and that it has not acknowledged. Without any sink
-// a record is removed when it is appended, unless some were there before: they had a sink,
-// and all wait for the start that has one again.
+// removed. Records do not wait for a sink that is no longer configured. A sink that comes
+// back gets the records that are still there and that it has not acknowledged. Without any
+// sink a record is removed when it is appended. But if records were there at the start, these
+// had a sink: then they and all new ones wait for a start that has one.
 func (s *Spool) attach(sinks []string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -504,10 +506,10 @@ func (s *Spool) refreshOldest() error {
 	return err
 }
 
-// next returns the records that the sink has not acknowledged, oldest first, with their
-// keys: of the records behind the first one only as many as have keyLimit keys together.
-// Only committed records are seen: an append that failed may be in the file and
-// still be taken back.
+// next returns records that the sink has not acknowledged, oldest first, with their keys:
+// limit records at most, and after the first one only as long as all have keyLimit keys or
+// fewer together. It returns appended records only: one whose append failed may be in the file,
+// and be overwritten later.
 func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]spooled, error) {
 	s.mu.Lock()
 	after, upTo, st, files := s.cursors[sink], s.head, s.store, s.files
@@ -534,9 +536,9 @@ func (s *Spool) next(sink string, limit int, keyLimit uint64) ([]spooled, error)
 	return batch, nil
 }
 
-// ack moves the sink's cursor. It moves in memory even when the disk refuses, so
-// that this process does not deliver twice; the error is for the caller to
-// retry, and a restart before it is repaired looks at the sink's tail.
+// ack moves the sink's cursor. It moves in memory even if the disk fails, so that
+// this process does not deliver twice. After an error the caller tries again; a process that
+// is started before that succeeds looks for the records in the sink.
 func (s *Spool) ack(sink string, to uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -581,9 +583,9 @@ func (s *Spool) last() uint64 {
 	return s.head
 }
 
-// Delivered returns StateSpooled or StateDelivered for a recent window, or an
-// empty string for one it knows nothing about. A window with a record that a sink refused for
-// good is never delivered: that sink lacks its count.
+// Delivered returns StateSpooled or StateDelivered for a window that has one of the last
+// recentRecords records, and an empty string for any other. A window with a record that a sink
+// refused for good is never delivered: that sink lacks its count.
 func (s *Spool) Delivered(windowStart time.Time) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -17,25 +17,26 @@ import (
 	"verve/internal/durable"
 )
 
-// keyFiles are the files of the keys of records, beside the spool's, one for each record that
-// has keys. In bbolt they were copied and written twice in one stretch, in which requests
-// waited for 3 to 4 ms, and bbolt never gives back the room of a long outage.
+// keyFiles are the files of the keys of records, next to the file of the spool: one for each
+// record that has keys. When bbolt had the keys, it copied them and wrote them twice without a
+// pause, in which requests waited for 3 to 4 ms. And bbolt never gives back the room that it
+// took in a long outage.
 //
 // A file is on the disk before the transaction that refers to it, by its size and checksum,
-// and is removed after the one that no longer does. A file without a reference was left
-// by a kill, by a transaction that failed, or by a later spool than the one in its place: sweep
-// distinguishes them.
+// and is removed after the transaction that no longer does. A file without a reference was left
+// by a kill, by a transaction that failed, or by a later spool of which this one is an earlier
+// copy: sweep distinguishes them.
 type keyFiles struct {
 	dir    string
 	synced bool // the name of dir is on the disk
-	loaded bool // the spool is open: what is read now gives way to requests
+	loaded bool // the spool is open: read gives way to requests from now on
 
 	testStep func() // called after each change of the disk; nil: none
 }
 
-// keyFile refers to a file: its record does, and its series for as long as it is one of the
-// records of the last window. Another content has another name: a transaction that failed may
-// be on the disk even so, and what it refers to stays until the next start.
+// keyFile is a reference to a file. The record has it, and so has the series while the record is
+// one of its last window. Other content has another name: a transaction that failed may be on
+// the disk nevertheless, so the file that it refers to stays until the next start.
 type keyFile struct {
 	index uint64 // of the record
 	size  uint64
@@ -76,7 +77,7 @@ func (k *keyFiles) step() {
 // write makes the file of a record durable. It gives way to requests.
 func (k *keyFiles) write(index uint64, keys counter.KeyCounts) (keyFile, error) {
 	err := durable.MkdirAll(k.dir)
-	if err == nil && !k.synced { // a kill may have come between
+	if err == nil && !k.synced { // an earlier process may have been killed before its sync
 		err = durable.SyncDir(filepath.Dir(k.dir))
 	}
 	if k.synced = err == nil; err != nil {
@@ -89,7 +90,7 @@ func (k *keyFiles) write(index uint64, keys counter.KeyCounts) (keyFile, error) 
 		err = os.Rename(next, filepath.Join(k.dir, f.name()))
 	}
 	if err != nil {
-		_ = os.Remove(next) // else the next one is written over it
+		_ = os.Remove(next) // if this fails, the next file is written over it
 		return keyFile{}, err
 	}
 	k.step()
@@ -176,7 +177,7 @@ func (k *keyFiles) sum(files []keyFile) (counter.KeyCounts, error) {
 	return counter.SumKeys(all...), nil
 }
 
-// remove removes a file; where it cannot, the next start does. It gives way to requests: to
+// remove removes a file; if that fails, the next start does it. It gives way to requests: to
 // free 1.5 MB in one call takes 0.3 ms.
 func (k *keyFiles) remove(f keyFile) {
 	path := filepath.Join(k.dir, f.name())
@@ -190,9 +191,10 @@ func (k *keyFiles) remove(f keyFile) {
 	counter.Rest()
 }
 
-// sweep removes what nothing refers to, where the last record is at head. Where it cannot, a
-// later start does. A kill leaves a file of the next record at most: if there are later ones, the
-// spool is an earlier copy, and all of them stay for the one that may be put back.
+// sweep removes the files that are not used; if that fails, a later start does it. head is the
+// index of the last record. A kill leaves at most a file of the record after it. If there are
+// files of later records, this spool is an earlier copy, and all files stay for the later one,
+// which may be put back.
 func (k *keyFiles) sweep(used map[string]bool, head uint64) {
 	entries, _ := os.ReadDir(k.dir)
 	var unused []string

@@ -30,16 +30,16 @@ import (
 
 // Config configures a Stream. Group and instance come from the spool.
 type Config struct {
-	// Scope is ScopeInstance unless the ids of the group are counted in one
-	// shared store; then the record of a window is the same whichever instance
-	// publishes it, and is made visible once for the whole group.
+	// Scope is ScopeInstance, or ScopeGroup if the ids of the group are counted in one
+	// shared store: then the record of a window is the same whichever instance
+	// publishes it, and becomes visible once for the whole group.
 	Scope Scope
 
-	// Claims is asked, in ScopeGroup, before a line is written to the counts file.
-	// Required if there is a counts file then.
+	// Claims decides, in ScopeGroup, which instance writes a line of the counts file.
+	// It is required then if there is a counts file.
 	Claims Claims
 
-	// Kafka is where records go. No brokers: nowhere.
+	// Kafka has the topic that records are sent to. Without brokers none are sent.
 	Kafka KafkaConfig
 
 	// CountsFile is the path of the counts file, "-" for standard output, empty for none.
@@ -54,20 +54,20 @@ type Config struct {
 
 // Delivery states of a window.
 const (
-	StateSpooled   = "spooled"   // on disk, at least one sink has not acknowledged it, or never will
+	StateSpooled   = "spooled"   // on disk; at least one sink has not acknowledged it yet, or never will
 	StateDelivered = "delivered" // every sink has acknowledged it
 )
 
-// The steps of a record's way, as the kill tests name them. A kill between two
-// of them is one of the cases argued in kafka.go.
+// The steps of a record on its way into the sinks. Tests kill the process after each of
+// them; kafka.go explains what follows.
 const (
 	stepBefore    = "before-append"
 	stepAppended  = "after-append" // written, neither committed nor synced
 	stepSynced    = "after-fsync"
-	stepKeys      = "after-keys"    // the same for the keys, before the record itself is written
+	stepKeys      = "after-keys"    // its keys are acknowledged by the broker, or synced; the record itself is not written
 	stepProduced  = "after-produce" // Kafka: acknowledged by the broker, not committed; file: synced
 	stepCommitted = "after-commit"
-	stepAcked     = "after-ack" // the spool knows
+	stepAcked     = "after-ack" // the spool has the acknowledgement
 )
 
 const (
@@ -75,11 +75,11 @@ const (
 	// in 40 batches, 90 KB each, well below any broker's message limit.
 	batchSize = 256
 
-	// batchKeys is how many keys the records of a batch have, if there are more of them
-	// than one: 2 MB or so. A record with more keys is a batch of its own.
+	// batchKeys bounds the keys that the records of a batch have together: 2 MB or so. A
+	// record with more keys is a batch of its own.
 	batchKeys = 20_000
 
-	// failureLogEvery samples the log of a failure that repeats.
+	// failureLogEvery is how often a failure that repeats is logged.
 	failureLogEvery = 30 * time.Second
 
 	// closeWait bounds Close: a client that has requests in flight to a broker
@@ -94,7 +94,7 @@ type Stream struct {
 	cfg   Config
 	spool *Spool
 	sinks []*worker
-	kafka *kafkaSink // one of them; nil: no broker
+	kafka *kafkaSink // the one of sinks that sends to Kafka; nil: no broker
 
 	// testStep, if set, is called at every step constant above.
 	testStep atomic.Pointer[func(step string)]
@@ -107,9 +107,9 @@ type sink interface {
 	// deliver hands over records in order and returns how many of them, from
 	// the front, are durably there, which includes those that turn out to have
 	// been there before. It may do less than all without an error. The error is
-	// about the record behind those. After a *poisonError no retry will help that
+	// about the record after those. If it is a *poisonError no retry will help that
 	// record. Any other error leaves the outcome open: the sink remembers that, and
-	// on the next call it looks before it writes.
+	// the next call looks for the record before it writes.
 	deliver(ctx context.Context, batch []spooled) (n int, err error)
 }
 
@@ -123,8 +123,7 @@ func (e *poisonError) Error() string { return e.err.Error() }
 func (e *poisonError) Unwrap() error { return e.err }
 
 // New checks the configuration and attaches its sinks to the spool. Nothing is
-// dialled or written before Run. The spool stays the caller's to close, after
-// Close.
+// dialled or delivered before Run. The caller closes the spool, after Close.
 func New(cfg Config, spool *Spool) (*Stream, error) {
 	switch {
 	case spool == nil:
@@ -177,20 +176,20 @@ func (s *Stream) step(name string) {
 	}
 }
 
-// Publish makes the record of a sealed epoch durable and returns; delivery is Run's. The
-// sinks cannot slow it beyond the moment their own acknowledgement holds the spool's file.
-// It retries a failing disk and a full spool until ctx ends; meanwhile Stats shows the
+// Publish makes the record of a sealed epoch durable and returns; Run delivers it. A sink
+// delays Publish only while its acknowledgement is written to the file of the spool.
+// Publish retries a failing disk and a full spool until ctx ends; meanwhile Stats shows the
 // error.
 //
-// After an error the caller still has to publish the count. After a failed fsync it may be
-// in the spool even so; Spool.Published shows that to the next process.
+// After an error the caller still has to publish the count. If an fsync failed, the record may
+// be in the spool nevertheless; Spool.Published shows that to the next process.
 func (s *Stream) Publish(ctx context.Context, c counter.Count) error {
 	_, err := s.Append(ctx, c)
 	return err
 }
 
-// Append is Publish, and returns the place of the record in the spool: places are
-// never reused, and records are delivered in their order (DeliveredTo).
+// Append is Publish, and also returns the place of the record in the spool. Places are
+// never reused, and records are delivered in the order of their places: see DeliveredTo.
 func (s *Stream) Append(ctx context.Context, c counter.Count) (place uint64, err error) {
 	if c.Window%time.Millisecond != 0 {
 		return 0, fmt.Errorf("publish %s: window %s is not a whole number of milliseconds", c.Start.UTC().Format(time.RFC3339Nano), c.Window)
@@ -275,7 +274,7 @@ func (s *Stream) DeliveredTo() (place uint64, changed <-chan struct{}) {
 	return s.spool.floor(), s.spool.changed
 }
 
-// Undelivered returns the places of the records of this group, in ScopeGroup, that
+// Undelivered returns the places of the records in ScopeGroup, of this group, that
 // not every sink has.
 func (s *Stream) Undelivered() (map[counter.Span]uint64, error) {
 	s.spool.mu.Lock()
@@ -368,8 +367,8 @@ func launch(do func()) <-chan struct{} {
 	return done
 }
 
-// await waits for what was launched. When ctx ends first it is left behind, and the error is
-// that of ctx.
+// await waits for what was launched. If ctx ends first, that goroutine is left behind, and the
+// error is that of ctx.
 func await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:

@@ -18,29 +18,29 @@ import (
 // concurrent use.
 type Totals struct {
 	windows map[windowKey]*windowSum
-	seen    map[string][]Record // by key; several have different values
+	seen    map[string][]Record // by key; if there are several, their values differ
 	series  map[string]*seriesTotal
 	keyed   map[string]*keyedRecord // by the key of their record
 	repeats []string
 }
 
-// windowKey has the length, as another --window may have had a window with the
-// same start.
+// windowKey includes the length, because windows of two lengths may have the same start if
+// --window was changed.
 type windowKey struct {
 	group  string
 	start  int64
 	length int64 // ms
 }
 
-// windowSum is what was added of one window. Windows leaves it out until its first record
-// is added: records by key may come before that.
+// windowSum is what was added of one window. Windows leaves a window out until its first record
+// is added: records by key may come before it.
 type windowSum struct {
 	WindowTotal
 	records []Record       // each key once
-	keyed   []*keyedRecord // of records that were added, or not yet
+	keyed   []*keyedRecord // also of records that were not added yet
 }
 
-// window returns what was added of one.
+// window returns the windowSum of a window, which it makes if there is none.
 func (t *Totals) window(group string, s counter.Span) *windowSum {
 	if t.windows == nil {
 		t.windows = make(map[windowKey]*windowSum)
@@ -77,13 +77,13 @@ type Gap struct {
 
 	// Idle: nothing is missing, the server did not run in these windows. For an instance
 	// that is certain, because the numbers of the records around them follow each other.
-	// The records of a group have no numbers: there the window before was cut by the stop
-	// and the one behind by the start: neither is complete.
+	// The records of a group have no numbers. There it means that neither the window before
+	// the gap, which the stop cut short, nor the one after it is complete.
 	Idle bool
 
-	// Either a run of windows, the first and last of them, both missing,
+	// The first and the last of the missing windows. Zero: the gap is one of numbers.
 	FirstWindow, LastWindow time.Time
-	// or a run of sequence numbers. Zero: the gap is one of windows.
+	// The first and the last of the missing sequence numbers. Zero: the gap is one of windows.
 	FirstSeq, LastSeq uint64
 }
 
@@ -124,7 +124,7 @@ func (w *seriesWindow) before(next *seriesWindow) bool {
 	return w.lastSeq+1 == next.firstSeq
 }
 
-// Add takes one record, in any order.
+// Add adds one record. They may come in any order.
 func (t *Totals) Add(r Record) {
 	w := t.window(r.Group, r.Span())
 	r.WindowStart, r.SealedAt = r.WindowStart.UTC(), r.SealedAt.UTC() // comparable
@@ -166,8 +166,8 @@ func (t *Totals) Add(r Record) {
 }
 
 // repeated notes a record, or one by key, that should not be there. same: it is a copy,
-// counted once. Otherwise one number has two values, as two processes under one name
-// produce them; both are counted. A whole group has one record: the first is counted.
+// counted once. Otherwise one sequence number has two values, which two processes with one
+// name produce; both are counted. A group has one record per window: the first is counted.
 func (t *Totals) repeated(id string, scope Scope, first, again uint64, same bool) {
 	counted := "with two values, both are counted"
 	switch {
@@ -180,9 +180,9 @@ func (t *Totals) repeated(id string, scope Scope, first, again uint64, same bool
 	t.repeats = append(t.repeats, fmt.Sprintf("%s is there %s (unique %d and %d)", id, counted, first, again))
 }
 
-// Before returns what is missing between the last record of r's series and r,
-// which was not added yet: for records that come in order, as they come. Before one that is
-// earlier than the last record nothing is: it was missing when that one came.
+// Before returns what is missing between the last record of r's series and r, which is
+// not added yet. It is for a reader that reports gaps while records come, in order. If r is
+// earlier than the last record it returns nil: r was reported as missing when that one came.
 func (t *Totals) Before(r Record) []Gap {
 	s := t.series[r.identity()]
 	if s == nil || cmp.Or(r.WindowStart.Compare(s.last.WindowStart), cmp.Compare(r.Seq, s.last.Seq)) < 0 {
@@ -194,7 +194,7 @@ func (t *Totals) Before(r Record) []Gap {
 	return two.Gaps()
 }
 
-// Compare orders windows by their start, then by their group.
+// Compare orders windows by their start, then by their group, then by their length.
 func (w WindowTotal) Compare(other WindowTotal) int {
 	return cmp.Or(w.Start.Compare(other.Start), cmp.Compare(w.Group, other.Group), cmp.Compare(w.Window, other.Window))
 }
@@ -211,7 +211,7 @@ func (t *Totals) Windows() []WindowTotal {
 	return out
 }
 
-// Window returns one sum.
+// Window returns the sum of one window, and false if no record of it was added.
 func (t *Totals) Window(group string, s counter.Span) (WindowTotal, bool) {
 	w := t.windows[windowKey{group, s.Start.UnixNano(), s.Window.Milliseconds()}]
 	if w == nil || w.Records == 0 {

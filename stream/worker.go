@@ -17,19 +17,19 @@ import (
 type worker struct {
 	sink   sink
 	name   string // in the spool and the log
-	target string // for people
+	target string // what Stats shows of it
 	stream *Stream
 
-	// patience is how long a delivery may take until it is reported as failing. A write to a
+	// patience is how long a delivery may take before it is reported as failing. A write to a
 	// pipe whose reader stalls, or to a file system that hangs, cannot be interrupted, and
-	// must not delay a stop: the delivery is left behind then. 0: the sink has timeouts of
+	// must not delay a stop: then its goroutine is left behind. 0: the sink has timeouts of
 	// its own, with better errors.
 	patience time.Duration
 
 	log logline.Sampler // of failures; begins anew when the sink works again
 
-	// prepare, if there is one, is called until it succeeds or there is a record:
-	// so what will keep records from the sink shows before the first one. Only run uses it.
+	// prepare, if not nil, is called until it succeeds or there is a record, so that what
+	// keeps records from the sink shows before there is one. Only run uses it.
 	prepare func(ctx context.Context) error
 
 	// mu guards what Stats reports.
@@ -43,7 +43,7 @@ func (w *worker) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		moved, err := w.step(ctx)
 		if moved || err == nil {
-			wait = retry.Backoff{} // what moves is worth trying again at once
+			wait = retry.Backoff{} // after progress it tries again soon
 		}
 		if err == nil || ctx.Err() != nil {
 			continue
@@ -66,7 +66,7 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 	case err != nil:
 		return false, err
 	case len(batch) > 0:
-		w.prepare = nil // the delivery meets the same
+		w.prepare = nil // the delivery shows the same errors
 		counter.Rest()
 		moved, err = w.deliverBatch(ctx, batch)
 	case w.prepare != nil:
@@ -86,8 +86,8 @@ func (w *worker) step(ctx context.Context) (moved bool, err error) {
 	return moved, err
 }
 
-// deliverBatch acknowledges what the sink took of the batch, and a record that the
-// sink can never take when that is a dead letter.
+// deliverBatch delivers the batch and acknowledges the records that the sink took. A record
+// that it can never take becomes a dead letter, and is then acknowledged too.
 func (w *worker) deliverBatch(ctx context.Context, batch []spooled) (moved bool, err error) {
 	n, err := w.deliver(ctx, batch)
 	if poison, is := errors.AsType[*poisonError](err); is {
@@ -122,8 +122,8 @@ func (w *worker) deliver(ctx context.Context, batch []spooled) (int, error) {
 	return n, err
 }
 
-// ack records progress. The disk may refuse; then what is delivered is known to
-// this process only, and a restart finds out by looking at the sink.
+// ack writes into the spool up to where the sink has the records. While the disk fails, only
+// this process has that; the next one finds it out by looking into the sink.
 func (w *worker) ack(ctx context.Context, to uint64) error {
 	var wait retry.Backoff
 	for {

@@ -18,16 +18,17 @@ import (
 //
 //	"N+"  N at least: it has not left the epoch
 //	"N"   N, final: it has left the epoch; "0": it has no part in it
-//	"N?"  the same, and it has refused ids that may be in Redis for good; "0?" also if
-//	      all of those were taken back, as an older state of Redis may have them
+//	"N?"  the same, and it has refused ids that may stay in Redis for good; "0?" also if
+//	      all of those were taken back, because an older state of Redis may have them
 //
-// That a record is exact rests on it: see decideScript. So it is kept in three places:
-// with the epoch in Redis, by each member, which learns it from the replies to its beats
-// and writes it again, and on the disk of each member, as all of them may be started
-// again while Redis loses its data.
+// Whether a record is exact depends on these numbers: see decideScript. So they are kept in
+// three places: with the epoch in Redis; by each member, which gets them in the replies to
+// its heartbeats and writes them again; and on the disk of each member, because all members
+// may be restarted while Redis loses its data.
 type answers map[string]string
 
-// learn takes over each number that is better than the one here.
+// learn takes over each number that is better than the one here: final before running, and
+// the larger of two running ones.
 func (a answers) learn(from answers) {
 	for m, n := range from {
 		a.note(m, n)
@@ -52,9 +53,9 @@ func atLeast(n string) uint64 {
 	return least
 }
 
-// final notes what this process has answered in an epoch that it has left, and
-// with refusals, when all is taken back that can be, whether ids that it has refused may be in
-// Redis.
+// final notes how many ids this process has answered as new in an epoch that it has left. With
+// refusals it also notes whether ids that it has refused may be in Redis: the caller has waited
+// until those that can be taken back were.
 func (l *Ledger) final(e *ledgerEpoch, unique uint64, refusals bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -66,7 +67,8 @@ func (l *Ledger) final(e *ledgerEpoch, unique uint64, refusals bool) {
 	}
 }
 
-// sessions are those of the members with a part in an epoch, each with its part: see sealScript.
+// sessions returns the sessions of the members that have a part in an epoch. Before each
+// stands the sign of its part: see sealScript.
 func sessions(members []string) (list []string) {
 	for _, m := range members {
 		if m[0] != '0' {
@@ -77,7 +79,7 @@ func sessions(members []string) (list []string) {
 	return list
 }
 
-// noteDecision notes what an epoch came to, and logs why it is not exact. The first decision stays.
+// noteDecision notes the decision on an epoch, and logs why it is not exact. The first one stays.
 // l.mu is held.
 func (l *Ledger) noteDecision(e *ledgerEpoch, d *decision) {
 	if e.decision != nil {
@@ -105,20 +107,21 @@ func (l *Ledger) contradict(e *ledgerEpoch) {
 // kept is the file of answers.
 type kept struct {
 	Group   string             `json:"group"`
-	Members []string           `json:"members"` // the process that has written it, and earlier ones that may be members still
+	Members []string           `json:"members"` // the process that has written it, and earlier ones that may still be members
 	Epochs  map[string]answers `json:"epochs"`
 
-	// Delivered are the last epochs whose records are. Redis may lose that before another member
-	// knows, and as this process is killed.
+	// Delivered are the last epochs whose records are delivered. Redis may lose that, as this
+	// process is killed, before another member has learnt of it.
 	Delivered []string `json:"delivered,omitempty"`
 }
 
-// keptDelivered is more than a leader delivers until another member learns of the first.
+// keptDelivered bounds kept.Delivered. It is more than a leader delivers before another member
+// learns of the first of them.
 const keptDelivered = 64
 
-// keep writes to the disk what is known of the epochs that are not decided: if the file lacks
-// one of them, or the name of this process, or at the end, with the last numbers, or a record
-// that this process has delivered.
+// keep writes the file, with what is known of the epochs that are not decided. It does so if
+// the file lacks one of them or the name of this process, and if end is set: at the stop, for
+// the last numbers, and when this process has delivered a record.
 func (l *Ledger) keep(end bool) {
 	if l.cfg.File == "" {
 		return
@@ -156,8 +159,8 @@ func (l *Ledger) keep(end bool) {
 	l.kept = k.Epochs
 }
 
-// noteKept notes which epochs are in the file, or would be if it could be written: the process
-// goes on without.
+// noteKept closes ledgerEpoch.kept of the epochs that are in the file, also if it could not be
+// written: the process then goes on without it.
 func (l *Ledger) noteKept(epochs map[string]answers) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -169,7 +172,7 @@ func (l *Ledger) noteKept(epochs map[string]answers) {
 }
 
 // keepAll notes each epoch on the disk when it is opened, until stop is closed. A heartbeat does
-// so, too, but may be waiting for a Redis that does not answer.
+// so too, but it may be waiting for a Redis that does not answer.
 func (l *Ledger) keepAll(stop <-chan struct{}) {
 	for {
 		select {
@@ -182,7 +185,7 @@ func (l *Ledger) keepAll(stop <-chan struct{}) {
 	}
 }
 
-// recall reads what the last process has kept, for the first beat to report.
+// recall reads what the last process has kept. The first heartbeat reports it.
 func (l *Ledger) recall() {
 	if l.cfg.File == "" {
 		return

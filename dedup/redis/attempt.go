@@ -5,12 +5,12 @@ import (
 	"verve/dedup"
 )
 
-// tokenBytes is about what a token takes in the memory of an instance.
+// tokenBytes is about how many bytes a token takes in the memory of an instance.
 const tokenBytes = 40
 
 // rememberToken keeps the token of an id that was answered as new, so that a retry is
-// recognised while Redis is unreachable. Without fail open no retry is answered then. The
-// lane's mu is held.
+// recognised while Redis is unreachable. Without fail open every retry is refused then, so
+// nothing is kept. The lane's mu is held.
 func (le *laneEpoch) rememberToken(r *Set, m *named) {
 	if !r.cfg.FailOpen || !m.hasToken() || le.retired || !le.log.room(r) {
 		return
@@ -41,8 +41,8 @@ func (s *redisEpoch) recognise(lane int, m *named) (dedup.Verdict, bool) {
 	return 0, false
 }
 
-// again is the verdict on a request for an id that the attempt first has made new, without
-// Redis. The mu of the lane is held.
+// again returns the verdict on a request, which named m, for an id that was answered as new,
+// without Redis, to a request that named first. The mu of the lane is held.
 func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
 	if v, known := s.recognise(lane, m); known {
 		return v
@@ -53,8 +53,8 @@ func (s *redisEpoch) again(lane int, first, m *named) dedup.Verdict {
 	return dedup.Repeat
 }
 
-// countUnder counts an id that was answered as new under its key, for what this instance
-// shows: the record has the counts of Redis.
+// countUnder counts an id that was answered as new under its key. This instance only shows
+// that count: the record has the counts of Redis.
 func (r *Set) countUnder(e *counter.Epoch, m *named) {
 	if m != nil && m.under != "" {
 		name := []byte(m.under)
@@ -62,9 +62,9 @@ func (r *Set) countUnder(e *counter.Epoch, m *named) {
 	}
 }
 
-// hasRoom reports whether an id under a key may be new. All keys that this instance has
+// hasRoom reports whether a new id may be counted under a key. All keys that this instance has
 // counted are in Redis: if there is no room here for another one, there is none there. An id
-// with a token is asked about nevertheless: a retry from the window before needs no room.
+// with a token is sent nevertheless: a retry from the window before needs no room.
 func (r *Set) hasRoom(e *counter.Epoch, under []byte) bool {
 	return len(under) == 0 || !e.Keys().Full() || e.Keys().Find(r.keyHash(under), under) != nil
 }

@@ -14,27 +14,28 @@ const (
 	// take it some 0.5 ms.
 	batchSize = 512
 
-	// fewIDs bounds the batches that few of lane.lua adds one id at a time. With 4 it
-	// took half of what batch takes, with 8 of them somewhat more than adding all at once.
+	// fewIDs bounds the batches that the function few in lane.lua adds, one id at a time.
+	// With 4 ids it took half the time of the function batch. With 8, adding them one by
+	// one takes somewhat longer than adding all at once.
 	fewIDs = 8
 
-	// A batch lingers for lingerIDs ids at most, as of larger ones an id costs hardly less,
-	// and for lingerTime at most. If it has done so in vain, the next 0, then 1, 2, 4 and in the
-	// end lingerRest batches do not.
+	// A batch lingers (see lane.linger) until it has lingerIDs ids at most, because in a larger
+	// one an id costs hardly less, and for lingerTime at most. If a batch has lingered in vain,
+	// the next ones do not: at first 0 of them, then 1, 2, 4, and in the end lingerRest.
 	lingerIDs  = 64
 	lingerTime = time.Millisecond
 	lingerRest = 32
 
-	// ackDelay is how long the ids of a last batch may stay in doubt for others
-	// when nothing follows it.
+	// ackDelay is how long the ids of a batch may stay in doubt for other instances
+	// if no batch follows it.
 	ackDelay = 5 * time.Millisecond
 
-	// pingEvery is how often a lane without ids sends a batch nevertheless: it notices a
-	// loss, and Redis notes that the session lives.
+	// pingEvery is how often a lane that has no ids sends an empty batch: it shows a loss,
+	// and Redis notes that the session is alive.
 	pingEvery = time.Second
 
-	// noteTime is how often a batch has Redis note the time as that of the session's last
-	// batch. It costs Redis a command more.
+	// noteTime is how often a batch makes Redis note the time of the session's last batch.
+	// It costs Redis one more command.
 	noteTime = pingEvery / 2
 
 	// Attempts that fail wait between these, doubling.
@@ -49,19 +50,19 @@ const (
 	missingFor   = 5 * time.Second
 	missingPause = time.Second
 
-	// seqSkip leaves behind, after a loss, every sequence that a batch still on
-	// its way can have.
+	// seqSkip is how far the sequence number jumps after a loss: beyond any that a
+	// batch still on its way can have.
 	seqSkip = 1000
 )
 
-// job is a batch. Once its outcome is unknown it is sent until it is known.
+// job is a batch. Once its outcome is unknown it is sent, unchanged, until that is known.
 type job struct {
 	mode    string
 	epoch   *redisEpoch
 	entries []*entry          // by kind
 	lists   lists             // of the ids of the entries, or of the log
-	bytes   int               // of the log, where it restores ids
-	asked   []chan<- struct{} // with room; for callers that wait for an answer about the epoch
+	bytes   int               // of the log, if it restores ids
+	asked   []chan<- struct{} // of callers that wait for an answer about the epoch; each has room for it
 	since   int64             // when it was made, as ask.at
 	unknown bool
 	overdue bool // a request that waits for it will soon get 503
@@ -104,14 +105,14 @@ func (l *lane) run() {
 	l.r.call(l.r.life, l.redisKey, "bye", l.r.cfg.session)
 }
 
-// wakeAnswered wakes the requests that a batch has answered; its trip to Redis took so long.
+// wakeAnswered wakes the requests that a batch has answered. trip is how long that batch took.
 func (l *lane) wakeAnswered(trip time.Duration) {
 	l.mu.Lock()
 	woken, full := l.takeAnswered(), len(l.queue) >= batchSize
 	lingers := l.linger(woken, trip)
 	l.mu.Unlock()
 	if full {
-		// The next batch will not get larger: Redis is to have it meanwhile.
+		// The next batch is full: it is sent while these requests wake.
 		l.r.running.Go(func() { wake(woken) })
 		return
 	}
@@ -119,14 +120,15 @@ func (l *lane) wakeAnswered(trip time.Duration) {
 	if lingers {
 		return
 	}
-	// Their next ids are to be in the next batch, which is half as large without them. If
-	// nothing else is to be run this takes no time.
+	// The woken requests' clients may add their next ids to the next batch, which is half as
+	// large without them. If no other goroutine can run this takes no time.
 	runtime.Gosched()
 }
 
-// linger has the next batch wait for the requests that the last one has answered, whose trip
-// took so long: most clients ask again at once. Without it those of a few connections stay
-// divided in two halves, each waiting while the other is under way. l.mu is held.
+// linger makes the next batch wait for the clients whose requests the last one has answered:
+// most of them send the next id at once. Without it the clients of a few connections stay
+// divided into two halves, each waiting while the batch of the other is under way. trip is how
+// long the last batch took. linger reports whether the next one waits. l.mu is held.
 func (l *lane) linger(answered *ask, trip time.Duration) bool {
 	if l.rest > 0 {
 		l.rest--
@@ -149,7 +151,7 @@ func (l *lane) idle() bool {
 	select {
 	case <-l.r.closing:
 		lingers := l.want > 0
-		l.want = 0 // what waits is sent first
+		l.want = 0 // ids that wait are sent now, before the lane ends
 		l.mu.Unlock()
 		return lingers
 	default:
@@ -161,7 +163,7 @@ func (l *lane) idle() bool {
 	case l.failing != 0:
 		d = maxRetry
 	case l.seq == 0:
-		d = minRetry // Redis is to have the session before the group counts on it
+		d = minRetry // Redis must have the session before the group relies on it
 	case l.unacked:
 		d = ackDelay
 	case len(l.postponed) > 0:
@@ -200,8 +202,9 @@ func (l *lane) sleep(d time.Duration) bool {
 	}
 }
 
-// pick returns the next batch: first the one under way, then what must be taken back, then
-// what a loss makes necessary, then whatever waits.
+// pick returns the batch under way or, if there is none, the next one: first the ids to be
+// taken back, then those of the log that Redis lacks, then those that wait, and last a ping
+// for callers that wait for an answer about an epoch. nil: none.
 func (l *lane) pick() *job {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -211,7 +214,7 @@ func (l *lane) pick() *job {
 	return l.job
 }
 
-// begin has a batch be under way; nil: none. l.mu is held.
+// begin makes j the batch under way; nil: there is none. l.mu is held.
 func (l *lane) begin(j *job) {
 	if l.job = j; j != nil {
 		j.since = l.r.now.Load()
@@ -220,7 +223,8 @@ func (l *lane) begin(j *job) {
 
 // choose makes the next batch. l.mu is held.
 func (l *lane) choose() *job {
-	// First: with the next batch the ids of the last one are no longer in doubt for others.
+	// These come first, while others take them for in doubt: the next batch of the session
+	// ends that.
 	if len(l.unanswered) > 0 {
 		j := &job{mode: modeTake, epoch: l.unanswered[0].key.epoch}
 		l.unanswered = l.fill(j, l.unanswered)
@@ -263,14 +267,14 @@ func (l *lane) choose() *job {
 		delete(l.asked, s)
 		return &job{mode: modePing, epoch: s, asked: asked}
 	}
-	return nil // where the last attempt failed, idle sends a ping to find out
+	return nil // if the last attempt failed, idle sends a ping to see whether Redis is back
 }
 
 // fill moves entries of the job's epoch into it and returns the rest. l.mu is held.
 func (l *lane) fill(j *job, from []*entry) []*entry {
 	size := batchSize
 	if limit := l.r.cfg.MaxIDs; limit > 0 && j.mode == modeAdd {
-		// Near the limit the lanes add little at a time, at it they only look.
+		// Near the limit each lane adds few ids at a time. At the limit it only looks.
 		left := limit - min(limit, j.epoch.live())
 		if left == 0 {
 			j.mode = modeLook
@@ -287,7 +291,7 @@ func (l *lane) fill(j *job, from []*entry) []*entry {
 			}
 			en.state, _ = en.state.on(eventSent) // which has no effects
 			if en.phase == flying && len(en.asks) > 0 {
-				en.named = en.asks[0].named // the request that it was made for may be gone
+				en.named = en.asks[0].named // the request that the entry was made for may be gone
 			}
 			counts[kindOf(logged(&en.enc, en.named)[0])]++
 			taken++
@@ -312,13 +316,14 @@ func (l *lane) fill(j *job, from []*entry) []*entry {
 }
 
 // perform sends the job once. It returns how long to wait before the next
-// attempt, or less than 0 where the job is done or given up.
+// attempt, or less than 0 if the job is over: done, refused by the seal, or dissolved after
+// a loss.
 func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	le := &j.epoch.lanes[l.i]
 	l.mu.Lock()
 	gen := le.gen
 	if le.retired && j.mode == modePing {
-		gen = "" // what is lost of it is not added again, and hello after hello would keep it from its seal
+		gen = "" // lost ids of it are not added again, so each ping would end in one more hello, and delay its seal
 	}
 	whole, tokensLost := flag(!le.log.incomplete), flag(le.tokensLost)
 	l.mu.Unlock()
@@ -361,7 +366,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 			l.ticked = now
 		}
 		l.unacked = j.mode == modeAdd
-		clear(l.losses) // where there was one, a server without it has come back
+		clear(l.losses) // if one was noted, a server that has not lost anything is back
 		l.resolve(j, a)
 		return -1
 	case statusSealed:
@@ -370,7 +375,7 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	case statusGap, statusOld, statusLost:
 		return l.recover(j, a, wait)
 	case statusMissing:
-		// Batches that need none of those keys are answered in between.
+		// In between, batches that need none of the missing keys may be answered.
 		if now := time.Now(); now.Sub(l.missing.last) > missingPause {
 			l.missing.first, l.missing.last = now, now
 		} else if l.missing.last = now; now.Sub(l.missing.first) > missingFor {
@@ -391,8 +396,8 @@ func (l *lane) perform(j *job, wait time.Duration) time.Duration {
 	return l.failed(j, errors.New("unexpected reply "+a.status), wait)
 }
 
-// codeInexact stands behind the codes of a batch that has found tokens to be lost, or to be
-// believed without their ids.
+// codeInexact follows the codes of a batch that makes the epoch inexact: tokens may be lost, or
+// a retry may have been answered by the token of an id in no count.
 const codeInexact = "P"
 
 // allNew are the codes of a batch in which all ids are new.
@@ -406,7 +411,7 @@ func (l *lane) failed(j *job, err error, wait time.Duration) time.Duration {
 	return wait
 }
 
-// noteFailure notes since when nothing reaches Redis.
+// noteFailure notes the time of the first attempt that failed since the last that succeeded.
 func (l *lane) noteFailure() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -425,8 +430,8 @@ func (l *lane) succeeded() {
 	}
 }
 
-// dissolve puts the entries of a job back, unless it may have been done: then
-// it stays as it is, for its sequence must never mean anything else.
+// dissolve puts the entries of a job back, to be sent again. A job that may have been
+// done stays as it is: its sequence number must never mean another batch.
 func (l *lane) dissolve(j *job) {
 	l.mu.Lock()
 	defer l.unlock()
@@ -449,7 +454,7 @@ func (l *lane) stepAll(entries []*entry, ev event) {
 	}
 }
 
-// flush has what the log of s holds, and Redis does not, added. l.mu is held.
+// flush makes run add the ids of s that are in the log and not in Redis. l.mu is held.
 func (l *lane) flush(s *redisEpoch) {
 	if !slices.Contains(l.lacking, s) {
 		l.lacking = append(l.lacking, s)
@@ -475,7 +480,7 @@ func (l *lane) turn(j *job) {
 	}
 }
 
-// resolve answers the entries of a job that was done. It is for wakeAnswered to wake them.
+// resolve answers the entries of a job that was done. wakeAnswered wakes their requests.
 func (l *lane) resolve(j *job, a reply) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -508,8 +513,8 @@ func (l *lane) resolve(j *job, a reply) {
 			if i < len(a.codes) {
 				ev = eventOf[a.codes[i]]
 			}
-			// Asking in the window behind gives a retry its answer. But if that is far away the
-			// clock of the instance that has opened it is wrong, and this one does not follow.
+			// A retry gets its answer in the next window. But if that is far away, the clock of
+			// the instance that has opened it is wrong, and this instance does not follow it.
 			if ev == eventBehind && j.epoch.end-int64(time.Since(l.r.start)) >= int64(l.r.cfg.MaxSkew) {
 				ev = eventFarBehind
 			}

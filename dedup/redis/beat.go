@@ -14,7 +14,7 @@ import (
 	"verve/counter"
 )
 
-// run beats until stop is closed or the member has left.
+// run sends heartbeats until stop is closed or the member has left.
 func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	for !l.left.Load() {
 		wait := beatEvery
@@ -33,7 +33,8 @@ func (l *Ledger) run(ctx context.Context, stop <-chan struct{}) {
 	}
 }
 
-// beat writes to Redis what it must know of this member.
+// beat sends a heartbeat: it writes into the ledger what that must have of this member, and
+// takes over what the reply has of the others. It does nothing once this member has left.
 func (l *Ledger) beat(ctx context.Context) error {
 	l.beating.Lock()
 	defer l.beating.Unlock()
@@ -93,10 +94,10 @@ func (l *Ledger) noteAnswers() (newest time.Time) {
 	return l.newest
 }
 
-// beatArgs are the keys and arguments of beatScript, and the epochs in them: those that
-// this process has opened up to the newest that noteAnswers has returned. One that was opened
-// since has no answers of this member yet, so the group would know the epoch, but not
-// that this member is in it.
+// beatArgs returns the keys and arguments of beatScript, and the epochs that they name. newest
+// is what noteAnswers has returned. An epoch that this process has opened since then is left
+// out: it has no answers of this member yet, so the group would have the epoch, but not that
+// this member is in it.
 func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter.Span) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -142,10 +143,10 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 	return keys, args, sent
 }
 
-// addUncertain notes how many more ids of an epoch are answered 503, or soon will be, and may be
-// in Redis: their outcome is not known, or they are still to be taken back. Should this
-// process be killed meanwhile, nothing distinguishes them from ids that it has answered ok, so the
-// group is to know before the first is answered.
+// addUncertain adds more, which may be negative, to the number of uncertain ids of an epoch: these
+// are answered 503, or soon will be, and may be in Redis, because their outcome is not known or
+// they are not taken back yet. If this process is killed meanwhile, nothing distinguishes them
+// from ids that it has answered ok, so the group must know before the first 503.
 func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
 	e.wasUncertain.Store(true)
 	if now := e.uncertain.Add(more); now == 0 || now == more {
@@ -153,10 +154,10 @@ func (l *Ledger) addUncertain(e *ledgerEpoch, more int64) {
 	}
 }
 
-// remind notes, when the ledger has lost data, that the members that were alive at the last beat
-// may have answered ids in the epochs that were open since: one that is killed may have opened
-// such an epoch after that beat, and no other knows. Those that live report their own numbers.
-// l.mu is held.
+// remind notes, when the ledger has lost data, that the members that were alive at the last
+// heartbeat may have answered ids in the epochs that were open since then. One of them may have
+// opened such an epoch and been killed, and no other member knows. Those that are alive report
+// their own numbers. l.mu is held.
 func (l *Ledger) remind() {
 	for _, e := range l.epochs {
 		if e.decision != nil || e.span.End().Add(l.cfg.MaxSkew).Before(l.lastBeat) {
@@ -170,7 +171,7 @@ func (l *Ledger) remind() {
 	}
 }
 
-// learn takes over what a beat has answered about the epochs that it sent. l.mu is held.
+// learn takes over what the reply to a heartbeat has about the epochs that it sent. l.mu is held.
 func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 	for i, s := range sent {
 		e, a := l.find(s), b.epochs[i]
@@ -208,13 +209,13 @@ func (l *Ledger) learn(sent []counter.Span, b beatReply) {
 			l.again = append(l.again, s)
 		case len(l.epochs) < maxLedgerEpochs:
 			l.place(s).ofOthers = true
-			nudge(l.wake) // the next beat reads what there is of it
+			nudge(l.wake) // the next heartbeat reads what the ledger has of it
 		}
 	}
 }
 
-// deliverAgain marks epochs whose records are delivered, and of which the ledger has lost that,
-// before another member publishes them: after a loss that one waits for longer than this takes.
+// deliverAgain marks epochs as delivered again if the ledger has lost that, before another member
+// publishes them: after a loss other members wait for longer than this takes.
 func (l *Ledger) deliverAgain(ctx context.Context) {
 	l.mu.Lock()
 	again := l.again
@@ -222,14 +223,14 @@ func (l *Ledger) deliverAgain(ctx context.Context) {
 	l.mu.Unlock()
 	for _, s := range again {
 		if l.Delivered(ctx, s) != nil {
-			return // the next beat finds it again
+			return // the next heartbeat finds the epoch again
 		}
 	}
 }
 
-// dismiss takes processes before this one, in its place, off the members, when all windows are
-// decided in which they may have answered ids. With fail open no later window would be exact
-// while they are listed: they might go on without Redis.
+// dismiss removes the earlier processes of this instance from the members when all windows in
+// which they may have answered ids are decided. With fail open no later window could be exact
+// while they are listed, because they might go on without Redis.
 func (l *Ledger) dismiss(ctx context.Context) {
 	l.mu.Lock()
 	earlier, last := l.earlier, l.began.Add(l.cfg.MaxSkew)
@@ -241,7 +242,7 @@ func (l *Ledger) dismiss(ctx context.Context) {
 	}
 	for _, m := range earlier {
 		if _, _, err := l.takeOff(ctx, m, ""); err != nil {
-			return // the next beat tries again
+			return // run tries again after the next heartbeat
 		}
 	}
 	l.mu.Lock()
@@ -315,11 +316,11 @@ type epochReply struct {
 	decision *decision // if it is "decided"
 }
 
-// decision is what an epoch came to.
+// decision is the decided count of an epoch.
 type decision struct {
 	counter.Count        // without its keys
-	under         uint64 // the ids that were counted under keys
-	why           string // the reason why it is not exact
+	under         uint64 // how many of the ids were counted under keys
+	why           string // why it is not exact; empty if it is
 }
 
 func parseBeat(out []rueidis.RedisMessage, sent []counter.Span) (b beatReply, err error) {

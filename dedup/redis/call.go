@@ -12,17 +12,17 @@ import (
 //go:embed lane.lua
 var laneLua string
 
-// laneScript is all that an instance does to a lane.
+// laneScript has the operations of an instance on a lane: see the end of lane.lua.
 var laneScript = rueidis.NewLuaScript(laneLua)
 
 // Statuses of a reply.
 const (
 	statusOK      = "ok"
-	statusNew     = "new"     // ok, as a reply that is one number: all ids are new, in the generation that was named
-	statusSealed  = "sealed"  // the epoch is
+	statusNew     = "new"     // ok, for a reply that is one number: all ids are new, in the generation that the batch named
+	statusSealed  = "sealed"  // the epoch is sealed
 	statusGap     = "gap"     // writes of this session are missing
-	statusOld     = "old"     // a later batch of this session is there
-	statusLost    = "lost"    // the epoch was begun again since
+	statusOld     = "old"     // Redis has a later batch of this session
+	statusLost    = "lost"    // the epoch is not of the generation that the batch named: it was lost
 	statusFrozen  = "frozen"  // others are adding again what was lost
 	statusMissing = "missing" // keys are gone or on the move
 	statusLacks   = "lacks"   // the user may not run commands that are needed
@@ -33,20 +33,20 @@ type reply struct {
 	status string
 	codes  string
 	gen    string
-	n      uint64 // ids of the epoch in this lane; the last sequence where status is gap, lost or old
+	n      uint64 // ids of the epoch in this lane; if status is gap, lost or old: the last sequence number that Redis has
 
 	sealed   sealedIDs // of a seal
 	replicas bool      // of a seal: the master has some, or had
 }
 
 // errRefused is the error of a call that has certainly done nothing. After any other error
-// that is not known.
+// the call may have been done.
 type errRefused struct{ err error }
 
 func (e errRefused) Error() string { return e.err.Error() }
 func (e errRefused) Unwrap() error { return e.err }
 
-// call runs an operation of lane.lua on a lane.
+// call runs an operation of lane.lua on a lane. An errRefused means that nothing was done.
 func (r *Set) call(ctx context.Context, redisKey string, args ...string) (reply, error) {
 	c, err := r.conn()
 	if err != nil {

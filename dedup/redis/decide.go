@@ -11,7 +11,8 @@ import (
 	"verve/internal/retry"
 )
 
-// unsettled is the range of the unsettled epochs, or empty.
+// unsettled returns the starts of the oldest and the newest unsettled epoch, in Unix ms, or an
+// empty text if there is none: see Set.unsettled.
 func (l *Ledger) unsettled() string {
 	if oldest, newest, some := l.ids.unsettled(); some {
 		return unixMS(oldest) + " " + unixMS(newest)
@@ -19,9 +20,9 @@ func (l *Ledger) unsettled() string {
 	return ""
 }
 
-// Report reports what this process knows of an epoch that it has left for good:
-// whether it served the whole of it, and whether no id was lost. Ids of it that
-// Redis has lost are first put back, if that takes no longer than restoreWait.
+// Report reports what this process knows of an epoch that it has left for good: how
+// many ids it has answered as new, whether it served the whole epoch, and whether no id was
+// lost. First it waits, for restoreWait at most, until ids that Redis lost are added again.
 //
 // It returns false for an epoch that the group has not taken: no id was added to
 // it, and there is nothing to publish.
@@ -44,7 +45,7 @@ func (l *Ledger) Report(ctx context.Context, c counter.Count) (ours bool, err er
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	// One that is known no more is delivered.
+	// An epoch that is no longer in the list is delivered.
 	if ours = l.find(s) == nil || e.isRegistered(); !ours {
 		l.drop(s)
 	}
@@ -68,9 +69,9 @@ func (l *Ledger) restoreLosses(ctx context.Context, s counter.Span) error {
 	}
 }
 
-// Seal waits until the epoch may be sealed, seals it, and returns what it came
-// to: the same for every member, for as long as Redis keeps it. An error is for
-// the caller to retry.
+// Seal waits until the epoch may be sealed, seals it, and returns its count, which is
+// the same for every member as long as Redis keeps it. After an error the caller may try
+// again, whatever was done.
 func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err error) {
 	d := l.decisionOf(s)
 	if d == nil {
@@ -86,8 +87,8 @@ func (l *Ledger) Seal(ctx context.Context, s counter.Span) (c counter.Count, err
 	return c, nil
 }
 
-// awaitDecision waits for what an epoch came to: another member decides it, or this one. It is
-// kept: should Redis lose it before it is delivered, the next beat writes it again.
+// awaitDecision waits until another member has decided an epoch, or decides it. The decision is
+// kept: if Redis loses it before the record is delivered, the next heartbeat writes it again.
 func (l *Ledger) awaitDecision(ctx context.Context, s counter.Span) (*decision, error) {
 	out, err := l.awaitSeal(ctx, s)
 	if err == nil && out[0] == "seal" {
@@ -107,8 +108,8 @@ func (l *Ledger) awaitDecision(ctx context.Context, s counter.Span) (*decision, 
 	return e.decision, nil
 }
 
-// addKeys adds the counts of the keys to a decided count, with under ids under keys. If
-// Redis has lost them since the decision, the record is not exact.
+// addKeys adds the counts of the keys to c, which has under ids under keys by its decision.
+// If Redis has lost counts since then, the record is not exact.
 func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) error {
 	if under == 0 {
 		return nil
@@ -124,7 +125,7 @@ func (l *Ledger) addKeys(ctx context.Context, c *counter.Count, under uint64) er
 	return nil
 }
 
-// readKeys returns the keys of a sealed epoch.
+// readKeys returns the counts of the keys of a sealed epoch. It keeps those that it read last.
 func (l *Ledger) readKeys(ctx context.Context, s counter.Span) (counter.KeyCounts, error) {
 	l.mu.Lock()
 	had := l.keyed
@@ -142,8 +143,8 @@ func (l *Ledger) readKeys(ctx context.Context, s counter.Span) (counter.KeyCount
 	return keys, nil
 }
 
-// awaitSeal waits until the epoch may be sealed: for members, while sealLane waits for ids.
-// It returns the answer of sealScript: "decided", or "seal" for this member to do it.
+// awaitSeal waits until the members permit the seal of an epoch; sealLane then waits for ids.
+// It returns the answer of sealScript: "decided", or "seal" if this member is to seal it.
 func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error) {
 	poll := min(max(s.Window/20, 10*time.Millisecond), 100*time.Millisecond)
 	keys := []string{l.keys.members, l.keys.unsettled, l.keys.ofEpoch(s), l.keys.windows, l.keys.length, l.keys.opened}
@@ -170,10 +171,10 @@ func (l *Ledger) awaitSeal(ctx context.Context, s counter.Span) ([]string, error
 	}
 }
 
-// awaitOthers waits, after a time in which this member did not reach the ledger, for as
-// long as the others take to reach it again: until then they are taken for dead, and what
-// they have answered meanwhile is not written down. So it does after the first beat: the
-// ledger may have lost data just before.
+// awaitOthers waits, if this member did not reach the ledger for a time, until the others have
+// had time to reach it again too. Until then the ledger takes them for dead, and lacks what
+// they have answered meanwhile. It also waits after the first heartbeat of this member,
+// because the ledger may have lost data just before.
 func (l *Ledger) awaitOthers(ctx context.Context) error {
 	for {
 		if !l.othersUnheard() {
@@ -185,15 +186,15 @@ func (l *Ledger) awaitOthers(ctx context.Context) error {
 	}
 }
 
-// othersUnheard reports whether others may still have to write again what the ledger has lost.
+// othersUnheard reports whether the ledger may lack what other members have not written again yet.
 func (l *Ledger) othersUnheard() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.beatErr != nil && !l.left.Load() || time.Since(l.back) <= memberTTL
 }
 
-// sealAndDecide has the lanes sealed, which counts the ids, and decides what the epoch came to. For
-// a while no other member does the same: see sealLock.
+// sealAndDecide seals the lanes, which counts the ids, and decides the count of the epoch. For a
+// while no other member does the same: see sealLock.
 func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []string) ([]string, error) {
 	ids, err := l.ids.sealIDs(ctx, s, sessions(members))
 	if err != nil {
@@ -219,7 +220,7 @@ func (l *Ledger) sealAndDecide(ctx context.Context, s counter.Span, members []st
 	return out, err
 }
 
-// rows are what the members have answered in an epoch, as far as this one knows.
+// rows returns what the members have answered in an epoch, as far as this one knows.
 func (l *Ledger) rows(s counter.Span) (args []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -231,7 +232,8 @@ func (l *Ledger) rows(s counter.Span) (args []string) {
 	return args
 }
 
-// asOf is this member and the time of its last beat, for luaLost.
+// asOf returns this member and the time of its last heartbeat, for luaLost, or no member once
+// this one has left.
 func (l *Ledger) asOf() (me, at string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -241,7 +243,7 @@ func (l *Ledger) asOf() (me, at string) {
 	return l.member, strconv.FormatInt(l.beaten, 10)
 }
 
-// decisionOf returns what the epoch came to, or nil if this process does not know.
+// decisionOf returns the decision on an epoch, or nil if this process does not know it.
 func (l *Ledger) decisionOf(s counter.Span) *decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()

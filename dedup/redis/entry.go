@@ -13,13 +13,14 @@ const (
 	finished                // out of the lane
 )
 
-// audience is which requests wait for an entry.
+// audience is which requests wait for an entry. An attempt is a request with its retries: see
+// sameAttempt.
 type audience uint8
 
 const (
 	noRequest     audience = iota
-	otherAttempts          // only such as make another attempt than the one that it is sent for
-	itsAttempt             // one that makes this attempt, and maybe others
+	otherAttempts          // only requests of other attempts than the one that it is sent for
+	itsAttempt             // one of this attempt, and maybe others
 )
 
 // state is all that the next step of an entry depends on.
@@ -28,34 +29,34 @@ type state struct {
 	alone     bool // a request was answered as new without Redis
 	uncertain bool // a request got 503, or is about to, while the id may be in Redis: see Ledger.addUncertain
 
-	// These are of the moment: see entry.now.
+	// Only entry.now sets these, for one step.
 	waiting audience
 	token   bool // the attempt has a token
 }
 
-// event is what an entry learns.
+// event is what happens to an entry.
 type event uint8
 
 const (
-	// What a batch that adds has found.
+	// What a batch that adds or looks has found.
 	eventInDoubt   event = iota // another instance may have added it without an answer; or it was not judged
 	eventAdded                  // it is new
 	eventThere                  // it was there
 	eventThereAs                // it was there with the token of the attempt
 	eventBefore                 // the token is in the window before
-	eventBehind                 // the token is in the window behind, which this instance is about to open
-	eventFarBehind              // ... which is far away: another clock is wrong
+	eventBehind                 // the token is in the next window, which this instance is about to open
+	eventFarBehind              // the same, but the next window is far away: another clock is wrong
 	eventFull                   // there is no room for it
 	eventKeysFull               // there is no room for its key
 
 	eventSent           // in a batch that adds it, or takes it back
 	eventUndone         // that batch was certainly not done
-	eventBelieved       // it was not taken back: other instances have answered for it
+	eventBelieved       // it was not taken back: other instances may have answered requests for it
 	eventGone           // Redis does not have it any more: it was taken back, or lost
 	eventSealed         // no batch of its epoch is done any more
 	eventAskedAgain     // its attempt is made again, by a request that does not wait
 	eventAnsweredAlone  // a request was answered as new without Redis
-	eventAnsweredBeside // a request that waited has another answer
+	eventAnsweredBeside // a request that waited was answered without the entry
 	eventRefused        // a request got 503, or soon will
 
 	numEvents
@@ -66,7 +67,7 @@ var eventOf = [256]event{
 	'1': eventAdded, '0': eventThere, '6': eventThereAs, '7': eventBefore, '8': eventBehind, '4': eventFull, '9': eventKeysFull,
 }
 
-// outcomes are the answers to the requests for an id that a batch was to add and did not.
+// outcomes are the answers to the requests for an id that a batch was to add and did not add.
 var outcomes = [numEvents]effects{
 	eventThere:     {to: thereAnswered, verdict: dedup.Repeat, known: true},
 	eventThereAs:   {to: thereAnswered, verdict: dedup.Replayed, known: true},
@@ -96,13 +97,13 @@ const (
 	allAnswered
 )
 
-// effects is what the lane does when an entry has taken a step, beside putting it into the
+// effects is what the lane does when an entry has taken a step, besides putting it into the
 // list of its new phase.
 type effects struct {
 	log     logging
 	known   bool // a repeat of the id costs no trip from now on
 	to      recipients
-	verdict dedup.Verdict // if that is Unique, the others of the attempt get retried
+	verdict dedup.Verdict // if that is Unique, only the first of the attempt gets it: the others get state.retried
 	err     error         // of the requests that get an answer
 }
 
@@ -130,7 +131,7 @@ func (s state) on(e event) (state, effects) {
 		s, fx = s.onTaking(e)
 	}
 	if s.phase == finished && was != finished && !(e == eventBelieved && fx.log == notLogged) {
-		s.uncertain = false // else the id stays in Redis, and no request got ok for it
+		s.uncertain = false // otherwise the id stays in Redis, though no request got ok for it
 	}
 	return s, fx
 }
@@ -157,8 +158,8 @@ func (s state) onFlying(e event) (state, effects) {
 	case e == eventAdded:
 		return s.inRedis()
 	case e == eventUndone || e == eventInDoubt || answered && s.alone:
-		// If another instance has added it and this one has answered alone, the replay finds it
-		// there, and marks the epoch.
+		// If another instance has added the id and this one has answered alone, the batch that
+		// adds it from the log finds it there, and marks the epoch inexact.
 		return s.notInRedis()
 	case answered:
 		s.phase = finished
@@ -186,7 +187,7 @@ func (s state) onTaking(e event) (state, effects) {
 		return s.inRedis()
 	case eventGone: // a request may have sent it again meanwhile
 		return s.notInRedis()
-	case eventBelieved: // the next request here is the one that it is new to, if there is one
+	case eventBelieved: // it is in Redis for good: if a request of its attempt waits, that one gets it as new
 		if s.alone || s.waiting == itsAttempt {
 			return s.inRedis()
 		}
@@ -196,7 +197,8 @@ func (s state) onTaking(e event) (state, effects) {
 	return s, effects{}
 }
 
-// inRedis finishes an id that is in Redis, if a request has, or gets, an answer for it.
+// inRedis finishes an id that is in Redis, if a request has, or gets, ok for it. Otherwise
+// the id is to be taken back.
 func (s state) inRedis() (state, effects) {
 	switch {
 	case s.alone:

@@ -45,45 +45,47 @@ type Records interface {
 // Group publishes the windows of a group: it is the counter's Publisher in place of
 // the stream of records, and puts the records of the group there.
 //
-// An instance that has left an epoch reports so and waits until it is sealed. What it came to
-// is decided in the ledger, once. So any instance can publish it, with the same bytes, and it
-// need not have been in the epoch. One at a time does, the leader, so that instances do not
-// fence each other at the broker for each window; when it is gone another takes the lead.
+// An instance that has left an epoch reports so and waits until the epoch is sealed. Its count
+// is decided in the ledger, once. So any instance can publish the record, with the same bytes,
+// even one that was not in the epoch. Only the leader does, so that instances do not fence each
+// other at the broker in each window. When the leader is gone, another instance takes the lead.
 // DESIGN.md, "The group", has what happens when an instance is killed at any of these steps.
 //
-// A leader that slept through its lease meets its successor where they can harm:
-// at the broker in the fence, and at the file in Claim, right before the line
-// is written, which leaves the line to it for claimWait.
+// A leader that slept through its lease is stopped where it could publish twice: at the
+// broker by the fence, and at a counts file by Claim, right before the line is written.
+// Claim leaves a line for claimWait to the instance that has claimed it.
 //
-// The record is in the leader's spool as any record is, so a broker may be down
+// The record is in the leader's spool like any other record, so a broker may be down
 // for days, and Redis may lose everything meanwhile.
+//
+// All methods are safe for concurrent use.
 type Group struct {
 	ledger  epochLedger
 	records Records
 	log     zerolog.Logger
 	wake    chan struct{} // capacity 1: an epoch was sealed
 
-	// sealed is what the epoch that was published last came to.
+	// sealed is the group's count of the epoch that Publish saw sealed last.
 	sealed atomic.Pointer[counter.Count]
 
-	leaving context.Context // ended: the process stops
+	leaving context.Context // ends when the process stops
 	leave   context.CancelFunc
 
 	// taking guards what follows. It is held over exchanges with the ledger, so that a record is
 	// appended once.
 	taking  sync.Mutex
-	term    bool      // this instance was leading at the last look
-	failing time.Time // since when it has led and could not take what is over
+	term    bool      // this instance led in the last round
+	failing time.Time // since when it leads and cannot take epochs that are over
 
-	// mu guards spooled, the records of epochs that are in the spool, or were, and
-	// that the ledger does not know as delivered yet: their place. An epoch is taken out of it
-	// with taking held, too.
+	// mu guards spooled: the places in the spool of the records that the ledger does not
+	// have as delivered yet, also of those that the spool has delivered. An epoch is removed
+	// from it only with taking held as well.
 	mu      sync.Mutex
 	spooled map[counter.Span]uint64
 }
 
 const (
-	// groupEvery is how often the leader looks for epochs that others left.
+	// groupEvery is how often an instance looks for epochs that are over and not delivered.
 	groupEvery = time.Second
 
 	// failureLogEvery samples the log of a failure that repeats.
@@ -99,8 +101,8 @@ const (
 	leaveMargin = time.Second
 )
 
-// NewGroup makes the Group of an instance. Run must be called. That records of an
-// earlier process are still in the spool is learnt here.
+// NewGroup makes the Group of an instance, which then must Run. It reads which records of an
+// earlier process are still in the spool, and returns the error of reading them.
 func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error) {
 	spooled, err := records.Undelivered()
 	if err != nil {
@@ -114,9 +116,9 @@ func NewGroup(l epochLedger, records Records, log zerolog.Logger) (*Group, error
 	}, nil
 }
 
-// Publish reports an epoch that this instance has left and waits for its seal. A
-// stop does not wait: the epoch goes on without this instance, and Leave, or
-// another, publishes it.
+// Publish reports an epoch that this instance has left and waits for its seal. After
+// Leaving it does not wait: the epoch goes on without this instance, and Leave, or
+// another instance, publishes it. It tries until ctx ends; its error is that of the last try.
 func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	var ours bool
 	if err := g.try(ctx, "an epoch is not reported to the group yet, trying again", func(ctx context.Context) (err error) {
@@ -148,8 +150,8 @@ func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	return nil
 }
 
-// Sealed returns what an epoch came to in the whole group, if it is the last one
-// that Publish has returned for.
+// Sealed returns the count of an epoch in the whole group, if it is the last one
+// that Publish saw sealed.
 func (g *Group) Sealed(span counter.Span) (counter.Count, bool) {
 	sum := g.sealed.Load()
 	if sum == nil || sum.Span() != span {
@@ -158,8 +160,8 @@ func (g *Group) Sealed(span counter.Span) (counter.Count, bool) {
 	return *sum, true
 }
 
-// orLeft is the outcome of a publish that failed with err. When the process stops
-// that is none: the ids of the epoch are in the ledger's keeping.
+// orLeft returns the error of a Publish that failed with err. When the process stops
+// that is nil: the ids of the epoch are in Redis, and the group publishes it.
 func (g *Group) orLeft(c counter.Count, err error) error {
 	if g.leaving.Err() != nil {
 		g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique_here", c.Unique).
@@ -215,8 +217,8 @@ func (g *Group) Run(ctx context.Context) error {
 	}
 }
 
-// round marks what was delivered and, where this instance leads, takes into the
-// spool the epochs that are over.
+// round reports to the ledger what was delivered and, if this instance leads, puts the
+// records of the epochs that are over into the spool.
 func (g *Group) round(ctx context.Context) error {
 	g.taking.Lock()
 	defer g.taking.Unlock()
@@ -245,9 +247,9 @@ func (g *Group) round(ctx context.Context) error {
 	return nil
 }
 
-// yield gives the lead away if this instance has failed for as long as the others would wait
-// for one that is dead: its rights, or its way to a lane, may lack what theirs have. g.taking
-// is held.
+// yield gives the lead away if this instance has failed for leadLease, which is how long the
+// others would wait for a dead leader: it may lack a right, or its way to a lane may be cut,
+// while others have both. g.taking is held.
 func (g *Group) yield() {
 	if g.failing.IsZero() {
 		g.failing = time.Now()
@@ -286,7 +288,7 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	return nil
 }
 
-// delivered returns the epochs in spooled whose records all sinks have.
+// delivered returns the epochs in spooled whose records all sinks have, oldest first.
 func (g *Group) delivered() (done []counter.Span) {
 	floor, _ := g.records.DeliveredTo()
 	g.mu.Lock()
@@ -313,10 +315,10 @@ func (g *Group) reportDelivered(ctx context.Context) error {
 	return nil
 }
 
-// announce reports each record to the ledger as soon as all sinks have it, until ctx ends: round
-// may be waiting for the seal of the next epoch. The others are to know of the record before
-// Redis may lose that. The next round reports it again, as this may fail, and only then takes
-// the epoch out of spooled, where take finds it until then.
+// announce reports each record to the ledger as soon as all sinks have it, until ctx ends. round
+// is too late for that if it waits for the seal of the next epoch: the other members must learn
+// of the record before Redis can lose that it is delivered. Because this report may fail, the
+// next round repeats it, and only then removes the epoch from spooled, where take looks for it.
 func (g *Group) announce(ctx context.Context) {
 	var last []counter.Span
 	for {
@@ -340,15 +342,15 @@ func (g *Group) announce(ctx context.Context) {
 // goes on without this instance. Call it before the counter is sealed.
 func (g *Group) Leaving() { g.leave() }
 
-// Leave takes this instance out of its group when the counter has stopped. The last
-// one to leave puts what the group has not published into the spool, also the open epoch
-// where its end is within the time given: there is one record per window and group, and
-// an instance that starts within the window goes on with its ids, so it cannot be published
-// before its end. ReportDelivered follows when all that is delivered.
+// Leave takes this instance out of its group; call it when the counter has stopped. The last
+// instance to leave puts into the spool what the group has not published. That includes the open
+// epoch only if it ends in time before ctx does: a window has one record per group, and an
+// instance that starts within the window goes on with its ids, so the record cannot be published
+// before the window ends. Call ReportDelivered when the spool has delivered all that.
 func (g *Group) Leave(ctx context.Context) error {
 	g.Leaving()
 	others, silent, err := g.ledger.Leave(ctx)
-	// One whose last beat was before this one left may be dead, or leave as well.
+	// An instance whose last heartbeat was before this one left may be dead, or leaving too.
 	for left := time.Now(); err == nil && others > 0 && silent >= time.Since(left); {
 		if err = retry.Sleep(ctx, leavePoll); err == nil {
 			others, silent, err = g.ledger.Leave(ctx)
@@ -388,8 +390,8 @@ func (g *Group) Leave(ctx context.Context) error {
 	return nil
 }
 
-// ReportDelivered reports to the group which records are delivered: what Run does, once more
-// after it.
+// ReportDelivered reports to the group which records are delivered. Run does so, too; this is
+// for what is delivered after it has ended. The error is that of the ledger.
 func (g *Group) ReportDelivered(ctx context.Context) error {
 	g.taking.Lock()
 	defer g.taking.Unlock()

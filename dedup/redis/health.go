@@ -22,7 +22,7 @@ import (
 const (
 	watchEvery = time.Second
 
-	// logEvery samples the log of what goes on failing.
+	// logEvery is how often a failure that goes on is logged.
 	logEvery = 10 * time.Second
 
 	// longestWhy bounds what a reason has of an error that explanations lacks.
@@ -31,8 +31,8 @@ const (
 
 // health is the state of the servers, as far as it is known here.
 type health struct {
-	refused atomic.Bool // ids may not be trusted to Redis, by their configuration: see checkConfig
-	blind   bool        // the policy cannot be read; checkConfig alone uses it
+	refused atomic.Bool // ids are refused because of a setting of Redis or of the group: see checkConfig
+	blind   bool        // the policy cannot be read; only checkConfig uses it
 
 	mu            sync.Mutex
 	misconfigured string // why ids cannot be trusted to Redis, or this group; empty if they can
@@ -83,7 +83,7 @@ func (h *health) succeeded(r *Set) {
 	}
 }
 
-// explanations of what Redis answers, by the first word of it.
+// explanations of the errors that Redis answers, by their first word.
 var explanations = map[string]string{
 	"OOM":         "Redis is out of memory",
 	"READONLY":    "this Redis is a replica and refuses writes",
@@ -101,8 +101,8 @@ var explanations = map[string]string{
 	"ASK":         "a Redis slot is on the move",
 }
 
-// deniedCommand is in the error of Redis for a command that the user may not run, also
-// of one within a script, where the first word is another.
+// deniedCommand matches the error of Redis for a command that the user may not run. It also
+// matches the error of a script with such a command, which begins with another word.
 var deniedCommand = regexp.MustCompile(`permissions? to run the '([^']+)' command`)
 
 // explain returns in few words what an error means.
@@ -163,7 +163,7 @@ func (r *Set) Health() (ready bool, reason string) {
 	case down == 0:
 		return true, ""
 	case down < len(r.lanes):
-		// Other instances reach the same parts: the rest of the cluster is down.
+		// The rest of the cluster is down: another instance would not reach more of it.
 		return true, fmt.Sprintf("%s: %d of %d parts of the ids", failure, down, len(r.lanes))
 	}
 	return r.cfg.FailOpen, failure
@@ -173,8 +173,8 @@ const noEviction = "noeviction"
 
 var policyLine = regexp.MustCompile(`(?m)^maxmemory_policy:(\S+)`)
 
-// watch looks whether every server keeps what it was given: with any other
-// policy than noeviction it may drop ids that were answered for, silently.
+// watch checks the configuration and the rights, every watchEvery. With any policy other
+// than noeviction a server may silently drop ids that were answered.
 func (r *Set) watch() {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
@@ -242,9 +242,9 @@ func (h *health) change(r *Set, what *string, now, effect, over string) {
 	}
 }
 
-// checkRights looks, without an id, whether the user may do what is needed, and
-// whether each part of the ids has been reached once: what keeps one from being so
-// is a setting, a certificate for instance, and not an outage that passes.
+// checkRights checks, without waiting for an id, that the Redis user may run each command
+// that is needed, and that each lane has been reached once. If one never was, the cause is a
+// setting, such as a certificate, and not an outage that passes.
 func (r *Set) checkRights(reached []bool) {
 	ctx, cancel := context.WithTimeout(r.life, watchEvery)
 	defer cancel()
@@ -286,16 +286,17 @@ func (r *Set) formAgrees() error {
 	return errFormUnknown
 }
 
-// layoutBase makes one number of the layout and the number of lanes, which versions
-// without a layout take for the latter.
+// layoutBase combines the layout and the number of lanes into one number. Versions without a
+// layout read it as a number of lanes.
 const layoutBase = 1000
 
-// otherSeenFor is how long an instance that has met others of another form does not register its
-// own form after their entry is gone: should Redis only have lost that, they are to be first again.
+// otherSeenFor is how long an instance that has met another form waits, after the entry of that
+// form is gone, before it registers its own. If Redis has only lost the entry, the instances
+// of the other form have this time to register theirs first.
 const otherSeenFor = 3 * watchEvery
 
-// agreedLanes is the layout of the group's data and over how many lanes it spreads its
-// ids: as the first of its instances has written.
+// agreedLanes returns the layout of the group's data and the number of its lanes, combined by
+// layoutBase, as its first instance has registered them: this one, if there is no entry.
 func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	c := *r.client.Load()
 	key := "verve:{" + laneTags[0] + "}:" + r.cfg.Group + ":lanes"
@@ -321,6 +322,6 @@ func (r *Set) agreedLanes(ctx context.Context) (int, error) {
 	return strconv.Atoi(agreed)
 }
 
-// lanesTTL is how many seconds, after the last instance has stopped, the group
-// may come back with another number of lanes.
+// lanesTTL is how many seconds after its last instance has stopped a group may be started
+// with another number of lanes.
 const lanesTTL = 60

@@ -10,8 +10,8 @@ import (
 	"verve/dedup"
 )
 
-// How ids stand in Redis. Each has one form, and the kinds have keys of their
-// own, so that none is taken for another.
+// How ids are stored in Redis. Each id has one form, and each kind has sets of its
+// own, so that no id is mistaken for another.
 const (
 	kindDecimal = 'd' // canonical decimals below 2^63, as text: Redis keeps them as integers
 	kindUUID    = 'u' // the 16 bytes of a UUID
@@ -20,8 +20,8 @@ const (
 	kindUnder   = 'k' // 128 bits of a SHA-256 of an id and the key that it is counted under
 	kinds       = "duth"
 
-	// namedIDs numbers, behind the kinds, the list of the ids whose requests named a key or a
-	// token. In the log they have this kind, also those of kindUnder.
+	// namedIDs is the index, after those of the kinds, of the list with the ids whose requests
+	// named a key or a token. In the log all of these have kindNamed, also those of kindUnder.
 	namedIDs  = len(kinds)
 	kindNamed = 'm'
 
@@ -36,9 +36,9 @@ type encoded struct {
 
 func (en *encoded) bytes() []byte { return en.data[:en.n] }
 
-// encode returns the hash that chooses the lane by its highest bits. All
-// instances of a group must agree on it, so its key cannot be a secret: who
-// knows it can make one lane busier than the others, no more.
+// encode sets en to the form of an id, and returns the hash of that, whose highest bits
+// choose the lane. All instances of a group must compute it alike, so its key is no secret:
+// an attacker who knows it can make one lane busier than the others, but no more.
 func (en *encoded) encode(key [2]uint64, decimal bool, id []byte) uint64 {
 	if decimal && (len(id) < 19 || len(id) == 19 && string(id) <= "9223372036854775807") {
 		return en.set(key, kindDecimal, id)
@@ -66,23 +66,23 @@ func (en *encoded) set(key [2]uint64, kind byte, body []byte) uint64 {
 	return siphash.Hash(key[0], key[1]^uint64(kind), body)
 }
 
-// token is a digest of an id, in its form, and the token of its request: no other pair
-// has it. All zero: there is no token.
+// token is a digest of the form of an id and the token of its request: no other pair of
+// them has it. All zero: there is no token.
 type token [16]byte
 
-// named is what an id has beside its form if its request named a key or a token. It is
-// never changed.
+// named has the key and the token that the request for an id named, if it named one of
+// them. It is never changed.
 type named struct {
 	under string // the key; empty: none
 	token token
-	full  bool   // a new id has no room under the key: only a retry has an answer
-	log   []byte // as it stands in the log: kindNamed, and a raw each: kind, id, token, key
+	full  bool   // there is no room under the key: the id is refused if it is new
+	log   []byte // its form in the log: kindNamed, and then kind, id, token and key, each as a MessagePack raw
 }
 
 // fullKey stands before a key for which there is no room.
 const fullKey = "\x00"
 
-// newNamed makes the one of an id. full: see named.
+// newNamed makes the named of the id with the form en. key: see hashKey; full: see named.
 func newNamed(key [2]uint64, en *encoded, o *dedup.Options, full bool) *named {
 	m := &named{under: string(o.Under), full: full}
 	name, token := m.under, m.token[:0]
@@ -109,14 +109,16 @@ func sameAttempt(a, b *named) bool {
 	return a == b || a.hasToken() == b.hasToken() && (!a.hasToken() || a.token == b.token)
 }
 
-// kindOf numbers the kinds as lane.lua does, from 0.
+// kindOf returns the index in lists of the kind with this letter. lane.lua has the same
+// order, but counts from 1.
 func kindOf(header byte) int { return strings.IndexByte(kinds+string(kindNamed), header) }
 
-// lists are ids on their way to lane.lua, a list of each kind: MessagePack, one
-// raw after another. An id of the list namedIDs is four raws: kind, id, token, key.
+// lists are ids on their way to lane.lua, with a list for each kind: MessagePack, one
+// raw after another. An id in the list namedIDs is four raws: kind, id, token, key.
 type lists [len(kinds) + 1]string
 
-// only numbers the list that all the ids are in, if that is one of the kinds; else -1.
+// only returns the index of the list that has all the ids, or -1 if several lists have some
+// or an id has a key or a token.
 func (l *lists) only() int {
 	k := -1
 	for i := range l {
@@ -131,7 +133,7 @@ func (l *lists) only() int {
 	return k
 }
 
-// appendRaw adds a raw to such a list.
+// appendRaw appends body, of 255 bytes at most, to a list as a MessagePack raw.
 func appendRaw[T []byte | string](list []byte, body T) []byte {
 	if len(body) < 32 {
 		list = append(list, 0xa0|byte(len(body)))
@@ -147,7 +149,7 @@ func hashKey(group string) [2]uint64 {
 	return [2]uint64{binary.LittleEndian.Uint64(sum[:]), binary.LittleEndian.Uint64(sum[8:])}
 }
 
-// logged is an id as it stands in the log.
+// logged returns the form that an id has in the log.
 func logged(en *encoded, m *named) []byte {
 	if m != nil {
 		return m.log
@@ -155,7 +157,7 @@ func logged(en *encoded, m *named) []byte {
 	return en.bytes()
 }
 
-// firstLogged is the first id of a part of the log.
+// firstLogged returns the first id of b, a part of the log.
 func firstLogged(b []byte) []byte {
 	raws, n := 1, 1
 	if b[0] == kindNamed {

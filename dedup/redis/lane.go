@@ -13,11 +13,11 @@ import (
 )
 
 const (
-	// Lanes are the parts the ids are spread over, each with a batcher here and a
-	// hash slot there. Sixteen keep the masters of a cluster evenly busy. One
-	// server does one thing at a time anyhow, and of few lanes the batches are
-	// larger: with 16 it takes half as many ids a second, and with 2 a tenth more
-	// CPU an id than with one (BenchmarkShared).
+	// Lanes are the parts that the ids are spread over. Each has a batcher here and a
+	// hash slot in Redis. Sixteen keep the masters of a cluster evenly busy. A single
+	// server runs one script at a time anyway, and with fewer lanes the batches are
+	// larger: with 16 lanes it takes half as many ids per second as with one, and
+	// with 2 an id costs a tenth more CPU (BenchmarkShared).
 	clusterLanes = 16
 	serverLanes  = 1
 
@@ -26,26 +26,27 @@ const (
 
 	// layout numbers the form of all data in Redis, that of the lanes and of the ledger. It
 	// counts up with every change of a key or of what is in one (DESIGN.md, "The group").
-	// Instances with another one refuse each other: see agreedLanes.
+	// Instances with different layouts refuse each other: see agreedLanes.
 	layout = 5
 
 	// idsTTL is how many seconds ids live if their epoch is never sealed: a week.
 	idsTTL = "604800"
 
-	// freezeTime is for how many seconds a lane takes no new ids after an
-	// instance has added some again: others may not have noticed the loss yet.
+	// freezeTime is how many seconds a lane takes no new ids after an instance has
+	// added lost ids again: other instances may not have noticed the loss yet.
 	freezeTime = "1.5"
 )
 
-// laneTags choose hash slots evenly: slot 512 + 1024 i for the i-th.
+// laneTags are the hash tags of the lanes. They spread the lanes evenly over the hash slots of
+// a cluster: laneTags[i] has slot 512 + 1024 i.
 var laneTags = [clusterLanes]string{
 	"04s", "003", "pt6", "4x6", "0ay", "0e9", "4mt", "4i4",
 	"265", "22u", "c0h", "6zp", "gio", "5f", "6o2", "6kr",
 }
 
-// lane is one part of the ids: what of them waits for an answer, and the batch
-// that is under way. One batch at a time, each with the next sequence of this
-// session: a batch sent again is recognised by it, whatever became of the reply.
+// lane has, for one part of the ids, those that wait for an answer, and the batch that
+// is under way. There is one batch at a time. Each has the next sequence number of this
+// session: by it Redis recognises a batch that is sent again because its reply was lost.
 type lane struct {
 	r        *Set
 	i        int
@@ -53,39 +54,39 @@ type lane struct {
 	wake     chan struct{}
 
 	mu         sync.Mutex                        // guards what follows
-	pending    map[pendingKey]*entry             // all that wait
+	pending    map[pendingKey]*entry             // all that are not finished
 	queue      []*entry                          // to be sent, oldest first
-	postponed  []*entry                          // the batch of another session may have added them: to be sent again, a moment later
+	postponed  []*entry                          // in doubt, as the batch of another session may have added them: to be sent again, a moment later
 	unanswered []*entry                          // added, but all their requests got 503: to be removed
-	byTime     ask                               // the head of a ring: before it is the newest request that waits, behind it the oldest
+	byTime     ask                               // the head of a ring: its prev is the newest request that waits, its next the oldest
 	job        *job                              // under way
-	down       bool                              // no new ids: the last attempts failed for longer than a request waits
+	down       bool                              // attempts have failed for half of Config.Timeout: new ids are decided without Redis
 	failing    int64                             // since when attempts fail, in ns since the start of the Set; 0: they do not
-	lacking    []*redisEpoch                     // Redis lacks ids of them that are in the log: see flush
-	asked      map[*redisEpoch][]chan<- struct{} // see job
+	lacking    []*redisEpoch                     // epochs of which Redis lacks ids that are in the log: see flush
+	asked      map[*redisEpoch][]chan<- struct{} // for the next ping about an epoch: see job
 	closed     bool
-	want       int // the next batch lingers until so many ids wait
+	want       int // the next batch lingers until this many ids wait; 0: it does not
 
 	// Requests that are answered and not woken yet, the first and the last.
 	answered, lastAnswered *ask
 
-	// seq is that of the last batch that was done. run alone changes it, and so
-	// may read it without mu.
+	// seq is the sequence number of the last batch that was done. Only run changes
+	// it, with mu held, so run may read it without mu.
 	seq uint64
 
-	// What batches leave behind for the next ones, which then allocate little.
+	// Kept from batch to batch, so that the next ones allocate little.
 	spare   []*entry // finished
 	entries []*entry // empty
 	packed  []byte
 
-	// run alone uses these.
-	lingers time.Time                       // until when the next batch does, at most
-	rest    int                             // batches that are not to linger
-	missed  int                             // rest after the next time, if it is in vain
+	// Only run uses these.
+	lingers time.Time                       // until when the next batch lingers, at most
+	rest    int                             // how many of the next batches do not linger
+	missed  int                             // what rest becomes if a batch next lingers in vain
 	ticked  int64                           // when the last batch was sent that noted the time
 	unacked bool                            // ids of the last batch are in doubt for others
-	losses  map[*redisEpoch]uint64          // known, not mended yet: what came after a batch, or all
-	missing struct{ first, last time.Time } // that keys were found to be, without a pause
+	losses  map[*redisEpoch]uint64          // noticed, not mended yet: Redis lacks what came after this sequence number; 0: all
+	missing struct{ first, last time.Time } // when keys were found missing, less than missingPause apart
 	timer   *time.Timer
 }
 
@@ -106,9 +107,9 @@ type laneEpoch struct {
 	// tokens of the ids that this process has answered as new, with fail open.
 	tokens map[token]struct{}
 
-	base       uint64 // the last batch that may have been sent before the epoch was opened
+	base       uint64 // sequence number of the last batch that may have been sent before the epoch was opened
 	tokensLost bool   // Redis may have lost tokens of the window before
-	took       uint64 // the last batch that took ids back
+	took       uint64 // sequence number of the last batch that took ids back
 }
 
 // entry is an id that waits for its outcome.
@@ -116,8 +117,8 @@ type entry struct {
 	state
 	key   pendingKey
 	enc   encoded
-	named *named // what the request named that it is sent for; nil: nothing
-	seq   uint64 // of the batch that added it, where it is unanswered or taking
+	named *named // key and token of the request that it is sent for; nil: neither
+	seq   uint64 // of the batch that added it, if it is unanswered or taking
 	asks  []*ask // the requests that wait, in the order in which they began; also those of another attempt
 }
 
@@ -126,9 +127,9 @@ type ask struct {
 	of         *entry
 	named      *named
 	e          *counter.Epoch
-	item       int   // which of the request
-	at         int64 // ns since the start of the Set
-	enough     bool  // the lane is to send what waits
+	item       int   // index among the items of the request
+	at         int64 // when it began, in ns since the start of the Set
+	enough     bool  // the lane has enough ids for a batch, and is to be nudged
 	prev, next *ask  // in lane.byTime, by the time they began; next is also the next to be woken
 
 	verdict dedup.Verdict
@@ -156,7 +157,8 @@ func (l *lane) init(r *Set, i int) {
 	l.byTime.prev, l.byTime.next = &l.byTime, &l.byTime
 }
 
-// nudge wakes the goroutine that receives from wake, now or next time. Its capacity is 1.
+// nudge wakes the goroutine that receives from wake, now or at its next receive. wake has
+// capacity 1.
 func nudge(wake chan<- struct{}) {
 	select {
 	case wake <- struct{}{}:
@@ -164,8 +166,8 @@ func nudge(wake chan<- struct{}) {
 	}
 }
 
-// add asks the lane about an id. It returns the outcome, or an ask whose outcome is to
-// be waited for: the caller then nudges the lane.
+// add returns the verdict on an id if it needs no trip. Else it queues the id and returns an
+// ask: the caller nudges the lane if ask.enough is set, and waits for ask.done.
 func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m *named) (dedup.Verdict, *ask, error) {
 	r := l.r
 	key := pendingKey{s, k}
@@ -181,7 +183,7 @@ func (l *lane) add(e *counter.Epoch, s *redisEpoch, k dedup.Key, enc *encoded, m
 	case en != nil && en.phase == unanswered && sameAttempt(en.named, m):
 		l.unanswered = slices.DeleteFunc(l.unanswered, func(x *entry) bool { return x == en })
 		l.step(en, eventAskedAgain, e)
-		wake(l.takeAnswered()) // it is rare that there are some
+		wake(l.takeAnswered()) // rarely any
 		return dedup.Unique, nil, nil
 	case en != nil && en.alone:
 		return s.again(l.i, en.named, m), nil, nil
@@ -218,8 +220,8 @@ func (l *lane) enqueue(key pendingKey, enc *encoded, m *named) *entry {
 	return en
 }
 
-// unlock releases l.mu and wakes the requests that were answered meanwhile. They would
-// run into the lock if it were still held.
+// unlock releases l.mu, and then wakes the requests that were answered meanwhile. If they woke
+// earlier, they would wait for the lock.
 func (l *lane) unlock() {
 	a := l.takeAnswered()
 	l.mu.Unlock()
@@ -241,7 +243,7 @@ func wake(a *ask) {
 	}
 }
 
-// now is the state of the entry, with what depends on its requests.
+// now returns the state of the entry, with the fields that depend on its waiting requests.
 func (en *entry) now() state {
 	s := en.state
 	s.token = en.named.hasToken()
@@ -256,9 +258,9 @@ func (en *entry) now() state {
 	return s
 }
 
-// step has an entry take the step that an event makes it take, and carries out the
-// effects. e is the epoch of the request that the event is of; nil: of the first that
-// waits. l.mu is held.
+// step changes the state of an entry as an event requires, and carries out the effects. e
+// is the epoch of the request that caused the event; nil: of the first request that waits.
+// l.mu is held.
 func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 	r, s, was := l.r, en.key.epoch, en.state
 	next, fx := en.now().on(ev)
@@ -311,7 +313,7 @@ func (r *Set) mayAnswerAlone() bool {
 }
 
 // decideAlone answers without Redis: with fail open from Local, else with a refusal. en is
-// what is under way for the id, or nil. l.mu is held.
+// the entry of the id, or nil if it has none. l.mu is held.
 func (l *lane) decideAlone(e *counter.Epoch, key pendingKey, en *entry, enc *encoded, m *named) (dedup.Verdict, error) {
 	r, s := l.r, key.epoch
 	if en != nil && en.alone { // answered as new to another request
@@ -361,8 +363,8 @@ func (l *lane) enlist(a *ask) {
 	a.of.asks = append(a.of.asks, a)
 }
 
-// answer ends the waiting of a when unlock releases l.mu. Its entry no longer refers to
-// it. l.mu is held.
+// answer sets the answer of a; unlock then wakes it. The caller removes a from the requests
+// of its entry. l.mu is held.
 func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	a.prev.next, a.next.prev = a.next, a.prev
 	a.verdict, a.err = v, err
@@ -375,10 +377,11 @@ func (l *lane) answer(a *ask, v dedup.Verdict, err error) {
 	l.lastAnswered = a
 }
 
-// conclude answers the attempt that en, which is finished, was sent for: the first request
-// that waits with fx.verdict, and the others with the same, or as its retries if it is new.
-// Requests without a token are repeats where the id is in the epoch, and all of these have
-// fx.err where it has no room there. Other attempts are sent on their own. l.mu is held.
+// conclude answers the requests of en, which is finished, as far as fx.to includes them. The
+// first request of the attempt that en was sent for gets fx.verdict. The others of that attempt
+// get the same or, if it is Unique, the verdict on a retry. With thereAnswered, a request of
+// another attempt gets Repeat if it has no token. All of them get fx.err. The remaining
+// requests become an entry of their own, to be sent. l.mu is held.
 func (l *lane) conclude(en *entry, fx effects) {
 	v := fx.verdict
 	var others []*ask
@@ -409,8 +412,9 @@ func (l *lane) conclude(en *entry, fx effects) {
 	nudge(l.wake)
 }
 
-// expire answers the requests that have waited for too long, and notices that the job
-// under way has.
+// expire answers, without Redis, the requests that have waited for Config.Timeout. When one has
+// waited for half of it, the ids of the job under way become uncertain: see
+// Ledger.addUncertain. It also notices that the lane is down.
 func (l *lane) expire(now int64) {
 	l.mu.Lock()
 	defer l.unlock()
@@ -421,9 +425,9 @@ func (l *lane) expire(now int64) {
 	for a := l.byTime.next; a != &l.byTime && now-a.at >= int64(l.r.cfg.Timeout); a = l.byTime.next {
 		en := a.of
 		if j := l.job; l.failing == 0 && j != nil && now-j.since >= int64(l.r.cfg.Timeout)/2 {
-			l.failing = a.at // no error yet, and no answer either: it is not that many ids wait
+			l.failing = a.at // no error yet, but the job is slow: a did not just wait behind many others
 		}
-		en.asks = en.asks[1:] // a is the first of them: they began in this order
+		en.asks = en.asks[1:] // a is the first of them, as they are in the order in which they began
 		v, err := l.decideAlone(a.e, en.key, en, &en.enc, a.named)
 		l.answer(a, v, err)
 		if l.step(en, eventAnsweredBeside, nil); en.phase == finished { // decided here: for the others it is a repeat
@@ -438,7 +442,7 @@ func (l *lane) expire(now int64) {
 	}
 }
 
-// refuseAll answers every request that waits, at the end.
+// refuseAll refuses every request that waits, and all later ones: the Set is closed.
 func (l *lane) refuseAll() {
 	l.mu.Lock()
 	defer l.unlock()

@@ -1,14 +1,14 @@
--- The script that an instance has Redis run on a lane, one atomic step each. DESIGN.md,
--- "Many instances: Redis", has the reason for each.
+-- The script that instances run on a lane in Redis: each run is one atomic operation.
+-- DESIGN.md, "Many instances: Redis", has the reason for each.
 --
--- The only key named is the hash of a lane. All that is known of a lane is in it, so
+-- A call names one key, the hash of a lane. All that is known of a lane is in this hash, so
 -- that it is there wholly or not at all, also while its slot moves:
 --
---   S<session>   what the last batch of a session was answered, packed, with the time of
---                that (a second old at most)
+--   S<session>   the answer to the last batch of a session, packed, with the time of that
+--                batch (which is at most a second too early)
 --   I<session>   the ids that this batch has added, which are in doubt for other sessions,
---                and UNCERTAIN if the session has refused ids that may be in Redis; not there
---                once the doubt is over
+--                and UNCERTAIN if the session has refused ids that may be in Redis; the field
+--                is deleted when the doubt is over
 --   A            the sessions that may have ids in doubt
 --   E<epoch>     an open epoch: generation, whether it is inexact, ids of each kind, tokens,
 --                and keys; packed
@@ -16,9 +16,9 @@
 --   Z            the sealed epochs: {epoch, ids, exact, whole, seconds it is kept until, ids
 --                under keys, whether the master had replicas, unanswered}
 --   L<epoch>     the sessions that it was sealed with, as the ledger had listed them
---   id           whose data these are
---   loss, losses when writes of it may have been lost last, and how often
---   replicas     whether the master had any
+--   id           which master the data are of: see identify
+--   loss, losses when writes of the lane may have been lost for the last time, and how often
+--   replicas     whether that master had replicas
 --   born         when the hash was begun
 --   freeze       no new ids until then: lost ones are being added again
 --
@@ -36,20 +36,20 @@
 -- printed with 17 digits. Therefore ids come and stay in lists that are one string
 -- each (MessagePack, one raw after another), and numbers are packed.
 --
--- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in
--- doubt, 3 failed and not done, 4 is not there, 5 cannot be taken back any more, 6 was
--- there with this token, 7 in the window before, 8 in the window behind, 9 too many keys.
--- Behind them stands P if the epoch is not exact for what the batch has found of tokens: the
--- session is to note that again should the hash be lost.
+-- Codes answer the ids of a batch, one byte each: 0 was there, 1 done, 2 in doubt, 4 is
+-- not there, 5 cannot be taken back any more, 6 was there with this token; 7: the token is
+-- in the window before, 8: in the next window; 9 too many keys. P after the codes: the epoch
+-- became inexact by what the batch has found of tokens; the session notes that, and repeats
+-- it if the hash is lost.
 
 local call, pack, parse = redis.call, cmsgpack.pack, cmsgpack.unpack
 local KINDS, PLAIN = {'d', 'u', 't', 'h', 'k'}, 4
 
--- few is batch for the usual case: a few new ids of one kind, without a key or a token, in an
--- open epoch. Its arguments are those of batch up to the seconds to live, the number of the
--- kind, and the list: nine. It answers with how many ids the epoch has. It returns nothing,
--- and has changed nothing, in any other case. It comes first because each run makes all functions
--- again, which takes as long as few itself.
+-- few does the work of batch in the usual case: a few new ids of one kind, without a key or a
+-- token, in an open epoch. Its nine arguments are those of batch up to the seconds to live, then
+-- the number of the kind, and the list. It answers how many ids the epoch has, or 'missing'. In
+-- any other case it returns nothing, and has changed nothing. It comes first because each run
+-- makes all functions below it again, which takes as long as few itself.
 local function few(key, a)
   local session, epoch, k, list = a[2], a[5], tonumber(a[8]), a[9]
   local S, E = 'S' .. session, 'E' .. epoch
@@ -61,7 +61,7 @@ local function few(key, a)
   local seq, size = tonumber(a[3]), e[2 + k]
   if seq ~= last + 1 or e[1] ~= a[6] or size == 0 then return end
   local set, ids = key .. ':' .. epoch .. ':' .. KINDS[k], {parse(list)}
-  -- Each alone: a command that is given all returns how many are new, not which.
+  -- One command per id: a command for all of them returns how many are new, not which.
   local n = #ids
   for i = 1, n do
     if call('SADD', set, ids[i]) == 0 then
@@ -93,17 +93,18 @@ local try = redis.pcall
 local NUMBER = {d = 1, u = 2, t = 3, h = 4, k = 5}
 local UNDER, TOKENS, NAMES = 5, 6, 7 -- of an epoch's sizes
 
--- No packed id begins with it.
+-- No packed id begins with this byte.
 local UNCERTAIN = '\192'
 
--- Of the name of a session, the characters that are those of its instance.
+-- How many characters at the start of a session's name are those of its instance.
 local INSTANCE = 8
 
--- A session without a batch for so many seconds does not keep others in doubt.
+-- A session that has sent no batch for this many seconds leaves nothing in doubt for others.
 local LAPSE = 10
--- One without a batch since so long before an epoch that is sealed is forgotten.
+-- A seal forgets sessions whose last batch was more than this many seconds before its epoch.
 local FORGET = 3600
--- A time that is further ahead was written by a master whose clock was.
+-- A freeze that ends more than this many seconds from now was written by a master whose clock
+-- was ahead.
 local AHEAD = 5
 
 local function clock()
@@ -111,7 +112,7 @@ local function clock()
   return t[1] + t[2] / 1e6
 end
 
--- frozen reports whether new ids are to wait.
+-- frozen reports whether new ids are to wait, and ends a freeze that is over.
 local function frozen(key, freeze, now)
   local left = tonumber(freeze) - now
   if left > 0 and left < AHEAD then return true end
@@ -125,9 +126,9 @@ local function note_loss(key, now)
   return losses
 end
 
--- identify notes whose data these are: the id changes when another process, or a
--- replica, becomes the master, which may lack the last writes. It returns whether that
--- can be known, and whether this master has replicas, or had some at the last look. It
+-- identify notes which master the data are of. The master's id changes when Redis is started
+-- again, or a replica becomes the master: then the last writes may be lost. It returns whether
+-- the id can be read, and whether this master has replicas, or had some at the last look. It
 -- also notes when the hash was begun.
 local function identify(key, now)
   if call('HEXISTS', key, 'born') == 0 then call('HSET', key, 'born', now) end
@@ -141,7 +142,7 @@ local function identify(key, now)
   return true, some == '1' or was[1] == id and was[2] == '1'
 end
 
--- sealed returns the list of the sealed epochs, and what one of them came to.
+-- sealed returns the list of the sealed epochs, and the entry of one of them if it is sealed.
 local function sealed(key, epoch)
   local z = call('HGET', key, 'Z')
   local list = z and parse(z) or {}
@@ -151,22 +152,22 @@ local function sealed(key, epoch)
   return list
 end
 
--- remember keeps what the batch of a session was answered, for the case that it
--- comes again, and which ids are in doubt for the others until the next one; with
--- the other fields of the lane that change.
+-- remember stores the answer to a batch of a session, in case the batch comes again, and
+-- which of its ids are in doubt for the others until the session's next batch. fields are the
+-- other fields of the lane that change with it.
 local function remember(key, session, doubt, fields, ...)
   call('HSET', key, 'S' .. session, pack(...), 'I' .. session, doubt, unpack(fields))
 end
 
--- listed are the sessions that may have ids in doubt.
+-- listed returns the sessions that may have ids in doubt.
 local function listed(key)
   local a = call('HGET', key, 'A')
   return a and parse(a) or {}
 end
 
--- join has others look for ids in doubt of the session. If it is new, the sessions before it
--- of the same instance have ended, and nothing of them stays in doubt: retries would wait for
--- it until it lapses. Should one go on even so, it is as if it had lapsed.
+-- join lists the session, so that others look for its ids in doubt. If it is new, the earlier
+-- sessions of its instance have ended. Then join ends their doubts, for which retries would
+-- wait until they lapse. Should such a session go on, it is treated as if it had lapsed.
 local function join(key, session, new)
   local active = listed(key)
   for i = 1, #active do
@@ -181,9 +182,9 @@ local function join(key, session, new)
   call('HSET', key, 'A', pack(active))
 end
 
--- doubts are the lists of ids that other sessions have added to the epoch, or to any if none
--- is named, in their last batches, and may not have answered yet. A doubt that has lapsed is
--- over for good: its session cannot take the ids back any more.
+-- doubts returns the lists of ids that other sessions have added to the epoch (nil: to any) in
+-- their last batches, and may not have answered yet. It ends a doubt that has lapsed, for good:
+-- its session cannot take the ids back any more.
 local function doubts(key, session, epoch, now)
   local active, left, found = listed(key), {}, {}
   for i = 1, #active do
@@ -205,9 +206,9 @@ local function doubts(key, session, epoch, now)
   return found
 end
 
--- withdraws reports whether a session may take back the ids of its last batch: others have
--- looked for them ever since. They do not if the session is no longer in the list, as it had
--- lapsed before a batch arrived that was long on its way.
+-- withdraws reports whether a session may take back the ids of its last batch: it may if others
+-- have looked for them ever since. They have not if the session is no longer listed: it had
+-- lapsed before that batch arrived, which was long on its way.
 local function withdraws(key, session)
   if call('HEXISTS', key, 'I' .. session) == 0 then return false end
   local active = listed(key)
@@ -217,8 +218,8 @@ local function withdraws(key, session)
   return false
 end
 
--- among returns whether an id is in one of the lists. That it takes the middle of
--- another id for it would make it wait, no more.
+-- among returns whether an id is in one of the lists. It may mistake a part of another id for
+-- it: then the id only waits.
 local function among(lists, id)
   local packed = pack(id)
   for i = 1, #lists do
@@ -227,8 +228,8 @@ local function among(lists, id)
   return false
 end
 
--- opened reads an open epoch: generation, its sizes, and whether it is inexact: an id may have
--- been given twice, or is not in the log of its instance.
+-- opened reads an open epoch: its generation, its sizes, and whether it is inexact, because an
+-- id may have been given twice, or is not in the log of its instance.
 local function opened(packed)
   local e = {parse(packed)}
   return e[1], {unpack(e, 3)}, e[2]
@@ -244,7 +245,7 @@ local function complete(prefix, sizes)
     (sizes[NAMES] == 0 or try('HLEN', prefix .. 'n') == sizes[NAMES])
 end
 
--- drop deletes the ids of an epoch.
+-- drop deletes the ids of an epoch, but not its tokens and the counts of its keys.
 local function drop(key, epoch)
   for k = 1, #KINDS do try('UNLINK', key .. ':' .. epoch .. ':' .. KINDS[k]) end
 end
@@ -256,8 +257,9 @@ local function discard(key, epoch)
   try('UNLINK', key .. ':' .. epoch .. ':n')
 end
 
--- The way of one kind of ids in the set of key: what was added goes to undo. It
--- returns how many ids there are more, and the codes; no codes where all are 1.
+-- ways has what the modes l, r and a do with ids of one kind. key is the set of the kind. undo
+-- gets what takes the changes back. Each returns by how many ids the set has grown, and the
+-- codes, or no codes if all are 1.
 local ways = {}
 
 function ways.l(key, ids)
@@ -298,9 +300,10 @@ function ways.a(key, ids, undo)
 end
 
 -- Ids with a key or a token come in a list of their own, four strings each: kind, id, the
--- digest of the id with its token, key; what there is none of is empty.
+-- digest of the id with its token, key. A token or key that an id does not have is empty.
 
--- recognise gives a code to those of the ids whose token is in the set.
+-- recognise gives code to the ids whose token is in the set and that have no code yet. of has
+-- the numbers of the ids in the list.
 local function recognise(set, list, of, codes, code)
   if #of == 0 then return end
   local tokens = {}
@@ -311,7 +314,7 @@ local function recognise(set, list, of, codes, code)
   end
 end
 
--- sorted are the ids of a list by their kind, and which of the list they are.
+-- sorted returns the ids of a list by their kind, and the number of each in the list.
 local function sorted(list)
   local ids, at = {}, {}
   for i = 1, #list / 4 do
@@ -328,7 +331,7 @@ local function sorted(list)
 end
 
 -- count adds new ids to the counts of their keys. An id under a key for which there is no
--- room gets the code 9; \0 stands before a key for which the session has none.
+-- room gets the code 9; \0 stands before a key for which the session has no room.
 local function count(hash, list, codes, sizes, undo, max)
   local more, keys = {}, {}
   for i = 1, #codes do
@@ -365,7 +368,7 @@ local function count(hash, list, codes, sizes, undo, max)
   if #set > 0 then call('HSET', hash, unpack(set)) end
 end
 
--- put adds new members to a set.
+-- put adds new members to a set, and returns how many they are.
 local function put(set, members, undo)
   if #members > 0 then
     undo[#undo + 1] = {set, members}
@@ -374,8 +377,9 @@ local function put(set, members, undo)
   return #members
 end
 
--- add_named judges a list in the modes that add or look, and returns the codes. others are the
--- sets of the tokens of the windows before and behind, where there are some.
+-- add_named judges the ids of a list in the modes that add or look, adds the new ones, and
+-- returns the codes. others are the sets of tokens of the window before and of the next one;
+-- false: there is none.
 local function add_named(prefix, list, mode, sizes, undo, others, max)
   local codes, restoring = {}, mode == 'p' or mode == 'f'
   local ids, at = sorted(list)
@@ -395,7 +399,7 @@ local function add_named(prefix, list, mode, sizes, undo, others, max)
       of[#of + 1] = i
     end
   end
-  local same = restoring and {} or codes -- what is added again was given, whatever its token
+  local same = restoring and {} or codes -- an id that is added again was answered ok, whatever its token
   recognise(prefix .. 'x', list, known, same, '6')
   if not restoring then
     for i = 1, 2 do
@@ -427,7 +431,7 @@ local function add_named(prefix, list, mode, sizes, undo, others, max)
   return codes
 end
 
--- take_back_named takes a list back.
+-- take_back_named takes the ids of a list back, with their tokens.
 local function take_back_named(prefix, list, sizes, undo)
   local codes = {}
   for i = 1, #list, 4 do
@@ -451,15 +455,16 @@ local function take_back_named(prefix, list, sizes, undo)
   return codes
 end
 
--- run_named runs a list: see batch. It returns the codes, how many ids the epoch has more, and
--- whether retries may not be recognised, or may be although their id is in no count.
+-- run_named does what batch has to do with the list of ids with a key or a token. It returns the
+-- codes, by how many ids the epoch has grown, whether the epoch becomes inexact, because a retry
+-- may not be recognised, or may be although its id is in no count, and the list.
 local function run_named(key, a, mode, sizes, undo)
   local prefix, list = key .. ':' .. a[5] .. ':', {parse(a[15])}
   local was, tokens, inexact, codes = {}, false, false
   for i = 3, #list, 4 do tokens = tokens or list[i] ~= '' end
   for i = 1, #sizes do was[i] = sizes[i] end
   if mode == '5' then
-    -- They were believed: the answer to a retry may have been that they are counted.
+    -- Others have believed them: a retry may have been answered that its id is counted.
     codes, inexact = {}, tokens
     for i = 1, #list / 4 do codes[i] = '5' end
   elseif mode == 'r' then
@@ -492,10 +497,10 @@ local function run_named(key, a, mode, sizes, undo)
 end
 
 -- batch: session, sequence, mode, epoch, generation expected, seconds to live,
--- seconds to freeze, whether the session has all ids that it would have to add
--- again, whether the time is to be noted (2: it is, and UNCERTAIN), and a list of ids of each
--- kind. Where there are some with a key or a token: their list, the epochs before and behind, how many keys the
--- epoch may have, and whether tokens of the epoch before may be lost.
+-- seconds to freeze, whether the log of the session has all ids that it would have to add
+-- again, whether to note the time (2: and UNCERTAIN), and a list of ids of each kind. If
+-- there are ids with a key or a token, also: their list, the names of the windows before and
+-- after, how many keys the epoch may have, and whether tokens of the window before may be lost.
 -- Modes: a add, l look, r take back, p restore what was lost, f add what was
 -- decided without Redis, b show that the session lives.
 local function batch(key, a, undo)
@@ -645,10 +650,10 @@ local function hello(key, a)
   return {'ok'}
 end
 
--- reset: epoch, generation, which is empty if the session does not know it. Some of its keys
--- are lost: better all of them are, for that every session notices, and adds its own again. How
--- many tokens it had stays: until they are there again, a retry in the next window is to find
--- some missing.
+-- reset: epoch, generation (empty if the session does not know it). Some keys of the epoch are
+-- lost. reset deletes the others too, because every session notices that, and adds its own ids
+-- again. The number of tokens (X<epoch>) stays: until the tokens are there again, a retry in
+-- the next window must find that some are missing.
 local function reset(key, a)
   local e = call('HGET', key, 'E' .. a[2])
   local gen, sizes = nil, nil
@@ -664,19 +669,19 @@ end
 -- seal: epoch, seconds to keep the seal, seconds to wait for sessions after a loss,
 -- whether sets that are gone are given up, seconds to live, seconds to keep the tokens, and
 -- the sessions that have answered ids: "+" SESSION of one that has not reported how many, "="
--- of one that has, "?" of one of which that is not known.
+-- of one that has, "?" of one of which it is not known that it has answered any.
 --
 -- It answers the count, whether ids are known to be given twice or forgotten (exact
 -- 0), whether it is certain that no write of the epoch was ever lost (whole 1), how
 -- many of the ids are under keys, whether a replica has to confirm the seal, and whether
 -- a session that has not reported may have left ids without an answer (unanswered 1): it
--- has sent none since the batch that added them, and may be cut off, or asleep, and still
+-- has sent no batch since the one that added them, and may be cut off, or asleep, and still
 -- refuse them.
 local function seal(key, a)
   local epoch = a[2]
   local list, over = sealed(key, epoch)
   if over then
-    -- Another list of sessions, as the ledger has lost one since: these were not looked at.
+    -- If the ledger went back since, this list may have sessions that the seal did not look at.
     local listed, whole = call('HGET', key, 'L' .. epoch) or '', over[4]
     for i = 8, #a do
       if not find(listed, pack(a[i]), 1, true) then whole = 0 end
@@ -710,8 +715,8 @@ local function seal(key, a)
     if sizes[NAMES] > 0 then try('EXPIRE', prefix .. 'n', a[6]) end
   end
 
-  -- A hash that lacks one of them was lost since, and begun again. One that may have
-  -- answered ids has none here if that was before the epoch began.
+  -- A hash that lacks one of these sessions was lost and begun again. But a session with "?"
+  -- just has no ids here, if nothing was lost, and the hash not begun, since the epoch began.
   local absent = {}
   for i = 8, #a do
     local part, session = sub(a[i], 1, 1), sub(a[i], 2)
@@ -720,13 +725,13 @@ local function seal(key, a)
     local state, _, at, seen, last = f[1]
     if state then _, at, _, _, _, last, seen = parse(state) end
     if part ~= '=' and last == epoch and f[2] ~= '' then unanswered = 1 end
-    -- One with a batch since writes may have been lost has added its own again, and one
-    -- that was silent since before the epoch began has added none.
+    -- A session with a batch since writes may have been lost has added its own ids again, and
+    -- one that was silent since before the epoch began has none in it.
     if not state and (part ~= '?' or young) or state and recent and seen ~= losses and (part ~= '?' or at > began - LAPSE) or
       absent[session] and not known then whole = 0 end
   end
-  -- Writes may have been lost since shortly before the epoch began: every session that
-  -- is there has to send a batch first, for only it knows whether its own are there.
+  -- If writes may have been lost since shortly before the epoch began, every session that
+  -- is there has to send a batch first: only the session can find that its own ids are lost.
   local all = call('HGETALL', key)
   for i = 1, #all, 2 do
     if sub(all[i], 1, 1) == 'S' then
@@ -754,15 +759,14 @@ local function seal(key, a)
   return {'sealed', n, exact, whole, under, replicas, unanswered}
 end
 
--- bye: session. It has nothing left to be asked about; that it was there is kept for
--- the seal.
+-- bye: session. It ends, and leaves no ids in doubt. S<session> stays: the seal looks for it.
 local function bye(key, a)
   call('HDEL', key, 'I' .. a[2])
   return {'ok'}
 end
 
--- rights runs, on a key of its own, each command that is needed here and by the
--- ledger. It answers those that the user may not run.
+-- rights runs, on a key of its own, each command that this script and the ledger need. It
+-- answers which of them the user may not run.
 local function rights(key)
   key = key .. ':rights'
   local lacks = {}
@@ -786,7 +790,7 @@ local function rights(key)
   return {'ok', '', '', 0}
 end
 
--- add runs a batch. Redis does not take back what a script has written when it fails.
+-- add runs a batch. If that fails, add undoes what it has written, because Redis does not.
 local function add(key, a)
   local undo = {}
   local ok, res = pcall(batch, key, a, undo)
@@ -802,7 +806,7 @@ end
 
 local operations = {batch = add, hello = hello, reset = reset, seal = seal, bye = bye, rights = rights}
 local mode = ARGV[1] == 'batch' and ARGV[4]
--- All that makes memory free, or needs next to none, must work when Redis is full, or Redis
--- would stay full: it lets a script write that has first run a command that frees.
+-- Operations that free memory, or need next to none, must work when Redis is full, or it would
+-- stay full. A full Redis lets a script write if it has first run a command that frees.
 if mode ~= 'a' and mode ~= 'p' and mode ~= 'f' then call('HDEL', KEYS[1], '') end
 return operations[ARGV[1]](KEYS[1], ARGV)

@@ -20,13 +20,13 @@ import (
 )
 
 const (
-	// beatEvery is how often a member beats: it shows that it is alive. Each beat is one
-	// small script, and it writes again what the ledger must know of this member,
-	// so that a Redis that lost its data has it back within one.
+	// beatEvery is how often a member sends a heartbeat (a beat), which shows that it is
+	// alive. Each is one small script. It writes again all that the ledger must have of
+	// this member, so that a Redis that lost its data has it back within one beat.
 	beatEvery = time.Second
 
-	// firstBeats is how often one is tried until the first is answered, before which
-	// no id is.
+	// firstBeats is how often a heartbeat is tried until the first is answered. Until
+	// then no id is added in Redis.
 	firstBeats = 20 * time.Millisecond
 
 	// memberTTL is after how long without a beat a member is taken for dead. It bounds
@@ -34,23 +34,23 @@ const (
 	// slow finds its epoch sealed, which is never wrong.
 	memberTTL = 3 * beatEvery
 
-	// leadLease is how long the publisher of the group stays it without a beat.
+	// leadLease is how long the leader, which publishes, keeps the lead without a beat.
 	leadLease = memberTTL
 
 	// claimWait is how long the line of a counts file is left to the member that was to write
-	// it and has not reported it: longer than a process takes to be started again. As long do
-	// the records behind it wait.
+	// it and has not reported it: longer than a process takes to be started again. The records
+	// behind that line wait as long.
 	claimWait = 30 * time.Second
 
-	// restoreWait is how long a report, and then the seal behind its latest time, waits for ids
-	// that Redis does not have.
+	// restoreWait is how long a report waits until ids that Redis lacks are added again. The
+	// seal waits for such ids that much longer than for members that have not reported.
 	restoreWait = 5 * time.Second
 
 	restorePoll = 10 * time.Millisecond
 
-	// sealLock keeps the members from sealing the same epoch at once, and a
-	// member whose try failed from the next one. All would come to the same sum:
-	// it saves work, nothing depends on it.
+	// sealLock is how long a member that begins to seal an epoch keeps all members from
+	// sealing it, also itself if that fails. All would come to the same sum: the lock
+	// saves work, and nothing depends on it.
 	sealLock = time.Second
 
 	// ledgerWait bounds one exchange with Redis.
@@ -114,16 +114,16 @@ type Ledger struct {
 	// mu guards what follows.
 	mu         sync.Mutex
 	epochs     []*ledgerEpoch // that this process knows of, and not as delivered, oldest first
-	past       []counter.Span // whose records are known to be delivered, the last ones
-	again      []counter.Span // the same, and the ledger has lost it
-	earlier    []string       // members that were processes before this one, in its place, and are listed: they have ended
-	before     []string       // the same, also those that are listed no more
+	past       []counter.Span // epochs whose records are known to be delivered, the last ones
+	again      []counter.Span // those of past that the ledger does not have as delivered
+	earlier    []string       // ended processes of this instance that are still listed as members
+	before     []string       // the same, also those that are no longer listed
 	newest     time.Time      // start of the newest epoch that this process has opened
-	lead       time.Time      // until then this member publishes, as its lease ends
+	lead       time.Time      // until then this member leads, as then its lease ends
 	yields     time.Time      // until then it leaves the lead to others
-	others     []string       // members alive beside this one, as of the last beat
+	others     []string       // other members that are alive, as of the last beat
 	silent     []string       // other members that are listed, as of the last beat
-	alone      int64          // when a member beat last that may answer alone, by the clock of Redis
+	alone      int64          // last beat of a member that may answer alone: Unix ms, by the clock of Redis
 	offset     time.Duration  // how far the clock of Redis is ahead of this one
 	unsure     time.Duration  // of offset
 	outsideWhy string         // why this member, with another window, stands outside of its group
@@ -132,16 +132,16 @@ type Ledger struct {
 	unclaimed  time.Time      // epochs that ended at or before it: see LinesUnknown
 	beatErr    error          // of the last beat
 	lastBeat   time.Time
-	beaten     int64         // when that was, by the clock of Redis
-	back       time.Time     // when a beat was answered, at the start or after others may be taken for dead
-	keyed      counter.Count // the keys of the epoch that they were read of last
+	beaten     int64         // when that was: Unix ms, by the clock of Redis
+	back       time.Time     // of the first answered beat, at the start or after a gap or a loss: see awaitOthers
+	keyed      counter.Count // the counts of keys that were read last, with their epoch
 }
 
 // Standings of a member.
 const (
 	unconfirmed = iota // no beat has been answered
 	inside             // the group has the window of this member
-	outside            // it has another, of members that were there before: see beatScript
+	outside            // the group has another one, of members that were there before: see beatScript
 )
 
 var errUnheard = errors.New("other instances have 3 s to report which records are published, as Redis may have lost that")
@@ -164,11 +164,11 @@ type ledgerEpoch struct {
 	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers      answers        // what each member has given, as far as this process knows
 	inexact      bool           // it was not exact when this process opened it
-	wasRefused   bool           // for a time
-	ofOthers     bool           // this process has not opened it: it only asks what there is of it
-	reported     *counter.Count // what this process has given in it, once it has left it; without the keys
-	under        uint64         // of that, under keys
-	decision     *decision      // what it came to, as far as this process knows
+	wasRefused   bool           // refused was set at some time
+	ofOthers     bool           // this process has not opened it: it only asks what the ledger has of it
+	reported     *counter.Count // the count of this process, once it has left it; without the keys
+	under        uint64         // how many ids of reported are under keys
+	decision     *decision      // its decided count, if this process knows it
 	contradicted bool           // the group has another decision, which is logged
 }
 
@@ -192,8 +192,8 @@ const maxLedgerEpochs = 512
 // that opened them.
 const maxUnnamed = 64
 
-// maxPast is more than the epochs that members write into the ledger again, and enough for
-// what an old state of it has, or a slot that moved back.
+// maxPast bounds Ledger.past. It is more epochs than members write into the ledger again, and
+// enough for those in an older state of the ledger, to which Redis may go back.
 const maxPast = 4096
 
 func openLedger(cfg Config, member string, ids groupIDs) *Ledger {
@@ -224,16 +224,17 @@ func newLedgerKeys(group string) ledgerKeys {
 	}
 }
 
-// ofEpoch is a hash. Until the epoch is decided: "m:" MEMBER -> its answers (see answers), "k:"
-// MEMBER -> those under keys, "d:" MEMBER -> it has refused ids that may be in Redis; complete
-// and inexact as reported; locked, while a member seals. As decided: unique, under (of it, under
-// keys), complete, exact, why not, and sealed. Then claimed (when, and by which MEMBER, which is
-// to write the line of a counts file), written (the line is) and delivered. The members of an
-// epoch are in the same key, so they cannot be lost alone.
+// ofEpoch returns the key of the hash of an epoch. Its fields until the epoch is decided: "m:"
+// MEMBER -> its answers (see answers), "k:" MEMBER -> how many of these are under keys, "d:"
+// MEMBER -> it has refused ids that may be in Redis; complete and inexact, as reported; locked,
+// while a member seals. Once it is decided: unique; under (how many of these are under keys);
+// complete; exact, and if not, why; sealed (when). Then claimed (when, and by which MEMBER, the
+// line of a counts file), written (that line is in the file) and delivered. The answers of the
+// members have no key of their own, so they cannot be lost alone.
 func (k *ledgerKeys) ofEpoch(s counter.Span) string { return k.prefix + "epoch:" + epochName(s) }
 
-// epochName is the name of an epoch in Redis, and in the file of answers. Groups that were
-// given different windows by mistake do not mix them up.
+// epochName is the name of an epoch in Redis, and in the file of answers. It has the length, so
+// that instances with different windows do not mix up their epochs.
 func epochName(s counter.Span) string {
 	return strconv.FormatInt(s.Start.UnixMilli(), 10) + ":" + strconv.FormatInt(s.Window.Milliseconds(), 10)
 }
@@ -268,11 +269,11 @@ func (l *Ledger) exec(ctx context.Context, s *rueidis.Lua, keys, args []string) 
 	return s.Exec(ctx, client, keys, args)
 }
 
-// Opened notes an epoch that requests may enter; the next beat registers it, and closes the
-// channel in what is returned. It takes no time.
+// Opened notes an epoch that requests may enter. It does not wait: the next heartbeat registers
+// the epoch, and then closes the channel registered in the result.
 //
-// unique counts what this process has answered as new in it, at least. If the epoch is not exact
-// at its start, the group is to know before the first id, as this process may be killed.
+// unique returns how many ids this process has answered as new in it, at least. If the epoch is
+// not exact at its start, the group must know before the first id, as this process may be killed.
 func (l *Ledger) Opened(s counter.Span, unique func() uint64, exact bool) *ledgerEpoch {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -286,8 +287,8 @@ func (l *Ledger) Opened(s counter.Span, unique func() uint64, exact bool) *ledge
 	return e
 }
 
-// place returns the epoch, and makes a place for it if there is none. If there are too many
-// the oldest ones are dropped, which may be this one. l.mu is held.
+// place returns the entry of an epoch, which it makes if there is none. Beyond maxLedgerEpochs
+// the oldest ones are dropped, and this may be one of them. l.mu is held.
 func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	e := l.find(s)
 	if e != nil {
@@ -303,7 +304,7 @@ func (l *Ledger) place(s counter.Span) *ledgerEpoch {
 	return e
 }
 
-// find returns the epoch, or nil. l.mu is held.
+// find returns the entry of an epoch, or nil. l.mu is held.
 func (l *Ledger) find(s counter.Span) *ledgerEpoch {
 	for _, e := range slices.Backward(l.epochs) {
 		if e.span == s {
@@ -347,7 +348,7 @@ func (l *Ledger) Reconcile(ctx context.Context, open bool) ([]counter.Span, erro
 }
 
 // Last returns the epoch that members opened last, with a zero Window if there is
-// none. It tries until ctx ends.
+// none. It tries until Redis answers or ctx ends; its error is that of the last try.
 func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
 	for {
 		client, err := l.ids.conn()
@@ -366,14 +367,15 @@ func (l *Ledger) Last(ctx context.Context) (counter.Span, error) {
 	}
 }
 
-// Leading reports whether this member is the one to publish, as of its last beat.
+// Leading reports whether this member is the leader, as of its last heartbeat.
 func (l *Ledger) Leading() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return time.Now().Before(l.lead)
 }
 
-// Yield leaves the lead to another member, for as long as one takes to take it.
+// Yield gives up the lead, and does not take it again for leadLease: time for another member
+// to take it.
 func (l *Ledger) Yield() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -381,14 +383,15 @@ func (l *Ledger) Yield() {
 	nudge(l.wake)
 }
 
-// Claim asks, right before the line of a record is written to a counts file, whether
-// the group has the line, and else whether this member writes it: the lead of a
-// member that is gone is taken. A line that another one was to write is left to it, or to the
-// next process in its place, for claimWait. If the ledger may have lost which lines there are, no member
-// writes one before the others had the time to report them again.
+// Claim is called right before the line of a record is written to a counts file. It returns
+// whether the line is written already, and if not, whether this member is to write it: for that
+// it takes the lead if no member has it. A line that another member was to write is left for
+// claimWait to that member, or to the next process of that instance. If the ledger may have lost
+// which lines are written, Claim returns an error until the others had the time to report them
+// again.
 //
-// A record of another group is one that an earlier process has left in the spool. Its line is claimed
-// in the ledger of that group, of which this process is no member.
+// If group is another group, the record was left in the spool by an earlier process. Its line is
+// claimed in the ledger of that group, of which this process is no member.
 func (l *Ledger) Claim(ctx context.Context, group string, s counter.Span) (counter.Claim, error) {
 	keys, me, at := l.keysOf(group), "", "0"
 	if group == l.cfg.Group {
@@ -468,12 +471,13 @@ func (l *Ledger) Delivered(ctx context.Context, s counter.Span) error {
 }
 
 // Leave takes this member out of the group: no seal waits for it any more. It returns how
-// many others are alive, and how long ago the last beat of one was; called again, as of then.
+// many others are alive, and how long ago the last heartbeat of one of them was. It may be
+// called again, for the state at that time.
 func (l *Ledger) Leave(ctx context.Context) (others int, silent time.Duration, err error) {
 	// The ledger may have lost numbers that only this member remembers. They are also in its
 	// file (keep, below), so the stop goes on if this heartbeat fails.
 	_ = l.beat(ctx)
-	if !l.left.Swap(true) { // from here on no beat is sent, which would undo it
+	if !l.left.Swap(true) { // from here on no heartbeat is sent: it would list this member again
 		l.beating.Lock()
 		defer l.beating.Unlock()
 		l.mu.Lock()
@@ -484,8 +488,8 @@ func (l *Ledger) Leave(ctx context.Context) (others int, silent time.Duration, e
 	return l.takeOff(ctx, l.member, l.unsettled())
 }
 
-// takeOff takes a member off the list. It returns how many others are alive, and how long ago
-// the last beat of one was.
+// takeOff removes a member from the list. It returns how many others are alive, and how long ago
+// the last heartbeat of one of them was.
 func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others int, silent time.Duration, err error) {
 	n, err := l.exec(ctx, leaveScript,
 		[]string{l.keys.members, l.keys.unsettled, l.keys.windows, l.keys.leader, l.keys.opened},
@@ -496,7 +500,7 @@ func (l *Ledger) takeOff(ctx context.Context, member, unsettled string) (others 
 	return int(n[0]), time.Duration(n[1]) * time.Millisecond, nil
 }
 
-// Stats returns what the last beat has shown.
+// Stats returns what the last heartbeat has shown.
 func (l *Ledger) Stats() dedup.LedgerStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -14,11 +14,11 @@ import (
 type idLog struct {
 	have       []takenIDs
 	todo       []byte
-	size       int  // of all of them
+	size       int  // of all of them, in bytes
 	incomplete bool // not all of them could be kept, or tokens were lost
 }
 
-// takenIDs are those of the batch of a sequence.
+// takenIDs are the ids that Redis has taken in the batch seq.
 type takenIDs struct {
 	seq uint64
 	ids []byte
@@ -50,21 +50,21 @@ func (g *idLog) grow(r *Set, bytes int) {
 func (g *idLog) taken(seq uint64, ids []byte) {
 	if n := len(g.have); n == 0 {
 		g.have = append(g.have, takenIDs{seq: seq})
-	} else if last := &g.have[n-1]; last.seq != seq { // it is likely to get as large
+	} else if last := &g.have[n-1]; last.seq != seq { // this batch is likely to get as large as the last
 		g.have = append(g.have, takenIDs{seq, make([]byte, 0, max(len(ids), len(last.ids)))})
 	}
 	last := &g.have[len(g.have)-1]
 	last.ids = append(last.ids, ids...)
 }
 
-// unsent adds an id that Redis does not have. It is kept whatever its size: the caller has
-// reserved room, or it is one of a batch.
+// unsent adds an id that Redis does not have, even if the log is full: the caller has looked
+// for room, or the id is one of a batch, which bounds how many there are.
 func (g *idLog) unsent(r *Set, b []byte) {
 	g.grow(r, len(b))
 	g.todo = append(g.todo, b...)
 }
 
-// rewind makes what was taken after the batch seq be sent again.
+// rewind puts the ids that were taken after the batch seq before those that are to be sent.
 func (g *idLog) rewind(seq uint64) {
 	i := len(g.have)
 	for i > 0 && g.have[i-1].seq > seq {
@@ -102,8 +102,8 @@ func (g *idLog) next(n int) (ids lists, size int) {
 	return ids, size
 }
 
-// sent moves the first bytes of what was left to what Redis has, and returns how many
-// ids they are.
+// sent notes that Redis has taken the first bytes of todo, in the batch seq, and returns how
+// many ids they are.
 func (g *idLog) sent(seq uint64, bytes int) (n int) {
 	n = countIDs(g.todo[:bytes])
 	g.taken(seq, g.todo[:bytes])
@@ -113,9 +113,9 @@ func (g *idLog) sent(seq uint64, bytes int) (n int) {
 	return n
 }
 
-// recover goes on after a loss: Redis knows nothing of the last batches of this
-// session, or of an epoch, and what it forgot is added again before anything
-// else. The job stays as it is: whatever it did is forgotten too.
+// recover goes on after a loss: Redis lacks the last batches of this session, or an
+// epoch. The lost ids are to be added again before any others. If the job was done, that is
+// lost as well, so it is dissolved and its ids are sent again.
 func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 	r := l.r
 	seq := l.seq + seqSkip
@@ -178,8 +178,8 @@ func (l *lane) recover(j *job, a reply, wait time.Duration) time.Duration {
 
 // lose notes the loss that a reply about the epoch s reports. statusOld means only that
 // an earlier hello succeeded and its reply was lost; what it reported is already in
-// losses. If what was lost began before an epoch, tokens of the window before may be lost,
-// which no instance adds again.
+// losses. If writes from before an epoch was opened are lost, so may be tokens of the window
+// before, which no instance adds again.
 func (l *lane) lose(s *redisEpoch, a reply) {
 	switch a.status {
 	case statusLost:
@@ -205,7 +205,8 @@ func (r *Set) opened() []*redisEpoch {
 	return slices.Clone(r.epochs)
 }
 
-// retire lets go of an epoch and returns how many ids of it, answered ok, Redis lacks.
+// retire releases the log of an epoch and the tokens of the one before. It returns how many
+// ids of the epoch that were answered ok Redis lacks.
 func (l *lane) retire(s *redisEpoch) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -259,9 +260,9 @@ func (r *Set) unsettled() (oldest, newest time.Time, some bool) {
 	return oldest, newest, some
 }
 
-// noticeLosses asks every lane of Redis about the epoch that starts at start, so that
-// a loss is noticed that no reply has shown yet. What unsettled returns
-// after it is true of that moment.
+// noticeLosses asks every lane of Redis about the epoch that starts at start, so that a
+// loss that no reply has shown yet is noticed. unsettled, called after it, includes those
+// losses.
 func (r *Set) noticeLosses(ctx context.Context, start time.Time) error {
 	epochs := r.opened()
 	at := slices.IndexFunc(epochs, func(s *redisEpoch) bool { return s.start.Equal(start) })

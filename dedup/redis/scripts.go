@@ -16,10 +16,10 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 `
 
-// luaLost reports whether the ledger has lost data since the last beat of a member, at the
-// time given: FLUSHALL, or an older state. Numbers of others may be missing, until that
-// member's next beat writes them again. A member that has left beats no more, and gives no
-// name.
+// luaLost reports whether the ledger has lost data, by FLUSHALL or by going back to an older
+// state, since the last heartbeat of the member me, at the time at. Then numbers of others may
+// be missing until that member's next heartbeat writes them again. A member that has left
+// sends no heartbeat; its name is empty here.
 const luaLost = `
 local function lost(members, me, at)
   return me ~= '' and (tonumber(redis.call('ZSCORE', members, me) or '') or -1) < tonumber(at)
@@ -27,7 +27,7 @@ end
 `
 
 // luaAnswers writes what a member has answered in an epoch: see answers. A more certain number
-// stays, and so does a "?".
+// that is there already stays, and so does a "?".
 const luaAnswers = `
 local function answered(key, m, n)
   local old = redis.call('HGET', key, 'm:' .. m)
@@ -38,7 +38,7 @@ local function answered(key, m, n)
 end
 `
 
-// luaDecision has a decided epoch, as the caller is to get it.
+// luaDecision returns the decision on an epoch, as the reply of a script; nil: there is none.
 const luaDecision = `
 local function decision(key)
   local h = redis.call('HMGET', key, 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
@@ -46,29 +46,35 @@ local function decision(key)
 end
 `
 
-// beatScript notes that the member is alive, writes again what it knows of its epochs, also of
-// the answers of others and of what it has reported, and takes the lead if no member has it, or
-// gives it away. It answers five lists: the time, whether the member leads, a member that keeps
-// it outside of the group, one that it keeps outside, whether the ledger has lost data since the
-// last beat of the member, and when one was there that may answer alone; then the others that
-// are alive; then the newest epochs that it did not name, for its next beat, as it is to
-// remember those of others as well; then the others that are silent; then a list for each epoch
-// that it has named: "delivered"; "refused", if the group does not take it; "contradicted", if
-// the group has another decision; "decided" and the decision, if the member lacks that; or
-// "open" and what each member has answered, for this one to write again should it be lost.
+// beatScript is a heartbeat. It notes that the member is alive, and writes again what the member
+// knows of its epochs: also the answers of others, and its own report. It takes the lead if no
+// member has it, or gives it away. It answers five lists:
+//
+//   - the time; whether the member leads; a member that keeps it outside of the group; one that
+//     it keeps outside; whether the ledger has lost data since the member's last heartbeat; and
+//     the last heartbeat of a member that may answer alone
+//   - the other members that are alive
+//   - the newest epochs that the member did not name: its next heartbeat names them, because it
+//     is to remember those of others as well
+//   - the other members that are silent
+//   - for each epoch that it has named a list: "delivered"; "refused", if the group does not
+//     accept the epoch; "contradicted", if the group has another decision; "decided" and the
+//     decision, if the member lacks that; or "open" and what each member has answered, which
+//     this one writes again if it is lost
 //
 // The group has the window of the member that came first. A member with another window
 // stands outside while a member with the group's window is alive: its epochs are not
-// accepted. When none is, and it was not outside just now (Redis may have lost the list of
-// members), its window becomes that of the group. An epoch of another length than those
-// before is taken only behind all of them, so that no label comes twice.
+// accepted. When none is alive, and the member was not outside just now (Redis may have lost
+// the list of members), its window becomes that of the group. An epoch whose length differs
+// from that of the epochs before is accepted only if it starts after all of them, so that no
+// two records have one window_start.
 //
-// It notes when a member was there last that may answer alone: this one now, if no time is
-// given, or another one, as this one has learnt. Members may differ in that, as while
-// --redis-fail is changed.
+// It notes the last heartbeat of a member that may answer alone (with --redis-fail=open): this
+// heartbeat, if the argument is empty, or else the time that this member has learnt. Members may
+// differ in that setting while it is being changed.
 //
 // If the ledger has lost data, the others that this member knew of are listed again, as silent
-// ones: one that does not reach the ledger may go on and answer ids in every later epoch.
+// ones: a member that does not reach the ledger may go on answering ids in every later epoch.
 var beatScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaAnswers + luaDecision + `
 local me, ttl, keep, forget = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local lease, claims, unsettled, window, opened = ARGV[5], ARGV[6] == '1', ARGV[7], ARGV[8], ARGV[9]
@@ -197,8 +203,8 @@ return {{string.format('%.0f', now), leader == me and '1' or '0', insider, outsi
   redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ttl - 1), epochs}
 `)
 
-// luaUnlisted has the members that the ledger does not have in an epoch, and that have opened
-// no later one: they may have answered ids of it before the ledger learns of that.
+// luaUnlisted returns the members that the ledger does not have in an epoch and that have opened
+// no later one: they may have answered ids of it that the ledger has not learnt of yet.
 const luaUnlisted = `
 local function unlisted(members, opened, listed, start)
   local list = {}
@@ -216,14 +222,15 @@ end
 // part in it, "=" before the others, and "?" before members that may have answered ids
 // without the ledger: see decideScript.
 //
-// It may when every member that is alive has left it, and not before its end, but
-// for the skew, by the clock of Redis: a single member with a wild clock must not
-// seal the future. A member that is silent, or has not left, is waited for until
-// the slowest clock has turned. One that holds ids that Redis does not have is
-// waited for longer; after that the record is not exact.
+// It may be sealed when every member that is alive has left it, but, by the clock of
+// Redis, not earlier than the skew before its end: a single member with a wild clock must
+// not seal the future. For a member that is alive and has not left, the seal waits until the
+// slowest clock has turned, the skew after the end. For one that holds ids which Redis does
+// not have it waits longer; after that the record is not exact. For a silent one it does not
+// wait.
 //
-// First it writes again what the caller knows that the members have answered: one that has left
-// beats no more, and may be the only one that remembers it.
+// First the script writes again what the caller knows of the members' answers: a caller that has
+// left sends no heartbeats, and may be the only member that remembers them.
 var sealScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + luaAnswers + luaDecision + luaUnlisted + `
 local ttl, start, ends = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local skew, longer, lock = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -271,27 +278,27 @@ for _, m in ipairs(unlisted(KEYS[1], KEYS[6], listed, start)) do out[#out + 1] =
 return out
 `)
 
-// decideScript decides what the epoch came to, once, and answers "decided" and the decision,
+// decideScript decides the count of the epoch, once, and answers "decided" and the decision,
 // with the reason if it is not exact.
 //
-// The record has the sum of the answers that the members have given, and the number of ids in
+// The record has the sum of the answers that the members have reported; the number of ids in
 // Redis is the check. If there are fewer ids, some are lost or were given twice. More ids do no
-// harm if they were added without an answer. But they may be ids that a member of luaUnlisted
-// has answered, and with fail open, of any member in the last minutes, such a member may have
-// answered ids that are not in Redis; that it was in contact since the end proves nothing, as it
-// may be late itself.
+// harm if they were added without an answer. But members of luaUnlisted may have answered them.
+// If any member had fail open in the last forgetMember, members of luaUnlisted may also have
+// answered ids that are not in Redis. That such a member was in contact after the end of the
+// epoch proves nothing, because it may be late itself.
 //
-// Members that ended without a report have answered the rest of the ids, if these are at least
-// what they reported last. But the rest may be ids that were refused: if a member, gone or not,
-// has uncertain ids, or if one that is gone has not shown a lane that it had the reply to its
-// last batch, because it may be asleep, or cut off, and refuse those ids.
+// If members ended without a report, they have answered the rest of the ids, which must be at
+// least as many as the numbers that they sent last. But the rest may be refused ids: if any
+// member, gone or not, has uncertain ids; or if one that is gone has not shown a lane that it
+// had the reply to its last batch, because it may be asleep or cut off, and still refuse those.
 //
-// All of this holds only if no write can have been lost that was not added again (whole): a
-// lost id and one that was added without an answer would cancel each other.
+// All of this holds only if each write that can have been lost was added again (whole):
+// otherwise a lost id and one that was added without an answer would cancel each other.
 //
-// The lanes were sealed for the members that sealScript has listed. If their numbers have
-// changed since, the answer is "lost", and the seal begins again; but a member that was listed
-// as one without a report may have reported.
+// The lanes were sealed for the members that sealScript has listed. If the ledger has other
+// members or answers by now, the reply is "lost", and the seal begins again. One change is
+// allowed: a member that was listed as one without a report may have reported since.
 //
 // The counts of the keys are those of Redis. If ids were added without an answer, the counts
 // are right only if as many ids are under keys as the members have answered under keys.
@@ -377,20 +384,21 @@ redis.call('ZADD', KEYS[1], ends, name)
 return decision(KEYS[2])
 `)
 
-// unpublishedScript lists the epochs that are over and not delivered.
+// unpublishedScript lists the epochs that are not delivered: those that are over, or with "1"
+// all of them.
 var unpublishedScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + `
 if ARGV[1] == '1' then return redis.call('ZRANGE', KEYS[1], 0, -1) end
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 `)
 
-// claimScript answers "written" if the line is, "mine" if this member is to write it, as it
-// is the leader or takes the lead, "lost" if the ledger has lost data since its last beat, and
-// else "other".
+// claimScript answers "written" if the line is written; "mine" if this member is to write it,
+// because it is the leader or takes the lead; "lost" if the ledger has lost data since its last
+// heartbeat; and else "other".
 //
 // A member that was to write the line, and has not reported it, may have written it before it was
-// killed, or may be asleep before the write. So the claim is its own for a time, whichever member
-// leads: "again" answers the process that has taken its place, which can look into the file;
-// "late" answers the leader after that time.
+// killed, or may be asleep before the write. So it keeps the claim for claimWait, whichever member
+// leads. "again" is the answer to the process that has taken its place, which can look into the
+// file; "late" is the answer to the leader after that time.
 var claimScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + luaLost + `
 local me, lease, patience = ARGV[1], ARGV[2], tonumber(ARGV[5])
 local h = redis.call('HMGET', KEYS[1], 'written', 'delivered', 'claimed')
@@ -425,8 +433,8 @@ if ARGV[1] == 'delivered' then redis.call('ZREM', KEYS[1], ARGV[3]) end
 return 1
 `)
 
-// leaveScript takes the member out of the group, and with it the lead. It answers how many
-// others are alive, and how many ms ago the last beat of one was.
+// leaveScript takes the member out of the group, and the lead from it if others are alive. It
+// answers how many are, and how many ms ago the last heartbeat of one of them was.
 var leaveScript = rueidis.NewLuaScriptRetryable(luaWrites + luaNow + `
 local me, ttl, unsettled = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 redis.call('ZREM', KEYS[1], me)

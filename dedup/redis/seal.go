@@ -16,13 +16,13 @@ import (
 
 const (
 	// switchWait is how long a seal waits, in seconds, after a failover, for
-	// every session to show that nothing of it is lost.
+	// every session to show that none of its ids are lost.
 	switchWait = "3"
 
 	sealRetry = 20 * time.Millisecond
 
-	// copyWait is how long a replica has to confirm a seal, which takes a trip. A record
-	// whose replicas do not answer comes later by this.
+	// copyWait is how long a replica has to confirm a seal, which takes one trip. If none
+	// answers, the record is that much later.
 	copyWait = 500 * time.Millisecond
 )
 
@@ -34,12 +34,12 @@ func keepSeal(window time.Duration) time.Duration {
 }
 
 // keepTokens is how long the tokens of an epoch are kept after its seal: as long as the
-// next one can be open.
+// next epoch can be open.
 func keepTokens(window, skew time.Duration) time.Duration {
 	return 2*window + 2*skew + time.Minute
 }
 
-// sealedIDs is what sealing the ids of an epoch came to.
+// sealedIDs is the result of sealing the ids of an epoch.
 type sealedIDs struct {
 	unique     uint64 // ids in Redis
 	exact      bool   // no id is known to be given twice or forgotten
@@ -49,13 +49,13 @@ type sealedIDs struct {
 }
 
 // sealIDs seals an epoch in every lane: from then on no id is added to it, and its
-// count is the same for all who ask, until keepSeal is over. It need not have
-// been opened here, nor hold ids. It is whole only if each lane has the sessions, those
-// that have answered ids: "+" stands before one that has not reported how many, for
-// which nothing waits, "?" before one that may have answered some, "=" before the others.
+// count is the same for every caller, until keepSeal is over. The epoch need not have
+// been opened here, nor hold ids. sessions are those that have answered ids, or may have: "+"
+// stands before one that has not reported how many, "?" before one of which it is not known
+// that it answered any, "=" before the others. The result is whole only if each lane has them.
 //
-// It waits while ids that were lost are being added again. An error leaves some
-// lanes sealed and others not; calling it again goes on.
+// It waits while lost ids are being added again, but not for a session with "+". After an
+// error some lanes may be sealed and others not; calling it again seals the rest.
 func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (sealedIDs, error) {
 	parts, errs := make([]sealedIDs, len(r.lanes)), make([]error, len(r.lanes))
 	var all sync.WaitGroup
@@ -77,8 +77,9 @@ func (r *Set) sealIDs(ctx context.Context, s counter.Span, sessions []string) (s
 	return sum, nil
 }
 
-// sealLane waits for ids that Redis lacks, until sessions have added them again or the lane
-// gives them up. That the members have left the epoch is awaitSeal's to wait for.
+// sealLane seals an epoch in one lane. It waits until sessions have added the ids again that
+// Redis lacks, or gives these up after a time. awaitSeal has waited for the members to leave
+// the epoch before.
 func (r *Set) sealLane(ctx context.Context, l *lane, s counter.Span, sessions []string) (sealedIDs, error) {
 	var missing time.Time // since when
 	for {
@@ -131,7 +132,7 @@ const (
 	scanned = "1000"
 
 	// keysLinger is how long the counts of the keys are kept once the record is delivered,
-	// for an instance that is late in asking what the window came to.
+	// for an instance that reads the count of the window late.
 	keysLinger = time.Minute
 )
 
@@ -144,7 +145,7 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys counter.KeyCo
 	}
 	counts := map[string]uint64{}
 	for i := range r.lanes {
-		// A hash that grows while it is scanned returns a field twice.
+		// HSCAN may return a field twice while Redis resizes the hash.
 		lane := map[string]uint64{}
 		for cursor, first := uint64(0), true; first || cursor != 0; first = false {
 			page, err := client.Do(ctx, client.B().Arbitrary("HSCAN").Keys(r.countsOf(i, s)).
@@ -169,7 +170,8 @@ func (r *Set) keyCounts(ctx context.Context, s counter.Span) (keys counter.KeyCo
 	return keys, nil
 }
 
-// dropKeys has the keys of an epoch expire, whose record is delivered.
+// dropKeys lets the counts of an epoch's keys expire, after keysLinger: its record is
+// delivered.
 func (r *Set) dropKeys(ctx context.Context, s counter.Span) error {
 	client, err := r.conn()
 	for i := 0; err == nil && i < len(r.lanes); i++ {

@@ -53,37 +53,37 @@ const (
 type Config struct {
 	// URLs of one server, of two or more nodes of a cluster, or of Sentinels:
 	// redis://USER:PASSWORD@HOST:PORT/DB, rediss:// for TLS, unix:///SOCKET, and
-	// redis-sentinel://HOST:PORT?master_set=NAME (or rediss-sentinel). With several
-	// of them all but host and port are those of the first.
+	// redis-sentinel://HOST:PORT?master_set=NAME (or rediss-sentinel). If there are
+	// several, all but hosts and ports are those of the first.
 	URLs []string
 
-	// SentinelUser and SentinelPassword are what the Sentinels ask for; both empty: the
-	// same as the master.
+	// SentinelUser and SentinelPassword are for the Sentinels. If both are empty, those
+	// of the master are used.
 	SentinelUser, SentinelPassword string
 
 	Group    string        // instances with one name count together
 	Instance string        // shown to other instances, each has another one; optional
 	Window   time.Duration // length of an epoch
 
-	// MaxSkew is how far the clocks of instances may differ: so long a record
-	// waits for instances that have not left its epoch. 0 is defaultMaxSkew.
+	// MaxSkew is how far the clocks of instances may differ. That long after the end of
+	// an epoch its record waits for instances that have not left it. 0: defaultMaxSkew.
 	MaxSkew time.Duration
 
-	// Local knows the ids that this process has answered for, so that a repeat
-	// takes no trip; with FailOpen it answers while Redis is down. It must keep
-	// nothing on disk, and is closed with the Set.
+	// Local has the ids that this process has answered, so that a repeat needs no
+	// trip to Redis. With FailOpen it answers while Redis is down. It must keep
+	// nothing on disk. Close closes it.
 	Local *dedup.Memory
 
-	// FailOpen lets Local answer while Redis is unreachable. Otherwise ids that are not
-	// known in Local get ErrUnavailable.
+	// FailOpen lets Local answer while Redis is unreachable. Otherwise ids that Local
+	// does not have get ErrUnavailable.
 	FailOpen bool
 
 	MaxIDs  uint64        // ids an epoch of the whole group may hold, 0: no limit. May be exceeded by the ids in flight.
 	MaxKeys int           // keys an epoch may have, in each lane and by each instance; 0: counter.DefaultMaxKeys
 	Timeout time.Duration // longest wait of an id; 0: defaultTimeout
 
-	// File keeps how many ids were answered in the windows that are not published, over
-	// a restart; empty: nothing does.
+	// File is the path of a file that keeps, over a restart, how many ids were answered
+	// in the windows that are not published. Empty: there is none.
 	File string
 
 	Log zerolog.Logger // what fails and when it works again, sampled
@@ -96,8 +96,8 @@ type Config struct {
 // Set is the dedup.Set that the instances of a group share: an id is Unique once in
 // all of them. DESIGN.md, "Many instances: Redis", has the protocol.
 //
-// Its goroutines run from New to Close. All methods are safe for concurrent use, by the
-// rule of dedup.Set.
+// Its goroutines run from New to Close. All methods but Close are safe for concurrent use,
+// within the rule that dedup.Set has for AddMany.
 type Set struct {
 	cfg     Config
 	option  rueidis.ClientOption
@@ -141,9 +141,9 @@ type redisEpoch struct {
 	set           *Set
 	start         time.Time
 	name          string                     // in Redis: see epochName
-	before, after string                     // the names of the windows directly before and behind it
-	previous      atomic.Pointer[redisEpoch] // opened before it; nil once it is retired
-	end           int64                      // ns since the start of the Set, of when the epoch was to end
+	before, after string                     // the names of the windows directly before and after it
+	previous      atomic.Pointer[redisEpoch] // opened before this one; nil once this one is retired
+	end           int64                      // when the epoch is due to end, in ns since the start of the Set
 	view          *dedup.View                // in Local
 	lanes         []laneEpoch
 
@@ -151,7 +151,8 @@ type redisEpoch struct {
 	group  *ledgerEpoch // what the ledger has of it
 }
 
-// Check refuses what can never work, without a connection.
+// Check returns an error that names the setting for a Config that can never work. It makes
+// no connection.
 func (cfg *Config) Check() error {
 	if _, err := redisOption(cfg); err != nil {
 		return err
@@ -165,8 +166,8 @@ func (cfg *Config) Check() error {
 	return setting.CheckTimeout("max-clock-skew", cfg.MaxSkew)
 }
 
-// newSession makes a name that no other process has. Its first 8 characters are those of the
-// instance, by which lane.lua knows the earlier sessions of the same one.
+// newSession makes a name that no other process has. Its first 8 characters are a digest of the
+// instance's name, by which lane.lua finds the earlier sessions of the same instance.
 func newSession(instance string) string {
 	if instance == "" {
 		return rand.Text()
@@ -175,7 +176,8 @@ func newSession(instance string) string {
 	return fmt.Sprintf("%x", sum[:4]) + rand.Text()
 }
 
-// New checks cfg and starts to connect. That Redis is down is no error.
+// New checks cfg and starts the goroutines of the Set, which connect to Redis. An error means
+// that cfg is wrong; a Redis that is down is none.
 func New(cfg Config) (*Set, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, fmt.Errorf("redis: %w", err)
@@ -215,19 +217,19 @@ func New(cfg Config) (*Set, error) {
 }
 
 const (
-	// replyTimeout is the longest wait for a reply before the connection is given
-	// up. Requests are answered long before; this is about what became of a batch.
+	// replyTimeout is the longest wait for a reply; then the connection is given up.
+	// Requests are answered long before: the reply shows whether the batch was done.
 	replyTimeout = time.Second
 	dialTimeout  = time.Second
 
-	// registerWait is how long the first ids of an epoch wait for the ledger to
-	// know it: one exchange takes a fraction of it.
+	// registerWait is how long the first ids of an epoch wait until the epoch is in
+	// the ledger. One exchange with Redis takes a fraction of that.
 	registerWait = 50 * time.Millisecond
 
 	// tick is the precision of the waiting time of an id.
 	tick = 5 * time.Millisecond
 
-	// closeWait bounds what Close waits for the outcome of batches under way.
+	// closeWait bounds how long Close waits for the outcome of batches under way.
 	closeWait = time.Second
 )
 
@@ -268,7 +270,7 @@ func (r *Set) conn() (rueidis.Client, error) {
 	return nil, r.unavailable()
 }
 
-// unavailable is ErrUnavailable with the reason known.
+// unavailable returns ErrUnavailable, with the reason if it is known.
 func (r *Set) unavailable() error {
 	r.health.mu.Lock()
 	reason := cmp.Or(r.health.misconfigured, r.health.rights, r.health.failure)
@@ -294,7 +296,7 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 	for i := range r.lanes {
 		l := &r.lanes[i]
 		l.mu.Lock()
-		s.lanes[i].base = l.seq + 1 // which may be under way
+		s.lanes[i].base = l.seq + 1 // this batch may be under way
 		l.mu.Unlock()
 	}
 	s.view = r.cfg.Local.Open(e).(*dedup.View)
@@ -312,12 +314,12 @@ func (r *Set) Open(e *counter.Epoch) counter.State {
 	return s
 }
 
-// await gives the ledger a moment to learn of the epoch before an id of it is answered: then it
-// is published whatever becomes of this process. If the ledger is unreachable, in a failed part
-// of the cluster, ids are answered anyway, once this process has noted the epoch on its disk;
-// the next beat that succeeds writes the epoch down. It returns an error for an epoch that the
-// group does not accept, or of a process that the group does not know yet: it may have another
-// window.
+// await waits, before the first id of an epoch is answered, for a moment until the epoch is in
+// the ledger: from then on it is published, whatever becomes of this process. If the ledger is
+// unreachable, perhaps in a failed part of the cluster, ids are answered anyway, once this
+// process has noted the epoch on its disk. The next heartbeat that succeeds writes the epoch
+// into the ledger. await returns an error if the group does not accept the epoch, or has not
+// answered this process yet: its --window may differ from that of the group.
 func (r *Set) await(s *redisEpoch) error {
 	if s.group.isRegistered() {
 		return nil
@@ -370,8 +372,8 @@ func (s *redisEpoch) Retire() {
 // Keys implements Set.
 func (r *Set) Keys(items []dedup.Item) { r.cfg.Local.Keys(items) }
 
-// AddMany implements dedup.Set. The ids travel to Redis together, as far as they are of
-// one lane and not more than a batch.
+// AddMany implements dedup.Set. Ids of one lane travel to Redis together, up to the size of
+// a batch. It returns when every id has its verdict: an id waits for Config.Timeout at most.
 func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Verdict) (err error) {
 	s := e.State.(*redisEpoch)
 	w := waits.Get().(*waiting)
@@ -429,7 +431,7 @@ func (r *Set) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedup.Ver
 	return err
 }
 
-// name encodes an id, with what its request has named beside it. full: see named.
+// name encodes an id, with the key and the token that its request named. full: see named.
 func (r *Set) name(en *encoded, item *dedup.Item, full bool) (hash uint64, m *named) {
 	o := item.Options
 	if o != nil && len(o.Under) > 0 {
@@ -445,7 +447,7 @@ func (r *Set) name(en *encoded, item *dedup.Item, full bool) (hash uint64, m *na
 
 func (r *Set) keyHash(under []byte) uint64 { return maphash.Bytes(r.seed, under) }
 
-// waiting is the ids of a request that wait for their outcome.
+// waiting has the ids of a call of AddMany that wait for their outcome.
 type waiting struct {
 	asks  []*ask
 	lanes uint32 // a bit for each lane that got one
@@ -461,7 +463,7 @@ func (r *Set) Run(ctx context.Context) error {
 // Stats implements Set.
 func (r *Set) Stats() dedup.Stats {
 	s := r.cfg.Local.Stats()
-	s.Fit, s.Estimated = r.cfg.MaxIDs, false // what else fits is for Redis to know
+	s.Fit, s.Estimated = r.cfg.MaxIDs, false // the memory of Redis is not known here
 	s.Full += r.counts.fulls.Load()
 	if ready, reason := r.Health(); !ready {
 		s.Problem = reason
@@ -471,8 +473,8 @@ func (r *Set) Stats() dedup.Stats {
 	return s
 }
 
-// Live returns the unique ids of the whole group in the epoch opened last, by the last
-// replies.
+// Live returns the number of unique ids of the whole group in the epoch opened last, as of
+// the last reply from each lane.
 func (r *Set) Live() uint64 {
 	if s := r.latest.Load(); s != nil {
 		return s.live()
@@ -504,8 +506,9 @@ func (r *Set) Group() dedup.GroupStats {
 	return s
 }
 
-// Close lets every batch under way come to its end, for a second at most, and takes this
-// session out of Redis. It must be called once: a second call panics.
+// Close waits until every batch under way is done, for closeWait at most, and ends the doubts of
+// this session in Redis. Requests get ErrUnavailable from then on. It returns the error of
+// closing Local. It must be called once: a second call panics.
 func (r *Set) Close() error {
 	close(r.closing)
 	give := time.AfterFunc(closeWait, r.end)

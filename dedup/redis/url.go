@@ -17,7 +17,7 @@ import (
 // Others that rueidis knows are set by this program.
 var redisParameters = []string{"addr", "db", "master_set", "protocol", "skip_verify"}
 
-// redisOption makes the client's settings of the URLs. Its errors quote nothing
+// redisOption makes the settings of the client from the URLs. Its errors quote nothing
 // that may be a password.
 func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 	option, err := joinURLs(cfg.URLs)
@@ -45,8 +45,8 @@ func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 		option.Sentinel.Dialer.Timeout = dialTimeout
 	}
 	if option.TLSConfig != nil {
-		// The host of the first URL: every node would have to have its certificate.
-		// Without it crypto/tls takes the name of the address that is dialled.
+		// rueidis sets the host of the first URL here, and every node would need a
+		// certificate for it. If it is empty, crypto/tls checks the name that is dialled.
 		option.TLSConfig.ServerName = ""
 	}
 	option.Dialer.Timeout = dialTimeout
@@ -60,7 +60,7 @@ func redisOption(cfg *Config) (rueidis.ClientOption, error) {
 	return option, nil
 }
 
-// joinURLs makes one setting of the URLs, of which the first one has all but host and port.
+// joinURLs makes one setting from the URLs. All but hosts and ports are those of the first.
 func joinURLs(urls []string) (option rueidis.ClientOption, err error) {
 	if len(urls) == 0 {
 		return option, setting.Errorf("redis-url", "want a URL")
@@ -164,8 +164,8 @@ func badParameters(u *url.URL, o rueidis.ClientOption, needsMaster bool) string 
 	return ""
 }
 
-// differs reports whether a further URL contradicts the first. But for the address it may be
-// silent: the first one's settings are for all.
+// differs reports whether a further URL contradicts the first. It may leave out everything but
+// the address: the settings of the first are for all.
 func differs(first, o rueidis.ClientOption) bool {
 	insecure := func(o rueidis.ClientOption) bool { return o.TLSConfig != nil && o.TLSConfig.InsecureSkipVerify }
 	return o.Username+o.Password != "" && (o.Username != first.Username || o.Password != first.Password) ||

@@ -8,28 +8,27 @@ import (
 )
 
 const (
-	// maxAddresses is how many addresses are remembered. One matters for one interval of
-	// the rate. Where that is long, all may matter, and one of them is forgotten: a caller
-	// that wants that must have POSTs sent to as many others.
+	// maxAddresses is how many addresses are remembered. An address matters for one interval
+	// of the rate. If that is long, all may matter, and some are forgotten: a caller that
+	// wants one forgotten must have POSTs sent to as many others.
 	maxAddresses = 1 << 14
 
-	// addressBurst is how many POSTs an address takes at once after a pause. A
-	// destination alone at its address never meets the limit: its own rate is the
-	// same, and what varies is the time from taking a POST to dialling.
+	// addressBurst is how many POSTs an address gets at once after a pause. A
+	// destination that is alone at its address never meets the limit: its own rate is
+	// the same, and only the time from taking a POST to dialling varies.
 	addressBurst = 16
 )
 
-// errLimited is the error of a POST whose address is at its limit.
+// errLimited is the error of a POST to an address that is at its limit.
 var errLimited = errors.New("at its limit")
 
-// admit counts a POST of d to addr, or returns errLimited. The rate of a destination holds
-// for a public address, too: names are cheap, and any number of them may lead to one victim.
-// The address of a name is known when it is dialled, so a POST that finds its address at the
-// limit ends there, as FailedLimited. Addresses of the operator's own networks (CIDR:PORT)
-// have no limit.
+// admit counts a POST of d to addr, or returns errLimited. A public address has the same rate
+// as a destination: names are cheap, and any number of them may lead to one victim. The address
+// of a name is known only when it is dialled, so a POST whose address is at the limit ends there,
+// as FailedLimited. Addresses of the operator's own networks (CIDR:PORT) have no limit.
 //
-// Sender.addresses has when the next POST to an address is due: the theoretical arrival time
-// of the generic cell rate algorithm (ITU-T I.371). s.mu is held.
+// Sender.addresses has the time when the next POST to each address is due: the theoretical
+// arrival time of the generic cell rate algorithm (ITU-T I.371). s.mu is held.
 func (s *Sender) admit(d *destination, addr netip.Addr) error {
 	if d.kind != destPublic || s.guard.inAllowedNet(addr, d.port) {
 		return nil
@@ -49,9 +48,8 @@ func (s *Sender) admit(d *destination, addr netip.Addr) error {
 	return nil
 }
 
-// evictAddresses looks at n addresses and drops those that need not be remembered, and those
-// that are too many.
-// s.mu is held.
+// evictAddresses checks n addresses. It drops those that need not be remembered, and any while
+// there are too many. s.mu is held.
 func (s *Sender) evictAddresses(n int) {
 	now := time.Now()
 	for addr, due := range s.addresses {

@@ -3,7 +3,8 @@
 // It guarantees that a POST goes only to an address that the policy allows, checked when it is
 // dialled; that no destination and no public address gets more than its limits; that a slow
 // destination does not slow another one; and that no caller waits for a POST. It does not
-// guarantee that a POST arrives: one is dropped, or merged with a newer one, and counted.
+// guarantee that a POST arrives: it may be merged with a waiting one, dropped, or fail, and each
+// of these is counted.
 //
 // server reserves a place for each endpoint before it counts an id, and sends or releases it
 // after that; main runs the Sender and drains it at the stop.
@@ -49,33 +50,33 @@ const (
 	breakerOpen        = 10 * time.Second
 
 	// destinationShare is the part of the table, 1/n, that the endpoints of one
-	// destination may take: someone who names a slow host with a new path each
-	// time must not turn the callers of all others away.
+	// destination may take: a caller that names a slow host with a new path each
+	// time must not cause callers of other destinations to be refused.
 	destinationShare = 8
 
-	// maxAnswer bounds the body of an answer, of which nothing is used;
-	// maxAnswerHeader its header, and is the size of the read buffer.
+	// maxAnswer bounds the body of an answer, which is not used. maxAnswerHeader
+	// bounds its header, and is the size of the read buffer.
 	maxAnswer       = 64 << 10
 	maxAnswerHeader = 8 << 10
 
-	// Connections are kept for the next POST to the same destination, but not
-	// for long and not many: names are re-resolved, and descriptors are the
-	// server's first of all.
+	// Connections are kept for the next POST to the same destination, but not for
+	// long, so that names are resolved again, and not many, because the server needs
+	// the descriptors for its callers.
 	maxConnAge      = time.Minute
 	idleConnTimeout = 10 * time.Second
 	maxIdleConns    = 512
 
 	// maxResting is how many destinations without work are remembered, for their
-	// breakers and their rates; about 1 KiB each. A caller that wants one forgotten,
-	// to get around its rate, must first have POSTs sent to as many others: at 10,000
-	// POSTs a second that is 2 a second to the victim.
+	// breakers and their rates; about 1 KiB each. To get around the rate of one, a caller
+	// must have it forgotten, and for that must first have POSTs sent to as many others:
+	// at 10,000 POSTs a second that is 2 a second to the victim.
 	maxResting = 4096
 
-	// rememberFor is how long one is remembered, space permitting, if its breaker
-	// or its rate does not need longer.
+	// rememberFor is how long a destination without work is remembered, if there is
+	// room. It is longer if the breaker or the rate needs it.
 	rememberFor = time.Minute
 
-	// sweepInterval paces the closing of idle connections.
+	// sweepInterval is how often idle connections and destinations are cleared out.
 	sweepInterval = time.Second
 )
 
@@ -87,8 +88,9 @@ type Config struct {
 	Allow []string
 	// Concurrency bounds the POSTs in flight per destination.
 	Concurrency int
-	// Rate bounds the POSTs per second per destination that no HOST:PORT entry
-	// names, nor a CIDR:PORT entry by its literal address.
+	// Rate bounds the POSTs per second to each destination, and to each public address.
+	// Destinations that a HOST:PORT entry names, and literal addresses in a CIDR:PORT entry,
+	// have no rate.
 	Rate float64
 	// Timeout bounds the whole exchange: resolving, connecting, TLS, request,
 	// answer and the one retry.
@@ -96,8 +98,8 @@ type Config struct {
 	// Secret signs the POSTs by the Standard Webhooks scheme: 24 to 64 bytes in
 	// base64, with or without whsec_ before them. Nil: unsigned.
 	Secret []byte
-	// SelfAddr is the address on which this server listens for the public: its own
-	// /test may be named there, nothing else is reached on its port. Optional.
+	// SelfAddr is the address of this server's public listener. A callback may name its
+	// own /test there, and reaches nothing else on this machine at that port. Optional.
 	SelfAddr netip.AddrPort
 	// SelfPath is the path of the sink there, the only one that a callback may name.
 	SelfPath string
@@ -113,18 +115,19 @@ type Config struct {
 	Descriptors uint64
 	// Took is called with the duration of each exchange. Optional.
 	Took func(time.Duration)
-	// Live returns start and count of the open epoch. Required.
+	// Live returns start and count of the open epoch. It is called concurrently, like
+	// Took. Required.
 	Live func() (windowStart time.Time, unique uint64)
 	Log  zerolog.Logger // results of POSTs, sampled
 
 	// Resolver resolves names; nil: net.DefaultResolver.
 	Resolver *net.Resolver
 	// Connect makes a TCP connection to addr with the dialer, whose Control checks
-	// the address once more; nil: the dialer does. Tests stay off the network by it.
+	// the address once more; nil: the dialer makes it. Tests use it to stay off the network.
 	Connect func(ctx context.Context, d *net.Dialer, addr string) (net.Conn, error)
 
 	maxWaiting               int           // endpoints in the table
-	maxWaitingPerDestination int           // of them of one destination
+	maxWaitingPerDestination int           // how many of these may be of one destination
 	workers                  int           // POSTs in flight in all
 	maxIdleConns             int           // connections without a POST
 	breakerFailures          int           // in a row open the breaker of a destination,
@@ -152,14 +155,14 @@ const (
 	Results                      // how many there are
 )
 
-// String is the result as it stands in logs and metrics.
+// String returns the name of the result in logs and metrics.
 func (r Result) String() string {
 	return [Results]string{"delivered", "merged", "dropped", "status", "redirect", "timeout", "resolve", "connect", "refused", "answer", "breaker", "limited"}[r]
 }
 
 // Stats is a snapshot.
 type Stats struct {
-	Ended   [Results]uint64 // calls of Send, by their results; the others are Waiting or InFlight
+	Ended   [Results]uint64 // calls of Send that have a result, by it; the others are Waiting or InFlight
 	Retried uint64          // second tries after a dead pooled connection
 
 	Waiting      int // endpoints with a POST waiting
@@ -175,37 +178,37 @@ type Stats struct {
 // for each successful Reserve: without a reservation they panic. All methods are safe for
 // concurrent use; Run is called once. A reservation keeps the place of a waiting POST
 // before anything is counted; Send cannot fail. A fixed number of workers (Run) takes
-// POSTs from the destinations that have some, in turn, so that none waits for another
-// one's slowness: a destination holds at most Concurrency workers, and all those together
-// that are not known to answer quickly (newcomers that no HOST:PORT entry names, and those
-// whose last POST failed or took long) hold at most three quarters of the workers and of the
-// table. Names are cheap, and so are the addresses of an allowed network; any number of
-// tarpits leaves the rest to destinations that answer. One that stops to answer counts as one
-// of them when its first POST times out.
+// POSTs from the destinations that have some, in turn, so that no destination waits for a
+// slow one: each holds at most Concurrency workers, and those that are not known to answer
+// quickly (newcomers that no HOST:PORT entry names, and those whose last POST failed or took
+// long) together hold at most three quarters of the workers and of the table. Names are cheap,
+// and so are the addresses of an allowed network. But any number of destinations that do not
+// answer leaves the rest to the others. A destination that stops answering is no longer known
+// to answer quickly when its first POST times out.
 type Sender struct {
 	cfg   Config
 	guard *guard
 	key   []byte // signs; nil: unsigned
 
-	// buffers of connections in use; per worker, not per destination.
+	// buffers of connections in use: there are as many as workers, not as destinations.
 	readers, writers sync.Pool
 
-	// exchanges ends when exchanges in flight are to be cut off.
+	// exchanges ends when exchanges in flight are cut off.
 	exchanges context.Context
 	cut       context.CancelFunc
 
 	okLog, failLog logline.Sampler
 
 	// mu guards what follows and all fields of destinations and entries that
-	// are not constant; it is never held over I/O. Breakers are called with it
-	// held, so that their state changes arrive under it. Request handlers take
-	// it twice per accept with an endpoint, for two map look-ups at most.
+	// are not constant; it is never held over I/O. Breakers are called with mu
+	// held, so OnStateChange runs with it held. Request handlers take mu twice
+	// for a request with an endpoint, for at most two map look-ups each time.
 	mu        sync.Mutex
 	work      sync.Cond // ready destinations, or closed
 	table     map[string]*entry
 	dests     map[destKey]*destination
 	ready     [2]list.List             // with a POST to send, in turn; [unproven]
-	turn      int                      // list of ready that is served next
+	turn      int                      // index in ready of the list that is served next
 	resting   list.List                // destinations without work; those that rest longest first
 	idle      list.List                // connections (*pooled) without a POST; those that were used last are at the end
 	addresses map[netip.Addr]time.Time // see admit
@@ -218,7 +221,8 @@ type Sender struct {
 	emptied       chan struct{} // closed when draining and nothing is left; nil: no Drain waits
 }
 
-// New checks cfg; errors name the bad setting.
+// New checks cfg and makes a Sender, which the caller must Run. An error names the bad
+// setting.
 func New(cfg Config) (*Sender, error) {
 	if cfg.Live == nil {
 		return nil, errors.New("callbacks: no source of the live count")
@@ -285,8 +289,9 @@ func (cfg *Config) complete() error {
 	return setting.CheckTimeout("callback-timeout", cfg.Timeout)
 }
 
-// Check refuses what can never work, before there is a listener or a count. Its
-// errors do not quote the secret.
+// Check returns an error, which names the setting, for a Config that can never work. It is for
+// the time before there is a listener or a count: Live may be nil. Its errors do not quote the
+// secret.
 func (cfg *Config) Check() error {
 	c := *cfg // defaults stay out of cfg
 	c.Live = func() (start time.Time, unique uint64) { return start, 0 }
@@ -312,9 +317,9 @@ func (s *Sender) pace(d *destination) {
 	d.next = d.next.Add(interval)
 }
 
-// Reserve keeps a place for a POST to ep, to be filled by Send or given back
-// by Release. False: the table is full, or this destination's share of it is,
-// or the server stops; nothing is kept.
+// Reserve keeps a place for a POST to ep. The caller then calls Send, to fill it, or
+// Release, to give it back. False: no place is kept, because the table or this
+// destination's share of it is full, or the server stops.
 func (s *Sender) Reserve(ep Endpoint) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -354,8 +359,8 @@ func (s *Sender) countEntry(d *destination, n int) {
 	}
 }
 
-// unprovenShare is the part of n workers or places that destinations may hold
-// which are not known to answer quickly.
+// unprovenShare is how many of n workers or places may be held by destinations that
+// are not known to answer quickly.
 func unprovenShare(n int) int { return max(n-n/4, 1) }
 
 // Send turns a reservation into a waiting POST, or merges it with one that waits already:
@@ -394,7 +399,7 @@ func (s *Sender) Release(ep Endpoint) {
 	s.unreserve(e)
 }
 
-// unreserve takes e out of the table if nothing needs its place any more.
+// unreserve removes e from the table if it has no reservation and no waiting POST.
 func (s *Sender) unreserve(e *entry) {
 	if e.refs > 0 || e.queued {
 		return
@@ -406,7 +411,7 @@ func (s *Sender) unreserve(e *entry) {
 	s.noticeEmpty()
 }
 
-// dequeue takes the first waiting entry of d; there is one.
+// dequeue takes the first waiting entry of d, which must have one.
 func (s *Sender) dequeue(d *destination) Endpoint {
 	e := d.queue[0]
 	d.queue[0] = nil
@@ -414,8 +419,8 @@ func (s *Sender) dequeue(d *destination) Endpoint {
 	e.queued = false
 	s.stats.Waiting--
 	ep := e.ep
-	// The place in the table is free again before the exchange: what comes in
-	// meanwhile for the same endpoint has a newer count and waits for its own.
+	// The place in the table is free before the exchange begins: a Send for the same
+	// endpoint meanwhile is for a newer count, and gets a POST of its own.
 	s.unreserve(e)
 	return ep
 }
@@ -448,8 +453,8 @@ func (s *Sender) take() (job, bool) {
 			continue
 		}
 		if err != nil {
-			// Half open, and the POST that tries is in flight: its end
-			// schedules the rest or fails it.
+			// The breaker is half open, and the POST that tries is in flight:
+			// when it ends, finish schedules the others or fails them.
 			continue
 		}
 		if d.client == nil {
@@ -469,7 +474,7 @@ func (s *Sender) take() (job, bool) {
 	return job{}, false
 }
 
-// ended takes j out of what is in flight.
+// ended notes that j is no longer in flight.
 func (s *Sender) ended(j job) {
 	j.dest.inFlight--
 	s.stats.InFlight--
@@ -478,7 +483,7 @@ func (s *Sender) ended(j job) {
 	}
 }
 
-// finish books the end of a POST.
+// finish notes the result of a POST, and schedules the next one of its destination.
 func (s *Sender) finish(j job, r result) {
 	d := j.dest
 	s.mu.Lock()
@@ -501,8 +506,8 @@ func (s *Sender) finish(j job, r result) {
 	s.logResult(j.ep, r)
 }
 
-// Run sends until ctx ends, and returns when the last worker has: exchanges in
-// flight are cut off then, and what waits is dropped, so Drain goes first. It
+// Run sends POSTs until ctx ends. Then it cuts off exchanges in flight, drops POSTs
+// that wait, and returns nil when the last worker has ended: so call Drain first. Run
 // is called once.
 func (s *Sender) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
@@ -526,7 +531,8 @@ func (s *Sender) Run(ctx context.Context) error {
 	return nil
 }
 
-// sweep clears out what is idle, and logs what was hidden, until ctx ends.
+// sweep clears out idle connections, destinations and addresses, and logs how many results
+// were hidden, until ctx ends.
 func (s *Sender) sweep(ctx context.Context) {
 	timer := time.NewTimer(sweepInterval)
 	defer timer.Stop()
@@ -551,10 +557,10 @@ func (s *Sender) sweep(ctx context.Context) {
 	}
 }
 
-// Drain refuses new reservations and waits until all POSTs are sent, those of
-// reservations already made included. When ctx ends first, it drops what waits
-// and cuts off what is in flight. It returns how many were lost in one of
-// these ways. Run must go on meanwhile.
+// Drain refuses new reservations and waits until all POSTs are sent, also those of
+// reservations already made. If ctx ends first, it drops POSTs that wait and cuts off
+// those in flight. It returns how many were lost in one of these ways. Run must be
+// running until Drain returns.
 func (s *Sender) Drain(ctx context.Context) (dropped int) {
 	s.mu.Lock()
 	before := s.stats.Ended[Dropped]
@@ -576,8 +582,8 @@ func (s *Sender) Drain(ctx context.Context) (dropped int) {
 	return int(s.stats.Ended[Dropped] - before)
 }
 
-// awaitEmpty returns a channel that is closed when nothing waits or is in
-// flight, and, before close, nothing is reserved.
+// awaitEmpty returns a channel that is closed when no POST waits or is in flight. Before
+// close was called, no place may be reserved either. s.mu is held.
 func (s *Sender) awaitEmpty() <-chan struct{} {
 	if s.emptied == nil {
 		s.emptied = make(chan struct{})
@@ -594,7 +600,7 @@ func (s *Sender) noticeEmpty() {
 	}
 }
 
-// close drops what waits and cuts off what is in flight. Workers return.
+// close drops POSTs that wait and cuts off those in flight. Then the workers return.
 func (s *Sender) close() {
 	s.mu.Lock()
 	s.closed = true

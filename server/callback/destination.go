@@ -38,18 +38,18 @@ type destination struct {
 	hostHeader string
 	breaker    *gobreaker.TwoStepCircuitBreaker[struct{}]
 
-	client *client // nil until used, and again at rest without connections
+	client *client // nil until used, and when it rests without idle connections
 
 	queue    []*entry
 	entries  int // in the table
 	inFlight int
-	next     time.Time // rate: when the next POST is due at the earliest
+	next     time.Time // by its rate, the earliest time of the next POST
 	used     bool      // a POST was sent
 	open     bool      // breaker not closed; kept by its OnStateChange
 	unproven bool      // not known to answer quickly
 
 	state      destState
-	readyIn    int           // index in ready while destReady
+	readyIn    int           // index in Sender.ready, while destReady
 	place      *list.Element // in the list of its state; destLater has none
 	restsSince time.Time     // while destResting
 }
@@ -59,7 +59,7 @@ func keyOf(ep Endpoint) destKey { return destKey{ep.origin, ep.kind == destSelf}
 // newDestination adds the destination of ep.
 func (s *Sender) newDestination(ep Endpoint) *destination {
 	d := &destination{Endpoint: ep, unproven: !s.guard.vouched(&ep)}
-	// Cloned: it is a part of the whole URL, which the destination outlives.
+	// The origin is cloned: it is a part of the whole URL, which would stay in memory.
 	d.url, d.target, d.origin = "", "", strings.Clone(ep.origin)
 	scheme, port := "http://", ":80"
 	if d.tls {
@@ -91,9 +91,9 @@ func (s *Sender) countOpen(open bool) {
 	}
 }
 
-// schedule puts d where its next POST is found: in turn, or when its rate allows.
-// Nothing happens if it is there, has no POST, or is at its limit of concurrency; a
-// POST that ends schedules again.
+// schedule makes d ready for a worker, now or when its rate allows the next POST. It does
+// nothing if that is done already, or if d has no waiting POST or is at its limit of
+// concurrency: the end of a POST schedules d again.
 func (s *Sender) schedule(d *destination) {
 	if d.state != destNone || len(d.queue) == 0 || d.inFlight >= s.cfg.Concurrency {
 		return
@@ -125,7 +125,7 @@ func (s *Sender) pushReady(d *destination) {
 }
 
 // popReady takes the next destination in turn. Proven and unproven ones
-// alternate, so that a crowd of newcomers costs the others half at most.
+// alternate, so that many newcomers take half of the turns at most.
 func (s *Sender) popReady() *destination {
 	for range 2 {
 		ready := &s.ready[s.turn]
@@ -148,8 +148,8 @@ func first(l *list.List) *destination {
 	return l.Front().Value.(*destination)
 }
 
-// park puts a destination without work aside. One that never sent anything is
-// forgotten at once: repeated ids reserve and release any number of them.
+// park moves a destination without work to Sender.resting. It forgets at once a destination
+// to which nothing was sent: repeated ids reserve and release any number of them.
 func (s *Sender) park(d *destination) {
 	if d.state != destNone || d.entries > 0 || d.inFlight > 0 {
 		return
@@ -184,8 +184,8 @@ func (s *Sender) drop(d *destination) {
 	delete(s.dests, keyOf(d.Endpoint))
 }
 
-// failWaiting fails all that waits for d: its breaker is open. Waiting for it
-// to close would fill d's share of the table and turn callers away.
+// failWaiting fails all POSTs that wait for d, because its breaker is open. If they waited
+// until it closes, they would fill d's share of the table, and callers would be refused.
 func (s *Sender) failWaiting(d *destination) {
 	for len(d.queue) > 0 {
 		s.stats.Ended[FailedBreaker]++
@@ -194,7 +194,8 @@ func (s *Sender) failWaiting(d *destination) {
 	s.park(d)
 }
 
-// prove notes whether d answers quickly, and moves what is counted by that.
+// prove notes whether d answers quickly, and corrects the counts and the list that depend
+// on it.
 func (s *Sender) prove(d *destination, quick bool) {
 	if d.unproven == !quick {
 		return

@@ -9,16 +9,16 @@ import (
 	"strings"
 )
 
-// maxEndpoint is the longest endpoint URL taken, in bytes: what browsers and
-// proxies agree on, and what bounds the memory of a waiting POST.
+// maxEndpoint is the longest endpoint URL that is accepted, in bytes. Browsers and
+// proxies accept that length, and it bounds the memory of a waiting POST.
 const maxEndpoint = 2048
 
 // errEndpoint refuses an endpoint URL. It does not name the rule that the URL breaks, as the
 // answer to the request does not either.
 var errEndpoint = errors.New("the endpoint is malformed, or not allowed by its URL")
 
-// destKind is the rule by which a destination is allowed, and so decides what its
-// addresses may be and whether it is rate-limited.
+// destKind is the rule by which a destination is allowed. It decides which addresses the
+// destination may have and whether it is rate-limited.
 type destKind uint8
 
 const (
@@ -27,8 +27,8 @@ const (
 	destSelf                   // this server's own /test
 )
 
-// Endpoint is a callback URL that passed the check of its text. Nothing but
-// its parts goes into a request: the URL as it was given is not read again.
+// Endpoint is a callback URL that passed the check of its text. A request is made
+// from its parts alone: the URL as it was given is not read again.
 //
 // The zero Endpoint is not a valid argument to any method of Sender.
 type Endpoint struct {
@@ -50,7 +50,7 @@ func (ep Endpoint) logURL() string {
 	return ep.origin + shortened(path)
 }
 
-// shortened bounds what others put into a line of the log.
+// shortened bounds a text in a line of the log that callers or receivers choose.
 func shortened(text string) string {
 	const longest = 200
 	if len(text) > longest {
@@ -59,10 +59,11 @@ func shortened(text string) string {
 	return text
 }
 
-// Parse checks raw, the percent-decoded value of the endpoint parameter, and
-// takes it apart. It does not keep raw. It asks no resolver: where a name leads is checked at the
-// dial. It is stricter than the URL grammar, so that no reader of the same
-// bytes (fasthttp, net/url, a proxy, a log viewer) sees another host in them.
+// Parse checks raw, the percent-decoded value of the endpoint parameter, and splits it
+// into its parts. It does not keep raw. It asks no resolver: the addresses of a name are
+// checked at the dial. It is stricter than the URL grammar, so that no reader of the same
+// bytes (fasthttp, net/url, a proxy, a log viewer) sees another host in them. Its error
+// does not name the rule that the URL breaks.
 func (s *Sender) Parse(raw []byte) (Endpoint, error) {
 	g := s.guard
 	var ep Endpoint
@@ -99,9 +100,8 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, ok bool) {
 		return nil, nil, false
 	}
 	for _, b := range raw {
-		// '#' and '\' are where readers of URLs differ most; the quotes and
-		// angle brackets are the ones that RFC 3986 has encoded, as
-		// they delimit URLs in text.
+		// About '#' and '\' readers of URLs differ most. RFC 3986 allows quotes and
+		// angle brackets only percent-encoded, because they delimit URLs in text.
 		if b <= ' ' || b >= 0x7f || b == '#' || b == '\\' || b == '"' || b == '<' || b == '>' || b == '`' {
 			return nil, nil, false
 		}
@@ -125,7 +125,7 @@ func (ep *Endpoint) splitURL(raw []byte) (authority, target []byte, ok bool) {
 func canonicalHost(host []byte) (name string, addr netip.Addr, ok bool) {
 	if inner, ok := bytes.CutPrefix(host, []byte("[")); ok {
 		inner, ok = bytes.CutSuffix(inner, []byte("]"))
-		// A v4 address in v6 clothes is another spelling of the address.
+		// A v4 address written as v6 is another spelling of the address.
 		addr, err := netip.ParseAddr(string(inner))
 		if !ok || err != nil || !addr.Is6() || addr.Is4In6() || addr.Zone() != "" {
 			return "", netip.Addr{}, false
@@ -135,12 +135,13 @@ func canonicalHost(host []byte) (name string, addr netip.Addr, ok bool) {
 	if name, ok = canonicalName(host); !ok || !endsInNumber(name) {
 		return name, netip.Addr{}, ok
 	}
-	// A dot at the end would make it another spelling, too.
+	// host is parsed, not name: with a dot at the end it is another spelling, too.
 	addr, err := netip.ParseAddr(string(host))
 	return name, addr, err == nil && addr.Is4()
 }
 
-// classify decides by what rule another server than this one may be called, if it may.
+// classify sets the kind of an endpoint on another server than this one, and reports whether it
+// may be called.
 func (g *guard) classify(ep *Endpoint) bool {
 	switch {
 	case g.hosts[hostPort{ep.host, ep.port}]:
@@ -148,8 +149,8 @@ func (g *guard) classify(ep *Endpoint) bool {
 	case ep.addr.IsValid() && g.inAllowedNet(ep.addr, ep.port):
 		ep.kind = destListed
 	case !ep.addr.IsValid() && g.allowedNetPort(ep.port):
-		// Some CIDR:PORT entry has the port: its addresses may have any name,
-		// also an internal one, and the dial decides.
+		// A CIDR:PORT entry has the port. Its addresses may have any name, also an
+		// internal one: the dial decides.
 	case !defaultPort(ep.port):
 		return false
 	case ep.addr.IsValid():
@@ -180,7 +181,7 @@ func (ep *Endpoint) assemble(target []byte) {
 	ep.origin, ep.target = ep.url[:origin], ep.url[origin:]
 }
 
-// cutPrefixFold is bytes.CutPrefix for an ASCII prefix in any case, of ASCII.
+// cutPrefixFold is bytes.CutPrefix for an ASCII prefix in upper or lower case.
 func cutPrefixFold(b []byte, prefix string) ([]byte, bool) {
 	if len(b) < len(prefix) || !bytes.EqualFold(b[:len(prefix)], []byte(prefix)) {
 		return nil, false
@@ -188,8 +189,8 @@ func cutPrefixFold(b []byte, prefix string) ([]byte, bool) {
 	return b[len(prefix):], true
 }
 
-// splitAuthority takes host and port apart; the host keeps its brackets. A
-// user part has no place in either and is refused with them.
+// splitAuthority splits an authority into host and port; the host keeps its brackets.
+// A user part is refused, because neither host nor port can contain one.
 func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, ok bool) {
 	port = 80
 	if tls {
@@ -210,8 +211,8 @@ func splitAuthority(authority []byte, tls bool) (host []byte, port uint16, ok bo
 	return host, port, len(host) > 0
 }
 
-// parsePort takes the one spelling of a port only: another one would be a
-// second queue for the same destination, or wrap around in a smaller integer.
+// parsePort accepts only one spelling of a port: another one would make a second
+// queue for the same destination, or could wrap around in a smaller integer.
 func parsePort(digits string) (uint16, bool) {
 	n, err := strconv.ParseUint(digits, 10, 16)
 	return uint16(n), err == nil && digits[0] != '0'
@@ -238,9 +239,9 @@ func notInName(r rune) bool {
 	return r != '-' && r != '_' && (r < '0' || r > '9') && (letter < 'a' || letter > 'z')
 }
 
-// endsInNumber reports whether the last label of name is a number, in which
-// case some resolver takes the whole for an IPv4 address in one of its many
-// old spellings (the rule of the WHATWG URL standard).
+// endsInNumber reports whether the last label of name is a number. Some resolver would
+// take such a name for an IPv4 address in one of its many old spellings (the rule is
+// that of the WHATWG URL standard).
 func endsInNumber(name string) bool {
 	last := name[strings.LastIndexByte(name, '.')+1:]
 	digits := "0123456789"
@@ -250,10 +251,10 @@ func endsInNumber(name string) bool {
 	return len(strings.TrimLeft(last, digits)) == 0
 }
 
-// internalSuffixes end names that the public DNS does not know: reserved by
-// RFC 2606, 6761, 6762, 7686, 8375 and 9476, by ICANN for private use, or in
-// common use inside networks. The dial would refuse most of what they lead
-// to; refusing the text informs the caller, and asks no resolver about them.
+// internalSuffixes are the last labels of names that the public DNS does not have:
+// reserved by RFC 2606, 6761, 6762, 7686, 8375 and 9476, by ICANN for private use, or
+// in common use inside networks. The dial would refuse most of their addresses. To
+// refuse the text informs the caller, and asks no resolver about them.
 var internalSuffixes = map[string]bool{
 	"localhost": true, "localdomain": true, "local": true, "internal": true,
 	"intranet": true, "private": true, "corp": true, "home": true, "lan": true,
@@ -261,8 +262,8 @@ var internalSuffixes = map[string]bool{
 	"onion": true, "alt": true,
 }
 
-// isPublicName reports whether name can be that of a public host. Underscores occur in names
-// given by container engines: good for the allow-list, not for public hosts.
+// isPublicName reports whether name can be that of a public host. Names that container
+// engines give have underscores: they may be in the allow-list, but are not public.
 func isPublicName(name string) bool {
 	dot := strings.LastIndexByte(name, '.')
 	return dot >= 0 && !internalSuffixes[name[dot+1:]] && !strings.Contains(name, "_")

@@ -18,8 +18,8 @@ import (
 	"verve/internal/setting"
 )
 
-// errRefused is returned by a dial whose destination leads to no address that
-// the policy allows. It is apart from a failed connection: nothing was sent.
+// errRefused is returned by a dial whose destination has no address that the policy
+// allows. It is not the error of a connection that failed: nothing was sent.
 var errRefused = errors.New("callback address refused")
 
 // maxCandidates is how many addresses of a name are tried. Resolvers put the
@@ -35,10 +35,9 @@ var extraDenied4 = []netip.Prefix{
 	netip.MustParsePrefix("168.63.129.16/32"), // Azure's host agent
 }
 
-// neverByName are addresses that an allow-listed name may not lead to, though
-// it may lead to private ones: no name of a webhook receiver means them, and
-// behind some of them are the credentials of the machine. An entry that names
-// the address itself still allows it.
+// neverByName are addresses that an allow-listed name may not have, although it may
+// have private ones: no webhook receiver has them, and some of them serve the
+// credentials of the machine. An entry that names the address itself still allows it.
 var neverByName = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("169.254.0.0/16"),     // link-local, metadata of most clouds
@@ -69,14 +68,13 @@ type hostPort struct {
 }
 
 // guard decides where callbacks may go: by the text of the URL (Sender.Parse), and
-// again by the address of every connection at the moment it is made, so that
-// it does not matter what a resolver answered before. It does not change once
-// built.
+// again by the address of every connection when it is made, so that it does not
+// matter what a resolver answered before. A guard does not change after newGuard.
 type guard struct {
 	hosts    map[hostPort]bool
 	nets     []allowedNet
-	self     netip.AddrPort // of the public listener; the zero one without
-	ownPorts []uint16       // public and admin; 0 without one
+	self     netip.AddrPort // of the public listener; the zero value: there is none
+	ownPorts []uint16       // of the public and the admin listener; 0: there is none
 	selfTLS  func() *tls.Config
 	selfPath string
 	base     *ssrf.Guardian
@@ -112,7 +110,7 @@ func newGuard(cfg *Config) (*guard, error) {
 	return g, nil
 }
 
-// allowAll takes the allow-list.
+// allowAll adds the entries of the allow-list.
 func (g *guard) allowAll(entries []string) error {
 	g.hosts = make(map[hostPort]bool)
 	for i, entry := range entries {
@@ -144,7 +142,7 @@ func (g *guard) allow(entry string) error {
 		return errors.New("bad port, want 1 to 65535")
 	}
 	if strings.Contains(host, "/") {
-		// Both [fd00::/8]:80 and [fd00::]/8:80 are written.
+		// Both [fd00::/8]:80 and [fd00::]/8:80 are accepted.
 		prefix, err := netip.ParsePrefix(strings.NewReplacer("[", "", "]", "").Replace(host))
 		if err != nil {
 			return errors.New("bad CIDR")
@@ -188,8 +186,8 @@ func defaultPort(port uint16) bool {
 	return port == 80 || port == 443 || port == 8080 || port == 8443
 }
 
-// permit returns nil if a connection to addr may be made for a destination of
-// that kind.
+// permit returns nil if a connection to addr may be made for d, and errRefused with
+// the reason if not.
 func (g *guard) permit(d *destination, addr netip.Addr) error {
 	// Resolvers return v4 addresses in their v6 form, which no v4 rule matches.
 	addr = addr.Unmap()
@@ -218,8 +216,8 @@ func (g *guard) permit(d *destination, addr netip.Addr) error {
 }
 
 // own reports whether addr and port may be this server: a callback there would
-// be a loop, or reach the admin listener. When the machine's addresses cannot
-// be had, it may be.
+// be a loop, or reach the admin listener. If the machine's addresses cannot be read,
+// it returns true.
 func (g *guard) own(addr netip.Addr, port uint16) bool {
 	if !slices.Contains(g.ownPorts, port) {
 		return false
@@ -227,8 +225,8 @@ func (g *guard) own(addr netip.Addr, port uint16) bool {
 	if addr.IsLoopback() || addr.IsUnspecified() {
 		return true
 	}
-	// Asked each time: addresses change, and public destinations on this
-	// server's own ports are few.
+	// The addresses are read each time, because they change. Few destinations have one
+	// of this server's own ports.
 	interfaces, err := g.interfaces()
 	if err != nil {
 		return true
@@ -295,7 +293,7 @@ func (g *guard) dialTCP(ctx context.Context, d *destination, connect dialFunc) (
 	allowed = allowed[:min(len(allowed), maxCandidates)]
 
 	dialer := &net.Dialer{
-		// The last word is at the socket: what is checked is what is dialled.
+		// The last check is at the socket: it is of the address that is dialled.
 		Control: func(_, address string, _ syscall.RawConn) error {
 			ap, err := netip.ParseAddrPort(address)
 			if err != nil || ap.Port() != d.port {
@@ -317,9 +315,9 @@ func (g *guard) dialTCP(ctx context.Context, d *destination, connect dialFunc) (
 	return nil, err
 }
 
-// lookupName returns the name to resolve for d. A public one gets a dot at its
-// end: the search list of the resolver is for the names of the own network,
-// and would lead there.
+// lookupName returns the name to resolve for d. A public name gets a dot at its
+// end: without it the resolver would also try its search list, whose names are in the
+// own network.
 func (g *guard) lookupName(d *destination) string {
 	if d.kind == destPublic && !g.allowedNetPort(d.port) {
 		return d.host + "."
@@ -327,9 +325,9 @@ func (g *guard) lookupName(d *destination) string {
 	return d.host
 }
 
-// dialSelf connects to this server's own listener: no name and no address of the URL is used.
-// One that listens on all addresses is reached over loopback. The name localhost would be
-// asked of the network where there is no hosts file, as in an empty container.
+// dialSelf connects to this server's own listener, without a name or an address of the URL. If
+// the listener has all addresses, it is reached over loopback. The name localhost is not used:
+// without a hosts file, as in an empty container, it would be resolved over the network.
 func (g *guard) dialSelf(ctx context.Context) (conn net.Conn, err error) {
 	at := []netip.Addr{g.self.Addr()}
 	if at[0].IsUnspecified() {

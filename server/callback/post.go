@@ -30,8 +30,8 @@ var (
 	errUnhealthy = errors.New("unhealthy destination")
 )
 
-// breakerErr is what the breaker gets. A destination that answers counts as up, unless its
-// answer says otherwise.
+// breakerErr returns the outcome for the breaker. A destination that answers counts as up,
+// unless the status is 429 or 5xx.
 func (r result) breakerErr() error {
 	switch {
 	case r.kind == Dropped, r.kind == FailedLimited:
@@ -59,7 +59,7 @@ func (s *Sender) post(j job) result {
 	// Do, not Post: no redirect is followed.
 	err := j.dest.client.DoTimeout(req, resp, s.cfg.Timeout)
 	r := result{err: err, took: time.Since(start)}
-	// The error first: a failed call leaves a status of 200 behind.
+	// The error is checked first, because after a failed call the status is 200.
 	if err != nil {
 		r.kind = resultOf(err)
 		if s.exchanges.Err() != nil {
@@ -91,7 +91,7 @@ func setRequest(req *fasthttp.Request, d *destination, ep Endpoint) {
 		uri.SetScheme("https")
 	}
 	uri.SetHost(d.hostHeader)
-	// The target goes out as it came in, query and all: nothing is decoded and
+	// The target is sent as it was given, with its query: nothing is decoded and
 	// encoded again (the client has DisablePathNormalizing).
 	uri.SetPath(ep.target)
 }
@@ -245,9 +245,8 @@ func (h *client) retry() {
 	closeAll(idle)
 }
 
-// takeIdle takes out the connections that have been idle since before the time given, and
-// the oldest of the others until at most that many are left. s.mu is held. The caller
-// closes them without it.
+// takeIdle takes out the connections that became idle before the time before, and the oldest
+// of the others until most are left. s.mu is held. The caller closes them without holding it.
 func (s *Sender) takeIdle(before time.Time, most int) (taken []*pooled) {
 	for e := s.idle.Front(); e != nil; e = s.idle.Front() {
 		conn := e.Value.(*pooled)
@@ -274,8 +273,9 @@ func closeAll(conns []*pooled) {
 }
 
 // RoundTrip does the exchange of a POST, on an idle connection if there is one. If that is
-// dead, it does one more, on a new connection. It replaces fasthttp's, which cannot tell a
-// dead connection from an answer that breaks off: behind that, nothing is sent again.
+// dead, it does one more, on a new connection. It replaces that of fasthttp, which cannot
+// distinguish a dead connection from an answer that breaks off, after which nothing may be
+// sent again.
 func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *fasthttp.Response) (retry bool, err error) {
 	deadline := time.Now().Add(req.GetTimeOut())
 	conn, err := h.kept()
@@ -296,8 +296,8 @@ func (h *client) RoundTrip(_ *fasthttp.HostClient, req *fasthttp.Request, resp *
 	return false, err
 }
 
-// exchange sends req on conn and reads its answer, and keeps or closes conn. It ends when
-// the server stops. unanswered: it failed, and no byte of an answer came.
+// exchange sends req on conn and reads the answer, and keeps or closes conn. A stop of the
+// server ends it. unanswered: it failed, and no byte of an answer arrived.
 func (h *client) exchange(conn *pooled, deadline time.Time, req *fasthttp.Request, resp *fasthttp.Response) (unanswered bool, err error) {
 	s := h.sender
 	keep := false
@@ -306,7 +306,7 @@ func (h *client) exchange(conn *pooled, deadline time.Time, req *fasthttp.Reques
 			_ = conn.Close()
 		}
 	}()
-	// One deadline for all: a peer that drips bytes gains no time by it.
+	// There is one deadline for the exchange: a peer that sends byte by byte gains no time.
 	if err := conn.SetDeadline(deadline); err != nil {
 		return true, err
 	}
@@ -338,7 +338,7 @@ func (h *client) exchange(conn *pooled, deadline time.Time, req *fasthttp.Reques
 		return unanswered, err
 	}
 
-	// What follows an answer unasked would be taken for the next one.
+	// Bytes after the answer would be taken for the next one.
 	if surplus || resp.ConnectionClose() || resp.StatusCode() < 200 || time.Since(conn.made) > maxConnAge {
 		return false, nil
 	}

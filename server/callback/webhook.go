@@ -20,12 +20,12 @@ import (
 const minSecret, maxSecret = 24, 64
 
 // parseSecret returns the key in a webhook secret: base64 in the alphabet with +
-// and /, with its padding, with or without whsec_ before it. That is what every
-// reference library takes for the same key. Another form, which some of them
-// decode to other bytes, is refused: the receiver would refuse each POST.
+// and /, with its padding, with or without whsec_ before it. Every reference library
+// decodes this form to the same key. Another form, which some of them decode to
+// other bytes, is refused: the receiver would refuse each POST.
 //
-// Space, line ends and a byte order mark around it are what editors leave in a
-// file. Errors do not quote the secret.
+// Space, line ends and a byte order mark around it are ignored, because editors leave
+// them in a file. Errors do not quote the secret.
 func parseSecret(secret []byte) ([]byte, error) {
 	encoded := bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(secret), []byte("\ufeff")))
 	encoded = bytes.TrimPrefix(encoded, []byte("whsec_"))
