@@ -413,7 +413,7 @@ func (p *program) live() (start time.Time, unique uint64) {
 		unique += p.earlier.Unique
 	}
 	if p.shared != nil {
-		unique = max(unique, p.shared.Live())
+		unique = max(unique, p.shared.Live(start))
 	}
 	return start, unique
 }

@@ -6,7 +6,8 @@ import "time"
 type GroupStats struct {
 	LedgerStats
 
-	Unique uint64 // ids of the whole group in the open epoch, as of the last heartbeat
+	Start  time.Time // of the epoch opened last
+	Unique uint64    // ids of the whole group in that epoch, as of the last reply from each lane
 
 	// Away is the present failure of Redis, empty if there is none. Ready reports whether
 	// ids are answered even so.

@@ -390,7 +390,10 @@ func (a *Admin) recent(limit int) recentWindows {
 	}
 	out.Windows = closed[:min(limit, len(closed))]
 	if a.cfg.Shared != nil {
-		out.Open.WholeGroup = &groupWindow{Unique: max(a.cfg.Shared().Unique, out.Open.Unique), Exact: out.Open.Exact}
+		out.Open.WholeGroup = &groupWindow{Unique: out.Open.Unique, Exact: out.Open.Exact}
+		if g := a.cfg.Shared(); g.Start.Equal(out.Open.Start) { // else the epoch is being turned
+			out.Open.WholeGroup.Unique = max(g.Unique, out.Open.Unique)
+		}
 	}
 	for i := range out.Windows {
 		out.Windows[i].State = a.state(&out.Windows[i])

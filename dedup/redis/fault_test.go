@@ -876,7 +876,7 @@ func TestInstanceThatStartsBeforeItsRedisAnswersAlone(t *testing.T) {
 	}
 	server.Start()
 	wantInTime(t, r, e, "43", dedup.Unique)
-	testproc.Until(t, "Redis has both", func() bool { return r.Live() == 2 })
+	testproc.Until(t, "Redis has both", func() bool { return r.Live(e.Last().Start()) == 2 })
 	if n, exact := sealed(t, e, r, 0); n != 2 || !exact {
 		t.Errorf("sealed %d, exact %v; want 2, true", n, exact)
 	}

@@ -189,6 +189,22 @@ func TestRedisInstancesCountAsOne(t *testing.T) {
 	}
 }
 
+// TestLiveCountIsOfTheWindowAskedFor: at a turn two are open for a moment, and a callback names
+// the start of the one that it counts.
+func TestLiveCountIsOfTheWindowAskedFor(t *testing.T) {
+	r := newRedis(t, startRedis(t).Addr, patient)
+	e := settest.NewEpochs(t, r)
+	e.Want(t, r, 0, "1", dedup.Unique)
+	e.Want(t, r, 0, "2", dedup.Unique)
+	in, _ := e.Enter(e.At(0), 0, 1) // keeps it from its seal
+	defer in.Leave(0, 0, 1)
+	e.Want(t, r, 1, "1", dedup.Unique)
+	first, second := in.Epoch.Start(), e.Last().Start()
+	if a, b, c := r.Live(first), r.Live(second), r.Live(second.Add(time.Hour)); a != 2 || b != 1 || c != 0 {
+		t.Errorf("got %d, %d and %d; want 2, 1 and 0", a, b, c)
+	}
+}
+
 // TestRedisIsAwayAtTheStart: an instance can start before its Redis.
 func TestRedisIsAwayAtTheStart(t *testing.T) {
 	server := startRedis(t)

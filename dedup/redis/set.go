@@ -473,11 +473,13 @@ func (r *Set) Stats() dedup.Stats {
 	return s
 }
 
-// Live returns the number of unique ids of the whole group in the epoch opened last, as of
-// the last reply from each lane.
-func (r *Set) Live() uint64 {
-	if s := r.latest.Load(); s != nil {
-		return s.live()
+// Live returns the number of unique ids of the whole group in the epoch that begins at start, as
+// of the last reply from each lane; 0 if that is not open here.
+func (r *Set) Live(start time.Time) uint64 {
+	for _, s := range r.opened() {
+		if s.start.Equal(start) {
+			return s.live()
+		}
 	}
 	return 0
 }
@@ -493,7 +495,6 @@ func (s *redisEpoch) live() (n uint64) {
 func (r *Set) Group() dedup.GroupStats {
 	s := dedup.GroupStats{
 		LedgerStats: r.ledger.Stats(),
-		Unique:      r.Live(),
 		Batches:     r.counts.batches.Load(),
 		Retries:     r.counts.retries.Load(),
 		TakenBack:   r.counts.takenBack.Load(),
@@ -501,6 +502,9 @@ func (r *Set) Group() dedup.GroupStats {
 		Restored:    r.counts.restored.Load(),
 		Dropped:     r.counts.dropped.Load(),
 		Pending:     uint64(max(0, r.pending.Load())),
+	}
+	if e := r.latest.Load(); e != nil {
+		s.Start, s.Unique = e.start, e.live()
 	}
 	s.Ready, s.Away = r.Health()
 	return s
