@@ -14,11 +14,11 @@ import (
 	"verve/internal/durable"
 )
 
-// lastUse is where the ids of a data directory are counted: here, or in the Redis
-// of a group. After a change the ids that were answered before are not known in the
-// window that runs on, so its record is not exact.
+// lastUse records where the ids of a data directory are counted: in memory, or in the Redis of
+// a group. If that changes during a window, the ids that were answered before the change are
+// not known after it, so the record of that window is not exact.
 type lastUse struct {
-	Ids   string    `json:"ids"` // as config.ids
+	Ids   string    `json:"ids"` // as config.ids returns it
 	Until time.Time `json:"until,omitzero"`
 
 	path string // empty: nothing is on disk
@@ -26,14 +26,15 @@ type lastUse struct {
 
 const lastUseFile = "last-use.json"
 
-// ids names the place where ids are counted, without the secrets of its URL.
+// ids returns a text that names the place where ids are counted, without the secrets in its
+// URLs.
 func (c *config) ids() string {
 	if c.Dedup != dedupRedis {
 		return c.Dedup
 	}
 	var hosts []string
 	for _, text := range c.RedisURL {
-		if u, err := url.Parse(text); err == nil { // else nothing was opened
+		if u, err := url.Parse(text); err == nil { // there is no error: the URLs were checked
 			hosts = append(hosts, u.Host+u.Path)
 		}
 	}
@@ -41,8 +42,8 @@ func (c *config) ids() string {
 	return "group " + c.Group + " in Redis at " + strings.Join(hosts, ", ")
 }
 
-// begin notes that ids is the place where ids are counted from now on. It returns until when they
-// were counted elsewhere; the zero time if they were not, or if that is not known.
+// begin records that ids are counted at the place named ids from now on. It returns until when
+// they were counted elsewhere; the zero time if they were not, or if that is not known.
 func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
 	if dir == noDataDir {
 		return elsewhere
@@ -51,7 +52,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	var before lastUse
 	if b, err := os.ReadFile(u.path); err == nil && json.Unmarshal(b, &before) == nil && before.Ids != ids {
 		if elsewhere = before.Until; elsewhere.IsZero() {
-			elsewhere = time.Now() // killed, at a time that is not known
+			elsewhere = time.Now() // that process was killed, at an unknown time
 		}
 		log.Warn().Str("before", before.Ids).Str("now", ids).Bool("killed", before.Until.IsZero()).
 			Msg("ids of this data directory were counted elsewhere before: windows left in a group's Redis are published by the next instance of that group, and a window that was running then is not exact")
@@ -63,7 +64,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	return elsewhere
 }
 
-// end notes that no id is counted any more.
+// end records that no id is counted any more.
 func (u *lastUse) end() error {
 	u.Until = time.Now().UTC()
 	return u.write()
