@@ -127,7 +127,7 @@ type Counter struct {
 	// earlier epoch.
 	open atomic.Pointer[Epoch]
 
-	mu     sync.Mutex
+	mu     sync.Mutex    // guards last to clock, and closed; held for moments, as every turn takes it
 	last   *Epoch        // the epoch opened last, also after Seal
 	turned []*Epoch      // ended but not yet closed, oldest first
 	spare  *Epoch        // memory for the next epoch, made before it is needed

@@ -63,10 +63,10 @@ type journal struct {
 	current  *segment   // the segment whose chunks are handed out; nil: none yet
 	ready    []*segment // segments with free chunks, in the order in which they will be used
 	known    [slotCount]known
-	newest   opened // the epoch opened last
-	begun    bool   // a slot that this process has written is on the disk
-	short    error  // why the last attempt to make a segment failed; nil: it did not
-	inUse    [forecastEpochs]int
+	newest   opened              // the epoch opened last
+	begun    bool                // a slot that this process has written is on the disk
+	short    error               // why the last attempt to make a segment failed; nil: it did not
+	inUse    [forecastEpochs]int // how many segments each of the last epochs needed, a ring
 
 	// The next fields are found at the start, for Past and the first Open. The first begin sets
 	// counts and keyed to nil: while counts is not nil, this process has begun no epoch.

@@ -108,8 +108,8 @@ type Memory struct {
 	narrow    tables[narrowBucket] // of canonical decimals; its old ones include released tables of tokens
 	wide      tables[wideBucket]   // of all other ids
 	loads     [forecastEpochs]load // loads of the epochs retired last, a ring
-	retired   int
-	unretired int // epochs that were opened and are not retired yet
+	retired   int                  // epochs that were retired with ids
+	unretired int                  // epochs that were opened and are not retired yet
 	spare     *View
 	serial    uint64 // of the epoch opened last
 
