@@ -662,8 +662,8 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 // dedupRedis is the value of --dedup with which all instances of a group count in one Redis.
 const dedupRedis = "redis"
 
-// openShared makes the set that the group shares. This instance keeps the ids that it knows to
-// be in Redis in memory only, not on disk, because Redis keeps them.
+// openShared makes the set that the group shares. This instance also remembers ids that Redis
+// has, but only in memory and not on disk, because Redis keeps them.
 func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*redis.Set, error) {
 	local, err := dedup.NewMemory(cfg.memory(memory))
 	if err != nil {

@@ -26,7 +26,7 @@ import (
 // next level, another array of buckets with a size of its own. Growing adds a level and moves
 // nothing.
 //
-// It is faster than sync.Map, than Go maps behind locks, and than the libraries with which
+// It replaced sync.Map and Go maps with locks, and is used instead of the libraries with which
 // package bench compares it (BenchmarkAdd there).
 const (
 	lineSlots      = 8 // words in a cache line

@@ -187,7 +187,7 @@ type change struct {
 //
 //   - its atomics, mutexes and pools are those of package explore;
 //   - time.Sleep and runtime.Gosched are explore.Pause;
-//   - Add of an atomic whose result is not looked at is Tally;
+//   - Add of an atomic whose result is not used is Tally;
 //   - a plain store into a mapped chunk is an atomic one, that is, a step;
 //   - with channels, what is done with those is done by package explore.
 func rewrite(name string, source []byte, channels bool) ([]byte, error) {
