@@ -45,7 +45,7 @@ Examples:
 
 Exit codes: 0 after a clean stop, 1 after a failure, 2 on a bad setting.`
 
-// relevant are the settings that a command other than serve reads.
+// relevant has the settings that each command reads; serve, which is not here, reads all.
 var relevant = map[string][]string{
 	"totals": {"config", "print-config", "data-dir", "counts-file", "kafka-brokers", "kafka-topic", "kafka-keys-topic", "kafka-tls",
 		"kafka-sasl", "kafka-user", "kafka-password-file"},
@@ -53,7 +53,7 @@ var relevant = map[string][]string{
 	"version":     {},
 }
 
-// reads reports whether the command reads the setting, which is one of the server.
+// reads reports whether the command reads a setting of the server.
 func reads(command, name string) bool {
 	command, _, _ = strings.Cut(command, " ")
 	read, limited := relevant[command]
@@ -67,14 +67,14 @@ func printHelp(options kong.HelpOptions, ctx *kong.Context) error {
 	}
 	for _, flags := range ctx.Model.AllFlags(false) {
 		for _, f := range flags {
-			f.Tag.Envs = f.Envs // taken away for the sources
+			f.Tag.Envs = f.Envs // config.flags has removed them
 		}
 	}
 	return kong.DefaultHelpPrinter(options, ctx)
 }
 
-// output is the standard output of a command. It keeps the first error: a command whose
-// output is not written has failed.
+// output is the standard output of a command. It keeps the first error, because a command whose
+// output cannot be written has failed.
 type output struct {
 	file *os.File
 	err  error
@@ -90,28 +90,29 @@ func (o *output) Write(b []byte) (int, error) {
 // errIncomplete makes verve totals exit 1, after the gaps and repeats are printed.
 var errIncomplete = errors.New("records are missing or repeated")
 
-// totalsSettle is how long records may come one after the other before the
-// windows that they changed are printed: those of several instances, and a whole
-// topic that is read from its beginning, then give each window one line.
+// With --follow, windows are printed totalsSettle after the first record that changed them. The
+// records of several instances arrive within that time, as do many records of a topic that is
+// read from its beginning: so most windows get only one line.
 const totalsSettle = 300 * time.Millisecond
 
-// totalsKeysWait is how long verve totals --follow --by-key waits for the records by key
-// of a record: they come from another topic or file.
+// totalsKeysWait is how long verve totals --follow --by-key waits for the records by key that
+// belong to a record: they come from another topic or file.
 const totalsKeysWait = 10 * time.Second
 
-// totalLine is one window, or one of its keys, as verve totals prints it into a pipe.
+// totalLine is the JSON line that verve totals prints into a pipe for a window or for one of
+// its keys.
 type totalLine struct {
 	Group    string    `json:"group"`
 	Start    time.Time `json:"window_start"`
 	MS       int64     `json:"window_ms"`
-	Key      *string   `json:"key,omitempty"` // nil: the window; empty: its ids without a key
+	Key      *string   `json:"key,omitempty"` // nil: the whole window; empty: its ids without a key
 	Unique   uint64    `json:"unique"`
 	Records  int       `json:"records"`
 	Complete bool      `json:"complete"`
 	Exact    bool      `json:"exact"`
 }
 
-// start is the time that --since means: RFC 3339, or so long before now.
+// start returns the time that --since means: a time in RFC 3339, or a duration before now.
 func (c totalsCmd) start(now time.Time) (time.Time, error) {
 	if c.Since == "" {
 		return time.Time{}, nil
@@ -125,9 +126,9 @@ func (c totalsCmd) start(now time.Time) (time.Time, error) {
 	return time.Time{}, setting.Errorf("since", "want a time as 2026-11-22T06:36:00Z, or a duration as 2h")
 }
 
-// totals prints the sum of each window: a table on a terminal, JSON Lines in a
-// pipe. Gaps and repeats go to stderr and make it fail; pauses in which nothing
-// ran go to stderr only.
+// totals prints the sum of each window: as a table on a terminal, as JSON Lines in a pipe. It
+// reports gaps and repeats on stderr and then returns an error. Windows in which no instance
+// ran are reported on stderr, too, but are no error.
 func totals(cfg *config, stdout *output, stderr *os.File) error {
 	follow := cfg.Totals.Follow
 	ctx := context.Background()
@@ -151,7 +152,7 @@ func totals(cfg *config, stdout *output, stderr *os.File) error {
 	if !cfg.Totals.ByKey {
 		keys = nil
 	}
-	since, _ := cfg.Totals.start(time.Now()) // judged by config.judge
+	since, _ := cfg.Totals.start(time.Now()) // config.judge has checked it
 	r := totalsReport{from: from, since: since, stdout: stdout, err: stderr}
 	r.out = newTotalsPrinter(stdout, isatty.IsTerminal(stdout.file.Fd()), keys != nil)
 	if follow {
@@ -160,22 +161,24 @@ func totals(cfg *config, stdout *output, stderr *os.File) error {
 	return r.whole(ctx, records, keys)
 }
 
-// totalsReport reads records, and prints what they add up to and what is wrong.
+// totalsReport reads records, and prints their sums and what is wrong with them.
 type totalsReport struct {
-	from  string    // what is read, for messages
-	since time.Time // windows that start before are left out
-	any   bool      // record was added
+	from  string    // names the topic or file that is read, for messages
+	since time.Time // windows that start before this time are left out
+	any   bool      // a record was read that is not left out
 
 	sums stream.Totals // keys are added with --by-key only
 
-	// With --follow only: records that were taken and not added, windows that were added to and
-	// not printed, since when, and whether what was there at the start is not all read.
+	// With --follow only. fresh has the records that were read but not added to sums yet.
+	// changed has the windows whose sums have changed since they were printed, and when that
+	// was. behind and keysBehind are true until the records, and the records by key, that
+	// existed at the start are read.
 	fresh              []stream.Record
 	changed            map[groupWindow]time.Time // nil: without --follow
 	behind, keysBehind bool
 
 	out    *totalsPrinter
-	stdout *output // of out
+	stdout *output // where out prints
 	err    io.Writer
 	bad    bool
 }
@@ -185,8 +188,9 @@ func (t *totalsReport) complain(format string, args ...any) {
 	fmt.Fprintln(t.err, printable(fmt.Sprintf(format, args...)))
 }
 
-// printable returns s with escapes for what does not print. A key is a caller's text and may
-// have characters, such as U+009B, by which a terminal does other things than to show them.
+// printable returns s with escapes for characters that are not printable. A key is text from a
+// client, and may have control characters, such as U+009B, that a terminal obeys instead of
+// showing them.
 func printable(s string) string {
 	var b strings.Builder
 	for _, r := range s {
@@ -199,8 +203,8 @@ func printable(s string) string {
 	return b.String()
 }
 
-// gap names what is missing, and what is not because nothing ran. With --follow what is
-// missing may still come.
+// gap prints a gap: missing records make totals fail; with Idle no instance ran, and nothing is
+// missing. With --follow the missing records may still arrive, so they do not make it fail yet.
 func (t *totalsReport) gap(g stream.Gap) {
 	name := "gap"
 	if g.Idle {
@@ -211,14 +215,14 @@ func (t *totalsReport) gap(g stream.Gap) {
 	fmt.Fprintln(t.err, printable(fmt.Sprintf("%s: %v", name, g)))
 }
 
-// repeats names the records that should not be there, from the given one on.
+// repeats prints the repeated records, from the one with index from on.
 func (t *totalsReport) repeats(from int) {
 	for _, r := range t.sums.Repeats()[from:] {
 		t.complain("repeat: %s", r)
 	}
 }
 
-// empty reports that there was nothing to add up.
+// empty reports it if no record was read.
 func (t *totalsReport) empty() {
 	if t.any {
 		return
@@ -230,7 +234,8 @@ func (t *totalsReport) empty() {
 	fmt.Fprintf(t.err, "no records%s in %s\n", after, t.from)
 }
 
-// whole reads the records before those by key: then the keys of each are there.
+// whole reads all records and prints the report once. It reads the records by key after the
+// others: they belong to records that are then known.
 func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	for r, err := range records {
 		if err := t.add(ctx, readRecord{Record: r, err: err}); err != nil {
@@ -258,8 +263,8 @@ func (t *totalsReport) whole(ctx context.Context, records iter.Seq2[stream.Recor
 	return t.verdict()
 }
 
-// follow prints each window when its records stop coming, again if another one
-// comes, and names what is wrong when it sees it.
+// follow prints each window soon after a record has changed it, and again after another record
+// has. It reports problems when it finds them.
 func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error]) error {
 	done := make(chan struct{})
 	defer close(done)
@@ -299,12 +304,12 @@ func (t *totalsReport) follow(ctx context.Context, records iter.Seq2[stream.Reco
 // readRecord is what a reader of records yields.
 type readRecord struct {
 	stream.Record
-	key *stream.KeyRecord // not nil: in place of Record
+	key *stream.KeyRecord // if not nil, this was read, not Record
 	err error
 }
 
-// readBoth reads records and, if there are any, records by key side by side, until done is
-// closed. The channel is closed when both have ended.
+// readBoth reads records and, if keys is not nil, records by key at the same time, until done
+// is closed. The returned channel is closed when both have ended.
 func readBoth(records iter.Seq2[stream.Record, error], keys iter.Seq2[stream.KeyRecord, error], done <-chan struct{}) <-chan readRecord {
 	reads := make(chan readRecord)
 	send := func(r readRecord) (more bool) {
@@ -337,8 +342,8 @@ type groupWindow struct {
 	counter.Span
 }
 
-// add adds a record, unless its window is an earlier one, and names one that is none. With
-// --follow it is added later. An error ends the reading.
+// add adds a record to the sums, or, with --follow, to fresh. It leaves out windows before
+// --since, and reports an invalid record. An error that it returns ends the reading.
 func (t *totalsReport) add(ctx context.Context, r readRecord) error {
 	switch {
 	case errors.Is(r.err, stream.ErrCaughtUp):
@@ -348,7 +353,7 @@ func (t *totalsReport) add(ctx context.Context, r readRecord) error {
 		t.complain("invalid: %v", r.err)
 		return nil
 	case r.err != nil && ctx.Err() != nil:
-		return nil // a signal ended it
+		return nil // a signal has ended the reading
 	case r.err != nil:
 		return r.err
 	}
@@ -366,7 +371,7 @@ func (t *totalsReport) add(ctx context.Context, r readRecord) error {
 	case r.key == nil:
 		t.sums.Add(r.Record)
 	default:
-		t.sums.AddKey(*r.key) // its window changes with its record
+		t.sums.AddKey(*r.key) // its window is printed when the record of the window is added
 		if t.changed != nil {
 			t.repeats(known)
 		}
@@ -374,9 +379,9 @@ func (t *totalsReport) add(ctx context.Context, r readRecord) error {
 	return nil
 }
 
-// addFresh adds the records that were taken since it was last called, and names what is
-// missing before them, and repeats. Those of one instance may come from two partitions, as its
-// records go to another one when their number grows: so they are put in order first.
+// addFresh adds the records in fresh to the sums, and reports gaps before them, and repeats. It
+// sorts them first: the records of one instance may arrive out of order, because they go to
+// another partition when the topic gets more partitions.
 func (t *totalsReport) addFresh() {
 	slices.SortStableFunc(t.fresh, func(a, b stream.Record) int {
 		return cmp.Or(a.WindowStart.Compare(b.WindowStart), cmp.Compare(a.Seq, b.Seq))
@@ -395,8 +400,8 @@ func (t *totalsReport) addFresh() {
 	t.repeats(known)
 }
 
-// caughtUp notes that what was there at the start is read, of the records or of those by key.
-// Only now it is known what is missing.
+// caughtUp is called when all records, or with ofKeys all records by key, that existed at the
+// start are read. Only then it is known which records are missing.
 func (t *totalsReport) caughtUp(ofKeys bool) {
 	switch {
 	case ofKeys && t.keysBehind:
@@ -413,9 +418,9 @@ func (t *totalsReport) caughtUp(ofKeys bool) {
 	}
 }
 
-// printChanged prints the windows that were added to since it was last called. One that
-// lacks records by key is left for later, if it was added to after the time given, and all are
-// while those by key are not read up to where they ended at the start.
+// printChanged prints the windows that have changed. With --by-key, a window whose records by
+// key are incomplete is left for later if it changed after the given time; and no window is
+// printed before all records by key that existed at the start are read.
 func (t *totalsReport) printChanged(after time.Time) {
 	t.addFresh()
 	if t.keysBehind {
@@ -443,7 +448,7 @@ func (t *totalsReport) printChanged(after time.Time) {
 	t.print(sums)
 }
 
-// print prints windows, or what each of their keys adds up to.
+// print prints windows, or the sums of each of their keys.
 func (t *totalsReport) print(windows []stream.WindowTotal) {
 	for _, w := range windows {
 		if !t.out.byKey {
@@ -469,7 +474,7 @@ func (t *totalsReport) verdict() error {
 
 // totalsPrinter writes windows, or their keys, as a table or as JSON Lines.
 type totalsPrinter struct {
-	json  *json.Encoder // nil: a table
+	json  *json.Encoder // nil: print a table
 	table *tabwriter.Writer
 	byKey bool
 }
@@ -506,7 +511,7 @@ func (p *totalsPrinter) print(w stream.WindowTotal, k *stream.KeyTotal) {
 	if !w.Exact {
 		notes = append(notes, "not exact")
 	}
-	// Padded, as rows that are printed later should stand below each other.
+	// Padded, so that the columns of rows that are printed later are aligned, too.
 	fmt.Fprintf(p.table, "%-20s\t%-8s\t", w.Start.Format(time.RFC3339Nano), w.Group)
 	if key != nil {
 		fmt.Fprintf(p.table, "%-20s\t", cmp.Or(printable(*key), "(no key)"))
@@ -520,7 +525,7 @@ func (p *totalsPrinter) flush() {
 	}
 }
 
-// healthTimeout bounds what verve healthcheck waits for an answer.
+// healthTimeout bounds how long verve healthcheck waits for an answer.
 const healthTimeout = 3 * time.Second
 
 // healthcheck asks the admin listener whether the server is alive.

@@ -35,11 +35,11 @@ import (
 	"verve/stream"
 )
 
-// noDataDir as --data-dir keeps everything in memory.
+// noDataDir is the value of --data-dir with which everything is kept in memory.
 const noDataDir = "none"
 
-// config holds every setting and the command. The tags are the documentation
-// that --help prints; the defaults are part of the contract.
+// config holds every setting and the command. --help prints the help texts in the tags. The
+// defaults are part of the contract: changing one breaks users.
 type config struct {
 	Config      string `help:"Settings file in YAML or JSON; its keys are flag names without the dashes." placeholder:"FILE" group:"General"`
 	PrintConfig bool   `help:"Print the settings in force and where each comes from, as a --config file, and exit." group:"General"`
@@ -102,10 +102,10 @@ type config struct {
 	LogLevel  string `default:"info" enum:"debug,info,warn,error" help:"Lowest level to log: ${enum}." group:"Log"`
 	LogFormat string `default:"auto" enum:"auto,console,json" help:"console, json, or auto: console on a terminal, JSON elsewhere." group:"Log"`
 
-	sources *setting.Sources  `kong:"-"` // of all of the above
+	sources *setting.Sources  `kong:"-"` // where the values of all settings above come from
 	model   *kong.Application `kong:"-"`
 
-	callbackSecret, adminToken, sentinelPassword []byte // what the files hold
+	callbackSecret, adminToken, sentinelPassword []byte // the contents of the secret files
 
 	Serve       struct{}  `cmd:"" default:"withargs" help:"Run the server (the default)."`
 	Totals      totalsCmd `cmd:"" help:"Print the total of each window over all instances, from the topic or the counts file; report gaps and repeats."`
@@ -119,16 +119,17 @@ type totalsCmd struct {
 	Since  string `placeholder:"TIME" help:"Only windows that start at this time or later: 2026-11-22T06:36:00Z, or 2h for two hours ago."`
 }
 
-// usageError is a mistake in the settings: exit code 2.
+// usageError is a mistake in the settings. It makes the program exit with code 2.
 type usageError struct{ err error }
 
 func (e usageError) Error() string { return e.err.Error() }
 func (e usageError) Unwrap() error { return e.err }
 
-// parse reads the settings: flags over environment over --config file over
-// defaults, and judges them. It returns the command to run, or none after --help
-// and --version. An error is one line that names the setting, its value and where
-// that comes from; nothing was opened, written or listened to.
+// parse reads the settings and checks them. A flag has precedence over the environment, that
+// over the --config file, and that over the default. parse returns the command to run, or a nil
+// cfg if --help or --version was given and printed. An error is one line that names the
+// setting, its value and the source of the value. parse only reads files and resolves
+// addresses: it writes nothing and does not listen.
 func parse(args []string, stdout io.Writer) (cfg *config, command string, err error) {
 	if len(args) > 0 && args[0] == "help" {
 		args = append(slices.Clone(args[1:]), "--help")
@@ -160,7 +161,7 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 	if err != nil {
 		return nil, "", err // a mistake in the tags above
 	}
-	k.Model.Name = "verve" // however the file is called
+	k.Model.Name = "verve" // even if the executable file has another name
 	cfg.model = k.Model
 	cfg.sources = setting.New(args, os.Environ(), cfg.flags())
 	fileErr := cfg.sources.ReadFile("config")
@@ -178,8 +179,9 @@ func parse(args []string, stdout io.Writer) (cfg *config, command string, err er
 	return cfg, command, nil
 }
 
-// flags are those of all commands, as the sources need to know them. From here on
-// the sources read the environment, and kong only shows the variables' names.
+// flags returns the flags of all commands in the form that setting.Sources needs. It removes
+// their variables from kong's model: the sources read the environment, and kong only prints the
+// names of the variables (printHelp).
 func (c *config) flags() []setting.Flag {
 	var all []setting.Flag
 	add := func(flags []*kong.Flag, file bool) {
@@ -200,7 +202,8 @@ func (c *config) flags() []setting.Flag {
 	return all
 }
 
-// resolve is a kong.Resolver with the environment and the settings file.
+// resolve is a kong.Resolver: it adds the environment and the settings file to the command line
+// as sources of a flag.
 func (c *config) resolve(ctx *kong.Context, of *kong.Path, flag *kong.Flag) (any, error) {
 	if of.Command == nil && !reads(ctx.Command(), flag.Name) {
 		return nil, nil
@@ -211,7 +214,8 @@ func (c *config) resolve(ctx *kong.Context, of *kong.Path, flag *kong.Flag) (any
 	return nil, nil
 }
 
-// judge refuses what cannot work of the settings that the command reads.
+// judge returns an error if one of the settings that the command reads cannot work. fileErr is
+// the error of reading the settings file.
 func (c *config) judge(command string, fileErr error) error {
 	if !reads(command, "config") {
 		return nil
@@ -237,15 +241,15 @@ func (c *config) judge(command string, fileErr error) error {
 	return c.check()
 }
 
-// explain makes the one line of an error: the setting that it is about, with its
-// value and where that comes from.
+// explain turns an error into a usageError of one line, with the setting that it is about, its
+// value and the source of the value.
 func (c *config) explain(err error) error {
 	why := withoutPassword(err.Error())
 	name := ""
 	if bad, ok := errors.AsType[*setting.Error](err); ok {
 		name, why = bad.Name, bad.Why
 	} else if m := regexp.MustCompile(`^--([a-z0-9-]+)(:| must)`).FindStringSubmatch(why); m != nil {
-		name, why = m[1], "want "+c.wanted(m[1]) // kong could not read it
+		name, why = m[1], "want "+c.wanted(m[1]) // kong could not parse the value
 	} else if word, ok := strings.CutPrefix(why, "unexpected argument "); ok && !strings.Contains(word, ",") {
 		var commands []string
 		for _, command := range c.model.Children {
@@ -260,7 +264,7 @@ func (c *config) explain(err error) error {
 			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, text), from.Phrase, why)
 		case from.Name == "--"+name:
 			why = fmt.Sprintf("--%s (%s): the value is missing, %s", name, from.Phrase, why)
-		case from.Name != "default": // in the file, and no text
+		case from.Name != "default": // the value is in the file, and is not text
 			why = fmt.Sprintf("--%s (%s): %s", name, from.Phrase, why)
 		default:
 			why = fmt.Sprintf("--%s=%s (%s): %s", name, c.shown(name, c.value(name)), from.Phrase, why)
@@ -296,14 +300,14 @@ func (c *config) wanted(name string) string {
 	}
 }
 
-// Nothing is shown of a value that holds credentials, nor of a secret that was given
-// in the place of its file's name.
+// Messages do not show the credentials in a value, nor a secret that was given instead of the
+// name of its file.
 var (
 	credentials = regexp.MustCompile(`^(.*?://)?.*@`)
 	secretFiles = []string{"admin-token-file", "callback-secret-file", "kafka-password-file", "redis-sentinel-password-file"}
 )
 
-// shown is a value as it may stand in a message.
+// shown returns a value in the form in which a message may show it.
 func (c *config) shown(name, value string) string {
 	const longest = 200
 	looksLikePath := strings.HasPrefix(value, "/") || strings.Contains(value, ".") || len(value) < 16
@@ -340,7 +344,7 @@ func (c *config) setting(name string) *kong.Flag {
 	return nil
 }
 
-// value is the value in force as text.
+// value returns the value in force as text; empty if there is no such setting.
 func (c *config) value(name string) string {
 	flag := c.setting(name)
 	if flag == nil {
@@ -352,9 +356,8 @@ func (c *config) value(name string) string {
 	return fmt.Sprint(flag.Target.Interface())
 }
 
-// print writes the settings in force as a --config file; those that are empty,
-// or hold a password, as comments. Other secrets are in files, which are named
-// and not read.
+// print writes the settings in force as a --config file. Settings that are empty or have a
+// password become comments. Other secrets are in files: print writes only the names of these.
 func (c *config) print(w io.Writer) error {
 	for _, flag := range c.settings() {
 		_, source, _ := c.sources.Lookup(flag.Name)
@@ -367,7 +370,7 @@ func (c *config) print(w io.Writer) error {
 			hidden := withoutPassword(v)
 			value, shown = hidden, v != "" && v == hidden
 		case []string:
-			list := make([]string, len(v)) // nil would be printed as null
+			list := make([]string, len(v)) // not nil, which would be printed as null
 			for i := range v {
 				list[i] = withoutPassword(v[i])
 			}
@@ -388,16 +391,17 @@ func (c *config) print(w io.Writer) error {
 	return nil
 }
 
-// userInfo is what stands before the host in a URL, however badly it is escaped.
+// userInfo matches the user and password before the host of a URL, even if they are not escaped
+// correctly.
 var userInfo = regexp.MustCompile(`://.*@`)
 
-// withoutPassword returns s without user and password, if it is a URL with some.
+// withoutPassword returns s; if it is a URL with a user or password, without these.
 func withoutPassword(s string) string { return userInfo.ReplaceAllString(s, "://hidden@") }
 
-// check asks each package about its part of the settings: the bounds are theirs.
-// The secrets that files hold are kept for later.
+// check lets each package check its part of the settings, because the packages define the
+// bounds. It also reads the secret files, and keeps their contents in c.
 func (c *config) check() (err error) {
-	for _, name := range []string{ // 0 is the default in the packages, and no value that a user means
+	for _, name := range []string{ // for the packages 0 means the default, which a user who sets 0 does not mean
 		"duplicate-status", "cleanup-interval", "cleanup-batch", "callback-concurrency", "callback-rate", "callback-timeout",
 		"max-batch-ids", "max-batch-bytes", "max-keys", "slow-timeout", "idle-timeout", "shutdown-timeout",
 	} {
@@ -433,8 +437,8 @@ func (c *config) check() (err error) {
 	return c.checkAddresses()
 }
 
-// checkKafka is apart, as verve totals reads these settings, too. They are judged
-// whether there are brokers or not.
+// checkKafka checks the settings for Kafka, even if there are no brokers. It is a function of
+// its own because verve totals reads these settings, too.
 func (c *config) checkKafka() error {
 	k := c.kafka()
 	return k.Check()
@@ -443,7 +447,7 @@ func (c *config) checkKafka() error {
 // namedFile is a file that is read because a setting names it.
 type namedFile struct {
 	flag, path string
-	secret     *[]byte // where its content is kept; nil: elsewhere
+	secret     *[]byte // where its content is kept; nil: another part reads it
 }
 
 func (c *config) files() []namedFile {
@@ -458,7 +462,7 @@ func (c *config) files() []namedFile {
 	}
 }
 
-// checkFiles reads the files that settings name, and judges pairs of them.
+// checkFiles reads the files that settings name, and checks settings that depend on each other.
 func (c *config) checkFiles() (err error) {
 	switch {
 	case c.TLSCertFile != "" && c.TLSKeyFile == "":
@@ -489,8 +493,8 @@ func (c *config) checkFiles() (err error) {
 	return server.CheckToken(c.adminToken)
 }
 
-// checkPath refuses a path that is probably not the one that is meant: it would be made, and
-// what is written there would not be found.
+// checkPath refuses a path that the user probably did not mean: the server would create it, and
+// the user would not find what was written there.
 func checkPath(name, path string) error {
 	switch {
 	case strings.TrimSpace(path) != path:
@@ -498,13 +502,13 @@ func checkPath(name, path string) error {
 	case len(path) > 1 && strings.Contains("\"'`", path[:1]) && path[len(path)-1] == path[0]:
 		return setting.Errorf(name, "there are quotes around it: env files keep the quotes around a value")
 	case path == "~" || strings.HasPrefix(path, "~/"):
-		return setting.Errorf(name, "~ stands for no directory here: want the path in its place, or ./~")
+		return setting.Errorf(name, "~ is not replaced by the home directory here: want the full path, or ./~")
 	}
 	return nil
 }
 
-// checkCountsFile refuses a counts file that is a file of something else: records would
-// destroy it, or be lost with it.
+// checkCountsFile refuses a counts file that has another purpose: records would destroy its
+// content, or be lost with it.
 func (c *config) checkCountsFile() error {
 	records := stream.Config{CountsFile: c.countsFile()}
 	for _, path := range records.CountsFiles() {
@@ -513,7 +517,7 @@ func (c *config) checkCountsFile() error {
 		}
 		for _, other := range c.files() {
 			if other.path != "" && sameFile(path, other.path) {
-				return setting.Errorf("counts-file", "it is the file of --%s", other.flag)
+				return setting.Errorf("counts-file", "it is the file that --%s names", other.flag)
 			}
 		}
 		if c.DataDir == noDataDir {
@@ -527,10 +531,11 @@ func (c *config) checkCountsFile() error {
 	return nil
 }
 
-// ownFile are the names that the server uses in the data directory, but for the counts file.
+// ownFile matches the names of all files that the server keeps in the data directory, except
+// the counts file.
 var ownFile = regexp.MustCompile(`^(spool(\.|-keys).*|epochs\b.*|windows\.jsonl.*|group-answers\.json.*|last-use\.json.*)$`)
 
-// sameFile reports whether two paths lead to one file, which need not exist.
+// sameFile reports whether two paths lead to the same file, which need not exist.
 func sameFile(a, b string) bool {
 	first, err := os.Stat(a)
 	second, errB := os.Stat(b)
@@ -553,7 +558,7 @@ func within(dir, path string) bool {
 	return err == nil && rest != ".." && !strings.HasPrefix(rest, "../")
 }
 
-// doubtful are settings that work and are probably not meant, one line each.
+// doubtful returns a line for each setting that works but is probably not what the user meant.
 func (c *config) doubtful() (lines []string) {
 	if len(c.KafkaBrokers) == 0 {
 		for _, name := range []string{"kafka-topic", "kafka-keys-topic", "kafka-tls", "kafka-sasl"} {
@@ -571,8 +576,8 @@ func (c *config) doubtful() (lines []string) {
 	return lines
 }
 
-// discards reports whether what is written to the counts file is lost. If standard output is
-// closed, Go opens os.DevNull in its place.
+// discards reports whether everything that is written to the counts file is lost. If standard
+// output is closed, Go opens os.DevNull instead.
 func (c *config) discards() bool {
 	null, err := os.Stat(os.DevNull)
 	if err != nil {
@@ -587,9 +592,8 @@ func (c *config) discards() bool {
 	return err == nil && os.SameFile(null, to)
 }
 
-// checkAddresses refuses those that can never be listened on. A port in use, or an
-// address that the machine does not have yet, may work later: that is for the
-// start to find out.
+// checkAddresses refuses addresses on which the server can never listen. A port that is in use,
+// or an address that the machine does not have yet, may work later; the start reports these.
 func (c *config) checkAddresses() error {
 	var public, admin *net.TCPAddr
 	for _, f := range []struct {
@@ -600,7 +604,7 @@ func (c *config) checkAddresses() error {
 			return err
 		}
 		if os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) {
-			continue // systemd hands over sockets in the place of addresses
+			continue // systemd hands over sockets, so the addresses are not used
 		}
 		addr, err := net.ResolveTCPAddr("tcp", f.addr)
 		if err != nil {
@@ -611,15 +615,15 @@ func (c *config) checkAddresses() error {
 	if public == nil || public.Port == 0 || public.Port != admin.Port {
 		return nil
 	}
-	// Go listens on all interfaces of both families, whichever of them 0.0.0.0 or [::] is of.
+	// Both for 0.0.0.0 and for [::] Go listens on all interfaces, with IPv4 and IPv6.
 	everywhere := func(a *net.TCPAddr) bool { return a.IP == nil || a.IP.IsUnspecified() }
 	if public.IP.Equal(admin.IP) && public.Zone == admin.Zone || everywhere(public) || everywhere(admin) {
-		return setting.Errorf("admin-listen", "the port is that of --listen=%s", c.Listen)
+		return setting.Errorf("admin-listen", "the port is the same as in --listen=%s", c.Listen)
 	}
 	return nil
 }
 
-// checkAddress refuses what is no address to listen on; it asks no resolver.
+// checkAddress refuses a text that is not an address to listen on. It does not resolve names.
 func checkAddress(name, addr string) error {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil || strings.ContainsAny(host, " \"'/") {
@@ -631,7 +635,8 @@ func checkAddress(name, addr string) error {
 	return nil
 }
 
-// inDataDir is a path in the data directory, empty without one.
+// inDataDir returns the path of a file in the data directory; empty if there is no data
+// directory.
 func (c *config) inDataDir(name string) string {
 	if c.DataDir == noDataDir {
 		return ""
@@ -639,10 +644,11 @@ func (c *config) inDataDir(name string) string {
 	return filepath.Join(c.DataDir, name)
 }
 
-// epochsDir is where the ids of the running epoch are kept.
+// epochsDir returns the directory in which the ids of the open epoch are kept.
 func (c *config) epochsDir() string { return c.inDataDir("epochs") }
 
-// countsFile resolves the default, and off and what has no place to the empty path.
+// countsFile returns the path of the counts file, with the default resolved; empty if it is
+// off, or if there is no place for it.
 func (c *config) countsFile() string {
 	switch {
 	case c.CountsFile == "off", c.CountsFile == "" && (len(c.KafkaBrokers) > 0 || c.DataDir == noDataDir):
@@ -664,8 +670,8 @@ func (c *config) kafka() stream.KafkaConfig {
 	return k
 }
 
-// memory, redis, spool, callbacks and front are the settings of the parts. main.go adds what
-// exists only after the start.
+// memory, redis, spool, callbacks and front return the settings of the parts. main.go adds
+// values that exist only at the start.
 func (c *config) memory(limit uint64) dedup.Config {
 	return dedup.Config{
 		Expect: c.expectIDs(limit / 2), MaxBytes: limit / 2, CleanupInterval: c.CleanupInterval, CleanupBatch: c.CleanupBatch,
@@ -699,7 +705,8 @@ func (c *config) front() server.Config {
 	}
 }
 
-// secretFile reads the secret that a flag names the file of; none without one.
+// secretFile returns the secret in the file that a flag names, without the line end; nil if
+// path is empty.
 func secretFile(flag, path string) ([]byte, error) {
 	if path == "" {
 		return nil, nil
@@ -714,7 +721,7 @@ func secretFile(flag, path string) ([]byte, error) {
 	return b, nil
 }
 
-// certificate loads that of the public listener; nil: plain HTTP.
+// certificate loads the certificate of the public listener. It returns nil for plain HTTP.
 func (c *config) certificate(log zerolog.Logger) (*server.Certificate, error) {
 	if c.TLSCertFile == "" {
 		return nil, nil
@@ -731,10 +738,10 @@ func (c *config) certificate(log zerolog.Logger) (*server.Certificate, error) {
 	return cert, nil
 }
 
-// memoryLimit is how much memory the process may take: the limit set for it
-// (GOMEMLIMIT), its container, or the machine; 0 if that is not known. Half of it is
-// for ids. The other half is for connections, the Go heap and, with a data directory,
-// the page cache.
+// memoryLimit returns how many bytes of memory the process may take: the smallest of the limit
+// set for it (GOMEMLIMIT), the limit of its container, and the memory of the machine; 0 if none
+// is known. Half of it is for ids. The other half is for connections, the Go heap and, with a
+// data directory, the page cache.
 func memoryLimit() uint64 {
 	limit := uint64(math.MaxUint64)
 	if n, err := memlimit.FromSystem(); err == nil {
@@ -752,18 +759,18 @@ func memoryLimit() uint64 {
 	return limit
 }
 
-// limitGoMemory has the garbage collector work harder before Go's own memory, which
-// the tables of ids are no part of, is more than its share of limit.
+// limitGoMemory makes the garbage collector work harder when Go's own memory comes near its
+// share of limit. The tables of ids are not part of that memory.
 func limitGoMemory(limit uint64) {
 	if limit > 0 {
 		debug.SetMemoryLimit(int64(limit / 32 * 11))
 	}
 }
 
-// expectIDs is the room for canonical decimals at the start. Without --expect-ids it is
-// what a busy server fills in its first window, unless memory is scarce: in a table that
-// had to grow, a search for a new id visits every level, each a cache miss or two. Memory
-// that is not needed is given back after some windows.
+// expectIDs returns for how many canonical decimals the tables have room at the start. Without
+// --expect-ids that is as many as a busy server gets in its first window, unless memory is
+// scarce: in a table that had to grow, the search for a new id visits every level, and each
+// level costs a cache miss or two. Memory that is not needed is given back after some windows.
 func (c *config) expectIDs(tableBytes uint64) uint64 {
 	const unsaid, bytesPerID, scarce = 8 << 20, 12, 32
 	if c.ExpectIDs > 0 {
@@ -781,7 +788,7 @@ const goroutinesField = "goroutines"
 // logger returns a logger that writes to w in the format of the settings, and the queue
 // between the two.
 func (c *config) logger(w *os.File) (zerolog.Logger, *logline.Writer) {
-	level, _ := zerolog.ParseLevel(c.LogLevel)                // it is one: the flag is an enum
+	level, _ := zerolog.ParseLevel(c.LogLevel)                // no error: the flag is an enum
 	zerolog.TimeFieldFormat = "2006-01-02T15:04:05.000Z07:00" // windows may be 50 ms long
 	var out io.Writer = w
 	if c.LogFormat == "console" || c.LogFormat == "auto" && isatty.IsTerminal(w.Fd()) {
@@ -794,7 +801,7 @@ func (c *config) logger(w *os.File) (zerolog.Logger, *logline.Writer) {
 	return zerolog.New(lines).Level(level).With().Timestamp().Logger(), lines
 }
 
-// writeGoroutines shows a dump on a terminal as lines.
+// writeGoroutines writes a dump of goroutines to a terminal as separate lines.
 func writeGoroutines(fields map[string]any, line *bytes.Buffer) error {
 	if dump, ok := fields[goroutinesField].(string); ok {
 		line.WriteString("\n" + dump)

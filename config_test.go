@@ -20,11 +20,11 @@ import (
 // badSetting is a value that can never work.
 type badSetting struct {
 	name, value string
-	shown       string   // of the value, if not all of it
+	shown       string   // the part of the value that the message shows, if not all
 	with        []string // other flags that the case needs
 }
 
-// badSettings are of every setting that can be wrong. files holds paths.
+// badSettings has bad values of every setting that can be wrong.
 func badSettings(t *testing.T) []badSetting {
 	dir := t.TempDir()
 	file := func(name, text string) string {
@@ -141,9 +141,8 @@ func badSettings(t *testing.T) []badSetting {
 	return all
 }
 
-// TestBadSettingsAreNamedBeforeAnythingIsTouched: whatever can never work stops the
-// start with one line that has the flag, the value and where it comes from, and there
-// is no file that was not there before.
+// TestBadSettingsAreNamedBeforeAnythingIsTouched: a value that can never work stops the start
+// with one line that has the flag, the value and its source, and no file was made.
 func TestBadSettingsAreNamedBeforeAnythingIsTouched(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
@@ -180,8 +179,8 @@ func TestBadSettingsAreNamedBeforeAnythingIsTouched(t *testing.T) {
 	}
 }
 
-// wantNamed checks the error of a bad setting, of which main makes the line and the
-// exit code.
+// wantNamed checks the error of a bad setting, from which main makes the line and the exit
+// code.
 func wantNamed(t *testing.T, err error, what string, parts ...string) {
 	t.Helper()
 	var usage usageError
@@ -199,8 +198,8 @@ func wantNamed(t *testing.T, err error, what string, parts ...string) {
 	}
 }
 
-// TestWhatIsNotInUTF8IsRefused: it would become the name of another file or instance. A file
-// of settings may begin with the mark that some editors write.
+// TestWhatIsNotInUTF8IsRefused: such a value would become the name of another file or instance.
+// A settings file may begin with the byte order mark that some editors write.
 func TestWhatIsNotInUTF8IsRefused(t *testing.T) {
 	const latin1 = "m\xfcller"
 	for _, name := range []string{"data-dir", "counts-file", "instance", "group", "kafka-topic", "tls-cert-file"} {
@@ -249,7 +248,7 @@ func TestValuesOfAnotherKindInAFileAreNotMissing(t *testing.T) {
 	}
 }
 
-// TestGoodSettingsAreTaken: what people write and what works, next to what is
+// TestGoodSettingsAreTaken: values that users write and that work, similar to those that are
 // refused above.
 func TestGoodSettingsAreTaken(t *testing.T) {
 	dir := t.TempDir()
@@ -280,13 +279,13 @@ func TestGoodSettingsAreTaken(t *testing.T) {
 	}
 }
 
-// TestDoubtfulSettingsAreReported: they work, and have no effect or a bad one.
+// TestDoubtfulSettingsAreReported: settings that work, but have no effect or a bad one.
 func TestDoubtfulSettingsAreReported(t *testing.T) {
 	password := filepath.Join(t.TempDir(), "password")
 	if err := os.WriteFile(password, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	null, err := os.Open(os.DevNull) // as Go does where standard output is closed
+	null, err := os.Open(os.DevNull) // as Go does if standard output is closed
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -320,15 +319,15 @@ func TestDoubtfulSettingsAreReported(t *testing.T) {
 	}
 }
 
-// TestVariablesOfOthersMeanNothing: those that Kubernetes and Docker make for a
-// service with the name of the program.
+// TestVariablesOfOthersMeanNothing: variables that Kubernetes and Docker set for a service with
+// the name of the program are ignored.
 func TestVariablesOfOthersMeanNothing(t *testing.T) {
 	for _, variable := range []string{
 		"VERVE_SERVICE_HOST=10.96.0.12", "VERVE_SERVICE_HOST=fd00::12", "VERVE_SERVICE_PORT=8080", "VERVE_SERVICE_PORT_HTTP=8080", "VERVE_PORT=tcp://10.96.0.12:8080", "VERVE_PORT=udp://[fd00::12]:53",
 		"VERVE_PORT_8080_TCP=tcp://10.96.0.12:8080", "VERVE_PORT_8080_TCP_PROTO=tcp", "VERVE_PORT_8080_TCP_PORT=8080", "VERVE_PORT_8080_TCP_ADDR=10.96.0.12",
 		"VERVE_ADMIN_SERVICE_HOST=10.96.0.13", "VERVE_ADMIN_SERVICE_PORT_METRICS=8081", "VERVE_HEADLESS_PORT_8081_TCP_ADDR=10.96.0.14", "VERVE_MY_REDIS_PORT=tcp://10.96.0.15:6379",
 		"VERVE_NAME=/web/verve", "VERVE_ENV_PATH=/bin", "VERVE_PORT_8080_TCP_START=tcp://172.17.0.2:8080",
-		"VERVE_LISTEN=tcp://10.96.0.12:8080",                                                             // a flag's name, and not its value
+		"VERVE_LISTEN=tcp://10.96.0.12:8080",                                                             // the name of a setting, but not a value of it
 		"VERVE_WINDOW=", "VERVE_DEDUP=", "VERVE_KAFKA_BROKERS=", "VERVE_CONFIG=", "VERVE_NO_SUCH_THING=", // empty is not set
 		"VERVE_TEST_X=1", "VERVES=1", "verve_window=fast",
 	} {
@@ -346,7 +345,7 @@ func TestVariablesOfOthersMeanNothing(t *testing.T) {
 	}
 }
 
-// TestFlagOverEnvironmentOverFile holds the order of the settings' sources.
+// TestFlagOverEnvironmentOverFile checks the precedence of the sources of settings.
 func TestFlagOverEnvironmentOverFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "settings.json")
 	if err := os.WriteFile(path, []byte(`{"window": "3s", "group": "file", "instance": "file", "max-ids": 5, "callback-allow": ["a.example.com:1", "b.example.com:2"]}`), 0o600); err != nil {
@@ -423,8 +422,8 @@ func TestRepeatableSettingsTakeSeveralValuesFromEachSource(t *testing.T) {
 	}
 }
 
-// FuzzSettings: whatever is in a --config file is taken or refused with one line,
-// and what is taken is printed as a file with the same effect.
+// FuzzSettings: any --config file is accepted, or refused with one line; and if it is accepted,
+// --print-config prints a file with the same effect.
 func FuzzSettings(f *testing.F) {
 	for _, s := range []string{
 		"", "window: 2s", "group: x\nkafka-brokers: [a:1, b:2]\n", `{"window": "3s", "max-ids": 5}`, "callback-allow:\n  - a.lan:1\n  - 10.0.0.0/8:2\n",

@@ -16,11 +16,11 @@ import (
 	"verve/internal/durable"
 )
 
-// lastUse is where the ids of a data directory are counted: here, or in the Redis
-// of a group. After a change the ids that were answered before are not known in the
-// window that runs on, so its record is not exact.
+// lastUse records where the ids of a data directory are counted: in memory, or in the Redis of
+// a group. If that changes during a window, the ids that were answered before the change are
+// not known after it, so the record of that window is not exact.
 type lastUse struct {
-	Ids       string    `json:"ids"` // as config.ids
+	Ids       string    `json:"ids"` // as config.ids returns it
 	Until     time.Time `json:"until,omitzero"`
 	Elsewhere time.Time `json:"elsewhere,omitzero"` // until when they were counted in another place before
 
@@ -29,14 +29,15 @@ type lastUse struct {
 
 const lastUseFile = "last-use.json"
 
-// ids names the place where ids are counted, without the secrets of its URL.
+// ids returns a text that names the place where ids are counted, without the secrets in its
+// URLs.
 func (c *config) ids() string {
 	if c.Dedup != dedupRedis {
 		return c.Dedup
 	}
 	var hosts []string
 	for _, text := range c.RedisURL {
-		if u, err := url.Parse(text); err == nil { // else nothing was opened
+		if u, err := url.Parse(text); err == nil { // there is no error: the URLs were checked
 			hosts = append(hosts, u.Host+u.Path)
 		}
 	}
@@ -44,8 +45,8 @@ func (c *config) ids() string {
 	return "group " + c.Group + " in Redis at " + strings.Join(hosts, ", ")
 }
 
-// begin notes that ids is the place where ids are counted from now on. It returns until when they
-// were counted elsewhere, also if that was noted by a process before that was killed; the zero
+// begin records that ids are counted at the place named ids from now on. It returns until when
+// they were counted elsewhere, also if an earlier process recorded that and was killed; the zero
 // time if they were not.
 func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
 	if dir == noDataDir {
@@ -60,7 +61,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	elsewhere = before.Elsewhere
 	if before.Ids != ids && !errors.Is(err, fs.ErrNotExist) {
 		if elsewhere = before.Until; elsewhere.IsZero() {
-			elsewhere = time.Now() // killed, at a time that is not known
+			elsewhere = time.Now() // that process was killed, at an unknown time
 		}
 		log.Warn().Str("before", before.Ids).Str("now", ids).Bool("killed", before.Until.IsZero()).
 			Msg("ids of this data directory were counted elsewhere before: windows left in a group's Redis are published by the next instance of that group, and a window that was running then is not exact")
@@ -72,7 +73,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	return elsewhere
 }
 
-// end notes that no id is counted any more.
+// end records that no id is counted any more.
 func (u *lastUse) end() error {
 	u.Until = time.Now().UTC()
 	return u.write()

@@ -10,8 +10,9 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// TestLastUse: after a change of where ids are counted it is known until when they were
-// counted elsewhere, by the processes after the next one, too, and not without one.
+// TestLastUse: after a change of the place where ids are counted, begin returns until when they
+// were counted elsewhere, also to the processes after the next one; without a change it returns
+// the zero time.
 func TestLastUse(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, lastUseFile)
@@ -22,12 +23,12 @@ func TestLastUse(t *testing.T) {
 		}
 	}
 	killed := false
-	var ended, last time.Time // of the process before, if it was not killed; what it got
+	var ended, last time.Time // when the process before ended, if it was not killed; what it got
 	for i, tt := range []struct {
 		ids    string
 		change bool
 		before func() error
-		killed bool // at its end
+		killed bool // the process was killed at its end
 	}{
 		{ids: "memory"},
 		{ids: "memory"},
@@ -65,7 +66,7 @@ func TestLastUse(t *testing.T) {
 	}
 }
 
-// TestPlaceOfIdsHasNoSecret, and does not depend on the order of URLs.
+// TestPlaceOfIdsHasNoSecret: and the text does not depend on the order of the URLs.
 func TestPlaceOfIdsHasNoSecret(t *testing.T) {
 	c := config{Dedup: dedupRedis, Group: "g", RedisURL: []string{"rediss://u:hidden@h2:1/0", "redis://h1:2"}}
 	if got, want := c.ids(), "group g in Redis at h1:2, h2:1/0"; got != want {

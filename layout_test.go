@@ -14,9 +14,9 @@ import (
 	"verve/internal/testproc"
 )
 
-// TestImportsPointOneWay holds the layout of DESIGN.md in every folder: the packages
-// know each other in one direction, and each large library has one home. Tests may
-// use what lies beside or below the product, so only product files are read.
+// TestImportsPointOneWay checks the layout of DESIGN.md in every folder: packages import each
+// other in one direction only, and each large library is imported in one place. Tests may
+// import more, so only product files are read.
 func TestImportsPointOneWay(t *testing.T) {
 	allowed := map[string][]string{ // by folder: the packages of this module that it may import
 		".":                  {"counter", "dedup", "dedup/redis", "internal/", "server", "server/callback", "stream"},
@@ -81,7 +81,7 @@ func TestImportsPointOneWay(t *testing.T) {
 	})
 }
 
-// modulePath is the path of this module, which make module changes.
+// modulePath returns the path of this module, which make module can change.
 func modulePath(t *testing.T) string {
 	t.Helper()
 	b, err := os.ReadFile("go.mod")
@@ -100,7 +100,7 @@ func modulePath(t *testing.T) string {
 func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
 	testproc.ProductFiles(t, 0, func(path string, _ *token.FileSet, f *ast.File) {
 		dir := filepath.ToSlash(filepath.Dir(path))
-		if path == "config.go" || strings.HasPrefix(dir, "bench") || strings.HasPrefix(dir, "internal/explore") || dir == "internal/testproc" { // not of the server
+		if path == "config.go" || strings.HasPrefix(dir, "bench") || strings.HasPrefix(dir, "internal/explore") || dir == "internal/testproc" { // these are not part of the server
 			return
 		}
 		ast.Inspect(f, func(n ast.Node) bool {
@@ -115,12 +115,12 @@ func TestOnlyConfigReadsTheEnvironment(t *testing.T) {
 	})
 }
 
-// TestFunctionsAreShort: at most 80 lines, but for tables. That none is too complex is
-// for the linter.
+// TestFunctionsAreShort: a function has at most 80 lines, except for tables. The linter checks
+// that none is too complex.
 func TestFunctionsAreShort(t *testing.T) {
 	const most = 80
 	tables := []string{"writeMetrics"}                                               // a line for each entry
-	ofTests := []string{"internal/explore", "internal/settest", "internal/testproc"} // which may tell a long story
+	ofTests := []string{"internal/explore", "internal/settest", "internal/testproc"} // folders of test code, whose functions may be long
 	testproc.ProductFiles(t, 0, func(path string, fset *token.FileSet, f *ast.File) {
 		if slices.ContainsFunc(ofTests, func(dir string) bool { return strings.HasPrefix(path, dir+"/") }) {
 			return

@@ -1,7 +1,7 @@
 // Verve counts unique ids per minute, exactly.
 //
-// This file starts and stops the parts, each in an order of its own; the settings are in
-// config.go, and DESIGN.md follows the path of a request.
+// This file starts the parts of the server in one order and stops them in another. The settings
+// are in config.go, and DESIGN.md follows the path of a request.
 package main
 
 import (
@@ -37,28 +37,30 @@ const (
 	exitFailed = 1
 	exitUsage  = 2
 
-	// askGroup bounds how long the start waits for the group's answer about its windows.
+	// askGroup bounds how long the start waits for Redis to report the last window of the
+	// group.
 	askGroup = time.Second
 
-	// signalEcho is longer than one signal takes to arrive twice and shorter
-	// than a hand takes to press a key twice.
+	// signalEcho is how long after the first stopping signal a second one counts as the same.
+	// It is longer than the time between two copies of one signal, and shorter than the time
+	// between two presses of a key.
 	signalEcho = 200 * time.Millisecond
 
-	// stopGrace is what a stop may take beyond --shutdown-timeout, for what is under
-	// way then: a commit at a broker that does not answer, the closing of files. Then
-	// the process ends, whatever hangs.
+	// stopGrace is how long a stop may take beyond --shutdown-timeout, to finish work such as a
+	// commit at a broker that does not answer, or the closing of files. After that the process
+	// exits, even if something hangs.
 	stopGrace = 5 * time.Second
 
-	// logPatience is how long an exit waits for the reader of its last lines.
+	// logPatience is how long an exit waits until the last lines of the log are written.
 	logPatience = 500 * time.Millisecond
 )
 
-// version is set by the linker. If it is not, versionText takes that of the module.
+// version is set by the linker. If it is empty, versionText returns the version of the module.
 var version = ""
 
 func main() {
-	// After a panic Go exits with 2, which is for bad settings here: service managers
-	// do not start again after it. With this setting a panic ends in SIGABRT.
+	// After a panic Go exits with code 2, which here means a bad setting: service managers do
+	// not restart the process after it. With this setting a panic ends the process by SIGABRT.
 	debug.SetTraceback("crash")
 	err := run(os.Args[1:], os.Stdout, os.Stderr)
 	if err == nil {
@@ -102,7 +104,7 @@ func versionText() string {
 		return version
 	}
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return strings.TrimPrefix(info.Main.Version, "v") // as in a release
+		return strings.TrimPrefix(info.Main.Version, "v") // a release has no v, either
 	}
 	return "(devel)"
 }
@@ -112,7 +114,7 @@ func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 	logLibraries(log)
 
 	p := &program{cfg: cfg, log: log, lines: lines, times: server.NewTimes(), failed: make(chan error, 8), notified: make(chan struct{})}
-	// From here on a signal stops in order, also in the middle of the start.
+	// From here on a signal stops the server in order, even in the middle of the start.
 	stop := p.catchSignals()
 	defer p.close()
 	if err := p.open(); err != nil {
@@ -122,7 +124,7 @@ func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 	greet(log, p.public.Addr(), p.private.Addr(), p.spool.Instance(), cfg)
 	stopping := make(chan struct{})
 	go notifySystemd(stopping, p.notified, log)
-	debug.FreeOSMemory() // reading the settings leaves half a megabyte, too little for a collection by itself
+	debug.FreeOSMemory() // returns the half megabyte that was needed to read the settings, which is too little to start a collection
 
 	var err error
 	select {
@@ -152,14 +154,14 @@ func serve(cfg *config, log zerolog.Logger, lines *logline.Writer) error {
 type program struct {
 	cfg   *config
 	log   zerolog.Logger
-	lines *logline.Writer // of log
+	lines *logline.Writer // the queue that log writes to
 
-	memory uint64 // that the process may take, in bytes; 0: not known
+	memory uint64 // how much memory the process may take, in bytes; 0: not known
 
 	times       *server.Times
 	public      net.Listener
 	private     net.Listener // the admin listener
-	handedOver  bool         // public is a socket that systemd holds open, too
+	handedOver  bool         // systemd holds the socket of public open, too
 	certificate *server.Certificate
 	spool       *stream.Spool
 	shared      *redis.Set // the group's set; nil in memory mode
@@ -168,7 +170,7 @@ type program struct {
 	set         dedup.Set    // shared, or one in memory
 	use         lastUse
 	counter     *counter.Counter
-	earlier     counter.Published // in memory mode: the last window of the processes before, also what they have not published
+	earlier     counter.Published // in memory mode: the last window that earlier processes counted, with the ids that they have not published
 	callbacks   *callback.Sender
 	server      *server.Server
 	admin       *server.Admin
@@ -180,17 +182,17 @@ type program struct {
 
 	notified chan struct{} // closed when systemd has been notified of the stop
 
-	stopParts, stopCounter, stopCallbacks context.CancelFunc // the first is of all that have none of their own
+	stopParts, stopCounter, stopCallbacks context.CancelFunc // stopParts is for all parts except the counter and the callbacks
 
-	// While the stop is limited, unfinished is what it waits for, for the last line
-	// of a process that has to end without it.
+	// unfinished names the step that the stop, or an interrupted start, is waiting for. If the
+	// process has to exit without finishing it, the last log line names it.
 	limited    sync.Once
 	unfinished atomic.Value // string
 
-	closers []func() // of what open acquired, in that order
+	closers []func() // release what open acquired, in the order of acquiring
 }
 
-// open makes every part. After an error, close releases what was made.
+// open makes every part. If it returns an error, close releases what was made before that.
 func (p *program) open() error {
 	cfg, log := p.cfg, p.log
 	p.memory = memoryLimit()
@@ -199,8 +201,8 @@ func (p *program) open() error {
 	if p.certificate, err = cfg.certificate(log); err != nil {
 		return cfg.explain(err)
 	}
-	// Addresses first: a second server on this machine should fail before it
-	// touches the data directory of the first.
+	// The addresses come first: if a second server is started on this machine, it should fail
+	// before it touches the data directory of the first.
 	if err := p.listen(); err != nil {
 		return err
 	}
@@ -230,7 +232,7 @@ func (p *program) open() error {
 	return nil
 }
 
-// openAdmin makes what operators look at.
+// openAdmin makes the admin server: the live page, health checks and metrics.
 func (p *program) openAdmin() {
 	cfg := server.AdminConfig{
 		Listener: p.private, Server: p.server, Times: p.times, Records: func() server.Records { return recordStats(p.stream.Stats()) }, Delivered: p.delivered,
@@ -241,14 +243,15 @@ func (p *program) openAdmin() {
 		cfg.Shared, cfg.Sealed = p.shared.Group, p.group.Sealed
 	}
 	if cfg.History != "" && p.stream.Stats().SetAside != "" {
-		// Which of its windows were delivered is not known any more.
-		_ = os.Remove(cfg.History) // what is not there need not be removed
+		// The spool was damaged, so it is not known any more which windows in the history were
+		// delivered.
+		_ = os.Remove(cfg.History) // it may not exist
 	}
 	p.admin = server.NewAdmin(cfg)
 }
 
-// listen opens both addresses, or takes the sockets that systemd hands over in
-// their place.
+// listen opens both addresses. For an address for which systemd hands over a socket, it uses
+// that.
 func (p *program) listen() error {
 	sockets, err := handedOver()
 	if err != nil {
@@ -272,7 +275,7 @@ func (p *program) listen() error {
 	return nil
 }
 
-// boundTo is the address of a listener, which is one of TCP.
+// boundTo returns the address of a listener, which must be a TCP listener.
 func boundTo(ln net.Listener) netip.AddrPort { return ln.Addr().(*net.TCPAddr).AddrPort() }
 
 // openRecords makes the spool, the group's set if there is one, and the stream of
@@ -306,11 +309,12 @@ func (p *program) openRecords() (err error) {
 	return err
 }
 
-// leftWait bounds how long a start waits for room for what an earlier process left.
+// leftWait bounds how long a start waits until the spool takes the counts that an earlier
+// process left, for example because the disk is full.
 const leftWait = 5 * time.Second
 
-// publishRecovered publishes, as records of this instance, what an earlier process has
-// counted in memory in the data directory and could not publish.
+// publishRecovered publishes, as records of this instance, counts in the data directory that an
+// earlier process made with --dedup=memory and could not publish.
 func (p *program) publishRecovered(streamCfg stream.Config) error {
 	streamCfg.Scope, streamCfg.Claims = stream.ScopeInstance, nil
 	out, err := stream.New(streamCfg, p.spool)
@@ -329,7 +333,7 @@ func (p *program) publishRecovered(streamCfg stream.Config) error {
 			Msg("a window counted before the change to --dedup=redis is published for this instance")
 		return nil
 	})
-	if err != nil { // it stays for a start with --dedup=memory
+	if err != nil { // they stay in the data directory for a start with --dedup=memory
 		p.log.Warn().Err(err).Str("dir", left.Dir).Msg("ids counted before the change to --dedup=redis are not published")
 	}
 	return nil
@@ -343,7 +347,8 @@ func (p *program) openCounter() (err error) {
 	}
 	if p.shared != nil {
 		p.set, counterCfg.Publisher = p.shared, p.group
-		// If the group cannot be asked now, the heartbeat finds out later what length it has.
+		// If Redis does not answer now, the heartbeat finds out later how long the windows of
+		// the group are.
 		ctx, cancel := context.WithTimeout(context.Background(), askGroup)
 		defer cancel()
 		last, err := p.shared.Ledger().Last(ctx)
@@ -364,7 +369,7 @@ func (p *program) openCounter() (err error) {
 		p.set, counterCfg.Publisher = mem, p.stream
 		if !mem.Keeps() {
 			counterCfg.InexactBefore = time.Now()
-			p.log.Info().Msg("ids are in memory only: what an earlier process has answered in the running window is not known, so that window gets exact:false")
+			p.log.Info().Msg("ids are in memory only: the ids that an earlier process answered in this window are not known, so the record of this window gets exact:false")
 		}
 	}
 	counterCfg.Store = p.set
@@ -389,7 +394,7 @@ func (p *program) openCounter() (err error) {
 	return nil
 }
 
-// logPast logs what is lost of what earlier processes left.
+// logPast logs which counts of earlier processes are lost.
 func (p *program) logPast(past counter.Past) {
 	line := func(l counter.Recovered) *zerolog.Event {
 		return p.log.Error().Str("window_start", l.Start.Format(time.RFC3339Nano)).Str("window", l.Window.String()).Uint64("unique", l.Unique)
@@ -404,8 +409,8 @@ func (p *program) logPast(past counter.Past) {
 	}
 }
 
-// live returns the open window and its count: of the whole group if ids are shared, else with
-// what earlier processes have counted in it.
+// live returns the start of the open window and how many ids it has: in a group those of all
+// instances, otherwise also those that earlier processes counted in this window.
 func (p *program) live() (start time.Time, unique uint64) {
 	e := p.counter.Last()
 	start, unique = e.Start(), e.Unique()
@@ -418,7 +423,7 @@ func (p *program) live() (start time.Time, unique uint64) {
 	return start, unique
 }
 
-// delivered returns the state of a window's record, "" if it is not known.
+// delivered returns the state of the record of a window; "" if that is not known.
 func (p *program) delivered(start time.Time) string {
 	state := p.spool.Delivered(start)
 	if state == "" && p.shared != nil && p.shared.Ledger().IsDelivered(start) {
@@ -451,7 +456,7 @@ func (p *program) run() {
 	p.start("server", p.server.Serve)
 }
 
-// start runs a part. The first error of one stops the program.
+// start runs a part in a goroutine. The first error that a part returns stops the program.
 func (p *program) start(name string, part func() error) {
 	p.running.Go(func() {
 		if err := part(); err != nil {
@@ -460,8 +465,8 @@ func (p *program) start(name string, part func() error) {
 	})
 }
 
-// stop ends the parts in order, within the shutdown timeout. A step that cannot be
-// finished in time is logged; records that it leaves stay in the spool.
+// stop ends the parts in order, within the shutdown timeout. A step that is not finished in
+// time is logged; records that are not delivered stay in the spool.
 func (p *program) stop() {
 	budget, cancel := context.WithTimeout(context.Background(), p.cfg.ShutdownTimeout)
 	defer cancel()
@@ -474,23 +479,26 @@ func (p *program) stop() {
 	}{
 		// Load balancers should send requests elsewhere before any is refused.
 		{"/readyz was not changed in time", p.notReady},
-		// Connections not accepted yet wait for the next process, which can count their ids.
+		// Connections that are not accepted yet wait in the socket for the next process, which
+		// can count their ids.
 		{"the socket was not left in time", func() error { return p.leaveSocket(budget) }},
-		// From here on ids are answered 503: the last record has every id that was answered ok.
+		// From here on ids are answered 503. So the last record has every id that was answered
+		// ok.
 		{"the counter was not sealed in time", func() error { p.counter.Seal(); return nil }},
-		// Requests that were counted get their answers and start their callbacks.
+		// Requests that were counted get their answers, and their callbacks are queued.
 		{"requests not finished in time", func() error { return p.server.Shutdown(budget) }},
-		// No request can start another callback. The records need the other half of the time.
+		// No request can add another callback. The second half of the time is for the records.
 		{"callbacks not sent in time", func() error { return p.drainCallbacks(half) }},
-		// All requests have left the sealed epoch: the counter publishes it as partial.
+		// All requests have left the sealed epoch. The counter publishes it as not complete.
 		{"the last record could not be written in time", func() error { return p.awaitClosed(budget) }},
-		// The instance has reported everything: its group need not wait for it.
+		// This instance has reported all its counts. Now the group need not wait for it any
+		// more.
 		{"this instance could not leave its group in order", func() error { return p.leaveGroup(budget) }},
-		// Records not delivered stay in the spool for the next start.
+		// Records that are not delivered in time stay in the spool for the next start.
 		{"records not delivered in time", func() error { return p.flush(budget) }},
-		// A stop can be over before the goroutine that notifies has run.
+		// Otherwise the process could end before the goroutine that notifies systemd has run.
 		{"systemd was not notified of the stop in time", func() error { return await(budget, p.notified) }},
-		// Nothing is left for the parts to do.
+		// The other parts have nothing left to do.
 		{"when counting ended could not be noted in last-use.json", p.endParts},
 		// Last, so that operators can watch the stop.
 		{"admin requests not ended", func() error { return p.admin.Shutdown(budget) }},
@@ -505,9 +513,9 @@ func (p *program) stop() {
 	p.running.Wait()
 }
 
-// sendElsewhere counts on for the shutdown delay, and meanwhile makes every answer
-// the last of its connection: so load balancers notice that this instance is not ready
-// before it refuses anything.
+// sendElsewhere waits for the shutdown delay. Ids are counted meanwhile, and every answer
+// closes its connection. So load balancers notice that this instance is not ready before it
+// refuses anything.
 func (p *program) sendElsewhere() {
 	p.server.LastAnswers()
 	if p.cfg.ShutdownDelay > 0 {
@@ -520,7 +528,8 @@ func (p *program) sendElsewhere() {
 	}
 }
 
-// leaveSocket stops accepting from a socket that stays open without this process.
+// leaveSocket stops accepting connections if systemd holds the socket open: it stays open when
+// this process has ended.
 func (p *program) leaveSocket(ctx context.Context) error {
 	if p.handedOver {
 		p.server.StopAccepting(ctx)
@@ -555,7 +564,8 @@ func (p *program) awaitClosed(ctx context.Context) error {
 	return err
 }
 
-// await waits until done is closed. It is no failure if it is closed when ctx ends.
+// await waits until done is closed, or returns the error of ctx. If both have happened, it
+// returns nil.
 func await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
@@ -577,7 +587,7 @@ func (p *program) leaveGroup(ctx context.Context) error {
 	return p.group.Leave(ctx)
 }
 
-// flush waits until every record is delivered, and reports those of the group.
+// flush waits until every record is delivered, and then reports to the group which records are.
 func (p *program) flush(ctx context.Context) error {
 	err := p.stream.Flush(ctx)
 	if err == nil && p.group != nil {
@@ -599,7 +609,7 @@ func (p *program) close() {
 	}
 }
 
-// clockChanged logs why this instance is not ready, and that it is again.
+// clockChanged logs that the clock makes this instance not ready, or that the problem is over.
 func (p *program) clockChanged(problem string) {
 	if problem == "" {
 		p.log.Info().Msg("the clock is in step with the open window again")
@@ -613,8 +623,8 @@ func (p *program) paused(absent time.Duration) {
 		Msg("the process did not run for a while (stopped, machine suspended, or no CPU): skipped windows are published with 0 and complete:false")
 }
 
-// windowClosed reports a closed epoch. The counter calls it while it runs, which is
-// after open has made the admin server.
+// windowClosed logs a closed epoch, and passes it to the metrics and the live page. Only
+// Counter.Run calls it, and open has made the admin server before that runs.
 func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 	p.times.EpochClosed(c, took)
 	if err == nil {
@@ -622,16 +632,16 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 	}
 	waiting := p.stream.Stats().Pending
 	if err == nil && p.shared == nil {
-		waiting = max(0, waiting-1) // the record of this window is on its way, which is no backlog
+		waiting = max(0, waiting-1) // the record of this window has only just been spooled, and is no backlog
 	}
 	logWindow(p.log, c, took, waiting, p.shared != nil, err)
 }
 
-// keyShare is the part of the memory limit that the keys of windows not published may
-// take: with what is made of them at a turn they take several times as much.
+// The keys of unpublished windows may take one part in keyShare of the memory limit. With the
+// counts and records that are made of them at a turn, they take several times as much.
 const keyShare = 16
 
-// kept adds to c where the last process left its ids.
+// kept adds to a Config where the last process left its ids.
 func (c *config) kept(to dedup.Config, publisher string, log zerolog.Logger) dedup.Config {
 	to.Dir, to.Publisher, to.Window = c.epochsDir(), publisher, c.Window
 	to.OnSetAside = func(name string, reason error) {
@@ -641,8 +651,8 @@ func (c *config) kept(to dedup.Config, publisher string, log zerolog.Logger) ded
 	return to
 }
 
-// openSet makes the set, with the ids that the last process left in the data
-// directory. On a system that cannot keep them there it does without.
+// openSet makes the set, with the ids that the last process left in the data directory. If the
+// system cannot keep ids in files, openSet logs that and keeps them in memory only.
 func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (*dedup.Memory, error) {
 	c := cfg.kept(cfg.memory(memory), publisher, log)
 	c.MaxIDs = cfg.MaxIDs
@@ -650,7 +660,7 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 		log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
 	}
 	c.OnRepair = func() { log.Info().Msg("ids are kept on disk again") }
-	if cfg.ExpectIDs > 0 && cfg.IDFormat != "uint64" { // decimals, UUIDs or text
+	if cfg.ExpectIDs > 0 && cfg.IDFormat != "uint64" { // ids may be decimals, UUIDs or text
 		c.Expect, c.ExpectAny = 0, cfg.ExpectIDs
 	}
 	set, err := dedup.NewMemory(c)
@@ -662,11 +672,11 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 	return set, err
 }
 
-// dedupRedis as --dedup counts with the other instances of the group.
+// dedupRedis is the value of --dedup with which all instances of a group count in one Redis.
 const dedupRedis = "redis"
 
-// openShared makes the set that the group shares. What this instance has learnt
-// of its ids stays in memory, as Redis keeps them.
+// openShared makes the set that the group shares. This instance also remembers ids that Redis
+// has, but only in memory and not on disk, because Redis keeps them.
 func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger) (*redis.Set, error) {
 	local, err := dedup.NewMemory(cfg.memory(memory))
 	if err != nil {
@@ -682,23 +692,23 @@ func openShared(cfg *config, memory uint64, instance string, log zerolog.Logger)
 	return set, nil
 }
 
-// logLibraries makes what a library prints by Go's standard logger a line of log.
+// logLibraries turns what libraries print with Go's standard logger into lines of log.
 func logLibraries(log zerolog.Logger) {
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(log.With().Str("level", "warn").Logger())
 }
 
-// catchSignals does what actOf returns for each signal, until the process ends.
-// The first one that stops the server is sent to the channel returned. A second
-// SIGTERM, SIGINT or SIGQUIT ends the process at once; what follows the first
-// within signalEcho is the same one: timeout(1) and terminals send it to the
-// process and to its group.
+// catchSignals handles each signal as actOf describes, until the process ends. It sends the
+// first signal that stops the server to the returned channel. A second SIGTERM, SIGINT or
+// SIGQUIT ends the process at once. A signal within signalEcho after the first counts as the
+// same one, because timeout(1) and terminals send a signal to the process and to its process
+// group.
 func (p *program) catchSignals() (stop <-chan os.Signal) {
 	signals, first := make(chan os.Signal, 64), make(chan os.Signal, 1)
 	notifySignals(signals)
 	go func() {
 		stopping := false
-		var asked time.Time // when the first stopping signal came
+		var asked time.Time // when the first SIGTERM, SIGINT or SIGQUIT arrived
 		for s := range signals {
 			act := actOf(s)
 			if act.dump {
@@ -727,8 +737,8 @@ func (p *program) catchSignals() (stop <-chan os.Signal) {
 	return first
 }
 
-// limitStop ends the process when the stop, or a start that a signal interrupts,
-// takes longer than it may: a file system that hangs has no timeout.
+// limitStop ends the process if the stop, or a start that a signal has interrupted, takes too
+// long: calls to a file system that hangs have no timeout.
 func (p *program) limitStop() {
 	p.limited.Do(func() {
 		p.unfinished.CompareAndSwap(nil, "the start was not finished in time")
@@ -740,20 +750,20 @@ func (p *program) limitStop() {
 	})
 }
 
-// exit ends the process without waiting for anything but the log, briefly.
+// exit ends the process at once. It only waits for the log, for logPatience at most.
 func (p *program) exit() {
 	p.lines.Flush(logPatience)
 	os.Exit(exitFailed)
 }
 
-// dump logs what every goroutine does.
+// dump logs the stacks of all goroutines.
 func (p *program) dump(signal string) {
-	const most = 1 << 20 // some thousand goroutines
+	const most = 1 << 20 // the stacks of some thousand goroutines
 	text := make([]byte, most)
 	p.log.Info().Str("signal", signal).Bytes(goroutinesField, text[:runtime.Stack(text, true)]).Msg("goroutines")
 }
 
-// greet logs what runs where, and how to try it.
+// greet logs the addresses, names and sinks of the server, and commands to try it.
 func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *config) {
 	log.Info().Str("version", versionText()).Str("listen", public.String()).Str("admin", admin.String()).
 		Str("group", cfg.Group).Str("instance", instance).Str("window", cfg.Window.String()).Str("records", cfg.recordsGo()).
@@ -767,14 +777,14 @@ func greet(log zerolog.Logger, public, admin net.Addr, instance string, cfg *con
 	}
 	curl, url := "curl", "http://"+reachable(public.String())
 	if cfg.TLSCertFile != "" {
-		curl, url = "curl -k", "https://"+reachable(public.String()) // the certificate is of another name
+		curl, url = "curl -k", "https://"+reachable(public.String()) // -k, because the certificate is not for this address
 	}
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=42'", curl, url)
 	log.Info().Msgf("try: %s '%s/api/verve/accept?id=43&endpoint=%s/test'", curl, url, url)
 	log.Info().Msgf("watch: http://%s/", reachable(admin.String()))
 }
 
-// recordsGo names where the records go.
+// recordsGo returns a text that names the sinks of the records.
 func (c *config) recordsGo() string {
 	var to []string
 	if len(c.KafkaBrokers) > 0 {
@@ -793,7 +803,7 @@ func (c *config) recordsGo() string {
 	return strings.Join(to, " and ")
 }
 
-// reachable is the address of a listener as a client on this machine would write it.
+// reachable returns the address with which a client on this machine reaches a listener.
 func reachable(listen string) string {
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
@@ -805,11 +815,12 @@ func reachable(listen string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// logWindow is the line of a closed window: what was counted, at what rate, how
-// late its last request left, how long waiting for it and publishing took, and how
-// many records of earlier windows wait for delivery.
+// logWindow logs the line of a closed window: the counts, their rate, how long after the end of
+// the window the last request left, how long the closer waited for that request and published
+// the count, and how many records of earlier windows wait for delivery.
 //
-// What the group counted in it is in the line of the instance that publishes it.
+// In a group these are the counts of this instance. The count of the whole group is in a line
+// of the instance that publishes it.
 func logWindow(log zerolog.Logger, c counter.Count, took time.Duration, waiting int, shared bool, err error) {
 	line := log.Info()
 	if err != nil {

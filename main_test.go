@@ -19,7 +19,7 @@ import (
 	"verve/stream"
 )
 
-// TestMain lets this test binary be a verve that crashes.
+// TestMain lets this test binary run as a server that crashes.
 func TestMain(m *testing.M) {
 	if os.Getenv("VERVE_TEST_CRASH") == "1" {
 		time.AfterFunc(time.Second, func() { panic("as the test wants it") })
@@ -38,7 +38,7 @@ func TestCrashIsNoBadSetting(t *testing.T) {
 	cmd := exec.CommandContext(t.Context(), exe, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
 	cmd.Dir = t.TempDir()
 	cmd.Env = append(os.Environ(), "VERVE_TEST_CRASH=1")
-	out, _ := cmd.CombinedOutput() // how it ended is in the state
+	out, _ := cmd.CombinedOutput() // ProcessState has how it ended
 	if code := cmd.ProcessState.ExitCode(); code == 0 || code == exitFailed || code == exitUsage {
 		t.Errorf("%v, want an end by a signal; it printed\n%s", cmd.ProcessState, out)
 	}
@@ -58,7 +58,7 @@ func TestLibrariesPrintNoLinesOfTheirOwn(t *testing.T) {
 	}
 }
 
-// TestTheStartNamesWhereRecordsGo: in the line "listening", whatever is set.
+// TestTheStartNamesWhereRecordsGo: in the line "listening", with any settings.
 func TestTheStartNamesWhereRecordsGo(t *testing.T) {
 	for _, c := range []struct {
 		brokers []string
@@ -111,8 +111,7 @@ func TestKeysThatWaitFollowTheMemoryLimit(t *testing.T) {
 	}
 }
 
-// TestTotalsAreATableOnATerminal, whose rows stand below each other, also those
-// that come later.
+// TestTotalsAreATableOnATerminal: its columns are aligned, also in rows that are printed later.
 func TestTotalsAreATableOnATerminal(t *testing.T) {
 	var out bytes.Buffer
 	p := newTotalsPrinter(&out, true, false)
@@ -148,8 +147,8 @@ func TestTotalsAreATableOnATerminal(t *testing.T) {
 	}
 }
 
-// TestKeysCannotControlATerminal: a key may have any character but control bytes, and some that
-// are none control a terminal.
+// TestKeysCannotControlATerminal: a key may have any character except control bytes, and some
+// other characters control a terminal, too.
 func TestKeysCannotControlATerminal(t *testing.T) {
 	const key, shown = "a\u009b2J\u202eé\ufeff", `a\u009b2J\u202eé\ufeff`
 	var out bytes.Buffer
@@ -163,7 +162,8 @@ func TestKeysCannotControlATerminal(t *testing.T) {
 	}
 }
 
-// TestWhatIsDoneIsNoTimeout: a stop whose time is over does not log that what is done was not.
+// TestWhatIsDoneIsNoTimeout: a stop whose time is over does not log a finished step as
+// unfinished.
 func TestWhatIsDoneIsNoTimeout(t *testing.T) {
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -172,7 +172,7 @@ func TestWhatIsDoneIsNoTimeout(t *testing.T) {
 		t.Error("what is not done is no failure")
 	}
 	close(done)
-	for range 100 { // a select of two draws one
+	for range 100 { // a select with two ready cases chooses one at random
 		if err := await(over, done); err != nil {
 			t.Fatal(err)
 		}

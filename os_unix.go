@@ -18,21 +18,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// signalAct is what a signal does to a server.
+// signalAct describes what the server does when it gets a signal.
 type signalAct struct {
-	name   string // as unix.SignalName has it
+	name   string // as unix.SignalName returns it
 	stop   bool   // the server stops in order
-	insist bool   // a second one of these ends the process at once
-	dump   bool   // what every goroutine does is logged
+	insist bool   // a second signal with insist ends the process at once
+	dump   bool   // the stacks of all goroutines are logged
 	silent bool   // ignored without a line in the log
 }
 
-// signalsLeft are those that cannot be caught, that the Go runtime needs for
-// itself, or that are not sent to make a server act.
+// signalsLeft are the signals that are not handled: they cannot be caught, or the Go runtime
+// needs them for itself, or they are not meant to make a server act.
 var signalsLeft = []string{"SIGKILL", "SIGSTOP", "SIGURG", "SIGPROF", "SIGCHLD", "SIGCONT", "SIGWINCH", "SIGINFO"}
 
-// sigrtmin3 is what systemd in a container takes for a request to halt, and
-// container runtimes send to stop such an image. Signals from 32 on have no names.
+// sigrtmin3 is the signal with which container runtimes stop an image that runs systemd, which
+// takes it for a request to halt. Signals from 32 on have no names in package unix.
 const (
 	sigrtmin3   = "SIGRTMIN+3"
 	lastSignal  = 64
@@ -50,8 +50,8 @@ func signalName(s os.Signal) string {
 	return fmt.Sprintf("signal %d", n)
 }
 
-// actOf returns what a signal does that is not in signalsLeft. The table of
-// docs/operations.md has the same, with reasons.
+// actOf returns what the server does on a signal that is not in signalsLeft. A table in
+// docs/operations.md lists the same, with reasons.
 func actOf(s os.Signal) signalAct {
 	a := signalAct{name: signalName(s)}
 	switch a.name {
@@ -63,18 +63,19 @@ func actOf(s os.Signal) signalAct {
 		a.stop, a.dump = true, true
 	case "SIGPWR", "SIGXCPU", sigrtmin3, "SIGILL", "SIGBUS", "SIGFPE", "SIGSEGV":
 		a.stop = true
-	case "SIGHUP": // log rotation sends it to daemons; a terminal sends it as it is closed
+	case "SIGHUP": // log rotation sends it to daemons; a terminal sends it when it is closed
 		a.stop = atTerminal
 	case "SIGPIPE", "SIGXFSZ", "SIGTSTP", "SIGTTIN", "SIGTTOU":
-		// A write to a pipe without a reader, or of a file beyond RLIMIT_FSIZE, returns an
-		// error; one to a terminal by a server in its background is done.
+		// With these ignored, a write to a pipe without a reader, or to a file beyond
+		// RLIMIT_FSIZE, returns an error; and a server in the background of a terminal can
+		// write to it.
 		a.silent = true
 	}
 	return a
 }
 
-// atTerminal is whether the server was started at a terminal. When that is closed
-// it is a terminal no more.
+// atTerminal is whether the server was started at a terminal. It is determined at the start,
+// because a terminal that was closed no longer counts as one.
 var atTerminal = isatty.IsTerminal(os.Stdin.Fd()) || isatty.IsTerminal(os.Stderr.Fd())
 
 // notifySignals sends the signals that are not silent to c.
@@ -92,8 +93,8 @@ func notifySignals(c chan<- os.Signal) {
 	}
 }
 
-// accepts reports whether connections can be accepted from ln: a socket that was
-// handed over may be connected, or bound and no more.
+// accepts reports whether connections can be accepted from ln: a socket that was handed over
+// may be a connection, or bound but not listening.
 func accepts(ln *net.TCPListener) bool {
 	raw, err := ln.SyscallConn()
 	if err != nil {
@@ -108,8 +109,8 @@ func accepts(ln *net.TCPListener) bool {
 	return err == nil && listening != 0
 }
 
-// descriptorLimit is how many files the process may open at once; 0 if that is not
-// known. Go has raised the soft limit to the hard one at the start.
+// descriptorLimit returns how many files the process may have open at once; 0 if that is not
+// known. The Go runtime raises the soft limit to the hard one at the start.
 func descriptorLimit() uint64 {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -118,10 +119,10 @@ func descriptorLimit() uint64 {
 	return uint64(limit.Cur) // an int64 on some systems
 }
 
-// handedOver returns the listening sockets that this process was started with,
-// by the protocol of systemd's sd_listen_fds(3): public, admin, both or neither.
-// Sockets without names are these two in this order. What another process was
-// meant to get (LISTEN_PID) is ignored.
+// handedOver returns the listening sockets that systemd passed to this process by the protocol
+// of sd_listen_fds(3), by their names: public, admin, both or neither. If the sockets have no
+// names, the first is public and the second admin. Sockets that were meant for another process
+// (LISTEN_PID) are ignored.
 func handedOver() (map[string]*net.TCPListener, error) {
 	names := []string{"public", "admin"}
 	sockets := map[string]*net.TCPListener{}
@@ -129,7 +130,7 @@ func handedOver() (map[string]*net.TCPListener, error) {
 	for i, f := range files {
 		defer f.Close() // the listener has a copy
 		name := f.Name()
-		if name == fmt.Sprint("LISTEN_FD_", f.Fd()) && i < len(names) { // without a name
+		if name == fmt.Sprint("LISTEN_FD_", f.Fd()) && i < len(names) { // it has no name
 			name = names[i]
 		}
 		switch {
@@ -151,19 +152,20 @@ func handedOver() (map[string]*net.TCPListener, error) {
 	return sockets, nil
 }
 
-// notifySystemd reports to systemd, if that started this process, that it is ready, then
-// that it is alive at twice the pace of the watchdog, and that it stops when stopping is
-// closed. Like /healthz it promises that the process runs and answers, not that ids can be
-// counted: a restart would not repair Redis.
+// notifySystemd reports to systemd, if that started this process: first that the server is
+// ready; then, if the watchdog is on, twice in each of its periods that the process is alive;
+// and, when stopping is closed, that it stops. As with /healthz, alive means that the process
+// runs, not that ids can be counted: a restart would not repair Redis.
 //
-// It closes done when systemd has the last of these. A write to systemd may block.
+// It closes done when it has reported the stop: a write to systemd may block. It never returns,
+// so the watchdog is also served during the stop.
 func notifySystemd(stopping <-chan struct{}, done chan<- struct{}, log zerolog.Logger) {
 	notify := func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {
 			log.Warn().Err(err).Str("state", state).Msg("systemd could not be notified")
 		}
 	}
-	var tick <-chan time.Time // never, without a watchdog
+	var tick <-chan time.Time // nil, which never ticks, if the watchdog is off
 	if within, err := daemon.SdWatchdogEnabled(true); err != nil {
 		log.Warn().Err(err).Msg("the watchdog of systemd could not be notified")
 	} else if within > 0 {

@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// TestSignalTableIsDocumented: the table of docs/operations.md says of each signal
-// what actOf does with it.
+// TestSignalTableIsDocumented: the table of docs/operations.md lists for each signal what actOf
+// returns for it.
 func TestSignalTableIsDocumented(t *testing.T) {
 	text, err := os.ReadFile("docs/operations.md")
 	if err != nil {
@@ -45,8 +45,8 @@ func TestSignalTableIsDocumented(t *testing.T) {
 	}
 }
 
-// testSignals are those that act on a server by the table. On Linux 32 to 34 belong
-// to the threads of the C library.
+// testSignals returns the signals that, by the table, stop a server, and those that it ignores.
+// On Linux 32 to 34 belong to the threads of the C library.
 func testSignals() (stop, ignored []syscall.Signal) {
 	last := syscall.Signal(31)
 	if runtime.GOOS == "linux" {
@@ -55,7 +55,7 @@ func testSignals() (stop, ignored []syscall.Signal) {
 	for n := syscall.Signal(1); n <= last; n++ {
 		switch {
 		case slices.Contains(signalsLeft, signalName(n)), n >= 32 && n <= 34:
-		case actOf(n).stop && n != syscall.SIGHUP: // the tests run at a terminal or at none
+		case actOf(n).stop && n != syscall.SIGHUP: // depends on whether the tests run at a terminal
 			stop = append(stop, n)
 		default:
 			ignored = append(ignored, n)

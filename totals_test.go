@@ -16,14 +16,14 @@ import (
 	"verve/stream"
 )
 
-// followed is something that a reader yields, in its turn.
+// followed is one thing that a reader yields, and the pause before it.
 type followed[T any] struct {
 	record T
 	err    error
-	pause  time.Duration // before it
+	pause  time.Duration // how long the reader waits before it
 }
 
-// yields yields all, and waits for the end of ctx.
+// yields returns a reader that yields all, and then waits for the end of ctx.
 func yields[T any](ctx context.Context, all ...followed[T]) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		for _, f := range all {
@@ -36,7 +36,8 @@ func yields[T any](ctx context.Context, all ...followed[T]) iter.Seq2[T, error] 
 	}
 }
 
-// caughtUp returns the mark of a reader that follows.
+// caughtUp returns the error with which a reader reports that it has read everything that
+// existed at the start.
 func caughtUp(t *testing.T) error {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "counts.jsonl")
@@ -52,7 +53,7 @@ func caughtUp(t *testing.T) error {
 	return nil
 }
 
-// minutes are the records of some minutes, the first one is 1.
+// minutes returns the records of some minutes, which are numbered from 1.
 func minutes(keys uint64, numbers ...int) (all []followed[stream.Record]) {
 	day := time.Date(2026, 11, 22, 0, 0, 0, 0, time.UTC)
 	for _, n := range numbers {
@@ -65,7 +66,7 @@ func minutes(keys uint64, numbers ...int) (all []followed[stream.Record]) {
 	return all
 }
 
-// byKey is the record by key of a minute.
+// byKey returns the record by key of a minute.
 func byKey(key string, n int) followed[stream.KeyRecord] {
 	r := minutes(0, n)[0].record
 	return followed[stream.KeyRecord]{record: stream.KeyRecord{
@@ -88,15 +89,15 @@ func follow(t *testing.T, records []followed[stream.Record], keys []followed[str
 	return out.String(), complaints.String(), err
 }
 
-// TestTotalsFollowNamesNoGapThatIsNone: the records of an instance are on two partitions, as
-// their number has grown, and those of the second one are read first. Records that are missing
-// when all is read are named, and so are those that are missing later.
+// TestTotalsFollowNamesNoGapThatIsNone: the records of an instance are on two partitions,
+// because the topic got more partitions, and those of the second one are read first. Gaps are
+// reported when everything that existed at the start is read, and later when they occur.
 func TestTotalsFollowNamesNoGapThatIsNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		mark := []followed[stream.Record]{{err: caughtUp(t)}}
 		second, first := minutes(0, 5, 6, 7, 8), minutes(0, 1, 2, 3, 4)
 		first[2].pause = 10 * totalsSettle
-		later := minutes(0, 10, 9, 11) // in one settling
+		later := minutes(0, 10, 9, 11) // they arrive within one totalsSettle
 		later[0].pause = time.Minute
 		all := append(append(append(second, first...), mark...), later...)
 		stdout, stderr, err := follow(t, all, nil)
@@ -113,8 +114,8 @@ func TestTotalsFollowNamesNoGapThatIsNone(t *testing.T) {
 	})
 }
 
-// TestTotalsFollowReadsAllKeysThatAreThere, for as long as that takes, before it names one that
-// is missing.
+// TestTotalsFollowReadsAllKeysThatAreThere, however long that takes, before it reports a
+// missing one.
 func TestTotalsFollowReadsAllKeysThatAreThere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		mark := followed[stream.Record]{err: caughtUp(t)}

@@ -5,22 +5,22 @@ import "time"
 // change is a change of the length of the windows that takes effect while this
 // process runs.
 //
-// A data directory that was used with one length may be opened with a longer one
-// within a window of that. Its label, the start, may then be one that has a record
-// already, or lie before the last one, and labels strictly increase. A window that
-// began at the present time would have a true label, but not one that is a multiple
-// of its length, which an epoch is; waiting for the next start takes up to an hour.
-// So the windows keep the length that they had until the first start of a longer
-// one behind the last label. The last of them may end before its time, as at a stop.
+// The label of a window is its start. Labels strictly increase, and each is a multiple of the
+// length. If a data directory that was used with one length is opened with a longer one, the
+// present window of the longer length may have begun before the last label, or have the same
+// label, for which there is a record already. A window that began at the present time would not
+// have a multiple of its length as its label, and waiting for the next start could take an
+// hour. So the windows keep their old length until the first window of the longer length starts
+// after the last label. The last window of the old length may end early, as at a stop.
 //
-// A shorter window begins behind the last label as a rule, and then is opened at
-// once, as one that this process did not serve whole.
+// The present window of a shorter length usually begins after the last label. Then it is opened
+// at once, and is not complete, because this process did not serve the whole of it.
 type change struct {
 	until int64 // Unix time, ns: the first start of a window of the new length; 0: nothing changes
 	old   int64 // the length before, ns
 }
 
-// floor is the number of the epoch of a length at ns.
+// floor returns the number of the epoch at ns, for windows of the given length.
 func floor(ns, window int64) int64 {
 	n := ns / window
 	if ns%window < 0 {
@@ -29,8 +29,8 @@ func floor(ns, window int64) int64 {
 	return n
 }
 
-// first returns the epoch to begin with at now: the one of that time, or, if the
-// clock is behind, the first one whose label may follow the last.
+// first returns the epoch that a process which starts at now begins with: the present one, or,
+// if the clock is behind, the first one whose label may follow the last label.
 func (c *Counter) first(now int64) (start, window int64) {
 	window = int64(c.cfg.Window)
 	start = floor(now, window) * window
@@ -45,7 +45,7 @@ func (c *Counter) first(now int64) (start, window int64) {
 	switch {
 	case length == 0 || start > last:
 		return start, window
-	case length < 0: // not known, and the clock is behind
+	case length < 0: // the length is not known, and the clock is behind
 		return (floor(last-1, window) + 1) * window, window
 	case length == window && !resumable:
 		return max(start, last+window), window
@@ -82,7 +82,7 @@ func (c *Counter) lastLength(now int64) int64 {
 	return max(a, int64(MinWindow))
 }
 
-// epochAt returns the start and the length of the epoch of a time.
+// epochAt returns the start and the length of the epoch that a time belongs to.
 func (c *Counter) epochAt(ns int64) (start, window int64) {
 	window = int64(c.cfg.Window)
 	if ns < c.change.until {
@@ -99,7 +99,7 @@ func (c *Counter) endOf(start, window int64) int64 {
 	return start + window
 }
 
-// epochsBetween counts the epochs from a start to another one.
+// epochsBetween counts the epochs from one start to another.
 func (c *Counter) epochsBetween(from, to int64) (n int64) {
 	if old := min(to, c.change.until); from < old {
 		n = (old - from + c.change.old - 1) / c.change.old
@@ -108,8 +108,9 @@ func (c *Counter) epochsBetween(from, to int64) (n int64) {
 	return n + (to-from)/int64(c.cfg.Window)
 }
 
-// Change returns the length that the windows keep until a later moment, if the
-// data directory was used with another one than Window.
+// Change returns the old length of the windows and until when they keep it, if the data
+// directory was used with another length than Window; otherwise changes is false. Safe for
+// concurrent use.
 func (c *Counter) Change() (old time.Duration, until time.Time, changes bool) {
 	return time.Duration(c.change.old), time.Unix(0, c.change.until).UTC(), c.change.until > 0
 }

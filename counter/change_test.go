@@ -17,7 +17,7 @@ type directory struct {
 	serial   uint64
 	counts   []Count
 	answered map[int64]uint64 // ids, by the start of their window
-	recorded map[int64]uint64 // of them those in records
+	recorded map[int64]uint64 // the ids that are in records
 }
 
 func (d *directory) Open(e *Epoch) State {
@@ -31,7 +31,7 @@ func (d *directory) Publish(_ context.Context, c Count) error {
 	return nil
 }
 
-// config is that of a process which finds the directory.
+// config returns the Config of a process that starts on the directory.
 func (d *directory) config(window time.Duration) Config {
 	cfg := Config{Window: window, Store: d, Publisher: d, MaxSkew: 2 * time.Second}
 	if n := len(d.counts); n > 0 {
@@ -49,11 +49,10 @@ func (d *directory) config(window time.Duration) Config {
 	return cfg
 }
 
-// TestAnotherWindowHasTrueLabels: processes with windows of any length follow each
-// other on one data directory, stopped or killed. Each takes ids at once, in a
-// window that has the time of the answer; labels strictly increase and are
-// multiples of the length, no two lengths share one, and the records add up to the
-// answers. Nobody blames the clock.
+// TestAnotherWindowHasTrueLabels: processes with windows of any length follow each other on one
+// data directory, stopped or killed. Each takes ids at once, in a window that has the time of
+// the answer; labels strictly increase and are multiples of the length, no two lengths share a
+// label, and the records add up to the answers. No problem of the clock is reported.
 func TestAnotherWindowHasTrueLabels(t *testing.T) {
 	for seed := range uint64(30) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -147,15 +146,15 @@ func wantTrueLabels(t *testing.T, d *directory) {
 	}
 }
 
-// TestWindowsKeepTheirLengthUntilALongerOneBegins tells of one such change what is
-// published when, also where nobody was there at its end.
+// TestWindowsKeepTheirLengthUntilALongerOneBegins checks what is published around such a
+// change, also if the machine was suspended at its end.
 func TestWindowsKeepTheirLengthUntilALongerOneBegins(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
 		old, new  time.Duration
 		suspended time.Duration // a minute after the start
-		until     time.Duration // from midnight, of the start
-		want      string        // first starts and lengths
+		until     time.Duration // when the change ends, from midnight, the time of the start
+		want      string        // the first starts and lengths of windows
 		skipped   uint64
 	}{
 		{"a divisor", time.Minute, 5 * time.Minute, 0, 5 * time.Minute, "2m0s/1m0s- 3m0s/1m0s 4m0s/1m0s 5m0s/5m0s 10m0s/5m0s", 0},

@@ -5,30 +5,30 @@ import (
 	"time"
 )
 
-// clockSettle is how long after a step the wall clock is not trusted: a clock is often
-// set twice, and a load balancer that asks every few seconds should see the problem.
-// It is bounded because the step may have corrected the clock.
+// clockSettle is how long Problem reports a step of the wall clock: a clock is often set twice,
+// and a load balancer that polls every few seconds should see the problem. The time is bounded
+// because the step may have corrected the clock.
 const clockSettle = 10 * time.Second
 
-// reading is one moment by two clocks, in ns.
+// reading is one moment as two clocks show it, in ns.
 type reading struct {
 	wall int64 // Unix time, which can be set
-	even int64 // since some moment; never set, and also runs while the machine is suspended, where the system has such a clock
+	even int64 // time since some moment; this clock is never set, and on Linux it also runs while the machine is suspended
 }
 
 var began = time.Now()
 
-// monotonic is t by the clock of the process, which is never set.
+// monotonic returns t on the clock of the process, which is never set, in ns.
 func monotonic(t time.Time) int64 { return int64(t.Sub(began)) }
 
-// Clock is what is known of the wall clock, and of the time this process did
-// not run. Without MaxSkew it is zero.
+// Clock is what the Counter has observed of the wall clock, and of the time this process did
+// not run. Without Config.MaxSkew it is zero.
 type Clock struct {
-	Behind  time.Duration // how far it is behind the start of the open epoch; 0 if it is not
-	Forward uint64        // steps by more than MaxSkew
+	Behind  time.Duration // how far the clock is behind the start of the open epoch; 0 if it is not
+	Forward uint64        // steps forward by more than MaxSkew
 	Back    uint64        // steps back by more than MaxSkew
-	Pauses  uint64        // times the process did not run for more than MaxSkew: stopped, suspended, or starved
-	Paused  time.Duration // all of them together
+	Pauses  uint64        // how many times the process did not run for more than MaxSkew: stopped, suspended, or starved of CPU
+	Paused  time.Duration // all pauses together
 
 	// Problem is the reason why the open epoch may not be that of the present time;
 	// empty if there is none. It ends when the wall clock has reached the open epoch
@@ -36,18 +36,18 @@ type Clock struct {
 	Problem string
 }
 
-// clockWatch compares the clocks at every tick. Counter.mu guards it.
+// clockWatch compares the two clocks at every tick of the ticker. Counter.mu guards it.
 type clockWatch struct {
 	skew    int64   // ns; 0: nothing is watched
-	last    reading // of the last tick
-	due     int64   // by the even clock: the next tick
-	stepped reading // when the last step was seen
-	by      int64   // that step, ns
+	last    reading // at the last tick
+	due     int64   // when the next tick is due, on the even clock, ns
+	stepped reading // the clocks when the last step was noticed
+	by      int64   // the size of that step, ns
 	seen    Clock
 }
 
-// irregular returns by how much the wall clock was set since the last tick, and how
-// long the process did not run; 0 for each that is within the skew allowed.
+// irregular returns by how much the wall clock was set since the last tick, and for how long
+// the process did not run, in ns. Each is 0 if it is within the allowed skew.
 func (w *clockWatch) irregular(now reading) (step, pause int64) {
 	if w.skew == 0 || w.last == (reading{}) {
 		return 0, 0
@@ -61,8 +61,8 @@ func (w *clockWatch) irregular(now reading) (step, pause int64) {
 	return step, pause
 }
 
-// look takes the reading of a tick, the next of which is in sleep. It returns
-// what was irregular since the last one, and whether Problem has come or gone.
+// look takes the reading of a tick; the next tick follows after sleep. It returns what was
+// irregular since the last tick, and whether Problem has begun or ended.
 func (w *clockWatch) look(now reading, e *Epoch, sleep time.Duration) (step, pause int64, changed bool) {
 	if w.skew == 0 {
 		return 0, 0, false
@@ -105,9 +105,9 @@ func clockTime(ns int64) string {
 
 func round(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
 
-// watch compares the clocks for the ticker, which sleeps next, and reports what has
-// changed. An epoch in which the clock was set, or the process did not run, is not
-// complete.
+// watch compares the clocks for the ticker, which then sleeps, and calls OnPause and OnClock if
+// something has changed. An epoch in which the clock was set, or the process did not run, is
+// not complete.
 func (c *Counter) watch(now reading, sleep time.Duration) {
 	c.mu.Lock()
 	step, pause, changed := c.clock.look(now, c.last, sleep)

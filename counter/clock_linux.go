@@ -8,8 +8,8 @@ import (
 
 const clockBoottime = 7 // CLOCK_BOOTTIME of clock_gettime(2): runs while the machine is suspended
 
-// maxReading is how far the two clocks may be read apart. A process that is
-// stopped between the two would look like one whose clock was set.
+// maxReading is the longest time that may pass between reading the two clocks. If the process
+// were stopped between the two, it would look as if the clock had been set.
 const maxReading = 10 * time.Millisecond
 
 func readClocks() reading {
@@ -25,7 +25,7 @@ func readClocks() reading {
 func boottime() int64 {
 	var t syscall.Timespec
 	if _, _, errno := syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, clockBoottime, uintptr(unsafe.Pointer(&t)), 0); errno != 0 {
-		return monotonic(time.Now()) // refused by a filter of system calls
+		return monotonic(time.Now()) // a filter of system calls (seccomp) refused it
 	}
 	return t.Nano()
 }

@@ -4,8 +4,8 @@ package counter
 
 import "time"
 
-// readClocks has no clock that goes on while the machine is suspended: waking
-// up looks like a clock set forward.
+// readClocks has no clock here that runs while the machine is suspended: after waking up, the
+// wall clock seems to have been set forward.
 func readClocks() reading {
 	now := time.Now()
 	return reading{now.UnixNano(), monotonic(now)}

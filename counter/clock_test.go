@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// wallClock is the bubble's clock, set by so much, on a machine that was
-// suspended for so long.
+// wallClock is the clock of the bubble, but it was set by set, and the machine was suspended
+// for suspended.
 type wallClock struct {
 	began     time.Time
 	set       atomic.Int64
@@ -27,7 +27,7 @@ func (w *wallClock) read() reading {
 
 func (w *wallClock) now() time.Time { return time.Unix(0, w.read().wall) }
 
-// told collects what a Counter tells of the clock.
+// told collects what a Counter reports about the clock.
 type told struct {
 	clock  []string
 	paused []time.Duration
@@ -70,12 +70,12 @@ func startClock(t *testing.T, cfg Config) (c *Counter, w *wallClock, heard *told
 func TestClockProblemsComeAndGo(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
-		set       time.Duration // the clock, in the second half of a minute
+		set       time.Duration // by how much the clock is set, in the second half of a minute
 		suspended time.Duration
 		problem   string        // reported then; empty: none
-		lasts     time.Duration // at least, and not two seconds longer
+		lasts     time.Duration // the problem lasts at least this long, and less than two seconds longer
 		want      Clock
-		published string // after four more minutes by the clock that was not set
+		published string // after four more minutes by a clock that was not set
 	}{
 		{"within the skew", 1900 * time.Millisecond, 0, "", 0, Clock{}, "0:0- 1:0 2:0 3:0 4:0-"},
 		{"back within the skew", -2 * time.Second, 0, "", 0, Clock{}, "0:0- 1:0 2:0 3:0 4:0-"},
@@ -171,8 +171,8 @@ func TestStartWithAClockBehind(t *testing.T) {
 	})
 }
 
-// TestRequestThatTurnsSeesThePause: after a stop the first request may come before the
-// ticker. Both epochs are still marked as not complete.
+// TestRequestThatTurnsSeesThePause: after the process was stopped, the first request may turn
+// the epoch before the ticker does. Even then both epochs are marked as not complete.
 func TestRequestThatTurnsSeesThePause(t *testing.T) {
 	for _, tt := range []struct {
 		name           string
@@ -207,8 +207,7 @@ func TestRequestThatTurnsSeesThePause(t *testing.T) {
 	}
 }
 
-// TestStarvedTickerLosesNoEpoch: requests turn the epochs while the ticker does
-// not come.
+// TestStarvedTickerLosesNoEpoch: requests turn the epochs while the ticker does not run.
 func TestStarvedTickerLosesNoEpoch(t *testing.T) {
 	base := time.Now().Truncate(time.Hour)
 	now := base

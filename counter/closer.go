@@ -8,19 +8,20 @@ import (
 )
 
 const (
-	// maxTick bounds the ticker's sleep, so that a clock set forward on an idle
-	// server is noticed within it; a request notices at once.
+	// maxTick bounds the ticker's sleep. So a clock set forward is noticed within this time on
+	// an idle server; a request notices it at once.
 	maxTick = 100 * time.Millisecond
 
-	// Waiting for the last requests of an epoch starts at drainMin, the order
-	// of one request's stay, and backs off to drainMax.
+	// The closer polls until the last request has left an epoch. It sleeps drainMin first,
+	// about as long as a request stays in an epoch, and backs off to drainMax.
 	drainMin = 20 * time.Microsecond
 	drainMax = 5 * time.Millisecond
 )
 
-// Run turns epochs that no request turns, and closes and publishes, in order,
-// those that were left. It returns nil after Seal, when the last count is
-// published, and the context's error if ctx ends first.
+// Run turns the epochs that no request turns. It closes and publishes, in order, the epochs
+// that have ended. It returns nil after Seal, when the last count is published; the context's
+// error if ctx ends first; and the error of a Publisher that gives up. The count of that epoch
+// stays with the Counter, and another Run publishes it. Only one Run may be active at a time.
 func (c *Counter) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	var ticker sync.WaitGroup
@@ -41,7 +42,7 @@ func (c *Counter) Run(ctx context.Context) error {
 			continue
 		}
 		err := c.close(ctx, e)
-		if err == nil { // e is reported before those behind it
+		if err == nil { // OnClose reports e before the skipped epochs after it
 			err = c.publishSkipped(ctx, e)
 		}
 		if err != nil {
@@ -50,8 +51,8 @@ func (c *Counter) Run(ctx context.Context) error {
 	}
 }
 
-// tick turns each epoch at its end and keeps the spare ready. It is apart from
-// the closing, which may wait for a disk.
+// tick turns each epoch at its end and keeps the spare ready. It has a goroutine of its own
+// because closing an epoch may wait for a disk.
 func (c *Counter) tick(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -77,7 +78,8 @@ func (c *Counter) tick(ctx context.Context) {
 	}
 }
 
-// oldest returns the first epoch to close, and whether no more will come.
+// oldest returns the first epoch to close. If there is none it returns nil, and whether Seal
+// was called, so that none will come.
 func (c *Counter) oldest() (*Epoch, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -104,7 +106,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	if err = drain(ctx, e); err != nil {
 		return err
 	}
-	// Sealed: e is not open and empty, so its sums are final.
+	// e is now sealed: it is not open and no request is in it, so its sums are final.
 	count.Unique, count.Repeats, count.Exact = e.Unique(), e.Repeats(), e.Exact()
 	count.Keys, count.SealedAt = e.owed, c.wall()
 	if !e.recovered {
@@ -117,7 +119,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	e.keys.release(e == c.Last())
 
 	c.mu.Lock()
-	c.turned = slices.Delete(c.turned, 0, 1) // keeps the room: a turn allocates nothing
+	c.turned = slices.Delete(c.turned, 0, 1) // keeps the capacity, so that a turn allocates nothing
 	if !e.recovered {
 		c.closed.unique += count.Unique
 		c.closed.repeats += count.Repeats
@@ -127,7 +129,7 @@ func (c *Counter) close(ctx context.Context, e *Epoch) (err error) {
 	return nil
 }
 
-// wall is the present time, UTC.
+// wall returns the present time, UTC.
 func (c *Counter) wall() time.Time { return time.Unix(0, c.cfg.clocks().wall).UTC() }
 
 func drain(ctx context.Context, e *Epoch) error {
@@ -140,9 +142,9 @@ func drain(ctx context.Context, e *Epoch) error {
 	return nil
 }
 
-// publishSkipped publishes the epochs between e and the next opened: no request could
-// enter them, so they are empty and not complete. Only the last maxSkipped epochs of a gap
-// are published; all are counted.
+// publishSkipped publishes the epochs between e and the next opened one. No request could enter
+// them, so they are empty and not complete. Only the last maxSkipped epochs of a gap are
+// published; Stats.Skipped counts all of them.
 func (c *Counter) publishSkipped(ctx context.Context, e *Epoch) error {
 	if e.gap == 0 {
 		return nil

@@ -1,13 +1,13 @@
 // Package counter counts unique ids per epoch, exactly and without a lock.
 //
-// A request enters the open epoch, asks the set whether its id is new in that epoch, and
-// leaves carrying what it counted. An epoch is sealed when the next one is open and no
-// request is left inside; only then is its count read and given to the Publisher. So the
-// counts of an epoch add up to the answers given in it, whenever it turns and however long
-// a request sleeps.
+// An epoch is one window of time. A request enters the open epoch, asks the set whether its id
+// is new in that epoch, and leaves with the result, which counts it. An epoch is sealed when it
+// is no longer open and no request is left inside; only then is its count read and given to the
+// Publisher. So the counts of an epoch add up to the answers given in it, whenever it turns and
+// however long a request sleeps.
 //
-// The first request that arrives after an epoch's end turns it; a ticker does so if no
-// request comes. Neither waits for the old epoch to be closed.
+// The first request that arrives after an epoch's end turns it: it opens the next epoch. A
+// ticker does so if no request comes. Neither waits for the old epoch to be closed.
 //
 // server calls Enter and Leave; dedup opens and retires each epoch as the Store; stream,
 // or the group in dedup/redis, publishes the counts as the Publisher.
@@ -26,23 +26,23 @@ const (
 	MinWindow = 50 * time.Millisecond
 	MaxWindow = time.Hour
 
-	// maxSkipped bounds the empty counts published for a gap in the epochs (a
-	// suspended machine, a clock set forward): a day of minutes. A longer gap
-	// is more likely a wrong clock than an outage worth a million records.
+	// maxSkipped bounds how many empty counts are published for a gap between two epochs (the
+	// machine was suspended, or the clock set forward): a day of minutes. A longer gap is more
+	// likely due to a wrong clock than to an outage that deserves a million records.
 	maxSkipped = 1440
 
-	// maxWaiting epochs are kept for a publisher that stands still, 4 KB each; of
-	// more only those that counted something. A Store on disk refuses ids before
-	// (dedup has 1,016 slots).
+	// maxWaiting is how many ended epochs, of 4 KB each, are kept while the publisher stands
+	// still. Beyond that number an epoch is kept only if it counted something. A Store on disk
+	// refuses ids before that (dedup has 1,016 slots).
 	maxWaiting = 2048
 
-	// startWait is how long after New the caller may take to call Run. More counts as a
-	// time in which the process did not run.
+	// startWait is how long the caller may take between New and Run. A longer time counts as
+	// one in which the process did not run.
 	startWait = time.Minute
 )
 
-// Store keeps the ids of the epochs. Open is called before the first request
-// can enter e, with a lock held that every turn needs: it must be quick.
+// Store keeps the ids of the epochs. Open is called before the first request can enter e. It
+// must be quick: a lock is held that every turn needs.
 type Store interface {
 	// Open prepares e and returns what the Store holds for it, which becomes e.State. It
 	// may be nil.
@@ -51,10 +51,10 @@ type Store interface {
 
 // State is what a Store holds for one epoch.
 type State interface {
-	// Retire releases it. It is called once, when the count of the epoch is published and
-	// no request can be in the epoch any more. The calls come in the order of the epochs,
-	// with one exception: that of an epoch in which nothing was counted may come early, with
-	// the lock of Open held.
+	// Retire releases the State. It is called once, when the count of the epoch is published
+	// and no request can be in the epoch any more. Epochs are retired in their order, with one
+	// exception: an epoch in which nothing was counted may be retired early, by a turn, with
+	// the same lock held as in Open.
 	Retire()
 }
 
@@ -63,20 +63,21 @@ type Config struct {
 	Window    time.Duration // length of an epoch, MinWindow to MaxWindow
 	Store     Store         // keeps the ids; required
 	Publisher Publisher     // gets the counts; required
-	MaxKeys   int           // keys that an epoch may have, at most MaxMaxKeys; 0: DefaultMaxKeys
-	KeyMemory uint64        // bytes that the keys of the epochs not published may take; 0: no limit
-	NotBefore time.Time     // no epoch that starts before this is opened: the start of the last one published by an earlier process. Optional.
-	LastLen   time.Duration // the length of that one. Optional: it is guessed.
-	Past      Past          // what earlier processes left. Optional.
+	MaxKeys   int           // how many keys an epoch may have, at most MaxMaxKeys; 0: DefaultMaxKeys
+	KeyMemory uint64        // how many bytes the keys of all unpublished epochs may take; 0: no limit
+	NotBefore time.Time     // the start of the last epoch that an earlier process published; no epoch that starts before this is opened. Optional.
+	LastLen   time.Duration // the length of the epoch that starts at NotBefore. Optional: without it the length is guessed.
+	Past      Past          // what earlier processes left, as the Store has kept it. Optional.
 
-	// InexactBefore is until when ids were counted elsewhere, which the Store does not
-	// know: an epoch that began before is not exact. Optional.
+	// InexactBefore is the time until which ids were counted elsewhere. The Store does not have
+	// those ids, so an epoch that began before this time is not exact. Optional.
 	InexactBefore time.Time
 
-	OnClose func(Count, time.Duration, error) // reports each closed epoch: its count, how long draining and publishing took, what failed. Optional.
+	OnClose func(Count, time.Duration, error) // called after each attempt to close an epoch: its count, how long draining and publishing took, and the error, if any. Optional.
 
-	// MaxSkew bounds how far the wall clock may be set or be behind the open epoch, and for
-	// how long the process may not run, before Stats reports it. 0: the clock is not watched.
+	// MaxSkew is how far the wall clock may be set, or be behind the start of the open epoch,
+	// and for how long the process may not run, before Stats reports it. 0: the clock is not
+	// watched.
 	MaxSkew time.Duration
 	OnClock func(problem string)       // called when Clock.Problem begins (with its text) and ends (empty). Optional.
 	OnPause func(absent time.Duration) // called after the process did not run, with the time it missed. Optional.
@@ -84,20 +85,20 @@ type Config struct {
 	clocks func() reading // for tests
 }
 
-// Past is what earlier processes left, as the Store has kept it. The zero value
-// is that of a Store that keeps nothing.
+// Past is what earlier processes left, as the Store has kept it. A Store that keeps nothing on
+// disk has the zero value.
 type Past struct {
-	// Recovered are the counts that were not published, in order of their start.
-	// They are published first, each followed by the Retire of its State.
+	// Recovered are the counts that were not published, in order of their start. They are
+	// published before all others, and after each its State is retired.
 	Recovered []Recovered
 
-	// Lost are counts that no record can be made of: this publisher has published a
-	// later window. Only files that an earlier version has left have some.
+	// Lost are counts for which no record can be made, because this publisher has already
+	// published a later window. Only files of an earlier version can contain such counts.
 	Lost []Recovered
 
-	// Serial, Start and Window are those of the epoch opened last. Unless it is
-	// Over, it goes on if it is the present one, under the same serial; any other
-	// gets the next. No epoch before it is opened.
+	// Serial, Start and Window are those of the epoch opened last. If that is the epoch to
+	// begin with, and not Over, it goes on under the same serial; otherwise the epoch to begin
+	// with gets the next serial. No earlier epoch is opened.
 	Serial uint64
 	Start  time.Time
 	Window time.Duration
@@ -105,7 +106,7 @@ type Past struct {
 }
 
 // Recovered is the count of an epoch that an earlier process opened and did not publish, or the
-// part of the count that no record of it has.
+// part of that count that is not in any record yet.
 type Recovered struct {
 	Serial uint64        // as Epoch.Serial
 	Start  time.Time     // start of the window, UTC
@@ -113,12 +114,12 @@ type Recovered struct {
 	Unique uint64        // ids counted and not published
 	Keys   KeyCounts     // the same for each key
 	Exact  bool          // false if ids may be missing
-	NoKeys bool          // what is under keys is not known: Keys has none
-	State  State         // of the Store, as Epoch.State; may be nil
+	NoKeys bool          // it is not known which ids are under keys: Keys is empty
+	State  State         // what the Store holds for the epoch, as Epoch.State; may be nil
 }
 
-// Counter turns, closes and publishes epochs. All methods are safe for concurrent use; Run
-// is called once, and ends after Seal.
+// Counter turns, closes and publishes epochs. All methods are safe for concurrent use, except
+// that only one Run may be active at a time; Run ends after Seal.
 type Counter struct {
 	cfg Config
 
@@ -126,9 +127,9 @@ type Counter struct {
 	// earlier epoch.
 	open atomic.Pointer[Epoch]
 
-	mu     sync.Mutex
+	mu     sync.Mutex    // guards last to clock, and closed; held for moments, as every turn takes it
 	last   *Epoch        // the epoch opened last, also after Seal
-	turned []*Epoch      // left but not yet closed, oldest first
+	turned []*Epoch      // ended but not yet closed, oldest first
 	spare  *Epoch        // memory for the next epoch, made before it is needed
 	wake   chan struct{} // capacity 1: something was added to turned
 	clock  clockWatch
@@ -137,14 +138,15 @@ type Counter struct {
 	change change // of the window's length; fixed in New
 
 	closed struct {
-		unique, repeats uint64 // over all closed epochs
-		keys            int    // of the last one
+		unique, repeats uint64 // sums over all closed epochs
+		keys            int    // how many the epoch closed last had
 	}
 	skipped atomic.Uint64
 }
 
-// CheckWindow refuses lengths of a window that cannot be counted, or not be
-// published: records have milliseconds.
+// CheckWindow returns an error if windows of this length cannot be counted or published: it
+// must be between MinWindow and MaxWindow, in whole milliseconds, because records state it in
+// milliseconds.
 func CheckWindow(window time.Duration) error {
 	if window < MinWindow || window > MaxWindow || window%time.Millisecond != 0 {
 		return fmt.Errorf("want %v to %v, in whole milliseconds", MinWindow, MaxWindow)
@@ -152,7 +154,8 @@ func CheckWindow(window time.Duration) error {
 	return nil
 }
 
-// CheckMaxKeys refuses bounds of the keys that are none. 0 is the default.
+// CheckMaxKeys returns an error if n is not a valid Config.MaxKeys: 0 (the default) to
+// MaxMaxKeys.
 func CheckMaxKeys(n int) error {
 	if n < 0 || n > MaxMaxKeys {
 		return fmt.Errorf("want 1 to %d", MaxMaxKeys)
@@ -160,8 +163,8 @@ func CheckMaxKeys(n int) error {
 	return nil
 }
 
-// New opens the epoch of the present time. Run must be called to close epochs. It returns
-// an error if Window is outside of MinWindow and MaxWindow, if Store or Publisher is
+// New makes a Counter and opens its first epoch, the present one as a rule. Run must be called
+// to close epochs. New returns an error if CheckWindow refuses Window, if Store or Publisher is
 // missing, or if MaxSkew or MaxKeys is out of bounds.
 func New(cfg Config) (*Counter, error) {
 	if err := CheckWindow(cfg.Window); err != nil {
@@ -194,7 +197,7 @@ func New(cfg Config) (*Counter, error) {
 	}
 	for _, l := range past.Recovered {
 		if l.Serial == serial && l.Unique == 0 {
-			continue // it goes on, and will have a record
+			continue // this epoch goes on, and will get a record
 		}
 		c.turned = append(c.turned, c.newRecovered(l))
 	}
@@ -213,12 +216,12 @@ func New(cfg Config) (*Counter, error) {
 	return c, nil
 }
 
-// Enter puts n requests that arrived together, at now (Unix time, ns), into the open
-// epoch, turning it first if its time is over. It returns false after Seal. Requests
-// with different hints count in different cache lines: pass something that
-// stays with a core, such as the number of the connection.
+// Enter puts n requests that arrived together, at now (Unix time, ns), into the open epoch. If
+// the time of that epoch is over, Enter turns it first. It returns false after Seal. Requests
+// with different hints mostly count in different cache lines: pass a number that stays with a
+// core, such as that of the connection.
 //
-// Safe for concurrent use; takes no lock but in the one call that turns.
+// Safe for concurrent use. It takes a lock only if it finds the epoch over.
 func (c *Counter) Enter(now int64, hint, n uint64) (Entry, bool) {
 	for {
 		e := c.open.Load()
@@ -231,9 +234,9 @@ func (c *Counter) Enter(now int64, hint, n uint64) (Entry, bool) {
 		}
 		s := &e.stripes[hint%stripeCount].stripe
 		s.entered.Add(n)
-		// The closer first moves c.open and then looks at the stripes; this
-		// first marks the stripe and then looks at c.open. One of the two sees
-		// the other: an Entry is either waited for or not given.
+		// A turn first moves c.open, and then the closer reads the stripes. A request first
+		// marks its stripe, and then reads c.open again. So at least one of the two sees the
+		// other: the closer waits for the Entry, or it is not given.
 		if c.open.Load() == e {
 			return Entry{e, s}, true
 		}
@@ -241,8 +244,8 @@ func (c *Counter) Enter(now int64, hint, n uint64) (Entry, bool) {
 	}
 }
 
-// turn opens the epoch of now if the open one is over. A clock set back does
-// nothing: the open epoch stays until the clock has passed its end again.
+// turn opens the epoch that now belongs to, if the open one is over. If the clock was set back
+// it does nothing: the open epoch stays until the clock has passed its end.
 func (c *Counter) turn(now int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -253,12 +256,12 @@ func (c *Counter) turn(now int64) {
 	c.advance(e, now, now)
 }
 
-// TurnFrom opens the epoch after e if e is still the open one: its Store has
-// answered that e is over. Instances that count into one store may have clocks
-// that differ; the one that lags learns so that the others have sealed e. The
-// label of the next epoch is then ahead of this clock, until the clock is there.
+// TurnFrom opens the epoch after e if e is still the open one. A request calls it when the
+// Store has answered that e is over: the clocks of instances that count into one store may
+// differ, and this answer is how an instance whose clock lags finds out that the others have
+// sealed e. The label of the next epoch is then ahead of this clock until the clock gets there.
 //
-// Safe for concurrent use. It does nothing once e was left or after Seal.
+// Safe for concurrent use. It does nothing if e is no longer open, or after Seal.
 func (c *Counter) TurnFrom(e *Epoch) {
 	if c.open.Load() != e {
 		return
@@ -270,8 +273,8 @@ func (c *Counter) TurnFrom(e *Epoch) {
 	}
 }
 
-// advance opens the epoch of the time at, behind e, the open one, at the time now.
-// c.mu is held.
+// advance opens the epoch that the time at belongs to. e is the open epoch, and now the present
+// time. c.mu is held.
 func (c *Counter) advance(e *Epoch, at, now int64) {
 	start, window := c.epochAt(at)
 	next := c.newEpoch(e, start, window)
@@ -279,7 +282,7 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 		e.complete = false
 		e.gap = next.start
 	}
-	if c.clock.skew > 0 { // the ticker may see it only after both
+	if c.clock.skew > 0 { // the ticker may notice a step or a pause only when next is open already
 		if step, pause := c.clock.irregular(c.cfg.clocks()); step != 0 || pause > 0 {
 			e.complete = false
 			next.complete = next.complete && now-next.start <= c.clock.skew
@@ -289,20 +292,20 @@ func (c *Counter) advance(e *Epoch, at, now int64) {
 	c.last = next
 	c.open.Store(next) // from here on no request enters e
 	if n := len(c.turned); n >= maxWaiting && e.Idle() && e.Unique()+e.Repeats() == 0 {
-		// The publisher has stood still for so long that the Store refuses ids, or
-		// no caller sent any. The window becomes part of the gap after the last one
-		// that waits, which is not being closed: it is not the first.
+		// The publisher has stood still for that long, and in e the Store refused all ids, or
+		// no caller sent any. The window of e becomes part of the gap after the last epoch in
+		// turned. The closer is not working on that one: it closes the first one.
 		c.turned[n-1].gap = next.start
 		c.turned[n-1].complete = false
 		e.retire()
-		e.keys.release(false) // ids that were refused may have been under some
+		e.keys.release(false) // ids that were refused may have added keys
 		return
 	}
 	c.handOver(e)
 }
 
-// Seal ends the open epoch before its time. Enter returns false from here on,
-// and Run ends when it has published what is left.
+// Seal ends the open epoch before its time. From then on Enter returns false, and Run returns
+// when it has published all counts. A second call does nothing. Safe for concurrent use.
 func (c *Counter) Seal() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -345,7 +348,7 @@ func (c *Counter) newEpoch(prev *Epoch, start, window int64) *Epoch {
 	return e
 }
 
-// newRecovered makes the sealed epoch of a count that an earlier process left.
+// newRecovered makes a sealed epoch from a count that an earlier process left.
 func (c *Counter) newRecovered(l Recovered) *Epoch {
 	e := c.blank()
 	e.start, e.window = l.Start.UnixNano(), int64(l.Window)
@@ -358,15 +361,16 @@ func (c *Counter) newRecovered(l Recovered) *Epoch {
 	return e
 }
 
-// blank makes the memory of an epoch.
+// blank allocates an epoch and its label.
 func (c *Counter) blank() *Epoch {
 	e := &Epoch{label: make([]byte, 0, len(time.RFC3339Nano))}
 	e.keys.max, e.keys.memory = c.cfg.MaxKeys, &c.keys
 	return e
 }
 
-// provide makes the spare, so that a turn allocates nothing. It gets the table of the keys of
-// the last epoch that was closed: so it waits until that is.
+// provide makes the spare epoch, so that a turn allocates nothing. It also prepares a table for
+// as many keys as the epoch closed last had, and reuses the memory of that epoch's table; so it
+// does this only while no epoch waits to be closed.
 func (c *Counter) provide() {
 	c.mu.Lock()
 	if c.spare == nil {
@@ -382,7 +386,7 @@ func (c *Counter) provide() {
 	}
 }
 
-// Last returns the epoch opened last: the open one until Seal.
+// Last returns the epoch opened last: until Seal that is the open one.
 func (c *Counter) Last() *Epoch {
 	if e := c.open.Load(); e != nil {
 		return e
@@ -392,21 +396,21 @@ func (c *Counter) Last() *Epoch {
 	return c.last
 }
 
-// Taking reports whether ids are counted: until Seal.
+// Taking reports whether ids are counted, which they are until Seal.
 func (c *Counter) Taking() bool { return c.open.Load() != nil }
 
 // Stats is a snapshot for the metrics.
 type Stats struct {
 	Unique   uint64 // answered as new, since the start of the process
 	Repeats  uint64 // answered as already seen, since the start of the process
-	Unclosed int    // epochs left but not yet published
+	Unclosed int    // epochs that have ended but are not published yet
 	Skipped  uint64 // epochs that were not opened: the clock was set forward, or the process did not run
-	Lost     int    // windows of the Past that no record can be made of
+	Lost     int    // windows of the Past for which no record can be made
 	Clock    Clock  // the wall clock, and pauses of the process
 }
 
-// Stats sums over the closed, the unclosed and the open epochs. The sums are
-// not a snapshot in one instant, and they never fall.
+// Stats sums over the closed, the unclosed and the open epochs. Requests count while it reads,
+// so the sums are not those of one instant; but they never fall.
 func (c *Counter) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -17,14 +17,14 @@ import (
 type recorder struct {
 	t testing.TB
 
-	// fault, if set, is asked at each Publish: what to return, and whether the count is
-	// kept even so, as after a lost acknowledgement.
+	// fault, if set, decides for each Publish which error to return, and whether the count is
+	// kept in spite of the error, as after a lost acknowledgement.
 	fault func(Count) (err error, kept bool)
 
 	mu        sync.Mutex
 	opened    []*Epoch
 	published []Count
-	retired   int // of opened, in order
+	retired   int // how many of opened, in their order
 }
 
 // retire is the State of an epoch that only reports its end.
@@ -115,7 +115,7 @@ const (
 	repeat                // the id was there
 )
 
-// leave leaves for one request.
+// leave leaves the epoch for one request with the outcome o.
 func (e Entry) leave(o outcome) {
 	var n [3]uint64
 	n[o] = 1
@@ -198,7 +198,7 @@ func TestIdleEpochsPublishZeroOnTime(t *testing.T) {
 	}
 }
 
-// TestEpochsThatBeganElsewhereAreNotExact: those that begin later are.
+// TestEpochsThatBeganElsewhereAreNotExact: epochs that begin after InexactBefore are exact.
 func TestEpochsThatBeganElsewhereAreNotExact(t *testing.T) {
 	for _, tt := range []struct {
 		before time.Time
@@ -221,7 +221,7 @@ func TestFirstRequestAfterTheEndTurnsTheEpoch(t *testing.T) {
 		c, stop := start(t, &recorder{t: t}, time.Minute)
 		enter(t, c, base, 2, unique)
 		enter(t, c, base.Add(time.Minute-1), 3, unique)
-		enter(t, c, base.Add(time.Minute), 5, unique) // the ticker has not come yet
+		enter(t, c, base.Add(time.Minute), 5, unique) // the ticker has not run yet
 		if start, unique := c.Last().Start(), c.Last().Unique(); !start.Equal(base.Add(time.Minute)) || unique != 5 {
 			t.Errorf("Live is %v, %d; want %v, 5", start, unique, base.Add(time.Minute))
 		}
@@ -263,7 +263,7 @@ func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 		at := func(n int) time.Time { return base.Add(time.Duration(n) * time.Minute) }
 		enter(t, c, at(1), 1, unique)
 		enter(t, c, at(2), 2, unique) // 1 is complete
-		enter(t, c, at(6), 6, unique) // nobody was there at the end of 2
+		enter(t, c, at(6), 6, unique) // no request and no tick came at the end of 2
 		enter(t, c, at(7), 7, unique) // 6 was opened late
 		enter(t, c, at(8), 8, unique) // 7 is complete
 		wantCounts(t, base, stop(), "0:0- 1:1 2:2- 3:0- 4:0- 5:0- 6:6- 7:7 8:8-")
@@ -273,7 +273,7 @@ func TestSkippedEpochsArePublishedEmptyAndNotComplete(t *testing.T) {
 	})
 }
 
-// TestEpochsAreReportedInOrder, also those around a gap: what is shown of them relies on it.
+// TestEpochsAreReportedInOrder, also those around a gap: the live page relies on the order.
 func TestEpochsAreReportedInOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
@@ -344,7 +344,7 @@ func TestRandomStepsAgreeWithAModel(t *testing.T) {
 	for seed := range uint64(200) {
 		synctest.Test(t, func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
-			const window = time.Minute // long: the ticker, by the bubble's clock, turns nothing
+			const window = time.Minute // long, so that the ticker, which uses the clock of the bubble, turns no epoch
 			base := time.Now()
 			l := &recorder{t: t}
 			c, stop := start(t, l, window)
@@ -353,7 +353,7 @@ func TestRandomStepsAgreeWithAModel(t *testing.T) {
 				unique, repeats uint64
 				complete        bool
 			}
-			model := map[int64]*epoch{0: {}} // by number, from base
+			model := map[int64]*epoch{0: {}} // by the number of windows since base
 			open := int64(0)
 			type stay struct {
 				Entry
@@ -457,14 +457,14 @@ func TestSealPublishesTheLastEpochAsPartial(t *testing.T) {
 		last, _ := c.Enter(base.Add(time.Minute).UnixNano(), 9, 1)
 		time.Sleep(90 * time.Second)
 		c.Seal()
-		c.Seal() // twice is as once
+		c.Seal() // a second call does nothing
 		for _, now := range []time.Time{base, time.Now(), base.Add(24 * time.Hour)} {
 			if _, ok := c.Enter(now.UnixNano(), 0, 1); ok {
 				t.Errorf("Enter(%v) succeeded after Seal", now)
 			}
 		}
 		time.Sleep(time.Minute)
-		last.Leave(1, 0, 0) // was inside before: counts
+		last.Leave(1, 0, 0) // this request was inside before Seal, so it counts
 		wantCounts(t, base, stop(), "0:0- 1:4+2-")
 		if start, unique := c.Last().Start(), c.Last().Unique(); !start.Equal(base.Add(time.Minute)) || unique != 4 {
 			t.Errorf("after Seal Live is %v, %d; want the sealed epoch, 4", start, unique)
@@ -472,9 +472,9 @@ func TestSealPublishesTheLastEpochAsPartial(t *testing.T) {
 	})
 }
 
-// TestStuckPublisherKeepsWhatCountsAlone: while nothing can be published, epochs
-// that counted nothing take no memory beyond a bound, and none that counted is
-// lost. What they were is said: empty and not complete.
+// TestStuckPublisherKeepsWhatCountsAlone: while nothing can be published, epochs that counted
+// nothing take no memory beyond a bound, and no epoch that counted something is lost. The
+// dropped epochs are published later as skipped ones: empty and not complete.
 func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
@@ -489,7 +489,7 @@ func TestStuckPublisherKeepsWhatCountsAlone(t *testing.T) {
 		want := map[int]uint64{0: 1, maxWaiting + 100: 5, turns: 7}
 		for n := range turns + 1 {
 			enter(t, c, base.Add(time.Duration(n)*time.Minute), int(want[n]), unique)
-			if want[n] == 0 { // somebody asks, and is refused
+			if want[n] == 0 { // a request arrives, and is refused
 				in, _ := c.Enter(base.Add(time.Duration(n)*time.Minute).UnixNano(), 0, 1)
 				in.Keys().Add(1, []byte("key"))
 				in.Leave(0, 0, 1)
@@ -610,9 +610,9 @@ func TestBlockedPublisherDelaysNoTurnAndLosesNothing(t *testing.T) {
 	})
 }
 
-// TestFailedPublishEndsRunAndKeepsTheCount has a Publisher that gives up. The
-// count stays with the Counter: it is not retired, still in Stats, and the
-// next Run publishes it and what follows.
+// TestFailedPublishEndsRunAndKeepsTheCount has a Publisher that gives up. The count stays with
+// the Counter: its epoch is not retired, it is still in Stats, and the next Run publishes it
+// and the following ones.
 func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 	for name, kept := range map[string]bool{"not stored": false, "stored": true} {
 		t.Run(name, func(t *testing.T) {
@@ -653,7 +653,7 @@ func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 				}
 				want := "0:1- 1:2 2:3-"
 				if kept {
-					want = "0:1- 1:2 1:2 2:3-" // the Publisher has to know its own
+					want = "0:1- 1:2 1:2 2:3-" // the Publisher must recognize a count that it has kept
 				}
 				wantCounts(t, base, l.counts(), want)
 				if s := c.Stats(); s.Unclosed != 0 || s.Unique != 6 || l.retired != 3 {
@@ -664,8 +664,8 @@ func TestFailedPublishEndsRunAndKeepsTheCount(t *testing.T) {
 	}
 }
 
-// TestRunEndsWithItsContext in each place where it can wait. The bubble fails
-// the test if a goroutine is left.
+// TestRunEndsWithItsContext in each place where Run can wait. The bubble fails the test if a
+// goroutine is left.
 func TestRunEndsWithItsContext(t *testing.T) {
 	for name, prepare := range map[string]func(c *Counter){
 		"idle":     func(*Counter) {},
@@ -705,8 +705,8 @@ func TestFirstEpochIsNotBeforeTheLastPublished(t *testing.T) {
 			{time.Minute, now, now}, // a restart within the epoch
 			{time.Minute, now.Add(time.Minute), now.Add(time.Minute)},
 			{time.Minute, now.Add(5 * time.Hour), now.Add(5 * time.Hour)}, // the clock was set back
-			// The window was shorter then: the long one around the last start
-			// begins before it.
+			// The windows were shorter before: the long window around the last start begins
+			// before that start.
 			{time.Hour, now.Add(36 * time.Minute), now.Add(time.Hour)},
 			{time.Hour, now.Add(-24 * time.Minute), now},
 			{time.Hour, time.Unix(-1, 0), now},

@@ -12,8 +12,8 @@ func TestStripesShareNoCacheLine(t *testing.T) {
 		t.Errorf("a padded stripe takes %d bytes, want a multiple of %d", got, paddingSize)
 	}
 	var e Epoch
-	// Wherever the allocator puts e: what every request reads is a whole line
-	// away from what some of them write.
+	// Wherever the allocator puts e, the fields that every request reads must be a whole cache
+	// line away from those that requests write.
 	if gap := unsafe.Offsetof(e.stripes) - unsafe.Offsetof(e.State) - unsafe.Sizeof(e.State); gap < paddingSize {
 		t.Errorf("the first stripe begins %d bytes after State, want at least %d", gap, paddingSize)
 	}
@@ -96,13 +96,13 @@ func TestEnterAndLeaveAllocateNothing(t *testing.T) {
 	}
 }
 
-// nothing is a Store and a Publisher without a memory.
+// nothing is a Store and a Publisher that keeps nothing.
 type nothing struct{ Publisher }
 
 func (nothing) Open(*Epoch) State { return nil }
 
-// TestTurnAllocatesNothing turns while the closer keeps up and the ticker has
-// made the spare. The request that turns pays for no memory.
+// TestTurnAllocatesNothing turns epochs while the closer keeps up and the ticker has made the
+// spare: then the request that turns allocates nothing.
 func TestTurnAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
@@ -120,7 +120,7 @@ func TestTurnAllocatesNothing(t *testing.T) {
 		in, _ := c.Enter(now, 0, 1)
 		runtime.ReadMemStats(&after)
 		in.Leave(1, 0, 0)
-		if got := after.Mallocs - before.Mallocs; got > 0 && n > 0 { // the first makes room
+		if got := after.Mallocs - before.Mallocs; got > 0 && n > 0 { // the first turn grows the slice of turned epochs
 			t.Errorf("turn %d allocated %d times, want 0", n, got)
 		}
 		e, _ := c.oldest()

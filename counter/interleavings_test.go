@@ -11,7 +11,8 @@ import (
 	"verve/internal/explore"
 )
 
-// scene is a Counter whose clock stands still, and what came of it.
+// scene is a Counter whose clock stands still, with the answers of its requests and its
+// records.
 type scene struct {
 	c         *Counter
 	first     *Epoch
@@ -49,7 +50,7 @@ func (s *scene) Publish(_ context.Context, c Count) error {
 
 func newScene() *scene { return newKeyScene(DefaultMaxKeys) }
 
-// newKeyScene has so many keys per epoch.
+// newKeyScene returns a scene in which an epoch may have the given number of keys.
 func newKeyScene(keys int) *scene {
 	s := new(scene)
 	start := time.Unix(1000, 0)
@@ -62,8 +63,7 @@ func newKeyScene(keys int) *scene {
 	return s
 }
 
-// request adds a thread of so many requests, which enter together at the given moment and
-// leave.
+// request adds a thread of some requests, which enter together at the given moment, and leave.
 func (s *scene) request(r *explore.Run, name string, now int64, hint, unique, repeats, void uint64) {
 	i := len(s.answers)
 	s.answers = append(s.answers, nil)
@@ -78,7 +78,7 @@ func (s *scene) request(r *explore.Run, name string, now int64, hint, unique, re
 	})
 }
 
-// closer adds a thread that closes so many epochs, or all until Seal.
+// closer adds a thread that closes the given number of epochs, or all until Seal.
 func (s *scene) closer(r *explore.Run, epochs int) {
 	r.Go("closer", func() {
 		for n := 0; n != epochs; {
@@ -98,8 +98,8 @@ func (s *scene) closer(r *explore.Run, epochs int) {
 	})
 }
 
-// check compares the records with the answers, and what is counted in epochs that
-// are not published with the rest.
+// check compares the records with the answers, and the counts of unpublished epochs with the
+// remaining answers.
 func (s *scene) check() error {
 	unique, repeats := map[int64]uint64{}, map[int64]uint64{}
 	for _, answers := range s.answers {
@@ -156,7 +156,7 @@ func (s *scene) check() error {
 	return nil
 }
 
-// opens checks that so many epochs were opened.
+// opens checks that n epochs were opened.
 func (s *scene) opens(n int) func() error {
 	return func() error {
 		if len(s.opened) != n {
@@ -245,8 +245,8 @@ func TestInterleavingsOfTwoTurns(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfAPublisherThatStands: with as many epochs waiting as are kept, one
-// that counted nothing becomes a gap; one with a request in it does not.
+// TestInterleavingsOfAPublisherThatStands: if as many epochs wait as are kept, a further epoch
+// that counted nothing becomes part of a gap, but one with a request in it does not.
 func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
@@ -278,7 +278,8 @@ func TestInterleavingsOfAPublisherThatStands(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfStats: the sums never fall, and have what was counted before.
+// TestInterleavingsOfStats: the sums never fall, and include everything that was counted before
+// the call.
 func TestInterleavingsOfStats(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, explore.All), func(r *explore.Run) {
 		s := newScene()
@@ -297,7 +298,7 @@ func TestInterleavingsOfStats(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfLeaves: requests of one stripe leave it in each way.
+// TestInterleavingsOfLeaves: requests leave one stripe with each kind of outcome.
 func TestInterleavingsOfLeaves(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run) {
 		s := newScene()
@@ -310,7 +311,7 @@ func TestInterleavingsOfLeaves(t *testing.T) {
 	})
 }
 
-// files adds a thread that counts a new id under a key. The hashes of the keys want the same
+// files adds a thread that counts a new id under a key. The hashes of all keys lead to the same
 // slots.
 func (s *scene) files(r *explore.Run, now int64, key string) {
 	i := len(s.answers)
@@ -344,8 +345,8 @@ func (s *scene) files(r *explore.Run, now int64, key string) {
 	})
 }
 
-// filed is check, and compares the keys of each epoch with the answers; no epoch has more
-// than max, or refuses one while it has fewer.
+// filed does what check does, and compares the keys of each epoch with the answers. No epoch
+// may have more than max keys, or refuse a key while it has fewer.
 func (s *scene) filed(max int) error {
 	of := map[string][]KeyCount{}
 	memory := int64(0)
@@ -379,7 +380,8 @@ func (s *scene) filed(max int) error {
 	return s.check()
 }
 
-// TestInterleavingsOfKeys: two requests have one key, one another, and the table grows.
+// TestInterleavingsOfKeys: two requests use one key, a third one uses another key, and the
+// table grows.
 func TestInterleavingsOfKeys(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
 		s := newKeyScene(8)
@@ -390,7 +392,8 @@ func TestInterleavingsOfKeys(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfKeysInTwoEpochs: the first is closed while the other gets its key.
+// TestInterleavingsOfKeysInTwoEpochs: the first epoch is closed while the second one gets its
+// key.
 func TestInterleavingsOfKeysInTwoEpochs(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 2, explore.All), func(r *explore.Run) {
 		s := newKeyScene(8)
@@ -402,8 +405,8 @@ func TestInterleavingsOfKeysInTwoEpochs(t *testing.T) {
 }
 
 // TestInterleavingsOfKeysWhoseMemoryIsUsedAgain: the keys of an epoch are read, and one is
-// counted late, while it is closed and the next one gets their memory. Neither sees or changes
-// what is of the other epoch.
+// counted late, while it is closed and the next epoch gets their memory. Neither sees or
+// changes a count of the other epoch.
 func TestInterleavingsOfKeysWhoseMemoryIsUsedAgain(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 2, 3), func(r *explore.Run) {
 		var memory keyMemory
@@ -435,7 +438,7 @@ func TestInterleavingsOfKeysWhoseMemoryIsUsedAgain(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfTooManyKeys: two of three keys find room.
+// TestInterleavingsOfTooManyKeys: there is room for two of three keys.
 func TestInterleavingsOfTooManyKeys(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run) {
 		s := newKeyScene(2)

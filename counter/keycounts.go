@@ -15,25 +15,26 @@ type KeyCount struct {
 }
 
 // KeyCounts are the counts of the keys of one window, each key once, in any order. The zero
-// value has none. They may be read at the same time, while nothing is added.
+// value has no keys. Several goroutines may read them at the same time, as long as none adds a
+// key.
 //
 // They are packed as the spool writes them: for each key the length of its name, its name and
-// its count; and in pieces, each of whole keys: memory of a megabyte and more would be cleared
-// in one stretch, while requests wait.
+// its count. The bytes are split into pieces of whole keys, because Go clears a block of a
+// megabyte or more in one stretch, during which requests wait.
 type KeyCounts struct {
 	pieces [][]byte
 	n      int
 }
 
 const (
-	// KeyPiece is the size of a piece in bytes. It is written to a file in some 10 us.
+	// KeyPiece is the size of a piece in bytes. Writing one to a file takes some 10 us.
 	KeyPiece = 16 << 10
 
-	// MaxPackedKey is how many bytes of it one key takes at most.
+	// MaxPackedKey is how many bytes of a piece one key takes at most.
 	MaxPackedKey = 2 + MaxKeyLen + binary.MaxVarintLen64
 )
 
-// KeyCountsOf returns the counts of a list.
+// KeyCountsOf packs a list, in which each key may be only once.
 func KeyCountsOf(list ...KeyCount) (c KeyCounts) {
 	for _, k := range list {
 		c.Add([]byte(k.Key), k.Unique)
@@ -46,7 +47,7 @@ func (c *KeyCounts) Add(key []byte, unique uint64) {
 	last := len(c.pieces) - 1
 	switch {
 	case last < 0:
-		c.pieces, last = [][]byte{nil}, 0 // few keys take little
+		c.pieces, last = [][]byte{nil}, 0 // few keys take little memory: the first piece grows
 	case len(c.pieces[last])+MaxPackedKey > KeyPiece:
 		c.pieces, last = append(c.pieces, make([]byte, 0, KeyPiece)), last+1
 	}
@@ -56,8 +57,9 @@ func (c *KeyCounts) Add(key []byte, unique uint64) {
 	c.n++
 }
 
-// AddPacked adds the keys of a piece, which it keeps, and returns what is left of it: a part
-// of a key, or bytes that are none. It gives way to requests by pace.
+// AddPacked adds the keys of a piece, and keeps the memory of the piece. It returns the bytes
+// after the last whole key: a part of a key, or bytes that are no key. It gives way to requests
+// by pace.
 func (c *KeyCounts) AddPacked(piece []byte, pace *Pace) (rest []byte) {
 	rest = piece
 	for {
@@ -75,10 +77,11 @@ func (c *KeyCounts) AddPacked(piece []byte, pace *Pace) (rest []byte) {
 	return rest
 }
 
-// Pieces are the bytes that AddPacked takes.
+// Pieces returns the packed bytes, each piece as AddPacked takes it. The caller must not change
+// them.
 func (c KeyCounts) Pieces() [][]byte { return c.pieces }
 
-// Size returns how many bytes the pieces have.
+// Size returns the number of bytes in all pieces.
 func (c KeyCounts) Size() (n int) {
 	for _, piece := range c.pieces {
 		n += len(piece)
@@ -86,7 +89,7 @@ func (c KeyCounts) Size() (n int) {
 	return n
 }
 
-// Len returns how many keys they are.
+// Len returns the number of keys.
 func (c KeyCounts) Len() int { return c.n }
 
 // Unique returns the sum of the counts. It gives way to requests.
@@ -97,7 +100,8 @@ func (c KeyCounts) Unique() (sum uint64) {
 	return sum
 }
 
-// All yields each key, which may be kept but not changed, and its count. It gives way to requests.
+// All yields each key and its count. The caller may keep the bytes of the key but not change
+// them. All gives way to requests.
 func (c KeyCounts) All() iter.Seq2[[]byte, uint64] {
 	return func(yield func([]byte, uint64) bool) {
 		var pace Pace
@@ -114,7 +118,7 @@ func (c KeyCounts) All() iter.Seq2[[]byte, uint64] {
 	}
 }
 
-// List returns them in the order of their names. It is for few keys.
+// List returns the counts in the order of the names of their keys. It is meant for few keys.
 func (c KeyCounts) List() (list []KeyCount) {
 	for key, unique := range c.All() {
 		list = append(list, KeyCount{string(key), unique})
@@ -123,7 +127,7 @@ func (c KeyCounts) List() (list []KeyCount) {
 	return list
 }
 
-// SumKeys returns the sums of some, by key. It gives way to requests.
+// SumKeys adds up several KeyCounts, key by key. It gives way to requests.
 func SumKeys(all ...KeyCounts) KeyCounts {
 	all = slices.DeleteFunc(all, func(c KeyCounts) bool { return c.n == 0 })
 	if len(all) == 0 {
@@ -147,9 +151,9 @@ func SumKeys(all ...KeyCounts) KeyCounts {
 	return sum
 }
 
-// Largest returns the n keys with the most ids, the largest first and those alike by name. It
-// sorts few of them and gives way: a window may have a hundred thousand, and requests come
-// while it closes.
+// Largest returns the n keys with the most ids, the largest first; keys with equal counts are
+// in the order of their names. A window may have a hundred thousand keys, and requests arrive
+// while it closes: so Largest sorts only 2n keys at a time, and gives way to requests.
 func (c KeyCounts) Largest(n int) []KeyCount {
 	var pace Pace
 	order := func(a, b KeyCount) int {
@@ -157,7 +161,7 @@ func (c KeyCounts) Largest(n int) []KeyCount {
 		return cmp.Or(cmp.Compare(b.Unique, a.Unique), cmp.Compare(a.Key, b.Key))
 	}
 	top := make([]KeyCount, 0, min(c.n, 2*n))
-	var least KeyCount // the last one of the n largest so far; those behind it are passed over
+	var least KeyCount // the last of the n largest keys so far; keys that come after it in the order are skipped
 	for key, unique := range c.All() {
 		if unique < least.Unique || unique == least.Unique && bytes.Compare(key, []byte(least.Key)) > 0 {
 			continue
@@ -170,10 +174,10 @@ func (c KeyCounts) Largest(n int) []KeyCount {
 		top = append(top, KeyCount{string(key), unique})
 	}
 	slices.SortFunc(top, order)
-	return slices.Clone(top[:min(n, len(top))]) // it was twice as long
+	return slices.Clone(top[:min(n, len(top))]) // a copy, because top has room for 2n keys
 }
 
-// cutKey takes the first key off b; ok: b has all of it.
+// cutKey takes the first key off b. It returns ok false if b does not begin with a whole key.
 func cutKey(b []byte) (key []byte, unique uint64, rest []byte, ok bool) {
 	size, n := binary.Uvarint(b)
 	if n <= 0 || size > uint64(len(b)-n) {

@@ -8,7 +8,7 @@ import (
 	"unsafe"
 )
 
-// DefaultMaxKeys is how many keys an epoch may have unless Config.MaxKeys is set.
+// DefaultMaxKeys is how many keys an epoch may have if Config.MaxKeys is 0.
 const DefaultMaxKeys = 100_000
 
 // MaxMaxKeys bounds Config.MaxKeys.
@@ -17,17 +17,17 @@ const MaxMaxKeys = 10_000_000
 // MaxKeyLen is how many bytes a key may have.
 const MaxKeyLen = 128
 
-// Key is the count of one key in an epoch, in a line of memory of its own: two keys in one
-// cache line would slow each other. All methods are safe for concurrent use.
+// Key is the count of one key in an epoch. It has a cache line (64 bytes) of its own: two keys
+// in one line would slow each other down. All methods are safe for concurrent use.
 //
-// It has no pointer, and nor has the memory of a Keys, but for one to each 1,024 lines: with
-// 100,000 keys the garbage collector took 40 ms of a processor to go through those of two
-// epochs, at a turn.
+// A Key contains no pointers, and Keys has only one pointer for each 1,024 lines. With pointers
+// to each key, the garbage collector needed 40 ms of CPU at a turn to scan the keys of two
+// epochs with 100,000 keys each.
 type Key struct {
 	hash   uint64
 	unique atomic.Uint64
 	size   uint8
-	text   [47]byte // the name; a long one goes on in the lines behind
+	text   [47]byte // the name; a long name continues in the lines after this one
 }
 
 // Hash returns the hash that the key was added with.
@@ -35,7 +35,7 @@ func (k *Key) Hash() uint64 { return k.hash }
 
 func (k *Key) name() []byte { return unsafe.Slice(&k.text[0], k.size) }
 
-// keyLines is how many lines a key takes with a name of that size.
+// keyLines returns how many lines a key takes whose name has size bytes.
 func keyLines(size int) int {
 	return 1 + (max(size-len(Key{}.text), 0)+int(unsafe.Sizeof(Key{}))-1)/int(unsafe.Sizeof(Key{}))
 }
@@ -44,50 +44,51 @@ func keyLines(size int) int {
 // chunk.
 const chunkLines = 1 << 10
 
-// keyTable is a hash table with linear probing, to which keys are only added, and which is at
+// keyTable is a hash table with linear probing. Keys are added but never removed, and it is at
 // most half full.
 type keyTable struct {
-	slots  []atomic.Uint32    // where the key is in the chunks, and 1; 0: none. A power of two long
-	chunks []*[chunkLines]Key // nil: no key needed it yet
+	slots  []atomic.Uint32    // 1 + the index of the key's first line in chunks; 0: no key. The length is a power of two
+	chunks []*[chunkLines]Key // nil: not needed yet
 	lines  int                // used
 }
 
-// newKeyTable makes a table that has room in its chunks for as many keys as it may have, with
-// the longest names.
+// newKeyTable makes a table whose chunks have room for as many keys as it can hold, each with a
+// name of the greatest length.
 func newKeyTable(slots int) *keyTable {
-	const longest = 3 // lines; those left over at the end of a chunk are fewer
+	const longest = 3 // lines of a key at most; fewer than these are left unused at the end of a chunk
 	return &keyTable{
 		slots:  make([]atomic.Uint32, slots),
 		chunks: make([]*[chunkLines]Key, slots/2*longest/(chunkLines-longest)+1),
 	}
 }
 
-// at returns the key of a slot that has one.
+// at returns the key for the value of a slot, which must not be 0.
 func (t *keyTable) at(slot uint32) *Key {
 	return &t.chunks[(slot-1)/chunkLines][(slot-1)%chunkLines]
 }
 
-// Keys are the keys of an epoch. It takes no lock to find one. It costs nothing until the first
-// key. All methods are safe for concurrent use.
+// Keys are the keys of an epoch. Finding a key takes no lock. No memory is allocated before the
+// first key is added, or prepare is called. All methods are safe for concurrent use.
 type Keys struct {
 	max    int
-	memory *keyMemory // of all epochs
+	memory *keyMemory // shared by all epochs
 	filled atomic.Int64
 	table  atomic.Pointer[keyTable] // nil: no key yet, or released
 
-	adding sync.Mutex // held while a key is added; guards what follows, and the lines of the table
+	adding sync.Mutex // held while a key is added; guards used, bytes and over, and the lines of the table
 	used   int
-	bytes  int64 // of memory
+	bytes  int64 // that these keys have added to memory.used
 	over   bool  // released
 
-	// late is the number of callers that use the table and may not be in the epoch. They first
-	// count in late and then load the table; release first takes the table away and then loads
-	// late. So a table that one of them has is not used for another epoch.
+	// late is how many callers of CountLate and Counts are using the table; they need not be
+	// inside the epoch. Such a caller first adds to late and then loads the table; release
+	// first takes the table away and then loads late. So a table that one of them is using is
+	// not used for another epoch.
 	late atomic.Int64
 }
 
-// keyMemory bounds the memory of the keys of all epochs that are not published, and keeps the
-// table of the last one that was: its memory is used again.
+// keyMemory bounds the memory that the keys of all unpublished epochs take. It also keeps the
+// table of a published epoch, whose memory a later epoch uses again.
 type keyMemory struct {
 	limit int64 // bytes; 0: none
 	used  atomic.Int64
@@ -98,17 +99,17 @@ type keyMemory struct {
 func (m *keyMemory) full() bool { return m.limit > 0 && m.used.Load() >= m.limit }
 
 const (
-	// firstKeys is the size of the smallest table.
+	// firstKeys is the number of slots of the smallest table.
 	firstKeys = 1 << 10
 
-	// keyBytes is what a key takes beside its lines and its name while its epoch is published:
-	// in KeyCounts, and what the allocator adds.
+	// keyBytes is how many bytes a key takes in KeyCounts while its epoch is published, without
+	// its name, and with what the allocator adds.
 	keyBytes = MaxPackedKey - MaxKeyLen + 32
 )
 
-// Find returns the key of a name, or nil if it is not in the epoch. hash is a hash of the
-// name that no caller can choose, the same at every call. It may miss one that is
-// being added. The caller is in the epoch, as that of Add and Count.
+// Find returns the key of a name, or nil if it is not in the epoch. hash is a hash of the name
+// that no caller can choose, the same at every call. It may miss a key that is being added. The
+// caller of Find, of Add and of Count must be inside the epoch, or have added to late.
 func (ks *Keys) Find(hash uint64, name []byte) *Key {
 	table := ks.table.Load()
 	if table == nil {
@@ -125,9 +126,9 @@ func (ks *Keys) Find(hash uint64, name []byte) *Key {
 	}
 }
 
-// Add returns the key of a name, which it adds if it is not in the epoch yet. It returns
-// nil if the epoch has as many keys as it may or memory for keys is used up, for a
-// name whose hash another one has, and once the epoch is released.
+// Add returns the key of a name, and adds it if it is not in the epoch yet. It returns nil if
+// the epoch has as many keys as it may, if the memory for keys is used up, if another name has
+// the same hash, or if the epoch is released.
 func (ks *Keys) Add(hash uint64, name []byte) *Key {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
@@ -157,7 +158,8 @@ func (ks *Keys) Add(hash uint64, name []byte) *Key {
 	}
 }
 
-// put writes a key into the next lines. The adding lock of its Keys is held.
+// put writes a key into the next free lines, and returns it and the value of its slot. The lock
+// Keys.adding is held.
 func (t *keyTable) put(hash uint64, name []byte) (k *Key, slot uint32) {
 	n := keyLines(len(name))
 	if t.lines/chunkLines != (t.lines+n-1)/chunkLines {
@@ -175,16 +177,16 @@ func (t *keyTable) put(hash uint64, name []byte) (k *Key, slot uint32) {
 	return k, slot
 }
 
-// Count adds n new ids. Call it before their request leaves the epoch: then the sums of
-// the keys are final when the epoch is sealed.
+// Count adds n new ids to k. Call it before the request with these ids leaves the epoch: so the
+// sums of the keys are final when the epoch is sealed.
 func (ks *Keys) Count(k *Key, n uint64) {
 	if n > 0 && k.unique.Add(n) == n {
 		ks.filled.Add(1)
 	}
 }
 
-// CountLate adds a new id under a name for a caller who may not be in the epoch, which may be
-// released. Then, and where Add would return nil, it does nothing.
+// CountLate adds a new id under a name. The caller need not be inside the epoch. If the epoch
+// is released already, or if Add returns nil, CountLate does nothing.
 func (ks *Keys) CountLate(hash uint64, name []byte) {
 	ks.late.Add(1)
 	defer ks.late.Add(-1)
@@ -197,7 +199,7 @@ func (ks *Keys) CountLate(hash uint64, name []byte) {
 	}
 }
 
-// room returns the table, with an empty slot in it. ks.adding is held.
+// room returns the table; if it is half full, a larger one. ks.adding is held.
 func (ks *Keys) room() *keyTable {
 	table := ks.table.Load()
 	if table == nil {
@@ -209,8 +211,8 @@ func (ks *Keys) room() *keyTable {
 	return ks.resize(2 * len(table.slots))
 }
 
-// resize makes a table of size slots with the keys of the present one, in which requests go
-// on finding them. ks.adding is held.
+// resize replaces the table by one with size slots and the same keys. Meanwhile requests find
+// the keys in the old table. ks.adding is held.
 func (ks *Keys) resize(size int) *keyTable {
 	made := newKeyTable(size)
 	ks.account(int64(size) * int64(unsafe.Sizeof(made.slots[0])))
@@ -231,15 +233,16 @@ func (ks *Keys) resize(size int) *keyTable {
 	return made
 }
 
-// account counts memory. ks.adding is held.
+// account adds n bytes to the memory in use. ks.adding is held.
 func (ks *Keys) account(n int64) {
 	ks.bytes += n
 	ks.memory.used.Add(n)
 }
 
-// prepare makes the table for so many keys, so that no request has to wait for it. Where the
-// one that was used last is of that size, it is used again. It does nothing where the epoch has
-// keys or was released: it may have been opened, and closed, meanwhile.
+// prepare makes a table for the given number of keys, so that no request has to wait for it. If
+// the table that was released last has the right size, it is used again. prepare does nothing
+// if the epoch already has a table or was released: it may have been opened, and closed,
+// meanwhile.
 func (ks *Keys) prepare(keys int) {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
@@ -258,9 +261,9 @@ func (ks *Keys) prepare(keys int) {
 	ks.table.Store(free)
 }
 
-// release gives the memory back: the counts are published, and no request is in the epoch. The
-// table is used again, and that of an earlier epoch is not kept for longer; but the epoch that
-// is the last one keeps its keys, to be shown.
+// release gives the memory back when the counts are published and no request is in the epoch.
+// The table is kept for a later epoch, in place of the one kept so far. last: the epoch is the
+// one opened last, which keeps its keys so that they can be shown.
 func (ks *Keys) release(last bool) {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
@@ -276,15 +279,16 @@ func (ks *Keys) release(last bool) {
 // Len returns how many keys have ids.
 func (ks *Keys) Len() int { return int(ks.filled.Load()) }
 
-// Full reports whether no further key has room.
+// Full reports whether there is no room for another key. It takes the lock of Add.
 func (ks *Keys) Full() bool {
 	ks.adding.Lock()
 	defer ks.adding.Unlock()
 	return ks.used >= ks.max || ks.memory.full()
 }
 
-// Counts returns the keys that have ids. While requests are in flight it has Unique's weak
-// promise. It gives way to requests.
+// Counts returns the keys that have ids, with their counts. While requests are in flight it is
+// no more a snapshot than Epoch.Unique. After release it returns none, unless the epoch is the
+// last one. It gives way to requests. The caller need not be inside the epoch.
 func (ks *Keys) Counts() (counts KeyCounts) {
 	ks.late.Add(1)
 	defer ks.late.Add(-1)

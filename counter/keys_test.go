@@ -15,7 +15,7 @@ import (
 
 func keysOf(most int) *Keys { return &Keys{max: most, memory: new(keyMemory)} }
 
-// add counts one id under a key, as a Store does. The hash is a bad one: keys collide.
+// add counts one id under a key, as a Store does. The hash is a bad one, so that keys collide.
 func add(ks *Keys, name string) bool {
 	hash := uint64(len(name))<<32 | uint64(name[len(name)-1])
 	for _, c := range []byte(name) {
@@ -31,8 +31,8 @@ func add(ks *Keys, name string) bool {
 	return k != nil
 }
 
-// TestKeysAddUpUnderContention: workers that add the same new keys at the same time lose no
-// count, and make one key of each name.
+// TestKeysAddUpUnderContention: if workers add the same new keys at the same time, no count is
+// lost, and each name becomes one key.
 func TestKeysAddUpUnderContention(t *testing.T) {
 	const names, each = 3000, 8
 	ks := keysOf(names)
@@ -60,8 +60,8 @@ func TestKeysAddUpUnderContention(t *testing.T) {
 	}
 }
 
-// TestKeysAreBounded: of a flood of names as many get in as the bound allows, and those that
-// are in go on counting.
+// TestKeysAreBounded: only as many names as the bound allows become keys, and these keys go on
+// counting.
 func TestKeysAreBounded(t *testing.T) {
 	const most = 100
 	ks := keysOf(most)
@@ -96,8 +96,8 @@ func TestNamesOfOneHashAreNotMixed(t *testing.T) {
 	}
 }
 
-// TestMemoryOfKeysIsBoundedOverEpochs: epochs that wait to be published share one bound, and
-// give their part back.
+// TestMemoryOfKeysIsBoundedOverEpochs: all epochs that wait to be published share one bound,
+// and each gives its part back.
 func TestMemoryOfKeysIsBoundedOverEpochs(t *testing.T) {
 	memory := keyMemory{limit: 1 << 20}
 	flood := func(ks *Keys) (n int) {
@@ -125,8 +125,8 @@ func TestMemoryOfKeysIsBoundedOverEpochs(t *testing.T) {
 	}
 }
 
-// TestTableOfKeysIsUsedAgain: the keys of an epoch that is released are not in the next one,
-// which has its memory, and names of all lengths stay whole.
+// TestTableOfKeysIsUsedAgain: an epoch that reuses the memory of a released one does not have
+// its keys, and names of all lengths stay whole.
 func TestTableOfKeysIsUsedAgain(t *testing.T) {
 	const names = 5000
 	name := func(epoch, i int) string {
@@ -176,8 +176,8 @@ func TestTableOfKeysIsUsedAgain(t *testing.T) {
 	}
 }
 
-// TestTableThatIsReadIsNotUsedAgain: whoever reads the keys of an epoch while it is released
-// finds its keys or none, and not those of the next one.
+// TestTableThatIsReadIsNotUsedAgain: a reader of the keys of an epoch that is being released
+// finds these keys or none, but not those of the next epoch.
 func TestTableThatIsReadIsNotUsedAgain(t *testing.T) {
 	const names = 300
 	var memory keyMemory

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// pastLedger is a ledger that begins where another process ended.
+// pastLedger is a recorder that begins where an earlier process ended.
 type pastLedger struct {
 	*recorder
 	inexact bool // what Open finds
@@ -26,9 +26,9 @@ func (l *pastLedger) Open(e *Epoch) State {
 	})
 }
 
-// TestFirstEpochGoesOnFromThePast: the same epoch under its serial if it is the
-// present one and its ids are there, else the next serial; and never one that
-// starts before the last.
+// TestFirstEpochGoesOnFromThePast: the process goes on with the last epoch, under its serial,
+// if that is the present one and its ids are kept; otherwise its first epoch gets the next
+// serial, and never starts before the last one.
 func TestFirstEpochGoesOnFromThePast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now() // midnight
@@ -67,8 +67,8 @@ func TestFirstEpochGoesOnFromThePast(t *testing.T) {
 	})
 }
 
-// TestLeftCountsArePublishedFirst, not complete, under their own windows, and
-// are not counted as this process's answers.
+// TestLeftCountsArePublishedFirst: counts that an earlier process left are published before
+// others, as not complete, for their own windows, and do not count as answers of this process.
 func TestLeftCountsArePublishedFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now()
@@ -117,7 +117,7 @@ func TestLeftCountsArePublishedFirst(t *testing.T) {
 	})
 }
 
-// TestLeftCountsKeepTheirWindow where this process has another.
+// TestLeftCountsKeepTheirWindow if this process has windows of another length.
 func TestLeftCountsKeepTheirWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &pastLedger{recorder: &recorder{t: t}}

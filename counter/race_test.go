@@ -2,6 +2,6 @@
 
 package counter
 
-// raceEnabled makes the tests smaller, and leaves allocations uncounted: the
-// race detector allocates.
+// raceEnabled makes the tests smaller. Tests do not count allocations then, because the race
+// detector allocates.
 const raceEnabled = true

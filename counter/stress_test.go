@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// TestCountsOfEpochsAreTheAnswersGivenInThem has writers enter and leave while
-// the epochs turn under them, some of them staying until well after the turn,
-// and the counter sealed in the middle. Each published count is what the writers
-// counted in that epoch: nothing lost, nothing in a wrong epoch.
+// TestCountsOfEpochsAreTheAnswersGivenInThem lets writers enter and leave while the epochs
+// turn. Some writers stay until well after a turn, and the counter is sealed while they run.
+// Each published count is what the writers counted in that epoch: nothing lost, nothing in a
+// wrong epoch.
 func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -20,8 +20,8 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 		turns int
 		stay  int // one request in so many stays until the epoch has turned
 	}{
-		// At real speed the ticker and the requests race for each turn. A clock
-		// that runs faster is one that the ticker is always too late for.
+		// At real speed the ticker and the requests race for each turn. If the clock runs
+		// faster, the ticker is always too late.
 		{"ticker and requests turn", 1, 20, 100_000},
 		{"requests turn every 2.5 ms", 20, 600, 5000},
 	} {
@@ -136,10 +136,10 @@ func TestCountsOfEpochsAreTheAnswersGivenInThem(t *testing.T) {
 	}
 }
 
-// TestEntriesGivenInTheMomentOfATurnAreCounted has more threads than cores do nothing but
-// enter and leave, while the epochs turn: the system stops some of them just before they
-// are seen in the epoch they found open. An Entry that was given there would be missing in
-// the published count.
+// TestEntriesGivenInTheMomentOfATurnAreCounted runs more threads than there are cores, which
+// only enter and leave while the epochs turn. The kernel stops some of them after they have
+// found an epoch open and before they have entered it. If such a thread got an Entry, the
+// published count would lack it.
 func TestEntriesGivenInTheMomentOfATurnAreCounted(t *testing.T) {
 	const writers = 6
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(writers + 4))

@@ -6,9 +6,9 @@ import (
 	"unsafe"
 )
 
-// arena hands out the memory of the tables and keeps to its limit.
+// arena allocates the memory of the tables, up to a limit.
 type arena struct {
-	heap bool   // from the Go heap, not from the system
+	heap bool   // the memory comes from the Go heap, not from the system
 	max  uint64 // bytes, 0: no limit
 	used atomic.Uint64
 
@@ -17,27 +17,27 @@ type arena struct {
 	workers int
 }
 
-// populateMin is the smallest table whose pages are made resident at once.
-// In a smaller one the faults of first use cost less than pages that are never used.
+// populateMin is the size in bytes of the smallest table whose pages are made resident at once.
+// In a smaller table the page faults of the first use cost less than pages that are never used.
 const populateMin = 2 << 20
 
-// allocate returns n zeroed values of type B, which must not hold pointers,
-// aligned to their own cache lines. Large ones are resident when it returns:
-// a fault in a request costs more than the request. Those that are not resident
-// take memory as they are used.
+// allocate returns n zeroed values of type B, which must not hold pointers, aligned to cache
+// lines. With resident, the pages of a large allocation are resident when it returns: a page
+// fault in a request costs more than the request. Pages that are not resident take memory when
+// they are first used.
 func allocate[B any](a *arena, n uint64, resident bool) (values []B, memory []byte, err error) {
 	var b B
 	size := n * uint64(unsafe.Sizeof(b))
 	if err := a.room(size); err != nil {
 		return nil, nil, err
 	}
-	// Two that ask for the last room at the same time can both be refused.
+	// If two goroutines ask for the last free memory at the same time, both may be refused.
 	if used := a.used.Add(size); a.max > 0 && used > a.max {
 		a.used.Add(-size)
 		return nil, nil, errNoRoom
 	}
 	if a.heap {
-		// No pointers inside: the garbage collector does not look into it.
+		// B has no pointers, so the garbage collector does not scan it.
 		values = make([]B, n)
 		return values, unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), size), nil
 	}
@@ -52,7 +52,7 @@ func allocate[B any](a *arena, n uint64, resident bool) (values []B, memory []by
 	return unsafe.Slice((*B)(unsafe.Pointer(&memory[0])), n), memory, nil
 }
 
-// errNoRoom is made once: with the tables full it answers every request.
+// errNoRoom is made only once, because every request gets it while the tables are full.
 var errNoRoom = fmt.Errorf("%w: the memory for ids is used up", ErrFull)
 
 // room reports an error if size more bytes would exceed the limit.
@@ -63,7 +63,7 @@ func (a *arena) room(size uint64) error {
 	return nil
 }
 
-// populate makes memory resident that others may be using.
+// populate makes memory resident, which requests may be using already.
 func (a *arena) populate(memory []byte) {
 	if !a.heap && len(memory) >= populateMin {
 		populateMemory(memory, max(1, a.workers))

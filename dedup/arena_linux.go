@@ -10,13 +10,13 @@ import (
 	"verve/internal/durable"
 )
 
-// hugePage is the size that the pages of large tables have where the system
-// allows them.
+// hugePage is the size in bytes that the pages of large tables have if the system allows it.
 const hugePage = 2 << 20
 
-// mapMemory maps zeroed memory outside the Go heap, in huge pages where the
-// system allows them: a table is read at random, and small pages would cost a
-// miss of the translation buffer with each read. So many workers populate it.
+// mapMemory maps zeroed memory outside the Go heap, in huge pages if the system allows it: a
+// table is read at random places, and with small pages each read would miss the translation
+// buffer (TLB). populate is the number of goroutines that make the pages resident; 0: none are
+// made resident.
 func mapMemory(size uint64, populate int) ([]byte, error) {
 	var b []byte
 	err := durable.Retry(func() (err error) {
@@ -29,19 +29,20 @@ func mapMemory(size uint64, populate int) ([]byte, error) {
 	if size < populateMin {
 		return b, nil
 	}
-	// Advice: where it is not taken the table works with small pages.
+	// This is only advice: if the system does not follow it, the table works with small pages.
 	_ = advise(b, unix.MADV_HUGEPAGE)
 	populateMemory(b, populate)
 	return b, nil
 }
 
-// populatePart is what one worker makes resident at a time.
+// populatePart is how many bytes one worker makes resident at a time.
 const populatePart = 4 * hugePage
 
-// populateMemory makes b resident. The time is that of zeroing it, and under a
-// hypervisor that has to find it first ten times that.
+// populateMemory makes b resident. That takes as long as zeroing it, or ten times as long under
+// a hypervisor that has to find the memory first.
 func populateMemory(b []byte, workers int) {
-	// Up to the next boundary of a part first: no huge page belongs to two.
+	// The first part ends at a multiple of populatePart, so that no huge page belongs to two
+	// parts.
 	head := min(len(b), int(-uintptr(unsafe.Pointer(&b[0]))%populatePart))
 	var taken atomic.Int64
 	var running sync.WaitGroup
@@ -62,7 +63,8 @@ func populateMemory(b []byte, workers int) {
 	running.Wait()
 }
 
-// touchMemory changes nothing in b, which may be in use.
+// touchMemory makes the pages of b resident. It changes no value in b, which requests may be
+// using.
 func touchMemory(b []byte) {
 	if advise(b, unix.MADV_POPULATE_WRITE) != nil {
 		for i := 0; i+8 <= len(b); i += 4096 { // before Linux 5.14
@@ -72,6 +74,6 @@ func touchMemory(b []byte) {
 }
 
 func unmapMemory(b []byte) {
-	// Fails only for memory that was not mapped by mapMemory.
+	// It fails only for memory that mapMemory did not map.
 	_ = durable.Retry(func() error { return unix.Munmap(b) })
 }

@@ -2,7 +2,7 @@
 
 package dedup
 
-// mapMemory is the plain fallback: memory from the Go heap, touched once.
+// mapMemory is the plain fallback: it takes memory from the Go heap and touches each page once.
 func mapMemory(size uint64, populate int) ([]byte, error) {
 	b := make([]byte, size)
 	if populate > 0 {
@@ -13,7 +13,8 @@ func mapMemory(size uint64, populate int) ([]byte, error) {
 	return b, nil
 }
 
-// populateMemory does nothing: what is in use cannot be touched as above.
+// populateMemory does nothing: memory that requests are using cannot be touched as in
+// mapMemory.
 func populateMemory([]byte, int) {}
 
 func unmapMemory([]byte) {}

@@ -19,9 +19,9 @@ import (
 	"verve/counter"
 )
 
-// BenchmarkAddKept is BenchmarkAdd with a journal beside the table: what it adds
-// is the price of surviving the process. The two are run in turns, and the
-// journal is synced meanwhile as in the server.
+// BenchmarkAddKept is BenchmarkAdd with a journal: the difference is the price of ids that
+// survive the process. Both are run in turns, and the journal is synced meanwhile, as in the
+// server.
 func BenchmarkAddKept(b *testing.B) {
 	for _, ids := range []int{50_000, 1_000_000, 10_000_000} {
 		for _, kept := range []bool{false, true} {
@@ -57,8 +57,8 @@ func BenchmarkAddKept(b *testing.B) {
 	}
 }
 
-// BenchmarkStart opens the directory of a process that was killed with so many
-// ids in the running epoch, in a table made for 46 million: 64 million slots.
+// BenchmarkStart opens the directory of a process that was killed with a given number of ids in
+// the open epoch, in a table made for 46 million: 64 million slots.
 func BenchmarkStart(b *testing.B) {
 	for _, ids := range []int{0, 1_000_000, 10_000_000, 46_000_000} {
 		b.Run(strconv.Itoa(ids), func(b *testing.B) {
@@ -103,9 +103,9 @@ func BenchmarkStart(b *testing.B) {
 	}
 }
 
-// BenchmarkFirstWindow is what an id costs in the first window of a process with
-// --expect-ids: decimals and UUIDs, as many as are expected. user-ns is the CPU time;
-// what it takes to write an id is in it.
+// BenchmarkFirstWindow measures the cost of an id in the first window of a process with
+// --expect-ids, for as many decimals and UUIDs as are expected. user-ns is the CPU time, and
+// includes the formatting of the id.
 func BenchmarkFirstWindow(b *testing.B) {
 	const ids = 11_000_000
 	for name, format := range map[string]string{"decimal": "1%d", "uuid": "6ba7b810-9dad-11d1-80b4-%012x"} {
@@ -139,8 +139,9 @@ func BenchmarkFirstWindow(b *testing.B) {
 	}
 }
 
-// BenchmarkHotKey has writers, as many as -cpu, add new ids under one key and under a
-// thousand: what it costs that all count in the same word. See bench/README.md.
+// BenchmarkHotKey lets writers, as many as -cpu, add new ids under one key and under a
+// thousand. The difference is the cost of all writers counting in the same word. See
+// bench/README.md.
 func BenchmarkHotKey(b *testing.B) {
 	const ids = 1_000_000
 	for _, keys := range []int{1, 1000} {
@@ -188,10 +189,10 @@ func userTime(b *testing.B) time.Duration {
 	return time.Duration(u.Utime.Nano())
 }
 
-// BenchmarkOptions adds new ids with a token, and under one of so many keys, beside ids with
-// neither, one at a time and as items of a batch, with a journal: what a token and a key cost
-// in time and, at the end of an epoch, in bytes of the tables. The lines of a batch share
-// their options. user-ns is the CPU time outside of the kernel.
+// BenchmarkOptions adds new ids with a token, ids under one of many keys, and ids with neither,
+// one at a time and in batches, with a journal. It measures what a token and a key cost in time
+// and, at the end of an epoch, in bytes of the tables. The items of a batch share their
+// options. user-ns is the CPU time outside of the kernel.
 func BenchmarkOptions(b *testing.B) {
 	const ids = 1_000_000
 	for _, uuids := range []bool{false, true} {
@@ -321,10 +322,10 @@ func BenchmarkResidentUnderKeys(b *testing.B) {
 	}
 }
 
-// BenchmarkToken is what a token costs: new ids without one and with one, in two Memories
-// that take turns at a few thousand ids, so that what else the machine does meets both. All
-// texts are made beforehand. plain-ns is the CPU time of the thread for an id without a token,
-// and token-ns what its token adds.
+// BenchmarkToken measures what a token costs. It adds new ids without a token to one Memory and
+// with a token to another, in turns of a few thousand ids, so that other load of the machine
+// affects both. All texts are made beforehand. plain-ns is the CPU time of the thread for an id
+// without a token, and token-ns what its token adds.
 func BenchmarkToken(b *testing.B) {
 	for _, ids := range []int{100_000, 4_000_000} {
 		for _, size := range []int{1, 16, 512} {
@@ -393,7 +394,7 @@ func benchmarkToken(b *testing.B, ids, size int) {
 		turn(0)
 		turn(1)
 	}
-	// The tenth percentile: what else the machine does only adds.
+	// The tenth percentile, because other load of the machine only adds time.
 	var cost [2]float64
 	for i, s := range sides {
 		slices.Sort(s.spent)
@@ -404,8 +405,8 @@ func benchmarkToken(b *testing.B, ids, size int) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkSieves is the CPU time that the cleaner takes behind a turn for each token of the
-// window before.
+// BenchmarkSieves measures the CPU time that the cleaner takes after a turn for each token of
+// the window before.
 func BenchmarkSieves(b *testing.B) {
 	const tokens, together = 4_000_000, 512
 	runtime.LockOSThread()

@@ -37,8 +37,8 @@ func BenchmarkAdd(b *testing.B) {
 	}
 }
 
-// BenchmarkDecimal parses numbers of so many digits, and random ones of 64 bits,
-// beside the standard library, which does not ask whether they are canonical.
+// BenchmarkDecimal parses numbers of different lengths, and random numbers of 64 bits, and
+// compares with the standard library, which does not check that they are canonical.
 func BenchmarkDecimal(b *testing.B) {
 	parsers := []struct {
 		name  string

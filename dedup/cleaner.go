@@ -6,8 +6,9 @@ import (
 	"unsafe"
 )
 
-// growAhead adds levels to a table that will soon need them, so that their memory is resident
-// before a request uses it. If requests were faster, it makes those resident that they added.
+// growAhead adds levels to the tables that will soon need them, so that their memory is
+// resident before a request uses it. If a request was faster and added a level itself,
+// growAhead makes the pages of that level resident.
 func (m *Memory) growAhead() {
 	v := m.current.Load()
 	if v == nil {
@@ -20,17 +21,17 @@ func (m *Memory) growAhead() {
 }
 
 func growTable[B any](m *Memory, t *table[B], load uint64, sizes func() []uint64) {
-	asked := t.checking.Swap(false) // first: a request that takes a slot from now on sets it again
+	asked := t.checking.Swap(false) // cleared first: a request that takes a slot from now on may set it again
 	m.grown.Add(uint64(t.prepare(asked, load, sizes, m.arena)))
 }
 
-// tables are those of one kind of ids. Memory.mu guards them, but for sweep.
+// tables are the tables for one kind of ids. Memory.mu guards all fields except sweep.
 type tables[B any] struct {
-	open *table[B]   // of the epochs to be opened
-	next *table[B]   // of another size: it takes over at the next turn; nil: there is none
-	old  []*table[B] // replaced; freed when no epoch uses them
+	open *table[B]   // for the epochs that will be opened
+	next *table[B]   // a table of another size, which replaces open at the next turn; nil: none
+	old  []*table[B] // replaced tables; each is freed when no epoch uses it
 
-	sweep position // of the cleaner, which alone uses it
+	sweep position // only the cleaner uses it
 }
 
 // acquire returns the table for an epoch that is being opened. m.mu is held.
@@ -43,28 +44,27 @@ func (ts *tables[B]) acquire() *table[B] {
 	return ts.open
 }
 
-// resize makes tables of the right size for the next epochs, if those of the
-// present are too small for the largest of the last epochs or far too large for
-// all of them.
+// resize makes tables of the right size for the next epochs, if the present tables are too
+// small for the largest of the last epochs, or far too large for all of them.
 func (m *Memory) resize() {
 	m.mu.Lock()
 	var peak load
 	for _, l := range m.loads {
 		peak.narrow, peak.wide = max(peak.narrow, l.narrow), max(peak.wide, l.wide)
 	}
-	sure := m.retired >= forecastEpochs // enough seen to shrink
+	sure := m.retired >= forecastEpochs // enough epochs were seen to decide about shrinking
 	m.mu.Unlock()
 	m.narrow.resize(m, peak.narrow, max(m.cfg.Expect, m.cfg.ExpectAny), sure)
 	m.wide.resize(m, peak.wide, max(m.cfg.ExpectWide, m.cfg.ExpectAny), sure)
 }
 
-// resize makes the table that takes over, if one of another size is better. What decides
-// about shrinking is the room that the open one takes, whether it was made or grown so large.
+// resize makes the next table if another size is better. Whether to shrink depends on how many
+// slots the open table has now, whether it was made with them or grew.
 func (ts *tables[B]) resize(m *Memory, peak, least uint64, sure bool) {
 	m.mu.Lock()
 	t, waits := ts.open, ts.next != nil
 	m.mu.Unlock()
-	want := max(least, peak+peak/4) // a quarter more than the largest seen
+	want := max(least, peak+peak/4) // a quarter more than the largest load seen
 	t.mu.Lock()
 	slots := t.slots
 	t.mu.Unlock()
@@ -76,7 +76,7 @@ func (ts *tables[B]) resize(m *Memory, peak, least uint64, sure bool) {
 	}
 	next, err := newTable[B](want, m.arena)
 	if err != nil {
-		return // no memory for both: the chain of levels serves, only slower
+		return // no memory for both tables: the open one, with more levels, still works, but is slower
 	}
 	m.resized.Add(1)
 	m.mu.Lock()
@@ -120,24 +120,24 @@ func (ts *tables[B]) close(to *arena) {
 	*ts = tables[B]{open: new(table[B])}
 }
 
-// position is that of the next step of the sweep in a table.
+// position is where the next step of the sweep begins in a table.
 type position struct {
 	level, bucket int
-	floor         uint64 // of the pass: words of epochs up to it are cleared
-	clean         uint64 // floor of the last pass that was finished
+	floor         uint64 // this pass clears the words of epochs up to this serial
+	clean         uint64 // floor of the last pass that was completed
 }
 
-// behind reports whether so many epochs turned since the last step that the
-// next should not wait for its interval.
+// behind reports whether so many epochs were opened since the last step of the sweep that the
+// next step should not wait for the cleanup interval.
 func (m *Memory) behind() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.serial-m.swept >= passTurns/4
 }
 
-// reclaim sweeps a batch of slots: it empties those whose epoch lies so far
-// back that its tag would come round, and that no request is left in. A request
-// still inside keeps its epoch and all later ones from being swept.
+// reclaim sweeps a batch of slots: it empties the slots of epochs that lie staleAge or more
+// back, before their tag is used again. While a request is still inside an epoch, the slots of
+// that epoch and of all later ones are not swept.
 func (m *Memory) reclaim() {
 	m.mu.Lock()
 	narrow, wide := m.narrow.open, m.wide.open
@@ -159,22 +159,23 @@ func (m *Memory) reclaim() {
 	m.mu.Unlock()
 }
 
-// batch returns how many slots of t to sweep: at least so many that a pass
-// takes passTurns, and one bucket of a table that has none yet.
+// batch returns how many slots of t to sweep after the given number of turns: enough that a
+// pass takes about passTurns turns, least or more if there are as many, and one bucket if t has
+// no slots yet.
 func batch[B any](least int, turns uint64, t *table[B]) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return int(max(slotsPerBucket, min(t.slots, max(uint64(least), (t.slots/passTurns+slotsPerBucket)*turns))))
 }
 
-// sweepTable sweeps the next slots of t. A pass that began in a table, or with
-// a level, that was replaced or added since goes on in the new one: that has
-// words of later epochs only.
+// sweepTable sweeps the next slots of t, and returns how many it emptied. If the table was
+// replaced during a pass, the pass goes on in the new table; it also includes levels that were
+// added during the pass. Both have only words of later epochs.
 func sweepTable[B any](t *table[B], p *position, floor, admitted uint64, slots int) (n int) {
 	for ; slots > 0; slots -= slotsPerBucket {
 		if p.level == 0 && p.bucket == 0 {
 			if floor <= p.clean {
-				return n // nothing to clear
+				return n // no words are old enough to be cleared
 			}
 			p.floor = floor
 		}
@@ -194,10 +195,10 @@ func sweepTable[B any](t *table[B], p *position, floor, admitted uint64, slots i
 	return n
 }
 
-// sweepWords empties the words of a bucket that are of epochs up to floor, and returns how many
-// it emptied. The first word of each slot has the tag: that of an epoch less than half a lap
-// before admitted, or of a later one that was opened meanwhile. No request can be writing a word of
-// an epoch up to floor.
+// sweepWords empties the words of a bucket that belong to epochs up to floor, and returns how
+// many it emptied. The first word of each slot has the tag of its epoch. That epoch is less
+// than half a lap before admitted, or it is a later one that was opened meanwhile. No request
+// can be writing a word of an epoch up to floor.
 func sweepWords(words []atomic.Uint64, admitted, floor uint64) (n int) {
 	now := tagOf(admitted)
 	for i := 0; i < len(words); i += len(words) / slotsPerBucket {

@@ -10,10 +10,10 @@ import (
 	"verve/internal/durable"
 )
 
-// touch makes mapped pages resident and writable, so that no request does.
+// touch makes mapped pages resident and writable, so that no request has to wait for that.
 func touch(b []byte) {
 	if advise(b, unix.MADV_POPULATE_WRITE) != nil {
-		_ = advise(b, unix.MADV_WILLNEED) // before Linux 5.14: advice is all there is
+		_ = advise(b, unix.MADV_WILLNEED) // before Linux 5.14 the pages can only be read ahead
 	}
 }
 
@@ -30,7 +30,7 @@ func bootID() uint32 {
 	return max(1, crc32.ChecksumIEEE(id))
 }
 
-// bootTime is when the machine was started, by the present clock.
+// bootTime returns when the machine was started, by the present wall clock.
 func bootTime() time.Time {
 	var up unix.Timespec
 	if durable.Retry(func() error { return unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) }) != nil {

@@ -12,8 +12,8 @@ import (
 
 const mappable = true
 
-// mapFile maps the whole of an open file, shared: what is stored there outlives
-// the process in the page cache. The mapping stays when the file is closed.
+// mapFile maps the first size bytes of an open file, shared: a store into them is in the page
+// cache at once, and outlives the process. The mapping stays when the file is closed.
 func mapFile(f *os.File, size int) (b []byte, err error) {
 	err = durable.Retry(func() (err error) {
 		b, err = unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
@@ -26,10 +26,10 @@ func mapFile(f *os.File, size int) (b []byte, err error) {
 }
 
 func unmapFile(b []byte) {
-	_ = durable.Retry(func() error { return unix.Munmap(b) }) // fails only for what mapFile did not return
+	_ = durable.Retry(func() error { return unix.Munmap(b) }) // fails only for memory that mapFile did not return
 }
 
-// syncMapped returns when what was stored in b is on the disk.
+// syncMapped writes b to the disk, and returns when it is there.
 func syncMapped(b []byte) error {
 	return cannotKeep(durable.Retry(func() error { return unix.Msync(b, unix.MS_SYNC) }))
 }

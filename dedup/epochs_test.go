@@ -7,7 +7,7 @@ import (
 	"verve/internal/epochtest"
 )
 
-// addOne is addTo without an allocation.
+// addOne does the same as addTo without an allocation.
 func addOne(m *Memory, e *counter.Epoch, id []byte) (Verdict, error) {
 	items, verdicts := [1]Item{{ID: id}}, [1]Verdict{Turned}
 	m.Keys(items[:])
@@ -43,7 +43,7 @@ func (e epochs) add(t testing.TB, s Set, n int, id string) (Verdict, error) {
 	return v, err
 }
 
-// leave ends the stay of a request whose id got that verdict.
+// leave makes a request whose id got the verdict v leave its epoch.
 func leave(in counter.Entry, v Verdict) {
 	var n [Verdicts]uint64
 	n[v] = 1
@@ -57,8 +57,8 @@ func (e epochs) want(t testing.TB, s Set, n int, id string, want Verdict) {
 	}
 }
 
-// twice adds each id two times in one batch: the second is a repeat of the first, whatever
-// that is.
+// twice adds each id two times in one batch: the second one is a repeat, whatever the verdict
+// on the first is.
 type twice struct {
 	*Memory
 	t testing.TB

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestExpectedIdsOfAnyKindHaveTheirRoom: the first id of a kind makes a table for as
-// many as are expected, and a kind that does not come takes nothing.
+// TestExpectedIdsOfAnyKindHaveTheirRoom: the first id of a kind makes a table for all expected
+// ids, and a kind of which no id comes takes no memory.
 func TestExpectedIdsOfAnyKindHaveTheirRoom(t *testing.T) {
 	const ids = 300_000
 	for name, format := range map[string]string{

@@ -2,7 +2,7 @@ package dedup
 
 import "testing"
 
-// What the suite in set_test.go needs of the inside.
+// This file exports what the suite in set_test.go needs.
 
 // NewTestMemory is a Memory on the heap.
 func NewTestMemory(t testing.TB, maxIDs uint64) Set { return newMemory(t, Config{MaxIDs: maxIDs}) }
@@ -17,7 +17,7 @@ func NewTestBatches(t testing.TB, maxIDs uint64) Set {
 	return twice{newMemory(t, Config{MaxIDs: maxIDs}), t}
 }
 
-// ReclaimTest reclaims what past epochs left in one of those.
+// ReclaimTest reclaims the slots of past epochs in one of these Sets.
 func ReclaimTest(s Set) {
 	if two, batches := s.(twice); batches {
 		s = two.Memory
@@ -28,7 +28,8 @@ func ReclaimTest(s Set) {
 // TestLap is how many epochs there are tags for.
 const TestLap = lap
 
-// TestMany is 15 times the ids of the smallest table, or less where each costs more.
+// TestMany is 15 times the ids of the smallest table, or fewer with the race detector, where
+// each id costs more.
 var TestMany = func() int {
 	if raceEnabled {
 		return 300_000

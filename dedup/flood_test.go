@@ -15,8 +15,8 @@ import (
 	"verve/internal/epochtest"
 )
 
-// families are ids with structure: the kinds that clients send, and that an attacker would
-// try who knows the code but not the secret.
+// families returns ids with structure: kinds that clients send, and kinds that an attacker
+// would try who knows the code but not the secret.
 func families() map[string]func(i uint64) []byte {
 	f := map[string]func(i uint64) []byte{}
 	decimal := func(name string, number func(i uint64) uint64) {
@@ -63,7 +63,7 @@ func families() map[string]func(i uint64) []byte {
 	f["text/fixed prefix"] = func(i uint64) []byte { return fmt.Appendf(nil, "user-%d", i) }
 	f["text/padded"] = func(i uint64) []byte { return fmt.Appendf(nil, "%0250d", i) }
 
-	// All in one bucket after another, if this were the secret.
+	// These would fill one bucket after another if this were the secret.
 	wrong := newSecret()
 	decimal("collide under a wrong secret", wrong.gather)
 	decimal("differ under a wrong secret in high bits", func(i uint64) uint64 { return wrong.gather(i << (64 - floodBits)) })
@@ -72,7 +72,7 @@ func families() map[string]func(i uint64) []byte {
 	return f
 }
 
-const floodBits = 17 // of i: 131072 ids, more than get room twice (nearSlots)
+const floodBits = 17 // bits of i: 131072 ids, more than a table of nearSlots slots is made for
 
 // flooded is the state of a table after an epoch of one family.
 type flooded struct {
@@ -114,10 +114,9 @@ func flood(t *testing.T, id func(i uint64) []byte) flooded {
 	return flooded{1 - float64(inFirst)/ids, s.Levels, s.Bytes, float64(l.narrow+l.wide) / ids}
 }
 
-// TestFloodingChangesNeitherMemoryNorLevels: whatever structure the ids have, the table
-// looks as it does with random ones. Only chance may differ between the two: the share of
-// ids in deeper levels is 2 % and varies by a few per cent of itself, the sampled load by
-// as much.
+// TestFloodingChangesNeitherMemoryNorLevels: whatever structure the ids have, the table looks
+// as with random ids. Only chance may differ between the two: the share of ids in deeper levels
+// is 2 % and varies by a few per cent of itself, the sampled load by as much.
 func TestFloodingChangesNeitherMemoryNorLevels(t *testing.T) {
 	if raceEnabled {
 		t.Skip("one goroutine: nothing for the race detector")

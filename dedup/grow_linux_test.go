@@ -20,9 +20,9 @@ func resident(t *testing.T, l *level[narrowBucket]) (n, all int) {
 	return n, len(pages)
 }
 
-// TestLevelsAreResidentBeforeTheirIds: one that a request adds is there at once and is made
-// resident by the cleaner, with the ids that are in it; one that the cleaner adds is
-// resident before any id is.
+// TestLevelsAreResidentBeforeTheirIds: a level that a request adds can be used at once, and the
+// cleaner makes it resident without changing its ids; a level that the cleaner adds is resident
+// before it has an id.
 func TestLevelsAreResidentBeforeTheirIds(t *testing.T) {
 	const expect = 10_000_000
 	from := &arena{}
@@ -59,8 +59,8 @@ func TestLevelsAreResidentBeforeTheirIds(t *testing.T) {
 	}
 }
 
-// TestLevelsUseTheMemoryThatIsLeft: without memory for the level that is wanted a smaller
-// one is made, and with none for that the smallest.
+// TestLevelsUseTheMemoryThatIsLeft: if there is no memory for the level that is wanted, a
+// smaller one is made; if there is none for that either, the smallest.
 func TestLevelsUseTheMemoryThatIsLeft(t *testing.T) {
 	size := func(buckets uint64) uint64 { return buckets * uint64(unsafe.Sizeof(narrowBucket{})) }
 	from := &arena{max: size(minBuckets + 8*minBuckets + 2*minBuckets)}

@@ -55,7 +55,7 @@ func inMemory() string {
 	return shared
 }
 
-// letGo gives back what the process would at its end.
+// letGo releases what the end of the process would release.
 func letGo(m *Memory) {
 	j := m.journal
 	for _, s := range j.segments {
@@ -68,7 +68,7 @@ func letGo(m *Memory) {
 	j.segments, j.state = nil, nil
 }
 
-// successor is the next process and what it finds.
+// successor is the next process, and what it finds in the directory.
 type successor struct {
 	*Memory
 	past   counter.Past
@@ -102,8 +102,8 @@ func (k *keptScene) recall() (*successor, error) {
 	return f, nil
 }
 
-// check holds what the next process has of each epoch against the answers: of each id that
-// was new one record, and none of an id that was not sent.
+// check compares what the next process has of each epoch with the answers: each id that was
+// answered as new has one record, and an id that was not sent has none.
 func (k *keptScene) check() error {
 	f, err := k.recall()
 	if err != nil {
@@ -149,9 +149,9 @@ func (k *keptScene) check() error {
 	return nil
 }
 
-// total checks that an epoch's record, which only the first may have, and what the next
-// process will publish of it, are as many ids as were answered, or as were passed at
-// most.
+// total checks the sum of two counts of an epoch: that of its record, which only the first
+// epoch may have, and what the next process will publish of it. The sum must be at least the
+// ids that were answered and at most those that were sent.
 func (k *keptScene) total(next *successor, serial uint64, answered, brought int) error {
 	var sum uint64
 	recorded := serial == 1 && k.published.Load() > 0
@@ -201,8 +201,8 @@ func TestInterleavingsOfChunks(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfPublishing: an epoch is left, its count published and its slot
-// ended, while requests are inside it, or add to the next.
+// TestInterleavingsOfPublishing: an epoch is turned, its count is published and its slot ended,
+// while requests are inside it or add to the next one.
 func TestInterleavingsOfPublishing(t *testing.T) {
 	eachKind(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run, kind kind) {
 		k := newKept(r, 1)
@@ -246,8 +246,8 @@ func (k *keptScene) answer(a *add) {
 	}
 }
 
-// TestInterleavingsOfReuse: the segments of an epoch that is published are written
-// again, two epochs later, and those of the one between are not.
+// TestInterleavingsOfReuse: the segments of a published epoch are used again two epochs later,
+// and those of the epoch in between are not.
 func TestInterleavingsOfReuse(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(0, 1, 2), func(r *explore.Run) {
 		k := newKept(r, 3)

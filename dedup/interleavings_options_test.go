@@ -18,8 +18,8 @@ type attempt struct {
 
 var attemptOptions = &Options{Token: []byte("token")}
 
-// tries starts a thread that tries to count key as the server does: again in the open
-// epoch where its own has turned.
+// tries starts a thread that tries to count key as the server does: if the epoch has turned, it
+// tries again in the open one.
 func (s *scene) tries(r *explore.Run, name string, key Key, a *attempt) {
 	r.Go(name, func() {
 		for {
@@ -41,8 +41,8 @@ func (s *scene) tries(r *explore.Run, name string, key Key, a *attempt) {
 	})
 }
 
-// renewTables gives the next epoch tables of its own: what is in them does not show an
-// attempt that its epoch was left.
+// renewTables gives the next epoch tables of its own, so that an attempt cannot find out from
+// words in a table that its epoch is over.
 func (s *scene) renewTables() {
 	narrow, err := newTable[narrowBucket](0, s.m.arena)
 	if err != nil {
@@ -55,7 +55,7 @@ func (s *scene) renewTables() {
 	s.m.narrow.next, s.m.wide.next = narrow, wide
 }
 
-// tryTwice has two attempts to count one id with one token.
+// tryTwice adds two attempts to count one id with one token.
 func (s *scene) tryTwice(r *explore.Run, key Key) *[2]attempt {
 	attempts := new([2]attempt)
 	for i := range attempts {
@@ -64,7 +64,7 @@ func (s *scene) tryTwice(r *explore.Run, key Key) *[2]attempt {
 	return attempts
 }
 
-// oneCounts is an error unless one of two attempts counts and the other is its replay.
+// oneCounts returns an error unless one of two attempts counts and the other is its replay.
 func oneCounts(attempts *[2]attempt) error {
 	a, b := attempts[0].verdict, attempts[1].verdict
 	if (a == Unique) == (b == Unique) || max(a, b) != Replayed && max(a, b) != ReplayedBefore {
@@ -88,8 +88,8 @@ func TestInterleavingsOfAttempts(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfSieves: the same, and behind the turn the cleaner fills the sieves of the
-// next epoch, which the second attempt may look at.
+// TestInterleavingsOfSieves: the same, and after the turn the cleaner fills the sieves of the
+// next epoch, which the second attempt may use.
 func TestInterleavingsOfSieves(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(1, 2, 2), func(r *explore.Run) {
 		s := newScene(Config{}, 1, 1)
@@ -166,8 +166,9 @@ func TestInterleavingsOfTokens(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfTheLastKey: there is room for one key. Two requests have an id under it,
-// and both are counted; one under another key is not, unless that one is the first.
+// TestInterleavingsOfTheLastKey: there is room for one key. Two requests have an id under that
+// key, and both ids are counted; a third id under another key is not counted, unless it comes
+// first.
 func TestInterleavingsOfTheLastKey(t *testing.T) {
 	explore.Explore(t, explore.OptionsFor(2, 2, explore.All), func(r *explore.Run) {
 		s := newKeyScene(Config{}, 1, 1, 1)
@@ -176,7 +177,7 @@ func TestInterleavingsOfTheLastKey(t *testing.T) {
 		for i, name := range names {
 			r.Go(fmt.Sprint("under ", name), func() {
 				item := Item{Key: kinds[1].key(2*uint64(i), uint64(i)), Options: &Options{Under: []byte(name)}}
-				_ = s.m.AddMany(s.epochs[0], []Item{item}, verdicts[i:i+1]) // it is in the verdict
+				_ = s.m.AddMany(s.epochs[0], []Item{item}, verdicts[i:i+1]) // the verdict shows the error
 			})
 		}
 		r.Check(func() error {

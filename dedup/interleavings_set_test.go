@@ -12,22 +12,24 @@ import (
 	"verve/internal/explore"
 )
 
-// question is asked of the set: to add a key to an epoch, or whether it is known there.
+// question is a call of the set: to add a key to an epoch, or to look up whether the epoch has
+// it.
 type question struct {
 	epoch int
 	key   Key
 	look  bool
 }
 
-// unknown is the answer to a look for a key that is not known; Repeat to one for a key that is.
+// unknown is the answer if a key that is looked up is not known; if it is known, the answer is
+// Repeat.
 const unknown = Verdict(Verdicts)
 
-// history is what was asked and answered, with the steps at which that was.
+// history has the questions and answers, and the steps at which they were asked and given.
 type history []porcupine.Operation
 
-// asks starts a thread that asks one question after the other. To ask and to be answered are
-// steps of their own, whose order matters: an order of steps in which an answer is given
-// before another question is asked is not taken for one in which they overlap.
+// asks starts a thread that asks one question after the other. Asking and getting the answer
+// are steps of their own, whose order matters: otherwise an order in which an answer comes
+// before another question could be treated as equivalent to one in which the two overlap.
 func (s *scene) asks(r *explore.Run, h *history, client int, questions ...question) {
 	r.Go(fmt.Sprint("client ", client), func() {
 		for _, q := range questions {
@@ -48,8 +50,8 @@ func (s *scene) asks(r *explore.Run, h *history, client int, questions ...questi
 	})
 }
 
-// sequentialSet is a set that answers one question after the other: it has a key in an epoch
-// or not. In an epoch that is not the last it may turn a key away, and forget those it has.
+// sequentialSet is a set that answers one question after the other: it has a key in an epoch or
+// not. In an epoch that is not the last one it may refuse a key, and forget keys that it has.
 func sequentialSet(last int) porcupine.Model {
 	return porcupine.Model{
 		Partition: func(all []porcupine.Operation) (parts [][]porcupine.Operation) {
@@ -81,9 +83,9 @@ func sequentialSet(last int) porcupine.Model {
 	}
 }
 
-// explained checks that there is an order of the questions in which a sequential set gives
-// the same answers, and in which no question comes after one that was asked when it had been
-// answered.
+// explained checks that there is an order of the questions in which a sequential set gives the
+// same answers, and in which a question that was answered before another was asked comes before
+// that one.
 func (s *scene) explained(h *history) error {
 	if !porcupine.CheckOperations(sequentialSet(len(s.epochs)-1), *h) {
 		return fmt.Errorf("no sequential set gives these answers: %+v", *h)
@@ -91,8 +93,8 @@ func (s *scene) explained(h *history) error {
 	return nil
 }
 
-// TestInterleavingsOfASet: two writers of one key, one of a key that wants its slot, and a
-// reader.
+// TestInterleavingsOfASet: two writers of one key, a writer of a key whose home is the same
+// slot, and a reader.
 func TestInterleavingsOfASet(t *testing.T) {
 	eachKind(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run, kind kind) {
 		s, h := newScene(Config{}, 1, 1), new(history)

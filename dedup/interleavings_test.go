@@ -15,12 +15,12 @@ import (
 // kind is a kind of ids.
 type kind struct {
 	name string
-	key  func(home, id uint64) Key // ids of one home meet in one slot
+	key  func(home, id uint64) Key // the searches for ids with the same home begin at the same slot
 }
 
 var kinds = []kind{
 	{"narrow", func(home, id uint64) Key { return Key{lo: home<<60 | id<<20, kind: narrowKind} }},
-	// All share the first word of their key, but for the home.
+	// The first words of all keys differ only in the home.
 	{"wide", func(home, id uint64) Key { return Key{hi: home<<60 | 1<<20, lo: id, kind: wideKind} }},
 }
 
@@ -41,7 +41,7 @@ type scene struct {
 	added  []add
 }
 
-// add is what was answered for an id in an epoch.
+// add is an id that was added to an epoch, and the answer.
 type add struct {
 	epoch   int
 	key     Key
@@ -55,7 +55,7 @@ func (s *scene) Publish(context.Context, counter.Count) error { return nil }
 // newScene opens n epochs, the first of which has the given serial.
 func newScene(cfg Config, serial uint64, n int) *scene { return newKeyScene(cfg, 0, serial, n) }
 
-// newKeyScene has so many keys per epoch; 0: many.
+// newKeyScene is newScene with at most keys keys in an epoch; 0: many.
 func newKeyScene(cfg Config, keys int, serial uint64, n int) *scene {
 	cfg.Heap = true
 	m, err := NewMemory(cfg)
@@ -85,11 +85,11 @@ func (s *scene) judge(epoch int, keys ...Key) []Verdict {
 	for i, k := range keys {
 		items[i].Key, verdicts[i] = k, Turned
 	}
-	_ = s.m.AddMany(s.epochs[epoch], items, verdicts) // it is in the verdicts
+	_ = s.m.AddMany(s.epochs[epoch], items, verdicts) // the verdicts show the error
 	return verdicts
 }
 
-// set puts keys in that must be new.
+// set adds keys, which must be new.
 func (s *scene) set(epoch int, keys ...Key) {
 	for i, v := range s.judge(epoch, keys...) {
 		if v != Unique {
@@ -133,16 +133,16 @@ func (s *scene) visit(a *add) {
 	leaveScene(in, a.verdict)
 }
 
-// leaveScene ends the stay of a request whose id got that verdict.
+// leaveScene makes a request whose id got the verdict v leave its epoch.
 func leaveScene(in counter.Entry, v Verdict) {
 	var n [Verdicts]uint64
 	n[v] = 1
 	in.Leave(n[Unique], n[Repeat], 1-n[Unique]-n[Repeat])
 }
 
-// check holds the answers of each id in each epoch against a set: Unique once, and Repeat
-// only where it was. An id is turned away only where a later epoch is open. An id that was
-// answered Unique in the last epoch is known there.
+// check compares the answers for each id in each epoch with those of a set: Unique once, and
+// Repeat only if another answer was Unique. An id is answered Turned only if a later epoch is
+// open. An id that was answered Unique in the last epoch is found there.
 func (s *scene) check() error {
 	type place struct {
 		epoch int
@@ -196,7 +196,7 @@ func (s *scene) room() error {
 	return s.check()
 }
 
-// TestInterleavingsOfAnAdd: requests for one id, and for one that wants its slot.
+// TestInterleavingsOfAnAdd: requests for one id, and for another one with the same home.
 func TestInterleavingsOfAnAdd(t *testing.T) {
 	eachKind(t, explore.OptionsFor(explore.All, explore.All, explore.All), func(r *explore.Run, kind kind) {
 		s := newScene(Config{}, 1, 1)
@@ -219,8 +219,8 @@ func TestInterleavingsOfBatches(t *testing.T) {
 	})
 }
 
-// TestInterleavingsOfAStraggler: requests of an epoch add while the next one takes
-// its slots. The tags follow on each other, or come round.
+// TestInterleavingsOfAStraggler: requests of an epoch add while requests of the next one take
+// its slots. The tag of the next epoch is one more, or begins again at 1.
 func TestInterleavingsOfAStraggler(t *testing.T) {
 	for _, kind := range kinds {
 		for _, serial := range []uint64{1, lap} {
@@ -240,7 +240,8 @@ func TestInterleavingsOfAStraggler(t *testing.T) {
 	}
 }
 
-// TestInterleavingsOfThreeEpochs: two of them write where a third still reads.
+// TestInterleavingsOfThreeEpochs: requests of two epochs write a slot that a request of a third
+// one still reads.
 func TestInterleavingsOfThreeEpochs(t *testing.T) {
 	eachKind(t, explore.OptionsFor(2, 3, explore.All), func(r *explore.Run, kind kind) {
 		s := newScene(Config{}, lap-1, 3)
@@ -261,7 +262,7 @@ func TestInterleavingsOfASweep(t *testing.T) {
 		a, b := kind.key(7, 1), kind.key(8, 2)
 		s.set(0, a, b)
 		s.added = nil
-		// As if staleAge and more epochs had been opened and left since.
+		// As if staleAge or more epochs had been opened and closed since then.
 		*s = *s.after(staleAge + 2)
 		s.adds(r, "a", 0, a)
 		s.adds(r, "a again", 0, a)
@@ -282,7 +283,7 @@ func TestInterleavingsOfASweep(t *testing.T) {
 	})
 }
 
-// after returns the scene n epochs later, with the open one alone.
+// after returns the scene n epochs later, with only the open epoch.
 func (s *scene) after(n int) *scene {
 	m := s.m
 	m.mu.Lock()
@@ -358,7 +359,7 @@ func TestInterleavingsOfTheLimit(t *testing.T) {
 	})
 }
 
-// limited checks that max ids are in, or so many more, and that none was refused
+// limited checks that max ids are in, or up to a given number more, and that none was refused
 // while there was room.
 func (s *scene) limited(max, over int) error {
 	in, refused := 0, 0
@@ -385,9 +386,9 @@ func TestInterleavingsOfTheLimitComingNear(t *testing.T) {
 }
 
 // TestInterleavingsOfTheLimitBetweenSamples: one id is sampled, and with it the epoch becomes
-// strict. The others, which are not, come one after the other. Where they are too many by
-// more than the request under way, all of those too many came before the epoch was strict:
-// what was left was found after that, and has them.
+// strict. The other ids, which are not sampled, come one after the other. If more ids get in
+// than the limit and the request under way allow, all these must have been added before the
+// epoch was strict, so that left, which is computed after that, includes them.
 func TestInterleavingsOfTheLimitBetweenSamples(t *testing.T) {
 	eachKind(t, explore.OptionsFor(2, explore.All, explore.All), func(r *explore.Run, kind kind) {
 		s := newScene(Config{MaxIDs: 3}, 1, 1)

@@ -19,16 +19,15 @@ import (
 	"verve/internal/durable"
 )
 
-// journal keeps, in files, what the next process needs where this one is
-// killed: which epochs were opened and not yet published, and their ids. It
-// takes no system call to keep an id: the files are mapped and shared, and what
-// was stored in them is there after a kill -9. They are synced every syncEvery,
-// which bounds what a loss of power costs.
+// journal keeps in files what the next process needs if this one is killed: which epochs were
+// opened and are not published yet, and their ids. To keep an id takes no system call: the
+// files are mapped as shared memory, and a store into them survives a kill -9. They are synced
+// every syncEvery, which bounds what a loss of power costs.
 //
-// The table itself in a mapped file was the plainer way. A table is written at
-// random, so each id dirties a page of its own, which every sync writes back
-// and protects: at 100,000 ids a second a store took 1 to 2 us and up to 14 ms,
-// and the disk 130 to 480 MB/s (DESIGN.md). A journal is written in order.
+// The plainer way was to keep the table itself in a mapped file. But a table is written at
+// random places, so each id dirties a page of its own, which every sync writes back and
+// protects: at 100,000 ids a second a store took 1 to 2 us, and up to 14 ms, and 130 to 480
+// MB/s went to the disk (DESIGN.md). A journal is written in order.
 //
 // The directory holds
 //
@@ -36,51 +35,51 @@ import (
 //	state      the secret, the epochs (slots), and which segments there are
 //	ids-NNNNN  segments: the ids
 type journal struct {
-	Config           // of its Memory
-	publisher uint64 // who publishes the counts, as publisherOf
+	Config           // that of its Memory
+	publisher uint64 // publisherOf the name of the publisher of this process
 	nudge     func() // wakes Run, which calls prepare
 
 	writers sync.Pool // of *writer
 
 	lock   *os.File
-	ran    time.Time // when the process before took the lock: right after its start; zero: not known
+	ran    time.Time // when the process before this one took the lock, right after its start; zero: not known
 	state  []byte
 	slots  []slot   // in state
-	marks  []uint64 // in state: the segments that must be there
+	marks  []uint64 // in state: which segments must be there
 	secret secret
 
-	// broken is set when the files cannot be trusted to take a store or to keep
-	// it: from then on no journal of theirs adds anything (see renew.go).
+	// broken is set, with the reason, when the files cannot be trusted to keep what is stored
+	// in them: from then on this journal adds nothing (see renew.go).
 	broken atomic.Pointer[error]
 	failed chan struct{} // capacity 1: wakes Memory.keep after a failure
-	turned chan struct{} // capacity 1: wakes Memory.keep after a slot was written or ended, to sync it
-	moved  bool          // the directory was renamed to make room for the next one; only Memory.keep reads it
+	turned chan struct{} // capacity 1: wakes Memory.keep to sync the slots after one was written or ended
+	moved  bool          // the directory was renamed to make room for its replacement, or is gone; only Memory.keep reads it
 
 	making  sync.Mutex // held while a segment is made
-	shortAt time.Time  // when that failed last; guarded by making
+	shortAt time.Time  // when making one failed last; guarded by making
 
-	mu       sync.Mutex // guards what follows, and the order of stores in state
+	mu       sync.Mutex // guards the fields down to inUse, and the order of stores into state
 	segments []*segment // by index; nil: there is none
-	current  *segment   // chunks are taken from
-	ready    []*segment // with chunks left, in the order of their use
+	current  *segment   // the segment whose chunks are handed out; nil: none yet
+	ready    []*segment // segments with free chunks, in the order in which they will be used
 	known    [slotCount]known
-	newest   opened // the epoch opened last
-	begun    bool   // a slot that this process has written is on the disk
-	short    error  // why no segment could be made, if that was so the last time
-	inUse    [forecastEpochs]int
+	newest   opened              // the epoch opened last
+	begun    bool                // a slot that this process has written is on the disk
+	short    error               // why the last attempt to make a segment failed; nil: it did not
+	inUse    [forecastEpochs]int // how many segments each of the last epochs needed, a ring
 
-	// Found at the start, for Past and the first Open. begin sets counts and keyed to nil:
-	// while counts is not nil, this process has begun no epoch.
+	// The next fields are found at the start, for Past and the first Open. The first begin sets
+	// counts and keyed to nil: while counts is not nil, this process has begun no epoch.
 	counts    map[uint64]load   // records by serial
-	keyed     map[uint64]*keyed // of the epochs that are needed: by key
+	keyed     map[uint64]*keyed // keys of the epochs that are still needed, by serial
 	made      bool              // no process has begun an epoch in the directory: there was none, or a damaged one
-	aside     bool              // a damaged directory was replaced, or one that is gone
-	powerLost bool              // power was lost since
-	resumable bool              // the newest epoch goes on: its ids are in the tables
+	aside     bool              // what an earlier process kept is lost: the directory was damaged, is gone, or is an earlier copy
+	powerLost bool              // power was lost since the newest epoch was opened, and the files may lack what was not synced
+	resumable bool              // the newest epoch is not over, so this process may go on with it
 	first     firstEpoch
 }
 
-// newJournal returns a journal that is not opened yet.
+// newJournal returns a journal whose directory is not opened yet. nudge wakes Memory.Run.
 func newJournal(cfg Config, nudge func()) *journal {
 	cfg.boot, cfg.segmentChunks = cmp.Or(cfg.boot, bootID()), cmp.Or(cfg.segmentChunks, segmentChunks)
 	if cfg.bootAt == nil {
@@ -96,23 +95,23 @@ func newJournal(cfg Config, nudge func()) *journal {
 
 const (
 	journalMagic   = 0x5354415453565256 // "VRVSTATS"
-	journalVersion = 4                  // the first one: upgrade.go
+	journalVersion = 4                  // upgrade.go reads version 1
 
-	// The state file: a header, the slots, the marks. A slot is a quarter of a
-	// sector, which a loss of power leaves old or new.
+	// The state file has a header, the slots, and the marks. A slot is a quarter of a sector of
+	// 512 bytes; a loss of power leaves a sector either old or new.
 	headerWords = 64
 	slotsAt     = 4096
 	slotWords   = 16
 	marksAt     = slotsAt + slotCount*slotWords*8
 	stateBytes  = marksAt + maxSegments*8
 
-	// slotCount epochs may wait to be published: 17 hours of minutes. Above that
-	// ids are refused. The last few (startSlots) are for the first epochs of processes that
-	// start then.
+	// slotCount is how many epochs may wait to be published: 17 hours of minutes. If more wait,
+	// ids are refused. The last startSlots slots are reserved for the first epochs of processes
+	// that start while so many wait.
 	slotCount  = 1024
 	startSlots = 8
 
-	// maxSegments of 4 MiB are two billion ids.
+	// maxSegments segments of 4 MiB hold two billion ids.
 	maxSegments = 4096
 
 	stateName = "state"
@@ -122,8 +121,8 @@ const (
 	maxSegmentChunks = 1 << 20
 )
 
-// The header of the state file, in words. The check is its last, in every version: this
-// distinguishes a damaged header from one of another version.
+// The places in the header of the state file, in words. The check is the last word in every
+// version: so a damaged header can be distinguished from one of another version.
 const (
 	headerMagicAt = iota
 	headerVersionAt
@@ -134,42 +133,43 @@ const (
 	headerCheckAt = headerWords - 1
 )
 
-// slot is the place of an epoch in the state file. It is written in this order: id 0, the
-// rest, id. So a kill between two stores leaves it free or whole. Only ended changes later, in
-// one store. A flipped bit fails the check; one bit cannot make an id 0, which frees a slot.
+// slot is the place of an epoch in the state file. It is written in this order: 0 as id, all
+// other fields, the id. So a kill between two stores leaves it free or whole. Later only ended
+// changes, in one store. If a bit is flipped, the check fails; and one flipped bit cannot make
+// the id 0, which would free the slot.
 type slot struct {
 	id        uint64 // serial<<8 | slotMark; 0: free
 	number    uint64
 	window    uint64
-	logged    uint64 // records of the epoch that published covers
-	published uint64 // sum of the window's records, as the publisher knew it then
+	logged    uint64 // how many of the ids in the journal the sum in published includes
+	published uint64 // sum of the records for the window when the slot was written
 	meta      uint64 // follows<<63 | generation<<33 | inexact<<32 | boot
-	publisher uint64 // whose records published is the sum of
-	check     uint64 // of the words before it
-	ended     uint64 // 0, or a mark below with the serial
+	publisher uint64 // publisherOf the publisher of these records
+	check     uint64 // check of the words before it
+	ended     uint64 // 0, or one of the marks below, xor id
 	_         [slotWords - 9]uint64
 }
 
 const (
 	slotMark   = 0xa5
-	endedMark  = 0x6465646e65767276 // published, or nothing was missing
-	doubtMark  = 0x7462756f64767276 // not published, and ids may be missing: the disk failed
-	syncedMark = 0x6465636e79737672 // as endedMark, and all files are on the disk
+	endedMark  = 0x6465646e65767276 // the epoch is published, or no record lacks any of its ids
+	doubtMark  = 0x7462756f64767276 // the epoch is not published, and ids may be missing because the disk failed
+	syncedMark = 0x6465636e79737672 // as endedMark; in addition all files are on the disk
 	markMagic  = 0x6d67657365767276
 )
 
 const maxGeneration = 1<<30 - 1
 
-// opened is the content of a slot.
+// opened is the decoded content of a slot: an epoch that was opened.
 type opened struct {
 	serial            uint64
 	number            int64
 	window            time.Duration
 	logged, published uint64
-	generation        uint32 // counts the processes that went on with the epoch
+	generation        uint32 // how many times a process took the epoch over into another slot
 	publisher         uint64
 	inexact           bool
-	follows           bool // its window is the next one after that of the serial before
+	follows           bool // its window is the one directly after that of the epoch with the serial before
 	boot              uint32
 	ended, synced     bool
 	slot              int
@@ -178,24 +178,25 @@ type opened struct {
 func (o *opened) start() time.Time { return time.Unix(0, o.number*int64(o.window)).UTC() }
 func (o *opened) end() time.Time   { return o.start().Add(o.window) }
 
-// known is what this process knows of a slot in memory: a read of the slot may fault.
+// known is a copy, in memory, of what is needed often from a slot: reading the slot itself may
+// fault.
 type known struct {
 	serial uint64 // 0: free
 	ended  bool
 }
 
-// firstEpoch is what the start finds for the first epoch of this process.
+// firstEpoch is what is found at the start and needed for the first epoch of this process.
 type firstEpoch struct {
 	pastRead          bool                // journal.past was called
-	logged, published uint64              // for the new slot of the newest epoch, if that goes on
-	start             time.Time           // of the last window that has records, or will have when Past.Recovered is published
-	sum               uint64              // of those records
+	logged, published uint64              // these fields of the new slot of the newest epoch, if that goes on
+	start             time.Time           // start of the last window that has records, or will have records when Past.Recovered is published
+	sum               uint64              // of the records for that window
 	others            []counter.Published // the last windows of other publishers
-	settled           bool                // the newest epoch is published, but its slot is not ended
+	settled           bool                // the newest epoch needs no record, but its slot is not ended
 	unfit             error               // the ids of the newest epoch do not fit the tables
 }
 
-// damagedError is returned if the content of the directory cannot be trusted.
+// damagedError is the error if the content of the directory cannot be trusted.
 type damagedError struct{ reason string }
 
 func (e *damagedError) Error() string { return e.reason }
@@ -204,8 +205,8 @@ func damaged(format string, args ...any) error {
 	return &damagedError{fmt.Sprintf(format, args...)}
 }
 
-// cannotKeep wraps an error of a system, or a file system, that lacks a call in
-// errors.ErrUnsupported: the caller may do without a journal.
+// cannotKeep returns err, wrapped in errors.ErrUnsupported if the operating system or the file
+// system lacks a call: then the caller may go on without a journal.
 func cannotKeep(err error) error {
 	if durable.Unsupported(err) {
 		return fmt.Errorf("ids cannot be kept on disk: %w: %w", errors.ErrUnsupported, err)
@@ -213,8 +214,8 @@ func cannotKeep(err error) error {
 	return err
 }
 
-// openJournal opens or makes the directory. A damaged one is renamed, OnSetAside is called
-// with its new name, and a new one is made.
+// openJournal opens the directory, or makes it. If the directory is damaged, openJournal
+// renames it, calls OnSetAside with its new name, and makes a new one.
 func openJournal(cfg Config, nudge func()) (*journal, error) {
 	if !mappable {
 		return nil, cannotKeep(errors.ErrUnsupported)
@@ -255,8 +256,9 @@ func openJournal(cfg Config, nudge func()) (*journal, error) {
 	if err == nil && len(j.ready) == 0 {
 		err = j.extend()
 	}
-	// Without room ids are refused one by one until there is some, and where the disk
-	// failed until it takes writes. Both publish what is left first.
+	// With a full disk, the journal refuses ids until there is room; after a failure of the
+	// disk, until the disk accepts writes again. In both cases the process starts, and
+	// publishes what earlier ones left.
 	serves := err == nil || errors.Is(err, ErrFull) || j.broken.Load() != nil && !errors.Is(err, errors.ErrUnsupported)
 	if !serves {
 		j.release()
@@ -265,15 +267,15 @@ func openJournal(cfg Config, nudge func()) (*journal, error) {
 	return j, nil
 }
 
-// hasState reports whether the directory of a journal has a state file: without one nothing
-// in it matters.
+// hasState reports whether a directory has the state file of a journal. Without that file it
+// has no epochs.
 func hasState(dir string) bool {
 	_, err := os.Stat(filepath.Join(dir, stateName))
 	return !errors.Is(err, os.ErrNotExist)
 }
 
-// unmade makes j a journal without files, as there is no room for them: it refuses ids, and
-// is replaced when there is room, like one that failed.
+// unmade makes j a journal without files, because there is no room for them. It refuses ids,
+// and is replaced when there is room, like a journal that failed.
 func (j *journal) unmade(err error) {
 	reason := fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
 	j.broken.Store(&reason)
@@ -291,7 +293,7 @@ func (j *journal) open() error {
 	if err := j.takeLock(); err != nil {
 		return err
 	}
-	j.removeReplaced() // what it holds was published
+	j.removeReplaced() // these directories have only epochs that were published
 	entries, err := os.ReadDir(j.Dir)
 	if err != nil {
 		return err
@@ -327,11 +329,12 @@ func (j *journal) open() error {
 	return err
 }
 
-// takeLock makes this process the owner of the directory.
+// takeLock makes this process the owner of the directory, or returns an error that names the
+// owner.
 func (j *journal) takeLock() error {
 	path := filepath.Join(j.Dir, lockName)
 	if before, err := os.Stat(path); err == nil {
-		j.ran = before.ModTime() // it was written to last then, below
+		j.ran = before.ModTime() // its owner wrote its process number then, below
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
@@ -349,7 +352,7 @@ func (j *journal) takeLock() error {
 		return fmt.Errorf("%s is in use by process %s", j.Dir, strings.TrimSpace(string(owner[:n])))
 	}
 	j.lock = f
-	// The owner before may have renamed the directory between the two calls.
+	// The previous owner may have renamed the directory between the opening and the locking.
 	mine, err := f.Stat()
 	if err != nil {
 		return err
@@ -361,7 +364,7 @@ func (j *journal) takeLock() error {
 		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
 	if durable.NoSpace(err) {
-		return nil // it is for a message only; Btrfs needs room to make a file shorter, too
+		return nil // the number only serves a message; Btrfs needs room even to make a file shorter
 	}
 	return err
 }
@@ -382,8 +385,9 @@ func (j *journal) create() error {
 	return durable.SyncDir(filepath.Dir(j.Dir))
 }
 
-// makeFile makes a file of size bytes with these words and zeros behind them, in the place of
-// the one of that name, if there is one. The file is complete and synced before it has its name.
+// makeFile makes a file of size bytes that begins with words; the rest is zeros. It replaces a
+// file of that name, if there is one. The file gets its name only when it is complete and
+// synced.
 func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
 	path := filepath.Join(j.Dir, name)
 	f, err := os.OpenFile(path+tmpSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -391,9 +395,9 @@ func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
 		return err
 	}
 	defer func() {
-		_ = f.Close() // synced, or given up
+		_ = f.Close() // it was synced, or making it has failed
 		if err != nil {
-			_ = os.Remove(path + tmpSuffix) // else the next start does
+			_ = os.Remove(path + tmpSuffix) // if this fails, the next start removes it
 		}
 	}()
 	for _, step := range []func() error{
@@ -413,7 +417,8 @@ func (j *journal) makeFile(name string, size int, words []uint64) (err error) {
 	return nil
 }
 
-// load reads the state and the segments that are there.
+// load reads the state file and the segments. have has the numbers of the segment files that
+// exist.
 func (j *journal) load(have map[int]bool) (err error) {
 	defer damagedByFault(&err, debug.SetPanicOnFault(true))
 	if err := j.loadState(); err != nil {
@@ -444,7 +449,8 @@ func (j *journal) load(have map[int]bool) (err error) {
 		if err := s.scan(&j.secret, j.newest.serial, needed, j.counts, j.keyed); err != nil {
 			return err
 		}
-		// A segment without a mark: the last process was killed while it made or removed it.
+		// If the segment had no mark, the last process was killed while it made or removed the
+		// segment.
 		atomic.StoreUint64(&j.marks[index], markOf(index))
 		if s.next < len(s.chunks) {
 			j.ready = append(j.ready, s)
@@ -454,9 +460,9 @@ func (j *journal) load(have map[int]bool) (err error) {
 	return nil
 }
 
-// noSpace returns an error if there is no room for a small file in dir. Without room a file
-// system that writes each page to another place, such as Btrfs, ends a store to a mapped page
-// with a fault, which looks like damage.
+// noSpace returns an error if dir has no room for a small file. On a full file system that
+// writes every page to a new place, such as Btrfs, a store into a mapped page faults, which
+// looks like damage.
 func noSpace(dir string) error {
 	path := filepath.Join(dir, "room")
 	err := durable.ReplaceFile(path, make([]byte, os.Getpagesize()), 0o600)
@@ -481,7 +487,7 @@ func (j *journal) loadState() error {
 	case header[headerCheckAt] != checkOf(header[:headerCheckAt]) || header[headerMagicAt] != journalMagic:
 		return damaged("the state file has a bad header")
 	case header[headerVersionAt] > journalVersion:
-		return fmt.Errorf("%s has the format %d of a newer version; this one knows %d", f.Name(), header[headerVersionAt], journalVersion)
+		return fmt.Errorf("%s has the format %d of a newer version; this version reads up to %d", f.Name(), header[headerVersionAt], journalVersion)
 	case header[headerVersionAt] > withoutPublisher && header[headerVersionAt] < journalVersion:
 		return fmt.Errorf("%s has the format %d, which this version does not read; it reads %d and %d", f.Name(), header[headerVersionAt], withoutPublisher, journalVersion)
 	case header[headerVersionAt] < withoutPublisher || header[headerSlotsAt] != slotCount || header[headerSegmentsAt] != maxSegments ||
@@ -491,7 +497,7 @@ func (j *journal) loadState() error {
 		if err := j.upgrade(f, header); err != nil {
 			return err
 		}
-		return j.loadState() // it is another file now
+		return j.loadState() // the state file is now another one
 	}
 	if j.state, err = mapWhole(f, stateBytes); err != nil {
 		return err
@@ -516,8 +522,8 @@ func (j *journal) loadSlots() (map[uint64]opened, error) {
 			continue
 		}
 		o.slot = i
-		// Two slots of one epoch: a process was killed after it had gone on with the epoch,
-		// and before it freed the slot that the epoch had.
+		// An epoch has two slots if a process was killed after it had written a new slot for
+		// the epoch and before it freed the old one. The newer slot counts.
 		if other, twice := bySerial[o.serial]; twice {
 			if other.generation == o.generation {
 				return nil, damaged("slots %d and %d of the state file are of one epoch", i, other.slot)
@@ -538,18 +544,18 @@ func (j *journal) loadSlots() (map[uint64]opened, error) {
 	return bySerial, nil
 }
 
-// lost reports whether the machine was started again since o was written: with a loss of
-// power, as far as is known.
+// lost reports whether the machine was started again since o was written. It may have lost
+// power, so stores that were not synced may be missing.
 func (j *journal) lost(o *opened) bool {
 	return o.serial > 0 && o.boot != j.boot && o.boot != 0 && j.boot != 0
 }
 
-// owner is a number that the segments of this directory have in their headers, and those of
-// another directory do not. The secret does not follow from it.
+// owner returns the number that the headers of the segments of this directory have. Those of
+// another directory have another number. The secret cannot be computed from it.
 func (j *journal) owner() uint64 { return checkOf(j.secret.words()) }
 
-// read returns the content of the slot; serial 0 if it is free. It is not ok if the slot is
-// damaged.
+// read returns the content of the slot; its serial is 0 if the slot is free. ok is false if the
+// slot is damaged.
 func (s *slot) read() (o opened, ok bool) {
 	id := atomic.LoadUint64(&s.id)
 	if id == 0 {
@@ -575,10 +581,10 @@ func (s *slot) read() (o opened, ok bool) {
 		o.serial > 0 && o.serial < 1<<serialBits && o.window > 0
 }
 
-// words are those under the check.
+// words returns the words that the check covers.
 func (s *slot) words() []uint64 { return unsafe.Slice(&s.id, 7) }
 
-// write writes o into its slot, which is free. j.mu is held.
+// write writes o into the slot o.slot, which is free. j.mu is held.
 func (j *journal) write(o *opened) {
 	meta := uint64(o.generation&maxGeneration)<<33 | uint64(o.boot)
 	if o.inexact {
@@ -619,22 +625,23 @@ func (j *journal) free(i int) {
 	j.known[i] = known{}
 }
 
-// errWaiting answers the ids of an epoch that got no slot.
+// errWaiting is why an epoch for which no slot was free refuses ids.
 var errWaiting = fmt.Errorf("%w: %d epochs wait to be published", ErrUnavailable, slotCount-startSlots)
 
-// begin writes a slot for e, which is being opened, and returns the slot, which is for end, and
-// what the tables have of e, if an earlier process opened it. The ids of e may be added only if
-// there is no error.
+// begin writes a slot for e, which is being opened. It returns the slot, which the caller later
+// passes to end, and how many ids of e the tables have already, if an earlier process opened e.
+// Ids may be added to e only if begin returns no error.
 //
-// The slot of the first epoch of a process, and of one of another length than the last, is on
-// the disk when begin returns: the next process trusts it. The other slots are synced in the
-// background. If power is lost before that, the next process makes such slots again (recreate).
+// The slots of the first epoch of a process, and of an epoch whose length differs from the last
+// one, are on the disk when begin returns: recreate relies on them. The other slots are synced
+// in the background. If power is lost before such a slot is on the disk, the next process makes
+// it again (recreate).
 func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	first := j.counts != nil
 	goesOn := first && j.resumable && j.first.pastRead && e.Serial() == j.newest.serial
-	if broken := j.broken.Load(); broken != nil { // meanwhile, and may be closed
+	if broken := j.broken.Load(); broken != nil { // the journal has failed, and its files may be unmapped
 		if goesOn {
 			of = j.newest.of()
 		}
@@ -658,7 +665,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 		had = j.counts[o.serial]
 		j.keyed[o.serial].resume(e)
 	}
-	of = o.of() // from here on it is for end, also after a fault
+	of = o.of() // from here on the slot is to be passed to end, even after a fault
 	j.write(&o)
 	if !j.begun || o.window != before.window {
 		if err := j.syncPart(stateName, j.state); err != nil {
@@ -669,8 +676,8 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 	j.newest, j.counts, j.keyed = o, nil, nil
 	switch {
 	case goesOn:
-		j.free(before.slot) // the disk has the new one
-	case first && j.first.settled: // its time was over before it could go on
+		j.free(before.slot) // the new slot is on the disk
+	case first && j.first.settled: // the newest epoch was over before it could go on
 		j.endLocked(before.of())
 	}
 	if o.inexact {
@@ -680,7 +687,7 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 	return of, had, nil
 }
 
-// opening returns the content of the slot of e.
+// opening returns the content for the slot of e, which is being opened.
 func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	o := opened{
 		serial: e.Serial(), number: e.Number(), window: e.Window(),
@@ -697,7 +704,7 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	recorded := func(p counter.Published) bool { return p.Last.Equal(e.Start()) }
 	if j.first.pastRead && recorded(counter.Published{Last: j.first.start}) {
 		o.published = j.first.sum
-		o.inexact = true // it had ids, as it has records, and they are not in the journal
+		o.inexact = true // the window has records, so it had ids, and those are not in the journal
 	}
 	if first {
 		o.inexact = o.inexact || j.aside || slices.ContainsFunc(j.first.others, recorded) ||
@@ -706,7 +713,8 @@ func (j *journal) opening(e *counter.Epoch, first, goesOn bool) opened {
 	return o
 }
 
-// freeSlot returns a free slot, and how many there are.
+// freeSlot returns a free slot, and how many are free. A slot that is ended counts as free,
+// except that of the newest epoch.
 func (j *journal) freeSlot() (i, free int) {
 	for n, k := range &j.known {
 		if k.serial == 0 || k.ended && k.serial != j.newest.serial {
@@ -716,7 +724,7 @@ func (j *journal) freeSlot() (i, free int) {
 	return i, free
 }
 
-// changed has the slots synced, in the background.
+// changed wakes Memory.keep, which syncs the slots in the background.
 func (j *journal) changed() {
 	select {
 	case j.turned <- struct{}{}:
@@ -724,12 +732,12 @@ func (j *journal) changed() {
 	}
 }
 
-// end marks the slot of an epoch of which nothing is left to be published. It does nothing if
-// this process has gone on with the epoch in another slot.
+// end marks the slot of an epoch as ended: nothing of the epoch is left to be published. It
+// does nothing if this process has gone on with the epoch in another slot.
 func (j *journal) end(o slotOf) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(nil, debug.SetPanicOnFault(true)) // an error is kept in broken
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // broken keeps the error
 	j.endLocked(o)
 }
 
@@ -747,7 +755,7 @@ func (j *journal) endLocked(o slotOf) {
 	j.changed()
 }
 
-// slotOf names an epoch in its slot.
+// slotOf identifies a slot while it has the epoch with this serial. The zero value is no slot.
 type slotOf struct {
 	slot   int
 	serial uint64
@@ -755,9 +763,9 @@ type slotOf struct {
 
 func (o *opened) of() slotOf { return slotOf{o.slot, o.serial} }
 
-// caught is deferred where mapped memory is stored to, and gets debug.SetPanicOnFault(true): a
-// fault there, as of a disk that fails or a file that was cut short, is an error from then on,
-// for err, too, if that is not nil.
+// caught is deferred by functions that store into mapped memory. before is the result of
+// debug.SetPanicOnFault(true). If a store faults, because the disk fails or the file was
+// truncated, caught makes the journal fail, and stores the error in err if err is not nil.
 func (j *journal) caught(err *error, before bool) {
 	debug.SetPanicOnFault(before)
 	if fault := faultOf(recover()); fault != nil {
@@ -768,8 +776,8 @@ func (j *journal) caught(err *error, before bool) {
 	}
 }
 
-// damagedByFault is deferred like caught where files are first read: a part that cannot be read
-// counts as damage.
+// damagedByFault is deferred like caught while the files are read at the start: if a part of a
+// file cannot be read, the directory counts as damaged.
 func damagedByFault(err *error, before bool) {
 	debug.SetPanicOnFault(before)
 	if fault := faultOf(recover()); fault != nil {
@@ -777,8 +785,7 @@ func damagedByFault(err *error, before bool) {
 	}
 }
 
-// faultOf returns the fault that a panic was about, or nil if there was none. It panics again
-// about anything else.
+// faultOf returns the fault that caused a panic, or nil if p is nil. Any other panic goes on.
 func faultOf(p any) error {
 	switch p := p.(type) {
 	case nil:
@@ -789,7 +796,8 @@ func faultOf(p any) error {
 	panic(p)
 }
 
-// fail makes the journal refuse from now on, with the first reason.
+// fail makes the journal refuse ids from now on, and returns the reason. If it is called
+// several times, the first reason stays.
 func (j *journal) fail(reason error) error {
 	err := fmt.Errorf("%w: %w", ErrUnavailable, reason)
 	if j.broken.CompareAndSwap(nil, &err) {
@@ -801,7 +809,7 @@ func (j *journal) fail(reason error) error {
 	return *j.broken.Load()
 }
 
-// problem returns the reason why ids cannot be kept now; empty if they can.
+// problem returns why ids cannot be kept now; empty if they can.
 func (j *journal) problem() string {
 	if broken := j.broken.Load(); broken != nil {
 		return (*broken).Error()
@@ -814,7 +822,7 @@ func (j *journal) problem() string {
 	return ""
 }
 
-// bytes is the size of the files.
+// bytes returns the size of all files.
 func (j *journal) bytes() uint64 {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -828,16 +836,17 @@ func (j *journal) bytes() uint64 {
 }
 
 const (
-	// If busyChunks or more were handed out since the last sync, many ids come. Then the last
-	// busyTail of them, which are of the last tenth of that time, are left to the next sync: a
-	// store into a page that is being written to the disk waits until that is done.
+	// If busyChunks or more chunks were handed out since the last sync, many new ids arrive.
+	// Then the last busyTail chunks, from the last tenth of that time, are left to the next
+	// sync: requests are still writing them, and a store into a page that is being written to
+	// the disk waits until that is done.
 	busyChunks = 256
 	busyTail   = 16
 )
 
-// sync returns when everything stored before the call is on the disk; with most, all but what
-// many requests are writing now. It must not run at the same time as trim. Pages that are clean
-// cost a microsecond.
+// sync returns when everything stored before the call is on the disk. With most it may leave
+// out the chunks that many requests are writing now (busyTail). It must not run at the same
+// time as trim. Syncing pages that are clean takes a microsecond.
 func (j *journal) sync(most bool) error {
 	const pageChunks = 4096 / chunkBytes
 	j.mu.Lock()
@@ -863,7 +872,7 @@ func (j *journal) sync(most bool) error {
 	return j.syncPart(stateName, j.state)
 }
 
-// syncPart syncs a file, or what of it matters.
+// syncPart syncs b, which is the named file or the part of it that matters.
 func (j *journal) syncPart(name string, b []byte) error {
 	if broken := j.broken.Load(); broken != nil {
 		return *broken
@@ -874,8 +883,9 @@ func (j *journal) syncPart(name string, b []byte) error {
 	return nil
 }
 
-// syncFound syncs the segments that an earlier process has left, as it may have been killed
-// before it did, with what load has cleared in them. The slots are written only afterwards.
+// syncFound syncs the files that an earlier process left, because it may have been killed
+// before it did so, and the chunks that load has cleared. The slots of this process are written
+// only after that.
 func (j *journal) syncFound() error {
 	for _, s := range j.segments {
 		if s == nil {
@@ -888,8 +898,8 @@ func (j *journal) syncFound() error {
 	return j.syncPart(stateName, j.state)
 }
 
-// close syncs and releases the lock. If idle, no request is in an epoch any more, and it
-// unmaps the files as well.
+// close syncs the files and releases the lock. idle: no request is in an epoch any more, so
+// close unmaps the files as well.
 func (j *journal) close(idle bool) error {
 	err := j.sync(false)
 	if err == nil {
@@ -903,8 +913,8 @@ func (j *journal) close(idle bool) error {
 	return err
 }
 
-// markSynced marks the newest epoch as one whose files are on the disk: a loss of power from
-// here on loses nothing.
+// markSynced records in the slot of the newest epoch, if that is ended, that all files are on
+// the disk: a loss of power after this point loses nothing.
 func (j *journal) markSynced() (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -916,8 +926,8 @@ func (j *journal) markSynced() (err error) {
 	return nil
 }
 
-// release unmaps the files and releases the lock. No request may be in an epoch that was
-// begun in j any more.
+// release unmaps the files and releases the lock. No request may be inside an epoch that was
+// begun in j.
 func (j *journal) release() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -930,13 +940,14 @@ func (j *journal) release() {
 		unmapFile(j.state)
 	}
 	if j.lock != nil {
-		_ = j.lock.Close() // nothing was written that matters
+		_ = j.lock.Close() // nothing that matters was written to it
 	}
 	j.segments, j.ready, j.current = nil, nil, nil
 	j.slots, j.marks, j.state, j.lock = nil, nil, nil, nil
 }
 
-// checkOf is a CRC of words, which finds every flipped bit, and its inverse.
+// checkOf returns a CRC of words, which detects every flipped bit, and in the high half its
+// complement.
 func checkOf(words []uint64) uint64 {
 	c := crc32.Checksum(bytesOf(words), durable.Castagnoli)
 	return uint64(^c)<<32 | uint64(c)

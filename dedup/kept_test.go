@@ -30,8 +30,7 @@ import (
 	"verve/internal/testproc"
 )
 
-// fakeSpool stands for the spool: what it has been given outlives the lives of a
-// test.
+// fakeSpool replaces the spool: what is published to it outlives the processes of a test.
 type fakeSpool struct {
 	t    testing.TB
 	last time.Time
@@ -44,11 +43,11 @@ type fakeSpool struct {
 	mu      sync.Mutex
 	records map[int64][]counter.Count // by start, ns
 
-	topic *topic // if not nil, the records go on to there
+	topic *topic // if not nil, the records are sent on to it
 
-	// With block, Publish holds every count but the next allowed ones until its
-	// context ends: before it is stored, or after, as a kill between that and
-	// Retire would.
+	// With block, every Publish after the next allowed ones blocks until its context ends. It
+	// blocks before the count is stored, or after that, as if the process were killed before
+	// Retire.
 	block, after bool
 	allowed      int
 }
@@ -91,7 +90,7 @@ func (l *fakeSpool) Publish(ctx context.Context, c counter.Count) error {
 	return nil
 }
 
-// published is what Past asks for.
+// published returns the argument of Past.
 func (l *fakeSpool) published() map[string]counter.Published {
 	all := maps.Clone(l.others)
 	if all == nil {
@@ -107,7 +106,7 @@ func (l *fakeSpool) published() map[string]counter.Published {
 	return all
 }
 
-// rename makes the next records those of another publisher.
+// rename makes another publisher publish the next records.
 func (l *fakeSpool) rename(name string) {
 	l.others = l.published()
 	l.name = name
@@ -158,7 +157,7 @@ func live(t testing.TB, cfg Config, window time.Duration, l *fakeSpool) *life {
 	return p
 }
 
-// kill drops everything where it stands. Requests that are inside stay so.
+// kill stops everything at once. Requests that are inside an epoch stay inside.
 func (p *life) kill() {
 	if p.topic != nil {
 		p.topic.setAway(true) // nothing leaves the process any more
@@ -171,7 +170,7 @@ func (p *life) kill() {
 	abandon(p.m)
 }
 
-// abandon lets go of memory, mappings and lock as the end of a process does.
+// abandon releases memory, mappings and lock, as the end of a process does.
 func abandon(m *Memory) {
 	m.narrow.abandon(m.arena)
 	m.wide.abandon(m.arena)
@@ -239,13 +238,14 @@ func small(dir string) Config {
 
 // In a bubble the clock starts at midnight, the start of a window.
 
-// TestRestartsAgreeWithAModel runs random schedules of ids, time, steps of the
-// clock, requests that stay inside, publishers that hang, kills and stops
-// against a plain model: an id is new once in a window over all lives, and the
-// records of each window add up to the answers, with those that nobody got.
+// TestRestartsAgreeWithAModel runs random schedules of ids, time, steps of the clock, requests
+// that stay inside, publishers that hang, kills and stops against a plain model: an id is new
+// once in a window over all processes, and the records of each window add up to the answers,
+// including those that no client received.
 //
-// VERVE_TEST_SCHEDULES is how many schedules. One of topicEvery goes on through spool and stream to a topic, whose broker is
-// down at times and loses answers, with a kill right after it has done its work.
+// VERVE_TEST_SCHEDULES is how many schedules. In one of topicEvery schedules the records go on
+// through the spool and the stream to a topic. Its broker is down at times, and its answers are
+// lost at times, and then the process may be killed right after the broker has done its work.
 func TestRestartsAgreeWithAModel(t *testing.T) {
 	schedules := 600
 	if n, err := strconv.Atoi(os.Getenv("VERVE_TEST_SCHEDULES")); err == nil {
@@ -283,7 +283,7 @@ func TestRestartsAgreeWithAModel(t *testing.T) {
 	workers.Wait()
 }
 
-// failedSeeds are those of schedules that have failed before.
+// failedSeeds are the seeds of schedules that failed once.
 func failedSeeds(t *testing.T, file string) (seeds []uint64) {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("testdata", file))
@@ -304,8 +304,7 @@ func failedSeeds(t *testing.T, file string) (seeds []uint64) {
 	return seeds
 }
 
-// topicEvery is how many schedules there are for one that goes as far as the
-// topic, which takes as long as five others.
+// One schedule in topicEvery goes as far as the topic; it takes as long as five others.
 const topicEvery = 4
 
 func restartSchedule(t *testing.T, seed uint64, dir string) {
@@ -329,7 +328,7 @@ func restartSchedule(t *testing.T, seed uint64, dir string) {
 			p.stop()
 		}
 		if t.Failed() && l.topic != nil {
-			l.topic.abandon() // else the bubble waits for it for ever
+			l.topic.abandon() // otherwise the bubble would wait for it for ever
 		}
 	}()
 	type epoch struct {
@@ -588,8 +587,8 @@ func copyDir(t testing.TB, from, to string) {
 	}
 }
 
-// killed makes a directory that a kill left in mid-window, with ids 0 to n-1 and
-// as many texts, and returns the ledger that goes with it.
+// killed makes the directory of a process that was killed in the middle of a window, with ids 0
+// to n-1 and as many texts, and returns the spool that belongs to it.
 func killed(t testing.TB, dir string, n int) *fakeSpool {
 	t.Helper()
 	l := newFakeSpool(t)
@@ -602,9 +601,9 @@ func killed(t testing.TB, dir string, n int) *fakeSpool {
 	return l
 }
 
-// TestDamageIsSetAsideAndSaid: whatever part of the files is cut off or
-// changed, the start either has every id, or says that it has not: the directory
-// is set aside and the window is not exact.
+// TestDamageIsSetAsideAndSaid: whatever part of the files is cut off or changed, the start
+// either finds every id, or reports that it does not: the directory is set aside and the window
+// is not exact.
 func TestDamageIsSetAsideAndSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -708,8 +707,8 @@ func TestDamageIsSetAsideAndSaid(t *testing.T) {
 	})
 }
 
-// TestForeignAndNewerFiles: a stranger's file is damage, a newer version's is
-// not this one's to touch.
+// TestForeignAndNewerFiles: a file of another program counts as damage; a file of a newer
+// version is not touched.
 func TestForeignAndNewerFiles(t *testing.T) {
 	header := func(change func(h []uint64)) func(dir string) {
 		return func(dir string) { changeHeader(t, dir, change) }
@@ -778,7 +777,7 @@ func TestForeignAndNewerFiles(t *testing.T) {
 	}
 }
 
-// changeHeader changes the header of a state file, whose check is right afterwards.
+// changeHeader changes the header of a state file, and makes its check fit again.
 func changeHeader(t *testing.T, dir string, change func(h []uint64)) {
 	t.Helper()
 	path := filepath.Join(dir, stateName)
@@ -808,7 +807,7 @@ func TestSecondProcessIsToldOfTheFirst(t *testing.T) {
 	}
 }
 
-// TestReadOnlyDirectoryIsAClearError mounts what cannot be written.
+// TestReadOnlyDirectoryIsAClearError mounts a directory that cannot be written.
 func TestReadOnlyDirectoryIsAClearError(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("none", dir, "tmpfs", unix.MS_RDONLY, ""); err != nil {
@@ -821,9 +820,9 @@ func TestReadOnlyDirectoryIsAClearError(t *testing.T) {
 	}
 }
 
-// TestFullDiskRefusesIdsAndRecovers fills a small disk: ids that find no room
-// are refused as full and counted nowhere, those kept are found, and with room
-// again it goes on. So does a start without room, with or without files there.
+// TestFullDiskRefusesIdsAndRecovers fills a small disk: ids that find no room are refused as
+// full and not counted, those that are kept are found, and when there is room again ids are
+// taken. The same holds for a start without room, with or without files there.
 func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("none", dir, "tmpfs", 0, "size=240k"); err != nil {
@@ -891,8 +890,8 @@ func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
 	}
 }
 
-// TestFileCutShortUnderTheProcessIsAnError: the fault of a store into a file
-// that is no longer there becomes an error, for this and every later id.
+// TestFileCutShortUnderTheProcessIsAnError: a store into a part of a file that is no longer
+// there faults, which becomes an error for this and every later id.
 func TestFileCutShortUnderTheProcessIsAnError(t *testing.T) {
 	for _, name := range []string{segmentName(0), stateName} {
 		t.Run(name, func(t *testing.T) {
@@ -937,8 +936,8 @@ func TestFileCutShortUnderTheProcessIsAnError(t *testing.T) {
 	}
 }
 
-// TestLossOfPowerIsSaid: after a reboot what the disk has is used, and every
-// record that may be short says so.
+// TestLossOfPowerIsSaid: after a reboot the ids that are on the disk are used, and every record
+// that may lack ids is not exact.
 func TestLossOfPowerIsSaid(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -994,7 +993,7 @@ func TestLossOfPowerIsSaid(t *testing.T) {
 				if sum, _, exact := l.total(p.c.Last().Start()); exact != tt.exact || !tt.zero && sum != 202 || tt.zero && sum > 203 {
 					t.Errorf("the records add up to %d, exact %t; want 202, %t", sum, exact, tt.exact)
 				}
-				// A window that began after the boot knows nothing of it.
+				// A window that began after the boot is not affected.
 				time.Sleep(time.Hour)
 				p = live(t, cfg, time.Hour, l)
 				if !p.c.Last().Exact() {
@@ -1006,8 +1005,8 @@ func TestLossOfPowerIsSaid(t *testing.T) {
 	}
 }
 
-// TestSlotLostWithThePower: the disk has ids of an epoch whose slot it never
-// got. They are nobody's: not of the next epoch that has its serial either.
+// TestSlotLostWithThePower: the disk has ids of an epoch but not its slot. These ids belong to
+// no epoch, also not to the next one, which gets the same serial.
 func TestSlotLostWithThePower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newFakeSpool(t)
@@ -1048,7 +1047,7 @@ func TestSlotLostWithThePower(t *testing.T) {
 }
 
 // TestWindowsOfADamagedDirectoryAreNotExact: a window that was not published when its process
-// was killed, and is over when the damage is found, gets a record that says so.
+// was killed, and is over when the damage is found, gets a record that is not exact.
 func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 	segment := segmentName(0)
 	flip := func(at int64) func(dir string) error {
@@ -1117,8 +1116,8 @@ func TestWindowsOfADamagedDirectoryAreNotExact(t *testing.T) {
 	}
 }
 
-// TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact: its slot is lost as well, and there
-// is no record to go by, or one from long before its start.
+// TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact: its slot is lost as well, and
+// there is no record from which its window follows, or only one from long before its start.
 func TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact(t *testing.T) {
 	for _, earlier := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -1136,7 +1135,7 @@ func TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact(t *testing.T) {
 			p.want(time.Now(), "1", Unique)
 			lost := p.c.Last().Start()
 			p.kill()
-			// The time of a file is not that of the bubble.
+			// Files do not get the time of the bubble.
 			if err := errors.Join(os.Chtimes(filepath.Join(cfg.Dir, lockName), start, start), os.Truncate(filepath.Join(cfg.Dir, stateName), 0)); err != nil {
 				t.Fatal(err)
 			}
@@ -1150,8 +1149,9 @@ func TestLostWindowOfAProcessThatHadPublishedNothingIsNotExact(t *testing.T) {
 	}
 }
 
-// TestEarlierCopyOfTheSameWindowIsNotExact: an id that was counted after the copy is not known,
-// and the record has it already; and the window behind the record may be lost.
+// TestEarlierCopyOfTheSameWindowIsNotExact: an id that was counted after the copy was made is
+// not known, although the record includes it; and the window after that of the record may be
+// lost.
 func TestEarlierCopyOfTheSameWindowIsNotExact(t *testing.T) {
 	for _, pause := range []time.Duration{0, 3 * time.Hour} {
 		synctest.Test(t, func(t *testing.T) {
@@ -1179,8 +1179,8 @@ func TestEarlierCopyOfTheSameWindowIsNotExact(t *testing.T) {
 	}
 }
 
-// TestKillWhileSettingAsideIsNotForgotten: the window is not exact either where
-// the process that set the damaged directory aside did not come further.
+// TestKillWhileSettingAsideIsNotForgotten: the window is not exact either if the process that
+// set the damaged directory aside was killed right after that.
 func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -1293,8 +1293,8 @@ func TestOtherWindowGoesOnFromTheLast(t *testing.T) {
 	})
 }
 
-// TestEpochsThatCannotBePublishedAreBounded: with every slot waiting, ids are
-// refused, and with the publisher back nothing is missing.
+// TestEpochsThatCannotBePublishedAreBounded: while the epochs of all slots wait to be
+// published, ids are refused; when the publisher works again, no count is missing.
 func TestEpochsThatCannotBePublishedAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -1337,8 +1337,8 @@ func TestEpochsThatCannotBePublishedAreBounded(t *testing.T) {
 	})
 }
 
-// TestWaitingEpochsKeepTheirIds: that an earlier epoch was published does not
-// free what a later one, not published yet, has in the files.
+// TestWaitingEpochsKeepTheirIds: when an earlier epoch is published, the segments of a later
+// one that is not published stay.
 func TestWaitingEpochsKeepTheirIds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := time.Now()
@@ -1376,8 +1376,8 @@ func TestWaitingEpochsKeepTheirIds(t *testing.T) {
 	})
 }
 
-// TestFilesStayAsLargeAsTheEpochs: the segments of epochs that were published
-// are used again, and those of a large one removed in time.
+// TestFilesStayAsLargeAsTheEpochs: the segments of published epochs are used again, and those
+// of a large one are removed after some time.
 func TestFilesStayAsLargeAsTheEpochs(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector has a sync.Pool forget writers, and so their chunks")
@@ -1418,9 +1418,9 @@ func TestFilesStayAsLargeAsTheEpochs(t *testing.T) {
 	})
 }
 
-// TestRequestsDoNotWaitForTheDisk: the sync of each moment leaves out the pages that many
-// requests are writing, until the next one; where few ids come it leaves nothing out. A
-// segment that was synced and is used again is touched before that.
+// TestRequestsDoNotWaitForTheDisk: a sync leaves the pages that many requests are writing to
+// the next sync; if few ids arrive, it leaves nothing out. A segment that was synced is touched
+// before it is used again.
 func TestRequestsDoNotWaitForTheDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		synced := map[string]int{} // chunks of a file, by its last sync
@@ -1484,7 +1484,7 @@ func (j *journal) handed() int {
 	return j.current.next
 }
 
-// TestMaxIDsHoldsOverRestarts: the ids of all lives of an epoch count.
+// TestMaxIDsHoldsOverRestarts: the ids that earlier processes added to an epoch count, too.
 func TestMaxIDsHoldsOverRestarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, maxIDs := range []int{20, 2 * tightBelow} {
@@ -1512,8 +1512,8 @@ func TestMaxIDsHoldsOverRestarts(t *testing.T) {
 	})
 }
 
-// TestIdsThatDoNotFitAreRefusedNotForgotten: a process with less memory than
-// the last cannot answer for the running window, and does for the next.
+// TestIdsThatDoNotFitAreRefusedNotForgotten: a process with less memory than the last one
+// cannot judge ids in the open window, but can in the next.
 func TestIdsThatDoNotFitAreRefusedNotForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -1566,9 +1566,9 @@ func TestKeptAddAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestFlippedBitsOfChunksAreFound: every bit of a head, and of a record that it counts. One of
-// the number or the kind of the records may pass once in 65,536 times, and so may a record whose
-// check is by chance that of the first version.
+// TestFlippedBitsOfChunksAreFound: every bit of a head, and of a record that counts. A flipped
+// bit of the number or the kind of the records may pass once in 65,536 times, and so may a
+// record if its check is by chance that of the first version.
 func TestFlippedBitsOfChunksAreFound(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 1))
 	tried, missed := 0, 0
@@ -1616,8 +1616,8 @@ func TestFlippedBitsOfChunksAreFound(t *testing.T) {
 	}
 }
 
-// TestFlippedRecordsAreDamage: an id that is not in the journal as it was answered would get ok
-// twice in a window that is exact, a token that is not would be refused a replay.
+// TestFlippedRecordsAreDamage: with a wrong id in the journal, the right one would get ok twice
+// in an exact window; with a wrong token, the replay of its id would be answered as a repeat.
 func TestFlippedRecordsAreDamage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -1665,10 +1665,9 @@ func TestFlippedRecordsAreDamage(t *testing.T) {
 	})
 }
 
-// TestKilledProcessesLoseNothing kills processes under load. Whatever they
-// answered holds in the next: an id that got ok in a window gets it in no later
-// life, and the records of each window add up to the answers, and at most one
-// for each writer of a killed process more.
+// TestKilledProcessesLoseNothing kills processes under load. Their answers hold in the next
+// process: an id that got ok in a window does not get it again, and the records of each window
+// add up to the answers, plus at most one id for each writer of a killed process.
 func TestKilledProcessesLoseNothing(t *testing.T) {
 	if dir := os.Getenv("VERVE_TEST_LIFE"); dir != "" {
 		liveUntilKilled(dir)
@@ -1840,7 +1839,7 @@ func liveUntilKilled(dir string) {
 			rnd := rand.New(rand.NewPCG(uint64(round), uint64(w)))
 			var line []byte
 			for {
-				// Ids of this and of earlier lives.
+				// Ids of this process and of earlier ones.
 				id := strconv.Itoa(rnd.IntN(1500 * (round + 1)))
 				if rnd.IntN(2) == 0 {
 					id = "t" + id

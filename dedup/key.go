@@ -8,14 +8,14 @@ import (
 	"github.com/dchest/siphash"
 )
 
-// secret keys every placement and hash, so that no caller can choose ids
-// that fall together. It lives as long as the table whose words it made.
+// secret keys every placement and hash, so that no caller can choose ids that collide. A Memory
+// has one secret for all its tables; with a Dir the secret is kept there.
 type secret struct {
 	xor        [2]uint64
-	odd        [5]uint64 // odd: multiplication by them is a bijection
+	odd        [5]uint64 // odd numbers: multiplying by one of them is a bijection
 	sip0, sip1 uint64
 
-	token [tokenKeys]uint64 // of the words of tokens; they follow from the others
+	token [tokenKeys]uint64 // keys of tokenWord; derived from sip0 and sip1
 }
 
 func newSecret() secret {
@@ -23,12 +23,12 @@ func newSecret() secret {
 	b := bytesOf(words[:])
 	rand.Read(b) // never fails: crypto/rand ends the process instead
 	for i := range words[2:7] {
-		words[2+i] |= 1 // the odd ones
+		words[2+i] |= 1 // make these odd
 	}
 	return secretOf(words[:])
 }
 
-// words are the secret as it is kept on disk.
+// words returns the secret as it is kept on disk.
 func (s *secret) words() []uint64 {
 	return []uint64{s.xor[0], s.xor[1], s.odd[0], s.odd[1], s.odd[2], s.odd[3], s.odd[4], s.sip0, s.sip1}
 }
@@ -45,12 +45,12 @@ func secretOf(w []uint64) secret {
 // multiplications by secret odd numbers, with the high half folded down between
 // them.
 //
-// A multiplication moves what differs only upwards, and of ids that differ only in their
-// high bits it makes an arithmetic progression. Two of them are not enough: of ids k<<40
-// the first fold leaves the lowest bits alike, so that all or none were sampled for the
-// load, and the second progression filled some buckets three times over for one secret in
-// six. With three no family of ids in TestFloodingChangesNeitherMemoryNorLevels behaves
-// differently from random ids.
+// In a multiplication a bit affects only higher bits, and ids that differ only in their high
+// bits become an arithmetic progression. So two multiplications are not enough. With ids k<<40,
+// the lowest bits stayed equal after the first fold, so that all ids or none were sampled for
+// the load; and with one secret in six the second progression filled some buckets three times
+// over. With three multiplications no family of ids in
+// TestFloodingChangesNeitherMemoryNorLevels behaves differently from random ids.
 func (s *secret) scatter(key uint64) uint64 {
 	x := (key ^ s.xor[0]) * s.odd[0]
 	x ^= x >> 32
@@ -90,14 +90,15 @@ func (s *secret) hash(id []byte) (hi, lo uint64) {
 	return siphash.Hash128(s.sip0, s.sip1, id)
 }
 
-// Key identifies an id to the Set that made it, in every epoch: exactly, except for texts,
-// which have a keyed hash of 128 bits. A Key of one Set means nothing to another.
+// Key identifies an id, with the key it is counted under, to the Set that made it, in every
+// epoch. For a decimal, and for a UUID that is under no key, it is exact; any other id has a
+// keyed hash of 128 bits. A Key of one Set means nothing to another Set.
 type Key struct {
 	hi, lo uint64 // scattered; hi is 0 for decimals
 	kind   uint8  // narrowKind, wideKind, pairKind
 }
 
-// IsDecimal reports whether the id was a canonical decimal up to 2^64-1.
+// IsDecimal reports whether the id is a canonical decimal up to 2^64-1 that is under no key.
 func (k Key) IsDecimal() bool { return k.kind == narrowKind }
 
 func (s *secret) key(id []byte) Key {
@@ -112,7 +113,7 @@ func (s *secret) key(id []byte) Key {
 	return Key{hi, lo, wideKind}
 }
 
-// keyOf is the key of an id with its options, which are nil if it has none.
+// keyOf returns the Key of an id with its options; o is nil if it has none.
 func (s *secret) keyOf(id []byte, o *Options) Key {
 	if o == nil || len(o.Under) == 0 {
 		return s.key(id)
@@ -120,9 +121,10 @@ func (s *secret) keyOf(id []byte, o *Options) Key {
 	return s.keyUnder(o.nameHash(s), o.Under, id)
 }
 
-// keyUnder is the key of an id that is counted under a key, whose hash is name. For a
-// decimal it is those two, scattered one to one: no two keys of an epoch have the same
-// hash (counter.Keys). For any other id it is a hash of 128 bits of key and id.
+// keyUnder returns the Key of an id that is counted under the key under; name is the hash of
+// that key. For a decimal the Key is the name and the number, scattered one to one: no two keys
+// of an epoch have the same hash (counter.Keys). For any other id it is a hash of 128 bits of
+// key and id.
 func (s *secret) keyUnder(name uint64, under, id []byte) Key {
 	if n, ok := decimal(id); ok {
 		hi, lo := s.scatter128(name, n)
@@ -135,8 +137,8 @@ func (s *secret) keyUnder(name uint64, under, id []byte) Key {
 	return s.keyOfPair(append(append(append(text[:0], byte(len(under))), under...), id...))
 }
 
-// keyUnderLong hashes in more memory: to clear it takes as long as the hash of a short
-// pair.
+// keyUnderLong is keyUnder for a long key and id, with a larger buffer: clearing that buffer
+// takes as long as hashing a short pair.
 func (s *secret) keyUnderLong(under, id []byte) Key {
 	var text [1 + 128 + 256]byte
 	return s.keyOfPair(append(append(append(text[:0], byte(len(under))), under...), id...))
@@ -148,14 +150,14 @@ func (s *secret) keyOfPair(pair []byte) Key {
 	return Key{hi, lo, wideKind}
 }
 
-// name is a keyed hash of a key that ids are counted under.
+// name returns a keyed hash of a key that ids are counted under.
 func (s *secret) name(under []byte) uint64 { return siphash.Hash(^s.sip0, s.sip1, under) }
 
-// decimal parses a canonical decimal up to 2^64-1: no sign, no leading zero.
+// decimal parses a canonical decimal up to 2^64-1: it has no sign and no leading zero.
 //
-// Once the length has chosen how many words to read, nothing branches on it nor
-// loops over what is left: where ids of 18, 19 and 20 digits come mixed, as random
-// numbers do, wrong guesses took longer than the rest (BenchmarkDecimal).
+// The length only chooses how many words to read. After that there is no branch on the length
+// and no loop: when ids of 18, 19 and 20 digits are mixed, as in random numbers, mispredicted
+// branches took longer than all the rest (BenchmarkDecimal).
 func decimal(id []byte) (uint64, bool) {
 	le, n := binary.LittleEndian, uint(len(id))
 	switch {
@@ -171,7 +173,7 @@ func decimal(id []byte) (uint64, bool) {
 		first := le.Uint64(id)
 		a, b := digits(first, n-8), digits(le.Uint64(id[n-8:]), 8)
 		return decimal8(a)*1e8 + decimal8(b), byte(first) != '0' && wrong(a)|wrong(b) == 0
-	case n >= 4: // two words that overlap
+	case n >= 4: // two words, which may overlap
 		first := le.Uint32(id)
 		a := digits(uint64(first)|uint64(le.Uint32(id[n-4:]))<<(8*(n-4)), n)
 		return decimal8(a), byte(first) != '0' && wrong(a) == 0
@@ -182,23 +184,23 @@ func decimal(id []byte) (uint64, bool) {
 	return 0, false
 }
 
-// digits returns the values of the first n bytes of w, 8 at most, if they are
-// digits, as the last of eight: zeros stand before them. The first byte of a text
-// is the lowest of its word.
+// digits returns the values of the first n bytes of w (1 to 8), if these are digits, as the
+// last n of eight digits; the digits before them are zeros. w was read in little-endian order,
+// so the first byte of the text is the lowest byte of w.
 func digits(w uint64, n uint) uint64 {
 	const zeros = 0x3030303030303030
 	return (w ^ zeros) << (8 * (8 - n) & 63)
 }
 
-// wrong is not 0 if a byte of d is not the value of a digit: it has something in
-// its high half, or gets that by adding 6.
+// wrong returns 0 if every byte of d is the value of a digit. Any other byte has a bit set in
+// its high half, or gets one there when 6 is added.
 func wrong(d uint64) uint64 {
 	const highs, sixes = 0xf0f0f0f0f0f0f0f0, 0x0606060606060606
 	return (d | (d + sixes)) & highs
 }
 
-// decimal8 returns the number of eight digits: pairs, then fours, then all eight
-// are put together by a multiplication each (Langdale and Lemire, "Quickly parsing
+// decimal8 returns the number that eight digits make. One multiplication each joins digits into
+// pairs, pairs into fours, and fours into the number (Langdale and Lemire, "Quickly parsing
 // eight digits", 2018).
 func decimal8(d uint64) uint64 {
 	const pairs = 0x000000ff000000ff
@@ -208,7 +210,7 @@ func decimal8(d uint64) uint64 {
 
 const uuidLen = 36
 
-// unhex maps lower-case hexadecimal digits to their value, all else to 0xff.
+// unhex maps a lower-case hexadecimal digit to its value, and any other byte to 0xff.
 var unhex = func() (t [256]byte) {
 	for i := range t {
 		t[i] = 0xff
@@ -219,8 +221,9 @@ var unhex = func() (t [256]byte) {
 	return t
 }()
 
-// ParseUUID parses a UUID in its canonical text (RFC 9562, section 4): lower case,
-// with hyphens. Any other spelling is another id and is hashed.
+// ParseUUID parses a UUID in its canonical text (RFC 9562, section 4): lower case, with
+// hyphens. ok is false for any other text: another spelling of a UUID is another id, and is
+// hashed. Safe for concurrent use.
 func ParseUUID(id []byte) (hi, lo uint64, ok bool) {
 	if len(id) != uuidLen || id[8] != '-' || id[13] != '-' || id[18] != '-' || id[23] != '-' {
 		return 0, 0, false

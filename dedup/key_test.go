@@ -19,7 +19,7 @@ func FuzzDecimal(f *testing.F) {
 		"19999999999999999999", "99999999999999999999", "100000000000000000000", "9999999999999999999", "1e3", "1_0", "-1", "0:", "/") {
 		f.Add([]byte(id))
 	}
-	for length := 1; length <= 21; length++ { // each is read by words of its own
+	for length := 1; length <= 21; length++ { // each length is read with other words
 		id := []byte("987654321098765432109"[:length])
 		f.Add(id)
 		for i := range id {
@@ -33,7 +33,7 @@ func FuzzDecimal(f *testing.F) {
 	f.Fuzz(func(t *testing.T, id []byte) {
 		n, ok := decimal(id)
 		want, err := strconv.ParseUint(string(id), 10, 64)
-		// Canonical is what would be written for the number, and nothing else.
+		// A decimal is canonical if it is exactly what formatting the number gives.
 		canonical := err == nil && strconv.FormatUint(want, 10) == string(id)
 		if ok != canonical || ok && n != want {
 			t.Errorf("decimal(%q) = %d, %t; want %d, %t", id, n, ok, want, canonical)
@@ -68,8 +68,8 @@ func FuzzUUID(f *testing.F) {
 	})
 }
 
-// inverse returns the number that undoes a multiplication by odd, by Newton's
-// method: each step doubles the number of right bits.
+// inverse returns the number that undoes a multiplication by odd, by Newton's method: each step
+// doubles the number of correct bits.
 func inverse(odd uint64) uint64 {
 	x := odd
 	for range 6 {
@@ -87,7 +87,7 @@ func (s *secret) gather(x uint64) uint64 {
 	return x*inverse(s.odd[0]) ^ s.xor[0]
 }
 
-// TestScatterIsOneToOne: what can be undone keeps different keys different.
+// TestScatterIsOneToOne: scatter can be undone, so different keys stay different.
 func TestScatterIsOneToOne(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for range 10_000 {
@@ -107,8 +107,8 @@ func TestScatterIsOneToOne(t *testing.T) {
 	}
 }
 
-// TestIdsUnderKeysHaveTheirOwnPlaces: no two pairs of key and id are taken for one,
-// however alike they look, and a pair is the same from whichever request it comes.
+// TestIdsUnderKeysHaveTheirOwnPlaces: no two different pairs of key and id are treated as
+// equal, however similar they look, and a pair has the same Key in every request.
 func TestIdsUnderKeysHaveTheirOwnPlaces(t *testing.T) {
 	m := newMemory(t, Config{})
 	newEpochs(t, m)

@@ -16,27 +16,29 @@ import (
 	"verve/internal/setting"
 )
 
-// Defaults of the cleaner: a table of 64 million slots is swept in about a minute, in steps
-// of about 1 ms of one core.
+// Defaults of the cleaner. With them a table of 64 million slots is swept in about a minute, in
+// steps that take one core about 1 ms.
 const (
 	DefaultCleanupInterval = 250 * time.Millisecond
 	DefaultCleanupBatch    = 1 << 18
 )
 
 const (
-	// forecastEpochs is how many past epochs are remembered to size the next.
+	// forecastEpochs is how many past epochs are remembered to choose the size of the next
+	// tables.
 	forecastEpochs = 8
 
-	// tightBelow is how far from MaxIDs adding becomes exact, under a lock: the
-	// sampled load is off by less, and so many requests are not in flight.
+	// tightBelow is how many ids before MaxIDs adding becomes exact, under a lock, at the
+	// latest (sample adds a sixteenth of MaxIDs). It is larger than the error of the sampled
+	// load, and than the number of requests in flight.
 	tightBelow = 1 << 16
 
-	// maxExpect keeps sizes far from overflowing; it is more than any machine's
-	// memory.
+	// maxExpect keeps the sizes of tables far from an overflow; so many ids are more than the
+	// memory of any machine holds.
 	maxExpect = 1 << 40
 
-	// A shorter pause would keep a core busy for nothing; after a longer one, or
-	// in larger steps, retired ids would stay for hours or hold up the epoch.
+	// With a shorter interval a core would be busy for nothing. With a longer one the ids of
+	// past epochs would stay for hours, and a larger step would delay the work that follows it.
 	minCleanupInterval = time.Millisecond
 	maxCleanupInterval = time.Hour
 	maxCleanupBatch    = 1 << 30
@@ -44,39 +46,42 @@ const (
 
 // Config of a Memory. The zero value of a field is its default.
 type Config struct {
-	Expect     uint64 // canonical decimals expected in an epoch; more are taken too
+	Expect     uint64 // canonical decimals expected in an epoch; more are accepted, too
 	ExpectWide uint64 // other ids expected in an epoch
-	ExpectAny  uint64 // ids expected of a kind that is not known: the first one of a kind makes the room for it
+	ExpectAny  uint64 // ids expected in an epoch whose kind is not known: the memory for a kind is allocated when the first id of that kind comes
 	MaxIDs     uint64 // ids an epoch may hold, 0: no limit
-	MaxBytes   uint64 // memory the tables may take, 0: no limit
+	MaxBytes   uint64 // bytes that the tables may take, 0: no limit
 
 	CleanupInterval time.Duration // pause between two steps of the cleaner
-	CleanupBatch    int           // slots swept in a step
+	CleanupBatch    int           // slots that the cleaner sweeps in a step, at least
 
-	Heap bool // tables on the Go heap: the race detector sees only those
+	Heap bool // allocate the tables on the Go heap: the race detector observes only that
 
-	// Dir is where the ids of the running epoch and the counts not published are
-	// kept for the next process. It is made if missing. Empty: nothing is kept.
+	// Dir is the directory in which the ids of the open epoch and the unpublished counts are
+	// kept for the next process. It is made if it is missing. Empty: nothing is kept.
 	Dir string
-	// Publisher is the name of the publisher of the counts. Counts that another publisher
-	// has published are not subtracted from what is missing.
+	// Publisher is the name under which this process publishes its counts. The ids of an epoch
+	// that no record has are computed from what the publisher that opened the epoch has
+	// published (Past).
 	Publisher string
-	// Window is the length of the windows. Without it the windows of a Dir whose state file is
-	// lost as a whole get no record.
+	// Window is the length of the windows. It is needed if the whole state file of Dir is lost:
+	// without Window, the windows that were unpublished then get no record.
 	Window time.Duration
-	// OnSetAside is called with the new name of a Dir that was damaged, or none if it is
-	// missing or an earlier copy, and the reason. A new directory is in the place of a damaged
-	// one. The epochs that were not published are not exact.
+	// OnSetAside is called when what Dir kept is lost, with the reason. If Dir was damaged, it
+	// was renamed to name and a new directory is in its place. If Dir was missing, or is an
+	// earlier copy of itself, name is empty. The epochs that were not published are then not
+	// exact.
 	OnSetAside func(name string, reason error)
-	// OnFailure is called with the reason why Dir cannot keep ids any more: from then on
-	// every id gets Unavailable, until OnRepair is called, when Dir accepts writes again
-	// and the epoch of the failure is published. Both may be called from AddMany, and must
-	// not call the Memory.
+	// OnFailure is called when Dir cannot keep ids any more, with the reason. From then on
+	// every id gets Unavailable (Full if there was never room to make Dir). OnRepair is called
+	// when Dir accepts writes again and the epoch of the failure is published: then ids are
+	// taken again. OnFailure may be called from AddMany. Neither may call the Memory.
 	OnFailure func(error)
 	OnRepair  func() // see OnFailure
 
-	// For tests: the boot of the machine, when that was, the size of a segment, what is called
-	// between the stores of a slot, and what syncs memory to the disk.
+	// For tests: the ID of the boot of the machine, the time of that boot, the number of chunks
+	// in a segment, a function that is called between the stores of a slot, and one that syncs
+	// memory to the disk.
 	boot          uint32
 	bootAt        func() time.Time
 	segmentChunks int
@@ -84,81 +89,86 @@ type Config struct {
 	msync         func(file string, b []byte) error
 }
 
-// Memory is the Set in this process's memory: two epoch-tagged tables, a
-// narrow one for canonical decimals, which are exact in 64 bits, and a wide
-// one for the rest, UUIDs by their own 128 bits and other ids by a keyed hash.
+// Memory is the Set in this process's memory. It has two tables whose words are tagged with
+// their epoch. The narrow one, with 64 bits for an id, is for canonical decimals. The wide one,
+// with 128 bits, is for all others: UUIDs and decimals under a key by their own bits, and any
+// other id by a keyed hash (Key).
 //
-// AddMany allocates nothing while the ids of the epoch are below MaxIDs and their table does
-// not have to grow. For ids without Options it then takes no lock but that of the journal,
-// once in some dozens of new ids (journal.hand). All methods are safe for concurrent use, by
-// the rule of Set; Keys panics before the first Open.
+// AddMany allocates nothing while the ids of the epoch are below MaxIDs and the tables do not
+// have to grow. For ids without Options, and while MaxIDs is not near, it then takes only one
+// lock, that of the journal, once in some dozens of new ids (journal.hand). All methods are
+// safe for concurrent use, by the rule of Set; Keys panics before the first Open.
 type Memory struct {
 	cfg    Config
 	secret secret
 	arena  *arena
 
-	mu        sync.Mutex           // guards what follows; held for moments
-	journal   *journal             // of the epochs to be opened; nil: nothing is kept
-	narrow    tables[narrowBucket] // of canonical decimals, and of tokens that are let go
+	mu        sync.Mutex           // guards the fields down to busy, and recalled; held for moments
+	journal   *journal             // for the epochs that will be opened; nil: nothing is kept
+	narrow    tables[narrowBucket] // of canonical decimals; its old ones include released tables of tokens
 	wide      tables[wideBucket]   // of all other ids
-	loads     [forecastEpochs]load // of the epochs retired last
-	retired   int
-	unretired int // epochs opened and not retired
+	loads     [forecastEpochs]load // loads of the epochs retired last, a ring
+	retired   int                  // epochs that were retired with ids
+	unretired int                  // epochs that were opened and are not retired yet
 	spare     *View
 	serial    uint64 // of the epoch opened last
 
-	current atomic.Pointer[View] // of the epoch opened last; stored with mu held
+	current atomic.Pointer[View] // the View of the epoch opened last; stored with mu held
 
-	// These keep words of different epochs less than half a lap apart. No word of an epoch up
-	// to clean is in the open tables, and no request is left that could add one. No id of an
-	// epoch after admitted was let in.
+	// The next fields make sure that the epochs whose words are in the tables are less than
+	// half a lap of the tags apart (table.go). No word of an epoch up to clean is in the open
+	// tables, and no request is left that could add one. admitted is the last epoch whose ids
+	// may enter the tables.
 	clean    uint64
 	admitted uint64
 	swept    uint64           // serial at the last step of the cleaner
-	busy     []*counter.Epoch // that may have requests in them, oldest first
+	busy     []*counter.Epoch // epochs that may have requests in them, oldest first
 
 	attempts [attemptLocks]sync.Mutex
 
-	recalled struct{ tokens, past *tokens } // for the first epoch
+	recalled struct{ tokens, past *tokens } // from the journal, for the first epoch
 	sifted   uint64                         // the last epoch that sift has handled; Run alone uses it
 
-	check chan struct{} // capacity 1: a table may have to grow, or be swept
+	check chan struct{} // capacity 1: wakes Run: a table may have to grow, or be swept
 
 	grown, resized, reclaimed, fulls atomic.Uint64
 }
 
-// View is the State that Open returns: the tables and the journal that the epoch uses. Only
-// its counters change between Open and Retire.
+// View is the State that Open returns: the tables and the journal that one epoch uses. Between
+// Open and Retire the tables stay the same; the counters, the fields for MaxIDs, and a failed
+// journal may change.
 type View struct {
 	tag    uint64
 	narrow *table[narrowBucket]
 	wide   *table[wideBucket]
 
-	// sampled new ids of each table: a load is sampleEvery times as large.
+	// How many sampled new ids each table has: the load is sampleEvery times as large.
 	narrowSample, wideSample atomic.Uint64
 
 	serial  uint64
-	journal atomic.Pointer[journal] // nil: nothing is kept. It is replaced where nothing could be.
-	kept    slotOf                  // in the journal; guarded by Memory.mu
-	before  load                    // ids that an earlier process has added
+	journal atomic.Pointer[journal] // nil: nothing is kept. If a failed journal had no slot for this epoch, its replacement is stored here.
+	kept    slotOf                  // the slot in the journal; guarded by Memory.mu
+	before  load                    // ids of this epoch that an earlier process has added
 
-	tokens *tokens // of the epoch
-	past   *tokens // of the window directly before; nil: there was none
+	tokens *tokens // of this epoch
+	past   *tokens // of the window directly before this one; nil: it was not opened
 	end    int64   // when the next epoch is due, Unix ns
 
-	// tight is set when MaxIDs is near: from then on adding is serial and exact.
+	// tight is set when MaxIDs is near: from then on ids are added one at a time, and MaxIDs is
+	// exact.
 	tight   atomic.Bool
-	refused error      // why no id gets in; set in Open together with tight
+	refused error      // why this epoch refuses all ids; set in Open, together with tight
 	mu      sync.Mutex // guards left
 	left    uint64
 
 	memory *Memory
 }
 
-// errBehind answers the ids of a refused epoch.
+// errBehind is why an epoch is refused if words of an epoch half a lap ago may still be in the
+// tables.
 var errBehind = fmt.Errorf("%w: the slots of past epochs are not reclaimed yet", ErrFull)
 
-// load is how many ids of each kind an epoch has, and how many tokens.
+// load is how many ids of each kind, and how many tokens, an epoch has.
 type load struct{ narrow, wide, tokens uint64 }
 
 func (l load) sum() uint64 { return l.narrow + l.wide }
@@ -167,7 +177,8 @@ func (v *View) load() load {
 	return load{v.narrowSample.Load() * sampleEvery, v.wideSample.Load() * sampleEvery, v.tokens.load()}
 }
 
-// Check refuses values out of bounds. 0 is the default of each.
+// Check returns an error that names the setting if a value is out of bounds. 0 is always
+// allowed: it means the default.
 func (cfg *Config) Check() error {
 	switch {
 	case cfg.CleanupInterval != 0 && (cfg.CleanupInterval < minCleanupInterval || cfg.CleanupInterval > maxCleanupInterval):
@@ -178,12 +189,15 @@ func (cfg *Config) Check() error {
 		return setting.Errorf("expect-ids", "want %d at most", uint64(maxExpect))
 	}
 	if size := tableSize[narrowBucket](cfg.Expect) + tableSize[wideBucket](cfg.ExpectWide); cfg.MaxBytes > 0 && size > cfg.MaxBytes {
-		return setting.Errorf("expect-ids", "so many ids take %d MiB, and %d MiB are allowed: half of the memory limit", size>>20, cfg.MaxBytes>>20)
+		return setting.Errorf("expect-ids", "memory for this many ids takes %d MiB, and only %d MiB, half of the memory limit, are for ids", size>>20, cfg.MaxBytes>>20)
 	}
 	return nil
 }
 
-// NewMemory makes the tables for the ids expected.
+// NewMemory makes the tables for the expected ids. With a Dir it opens that, and puts the ids
+// of the epoch opened last into the tables if the time of that epoch is not over. It returns an
+// error if Check does, if the memory for the tables cannot be had, or if Dir is in use, cannot
+// be opened, or is of a newer version.
 func NewMemory(cfg Config) (*Memory, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, fmt.Errorf("dedup: %w", err)
@@ -209,7 +223,7 @@ func NewMemory(cfg Config) (*Memory, error) {
 	}
 	err := m.makeTables(load{narrow: max(cfg.Expect, peak.narrow+peak.narrow/4), wide: max(cfg.ExpectWide, peak.wide+peak.wide/4)})
 	if err != nil && peak != (load{}) {
-		err = m.makeTables(load{narrow: cfg.Expect, wide: cfg.ExpectWide}) // smaller ones that grow
+		err = m.makeTables(load{narrow: cfg.Expect, wide: cfg.ExpectWide}) // with smaller tables, which grow
 	}
 	if err != nil {
 		if m.journal != nil {
@@ -220,7 +234,7 @@ func NewMemory(cfg Config) (*Memory, error) {
 	if m.journal != nil {
 		m.recall()
 	}
-	m.arena.workers = 1 // from here on requests need the others
+	m.arena.workers = 1 // from here on requests need the other processors
 	return m, nil
 }
 
@@ -234,8 +248,8 @@ func (m *Memory) makeTables(expect load) (err error) {
 	return err
 }
 
-// firstTable is a table for the ids of its kind that are expected, or where only the
-// number of ids is known, one whose room is made when the first id of its kind comes.
+// firstTable returns a table for the expected ids of its kind. If only the number of ids of any
+// kind is known, the table has no memory until the first id of its kind comes.
 func firstTable[B any](expect, anyKind uint64, from *arena) (*table[B], error) {
 	if expect == 0 && anyKind > 0 {
 		return &table[B]{expect: anyKind}, nil
@@ -243,13 +257,13 @@ func firstTable[B any](expect, anyKind uint64, from *arena) (*table[B], error) {
 	return newTable[B](max(expect, anyKind), from)
 }
 
-// Open gives e its view of the tables, those of the right size if the cleaner
-// has made such.
+// Open returns the View of e. If the cleaner has made tables of a better size, e is the first
+// epoch to use them.
 //
-// If words or requests of an epoch half a lap ago are still there, e gets none
-// of its ids in: they would be taken for ids of a later epoch, or be overwritten
-// by them. It takes a cleaner or a request that stood still for a thousand
-// epochs; with the shortest window that is 51 seconds.
+// If words or requests of an epoch half a lap ago are still there, e refuses all ids: those old
+// words would be taken for words of a later epoch, and old requests could overwrite words of e.
+// This happens only if the cleaner or a request stood still for a thousand epochs; with the
+// shortest window that is 51 seconds.
 func (m *Memory) Open(e *counter.Epoch) counter.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -268,7 +282,7 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 	if m.journal != nil {
 		v.journal.Store(m.journal)
 		if v.kept, v.before, v.refused = m.journal.begin(e); m.journal.broken.Load() != nil {
-			v.refused = nil // the journal refuses, until it is replaced
+			v.refused = nil // the failed journal itself refuses the ids, until it is replaced
 		}
 		v.narrowSample.Store(v.before.narrow / sampleEvery)
 		v.wideSample.Store(v.before.wide / sampleEvery)
@@ -288,14 +302,15 @@ func (m *Memory) Open(e *counter.Epoch) counter.State {
 		v.tight.Store(true)
 	}
 	if m.serial-m.swept >= passTurns/4 {
-		m.nudge() // the interval is long for such windows
+		m.nudge() // with such short windows the cleanup interval is too long
 	}
 	m.current.Store(v)
 	return v
 }
 
 // dropIdle forgets the epochs that no request can be in any more. It keeps the last two: the
-// last one may not be open yet, and then requests enter the one before it. m.mu is held.
+// last one may not be open yet, and until it is, requests enter the one before it. m.mu is
+// held.
 func (m *Memory) dropIdle() {
 	n := 0
 	for n+2 < len(m.busy) && m.busy[n].Idle() {
@@ -304,7 +319,7 @@ func (m *Memory) dropIdle() {
 	m.busy = slices.Delete(m.busy, 0, n)
 }
 
-// nudge wakes the cleaner before its interval is over.
+// nudge wakes Run before the cleanup interval is over.
 func (m *Memory) nudge() {
 	select {
 	case m.check <- struct{}{}:
@@ -312,7 +327,8 @@ func (m *Memory) nudge() {
 	}
 }
 
-// Retire keeps the load of the epoch, for the size of later tables, and releases its tables.
+// Retire remembers the load of the epoch, for the size of later tables, marks the epoch as
+// published in the journal, and releases its tables.
 func (v *View) Retire() {
 	m := v.memory
 	m.mu.Lock()
@@ -325,7 +341,7 @@ func (v *View) Retire() {
 	m.letTokens(v.tokens)
 	m.letTokens(v.past)
 	m.unretired--
-	if v.refused == nil { // else it has no ids, whatever came
+	if v.refused == nil { // a refused epoch has no ids, so its load would mislead
 		m.loads[m.retired%forecastEpochs] = v.load()
 		m.retired++
 	}
@@ -334,14 +350,14 @@ func (v *View) Retire() {
 	}
 }
 
-// Keys implements Set. The place of an id in a large table is a cache miss, and most
-// of the time that an add takes: what happens between Keys and AddMany happens meanwhile,
-// the misses of other ids above all (BenchmarkAddMany).
+// Keys implements Set. To read the place of an id in a large table is a cache miss, and takes
+// most of the time of an add. With the prefetch, that miss overlaps with what happens between
+// Keys and AddMany, and above all with the misses of the other items (BenchmarkAddMany).
 //
-// A prefetch occupies the processor until it has the physical address, and the place of an
-// id is rarely in a page whose address it knows. Such waits overlap only where prefetches
-// follow each other closely, so all keys are made before the first one: with each prefetch
-// behind its key a batch under a key took 120 ns an id in place of 80.
+// A prefetch occupies the processor until it has the physical address, and the address of the
+// page of an id is rarely in the translation buffer. These waits overlap only if the prefetches
+// follow each other closely. So all Keys are made before the first prefetch: with each prefetch
+// right after its Key, a batch under one key took 120 ns an id instead of 80.
 func (m *Memory) Keys(items []Item) {
 	v := m.current.Load()
 	narrow, wide := v.narrow.farLevels.Load(), v.wide.farLevels.Load()
@@ -357,20 +373,20 @@ func (m *Memory) Keys(items []Item) {
 		}
 	}
 	if len(items) == 1 {
-		m.prepare(v, &items[0]) // nothing else is done until its places are there
+		m.prepare(v, &items[0]) // in a batch addRun does this, some items ahead
 	}
 }
 
-// AddMany implements Set. With a journal a key has a place there before it goes into the table,
-// and is written there before the next key is looked at. So a kill between the two is one before
-// the request was answered.
+// AddMany implements Set. With a journal, a record is reserved there before an id goes into the
+// table, and written before the next item is judged. If the process is killed in between, the
+// request has not been answered yet.
 //
-// The journal is mapped memory: a store into it faults when the disk fails. Catching that
-// costs as much as writing a record, and is done once for a batch. After a fault no further
-// item is judged.
+// The journal is mapped memory: a store into it faults if the disk fails. To prepare for such a
+// fault costs as much as writing a record, so this is done once for a batch. After a fault no
+// further item is judged.
 func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (err error) {
 	v := e.State.(*View)
-	j := v.journal.Load() // nil, as w, where nothing is kept
+	j := v.journal.Load() // nil, as is w, if nothing is kept
 	var w *writer
 	n := 0
 	if j != nil {
@@ -414,7 +430,7 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 			err = cmp.Or(err, cause)
 			continue
 		case p == turned:
-			return err // so are those behind it
+			return err // the items after it stay Turned, too
 		case p == taken:
 			if c != nil {
 				c.append(k)
@@ -426,7 +442,8 @@ func (m *Memory) AddMany(e *counter.Epoch, items []Item, verdicts []Verdict) (er
 	return err
 }
 
-// refused counts an id that there was no room for, and returns its verdict.
+// refused returns the verdict on an id that is refused because of err, and counts it if there
+// was no room.
 func (m *Memory) refused(err error) Verdict {
 	v := Refusal(err)
 	if v == Full {
@@ -435,8 +452,8 @@ func (m *Memory) refused(err error) Verdict {
 	return v
 }
 
-// insert adds a key to its table. fresh ids that came with it are in there and not
-// counted yet.
+// insert adds a Key to its table. fresh is how many ids of the same batch are in the tables but
+// not counted in e yet.
 func (m *Memory) insert(e *counter.Epoch, v *View, k Key, fresh uint64) (place, error) {
 	if v.tight.Load() {
 		return m.insertTight(v, k)
@@ -516,8 +533,8 @@ func (m *Memory) addWide(v *View, hi, lo uint64, look bool) (place, error) {
 	return full, ErrFull
 }
 
-// grow adds a level because an id found the last one full, and has the cleaner make its
-// pages resident.
+// grow adds a level because an id found the last one full, and wakes the cleaner, which makes
+// the pages of the new level resident.
 func grow[B any](m *Memory, t *table[B], have int, sizes func() []uint64) error {
 	grown, err := t.grow(have, sizes, m.arena)
 	if grown {
@@ -527,16 +544,16 @@ func grow[B any](m *Memory, t *table[B], have int, sizes func() []uint64) error 
 	return err
 }
 
-// crowding asks the cleaner to make the next level ready if i is the last.
+// crowding asks the cleaner to make the next level ready if i is the last one.
 func crowding[B any](m *Memory, t *table[B], i int) {
 	if i+1 < maxLevels && t.levels[i+1].Load() == nil && t.checking.CompareAndSwap(false, true) {
 		m.nudge()
 	}
 }
 
-// sample counts one new id for sampleEvery and sees MaxIDs coming. fresh ids of
-// its own request, or of those that arrived with it, are in and not counted: they
-// are when they leave.
+// sample adds a sampled new id, which stands for sampleEvery ids, to the load, and sets tight
+// if MaxIDs is near. fresh ids of the same batch are in the tables but not yet counted in e:
+// they are counted when their requests leave.
 func (m *Memory) sample(e *counter.Epoch, v *View, of *atomic.Uint64, fresh uint64) {
 	of.Add(1)
 	if m.cfg.MaxIDs == 0 {
@@ -549,21 +566,22 @@ func (m *Memory) sample(e *counter.Epoch, v *View, of *atomic.Uint64, fresh uint
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if !v.tight.Load() {
-		// First the flag: a request that sees it waits for v.mu. Then the count. Requests
-		// that saw no flag and are not counted yet can exceed MaxIDs by their number.
+		// The flag is set before the count is read: a request that sees the flag waits for
+		// v.mu. Requests that did not see it and are not counted yet may exceed MaxIDs, by
+		// their number.
 		v.tight.Store(true)
 		v.left = less(m.cfg.MaxIDs, v.before.sum()+e.Unique()+fresh)
 	}
 }
 
-// nothingLeft reports whether no id gets in any more.
+// nothingLeft reports whether every new id will be refused.
 func (v *View) nothingLeft() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.refused != nil || v.left == 0
 }
 
-// insertTight adds under the lock that guards what is left of MaxIDs.
+// insertTight adds a Key with the lock held that guards left, how many more ids MaxIDs allows.
 func (m *Memory) insertTight(v *View, k Key) (place, error) {
 	if v.refused != nil {
 		return full, v.refused
@@ -581,7 +599,7 @@ func (m *Memory) insertTight(v *View, k Key) (place, error) {
 	return p, err
 }
 
-// addKey adds a key to its table. With look it only looks for it.
+// addKey adds a Key to its table. With look it only looks it up.
 func (m *Memory) addKey(v *View, k Key, look bool) (place, error) {
 	if k.kind == narrowKind {
 		return m.addNarrow(v, k.lo, look)
@@ -589,8 +607,8 @@ func (m *Memory) addKey(v *View, k Key, look bool) (place, error) {
 	return m.addWide(v, k.hi, k.lo, look)
 }
 
-// lookFull answers an id that has no room in the journal, because of refused: if it is in the
-// table it is still a repeat.
+// lookFull judges an id that the journal has no room for; refused is the reason. If the id is
+// in the table, it is still a repeat.
 func (m *Memory) lookFull(v *View, k Key, refused error) (place, error) {
 	if !errors.Is(refused, ErrFull) {
 		return full, refused
@@ -601,15 +619,15 @@ func (m *Memory) lookFull(v *View, k Key, refused error) (place, error) {
 	return full, refused
 }
 
-// Knows reports whether an id is in v. Nothing is added. Safe for concurrent use
-// between Open and Retire of v's epoch.
+// Knows reports whether an id is in v. It adds nothing. Safe for concurrent use between Open
+// and Retire of v's epoch.
 func (m *Memory) Knows(v *View, k Key) bool {
 	p, _ := m.addKey(v, k, true)
 	return p == found
 }
 
-// Learn adds an id to v, the View of e, and not to the journal. If there is no room, it
-// returns an error, and Knows returns false for the id.
+// Learn adds an id to v, the View of e, but not to the journal. If there is no room it returns
+// an error, and Knows returns false for the id. Safe for concurrent use by requests inside e.
 func (m *Memory) Learn(e *counter.Epoch, v *View, k Key) (Verdict, error) {
 	p, err := m.insert(e, v, k, 0)
 	return verdict(p), err
@@ -645,12 +663,12 @@ func (m *Memory) Stats() Stats {
 	return s
 }
 
-// Bytes of memory per id, in tables that grew from one ten times too small
+// Bytes of memory per id in a table that was made for a tenth of the ids and has grown
 // (docs/operations.md, Sizing).
 const narrowBytes, wideBytes = 14, 28
 
-// fit returns the most ids that an epoch can hold: MaxIDs, or fewer if the memory
-// allowed has no room for as many of the kinds in the open epoch.
+// fit returns how many ids an epoch can hold: MaxIDs, or fewer if MaxBytes is not enough for
+// that many ids of the kinds that the open epoch has. In that case the number is estimated.
 func (m *Memory) fit() (ids uint64, estimated bool) {
 	if m.cfg.MaxBytes == 0 {
 		return m.cfg.MaxIDs, false
@@ -663,7 +681,7 @@ func (m *Memory) fit() (ids uint64, estimated bool) {
 	if n := l.sum(); n > 0 {
 		wide, tokens = float64(l.wide)/float64(n), float64(l.tokens)/float64(n)
 	}
-	// Those of two windows are kept.
+	// The tokens of two windows are kept at a time.
 	ids = max(l.sum(), uint64(float64(m.cfg.MaxBytes)/(narrowBytes*(1-wide)+wideBytes*wide+2*narrowBytes*tokens)))
 	if m.cfg.MaxIDs > 0 && m.cfg.MaxIDs <= ids {
 		return m.cfg.MaxIDs, false
@@ -671,8 +689,9 @@ func (m *Memory) fit() (ids uint64, estimated bool) {
 	return ids, true
 }
 
-// Close gives the memory back, except for the tables of epochs that are not retired: a
-// request may still be in one. No Open and no Run may follow.
+// Close implements Set. It syncs and closes the journal, and frees the memory, except for the
+// tables of epochs that are not retired: a request may still be in one. An error is that of the
+// disk.
 func (m *Memory) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -684,9 +703,9 @@ func (m *Memory) Close() error {
 	return nil
 }
 
-// Run is the cleaner: it makes levels ready before they are needed, replaces
-// tables of the wrong size, and sweeps what retired epochs left. Beside it the
-// journal is synced.
+// Run implements Set. It is the cleaner: it makes levels ready before they are needed, replaces
+// tables of the wrong size, and sweeps the slots of past epochs. Another goroutine syncs the
+// journal. Call it once; it returns nil when ctx ends.
 func (m *Memory) Run(ctx context.Context) error {
 	if m.kept() != nil {
 		var keeping sync.WaitGroup

@@ -46,8 +46,8 @@ func newMemory(t testing.TB, cfg Config) *Memory {
 	return m
 }
 
-// fill adds n decimals, from on, and as many texts to the k-th epoch, where all of them
-// are new.
+// fill adds n decimals, beginning with from, and as many texts to the k-th epoch, in which all
+// must be new.
 func fill(t testing.TB, e epochs, m *Memory, k, from, n int) {
 	t.Helper()
 	in, ok := e.Enter(e.At(k), 0, 1)
@@ -79,7 +79,7 @@ func run(t testing.TB, s Set) {
 	t.Cleanup(func() { stop(); running.Wait() })
 }
 
-// step does what Run does when it is nudged, if it is.
+// step does what Run does if it was nudged; otherwise nothing.
 func step(m *Memory) {
 	select {
 	case <-m.check:
@@ -91,8 +91,8 @@ func step(m *Memory) {
 	}
 }
 
-// TestCleanerReclaimsBeforeTagsComeRound leaves ids of one epoch behind and
-// turns until its tag is used again: they must not be taken for ids of today.
+// TestCleanerReclaimsBeforeTagsComeRound adds ids to one epoch and turns until the tag of that
+// is used again: the old ids must not be found in the new epoch.
 func TestCleanerReclaimsBeforeTagsComeRound(t *testing.T) {
 	const ids = 1000
 	m := newMemory(t, Config{CleanupBatch: 1})
@@ -108,8 +108,8 @@ func TestCleanerReclaimsBeforeTagsComeRound(t *testing.T) {
 	fill(t, e, m, lap, 0, ids)
 }
 
-// TestRareCleanupIsWokenByTurns has an interval so long that tags come round
-// many times within it. The cleaner runs in the bubble, after each turn.
+// TestRareCleanupIsWokenByTurns has such a long cleanup interval that all tags are used many
+// times within it. The cleaner runs in the bubble, after each turn.
 func TestRareCleanupIsWokenByTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory(t, Config{CleanupInterval: maxCleanupInterval, CleanupBatch: 1, Heap: true})
@@ -123,9 +123,9 @@ func TestRareCleanupIsWokenByTurns(t *testing.T) {
 	})
 }
 
-// TestWithoutCleaningIdsAreRefusedNotMistaken never sweeps: when words of half
-// a lap ago are still there, no id gets in until they are gone. Each answer is
-// Unique or ErrFull; Turned would have the request ask for ever.
+// TestWithoutCleaningIdsAreRefusedNotMistaken never sweeps: while words of half a lap ago are
+// still there, all ids are refused. Each answer is Unique or ErrFull; with Turned the request
+// would try again for ever.
 func TestWithoutCleaningIdsAreRefusedNotMistaken(t *testing.T) {
 	m := newMemory(t, Config{})
 	e := newEpochs(t, m)
@@ -154,10 +154,10 @@ func TestWithoutCleaningIdsAreRefusedNotMistaken(t *testing.T) {
 	e.want(t, m, 2*lap+100, "42", Repeat)
 }
 
-// TestSleepingRequestNeverMeetsEpochsAcrossTheLap has a request sleep in its
-// epoch for a whole lap of tags, a minute and a half with the shortest window.
-// While it sleeps the cleaner may not sweep its epoch, and epochs so far ahead
-// that it would take their words for older ones are refused.
+// TestSleepingRequestNeverMeetsEpochsAcrossTheLap lets a request sleep in its epoch for a whole
+// lap of tags, a minute and a half with the shortest window. While it sleeps the cleaner may
+// not sweep its epoch, and epochs that are so far ahead that the request would treat their
+// words as older are refused.
 func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 	const ids = 3000
 	m := newMemory(t, Config{CleanupBatch: 1 << 30})
@@ -176,8 +176,8 @@ func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 		if v != Unique || err != nil {
 			t.Fatalf("epoch %d: got %v, %v; want Unique", n, v, err)
 		}
-		// It wakes for a moment: an id of its own epoch, one of the open epoch,
-		// and one of both.
+		// The request wakes for a moment and adds an id of its own epoch, one of the open
+		// epoch, and one of both.
 		for _, id := range []int{(n + 1) % ids, k} {
 			for _, suffix := range []string{"", "x"} {
 				if v, err := addTo(m, in.Epoch, fmt.Appendf(nil, "%d%s", id, suffix)); v == Unique || err != nil {
@@ -199,10 +199,9 @@ func TestSleepingRequestNeverMeetsEpochsAcrossTheLap(t *testing.T) {
 	}
 }
 
-// TestTablesFollowTheLoad runs epochs of far more ids than expected, then of
-// far less. After the second of each the tables have the size of the load and
-// what they had before is given back. The bubble fails the test if a goroutine
-// is left.
+// TestTablesFollowTheLoad runs epochs with far more ids than expected, then with far fewer.
+// After two epochs of each kind the tables have the size for the load, and the memory of the
+// old tables is given back. The bubble fails the test if a goroutine is left.
 func TestTablesFollowTheLoad(t *testing.T) {
 	many := 200_000 // more than three times what the smallest tables hold
 	if raceEnabled {
@@ -247,7 +246,7 @@ func TestTablesFollowTheLoad(t *testing.T) {
 		if raceEnabled {
 			return
 		}
-		for range 2 { // up and down again: nothing adds up
+		for range 2 { // up and down again: memory must not accumulate
 			epochs(2, many)
 			if got := epochs(forecastEpochs+5, 10); got.Bytes != start.Bytes {
 				t.Errorf("after going up and down: %+v, want the %d bytes of the start", got, start.Bytes)
@@ -306,7 +305,7 @@ func TestOldTablesLiveAsLongAsARequestIsInside(t *testing.T) {
 	}
 }
 
-// TestSetGrowsUnderWriters has writers add the same ids, far more than expected, while the
+// TestSetGrowsUnderWriters lets writers add the same ids, far more than expected, while the
 // cleaner grows the tables.
 func TestSetGrowsUnderWriters(t *testing.T) {
 	const writers = 4
@@ -355,10 +354,10 @@ func TestSetGrowsUnderWriters(t *testing.T) {
 	}
 }
 
-// TestGrowthIsAskedForAgain: whatever became of the last request for growth,
-// the next crowded slot asks again, and the cleaner grows before an add has to.
-// With a few secrets in a hundred a bucket is full by chance before that; not
-// three times in a row.
+// TestGrowthIsAskedForAgain: even if the last request for growth had no effect, the next id in
+// a crowded bucket asks the cleaner again, which grows the table before an add has to. With a
+// few secrets in a hundred a bucket is full by chance before that, but not three times in a
+// row.
 func TestGrowthIsAskedForAgain(t *testing.T) {
 	if raceEnabled {
 		t.Skip("one goroutine: nothing for the race detector")
@@ -377,7 +376,7 @@ func growsWhenAskedAgain(t *testing.T) error {
 	e := newEpochs(t, m)
 	in, _ := e.Enter(e.At(0), 0, 1)
 	defer in.Leave(0, 0, 1)
-	m.check <- struct{}{} // another wish
+	m.check <- struct{}{} // the channel is full with another request
 	limit := m.arena.used.Load() + 1
 	for i := range 2_500_000 {
 		switch i {
@@ -407,15 +406,16 @@ func growsWhenAskedAgain(t *testing.T) error {
 	return nil
 }
 
-// TestMaxIDsHoldsUnderWriters: all writers together get no more ids in than
-// MaxIDs and those that were in flight when it came near.
+// TestMaxIDsHoldsUnderWriters: all writers together add at most MaxIDs ids, plus those that
+// were in flight when the limit came near.
 func TestMaxIDsHoldsUnderWriters(t *testing.T) {
 	const writers = 4
 	for _, maxIDs := range []int{1000, 90_000, 200_000} {
 		if raceEnabled && maxIDs > 100_000 {
 			break
 		}
-		// Ids that differ in high bits only were once sampled all or not at all.
+		// In an earlier version, ids that differ only in high bits were all sampled, or none
+		// was.
 		for name, id := range map[string]func(i int) []byte{
 			"sequence":    func(i int) []byte { return strconv.AppendInt(nil, int64(i), 10) },
 			"high bits":   func(i int) []byte { return strconv.AppendUint(nil, uint64(i)<<44, 10) },
@@ -454,8 +454,8 @@ func TestMaxIDsHoldsUnderWriters(t *testing.T) {
 	}
 }
 
-// TestMaxBytesRefusesWhatDoesNotFit: with no memory to grow, new ids are
-// refused, those that are in are found, and ids that find room still get in.
+// TestMaxBytesRefusesWhatDoesNotFit: without memory to grow, ids that find no room are refused,
+// those that are in are found, and ids that find room are still added.
 func TestMaxBytesRefusesWhatDoesNotFit(t *testing.T) {
 	const limit = 2 << 20 // the tables of the start and one more level
 	m := newMemory(t, Config{MaxBytes: limit, CleanupInterval: time.Millisecond})
@@ -504,8 +504,8 @@ func TestNewMemoryNamesTheBadSetting(t *testing.T) {
 	}
 }
 
-// TestCloseLeavesTheTableOfARequestInside: a shutdown that runs out of time
-// closes the Set with a request still in it. That must not end in freed memory.
+// TestCloseLeavesTheTableOfARequestInside: a shutdown that runs out of time closes the Set
+// while a request is still inside. The request must not use freed memory.
 func TestCloseLeavesTheTableOfARequestInside(t *testing.T) {
 	m, err := NewMemory(Config{Heap: raceEnabled})
 	if err != nil {
@@ -610,8 +610,8 @@ func TestAddManyAgreesWithAddsOfOne(t *testing.T) {
 	}
 }
 
-// TestKeyMayComeAfterTheTablesAreLetGo, as a request at the stop may: it asks for
-// places that are not mapped any more.
+// TestKeyMayComeAfterTheTablesAreLetGo: a request at the stop may prefetch places that are no
+// longer mapped.
 func TestKeyMayComeAfterTheTablesAreLetGo(t *testing.T) {
 	m, err := NewMemory(Config{Expect: 1_000_000, ExpectWide: 1_000_000, Heap: raceEnabled})
 	if err != nil {
@@ -663,7 +663,7 @@ func TestAddManyAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestOpenAllocatesNothing turns while the epochs before are retired in time.
+// TestOpenAllocatesNothing turns epochs while the earlier ones are retired in time.
 func TestOpenAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
@@ -702,9 +702,8 @@ func (k keep) Open(e *counter.Epoch) counter.State {
 	return nil // the test opens e
 }
 
-// TestOpenEpochIsNotTakenForOneThatWasLeft looks in the moment between the
-// opening of an epoch in the Set and in the Counter: requests still enter the
-// epoch before it.
+// TestOpenEpochIsNotTakenForOneThatWasLeft: between the opening of an epoch in the Set and in
+// the Counter, requests still enter the epoch before it.
 func TestOpenEpochIsNotTakenForOneThatWasLeft(t *testing.T) {
 	m := newMemory(t, Config{})
 	o := &opening{Memory: m, t: t}

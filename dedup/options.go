@@ -6,45 +6,45 @@ import (
 	"verve/counter"
 )
 
-// Ids with a token, or under a key, take this way. Others never come here.
+// This file adds ids that have Options: a token, or a key they are counted under.
 
-// attemptLocks is the number of locks that ids with tokens are spread over. Each makes the
-// attempts to count one id wait for each other, in whatever epochs they are. They fill 32 cache
-// lines: with a line for each, the line of a lock had mostly left the core's cache before the
-// lock was needed again.
+// attemptLocks is the number of locks that ids with tokens are spread over. With them the
+// attempts to count one id wait for each other, even if they are in different epochs. The locks
+// fill 32 cache lines: with a line for each lock, the line had mostly left the core's cache
+// before the lock was needed again.
 const attemptLocks = 256
 
-// newView is the view of an epoch that is to be opened.
+// newView makes the View of an epoch that will be opened.
 func (m *Memory) newView() *View { return &View{tokens: new(tokens), memory: m} }
 
-// tokensAhead is how many items before its own the word of a token is made and its places
-// are prefetched: as many as there are misses under way at once.
+// tokensAhead is how many items ahead the words of tokens are made and their places prefetched:
+// about as many cache misses as a core has under way at once.
 const tokensAhead = 8
 
-// optionRun is a run of items with options that are judged one after the other.
+// optionRun is a sequence of items with options that are judged one after the other.
 type optionRun struct {
 	e *counter.Epoch
 	v *View
 	j *journal // nil, as w, where nothing is kept
 	w *writer
 
-	words [tokensAhead]uint64 // of the tokens of the next items; 0: it has none
+	words [tokensAhead]uint64 // words of the tokens of the next items; 0: the item has none
 
-	// The key of the items judged last, which those behind them often share.
+	// The key of the items judged last: the next items often have the same one.
 	name  []byte
-	under *counter.Key // nil: there was none
-	new   uint64       // ids under it that are not counted yet
+	under *counter.Key // nil: no item had a key yet
+	new   uint64       // new ids under that key that are not counted yet
 }
 
-// addRun adds the items that have options, up to the first one that has none. n is the
-// number of those judged, also after a panic; fresh grows by those that were new. An item
-// that turned ends it: so did those behind.
+// addRun adds the items that have options, up to the first one that has none. It adds the
+// number of judged items to n, even if it panics, and the number of new ids to fresh. It stops
+// at an item that is Turned and returns true: the items after it are Turned, too.
 //
-// Two things are done for several items together, as no other request can see that: the words
-// of tokens are made ahead, and the new ids under one key, of items that follow each other, are
-// added to its count at once, before their request leaves the epoch.
+// It does two things for several items together, which no other request can notice. The words
+// of tokens are made some items ahead. And new ids under one key, if their items follow each
+// other, are added to the count of that key together, before their request leaves the epoch.
 func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, fresh *uint64) (turned bool, err error) {
-	defer r.count() // also what a fault of the journal leaves
+	defer r.count() // also after a fault of the journal
 	ahead := 0
 	for i := range items {
 		it := &items[i]
@@ -75,8 +75,8 @@ func (m *Memory) addRun(r *optionRun, items []Item, verdicts []Verdict, n *int, 
 	return false, err
 }
 
-// prepare returns the word of the token of an item, 0 if it has none, and prefetches where
-// it is looked for.
+// prepare returns the word of the token of an item, 0 if it has none, and prefetches the places
+// where the word will be looked up.
 func (m *Memory) prepare(v *View, it *Item) uint64 {
 	if it.Options == nil || len(it.Options.Token) == 0 {
 		return 0
@@ -89,7 +89,7 @@ func (m *Memory) prepare(v *View, it *Item) uint64 {
 	return token
 }
 
-// count adds the new ids to the count of their key.
+// count adds the new ids that are not counted yet to the count of their key.
 func (r *optionRun) count() {
 	if r.new > 0 {
 		r.e.Keys().Count(r.under, r.new)
@@ -97,7 +97,7 @@ func (r *optionRun) count() {
 	}
 }
 
-// nameHash returns the hash of the key.
+// nameHash returns the hash of the key Under, and stores it in o.
 func (o *Options) nameHash(s *secret) uint64 {
 	if o.name == 0 {
 		o.name = s.name(o.Under)
@@ -105,8 +105,9 @@ func (o *Options) nameHash(s *secret) uint64 {
 	return o.name
 }
 
-// key returns the count of a key of the epoch; nil if there is none in o. The name is in the
-// journal before the key is in the epoch: no id is kept under a key whose name is not.
+// key returns the counter.Key of the key in o, and adds it to the epoch if it is new there; nil
+// if o has no key. The name is written to the journal before the key is added to the epoch: so
+// the journal has no id under a key whose name it does not have.
 func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 	name := o.Under
 	if len(name) == 0 {
@@ -118,14 +119,14 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 	hash, keys := o.nameHash(&m.secret), r.e.Keys()
 	k := keys.Find(hash, name)
 	if k == nil && keys.Full() {
-		// Another request may have added it meanwhile, as the last one.
+		// Another request may have added this key meanwhile, as the last one that had room.
 		if k = keys.Find(hash, name); k == nil {
 			return nil, ErrTooManyKeys
 		}
 	}
 	if k == nil {
 		if r.v.tight.Load() && r.v.nothingLeft() {
-			return nil, ErrFull // its id would be refused
+			return nil, ErrFull // the id would be refused, so the key is not needed
 		}
 		if r.j != nil {
 			c, err := r.j.reserve(r.w, r.v.serial, nameKind)
@@ -144,15 +145,16 @@ func (m *Memory) key(r *optionRun, o *Options) (*counter.Key, error) {
 	return k, nil
 }
 
-// addAttempt adds an id that has a token. token is the word of that.
+// addAttempt adds an id that has a token; token is the word of the token.
 //
-// Attempts with tokens to count one id wait for each other, and none is judged in an epoch
-// that was left. So a late attempt finds the token of its retry in the open epoch, and a retry
-// in the open epoch finds that of its first attempt in the epoch before. An attempt without a
-// token does not wait: if it adds the id, no token is added.
+// Attempts with tokens to count one id wait for each other, and none is judged in an epoch that
+// is no longer open. So if a retry was faster than the first attempt, the late first attempt
+// finds the token in the open epoch; and a retry in the open epoch finds the token of a first
+// attempt in the window before. A request without a token does not wait: if it adds the id, no
+// token is added.
 //
-// A token is in an epoch only if its id is. So it is looked for there only if the id was
-// found: most ids are new.
+// A token is in an epoch only if its id is. So the token is looked up only if the id was found,
+// which is rare: most ids are new.
 func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
 	v := r.v
 	lock := &m.attempts[it.Key.lo%attemptLocks]
@@ -179,7 +181,7 @@ func (m *Memory) addAttempt(r *optionRun, it *Item, token, fresh uint64) (Verdic
 	return verdict, err
 }
 
-// addWith adds an id that has options. token is the word of its token, 0 if it has none.
+// addWith adds an id that has options; token is the word of its token, 0 if it has none.
 func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, error) {
 	v, k := r.v, it.Key
 	under, cause := m.key(r, it.Options)
@@ -209,7 +211,7 @@ func (m *Memory) addWith(r *optionRun, it *Item, token, fresh uint64) (Verdict, 
 	return verdict(p), nil
 }
 
-// known is the verdict on an id that cannot be added, because of cause.
+// known returns the verdict on an id that cannot be added, because of cause.
 func (m *Memory) known(v *View, k Key, cause error) (Verdict, error) {
 	p, cause := m.lookFull(v, k, cause)
 	if cause != nil {
@@ -218,7 +220,7 @@ func (m *Memory) known(v *View, k Key, cause error) (Verdict, error) {
 	return verdict(p), nil
 }
 
-// recordKind is the kind of the record of an id.
+// recordKind returns the kind of the journal record of an id.
 func recordKind(k Key, under, token bool) int {
 	kind := int(k.kind)
 	if kind == pairKind {
@@ -236,7 +238,7 @@ func recordKind(k Key, under, token bool) int {
 	return kind
 }
 
-// appendWith is append of an id with options.
+// appendWith adds the record of an id with options.
 func (c *cursor) appendWith(k Key, kind int, under *counter.Key, token uint64) {
 	if kind == pairKind {
 		c.append(k)
@@ -257,22 +259,22 @@ func (c *cursor) appendWith(k Key, kind int, under *counter.Key, token uint64) {
 	c.put(words)
 }
 
-// nameRecord is the record of a key.
+// nameRecord returns the journal record of the name of a key.
 func nameRecord(hash uint64, name []byte) (words [2 + nameWords]uint64) {
 	words[0], words[1] = hash, uint64(len(name))
 	copy(bytesOf(words[2:]), name)
 	return words
 }
 
-// keyed is what the journal has of an epoch by key.
+// keyed is what the journal has of the keys of an epoch.
 type keyed struct {
-	names map[uint64]string // by their hash
-	ids   map[uint64]uint64 // how many
+	names map[uint64]string // names of keys by their hash
+	ids   map[uint64]uint64 // number of ids by the hash of their key
 }
 
 func newKeyed() *keyed { return &keyed{map[uint64]string{}, map[uint64]uint64{}} }
 
-// read adds records of a kind with keys.
+// read adds the records of one kind, which has keys.
 func (k *keyed) read(s *secret, kind int, words []uint64) error {
 	width := int(layouts[kind].words)
 	for i := 0; i+width <= len(words); i += width {
@@ -291,7 +293,7 @@ func (k *keyed) read(s *secret, kind int, words []uint64) error {
 	return nil
 }
 
-// readName adds the record of a key.
+// readName adds the record of the name of a key.
 func (k *keyed) readName(s *secret, record []uint64) error {
 	hash, n := record[0], record[1]
 	if n == 0 || n > counter.MaxKeyLen {
@@ -305,8 +307,8 @@ func (k *keyed) readName(s *secret, record []uint64) error {
 	return nil
 }
 
-// counts returns the ids under each key less those that are published. It is not
-// ok if a name is missing.
+// counts returns the number of ids under each key, less those that are published, and their
+// sum. It returns ok false if the name of a key is missing.
 func (k *keyed) counts(published map[string]uint64) (counts counter.KeyCounts, sum uint64, ok bool) {
 	for hash, n := range k.ids {
 		name, named := k.names[hash]
@@ -321,7 +323,8 @@ func (k *keyed) counts(published map[string]uint64) (counts counter.KeyCounts, s
 	return counts, sum, true
 }
 
-// resume puts the keys of the epoch that goes on into e: they count as used there.
+// resume adds the keys of the epoch that goes on to e, so that they count against the limit on
+// the keys of e.
 func (k *keyed) resume(e *counter.Epoch) {
 	if k == nil {
 		return

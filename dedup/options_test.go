@@ -42,7 +42,7 @@ func addOptions(m *Memory, e *counter.Epoch, id, under, token string) (Verdict, 
 	return verdicts[0], err
 }
 
-// optionsModel says what each id with options is to be answered.
+// optionsModel computes the right answer for each id with options.
 type optionsModel struct {
 	t       *testing.T
 	ledger  *fakeSpool
@@ -102,8 +102,8 @@ func (m *optionsModel) check() {
 }
 
 // TestTokensAndKeysAgreeWithAModel runs random schedules of ids with tokens and keys, time,
-// kills and stops: each id is answered as a map would, over all lives of the process, and
-// the records of each window add up to the answers for each key.
+// kills and stops: each id gets the answer that a map gives, over all processes, and the
+// records of each window add up to the answers for each key.
 func TestTokensAndKeysAgreeWithAModel(t *testing.T) {
 	for seed := range uint64(60) {
 		synctest.Test(t, func(t *testing.T) {
@@ -156,8 +156,8 @@ func TestTokensAndKeysAgreeWithAModel(t *testing.T) {
 }
 
 // TestAttemptsAtOnceAreCountedOnce: many attempts to count one id while the epoch turns. With
-// one token one counts and all others are its replays; with two tokens one of them wins
-// everywhere.
+// one token, one attempt counts and all others are its replays; with two tokens, the attempts
+// with one of them win everywhere.
 func TestAttemptsAtOnceAreCountedOnce(t *testing.T) {
 	for _, tokens := range []int{1, 2} {
 		for _, dir := range []string{"", t.TempDir()} {
@@ -224,8 +224,8 @@ func TestTokenWithoutMemoryIsRefusedBeforeItsIDIsIn(t *testing.T) {
 	}
 }
 
-// TestWordsThatSpilledAreFound: a token for which memory ran out after its slot was looked
-// for is found.
+// TestWordsThatSpilledAreFound: a token for which memory ran out after a slot was found for it
+// is still found later.
 func TestWordsThatSpilledAreFound(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
 	v := (&Memory{}).newView()
@@ -236,8 +236,9 @@ func TestWordsThatSpilledAreFound(t *testing.T) {
 	}
 }
 
-// TestTokensStayWithinTheirMemory: the first token that finds none is kept beside the table, as
-// its id is in; the ids of those behind it are refused, and none that was counted is forgotten.
+// TestTokensStayWithinTheirMemory: the first token that finds no memory is kept outside the
+// table, because its id is already in; the ids of later tokens are refused, and no token whose
+// id was counted is forgotten.
 func TestTokensStayWithinTheirMemory(t *testing.T) {
 	m := newMemory(t, Config{Expect: 1 << 20, Heap: true})
 	e := newEpochs(t, m)
@@ -287,8 +288,8 @@ func TestTokensGrowToWhatIsExpectedInSteps(t *testing.T) {
 	}
 }
 
-// TestTokensHaveRoomForThoseOfTheWindowBefore: also right behind the turn, when that is not
-// retired.
+// TestTokensHaveRoomForThoseOfTheWindowBefore: also right after the turn, when the epoch before
+// is not retired yet.
 func TestTokensHaveRoomForThoseOfTheWindowBefore(t *testing.T) {
 	const tokens = 1 << 20
 	m := newMemory(t, Config{Heap: true})
@@ -350,9 +351,9 @@ func TestTooManyKeysAreFull(t *testing.T) {
 	}
 }
 
-// TestLateAttemptFindsItsRetry: an attempt that is still inside an epoch when its retry was
-// counted in the next one is asked again there, and is a replay. The tables of the two
-// differ: the id itself does not say that the epoch has turned.
+// TestLateAttemptFindsItsRetry: if an attempt is still inside an epoch when its retry was
+// counted in the next one, it is judged again in the next one, and is a replay. The two epochs
+// have different tables, so the attempt cannot find out from a slot that the epoch has turned.
 func TestLateAttemptFindsItsRetry(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
 	e := newEpochs(t, m)
@@ -376,7 +377,8 @@ func TestLateAttemptFindsItsRetry(t *testing.T) {
 	retry.Leave(1, 0, 0)
 }
 
-// TestTokensServeInTheNextWindowOnly: not in the next one that was opened, if that is later.
+// TestTokensServeInTheNextWindowOnly: if the next epoch is of a later window, it does not use
+// them.
 func TestTokensServeInTheNextWindowOnly(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
 	e := newEpochs(t, m)
@@ -393,7 +395,8 @@ func TestTokensServeInTheNextWindowOnly(t *testing.T) {
 	}
 }
 
-// TestAFaultLeavesTheCountOfAKey of what was judged before it in the same batch.
+// TestAFaultLeavesTheCountOfAKey: a fault of the journal does not lose the count of ids that
+// were judged before it in the same batch.
 func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 	dir := t.TempDir() + "/epochs"
 	m, err := NewMemory(Config{Dir: dir})
@@ -437,8 +440,8 @@ func TestAFaultLeavesTheCountOfAKey(t *testing.T) {
 	}
 }
 
-// TestKeysThatTheSpoolLostAreNotGuessed: where the spool has lost what it published by key,
-// the rest of the window has no keys, and says that it is not exact.
+// TestKeysThatTheSpoolLostAreNotGuessed: if the spool has lost what it published by key, the
+// rest of the window has no keys, and is not exact.
 func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
@@ -479,8 +482,9 @@ func TestKeysThatTheSpoolLostAreNotGuessed(t *testing.T) {
 	}
 }
 
-// TestTokensServeAfterAChangeOfWindow: the windows got shorter, and the one that counted the
-// id is not over; or they got longer, and the next one has lasted longer than that one.
+// TestTokensServeAfterAChangeOfWindow: the windows became shorter, and the window that counted
+// the id is not over; or they became longer, and the next window has lasted longer than that
+// one.
 func TestTokensServeAfterAChangeOfWindow(t *testing.T) {
 	for _, tt := range []struct {
 		at, before, after, sleep time.Duration

@@ -14,26 +14,26 @@ import (
 	"verve/counter"
 )
 
-// publisherOf makes a number of the name of a publisher, which is never 0.
+// publisherOf returns a hash of the name of a publisher, which is never 0.
 func publisherOf(name string) uint64 {
 	sum := sha256.Sum256([]byte(name))
 	return binary.LittleEndian.Uint64(sum[:]) | 1
 }
 
-// past returns what earlier processes left to be published; published is what each
-// publisher has published.
+// past returns what earlier processes left to be published. published has what each publisher
+// has published, by its name.
 //
-// The ids that are missing in the records of an epoch: those that the journal has beyond logged,
-// less those that its publisher has published beyond published. The slot has logged and
-// published of one moment, so it does not matter whether the last process was killed before or
-// after its last record was published. This publisher takes over what another one did not
-// publish.
+// How many ids of an epoch no record has is computed as follows: the ids that the journal has,
+// beyond the logged of its slot, less the ids that its publisher has published, beyond the
+// published of its slot. logged and published are of the same moment, so it does not matter
+// whether the last process was killed before or after it published its last record. If another
+// publisher left something unpublished, this publisher takes it over.
 //
-// An epoch that may have lost ids gets a record even if none is missing: its other records are
-// exact. odd is not empty if the directory does not fit what this publisher has published, so
-// that ids may be missing; it is the reason.
+// An epoch that may have lost ids gets a record even if no id is missing: the records that it
+// has already are marked as exact. odd is not empty if the directory does not fit what this
+// publisher has published, so that ids may be lost; it is the reason.
 func (j *journal) past(published map[string]counter.Published) (past counter.Past, odd string) {
-	defer j.caught(nil, debug.SetPanicOnFault(true)) // an error is kept in broken
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // broken keeps the error
 	by := map[uint64]counter.Published{}
 	for other, p := range published {
 		by[publisherOf(other)] = p
@@ -47,9 +47,9 @@ func (j *journal) past(published map[string]counter.Published) (past counter.Pas
 	j.first.start, j.first.sum = own.Last, own.Unique
 	behind := j.behind(own)
 	if j.made && !j.aside && !own.Last.IsZero() {
-		odd = "is missing, and there are records of the windows before"
+		odd = "is missing, although there are records of earlier windows"
 	} else if behind {
-		odd = "is older than the last record, as an earlier copy of it is"
+		odd = "is older than the last record: it is an earlier copy of the directory"
 	}
 	j.aside = j.aside || odd != ""
 	j.recreate()
@@ -91,7 +91,7 @@ func (j *journal) past(published map[string]counter.Published) (past counter.Pas
 	return past, odd
 }
 
-// recoveredEpoch is the State of an epoch that an earlier process counted.
+// recoveredEpoch is the State of an epoch whose ids an earlier process counted.
 type recoveredEpoch struct {
 	in *journal
 	of slotOf
@@ -100,32 +100,34 @@ type recoveredEpoch struct {
 // Retire implements counter.State.
 func (l recoveredEpoch) Retire() { l.in.end(l.of) }
 
-// remainder is what an epoch still needs.
+// remainder is what an earlier process left unpublished of an epoch.
 type remainder struct {
 	have     uint64            // ids in the journal
-	missing  uint64            // ids that no record has
-	doubtful bool              // ids may be lost
-	settled  bool              // no record is to be published for it
+	missing  uint64            // how many ids no record has
+	doubtful bool              // ids of the epoch may be lost
+	settled  bool              // the epoch needs no further record
 	keys     counter.KeyCounts // the part of missing that is under keys
-	keysLost bool              // it is not known
+	keysLost bool              // it is not known which of them are under keys
 
-	// Set if ids that no record has cannot get one any more.
+	// lost is set if ids that no record has cannot be published any more; unpublished is their
+	// number.
 	lost        bool
 	unpublished uint64
 }
 
 // remainder compares an epoch with what its publisher has published.
 func (j *journal) remainder(o *opened, its counter.Published) (r remainder) {
-	var sum uint64 // of the records for its window
+	var sum uint64 // sum of the records for its window
 	recorded := o.start().Equal(its.Last)
 	if recorded {
 		sum = its.Unique
 	}
 	l := j.counts[o.serial]
 	r.have = l.sum()
-	// Less than was published: to a spool that was lost.
+	// If the spool was lost, sum may be less than published: less makes that 0.
 	r.missing = less(less(r.have, o.logged), less(sum, o.published))
-	// The labels of this publisher increase: it cannot publish for one that it is past.
+	// The labels that a publisher publishes increase: this one cannot publish for a window
+	// before its last one.
 	over := o.start().Before(its.Last) || o.start().Before(j.first.start)
 	r.doubtful = o.inexact || j.lost(o)
 	if !o.ended && over && !o.start().Before(its.Last) && (r.missing > 0 || r.doubtful) {
@@ -138,8 +140,9 @@ func (j *journal) remainder(o *opened, its counter.Published) (r remainder) {
 	return r
 }
 
-// count finds what is missing by key. It is not known if the spool has lost what was published
-// by key, or if that does not fit what is missing in all.
+// count sets how many of the missing ids are under each key. That is not known if the spool has
+// lost the published counts by key, if the journal lacks the name of a key, or if the counts by
+// key exceed all missing ids.
 func (r *remainder) count(k *keyed, published publishedKeys) {
 	if r.missing == 0 || k == nil {
 		return
@@ -150,13 +153,14 @@ func (r *remainder) count(k *keyed, published publishedKeys) {
 	}
 }
 
-// publishedKeys is what was published by key for a window.
+// publishedKeys is what was published for a window by key.
 type publishedKeys struct {
 	ids  map[string]uint64
-	lost bool // it is more than that
+	lost bool // ids does not have all of it
 }
 
-// keysOf is that of each window, by its start in Unix ns, over all publishers.
+// keysOf returns what all publishers together published by key, for each window, by its start
+// in Unix ns.
 func keysOf(published map[string]counter.Published) map[int64]publishedKeys {
 	all := map[int64]publishedKeys{}
 	for _, p := range published {
@@ -173,7 +177,8 @@ func keysOf(published map[string]counter.Published) map[int64]publishedKeys {
 	return all
 }
 
-// sumOf is what this publisher has, or will have, published for the window of o.
+// sumOf returns how many ids this publisher has published for the window of o, or will have
+// when Past.Recovered is published.
 func (j *journal) sumOf(o *opened) uint64 {
 	if o.start().Equal(j.first.start) {
 		return j.first.sum
@@ -181,8 +186,8 @@ func (j *journal) sumOf(o *opened) uint64 {
 	return 0
 }
 
-// unsettled returns the epochs that are not ended, and the newest, the oldest
-// first.
+// unsettled returns the epochs that are not ended, and the newest epoch in any case; the oldest
+// comes first.
 func (j *journal) unsettled() (all []opened) {
 	for i := range j.slots {
 		if j.known[i].serial > 0 && (!j.known[i].ended || j.known[i].serial == j.newest.serial) {
@@ -196,22 +201,22 @@ func (j *journal) unsettled() (all []opened) {
 	return all
 }
 
-// adopt makes o an epoch of this publisher, which is about to publish what is missing. The new
-// slot is on the disk before that: otherwise, after a kill, another publisher would publish the
-// same ids once more.
+// adopt makes o, an epoch of another publisher, one of this publisher, which will publish what
+// is missing. The new slot is on the disk before that. Otherwise, if this process is killed,
+// the other publisher could publish the same ids once more.
 func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	i, free := j.freeSlot()
 	if free == 0 {
-		return // 1,024 epochs wait
+		return // slotCount epochs wait
 	}
 	before := *o
 	o.logged, o.published, o.publisher = logged, published, j.publisher
 	o.generation, o.inexact, o.boot, o.slot = o.generation+1, doubtful, j.boot, i
 	j.write(o)
 	if j.syncPart(stateName, j.state) != nil {
-		return // it is kept in broken
+		return // broken keeps the error
 	}
 	if j.newest.serial == o.serial {
 		j.newest = *o
@@ -219,9 +224,9 @@ func (j *journal) adopt(o *opened, logged, published uint64, doubtful bool) {
 	j.free(before.slot)
 }
 
-// recreate makes slots for the windows that may have begun, and had ids answered, before a
-// loss of power took their slots: they get a record that is not exact. A slot is on the disk
-// within slotLate after the beginning of its epoch, so such windows began within that time
+// recreate makes slots for windows that may have begun, and whose ids may have been answered,
+// before a loss of power took their slots. These windows get a record that is not exact. A slot
+// is on the disk within slotLate after its epoch begins, so such windows began within slotLate
 // after the end of the last epoch that has a slot.
 func (j *journal) recreate() {
 	last := j.newest
@@ -240,7 +245,7 @@ func (j *journal) recreate() {
 			return
 		}
 		if !o.start().After(j.first.start) {
-			continue // it has its record
+			continue // the window has a record
 		}
 		o.slot = i
 		j.write(&o)
@@ -249,10 +254,10 @@ func (j *journal) recreate() {
 	}
 }
 
-// salvage returns the epochs that were not published, the oldest first, as far as their slots
-// in a damaged state file are whole.
+// salvage returns the unpublished epochs, the oldest first, whose slots in a damaged state file
+// are whole.
 func salvage(path string) (left []opened) {
-	b, _ := os.ReadFile(path) // what cannot be read has none
+	b, _ := os.ReadFile(path) // a file that cannot be read has no epochs
 	words := make([]uint64, marksAt/8)
 	copy(bytesOf(words), b)
 	for at := slotsAt / 8; at < len(words); at += slotWords {
@@ -267,7 +272,8 @@ func salvage(path string) (left []opened) {
 	return left[max(0, len(left)-slotCount+startSlots):]
 }
 
-// restore adds epochs whose ids are lost: their windows get records that are not exact.
+// restore makes slots for epochs whose ids are lost, so that their windows get records, which
+// are not exact.
 func (j *journal) restore(left []opened) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -275,7 +281,7 @@ func (j *journal) restore(left []opened) (err error) {
 	for _, o := range left {
 		i, free := j.freeSlot()
 		if free == 0 {
-			break // 1,024 epochs wait
+			break // slotCount epochs wait
 		}
 		j.newest = opened{
 			serial: j.newest.serial + 1, number: o.number, window: o.window,
@@ -287,27 +293,28 @@ func (j *journal) restore(left []opened) (err error) {
 	return nil
 }
 
-// behind reports whether the directory is older than the records of this publisher, as an
-// earlier copy of it is: an epoch has its slot, and its ids, before its record is published,
-// except after the disk has failed.
+// behind reports whether the directory is older than the records of this publisher, which means
+// that it is an earlier copy: except after a failure of the disk, an epoch has its slot and its
+// ids in the journal before its record is published.
 func (j *journal) behind(published counter.Published) bool {
 	n := &j.newest
 	if n.serial == 0 || n.publisher != j.publisher || n.inexact {
 		return false
 	}
-	if j.powerLost { // what was not yet on the disk is missing: recreate
+	if j.powerLost { // what was not on the disk is missing, and recreate replaces it
 		return n.end().Add(slotLate).Before(published.Last)
 	}
 	fewer := less(j.counts[n.serial].sum(), n.logged) < less(published.Unique, n.published)
 	return n.start().Before(published.Last) || n.start().Equal(published.Last) && fewer
 }
 
-// guess restores the epoch of the last process if no slot of it could be read. That process had
-// published each window at its end, so it was probably killed in the first window behind the
-// last record, or behind its own start if that is later.
+// guess restores the epoch in which the last process was killed if no slot could be read. last
+// is the start of the last window that has a record. A process publishes each window at its
+// end. So the last process was probably killed in the window after last, or, if it started
+// later than that, in the window of its start.
 func (j *journal) guess(last time.Time, behind bool) {
 	known, began := j.newest.serial > 0 && !behind, j.ran
-	if behind || began.After(time.Now()) { // the start of the process that was copied; a clock was wrong
+	if behind || began.After(time.Now()) { // ran belongs to the copied process, or a clock was wrong
 		began = time.Time{}
 	}
 	if !j.aside || known || j.Window == 0 || last.IsZero() && began.IsZero() {
@@ -321,19 +328,21 @@ func (j *journal) guess(last time.Time, behind bool) {
 		o.number = max(o.number, began.UnixNano()/int64(j.Window))
 	}
 	if time.Now().Before(o.end()) {
-		return // the epoch to be opened is not exact
+		return // this process will open that epoch, as one that is not exact
 	}
-	_ = j.restore([]opened{o}) // it is kept in broken
+	_ = j.restore([]opened{o}) // broken keeps the error
 }
 
 // slotLate is the longest time from the beginning of an epoch until its slot is on the disk,
-// also if the disk is busy.
+// even if the disk is busy.
 const slotLate = 2 * time.Second
 
-// PublishRecovered publishes what earlier processes have left in cfg.Dir, for a process
-// that does not keep its ids there. report gets it before. Without a directory it does nothing,
-// unless this publisher has records, which shows that there was one. A window
-// that is still running can go on there, with its ids, in a later process.
+// PublishRecovered publishes what earlier processes left in cfg.Dir, for a process that does
+// not keep its ids there. published is as in Memory.Past. report gets what was found, before
+// publish is called for one count at a time, the oldest first. PublishRecovered returns the
+// first error of publish, or an error if cfg.Dir cannot be opened. If cfg.Dir has no state file,
+// and this publisher has no records, which would show that there was one, it does nothing. A
+// window that is not over yet stays in cfg.Dir with its ids, and a later process can go on with it.
 func PublishRecovered(cfg Config, published map[string]counter.Published, report func(counter.Past), publish func(counter.Count) error) error {
 	was := cfg.Dir != "" && hasState(cfg.Dir)
 	if cfg.Dir == "" || !was && published[cfg.Publisher].Last.IsZero() {

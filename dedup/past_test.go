@@ -16,8 +16,9 @@ import (
 	"verve/counter"
 )
 
-// TestLeftCountsArePublishedOnce: a process that keeps its ids elsewhere publishes
-// what a killed one left, once, and one that comes back to the directory goes on.
+// TestLeftCountsArePublishedOnce: a process that keeps its ids elsewhere publishes once what a
+// killed process left, and a later process that uses the directory again goes on with the
+// window.
 func TestLeftCountsArePublishedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())
@@ -111,8 +112,8 @@ func TestLeftCountsOnAFailedDisk(t *testing.T) {
 	})
 }
 
-// TestOtherPublisherWithinAWindow: what one name has published is no part of what
-// another one has to.
+// TestOtherPublisherWithinAWindow: what one publisher has published does not reduce what
+// another one has to publish.
 func TestOtherPublisherWithinAWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())
@@ -182,8 +183,8 @@ func TestWindowsOfAnotherNameAreBehindThose(t *testing.T) {
 	})
 }
 
-// TestWindowWithoutARecordIsSaid: what another name has left behind the last window
-// of this one cannot be published.
+// TestWindowWithoutARecordIsSaid: counts that another publisher left cannot be published if
+// this one has published a later window.
 func TestWindowWithoutARecordIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small(t.TempDir())

@@ -19,15 +19,14 @@ import (
 	"verve/counter"
 )
 
-// TestPowerLostAtAnyTime runs random schedules of ids, kills, stops, other names and
-// windows, and losses of power, against a model of what the disk has: the pages
-// that were synced, and those that the kernel happened to write back. In every
-// record that says exact no id was given ok twice and the sum is right; every
-// window in which an id was given ok has a record; and an id that was answered more
-// than a second before a loss of power, or before the kill of the last process that
-// ran then, is not forgotten.
+// TestPowerLostAtAnyTime runs random schedules of ids, kills, stops, other names and windows,
+// and losses of power, against a model of what the disk has: the pages that were synced, and
+// those that the kernel happened to write back. In every window whose record is exact no id got
+// ok twice, and the sum is right; every window in which an id was given ok has a record; and an
+// id is not forgotten that was answered more than a second before a loss of power, or more than
+// a second before the last process before that was killed.
 //
-// VERVE_TEST_SCHEDULES is how many schedules, VERVE_TEST_SCHEDULE the only one.
+// VERVE_TEST_SCHEDULES is the number of schedules; VERVE_TEST_SCHEDULE is the only one to run.
 func TestPowerLostAtAnyTime(t *testing.T) {
 	schedules := 300
 	if n, err := strconv.Atoi(os.Getenv("VERVE_TEST_SCHEDULES")); err == nil {
@@ -64,8 +63,8 @@ func TestPowerLostAtAnyTime(t *testing.T) {
 	}
 }
 
-// TestPowerLostRightAfterAStart, before anything was synced in the background: ids that
-// are forgotten then may be given again, and the records say so.
+// TestPowerLostRightAfterAStart, before anything was synced in the background: ids that are
+// forgotten then may be answered ok again, and the records are not exact.
 func TestPowerLostRightAfterAStart(t *testing.T) {
 	for _, restarted := range []bool{false, true} {
 		t.Run(fmt.Sprintf("restarted %t", restarted), func(t *testing.T) {
@@ -105,8 +104,8 @@ func powerLostAfterStart(t *testing.T, restarted bool) {
 
 // TestPowerLostAtTheReuseOfAChunk: the names of keys were in a chunk that the next window
 // writes again. The process is killed between the stores of a record, and then power is lost
-// before the disk has the slot that says that the window of the names is published. The chunk
-// is no longer read as names, which would be damage.
+// before the disk has the slot in which the window of the names is published. The chunk must
+// not be read as names, which would count as damage.
 func TestPowerLostAtTheReuseOfAChunk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newFakeSpool(t)
@@ -153,8 +152,8 @@ func TestPowerLostAtTheReuseOfAChunk(t *testing.T) {
 	})
 }
 
-// TestDiskThatFailedInARecordedWindow: what its records say is not all, and they say so,
-// whether the next process starts within it or later.
+// TestDiskThatFailedInARecordedWindow: its records may lack ids and are not exact, whether the
+// next process starts within the window or later.
 func TestDiskThatFailedInARecordedWindow(t *testing.T) {
 	for _, within := range []bool{true, false} {
 		t.Run(fmt.Sprintf("started again within the window %t", within), func(t *testing.T) {
@@ -185,7 +184,7 @@ func diskFailedInRecordedWindow(t *testing.T, within bool) {
 	}
 	p.m.journal.doubt()
 	p.kill()
-	// What only the page cache had is gone: the chunk of the second process.
+	// The chunk of the second process was only in the page cache, and is lost.
 	f, err := os.OpenFile(filepath.Join(cfg.Dir, segmentName(0)), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -214,11 +213,11 @@ type platter struct {
 	dir string
 
 	mu    sync.Mutex // guards what follows: a request that turns an epoch may sync while keep does
-	rnd   *rand.Rand // its own, so that the schedule does not depend on the order of goroutines
+	rnd   *rand.Rand // a source of its own, so that the schedule does not depend on the order of goroutines
 	files map[string][]byte
 
-	// Power is lost in the sync after so many more; 0: in none. From then on nothing
-	// reaches the disk.
+	// Power is lost in the dies-th sync from now on; 0: in none. After that nothing reaches the
+	// disk.
 	dies int
 	dead func()
 }
@@ -250,7 +249,7 @@ func (d *platter) msync(name string, b []byte) error {
 	return nil
 }
 
-// die has power lost in that sync, counted from the next; 0: in none.
+// die makes power be lost in the in-th sync from now on; 0: in none.
 func (d *platter) die(in int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -264,7 +263,7 @@ func (d *platter) off() bool {
 	return d.dies < 0
 }
 
-// writeBack writes some page that the kernel chose.
+// writeBack writes a random page to the disk, as the kernel may.
 func (d *platter) writeBack(j *journal) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -289,8 +288,8 @@ func (d *platter) writeBack(j *journal) {
 	copy(d.files[name][at:], memory[at:at+page])
 }
 
-// follow learns of files that were made, and removed, since: one that has its name
-// is on the disk with its header and zeros.
+// follow notices files that were made or removed since the last call: a file that has its name
+// is on the disk, with its header and zeros.
 func (d *platter) follow() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -330,7 +329,7 @@ func (d *platter) learn() {
 	}
 }
 
-// restore makes the directory what the disk has.
+// restore gives the directory the content that the disk has.
 func (d *platter) restore(t *testing.T, dir string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -350,7 +349,7 @@ func (d *platter) restore(t *testing.T, dir string) {
 // given is an id that was answered ok.
 type given struct {
 	at        time.Time
-	killed    bool // its process was within a second, and nobody has synced since
+	killed    bool // its process was killed within a second, and no process has synced since
 	forgotten bool // power was lost within a second, or before that sync
 }
 
@@ -423,7 +422,7 @@ func (r *powerRun) settings() {
 	r.cfg.Publisher = []string{"verve/a", "verve/b"}[r.rnd.IntN(2)]
 }
 
-// start starts a process, within whose first syncs power may be lost.
+// start starts a process. Power may be lost in one of its first syncs.
 func (r *powerRun) start() {
 	if r.rnd.IntN(6) == 0 {
 		r.settings()
@@ -450,7 +449,7 @@ func (r *powerRun) start() {
 	}
 }
 
-// lost is the end of a process by a loss of power, and the next boot.
+// lost ends a process by a loss of power, and begins the next boot.
 func (r *powerRun) lost() {
 	now := time.Now()
 	r.losses++
@@ -469,8 +468,8 @@ func (r *powerRun) lost() {
 	r.pause()
 }
 
-// forget allows the ids answered within so long to be given again, in a record that
-// is not exact.
+// forget allows ids that were answered within the given time to be answered ok again, if the
+// record is not exact.
 func (r *powerRun) forget(within time.Duration) {
 	r.each(func(g *given) { g.forgotten = g.forgotten || g.killed || time.Since(g.at) <= within })
 }
@@ -542,7 +541,7 @@ func (r *powerRun) step(ids int) {
 	r.keep(false)
 }
 
-// sleep lets time pass, in which keep syncs.
+// sleep lets time pass, during which keep syncs.
 func (r *powerRun) sleep(d time.Duration) {
 	for d > 0 {
 		some := min(d, syncEvery)
@@ -624,7 +623,7 @@ func (r *powerRun) judge() {
 		}
 		switch what := fmt.Sprintf("window %v (%v): %d records say %d, exact %t; %d ok answers", span.Start, span.Window, len(records[span]), sum, exact, w.oks); {
 		case len(records[span]) == 0 && slices.ContainsFunc(r.ledger.records[span.Start.UnixNano()], func(c counter.Count) bool { return !c.Exact }):
-			// Its slot was lost, and the length of the window with it.
+			// The slot was lost, and with it the length of the window.
 		case len(records[span]) == 0:
 			r.say("no record: %s", what)
 		case sum > w.oks:

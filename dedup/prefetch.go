@@ -2,13 +2,13 @@ package dedup
 
 import "unsafe"
 
-// prefetch prefetches the place where the search for x begins, in each of the first levels
-// that has far buckets or more; the smaller ones are in the cache, or hold few ids. It waits
-// for nothing, and may be called after the table was freed: pages that are not mapped are
-// ignored.
+// prefetch prefetches the place where the search for x begins, in each of the first levels that
+// has t.far buckets or more; smaller levels are in the cache, or hold few ids. levels is
+// t.farLevels. It waits for nothing, and may be called after the table was freed: the processor
+// ignores a prefetch of a page that is not mapped.
 //
-// A method of the level for the body of the loop made an add to a large table a
-// fifth slower (BenchmarkAdd of bench, 10 million ids).
+// With the body of the loop as a method of level, an add to a large table was a fifth slower
+// (BenchmarkAdd of bench, 10 million ids).
 func (t *table[B]) prefetch(x, levels uint64) {
 	for i := range levels {
 		l := t.levels[i].Load()

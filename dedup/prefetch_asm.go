@@ -4,13 +4,13 @@ package dedup
 
 import "unsafe"
 
-// prefetch asks the processor to load the cache line of p. It does not wait for that, and
-// does nothing if p is not mapped.
+// prefetch asks the processor to load the cache line of p. It does not wait until the line is
+// there, and does nothing if p is not mapped.
 //
 //go:noescape
 func prefetch(p unsafe.Pointer)
 
-// prefetchBoth is prefetch for the two cache lines from p on.
+// prefetchBoth does the same for the two cache lines from p on.
 //
 //go:noescape
 func prefetchBoth(p unsafe.Pointer)

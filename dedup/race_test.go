@@ -2,6 +2,6 @@
 
 package dedup
 
-// raceEnabled puts the tables on the heap, where the race detector sees them,
-// and makes the tests smaller.
+// raceEnabled puts the tables on the Go heap, where the race detector observes them, and makes
+// the tests smaller.
 const raceEnabled = true

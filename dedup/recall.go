@@ -11,7 +11,7 @@ import (
 	"verve/counter"
 )
 
-// openJournal opens the journal of cfg.Dir.
+// openJournal opens the journal in cfg.Dir, and takes over its secret.
 func (m *Memory) openJournal() error {
 	j, err := openJournal(m.cfg, m.nudge)
 	if err != nil {
@@ -24,9 +24,10 @@ func (m *Memory) openJournal() error {
 	return nil
 }
 
-// Past returns what earlier processes left in Dir. published is what each publisher has
-// published, by its name: Config.Publisher of this process or of an earlier one. With a Dir it
-// must be called once, and the result passed to the Counter.
+// Past returns what earlier processes left in Dir. published has what each publisher has
+// published, by its name, which is the Config.Publisher of this process or of an earlier one.
+// With a Dir, Past must be called once, before the first Open, and its result passed to the
+// Counter.
 func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	if m.journal == nil {
 		return counter.Past{}
@@ -38,13 +39,13 @@ func (m *Memory) Past(published map[string]counter.Published) counter.Past {
 	return past
 }
 
-// recall puts the ids of the epoch opened last back into the tables, if its time
-// is not over: the counter may go on with it. Its tokens serve in the window after it,
-// too, and those of the window before it in it.
+// recall puts the ids of the epoch opened last back into the tables if that epoch is not over,
+// because the Counter may go on with it. It also recalls tokens: those of that epoch, which are
+// needed in the window after it, too, and, if it is not over, those of the window before it.
 func (m *Memory) recall() {
 	j := m.journal
-	past := time.Since(j.newest.end()) // its end; negative: it is not over
-	// Then the window after it is over as well.
+	past := time.Since(j.newest.end()) // time since its end; negative: it is not over
+	// There is no such epoch, or the window after it is over as well.
 	if j.newest.serial == 0 || past >= max(j.newest.window, m.cfg.Window) {
 		return
 	}
@@ -65,13 +66,13 @@ func (m *Memory) recall() {
 	}
 	j.resumable = true
 	v := &View{tag: tagOf(newest), narrow: m.narrow.open, wide: m.wide.open}
-	v.narrowSample.Store(had.narrow / sampleEvery) // what a level that is added is sized by
+	v.narrowSample.Store(had.narrow / sampleEvery) // the size of added levels depends on these
 	v.wideSample.Store(had.wide / sampleEvery)
 	j.first.unfit = m.recallIDs(v, segments)
 }
 
-// recallIDs adds the ids of the newest epoch to the tables of v. The places of the ids of a
-// chunk are prefetched together, as in Keys: their cache misses overlap (BenchmarkStart).
+// recallIDs adds the ids of the newest epoch to the tables of v. It prefetches the places of
+// all ids of a chunk first, as Keys does, so that their cache misses overlap (BenchmarkStart).
 func (m *Memory) recallIDs(v *View, segments []*segment) error {
 	return m.eachChunk(segments, m.journal.newest.serial, func(kind int, words []uint64) error {
 		if kind == nameKind {
@@ -101,8 +102,8 @@ func (m *Memory) recallIDs(v *View, segments []*segment) error {
 	})
 }
 
-// recallTokens returns the tokens that the journal has of an epoch. Those that there is
-// no memory for are left out.
+// recallTokens returns the tokens of an epoch that the journal has. If there is no memory for
+// all, some are left out.
 func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 	n := m.journal.counts[serial].tokens
 	t := &tokens{table: table[narrowBucket]{expect: n + n/4}}
@@ -125,8 +126,9 @@ func (m *Memory) recallTokens(segments []*segment, serial uint64) *tokens {
 	return t
 }
 
-// eachChunk calls visit with the records of each chunk of an epoch, on all processors, until
-// one call returns an error, and returns that. A fault of a file is one, too.
+// eachChunk calls visit with the records of each chunk of an epoch, in m.arena.workers
+// goroutines at the same time. Each goroutine stops at its first error; a fault of a file is
+// one, too. eachChunk returns one of these errors.
 func (m *Memory) eachChunk(segments []*segment, serial uint64, visit func(kind int, words []uint64) error) error {
 	errs := make([]error, m.arena.workers)
 	var taken atomic.Int64
@@ -147,8 +149,8 @@ func (m *Memory) eachChunk(segments []*segment, serial uint64, visit func(kind i
 	return cmp.Or(errs...)
 }
 
-// startAt prepares for the first epoch of this process: the tables have words
-// of the epoch before it at most.
+// startAt prepares the cleaner for the first epoch of this process. The tables are empty, or
+// have the words of the epoch that is to go on.
 func (m *Memory) startAt(serial uint64) {
 	if j := m.journal; j != nil && j.resumable {
 		serial = j.newest.serial
@@ -158,7 +160,8 @@ func (m *Memory) startAt(serial uint64) {
 	m.narrow.sweep.clean, m.wide.sweep.clean = m.clean, m.clean
 }
 
-// peak is the load of the largest epoch of which records are there.
+// peak returns, for each kind of ids, the largest load of the epochs that have records in the
+// journal.
 func (j *journal) peak() (p load) {
 	for _, l := range j.counts {
 		p.narrow, p.wide = max(p.narrow, l.narrow), max(p.wide, l.wide)

@@ -15,31 +15,31 @@ import (
 	"verve/internal/durable"
 )
 
-// A journal whose files failed once is never trusted again. What it holds is
-// needed until its epochs are published, from memory, by this process; after that a
-// new one takes its place, in files of its own. The epoch in which it failed is
-// refused to its end: ids that it was given ok for may be missing in the files.
+// A journal whose files failed once is never trusted again. It is needed until this process has
+// published its epochs, from memory; after that a new journal, in files of its own, takes its
+// place. Until then all ids are refused. The epoch in which it failed is refused to its end:
+// ids that were answered ok in it may be missing in the files.
 
 const (
-	// syncEvery, and the time that a sync takes, bounds what a loss of power costs: a
-	// second.
+	// syncEvery is the pause between two syncs. Together with the time that a sync takes it
+	// bounds what a loss of power costs: the ids of about a second.
 	syncEvery = 800 * time.Millisecond
 
-	replacedSuffix = ".replaced-" // of a directory that is about to be removed
+	replacedSuffix = ".replaced-" // in the name of a directory that will be removed
 )
 
-// kept is the journal of the epochs to be opened.
+// kept returns the journal for the epochs that will be opened; nil: nothing is kept.
 func (m *Memory) kept() *journal {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.journal
 }
 
-// Keeps reports whether ids are kept for the next process.
+// Keeps reports whether this Memory has a journal, in which ids are kept for the next process.
 func (m *Memory) Keeps() bool { return m.kept() != nil }
 
-// keep syncs the journal until ctx ends, removes segments that are not needed,
-// and replaces a journal that failed.
+// keep works until ctx ends: it syncs the journal, removes segments that are not needed, and
+// replaces a journal that failed.
 func (m *Memory) keep(ctx context.Context) {
 	tick := time.NewTicker(syncEvery)
 	defer tick.Stop()
@@ -51,20 +51,20 @@ func (m *Memory) keep(ctx context.Context) {
 		case <-j.failed:
 			j.doubt()
 		case <-j.turned:
-			_ = j.syncPart(stateName, j.state) // it is kept in broken
+			_ = j.syncPart(stateName, j.state) // broken keeps the error
 		case <-tick.C:
 			if j.broken.Load() != nil {
 				m.renew(j)
 			} else if j.noticeRemoval() == nil && j.sync(true) == nil {
-				_ = j.trim() // a file too many; a fault is kept in broken
+				_ = j.trim() // an error leaves a file too many; broken keeps a fault
 			}
 		}
 	}
 }
 
-// noticeRemoval fails a journal whose directory was removed, or moved, while it runs: syncs
-// of the files that it has open succeed, and no later process finds them. Another directory
-// in its place may be that of another process, which is left alone.
+// noticeRemoval makes the journal fail if its directory was removed, or moved, while the
+// process runs: syncs of the mapped files still succeed, but no later process would find them.
+// Another directory in its place may belong to another process, and is left alone.
 func (j *journal) noticeRemoval() error {
 	if hasState(j.Dir) {
 		return nil
@@ -73,12 +73,12 @@ func (j *journal) noticeRemoval() error {
 	return j.fail(fmt.Errorf("%s was removed while the server runs", j.Dir))
 }
 
-// doubt marks the slots of a failed journal: a process that starts before their epochs are
-// published makes records for them that are not exact.
+// doubt marks the slots of a failed journal whose epochs are not published: a process that
+// starts before they are makes records for them that are not exact.
 func (j *journal) doubt() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	defer j.caught(nil, debug.SetPanicOnFault(true)) // the files are broken, as is known
+	defer j.caught(nil, debug.SetPanicOnFault(true)) // another fault changes nothing: the journal has failed already
 	for i, k := range &j.known {
 		if k.serial > 0 && !k.ended && j.state != nil {
 			atomic.StoreUint64(&j.slots[i].ended, doubtMark^(k.serial<<8|slotMark))
@@ -98,11 +98,11 @@ func (j *journal) settled() bool {
 	return true
 }
 
-// renew replaces j, which failed, if nothing of it is needed any more and its
-// place takes writes again: making the new files, each synced, is the trial.
+// renew replaces j, which failed, if all its epochs are published and the disk accepts writes
+// again. Making the new files, each of which is synced, tests that.
 //
-// A kill after the renaming leaves no directory, which is as a first start: all
-// that was in it is with the publisher.
+// If the process is killed after the renaming, there is no directory, and the next start is
+// like a first one: everything in the old directory was published.
 func (m *Memory) renew(j *journal) {
 	if !j.settled() {
 		return
@@ -112,7 +112,7 @@ func (m *Memory) renew(j *journal) {
 		return // the next tick tries again
 	}
 	j.moved = true
-	j.release() // its space may be all there is
+	j.release() // the disk may have no other space
 	next := newJournal(j.Config, j.nudge)
 	next.secret, next.first = m.secret, j.first
 	if err := next.renewed(j.counts != nil); err != nil {
@@ -123,7 +123,8 @@ func (m *Memory) renew(j *journal) {
 	m.mu.Lock()
 	m.journal = next
 	if v := m.current.Load(); v != nil && v.kept == (slotOf{}) && v.refused == nil && m.unretired > 0 {
-		// No request could add to the present epoch: it begins now.
+		// The failed journal had no slot for the open epoch, so no id was added to it. The new
+		// journal begins it now.
 		var refused error
 		if v.kept, _, refused = next.begin(m.busy[len(m.busy)-1]); refused == nil {
 			v.journal.Store(next) // opens it for requests
@@ -135,8 +136,8 @@ func (m *Memory) renew(j *journal) {
 	}
 }
 
-// renewed opens a new directory in the place of one that failed, or that could
-// not be made before this process began its first epoch.
+// renewed makes and opens a new directory in the place of one that failed or could not be made.
+// first: this process has not begun an epoch yet.
 func (j *journal) renewed(first bool) error {
 	if err := j.open(); err != nil {
 		return err
@@ -153,7 +154,7 @@ func (j *journal) renewed(first bool) error {
 	return nil
 }
 
-// removeReplaced removes what journals that were replaced have left.
+// removeReplaced removes the directories of journals that were replaced.
 func (j *journal) removeReplaced() {
 	beside, err := os.ReadDir(filepath.Dir(j.Dir))
 	if err != nil {

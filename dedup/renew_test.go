@@ -20,7 +20,7 @@ import (
 	"verve/counter"
 )
 
-// disk is one whose syncs can be made to fail.
+// disk is a disk whose syncs can be made to fail.
 type disk struct {
 	failing  atomic.Bool
 	failures atomic.Int64 // told
@@ -40,7 +40,7 @@ func (d *disk) config(dir string) Config {
 	return cfg
 }
 
-// keep runs the keeping of a life's journal until the life is over.
+// keep runs Memory.keep until the process is over.
 func (p *life) keep() {
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -49,8 +49,8 @@ func (p *life) keep() {
 	p.stop = func() { end(); stop(); running.Wait() }
 }
 
-// TestRemovedDirectoryIsNoticed: what is written to files without a name is not kept, so ids are
-// refused, with the reason, until the next window begins in a directory that is made anew.
+// TestRemovedDirectoryIsNoticed: what is written to files without a name is not kept. So ids
+// are refused, with the reason, until the next window begins in a new directory.
 func TestRemovedDirectoryIsNoticed(t *testing.T) {
 	for name, remove := range map[string]func(dir string) error{
 		"removed": os.RemoveAll,
@@ -94,9 +94,9 @@ func TestRemovedDirectoryIsNoticed(t *testing.T) {
 	}
 }
 
-// TestFailedJournalIsReplaced: a disk that fails makes every id of the window
-// refused, whatever it is, and what was answered is published. When it is back the
-// next window takes ids, and keeps them: without a restart.
+// TestFailedJournalIsReplaced: after a failure of the disk every id is refused until the end of
+// the window, and the ids that were answered are published. When the disk works again, the next
+// window takes ids and keeps them, without a restart.
 func TestFailedJournalIsReplaced(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -186,8 +186,8 @@ func TestFailedJournalIsReplaced(t *testing.T) {
 	}
 }
 
-// TestFailedAgainIsReplacedAgain, and the windows that waited for the publisher
-// keep the old files until they are published.
+// TestFailedAgainIsReplacedAgain: the old files stay until the windows that wait for the
+// publisher are published.
 func TestFailedAgainIsReplacedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var d disk
@@ -232,7 +232,7 @@ func TestFailedAgainIsReplacedAgain(t *testing.T) {
 	})
 }
 
-// TestKillAfterAFailureIsNotExact: what the files then have is not certain.
+// TestKillAfterAFailureIsNotExact: after a failure it is not certain what the files contain.
 func TestKillAfterAFailureIsNotExact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var d disk
@@ -341,8 +341,8 @@ func TestLargeTablesAreRecalledWhole(t *testing.T) {
 	})
 }
 
-// TestRecalledIdsFitTheMemoryThatTheyHad: a table that is made for all of them does not, and
-// one that grows does.
+// TestRecalledIdsFitTheMemoryThatTheyHad: a table that is made for all of them does not fit,
+// and one that grows does.
 func TestRecalledIdsFitTheMemoryThatTheyHad(t *testing.T) {
 	if raceEnabled {
 		t.Skip("half a million ids take the race detector long")
@@ -364,8 +364,8 @@ func TestRecalledIdsFitTheMemoryThatTheyHad(t *testing.T) {
 	p.kill()
 }
 
-// TestFaultWhileRecallingIsAnError: a part of a segment that cannot be read, in
-// whatever way it is.
+// TestFaultWhileRecallingIsAnError: a part of a segment cannot be read, in each way in which it
+// is read.
 func TestFaultWhileRecallingIsAnError(t *testing.T) {
 	cfg := small(t.TempDir())
 	p := live(t, cfg, time.Hour, newFakeSpool(t))
@@ -390,8 +390,8 @@ func TestFaultWhileRecallingIsAnError(t *testing.T) {
 	abandon(m)
 }
 
-// TestSegmentThatCannotBeMadeRefusesIds, those that find no room: as unavailable
-// where the disk is not full, and until it can be made.
+// TestSegmentThatCannotBeMadeRefusesIds: ids that find no room are refused until a segment can
+// be made; as unavailable if the disk is not full.
 func TestSegmentThatCannotBeMadeRefusesIds(t *testing.T) {
 	dir := t.TempDir()
 	cfg := small(dir)

@@ -15,40 +15,40 @@ import (
 	"verve/internal/durable"
 )
 
-// A segment is a file of chunks, mapped and allocated whole. Every request that
-// finds its id new leaves the id in a chunk before it answers: a store into
-// memory that outlives the process.
+// A segment is a file of chunks; the whole file is allocated and mapped. A request that finds
+// its id new writes the id into a chunk before it answers, which is a store into memory that
+// outlives the process.
 //
-// A chunk belongs to one writer of one epoch and is written from its front. Its first word,
-// the head, has the serial of the epoch, the kind of the records, their number, and a check of
-// these and of the records: a record is there when the head counts it. So a kill between any
-// two stores leaves the chunk with or without the record, and a chunk needs no clearing for
-// reuse.
+// A chunk has records of one epoch, by one writer, and is filled from its front. Its first
+// word, the head, has the serial of the epoch, the kind of the records, their number, and a
+// check of all this and of the records. A record counts only when the number in the head
+// includes it. So a kill between any two stores leaves the chunk with or without the record,
+// and a chunk need not be cleared before it is used again.
 const (
-	chunkWords = 64 // half a kilobyte: few are cut short by a turn, and 1.6 % is heads
+	chunkWords = 64 // half a kilobyte: a turn leaves few chunks partly empty, and heads take 1.6 %
 	chunkBytes = chunkWords * 8
 
-	// segmentChunks makes 4 MiB, half a million decimals: at a million a second
-	// the next is made ready in time, and a small server has few to spare.
+	// segmentChunks chunks are 4 MiB, or half a million decimals. At a million ids a second the
+	// next segment is made in time, and on a small server little space is unused.
 	segmentChunks = 8192
 
 	// A head is check<<48 | kind bit 2<<47 | serial<<8 | kind bit 0<<7 | kind bit 1<<6 |
-	// records. The check is of these bits and the sum of the records. A flipped bit of a record
-	// or of the serial does not pass it: checkFactor has no 16 equal bits in a row. One of the
-	// number or the kind changes which words are summed, and passes once in 65,536 times.
-	// The first version had bit 0 of the kind alone, zeros for the others, and a check without
-	// the sum.
+	// records. The check covers the bits below it and the sum of the records. It detects every
+	// flipped bit of a record or of the serial, because checkFactor has no 16 equal bits in a
+	// row. A flipped bit of the number or the kind changes which words are summed, and passes
+	// the check once in 65,536 times. The first version had only bit 0 of the kind, with zeros
+	// for the other two, and its check did not cover the sum.
 	serialBits  = 39
 	recordMask  = 1<<6 - 1
 	checkShift  = 48
 	checkFactor = 0x9e3779b97f4a7c15
 )
 
-// Kinds of records: a scattered decimal in one word, or the scattered halves of another
-// id in two. With tokenKind the word of its token follows, with underKind before that the
-// hash of the key it is counted under, which makes each id a wide one. nameKind is such a
-// key: its hash, its length, its bytes. pairKind is a decimal under a key, whose hash is
-// in its two words (secret.keyUnder).
+// Kinds of records. narrowKind is a scattered decimal in one word, and wideKind any other id in
+// two scattered words. With underKind added, the hash of the key that the id is counted under
+// follows; ids under a key are always wide. With tokenKind added, the word of the token comes
+// last. nameKind is the name of a key: its hash, its length, its bytes. pairKind is a decimal
+// under a key without a token: the hash of the key is in its two words (secret.keyUnder).
 const (
 	narrowKind  = 0
 	wideKind    = 1
@@ -61,12 +61,12 @@ const (
 	nameWords = counter.MaxKeyLen / 8
 )
 
-// layouts is what records of a kind have.
+// layouts describes the records of each kind.
 var layouts = [recordKinds]struct {
-	words uint64 // how long one is; 0: no writer writes this kind
-	wide  bool   // two words of the id
-	under bool   // a key, whose hash is the third word, or in the first two
-	token bool   // the word of a token, the last
+	words uint64 // words in a record; 0: no writer writes this kind
+	wide  bool   // the id has two words
+	under bool   // the id is under a key, whose hash is the third word, or in the first two
+	token bool   // the last word is that of a token
 }{
 	narrowKind:             {words: 1},
 	narrowKind | tokenKind: {words: 2, token: true},
@@ -80,7 +80,7 @@ var layouts = [recordKinds]struct {
 	nameKind: {words: 2 + nameWords},
 }
 
-// chunkRoom is how many records of a kind a chunk has room for.
+// chunkRoom is how many records of each kind a chunk has room for.
 var chunkRoom = func() (room [recordKinds]uint64) {
 	for i, kind := range layouts {
 		if kind.words > 0 {
@@ -94,17 +94,17 @@ type chunk [chunkWords]uint64
 
 func headOf(body, sum uint64) uint64 { return (body^sum)*checkFactor>>checkShift<<checkShift | body }
 
-// bodyOf is the body of the head of a chunk without records.
+// bodyOf returns the head, without its check, of a chunk that has no records yet.
 func bodyOf(serial uint64, kind int) uint64 {
 	k := uint64(kind)
 	return k>>2<<47 | serial<<8 | k&1<<7 | k>>1&1<<6
 }
 
-// serialOf is that of a head; 0 if there is none.
+// serialOf returns the serial in a head; 0 if the chunk was never used.
 func serialOf(head uint64) uint64 { return head >> 8 & (1<<serialBits - 1) }
 
-// parse splits the head of a chunk; ok is false if no writer wrote it, or the records are not
-// those that it was written for.
+// parse splits the head of a chunk. ok is false if the head is not one that a writer wrote, or
+// if the records do not fit its check.
 func (c *chunk) parse() (serial uint64, kind int, records uint64, ok bool) {
 	head := c[0]
 	body := head & (1<<checkShift - 1)
@@ -117,34 +117,34 @@ func (c *chunk) parse() (serial uint64, kind int, records uint64, ok bool) {
 	for _, w := range c.records(kind, records) {
 		sum ^= w
 	}
-	return serial, kind, records, head == headOf(body, sum) || head == headOf(body, 0) // of the first version
+	return serial, kind, records, head == headOf(body, sum) || head == headOf(body, 0) // a chunk of the first version
 }
 
-// segment is one mapped file. journal.mu guards its fields.
+// segment is one mapped file. journal.mu guards the fields that change.
 type segment struct {
 	index  int
 	memory []byte
 	chunks []chunk // the first holds the header
-	next   int     // the first chunk not handed out since the segment was free
-	last   uint64  // the newest epoch that has chunks before next; 0: the segment is free
-	tokens uint64  // the newest of those that has tokens in it
-	synced int     // what next was when all before it was synced
-	warm   bool    // touched since it was free: no store into it faults
+	next   int     // the next chunk to hand out; those before it were handed out, or are needed
+	last   uint64  // serial of the newest epoch that has chunks before next; 0: the segment is free
+	tokens uint64  // serial of the newest such epoch that has tokens here
+	synced int     // up to which chunk the last sync went
+	warm   bool    // its pages were touched since it became free, so that no store has to wait for a page fault
 }
 
-// The header of a segment, in words of its first chunk.
+// The header of a segment is in the words of its first chunk.
 const segmentMagic = 0x5347534449565256 // "VRVIDSGS"
 
 const (
 	segmentMagicAt = iota
 	segmentIndexAt
-	segmentOwnerAt // differs between the directories
+	segmentOwnerAt // journal.owner, which differs between directories
 	segmentCheckAt
 )
 
 func segmentName(index int) string { return fmt.Sprintf("ids-%05d", index) }
 
-// newSegment makes a segment.
+// newSegment makes the file of a segment and maps it.
 func (j *journal) newSegment(index int) (*segment, error) {
 	header := make([]uint64, chunkWords)
 	header[segmentMagicAt], header[segmentIndexAt], header[segmentOwnerAt] = segmentMagic, uint64(index), j.owner()
@@ -209,11 +209,12 @@ func chunksOf(memory []byte) []chunk {
 	return unsafe.Slice((*chunk)(unsafe.Pointer(&memory[0])), len(memory)/chunkBytes)
 }
 
-// scan adds up what epochs have records in s, and finds the place from which s can go on:
-// behind the chunks of needed epochs, and behind tokens of the epoch before the newest.
+// scan adds the records in s to counts and keyed, and finds the first chunk that may be handed
+// out: the one after all chunks of needed epochs, and after all tokens of the newest epoch and
+// the one before it.
 //
-// Chunks of epochs after the newest are of one whose slot was lost with the
-// power. Its serial will be used again, so they are cleared.
+// Chunks of an epoch after newest belong to an epoch whose slot was lost when power was lost.
+// Its serial will be used again, so the chunks are cleared.
 func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, counts map[uint64]load, keyed map[uint64]*keyed) error {
 	for i := 1; i < len(s.chunks); i++ {
 		if s.chunks[i][0] == 0 {
@@ -250,7 +251,7 @@ func (s *segment) scan(secret *secret, newest uint64, needed map[uint64]bool, co
 	return nil
 }
 
-// count adds records of a kind.
+// count adds a number of records of one kind.
 func (l *load) count(kind int, records uint64) {
 	switch {
 	case kind == nameKind:
@@ -265,10 +266,11 @@ func (l *load) count(kind int, records uint64) {
 	}
 }
 
-// records are the words of the records of a chunk.
+// records returns the words of the first n records of a chunk.
 func (c *chunk) records(kind int, n uint64) []uint64 { return c[1 : 1+n*layouts[kind].words] }
 
-// records calls batch with the records of each chunk of an epoch.
+// records calls batch with the records of each chunk of an epoch, until that returns an error,
+// and returns the error.
 func (s *segment) records(serial uint64, batch func(kind int, words []uint64) error) error {
 	for i := range s.chunks[1:] {
 		c := &s.chunks[1+i]
@@ -277,7 +279,7 @@ func (s *segment) records(serial uint64, batch func(kind int, words []uint64) er
 		}
 		_, kind, records, ok := c.parse()
 		if !ok {
-			return damaged("%s has a bad chunk %d", segmentName(s.index), 1+i) // it was good when it was scanned
+			return damaged("%s has a bad chunk %d", segmentName(s.index), 1+i) // scan found it good
 		}
 		if err := batch(kind, c.records(kind, records)); err != nil {
 			return err
@@ -287,8 +289,8 @@ func (s *segment) records(serial uint64, batch func(kind int, words []uint64) er
 }
 
 // writer has the chunks that a request writes its new ids to: one of each kind for the open
-// epoch, and the same for the epoch before it, which may still have requests. One request at a
-// time has it.
+// epoch, and one of each kind for the epoch before it, in which requests may still be. Only one
+// request at a time uses a writer.
 type writer struct {
 	of [2]struct {
 		serial  uint64
@@ -296,15 +298,15 @@ type writer struct {
 	}
 }
 
-// cursor is a chunk being written.
+// cursor is a chunk that is being filled.
 type cursor struct {
 	chunk *chunk
-	body  uint64 // of its head
-	sum   uint64 // of its records: their words in one exclusive or
+	body  uint64 // its head without the check
+	sum   uint64 // the exclusive or of all words of its records
 }
 
-// reserve returns a cursor of the writer with room for one record of the epoch. It is called
-// before the id goes into the table: an id without room in the journal does not.
+// reserve returns a cursor of w with room for one record of the epoch and kind. It is called
+// before the id goes into the table: if the journal has no room, the id must not go there.
 func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
 	if broken := j.broken.Load(); broken != nil {
 		return nil, *broken
@@ -323,12 +325,12 @@ func (j *journal) reserve(w *writer, serial uint64, kind int) (*cursor, error) {
 	return c, nil
 }
 
-// append adds the record of a key. It is kept when append returns.
+// append adds the record of a Key. When it returns, the record survives a kill of the process.
 //
-// The stores are plain ones. No goroutine reads them while this process lives. The compiler
-// keeps their order, as it does not know that they are to different words. A thread is killed
-// between two instructions, and all stores before that are done. An atomic store cost 6 ns more
-// (BenchmarkAddKept).
+// The stores need not be atomic. While this process lives no other goroutine reads these words.
+// The compiler keeps the order of the stores, because it does not know that they go to
+// different words. A kill stops a thread between two instructions, and all stores before that
+// are done. Atomic stores took 6 ns more (BenchmarkAddKept).
 func (c *cursor) append(k Key) {
 	n := c.body & recordMask
 	if k.kind == narrowKind {
@@ -341,13 +343,13 @@ func (c *cursor) append(k Key) {
 	c.count()
 }
 
-// count makes the record that was written count.
+// count updates the head, so that the record that was just written counts.
 func (c *cursor) count() {
 	c.body++
 	c.chunk[0] = headOf(c.body, c.sum)
 }
 
-// put adds a record of so many words.
+// put adds a record that consists of words.
 func (c *cursor) put(words []uint64) {
 	n := int(c.body&recordMask) * len(words)
 	copy(c.chunk[1+n:], words)
@@ -357,7 +359,7 @@ func (c *cursor) put(words []uint64) {
 	c.count()
 }
 
-// hand gives c the next free chunk.
+// hand makes c a cursor in the next free chunk.
 func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -393,11 +395,12 @@ func (j *journal) hand(c *cursor, serial uint64, kind int) (err error) {
 	return nil
 }
 
-// retryExtend is the pause after a segment could not be made: on a full disk
-// every request would try.
+// retryExtend is the pause after an attempt to make a segment failed: without it, every request
+// would try on a full disk.
 const retryExtend = 200 * time.Millisecond
 
-// extend makes a segment ready if none is.
+// extend makes a segment ready if none is. If it fails, it returns ErrFull or ErrUnavailable
+// with the reason.
 func (j *journal) extend() (err error) {
 	j.making.Lock()
 	defer j.making.Unlock()
@@ -413,7 +416,7 @@ func (j *journal) extend() (err error) {
 	case short != nil && time.Since(j.shortAt) < retryExtend:
 		return short
 	case index < 0:
-		return errNoRoom // two billion ids later
+		return errNoRoom // only after two billion ids
 	}
 	s, err := j.newSegment(index)
 	j.mu.Lock()
@@ -439,12 +442,13 @@ func (j *journal) extend() (err error) {
 	return nil
 }
 
-// prepare makes the next segment ready, off the request path, when the present one is half
-// full. It touches the pages of a segment that is used again: after a sync the first store into
-// each page is a fault, which waits if the disk is writing just then.
+// prepare makes the next segment ready when the present one is half full, so that requests do
+// not have to. If the next one is a segment that is used again, prepare touches its pages:
+// after a sync the first store into each page is a fault, which has to wait if the disk is
+// writing just then. j may be nil.
 func (j *journal) prepare() {
 	if j == nil {
-		return // nothing is kept
+		return // no ids are kept
 	}
 	j.mu.Lock()
 	low := j.current == nil || j.current.next >= len(j.current.chunks)/2
@@ -452,9 +456,9 @@ func (j *journal) prepare() {
 	j.mu.Unlock()
 	switch {
 	case low && none:
-		_ = j.extend() // a request that finds no room tries again and gets the error
+		_ = j.extend() // a request that finds no room tries it again and gets the error
 	case low:
-		j.making.Lock() // else trim may remove it
+		j.making.Lock() // so that trim does not unmap the segment
 		defer j.making.Unlock()
 		for s := j.coldest(); s != nil; s = j.coldest() {
 			touch(s.memory)
@@ -462,8 +466,8 @@ func (j *journal) prepare() {
 	}
 }
 
-// coldest returns the first of the two segments that are used next that was not touched, and
-// marks it as touched; nil if both were.
+// coldest looks at the two segments that will be used next. It returns the first one that was
+// not touched, and marks it as touched; nil if both were.
 func (j *journal) coldest() *segment {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -476,8 +480,9 @@ func (j *journal) coldest() *segment {
 	return nil
 }
 
-// recycle makes segments free. A segment is needed while it has records of an epoch that is not
-// published, of the last epoch, or tokens of the epoch before the last. j.mu is held.
+// recycle frees the segments that are not needed. A segment is needed while it has records of
+// an unpublished epoch or of the newest epoch, or tokens of the epoch before the newest. j.mu
+// is held.
 func (j *journal) recycle() {
 	floor := j.newest.serial
 	for i := range j.slots {
@@ -502,18 +507,20 @@ func (j *journal) recycle() {
 	}
 }
 
-// trim removes a segment if more are free than the last epochs needed.
+// trim removes one segment if there are more than the last epochs needed. It must not run at
+// the same time as sync.
 func (j *journal) trim() (err error) {
 	defer j.caught(&err, debug.SetPanicOnFault(true))
 	s := j.spareSegment()
 	if s == nil {
 		return nil
 	}
-	// Writers may still point into it, to chunks of epochs that are over: no request is in
-	// those, so none writes there.
+	// Writers may still point to chunks of this segment, but only to those of epochs that are
+	// published. No request is in such an epoch, so nothing is written there.
 	atomic.StoreUint64(&j.marks[s.index], 0)
-	// A mark on the disk without its file is damage; the removal may be there
-	// before what is only in the page cache.
+	// A mark without its file would count as damage. So the cleared mark must be on the disk
+	// first: after a loss of power the removal may be there, but not a store that was only in
+	// the page cache.
 	if err := j.syncPart(stateName, j.state); err != nil {
 		return err
 	}
@@ -523,11 +530,12 @@ func (j *journal) trim() (err error) {
 	err = os.Remove(filepath.Join(j.Dir, segmentName(s.index)))
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.segments[s.index] = nil // the index is free from here on
+	j.segments[s.index] = nil // from here on another segment may get this index
 	return err
 }
 
-// spareSegment takes a free segment out, if there is one to spare.
+// spareSegment takes a free segment out of ready, if more segments exist than are needed; else
+// it returns nil.
 func (j *journal) spareSegment() *segment {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -538,7 +546,7 @@ func (j *journal) spareSegment() *segment {
 		}
 	}
 	i := slices.IndexFunc(j.ready, func(s *segment) bool { return s.last == 0 })
-	if i < 0 || have <= slices.Max(j.inUse[:])+2 { // one to go on with, one ready
+	if i < 0 || have <= slices.Max(j.inUse[:])+2 { // one being filled, one ready
 		return nil
 	}
 	s := j.ready[i]

@@ -13,8 +13,8 @@ import (
 	"verve/counter"
 )
 
-// TestOriginOfAWord: the bucket and the word of any token in any level give back what it was
-// looked for by.
+// TestOriginOfAWord: from the bucket and the word of any token in any level, the x of its
+// search can be computed.
 func TestOriginOfAWord(t *testing.T) {
 	m := newMemory(t, Config{Heap: true})
 	var table table[narrowBucket]
@@ -43,8 +43,8 @@ func TestOriginOfAWord(t *testing.T) {
 	}
 }
 
-// siftedMemory has tokens of so many ids in one window, is in the next one, and has its sieves
-// filled.
+// siftedMemory returns a Memory that has the tokens of ids ids in one window, whose next window
+// is open, and whose sieves are filled.
 func siftedMemory(t *testing.T, ids int, change func(past *tokens)) (*Memory, *View, counter.Entry) {
 	m := newMemory(t, Config{Heap: true})
 	e := newEpochs(t, m)
@@ -74,7 +74,8 @@ func siftedMemory(t *testing.T, ids int, change func(past *tokens)) (*Memory, *V
 	return m, v, entry
 }
 
-// TestSievesKnowEveryTokenOfTheWindowBefore: also those in further levels. Few others pass.
+// TestSievesKnowEveryTokenOfTheWindowBefore: also those in further levels. Few other tokens
+// pass.
 func TestSievesKnowEveryTokenOfTheWindowBefore(t *testing.T) {
 	const ids = 60_000
 	m, v, in := siftedMemory(t, ids, func(past *tokens) {
@@ -106,8 +107,8 @@ func TestSievesKnowEveryTokenOfTheWindowBefore(t *testing.T) {
 	}
 }
 
-// TestSievesAreNotUsedWithoutAllTokens: with tokens beside the table, too many tokens or too
-// many levels, the window before is looked at for every token.
+// TestSievesAreNotUsedWithoutAllTokens: with tokens outside the table, too many tokens or too
+// large further levels, every token is looked up in the window before.
 func TestSievesAreNotUsedWithoutAllTokens(t *testing.T) {
 	for name, change := range map[string]func(*tokens){
 		"spilled":           func(past *tokens) { past.spills.Store(true) },

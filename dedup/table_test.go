@@ -29,9 +29,9 @@ func TestTagsOrderEpochsUpToHalfALapApart(t *testing.T) {
 	}
 }
 
-// TestKeysOfABucketHaveDifferentWords: a bucket's number and a word give the
-// key back only if no two keys of a bucket have the same word. The nearest keys
-// are the hardest.
+// TestKeysOfABucketHaveDifferentWords: a key can be computed from the number of its bucket and
+// its word only if no two keys of a bucket have the same word. Neighbouring keys are the
+// hardest case.
 func TestKeysOfABucketHaveDifferentWords(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for _, n := range []uint64{minBuckets, minBuckets + 1, 5489, 10_007, 1 << 20} {
@@ -54,7 +54,7 @@ func TestKeysOfABucketHaveDifferentWords(t *testing.T) {
 	}
 }
 
-// bucketOf lets one test speak of both kinds of bucket.
+// bucketOf lets one test use both kinds of bucket.
 type bucketOf interface {
 	put(rest, tag uint64, look bool) place
 }
@@ -104,8 +104,8 @@ func TestBucketFollowsItsRules(t *testing.T) {
 	}
 }
 
-// TestWideSlotIsReadOnlyWhenWritten stops a writer between its two words and sends others
-// to the slot meanwhile.
+// TestWideSlotIsReadOnlyWhenWritten stops a writer between its two words while other requests
+// come to the slot.
 func TestWideSlotIsReadOnlyWhenWritten(t *testing.T) {
 	const (
 		rest   = 77 << tagBits
@@ -162,9 +162,8 @@ func TestWideSlotIsReadOnlyWhenWritten(t *testing.T) {
 	}
 }
 
-// TestBucketsUnderWritersOfTwoEpochs has writers of one epoch meet those of the
-// next in one bucket: no id is taken twice in an epoch, and none of the later
-// epoch is lost.
+// TestBucketsUnderWritersOfTwoEpochs lets writers of one epoch and of the next add to one
+// bucket: no id is taken twice in an epoch, and no id of the later epoch is lost.
 func TestBucketsUnderWritersOfTwoEpochs(t *testing.T) {
 	const writers, ids = 4, 12
 	rounds := 3000
@@ -218,10 +217,9 @@ func TestBucketsUnderWritersOfTwoEpochs(t *testing.T) {
 	}
 }
 
-// TestWideSlotTakenOverBetweenTwoLoads has readers of an old epoch look for an
-// id that is there while its slot is taken over by the next epoch. One that has
-// seen its own first word and reads the second of the other id must not go on
-// and take the id in a second time.
+// TestWideSlotTakenOverBetweenTwoLoads lets requests of an old epoch look for an id that is
+// there while the next epoch takes its slot. A request that has read its own first word and
+// then the second word of the other id must not go on and add its id a second time.
 func TestWideSlotTakenOverBetweenTwoLoads(t *testing.T) {
 	const readers = 2
 	rounds := 200_000

@@ -10,31 +10,32 @@ import (
 	"verve/counter"
 )
 
-// tokens are those of one epoch: words of 64 bits, a keyed hash of the id and its token
-// each, in a table of their own. It is made when the first one comes and is never used for
-// another epoch: it is looked at in the next one and then released.
+// tokens are the tokens of one epoch, in a table of their own. Each is a word of 64 bits, a
+// keyed hash of the id and its token. The table is made when the first token arrives. It is
+// never used for another epoch: during the next epoch it is only searched, and then it is
+// released.
 type tokens struct {
-	sieved atomic.Bool // the sieves have all tokens of the window before (sieve.go)
-	spills atomic.Bool // some are in spilled
+	sieved atomic.Bool // the sieves contain all tokens of the window before (sieve.go)
+	spills atomic.Bool // some tokens are in spilled
 
-	sample atomic.Uint64 // as View.narrowSample
+	sample atomic.Uint64 // sampled tokens, as View.narrowSample
 	table  table[narrowBucket]
 
-	// spilled are words for which there was room before their ids were added, and no memory
+	// spilled has the words for which there was room before their ids were added, but no memory
 	// after that.
 	mu      sync.Mutex // guards spilled
 	spilled map[uint64]bool
 }
 
-// tokenTag is the tag of all words in such a table.
+// tokenTag is the tag of all words in a table of tokens: it serves only one epoch.
 const tokenTag = 1
 
-// tokenShare is how many slots there are for an expected token where the table has grown:
-// with so many no level is made ready before the last one comes.
+// tokenShare is how many slots for each expected token a table has after it has grown: with
+// that many, the expected tokens do not crowd it, and no further level is made ready.
 const tokenShare = 1.7
 
-// slotsFor is how many slots are taken when there are so many tokens: the first slot of each
-// line is a sieve.
+// slotsFor returns how many slots are taken with the given number of tokens. The first slot of
+// each line is a sieve, and counts as taken.
 func slotsFor(tokens uint64) uint64 { return tokens + tokens/(lineSlots-1) }
 
 func (t *tokens) load() uint64 {
@@ -44,7 +45,7 @@ func (t *tokens) load() uint64 {
 	return t.sample.Load() * sampleEvery
 }
 
-// hold and letTokens count the epochs that use t. Memory.mu is held.
+// hold and letTokens count how many epochs use t. Memory.mu is held.
 func (t *tokens) hold() *tokens {
 	if t != nil {
 		t.table.refs++
@@ -57,7 +58,7 @@ func (m *Memory) letTokens(t *tokens) {
 		return
 	}
 	if t.table.refs--; t.table.refs == 0 && t.table.depth > 0 {
-		m.narrow.old = append(m.narrow.old, &t.table) // freed when the cleaner comes by
+		m.narrow.old = append(m.narrow.old, &t.table) // the cleaner frees it
 	}
 }
 
@@ -88,8 +89,8 @@ func (t *tokens) has(x uint64) bool {
 	return false
 }
 
-// roomFor makes sure that there is a slot for x, which is not in t; others may take the slot
-// before add does.
+// roomFor makes sure that there is a free slot for x, which is not in t. Another request may
+// take that slot before add does.
 func (t *tokens) roomFor(m *Memory, x uint64) error {
 	for i := range t.table.levels {
 		l, err := t.level(m, i)
@@ -105,12 +106,12 @@ func (t *tokens) roomFor(m *Memory, x uint64) error {
 	return ErrFull
 }
 
-// roomy reports whether there was room for every token until now. Then there is for those of
-// the requests under way: in the table, or in spilled.
+// roomy reports whether there was room for every token until now. If so, a request need not
+// call roomFor: its token goes into the table, or else into spilled.
 func (t *tokens) roomy() bool { return t.table.levels[0].Load() != nil && !t.spills.Load() }
 
-// prefetch prefetches the places of x in the levels that are worth it, and of each the whole
-// bucket: a token that is not there is looked for up to a free slot, in the other line if that
+// prefetch prefetches the bucket of x in each level that is large enough for it, and both lines
+// of the bucket: the search for a token that is not there goes on to the other line if the line
 // of its home is full. t may be nil.
 func (t *tokens) prefetch(x uint64) {
 	if t == nil {
@@ -124,7 +125,7 @@ func (t *tokens) prefetch(x uint64) {
 	}
 }
 
-// add puts x in, which is not in t. It always succeeds.
+// add adds x, which is not in t. It always succeeds.
 func (t *tokens) add(m *Memory, x uint64) {
 	if t.put(m, x) != nil {
 		t.mu.Lock()
@@ -141,7 +142,8 @@ func (t *tokens) add(m *Memory, x uint64) {
 	}
 }
 
-// put puts x, which is not in the table, there. It makes a level where all are full.
+// put puts x into the table, which must not have it. If all levels are full it makes another
+// one.
 func (t *tokens) put(m *Memory, x uint64) error {
 	for i := range t.table.levels {
 		l, err := t.level(m, i)
@@ -160,7 +162,7 @@ func (t *tokens) put(m *Memory, x uint64) error {
 	return ErrFull
 }
 
-// level is the i-th level of the table. It is made if the levels before it are all there are.
+// level returns the i-th level of the table, and makes it if the table has only i levels.
 func (t *tokens) level(m *Memory, i int) (*level[narrowBucket], error) {
 	if l := t.table.levels[i].Load(); l != nil {
 		return l, nil
@@ -171,13 +173,14 @@ func (t *tokens) level(m *Memory, i int) (*level[narrowBucket], error) {
 	return t.table.levels[i].Load(), nil
 }
 
-// findIn reports whether a word is in a bucket of tokens, and if not, whether a slot is free.
-// The first word of each line is none of them.
+// findIn reports whether a word is in a bucket of tokens, and whether the line in which its
+// search ends has a free slot. The first word of each line is a sieve, not a slot.
 //
-// The table serves one epoch, so a slot is empty or taken for good: a word is in the second
-// line only if the first is full, and in the next level only if the bucket is. So all slots of
-// a line are compared without a branch: how far a search from slot to slot goes is a guess,
-// and a wrong one takes as long as all comparisons (BenchmarkToken).
+// The table serves one epoch, so a slot is empty or taken for good: a word is in the other line
+// only if the line of its home is full, and in the next level only if the bucket is full. All
+// slots of a line are compared without a branch: in a search from slot to slot the processor
+// would have to predict how far it goes, and a wrong prediction takes as long as all
+// comparisons (BenchmarkToken).
 func findIn(b *narrowBucket, word uint64) (there, room bool) {
 	for from := home(word) & lineSlots; ; from ^= lineSlots {
 		line := (*[lineSlots]atomic.Uint64)(unsafe.Pointer(wordAt(unsafe.Pointer(b), from)))
@@ -193,8 +196,8 @@ func findIn(b *narrowBucket, word uint64) (there, room bool) {
 	}
 }
 
-// putIn puts a word, which is not there, into a bucket of tokens, if a slot is free. other: all
-// slots of its own line were taken.
+// putIn puts a word, which is not there yet, into a bucket of tokens, if a slot is free. other
+// reports that all slots in the line of its home were taken.
 func putIn(b *narrowBucket, word uint64) (done, other bool) {
 	for from := home(word) & lineSlots; ; from ^= lineSlots {
 		line := (*[lineSlots]atomic.Uint64)(unsafe.Pointer(wordAt(unsafe.Pointer(b), from)))
@@ -217,14 +220,14 @@ func putIn(b *narrowBucket, word uint64) (done, other bool) {
 	}
 }
 
-// isZero is 1<<63 if x is 0, and else 0.
+// isZero returns 1<<63 if x is 0, and 0 otherwise.
 func isZero(x uint64) uint64 { return (x - 1) &^ x & (1 << 63) }
 
-// sizes returns the size of the level that the table needs next. A table that had none
-// begins with what the last epochs needed. Later ones double it, or make room for as many
-// tokens as the epoch will have if it gets the ids that are expected, up to eight times what
-// is there: memory that no token uses would have to be zeroed for nothing. The lock of the
-// table is held.
+// sizes returns the size, in buckets, of the level that the table needs next. The first level
+// has room for as many tokens as the last epochs had. A later level doubles the table, or makes
+// room for as many tokens as the epoch will have if it gets the expected ids, but up to eight
+// times the present size: memory that no token uses would be zeroed for nothing. The lock of
+// the table is held.
 func (t *tokens) sizes(m *Memory) []uint64 {
 	table := &t.table
 	if load := slotsFor(t.load()); table.depth == 0 || !table.outgrown(load) {
@@ -240,13 +243,13 @@ func (t *tokens) sizes(m *Memory) []uint64 {
 	return []uint64{n}
 }
 
-// openTokens gives v, the view of e, its tokens and those of the window before. m.mu is
-// held, and m.current is still the epoch before.
+// openTokens gives v, the View of e, its tokens and those of the window before. m.mu is held,
+// and m.current is still the View of the epoch before.
 func (m *Memory) openTokens(e *counter.Epoch, v *View) {
 	v.end = e.End().UnixNano()
 	peak, before := uint64(0), m.current.Load()
 	if before != nil {
-		peak = before.tokens.load() // it is retired later
+		peak = before.tokens.load() // that epoch is not retired yet, so its load is not in m.loads
 	}
 	for _, l := range m.loads {
 		peak = max(peak, l.tokens)
@@ -261,7 +264,8 @@ func (m *Memory) openTokens(e *counter.Epoch, v *View) {
 	v.past.hold()
 }
 
-// takeRecalled gives the first epoch the tokens that the journal has for it.
+// takeRecalled gives v, the View of the first epoch e, the tokens that the journal has for it,
+// and releases the others.
 func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
 	tokens, past := m.recalled.tokens, m.recalled.past
 	m.recalled.tokens, m.recalled.past = nil, nil
@@ -269,7 +273,7 @@ func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
 	case tokens == nil:
 	case e.Serial() == newest.serial:
 		v.tokens, v.past = tokens, past
-	case e.Start().After(newest.start()) && !e.Start().After(newest.end()): // earlier where the windows got shorter
+	case e.Start().After(newest.start()) && !e.Start().After(newest.end()): // e may start before that end if the windows became shorter
 		v.past = tokens
 	}
 	if tokens != v.tokens && tokens != v.past {
@@ -284,12 +288,12 @@ func (m *Memory) takeRecalled(e *counter.Epoch, v *View) {
 // its kind and the length of the token, and one for each 8 bytes of the longest token.
 const tokenKeys = 12
 
-// tokenWord is the word of a token that came with an id. It is never 0.
+// tokenWord returns the word of a token that came with the id k. It is never 0.
 //
-// It is NH (Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC", 1999): to each word of the text
-// a secret one is added, pairs are multiplied, and the products of 128 bits are summed. Two
-// texts that differ have the same sum with a chance of 2^-64 over all secrets. Nobody outside
-// sees the sums. SipHash took three times as long (BenchmarkToken).
+// It is NH (Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC", 1999): a secret word is added to
+// each word of the text, pairs of the results are multiplied, and the products of 128 bits are
+// summed. Two different texts have the same sum with a probability of 2^-64 over all secrets.
+// The sums never leave the process. SipHash took three times as long (BenchmarkToken).
 func (s *secret) tokenWord(k Key, token []byte) uint64 {
 	le, n, keys := binary.LittleEndian, len(token), &s.token
 	hi, lo := bits.Mul64(k.hi+keys[0], k.lo+keys[1])

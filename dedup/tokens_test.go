@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestWordsOfTokensDiffer: for each length, with any bit of the token, its id or the secret
-// changed, or a zero byte behind it.
+// TestWordsOfTokensDiffer: for each length, if any bit of the token, its id or the secret is
+// changed, or a zero byte is appended.
 func TestWordsOfTokensDiffer(t *testing.T) {
 	s, k := newSecret(), Key{1 << 40, 7, wideKind}
 	others := newSecret()
@@ -42,8 +42,8 @@ func TestWordsOfTokensDiffer(t *testing.T) {
 	}
 }
 
-// TestBucketOfTokens: words go into all of its slots but the sieves, each is found from then
-// on, and no other.
+// TestBucketOfTokens: words go into all slots of a bucket except the sieves; from then on each
+// of them is found, and no other.
 func TestBucketOfTokens(t *testing.T) {
 	const room = 2 * (lineSlots - 1)
 	for first := range uint64(slotsPerBucket) {

@@ -21,8 +21,8 @@ import (
 	"verve/stream"
 )
 
-// topic is what main.go puts behind the counter, a spool and a stream, up to a
-// broker that outlives them. It may be away, and lose its answers.
+// topic is what main.go connects to the counter: a spool and a stream, and in addition a broker
+// that outlives them. The broker may be down, and its answers may be lost.
 type topic struct {
 	t     testing.TB
 	dir   string // of the spool
@@ -56,7 +56,7 @@ func newTopic(t testing.TB, dir string) *topic {
 	return b
 }
 
-// open starts the process's part. last and sum are what its spool must have.
+// open starts the spool and the stream of a process. last and sum are what its spool must have.
 func (b *topic) open(last time.Time, sum uint64) {
 	b.t.Helper()
 	var err error
@@ -75,7 +75,7 @@ func (b *topic) open(last time.Time, sum uint64) {
 	b.end = func() { stop(); running.Wait(); b.stream.Close() }
 }
 
-// flush delivers what it can, as a stop in order does.
+// flush delivers what can be delivered, as a stop in order does.
 func (b *topic) flush() {
 	ctx, cancel := context.WithTimeout(context.Background(), b.patience)
 	defer cancel()
@@ -94,7 +94,7 @@ func (b *topic) close() {
 	}
 }
 
-// abandon ends what runs of a schedule that has failed.
+// abandon ends everything that still runs after a schedule has failed.
 func (b *topic) abandon() {
 	b.setAway(true)
 	if b.end != nil {
@@ -102,7 +102,7 @@ func (b *topic) abandon() {
 	}
 }
 
-// setAway ends every connection, and lets none in until the broker is back.
+// setAway closes every connection, and accepts none until the broker is up again.
 func (b *topic) setAway(away bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -128,7 +128,7 @@ func (b *topic) loseAnswer(to kmsg.Key, then bool) {
 	b.lose, b.then, b.armed = to, then, true
 }
 
-// lost waits a little for that and reports whether it happened.
+// lost waits a little for the lost answer, and reports whether it was lost.
 func (b *topic) lost(wait time.Duration) bool {
 	time.Sleep(wait)
 	synctest.Wait()

@@ -7,17 +7,18 @@ import (
 	"unsafe"
 )
 
-// A state file of the first version becomes one of the present version before anything
-// else is read, in one step: a kill leaves the old file or the new one. Segments stay as
-// they are: every chunk of the first version means the same here, but that its check does not cover
-// its records. The first version refuses what this one has upgraded. No release had the versions
-// between.
+// A state file of the first version is upgraded to the present version before anything else is
+// read, in one step: a kill leaves the old file or the new one. Segments stay as they are: a
+// chunk of the first version means the same now, except that its check does not cover its
+// records. The first version refuses to open an upgraded directory. The versions in between
+// were in no release.
 
-// withoutPublisher is the first version. Its slots are half as long as those of today, and the
-// publisher of the epoch is not in them.
+// withoutPublisher is the first version. Its slots are half as long as the present ones, and do
+// not contain the publisher of the epoch.
 const withoutPublisher = 1
 
-// shortSlot is the slot of the first version. Its fields mean what those of slot mean.
+// shortSlot is the slot of the first version. Its fields have the same meaning as those of
+// slot.
 type shortSlot struct {
 	id, number, window, logged, published, meta, check, ended uint64
 }
@@ -27,9 +28,9 @@ const (
 	shortBytes   = shortMarksAt + maxSegments*8
 )
 
-// upgrade replaces f, a state file of the first version with this header, by one of the present
-// version. It gets its name when it is complete and on the disk; a start removes what a kill
-// before that has left.
+// upgrade replaces f, a state file of the first version with the given header, by one of the
+// present version. The new file gets its name only when it is complete and on the disk. If the
+// process is killed before that, the next start removes the temporary file.
 func (j *journal) upgrade(f *os.File, header []uint64) error {
 	header[headerVersionAt] = journalVersion
 	header[headerCheckAt] = checkOf(header[:headerCheckAt])
@@ -56,14 +57,15 @@ func (j *journal) upgrade(f *os.File, header []uint64) error {
 		}
 	}
 	if err := j.makeFile(stateName, stateBytes, whole); err != nil {
-		return fmt.Errorf("the file of version %d cannot be upgraded; it is whole: free %d KiB there, or remove what prevents writing, and start again: %w",
+		return fmt.Errorf("the file of version %d cannot be upgraded. It is undamaged: free %d KiB there, or remove what prevents writing, and start again: %w",
 			withoutPublisher, stateBytes>>10, err)
 	}
 	return nil
 }
 
-// lengthen returns today's slot for s; a free one for a free one. The first version knew
-// one publisher: whoever has the directory.
+// lengthen returns s as a slot of the present version; a free slot stays free. In the first
+// version only one publisher could use the directory, so publisher is that of this process. It
+// returns ok false if s is damaged.
 func (s *shortSlot) lengthen(publisher uint64) (to slot, ok bool) {
 	if s.id == 0 {
 		return to, true

@@ -51,7 +51,7 @@ func firstVersion(t *testing.T, left, dir string) {
 
 const firstBoot = 7 // of the machine that testdata says it is from
 
-// firstIDs are those of minute 1.
+// firstIDs returns the ids of minute 1.
 func firstIDs() (ids []string) {
 	for i := range 80 {
 		ids = append(ids, strconv.Itoa(i))
@@ -117,7 +117,7 @@ func goOn(t *testing.T, cfg Config, left string, start time.Time) {
 	started := false
 	if step := cfg.step; step != nil {
 		cfg.step = func() {
-			if !started { // later ones have ids of this process
+			if !started { // later starts have ids of this process
 				step()
 			}
 		}
@@ -149,8 +149,8 @@ func goOn(t *testing.T, cfg Config, left string, start time.Time) {
 	check(open, len(ids)+1)
 }
 
-// TestPublisherOfTheFirstVersionIsThisOne: of an epoch that it left, nothing is published
-// twice, whether the kill was before its record or after it.
+// TestPublisherOfTheFirstVersionIsThisOne: no id of an epoch that it left is published twice,
+// whether it was killed before or after publishing its record.
 func TestPublisherOfTheFirstVersionIsThisOne(t *testing.T) {
 	for _, tt := range []struct{ sum, left uint64 }{{210, 10}, {220, 0}} {
 		cfg := small(t.TempDir())
@@ -251,8 +251,8 @@ func TestUpgradeWithoutRoomRefusesToStart(t *testing.T) {
 	}
 }
 
-// TestOrderlyStopOfTheFirstVersionIsKnown: nothing of what it left is published again under
-// another name, and a loss of power after it has lost nothing.
+// TestOrderlyStopOfTheFirstVersionIsKnown: nothing that it left is published again under
+// another name, and a loss of power after the stop loses nothing.
 func TestOrderlyStopOfTheFirstVersionIsKnown(t *testing.T) {
 	cfg := small(t.TempDir())
 	cfg.boot, cfg.Publisher = firstBoot+1, "group/other"

@@ -4,5 +4,5 @@ package durable
 
 import "os"
 
-// Allocate gives an open file its size on the disk.
+// Allocate gives f, an open and empty file, size bytes on the disk.
 func Allocate(f *os.File, size int) error { return writeZeros(f, size) }

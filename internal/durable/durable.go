@@ -1,8 +1,8 @@
-// Package durable has what the packages that keep files share: system calls that
-// may be interrupted or not be there, names that survive a loss of power, and
-// the names of damaged files that were set aside.
+// Package durable has what the packages that keep files share: system calls that may be
+// interrupted or missing, names of files that survive a loss of power, and the names of damaged
+// files that were set aside. All functions are safe for concurrent use, except as noted.
 //
-// os retries what is interrupted by itself; what is called below it goes through
+// Package os retries interrupted calls by itself; system calls that do not go through os use
 // Retry.
 package durable
 
@@ -18,19 +18,19 @@ import (
 	"time"
 )
 
-// Castagnoli is the polynomial of all checksums on disk: processors have an
-// instruction for it.
+// Castagnoli is the table of the CRC-32 polynomial of all checksums on disk: processors have an
+// instruction for that polynomial.
 var Castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// DamagedSuffix, and the time, end the name of what was set aside.
+// The name of something that was set aside ends with DamagedSuffix and the time.
 const DamagedSuffix = ".damaged-"
 
-// timeFormat sorts by time, and two names of one process differ.
+// timeFormat sorts by time, and has nanoseconds, so that two names of one process differ.
 const timeFormat = "20060102T150405.000000000Z"
 
-// Retry calls call until it is not interrupted by a signal, and returns its error.
-// The Go runtime preempts goroutines by signals, and a file system that is slow
-// enough, as one over a network, lets them interrupt it.
+// Retry calls call until a signal does not interrupt it, and returns its error. The Go runtime
+// preempts goroutines with signals, and these can interrupt a call to a slow file system, such
+// as one over a network.
 func Retry(call func() error) error {
 	for {
 		if err := call(); !errors.Is(err, syscall.EINTR) {
@@ -39,8 +39,8 @@ func Retry(call func() error) error {
 	}
 }
 
-// SetAside renames what is damaged to a name that nothing else has, and returns
-// that.
+// SetAside renames a damaged file or directory to a name that no other one has, and returns
+// that name. The new name is on the disk when it returns, unless there is an error.
 func SetAside(path string) (name string, err error) {
 	name = Aside(path, DamagedSuffix)
 	if err := os.Rename(path, name); err != nil {
@@ -63,11 +63,11 @@ func SetAsideSince(path string, t time.Time) (bool, error) {
 	}), err
 }
 
-// Aside is a name beside path with the suffix and the time.
+// Aside returns path with the suffix and the present time appended.
 func Aside(path, suffix string) string { return path + suffix + time.Now().UTC().Format(timeFormat) }
 
-// MkdirAll makes a directory and those above it that are missing. Their names are
-// on the disk when it returns.
+// MkdirAll makes a directory and all missing directories above it. Their names are on the disk
+// when it returns. It does nothing if the directory exists.
 func MkdirAll(dir string) error {
 	dir = filepath.Clean(dir)
 	if info, err := os.Stat(dir); err == nil && info.IsDir() {
@@ -80,15 +80,16 @@ func MkdirAll(dir string) error {
 		}
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil {
-		if info, serr := os.Stat(dir); serr != nil || !info.IsDir() { // made by another process meanwhile
+		if info, serr := os.Stat(dir); serr != nil || !info.IsDir() { // unless another process made it meanwhile
 			return err
 		}
 	}
 	return SyncDir(parent)
 }
 
-// ReplaceFile writes a small file as a whole: after a loss of power it has its former
-// content or b. A file that it makes has the mode perm. Callers take turns.
+// ReplaceFile replaces the content of a small file as a whole: after a loss of power the file
+// has either its former content or b. A new file gets the mode perm. Only one call at a time
+// may write the same path.
 func ReplaceFile(path string, b []byte, perm os.FileMode) error {
 	next := path + ".tmp"
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, perm)
@@ -101,15 +102,15 @@ func ReplaceFile(path string, b []byte, perm os.FileMode) error {
 		err = os.Rename(next, path)
 	}
 	if err != nil {
-		_ = os.Remove(next) // else the next call writes over it
+		_ = os.Remove(next) // if this fails, the next call overwrites it
 		return err
 	}
 	return SyncDir(filepath.Dir(path))
 }
 
-// SyncDir makes a created, renamed or removed name in dir durable. A file system
-// that cannot sync a directory is taken as one that keeps its names, and so is a
-// directory that this process may not read.
+// SyncDir makes the creation, renaming or removal of a name in dir durable. If the file system
+// cannot sync directories, or this process may not read dir, SyncDir assumes that names are
+// kept, and returns no error.
 func SyncDir(dir string) error {
 	d, err := os.Open(dir)
 	if errors.Is(err, os.ErrPermission) {
@@ -125,7 +126,7 @@ func SyncDir(dir string) error {
 	return errors.Join(err, d.Close())
 }
 
-// writeZeros gives a file its size where the system cannot allocate.
+// writeZeros writes size zeros to a file, for systems that cannot allocate.
 func writeZeros(f *os.File, size int) error {
 	zeros := make([]byte, 1<<20)
 	for at := 0; at < size; at += len(zeros) {

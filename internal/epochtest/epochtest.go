@@ -1,5 +1,5 @@
-// Package epochtest has what tests of every set share, those inside of package dedup too:
-// epochs that are turned by hand, and ids that are easily taken for one another.
+// Package epochtest has what the tests of every set share, including those inside package
+// dedup: epochs that a test turns by hand, and ids that are easily mistaken for one another.
 package epochtest
 
 import (
@@ -10,9 +10,10 @@ import (
 	"verve/counter"
 )
 
-// Nobody is a publisher that publishes nothing: the tests read the counts of the epochs.
+// Nobody is a counter.Publisher that publishes nothing: the tests read the counts of the
+// epochs.
 type Nobody struct {
-	Counts chan counter.Count // gets what would be published; nil: nothing does
+	Counts chan counter.Count // gets the counts; nil: they are dropped
 }
 
 // Publish passes the count to the test, or drops it.
@@ -23,29 +24,30 @@ func (n Nobody) Publish(_ context.Context, c counter.Count) error {
 	return nil
 }
 
-// Window is the length of windows of which the present one began minutes ago and is not
-// over before the tests are: a counter turns none by itself in the middle of a test, as it
-// would where an hour ends.
+// Window is a length with which the present window began minutes ago and does not end before
+// the tests do. So a counter does not turn an epoch by itself in the middle of a test, as it
+// would at the end of an hour if Window were an hour.
 var Window = func() time.Duration {
 	now := time.Now().UnixNano()
-	for w := counter.MaxWindow; ; w -= time.Second { // a fifth of them is so
+	for w := counter.MaxWindow; ; w -= time.Second { // about a fifth of the lengths qualify
 		if since := time.Duration(now % int64(w)); w/10 < since && since < w/3 {
 			return w
 		}
 	}
 }()
 
-// Epochs lets a test turn epochs by hand: At(n) is a time inside the n-th.
+// Epochs lets a test turn epochs by hand: entering at At(n), a time inside the n-th epoch,
+// opens that epoch.
 type Epochs struct {
 	*counter.Counter
 	base int64
 }
 
-// New seals the counter when the test is over, and waits until every epoch is retired: a
-// store that was made before can then be closed.
+// New starts a counter on s. When the test is over it seals the counter and waits until every
+// epoch is retired. So a cleanup that was registered before New can close the store.
 func New(t testing.TB, s counter.Store) Epochs { return NewWithin(t, s, 0) }
 
-// NewWithin is New with at most so many keys in an epoch; 0: the default.
+// NewWithin is New with at most maxKeys keys in an epoch; 0: the default.
 func NewWithin(t testing.TB, s counter.Store, maxKeys int) Epochs {
 	c, err := counter.New(counter.Config{Window: Window, Store: s, Publisher: Nobody{}, MaxKeys: maxKeys})
 	if err != nil {
@@ -56,7 +58,7 @@ func NewWithin(t testing.TB, s counter.Store, maxKeys int) Epochs {
 	go func() { ended <- c.Run(ctx) }()
 	t.Cleanup(func() {
 		c.Seal()
-		// A test that failed may have left a request inside.
+		// Bounded, because a test that failed may have left a request inside an epoch.
 		defer time.AfterFunc(5*time.Second, stop).Stop()
 		if err := <-ended; err != nil {
 			t.Error(err)
@@ -65,10 +67,10 @@ func NewWithin(t testing.TB, s counter.Store, maxKeys int) Epochs {
 	return Epochs{c, c.Last().Start().UnixNano()}
 }
 
-// At is a time inside the n-th epoch, in Unix ns.
+// At returns the start of the n-th epoch, from 0, in Unix ns.
 func (e Epochs) At(n int) int64 { return e.base + int64(n)*int64(Window) }
 
-// Alike are ids that a careless set takes for one another.
+// Alike are different ids that a careless set would treat as equal.
 var Alike = []string{
 	"0", "00", "42", "042", "+42", " 42", "42.0", "0x2a", "٤٢",
 	"18446744073709551615", "18446744073709551616", "9223372036854775807",

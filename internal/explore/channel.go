@@ -2,10 +2,10 @@ package explore
 
 import "unsafe"
 
-// The functions of this file stand for what a thread does with a channel (package overlay,
-// Config.Channels). The channel is one of Go. All channels are one location. A channel
-// without a buffer serves to be closed, and for nothing else. Of several cases that are
-// ready a select takes the first.
+// The functions of this file replace what a thread does with a channel (package overlay,
+// Config.Channels). The channel itself is an ordinary one of Go. All channels count as one
+// location. A channel without a buffer may only be closed. If several cases of a select are
+// ready, it takes the first.
 
 var channels byte
 
@@ -17,49 +17,49 @@ func receivable[T any](ch <-chan T) bool {
 		return true
 	}
 	select {
-	case <-ch: // it is closed: nobody waits to send
+	case <-ch: // it is closed: no thread waits to send
 		return ch != nil
 	default:
 		return false
 	}
 }
 
-// Receive is <-ch.
+// Receive replaces <-ch.
 func Receive[T any](ch <-chan T) T {
 	Until(func() bool { return receivable(ch) }, "receive", unsafe.Pointer(&channels))
 	return <-ch
 }
 
-// Send is ch <- v.
+// Send replaces ch <- v.
 func Send[T any](ch chan<- T, v T) {
 	Until(func() bool { return len(ch) < cap(ch) }, "send", unsafe.Pointer(&channels))
 	ch <- v
 }
 
-// Close is close(ch).
+// Close replaces close(ch).
 func Close[T any](ch chan<- T) {
 	Do(Write, "close", unsafe.Pointer(&channels))
 	close(ch)
 }
 
-// Case is one of a select.
+// Case is one case of a select.
 type Case struct {
 	ready func() bool
 	do    func()
 }
 
-// Receiving is case <-ch.
+// Receiving returns the Case <-ch.
 func Receiving[T any](ch <-chan T) Case {
 	return Case{func() bool { return receivable(ch) }, func() { <-ch }}
 }
 
-// Sending is case ch <- v.
+// Sending returns the Case ch <- v.
 func Sending[T any](ch chan<- T, v T) Case {
 	return Case{func() bool { return len(ch) < cap(ch) }, func() { ch <- v }}
 }
 
-// Select does one of the cases and returns its number; -1 if none is ready and there is an
-// otherwise.
+// Select does one of the cases and returns its number. If none is ready it waits, or, with
+// otherwise (the select has a default), returns -1.
 func Select(otherwise bool, cases ...Case) int {
 	first := func() int {
 		for i, c := range cases {

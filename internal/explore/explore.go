@@ -1,20 +1,21 @@
 // Package explore runs a test in every order of its atomic steps.
 //
-// The threads of a scenario are coroutines. Each stops before every operation on
-// an atomic, a mutex or a pool (packages explore/atomic and explore/sync, which
-// have the API of sync/atomic and sync), and the scheduler decides whose operation
-// comes next. Go's atomics are sequentially consistent, so the orders of those
-// operations are all that can happen in a program without data races. The search
-// is depth-first and repeats the scenario from its beginning for each order.
+// The threads of a scenario are coroutines. Each stops before every operation on an atomic, a
+// mutex or a pool (packages explore/atomic and explore/sync, which have the API of sync/atomic
+// and sync), and the scheduler decides whose operation comes next. Go's atomics are
+// sequentially consistent, so these orders are everything that can happen in a program without
+// data races. The search is depth-first, and runs the scenario again from its beginning for
+// each order.
 //
-// Orders that differ only in operations that do not depend on each other lead to
-// the same state; a state is searched once. With All, sleep sets and the cache of
-// states together leave out what is equivalent, and the search is complete. With a
-// bound on preemptions the cache alone does so: a sleep set may hide an order within
-// the bound behind an equivalent one beyond it.
+// Orders that differ only in operations that do not depend on each other lead to the same
+// state, and a state is searched only once. Without a bound on preemptions (All), sleep sets
+// and the cache of states leave out equivalent orders, and the search is complete. With a bound
+// only the cache is used: a sleep set could leave out an order within the bound because of an
+// equivalent one beyond it.
 //
-// A scenario that fails is reported with its schedule, which Replay repeats, and a
-// trace. Package explore/overlay compiles product files against the two packages.
+// A scenario that fails is reported with a trace and its schedule, which Options.Replay runs
+// again. Package explore/overlay compiles product files against explore/atomic and
+// explore/sync.
 package explore
 
 import (
@@ -30,26 +31,28 @@ import (
 	"unsafe"
 )
 
-// All is the Preemptions of a search without a bound.
+// All is the value of Options.Preemptions for a search without a bound.
 const All = -1
 
 const (
 	maxThreads = 16
 
-	// maxSteps of one schedule are taken for a livelock: scenarios have tens.
+	// A schedule of maxSteps steps counts as a livelock: scenarios have tens of steps.
 	maxSteps = 5_000
 )
 
 // Options of a search.
 type Options struct {
-	// Preemptions is how often the scheduler may take a thread off that could go on;
-	// All: any number of times. A thread that waits or has ended costs none.
+	// Preemptions is how often the scheduler may switch away from a thread that could go on;
+	// All: any number of times. To switch away from a thread that waits or has ended costs no
+	// preemption.
 	Preemptions int
-	Replay      string // the only schedule to run
+	Replay      string // not empty: the only schedule to run
 }
 
-// OptionsFor takes the preemptions that VERVE_TEST_EXPLORE asks for: those of quick, a
-// search of seconds, unless it is ci or deep. VERVE_TEST_REPLAY is the only schedule to run.
+// OptionsFor returns the options that the environment asks for. VERVE_TEST_EXPLORE chooses the
+// number of preemptions: ci, deep, or otherwise quick, with which a search takes seconds. If
+// VERVE_TEST_REPLAY is set, it is the only schedule to run.
 func OptionsFor(quick, ci, deep int) Options {
 	o := Options{Preemptions: quick, Replay: os.Getenv("VERVE_TEST_REPLAY")}
 	switch os.Getenv("VERVE_TEST_EXPLORE") {
@@ -61,10 +64,10 @@ func OptionsFor(quick, ci, deep int) Options {
 	return o
 }
 
-// Run is one schedule of a scenario. The scenario is called for each, and must do
-// the same each time.
+// Run is one run of a scenario, with one schedule. The scenario is called for each run, and
+// must do the same each time.
 type Run struct {
-	Killed bool // for check: the process was killed
+	Killed bool // for the function of Check: the thread of Kill has ended all others
 
 	threads []*thread
 	check   func() error
@@ -81,21 +84,22 @@ func (r *Run) Go(name string, f func()) {
 	r.threads = append(r.threads, t)
 }
 
-// Kill adds a thread that ends all others at any moment, once.
+// Kill adds a thread that ends all others, as a kill of the process would: once, at any moment.
 func (r *Run) Kill() {
 	r.Go("kill", func() { step(op{kind: kill, name: "kill"}) })
 }
 
-// Check sets what must hold when the threads have ended, or were killed.
+// Check sets a function that is called when the threads have ended or were killed, and returns
+// an error if something does not hold that must.
 func (r *Run) Check(f func() error) { r.check = f }
 
-// Cleanup sets what is called last, also for a schedule that is cut short.
+// Cleanup sets a function that is called last, even if the schedule is cut short.
 func (r *Run) Cleanup(f func()) { r.cleanup = f }
 
-// Result is what a search has done.
+// Result counts what a search has done.
 type Result struct {
-	Schedules int // run to their end
-	Cut       int // begun, and equivalent to one before
+	Schedules int // schedules that were run to their end
+	Cut       int // schedules that were begun and turned out to be equivalent to an earlier one
 	States    int
 	Time      time.Duration
 }
@@ -103,15 +107,15 @@ type Result struct {
 // Failure is a schedule that fails.
 type Failure struct {
 	Err      error
-	Schedule string // for Options.Replay
-	Trace    string // of its steps
+	Schedule string // as Options.Replay takes it
+	Trace    string // the steps of the schedule
 }
 
 func (f *Failure) Error() string {
 	return fmt.Sprintf("%v\nschedule %s\n%s", f.Err, f.Schedule, f.Trace)
 }
 
-// Explore searches the schedules of a scenario and fails t at the first that fails.
+// Explore runs the schedules of a scenario, and fails t at the first schedule that fails.
 func Explore(t testing.TB, o Options, scenario func(*Run)) Result {
 	t.Helper()
 	r, err := Search(o, scenario)
@@ -127,7 +131,7 @@ func Explore(t testing.TB, o Options, scenario func(*Run)) Result {
 	return r
 }
 
-// Search is Explore without a test.
+// Search does the same as Explore without a test: f is the first failure, or nil.
 func Search(o Options, scenario func(*Run)) (r Result, f *Failure) {
 	s := &search{options: o, states: map[uint64]uint64{}}
 	began := time.Now()
@@ -163,13 +167,13 @@ func Search(o Options, scenario func(*Run)) (r Result, f *Failure) {
 // mask is a set of threads.
 type mask = uint16
 
-// node is a decision of the schedule being run.
+// node is a decision of the present schedule: which thread does the next step.
 type node struct {
 	chosen int
-	todo   mask // still to be chosen here
-	done   mask // chosen before
-	sleep  mask // need not be chosen: it was, in an equivalent order
-	free   bool // the thread before cannot go on, or offers to stop
+	todo   mask // threads still to be chosen here
+	done   mask // threads that were chosen here before
+	sleep  mask // threads that need not be chosen: an equivalent order was searched
+	free   bool // the thread of the step before cannot go on, or offers to wait: another choice costs no preemption
 }
 
 // search is a depth-first search.
@@ -177,16 +181,17 @@ type search struct {
 	options Options
 	stack   []node
 
-	// states has the states met. With All: the threads that were asleep there. Else
-	// one more than the preemptions that were left.
+	// states has the states that were reached. Its values are, with All, the threads that were
+	// asleep in that state; otherwise 1 + how many preemptions were left.
 	states map[uint64]uint64
 
-	forced  []int // by replay: the schedule
+	forced  []int // the schedule of replay
 	tracing bool
 	trace   []string
 }
 
-// backtrack takes the next choice of the last decision that has one.
+// backtrack moves to the next choice of the last decision that has another one. It returns
+// false if none has.
 func (s *search) backtrack() bool {
 	for len(s.stack) > 0 {
 		n := &s.stack[len(s.stack)-1]
@@ -201,7 +206,7 @@ func (s *search) backtrack() bool {
 	return false
 }
 
-// replay runs one schedule, and traces it.
+// replay runs one schedule and traces it.
 func (s *search) replay(schedule string, scenario func(*Run)) error {
 	forced, err := parseSchedule(schedule)
 	if err != nil {
@@ -224,11 +229,11 @@ type thread struct {
 	yield   func(struct{}) bool
 	done    bool
 	pending op
-	hash    uint64  // of the operations so far, and those that they depend on
-	watched []watch // what was read since the thread last offered to wait
+	hash    uint64  // of the operations so far, and of those that they depend on
+	watched []watch // the locations that the thread has read since it last offered to wait
 }
 
-// watch is a location as it was when it was read.
+// watch is a location, and how often it was written before it was read.
 type watch struct {
 	at     *location
 	writes int
@@ -244,7 +249,7 @@ type execution struct {
 	current  int
 	depth    int
 	used     int  // preemptions
-	wrote    bool // the last operation may have changed something
+	wrote    bool // the last operation may have changed memory
 	sleep    mask
 	starting bool
 	over     bool // no more choices
@@ -256,7 +261,7 @@ type execution struct {
 // active is the execution whose thread runs now. Threads run one at a time.
 var active *execution
 
-// errAborted unwinds the threads of a schedule that has ended before they did.
+// errAborted is the panic that unwinds threads that have not ended when their schedule is over.
 var errAborted = errors.New("explore: the schedule is over")
 
 func (s *search) execute(scenario func(*Run)) *execution {
@@ -298,7 +303,7 @@ func (s *search) execute(scenario func(*Run)) *execution {
 	return e
 }
 
-// body is what a thread's coroutine runs.
+// body returns the function that the coroutine of a thread runs.
 func (e *execution) body(t *thread) iter.Seq[struct{}] {
 	return func(yield func(struct{}) bool) {
 		t.yield = yield
@@ -311,8 +316,8 @@ func (e *execution) body(t *thread) iter.Seq[struct{}] {
 	}
 }
 
-// running returns the execution and its thread that calls, which ends here if the execution
-// is given up; nil outside of a scenario.
+// running returns the execution and the thread that calls it; nil outside of a scenario. If the
+// execution is given up, it does not return: it ends the thread.
 func running() (*execution, *thread) {
 	e := active
 	if e == nil {
@@ -324,8 +329,8 @@ func running() (*execution, *thread) {
 	return e, e.run.threads[e.current]
 }
 
-// step is called by the running thread before each operation. It returns when the
-// operation is the next one.
+// step is called by the running thread before each operation. It returns when the scheduler has
+// chosen this operation as the next one.
 func step(o op) {
 	e, t := running()
 	if e == nil {
@@ -352,8 +357,8 @@ func step(o op) {
 	}
 }
 
-// decide chooses the thread whose pending operation is the next one. It returns
-// false when there is none, or the rest was searched before.
+// decide chooses the thread whose pending operation is the next one. It returns false if there
+// is none, or if everything that can follow was searched before.
 func (e *execution) decide() bool {
 	s := e.search
 	threads := e.run.threads
@@ -378,7 +383,7 @@ func (e *execution) decide() bool {
 	}
 	e.over = true
 	if alive == 0 {
-		return false // a kill now is as good as an end
+		return false // a kill now is equivalent to the end
 	}
 	if enabled&alive == 0 {
 		e.err = errors.New("deadlock: " + e.waiting())
@@ -412,14 +417,14 @@ func (e *execution) decide() bool {
 	return true
 }
 
-// choose returns the thread of the next decision: that of the stack, or of a new
-// one.
+// choose returns the thread of the next decision: the one on the stack, or a new one, which it
+// puts there.
 func (e *execution) choose(enabled mask) (chosen int, free, ok bool) {
 	s := e.search
 	free = e.current < 0 || enabled>>e.current&1 == 0 || e.run.threads[e.current].pending.kind == await
 	if s.forced != nil {
 		if e.depth == len(s.forced) {
-			e.cut = true // the schedule ends here
+			e.cut = true // the schedule of replay ends here
 			return 0, free, false
 		}
 		chosen = s.forced[e.depth]
@@ -443,7 +448,7 @@ func (e *execution) choose(enabled mask) (chosen int, free, ok bool) {
 			todo &= 1<<e.current | kills
 		}
 		if !e.wrote && e.depth > 0 {
-			todo &^= kills // as good as one before
+			todo &^= kills // a kill here is equivalent to one before the last operation
 		}
 	}
 	if enabled&(enabled-1) != 0 {
@@ -460,7 +465,7 @@ func (e *execution) choose(enabled mask) (chosen int, free, ok bool) {
 	return chosen, free, true
 }
 
-// kills are the threads of Kill: they cost no preemption.
+// kills returns the threads of Kill: to switch to one costs no preemption.
 func (e *execution) kills() (m mask) {
 	for i, t := range e.run.threads {
 		if t.pending.kind == kill {
@@ -470,7 +475,7 @@ func (e *execution) kills() (m mask) {
 	return m
 }
 
-// unseen leaves of todo what was not chosen before in this state.
+// unseen returns the threads in todo that were not chosen before in this state.
 func (e *execution) unseen(todo mask) mask {
 	s := e.search
 	if s.options.Preemptions == All {
@@ -493,9 +498,9 @@ func (e *execution) unseen(todo mask) mask {
 	return todo
 }
 
-// state is a hash of what has happened: of the order of operations only what they
-// depend on. Two executions of the same state have the same threads before the same
-// operations, and the same memory.
+// state returns a hash of what has happened. The order of operations counts only if they depend
+// on each other. In two executions with the same state, the same threads are before the same
+// operations, and the memory is the same.
 func (e *execution) state() uint64 {
 	h := uint64(1)
 	for _, t := range e.run.threads {
@@ -517,7 +522,7 @@ func (e *execution) location(p unsafe.Pointer) *location {
 	return l
 }
 
-// waiting names what the threads that have not ended wait for.
+// waiting returns a text that names the operations for which unfinished threads wait.
 func (e *execution) waiting() string {
 	var b strings.Builder
 	for _, t := range e.run.threads {

@@ -25,7 +25,7 @@ func lostUpdate(r *explore.Run) {
 	})
 }
 
-// brokenInit is double-checked locking whose flag is set before the value is there.
+// brokenInit is double-checked locking whose flag is set before the value is written.
 func brokenInit(r *explore.Run) {
 	var mu sync.Mutex
 	var ready atomic.Bool
@@ -78,7 +78,7 @@ func spins(r *explore.Run) {
 	})
 }
 
-// wakesOne has a stop that wakes one of two who wait.
+// wakesOne has a stop that wakes only one of two waiting threads.
 func wakesOne(r *explore.Run) {
 	var mu sync.Mutex
 	var stopped bool
@@ -100,7 +100,7 @@ func wakesOne(r *explore.Run) {
 	})
 }
 
-// twoPlaces takes two places of a channel in two threads, one after the other.
+// twoPlaces lets each of two threads take two places of a channel, one after the other.
 func twoPlaces(r *explore.Run) {
 	places, done := make(chan int, 2), make(chan struct{})
 	for range 2 {
@@ -120,7 +120,7 @@ func twoPlaces(r *explore.Run) {
 	})
 }
 
-// closed is twoPlaces with an end to the wait.
+// closed is twoPlaces with a way to end the wait.
 func closed(r *explore.Run) {
 	places, done := make(chan int, 1), make(chan struct{})
 	places <- 0
@@ -132,8 +132,8 @@ func closed(r *explore.Run) {
 	r.Go("closer", func() { explore.Close(done) })
 }
 
-// storeBuffer cannot end with both loads zero under sequential consistency, and can
-// in each other way.
+// storeBuffer can end with any results of its two loads, except that under sequential
+// consistency not both can be zero.
 func storeBuffer(seen map[string]int) func(*explore.Run) {
 	return func(r *explore.Run) {
 		var x, y atomic.Uint64
@@ -148,7 +148,7 @@ func TestSearchFindsTextbookBugs(t *testing.T) {
 	for _, test := range []struct {
 		name        string
 		scenario    func(*explore.Run)
-		preemptions int // that it takes
+		preemptions int // how many preemptions are needed to find the fault
 		want        string
 	}{
 		{"a lost update", lostUpdate, 1, "the counter is 1, want 2"},
@@ -196,8 +196,8 @@ func TestSearchReachesEveryResult(t *testing.T) {
 	}
 }
 
-// words has threads that each add their letter to a text, so that its values are
-// all orders of the letters.
+// words lets each thread add its letter to a text some times, so that the texts are all orders
+// of the letters.
 func words(threads, steps int, seen map[string]bool) func(*explore.Run) {
 	return func(r *explore.Run) {
 		var turn atomic.Uint64
@@ -252,7 +252,8 @@ func preemptions(s string) (n int) {
 	return n
 }
 
-// TestIndependentStepsAreNotReordered: threads that meet nowhere have one order.
+// TestIndependentStepsAreNotReordered: for threads that share no location only one order is
+// run.
 func TestIndependentStepsAreNotReordered(t *testing.T) {
 	scenario := func(r *explore.Run) {
 		n := make([]atomic.Uint64, 4)
@@ -300,7 +301,7 @@ func TestKillEndsTheThreadsAnywhere(t *testing.T) {
 func TestReductionLosesNoState(t *testing.T) {
 	for seed := range uint64(40) {
 		bounded, all := map[string]bool{}, map[string]bool{}
-		// So many preemptions are any number for programs of that length.
+		// Programs of that length cannot have more preemptions than this.
 		if _, err := explore.Search(explore.Options{Preemptions: 12}, randomProgram(seed, bounded)); err != nil {
 			t.Fatal(err)
 		}

@@ -12,10 +12,10 @@ type Kind uint8
 
 const (
 	Read  Kind = iota + 1
-	Add        // commutes with other Adds: nobody looks at the result
+	Add        // commutes with other Adds: its result is not used
 	Write      // all else
 	wait       // a Write that waits until it is ready
-	await      // a Read of what the thread has read since its last one, that waits until some of it was written
+	await      // a Read of everything that the thread has read since its last await; it waits until some of that is written
 	kill
 	start // of a thread; it depends on nothing
 )
@@ -27,11 +27,11 @@ type op struct {
 	pointer unsafe.Pointer
 	at      *location
 	ready   func() bool // of wait
-	last    bool        // of wait: only where no other thread can go on
+	last    bool        // of wait: only if no other thread can go on
 	watched []watch     // of await
 }
 
-// enabled reports whether the operation can be done now.
+// enabled reports whether the operation can be done now, without waiting.
 func (o *op) enabled() bool {
 	switch o.kind {
 	case wait:
@@ -49,7 +49,7 @@ func (o *op) enabled() bool {
 
 func (o *op) writes() bool { return o.kind == Add || o.kind == Write || o.kind == wait }
 
-// dependsOn reports whether the order of the two may matter.
+// dependsOn reports whether the order of the two operations may matter.
 func (o *op) dependsOn(p *op) bool {
 	switch {
 	case o.kind == kill:
@@ -80,16 +80,17 @@ func (o *op) awaits(p *op) bool {
 	return false
 }
 
-// location is what an execution knows of an atomic or a mutex: a hash of the
-// operations that the next one of each kind depends on.
+// location is the history of an atomic or a mutex in an execution: hashes of the operations on
+// which the next operation of each kind depends.
 type location struct {
-	version uint64 // before the group
-	group   Kind   // of the last operations, which commute
-	sum     uint64 // of their hashes
+	version uint64 // hash of the operations before the group
+	group   Kind   // kind of the last operations, which commute
+	sum     uint64 // sum of the hashes of these
 	writes  int
 }
 
-// event adds an operation of a thread with the given hash, and returns its own.
+// event adds an operation of a thread with the given hash, and returns the hash of the
+// operation.
 func (l *location) event(thread uint64, kind Kind) uint64 {
 	if kind == Write || kind != l.group {
 		l.version = mix(l.version^l.sum, uint64(l.group)+1)
@@ -100,7 +101,7 @@ func (l *location) event(thread uint64, kind Kind) uint64 {
 	return h
 }
 
-// perform notes that t does its pending operation.
+// perform records that t does its pending operation.
 func (e *execution) perform(t *thread) {
 	o := &t.pending
 	e.wrote = o.kind == Write || o.kind == Add
@@ -135,17 +136,18 @@ func mix(a, b uint64) uint64 {
 	return hi ^ lo ^ a
 }
 
-// Do is called by the packages that stand for sync/atomic and sync before each
-// operation on what p points to.
+// Do is called by the packages that replace sync/atomic and sync, before each operation on the
+// memory that p points to.
 func Do(kind Kind, name string, p unsafe.Pointer) {
 	if active != nil {
 		step(op{kind: kind, name: name, pointer: p})
 	}
 }
 
-// Then is called with an operation on what p points to that comes with the one before: no
-// other thread's step is tried between them. For the release of a mutex none is needed: a
-// thread that waits for it cannot go on before, and what others do there they may do earlier.
+// Then records an operation on the memory that p points to as one step with the operation
+// before it: no step of another thread is tried between the two. It is used for the release of
+// a mutex: a thread that waits for the mutex cannot go on before the release, and what other
+// threads do between the two they may do earlier.
 func Then(kind Kind, name string, p unsafe.Pointer) {
 	e, t := running()
 	if e == nil {
@@ -160,37 +162,37 @@ func Then(kind Kind, name string, p unsafe.Pointer) {
 	}
 }
 
-// Until is called before an operation on what p points to that waits until it is ready: a
-// mutex is free, a channel has something.
+// Until is called before an operation on the memory that p points to that has to wait until it
+// is ready, for example until a mutex is free or a channel has a value.
 func Until(ready func() bool, name string, p unsafe.Pointer) {
 	if active != nil {
 		step(op{kind: wait, name: name, pointer: p, ready: ready})
 	}
 }
 
-// Idle is Until for what happens when no other thread can go on: time passes. It needs a
-// bound on preemptions.
+// Idle is like Until, for an operation that is done only if no other thread can go on: time
+// passes. It needs a bound on preemptions.
 func Idle(ready func() bool, name string, p unsafe.Pointer) {
 	if active != nil {
 		step(op{kind: wait, name: name, pointer: p, ready: ready, last: true})
 	}
 }
 
-// Wait stands for the pauses in a loop that waits: it returns when something was
-// written that the loop has read.
+// Wait replaces the pauses in a loop that waits: it returns when something is written that the
+// loop has read.
 func Wait() {
 	if active != nil {
 		step(op{kind: await, name: "wait"})
 	}
 }
 
-// Active reports whether a scenario runs.
+// Active reports whether a scenario is running.
 func Active() bool { return active != nil }
 
-// Step is the number of the last step.
+// Step returns the number of the last step.
 func Step() int { return active.depth }
 
-// Pause stands for time.Sleep and runtime.Gosched. In a scenario it is Wait.
+// Pause replaces time.Sleep and runtime.Gosched. In a scenario it does the same as Wait.
 func Pause(d time.Duration) {
 	switch {
 	case active != nil:

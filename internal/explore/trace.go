@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// schedule is the order of the threads as text: a letter for the thread, and how
-// many steps it takes.
+// schedule returns the order of the threads as text: for each turn of a thread a letter, and
+// how many steps the thread takes.
 func (e *execution) schedule() string {
 	var b strings.Builder
 	for i := 0; i < len(e.choices); {
@@ -41,7 +41,7 @@ func parseSchedule(s string) (threads []int, err error) {
 	return threads, nil
 }
 
-// note adds a line to the trace: the thread, what it does, and where.
+// note adds a line to the trace: the thread, its operation, and the place in the source.
 func (e *execution) note(t *thread, what string) {
 	var callers [32]uintptr
 	frames := runtime.CallersFrames(callers[:runtime.Callers(3, callers[:])])
@@ -61,10 +61,10 @@ func (e *execution) note(t *thread, what string) {
 	e.search.trace = append(e.search.trace, fmt.Sprintf("%4d  %c %-10s %-14s %s", e.depth, 'a'+t.id, t.name, what, where))
 }
 
-// Tracing reports whether what an operation returns is wanted.
+// Tracing reports whether Returned will be used: whether a trace is being made.
 func Tracing() bool { return active != nil && active.search.tracing }
 
-// Returned adds to the trace what the operation before has returned.
+// Returned adds the result of the last operation to the trace.
 func Returned(v any) {
 	if !Tracing() {
 		return
@@ -77,7 +77,7 @@ func Returned(v any) {
 	}
 }
 
-// Note adds a line of the scenario's own to the trace.
+// Note adds a line of the scenario to the trace.
 func Note(format string, args ...any) {
 	if Tracing() {
 		t := active.run.threads[active.current]
@@ -85,7 +85,7 @@ func Note(format string, args ...any) {
 	}
 }
 
-// story is the trace as text; of a long one its end.
+// story returns the trace as text; of a long trace only the end.
 func (s *search) story() string {
 	const most = 400
 	if n := len(s.trace); n > most {

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// pipe is a reader that stalls, reads or is gone.
+// pipe is a writer whose reader stalls, reads or has gone.
 type pipe struct {
 	mu    sync.Mutex
 	cond  sync.Cond
@@ -45,7 +45,7 @@ func (p *pipe) Write(line []byte) (int, error) {
 	return p.text.Write(line)
 }
 
-// read returns the lines, and how many lines they say were dropped.
+// read returns the lines that were written, and how many lines they report as dropped.
 func (p *pipe) read(t *testing.T) (lines []string, dropped uint64) {
 	t.Helper()
 	p.mu.Lock()
@@ -103,13 +103,13 @@ func TestLogGoesThroughInOrder(t *testing.T) {
 	wantLines(t, p, w, 500)
 }
 
-// TestStalledReaderHoldsUpNobody: writing goes on, Flush gives up, and when the
-// reader is back one line says how many are missing, where they are.
+// TestStalledReaderHoldsUpNobody: Write does not wait, Flush gives up, and when the reader goes
+// on, one line reports how many lines are missing, in their place.
 func TestStalledReaderHoldsUpNobody(t *testing.T) {
 	p := newPipe("stalls")
 	w := NewWriter(p)
 	write(w, 0, 1)
-	for len(w.lines) > 0 { // until it is in the write
+	for len(w.lines) > 0 { // until run is in the write
 		time.Sleep(time.Millisecond)
 	}
 	write(w, 1, 3*queued)
@@ -124,12 +124,12 @@ func TestStalledReaderHoldsUpNobody(t *testing.T) {
 	wantLines(t, p, w, 3*queued+10)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if n := strings.Count(p.text.String(), "dropped"); n != 2 { // the word and the field
+	if n := strings.Count(p.text.String(), "dropped"); n != 2 { // once in the message and once as a field
 		t.Errorf("the word occurs %d times, want 2: in one line", n)
 	}
 }
 
-// TestLinesOfABrokenPipeAreCounted, and reported when somebody reads again.
+// TestLinesOfABrokenPipeAreCounted: and they are reported when the pipe is read again.
 func TestLinesOfABrokenPipeAreCounted(t *testing.T) {
 	p := newPipe("gone")
 	w := NewWriter(p)

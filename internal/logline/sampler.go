@@ -8,25 +8,25 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// Sampler lets the first Lines lines of each period of Every through and counts
-// the others. Both are set before its first use, and not changed.
+// Sampler allows the first Lines lines of each period of length Every, and counts the others as
+// hidden. Set Lines and Every before the first use, and do not change them.
 //
-// Safe for concurrent use, and cheap where thousands fail at once: a goroutine
-// that does not get the lock is hidden without waiting for it.
+// Safe for concurrent use, and cheap if thousands of goroutines fail at once: a line of a
+// goroutine that does not get the lock at once is hidden.
 type Sampler struct {
-	Lines int           // 0 is 1
+	Lines int           // lines allowed in a period; 0 means 1
 	Every time.Duration // length of a period
 
-	hidden atomic.Uint64 // lines kept back since the last that was let through
+	hidden atomic.Uint64 // lines hidden since the last one that was allowed
 
-	// mu guards the period that runs.
+	// mu guards the present period.
 	mu    sync.Mutex
 	began time.Time
 	lines int
 }
 
-// Allow reports whether a line may be written now, and how many were hidden since
-// the last one.
+// Allow reports whether a line may be written now; if so, hidden is how many lines were hidden
+// since the last one that was allowed.
 func (s *Sampler) Allow(now time.Time) (hidden uint64, ok bool) {
 	if !s.mu.TryLock() {
 		s.hidden.Add(1)
@@ -45,19 +45,19 @@ func (s *Sampler) Allow(now time.Time) (hidden uint64, ok bool) {
 	return s.hidden.Swap(0), true
 }
 
-// Msg writes a line, with how many were hidden, if one may be written now. It is for what
-// fails a few times a second: the line is made even if it is hidden.
+// Msg writes a line, with the number of hidden lines, if Allow allows it. It is meant for
+// failures that occur a few times a second at most: e is built even if the line is hidden.
 func (s *Sampler) Msg(e *zerolog.Event, text string) {
 	if hidden, ok := s.Allow(time.Now()); ok {
 		e.Uint64("hidden", hidden).Msg(text)
 	}
 }
 
-// TakeHidden returns how many lines were hidden since the last one: for a report
-// when none follows.
+// TakeHidden returns how many lines were hidden since the last one that was allowed, and sets
+// that to 0. It is for a report when no further line may follow.
 func (s *Sampler) TakeHidden() uint64 { return s.hidden.Swap(0) }
 
-// Reset begins a new period: the next line is let through, and reports none as hidden.
+// Reset begins a new period: the next line is allowed, and reports no hidden lines.
 func (s *Sampler) Reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,5 +1,5 @@
-// Package retry paces attempts that fail, for everything that talks to a disk, a
-// broker or Redis.
+// Package retry waits between attempts that fail, for all parts that use a disk, a broker or
+// Redis.
 package retry
 
 import (
@@ -8,27 +8,27 @@ import (
 	"time"
 )
 
-// Waits are between these, doubling, with jitter so that instances that lost the
-// same server do not return in step. Five seconds leaves a server that came back
-// found well within half a minute.
+// The waits double from shortest to longest, with jitter, so that instances that lost the same
+// server do not reconnect at the same time. With five seconds, a server that is back is found
+// well within half a minute.
 const (
 	shortest = 100 * time.Millisecond
 	longest  = 5 * time.Second
 )
 
-// Backoff waits longer each time. The zero value starts with the shortest. One goroutine at a
-// time uses it.
+// Backoff waits longer each time. The zero value begins with the shortest wait. Only one
+// goroutine at a time may use it.
 type Backoff struct{ next time.Duration }
 
-// Sleep waits before the next attempt. It returns the error of ctx if that ends
-// first.
+// Sleep waits before the next attempt: between half of the present wait and all of it. It
+// returns the error of ctx if ctx ends first.
 func (b *Backoff) Sleep(ctx context.Context) error {
 	d := min(max(b.next, shortest), longest)
 	b.next = 2 * d
 	return Sleep(ctx, d/2+rand.N(d/2))
 }
 
-// Sleep waits for d. It returns the error of ctx if that ends first.
+// Sleep waits for d. It returns the error of ctx if ctx ends first. Safe for concurrent use.
 func Sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()

@@ -22,16 +22,16 @@ import (
 
 // Config describes the Set under test.
 type Config struct {
-	// New makes a Set that closes when the test is over. maxIDs is its bound for an
-	// epoch, 0: none.
+	// New makes a Set that is closed when the test is over. An epoch may have at most maxIDs
+	// ids; 0: no limit.
 	New func(t testing.TB, maxIDs uint64) dedup.Set
 
-	Many    int               // ids that the Set takes in seconds; 0: each takes a trip
-	Turns   int               // epochs after which what is kept of them comes round; 0: never
-	Reclaim func(s dedup.Set) // reclaims what past epochs left; nil: Run alone does
+	Many    int               // how many ids the Set can take within seconds; 0: few, because each takes a network round trip
+	Turns   int               // after how many epochs their tags are used again; 0: never
+	Reclaim func(s dedup.Set) // reclaims the memory of past epochs; nil: only Set.Run does that
 }
 
-// Run runs the suite.
+// Run runs the suite on the Set that c describes.
 func Run(t *testing.T, c Config) {
 	for _, test := range []struct {
 		name string
@@ -49,7 +49,7 @@ func Run(t *testing.T, c Config) {
 	}
 }
 
-// AddTo makes the key of id and adds it.
+// AddTo adds id to e, and returns the verdict.
 func AddTo(s dedup.Set, e *counter.Epoch, id []byte) (dedup.Verdict, error) {
 	verdicts := [1]dedup.Verdict{dedup.Turned}
 	items := []dedup.Item{{ID: id}}
@@ -74,8 +74,8 @@ func runSet(t testing.TB, s dedup.Set) {
 // Epochs lets a test turn epochs by hand, and add ids to them.
 type Epochs struct{ epochtest.Epochs }
 
-// NewEpochs seals the counter when the test is over, and waits until every
-// epoch is retired: the Set that was made before can then be closed.
+// NewEpochs starts a counter on s. When the test is over it seals the counter and waits until
+// every epoch is retired. So a cleanup that was registered before can close s.
 func NewEpochs(t testing.TB, s dedup.Set) Epochs { return Epochs{epochtest.New(t, s)} }
 
 // Add adds id to the n-th epoch.
@@ -90,7 +90,7 @@ func (e Epochs) Add(t testing.TB, s dedup.Set, n int, id string) (dedup.Verdict,
 	return v, err
 }
 
-// leave ends the stay of a request whose id got that verdict.
+// leave makes a request whose id got the verdict v leave its epoch.
 func leave(in counter.Entry, v dedup.Verdict) {
 	var n [dedup.Verdicts]uint64
 	n[v] = 1
@@ -118,8 +118,8 @@ func answersUniqueOncePerEpoch(t *testing.T, c Config) {
 	}
 }
 
-// agreesWithMap runs random adds of few ids over many epochs, more than
-// there are tags, against a plain map.
+// agreesWithMap adds few ids at random over more epochs than there are tags, and compares the
+// verdicts with a plain map.
 func agreesWithMap(t *testing.T, c Config) {
 	s := c.New(t, 0)
 	turns := cmp.Or(c.Turns, 100)
@@ -145,14 +145,14 @@ func agreesWithMap(t *testing.T, c Config) {
 	}
 }
 
-// agreesOnTokensAndKeys runs random adds of few ids, under few keys and with few tokens,
-// over some epochs, in batches, against a plain map.
+// agreesOnTokensAndKeys adds few ids at random, under few keys and with few tokens, in batches,
+// over some epochs, and compares the verdicts with plain maps.
 func agreesOnTokensAndKeys(t *testing.T, c Config) {
 	type name struct{ under, id string }
 	s := c.New(t, 0)
 	rnd := rand.New(rand.NewPCG(18, 20))
 	e := NewEpochs(t, s)
-	before, now := map[name]string{}, map[name]string{} // the token that each was counted with
+	before, now := map[name]string{}, map[name]string{} // the token that each id was counted with, in the window before and in this one
 	for n := range 12 {
 		unique := map[string]uint64{}
 		for range 40 {
@@ -219,7 +219,7 @@ func growsFarBeyondWhatWasExpected(t *testing.T, c Config) {
 func refusesBeyondMaxIDsAndStillFindsRepeats(t *testing.T, c Config) {
 	for _, maxIDs := range []int{1, 100, 200_000} {
 		if maxIDs > cmp.Or(c.Many, 1000) {
-			continue // each id takes a trip
+			continue // each id takes a network round trip
 		}
 		t.Run(fmt.Sprint(maxIDs), func(t *testing.T) {
 			s := c.New(t, uint64(maxIDs))
@@ -238,10 +238,10 @@ func refusesBeyondMaxIDsAndStillFindsRepeats(t *testing.T, c Config) {
 	}
 }
 
-// isExactWhileEpochsTurn has writers add the same ids to the same epochs at the same time,
-// while the epochs turn under them and some requests sleep inside: each id is Unique once
-// in each epoch that it is answered in, and the counts of the epochs are the numbers of
-// those.
+// isExactWhileEpochsTurn lets writers add the same ids to the same epochs at the same time,
+// while the epochs turn and some requests sleep inside them. Each id must be Unique exactly
+// once in each epoch in which it is answered, and the counts of the epochs must be the numbers
+// of these ids.
 func isExactWhileEpochsTurn(t *testing.T, c Config) {
 	const window = counter.MinWindow
 	for _, tt := range []struct {
@@ -304,7 +304,7 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 							}
 							switch rnd.IntN(4096) {
 							case 0:
-								time.Sleep(window * 5 / tt.speed) // until the next epoch
+								time.Sleep(window * 5 / tt.speed) // until the next epoch is open
 							case 1, 2, 3, 4:
 								runtime.Gosched()
 							}
@@ -382,9 +382,9 @@ func isExactWhileEpochsTurn(t *testing.T, c Config) {
 	}
 }
 
-// keepsLateRequestsOutOfLaterEpochs has a request sleep in an epoch while the next ones
-// fill. The id that it then adds to its own epoch neither takes anything from a later one
-// nor shows there.
+// keepsLateRequestsOutOfLaterEpochs lets a request sleep in an epoch while the next epochs get
+// their ids. An id that it then adds to its own epoch must not displace an id of a later epoch,
+// and must not be found there.
 func keepsLateRequestsOutOfLaterEpochs(t *testing.T, c Config) {
 	id := func(i int) string {
 		if i%2 == 0 {
@@ -405,7 +405,7 @@ func keepsLateRequestsOutOfLaterEpochs(t *testing.T, c Config) {
 		for i := 0; i < ids; i += 2 + n {
 			e.Want(t, s, n, id(i), dedup.Unique)
 		}
-		// Late: ids that are in its epoch, and others.
+		// The late request adds ids that are in its epoch, and others.
 		for i := 0; i < ids; i += 3 {
 			switch v, err := AddTo(s, in.Epoch, []byte(id(i))); {
 			case err != nil:

@@ -9,11 +9,11 @@ import (
 
 var (
 	hostName = regexp.MustCompile(`^([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?$`)
-	numeric  = regexp.MustCompile(`(^|\.)[0-9]+$`) // resolvers take it for an address
+	numeric  = regexp.MustCompile(`(^|\.)[0-9]+$`) // resolvers treat such a text as an address
 )
 
-// BadAddress returns why the address cannot be HOST:PORT of a server, or "". Its port may be
-// missing if there is a default.
+// BadAddress returns why the address cannot be HOST:PORT of a server; "" if it can. The port
+// may be missing if defaultPort is not empty.
 func BadAddress(address, defaultPort string) string {
 	host, port := address, defaultPort
 	if colon := strings.LastIndexByte(address, ':'); colon > strings.LastIndexByte(address, ']') {
@@ -30,7 +30,8 @@ func BadAddress(address, defaultPort string) string {
 	return ""
 }
 
-// isHost reports whether host can be a name or is an address.
+// isHost reports whether host is a possible host name, an IPv4 address, or an IPv6 address in
+// brackets.
 func isHost(host string) bool {
 	if inner, ok := strings.CutPrefix(host, "["); ok {
 		inner, closed := strings.CutSuffix(inner, "]")

@@ -2,8 +2,8 @@ package setting
 
 import "fmt"
 
-// Nearest returns a hint with the candidate that word is most probably a
-// misspelling of, or "".
+// Nearest returns a hint with the candidate of which word is probably a misspelling; "" if no
+// candidate is near enough.
 func Nearest(word string, candidates []string) string {
 	best, least := "", max(2, len(word)/4)+1
 	for _, c := range candidates {
@@ -17,9 +17,9 @@ func Nearest(word string, candidates []string) string {
 	return fmt.Sprintf(", did you mean %q?", best)
 }
 
-// distance is the number of letters to insert, delete or replace to make b of a.
+// distance returns how many bytes must be inserted, deleted or replaced to turn a into b.
 func distance(a, b string) int {
-	row := make([]int, len(b)+1) // of the prefixes of b
+	row := make([]int, len(b)+1) // row[j] is the distance to the first j bytes of b
 	for j := range row {
 		row[j] = j
 	}

@@ -17,26 +17,29 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// Flag is what Sources need to know of a flag.
+// Flag is what Sources need to know about a flag.
 type Flag struct {
-	Name, Env string // without the dashes; its variable, or empty
+	Name, Env string // the name without the dashes; its environment variable, or empty
 	Bool      bool   // needs no value
 	List      bool   // takes several values
 	Text      bool   // takes one text, which may look like a number
 	File      bool   // is a key of the settings file
 }
 
-// Sources are what the settings are read from: the command line over the
-// environment over the settings file. A variable that is empty is not set.
+// Sources are what the values of settings are read from. The command line has precedence over
+// the environment, and that over the settings file. An empty variable counts as not set. Only
+// one goroutine may use them before ReadFile has returned; after that all methods are safe for
+// concurrent use.
 type Sources struct {
 	flags     map[string]Flag
 	args      []string
 	variables map[string]string
-	path      string // of the settings file; "": there is none
+	path      string // path of the settings file; "": there is none
 	file      map[string]any
 }
 
-// New takes what was given to the program. ReadFile and Check come next.
+// New returns Sources with the command line and the environment of the program. Call ReadFile
+// next, and then the checks.
 func New(args, environ []string, flags []Flag) *Sources {
 	s := &Sources{flags: make(map[string]Flag), args: args}
 	known := make(map[string]bool)
@@ -50,8 +53,9 @@ func New(args, environ []string, flags []Flag) *Sources {
 	return s
 }
 
-// ReadFile reads the settings file that the flag called name points to, in YAML or
-// JSON, and refuses keys that are no flags and values of another kind.
+// ReadFile reads the settings file, in YAML or JSON, whose path the setting called name has; it
+// does nothing if that is not set. It returns an Error if the file cannot be read or parsed, if
+// a key is not a flag, or if a value is not of a kind that a flag can have.
 func (s *Sources) ReadFile(name string) error {
 	s.path, _, _ = s.Lookup(name)
 	if s.path == "" {
@@ -85,7 +89,7 @@ func (s *Sources) ReadFile(name string) error {
 	return nil
 }
 
-// decode reads the one document of a settings file.
+// decode reads the only document of a settings file.
 func (s *Sources) decode(b []byte) error {
 	documents := yaml.NewDecoder(bytes.NewReader(b))
 	for {
@@ -97,19 +101,19 @@ func (s *Sources) decode(b []byte) error {
 		case err != nil:
 			return err
 		case s.file != nil && document != nil:
-			return errors.New("there is a second document in it, behind a line ---")
+			return errors.New("it has a second document, after a line ---")
 		case document != nil:
 			s.file = document
 		}
 	}
 }
 
-// keepText puts back what is written in the file for settings that are text: YAML takes
-// 007 for the number 7, which as the name of an instance it is not.
+// keepText restores the text as it is written in the file for settings that are text: YAML
+// reads 007 as the number 7, but as the name of an instance it is 007.
 func (s *Sources) keepText(b []byte) {
 	var nodes map[string]ast.Node
 	if yaml.Unmarshal(b, &nodes) != nil {
-		return // the values stay
+		return // the values stay as decoded
 	}
 	for key, node := range nodes {
 		if !s.flags[key].Text {
@@ -122,11 +126,12 @@ func (s *Sources) keepText(b []byte) {
 	}
 }
 
-// longestFile is far above a file of settings, a secret or a chain of certificates.
+// longestFile is far more bytes than a settings file, a secret or a chain of certificates has.
 const longestFile = 4 << 20
 
-// ReadFile reads a file that a setting names, without the mark U+FEFF that some editors begin
-// a file with. It refuses what never ends, as a device, before it takes all memory.
+// ReadFile reads a file that a setting names, without the byte order mark with which some
+// editors begin a file. It returns an error for a file of more than 4 MiB: a device may never
+// end, and would take all memory. Safe for concurrent use.
 func ReadFile(path string) ([]byte, error) {
 	file, err := os.Open(path)
 	if err != nil {
@@ -140,7 +145,8 @@ func ReadFile(path string) ([]byte, error) {
 	return bytes.TrimPrefix(b, []byte("\ufeff")), err
 }
 
-// Cause is err without the path and the operation of a file's error.
+// Cause returns the cause in an error of a file, without the operation and the path; any other
+// error as it is.
 func Cause(err error) error {
 	if path, ok := errors.AsType[*fs.PathError](err); ok {
 		return path.Err
@@ -148,7 +154,7 @@ func Cause(err error) error {
 	return err
 }
 
-// CheckVariables refuses a variable that looks like a setting and is none.
+// CheckVariables returns an error if a variable looks like a setting but is none.
 func (s *Sources) CheckVariables() error {
 	var known []string
 	for _, f := range s.flags {
@@ -162,8 +168,8 @@ func (s *Sources) CheckVariables() error {
 	return nil
 }
 
-// CheckText refuses a value that is not in UTF-8: the parser of the command line would put
-// other characters in its place, and with them the name of another file, or of another instance.
+// CheckText returns an Error if a value is not in UTF-8: the parser of the command line would
+// replace the wrong bytes, and so the value could name another file or another instance.
 func (s *Sources) CheckText() error {
 	for _, name := range slices.Sorted(maps.Keys(s.flags)) {
 		if text, _, ok := s.Lookup(name); ok && !utf8.ValidString(text) {
@@ -173,15 +179,15 @@ func (s *Sources) CheckText() error {
 	return nil
 }
 
-// Source is where a value comes from.
+// Source tells where a value comes from, in two forms.
 type Source struct {
-	Name   string // the flag, the variable, the file, or "default"
-	Phrase string // the same as it stands in a sentence
+	Name   string // the flag, the variable, the path of the file, or "default"
+	Phrase string // the same for use in a sentence, such as "from the command line"
 }
 
-// Lookup returns the text that sets the flag called name and where it stands; of a
-// flag that is repeated the last one. A list has its values joined by commas. Not
-// ok: nothing sets it, or it stands on the command line without a value.
+// Lookup returns the text that sets the flag called name, and where it comes from. If a flag is
+// repeated on the command line, the last one counts; the values of a list are joined by commas.
+// ok is false if nothing sets the flag, or if it has no valid value in the source that sets it.
 func (s *Sources) Lookup(name string) (text string, from Source, ok bool) {
 	if text, given, ok := s.argument(name); given {
 		return text, Source{"--" + name, "from the command line"}, ok
@@ -196,7 +202,8 @@ func (s *Sources) Lookup(name string) (text string, from Source, ok bool) {
 	return "", Source{"default", "the default"}, false
 }
 
-// argument looks for the flag on the command line.
+// argument looks for the flag called name on the command line. given: it is there; ok: it has a
+// value.
 func (s *Sources) argument(name string) (text string, given, ok bool) {
 	var all []string
 	for i := 0; i < len(s.args) && s.args[i] != "--"; i++ {
@@ -226,7 +233,8 @@ func (s *Sources) argument(name string) (text string, given, ok bool) {
 	return all[len(all)-1], given, true
 }
 
-// fileText is the value of a key as it would stand on the command line.
+// fileText returns the value of a key in the settings file as it would be written on the
+// command line.
 func (s *Sources) fileText(key string) (string, error) {
 	list, isList := s.file[key].([]any)
 	if !isList {
@@ -240,7 +248,7 @@ func (s *Sources) fileText(key string) (string, error) {
 		if err != nil {
 			return "", Errorf(key, "%v", err)
 		}
-		if isList { // a comma within a value does not end it
+		if isList { // escaped, because a comma ends an element of a list
 			text = strings.ReplaceAll(text, ",", `\,`)
 		}
 		parts[i] = text

@@ -1,5 +1,5 @@
-// Package testproc is what tests of several packages share: the output of
-// processes, and processes themselves.
+// Package testproc has what the tests of several packages share: processes, such as the server
+// and Redis, and the output of processes.
 package testproc
 
 import (
@@ -7,7 +7,7 @@ import (
 	"sync"
 )
 
-// Buffer is output that is read while it is written. Safe for concurrent use.
+// Buffer holds output that can be read while it is written. Safe for concurrent use.
 type Buffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer

@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// SelfSigned makes a certificate and returns the flags that use it.
+// SelfSigned makes a self-signed certificate, and returns the flags with which the server uses
+// it, and the certificate in DER.
 func SelfSigned(t testing.TB, name string) (flags []string, der []byte) {
 	t.Helper()
 	dir := t.TempDir()

@@ -20,7 +20,7 @@ import (
 // VERVE_TEST_REQUIRE names the requirement, as in CI.
 func Needs(t testing.TB, program, requirement string) string {
 	t.Helper()
-	for _, dir := range []string{"", "/usr/sbin/"} { // not in everybody's PATH
+	for _, dir := range []string{"", "/usr/sbin/"} { // not every user has it in PATH
 		if path, err := exec.LookPath(dir + program); err == nil {
 			return path
 		}
@@ -29,8 +29,8 @@ func Needs(t testing.TB, program, requirement string) string {
 	return ""
 }
 
-// Thorough reports whether VERVE_TEST_REQUIRE is set, as in CI. Elsewhere a test that has
-// many cases of one kind runs some of them.
+// Thorough reports whether VERVE_TEST_REQUIRE is set, as in CI. If it is not, a test that has
+// many cases of one kind runs only some of them.
 func Thorough() bool { return os.Getenv("VERVE_TEST_REQUIRE") != "" }
 
 // Missing ends a test that lacks something: it is skipped, or fails if
@@ -43,12 +43,12 @@ func Missing(t testing.TB, requirement, reason string) {
 	t.Skip(reason)
 }
 
-// given are the addresses that FreeAddr has returned.
+// given has the addresses that FreeAddr has returned.
 var given sync.Map
 
-// FreeAddr is an address of this machine that was free a moment ago, another one each time.
-// The port lies below those that the kernel gives to outgoing connections, so that a server
-// that is restarted finds it free again.
+// FreeAddr returns an address of this machine that was free a moment ago, a different one each
+// time. The port is below those that the kernel uses for outgoing connections, so that it is
+// still free when a server is restarted.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
@@ -66,17 +66,17 @@ func FreeAddr(t testing.TB) string {
 	return ""
 }
 
-// Setup is called from the TestMain of a package whose tests mostly wait: those that call
-// t.Parallel run side by side, two for each core, and temporary folders are in memory.
+// Setup is called from the TestMain of a package whose tests mostly wait. Tests that call
+// t.Parallel then run two at a time for each core, and temporary folders are in memory.
 func Setup() {
-	// Before the flags are parsed: one of the command line is not overruled.
+	// This comes before the flags are parsed, so a flag on the command line has precedence.
 	_ = flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
 	inMemory()
 }
 
-// inMemory puts the temporary folders of this process and of those it starts into memory,
-// where there is room for them: tests check what the page cache keeps, and would only wait
-// for the disk.
+// inMemory puts the temporary folders of this process, and of processes that it starts, into
+// memory if there is room for them: tests check only what the page cache keeps, and would wait
+// for the disk for nothing.
 func inMemory() {
 	const dir, least = "/dev/shm", 4 << 20 // KiB
 	mounts, err := os.ReadFile("/proc/mounts")
@@ -91,21 +91,22 @@ func inMemory() {
 		for o := range strings.SplitSeq(f[3], ",") {
 			var size int
 			if _, err := fmt.Sscanf(o, "size=%dk", &size); err == nil && size < least || o == "noexec" || o == "ro" {
-				return // as in a container
+				return // too small, as in a container, or not usable
 			}
 		}
-		_ = os.Setenv("TMPDIR", dir) // it can only fail for other names
+		_ = os.Setenv("TMPDIR", dir) // it can fail only for invalid names
 	}
 }
 
-// Until polls for what other processes or goroutines do. A minute is longer than
-// any of that takes on a busy machine.
+// Until polls done until it returns true, and fails the test after a minute, which is longer
+// than anything that tests wait for takes on a busy machine. what describes that in the
+// failure.
 func Until(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	Within(t, time.Minute, what, done)
 }
 
-// Within is Until with another limit.
+// Within is like Until, with another limit.
 func Within(t testing.TB, limit time.Duration, what string, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(limit); !done(); time.Sleep(5 * time.Millisecond) {
@@ -115,7 +116,7 @@ func Within(t testing.TB, limit time.Duration, what string, done func() bool) {
 	}
 }
 
-// Daemon runs the command until the end of the test, and returns when it listens.
+// Daemon runs the command until the end of the test, and returns when it listens on addr.
 func Daemon(t testing.TB, addr string, cmd *exec.Cmd) {
 	t.Helper()
 	if cmd.Stderr == nil {
@@ -137,7 +138,7 @@ func Daemon(t testing.TB, addr string, cmd *exec.Cmd) {
 	})
 }
 
-// ExitCode is the exit code of a command that returned err; 0 if there was none.
+// ExitCode returns the exit code of a command that returned err; 0 if err is nil.
 func ExitCode(err error) int {
 	if exit, is := err.(*exec.ExitError); is {
 		return exit.ExitCode()

@@ -11,11 +11,11 @@ import (
 	"time"
 )
 
-// Redis is a real Redis of a test, on a port of its own. It saves nothing unless its
-// arguments say so.
+// Redis is a real Redis server for a test, on a port of its own. It saves nothing to disk
+// unless its arguments ask it to.
 type Redis struct {
 	Addr string // HOST:PORT
-	Dir  string // its data
+	Dir  string // the directory of its data
 
 	t    testing.TB
 	args []string
@@ -32,7 +32,7 @@ func StartRedis(t testing.TB, args ...string) *Redis {
 	return r
 }
 
-// Start starts the server, also again after Kill, and waits until it answers.
+// Start starts the server, also after a Kill, and waits until it answers.
 func (r *Redis) Start() {
 	r.t.Helper()
 	host, port, err := net.SplitHostPort(r.Addr)
@@ -52,13 +52,13 @@ func (r *Redis) Start() {
 			return
 		}
 		if time.Now().After(deadline) {
-			text, _ := os.ReadFile(log) // the failure says the rest
+			text, _ := os.ReadFile(log) // without the log only the answer is reported
 			r.t.Fatalf("redis-server does not answer: %q\n%s", answer, text)
 		}
 	}
 }
 
-// ping returns the answer to a PING, which may be an error; "" without one.
+// ping returns the answer to a PING, which may be an error; "" if there is no answer.
 func (r *Redis) ping() string {
 	c, err := net.DialTimeout("tcp", r.Addr, time.Second)
 	if err != nil {
@@ -70,11 +70,11 @@ func (r *Redis) ping() string {
 		return ""
 	}
 	var b [128]byte
-	n, _ := c.Read(b[:]) // an empty answer says it
+	n, _ := c.Read(b[:]) // after an error the answer is empty
 	return string(b[:n])
 }
 
-// Process is that of the server.
+// Process returns the process of the server.
 func (r *Redis) Process() *os.Process { return r.cmd.Process }
 
 // Kill ends the server at once. A second call does nothing.

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// ProductFiles parses every Go file below the working directory that is of this module
-// and no test. Paths have slashes.
+// ProductFiles parses every Go file of this module below the working directory, except tests,
+// and calls f with each. Paths have slashes.
 func ProductFiles(t testing.TB, mode parser.Mode, f func(path string, fset *token.FileSet, file *ast.File)) {
 	t.Helper()
 	fset := token.NewFileSet()

@@ -27,7 +27,8 @@ var program struct {
 	err  error
 }
 
-// Main does what Setup does and runs the tests of a package that starts the program.
+// Main is for the TestMain of a package that starts the program: it calls Setup and runs the
+// tests.
 func Main(m *testing.M) {
 	Setup()
 	code := m.Run()
@@ -37,7 +38,7 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-// Program returns the path of the built program.
+// Program builds the program if that was not done yet, and returns its path.
 func Program(t testing.TB) string {
 	t.Helper()
 	program.once.Do(func() { program.dir, program.err = build() })
@@ -76,7 +77,8 @@ func raceDetector() bool {
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
-// ModuleRoot is the folder with go.mod above the working directory.
+// ModuleRoot returns the folder with go.mod, which is the working directory or a folder above
+// it.
 func ModuleRoot() (string, error) {
 	dir, err := os.Getwd()
 	for err == nil {
@@ -91,8 +93,8 @@ func ModuleRoot() (string, error) {
 	return "", err
 }
 
-// dependOnSource lists the folders of the program's source: go test keeps the result
-// of a test only until a file changes in a folder that the test has read.
+// dependOnSource lists the folders of the program's source, because go test caches the result
+// of a test until a file changes in a folder that the test has listed.
 func dependOnSource(root string) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() && path != root &&
@@ -103,13 +105,13 @@ func dependOnSource(root string) error {
 	})
 }
 
-// wholeHour are the tests that have a window of an hour.
+// wholeHour has the tests that have called awaitHour.
 var wholeHour sync.Map
 
-// awaitHour returns at once, but for the end of an hour, where the test waits for the next
-// one: a window that its servers call "1h" does not turn while it runs.
+// awaitHour makes a test wait for the next hour if the present one is nearly over, so that a
+// window with --window=1h does not turn during the test. Otherwise it returns at once.
 func awaitHour(t testing.TB) {
-	const longest = 2 * time.Minute // of such tests, on a busy machine
+	const longest = 2 * time.Minute // how long such a test takes on a busy machine, at most
 	if _, again := wholeHour.LoadOrStore(t, true); again {
 		return
 	}
@@ -118,7 +120,7 @@ func awaitHour(t testing.TB) {
 	}
 }
 
-// Verve returns the command, not yet started, in a directory of its own.
+// Verve returns the command that runs the program, not started yet, in a directory of its own.
 func Verve(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	if slices.Contains(args, "--window=1h") {
@@ -130,17 +132,17 @@ func Verve(t testing.TB, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Server is a verve that serves. It is for one goroutine, but for Get.
+// Server is a running server. Only one goroutine may use it, except for Get.
 type Server struct {
 	*exec.Cmd
 	Public, Admin string         // URLs
-	Log           *bufio.Scanner // of standard error
-	Lines         []string       // of the log, as far as it was read
+	Log           *bufio.Scanner // reads the log from standard error
+	Lines         []string       // the lines of the log that were read so far
 
 	t testing.TB
 }
 
-// onFreePorts are the flags that every server of a test has.
+// onFreePorts are the flags that the server of every test gets.
 var onFreePorts = []string{"--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--log-format=json"}
 
 // Start starts a server on free ports, and returns when it listens.
@@ -149,7 +151,7 @@ func Start(t testing.TB, args ...string) *Server {
 	return StartCmd(t, Verve(t, append(slices.Clone(onFreePorts), args...)...))
 }
 
-// StartCmd is Start of a command.
+// StartCmd is Start for a command that Verve returned.
 func StartCmd(t testing.TB, cmd *exec.Cmd) *Server {
 	t.Helper()
 	stderr, err := cmd.StderrPipe()
@@ -162,7 +164,7 @@ func StartCmd(t testing.TB, cmd *exec.Cmd) *Server {
 	return v
 }
 
-// Unstarted is a server that logs into a pipe of the test's own.
+// Unstarted returns a server that is not started, and the pipe into which it will log.
 func Unstarted(t testing.TB, args ...string) (v *Server, stderr *os.File) {
 	t.Helper()
 	cmd := Verve(t, append(slices.Clone(onFreePorts), args...)...)
@@ -175,7 +177,7 @@ func Unstarted(t testing.TB, args ...string) (v *Server, stderr *os.File) {
 	return &Server{Cmd: cmd, t: t}, r
 }
 
-// Begin starts the process, whose log comes from stderr.
+// Begin starts the process. stderr is where its log is read.
 func (v *Server) Begin(stderr io.Reader) {
 	v.t.Helper()
 	if err := v.Cmd.Start(); err != nil {
@@ -183,13 +185,13 @@ func (v *Server) Begin(stderr io.Reader) {
 	}
 	v.t.Cleanup(func() { _ = v.Process.Kill() })
 	if w, ok := v.Stderr.(*os.File); ok {
-		_ = w.Close() // the process has it
+		_ = w.Close() // the process has its own copy
 	}
 	v.Log = bufio.NewScanner(stderr)
 	v.Log.Buffer(nil, 2<<20) // a line may be a dump of all goroutines
 }
 
-// AwaitListening reads the log up to the addresses.
+// AwaitListening reads the log up to the line with the addresses, and sets Public and Admin.
 func (v *Server) AwaitListening() {
 	v.t.Helper()
 	var listening struct{ Listen, Admin string }
@@ -199,7 +201,7 @@ func (v *Server) AwaitListening() {
 	v.Public, v.Admin = "http://"+listening.Listen, "http://"+listening.Admin
 }
 
-// Until reads the log up to a line that holds part, and returns that.
+// Until reads the log up to a line that contains part, and returns that line.
 func (v *Server) Until(part string) string {
 	v.t.Helper()
 	for v.Log.Scan() {
@@ -212,8 +214,8 @@ func (v *Server) Until(part string) string {
 	return ""
 }
 
-// AwaitStopping reads the log up to the line that follows a signal to stop, and returns
-// when the server shows it: the line comes a moment before.
+// AwaitStopping is called after a signal to stop. It reads the log up to the line about it, and
+// returns when /readyz shows it, too, which is a moment later.
 func (v *Server) AwaitStopping() {
 	v.t.Helper()
 	v.Until(`"message":"stopping"`)
@@ -223,10 +225,10 @@ func (v *Server) AwaitStopping() {
 	})
 }
 
-// Text is the log as far as it was read.
+// Text returns the log as far as it was read.
 func (v *Server) Text() string { return strings.Join(v.Lines, "\n") }
 
-// Signal sends s.
+// Signal sends s to the process.
 func (v *Server) Signal(s os.Signal) {
 	v.t.Helper()
 	if err := v.Process.Signal(s); err != nil {
@@ -234,7 +236,7 @@ func (v *Server) Signal(s os.Signal) {
 	}
 }
 
-// Kill ends the process at once, as kill -9.
+// Kill ends the process at once, as kill -9 does.
 func (v *Server) Kill() {
 	v.t.Helper()
 	if err := v.Process.Kill(); err != nil {
@@ -243,25 +245,25 @@ func (v *Server) Kill() {
 	_ = v.Wait() // killed
 }
 
-// Stop sends SIGTERM and returns the exit code.
+// Stop sends SIGTERM, waits for the end of the process, and returns the exit code.
 func (v *Server) Stop() int {
 	v.t.Helper()
 	v.Signal(syscall.SIGTERM)
 	return v.Ended()
 }
 
-// Ended reads the log to its end and returns the exit code, -1 after a signal.
+// Ended reads the log to its end and returns the exit code; -1 if a signal ended the process.
 func (v *Server) Ended() int {
 	v.t.Helper()
-	for v.Log.Scan() { // to its end: a full pipe would hold the process
+	for v.Log.Scan() { // to its end, because a full pipe would block the process
 		v.Lines = append(v.Lines, v.Log.Text())
 	}
-	_ = v.Wait() // the exit code says it
+	_ = v.Wait() // the exit code reports it
 	return v.ProcessState.ExitCode()
 }
 
-// StopAtOnce repeats SIGTERM until the process has ended, as a first repeat can come
-// too soon to be taken for a second signal. It returns the exit code.
+// StopAtOnce sends SIGTERM again and again until the process has ended, because a repeat that
+// comes too soon does not count as a second signal. It returns the exit code.
 func (v *Server) StopAtOnce() int {
 	v.t.Helper()
 	ended := make(chan int)
@@ -303,7 +305,7 @@ type Record struct {
 	Exact    bool      `json:"exact"`
 }
 
-// Records reads a counts file.
+// Records returns the records in a counts file.
 func Records(t testing.TB, file string) (out []Record) {
 	t.Helper()
 	b, err := os.ReadFile(file)

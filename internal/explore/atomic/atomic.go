@@ -1,5 +1,5 @@
-// Package atomic has the API of sync/atomic. While a scenario of package explore
-// runs, each operation is a step of its schedule; else it is that of sync/atomic.
+// Package atomic has the API of sync/atomic. While a scenario of package explore runs, each
+// operation is a step of its schedule; otherwise it is the operation of sync/atomic.
 package atomic
 
 import (
@@ -27,7 +27,7 @@ type (
 	Pointer[T any] = value[*T, real.Pointer[T], *real.Pointer[T]]
 )
 
-// value is a V, the atomic of T.
+// value wraps V, the type of sync/atomic that holds a T.
 type value[T, V any, P interface {
 	*V
 	cell[T]
@@ -58,7 +58,7 @@ func (x *value[T, V, P]) CompareAndSwap(a, b T) bool {
 	return traced(P(&x.v).CompareAndSwap(a, b))
 }
 
-// number is a value that can be added to.
+// number is a value that has Add.
 type number[T, V any, P interface {
 	*V
 	cell[T]
@@ -70,7 +70,7 @@ func (x *number[T, V, P]) Add(n T) T {
 	return traced(P(&x.v).Add(n))
 }
 
-// Tally is Add where the result is not looked at (package overlay).
+// Tally is an Add whose result is not used (package overlay): such Adds commute.
 func (x *number[T, V, P]) Tally(n T) {
 	explore.Do(explore.Add, "add", x.at())
 	traced(P(&x.v).Add(n))

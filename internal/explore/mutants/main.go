@@ -3,12 +3,13 @@
 //
 //	go run ./internal/explore/mutants [-one-in N] [NAME...]
 //
-// With -one-in it takes every Nth fault of those, beginning with another one each day.
+// With -one-in it takes only every Nth of these faults, and begins with a different one each
+// day.
 //
-// A fault is a line that looks right: a second look that is left out, two loads in
-// the other order, a store in the place of a compare-and-swap. Product files stay as
-// they are (package overlay). The scenario that the table names for a fault is tried
-// first, and the others only where that one does not find it any more.
+// A fault is a change after which the code still looks right: a second look is left out, two
+// loads are in the other order, or a store takes the place of a compare-and-swap. The product
+// files are not changed (package overlay). The scenario that the table names for a fault is
+// tried first, and the others only if that one no longer finds the fault.
 package main
 
 import (
@@ -29,7 +30,7 @@ import (
 	"verve/internal/explore/overlay"
 )
 
-// table is the page with the faults that were found.
+// table is the page that lists the faults and the scenarios that found them.
 const table = "docs/interleavings.md"
 
 // mutant is one fault. The folder of its file has the scenarios that must find it.
@@ -38,8 +39,8 @@ type mutant struct {
 	edits      []overlay.Edit
 }
 
-// fault makes a mutant of pairs of texts: one that the file has once, and the one that takes
-// its place.
+// fault makes a mutant from pairs of texts: a text that the file contains exactly once, and its
+// replacement.
 func fault(file, name string, texts ...string) mutant {
 	m := mutant{name: name, file: file}
 	for pair := range slices.Chunk(texts, 2) {
@@ -48,7 +49,7 @@ func fault(file, name string, texts ...string) mutant {
 	return m
 }
 
-// found is what finds a fault.
+// found is how a fault was found.
 type found struct {
 	scenario, schedules, bound string
 	err                        error
@@ -73,7 +74,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(2)
 	}
-	// One is compiled while another one runs.
+	// One mutant is compiled while the scenarios of another one run.
 	results := make([]chan found, len(wanted))
 	for i := range results {
 		results[i] = make(chan found, 1)
@@ -116,7 +117,7 @@ var (
 	failed  = regexp.MustCompile(`(?m)^ *--- FAIL: (TestInterleavings\S*)`)
 )
 
-// firstOf is the regular expression of the scenario that the page names for a fault; empty
+// firstOf returns a regular expression for the scenario that the page names for a fault; empty
 // if it names none.
 func firstOf(page, name string) string {
 	for line := range strings.Lines(page) {

@@ -1,8 +1,8 @@
 // Package overlay compiles product files against explore/atomic and explore/sync.
 //
-// It writes copies whose imports, pauses and a few constants are exchanged, and has
-// go test compile those in the place of the files (-overlay). The files themselves
-// do not know of it.
+// It writes copies of the files in which the imports, the pauses and a few constants are
+// replaced, and makes go test compile the copies instead of the files (-overlay). The product
+// files contain nothing for this purpose.
 package overlay
 
 import (
@@ -28,17 +28,18 @@ import (
 // Tag is the build tag of files with scenarios.
 const Tag = "interleavings"
 
-// Edit exchanges a text that a file has once.
+// Edit replaces a text that a file contains exactly once.
 type Edit struct{ File, Old, New string }
 
-// Config says what is compiled in which form. Paths are relative to the module.
+// Config describes what is compiled and run, and in which form. Paths are relative to the
+// module.
 type Config struct {
 	Test     string   // the folder whose tests are run
 	Folders  []string // whose product files are rewritten
-	Edits    []Edit   // before that: what would make scenarios larger than need be
-	Channels bool     // what is done with channels and with the time is a step, too
+	Edits    []Edit   // made before that, to keep scenarios small
+	Channels bool     // operations on channels and on the time are steps, too
 	Run      string   // a regular expression for the tests; empty: all with Interleavings in their names
-	Env      []string // more of the environment
+	Env      []string // added to the environment
 	FailFast bool
 }
 
@@ -56,8 +57,8 @@ func Test(t *testing.T, c Config) {
 	}
 }
 
-// Run builds the tests of a package and runs those that Config names. It puts files into
-// dir, and returns what the tests printed.
+// Run builds the tests of a package and runs those that Config names. It writes its files into
+// dir, and returns the output of the tests.
 func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
 	binary, out, err := Build(ctx, dir, c)
 	if err != nil {
@@ -66,8 +67,8 @@ func Run(ctx context.Context, dir string, c Config) ([]byte, error) {
 	return RunBuilt(ctx, binary, c)
 }
 
-// Build compiles the tests of a package with rewritten files, which it puts into dir, and
-// returns the program; with an error, what the compiler printed.
+// Build compiles the tests of a package with rewritten files, which it writes into dir. It
+// returns the path of the program, or an error and the output of the compiler.
 func Build(ctx context.Context, dir string, c Config) (binary string, out []byte, err error) {
 	root, err := testproc.ModuleRoot()
 	if err != nil {
@@ -78,7 +79,7 @@ func Build(ctx context.Context, dir string, c Config) (binary string, out []byte
 		return "", nil, err
 	}
 	binary = filepath.Join(dir, "scenarios.test")
-	// Without the symbols that only a debugger needs it is linked sooner.
+	// Linking is faster without the symbols, which only a debugger needs.
 	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-o", binary, "-overlay", overlay, "-tags", Tag, "-vet=off", "-ldflags=-s -w", "./"+c.Test)
 	cmd.Dir = root
 	out, err = cmd.CombinedOutput()
@@ -101,7 +102,8 @@ func RunBuilt(ctx context.Context, binary string, c Config) ([]byte, error) {
 	return cmd.CombinedOutput()
 }
 
-// write puts the rewritten files and the list of them, which it returns, into dir.
+// write writes the rewritten files and a list of them into dir, and returns the path of the
+// list.
 func write(dir, root string, c Config) (string, error) {
 	replace := map[string]string{}
 	unused := slices.Clone(c.Edits)
@@ -146,7 +148,7 @@ func write(dir, root string, c Config) (string, error) {
 	if len(unused) > 0 {
 		return "", fmt.Errorf("no file %s in %v", unused[0].File, c.Folders)
 	}
-	// Other tests of the package may have to do with the types exchanged.
+	// Other tests of the package may not compile with the replaced types.
 	tests, err := filepath.Glob(filepath.Join(root, c.Test, "*_test.go"))
 	if err != nil {
 		return "", err
@@ -157,7 +159,7 @@ func write(dir, root string, c Config) (string, error) {
 			return "", err
 		}
 		if !bytes.Contains(source, []byte("//go:build "+Tag)) {
-			replace[file] = "" // is not there
+			replace[file] = "" // for the compiler the file does not exist
 		}
 	}
 	list, err := json.Marshal(map[string]any{"Replace": replace})
@@ -168,14 +170,14 @@ func write(dir, root string, c Config) (string, error) {
 	return overlay, os.WriteFile(overlay, list, 0o644)
 }
 
-// exchanged are the imports of a file that its copy has another package for, under
-// the same name.
+// exchanged maps an import of a file to the package that its copy imports instead, under the
+// same name.
 var exchanged = map[string]string{
 	"sync":        "verve/internal/explore/sync",
 	"sync/atomic": "verve/internal/explore/atomic",
 }
 
-// change exchanges the text between two offsets.
+// change replaces the text between two offsets.
 type change struct {
 	from, to int
 	with     string
@@ -185,7 +187,7 @@ type change struct {
 //
 //   - its atomics, mutexes and pools are those of package explore;
 //   - time.Sleep and runtime.Gosched are explore.Pause;
-//   - Add of an atomic whose result is not looked at is Tally;
+//   - Add of an atomic whose result is not used is Tally;
 //   - a plain store into a mapped chunk is an atomic one, that is, a step;
 //   - with channels, what is done with those is done by package explore.
 func rewrite(name string, source []byte, channels bool) ([]byte, error) {
@@ -265,13 +267,13 @@ func rewrite(name string, source []byte, channels bool) ([]byte, error) {
 	return append(out, tail...), nil
 }
 
-// channelChanges are those of what a file does with channels. A case that takes what it
-// receives is not supported, nor is a range over a channel.
+// channelChanges returns the changes for the operations on channels in a file. It does not
+// support a case that assigns the received value, nor a range over a channel.
 func channelChanges(file *ast.File, offset func(token.Pos) int, text func(ast.Node) string) (changes []change) {
 	change := func(from, to token.Pos, with string) {
 		changes = append(changes, change{offset(from), offset(to), with})
 	}
-	done := map[ast.Node]bool{} // the operations of cases
+	done := map[ast.Node]bool{} // the operations in cases, which are already changed
 	ast.Inspect(file, func(n ast.Node) bool {
 		switch n := n.(type) {
 		case *ast.SelectStmt:
@@ -314,7 +316,8 @@ func channelChanges(file *ast.File, offset func(token.Pos) int, text func(ast.No
 	return changes
 }
 
-// intoChunk reports whether an expression is a word of the chunk of a cursor.
+// intoChunk reports whether an expression is a word of the chunk of a cursor
+// (dedup/segment.go).
 func intoChunk(e ast.Expr) bool {
 	index, is := e.(*ast.IndexExpr)
 	if !is {
@@ -324,17 +327,17 @@ func intoChunk(e ast.Expr) bool {
 	return is && of.Sel.Name == "chunk"
 }
 
-// Counter makes the scenarios of counter smaller: of 32 stripes, all alike, two are
-// left, few epochs may wait, and the first table of keys has room for one.
+// Counter makes the scenarios of counter smaller: two stripes instead of 32 equal ones, few
+// epochs that may wait, and a first table of keys with room for one key.
 var Counter = []Edit{
 	{"counter/keys.go", "firstKeys = 1 << 10", "firstKeys = 2"},
 	{"counter/epoch.go", "stripeCount = 32", "stripeCount = 2"},
 	{"counter/counter.go", "maxWaiting = 2048", "maxWaiting = 2"},
 }
 
-// Dedup makes the scenarios of dedup smaller, and alike each time: tables of one
-// bucket, each new id sampled but those with bit 50, one secret; chunks of a few records, few slots, and
-// no syncing, as no scenario loses power.
+// Dedup makes the scenarios of dedup smaller and deterministic: tables of one bucket; every new
+// id is sampled, except those with bit 50; always the same secret; chunks of a few records; few
+// slots; and no syncing, because no scenario loses power.
 var Dedup = append(slices.Clone(Counter),
 	Edit{"dedup/table.go", "minBuckets = 1 << tagBits", "minBuckets = 1"},
 	Edit{"dedup/table.go", "sampleEvery = 64", "sampleEvery = 1"},
@@ -350,8 +353,8 @@ var Dedup = append(slices.Clone(Counter),
 	Edit{"dedup/recall.go", "time.Since(j.newest.end())", "time.Duration(-1)"}, // the last epoch goes on
 )
 
-// Server makes the scenarios of server the same each time: no goroutine but those of
-// the scenario, and one second.
+// Server makes the scenarios of server deterministic: there are no goroutines except those of
+// the scenario, and it is always the same second.
 var Server = append(slices.Clone(Counter),
 	Edit{"server/conn.go", "\t\tgo func() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()", "\t\tfunc() {\n\t\t\tlinger(c.raw)\n\t\t\tc.remove()"},
 	Edit{"server/fast.go", "second := now.Unix()", "second := 0 * now.Unix()"},

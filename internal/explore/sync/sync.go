@@ -1,6 +1,6 @@
-// Package sync has the API of sync that the product uses. While a scenario of
-// package explore runs, each operation is a step of its schedule; else it is that of
-// sync. A WaitGroup starts goroutines, which no scenario does.
+// Package sync has the API of sync that the product uses. While a scenario of package explore
+// runs, each operation is a step of its schedule; otherwise it is the operation of sync. A
+// WaitGroup starts goroutines, which scenarios do not do, so it is always that of sync.
 package sync
 
 import (
@@ -19,7 +19,7 @@ func OnceValue[T any](f func() T) func() T { return real.OnceValue(f) }
 // Mutex is a sync.Mutex.
 type Mutex struct {
 	m    real.Mutex
-	held bool // guarded by m, but for the scheduler's look
+	held bool // guarded by m, except when the scheduler reads it
 }
 
 func (m *Mutex) Lock() {
@@ -61,7 +61,7 @@ func (o *Once) Do(f func()) {
 	}
 }
 
-// Pool is a sync.Pool that gives back what was put in last, and forgets nothing.
+// Pool is a sync.Pool that returns the value that was put in last, and drops none.
 type Pool struct {
 	New   func() any
 	m     real.Mutex
@@ -90,11 +90,10 @@ func (p *Pool) Put(x any) {
 	p.items = append(p.items, x)
 }
 
-// Cond is a sync.Cond. Signal wakes the thread that has waited longest, as that of the
-// runtime does.
+// Cond is a sync.Cond. Signal wakes the thread that has waited longest, as the runtime does.
 type Cond struct {
 	L        Locker
-	asleep   []*bool // the threads that wait, in their order
+	asleep   []*bool // one for each waiting thread, in the order in which they began to wait
 	fallback real.Cond
 }
 

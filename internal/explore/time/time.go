@@ -1,7 +1,7 @@
-// Package time has what the product uses of time. A scenario that has called Start has
-// a clock of its own: it stands, until a step of the schedule moves it to the next timer
-// that is due. Without one every rate allows a POST at once (Until), and the rest is that
-// of time.
+// Package time has the part of the API of time that the product uses. A scenario that has
+// called Start has a clock of its own, which stands still until a step of the schedule moves it
+// to the next timer. Without such a clock, Until returns a duration with which every rate
+// allows a POST at once, and everything else is that of time.
 package time
 
 import (
@@ -22,22 +22,22 @@ const (
 
 func Unix(sec, nsec int64) Time { return real.Unix(sec, nsec) }
 
-// Clock is the time of a scenario. It is of the location of the channels, on which timers
-// send.
+// Clock is the time of a scenario. For the search its location is that of the channels, because
+// timers send on channels.
 type Clock struct {
 	Now    Time
-	Ahead  Duration // how far it has moved while a thread could go on
-	Idle   func()   // called when it has moved because none could
+	Ahead  Duration // how far the clock has moved while another thread could go on
+	Idle   func()   // called when the clock has moved because no other thread could go on
 	timers []*Timer
 	ended  bool
 }
 
-var clock *Clock // of the scenario that runs
+var clock *Clock // the clock of the running scenario
 
-// Start gives a scenario a clock, and the thread that moves it to the next timer: so many
-// times at any moment, and then when no thread can go on. That needs a bound on
-// preemptions: whether a thread can go on does not depend on one location, which sleep sets
-// are about. Start uses Cleanup.
+// Start gives a scenario a clock, and a thread that moves the clock to the next timer: up to
+// moves times at any moment, and after that only if no other thread can go on. This needs a
+// bound on preemptions: whether a thread can go on does not depend on one location, as sleep
+// sets assume. Start uses Run.Cleanup.
 func Start(r *explore.Run, moves int) *Clock {
 	c := &Clock{Now: real.Unix(1<<30, 0)}
 	clock = c
@@ -78,7 +78,7 @@ func (c *Clock) End() {
 	c.ended = true
 }
 
-// next is the timer that is due first; nil: there is none.
+// next returns the timer that is due first; nil if there is none.
 func (c *Clock) next() (first *Timer) {
 	for _, t := range c.timers {
 		if t.armed && (first == nil || t.at.Before(first.at)) {
@@ -105,11 +105,11 @@ func Until(t Time) Duration {
 	return t.Sub(Now())
 }
 
-// Timer is a time.Timer of a clock.
+// Timer is a time.Timer on the clock of a scenario.
 type Timer struct {
 	C     <-chan Time
 	c     chan Time
-	f     func() // called in the place of a send
+	f     func() // called instead of a send
 	at    Time
 	armed bool
 }
@@ -125,8 +125,7 @@ func NewTimer(d Duration) *Timer {
 	return t
 }
 
-// AfterFunc has the thread of the clock call f, which is as if no other timer were due until
-// f has ended.
+// AfterFunc makes the thread of the clock call f, so no other timer is due until f has ended.
 func AfterFunc(d Duration, f func()) *Timer {
 	t := NewTimer(d)
 	t.f = f
@@ -139,7 +138,7 @@ func (t *Timer) Reset(d Duration) bool {
 	return was
 }
 
-// Stop, and Reset, leave nothing in the channel, as those of time do.
+// Stop and Reset leave no value in the channel, as those of package time.
 func (t *Timer) Stop() bool {
 	explore.Do(explore.Write, "timer", explore.Channels())
 	was := t.armed

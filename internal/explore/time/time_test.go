@@ -8,7 +8,7 @@ import (
 	"verve/internal/explore/time"
 )
 
-// TestTimePassesWhenAllWait, and before that as often as the scenario allows.
+// TestTimePassesWhenAllWait: and before that, as often as the scenario allows.
 func TestTimePassesWhenAllWait(t *testing.T) {
 	for moves, want := range []map[time.Duration]bool{{0: true}, {0: true, time.Second: true}, {0: true, time.Second: true, 3 * time.Second: true}} {
 		seen := map[time.Duration]bool{}
