@@ -27,11 +27,10 @@ const (
 )
 
 // Descriptors that are not for callers' connections: for the data directory, brokers and
-// Redis; for the workers and the idle connections of callbacks; for the admin listener.
+// Redis; for the admin listener. Those of callbacks are Sender.Descriptors.
 const (
-	fileDescriptors     = 64
-	callbackDescriptors = 768
-	adminConns          = 64
+	fileDescriptors = 64
+	adminConns      = 64
 )
 
 // The limits if there is room for them.
@@ -66,7 +65,11 @@ func LimitsFor(cfg Config) Limits {
 		all := int(cfg.Descriptors)
 		l.MaxTurnedAway = max(1, min(l.MaxTurnedAway, all/20))
 		l.MaxAdmin = min(l.MaxAdmin, max(4, all/8))
-		kept := min(all/2, fileDescriptors+l.MaxAdmin+min(callbackDescriptors, all/callback.DescriptorShare)) + l.MaxTurnedAway
+		callbacks := all / callback.DescriptorShare
+		if cfg.Callbacks != nil {
+			callbacks = min(callbacks, cfg.Callbacks.Descriptors())
+		}
+		kept := min(all/2, fileDescriptors+l.MaxAdmin+callbacks) + l.MaxTurnedAway
 		l.lower(all-kept, fmt.Sprintf("the process may open %d files (ulimit -n), and keeps %d for others than callers", all, kept))
 	}
 	if cfg.Memory > 0 {

@@ -3,6 +3,11 @@ package server
 import (
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"verve/server/callback"
 )
 
 // TestLimitsStayWithinTheRoom: for every number of descriptors and every memory limit
@@ -46,6 +51,25 @@ func TestLimitsStayWithinTheRoom(t *testing.T) {
 	for descriptors := uint64(32); descriptors < 1<<18; descriptors += descriptors/7 + 1 {
 		if l := LimitsFor(Config{MaxConns: 1 << 20, Descriptors: descriptors}); l.MaxConns > leastConns && uint64(l.MaxConns+l.MaxTurnedAway) >= descriptors {
 			t.Errorf("%d descriptors: got %+v", descriptors, l)
+		}
+	}
+}
+
+// Callbacks can have their descriptors while all connections of callers are open.
+func TestLimitsLeaveRoomForCallbacks(t *testing.T) {
+	for _, concurrency := range []int{1, 8, 130, 1000} {
+		for descriptors := uint64(512); descriptors < 1<<18; descriptors += descriptors/7 + 1 {
+			calls, err := callback.New(callback.Config{
+				Concurrency: concurrency, Descriptors: descriptors, Log: zerolog.Nop(),
+				Live: func() (start time.Time, unique uint64) { return start, 0 },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			l := LimitsFor(Config{MaxConns: 1 << 20, Descriptors: descriptors, Callbacks: calls})
+			if most := l.MaxConns + l.MaxTurnedAway + l.MaxAdmin + fileDescriptors + calls.Descriptors(); uint64(most) > descriptors {
+				t.Errorf("--callback-concurrency=%d: %d of %d descriptors may be open, %d by callbacks", concurrency, most, descriptors, calls.Descriptors())
+			}
 		}
 	}
 }

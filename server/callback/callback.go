@@ -299,6 +299,10 @@ func (cfg *Config) Check() error {
 	return err
 }
 
+// Descriptors is how many files callbacks have open at most: idle connections, and two for each
+// POST in flight, while it resolves a name.
+func (s *Sender) Descriptors() int { return s.cfg.maxIdleConns + 2*s.cfg.workers }
+
 // interval is the time between two POSTs to a destination with a rate.
 func (cfg *Config) interval() time.Duration {
 	return time.Duration(float64(time.Second) / cfg.Rate)
