@@ -3,6 +3,7 @@ package stream
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -190,7 +191,10 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	}
 	counter.Rest()
 	if batch[0].index <= f.unsure {
-		there, err := f.lookup(file, batch)
+		there, from, err := f.lookup(file, batch)
+		if err == nil && len(there) > 0 {
+			err = rewrite(file, f.path, from)
+		}
 		if err != nil {
 			return err
 		}
@@ -202,7 +206,14 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	for i := range batch {
 		lines = append(append(lines, batch[i].value...), '\n')
 	}
-	if err := f.appendSynced(file, lines); err != nil {
+	if len(lines) > 0 {
+		if _, err := file.Write(lines); err != nil {
+			return err
+		}
+	}
+	counter.Rest()
+	// Also without lines: the process that wrote those in the file may have been killed before its sync.
+	if err := f.sync(file); err != nil {
 		return err
 	}
 	if !f.named {
@@ -212,25 +223,27 @@ func (f *fileSink) append(batch []spooled) (err error) {
 	return err
 }
 
-// appendSynced appends lines and syncs the file. It syncs also without lines, because the process
-// that wrote those in the file may have been killed before its sync. After a sync that failed Linux
-// takes the lines for written, and the next sync would succeed. So they are taken back, to be
-// written again.
-func (f *fileSink) appendSynced(file *os.File, lines []byte) error {
-	info, err := file.Stat()
+// rewrite writes once more, in place, what the file with this path has from an offset on. After a
+// sync that failed Linux takes lines for written, and the next sync would succeed without them. They
+// are not removed meanwhile, because a reader that follows the file would read all of it again.
+func rewrite(file *os.File, path string, from int64) error {
+	lines, err := io.ReadAll(io.NewSectionReader(file, from, 1<<62))
 	if err != nil {
 		return err
 	}
-	if len(lines) > 0 {
-		if _, err := file.Write(lines); err != nil {
-			return err
-		}
+	inPlace, err := os.OpenFile(path, os.O_WRONLY, 0) // file only appends
+	if err != nil {
+		return err
 	}
-	counter.Rest()
-	if err = f.sync(file); err != nil && len(lines) > 0 {
-		err = errors.Join(err, file.Truncate(info.Size()))
+	here, err := file.Stat()
+	named, nerr := inPlace.Stat()
+	switch err = cmp.Or(err, nerr); {
+	case err == nil && os.SameFile(here, named):
+		_, err = inPlace.WriteAt(lines, from)
+	case err == nil:
+		err = fmt.Errorf("%s was replaced meanwhile", path)
 	}
-	return err
+	return errors.Join(err, inPlace.Close())
 }
 
 // appendLines appends the lines by key of a record, and its own.
@@ -263,15 +276,15 @@ func (f *fileSink) open(path string) (file *os.File, err error) {
 	return os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o644)
 }
 
-// lookup returns which of the batch's unsure records are in the file. It reads
-// the file from its start: that happens once after a kill and takes a fraction
+// lookup returns which of the batch's unsure records are in the file, and where the first of their
+// lines begins. It reads the file from its start: that happens once after a kill and takes a fraction
 // of a second per year of minutes. To read less would be a guess about what other
 // processes have written.
 //
 // The record of a group counts as there if a line of its window and group is, even with other
 // values: if a leader is killed after that line and Redis loses everything, the window is
 // published again, perhaps without the counts of its keys. A record is never revised.
-func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, error) {
+func (f *fileSink) lookup(file *os.File, batch []spooled) (there map[string]bool, from int64, err error) {
 	want := make(map[string]bool)
 	windows := make(map[string]*spooled) // of groups, by what their lines begin with
 	for i := range batch {
@@ -282,22 +295,28 @@ func (f *fileSink) lookup(file *os.File, batch []spooled) (map[string]bool, erro
 			}
 		}
 	}
-	there := make(map[string]bool)
+	there = make(map[string]bool)
+	found := func(e string, c *countsLines) {
+		if len(there) == 0 {
+			from = c.offset - int64(len(c.last))
+		}
+		there[e] = true
+	}
 	lines := countsLines{r: bufio.NewReaderSize(io.NewSectionReader(file, 0, 1<<62), 1<<16)}
 	for {
 		line, err := lines.next(context.Background(), false)
 		switch {
 		case errors.Is(err, io.EOF):
-			return there, nil
+			return there, from, nil
 		case err != nil:
-			return nil, err
+			return nil, 0, err
 		case want[string(line)]:
-			there[string(line)] = true
+			found(string(line), &lines)
 		case len(windows) > 0:
 			begins, _, _ := bytes.Cut(line, uniqueField)
 			if e := windows[string(begins)]; e != nil {
 				if r, err := parseRecord(line); err == nil && r.Key() == e.record.Key() {
-					there[string(e.value)] = true
+					found(string(e.value), &lines)
 				}
 			}
 		}

@@ -83,7 +83,11 @@ func (f *fileSink) openKeys(batch []spooled) (file *os.File, stay map[string]boo
 	if err == nil && info.Mode().IsRegular() {
 		err = repairTail(file, info.Size())
 		if err == nil && batch[0].index <= f.unsure {
-			stay, err = removeLeft(file, &batch[0].record)
+			var from int64
+			stay, from, err = removeLeft(file, &batch[0].record)
+			if err == nil && len(stay) > 0 {
+				err = rewrite(file, keysFile(f.path), from)
+			}
 		}
 	}
 	if err != nil {
@@ -109,7 +113,7 @@ func (f *fileSink) removeKeys(one []spooled) (err error) {
 	if err := durable.Lock(counts); err != nil {
 		return err
 	}
-	there, err := f.lookup(counts, one)
+	there, _, err := f.lookup(counts, one)
 	if err != nil || len(there) > 0 {
 		return err
 	}
@@ -144,15 +148,15 @@ func leftover(first *Record) func(line []byte) (left, before bool) {
 }
 
 // removeLeft removes the lines that an earlier attempt has left, as far as no other lines follow
-// them. It returns those that stay.
-func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) {
+// them. It returns those that stay, and where the first of them begins.
+func removeLeft(file *os.File, first *Record) (stay map[string]bool, from int64, err error) {
 	info, err := file.Stat()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	kind, from, last := leftover(first), info.Size(), true
+	kind, end, last := leftover(first), info.Size(), true
 	stay = make(map[string]bool)
-	err = linesBack(file, from, func(at int64, line []byte) (more bool) {
+	err = linesBack(file, end, func(at int64, line []byte) (more bool) {
 		left, before := kind(line)
 		switch {
 		case before:
@@ -160,16 +164,16 @@ func removeLeft(file *os.File, first *Record) (stay map[string]bool, err error) 
 		case !left:
 			last = false
 		case last:
-			from = at
+			end = at
 		default:
-			stay[string(line)] = true
+			stay[string(line)], from = true, at
 		}
 		return true
 	})
-	if err == nil && from < info.Size() {
-		err = file.Truncate(from)
+	if err == nil && end < info.Size() {
+		err = file.Truncate(end)
 	}
-	return stay, err
+	return stay, from, err
 }
 
 // linesBack calls fn with the lines of the first size bytes of a file, the last one first, and

@@ -126,7 +126,7 @@ func (l *Ledger) beatArgs(newest time.Time) (keys, args []string, sent []counter
 		// Before this member has reported: an id that it answers may have been counted elsewhere.
 		known, decided := e.answers, []string{"", "", flag(!e.inexact), "", ""}
 		if d, r := e.decision, e.reported; d == nil && r != nil {
-			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact), "", strconv.FormatUint(e.under, 10)}
+			decided = []string{"", flag(r.Complete && !e.wasRefused), flag(r.Exact && !e.inexact), "", strconv.FormatUint(e.under, 10)}
 		} else if d != nil {
 			known, decided = nil, []string{strconv.FormatUint(d.Unique, 10), flag(d.Complete), flag(d.Exact), unixMS(d.SealedAt), strconv.FormatUint(d.under, 10)}
 		}

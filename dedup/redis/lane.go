@@ -306,10 +306,11 @@ func (l *lane) step(en *entry, ev event, e *counter.Epoch) {
 // group knows this instance: until then nothing makes the records of the others inexact that lack
 // what is answered here. The exception is a Redis that is down when this instance starts: while
 // its only server refuses connections, no instance reaches it. When it is back the others wait
-// for this one before they seal an epoch (Ledger.awaitOthers).
+// for this one before they seal an epoch (Ledger.awaitOthers). It may be killed before that: see
+// Ledger.noteAbsence.
 func (r *Set) mayAnswerAlone() bool {
 	known := r.ledger.standing.Load() == inside && r.form.Load() != formOther
-	return r.cfg.FailOpen && (known || r.absent.Load())
+	return r.cfg.FailOpen && (known || r.ledger.absent.Load())
 }
 
 // decideAlone answers without Redis: with fail open from Local, else with a refusal. en is

@@ -106,6 +106,7 @@ type Ledger struct {
 	left     atomic.Bool
 	standing atomic.Int32 // of this member in the group
 	delivers atomic.Bool  // the file lacks a record that this member has delivered
+	absent   atomic.Bool  // the server refuses the first connection: see Set.mayAnswerAlone
 
 	keeping sync.Mutex         // guards what follows: one writes the file at a time
 	kept    map[string]answers // of the epochs in the file
@@ -133,6 +134,7 @@ type Ledger struct {
 	beatErr    error          // of the last beat
 	lastBeat   time.Time
 	beaten     int64         // when that was: Unix ms, by the clock of Redis
+	absentAt   time.Time     // when absent was set last: see noteAbsence
 	back       time.Time     // of the first answered beat, at the start or after a gap or a loss: see awaitOthers
 	keyed      counter.Count // the counts of keys that were read last, with their epoch
 }
@@ -163,7 +165,7 @@ type ledgerEpoch struct {
 	span         counter.Span
 	unique       func() uint64  // how many ids this process has answered as new in it so far; nil before it was opened here, and once it was left
 	answers      answers        // what each member has given, as far as this process knows
-	inexact      bool           // it was not exact when this process opened it
+	inexact      bool           // it was not exact when this process opened it, or Redis was down then: see noteAbsence
 	wasRefused   bool           // refused was set at some time
 	ofOthers     bool           // this process has not opened it: it only asks what the ledger has of it
 	reported     *counter.Count // the count of this process, once it has left it; without the keys
@@ -278,13 +280,29 @@ func (l *Ledger) Opened(s counter.Span, unique func() uint64, exact bool) *ledge
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.place(s)
-	e.unique, e.ofOthers, e.inexact = unique, false, !exact
+	e.unique, e.ofOthers, e.inexact = unique, false, !exact || time.Since(l.absentAt) < memberTTL
 	if s.Start.After(l.newest) {
 		l.newest = s.Start
 	}
 	nudge(l.wake)
 	nudge(l.unsafe)
 	return e
+}
+
+// noteAbsence notes whether the server refuses the first connection. With fail open, other instances
+// that start meanwhile answer alone, too. Such an instance may be killed before the ledger knows of
+// it, so an epoch that is open until all have had time to connect is not exact.
+func (l *Ledger) noteAbsence(absent bool) {
+	l.absent.Store(absent)
+	if !absent || !l.cfg.FailOpen {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.absentAt = time.Now()
+	for _, e := range l.epochs {
+		e.inexact = e.inexact || e.unique != nil
+	}
 }
 
 // place returns the entry of an epoch, which it makes if there is none. Beyond maxLedgerEpochs

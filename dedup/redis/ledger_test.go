@@ -428,6 +428,34 @@ func TestWhatIsNotExactAtItsStartIsNotAfterAKill(t *testing.T) {
 	}
 }
 
+// TestWindowOfAStartWithoutRedisIsNotExact: with fail open another instance may have started then,
+// too, answered ids alone, and been killed before the ledger knew of it.
+func TestWindowOfAStartWithoutRedisIsNotExact(t *testing.T) {
+	t.Parallel()
+	s := spanEnded(2 * time.Second) // behind the skew
+	for _, open := range []bool{false, true} {
+		for _, before := range []bool{false, true} {
+			g := newGroup(t)
+			b := g.member("b", func(c *Config, _ *fakeIDs) { c.FailOpen = open })
+			absent := func() { b.noteAbsence(true); b.noteAbsence(false) }
+			if before {
+				absent()
+			}
+			b.Opened(s, func() uint64 { return 5 }, true)
+			if !before {
+				absent()
+			}
+			g.beat(b)
+			g.answers.Store(5)
+			g.counted.Store(5)
+			g.report(s, true, b)
+			if c := g.seal(b, s); c.Unique != 5 || c.Exact == open {
+				t.Errorf("fail open %t, Redis was down before the window opened %t: the record is %+v", open, before, c)
+			}
+		}
+	}
+}
+
 // TestLineOfAnotherGroupIsClaimedThere: two groups have records of one window. An instance that went
 // from one to the other with a record of the first in its spool writes that line, and
 // neither group takes it for the line of the second.

@@ -373,7 +373,7 @@ end
 if not fit then but('the counts of the keys do not add up to the ids under keys') end
 if not whole then but('Redis may have lost ids of instances that were not there to add them again') end
 if not exact then but('ids may have been given twice while Redis lacked them, or apart from a master that its replicas do not answer') end
-if redis.call('HGET', KEYS[2], 'inexact') then but('an instance held ids that Redis did not have') end
+if redis.call('HGET', KEYS[2], 'inexact') then but('an instance held ids that Redis did not have, or Redis was down when it started') end
 local complete = redis.call('HGET', KEYS[2], 'complete') or '0'
 exact = why == '' and '1' or '0'
 if why ~= '' then why = why .. ': ' .. numbers end

@@ -105,7 +105,6 @@ type Set struct {
 	seed    maphash.Seed // of keys, in an epoch's Keys
 
 	client atomic.Pointer[rueidis.Client] // nil until the first connection is made
-	absent atomic.Bool                    // the server refused the first connection: see mayAnswerAlone
 
 	otherSeen time.Time    // when others of another form were met last; watch alone uses it
 	form      atomic.Int32 // of the group in Redis
@@ -239,7 +238,7 @@ func (r *Set) connect() {
 	wait := 20 * time.Millisecond
 	for {
 		client, err := rueidis.NewClient(r.option)
-		r.absent.Store(errors.Is(err, syscall.ECONNREFUSED) && len(r.option.InitAddress) == 1 && r.option.Sentinel.MasterSet == "")
+		r.ledger.noteAbsence(errors.Is(err, syscall.ECONNREFUSED) && len(r.option.InitAddress) == 1 && r.option.Sentinel.MasterSet == "")
 		if err == nil {
 			r.client.Store(&client)
 			break
