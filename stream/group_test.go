@@ -471,6 +471,27 @@ func TestDeliveryIsReportedBeforeTheNextSeal(t *testing.T) {
 	})
 }
 
+// TestSkippedWindowsComeBeforeTheOneAfterThem: after a pause of the process (a suspended machine)
+// the ledger has the window that it opened then before it has those that were skipped.
+func TestSkippedWindowsComeBeforeTheOneAfterThem(t *testing.T) {
+	inGroupBubble(t, func(t *testing.T) {
+		dir, l := t.TempDir(), newSharedLedger()
+		const windows = 7
+		a := l.in(t, "a", dir)
+		a.publish(t, 0, 1)
+		l.set(func() { l.epoch(window(windows - 1).Span()) })
+		time.Sleep(2 * groupRound) // a round that finds it
+		a.publish(t, 1, windows)
+		time.Sleep(2 * groupRound)
+		written, err := os.ReadFile(filepath.Join(dir, "a.jsonl"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantLines(t, strings.Split(strings.TrimSpace(string(written)), "\n"), windows, 1)
+		a.stop()
+	})
+}
+
 // TestLedgerAwayLosesNoRecord: what was left unsaid is said when it is back.
 func TestLedgerAwayLosesNoRecord(t *testing.T) {
 	inGroupBubble(t, func(t *testing.T) {

@@ -76,6 +76,10 @@ type Group struct {
 	taking  sync.Mutex
 	term    bool      // this instance led in the last round
 	failing time.Time // since when it leads and cannot take epochs that are over
+	taken   time.Time // end of the latest epoch that it has taken
+
+	// reported is the end of the epoch that Publish has reported last, as Unix nanoseconds.
+	reported atomic.Int64
 
 	// mu guards spooled: the places in the spool of the records that the ledger does not
 	// have as delivered yet, also of those that the spool has delivered. An epoch is removed
@@ -100,6 +104,11 @@ const (
 	// publishing the open window after its end.
 	leaveMargin = time.Second
 )
+
+// errGap is why the leader leaves an epoch to a later round. After a pause (a suspended machine) a
+// counter opens the epoch of the present time first. It reports those that it skipped only when the
+// one before them is sealed: until then the ledger lacks them, and their records are to come first.
+var errGap = errors.New("the windows before one that is over are not reported yet")
 
 // NewGroup makes the Group of an instance, which then must Run. It reads which records of an
 // earlier process are still in the spool, and returns the error of reading them.
@@ -127,6 +136,7 @@ func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 	}); err != nil {
 		return g.orLeft(c, err)
 	}
+	g.reported.Store(c.Span().End().UnixNano())
 	if !ours {
 		if c.Unique > 0 { // the group has lost that this instance was in it
 			g.log.Error().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("ids", c.Unique).
@@ -225,6 +235,7 @@ func (g *Group) round(ctx context.Context) error {
 	if err := g.reportDelivered(ctx); err != nil {
 		return err
 	}
+	reported := g.reported.Load() // before the list, which has all epochs up to it
 	// Also if another instance leads: this one may be the only one that knows of a delivery.
 	spans, err := g.ledger.Reconcile(ctx, false)
 	if err != nil {
@@ -238,7 +249,11 @@ func (g *Group) round(ctx context.Context) error {
 		if !g.ledger.Leading() {
 			return nil
 		}
-		if err := g.take(ctx, s, spans[len(spans)-1].End()); err != nil {
+		err := errGap
+		if reported == 0 || s.Start.UnixNano() <= reported || !s.Start.After(g.taken) {
+			err = g.take(ctx, s, spans[len(spans)-1].End())
+		}
+		if err != nil {
 			g.yield()
 			return err
 		}
@@ -265,6 +280,7 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	_, there := g.spooled[s]
 	g.mu.Unlock()
 	if there {
+		g.passed(s)
 		return nil
 	}
 	c, err := g.ledger.Seal(ctx, s)
@@ -283,9 +299,18 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	g.mu.Lock()
 	g.spooled[s] = index
 	g.mu.Unlock()
+	g.passed(s)
+	g.failing = time.Time{}
 	g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
 		Bool("complete", c.Complete).Bool("exact", c.Exact).Msg("window published for the group")
 	return nil
+}
+
+// passed notes that the record of an epoch is in the spool. g.taking is held.
+func (g *Group) passed(s counter.Span) {
+	if s.End().After(g.taken) {
+		g.taken = s.End()
+	}
 }
 
 // delivered returns the epochs in spooled whose records all sinks have, oldest first.
