@@ -138,7 +138,7 @@ func TestRedisRetriesGetTheirAnswer(t *testing.T) {
 }
 
 // TestRedisRetryAtAnInstanceThatHasNotTurned: the attempt was counted in the window behind. The
-// answer names that window, however far its start is away.
+// answer names that window, also if its start is further away than MaxSkew.
 func TestRedisRetryAtAnInstanceThatHasNotTurned(t *testing.T) {
 	for _, skew := range []time.Duration{time.Second, 2 * time.Hour} {
 		_, a, b, ea, eb := pair(t, func(c *Config) { c.MaxSkew = skew })
