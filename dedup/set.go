@@ -28,6 +28,9 @@ const (
 	Replayed
 	// ReplayedBefore: the same, but in the window directly before this one. Nothing was added.
 	ReplayedBefore
+	// ReplayedAfter: the same, but in the window directly after this one, which another instance
+	// has opened already. Nothing was added.
+	ReplayedAfter
 	// Turned: the epoch has ended, and a later epoch uses the place of the id, or a request
 	// with a token came too late for its epoch. Nothing was added; ask again in the open epoch.
 	Turned

@@ -187,7 +187,7 @@ func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *coun
 		r.Header.SetCanonical(headerReason, valueDuplicate)
 		r.SetBodyRaw(bodyFailed)
 		return
-	case dedup.Replayed, dedup.ReplayedBefore:
+	case dedup.Replayed, dedup.ReplayedBefore, dedup.ReplayedAfter:
 		r.Header.SetCanonical(headerReplayed, valueTrue)
 	}
 	r.SetBodyRaw(bodyOK)
@@ -196,10 +196,14 @@ func (s *Server) answer(r *fasthttp.Response, verdict dedup.Verdict, epoch *coun
 // judgedIn returns the start of the window in which an id was counted or repeated, also as the
 // text in an answer. e is the epoch of its verdict.
 func judgedIn(v dedup.Verdict, e *counter.Epoch) (start time.Time, label []byte) {
-	if start = e.Start(); v != dedup.ReplayedBefore {
-		return start, e.Label()
+	switch v {
+	case dedup.ReplayedBefore:
+		start = e.Before()
+	case dedup.ReplayedAfter:
+		start = e.End()
+	default:
+		return e.Start(), e.Label()
 	}
-	start = e.Before()
 	return start, start.AppendFormat(nil, time.RFC3339Nano)
 }
 
@@ -221,7 +225,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
 	s.cfg.Set.Keys(w.items)
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // ctx.Time is when the headers had arrived
-	if v := w.verdicts[0]; v == dedup.Replayed || v == dedup.ReplayedBefore {
+	if v := w.verdicts[0]; v > dedup.Repeat && v <= dedup.ReplayedAfter {
 		s.replayed.Add(1)
 	} else if err == nil && v == dedup.Turned {
 		return errDraining

@@ -253,7 +253,7 @@ func wordOf(v dedup.Verdict, cause error) word {
 		return wordOK
 	case v == dedup.Repeat:
 		return wordDuplicate
-	case v == dedup.Replayed, v == dedup.ReplayedBefore:
+	case v == dedup.Replayed, v == dedup.ReplayedBefore, v == dedup.ReplayedAfter:
 		return wordReplayed
 	case v == dedup.Full:
 		return wordFull
@@ -350,7 +350,7 @@ func (b *batch) setWindows(r *fasthttp.Response) {
 	}
 	var list []window
 	for i := range b.work.items {
-		if b.work.verdicts[i] > dedup.ReplayedBefore {
+		if b.work.verdicts[i] > dedup.ReplayedAfter {
 			continue
 		}
 		start, label := judgedIn(b.work.verdicts[i], b.work.epochs[i])

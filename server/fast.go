@@ -348,7 +348,7 @@ func (f *fastPath) count(c *conn, w *reads, now time.Time) (answered int) {
 	for i, v := range w.verdicts[:judged] {
 		switch {
 		case v <= dedup.Repeat:
-		case v <= dedup.ReplayedBefore:
+		case v <= dedup.ReplayedAfter:
 			f.server.replayed.Add(1)
 		default:
 			if v == dedup.Turned { // a shared store has judged ids after this one, so it must be answered, too
@@ -380,7 +380,7 @@ func (f *fastPath) answers(second int64, e *counter.Epoch) *answers {
 	for v := range a.of {
 		var r fasthttp.Response
 		var b bytes.Buffer
-		if v := dedup.Verdict(v); v <= dedup.ReplayedBefore {
+		if v := dedup.Verdict(v); v <= dedup.ReplayedAfter {
 			f.server.answer(&r, v, e)
 		} else {
 			setRefusal(&r, refusalOf(v))

@@ -27,7 +27,7 @@ import (
 )
 
 // attempts is a Set that knows tokens whatever the one behind it knows: those of an epoch
-// and of the window before.
+// and of the windows before and after it.
 type attempts struct {
 	dedup.Set
 	mu  sync.Mutex
@@ -53,6 +53,10 @@ func (a *attempts) AddMany(e *counter.Epoch, items []dedup.Item, verdicts []dedu
 		}
 		if won, ok := a.won[in(e.Start().Add(-e.Window()))]; ok && len(o.Token) > 0 && won == string(o.Token) {
 			verdicts[i] = dedup.ReplayedBefore
+			continue
+		}
+		if won, ok := a.won[in(e.End())]; ok && len(o.Token) > 0 && won == string(o.Token) {
+			verdicts[i] = dedup.ReplayedAfter
 			continue
 		}
 		if cause := a.Set.AddMany(e, []dedup.Item{{ID: it.ID, Key: it.Key, Options: it.Options}}, verdicts[i:i+1]); err == nil {
@@ -225,15 +229,18 @@ func TestRetryIsAnsweredAsItsFirstAttempt(t *testing.T) {
 	}
 }
 
-// TestReplayNamesTheWindowThatCountedItsID: the present one, or the one before.
+// TestReplayNamesTheWindowThatCountedItsID: the present one, the one before, or the next one, which
+// another instance has opened.
 func TestReplayNamesTheWindowThatCountedItsID(t *testing.T) {
 	s, a := newTokenSite(t, func(c *Config) { c.WindowHeader = true })
 	first := s.cfg.Counter.Last()
 	before := first.Start().Add(-first.Window())
-	a.won = map[string]string{fmt.Sprintf("%v %q %q", before, "", "old"): "t"}
+	after := first.End().Format(time.RFC3339)
+	a.won = map[string]string{fmt.Sprintf("%v %q %q", before, "", "old"): "t", fmt.Sprintf("%v %q %q", first.End(), "", "ahead"): "t"}
 	for _, c := range []struct{ query, want string }{
 		{"id=1&token=t", first.Start().Format(time.RFC3339)}, {"id=1&token=t", first.Start().Format(time.RFC3339)},
 		{"id=old&token=t", before.Format(time.RFC3339)}, {"id=old&token=u", first.Start().Format(time.RFC3339)},
+		{"id=ahead&token=t", after},
 	} {
 		if resp, body := s.ask(get(c.query)); body != "ok" || resp.Header.Get("Verve-Window") != c.want {
 			t.Errorf("%s: %q in window %q, want %q", c.query, body, resp.Header.Get("Verve-Window"), c.want)
@@ -241,9 +248,9 @@ func TestReplayNamesTheWindowThatCountedItsID(t *testing.T) {
 	}
 	// A batch names each window once, a replay that of its id.
 	a.won[fmt.Sprintf("%v %q %q", before, "", "older")] = "t"
-	resp, body := s.ask(batchPost("?token=t", "", "", "1\nolder\n2\n"))
-	want := before.Format(time.RFC3339) + ";n=1, " + first.Start().Format(time.RFC3339) + ";n=2"
-	if got := resp.Header.Get("Verve-Window"); got != want || body != "replayed\nreplayed\nok\n" {
+	resp, body := s.ask(batchPost("?token=t", "", "", "1\nolder\n2\nahead\n"))
+	want := before.Format(time.RFC3339) + ";n=1, " + first.Start().Format(time.RFC3339) + ";n=2, " + after + ";n=1"
+	if got := resp.Header.Get("Verve-Window"); got != want || body != "replayed\nreplayed\nok\nreplayed\n" {
 		t.Errorf("got %q %q, want %q", got, body, want)
 	}
 	// The first attempt was in the part of a batch before the turn, its retry is behind it.

@@ -513,11 +513,6 @@ func (l *lane) resolve(j *job, a reply) {
 			if i < len(a.codes) {
 				ev = eventOf[a.codes[i]]
 			}
-			// A retry gets its answer in the next window. But if that is far away, the clock of
-			// the instance that has opened it is wrong, and this instance does not follow it.
-			if ev == eventBehind && j.epoch.end-int64(time.Since(l.r.start)) >= int64(l.r.cfg.MaxSkew) {
-				ev = eventFarBehind
-			}
 			en.seq = l.seq
 			if l.step(en, ev, nil); en.phase == finished && len(l.spare) < maxSpares {
 				en.key.epoch, en.named = nil, nil

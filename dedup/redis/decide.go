@@ -94,6 +94,9 @@ func (l *Ledger) awaitDecision(ctx context.Context, s counter.Span) (*decision, 
 	if err == nil && out[0] == "seal" {
 		out, err = l.sealAndDecide(ctx, s, out[1:])
 	}
+	if err == nil && out[0] == "delivered" {
+		err = errDelivered
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -39,15 +39,14 @@ type event uint8
 
 const (
 	// What a batch that adds or looks has found.
-	eventInDoubt   event = iota // another instance may have added it without an answer; or it was not judged
-	eventAdded                  // it is new
-	eventThere                  // it was there
-	eventThereAs                // it was there with the token of the attempt
-	eventBefore                 // the token is in the window before
-	eventBehind                 // the token is in the next window, which this instance is about to open
-	eventFarBehind              // the same, but the next window is far away: another clock is wrong
-	eventFull                   // there is no room for it
-	eventKeysFull               // there is no room for its key
+	eventInDoubt  event = iota // another instance may have added it without an answer; or it was not judged
+	eventAdded                 // it is new
+	eventThere                 // it was there
+	eventThereAs               // it was there with the token of the attempt
+	eventBefore                // the token is in the window before
+	eventAfter                 // the token is in the next window, which another instance has opened
+	eventFull                  // there is no room for it
+	eventKeysFull              // there is no room for its key
 
 	eventSent           // in a batch that adds it, or takes it back
 	eventUndone         // that batch was certainly not done
@@ -64,18 +63,17 @@ const (
 
 // eventOf is the event for each code that lane.lua answers in a batch that adds.
 var eventOf = [256]event{
-	'1': eventAdded, '0': eventThere, '6': eventThereAs, '7': eventBefore, '8': eventBehind, '4': eventFull, '9': eventKeysFull,
+	'1': eventAdded, '0': eventThere, '6': eventThereAs, '7': eventBefore, '8': eventAfter, '4': eventFull, '9': eventKeysFull,
 }
 
 // outcomes are the answers to the requests for an id that a batch was to add and did not add.
 var outcomes = [numEvents]effects{
-	eventThere:     {to: thereAnswered, verdict: dedup.Repeat, known: true},
-	eventThereAs:   {to: thereAnswered, verdict: dedup.Replayed, known: true},
-	eventBefore:    {to: attemptAnswered, verdict: dedup.ReplayedBefore},
-	eventBehind:    {to: attemptAnswered, verdict: dedup.Turned},
-	eventFarBehind: {to: attemptAnswered, verdict: dedup.Replayed},
-	eventFull:      {to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}, // another attempt may be a retry from the window before
-	eventKeysFull:  {to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys},
+	eventThere:    {to: thereAnswered, verdict: dedup.Repeat, known: true},
+	eventThereAs:  {to: thereAnswered, verdict: dedup.Replayed, known: true},
+	eventBefore:   {to: attemptAnswered, verdict: dedup.ReplayedBefore},
+	eventAfter:    {to: attemptAnswered, verdict: dedup.ReplayedAfter},
+	eventFull:     {to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}, // another attempt may be a retry from the window before
+	eventKeysFull: {to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys},
 }
 
 // logging is how an id that was answered as new goes into the log.

@@ -38,8 +38,7 @@ var steps = []struct {
 	{flying, no, []audience{noRequest}, []event{eventThereAs}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Replayed}},
 	{flying, no, someWaits, []event{eventThereAs}, state{phase: finished}, effects{known: true, to: thereAnswered, verdict: dedup.Replayed}},
 	{flying, no, anyWaits, []event{eventBefore}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.ReplayedBefore}},
-	{flying, no, anyWaits, []event{eventBehind}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.Turned}},
-	{flying, no, anyWaits, []event{eventFarBehind}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.Replayed}},
+	{flying, no, anyWaits, []event{eventAfter}, state{phase: finished}, effects{to: attemptAnswered, verdict: dedup.ReplayedAfter}},
 	{flying, no, anyWaits, []event{eventFull}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrFull}},
 	{flying, no, anyWaits, []event{eventKeysFull}, state{phase: finished}, effects{to: thereAnswered, verdict: dedup.Repeat, err: dedup.ErrTooManyKeys}},
 
@@ -70,7 +69,7 @@ var (
 	no, yes, any2 = []bool{false}, []bool{true}, []bool{false, true}
 	anyWaits      = []audience{noRequest, otherAttempts, itsAttempt}
 	someWaits     = []audience{otherAttempts, itsAttempt}
-	notAdded      = []event{eventThere, eventThereAs, eventBefore, eventBehind, eventFarBehind, eventInDoubt, eventFull, eventKeysFull}
+	notAdded      = []event{eventThere, eventThereAs, eventBefore, eventAfter, eventInDoubt, eventFull, eventKeysFull}
 )
 
 // TestEveryStepOfAnEntry tries all pairs of a state and an event. Those that are not in the

@@ -151,6 +151,8 @@ func (g *Group) Publish(ctx context.Context, c counter.Count) error {
 		sum, err := g.ledger.Seal(ctx, c.Span())
 		if err == nil {
 			g.sealed.Store(&sum)
+		} else if errors.Is(err, errDelivered) {
+			return nil
 		}
 		return err
 	}); err != nil {
@@ -284,6 +286,9 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 		return nil
 	}
 	c, err := g.ledger.Seal(ctx, s)
+	if errors.Is(err, errDelivered) {
+		return g.ledger.Delivered(ctx, s)
+	}
 	if err != nil {
 		return err
 	}

@@ -148,6 +148,9 @@ const (
 
 var errUnheard = errors.New("other instances have 3 s to report which records are published, as Redis may have lost that")
 
+// errDelivered means that the record of an epoch is delivered and that Redis has lost its decision.
+var errDelivered = errors.New("the record is delivered, and its count lost in Redis")
+
 var (
 	errForeign     = errors.New("ledger: Redis has a group of another version")
 	errFormUnknown = errors.New("ledger: it is not known yet whether Redis has a group of another version")

@@ -480,6 +480,12 @@ func (m *ledgerModel) claim(me, name string, at int64, before []string) string {
 	return answer
 }
 
+// onlyDelivered reports whether the decision on an epoch is lost, and not that its record is
+// delivered: seal and decide then answer that.
+func (m *ledgerModel) onlyDelivered(name string) bool {
+	return m.of[name]["delivered"] != "" && m.of[name]["unique"] == ""
+}
+
 // delivered is deliveredScript.
 func (m *ledgerModel) delivered(name string) {
 	m.epoch(name)["delivered"] = "1"

@@ -957,6 +957,55 @@ func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
 	}
 }
 
+// TestDeliveredRecordIsNotDecidedAgain: the ledger loses its data after a delivery, and only the
+// delivery is reported again. A member that had not sealed the window yet decides no other count:
+// it would log a reason that the record does not have, and the record would be due again.
+func TestDeliveredRecordIsNotDecidedAgain(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t)
+	a, b := g.member("a"), g.member("b")
+	s := spanEnded(2 * time.Second)
+	g.beat(a, b)
+	g.report(s, true, a, b)
+	g.seal(a, s)
+	g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.beat(b, a)
+	a.deliverAgain(t.Context())
+	g.beat(b)
+	othersAreThere(b)
+	if c, err := b.Seal(t.Context(), s); !errors.Is(err, errDelivered) {
+		t.Errorf("sealed %+v, %v, want %v", c, err, errDelivered)
+	}
+	if got := g.unpublished(b); len(got) > 0 {
+		t.Errorf("%v is to be published again", got)
+	}
+	l := &sealedLedger{epochLedger: b}
+	group, err := NewGroup(l, noRecords{}, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := group.Publish(t.Context(), counter.Count{Start: s.Start, Window: s.Window, Unique: 1}); err != nil {
+		t.Errorf("Publish returns %v", err)
+	}
+	if err := group.take(t.Context(), s, s.End()); err != nil || l.delivered != 1 {
+		t.Errorf("take returns %v, and has marked the delivery %d times", err, l.delivered)
+	}
+}
+
+// sealedLedger reports every epoch as one of the group, and counts deliveries.
+type sealedLedger struct {
+	epochLedger
+	delivered int
+}
+
+func (l *sealedLedger) Report(context.Context, counter.Count) (bool, error) { return true, nil }
+
+func (l *sealedLedger) Delivered(ctx context.Context, s counter.Span) error {
+	l.delivered++
+	return l.epochLedger.Delivered(ctx, s)
+}
+
 // TestLineIsNotWrittenAgainAfterALoss: a member knows what a window came to, and the ledger loses
 // that its line is written before the member learns of it. It writes no line before the one that
 // did has had the time to report it again.

@@ -38,11 +38,13 @@ local function answered(key, m, n)
 end
 `
 
-// luaDecision returns the decision on an epoch, as the reply of a script; nil: there is none.
+// luaDecision returns the decision on an epoch, as the reply of a script; nil: there is none. If
+// only that its record is delivered is left, after a loss, the reply is "delivered".
 const luaDecision = `
 local function decision(key)
   local h = redis.call('HMGET', key, 'unique', 'complete', 'exact', 'sealed', 'under', 'why')
   if h[1] then return {'decided', h[1], h[2], h[3], h[4], h[5] or '0', h[6] or ''} end
+  if redis.call('HEXISTS', key, 'delivered') == 1 then return {'delivered'} end
 end
 `
 

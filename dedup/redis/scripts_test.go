@@ -409,8 +409,14 @@ func (w *twins) ledgerStep() {
 			known[m] = strconv.Itoa(rnd.IntN(4)) + pick(rnd, "", "?", "+")
 			rows = []string{m, known[m]}
 		}
-		d, wait, members := w.ledger.seal(name, sealer, at, known)
-		model := fmt.Sprintf("[wait %d]", wait)
+		gone, model := w.ledger.onlyDelivered(name), "[delivered]"
+		var d *ledgerDecision
+		var wait int64
+		var members []string
+		if !gone {
+			d, wait, members = w.ledger.seal(name, sealer, at, known)
+			model = fmt.Sprintf("[wait %d]", wait)
+		}
 		if d != nil {
 			model = "[decided " + d.String() + "]"
 		} else if members != nil {
@@ -446,10 +452,16 @@ func (w *twins) ledgerStep() {
 				members = append(members, mark+m)
 			}
 		}
-		d := w.ledger.decide(name, ids, fit, open, sealer, at, members)
+		gone := w.ledger.onlyDelivered(name)
+		var d *ledgerDecision
+		if !gone {
+			d = w.ledger.decide(name, ids, fit, open, sealer, at, members)
+		}
 		out := w.run("decide", []string{k.epochs, epoch, k.members, k.opened, k.length}, append([]string{strconv.FormatUint(ids.unique, 10), flag(ids.exact), flag(ids.whole), "604800000",
 			name, strconv.FormatInt(ends, 10), flag(open), strconv.FormatUint(ids.under, 10), flag(fit), flag(ids.unanswered), sealer, strconv.FormatInt(at, 10), strconv.Itoa(modelForget)}, members...)...)
-		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at, members); d == nil {
+		if what := fmt.Sprint("decide ", name, ids, fit, open, sealer, at, members); gone {
+			w.same(what, out, "[delivered]")
+		} else if d == nil {
 			w.same(what, out, "[lost]")
 		} else {
 			w.same(what, w.reasoned(out), "[decided "+d.String()+"]")
