@@ -1204,6 +1204,16 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 // one that was damaged or missing is killed before it has begun an epoch. The loss is known
 // to the next one: the window of the ids has a record, and neither that nor the open one is exact.
 func TestKillBeforeTheFirstEpochOfANewDirectory(t *testing.T) {
+	testLostDirectory(t, time.Hour)
+}
+
+// TestDirectoryLostInTheFirstWindow: the same holds if nothing was published before, where
+// another file shows that a killed process counted in the directory.
+func TestDirectoryLostInTheFirstWindow(t *testing.T) { testLostDirectory(t, 0) }
+
+// testLostDirectory damages the directory of a process that was killed, after it had counted
+// for the time published.
+func testLostDirectory(t *testing.T, published time.Duration) {
 	for name, damage := range map[string]func(dir string) error{
 		"damaged": func(dir string) error {
 			return os.WriteFile(filepath.Join(dir, stateName), make([]byte, stateBytes), 0o600)
@@ -1216,8 +1226,9 @@ func TestKillBeforeTheFirstEpochOfANewDirectory(t *testing.T) {
 					cfg, l := small(t.TempDir()), newFakeSpool(t)
 					cfg.Window = time.Hour
 					p := live(t, cfg, cfg.Window, l)
-					time.Sleep(time.Hour)
-					synctest.Wait() // the first window is published
+					cfg.Ran = time.Now()
+					time.Sleep(published)
+					synctest.Wait() // the windows before this one are published
 					start := p.c.Last().Start()
 					p.want(time.Now(), "1", Unique)
 					p.kill()
