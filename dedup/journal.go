@@ -280,6 +280,7 @@ func (j *journal) unmade(err error) {
 	reason := fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
 	j.broken.Store(&reason)
 	j.moved = true
+	j.made, j.ran = true, j.Ran
 	j.counts = map[uint64]load{}
 	if j.OnFailure != nil {
 		j.OnFailure(reason)
@@ -644,6 +645,10 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 	if broken := j.broken.Load(); broken != nil { // the journal has failed, and its files may be unmapped
 		if goesOn {
 			of = j.newest.of()
+		}
+		if first && j.aside { // the journal that replaces this one does not know that ids of e are lost
+			e.MarkInexact()
+			j.aside = false
 		}
 		return of, had, *broken
 	}

@@ -317,7 +317,7 @@ func (j *journal) guess(last time.Time, behind bool) {
 	if behind || began.After(time.Now()) { // ran belongs to the copied process, or a clock was wrong
 		began = time.Time{}
 	}
-	if !j.aside || known || j.Window == 0 || last.IsZero() && began.IsZero() {
+	if !j.aside || known || j.state == nil || j.Window == 0 || last.IsZero() && began.IsZero() {
 		return
 	}
 	o := opened{window: j.Window, publisher: j.publisher}
