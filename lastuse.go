@@ -24,7 +24,8 @@ type lastUse struct {
 	Until     time.Time `json:"until,omitzero"`
 	Elsewhere time.Time `json:"elsewhere,omitzero"` // until when they were counted in another place before
 
-	path string // empty: nothing is on disk
+	path string    // empty: nothing is on disk
+	ran  time.Time // when the last process began to count in this directory, if it was killed; zero otherwise
 }
 
 const lastUseFile = "last-use.json"
@@ -45,12 +46,11 @@ func (c *config) ids() string {
 	return "group " + c.Group + " in Redis at " + strings.Join(hosts, ", ")
 }
 
-// begin records that ids are counted at the place named ids from now on. It returns until when
-// they were counted elsewhere, also if an earlier process recorded that and was killed; the zero
-// time if they were not.
-func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Time) {
+// read finds out until when ids were counted elsewhere than at the place named ids, also if an
+// earlier process recorded that and was killed; the zero time if they were not.
+func (u *lastUse) read(dir, ids string, log zerolog.Logger) {
 	if dir == noDataDir {
-		return elsewhere
+		return
 	}
 	u.path = filepath.Join(dir, lastUseFile)
 	before := lastUse{Ids: "unknown"} // the file is empty or damaged
@@ -58,7 +58,7 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 	if err == nil {
 		err = json.Unmarshal(b, &before)
 	}
-	elsewhere = before.Elsewhere
+	elsewhere := before.Elsewhere
 	if before.Ids != ids && !errors.Is(err, fs.ErrNotExist) {
 		if elsewhere = before.Until; elsewhere.IsZero() {
 			elsewhere = time.Now() // that process was killed, at an unknown time
@@ -66,11 +66,19 @@ func (u *lastUse) begin(dir, ids string, log zerolog.Logger) (elsewhere time.Tim
 		log.Warn().Str("before", before.Ids).Str("now", ids).Bool("killed", before.Until.IsZero()).
 			Msg("ids of this data directory were counted elsewhere before: windows left in a group's Redis are published by the next instance of that group, and a window that was running then is not exact")
 	}
+	if info, err := os.Stat(u.path); err == nil && before.Ids == dedupMemory && before.Until.IsZero() {
+		u.ran = info.ModTime() // its begin wrote the file then
+	}
 	u.Ids, u.Until, u.Elsewhere = ids, time.Time{}, elsewhere
+}
+
+// begin records that ids are counted from now on, at the place that read was called with. In
+// memory mode the first epoch is in the journal by then: if a later start finds a journal without
+// an epoch, it was lost.
+func (u *lastUse) begin(log zerolog.Logger) {
 	if err := u.write(); err != nil {
 		log.Warn().Err(err).Msg("a later change of --dedup, --group or --redis-url within a window may not be noticed")
 	}
-	return elsewhere
 }
 
 // end records that no id is counted any more.

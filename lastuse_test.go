@@ -10,9 +10,9 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// TestLastUse: after a change of the place where ids are counted, begin returns until when they
-// were counted elsewhere, also to the processes after the next one; without a change it returns
-// the zero time.
+// TestLastUse: after a change of the place where ids are counted, it is known until when they
+// were counted elsewhere, also to the processes after the next one. It is known that a process that
+// was killed counted in the data directory.
 func TestLastUse(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, lastUseFile)
@@ -24,6 +24,7 @@ func TestLastUse(t *testing.T) {
 	}
 	killed := false
 	var ended, last time.Time // when the process before ended, if it was not killed; what it got
+	before := ""
 	for i, tt := range []struct {
 		ids    string
 		change bool
@@ -31,6 +32,7 @@ func TestLastUse(t *testing.T) {
 		killed bool // the process was killed at its end
 	}{
 		{ids: "memory"},
+		{ids: "memory", killed: true},
 		{ids: "memory"},
 		{ids: "group a", change: true},
 		{ids: "group a", killed: true},
@@ -50,14 +52,19 @@ func TestLastUse(t *testing.T) {
 		}
 		var u lastUse
 		started := time.Now()
-		until := u.begin(dir, tt.ids, zerolog.Nop())
+		u.read(dir, tt.ids, zerolog.Nop())
+		u.begin(zerolog.Nop())
+		until := u.Elsewhere
 		switch {
 		case !tt.change && !until.Equal(last):
 			t.Errorf("process %d: elsewhere until %v, want %v as before", i, until, last)
 		case tt.change && killed && until.Before(started), tt.change && !killed && until.After(ended), tt.change && until.IsZero():
 			t.Errorf("process %d: elsewhere until %v; it started at %v, the one before ended at %v (killed: %t)", i, until, started, ended, killed)
 		}
-		last = until
+		if u.ran.IsZero() == (before == dedupMemory && killed) {
+			t.Errorf("process %d: a killed process counted in the data directory since %v; the one before counted in %q (killed: %t)", i, u.ran, before, killed)
+		}
+		last, before = until, tt.ids
 		if killed = tt.killed; killed {
 			continue
 		}

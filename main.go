@@ -288,6 +288,7 @@ func (p *program) openRecords() (err error) {
 		return fmt.Errorf("--data-dir=%s: %w", cfg.DataDir, err)
 	}
 	p.closers = append(p.closers, func() { _ = p.spool.Close() })
+	p.use.read(cfg.DataDir, cfg.ids(), p.log)
 	streamCfg := stream.Config{Scope: stream.ScopeInstance, Kafka: cfg.kafka(), CountsFile: cfg.countsFile(), Log: p.log}
 	if cfg.Dedup == dedupRedis {
 		if p.shared, err = openShared(cfg, p.memory, p.spool.Instance(), p.log); err != nil {
@@ -324,7 +325,7 @@ func (p *program) publishRecovered(streamCfg stream.Config) error {
 	defer out.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), leftWait)
 	defer cancel()
-	left := p.cfg.kept(dedup.Config{}, p.spool.Identity(), p.log)
+	left := p.kept(dedup.Config{})
 	err = dedup.PublishRecovered(left, p.spool.Published(), p.logPast, func(c counter.Count) error {
 		if err := out.Publish(ctx, c); err != nil {
 			return fmt.Errorf("the window of %s with %d ids: %w", c.Start.Format(time.RFC3339Nano), c.Unique, err)
@@ -356,7 +357,7 @@ func (p *program) openCounter() (err error) {
 			counterCfg.NotBefore, counterCfg.LastLen = last.Start, last.Window
 		}
 	} else {
-		mem, err := openSet(p.cfg, p.memory, p.spool.Identity(), p.log)
+		mem, err := p.openSet()
 		if err != nil {
 			return err
 		}
@@ -373,12 +374,13 @@ func (p *program) openCounter() (err error) {
 		}
 	}
 	counterCfg.Store = p.set
-	if elsewhere := p.use.begin(p.cfg.DataDir, p.cfg.ids(), p.log); elsewhere.After(counterCfg.InexactBefore) {
-		counterCfg.InexactBefore = elsewhere
+	if p.use.Elsewhere.After(counterCfg.InexactBefore) {
+		counterCfg.InexactBefore = p.use.Elsewhere
 	}
 	if p.counter, err = counter.New(counterCfg); err != nil {
 		return err
 	}
+	p.use.begin(p.log)
 	for _, l := range counterCfg.Past.Recovered {
 		switch {
 		case l.Start.Equal(p.earlier.Last):
@@ -642,10 +644,10 @@ func (p *program) windowClosed(c counter.Count, took time.Duration, err error) {
 const keyShare = 16
 
 // kept adds to a Config where the last process left its ids.
-func (c *config) kept(to dedup.Config, publisher string, log zerolog.Logger) dedup.Config {
-	to.Dir, to.Publisher, to.Window = c.epochsDir(), publisher, c.Window
+func (p *program) kept(to dedup.Config) dedup.Config {
+	to.Dir, to.Publisher, to.Window, to.Ran = p.cfg.epochsDir(), p.spool.Identity(), p.cfg.Window, p.use.ran
 	to.OnSetAside = func(name string, reason error) {
-		log.Error().Err(reason).Str("set_aside_as", name).
+		p.log.Error().Err(reason).Str("set_aside_as", name).
 			Msg("the ids of the last process are damaged or missing: the windows that it has not published, and with --dedup=memory the open one, are counted without them and get exact:false")
 	}
 	return to
@@ -653,8 +655,9 @@ func (c *config) kept(to dedup.Config, publisher string, log zerolog.Logger) ded
 
 // openSet makes the set, with the ids that the last process left in the data directory. If the
 // system cannot keep ids in files, openSet logs that and keeps them in memory only.
-func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (*dedup.Memory, error) {
-	c := cfg.kept(cfg.memory(memory), publisher, log)
+func (p *program) openSet() (*dedup.Memory, error) {
+	cfg, log := p.cfg, p.log
+	c := p.kept(cfg.memory(p.memory))
 	c.MaxIDs = cfg.MaxIDs
 	c.OnFailure = func(err error) {
 		log.Error().Err(err).Msg("ids cannot be kept on disk: every id gets 503 until the disk accepts writes again and this window has been published")
@@ -672,8 +675,11 @@ func openSet(cfg *config, memory uint64, publisher string, log zerolog.Logger) (
 	return set, err
 }
 
-// dedupRedis is the value of --dedup with which all instances of a group count in one Redis.
-const dedupRedis = "redis"
+// The values of --dedup: with dedupRedis all instances of a group count in one Redis.
+const (
+	dedupMemory = "memory"
+	dedupRedis  = "redis"
+)
 
 // openShared makes the set that the group shares. This instance also remembers ids that Redis
 // has, but only in memory and not on disk, because Redis keeps them.

@@ -314,6 +314,33 @@ func TestLongGapPublishesABoundedNumberOfEpochs(t *testing.T) {
 	})
 }
 
+// TestStopLeavesOutSkippedEpochs: a stop whose time is over while skipped epochs are published
+// goes on with the epoch after them, whose ids need a record.
+func TestStopLeavesOutSkippedEpochs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := time.Now()
+		ctx, stop := context.WithCancel(t.Context())
+		l := &recorder{t: t}
+		l.fault = func(c Count) (error, bool) {
+			if c.Unique == 0 {
+				stop() // while the first skipped epoch is published
+			}
+			return nil, true
+		}
+		c, err := New(Config{Window: time.Minute, Store: l, Publisher: l})
+		if err != nil {
+			t.Fatal(err)
+		}
+		enter(t, c, base, 1, unique)
+		enter(t, c, base.Add(time.Hour), 2, unique)
+		c.Seal()
+		if err := c.Run(ctx); err != nil {
+			t.Error(err)
+		}
+		wantCounts(t, base, l.counts(), "0:1- 1:0- 60:2-")
+	})
+}
+
 // TestClockStepsNeverReopenNorMerge sets the clock back and forth: the ticker,
 // which reads the bubble's clock, then sees a time long past.
 func TestClockStepsNeverReopenNorMerge(t *testing.T) {

@@ -88,7 +88,7 @@ func newJournal(cfg Config, nudge func()) *journal {
 	if cfg.msync == nil {
 		cfg.msync = func(_ string, b []byte) error { return syncMapped(b) }
 	}
-	j := &journal{Config: cfg, publisher: publisherOf(cfg.Publisher), nudge: nudge, failed: make(chan struct{}, 1), turned: make(chan struct{}, 1)}
+	j := &journal{Config: cfg, ran: cfg.Ran, publisher: publisherOf(cfg.Publisher), nudge: nudge, failed: make(chan struct{}, 1), turned: make(chan struct{}, 1)}
 	j.writers.New = func() any { return new(writer) }
 	return j
 }
@@ -280,6 +280,7 @@ func (j *journal) unmade(err error) {
 	reason := fmt.Errorf("%w: keeping ids on disk: %w", ErrFull, err)
 	j.broken.Store(&reason)
 	j.moved = true
+	j.made, j.ran = true, j.Ran
 	j.counts = map[uint64]load{}
 	if j.OnFailure != nil {
 		j.OnFailure(reason)
@@ -322,7 +323,7 @@ func (j *journal) open() error {
 		return err
 	}
 	if j.newest.serial == 0 {
-		j.made, j.ran = true, time.Time{} // the process before may have been killed while it made this
+		j.made, j.ran = true, j.Ran // the process before may have been killed while it made this
 	}
 	// One that was killed right after it had set a damaged directory aside has begun no epoch.
 	j.aside, err = durable.SetAsideSince(j.Dir, j.newest.end())
@@ -644,6 +645,10 @@ func (j *journal) begin(e *counter.Epoch) (of slotOf, had load, err error) {
 	if broken := j.broken.Load(); broken != nil { // the journal has failed, and its files may be unmapped
 		if goesOn {
 			of = j.newest.of()
+		}
+		if first && j.aside { // the journal that replaces this one does not know that ids of e are lost
+			e.MarkInexact()
+			j.aside = false
 		}
 		return of, had, *broken
 	}

@@ -820,6 +820,35 @@ func TestReadOnlyDirectoryIsAClearError(t *testing.T) {
 	}
 }
 
+// TestDirectoryLostOnAFullDisk: where the directory of a killed process is missing and there is
+// no room for another, that is reported, and the open window is not exact, also if there is room
+// before its end.
+func TestDirectoryLostOnAFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=240k"); err != nil {
+		t.Skip("mounting is not allowed: ", err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	stuffing := filepath.Join(dir, "stuffing")
+	if err := os.WriteFile(stuffing, make([]byte, 238<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reported := 0
+	cfg := small(filepath.Join(dir, "epochs"))
+	cfg.Window, cfg.Ran = time.Hour, time.Now()
+	cfg.OnSetAside = func(string, error) { reported++ }
+	p := live(t, cfg, cfg.Window, newFakeSpool(t))
+	if err := os.Truncate(stuffing, 8<<10); err != nil {
+		t.Fatal(err)
+	}
+	p.m.renew(p.m.kept())
+	p.want(time.Now(), "1", Unique)
+	if reported != 1 || p.c.Last().Exact() {
+		t.Errorf("reported %d times, exact %t; want once, and not exact", reported, p.c.Last().Exact())
+	}
+	p.close()
+}
+
 // TestFullDiskRefusesIdsAndRecovers fills a small disk: ids that find no room are refused as
 // full and not counted, those that are kept are found, and when there is room again ids are
 // taken. The same holds for a start without room, with or without files there.
@@ -1204,6 +1233,16 @@ func TestKillWhileSettingAsideIsNotForgotten(t *testing.T) {
 // one that was damaged or missing is killed before it has begun an epoch. The loss is known
 // to the next one: the window of the ids has a record, and neither that nor the open one is exact.
 func TestKillBeforeTheFirstEpochOfANewDirectory(t *testing.T) {
+	testLostDirectory(t, time.Hour)
+}
+
+// TestDirectoryLostInTheFirstWindow: the same holds if nothing was published before, where
+// another file shows that a killed process counted in the directory.
+func TestDirectoryLostInTheFirstWindow(t *testing.T) { testLostDirectory(t, 0) }
+
+// testLostDirectory damages the directory of a process that was killed, after it had counted
+// for the time published.
+func testLostDirectory(t *testing.T, published time.Duration) {
 	for name, damage := range map[string]func(dir string) error{
 		"damaged": func(dir string) error {
 			return os.WriteFile(filepath.Join(dir, stateName), make([]byte, stateBytes), 0o600)
@@ -1216,8 +1255,9 @@ func TestKillBeforeTheFirstEpochOfANewDirectory(t *testing.T) {
 					cfg, l := small(t.TempDir()), newFakeSpool(t)
 					cfg.Window = time.Hour
 					p := live(t, cfg, cfg.Window, l)
-					time.Sleep(time.Hour)
-					synctest.Wait() // the first window is published
+					cfg.Ran = time.Now()
+					time.Sleep(published)
+					synctest.Wait() // the windows before this one are published
 					start := p.c.Last().Start()
 					p.want(time.Now(), "1", Unique)
 					p.kill()

@@ -67,6 +67,9 @@ type Config struct {
 	// Window is the length of the windows. It is needed if the whole state file of Dir is lost:
 	// without Window, the windows that were unpublished then get no record.
 	Window time.Duration
+	// Ran is when a process that was killed began to count in Dir, if that is known from
+	// elsewhere: then Dir, if it has no epoch, has lost those of that process.
+	Ran time.Time
 	// OnSetAside is called when what Dir kept is lost, with the reason. If Dir was damaged, it
 	// was renamed to name and a new directory is in its place. If Dir was missing, or is an
 	// earlier copy of itself, name is empty. The epochs that were not published are then not

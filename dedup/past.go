@@ -46,8 +46,8 @@ func (j *journal) past(published map[string]counter.Published) (past counter.Pas
 	j.first.pastRead = true
 	j.first.start, j.first.sum = own.Last, own.Unique
 	behind := j.behind(own)
-	if j.made && !j.aside && !own.Last.IsZero() {
-		odd = "is missing, although there are records of earlier windows"
+	if j.made && !j.aside && !(own.Last.IsZero() && j.Ran.IsZero()) {
+		odd = "is missing, although ids were counted in it"
 	} else if behind {
 		odd = "is older than the last record: it is an earlier copy of the directory"
 	}
@@ -317,7 +317,7 @@ func (j *journal) guess(last time.Time, behind bool) {
 	if behind || began.After(time.Now()) { // ran belongs to the copied process, or a clock was wrong
 		began = time.Time{}
 	}
-	if !j.aside || known || j.Window == 0 || last.IsZero() && began.IsZero() {
+	if !j.aside || known || j.state == nil || j.Window == 0 || last.IsZero() && began.IsZero() {
 		return
 	}
 	o := opened{window: j.Window, publisher: j.publisher}
@@ -341,11 +341,11 @@ const slotLate = 2 * time.Second
 // not keep its ids there. published is as in Memory.Past. report gets what was found, before
 // publish is called for one count at a time, the oldest first. PublishRecovered returns the
 // first error of publish, or an error if cfg.Dir cannot be opened. If cfg.Dir has no state file,
-// and this publisher has no records, which would show that there was one, it does nothing. A
-// window that is not over yet stays in cfg.Dir with its ids, and a later process can go on with it.
+// and nothing shows that there was one, it does nothing. A window that is not over yet stays in
+// cfg.Dir with its ids, and a later process can go on with it.
 func PublishRecovered(cfg Config, published map[string]counter.Published, report func(counter.Past), publish func(counter.Count) error) error {
 	was := cfg.Dir != "" && hasState(cfg.Dir)
-	if cfg.Dir == "" || !was && published[cfg.Publisher].Last.IsZero() {
+	if cfg.Dir == "" || !was && published[cfg.Publisher].Last.IsZero() && cfg.Ran.IsZero() {
 		return nil
 	}
 	m := &Memory{cfg: cfg, check: make(chan struct{}, 1)}
