@@ -802,7 +802,8 @@ func TestReadKeysFollow(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "counts.jsonl")
 	all := keyed(t, 0, 2, 2)
 	f := newFileSink(path, nil, 0, noStep)
-	time.AfterFunc(followEvery/2, func() { f.deliver(context.Background(), all[:1]) })
+	first := make(chan struct{})
+	time.AfterFunc(followEvery/2, func() { f.deliver(context.Background(), all[:1]); close(first) })
 	var got []KeyRecord
 	for r, err := range ReadKeysFile(t.Context(), path, true) {
 		if errors.Is(err, ErrCaughtUp) {
@@ -812,6 +813,7 @@ func TestReadKeysFollow(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got = append(got, r); len(got) == 2 {
+			<-first // it goes on after the lines are there
 			deliver(t, f, all[1:])
 		}
 		if len(got) == 4 {
