@@ -668,6 +668,19 @@ func TestOpenAllocatesNothing(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
 	}
+	// The runtime allocates now and then, too, on a busy machine: not in each of the runs.
+	var allocated []int
+	for range 5 {
+		if allocated = opensThatAllocate(t); len(allocated) == 0 {
+			return
+		}
+	}
+	t.Errorf("opening the epochs %d allocated", allocated)
+}
+
+// opensThatAllocate opens epochs and returns the numbers of those with which something was
+// allocated.
+func opensThatAllocate(t *testing.T) (allocated []int) {
 	m := newMemory(t, Config{})
 	es := make([]*counter.Epoch, 0, 64)
 	c, err := counter.New(counter.Config{Window: epochtest.Window, Store: keep{m, &es}, Publisher: epochtest.Nobody{}})
@@ -684,11 +697,12 @@ func TestOpenAllocatesNothing(t *testing.T) {
 		runtime.ReadMemStats(&before)
 		e.State = m.Open(e)
 		runtime.ReadMemStats(&after)
-		if got := after.Mallocs - before.Mallocs; got > 0 && n > 4 { // the first make room
-			t.Errorf("opening epoch %d allocated %d times, want 0", n, got)
+		if after.Mallocs > before.Mallocs && n > 4 { // the first make room
+			allocated = append(allocated, n)
 		}
 		e.State.Retire()
 	}
+	return allocated
 }
 
 // keep is a Store that only keeps the epochs.
