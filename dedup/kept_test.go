@@ -820,19 +820,27 @@ func TestReadOnlyDirectoryIsAClearError(t *testing.T) {
 	}
 }
 
+// fullDisk mounts a small disk until the end of the test, and returns its directory and the file
+// that fills it.
+func fullDisk(t *testing.T) (dir, stuffing string) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=240k"); err != nil {
+		t.Skip("mounting is not allowed: ", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	stuffing = filepath.Join(dir, "stuffing")
+	if err := os.WriteFile(stuffing, make([]byte, 238<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir, stuffing
+}
+
 // TestDirectoryLostOnAFullDisk: where the directory of a killed process is missing and there is
 // no room for another, that is reported, and the open window is not exact, also if there is room
 // before its end.
 func TestDirectoryLostOnAFullDisk(t *testing.T) {
-	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "size=240k"); err != nil {
-		t.Skip("mounting is not allowed: ", err)
-	}
-	defer unix.Unmount(dir, unix.MNT_DETACH)
-	stuffing := filepath.Join(dir, "stuffing")
-	if err := os.WriteFile(stuffing, make([]byte, 238<<10), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	dir, stuffing := fullDisk(t)
 	reported := 0
 	cfg := small(filepath.Join(dir, "epochs"))
 	cfg.Window, cfg.Ran = time.Hour, time.Now()
@@ -853,15 +861,7 @@ func TestDirectoryLostOnAFullDisk(t *testing.T) {
 // full and not counted, those that are kept are found, and when there is room again ids are
 // taken. The same holds for a start without room, with or without files there.
 func TestFullDiskRefusesIdsAndRecovers(t *testing.T) {
-	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "size=240k"); err != nil {
-		t.Skip("mounting is not allowed: ", err)
-	}
-	defer unix.Unmount(dir, unix.MNT_DETACH)
-	stuffing := filepath.Join(dir, "stuffing")
-	if err := os.WriteFile(stuffing, make([]byte, 238<<10), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	dir, stuffing := fullDisk(t)
 	l := newFakeSpool(t)
 	repaired := 0
 	cfg := small(dir)

@@ -42,6 +42,9 @@ const (
 	Verdicts = iota // how many there are
 )
 
+// IsReplay reports whether v is the answer to a retry of an attempt that was Unique.
+func (v Verdict) IsReplay() bool { return v >= Replayed && v <= ReplayedAfter }
+
 // Refusal returns the verdict on an id that could not be judged because of err: Full for
 // ErrFull, otherwise Unavailable.
 func Refusal(err error) Verdict {

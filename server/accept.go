@@ -225,7 +225,7 @@ func (s *Server) count(ctx *fasthttp.RequestCtx, w *work, a *asked) error {
 	w.items, w.keyed = append(w.items, dedup.Item{ID: a.id, Options: options}), 1
 	s.cfg.Set.Keys(w.items)
 	err := s.judge(ctx.Time().UnixNano(), ctx.ConnID(), w) // ctx.Time is when the headers had arrived
-	if v := w.verdicts[0]; v > dedup.Repeat && v <= dedup.ReplayedAfter {
+	if v := w.verdicts[0]; v.IsReplay() {
 		s.replayed.Add(1)
 	} else if err == nil && v == dedup.Turned {
 		return errDraining

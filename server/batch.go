@@ -253,7 +253,7 @@ func wordOf(v dedup.Verdict, cause error) word {
 		return wordOK
 	case v == dedup.Repeat:
 		return wordDuplicate
-	case v == dedup.Replayed, v == dedup.ReplayedBefore, v == dedup.ReplayedAfter:
+	case v.IsReplay():
 		return wordReplayed
 	case v == dedup.Full:
 		return wordFull

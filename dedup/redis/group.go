@@ -259,6 +259,9 @@ func (g *Group) round(ctx context.Context) error {
 			g.yield()
 			return err
 		}
+		if s.End().After(g.taken) {
+			g.taken = s.End()
+		}
 	}
 	g.term, g.failing = true, time.Time{}
 	return nil
@@ -282,7 +285,6 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	_, there := g.spooled[s]
 	g.mu.Unlock()
 	if there {
-		g.passed(s)
 		return nil
 	}
 	c, err := g.ledger.Seal(ctx, s)
@@ -304,18 +306,10 @@ func (g *Group) take(ctx context.Context, s counter.Span, upTo time.Time) error 
 	g.mu.Lock()
 	g.spooled[s] = index
 	g.mu.Unlock()
-	g.passed(s)
 	g.failing = time.Time{}
 	g.log.Info().Str("window_start", c.Start.Format(time.RFC3339Nano)).Uint64("unique", c.Unique).
 		Bool("complete", c.Complete).Bool("exact", c.Exact).Msg("window published for the group")
 	return nil
-}
-
-// passed notes that the record of an epoch is in the spool. g.taking is held.
-func (g *Group) passed(s counter.Span) {
-	if s.End().After(g.taken) {
-		g.taken = s.End()
-	}
 }
 
 // delivered returns the epochs in spooled whose records all sinks have, oldest first.

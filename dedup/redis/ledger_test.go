@@ -132,6 +132,12 @@ func (g *group) do(f func(context.Context) error) {
 	}
 }
 
+// flushAll has Redis lose all its data.
+func (g *group) flushAll() {
+	g.t.Helper()
+	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+}
+
 func (g *group) beat(members ...*Ledger) {
 	g.t.Helper()
 	for _, m := range members {
@@ -276,9 +282,7 @@ func TestSealAfterAStartWaitsForTheOthers(t *testing.T) {
 	g.beat(old)
 	old.Opened(s, func() uint64 { return 7 }, true)
 	g.beat(old)
-	if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
-		t.Fatal(err)
-	}
+	g.flushAll()
 	starts := g.member("starts")
 	g.do(func(ctx context.Context) error { return starts.beat(ctx) })
 	g.notYet(starts, s, "the other member is not heard again")
@@ -397,7 +401,7 @@ func TestOneMemberMayAnswerAlone(t *testing.T) {
 		b.Opened(counter.Span{Start: s.Start.Add(-s.Window), Window: s.Window}, nil, true)
 		g.beat(b, a)
 		if tt.lost {
-			g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+			g.flushAll()
 			g.beat(a)
 			othersAreThere(a)
 		}
@@ -559,9 +563,7 @@ func TestMemberThatIsLostWithTheLedgerIsNotForgotten(t *testing.T) {
 		g.beat(a)
 		b.Opened(s, nil, true)
 		g.beat(b)
-		if err := g.client.Do(t.Context(), g.client.B().Flushall().Build()).Error(); err != nil {
-			t.Fatal(err)
-		}
+		g.flushAll()
 		a.lastBeat = s.Start
 		g.beat(a)
 		othersAreThere(a)
@@ -672,7 +674,7 @@ func TestLossIsMendedByTheNextBeatWhateverItIsFor(t *testing.T) {
 	over, next := spanEnded(2*time.Second), spanEnded(time.Second)
 	b.Opened(over, func() uint64 { return 3 }, true)
 	g.beat(b)
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.flushAll()
 	b.Opened(next, func() uint64 { return 0 }, true)
 	g.do(func(ctx context.Context) error { return b.beat(ctx) })
 	if got, opened := g.rowOf(b, over), g.rowOf(b, next); got != "3+" || opened != "0+" {
@@ -718,7 +720,7 @@ func TestSealWaitsForOthersAfterALoss(t *testing.T) {
 	g.beat(a, b)
 	b.Opened(s, func() uint64 { return 10 }, true)
 	g.beat(b)
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.flushAll()
 	g.beat(a)
 	g.answers.Store(10)
 	g.counted.Store(20)
@@ -889,7 +891,7 @@ func TestLostLedgerComesBack(t *testing.T) {
 	want := g.seal(a, sealed)
 	b.Opened(over, nil, true)
 	g.beat(b)
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.flushAll()
 	g.counted.Store(0)
 	g.beat(a, b)
 	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{sealed, over}) {
@@ -914,7 +916,7 @@ func TestMemberThatHasLeftRemembersItsAnswers(t *testing.T) {
 	g.answers.Store(7)
 	g.report(s, true, a)
 	g.do(func(ctx context.Context) error { _, _, err := a.Leave(ctx); return err })
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.flushAll()
 	if c := g.seal(a, s); c.Unique != 7 || c.Exact {
 		t.Errorf("7 ids were answered and none is left in Redis: the record is %+v", c)
 	}
@@ -937,7 +939,7 @@ func TestRecordStaysDeliveredAfterALoss(t *testing.T) {
 		g.beat(b)
 		g.seal(a, s)
 		g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
-		g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+		g.flushAll()
 		g.beat(b)
 		if got := g.unpublished(b); !slices.Equal(got, []counter.Span{s}) {
 			t.Fatalf("b has written again %v, want %v", got, s)
@@ -969,7 +971,7 @@ func TestDeliveredRecordIsNotDecidedAgain(t *testing.T) {
 	g.report(s, true, a, b)
 	g.seal(a, s)
 	g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.flushAll()
 	g.beat(b, a)
 	a.deliverAgain(t.Context())
 	g.beat(b)
@@ -1024,7 +1026,7 @@ func TestLineIsNotWrittenAgainAfterALoss(t *testing.T) {
 		}
 		g.do(func(ctx context.Context) error { return a.Written(ctx, a.cfg.Group, s) })
 		g.do(func(ctx context.Context) error { return a.Delivered(ctx, s) })
-		g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+		g.flushAll()
 		if beats {
 			g.beat(b)
 		}
@@ -1060,7 +1062,7 @@ func TestDeliveryIsOnTheDiskOfTheLeader(t *testing.T) {
 	testproc.Until(t, "the delivery is on the disk", func() bool { return slices.Contains(g.member("a", kept).past, s) })
 	close(stop)
 	running.Wait()
-	g.do(func(ctx context.Context) error { return g.client.Do(ctx, g.client.B().Flushall().Build()).Error() })
+	g.flushAll()
 	g.beat(b)
 	if got := g.unpublished(b); !slices.Equal(got, []counter.Span{s}) {
 		t.Fatalf("b has written again %v, want %v", got, s)
